@@ -1,0 +1,94 @@
+"""cuflash: exact attention with tiled flash kernels, forward and backward, compiled at run time for the case that is called.
+
+The public names are resolved on first use, so that `import cuflash` alone loads neither NumPy nor CuPy nor a compiler.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from cuflash.arrays import BFloat16Bits, bfloat16
+    from cuflash.attention import Gradients, plan, scaled_dot_product_attention, scaled_dot_product_attention_backward
+    from cuflash.errors import (
+        ArgumentError,
+        CompileError,
+        CuflashError,
+        DeviceError,
+        DTypeError,
+        OptionError,
+        SetupError,
+        ShapeError,
+        SimulatorError,
+        TileError,
+        UnsupportedError,
+    )
+    from cuflash.planning import Plan
+    from cuflash.tiles import Tile
+    from cuflash.tuning import legal_tiles, warmup
+
+_HOME = {
+    "BFloat16Bits": "arrays",
+    "bfloat16": "arrays",
+    "Gradients": "attention",
+    "plan": "attention",
+    "scaled_dot_product_attention": "attention",
+    "scaled_dot_product_attention_backward": "attention",
+    "ArgumentError": "errors",
+    "CompileError": "errors",
+    "CuflashError": "errors",
+    "DeviceError": "errors",
+    "DTypeError": "errors",
+    "OptionError": "errors",
+    "SetupError": "errors",
+    "ShapeError": "errors",
+    "SimulatorError": "errors",
+    "TileError": "errors",
+    "UnsupportedError": "errors",
+    "Plan": "planning",
+    "Tile": "tiles",
+    "legal_tiles": "tuning",
+    "warmup": "tuning",
+}
+
+__all__ = [
+    "ArgumentError",
+    "BFloat16Bits",
+    "CompileError",
+    "CuflashError",
+    "DTypeError",
+    "DeviceError",
+    "Gradients",
+    "OptionError",
+    "Plan",
+    "SetupError",
+    "ShapeError",
+    "SimulatorError",
+    "Tile",
+    "TileError",
+    "UnsupportedError",
+    "__version__",
+    "bfloat16",
+    "legal_tiles",
+    "plan",
+    "scaled_dot_product_attention",
+    "scaled_dot_product_attention_backward",
+    "warmup",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'cuflash' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"cuflash.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

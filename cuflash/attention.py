@@ -1,0 +1,414 @@
+"""The public calls: scaled dot-product attention, its backward pass, and their plan.
+
+A call is a straight line: borrow the arrays, check them into a `Problem`, plan, load the kernels, launch. All but the last step depends only on
+what `arrays.signature` sees, so its result is kept as a `_Call`, and a warm call looks it up, allocates the result, writes addresses into a packed
+struct and launches.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+from cuflash import arrays, device, launch
+from cuflash.arrays import Array, Framework, borrow, pointer, signature
+from cuflash.device import Device
+from cuflash.errors import SetupError, UnsupportedError
+from cuflash.launch import ArgumentTemplate, Executable
+from cuflash.planning import KernelPlan, Plan, Tiles, make_plan
+from cuflash.problem import Problem, View, check_backward, check_out, make_problem
+
+_MAX_CALLS = 4096
+
+
+class Gradients(NamedTuple):
+    """Gradients of the inputs, each with the shape, dtype and kind of its input."""
+
+    query: Any
+    key: Any
+    value: Any
+
+
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    layout: str = "bshd",
+    batch_first: bool = True,
+    num_heads: int | None = None,
+    causal_alignment: str = "top_left",
+    return_lse: bool = False,
+    out: Any = None,
+    tile: Tiles = None,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+) -> Any:
+    """Compute exact attention in O(seqlen) memory.
+
+    out = softmax(scale · Q Kᵀ) V, with masked scores left out; lse = log Σ exp(scale · Q Kᵀ) of each row.
+
+    Args:
+        query: `(batch, seqlen_q, num_heads_q, head_dim)` in the order that `layout` says; float16, bfloat16 or float32; any strides. NumPy arrays and CPU
+            tensors run on the simulator; CuPy arrays, CUDA tensors and other arrays with `__dlpack__` on their GPU and current stream. Three dimensions
+            `(batch, seqlen, heads * head_dim)` are taken with `num_heads`.
+        key: `(batch, seqlen_kv, num_heads_kv, head_dim)`; batch and heads may be 1 and are then broadcast.
+        value: like key.
+        attn_mask: not supported yet, raises.
+        dropout_p: not supported yet, raises unless 0.
+        is_causal: query i sees keys up to i (see `causal_alignment`).
+        scale: multiplies Q Kᵀ; default `head_dim ** -0.5`.
+        enable_gqa: num_heads_q may be a multiple of num_heads_kv; consecutive query heads share a key head.
+        layout: the letters b, s, h, d in the order of the dimensions; "bhsd" is torch's.
+        batch_first: False means the layout "hbsd", or `(seqlen, batch, heads * head_dim)` with three dimensions.
+        num_heads: query heads in an array of three dimensions; default one.
+        causal_alignment: "top_left": query i sees keys j <= i, as torch; "bottom_right": j <= i + seqlen_kv - seqlen_q, as flash-attn.
+        return_lse: return `(out, lse)`.
+        out: array for the result; shape, dtype and kind of the result, any strides.
+        tile: a `cuflash.Tile` instead of the default one.
+        deterministic: accepted for symmetry with the backward pass: every kernel gives the same bits on every run.
+        allow_tf32: float32 products in TF32: faster, with 10 bits of mantissa.
+
+    Returns:
+        out: shape of query, its dtype and kind of array.
+        lse: with `return_lse`, float32 `(batch, num_heads_q, seqlen_q)` in this order whatever the layout; natural logarithm; -inf where a query sees no key
+            (out is 0 there).
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError, TileError, UnsupportedError: an argument that cannot be used; each is an `ArgumentError` and a
+            `ValueError` and names the argument, what came, what was expected and what to do.
+        CompileError: the compiler refused a kernel, or `CUFLASH_COMPILE=forbid` and it is not in the cache.
+        SetupError: a package is missing.
+
+    Notes:
+        Asynchronous on a GPU: nothing waits for the device. The first call of a kind compiles (about a second), never for another length, batch size, number
+        of heads or stride.
+
+    Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 1.
+    """
+    options = (is_causal, scale, enable_gqa, layout, batch_first, num_heads, causal_alignment, return_lse, deterministic, allow_tf32)
+    cache_key = _cache_key("forward", (query, key, value), attn_mask, dropout_p, options, tile) if out is None else None
+    if cache_key is not None:
+        call = _calls.get(cache_key)
+        if call is not None:
+            return call.run({"query": pointer(query), "key": pointer(key), "value": pointer(value)})
+
+    inputs = {"query": borrow(query, "query"), "key": borrow(key, "key"), "value": borrow(value, "value")}
+    _refuse_autograd(inputs)
+    problem = make_problem(*inputs.values(), attn_mask=attn_mask, dropout_p=dropout_p, **_named(options))
+    given = None if out is None else borrow(out, "out")
+    out_view = None if given is None else check_out(problem, problem.layout, given, list(inputs.values()))
+    forward = _ForwardCall(problem, _device_of(inputs["query"]), tile, inputs, given, out_view)
+    if cache_key is not None:
+        _remember(cache_key, forward)
+    return forward.run({name: array.pointer for name, array in inputs.items()}, out, given)
+
+
+def scaled_dot_product_attention_backward(
+    grad_out: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    lse: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    layout: str = "bshd",
+    batch_first: bool = True,
+    num_heads: int | None = None,
+    causal_alignment: str = "top_left",
+    tile: Tiles = None,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+    grad_lse: Any = None,
+) -> Gradients:
+    """Compute the gradients of attention in O(seqlen) memory, recomputing the probabilities from `lse`.
+
+    With P = exp(scale · Q Kᵀ - lse), dP = dO Vᵀ and delta = rowsum(dO ∘ O) - dlse:
+    dS = P ∘ (dP - delta);  dQ = scale · dS K,  dK = scale · dSᵀ Q,  dV = Pᵀ dO.
+
+    Args:
+        grad_out: gradient of `out`; its shape, dtype and kind; any strides.
+        query, key, value: as in the forward call.
+        out, lse: what the forward call returned with `return_lse=True`.
+        grad_lse: gradient of `lse`, float32 `(batch, num_heads_q, seqlen_q)`, or None for zero.
+        tile: a `cuflash.Tile` as the dK/dV kernel sees it (the dQ kernel takes it with tile_q and tile_kv exchanged), or a mapping from the names of
+            kernels to tiles.
+        deterministic: nothing changes: every kernel adds in a fixed order and gives the same bits on every run.
+
+    Other arguments have to be those of the forward call.
+
+    Returns:
+        Gradients(query, key, value), each like its input; summed over what was broadcast with extent 1 and over the query heads of a group.
+
+    Raises:
+        As the forward call.
+
+    Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 2, with a kernel of its own for dQ.
+    """
+    options = (is_causal, scale, enable_gqa, layout, batch_first, num_heads, causal_alignment, False, deterministic, allow_tf32)
+    operands = {"query": query, "key": key, "value": value, "out": out, "grad_out": grad_out, "lse": lse}
+    if grad_lse is not None:
+        operands["grad_lse"] = grad_lse
+    cache_key = _cache_key("backward", tuple(operands.values()), attn_mask, dropout_p, options, tile)
+    if cache_key is not None:
+        call = _calls.get(cache_key)
+        if call is not None:
+            gradients: Gradients = call.run({name: pointer(operand) for name, operand in operands.items()})
+            return gradients
+
+    inputs = {name: borrow(operand, name) for name, operand in operands.items()}
+    _refuse_autograd(inputs)
+    problem = make_problem(inputs["query"], inputs["key"], inputs["value"], attn_mask=attn_mask, dropout_p=dropout_p, **_named(options))
+    backward = _BackwardCall(problem, _device_of(inputs["query"]), tile, inputs)
+    if cache_key is not None:
+        _remember(cache_key, backward)
+    return backward.run({name: array.pointer for name, array in inputs.items()})
+
+
+def plan(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    layout: str = "bshd",
+    batch_first: bool = True,
+    num_heads: int | None = None,
+    causal_alignment: str = "top_left",
+    return_lse: bool = False,
+    tile: Tiles = None,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+    backward: bool = False,
+) -> Plan:
+    """Say what `scaled_dot_product_attention` (or with `backward` its gradient) would run with these arguments; `print` it.
+
+    Nothing is compiled or launched. Arguments and errors are those of the call.
+    """
+    options = (is_causal, scale, enable_gqa, layout, batch_first, num_heads, causal_alignment, return_lse, deterministic, allow_tf32)
+    inputs = [borrow(query, "query"), borrow(key, "key"), borrow(value, "value")]
+    problem = make_problem(*inputs, attn_mask=attn_mask, dropout_p=dropout_p, **_named(options))
+    return make_plan(problem, _device_of(inputs[0]), backward=backward, tile=tile)
+
+
+# --- Calls that are kept ------------------------------------------------------------------------------------------------------------------
+
+_calls: dict[Hashable, _Call] = {}
+
+_OPTION_NAMES = (
+    "is_causal", "scale", "enable_gqa", "layout", "batch_first", "num_heads", "causal_alignment", "return_lse", "deterministic", "allow_tf32",
+)  # fmt: skip
+
+
+def _named(options: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(_OPTION_NAMES, options, strict=True))
+
+
+def _cache_key(direction: str, operands: Sequence[Any], attn_mask: Any, dropout_p: Any, options: tuple[Any, ...], tile: Tiles) -> Hashable | None:
+    """What a call's preparation depends on, or None where that cannot be said cheaply. Types are part of it: True and 1 are not the same option."""
+    if attn_mask is not None or dropout_p.__class__ is not float or dropout_p != 0.0:
+        return None
+    signatures = []
+    for operand in operands:
+        seen = signature(operand)
+        if seen is None:
+            return None
+        signatures.append((seen, pointer(operand) & 15))
+    key = (direction, *signatures, options, *map(type, options), tile, device.simulator_arch())
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _remember(cache_key: Hashable, call: _Call) -> None:
+    if len(_calls) >= _MAX_CALLS:
+        _calls.clear()
+    _calls[cache_key] = call
+
+
+class _Result(NamedTuple):
+    """An output to allocate: name in the argument struct, shape in the caller's layout, dtype, canonical view."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    view: View | None
+    num_bytes: int
+
+
+class _Launch(NamedTuple):
+    """One kernel of a call, ready but for the addresses."""
+
+    kernel: KernelPlan
+    executable: Executable
+    template: ArgumentTemplate
+
+
+class _Call:
+    """One call with everything but the addresses decided."""
+
+    def __init__(self, problem: Problem, on: Device, like: Array) -> None:
+        self.problem = problem
+        self.device = on
+        self.framework: Framework = like.framework
+        self.like = Array(0, (), (), like.dtype, like.itemsize, like.device, like.framework, None)  # does not keep the caller's array alive
+        self.extents: dict[str, tuple[int, int]] = {}  # name -> lowest byte relative to the pointer, size in bytes
+        self.launches: list[_Launch] = []
+
+    def add_extent(self, name: str, array: Array) -> None:
+        low, high = array.byte_range
+        self.extents[name] = (low - array.pointer, high - low)
+
+    def allocate(self, result: _Result) -> tuple[Any, int]:
+        """A new array of the caller's kind and its address."""
+        made = self.framework.empty(result.shape, result.dtype, self.like)
+        self.extents.setdefault(result.name, (0, result.num_bytes))
+        return made, pointer(made)
+
+    def launch_all(self, pointers: dict[str, int]) -> None:
+        stream = self.framework.current_stream(self.device.index) if self.device.kind == "gpu" else 0
+        buffers = () if self.device.kind == "gpu" else [(pointers[name] + low, size, name) for name, (low, size) in self.extents.items() if name in pointers]
+        for kernel, executable, template in self.launches:
+            executable.launch(kernel.num_blocks, kernel.num_threads, kernel.shared_bytes, template.fill(pointers), stream, buffers)
+
+    def run(self, pointers: dict[str, int]) -> Any:
+        raise NotImplementedError
+
+
+class _ForwardCall(_Call):
+    def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array], given: Array | None, given_view: View | None) -> None:
+        super().__init__(problem, on, inputs["query"])
+        for name, array in inputs.items():
+            self.add_extent(name, array)
+        self.plan = make_plan(problem, on, tile=tile)
+        shape = problem.layout.from_canonical(problem.output_shape)
+        self.out = _result("out", problem, shape, self.like)
+        rows = problem.batch * problem.num_heads_q * problem.seqlen_q
+        self.lse = _Result("lse", problem.lse_shape, "float32", None, 4 * rows)
+        view = given_view or self.out.view
+        assert view is not None
+        if given is not None:
+            self.add_extent("out", given)
+        views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": view}
+        addresses = {name: array.pointer for name, array in inputs.items()} | {"out": given.pointer if given else 0}
+        vectorized = {name: views[name].aligned16(problem.itemsize) and addresses[name] % 16 == 0 for name in views}
+        for kernel in self.plan.kernels:
+            lse_strides = (problem.num_heads_q * problem.seqlen_q, problem.seqlen_q, 1)
+            template = launch.forward_template(problem, kernel, view, lse_strides, vectorized)
+            self.launches.append(_Launch(kernel, launch.executable(kernel, on), template))
+
+    def run(self, pointers: dict[str, int], given: Any = None, given_array: Array | None = None) -> Any:
+        if given_array is None:
+            out, pointers["out"] = self.allocate(self.out)
+        else:
+            out, pointers["out"] = given, given_array.pointer
+        lse = None
+        if self.problem.return_lse:
+            lse, pointers["lse"] = self.allocate(self.lse)
+        if self.launches:
+            self.launch_all(pointers)
+        else:
+            _fill(out, 0.0)
+            if lse is not None:
+                _fill(lse, float("-inf"))
+        if given_array is None:
+            out = self.framework.finish(out)
+        return (out, self.framework.finish(lse)) if self.problem.return_lse else out
+
+
+class _BackwardCall(_Call):
+    def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array]) -> None:
+        super().__init__(problem, on, inputs["query"])
+        others = check_backward(problem, problem.layout, inputs["grad_out"], inputs["out"], inputs["lse"], inputs.get("grad_lse"))
+        for name, array in inputs.items():
+            self.add_extent(name, array)
+        self.plan = make_plan(problem, on, backward=True, tile=tile)
+        layout = problem.layout
+        self.results = [
+            _result("grad_query", problem, layout.from_canonical(problem.output_shape), self.like),
+            _result("grad_key", problem, layout.from_canonical(problem.key_shape), self.like),
+            _result("grad_value", problem, layout.from_canonical(problem.value_shape), self.like),
+        ]
+        rows = problem.batch * problem.num_heads_q * problem.seqlen_q
+        self.workspace = _Result("row_statistics", (2 * rows,), "float32", None, 8 * rows)
+        views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": others.out, "grad_out": others.grad_out}
+        vectorized = {name: view.aligned16(problem.itemsize) and inputs[name].pointer % 16 == 0 for name, view in views.items()}
+        for result in self.results:
+            assert result.view is not None
+            views[result.name] = result.view
+            vectorized[result.name] = result.view.aligned16(problem.itemsize)
+        for kernel in self.plan.kernels:
+            template = launch.backward_template(problem, kernel, views, others.lse_strides, others.grad_lse_strides, vectorized)
+            self.launches.append(_Launch(kernel, launch.executable(kernel, on), template))
+
+    def run(self, pointers: dict[str, int]) -> Gradients:
+        gradients = []
+        for result in self.results:
+            gradient, pointers[result.name] = self.allocate(result)
+            gradients.append(gradient)
+        if self.launches:
+            workspace, pointers["row_statistics"] = self.allocate(self.workspace)
+            self.launch_all(pointers)
+            del workspace
+        else:
+            for gradient in gradients:
+                _fill(gradient, 0.0)
+        return Gradients(*(self.framework.finish(gradient) for gradient in gradients))
+
+
+def _result(name: str, problem: Problem, shape: tuple[int, ...], like: Array) -> _Result:
+    """A C-contiguous output in the caller's layout."""
+    strides, count = [], 1
+    for extent in reversed(shape):
+        strides.append(count)
+        count *= extent
+    stand_in = Array(0, shape, tuple(reversed(strides)), like.dtype, like.itemsize, like.device, like.framework, None)
+    return _Result(name, shape, problem.dtype, problem.layout.view(stand_in, problem.head_dim), count * problem.itemsize)
+
+
+def _fill(array: Any, number: float) -> None:
+    if isinstance(array, arrays.BFloat16Bits):
+        array.bits[...] = 0
+    else:
+        array[...] = number
+
+
+def _device_of(array: Array) -> Device:
+    """The device that the array's memory is on."""
+    kind, index = array.device
+    if kind == "cpu":
+        return device.of_arch(device.simulator_arch())
+    try:
+        return device.gpu(index)
+    except ImportError as error:
+        raise SetupError("Arrays on a GPU need CuPy: pip install 'cuflash[cuda12]' (or 'cuflash[cuda13]').") from error
+
+
+def _refuse_autograd(inputs: dict[str, Array]) -> None:
+    """A tensor that autograd records would silently lose its gradient here."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_grad_enabled():
+        return
+    for name, array in inputs.items():
+        if getattr(array.owner, "requires_grad", False):
+            hint = f"Pass {name}.detach() or call under torch.no_grad(), and compute gradients with scaled_dot_product_attention_backward."
+            raise UnsupportedError(name, "a tensor that requires grad", "a tensor outside of autograd", hint)
+
+

@@ -1,0 +1,77 @@
+"""Every exception that cuflash raises on purpose.
+
+A message about a user's input names the argument, what came, what was expected and the way out, so each of those is a field of `ArgumentError`.
+"""
+
+from __future__ import annotations
+
+
+class CuflashError(Exception):
+    """Base class of all cuflash exceptions."""
+
+
+class ArgumentError(CuflashError, ValueError):
+    """An argument that cannot be used as it came.
+
+    Attributes:
+        argument: name of the offending argument as the caller knows it.
+        got: what came.
+        expected: what would have been accepted.
+        hint: what to do about it.
+    """
+
+    def __init__(self, argument: str, got: object, expected: str, hint: str) -> None:
+        self.argument = argument
+        self.got = str(got)
+        self.expected = expected
+        self.hint = hint
+        super().__init__(f"{argument}: got {self.got}; expected {expected}. {hint}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:
+        return type(self), (self.argument, self.got, self.expected, self.hint)
+
+
+class ShapeError(ArgumentError):
+    """Ranks, extents or layouts that do not fit together."""
+
+
+class DTypeError(ArgumentError, TypeError):
+    """An element type that is not supported, or types that differ."""
+
+
+class DeviceError(ArgumentError):
+    """Arrays on different devices or of different kinds, or a device that is not supported."""
+
+
+class OptionError(ArgumentError):
+    """A scalar option outside its domain."""
+
+
+class TileError(ArgumentError):
+    """A tile that breaks a rule of the device; the message carries the nearest legal tiles."""
+
+
+class UnsupportedError(ArgumentError, NotImplementedError):
+    """A combination that cuflash has no kernel for; it never falls back to a slower path silently."""
+
+
+class SetupError(CuflashError, ImportError):
+    """Something that has to be installed is missing; the message is the command to run."""
+
+
+class CompileError(CuflashError, RuntimeError):
+    """The compiler refused a kernel; carries its log and the configuration."""
+
+    def __init__(self, message: str, *, log: str = "", config: str = "") -> None:
+        self.log = log
+        self.config = config
+        parts = [message]
+        if log:
+            parts.append("--- compiler log ---\n" + log.strip())
+        if config:
+            parts.append("--- configuration ---\n" + config.strip())
+        super().__init__("\n".join(parts))
+
+
+class SimulatorError(CuflashError, RuntimeError):
+    """The virtual machine stopped a kernel: an illegal access, a deadlock, an unknown instruction."""

@@ -1,0 +1,106 @@
+"""Check the scalar options of a call: each function takes what the caller passed and returns it in the type it should have, or raises.
+
+Types are strict, because a truthy string or a scale of True is a mistake; NumPy's bools, ints and floats are as good as Python's.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import Literal
+
+import numpy
+
+from cuflash.arrays import describe
+from cuflash.errors import OptionError, UnsupportedError
+from cuflash.layout import CANONICAL
+
+CausalAlignment = Literal["top_left", "bottom_right"]
+_CAUSAL_ALIGNMENTS: tuple[CausalAlignment, ...] = ("top_left", "bottom_right")
+
+MAX_SCALE = 2.0**127
+"""Beyond it, scale * log2(e) overflows float32, in which the kernels hold it."""
+
+
+def check_bool(name: str, value: object) -> bool:
+    """True or False."""
+    if isinstance(value, (bool, numpy.bool_)):
+        return bool(value)
+    raise OptionError(name, describe(value), "True or False", f"Write {name}=True or {name}=False.")
+
+
+def check_scale(scale: object) -> float | None:
+    """A finite float, or None for the default."""
+    if scale is None:
+        return None
+    number = _real(scale)
+    if number is not None and abs(number) <= MAX_SCALE:
+        return number
+    expected = "a finite float of at most 2**127 in magnitude, or None"
+    raise OptionError(
+        "scale", describe(scale), expected, "Leave it out for head_dim ** -0.5; convert an array of one element: float(scale)."
+    )
+
+
+def check_dropout(dropout_p: object) -> None:
+    """Only 0 passes: other probabilities are not supported yet, and all else is wrong."""
+    number = _real(dropout_p)
+    if number is None or not 0.0 <= number <= 1.0:
+        raise OptionError("dropout_p", describe(dropout_p), "a probability from 0.0 to 1.0", "Use 0.0 for no dropout, as in evaluation.")
+    if number != 0.0:
+        raise UnsupportedError("dropout_p", describe(dropout_p), "0.0: dropout is not supported yet", "Leave it out.")
+
+
+def check_mask(attn_mask: object) -> None:
+    """Only None passes: masks are not supported yet."""
+    if attn_mask is not None:
+        hint = "Leave it out, or use is_causal=True for a causal mask."
+        raise UnsupportedError("attn_mask", describe(attn_mask), "None: masks are not supported yet", hint)
+
+
+def check_causal_alignment(value: object) -> CausalAlignment:
+    """One of "top_left" and "bottom_right"."""
+    for known in _CAUSAL_ALIGNMENTS:
+        if isinstance(value, str) and value == known:
+            return known
+    hint = "top_left: query i sees keys 0 to i; bottom_right: the last query sees all keys. They are the same for equal lengths."
+    raise OptionError("causal_alignment", describe(value), "'top_left' or 'bottom_right'", hint)
+
+
+def check_num_heads(num_heads: object) -> int | None:
+    """A positive int, or None."""
+    if num_heads is None:
+        return None
+    if isinstance(num_heads, numbers.Integral) and not isinstance(num_heads, bool):
+        count = operator.index(num_heads)
+        if count > 0:
+            return count
+    raise OptionError("num_heads", describe(num_heads), "a positive int, or None", "Pass the number of heads of the query.")
+
+
+def check_layout(layout: object, batch_first: object) -> str:
+    """The order of dimensions as four letters; `batch_first=False` is short for "hbsd"."""
+    first = check_bool("batch_first", batch_first)
+    if not isinstance(layout, str) or sorted(layout) != sorted(CANONICAL):
+        expected = "the letters b, s, h, d in the order of the dimensions, such as 'bshd' or 'bhsd'"
+        hint = "b is the batch, s the sequence, h the heads, d the head dimension."
+        if isinstance(layout, str) and sorted(layout.lower()) == sorted(CANONICAL):
+            hint = f"Write it in lower case: layout={layout.lower()!r}."
+        raise OptionError("layout", describe(layout), expected, hint)
+    if first:
+        return layout
+    if layout != CANONICAL:
+        got = f"False together with layout={layout!r}"
+        raise OptionError("batch_first", got, "one of the two", "layout says the order of all dimensions: leave batch_first out.")
+    return "hbsd"
+
+
+def _real(value: object) -> float | None:
+    """The float that a real number is, infinite if it is out of range; None for anything that is no real number."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond float64
+        return math.inf

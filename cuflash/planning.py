@@ -1,0 +1,271 @@
+"""From a problem and a device to the kernels that will run: which, with which constants, in which grid, with how much memory.
+
+Pure: nothing here touches a GPU, CuPy or a compiler, so a plan can be made for any architecture anywhere, and printed.
+
+Memory beyond inputs and outputs is O(S): the forward pass needs none, the backward pass eight bytes per query row and head.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil
+
+from cuflash import tiles
+from cuflash.codegen import config_text
+from cuflash.compiler import CompileRequest
+from cuflash.device import Device
+from cuflash.errors import TileError, UnsupportedError
+from cuflash.problem import Problem
+from cuflash.tiles import KernelCase, Tile
+
+MAX_GRID = 2**31 - 1
+ROW_STATISTICS_BYTES = 8
+DELTA_WARPS = 4
+
+Tiles = Tile | Mapping[str, Tile] | None
+"""What `tile=` takes: one tile; for the backward pass also a mapping from kernel names to tiles; or None for the defaults."""
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """One kernel launch.
+
+    Attributes:
+        name: "forward", "backward_delta", "backward_dkdv", "backward_dk", "backward_dv" or "backward_dq".
+        source: file in kernels/; its stem is the entry point.
+        dtype, head_dim, tile: as in `KernelCase`.
+        config: the text of `struct Config`.
+        num_threads: threads of a block.
+        shared_bytes: dynamic shared memory of a block.
+        num_tiles: tiles that one (batch, head) is cut into.
+        num_blocks: blocks of the one-dimensional grid.
+        group_batch, group_heads: batches and query heads summed into one K/V gradient; 1 elsewhere.
+    """
+
+    name: str
+    source: str
+    dtype: str
+    head_dim: int
+    tile: Tile
+    config: str
+    num_threads: int
+    shared_bytes: int
+    num_tiles: int
+    num_blocks: int
+    group_batch: int = 1
+    group_heads: int = 1
+
+    @property
+    def entry(self) -> str:
+        """Name of the `extern "C"` function."""
+        return self.source.removesuffix(".cu")
+
+    def request(self, device: Device) -> CompileRequest:
+        """What to compile for `device`: a cubin for a GPU, PTX for the simulator."""
+        return CompileRequest(self.source, self.config, device.compile_arch, "ptx" if device.kind == "simulator" else "cubin")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a call will do. `print(plan)` says it in words.
+
+    Attributes:
+        problem: the checked problem.
+        device: where it runs.
+        backward: which pass.
+        kernels: launches in order; empty when there is nothing to compute.
+        workspace_bytes: device memory beyond inputs and outputs.
+        output_bytes: memory of the arrays that the call returns.
+    """
+
+    problem: Problem
+    device: Device
+    backward: bool
+    kernels: tuple[KernelPlan, ...]
+    workspace_bytes: int
+    output_bytes: int
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self) -> str:
+        """A few lines for people: problem, device, kernels with tiles and grids, memory, work."""
+        problem = self.problem
+        causal = f"causal ({problem.causal_alignment})" if problem.is_causal else "not causal"
+        heads = f"{problem.num_heads_q} heads" if problem.num_heads_q == problem.num_heads_kv else f"{problem.num_heads_q}/{problem.num_heads_kv} heads"
+        flops = problem.flops_backward if self.backward else problem.flops_forward
+        standard = problem.batch * problem.num_heads_q * problem.seqlen_q * problem.seqlen_kv * problem.itemsize * (4 if self.backward else 2)
+        lines = [
+            f"{'backward' if self.backward else 'forward'} attention on {self.device.name}, {self.device.arch}",
+            f"  problem    {problem.dtype}, batch {problem.batch}, seqlen {problem.seqlen_q} x {problem.seqlen_kv}, {heads}, "
+            f"head_dim {problem.head_dim}, {causal}, scale {problem.scale:.6g}",
+            f"  products   {_products(problem, self.device)}",
+        ]
+        for kernel in self.kernels:
+            tile = f"{kernel.tile}, " if kernel.name != "backward_delta" else ""
+            lines.append(
+                f"  kernel     {kernel.name}: {kernel.source}, {tile}{kernel.num_blocks} blocks of {kernel.num_threads} threads, "
+                f"{kernel.shared_bytes} bytes of shared memory"
+            )
+        if not self.kernels:
+            lines.append("  kernel     none: there is nothing to compute")
+        lines += [
+            f"  memory     outputs {_bytes(self.output_bytes)}, workspace {_bytes(self.workspace_bytes)}; unfused attention would take {_bytes(standard)} more",
+            f"  work       {flops / 1e9:.4g} GFLOP in matrix products over visible pairs; the same bits on every run",
+        ]
+        return "\n".join(lines)
+
+
+def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile: Tiles = None) -> Plan:
+    """Choose kernels, tiles and grids.
+
+    Args:
+        problem: what to compute.
+        device: where.
+        backward: gradients instead of the output.
+        tile: None for the default tiles. For the backward pass a single tile is meant for the dK/dV kernel, and the dQ kernel takes it with tile_q
+            and tile_kv exchanged; a mapping pins kernels by name, such as {"backward_dq": Tile(...)}.
+
+    Raises:
+        TileError: `tile` is not legal here, or names a kernel that does not run.
+        UnsupportedError: more blocks than a grid can have.
+    """
+    itemsize = problem.itemsize
+    rows = problem.batch * problem.num_heads_q * problem.seqlen_q
+    if backward:
+        output_bytes = itemsize * (rows * problem.head_dim + _size(problem.key_shape) + _size(problem.value_shape))
+        workspace_bytes = ROW_STATISTICS_BYTES * rows
+    else:
+        output_bytes = itemsize * rows * problem.head_dim + (4 * rows if problem.return_lse else 0)
+        workspace_bytes = 0
+    kernels: tuple[KernelPlan, ...] = ()
+    if not problem.is_empty:
+        kernels = _backward_kernels(problem, device, tile) if backward else (_attention_kernel("forward", problem, device, tile),)
+    for kernel in kernels:
+        if kernel.num_blocks > MAX_GRID:
+            hint = "Split the call along the batch."
+            raise UnsupportedError("query", f"{kernel.num_blocks} tiles over batch and heads", f"at most {MAX_GRID}", hint)
+    return Plan(problem, device, backward, kernels, workspace_bytes if kernels else 0, output_bytes)
+
+
+def backward_passes(problem: Problem, device: Device) -> tuple[tiles.Pass, ...]:
+    """The kernels that make the gradients after `backward_delta`.
+
+    dK and dV come from one kernel where the accumulators of both fit the registers and they are summed over the same heads and batches.
+    """
+    same_groups = problem.key_shape == problem.value_shape
+    both = KernelCase("backward_dkdv", problem.dtype, problem.head_dim, problem.allow_tf32)
+    if same_groups and splits_dkdv(both, device) is False:
+        return ("backward_dkdv", "backward_dq")
+    return ("backward_dv", "backward_dk", "backward_dq")
+
+
+@functools.cache
+def splits_dkdv(case: KernelCase, device: Device) -> bool:
+    """Whether no tile of the joint dK/dV kernel fits the registers with room to spare."""
+    legal = tiles.legal_tiles_for(case, device)
+    return not legal or tiles.estimate_registers(case, legal[0], device) > tiles.MAX_REGISTERS
+
+
+def offline_kernels(
+    device: Device, *, dtype: str, head_dim: int, is_causal: bool = False, allow_tf32: bool = False, backward: bool = True, tile: Tiles = None
+) -> Iterable[KernelPlan]:
+    """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection."""
+    problem = _representative(dtype, head_dim, is_causal, allow_tf32)
+    yield from make_plan(problem, device, tile=tile).kernels
+    if backward:
+        yield from make_plan(problem, device, backward=True, tile=tile).kernels
+
+
+def _representative(dtype: str, head_dim: int, is_causal: bool, allow_tf32: bool) -> Problem:
+    from cuflash.problem import Layout, View
+
+    shape = (1, 1024, 1, head_dim)
+    view = View(shape, (1024 * head_dim, head_dim, head_dim, 1))
+    return Problem(
+        dtype=dtype, batch=1, seqlen_q=1024, seqlen_kv=1024, num_heads_q=1, num_heads_kv=1, batch_kv=1, head_dim=head_dim, scale=head_dim**-0.5,
+        is_causal=is_causal, causal_alignment="top_left", deterministic=False, allow_tf32=allow_tf32, return_lse=True, query=view, key=view, value=view,
+        key_shape=shape, value_shape=shape, layout=Layout(),
+    )  # fmt: skip
+
+
+def _backward_kernels(problem: Problem, device: Device, tile: Tiles) -> tuple[KernelPlan, ...]:
+    passes = backward_passes(problem, device)
+    if isinstance(tile, Mapping):
+        for name in tile:
+            if name not in passes:
+                raise TileError("tile", f"a tile for {name!r}", "kernels that run: " + ", ".join(passes), "Remove it; print(plan) lists the kernels.")
+    return (_delta_kernel(problem, device), *(_attention_kernel(name, problem, device, tile) for name in passes))
+
+
+def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:
+    case = KernelCase(name, problem.dtype, problem.head_dim, problem.allow_tf32 and problem.dtype == "float32")
+    tile = _choose_tile(case, device, pinned)
+    shared_bytes = tiles.shared_bytes(case, tile, device)
+    constants: dict[str, int | bool] = {
+        "CAPABILITY": device.capability,
+        "HEAD_DIM": problem.head_dim,
+        "TILE_Q": tile.tile_q,
+        "TILE_KV": tile.tile_kv,
+        "NUM_WARPS": tile.num_warps,
+        "NUM_STAGES": tile.num_stages,
+        "SHARED_BYTES": shared_bytes,
+        "CAUSAL": problem.is_causal,
+        "ALLOW_TF32": case.allow_tf32,
+    }
+    source, batch, heads, seqlen = f"{name}_mma.cu", problem.batch, problem.num_heads_q, problem.seqlen_q
+    group_batch = group_heads = 1
+    if name in ("backward_dkdv", "backward_dk", "backward_dv"):
+        source = "backward_dkdv_mma.cu"
+        constants |= {"COMPUTE_DK": name != "backward_dv", "COMPUTE_DV": name != "backward_dk"}
+        batch, seqlen, heads, _ = problem.value_shape if name == "backward_dv" else problem.key_shape
+        group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
+    num_tiles = ceil(seqlen / case.stationary_rows(tile))
+    return KernelPlan(
+        name, source, problem.dtype, problem.head_dim, tile, config_text(problem.dtype, constants), 32 * tile.num_warps, shared_bytes,
+        num_tiles, num_tiles * heads * batch, group_batch, group_heads,
+    )  # fmt: skip
+
+
+def _choose_tile(case: KernelCase, device: Device, pinned: Tiles) -> Tile:
+    if isinstance(pinned, Mapping):
+        pinned = pinned.get(case.kernel)
+    elif pinned is not None and case.kernel == "backward_dq" and isinstance(pinned, Tile):
+        pinned = pinned.transposed()
+    return tiles.default_tile(case, device) if pinned is None else tiles.check_tile(case, pinned, device)
+
+
+def _delta_kernel(problem: Problem, device: Device) -> KernelPlan:
+    chunks = ceil(problem.head_dim * problem.itemsize / 16)
+    lanes = next(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes >= min(chunks, 32))
+    rows = 32 * DELTA_WARPS // lanes
+    constants = {"CAPABILITY": device.capability, "HEAD_DIM": problem.head_dim, "TILE_Q": rows, "NUM_WARPS": DELTA_WARPS}
+    num_tiles = ceil(problem.seqlen_q / rows)
+    return KernelPlan(
+        "backward_delta", "backward_delta.cu", problem.dtype, problem.head_dim, Tile(rows, 1, DELTA_WARPS, 1), config_text(problem.dtype, constants),
+        32 * DELTA_WARPS, 0, num_tiles, num_tiles * problem.num_heads_q * problem.batch,
+    )  # fmt: skip
+
+
+def _products(problem: Problem, device: Device) -> str:
+    case = KernelCase("forward", problem.dtype, problem.head_dim)
+    if case.uses_simt(device):
+        return "float32 units: the tensor cores of sm_75 take float16 only"
+    if problem.dtype == "float32":
+        return "tensor cores, TF32" if problem.allow_tf32 else "tensor cores, 3 x TF32 (float32 accuracy)"
+    return f"tensor cores, {problem.dtype} with float32 sums"
+
+
+def _size(shape: Iterable[int]) -> int:
+    return functools.reduce(lambda product, extent: product * extent, shape, 1)
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} TiB"

@@ -1,0 +1,352 @@
+"""Judge attention: the plain formula in float64, the same formula as a framework computes it in a small precision, and their comparison.
+
+    S = scale · Q Kᵀ      P = softmax(S)      O = P V      lse = log Σ exp(S)
+    dV = Pᵀ dO      dP = dO Vᵀ      dS = P ∘ (dP - Σ P ∘ dP + dlse)      dQ = scale · dS K      dK = scale · dSᵀ Q
+
+`attention` and `attention_backward` are the truth. `attention_naive` and `attention_naive_backward` round S, P, O, dP, dS to the precision
+of the inputs, as unfused operators do that store them. The error they make says how large an error is acceptable; `compare` asserts it.
+
+Nothing here is fast, and nothing is shared with the library under test: one sequence and one head at a time, NumPy only. A row that sees no
+key has O = 0, lse = -inf and no gradient. A masked key has no influence at all, even if it is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy
+from numpy.typing import NDArray
+
+Precision = Literal["float16", "bfloat16", "float32"]
+Float64 = NDArray[numpy.float64]
+Round = Callable[[NDArray[Any]], NDArray[Any]]
+
+EPSILON: dict[str, float] = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+"""Distance from 1 to the next larger number."""
+
+# Units of EPSILON · max|want| that `compare` allows beyond twice the naive error. In 16 bits the final rounding is half a unit. In float32
+# the naive product is a BLAS sum that can be nearly exact, while kernels use the GPU's exp2, good to 2 ulp, and add in another order.
+_ROUNDING_UNITS: dict[str, float] = {"float16": 1.0, "bfloat16": 1.0, "float32": 8.0, "float64": 8.0}
+
+
+# --- Truth ------------------------------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    layout: str = "bshd",
+    causal_alignment: str = "top_left",
+) -> tuple[Float64, Float64]:
+    """Attention in float64.
+
+    Args:
+        query: four dimensions in the order of `layout`, any float type, any kind of array that `to_float64` understands.
+        key, value: same; batch and heads are the query's or 1, and heads may be a divisor of the query's if `enable_gqa`.
+        is_causal: query i sees keys j <= i, shifted by seqlen_kv - seqlen_q for "bottom_right".
+        scale: default head_dim ** -0.5.
+
+    Returns:
+        out: shape of query in its layout.
+        lse: (batch, heads, seqlen_q), natural logarithm; -inf where no key is visible.
+    """
+    return _forward(query, key, value, numpy.float64, _exact, is_causal, scale, enable_gqa, layout, causal_alignment)
+
+
+def attention_backward(
+    grad_out: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    grad_lse: Any = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    layout: str = "bshd",
+    causal_alignment: str = "top_left",
+) -> tuple[Float64, Float64, Float64]:
+    """Gradients in float64 of Σ grad_out ∘ out + Σ grad_lse ∘ lse with respect to query, key and value.
+
+    Args:
+        grad_out: shape of the output, in `layout`.
+        grad_lse: (batch, heads, seqlen_q), or None for 0.
+        query, key, value, …: as for `attention`.
+
+    Returns:
+        Three arrays of the shapes of query, key and value; a broadcast input gets the sum over all its uses.
+    """
+    return _backward(grad_out, query, key, value, grad_lse, numpy.float64, _exact, is_causal, scale, enable_gqa, layout, causal_alignment)
+
+
+# --- The yardstick ----------------------------------------------------------------------------------------------------------------------
+
+
+def attention_naive(
+    query: Any,
+    key: Any,
+    value: Any,
+    precision: Precision,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    layout: str = "bshd",
+    causal_alignment: str = "top_left",
+) -> tuple[Float64, Float64]:
+    """`attention` with float32 arithmetic and S, P and O rounded to `precision`; the values are returned as float64."""
+    out, lse = _forward(query, key, value, numpy.float32, _rounding_to(precision), is_causal, scale, enable_gqa, layout, causal_alignment)
+    return out.astype(numpy.float64), lse.astype(numpy.float64)
+
+
+def attention_naive_backward(
+    grad_out: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    precision: Precision,
+    *,
+    grad_lse: Any = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    layout: str = "bshd",
+    causal_alignment: str = "top_left",
+) -> tuple[Float64, Float64, Float64]:
+    """`attention_backward` with float32 arithmetic and S, P, dP, dS and the gradients rounded to `precision`; returned as float64."""
+    rounded = _rounding_to(precision)
+    grads = _backward(grad_out, query, key, value, grad_lse, numpy.float32, rounded, is_causal, scale, enable_gqa, layout, causal_alignment)
+    grad_query, grad_key, grad_value = (grad.astype(numpy.float64) for grad in grads)
+    return grad_query, grad_key, grad_value
+
+
+def compare(got: Any, want64: Float64, naive: Float64, *, name: str, dtype: str | None = None) -> None:
+    """Assert that `got` is about as close to the truth as the naive formula in its precision.
+
+    Shapes and the positions of NaN and infinities are compared first. Then the largest error has to be at most twice the naive one, plus a
+    few units in the last place of the largest wanted value. Where the naive formula overflowed, its error does not count.
+
+    Args:
+        got: the result to be judged, any kind of array.
+        want64: the truth.
+        naive: what the naive formula gave.
+        name: of the result, for the message.
+        dtype: element type that `got` was rounded to; default its own.
+
+    Raises:
+        AssertionError: with the worst index, its values, and both errors.
+    """
+    dtype = dtype or _dtype_name(got)
+    got64 = to_float64(got)
+    assert got64.shape == want64.shape, f"{name}: shape {got64.shape}, expected {want64.shape}"
+    if got64.size == 0:
+        return
+    for what, marks in (("NaN", numpy.isnan), ("+inf", numpy.isposinf), ("-inf", numpy.isneginf)):
+        wrong = marks(got64) != marks(want64)
+        if wrong.any():
+            index = tuple(int(i) for i in numpy.argwhere(wrong)[0])
+            raise AssertionError(
+                f"{name}: {what} in other places than expected, {int(wrong.sum())} of {wrong.size} elements; "
+                f"first at {index}: got {got64[index]}, expected {want64[index]}"
+            )
+    finite = numpy.isfinite(want64)
+    if not finite.any():
+        return
+    error = numpy.zeros(want64.shape)
+    numpy.subtract(got64, want64, out=error, where=finite)
+    numpy.abs(error, out=error)
+    counted = finite & numpy.isfinite(naive)
+    naive_error = float(numpy.abs(naive[counted] - want64[counted]).max()) if counted.any() else 0.0
+    largest = float(numpy.abs(want64[finite]).max())
+    tolerance = 2 * naive_error + _ROUNDING_UNITS[dtype] * EPSILON[dtype] * largest
+    worst = tuple(int(i) for i in numpy.unravel_index(int(error.argmax()), error.shape))
+    assert error[worst] <= tolerance, (
+        f"{name}: error {error[worst]:.3e} at {worst}: got {got64[worst]:.8g}, expected {want64[worst]:.8g}; tolerance {tolerance:.3e} "
+        f"= 2 x naive error {naive_error:.3e} + {_ROUNDING_UNITS[dtype]:g} {dtype} epsilons of the largest value {largest:.3e}; "
+        f"{int((error > tolerance).sum())} of {error.size} elements are beyond it"
+    )
+
+
+# --- The formula ------------------------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    query: Any,
+    key: Any,
+    value: Any,
+    work: Any,
+    rounded: Round,
+    is_causal: bool,
+    scale: float | None,
+    gqa: bool,
+    layout: str,
+    alignment: str,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    q, k, v = (_to_bhsd(x, layout, work) for x in (query, key, value))
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    visible = _visible(q.shape[2], k.shape[2], is_causal, alignment)
+    out = numpy.zeros(q.shape, work)
+    lse = numpy.zeros(q.shape[:3], work)
+    for b, h, at_k, at_v in _heads(q, k, v, gqa):
+        weights, lse[b, h] = _softmax(_scores(q[b, h], k[at_k], factor, rounded), visible, rounded)
+        out[b, h] = rounded(_matmul(weights, v[at_v], visible))
+    return _from_bhsd(out, layout), lse
+
+
+def _backward(
+    grad_out: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    grad_lse: Any,
+    work: Any,
+    rounded: Round,
+    is_causal: bool,
+    scale: float | None,
+    gqa: bool,
+    layout: str,
+    alignment: str,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    grad, q, k, v = (_to_bhsd(x, layout, work) for x in (grad_out, query, key, value))
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    visible = _visible(q.shape[2], k.shape[2], is_causal, alignment)
+    grad_rows = numpy.zeros(q.shape[:3], work) if grad_lse is None else to_float64(grad_lse).astype(work)
+    grad_q, grad_k, grad_v = (numpy.zeros(x.shape, work) for x in (q, k, v))
+    for b, h, at_k, at_v in _heads(q, k, v, gqa):
+        weights, _ = _softmax(_scores(q[b, h], k[at_k], factor, rounded), visible, rounded)
+        with numpy.errstate(invalid="ignore"):
+            grad_weights = numpy.where(visible, rounded(grad[b, h] @ v[at_v].T), 0)
+            delta = (weights * grad_weights).sum(axis=1, keepdims=True)
+            grad_scores = rounded(numpy.where(visible, weights * (grad_weights - delta + grad_rows[b, h][:, None]), 0))
+        grad_q[b, h] = rounded(work(factor) * _matmul(grad_scores, k[at_k], visible))
+        grad_k[at_k] += rounded(work(factor) * _matmul(grad_scores.T, q[b, h], visible.T))
+        grad_v[at_v] += rounded(_matmul(weights.T, grad[b, h], visible.T))
+    grad_q, grad_k, grad_v = (_from_bhsd(rounded(x), layout) for x in (grad_q, grad_k, grad_v))
+    return grad_q, grad_k, grad_v
+
+
+def _heads(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], gqa: bool) -> Iterator[tuple[int, int, tuple[int, int], tuple[int, int]]]:
+    """Each (batch, head) of the query with the (batch, head) of the key and of the value that it attends to."""
+    batch, heads = q.shape[:2]
+    for x in (k, v):
+        divides = gqa and x.shape[1] > 0 and heads % x.shape[1] == 0
+        if x.shape[0] not in (1, batch) or not (x.shape[1] in (1, heads) or divides):
+            raise ValueError(f"(batch, heads) {x.shape[:2]} of key or value do not fit the query's {(batch, heads)}")
+
+    def shared(x: NDArray[Any], b: int, h: int) -> tuple[int, int]:
+        return (b if x.shape[0] > 1 else 0), h // (heads // x.shape[1])
+
+    for b in range(batch):
+        for h in range(heads):
+            yield b, h, shared(k, b, h), shared(v, b, h)
+
+
+def _visible(seqlen_q: int, seqlen_kv: int, is_causal: bool, alignment: str) -> NDArray[numpy.bool_]:
+    """(seqlen_q, seqlen_kv): True where a query sees a key."""
+    if alignment not in ("top_left", "bottom_right"):
+        raise ValueError(f"unknown causal alignment {alignment!r}")
+    offset = seqlen_kv - seqlen_q if alignment == "bottom_right" else 0
+    rows, columns = numpy.arange(seqlen_q)[:, None], numpy.arange(seqlen_kv)[None, :]
+    return (columns <= rows + offset) if is_causal else numpy.ones((seqlen_q, seqlen_kv), numpy.bool_)
+
+
+def _scores(q: NDArray[Any], k: NDArray[Any], factor: float, rounded: Round) -> NDArray[Any]:
+    with numpy.errstate(invalid="ignore", over="ignore"):
+        return rounded(q.dtype.type(factor) * (q @ k.T))
+
+
+def _softmax(scores: NDArray[Any], visible: NDArray[numpy.bool_], rounded: Round) -> tuple[NDArray[Any], NDArray[Any]]:
+    """P and the logarithm of each row's sum; a row without a visible key gives zeros and -inf."""
+    if scores.shape[1] == 0:
+        return scores, numpy.full(scores.shape[0], -numpy.inf, scores.dtype)
+    scores = numpy.where(visible, scores, -numpy.inf)
+    row_max = scores.max(axis=1, keepdims=True)
+    seen = visible.any(axis=1, keepdims=True) & ~numpy.isneginf(row_max)
+    with numpy.errstate(invalid="ignore", divide="ignore"):
+        exponentials = numpy.where(visible & seen, numpy.exp(scores - numpy.where(seen, row_max, 0)), 0)
+        row_sum = exponentials.sum(axis=1, keepdims=True)
+        weights = exponentials / numpy.where(seen, row_sum, 1)
+        lse = numpy.where(seen, row_max + numpy.log(row_sum), -numpy.inf)
+    return rounded(weights), lse[:, 0]
+
+
+def _matmul(weights: NDArray[Any], x: NDArray[Any], visible: NDArray[numpy.bool_]) -> NDArray[Any]:
+    """`weights @ x`, where an invisible row of `x` adds nothing even if it is not finite."""
+    if numpy.isfinite(x).all():
+        return numpy.asarray(weights @ x)
+    product = weights @ numpy.where(numpy.isfinite(x), x, 0)
+    with numpy.errstate(invalid="ignore"):
+        for row, column in numpy.argwhere(~numpy.isfinite(x)):
+            seen = visible[:, row]
+            product[seen, column] += weights[seen, row] * x[row, column]
+    return numpy.asarray(product)
+
+
+# --- Conversions ------------------------------------------------------------------------------------------------------------------------
+
+
+def to_float64(x: Any) -> Float64:
+    """Any kind of array as a new float64 NumPy array: NumPy, `ml_dtypes`, CuPy, torch, JAX, or uint16 tagged as bfloat16."""
+    if hasattr(x, "bits"):  # tagged uint16
+        return from_bfloat16_bits(_to_numpy(x.bits)).astype(numpy.float64)
+    if type(x).__module__.partition(".")[0] == "torch":
+        return numpy.array(x.detach().double().cpu().numpy())
+    array = _to_numpy(x)
+    if array.dtype.name == "bfloat16":
+        return from_bfloat16_bits(array.view(numpy.uint16)).astype(numpy.float64)
+    return array.astype(numpy.float64)
+
+
+def round_to(x: NDArray[Any], precision: str) -> NDArray[Any]:
+    """`x`, rounded to the nearest number of `precision` (ties to even), in x's own type, float32 or float64."""
+    if precision == "bfloat16":
+        return from_bfloat16_bits(to_bfloat16_bits(x)).astype(x.dtype)
+    with numpy.errstate(over="ignore"):
+        return numpy.asarray(x.astype(precision).astype(x.dtype))
+
+
+def to_bfloat16_bits(x: NDArray[Any]) -> NDArray[numpy.uint16]:
+    """The bits of each value's nearest bfloat16 (ties to even): the upper half of the float32, after adding just under half a unit."""
+    bits = numpy.ascontiguousarray(x, numpy.float32).view(numpy.uint32)
+    lowest_kept = (bits >> 16) & 1
+    rounded = ((bits + (0x7FFF + lowest_kept)) >> 16).astype(numpy.uint16)
+    return numpy.where(numpy.isnan(x), numpy.uint16(0x7FC0), rounded).reshape(numpy.shape(x))
+
+
+def from_bfloat16_bits(bits: NDArray[Any]) -> NDArray[numpy.float32]:
+    """The float32 values whose upper halves are `bits`."""
+    return numpy.asarray((bits.astype(numpy.uint32) << 16).view(numpy.float32))
+
+
+def _rounding_to(precision: str) -> Round:
+    if precision not in ("float16", "bfloat16", "float32"):
+        raise ValueError(f"precision {precision!r} is none of float16, bfloat16, float32")
+    return lambda x: round_to(x, precision)
+
+
+def _exact(x: NDArray[Any]) -> NDArray[Any]:
+    return x
+
+
+def _to_numpy(x: Any) -> NDArray[Any]:
+    return numpy.asarray(x.get() if hasattr(x, "get") and hasattr(x, "device") else x)
+
+
+def _dtype_name(x: Any) -> str:
+    return str(x.dtype).rpartition(".")[2]
+
+
+def _to_bhsd(x: Any, layout: str, work: Any) -> NDArray[Any]:
+    if sorted(layout) != sorted("bhsd"):
+        raise ValueError(f"layout {layout!r} is not an order of b, s, h, d")
+    return numpy.asarray(to_float64(x).astype(work).transpose([layout.index(letter) for letter in "bhsd"]))
+
+
+def _from_bhsd(x: NDArray[Any], layout: str) -> NDArray[Any]:
+    return numpy.asarray(x.transpose(["bhsd".index(letter) for letter in layout]))

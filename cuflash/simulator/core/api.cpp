@@ -1,0 +1,33 @@
+// The functions that native.py calls through ctypes.
+#include "machine.h"
+#include "special_registers.h"
+#include "table.h"
+
+#define SIM_EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace sim;
+
+// Bumped whenever a struct of program.h changes, so that a mismatch is an error and not a crash.
+SIM_EXPORT int cuflash_simulator_abi() { return 1; }
+
+// Instruction `index` of the table; 0 past the last one.
+SIM_EXPORT int cuflash_simulator_instruction(u32 index, const char** name, const char** signature) {
+  const std::vector<Entry>& entries = instruction_table().entries();
+  if (index >= entries.size()) return 0;
+  *name = entries[index].name.c_str();
+  *signature = entries[index].signature.c_str();
+  return 1;
+}
+
+SIM_EXPORT const char* cuflash_simulator_special_register(u32 number) { return special_register_name(number); }
+
+SIM_EXPORT Program* cuflash_simulator_create(const ProgramDescription* description) { return make_program(*description).release(); }
+
+SIM_EXPORT void cuflash_simulator_destroy(Program* program) { delete program; }
+
+SIM_EXPORT u32 cuflash_simulator_rows(const Program* program) { return program->num_rows; }
+
+SIM_EXPORT int cuflash_simulator_launch(const Program* program, const LaunchDescription* description, CounterValues* counters,
+                                        Report* report) {
+  return launch(*program, *description, *counters, *report);
+}

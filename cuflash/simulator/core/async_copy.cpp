@@ -1,0 +1,212 @@
+// See async_copy.h.
+//
+// Contract: the bytes of a copy are read and written when it completes. Schedule EARLY completes it at once, LATE only when a wait demands
+// it, RANDOM at any moment between. Commit groups are per thread, as in the PTX ISA: a commit closes a group for the lanes that execute it.
+// A copy that nothing waited for is reported when its lane exits, under every schedule.
+#include "async_copy.h"
+
+#include <algorithm>
+
+#include "access.h"
+#include "table.h"
+
+namespace sim {
+namespace {
+
+struct Copy {
+  u32 record;
+  u32 open;      // lanes that have not committed it yet
+  u32 unwaited;  // lanes that have not waited for it yet
+  u32 pending;   // lanes whose bytes have not moved yet
+  u32 group;     // number of the commit that closed it; meaningless while open
+  u32 bytes;     // written per lane
+  Pointers to, from;
+  u32 size[LANES];  // bytes read per lane; the rest becomes zero
+};
+
+void move_bytes(Copy& copy, u32 lanes) {
+  lanes &= copy.pending;
+  copy.pending &= ~lanes;
+  for_lanes(lanes, [&](int lane) {
+    if (SIM_LIKELY(copy.size[lane] == 16)) {
+      memcpy(copy.to.lane[lane], copy.from.lane[lane], 16);
+      return;
+    }
+    u8 bytes[16] = {};
+    memcpy(bytes, copy.from.lane[lane], copy.size[lane]);
+    memcpy(copy.to.lane[lane], bytes, copy.bytes);
+  });
+}
+
+// The copies of one warp, oldest first, and its commits. Commit i of the warp closed a group for the lanes of `commits[i - first_commit]`.
+struct Queue {
+  std::vector<Copy> copies;
+  std::vector<u32> commits;
+  u32 first_commit = 0;
+
+  void clear() {
+    copies.clear();
+    commits.clear();
+    first_commit = 0;
+  }
+
+  void commit(u32 lanes) {
+    const u32 number = first_commit + u32(commits.size());
+    const size_t count = copies.size();
+    for (size_t i = 0; i < count; ++i) {
+      const u32 closing = copies[i].open & lanes;
+      if (closing == 0) continue;
+      if (closing != copies[i].open) {  // some lanes commit later: their part becomes a copy of its own
+        Copy rest = copies[i];
+        rest.open &= ~closing, rest.unwaited &= ~closing, rest.pending &= ~closing;
+        copies.push_back(rest);
+        copies[i].unwaited &= closing, copies[i].pending &= closing;
+      }
+      copies[i].open = 0;
+      copies[i].group = number;
+    }
+    commits.push_back(lanes);
+  }
+
+  // Completes what `lanes` wait for when at most `allowed` of their newest groups may stay.
+  void wait(u32 lanes, u32 allowed) {
+    u32 newer[LANES] = {};  // groups that a lane has seen, newest first
+    for (size_t i = commits.size(); i-- > 0;) {
+      u32 due = 0;
+      for_lanes(commits[i] & lanes, [&](int lane) { due |= u32(newer[lane]++ >= allowed) << lane; });
+      if (due == 0) continue;
+      commits[i] &= ~due;
+      for (Copy& copy : copies) {
+        if (copy.open == 0 && copy.group == first_commit + i) move_bytes(copy, due), copy.unwaited &= ~due;
+      }
+    }
+    forget();
+  }
+
+  void wait_all(u32 lanes) {
+    for (u32& commit : commits) commit &= ~lanes;
+    for (Copy& copy : copies) {
+      move_bytes(copy, lanes);
+      copy.unwaited &= ~lanes;
+      copy.open &= ~lanes;
+    }
+    forget();
+  }
+
+ private:
+  void forget() {
+    copies.erase(std::remove_if(copies.begin(), copies.end(), [](const Copy& copy) { return copy.unwaited == 0; }), copies.end());
+    size_t done = 0;
+    while (done < commits.size() && commits[done] == 0) ++done;
+    commits.erase(commits.begin(), commits.begin() + i64(done));
+    first_commit += u32(done);
+  }
+};
+
+class AsyncCopyEngine final : public Engine {
+ public:
+  explicit AsyncCopyEngine(Cta& cta) : schedule_(cta.launch.schedule), queues(cta.num_warps) {}
+
+  void reset() override {
+    for (Queue& queue : queues) queue.clear();
+  }
+
+  void issued(Copy& copy, Random& random) {
+    if (schedule_ == Schedule::EARLY) move_bytes(copy, ALL_LANES);
+    if (schedule_ == Schedule::RANDOM && random.below(4) == 0) move_bytes(copy, random.next() | random.next());
+  }
+
+  // Only a random schedule completes copies that nobody waits for: no wait depends on them.
+  bool step(Random& random) override {
+    if (schedule_ != Schedule::RANDOM) return false;
+    Queue& queue = queues[random.below(u32(queues.size()))];
+    if (queue.copies.empty()) return false;
+    Copy& copy = queue.copies[random.below(u32(queue.copies.size()))];
+    if (copy.pending == 0) return false;
+    move_bytes(copy, random.below(2) ? ALL_LANES : random.next());
+    return true;
+  }
+
+  void check_exit(Warp& warp, const Record* in, u32 lanes) override {
+    if (!warp.cta->checks) return;
+    for (const Copy& copy : queues[warp.id].copies) {
+      if ((copy.unwaited & lanes) == 0) continue;
+      Failure failure{"open-copy", "lanes exit, but nothing waited for a cp.async that they issued", {}, 0, 0, {}};
+      failure.where = {warp.id, copy.unwaited & lanes, copy.record};
+      failure.places.push_back({warp.id, lanes, warp.cta->record_index(in)});
+      throw failure;
+    }
+  }
+
+ private:
+  Schedule schedule_;
+
+ public:
+  std::vector<Queue> queues;
+};
+
+AsyncCopyEngine& engine_of(Warp& warp) { return static_cast<AsyncCopyEngine&>(*warp.cta->engines[0]); }
+
+// a = destination, b = source, c = bytes to read; extra at x: offsets of destination and source, bytes to write, address widths.
+const Record* copy_async(Warp& warp, const Record* in) {
+  const u32 mask = warp.mask(in);
+  if (mask == 0) return in + 1;
+  const u16* extra = warp.extra + in->x;
+  const u32 bytes = extra[4];
+  const u32* size = warp.row<u32>(in->c);
+  AsyncCopyEngine& engine = engine_of(warp);
+  std::vector<Copy>& copies = engine.queues[warp.id].copies;
+  copies.emplace_back();
+  Copy& copy = copies.back();
+  copy.record = warp.cta->record_index(in);
+  copy.open = copy.unwaited = copy.pending = mask;
+  copy.bytes = bytes;
+  memcpy(copy.size, size, sizeof copy.size);
+  u32 whole = 0, nothing = 0;
+  for (int lane = 0; lane < LANES; ++lane) whole |= u32(size[lane] == bytes) << lane, nothing |= u32(size[lane] == 0) << lane;
+  resolve(warp, in, Space::SHARED, mask, {in->a, (extra[5] & 1) != 0, offset_at(extra)}, bytes, bytes, "destination of cp.async", copy.to);
+  const Address source{in->b, (extra[5] & 2) != 0, offset_at(extra + 2)};
+  resolve(warp, in, Space::GLOBAL, mask & whole, source, bytes, bytes, "source of cp.async", copy.from);
+  for_lanes(mask & ~whole & ~nothing, [&](int lane) {  // fewer bytes than are written: rare, so one lane at a time
+    if (size[lane] > bytes) {
+      warp.fail(in, "async-copy", 1u << lane, "lane %d reads %u bytes, but only %u are written", lane, size[lane], bytes);
+    }
+    Pointers one;
+    resolve(warp, in, Space::GLOBAL, 1u << lane, source, size[lane], 1, "source of cp.async", one);
+    copy.from.lane[lane] = one.lane[lane];
+  });
+  ++warp.cta->counters.async_copies;
+  engine.issued(copy, warp.cta->random);
+  return in + 1;
+}
+
+const Record* commit_group(Warp& warp, const Record* in) {
+  const u32 mask = warp.mask(in);
+  if (mask) engine_of(warp).queues[warp.id].commit(mask);
+  return in + 1;
+}
+
+const Record* wait_group(Warp& warp, const Record* in) {
+  const u32 mask = warp.mask(in);
+  if (mask) engine_of(warp).queues[warp.id].wait(mask, u32(in->x));
+  return in + 1;
+}
+
+const Record* wait_all(Warp& warp, const Record* in) {
+  const u32 mask = warp.mask(in);
+  if (mask) engine_of(warp).queues[warp.id].wait_all(mask);
+  return in + 1;
+}
+
+}  // namespace
+
+std::unique_ptr<Engine> make_async_copy_engine(Cta& cta) { return std::make_unique<AsyncCopyEngine>(cta); }
+
+void register_async_copy(Table& table) {
+  table.add("cp.async", "", copy_async);
+  table.add("cp.async.commit_group", "", commit_group);
+  table.add("cp.async.wait_group", "xi", wait_group);
+  table.add("cp.async.wait_all", "", wait_all);
+}
+
+}  // namespace sim

@@ -1,0 +1,64 @@
+// Spreads the blocks of a launch over threads and gathers counters and the first failure.
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <mutex>
+#include <thread>
+
+#include "machine.h"
+
+namespace sim {
+namespace {
+
+void fill_report(const Failure& failure, const Cta& cta, Report& report) {
+  report.check = failure.check;
+  snprintf(report.message, sizeof report.message, "%s", failure.message.c_str());
+  memcpy(report.block, cta.block, sizeof report.block);
+  report.where = failure.where;
+  report.address = failure.address;
+  report.bytes = failure.bytes;
+  report.num_places = u32(std::min<size_t>(failure.places.size(), MAX_PLACES));
+  std::copy_n(failure.places.begin(), report.num_places, report.places);
+}
+
+void add_counters(CounterValues& sum, const CounterValues& part) {
+  sum.warp_instructions += part.warp_instructions;
+  sum.matrix_instructions += part.matrix_instructions;
+  sum.matrix_flops += part.matrix_flops;
+  sum.barriers += part.barriers;
+  sum.async_copies += part.async_copies;
+  sum.ctas += part.ctas;
+}
+
+}  // namespace
+
+int launch(const Program& program, const LaunchDescription& description, CounterValues& counters, Report& report) {
+  const u64 total = u64(description.grid[0]) * description.grid[1] * description.grid[2];
+  std::atomic<u64> next{0}, first_failed{total};
+  std::mutex mutex;  // guards counters and report
+  // Blocks are handed out in order and started ones are finished, so the failure with the lowest index does not depend on timing.
+  auto work = [&] {
+    Cta cta(program, description);
+    for (u64 index; (index = next++) < first_failed.load();) {
+      try {
+        cta.run(u32(index));
+      } catch (const Failure& failure) {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (index < first_failed) {
+          first_failed = index;
+          fill_report(failure, cta, report);
+        }
+      }
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    add_counters(counters, cta.counters);
+  };
+  const u64 num_threads = std::min<u64>(u64(std::max(description.threads, 1)), total);
+  std::vector<std::thread> helpers;
+  for (u64 i = 1; i < num_threads; ++i) helpers.emplace_back(work);
+  work();
+  for (std::thread& helper : helpers) helper.join();
+  return first_failed != total;
+}
+
+}  // namespace sim

@@ -1,0 +1,170 @@
+// mma.sync: D = A B + C of one warp, for m16n8 and a depth of 4, 8 or 16.
+//
+// Contract: fragments lie as in the PTX ISA ("Matrix Fragments for mma.m16n8k…"). With g = lane / 4 and q = lane % 4, an accumulator
+// register holds column 2q or 2q + 1 of row g or g + 8, so a register of 32 lanes is 8 rows of four even or odd columns. C stays in that
+// layout: the loop over k multiplies A[g][k], repeated over q, by B[k][columns], repeated over g. Products are summed in f32 in the order
+// of k. `extra` at x holds the rows of the operands in PTX order.
+#include "matrix.h"
+
+#include "table.h"
+
+namespace sim {
+namespace {
+
+enum class Input { F16, BF16, TF32 };
+enum class Accumulator { F32, F16 };
+
+template <Input INPUT> constexpr int VALUES = INPUT == Input::TF32 ? 1 : 2;  // per register and lane
+template <Input INPUT, int K> constexpr int KIND = int(INPUT) * 32 + K;
+template <Input INPUT, int K> constexpr int A_REGISTERS = K * 2 / 4 / VALUES<INPUT>;
+template <Input INPUT, int K> constexpr int B_REGISTERS = K / 4 / VALUES<INPUT>;
+
+// Value `index` of the lanes' words as floats.
+template <Input INPUT> SIM_INLINE Vec<f32> value_at(Vec<u32> words, int index) {
+  if constexpr (INPUT == Input::TF32) return as<f32>(words & 0xffffe000u);
+  else if constexpr (INPUT == Input::BF16) return as<f32>(index ? words & 0xffff0000u : words << 16);
+  else return f16_to_f32(index ? words >> 16 : words & 0xffffu);
+}
+
+// Copies the registers if they differ from those of the last call.
+template <int COUNT> SIM_INLINE bool same_source(u32 (*source)[LANES], const u32* const (&rows)[COUNT]) {
+  Vec<u32> different{};
+  for (int i = 0; i < COUNT; ++i) {
+    for (int part = 0; part < PARTS<u32>; ++part) {
+      Vec<u32>& held = ((Vec<u32>*)source[i])[part];
+      const Vec<u32> now = ((const Vec<u32>*)rows[i])[part];
+      different |= held ^ now;
+      held = now;
+    }
+  }
+  return collect(different != 0u) == 0;
+}
+
+// A register r holds rows g + 8 (r % 2), columns VALUES * (4 (r / 2) + q) onward.
+template <Input INPUT, int K, int Q> SIM_INLINE void expand_a_quarter(MatrixScratch& scratch, int reg, int part, Vec<u32> words) {
+  const Vec<u32> repeated = broadcast_in_quads<Q>(words);
+  const int k = VALUES<INPUT> * (4 * (reg >> 1) + Q);
+  for (int i = 0; i < VALUES<INPUT>; ++i) scratch.a[k + i][reg & 1][part] = value_at<INPUT>(repeated, i);
+}
+template <Input INPUT, int K> SIM_INLINE void expand_a(MatrixScratch& scratch, const u32* const (&rows)[A_REGISTERS<INPUT, K>]) {
+  const bool same = same_source(scratch.a_source, rows);
+  if (same && scratch.a_kind == KIND<INPUT, K>) return;
+  scratch.a_kind = KIND<INPUT, K>;
+  SIM_UNROLL for (int reg = 0; reg < A_REGISTERS<INPUT, K>; ++reg) {
+    SIM_UNROLL for (int part = 0; part < PARTS<u32>; ++part) {
+      const Vec<u32> words = ((const Vec<u32>*)rows[reg])[part];
+      expand_a_quarter<INPUT, K, 0>(scratch, reg, part, words);
+      expand_a_quarter<INPUT, K, 1>(scratch, reg, part, words);
+      expand_a_quarter<INPUT, K, 2>(scratch, reg, part, words);
+      expand_a_quarter<INPUT, K, 3>(scratch, reg, part, words);
+    }
+  }
+}
+
+// B register r: lane 4n + q holds column n, rows VALUES * (4 r + q) onward.
+template <Input INPUT, int K> SIM_INLINE void expand_b(MatrixScratch& scratch, const u32* const (&rows)[B_REGISTERS<INPUT, K>]) {
+  const bool same = same_source(scratch.b_source, rows);
+  if (same && scratch.b_kind == KIND<INPUT, K>) return;
+  scratch.b_kind = KIND<INPUT, K>;
+  SIM_UNROLL for (int reg = 0; reg < B_REGISTERS<INPUT, K>; ++reg) {
+    SIM_UNROLL for (int odd = 0; odd < 2; ++odd) {
+      Quad<u32> columns[4];  // of columns odd, odd + 2, …; after the transposition of rows
+      for (int i = 0; i < 4; ++i) memcpy(&columns[i], rows[reg] + 4 * (2 * i + odd), 16);
+      transpose(columns);
+      SIM_UNROLL for (int q = 0; q < 4; ++q) {
+        const Vec<u32> repeated = repeat<u32>(columns[q]);
+        const int k = VALUES<INPUT> * (4 * reg + q);
+        for (int i = 0; i < VALUES<INPUT>; ++i) scratch.b[k + i][odd] = value_at<INPUT>(repeated, i);
+      }
+    }
+  }
+}
+
+using HalfTile = Vec<f32>[2][HALF_PARTS];  // [even or odd columns]: 8 rows of the accumulator
+
+template <int K> SIM_INLINE void multiply(const MatrixScratch& scratch, int half, HalfTile& tile) {
+  Vec<f32> even[HALF_PARTS], odd[HALF_PARTS];
+  SIM_UNROLL for (int p = 0; p < HALF_PARTS; ++p) even[p] = tile[0][p], odd[p] = tile[1][p];
+  SIM_UNROLL for (int k = 0; k < K; ++k) {
+    const Vec<f32> b_even = scratch.b[k][0], b_odd = scratch.b[k][1];
+    SIM_UNROLL for (int p = 0; p < HALF_PARTS; ++p) {
+      const Vec<f32> a = scratch.a[k][half][p];
+      even[p] = fused_multiply_add(a, b_even, even[p]);
+      odd[p] = fused_multiply_add(a, b_odd, odd[p]);
+    }
+  }
+  SIM_UNROLL for (int p = 0; p < HALF_PARTS; ++p) tile[0][p] = even[p], tile[1][p] = odd[p];
+}
+
+template <Accumulator TYPE> constexpr int C_REGISTERS = TYPE == Accumulator::F32 ? 4 : 2;
+
+// Reads rows g + 8 half of the accumulator.
+template <Accumulator TYPE> SIM_INLINE void read_tile(Warp& warp, const u16* rows, int half, HalfTile& tile) {
+  for (int p = 0; p < HALF_PARTS; ++p) {
+    if constexpr (TYPE == Accumulator::F32) {
+      tile[0][p] = warp.row<Vec<f32>>(rows[2 * half])[p];
+      tile[1][p] = warp.row<Vec<f32>>(rows[2 * half + 1])[p];
+    } else {
+      const Vec<u32> pair = warp.row<Vec<u32>>(rows[half])[p];
+      tile[0][p] = f16_to_f32(pair & 0xffffu);
+      tile[1][p] = f16_to_f32(pair >> 16);
+    }
+  }
+}
+template <Accumulator TYPE> SIM_INLINE void write_tile(Warp& warp, const u16* rows, int half, const HalfTile& tile) {
+  for (int p = 0; p < HALF_PARTS; ++p) {
+    if constexpr (TYPE == Accumulator::F32) {
+      warp.row<Vec<f32>>(rows[2 * half])[p] = tile[0][p];
+      warp.row<Vec<f32>>(rows[2 * half + 1])[p] = tile[1][p];
+    } else {
+      warp.row<Vec<u32>>(rows[half])[p] = f32_to_f16(tile[0][p]) | f32_to_f16(tile[1][p]) << 16;
+    }
+  }
+}
+
+template <Input INPUT, int K, Accumulator TYPE> const Record* matrix_multiply(Warp& warp, const Record* in) {
+  const u32 mask = warp.mask(in);
+  if (SIM_UNLIKELY(mask != ALL_LANES)) {
+    if (mask == 0) return in + 1;
+    return warp.wait_for_lanes(in, ALL_LANES);
+  }
+  const u16* extra = warp.extra + in->x;
+  const u16* d = extra;
+  const u16* a = d + C_REGISTERS<TYPE>;
+  const u16* b = a + A_REGISTERS<INPUT, K>;
+  const u16* c = b + B_REGISTERS<INPUT, K>;
+  MatrixScratch& scratch = *warp.cta->matrix;
+  const u32* a_rows[A_REGISTERS<INPUT, K>];
+  const u32* b_rows[B_REGISTERS<INPUT, K>];
+  for (int i = 0; i < A_REGISTERS<INPUT, K>; ++i) a_rows[i] = warp.row<u32>(a[i]);
+  for (int i = 0; i < B_REGISTERS<INPUT, K>; ++i) b_rows[i] = warp.row<u32>(b[i]);
+  expand_a<INPUT, K>(scratch, a_rows);
+  expand_b<INPUT, K>(scratch, b_rows);
+  HalfTile upper, lower;
+  read_tile<TYPE>(warp, c, 0, upper);
+  read_tile<TYPE>(warp, c, 1, lower);
+  multiply<K>(scratch, 0, upper);
+  multiply<K>(scratch, 1, lower);
+  write_tile<TYPE>(warp, d, 0, upper);
+  write_tile<TYPE>(warp, d, 1, lower);
+  CounterValues& counters = warp.cta->counters;
+  ++counters.matrix_instructions;
+  counters.matrix_flops += 2 * 16 * 8 * K;
+  return in + 1;
+}
+
+}  // namespace
+
+// Names: shape, accumulator, inputs.
+void register_matrix(Table& table) {
+  table.add("mma.m16n8k8.f32.f16", "", matrix_multiply<Input::F16, 8, Accumulator::F32>);
+  table.add("mma.m16n8k16.f32.f16", "", matrix_multiply<Input::F16, 16, Accumulator::F32>);
+  table.add("mma.m16n8k8.f16.f16", "", matrix_multiply<Input::F16, 8, Accumulator::F16>);
+  table.add("mma.m16n8k16.f16.f16", "", matrix_multiply<Input::F16, 16, Accumulator::F16>);
+  table.add("mma.m16n8k8.f32.bf16", "", matrix_multiply<Input::BF16, 8, Accumulator::F32>);
+  table.add("mma.m16n8k16.f32.bf16", "", matrix_multiply<Input::BF16, 16, Accumulator::F32>);
+  table.add("mma.m16n8k4.f32.tf32", "", matrix_multiply<Input::TF32, 4, Accumulator::F32>);
+  table.add("mma.m16n8k8.f32.tf32", "", matrix_multiply<Input::TF32, 8, Accumulator::F32>);
+}
+
+}  // namespace sim

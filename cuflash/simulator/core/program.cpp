@@ -1,0 +1,24 @@
+// Builds a Program from what Python decoded.
+#include "program.h"
+
+namespace sim {
+
+std::unique_ptr<Program> make_program(const ProgramDescription& in) {
+  auto program = std::make_unique<Program>();
+  program->records.assign(in.records, in.records + in.num_records);
+  program->extra.assign(in.extra, in.extra + in.num_extra);
+  program->local_bytes = in.local_bytes;
+  program->shared_begin = in.shared_begin;
+  allocate_rows(in, *program);
+
+  // Constants are rows as well, so that an operand needs no case distinction. A 64-bit constant fills two rows.
+  for (u32 i = 0; i < in.num_constants; ++i) {
+    const int bytes = in.wide[i] ? 8 : 4;
+    const size_t start = program->constants.size();
+    program->constants.resize(start + size_t(LANES) * bytes);
+    for (int lane = 0; lane < LANES; ++lane) memcpy(&program->constants[start + size_t(lane) * bytes], &in.constants[i], bytes);
+  }
+  return program;
+}
+
+}  // namespace sim

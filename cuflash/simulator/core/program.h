@@ -1,0 +1,105 @@
+// What Python hands to the core: a decoded kernel and one launch of it.
+//
+// Contract: plain data; the layouts of the `extern "C"` structs are mirrored in native.py.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "lanes.h"
+
+namespace sim {
+
+// One instruction. Operands are rows of 32 lanes: a register's row, or with the top bit set a row of the constant bank; predicates are
+// numbers of 32-bit masks. `x` is whatever the instruction wants: an immediate, a jump target, the start of further operands in `extra`.
+struct Record {
+  u16 op;
+  u16 guard;  // predicate number, top bit: negated; predicate 0 is always true
+  u16 d, a, b, c;
+  i32 x;
+};
+static_assert(sizeof(Record) == 16);
+
+constexpr u16 CONSTANT = 0x8000;
+constexpr u16 NEGATED = 0x8000;
+
+// One register operand of a record, to be replaced by its row once rows are allocated.
+struct Operand {
+  u32 position;  // index into the records as 16-bit words, or with the top bit set into `extra`
+  u32 record;
+  u32 reg;  // virtual register * 2 + is_definition
+};
+
+extern "C" struct ProgramDescription {
+  const Record* records;
+  const u16* extra;
+  const Operand* operands;
+  const u8* widths;      // per virtual register: 1, 32 or 64 bits
+  const u64* constants;  // value of each constant; bit i of `wide` says 64 bits
+  const u8* wide;
+  const u32* special;  // pairs: number of a special register, virtual register that holds it
+  const u32* jumps;    // pairs: record, record it may continue at
+  u32 num_records, num_extra, num_operands, num_registers, num_constants, num_special, num_jumps;
+  u32 local_bytes, shared_begin;
+};
+
+struct Program {
+  std::vector<Record> records;
+  std::vector<u16> extra;
+  std::vector<u8> constants;  // broadcast rows
+  std::vector<std::pair<u32, u16>> special;
+  std::vector<u16> poisoned_rows;  // rows that may be read before they are written
+  u32 num_rows = 0, num_predicates = 1, local_bytes = 0, shared_begin = 0;
+};
+
+std::unique_ptr<Program> make_program(const ProgramDescription& description);
+
+// Gives every virtual register a row (or a predicate number) by liveness and writes it into the records. See allocate.cpp.
+void allocate_rows(const ProgramDescription& description, Program& program);
+
+struct Buffer {
+  u64 begin, end;
+};
+
+enum class Schedule : i32 { EARLY = 0, LATE = 1, RANDOM = 2 };
+
+extern "C" struct LaunchDescription {
+  u32 grid[3], block[3];
+  const u8* params;
+  const Buffer* buffers;
+  u32 param_bytes, num_buffers;
+  u32 shared_end;  // first byte after dynamic shared memory
+  u32 dynamic_shared_bytes;
+  i32 threads;
+  Schedule schedule;
+  u64 seed;
+  i32 checks;
+};
+
+extern "C" struct CounterValues {
+  u64 warp_instructions, matrix_instructions, matrix_flops, barriers, async_copies, ctas;
+};
+
+// Where a group of lanes stands, for reports.
+struct Place {
+  u32 warp, lanes, record;
+};
+
+constexpr u32 NO_RECORD = ~0u;
+constexpr int MAX_PLACES = 64;
+constexpr int MESSAGE_BYTES = 512;
+
+extern "C" struct Report {
+  const char* check;
+  char message[MESSAGE_BYTES];
+  u32 block[3];
+  Place where;
+  u64 address, bytes;  // of the lane named in the message, for global accesses
+  u32 num_places;
+  Place places[MAX_PLACES];
+};
+
+// Returns 0, or 1 and a filled report. Blocks run on several threads; the report is that of the failing block with the lowest index.
+int launch(const Program& program, const LaunchDescription& description, CounterValues& counters, Report& report);
+
+}  // namespace sim

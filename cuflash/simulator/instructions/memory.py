@@ -1,0 +1,241 @@
+"""ld, st, atom, red, cp.async, and instructions that only concern caches."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from cuflash.simulator.encoder import A, B, C, D, Encoder, Unsupported, parse_integer, vector
+from cuflash.simulator.instructions.registry import decodes
+from cuflash.simulator.parser import Statement, type_bits
+
+# Numbers of the spaces in core/access.h.
+_SPACES = {
+    "global": 0,
+    "const": 0,
+    "shared": 1,
+    "shared::cta": 1,
+    "shared::cluster": 1,
+    "local": 2,
+    "param": 3,
+    "param::entry": 3,
+}
+_GENERIC = 4
+ADDRESS_64 = 8
+_NO_RESULT = 16
+_ORDERED = frozenset({"acquire", "release", "acq_rel", "sc"})
+
+
+class Access(NamedTuple):
+    """What the modifiers of a load or store say."""
+
+    space: int
+    element: str  # u8, s8, u16, s16, b32 or b64
+    signed: bool
+    count: int
+    ordered: bool
+    param: bool
+    cache_hint: bool
+
+
+def _element(type_name: str, load: bool) -> str:
+    bits = type_bits(type_name)
+    if bits >= 32:
+        return f"b{bits}"
+    return f"s{bits}" if load and type_name[0] == "s" else f"u{bits}"
+
+
+@functools.cache
+def _access(opcode: str) -> Access:
+    parts = opcode.split(".")
+    space, count = _GENERIC, 1
+    for part in parts[1:-1]:
+        if part in _SPACES:
+            space = _SPACES[part]
+        elif part in ("v2", "v4", "v8"):
+            count = int(part[1])
+    type_name = parts[-1]
+    return Access(
+        space,
+        _element(type_name, parts[0] == "ld"),
+        type_name[0] == "s",
+        count,
+        any(part in _ORDERED for part in parts),
+        "param" in parts or "param::func" in parts,
+        "L2::cache_hint" in parts,
+    )
+
+
+def _symbol_width(space: int) -> int:
+    return 32 if space == 1 else 64
+
+
+def _emit_access(encoder: Encoder, name: str, access: Access, address: str, registers: list[str], defines: bool) -> None:
+    if access.count > 1:
+        name += f".v{access.count}"
+    if name not in encoder.table or len(registers) != access.count:
+        raise Unsupported("this access")
+    start = encoder.begin(name)
+    offset, wide = encoder.put_address(start, A, address, _symbol_width(access.space))
+    encoder.set_field(start, C, access.space | (ADDRESS_64 if wide else 0))
+    encoder.add_extra(start, offset & 0xFFFF, offset >> 16 & 0xFFFF)
+    kind = 64 if access.element == "b64" else 32
+    for register in registers:
+        encoder.put_extra(register, kind, defines)
+
+
+def _is_call_param(encoder: Encoder, address: str) -> bool:
+    """Whether `[name+offset]` is a parameter of a call, not of the kernel."""
+    name = address.strip("[] ").split("+")[0].strip()
+    return name not in encoder.kernel.params and encoder.width(name) is None
+
+
+@decodes("ld", "ldu")
+def decode_ld(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """ld{.space}{.vec}.type d, [a]: a register may be wider than the type."""
+    access = _access(statement.opcode)
+    targets = vector(operands[0])
+    if access.param and _is_call_param(encoder, operands[1]):
+        for target in targets:  # what a call returned: nothing is called
+            encoder.emit("mov.b64" if encoder.width(target) == 64 else "mov.b32", target, "0")
+        return
+    registers, widened = [], []
+    for target in targets:
+        if target == "_":
+            target = encoder.new_register(64 if access.element == "b64" else 32)
+        elif access.element != "b64" and encoder.width(target) == 64:
+            narrow = encoder.new_register(32)
+            widened.append((target, narrow))
+            target = narrow
+        registers.append(target)
+    _emit_access(encoder, f"ld.{access.element}", access, operands[1], registers, True)
+    for target, narrow in widened:
+        encoder.emit("cvt.s64.s32" if access.signed else "cvt.u64.u32", target, narrow)
+    if access.ordered:
+        encoder.emit("fence")
+
+
+@decodes("st")
+def decode_st(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """st{.space}{.vec}.type [a], b."""
+    access = _access(statement.opcode)
+    if access.param and _is_call_param(encoder, operands[0]):
+        return
+    sources = []
+    for source in vector(operands[1]):
+        if access.element != "b64" and encoder.width(source) == 64:
+            narrow = encoder.new_register(32)
+            encoder.emit("unpack.b64.b32", narrow, source, "0")
+            source = narrow
+        sources.append(source)
+    if access.ordered:
+        encoder.emit("fence")
+    _emit_access(encoder, f"st.{access.element}", access, operands[0], sources, False)
+
+
+@functools.cache
+def _atomic(opcode: str) -> tuple[str, int, int]:
+    """Name in the core's table, space and number of elements of an atom or red."""
+    parts = opcode.split(".")
+    space, count, operation = _GENERIC, 1, ""
+    for part in parts[1:-1]:
+        if part in _SPACES:
+            space = _SPACES[part]
+        elif part in ("v2", "v4", "v8"):
+            count = int(part[1])
+        elif part in ("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"):
+            operation = part
+    return f"atom.{operation}.{parts[-1]}", space, count
+
+
+def _emit_atomic(encoder: Encoder, opcode: str, results: list[str] | None, address: str, values: list[str], second: str | None) -> None:
+    name, space, count = _atomic(opcode)
+    if name not in encoder.table or len(values) != count:
+        raise Unsupported("this atomic operation")
+    nbytes = type_bits(name.rsplit(".", 1)[1]) // 8
+    kind = 64 if nbytes == 8 else 32
+    for i, value in enumerate(values):
+        start = encoder.begin(name)
+        offset, wide = encoder.put_address(start, A, address, _symbol_width(space))
+        if i and not wide and count > 1:
+            raise Unsupported("a vector at this address")
+        offset += i * nbytes
+        flags = space | (ADDRESS_64 if wide else 0)
+        if results is None or results[i] == "_":
+            flags |= _NO_RESULT
+        else:
+            encoder.put(start + D, results[i], kind, True)
+        encoder.set_field(start, C, flags)
+        encoder.add_extra(start, offset & 0xFFFF, offset >> 16 & 0xFFFF)
+        encoder.put_extra(value, kind, False)
+        encoder.put_extra(second if second is not None else value, kind, False)
+
+
+@decodes("atom")
+def decode_atom(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """atom{.space}.op.type d, [a], b{, c}."""
+    second = operands[3] if ".cas." in statement.opcode else None
+    _emit_atomic(encoder, statement.opcode, vector(operands[0]), operands[1], vector(operands[2]), second)
+
+
+@decodes("red")
+def decode_red(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """red{.space}.op.type [a], b: an atom whose result nobody wants."""
+    if ".async" in statement.opcode:
+        raise Unsupported("an asynchronous reduction")
+    _emit_atomic(encoder, statement.opcode, None, operands[0], vector(operands[1]), None)
+
+
+@decodes("cp")
+def decode_cp(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """cp.async: [shared], [global], bytes{, bytes read or ignore-predicate}{, cache policy}; and its groups."""
+    parts = statement.opcode.split(".")
+    if parts[:2] != ["cp", "async"] or "bulk" in parts or "mbarrier" in parts:
+        raise Unsupported("this kind of copy")
+    if parts[2] == "commit_group" or parts[2] == "wait_all":
+        encoder.emit(f"cp.async.{parts[2]}")
+        return
+    if parts[2] == "wait_group":
+        encoder.emit("cp.async.wait_group", operands[0])
+        return
+    nbytes = parse_integer(operands[2])
+    rest = operands[3:-1] if "L2::cache_hint" in parts else operands[3:]
+    if nbytes not in (4, 8, 16) or (parts[2] == "cg" and nbytes != 16):
+        raise Unsupported(f"a copy of {nbytes} bytes")
+    size = rest[0] if rest else operands[2]
+    if encoder.width(size) == 1:  # ignore-src: zeros where the predicate is true
+        predicate, size = size, encoder.new_register(32)
+        encoder.emit("selp.b32", size, "0", operands[2], predicate)
+    start = encoder.begin("cp.async")
+    target_offset, target_wide = encoder.put_address(start, A, operands[0], 32)
+    source_offset, source_wide = encoder.put_address(start, B, operands[1], 64)
+    encoder.put(start + C, size, 32, False)
+    encoder.add_extra(
+        start,
+        target_offset & 0xFFFF,
+        target_offset >> 16 & 0xFFFF,
+        source_offset & 0xFFFF,
+        source_offset >> 16 & 0xFFFF,
+        nbytes,
+        target_wide | source_wide << 1,
+    )
+
+
+@decodes("membar", "fence")
+def decode_fence(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """Fences order memory between blocks that run on different threads; within a block memory is always in order."""
+    del statement, operands
+    encoder.emit("fence")
+
+
+@decodes("createpolicy")
+def decode_createpolicy(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """createpolicy: there are no caches; the policy is a number that nobody looks at."""
+    del statement
+    encoder.emit("mov.b64", operands[0], "0")
+
+
+@decodes("prefetch", "prefetchu", "applypriority", "discard")
+def decode_cache(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """Instructions about caches do nothing."""
+    del encoder, statement, operands

@@ -1,0 +1,184 @@
+"""Call the C++ core through ctypes.
+
+Contract: the structures mirror core/program.h. `core()` loads the library once per process; ctypes releases the GIL during a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from cuflash.errors import SimulatorError
+from cuflash.simulator import build
+
+ABI = 1
+NO_RECORD = 0xFFFFFFFF
+MAX_PLACES = 64
+MESSAGE_BYTES = 512
+
+
+class ProgramDescription(ctypes.Structure):
+    """A decoded kernel: arrays and their lengths."""
+
+    _fields_ = (
+        ("records", ctypes.c_void_p),
+        ("extra", ctypes.c_void_p),
+        ("operands", ctypes.c_void_p),
+        ("widths", ctypes.c_void_p),
+        ("constants", ctypes.c_void_p),
+        ("wide", ctypes.c_void_p),
+        ("special", ctypes.c_void_p),
+        ("jumps", ctypes.c_void_p),
+        ("num_records", ctypes.c_uint32),
+        ("num_extra", ctypes.c_uint32),
+        ("num_operands", ctypes.c_uint32),
+        ("num_registers", ctypes.c_uint32),
+        ("num_constants", ctypes.c_uint32),
+        ("num_special", ctypes.c_uint32),
+        ("num_jumps", ctypes.c_uint32),
+        ("local_bytes", ctypes.c_uint32),
+        ("shared_begin", ctypes.c_uint32),
+    )
+
+
+class LaunchDescription(ctypes.Structure):
+    """One launch."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("params", ctypes.c_void_p),
+        ("buffers", ctypes.c_void_p),
+        ("param_bytes", ctypes.c_uint32),
+        ("num_buffers", ctypes.c_uint32),
+        ("shared_end", ctypes.c_uint32),
+        ("dynamic_shared_bytes", ctypes.c_uint32),
+        ("threads", ctypes.c_int32),
+        ("schedule", ctypes.c_int32),
+        ("seed", ctypes.c_uint64),
+        ("checks", ctypes.c_int32),
+    )
+
+
+class CounterValues(ctypes.Structure):
+    """What a launch counted."""
+
+    _fields_ = (
+        ("warp_instructions", ctypes.c_uint64),
+        ("matrix_instructions", ctypes.c_uint64),
+        ("matrix_flops", ctypes.c_uint64),
+        ("barriers", ctypes.c_uint64),
+        ("async_copies", ctypes.c_uint64),
+        ("ctas", ctypes.c_uint64),
+    )
+
+
+class Place(ctypes.Structure):
+    """Where some lanes of a warp stand."""
+
+    _fields_ = (("warp", ctypes.c_uint32), ("lanes", ctypes.c_uint32), ("record", ctypes.c_uint32))
+
+
+class Report(ctypes.Structure):
+    """The check that stopped a launch."""
+
+    _fields_ = (
+        ("check", ctypes.c_char_p),
+        ("message", ctypes.c_char * MESSAGE_BYTES),
+        ("block", ctypes.c_uint32 * 3),
+        ("where", Place),
+        ("address", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+        ("num_places", ctypes.c_uint32),
+        ("places", Place * MAX_PLACES),
+    )
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One operand of an instruction that the table describes.
+
+    Attributes:
+        word: which 16-bit word of the record holds it.
+        kind: 32 or 64 bits of a register, 1 for a predicate, 0 for an immediate.
+        defines: the instruction writes it.
+    """
+
+    word: int
+    kind: int
+    defines: bool
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An entry of the core's instruction table."""
+
+    number: int
+    slots: tuple[Slot, ...]
+
+
+_WORDS = {"d": 2, "a": 3, "b": 4, "c": 5, "x": 6}
+_KINDS = {"32": 32, "64": 64, "p": 1, "i": 0}
+
+
+def _parse_signature(signature: str) -> tuple[Slot, ...]:
+    return tuple(Slot(_WORDS[item[0]], _KINDS[item[1:]], item[0] == "d") for item in signature.split())
+
+
+class Core:
+    """The loaded library: its instruction table and its functions."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        if library.cuflash_simulator_abi() != ABI:
+            raise SimulatorError(f"{path} does not match this version of the simulator; delete it.")
+        self.create = library.cuflash_simulator_create
+        self.create.restype = ctypes.c_void_p
+        self.create.argtypes = (ctypes.POINTER(ProgramDescription),)
+        self.destroy = library.cuflash_simulator_destroy
+        self.destroy.restype = None
+        self.destroy.argtypes = (ctypes.c_void_p,)
+        self.rows = library.cuflash_simulator_rows
+        self.rows.argtypes = (ctypes.c_void_p,)
+        self.launch = library.cuflash_simulator_launch
+        self.launch.argtypes = (
+            ctypes.c_void_p,
+            ctypes.POINTER(LaunchDescription),
+            ctypes.POINTER(CounterValues),
+            ctypes.POINTER(Report),
+        )
+        self.instructions = self._read_table(library)
+        self.special_registers = self._read_special_registers(library)
+
+    @staticmethod
+    def _read_table(library: ctypes.CDLL) -> dict[str, Instruction]:
+        read = library.cuflash_simulator_instruction
+        name, signature = ctypes.c_char_p(), ctypes.c_char_p()
+        table: dict[str, Instruction] = {}
+        signatures: dict[bytes, tuple[Slot, ...]] = {}
+        while read(len(table), ctypes.byref(name), ctypes.byref(signature)):
+            text = signature.value or b""
+            if text not in signatures:
+                signatures[text] = _parse_signature(text.decode())
+            key = (name.value or b"").decode()
+            if key in table:
+                raise SimulatorError(f"The instruction table names {key} twice.")
+            table[key] = Instruction(len(table), signatures[text])
+        return table
+
+    @staticmethod
+    def _read_special_registers(library: ctypes.CDLL) -> dict[str, int]:
+        read = library.cuflash_simulator_special_register
+        read.restype = ctypes.c_char_p
+        registers: dict[str, int] = {}
+        while (name := read(len(registers))) is not None:
+            registers[name.decode()] = len(registers)
+        return registers
+
+
+@functools.cache
+def core() -> Core:
+    """The core for this process, built if necessary."""
+    return Core(build.library_path())

@@ -1,0 +1,72 @@
+"""Options of a launch, and the default that `configure` changes for a while.
+
+Contract: frozen values in a context variable, so that threads and tasks do not see each other's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cuflash.errors import OptionError
+
+SCHEDULES = ("early", "late", "random")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a kernel is executed.
+
+    Attributes:
+        threads: number of host threads that blocks are spread over; None: `CUFLASH_SIMULATOR_THREADS`, else all cores.
+        schedule: when asynchronous work completes: "early" at once, "late" when something waits for it, "random" in between, with warps
+            interleaved at random too.
+        seed: of the random schedule; the same seed gives the same schedule whatever the number of threads.
+        checks: test every access; without them a wild pointer crashes the process.
+    """
+
+    threads: int | None = None
+    schedule: Literal["early", "late", "random"] = "late"
+    seed: int = 0
+    checks: bool = True
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise OptionError("threads", self.threads, "a positive number or None", "Leave it out to use all cores.")
+        if self.schedule not in SCHEDULES:
+            raise OptionError("schedule", repr(self.schedule), "one of " + ", ".join(SCHEDULES), "Choose one of these.")
+
+    def num_threads(self) -> int:
+        """The number of threads to start."""
+        if self.threads is not None:
+            return self.threads
+        variable = os.environ.get("CUFLASH_SIMULATOR_THREADS", "")
+        if variable.isdigit() and int(variable) > 0:
+            return int(variable)
+        if hasattr(os, "sched_getaffinity"):
+            return len(os.sched_getaffinity(0))
+        return os.cpu_count() or 1
+
+
+_current: contextvars.ContextVar[Options] = contextvars.ContextVar("cuflash_simulator_options", default=Options())
+
+
+def current_options() -> Options:
+    """The options that a launch uses when it is given none."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def configure(**fields: Any) -> Iterator[Options]:
+    """Change fields of the current options inside a `with` block."""
+    options = dataclasses.replace(_current.get(), **fields)
+    token = _current.set(options)
+    try:
+        yield options
+    finally:
+        _current.reset(token)

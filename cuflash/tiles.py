@@ -1,0 +1,268 @@
+"""Shared-memory tiles: the public tunables, the rules that a device sets them, and a good default for every case.
+
+A `Tile` says how much of a problem one thread block works on. What the rules need to know about a kernel is in `KernelCase`: which pass, which
+element type, how wide a row is. The default comes from a small model of the hardware (`estimate_cycles`), not from a table, so that any head
+dimension on any architecture has one; it depends on nothing that varies from call to call, least of all on sequence lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from math import ceil
+from typing import Literal
+
+from cuflash.device import Device
+from cuflash.errors import TileError
+
+Pass = Literal["forward", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq"]
+PASSES: tuple[Pass, ...] = ("forward", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq")
+
+MAX_REGISTERS = 255
+MAX_WARPS = 16
+MAX_STAGES = 4
+REGISTERS_PER_BLOCK = 65536
+
+_ROW_STATISTICS_BYTES = 8  # lse and delta of one query row, float32 each
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The tunables of one kernel.
+
+    Attributes:
+        tile_q: query rows that a block holds at a time.
+        tile_kv: key rows that a block holds at a time.
+        num_warps: warps of a block. In the forward and dQ kernels they share out tile_q, in the dK/dV kernel tile_kv, at least 16 rows each.
+        num_stages: tiles of the streamed operands in flight in shared memory; 1 on sm_75, which has no asynchronous copies.
+    """
+
+    tile_q: int
+    tile_kv: int
+    num_warps: int
+    num_stages: int
+
+    def transposed(self) -> Tile:
+        """The same tile with the roles of queries and keys exchanged: from the dK/dV kernel's to the dQ kernel's."""
+        return Tile(self.tile_kv, self.tile_q, self.num_warps, self.num_stages)
+
+    def __str__(self) -> str:
+        return f"tile_q={self.tile_q}, tile_kv={self.tile_kv}, num_warps={self.num_warps}, num_stages={self.num_stages}"
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """What decides whether and how well a tile fits, besides the device.
+
+    Attributes:
+        kernel: which pass.
+        dtype: "float16", "bfloat16" or "float32".
+        head_dim: 1 … 256.
+        allow_tf32: one TF32 product instead of three for float32.
+    """
+
+    kernel: Pass
+    dtype: str
+    head_dim: int
+    allow_tf32: bool = False
+
+    def uses_simt(self, device: Device) -> bool:
+        """Whether products run on the ordinary float32 units: what Turing's tensor cores cannot take."""
+        return device.capability == 75 and self.dtype != "float16"
+
+    def smem_itemsize(self, device: Device) -> int:
+        """Bytes per element in shared memory."""
+        return 4 if self.dtype == "float32" or self.uses_simt(device) else 2
+
+    @property
+    def columns(self) -> int:
+        """head_dim rounded up to what the matrix instructions take."""
+        return ceil(self.head_dim / 16) * 16
+
+    def stationary_rows(self, tile: Tile) -> int:
+        """Rows that the block keeps, shared out among its warps."""
+        return tile.tile_q if self.kernel in ("forward", "backward_dq") else tile.tile_kv
+
+    def streamed_rows(self, tile: Tile) -> int:
+        """Rows of each tile that the block walks over."""
+        return tile.tile_kv if self.kernel in ("forward", "backward_dq") else tile.tile_q
+
+
+def row_bytes(case: KernelCase, device: Device) -> int:
+    """Bytes of one row of a tile in shared memory; mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh."""
+    itemsize = case.smem_itemsize(device)
+    chunks = case.columns * itemsize // 16
+    return (ceil(chunks / 8) * 8 if itemsize == 4 else chunks) * 16
+
+
+def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
+    """Dynamic shared memory of a block; the kernels assert the same number."""
+    row = row_bytes(case, device)
+    if case.kernel == "forward":
+        return row * (tile.tile_q + 2 * tile.num_stages * tile.tile_kv)
+    if case.kernel == "backward_dq":
+        return row * (2 * tile.tile_q + 2 * tile.num_stages * tile.tile_kv)
+    kept = 1 if case.kernel == "backward_dv" else 2
+    statistics = _ROW_STATISTICS_BYTES if device.capability >= 80 else 0  # sm_75 reads them from global memory
+    return row * (kept * tile.tile_kv + 2 * tile.num_stages * tile.tile_q) + tile.num_stages * tile.tile_q * statistics
+
+
+def accumulator_registers(case: KernelCase, tile: Tile) -> int:
+    """Registers per thread that hold results of matrix products, all live at once."""
+    rows = case.stationary_rows(tile) // tile.num_warps
+    outputs = {"forward": 1, "backward_dkdv": 2, "backward_dk": 1, "backward_dv": 1, "backward_dq": 1}[case.kernel]
+    scores = {"forward": 1, "backward_dkdv": 2, "backward_dk": 2, "backward_dv": 1, "backward_dq": 2}[case.kernel]
+    return rows * (outputs * case.columns + scores * case.streamed_rows(tile)) // 32
+
+
+def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
+    """Registers per thread that a kernel needs, from what the compiler used for a few hundred tiles (docs/performance.md); an upper estimate."""
+    rows_in_16 = case.stationary_rows(tile) // tile.num_warps // 16
+    fragments = 4 * rows_in_16 + 4
+    if case.uses_simt(device):
+        fragments = 16 * rows_in_16 + 40
+    elif case.dtype == "float32" and not case.allow_tf32:
+        fragments *= 2
+    addresses = 48 if case.kernel == "forward" else 56
+    return accumulator_registers(case, tile) + fragments + addresses
+
+
+def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
+    """The first rule that `tile` breaks on `device`, in words, or None when it is legal."""
+    for field in fields(tile):
+        count = getattr(tile, field.name)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            return f"{field.name} must be a positive int, got {count!r}"
+    stationary, streamed = ("tile_q", "tile_kv") if case.kernel in ("forward", "backward_dq") else ("tile_kv", "tile_q")
+    if tile.num_warps > MAX_WARPS:
+        return f"num_warps must be at most {MAX_WARPS}"
+    if getattr(tile, stationary) % (16 * tile.num_warps):
+        return f"{stationary} must be a multiple of 16 * num_warps = {16 * tile.num_warps}"
+    if getattr(tile, streamed) % 16:
+        return f"{streamed} must be a multiple of 16"
+    if device.capability < 80 and tile.num_stages != 1:
+        return f"num_stages must be 1 on {device.arch}, which has no asynchronous copies"
+    if tile.num_stages > MAX_STAGES:
+        return f"num_stages must be at most {MAX_STAGES}"
+    needed = shared_bytes(case, tile, device)
+    if needed > device.shared_memory_per_block:
+        return f"shared memory: {needed} bytes needed, {device.shared_memory_per_block} available on {device.arch}"
+    limit = min(MAX_REGISTERS, REGISTERS_PER_BLOCK // (32 * tile.num_warps))
+    needed = accumulator_registers(case, tile) + 24
+    if needed > limit:
+        return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"
+    return None
+
+
+def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
+    stages = (1,) if device.capability < 80 else (1, 2, 3)
+    for num_warps in (1, 2, 4, 8):
+        for warp_rows in (16, 32):
+            for streamed in (16, 32, 48, 64, 80, 96, 112, 128):
+                for num_stages in stages:
+                    rows = num_warps * warp_rows
+                    if case.kernel in ("forward", "backward_dq"):
+                        yield Tile(rows, streamed, num_warps, num_stages)
+                    else:
+                        yield Tile(streamed, rows, num_warps, num_stages)
+
+
+@functools.cache
+def legal_tiles_for(case: KernelCase, device: Device) -> tuple[Tile, ...]:
+    """All tiles of the usual shapes that `device` takes, best by the model first. Other legal ones exist, such as tile_q = 48."""
+    legal = [tile for tile in _candidates(case, device) if broken_rule(case, tile, device) is None]
+    return tuple(sorted(legal, key=lambda tile: (estimate_cycles(case, tile, device), tile.tile_q, tile.tile_kv, tile.num_warps, tile.num_stages)))
+
+
+def default_tile(case: KernelCase, device: Device) -> Tile:
+    """The best tile by the model; every supported case has one."""
+    tiles = legal_tiles_for(case, device)
+    if not tiles:
+        raise TileError("tile", f"{case} on {device.name}", "a device whose shared memory holds the smallest tile", "Use a smaller head_dim.")
+    return tiles[0]
+
+
+def check_tile(case: KernelCase, tile: Tile, device: Device, argument: str = "tile") -> Tile:
+    """Return `tile` if it is legal for `case` on `device`, else raise `TileError` with the broken rule and the nearest legal tiles."""
+    if not isinstance(tile, Tile):
+        raise TileError(argument, repr(tile), "a cuflash.Tile", "Write cuflash.Tile(tile_q=64, tile_kv=64, num_warps=4, num_stages=2).")
+    rule = broken_rule(case, tile, device)
+    if rule is None:
+        return tile
+    nearest = sorted(legal_tiles_for(case, device), key=lambda legal: _distance(legal, tile))[:3]
+    listed = "; ".join(f"Tile({legal})" for legal in nearest)
+    raise TileError(argument, f"Tile({tile})", f"a tile that fits {case.kernel} with {case.dtype}, head_dim {case.head_dim}: {rule}", f"Nearest legal tiles: {listed}.")
+
+
+def _distance(left: Tile, right: Tile) -> float:
+    def ratio(a: object, b: object) -> float:
+        if not isinstance(a, int) or not isinstance(b, int) or a < 1 or b < 1:
+            return 0.0
+        return max(a, b) / min(a, b)
+
+    return sum(ratio(getattr(left, field.name), getattr(right, field.name)) for field in fields(left))
+
+
+# --- The model ----------------------------------------------------------------------------------------------------------------------------
+
+# Rates per SM and clock: dense multiply-adds of mma.sync with 16-bit operands and float32 sums, exponentials, 32-bit instructions.
+_MMA_RATE = {75: 512, 80: 1024, 86: 256, 87: 512, 89: 256, 90: 1024, 100: 1024, 103: 1024, 120: 256, 121: 256}
+_EXP_RATE = 16
+_ISSUE_RATE = {75: 64, 80: 64}
+_SMEM_RATE = 128
+_BARRIER_CYCLES = 120
+_SPILL_PENALTY = 4.0
+
+
+def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
+    """Modelled clocks of one SM per (query, key) pair and head; only the order of tiles matters.
+
+    Matrix products, shared-memory traffic, and exponentials with their neighbours overlap between the warps of an SM as far as there are warps to
+    overlap; barriers and uncovered loads do not. Tiles that by the register estimate would spill come last.
+    """
+    rows, streamed = case.stationary_rows(tile), case.streamed_rows(tile)
+    row = row_bytes(case, device)
+    products = {"forward": 2, "backward_dkdv": 4, "backward_dk": 3, "backward_dv": 2, "backward_dq": 3}[case.kernel]
+
+    mma_rate = float(_MMA_RATE.get(device.capability, 1024))
+    if case.uses_simt(device):
+        mma_rate = 64.0
+    elif case.dtype == "float32":
+        mma_rate /= 2 if case.allow_tf32 else 6
+    mma = products * rows * streamed * case.columns / mma_rate
+
+    # Per streamed tile: every warp reads each streamed operand of each product; stationary operands are read again too; the copy writes once.
+    by_rows = {"forward": 1, "backward_dkdv": 2, "backward_dk": 2, "backward_dv": 1, "backward_dq": 2}[case.kernel]
+    traffic = products * tile.num_warps * streamed * row + by_rows * rows * row + 2 * streamed * row
+    smem = traffic / _SMEM_RATE
+
+    issue_rate = _ISSUE_RATE.get(device.capability, 128)
+    scores = rows * streamed
+    split = 3.0 if case.dtype == "float32" and not case.allow_tf32 else 1.0
+    other = scores / _EXP_RATE + scores * (6 if case.kernel == "forward" else 9) / issue_rate + split * traffic / 16 / issue_rate
+
+    blocks = _blocks_per_sm(case, tile, device)
+    warps_per_scheduler = blocks * tile.num_warps / 4
+    overlap = min(1.0, warps_per_scheduler / 3)
+    busiest = max(mma, smem, other)
+    rest = mma + smem + other - busiest
+    exposed = (2 if case.kernel == "forward" else 1) * _BARRIER_CYCLES
+    if tile.num_stages == 1:
+        exposed += 400 if case.kernel != "forward" else 150
+    cycles = busiest + rest * (1 - 0.75 * overlap) + exposed / blocks
+    if device.capability >= 80 and warps_per_scheduler < 1:
+        cycles *= 1.5
+    limit = min(MAX_REGISTERS, REGISTERS_PER_BLOCK // (32 * tile.num_warps))
+    over = estimate_registers(case, tile, device) - limit
+    if over > 0:
+        cycles *= _SPILL_PENALTY * (1 + over / 100)
+    return cycles / scores
+
+
+def _blocks_per_sm(case: KernelCase, tile: Tile, device: Device) -> int:
+    reserved = 1024 if device.capability >= 80 else 0
+    by_smem = device.shared_memory_per_sm // (shared_bytes(case, tile, device) + reserved)
+    registers = min(MAX_REGISTERS, ceil(estimate_registers(case, tile, device) / 8) * 8)
+    by_registers = device.registers_per_sm // (registers * 32 * tile.num_warps)
+    return max(1, min(by_smem, by_registers, 16))

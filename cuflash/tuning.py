@@ -1,0 +1,94 @@
+"""What a user does about tiles and compilation ahead of a call: list legal tiles, warm the cache up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import product
+from typing import cast
+
+from cuflash import cache, device, tiles
+from cuflash.device import Device
+from cuflash.errors import OptionError
+from cuflash.planning import Tiles, offline_kernels
+from cuflash.problem import DTYPES, MAX_HEAD_DIM
+from cuflash.tiles import KernelCase, Pass, Tile
+
+
+def legal_tiles(
+    head_dim: int, dtype: str = "bfloat16", *, kernel: str = "forward", arch: str | None = None, allow_tf32: bool = False
+) -> tuple[Tile, ...]:
+    """List the tiles that fit a device, the default one first.
+
+    Args:
+        head_dim: 1 … 256.
+        dtype: "float16", "bfloat16" or "float32".
+        kernel: "forward", "backward_dkdv", "backward_dk", "backward_dv" or "backward_dq", as `print(plan)` names them.
+        arch: "sm_80", "sm_90", …; None for the GPU of this machine, or the simulator without one.
+        allow_tf32: as in the call.
+
+    Raises:
+        OptionError: an argument outside its domain.
+    """
+    if kernel not in tiles.PASSES:
+        raise OptionError("kernel", repr(kernel), "one of " + ", ".join(tiles.PASSES), "print(cuflash.plan(...)) names the kernels of a call.")
+    case = KernelCase(cast(Pass, kernel), _checked_dtype(dtype), _checked_head_dim(head_dim), bool(allow_tf32) and dtype == "float32")
+    return tiles.legal_tiles_for(case, target(arch))
+
+
+def warmup(
+    head_dim: int | Iterable[int],
+    dtype: str | Iterable[str] = "bfloat16",
+    *,
+    is_causal: bool | Iterable[bool] = (False, True),
+    backward: bool = True,
+    arch: str | None = None,
+    tile: Tiles = None,
+    allow_tf32: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Compile ahead, in threads, every kernel of the given cases, so that later calls find them in the cache.
+
+    Args:
+        head_dim, dtype, is_causal: one value or several; all combinations are compiled.
+        backward: also the kernels of the backward pass.
+        arch: the architecture to compile for; None for the GPU of this machine, or the simulator without one.
+        tile, allow_tf32: as in the call.
+        progress: called with (kernels done, kernels in all).
+
+    Returns:
+        How many kernels are now in the cache that these cases need.
+
+    Raises:
+        OptionError, TileError: as the call.
+        CompileError: the compiler refused a kernel.
+    """
+    on = target(arch)
+    head_dims = [head_dim] if isinstance(head_dim, int) else list(head_dim)
+    dtypes = [dtype] if isinstance(dtype, str) else list(dtype)
+    causals = [is_causal] if isinstance(is_causal, bool) else list(is_causal)
+    requests = {}
+    for one_head_dim, one_dtype, causal in product(head_dims, dtypes, causals):
+        options = {"dtype": _checked_dtype(one_dtype), "head_dim": _checked_head_dim(one_head_dim), "is_causal": causal, "allow_tf32": allow_tf32}
+        for kernel in offline_kernels(on, backward=backward, tile=tile, **options):  # type: ignore[arg-type]
+            requests[kernel.request(on)] = None
+    cache.fetch_many(list(requests), progress=progress)
+    return len(requests)
+
+
+def target(arch: str | None) -> Device:
+    """The device that `arch` names: offline for a GPU's architecture; None for this machine's GPU, else the simulator."""
+    if arch is not None:
+        return device.of_arch(arch, "gpu")
+    return device.default()
+
+
+def _checked_dtype(dtype: object) -> str:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise OptionError("dtype", repr(dtype), "one of " + ", ".join(DTYPES), "Pass the name of a supported element type.")
+    return dtype
+
+
+def _checked_head_dim(head_dim: object) -> int:
+    if not isinstance(head_dim, int) or isinstance(head_dim, bool) or not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise OptionError("head_dim", repr(head_dim), f"an int from 1 to {MAX_HEAD_DIM}", "Pass the head dimension of the arrays.")
+    return head_dim

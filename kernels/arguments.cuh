@@ -1,0 +1,53 @@
+// The one by-value parameter of each kernel. cuflash/launch.py packs the same fields in the same order with the same sizes.
+//
+// Strides are in elements. A broadcast axis has stride 0. Everything that changes from call to call is here, so a new length, batch
+// size, head count or stride never compiles anything.
+#pragma once
+#include "ptx/types.cuh"
+
+struct TensorView {  // (batch, seqlen, head, head_dim) in this order, whatever the caller's layout
+  void* data;
+  int64 stride_batch, stride_seqlen, stride_head, stride_dim;
+  int vectorized;  // every row starts on 16 bytes and head_dim is contiguous: 16-byte copies; otherwise one element at a time
+  int reserved;
+
+  template <typename Element>
+  DEVICE Element* row_pointer(int batch, int head) const {
+    return static_cast<Element*>(data) + batch * stride_batch + head * stride_head;
+  }
+};
+
+struct RowView {  // one float32 for each (batch, head, query): lse and its gradient
+  float* data;
+  int64 stride_batch, stride_head, stride_seqlen;
+
+  DEVICE float* pointer(int batch, int head, int query) const { return data + batch * stride_batch + head * stride_head + query * stride_seqlen; }
+};
+
+struct Geometry {
+  int batch, seqlen_q, seqlen_kv, num_heads_q, num_heads_kv;
+  int causal_offset;  // query i sees keys 0 .. i + causal_offset
+  float scale;        // multiplies the scores
+  float scale_log2;   // |scale| log2(e), or 1 where scale is 0
+  float score_sign;   // the sign of scale: -1, 0 or 1; scores are multiplied by it when it is not 1
+  int num_tiles;      // tiles that one (batch, head) is cut into
+};
+
+struct ForwardArguments {
+  TensorView query, key, value, out;
+  RowView lse;  // data null: not stored
+  Geometry geometry;
+};
+
+struct RowStatistics {  // what the backward kernels need of a query row
+  float lse_log2;       // lse log2(e); +inf for a row that sees no key, so that exp2(S - lse_log2) is 0
+  float delta;          // sum over d of dO * O, minus the gradient of lse
+};
+
+struct BackwardArguments {
+  TensorView query, key, value, out, grad_out, grad_query, grad_key, grad_value;
+  RowView lse, grad_lse;  // grad_lse.data null: zero
+  RowStatistics* row_statistics;  // [batch][num_heads_q][seqlen_q]
+  Geometry geometry;
+  int group_batch, group_heads;  // dK, dV: batches and query heads whose gradients are summed into one output
+};

@@ -1,0 +1,188 @@
+// Gradients of K and V: dV = Pᵀ dO, dK = scale dSᵀ Q, with P and dS recomputed from LSE and delta.
+//
+// One block owns TILE_KV keys of one K/V head, each warp TILE_KV / NUM_WARPS of them, and walks over all queries that see them: all query tiles of all
+// query heads (and, where K or V is broadcast over the batch, of all batches) that share the head. Nothing is added across blocks, so the result is
+// the same bit for bit on every run. The scores are computed transposed,
+//     Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dV += Pᵀ dO,   dK += dSᵀ Q
+// so that Pᵀ and dSᵀ become the A operands of the last two products without leaving registers.
+//
+// COMPUTE_DK and COMPUTE_DV say what is accumulated: both, or for large head dimensions one in each of two launches, since both together would not
+// fit the registers. V and dP are needed for dK only.
+//
+// Shared memory: K [TILE_KV][D] | V [TILE_KV][D] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][D] | row statistics [NUM_STAGES][TILE_Q] (sm_80 and later).
+// One copy group per query tile; with two stages or more the next tiles travel during the products of this one.
+#include "tile/backward.cuh"
+#include "tile/epilogue.cuh"
+#include "tile/gemm.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/schedule.cuh"
+
+using Element = Config::Element;
+using Mma = SelectMma<Element, Config::CAPABILITY, Config::ALLOW_TF32>::type;
+
+constexpr int TILE_Q = Config::TILE_Q;
+constexpr int TILE_KV = Config::TILE_KV;
+constexpr int NUM_WARPS = Config::NUM_WARPS;
+constexpr int NUM_STAGES = Config::NUM_STAGES;
+constexpr int NUM_THREADS = NUM_WARPS * WARP_SIZE;
+constexpr int WARP_ROWS = TILE_KV / NUM_WARPS;
+constexpr bool COMPUTE_DK = Config::COMPUTE_DK;
+constexpr bool COMPUTE_DV = Config::COMPUTE_DV;
+
+using TileQ = SmemTile<Mma::SmemElement, TILE_Q, Config::HEAD_DIM>;
+using TileKV = SmemTile<Mma::SmemElement, TILE_KV, Config::HEAD_DIM>;
+
+constexpr int M_TILES = WARP_ROWS / 16;
+constexpr int S_TILES = TILE_Q / 8;
+constexpr int D_TILES = TileQ::COLUMNS / 8;
+constexpr bool STATISTICS_IN_SMEM = HAS_CP_ASYNC;  // sm_75 reads them from global memory: it has no bytes to spare at head_dim 256
+constexpr int STATISTICS_BYTES = STATISTICS_IN_SMEM ? TILE_Q * int(sizeof(RowStatistics)) : 0;
+constexpr int STATIONARY_BYTES = (COMPUTE_DK ? 2 : 1) * TileKV::BYTES;
+
+static_assert(TILE_KV % (16 * NUM_WARPS) == 0, "tile_kv must be a multiple of 16 * num_warps");
+static_assert(TILE_Q % 16 == 0, "tile_q must be a multiple of 16");
+static_assert(HAS_CP_ASYNC || NUM_STAGES == 1, "num_stages must be 1 without cp.async");
+static_assert(STATIONARY_BYTES + NUM_STAGES * (2 * TileQ::BYTES + STATISTICS_BYTES) == Config::SHARED_BYTES, "shared memory differs from the plan's");
+
+DEVICE void issue_statistics(SmemAddress destination, const RowStatistics* source, int first_q, int seqlen_q) {
+  for (int row = int(threadIdx.x); row < TILE_Q; row += NUM_THREADS) {
+    const bool in_range = first_q + row < seqlen_q;
+    const RowStatistics* pointer = in_range ? source + first_q + row : source;
+    cp_async<8>(destination + row * int(sizeof(RowStatistics)), pointer, in_range ? 8 : 0);
+  }
+}
+
+// lse_log2 and delta of two neighbouring queries: x, y of the first, z, w of the second; 0 past the end.
+DEVICE float4 load_statistics(SmemAddress tile, const RowStatistics* source, int first_q, int column, int seqlen_q) {
+  if constexpr (STATISTICS_IN_SMEM) {
+    return load_shared_f32x4(tile + column * int(sizeof(RowStatistics)));
+  } else {
+    const int query = first_q + column;
+    const RowStatistics first = query < seqlen_q ? source[query] : RowStatistics{0.0f, 0.0f};
+    const RowStatistics second = query + 1 < seqlen_q ? source[query + 1] : RowStatistics{0.0f, 0.0f};
+    return make_float4(first.lse_log2, first.delta, second.lse_log2, second.delta);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS) backward_dkdv_mma(const __grid_constant__ BackwardArguments arguments) {
+  const Geometry& geometry = arguments.geometry;
+  const int heads_per_kv = geometry.num_heads_q / geometry.num_heads_kv;
+  const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q / arguments.group_heads, false);
+  const int first_kv = work.tile * TILE_KV;
+  const int warp_row = warp_index() * WARP_ROWS;
+
+  extern __shared__ __align__(128) uint8 shared[];
+  const SmemAddress K_smem = smem_address(shared);
+  const SmemAddress V_smem = K_smem + TileKV::BYTES;
+  const SmemAddress Q_smem = K_smem + STATIONARY_BYTES;
+  const SmemAddress dO_smem = Q_smem + NUM_STAGES * TileQ::BYTES;
+  const SmemAddress statistics_smem = dO_smem + NUM_STAGES * TileQ::BYTES;
+
+  float dK[M_TILES][COMPUTE_DK ? D_TILES : 2][4];
+  float dV[M_TILES][COMPUTE_DV ? D_TILES : 2][4];
+  clear(dK);
+  clear(dV);
+
+  const int first_tile = first_visible_query<Config::CAUSAL>(geometry, first_kv) / TILE_Q;
+  const int num_q_tiles = (geometry.seqlen_q + TILE_Q - 1) / TILE_Q;
+  auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES; };
+
+#pragma unroll 1
+  for (int member = 0; member < arguments.group_batch * arguments.group_heads; ++member) {
+    const int batch = work.batch * arguments.group_batch + member / arguments.group_heads;
+    const int head = work.head * arguments.group_heads + member % arguments.group_heads;
+    const RowStatistics* statistics = row_statistics(arguments, batch, head);
+    TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, batch, head, geometry.seqlen_q);
+    TileLoader<TileQ, Element, NUM_THREADS> load_dO(arguments.grad_out, batch, head, geometry.seqlen_q);
+    auto issue = [&](int tile) {
+      if (tile < num_q_tiles) {
+        load_Q.issue(Q_smem + slot(tile) * TileQ::BYTES, tile * TILE_Q);
+        load_dO.issue(dO_smem + slot(tile) * TileQ::BYTES, tile * TILE_Q);
+        if constexpr (STATISTICS_IN_SMEM) issue_statistics(statistics_smem + slot(tile) * STATISTICS_BYTES, statistics, tile * TILE_Q, geometry.seqlen_q);
+      }
+      cp_async_commit_group();
+    };
+
+    __syncthreads();  // every warp is done with the tiles of the previous member
+    if (head % heads_per_kv == 0 || member % arguments.group_heads == 0) {  // another K/V head, or the first
+      TileLoader<TileKV, Element, NUM_THREADS> load_K(arguments.key, batch, head / heads_per_kv, geometry.seqlen_kv);
+      load_K.issue(K_smem, first_kv);
+      load_K.land(K_smem);
+      if constexpr (COMPUTE_DK) {
+        TileLoader<TileKV, Element, NUM_THREADS> load_V(arguments.value, batch, head / heads_per_kv, geometry.seqlen_kv);
+        load_V.issue(V_smem, first_kv);
+        load_V.land(V_smem);
+      }
+    }
+#pragma unroll
+    for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) issue(first_tile + ahead);
+
+#pragma unroll 1
+    for (int j = first_tile; j < num_q_tiles; ++j) {
+      if constexpr (NUM_STAGES == 1) {
+        issue(j);
+        wait_for_tiles<0>([&] {
+          load_Q.land(Q_smem);
+          load_dO.land(dO_smem);
+        });
+      } else {
+        wait_for_tiles<NUM_STAGES - 2>([] {});  // tile j has landed; every warp is done with tile j - 1, whose slot is next
+        issue(j + NUM_STAGES - 1);
+      }
+      const SmemAddress Q_tile = Q_smem + slot(j) * TileQ::BYTES;
+      const SmemAddress dO_tile = dO_smem + slot(j) * TileQ::BYTES;
+      auto statistics_of = [&](int n) {  // of this lane's two columns of S tile n
+        const SmemAddress tile = statistics_smem + slot(j) * STATISTICS_BYTES;
+        return load_statistics(tile, statistics, j * TILE_Q, 8 * n + lane_index() % 4 * 2, geometry.seqlen_q);
+      };
+
+      float P[M_TILES][S_TILES][4];  // scores, then probabilities; rows are keys
+      clear(P);
+      gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileKV>(K_smem, warp_row), typename Mma::OperandB<TileQ>(Q_tile));
+      if (geometry.score_sign != 1.0f) multiply_all(P, geometry.score_sign);
+#pragma unroll
+      for (int n = 0; n < S_TILES; ++n) {
+        const float4 pair = statistics_of(n);
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) P[m][n][i] = probability(P[m][n][i], geometry.scale_log2, i % 2 ? pair.z : pair.x);
+      }
+      if (needs_mask<Config::CAUSAL>(geometry, j * TILE_Q, first_kv + TILE_KV)) {
+        for_each_element(P, [&](int row, int column, float& probability) {
+          if (!is_visible<Config::CAUSAL>(geometry, j * TILE_Q + column, first_kv + warp_row + row)) probability = 0.0f;
+        });
+      }
+      if constexpr (COMPUTE_DV) gemm_accumulator<Mma>(dV, P, typename Mma::OperandBByRows<TileQ>(dO_tile));
+
+      if constexpr (COMPUTE_DK) {
+        float dS[M_TILES][S_TILES][4];  // dP, then dS
+        clear(dS);
+        gemm_rows<Mma, TileQ::COLUMNS>(dS, typename Mma::OperandA<TileKV>(V_smem, warp_row), typename Mma::OperandB<TileQ>(dO_tile));
+#pragma unroll
+        for (int n = 0; n < S_TILES; ++n) {
+          const float4 pair = statistics_of(n);
+#pragma unroll
+          for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) dS[m][n][i] = P[m][n][i] * (dS[m][n][i] - (i % 2 ? pair.w : pair.y));
+        }
+        gemm_accumulator<Mma>(dK, dS, typename Mma::OperandBByRows<TileQ>(Q_tile));
+      }
+      if constexpr (NUM_STAGES == 1) __syncthreads();  // every warp is done with the only slot
+    }
+  }
+  cp_async_wait_group<0>();  // keys that no query sees still have copies in flight
+  __syncthreads();
+
+  const int first_row = first_kv + warp_row;
+  if constexpr (COMPUTE_DV) {
+    store_rows<Element, Config::HEAD_DIM>(dV, K_smem + warp_row * TileKV::ROW_BYTES, arguments.grad_value, work.batch, work.head, first_row,
+                                          geometry.seqlen_kv);
+  }
+  if constexpr (COMPUTE_DK) {
+    multiply_all(dK, geometry.scale);
+    store_rows<Element, Config::HEAD_DIM>(dK, K_smem + warp_row * TileKV::ROW_BYTES, arguments.grad_key, work.batch, work.head, first_row,
+                                          geometry.seqlen_kv);
+  }
+}

@@ -1,0 +1,131 @@
+// Gradient of Q: dQ = scale dS K, with P and dS recomputed from LSE and delta.
+//
+// One block owns TILE_Q queries of one head, each warp TILE_Q / NUM_WARPS of them, and walks over all keys that they see:
+//     S = Q Kᵀ,   dP = dO Vᵀ,   dQ += dS K
+// A kernel of its own costs two products more than adding dQ up with atomics from the dK/dV kernel, and saves the atomics, their float32
+// accumulator and the conversion pass; its result is the same bit for bit on every run.
+//
+// Shared memory: Q [TILE_Q][D] | dO [TILE_Q][D] | K [NUM_STAGES][TILE_KV][D] | V [NUM_STAGES][TILE_KV][D]. One copy group per key tile.
+#include "tile/backward.cuh"
+#include "tile/epilogue.cuh"
+#include "tile/gemm.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/schedule.cuh"
+
+using Element = Config::Element;
+using Mma = SelectMma<Element, Config::CAPABILITY, Config::ALLOW_TF32>::type;
+
+constexpr int TILE_Q = Config::TILE_Q;
+constexpr int TILE_KV = Config::TILE_KV;
+constexpr int NUM_WARPS = Config::NUM_WARPS;
+constexpr int NUM_STAGES = Config::NUM_STAGES;
+constexpr int NUM_THREADS = NUM_WARPS * WARP_SIZE;
+constexpr int WARP_ROWS = TILE_Q / NUM_WARPS;
+
+using TileQ = SmemTile<Mma::SmemElement, TILE_Q, Config::HEAD_DIM>;
+using TileKV = SmemTile<Mma::SmemElement, TILE_KV, Config::HEAD_DIM>;
+
+constexpr int M_TILES = WARP_ROWS / 16;
+constexpr int S_TILES = TILE_KV / 8;
+constexpr int D_TILES = TileQ::COLUMNS / 8;
+
+static_assert(TILE_Q % (16 * NUM_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
+static_assert(TILE_KV % 16 == 0, "tile_kv must be a multiple of 16");
+static_assert(HAS_CP_ASYNC || NUM_STAGES == 1, "num_stages must be 1 without cp.async");
+static_assert(2 * TileQ::BYTES + 2 * NUM_STAGES * TileKV::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS) backward_dq_mma(const __grid_constant__ BackwardArguments arguments) {
+  const Geometry& geometry = arguments.geometry;
+  const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q, Config::CAUSAL);
+  const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
+  const int first_q = work.tile * TILE_Q;
+  const int warp_row = warp_index() * WARP_ROWS;
+
+  extern __shared__ __align__(128) uint8 shared[];
+  const SmemAddress Q_smem = smem_address(shared);
+  const SmemAddress dO_smem = Q_smem + TileQ::BYTES;
+  const SmemAddress K_smem = dO_smem + TileQ::BYTES;
+  const SmemAddress V_smem = K_smem + NUM_STAGES * TileKV::BYTES;
+
+  TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q);
+  load_Q.issue(Q_smem, first_q);
+  load_Q.land(Q_smem);
+  TileLoader<TileQ, Element, NUM_THREADS> load_dO(arguments.grad_out, work.batch, work.head, geometry.seqlen_q);
+  load_dO.issue(dO_smem, first_q);
+  load_dO.land(dO_smem);
+
+  TileLoader<TileKV, Element, NUM_THREADS> load_K(arguments.key, work.batch, head_kv, geometry.seqlen_kv);
+  TileLoader<TileKV, Element, NUM_THREADS> load_V(arguments.value, work.batch, head_kv, geometry.seqlen_kv);
+  const int num_kv_tiles = (visible_keys<Config::CAUSAL>(geometry, first_q + TILE_Q) + TILE_KV - 1) / TILE_KV;
+  auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES * TileKV::BYTES; };
+  auto issue = [&](int tile) {
+    if (tile < num_kv_tiles) {
+      load_K.issue(K_smem + slot(tile), tile * TILE_KV);
+      load_V.issue(V_smem + slot(tile), tile * TILE_KV);
+    }
+    cp_async_commit_group();
+  };
+#pragma unroll
+  for (int tile = 0; tile < NUM_STAGES - 1; ++tile) issue(tile);
+
+  RowStatistics statistics[M_TILES][2];
+  const RowStatistics* statistics_gmem = row_statistics(arguments, work.batch, work.head);
+#pragma unroll
+  for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = first_q + warp_row + 16 * m + 8 * r + lane_index() / 4;
+      statistics[m][r] = query < geometry.seqlen_q ? statistics_gmem[query] : RowStatistics{infinity(), 0.0f};
+    }
+
+  float dQ[M_TILES][D_TILES][4];
+  clear(dQ);
+
+#pragma unroll 1
+  for (int j = 0; j < num_kv_tiles; ++j) {
+    if constexpr (NUM_STAGES == 1) {
+      issue(j);
+      wait_for_tiles<0>([&] {
+        load_K.land(K_smem);
+        load_V.land(V_smem);
+      });
+    } else {
+      wait_for_tiles<NUM_STAGES - 2>([] {});  // tile j has landed; every warp is done with tile j - 1, whose slot is next
+      issue(j + NUM_STAGES - 1);
+    }
+    const int first_kv = j * TILE_KV;
+
+    float P[M_TILES][S_TILES][4];  // scores, then probabilities
+    clear(P);
+    gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileQ>(Q_smem, warp_row), typename Mma::OperandB<TileKV>(K_smem + slot(j)));
+    if (geometry.score_sign != 1.0f) multiply_all(P, geometry.score_sign);
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+      for (int n = 0; n < S_TILES; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) P[m][n][i] = probability(P[m][n][i], geometry.scale_log2, statistics[m][i / 2].lse_log2);
+    if (needs_mask<Config::CAUSAL>(geometry, first_q, first_kv + TILE_KV)) {
+      for_each_element(P, [&](int row, int column, float& probability) {
+        if (!is_visible<Config::CAUSAL>(geometry, first_q + warp_row + row, first_kv + column)) probability = 0.0f;
+      });
+    }
+
+    float dS[M_TILES][S_TILES][4];  // dP, then dS
+    clear(dS);
+    gemm_rows<Mma, TileQ::COLUMNS>(dS, typename Mma::OperandA<TileQ>(dO_smem, warp_row), typename Mma::OperandB<TileKV>(V_smem + slot(j)));
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+      for (int n = 0; n < S_TILES; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dS[m][n][i] = P[m][n][i] * (dS[m][n][i] - statistics[m][i / 2].delta);
+    gemm_accumulator<Mma>(dQ, dS, typename Mma::OperandBByRows<TileKV>(K_smem + slot(j)));
+    if constexpr (NUM_STAGES == 1) __syncthreads();  // every warp is done with the only slot
+  }
+  cp_async_wait_group<0>();  // queries that see no key still have copies in flight
+
+  multiply_all(dQ, geometry.scale);
+  store_rows<Element, Config::HEAD_DIM>(dQ, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.grad_query, work.batch, work.head, first_q + warp_row,
+                                        geometry.seqlen_q);
+}

@@ -1,0 +1,118 @@
+// Forward attention on warp-level matrix instructions: O = softmax(scale Q Kᵀ) V and the natural-log LSE of each row.
+//
+// One block computes TILE_Q rows of one head; each warp owns TILE_Q / NUM_WARPS of them and keeps their O and softmax state in registers. The block
+// walks over the key tiles that its rows can see (FlashAttention-2, Dao 2023, arXiv 2307.08691, algorithm 1).
+//
+// Shared memory: Q [TILE_Q][D] | K [NUM_STAGES][TILE_KV][D] | V [NUM_STAGES][TILE_KV][D].
+//
+// Copies are committed in the order K0 V0 K1 V1 ..., one group each. In step j two barriers each do two jobs:
+//   A  K_j has landed; every warp is done with V_{j-1}   ->  V_{j+NUM_STAGES-1} may be issued into its slot
+//   B  V_j has landed; every warp is done with K_j       ->  K_{j+NUM_STAGES} may be issued into its slot
+// so at either barrier 2 (NUM_STAGES - 1) younger groups may still be in flight. With one stage, V_j travels during Q Kᵀ and K_{j+1} during the
+// softmax and P V.
+#include "tile/epilogue.cuh"
+#include "tile/gemm.cuh"
+#include "tile/mask.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/schedule.cuh"
+#include "tile/softmax.cuh"
+
+using Element = Config::Element;
+using Mma = SelectMma<Element, Config::CAPABILITY, Config::ALLOW_TF32>::type;
+
+constexpr int TILE_Q = Config::TILE_Q;
+constexpr int TILE_KV = Config::TILE_KV;
+constexpr int NUM_WARPS = Config::NUM_WARPS;
+constexpr int NUM_STAGES = Config::NUM_STAGES;
+constexpr int NUM_THREADS = NUM_WARPS * WARP_SIZE;
+constexpr int WARP_ROWS = TILE_Q / NUM_WARPS;
+
+using TileQ = SmemTile<Mma::SmemElement, TILE_Q, Config::HEAD_DIM>;
+using TileKV = SmemTile<Mma::SmemElement, TILE_KV, Config::HEAD_DIM>;
+
+constexpr int M_TILES = WARP_ROWS / 16;
+constexpr int S_TILES = TILE_KV / 8;
+constexpr int O_TILES = TileQ::COLUMNS / 8;
+constexpr int PENDING = 2 * (NUM_STAGES - 1);
+
+static_assert(TILE_Q % (16 * NUM_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
+static_assert(TILE_KV % 16 == 0, "tile_kv must be a multiple of 16");
+static_assert(HAS_CP_ASYNC || NUM_STAGES == 1, "num_stages must be 1 without cp.async");
+static_assert(TileQ::BYTES + 2 * NUM_STAGES * TileKV::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS) forward_mma(const __grid_constant__ ForwardArguments arguments) {
+  const Geometry& geometry = arguments.geometry;
+  const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q, Config::CAUSAL);
+  const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
+  const int first_q = work.tile * TILE_Q;
+  const int warp_row = warp_index() * WARP_ROWS;
+
+  extern __shared__ __align__(128) uint8 shared[];
+  const SmemAddress Q_smem = smem_address(shared);
+  const SmemAddress K_smem = Q_smem + TileQ::BYTES;
+  const SmemAddress V_smem = K_smem + NUM_STAGES * TileKV::BYTES;
+
+  TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q);
+  TileLoader<TileKV, Element, NUM_THREADS, true> load_K(arguments.key, work.batch, head_kv, geometry.seqlen_kv);
+  TileLoader<TileKV, Element, NUM_THREADS, true> load_V(arguments.value, work.batch, head_kv, geometry.seqlen_kv);
+
+  const int num_kv_tiles = (visible_keys<Config::CAUSAL>(geometry, first_q + TILE_Q) + TILE_KV - 1) / TILE_KV;
+  auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES * TileKV::BYTES; };
+  auto issue_K = [&](int tile) {
+    if (tile < num_kv_tiles) load_K.issue(K_smem + slot(tile), tile * TILE_KV);
+    cp_async_commit_group();
+  };
+  auto issue_V = [&](int tile) {
+    if (tile < num_kv_tiles) load_V.issue(V_smem + slot(tile), tile * TILE_KV);
+    cp_async_commit_group();
+  };
+
+  load_Q.issue(Q_smem, first_q);
+  load_Q.land(Q_smem);
+#pragma unroll
+  for (int tile = 0; tile < NUM_STAGES - 1; ++tile) {
+    issue_K(tile);
+    issue_V(tile);
+  }
+  issue_K(NUM_STAGES - 1);
+
+  float O[M_TILES][O_TILES][4];
+  clear(O);
+  OnlineSoftmax<M_TILES> softmax;
+
+  for (int j = 0; j < num_kv_tiles; ++j) {
+    wait_for_tiles<PENDING>([&] { load_K.land(K_smem); });  // barrier A
+    issue_V(j + NUM_STAGES - 1);
+
+    float S[M_TILES][S_TILES][4];
+    clear(S);
+    gemm_rows<Mma, TileQ::COLUMNS>(S, typename Mma::OperandA<TileQ>(Q_smem, warp_row), typename Mma::OperandB<TileKV>(K_smem + slot(j)));
+
+    wait_for_tiles<PENDING>([&] { load_V.land(V_smem); });  // barrier B
+    issue_K(j + NUM_STAGES);
+
+    const int first_kv = j * TILE_KV;
+    if (geometry.score_sign != 1.0f) multiply_all(S, geometry.score_sign);
+    if (needs_mask<Config::CAUSAL>(geometry, first_q, first_kv + TILE_KV)) {
+      for_each_element(S, [&](int row, int column, float& score) {
+        if (!is_visible<Config::CAUSAL>(geometry, first_q + warp_row + row, first_kv + column)) score = -infinity();
+      });
+    }
+    softmax.update(S, O, geometry.scale_log2);
+    gemm_accumulator<Mma>(O, S, typename Mma::OperandBByRows<TileKV>(V_smem + slot(j)));
+  }
+  cp_async_wait_group<0>();  // a block that sees no key still has copies in flight
+
+  softmax.finish(O);
+  if (arguments.lse.data != nullptr && lane_index() % 4 == 0) {
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int query = first_q + warp_row + 16 * m + 8 * r + lane_index() / 4;
+        if (query < geometry.seqlen_q) *arguments.lse.pointer(work.batch, work.head, query) = softmax.reference[m][r];
+      }
+  }
+  store_rows<Element, Config::HEAD_DIM>(O, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.out, work.batch, work.head, first_q + warp_row,
+                                        geometry.seqlen_q);
+}

@@ -1,0 +1,24 @@
+// Special functions. PTX ISA 9.7.3 "Floating Point Instructions".
+#pragma once
+#include "ptx/types.cuh"
+
+// 2^x. ex2.approx: at most 2 ulp; -inf gives 0, NaN stays NaN. Without .ftz so that tiny probabilities survive.
+DEVICE float ex2(float x) {
+  float y;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// log2(x). lg2.approx; 0 gives -inf.
+DEVICE float lg2(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// x * y rounded towards minus infinity.
+DEVICE float mul_rm(float x, float y) {
+  float z;
+  asm("mul.rm.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}

@@ -1,0 +1,95 @@
+// Shared-memory addresses, matrix loads and asynchronous copies.
+// PTX ISA 9.7.9.25 "cp.async", 9.7.14.5.15 "ldmatrix".
+#pragma once
+#include "ptx/types.cuh"
+
+#if __CUDA_ARCH__ >= 800
+#define HAS_CP_ASYNC 1
+#else
+#define HAS_CP_ASYNC 0
+#endif
+
+using SmemAddress = uint32;  // a byte address in the .shared window
+
+DEVICE SmemAddress smem_address(const void* pointer) { return SmemAddress(__cvta_generic_to_shared(pointer)); }
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+DEVICE void ldmatrix_x4(uint32 (&frag)[4], SmemAddress address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(frag[0]), "=r"(frag[1]), "=r"(frag[2]), "=r"(frag[3])
+               : "r"(address)
+               : "memory");
+}
+
+DEVICE void ldmatrix_x4_trans(uint32 (&frag)[4], SmemAddress address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(frag[0]), "=r"(frag[1]), "=r"(frag[2]), "=r"(frag[3])
+               : "r"(address)
+               : "memory");
+}
+
+DEVICE float load_shared_f32(SmemAddress address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+DEVICE float2 load_shared_f32x2(SmemAddress address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
+DEVICE float4 load_shared_f32x4(SmemAddress address) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+DEVICE Chunk load_shared(SmemAddress address) {
+  Chunk chunk;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(chunk.word[0]), "=r"(chunk.word[1]), "=r"(chunk.word[2]), "=r"(chunk.word[3])
+               : "r"(address)
+               : "memory");
+  return chunk;
+}
+
+DEVICE void store_shared(SmemAddress address, const Chunk& chunk) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(chunk.word[0]), "r"(chunk.word[1]), "r"(chunk.word[2]),
+               "r"(chunk.word[3])
+               : "memory");
+}
+
+DEVICE void store_shared(SmemAddress address, uint32 word) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory"); }
+
+DEVICE void store_shared(SmemAddress address, float2 pair) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(pair.x), "f"(pair.y) : "memory");
+}
+
+// BYTES from global to shared, of which the first `valid_bytes` are read and the rest are zero-filled.
+template <int BYTES>
+DEVICE void cp_async(SmemAddress destination, const void* source, int valid_bytes) {
+  if constexpr (BYTES == 16) {  // .cg: cached in L2 only
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid_bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(destination), "l"(source), "n"(BYTES), "r"(valid_bytes) : "memory");
+  }
+}
+
+DEVICE void cp_async_commit_group() {
+#if HAS_CP_ASYNC
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most PENDING of this thread's most recent groups are still in flight.
+template <int PENDING>
+DEVICE void cp_async_wait_group() {
+#if HAS_CP_ASYNC
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}

@@ -1,0 +1,19 @@
+// Exchanges inside a warp and barriers. PTX ISA 9.7.9.6 "shfl.sync", 9.7.13.1 "barrier".
+#pragma once
+#include "ptx/types.cuh"
+
+DEVICE float shfl_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
+DEVICE float shfl(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+
+// Reductions over the four lanes that share an accumulator row.
+DEVICE float quad_max(float x) {
+  x = fmaxf(x, shfl_xor(x, 1));
+  return fmaxf(x, shfl_xor(x, 2));
+}
+DEVICE float quad_sum(float x) {
+  x += shfl_xor(x, 1);
+  return x + shfl_xor(x, 2);
+}
+
+DEVICE int lane_index() { return int(threadIdx.x) % WARP_SIZE; }
+DEVICE int warp_index() { return int(threadIdx.x) / WARP_SIZE; }

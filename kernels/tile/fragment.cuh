@@ -1,0 +1,26 @@
+// Walking over the elements of a warp's accumulators.
+#pragma once
+#include "ptx/warp.cuh"
+
+// body(row, column, value): rows and columns count from the warp's first row and the tile's first column.
+template <int M, int N, typename Body>
+DEVICE void for_each_element(float (&c)[M][N][4], Body body) {
+  const int lane_row = lane_index() / 4;
+  const int lane_column = lane_index() % 4 * 2;
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) body(16 * m + lane_row + i / 2 * 8, 8 * n + lane_column + i % 2, c[m][n][i]);
+}
+
+template <int M, int N>
+DEVICE void multiply_all(float (&c)[M][N][4], float factor) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[m][n][i] *= factor;
+}

@@ -1,0 +1,56 @@
+// Warp-level products of tiles. A warp owns 16 M rows of the result; c[m][n] is an m16n8 accumulator tile.
+#pragma once
+#include "tile/operand.cuh"
+
+template <int M, int N>
+DEVICE void clear(float (&c)[M][N][4]) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[m][n][i] = 0.0f;
+}
+
+// c += A Bᵀ over the head dimension: both operands are rows of tiles in shared memory.
+template <typename Mma, int COLUMNS, int M, int N, typename OperandA, typename OperandB>
+DEVICE void gemm_rows(float (&c)[M][N][4], const OperandA& operand_a, const OperandB& operand_b) {
+  constexpr int K_STEPS = COLUMNS / Mma::K;
+#pragma unroll(K_STEPS <= 8 && Mma::UNROLL > 1 ? K_STEPS : Mma::UNROLL)
+  for (int k = 0; k < K_STEPS; ++k) {
+    typename Mma::A a[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m) a[m] = operand_a.load(16 * m, k);
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      typename Mma::B b[2];
+      operand_b.load(b, 8 * n, k);
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        Mma::multiply(c[m][n], a[m], b[0]);
+        Mma::multiply(c[m][n + 1], a[m], b[1]);
+      }
+    }
+  }
+}
+
+// c += P B: P in accumulator form, N_P tiles of 8 columns; B has its rows as depth and N tiles of 8 columns.
+template <typename Mma, int M, int N, int N_P, typename OperandB>
+DEVICE void gemm_accumulator(float (&c)[M][N][4], const float (&p)[M][N_P][4], const OperandB& operand_b) {
+#pragma unroll
+  for (int k = 0; k < 8 * N_P / Mma::K; ++k) {
+    typename Mma::A a[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m) a[m] = Mma::from_accumulator(p[m], k);
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      typename Mma::B b[2];
+      operand_b.load(b, k, n / 2);
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        Mma::multiply(c[m][n], a[m], b[0]);
+        Mma::multiply(c[m][n + 1], a[m], b[1]);
+      }
+    }
+  }
+}

@@ -1,0 +1,39 @@
+// A matrix of ROWS x HEAD_DIM elements in shared memory, row-major in 16-byte chunks, swizzled free of bank conflicts for any HEAD_DIM.
+//
+// A row is PITCH chunks. Eight chunks make one pass over the 32 banks, so eight consecutive rows at the same column fall on only
+// 8 / gcd(PITCH, 8) different chunk slots. The swizzle exchanges chunks inside aligned groups of SWIZZLE = gcd(PITCH, 8):
+//
+//     chunk' = chunk ^ ((row / (8 / SWIZZLE)) % SWIZZLE)
+//
+// so that the eight rows that ldmatrix reads at once, and the eight chunks that neighbouring threads store at once, lie on eight slots.
+// For PITCH = 8 (64 columns of 16 bits) this is the usual chunk ^ (row % 8).
+//
+// Columns past HEAD_DIM up to a multiple of 16 are zero: they take part in the matrix products. A 32-bit tile is read by columns one word
+// at a time, which needs all eight slots: its pitch is a multiple of 8.
+#pragma once
+#include "ptx/memory.cuh"
+
+template <typename SmemElement_, int ROWS_, int HEAD_DIM_>
+struct SmemTile {
+  using SmemElement = SmemElement_;
+  static constexpr int ROWS = ROWS_;
+  static constexpr int HEAD_DIM = HEAD_DIM_;
+  static constexpr int CHUNK_ELEMENTS = 16 / int(sizeof(SmemElement));
+  static constexpr int COLUMNS = round_up(HEAD_DIM, 16);
+  static constexpr int CHUNKS = COLUMNS / CHUNK_ELEMENTS;
+  static constexpr int PITCH = sizeof(SmemElement) == 4 ? round_up(CHUNKS, 8) : CHUNKS;
+  static constexpr int SWIZZLE = gcd(PITCH, 8);
+  static constexpr int ROW_BYTES = PITCH * 16;
+  static constexpr int BYTES = ROWS * ROW_BYTES;
+
+  DEVICE static int swizzle(int row) { return (row / (8 / SWIZZLE)) % SWIZZLE; }
+
+  DEVICE static int offset(int row, int chunk) { return row * ROW_BYTES + (chunk ^ swizzle(row)) * 16; }
+
+  // The address `row` rows (a multiple of 8) and `chunk` chunks (even) away from a lane's place `lane_offset` = offset(lane_row, 0 or 1): adding
+  // to the row leaves the swizzle as it is, and the low bits of an even chunk enter by exclusive or. What is left to compute in a loop is nothing:
+  // a few lane offsets, one uniform tile address, immediates.
+  DEVICE static SmemAddress at(SmemAddress tile, int lane_offset, int row, int chunk) {
+    return tile + ((lane_offset ^ ((chunk % SWIZZLE) * 16)) + (chunk / SWIZZLE) * (SWIZZLE * 16) + row * ROW_BYTES);
+  }
+};
