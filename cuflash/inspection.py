@@ -56,7 +56,7 @@ class SmLimits:
     shared_granularity: int = 128
 
 
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; barriers and granularity from the toolkit's occupancy header.
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; barriers and granularity from cuda_occupancy.h.
 SM_LIMITS: dict[int, SmLimits] = {
     75: SmLimits(warps=32, blocks=16, barriers=None, reserved_shared_bytes=0, shared_granularity=256),
     80: SmLimits(warps=64, blocks=32, barriers=None),
@@ -430,7 +430,7 @@ def remarks(reports: Sequence[Report]) -> list[str]:
 
 
 def render(reports: Sequence[Report], stream: TextIO | None = None) -> None:
-    """Print a table and the remarks to `stream`, by default standard output; with rich if that is installed and the stream is a terminal."""
+    """Print a table and the remarks to `stream`, by default standard output: with rich if there is one and the stream is a terminal."""
     stream = stream or sys.stdout
     header, rows = table(reports)
     if not (stream.isatty() and _render_with_rich(header, rows, [report.spills for report in reports], stream)):

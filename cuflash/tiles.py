@@ -108,24 +108,36 @@ def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
     return row * (kept * tile.tile_kv + 2 * tile.num_stages * tile.tile_q) + tile.num_stages * tile.tile_q * statistics
 
 
+def _products(case: KernelCase) -> tuple[int, int]:
+    """How many output and how many score matrices a kernel accumulates at a time."""
+    return {"forward": (1, 1), "backward_dkdv": (2, 2), "backward_dk": (1, 2), "backward_dv": (1, 1), "backward_dq": (1, 2)}[case.kernel]
+
+
 def accumulator_registers(case: KernelCase, tile: Tile) -> int:
     """Registers per thread that hold results of matrix products, all live at once."""
     rows = case.stationary_rows(tile) // tile.num_warps
-    outputs = {"forward": 1, "backward_dkdv": 2, "backward_dk": 1, "backward_dv": 1, "backward_dq": 1}[case.kernel]
-    scores = {"forward": 1, "backward_dkdv": 2, "backward_dk": 2, "backward_dv": 1, "backward_dq": 2}[case.kernel]
+    outputs, scores = _products(case)
     return rows * (outputs * case.columns + scores * case.streamed_rows(tile)) // 32
 
 
 def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
-    """Registers per thread that a kernel needs, from what the compiler used for a few hundred tiles (docs/performance.md); an upper estimate."""
-    rows_in_16 = case.stationary_rows(tile) // tile.num_warps // 16
-    fragments = 4 * rows_in_16 + 4
+    """Registers per thread that a kernel needs, fitted to what the compiler made of a few hundred tiles (docs/performance.md).
+
+    Scores count half as much again, for they are converted to the next product's operand while they live.
+    """
+    rows = case.stationary_rows(tile) // tile.num_warps
+    outputs, scores = _products(case)
+    estimate = rows * (outputs * case.columns + 3 * scores * case.streamed_rows(tile) // 2) // 32
     if case.uses_simt(device):
-        fragments = 16 * rows_in_16 + 40
+        estimate += 104
     elif case.dtype == "float32" and not case.allow_tf32:
-        fragments *= 2
-    addresses = 48 if case.kernel == "forward" else 56
-    return accumulator_registers(case, tile) + fragments + addresses
+        estimate += 98
+    else:
+        estimate += 78
+    if device.capability < 80 and case.kernel == "forward":  # K and V on their way, in registers
+        chunks = case.streamed_rows(tile) * row_bytes(case, device) // 16 // (32 * tile.num_warps)
+        estimate += 8 * chunks if chunks <= 8 else 0
+    return estimate
 
 
 def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:

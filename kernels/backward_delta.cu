@@ -22,11 +22,12 @@ DEVICE Chunk load_chunk(const Element* pointer, const TensorView& view, int vali
   return gather_chunk<Element>(pointer, view.stride_dim, valid);
 }
 
+template <typename T>
 DEVICE float chunk_element(const Chunk& chunk, int i) {
-  if constexpr (sizeof(Element) == 4) {
+  if constexpr (sizeof(T) == 4) {
     return __uint_as_float(chunk.word[i]);
   } else {
-    Element element;
+    T element;
     element.bits = uint16(chunk.word[i / 2] >> (16 * (i % 2)));
     return to_float(element);
   }
@@ -49,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) backward_delta(const _
       const Chunk O = load_chunk(O_row + column * arguments.out.stride_dim, arguments.out, valid);
       const Chunk dO = load_chunk(dO_row + column * arguments.grad_out.stride_dim, arguments.grad_out, valid);
 #pragma unroll
-      for (int i = 0; i < CHUNK_ELEMENTS; ++i) delta += chunk_element(O, i) * chunk_element(dO, i);
+      for (int i = 0; i < CHUNK_ELEMENTS; ++i) delta += chunk_element<Element>(O, i) * chunk_element<Element>(dO, i);
     }
   }
 #pragma unroll

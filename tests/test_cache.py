@@ -1,4 +1,4 @@
-"""`cuflash.cache`: every request is compiled once, by whichever thread or process comes first, and no state of the disk is an error. Needs no GPU."""
+"""`cuflash.cache`: whichever thread or process comes first compiles, once, and no state of the disk is an error. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ from cuflash.errors import CompileError, OptionError
 pytest.importorskip("cupy")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+SCALE = """
+#include "offset.cuh"
+extern "C" __global__ void scale(float* x) { x[threadIdx.x] *= FACTOR + OFFSET; }
+"""
+
 REQUEST = CompileRequest("scale.cu", "constexpr float FACTOR = 5.f;", "sm_80", "cubin")
 OTHERS = [replace(REQUEST, config=f"constexpr float FACTOR = {factor}.f;") for factor in range(3)]
 
@@ -32,9 +37,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A kernels/ and a cache directory of our own, and a process that remembers nothing."""
     folder = tmp_path / "kernels"
     folder.mkdir()
-    (folder / "scale.cu").write_text(
-        '#include "offset.cuh"\nextern "C" __global__ void scale(float* x) { x[threadIdx.x] *= FACTOR + OFFSET; }\n'
-    )
+    (folder / "scale.cu").write_text(SCALE)
     (folder / "offset.cuh").write_text("constexpr float OFFSET = 1.f;\n")
     monkeypatch.setenv("CUFLASH_KERNELS_DIR", str(folder))
     monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path / "cache"))
@@ -115,7 +118,8 @@ def test_memory_then_disk_then_compiler() -> None:
 def test_ptx_is_kept_too() -> None:
     compiled = cache.fetch(replace(REQUEST, target="ptx"))
     read, statistics = fetch_as_new_process(replace(REQUEST, target="ptx"))
-    assert read == compiled and statistics.compiles == 0
+    assert read == compiled
+    assert statistics.compiles == 0
     assert len(entry_files(".ptx")) == 1
 
 
@@ -201,6 +205,18 @@ def test_damaged_entry_is_rebuilt(suffix: str, damage: str) -> None:
     assert rebuilt.data == compiled.data
     if damage != "a directory":  # which cannot be replaced by a file; the entry then lives in memory
         assert fetch_as_new_process()[1] == Statistics(compiles=0, disk_hits=1, memory_hits=0)
+
+
+def test_record_that_was_altered_is_rebuilt() -> None:
+    compiled = cache.fetch(REQUEST)
+    (path,) = entry_files(".json")
+    text = path.read_text()
+    registers = f'"registers": {compiled.resources[0].registers}'
+    assert registers in text
+    path.write_text(text.replace(registers, '"registers": 1'))
+    rebuilt, statistics = fetch_as_new_process()
+    assert statistics.compiles == 1
+    assert rebuilt.resources == compiled.resources
 
 
 def test_damaged_entries_are_not_listed() -> None:
@@ -314,7 +330,8 @@ def test_threads_compile_a_request_once(monkeypatch: pytest.MonkeyPatch) -> None
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(artifacts) == 8 and all(artifact is artifacts[0] for artifact in artifacts)
+    assert len(artifacts) == 8
+    assert all(artifact is artifacts[0] for artifact in artifacts)
     assert cache.statistics() == Statistics(compiles=1, disk_hits=0, memory_hits=7)
 
 

@@ -82,7 +82,8 @@ def test_cubin_for_every_architecture(arch: str) -> None:
     assert artifact.data.startswith(b"\x7fELF")
     section_offset = int.from_bytes(artifact.data[40:48], "little")
     program_offset = int.from_bytes(artifact.data[32:40], "little")
-    assert section_offset < len(artifact.data) and program_offset < len(artifact.data)
+    assert section_offset < len(artifact.data)
+    assert program_offset < len(artifact.data)
     resources = artifact.resources_of("scale")
     assert 1 <= resources.registers <= 64
     assert (resources.static_shared_bytes, resources.barriers) == (256, 1)
@@ -133,7 +134,9 @@ def test_threads_compile_side_by_side() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert data[0] == data[2] and data[1] == data[3] and data[0] != data[1]
+    assert data[0] == data[2]
+    assert data[1] == data[3]
+    assert data[0] != data[1]
 
 
 # ------------------------------------------------------------------------------------------------------------------------ compiler's report

@@ -218,7 +218,8 @@ def test_tidy_kernel() -> None:
 def test_spills_are_a_failure_unless_tolerated() -> None:
     found = report("spilling", threads=1024)
     assert found.spills
-    assert len(found.failures) == 1 and found.failures[0].startswith("spills ")
+    assert len(found.failures) == 1
+    assert found.failures[0].startswith("spills ")
     assert report("spilling", threads=1024, expectations=Expectations(spills=True)).failures == ()
 
 
@@ -228,7 +229,8 @@ def test_every_broken_expectation_is_named() -> None:
     registers, blocks, matrix = found.failures
     assert registers == f"{found.resources.registers} registers, expected at most 4"
     assert blocks == "1 blocks per SM for want of shared memory, expected at least 2"
-    assert "HGMMA" in matrix and "HMMA.16816.F32" in matrix
+    assert "HGMMA" in matrix
+    assert "HMMA.16816.F32" in matrix
 
 
 @dataclass(frozen=True)

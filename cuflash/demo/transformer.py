@@ -1,8 +1,8 @@
 """A small causal transformer on bytes, its backward pass written out, on NumPy or CuPy arrays alike. Attention is cuflash's; there is no framework.
 
-    x = E[byte] + P[position];   x += Attention(norm(x)), x += MLP(norm(x)) in each layer;   logits = norm(x) Eᵀ
+    x = E[byte];   x += Attention(norm(x)), x += MLP(norm(x)) in each layer;   logits = norm(x) Eᵀ
 
-Activations are float32 and have two dimensions, `(batch * seqlen, width)`. Only attention's operands are of the `dtype` that the demo shows off. Each
+Positions enter by rotating queries and keys (Su et al. 2021, RoFormer, arXiv 2104.09864, section 3.2). Activations are float32 and have two dimensions, `(batch * seqlen, width)`. Only attention's operands are of the `dtype` that the demo shows off. Each
 layer function returns its result and what its backward function needs of it.
 """
 
@@ -19,6 +19,7 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 Parameters = dict[str, Array]
 
 _EPSILON = 1e-5
+_ROTARY_BASE = 100.0  # the slowest pair of a head turns once in about 2π · 100 positions
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ class Transformer:
             return xp.asarray(deviation * generator.standard_normal((rows, columns), dtype=numpy.float32))
 
         self.parameters: Parameters = {
-            "embedding": normal(shape.vocabulary, width, 0.05),
-            "position": normal(shape.seqlen, width, 0.05),
+            "embedding": normal(shape.vocabulary, width, 0.2),
             "norm": xp.ones(width, xp.float32),
         }
         for layer in range(shape.num_layers):
@@ -81,6 +81,11 @@ class Transformer:
                 f"{layer}.mlp.up": normal(width, 4 * width, width**-0.5),
                 f"{layer}.mlp.down": normal(4 * width, width, 0.5 * (4 * width) ** -0.5),
             }
+
+        half = shape.head_dim // 2
+        angles = numpy.arange(shape.seqlen)[:, None] * _ROTARY_BASE ** (-numpy.arange(half) / half)
+        # (seqlen, 1, 1, head_dim / 2): the same for queries and keys and for every head
+        self._cos, self._sin = (xp.asarray(wave.astype(numpy.float32)[:, None, None]) for wave in (numpy.cos(angles), numpy.sin(angles)))
 
     def loss(self, tokens: Array, targets: Array) -> float:
         """Mean cross-entropy in nats of `targets` after `tokens`, both int `(batch, seqlen)`."""
@@ -105,7 +110,7 @@ class Transformer:
         """Logits `(batch * seqlen, vocabulary)`, and what `_backward` needs."""
         weights, batch = self.parameters, len(tokens)
         saved: dict[str, Any] = {}
-        x = (weights["embedding"][tokens] + weights["position"]).reshape(-1, self.shape.width)
+        x = weights["embedding"][tokens].reshape(-1, self.shape.width)
         for layer in range(self.shape.num_layers):
             normed, saved[f"{layer}.attention.norm"] = self._rms_norm(x, weights[f"{layer}.attention.norm"])
             attended, saved[f"{layer}.attention"] = self._attention(normed, f"{layer}.attention", batch)
@@ -127,7 +132,6 @@ class Transformer:
                 grad_normed = backward(grad, name, saved[name], gradients)
                 grad_x, gradients[f"{name}.norm"] = self._rms_norm_backward(grad_normed, saved[f"{name}.norm"])
                 grad = grad + grad_x
-        gradients["position"] = grad.reshape(len(tokens), self.shape.seqlen, -1).sum(axis=0)
         one_hot = (tokens.reshape(-1, 1) == xp.arange(self.shape.vocabulary)).astype(xp.float32)
         gradients["embedding"] += one_hot.T @ grad  # the embedding is used at both ends
         return gradients
@@ -137,8 +141,10 @@ class Transformer:
     def _attention(self, x: Array, name: str, batch: int) -> tuple[Array, tuple[Any, ...]]:
         """Project, attend, project. Query, key and value are views of one array: cuflash takes any strides."""
         shape = self.shape
-        packed = narrow(x @ self.parameters[f"{name}.qkv"], self.dtype).reshape(batch, shape.seqlen, 3, shape.num_heads, shape.head_dim)
-        query, key, value = (operand(packed[:, :, index], self.dtype) for index in range(3))
+        packed = (x @ self.parameters[f"{name}.qkv"]).reshape(batch, shape.seqlen, 3, shape.num_heads, shape.head_dim)
+        self._rotate(packed[:, :, :2], self._sin)
+        rounded = narrow(packed, self.dtype)
+        query, key, value = (operand(rounded[:, :, index], self.dtype) for index in range(3))
         out, lse = cuflash.scaled_dot_product_attention(query, key, value, is_causal=True, return_lse=True)
         flat = widen(out).reshape(x.shape)
         return flat @ self.parameters[f"{name}.out"], (x, query, key, value, out, lse, flat)
@@ -149,9 +155,18 @@ class Transformer:
         grad_flat = narrow(grad @ self.parameters[f"{name}.out"].T, self.dtype)
         grad_out = operand(grad_flat.reshape(out.shape), self.dtype)
         grads = cuflash.scaled_dot_product_attention_backward(grad_out, query, key, value, out, lse, is_causal=True)
-        grad_packed = self.xp.stack([widen(grad_input) for grad_input in grads], axis=2).reshape(len(x), -1)
+        grad_packed = self.xp.stack([widen(grad_input) for grad_input in grads], axis=2)
+        self._rotate(grad_packed[:, :, :2], -self._sin)
+        grad_packed = grad_packed.reshape(len(x), -1)
         gradients[f"{name}.qkv"] = x.T @ grad_packed
         return grad_packed @ self.parameters[f"{name}.qkv"].T
+
+    def _rotate(self, x: Array, sin: Array) -> None:
+        """Turn, in place, the pairs (i, i + head_dim / 2) of x `(batch, seqlen, 2, heads, head_dim)` by their position's angles."""
+        first, second = self.xp.split(x, 2, axis=-1)
+        turned = first * self._cos - second * sin
+        second[...] = first * sin + second * self._cos
+        first[...] = turned
 
     # --- Everything else ------------------------------------------------------------------------------------------------------------------
 

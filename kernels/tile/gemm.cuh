@@ -12,11 +12,12 @@ DEVICE void clear(float (&c)[M][N][4]) {
       for (int i = 0; i < 4; ++i) c[m][n][i] = 0.0f;
 }
 
-// c += A Bᵀ over the head dimension: both operands are rows of tiles in shared memory.
+// c += A Bᵀ over the head dimension: both operands are rows of tiles in shared memory. Unrolled further, the assembler fetches fragments so far ahead
+// that accumulators spill (docs/performance.md).
 template <typename Mma, int COLUMNS, int M, int N, typename OperandA, typename OperandB>
 DEVICE void gemm_rows(float (&c)[M][N][4], const OperandA& operand_a, const OperandB& operand_b) {
   constexpr int K_STEPS = COLUMNS / Mma::K;
-#pragma unroll(K_STEPS <= 8 && Mma::UNROLL > 1 ? K_STEPS : Mma::UNROLL)
+#pragma unroll(Mma::UNROLL)
   for (int k = 0; k < K_STEPS; ++k) {
     typename Mma::A a[M];
 #pragma unroll

@@ -2,7 +2,7 @@
 //
 //   SmemElement            what a tile holds in shared memory
 //   K                      depth of one product: 32 bytes of a row
-//   UNROLL                 depth steps to unroll where a whole row would be too much code or too many registers
+//   UNROLL                 depth steps of a row to unroll
 //   A, B                   fragments of a 16 x K and a K x 8 operand
 //   OperandA<Tile>         A from rows of a tile:               A[i][k] = tile[i][k]
 //   OperandB<Tile>         B from rows of a tile:               B[k][j] = tile[j][k]      (a product with the transposed tile)
@@ -40,7 +40,7 @@ template <typename Element>
 struct MmaHalf {
   using SmemElement = Element;
   static constexpr int K = 16;
-  static constexpr int UNROLL = 4;
+  static constexpr int UNROLL = 2;
   struct A {
     uint32 frag[4];
   };
@@ -100,7 +100,7 @@ template <int PRODUCTS>
 struct MmaTf32 {
   using SmemElement = float;
   static constexpr int K = 8;
-  static constexpr int UNROLL = 4;
+  static constexpr int UNROLL = 2;
   static constexpr bool SPLIT = PRODUCTS == 3;
   template <int REGISTERS>
   struct Fragment {

@@ -27,9 +27,20 @@ struct Interval {
   }
 };
 
-bool falls_through(const Record& record) { return record.guard != 0; }
+constexpr u32 IN_EXTRA = 0x80000000u;
+constexpr u32 WORDS = sizeof(Record) / sizeof(u16), GUARD_WORD = 1;
 
-std::vector<Block> find_blocks(const ProgramDescription& in) {
+// Which records have a guard: at this stage the guard is an operand like others.
+std::vector<u8> find_guarded(const ProgramDescription& in) {
+  std::vector<u8> guarded(in.num_records, 0);
+  for (u32 i = 0; i < in.num_operands; ++i) {
+    const u32 position = in.operands[i].position;
+    if (!(position & IN_EXTRA) && position % WORDS == GUARD_WORD) guarded[position / WORDS] = 1;
+  }
+  return guarded;
+}
+
+std::vector<Block> find_blocks(const ProgramDescription& in, const std::vector<u8>& guarded) {
   std::vector<u8> leader(in.num_records + 1, 0), jumps(in.num_records, 0);
   leader[0] = 1;
   for (u32 i = 0; i < in.num_jumps; ++i) {
@@ -54,14 +65,14 @@ std::vector<Block> find_blocks(const ProgramDescription& in) {
   }
   for (Block& block : blocks) {
     const u32 last = block.end - 1;
-    const bool continues = !jumps[last] || falls_through(in.records[last]);
+    const bool continues = !jumps[last] || guarded[last];
     if (continues && block.end < in.num_records) block.successors.push_back(block_of[block.end]);
   }
   return blocks;
 }
 
 // Fills used / defined per block. A definition under a guard keeps the old value of the other lanes, so it is a use as well.
-void summarize(const ProgramDescription& in, std::vector<Block>& blocks) {
+void summarize(const ProgramDescription& in, const std::vector<u8>& guarded, std::vector<Block>& blocks) {
   const size_t words = (in.num_registers + 63) / 64;
   size_t next = 0;
   for (Block& block : blocks) {
@@ -71,13 +82,12 @@ void summarize(const ProgramDescription& in, std::vector<Block>& blocks) {
       const u32 record = in.operands[next].record;
       size_t end = next;
       while (end < in.num_operands && in.operands[end].record == record) ++end;
-      const bool guarded = in.records[record].guard != 0;
       for (int definitions = 0; definitions < 2; ++definitions) {  // uses come before definitions
         for (size_t i = next; i < end; ++i) {
           const u32 reg = in.operands[i].reg >> 1;
           const bool defines = in.operands[i].reg & 1;
           const u64 bit = u64(1) << (reg & 63);
-          if (!definitions && (!defines || guarded) && !(block.defined[reg >> 6] & bit)) block.used[reg >> 6] |= bit;
+          if (!definitions && (!defines || guarded[record]) && !(block.defined[reg >> 6] & bit)) block.used[reg >> 6] |= bit;
           if (definitions && defines) block.defined[reg >> 6] |= bit;
         }
       }
@@ -121,8 +131,9 @@ std::vector<Interval> find_intervals(const ProgramDescription& in, const std::ve
 }  // namespace
 
 void allocate_rows(const ProgramDescription& in, Program& program) {
-  std::vector<Block> blocks = find_blocks(in);
-  summarize(in, blocks);
+  const std::vector<u8> guarded = find_guarded(in);
+  std::vector<Block> blocks = find_blocks(in, guarded);
+  summarize(in, guarded, blocks);
   solve(blocks);
   const std::vector<Interval> intervals = find_intervals(in, blocks);
 
@@ -164,7 +175,7 @@ void allocate_rows(const ProgramDescription& in, Program& program) {
   u16* words = (u16*)program.records.data();
   for (u32 i = 0; i < in.num_operands; ++i) {
     const Operand& operand = in.operands[i];
-    u16& target = operand.position >> 31 ? program.extra[operand.position & 0x7fffffffu] : words[operand.position];
+    u16& target = operand.position & IN_EXTRA ? program.extra[operand.position & ~IN_EXTRA] : words[operand.position];
     target = u16((target & NEGATED) | row_of[operand.reg >> 1]);
   }
   for_bits(blocks[0].live_in, [&](u32 reg) {

@@ -58,7 +58,7 @@ Cta::Cta(const Program& program_, const LaunchDescription& launch_)
     warp.registers = next, next += register_bytes;
     warp.predicates = (u32*)next, next += predicate_bytes;
     warp.local = next, next += local_bytes;
-    warp.constants = program.constants.data();
+    warp.constants = (const u8*)program.constants.data();
     warp.extra = program.extra.data();
     warp.cta = this;
     warp.id = i;

@@ -13,10 +13,11 @@ std::unique_ptr<Program> make_program(const ProgramDescription& in) {
 
   // Constants are rows as well, so that an operand needs no case distinction. A 64-bit constant fills two rows.
   for (u32 i = 0; i < in.num_constants; ++i) {
-    const int bytes = in.wide[i] ? 8 : 4;
-    const size_t start = program->constants.size();
-    program->constants.resize(start + size_t(LANES) * bytes);
-    for (int lane = 0; lane < LANES; ++lane) memcpy(&program->constants[start + size_t(lane) * bytes], &in.constants[i], bytes);
+    const size_t bytes = in.wide[i] ? 8 : 4;
+    const size_t row = program->constants.size();
+    program->constants.resize(row + LANES * bytes / ROW_BYTES);
+    u8* lanes = program->constants[row].bytes;
+    for (int lane = 0; lane < LANES; ++lane) memcpy(lanes + size_t(lane) * bytes, &in.constants[i], bytes);
   }
   return program;
 }

@@ -43,10 +43,14 @@ extern "C" struct ProgramDescription {
   u32 local_bytes, shared_begin;
 };
 
+struct alignas(64) Row {
+  u8 bytes[ROW_BYTES];
+};
+
 struct Program {
   std::vector<Record> records;
   std::vector<u16> extra;
-  std::vector<u8> constants;  // broadcast rows
+  std::vector<Row> constants;  // each repeated over the lanes
   std::vector<std::pair<u32, u16>> special;
   std::vector<u16> poisoned_rows;  // rows that may be read before they are written
   u32 num_rows = 0, num_predicates = 1, local_bytes = 0, shared_begin = 0;

@@ -22,6 +22,7 @@ const Table& instruction_table() {
     register_half(t);
     register_compare(t);
     register_convert(t);
+    register_convert_integer(t);
     register_convert_float(t);
     register_memory(t);
     register_atomic(t);

@@ -42,6 +42,7 @@ void register_special_functions(Table&);
 void register_half(Table&);
 void register_compare(Table&);
 void register_convert(Table&);
+void register_convert_integer(Table&);
 void register_convert_float(Table&);
 void register_memory(Table&);
 void register_atomic(Table&);

@@ -117,6 +117,8 @@ def _conversion(opcode: str) -> str:
         modifiers = [m for m in modifiers if m != "ftz"]
     if target in ("f16", "bf16") and source == target and not modifiers:
         return "mov.b16"
+    if target in _INTEGER_TYPES and source in ("f16", "bf16"):
+        source = "f32"
     if target in _INTEGER_TYPES and source in _INTEGER_TYPES:
         same_sign = target[0] == source[0]
         if same_sign and type_bits(target) >= type_bits(source):
@@ -140,6 +142,10 @@ def decode_cvt(encoder: Encoder, statement: Statement, operands: list[str]) -> N
     if name not in encoder.table:
         raise Unsupported("this conversion")
     target_type, source_type = statement.opcode.split(".")[-2:]
+    if source_type in ("f16", "bf16") and target_type in _INTEGER_TYPES:  # by way of f32, which is exact
+        wide = encoder.new_register(32)
+        encoder.emit(f"cvt.f32.{source_type}", wide, operands[1])
+        operands, source_type = [operands[0], wide], "f32"
     sources = [_narrow_source(encoder, text, type_bits(source_type)) for text in operands[1:]]
     if encoder.width(operands[0]) == 64 and type_bits(target_type) < 64:
         narrow = encoder.new_register(32)

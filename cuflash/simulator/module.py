@@ -1,0 +1,173 @@
+"""A kernel that is ready to run, and its launch.
+
+Contract: `Module` decodes once; `launch` may be called from several threads at the same time. Nothing here knows an instruction.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cuflash.errors import SimulatorError
+from cuflash.simulator import native, parser, report
+from cuflash.simulator.decoder import decode
+from cuflash.simulator.encoder import Encoder, initial_data
+from cuflash.simulator.options import SCHEDULES, Options, current_options
+
+MAX_THREADS = 1024
+Buffer = tuple[int, int, str]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a launch executed.
+
+    Attributes:
+        warp_instructions: instructions issued, one per warp and group of converged lanes.
+        matrix_instructions: of these, matrix multiplications.
+        matrix_flops: their floating-point operations.
+        barriers: completed phases of barriers.
+        async_copies: copies issued, one per warp.
+        ctas: blocks.
+    """
+
+    warp_instructions: int
+    matrix_instructions: int
+    matrix_flops: int
+    barriers: int
+    async_copies: int
+    ctas: int
+
+
+def _pointer(values: npt.NDArray[np.generic]) -> int:
+    return int(values.ctypes.data)
+
+
+def _create_program(encoder: Encoder, kernel: parser.Kernel) -> int:
+    """Hand the records to the core, which copies them."""
+    words = np.frombuffer(encoder.words, dtype=np.uint16)
+    extra = np.array(encoder.extra or array("H", [0]), dtype=np.uint16)
+    operands = np.array(encoder.operands, dtype=np.uint32).reshape(-1, 3)
+    operands = np.ascontiguousarray(operands[np.argsort(operands[:, 1], kind="stable")])
+    widths = np.array(encoder.widths, dtype=np.uint8)
+    constants, wide = encoder.constant_table()
+    special = np.array(encoder.special, dtype=np.uint32)
+    jumps = np.array(encoder.jumps, dtype=np.uint32)
+    description = native.ProgramDescription(
+        records=_pointer(words),
+        extra=_pointer(extra),
+        operands=_pointer(operands),
+        widths=_pointer(widths),
+        constants=_pointer(constants),
+        wide=_pointer(wide),
+        special=_pointer(special),
+        jumps=_pointer(jumps),
+        num_records=len(words) // 8,
+        num_extra=len(extra),
+        num_operands=len(operands),
+        num_registers=len(widths),
+        num_constants=len(constants),
+        num_special=len(encoder.special),
+        num_jumps=len(encoder.jumps),
+        local_bytes=kernel.local_bytes,
+        shared_begin=kernel.shared_begin,
+    )
+    return int(native.core().create(ctypes.byref(description)))
+
+
+class Module:
+    """One decoded kernel.
+
+    Args:
+        ptx: the text of a PTX module.
+        entry: the kernel's name; may be left out when there is only one.
+        sources: names of source files -> their text, for reports about files that are not on disk.
+
+    Raises:
+        SimulatorError: an instruction is not supported; the message names it and its source line.
+    """
+
+    def __init__(self, ptx: str | bytes, entry: str | None = None, *, sources: Mapping[str, str] | None = None) -> None:
+        text = ptx.decode().rstrip("\0") if isinstance(ptx, bytes) else ptx
+        core = native.core()
+        self._sources = dict(sources or {})
+        self._kernel = parser.parse_kernel(text, entry)
+        self._data, addresses = initial_data(self._kernel)
+        encoder, self._starts = decode(self._kernel, core, addresses)
+        if encoder.constant_rows >= 0x8000:
+            raise SimulatorError(f"kernel {self._kernel.name} has too many different constants for the simulator")
+        self._program = _create_program(encoder, self._kernel)
+        weakref.finalize(self, core.destroy, self._program)
+        if core.rows(self._program) >= 0x8000:
+            raise SimulatorError(f"kernel {self._kernel.name} has too many live registers for the simulator")
+
+    @property
+    def name(self) -> str:
+        """The kernel's (mangled) name."""
+        return self._kernel.name
+
+    @property
+    def param_bytes(self) -> int:
+        """Size of the parameter block."""
+        return self._kernel.param_bytes
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared_bytes: int,
+        params: bytes | bytearray | memoryview,
+        buffers: Sequence[Buffer],
+        options: Options | None = None,
+    ) -> Counters:
+        """Run the kernel to its end.
+
+        Args:
+            grid: number of blocks in x, y, z.
+            block: number of threads in x, y, z.
+            shared_bytes: dynamic shared memory of a block.
+            params: the packed parameters, each aligned naturally.
+            buffers: (address, bytes, name) of all global memory that the kernel may touch.
+            options: how to run it; None: `current_options()`.
+
+        Raises:
+            SimulatorError: a check failed.
+        """
+        chosen = options or current_options()
+        self._check_launch(grid, block, params)
+        everything = list(buffers)
+        if self._data.size:
+            everything.append((_pointer(self._data), self._data.size, "variables of the module"))
+        ranges = np.array([(address, address + nbytes) for address, nbytes, _ in everything], dtype=np.uint64)
+        parameters = np.frombuffer(bytes(params) + bytes(16), dtype=np.uint8)
+        description = native.LaunchDescription(
+            grid=grid,
+            block=block,
+            params=_pointer(parameters),
+            buffers=_pointer(ranges),
+            param_bytes=self._kernel.param_bytes,
+            num_buffers=len(everything),
+            shared_end=self._kernel.dynamic_shared_begin + shared_bytes,
+            dynamic_shared_bytes=shared_bytes,
+            threads=chosen.num_threads(),
+            schedule=SCHEDULES.index(chosen.schedule),
+            seed=chosen.seed,
+            checks=int(chosen.checks),
+        )
+        counters, failure = native.CounterValues(), native.Report()
+        failed = native.core().launch(self._program, ctypes.byref(description), ctypes.byref(counters), ctypes.byref(failure))
+        if failed:
+            raise SimulatorError(report.format_report(failure, self._kernel, self._starts, everything, self._sources))
+        return Counters(*(getattr(counters, name) for name, _ in native.CounterValues._fields_))
+
+    def _check_launch(self, grid: tuple[int, int, int], block: tuple[int, int, int], params: bytes | bytearray | memoryview) -> None:
+        if min(grid) < 1 or min(block) < 1 or block[0] * block[1] * block[2] > MAX_THREADS:
+            raise SimulatorError(f"a launch of {grid} blocks of {block} threads is not possible")
+        if len(params) < self._kernel.param_bytes:
+            raise SimulatorError(f"kernel {self.name} takes {self._kernel.param_bytes} bytes of parameters, got {len(params)}")

@@ -1,0 +1,148 @@
+"""Turn a failed check into text that names the source line.
+
+Contract: `describe_statement` gives the PTX of a statement, and from its `.loc` the line of CUDA source with the chain of calls that were inlined.
+`format_report` adds what failed, where, and who waits for whom. Source text is read from disk, or from the mapping given to the module.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from cuflash.simulator.native import NO_RECORD, Place, Report
+from cuflash.simulator.parser import Kernel
+
+_LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*?inlined_at\s+(\d+)\s+(\d+)\s+(\d+))?")
+_MAX_PLACES = 8
+
+Position = tuple[int, int, int]  # file, line, column
+
+
+def _parse_loc(text: str) -> tuple[Position, Position | None]:
+    match = _LOC.match(text)
+    if match is None:
+        return (0, 0, 0), None
+    numbers = [int(group) if group else 0 for group in match.groups()]
+    here, caller = (numbers[0], numbers[1], numbers[2]), (numbers[3], numbers[4], numbers[5])
+    return here, caller if match[4] else None
+
+
+def source_chain(kernel: Kernel, loc: int) -> list[tuple[str, int]]:
+    """File and line of `.loc` number `loc`, then of the calls around it, innermost first."""
+    if loc < 0:
+        return []
+    chain = []
+    position, caller = _parse_loc(kernel.locations[loc])
+    for _ in range(64):
+        chain.append((kernel.files.get(position[0], "?"), position[1]))
+        if caller is None:
+            break
+        # The line of the call was announced by a .loc of its own before this one, which says where that call was inlined.
+        position, caller = caller, None
+        for earlier in range(loc - 1, -1, -1):
+            here, around = _parse_loc(kernel.locations[earlier])
+            if here == position:
+                caller, loc = around, earlier
+                break
+    return chain
+
+
+def _source_text(path: str, line: int, sources: Mapping[str, str]) -> str:
+    text = sources.get(path) or sources.get(Path(path).name)
+    if text is None:
+        text = next((content for name, content in sources.items() if path.endswith("/" + name)), None)
+    if text is None:
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError):
+            return ""
+    lines = text.splitlines()
+    return lines[line - 1].strip() if 0 < line <= len(lines) else ""
+
+
+def describe_statement(kernel: Kernel, index: int, sources: Mapping[str, str] | None = None) -> str:
+    """The PTX of a statement and its source lines, one per line of text."""
+    if not 0 <= index < len(kernel.statements):
+        return "  at the end of the kernel"
+    statement = kernel.statements[index]
+    lines = [f"  PTX: {statement.text()[:160]}"]
+    for i, (path, line) in enumerate(source_chain(kernel, statement.loc)):
+        text = _source_text(path, line, sources or {})
+        lines.append(f"  {'at' if i == 0 else 'inlined at'} {path}:{line}{': ' + text if text else ''}")
+    return "\n".join(lines)
+
+
+def _lanes(mask: int) -> str:
+    """0-3, 8, 30-31."""
+    if mask == 0xFFFFFFFF:
+        return "all lanes"
+    runs: list[str] = []
+    lane = 0
+    while lane < 32:
+        if not mask >> lane & 1:
+            lane += 1
+            continue
+        first = lane
+        while lane < 32 and mask >> lane & 1:
+            lane += 1
+        runs.append(str(first) if lane - 1 == first else f"{first}-{lane - 1}")
+    return ("lane " if runs and mask & (mask - 1) == 0 else "lanes ") + ", ".join(runs)
+
+
+def nearest_buffer(address: int, nbytes: int, buffers: Sequence[tuple[int, int, str]]) -> str:
+    """How far an access misses the buffer that is nearest to it."""
+    best: tuple[int, str] | None = None
+    for begin, size, name in buffers:
+        end = begin + size
+        if address + nbytes <= begin:
+            miss, text = begin - address, f"starts {begin - address} bytes before the beginning of"
+        elif address >= end:
+            miss, text = address - end, f"starts {address - end} bytes past the end of" if address > end else "starts at the end of"
+        else:
+            over = address + nbytes - end
+            miss, text = 0, f"ends {over} bytes past the end of" if over > 0 else f"starts {begin - address} bytes before the beginning of"
+        if best is None or miss < best[0]:
+            best = (miss, f"{text} '{name}' ({size} bytes at 0x{begin:x})")
+    return best[1] if best else "the launch has no buffers"
+
+
+def format_report(
+    report: Report,
+    kernel: Kernel,
+    starts: Sequence[int],
+    buffers: Sequence[tuple[int, int, str]],
+    sources: Mapping[str, str],
+) -> str:
+    """The whole message of a SimulatorError."""
+
+    def statement_of(record: int) -> int:
+        return bisect.bisect_right(starts, record) - 1
+
+    message = report.message.decode()
+    check = (report.check or b"").decode()
+    if check == "global-bounds":
+        message += ", " + nearest_buffer(report.address, report.bytes, buffers)
+    where = f"kernel {kernel.name}, block {tuple(report.block)}"
+    if report.where.record != NO_RECORD:
+        where += f", warp {report.where.warp}, {_lanes(report.where.lanes)}"
+    lines = [f"[{check}] {message}", f"  in {where}"]
+    if report.where.record != NO_RECORD:
+        lines.append(describe_statement(kernel, statement_of(report.where.record), sources))
+    lines += _describe_places(list(report.places[: report.num_places]), kernel, statement_of, sources)
+    return "\n".join(lines)
+
+
+def _describe_places(
+    places: Sequence[Place], kernel: Kernel, statement_of: Callable[[int], int], sources: Mapping[str, str]
+) -> list[str]:
+    """Who else stands where; warps at the same instruction together."""
+    together: dict[int, list[str]] = {}
+    for place in places:
+        together.setdefault(statement_of(place.record), []).append(f"warp {place.warp} ({_lanes(place.lanes)})")
+    lines = []
+    for index, who in list(together.items())[:_MAX_PLACES]:
+        lines.append(f"  {', '.join(who)}:")
+        lines.append("\n".join("  " + line for line in describe_statement(kernel, index, sources).splitlines()))
+    return lines

@@ -1,0 +1,300 @@
+"""What the tests share: the devices that there are, arrays in every memory layout, and the comparison of a whole call with the reference.
+
+Tests that take the fixture `target` run once on each device: the simulator posing as each of three generations, and the GPU if CuPy finds
+one (marked `gpu`). Arrays are made with NumPy in any strides, then `target.place` puts them on the device with the same strides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy
+import pytest
+from hypothesis import settings
+
+import cuflash
+from cuflash import cache, device, reference
+from cuflash.reference import attention, attention_backward, attention_naive, attention_naive_backward, compare
+
+SIMULATED = ("sm_75", "sm_80", "sm_90")
+"""float16 only on tensor cores, staged copies; cp.async and all types on tensor cores; the same with more shared memory."""
+
+ELEMENTS: dict[str, Any] = {"float16": numpy.float16, "bfloat16": ml_dtypes.bfloat16, "float32": numpy.float32}
+
+settings.register_profile("cuflash", deadline=None)  # a first example may compile
+settings.load_profile("cuflash")
+
+
+def _has_gpu() -> bool:
+    try:
+        import cupy
+    except ImportError:
+        return False
+    return bool(cupy.is_available())
+
+
+HAS_GPU = _has_gpu()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: runs on a GPU")
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:  # the simulator's threads and pytest's processes share the cores
+        os.environ.setdefault("CUFLASH_SIMULATOR_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+
+# --- Memory layouts -----------------------------------------------------------------------------------------------------------------------
+
+
+def rounded(values: Any, dtype: str) -> numpy.ndarray[Any, Any]:
+    """A NumPy array of the named element type."""
+    return numpy.asarray(values, numpy.float32).astype(ELEMENTS[dtype])
+
+
+def poisoned(shape: tuple[int, ...], like: Any) -> Any:
+    """Memory that must not be read: all NaN."""
+    return numpy.full(shape, numpy.nan, like.dtype)
+
+
+def _transposed(x: Any) -> Any:
+    return numpy.ascontiguousarray(x.T).T
+
+
+def _reversed_rows(x: Any) -> Any:
+    return numpy.ascontiguousarray(x[:, ::-1])[:, ::-1]
+
+
+def _reversed_everywhere(x: Any) -> Any:
+    everywhere = (slice(None, None, -1),) * x.ndim
+    return numpy.ascontiguousarray(x[everywhere])[everywhere]
+
+
+def _sliced(x: Any) -> Any:
+    """The middle of a larger array, with NaN before, behind and between the rows."""
+    buffer = poisoned((x.shape[0] + 1, 2 * x.shape[1] + 1, x.shape[2] + 2, x.shape[3] + 8), x)
+    view = buffer[1:, 1::2, 1:-1, :-8]
+    view[...] = x
+    return view
+
+
+def _padded_rows(x: Any) -> Any:
+    """Rows of an odd pitch: contiguous elements, but no row after the first is aligned."""
+    buffer = poisoned((*x.shape[:-1], x.shape[-1] + 1 + x.shape[-1] % 2), x)
+    buffer[..., : x.shape[-1]] = x
+    return buffer[..., : x.shape[-1]]
+
+
+def _unaligned_base(x: Any) -> Any:
+    buffer = poisoned((x.size + 1,), x)
+    buffer[1:] = x.reshape(-1)
+    return buffer[1:].reshape(x.shape)
+
+
+def _strided_elements(x: Any) -> Any:
+    """Every third element of a row, so that the stride of the last dimension is not 1."""
+    buffer = poisoned((*x.shape[:-1], 3 * x.shape[-1]), x)
+    buffer[..., 1::3] = x
+    return buffer[..., 1::3]
+
+
+VIEWS: dict[str, Callable[[Any], Any]] = {
+    "contiguous": lambda x: x,
+    "transposed": _transposed,
+    "reversed_rows": _reversed_rows,
+    "reversed_everywhere": _reversed_everywhere,
+    "sliced": _sliced,
+    "padded_rows": _padded_rows,
+    "unaligned_base": _unaligned_base,
+    "strided_elements": _strided_elements,
+}
+"""From a contiguous NumPy array of four dimensions to the same values in other strides, surrounded by NaN."""
+
+
+# --- Devices ------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the two calls gave; `grads` is None where the backward pass was left out."""
+
+    out: Any
+    lse: Any
+    grads: tuple[Any, Any, Any] | None
+
+    def bits(self) -> tuple[bytes, ...]:
+        """Every bit of every result, in logical order."""
+        return tuple(Target.bits(x) for x in (self.out, self.lse, *(self.grads or ())))
+
+
+class Target:
+    """A device under test.
+
+    Attributes:
+        name: "sm_75", "sm_80", "sm_90" for the simulator, or "gpu".
+        device: limits and architecture.
+        is_gpu: arrays are CuPy's.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.is_gpu = name == "gpu"
+        self.device = device.gpu(0) if self.is_gpu else device.of_arch(name)
+
+    @property
+    def half(self) -> str:
+        """The 16-bit type that this device has matrix instructions for."""
+        return "float16" if self.device.capability == 75 else "bfloat16"
+
+    def place(self, x: Any) -> Any:
+        """A NumPy array on the device, with the same strides and all the memory between its elements."""
+        if not self.is_gpu:
+            return x
+        import cupy
+
+        low, high = numpy.lib.array_utils.byte_bounds(x)
+        memory = cupy.empty(high - low + 16, numpy.uint8)[low % 16 :]  # as much out of alignment as the original
+        memory[: high - low] = cupy.asarray(numpy.frombuffer((ctypes.c_char * (high - low)).from_address(low), numpy.uint8))
+        return cupy.ndarray(x.shape, x.dtype, memory.data + (x.ctypes.data - low), x.strides)
+
+    def random(self, shape: tuple[int, ...], dtype: str, seed: int, view: str = "contiguous") -> Any:
+        """Normally distributed values in one of the memory layouts of `VIEWS`."""
+        values = numpy.random.default_rng(seed).standard_normal(shape)
+        return self.place(VIEWS[view](rounded(values, dtype)))
+
+    @property
+    def views(self) -> list[str]:
+        """The names of all memory layouts."""
+        return list(VIEWS)
+
+    def as_numpy(self, x: Any) -> numpy.ndarray[Any, Any]:
+        """Any array of this target in NumPy, in its own element type."""
+        return x.get() if self.is_gpu else x
+
+    def restride(self, x: Any, view: str) -> Any:
+        """The same values in one of the memory layouts of `VIEWS`; an array of three dimensions gets a fourth for the while."""
+        values = self.as_numpy(x)
+        return self.place(VIEWS[view](values) if values.ndim == 4 else VIEWS[view](values[..., None])[..., 0])
+
+    def surroundings_are_nan(self, x: Any) -> bool:
+        """Whether all memory between the elements of an array made by `VIEWS` still is NaN."""
+        if self.is_gpu:  # `place` keeps the memory, but not as an array
+            return True
+        buffer = x
+        while isinstance(buffer.base, numpy.ndarray):
+            buffer = buffer.base
+        x_bytes = x.size * x.itemsize
+        return bool(numpy.isnan(buffer).sum() * x.itemsize == buffer.nbytes - x_bytes)
+
+    @contextlib.contextmanager
+    def schedule(self, seed: int) -> Iterator[None]:
+        """On the simulator, another order of warps and of arriving copies for every seed; on a GPU the hardware's."""
+        if self.is_gpu:
+            yield
+            return
+        from cuflash.simulator.options import configure
+
+        with configure(schedule="random", seed=seed):
+            yield
+
+    @staticmethod
+    def bits(x: Any) -> bytes:
+        """The elements of an array of any kind in logical order, as bytes."""
+        x = x.get() if hasattr(x, "get") else x
+        return numpy.ascontiguousarray(getattr(x, "bits", x)).tobytes()
+
+    def empty_like(self, x: Any) -> Any:
+        """An array for results, with the shape of x; C-contiguous."""
+        return self.place(poisoned(x.shape, x))
+
+    def run(
+        self, query: Any, key: Any, value: Any, *, backward: bool = True, grad_out: Any = None, grad_lse: Any = None, out: Any = None,
+        tile: Any = None, backward_tile: Any = None, **options: Any,
+    ) -> Results:  # fmt: skip
+        """Both calls, with a random gradient of the output unless there is one."""
+        out, lse = cuflash.scaled_dot_product_attention(query, key, value, return_lse=True, out=out, tile=tile, **options)
+        if not backward:
+            return Results(out, lse, None)
+        if grad_out is None:
+            grad_out = self.random(query.shape, str(query.dtype), seed=99)
+        grads = cuflash.scaled_dot_product_attention_backward(
+            grad_out, query, key, value, out, lse, grad_lse=grad_lse, tile=backward_tile, **options
+        )
+        return Results(out, lse, tuple(grads))
+
+    def check(
+        self, query: Any, key: Any, value: Any, *, backward: bool = True, grad_out: Any = None, grad_lse: Any = "random", out: Any = None,
+        tile: Any = None, backward_tile: Any = None, **options: Any,
+    ) -> Results:  # fmt: skip
+        """Run both calls and assert that out, LSE and all gradients are as exact as the naive formula in the same precision."""
+        dtype = str(query.dtype)
+        if grad_out is None:
+            grad_out = self.random(query.shape, dtype, seed=99)
+        want, want_lse = attention(query, key, value, **options)
+        if isinstance(grad_lse, str):
+            grad_lse = self.random(want_lse.shape, "float32", seed=98)
+        results = self.run(
+            query, key, value, backward=backward, grad_out=grad_out, grad_lse=grad_lse, out=out, tile=tile, backward_tile=backward_tile,
+            **options,
+        )  # fmt: skip
+        naive, _ = attention_naive(query, key, value, dtype, **options)  # type: ignore[arg-type]
+        _, naive_lse = attention_naive(query, key, value, "float32", **options)  # scores are never rounded to 16 bits
+        compare(results.out, want, naive, name="out")
+        compare(results.lse, want_lse, naive_lse, name="lse", dtype="float32")
+        if results.grads is not None:
+            wanted = attention_backward(grad_out, query, key, value, grad_lse=grad_lse, **options)
+            naives = attention_naive_backward(grad_out, query, key, value, dtype, grad_lse=grad_lse, **options)  # type: ignore[arg-type]
+            for name, got, want_grad, naive_grad in zip(("grad_query", "grad_key", "grad_value"), results.grads, wanted, naives, strict=True):
+                compare(got, want_grad, naive_grad, name=name)
+        return results
+
+    def host(self, x: Any) -> numpy.ndarray[Any, Any]:
+        """Any array of this target as float64 in NumPy."""
+        return reference.to_float64(x)
+
+
+@pytest.fixture(params=[*SIMULATED, *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """Every device that there is, one after the other."""
+    pytest.importorskip("cupy")
+    if request.param != "gpu":
+        monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", request.param)
+    return Target(request.param)
+
+
+@pytest.fixture
+def simulator(monkeypatch: pytest.MonkeyPatch) -> Target:
+    """The simulator posing as sm_80, for what does not depend on the device."""
+    pytest.importorskip("cupy")
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_80")
+    return Target("sm_80")
+
+
+@pytest.fixture(params=list(VIEWS))
+def view(request: pytest.FixtureRequest) -> str:
+    """The name of each memory layout of `VIEWS`."""
+    return str(request.param)
+
+
+@pytest.fixture
+def cold_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A process that has compiled nothing, with an empty cache directory, which is the value of the fixture."""
+    from cuflash import attention as calls
+    from cuflash import launch
+
+    monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("CUFLASH_COMPILE", raising=False)
+
+    def forget() -> None:
+        cache.reset_memory()
+        launch._load.cache_clear()
+        calls._calls.clear()
+
+    forget()
+    yield tmp_path
+    forget()
