@@ -1,0 +1,230 @@
+"""The command line: `python -m cuflash demo | info | inspect | warmup | cache`.
+
+Exit status: 0 for success; 1 for a negative finding (the demo did not learn or a result was wrong; a default tile spills); 2 for wrong arguments or
+something that is missing, told in one message without a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cuflash
+from cuflash.errors import CuflashError
+
+if TYPE_CHECKING:
+    from cuflash.environment import Section
+    from cuflash.inspection import Report
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return int(options.run(options))
+    except CuflashError as error:
+        print(f"cuflash: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cuflash: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cuflash", description="Exact attention with tiled flash kernels.")
+    parser.add_argument("--version", action="version", version=cuflash.__version__)
+    commands = parser.add_subparsers(dest="command", metavar="command")
+
+    demo = commands.add_parser("demo", help="train a small transformer on cuflash's own source and check every gradient")
+    demo.add_argument("--steps", type=_positive, default=300, help="of training (default 300)")
+    demo.add_argument("--seed", type=int, default=0, help="of parameters and batches (default 0)")
+    demo.add_argument("--dtype", choices=DTYPES, default="float16", help="of attention's operands (default float16)")
+    demo.add_argument("--arch", help="the architecture that the simulator poses as, such as sm_90 (default sm_80); ignored on a GPU")
+    demo.add_argument("--output", type=Path, default=Path("cuflash-demo.png"), help="picture of the loss (default cuflash-demo.png)")
+    demo.set_defaults(run=_demo)
+
+    info = commands.add_parser("info", help="what this machine has, what would run here, what to install")
+    info.set_defaults(run=_info)
+
+    inspect = commands.add_parser("inspect", help="registers, spills, occupancy and instruction mix of the default tiles; needs no GPU")
+    inspect.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], help="architectures (default sm_80 sm_90)")
+    _add_cases(inspect)
+    inspect.add_argument("--causal", action="store_true", help="the kernels of causal attention")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
+    warmup = commands.add_parser("warmup", help="compile kernels ahead, causal and not, so that no call has to")
+    warmup.add_argument("--arch", help="the architecture to compile for (default: this machine's GPU, or the simulator)")
+    _add_cases(warmup)
+    warmup.set_defaults(run=_warmup)
+
+    cache = commands.add_parser("cache", help="list the compiled kernels that are kept")
+    cache.add_argument("--clear", action="store_true", help="remove them")
+    cache.set_defaults(run=_cache)
+    return parser
+
+
+def _add_cases(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128], help="head dimensions (default 64 128)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="element types (default bfloat16)")
+    parser.add_argument("--forward-only", action="store_true", help="leave out the backward pass")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {number}; expected a positive number")
+    return number
+
+
+# --- Commands -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from cuflash import demo, device
+
+    if options.arch is not None:
+        os.environ["CUFLASH_SIMULATOR_ARCH"] = device.normalize_arch(options.arch)
+    return demo.run(demo.Options(options.steps, options.seed, options.dtype, options.output))
+
+
+def _info(options: argparse.Namespace) -> int:
+    from cuflash import environment
+
+    _print_sections(environment.facts())
+    print("\nA call with float16 arrays of 1 x 1024 x 8 x 64 would run:\n")
+    print(environment.sample_plan())
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from cuflash import device, inspection, planning, tuning
+
+    plans = []
+    for arch in options.arch:
+        on = device.of_arch(arch, "gpu")
+        for dtype in options.dtype:
+            for head_dim in options.head_dim:
+                tuning.legal_tiles(head_dim, dtype, arch=arch)  # checks the arguments
+                kernels = planning.offline_kernels(
+                    on, dtype=dtype, head_dim=head_dim, is_causal=options.causal, backward=not options.forward_only
+                )
+                plans += [(on, kernel) for kernel in kernels]
+    reports = inspection.inspect_kernels(plans)
+    if options.json:
+        print(json.dumps([_as_json(report) for report in reports], indent=1))
+    else:
+        inspection.render(reports)
+    return 1 if any(report.failures for report in reports) else 0
+
+
+def _as_json(report: Report) -> dict[str, Any]:
+    subject, resources, resident = report.subject, report.resources, report.occupancy
+    return {
+        "arch": subject.request.arch,
+        "kernel": subject.label,
+        "dtype": subject.dtype,
+        "head_dim": subject.head_dim,
+        "tile": subject.tile,
+        "num_threads": subject.num_threads,
+        "registers": resources.registers,
+        "spill_store_bytes": resources.spill_store_bytes,
+        "spill_load_bytes": resources.spill_load_bytes,
+        "static_shared_bytes": resources.static_shared_bytes,
+        "dynamic_shared_bytes": subject.shared_bytes,
+        "blocks_per_sm": resident.blocks,
+        "occupancy": resident.warps / resident.max_warps,
+        "limiter": resident.limiter,
+        "instructions": report.mix,
+        "compile_seconds": round(report.seconds, 3),
+        "failures": list(report.failures),
+        "warnings": list(report.warnings),
+    }
+
+
+def _warmup(options: argparse.Namespace) -> int:
+    from cuflash import cache
+
+    start = time.perf_counter()
+
+    def progress(done: int, total: int, *_: object) -> None:
+        print(f"\r{done} of {total} kernels", end="", file=sys.stderr, flush=True)
+
+    count = cuflash.warmup(
+        options.head_dim,
+        options.dtype,
+        backward=not options.forward_only,
+        arch=options.arch,
+        progress=progress if sys.stderr.isatty() else None,
+    )
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    compiled = cache.statistics().compiles
+    print(f"{count} kernels are in the cache, {compiled} compiled now, {time.perf_counter() - start:.1f} s; {cache.directory()}")
+    return 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from cuflash import cache
+
+    if options.clear:
+        print(f"{cache.clear()} kernels removed from {cache.directory()}")
+        return 0
+    groups: dict[str, list[cache.Entry]] = {}
+    for entry in cache.contents():
+        groups.setdefault(entry.request.describe(), []).append(entry)
+    for name, entries in sorted(groups.items()):
+        size, seconds = sum(entry.size for entry in entries), sum(entry.seconds for entry in entries)
+        print(f"{name:40} {len(entries):5}  {size / 1024:9.1f} KiB  {seconds:7.1f} s of compilation")
+    print(f"{sum(map(len, groups.values()))} kernels in {cache.directory()}")
+    return 0
+
+
+# --- Printing -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _print_sections(sections: Sequence[Section]) -> None:
+    """Names and values in two columns: with rich on a terminal, else as text."""
+    if sys.stdout.isatty() and _print_sections_with_rich(sections):
+        return
+    width = max(len(name) for _, rows in sections for name, _ in rows)
+    for title, rows in sections:
+        print(title)
+        for name, value in rows:
+            print(f"  {name:{width}}  {value}")
+
+
+def _print_sections_with_rich(sections: Sequence[Section]) -> bool:
+    """False without rich."""
+    try:
+        console = importlib.import_module("rich.console").Console()
+        table_class = importlib.import_module("rich.table").Table
+        text = importlib.import_module("rich.text").Text
+    except ImportError:
+        return False
+    view = table_class(show_header=False)
+    for title, rows in sections:
+        for index, (name, value) in enumerate(rows):
+            view.add_row(text(title if index == 0 else "", "bold"), name, text(value), end_section=index == len(rows) - 1)
+    console.print(view)
+    return True
+
+
+if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as other commands do when `head` has seen enough
+    sys.exit(main())

@@ -71,7 +71,7 @@ def warmup(
         options = {"dtype": _checked_dtype(one_dtype), "head_dim": _checked_head_dim(one_head_dim), "is_causal": causal, "allow_tf32": allow_tf32}
         for kernel in offline_kernels(on, backward=backward, tile=tile, **options):  # type: ignore[arg-type]
             requests[kernel.request(on)] = None
-    cache.fetch_many(list(requests), progress=progress)
+    cache.fetch_many(list(requests), progress=None if progress is None else lambda done, total, _: progress(done, total))
     return len(requests)
 
 

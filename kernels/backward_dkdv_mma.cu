@@ -64,7 +64,7 @@ DEVICE float4 load_statistics(SmemAddress tile, const RowStatistics* source, int
   }
 }
 
-extern "C" __global__ void __launch_bounds__(NUM_THREADS) backward_dkdv_mma(const __grid_constant__ BackwardArguments arguments) {
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(const __grid_constant__ BackwardArguments arguments) {
   const Geometry& geometry = arguments.geometry;
   const int heads_per_kv = geometry.num_heads_q / geometry.num_heads_kv;
   const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q / arguments.group_heads, false);
@@ -85,10 +85,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) backward_dkdv_mma(cons
 
   const int first_tile = first_visible_query<Config::CAUSAL>(geometry, first_kv) / TILE_Q;
   const int num_q_tiles = (geometry.seqlen_q + TILE_Q - 1) / TILE_Q;
+  const int num_members = first_tile < num_q_tiles ? arguments.group_batch * arguments.group_heads : 0;
   auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES; };
 
 #pragma unroll 1
-  for (int member = 0; member < arguments.group_batch * arguments.group_heads; ++member) {
+  for (int member = 0; member < num_members; ++member) {
     const int batch = work.batch * arguments.group_batch + member / arguments.group_heads;
     const int head = work.head * arguments.group_heads + member % arguments.group_heads;
     const RowStatistics* statistics = row_statistics(arguments, batch, head);
@@ -156,24 +157,27 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) backward_dkdv_mma(cons
       if constexpr (COMPUTE_DV) gemm_accumulator<Mma>(dV, P, typename Mma::OperandBByRows<TileQ>(dO_tile));
 
       if constexpr (COMPUTE_DK) {
-        float dS[M_TILES][S_TILES][4];  // dP, then dS
-        clear(dS);
-        gemm_rows<Mma, TileQ::COLUMNS>(dS, typename Mma::OperandA<TileKV>(V_smem, warp_row), typename Mma::OperandB<TileQ>(dO_tile));
+        float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
 #pragma unroll
         for (int n = 0; n < S_TILES; ++n) {
           const float4 pair = statistics_of(n);
 #pragma unroll
           for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) dS[m][n][i] = P[m][n][i] * (dS[m][n][i] - (i % 2 ? pair.w : pair.y));
+            for (int i = 0; i < 4; ++i) dS[m][n][i] = i % 2 ? -pair.w : -pair.y;
         }
+        gemm_rows<Mma, TileQ::COLUMNS>(dS, typename Mma::OperandA<TileKV>(V_smem, warp_row), typename Mma::OperandB<TileQ>(dO_tile));
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+          for (int n = 0; n < S_TILES; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) dS[m][n][i] *= P[m][n][i];
         gemm_accumulator<Mma>(dK, dS, typename Mma::OperandBByRows<TileQ>(Q_tile));
       }
       if constexpr (NUM_STAGES == 1) __syncthreads();  // every warp is done with the only slot
     }
   }
-  cp_async_wait_group<0>();  // keys that no query sees still have copies in flight
-  __syncthreads();
 
   const int first_row = first_kv + warp_row;
   if constexpr (COMPUTE_DV) {

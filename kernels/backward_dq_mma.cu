@@ -34,7 +34,7 @@ static_assert(TILE_KV % 16 == 0, "tile_kv must be a multiple of 16");
 static_assert(HAS_CP_ASYNC || NUM_STAGES == 1, "num_stages must be 1 without cp.async");
 static_assert(2 * TileQ::BYTES + 2 * NUM_STAGES * TileKV::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
-extern "C" __global__ void __launch_bounds__(NUM_THREADS) backward_dq_mma(const __grid_constant__ BackwardArguments arguments) {
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(const __grid_constant__ BackwardArguments arguments) {
   const Geometry& geometry = arguments.geometry;
   const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q, Config::CAUSAL);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
@@ -47,16 +47,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) backward_dq_mma(const 
   const SmemAddress K_smem = dO_smem + TileQ::BYTES;
   const SmemAddress V_smem = K_smem + NUM_STAGES * TileKV::BYTES;
 
-  TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q);
-  load_Q.issue(Q_smem, first_q);
-  load_Q.land(Q_smem);
-  TileLoader<TileQ, Element, NUM_THREADS> load_dO(arguments.grad_out, work.batch, work.head, geometry.seqlen_q);
-  load_dO.issue(dO_smem, first_q);
-  load_dO.land(dO_smem);
-
   TileLoader<TileKV, Element, NUM_THREADS> load_K(arguments.key, work.batch, head_kv, geometry.seqlen_kv);
   TileLoader<TileKV, Element, NUM_THREADS> load_V(arguments.value, work.batch, head_kv, geometry.seqlen_kv);
   const int num_kv_tiles = (visible_keys<Config::CAUSAL>(geometry, first_q + TILE_Q) + TILE_KV - 1) / TILE_KV;
+  if (num_kv_tiles > 0) {
+    TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q);
+    load_Q.issue(Q_smem, first_q);
+    load_Q.land(Q_smem);
+    TileLoader<TileQ, Element, NUM_THREADS> load_dO(arguments.grad_out, work.batch, work.head, geometry.seqlen_q);
+    load_dO.issue(dO_smem, first_q);
+    load_dO.land(dO_smem);
+  }
   auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES * TileKV::BYTES; };
   auto issue = [&](int tile) {
     if (tile < num_kv_tiles) {
@@ -111,19 +112,23 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) backward_dq_mma(const 
       });
     }
 
-    float dS[M_TILES][S_TILES][4];  // dP, then dS
-    clear(dS);
+    float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+      for (int n = 0; n < S_TILES; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dS[m][n][i] = -statistics[m][i / 2].delta;
     gemm_rows<Mma, TileQ::COLUMNS>(dS, typename Mma::OperandA<TileQ>(dO_smem, warp_row), typename Mma::OperandB<TileKV>(V_smem + slot(j)));
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
       for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) dS[m][n][i] = P[m][n][i] * (dS[m][n][i] - statistics[m][i / 2].delta);
+        for (int i = 0; i < 4; ++i) dS[m][n][i] *= P[m][n][i];
     gemm_accumulator<Mma>(dQ, dS, typename Mma::OperandBByRows<TileKV>(K_smem + slot(j)));
     if constexpr (NUM_STAGES == 1) __syncthreads();  // every warp is done with the only slot
   }
-  cp_async_wait_group<0>();  // queries that see no key still have copies in flight
 
   multiply_all(dQ, geometry.scale);
   store_rows<Element, Config::HEAD_DIM>(dQ, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.grad_query, work.batch, work.head, first_q + warp_row,

@@ -40,7 +40,7 @@ static_assert(TILE_KV % 16 == 0, "tile_kv must be a multiple of 16");
 static_assert(HAS_CP_ASYNC || NUM_STAGES == 1, "num_stages must be 1 without cp.async");
 static_assert(TileQ::BYTES + 2 * NUM_STAGES * TileKV::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
-extern "C" __global__ void __launch_bounds__(NUM_THREADS) forward_mma(const __grid_constant__ ForwardArguments arguments) {
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const __grid_constant__ ForwardArguments arguments) {
   const Geometry& geometry = arguments.geometry;
   const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q, Config::CAUSAL);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
@@ -67,8 +67,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) forward_mma(const __gr
     cp_async_commit_group();
   };
 
-  load_Q.issue(Q_smem, first_q);
-  load_Q.land(Q_smem);
+  if (num_kv_tiles > 0) {
+    load_Q.issue(Q_smem, first_q);
+    load_Q.land(Q_smem);
+  }
 #pragma unroll
   for (int tile = 0; tile < NUM_STAGES - 1; ++tile) {
     issue_K(tile);
@@ -101,7 +103,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) forward_mma(const __gr
     softmax.update(S, O, geometry.scale_log2);
     gemm_accumulator<Mma>(O, S, typename Mma::OperandBByRows<TileKV>(V_smem + slot(j)));
   }
-  cp_async_wait_group<0>();  // a block that sees no key still has copies in flight
 
   softmax.finish(O);
   if (arguments.lse.data != nullptr && lane_index() % 4 == 0) {

@@ -1,7 +1,8 @@
 """`python -m cuflash demo`: train a small transformer on cuflash's own source text with cuflash's attention, and prove that it is right.
 
 `run(options)` trains, compares attention with the float64 formula, shows the plan and the memory, and draws the loss. It returns the exit status: 0
-when the model learned and every result is right. Read next: `transformer.py`, the model and its gradients; `training.py`; `verification.py`.
+when the model learned and every result is right. Read next: `transformer.py`, the model and its gradients; `training.py`;
+`verification.py`.
 
 On a GPU all arrays are CuPy's; without one they are NumPy's and attention runs on the simulator, whose first use compiles its core.
 """

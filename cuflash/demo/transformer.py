@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 
 import cuflash
+from cuflash.demo.products import dot
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 Parameters = dict[str, Array]
@@ -90,7 +91,7 @@ class Transformer:
     def loss(self, tokens: Array, targets: Array) -> float:
         """Mean cross-entropy in nats of `targets` after `tokens`, both int `(batch, seqlen)`."""
         logits, _ = self._forward(tokens)
-        return float(self._cross_entropy(logits, targets.reshape(-1))[0]) / targets.size
+        return float(self._cross_entropy(logits, targets.reshape(-1))[0] / targets.size)
 
     def loss_and_gradients(self, tokens: Array, targets: Array) -> tuple[float, Parameters]:
         """The mean loss, and the gradients of it.
@@ -119,13 +120,13 @@ class Transformer:
             transformed, saved[f"{layer}.mlp"] = self._mlp(normed, f"{layer}.mlp")
             x = x + transformed
         saved["out"], saved["norm"] = self._rms_norm(x, weights["norm"])
-        return saved["out"] @ weights["embedding"].T, saved
+        return dot(saved["out"], weights["embedding"].T), saved
 
     def _backward(self, grad_logits: Array, tokens: Array, saved: dict[str, Any]) -> Parameters:
         """Gradients of all parameters, in reverse order of `_forward`."""
         weights, xp = self.parameters, self.xp
-        gradients: Parameters = {"embedding": grad_logits.T @ saved["out"]}
-        grad, gradients["norm"] = self._rms_norm_backward(grad_logits @ weights["embedding"], saved["norm"])
+        gradients: Parameters = {"embedding": dot(grad_logits.T, saved["out"])}
+        grad, gradients["norm"] = self._rms_norm_backward(dot(grad_logits, weights["embedding"]), saved["norm"])
         for layer in reversed(range(self.shape.num_layers)):
             for part, backward in (("mlp", self._mlp_backward), ("attention", self._attention_backward)):
                 name = f"{layer}.{part}"
@@ -133,7 +134,7 @@ class Transformer:
                 grad_x, gradients[f"{name}.norm"] = self._rms_norm_backward(grad_normed, saved[f"{name}.norm"])
                 grad = grad + grad_x
         one_hot = (tokens.reshape(-1, 1) == xp.arange(self.shape.vocabulary)).astype(xp.float32)
-        gradients["embedding"] += one_hot.T @ grad  # the embedding is used at both ends
+        gradients["embedding"] += dot(one_hot.T, grad)  # the embedding is used at both ends
         return gradients
 
     # --- Attention ------------------------------------------------------------------------------------------------------------------------
@@ -141,25 +142,25 @@ class Transformer:
     def _attention(self, x: Array, name: str, batch: int) -> tuple[Array, tuple[Any, ...]]:
         """Project, attend, project. Query, key and value are views of one array: cuflash takes any strides."""
         shape = self.shape
-        packed = (x @ self.parameters[f"{name}.qkv"]).reshape(batch, shape.seqlen, 3, shape.num_heads, shape.head_dim)
+        packed = dot(x, self.parameters[f"{name}.qkv"]).reshape(batch, shape.seqlen, 3, shape.num_heads, shape.head_dim)
         self._rotate(packed[:, :, :2], self._sin)
         rounded = narrow(packed, self.dtype)
         query, key, value = (operand(rounded[:, :, index], self.dtype) for index in range(3))
         out, lse = cuflash.scaled_dot_product_attention(query, key, value, is_causal=True, return_lse=True)
         flat = widen(out).reshape(x.shape)
-        return flat @ self.parameters[f"{name}.out"], (x, query, key, value, out, lse, flat)
+        return dot(flat, self.parameters[f"{name}.out"]), (x, query, key, value, out, lse, flat)
 
     def _attention_backward(self, grad: Array, name: str, saved: tuple[Any, ...], gradients: Parameters) -> Array:
         x, query, key, value, out, lse, flat = saved
-        gradients[f"{name}.out"] = flat.T @ grad
-        grad_flat = narrow(grad @ self.parameters[f"{name}.out"].T, self.dtype)
+        gradients[f"{name}.out"] = dot(flat.T, grad)
+        grad_flat = narrow(dot(grad, self.parameters[f"{name}.out"].T), self.dtype)
         grad_out = operand(grad_flat.reshape(out.shape), self.dtype)
         grads = cuflash.scaled_dot_product_attention_backward(grad_out, query, key, value, out, lse, is_causal=True)
         grad_packed = self.xp.stack([widen(grad_input) for grad_input in grads], axis=2)
         self._rotate(grad_packed[:, :, :2], -self._sin)
         grad_packed = grad_packed.reshape(len(x), -1)
-        gradients[f"{name}.qkv"] = x.T @ grad_packed
-        return grad_packed @ self.parameters[f"{name}.qkv"].T
+        gradients[f"{name}.qkv"] = dot(x.T, grad_packed)
+        return dot(grad_packed, self.parameters[f"{name}.qkv"].T)
 
     def _rotate(self, x: Array, sin: Array) -> None:
         """Turn, in place, the pairs (i, i + head_dim / 2) of x `(batch, seqlen, 2, heads, head_dim)` by their position's angles."""
@@ -172,15 +173,15 @@ class Transformer:
 
     def _mlp(self, x: Array, name: str) -> tuple[Array, tuple[Array, Array]]:
         """Two projections with relu(x)² between them."""
-        rectified = self.xp.maximum(x @ self.parameters[f"{name}.up"], 0)
-        return (rectified * rectified) @ self.parameters[f"{name}.down"], (x, rectified)
+        rectified = self.xp.maximum(dot(x, self.parameters[f"{name}.up"]), 0)
+        return dot(rectified * rectified, self.parameters[f"{name}.down"]), (x, rectified)
 
     def _mlp_backward(self, grad: Array, name: str, saved: tuple[Array, Array], gradients: Parameters) -> Array:
         x, rectified = saved
-        gradients[f"{name}.down"] = (rectified * rectified).T @ grad
-        grad_hidden = 2 * rectified * (grad @ self.parameters[f"{name}.down"].T)
-        gradients[f"{name}.up"] = x.T @ grad_hidden
-        return grad_hidden @ self.parameters[f"{name}.up"].T
+        gradients[f"{name}.down"] = dot((rectified * rectified).T, grad)
+        grad_hidden = 2 * rectified * dot(grad, self.parameters[f"{name}.down"].T)
+        gradients[f"{name}.up"] = dot(x.T, grad_hidden)
+        return dot(grad_hidden, self.parameters[f"{name}.up"].T)
 
     def _rms_norm(self, x: Array, gain: Array) -> tuple[Array, tuple[Array, Array, Array]]:
         """gain · x / √mean(x²)."""

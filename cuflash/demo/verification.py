@@ -9,12 +9,13 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy
 
 import cuflash
 from cuflash import reference
+from cuflash.demo.products import dot
 from cuflash.demo.transformer import Array, narrow, operand
 
 CHECK_SHAPE = (1, 2000, 4, 64)
@@ -58,9 +59,7 @@ class Case:
     def run(self) -> dict[str, Any]:
         """All results of a forward and a backward call, by name."""
         out, lse = cuflash.scaled_dot_product_attention(self.query, self.key, self.value, is_causal=True, return_lse=True)
-        gradients = cuflash.scaled_dot_product_attention_backward(
-            self.grad_out, self.query, self.key, self.value, out, lse, is_causal=True
-        )
+        gradients = cuflash.scaled_dot_product_attention_backward(self.grad_out, self.query, self.key, self.value, out, lse, is_causal=True)
         return {"out": out, "lse": lse, **{f"grad_{name}": gradient for name, gradient in gradients._asdict().items()}}
 
     def plans(self) -> tuple[cuflash.Plan, cuflash.Plan]:
@@ -72,20 +71,17 @@ class Case:
     def verify(self) -> list[Verdict]:
         """Compare every result with the float64 formula."""
         query, key, value, grad_out = (reference.to_float64(x) for x in (self.query, self.key, self.value, self.grad_out))
+        precision = cast(reference.Precision, self.dtype)
         truth = (
             *reference.attention(query, key, value, is_causal=True),
             *reference.attention_backward(grad_out, query, key, value, is_causal=True),
         )
         naive = (
-            *reference.attention_naive(query, key, value, self._precision, is_causal=True),
-            *reference.attention_naive_backward(grad_out, query, key, value, self._precision, is_causal=True),
+            *reference.attention_naive(query, key, value, precision, is_causal=True),
+            *reference.attention_naive_backward(grad_out, query, key, value, precision, is_causal=True),
         )
         judged = zip(self.run().items(), truth, naive, strict=True)
         return [self._judge(name, got, want, yardstick) for (name, got), want, yardstick in judged]
-
-    @property
-    def _precision(self) -> Any:
-        return self.dtype
 
     def _judge(self, name: str, got: Any, want: Array, naive: Array) -> Verdict:
         complaint = ""
@@ -98,7 +94,9 @@ class Case:
 
     def measure_memory(self) -> Memory:
         """Peak memory of `run`, and of the same computation with the scores of every pair in memory."""
-        query, key, value, grad_out = (self.xp.asarray(reference.to_float64(x), "float32") for x in (self.query, self.key, self.value, self.grad_out))
+        query, key, value, grad_out = (
+            self.xp.asarray(reference.to_float64(x), "float32") for x in (self.query, self.key, self.value, self.grad_out)
+        )
         self.run()  # compiles, so that only arrays are counted below
         return Memory(_peak(self.xp, self.run), _peak(self.xp, lambda: standard_attention(self.xp, query, key, value, grad_out)))
 
@@ -107,13 +105,13 @@ def standard_attention(xp: Any, query: Array, key: Array, value: Array, grad_out
     """Causal attention and its gradients as matrix products and a softmax, float32: out, grad_query, grad_key, grad_value."""
     q, k, v, grad = (x.transpose(0, 2, 1, 3) for x in (query, key, value, grad_out))
     scale = float(q.shape[3] ** -0.5)
-    weights = (q @ k.transpose(0, 1, 3, 2)) * xp.float32(scale)
+    weights = dot(q, k.transpose(0, 1, 3, 2)) * xp.float32(scale)
     weights += xp.triu(xp.full(weights.shape[2:], -xp.inf, xp.float32), 1)
     weights = xp.exp(weights - weights.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    out = weights @ v
-    grad_scores = weights * (grad @ v.transpose(0, 1, 3, 2) - (grad * out).sum(axis=-1, keepdims=True)) * xp.float32(scale)
-    results = out, grad_scores @ k, grad_scores.transpose(0, 1, 3, 2) @ q, weights.transpose(0, 1, 3, 2) @ grad
+    out = dot(weights, v)
+    grad_scores = weights * (dot(grad, v.transpose(0, 1, 3, 2)) - (grad * out).sum(axis=-1, keepdims=True)) * xp.float32(scale)
+    results = out, dot(grad_scores, k), dot(grad_scores.transpose(0, 1, 3, 2), q), dot(weights.transpose(0, 1, 3, 2), grad)
     return tuple(x.transpose(0, 2, 1, 3) for x in results)
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from cuflash.errors import SimulatorError
 from cuflash.simulator.native import NO_RECORD, Core, Instruction
-from cuflash.simulator.parser import Kernel, Statement, Variable, type_bits
+from cuflash.simulator.parser import Kernel, Variable, type_bits
 
 CONSTANT = 0x8000  # marks a row of the constant bank
 NEGATED = 0x8000  # marks a guard that is negated
@@ -261,10 +261,8 @@ class Encoder:
         start = self.begin(name)
         self.jumps.append((start // WORDS, NO_RECORD))
 
-    def label(self, text: str, statement: Statement) -> str:
-        """The full name of the label that `text` means at a statement."""
-        if statement.scope is not None:
-            text = statement.scope.rename(text)
+    def label(self, text: str) -> str:
+        """Check that a label exists."""
         if text not in self.kernel.labels:
             raise Unsupported(f"label {text}")
         return text

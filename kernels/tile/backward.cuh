@@ -2,7 +2,8 @@
 //
 //     P = 2^(S scale_log2 - lse_log2)        dS = P (dP - delta)
 //
-// Dao et al. 2022 (arXiv 2205.14135), algorithm 4. dS lacks the factor `scale`; it enters once, when dQ and dK are stored.
+// Accumulators of dP start at -delta, so that the subtraction costs nothing. dS lacks the factor `scale`; it enters once, when dQ and dK are stored.
+// Source: Dao et al. 2022 (arXiv 2205.14135), algorithm 4.
 #pragma once
 #include "arguments.cuh"
 #include "ptx/math.cuh"

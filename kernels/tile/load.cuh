@@ -43,31 +43,28 @@ struct TileLoader {
   static constexpr bool STAGED = STAGE && !ASYNC && SAME_ELEMENT && CHUNK_ITERATIONS * ROW_ITERATIONS <= 8;  // at most 32 registers
 
   const Element* source;  // row 0
-  int64 stride_seqlen, stride_dim;
+  const TensorView& view;
   int num_rows;
-  bool vectorized;
   Chunk staged[STAGED ? CHUNK_ITERATIONS : 1][STAGED ? ROW_ITERATIONS : 1];
 
   DEVICE TileLoader(const TensorView& view, int batch, int head, int num_rows)
       : source(view.row_pointer<const Element>(batch, head)),
-        stride_seqlen(view.stride_seqlen),
-        stride_dim(view.stride_dim),
-        num_rows(num_rows),
-        vectorized(SAME_ELEMENT && view.vectorized) {}
+        view(view),
+        num_rows(num_rows) {}
 
   DEVICE void issue(SmemAddress tile, int first_row) {
-    if (!vectorized) {
+    if (!SAME_ELEMENT || !view.vectorized) {
       gather(tile, first_row);
       return;
     }
     if constexpr (SAME_ELEMENT) {
-#pragma unroll
+#pragma unroll(ASYNC || STAGED ? CHUNK_ITERATIONS : 1)
       for (int j = 0; j < CHUNK_ITERATIONS; ++j) {
         const int chunk = thread_chunk() + j * THREADS_PER_ROW;
         const int column = chunk * Tile::CHUNK_ELEMENTS;
         const int columns = min(max(Tile::HEAD_DIM - column, 0), Tile::CHUNK_ELEMENTS);
         int row = thread_row();
-        const Element* pointer = source + (first_row + row) * stride_seqlen + column;
+        const Element* pointer = source + (first_row + row) * view.stride_seqlen + column;
 #pragma unroll
         for (int i = 0; i < ROW_ITERATIONS; ++i) {
           if (owns_row(row)) {
@@ -85,7 +82,7 @@ struct TileLoader {
             }
           }
           row += ROW_STEP;
-          pointer += ROW_STEP * stride_seqlen;
+          pointer += ROW_STEP * view.stride_seqlen;
         }
       }
     }
@@ -93,7 +90,7 @@ struct TileLoader {
 
   DEVICE void land(SmemAddress tile) {
     if constexpr (STAGED) {
-      if (!vectorized) return;
+      if (!view.vectorized) return;
 #pragma unroll
       for (int j = 0; j < CHUNK_ITERATIONS; ++j)
 #pragma unroll
@@ -116,8 +113,8 @@ struct TileLoader {
       const int row = index / Tile::CHUNKS, chunk = index % Tile::CHUNKS;
       const int column = chunk * Tile::CHUNK_ELEMENTS;
       const int valid = first_row + row < num_rows ? min(max(Tile::HEAD_DIM - column, 0), Tile::CHUNK_ELEMENTS) : 0;
-      const Element* pointer = source + (first_row + row) * stride_seqlen + column * stride_dim;
-      store_shared(tile + Tile::offset(row, chunk), gather_chunk<SmemElement>(pointer, stride_dim, valid));
+      const Element* pointer = source + (first_row + row) * view.stride_seqlen + column * view.stride_dim;
+      store_shared(tile + Tile::offset(row, chunk), gather_chunk<SmemElement>(pointer, view.stride_dim, valid));
     }
   }
 };

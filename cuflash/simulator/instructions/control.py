@@ -10,7 +10,8 @@ from cuflash.simulator.parser import Statement
 @decodes("bra")
 def decode_bra(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
     """bra{.uni} label."""
-    encoder.jump("bra", encoder.label(operands[0], statement))
+    del statement
+    encoder.jump("bra", encoder.label(operands[0]))
 
 
 @decodes("brx")
@@ -23,7 +24,9 @@ def decode_brx(encoder: Encoder, statement: Statement, operands: list[str]) -> N
     encoder.put(start + A, operands[0], 32, False)
     position = encoder.add_extra(start, len(labels))
     encoder.extra.extend([0] * (2 * len(labels)))
-    encoder.branch_lists.append((start, position, [encoder.label(label, statement) for label in labels]))
+    if statement.scope is not None:
+        labels = [statement.scope.rename(label) for label in labels]
+    encoder.branch_lists.append((start, position, [encoder.label(label) for label in labels]))
 
 
 @decodes("ret", "exit")

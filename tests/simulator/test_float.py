@@ -1,0 +1,237 @@
+"""Floating-point instructions against NumPy, on numbers of all magnitudes and the special values."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from simulated import Array, run_instruction, special_floats
+
+TINY = np.finfo(np.float32).tiny
+
+
+def floats(count: int, dtype: type = np.float32) -> list[Array]:
+    return [special_floats(dtype, seed=i) for i in range(count)]
+
+
+def same(got: Array, expected: Array) -> None:
+    """Equal bits, except that all NaNs are the same."""
+    expected = expected.astype(got.dtype)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+    unsigned = f"u{got.itemsize}"
+    number = ~np.isnan(got)
+    np.testing.assert_array_equal(got.view(unsigned)[number], expected.view(unsigned)[number])
+
+
+def flushed(values: Array) -> Array:
+    return np.where(np.abs(values) < TINY, np.copysign(np.float32(0), values), values)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> object:
+    with np.errstate(all="ignore"):
+        yield
+
+
+BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
+
+
+@pytest.mark.parametrize("operation", BINARY)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_arithmetic(operation: str, dtype: type) -> None:
+    a, b = floats(2, dtype)
+    got = run_instruction(f"{operation}.rn.f{8 * a.itemsize} %d, %a, %b;", dtype, a, b)
+    same(got, BINARY[operation](a, b))
+
+
+@pytest.mark.parametrize("operation", ["add", "sub", "mul"])
+def test_flushing(operation: str) -> None:
+    a, b = (x * np.float32(1e-20) for x in floats(2))
+    a, b = np.sort(a), b
+    got = run_instruction(f"{operation}.ftz.f32 %d, %a, %b;", np.float32, a, b)
+    same(got, flushed(BINARY[operation](flushed(a), flushed(b))))
+
+
+def test_fused_multiply_add() -> None:
+    a, b, c = floats(3)
+    got = run_instruction("fma.rn.f32 %d, %a, %b, %c;", np.float32, a, b, c)
+    exact = a.astype(np.longdouble) * b + c  # 64 bits of fraction: wrong only for halfway cases beyond them
+    expected = exact.astype(np.float32)
+    bad = (got != expected) & ~(np.isnan(got) & np.isnan(expected))
+    assert bad.mean() < 0.02
+    np.testing.assert_allclose(got[bad], expected[bad], rtol=2e-7)
+
+
+def test_fused_means_rounded_once() -> None:
+    a = np.array([1 + 2**-12], dtype=np.float32)
+    c = np.array([-(1 + 2**-11)], dtype=np.float32)
+    got = run_instruction("fma.rn.f32 %d, %a, %a, %b;", np.float32, a, c)
+    assert got[0] == np.float32(2**-24)
+
+
+def test_saturation() -> None:
+    a, b = floats(2)
+    got = run_instruction("add.sat.f32 %d, %a, %b;", np.float32, a, b)
+    total = a + b
+    np.testing.assert_array_equal(got, np.where(np.isnan(total), 0, np.clip(total, 0, 1)))
+
+
+@pytest.mark.parametrize("operation", ["min", "max"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_extremes(operation: str, dtype: type) -> None:
+    a, b = floats(2, dtype)
+    b[::5] = -a[::5]
+    got = run_instruction(f"{operation}.f{8 * a.itemsize} %d, %a, %b;", dtype, a, b)
+    pick = np.fmin if operation == "min" else np.fmax
+    expected = pick(a, b)
+    both_zero = (a == 0) & (b == 0)
+    negative = np.signbit(a) | np.signbit(b) if operation == "min" else np.signbit(a) & np.signbit(b)
+    same(got, np.where(both_zero, np.where(negative, -0.0, 0.0), expected))
+
+
+@pytest.mark.parametrize("operation", ["min", "max"])
+def test_extremes_that_keep_nan(operation: str) -> None:
+    a, b = floats(2)
+    got = run_instruction(f"{operation}.NaN.f32 %d, %a, %b;", np.float32, a, b)
+    np.testing.assert_array_equal(got, (np.minimum if operation == "min" else np.maximum)(a, b))
+
+
+def test_sign() -> None:
+    a, b = floats(2)
+    same(run_instruction("neg.f32 %d, %a;", np.float32, a), -a)
+    same(run_instruction("abs.f32 %d, %a;", np.float32, a), np.abs(a))
+    same(run_instruction("copysign.f32 %d, %a, %b;", np.float32, a, b), np.copysign(b, a))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_roots(dtype: type) -> None:
+    (a,) = floats(1, dtype)
+    bits = 8 * a.itemsize
+    same(run_instruction(f"sqrt.rn.f{bits} %d, %a;", dtype, a), np.sqrt(a))
+    same(run_instruction(f"rcp.rn.f{bits} %d, %a;", dtype, a), dtype(1) / a)
+
+
+def ulps(got: Array, exact: Array) -> Array:
+    """Distance from the exact result in units of the last place of a float."""
+    finite = np.isfinite(got) & np.isfinite(exact.astype(np.float32))
+    np.testing.assert_array_equal(got[~finite], exact.astype(np.float32)[~finite])
+    unit = np.spacing(np.maximum(np.abs(exact[finite]).astype(np.float32), TINY)).astype(np.float64)
+    return np.abs(got[finite].astype(np.float64) - exact[finite]) / unit
+
+
+def test_ex2() -> None:
+    a = np.concatenate([np.linspace(-160, 135, 5000), np.linspace(-1, 1, 2000), [0, -0.0, np.inf, -np.inf, np.nan, 1e30, -1e30]])
+    a = a.astype(np.float32)
+    got = run_instruction("ex2.approx.f32 %d, %a;", np.float32, a)
+    exact = np.exp2(a.astype(np.float64))
+    assert ulps(got, exact).max() < 1.5
+    assert run_instruction("ex2.approx.f32 %d, %a;", np.float32, np.array([-np.inf, 3, 200], np.float32)).tolist() == [0, 8, np.inf]
+    same(run_instruction("ex2.approx.ftz.f32 %d, %a;", np.float32, a), flushed(got))
+
+
+@pytest.mark.parametrize(("name", "function"), [("lg2", np.log2), ("rsqrt", lambda x: 1 / np.sqrt(x)), ("tanh", np.tanh), ("sin", np.sin)])
+def test_approximations(name: str, function: np.ufunc) -> None:
+    (a,) = floats(1)
+    if name == "sin":
+        a = np.clip(a, -1000, 1000)
+    got = run_instruction(f"{name}.approx.f32 %d, %a;", np.float32, a)
+    assert ulps(got, function(a.astype(np.float64))).max() < 4
+
+
+@pytest.mark.parametrize(("rounding", "toward"), [("rz", 0.0), ("rm", -np.inf), ("rp", np.inf)])
+@pytest.mark.parametrize("operation", ["add", "mul"])
+def test_directed_rounding(operation: str, rounding: str, toward: float) -> None:
+    a, b = (np.random.default_rng(i).standard_normal(500).astype(np.float32) for i in range(2))
+    got = run_instruction(f"{operation}.{rounding}.f32 %d, %a, %b;", np.float32, a, b)
+    exact = BINARY[operation](a.astype(np.longdouble), b.astype(np.longdouble))
+    nearest = exact.astype(np.float32)
+    lower = np.where(nearest > exact, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+    upper = np.where(nearest < exact, np.nextafter(nearest, np.float32(np.inf)), nearest)
+    expected = {"rm": lower, "rp": upper, "rz": np.where(exact > 0, lower, upper)}[rounding]
+    np.testing.assert_array_equal(got, expected)
+
+
+COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+
+
+@pytest.mark.parametrize("operation", [*COMPARISONS, *(name + "u" for name in COMPARISONS), "num", "nan"])
+@pytest.mark.parametrize("kind", ["f32", "f64", "f16", "bf16"])
+def test_comparison(operation: str, kind: str) -> None:
+    dtype = {"f32": np.float32, "f64": np.float64, "f16": np.float16, "bf16": ml_dtypes.bfloat16}[kind]
+    a, b = (special_floats(np.float32 if dtype is ml_dtypes.bfloat16 else dtype, seed=i).astype(dtype) for i in range(2))
+    b[::3] = a[::3]
+    views = [x.view(np.uint16) if x.itemsize == 2 else x for x in (a, b)]
+    got = run_instruction(f"setp.{operation}.{kind} %q, %a, %b; selp.u32 %d, 1, 0, %q;", np.uint32, *views)
+    unordered = np.isnan(a.astype(np.float64)) | np.isnan(b.astype(np.float64))
+    if operation in ("num", "nan"):
+        expected = unordered == (operation == "nan")
+    elif operation.endswith("u") and operation not in COMPARISONS:
+        expected = COMPARISONS[operation[:-1]](a, b) | unordered
+    else:
+        expected = COMPARISONS[operation](a, b) & ~unordered
+    np.testing.assert_array_equal(got.astype(bool), expected)
+
+
+def test_testp() -> None:
+    (a,) = floats(1)
+    got = run_instruction("testp.subnormal.f32 %q, %a; selp.u32 %d, 1, 0, %q;", np.uint32, a)
+    np.testing.assert_array_equal(got.astype(bool), (np.abs(a) < TINY) & (a != 0))
+
+
+# ---- 16-bit floats
+
+HALVES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def halves(kind: str, count: int) -> list[Array]:
+    return [special_floats(np.float32, seed=i).astype(HALVES[kind]) for i in range(count)]
+
+
+@pytest.mark.parametrize("kind", HALVES)
+@pytest.mark.parametrize("operation", ["add", "sub", "mul", "min", "max"])
+def test_half_arithmetic(operation: str, kind: str) -> None:
+    a, b = halves(kind, 2)
+    if operation in ("min", "max"):
+        expected = (np.fmin if operation == "min" else np.fmax)(a.astype(np.float32), b.astype(np.float32)).astype(HALVES[kind])
+        keep = ~((a == 0) & (b == 0))
+        a, b, expected = a[keep], b[keep], expected[keep]
+    else:
+        expected = BINARY[operation](a.astype(np.float64), b.astype(np.float64)).astype(HALVES[kind])
+    got = run_instruction(f"{operation}.{kind} %d, %a, %b;", np.uint16, a.view(np.uint16), b.view(np.uint16)).view(HALVES[kind])
+    same_halves(got, expected)
+    packed = [np.resize(x, x.size // 2 * 2).view(np.uint32) for x in (a, b)]
+    got = run_instruction(f"{operation}.{kind}x2 %d, %a, %b;", np.uint32, *packed).view(HALVES[kind])
+    same_halves(got, expected[: got.size])
+
+
+def same_halves(got: Array, expected: Array) -> None:
+    nan = np.isnan(expected.astype(np.float32))
+    np.testing.assert_array_equal(np.isnan(got.astype(np.float32)), nan)
+    np.testing.assert_array_equal(got.view(np.uint16)[~nan], expected.view(np.uint16)[~nan])
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_half_fma(kind: str) -> None:
+    a, b, c = (x[np.isfinite(x.astype(np.float32))][:300] for x in halves(kind, 3))
+    got = run_instruction(f"fma.rn.{kind} %d, %a, %b, %c;", np.uint16, *(x.view(np.uint16) for x in (a, b, c))).view(HALVES[kind])
+    exact = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
+    expected = exact.astype(HALVES[kind]) if kind == "f16" else round_bf16(exact)
+    same_halves(got, expected)
+
+
+def round_bf16(exact: Array) -> Array:
+    """Doubles rounded once."""
+    candidates = exact.astype(np.float32).astype(ml_dtypes.bfloat16)
+    bits = candidates.view(np.uint16).astype(np.int32)
+    options = np.stack([(bits + step).astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float64) for step in (0, -1, 1)])
+    distance = np.abs(options - exact)
+    best = np.where(np.isinf(options[0]), 0, np.nanargmin(np.where(np.isnan(distance), np.inf, distance), axis=0))
+    return np.take_along_axis(options, best[None], 0)[0].astype(ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_half_sign(kind: str) -> None:
+    (a,) = halves(kind, 1)
+    word = a.view(np.uint16)
+    np.testing.assert_array_equal(run_instruction(f"neg.{kind} %d, %a;", np.uint16, word), word ^ 0x8000)
+    np.testing.assert_array_equal(run_instruction(f"abs.{kind} %d, %a;", np.uint16, word), word & 0x7FFF)

@@ -1,0 +1,120 @@
+"""Each command of `python -m cuflash`, run as a user does, from another directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cuflash
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(*arguments: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "cuflash", *arguments], capture_output=True, text=True, cwd=directory, env=variables, check=False
+    )
+
+
+def test_alone_it_prints_help(tmp_path: Path) -> None:
+    result = command(directory=tmp_path)
+    assert result.returncode == 0
+    for name in ("demo", "info", "inspect", "warmup", "cache"):
+        assert re.search(rf"^ +{name} ", result.stdout, re.MULTILINE), name
+
+
+def test_version(tmp_path: Path) -> None:
+    assert command("--version", directory=tmp_path).stdout.strip() == cuflash.__version__
+
+
+def test_info_names_what_there_is_and_what_would_run(tmp_path: Path) -> None:
+    result = command("info", directory=tmp_path, CUFLASH_CACHE_DIR=str(tmp_path / "cache"))
+    assert result.returncode == 0, result.stderr
+    for expected in (
+        "CuPy",
+        "NVRTC",
+        "C++ for the simulator",
+        str(tmp_path / "cache"),
+        "ml_dtypes",
+        "forward attention on",
+        "forward_mma.cu",
+    ):
+        assert expected in result.stdout, expected
+
+
+def test_info_works_where_everything_is_missing(tmp_path: Path) -> None:
+    for missing in ("cupy", "ziglang", "rich"):
+        (tmp_path / f"{missing}.py").write_text("raise ImportError('not here')\n")
+    blocked = f"{tmp_path}{os.pathsep}{ROOT}"
+    result = command("info", directory=tmp_path, PATH="", CXX="/nowhere", PYTHONPATH=blocked, CUFLASH_CACHE_DIR=str(tmp_path / "cache"))
+    assert result.returncode == 0, result.stderr
+    assert "pip install 'cuflash[cuda12]'" in result.stdout
+    assert "It cannot run yet" in result.stdout
+
+
+def test_inspect_as_json(tmp_path: Path) -> None:
+    result = command("inspect", "--arch", "sm_80", "--head-dim", "64", "--dtype", "float16", "--forward-only", "--json", directory=tmp_path)
+    reports = json.loads(result.stdout)
+    assert [report["kernel"] for report in reports] == ["forward"]
+    report = reports[0]
+    assert report["arch"] == "sm_80"
+    assert 32 < report["registers"] <= 255
+    assert report["dynamic_shared_bytes"] > 0
+    assert report["blocks_per_sm"] >= 1
+    assert 0 < report["occupancy"] <= 1
+    spills = report["spill_store_bytes"] + report["spill_load_bytes"] > 0
+    assert bool(report["failures"]) == spills == (result.returncode == 1)
+
+
+def test_inspect_prints_a_table_of_both_passes(tmp_path: Path) -> None:
+    result = command("inspect", "--arch", "sm_75", "sm_90", "--head-dim", "32", "--dtype", "float16", "--causal", directory=tmp_path)
+    assert result.returncode in (0, 1), result.stderr
+    for expected in ("sm_75", "sm_90a", "forward", "backward_dq", "regs", "spill"):
+        assert expected in result.stdout, expected
+
+
+def test_warmup_fills_the_cache_and_cache_clears_it(tmp_path: Path) -> None:
+    place = {"CUFLASH_CACHE_DIR": str(tmp_path / "cache")}
+    arguments = ("warmup", "--arch", "sm_80", "--head-dim", "32", "--dtype", "float16", "--forward-only")
+    first = command(*arguments, directory=tmp_path, **place)
+    assert first.returncode == 0, first.stderr
+    assert "2 kernels are in the cache, 2 compiled now" in first.stdout  # causal and not
+    assert "2 kernels are in the cache, 0 compiled now" in command(*arguments, directory=tmp_path, **place).stdout
+    listed = command("cache", directory=tmp_path, **place).stdout
+    assert "forward_mma.cu for sm_80 (cubin)" in listed
+    assert "2 kernels in" in listed
+    assert "2 kernels removed" in command("cache", "--clear", directory=tmp_path, **place).stdout
+    assert "0 kernels in" in command("cache", directory=tmp_path, **place).stdout
+
+
+def test_demo_without_enough_steps_fails_with_a_picture(tmp_path: Path) -> None:
+    result = command("demo", "--steps", "2", "--output", "loss.png", "--dtype", "bfloat16", directory=tmp_path)
+    assert result.returncode == 1, result.stderr
+    assert "The model did not learn enough" in result.stdout
+    assert result.stdout.count(" ok\n") == 5
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        (("inspect", "--arch", "sm_42"), {}, "expected one of sm_75"),
+        (("inspect", "--head-dim", "300"), {}, "an int from 1 to 256"),
+        (("demo", "--arch", "volta"), {}, "expected one of sm_75"),
+        (("warmup", "--head-dim", "64"), {"CUFLASH_KERNELS_DIR": "/nowhere"}, "kernels' text is missing"),
+        (("demo", "--steps", "0"), {}, "expected a positive number"),
+        (("frobnicate",), {}, "invalid choice"),
+    ],
+)
+def test_what_cannot_be_done_is_one_message(tmp_path: Path, arguments: tuple[str, ...], environment: dict[str, str], expected: str) -> None:
+    result = command(*arguments, directory=tmp_path, **environment)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
