@@ -8,7 +8,7 @@ struct and launches.
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 from cuflash import arrays, device, launch
@@ -93,11 +93,12 @@ def scaled_dot_product_attention(
     Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 1.
     """
     options = (is_causal, scale, enable_gqa, layout, batch_first, num_heads, causal_alignment, return_lse, deterministic, allow_tf32)
-    cache_key = _cache_key("forward", (query, key, value), attn_mask, dropout_p, options, tile) if out is None else None
-    if cache_key is not None:
+    cache_key: Hashable | None = None
+    if out is None:
+        cache_key, pointers = _cache_key("forward", {"query": query, "key": key, "value": value}, attn_mask, dropout_p, options, tile)
         call = _calls.get(cache_key)
         if call is not None:
-            return call.run({"query": pointer(query), "key": pointer(key), "value": pointer(value)})
+            return call.run(pointers)
 
     inputs = {"query": borrow(query, "query"), "key": borrow(key, "key"), "value": borrow(value, "value")}
     _refuse_autograd(inputs)
@@ -160,12 +161,11 @@ def scaled_dot_product_attention_backward(
     operands = {"query": query, "key": key, "value": value, "out": out, "grad_out": grad_out, "lse": lse}
     if grad_lse is not None:
         operands["grad_lse"] = grad_lse
-    cache_key = _cache_key("backward", tuple(operands.values()), attn_mask, dropout_p, options, tile)
-    if cache_key is not None:
-        call = _calls.get(cache_key)
-        if call is not None:
-            gradients: Gradients = call.run({name: pointer(operand) for name, operand in operands.items()})
-            return gradients
+    cache_key, pointers = _cache_key("backward", operands, attn_mask, dropout_p, options, tile)
+    call = _calls.get(cache_key)
+    if call is not None:
+        gradients: Gradients = call.run(pointers)
+        return gradients
 
     inputs = {name: borrow(operand, name) for name, operand in operands.items()}
     _refuse_autograd(inputs)
@@ -219,22 +219,29 @@ def _named(options: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(_OPTION_NAMES, options, strict=True))
 
 
-def _cache_key(direction: str, operands: Sequence[Any], attn_mask: Any, dropout_p: Any, options: tuple[Any, ...], tile: Tiles) -> Hashable | None:
-    """What a call's preparation depends on, or None where that cannot be said cheaply. Types are part of it: True and 1 are not the same option."""
+def _cache_key(
+    direction: str, operands: Mapping[str, Any], attn_mask: Any, dropout_p: Any, options: tuple[Any, ...], tile: Tiles
+) -> tuple[Hashable | None, dict[str, int]]:
+    """What a call's preparation depends on, and the addresses, which it does not depend on but for their alignment.
+
+    The key is None where it cannot be had cheaply. Types are part of it: True and 1 are not the same option.
+    """
+    pointers: dict[str, int] = {}
     if attn_mask is not None or dropout_p.__class__ is not float or dropout_p != 0.0:
-        return None
-    signatures = []
-    for operand in operands:
-        seen = signature(operand)
-        if seen is None:
-            return None
-        signatures.append((seen, pointer(operand) & 15))
-    key = (direction, *signatures, options, *map(type, options), tile, device.simulator_arch())
+        return None, pointers
+    seen: list[Hashable] = [direction, options, tuple(map(type, options)), tile, device.simulator_arch()]
+    for name, operand in operands.items():
+        kind = signature(operand)
+        if kind is None:
+            return None, pointers
+        address = pointers[name] = pointer(operand)
+        seen += (kind, address & 15)
+    key = tuple(seen)
     try:
         hash(key)
     except TypeError:
-        return None
-    return key
+        return None, pointers
+    return key, pointers
 
 
 def _remember(cache_key: Hashable, call: _Call) -> None:
@@ -258,7 +265,7 @@ class _Launch(NamedTuple):
 
     kernel: KernelPlan
     executable: Executable
-    template: ArgumentTemplate
+    tail: bytes  # what follows the addresses in its argument struct
 
 
 class _Call:
@@ -271,6 +278,7 @@ class _Call:
         self.like = Array(0, (), (), like.dtype, like.itemsize, like.device, like.framework, None)  # does not keep the caller's array alive
         self.extents: dict[str, tuple[int, int]] = {}  # name -> lowest byte relative to the pointer, size in bytes
         self.launches: list[_Launch] = []
+        self.template: ArgumentTemplate
 
     def add_extent(self, name: str, array: Array) -> None:
         low, high = array.byte_range
@@ -285,8 +293,9 @@ class _Call:
     def launch_all(self, pointers: dict[str, int]) -> None:
         stream = self.framework.current_stream(self.device.index) if self.device.kind == "gpu" else 0
         buffers = () if self.device.kind == "gpu" else [(pointers[name] + low, size, name) for name, (low, size) in self.extents.items() if name in pointers]
-        for kernel, executable, template in self.launches:
-            executable.launch(kernel.num_blocks, kernel.num_threads, kernel.shared_bytes, template.fill(pointers), stream, buffers)
+        head = self.template.fill(pointers)
+        for kernel, executable, tail in self.launches:
+            executable.launch(kernel.num_blocks, kernel.num_threads, kernel.shared_bytes, bytearray(head + tail), stream, buffers)
 
     def run(self, pointers: dict[str, int]) -> Any:
         raise NotImplementedError
@@ -309,10 +318,8 @@ class _ForwardCall(_Call):
         views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": view}
         addresses = {name: array.pointer for name, array in inputs.items()} | {"out": given.pointer if given else 0}
         vectorized = {name: views[name].aligned16(problem.itemsize) and addresses[name] % 16 == 0 for name in views}
-        for kernel in self.plan.kernels:
-            lse_strides = (problem.num_heads_q * problem.seqlen_q, problem.seqlen_q, 1)
-            template = launch.forward_template(problem, kernel, view, lse_strides, vectorized)
-            self.launches.append(_Launch(kernel, launch.executable(kernel, on), template))
+        self.template = launch.forward_template(problem, view, (problem.num_heads_q * problem.seqlen_q, problem.seqlen_q, 1), vectorized)
+        self.launches = [_Launch(kernel, launch.executable(kernel, on), launch.forward_tail(problem, kernel)) for kernel in self.plan.kernels]
 
     def run(self, pointers: dict[str, int], given: Any = None, given_array: Array | None = None) -> Any:
         if given_array is None:
@@ -354,9 +361,8 @@ class _BackwardCall(_Call):
             assert result.view is not None
             views[result.name] = result.view
             vectorized[result.name] = result.view.aligned16(problem.itemsize)
-        for kernel in self.plan.kernels:
-            template = launch.backward_template(problem, kernel, views, others.lse_strides, others.grad_lse_strides, vectorized)
-            self.launches.append(_Launch(kernel, launch.executable(kernel, on), template))
+        self.template = launch.backward_template(views, others.lse_strides, others.grad_lse_strides, vectorized)
+        self.launches = [_Launch(kernel, launch.executable(kernel, on), launch.backward_tail(problem, kernel)) for kernel in self.plan.kernels]
 
     def run(self, pointers: dict[str, int]) -> Gradients:
         gradients = []

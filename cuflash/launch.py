@@ -8,12 +8,11 @@ signature, and a warm call copies it and writes the addresses.
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 import struct
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +23,9 @@ from cuflash.problem import Problem, View
 
 Buffer = tuple[int, int, str]
 """Address, size in bytes and name of memory that a kernel may touch."""
+
+Strides3 = tuple[int, int, int]
+"""Strides of (batch, head, query), in elements."""
 
 _TENSOR_VIEW = struct.Struct("=Q4qii")
 _ROW_VIEW = struct.Struct("=Q3q")
@@ -36,14 +38,12 @@ _LOG2_E = 1.4426950408889634
 # --- Argument structs ---------------------------------------------------------------------------------------------------------------------
 
 
-def _pack_view(view: View | None, vectorized: bool) -> bytes:
-    if view is None:
-        return bytes(_TENSOR_VIEW.size)
+def _pack_view(view: View, vectorized: bool) -> bytes:
     stride_b, stride_s, stride_h, stride_d = view.strides
     return _TENSOR_VIEW.pack(0, stride_b, stride_s, stride_h, stride_d, vectorized, 0)
 
 
-def _pack_rows(strides: tuple[int, int, int] | None) -> bytes:
+def _pack_rows(strides: Strides3 | None) -> bytes:
     return bytes(_ROW_VIEW.size) if strides is None else _ROW_VIEW.pack(0, *strides)
 
 
@@ -61,62 +61,50 @@ BACKWARD_TENSORS = ("query", "key", "value", "out", "grad_out", "grad_query", "g
 
 
 class ArgumentTemplate:
-    """The bytes of an argument struct with null pointers, and where each pointer goes.
+    """The bytes of an argument struct with places for addresses.
 
     Attributes:
-        size: bytes.
-        offsets: byte offset of each pointer by name.
+        names: pointers in the order of the struct.
+        size: bytes of the struct without the tail.
     """
 
-    def __init__(self, parts: Sequence[tuple[str | None, bytes]]) -> None:
-        self.offsets: dict[str, int] = {}
-        packed = bytearray()
-        for name, data in parts:
-            if name is not None:
-                self.offsets[name] = len(packed)
-            packed += data
-        self._bytes = bytes(packed)
-        self.size = len(packed)
+    def __init__(self, parts: Sequence[tuple[str, bytes]]) -> None:
+        self.names = tuple(name for name, _ in parts)
+        self.size = sum(len(data) for _, data in parts)
+        self._rest = tuple(data[8:] for _, data in parts)  # what follows each pointer
 
-    def fill(self, pointers: dict[str, int]) -> bytearray:
-        """A copy with the given addresses written."""
-        packed = bytearray(self._bytes)
-        for name, address in pointers.items():
-            struct.pack_into("=Q", packed, self.offsets[name], address)
-        return packed
+    def fill(self, pointers: Mapping[str, int]) -> bytes:
+        """The struct with the given addresses; a name that is not given is null."""
+        pieces = []
+        for name, rest in zip(self.names, self._rest, strict=True):
+            pieces.append(pointers.get(name, 0).to_bytes(8, "little"))
+            pieces.append(rest)
+        return b"".join(pieces)
 
 
-def forward_template(problem: Problem, kernel: KernelPlan, out: View, lse_strides: tuple[int, int, int], vectorized: dict[str, bool]) -> ArgumentTemplate:
-    """`ForwardArguments` of kernels/arguments.cuh."""
+def forward_template(problem: Problem, out: View, lse_strides: Strides3, vectorized: Mapping[str, bool]) -> ArgumentTemplate:
+    """`ForwardArguments` of kernels/arguments.cuh up to its geometry."""
     views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": out}
-    return ArgumentTemplate(
-        [
-            *((name, _pack_view(views[name], vectorized[name])) for name in FORWARD_TENSORS),
-            ("lse", _pack_rows(lse_strides)),
-            (None, _pack_geometry(problem, kernel.num_tiles)),
-        ]
-    )
+    parts = [(name, _pack_view(views[name], vectorized[name])) for name in FORWARD_TENSORS]
+    return ArgumentTemplate([*parts, ("lse", _pack_rows(lse_strides))])
+
+
+def forward_tail(problem: Problem, kernel: KernelPlan) -> bytes:
+    """The rest of `ForwardArguments`, which differs between kernels."""
+    return _pack_geometry(problem, kernel.num_tiles)
 
 
 def backward_template(
-    problem: Problem,
-    kernel: KernelPlan,
-    views: dict[str, View],
-    lse_strides: tuple[int, int, int],
-    grad_lse_strides: tuple[int, int, int] | None,
-    vectorized: dict[str, bool],
+    views: Mapping[str, View], lse_strides: Strides3, grad_lse_strides: Strides3 | None, vectorized: Mapping[str, bool]
 ) -> ArgumentTemplate:
-    """`BackwardArguments` of kernels/arguments.cuh."""
-    return ArgumentTemplate(
-        [
-            *((name, _pack_view(views[name], vectorized[name])) for name in BACKWARD_TENSORS),
-            ("lse", _pack_rows(lse_strides)),
-            ("grad_lse", _pack_rows(grad_lse_strides)),
-            ("row_statistics", bytes(8)),
-            (None, _pack_geometry(problem, kernel.num_tiles)),
-            (None, _GROUP.pack(kernel.group_batch, kernel.group_heads)),
-        ]
-    )
+    """`BackwardArguments` of kernels/arguments.cuh up to its geometry."""
+    parts = [(name, _pack_view(views[name], vectorized[name])) for name in BACKWARD_TENSORS]
+    return ArgumentTemplate([*parts, ("lse", _pack_rows(lse_strides)), ("grad_lse", _pack_rows(grad_lse_strides)), ("row_statistics", bytes(8))])
+
+
+def backward_tail(problem: Problem, kernel: KernelPlan) -> bytes:
+    """The rest of `BackwardArguments`, which differs between kernels."""
+    return _pack_geometry(problem, kernel.num_tiles) + _GROUP.pack(kernel.group_batch, kernel.group_heads)
 
 
 # --- Executables --------------------------------------------------------------------------------------------------------------------------
@@ -177,24 +165,16 @@ class _SimulatorExecutable:
         self._module.launch((num_blocks, 1, 1), (num_threads, 1, 1), shared_bytes, arguments, buffers)
 
 
-@functools.lru_cache(maxsize=4096)
-def _load(source: str, config: str, kernel: _KernelKey, device: Device) -> Executable:
-    return _SimulatorExecutable(kernel.plan, device) if device.kind == "simulator" else _GpuExecutable(kernel.plan, device)
-
-
-class _KernelKey:
-    """Carries a plan past `lru_cache` without taking part in its key: grids differ from call to call, the kernel does not."""
-
-    def __init__(self, plan: KernelPlan) -> None:
-        self.plan = plan
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _KernelKey)
+_executables: dict[tuple[str, str, Device], Executable] = {}
+_loading = threading.Lock()
 
 
 def executable(kernel: KernelPlan, device: Device) -> Executable:
     """The loaded kernel; compiled and loaded once per process, device and configuration."""
-    return _load(kernel.source, kernel.config, _KernelKey(kernel), device)
+    key = (kernel.source, kernel.config, device)
+    loaded = _executables.get(key)
+    if loaded is None:
+        made = _SimulatorExecutable(kernel, device) if device.kind == "simulator" else _GpuExecutable(kernel, device)
+        with _loading:
+            loaded = _executables.setdefault(key, made)
+    return loaded

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import product
-from typing import cast
 
 from cuflash import cache, device, tiles
+from cuflash.compiler import CompileRequest
 from cuflash.device import Device
 from cuflash.errors import OptionError
 from cuflash.planning import Tiles, offline_kernels
 from cuflash.problem import DTYPES, MAX_HEAD_DIM
-from cuflash.tiles import KernelCase, Pass, Tile
+from cuflash.tiles import KernelCase, Tile
 
 
 def legal_tiles(
@@ -31,7 +31,7 @@ def legal_tiles(
     """
     if kernel not in tiles.PASSES:
         raise OptionError("kernel", repr(kernel), "one of " + ", ".join(tiles.PASSES), "print(cuflash.plan(...)) names the kernels of a call.")
-    case = KernelCase(cast(Pass, kernel), _checked_dtype(dtype), _checked_head_dim(head_dim), bool(allow_tf32) and dtype == "float32")
+    case = KernelCase(kernel, _checked_dtype(dtype), _checked_head_dim(head_dim), bool(allow_tf32) and dtype == "float32")
     return tiles.legal_tiles_for(case, target(arch))
 
 
@@ -66,7 +66,7 @@ def warmup(
     head_dims = [head_dim] if isinstance(head_dim, int) else list(head_dim)
     dtypes = [dtype] if isinstance(dtype, str) else list(dtype)
     causals = [is_causal] if isinstance(is_causal, bool) else list(is_causal)
-    requests = {}
+    requests: dict[CompileRequest, None] = {}
     for one_head_dim, one_dtype, causal in product(head_dims, dtypes, causals):
         options = {"dtype": _checked_dtype(one_dtype), "head_dim": _checked_head_dim(one_head_dim), "is_causal": causal, "allow_tf32": allow_tf32}
         for kernel in offline_kernels(on, backward=backward, tile=tile, **options):  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -169,8 +168,7 @@ class Target:
 
             memory, as_strided = cupy.empty(reach, x.dtype), cupy.lib.stride_tricks.as_strided
         else:
-            pages = mmap.mmap(-1, reach * x.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
-            memory, as_strided = numpy.frombuffer(pages, x.dtype), numpy.lib.stride_tricks.as_strided
+            memory, as_strided = numpy.empty(reach, x.dtype), numpy.lib.stride_tricks.as_strided  # pages exist once they are touched
         begin = sum(-stride * (extent - 1) for stride, extent in zip(strides, x.shape, strict=True) if stride < 0)
         view = as_strided(memory[begin:], x.shape, tuple(stride * x.itemsize for stride in strides))
         view[...] = self.place(x)

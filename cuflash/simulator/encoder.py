@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from cuflash.errors import SimulatorError
 from cuflash.simulator.native import NO_RECORD, Core, Instruction
 from cuflash.simulator.parser import Kernel, Variable, type_bits
 

@@ -53,7 +53,8 @@ class Options:
         return os.cpu_count() or 1
 
 
-_current: contextvars.ContextVar[Options] = contextvars.ContextVar("cuflash_simulator_options", default=Options())
+_DEFAULT = Options()
+_current: contextvars.ContextVar[Options] = contextvars.ContextVar("cuflash_simulator_options", default=_DEFAULT)
 
 
 def current_options() -> Options:

@@ -134,9 +134,7 @@ def format_report(
     return "\n".join(lines)
 
 
-def _describe_places(
-    places: Sequence[Place], kernel: Kernel, statement_of: Callable[[int], int], sources: Mapping[str, str]
-) -> list[str]:
+def _describe_places(places: Sequence[Place], kernel: Kernel, statement_of: Callable[[int], int], sources: Mapping[str, str]) -> list[str]:
     """Who else stands where; warps at the same instruction together."""
     together: dict[int, list[str]] = {}
     for place in places:

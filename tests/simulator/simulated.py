@@ -140,5 +140,7 @@ def special_floats(dtype: npt.DTypeLike, count: int = 400, seed: int = 0) -> Arr
     values = np.ldexp(rng.standard_normal(count), scale).astype(dtype)
     near_one = rng.standard_normal(count // 2).astype(dtype)
     tiny = info.smallest_subnormal
-    extreme = np.array([0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, np.inf, -np.inf, np.nan, info.max, -info.max, info.tiny, tiny, -tiny], dtype=dtype)
+    extreme = np.array(
+        [0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, np.inf, -np.inf, np.nan, info.max, -info.max, info.tiny, tiny, -tiny], dtype=dtype
+    )
     return rng.permutation(np.concatenate([values, near_one, extreme]))

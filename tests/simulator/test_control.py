@@ -64,7 +64,16 @@ def test_switch() -> None:
     }"""
     out = np.zeros(32, np.int32)
     run_cuda(source, out)
-    cases = [lambda i: 5, lambda i: i * i, lambda i: i - 7, lambda i: ~i, lambda i: i << 3, lambda i: 1000 // (i + 1), lambda i: i ^ 85, lambda i: -i]
+    cases = [
+        lambda i: 5,
+        lambda i: i * i,
+        lambda i: i - 7,
+        lambda i: ~i,
+        lambda i: i << 3,
+        lambda i: 1000 // (i + 1),
+        lambda i: i ^ 85,
+        lambda i: -i,
+    ]
     assert out.tolist() == [cases[i % 11](i) if i % 11 < 8 else 77 for i in range(32)]
 
 

@@ -256,10 +256,7 @@ def test_comparison(kind: str, operation: str) -> None:
 def test_comparison_with_boolean(boolean: str) -> None:
     a, b = operands("s32", 2)
     combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[boolean]
-    asm = (
-        "{.reg .pred r; setp.gt.s32 r, %a, 5;"
-        f"setp.lt.{boolean}.s32 %q|%w, %a, %b, !r; selp.u32 %d, 1, 0, %q; @%w add.u32 %d, %d, 2;}}"
-    )
+    asm = f"{{.reg .pred r; setp.gt.s32 r, %a, 5;setp.lt.{boolean}.s32 %q|%w, %a, %b, !r; selp.u32 %d, 1, 0, %q; @%w add.u32 %d, %d, 2;}}"
     got = run_instruction(asm, np.uint32, a, b)
     other = ~(a > 5)
     expected = combine(a < b, other) + 2 * combine(~(a < b), other).astype(np.uint32)

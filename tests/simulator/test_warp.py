@@ -94,7 +94,20 @@ def test_elect() -> None:
 
 
 def test_special_registers() -> None:
-    names = ["tid.x", "tid.y", "tid.z", "ctaid.x", "ctaid.y", "ctaid.z", "ntid.x", "nctaid.z", "laneid", "warpid", "lanemask_lt", "lanemask_ge"]
+    names = [
+        "tid.x",
+        "tid.y",
+        "tid.z",
+        "ctaid.x",
+        "ctaid.y",
+        "ctaid.z",
+        "ntid.x",
+        "nctaid.z",
+        "laneid",
+        "warpid",
+        "lanemask_lt",
+        "lanemask_ge",
+    ]
     reads = "".join(f'asm volatile("mov.u32 %0, %%{name};" : "=r"(v)); out[i * {len(names)} + {j}] = v;\n' for j, name in enumerate(names))
     source = f"""extern "C" __global__ void k(u32* out) {{
         u32 v, block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);

@@ -11,7 +11,7 @@ from cuflash.simulator.parser import Statement
 
 _SHARED, _GENERIC = 1, 4  # spaces in core/access.h
 
-# Input type -> registers of A and of B per 4 columns of depth, in quarters of a register pair: see _registers.
+# Input type -> elements in a register.
 _VALUES_PER_REGISTER = {"f16": 2, "bf16": 2, "tf32": 1}
 
 
@@ -19,10 +19,10 @@ _VALUES_PER_REGISTER = {"f16": 2, "bf16": 2, "tf32": 1}
 def _mma(opcode: str) -> tuple[str, tuple[int, int, int, int]]:
     """Name in the core's table of an mma, and the numbers of registers of D, A, B and C."""
     parts = opcode.split(".")
-    shape = next((part for part in parts if part.startswith("m16n8k") or part.startswith("m8n8k")), "")
+    shape = next((part for part in parts if part.startswith(("m16n8k", "m8n8k"))), "")
     d_type, a_type, b_type, c_type = parts[-4:]
     values = _VALUES_PER_REGISTER.get(a_type, 0)
-    if parts[1:3] != ["sync", "aligned"] or not values or a_type != b_type or c_type != d_type or ["row", "col"] != parts[4:6]:
+    if parts[1:3] != ["sync", "aligned"] or not values or a_type != b_type or c_type != d_type or parts[4:6] != ["row", "col"]:
         raise Unsupported("this matrix multiplication")
     depth = int(shape.rpartition("k")[2])
     accumulators = 4 if d_type == "f32" else 2

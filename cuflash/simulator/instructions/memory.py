@@ -32,7 +32,7 @@ class Access(NamedTuple):
     space: int
     element: str  # u8, s8, u16, s16, b32 or b64
     signed: bool
-    count: int
+    elements: int
     ordered: bool
     param: bool
     cache_hint: bool
@@ -71,9 +71,9 @@ def _symbol_width(space: int) -> int:
 
 
 def _emit_access(encoder: Encoder, name: str, access: Access, address: str, registers: list[str], defines: bool) -> None:
-    if access.count > 1:
-        name += f".v{access.count}"
-    if name not in encoder.table or len(registers) != access.count:
+    if access.elements > 1:
+        name += f".v{access.elements}"
+    if name not in encoder.table or len(registers) != access.elements:
         raise Unsupported("this access")
     start = encoder.begin(name)
     offset, wide = encoder.put_address(start, A, address, _symbol_width(access.space))
