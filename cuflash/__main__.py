@@ -212,11 +212,11 @@ def _print_sections_with_rich(sections: Sequence[Section]) -> bool:
     """False without rich."""
     try:
         console = importlib.import_module("rich.console").Console()
-        table_class = importlib.import_module("rich.table").Table
+        table_class, table_column = (getattr(importlib.import_module("rich.table"), name) for name in ("Table", "Column"))
         text = importlib.import_module("rich.text").Text
     except ImportError:
         return False
-    view = table_class(show_header=False)
+    view = table_class("", "", table_column("", overflow="fold"), show_header=False)
     for title, rows in sections:
         for index, (name, value) in enumerate(rows):
             view.add_row(text(title if index == 0 else "", "bold"), name, text(value), end_section=index == len(rows) - 1)

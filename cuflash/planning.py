@@ -142,7 +142,11 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         workspace_bytes = 0
     kernels: tuple[KernelPlan, ...] = ()
     if not problem.is_empty:
-        kernels = _backward_kernels(problem, device, tile) if backward else (_attention_kernel("forward", problem, device, tile),)
+        passes: tuple[tiles.Pass, ...] = backward_passes(problem, device) if backward else ("forward",)
+        _check_names(tile, passes)
+        kernels = tuple(_attention_kernel(name, problem, device, tile) for name in passes)
+        if backward:
+            kernels = (_delta_kernel(problem, device), *kernels)
     for kernel in kernels:
         if kernel.num_blocks > MAX_GRID:
             hint = "Split the call along the batch."
@@ -191,13 +195,11 @@ def _representative(dtype: str, head_dim: int, is_causal: bool, allow_tf32: bool
     )  # fmt: skip
 
 
-def _backward_kernels(problem: Problem, device: Device, tile: Tiles) -> tuple[KernelPlan, ...]:
-    passes = backward_passes(problem, device)
-    if isinstance(tile, Mapping):
-        for name in tile:
-            if name not in passes:
-                raise TileError("tile", f"a tile for {name!r}", "kernels that run: " + ", ".join(passes), "Remove it; print(plan) lists the kernels.")
-    return (_delta_kernel(problem, device), *(_attention_kernel(name, problem, device, tile) for name in passes))
+def _check_names(tile: Tiles, passes: tuple[tiles.Pass, ...]) -> None:
+    """A mapping pins kernels that run, no others."""
+    for name in tile if isinstance(tile, Mapping) else ():
+        if name not in passes:
+            raise TileError("tile", f"a tile for {name!r}", "kernels that run: " + ", ".join(passes), "Remove it; print(plan) lists the kernels.")
 
 
 def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:

@@ -85,6 +85,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
   const int first_tile = first_visible_query<Config::CAUSAL>(geometry, first_kv) / TILE_Q;
   const int num_q_tiles = (geometry.seqlen_q + TILE_Q - 1) / TILE_Q;
+  const int num_keys = visible_keys<Config::CAUSAL>(geometry, geometry.seqlen_q);  // keys beyond are not even read
   const int num_members = first_tile < num_q_tiles ? arguments.group_batch * arguments.group_heads : 0;
   auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES; };
 
@@ -106,11 +107,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
     __syncthreads();  // every warp is done with the tiles of the previous member
     if (head % heads_per_kv == 0 || member % arguments.group_heads == 0) {  // another K/V head, or the first
-      TileLoader<TileKV, Element, NUM_THREADS> load_K(arguments.key, batch, head / heads_per_kv, geometry.seqlen_kv);
+      TileLoader<TileKV, Element, NUM_THREADS> load_K(arguments.key, batch, head / heads_per_kv, num_keys);
       load_K.issue(K_smem, first_kv);
       load_K.land(K_smem);
       if constexpr (COMPUTE_DK) {
-        TileLoader<TileKV, Element, NUM_THREADS> load_V(arguments.value, batch, head / heads_per_kv, geometry.seqlen_kv);
+        TileLoader<TileKV, Element, NUM_THREADS> load_V(arguments.value, batch, head / heads_per_kv, num_keys);
         load_V.issue(V_smem, first_kv);
         load_V.land(V_smem);
       }

@@ -47,9 +47,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
   const SmemAddress K_smem = dO_smem + TileQ::BYTES;
   const SmemAddress V_smem = K_smem + NUM_STAGES * TileKV::BYTES;
 
-  TileLoader<TileKV, Element, NUM_THREADS> load_K(arguments.key, work.batch, head_kv, geometry.seqlen_kv);
-  TileLoader<TileKV, Element, NUM_THREADS> load_V(arguments.value, work.batch, head_kv, geometry.seqlen_kv);
-  const int num_kv_tiles = (visible_keys<Config::CAUSAL>(geometry, first_q + TILE_Q) + TILE_KV - 1) / TILE_KV;
+  const int num_keys = visible_keys<Config::CAUSAL>(geometry, first_q + TILE_Q);  // keys beyond are not even read
+  const int num_kv_tiles = (num_keys + TILE_KV - 1) / TILE_KV;
+  TileLoader<TileKV, Element, NUM_THREADS> load_K(arguments.key, work.batch, head_kv, num_keys);
+  TileLoader<TileKV, Element, NUM_THREADS> load_V(arguments.value, work.batch, head_kv, num_keys);
   if (num_kv_tiles > 0) {
     TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q);
     load_Q.issue(Q_smem, first_q);

@@ -52,11 +52,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   const SmemAddress K_smem = Q_smem + TileQ::BYTES;
   const SmemAddress V_smem = K_smem + NUM_STAGES * TileKV::BYTES;
 
+  const int num_keys = visible_keys<Config::CAUSAL>(geometry, first_q + TILE_Q);  // keys beyond are not even read
+  const int num_kv_tiles = (num_keys + TILE_KV - 1) / TILE_KV;
   TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q);
-  TileLoader<TileKV, Element, NUM_THREADS, true> load_K(arguments.key, work.batch, head_kv, geometry.seqlen_kv);
-  TileLoader<TileKV, Element, NUM_THREADS, true> load_V(arguments.value, work.batch, head_kv, geometry.seqlen_kv);
+  TileLoader<TileKV, Element, NUM_THREADS, true> load_K(arguments.key, work.batch, head_kv, num_keys);
+  TileLoader<TileKV, Element, NUM_THREADS, true> load_V(arguments.value, work.batch, head_kv, num_keys);
 
-  const int num_kv_tiles = (visible_keys<Config::CAUSAL>(geometry, first_q + TILE_Q) + TILE_KV - 1) / TILE_KV;
   auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES * TileKV::BYTES; };
   auto issue_K = [&](int tile) {
     if (tile < num_kv_tiles) load_K.issue(K_smem + slot(tile), tile * TILE_KV);

@@ -1,4 +1,4 @@
-"""Each command of `python -m cuflash`, run as a user does, from another directory."""
+"""Each command of `python -m cuflash`, the README's example and examples/, run as a user does, from another directory."""
 
 from __future__ import annotations
 
@@ -118,3 +118,31 @@ def test_what_cannot_be_done_is_one_message(tmp_path: Path, arguments: tuple[str
     assert result.returncode == 2
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def run_script(code: str, *arguments: str, directory: Path) -> str:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=directory, env=variables, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert "forward attention on" in run_script(example, directory=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [("quickstart", (), "gradient of value (1, 500, 2, 64) float16"), ("train_transformer", (str(ROOT / "LICENSE"), "10"), "held out: ")],
+)
+def test_examples_run(tmp_path: Path, name: str, arguments: tuple[str, ...], expected: str) -> None:
+    assert expected in run_script((ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8"), *arguments, directory=tmp_path)
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    commands = re.findall(r"^python3 -m venv .* -m pytest.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) == 1
+    assert "README.md" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

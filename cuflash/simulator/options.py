@@ -53,8 +53,7 @@ class Options:
         return os.cpu_count() or 1
 
 
-_DEFAULT = Options()
-_current: contextvars.ContextVar[Options] = contextvars.ContextVar("cuflash_simulator_options", default=_DEFAULT)
+_current: contextvars.ContextVar[Options] = contextvars.ContextVar("cuflash_simulator_options", default=Options())  # noqa: B039  # frozen
 
 
 def current_options() -> Options:

@@ -146,15 +146,31 @@ void resolve_global(Warp& warp, const Record* in, u32 mask, const u64* addresses
   memcpy(pointers.lane, addresses, sizeof pointers.lane);
 }
 
-void resolve_shared(Warp& warp, const Record* in, u32 mask, const u32* addresses, u32 bytes, u32 alignment, const char* what,
-                    Pointers& pointers) {
-  Addresses wide;
-  for (int lane = 0; lane < LANES; ++lane) wide.lane[lane] = addresses[lane];
-  resolve_in(warp, in, Space::SHARED, mask, wide.lane, bytes, alignment, what, pointers);
+// Shared memory at 32-bit addresses, the case of every tile: tested without widening the addresses first.
+SIM_INLINE bool resolve_shared_quickly(Warp& warp, u32 mask, Address address, u32 bytes, u32 alignment, Pointers& pointers) {
+  const Cta& cta = *warp.cta;
+  const Vec<u32>* row = warp.row<Vec<u32>>(address.row);
+  const u32 room = cta.shared_end - cta.shared_begin;
+  if (room < bytes) return false;
+  const Vec<u32> begin = splat(cta.shared_begin), last = splat(room - bytes), misaligned = splat(alignment - 1);
+  const Vec<u32> offset = splat(u32(address.offset));
+  alignas(64) u32 addresses[LANES];
+  u32 bad = 0;
+  SIM_UNROLL for (int part = 0; part < PARTS<u32>; ++part) {
+    const Vec<u32> sum = row[part] + offset;
+    ((Vec<u32>*)addresses)[part] = sum;
+    bad |= collect((sum - begin > last) | ((sum & misaligned) != 0u)) << (part * WIDTH<u32>);
+  }
+  if (SIM_UNLIKELY((bad & mask) != 0)) return false;
+  for (int lane = 0; lane < LANES; ++lane) pointers.lane[lane] = cta.shared + addresses[lane];
+  return true;
 }
 
 void resolve(Warp& warp, const Record* in, Space space, u32 mask, Address address, u32 bytes, u32 alignment, const char* what,
              Pointers& pointers) {
+  if (space == Space::SHARED && !address.wide && warp.cta->checks) {
+    if (SIM_LIKELY(resolve_shared_quickly(warp, mask, address, bytes, alignment, pointers))) return;
+  }
   Addresses addresses;
   if (address.wide) {
     const u64* row = warp.row<u64>(address.row);

@@ -31,10 +31,8 @@ SIM_INLINE i32 offset_at(const u16* extra) { return i32(u32(extra[0]) | u32(extr
 void resolve(Warp& warp, const Record* in, Space space, u32 mask, Address address, u32 bytes, u32 alignment, const char* what,
              Pointers& pointers);
 
-// The same for addresses that are computed already.
+// The same for global addresses that are computed already.
 void resolve_global(Warp& warp, const Record* in, u32 mask, const u64* addresses, u32 bytes, u32 alignment, const char* what,
-                    Pointers& pointers);
-void resolve_shared(Warp& warp, const Record* in, u32 mask, const u32* addresses, u32 bytes, u32 alignment, const char* what,
                     Pointers& pointers);
 
 }  // namespace sim

@@ -13,6 +13,7 @@ namespace {
 u32 members_of(Warp& warp, const Record* in, u32 mask, u16 row) {
   const u32* member_mask = warp.row<u32>(row);
   const u32 members = member_mask[__builtin_ctz(mask)];
+  if (SIM_LIKELY(row & CONSTANT) && SIM_LIKELY((mask & ~members) == 0)) return members;
   for_lanes(mask, [&](int lane) {
     if (SIM_UNLIKELY(!(member_mask[lane] >> lane & 1))) {
       warp.fail(in, "partial-warp", 1u << lane, "lane %d executes it but is not in its member mask 0x%08x", lane, member_mask[lane]);
@@ -22,6 +23,14 @@ u32 members_of(Warp& warp, const Record* in, u32 mask, u16 row) {
     }
   });
   return members;
+}
+
+// Reports lanes that read a lane which does not take part.
+void check_sources(Warp& warp, const Record* in, u32 mask, const u32* source) {
+  for_lanes(mask, [&](int lane) {
+    if (mask >> source[lane] & 1) return;
+    warp.fail(in, "partial-warp", 1u << lane, "lane %d reads lane %u, which does not take part (mask 0x%08x)", lane, source[lane], mask);
+  });
 }
 
 enum class Shuffle { UP, DOWN, BUTTERFLY, INDEX };
@@ -34,32 +43,25 @@ template <Shuffle MODE> const Record* shuffle(Warp& warp, const Record* in) {
   const u32 members = members_of(warp, in, mask, extra[0]);
   if (SIM_UNLIKELY(members & ~mask)) return warp.wait_for_lanes(in, members);
   const u32* value = warp.row<u32>(in->a);
-  const u32* control = warp.row<u32>(in->b);
-  const u32* limits = warp.row<u32>(in->c);
-  alignas(64) u32 source[LANES], in_range[LANES], result[LANES];
-  for (int i = 0; i < LANES; ++i) {
-    const u32 lane = u32(i), distance = control[i] & 31, segment = limits[i] >> 8 & 31, clamp = limits[i] & 31;
-    const u32 last = (lane & segment) | (clamp & ~segment), first = lane & segment;
-    const u32 from = MODE == Shuffle::UP          ? lane - distance
-                     : MODE == Shuffle::DOWN      ? lane + distance
-                     : MODE == Shuffle::BUTTERFLY ? lane ^ distance
-                                                  : first | (distance & ~segment);
-    const bool good = MODE == Shuffle::UP ? i32(from) >= i32(last) : from <= last;
-    in_range[i] = good ? 1 : 0;
-    source[i] = (good ? from : lane) & 31;
-  }
+  const Vec<u32>* control = warp.row<Vec<u32>>(in->b);
+  const Vec<u32>* limits = warp.row<Vec<u32>>(in->c);
+  // All in vectors but the gathering itself: where each lane reads, and whether that is within its segment.
+  alignas(64) u32 source[LANES], result[LANES];
   u32 valid = 0;
-  for (int i = 0; i < LANES; ++i) valid |= in_range[i] << i;
-  u32 absent = 0;
-  for (int i = 0; i < LANES; ++i) {
-    result[i] = value[source[i]];
-    absent |= (~mask >> source[i] & 1) << i;
+  SIM_UNROLL for (int part = 0; part < PARTS<u32>; ++part) {
+    const Vec<u32> lane = lane_numbers(part);
+    const Vec<u32> distance = control[part] & 31u, segment = limits[part] >> 8 & 31u, clamp = limits[part] & 31u;
+    const Vec<u32> last = (lane & segment) | (clamp & ~segment), first = lane & segment;
+    const Vec<u32> from = MODE == Shuffle::UP          ? lane - distance
+                          : MODE == Shuffle::DOWN      ? lane + distance
+                          : MODE == Shuffle::BUTTERFLY ? lane ^ distance
+                                                       : first | (distance & ~segment);
+    const Vec<i32> good = MODE == Shuffle::UP ? as<i32>(from) >= as<i32>(last) : as<i32>(from) <= as<i32>(last);
+    ((Vec<u32>*)source)[part] = (good ? from : lane) & 31u;
+    valid |= collect(good) << (part * WIDTH<u32>);
   }
-  absent &= mask;
-  if (SIM_UNLIKELY(absent != 0)) {
-    const int lane = __builtin_ctz(absent);
-    warp.fail(in, "partial-warp", absent, "lane %d reads lane %u, which does not take part (mask 0x%08x)", lane, source[lane], mask);
-  }
+  for (int i = 0; i < LANES; ++i) result[i] = value[source[i]];
+  if (SIM_UNLIKELY(mask != ALL_LANES)) check_sources(warp, in, mask, source);
   commit(warp, in->d, mask, result);
   if (extra[1]) warp.set_predicate(extra[1], mask, valid);
   return in + 1;

@@ -72,13 +72,18 @@ template <class To, class From> SIM_INLINE To bits(From value) {
 }
 template <class T, class V> SIM_INLINE Vec<T> as(V value) { return (Vec<T>)value; }
 
-template <class T> SIM_INLINE Vec<T> splat(T value) {
-  Vec<T> result;
-  SIM_UNROLL for (int i = 0; i < WIDTH<T>; ++i) result[i] = value;
-  return result;
+// All lanes the same. A scalar operand of a vector operator is repeated; subtracting +0 keeps the sign of a zero.
+template <class T> SIM_INLINE Vec<T> splat(T value) { return value - Vec<T>{}; }
+
+// 0, 1, 2, … as lane numbers of part `part`.
+template <int... I> SIM_INLINE Vec<u32> lane_numbers_(int part, std::integer_sequence<int, I...>) {
+  return Vec<u32>{u32(I)...} + u32(part * WIDTH<u32>);
 }
+SIM_INLINE Vec<u32> lane_numbers(int part) { return lane_numbers_(part, std::make_integer_sequence<int, WIDTH<u32>>{}); }
 
 // ---- masks: 32 bits, one per lane
+
+template <class M, int... I> SIM_INLINE Vec<M> bits_of_lanes(std::integer_sequence<int, I...>) { return Vec<M>{(M(1) << I)...}; }
 
 // The lanes of part `part` whose bit is set, as -1 / 0.
 template <class T> SIM_INLINE Vec<MaskElement<T>> expand(u32 mask, int part) {
@@ -88,8 +93,7 @@ template <class T> SIM_INLINE Vec<MaskElement<T>> expand(u32 mask, int part) {
   if constexpr (sizeof(T) == 4) return (Vec<M>)_mm512_movm_epi32(__mmask16(here));
   else return (Vec<M>)_mm512_movm_epi64(__mmask8(here));
 #else
-  Vec<M> bit;
-  SIM_UNROLL for (int i = 0; i < WIDTH<T>; ++i) bit[i] = M(1) << i;
+  const Vec<M> bit = bits_of_lanes<M>(std::make_integer_sequence<int, WIDTH<T>>{});
   return (splat<M>(M(here & ((1u << WIDTH<T>) - 1))) & bit) == bit;
 #endif
 }

@@ -1,0 +1,278 @@
+"""`cuflash.planning`: which kernels a problem takes, their grids, memory and text. Nothing here compiles or runs."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cuflash
+from cuflash import device, planning
+from cuflash.arrays import borrow
+from cuflash.device import ARCHITECTURES
+from cuflash.errors import TileError, UnsupportedError
+from cuflash.planning import Plan, backward_passes, make_plan, offline_kernels
+from cuflash.problem import Problem, make_problem
+from cuflash.tiles import Tile
+
+SM_80 = device.of_arch("sm_80", "gpu")
+
+
+def problem_of(q: tuple[int, ...], k: tuple[int, ...] | None = None, v: tuple[int, ...] | None = None, dtype: str = "float16", **options: Any) -> Problem:
+    """A problem of any size: the arrays are views of one element."""
+    shapes = (q, k or q, v or k or q)
+    return make_problem(*(borrow(numpy.broadcast_to(numpy.zeros(1, dtype), shape), "x") for shape in shapes), enable_gqa=True, **options)
+
+
+def plan_of(*shapes: Any, backward: bool = False, tile: Any = None, arch: str = "sm_80", **options: Any) -> Plan:
+    return make_plan(problem_of(*shapes, **options), device.of_arch(arch, "gpu"), backward=backward, tile=tile)
+
+
+# --- Which kernels ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_forward_is_one_kernel() -> None:
+    plan = plan_of((2, 100, 4, 64), tile=Tile(64, 32, 4, 2))
+    (kernel,) = plan.kernels
+    assert (kernel.name, kernel.source, kernel.entry) == ("forward", "forward_mma.cu", "forward_mma")
+    assert (kernel.num_threads, kernel.num_tiles, kernel.num_blocks) == (128, 2, 2 * 2 * 4)
+    assert kernel.shared_bytes == 128 * (64 + 2 * 2 * 32)
+    assert (kernel.group_batch, kernel.group_heads) == (1, 1)
+    assert plan.workspace_bytes == 0
+
+
+def test_backward_is_delta_then_the_gradients() -> None:
+    plan = plan_of((2, 100, 8, 64), (2, 300, 2, 64), backward=True, tile=Tile(32, 64, 4, 2))
+    delta, dkdv, dq = plan.kernels
+    assert [kernel.name for kernel in plan.kernels] == ["backward_delta", "backward_dkdv", "backward_dq"]
+    assert (dkdv.tile, dkdv.num_tiles, dkdv.num_blocks) == (Tile(32, 64, 4, 2), 5, 5 * 2 * 2)
+    assert (dkdv.group_batch, dkdv.group_heads) == (1, 4)
+    assert (dq.tile, dq.num_tiles, dq.num_blocks) == (Tile(64, 32, 4, 2), 2, 2 * 2 * 8)
+    assert (delta.num_threads, delta.num_blocks, delta.shared_bytes) == (128, math.ceil(100 / 16) * 2 * 8, 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "dk", "dv"),
+    [
+        ((1, 50, 4, 64), (2, 50, 4, 64), (2, 2, 4), (1, 2, 8)),
+        ((2, 50, 1, 64), (1, 50, 4, 64), (1, 8, 2), (2, 2, 4)),
+        ((2, 50, 4, 64), (1, 50, 1, 64), (1, 2, 8), (2, 8, 1)),
+    ],
+    ids=["key_batch", "key_heads", "value_both"],
+)
+def test_keys_and_values_broadcast_differently_take_a_kernel_each(key: Any, value: Any, dk: Any, dv: Any) -> None:
+    """Each sums over its own batches and heads: (group_batch, group_heads, (batch, head) pairs of its grid)."""
+    plan = plan_of((2, 100, 8, 64), key, value, backward=True)
+    kernels = {kernel.name: kernel for kernel in plan.kernels}
+    assert list(kernels) == ["backward_delta", "backward_dv", "backward_dk", "backward_dq"]
+    for name, (group_batch, group_heads, pairs) in (("backward_dk", dk), ("backward_dv", dv)):
+        kernel = kernels[name]
+        assert (kernel.group_batch, kernel.group_heads, kernel.num_blocks // kernel.num_tiles) == (group_batch, group_heads, pairs)
+        assert kernel.source == "backward_dkdv_mma.cu"
+    assert "COMPUTE_DK = true" in kernels["backward_dk"].config
+    assert "COMPUTE_DV = false" in kernels["backward_dk"].config
+    assert "COMPUTE_DK = false" in kernels["backward_dv"].config
+    assert "COMPUTE_DV = true" in kernels["backward_dv"].config
+
+
+def test_keys_and_values_broadcast_alike_share_a_kernel() -> None:
+    plan = plan_of((4, 100, 8, 64), (1, 50, 1, 64), backward=True)
+    assert [kernel.name for kernel in plan.kernels] == ["backward_delta", "backward_dkdv", "backward_dq"]
+    assert (plan.kernels[1].group_batch, plan.kernels[1].group_heads) == (4, 8)
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
+def test_large_head_dims_take_a_kernel_each(arch: str) -> None:
+    """Both accumulators of 256 columns would take 256 registers per thread and 16 rows."""
+    assert backward_passes(problem_of((1, 8, 1, 256)), device.of_arch(arch)) == ("backward_dv", "backward_dk", "backward_dq")
+    assert backward_passes(problem_of((1, 8, 1, 64)), device.of_arch(arch)) == ("backward_dkdv", "backward_dq")
+
+
+@pytest.mark.parametrize("shapes", [((0, 5, 2, 8),), ((2, 0, 2, 8),), ((2, 5, 0, 8),), ((2, 5, 2, 8), (2, 0, 2, 8))], ids=["batch", "queries", "heads", "keys"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_nothing_to_compute_takes_no_kernel(shapes: Any, backward: bool) -> None:
+    plan = plan_of(*shapes, backward=backward)
+    assert plan.kernels == ()
+    assert plan.workspace_bytes == 0
+    assert "none: there is nothing to compute" in str(plan)
+
+
+# --- What a kernel is compiled for --------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 70_000), st.integers(1, 70_000), st.integers(1, 4000), st.integers(1, 8), st.integers(1, 4),
+    st.sampled_from(["top_left", "bottom_right"]), st.floats(-10, 10),
+)  # fmt: skip
+def test_lengths_batches_heads_and_scale_are_not_compiled_in(
+    seqlen_q: int, seqlen_kv: int, batch: int, heads_kv: int, group: int, alignment: str, scale: float
+) -> None:
+    """Nor strides: the same requests for all of them."""
+    varied = ((batch, seqlen_q, heads_kv * group, 64), (batch, seqlen_kv, heads_kv, 64))
+    for backward in (False, True):
+        want = [kernel.request(SM_80) for kernel in plan_of((1, 5, 1, 64), backward=backward, is_causal=True).kernels]
+        plan = plan_of(*varied, backward=backward, is_causal=True, causal_alignment=alignment, scale=scale)
+        assert [kernel.request(SM_80) for kernel in plan.kernels] == want
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float32"}, {"is_causal": True}, {"arch": "sm_86"}, {"head_dim": 72}, {"tile": Tile(64, 16, 4, 1)}], ids=str)
+def test_what_is_compiled_in_changes_the_request(change: dict[str, Any]) -> None:
+    def request(head_dim: int = 64, arch: str = "sm_80", **options: Any) -> Any:
+        (kernel,) = plan_of((1, 5, 1, head_dim), arch=arch, **options).kernels
+        return kernel.request(device.of_arch(arch, "gpu"))
+
+    assert request(**change) != request()
+
+
+def test_allow_tf32_matters_to_float32_alone() -> None:
+    def configs(dtype: str) -> list[str]:
+        return [plan_of((1, 5, 1, 64), dtype=dtype, allow_tf32=allow).kernels[0].config for allow in (False, True)]
+
+    assert len(set(configs("float32"))) == 2
+    assert len(set(configs("float16"))) == 1
+
+
+def test_config_says_all_that_the_kernel_is_told() -> None:
+    (kernel,) = plan_of((1, 5, 1, 72), tile=Tile(64, 48, 4, 2), is_causal=True).kernels
+    assert kernel.config == (
+        '#include "ptx/types.cuh"\nstruct Config {\n  using Element = float16;\n'
+        "  static constexpr int CAPABILITY = 80;\n  static constexpr int HEAD_DIM = 72;\n"
+        "  static constexpr int TILE_Q = 64;\n  static constexpr int TILE_KV = 48;\n"
+        "  static constexpr int NUM_WARPS = 4;\n  static constexpr int NUM_STAGES = 2;\n"
+        f"  static constexpr int SHARED_BYTES = {160 * (64 + 4 * 48)};\n"
+        "  static constexpr bool CAUSAL = true;\n  static constexpr bool ALLOW_TF32 = false;\n};\n"
+    )
+
+
+def test_a_request_is_a_cubin_for_a_gpu_and_ptx_for_the_simulator() -> None:
+    (kernel,) = plan_of((1, 5, 1, 64)).kernels
+    assert kernel.request(device.of_arch("sm_90", "gpu")).target == "cubin"
+    assert kernel.request(device.of_arch("sm_90", "gpu")).arch == "sm_90a"
+    assert kernel.request(device.of_arch("sm_80")).target == "ptx"
+    assert kernel.request(device.of_arch("sm_80")).arch == "sm_80"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_offline_kernels_are_those_of_a_call(arch: str) -> None:
+    on = device.of_arch(arch, "gpu")
+    for head_dim in (64, 256):
+        problem = problem_of((3, 77, 2, head_dim), is_causal=True)
+        of_calls = {kernel.request(on) for backward in (False, True) for kernel in make_plan(problem, on, backward=backward).kernels}
+        offline = [kernel.request(on) for kernel in offline_kernels(on, dtype="float16", head_dim=head_dim, is_causal=True)]
+        assert set(offline) == of_calls
+        assert len(offline) == len(of_calls)
+
+
+# --- Memory and limits --------------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 100), st.integers(1, 64), st.sampled_from([1, 64, 100, 256]))
+def test_memory_is_linear_in_the_lengths(seqlen_q: int, seqlen_kv: int, batch: int, heads: int, head_dim: int) -> None:
+    """Outputs, and eight bytes per query row; no plan has room for a matrix of scores."""
+    shapes = ((batch, seqlen_q, heads, head_dim), (batch, seqlen_kv, heads, head_dim))
+    rows, keys = batch * heads * seqlen_q, batch * heads * seqlen_kv
+    forward, with_lse, backward = plan_of(*shapes), plan_of(*shapes, return_lse=True), plan_of(*shapes, backward=True)
+    assert (forward.workspace_bytes, forward.output_bytes) == (0, 2 * rows * head_dim)
+    assert (with_lse.workspace_bytes, with_lse.output_bytes) == (0, 2 * rows * head_dim + 4 * rows)
+    assert (backward.workspace_bytes, backward.output_bytes) == (8 * rows, 2 * (rows + 2 * keys) * head_dim)
+
+
+def test_gradients_of_broadcast_inputs_have_their_size() -> None:
+    plan = plan_of((4, 100, 8, 64), (1, 50, 2, 64), (4, 50, 1, 64), backward=True)
+    assert plan.output_bytes == 2 * 64 * (4 * 100 * 8 + 50 * 2 + 4 * 50)
+
+
+def test_more_blocks_than_a_grid_has_are_refused() -> None:
+    """2**31 - 1 in x, and far more than 65535 before that."""
+    tile = Tile(16, 16, 1, 1)
+    assert plan_of((65_536, 16, 32_767, 8), tile=tile).kernels[0].num_blocks == 65_536 * 32_767 > 2**31 - 2**17
+    with pytest.raises(UnsupportedError, match=r"query: got 2147483648 tiles over batch and heads; expected at most 2147483647. Split the call"):
+        plan_of((65_536, 16, 32_768, 8), tile=tile)
+
+
+# --- The public call ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_80")
+    query, key = numpy.zeros((2, 1000, 8, 64), numpy.float16), numpy.zeros((2, 500, 2, 64), numpy.float16)
+    options: dict[str, Any] = {"is_causal": True, "causal_alignment": "bottom_right", "enable_gqa": True, "scale": 0.25}
+    text = str(cuflash.plan(query, key, key, tile=Tile(64, 32, 4, 2), return_lse=True, **options))
+    assert text.splitlines() == [
+        "forward attention on cuflash simulator (sm_80), sm_80",
+        "  problem    float16, batch 2, seqlen 1000 x 500, 8/2 heads, head_dim 64, causal (bottom_right), scale 0.25",
+        "  products   tensor cores, float16 with float32 sums",
+        "  kernel     forward: forward_mma.cu, tile_q=64, tile_kv=32, num_warps=4, num_stages=2, 256 blocks of 128 threads, 24576 bytes of shared memory",
+        "  memory     outputs 2.014 MiB, workspace 0 B; unfused attention would take 30.52 MiB more",
+        "  work       0.513 GFLOP in matrix products over visible pairs; the same bits on every run",
+    ]
+    text = str(cuflash.plan(query, key, key, backward=True, **options))
+    assert text.startswith("backward attention on cuflash simulator (sm_80)")
+    for kernel in ("backward_delta: backward_delta.cu", "backward_dkdv: backward_dkdv_mma.cu", "backward_dq: backward_dq_mma.cu"):
+        assert kernel in text
+    assert "workspace 125 KiB; unfused attention would take 61.04 MiB more" in text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arch", "options", "words"),
+    [
+        ("float16", "sm_75", {}, "tensor cores, float16 with float32 sums"),
+        ("float32", "sm_75", {}, "float32 units: the tensor cores of sm_75 take float16 only"),
+        ("float32", "sm_80", {}, "tensor cores, 3 x TF32 (float32 accuracy)"),
+        ("float32", "sm_90", {"allow_tf32": True}, "tensor cores, TF32"),
+    ],
+)
+def test_plan_says_how_products_are_computed(dtype: str, arch: str, options: dict[str, Any], words: str) -> None:
+    lines = str(plan_of((1, 5, 1, 64), dtype=dtype, arch=arch, **options)).splitlines()
+    assert f"  products   {words}" in lines
+
+
+def test_plan_is_that_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `plan` shows is what is launched: same kernels, grids and threads, in that order."""
+    from cuflash import launch
+
+    launched: list[tuple[str, int, int, int]] = []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def launch(self, num_blocks: int, num_threads: int, shared_bytes: int, *rest: Any) -> None:
+            launched.append((self.name, num_blocks, num_threads, shared_bytes))
+
+    monkeypatch.setattr(launch, "executable", lambda kernel, on: Recorder(kernel.name))
+    query, key = numpy.zeros((2, 333, 4, 56), numpy.float16), numpy.zeros((2, 222, 2, 56), numpy.float16)
+    out, lse = cuflash.scaled_dot_product_attention(query, key, key, enable_gqa=True, return_lse=True)
+    cuflash.scaled_dot_product_attention_backward(query, query, key, key, out, lse, enable_gqa=True)
+    planned = [*cuflash.plan(query, key, key, enable_gqa=True).kernels, *cuflash.plan(query, key, key, enable_gqa=True, backward=True).kernels]
+    assert launched == [(kernel.name, kernel.num_blocks, kernel.num_threads, kernel.shared_bytes) for kernel in planned]
+
+
+def test_unknown_names_of_kernels_in_a_mapping_raise() -> None:
+    for backward, name in ((True, "forward"), (True, "dq"), (True, "backward_delta"), (False, "backward_dq"), (False, "fwd")):
+        with pytest.raises(TileError, match=f"a tile for '{name}'"):
+            plan_of((1, 8, 1, 64), backward=backward, tile={name: Tile(64, 64, 4, 1)})
+
+
+def test_planning_needs_neither_gpu_nor_compiler() -> None:
+    code = (
+        "import sys; sys.modules['cupy'] = None\n"
+        "from cuflash import device, planning\n"
+        "kernels = list(planning.offline_kernels(device.of_arch('sm_90', 'gpu'), dtype='bfloat16', head_dim=128))\n"
+        "assert len(kernels) == 4, kernels\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_plans_are_values() -> None:
+    first, second = plan_of((1, 8, 1, 64)), plan_of((1, 8, 1, 64))
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first.kernels[0].tile == planning.tiles.default_tile(planning.KernelCase("forward", "float16", 64), SM_80)
