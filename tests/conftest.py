@@ -331,7 +331,7 @@ def cold_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def forget() -> None:
         cache.reset_memory()
-        launch._load.cache_clear()
+        launch._executables.clear()
         calls._calls.clear()
 
     forget()

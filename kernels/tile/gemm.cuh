@@ -12,8 +12,13 @@ DEVICE void clear(float (&c)[M][N][4]) {
       for (int i = 0; i < 4; ++i) c[m][n][i] = 0.0f;
 }
 
+DEVICE void add(float (&c)[4], const float (&sum)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] += sum[i];
+}
+
 // c += A Bᵀ over the head dimension: both operands are rows of tiles in shared memory. Unrolled further, the assembler fetches fragments so far ahead
-// that accumulators spill (docs/performance.md).
+// that accumulators spill (docs/performance.md). Short sums are one depth step long.
 template <typename Mma, int COLUMNS, int M, int N, typename OperandA, typename OperandB>
 DEVICE void gemm_rows(float (&c)[M][N][4], const OperandA& operand_a, const OperandB& operand_b) {
   constexpr int K_STEPS = COLUMNS / Mma::K;
@@ -27,30 +32,62 @@ DEVICE void gemm_rows(float (&c)[M][N][4], const OperandA& operand_a, const Oper
       typename Mma::B b[2];
       operand_b.load(b, 8 * n, k);
 #pragma unroll
-      for (int m = 0; m < M; ++m) {
-        Mma::multiply(c[m][n], a[m], b[0]);
-        Mma::multiply(c[m][n + 1], a[m], b[1]);
-      }
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if constexpr (Mma::SHORT_SUMS) {
+            float sum[4] = {};
+            Mma::multiply(sum, a[m], b[i]);
+            add(c[m][n + i], sum);
+          } else {
+            Mma::multiply(c[m][n + i], a[m], b[i]);
+          }
+        }
     }
   }
 }
 
-// c += P B: P in accumulator form, N_P tiles of 8 columns; B has its rows as depth and N tiles of 8 columns.
+// c += P B: P in accumulator form, N_P tiles of 8 columns; B has its rows as depth and N tiles of 8 columns. Short sums are one tile long.
 template <typename Mma, int M, int N, int N_P, typename OperandB>
 DEVICE void gemm_accumulator(float (&c)[M][N][4], const float (&p)[M][N_P][4], const OperandB& operand_b) {
+  constexpr int K_STEPS = 8 * N_P / Mma::K;
+  if constexpr (Mma::SHORT_SUMS) {
+    typename Mma::A a[M][K_STEPS];
 #pragma unroll
-  for (int k = 0; k < 8 * N_P / Mma::K; ++k) {
-    typename Mma::A a[M];
+    for (int m = 0; m < M; ++m)
 #pragma unroll
-    for (int m = 0; m < M; ++m) a[m] = Mma::from_accumulator(p[m], k);
+      for (int k = 0; k < K_STEPS; ++k) a[m][k] = Mma::from_accumulator(p[m], k);
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
-      typename Mma::B b[2];
-      operand_b.load(b, k, n / 2);
+      float sum[M][2][4] = {};
 #pragma unroll
-      for (int m = 0; m < M; ++m) {
-        Mma::multiply(c[m][n], a[m], b[0]);
-        Mma::multiply(c[m][n + 1], a[m], b[1]);
+      for (int k = 0; k < K_STEPS; ++k) {
+        typename Mma::B b[2];
+        operand_b.load(b, k, n / 2);
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) Mma::multiply(sum[m][i], a[m][k], b[i]);
+      }
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) add(c[m][n + i], sum[m][i]);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < K_STEPS; ++k) {
+      typename Mma::A a[M];
+#pragma unroll
+      for (int m = 0; m < M; ++m) a[m] = Mma::from_accumulator(p[m], k);
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        typename Mma::B b[2];
+        operand_b.load(b, k, n / 2);
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) Mma::multiply(c[m][n + i], a[m], b[i]);
       }
     }
   }

@@ -3,6 +3,7 @@
 //   SmemElement            what a tile holds in shared memory
 //   K                      depth of one product: 32 bytes of a row
 //   UNROLL                 depth steps of a row to unroll
+//   SHORT_SUMS             products start from zero and their sums are added up outside the matrix units
 //   A, B                   fragments of a 16 x K and a K x 8 operand
 //   OperandA<Tile>         A from rows of a tile:               A[i][k] = tile[i][k]
 //   OperandB<Tile>         B from rows of a tile:               B[k][j] = tile[j][k]      (a product with the transposed tile)
@@ -41,6 +42,7 @@ struct MmaHalf {
   using SmemElement = Element;
   static constexpr int K = 16;
   static constexpr int UNROLL = 2;
+  static constexpr bool SHORT_SUMS = false;
   struct A {
     uint32 frag[4];
   };
@@ -95,13 +97,15 @@ struct MmaHalf {
 };
 
 // float32 on tensor cores, m16n8k8 TF32. With PRODUCTS = 3 each number is high + low, both TF32, and low * low is left out: the error per
-// product is about 2^-22, that of float32. With PRODUCTS = 1 it is TF32 as the caller asked for.
+// product is about 2^-22, that of float32. Tensor cores truncate when they add to an accumulator, so long sums are kept outside, by additions that round
+// (Ootomo and Yokota 2022, arXiv 2203.03341). With PRODUCTS = 1 it is TF32 as the caller asked for.
 template <int PRODUCTS>
 struct MmaTf32 {
   using SmemElement = float;
   static constexpr int K = 8;
   static constexpr int UNROLL = 2;
   static constexpr bool SPLIT = PRODUCTS == 3;
+  static constexpr bool SHORT_SUMS = SPLIT;
   template <int REGISTERS>
   struct Fragment {
     uint32 high[REGISTERS];
@@ -184,6 +188,7 @@ struct MmaSimt {
   using SmemElement = float;
   static constexpr int K = 8;
   static constexpr int UNROLL = 1;
+  static constexpr bool SHORT_SUMS = false;
   struct A {
     float row[2][K];  // rows g and g + 8
   };

@@ -11,8 +11,8 @@ struct alignas(64) Addresses {
 };
 
 void fail_alignment(Warp& warp, const Record* in, u32 lanes, u64 address, u32 alignment, const char* what) {
-  warp.fail(in, "misaligned", lanes, "%s at 0x%llx (lane %d) needs an alignment of %u bytes", what, (unsigned long long)address,
-            __builtin_ctz(lanes), alignment);
+  warp.fail(in, "misaligned", lanes, "%s at 0x%llx (lane %d) needs an alignment of %u bytes", what, (unsigned long long)address, __builtin_ctz(lanes),
+            alignment);
 }
 
 // Reports the lanes whose address is not a multiple of `alignment`, if any.
@@ -40,8 +40,8 @@ SIM_INLINE bool all_inside(u32 mask, const u64* addresses, u64 begin, u64 end, u
   return collect(bad) == 0;
 }
 
-SIM_NOINLINE void resolve_global_slowly(Warp& warp, const Record* in, u32 mask, const u64* addresses, u32 bytes, u32 alignment,
-                                        const char* what, u8& guess) {
+SIM_NOINLINE void resolve_global_slowly(Warp& warp, const Record* in, u32 mask, const u64* addresses, u32 bytes, u32 alignment, const char* what,
+                                        u8& guess) {
   const LaunchDescription& launch = warp.cta->launch;
   check_alignment(warp, in, mask, addresses, alignment, what);
   u32 outside = 0;
@@ -77,16 +77,15 @@ SIM_NOINLINE void fail_window(Warp& warp, const Record* in, u32 mask, const u64*
   const char* name = space[0] == 's' ? "shared-bounds" : space[0] == 'l' ? "local-bounds" : "param-bounds";
   if (address >= begin && address + bytes > end) {
     warp.fail(in, name, outside, "%s at offset %llu (lane %d) of %llu bytes of %s memory ends %llu bytes past its end", what,
-              (unsigned long long)(address - begin), lane, (unsigned long long)(end - begin), space,
-              (unsigned long long)(address + bytes - end));
+              (unsigned long long)(address - begin), lane, (unsigned long long)(end - begin), space, (unsigned long long)(address + bytes - end));
   }
-  warp.fail(in, name, outside, "%s at 0x%llx (lane %d) is below %s memory, whose %llu bytes start at 0x%llx", what,
-            (unsigned long long)address, lane, space, (unsigned long long)(end - begin), (unsigned long long)begin);
+  warp.fail(in, name, outside, "%s at 0x%llx (lane %d) is below %s memory, whose %llu bytes start at 0x%llx", what, (unsigned long long)address, lane,
+            space, (unsigned long long)(end - begin), (unsigned long long)begin);
 }
 
 // Addresses of a space that is a window of `end - begin` bytes; lane l's bytes start at base + l * stride.
-void resolve_window(Warp& warp, const Record* in, u32 mask, const u64* addresses, u64 begin, u64 end, u8* base, u64 stride, u32 bytes,
-                    u32 alignment, const char* what, const char* space, Pointers& pointers) {
+void resolve_window(Warp& warp, const Record* in, u32 mask, const u64* addresses, u64 begin, u64 end, u8* base, u64 stride, u32 bytes, u32 alignment,
+                    const char* what, const char* space, Pointers& pointers) {
   if (warp.cta->checks && SIM_UNLIKELY(!all_inside(mask, addresses, begin, end, bytes, alignment))) {
     fail_window(warp, in, mask, addresses, begin, end, bytes, alignment, what, space);
   }
@@ -101,16 +100,15 @@ void resolve_in(Warp& warp, const Record* in, Space space, u32 mask, const u64* 
       resolve_global(warp, in, mask, addresses, bytes, alignment, what, pointers);
       return;
     case Space::SHARED:
-      resolve_window(warp, in, mask, addresses, cta.shared_begin, cta.shared_end, cta.shared, 0, bytes, alignment, what, "shared",
-                     pointers);
+      resolve_window(warp, in, mask, addresses, cta.shared_begin, cta.shared_end, cta.shared, 0, bytes, alignment, what, "shared", pointers);
       return;
     case Space::LOCAL:
-      resolve_window(warp, in, mask, addresses, 0, cta.program.local_bytes, warp.local, cta.program.local_bytes, bytes, alignment, what,
-                     "local", pointers);
+      resolve_window(warp, in, mask, addresses, 0, cta.program.local_bytes, warp.local, cta.program.local_bytes, bytes, alignment, what, "local",
+                     pointers);
       return;
     case Space::PARAM:
-      resolve_window(warp, in, mask, addresses, 0, cta.launch.param_bytes, const_cast<u8*>(cta.launch.params), 0, bytes, alignment, what,
-                     "param", pointers);
+      resolve_window(warp, in, mask, addresses, 0, cta.launch.param_bytes, const_cast<u8*>(cta.launch.params), 0, bytes, alignment, what, "param",
+                     pointers);
       return;
     case Space::GENERIC:
       break;
@@ -134,13 +132,12 @@ void resolve_in(Warp& warp, const Record* in, Space space, u32 mask, const u64* 
 
 }  // namespace
 
-void resolve_global(Warp& warp, const Record* in, u32 mask, const u64* addresses, u32 bytes, u32 alignment, const char* what,
-                    Pointers& pointers) {
+void resolve_global(Warp& warp, const Record* in, u32 mask, const u64* addresses, u32 bytes, u32 alignment, const char* what, Pointers& pointers) {
   Cta& cta = *warp.cta;
   if (cta.checks && mask != 0) {
     u8& guess = cta.last_buffer[cta.record_index(in)];
-    const bool good = guess < cta.launch.num_buffers && all_inside(mask, addresses, cta.launch.buffers[guess].begin,
-                                                                   cta.launch.buffers[guess].end, bytes, alignment);
+    const bool good = guess < cta.launch.num_buffers &&
+                      all_inside(mask, addresses, cta.launch.buffers[guess].begin, cta.launch.buffers[guess].end, bytes, alignment);
     if (SIM_UNLIKELY(!good)) resolve_global_slowly(warp, in, mask, addresses, bytes, alignment, what, guess);
   }
   memcpy(pointers.lane, addresses, sizeof pointers.lane);
@@ -166,8 +163,7 @@ SIM_INLINE bool resolve_shared_quickly(Warp& warp, u32 mask, Address address, u3
   return true;
 }
 
-void resolve(Warp& warp, const Record* in, Space space, u32 mask, Address address, u32 bytes, u32 alignment, const char* what,
-             Pointers& pointers) {
+void resolve(Warp& warp, const Record* in, Space space, u32 mask, Address address, u32 bytes, u32 alignment, const char* what, Pointers& pointers) {
   if (space == Space::SHARED && !address.wide && warp.cta->checks) {
     if (SIM_LIKELY(resolve_shared_quickly(warp, mask, address, bytes, alignment, pointers))) return;
   }

@@ -28,11 +28,9 @@ SIM_INLINE i32 offset_at(const u16* extra) { return i32(u32(extra[0]) | u32(extr
 
 // Fills `pointers` for the lanes of `mask`; each may access `bytes` bytes, aligned to `alignment`. Throws the report of the first check
 // that fails. `what` names the access, as in "4-byte load".
-void resolve(Warp& warp, const Record* in, Space space, u32 mask, Address address, u32 bytes, u32 alignment, const char* what,
-             Pointers& pointers);
+void resolve(Warp& warp, const Record* in, Space space, u32 mask, Address address, u32 bytes, u32 alignment, const char* what, Pointers& pointers);
 
 // The same for global addresses that are computed already.
-void resolve_global(Warp& warp, const Record* in, u32 mask, const u64* addresses, u32 bytes, u32 alignment, const char* what,
-                    Pointers& pointers);
+void resolve_global(Warp& warp, const Record* in, u32 mask, const u64* addresses, u32 bytes, u32 alignment, const char* what, Pointers& pointers);
 
 }  // namespace sim

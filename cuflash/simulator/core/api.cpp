@@ -27,7 +27,6 @@ SIM_EXPORT void cuflash_simulator_destroy(Program* program) { delete program; }
 
 SIM_EXPORT u32 cuflash_simulator_rows(const Program* program) { return program->num_rows; }
 
-SIM_EXPORT int cuflash_simulator_launch(const Program* program, const LaunchDescription* description, CounterValues* counters,
-                                        Report* report) {
+SIM_EXPORT int cuflash_simulator_launch(const Program* program, const LaunchDescription* description, CounterValues* counters, Report* report) {
   return launch(*program, *description, *counters, *report);
 }

@@ -25,8 +25,7 @@ Arrival arrive(Warp& warp, const Record* in, u32 mask) {
     warp.fail(in, "barrier", mask, "barrier %u: a count of %u threads is not a positive multiple of 32", number, expected);
   }
   if (barrier.arrived != 0 && barrier.expected != expected) {
-    warp.fail(in, "barrier", mask, "barrier %u: expects %u threads here, but others that arrived expect %u", number, expected,
-              barrier.expected);
+    warp.fail(in, "barrier", mask, "barrier %u: expects %u threads here, but others that arrived expect %u", number, expected, barrier.expected);
   }
   if (barrier.arrived == 0) barrier.votes_any = 0, barrier.votes_all = 1, barrier.count = 0;
   barrier.expected = expected;

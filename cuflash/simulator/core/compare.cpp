@@ -67,9 +67,6 @@ template <class T> void register_unordered(Table& table, const std::string& type
   add("nan", [](auto a, auto b) { return (a != a) | (b != b); });
 }
 
-// Scalars of 16 bits are compared as floats; .ftz flushes f32 operands first.
-struct FlushedF32 {};
-
 template <class V> const Record* select_by_predicate(Warp& warp, const Record* in) {
   const u32 mask = warp.mask(in);
   const u32 chosen = warp.predicates[in->c & 0x7fff];
@@ -127,16 +124,7 @@ template <class T> void register_tests(Table& table, const std::string& type) {
   add("subnormal", [](T a) { return std::fpclassify(a) == FP_SUBNORMAL; });
 }
 
-}  // namespace
-
-// The flushed f32 is loaded like an f32 whose subnormals are zero.
-template <> struct LaneType<FlushedF32> {
-  using Storage = u32;
-  static SIM_INLINE f32 load(u32 word) { return flush(bits<f32>(word)); }
-};
-
-namespace {
-
+// 16-bit floats, and f32 whose subnormals are flushed first: loaded as floats and compared one by one.
 template <class T> void register_scalar_floats(Table& table, const std::string& type) {
   const auto add = [&](const char* operation, auto f) {
     table.add(std::string("setp.") + operation + "." + type, "dp a32 b32", compare_scalars<T, decltype(f)>);

@@ -8,21 +8,17 @@ namespace {
 
 // ---- narrowing from f32: F is the rounding, as a function of vectors that gives 16 bits
 
-template <class F, bool RELU> SIM_INLINE Vec<u32> narrow(Vec<f32> value) {
-  return F{}(RELU ? (value < 0.0f ? splat(0.0f) : value) : value);
-}
+template <class F, bool RELU> SIM_INLINE Vec<u32> narrow(Vec<f32> value) { return F{}(RELU ? (value < 0.0f ? splat(0.0f) : value) : value); }
 
 // cvt.bf16x2.f32 d, a, b: a goes to the upper half.
 template <class F> void add_narrowing(Table& table, const std::string& rounding, const std::string& type, F) {
   const std::string stem = "cvt." + rounding;
   table.add(stem + "." + type + ".f32", "d32 a32", map<u32>([](auto a) { return narrow<F, false>(as<f32>(a)); }));
   table.add(stem + ".relu." + type + ".f32", "d32 a32", map<u32>([](auto a) { return narrow<F, true>(as<f32>(a)); }));
-  table.add(stem + "." + type + "x2.f32", "d32 a32 b32", map<u32>([](auto a, auto b) {
-              return narrow<F, false>(as<f32>(a)) << 16 | narrow<F, false>(as<f32>(b));
-            }));
-  table.add(stem + ".relu." + type + "x2.f32", "d32 a32 b32", map<u32>([](auto a, auto b) {
-              return narrow<F, true>(as<f32>(a)) << 16 | narrow<F, true>(as<f32>(b));
-            }));
+  table.add(stem + "." + type + "x2.f32", "d32 a32 b32",
+            map<u32>([](auto a, auto b) { return narrow<F, false>(as<f32>(a)) << 16 | narrow<F, false>(as<f32>(b)); }));
+  table.add(stem + ".relu." + type + "x2.f32", "d32 a32 b32",
+            map<u32>([](auto a, auto b) { return narrow<F, true>(as<f32>(a)) << 16 | narrow<F, true>(as<f32>(b)); }));
 }
 
 // Toward zero: where rounding to nearest went away from zero, the number before.

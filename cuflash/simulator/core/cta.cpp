@@ -37,7 +37,11 @@ const Record* Warp::wait_for_lanes(const Record* in, u32 needed) {
 }
 
 Cta::Cta(const Program& program_, const LaunchDescription& launch_)
-    : program(program_), launch(launch_), checks(launch_.checks != 0), random(0), last_buffer(program_.records.size(), 0),
+    : program(program_),
+      launch(launch_),
+      checks(launch_.checks != 0),
+      random(0),
+      last_buffer(program_.records.size(), 0),
       matrix(std::make_unique<MatrixScratch>()) {
   num_threads = launch.block[0] * launch.block[1] * launch.block[2];
   num_warps = (num_threads + LANES - 1) / LANES;

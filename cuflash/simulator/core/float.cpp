@@ -38,8 +38,7 @@ template <Direction DIRECTION> f32 add_directed(f64 a, f64 b) {
 template <Direction DIRECTION> void register_directed(Table& table, const std::string& rounding) {
   add_f32_each<f32, f32>(table, "add." + rounding, "d32 a32 b32", [](f32 a, f32 b) { return add_directed<DIRECTION>(a, b); });
   add_f32_each<f32, f32>(table, "sub." + rounding, "d32 a32 b32", [](f32 a, f32 b) { return add_directed<DIRECTION>(a, -b); });
-  add_f32_each<f32, f32>(table, "mul." + rounding, "d32 a32 b32",
-                         [](f32 a, f32 b) { return round_directed<DIRECTION>(f64(a) * b, 0.0); });
+  add_f32_each<f32, f32>(table, "mul." + rounding, "d32 a32 b32", [](f32 a, f32 b) { return round_directed<DIRECTION>(f64(a) * b, 0.0); });
   add_f32_each<f32, f32, f32>(table, "fma." + rounding, "d32 a32 b32 c32",
                               [](f32 a, f32 b, f32 c) { return add_directed<DIRECTION>(f64(a) * b, c); });
 }
@@ -57,9 +56,7 @@ void register_f64(Table& table) {
   table.add("rcp.f64 rcp.ftz.f64", "d64 a64", each<f64, f64>([](f64 a) { return 1.0 / a; }));
   table.add("sqrt.f64", "d64 a64", each<f64, f64>([](f64 a) { return std::sqrt(a); }));
   table.add("rsqrt.f64 rsqrt.ftz.f64", "d64 a64", each<f64, f64>([](f64 a) { return 1.0 / std::sqrt(a); }));
-  table.add("copysign.f64", "d64 a64 b64", map<u64>([](auto a, auto b) {
-              return (a & u64(0x8000000000000000)) | (b & u64(0x7fffffffffffffff));
-            }));
+  table.add("copysign.f64", "d64 a64 b64", map<u64>([](auto a, auto b) { return (a & u64(0x8000000000000000)) | (b & u64(0x7fffffffffffffff)); }));
 }
 
 }  // namespace

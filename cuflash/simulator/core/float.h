@@ -15,6 +15,13 @@ SIM_INLINE f32 flush(f32 value) {
   return (word & 0x7f800000u) == 0 ? bits<f32>(word & 0x80000000u) : value;
 }
 
+// An f32 operand whose subnormals count as zero.
+struct FlushedF32 {};
+template <> struct LaneType<FlushedF32> {
+  using Storage = u32;
+  static SIM_INLINE f32 load(u32 word) { return flush(bits<f32>(word)); }
+};
+
 // Clamps to [0, 1]; NaN becomes 0.
 SIM_INLINE Vec<f32> saturate(Vec<f32> value) {
   const Vec<f32> low = value > 0.0f ? value : splat(0.0f);
@@ -33,9 +40,7 @@ template <class F, bool FTZ, bool SAT> struct Modified {
     return SAT ? saturate(flushed) : flushed;
   }
   template <class V> requires std::is_invocable_v<F, V> SIM_INLINE V operator()(V a) const { return after((V)F{}(before(a))); }
-  template <class V> requires std::is_invocable_v<F, V, V> SIM_INLINE V operator()(V a, V b) const {
-    return after((V)F{}(before(a), before(b)));
-  }
+  template <class V> requires std::is_invocable_v<F, V, V> SIM_INLINE V operator()(V a, V b) const { return after((V)F{}(before(a), before(b))); }
   template <class V> requires std::is_invocable_v<F, V, V, V> SIM_INLINE V operator()(V a, V b, V c) const {
     return after((V)F{}(before(a), before(b), before(c)));
   }

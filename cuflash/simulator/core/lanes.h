@@ -33,8 +33,10 @@ using f64 = double;
 #define SIM_UNLIKELY(x) __builtin_expect(!!(x), 0)
 #if defined(__clang__)
 #define SIM_UNROLL _Pragma("clang loop unroll(full)")
+#define SIM_UNROLL_4 _Pragma("clang loop unroll_count(4)")
 #else
 #define SIM_UNROLL _Pragma("GCC unroll 64")
+#define SIM_UNROLL_4 _Pragma("GCC unroll 4")
 #endif
 
 constexpr int LANES = 32;
@@ -94,7 +96,7 @@ template <class T> SIM_INLINE Vec<MaskElement<T>> expand(u32 mask, int part) {
   else return (Vec<M>)_mm512_movm_epi64(__mmask8(here));
 #else
   const Vec<M> bit = bits_of_lanes<M>(std::make_integer_sequence<int, WIDTH<T>>{});
-  return (splat<M>(M(here & ((1u << WIDTH<T>) - 1))) & bit) == bit;
+  return (splat<M>(M(here & ((1u << WIDTH<T>)-1))) & bit) == bit;
 #endif
 }
 

@@ -86,9 +86,7 @@ struct Warp {
     const u32 guard = predicates[in->guard & 0x7fff];
     return active & (in->guard & NEGATED ? ~guard : guard);
   }
-  SIM_INLINE void set_predicate(u32 number, u32 lanes, u32 value) {
-    predicates[number] = (predicates[number] & ~lanes) | (value & lanes);
-  }
+  SIM_INLINE void set_predicate(u32 number, u32 lanes, u32 value) { predicates[number] = (predicates[number] & ~lanes) | (value & lanes); }
   SIM_INLINE const Record* block() {
     event = Event::BLOCKED;
     return nullptr;
@@ -103,8 +101,7 @@ struct Warp {
   // The common case: every lane of the warp.
   SIM_INLINE bool whole(u32 mask) const { return SIM_LIKELY(mask == ALL_LANES); }
 
-  [[noreturn]] void fail(const Record* in, const char* check, u32 lanes, const char* format, ...) const
-      __attribute__((format(printf, 5, 6)));
+  [[noreturn]] void fail(const Record* in, const char* check, u32 lanes, const char* format, ...) const __attribute__((format(printf, 5, 6)));
 };
 
 // One of the 16 named barriers of a block.

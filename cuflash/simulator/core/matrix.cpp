@@ -82,18 +82,23 @@ template <Input INPUT, int K> SIM_INLINE void expand_b(MatrixScratch& scratch, c
 
 using HalfTile = Vec<f32>[2][HALF_PARTS];  // [even or odd columns]: 8 rows of the accumulator
 
-template <int K> SIM_INLINE void multiply(const MatrixScratch& scratch, int half, HalfTile& tile) {
-  Vec<f32> even[HALF_PARTS], odd[HALF_PARTS];
-  SIM_UNROLL for (int p = 0; p < HALF_PARTS; ++p) even[p] = tile[0][p], odd[p] = tile[1][p];
-  SIM_UNROLL for (int k = 0; k < K; ++k) {
+// As many accumulators at a time as leave registers for A and B.
+constexpr int HALVES_AT_ONCE = VECTOR_BYTES == 64 ? 2 : 1;
+
+template <int K> SIM_INLINE void multiply(const MatrixScratch& scratch, int first, HalfTile* tiles) {
+  Vec<f32> sum[HALVES_AT_ONCE][2][HALF_PARTS];
+  memcpy(sum, tiles, sizeof sum);
+  SIM_UNROLL_4 for (int k = 0; k < K; ++k) {
     const Vec<f32> b_even = scratch.b[k][0], b_odd = scratch.b[k][1];
-    SIM_UNROLL for (int p = 0; p < HALF_PARTS; ++p) {
-      const Vec<f32> a = scratch.a[k][half][p];
-      even[p] = fused_multiply_add(a, b_even, even[p]);
-      odd[p] = fused_multiply_add(a, b_odd, odd[p]);
+    SIM_UNROLL for (int half = 0; half < HALVES_AT_ONCE; ++half) {
+      SIM_UNROLL for (int p = 0; p < HALF_PARTS; ++p) {
+        const Vec<f32> a = scratch.a[k][first + half][p];
+        sum[half][0][p] = fused_multiply_add(a, b_even, sum[half][0][p]);
+        sum[half][1][p] = fused_multiply_add(a, b_odd, sum[half][1][p]);
+      }
     }
   }
-  SIM_UNROLL for (int p = 0; p < HALF_PARTS; ++p) tile[0][p] = even[p], tile[1][p] = odd[p];
+  memcpy(tiles, sum, sizeof sum);
 }
 
 template <Accumulator TYPE> constexpr int C_REGISTERS = TYPE == Accumulator::F32 ? 4 : 2;
@@ -140,13 +145,10 @@ template <Input INPUT, int K, Accumulator TYPE> const Record* matrix_multiply(Wa
   for (int i = 0; i < B_REGISTERS<INPUT, K>; ++i) b_rows[i] = warp.row<u32>(b[i]);
   expand_a<INPUT, K>(scratch, a_rows);
   expand_b<INPUT, K>(scratch, b_rows);
-  HalfTile upper, lower;
-  read_tile<TYPE>(warp, c, 0, upper);
-  read_tile<TYPE>(warp, c, 1, lower);
-  multiply<K>(scratch, 0, upper);
-  multiply<K>(scratch, 1, lower);
-  write_tile<TYPE>(warp, d, 0, upper);
-  write_tile<TYPE>(warp, d, 1, lower);
+  HalfTile tiles[2];  // all of C is read before D is written: they may share registers in another order
+  for (int half = 0; half < 2; ++half) read_tile<TYPE>(warp, c, half, tiles[half]);
+  for (int half = 0; half < 2; half += HALVES_AT_ONCE) multiply<K>(scratch, half, tiles + half);
+  for (int half = 0; half < 2; ++half) write_tile<TYPE>(warp, d, half, tiles[half]);
   CounterValues& counters = warp.cta->counters;
   ++counters.matrix_instructions;
   counters.matrix_flops += 2 * 16 * 8 * K;

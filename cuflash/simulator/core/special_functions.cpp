@@ -47,11 +47,9 @@ template <bool BF16> SIM_INLINE Vec<f32> widen(Vec<u32> value) { return BF16 ? b
 template <bool BF16> SIM_INLINE Vec<u32> narrow(Vec<f32> value) { return BF16 ? f32_to_bf16(value) : f32_to_f16(value); }
 
 template <bool BF16, class F> void add_half(Table& table, const std::string& stem, const std::string& type, F) {
-  table.add(stem + "." + type + " " + stem + ".ftz." + type, "d32 a32",
-            map<u32>([](auto a) { return narrow<BF16>(F{}(widen<BF16>(a))); }));
-  table.add(stem + "." + type + "x2 " + stem + ".ftz." + type + "x2", "d32 a32", map<u32>([](auto a) {
-              return narrow<BF16>(F{}(widen<BF16>(a))) | narrow<BF16>(F{}(widen<BF16>(a >> 16))) << 16;
-            }));
+  table.add(stem + "." + type + " " + stem + ".ftz." + type, "d32 a32", map<u32>([](auto a) { return narrow<BF16>(F{}(widen<BF16>(a))); }));
+  table.add(stem + "." + type + "x2 " + stem + ".ftz." + type + "x2", "d32 a32",
+            map<u32>([](auto a) { return narrow<BF16>(F{}(widen<BF16>(a))) | narrow<BF16>(F{}(widen<BF16>(a >> 16))) << 16; }));
 }
 
 }  // namespace

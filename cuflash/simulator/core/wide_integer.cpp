@@ -1,42 +1,11 @@
 // Integer instructions with 64-bit results or operands, and additions with carry.
-#include <algorithm>
-
-#include "table.h"
+#include "integer.h"
 
 namespace sim {
 namespace {
 
-template <class T> T divide(T a, T b) { return b == 0 ? T(~T(0)) : T(-1) < T(0) && b == T(-1) ? T(0 - u64(a)) : T(a / b); }
-template <class T> T remainder(T a, T b) { return b == 0 ? a : T(-1) < T(0) && b == T(-1) ? T(0) : T(a % b); }
-
 u64 high_product(u64 a, u64 b) { return u64((unsigned __int128)a * b >> 64); }
 i64 high_product(i64 a, i64 b) { return i64((__int128)a * b >> 64); }
-
-template <class T> T extract_field(T a, u32 position, u32 length) {
-  position &= 255, length &= 255;
-  if (length == 0) return 0;
-  const u32 top = std::min(position + length - 1, 63u);
-  const bool sign = T(-1) < T(0) && (u64(a) >> top & 1);
-  const u32 available = position < 64 ? 64 - position : 0;
-  const u32 kept = std::min(length, available);
-  const u64 known = kept < 64 ? (u64(1) << kept) - 1 : ~u64(0);
-  const u64 field = position < 64 ? u64(a) >> position : 0;
-  return T((field & known) | (sign ? ~known : 0));
-}
-
-u64 insert_field(u64 a, u64 b, u32 position, u32 length) {
-  position &= 255, length &= 255;
-  if (length == 0 || position >= 64) return b;
-  const u64 ones = length < 64 ? (u64(1) << length) - 1 : ~u64(0);
-  return (b & ~(ones << position)) | ((a & ones) << position);
-}
-
-template <class T, bool SHIFT> u32 find_bit(T a) {
-  const u64 magnitude = a < 0 ? ~u64(a) : u64(a);
-  if (magnitude == 0) return ~0u;
-  const u32 zeros = __builtin_clzll(magnitude);
-  return SHIFT ? zeros : 63 - zeros;
-}
 
 // a + b + carry (or a - b - borrow) per lane; `IN` and `OUT` say whether the carry flag is read and written.
 template <class T, bool SUBTRACT, bool IN, bool OUT> const Record* add_with_carry(Warp& warp, const Record* in) {
@@ -108,12 +77,8 @@ void register_bits(Table& table) {
   table.add("bfe.u64", "d64 a64 b32 c32", each<u64, u64, u32, u32>([](u64 a, u32 b, u32 c) { return extract_field(a, b, c); }));
   table.add("bfi.b64", "d64 a64 b64 c32 x32", each<u64, u64, u64, u32, u32>([](u64 a, u64 b, u32 c, u32 d) { return insert_field(a, b, c, d); }));
   table.add("popc.b64", "d32 a64", each<u32, u64>([](u64 a) { return u32(__builtin_popcountll(a)); }));
-  table.add("clz.b64", "d32 a64", each<u32, u64>([](u64 a) { return a ? u32(__builtin_clzll(a)) : 64u; }));
-  table.add("brev.b64", "d64 a64", each<u64, u64>([](u64 a) {
-              u64 result = 0;
-              for (int i = 0; i < 64; ++i) result |= (a >> i & 1) << (63 - i);
-              return result;
-            }));
+  table.add("clz.b64", "d32 a64", each<u32, u64>([](u64 a) { return leading_zeros(a); }));
+  table.add("brev.b64", "d64 a64", each<u64, u64>([](u64 a) { return reverse_bits(a); }));
   table.add("bfind.s64", "d32 a64", each<u32, i64>([](i64 a) { return find_bit<i64, false>(a); }));
   table.add("bfind.u64", "d32 a64", each<u32, u64>([](u64 a) { return find_bit<u64, false>(a); }));
   table.add("bfind.shiftamt.s64", "d32 a64", each<u32, i64>([](i64 a) { return find_bit<i64, true>(a); }));
@@ -125,12 +90,10 @@ void register_bits(Table& table) {
 void register_packing(Table& table) {
   table.add("pack.b64.b32", "d64 a32 b32", each<u64, u32, u32>([](u32 low, u32 high) { return u64(high) << 32 | low; }));
   table.add("pack.b32.b16", "d32 a32 b32", map<u32>([](auto low, auto high) { return (low & 0xffffu) | high << 16; }));
-  table.add("pack.b64.b16", "d64 a32 b32 c32 x32", each<u64, u16, u16, u16, u16>([](u16 a, u16 b, u16 c, u16 d) {
-              return u64(d) << 48 | u64(c) << 32 | u64(b) << 16 | a;
-            }));
-  table.add("pack.b32.b8", "d32 a32 b32 c32 x32", each<u32, u8, u8, u8, u8>([](u8 a, u8 b, u8 c, u8 d) {
-              return u32(d) << 24 | u32(c) << 16 | u32(b) << 8 | a;
-            }));
+  table.add("pack.b64.b16", "d64 a32 b32 c32 x32",
+            each<u64, u16, u16, u16, u16>([](u16 a, u16 b, u16 c, u16 d) { return u64(d) << 48 | u64(c) << 32 | u64(b) << 16 | a; }));
+  table.add("pack.b32.b8", "d32 a32 b32 c32 x32",
+            each<u32, u8, u8, u8, u8>([](u8 a, u8 b, u8 c, u8 d) { return u32(d) << 24 | u32(c) << 16 | u32(b) << 8 | a; }));
   table.add("pack.b16.b8", "d32 a32 b32", each<u32, u8, u8>([](u8 a, u8 b) { return u32(b) << 8 | a; }));
   table.add("unpack.b64.b32", "d32 a64 b32", each<u32, u64, u32>([](u64 a, u32 shift) { return u32(a >> (shift & 63)); }));
   table.add("unpack.b64.b16", "d32 a64 b32", each<u16, u64, u32>([](u64 a, u32 shift) { return u16(a >> (shift & 63)); }));

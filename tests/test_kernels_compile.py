@@ -1,0 +1,105 @@
+"""Every kernel compiles for every architecture, without a GPU, and the machine code is what was meant: no spills, matrix instructions.
+
+The simulator runs PTX, so registers and SASS are nowhere else looked at.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from cuflash import cache, device, inspection
+from cuflash.device import ARCHITECTURES, Device
+from cuflash.inspection import Report, inspect_kernels
+from cuflash.planning import offline_kernels
+
+pytest.importorskip("cupy")
+
+DTYPES = ("float16", "bfloat16", "float32")
+HEAD_DIMS = (64, 128, 256)
+MAX_SECONDS = 3.0
+CAUSAL = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+
+
+def reports_of(on: Device, dtype: str, head_dim: int, is_causal: bool = True, allow_tf32: bool = False) -> list[Report]:
+    kernels = offline_kernels(on, dtype=dtype, head_dim=head_dim, is_causal=is_causal, allow_tf32=allow_tf32)
+    return inspect_kernels((on, kernel) for kernel in kernels)
+
+
+def named(report: Report) -> str:
+    return f"{report.subject.label} with {report.subject.tile}"
+
+
+def cases() -> Iterator[object]:
+    for arch, dtype, head_dim in itertools.product(ARCHITECTURES, DTYPES, HEAD_DIMS):
+        yield pytest.param(arch, dtype, head_dim, id=f"{arch}-{dtype}-D{head_dim}")
+
+
+@pytest.mark.parametrize(("arch", "dtype", "head_dim"), cases())
+def test_no_spills_no_warnings_quick_and_on_tensor_cores(arch: str, dtype: str, head_dim: int) -> None:
+    """With the default tiles; the causal kernels, which are the larger ones."""
+    on = device.of_arch(arch, "gpu")
+    reports = reports_of(on, dtype, head_dim)
+    assert len(reports) in (4, 5)
+    for report in reports:
+        resources = report.resources
+        assert (resources.spill_store_bytes, resources.spill_load_bytes, resources.stack_bytes) == (0, 0, 0), named(report)
+        assert resources.static_shared_bytes == 0, named(report)
+        assert report.warnings == (), named(report)
+        assert report.occupancy.blocks >= 1, named(report)
+        assert report.seconds <= MAX_SECONDS, named(report)
+        assert report.subject.request.arch == (arch + "a" if on.capability >= 90 else arch)
+        if report.opcodes is None:
+            continue
+        matrix = sorted({opcode for opcode in report.opcodes if inspection.classify(opcode) == "matrix"})
+        on_tensor_cores = report.subject.label != "backward_delta" and (arch != "sm_75" or dtype == "float16")
+        assert bool(matrix) == on_tensor_cores, (named(report), matrix)
+        assert all(opcode.startswith("HMMA") for opcode in matrix), (named(report), matrix)
+        if on_tensor_cores:
+            shape = {"float16": "1688" if arch == "sm_75" else "16816", "bfloat16": "16816", "float32": "1688"}[dtype]
+            kind = {"float16": "F32", "bfloat16": "F32.BF16", "float32": "F32.TF32"}[dtype]
+            assert matrix == [f"HMMA.{shape}.{kind}"], named(report)
+
+
+def test_the_instructions_were_looked_at() -> None:
+    """Without nvdisasm the test above checks no instruction; a machine that tests has it."""
+    pytest.importorskip("nvidia.cu13")
+    assert inspection.find_nvdisasm() is not None
+    assert reports_of(device.of_arch("sm_80", "gpu"), "float16", 64)[0].opcodes
+
+
+@pytest.mark.parametrize("head_dim", [1, 32, 40, 72, 80, 96, 160, 192, 240], ids="D{}".format)
+@pytest.mark.parametrize("arch", ["sm_75", "sm_86", "sm_90"])
+def test_other_head_dims_do_not_spill(arch: str, head_dim: int) -> None:
+    """The types in turn: what fits registers is decided by the tile, whose choice is the same for all architectures of a generation."""
+    dtype = DTYPES[head_dim // 8 % 3]
+    for report in reports_of(device.of_arch(arch, "gpu"), dtype, head_dim, is_causal=head_dim % 16 == 0):
+        assert not report.spills, f"{dtype}: {named(report)}"
+        assert report.warnings == (), named(report)
+
+
+@CAUSAL
+def test_tf32_takes_a_third_of_the_matrix_instructions(is_causal: bool) -> None:
+    """One product instead of three, in kernels that are otherwise the same."""
+    on = device.of_arch("sm_80", "gpu")
+    exact, quick = (reports_of(on, "float32", 64, is_causal, allow_tf32) for allow_tf32 in (False, True))
+    for one, other in zip(exact, quick, strict=True):
+        assert not other.spills, named(other)
+        if other.subject.label != "backward_delta" and one.subject.tile == other.subject.tile and one.mix and other.mix:
+            assert one.mix["matrix"] == 3 * other.mix["matrix"]
+
+
+@CAUSAL
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
+def test_simulated_architectures_compile_to_ptx(arch: str, is_causal: bool) -> None:
+    """What the simulator is given: text for the same virtual architecture, with the kernel's name as its entry."""
+    on = device.of_arch(arch)
+    for kernel in offline_kernels(on, dtype="float16", head_dim=64, is_causal=is_causal):
+        artifact = cache.fetch(kernel.request(on))
+        text = artifact.data.decode()
+        assert f".target {on.compile_arch}\n" in text
+        assert f".visible .entry {kernel.entry}(" in text
+        assert artifact.warnings == ()
+        assert ".local" not in text, "an array that is indexed at run time"

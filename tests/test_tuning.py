@@ -1,0 +1,249 @@
+"""Tiles for users, compilation ahead of time, and how often anything is compiled: once per kernel, whatever the lengths, threads or processes."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import pytest
+
+import cuflash
+from cuflash import cache, device, planning, tiles
+from cuflash.cache import Statistics
+from cuflash.errors import CompileError, OptionError, TileError
+from cuflash.tiles import KernelCase, Tile
+
+if TYPE_CHECKING:
+    from conftest import Target
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def arrays_of(seqlen_q: int = 20, seqlen_kv: int = 20, heads: int = 1, batch: int = 1, head_dim: int = 8, seed: int = 0) -> list[Any]:
+    rng = numpy.random.default_rng(seed)
+    return [rng.standard_normal((batch, length, heads, head_dim)).astype(numpy.float16) for length in (seqlen_q, seqlen_kv, seqlen_kv)]
+
+
+def both_calls(*inputs: Any, **options: Any) -> None:
+    out, lse = cuflash.scaled_dot_product_attention(*inputs, return_lse=True, **options)
+    cuflash.scaled_dot_product_attention_backward(out, *inputs, out, lse, **options)
+
+
+# --- legal_tiles --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", tiles.PASSES)
+@pytest.mark.parametrize("arch", ["sm_75", "sm_86", "sm_90a"])
+def test_legal_tiles_starts_with_the_default(arch: str, kernel: Any) -> None:
+    on = device.of_arch(arch, "gpu")
+    listed = cuflash.legal_tiles(64, "float16", kernel=kernel, arch=arch)
+    case = KernelCase(kernel, "float16", 64)
+    assert listed[0] == tiles.default_tile(case, on)
+    assert len(listed) > 5
+    for tile in listed:
+        assert tiles.check_tile(case, tile, on) is tile
+
+
+def test_legal_tiles_of_this_machine(simulator: Target) -> None:
+    assert simulator.device.arch == "sm_80"
+    if device.default().kind == "simulator":
+        assert cuflash.legal_tiles(64) == cuflash.legal_tiles(64, "bfloat16", kernel="forward", arch="sm_80")
+
+
+def test_allow_tf32_matters_to_float32_alone() -> None:
+    assert cuflash.legal_tiles(64, "float16", arch="sm_80", allow_tf32=True) == cuflash.legal_tiles(64, "float16", arch="sm_80")
+    exact, quick = (tiles.legal_tiles_for(KernelCase("forward", "float32", 64, allow), device.of_arch("sm_80", "gpu")) for allow in (False, True))
+    assert cuflash.legal_tiles(64, "float32", arch="sm_80", allow_tf32=True) == quick
+    assert cuflash.legal_tiles(64, "float32", arch="sm_80") == exact
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        ({"head_dim": 0}, "head_dim"),
+        ({"head_dim": 257}, "head_dim"),
+        ({"head_dim": True}, "head_dim"),
+        ({"head_dim": 64.0}, "head_dim"),
+        ({"head_dim": 64, "dtype": "float64"}, "dtype"),
+        ({"head_dim": 64, "dtype": numpy.float16}, "dtype"),
+        ({"head_dim": 64, "arch": "sm_70"}, "arch"),
+        ({"head_dim": 64, "kernel": "backward"}, "kernel"),
+    ],
+    ids=str,
+)
+def test_legal_tiles_refuses(call: dict[str, Any], argument: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        cuflash.legal_tiles(**call)
+    assert caught.value.argument == argument
+
+
+# --- warmup -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("cold_cache")
+def test_after_warmup_a_call_compiles_nothing(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiler forbidden, as in a service that must not stall."""
+    kernels = cuflash.warmup(8, target.half, is_causal=True)
+    assert kernels == 4
+    assert cache.statistics() == Statistics(compiles=4, disk_hits=0, memory_hits=0)
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    inputs = [target.random((1, 20, 2, 8), target.half, seed) for seed in (1, 2, 3)]
+    target.check(*inputs, is_causal=True)
+    assert cache.statistics().compiles == 4
+    with pytest.raises(CompileError, match=r"not in the cache.*CUFLASH_COMPILE=forbid.*cuflash.warmup"):
+        target.run(*inputs, is_causal=False)
+    assert cache.statistics().compiles == 4
+
+
+@pytest.mark.usefixtures("cold_cache", "simulator")
+def test_warmup_takes_all_combinations_once() -> None:
+    """Two types, two head dimensions, both masks: three attention kernels for each, and delta, which knows no mask."""
+    seen: list[tuple[int, int]] = []
+    count = cuflash.warmup([8, 16], ["float16", "bfloat16"], progress=lambda done, total: seen.append((done, total)))
+    assert count == cache.statistics().compiles == 2 * 2 * (2 * 3 + 1)
+    assert seen == [(i, count) for i in range(1, count + 1)]
+    assert cuflash.warmup([8, 16], ["float16", "bfloat16"]) == count
+    assert cache.statistics().compiles == count
+    assert len(cache.contents()) == count
+
+
+@pytest.mark.usefixtures("cold_cache", "simulator")
+def test_warmup_of_the_forward_pass_alone() -> None:
+    assert cuflash.warmup(8, "float16", is_causal=False, backward=False) == 1
+    (entry,) = cache.contents()
+    assert entry.request.source == "forward_mma.cu"
+
+
+@pytest.mark.usefixtures("cold_cache", "simulator")
+def test_warmup_for_another_machine() -> None:
+    """A cubin for an architecture that is not here, for an image that is built elsewhere."""
+    cuflash.warmup(8, "float16", is_causal=False, backward=False, arch="sm_90")
+    (entry,) = cache.contents()
+    assert (entry.request.arch, entry.request.target) == ("sm_90a", "cubin")
+
+
+@pytest.mark.usefixtures("cold_cache", "simulator")
+def test_warmup_with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of the same tiles as in the calls; a mapping may name those of both passes."""
+    pinned = {"forward": Tile(32, 16, 2, 1), "backward_dq": Tile(16, 32, 1, 1)}
+    assert cuflash.warmup(8, "float16", is_causal=False, tile=Tile(32, 32, 2, 1)) == 4
+    assert cuflash.warmup(8, "float16", is_causal=False, tile=pinned) == 4
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    inputs = arrays_of()
+    both_calls(*inputs, tile=Tile(32, 32, 2, 1))
+    cuflash.scaled_dot_product_attention(*inputs, tile={"forward": pinned["forward"]})
+    with pytest.raises(TileError, match="a tile for 'dq'"):
+        cuflash.warmup(8, "float16", tile={"dq": Tile(16, 32, 1, 1)})
+
+
+def test_warmup_refuses_what_a_call_would_refuse() -> None:
+    for call, argument in (({"head_dim": [64, 257]}, "head_dim"), ({"head_dim": 64, "dtype": ["float16", "int8"]}, "dtype"), ({"head_dim": 64, "arch": "sm_60"}, "arch")):
+        with pytest.raises(OptionError) as caught:
+            cuflash.warmup(**call)
+        assert caught.value.argument == argument
+    with pytest.raises(TileError):
+        cuflash.warmup(64, arch="sm_80", tile=Tile(60, 64, 4, 1))
+
+
+# --- Compile counts -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("cold_cache", "simulator")
+def test_two_hundred_lengths_compile_each_kernel_once() -> None:
+    """Nor do batch sizes, heads, scales, strides, alignment or an LSE that is asked for."""
+    draw = random.Random(0)
+    lengths = set()
+    while len(lengths) < 200:
+        lengths.add((draw.randint(1, 150), draw.randint(1, 150)))
+    for seqlen_q, seqlen_kv in sorted(lengths):
+        inputs = arrays_of(seqlen_q, seqlen_kv, heads=draw.choice([1, 2]), batch=draw.choice([1, 2]))
+        if draw.random() < 0.3:
+            inputs[1] = inputs[1][:, ::-1]
+        options = {"scale": draw.choice([None, 0.5]), "causal_alignment": draw.choice(["top_left", "bottom_right"]), "is_causal": True}
+        cuflash.scaled_dot_product_attention(*inputs, **options)
+        both_calls(*inputs, **options)
+    assert cache.statistics().compiles == 4
+    assert sorted(entry.request.source for entry in cache.contents()) == [
+        "backward_delta.cu", "backward_dkdv_mma.cu", "backward_dq_mma.cu", "forward_mma.cu",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("cold_cache", "simulator")
+def test_threads_that_call_at_once_compile_each_kernel_once() -> None:
+    errors: list[BaseException] = []
+    start = threading.Barrier(6)
+
+    def work() -> None:
+        try:
+            start.wait()
+            both_calls(*arrays_of())
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads)
+    assert errors == []
+    assert cache.statistics().compiles == 4
+
+
+CALL = """
+import numpy, cuflash
+from cuflash import cache
+x = numpy.ones((1, 9, 1, 8), numpy.float16)
+out, lse = cuflash.scaled_dot_product_attention(x, x, x, return_lse=True)
+grads = cuflash.scaled_dot_product_attention_backward(out, x, x, x, out, lse)
+assert (out == 1).all() and abs(grads.value.astype(float).sum() - 72) < 0.1
+print("compiles", cache.statistics().compiles)
+"""
+
+
+def test_processes_that_start_at_once_compile_each_kernel_once(tmp_path: Path) -> None:
+    """Six of them on an empty cache, through the public call; and one more afterwards compiles nothing, with the compiler forbidden."""
+    pytest.importorskip("cupy")
+    environment = {
+        **os.environ, "CUFLASH_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY), "CUFLASH_SIMULATOR_ARCH": "sm_80", "CUFLASH_SIMULATOR_THREADS": "1",
+    }  # fmt: skip
+    environment.pop("CUFLASH_COMPILE", None)
+    command = [sys.executable, "-c", CALL]
+    start = time.monotonic()
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(6)]
+    try:
+        results = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * 6, results
+    assert sum(int(re.fullmatch(r"compiles (\d+)", out.strip())[1]) for out, _ in results) == 4  # type: ignore[index]
+    assert time.monotonic() - start < cache.LOCK_TIMEOUT, "nobody waited for a lock that was gone"
+    late = subprocess.run(command, env={**environment, "CUFLASH_COMPILE": "forbid"}, capture_output=True, text=True, check=False, timeout=120)
+    assert late.stdout.strip() == "compiles 0", late.stderr
+
+
+@pytest.mark.usefixtures("simulator")
+def test_a_forbidden_compilation_names_the_kernel_and_the_cache(cold_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    with pytest.raises(CompileError) as caught:
+        cuflash.scaled_dot_product_attention(*arrays_of())
+    assert "forward_mma.cu" in str(caught.value)
+    assert str(cold_cache) in str(caught.value)
+    assert "HEAD_DIM = 8" in (caught.value.config or "")
+
+
+@pytest.mark.usefixtures("cold_cache", "simulator")
+def test_a_plan_compiles_nothing() -> None:
+    for backward in (False, True):
+        assert cuflash.plan(*arrays_of(), backward=backward).kernels
+    assert list(planning.offline_kernels(device.of_arch("sm_90", "gpu"), dtype="float16", head_dim=64))
+    assert cache.statistics() == Statistics(0, 0, 0)
