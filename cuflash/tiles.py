@@ -169,11 +169,12 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
 
 
 def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
-    stages = (1,) if device.capability < 80 else (1, 2, 3)
-    # Split float32 products and products on the ordinary units are many instructions each: longer tiles take seconds to compile and, from sm_100 on, spill.
-    longest = 128
-    if case.uses_simt(device) or (case.dtype == "float32" and not case.allow_tf32):
-        longest = 32 if device.capability < 100 else 16
+    # Split float32 products and products on the ordinary units are many instructions each: longer tiles take seconds to compile. From sm_100 on the
+    # compiler spills registers for them unless tiles are shortest and single.
+    many_instructions = case.uses_simt(device) or (case.dtype == "float32" and not case.allow_tf32)
+    shortest = many_instructions and device.capability >= 100
+    longest = 16 if shortest else 32 if many_instructions else 128
+    stages = (1,) if device.capability < 80 or shortest else (1, 2, 3)
     for num_warps in (1, 2, 4, 8):
         for warp_rows in (16, 32):
             for streamed in (length for length in (16, 32, 48, 64, 80, 96, 112, 128) if length <= longest):

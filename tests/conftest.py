@@ -11,6 +11,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -19,7 +20,8 @@ import pytest
 from hypothesis import settings
 
 import cuflash
-from cuflash import cache, device, reference
+from cuflash import attention as calls
+from cuflash import cache, device, launch, reference
 from cuflash.reference import attention, attention_backward, attention_naive, attention_naive_backward, compare
 
 SIMULATED = ("sm_75", "sm_80", "sm_90")
@@ -320,12 +322,18 @@ def view(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def cold_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A process that has compiled nothing, with an empty cache directory, which is the value of the fixture."""
-    from cuflash import attention as calls
-    from cuflash import launch
+def share_simulator(folder: Path) -> None:
+    """Let a cache directory that is otherwise empty know the simulator's core, which takes a minute to build."""
+    from cuflash.simulator import build
 
+    build.library_path()
+    (folder / "simulator").symlink_to(build.cache_directory(), target_is_directory=True)
+
+
+@pytest.fixture
+def cold_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A process that has compiled no kernel, with an empty cache directory, which is the value of the fixture."""
+    share_simulator(tmp_path)
     monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("CUFLASH_COMPILE", raising=False)
 

@@ -103,7 +103,7 @@ template <int PRODUCTS>
 struct MmaTf32 {
   using SmemElement = float;
   static constexpr int K = 8;
-  static constexpr int UNROLL = 2;
+  static constexpr int UNROLL = 1;
   static constexpr bool SPLIT = PRODUCTS == 3;
   static constexpr bool SHORT_SUMS = SPLIT;
   template <int REGISTERS>

@@ -1,0 +1,79 @@
+"""What a warm call costs on the host, up to the launch: microseconds of Python, with a launcher that does nothing.
+
+    pytest benchmarks/bench_host_cost.py --benchmark-enable
+
+One call of a kind has gone before, so nothing is checked, planned or compiled any more: what is timed is the look-up, the allocation of the
+results, the packed arguments and, on the simulator, the list of buffers. The goal is 25 µs for the forward pass on a quiet machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import pytest
+
+import cuflash
+from cuflash import attention, launch
+
+SHAPE = (2, 128, 4, 64)
+
+
+class NoLauncher:
+    """A kernel that takes no time."""
+
+    def launch(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "executable", lambda kernel, device: NoLauncher())
+    monkeypatch.setattr(attention, "_calls", {})
+
+
+def numpy_inputs() -> list[Any]:
+    return [numpy.zeros(SHAPE, numpy.float16) for _ in range(3)]
+
+
+def tagged_inputs() -> list[Any]:
+    return [cuflash.bfloat16(numpy.zeros(SHAPE, numpy.uint16)) for _ in range(3)]
+
+
+def torch_inputs() -> list[Any]:
+    torch = pytest.importorskip("torch")
+    return [torch.zeros(SHAPE, dtype=torch.float16) for _ in range(3)]
+
+
+def cupy_inputs() -> list[Any]:
+    cupy = pytest.importorskip("cupy")
+    if not cupy.is_available():
+        pytest.skip("needs a GPU")
+    return [cupy.zeros(SHAPE, cupy.float16) for _ in range(3)]
+
+
+INPUTS = pytest.mark.parametrize("make", [numpy_inputs, tagged_inputs, torch_inputs, cupy_inputs], ids=["numpy", "tagged", "torch", "cupy"])
+
+
+@INPUTS
+def test_forward(benchmark: Any, make: Any) -> None:
+    benchmark(cuflash.scaled_dot_product_attention, *make(), is_causal=True)
+
+
+@INPUTS
+def test_forward_with_lse(benchmark: Any, make: Any) -> None:
+    benchmark(cuflash.scaled_dot_product_attention, *make(), is_causal=True, return_lse=True)
+
+
+@INPUTS
+def test_backward(benchmark: Any, make: Any) -> None:
+    inputs = make()
+    out, lse = cuflash.scaled_dot_product_attention(*inputs, is_causal=True, return_lse=True)
+    benchmark(cuflash.scaled_dot_product_attention_backward, out, *inputs, out, lse, is_causal=True)
+
+
+def test_forward_that_is_not_kept(benchmark: Any) -> None:
+    """For comparison: with `out=` every call is checked and planned anew."""
+    query, key, value = numpy_inputs()
+    out = numpy.empty_like(query)
+    benchmark(cuflash.scaled_dot_product_attention, query, key, value, is_causal=True, out=out)
