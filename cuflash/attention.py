@@ -292,7 +292,11 @@ class _Call:
 
     def launch_all(self, pointers: dict[str, int]) -> None:
         stream = self.framework.current_stream(self.device.index) if self.device.kind == "gpu" else 0
-        buffers = () if self.device.kind == "gpu" else [(pointers[name] + low, size, name) for name, (low, size) in self.extents.items() if name in pointers]
+        buffers = (
+            ()
+            if self.device.kind == "gpu"
+            else [(pointers[name] + low, size, name) for name, (low, size) in self.extents.items() if name in pointers]
+        )
         head = self.template.fill(pointers)
         for kernel, executable, tail in self.launches:
             executable.launch(kernel.num_blocks, kernel.num_threads, kernel.shared_bytes, bytearray(head + tail), stream, buffers)
@@ -302,7 +306,9 @@ class _Call:
 
 
 class _ForwardCall(_Call):
-    def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array], given: Array | None, given_view: View | None) -> None:
+    def __init__(
+        self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array], given: Array | None, given_view: View | None
+    ) -> None:
         super().__init__(problem, on, inputs["query"])
         for name, array in inputs.items():
             self.add_extent(name, array)
@@ -319,7 +325,9 @@ class _ForwardCall(_Call):
         addresses = {name: array.pointer for name, array in inputs.items()} | {"out": given.pointer if given else 0}
         vectorized = {name: views[name].aligned16(problem.itemsize) and addresses[name] % 16 == 0 for name in views}
         self.template = launch.forward_template(problem, view, (problem.num_heads_q * problem.seqlen_q, problem.seqlen_q, 1), vectorized)
-        self.launches = [_Launch(kernel, launch.executable(kernel, on), launch.forward_tail(problem, kernel)) for kernel in self.plan.kernels]
+        self.launches = [
+            _Launch(kernel, launch.executable(kernel, on), launch.forward_tail(problem, kernel)) for kernel in self.plan.kernels
+        ]
 
     def run(self, pointers: dict[str, int], given: Any = None, given_array: Array | None = None) -> Any:
         if given_array is None:
@@ -362,7 +370,9 @@ class _BackwardCall(_Call):
             views[result.name] = result.view
             vectorized[result.name] = result.view.aligned16(problem.itemsize)
         self.template = launch.backward_template(views, others.lse_strides, others.grad_lse_strides, vectorized)
-        self.launches = [_Launch(kernel, launch.executable(kernel, on), launch.backward_tail(problem, kernel)) for kernel in self.plan.kernels]
+        self.launches = [
+            _Launch(kernel, launch.executable(kernel, on), launch.backward_tail(problem, kernel)) for kernel in self.plan.kernels
+        ]
 
     def run(self, pointers: dict[str, int]) -> Gradients:
         gradients = []
@@ -416,5 +426,3 @@ def _refuse_autograd(inputs: dict[str, Array]) -> None:
         if getattr(array.owner, "requires_grad", False):
             hint = f"Pass {name}.detach() or call under torch.no_grad(), and compute gradients with scaled_dot_product_attention_backward."
             raise UnsupportedError(name, "a tensor that requires grad", "a tensor outside of autograd", hint)
-
-

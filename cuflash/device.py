@@ -101,7 +101,9 @@ def gpu(index: int) -> Device:
     capability = properties["major"] * 10 + properties["minor"]
     name = properties["name"].decode()
     if capability < 75:
-        raise DeviceError("device", f"{name} (sm_{capability})", "compute capability 7.5 or newer", "cuflash needs tensor cores of Turing or later.")
+        raise DeviceError(
+            "device", f"{name} (sm_{capability})", "compute capability 7.5 or newer", "cuflash needs tensor cores of Turing or later."
+        )
     return Device(
         "gpu",
         index,

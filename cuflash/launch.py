@@ -99,7 +99,9 @@ def backward_template(
 ) -> ArgumentTemplate:
     """`BackwardArguments` of kernels/arguments.cuh up to its geometry."""
     parts = [(name, _pack_view(views[name], vectorized[name])) for name in BACKWARD_TENSORS]
-    return ArgumentTemplate([*parts, ("lse", _pack_rows(lse_strides)), ("grad_lse", _pack_rows(grad_lse_strides)), ("row_statistics", bytes(8))])
+    return ArgumentTemplate(
+        [*parts, ("lse", _pack_rows(lse_strides)), ("grad_lse", _pack_rows(grad_lse_strides)), ("row_statistics", bytes(8))]
+    )
 
 
 def backward_tail(problem: Problem, kernel: KernelPlan) -> bytes:
@@ -113,7 +115,9 @@ def backward_tail(problem: Problem, kernel: KernelPlan) -> bytes:
 class Executable(Protocol):
     """A loaded kernel."""
 
-    def launch(self, num_blocks: int, num_threads: int, shared_bytes: int, arguments: bytearray, stream: int, buffers: Sequence[Buffer]) -> None:
+    def launch(
+        self, num_blocks: int, num_threads: int, shared_bytes: int, arguments: bytearray, stream: int, buffers: Sequence[Buffer]
+    ) -> None:
         """Start the kernel on `stream`; on the simulator, run it to its end within `buffers`."""
 
 
@@ -141,7 +145,9 @@ class _GpuExecutable:
         self._runtime = cupy.cuda.runtime
         self._thread = threading.local()
 
-    def launch(self, num_blocks: int, num_threads: int, shared_bytes: int, arguments: bytearray, stream: int, buffers: Sequence[Buffer]) -> None:
+    def launch(
+        self, num_blocks: int, num_threads: int, shared_bytes: int, arguments: bytearray, stream: int, buffers: Sequence[Buffer]
+    ) -> None:
         block = (ctypes.c_char * len(arguments)).from_buffer(arguments)
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(block))
         previous = self._runtime.getDevice()
@@ -161,7 +167,9 @@ class _SimulatorExecutable:
 
         self._module = simulator.Module(cache.fetch(kernel.request(device)).data, kernel.entry)
 
-    def launch(self, num_blocks: int, num_threads: int, shared_bytes: int, arguments: bytearray, stream: int, buffers: Sequence[Buffer]) -> None:
+    def launch(
+        self, num_blocks: int, num_threads: int, shared_bytes: int, arguments: bytearray, stream: int, buffers: Sequence[Buffer]
+    ) -> None:
         self._module.launch((num_blocks, 1, 1), (num_threads, 1, 1), shared_bytes, arguments, buffers)
 
 

@@ -94,9 +94,15 @@ class Plan:
         """A few lines for people: problem, device, kernels with tiles and grids, memory, work."""
         problem = self.problem
         causal = f"causal ({problem.causal_alignment})" if problem.is_causal else "not causal"
-        heads = f"{problem.num_heads_q} heads" if problem.num_heads_q == problem.num_heads_kv else f"{problem.num_heads_q}/{problem.num_heads_kv} heads"
+        heads = (
+            f"{problem.num_heads_q} heads"
+            if problem.num_heads_q == problem.num_heads_kv
+            else f"{problem.num_heads_q}/{problem.num_heads_kv} heads"
+        )
         flops = problem.flops_backward if self.backward else problem.flops_forward
-        standard = problem.batch * problem.num_heads_q * problem.seqlen_q * problem.seqlen_kv * problem.itemsize * (4 if self.backward else 2)
+        standard = (
+            problem.batch * problem.num_heads_q * problem.seqlen_q * problem.seqlen_kv * problem.itemsize * (4 if self.backward else 2)
+        )
         lines = [
             f"{'backward' if self.backward else 'forward'} attention on {self.device.name}, {self.device.arch}",
             f"  problem    {problem.dtype}, batch {problem.batch}, seqlen {problem.seqlen_q} x {problem.seqlen_kv}, {heads}, "
@@ -174,7 +180,14 @@ def splits_dkdv(case: KernelCase, device: Device) -> bool:
 
 
 def offline_kernels(
-    device: Device, *, dtype: str, head_dim: int, is_causal: bool = False, allow_tf32: bool = False, backward: bool = True, tile: Tiles = None
+    device: Device,
+    *,
+    dtype: str,
+    head_dim: int,
+    is_causal: bool = False,
+    allow_tf32: bool = False,
+    backward: bool = True,
+    tile: Tiles = None,
 ) -> Iterable[KernelPlan]:
     """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection."""
     problem = _representative(dtype, head_dim, is_causal, allow_tf32)
@@ -199,7 +212,9 @@ def _check_names(tile: Tiles, passes: tuple[tiles.Pass, ...]) -> None:
     """A mapping pins kernels that run, no others."""
     for name in tile if isinstance(tile, Mapping) else ():
         if name not in passes:
-            raise TileError("tile", f"a tile for {name!r}", "kernels that run: " + ", ".join(passes), "Remove it; print(plan) lists the kernels.")
+            raise TileError(
+                "tile", f"a tile for {name!r}", "kernels that run: " + ", ".join(passes), "Remove it; print(plan) lists the kernels."
+            )
 
 
 def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:

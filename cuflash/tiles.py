@@ -190,14 +190,18 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
 def legal_tiles_for(case: KernelCase, device: Device) -> tuple[Tile, ...]:
     """All tiles of the usual shapes that `device` takes, best by the model first. Other legal ones exist, such as tile_q = 48."""
     legal = [tile for tile in _candidates(case, device) if broken_rule(case, tile, device) is None]
-    return tuple(sorted(legal, key=lambda tile: (estimate_cycles(case, tile, device), tile.tile_q, tile.tile_kv, tile.num_warps, tile.num_stages)))
+    return tuple(
+        sorted(legal, key=lambda tile: (estimate_cycles(case, tile, device), tile.tile_q, tile.tile_kv, tile.num_warps, tile.num_stages))
+    )
 
 
 def default_tile(case: KernelCase, device: Device) -> Tile:
     """The best tile by the model; every supported case has one."""
     tiles = legal_tiles_for(case, device)
     if not tiles:
-        raise TileError("tile", f"{case} on {device.name}", "a device whose shared memory holds the smallest tile", "Use a smaller head_dim.")
+        raise TileError(
+            "tile", f"{case} on {device.name}", "a device whose shared memory holds the smallest tile", "Use a smaller head_dim."
+        )
     return tiles[0]
 
 
@@ -210,7 +214,12 @@ def check_tile(case: KernelCase, tile: Tile, device: Device, argument: str = "ti
         return tile
     nearest = sorted(legal_tiles_for(case, device), key=lambda legal: _distance(legal, tile))[:3]
     listed = "; ".join(f"Tile({legal})" for legal in nearest)
-    raise TileError(argument, f"Tile({tile})", f"a tile that fits {case.kernel} with {case.dtype}, head_dim {case.head_dim}: {rule}", f"Nearest legal tiles: {listed}.")
+    raise TileError(
+        argument,
+        f"Tile({tile})",
+        f"a tile that fits {case.kernel} with {case.dtype}, head_dim {case.head_dim}: {rule}",
+        f"Nearest legal tiles: {listed}.",
+    )
 
 
 def _distance(left: Tile, right: Tile) -> float:

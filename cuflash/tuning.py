@@ -30,7 +30,9 @@ def legal_tiles(
         OptionError: an argument outside its domain.
     """
     if kernel not in tiles.PASSES:
-        raise OptionError("kernel", repr(kernel), "one of " + ", ".join(tiles.PASSES), "print(cuflash.plan(...)) names the kernels of a call.")
+        raise OptionError(
+            "kernel", repr(kernel), "one of " + ", ".join(tiles.PASSES), "print(cuflash.plan(...)) names the kernels of a call."
+        )
     case = KernelCase(kernel, _checked_dtype(dtype), _checked_head_dim(head_dim), bool(allow_tf32) and dtype == "float32")
     return tiles.legal_tiles_for(case, target(arch))
 
@@ -68,7 +70,12 @@ def warmup(
     causals = [is_causal] if isinstance(is_causal, bool) else list(is_causal)
     requests: dict[CompileRequest, None] = {}
     for one_head_dim, one_dtype, causal in product(head_dims, dtypes, causals):
-        options = {"dtype": _checked_dtype(one_dtype), "head_dim": _checked_head_dim(one_head_dim), "is_causal": causal, "allow_tf32": allow_tf32}
+        options = {
+            "dtype": _checked_dtype(one_dtype),
+            "head_dim": _checked_head_dim(one_head_dim),
+            "is_causal": causal,
+            "allow_tf32": allow_tf32,
+        }
         for kernel in offline_kernels(on, backward=backward, tile=tile, **options):  # type: ignore[arg-type]
             requests[kernel.request(on)] = None
     cache.fetch_many(list(requests), progress=None if progress is None else lambda done, total, _: progress(done, total))

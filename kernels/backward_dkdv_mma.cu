@@ -1,16 +1,16 @@
 // Gradients of K and V: dV = Pᵀ dO, dK = scale dSᵀ Q, with P and dS recomputed from LSE and delta.
 //
-// One block owns TILE_KV keys of one K/V head, each warp TILE_KV / NUM_WARPS of them, and walks over all queries that see them: all query tiles of all
-// query heads (and, where K or V is broadcast over the batch, of all batches) that share the head. Nothing is added across blocks, so the result is
-// the same bit for bit on every run. The scores are computed transposed,
+// One block owns TILE_KV keys of one K/V head, each warp TILE_KV / NUM_WARPS of them, and walks over all queries that see them: all query tiles of
+// all query heads (and, where K or V is broadcast over the batch, of all batches) that share the head. Nothing is added across blocks, so the result
+// is the same bit for bit on every run. The scores are computed transposed,
 //     Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dV += Pᵀ dO,   dK += dSᵀ Q
 // so that Pᵀ and dSᵀ become the A operands of the last two products without leaving registers.
 //
 // COMPUTE_DK and COMPUTE_DV say what is accumulated: both, or for large head dimensions one in each of two launches, since both together would not
 // fit the registers. V and dP are needed for dK only.
 //
-// Shared memory: K [TILE_KV][D] | V [TILE_KV][D] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][D] | row statistics [NUM_STAGES][TILE_Q] (sm_80 and later).
-// One copy group per query tile; with two stages or more the next tiles travel during the products of this one.
+// Shared memory: K [TILE_KV][D] | V [TILE_KV][D] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][D] | row statistics [NUM_STAGES][TILE_Q]
+// (sm_80 and later). One copy group per query tile; with two stages or more the next tiles travel during the products of this one.
 #include "tile/backward.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/gemm.cuh"
@@ -100,7 +100,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       if (tile < num_q_tiles) {
         load_Q.issue(Q_smem + slot(tile) * TileQ::BYTES, tile * TILE_Q);
         load_dO.issue(dO_smem + slot(tile) * TileQ::BYTES, tile * TILE_Q);
-        if constexpr (STATISTICS_IN_SMEM) issue_statistics(statistics_smem + slot(tile) * STATISTICS_BYTES, statistics, tile * TILE_Q, geometry.seqlen_q);
+        if constexpr (STATISTICS_IN_SMEM)
+          issue_statistics(statistics_smem + slot(tile) * STATISTICS_BYTES, statistics, tile * TILE_Q, geometry.seqlen_q);
       }
       cp_async_commit_group();
     };

@@ -210,10 +210,10 @@ def test_wrong_architecture_lists_the_right_ones(arch: str) -> None:
 
 def test_architecture_newer_than_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     class OldNvrtc:
-        def getVersion(self) -> tuple[int, int]:  # noqa: N802
+        def getVersion(self) -> tuple[int, int]:
             return 12, 2
 
-        def getSupportedArchs(self) -> tuple[int, ...]:  # noqa: N802
+        def getSupportedArchs(self) -> tuple[int, ...]:
             return 75, 80, 86, 90
 
     monkeypatch.setattr(compiler, "_nvrtc", OldNvrtc)
@@ -238,9 +238,9 @@ def test_wrong_source_and_target() -> None:
 @pytest.mark.parametrize("missing", ["CuPy", "NVRTC"])
 def test_what_is_missing_comes_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     class Cuda:
-        class nvrtc:  # noqa: N801
+        class nvrtc:
             @staticmethod
-            def getVersion() -> tuple[int, int]:  # noqa: N802
+            def getVersion() -> tuple[int, int]:
                 raise RuntimeError("libnvrtc not found")
 
     def import_module(name: str) -> type:

@@ -6,13 +6,15 @@ import ctypes
 import math
 import struct
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 
-from cuflash import compiler, device, launch, planning
+import cuflash
+from cuflash import attention, compiler, device, launch, planning
 from cuflash.arrays import borrow
 from cuflash.compiler import CompileRequest
 from cuflash.errors import CompileError
@@ -217,3 +219,32 @@ def test_a_gpu_launch_passes_the_struct_by_address_and_keeps_the_current_device(
         gpu.launch(12, 128, 4096, arguments, 5, ())
     assert seen == [(77, [12, 1, 1, 128, 1, 1], 4096, 5, 0, 0, bytes(arguments))] * 2
     assert runtime.device == current
+
+
+# --- Host cost ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_warm_call_costs_microseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the launch, which does nothing here. benchmarks/bench_host_cost.py measures it; this keeps planning and checks out of the way.
+
+    A call that is prepared anew costs ten times as much as one that is kept; the bound is generous, since machines that test are busy.
+    """
+
+    class Nothing:
+        def launch(self, *arguments: Any) -> None:
+            pass
+
+    monkeypatch.setattr(launch, "executable", lambda kernel, on: Nothing())
+    monkeypatch.setattr(attention, "_calls", {})
+    query, key, value = (numpy.zeros((2, 128, 4, 64), numpy.float16) for _ in range(3))
+    out, lse = cuflash.scaled_dot_product_attention(query, key, value, return_lse=True)
+    microseconds = {"forward": [0.0] * 500, "backward": [0.0] * 500}
+    for i in range(500):
+        start = time.perf_counter()
+        cuflash.scaled_dot_product_attention(query, key, value, return_lse=True)
+        half_way = time.perf_counter()
+        cuflash.scaled_dot_product_attention_backward(out, query, key, value, out, lse)
+        microseconds["forward"][i] = 1e6 * (half_way - start)
+        microseconds["backward"][i] = 1e6 * (time.perf_counter() - half_way)
+    assert min(microseconds["forward"]) <= 60
+    assert min(microseconds["backward"]) <= 120

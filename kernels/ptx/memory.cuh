@@ -42,10 +42,7 @@ DEVICE float2 load_shared_f32x2(SmemAddress address) {
 
 DEVICE float4 load_shared_f32x4(SmemAddress address) {
   float4 value;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-               : "r"(address)
-               : "memory");
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w) : "r"(address) : "memory");
   return value;
 }
 

@@ -28,9 +28,9 @@ DEVICE Chunk gather_chunk(const Element* source, int64 stride_dim, int valid_ele
   return chunk;
 }
 
-// Threads are laid out as ROW_STEP rows x THREADS_PER_ROW chunks; each walks down its column and then to the next group of chunks. ROW_STEP is a multiple
-// of 8, the period of the swizzle, and the row pointer moves by one constant step: all addresses of a thread are one base and immediates, and none has to
-// be kept in a register across the main loop.
+// Threads are laid out as ROW_STEP rows x THREADS_PER_ROW chunks; each walks down its column and then to the next group of chunks. ROW_STEP is a
+// multiple of 8, the period of the swizzle, and the row pointer moves by one constant step: all addresses of a thread are one base and immediates,
+// and none has to be kept in a register across the main loop.
 template <typename Tile, typename Element, int NUM_THREADS, bool STAGE = false>
 struct TileLoader {
   using SmemElement = typename Tile::SmemElement;
@@ -48,9 +48,7 @@ struct TileLoader {
   Chunk staged[STAGED ? CHUNK_ITERATIONS : 1][STAGED ? ROW_ITERATIONS : 1];
 
   DEVICE TileLoader(const TensorView& view, int batch, int head, int num_rows)
-      : source(view.row_pointer<const Element>(batch, head)),
-        view(view),
-        num_rows(num_rows) {}
+      : source(view.row_pointer<const Element>(batch, head)), view(view), num_rows(num_rows) {}
 
   DEVICE void issue(SmemAddress tile, int first_row) {
     if (!SAME_ELEMENT || !view.vectorized) {

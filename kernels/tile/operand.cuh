@@ -88,8 +88,8 @@ struct MmaHalf {
 
   template <int N_TILES>
   DEVICE static A from_accumulator(const float (&c)[N_TILES][4], int k_step) {
-    const float(&low)[4] = c[2 * k_step];
-    const float(&high)[4] = c[2 * k_step + 1];
+    const float (&low)[4] = c[2 * k_step];
+    const float (&high)[4] = c[2 * k_step + 1];
     return {pack<Element>(low[0], low[1]), pack<Element>(low[2], low[3]), pack<Element>(high[0], high[1]), pack<Element>(high[2], high[3])};
   }
 
@@ -97,8 +97,8 @@ struct MmaHalf {
 };
 
 // float32 on tensor cores, m16n8k8 TF32. With PRODUCTS = 3 each number is high + low, both TF32, and low * low is left out: the error per
-// product is about 2^-22, that of float32. Tensor cores truncate when they add to an accumulator, so long sums are kept outside, by additions that round
-// (Ootomo and Yokota 2022, arXiv 2203.03341). With PRODUCTS = 1 it is TF32 as the caller asked for.
+// product is about 2^-22, that of float32. Tensor cores truncate when they add to an accumulator, so long sums are kept outside, by additions that
+// round (Ootomo and Yokota 2022, arXiv 2203.03341). With PRODUCTS = 1 it is TF32 as the caller asked for.
 template <int PRODUCTS>
 struct MmaTf32 {
   using SmemElement = float;

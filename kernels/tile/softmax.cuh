@@ -18,7 +18,7 @@ DEVICE float clamp_exponent(float x) { return x > 0.0f ? 0.0f : x; }
 template <int M>
 struct OnlineSoftmax {
   float reference[M][2];  // rows g and g + 8 of each 16-row tile
-  float sum[M][2];        // this lane's columns only, until `finish`
+  float sum[M][2];  // this lane's columns only, until `finish`
 
   DEVICE OnlineSoftmax() {
 #pragma unroll

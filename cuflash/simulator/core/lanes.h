@@ -12,6 +12,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace sim {
@@ -137,10 +139,21 @@ SIM_INLINE Vec<f32> fused_multiply_add(Vec<f32> a, Vec<f32> b, Vec<f32> c) {
   return (Vec<f32>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(SIM_AVX2)
   return (Vec<f32>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec<f32>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   Vec<f32> result;
   SIM_UNROLL for (int i = 0; i < WIDTH<f32>; ++i) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return result;
+#endif
+}
+
+// a * b + c for factors whose product is exact, so that it does not matter whether it is rounded in between.
+SIM_INLINE Vec<f32> multiply_accumulate(Vec<f32> a, Vec<f32> b, Vec<f32> c) {
+#if defined(SIM_AVX512) || defined(SIM_AVX2) || defined(__aarch64__)
+  return fused_multiply_add(a, b, c);
+#else
+  return a * b + c;
 #endif
 }
 
