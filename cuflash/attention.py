@@ -93,12 +93,13 @@ def scaled_dot_product_attention(
     Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 1.
     """
     options = (is_causal, scale, enable_gqa, layout, batch_first, num_heads, causal_alignment, return_lse, deterministic, allow_tf32)
-    cache_key: Hashable | None = None
-    if out is None:
-        cache_key, pointers = _cache_key("forward", {"query": query, "key": key, "value": value}, attn_mask, dropout_p, options, tile)
-        call = _calls.get(cache_key)
-        if call is not None:
-            return call.run(pointers)
+    operands = {"query": query, "key": key, "value": value}
+    if out is not None:
+        operands["out"] = out
+    cache_key, pointers = _cache_key("forward", operands, attn_mask, dropout_p, options, tile)
+    call = _calls.get(cache_key)
+    if call is not None and (out is None or call.may_write(out, pointers)):
+        return call.run(pointers, out)
 
     inputs = {"query": borrow(query, "query"), "key": borrow(key, "key"), "value": borrow(value, "value")}
     _refuse_autograd(inputs)
@@ -108,7 +109,10 @@ def scaled_dot_product_attention(
     forward = _ForwardCall(problem, _device_of(inputs["query"]), tile, inputs, given, out_view)
     if cache_key is not None:
         _remember(cache_key, forward)
-    return forward.run({name: array.pointer for name, array in inputs.items()}, out, given)
+    pointers = {name: array.pointer for name, array in inputs.items()}
+    if given is not None:
+        pointers["out"] = given.pointer
+    return forward.run(pointers, out)
 
 
 def scaled_dot_product_attention_backward(
@@ -301,7 +305,10 @@ class _Call:
         for kernel, executable, tail in self.launches:
             executable.launch(kernel.num_blocks, kernel.num_threads, kernel.shared_bytes, bytearray(head + tail), stream, buffers)
 
-    def run(self, pointers: dict[str, int]) -> Any:
+    def may_write(self, out: Any, pointers: dict[str, int]) -> bool:
+        raise NotImplementedError
+
+    def run(self, pointers: dict[str, int], given: Any = None) -> Any:
         raise NotImplementedError
 
 
@@ -329,11 +336,24 @@ class _ForwardCall(_Call):
             _Launch(kernel, launch.executable(kernel, on), launch.forward_tail(problem, kernel)) for kernel in self.plan.kernels
         ]
 
-    def run(self, pointers: dict[str, int], given: Any = None, given_array: Array | None = None) -> Any:
-        if given_array is None:
+    def may_write(self, out: Any, pointers: dict[str, int]) -> bool:
+        """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""
+        flags = getattr(out, "flags", None)
+        if not getattr(flags, "writeable", True):
+            return False
+        low, size = self.extents["out"]
+        first = pointers["out"] + low
+        for name in ("query", "key", "value"):
+            low, other_size = self.extents[name]
+            other = pointers[name] + low
+            if first < other + other_size and other < first + size:
+                return False
+        return True
+
+    def run(self, pointers: dict[str, int], given: Any = None) -> Any:
+        out = given
+        if given is None:
             out, pointers["out"] = self.allocate(self.out)
-        else:
-            out, pointers["out"] = given, given_array.pointer
         lse = None
         if self.problem.return_lse:
             lse, pointers["lse"] = self.allocate(self.lse)
@@ -343,7 +363,7 @@ class _ForwardCall(_Call):
             _fill(out, 0.0)
             if lse is not None:
                 _fill(lse, float("-inf"))
-        if given_array is None:
+        if given is None:
             out = self.framework.finish(out)
         return (out, self.framework.finish(lse)) if self.problem.return_lse else out
 
@@ -374,7 +394,7 @@ class _BackwardCall(_Call):
             _Launch(kernel, launch.executable(kernel, on), launch.backward_tail(problem, kernel)) for kernel in self.plan.kernels
         ]
 
-    def run(self, pointers: dict[str, int]) -> Gradients:
+    def run(self, pointers: dict[str, int], given: Any = None) -> Gradients:
         gradients = []
         for result in self.results:
             gradient, pointers[result.name] = self.allocate(result)

@@ -191,9 +191,18 @@ def offline_kernels(
 ) -> Iterable[KernelPlan]:
     """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection."""
     problem = _representative(dtype, head_dim, is_causal, allow_tf32)
-    yield from make_plan(problem, device, tile=tile).kernels
+    passes = ("forward", *(backward_passes(problem, device) if backward else ()))
+    _check_names(tile, passes)
+    yield from make_plan(problem, device, tile=_of_pass(tile, backward=False)).kernels
     if backward:
-        yield from make_plan(problem, device, backward=True, tile=tile).kernels
+        yield from make_plan(problem, device, backward=True, tile=_of_pass(tile, backward=True)).kernels
+
+
+def _of_pass(tile: Tiles, *, backward: bool) -> Tiles:
+    """The part of a mapping that is for one pass."""
+    if not isinstance(tile, Mapping):
+        return tile
+    return {name: pinned for name, pinned in tile.items() if (name != "forward") == backward}
 
 
 def _representative(dtype: str, head_dim: int, is_causal: bool, allow_tf32: bool) -> Problem:

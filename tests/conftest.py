@@ -44,7 +44,8 @@ def _has_gpu() -> bool:
 HAS_GPU = _has_gpu()
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU; everything else also runs on the simulator")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:  # the simulator's threads and pytest's processes share the cores
         os.environ.setdefault("CUFLASH_SIMULATOR_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
@@ -264,7 +265,9 @@ class Target:
             wanted = attention_backward(grad_out, query, key, value, grad_lse=grad_lse, **options)
             naives = attention_naive_backward(grad_out, query, key, value, dtype, grad_lse=grad_lse, **options)  # type: ignore[arg-type]
             noise = _noise_of_gradients(grad_out, query, key, value, options)
-            for name, got, want_grad, naive_grad in zip(("grad_query", "grad_key", "grad_value"), results.grads, wanted, naives, strict=True):
+            for name, got, want_grad, naive_grad in zip(
+                ("grad_query", "grad_key", "grad_value"), results.grads, wanted, naives, strict=True
+            ):
                 assert got.dtype == query.dtype, name
                 got64 = reference.to_float64(got)
                 with numpy.errstate(invalid="ignore"):
@@ -278,25 +281,23 @@ class Target:
 
 
 def _noise_of_gradients(grad_out: Any, query: Any, key: Any, value: Any, options: dict[str, Any]) -> float:
-    """What float32 sums may leave of gradients in which terms cancel: relative to the terms, while `compare` measures by the result.
+    """What rounding may leave of gradients that are 0: with a single visible key P is 1 and dP - delta the difference of equal numbers.
 
-    With a single visible key P is 1 and dP - delta the difference of equal numbers: nothing but noise, all of one sign where tensor cores
-    truncate. Otherwise only float32 inputs come near it: the naive yardstick is a BLAS product of a handful of rows, nearly exact.
+    Half a unit in the last place of float32, relative to the terms; 0 wherever there is more than one key, where `compare` alone decides.
     """
     order = options.get("layout", "bshd")
     (seqlen_q, seqlen_kv), axis = (x.shape[order.index("s")] for x in (query, key)), order.index("d")
     top_left = options.get("is_causal", False) and options.get("causal_alignment") != "bottom_right"
     one_key = seqlen_kv == 1 or (top_left and seqlen_q == 1)
-    unit = 2.0**-22 if query.dtype == numpy.float32 else 2.0**-24 if one_key else 0.0
-    if 0 in query.shape or 0 in key.shape:
+    if not one_key or 0 in query.shape or 0 in key.shape:
         return 0.0
     q, k, v, grad = (reference.to_float64(x) for x in (query, key, value, grad_out))
     head_dim, scale = q.shape[axis], options.get("scale")
     product = float(numpy.linalg.norm(grad, axis=axis).max() * numpy.linalg.norm(v, axis=axis).max())
     largest = float(max(numpy.abs(k).max(), numpy.abs(q).max()))
     factor = abs(head_dim**-0.5 if scale is None else scale)
-    spread = max(1.0, query.size / key.size) ** 0.5 if one_key else head_dim**-0.5  # many rows are summed; or errors of either sign are
-    return unit * factor * product * largest * spread
+    rows = max(1.0, query.size / key.size)  # that are summed in one gradient of a key
+    return 2.0**-24 * factor * product * largest * rows**0.5
 
 
 @pytest.fixture(params=[*SIMULATED, *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])

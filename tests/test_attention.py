@@ -55,7 +55,9 @@ def test_the_matrix_covers_every_pair_of_lengths() -> None:
     assert covered == set(_PAIRS)
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": True, "causal_alignment": "bottom_right"}], ids=["full", "top_left", "bottom_right"])
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"is_causal": True, "causal_alignment": "bottom_right"}], ids=["full", "top_left", "bottom_right"]
+)
 @pytest.mark.parametrize("seqlen_q", LENGTHS, ids="Sq{}".format)
 def test_pairs_of_lengths_around_tile_edges(target: Target, seqlen_q: int, options: dict[str, Any]) -> None:
     query = target.random((1, seqlen_q, 1, 64), target.half, seed=1)
@@ -140,11 +142,18 @@ def test_stride_0_is_read_as_it_stands(target: Target, axis: int) -> None:
     shape[axis] = 1
     small = [target.random(tuple(shape), target.half, seed) for seed in (2, 3)]
     strides = [tuple(0 if i == axis else stride for i, stride in enumerate(x.strides)) for x in small]
-    views = [numpy.lib.stride_tricks.as_strided(target.as_numpy(x), (2, 65, 2, 64), stride) for x, stride in zip(small, strides, strict=True)]
+    views = [
+        numpy.lib.stride_tricks.as_strided(target.as_numpy(x), (2, 65, 2, 64), stride) for x, stride in zip(small, strides, strict=True)
+    ]
     key, value = (target.place(x) for x in views)
     assert key.strides[axis] == 0
     results = target.check(query, key, value, grad_out=grad_out)
-    copies = target.run(query, *(target.place(numpy.ascontiguousarray(x)) for x in views), grad_out=grad_out, grad_lse=target.random((2, 2, 65), "float32", 98))
+    copies = target.run(
+        query,
+        *(target.place(numpy.ascontiguousarray(x)) for x in views),
+        grad_out=grad_out,
+        grad_lse=target.random((2, 2, 65), "float32", 98),
+    )
     assert results.bits() == copies.bits()
 
 
@@ -309,7 +318,10 @@ def test_the_same_bits_on_every_run(target: Target, is_causal: bool) -> None:
 def test_a_kept_call_sees_new_values_at_new_addresses(target: Target) -> None:
     """The second call of a kind goes another way through the code than the first."""
     for seed in (1, 4, 7):
-        target.check(*(target.random((1, 33, 2, 64), target.half, seed + i) for i in range(3)), grad_out=target.random((1, 33, 2, 64), target.half, seed))
+        target.check(
+            *(target.random((1, 33, 2, 64), target.half, seed + i) for i in range(3)),
+            grad_out=target.random((1, 33, 2, 64), target.half, seed),
+        )
 
 
 def test_a_kept_call_is_not_taken_for_other_options_strides_or_alignment(target: Target) -> None:
@@ -359,7 +371,11 @@ def test_random_configuration(target: Target, seed: int) -> None:
     heads_kv, group, batch = draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2])
     batch_k, batch_v = (draw.choice([1, batch, batch]) for _ in range(2))
     heads_k, heads_v = (draw.choice([1, heads_kv, heads_kv, heads_kv]) for _ in range(2))
-    shapes = [(batch, seqlen_q, heads_kv * group, head_dim), (batch_k, seqlen_kv, heads_k, head_dim), (batch_v, seqlen_kv, heads_v, head_dim)]
+    shapes = [
+        (batch, seqlen_q, heads_kv * group, head_dim),
+        (batch_k, seqlen_kv, heads_k, head_dim),
+        (batch_v, seqlen_kv, heads_v, head_dim),
+    ]
     views = draw.choices(target.views, k=5)
     query, key, value = (target.random(shape, dtype, seed + i, view) for i, (shape, view) in enumerate(zip(shapes, views, strict=False)))
     out = target.random(shapes[0], dtype, seed + 5, views[4]) if draw.random() < 0.5 else None

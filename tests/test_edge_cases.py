@@ -172,7 +172,9 @@ def test_bfloat16_inputs_of_130000_stay_finite(target: Target) -> None:
     """Scores of 1e10 and exponents that differ by rounding alone: exp2 of a rounding error of 1024 is infinite unless clamped."""
     rng = numpy.random.default_rng(2)
     dtype = target.random((1,), "bfloat16", 0).dtype
-    query, key = (target.place((rng.choice([-1.3e5, 1.3e5], (1, 65, 2, 64)) * rng.uniform(0.5, 1, (1, 65, 2, 64))).astype(dtype)) for _ in range(2))
+    query, key = (
+        target.place((rng.choice([-1.3e5, 1.3e5], (1, 65, 2, 64)) * rng.uniform(0.5, 1, (1, 65, 2, 64))).astype(dtype)) for _ in range(2)
+    )
     value = target.random((1, 65, 2, 64), "bfloat16", 3)
     for options in ({}, {"is_causal": True}, {"scale": 1.0}):
         results = target.run(query, key, value, **options)

@@ -45,7 +45,7 @@ def cases() -> Iterator[object]:
         yield pytest.param(arch, dtype, head_dim, id=f"{arch}-{dtype}-D{head_dim}")
 
 
-@pytest.mark.parametrize(("arch", "dtype", "head_dim"), cases())
+@pytest.mark.parametrize(("arch", "dtype", "head_dim"), list(cases()))
 def test_no_spills_no_warnings_quick_and_on_tensor_cores(arch: str, dtype: str, head_dim: int) -> None:
     """With the default tiles; the causal kernels, which are the larger ones."""
     on = device.of_arch(arch, "gpu")

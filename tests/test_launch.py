@@ -21,7 +21,18 @@ from cuflash.errors import CompileError
 from cuflash.launch import BACKWARD_TENSORS, FORWARD_TENSORS, ArgumentTemplate
 from cuflash.problem import Problem, make_problem
 
-GEOMETRY = ("batch", "seqlen_q", "seqlen_kv", "num_heads_q", "num_heads_kv", "causal_offset", "scale", "scale_log2", "score_sign", "num_tiles")
+GEOMETRY = (
+    "batch",
+    "seqlen_q",
+    "seqlen_kv",
+    "num_heads_q",
+    "num_heads_kv",
+    "causal_offset",
+    "scale",
+    "scale_log2",
+    "score_sign",
+    "num_tiles",
+)
 POINTERS = {name: f"{name}.data" for name in (*BACKWARD_TENSORS, "lse", "grad_lse")} | {"row_statistics": "row_statistics"}
 """Names of pointers in Python -> fields in C++."""
 
@@ -50,6 +61,7 @@ def offset_of(template: ArgumentTemplate, name: str) -> int:
 
 
 # --- Against kernels/arguments.cuh --------------------------------------------------------------------------------------------------------
+
 
 def compile_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assertions: list[str]) -> str:
     """Compile the assertions behind the real arguments.cuh; returns PTX."""
@@ -142,7 +154,12 @@ def test_negative_and_64_bit_strides_are_packed_whole() -> None:
 
 @pytest.mark.parametrize(
     ("scale", "scale_log2", "sign"),
-    [(0.5, 0.5 * math.log2(math.e), 1.0), (-0.5, 0.5 * math.log2(math.e), -1.0), (0.0, 1.0, 0.0), (2.0**127, 2.0**127 * math.log2(math.e), 1.0)],
+    [
+        (0.5, 0.5 * math.log2(math.e), 1.0),
+        (-0.5, 0.5 * math.log2(math.e), -1.0),
+        (0.0, 1.0, 0.0),
+        (2.0**127, 2.0**127 * math.log2(math.e), 1.0),
+    ],
     ids=["positive", "negative", "zero", "largest"],
 )
 def test_scale_is_split_into_size_and_sign(scale: float, scale_log2: float, sign: float) -> None:
@@ -182,7 +199,8 @@ def test_a_kernel_is_loaded_once_for_all_grids(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(launch, "_executables", {})
     on, other = device.of_arch("sm_80"), device.of_arch("sm_86")
     short, long, causal = (
-        planning.make_plan(problem, on).kernels[0] for problem in (problem_of(), problem_of(return_lse=True, scale=2.0), problem_of(is_causal=True))
+        planning.make_plan(problem, on).kernels[0]
+        for problem in (problem_of(), problem_of(return_lse=True, scale=2.0), problem_of(is_causal=True))
     )
     first = launch.executable(short, on)
     assert launch.executable(long, on) is first

@@ -24,7 +24,9 @@ from cuflash.tiles import Tile
 SM_80 = device.of_arch("sm_80", "gpu")
 
 
-def problem_of(q: tuple[int, ...], k: tuple[int, ...] | None = None, v: tuple[int, ...] | None = None, dtype: str = "float16", **options: Any) -> Problem:
+def problem_of(
+    q: tuple[int, ...], k: tuple[int, ...] | None = None, v: tuple[int, ...] | None = None, dtype: str = "float16", **options: Any
+) -> Problem:
     """A problem of any size: the arrays are views of one element."""
     shapes = (q, k or q, v or k or q)
     return make_problem(*(borrow(numpy.broadcast_to(numpy.zeros(1, dtype), shape), "x") for shape in shapes), enable_gqa=True, **options)
@@ -94,7 +96,9 @@ def test_large_head_dims_take_a_kernel_each(arch: str) -> None:
     assert backward_passes(problem_of((1, 8, 1, 64)), device.of_arch(arch)) == ("backward_dkdv", "backward_dq")
 
 
-@pytest.mark.parametrize("shapes", [((0, 5, 2, 8),), ((2, 0, 2, 8),), ((2, 5, 0, 8),), ((2, 5, 2, 8), (2, 0, 2, 8))], ids=["batch", "queries", "heads", "keys"])
+@pytest.mark.parametrize(
+    "shapes", [((0, 5, 2, 8),), ((2, 0, 2, 8),), ((2, 5, 0, 8),), ((2, 5, 2, 8), (2, 0, 2, 8))], ids=["batch", "queries", "heads", "keys"]
+)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_nothing_to_compute_takes_no_kernel(shapes: Any, backward: bool) -> None:
     plan = plan_of(*shapes, backward=backward)
@@ -121,7 +125,9 @@ def test_lengths_batches_heads_and_scale_are_not_compiled_in(
         assert [kernel.request(SM_80) for kernel in plan.kernels] == want
 
 
-@pytest.mark.parametrize("change", [{"dtype": "float32"}, {"is_causal": True}, {"arch": "sm_86"}, {"head_dim": 72}, {"tile": Tile(64, 16, 4, 1)}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"dtype": "float32"}, {"is_causal": True}, {"arch": "sm_86"}, {"head_dim": 72}, {"tile": Tile(64, 16, 4, 1)}], ids=str
+)
 def test_what_is_compiled_in_changes_the_request(change: dict[str, Any]) -> None:
     def request(head_dim: int = 64, arch: str = "sm_80", **options: Any) -> Any:
         (kernel,) = plan_of((1, 5, 1, head_dim), arch=arch, **options).kernels
@@ -192,7 +198,9 @@ def test_more_blocks_than_a_grid_has_are_refused() -> None:
     """2**31 - 1 in x, and far more than 65535 before that."""
     tile = Tile(16, 16, 1, 1)
     assert plan_of((65_536, 16, 32_767, 8), tile=tile).kernels[0].num_blocks == 65_536 * 32_767 > 2**31 - 2**17
-    with pytest.raises(UnsupportedError, match=r"query: got 2147483648 tiles over batch and heads; expected at most 2147483647. Split the call"):
+    with pytest.raises(
+        UnsupportedError, match=r"query: got 2147483648 tiles over batch and heads; expected at most 2147483647. Split the call"
+    ):
         plan_of((65_536, 16, 32_768, 8), tile=tile)
 
 
@@ -249,7 +257,10 @@ def test_plan_is_that_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = numpy.zeros((2, 333, 4, 56), numpy.float16), numpy.zeros((2, 222, 2, 56), numpy.float16)
     out, lse = cuflash.scaled_dot_product_attention(query, key, key, enable_gqa=True, return_lse=True)
     cuflash.scaled_dot_product_attention_backward(query, query, key, key, out, lse, enable_gqa=True)
-    planned = [*cuflash.plan(query, key, key, enable_gqa=True).kernels, *cuflash.plan(query, key, key, enable_gqa=True, backward=True).kernels]
+    planned = [
+        *cuflash.plan(query, key, key, enable_gqa=True).kernels,
+        *cuflash.plan(query, key, key, enable_gqa=True, backward=True).kernels,
+    ]
     assert launched == [(kernel.name, kernel.num_blocks, kernel.num_threads, kernel.shared_bytes) for kernel in planned]
 
 

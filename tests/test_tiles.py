@@ -31,7 +31,10 @@ def on(arch: str = "sm_80") -> Device:
 
 
 def tiles_named_in(message: str) -> list[Tile]:
-    return [Tile(*map(int, numbers)) for numbers in re.findall(r"Tile\(tile_q=(\d+), tile_kv=(\d+), num_warps=(\d+), num_stages=(\d+)\)", message)]
+    return [
+        Tile(*map(int, numbers))
+        for numbers in re.findall(r"Tile\(tile_q=(\d+), tile_kv=(\d+), num_warps=(\d+), num_stages=(\d+)\)", message)
+    ]
 
 
 # --- Legality -----------------------------------------------------------------------------------------------------------------------------
@@ -50,7 +53,11 @@ BROKEN = {
     "five_stages": (case(), Tile(64, 16, 4, 5), "num_stages must be at most 4"),
     "shared_memory": (case(), Tile(128, 128, 8, 4), "shared memory: 147456 bytes needed, 101376 available on sm_86"),
     "registers": (case(head_dim=256), Tile(64, 64, 2, 1), "registers: at least 344 per thread needed, 255 available with 2 warps"),
-    "registers_of_16_warps": (case(head_dim=240), Tile(256, 16, 16, 1), "registers: at least 152 per thread needed, 128 available with 16 warps"),
+    "registers_of_16_warps": (
+        case(head_dim=240),
+        Tile(256, 16, 16, 1),
+        "registers: at least 152 per thread needed, 128 available with 16 warps",
+    ),
 }
 
 
@@ -151,7 +158,12 @@ def test_defaults_do_not_pass_the_register_file_by_the_estimate(arch: str) -> No
 
 
 @given(
-    st.sampled_from(PASSES), st.sampled_from(DTYPES), st.integers(1, 256), st.sampled_from(ARCHITECTURES), st.booleans(), st.randoms(use_true_random=False)
+    st.sampled_from(PASSES),
+    st.sampled_from(DTYPES),
+    st.integers(1, 256),
+    st.sampled_from(ARCHITECTURES),
+    st.booleans(),
+    st.randoms(use_true_random=False),
 )
 def test_check_tile_accepts_all_that_is_listed(kernel: Any, dtype: str, head_dim: int, arch: str, allow_tf32: bool, draw: Any) -> None:
     kernel_case = KernelCase(kernel, dtype, head_dim, allow_tf32)

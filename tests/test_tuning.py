@@ -59,7 +59,9 @@ def test_legal_tiles_of_this_machine(simulator: Target) -> None:
 
 def test_allow_tf32_matters_to_float32_alone() -> None:
     assert cuflash.legal_tiles(64, "float16", arch="sm_80", allow_tf32=True) == cuflash.legal_tiles(64, "float16", arch="sm_80")
-    exact, quick = (tiles.legal_tiles_for(KernelCase("forward", "float32", 64, allow), device.of_arch("sm_80", "gpu")) for allow in (False, True))
+    exact, quick = (
+        tiles.legal_tiles_for(KernelCase("forward", "float32", 64, allow), device.of_arch("sm_80", "gpu")) for allow in (False, True)
+    )
     assert cuflash.legal_tiles(64, "float32", arch="sm_80", allow_tf32=True) == quick
     assert cuflash.legal_tiles(64, "float32", arch="sm_80") == exact
 
@@ -144,7 +146,11 @@ def test_warmup_with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_warmup_refuses_what_a_call_would_refuse() -> None:
-    for call, argument in (({"head_dim": [64, 257]}, "head_dim"), ({"head_dim": 64, "dtype": ["float16", "int8"]}, "dtype"), ({"head_dim": 64, "arch": "sm_60"}, "arch")):
+    for call, argument in (
+        ({"head_dim": [64, 257]}, "head_dim"),
+        ({"head_dim": 64, "dtype": ["float16", "int8"]}, "dtype"),
+        ({"head_dim": 64, "arch": "sm_60"}, "arch"),
+    ):
         with pytest.raises(OptionError) as caught:
             cuflash.warmup(**call)
         assert caught.value.argument == argument
@@ -221,7 +227,9 @@ def test_processes_that_start_at_once_compile_each_kernel_once() -> None:
             process.kill()
     assert [process.returncode for process in processes] == [0] * 6, results
     assert sum(int(re.fullmatch(r"compiles (\d+)", out.strip())[1]) for out, _ in results) == 4  # type: ignore[index]
-    late = subprocess.run(command, env={**environment, "CUFLASH_COMPILE": "forbid"}, capture_output=True, text=True, check=False, timeout=120)
+    late = subprocess.run(
+        command, env={**environment, "CUFLASH_COMPILE": "forbid"}, capture_output=True, text=True, check=False, timeout=120
+    )
     assert late.stdout.strip() == "compiles 0", late.stderr
 
 
