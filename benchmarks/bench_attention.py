@@ -366,11 +366,11 @@ class Operands:
         return [out, grad_query, grad_key, grad_value]
 
     def errors(self, results: list[Any]) -> list[float | None]:
-        """Relative errors of results that are laid out like the operands."""
+        """Relative errors of [out], or of the three gradients, laid out like the operands."""
         if self.truth is None:
             return [None] * len(results)
         found: list[float | None] = []
-        for got, want in zip(results, self.truth[-len(results) :], strict=True):
+        for got, want in zip(results, self.truth[:1] if len(results) == 1 else self.truth[1:], strict=True):
             if self.torch is not None:
                 found.append(float((got[-1, :, -1].double() - want).norm() / want.norm()))
             else:
@@ -414,8 +414,10 @@ class Library:
     prepare: Callable[[Operands], Calls]
     takes: Callable[[Case], bool] = lambda case: True
 
-    def __str__(self) -> str:
-        return f"{self.name} {self.backend}"
+    @property
+    def label(self) -> str:
+        """What `--libraries` calls it."""
+        return "jax" if self.name == "jax" else self.backend
 
 
 def _cuflash_calls(operands: Operands) -> Calls:
@@ -534,7 +536,7 @@ def libraries(machine: Machine, wanted: list[str]) -> list[Library]:
         found.append(Library("jax", "cudnn", version_of("jax"), functools.partial(_jax_calls, implementation=implementation), sixteen))
     else:
         found.append(Library("numpy", "formula", numpy.__version__, _formula_calls, lambda case: case.seqlen <= 512))
-    return [library for library in found if library.backend in wanted]
+    return [library for library in found if library.label in wanted]
 
 
 def peak_memory(operands: Operands, machine: Machine, call: Callable[[], Any], library: str) -> int | None:
@@ -580,7 +582,7 @@ def time_case(case: Case, libraries_: list[Library], machine: Machine, table: Ta
             calls = library.prepare(operands)
         except Exception as error:
             table.add({**row, "pass": "forward", "note": f"does not run: {one_line(error)}"})
-            said["forward"].append(f"{library.backend} –")
+            said["forward"].append(f"{library.label} –")
             if library.name == "cuflash":
                 traceback.print_exc()
                 yield "wrong"
@@ -594,12 +596,11 @@ def time_case(case: Case, libraries_: list[Library], machine: Machine, table: Ta
                 if calls.wait is not None:
                     calls.wait()
                 arrays = [calls.as_operands(x) for x in (results if direction == "backward" else [results])]
-                errors = operands.errors(arrays) if direction == "backward" else operands.errors([*arrays, *arrays, *arrays, *arrays])[:1]
-                error, note = judge(library, case, errors)
+                error, note = judge(library, case, operands.errors(arrays))
                 del results, arrays
                 if note == "wrong":
                     table.add({**row, "relative_error": error, "note": note})
-                    said[direction].append(f"{library.backend} WRONG ({error:.1e})")
+                    said[direction].append(f"{library.label} WRONG ({error:.1e})")
                     if library.name == "cuflash":
                         yield "wrong"
                     continue
@@ -607,16 +608,17 @@ def time_case(case: Case, libraries_: list[Library], machine: Machine, table: Ta
                 times = machine.time(call, seconds, calls.wait)
                 rate = case.flops(direction) / times["milliseconds"] / 1e9
                 table.add({**row, **times, "tflops": rate, "peak_memory_bytes": memory, "relative_error": error, "note": note})
-                said[direction].append(f"{library.backend} {rate:.3g}")
+                said[direction].append(f"{library.label} {rate:.3g}")
             except Exception as error:
                 table.add({**row, "note": f"does not run: {one_line(error)}"})
-                said[direction].append(f"{library.backend} –")
+                said[direction].append(f"{library.label} –")
                 if library.name == "cuflash":
                     traceback.print_exc()
                     yield "wrong"
         del calls
     for direction, words in said.items():
-        print(f"{case!s:44} {direction:8} TFLOP/s  {'   '.join(words)}", flush=True)
+        if words:
+            print(f"{case!s:44} {direction:8} TFLOP/s  {'   '.join(words)}", flush=True)
 
 
 def compare_libraries(machine: Machine, arguments: argparse.Namespace) -> int:
@@ -629,28 +631,24 @@ def compare_libraries(machine: Machine, arguments: argparse.Namespace) -> int:
     table = Table(arguments.output and arguments.output / "attention.csv", COLUMNS)
     found, deadline, wrong = libraries(machine, first), time.monotonic() + arguments.seconds, 0
     seconds = 0.06 if quick else 0.25
-    print(f"{machine.gpu}, {', '.join(map(str, found))}; {len(cases)} cases; FLOP of the formula, whatever is really computed")
+    print(f"{machine.gpu}, {', '.join(library.label for library in found)}; {len(cases)} cases; FLOP of the formula, whatever is really computed")
     prefetch(cases, machine)
     heat(machine)
     done = 0
-    for done, case in enumerate(cases, start=1):
-        wrong += sum(1 for _ in time_case(case, found, machine, table, seconds))
+    for case in cases:
+        wrong += len(list(time_case(case, found, machine, table, seconds)))
+        done += 1
         if time.monotonic() > deadline:
             print("out of time")
             break
-    if not arguments.libraries and time.monotonic() < deadline:  # after the rest: it has memory and streams of its own
-        late = [case for case in cases if machine.dry or (case.dtype == "bfloat16" and case.seqlen in ((2048, 8192) if quick else SEQLENS))]
-        for case in late:
-            for _ in time_case(case, libraries(machine, ["jax-cudnn"]) or _jax(machine), machine, table, seconds):
-                pass
-            if time.monotonic() > deadline:
-                break
+    late = [] if arguments.libraries else libraries(machine, ["jax"])  # after the rest: it has memory and streams of its own
+    for case in cases if late else []:
+        if time.monotonic() > deadline:
+            break
+        if machine.dry or (case.dtype == "bfloat16" and case.seqlen in ((2048, 8192) if quick else SEQLENS)):
+            list(time_case(case, late, machine, table, seconds))
     print(f"SUMMARY: {done} of {len(cases)} cases timed, {wrong} wrong results of cuflash")
-    return int(wrong > 0 or done < len(cases) and not quick)
-
-
-def _jax(machine: Machine) -> list[Library]:
-    return [library for library in libraries(machine, ["cudnn"]) if library.name == "jax"]
+    return int(wrong > 0 or (done < len(cases) and not quick))
 
 
 def heat(machine: Machine) -> None:
@@ -789,7 +787,7 @@ def sweep_tiles(machine: Machine, arguments: argparse.Namespace) -> int:
             attention = functools.partial(cuflash.scaled_dot_product_attention, query, key, value, return_lse=True, **options)
             if direction == "forward":
                 call: Callable[[], Any] = functools.partial(attention, tile=pinned)
-                error = operands.errors([call()[0]] * 4)[0]
+                error = operands.errors([call()[0]])[0]
             else:
                 out, lse = attention()
                 call = functools.partial(
@@ -1020,7 +1018,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="folder for CSV and JSON; without it, nothing is written")
     parser.add_argument("--seconds", type=float, default=170.0, help="begin nothing after this time; default 170")
     parser.add_argument("--cases", default="", help="regular expression; only cases whose description it is found in")
-    parser.add_argument("--libraries", default="", help="comma-separated: cuflash, flash, cudnn, efficient, flex (cudnn also means that of JAX)")
+    parser.add_argument("--libraries", default="", help="comma-separated: cuflash, flash, cudnn, efficient, flex, jax")
     parser.add_argument("--top", type=int, default=6, help="tiles to time, the model's best")
     parser.add_argument("--spread", type=int, default=6, help="tiles to time beyond those, evenly among the rest")
     parser.add_argument("--dry-run", action="store_true", help="test this program without a GPU")

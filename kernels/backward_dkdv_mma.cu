@@ -12,36 +12,23 @@
 // Shared memory: K [TILE_KV][D] | V [TILE_KV][D] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][D] | row statistics [NUM_STAGES][TILE_Q]
 // (sm_80 and later). One copy group per query tile; with two stages or more the next tiles travel during the products of this one.
 #include "tile/backward.cuh"
+#include "tile/constants.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/gemm.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
 
-using Element = Config::Element;
-using Mma = SelectMma<Element, Config::CAPABILITY, Config::ALLOW_TF32>::type;
-
-constexpr int TILE_Q = Config::TILE_Q;
-constexpr int TILE_KV = Config::TILE_KV;
-constexpr int NUM_WARPS = Config::NUM_WARPS;
-constexpr int NUM_STAGES = Config::NUM_STAGES;
-constexpr int NUM_THREADS = NUM_WARPS * WARP_SIZE;
 constexpr int WARP_ROWS = TILE_KV / NUM_WARPS;
 constexpr bool COMPUTE_DK = Config::COMPUTE_DK;
 constexpr bool COMPUTE_DV = Config::COMPUTE_DV;
 
-using TileQ = SmemTile<Mma::SmemElement, TILE_Q, Config::HEAD_DIM>;
-using TileKV = SmemTile<Mma::SmemElement, TILE_KV, Config::HEAD_DIM>;
-
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_Q / 8;
-constexpr int D_TILES = TileQ::COLUMNS / 8;
 constexpr bool STATISTICS_IN_SMEM = HAS_CP_ASYNC;  // sm_75 reads them from global memory: it has no bytes to spare at head_dim 256
 constexpr int STATISTICS_BYTES = STATISTICS_IN_SMEM ? TILE_Q * int(sizeof(RowStatistics)) : 0;
 constexpr int STATIONARY_BYTES = (COMPUTE_DK ? 2 : 1) * TileKV::BYTES;
 
 static_assert(TILE_KV % (16 * NUM_WARPS) == 0, "tile_kv must be a multiple of 16 * num_warps");
-static_assert(TILE_Q % 16 == 0, "tile_q must be a multiple of 16");
-static_assert(HAS_CP_ASYNC || NUM_STAGES == 1, "num_stages must be 1 without cp.async");
 static_assert(STATIONARY_BYTES + NUM_STAGES * (2 * TileQ::BYTES + STATISTICS_BYTES) == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
 DEVICE void issue_statistics(SmemAddress destination, const RowStatistics* source, int first_q, int seqlen_q) {
@@ -83,9 +70,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   clear(dK);
   clear(dV);
 
-  const int first_tile = first_visible_query<Config::CAUSAL>(geometry, first_kv) / TILE_Q;
+  const int first_tile = first_visible_query<CAUSAL>(geometry, first_kv) / TILE_Q;
   const int num_q_tiles = (geometry.seqlen_q + TILE_Q - 1) / TILE_Q;
-  const int num_keys = visible_keys<Config::CAUSAL>(geometry, geometry.seqlen_q);  // keys beyond are not even read
+  const int num_keys = visible_keys<CAUSAL>(geometry, geometry.seqlen_q);  // keys beyond are not even read
   const int num_members = first_tile < num_q_tiles ? arguments.group_batch * arguments.group_heads : 0;
   auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES; };
 
@@ -151,9 +138,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 #pragma unroll
           for (int i = 0; i < 4; ++i) P[m][n][i] = probability(P[m][n][i], geometry.scale_log2, i % 2 ? pair.z : pair.x);
       }
-      if (needs_mask<Config::CAUSAL>(geometry, j * TILE_Q, first_kv + TILE_KV)) {
+      if (needs_mask<CAUSAL>(geometry, j * TILE_Q, first_kv + TILE_KV)) {
         for_each_element(P, [&](int row, int column, float& probability) {
-          if (!is_visible<Config::CAUSAL>(geometry, j * TILE_Q + column, first_kv + warp_row + row)) probability = 0.0f;
+          if (!is_visible<CAUSAL>(geometry, j * TILE_Q + column, first_kv + warp_row + row)) probability = 0.0f;
         });
       }
       if constexpr (COMPUTE_DV) gemm_accumulator<Mma>(dV, P, typename Mma::OperandBByRows<TileQ>(dO_tile));
@@ -183,12 +170,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
   const int first_row = first_kv + warp_row;
   if constexpr (COMPUTE_DV) {
-    store_rows<Element, Config::HEAD_DIM>(dV, K_smem + warp_row * TileKV::ROW_BYTES, arguments.grad_value, work.batch, work.head, first_row,
-                                          geometry.seqlen_kv);
+    store_rows<Element, HEAD_DIM>(dV, K_smem + warp_row * TileKV::ROW_BYTES, arguments.grad_value, work.batch, work.head, first_row,
+                                  geometry.seqlen_kv);
   }
   if constexpr (COMPUTE_DK) {
     multiply_all(dK, geometry.scale);
-    store_rows<Element, Config::HEAD_DIM>(dK, K_smem + warp_row * TileKV::ROW_BYTES, arguments.grad_key, work.batch, work.head, first_row,
-                                          geometry.seqlen_kv);
+    store_rows<Element, HEAD_DIM>(dK, K_smem + warp_row * TileKV::ROW_BYTES, arguments.grad_key, work.batch, work.head, first_row,
+                                  geometry.seqlen_kv);
   }
 }

@@ -7,36 +7,23 @@
 //
 // Shared memory: Q [TILE_Q][D] | dO [TILE_Q][D] | K [NUM_STAGES][TILE_KV][D] | V [NUM_STAGES][TILE_KV][D]. One copy group per key tile.
 #include "tile/backward.cuh"
+#include "tile/constants.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/gemm.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
 
-using Element = Config::Element;
-using Mma = SelectMma<Element, Config::CAPABILITY, Config::ALLOW_TF32>::type;
-
-constexpr int TILE_Q = Config::TILE_Q;
-constexpr int TILE_KV = Config::TILE_KV;
-constexpr int NUM_WARPS = Config::NUM_WARPS;
-constexpr int NUM_STAGES = Config::NUM_STAGES;
-constexpr int NUM_THREADS = NUM_WARPS * WARP_SIZE;
 constexpr int WARP_ROWS = TILE_Q / NUM_WARPS;
-
-using TileQ = SmemTile<Mma::SmemElement, TILE_Q, Config::HEAD_DIM>;
-using TileKV = SmemTile<Mma::SmemElement, TILE_KV, Config::HEAD_DIM>;
 
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_KV / 8;
-constexpr int D_TILES = TileQ::COLUMNS / 8;
 
 static_assert(TILE_Q % (16 * NUM_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
-static_assert(TILE_KV % 16 == 0, "tile_kv must be a multiple of 16");
-static_assert(HAS_CP_ASYNC || NUM_STAGES == 1, "num_stages must be 1 without cp.async");
 static_assert(2 * TileQ::BYTES + 2 * NUM_STAGES * TileKV::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(const __grid_constant__ BackwardArguments arguments) {
   const Geometry& geometry = arguments.geometry;
-  const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q, Config::CAUSAL);
+  const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q, CAUSAL);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
   const int first_q = work.tile * TILE_Q;
   const int warp_row = warp_index() * WARP_ROWS;
@@ -47,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
   const SmemAddress K_smem = dO_smem + TileQ::BYTES;
   const SmemAddress V_smem = K_smem + NUM_STAGES * TileKV::BYTES;
 
-  const int num_keys = visible_keys<Config::CAUSAL>(geometry, first_q + TILE_Q);  // keys beyond are not even read
+  const int num_keys = visible_keys<CAUSAL>(geometry, first_q + TILE_Q);  // keys beyond are not even read
   const int num_kv_tiles = (num_keys + TILE_KV - 1) / TILE_KV;
   TileLoader<TileKV, Element, NUM_THREADS> load_K(arguments.key, work.batch, head_kv, num_keys);
   TileLoader<TileKV, Element, NUM_THREADS> load_V(arguments.value, work.batch, head_kv, num_keys);
@@ -107,9 +94,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
       for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) P[m][n][i] = probability(P[m][n][i], geometry.scale_log2, statistics[m][i / 2].lse_log2);
-    if (needs_mask<Config::CAUSAL>(geometry, first_q, first_kv + TILE_KV)) {
+    if (needs_mask<CAUSAL>(geometry, first_q, first_kv + TILE_KV)) {
       for_each_element(P, [&](int row, int column, float& probability) {
-        if (!is_visible<Config::CAUSAL>(geometry, first_q + warp_row + row, first_kv + column)) probability = 0.0f;
+        if (!is_visible<CAUSAL>(geometry, first_q + warp_row + row, first_kv + column)) probability = 0.0f;
       });
     }
 
@@ -132,6 +119,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
   }
 
   multiply_all(dQ, geometry.scale);
-  store_rows<Element, Config::HEAD_DIM>(dQ, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.grad_query, work.batch, work.head, first_q + warp_row,
-                                        geometry.seqlen_q);
+  store_rows<Element, HEAD_DIM>(dQ, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.grad_query, work.batch, work.head, first_q + warp_row,
+                                geometry.seqlen_q);
 }

@@ -10,6 +10,7 @@
 //   B  V_j has landed; every warp is done with K_j       ->  K_{j+NUM_STAGES} may be issued into its slot
 // so at either barrier 2 (NUM_STAGES - 1) younger groups may still be in flight. With one stage, V_j travels during Q Kᵀ and K_{j+1} during the
 // softmax and P V.
+#include "tile/constants.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/gemm.cuh"
 #include "tile/mask.cuh"
@@ -17,32 +18,18 @@
 #include "tile/schedule.cuh"
 #include "tile/softmax.cuh"
 
-using Element = Config::Element;
-using Mma = SelectMma<Element, Config::CAPABILITY, Config::ALLOW_TF32>::type;
-
-constexpr int TILE_Q = Config::TILE_Q;
-constexpr int TILE_KV = Config::TILE_KV;
-constexpr int NUM_WARPS = Config::NUM_WARPS;
-constexpr int NUM_STAGES = Config::NUM_STAGES;
-constexpr int NUM_THREADS = NUM_WARPS * WARP_SIZE;
 constexpr int WARP_ROWS = TILE_Q / NUM_WARPS;
-
-using TileQ = SmemTile<Mma::SmemElement, TILE_Q, Config::HEAD_DIM>;
-using TileKV = SmemTile<Mma::SmemElement, TILE_KV, Config::HEAD_DIM>;
 
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_KV / 8;
-constexpr int O_TILES = TileQ::COLUMNS / 8;
 constexpr int PENDING = 2 * (NUM_STAGES - 1);
 
 static_assert(TILE_Q % (16 * NUM_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
-static_assert(TILE_KV % 16 == 0, "tile_kv must be a multiple of 16");
-static_assert(HAS_CP_ASYNC || NUM_STAGES == 1, "num_stages must be 1 without cp.async");
 static_assert(TileQ::BYTES + 2 * NUM_STAGES * TileKV::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const __grid_constant__ ForwardArguments arguments) {
   const Geometry& geometry = arguments.geometry;
-  const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q, Config::CAUSAL);
+  const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q, CAUSAL);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
   const int first_q = work.tile * TILE_Q;
   const int warp_row = warp_index() * WARP_ROWS;
@@ -52,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   const SmemAddress K_smem = Q_smem + TileQ::BYTES;
   const SmemAddress V_smem = K_smem + NUM_STAGES * TileKV::BYTES;
 
-  const int num_keys = visible_keys<Config::CAUSAL>(geometry, first_q + TILE_Q);  // keys beyond are not even read
+  const int num_keys = visible_keys<CAUSAL>(geometry, first_q + TILE_Q);  // keys beyond are not even read
   const int num_kv_tiles = (num_keys + TILE_KV - 1) / TILE_KV;
   TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q);
   TileLoader<TileKV, Element, NUM_THREADS, true> load_K(arguments.key, work.batch, head_kv, num_keys);
@@ -79,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   }
   issue_K(NUM_STAGES - 1);
 
-  float O[M_TILES][O_TILES][4];
+  float O[M_TILES][D_TILES][4];
   clear(O);
   OnlineSoftmax<M_TILES> softmax;
 
@@ -96,9 +83,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 
     const int first_kv = j * TILE_KV;
     if (geometry.score_sign != 1.0f) multiply_all(S, geometry.score_sign);
-    if (needs_mask<Config::CAUSAL>(geometry, first_q, first_kv + TILE_KV)) {
+    if (needs_mask<CAUSAL>(geometry, first_q, first_kv + TILE_KV)) {
       for_each_element(S, [&](int row, int column, float& score) {
-        if (!is_visible<Config::CAUSAL>(geometry, first_q + warp_row + row, first_kv + column)) score = -infinity();
+        if (!is_visible<CAUSAL>(geometry, first_q + warp_row + row, first_kv + column)) score = -infinity();
       });
     }
     softmax.update(S, O, geometry.scale_log2);
@@ -115,6 +102,5 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
         if (query < geometry.seqlen_q) *arguments.lse.pointer(work.batch, work.head, query) = softmax.reference[m][r];
       }
   }
-  store_rows<Element, Config::HEAD_DIM>(O, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.out, work.batch, work.head, first_q + warp_row,
-                                        geometry.seqlen_q);
+  store_rows<Element, HEAD_DIM>(O, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.out, work.batch, work.head, first_q + warp_row, geometry.seqlen_q);
 }

@@ -1,0 +1,266 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can tell, in one unattended run: what is wrong, how fast it is, and why.
+#
+#   benchmarks/validate_gpu.sh [options] [OUT_DIR] [step...]
+#
+#   --seconds N     for all steps together; default 530. A step gets the smaller of its own limit and what is left
+#   --full          every case and library in `bench`, without a limit of its own
+#   --archive FILE  OUT_DIR as .tar.gz, renewed after every step
+#   --dry-run       tiny shapes on the simulator and stand-ins for the tools: tests this script; writes nothing below benchmarks/results
+#   --list          the steps and their limits
+#
+# Each step has a limit of its own, writes OUT_DIR/logs/STEP.log and never keeps the next from running. OUT_DIR/summary.txt, printed at the end and current
+# after every step, has their exit codes. Figures go to OUT_DIR/results/GPU/ and from there to benchmarks/results/GPU/. Nothing is installed, and no setting
+# of the GPU is changed. PYTHON names the interpreter, CUFLASH_CACHE_DIR the folder for compiled kernels.
+set -u
+
+# Name, seconds, what it tells; in the order of their value.
+STEPS="
+facts      30  machine, software, clocks, ceilings -> facts.json
+compile    60  every kernel that the other steps need; registers and spills
+smoke      60  both passes against float64, twice; wrong results are kept in failures/
+streams    25  streams, CUDA graphs, threads, a second GPU
+pytest    100  the tests of the GPU -> pytest.xml
+simulator  30  GPU against simulator, bit by bit -> simulator.json
+sanitize   80  memcheck, racecheck, initcheck, synccheck, side by side
+bench     150  libraries side by side -> attention.csv
+tiles      75  tiles beside the model's opinion -> tiles.csv
+host       25  microseconds of a warm call -> host.json
+profile    45  Nsight Compute on a common case and on the worst -> logs/profile-*.txt
+figures    25  tables and figures of all that
+"
+
+usage() { sed -n '2,/^set -u/{/^set -u/d;s/^# \{0,1\}//;p;}' "$0"; }
+
+total=530 full="" archive="" dry="" out="" chosen=""
+while [ $# -gt 0 ]; do
+  case $1 in
+    --seconds) total=${2:?--seconds needs a number}; shift ;;
+    --archive) archive=${2:?--archive needs a file}; shift ;;
+    --full) full=1 ;;
+    --dry-run) dry=--dry-run ;;
+    --list) printf '%s' "$STEPS"; exit 0 ;;
+    -h | --help) usage; exit 0 ;;
+    -*) echo "unknown option $1; see --help" >&2; exit 2 ;;
+    *)
+      if printf '%s' "$STEPS" | grep -q "^$1 "; then
+        chosen="$chosen $1"
+      elif [ -z "$out" ] && [ -z "$chosen" ]; then
+        out=$1
+      else
+        echo "unknown step $1; --list lists them" >&2
+        exit 2
+      fi ;;
+  esac
+  shift
+done
+case $total in '' | *[!0-9]*) echo "--seconds needs a whole number" >&2; exit 2 ;; esac
+[ -n "$chosen" ] || chosen=$(printf '%s' "$STEPS" | awk 'NF { print $1 }')
+
+root=$(cd "$(dirname "$0")/.." && pwd) || exit 2
+out=${out:-${TMPDIR:-/tmp}/cuflash-validation}
+mkdir -p "$out/logs" && out=$(cd "$out" && pwd) || exit 2
+[ -z "$archive" ] || { mkdir -p "$(dirname "$archive")" && archive=$(cd "$(dirname "$archive")" && pwd)/$(basename "$archive"); } || exit 2
+cd "$root" || exit 2
+python=${PYTHON:-$(command -v python3 || command -v python)}
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export CUFLASH_CACHE_DIR="${CUFLASH_CACHE_DIR:-${TMPDIR:-/tmp}/cuflash-validation-cache}"
+mkdir -p "$CUFLASH_CACHE_DIR"
+bench=benchmarks/bench_attention.py calls=benchmarks/sanitize.py
+started=$SECONDS
+: >"$out/summary.txt"
+
+has_module() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2>/dev/null; }
+say() { printf '%s\n' "$*"; }
+
+# --- Steps: `limit` holds the seconds that this one has ---------------------------------------------------------------------------------------
+
+results_folder() { find "$out/results" -mindepth 1 -maxdepth 1 -type d 2>/dev/null | head -n 1; }
+
+step_facts() {
+  command -v nvidia-smi >/dev/null && nvidia-smi
+  "$python" -m cuflash info
+  "$python" "$bench" $dry --facts --output "$results"
+  local code=$?
+  cp "$results/facts.json" "$out/facts.json"
+  [ -z "$dry" ] && nvidia-smi -q -d CLOCK,PERFORMANCE,POWER,TEMPERATURE
+  return $code
+}
+
+step_compile() { "$python" "$bench" $dry --compile --seconds $((limit - 5)); }
+
+step_smoke() { "$python" "$calls" $dry --check --seconds $((limit - 5)) --keep "$out/failures"; }
+
+step_streams() { "$python" -X faulthandler "$calls" $dry --streams; }
+
+step_pytest() {
+  local options=(-p no:cacheprovider -q -rfE --tb=short --strict-markers -o "markers=gpu: needs a GPU" --junitxml "$out/pytest.xml" --durations=10)
+  has_module pytest || { say "SUMMARY: pytest is not installed"; return 3; }
+  if has_module xdist; then options+=(-n "$(($(nproc) < 8 ? $(nproc) : 8))"); fi
+  if has_module pytest_timeout; then options+=(--timeout 60); fi
+  for module in hypothesis ml_dtypes; do has_module $module || say "$module is not installed: the tests will not be collected"; done
+  if [ -n "$dry" ]; then
+    options+=(-k "sm_80 and test_one") # a handful on the simulator
+  else
+    options+=(-m gpu)
+  fi
+  # Interrupted rather than killed, so that the report of what has run is written.
+  timeout -s INT -k 10 $((limit - 12)) "$python" -X faulthandler -m pytest "${options[@]}" tests
+  local code=$?
+  say "SUMMARY: $(grep -oE '[0-9]+ (passed|failed|errors?|skipped|deselected)' "$out/logs/pytest.log" | tail -n 5 | paste -sd, -)"
+  [ -n "$dry" ] && [ $code -eq 5 ] && return 0 # nothing was collected
+  return $code
+}
+
+step_simulator() { "$python" "$calls" $dry --simulator --seconds $((limit - 8)) --output "$results/simulator.json"; }
+
+step_sanitize() {
+  local tool tools="memcheck racecheck initcheck synccheck" code=0 word="" pids=() options
+  local sanitizer
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+  if [ -z "$sanitizer" ] && [ -z "$dry" ]; then say "SUMMARY: compute-sanitizer is not there"; return 3; fi
+  for tool in $tools; do
+    options=(--tool "$tool" --error-exitcode 86 --print-limit 40)
+    [ "$tool" = racecheck ] && options+=(--racecheck-report all)
+    local command=("$sanitizer" "${options[@]}" "$python")
+    [ -n "$dry" ] && command=("$python")
+    timeout -k 5 $((limit - 6)) "${command[@]}" "$calls" $dry --seconds $((limit - 20)) >"$out/logs/sanitize-$tool.txt" 2>&1 &
+    pids+=($!)
+  done
+  local index=0
+  for tool in $tools; do
+    wait "${pids[$index]}"
+    local status=$?
+    index=$((index + 1))
+    say "=== $tool: exit code $status"
+    grep -vE '^========= *$' "$out/logs/sanitize-$tool.txt" | head -n 60
+    tail -n 5 "$out/logs/sanitize-$tool.txt"
+    [ $status -eq 0 ] || code=1
+    word="$word $tool $status ($(grep -cE '^(ran|NaN)' "$out/logs/sanitize-$tool.txt") cases);"
+  done
+  say "SUMMARY:$word exit code 86 means that the tool found something"
+  return $code
+}
+
+step_bench() {
+  local mode=--quick
+  [ -n "$full" ] && mode=--full
+  "$python" -X faulthandler "$bench" $dry $mode --seconds $((limit - 12)) --output "$results"
+}
+
+step_tiles() { "$python" -X faulthandler "$bench" $dry --tiles --seconds $((limit - 8)) --output "$results"; }
+
+step_host() { "$python" "$bench" $dry --host --output "$results"; }
+
+step_profile() {
+  local ncu case code=0 number=0 cases=("bfloat16 128 4096 causal forward" "bfloat16 128 4096 causal backward") found
+  ncu=$(command -v ncu || ls /usr/local/cuda/bin/ncu /opt/nvidia/nsight-compute/*/ncu 2>/dev/null | head -n 1)
+  if [ -z "$ncu" ] && [ -z "$dry" ]; then say "SUMMARY: ncu is not there"; return 3; fi
+  if [ -f "$results/attention.csv" ]; then
+    found=$("$python" "$bench" --worst "$results/attention.csv") && [ -n "$found" ] && cases=("$found" "${cases[@]}")
+  fi
+  [ -n "$dry" ] && cases=("bfloat16 64 32 causal forward")
+  for case in "${cases[@]}"; do
+    number=$((number + 1))
+    local command=("$ncu" --clock-control none --kernel-name "regex:(forward_mma|backward_)" --launch-skip 1 --launch-count 3
+      --section SpeedOfLight --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis --section WarpStateStats --section SchedulerStats
+      --section Occupancy --section LaunchStats --section InstructionStats "$python")
+    [ -n "$dry" ] && command=("$python")
+    # shellcheck disable=SC2086
+    timeout -k 5 20 "${command[@]}" "$bench" $dry --one $case >"$out/logs/profile-$number.txt" 2>&1 || code=1
+    say "=== profile-$number.txt: $case"
+    grep -E '^ +(forward_mma|backward_)|Duration|Throughput|Registers Per|Achieved Occ|Theoretical Occ|No Eligible|Issued Warp|Bank|bank|Stall|stall|Error|error' \
+      "$out/logs/profile-$number.txt" | head -n 60
+  done
+  say "SUMMARY: $number cases profiled: ${cases[*]}"
+  return $code
+}
+
+step_figures() {
+  local folder
+  folder=$(results_folder)
+  [ -n "$folder" ] || { say "SUMMARY: there are no results"; return 3; }
+  "$python" benchmarks/figures.py "$folder" --output "$folder" | tee "$folder/tables.md"
+  return "${PIPESTATUS[0]}"
+}
+
+# --- Running them -----------------------------------------------------------------------------------------------------------------------------
+
+finish_step() {
+  [ -z "$archive" ] || tar -C "$(dirname "$out")" -czf "$archive.part" "$(basename "$out")" 2>/dev/null && mv -f "$archive.part" "$archive" 2>/dev/null
+  return 0
+}
+
+slug=simulator
+if [ -z "$dry" ]; then
+  slug=$(nvidia-smi --query-gpu=name --format=csv,noheader -i 0 2>/dev/null | head -n 1 | tr '[:upper:]' '[:lower:]' | sed -E 's/[^a-z0-9]+/-/g;s/^-|-$//g')
+  slug=${slug:-gpu}
+fi
+results=$out/results/$slug
+mkdir -p "$results"
+
+# The simulator's core is needed by later steps and takes half a minute: it is built while the first ones run.
+setsid "$python" -c "from cuflash.simulator import build; build.library_path()" >"$out/logs/simulator-core.txt" 2>&1 &
+core=$!
+
+export limit out results dry full bench calls python
+failed=0
+{
+  say "cuflash on $slug, $(date -u +%Y-%m-%dT%H:%M:%SZ)"
+  say "step       exit  seconds"
+} >>"$out/summary.txt"
+for step in $chosen; do
+  own=$(printf '%s' "$STEPS" | awk -v step="$step" '$1 == step { print $2 }')
+  left=$((total - (SECONDS - started)))
+  [ "$step" = bench ] && [ -n "$full" ] && own=$left
+  limit=$((own < left ? own : left))
+  log=$out/logs/$step.log
+  if [ $limit -lt 20 ]; then
+    printf '%-10s    –        –  no time left\n' "$step" >>"$out/summary.txt"
+    failed=1
+    continue
+  fi
+  say "--- $step, at most $limit s"
+  begun=$SECONDS
+  # A process group of its own, so that the limit ends whatever the step has started.
+  setsid bash -c '
+    eval "$(cat "$1")"
+    "step_$2"' step <(declare -f) "$step" >"$log" 2>&1 &
+  pid=$!
+  code=""
+  while [ -z "$code" ]; do
+    if ! kill -0 $pid 2>/dev/null; then
+      wait $pid
+      code=$?
+    elif [ $((SECONDS - begun)) -ge $limit ]; then
+      kill -TERM -- -$pid 2>/dev/null
+      sleep 2
+      kill -KILL -- -$pid 2>/dev/null
+      wait $pid 2>/dev/null
+      code=124
+    else
+      sleep 0.2
+    fi
+  done
+  [ "$code" -eq 0 ] || failed=1
+  word=$(grep -a '^SUMMARY:' "$log" | tail -n 1 | cut -c 10-170)
+  [ -n "$word" ] || word="last line: $(tail -n 1 "$log" | cut -c 1-140)"
+  [ "$code" -eq 124 ] && word="stopped at its limit; $word"
+  printf '%-10s %4s  %7s  %s\n' "$step" "$code" "$((SECONDS - begun))" "$word" >>"$out/summary.txt"
+  finish_step
+done
+kill -- -$core 2>/dev/null
+if [ -z "$dry" ] && [ -n "$(ls "$results" 2>/dev/null)" ]; then
+  mkdir -p "benchmarks/results/$slug" && cp -R "$results/." "benchmarks/results/$slug/"
+fi
+
+{
+  say "$((SECONDS - started)) s in all; logs in $out/logs"
+  for step in smoke streams simulator tiles compile; do # what is wrong, a few lines of each
+    [ -f "$out/logs/$step.log" ] && grep -a -m 4 'WRONG' "$out/logs/$step.log" | cut -c 1-200 | sed "s/^/$step: /"
+  done
+  [ -f "$out/logs/pytest.log" ] && grep -aE -m 8 '^(FAILED|ERROR) ' "$out/logs/pytest.log" | cut -c 1-200
+} >>"$out/summary.txt"
+finish_step
+cat "$out/summary.txt"
+exit $failed
