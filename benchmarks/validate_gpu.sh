@@ -16,17 +16,17 @@ set -u
 
 # Name, seconds, what it tells; in the order of their value.
 STEPS="
-facts      30  machine, software, clocks, ceilings -> facts.json
+facts      40  machine, software, clocks, ceilings -> facts.json
 compile    60  every kernel that the other steps need; registers and spills
 smoke      60  both passes against float64, twice; wrong results are kept in failures/
 streams    25  streams, CUDA graphs, threads, a second GPU
-pytest    100  the tests of the GPU -> pytest.xml
+pytest     85  the tests of the GPU -> pytest.xml
 simulator  30  GPU against simulator, bit by bit -> simulator.json
-sanitize   80  memcheck, racecheck, initcheck, synccheck, side by side
-bench     150  libraries side by side -> attention.csv
-tiles      75  tiles beside the model's opinion -> tiles.csv
+sanitize   65  memcheck, racecheck, initcheck, synccheck, side by side
 host       25  microseconds of a warm call -> host.json
-profile    45  Nsight Compute on a common case and on the worst -> logs/profile-*.txt
+bench     130  libraries side by side -> attention.csv
+tiles      65  tiles beside the model's opinion -> tiles.csv
+profile    45  Nsight Compute on the worst case and on a common one -> logs/profile-*.txt
 figures    25  tables and figures of all that
 "
 
@@ -94,20 +94,25 @@ step_smoke() { "$python" "$calls" $dry --check --seconds $((limit - 5)) --keep "
 step_streams() { "$python" -X faulthandler "$calls" $dry --streams; }
 
 step_pytest() {
-  local options=(-p no:cacheprovider -q -rfE --tb=short --strict-markers -o "markers=gpu: needs a GPU" --junitxml "$out/pytest.xml" --durations=10)
+  local options=(-p no:cacheprovider -q -rfE --tb=short --junitxml "$out/pytest.xml" --durations=10)
   has_module pytest || { say "SUMMARY: pytest is not installed"; return 3; }
   if has_module xdist; then options+=(-n "$(($(nproc) < 8 ? $(nproc) : 8))"); fi
   if has_module pytest_timeout; then options+=(--timeout 60); fi
   for module in hypothesis ml_dtypes; do has_module $module || say "$module is not installed: the tests will not be collected"; done
+  grep -q '"gpu: ' pyproject.toml tests/conftest.py || options+=(-o "markers=gpu: needs a GPU")
   if [ -n "$dry" ]; then
-    options+=(-k "sm_80 and test_one") # a handful on the simulator
+    options+=(-k "sm_80 and test_edge_cases") # a handful on the simulator
   else
     options+=(-m gpu)
   fi
-  # Interrupted rather than killed, so that the report of what has run is written.
-  timeout -s INT -k 10 $((limit - 12)) "$python" -X faulthandler -m pytest "${options[@]}" tests
+  # Interrupted rather than killed, so that the report of what has run is written. A shell's background jobs ignore that signal unless told otherwise.
+  local begin="import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(pytest.main(sys.argv[1:]))"
+  timeout -s INT -k 10 $((limit - 12)) "$python" -X faulthandler -c "$begin" "${options[@]}" tests
   local code=$?
-  say "SUMMARY: $(grep -oE '[0-9]+ (passed|failed|errors?|skipped|deselected)' "$out/logs/pytest.log" | tail -n 5 | paste -sd, -)"
+  local counts
+  counts=$(grep -aE '^[=!]* ?[0-9]+ (passed|failed|errors?|skipped|deselected)' "$out/logs/pytest.log" | tail -n 1)
+  [ -n "$counts" ] || counts=$(grep -aE '^(E  |ERROR|INTERNALERROR|no tests)' "$out/logs/pytest.log" | tail -n 1)
+  say "SUMMARY: ${counts:-see pytest.log}"
   [ -n "$dry" ] && [ $code -eq 5 ] && return 0 # nothing was collected
   return $code
 }
@@ -162,7 +167,7 @@ step_profile() {
   [ -n "$dry" ] && cases=("bfloat16 64 32 causal forward")
   for case in "${cases[@]}"; do
     number=$((number + 1))
-    local command=("$ncu" --clock-control none --kernel-name "regex:(forward_mma|backward_)" --launch-skip 1 --launch-count 3
+    local command=("$ncu" --clock-control none --kernel-name "regex:(forward_mma|backward_)" --launch-skip 1 --launch-count 4
       --section SpeedOfLight --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis --section WarpStateStats --section SchedulerStats
       --section Occupancy --section LaunchStats --section InstructionStats "$python")
     [ -n "$dry" ] && command=("$python")
@@ -187,8 +192,9 @@ step_figures() {
 # --- Running them -----------------------------------------------------------------------------------------------------------------------------
 
 finish_step() {
-  [ -z "$archive" ] || tar -C "$(dirname "$out")" -czf "$archive.part" "$(basename "$out")" 2>/dev/null && mv -f "$archive.part" "$archive" 2>/dev/null
-  return 0
+  [ -n "$archive" ] || return 0
+  tar -C "$(dirname "$out")" --exclude="$(basename "$archive")*" -czf "$archive.part" "$(basename "$out")"
+  mv -f "$archive.part" "$archive"
 }
 
 slug=simulator
@@ -235,7 +241,8 @@ for step in $chosen; do
     elif [ $((SECONDS - begun)) -ge $limit ]; then
       kill -TERM -- -$pid 2>/dev/null
       sleep 2
-      kill -KILL -- -$pid 2>/dev/null
+      # shellcheck disable=SC2046
+      kill -KILL -- -$pid $(ps -o pid= -s $pid 2>/dev/null) 2>/dev/null # also what has a process group of its own
       wait $pid 2>/dev/null
       code=124
     else
@@ -250,7 +257,7 @@ for step in $chosen; do
   finish_step
 done
 kill -- -$core 2>/dev/null
-if [ -z "$dry" ] && [ -n "$(ls "$results" 2>/dev/null)" ]; then
+if [ -z "$dry" ] && [ "$slug" != gpu ] && [ -n "$(ls "$results" 2>/dev/null)" ]; then
   mkdir -p "benchmarks/results/$slug" && cp -R "$results/." "benchmarks/results/$slug/"
 fi
 
