@@ -48,7 +48,7 @@ def _pack_rows(strides: Strides3 | None) -> bytes:
 
 
 def _pack_geometry(problem: Problem, num_tiles: int) -> bytes:
-    scale = problem.scale
+    (scale,) = struct.unpack("=f", struct.pack("=f", problem.scale))  # as the kernels hold it: what underflows there is 0
     return _GEOMETRY.pack(
         problem.batch, problem.seqlen_q, problem.seqlen_kv, problem.num_heads_q, problem.num_heads_kv,
         max(-(2**31) + 1, min(2**31 - 1, problem.causal_offset)),
@@ -138,8 +138,8 @@ class _GpuExecutable:
                     function = cupy.RawModule(path=str(file)).get_function(kernel.entry)
             if kernel.shared_bytes > 48 * 1024:
                 function.max_dynamic_shared_size_bytes = kernel.shared_bytes
+            self._pointer = function.kernel.ptr  # of the current device, hence in here
         self._function = function  # keeps the module loaded
-        self._pointer = function.kernel.ptr
         self._device = device.index
         self._driver_launch = cupy.cuda.driver.launchKernel
         self._runtime = cupy.cuda.runtime

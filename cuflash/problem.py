@@ -24,7 +24,9 @@ DTYPES: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Supported element types and their size in bytes."""
 
 MAX_HEAD_DIM = 256
-MAX_EXTENT = 2**31 - 1
+MAX_EXTENT = 2**31 - 2**13
+"""Kernels count rows in 32 bits and add up to a few tiles."""
+
 
 Shape3 = tuple[int, int, int]
 

@@ -170,12 +170,12 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
 
 def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
     # Split float32 products and products on the ordinary units are many instructions each: longer tiles take seconds to compile. From sm_100 on the
-    # compiler spills registers for them unless tiles are shortest and single.
+    # compiler spills registers for them unless tiles are shortest and single, in the backward pass also few warps.
     many_instructions = case.uses_simt(device) or (case.dtype == "float32" and not case.allow_tf32)
     shortest = many_instructions and device.capability >= 100
     longest = 16 if shortest else 32 if many_instructions else 128
     stages = (1,) if device.capability < 80 or shortest else (1, 2, 3)
-    for num_warps in (1, 2, 4, 8):
+    for num_warps in (1, 2) if shortest and case.kernel != "forward" else (1, 2, 4, 8):
         for warp_rows in (16, 32):
             for streamed in (length for length in (16, 32, 48, 64, 80, 96, 112, 128) if length <= longest):
                 for num_stages in stages:
@@ -238,6 +238,7 @@ _MMA_RATE = {75: 512, 80: 1024, 86: 256, 87: 512, 89: 256, 90: 1024, 100: 1024, 
 _EXP_RATE = 16
 _ISSUE_RATE = {75: 64, 80: 64}
 _SMEM_RATE = 128
+_L2_RATE = 32
 _BARRIER_CYCLES = 120
 _SPILL_PENALTY = 4.0
 
@@ -245,7 +246,7 @@ _SPILL_PENALTY = 4.0
 def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     """Modelled clocks of one SM per (query, key) pair and head; only the order of tiles matters.
 
-    Matrix products, shared-memory traffic, and exponentials with their neighbours overlap between the warps of an SM as far as there are warps to
+    Matrix products, traffic of shared memory and of L2, and exponentials with their neighbours overlap between the warps of an SM as far as there are warps to
     overlap; barriers and uncovered loads do not. Tiles that by the register estimate would spill come last.
     """
     rows, streamed = case.stationary_rows(tile), case.streamed_rows(tile)
@@ -267,13 +268,18 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     issue_rate = _ISSUE_RATE.get(device.capability, 128)
     scores = rows * streamed
     split = 3.0 if case.dtype == "float32" and not case.allow_tf32 else 1.0
-    other = scores / _EXP_RATE + scores * (6 if case.kernel == "forward" else 9) / issue_rate + split * traffic / 16 / issue_rate
+    instructions = scores * (6 if case.kernel == "forward" else 9) + split * traffic / 16
+    if case.kernel == "forward":
+        instructions += rows * (case.columns + 40)  # once per tile: O is rescaled, and the maximum of each row found across lanes
+    other = scores / _EXP_RATE + instructions / issue_rate
+
+    l2 = 2 * streamed * row / _L2_RATE  # every block fetches every streamed tile: only more rows per block save traffic
 
     blocks = _blocks_per_sm(case, tile, device)
     warps_per_scheduler = blocks * tile.num_warps / 4
     overlap = min(1.0, warps_per_scheduler / 3)
-    busiest = max(mma, smem, other)
-    rest = mma + smem + other - busiest
+    busiest = max(mma, smem, other, l2)
+    rest = mma + smem + other + l2 - busiest
     exposed = (2 if case.kernel == "forward" else 1) * _BARRIER_CYCLES
     if tile.num_stages == 1:
         exposed += 400 if case.kernel != "forward" else 150

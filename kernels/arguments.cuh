@@ -39,7 +39,7 @@ struct ForwardArguments {
   Geometry geometry;
 };
 
-struct RowStatistics {  // what the backward kernels need of a query row
+struct alignas(8) RowStatistics {  // what the backward kernels need of a query row
   float lse_log2;       // lse log2(e); +inf for a row that sees no key, so that exp2(S - lse_log2) is 0
   float delta;          // sum over d of dO * O, minus the gradient of lse
 };

@@ -60,7 +60,10 @@ struct TileLoader {
       for (int j = 0; j < CHUNK_ITERATIONS; ++j) {
         const int chunk = thread_chunk() + j * THREADS_PER_ROW;
         const int column = chunk * Tile::CHUNK_ELEMENTS;
-        const int columns = min(max(Tile::HEAD_DIM - column, 0), Tile::CHUNK_ELEMENTS);
+        // Whole chunks or none wherever HEAD_DIM allows it: the assembler then drops the arithmetic of a partial copy.
+        int columns = column < Tile::HEAD_DIM ? Tile::CHUNK_ELEMENTS : 0;
+        if constexpr (Tile::HEAD_DIM == Tile::COLUMNS) columns = Tile::CHUNK_ELEMENTS;
+        if constexpr (Tile::HEAD_DIM % Tile::CHUNK_ELEMENTS != 0) columns = min(max(Tile::HEAD_DIM - column, 0), Tile::CHUNK_ELEMENTS);
         int row = thread_row();
         const Element* pointer = source + (first_row + row) * view.stride_seqlen + column;
 #pragma unroll
@@ -68,7 +71,7 @@ struct TileLoader {
           if (owns_row(row)) {
             const int valid = first_row + row < num_rows ? columns : 0;
             if constexpr (ASYNC) {
-              cp_async<16>(tile + Tile::offset(row, chunk), valid > 0 ? pointer : source, valid * int(sizeof(Element)));
+              cp_async<16>(tile + Tile::offset(row, chunk), pointer, valid * int(sizeof(Element)));
             } else {
               const Chunk loaded =
                   valid == Tile::CHUNK_ELEMENTS ? *reinterpret_cast<const Chunk*>(pointer) : gather_chunk<SmemElement>(pointer, 1, valid);

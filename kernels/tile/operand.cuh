@@ -99,6 +99,7 @@ struct MmaHalf {
 // float32 on tensor cores, m16n8k8 TF32. With PRODUCTS = 3 each number is high + low, both TF32, and low * low is left out: the error per
 // product is about 2^-22, that of float32. Tensor cores truncate when they add to an accumulator, so long sums are kept outside, by additions that
 // round (Ootomo and Yokota 2022, arXiv 2203.03341). With PRODUCTS = 1 it is TF32 as the caller asked for.
+// Infinity, and what TF32 rounds to it, has a rest of NaN: such inputs give NaN where they are seen.
 template <int PRODUCTS>
 struct MmaTf32 {
   using SmemElement = float;

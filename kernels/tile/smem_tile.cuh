@@ -1,4 +1,5 @@
-// A matrix of ROWS x HEAD_DIM elements in shared memory, row-major in 16-byte chunks, swizzled free of bank conflicts for any HEAD_DIM.
+// A matrix of ROWS x HEAD_DIM elements in shared memory, row-major in 16-byte chunks, swizzled so that the reads of matrix products are free
+// of bank conflicts for any HEAD_DIM.
 //
 // A row is PITCH chunks. Eight chunks make one pass over the 32 banks, so eight consecutive rows at the same column fall on only
 // 8 / gcd(PITCH, 8) different chunk slots. The swizzle exchanges chunks inside aligned groups of SWIZZLE = gcd(PITCH, 8):
