@@ -128,6 +128,10 @@ def _nvrtc() -> Any:
         nvrtc = importlib.import_module("cupy.cuda").nvrtc
     except ImportError as error:
         raise SetupError(f"Compiling a kernel needs CuPy, which cannot be imported ({error}). {INSTALL_HINT}") from error
+    except OSError as error:
+        raise SetupError(
+            f"CuPy cannot be imported ({error}). It makes a directory of its own: set CUPY_CACHE_DIR to one that can be written."
+        ) from error
     try:
         nvrtc.getVersion()
     except Exception as error:  # CuPy loads the library here; which exception it raises depends on its version

@@ -120,6 +120,6 @@ def default() -> Device:
     """The current GPU if CuPy finds one, else the simulator."""
     try:
         import cupy
-    except ImportError:
+    except (ImportError, OSError):  # not there, or without a directory that it may write
         return of_arch(simulator_arch())
     return gpu(cupy.cuda.runtime.getDevice()) if cupy.is_available() else of_arch(simulator_arch())

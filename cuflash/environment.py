@@ -76,6 +76,8 @@ def _gpus() -> list[tuple[str, str]]:
         cupy = importlib.import_module("cupy")
     except ImportError as error:
         return [("CuPy", f"cannot be imported ({error}): {compiler.INSTALL_HINT}")]
+    except OSError as error:
+        return [("CuPy", f"cannot be imported ({error}): set CUPY_CACHE_DIR to a directory that can be written")]
     rows = [("CuPy", cupy.__version__)]
     if not cupy.is_available():
         return [*rows, ("driver", "none that CuPy can use"), ("GPU", "none")]

@@ -433,10 +433,16 @@ def render(reports: Sequence[Report], stream: TextIO | None = None) -> None:
     """Print a table and the remarks to `stream`, by default standard output: with rich if there is one and the stream is a terminal."""
     stream = stream or sys.stdout
     header, rows = table(reports)
-    if not (stream.isatty() and _render_with_rich(header, rows, [report.spills for report in reports], stream)):
+    fits = _plain_width(header, rows) <= shutil.get_terminal_size().columns  # rich would cut cells where the plain table only wraps lines
+    if not (stream.isatty() and fits and _render_with_rich(header, rows, [report.spills for report in reports], stream)):
         stream.write(_plain_table(header, rows))
     for line in remarks(reports):
         stream.write(line + "\n")
+
+
+def _plain_width(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> int:
+    """Columns of the table with rich's three characters between cells."""
+    return sum(max(map(len, column)) + 3 for column in zip(header, *rows, strict=True)) + 1
 
 
 def _plain_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

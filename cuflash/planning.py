@@ -90,6 +90,10 @@ class Plan:
     def __str__(self) -> str:
         return self.describe()
 
+    def __repr__(self) -> str:
+        names = ", ".join(kernel.name for kernel in self.kernels)
+        return f"<Plan of {names or 'nothing'} on {self.device.name}; print it for all there is to say>"
+
     def describe(self) -> str:
         """A few lines for people: problem, device, kernels with tiles and grids, memory, work."""
         problem = self.problem

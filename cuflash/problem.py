@@ -428,8 +428,9 @@ class _Extents:
     def _heads_error(self, name: str, heads: int, own: int) -> ShapeError:
         divisor = f", or a divisor of {heads}" if self.enable_gqa else ""
         hint = self._swap()
-        if hint is None and own > 0 and heads % own == 0:
-            hint = f"For grouped queries, {heads // own} query heads per key head, pass enable_gqa=True."
+        if own > 0 and heads % own == 0:
+            grouped = f"For grouped queries, {heads // own} query heads per key head, pass enable_gqa=True."
+            hint = f"{grouped} Or, if these are not heads: {hint}" if hint else grouped
         if hint is None:
             hint = "Check num_heads=, the number of heads of the query." if self.form.packed else _how_read(self.form)
         return ShapeError(name, f"{own} heads in {self._shape(name)}", f"{heads} heads, {self._like('query')}, or 1{divisor}", hint)
@@ -460,7 +461,8 @@ class _Extents:
 def _check_like_output(name: str, array: Array, problem: Problem, layout: Layout) -> None:
     """`array` has the output's dtype and shape."""
     if array.dtype != problem.dtype:
-        raise DTypeError(name, array.dtype, f"{problem.dtype}, like query", f"Cast it: {_cast(name, array, problem.dtype)}.")
+        hint = "Pass an array of that type." if name == "out" else f"Cast it: {_cast(name, array, problem.dtype)}."
+        raise DTypeError(name, array.dtype, f"{problem.dtype}, like query", hint)
     expected = layout.from_canonical(problem.output_shape)
     if array.shape != expected:
         hint = f"The output has the form of query, {layout.describe()}."

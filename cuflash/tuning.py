@@ -9,6 +9,7 @@ from cuflash import cache, device, tiles
 from cuflash.compiler import CompileRequest
 from cuflash.device import Device
 from cuflash.errors import OptionError
+from cuflash.options import check_bool
 from cuflash.planning import Tiles, offline_kernels
 from cuflash.problem import DTYPES, MAX_HEAD_DIM
 from cuflash.tiles import KernelCase, Tile
@@ -65,16 +66,14 @@ def warmup(
         CompileError: the compiler refused a kernel.
     """
     on = target(arch)
-    head_dims = [head_dim] if isinstance(head_dim, int) else list(head_dim)
-    dtypes = [dtype] if isinstance(dtype, str) else list(dtype)
-    causals = [is_causal] if isinstance(is_causal, bool) else list(is_causal)
+    head_dims, dtypes, causals = _several(head_dim), _several(dtype), _several(is_causal)
     requests: dict[CompileRequest, None] = {}
     for one_head_dim, one_dtype, causal in product(head_dims, dtypes, causals):
         options = {
             "dtype": _checked_dtype(one_dtype),
             "head_dim": _checked_head_dim(one_head_dim),
-            "is_causal": causal,
-            "allow_tf32": allow_tf32,
+            "is_causal": check_bool("is_causal", causal),
+            "allow_tf32": check_bool("allow_tf32", allow_tf32),
         }
         for kernel in offline_kernels(on, backward=backward, tile=tile, **options):  # type: ignore[arg-type]
             requests[kernel.request(on)] = None
@@ -87,6 +86,11 @@ def target(arch: str | None) -> Device:
     if arch is not None:
         return device.of_arch(arch, "gpu")
     return device.default()
+
+
+def _several(values: object) -> list[object]:
+    """One value or an iterable of them; text is one value."""
+    return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
 
 
 def _checked_dtype(dtype: object) -> str:

@@ -186,6 +186,14 @@ def test_bfloat16_inputs_of_130000_stay_finite(target: Target) -> None:
         assert numpy.median(numpy.abs(target.host(results.out) - want)) <= 2**-7 * top
 
 
+def test_scale_that_underflows_is_zero(target: Target) -> None:
+    """1e-46 is a number in float64 and 0 in the kernels' float32: the mean of the visible values, and no NaN from -inf * 0."""
+    query, key, value = (target.random((1, 32, 1, 16), target.half, seed) for seed in range(3))
+    results = target.run(query, key, value, scale=1e-46, is_causal=True)
+    assert numpy.isfinite(target.host(results.out)).all()
+    numpy.testing.assert_allclose(target.host(results.lse)[0, 0], numpy.log(numpy.arange(1, 33)), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1e4, 1e10, 1e30, 2.0**127, -1e10], ids="scale={:.3g}".format)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_huge_scale_picks_the_largest_score(target: Target, dtype: str, scale: float) -> None:

@@ -283,11 +283,21 @@ def test_table_as_text() -> None:
     assert remark.startswith("sm_80 spilling float16 64: spills ")
 
 
-def test_table_in_a_terminal() -> None:
+def test_table_in_a_wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", "250")
     stream = Terminal()
     inspection.render([report()], stream)
     assert "┃" in stream.getvalue()
+    assert "…" not in stream.getvalue()
+
+
+def test_a_narrow_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    inspection.render([report()], stream)
+    assert "…" not in stream.getvalue()
+    assert "sm_80" in stream.getvalue()
 
 
 def test_terminal_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,3 +249,10 @@ def test_a_plan_compiles_nothing() -> None:
         assert cuflash.plan(*arrays_of(), backward=backward).kernels
     assert list(planning.offline_kernels(device.of_arch("sm_90", "gpu"), dtype="float16", head_dim=64))
     assert cache.statistics() == Statistics(0, 0, 0)
+
+
+@pytest.mark.parametrize(("arguments", "argument"), [((64, numpy.float16), "dtype"), (("64",), "head_dim"), ((64, None), "dtype")])
+def test_warmup_names_a_bad_argument(arguments: tuple[object, ...], argument: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        cuflash.warmup(*arguments)  # type: ignore[arg-type]
+    assert caught.value.argument == argument

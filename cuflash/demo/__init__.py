@@ -143,7 +143,11 @@ def draw(losses: list[float], final: float, text: Text, path: Path) -> None:
     axes.axhline(text.bigram_entropy, color="gray", linestyle=":", label=f"bigram entropy: {text.bigram_entropy:.2f}")
     axes.set(xlabel="step", ylabel="loss, nats per byte", title="A byte-level transformer learns cuflash's source, attention by cuflash")
     axes.legend()
-    figure.savefig(path, dpi=110)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        print(f"No picture: {error}")
+        return
     print(f"The loss curve is in {path}")
 
 

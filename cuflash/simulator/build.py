@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import platform
 import shutil
@@ -106,7 +107,7 @@ def cpu_features() -> str:
 def cache_directory() -> Path:
     """Where built libraries are kept: below `CUFLASH_CACHE_DIR` or the user's cache directory."""
     if os.environ.get("CUFLASH_CACHE_DIR"):
-        return Path(os.environ["CUFLASH_CACHE_DIR"]) / "simulator"
+        return Path(os.environ["CUFLASH_CACHE_DIR"]).expanduser() / "simulator"
     try:
         import platformdirs
     except ImportError:
@@ -178,6 +179,8 @@ def build(compiler: Compiler, directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory / (target.stem + ".lock")):
         if not target.exists():
+            message = "cuflash: building the simulator's core with %s, once, for half a minute or two, into %s"
+            logging.getLogger("cuflash").warning(message, compiler.kind, directory)
             _compile(compiler, target)
     return target
 
