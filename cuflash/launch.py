@@ -7,6 +7,7 @@ signature, and a warm call copies it and writes the addresses.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import struct
@@ -127,15 +128,12 @@ class _GpuExecutable:
 
         request = kernel.request(device)
         artifact = cache.fetch(request)
-        with cupy.cuda.Device(device.index):
+        with cupy.cuda.Device(device.index), contextlib.ExitStack() as held:
             path = cache.path_of(request)
-            if path is not None:
-                function = cupy.RawModule(path=str(path)).get_function(kernel.entry)
-            else:  # nowhere to write: RawModule reads files only
-                with tempfile.TemporaryDirectory(prefix="cuflash-") as directory:
-                    file = Path(directory, "kernel.cubin")
-                    file.write_bytes(artifact.data)
-                    function = cupy.RawModule(path=str(file)).get_function(kernel.entry)
+            if path is None:  # nowhere to write: RawModule reads files only
+                path = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="cuflash-")), "kernel.cubin")
+                path.write_bytes(artifact.data)
+            function = cupy.RawModule(path=str(path)).get_function(kernel.entry)
             if kernel.shared_bytes > 48 * 1024:
                 function.max_dynamic_shared_size_bytes = kernel.shared_bytes
             self._pointer = function.kernel.ptr  # of the current device, hence in here
