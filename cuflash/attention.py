@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from cuflash import arrays, device, launch
 from cuflash.arrays import Array, Framework, borrow, pointer, signature
 from cuflash.device import Device
-from cuflash.errors import SetupError, UnsupportedError
+from cuflash.errors import DTypeError, SetupError, UnsupportedError
 from cuflash.launch import ArgumentTemplate, Executable
 from cuflash.planning import KernelPlan, Plan, Tiles, make_plan
 from cuflash.problem import Problem, View, check_backward, check_out, make_problem
@@ -171,6 +171,10 @@ def scaled_dot_product_attention_backward(
         gradients: Gradients = call.run(pointers)
         return gradients
 
+    for name in ("out", "lse"):
+        if operands[name] is None or isinstance(operands[name], tuple):
+            hint = "Unpack it: out, lse = cuflash.scaled_dot_product_attention(..., return_lse=True)."
+            raise DTypeError(name, arrays.describe(operands[name]), f"the {name} of the forward call", hint)
     inputs = {name: borrow(operand, name) for name, operand in operands.items()}
     _refuse_autograd(inputs)
     problem = make_problem(inputs["query"], inputs["key"], inputs["value"], attn_mask=attn_mask, dropout_p=dropout_p, **_named(options))

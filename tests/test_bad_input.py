@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 import pytest
 
+import cuflash
 from cuflash.arrays import bfloat16, borrow
 from cuflash.errors import ArgumentError, CuflashError, DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
 from cuflash.problem import BackwardViews, Problem, check_backward, check_out, make_problem
@@ -561,3 +562,14 @@ def test_grouped_heads_are_not_taken_for_a_swapped_layout() -> None:
     error = error_of({"query": zeros(2, 64, 8, D), "key": zeros(2, 64, 2, D), "value": zeros(2, 64, 2, D)})
     assert error.argument == "key"
     assert error.hint.startswith("For grouped queries, 4 query heads per key head, pass enable_gqa=True.")
+
+
+@pytest.mark.parametrize("name", ["out", "lse"])
+@pytest.mark.parametrize("wrong", [None, (1, 2)])
+def test_backward_says_where_out_and_lse_come_from(name: str, wrong: object) -> None:
+    x, lse = zeros(B, SQ, H, D), zeros(B, H, SQ, dtype="float32")
+    operands = {"out": x, "lse": lse, name: wrong}
+    with pytest.raises(DTypeError) as caught:
+        cuflash.scaled_dot_product_attention_backward(x, x, x, x, **operands)
+    assert caught.value.argument == name
+    assert "return_lse=True" in caught.value.hint
