@@ -21,6 +21,8 @@ from cuflash.simulator.encoder import Encoder, initial_data
 from cuflash.simulator.options import SCHEDULES, Options, current_options
 
 MAX_THREADS = 1024
+MAX_CLUSTER = 16
+Extent = tuple[int, int, int]
 Buffer = tuple[int, int, str]
 
 
@@ -119,12 +121,14 @@ class Module:
 
     def launch(
         self,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
+        grid: Extent,
+        block: Extent,
         shared_bytes: int,
         params: bytes | bytearray | memoryview,
         buffers: Sequence[Buffer],
         options: Options | None = None,
+        *,
+        cluster: Extent | None = None,
     ) -> Counters:
         """Run the kernel to its end.
 
@@ -135,12 +139,14 @@ class Module:
             params: the packed parameters, each aligned naturally.
             buffers: (address, bytes, name) of all global memory that the kernel may touch.
             options: how to run it; None: `current_options()`.
+            cluster: blocks in x, y, z that run together and see each other's shared memory; None: as the kernel declares, else one.
 
         Raises:
             SimulatorError: a check failed.
         """
         chosen = options or current_options()
-        self._check_launch(grid, block, params)
+        cluster = cluster or self._kernel.cluster
+        self._check_launch(grid, block, cluster, params)
         everything = list(buffers)
         if self._data.size:
             everything.append((_pointer(self._data), self._data.size, "variables of the module"))
@@ -149,6 +155,7 @@ class Module:
         description = native.LaunchDescription(
             grid=grid,
             block=block,
+            cluster=cluster,
             params=_pointer(parameters),
             buffers=_pointer(ranges),
             param_bytes=self._kernel.param_bytes,
@@ -166,8 +173,14 @@ class Module:
             raise SimulatorError(report.format_report(failure, self._kernel, self._starts, everything, self._sources))
         return Counters(*(getattr(counters, name) for name, _ in native.CounterValues._fields_))
 
-    def _check_launch(self, grid: tuple[int, int, int], block: tuple[int, int, int], params: bytes | bytearray | memoryview) -> None:
+    def _check_launch(self, grid: Extent, block: Extent, cluster: Extent, params: bytes | bytearray | memoryview) -> None:
         if min(grid) < 1 or min(block) < 1 or block[0] * block[1] * block[2] > MAX_THREADS:
             raise SimulatorError(f"a launch of {grid} blocks of {block} threads is not possible")
+        if min(cluster) < 1 or cluster[0] * cluster[1] * cluster[2] > MAX_CLUSTER or any(g % c for g, c in zip(grid, cluster, strict=True)):
+            raise SimulatorError(
+                f"a launch of {grid} blocks in clusters of {cluster} is not possible: at most {MAX_CLUSTER} that divide the grid"
+            )
+        if self._kernel.cluster != (1, 1, 1) and cluster != self._kernel.cluster:
+            raise SimulatorError(f"kernel {self.name} declares clusters of {self._kernel.cluster}, the launch has {cluster}")
         if len(params) < self._kernel.param_bytes:
             raise SimulatorError(f"kernel {self.name} takes {self._kernel.param_bytes} bytes of parameters, got {len(params)}")

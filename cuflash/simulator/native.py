@@ -13,10 +13,11 @@ from pathlib import Path
 from cuflash.errors import SimulatorError
 from cuflash.simulator import build
 
-ABI = 1
+ABI = 2
 NO_RECORD = 0xFFFFFFFF
+NO_WARP = 0xFFFFFFFF
 MAX_PLACES = 64
-MESSAGE_BYTES = 512
+MESSAGE_BYTES = 2048
 
 
 class ProgramDescription(ctypes.Structure):
@@ -49,6 +50,7 @@ class LaunchDescription(ctypes.Structure):
     _fields_ = (
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
+        ("cluster", ctypes.c_uint32 * 3),
         ("params", ctypes.c_void_p),
         ("buffers", ctypes.c_void_p),
         ("param_bytes", ctypes.c_uint32),
@@ -78,7 +80,7 @@ class CounterValues(ctypes.Structure):
 class Place(ctypes.Structure):
     """Where some lanes of a warp stand."""
 
-    _fields_ = (("warp", ctypes.c_uint32), ("lanes", ctypes.c_uint32), ("record", ctypes.c_uint32))
+    _fields_ = (("warp", ctypes.c_uint32), ("lanes", ctypes.c_uint32), ("record", ctypes.c_uint32), ("rank", ctypes.c_uint32))
 
 
 class Report(ctypes.Structure):

@@ -17,6 +17,7 @@ SHARED_BASE = 1024  # shared addresses start here, so that a null pointer is out
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{;]*)\{")
+_DIRECTIVE = re.compile(r"\.(\w+)\s+(\d+(?:\s*,\s*\d+)*)")
 _PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\b[^%\[,]*?\s)?([\w$]+)\s*(?:\[(\d+)\])?\s*$")
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
 _VARIABLE = re.compile(
@@ -122,6 +123,7 @@ class Kernel:
         labels: name -> index of the statement that follows.
         targets: label of a `.branchtargets` list -> its labels.
         locations: the `.loc` lines.
+        directives: what stands between the parameters and the body: `reqntid` -> (384, 1, 1).
         files: number -> path.
     """
 
@@ -138,7 +140,14 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
     targets: dict[str, list[str]] = field(default_factory=dict)
     locations: list[str] = field(default_factory=list)
+    directives: dict[str, tuple[int, ...]] = field(default_factory=dict)
     files: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def cluster(self) -> tuple[int, int, int]:
+        """Blocks of a cluster in x, y, z, as declared; 1 if not."""
+        declared = (*self.directives.get("reqnctapercluster", ()), 1, 1, 1)
+        return declared[0], declared[1], declared[2]
 
 
 def _align(offset: int, alignment: int) -> int:
@@ -280,6 +289,7 @@ def parse_kernel(ptx: str, entry: str | None) -> Kernel:
     match = found[0]
     kernel = Kernel(match[1], files=files)
     _parse_params(kernel, match[2] or "")
+    kernel.directives = {name: tuple(int(number) for number in numbers.split(",")) for name, numbers in _DIRECTIVE.findall(match[3])}
     first = min(m.start() for m in entries)
     for text in _MODULE_VARIABLE.findall(source[:first]):
         variable = _parse_variable(text)

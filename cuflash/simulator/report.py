@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from cuflash.simulator.native import NO_RECORD, Place, Report
+from cuflash.simulator.native import NO_RECORD, NO_WARP, Place, Report
 from cuflash.simulator.parser import Kernel
 
 _LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*?inlined_at\s+(\d+)\s+(\d+)\s+(\d+))?")
@@ -130,15 +130,20 @@ def format_report(
     lines = [f"[{check}] {message}", f"  in {where}"]
     if report.where.record != NO_RECORD:
         lines.append(describe_statement(kernel, statement_of(report.where.record), sources))
-    lines += _describe_places(list(report.places[: report.num_places]), kernel, statement_of, sources)
+    lines += _describe_places(report.where.rank, list(report.places[: report.num_places]), kernel, statement_of, sources)
     return "\n".join(lines)
 
 
-def _describe_places(places: Sequence[Place], kernel: Kernel, statement_of: Callable[[int], int], sources: Mapping[str, str]) -> list[str]:
+def _describe_places(
+    rank: int, places: Sequence[Place], kernel: Kernel, statement_of: Callable[[int], int], sources: Mapping[str, str]
+) -> list[str]:
     """Who else stands where; warps at the same instruction together."""
     together: dict[int, list[str]] = {}
     for place in places:
-        together.setdefault(statement_of(place.record), []).append(f"warp {place.warp} ({_lanes(place.lanes)})")
+        name = f"warp {place.warp} ({_lanes(place.lanes)})" if place.warp != NO_WARP else "issued by"
+        if place.rank != rank:
+            name += f" of block {place.rank} of the cluster"
+        together.setdefault(statement_of(place.record), []).append(name)
     lines = []
     for index, who in list(together.items())[:_MAX_PLACES]:
         lines.append(f"  {', '.join(who)}:")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,9 +90,15 @@ def test_pipeline(options: Options) -> None:
 
 
 def test_waiting_too_little_is_seen_when_copies_are_late() -> None:
-    assert pipeline(2, Options(threads=1, schedule="early"))
-    assert not pipeline(2, Options(threads=1, schedule="late"))
-    assert not all(pipeline(2, options) for options in RANDOM)
+    assert pipeline(2, Options(threads=1, schedule="early", checks=False))
+    assert not pipeline(2, Options(threads=1, schedule="late", checks=False))
+    assert not all(pipeline(2, replace(options, checks=False)) for options in RANDOM)
+
+
+@pytest.mark.parametrize("schedule", ["early", "late", "random"])
+def test_waiting_too_little_is_a_race_under_every_schedule(schedule: Any) -> None:
+    with pytest.raises(SimulatorError, match=r"\[race\] 4-byte load .* and an earlier write by cp.async of warp \d"):
+        pipeline(2, Options(threads=1, schedule=schedule))
 
 
 def test_missing_barrier_is_seen_when_warps_run_at_random() -> None:
@@ -111,7 +119,7 @@ def test_missing_barrier_is_seen_when_warps_run_at_random() -> None:
         results = []
         for options in RANDOM:
             out = np.zeros(128, np.int32)
-            run_cuda(source.replace("BARRIER", barrier), out, block=128, options=options)
+            run_cuda(source.replace("BARRIER", barrier), out, block=128, options=replace(options, checks=False))
             results.append(bool((out == expected).all()))
         right[barrier] = results
     assert all(right["__syncthreads();"])
@@ -129,12 +137,15 @@ def test_groups_are_per_thread() -> None:
         if (i % 2) asm volatile("cp.async.commit_group;" ::: "memory");
         asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(d + 128), "l"(in + 32 + i) : "memory");
         asm volatile("cp.async.commit_group;\\ncp.async.wait_group 1;" ::: "memory");
-        out[i] = s[i], out[32 + i] = s[32 + i];
+        out[i] = s[i];
+        if (PEEK) out[32 + i] = s[32 + i];
         asm volatile("cp.async.wait_group 0;" ::: "memory");
         out[64 + i] = s[i], out[96 + i] = s[32 + i];
     }"""
     data, out = np.arange(100, 164, dtype=np.int32), np.zeros(128, np.int32)
-    run_cuda(source, data, out)
+    with pytest.raises(SimulatorError, match=r"(?s)\[race\] 4-byte load at byte 0 .*lane 0.*cp.async of warp 0, lane 0"):
+        run_cuda(source.replace("PEEK", "true"), data, out)
+    run_cuda(source.replace("PEEK", "true"), data, out, options=Options(threads=1, checks=False))
     odd = np.arange(32) % 2 == 1
     np.testing.assert_array_equal(out[:32], np.where(odd, data[:32], -1))
     assert (out[32:64] == -1).all()

@@ -257,7 +257,29 @@ call.uni __assertfail, (param0, param1); } ret; }"""
         run_ptx(ptx)
 
 
-def test_uninitialized_memory_is_nan() -> None:
+def test_uninitialized_shared_memory() -> None:
+    source = """extern "C" __global__ void k(float* out) {
+        __shared__ float s[33];
+        s[threadIdx.x] = 1;
+        __syncthreads();
+        out[threadIdx.x] = s[threadIdx.x + 1];
+    }"""
+    text = report(source, np.zeros(32, np.float32))
+    assert "[uninitialized] 4-byte load reads byte 128 of shared memory (lane 31), which nobody has written" in text
+    assert "test.cu:5" in text
+
+
+def test_uninitialized_local_memory() -> None:
+    source = """extern "C" __global__ void k(int* out, int n) {
+        int a[8];
+        for (int i = 0; i < n; ++i) a[i] = out[i];
+        for (int i = 0; i < 8; ++i) out[i] = a[(i * n) % 8];
+    }"""
+    text = report(source, np.zeros(8, np.int32), 7, block=1)
+    assert "[uninitialized] 4-byte load at offset 28 of local memory (lane 0)" in text
+
+
+def test_uninitialized_memory_is_nan_without_checks() -> None:
     source = """extern "C" __global__ void k(float* out, u32* words) {
         __shared__ float s[32];
         float unset;
@@ -268,7 +290,7 @@ def test_uninitialized_memory_is_nan() -> None:
     }"""
     for grid in (1, 3):
         out, words = np.zeros(64, np.float32), np.zeros(32, np.uint32)
-        run_cuda(source, out, words, grid=grid)
+        run_cuda(source, out, words, grid=grid, options=Options(threads=1, checks=False))
         assert np.isnan(out).all()
         assert (words == 0xFFFFFFFF).all()
 

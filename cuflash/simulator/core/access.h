@@ -9,7 +9,24 @@
 
 namespace sim {
 
-enum class Space : u32 { GLOBAL = 0, SHARED = 1, LOCAL = 2, PARAM = 3, GENERIC = 4 };
+// SHARED is the block's own memory, CLUSTER that of any block of the cluster.
+enum class Space : u32 { GLOBAL = 0, SHARED = 1, LOCAL = 2, PARAM = 3, GENERIC = 4, CLUSTER = 5 };
+
+// STRONG accesses (volatile, relaxed, acquire, release) and atomics do not race with each other. NONE: the caller tells the race detector itself.
+enum class Access : u8 { READ, WRITE, STRONG_READ, STRONG_WRITE, ATOMIC, NONE };
+constexpr bool is_strong(Access access) { return access == Access::STRONG_READ || access == Access::STRONG_WRITE || access == Access::ATOMIC; }
+constexpr bool reads(Access access) { return access == Access::READ || access == Access::STRONG_READ || access == Access::ATOMIC; }
+constexpr bool writes(Access access) { return access == Access::WRITE || access == Access::STRONG_WRITE || access == Access::ATOMIC; }
+
+// In field c of loads and stores, besides the space.
+constexpr u32 ADDRESS_64 = 8, NO_RESULT = 16, STRONG = 32;
+
+// What an instruction does with each address. `what` names it, as in "4-byte load".
+struct Use {
+  Access access;
+  u32 bytes, alignment;
+  const char* what;
+};
 
 constexpr int WINDOW_SHIFT = 60;  // generic address = window << 60 | address; window 0 is global
 constexpr u64 WINDOW_MASK = (u64(1) << WINDOW_SHIFT) - 1;
@@ -26,11 +43,21 @@ struct Address {
 };
 SIM_INLINE i32 offset_at(const u16* extra) { return i32(u32(extra[0]) | u32(extra[1]) << 16); }
 
-// Fills `pointers` for the lanes of `mask`; each may access `bytes` bytes, aligned to `alignment`. Throws the report of the first check
-// that fails. `what` names the access, as in "4-byte load".
-void resolve(Warp& warp, const Record* in, Space space, u32 mask, Address address, u32 bytes, u32 alignment, const char* what, Pointers& pointers);
+// An address of shared memory in a cluster: block << 24 | address in that block, where block is its rank + 1, or 0 for the block that asks.
+constexpr int RANK_SHIFT = 24;
+constexpr u32 RANK_MASK = 31u << RANK_SHIFT;
+SIM_INLINE u32 rank_of(const Warp& warp, u32 address) { return address & RANK_MASK ? (address >> RANK_SHIFT) - 1 : warp.cta->rank; }
+
+// The block that a shared address of a cluster lies in. Throws when there is no such block, or when it has exited.
+Cta& target_block(Warp& warp, const Record* in, u32 lane, u32 address, const char* what);
+
+// Fills `pointers` for the lanes of `mask`. Throws the report of the first check that fails.
+void resolve(Warp& warp, const Record* in, Space space, u32 mask, Address address, Use use, Pointers& pointers);
 
 // The same for global addresses that are computed already.
-void resolve_global(Warp& warp, const Record* in, u32 mask, const u64* addresses, u32 bytes, u32 alignment, const char* what, Pointers& pointers);
+void resolve_global(Warp& warp, const Record* in, u32 mask, const u64* addresses, Use use, Pointers& pointers);
+
+// The same for a range of shared memory of one block that a unit of its own accesses, for one lane: bounds and alignment only.
+u8* resolve_range(Warp& warp, const Record* in, u32 lane, Cta& target, u32 address, Use use);
 
 }  // namespace sim

@@ -7,7 +7,8 @@
 
 #include <algorithm>
 
-#include "access.h"
+#include "cluster.h"
+#include "shadow.h"
 #include "table.h"
 
 namespace sim {
@@ -20,6 +21,7 @@ struct Copy {
   u32 pending;   // lanes whose bytes have not moved yet
   u32 group;     // number of the commit that closed it; meaningless while open
   u32 bytes;     // written per lane
+  u32 clock;     // of the warp's copies, see clock.h
   Pointers to, from;
   u32 size[LANES];  // bytes read per lane; the rest becomes zero
 };
@@ -105,7 +107,7 @@ struct Queue {
 
 class AsyncCopyEngine final : public Engine {
  public:
-  explicit AsyncCopyEngine(Cta& cta) : schedule_(cta.launch.schedule), queues(cta.num_warps) {}
+  explicit AsyncCopyEngine(Cluster& cluster) : schedule_(cluster.launch.schedule), queues(cluster.warps.size()) {}
 
   void reset() override {
     for (Queue& queue : queues) queue.clear();
@@ -129,11 +131,11 @@ class AsyncCopyEngine final : public Engine {
 
   void check_exit(Warp& warp, const Record* in, u32 lanes) override {
     if (!warp.cta->checks) return;
-    for (const Copy& copy : queues[warp.id].copies) {
+    for (const Copy& copy : queues[warp.index].copies) {
       if ((copy.unwaited & lanes) == 0) continue;
       Failure failure{"open-copy", "lanes exit, but nothing waited for a cp.async that they issued", {}, 0, 0, {}};
-      failure.where = {warp.id, copy.unwaited & lanes, copy.record};
-      failure.places.push_back({warp.id, lanes, warp.cta->record_index(in)});
+      failure.where = {warp.id, copy.unwaited & lanes, copy.record, warp.cta->rank};
+      failure.places.push_back({warp.id, lanes, warp.cta->record_index(in), warp.cta->rank});
       throw failure;
     }
   }
@@ -145,7 +147,7 @@ class AsyncCopyEngine final : public Engine {
   std::vector<Queue> queues;
 };
 
-AsyncCopyEngine& engine_of(Warp& warp) { return static_cast<AsyncCopyEngine&>(*warp.cta->engines[0]); }
+AsyncCopyEngine& engine_of(Warp& warp) { return static_cast<AsyncCopyEngine&>(*warp.cta->cluster->engines[0]); }
 
 // a = destination, b = source, c = bytes to read; extra at x: offsets of destination and source, bytes to write, address widths.
 const Record* copy_async(Warp& warp, const Record* in) {
@@ -155,7 +157,7 @@ const Record* copy_async(Warp& warp, const Record* in) {
   const u32 bytes = extra[4];
   const u32* size = warp.row<u32>(in->c);
   AsyncCopyEngine& engine = engine_of(warp);
-  std::vector<Copy>& copies = engine.queues[warp.id].copies;
+  std::vector<Copy>& copies = engine.queues[warp.index].copies;
   copies.emplace_back();
   Copy& copy = copies.back();
   copy.record = warp.cta->record_index(in);
@@ -164,43 +166,66 @@ const Record* copy_async(Warp& warp, const Record* in) {
   memcpy(copy.size, size, sizeof copy.size);
   u32 whole = 0, nothing = 0;
   for (int lane = 0; lane < LANES; ++lane) whole |= u32(size[lane] == bytes) << lane, nothing |= u32(size[lane] == 0) << lane;
-  resolve(warp, in, Space::SHARED, mask, {in->a, (extra[5] & 1) != 0, offset_at(extra)}, bytes, bytes, "destination of cp.async", copy.to);
+  resolve(warp, in, Space::SHARED, mask, {in->a, (extra[5] & 1) != 0, offset_at(extra)}, {Access::NONE, bytes, bytes, "destination of cp.async"},
+          copy.to);
   const Address source{in->b, (extra[5] & 2) != 0, offset_at(extra + 2)};
-  resolve(warp, in, Space::GLOBAL, mask & whole, source, bytes, bytes, "source of cp.async", copy.from);
+  resolve(warp, in, Space::GLOBAL, mask & whole, source, {Access::READ, bytes, bytes, "source of cp.async"}, copy.from);
   for_lanes(mask & ~whole & ~nothing, [&](int lane) {  // fewer bytes than are written: rare, so one lane at a time
     if (size[lane] > bytes) {
       warp.fail(in, "async-copy", 1u << lane, "lane %d reads %u bytes, but only %u are written", lane, size[lane], bytes);
     }
     Pointers one;
-    resolve(warp, in, Space::GLOBAL, 1u << lane, source, size[lane], 1, "source of cp.async", one);
+    resolve(warp, in, Space::GLOBAL, 1u << lane, source, {Access::READ, size[lane], 1, "source of cp.async"}, one);
     copy.from.lane[lane] = one.lane[lane];
   });
+  if (SharedShadow* shadow = warp.cta->shadow.get()) {
+    const u32 agent = warp.knowledge.agent(OWN_COPIES);
+    copy.clock = warp.cta->cluster->tick(agent);
+    for_lanes(mask, [&](int lane) {
+      const u32 address = u32(copy.to.lane[lane] - warp.cta->shared);
+      shadow->access_async(warp, in, Access::WRITE, u32(lane), {agent, copy.clock, false}, address, bytes, "cp.async");
+    });
+  }
   ++warp.cta->counters.async_copies;
-  engine.issued(copy, warp.cta->random);
+  engine.issued(copy, warp.cta->cluster->random);
   return in + 1;
 }
 
 const Record* commit_group(Warp& warp, const Record* in) {
   const u32 mask = warp.mask(in);
-  if (mask) engine_of(warp).queues[warp.id].commit(mask);
+  if (mask) engine_of(warp).queues[warp.index].commit(mask);
   return in + 1;
+}
+
+// The race detector learns which copies all their lanes have waited for.
+void waited(Warp& warp, const Queue& queue) {
+  if (!warp.cta->checks) return;
+  u32 done = MAX_CLOCK;
+  for (const Copy& copy : queue.copies) done = std::min(done, copy.clock - 1);
+  warp.knowledge.waited(OWN_COPIES, done == MAX_CLOCK ? warp.cta->cluster->latest(warp.knowledge.agent(OWN_COPIES)) : done);
 }
 
 const Record* wait_group(Warp& warp, const Record* in) {
   const u32 mask = warp.mask(in);
-  if (mask) engine_of(warp).queues[warp.id].wait(mask, u32(in->x));
+  if (mask == 0) return in + 1;
+  Queue& queue = engine_of(warp).queues[warp.index];
+  queue.wait(mask, u32(in->x));
+  waited(warp, queue);
   return in + 1;
 }
 
 const Record* wait_all(Warp& warp, const Record* in) {
   const u32 mask = warp.mask(in);
-  if (mask) engine_of(warp).queues[warp.id].wait_all(mask);
+  if (mask == 0) return in + 1;
+  Queue& queue = engine_of(warp).queues[warp.index];
+  queue.wait_all(mask);
+  waited(warp, queue);
   return in + 1;
 }
 
 }  // namespace
 
-std::unique_ptr<Engine> make_async_copy_engine(Cta& cta) { return std::make_unique<AsyncCopyEngine>(cta); }
+std::unique_ptr<Engine> make_async_copy_engine(Cluster& cluster) { return std::make_unique<AsyncCopyEngine>(cluster); }
 
 void register_async_copy(Table& table) {
   table.add("cp.async", "", copy_async);

@@ -7,6 +7,6 @@
 
 namespace sim {
 
-std::unique_ptr<Engine> make_async_copy_engine(Cta& cta);
+std::unique_ptr<Engine> make_async_copy_engine(Cluster& cluster);
 
 }  // namespace sim

@@ -10,8 +10,6 @@
 namespace sim {
 namespace {
 
-constexpr u32 ADDRESS_64 = 8, NO_RESULT = 16;
-
 template <class T> const char* describe() { return sizeof(T) == 2 ? "2-byte atomic" : sizeof(T) == 4 ? "4-byte atomic" : "8-byte atomic"; }
 
 // F gets the old value, the operand and, for cas, the second operand, all as unsigned words, and gives the new one.
@@ -21,7 +19,8 @@ template <class Word, class F> const Record* atomic(Warp& warp, const Record* in
   if (mask == 0) return in + 1;
   const u16* extra = warp.extra + in->x;
   Pointers at;
-  resolve(warp, in, Space(in->c & 7), mask, {in->a, (in->c & ADDRESS_64) != 0, offset_at(extra)}, sizeof(Word), sizeof(Word), describe<Word>(), at);
+  resolve(warp, in, Space(in->c & 7), mask, {in->a, (in->c & ADDRESS_64) != 0, offset_at(extra)},
+          {Access::ATOMIC, sizeof(Word), sizeof(Word), describe<Word>()}, at);
   const Storage* operand = warp.row<Storage>(extra[2]);
   const Storage* second = warp.row<Storage>(extra[3]);
   Storage* result = in->c & NO_RESULT ? nullptr : warp.row<Storage>(in->d);

@@ -2,6 +2,7 @@
 //
 // Contract: a = barrier number, b = number of threads when HAS_COUNT is set in x. Warps arrive as a whole, and count as 32 threads even when
 // lanes of them have exited. A waiting group holds a ticket, the generation of the barrier that it waits for.
+#include "cluster.h"
 #include "table.h"
 
 namespace sim {
@@ -27,7 +28,11 @@ Arrival arrive(Warp& warp, const Record* in, u32 mask) {
   if (barrier.arrived != 0 && barrier.expected != expected) {
     warp.fail(in, "barrier", mask, "barrier %u: expects %u threads here, but others that arrived expect %u", number, expected, barrier.expected);
   }
-  if (barrier.arrived == 0) barrier.votes_any = 0, barrier.votes_all = 1, barrier.count = 0;
+  if (barrier.arrived == 0) {
+    barrier.votes_any = 0, barrier.votes_all = 1, barrier.count = 0;
+    if (warp.cta->checks) barrier.arriving.reset(warp.cta->cluster->num_agents());
+  }
+  if (warp.cta->checks) warp.knowledge.release(mask, barrier.arriving);
   barrier.expected = expected;
   barrier.arrived += LANES;
   if (barrier.arrived > expected) {
@@ -42,6 +47,7 @@ void complete(Warp& warp, Barrier& barrier) {
   barrier.result_any[slot] = barrier.votes_any;
   barrier.result_all[slot] = barrier.votes_all;
   barrier.result_count[slot] = barrier.count;
+  if (warp.cta->checks) std::swap(barrier.completed[slot], barrier.arriving);
   barrier.arrived = 0;
   ++warp.cta->counters.barriers;
 }
@@ -63,6 +69,7 @@ bool arrive_and_wait(Warp& warp, const Record* in, u32 mask, u32 votes, Barrier*
   generation = group.ticket;
   if (barrier->generation < generation) return false;
   group.ticket = 0;
+  if (warp.cta->checks) warp.knowledge.acquire(mask, warp.live, barrier->completed[generation & 1]);
   return true;
 }
 

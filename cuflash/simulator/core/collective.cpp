@@ -158,6 +158,7 @@ const Record* synchronize_warp(Warp& warp, const Record* in) {
   if (mask == 0) return in + 1;
   const u32 members = members_of(warp, in, mask, in->a) & warp.live;
   if (members & ~mask) return warp.wait_for_lanes(in, members);
+  if (warp.cta->checks) warp.knowledge.synchronize(mask, warp.live);
   return in + 1;
 }
 

@@ -1,4 +1,5 @@
 // Branches, exits, joins and the instructions that only change the flow of a warp.
+#include "cluster.h"
 #include "table.h"
 
 namespace sim {
@@ -57,7 +58,7 @@ const Record* branch_indexed(Warp& warp, const Record* in) {
 const Record* leave(Warp& warp, const Record* in) {
   const u32 leaving = warp.mask(in);
   if (leaving == 0) return in + 1;
-  for (auto& engine : warp.cta->engines) engine->check_exit(warp, in, leaving);
+  for (auto& engine : warp.cta->cluster->engines) engine->check_exit(warp, in, leaving);
   warp.live &= ~leaving;
   Group& mine = warp.groups[warp.running];
   mine.lanes = warp.active & ~leaving;

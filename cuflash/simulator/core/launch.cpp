@@ -1,19 +1,19 @@
-// Spreads the blocks of a launch over threads and gathers counters and the first failure.
+// Spreads the clusters of a launch over threads and gathers counters and the first failure.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <mutex>
 #include <thread>
 
-#include "machine.h"
+#include "cluster.h"
 
 namespace sim {
 namespace {
 
-void fill_report(const Failure& failure, const Cta& cta, Report& report) {
+void fill_report(const Failure& failure, const Cluster& cluster, Report& report) {
   report.check = failure.check;
   snprintf(report.message, sizeof report.message, "%s", failure.message.c_str());
-  memcpy(report.block, cta.block, sizeof report.block);
+  memcpy(report.block, cluster.ctas[failure.where.rank]->block, sizeof report.block);
   report.where = failure.where;
   report.address = failure.address;
   report.bytes = failure.bytes;
@@ -33,25 +33,26 @@ void add_counters(CounterValues& sum, const CounterValues& part) {
 }  // namespace
 
 int launch(const Program& program, const LaunchDescription& description, CounterValues& counters, Report& report) {
-  const u64 total = u64(description.grid[0]) * description.grid[1] * description.grid[2];
+  const u64 blocks = u64(description.grid[0]) * description.grid[1] * description.grid[2];
+  const u64 total = blocks / (description.cluster[0] * description.cluster[1] * description.cluster[2]);
   std::atomic<u64> next{0}, first_failed{total};
   std::mutex mutex;  // guards counters and report
-  // Blocks are handed out in order and started ones are finished, so the failure with the lowest index does not depend on timing.
+  // Clusters are handed out in order and started ones are finished, so the failure with the lowest index does not depend on timing.
   auto work = [&] {
-    Cta cta(program, description);
+    Cluster cluster(program, description);
     for (u64 index; (index = next++) < first_failed.load();) {
       try {
-        cta.run(u32(index));
+        cluster.run(index);
       } catch (const Failure& failure) {
         std::lock_guard<std::mutex> lock(mutex);
         if (index < first_failed) {
           first_failed = index;
-          fill_report(failure, cta, report);
+          fill_report(failure, cluster, report);
         }
       }
     }
     std::lock_guard<std::mutex> lock(mutex);
-    add_counters(counters, cta.counters);
+    for (const auto& cta : cluster.ctas) add_counters(counters, cta->counters);
   };
   const u64 num_threads = std::min<u64>(u64(std::max(description.threads, 1)), total);
   std::vector<std::thread> helpers;

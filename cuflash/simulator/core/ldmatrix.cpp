@@ -8,8 +8,6 @@
 namespace sim {
 namespace {
 
-constexpr u32 ADDRESS_64 = 8;
-
 using Octet = VectorOf<u16, 16>::type;  // a row of a matrix
 
 template <int... I> SIM_INLINE Octet interleave(Octet x, Octet y) {
@@ -39,10 +37,10 @@ SIM_INLINE void transpose_matrix(Octet (&m)[8]) {
 }
 
 // Pointers to the rows of COUNT matrices.
-template <int COUNT> SIM_INLINE void resolve_rows(Warp& warp, const Record* in, const char* what, Pointers& rows) {
+template <int COUNT> SIM_INLINE void resolve_rows(Warp& warp, const Record* in, Access access, const char* what, Pointers& rows) {
   constexpr u32 LANES_USED = COUNT == 4 ? ALL_LANES : (1u << (8 * COUNT)) - 1;
   const Address address{in->a, (in->c & ADDRESS_64) != 0, offset_at(warp.extra + in->x)};
-  resolve(warp, in, Space(in->c & 7), LANES_USED, address, 16, 16, what, rows);
+  resolve(warp, in, Space(in->c & 7), LANES_USED, address, {access, 16, 16, what}, rows);
 }
 
 template <int COUNT, bool TRANSPOSED> const Record* load_matrix(Warp& warp, const Record* in) {
@@ -52,7 +50,7 @@ template <int COUNT, bool TRANSPOSED> const Record* load_matrix(Warp& warp, cons
     return warp.wait_for_lanes(in, ALL_LANES);
   }
   Pointers from;
-  resolve_rows<COUNT>(warp, in, "row of ldmatrix", from);
+  resolve_rows<COUNT>(warp, in, Access::READ, "row of ldmatrix", from);
   Octet matrices[COUNT][8];  // all are read before a register is written: the address may be one of them
   for (int j = 0; j < COUNT; ++j) {
     for (int i = 0; i < 8; ++i) memcpy(&matrices[j][i], from.lane[8 * j + i], 16);
@@ -70,7 +68,7 @@ template <int COUNT, bool TRANSPOSED> const Record* store_matrix(Warp& warp, con
     return warp.wait_for_lanes(in, ALL_LANES);
   }
   Pointers to;
-  resolve_rows<COUNT>(warp, in, "row of stmatrix", to);
+  resolve_rows<COUNT>(warp, in, Access::WRITE, "row of stmatrix", to);
   const u16* registers = warp.extra + in->x + 2;
   for (int j = 0; j < COUNT; ++j) {
     Octet matrix[8];

@@ -4,16 +4,20 @@
 // called `block` (this group cannot go on yet: the record is executed again later), `regroup` (groups changed) or `leave`.
 #pragma once
 
+#include <algorithm>
 #include <cstdarg>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "clock.h"
 #include "program.h"
 
 namespace sim {
 
+class Cluster;
 class Cta;
+class SharedShadow;
 struct Warp;
 using Handler = const Record* (*)(Warp&, const Record*);
 
@@ -26,7 +30,7 @@ struct Failure {
   std::vector<Place> places;
 };
 
-// xorshift64*: one per block, so that a block's schedule does not depend on the number of threads.
+// xorshift64*: one per cluster, so that its schedule does not depend on the number of threads.
 struct Random {
   u64 state;
   explicit Random(u64 seed) : state(seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull) { next(), next(); }
@@ -45,9 +49,9 @@ struct Group {
   bool partial;  // waits for other lanes of its warp
 };
 
-enum class Event : u8 { NONE, BLOCKED, REGROUP };
+enum class Event : u8 { NONE, BLOCKED, REGROUP, POLLED };
 
-// An asynchronous engine: it owns work that instructions have issued and does it later. One per kind of work and block.
+// An asynchronous engine: it owns work that instructions have issued and does it later. One per kind of work and cluster.
 struct Engine {
   virtual ~Engine() = default;
   virtual void reset() = 0;
@@ -55,6 +59,8 @@ struct Engine {
   virtual bool step(Random& random) = 0;
   // Throws a Failure when lanes leave the kernel with work that nothing waited for.
   virtual void check_exit(Warp& warp, const Record* in, u32 lanes) = 0;
+  // Appends "; …" for what somebody waits for, when nobody can go on.
+  virtual void describe_stall(std::string&) const {}
 };
 
 struct Warp {
@@ -64,7 +70,9 @@ struct Warp {
   const u16* extra;
   Cta* cta;
   u8* local;         // [lane][local_bytes]
-  u32 id;
+  u8* local_written;  // the same, 1 for bytes that were written; with checks only
+  u32 id;            // in its block
+  u32 index;         // in its cluster
   u32 active;        // lanes of the running group
   u32 live;          // lanes that have not exited
   u32 present;       // lanes that ever existed
@@ -76,6 +84,7 @@ struct Warp {
   u64 clock;
   u32 carry;         // per lane, of add.cc and its kin
   Group groups[LANES];
+  WarpKnowledge knowledge;  // valid with checks only
 
   template <class T> SIM_INLINE T* row(u16 operand) const {
     const u8* bank = operand & CONSTANT ? constants : registers;
@@ -95,6 +104,8 @@ struct Warp {
     event = Event::REGROUP;
     return nullptr;
   }
+  // Goes on at `next`, but not before others had their turn: this warp looks for something that has not happened yet.
+  const Record* poll_again(const Record* next);
   // For instructions that all of `needed` must execute together: true when they are here. When not, return `wait_for_lanes`.
   SIM_INLINE bool together(u32 mask, u32 needed) const { return SIM_LIKELY((needed & ~mask) == 0); }
   const Record* wait_for_lanes(const Record* in, u32 needed);
@@ -111,18 +122,22 @@ struct Barrier {
   u32 generation;  // completed phases
   u32 votes_any, votes_all, count;
   u32 result_any[2], result_all[2], result_count[2];  // of the last two generations, for bar.red
+  Knowledge arriving, completed[2];                   // of those that arrived, and of the last two generations
 };
 
 struct MatrixScratch;
 
 class Cta {
  public:
-  Cta(const Program& program, const LaunchDescription& launch);
+  Cta(Cluster& cluster, u32 rank);
   ~Cta();
-  void run(u32 index);
+  void reset(u32 x, u32 y, u32 z);
+  void describe_stall(std::string& text) const;
 
+  Cluster* cluster;
   const Program& program;
   const LaunchDescription& launch;
+  u32 rank;  // in the cluster
   u32 block[3];
   u32 num_threads, num_warps;
   std::vector<Warp> warps;
@@ -130,23 +145,17 @@ class Cta {
   u8* shared;                       // indexed by shared address
   u32 shared_begin, shared_end;     // addresses that a kernel may touch
   bool checks;
-  Random random;
   CounterValues counters{};
   std::vector<u8> last_buffer;      // per record: the buffer that it touched last, a guess for the bounds check
   std::unique_ptr<MatrixScratch> matrix;
-  std::vector<std::unique_ptr<Engine>> engines;
+  std::unique_ptr<SharedShadow> shadow;  // null without checks
 
   u32 record_index(const Record* in) const { return u32(in - program.records.data()); }
+  bool exited() const {
+    return std::all_of(warps.begin(), warps.end(), [](const Warp& warp) { return warp.num_groups == 0; });
+  }
 
  private:
-  void reset(u32 index);
-  bool run_warp(Warp& warp, u64 fuel);
-  bool merge_groups(Warp& warp);
-  bool pick_group(Warp& warp, u32 tried);
-  bool step_engines();
-  void run_in_turn();
-  void run_at_random();
-  [[noreturn]] void report_stall();
   std::unique_ptr<u8[]> memory_;
 };
 

@@ -10,8 +10,6 @@
 namespace sim {
 namespace {
 
-constexpr u32 ADDRESS_64 = 8;  // in field c, above the space
-
 Address address_of(const Record* in, const u16* extra) { return {in->a, (in->c & ADDRESS_64) != 0, offset_at(extra)}; }
 Space space_of(const Record* in) { return Space(in->c & 7); }
 
@@ -47,7 +45,8 @@ template <class T, int COUNT> const Record* load(Warp& warp, const Record* in) {
   const u16* extra = warp.extra + in->x;
   Pointers from;
   constexpr u32 BYTES = sizeof(T) * COUNT;
-  resolve(warp, in, space_of(in), mask, address_of(in, extra), BYTES, BYTES, describe<T>(LOADS, COUNT), from);
+  resolve(warp, in, space_of(in), mask, address_of(in, extra),
+          {in->c & STRONG ? Access::STRONG_READ : Access::READ, BYTES, BYTES, describe<T>(LOADS, COUNT)}, from);
   Storage* rows[COUNT];
   for (int i = 0; i < COUNT; ++i) rows[i] = warp.row<Storage>(extra[2 + i]);
   if constexpr (sizeof(T) == 4 && COUNT == 4) {
@@ -77,7 +76,8 @@ template <class T, int COUNT> const Record* store(Warp& warp, const Record* in) 
   if (space_of(in) == Space::PARAM) warp.fail(in, "param-bounds", mask, "kernel parameters are read-only");
   Pointers to;
   constexpr u32 BYTES = sizeof(T) * COUNT;
-  resolve(warp, in, space_of(in), mask, address_of(in, extra), BYTES, BYTES, describe<T>(STORES, COUNT), to);
+  resolve(warp, in, space_of(in), mask, address_of(in, extra),
+          {in->c & STRONG ? Access::STRONG_WRITE : Access::WRITE, BYTES, BYTES, describe<T>(STORES, COUNT)}, to);
   const Storage* rows[COUNT];
   for (int i = 0; i < COUNT; ++i) rows[i] = warp.row<Storage>(extra[2 + i]);
   if constexpr (sizeof(T) == 4 && COUNT == 4) {

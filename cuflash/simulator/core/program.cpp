@@ -1,6 +1,8 @@
 // Builds a Program from what Python decoded.
 #include "program.h"
 
+#include "table.h"
+
 namespace sim {
 
 std::unique_ptr<Program> make_program(const ProgramDescription& in) {
@@ -10,6 +12,8 @@ std::unique_ptr<Program> make_program(const ProgramDescription& in) {
   program->local_bytes = in.local_bytes;
   program->shared_begin = in.shared_begin;
   allocate_rows(in, *program);
+  const std::vector<Entry>& instructions = instruction_table().entries();
+  for (const Record& record : program->records) program->uses_mbarriers |= instructions[record.op].name.starts_with("mbarrier.init");
 
   // Constants are rows as well, so that an operand needs no case distinction. A 64-bit constant fills two rows.
   for (u32 i = 0; i < in.num_constants; ++i) {

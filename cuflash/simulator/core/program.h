@@ -54,6 +54,7 @@ struct Program {
   std::vector<std::pair<u32, u16>> special;
   std::vector<u16> poisoned_rows;  // rows that may be read before they are written
   u32 num_rows = 0, num_predicates = 1, local_bytes = 0, shared_begin = 0;
+  bool uses_mbarriers = false;
 };
 
 std::unique_ptr<Program> make_program(const ProgramDescription& description);
@@ -68,7 +69,7 @@ struct Buffer {
 enum class Schedule : i32 { EARLY = 0, LATE = 1, RANDOM = 2 };
 
 extern "C" struct LaunchDescription {
-  u32 grid[3], block[3];
+  u32 grid[3], block[3], cluster[3];  // cluster: blocks that run together, 1 1 1 for none
   const u8* params;
   const Buffer* buffers;
   u32 param_bytes, num_buffers;
@@ -86,12 +87,13 @@ extern "C" struct CounterValues {
 
 // Where a group of lanes stands, for reports.
 struct Place {
-  u32 warp, lanes, record;
+  u32 warp, lanes, record, rank;  // rank: of the block in its cluster
 };
 
-constexpr u32 NO_RECORD = ~0u;
+constexpr u32 NO_RECORD = ~0u, NO_WARP = ~0u;
+constexpr u32 MAX_MBARRIERS = 64;  // of a block
 constexpr int MAX_PLACES = 64;
-constexpr int MESSAGE_BYTES = 512;
+constexpr int MESSAGE_BYTES = 2048;
 
 extern "C" struct Report {
   const char* check;

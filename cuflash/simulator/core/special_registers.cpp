@@ -1,6 +1,8 @@
 // See special_registers.h. Registers that change while a block runs (%clock) are instructions instead, in control.cpp.
 #include "special_registers.h"
 
+#include "cluster.h"
+
 namespace sim {
 namespace {
 
@@ -41,20 +43,20 @@ const SpecialRegister REGISTERS[] = {
     {"%lanemask_ge", [](const Cta&, const Warp&, u32 lane) { return ~((1u << lane) - 1); }},
     {"%dynamic_smem_size", [](const Cta& cta, const Warp&, u32) { return cta.launch.dynamic_shared_bytes; }},
     {"%total_smem_size", [](const Cta& cta, const Warp&, u32) { return cta.shared_end - cta.shared_begin; }},
-    {"%clusterid.x", [](const Cta& cta, const Warp&, u32) { return cta.block[0]; }},
-    {"%clusterid.y", [](const Cta& cta, const Warp&, u32) { return cta.block[1]; }},
-    {"%clusterid.z", [](const Cta& cta, const Warp&, u32) { return cta.block[2]; }},
-    {"%nclusterid.x", [](const Cta& cta, const Warp&, u32) { return cta.launch.grid[0]; }},
-    {"%nclusterid.y", [](const Cta& cta, const Warp&, u32) { return cta.launch.grid[1]; }},
-    {"%nclusterid.z", [](const Cta& cta, const Warp&, u32) { return cta.launch.grid[2]; }},
-    {"%cluster_ctaid.x", [](const Cta&, const Warp&, u32) { return 0u; }},
-    {"%cluster_ctaid.y", [](const Cta&, const Warp&, u32) { return 0u; }},
-    {"%cluster_ctaid.z", [](const Cta&, const Warp&, u32) { return 0u; }},
-    {"%cluster_nctaid.x", [](const Cta&, const Warp&, u32) { return 1u; }},
-    {"%cluster_nctaid.y", [](const Cta&, const Warp&, u32) { return 1u; }},
-    {"%cluster_nctaid.z", [](const Cta&, const Warp&, u32) { return 1u; }},
-    {"%cluster_ctarank", [](const Cta&, const Warp&, u32) { return 0u; }},
-    {"%cluster_nctarank", [](const Cta&, const Warp&, u32) { return 1u; }},
+    {"%clusterid.x", [](const Cta& cta, const Warp&, u32) { return cta.block[0] / cta.launch.cluster[0]; }},
+    {"%nclusterid.x", [](const Cta& cta, const Warp&, u32) { return cta.launch.grid[0] / cta.launch.cluster[0]; }},
+    {"%cluster_ctaid.x", [](const Cta& cta, const Warp&, u32) { return cta.block[0] % cta.launch.cluster[0]; }},
+    {"%cluster_nctaid.x", [](const Cta& cta, const Warp&, u32) { return cta.launch.cluster[0]; }},
+    {"%clusterid.y", [](const Cta& cta, const Warp&, u32) { return cta.block[1] / cta.launch.cluster[1]; }},
+    {"%nclusterid.y", [](const Cta& cta, const Warp&, u32) { return cta.launch.grid[1] / cta.launch.cluster[1]; }},
+    {"%cluster_ctaid.y", [](const Cta& cta, const Warp&, u32) { return cta.block[1] % cta.launch.cluster[1]; }},
+    {"%cluster_nctaid.y", [](const Cta& cta, const Warp&, u32) { return cta.launch.cluster[1]; }},
+    {"%clusterid.z", [](const Cta& cta, const Warp&, u32) { return cta.block[2] / cta.launch.cluster[2]; }},
+    {"%nclusterid.z", [](const Cta& cta, const Warp&, u32) { return cta.launch.grid[2] / cta.launch.cluster[2]; }},
+    {"%cluster_ctaid.z", [](const Cta& cta, const Warp&, u32) { return cta.block[2] % cta.launch.cluster[2]; }},
+    {"%cluster_nctaid.z", [](const Cta& cta, const Warp&, u32) { return cta.launch.cluster[2]; }},
+    {"%cluster_ctarank", [](const Cta& cta, const Warp&, u32) { return cta.rank; }},
+    {"%cluster_nctarank", [](const Cta& cta, const Warp&, u32) { return cta.cluster->size; }},
 };
 constexpr u32 NUM_REGISTERS = sizeof REGISTERS / sizeof REGISTERS[0];
 

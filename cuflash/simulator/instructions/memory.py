@@ -15,7 +15,7 @@ _SPACES = {
     "const": 0,
     "shared": 1,
     "shared::cta": 1,
-    "shared::cluster": 1,
+    "shared::cluster": 5,
     "local": 2,
     "param": 3,
     "param::entry": 3,
@@ -23,6 +23,8 @@ _SPACES = {
 _GENERIC = 4
 ADDRESS_64 = 8
 _NO_RESULT = 16
+_STRONG = 32
+_STRONG_MODIFIERS = frozenset({"volatile", "relaxed", "acquire", "release", "mmio"})
 _ORDERED = frozenset({"acquire", "release", "acq_rel", "sc"})
 
 
@@ -34,6 +36,7 @@ class Access(NamedTuple):
     signed: bool
     elements: int
     ordered: bool
+    strong: bool
     param: bool
     cache_hint: bool
 
@@ -61,13 +64,14 @@ def _access(opcode: str) -> Access:
         type_name[0] == "s",
         count,
         any(part in _ORDERED for part in parts),
+        any(part in _STRONG_MODIFIERS for part in parts),
         "param" in parts or "param::func" in parts,
         "L2::cache_hint" in parts,
     )
 
 
 def _symbol_width(space: int) -> int:
-    return 32 if space == 1 else 64
+    return 32 if space in (1, 5) else 64
 
 
 def _emit_access(encoder: Encoder, name: str, access: Access, address: str, registers: list[str], defines: bool) -> None:
@@ -77,7 +81,7 @@ def _emit_access(encoder: Encoder, name: str, access: Access, address: str, regi
         raise Unsupported("this access")
     start = encoder.begin(name)
     offset, wide = encoder.put_address(start, A, address, _symbol_width(access.space))
-    encoder.set_field(start, C, access.space | (ADDRESS_64 if wide else 0))
+    encoder.set_field(start, C, access.space | (ADDRESS_64 if wide else 0) | (_STRONG if access.strong else 0))
     encoder.add_extra(start, offset & 0xFFFF, offset >> 16 & 0xFFFF)
     kind = 64 if access.element == "b64" else 32
     for register in registers:

@@ -1,0 +1,61 @@
+// Blocks that run together: a cluster, or a single block where the kernel has none. Takes their warps in turn or at random, and finds out when
+// nobody can go on.
+//
+// Contract: within a warp, the group at the lowest record runs first and groups that meet are merged, so diverged lanes come together at
+// the earliest possible place. A group that cannot go on is left where it is and tried again later; when no group can go on and no
+// asynchronous engine has work left, the cluster is stalled, which is always reported.
+#pragma once
+
+#include "machine.h"
+
+namespace sim {
+
+// Who an agent of clock.h is, for reports.
+struct AgentName {
+  char text[64];
+  u32 rank, warp;  // warp: NO_WARP when it belongs to no warp
+  bool is_async;
+};
+
+class Cluster {
+ public:
+  Cluster(const Program& program, const LaunchDescription& launch);
+  ~Cluster();
+  void run(u64 index);
+
+  const Program& program;
+  const LaunchDescription& launch;
+  u32 size;  // blocks
+  std::vector<std::unique_ptr<Cta>> ctas;
+  std::vector<Warp*> warps;  // of all blocks
+  std::vector<std::unique_ptr<Engine>> engines;
+  Random random{0};
+
+  // Agents, block by block: the warps; for each warp its cp.async copies, then its bulk copies; the warpgroups' matrix products; mbarriers.
+  u32 num_agents() const { return size * agents_per_cta_; }
+  u32 agent(u32 rank, OwnAgent which, u32 warp) const { return rank * agents_per_cta_ + u32(which) * warps_per_cta_ + warp; }
+  u32 warpgroup_agent(u32 rank, u32 warpgroup) const { return rank * agents_per_cta_ + NUM_OWN_AGENTS * warps_per_cta_ + warpgroup; }
+  u32 mbarrier_agent(u32 rank, u32 slot) const { return warpgroup_agent(rank, warpgroups_per_cta_) + slot; }
+  bool is_proxy(u32 agent) const { return agent % agents_per_cta_ >= OWN_BULK * warps_per_cta_; }
+  AgentName agent_name(u32 agent) const;
+  u32 tick(u32 agent) { return ++clocks_[agent]; }  // the clock of the next asynchronous access of an agent
+  u32 latest(u32 agent) const { return clocks_[agent]; }
+  u32 num_mbarriers() const { return mbarriers_per_cta_; }
+
+ private:
+  enum class Turn { STUCK, RAN, POLLED };
+  void reset(u64 index);
+  Turn run_warp(Warp& warp, u64 fuel);
+  bool merge_groups(Warp& warp);
+  bool pick_group(Warp& warp, u32 tried);
+  bool step_engines();
+  void run_in_turn();
+  void run_at_random();
+  void check_clocks() const;
+  [[noreturn]] void report_stall(bool polling);
+
+  u32 warps_per_cta_, warpgroups_per_cta_, mbarriers_per_cta_, agents_per_cta_;
+  std::vector<u32> clocks_;
+};
+
+}  // namespace sim

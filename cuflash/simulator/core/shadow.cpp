@@ -1,0 +1,220 @@
+// See shadow.h.
+#include "shadow.h"
+
+#include <cstdio>
+
+#include "cluster.h"
+
+namespace sim {
+namespace {
+
+constexpr u8 NO_SLOT = 0xff;
+
+}  // namespace
+
+struct SharedShadow::Visit {
+  Warp& warp;
+  const Record* in;
+  Access access;
+  bool async, proxy;
+  u32 lane;
+  u32 size;  // bytes of the whole access
+  const char* what;
+  Stamp stamp;  // of this access
+  u32 slot;
+  u64* reads;  // of this agent
+
+  bool orders_read(Stamp earlier) const { return warp.knowledge.knows(earlier, lane); }
+  // Whether the write is visible to this access.
+  bool orders_write(Stamp earlier) const {
+    if (!warp.knowledge.knows(earlier, lane)) return false;
+    return !proxy || warp.cta->cluster->is_proxy(earlier.agent()) || warp.knowledge.knows_fenced(earlier, lane);
+  }
+};
+
+SharedShadow::SharedShadow(Cta& cta) : cta_(cta), begin_(cta.shared_begin & ~(CELL_BYTES - 1)) {
+  cells_.resize((cta.shared_end - begin_ + CELL_BYTES - 1) / CELL_BYTES);
+  slot_of_agent_.assign(cta.cluster->num_agents(), NO_SLOT);
+  reads_.resize(MAX_READERS);
+}
+
+void SharedShadow::reset() {
+  std::fill(cells_.begin(), cells_.end(), Cell{0, 0});
+  splits_.clear();
+  free_splits_.clear();
+  flags_.clear();
+}
+
+// The stamps of an agent's reads, one per cell, and the bit that stands for it.
+u64* SharedShadow::reads_of(u32 agent, u32& slot) {
+  u8& known = slot_of_agent_[agent];
+  if (SIM_UNLIKELY(known == NO_SLOT)) {
+    if (num_slots_ == MAX_READERS) throw Failure{"unsupported", "more than 64 agents read the shared memory of a block", {}, 0, 0, {}};
+    known = u8(num_slots_++);
+    reads_[known] = std::make_unique<u64[]>(cells_.size());
+  }
+  slot = known;
+  return reads_[known].get();
+}
+
+SharedShadow::Split& SharedShadow::split(Cell& cell) {
+  u32 index;
+  if (free_splits_.empty()) {
+    index = u32(splits_.size());
+    splits_.emplace_back();
+  } else {
+    index = free_splits_.back();
+    free_splits_.pop_back();
+  }
+  Split& result = splits_[index];
+  for (Stamp& write : result.write) write = {cell.write};
+  result.reads.clear();
+  const size_t number = size_t(&cell - cells_.data());
+  for (u64 rest = cell.readers; rest; rest &= rest - 1) result.reads.push_back({{reads_[__builtin_ctzll(rest)][number]}, 0xffff});
+  cell = {IS_SPLIT | index, 0};
+  return result;
+}
+
+void SharedShadow::make_whole(Cell& cell) {
+  free_splits_.push_back(u32(cell.write & ~IS_SPLIT));
+  cell.readers = 0;
+}
+
+SIM_INLINE void SharedShadow::touch_whole(Visit& visit, u32 index) {
+  Cell& cell = cells_[index];
+  const u32 address = begin_ + index * CELL_BYTES;
+  if (SIM_UNLIKELY(is_split(cell))) {
+    touch_split(visit, index, 0xffff);
+    return;
+  }
+  const Stamp write{cell.write};
+  if (visit.access == Access::READ) {
+    if (SIM_UNLIKELY(!write)) uninitialized(visit, address);
+    if (SIM_UNLIKELY(!visit.orders_write(write))) race(visit, write, true, address);
+    Stamp stamp = visit.stamp;
+    const Stamp last{visit.reads[index]};
+    const u64 bit = u64(1) << visit.slot;
+    if ((cell.readers & bit) && last.clock() == stamp.clock() && last.lane() != stamp.lane()) {
+      stamp = Stamp::make(stamp.agent(), stamp.clock(), SEVERAL_LANES, stamp.record());
+    }
+    visit.reads[index] = stamp.word;
+    cell.readers |= bit;
+    return;
+  }
+  if (write && !visit.orders_write(write)) race(visit, write, true, address);
+  for (u64 rest = cell.readers; rest; rest &= rest - 1) {
+    const Stamp read{reads_[__builtin_ctzll(rest)][index]};
+    if (SIM_UNLIKELY(!visit.orders_read(read))) race(visit, read, false, address);
+  }
+  cell = {visit.stamp.word, 0};
+}
+
+// Single bytes of a cell: bit i of `bytes` is byte i.
+SIM_NOINLINE void SharedShadow::touch_split(Visit& visit, u32 index, u32 bytes) {
+  Cell& cell = cells_[index];
+  Split& parts = is_split(cell) ? split_of(cell) : split(cell);
+  const u32 address = begin_ + index * CELL_BYTES;
+  for_lanes(bytes, [&](int byte) {
+    const Stamp write = parts.write[byte];
+    if (reads(visit.access) && !write) uninitialized(visit, address + u32(byte));
+    if (is_strong(visit.access) && write.atomic()) return;
+    if (write && !visit.orders_write(write)) race(visit, write, true, address + u32(byte));
+  });
+  if (!writes(visit.access)) {
+    const Stamp now = visit.stamp;
+    for (Read& read : parts.reads) {
+      if (read.stamp.agent() != now.agent()) continue;
+      const bool same_clock = read.stamp.clock() == now.clock();
+      if (same_clock && read.stamp.lane() != now.lane()) {
+        if (bytes & ~read.bytes) continue;
+        read.stamp = Stamp::make(now.agent(), now.clock(), SEVERAL_LANES, now.record());
+        return;
+      }
+      if (!same_clock && (read.bytes & ~bytes)) continue;
+      read = {now, read.bytes | bytes};
+      return;
+    }
+    parts.reads.push_back({visit.stamp, bytes});
+    return;
+  }
+  for (Read& read : parts.reads) {
+    if ((read.bytes & bytes) == 0) continue;
+    const bool both_strong = is_strong(visit.access) && read.stamp.atomic();
+    if (!both_strong && !visit.orders_read(read.stamp)) race(visit, read.stamp, false, address + u32(__builtin_ctz(read.bytes & bytes)));
+    read.bytes &= ~bytes;
+  }
+  parts.reads.erase(std::remove_if(parts.reads.begin(), parts.reads.end(), [](const Read& read) { return read.bytes == 0; }), parts.reads.end());
+  for_lanes(bytes, [&](int byte) { parts.write[byte] = visit.stamp; });
+  const Stamp first = parts.write[0];
+  if (!parts.reads.empty() || !std::all_of(parts.write, parts.write + CELL_BYTES, [&](Stamp write) { return write.word == first.word; })) return;
+  make_whole(cell);
+  cell.write = first.word;
+}
+
+SIM_INLINE void SharedShadow::touch(Visit& visit, u32 begin, u32 bytes) {
+  const u32 end = begin + bytes;
+  while (begin < end) {
+    const u32 index = (begin - begin_) / CELL_BYTES, first = (begin - begin_) % CELL_BYTES;
+    const u32 here = std::min(CELL_BYTES - first, end - begin);
+    if (SIM_LIKELY(here == CELL_BYTES && !is_strong(visit.access))) touch_whole(visit, index);
+    else touch_split(visit, index, ((1u << here) - 1) << first);
+    begin += here;
+  }
+}
+
+void SharedShadow::access(Warp& warp, const Record* in, Access access, u32 lanes, const u32* addresses, u32 bytes, const char* what) {
+  Visit visit{warp, in, access, false, false, 0, bytes, what, {}, 0, nullptr};
+  const u32 agent = warp.knowledge.agent(OWN_ACCESSES), now = warp.knowledge.now(), record = warp.cta->record_index(in);
+  visit.reads = reads_of(agent, visit.slot);
+  warp.knowledge.touch(lanes);
+  for_lanes(lanes, [&](int lane) {
+    visit.lane = u32(lane);
+    visit.stamp = Stamp::make(agent, now, is_strong(access) ? ATOMIC_LANE : visit.lane, record);
+    if (is_strong(access) && reads(access)) synchronize(warp, 1u << lane, addresses[lane], false);
+    touch(visit, addresses[lane], bytes);
+    if (is_strong(access) && writes(access)) synchronize(warp, 1u << lane, addresses[lane], true);
+  });
+}
+
+// Whoever reads a flag knows what those did who wrote it.
+void SharedShadow::synchronize(Warp& warp, u32 lanes, u32 address, bool release) {
+  const auto [flag, is_new] = flags_.try_emplace(address);
+  if (is_new) flag->second.reset(cta_.cluster->num_agents());
+  if (release) warp.knowledge.release(lanes, flag->second);
+  else warp.knowledge.acquire(lanes, warp.live, flag->second);
+}
+
+void SharedShadow::access_async(Warp& warp, const Record* in, Access access, u32 lane, AsyncAgent by, u32 begin, u32 bytes, const char* what) {
+  Visit visit{warp, in, access, true, by.proxy, lane, bytes, what, {}, 0, nullptr};
+  visit.reads = reads_of(by.agent, visit.slot);
+  visit.stamp = Stamp::make(by.agent, by.clock, lane, warp.cta->record_index(in));
+  warp.knowledge.touch(1u << lane);
+  touch(visit, begin, bytes);
+}
+
+void SharedShadow::uninitialized(const Visit& visit, u32 address) {
+  visit.warp.fail(visit.in, "uninitialized", 1u << visit.lane, "%s reads byte %u of shared memory (lane %u), which nobody has written", visit.what,
+                  address - cta_.shared_begin, visit.lane);
+}
+
+void SharedShadow::race(const Visit& visit, Stamp earlier, bool earlier_writes, u32 address) {
+  Cluster& cluster = *cta_.cluster;
+  const AgentName who = cluster.agent_name(earlier.agent());
+  const bool unfenced = visit.proxy && visit.warp.knowledge.knows(earlier, visit.lane);
+  char lane[32] = "";
+  if (earlier.lane() < LANES) snprintf(lane, sizeof lane, ", lane %u", earlier.lane());
+  const char* const advice = unfenced       ? "the asynchronous proxy does not see it without a fence.proxy.async"
+                             : who.is_async ? "nothing waited for its completion before, or the wait was not followed by a barrier"
+                             : earlier.agent() == visit.warp.knowledge.agent(OWN_ACCESSES) ? "lanes of one warp, with no __syncwarp between"
+                                                                                           : "no barrier orders them";
+  Failure failure{unfenced ? "proxy-fence" : "race", "", {}, 0, 0, {}};
+  char text[MESSAGE_BYTES];
+  snprintf(text, sizeof text, "%s at byte %u of shared memory (lane %u) and an earlier %s by %s%s: %s", visit.what, address - cta_.shared_begin,
+           visit.lane, earlier_writes ? "write" : "read", who.text, lane, advice);
+  failure.message = text;
+  failure.where = {visit.warp.id, 1u << visit.lane, cta_.record_index(visit.in), visit.warp.cta->rank};
+  failure.places.push_back({who.warp, earlier.lane() < LANES ? 1u << earlier.lane() : ALL_LANES, earlier.record(), who.rank});
+  throw failure;
+}
+
+}  // namespace sim
