@@ -27,7 +27,7 @@ class Mutant:
     Attributes:
         statement: number of the instruction among the kernel's statements.
         instruction: its PTX.
-        change: what was done to it, such as "deleted" or "1 -> 2 groups may stay".
+        change: what was done to it, such as "deleted" or "+1 groups in flight".
         source: file and line that it comes from, then those of the calls around it, innermost first; empty without line information.
         ptx: the module.
     """
@@ -85,7 +85,7 @@ def _more_or_less(instruction: _Instruction, number: int, step: int, smallest: i
         if value is None:
             yield f"{difference:+d} {what}", instruction.with_computed(number, "add.s32", difference)
         elif value + difference >= smallest:
-            yield f"{value} -> {value + difference} {what}", instruction.with_operand(number, str(value + difference))
+            yield f"{difference:+d} {what}", instruction.with_operand(number, str(value + difference))
 
 
 def _delete(instruction: _Instruction) -> Iterator[Change]:
@@ -107,7 +107,7 @@ def _change_wait_group(instruction: _Instruction) -> Iterator[Change]:
     """cp.async.wait_group n, cp.async.bulk.wait_group{.read} n, wgmma.wait_group n: one group more may stay in flight."""
     yield from _delete(instruction)
     allowed = int(instruction.operands[0], 0)
-    yield f"{allowed} -> {allowed + 1} groups may stay", instruction.text(None, str(allowed + 1))
+    yield "+1 groups in flight", instruction.text(None, str(allowed + 1))
     if instruction.opcode == "cp.async.bulk.wait_group":
         yield "waits until sources are read only", instruction.text("cp.async.bulk.wait_group.read")
 
