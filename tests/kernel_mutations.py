@@ -79,13 +79,13 @@ WIDE = Inputs((1, 75, 1, 128), (1, 300, 1, 128), (1, 300, 1, 128))
 class Variant:
     """One compilation of the kernels of a pass, and the calls that run it.
 
-    A mutant survives a variant only if it survives all of its calls.
+    A mutant survives a variant only if it survives all of its calls. Without a `tile` the calls choose theirs.
     """
 
     name: str
     arch: str
     dtype: str
-    tile: Tile
+    tile: Tile | None
     inputs: tuple[Inputs, ...]
     backward: bool = False
     is_causal: bool = False
