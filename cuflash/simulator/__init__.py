@@ -4,7 +4,7 @@ Contract: `Module(ptx)` decodes a kernel that NVRTC compiled, `Module.launch` ex
 SimulatorError with the source line when the kernel does something wrong. Nothing here knows of attention.
 """
 
-from cuflash.simulator.module import Counters, Module
+from cuflash.simulator.module import Buffer, Counters, Module
 from cuflash.simulator.options import Options, configure, current_options
 
-__all__ = ["Counters", "Module", "Options", "configure", "current_options"]
+__all__ = ["Buffer", "Counters", "Module", "Options", "configure", "current_options"]

@@ -10,6 +10,7 @@ import weakref
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,23 @@ from cuflash.simulator.options import SCHEDULES, Options, current_options
 MAX_THREADS = 1024
 MAX_CLUSTER = 16
 Extent = tuple[int, int, int]
-Buffer = tuple[int, int, str]
+
+
+class Buffer(NamedTuple):
+    """Global memory that a kernel may touch.
+
+    Attributes:
+        address: of its first byte.
+        nbytes: its size.
+        name: for reports.
+        written: one byte for each of its bytes, not 0 once that was written: reading others is an error, writing sets it. None: all is initialised.
+    """
+
+    address: int
+    nbytes: int
+    name: str
+    written: npt.NDArray[np.uint8] | None = None
+
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,13 @@ class Counters:
 
 def _pointer(values: npt.NDArray[np.generic]) -> int:
     return int(values.ctypes.data)
+
+
+def _range(buffer: Buffer) -> tuple[int, int, int]:
+    """As the core's `Buffer`."""
+    if buffer.written is not None and buffer.written.size != buffer.nbytes:
+        raise SimulatorError(f"buffer {buffer.name} has {buffer.nbytes} bytes, but {buffer.written.size} say whether they are written")
+    return buffer.address, buffer.address + buffer.nbytes, 0 if buffer.written is None else _pointer(buffer.written)
 
 
 def _create_program(encoder: Encoder, kernel: parser.Kernel) -> int:
@@ -125,7 +149,7 @@ class Module:
         block: Extent,
         shared_bytes: int,
         params: bytes | bytearray | memoryview,
-        buffers: Sequence[Buffer],
+        buffers: Sequence[Buffer | tuple[int, int, str]],
         options: Options | None = None,
         *,
         cluster: Extent | None = None,
@@ -137,7 +161,7 @@ class Module:
             block: number of threads in x, y, z.
             shared_bytes: dynamic shared memory of a block.
             params: the packed parameters, each aligned naturally.
-            buffers: (address, bytes, name) of all global memory that the kernel may touch.
+            buffers: all global memory that the kernel may touch.
             options: how to run it; None: `current_options()`.
             cluster: blocks in x, y, z that run together and see each other's shared memory; None: as the kernel declares, else one.
 
@@ -147,10 +171,10 @@ class Module:
         chosen = options or current_options()
         cluster = cluster or self._kernel.cluster
         self._check_launch(grid, block, cluster, params)
-        everything = list(buffers)
+        everything = [Buffer(*buffer) for buffer in buffers]
         if self._data.size:
-            everything.append((_pointer(self._data), self._data.size, "variables of the module"))
-        ranges = np.array([(address, address + nbytes) for address, nbytes, _ in everything], dtype=np.uint64)
+            everything.append(Buffer(_pointer(self._data), self._data.size, "variables of the module"))
+        ranges = np.array([_range(buffer) for buffer in everything], dtype=np.uint64)
         parameters = np.frombuffer(bytes(params) + bytes(16), dtype=np.uint8)
         description = native.LaunchDescription(
             grid=grid,
@@ -170,7 +194,7 @@ class Module:
         counters, failure = native.CounterValues(), native.Report()
         failed = native.core().launch(self._program, ctypes.byref(description), ctypes.byref(counters), ctypes.byref(failure))
         if failed:
-            raise SimulatorError(report.format_report(failure, self._kernel, self._starts, everything, self._sources))
+            raise SimulatorError(report.format_report(failure, self._kernel, self._starts, [buffer[:3] for buffer in everything], self._sources))
         return Counters(*(getattr(counters, name) for name, _ in native.CounterValues._fields_))
 
     def _check_launch(self, grid: Extent, block: Extent, cluster: Extent, params: bytes | bytearray | memoryview) -> None:
