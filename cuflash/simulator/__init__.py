@@ -5,7 +5,7 @@ SimulatorError with the source line when the kernel does something wrong; `check
 """
 
 from cuflash.simulator.checking import CheckReport, check
-from cuflash.simulator.module import Counters, Launch, Module, record_launches
+from cuflash.simulator.module import Buffer, Counters, Launch, Module, record_launches
 from cuflash.simulator.options import Options, configure, current_options
 
-__all__ = ["CheckReport", "Counters", "Launch", "Module", "Options", "check", "configure", "current_options", "record_launches"]
+__all__ = ["Buffer", "CheckReport", "Counters", "Launch", "Module", "Options", "check", "configure", "current_options", "record_launches"]

@@ -26,7 +26,22 @@ from cuflash.simulator.options import SCHEDULES, Options, current_options
 MAX_THREADS = 1024
 MAX_CLUSTER = 16
 Extent = tuple[int, int, int]
-Buffer = tuple[int, int, str]
+
+
+class Buffer(NamedTuple):
+    """Global memory that a kernel may touch.
+
+    Attributes:
+        address: of its first byte.
+        nbytes: its size.
+        name: for reports.
+        written: one byte for each of its bytes, not 0 once that was written: reading others is an error, writing sets it. None: all is initialised.
+    """
+
+    address: int
+    nbytes: int
+    name: str
+    written: npt.NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,13 @@ def record_launches() -> Iterator[list[Launch]]:
 
 def _pointer(values: npt.NDArray[np.generic]) -> int:
     return int(values.ctypes.data)
+
+
+def _range(buffer: Buffer) -> tuple[int, int, int]:
+    """As the core's `Buffer`."""
+    if buffer.written is not None and buffer.written.size != buffer.nbytes:
+        raise SimulatorError(f"buffer {buffer.name} has {buffer.nbytes} bytes, but {buffer.written.size} say whether they are written")
+    return buffer.address, buffer.address + buffer.nbytes, 0 if buffer.written is None else _pointer(buffer.written)
 
 
 def _create_program(encoder: Encoder, kernel: parser.Kernel) -> int:
@@ -150,7 +172,7 @@ class Module:
         block: Extent,
         shared_bytes: int,
         params: bytes | bytearray | memoryview,
-        buffers: Sequence[Buffer],
+        buffers: Sequence[Buffer | tuple[int, int, str]],
         options: Options | None = None,
         *,
         cluster: Extent | None = None,
@@ -162,7 +184,7 @@ class Module:
             block: number of threads in x, y, z.
             shared_bytes: dynamic shared memory of a block.
             params: the packed parameters, each aligned naturally.
-            buffers: (address, bytes, name) of all global memory that the kernel may touch.
+            buffers: all global memory that the kernel may touch.
             options: how to run it; None: `current_options()`.
             cluster: blocks in x, y, z that run together and see each other's shared memory; None: as the kernel declares, else one.
 
@@ -172,10 +194,10 @@ class Module:
         chosen = options or current_options()
         cluster = cluster or self._kernel.cluster
         self._check_launch(grid, block, cluster, params)
-        everything = list(buffers)
+        everything = [Buffer(*buffer) for buffer in buffers]
         if self._data.size:
-            everything.append((_pointer(self._data), self._data.size, "variables of the module"))
-        ranges = np.array([(address, address + nbytes) for address, nbytes, _ in everything], dtype=np.uint64)
+            everything.append(Buffer(_pointer(self._data), self._data.size, "variables of the module"))
+        ranges = np.array([_range(buffer) for buffer in everything], dtype=np.uint64)
         parameters = np.frombuffer(bytes(params) + bytes(16), dtype=np.uint8)
         description = native.LaunchDescription(
             grid=grid,
@@ -195,7 +217,7 @@ class Module:
         counters, failure = native.CounterValues(), native.Report()
         failed = native.core().launch(self._program, ctypes.byref(description), ctypes.byref(counters), ctypes.byref(failure))
         if failed:
-            text = report.format_report(failure, self._kernel, self._starts, everything, self._sources)
+            text = report.format_report(failure, self._kernel, self._starts, [buffer[:3] for buffer in everything], self._sources)
             raise SimulatorError(text, check=(failure.check or b"").decode())
         executed = Counters(*(getattr(counters, name) for name, _ in native.CounterValues._fields_))
         launches = _recording.get()

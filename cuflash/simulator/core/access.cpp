@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "cluster.h"
+#include "global_shadow.h"
 #include "shadow.h"
 
 namespace sim {
@@ -198,6 +199,7 @@ void resolve_global(Warp& warp, const Record* in, u32 mask, const u64* addresses
     const bool good =
         guess < cta.launch.num_buffers && all_inside(mask, addresses, cta.launch.buffers[guess].begin, cta.launch.buffers[guess].end, use);
     if (SIM_UNLIKELY(!good)) resolve_global_slowly(warp, in, mask, addresses, use, guess);
+    if (cta.cluster->global) cta.cluster->global->access(warp, in, use, mask, addresses, guess);
   }
   memcpy(pointers.lane, addresses, sizeof pointers.lane);
 }

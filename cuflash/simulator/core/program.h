@@ -64,6 +64,7 @@ void allocate_rows(const ProgramDescription& description, Program& program);
 
 struct Buffer {
   u64 begin, end;
+  u8* written;  // one per byte: not 0 once it was written; null when all of it is initialised
 };
 
 enum class Schedule : i32 { EARLY = 0, LATE = 1, RANDOM = 2 };
