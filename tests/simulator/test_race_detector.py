@@ -78,7 +78,7 @@ QUIET: dict[str, Any] = {
 RACES: dict[str, Any] = {
     "a write that another lane reads": "s[t] = 1; out[t] = s[t ^ 1];",
     "a read before another lane writes": "out[t] = s[t ^ 1]; s[t] = 1;",
-    "the same word written by many lanes": "s[0] = t;",
+    "the same word written by many lanes": "s[0] = t; __syncthreads(); out[t] = s[0];",
     "a volatile write and another lane's ordinary read": "((volatile u32*)s)[t] = 1; out[t] = s[t ^ 1];",
     "an atomic and another lane's ordinary write": "atomicAdd(s + t, 1); s[t ^ 1] = 2;",
     "a shuffle, which orders no memory": "s[t] = 1; u32 x = __shfl_xor_sync(~0u, t, 1); out[t] = s[x];",

@@ -23,7 +23,7 @@ void Clock::join(const Clock& other) {
 bool Clock::covers_in_part(Stamp stamp) const {
   for (const Part& part : parts_) {
     if (part.agent != stamp.agent() || part.clock < stamp.clock()) continue;
-    if (stamp.lane() >= SEVERAL_LANES || (part.lanes >> stamp.lane() & 1)) return true;
+    if (part.lanes >> stamp.lane() & 1) return true;
   }
   return false;
 }
@@ -40,6 +40,12 @@ bool WarpKnowledge::knows_slowly(Stamp stamp, u32 lane) const {
     if (stamp.agent() == own.agent && stamp.lane() == lane && stamp.clock() <= own.done) return true;
   }
   return all_.known.covers(stamp) || ((ahead_ >> lane & 1) && lanes_[lane].known.covers(stamp));
+}
+
+bool WarpKnowledge::knows_each(Stamp stamp, u32 stamp_lanes, u32 lane) const {
+  bool all = true;
+  for_lanes(stamp_lanes, [&](int other) { all = all && knows_slowly(stamp.by_lane(u32(other)), lane); });
+  return all;
 }
 
 bool WarpKnowledge::knows_fenced(Stamp stamp, u32 lane) const {
