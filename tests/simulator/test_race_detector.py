@@ -72,6 +72,22 @@ QUIET: dict[str, Any] = {
     "copies, waited for and synchronised before the flag": """
         if (warp == 0) { COPY WAIT __syncwarp(); if (lane == 0) set(flag); }
         else { if (lane == 0) await(flag); __syncwarp(); out[t] = s[lane]; }""",
+    "a volatile flag between fences": """
+        volatile u32* f = flag;
+        if (t == 0) { s[5] = 1; __threadfence_block(); f[0] = 1; }
+        if (t == 32) { while (f[0] == 0); __threadfence_block(); out[t] = s[5]; }""",
+    "a chain of flags": """
+        if (t == 0) { s[5] = 1; set(flag); }
+        if (t == 32) { await(flag); set(flag + 1); }
+        if (t == 1) { await(flag + 1); out[t] = s[5]; }""",
+    "a lock": """
+        if (lane == 0) {
+            while (atomicCAS(flag, 0, 1));
+            __threadfence_block();
+            s[5] += t;
+            __threadfence_block();
+            atomicExch(flag, 0);
+        }""",
     "a flag of a block that is no whole warp": "if (t < 8) { s[t] = 1; __syncwarp(0xff); if (t == 0) set(flag); }",
 }  # fmt: skip
 
@@ -95,6 +111,27 @@ RACES: dict[str, Any] = {
     "a flag behind one lane's read, while others read the same 16 bytes": """
         if (warp == 0) { uint4 x = *(uint4*)s; out[t] = x.y; if (lane == 0) set(flag); }
         else if (lane == 0) { await(flag); *(uint4*)s = uint4{}; }""",
+    "a flag with no fence before it": """
+        volatile u32* f = flag;
+        if (t == 0) { s[5] = 1; f[0] = 1; }
+        if (t == 32) { while (f[0] == 0); __threadfence_block(); out[t] = s[5]; }""",
+    "a flag with no fence behind it": """
+        volatile u32* f = flag;
+        if (t == 0) { s[5] = 1; __threadfence_block(); f[0] = 1; }
+        if (t == 32) { while (f[0] == 0); out[t] = s[5]; }""",
+    "a flag with a fence of another lane": """
+        volatile u32* f = flag;
+        if (t == 0) { s[5] = 1; __syncwarp(1); f[0] = 1; }
+        if (t == 1) __threadfence_block();
+        if (t == 32) { while (f[0] == 0); __threadfence_block(); out[t] = s[5]; }""",
+    "a lock that is opened too soon": """
+        if (lane == 0) {
+            while (atomicCAS(flag, 0, 1));
+            __threadfence_block();
+            u32 x = s[5];
+            atomicExch(flag, 0);
+            s[5] = x + t;
+        }""",
     "copies that other lanes wait for": """
         if (warp == 0) { COPY __syncwarp(); WAIT if (lane == 0) set(flag); }
         else { if (lane == 0) await(flag); __syncwarp(); out[t] = s[lane]; }""",

@@ -31,7 +31,8 @@ bool Clock::covers_in_part(Stamp stamp) const {
 void WarpKnowledge::reset(u32 num_agents, const u32 (&own_agents)[NUM_OWN_AGENTS]) {
   for (u32 i = 0; i < NUM_OWN_AGENTS; ++i) own_[i] = {own_agents[i], 0};
   own_[OWN_ACCESSES].done = 1;
-  unsynchronized_ = ahead_ = 0;
+  unsynchronized_ = ahead_ = fenced_ = seeing_ = 0;
+  num_agents_ = num_agents;
   all_.reset(num_agents);
 }
 
@@ -79,6 +80,29 @@ void WarpKnowledge::acquire(u32 lanes, u32 live, const Knowledge& from) {
   } else {
     for_lanes(lanes, [&](int lane) { of_lane(u32(lane)).join(from); });
   }
+}
+
+void WarpKnowledge::write_flag(u32 lane, Knowledge& flag) const {
+  if (fenced_ >> lane & 1) flag.join(fences_[lane].known_at_last);
+}
+
+void WarpKnowledge::read_flag(u32 lane, const Knowledge& flag) {
+  if (fences_.empty()) fences_.resize(LANES);
+  if (!(seeing_ >> lane & 1)) fences_[lane].seen_since.reset(num_agents_);
+  fences_[lane].seen_since.join(flag);
+  seeing_ |= 1u << lane;
+}
+
+void WarpKnowledge::fence(u32 lanes, u32 live) {
+  if (fences_.empty()) fences_.resize(LANES);
+  for_lanes(lanes, [&](int lane) {
+    Fences& fences = fences_[lane];
+    if (seeing_ >> lane & 1) acquire(1u << lane, live, fences.seen_since);
+    fences.known_at_last.reset(num_agents_);
+    release(1u << lane, fences.known_at_last);
+  });
+  fenced_ |= lanes;
+  seeing_ &= ~lanes;
 }
 
 void WarpKnowledge::learn(u32 lanes, u32 live, u32 agent, u32 clock) {

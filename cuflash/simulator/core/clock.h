@@ -103,6 +103,10 @@ class WarpKnowledge {
     own_[which].done = std::max(own_[which].done, clock);
     unsynchronized_ |= lanes;
   }
+  // Flags, written and read by strong accesses: one passes on what its writer knew at its last fence, and counts for its reader from the next.
+  void write_flag(u32 lane, Knowledge& flag) const;
+  void read_flag(u32 lane, const Knowledge& flag);
+  void fence(u32 lanes, u32 live);
   // Everything that an agent did up to `clock` happened before what `lanes` do now.
   void learn(u32 lanes, u32 live, u32 agent, u32 clock);
 
@@ -119,6 +123,13 @@ class WarpKnowledge {
   u32 ahead_ = 0;                 // lanes that know more than `all_`: see `lanes_`
   Knowledge all_;                 // what every lane knows
   std::vector<Knowledge> lanes_;  // empty until a lane gets ahead
+
+  struct Fences {
+    Knowledge known_at_last, seen_since;
+  };
+  u32 fenced_ = 0, seeing_ = 0;  // lanes whose `known_at_last` and `seen_since` mean something
+  std::vector<Fences> fences_;   // per lane; empty until there is a fence or a flag is read
+  u32 num_agents_ = 0;
 };
 
 }  // namespace sim

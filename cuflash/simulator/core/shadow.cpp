@@ -175,18 +175,16 @@ void SharedShadow::access(Warp& warp, const Record* in, Access access, u32 lanes
   for_lanes(lanes, [&](int lane) {
     visit.lane = u32(lane);
     visit.stamp = Stamp::make(agent, now, visit.lane | (is_strong(access) ? ATOMIC_LANE : 0), record);
-    if (is_strong(access) && reads(access)) synchronize(warp, 1u << lane, addresses[lane], false);
+    if (is_strong(access) && reads(access)) warp.knowledge.read_flag(u32(lane), flag_at(addresses[lane]));
     touch(visit, addresses[lane], bytes);
-    if (is_strong(access) && writes(access)) synchronize(warp, 1u << lane, addresses[lane], true);
+    if (is_strong(access) && writes(access)) warp.knowledge.write_flag(u32(lane), flag_at(addresses[lane]));
   });
 }
 
-// Whoever reads a flag knows what those did who wrote it.
-void SharedShadow::synchronize(Warp& warp, u32 lanes, u32 address, bool release) {
+Knowledge& SharedShadow::flag_at(u32 address) {
   const auto [flag, is_new] = flags_.try_emplace(address);
   if (is_new) flag->second.reset(cta_.cluster->num_agents());
-  if (release) warp.knowledge.release(lanes, flag->second);
-  else warp.knowledge.acquire(lanes, warp.live, flag->second);
+  return flag->second;
 }
 
 void SharedShadow::access_async(Warp& warp, const Record* in, Access access, u32 lane, AsyncAgent by, u32 begin, u32 bytes, const char* what) {

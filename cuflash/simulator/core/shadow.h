@@ -59,7 +59,7 @@ class SharedShadow {
   Split& split_of(const Cell& cell) { return splits_[cell.write & ~IS_SPLIT]; }
   Split& split(Cell& cell);
   void make_whole(Cell& cell);
-  void synchronize(Warp& warp, u32 lanes, u32 address, bool release);
+  Knowledge& flag_at(u32 address);
   Read* reads_of(u32 agent, u32& slot);
   void touch(Visit& visit, u32 begin, u32 bytes);
   void touch_whole(Visit& visit, u32 index);
@@ -75,7 +75,7 @@ class SharedShadow {
   std::vector<u8> slot_of_agent_;
   std::vector<std::unique_ptr<Read[]>> reads_;  // [slot][cell]: the last read
   u32 num_slots_ = 0;
-  std::unordered_map<u32, Knowledge> flags_;  // what was known to those who wrote to an address by a strong or atomic access
+  std::unordered_map<u32, Knowledge> flags_;  // by address: what those knew who wrote to it by strong accesses
 };
 
 }  // namespace sim
