@@ -42,7 +42,6 @@ class Buffer(NamedTuple):
     written: npt.NDArray[np.uint8] | None = None
 
 
-
 @dataclass(frozen=True)
 class Counters:
     """What a launch executed.
@@ -194,7 +193,9 @@ class Module:
         counters, failure = native.CounterValues(), native.Report()
         failed = native.core().launch(self._program, ctypes.byref(description), ctypes.byref(counters), ctypes.byref(failure))
         if failed:
-            raise SimulatorError(report.format_report(failure, self._kernel, self._starts, [buffer[:3] for buffer in everything], self._sources))
+            raise SimulatorError(
+                report.format_report(failure, self._kernel, self._starts, [buffer[:3] for buffer in everything], self._sources)
+            )
         return Counters(*(getattr(counters, name) for name, _ in native.CounterValues._fields_))
 
     def _check_launch(self, grid: Extent, block: Extent, cluster: Extent, params: bytes | bytearray | memoryview) -> None:

@@ -23,7 +23,9 @@ __device__ void wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memor
 """
 
 
-def run(body: str, *arguments: Array, grid: tuple[int, int, int] = (4, 1, 1), cluster: Any = (2, 1, 1), block: int = 64, **launch: Any) -> None:
+def run(
+    body: str, *arguments: Array, grid: tuple[int, int, int] = (4, 1, 1), cluster: Any = (2, 1, 1), block: int = 64, **launch: Any
+) -> None:
     """Launch `k` on arrays, in clusters."""
     source = HELPERS.replace("\n", " ") + body
     module = Module(compile_cuda(source, "compute_90"), sources={"test.cu": source})
@@ -78,7 +80,7 @@ def test_missing_barriers(options: Options) -> None:
 
 
 def test_reading_a_block_that_has_exited() -> None:
-    body = EXCHANGE.replace("FIRST", BARRIER + " if (rank() == 0) return; for (int i = 0; i < 20000; ++i) asm volatile(\"\" ::: \"memory\");")
+    body = EXCHANGE.replace("FIRST", BARRIER + ' if (rank() == 0) return; for (int i = 0; i < 20000; ++i) asm volatile("" ::: "memory");')
     with pytest.raises(SimulatorError, match=r"\[cluster\] 4-byte load in the shared memory of block 0 of the cluster, which has exited"):
         run(body.replace("SECOND", ""), np.zeros((4, 64), np.int32))
 
@@ -110,12 +112,17 @@ def test_arriving_twice_and_waiting_without_arriving() -> None:
 
 def test_deadlock_at_the_barrier() -> None:
     body = 'extern "C" __global__ void k(int* out) { if (blockIdx.x == 0) asm volatile("bar.sync 1, 128;"); arrive(); wait(); }'
-    with pytest.raises(SimulatorError, match=r"(?s)\[deadlock\] nobody can go on; barrier 1 has 64 of 128 threads in block 0; the cluster's .*64 of 128"):
+    with pytest.raises(
+        SimulatorError, match=r"(?s)\[deadlock\] nobody can go on; barrier 1 has 64 of 128 threads in block 0; the cluster's .*64 of 128"
+    ):
         run(body, np.zeros(1, np.int32))
 
 
 def test_exited_threads_are_not_waited_for() -> None:
-    run('extern "C" __global__ void k(int* out) { if (blockIdx.x % 2) return; arrive(); wait(); out[blockIdx.x] = 1; }', out := np.zeros(4, np.int32))
+    run(
+        'extern "C" __global__ void k(int* out) { if (blockIdx.x % 2) return; arrive(); wait(); out[blockIdx.x] = 1; }',
+        out := np.zeros(4, np.int32),
+    )
     assert out.tolist() == [1, 0, 1, 0]
 
 

@@ -62,8 +62,12 @@ def test_lanes_of_a_warp(options: Options) -> None:
     assert re.match(r"\[race\] 4-byte load at byte \d+ of shared memory \(lane 0\) and an earlier write by warp \d, lane 1", text)
     assert "lanes of one warp, with no __syncwarp between" in text
     np.testing.assert_array_equal(run(exchange("__syncwarp();", 1), 128, options=options), np.arange(128) ^ 1)
-    np.testing.assert_array_equal(run(exchange("__syncwarp(0x3u << (threadIdx.x % 32 & ~1));", 1), 128, options=options), np.arange(128) ^ 1)
-    assert "[race]" in report(exchange("__syncwarp(0x3u << (threadIdx.x % 32 & ~1));", 2), np.zeros(128, np.int32), block=128, options=options)
+    np.testing.assert_array_equal(
+        run(exchange("__syncwarp(0x3u << (threadIdx.x % 32 & ~1));", 1), 128, options=options), np.arange(128) ^ 1
+    )
+    assert "[race]" in report(
+        exchange("__syncwarp(0x3u << (threadIdx.x % 32 & ~1));", 2), np.zeros(128, np.int32), block=128, options=options
+    )
 
 
 def test_own_bytes_need_no_barrier(options: Options) -> None:
@@ -130,7 +134,9 @@ def test_named_barriers_order_those_who_take_part(options: Options) -> None:
         }
     }"""
     assert run(source.replace("LATE", ""), 96, options=options)[63] == 31
-    assert "[race]" in report(source.replace("LATE", "out[threadIdx.x] = s[threadIdx.x - 64];"), np.zeros(96, np.int32), block=96, options=options)
+    assert "[race]" in report(
+        source.replace("LATE", "out[threadIdx.x] = s[threadIdx.x - 64];"), np.zeros(96, np.int32), block=96, options=options
+    )
 
 
 def test_arriving_orders_only_what_came_before(options: Options) -> None:
@@ -162,7 +168,9 @@ def test_atomics_do_not_race_with_each_other(options: Options) -> None:
     }"""
     barrier = "__syncthreads();"
     assert (run(source.replace("FIRST", barrier).replace("SECOND", barrier), 128, options=options) == 128).all()
-    assert "[race]" in report(source.replace("FIRST", "__syncwarp();").replace("SECOND", barrier), np.zeros(128, np.int32), block=128, options=options)
+    assert "[race]" in report(
+        source.replace("FIRST", "__syncwarp();").replace("SECOND", barrier), np.zeros(128, np.int32), block=128, options=options
+    )
 
 
 def test_a_flag_orders_what_was_written_before_it(options: Options) -> None:
