@@ -5,10 +5,12 @@ Contract: `Module` decodes once; `launch` may be called from several threads at 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import ctypes
 import weakref
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,6 +63,28 @@ class Counters:
     barriers: int
     async_copies: int
     ctas: int
+
+
+class Launch(NamedTuple):
+    """A launch that ran to its end."""
+
+    kernel: str
+    options: Options
+    counters: Counters
+
+
+_recording: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("cuflash_simulator_launches", default=None)
+
+
+@contextlib.contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """All launches inside a `with` block, in order, in a list that grows; of nested blocks the innermost takes them."""
+    launches: list[Launch] = []
+    token = _recording.set(launches)
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
 
 
 def _pointer(values: npt.NDArray[np.generic]) -> int:
@@ -193,10 +217,13 @@ class Module:
         counters, failure = native.CounterValues(), native.Report()
         failed = native.core().launch(self._program, ctypes.byref(description), ctypes.byref(counters), ctypes.byref(failure))
         if failed:
-            raise SimulatorError(
-                report.format_report(failure, self._kernel, self._starts, [buffer[:3] for buffer in everything], self._sources)
-            )
-        return Counters(*(getattr(counters, name) for name, _ in native.CounterValues._fields_))
+            text = report.format_report(failure, self._kernel, self._starts, [buffer[:3] for buffer in everything], self._sources)
+            raise SimulatorError(text, check=(failure.check or b"").decode())
+        executed = Counters(*(getattr(counters, name) for name, _ in native.CounterValues._fields_))
+        launches = _recording.get()
+        if launches is not None:
+            launches.append(Launch(self.name, chosen, executed))
+        return executed
 
     def _check_launch(self, grid: Extent, block: Extent, cluster: Extent, params: bytes | bytearray | memoryview) -> None:
         if min(grid) < 1 or min(block) < 1 or block[0] * block[1] * block[2] > MAX_THREADS:
