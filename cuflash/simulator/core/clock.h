@@ -89,6 +89,7 @@ class WarpKnowledge {
   SIM_INLINE bool knows(Stamp stamp, u32 stamp_lanes, u32 lane) const {
     return SIM_LIKELY(stamp.clock() <= all_.known.at(stamp.agent())) || knows_each(stamp, stamp_lanes, lane);
   }
+  const Clock& known_to_all() const { return all_.known; }
 
   // To be called for every access of `lanes` in a clock that others may synchronise with.
   SIM_INLINE void touch(u32 lanes) { unsynchronized_ |= lanes; }
