@@ -149,6 +149,21 @@ def test_no_race(name: str) -> None:
     assert checks(expanded(QUIET[name]), before=FLAGS) == {""}
 
 
+def test_blocks_on_several_threads_that_draw_tickets() -> None:
+    """Whoever draws the last ticket knows the others' writes, in whatever moment of the host's threads they drew theirs."""
+    source = """extern "C" __global__ void k(u32* parts, u32* ticket, u32* out) {
+        parts[blockIdx.x] = blockIdx.x;
+        __threadfence();
+        if (atomicAdd(ticket, 1) != gridDim.x - 1) return;
+        __threadfence();
+        for (u32 i = 0; i < gridDim.x; ++i) *out += parts[i];
+    }"""
+    for _ in range(600):
+        parts, ticket, out = np.zeros(40, np.uint32), np.zeros(1, np.uint32), np.zeros(1, np.uint32)
+        run_ptx(compile_cuda(source), parts, ticket, out, grid=40, block=1, options=Options(threads=3))
+        assert out[0] == sum(range(40))
+
+
 @pytest.mark.parametrize("name", RACES)
 def test_race(name: str) -> None:
     assert checks(expanded(RACES[name]), before=FLAGS) == {"race"}
