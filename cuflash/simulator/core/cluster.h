@@ -6,7 +6,7 @@
 // asynchronous engine has work left, the cluster is stalled, which is always reported.
 #pragma once
 
-#include "machine.h"
+#include "profile.h"
 
 namespace sim {
 
@@ -29,6 +29,7 @@ class Cluster {
   std::vector<std::unique_ptr<Cta>> ctas;
   std::vector<Warp*> warps;  // of all blocks
   std::vector<std::unique_ptr<Engine>> engines;
+  std::unique_ptr<Profile> profile;  // null if the launch is not profiled
   Random random{0};
 
   // Agents, block by block: the warps; for each warp its cp.async copies, then its bulk copies; the warpgroups' matrix products; mbarriers.
@@ -45,7 +46,8 @@ class Cluster {
  private:
   enum class Turn { STUCK, RAN, POLLED };
   void reset(u64 index);
-  Turn run_warp(Warp& warp, u64 fuel);
+  Turn run_warp(Warp& warp, u64 fuel) { return profile ? run_warp_as<true>(warp, fuel) : run_warp_as<false>(warp, fuel); }
+  template <bool PROFILED> Turn run_warp_as(Warp& warp, u64 fuel);
   bool merge_groups(Warp& warp);
   bool pick_group(Warp& warp, u32 tried);
   bool step_engines();
