@@ -13,7 +13,7 @@ from simulated import PRELUDE, compile_cuda, pack
 
 from cuflash import simulator
 from cuflash.errors import OptionError, SimulatorError
-from cuflash.simulator import Counters, KernelProfile, Module, Options, OperandProfile, Profile, Traffic
+from cuflash.simulator import Counters, KernelProfile, Module, OperandProfile, Options, Profile, Traffic
 
 HEADER = ".version 8.0\n.target sm_90\n.address_size 64\n"
 
@@ -134,15 +134,11 @@ def test_a_request_moves_every_sector_that_it_touches_once(stride: int, offset: 
     assert ideal == ceil(asked / 32)
 
 
-def test_overlapping_and_wide_accesses() -> None:
+def test_wide_accesses_and_halves_of_sectors() -> None:
     array = aligned(4096)
-    overlapping = f"{POINTER} mad.wide.u32 %p, %lane, 8, %p; ld.global.v4.f32 {{%f0, %f1, %f2, %f3}}, [%p];"
-    misfit = np.frombuffer(array, np.float32)
-    with pytest.raises(SimulatorError, match="misaligned"):
-        profile_ptx(overlapping, misfit, params=".param .u64 a")
     wide = f"{POINTER} mad.wide.u32 %p, %lane, 16, %p; ld.global.v4.f32 {{%f0, %f1, %f2, %f3}}, [%p];"
     assert profile_ptx(wide, array, params=".param .u64 a").total.global_reads == Traffic(1, 16, 16)
-    pairs = f"{POINTER} shr.u32 %x0, %lane, 1; mad.wide.u32 %p, %x0, 32, %p; ld.global.v4.f32 {{%f0, %f1, %f2, %f3}}, [%p];"  # half sectors
+    pairs = f"{POINTER} shr.u32 %x0, %lane, 1; mad.wide.u32 %p, %x0, 32, %p; ld.global.v4.f32 {{%f0, %f1, %f2, %f3}}, [%p];"
     assert profile_ptx(pairs, array, params=".param .u64 a").total.global_reads == Traffic(1, 16, 8)
 
 

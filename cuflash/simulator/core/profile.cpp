@@ -59,16 +59,17 @@ void Profile::global(u32 record, Access access, u32 lanes, const u64* addresses,
   std::sort(ranges, ranges + count, [](const Range& a, const Range& b) { return a.begin < b.begin; });
   const bool write = writes(access);
   u64 distinct = 0, sectors = 0, next_byte = 0, next_sector = 0;  // what lies below was counted
-  u32 buffer = 0;
+  u32 buffer = NO_BUFFER;
   for (u32 i = 0; i < count; ++i) {
     const u64 begin = std::max(ranges[i].begin, next_byte), end = ranges[i].end;
     if (begin >= end) continue;
-    const u64 first_sector = std::max(begin / SECTOR_BYTES, next_sector), end_sector = (end + SECTOR_BYTES - 1) / SECTOR_BYTES;
+    if (!inside(buffer, begin)) buffer = buffer_of(begin), next_sector = 0;
+    const u64 origin = buffer == NO_BUFFER ? 0 : launch_.buffers[buffer].begin & ~u64(15);
+    const u64 first_sector = std::max((begin - origin) / SECTOR_BYTES, next_sector), end_sector = (end - origin + SECTOR_BYTES - 1) / SECTOR_BYTES;
     next_byte = end, next_sector = end_sector;
     distinct += end - begin;
     sectors += end_sector - first_sector;
-    buffer = buffer_of(begin, buffer);
-    if (buffer == launch_.num_buffers) continue;  // without checks, memory of nobody
+    if (buffer == NO_BUFFER) continue;
     BufferProfile& moved = buffers_[buffer];
     (write ? moved.bytes_written : moved.bytes_read) += end - begin;
     (write ? moved.sectors_written : moved.sectors_read) += end_sector - first_sector;
@@ -79,12 +80,15 @@ void Profile::global(u32 record, Access access, u32 lanes, const u64* addresses,
   traffic.ideal += (distinct + SECTOR_BYTES - 1) / SECTOR_BYTES;
 }
 
-u32 Profile::buffer_of(u64 address, u32 guess) const {
-  const auto inside = [&](u32 i) { return address >= launch_.buffers[i].begin && address < launch_.buffers[i].end; };
-  if (guess < launch_.num_buffers && inside(guess)) return guess;
-  u32 i = 0;
-  while (i < launch_.num_buffers && !inside(i)) ++i;
-  return i;
+bool Profile::inside(u32 buffer, u64 address) const {
+  return buffer != NO_BUFFER && address >= launch_.buffers[buffer].begin && address < launch_.buffers[buffer].end;
+}
+
+u32 Profile::buffer_of(u64 address) const {
+  for (u32 i = 0; i < launch_.num_buffers; ++i) {
+    if (inside(i, address)) return i;
+  }
+  return NO_BUFFER;
 }
 
 void Profile::add_to(const LaunchDescription& launch) const {

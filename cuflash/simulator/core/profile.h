@@ -6,7 +6,8 @@
 //
 // The model of shared memory: 32 banks of 4 bytes; one wavefront gives or takes one word per bank. A request of up to 4 bytes per lane is served
 // for the whole warp, of 8 bytes for each half, of 16 bytes for each quarter (ldmatrix: eight rows of 16 bytes). Lanes at the same word share it.
-// The model of global memory: a request moves every 32-byte sector that it touches once.
+// The model of global memory: a request moves every 32-byte sector that it touches once. Device memory is aligned to 256 bytes, host memory to 16,
+// so the first byte of a buffer counts as the start of a sector, but for what its address is above a multiple of 16.
 #pragma once
 
 #include <vector>
@@ -30,7 +31,9 @@ class Profile {
   void add_to(const LaunchDescription& launch) const;
 
  private:
-  u32 buffer_of(u64 address, u32 guess) const;
+  static constexpr u32 NO_BUFFER = ~0u;  // without checks, memory of nobody
+  bool inside(u32 buffer, u64 address) const;
+  u32 buffer_of(u64 address) const;
 
   const LaunchDescription& launch_;
   std::vector<RecordProfile> records_;
