@@ -133,7 +133,7 @@ class _Table:
 
     title: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     num_left: int = 0
 
 
@@ -215,8 +215,8 @@ def _cells(line: LineProfile, kernel: KernelProfile) -> tuple[str, ...]:
         _share(counts.issued, kernel.total.issued),
         str(counts.issued),
         str(counts.instructions["matrix"] or ""),
-        *_used_and_ideal(counts.shared),
-        *_used_and_ideal(counts.global_),
+        *_used_and_ideal(counts.shared_memory),
+        *_used_and_ideal(counts.global_memory),
         str(counts.waits or ""),
     )
 

@@ -33,7 +33,7 @@ def test_16_bit_tiles_have_no_bank_conflicts_and_whole_sectors(
         if name != "backward_delta":  # which uses no shared memory
             assert total.shared_reads.requests > 0, name
             assert total.shared_writes.requests > 0, name
-        assert total.shared.excess == 0, name
+        assert total.shared_memory.excess == 0, name
         assert total.global_writes.excess == 0, name
         if arch != "sm_75":  # where row statistics come from global memory, each half of a pair by a load of its own
             assert total.global_reads.excess == 0, name
@@ -56,5 +56,5 @@ def test_float32_tiles_have_two_way_conflicts_in_the_epilogue_only(head_dim: int
 def test_rows_that_are_no_whole_sectors_share_them_between_requests(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A piece of 32 bytes of a row that starts in the middle of a sector lies in two."""
     for name, kernel in profiles("sm_80", "float16", head_dim, monkeypatch).items():
-        assert kernel.total.shared.excess == 0, name
+        assert kernel.total.shared_memory.excess == 0, name
         assert kernel.total.global_reads.used <= 1.61 * kernel.total.global_reads.ideal, name

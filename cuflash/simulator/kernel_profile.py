@@ -78,12 +78,12 @@ class Counts:
         return sum(self.instructions.values())
 
     @property
-    def shared(self) -> Traffic:
+    def shared_memory(self) -> Traffic:
         """Reads and writes together."""
         return self.shared_reads + self.shared_writes
 
     @property
-    def global_(self) -> Traffic:
+    def global_memory(self) -> Traffic:
         """Reads and writes together."""
         return self.global_reads + self.global_writes
 

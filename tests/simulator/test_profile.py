@@ -88,8 +88,8 @@ def test_words_at_a_stride_share_banks_as_often_as_the_greatest_common_divisor(s
 def test_wide_accesses_are_served_in_parts_of_a_warp(nbytes: int, stride: int, used: int, ideal: int) -> None:
     total = profile_ptx(strided_accesses(nbytes, stride)).total
     assert total.shared_writes == total.shared_reads == Traffic(1, used, ideal)
-    assert total.shared == Traffic(2, 2 * used, 2 * ideal)
-    assert total.shared.excess == 2 * (used - ideal)
+    assert total.shared_memory == Traffic(2, 2 * used, 2 * ideal)
+    assert total.shared_memory.excess == 2 * (used - ideal)
 
 
 def test_only_active_lanes_count() -> None:
