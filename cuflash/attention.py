@@ -15,7 +15,7 @@ from cuflash import arrays, device, launch
 from cuflash.arrays import Array, Framework, borrow, pointer, signature
 from cuflash.device import Device
 from cuflash.errors import DTypeError, SetupError, UnsupportedError
-from cuflash.launch import ArgumentTemplate, Executable
+from cuflash.launch import ArgumentTemplate, Executable, simulated_memory
 from cuflash.planning import KernelPlan, Plan, Tiles, make_plan
 from cuflash.problem import Problem, View, check_backward, check_out, make_problem
 
@@ -277,7 +277,13 @@ class _Launch(NamedTuple):
 
 
 class _Call:
-    """One call with everything but the addresses decided."""
+    """One call with everything but the addresses decided.
+
+    Attributes:
+        written: names of the memory whose contents only its kernels give.
+    """
+
+    written: frozenset[str]
 
     def __init__(self, problem: Problem, on: Device, like: Array) -> None:
         self.problem = problem
@@ -300,11 +306,7 @@ class _Call:
 
     def launch_all(self, pointers: dict[str, int]) -> None:
         stream = self.framework.current_stream(self.device.index) if self.device.kind == "gpu" else 0
-        buffers = (
-            ()
-            if self.device.kind == "gpu"
-            else [(pointers[name] + low, size, name) for name, (low, size) in self.extents.items() if name in pointers]
-        )
+        buffers = () if self.device.kind == "gpu" else simulated_memory(self.extents, pointers, self.written)
         head = self.template.fill(pointers)
         for kernel, executable, tail in self.launches:
             executable.launch(kernel.num_blocks, kernel.num_threads, kernel.shared_bytes, bytearray(head + tail), stream, buffers)
@@ -317,6 +319,8 @@ class _Call:
 
 
 class _ForwardCall(_Call):
+    written = frozenset({"out", "lse"})
+
     def __init__(
         self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array], given: Array | None, given_view: View | None
     ) -> None:
@@ -373,6 +377,8 @@ class _ForwardCall(_Call):
 
 
 class _BackwardCall(_Call):
+    written = frozenset({"grad_query", "grad_key", "grad_value", "row_statistics"})
+
     def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array]) -> None:
         super().__init__(problem, on, inputs["query"])
         others = check_backward(problem, problem.layout, inputs["grad_out"], inputs["out"], inputs["lse"], inputs.get("grad_lse"))

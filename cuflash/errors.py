@@ -74,4 +74,12 @@ class CompileError(CuflashError, RuntimeError):
 
 
 class SimulatorError(CuflashError, RuntimeError):
-    """The virtual machine stopped a kernel: an illegal access, a deadlock, an unknown instruction."""
+    """The virtual machine stopped a kernel: an illegal access, a deadlock, an unknown instruction.
+
+    Attributes:
+        check: name of the check that fired, such as "race"; "" where it was none, as for an instruction that is not supported.
+    """
+
+    def __init__(self, message: str, *, check: str = "") -> None:
+        self.check = check
+        super().__init__(message)

@@ -13,17 +13,20 @@ import math
 import struct
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import numpy
 
 from cuflash import cache
 from cuflash.device import Device
 from cuflash.planning import KernelPlan
 from cuflash.problem import Problem, View
 
-Buffer = tuple[int, int, str]
-"""Address, size in bytes and name of memory that a kernel may touch."""
+if TYPE_CHECKING:
+    from cuflash.simulator import Buffer
+
 
 Strides3 = tuple[int, int, int]
 """Strides of (batch, head, query), in elements."""
@@ -169,6 +172,17 @@ class _SimulatorExecutable:
         self, num_blocks: int, num_threads: int, shared_bytes: int, arguments: bytearray, stream: int, buffers: Sequence[Buffer]
     ) -> None:
         self._module.launch((num_blocks, 1, 1), (num_threads, 1, 1), shared_bytes, arguments, buffers)
+
+
+def simulated_memory(extents: Mapping[str, tuple[int, int]], pointers: Mapping[str, int], written: Container[str]) -> list[Buffer]:
+    """What the kernels of a call may touch; reading what is in `written` before a kernel has written it is an error."""
+    from cuflash.simulator import Buffer
+
+    return [
+        Buffer(pointers[name] + low, size, name, numpy.zeros(size, numpy.uint8) if name in written else None)
+        for name, (low, size) in extents.items()
+        if name in pointers
+    ]
 
 
 _executables: dict[tuple[str, str, Device], Executable] = {}

@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       cp_async_commit_group();
     };
 
-    __syncthreads();  // every warp is done with the tiles of the previous member
+    if constexpr (NUM_STAGES > 1) __syncthreads();  // every warp is done with the tiles of the previous member; one stage ends with a barrier
     if (head % heads_per_kv == 0 || member % arguments.group_heads == 0) {  // another K/V head, or the first
       TileLoader<TileKV, Element, NUM_THREADS> load_K(arguments.key, batch, head / heads_per_kv, num_keys);
       load_K.issue(K_smem, first_kv);

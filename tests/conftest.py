@@ -44,8 +44,22 @@ def _has_gpu() -> bool:
 HAS_GPU = _has_gpu()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="also run tests marked exhaustive, which take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--exhaustive"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU; everything else also runs on the simulator")
+    config.addinivalue_line("markers", "exhaustive: all cases of something that the ordinary run tests some cases of; needs --exhaustive")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:  # the simulator's threads and pytest's processes share the cores
         os.environ.setdefault("CUFLASH_SIMULATOR_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))

@@ -5,11 +5,14 @@ Contract: `Module` decodes once; `launch` may be called from several threads at 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import ctypes
 import functools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +27,22 @@ from cuflash.simulator.program import create
 MAX_THREADS = 1024
 MAX_CLUSTER = 16
 Extent = tuple[int, int, int]
-Buffer = tuple[int, int, str]
+
+
+class Buffer(NamedTuple):
+    """Global memory that a kernel may touch.
+
+    Attributes:
+        address: of its first byte.
+        nbytes: its size.
+        name: for reports.
+        written: one byte for each of its bytes, not 0 once that was written: reading others is an error, writing sets it. None: all is initialised.
+    """
+
+    address: int
+    nbytes: int
+    name: str
+    written: npt.NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,8 +66,37 @@ class Counters:
     ctas: int
 
 
+class Launch(NamedTuple):
+    """A launch that ran to its end."""
+
+    kernel: str
+    options: Options
+    counters: Counters
+
+
+_recording: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("cuflash_simulator_launches", default=None)
+
+
+@contextlib.contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """All launches inside a `with` block, in order, in a list that grows; of nested blocks the innermost takes them."""
+    launches: list[Launch] = []
+    token = _recording.set(launches)
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
 def _pointer(values: npt.NDArray[np.generic]) -> int:
     return int(values.ctypes.data)
+
+
+def _range(buffer: Buffer) -> tuple[int, int, int]:
+    """As the core's `Buffer`."""
+    if buffer.written is not None and buffer.written.size != buffer.nbytes:
+        raise SimulatorError(f"buffer {buffer.name} has {buffer.nbytes} bytes, but {buffer.written.size} say whether they are written")
+    return buffer.address, buffer.address + buffer.nbytes, 0 if buffer.written is None else _pointer(buffer.written)
 
 
 class Module:
@@ -106,7 +153,7 @@ class Module:
         block: Extent,
         shared_bytes: int,
         params: bytes | bytearray | memoryview,
-        buffers: Sequence[Buffer],
+        buffers: Sequence[Buffer | tuple[int, int, str]],
         options: Options | None = None,
         *,
         cluster: Extent | None = None,
@@ -118,7 +165,7 @@ class Module:
             block: number of threads in x, y, z.
             shared_bytes: dynamic shared memory of a block.
             params: the packed parameters, each aligned naturally.
-            buffers: (address, bytes, name) of all global memory that the kernel may touch.
+            buffers: all global memory that the kernel may touch.
             options: how to run it; None: `current_options()`.
             cluster: blocks in x, y, z that run together and see each other's shared memory; None: as the kernel declares, else one.
 
@@ -128,10 +175,10 @@ class Module:
         chosen = options or current_options()
         cluster = cluster or self.program.cluster
         self._check_launch(grid, block, cluster, params)
-        everything = list(buffers)
+        everything = [Buffer(*buffer) for buffer in buffers]
         if self._data is not None:
-            everything.append((_pointer(self._data), self._data.size, "variables of the module"))
-        ranges = np.array([(address, address + nbytes) for address, nbytes, _ in everything], dtype=np.uint64)
+            everything.append(Buffer(_pointer(self._data), self._data.size, "variables of the module"))
+        ranges = np.array([_range(buffer) for buffer in everything], dtype=np.uint64)
         parameters = np.frombuffer(bytes(params) + bytes(16), dtype=np.uint8)
         description = native.LaunchDescription(
             grid=grid,
@@ -156,10 +203,15 @@ class Module:
         counters, failure = native.CounterValues(), native.Report()
         failed = native.core().launch(self.handle, ctypes.byref(description), ctypes.byref(counters), ctypes.byref(failure))
         if failed:
-            raise SimulatorError(report.format_report(failure, self.kernel, self.program.starts, everything, self._sources))
+            text = report.format_report(failure, self.kernel, self.program.starts, [buffer[:3] for buffer in everything], self._sources)
+            raise SimulatorError(text, check=(failure.check or b"").decode())
         if chosen.profile is not None:
-            chosen.profile.add(self, counters.ctas, records, [(name, nbytes) for _, nbytes, name in everything], moved)
-        return Counters(*(getattr(counters, name) for name, _ in native.CounterValues._fields_))
+            chosen.profile.add(self, counters.ctas, records, [(buffer.name, buffer.nbytes) for buffer in everything], moved)
+        executed = Counters(*(getattr(counters, name) for name, _ in native.CounterValues._fields_))
+        launches = _recording.get()
+        if launches is not None:
+            launches.append(Launch(self.name, chosen, executed))
+        return executed
 
     def _check_launch(self, grid: Extent, block: Extent, cluster: Extent, params: bytes | bytearray | memoryview) -> None:
         if min(grid) < 1 or min(block) < 1 or block[0] * block[1] * block[2] > MAX_THREADS:

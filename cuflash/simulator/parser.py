@@ -83,6 +83,7 @@ class Statement(NamedTuple):
         operands: text after it.
         scope: None outside of inner scopes.
         loc: index into `Kernel.locations`, -1 before the first.
+        begin, end: where it stands in the text of the module, from its guard to behind its semicolon.
     """
 
     guard: str
@@ -91,11 +92,13 @@ class Statement(NamedTuple):
     operands: str
     scope: Scope | None
     loc: int
+    begin: int
+    end: int
 
     def text(self) -> str:
         """The instruction as PTX text on one line."""
         guard = f"@{'!' if self.negated else ''}{self.guard} " if self.guard else ""
-        return f"{guard}{self.opcode} {' '.join(self.operands.split())};"
+        return f"{guard}{self.opcode} {' '.join(self.operands.split())}".rstrip() + ";"
 
 
 @dataclass
@@ -254,7 +257,8 @@ def _parse_body(kernel: Kernel, source: str, position: int) -> None:
         position = match.end()
         loc, brace, name, negated, guard, opcode, operands, directive = match.groups()
         if opcode:
-            statements.append(Statement(guard or "", negated == "!", opcode, operands, inner, len(locations) - 1))
+            begin = match.start(4) - 1 if guard else match.start(6)  # with the @
+            statements.append(Statement(guard or "", negated == "!", opcode, operands, inner, len(locations) - 1, begin, position))
         elif loc:
             locations.append(loc)
         elif name:
@@ -280,7 +284,7 @@ def parse_kernel(ptx: str, entry: str | None) -> Kernel:
         SimulatorError: no such entry, or text that cannot be read.
     """
     files = {int(number): path for number, path in _FILE.findall(ptx)}
-    source = _COMMENT.sub(" ", ptx)
+    source = _COMMENT.sub(lambda comment: " " * len(comment[0]), ptx)  # everything stays where it was
     entries = list(_ENTRY.finditer(source))
     found = [match for match in entries if entry is None or match[1] == entry]
     if len(found) != 1:

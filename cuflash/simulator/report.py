@@ -70,6 +70,14 @@ def nearest_buffer(address: int, nbytes: int, buffers: Sequence[tuple[int, int, 
     return best[1] if best else "the launch has no buffers"
 
 
+def enclosing_buffer(address: int, buffers: Sequence[tuple[int, int, str]]) -> str:
+    """Which byte of which buffer lies at an address."""
+    for begin, size, name in buffers:
+        if begin <= address < begin + size:
+            return f"at byte {address - begin} of '{name}'"
+    return f"at 0x{address:x}"
+
+
 def format_report(
     report: Report,
     kernel: Kernel,
@@ -86,6 +94,8 @@ def format_report(
     check = (report.check or b"").decode()
     if check == "global-bounds":
         message += ", " + nearest_buffer(report.address, report.bytes, buffers)
+    elif report.address:
+        message += ", " + enclosing_buffer(report.address, buffers)
     where = f"kernel {kernel.name}, block {tuple(report.block)}"
     if report.where.record != NO_RECORD:
         where += f", warp {report.where.warp}, {_lanes(report.where.lanes)}"

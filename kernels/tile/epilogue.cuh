@@ -12,7 +12,7 @@ template <typename Element, int HEAD_DIM, int M, int N>
 DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const TensorView& view, int batch, int head, int first_row, int num_rows) {
   using Tile = SmemTile<Element, 16 * M, HEAD_DIM>;
   const int g = lane_index() / 4, t = lane_index() % 4;
-  __syncwarp();
+  __syncwarp();  // no lane still reads what these rows held
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -26,7 +26,7 @@ DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const Ten
           store_shared(scratch + Tile::offset(row, n) + t * 4, pack<Element>(c[m][n][2 * r], c[m][n][2 * r + 1]));
         }
       }
-  __syncwarp();
+  __syncwarp();  // the rows are complete
 
   Element* destination = view.row_pointer<Element>(batch, head);
 #pragma unroll 1

@@ -147,7 +147,7 @@ def test_traffic_by_operand() -> None:
     a, b = aligned(1024), aligned(64)
     body = """
 ld.param.u64 %p, [a]; ld.param.u64 %q, [b]; setp.lt.u32 %go, %lane, 8; selp.b64 %p, %q, %p, %go;
-mad.wide.u32 %p, %lane, 4, %p; ld.global.f32 %f0, [%p]; ld.param.u64 %q, [b]; st.global.f32 [%q], %f0;"""
+mad.wide.u32 %p, %lane, 4, %p; ld.global.f32 %f0, [%p]; ld.param.u64 %q, [b]; mov.u32 %x0, %ctaid.x; mad.wide.u32 %q, %x0, 32, %q; st.global.f32 [%q+64], %f0;"""
     profile = profile_ptx(body, a, b, params=".param .u64 a, .param .u64 b", grid=3)
     assert profile.operands == (
         OperandProfile("array 0", 4096, 3 * 96, 3 * 96, 0, 0),
@@ -234,7 +234,7 @@ extern "C" __global__ void kernel(float* out, const float* in, int count) {
   for (int i = 0; i < count; ++i)
     sum += outer(in, threadIdx.x + 32 * i);
   __syncthreads();
-  out[threadIdx.x] = sum;
+  out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }
 """
 
@@ -256,7 +256,7 @@ def test_lines_of_inlined_functions() -> None:
     assert line_of("return twice") not in kernel
     assert kernel[line_of("sum += outer")].global_reads == own[line_of("p[i]")].global_reads
     assert kernel[line_of("sum += outer")].instructions["float"] == 2 * 7 * 2
-    assert kernel[line_of("out[threadIdx.x]")].global_writes == own[line_of("out[threadIdx.x]")].global_writes == Traffic(2, 8, 8)
+    assert kernel[line_of("] = sum;")].global_writes == own[line_of("] = sum;")].global_writes == Traffic(2, 8, 8)
     for lines in (profile.lines, profile.kernel_lines):
         assert sum(line.counts.issued for line in lines) == profile.total.issued == counters.warp_instructions
     assert profile.lines_by("innermost") == profile.lines
@@ -275,7 +275,7 @@ extern "C" __global__ void kernel(int* out, int count) {
 #pragma unroll 1
   for (int i = 0; i < count; ++i)
     __syncthreads();
-  out[threadIdx.x] = 1;
+  out[blockIdx.x * blockDim.x + threadIdx.x] = 1;
 }
 """
 
@@ -294,7 +294,7 @@ def test_all_but_the_last_warp_wait_at_a_barrier(warps: int, schedule: str) -> N
 
 
 def test_launches_and_kernels_add_up() -> None:
-    out = aligned(64, np.int32)
+    out = aligned(128, np.int32)
     buffers = [(out.ctypes.data, out.nbytes, "out")]
     module, other = Module(compile_cuda(BARRIERS)), Module(compile_cuda(BARRIERS.replace("= 1", "= 2")))
     with simulator.profile() as profile:
@@ -311,7 +311,7 @@ def test_launches_and_kernels_add_up() -> None:
 
 def test_counts_depend_neither_on_threads_nor_on_checks() -> None:
     def counted(**options: Any) -> tuple[KernelProfile, Counters]:
-        return run(compile_cuda(LINES), aligned(64), aligned(64 * 32), 7, block=64, grid=9, **options)
+        return run(compile_cuda(LINES), aligned(9 * 64), aligned(64 * 32), 7, block=64, grid=9, **options)
 
     expected = counted()
     assert counted(threads=3) == counted(checks=False) == expected

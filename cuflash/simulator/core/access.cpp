@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "cluster.h"
+#include "global_shadow.h"
 #include "profile.h"
 #include "shadow.h"
 
@@ -200,8 +201,9 @@ void resolve_global(Warp& warp, const Record* in, u32 mask, const u64* addresses
     const bool good =
         guess < cta.launch.num_buffers && all_inside(mask, addresses, cta.launch.buffers[guess].begin, cta.launch.buffers[guess].end, use);
     if (SIM_UNLIKELY(!good)) resolve_global_slowly(warp, in, mask, addresses, use, guess);
+    if (cta.cluster->global) cta.cluster->global->access(warp, in, use, mask, addresses, guess);
   }
-  if (SIM_UNLIKELY(cta.profile != nullptr) && use.access != Access::NONE) {
+  if (SIM_UNLIKELY(cta.profile != nullptr) && use.profiled && use.access != Access::NONE) {
     cta.profile->global(cta.record_index(in), use.access, mask, addresses, use.bytes);
   }
   memcpy(pointers.lane, addresses, sizeof pointers.lane);

@@ -12,8 +12,7 @@ namespace sim {
 // SHARED is the block's own memory, CLUSTER that of any block of the cluster.
 enum class Space : u32 { GLOBAL = 0, SHARED = 1, LOCAL = 2, PARAM = 3, GENERIC = 4, CLUSTER = 5 };
 
-// STRONG accesses (volatile, relaxed, acquire, release) and atomics do not race with each other. NONE: the caller tells the
-// race detector and the profile itself.
+// STRONG accesses (volatile, relaxed, acquire, release) and atomics do not race with each other. NONE: the caller tells the race detector itself.
 enum class Access : u8 { READ, WRITE, STRONG_READ, STRONG_WRITE, ATOMIC, NONE };
 constexpr bool is_strong(Access access) { return access == Access::STRONG_READ || access == Access::STRONG_WRITE || access == Access::ATOMIC; }
 constexpr bool reads(Access access) { return access == Access::READ || access == Access::STRONG_READ || access == Access::ATOMIC; }
@@ -27,6 +26,7 @@ struct Use {
   Access access;
   u32 bytes, alignment;
   const char* what;
+  bool profiled = true;  // false: the caller tells the profile itself, as it does with Access::NONE
 };
 
 constexpr int WINDOW_SHIFT = 60;  // generic address = window << 60 | address; window 0 is global

@@ -170,13 +170,13 @@ const Record* copy_async(Warp& warp, const Record* in) {
   resolve(warp, in, Space::SHARED, mask, {in->a, (extra[5] & 1) != 0, offset_at(extra)}, {Access::NONE, bytes, bytes, "destination of cp.async"},
           copy.to);
   const Address source{in->b, (extra[5] & 2) != 0, offset_at(extra + 2)};
-  resolve(warp, in, Space::GLOBAL, mask & whole, source, {Access::NONE, bytes, bytes, "source of cp.async"}, copy.from);
+  resolve(warp, in, Space::GLOBAL, mask & whole, source, {Access::READ, bytes, bytes, "source of cp.async", false}, copy.from);
   for_lanes(mask & ~whole & ~nothing, [&](int lane) {  // fewer bytes than are written: rare, so one lane at a time
     if (size[lane] > bytes) {
       warp.fail(in, "async-copy", 1u << lane, "lane %d reads %u bytes, but only %u are written", lane, size[lane], bytes);
     }
     Pointers one;
-    resolve(warp, in, Space::GLOBAL, 1u << lane, source, {Access::NONE, size[lane], 1, "source of cp.async"}, one);
+    resolve(warp, in, Space::GLOBAL, 1u << lane, source, {Access::READ, size[lane], 1, "source of cp.async", false}, one);
     copy.from.lane[lane] = one.lane[lane];
   });
   u32 destination[LANES];

@@ -31,6 +31,7 @@ struct Stamp {
   u32 agent() const { return u32(word >> 28) & 0x7ffu; }
   u32 lane() const { return u32(word >> 22) & 63u; }
   u32 record() const { return u32(word) & 0x3fffffu; }
+  Stamp of_lane(u32 lane) const { return {word | u64(lane) << 22}; }  // of a stamp made for lane 0
   bool atomic() const { return lane() == ATOMIC_LANE; }
   explicit operator bool() const { return word != 0; }
 };
@@ -83,6 +84,7 @@ class WarpKnowledge {
     return SIM_LIKELY(stamp.clock() <= all_.known.at(stamp.agent())) || knows_slowly(stamp, lane);
   }
   bool knows_fenced(Stamp stamp, u32 lane) const;
+  const Clock& known_to_all() const { return all_.known; }
 
   // To be called for every access of `lanes` in a clock that others may synchronise with.
   SIM_INLINE void touch(u32 lanes) { unsynchronized_ |= lanes; }

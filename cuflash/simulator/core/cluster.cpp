@@ -10,7 +10,8 @@
 
 namespace sim {
 
-Cluster::Cluster(const Program& program_, const LaunchDescription& launch_) : program(program_), launch(launch_) {
+Cluster::Cluster(const Program& program_, const LaunchDescription& launch_, GlobalShadow* global_)
+    : program(program_), launch(launch_), global(global_) {
   size = launch.cluster[0] * launch.cluster[1] * launch.cluster[2];
   warps_per_cta_ = (launch.block[0] * launch.block[1] * launch.block[2] + LANES - 1) / LANES;
   warpgroups_per_cta_ = (warps_per_cta_ + 3) / 4;
@@ -28,15 +29,19 @@ Cluster::Cluster(const Program& program_, const LaunchDescription& launch_) : pr
 
 Cluster::~Cluster() = default;
 
-void Cluster::reset(u64 index) {
-  random = Random(launch.seed * 0x100000001b3ull + index);
+void Cluster::reset(u64 number) {
+  index = u32(number);
+  known_blocks.clear(), seen_blocks.clear();
+  writes_fenced = true;
+  random = Random(launch.seed * 0x100000001b3ull + number);
   std::fill(clocks_.begin(), clocks_.end(), 0);
   for (auto& engine : engines) engine->reset();
+  barrier.reset(*this);
   u32 first[3];  // block of rank 0
   for (int i = 0; i < 3; ++i) {
     const u32 clusters = launch.grid[i] / launch.cluster[i];
-    first[i] = u32(index % clusters) * launch.cluster[i];
-    index /= clusters;
+    first[i] = u32(number % clusters) * launch.cluster[i];
+    number /= clusters;
   }
   for (u32 rank = 0; rank < size; ++rank) {
     const u32 x = rank % launch.cluster[0], y = rank / launch.cluster[0] % launch.cluster[1], z = rank / launch.cluster[0] / launch.cluster[1];
@@ -44,8 +49,8 @@ void Cluster::reset(u64 index) {
   }
 }
 
-void Cluster::run(u64 index) {
-  reset(index);
+void Cluster::run(u64 number) {
+  reset(number);
   if (launch.schedule == Schedule::RANDOM) run_at_random();
   else run_in_turn();
   check_clocks();
@@ -259,6 +264,7 @@ void Cluster::report_stall(bool polling) {
   if (failure.where.record == NO_RECORD) {
     failure.message = polling ? "nobody gets on, warps only look again and again whether something has happened" : "nobody can go on";
     for (const auto& cta : ctas) cta->describe_stall(failure.message);
+    barrier.describe_stall(*this, failure.message);
     for (const auto& engine : engines) engine->describe_stall(failure.message);
     if (!exited.empty()) failure.message += "; warps that have exited: " + exited;
   }

@@ -6,9 +6,13 @@
 // asynchronous engine has work left, the cluster is stalled, which is always reported.
 #pragma once
 
+#include <unordered_set>
+
 #include "profile.h"
 
 namespace sim {
+
+class GlobalShadow;
 
 // Who an agent of clock.h is, for reports.
 struct AgentName {
@@ -17,18 +21,35 @@ struct AgentName {
   bool is_async;
 };
 
+// barrier.cluster. Per warp, lanes that have arrived in this phase, and lanes that have not waited since they arrived.
+struct ClusterBarrier {
+  std::vector<u32> arrived, unwaited;
+  Knowledge arriving, completed;
+
+  void reset(const Cluster& cluster);
+  void complete_if_all_arrived(const Cluster& cluster);
+  void describe_stall(const Cluster& cluster, std::string& text) const;
+};
+
 class Cluster {
  public:
-  Cluster(const Program& program, const LaunchDescription& launch);
+  // `global` is null without checks.
+  Cluster(const Program& program, const LaunchDescription& launch, GlobalShadow* global);
   ~Cluster();
-  void run(u64 index);
+  void run(u64 number);
 
   const Program& program;
   const LaunchDescription& launch;
+  GlobalShadow* global;
+  u32 index;                             // in the grid
+  std::unordered_set<u32> known_blocks;  // whose accesses to global memory happened before, see global_shadow.h
+  std::unordered_set<u32> seen_blocks;   // the same, once a fence is executed
+  bool writes_fenced;                    // a fence followed the last ordinary write to global memory
   u32 size;  // blocks
   std::vector<std::unique_ptr<Cta>> ctas;
   std::vector<Warp*> warps;  // of all blocks
   std::vector<std::unique_ptr<Engine>> engines;
+  ClusterBarrier barrier;
   std::unique_ptr<Profile> profile;  // null if the launch is not profiled
   Random random{0};
 
@@ -45,7 +66,7 @@ class Cluster {
 
  private:
   enum class Turn { STUCK, RAN, POLLED };
-  void reset(u64 index);
+  void reset(u64 number);
   Turn run_warp(Warp& warp, u64 fuel) { return profile ? run_warp_as<true>(warp, fuel) : run_warp_as<false>(warp, fuel); }
   template <bool PROFILED> Turn run_warp_as(Warp& warp, u64 fuel);
   bool merge_groups(Warp& warp);

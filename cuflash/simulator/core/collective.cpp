@@ -158,7 +158,13 @@ const Record* synchronize_warp(Warp& warp, const Record* in) {
   if (mask == 0) return in + 1;
   const u32 members = members_of(warp, in, mask, in->a) & warp.live;
   if (members & ~mask) return warp.wait_for_lanes(in, members);
-  if (warp.cta->checks) warp.knowledge.synchronize(mask, warp.live);
+  if (!warp.cta->checks) return in + 1;
+  const u32* member_mask = warp.row<u32>(in->a);
+  for (u32 rest = mask; rest;) {  // lanes may have come with different masks
+    const u32 together = member_mask[__builtin_ctz(rest)] & warp.live;
+    warp.knowledge.synchronize(together, warp.live);
+    rest &= ~together;
+  }
   return in + 1;
 }
 

@@ -60,6 +60,7 @@ const Record* leave(Warp& warp, const Record* in) {
   if (leaving == 0) return in + 1;
   for (auto& engine : warp.cta->cluster->engines) engine->check_exit(warp, in, leaving);
   warp.live &= ~leaving;
+  warp.cta->cluster->barrier.complete_if_all_arrived(*warp.cta->cluster);
   Group& mine = warp.groups[warp.running];
   mine.lanes = warp.active & ~leaving;
   mine.record = warp.cta->record_index(in + 1);

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "cluster.h"
+#include "global_shadow.h"
 
 namespace sim {
 namespace {
@@ -37,9 +38,11 @@ int launch(const Program& program, const LaunchDescription& description, Counter
   const u64 total = blocks / (description.cluster[0] * description.cluster[1] * description.cluster[2]);
   std::atomic<u64> next{0}, first_failed{total};
   std::mutex mutex;  // guards counters, profiles and report
+  const bool few = total < (1u << 24) - 2;  // as many as the shadow can tell apart
+  const auto global = description.checks && few ? std::make_unique<GlobalShadow>(description) : nullptr;
   // Clusters are handed out in order and started ones are finished, so the failure with the lowest index does not depend on timing.
   auto work = [&] {
-    Cluster cluster(program, description);
+    Cluster cluster(program, description, global.get());
     for (u64 index; (index = next++) < first_failed.load();) {
       try {
         cluster.run(index);

@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "access.h"
+#include "cluster.h"
 #include "table.h"
 
 namespace sim {
@@ -99,9 +100,13 @@ template <class T, int COUNT> const Record* store(Warp& warp, const Record* in) 
   return in + 1;
 }
 
-// Orders the memory accesses of blocks that run on different threads.
-const Record* fence(Warp&, const Record* in) {
+// Orders the memory accesses of blocks that run on different threads. x = 1 when its scope is wider than the block.
+const Record* fence(Warp& warp, const Record* in) {
   std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (warp.mask(in) == 0 || !in->x) return in + 1;
+  Cluster& cluster = *warp.cta->cluster;
+  cluster.writes_fenced = true;
+  cluster.known_blocks.insert(cluster.seen_blocks.begin(), cluster.seen_blocks.end());
   return in + 1;
 }
 
@@ -150,7 +155,7 @@ void register_memory(Table& table) {
   table.add("st.b32.v4", "", store<u32, 4>);
   table.add("st.b64.v4", "", store<u64, 4>);
   table.add("st.b32.v8", "", store<u32, 8>);
-  table.add("fence", "", fence, Class::CONTROL);
+  table.add("fence", "xi", fence, Class::CONTROL);
   table.add("isspacep", "dp a64 xi", is_space, Class::INTEGER);
   table.add("enter.window", "d64 a64 b64", map<u64>([](auto a, auto b) { return a | b; }), Class::INTEGER);
   table.add("leave.window", "d64 a64", map<u64>([](auto a) { return a & WINDOW_MASK; }), Class::INTEGER);

@@ -2,7 +2,7 @@
 // moved how much.
 //
 // Contract: a block of a launch that is not profiled has no Profile, and nothing is counted. Executions and waits are counted by the run loop in
-// cluster.cpp, traffic where addresses are resolved (access.cpp), and by the instruction itself where it resolves with Access::NONE.
+// cluster.cpp, traffic where addresses are resolved (access.cpp), and by the instruction itself where its `Use` says so.
 //
 // The model of shared memory: 32 banks of 4 bytes; one wavefront gives or takes one word per bank. A request of up to 4 bytes per lane is served
 // for the whole warp, of 8 bytes for each half, of 16 bytes for each quarter (ldmatrix: eight rows of 16 bytes). Lanes at the same word share it.

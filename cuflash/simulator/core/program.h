@@ -64,6 +64,7 @@ void allocate_rows(const ProgramDescription& description, Program& program);
 
 struct Buffer {
   u64 begin, end;
+  u8* written;  // one per byte: not 0 once it was written; null when all of it is initialised
 };
 
 // Requests of warps for memory. `used`: wavefronts of shared memory or sectors of global memory; `ideal`: the fewest that would have done.

@@ -162,11 +162,34 @@ SIM_INLINE void SharedShadow::touch(Visit& visit, u32 begin, u32 bytes) {
   }
 }
 
+// The hot case: whole cells are read that everybody may read. Returns the lanes for which it is not that simple.
+u32 SharedShadow::read_cells(const Visit& visit, Stamp stamp, u32 lanes, const u32* addresses) {
+  const Clock& known = visit.warp.knowledge.known_to_all();
+  const u64 bit = u64(1) << visit.slot;
+  u64* const last = visit.reads;
+  u32 left = 0;
+  for_lanes(lanes, [&](int lane) {
+    const u32 index = (addresses[lane] - begin_) / CELL_BYTES;
+    Cell& cell = cells_[index];
+    const Stamp write{cell.write};
+    const bool simple = write && !is_split(cell) && write.clock() <= known.at(write.agent());
+    const bool again = (cell.readers & bit) && Stamp{last[index]}.clock() == stamp.clock();
+    if (SIM_UNLIKELY(!simple || again)) {
+      left |= 1u << lane;
+      return;
+    }
+    last[index] = stamp.of_lane(u32(lane)).word;
+    cell.readers |= bit;
+  });
+  return left;
+}
+
 void SharedShadow::access(Warp& warp, const Record* in, Access access, u32 lanes, const u32* addresses, u32 bytes, const char* what) {
   Visit visit{warp, in, access, false, false, 0, bytes, what, {}, 0, nullptr};
   const u32 agent = warp.knowledge.agent(OWN_ACCESSES), now = warp.knowledge.now(), record = warp.cta->record_index(in);
   visit.reads = reads_of(agent, visit.slot);
   warp.knowledge.touch(lanes);
+  if (bytes == CELL_BYTES && access == Access::READ) lanes = read_cells(visit, Stamp::make(agent, now, 0, record), lanes, addresses);
   for_lanes(lanes, [&](int lane) {
     visit.lane = u32(lane);
     visit.stamp = Stamp::make(agent, now, is_strong(access) ? ATOMIC_LANE : visit.lane, record);

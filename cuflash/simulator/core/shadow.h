@@ -56,6 +56,7 @@ class SharedShadow {
   void make_whole(Cell& cell);
   void synchronize(Warp& warp, u32 lanes, u32 address, bool release);
   u64* reads_of(u32 agent, u32& slot);
+  u32 read_cells(const Visit& visit, Stamp stamp, u32 lanes, const u32* addresses);
   void touch(Visit& visit, u32 begin, u32 bytes);
   void touch_whole(Visit& visit, u32 index);
   void touch_split(Visit& visit, u32 index, u32 bytes);

@@ -34,6 +34,7 @@ const Table& instruction_table() {
     register_ldmatrix(t);
     register_collective(t);
     register_barrier(t);
+    register_cluster_barrier(t);
     register_async_copy(t);
     return t;
   }();

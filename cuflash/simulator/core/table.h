@@ -62,6 +62,7 @@ void register_matrix(Table&);
 void register_ldmatrix(Table&);
 void register_collective(Table&);
 void register_barrier(Table&);
+void register_cluster_barrier(Table&);
 void register_async_copy(Table&);
 
 // ---- map: a function of whole vectors, for hot instructions

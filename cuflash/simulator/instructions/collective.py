@@ -74,8 +74,15 @@ def decode_elect(encoder: Encoder, statement: Statement, operands: list[str]) ->
 
 @decodes("bar", "barrier")
 def decode_bar(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
-    """bar{.cta}.sync a{, b}, bar.arrive a, b, bar.red.op.type d, a{, b}, {!}p, and bar.warp.sync membermask."""
+    """bar{.cta}.sync a{, b}, bar.arrive a, b, bar.red.op.type d, a{, b}, {!}p, bar.warp.sync membermask, and
+    barrier.cluster.arrive and .wait."""
     parts = [part for part in statement.opcode.split(".") if part not in ("cta", "aligned")]
+    if parts[1] == "cluster":
+        if parts[2] == "arrive":
+            encoder.emit("barrier.cluster.arrive", "1" if "relaxed" in parts else "0")
+        else:
+            encoder.emit("barrier.cluster.wait")
+        return
     if parts[1] == "warp":
         encoder.emit("bar.warp.sync", *operands)
         return

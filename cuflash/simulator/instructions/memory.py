@@ -41,6 +41,11 @@ class Access(NamedTuple):
     cache_hint: bool
 
 
+def _scope(opcode: str) -> str:
+    """What the core calls the scope of a fence: "1" when it is wider than the block."""
+    return "0" if "cta" in opcode.split(".") else "1"
+
+
 def _element(type_name: str, load: bool) -> str:
     bits = type_bits(type_name)
     if bits >= 32:
@@ -116,7 +121,7 @@ def decode_ld(encoder: Encoder, statement: Statement, operands: list[str]) -> No
     for target, narrow in widened:
         encoder.emit("cvt.s64.s32" if access.signed else "cvt.u64.u32", target, narrow)
     if access.ordered:
-        encoder.emit("fence")
+        encoder.emit("fence", _scope(statement.opcode))
 
 
 @decodes("st")
@@ -133,7 +138,7 @@ def decode_st(encoder: Encoder, statement: Statement, operands: list[str]) -> No
             source = narrow
         sources.append(source)
     if access.ordered:
-        encoder.emit("fence")
+        encoder.emit("fence", _scope(statement.opcode))
     _emit_access(encoder, f"st.{access.element}", access, operands[0], sources, False)
 
 
@@ -175,11 +180,21 @@ def _emit_atomic(encoder: Encoder, opcode: str, results: list[str] | None, addre
         encoder.put_extra(second if second is not None else value, kind, False)
 
 
+def _emit_fenced(encoder: Encoder, opcode: str, results: list[str] | None, address: str, values: list[str], second: str | None) -> None:
+    """An atomic operation between the fences that its .acquire, .release or .acq_rel stands for."""
+    semantics = _ORDERED.intersection(opcode.split("."))
+    if semantics - {"acquire"}:
+        encoder.emit("fence", _scope(opcode))
+    _emit_atomic(encoder, opcode, results, address, values, second)
+    if semantics - {"release"}:
+        encoder.emit("fence", _scope(opcode))
+
+
 @decodes("atom")
 def decode_atom(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
     """atom{.space}.op.type d, [a], b{, c}."""
     second = operands[3] if ".cas." in statement.opcode else None
-    _emit_atomic(encoder, statement.opcode, vector(operands[0]), operands[1], vector(operands[2]), second)
+    _emit_fenced(encoder, statement.opcode, vector(operands[0]), operands[1], vector(operands[2]), second)
 
 
 @decodes("red")
@@ -187,7 +202,7 @@ def decode_red(encoder: Encoder, statement: Statement, operands: list[str]) -> N
     """red{.space}.op.type [a], b: an atom whose result nobody wants."""
     if ".async" in statement.opcode:
         raise Unsupported("an asynchronous reduction")
-    _emit_atomic(encoder, statement.opcode, None, operands[0], vector(operands[1]), None)
+    _emit_fenced(encoder, statement.opcode, None, operands[0], vector(operands[1]), None)
 
 
 @decodes("cp")
@@ -228,8 +243,8 @@ def decode_cp(encoder: Encoder, statement: Statement, operands: list[str]) -> No
 @decodes("membar", "fence")
 def decode_fence(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
     """Fences order memory between blocks that run on different threads; within a block memory is always in order."""
-    del statement, operands
-    encoder.emit("fence")
+    del operands
+    encoder.emit("fence", _scope(statement.opcode))
 
 
 @decodes("createpolicy")

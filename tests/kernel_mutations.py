@@ -1,0 +1,406 @@
+"""Every synchronising instruction of every kernel, left out or weakened, and which check of the simulator notices.
+
+A kernel is compiled as the public calls compile it, one instruction of its PTX is changed (cuflash/simulator/mutation.py), and the same calls run with it
+until a check fires or a result differs: under the schedule "late", under random ones, under "early". What survives is either a check that is missing or an
+instruction that is not needed in that variant; kernel_mutations.json says which, and anything that it does not explain is an error.
+
+    python tests/kernel_mutations.py --processes 2 --output docs/mutations.md
+
+runs all variants and writes the table; tests/test_mutations.py runs some of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import functools
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from conftest import VIEWS, rounded
+
+import cuflash
+from cuflash import Tile, cache, device, launch
+from cuflash.errors import SimulatorError
+from cuflash.planning import KernelPlan
+from cuflash.simulator import Module, check, configure
+from cuflash.simulator.mutation import Mutant, mutants
+
+EXPLANATIONS = Path(__file__).with_suffix(".json")
+SEEDS = range(4)
+SURVIVED = ""
+WRONG_RESULT = "result"
+
+Shape = tuple[int, int, int, int]
+
+
+# --- What runs ----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arrays of a call: small, but of several tiles in each direction, the last ones ragged.
+
+    Attributes:
+        query, key, value: shapes, (batch, seqlen, heads, head_dim).
+        view: memory layout of all arrays, a key of `conftest.VIEWS`.
+        options: further arguments of the call.
+    """
+
+    query: Shape
+    key: Shape
+    value: Shape
+    view: str = "contiguous"
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+GROUPED = Inputs((1, 75, 2, 32), (1, 150, 1, 32), (1, 150, 1, 32), options=(("enable_gqa", True),))
+UNALIGNED = Inputs((1, 75, 2, 32), (1, 150, 2, 32), (1, 150, 2, 32), view="padded_rows")
+BROADCAST = Inputs((2, 75, 2, 32), (1, 150, 1, 32), (1, 150, 1, 32), options=(("enable_gqa", True),))
+BROADCAST_KEY = Inputs((2, 75, 2, 32), (1, 150, 1, 32), (2, 150, 2, 32), options=(("enable_gqa", True),))
+BROADCAST_VALUE = Inputs((2, 75, 2, 32), (2, 150, 2, 32), (1, 150, 1, 32), options=(("enable_gqa", True),))
+BLIND_ROWS = Inputs((1, 170, 1, 32), (1, 75, 1, 32), (1, 75, 1, 32), options=(("causal_alignment", "bottom_right"),))
+WIDE = Inputs((1, 75, 1, 128), (1, 300, 1, 128), (1, 300, 1, 128))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of the kernels of a pass, and the calls that run it.
+
+    A mutant survives a variant only if it survives all of its calls. Without a `tile` the calls choose theirs.
+    """
+
+    name: str
+    arch: str
+    dtype: str
+    tile: Tile | None
+    inputs: tuple[Inputs, ...]
+    backward: bool = False
+    is_causal: bool = False
+    allow_tf32: bool = False
+
+    def calls(self) -> list[Callable[[], Any]]:
+        """The public calls, to be made while the simulator poses as `arch`."""
+        return [self._call(inputs) for inputs in self.inputs]
+
+    def _call(self, inputs: Inputs) -> Callable[[], Any]:
+        rng = np.random.default_rng(0)
+        arrays = [
+            VIEWS[inputs.view](rounded(rng.standard_normal(shape), self.dtype))
+            for shape in (inputs.query, inputs.key, inputs.value, inputs.query)
+        ]
+        options = {"is_causal": self.is_causal, "allow_tf32": self.allow_tf32, "tile": self.tile, **dict(inputs.options)}
+        if not self.backward:
+            return functools.partial(cuflash.scaled_dot_product_attention, *arrays[:3], return_lse=True, **options)
+        query, key, value, grad_out = arrays
+        out, lse = cuflash.scaled_dot_product_attention(query, key, value, return_lse=True, **{**options, "tile": None})
+        return functools.partial(cuflash.scaled_dot_product_attention_backward, grad_out, query, key, value, out, lse, **options)
+
+    def kernels(self) -> list[KernelPlan]:
+        """The kernels that the calls launch, each once; they are the same for all `inputs`."""
+        found: dict[tuple[str, str], KernelPlan] = {}
+        for inputs in self.inputs:
+            arrays = [rounded(np.zeros(shape), self.dtype) for shape in (inputs.query, inputs.key, inputs.value)]
+            options = {"is_causal": self.is_causal, "allow_tf32": self.allow_tf32, "tile": self.tile, **dict(inputs.options)}
+            for kernel in cuflash.plan(*arrays, backward=self.backward, **options).kernels:
+                found.setdefault((kernel.source, kernel.config), kernel)
+        return list(found.values())
+
+
+def _stages(number: int) -> str:
+    return f"{number} stage{'s' if number > 1 else ''}"
+
+
+def _variants() -> Iterator[Variant]:
+    both = (GROUPED, UNALIGNED)
+    for stages in (1, 2, 3, 4):
+        yield Variant(f"forward sm_80 float16, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 2, stages), both)
+    for stages in (1, 2):
+        yield Variant(
+            f"forward sm_80 float16 causal, {_stages(stages)}",
+            "sm_80",
+            "float16",
+            Tile(32, 32, 2, stages),
+            (*both, BLIND_ROWS),
+            is_causal=True,
+        )
+    yield Variant("forward sm_90 bfloat16, 2 stages", "sm_90", "bfloat16", Tile(64, 32, 2, 2), both)
+    yield Variant("forward sm_80 float32, 1 stage", "sm_80", "float32", Tile(32, 32, 2, 1), both)
+    yield Variant("forward sm_80 float32, 2 stages", "sm_80", "float32", Tile(32, 32, 2, 2), both)
+    yield Variant("forward sm_80 TF32, 2 stages", "sm_80", "float32", Tile(32, 32, 2, 2), both, allow_tf32=True)
+    yield Variant("forward sm_75 float16", "sm_75", "float16", Tile(32, 32, 2, 1), both)
+    yield Variant("forward sm_75 float16 causal", "sm_75", "float16", Tile(32, 32, 2, 1), (*both, BLIND_ROWS), is_causal=True)
+    yield Variant("forward sm_75 float16, not staged", "sm_75", "float16", Tile(32, 64, 2, 1), (WIDE,))
+    yield Variant("forward sm_75 float32", "sm_75", "float32", Tile(32, 32, 2, 1), both)
+    yield Variant("forward sm_75 bfloat16", "sm_75", "bfloat16", Tile(32, 32, 2, 1), both)
+
+    sums = (GROUPED, UNALIGNED, BROADCAST)
+    for stages in (1, 2, 3):
+        yield Variant(f"backward sm_80 float16, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 2, stages), sums, backward=True)
+    for stages in (1, 2):
+        yield Variant(
+            f"backward sm_80 float16 causal, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 2, stages), (*sums, BLIND_ROWS), backward=True, is_causal=True
+        )  # fmt: skip
+        yield Variant(
+            f"backward sm_80 float16 split, {_stages(stages)}",
+            "sm_80",
+            "float16",
+            Tile(32, 32, 2, stages),
+            (BROADCAST_KEY, BROADCAST_VALUE),
+            backward=True,
+        )
+        yield Variant(f"backward sm_80 float32, {_stages(stages)}", "sm_80", "float32", Tile(32, 32, 2, stages), sums, backward=True)
+    yield Variant("backward sm_90 bfloat16, 2 stages", "sm_90", "bfloat16", Tile(32, 64, 2, 2), sums, backward=True)
+    yield Variant("backward sm_75 float16", "sm_75", "float16", Tile(32, 32, 2, 1), sums, backward=True)
+    yield Variant(
+        "backward sm_75 float16 causal", "sm_75", "float16", Tile(32, 32, 2, 1), (*sums, BLIND_ROWS), backward=True, is_causal=True
+    )
+    yield Variant("backward sm_75 float16 split", "sm_75", "float16", Tile(32, 32, 2, 1), (BROADCAST_KEY, BROADCAST_VALUE), backward=True)
+    yield Variant("backward sm_75 float32", "sm_75", "float32", Tile(32, 32, 2, 1), sums, backward=True)
+    yield Variant("backward sm_75 bfloat16", "sm_75", "bfloat16", Tile(32, 32, 2, 1), sums, backward=True)
+
+
+VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _variants()}
+
+
+# --- Running mutants ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened to one mutant.
+
+    Attributes:
+        variant, kernel: names; the kernel is a file.
+        mutant: without its PTX.
+        caught: name of the check that fired, `WRONG_RESULT`, or `SURVIVED`.
+        schedule: under which it was caught.
+    """
+
+    variant: str
+    kernel: str
+    mutant: Mutant
+    caught: str
+    schedule: str
+
+
+@contextlib.contextmanager
+def running(kernel: KernelPlan, on: device.Device, ptx: str) -> Iterator[None]:
+    """Launches of a kernel take this PTX instead of the compiler's."""
+    executable: Any = launch.executable(kernel, on)
+    original = executable._module
+    executable._module = Module(ptx, kernel.entry)
+    try:
+        yield
+    finally:
+        executable._module = original
+
+
+def _bits(result: Any) -> list[bytes]:
+    return [np.ascontiguousarray(array).tobytes() for array in result]
+
+
+def _catch(calls: Sequence[Callable[[], Any]], want: Sequence[list[bytes]]) -> tuple[str, str]:
+    """What catches the kernels that the calls launch now, and under which schedule."""
+    for schedule, seed in (("late", 0), *(("random", seed) for seed in SEEDS), ("early", 0)):
+        with configure(schedule=schedule, seed=seed):
+            for call, bits in zip(calls, want, strict=True):
+                try:
+                    result = call()
+                except SimulatorError as error:
+                    if not error.check:
+                        raise
+                    return error.check, schedule
+                if _bits(result) != bits:
+                    return WRONG_RESULT, schedule
+    return SURVIVED, ""
+
+
+def run_variant(name: str) -> list[Outcome]:
+    """All mutants of all kernels of a variant.
+
+    Raises:
+        SimulatorError: the kernels as they are do not pass.
+    """
+    variant = VARIANTS[name]
+    previous = os.environ.get("CUFLASH_SIMULATOR_ARCH")
+    os.environ["CUFLASH_SIMULATOR_ARCH"] = variant.arch
+    on = device.of_arch(variant.arch)
+    outcomes = []
+    try:
+        calls = variant.calls()
+        for call in calls:
+            check(call, seeds=SEEDS)
+        want = [_bits(call()) for call in calls]
+        for kernel in variant.kernels():
+            for mutant in mutants(cache.fetch(kernel.request(on)).data, kernel.entry):
+                with running(kernel, on, mutant.ptx):
+                    caught, schedule = _catch(calls, want)
+                bare = Mutant(mutant.statement, mutant.instruction, mutant.change, mutant.source, "")
+                outcomes.append(Outcome(name, kernel.source, bare, caught, schedule))
+        assert _catch(calls, want) == (SURVIVED, "")  # the original is back
+    finally:
+        if previous is None:
+            del os.environ["CUFLASH_SIMULATOR_ARCH"]
+        else:
+            os.environ["CUFLASH_SIMULATOR_ARCH"] = previous
+    return outcomes
+
+
+# --- Explanations and the table -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why mutants survive.
+
+    Attributes:
+        kernel: file in kernels/.
+        line: part of the text of one of the mutant's source lines.
+        changes: what was done to the instruction.
+        variants: patterns of names.
+        why: for the table.
+    """
+
+    kernel: str
+    line: str
+    changes: tuple[str, ...]
+    variants: tuple[str, ...]
+    why: str
+
+    def covers(self, outcome: Outcome) -> bool:
+        """Whether this outcome is meant."""
+        return (
+            outcome.kernel == self.kernel
+            and outcome.mutant.change in self.changes
+            and any(fnmatch.fnmatchcase(outcome.variant, pattern) for pattern in self.variants)
+            and any(self.line in _lines(path)[line - 1] for path, line in outcome.mutant.source)
+        )
+
+
+def explanations() -> list[Explanation]:
+    """The contents of kernel_mutations.json."""
+    entries = json.loads(EXPLANATIONS.read_text())
+    return [Explanation(e["kernel"], e["line"], tuple(e["changes"]), tuple(e["variants"]), e["why"]) for e in entries]
+
+
+def unexplained(outcomes: Sequence[Outcome], known: Sequence[Explanation]) -> list[Outcome]:
+    """Mutants that survived without a reason on file."""
+    return [outcome for outcome in outcomes if outcome.caught == SURVIVED and not any(e.covers(outcome) for e in known)]
+
+
+def describe(outcome: Outcome) -> str:
+    """One mutant for people."""
+    lines = " < ".join(f"{Path(path).name}:{line} `{_lines(path)[line - 1].strip()}`" for path, line in outcome.mutant.source)
+    return f"{outcome.variant}, {outcome.kernel}: {outcome.mutant.instruction} {outcome.mutant.change} at {lines}"
+
+
+@dataclass
+class _Row:
+    """The same change at the same source line in all variants."""
+
+    caught: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, set[str]] = field(default_factory=dict)  # explanation -> variants
+
+
+def _label(outcome: Outcome) -> tuple[str, str, str]:
+    """Source lines outermost first, instruction without its numbers, change."""
+    where = " → ".join(f"{Path(path).name}:{line}" for path, line in reversed(outcome.mutant.source) if Path(path).parent.name != "ptx")
+    return where, outcome.mutant.instruction.rstrip(";").split()[0], outcome.mutant.change
+
+
+def table(outcomes: Sequence[Outcome], known: Sequence[Explanation]) -> str:
+    """The committed report: per kernel and source line what was changed, and what caught it or why it survived."""
+    checks = Counter(outcome.caught for outcome in outcomes)
+    lines = [
+        "# What happens when a synchronisation is forgotten",
+        "",
+        "Written by `python tests/kernel_mutations.py`; explanations are kept in `tests/kernel_mutations.json`.",
+        "",
+        "Every instruction of every kernel that orders memory accesses or waits was left out or weakened, one at a time, in PTX, and the same public calls were",
+        "run with it on the simulator with all checks on: under the schedule `late`, then random ones, then `early`. A number counts mutants over all variants (dtype,",
+        'architecture, stages, causal) and all copies of an inlined or unrolled line; "race" and the like are names of checks (`simulator.md`), "result" means that',
+        "no check fired but a result had other bits.",
+        "",
+        f"{len(outcomes)} mutants in {len({o.variant for o in outcomes})} variants: "
+        + ", ".join(f"{count} {name or 'survived, each explained below'}" for name, count in checks.most_common())
+        + ".",
+    ]
+    notes: list[str] = []
+    for kernel in sorted({outcome.kernel for outcome in outcomes}):
+        rows: dict[tuple[str, str, str], _Row] = {}
+        for outcome in outcomes:
+            if outcome.kernel != kernel:
+                continue
+            row = rows.setdefault(_label(outcome), _Row())
+            row.caught[outcome.caught] += 1
+            if outcome.caught == SURVIVED:
+                why = next((e.why for e in known if e.covers(outcome)), "UNEXPLAINED")
+                row.reasons.setdefault(why, set()).add(outcome.variant)
+                if why not in notes:
+                    notes.append(why)
+        lines += ["", f"## {kernel}", "", "| line | instruction | change | caught by | survived |", "|---|---|---|---|---|"]
+        for (where, instruction, change), row in sorted(rows.items(), key=_order):
+            caught = ", ".join(f"{name} {count}" for name, count in row.caught.most_common() if name)
+            survived = f"{row.caught[SURVIVED]} " + ", ".join(f"[{notes.index(why) + 1}]" for why in row.reasons) if row.reasons else ""
+            lines.append(f"| {where} | `{instruction}` | {change} | {caught} | {survived} |")
+    lines += ["", "## Why some survive", ""]
+    lines += [f"{number}. {why}" for number, why in enumerate(notes, 1)]
+    return "\n".join(lines) + "\n"
+
+
+def _order(item: tuple[tuple[str, str, str], _Row]) -> tuple[Any, ...]:
+    (where, instruction, change), _ = item
+    return [(part.split(":")[0], int(part.split(":")[1])) for part in where.split(" → ")], instruction, change
+
+
+def run(names: Sequence[str], processes: int) -> list[Outcome]:
+    """Run variants, in several processes if asked to."""
+    if processes <= 1:
+        return [outcome for name in names for outcome in run_variant(name)]
+    os.environ.setdefault("CUFLASH_SIMULATOR_THREADS", "1")
+    with ProcessPoolExecutor(processes) as pool:
+        return [outcome for outcomes in pool.map(run_variant, names) for outcome in outcomes]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2, help="to run at the same time")
+    parser.add_argument("--variants", default="*", help="pattern of the names to run")
+    parser.add_argument("--output", type=Path, help="file for the table; without it the table is printed")
+    arguments = parser.parse_args()
+    names = [name for name in VARIANTS if fnmatch.fnmatchcase(name, arguments.variants)]
+    outcomes, known = run(names, arguments.processes), explanations()
+    text = table(outcomes, known)
+    if arguments.output:
+        arguments.output.write_text(text)
+    else:
+        print(text)
+    missing = unexplained(outcomes, known)
+    for outcome in missing:
+        print("survived without an explanation:", describe(outcome), file=sys.stderr)
+    stale = [e for e in known if arguments.variants == "*" and not any(o.caught == SURVIVED and e.covers(o) for o in outcomes)]
+    for explanation in stale:
+        print("nothing survives any more that this explains:", explanation, file=sys.stderr)
+    return 1 if missing or stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""No synchronisation of a kernel can be forgotten unnoticed: mutants of the kernels, see kernel_mutations.py.
+
+The ordinary run takes some variants; `pytest --exhaustive tests/test_mutations.py` takes all and compares with the committed table.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import kernel_mutations
+import pytest
+from kernel_mutations import SURVIVED, VARIANTS, Outcome, describe, explanations, run_variant, table, unexplained
+
+pytest.importorskip("cupy")
+
+SOME = (
+    "forward sm_80 float16, 1 stage",
+    "forward sm_80 float16, 3 stages",
+    "forward sm_80 float32, 2 stages",
+    "forward sm_75 float16 causal",
+    "backward sm_80 float16, 2 stages",
+    "backward sm_80 float16 split, 1 stage",
+    "backward sm_75 bfloat16",
+)
+
+outcomes = functools.cache(run_variant)
+
+
+@pytest.mark.parametrize("name", [name if name in SOME else pytest.param(name, marks=pytest.mark.exhaustive) for name in VARIANTS])
+def test_every_mutant_is_caught_or_explained(name: str) -> None:
+    found = outcomes(name)
+    assert any(outcome.caught != SURVIVED for outcome in found)
+    assert [describe(outcome) for outcome in unexplained(found, explanations())] == []
+
+
+def test_lost_copies_and_barriers_are_races_before_they_are_wrong_results() -> None:
+    """Results alone would not do: whatever the schedule makes of a lost wait or barrier, the race detector names it, and at once."""
+    found: list[Outcome] = [outcome for name in SOME[:2] for outcome in outcomes(name) if outcome.caught != SURVIVED]
+    assert {outcome.caught for outcome in found} == {"race", "uninitialized"}
+    assert {outcome.schedule for outcome in found} == {"late"}
+
+
+def test_a_survivor_needs_an_explanation() -> None:
+    found = outcomes(SOME[0])
+    missing = unexplained(found, [])
+    assert len(missing) == 1
+    assert missing[0].mutant.instruction == "bar.warp.sync -1;"
+    assert "no lane still reads what these rows held" in describe(missing[0])
+    assert "UNEXPLAINED" in table(found, [])
+    assert "UNEXPLAINED" not in table(found, explanations())
+
+
+@pytest.mark.exhaustive
+def test_the_committed_table_is_up_to_date() -> None:
+    text = table([outcome for name in VARIANTS for outcome in outcomes(name)], explanations())
+    committed = Path(__file__).parent.parent / "docs" / "mutations.md"
+    assert committed.read_text() == text, f"run: python tests/kernel_mutations.py --output {committed}"
+
+
+def test_explanations_name_existing_lines() -> None:
+    """An explanation goes with its line; whether something still survives there is found out by running kernel_mutations.py."""
+    kernels = Path(kernel_mutations.__file__).parent.parent / "kernels"
+    sources = [path.read_text() for path in kernels.rglob("*.cu*")]
+    for explanation in explanations():
+        assert (kernels / explanation.kernel).is_file()
+        assert any(explanation.line in source for source in sources), explanation.line
