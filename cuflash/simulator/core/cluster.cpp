@@ -6,6 +6,7 @@
 
 #include "async_copy.h"
 #include "table.h"
+#include "wgmma.h"
 
 namespace sim {
 
@@ -22,6 +23,8 @@ Cluster::Cluster(const Program& program_, const LaunchDescription& launch_) : pr
   }
   for (u32 i = 0; i < warps.size(); ++i) warps[i]->index = i;
   engines.push_back(make_async_copy_engine(*this));
+  engines.push_back(make_wgmma_engine(*this));
+  wgmma = engines.back().get();
 }
 
 Cluster::~Cluster() = default;

@@ -28,6 +28,7 @@ const Table& instruction_table() {
     register_atomic(t);
     register_matrix(t);
     register_ldmatrix(t);
+    register_wgmma(t);
     register_collective(t);
     register_barrier(t);
     register_async_copy(t);

@@ -227,9 +227,9 @@ def decode_cp(encoder: Encoder, statement: Statement, operands: list[str]) -> No
 
 @decodes("membar", "fence")
 def decode_fence(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
-    """Fences order memory between blocks that run on different threads; within a block memory is always in order."""
-    del statement, operands
-    encoder.emit("fence")
+    """Fences order memory between blocks that run on different threads; within a block memory is always in order, but see proxies."""
+    del operands
+    encoder.emit("fence.proxy.async" if statement.opcode.startswith("fence.proxy.async") else "fence")
 
 
 @decodes("createpolicy")
