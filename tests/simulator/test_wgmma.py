@@ -127,7 +127,7 @@ def run_wgmma(
     """D = A B + D over all steps of k by one warpgroup; A is a matrix when it comes from registers."""
     n = d.shape[1]
     half = d.dtype == np.float16
-    d_type, a_type, _ = kinds.split(".")
+    _, a_type, _ = kinds.split(".")
     count = n // 4 if half else n // 2
     start = d_indices(n)
     words = np.ascontiguousarray(d[start]).view(np.uint32).T.copy()  # [register][thread]

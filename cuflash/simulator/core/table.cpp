@@ -29,6 +29,7 @@ const Table& instruction_table() {
     register_matrix(t);
     register_ldmatrix(t);
     register_wgmma(t);
+    register_wgmma_hazards(t);
     register_collective(t);
     register_barrier(t);
     register_async_copy(t);

@@ -355,11 +355,11 @@ constexpr u32 READING_LANE = LANES - 1;
 
 void check_reads(Warp& warp, const Record* in, const std::vector<Range>& ranges, u32 clock, const char* what) {
   Cta& cta = *warp.cta;
-  for (const Range& range : ranges) {
-    resolve_range(warp, in, READING_LANE, cta, range.begin, {Access::NONE, range.bytes, 16, what});
-    const u32 agent = cta.cluster->warpgroup_agent(cta.rank, warp.id / WARPS);
-    cta.shadow->access_async(warp, in, Access::READ, READING_LANE, {agent, clock, true}, range.begin, range.bytes, what);
+  if (SIM_UNLIKELY(ranges.front().begin < cta.shared_begin || ranges.back().begin + ranges.back().bytes > cta.shared_end)) {
+    for (const Range& range : ranges) resolve_range(warp, in, READING_LANE, cta, range.begin, {Access::NONE, range.bytes, 16, what});
   }
+  const AsyncAgent by{cta.cluster->warpgroup_agent(cta.rank, warp.id / WARPS), clock, true};
+  for (const Range& range : ranges) cta.shadow->access_async(warp, in, Access::READ, READING_LANE, by, range.begin, range.bytes, what);
 }
 
 // c = predicate scale-d; extra at x: see WgmmaLayout.
