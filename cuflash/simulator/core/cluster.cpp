@@ -5,6 +5,7 @@
 #include <cstdio>
 
 #include "async_copy.h"
+#include "register_pool.h"
 #include "table.h"
 #include "wgmma.h"
 
@@ -25,6 +26,8 @@ Cluster::Cluster(const Program& program_, const LaunchDescription& launch_) : pr
   engines.push_back(make_async_copy_engine(*this));
   engines.push_back(make_wgmma_engine(*this));
   wgmma = engines.back().get();
+  engines.push_back(make_register_pool(*this));
+  register_pool = engines.back().get();
 }
 
 Cluster::~Cluster() = default;

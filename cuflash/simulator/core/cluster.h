@@ -29,7 +29,7 @@ class Cluster {
   std::vector<std::unique_ptr<Cta>> ctas;
   std::vector<Warp*> warps;  // of all blocks
   std::vector<std::unique_ptr<Engine>> engines;
-  Engine* wgmma;  // one of them
+  Engine *wgmma, *register_pool;  // two of them
   Random random{0};
 
   // Agents, block by block: the warps; for each warp its cp.async copies, then its bulk copies; the warpgroups' matrix products; mbarriers.

@@ -30,6 +30,7 @@ const Table& instruction_table() {
     register_ldmatrix(t);
     register_wgmma(t);
     register_wgmma_hazards(t);
+    register_register_pool(t);
     register_collective(t);
     register_barrier(t);
     register_async_copy(t);

@@ -50,6 +50,7 @@ void register_matrix(Table&);
 void register_ldmatrix(Table&);
 void register_wgmma(Table&);
 void register_wgmma_hazards(Table&);
+void register_register_pool(Table&);
 void register_collective(Table&);
 void register_barrier(Table&);
 void register_async_copy(Table&);

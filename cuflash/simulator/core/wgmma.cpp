@@ -358,7 +358,7 @@ void check_reads(Warp& warp, const Record* in, const std::vector<Range>& ranges,
   if (SIM_UNLIKELY(ranges.front().begin < cta.shared_begin || ranges.back().begin + ranges.back().bytes > cta.shared_end)) {
     for (const Range& range : ranges) resolve_range(warp, in, READING_LANE, cta, range.begin, {Access::NONE, range.bytes, 16, what});
   }
-  const AsyncAgent by{cta.cluster->warpgroup_agent(cta.rank, warp.id / WARPS), clock, true};
+  const AsyncAgent by{cta.cluster->warpgroup_agent(cta.rank, warp.id / WARPS), clock, true, true};
   for (const Range& range : ranges) cta.shadow->access_async(warp, in, Access::READ, READING_LANE, by, range.begin, range.bytes, what);
 }
 
