@@ -54,7 +54,7 @@ class RegisterPool final : public Engine {
     const BlockPool& block = blocks[warp.cta->rank];
     const std::vector<const Record*>& order = block.order[warp.id / WARPS];
     const u32 executed = block.members[warp.id].executed;
-    if (executed == order.size()) return;
+    if (executed >= order.size()) return;
     Failure failure{"setmaxnreg", "", {warp.id, lanes, warp.cta->record_index(in), warp.cta->rank}, 0, 0, {}};
     failure.message = "warp " + std::to_string(warp.id) + " exits without a setmaxnreg that another warp of its warpgroup executed; all four must";
     failure.places.push_back({NO_WARP, ALL_LANES, warp.cta->record_index(order[executed]), warp.cta->rank});
@@ -95,11 +95,17 @@ void check_order(Warp& warp, const Record* in, BlockPool& block) {
   std::vector<const Record*>& order = block.order[warp.id / WARPS];
   const u32 number = block.members[warp.id].executed;
   if (number == order.size()) order.push_back(in);
-  if (order[number] == in) return;
-  Failure failure{"setmaxnreg", "", {warp.id, ALL_LANES, warp.cta->record_index(in), warp.cta->rank}, 0, 0, {}};
-  failure.message = "warp " + std::to_string(warp.id) + " and another warp of its warpgroup execute different ones";
-  failure.places.push_back({NO_WARP, ALL_LANES, warp.cta->record_index(order[number]), warp.cta->rank});
-  throw failure;
+  if (order[number] != in) {
+    Failure failure{"setmaxnreg", "", {warp.id, ALL_LANES, warp.cta->record_index(in), warp.cta->rank}, 0, 0, {}};
+    failure.message = "warp " + std::to_string(warp.id) + " and another warp of its warpgroup execute different ones";
+    failure.places.push_back({NO_WARP, ALL_LANES, warp.cta->record_index(order[number]), warp.cta->rank});
+    throw failure;
+  }
+  const u32 first = warp.id / WARPS * WARPS, end = std::min(first + WARPS, warp.cta->num_warps);
+  for (u32 w = first; w < end; ++w) {
+    if (warp.cta->warps[w].live != 0 || block.members[w].executed > number) continue;
+    warp.fail(in, "setmaxnreg", ALL_LANES, "all warps of a warpgroup must execute it, but warp %u has exited", w);
+  }
 }
 
 // x = registers per thread, a = .maxnreg of the kernel or 0.
@@ -112,7 +118,7 @@ template <bool INCREASES> const Record* set_max_registers(Warp& warp, const Reco
   const u32 count = u32(in->x);
   BlockPool& block = pool_of(warp, in, in->a);
   BlockPool::Member& member = block.members[warp.id];
-  check_order(warp, in, block);
+  if (warp.cta->checks) check_order(warp, in, block);
   if (INCREASES ? count < member.held : count > member.held) {
     warp.fail(in, "setmaxnreg", mask, "%s %u registers per thread, but the warp holds %u", INCREASES ? "inc to" : "dec to", count, member.held);
   }
