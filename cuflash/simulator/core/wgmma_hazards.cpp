@@ -7,6 +7,7 @@
 #include "wgmma_hazards.h"
 
 #include <algorithm>
+#include <map>
 
 #include "table.h"
 #include "wgmma.h"
@@ -84,7 +85,7 @@ class Analysis {
       kind_of[op] = name == "wgmma.fence"          ? Kind::FENCE
                     : name == "wgmma.commit_group" ? Kind::COMMIT
                     : name == "wgmma.wait_group"   ? Kind::WAIT
-                    : name.starts_with("wgmma.f")  ? Kind::PRODUCT
+                    : name.starts_with("wgmma.f32.") || name.starts_with("wgmma.f16.")  ? Kind::PRODUCT
                                                    : Kind::OTHER;
     }
     kinds_.resize(in_.num_records);
@@ -100,12 +101,14 @@ class Analysis {
 
   void track_registers() {
     slots_.assign(in_.num_registers, NOT_TRACKED);
+    accumulators_.assign(in_.num_records, 0);
     operands_from_.assign(flow_.blocks.size() + 1, 0);
     size_t next = 0;
     for (size_t b = 0; b < flow_.blocks.size(); ++b) {
       operands_from_[b] = next;
       for_records(in_, next, flow_.blocks[b].end, [&](const Operand* first, const Operand* last) {
         if (kinds_[first->record] != Kind::PRODUCT) return;
+        accumulators_[first->record] = accumulator_number(first, last);
         for (const Operand* operand = first; operand < last; ++operand) {
           int& slot = slots_[operand->reg >> 1];
           if ((is_d(*operand) || is_a(*operand)) && slot == NOT_TRACKED) slot = int(num_tracked_++), registers_.push_back(operand->reg >> 1);
@@ -115,22 +118,15 @@ class Analysis {
   }
 
   // Whether two wgmma accumulate into the same D: types, N and registers.
-  bool same_d(u32 first, u32 second) const {
-    if (first == second) return true;
-    const Record &p = in_.records[first], &q = in_.records[second];
-    return p.op == q.op && in_.extra[p.x + i32(Layout::N)] == in_.extra[q.x + i32(Layout::N)] && d_registers(first) == d_registers(second);
-  }
-  std::vector<u32> d_registers(u32 record) const {
-    const auto before = [](const Operand& operand, u32 value) { return operand.record < value; };
-    const Operand* const end = in_.operands + in_.num_operands;
-    std::vector<std::pair<u32, u32>> found;
-    for (const Operand* operand = std::lower_bound(in_.operands, end, record, before); operand < end && operand->record == record; ++operand) {
-      if (is_d(*operand) && operand->reg & 1) found.emplace_back(index_of(*operand), operand->reg >> 1);
+  bool same_d(u32 first, u32 second) const { return accumulators_[first] == accumulators_[second]; }
+
+  u32 accumulator_number(const Operand* first, const Operand* last) {
+    const Record& record = in_.records[first->record];
+    std::vector<u32> key{record.op, in_.extra[record.x + i32(Layout::N)]};
+    for (const Operand* operand = first; operand < last; ++operand) {
+      if (is_d(*operand)) key.push_back(operand->reg >> 1);
     }
-    std::sort(found.begin(), found.end());
-    std::vector<u32> registers;
-    for (const auto& [index, reg] : found) registers.push_back(reg);
-    return registers;
+    return accumulator_numbers_.try_emplace(key, u32(accumulator_numbers_.size())).first->second;
   }
 
   // ---- paths that meet
@@ -269,6 +265,8 @@ class Analysis {
   std::vector<int> slots_;              // per register: its number among those tracked
   std::vector<u32> registers_;          // the tracked ones
   std::vector<size_t> operands_from_;   // per block: its first operand
+  std::vector<u32> accumulators_;      // per wgmma: the number of its D
+  std::map<std::vector<u32>, u32> accumulator_numbers_;
   u32 num_tracked_ = 0;
   bool reporting_ = false;
   WgmmaUse use_;
