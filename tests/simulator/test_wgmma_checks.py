@@ -282,6 +282,89 @@ def test_bug(bug: str, schedule: str) -> None:
         assert text in report
 
 
+# One warpgroup fills two slots with tiles of B in turn, another multiplies them; named barriers 1 and 2 say that a slot is full, 3 and 4 that
+# it is empty. The wait for one product is delayed until the next has been issued.
+PIPELINE = (
+    wgmma_functions(64)
+    + FUNCTIONS
+    + """
+__device__ __forceinline__ void sync(int barrier) { asm volatile("bar.sync %0, 256;" :: "r"(barrier) : "memory"); }
+__device__ __forceinline__ void arrive(int barrier) { asm volatile("bar.arrive %0, 256;" :: "r"(barrier) : "memory"); }
+extern "C" __global__ void __launch_bounds__(256) k(const uint4* a, const uint4* b, float* out, int tiles) {
+    extern __shared__ __align__(1024) char memory[];
+    u32 base = (u32)__cvta_generic_to_shared(memory), slots = base + 8192;
+    if (threadIdx.x < 128) {
+        fill(base, a);
+        for (int t = 0; t < tiles; ++t) {
+            if (t >= 2) sync(3 + t % 2);
+            fill(slots + t % 2 * 8192, b + t * 512);
+            proxy_fence();
+            arrive(1 + t % 2);
+        }
+        return;
+    }
+    float d[32];
+    for (int t = 0; t < tiles; ++t) {
+        sync(1 + t % 2);
+        wgmma_fence();
+        for (int i = 0; i < 4; ++i) wgmma_ss(d, descriptor(base) + 2 * i, descriptor(slots + t % 2 * 8192) + 2 * i, t != 0 || i != 0);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (t > 0 && t + 1 < tiles) arrive(3 + (t - 1) % 2);
+    }
+    wgmma_wait<0>();
+    keep(d);
+    int thread = threadIdx.x - 128, row = thread / 32 * 16 + thread % 32 / 4;
+    for (int i = 0; i < 32; ++i) out[(row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + thread % 4 * 2 + i % 2] = d[i];
+}"""
+)
+
+
+def run_pipeline(source: str, schedule: str, seed: int = 0) -> None:
+    tiles = 6
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((64, 64)).astype(BF16), rng.standard_normal((tiles, 64, 64)).astype(BF16)
+    out = np.zeros((64, 64), np.float32)
+    options = Options(threads=1, schedule=schedule, seed=seed)
+    run_cuda(source, a, b, out, tiles, arch="compute_90a", block=256, shared=3 * 8192, options=options)
+    expected = sum(a.astype(np.float64) @ tile.astype(np.float64).T for tile in b)
+    np.testing.assert_allclose(out, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_pipeline(schedule: str) -> None:
+    for seed in range(4 if schedule == "random" else 1):
+        run_pipeline(PIPELINE, schedule, seed)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_warp_may_wait_for_its_warpgroup(schedule: str) -> None:
+    """A group is the warpgroup's: when one warp has waited for it, all four have read their operands."""
+    source = PIPELINE.replace('"bar.sync %0, 256;"', '"bar.sync %0, %1;"').replace('"bar.arrive %0, 256;"', '"bar.arrive %0, %1;"')
+    source = source.replace(':: "r"(barrier)', ':: "r"(barrier), "r"(barrier < 3 ? 256 : 160)').replace(
+        "if (t > 0", "if (threadIdx.x < 160 && t > 0"
+    )
+    run_pipeline(source, schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ("if (t > 0 && t + 1 < tiles) arrive(3 + (t - 1) % 2);", "if (t + 2 < tiles) arrive(3 + t % 2);"),
+        ("wgmma_wait<1>();", ""),
+    ],
+)
+def test_slots_that_are_given_back_too_soon(good: str, bad: str, schedule: str) -> None:
+    assert PIPELINE.count(good) == 1
+    with pytest.raises(SimulatorError) as caught:
+        run_pipeline(PIPELINE.replace(good, bad), schedule)
+    report = str(caught.value)
+    assert report.startswith("[race] 16-byte store"), report
+    assert "by wgmma of warpgroup 1: nothing waited for its completion" in report
+    assert "fill(slots + t % 2 * 8192, b + t * 512);" in report
+
+
 def test_a_block_without_whole_warpgroups() -> None:
     with pytest.raises(SimulatorError, match=r"\[partial-warp\] warps 4 to 7 must execute it together, but the block has only 192 threads"):
         run_kernel(KERNEL.replace("fill(base", "if (threadIdx.x < 128) fill(base"), "late", block=192)
