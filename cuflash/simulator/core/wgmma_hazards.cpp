@@ -82,11 +82,11 @@ class Analysis {
     std::vector<Kind> kind_of(table.size(), Kind::OTHER);
     for (size_t op = 0; op < table.size(); ++op) {
       const std::string& name = table[op].name;
-      kind_of[op] = name == "wgmma.fence"          ? Kind::FENCE
-                    : name == "wgmma.commit_group" ? Kind::COMMIT
-                    : name == "wgmma.wait_group"   ? Kind::WAIT
-                    : name.starts_with("wgmma.f32.") || name.starts_with("wgmma.f16.")  ? Kind::PRODUCT
-                                                   : Kind::OTHER;
+      kind_of[op] = name == "wgmma.fence"                                              ? Kind::FENCE
+                    : name == "wgmma.commit_group"                                     ? Kind::COMMIT
+                    : name == "wgmma.wait_group"                                       ? Kind::WAIT
+                    : name.starts_with("wgmma.f32.") || name.starts_with("wgmma.f16.") ? Kind::PRODUCT
+                                                                                       : Kind::OTHER;
     }
     kinds_.resize(in_.num_records);
     for (u32 i = 0; i < in_.num_records; ++i) kinds_[i] = kind_of[in_.records[i].op];
