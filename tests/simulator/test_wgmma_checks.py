@@ -164,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(256) k(const uint4* in, float* out,
     keep(fragment);
     keep(d);
     for (int i = 0; i < 32; ++i) out[threadIdx.x * 32 + i] = d[i];
-    for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] += __uint_as_float(fragment[i]);
+    for (int i = 0; i < 4; ++i) out[threadIdx.x * 32 + i] += __uint_as_float(fragment[i]);
 }"""
 )
 
@@ -269,6 +269,32 @@ def test_the_kernel_without_a_bug(schedule: str) -> None:
     assert np.isfinite(run_kernel(KERNEL, schedule)).all()
 
 
+def test_blocks_of_a_cluster() -> None:
+    """Each has warpgroups and agents of its own."""
+    source = KERNEL.replace('extern "C" __global__ void', 'extern "C" __global__ void __cluster_dims__(2)').replace(
+        "out[threadIdx.x *", "out[blockIdx.x * 4096 + threadIdx.x *"
+    )
+    rng = np.random.default_rng(0)
+    out = np.zeros((2, 128, 32), np.float32)
+    for schedule in SCHEDULES:
+        options = Options(threads=1, schedule=schedule)
+        run_cuda(
+            source,
+            rng.standard_normal((2, 64, 64)).astype(BF16),
+            out,
+            0,
+            arch="compute_90a",
+            grid=2,
+            block=128,
+            shared=16384,
+            options=options,
+        )
+        np.testing.assert_array_equal(out[0], out[1])
+    late = source.replace("// while it runs", "__syncthreads(); if (blockIdx.x == 1) fill(base, in);")
+    with pytest.raises(SimulatorError, match=r"wgmma of warpgroup 0 of block 1(.|\n)*block \(1, 0, 0\)"):
+        run_cuda(late, rng.standard_normal((2, 64, 64)).astype(BF16), out, 0, arch="compute_90a", grid=2, block=128, shared=16384)
+
+
 @pytest.mark.parametrize("bug", BUGS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_bug(bug: str, schedule: str) -> None:
@@ -351,11 +377,7 @@ def test_one_warp_may_wait_for_its_warpgroup(schedule: str) -> None:
 @pytest.mark.parametrize(
     ("good", "bad"),
     [
-        (
-            "if (t > 0 && t + 1 < tiles) arrive(3 + (t - 1) % 2);",
-            "if (t + 2 < tiles) arrive(3 + t % 2);",
-            "nothing waited for its completion",
-        ),
+        ("if (t > 0 && t + 1 < tiles) arrive(3 + (t - 1) % 2);", "if (t + 2 < tiles) arrive(3 + t % 2);"),
         ("wgmma_wait<1>();", ""),
     ],
 )
