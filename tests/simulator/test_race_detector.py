@@ -72,13 +72,29 @@ QUIET: dict[str, Any] = {
     "copies, waited for and synchronised before the flag": """
         if (warp == 0) { COPY WAIT __syncwarp(); if (lane == 0) set(flag); }
         else { if (lane == 0) await(flag); __syncwarp(); out[t] = s[lane]; }""",
+    "a volatile flag between fences": """
+        volatile u32* f = flag;
+        if (t == 0) { s[5] = 1; __threadfence_block(); f[0] = 1; }
+        if (t == 32) { while (f[0] == 0); __threadfence_block(); out[t] = s[5]; }""",
+    "a chain of flags": """
+        if (t == 0) { s[5] = 1; set(flag); }
+        if (t == 32) { await(flag); set(flag + 1); }
+        if (t == 1) { await(flag + 1); out[t] = s[5]; }""",
+    "a lock": """
+        if (lane == 0) {
+            while (atomicCAS(flag, 0, 1));
+            __threadfence_block();
+            s[5] += t;
+            __threadfence_block();
+            atomicExch(flag, 0);
+        }""",
     "a flag of a block that is no whole warp": "if (t < 8) { s[t] = 1; __syncwarp(0xff); if (t == 0) set(flag); }",
 }  # fmt: skip
 
 RACES: dict[str, Any] = {
     "a write that another lane reads": "s[t] = 1; out[t] = s[t ^ 1];",
     "a read before another lane writes": "out[t] = s[t ^ 1]; s[t] = 1;",
-    "the same word written by many lanes": "s[0] = t;",
+    "the same word written by many lanes": "s[0] = t; __syncthreads(); out[t] = s[0];",
     "a volatile write and another lane's ordinary read": "((volatile u32*)s)[t] = 1; out[t] = s[t ^ 1];",
     "an atomic and another lane's ordinary write": "atomicAdd(s + t, 1); s[t ^ 1] = 2;",
     "a shuffle, which orders no memory": "s[t] = 1; u32 x = __shfl_xor_sync(~0u, t, 1); out[t] = s[x];",
@@ -95,6 +111,27 @@ RACES: dict[str, Any] = {
     "a flag behind one lane's read, while others read the same 16 bytes": """
         if (warp == 0) { uint4 x = *(uint4*)s; out[t] = x.y; if (lane == 0) set(flag); }
         else if (lane == 0) { await(flag); *(uint4*)s = uint4{}; }""",
+    "a flag with no fence before it": """
+        volatile u32* f = flag;
+        if (t == 0) { s[5] = 1; f[0] = 1; }
+        if (t == 32) { while (f[0] == 0); __threadfence_block(); out[t] = s[5]; }""",
+    "a flag with no fence behind it": """
+        volatile u32* f = flag;
+        if (t == 0) { s[5] = 1; __threadfence_block(); f[0] = 1; }
+        if (t == 32) { while (f[0] == 0); out[t] = s[5]; }""",
+    "a flag with a fence of another lane": """
+        volatile u32* f = flag;
+        if (t == 0) { s[5] = 1; __syncwarp(1); f[0] = 1; }
+        if (t == 1) __threadfence_block();
+        if (t == 32) { while (f[0] == 0); __threadfence_block(); out[t] = s[5]; }""",
+    "a lock that is opened too soon": """
+        if (lane == 0) {
+            while (atomicCAS(flag, 0, 1));
+            __threadfence_block();
+            u32 x = s[5];
+            atomicExch(flag, 0);
+            s[5] = x + t;
+        }""",
     "copies that other lanes wait for": """
         if (warp == 0) { COPY __syncwarp(); WAIT if (lane == 0) set(flag); }
         else { if (lane == 0) await(flag); __syncwarp(); out[t] = s[lane]; }""",
@@ -110,6 +147,21 @@ def expanded(body: str) -> str:
 @pytest.mark.parametrize("name", QUIET)
 def test_no_race(name: str) -> None:
     assert checks(expanded(QUIET[name]), before=FLAGS) == {""}
+
+
+def test_blocks_on_several_threads_that_draw_tickets() -> None:
+    """Whoever draws the last ticket knows the others' writes, in whatever moment of the host's threads they drew theirs."""
+    source = """extern "C" __global__ void k(u32* parts, u32* ticket, u32* out) {
+        parts[blockIdx.x] = blockIdx.x;
+        __threadfence();
+        if (atomicAdd(ticket, 1) != gridDim.x - 1) return;
+        __threadfence();
+        for (u32 i = 0; i < gridDim.x; ++i) *out += parts[i];
+    }"""
+    for _ in range(600):
+        parts, ticket, out = np.zeros(40, np.uint32), np.zeros(1, np.uint32), np.zeros(1, np.uint32)
+        run_ptx(compile_cuda(source), parts, ticket, out, grid=40, block=1, options=Options(threads=3))
+        assert out[0] == sum(range(40))
 
 
 @pytest.mark.parametrize("name", RACES)

@@ -204,11 +204,12 @@ const Record* commit_group(Warp& warp, const Record* in) {
 }
 
 // The race detector learns which copies all their lanes have waited for.
-void waited(Warp& warp, const Queue& queue) {
+void waited(Warp& warp, u32 lanes, const Queue& queue) {
   if (!warp.cta->checks) return;
   u32 done = MAX_CLOCK;
   for (const Copy& copy : queue.copies) done = std::min(done, copy.clock - 1);
-  warp.knowledge.waited(OWN_COPIES, done == MAX_CLOCK ? warp.cta->cluster->latest(warp.knowledge.agent(OWN_COPIES)) : done);
+  if (done == MAX_CLOCK) done = warp.cta->cluster->latest(warp.knowledge.agent(OWN_COPIES));
+  warp.knowledge.waited(OWN_COPIES, done, lanes);
 }
 
 const Record* wait_group(Warp& warp, const Record* in) {
@@ -216,7 +217,7 @@ const Record* wait_group(Warp& warp, const Record* in) {
   if (mask == 0) return in + 1;
   Queue& queue = engine_of(warp).queues[warp.index];
   queue.wait(mask, u32(in->x));
-  waited(warp, queue);
+  waited(warp, mask, queue);
   return in + 1;
 }
 
@@ -225,7 +226,7 @@ const Record* wait_all(Warp& warp, const Record* in) {
   if (mask == 0) return in + 1;
   Queue& queue = engine_of(warp).queues[warp.index];
   queue.wait_all(mask);
-  waited(warp, queue);
+  waited(warp, mask, queue);
   return in + 1;
 }
 

@@ -23,7 +23,7 @@ void Clock::join(const Clock& other) {
 bool Clock::covers_in_part(Stamp stamp) const {
   for (const Part& part : parts_) {
     if (part.agent != stamp.agent() || part.clock < stamp.clock()) continue;
-    if (stamp.lane() >= SEVERAL_LANES || (part.lanes >> stamp.lane() & 1)) return true;
+    if (part.lanes >> stamp.lane() & 1) return true;
   }
   return false;
 }
@@ -31,7 +31,8 @@ bool Clock::covers_in_part(Stamp stamp) const {
 void WarpKnowledge::reset(u32 num_agents, const u32 (&own_agents)[NUM_OWN_AGENTS]) {
   for (u32 i = 0; i < NUM_OWN_AGENTS; ++i) own_[i] = {own_agents[i], 0};
   own_[OWN_ACCESSES].done = 1;
-  unsynchronized_ = ahead_ = 0;
+  unsynchronized_ = ahead_ = fenced_ = seeing_ = 0;
+  num_agents_ = num_agents;
   all_.reset(num_agents);
 }
 
@@ -40,6 +41,12 @@ bool WarpKnowledge::knows_slowly(Stamp stamp, u32 lane) const {
     if (stamp.agent() == own.agent && stamp.lane() == lane && stamp.clock() <= own.done) return true;
   }
   return all_.known.covers(stamp) || ((ahead_ >> lane & 1) && lanes_[lane].known.covers(stamp));
+}
+
+bool WarpKnowledge::knows_each(Stamp stamp, u32 stamp_lanes, u32 lane) const {
+  bool all = true;
+  for_lanes(stamp_lanes, [&](int other) { all = all && knows_slowly(stamp.by_lane(u32(other)), lane); });
+  return all;
 }
 
 bool WarpKnowledge::knows_fenced(Stamp stamp, u32 lane) const {
@@ -73,6 +80,29 @@ void WarpKnowledge::acquire(u32 lanes, u32 live, const Knowledge& from) {
   } else {
     for_lanes(lanes, [&](int lane) { of_lane(u32(lane)).join(from); });
   }
+}
+
+void WarpKnowledge::write_flag(u32 lane, Knowledge& flag) const {
+  if (fenced_ >> lane & 1) flag.join(fences_[lane].known_at_last);
+}
+
+void WarpKnowledge::read_flag(u32 lane, const Knowledge& flag) {
+  if (fences_.empty()) fences_.resize(LANES);
+  if (!(seeing_ >> lane & 1)) fences_[lane].seen_since.reset(num_agents_);
+  fences_[lane].seen_since.join(flag);
+  seeing_ |= 1u << lane;
+}
+
+void WarpKnowledge::fence(u32 lanes, u32 live) {
+  if (fences_.empty()) fences_.resize(LANES);
+  for_lanes(lanes, [&](int lane) {
+    Fences& fences = fences_[lane];
+    if (seeing_ >> lane & 1) acquire(1u << lane, live, fences.seen_since);
+    fences.known_at_last.reset(num_agents_);
+    release(1u << lane, fences.known_at_last);
+  });
+  fenced_ |= lanes;
+  seeing_ &= ~lanes;
 }
 
 void WarpKnowledge::learn(u32 lanes, u32 live, u32 agent, u32 clock) {

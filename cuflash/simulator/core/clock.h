@@ -18,7 +18,7 @@ namespace sim {
 
 struct Warp;
 
-constexpr u32 SEVERAL_LANES = 32, ATOMIC_LANE = 33;  // in place of a lane
+constexpr u32 ATOMIC_LANE = 32;  // added to the lane of strong and atomic accesses
 
 // One access in 64 bits: clock, agent, lane, record from the top. 0: none.
 struct Stamp {
@@ -29,10 +29,11 @@ struct Stamp {
   }
   u32 clock() const { return u32(word >> 39); }
   u32 agent() const { return u32(word >> 28) & 0x7ffu; }
-  u32 lane() const { return u32(word >> 22) & 63u; }
+  u32 lane() const { return u32(word >> 22) & 31u; }
   u32 record() const { return u32(word) & 0x3fffffu; }
-  Stamp of_lane(u32 lane) const { return {word | u64(lane) << 22}; }  // of a stamp made for lane 0
-  bool atomic() const { return lane() == ATOMIC_LANE; }
+  bool atomic() const { return word >> 27 & 1; }
+  u32 lane_mask() const { return 1u << lane(); }
+  Stamp by_lane(u32 lane) const { return {(word & ~(u64(31) << 22)) | u64(lane) << 22}; }
   explicit operator bool() const { return word != 0; }
 };
 constexpr u32 MAX_CLOCK = (1u << 25) - 1, MAX_AGENTS = 1u << 11, MAX_STAMPED_RECORDS = 1u << 22;
@@ -84,6 +85,10 @@ class WarpKnowledge {
     return SIM_LIKELY(stamp.clock() <= all_.known.at(stamp.agent())) || knows_slowly(stamp, lane);
   }
   bool knows_fenced(Stamp stamp, u32 lane) const;
+  // The same for an access that several lanes made.
+  SIM_INLINE bool knows(Stamp stamp, u32 stamp_lanes, u32 lane) const {
+    return SIM_LIKELY(stamp.clock() <= all_.known.at(stamp.agent())) || knows_each(stamp, stamp_lanes, lane);
+  }
   const Clock& known_to_all() const { return all_.known; }
 
   // To be called for every access of `lanes` in a clock that others may synchronise with.
@@ -95,7 +100,14 @@ class WarpKnowledge {
   void synchronize(u32 lanes, u32 live);  // bar.warp.sync
   void fence_proxy(u32 lanes, u32 live);  // what they know, own accesses included, is visible to asynchronous units from now on
   // The asynchronous work that a lane itself issued is done up to `clock`; other lanes learn of it when they synchronise with this one.
-  void waited(OwnAgent which, u32 clock) { own_[which].done = std::max(own_[which].done, clock); }
+  void waited(OwnAgent which, u32 clock, u32 lanes = ALL_LANES) {
+    own_[which].done = std::max(own_[which].done, clock);
+    unsynchronized_ |= lanes;
+  }
+  // Flags, written and read by strong accesses: one passes on what its writer knew at its last fence, and counts for its reader from the next.
+  void write_flag(u32 lane, Knowledge& flag) const;
+  void read_flag(u32 lane, const Knowledge& flag);
+  void fence(u32 lanes, u32 live);
   // Everything that an agent did up to `clock` happened before what `lanes` do now.
   void learn(u32 lanes, u32 live, u32 agent, u32 clock);
 
@@ -104,13 +116,21 @@ class WarpKnowledge {
     u32 agent, done;
   };
   bool knows_slowly(Stamp stamp, u32 lane) const;
+  bool knows_each(Stamp stamp, u32 stamp_lanes, u32 lane) const;
   Knowledge& of_lane(u32 lane);
 
   Own own_[NUM_OWN_AGENTS];
-  u32 unsynchronized_ = 0;        // lanes with accesses that not all lanes know
+  u32 unsynchronized_ = 0;        // lanes with accesses, or waits for copies, that not all lanes know
   u32 ahead_ = 0;                 // lanes that know more than `all_`: see `lanes_`
   Knowledge all_;                 // what every lane knows
   std::vector<Knowledge> lanes_;  // empty until a lane gets ahead
+
+  struct Fences {
+    Knowledge known_at_last, seen_since;
+  };
+  u32 fenced_ = 0, seeing_ = 0;  // lanes whose `known_at_last` and `seen_since` mean something
+  std::vector<Fences> fences_;   // per lane; empty until there is a fence or a flag is read
+  u32 num_agents_ = 0;
 };
 
 }  // namespace sim

@@ -43,7 +43,7 @@ class Cluster {
   GlobalShadow* global;
   u32 index;                             // in the grid
   std::unordered_set<u32> known_blocks;  // whose accesses to global memory happened before, see global_shadow.h
-  std::unordered_set<u32> seen_blocks;   // the same, once a fence is executed
+  std::unordered_set<u64> seen_flags;    // addresses of flags in global memory that were read since the last fence
   bool writes_fenced;                    // a fence followed the last ordinary write to global memory
   u32 size;  // blocks
   std::vector<std::unique_ptr<Cta>> ctas;

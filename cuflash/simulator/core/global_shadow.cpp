@@ -120,10 +120,18 @@ void GlobalShadow::synchronize(const Visit& visit) {
   std::lock_guard<std::mutex> lock(flags_lock_);
   Cluster& cluster = *visit.warp.cta->cluster;
   std::unordered_set<u32>& flag = flags_[visit.address];
-  if (reads(visit.use.access)) cluster.seen_blocks.insert(flag.begin(), flag.end());
+  if (reads(visit.use.access)) cluster.seen_flags.insert(visit.address);
   if (!writes(visit.use.access) || !cluster.writes_fenced) return;
   flag.insert(cluster.known_blocks.begin(), cluster.known_blocks.end());
   flag.insert(visit.block);
+}
+
+// The flags are looked up only now: what a load returns may have been written after the load was reported here.
+void GlobalShadow::fence(Cluster& cluster) {
+  cluster.writes_fenced = true;
+  std::lock_guard<std::mutex> lock(flags_lock_);
+  for (const u64 address : cluster.seen_flags) cluster.known_blocks.insert(flags_[address].begin(), flags_[address].end());
+  cluster.seen_flags.clear();
 }
 
 void GlobalShadow::check_written(const Visit& visit, const Shadow& shadow) const {

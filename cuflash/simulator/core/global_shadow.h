@@ -23,6 +23,8 @@ class GlobalShadow {
 
   // `lanes` access `bytes` bytes each at global addresses that lie in buffers; `guess` is the buffer that is tried first.
   void access(Warp& warp, const Record* in, Use use, u32 lanes, const u64* addresses, u32 guess);
+  // A block executes a fence that is wider than itself.
+  void fence(Cluster& cluster);
 
  private:
   static constexpr u32 CELL_BYTES = 16, MANY = 0xffffff, NUM_LOCKS = 256;

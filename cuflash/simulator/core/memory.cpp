@@ -6,6 +6,7 @@
 
 #include "access.h"
 #include "cluster.h"
+#include "global_shadow.h"
 #include "table.h"
 
 namespace sim {
@@ -103,10 +104,10 @@ template <class T, int COUNT> const Record* store(Warp& warp, const Record* in) 
 // Orders the memory accesses of blocks that run on different threads. x = 1 when its scope is wider than the block.
 const Record* fence(Warp& warp, const Record* in) {
   std::atomic_thread_fence(std::memory_order_seq_cst);
-  if (warp.mask(in) == 0 || !in->x) return in + 1;
+  const u32 mask = warp.mask(in);
+  if (warp.cta->checks) warp.knowledge.fence(mask, warp.live);
   Cluster& cluster = *warp.cta->cluster;
-  cluster.writes_fenced = true;
-  cluster.known_blocks.insert(cluster.seen_blocks.begin(), cluster.seen_blocks.end());
+  if (mask != 0 && in->x && cluster.global) cluster.global->fence(cluster);
   return in + 1;
 }
 

@@ -22,9 +22,9 @@ struct SharedShadow::Visit {
   const char* what;
   Stamp stamp;  // of this access
   u32 slot;
-  u64* reads;  // of this agent
+  Read* reads;  // of this agent
 
-  bool orders_read(Stamp earlier) const { return warp.knowledge.knows(earlier, lane); }
+  bool orders_read(const Read& earlier) const { return warp.knowledge.knows(earlier.stamp, earlier.lanes, lane); }
   // Whether the write is visible to this access.
   bool orders_write(Stamp earlier) const {
     if (!warp.knowledge.knows(earlier, lane)) return false;
@@ -46,12 +46,12 @@ void SharedShadow::reset() {
 }
 
 // The stamps of an agent's reads, one per cell, and the bit that stands for it.
-u64* SharedShadow::reads_of(u32 agent, u32& slot) {
+SharedShadow::Read* SharedShadow::reads_of(u32 agent, u32& slot) {
   u8& known = slot_of_agent_[agent];
   if (SIM_UNLIKELY(known == NO_SLOT)) {
     if (num_slots_ == MAX_READERS) throw Failure{"unsupported", "more than 64 agents read the shared memory of a block", {}, 0, 0, {}};
     known = u8(num_slots_++);
-    reads_[known] = std::make_unique<u64[]>(cells_.size());
+    reads_[known] = std::make_unique<Read[]>(cells_.size());
   }
   slot = known;
   return reads_[known].get();
@@ -70,7 +70,7 @@ SharedShadow::Split& SharedShadow::split(Cell& cell) {
   for (Stamp& write : result.write) write = {cell.write};
   result.reads.clear();
   const size_t number = size_t(&cell - cells_.data());
-  for (u64 rest = cell.readers; rest; rest &= rest - 1) result.reads.push_back({{reads_[__builtin_ctzll(rest)][number]}, 0xffff});
+  for (u64 rest = cell.readers; rest; rest &= rest - 1) result.reads.push_back({reads_[__builtin_ctzll(rest)][number], 0xffff});
   cell = {IS_SPLIT | index, 0};
   return result;
 }
@@ -90,21 +90,26 @@ SIM_INLINE void SharedShadow::touch_whole(Visit& visit, u32 index) {
   const Stamp write{cell.write};
   if (visit.access == Access::READ) {
     if (SIM_UNLIKELY(!write)) uninitialized(visit, address);
-    if (SIM_UNLIKELY(!visit.orders_write(write))) race(visit, write, true, address);
-    Stamp stamp = visit.stamp;
-    const Stamp last{visit.reads[index]};
+    if (SIM_UNLIKELY(!visit.orders_write(write))) race(visit, write, write.lane_mask(), true, address);
+    Read& last = visit.reads[index];
     const u64 bit = u64(1) << visit.slot;
-    if ((cell.readers & bit) && last.clock() == stamp.clock() && last.lane() != stamp.lane()) {
-      stamp = Stamp::make(stamp.agent(), stamp.clock(), SEVERAL_LANES, stamp.record());
+    u32 lanes = 1u << visit.lane;
+    if (cell.readers & bit) {
+      if (last.stamp.clock() == visit.stamp.clock()) {
+        lanes |= last.lanes;
+      } else if (SIM_UNLIKELY(!visit.orders_read(last))) {  // both have to be remembered
+        touch_split(visit, index, 0xffff);
+        return;
+      }
     }
-    visit.reads[index] = stamp.word;
+    last = {visit.stamp, lanes};
     cell.readers |= bit;
     return;
   }
-  if (write && !visit.orders_write(write)) race(visit, write, true, address);
+  if (write && !visit.orders_write(write)) race(visit, write, write.lane_mask(), true, address);
   for (u64 rest = cell.readers; rest; rest &= rest - 1) {
-    const Stamp read{reads_[__builtin_ctzll(rest)][index]};
-    if (SIM_UNLIKELY(!visit.orders_read(read))) race(visit, read, false, address);
+    const Read& read = reads_[__builtin_ctzll(rest)][index];
+    if (SIM_UNLIKELY(!visit.orders_read(read))) race(visit, read.stamp, read.lanes, false, address);
   }
   cell = {visit.stamp.word, 0};
 }
@@ -118,32 +123,32 @@ SIM_NOINLINE void SharedShadow::touch_split(Visit& visit, u32 index, u32 bytes) 
     const Stamp write = parts.write[byte];
     if (reads(visit.access) && !write) uninitialized(visit, address + u32(byte));
     if (is_strong(visit.access) && write.atomic()) return;
-    if (write && !visit.orders_write(write)) race(visit, write, true, address + u32(byte));
+    if (write && !visit.orders_write(write)) race(visit, write, write.lane_mask(), true, address + u32(byte));
   });
+  std::vector<PartialRead>& earlier = parts.reads;
   if (!writes(visit.access)) {
-    const Stamp now = visit.stamp;
-    for (Read& read : parts.reads) {
-      if (read.stamp.agent() != now.agent()) continue;
-      const bool same_clock = read.stamp.clock() == now.clock();
-      if (same_clock && read.stamp.lane() != now.lane()) {
-        if (bytes & ~read.bytes) continue;
-        read.stamp = Stamp::make(now.agent(), now.clock(), SEVERAL_LANES, now.record());
+    const u32 lanes = 1u << visit.lane;
+    for (auto& [read, read_bytes] : earlier) {
+      if (read.stamp.agent() != visit.stamp.agent() || read.stamp.atomic() != visit.stamp.atomic()) continue;
+      if (read.stamp.clock() == visit.stamp.clock()) {
+        if (read_bytes != bytes && read.lanes != lanes) continue;
+        read = {visit.stamp, read.lanes | lanes}, read_bytes |= bytes;
         return;
       }
-      if (!same_clock && (read.bytes & ~bytes)) continue;
-      read = {now, read.bytes | bytes};
+      if ((read_bytes & ~bytes) || !visit.orders_read(read)) continue;
+      read = {visit.stamp, lanes}, read_bytes = bytes;
       return;
     }
-    parts.reads.push_back({visit.stamp, bytes});
+    earlier.push_back({{visit.stamp, lanes}, bytes});
     return;
   }
-  for (Read& read : parts.reads) {
-    if ((read.bytes & bytes) == 0) continue;
+  for (auto& [read, read_bytes] : earlier) {
+    if ((read_bytes & bytes) == 0) continue;
     const bool both_strong = is_strong(visit.access) && read.stamp.atomic();
-    if (!both_strong && !visit.orders_read(read.stamp)) race(visit, read.stamp, false, address + u32(__builtin_ctz(read.bytes & bytes)));
-    read.bytes &= ~bytes;
+    if (!both_strong && !visit.orders_read(read)) race(visit, read.stamp, read.lanes, false, address + u32(__builtin_ctz(read_bytes & bytes)));
+    read_bytes &= ~bytes;
   }
-  parts.reads.erase(std::remove_if(parts.reads.begin(), parts.reads.end(), [](const Read& read) { return read.bytes == 0; }), parts.reads.end());
+  earlier.erase(std::remove_if(earlier.begin(), earlier.end(), [](const PartialRead& read) { return read.bytes == 0; }), earlier.end());
   for_lanes(bytes, [&](int byte) { parts.write[byte] = visit.stamp; });
   const Stamp first = parts.write[0];
   if (!parts.reads.empty() || !std::all_of(parts.write, parts.write + CELL_BYTES, [&](Stamp write) { return write.word == first.word; })) return;
@@ -165,20 +170,22 @@ SIM_INLINE void SharedShadow::touch(Visit& visit, u32 begin, u32 bytes) {
 // The hot case: whole cells are read that everybody may read. Returns the lanes for which it is not that simple.
 u32 SharedShadow::read_cells(const Visit& visit, Stamp stamp, u32 lanes, const u32* addresses) {
   const Clock& known = visit.warp.knowledge.known_to_all();
+  const u32 known_own = known.at(stamp.agent());
   const u64 bit = u64(1) << visit.slot;
-  u64* const last = visit.reads;
   u32 left = 0;
   for_lanes(lanes, [&](int lane) {
     const u32 index = (addresses[lane] - begin_) / CELL_BYTES;
     Cell& cell = cells_[index];
+    Read& last = visit.reads[index];
     const Stamp write{cell.write};
-    const bool simple = write && !is_split(cell) && write.clock() <= known.at(write.agent());
-    const bool again = (cell.readers & bit) && Stamp{last[index]}.clock() == stamp.clock();
-    if (SIM_UNLIKELY(!simple || again)) {
+    const bool was_read = (cell.readers & bit) != 0, same_clock = was_read && last.stamp.clock() == stamp.clock();
+    const bool simple =
+        write && !is_split(cell) && write.clock() <= known.at(write.agent()) && (!was_read || same_clock || last.stamp.clock() <= known_own);
+    if (SIM_UNLIKELY(!simple)) {
       left |= 1u << lane;
       return;
     }
-    last[index] = stamp.of_lane(u32(lane)).word;
+    last = {stamp.by_lane(u32(lane)), (same_clock ? last.lanes : 0) | 1u << lane};
     cell.readers |= bit;
   });
   return left;
@@ -192,19 +199,17 @@ void SharedShadow::access(Warp& warp, const Record* in, Access access, u32 lanes
   if (bytes == CELL_BYTES && access == Access::READ) lanes = read_cells(visit, Stamp::make(agent, now, 0, record), lanes, addresses);
   for_lanes(lanes, [&](int lane) {
     visit.lane = u32(lane);
-    visit.stamp = Stamp::make(agent, now, is_strong(access) ? ATOMIC_LANE : visit.lane, record);
-    if (is_strong(access) && reads(access)) synchronize(warp, 1u << lane, addresses[lane], false);
+    visit.stamp = Stamp::make(agent, now, visit.lane | (is_strong(access) ? ATOMIC_LANE : 0), record);
+    if (is_strong(access) && reads(access)) warp.knowledge.read_flag(u32(lane), flag_at(addresses[lane]));
     touch(visit, addresses[lane], bytes);
-    if (is_strong(access) && writes(access)) synchronize(warp, 1u << lane, addresses[lane], true);
+    if (is_strong(access) && writes(access)) warp.knowledge.write_flag(u32(lane), flag_at(addresses[lane]));
   });
 }
 
-// Whoever reads a flag knows what those did who wrote it.
-void SharedShadow::synchronize(Warp& warp, u32 lanes, u32 address, bool release) {
+Knowledge& SharedShadow::flag_at(u32 address) {
   const auto [flag, is_new] = flags_.try_emplace(address);
   if (is_new) flag->second.reset(cta_.cluster->num_agents());
-  if (release) warp.knowledge.release(lanes, flag->second);
-  else warp.knowledge.acquire(lanes, warp.live, flag->second);
+  return flag->second;
 }
 
 void SharedShadow::access_async(Warp& warp, const Record* in, Access access, u32 lane, AsyncAgent by, u32 begin, u32 bytes, const char* what) {
@@ -220,12 +225,12 @@ void SharedShadow::uninitialized(const Visit& visit, u32 address) {
                   address - cta_.shared_begin, visit.lane);
 }
 
-void SharedShadow::race(const Visit& visit, Stamp earlier, bool earlier_writes, u32 address) {
+void SharedShadow::race(const Visit& visit, Stamp earlier, u32 earlier_lanes, bool earlier_writes, u32 address) {
   Cluster& cluster = *cta_.cluster;
   const AgentName who = cluster.agent_name(earlier.agent());
   const bool unfenced = visit.proxy && visit.warp.knowledge.knows(earlier, visit.lane);
   char lane[32] = "";
-  if (earlier.lane() < LANES) snprintf(lane, sizeof lane, ", lane %u", earlier.lane());
+  if ((earlier_lanes & (earlier_lanes - 1)) == 0) snprintf(lane, sizeof lane, ", lane %u", earlier.lane());
   const char* const advice = unfenced       ? "the asynchronous proxy does not see it without a fence.proxy.async"
                              : who.is_async ? "nothing waited for its completion before, or the wait was not followed by a barrier"
                              : earlier.agent() == visit.warp.knowledge.agent(OWN_ACCESSES) ? "lanes of one warp, with no __syncwarp between"
@@ -236,7 +241,7 @@ void SharedShadow::race(const Visit& visit, Stamp earlier, bool earlier_writes, 
            visit.lane, earlier_writes ? "write" : "read", who.text, lane, advice);
   failure.message = text;
   failure.where = {visit.warp.id, 1u << visit.lane, cta_.record_index(visit.in), visit.warp.cta->rank};
-  failure.places.push_back({who.warp, earlier.lane() < LANES ? 1u << earlier.lane() : ALL_LANES, earlier.record(), who.rank});
+  failure.places.push_back({who.warp, earlier_lanes, earlier.record(), who.rank});
   throw failure;
 }
 

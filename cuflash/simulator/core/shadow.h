@@ -39,13 +39,18 @@ class SharedShadow {
     u64 write;    // stamp of the last write, or IS_SPLIT and an index into splits_
     u64 readers;  // who has read it since: bits are numbers of reader slots
   };
+  // A read by lanes of one agent; the lane in the stamp is one of them.
   struct Read {
     Stamp stamp;
+    u32 lanes;
+  };
+  struct PartialRead {
+    Read read;
     u32 bytes;
   };
   struct Split {
     Stamp write[CELL_BYTES];
-    std::vector<Read> reads;
+    std::vector<PartialRead> reads;
   };
   struct Visit;  // the access at hand
 
@@ -54,13 +59,13 @@ class SharedShadow {
   Split& split_of(const Cell& cell) { return splits_[cell.write & ~IS_SPLIT]; }
   Split& split(Cell& cell);
   void make_whole(Cell& cell);
-  void synchronize(Warp& warp, u32 lanes, u32 address, bool release);
-  u64* reads_of(u32 agent, u32& slot);
+  Knowledge& flag_at(u32 address);
+  Read* reads_of(u32 agent, u32& slot);
   u32 read_cells(const Visit& visit, Stamp stamp, u32 lanes, const u32* addresses);
   void touch(Visit& visit, u32 begin, u32 bytes);
   void touch_whole(Visit& visit, u32 index);
   void touch_split(Visit& visit, u32 index, u32 bytes);
-  [[noreturn]] void race(const Visit& visit, Stamp earlier, bool earlier_writes, u32 address);
+  [[noreturn]] void race(const Visit& visit, Stamp earlier, u32 earlier_lanes, bool earlier_writes, u32 address);
   [[noreturn]] void uninitialized(const Visit& visit, u32 address);
 
   Cta& cta_;
@@ -69,9 +74,9 @@ class SharedShadow {
   std::vector<Split> splits_;
   std::vector<u32> free_splits_;
   std::vector<u8> slot_of_agent_;
-  std::vector<std::unique_ptr<u64[]>> reads_;  // [slot][cell]: stamp of the last read
+  std::vector<std::unique_ptr<Read[]>> reads_;  // [slot][cell]: the last read
   u32 num_slots_ = 0;
-  std::unordered_map<u32, Knowledge> flags_;  // what was known to those who wrote to an address by a strong or atomic access
+  std::unordered_map<u32, Knowledge> flags_;  // by address: what those knew who wrote to it by strong accesses
 };
 
 }  // namespace sim
