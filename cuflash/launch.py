@@ -166,7 +166,7 @@ class _SimulatorExecutable:
     def __init__(self, kernel: KernelPlan, device: Device) -> None:
         from cuflash import simulator
 
-        self._module = simulator.Module(cache.fetch(kernel.request(device)).data, kernel.entry)
+        self._module = simulator.Module(cache.fetch(kernel.request(device)).data, kernel.entry, keep=True)
 
     def launch(
         self, num_blocks: int, num_threads: int, shared_bytes: int, arguments: bytearray, stream: int, buffers: Sequence[Buffer]

@@ -129,7 +129,7 @@ class View:
 
 @dataclass(frozen=True)
 class _Table:
-    """Rows of text below a title; the last `num_left` columns are flush left, the others flush right."""
+    """Rows of text with a title above; the last `num_left` columns are flush left, the others flush right."""
 
     title: str
     header: tuple[str, ...]
@@ -145,7 +145,7 @@ def render(result: CallProfile, view: View | None = None, stream: TextIO | None 
     for kernel in result.kernels:
         stream.write(f"\n{_headline(kernel)}\n")
         for table in _tables(kernel, view):
-            stream.write("\n")
+            stream.write(f"\n{table.title}\n")
             if not (stream.isatty() and _render_with_rich(table, stream)):
                 stream.write(_plain(table))
 
@@ -251,7 +251,7 @@ def _text(path: str, number: int) -> str:
 
 
 def _plain(table: _Table) -> str:
-    """The table as text without trailing blanks."""
+    """The table without its title as text without trailing blanks."""
     cells = [table.header, *table.rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     first_left = len(widths) - table.num_left
@@ -260,17 +260,17 @@ def _plain(table: _Table) -> str:
         flush = (cell.ljust(w) if i >= first_left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         return "  " + "  ".join(flush).rstrip()
 
-    return "\n".join([table.title, *map(line, cells)]) + "\n"
+    return "\n".join(map(line, cells)) + "\n"
 
 
 def _render_with_rich(table: _Table, stream: TextIO) -> bool:
-    """The table with rich; False without rich, or where the terminal is too narrow for it."""
+    """The table without its title, with rich; False without rich, or where the terminal is too narrow for it."""
     width = sum(max(map(len, column)) + 3 for column in zip(table.header, *table.rows, strict=True)) + 1
     if width > shutil.get_terminal_size().columns:
         return False
     try:
         console = importlib.import_module("rich.console").Console(file=stream)
-        view = importlib.import_module("rich.table").Table(title=table.title, title_justify="left", header_style="bold")
+        view = importlib.import_module("rich.table").Table(header_style="bold")
         text = importlib.import_module("rich.text").Text
     except ImportError:
         return False

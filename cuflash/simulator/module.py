@@ -106,6 +106,7 @@ class Module:
         ptx: the text of a PTX module.
         entry: the kernel's name; may be left out when there is only one.
         sources: names of source files -> their text, for reports about files that are not on disk.
+        keep: decode once for all processes: the program is kept in the cache on disk.
 
     Attributes:
         program: the decoded kernel.
@@ -115,19 +116,20 @@ class Module:
         SimulatorError: an instruction is not supported; the message names it and its source line.
     """
 
-    def __init__(self, ptx: str | bytes, entry: str | None = None, *, sources: Mapping[str, str] | None = None) -> None:
+    def __init__(self, ptx: str | bytes, entry: str | None = None, *, sources: Mapping[str, str] | None = None, keep: bool = False) -> None:
         self._ptx = ptx.decode().rstrip("\0") if isinstance(ptx, bytes) else ptx
         self._entry = entry
         self._sources = dict(sources or {})
         self._data: npt.NDArray[np.uint8] | None = None  # global and constant variables
-        name = program_cache.key(self._ptx, entry)
-        program = program_cache.read(name)
+        name = program_cache.key(self._ptx, entry) if keep else None
+        program = None if name is None else program_cache.read(name)
         if program is None:
             data, addresses = initial_data(self.kernel)
             program = decode(self.kernel, native.core(), addresses)
             if program.uses_variables:
                 self._data = data
-            program_cache.write(name, program)
+            elif name is not None:
+                program_cache.write(name, program)
         self.program = program
         self.handle = create(program)
         weakref.finalize(self, native.core().destroy, self.handle)

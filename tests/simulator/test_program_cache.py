@@ -24,7 +24,6 @@ extern "C" __global__ void kernel(int* out) {
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache; the core stays where it is, for it is loaded."""
-    compile_cuda(SOURCE)
     Module(compile_cuda(SOURCE))
     monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path))
     return tmp_path / "simulator" / "programs"
@@ -48,34 +47,34 @@ EXPECTED = [3 * i for i in range(32)]
 
 
 def test_a_second_module_neither_parses_nor_decodes(folder: Path, forbid_parsing: Callable[[], None]) -> None:
-    first = Module(compile_cuda(SOURCE))
+    first = Module(compile_cuda(SOURCE), keep=True)
     assert len(list(folder.iterdir())) == 1
     forbid_parsing()
-    second = Module(compile_cuda(SOURCE))
+    second = Module(compile_cuda(SOURCE), keep=True)
     assert result_of(first) == result_of(second) == EXPECTED
     assert (second.name, second.param_bytes) == (first.name, first.param_bytes) == ("kernel", 8)
 
 
 @pytest.mark.usefixtures("folder")
 def test_a_report_of_a_kept_program_names_the_line() -> None:
-    Module(compile_cuda(SOURCE))
-    module = Module(compile_cuda(SOURCE), sources={"test.cu": PRELUDE + SOURCE})
+    Module(compile_cuda(SOURCE), keep=True)
+    module = Module(compile_cuda(SOURCE), keep=True, sources={"test.cu": PRELUDE + SOURCE})
     assert "kernel" not in vars(module)  # not parsed
     with pytest.raises(SimulatorError, match=r"test\.cu:3: out\[threadIdx\.x\]"):
         module.launch((1, 1, 1), (32, 1, 1), 0, pack([np.zeros(1, np.int32)]), [])
 
 
 def test_damaged_files_are_decoded_anew(folder: Path) -> None:
-    Module(compile_cuda(SOURCE))
+    Module(compile_cuda(SOURCE), keep=True)
     (path,) = folder.iterdir()
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
     flipped = [bytes([*whole[:at], whole[at] ^ 1 << int(rng.integers(8)), *whole[at + 1 :]]) for at in range(0, len(whole), 97)]
     for content in (b"", b"no archive", whole[: len(whole) // 2], whole[100:], *flipped):
         path.write_bytes(content)
-        assert result_of(Module(compile_cuda(SOURCE))) == EXPECTED
+        assert result_of(Module(compile_cuda(SOURCE), keep=True)) == EXPECTED
     path.write_bytes(b"")
-    Module(compile_cuda(SOURCE))
+    Module(compile_cuda(SOURCE), keep=True)
     assert path.read_bytes() == whole
     assert list(folder.iterdir()) == [path]
 
@@ -83,7 +82,7 @@ def test_damaged_files_are_decoded_anew(folder: Path) -> None:
 def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path / "file"))  # no directory can be made below a file
-    assert result_of(Module(compile_cuda(SOURCE))) == EXPECTED
+    assert result_of(Module(compile_cuda(SOURCE), keep=True)) == EXPECTED
 
 
 def test_a_write_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +90,7 @@ def test_a_write_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.Mon
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    assert result_of(Module(compile_cuda(SOURCE))) == EXPECTED
+    assert result_of(Module(compile_cuda(SOURCE), keep=True)) == EXPECTED
     assert list(folder.iterdir()) == []
 
 
@@ -107,12 +106,17 @@ def test_programs_with_addresses_of_this_process_are_not_kept(folder: Path) -> N
 __constant__ int table[4] = {5, 6, 7, 8};
 extern "C" __global__ void kernel(int* out) { out[threadIdx.x] = table[threadIdx.x & 3]; }
 """
-    assert result_of(Module(compile_cuda(source)))[:5] == [5, 6, 7, 8, 5]
+    assert result_of(Module(compile_cuda(source), keep=True))[:5] == [5, 6, 7, 8, 5]
+    assert not folder.exists()
+
+
+def test_nothing_is_kept_unasked(folder: Path) -> None:
+    Module(compile_cuda(SOURCE))
     assert not folder.exists()
 
 
 def test_clearing(folder: Path) -> None:
-    Module(compile_cuda(SOURCE))
+    Module(compile_cuda(SOURCE), keep=True)
     (folder / "left.tmp").write_text("by a process that was killed")
     program_cache.clear()
     assert list(folder.iterdir()) == []

@@ -31,6 +31,7 @@ Profile::Profile(const Program& program, const LaunchDescription& launch)
     : launch_(launch), records_(program.records.size()), buffers_(launch.num_buffers) {}
 
 void Profile::shared(u32 record, Access access, u32 lanes, const u32* addresses, u32 bytes) {
+  if (lanes == 0) return;
   Traffic& traffic = writes(access) ? records_[record].shared_writes : records_[record].shared_reads;
   const u32 together = bytes <= BANK_BYTES ? LANES : WAVEFRONT_BYTES / bytes;
   const u32 group = together == LANES ? ALL_LANES : (1u << together) - 1;
