@@ -25,6 +25,8 @@ struct SharedShadow::Visit {
   Read* reads;  // of this agent
 
   bool orders_read(const Read& earlier) const { return warp.knowledge.knows(earlier.stamp, earlier.lanes, lane); }
+  // Whether whoever hears of this read has heard of the earlier one by the same agent: what one lane issues completes in order.
+  bool supersedes(const Read& earlier) const { return earlier.lanes == 1u << lane || orders_read(earlier); }
   // Whether the write is visible to this access.
   bool orders_write(Stamp earlier) const {
     if (!warp.knowledge.knows(earlier, lane)) return false;
@@ -97,7 +99,7 @@ SIM_INLINE void SharedShadow::touch_whole(Visit& visit, u32 index) {
     if (cell.readers & bit) {
       if (last.stamp.clock() == visit.stamp.clock()) {
         lanes |= last.lanes;
-      } else if (SIM_UNLIKELY(!visit.orders_read(last))) {  // both have to be remembered
+      } else if (SIM_UNLIKELY(!visit.supersedes(last))) {  // both have to be remembered
         touch_split(visit, index, 0xffff);
         return;
       }
@@ -135,7 +137,7 @@ SIM_NOINLINE void SharedShadow::touch_split(Visit& visit, u32 index, u32 bytes) 
         read = {visit.stamp, read.lanes | lanes}, read_bytes |= bytes;
         return;
       }
-      if ((read_bytes & ~bytes) || !visit.orders_read(read)) continue;
+      if ((read_bytes & ~bytes) || !visit.supersedes(read)) continue;
       read = {visit.stamp, lanes}, read_bytes = bytes;
       return;
     }
