@@ -1,4 +1,4 @@
-"""The command line: `python -m cuflash demo | info | inspect | warmup | cache`.
+"""The command line: `python -m cuflash demo | info | inspect | profile | warmup | cache`.
 
 Exit status: 0 for success; 1 for a negative finding (the demo did not learn or a result was wrong; a default tile spills); 2 for wrong arguments or
 something that is missing, told in one message without a traceback.
@@ -67,6 +67,15 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
 
+    profile = commands.add_parser("profile", help="what the kernels of a call do, line by line, counted by the simulator; needs no GPU")
+    _add_call(profile)
+    profile.add_argument("--arch", help="the architecture that the simulator poses as (default sm_80)")
+    profile.add_argument("--top", type=_positive, default=20, metavar="N", help="show the N lines with the most instructions (default 20)")
+    profile.add_argument("--full", action="store_true", help="show every line of the sources instead")
+    profile.add_argument("--by-kernel-line", action="store_true", help="count inlined functions at the line of the kernel that calls them")
+    profile.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE")
+    profile.set_defaults(run=_profile)
+
     warmup = commands.add_parser("warmup", help="compile kernels ahead, causal and not, so that no call has to")
     warmup.add_argument("--arch", help="the architecture to compile for (default: this machine's GPU, or the simulator)")
     _add_cases(warmup)
@@ -82,6 +91,21 @@ def _add_cases(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128], help="head dimensions (default 64 128)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="element types (default bfloat16)")
     parser.add_argument("--forward-only", action="store_true", help="leave out the backward pass")
+
+
+def _add_call(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pass", dest="direction", choices=("forward", "backward"), default="forward", help="(default forward)")
+    parser.add_argument("--batch", type=_positive, default=1, help="(default 1)")
+    parser.add_argument("--seqlen", type=_positive, default=256, help="of queries, and of keys unless told otherwise (default 256)")
+    parser.add_argument("--seqlen-kv", type=_positive, help="of keys and values")
+    parser.add_argument("--heads", type=_positive, default=1, help="of queries, and of keys unless told otherwise (default 1)")
+    parser.add_argument("--heads-kv", type=_positive, help="of keys and values")
+    parser.add_argument("--head-dim", type=_positive, default=64, help="(default 64)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="(default float16)")
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--layout", default="bshd", help="order of dimensions (default bshd)")
+    parser.add_argument("--allow-tf32", action="store_true", help="one TF32 product for float32 instead of three")
+    parser.add_argument("--tile", nargs=4, type=_positive, metavar=("TILE_Q", "TILE_KV", "NUM_WARPS", "NUM_STAGES"))
 
 
 def _positive(text: str) -> int:
@@ -156,6 +180,32 @@ def _as_json(report: Report) -> dict[str, Any]:
     }
 
 
+def _profile(options: argparse.Namespace) -> int:
+    from cuflash import device, profiling
+
+    if options.arch is not None:
+        os.environ["CUFLASH_SIMULATOR_ARCH"] = device.normalize_arch(options.arch)
+    call = profiling.Call(
+        batch=options.batch,
+        seqlen_q=options.seqlen,
+        seqlen_kv=options.seqlen_kv or options.seqlen,
+        num_heads_q=options.heads,
+        num_heads_kv=options.heads_kv or options.heads,
+        head_dim=options.head_dim,
+        dtype=options.dtype,
+        is_causal=options.causal,
+        layout=options.layout,
+        allow_tf32=options.allow_tf32,
+        tile=None if options.tile is None else cuflash.Tile(*options.tile),
+        direction=options.direction,
+    )
+    result = profiling.profile_call(call)
+    profiling.render(result, profiling.View("kernel" if options.by_kernel_line else "innermost", options.top, options.full))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
+    return 0
+
+
 def _warmup(options: argparse.Namespace) -> int:
     from cuflash import cache
 
@@ -182,6 +232,9 @@ def _cache(options: argparse.Namespace) -> int:
     from cuflash import cache
 
     if options.clear:
+        from cuflash.simulator import program_cache
+
+        program_cache.clear()
         print(f"{cache.clear()} kernels removed from {cache.directory()}")
         return 0
     groups: dict[str, list[cache.Entry]] = {}

@@ -26,7 +26,7 @@ def command(*arguments: str, directory: Path, **environment: str) -> subprocess.
 def test_alone_it_prints_help(tmp_path: Path) -> None:
     result = command(directory=tmp_path)
     assert result.returncode == 0
-    for name in ("demo", "info", "inspect", "warmup", "cache"):
+    for name in ("demo", "info", "inspect", "profile", "warmup", "cache"):
         assert re.search(rf"^ +{name} ", result.stdout, re.MULTILINE), name
 
 
@@ -80,6 +80,32 @@ def test_inspect_prints_a_table_of_both_passes(tmp_path: Path) -> None:
         assert expected in result.stdout, expected
 
 
+def test_profile_prints_tables_and_writes_json(tmp_path: Path) -> None:
+    result = command("profile", "--seqlen", "64", "--heads", "2", "--top", "3", "--json", "profile.json", directory=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for expected in (
+        "forward_mma: 1 launch",
+        "matrix",
+        "shared memory, reads: wavefronts",
+        "query",
+        "Lines with the most instructions (3 of ",
+    ):
+        assert expected in result.stdout, expected
+    (kernel,) = json.loads((tmp_path / "profile.json").read_text())["kernels"]
+    assert kernel["total"]["matrix_flops"] == 2 * 2 * 2 * 64 * 64 * 64
+    assert f"{sum(kernel['total']['instructions'].values())} warp instructions" in result.stdout
+    assert sum(sum(line["counts"]["instructions"].values()) for line in kernel["lines"]) == sum(kernel["total"]["instructions"].values())
+
+
+def test_profile_annotates_whole_sources(tmp_path: Path) -> None:
+    arguments = ("--pass", "backward", "--dtype", "bfloat16", "--seqlen", "32", "--causal", "--full", "--by-kernel-line")
+    result = command("profile", *arguments, directory=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for name in ("backward_delta.cu", "backward_dkdv_mma.cu", "backward_dq_mma.cu"):
+        for line in (ROOT / "kernels" / name).read_text(encoding="utf-8").splitlines():
+            assert line.strip() in result.stdout
+
+
 def test_warmup_fills_the_cache_and_cache_clears_it(tmp_path: Path) -> None:
     place = {"CUFLASH_CACHE_DIR": str(tmp_path / "cache")}
     arguments = ("warmup", "--arch", "sm_80", "--head-dim", "32", "--dtype", "float16", "--forward-only")
@@ -110,6 +136,8 @@ def test_demo_without_enough_steps_fails_with_a_picture(tmp_path: Path) -> None:
         (("demo", "--arch", "volta"), {}, "expected one of sm_75"),
         (("warmup", "--head-dim", "64"), {"CUFLASH_KERNELS_DIR": "/nowhere"}, "kernels' text is missing"),
         (("demo", "--steps", "0"), {}, "expected a positive number"),
+        (("profile", "--layout", "bsdx"), {}, "the letters b, s, h, d in any order"),
+        (("profile", "--tile", "1", "2", "3", "4"), {}, "Nearest legal tiles"),
         (("frobnicate",), {}, "invalid choice"),
     ],
 )

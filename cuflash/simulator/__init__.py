@@ -5,7 +5,26 @@ SimulatorError with the source line when the kernel does something wrong; `check
 """
 
 from cuflash.simulator.checking import CheckReport, check
+from cuflash.simulator.kernel_profile import Counts, KernelProfile, LineProfile, OperandProfile, Profile, Traffic
 from cuflash.simulator.module import Buffer, Counters, Launch, Module, record_launches
-from cuflash.simulator.options import Options, configure, current_options
+from cuflash.simulator.options import Options, configure, current_options, profile
 
-__all__ = ["Buffer", "CheckReport", "Counters", "Launch", "Module", "Options", "check", "configure", "current_options", "record_launches"]
+__all__ = [
+    "Buffer",
+    "CheckReport",
+    "Counters",
+    "Counts",
+    "KernelProfile",
+    "Launch",
+    "LineProfile",
+    "Module",
+    "OperandProfile",
+    "Options",
+    "Profile",
+    "Traffic",
+    "check",
+    "configure",
+    "current_options",
+    "profile",
+    "record_launches",
+]

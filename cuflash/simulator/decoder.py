@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from array import array
 
+import numpy as np
+
 from cuflash.errors import SimulatorError
 from cuflash.simulator.encoder import WORDS, Encoder, Unsupported, split_operands
 from cuflash.simulator.instructions import DECODERS, simplified
 from cuflash.simulator.native import Core, Instruction
 from cuflash.simulator.parser import Kernel, Statement
+from cuflash.simulator.program import Program
 from cuflash.simulator.report import describe_statement
 
 
@@ -39,11 +42,8 @@ def _guard(encoder: Encoder, statement: Statement) -> None:
     encoder.guard, encoder.negated = guard, statement.negated
 
 
-def decode(kernel: Kernel, core: Core, addresses: dict[str, int]) -> tuple[Encoder, array[int]]:
-    """Encode all statements.
-
-    Returns:
-        The encoder, and for each statement the number of its first record.
+def decode(kernel: Kernel, core: Core, addresses: dict[str, int]) -> Program:
+    """Encode all statements; `addresses` are those of the module's variables.
 
     Raises:
         SimulatorError: an instruction is not supported.
@@ -91,4 +91,28 @@ def decode(kernel: Kernel, core: Core, addresses: dict[str, int]) -> tuple[Encod
     encoder.guard = ""
     encoder.leave("exit")  # a kernel may end without one
     encoder.link(record_of_label)
-    return encoder, starts
+    return _program(encoder, starts)
+
+
+def _program(encoder: Encoder, starts: array[int]) -> Program:
+    kernel = encoder.kernel
+    operands = np.array(encoder.operands, dtype=np.uint32).reshape(-1, 3)
+    constants, wide = encoder.constant_table()
+    return Program(
+        name=kernel.name,
+        param_bytes=kernel.param_bytes,
+        cluster=kernel.cluster,
+        shared_begin=kernel.shared_begin,
+        dynamic_shared_begin=kernel.dynamic_shared_begin,
+        local_bytes=kernel.local_bytes,
+        uses_variables=encoder.uses_variables,
+        records=np.array(encoder.words, dtype=np.uint16),
+        extra=np.array(encoder.extra or array("H", [0]), dtype=np.uint16),
+        operands=np.ascontiguousarray(operands[np.argsort(operands[:, 1], kind="stable")]),
+        widths=np.array(encoder.widths, dtype=np.uint8),
+        constants=constants,
+        wide=wide,
+        special=np.array(encoder.special, dtype=np.uint32).reshape(-1, 2),
+        jumps=np.array(encoder.jumps, dtype=np.uint32).reshape(-1, 2),
+        starts=np.array(starts, dtype=np.uint32),
+    )

@@ -71,6 +71,7 @@ class Encoder:
         self.jumps: list[tuple[int, int]] = []
         self.branches: list[tuple[int, str]] = []  # record, label: x is filled in at the end
         self.branch_lists: list[tuple[int, int, list[str]]] = []  # record, start in extra, labels
+        self.uses_variables = False  # an address of this process is among the constants
         self.guard = ""
         self.negated = False
 
@@ -147,6 +148,7 @@ class Encoder:
         if variable.space in ("global", "const"):
             if variable.name not in self.globals:
                 raise Unsupported(f"the variable {variable.name}, whose initial value is not plain numbers")
+            self.uses_variables = True
             return self.globals[variable.name]
         return variable.offset
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import ctypes
+import functools
 import weakref
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cuflash.errors import SimulatorError
-from cuflash.simulator import native, parser, report
+from cuflash.simulator import native, parser, program_cache, report
 from cuflash.simulator.decoder import decode
-from cuflash.simulator.encoder import Encoder, initial_data
+from cuflash.simulator.encoder import initial_data
 from cuflash.simulator.options import SCHEDULES, Options, current_options
+from cuflash.simulator.program import create
 
 MAX_THREADS = 1024
 MAX_CLUSTER = 16
@@ -98,38 +99,6 @@ def _range(buffer: Buffer) -> tuple[int, int, int]:
     return buffer.address, buffer.address + buffer.nbytes, 0 if buffer.written is None else _pointer(buffer.written)
 
 
-def _create_program(encoder: Encoder, kernel: parser.Kernel) -> int:
-    """Hand the records to the core, which copies them."""
-    words = np.frombuffer(encoder.words, dtype=np.uint16)
-    extra = np.array(encoder.extra or array("H", [0]), dtype=np.uint16)
-    operands = np.array(encoder.operands, dtype=np.uint32).reshape(-1, 3)
-    operands = np.ascontiguousarray(operands[np.argsort(operands[:, 1], kind="stable")])
-    widths = np.array(encoder.widths, dtype=np.uint8)
-    constants, wide = encoder.constant_table()
-    special = np.array(encoder.special, dtype=np.uint32)
-    jumps = np.array(encoder.jumps, dtype=np.uint32)
-    description = native.ProgramDescription(
-        records=_pointer(words),
-        extra=_pointer(extra),
-        operands=_pointer(operands),
-        widths=_pointer(widths),
-        constants=_pointer(constants),
-        wide=_pointer(wide),
-        special=_pointer(special),
-        jumps=_pointer(jumps),
-        num_records=len(words) // 8,
-        num_extra=len(extra),
-        num_operands=len(operands),
-        num_registers=len(widths),
-        num_constants=len(constants),
-        num_special=len(encoder.special),
-        num_jumps=len(encoder.jumps),
-        local_bytes=kernel.local_bytes,
-        shared_begin=kernel.shared_begin,
-    )
-    return int(native.core().create(ctypes.byref(description)))
-
-
 class Module:
     """One decoded kernel.
 
@@ -138,33 +107,45 @@ class Module:
         entry: the kernel's name; may be left out when there is only one.
         sources: names of source files -> their text, for reports about files that are not on disk.
 
+    Attributes:
+        program: the decoded kernel.
+        handle: the core's own copy of it.
+
     Raises:
         SimulatorError: an instruction is not supported; the message names it and its source line.
     """
 
     def __init__(self, ptx: str | bytes, entry: str | None = None, *, sources: Mapping[str, str] | None = None) -> None:
-        text = ptx.decode().rstrip("\0") if isinstance(ptx, bytes) else ptx
-        core = native.core()
+        self._ptx = ptx.decode().rstrip("\0") if isinstance(ptx, bytes) else ptx
+        self._entry = entry
         self._sources = dict(sources or {})
-        self._kernel = parser.parse_kernel(text, entry)
-        self._data, addresses = initial_data(self._kernel)
-        encoder, self._starts = decode(self._kernel, core, addresses)
-        if encoder.constant_rows >= 0x8000:
-            raise SimulatorError(f"kernel {self._kernel.name} has too many different constants for the simulator")
-        self._program = _create_program(encoder, self._kernel)
-        weakref.finalize(self, core.destroy, self._program)
-        if core.rows(self._program) >= 0x8000:
-            raise SimulatorError(f"kernel {self._kernel.name} has too many live registers for the simulator")
+        self._data: npt.NDArray[np.uint8] | None = None  # global and constant variables
+        name = program_cache.key(self._ptx, entry)
+        program = program_cache.read(name)
+        if program is None:
+            data, addresses = initial_data(self.kernel)
+            program = decode(self.kernel, native.core(), addresses)
+            if program.uses_variables:
+                self._data = data
+            program_cache.write(name, program)
+        self.program = program
+        self.handle = create(program)
+        weakref.finalize(self, native.core().destroy, self.handle)
+
+    @functools.cached_property
+    def kernel(self) -> parser.Kernel:
+        """The text of the kernel, for reports and profiles; parsed when it is needed first."""
+        return parser.parse_kernel(self._ptx, self._entry)
 
     @property
     def name(self) -> str:
         """The kernel's (mangled) name."""
-        return self._kernel.name
+        return self.program.name
 
     @property
     def param_bytes(self) -> int:
         """Size of the parameter block."""
-        return self._kernel.param_bytes
+        return self.program.param_bytes
 
     def launch(
         self,
@@ -192,10 +173,10 @@ class Module:
             SimulatorError: a check failed.
         """
         chosen = options or current_options()
-        cluster = cluster or self._kernel.cluster
+        cluster = cluster or self.program.cluster
         self._check_launch(grid, block, cluster, params)
         everything = [Buffer(*buffer) for buffer in buffers]
-        if self._data.size:
+        if self._data is not None:
             everything.append(Buffer(_pointer(self._data), self._data.size, "variables of the module"))
         ranges = np.array([_range(buffer) for buffer in everything], dtype=np.uint64)
         parameters = np.frombuffer(bytes(params) + bytes(16), dtype=np.uint8)
@@ -205,20 +186,27 @@ class Module:
             cluster=cluster,
             params=_pointer(parameters),
             buffers=_pointer(ranges),
-            param_bytes=self._kernel.param_bytes,
+            param_bytes=self.program.param_bytes,
             num_buffers=len(everything),
-            shared_end=self._kernel.dynamic_shared_begin + shared_bytes,
+            shared_end=self.program.dynamic_shared_begin + shared_bytes,
             dynamic_shared_bytes=shared_bytes,
             threads=chosen.num_threads(),
             schedule=SCHEDULES.index(chosen.schedule),
             seed=chosen.seed,
             checks=int(chosen.checks),
+            max_instructions=chosen.max_instructions,
         )
+        if chosen.profile is not None:
+            records = np.zeros((self.program.num_records, native.RECORD_PROFILE_WORDS), dtype=np.uint64)
+            moved = np.zeros((len(everything), native.BUFFER_PROFILE_WORDS), dtype=np.uint64)
+            description.record_profiles, description.buffer_profiles = _pointer(records), _pointer(moved)
         counters, failure = native.CounterValues(), native.Report()
-        failed = native.core().launch(self._program, ctypes.byref(description), ctypes.byref(counters), ctypes.byref(failure))
+        failed = native.core().launch(self.handle, ctypes.byref(description), ctypes.byref(counters), ctypes.byref(failure))
         if failed:
-            text = report.format_report(failure, self._kernel, self._starts, [buffer[:3] for buffer in everything], self._sources)
+            text = report.format_report(failure, self.kernel, self.program.starts, [buffer[:3] for buffer in everything], self._sources)
             raise SimulatorError(text, check=(failure.check or b"").decode())
+        if chosen.profile is not None:
+            chosen.profile.add(self, counters.ctas, records, [(buffer.name, buffer.nbytes) for buffer in everything], moved)
         executed = Counters(*(getattr(counters, name) for name, _ in native.CounterValues._fields_))
         launches = _recording.get()
         if launches is not None:
@@ -232,7 +220,7 @@ class Module:
             raise SimulatorError(
                 f"a launch of {grid} blocks in clusters of {cluster} is not possible: at most {MAX_CLUSTER} that divide the grid"
             )
-        if self._kernel.cluster != (1, 1, 1) and cluster != self._kernel.cluster:
-            raise SimulatorError(f"kernel {self.name} declares clusters of {self._kernel.cluster}, the launch has {cluster}")
-        if len(params) < self._kernel.param_bytes:
-            raise SimulatorError(f"kernel {self.name} takes {self._kernel.param_bytes} bytes of parameters, got {len(params)}")
+        if self.program.cluster != (1, 1, 1) and cluster != self.program.cluster:
+            raise SimulatorError(f"kernel {self.name} declares clusters of {self.program.cluster}, the launch has {cluster}")
+        if len(params) < self.program.param_bytes:
+            raise SimulatorError(f"kernel {self.name} takes {self.program.param_bytes} bytes of parameters, got {len(params)}")

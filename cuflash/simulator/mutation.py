@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from cuflash.simulator.encoder import split_operands
 from cuflash.simulator.parser import Statement, parse_kernel
-from cuflash.simulator.report import source_chain
+from cuflash.simulator.source_map import SourceMap
 
 _TX_BYTES = 16  # by which the bytes that a barrier expects are changed: the smallest copy of a bulk transfer
 _WARP = 32
@@ -207,11 +207,12 @@ def mutants(ptx: str | bytes, entry: str | None = None) -> Iterator[Mutant]:
     """
     text = ptx.decode().rstrip("\0") if isinstance(ptx, bytes) else ptx
     kernel = parse_kernel(text, entry)
+    source_map = SourceMap(kernel)
     for number, statement in enumerate(kernel.statements):
         changer = _changes_of(statement.opcode)
         if changer is None:
             continue
-        source = tuple(source_chain(kernel, statement.loc))
+        source = tuple(source_map.chain(statement.loc))
         instruction = _Instruction(statement, tuple(split_operands(statement.operands)))
         for change, replacement in changer(instruction):
             note = f"/* {statement.text()} {change} */ "

@@ -9,11 +9,15 @@ import ctypes
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from cuflash.errors import SimulatorError
 from cuflash.simulator import build
 
-ABI = 2
+ABI = 3
 NO_RECORD = 0xFFFFFFFF
 NO_WARP = 0xFFFFFFFF
 MAX_PLACES = 64
@@ -61,7 +65,15 @@ class LaunchDescription(ctypes.Structure):
         ("schedule", ctypes.c_int32),
         ("seed", ctypes.c_uint64),
         ("checks", ctypes.c_int32),
+        ("max_instructions", ctypes.c_uint64),
+        ("record_profiles", ctypes.c_void_p),
+        ("buffer_profiles", ctypes.c_void_p),
     )
+
+
+RECORD_PROFILE_WORDS = 15
+BUFFER_PROFILE_WORDS = 4
+"""64-bit words of RecordProfile and BufferProfile in core/program.h."""
 
 
 class CounterValues(ctypes.Structure):
@@ -151,8 +163,18 @@ class Core:
             ctypes.POINTER(CounterValues),
             ctypes.POINTER(Report),
         )
+        self._classes = library.cuflash_simulator_classes
+        self._classes.restype = None
+        self._classes.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
         self.instructions = self._read_table(library)
-        self.special_registers = self._read_special_registers(library)
+        self.special_registers = {name: number for number, name in enumerate(_names(library.cuflash_simulator_special_register))}
+        self.class_names = tuple(_names(library.cuflash_simulator_class_name))
+
+    def classes(self, program: int, num_records: int) -> npt.NDArray[np.uint8]:
+        """For each record of a program the class of its instruction, as an index into `class_names`."""
+        classes = np.empty(num_records, dtype=np.uint8)
+        self._classes(program, classes.ctypes.data)
+        return classes
 
     @staticmethod
     def _read_table(library: ctypes.CDLL) -> dict[str, Instruction]:
@@ -170,14 +192,14 @@ class Core:
             table[key] = Instruction(len(table), signatures[text])
         return table
 
-    @staticmethod
-    def _read_special_registers(library: ctypes.CDLL) -> dict[str, int]:
-        read = library.cuflash_simulator_special_register
-        read.restype = ctypes.c_char_p
-        registers: dict[str, int] = {}
-        while (name := read(len(registers))) is not None:
-            registers[name.decode()] = len(registers)
-        return registers
+
+def _names(read: Any) -> list[str]:
+    """What a function of the core that names things by number knows."""
+    read.restype = ctypes.c_char_p
+    names: list[str] = []
+    while (name := read(len(names))) is not None:
+        names.append(name.decode())
+    return names
 
 
 @functools.cache

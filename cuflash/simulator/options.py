@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cuflash.errors import OptionError
+from cuflash.simulator.kernel_profile import Profile
 
 SCHEDULES = ("early", "late", "random")
 
@@ -28,14 +29,20 @@ class Options:
             interleaved at random too.
         seed: of the random schedule; the same seed gives the same schedule whatever the number of threads.
         checks: test every access; without them a wild pointer crashes the process.
+        max_instructions: a warp that executes more is reported as an endless loop. The default is some ten seconds for each warp.
+        profile: what launches are counted in; None counts nothing. `cuflash.simulator.profile()` makes one for a while.
     """
 
     threads: int | None = None
     schedule: Literal["early", "late", "random"] = "late"
     seed: int = 0
     checks: bool = True
+    max_instructions: int = 2**30
+    profile: Profile | None = None
 
     def __post_init__(self) -> None:
+        if not 1 <= self.max_instructions < 2**63:
+            raise OptionError("max_instructions", self.max_instructions, "a positive number below 2**63", "Leave it out for 2**30.")
         if self.threads is not None and self.threads < 1:
             raise OptionError("threads", self.threads, "a positive number or None", "Leave it out to use all cores.")
         if self.schedule not in SCHEDULES:
@@ -70,3 +77,15 @@ def configure(**fields: Any) -> Iterator[Options]:
         yield options
     finally:
         _current.reset(token)
+
+
+@contextlib.contextmanager
+def profile() -> Iterator[Profile]:
+    """Count what launches inside a `with` block do, per kernel and per source line.
+
+    Yields:
+        the profile, which grows with every launch that ends without a report.
+    """
+    with configure(profile=Profile()) as options:
+        assert options.profile is not None
+        yield options.profile

@@ -7,58 +7,20 @@ Contract: `describe_statement` gives the PTX of a statement, and from its `.loc`
 from __future__ import annotations
 
 import bisect
-import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from cuflash.simulator.native import NO_RECORD, NO_WARP, Place, Report
 from cuflash.simulator.parser import Kernel
+from cuflash.simulator.source_map import SourceMap, source_lines
 
-_LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*?inlined_at\s+(\d+)\s+(\d+)\s+(\d+))?")
 _MAX_PLACES = 8
-
-Position = tuple[int, int, int]  # file, line, column
-
-
-def _parse_loc(text: str) -> tuple[Position, Position | None]:
-    match = _LOC.match(text)
-    if match is None:
-        return (0, 0, 0), None
-    numbers = [int(group) if group else 0 for group in match.groups()]
-    here, caller = (numbers[0], numbers[1], numbers[2]), (numbers[3], numbers[4], numbers[5])
-    return here, caller if match[4] else None
-
-
-def source_chain(kernel: Kernel, loc: int) -> list[tuple[str, int]]:
-    """File and line of `.loc` number `loc`, then of the calls around it, innermost first."""
-    if loc < 0:
-        return []
-    chain = []
-    position, caller = _parse_loc(kernel.locations[loc])
-    for _ in range(64):
-        chain.append((kernel.files.get(position[0], "?"), position[1]))
-        if caller is None:
-            break
-        # The line of the call was announced by a .loc of its own before this one, which says where that call was inlined.
-        position, caller = caller, None
-        for earlier in range(loc - 1, -1, -1):
-            here, around = _parse_loc(kernel.locations[earlier])
-            if here == position:
-                caller, loc = around, earlier
-                break
-    return chain
 
 
 def _source_text(path: str, line: int, sources: Mapping[str, str]) -> str:
-    text = sources.get(path) or sources.get(Path(path).name)
-    if text is None:
-        text = next((content for name, content in sources.items() if path.endswith("/" + name)), None)
-    if text is None:
-        try:
-            text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError):
-            return ""
-    lines = text.splitlines()
+    lines = source_lines(path, sources)
     return lines[line - 1].strip() if 0 < line <= len(lines) else ""
 
 
@@ -68,7 +30,7 @@ def describe_statement(kernel: Kernel, index: int, sources: Mapping[str, str] | 
         return "  at the end of the kernel"
     statement = kernel.statements[index]
     lines = [f"  PTX: {statement.text()[:160]}"]
-    for i, (path, line) in enumerate(source_chain(kernel, statement.loc)):
+    for i, (path, line) in enumerate(SourceMap(kernel).chain(statement.loc)):
         text = _source_text(path, line, sources or {})
         lines.append(f"  {'at' if i == 0 else 'inlined at'} {path}:{line}{': ' + text if text else ''}")
     return "\n".join(lines)
@@ -119,7 +81,7 @@ def enclosing_buffer(address: int, buffers: Sequence[tuple[int, int, str]]) -> s
 def format_report(
     report: Report,
     kernel: Kernel,
-    starts: Sequence[int],
+    starts: npt.NDArray[np.uint32],
     buffers: Sequence[tuple[int, int, str]],
     sources: Mapping[str, str],
 ) -> str:

@@ -5,6 +5,7 @@
 
 #include "cluster.h"
 #include "global_shadow.h"
+#include "profile.h"
 #include "shadow.h"
 
 namespace sim {
@@ -103,10 +104,11 @@ Window shared_window(const Cta& cta) { return {"shared", cta.shared_begin, cta.s
 
 void resolve_shared(Warp& warp, const Record* in, u32 mask, const u64* addresses, Cta& target, Use use, Pointers& pointers) {
   resolve_window(warp, in, mask, addresses, shared_window(target), use, pointers);
-  if (!target.shadow || use.access == Access::NONE) return;
+  if (use.access == Access::NONE || !(target.shadow || target.profile)) return;
   u32 offsets[LANES];
   for (int lane = 0; lane < LANES; ++lane) offsets[lane] = u32(addresses[lane]);
-  target.shadow->access(warp, in, use.access, mask, offsets, use.bytes, use.what);
+  if (target.shadow) target.shadow->access(warp, in, use.access, mask, offsets, use.bytes, use.what);
+  if (target.profile) target.profile->shared(warp.cta->record_index(in), use.access, mask, offsets, use.bytes);
 }
 
 // Lanes may address the memory of different blocks.
@@ -201,6 +203,9 @@ void resolve_global(Warp& warp, const Record* in, u32 mask, const u64* addresses
     if (SIM_UNLIKELY(!good)) resolve_global_slowly(warp, in, mask, addresses, use, guess);
     if (cta.cluster->global) cta.cluster->global->access(warp, in, use, mask, addresses, guess);
   }
+  if (SIM_UNLIKELY(cta.profile != nullptr) && use.profiled && use.access != Access::NONE) {
+    cta.profile->global(cta.record_index(in), use.access, mask, addresses, use.bytes);
+  }
   memcpy(pointers.lane, addresses, sizeof pointers.lane);
 }
 
@@ -221,7 +226,9 @@ SIM_INLINE bool resolve_shared_quickly(Warp& warp, const Record* in, u32 mask, A
   }
   if (SIM_UNLIKELY((bad & mask) != 0)) return false;
   for (int lane = 0; lane < LANES; ++lane) pointers.lane[lane] = cta.shared + addresses[lane];
-  if (use.access != Access::NONE) cta.shadow->access(warp, in, use.access, mask, addresses, use.bytes, use.what);
+  if (use.access == Access::NONE) return true;
+  cta.shadow->access(warp, in, use.access, mask, addresses, use.bytes, use.what);
+  if (SIM_UNLIKELY(cta.profile != nullptr)) cta.profile->shared(cta.record_index(in), use.access, mask, addresses, use.bytes);
   return true;
 }
 

@@ -26,6 +26,7 @@ struct Use {
   Access access;
   u32 bytes, alignment;
   const char* what;
+  bool profiled = true;  // false: the caller tells the profile itself, as it does with Access::NONE
 };
 
 constexpr int WINDOW_SHIFT = 60;  // generic address = window << 60 | address; window 0 is global

@@ -8,7 +8,7 @@
 using namespace sim;
 
 // Bumped whenever a struct of program.h changes, so that a mismatch is an error and not a crash.
-SIM_EXPORT int cuflash_simulator_abi() { return 2; }
+SIM_EXPORT int cuflash_simulator_abi() { return 3; }
 
 // Instruction `index` of the table; 0 past the last one.
 SIM_EXPORT int cuflash_simulator_instruction(u32 index, const char** name, const char** signature) {
@@ -26,6 +26,14 @@ SIM_EXPORT Program* cuflash_simulator_create(const ProgramDescription* descripti
 SIM_EXPORT void cuflash_simulator_destroy(Program* program) { delete program; }
 
 SIM_EXPORT u32 cuflash_simulator_rows(const Program* program) { return program->num_rows; }
+
+// Name of a class of instructions; null past the last one.
+SIM_EXPORT const char* cuflash_simulator_class_name(u32 number) { return class_name(number); }
+
+// The class of each record, as a number.
+SIM_EXPORT void cuflash_simulator_classes(const Program* program, u8* classes) {
+  for (size_t i = 0; i < program->records.size(); ++i) classes[i] = u8(class_of(program->records[i]));
+}
 
 SIM_EXPORT int cuflash_simulator_launch(const Program* program, const LaunchDescription* description, CounterValues* counters, Report* report) {
   return launch(*program, *description, *counters, *report);

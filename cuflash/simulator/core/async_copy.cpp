@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "cluster.h"
+#include "profile.h"
 #include "shadow.h"
 #include "table.h"
 
@@ -169,21 +170,26 @@ const Record* copy_async(Warp& warp, const Record* in) {
   resolve(warp, in, Space::SHARED, mask, {in->a, (extra[5] & 1) != 0, offset_at(extra)}, {Access::NONE, bytes, bytes, "destination of cp.async"},
           copy.to);
   const Address source{in->b, (extra[5] & 2) != 0, offset_at(extra + 2)};
-  resolve(warp, in, Space::GLOBAL, mask & whole, source, {Access::READ, bytes, bytes, "source of cp.async"}, copy.from);
+  resolve(warp, in, Space::GLOBAL, mask & whole, source, {Access::READ, bytes, bytes, "source of cp.async", false}, copy.from);
   for_lanes(mask & ~whole & ~nothing, [&](int lane) {  // fewer bytes than are written: rare, so one lane at a time
     if (size[lane] > bytes) {
       warp.fail(in, "async-copy", 1u << lane, "lane %d reads %u bytes, but only %u are written", lane, size[lane], bytes);
     }
     Pointers one;
-    resolve(warp, in, Space::GLOBAL, 1u << lane, source, {Access::READ, size[lane], 1, "source of cp.async"}, one);
+    resolve(warp, in, Space::GLOBAL, 1u << lane, source, {Access::READ, size[lane], 1, "source of cp.async", false}, one);
     copy.from.lane[lane] = one.lane[lane];
   });
+  u32 destination[LANES];
+  for (int lane = 0; lane < LANES; ++lane) destination[lane] = u32(copy.to.lane[lane] - warp.cta->shared);
+  if (Profile* profile = warp.cta->profile) {
+    profile->shared(copy.record, Access::WRITE, mask, destination, bytes);
+    profile->global(copy.record, Access::READ, mask & ~nothing, (const u64*)copy.from.lane, size);
+  }
   if (SharedShadow* shadow = warp.cta->shadow.get()) {
     const u32 agent = warp.knowledge.agent(OWN_COPIES);
     copy.clock = warp.cta->cluster->tick(agent);
     for_lanes(mask, [&](int lane) {
-      const u32 address = u32(copy.to.lane[lane] - warp.cta->shared);
-      shadow->access_async(warp, in, Access::WRITE, u32(lane), {agent, copy.clock, false}, address, bytes, "cp.async");
+      shadow->access_async(warp, in, Access::WRITE, u32(lane), {agent, copy.clock, false}, destination[lane], bytes, "cp.async");
     });
   }
   ++warp.cta->counters.async_copies;
@@ -229,7 +235,8 @@ const Record* wait_all(Warp& warp, const Record* in) {
 std::unique_ptr<Engine> make_async_copy_engine(Cluster& cluster) { return std::make_unique<AsyncCopyEngine>(cluster); }
 
 void register_async_copy(Table& table) {
-  table.add("cp.async", "", copy_async);
+  table.family(Class::CONTROL);
+  table.add("cp.async", "", copy_async, Class::GLOBAL);
   table.add("cp.async.commit_group", "", commit_group);
   table.add("cp.async.wait_group", "xi", wait_group);
   table.add("cp.async.wait_all", "", wait_all);

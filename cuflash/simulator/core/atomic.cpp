@@ -63,6 +63,7 @@ template <class T> u32 add_halves(u32 old, u32 x) {
 }  // namespace
 
 void register_atomic(Table& table) {
+  table.family(Class::MEMORY);
   register_integers<i32, u32>(table, "s32");
   register_integers<u32, u32>(table, "u32");
   register_integers<i64, u64>(table, "s64");

@@ -116,6 +116,7 @@ template <Reduction REDUCTION> const Record* barrier_reduce(Warp& warp, const Re
 }  // namespace
 
 void register_barrier(Table& table) {
+  table.family(Class::CONTROL);
   table.add("bar.sync", "", barrier_sync);
   table.add("bar.arrive", "", barrier_arrive);
   table.add("bar.red.popc.u32", "", barrier_reduce<Reduction::COUNT>);

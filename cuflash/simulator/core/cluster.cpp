@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <utility>
 
 #include "async_copy.h"
 #include "table.h"
@@ -17,6 +18,7 @@ Cluster::Cluster(const Program& program_, const LaunchDescription& launch_, Glob
   mbarriers_per_cta_ = program.uses_mbarriers ? MAX_MBARRIERS : 0;
   agents_per_cta_ = NUM_OWN_AGENTS * warps_per_cta_ + warpgroups_per_cta_ + mbarriers_per_cta_;
   clocks_.assign(num_agents(), 0);
+  if (launch.record_profiles) profile = std::make_unique<Profile>(program, launch);
   for (u32 rank = 0; rank < size; ++rank) {
     ctas.push_back(std::make_unique<Cta>(*this, rank));
     for (Warp& warp : ctas.back()->warps) warps.push_back(&warp);
@@ -82,6 +84,13 @@ AgentName Cluster::agent_name(u32 agent) const {
   return name;
 }
 
+[[noreturn]] static void fail_endless(const Warp& warp, const Record* in) {
+  warp.fail(in, "endless-loop", warp.active,
+            "a warp has executed %llu instructions and has not come to its end; it is now here. If it may, "
+            "allow it more: cuflash.simulator.configure(max_instructions=...)",
+            (unsigned long long)warp.executed);
+}
+
 // Groups that met become one. True when there were any.
 bool Cluster::merge_groups(Warp& warp) {
   Group* groups = warp.groups;
@@ -116,39 +125,51 @@ bool Cluster::pick_group(Warp& warp, u32 tried) {
 }
 
 // Runs a warp until all its groups are blocked, it has exited, it looked in vain for something to happen, or `fuel` instructions were issued.
-Cluster::Turn Cluster::run_warp(Warp& warp, u64 fuel) {
+template <bool PROFILED> Cluster::Turn Cluster::run_warp_as(Warp& warp, u64 fuel) {
   static const std::vector<Handler> handlers = [] {
     std::vector<Handler> list;
     for (const Entry& entry : instruction_table().entries()) list.push_back(entry.handler);
     return list;
   }();
   const Handler* const table = handlers.data();
-  const u64 start = warp.executed, limit = start + fuel;
+  const u64 start = warp.executed, limit = std::min(start + fuel, launch.max_instructions);
+  const u64& flops = warp.cta->counters.matrix_flops;
   u32 tried = 0;  // groups that could not go on since anything last happened
   while (warp.num_groups != 0) {
     if (warp.num_groups > 1 && merge_groups(warp)) tried = 0;
     if (!pick_group(warp, tried)) break;
+    const bool waited = std::exchange(warp.groups[warp.running].waiting, false);
     const Record* in = program.records.data() + warp.groups[warp.running].record;
     const Record* at = in;
     u64 executed = warp.executed;
     while (SIM_LIKELY(executed < limit)) {
+      const u64 flops_before = flops;
       at = in;
       in = table[in->op](warp, in);
       if (SIM_UNLIKELY(in == nullptr)) break;
+      if (PROFILED) profile->issued(warp.cta->record_index(at), flops - flops_before);
       ++executed;
     }
     const bool moved = executed > warp.executed;
     warp.executed = executed;
     if (in != nullptr) {  // out of fuel
+      if (executed >= launch.max_instructions) fail_endless(warp, in);
       warp.groups[warp.running].record = u32(in - program.records.data());
       break;
     }
     if (warp.event == Event::BLOCKED) {
-      warp.groups[warp.running].record = u32(at - program.records.data());
+      Group& group = warp.groups[warp.running];
+      group.record = u32(at - program.records.data());
+      if (PROFILED && (moved || !waited)) profile->waited(group.record);
+      group.waiting = true;
       tried = (moved ? 0 : tried) | 1u << warp.running;
       continue;
     }
     ++warp.executed;
+    if (PROFILED) {
+      profile->issued(warp.cta->record_index(at), 0);
+      if (warp.event == Event::POLLED) profile->waited(warp.cta->record_index(at));
+    }
     if (warp.event == Event::POLLED) return Turn::POLLED;
     tried = 0;
   }

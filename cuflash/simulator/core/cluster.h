@@ -8,7 +8,7 @@
 
 #include <unordered_set>
 
-#include "machine.h"
+#include "profile.h"
 
 namespace sim {
 
@@ -50,6 +50,7 @@ class Cluster {
   std::vector<Warp*> warps;  // of all blocks
   std::vector<std::unique_ptr<Engine>> engines;
   ClusterBarrier barrier;
+  std::unique_ptr<Profile> profile;  // null if the launch is not profiled
   Random random{0};
 
   // Agents, block by block: the warps; for each warp its cp.async copies, then its bulk copies; the warpgroups' matrix products; mbarriers.
@@ -66,7 +67,8 @@ class Cluster {
  private:
   enum class Turn { STUCK, RAN, POLLED };
   void reset(u64 number);
-  Turn run_warp(Warp& warp, u64 fuel);
+  Turn run_warp(Warp& warp, u64 fuel) { return profile ? run_warp_as<true>(warp, fuel) : run_warp_as<false>(warp, fuel); }
+  template <bool PROFILED> Turn run_warp_as(Warp& warp, u64 fuel);
   bool merge_groups(Warp& warp);
   bool pick_group(Warp& warp, u32 tried);
   bool step_engines();

@@ -96,8 +96,10 @@ template <class T> const Record* block_rank(Warp& warp, const Record* in) {
 }  // namespace
 
 void register_cluster_barrier(Table& table) {
+  table.family(Class::CONTROL);
   table.add("barrier.cluster.arrive", "xi", cluster_arrive);
   table.add("barrier.cluster.wait", "", cluster_wait);
+  table.family(Class::INTEGER);
   table.add("mapa.shared::cluster.u32", "d32 a32 b32", map_address<u32>);
   table.add("mapa.shared::cluster.u64 mapa.u64", "d64 a64 b32", map_address<u64>);
   table.add("mapa.u32", "d32 a32 b32", map_address<u32>);

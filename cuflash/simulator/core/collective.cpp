@@ -171,6 +171,7 @@ const Record* synchronize_warp(Warp& warp, const Record* in) {
 }  // namespace
 
 void register_collective(Table& table) {
+  table.family(Class::MOVE);
   table.add("shfl.up", "", shuffle<Shuffle::UP>);
   table.add("shfl.down", "", shuffle<Shuffle::DOWN>);
   table.add("shfl.bfly", "", shuffle<Shuffle::BUTTERFLY>);
@@ -193,8 +194,8 @@ void register_collective(Table& table) {
   add_reduction<u32>(table, "redux.xor.b32", [](u32 a, u32 b) { return a ^ b; });
   add_reduction<f32>(table, "redux.min.f32", [](f32 a, f32 b) { return minimum(a, b); });
   add_reduction<f32>(table, "redux.max.f32", [](f32 a, f32 b) { return maximum(a, b); });
-  table.add("elect.sync", "", elect);
-  table.add("bar.warp.sync", "a32", synchronize_warp);
+  table.add("elect.sync", "", elect, Class::CONTROL);
+  table.add("bar.warp.sync", "a32", synchronize_warp, Class::CONTROL);
 }
 
 }  // namespace sim

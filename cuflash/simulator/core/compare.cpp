@@ -148,6 +148,7 @@ template <class T> void register_scalar_floats(Table& table, const std::string& 
 }  // namespace
 
 void register_compare(Table& table) {
+  table.family(Class::INTEGER);
   register_ordered<i16>(table, "s16");
   register_ordered<u16>(table, "u16");
   register_ordered<u16>(table, "b16");
@@ -177,8 +178,8 @@ void register_compare(Table& table) {
   table.add("or.pred", "dp ap bp", combine_predicates<Logic::OR>);
   table.add("xor.pred", "dp ap bp", combine_predicates<Logic::XOR>);
   table.add("not.pred", "dp ap", combine_predicates<Logic::NOT>);
-  table.add("mov.pred", "dp ap", combine_predicates<Logic::MOVE>);
-  table.add("constant.pred", "dp xi", set_constant);
+  table.add("mov.pred", "dp ap", combine_predicates<Logic::MOVE>, Class::MOVE);
+  table.add("constant.pred", "dp xi", set_constant, Class::MOVE);
   table.add("number.u32.pred", "d32 ap", number_from_predicate<0xffffffffu>);
   table.add("number.f32.pred", "d32 ap", number_from_predicate<0x3f800000u>);
 }

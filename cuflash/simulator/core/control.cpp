@@ -101,7 +101,8 @@ const Record* active_mask(Warp& warp, const Record* in) {
 }  // namespace
 
 void register_control(Table& table) {
-  table.add("join", "", join);
+  table.family(Class::CONTROL);
+  table.add("join", "", join, Class::NONE);
   table.add("bra", "", branch);
   table.add("brx.idx", "", branch_indexed);
   table.add("exit ret", "", leave);
@@ -110,9 +111,9 @@ void register_control(Table& table) {
   table.add("trap", "", trap);
   table.add("brkpt", "", nothing);
   table.add("assert", "", device_assert);
-  table.add("read.clock", "d32", clock<u32>);
-  table.add("read.clock64", "d64", clock<u64>);
-  table.add("activemask.b32", "d32", active_mask);
+  table.add("read.clock", "d32", clock<u32>, Class::MOVE);
+  table.add("read.clock64", "d64", clock<u64>, Class::MOVE);
+  table.add("activemask.b32", "d32", active_mask, Class::MOVE);
 }
 
 }  // namespace sim

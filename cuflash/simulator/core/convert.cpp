@@ -64,6 +64,7 @@ template <class D, class... S> void add_floats_from_integers(Table& table) { (ad
 }  // namespace
 
 void register_convert(Table& table) {
+  table.family(Class::CONVERT);
   add_integers_from_float<f32, i8, u8, i16, u16, i32, u32, i64, u64>(table);
   add_integers_from_float<f64, i8, u8, i16, u16, i32, u32, i64, u64>(table);
   add_floats_from_integers<f32, i8, u8, i16, u16, i32, u32, i64, u64>(table);

@@ -90,6 +90,7 @@ template <class F> void add_f32_to_f32(Table& table, const std::string& rounding
 }  // namespace
 
 void register_convert_float(Table& table) {
+  table.family(Class::CONVERT);
   table.add("cvt.f32.f16 cvt.ftz.f32.f16", "d32 a32", map<u32>([](auto a) { return f16_to_f32(a & 0xffffu); }));
   table.add("cvt.f32.bf16 cvt.ftz.f32.bf16", "d32 a32", map<u32>([](auto a) { return bf16_to_f32(a); }));
   add_f32_to_f32(table, "", [](f32 a) { return a; });

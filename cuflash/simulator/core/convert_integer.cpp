@@ -28,6 +28,7 @@ template <class S, class... D> void add_integers_from(Table& table) { (add_integ
 }  // namespace
 
 void register_convert_integer(Table& table) {
+  table.family(Class::CONVERT);
   add_integers_from<i8, i8, u8, i16, u16, i32, u32, i64, u64>(table);
   add_integers_from<u8, i8, u8, i16, u16, i32, u32, i64, u64>(table);
   add_integers_from<i16, i8, u8, i16, u16, i32, u32, i64, u64>(table);

@@ -44,7 +44,8 @@ Cta::Cta(Cluster& cluster_, u32 rank_)
       rank(rank_),
       checks(launch.checks != 0),
       last_buffer(program.records.size(), 0),
-      matrix(std::make_unique<MatrixScratch>()) {
+      matrix(std::make_unique<MatrixScratch>()),
+      profile(cluster_.profile.get()) {
   num_threads = launch.block[0] * launch.block[1] * launch.block[2];
   num_warps = (num_threads + LANES - 1) / LANES;
   shared_begin = program.shared_begin;

@@ -53,15 +53,16 @@ void register_f64(Table& table) {
   table.add("abs.f64", "d64 a64", map<u64>([](auto a) { return a & u64(0x7fffffffffffffff); }));
   table.add("min.f64", "d64 a64 b64", each<f64, f64, f64>([](f64 a, f64 b) { return minimum(a, b); }));
   table.add("max.f64", "d64 a64 b64", each<f64, f64, f64>([](f64 a, f64 b) { return maximum(a, b); }));
-  table.add("rcp.f64 rcp.ftz.f64", "d64 a64", each<f64, f64>([](f64 a) { return 1.0 / a; }));
-  table.add("sqrt.f64", "d64 a64", each<f64, f64>([](f64 a) { return std::sqrt(a); }));
-  table.add("rsqrt.f64 rsqrt.ftz.f64", "d64 a64", each<f64, f64>([](f64 a) { return 1.0 / std::sqrt(a); }));
+  table.add("rcp.f64 rcp.ftz.f64", "d64 a64", each<f64, f64>([](f64 a) { return 1.0 / a; }), Class::MUFU);
+  table.add("sqrt.f64", "d64 a64", each<f64, f64>([](f64 a) { return std::sqrt(a); }), Class::MUFU);
+  table.add("rsqrt.f64 rsqrt.ftz.f64", "d64 a64", each<f64, f64>([](f64 a) { return 1.0 / std::sqrt(a); }), Class::MUFU);
   table.add("copysign.f64", "d64 a64 b64", map<u64>([](auto a, auto b) { return (a & u64(0x8000000000000000)) | (b & u64(0x7fffffffffffffff)); }));
 }
 
 }  // namespace
 
 void register_float(Table& table) {
+  table.family(Class::FLOAT);
   add_f32<true>(table, "add", "d32 a32 b32", [](auto a, auto b) { return a + b; });
   add_f32<true>(table, "sub", "d32 a32 b32", [](auto a, auto b) { return a - b; });
   add_f32<true>(table, "mul", "d32 a32 b32", [](auto a, auto b) { return a * b; });
@@ -76,12 +77,13 @@ void register_float(Table& table) {
   add_f32(table, "neg", "d32 a32", [](auto a) { return as<f32>(as<u32>(a) ^ 0x80000000u); });
   add_f32(table, "abs", "d32 a32", [](auto a) { return absolute(a); });
   add_f32(table, "div", "d32 a32 b32", [](auto a, auto b) { return a / b; });
-  add_f32(table, "rcp", "d32 a32", [](auto a) { return 1.0f / a; });
   table.add("copysign.f32", "d32 a32 b32", map<u32>([](auto a, auto b) { return (a & 0x80000000u) | (b & 0x7fffffffu); }));
   register_directed<TOWARD_ZERO>(table, "rz");
   register_directed<DOWN>(table, "rm");
   register_directed<UP>(table, "rp");
   register_f64(table);
+  table.family(Class::MUFU);
+  add_f32(table, "rcp", "d32 a32", [](auto a) { return 1.0f / a; });
 }
 
 }  // namespace sim

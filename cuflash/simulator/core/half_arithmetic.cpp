@@ -56,6 +56,7 @@ template <class T> void register_type(Table& table, const std::string& type) {
 }  // namespace
 
 void register_half(Table& table) {
+  table.family(Class::FLOAT);
   register_type<f16>(table, "f16");
   register_type<bf16>(table, "bf16");
 }

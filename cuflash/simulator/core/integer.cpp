@@ -94,7 +94,7 @@ void register_bits(Table& table) {
   table.add("bfind.u32", "d32 a32", each<u32, u32>([](u32 a) { return find_bit<u32, false>(a); }));
   table.add("bfind.shiftamt.s32", "d32 a32", each<u32, i32>([](i32 a) { return find_bit<i32, true>(a); }));
   table.add("bfind.shiftamt.u32", "d32 a32", each<u32, u32>([](u32 a) { return find_bit<u32, true>(a); }));
-  table.add("mov.b32 mov.u32 mov.s32 mov.f32 mov.b16 mov.u16 mov.s16", "d32 a32", map<u32>([](auto a) { return a; }));
+  table.add("mov.b32 mov.u32 mov.s32 mov.f32 mov.b16 mov.u16 mov.s16", "d32 a32", map<u32>([](auto a) { return a; }), Class::MOVE);
 }
 
 // 16-bit registers are 32-bit rows whose upper half means nothing.
@@ -132,6 +132,7 @@ void register_short(Table& table) {
 }  // namespace
 
 void register_integer(Table& table) {
+  table.family(Class::INTEGER);
   register_arithmetic(table);
   register_bits(table);
   register_short(table);

@@ -1,4 +1,4 @@
-// Spreads the clusters of a launch over threads and gathers counters and the first failure.
+// Spreads the clusters of a launch over threads and gathers counters, profiles and the first failure.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -37,7 +37,7 @@ int launch(const Program& program, const LaunchDescription& description, Counter
   const u64 blocks = u64(description.grid[0]) * description.grid[1] * description.grid[2];
   const u64 total = blocks / (description.cluster[0] * description.cluster[1] * description.cluster[2]);
   std::atomic<u64> next{0}, first_failed{total};
-  std::mutex mutex;  // guards counters and report
+  std::mutex mutex;  // guards counters, profiles and report
   const bool few = total < (1u << 24) - 2;  // as many as the shadow can tell apart
   const auto global = description.checks && few ? std::make_unique<GlobalShadow>(description) : nullptr;
   // Clusters are handed out in order and started ones are finished, so the failure with the lowest index does not depend on timing.
@@ -56,6 +56,7 @@ int launch(const Program& program, const LaunchDescription& description, Counter
     }
     std::lock_guard<std::mutex> lock(mutex);
     for (const auto& cta : cluster.ctas) add_counters(counters, cta->counters);
+    if (cluster.profile) cluster.profile->add_to(description);
   };
   const u64 num_threads = std::min<u64>(u64(std::max(description.threads, 1)), total);
   std::vector<std::thread> helpers;

@@ -95,6 +95,7 @@ const Record* move_matrix(Warp& warp, const Record* in) {
 }  // namespace
 
 void register_ldmatrix(Table& table) {
+  table.family(Class::MEMORY);
   table.add("ldmatrix.x1", "", load_matrix<1, false>);
   table.add("ldmatrix.x2", "", load_matrix<2, false>);
   table.add("ldmatrix.x4", "", load_matrix<4, false>);
@@ -107,7 +108,7 @@ void register_ldmatrix(Table& table) {
   table.add("stmatrix.x1.trans", "", store_matrix<1, true>);
   table.add("stmatrix.x2.trans", "", store_matrix<2, true>);
   table.add("stmatrix.x4.trans", "", store_matrix<4, true>);
-  table.add("movmatrix.m8n8.trans.b16", "d32 a32", move_matrix);
+  table.add("movmatrix.m8n8.trans.b16", "d32 a32", move_matrix, Class::MOVE);
 }
 
 }  // namespace sim

@@ -17,6 +17,7 @@ namespace sim {
 
 class Cluster;
 class Cta;
+class Profile;
 class SharedShadow;
 struct Warp;
 using Handler = const Record* (*)(Warp&, const Record*);
@@ -47,6 +48,7 @@ struct Group {
   u32 lanes;
   u32 ticket;    // nonzero: arrived at a barrier, waiting for this generation of it
   bool partial;  // waits for other lanes of its warp
+  bool waiting = false;  // could not go on when it was last tried
 };
 
 enum class Event : u8 { NONE, BLOCKED, REGROUP, POLLED };
@@ -149,6 +151,7 @@ class Cta {
   std::vector<u8> last_buffer;      // per record: the buffer that it touched last, a guess for the bounds check
   std::unique_ptr<MatrixScratch> matrix;
   std::unique_ptr<SharedShadow> shadow;  // null without checks
+  Profile* profile;                      // of the cluster; null if the launch is not profiled
 
   u32 record_index(const Record* in) const { return u32(in - program.records.data()); }
   bool exited() const {

@@ -159,6 +159,7 @@ template <Input INPUT, int K, Accumulator TYPE> const Record* matrix_multiply(Wa
 
 // Names: shape, accumulator, inputs.
 void register_matrix(Table& table) {
+  table.family(Class::MATRIX);
   table.add("mma.m16n8k8.f32.f16", "", matrix_multiply<Input::F16, 8, Accumulator::F32>);
   table.add("mma.m16n8k16.f32.f16", "", matrix_multiply<Input::F16, 16, Accumulator::F32>);
   table.add("mma.m16n8k8.f16.f16", "", matrix_multiply<Input::F16, 8, Accumulator::F16>);

@@ -123,6 +123,7 @@ const Record* is_space(Warp& warp, const Record* in) {
 }  // namespace
 
 void register_memory(Table& table) {
+  table.family(Class::MEMORY);
   table.add("ld.u8", "", load<u8, 1>);
   table.add("ld.s8", "", load<i8, 1>);
   table.add("ld.u16", "", load<u16, 1>);
@@ -155,10 +156,10 @@ void register_memory(Table& table) {
   table.add("st.b32.v4", "", store<u32, 4>);
   table.add("st.b64.v4", "", store<u64, 4>);
   table.add("st.b32.v8", "", store<u32, 8>);
-  table.add("fence", "xi", fence);
-  table.add("isspacep", "dp a64 xi", is_space);
-  table.add("enter.window", "d64 a64 b64", map<u64>([](auto a, auto b) { return a | b; }));
-  table.add("leave.window", "d64 a64", map<u64>([](auto a) { return a & WINDOW_MASK; }));
+  table.add("fence", "xi", fence, Class::CONTROL);
+  table.add("isspacep", "dp a64 xi", is_space, Class::INTEGER);
+  table.add("enter.window", "d64 a64 b64", map<u64>([](auto a, auto b) { return a | b; }), Class::INTEGER);
+  table.add("leave.window", "d64 a64", map<u64>([](auto a) { return a & WINDOW_MASK; }), Class::INTEGER);
 }
 
 }  // namespace sim

@@ -67,6 +67,22 @@ struct Buffer {
   u8* written;  // one per byte: not 0 once it was written; null when all of it is initialised
 };
 
+// Requests of warps for memory. `used`: wavefronts of shared memory or sectors of global memory; `ideal`: the fewest that would have done.
+extern "C" struct Traffic {
+  u64 requests, used, ideal;
+};
+
+// What a profiled launch counts of one record.
+extern "C" struct RecordProfile {
+  u64 issued, waits, matrix_flops;
+  Traffic shared_reads, shared_writes, global_reads, global_writes;
+};
+
+// The same of one buffer: bytes that were asked for, those of a request that lanes share once, and 32-byte sectors that were moved.
+extern "C" struct BufferProfile {
+  u64 bytes_read, sectors_read, bytes_written, sectors_written;
+};
+
 enum class Schedule : i32 { EARLY = 0, LATE = 1, RANDOM = 2 };
 
 extern "C" struct LaunchDescription {
@@ -80,6 +96,9 @@ extern "C" struct LaunchDescription {
   Schedule schedule;
   u64 seed;
   i32 checks;
+  u64 max_instructions;            // that a warp may execute
+  RecordProfile* record_profiles;  // one per record, added to; null for a launch that is not profiled
+  BufferProfile* buffer_profiles;  // one per buffer
 };
 
 extern "C" struct CounterValues {

@@ -55,6 +55,7 @@ template <bool BF16, class F> void add_half(Table& table, const std::string& ste
 }  // namespace
 
 void register_special_functions(Table& table) {
+  table.family(Class::MUFU);
   const auto ex2 = [](Vec<f32> x) { return exp2(x); };
   const auto tanh = [](Vec<f32> x) { return hyperbolic_tangent(x); };
   add_f32(table, "ex2", "d32 a32", ex2);

@@ -1,12 +1,16 @@
 // Collects the instructions of all families.
 #include "table.h"
 
+#include <iterator>
+
+#include "access.h"
+
 namespace sim {
 
-void Table::add(std::string_view names, std::string_view signature, Handler handler) {
+void Table::add(std::string_view names, std::string_view signature, Handler handler, Class kind) {
   while (!names.empty()) {
     const size_t end = std::min(names.find(' '), names.size());
-    entries_.push_back({std::string(names.substr(0, end)), std::string(signature), handler});
+    entries_.push_back({std::string(names.substr(0, end)), std::string(signature), handler, kind});
     names.remove_prefix(std::min(end + 1, names.size()));
   }
 }
@@ -35,6 +39,28 @@ const Table& instruction_table() {
     return t;
   }();
   return table;
+}
+
+const char* class_name(u32 number) {
+  static const char* const NAMES[] = {"matrix", "mufu",  "float", "integer", "convert", "shared",
+                                      "global", "local", "move",  "control", "other",   "none"};
+  return number < std::size(NAMES) ? NAMES[number] : nullptr;
+}
+
+Class class_of(const Record& record) {
+  const Class kind = instruction_table().entries()[record.op].kind;
+  if (kind != Class::MEMORY) return kind;
+  switch (Space(record.c & 7)) {
+    case Space::SHARED:
+    case Space::CLUSTER:
+      return Class::SHARED;
+    case Space::LOCAL:
+      return Class::LOCAL;
+    case Space::PARAM:
+      return Class::MOVE;
+    default:
+      return Class::GLOBAL;  // generic addresses too
+  }
 }
 
 }  // namespace sim

@@ -6,7 +6,8 @@
 //
 // gives the PTX names (without modifiers that change nothing, see decoder.py), the operands in PTX order, and the handler. An operand is
 // the field of the record that holds it (d a b c x) and what it is: 32 or 64 for a register or constant of that many bits (16-bit
-// registers count as 32), p for a predicate, i for an immediate. Instructions whose operands need more than that have a decoder of their
+// registers count as 32), p for a predicate, i for an immediate. `family` says what kind of work the lines below it are, a fourth argument of
+// `add` says it of one line. Instructions whose operands need more than that have a decoder of their
 // own in instructions/ and an empty signature here.
 #pragma once
 
@@ -18,21 +19,32 @@
 
 namespace sim {
 
+// What kind of work an instruction is, for profiles. MEMORY becomes SHARED, GLOBAL, LOCAL or MOVE (parameters) by the space in field c; NONE
+// is for records that are no instructions.
+enum class Class : u8 { MATRIX, MUFU, FLOAT, INTEGER, CONVERT, SHARED, GLOBAL, LOCAL, MOVE, CONTROL, OTHER, NONE, MEMORY };
+
 struct Entry {
   std::string name, signature;
   Handler handler;
+  Class kind;
 };
 
 class Table {
  public:
-  void add(std::string_view names, std::string_view signature, Handler handler);
+  // The class of what is added from here on; every `register_…` function begins with it.
+  void family(Class kind) { family_ = kind; }
+  void add(std::string_view names, std::string_view signature, Handler handler) { add(names, signature, handler, family_); }
+  void add(std::string_view names, std::string_view signature, Handler handler, Class kind);
   const std::vector<Entry>& entries() const { return entries_; }
 
  private:
   std::vector<Entry> entries_;
+  Class family_ = Class::OTHER;
 };
 
 const Table& instruction_table();
+const char* class_name(u32 number);  // null past the last class that a record can have
+Class class_of(const Record& record);
 
 void register_control(Table&);
 void register_integer(Table&);

@@ -83,11 +83,12 @@ void register_bits(Table& table) {
   table.add("bfind.u64", "d32 a64", each<u32, u64>([](u64 a) { return find_bit<u64, false>(a); }));
   table.add("bfind.shiftamt.s64", "d32 a64", each<u32, i64>([](i64 a) { return find_bit<i64, true>(a); }));
   table.add("bfind.shiftamt.u64", "d32 a64", each<u32, u64>([](u64 a) { return find_bit<u64, true>(a); }));
-  table.add("mov.b64 mov.u64 mov.s64 mov.f64", "d64 a64", map<u64>([](auto a) { return a; }));
+  table.add("mov.b64 mov.u64 mov.s64 mov.f64", "d64 a64", map<u64>([](auto a) { return a; }), Class::MOVE);
 }
 
 // mov between a vector of registers and one wider register.
 void register_packing(Table& table) {
+  table.family(Class::MOVE);
   table.add("pack.b64.b32", "d64 a32 b32", each<u64, u32, u32>([](u32 low, u32 high) { return u64(high) << 32 | low; }));
   table.add("pack.b32.b16", "d32 a32 b32", map<u32>([](auto low, auto high) { return (low & 0xffffu) | high << 16; }));
   table.add("pack.b64.b16", "d64 a32 b32 c32 x32",
@@ -105,6 +106,7 @@ void register_packing(Table& table) {
 }  // namespace
 
 void register_wide_integer(Table& table) {
+  table.family(Class::INTEGER);
   const auto min = [](auto a, auto b) { return a < b ? a : b; };
   const auto max = [](auto a, auto b) { return a > b ? a : b; };
   table.add("add.s64 add.u64", "d64 a64 b64", map<u64>([](auto a, auto b) { return a + b; }));
@@ -130,11 +132,11 @@ void register_wide_integer(Table& table) {
   table.add("rem.s64", "d64 a64 b64", each<i64, i64, i64>([](i64 a, i64 b) { return remainder(a, b); }));
   table.add("rem.u64", "d64 a64 b64", each<u64, u64, u64>([](u64 a, u64 b) { return remainder(a, b); }));
   register_bits(table);
-  register_packing(table);
   register_carry<u32>(table, "32", "d32 a32 b32");
   register_carry<u64>(table, "64", "d64 a64 b64");
   register_multiply_carry<u32>(table, "u32", "d32 a32 b32 c32");
   register_multiply_carry<u64>(table, "u64", "d64 a64 b64 c64");
+  register_packing(table);
 }
 
 }  // namespace sim

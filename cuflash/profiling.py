@@ -1,0 +1,282 @@
+"""What a call of attention does on the simulator, kernel by kernel and line by line; needs no GPU.
+
+`profile_call(call)` runs one call under `cuflash.simulator.profile` and returns a `CallProfile`; `render` prints it: for each kernel instructions by
+class, memory traffic against the ideal, bytes by operand, and the kernels' sources with what each line did. Counts are of PTX, before ptxas, and
+nothing here is a time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import numpy
+
+import cuflash
+from cuflash import compiler
+from cuflash.errors import OptionError
+from cuflash.planning import Plan
+from cuflash.simulator import KernelProfile, LineProfile, Traffic, profile
+from cuflash.simulator.kernel_profile import Attribution
+from cuflash.tiles import Tile
+
+
+@dataclass(frozen=True)
+class Call:
+    """The call to profile, on random contiguous arrays.
+
+    Attributes:
+        batch, seqlen_q, seqlen_kv, num_heads_q, num_heads_kv, head_dim: extents.
+        dtype: "float16", "bfloat16" or "float32".
+        is_causal, layout, allow_tf32: as in `cuflash.scaled_dot_product_attention`.
+        tile: None for the default tiles.
+        direction: "forward", or "backward" for its gradients; what the backward pass takes from the forward pass is not profiled.
+    """
+
+    batch: int = 1
+    seqlen_q: int = 256
+    seqlen_kv: int = 256
+    num_heads_q: int = 1
+    num_heads_kv: int = 1
+    head_dim: int = 64
+    dtype: str = "float16"
+    is_causal: bool = False
+    layout: str = "bshd"
+    allow_tf32: bool = False
+    tile: Tile | None = None
+    direction: Literal["forward", "backward"] = "forward"
+
+
+@dataclass(frozen=True)
+class CallProfile:
+    """What a call did.
+
+    Attributes:
+        call: the call.
+        plan: its kernels, tiles and grids.
+        kernels: one profile per kernel, in the order of launches.
+    """
+
+    call: Call
+    plan: Plan
+    kernels: tuple[KernelProfile, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Dictionaries and lists for the json module."""
+        return {"call": asdict(self.call), "arch": self.plan.device.arch, "kernels": [kernel.to_json() for kernel in self.kernels]}
+
+
+def _random(rng: numpy.random.Generator, call: Call, seqlen: int, num_heads: int) -> Any:
+    extents = {"b": call.batch, "s": seqlen, "h": num_heads, "d": call.head_dim}
+    if sorted(call.layout) != sorted(extents):
+        raise OptionError("layout", repr(call.layout), "the letters b, s, h, d in any order", "Use 'bshd'.")
+    values = rng.standard_normal(tuple(extents[letter] for letter in call.layout), dtype=numpy.float32)
+    if call.dtype == "bfloat16":
+        return cuflash.bfloat16((values.view(numpy.uint32) >> 16).astype(numpy.uint16))
+    return values.astype(call.dtype)
+
+
+def profile_call(call: Call, seed: int = 0) -> CallProfile:
+    """Run a call on the simulator and count what its kernels do.
+
+    Raises:
+        CuflashError: what the call itself raises for these arguments, or a layout that is none.
+    """
+    rng = numpy.random.default_rng(seed)
+    query = _random(rng, call, call.seqlen_q, call.num_heads_q)
+    key, value = (_random(rng, call, call.seqlen_kv, call.num_heads_kv) for _ in range(2))
+    arguments: dict[str, Any] = {
+        "is_causal": call.is_causal,
+        "enable_gqa": call.num_heads_q != call.num_heads_kv,
+        "layout": call.layout,
+        "allow_tf32": call.allow_tf32,
+    }
+    if call.direction == "forward":
+        plan = cuflash.plan(query, key, value, tile=call.tile, **arguments)
+        with profile() as recorded:
+            cuflash.scaled_dot_product_attention(query, key, value, tile=call.tile, **arguments)
+    else:
+        plan = cuflash.plan(query, key, value, tile=call.tile, backward=True, **arguments)
+        grad_out = _random(rng, call, call.seqlen_q, call.num_heads_q)
+        out, lse = cuflash.scaled_dot_product_attention(query, key, value, return_lse=True, **arguments)
+        with profile() as recorded:
+            cuflash.scaled_dot_product_attention_backward(grad_out, query, key, value, out, lse, tile=call.tile, **arguments)
+    return CallProfile(call, plan, recorded.kernels)
+
+
+# -------------------------------------------------------------------------------------------------------------------------------- rendering
+
+
+@dataclass(frozen=True)
+class View:
+    """What to show of the lines.
+
+    Attributes:
+        attribution: see `cuflash.simulator.kernel_profile.Attribution`.
+        top: the lines with the most instructions, that many; all with 0.
+        full: every line of every file that has counts, instead.
+    """
+
+    attribution: Attribution = "innermost"
+    top: int = 20
+    full: bool = False
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Rows of text below a title; the last `num_left` columns are flush left, the others flush right."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    num_left: int = 0
+
+
+def render(result: CallProfile, view: View | None = None, stream: TextIO | None = None) -> None:
+    """Print a profile to `stream`, by default standard output: with rich if there is one and the stream is a terminal."""
+    stream = stream or sys.stdout
+    view = view or View()
+    stream.write(f"{result.plan}\n")
+    for kernel in result.kernels:
+        stream.write(f"\n{_headline(kernel)}\n")
+        for table in _tables(kernel, view):
+            stream.write("\n")
+            if not (stream.isatty() and _render_with_rich(table, stream)):
+                stream.write(_plain(table))
+
+
+def _headline(kernel: KernelProfile) -> str:
+    total = kernel.total
+    launches = "1 launch" if kernel.launches == 1 else f"{kernel.launches} launches"
+    return (
+        f"{kernel.name}: {launches}, {kernel.ctas} blocks, {total.issued} warp instructions, "
+        f"{total.matrix_flops / 1e6:.4g} MFLOP in matrix instructions, {total.waits} waits"
+    )
+
+
+def _tables(kernel: KernelProfile, view: View) -> Iterable[_Table]:
+    total = kernel.total
+    used = {name: count for name, count in total.instructions.items() if count}
+    yield _Table(
+        "Instructions by class", ("share", "issued", "class"), [(_share(n, total.issued), str(n), name) for name, n in used.items()], 1
+    )
+    traffic = {
+        "shared memory, reads: wavefronts": total.shared_reads,
+        "shared memory, writes: wavefronts": total.shared_writes,
+        "global memory, reads: sectors": total.global_reads,
+        "global memory, writes: sectors": total.global_writes,
+    }
+    rows = [(*map(str, (t.requests, t.used, t.ideal, t.excess)), name) for name, t in traffic.items() if t.requests]
+    yield _Table("Memory requests", ("requests", "used", "ideal", "excess", ""), rows, 1)
+    header = ("size", "read", "in sectors", "/ size", "written", "in sectors", "/ size", "operand")
+    operands = [
+        (str(o.size), *_moved(o.bytes_read, o.sector_bytes_read, o.size), *_moved(o.bytes_written, o.sector_bytes_written, o.size), o.name)
+        for o in kernel.operands
+        if o.bytes_read or o.bytes_written
+    ]
+    yield _Table(
+        "Global memory by operand: bytes asked for, bytes of the sectors moved, how often that is the whole operand", header, operands, 1
+    )
+    yield from _listing(kernel, view)
+
+
+_LINE_HEADER = ("share", "issued", "matrix", "wavefronts", "ideal", "sectors", "ideal", "waits")
+
+
+def _listing(kernel: KernelProfile, view: View) -> Iterable[_Table]:
+    """The lines that did most, or all lines of all files."""
+    lines = kernel.lines_by(view.attribution)
+    if not view.full:
+        ranked = sorted(lines, key=lambda line: -line.counts.issued)
+        chosen = ranked[: view.top or None]
+        rows = [(*_cells(line, kernel), _where(line), _text(line.path, line.line).strip()) for line in chosen]
+        yield _Table(f"Lines with the most instructions ({len(chosen)} of {len(lines)})", (*_LINE_HEADER, "line", "source"), rows, 2)
+        return
+    for path in dict.fromkeys(line.path for line in lines):
+        counts = {line.line: line for line in lines if line.path == path}
+        texts = _source(path) or [""] * max(counts)
+        rows = [
+            (*(_cells(counts[number], kernel) if number in counts else [""] * len(_LINE_HEADER)), str(number), text)
+            for number, text in enumerate(texts, 1)
+        ]
+        if 0 in counts:
+            rows.append((*_cells(counts[0], kernel), "-", ""))
+        yield _Table(path or "Instructions without a source line", (*_LINE_HEADER, "line", "source"), rows, 2)
+
+
+def _cells(line: LineProfile, kernel: KernelProfile) -> tuple[str, ...]:
+    counts = line.counts
+    return (
+        _share(counts.issued, kernel.total.issued),
+        str(counts.issued),
+        str(counts.instructions["matrix"] or ""),
+        *_used_and_ideal(counts.shared_memory),
+        *_used_and_ideal(counts.global_memory),
+        str(counts.waits or ""),
+    )
+
+
+def _used_and_ideal(traffic: Traffic) -> tuple[str, str]:
+    return (str(traffic.used), str(traffic.ideal)) if traffic.requests else ("", "")
+
+
+def _moved(nbytes: int, sector_bytes: int, size: int) -> tuple[str, str, str]:
+    return (str(nbytes), str(sector_bytes), f"{sector_bytes / size:.2f}") if nbytes else ("", "", "")
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}%" if whole else ""
+
+
+def _where(line: LineProfile) -> str:
+    return f"{line.path.removeprefix('kernels/')}:{line.line or '-'}" if line.path else "-"
+
+
+def _source(path: str) -> list[str]:
+    """The lines of a kernel file as line information names it; none if it cannot be read."""
+    try:
+        return (compiler.kernels_directory().parent / Path(path)).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def _text(path: str, number: int) -> str:
+    lines = _source(path)
+    return lines[number - 1] if 0 < number <= len(lines) else ""
+
+
+def _plain(table: _Table) -> str:
+    """The table as text without trailing blanks."""
+    cells = [table.header, *table.rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    first_left = len(widths) - table.num_left
+
+    def line(row: Sequence[str]) -> str:
+        flush = (cell.ljust(w) if i >= first_left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        return "  " + "  ".join(flush).rstrip()
+
+    return "\n".join([table.title, *map(line, cells)]) + "\n"
+
+
+def _render_with_rich(table: _Table, stream: TextIO) -> bool:
+    """The table with rich; False without rich, or where the terminal is too narrow for it."""
+    width = sum(max(map(len, column)) + 3 for column in zip(table.header, *table.rows, strict=True)) + 1
+    if width > shutil.get_terminal_size().columns:
+        return False
+    try:
+        console = importlib.import_module("rich.console").Console(file=stream)
+        view = importlib.import_module("rich.table").Table(title=table.title, title_justify="left", header_style="bold")
+        text = importlib.import_module("rich.text").Text
+    except ImportError:
+        return False
+    for i, name in enumerate(table.header):
+        view.add_column(name, justify="left" if i >= len(table.header) - table.num_left else "right")
+    for row in table.rows:
+        view.add_row(*map(text, row))
+    console.print(view)
+    return True
