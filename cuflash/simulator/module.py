@@ -106,6 +106,7 @@ class Module:
         ptx: the text of a PTX module.
         entry: the kernel's name; may be left out when there is only one.
         sources: names of source files -> their text, for reports about files that are not on disk.
+        keep: take the decoded program from disk and store it there. False for what only one process will ever run.
 
     Attributes:
         program: the decoded kernel.
@@ -115,19 +116,20 @@ class Module:
         SimulatorError: an instruction is not supported; the message names it and its source line.
     """
 
-    def __init__(self, ptx: str | bytes, entry: str | None = None, *, sources: Mapping[str, str] | None = None) -> None:
+    def __init__(self, ptx: str | bytes, entry: str | None = None, *, sources: Mapping[str, str] | None = None, keep: bool = True) -> None:
         self._ptx = ptx.decode().rstrip("\0") if isinstance(ptx, bytes) else ptx
         self._entry = entry
         self._sources = dict(sources or {})
         self._data: npt.NDArray[np.uint8] | None = None  # global and constant variables
-        name = program_cache.key(self._ptx, entry)
-        program = program_cache.read(name)
+        name = program_cache.key(self._ptx, entry) if keep else ""
+        program = program_cache.read(name) if keep else None
         if program is None:
             data, addresses = initial_data(self.kernel)
             program = decode(self.kernel, native.core(), addresses)
             if program.uses_variables:
                 self._data = data
-            program_cache.write(name, program)
+            if keep:
+                program_cache.write(name, program)
         self.program = program
         self.handle = create(program)
         weakref.finalize(self, native.core().destroy, self.handle)

@@ -128,7 +128,7 @@ def test_mutants_are_valid_ptx(tmp_path: Path) -> None:
 
 def caught(mutant: Mutant, *inputs: Array, want: Array, block: int, source: str) -> str:
     """The check that stops a mutant, "result" when it writes something else than `want`, or "" when it survives."""
-    module, out = Module(mutant.ptx, sources={"test.cu": PRELUDE + source}), np.empty_like(want)
+    module, out = Module(mutant.ptx, sources={"test.cu": PRELUDE + source}, keep=False), np.empty_like(want)
     buffers = [(array.ctypes.data, array.nbytes, "array") for array in (*inputs, out)]
     for options in (Options(1, "late"), *(Options(1, "random", seed) for seed in range(5)), Options(1, "early")):
         out[...] = 0

@@ -111,6 +111,16 @@ extern "C" __global__ void kernel(int* out) { out[threadIdx.x] = table[threadIdx
     assert not folder.exists()
 
 
+def test_what_is_not_to_be_kept_is_neither_read_nor_stored(folder: Path) -> None:
+    assert result_of(Module(compile_cuda(SOURCE), keep=False)) == EXPECTED
+    assert not folder.exists()
+    Module(compile_cuda(SOURCE))
+    (kept,) = folder.iterdir()
+    kept.write_bytes(b"damaged")
+    assert result_of(Module(compile_cuda(SOURCE), keep=False)) == EXPECTED
+    assert kept.read_bytes() == b"damaged"
+
+
 def test_clearing(folder: Path) -> None:
     Module(compile_cuda(SOURCE))
     (folder / "left.tmp").write_text("by a process that was killed")
