@@ -69,6 +69,12 @@ QUIET: dict[str, Any] = {
     "a flag behind reads of the same word by a whole warp": """
         if (warp == 0) { out[t] = s[5]; __syncwarp(); if (lane == 0) set(flag); }
         else if (lane == 0) { await(flag); s[5] = 2; }""",
+    "reads at different times by the lane that sets the flag": """
+        if (t == 0) {
+            uint4 x = *(uint4*)s; out[t] = x.y; set(flag + 1);
+            uint4 y = *(uint4*)s; out[t] += y.z + s[9]; set(flag + 2);
+            out[t] += s[9]; set(flag);
+        } else if (t == 32) { await(flag); *(uint4*)s = uint4{}; s[9] = 1; }""",
     "copies, waited for and synchronised before the flag": """
         if (warp == 0) { COPY WAIT __syncwarp(); if (lane == 0) set(flag); }
         else { if (lane == 0) await(flag); __syncwarp(); out[t] = s[lane]; }""",
@@ -111,6 +117,17 @@ RACES: dict[str, Any] = {
     "a flag behind one lane's read, while others read the same 16 bytes": """
         if (warp == 0) { uint4 x = *(uint4*)s; out[t] = x.y; if (lane == 0) set(flag); }
         else if (lane == 0) { await(flag); *(uint4*)s = uint4{}; }""",
+    "reads of a whole warp, and a later one of the lane that sets the flag": """
+        if (warp == 0) {
+            out[t] = s[5];
+            if (lane == 0) { set(flag + 1); out[t] += s[5]; set(flag); }
+        } else if (lane == 0) { await(flag); s[5] = 2; }""",
+    "16-byte reads of a whole warp, and a later one of the lane that sets the flag": """
+        if (warp == 0) {
+            uint4 x = *(uint4*)s;
+            out[t] = x.y;
+            if (lane == 0) { set(flag + 1); uint4 y = *(uint4*)s; out[t] += y.z; set(flag); }
+        } else if (lane == 0) { await(flag); *(uint4*)s = uint4{}; }""",
     "a flag with no fence before it": """
         volatile u32* f = flag;
         if (t == 0) { s[5] = 1; f[0] = 1; }

@@ -26,8 +26,9 @@ struct SharedShadow::Visit {
   Read* reads;  // of this agent
 
   bool orders_read(const Read& earlier) const { return warp.knowledge.knows(earlier.stamp, earlier.lanes, lane); }
-  // Whether an earlier read by the same agent need not be remembered beside this one: asynchronous work is done in order.
-  bool replaces(const Read& earlier) const { return async || orders_read(earlier); }
+  // Whether whoever hears of this read has heard of the earlier one by the same agent: what one lane or an asynchronous unit
+  // does completes in order.
+  bool supersedes(const Read& earlier) const { return async || earlier.lanes == 1u << lane || orders_read(earlier); }
   // Whether the write is visible to this access.
   bool orders_write(Stamp earlier) const {
     if (!warp.knowledge.knows(earlier, lane)) return false;
@@ -100,7 +101,7 @@ SIM_INLINE void SharedShadow::touch_whole(Visit& visit, u32 index) {
     if (cell.readers & bit) {
       if (last.stamp.clock() == visit.stamp.clock()) {
         lanes |= last.lanes;
-      } else if (SIM_UNLIKELY(!visit.replaces(last))) {  // both have to be remembered
+      } else if (SIM_UNLIKELY(!visit.supersedes(last))) {  // both have to be remembered
         touch_split(visit, index, 0xffff);
         return;
       }
@@ -138,7 +139,7 @@ SIM_NOINLINE void SharedShadow::touch_split(Visit& visit, u32 index, u32 bytes) 
         read = {visit.stamp, read.lanes | lanes}, read_bytes |= bytes;
         return;
       }
-      if ((read_bytes & ~bytes) || !visit.replaces(read)) continue;
+      if ((read_bytes & ~bytes) || !visit.supersedes(read)) continue;
       read = {visit.stamp, lanes}, read_bytes = bytes;
       return;
     }
