@@ -208,7 +208,7 @@ def running(kernel: KernelPlan, on: device.Device, ptx: str) -> Iterator[None]:
     """Launches of a kernel take this PTX instead of the compiler's."""
     executable: Any = launch.executable(kernel, on)
     original = executable._module
-    executable._module = Module(ptx, kernel.entry, keep=False)
+    executable._module = Module(ptx, kernel.entry)
     try:
         yield
     finally:
