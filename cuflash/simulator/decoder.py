@@ -10,7 +10,7 @@ from array import array
 
 from cuflash.errors import SimulatorError
 from cuflash.simulator.encoder import WORDS, Encoder, Unsupported, split_operands
-from cuflash.simulator.instructions import DECODERS, simplified
+from cuflash.simulator.instructions import find_decoder, simplified
 from cuflash.simulator.native import Core, Instruction
 from cuflash.simulator.parser import Kernel, Statement
 from cuflash.simulator.report import describe_statement
@@ -72,7 +72,7 @@ def decode(kernel: Kernel, core: Core, addresses: dict[str, int]) -> tuple[Encod
         if statement.guard or encoder.guard:
             _guard(encoder, statement)
         try:
-            decoder = DECODERS.get(opcode.partition(".")[0])
+            decoder = find_decoder(opcode)
             if decoder is not None:
                 decoder(encoder, statement, split_operands(text))
                 continue

@@ -5,6 +5,7 @@
 #include <cstdio>
 
 #include "async_copy.h"
+#include "mbarrier.h"
 #include "table.h"
 
 namespace sim {
@@ -22,6 +23,8 @@ Cluster::Cluster(const Program& program_, const LaunchDescription& launch_) : pr
   }
   for (u32 i = 0; i < warps.size(); ++i) warps[i]->index = i;
   engines.push_back(make_async_copy_engine(*this));
+  engines.push_back(std::make_unique<Mbarriers>(*this));
+  mbarriers = static_cast<Mbarriers*>(engines.back().get());
 }
 
 Cluster::~Cluster() = default;
@@ -190,7 +193,10 @@ void Cluster::run_at_random() {
     // Mostly short turns, now and then a long one, so that a warp can also get far ahead of the others.
     const u64 fuel = random.below(8) ? 1 + random.below(48) : 1 + random.below(4096);
     const Turn turn = run_warp(*warps[chosen], fuel);
-    if (turn == Turn::RAN) std::fill(stalled.begin(), stalled.end(), 0), idle = 0;
+    if (turn == Turn::RAN) {
+      std::fill(stalled.begin(), stalled.end(), 0);
+      if (!warps[chosen]->polling) idle = 0;  // going around a loop that polls is not progress
+    }
     if (turn == Turn::STUCK) stalled[chosen] = 1;
     const bool stepped = (turn == Turn::POLLED || random.below(4) == 0) && step_engines();
     if (stepped) std::fill(stalled.begin(), stalled.end(), 0), idle = 0;

@@ -10,6 +10,9 @@
 
 namespace sim {
 
+class BulkCopies;
+class Mbarriers;
+
 // Who an agent of clock.h is, for reports.
 struct AgentName {
   char text[64];
@@ -29,6 +32,7 @@ class Cluster {
   std::vector<std::unique_ptr<Cta>> ctas;
   std::vector<Warp*> warps;  // of all blocks
   std::vector<std::unique_ptr<Engine>> engines;
+  Mbarriers* mbarriers;  // one of the engines
   Random random{0};
 
   // Agents, block by block: the warps; for each warp its cp.async copies, then its bulk copies; the warpgroups' matrix products; mbarriers.

@@ -79,6 +79,7 @@ struct Warp {
   u32 running;       // index of the running group
   u32 num_groups;
   Event event;
+  bool polling;      // has looked in vain for something to happen, and not found it since
   u64 executed;      // records executed
   u64 uncounted;     // of these, records that are no instructions
   u64 clock;

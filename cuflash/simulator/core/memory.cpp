@@ -105,6 +105,13 @@ const Record* fence(Warp&, const Record* in) {
   return in + 1;
 }
 
+// Ordinary accesses become visible to asynchronous units.
+const Record* fence_proxy_async(Warp& warp, const Record* in) {
+  const u32 mask = warp.mask(in);
+  if (mask != 0 && warp.cta->checks) warp.knowledge.fence_proxy(mask, warp.live);
+  return in + 1;
+}
+
 // isspacep: d = whether the generic address a lies in window x.
 const Record* is_space(Warp& warp, const Record* in) {
   const u64* address = warp.row<u64>(in->a);
@@ -150,6 +157,7 @@ void register_memory(Table& table) {
   table.add("st.b64.v4", "", store<u64, 4>);
   table.add("st.b32.v8", "", store<u32, 8>);
   table.add("fence", "", fence);
+  table.add("fence.proxy.async", "", fence_proxy_async);
   table.add("isspacep", "dp a64 xi", is_space);
   table.add("enter.window", "d64 a64 b64", map<u64>([](auto a, auto b) { return a | b; }));
   table.add("leave.window", "d64 a64", map<u64>([](auto a) { return a & WINDOW_MASK; }));

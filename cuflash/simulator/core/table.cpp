@@ -31,6 +31,7 @@ const Table& instruction_table() {
     register_collective(t);
     register_barrier(t);
     register_async_copy(t);
+    register_mbarrier(t);
     return t;
   }();
   return table;

@@ -51,6 +51,7 @@ void register_ldmatrix(Table&);
 void register_collective(Table&);
 void register_barrier(Table&);
 void register_async_copy(Table&);
+void register_mbarrier(Table&);
 
 // ---- map: a function of whole vectors, for hot instructions
 
