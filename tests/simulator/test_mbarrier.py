@@ -2,61 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
-from simulated import compile_cuda, run_cuda, run_ptx
+from hopper import ALL, launch, report
+from simulated import run_ptx
 
 from cuflash.errors import SimulatorError
-from cuflash.simulator import Counters, Options
-
-SCHEDULES = ["early", "late", "random"]
-ALL = [Options(threads=1, schedule="early"), Options(threads=1), *(Options(threads=1, schedule="random", seed=seed) for seed in range(4))]
-
-HEADER = """
-__device__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ void init(u64* b, u32 n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(address(b)), "r"(n) : "memory"); }
-__device__ void fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ void arrive(u64* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(address(b)) : "memory"); }
-__device__ u64 arrive_state(u64* b) {
-    u64 s; asm volatile("mbarrier.arrive.shared.b64 %0, [%1];" : "=l"(s) : "r"(address(b)) : "memory"); return s;
-}
-__device__ void arrive_expect(u64* b, u32 n) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(address(b)), "r"(n) : "memory");
-}
-__device__ void expect(u64* b, u32 n) {
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" :: "r"(address(b)), "r"(n) : "memory");
-}
-__device__ void complete(u64* b, u32 n) {
-    asm volatile("mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%0], %1;" :: "r"(address(b)), "r"(n) : "memory");
-}
-__device__ bool test(u64* b, u32 parity) {
-    u32 done;
-    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-        : "=r"(done) : "r"(address(b)), "r"(parity) : "memory");
-    return done;
-}
-__device__ void wait(u64* b, u32 parity) {
-    asm volatile("{.reg .pred p;\\nAGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\\n@!p bra AGAIN;}"
-        :: "r"(address(b)), "r"(parity) : "memory");
-}
-"""
-
-
-def launch(body: str, *arguments: Any, options: Options | None = None, block: int = 32) -> Counters:
-    """Run a kernel with this body; its arrays are ints named a, b, …"""
-    parameters = ", ".join(f"int* {name}" for name, _ in zip("abc", arguments, strict=False))
-    source = HEADER.replace("\n", " ") + f'\nextern "C" __global__ void k({parameters}) {{ int t = threadIdx.x;\n{body}\n}}'
-    return run_cuda(source, *arguments, arch="compute_90a", options=options, block=block)
-
-
-def report(body: str, *arguments: Any, **launch_options: Any) -> str:
-    """The message of the check that stops this kernel."""
-    with pytest.raises(SimulatorError) as caught:
-        launch(body, *arguments, **launch_options)
-    return str(caught.value)
-
+from cuflash.simulator import Options
 
 SETUP = "__shared__ u64 m[2]; if (t == 0) { init(m, %d); init(m + 1, 1); } __syncthreads();"
 
@@ -373,11 +325,8 @@ def test_divergent_waits() -> None:
         assert out.tolist() == [1] * 32
 
 
-def test_header_compiles_without_checks() -> None:
+def test_without_checks() -> None:
     out = np.zeros(64, np.int32)
     body = (SETUP % 64) + "arrive(m); wait(m, 0); a[t] = test(m, 0);"
     launch(body, out, options=Options(threads=1, checks=False), block=64)
     assert out.tolist() == [1] * 64
-    assert "mbarrier.init" in compile_cuda(
-        HEADER + 'extern "C" __global__ void k(u64* p) { __shared__ u64 m; init(&m, 1); }', "compute_90a"
-    )

@@ -5,7 +5,7 @@
 #include <cstdio>
 
 #include "async_copy.h"
-#include "mbarrier.h"
+#include "bulk_copy.h"
 #include "table.h"
 
 namespace sim {
@@ -25,6 +25,8 @@ Cluster::Cluster(const Program& program_, const LaunchDescription& launch_) : pr
   engines.push_back(make_async_copy_engine(*this));
   engines.push_back(std::make_unique<Mbarriers>(*this));
   mbarriers = static_cast<Mbarriers*>(engines.back().get());
+  engines.push_back(std::make_unique<BulkCopies>(*this));
+  bulk_copies = static_cast<BulkCopies*>(engines.back().get());
 }
 
 Cluster::~Cluster() = default;

@@ -33,6 +33,7 @@ class Cluster {
   std::vector<Warp*> warps;  // of all blocks
   std::vector<std::unique_ptr<Engine>> engines;
   Mbarriers* mbarriers;  // one of the engines
+  BulkCopies* bulk_copies;  // one of the engines
   Random random{0};
 
   // Agents, block by block: the warps; for each warp its cp.async copies, then its bulk copies; the warpgroups' matrix products; mbarriers.

@@ -155,6 +155,11 @@ class Cta {
   bool exited() const {
     return std::all_of(warps.begin(), warps.end(), [](const Warp& warp) { return warp.num_groups == 0; });
   }
+  // Whether the block ends when these lanes of the warp exit.
+  bool ends_with(const Warp& leaving, u32 lanes) const {
+    return leaving.live == lanes &&
+           std::all_of(warps.begin(), warps.end(), [&](const Warp& warp) { return &warp == &leaving || warp.num_groups == 0; });
+  }
 
  private:
   std::unique_ptr<u8[]> memory_;

@@ -149,6 +149,11 @@ void Mbarriers::expect_arrival(const Place& at, Mbarrier& barrier) {
   ++barrier.pending;
 }
 
+void Mbarriers::carry(const Place& at, Mbarrier& barrier) {
+  barrier.last_copy = at;
+  barrier.carries = true;
+}
+
 AsyncAgent Mbarriers::agent(const Mbarrier& barrier, bool proxy) const {
   const u32 agent = cluster_.mbarrier_agent(barrier.rank, barrier.slot);
   return {agent, cluster_.latest(agent) + 1, proxy};
@@ -168,8 +173,7 @@ Mbarrier& Mbarriers::issue(Warp& warp, const Record* in, u32 lane, Cta& target, 
 
 void Mbarriers::issue(const Place& at, Mbarrier& barrier, u32 bytes) {
   barrier.issued += bytes;
-  barrier.last_copy = at;
-  barrier.carries = true;
+  carry(at, barrier);
   check_announced(at, barrier);
   if (barrier.issued - barrier.announced > i64(MAX_COUNT)) {
     fail("mbarrier", at, nullptr, "copies bring %s %lld bytes more than were announced, at most %u are possible", name(barrier).c_str(),
@@ -210,10 +214,7 @@ void Mbarriers::passed(const Warp& warp, const Place& at) {
 
 void Mbarriers::check_exit(Warp& warp, const Record* in, u32 lanes) {
   const Cta& cta = *warp.cta;
-  if (barriers_.empty() || !cta.checks || warp.live != lanes) return;
-  for (const Warp& other : cta.warps) {
-    if (&other != &warp && other.num_groups != 0) return;
-  }
+  if (barriers_.empty() || !cta.checks || !cta.ends_with(warp, lanes)) return;
   for (const Mbarrier& barrier : barriers_[cta.rank]) {
     if (!barrier.valid) continue;
     const Place at = place_of(warp, in, lanes);
@@ -247,6 +248,13 @@ void Mbarriers::describe_stall(std::string& text) const {
   }
 }
 
+void report_word_access(Warp& warp, const Record* in, Access access, Cta& target, u32 address, u32 lanes, const char* what) {
+  if (!target.shadow) return;
+  u32 addresses[LANES];
+  std::fill(addresses, addresses + LANES, address);
+  target.shadow->access(warp, in, access, lanes, addresses, 8, what);
+}
+
 namespace {
 
 Mbarriers& mbarriers_of(const Warp& warp) { return *warp.cta->cluster->mbarriers; }
@@ -256,54 +264,21 @@ template <class T> const T* operand_row(const Warp& warp, const Record* in, u32 
   return warp.row<T>(warp.extra[in->x + i32(ADDRESS_WORDS + number)]);
 }
 
-// Calls body(block, address, lanes) for every different address that lanes name, which is one of eight bytes of shared memory.
-template <class Body> void for_addresses(Warp& warp, const Record* in, const char* what, Body body) {
-  u32 mask = warp.mask(in);
-  u32 addresses[LANES];
-  shared_addresses(warp, in, mask, warp.extra + in->x, what, addresses);
-  while (mask != 0) {
-    const u32 first = u32(__builtin_ctz(mask));
-    u32 lanes = 0;
-    for_lanes(mask, [&](int lane) { lanes |= u32(addresses[lane] == addresses[first]) << lane; });
-    Cta& target = target_block(warp, in, first, addresses[first], what);
-    const u32 address = addresses[first] & ~RANK_MASK;
-    resolve_range(warp, in, first, target, address, {Access::NONE, 8, 8, what});
-    body(target, address, lanes);
-    mask &= ~lanes;
-  }
-}
-
-void report_access(Warp& warp, const Record* in, Access access, Cta& target, u32 address, u32 lanes, const char* what) {
-  if (!target.shadow) return;
-  u32 addresses[LANES];
-  std::fill(addresses, addresses + LANES, address);
-  target.shadow->access(warp, in, access, lanes, addresses, 8, what);
-}
-
-// Instructions other than init and inval only look at the word in memory, whatever they do to the state.
-template <class Body> void for_barriers(Warp& warp, const Record* in, const char* what, Body body) {
-  for_addresses(warp, in, what, [&](Cta& cta, u32 address, u32 lanes) {
-    Mbarrier& barrier = mbarriers_of(warp).find(place_of(warp, in, lanes), cta, address, what);
-    report_access(warp, in, Access::READ, cta, address, lanes, what);
-    body(barrier, lanes);
-  });
-}
-
 const Record* init(Warp& warp, const Record* in) {
   const u32* arrivals = operand_row<u32>(warp, in, 0);
-  for_addresses(warp, in, "mbarrier.init", [&](Cta& cta, u32 address, u32 lanes) {
+  for_mbarrier_addresses(warp, in, "mbarrier.init", [&](Cta& cta, u32 address, u32 lanes) {
     mbarriers_of(warp).init(place_of(warp, in, lanes), cta, address, arrivals[__builtin_ctz(lanes)]);
-    report_access(warp, in, Access::WRITE, cta, address, lanes, "mbarrier.init");
+    report_word_access(warp, in, Access::WRITE, cta, address, lanes, "mbarrier.init");
   });
   return in + 1;
 }
 
 const Record* invalidate(Warp& warp, const Record* in) {
-  for_addresses(warp, in, "mbarrier.inval", [&](Cta& cta, u32 address, u32 lanes) {
+  for_mbarrier_addresses(warp, in, "mbarrier.inval", [&](Cta& cta, u32 address, u32 lanes) {
     Mbarriers& mbarriers = mbarriers_of(warp);
     const Place at = place_of(warp, in, lanes);
     Mbarrier& barrier = mbarriers.find(at, cta, address, "mbarrier.inval");
-    report_access(warp, in, Access::WRITE, cta, address, lanes, "mbarrier.inval");
+    report_word_access(warp, in, Access::WRITE, cta, address, lanes, "mbarrier.inval");
     mbarriers.invalidate(at, barrier);
   });
   return in + 1;

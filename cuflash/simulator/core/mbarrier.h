@@ -9,6 +9,7 @@
 #include <array>
 #include <string>
 
+#include "cluster.h"
 #include "shadow.h"
 
 namespace sim {
@@ -53,6 +54,7 @@ class Mbarriers final : public Engine {
   // Finds the mbarrier that a copy of `bytes` bytes will complete on. By a unit of the asynchronous proxy its initialisation must be fenced.
   Mbarrier& issue(Warp& warp, const Record* in, u32 lane, Cta& target, u32 address, u32 bytes, bool proxy);
   void issue(const Place& at, Mbarrier& barrier, u32 bytes);  // the same for an mbarrier at hand
+  void carry(const Place& at, Mbarrier& barrier);  // asynchronous work completes in this phase
   AsyncAgent agent(const Mbarrier& barrier, bool proxy) const;
   void complete(Mbarrier& barrier, u32 bytes);
 
@@ -81,5 +83,36 @@ class Mbarriers final : public Engine {
 };
 
 Place place_of(const Warp& warp, const Record* in, u32 lanes);
+
+// ---- for instructions that name mbarriers
+
+// Tells the race detector of an access to the eight bytes.
+void report_word_access(Warp& warp, const Record* in, Access access, Cta& target, u32 address, u32 lanes, const char* what);
+
+// Calls body(block, address, lanes) for every different address in shared memory that the first operand in `extra` gives to lanes.
+template <class Body> void for_mbarrier_addresses(Warp& warp, const Record* in, const char* what, Body body) {
+  u32 mask = warp.mask(in);
+  u32 addresses[LANES];
+  shared_addresses(warp, in, mask, warp.extra + in->x, what, addresses);
+  while (mask != 0) {
+    const u32 first = u32(__builtin_ctz(mask));
+    u32 lanes = 0;
+    for_lanes(mask, [&](int lane) { lanes |= u32(addresses[lane] == addresses[first]) << lane; });
+    Cta& target = target_block(warp, in, first, addresses[first], what);
+    const u32 address = addresses[first] & ~RANK_MASK;
+    resolve_range(warp, in, first, target, address, {Access::NONE, 8, 8, what});
+    body(target, address, lanes);
+    mask &= ~lanes;
+  }
+}
+
+// The same with the mbarriers there. All instructions but init and inval only look at the word in memory, whatever they do to the state.
+template <class Body> void for_barriers(Warp& warp, const Record* in, const char* what, Body body) {
+  for_mbarrier_addresses(warp, in, what, [&](Cta& cta, u32 address, u32 lanes) {
+    Mbarrier& barrier = warp.cta->cluster->mbarriers->find(place_of(warp, in, lanes), cta, address, what);
+    report_word_access(warp, in, Access::READ, cta, address, lanes, what);
+    body(barrier, lanes);
+  });
+}
 
 }  // namespace sim

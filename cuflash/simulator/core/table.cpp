@@ -32,6 +32,8 @@ const Table& instruction_table() {
     register_barrier(t);
     register_async_copy(t);
     register_mbarrier(t);
+    register_bulk_copy(t);
+    register_tensor_copy(t);
     return t;
   }();
   return table;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cuflash.simulator.encoder import GENERIC, SPACES, C, D, Encoder, Unsupported
+from cuflash.simulator.encoder import GENERIC, SPACES, A, C, D, Encoder, Unsupported
 from cuflash.simulator.instructions.registry import decodes
 from cuflash.simulator.parser import Statement
 
@@ -67,6 +67,16 @@ def decode_wait(encoder: Encoder, statement: Statement, operands: list[str]) -> 
     start = _begin(encoder, f"mbarrier.{operation}" + (".parity" if parity else ""), operands[1], modifiers)
     encoder.put(start + D, operands[0], 1, True)
     encoder.put_extra(operands[2], 32 if parity else 64, False)
+
+
+@decodes("cp.async.mbarrier")
+def decode_copy_arrive(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """cp.async.mbarrier.arrive{.noinc} [addr]: arrive when the cp.async copies of the thread so far are complete."""
+    modifiers = statement.opcode.split(".")[4:]
+    start = encoder.begin("cp.async.mbarrier.arrive")
+    encoder.set_field(start, A, int("noinc" in modifiers))
+    encoder.add_extra(start)
+    encoder.put_extra_address(operands[0], _space(modifiers))
 
 
 @decodes("mbarrier.pending_count")

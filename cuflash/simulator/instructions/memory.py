@@ -168,17 +168,13 @@ def decode_atom(encoder: Encoder, statement: Statement, operands: list[str]) -> 
 @decodes("red")
 def decode_red(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
     """red{.space}.op.type [a], b: an atom whose result nobody wants."""
-    if ".async" in statement.opcode:
-        raise Unsupported("an asynchronous reduction")
     _emit_atomic(encoder, statement.opcode, None, operands[0], vector(operands[1]), None)
 
 
-@decodes("cp")
+@decodes("cp.async")
 def decode_cp(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
     """cp.async: [shared], [global], bytes{, bytes read or ignore-predicate}{, cache policy}; and its groups."""
     parts = statement.opcode.split(".")
-    if parts[:2] != ["cp", "async"] or "bulk" in parts or "mbarrier" in parts:
-        raise Unsupported("this kind of copy")
     if parts[2] == "commit_group" or parts[2] == "wait_all":
         encoder.emit(f"cp.async.{parts[2]}")
         return
