@@ -332,6 +332,85 @@ if (t < 32) {
 
 
 @pytest.mark.parametrize("options", SCHEDULES)
+def test_handed_over_copies_that_nobody_waits_for(options: Options) -> None:
+    body = (
+        SETUP.replace("init(m, 1)", "init(m, 32)")
+        + """
+asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(address(s + 4 * t)), "l"(a + 4 * t) : "memory");
+asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(address(m)) : "memory");
+"""
+    )
+    text = report(body, numbers(128), options=options)
+    assert "[leftover] the block ends, but nobody waited for the copies of phase 0 of the mbarrier at byte 4096" in text
+    assert "test.cu:7: asm volatile" in text
+
+
+# Two blocks, with no barrier of the cluster: each tells the other by a flag in global memory that it is there, and by one in the shared memory of the other
+# what it did before. Addresses of other blocks are made by hand.
+CLUSTER = """__shared__ __align__(128) int s[256]; __shared__ u64 full, done; __shared__ u32 ready;
+u32 rank; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+u32 other = 2 - rank << 24;
+volatile int* flags = (volatile int*)b;
+if (t == 0) {
+    init(&full, 1); init(&done, 32); fence_init();
+    asm volatile("st.release.cluster.shared::cluster.u32 [%0], 1;" :: "r"(address(&ready) | other) : "memory");
+    flags[rank] = 1;
+    while (flags[1 - rank] == 0) {}
+    u32 seen; asm volatile("ld.acquire.cluster.shared.u32 %0, [%1];" : "=r"(seen) : "r"(address(&ready)) : "memory");
+}
+__syncthreads();
+if (rank == 0) {
+    SEND
+    WAIT_DONE
+} else {
+    if (t == 0) arrive_expect(&full, 512);
+    wait(&full, 0);
+    for (int i = t; i < 128; i += 32) c[i] = s[i];
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" :: "r"(address(&done) | other) : "memory");
+}
+"""
+SENDS = {
+    "copy": """for (int i = t; i < 128; i += 32) s[i] = a[i];
+    fence_async();
+    __syncwarp();
+    if (t == 0) asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], 512, [%2];"
+        :: "r"(address(s) | other), "r"(address(s)), "r"(address(&full) | other) : "memory");""",
+    "store": """asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+        :: "r"(address(s + 4 * t) | other), "r"(a[4 * t]), "r"(a[4 * t + 1]), "r"(a[4 * t + 2]), "r"(a[4 * t + 3]),
+           "r"(address(&full) | other) : "memory");""",
+}
+
+
+@pytest.mark.parametrize("kind", ["copy", "store"])
+@pytest.mark.parametrize("options", ALL)
+def test_to_another_block(kind: str, options: Options) -> None:
+    """The receiver arrives at an mbarrier of the sender, which knows then that its shared memory may be used again."""
+    body = CLUSTER.replace("SEND", SENDS[kind]).replace("WAIT_DONE", "wait(&done, 0); s[t] = 0;")
+    data, out = numbers(128), np.zeros(128, np.int32)
+    launch(body, data, np.zeros(2, np.int32), out, options=options, cluster=2)
+    np.testing.assert_array_equal(out, data)
+
+
+@pytest.mark.parametrize("options", SCHEDULES)
+def test_source_in_use_by_another_block(options: Options) -> None:
+    body = CLUSTER.replace("SEND", SENDS["copy"]).replace("WAIT_DONE", "s[t] = 0; wait(&done, 0);")
+    text = report(body, numbers(128), np.zeros(2, np.int32), np.zeros(128, np.int32), options=options, cluster=2)
+    assert (
+        "[race] 4-byte store at byte 0 of shared memory (lane 0) and an earlier read by a copy that completes on mbarrier 0 of block 1"
+        in text
+    )
+
+
+def test_exit_while_another_block_reads() -> None:
+    body = CLUSTER.replace("SEND", SENDS["copy"]).replace("WAIT_DONE", "")
+    text = report(body, numbers(128), np.zeros(2, np.int32), np.zeros(128, np.int32), cluster=2)
+    assert "[open-copy] a block exits while a copy still reads its shared memory" in text
+    mixed = CLUSTER.replace("SEND", SENDS["copy"].replace("address(&full) | other", "address(&full)")).replace("WAIT_DONE", "")
+    text = report(mixed, numbers(128), np.zeros(2, np.int32), np.zeros(128, np.int32), cluster=2)
+    assert "to block 1 of the cluster completes on an mbarrier of block 0; both must be in one block" in text
+
+
+@pytest.mark.parametrize("options", SCHEDULES)
 def test_deadlock_when_too_much_is_expected(options: Options) -> None:
     text = report(SETUP + "if (t == 0) {\narrive_expect(m, 1040);\nload(s, a, 1024, m);\n}\nwait(m, 0);", numbers(256), options=options)
     assert "[deadlock]" in text

@@ -223,9 +223,9 @@ void Mbarriers::check_exit(Warp& warp, const Record* in, u32 lanes) {
            "the block ends, but phase %u of %s still expects %lld bytes, and %lld bytes of copies are under way", barrier.phase,
            name(barrier).c_str(), (long long)(barrier.announced - barrier.arrived), (long long)(barrier.issued - barrier.arrived));
     }
-    if (barrier.carried > barrier.waited) {
-      fail("leftover", at, &barrier.last_copy, "the block ends, but nobody waited for the copies that completed in phase %u of %s",
-           barrier.carried - 1, name(barrier).c_str());
+    if (barrier.carries || barrier.carried > barrier.waited) {
+      fail("leftover", at, &barrier.last_copy, "the block ends, but nobody waited for the copies of phase %u of %s",
+           barrier.carries ? barrier.phase : barrier.carried - 1, name(barrier).c_str());
     }
   }
 }
