@@ -17,7 +17,7 @@ constexpr u64 WORD = 0x6d62617200000000ull;  // in shared memory, plus the slot
 
 constexpr u16 NO_STATE = 1, RELAXED = 2, NO_COMPLETE = 4;  // in field c
 
-__attribute__((format(printf, 4, 5))) [[noreturn]] void fail(const char* check, const Place& at, const Place* cause, const char* format, ...) {
+[[noreturn]] __attribute__((format(printf, 4, 5))) void fail(const char* check, const Place& at, const Place* cause, const char* format, ...) {
   char text[MESSAGE_BYTES];
   va_list arguments;
   va_start(arguments, format);

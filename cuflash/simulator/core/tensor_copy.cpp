@@ -130,6 +130,7 @@ const Record* load(Warp& warp, const Record* in) {
       resolve_range(warp, in, lane, target, destination.to, {Access::WRITE, box.bytes, BOX_ALIGNMENT, what});
       BulkCopy copy = make_bulk_copy(warp, in, lane);
       copy.bytes = box.bytes;
+      copy.pieces.reserve(box.bytes / CHUNK);
       for_segments(box, [&](u32 offset, u64 address, u32 bytes) {
         const u8* from = fill;
         if (address) from = global_range(warp, in, lane, address, {Access::READ, bytes, 1, "source of cp.async.bulk.tensor"});
