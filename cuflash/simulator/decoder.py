@@ -12,7 +12,7 @@ import numpy as np
 
 from cuflash.errors import SimulatorError
 from cuflash.simulator.encoder import WORDS, Encoder, Unsupported, split_operands
-from cuflash.simulator.instructions import DECODERS, simplified
+from cuflash.simulator.instructions import find_decoder, simplified
 from cuflash.simulator.native import Core, Instruction
 from cuflash.simulator.parser import Kernel, Statement
 from cuflash.simulator.program import Program
@@ -72,7 +72,7 @@ def decode(kernel: Kernel, core: Core, addresses: dict[str, int]) -> Program:
         if statement.guard or encoder.guard:
             _guard(encoder, statement)
         try:
-            decoder = DECODERS.get(opcode.partition(".")[0])
+            decoder = find_decoder(opcode)
             if decoder is not None:
                 decoder(encoder, statement, split_operands(text))
                 continue

@@ -23,6 +23,21 @@ WORDS = 8  # 16-bit words per record
 GUARD, D, A, B, C, X = 1, 2, 3, 4, 5, 6  # words of a record
 IN_EXTRA = 1 << 31
 
+# Numbers of the spaces in core/access.h, and the flag of a 64-bit address.
+SPACES = {
+    "global": 0,
+    "const": 0,
+    "shared": 1,
+    "shared::cta": 1,
+    "shared::cluster": 5,
+    "local": 2,
+    "param": 3,
+    "param::entry": 3,
+}
+GENERIC = 4
+ADDRESS_64 = 8
+SYMBOL_WIDTHS = {space: 32 if space in (1, 5) else 64 for space in (*SPACES.values(), GENERIC)}  # bits of a symbol's address
+
 _ADDRESS = re.compile(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(-?\w+))?\s*\]$")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 _OCTAL = re.compile(r"-?0[0-7]+$")
@@ -244,16 +259,28 @@ class Encoder:
         Returns:
             offset, and whether the base has 64 bits.
         """
+        return self._put_address(start + word, text, symbol_width)
+
+    def _put_address(self, position: int, text: str, symbol_width: int) -> tuple[int, bool]:
         match = _ADDRESS.match(text)
         if match is None:
             raise Unsupported(f"address {text}")
         base, offset = match[1], parse_integer(match[2]) if match[2] else 0
         width = self.width(base)
         if width is None:
-            self.words[start + word] = self.constant(self.literal(base, symbol_width) + offset, symbol_width)
+            self.put(position, str(self.literal(base, symbol_width) + offset), symbol_width, False)
             return 0, symbol_width == 64
-        self.put(start + word, base, width, False)
+        self.put(position, base, width, False)
         return offset, width == 64
+
+    def put_extra_address(self, text: str, space: int) -> None:
+        """Append `[base+offset]` in a space of core/access.h to `extra`: row, offset (two halves), space with ADDRESS_64."""
+        position = len(self.extra)
+        self.extra.extend((0, 0, 0, 0))
+        offset, wide = self._put_address(IN_EXTRA | position, text, SYMBOL_WIDTHS[space])
+        self.extra[position + 1] = offset & 0xFFFF
+        self.extra[position + 2] = offset >> 16 & 0xFFFF
+        self.extra[position + 3] = space | (ADDRESS_64 if wide else 0)
 
     # ---- control flow
 

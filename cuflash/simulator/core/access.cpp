@@ -247,6 +247,22 @@ void resolve(Warp& warp, const Record* in, Space space, u32 mask, Address addres
   resolve_in(warp, in, space, mask, addresses.lane, use, pointers);
 }
 
+void shared_addresses(Warp& warp, const Record* in, u32 mask, const u16* operand, const char* what, u32 (&addresses)[LANES]) {
+  const Address from = address_operand(operand);
+  const Space space = space_operand(operand);
+  for_lanes(mask, [&](int lane) {
+    const u64 address = from.wide ? warp.row<u64>(from.row)[lane] + i64(from.offset) : u64(u32(warp.row<u32>(from.row)[lane] + u32(from.offset)));
+    addresses[lane] = u32(address);
+    if (space == Space::GENERIC && address >> WINDOW_SHIFT != u64(Space::SHARED)) {
+      warp.fail(in, "shared-bounds", 1u << lane, "%s at the generic address 0x%llx (lane %d), which is not one of shared memory", what,
+                (unsigned long long)address, lane);
+    }
+    if (space == Space::SHARED && rank_of(warp, u32(address)) != warp.cta->rank) {
+      warp.fail(in, "shared-bounds", 1u << lane, "%s at 0x%x (lane %d), which is not in the shared memory of this block", what, u32(address), lane);
+    }
+  });
+}
+
 u8* resolve_range(Warp& warp, const Record* in, u32 lane, Cta& target, u32 address, Use use) {
   Addresses addresses;
   addresses.lane[lane] = address;

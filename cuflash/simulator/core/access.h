@@ -58,6 +58,14 @@ void resolve(Warp& warp, const Record* in, Space space, u32 mask, Address addres
 // The same for global addresses that are computed already.
 void resolve_global(Warp& warp, const Record* in, u32 mask, const u64* addresses, Use use, Pointers& pointers);
 
+// An address operand in `extra`: row, offset (two halves), and the space with ADDRESS_64.
+constexpr u32 ADDRESS_WORDS = 4;
+SIM_INLINE Space space_operand(const u16* extra) { return Space(extra[3] & 7); }
+SIM_INLINE Address address_operand(const u16* extra) { return {extra[0], (extra[3] & ADDRESS_64) != 0, offset_at(extra + 1)}; }
+
+// The addresses of shared memory of the cluster that such an operand gives to the lanes of `mask`. Throws when a generic one lies elsewhere.
+void shared_addresses(Warp& warp, const Record* in, u32 mask, const u16* operand, const char* what, u32 (&addresses)[LANES]);
+
 // The same for a range of shared memory of one block that a unit of its own accesses, for one lane: bounds and alignment only.
 u8* resolve_range(Warp& warp, const Record* in, u32 lane, Cta& target, u32 address, Use use);
 

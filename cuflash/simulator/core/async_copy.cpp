@@ -2,12 +2,13 @@
 //
 // Contract: the bytes of a copy are read and written when it completes. Schedule EARLY completes it at once, LATE only when a wait demands
 // it, RANDOM at any moment between. Commit groups are per thread, as in the PTX ISA: a commit closes a group for the lanes that execute it.
-// A copy that nothing waited for is reported when its lane exits, under every schedule.
+// A copy that nothing waited for is reported when its lane exits, under every schedule; cp.async.mbarrier.arrive hands the wait over to an mbarrier.
 #include "async_copy.h"
 
 #include <algorithm>
 
 #include "cluster.h"
+#include "mbarrier.h"
 #include "profile.h"
 #include "shadow.h"
 #include "table.h"
@@ -41,14 +42,23 @@ void move_bytes(Copy& copy, u32 lanes) {
   });
 }
 
+// An arrival at an mbarrier once all copies of a lane up to `clock` are complete.
+struct Arrival {
+  Place place;
+  u32 lane, clock;
+  Mbarrier* barrier;
+};
+
 // The copies of one warp, oldest first, and its commits. Commit i of the warp closed a group for the lanes of `commits[i - first_commit]`.
 struct Queue {
   std::vector<Copy> copies;
   std::vector<u32> commits;
+  std::vector<Arrival> arrivals;
   u32 first_commit = 0;
 
   void clear() {
     copies.clear();
+    arrivals.clear();
     commits.clear();
     first_commit = 0;
   }
@@ -96,9 +106,14 @@ struct Queue {
     forget();
   }
 
- private:
+  bool is_complete(const Arrival& arrival) const {
+    return std::none_of(copies.begin(), copies.end(),
+                        [&](const Copy& copy) { return copy.clock <= arrival.clock && (copy.pending >> arrival.lane & 1); });
+  }
+
   void forget() {
-    copies.erase(std::remove_if(copies.begin(), copies.end(), [](const Copy& copy) { return copy.unwaited == 0; }), copies.end());
+    const auto is_done = [](const Copy& copy) { return copy.unwaited == 0 && copy.pending == 0; };
+    copies.erase(std::remove_if(copies.begin(), copies.end(), is_done), copies.end());
     size_t done = 0;
     while (done < commits.size() && commits[done] == 0) ++done;
     commits.erase(commits.begin(), commits.begin() + i64(done));
@@ -108,7 +123,7 @@ struct Queue {
 
 class AsyncCopyEngine final : public Engine {
  public:
-  explicit AsyncCopyEngine(Cluster& cluster) : schedule_(cluster.launch.schedule), queues(cluster.warps.size()) {}
+  explicit AsyncCopyEngine(Cluster& cluster) : cluster_(cluster), schedule_(cluster.launch.schedule), queues(cluster.warps.size()) {}
 
   void reset() override {
     for (Queue& queue : queues) queue.clear();
@@ -119,8 +134,31 @@ class AsyncCopyEngine final : public Engine {
     if (schedule_ == Schedule::RANDOM && random.below(4) == 0) move_bytes(copy, random.next() | random.next());
   }
 
-  // Only a random schedule completes copies that nobody waits for: no wait depends on them.
+  // The arrivals at mbarriers whose copies are complete.
+  void arrive(Queue& queue) {
+    for (size_t i = 0; i < queue.arrivals.size();) {
+      const Arrival arrival = queue.arrivals[i];
+      if (!queue.is_complete(arrival)) {
+        ++i;
+        continue;
+      }
+      queue.arrivals.erase(queue.arrivals.begin() + i64(i));
+      cluster_.mbarriers->arrive(arrival.place, *arrival.barrier, 1);
+    }
+  }
+
+  // Completes what an mbarrier waits for. Only a random schedule also completes copies that nobody waits for.
   bool step(Random& random) override {
+    for (Queue& queue : queues) {
+      if (queue.arrivals.empty()) continue;
+      const Arrival arrival = queue.arrivals[random.below(u32(queue.arrivals.size()))];
+      for (Copy& copy : queue.copies) {
+        if (copy.clock <= arrival.clock) move_bytes(copy, 1u << arrival.lane);
+      }
+      arrive(queue);
+      queue.forget();
+      return true;
+    }
     if (schedule_ != Schedule::RANDOM) return false;
     Queue& queue = queues[random.below(u32(queues.size()))];
     if (queue.copies.empty()) return false;
@@ -142,6 +180,7 @@ class AsyncCopyEngine final : public Engine {
   }
 
  private:
+  Cluster& cluster_;
   Schedule schedule_;
 
  public:
@@ -185,9 +224,9 @@ const Record* copy_async(Warp& warp, const Record* in) {
     profile->shared(copy.record, Access::WRITE, mask, destination, bytes);
     profile->global(copy.record, Access::READ, mask & ~nothing, (const u64*)copy.from.lane, size);
   }
+  const u32 agent = warp.cta->cluster->agent(warp.cta->rank, OWN_COPIES, warp.id);
+  copy.clock = warp.cta->cluster->tick(agent);
   if (SharedShadow* shadow = warp.cta->shadow.get()) {
-    const u32 agent = warp.knowledge.agent(OWN_COPIES);
-    copy.clock = warp.cta->cluster->tick(agent);
     for_lanes(mask, [&](int lane) {
       shadow->access_async(warp, in, Access::WRITE, u32(lane), {agent, copy.clock, false}, destination[lane], bytes, "cp.async");
     });
@@ -207,7 +246,9 @@ const Record* commit_group(Warp& warp, const Record* in) {
 void waited(Warp& warp, u32 lanes, const Queue& queue) {
   if (!warp.cta->checks) return;
   u32 done = MAX_CLOCK;
-  for (const Copy& copy : queue.copies) done = std::min(done, copy.clock - 1);
+  for (const Copy& copy : queue.copies) {
+    if (copy.unwaited != 0) done = std::min(done, copy.clock - 1);
+  }
   if (done == MAX_CLOCK) done = warp.cta->cluster->latest(warp.knowledge.agent(OWN_COPIES));
   warp.knowledge.waited(OWN_COPIES, done, lanes);
 }
@@ -217,6 +258,7 @@ const Record* wait_group(Warp& warp, const Record* in) {
   if (mask == 0) return in + 1;
   Queue& queue = engine_of(warp).queues[warp.index];
   queue.wait(mask, u32(in->x));
+  engine_of(warp).arrive(queue);
   waited(warp, mask, queue);
   return in + 1;
 }
@@ -226,7 +268,31 @@ const Record* wait_all(Warp& warp, const Record* in) {
   if (mask == 0) return in + 1;
   Queue& queue = engine_of(warp).queues[warp.index];
   queue.wait_all(mask);
+  engine_of(warp).arrive(queue);
   waited(warp, mask, queue);
+  return in + 1;
+}
+
+// cp.async.mbarrier.arrive: extra: address of the mbarrier; a = 1 with .noinc, which does not add to the arrivals that the phase expects.
+const Record* arrive_on_mbarrier(Warp& warp, const Record* in) {
+  const u32 mask = warp.mask(in);
+  if (mask == 0) return in + 1;
+  AsyncCopyEngine& engine = engine_of(warp);
+  Cluster& cluster = *warp.cta->cluster;
+  Queue& queue = engine.queues[warp.index];
+  const u32 agent = cluster.agent(warp.cta->rank, OWN_COPIES, warp.id), clock = cluster.latest(agent);
+  for_barriers(warp, in, "cp.async.mbarrier.arrive", [&](Mbarrier& barrier, u32 lanes) {
+    if (warp.cta->checks) barrier.arriving.known.raise(agent, clock, lanes);
+    for_lanes(lanes, [&](int lane) {
+      const Place at = place_of(warp, in, 1u << lane);
+      if (!(in->a & 1)) cluster.mbarriers->expect_arrival(at, barrier);
+      queue.arrivals.push_back({at, u32(lane), clock, &barrier});
+    });
+    cluster.mbarriers->carry(place_of(warp, in, lanes), barrier);
+    for (Copy& copy : queue.copies) copy.unwaited &= ~lanes;
+  });
+  engine.arrive(queue);
+  queue.forget();
   return in + 1;
 }
 
@@ -240,6 +306,7 @@ void register_async_copy(Table& table) {
   table.add("cp.async.commit_group", "", commit_group);
   table.add("cp.async.wait_group", "xi", wait_group);
   table.add("cp.async.wait_all", "", wait_all);
+  table.add("cp.async.mbarrier.arrive", "", arrive_on_mbarrier);
 }
 
 }  // namespace sim

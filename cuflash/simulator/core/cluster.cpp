@@ -7,6 +7,7 @@
 
 #include "async_copy.h"
 #include "register_pool.h"
+#include "bulk_copy.h"
 #include "table.h"
 #include "wgmma.h"
 
@@ -31,6 +32,10 @@ Cluster::Cluster(const Program& program_, const LaunchDescription& launch_, Glob
   wgmma = engines.back().get();
   engines.push_back(make_register_pool(*this));
   register_pool = engines.back().get();
+  engines.push_back(std::make_unique<Mbarriers>(*this));
+  mbarriers = static_cast<Mbarriers*>(engines.back().get());
+  engines.push_back(std::make_unique<BulkCopies>(*this));
+  bulk_copies = static_cast<BulkCopies*>(engines.back().get());
 }
 
 Cluster::~Cluster() = default;
@@ -222,7 +227,10 @@ void Cluster::run_at_random() {
     // Mostly short turns, now and then a long one, so that a warp can also get far ahead of the others.
     const u64 fuel = random.below(8) ? 1 + random.below(48) : 1 + random.below(4096);
     const Turn turn = run_warp(*warps[chosen], fuel);
-    if (turn == Turn::RAN) std::fill(stalled.begin(), stalled.end(), 0), idle = 0;
+    if (turn == Turn::RAN) {
+      std::fill(stalled.begin(), stalled.end(), 0);
+      if (!warps[chosen]->polling) idle = 0;  // going around a loop that polls is not progress
+    }
     if (turn == Turn::STUCK) stalled[chosen] = 1;
     const bool stepped = (turn == Turn::POLLED || random.below(4) == 0) && step_engines();
     if (stepped) std::fill(stalled.begin(), stalled.end(), 0), idle = 0;

@@ -13,6 +13,8 @@
 namespace sim {
 
 class GlobalShadow;
+class BulkCopies;
+class Mbarriers;
 
 // Who an agent of clock.h is, for reports.
 struct AgentName {
@@ -52,6 +54,8 @@ class Cluster {
   ClusterBarrier barrier;
   std::unique_ptr<Profile> profile;  // null if the launch is not profiled
   Engine *wgmma, *register_pool;  // two of them
+  Mbarriers* mbarriers;  // one of the engines
+  BulkCopies* bulk_copies;  // one of the engines
   Random random{0};
 
   // Agents, block by block: the warps; for each warp its cp.async copies, then its bulk copies; the warpgroups' matrix products; mbarriers.

@@ -34,6 +34,7 @@ const Record* Warp::wait_for_lanes(const Record* in, u32 needed) {
 const Record* Warp::poll_again(const Record* next) {
   groups[running].record = cta->record_index(next);
   event = Event::POLLED;
+  polling = true;
   return nullptr;
 }
 
@@ -87,6 +88,7 @@ void Cta::reset(u32 x, u32 y, u32 z) {
     warp.live = warp.present;
     warp.executed = warp.uncounted = warp.clock = 0;
     warp.carry = 0;
+    warp.polling = false;
     warp.num_groups = 1;
     warp.groups[0] = {0, warp.live, 0, false};
     if (checks) {

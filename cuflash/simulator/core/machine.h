@@ -81,6 +81,7 @@ struct Warp {
   u32 running;       // index of the running group
   u32 num_groups;
   Event event;
+  bool polling;      // has looked in vain for something to happen, and not found it since
   u64 executed;      // records executed
   u64 uncounted;     // of these, records that are no instructions
   u64 clock;
@@ -156,6 +157,11 @@ class Cta {
   u32 record_index(const Record* in) const { return u32(in - program.records.data()); }
   bool exited() const {
     return std::all_of(warps.begin(), warps.end(), [](const Warp& warp) { return warp.num_groups == 0; });
+  }
+  // Whether the block ends when these lanes of the warp exit.
+  bool ends_with(const Warp& leaving, u32 lanes) const {
+    return leaving.live == lanes &&
+           std::all_of(warps.begin(), warps.end(), [&](const Warp& warp) { return &warp == &leaving || warp.num_groups == 0; });
   }
 
  private:

@@ -218,8 +218,8 @@ Knowledge& SharedShadow::flag_at(u32 address) {
 
 void SharedShadow::access_async(Warp& warp, const Record* in, Access access, u32 lane, AsyncAgent by, u32 begin, u32 bytes, const char* what) {
   Visit visit{warp, in, access, true, by.proxy, lane, by.by_warp ? ALL_LANES : 1u << lane, bytes, what, {}, 0, nullptr};
-  visit.reads = reads_of(by.agent, visit.slot);
-  visit.stamp = Stamp::make(by.agent, by.clock, lane, warp.cta->record_index(in));
+  if (access == Access::READ && bytes >= CELL_BYTES) visit.reads = reads_of(by.agent, visit.slot);  // only whole cells have slots of readers
+  visit.stamp = Stamp::make(by.agent, by.clock, lane | (is_strong(access) ? ATOMIC_LANE : 0), warp.cta->record_index(in));
   warp.knowledge.touch(1u << lane);
   touch(visit, begin, bytes);
 }

@@ -39,6 +39,9 @@ const Table& instruction_table() {
     register_barrier(t);
     register_cluster_barrier(t);
     register_async_copy(t);
+    register_mbarrier(t);
+    register_bulk_copy(t);
+    register_tensor_copy(t);
     return t;
   }();
   return table;

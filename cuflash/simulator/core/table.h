@@ -67,6 +67,9 @@ void register_collective(Table&);
 void register_barrier(Table&);
 void register_cluster_barrier(Table&);
 void register_async_copy(Table&);
+void register_mbarrier(Table&);
+void register_bulk_copy(Table&);
+void register_tensor_copy(Table&);
 
 // ---- map: a function of whole vectors, for hot instructions
 

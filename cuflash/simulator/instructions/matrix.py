@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from cuflash.simulator.encoder import A, C, Encoder, Unsupported, vector
-from cuflash.simulator.instructions.memory import ADDRESS_64
+from cuflash.simulator.encoder import ADDRESS_64, A, C, Encoder, Unsupported, vector
 from cuflash.simulator.instructions.registry import decodes
 from cuflash.simulator.parser import Statement
 

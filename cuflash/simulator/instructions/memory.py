@@ -5,23 +5,10 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from cuflash.simulator.encoder import A, B, C, D, Encoder, Unsupported, parse_integer, vector
+from cuflash.simulator.encoder import ADDRESS_64, GENERIC, SPACES, SYMBOL_WIDTHS, A, B, C, D, Encoder, Unsupported, parse_integer, vector
 from cuflash.simulator.instructions.registry import decodes
 from cuflash.simulator.parser import Statement, type_bits
 
-# Numbers of the spaces in core/access.h.
-_SPACES = {
-    "global": 0,
-    "const": 0,
-    "shared": 1,
-    "shared::cta": 1,
-    "shared::cluster": 5,
-    "local": 2,
-    "param": 3,
-    "param::entry": 3,
-}
-_GENERIC = 4
-ADDRESS_64 = 8
 _NO_RESULT = 16
 _STRONG = 32
 _STRONG_MODIFIERS = frozenset({"volatile", "relaxed", "acquire", "release", "mmio"})
@@ -56,10 +43,10 @@ def _element(type_name: str, load: bool) -> str:
 @functools.cache
 def _access(opcode: str) -> Access:
     parts = opcode.split(".")
-    space, count = _GENERIC, 1
+    space, count = GENERIC, 1
     for part in parts[1:-1]:
-        if part in _SPACES:
-            space = _SPACES[part]
+        if part in SPACES:
+            space = SPACES[part]
         elif part in ("v2", "v4", "v8"):
             count = int(part[1])
     type_name = parts[-1]
@@ -75,17 +62,13 @@ def _access(opcode: str) -> Access:
     )
 
 
-def _symbol_width(space: int) -> int:
-    return 32 if space in (1, 5) else 64
-
-
 def _emit_access(encoder: Encoder, name: str, access: Access, address: str, registers: list[str], defines: bool) -> None:
     if access.elements > 1:
         name += f".v{access.elements}"
     if name not in encoder.table or len(registers) != access.elements:
         raise Unsupported("this access")
     start = encoder.begin(name)
-    offset, wide = encoder.put_address(start, A, address, _symbol_width(access.space))
+    offset, wide = encoder.put_address(start, A, address, SYMBOL_WIDTHS[access.space])
     encoder.set_field(start, C, access.space | (ADDRESS_64 if wide else 0) | (_STRONG if access.strong else 0))
     encoder.add_extra(start, offset & 0xFFFF, offset >> 16 & 0xFFFF)
     kind = 64 if access.element == "b64" else 32
@@ -146,10 +129,10 @@ def decode_st(encoder: Encoder, statement: Statement, operands: list[str]) -> No
 def _atomic(opcode: str) -> tuple[str, int, int]:
     """Name in the core's table, space and number of elements of an atom or red."""
     parts = opcode.split(".")
-    space, count, operation = _GENERIC, 1, ""
+    space, count, operation = GENERIC, 1, ""
     for part in parts[1:-1]:
-        if part in _SPACES:
-            space = _SPACES[part]
+        if part in SPACES:
+            space = SPACES[part]
         elif part in ("v2", "v4", "v8"):
             count = int(part[1])
         elif part in ("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"):
@@ -165,7 +148,7 @@ def _emit_atomic(encoder: Encoder, opcode: str, results: list[str] | None, addre
     kind = 64 if nbytes == 8 else 32
     for i, value in enumerate(values):
         start = encoder.begin(name)
-        offset, wide = encoder.put_address(start, A, address, _symbol_width(space))
+        offset, wide = encoder.put_address(start, A, address, SYMBOL_WIDTHS[space])
         if i and not wide and count > 1:
             raise Unsupported("a vector at this address")
         offset += i * nbytes
@@ -200,17 +183,13 @@ def decode_atom(encoder: Encoder, statement: Statement, operands: list[str]) -> 
 @decodes("red")
 def decode_red(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
     """red{.space}.op.type [a], b: an atom whose result nobody wants."""
-    if ".async" in statement.opcode:
-        raise Unsupported("an asynchronous reduction")
     _emit_fenced(encoder, statement.opcode, None, operands[0], vector(operands[1]), None)
 
 
-@decodes("cp")
+@decodes("cp.async")
 def decode_cp(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
     """cp.async: [shared], [global], bytes{, bytes read or ignore-predicate}{, cache policy}; and its groups."""
     parts = statement.opcode.split(".")
-    if parts[:2] != ["cp", "async"] or "bulk" in parts or "mbarrier" in parts:
-        raise Unsupported("this kind of copy")
     if parts[2] == "commit_group" or parts[2] == "wait_all":
         encoder.emit(f"cp.async.{parts[2]}")
         return
@@ -244,10 +223,25 @@ def decode_cp(encoder: Encoder, statement: Statement, operands: list[str]) -> No
 def decode_fence(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
     """Fences order memory between blocks that run on different threads; within a block memory is always in order, but see proxies."""
     del operands
-    if statement.opcode.startswith("fence.proxy.async"):
+    encoder.emit("fence", _scope(statement.opcode))
+
+
+@decodes("fence.proxy")
+def decode_fence_proxy(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """fence.proxy.async{.space} and fence.proxy.alias: races are looked for in shared memory only, so a fence of global memory changes nothing."""
+    del operands
+    kind, _, space = statement.opcode.removeprefix("fence.proxy.").partition(".")
+    if kind not in ("async", "alias") or space not in ("", "global", "shared::cta", "shared::cluster"):
+        raise Unsupported("this fence of proxies")
+    if kind == "async" and space != "global":
         encoder.emit("fence.proxy.async")
-    else:
-        encoder.emit("fence", _scope(statement.opcode))
+
+
+@decodes("fence.mbarrier_init")
+def decode_fence_mbarrier_init(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """fence.mbarrier_init.release.cluster."""
+    del statement, operands
+    encoder.emit("fence.mbarrier_init")
 
 
 @decodes("createpolicy")

@@ -17,7 +17,7 @@ _IDLE_MODIFIERS = frozenset({"rn", "approx", "full", "uni", "sync", "aligned", "
 
 
 def decodes(*opcodes: str) -> Callable[[Decoder], Decoder]:
-    """Register a decoder for all instructions whose opcode starts with one of these words."""
+    """Register a decoder for all instructions whose opcode starts with these words; of several the one with the most words counts."""
 
     def register(decoder: Decoder) -> Decoder:
         for opcode in opcodes:
@@ -25,6 +25,16 @@ def decodes(*opcodes: str) -> Callable[[Decoder], Decoder]:
         return decoder
 
     return register
+
+
+@functools.cache
+def find_decoder(opcode: str) -> Decoder | None:
+    """The decoder for an opcode, or None if its table entry describes it."""
+    while opcode:
+        if opcode in DECODERS:
+            return DECODERS[opcode]
+        opcode = opcode.rpartition(".")[0]
+    return None
 
 
 @functools.cache
