@@ -130,7 +130,10 @@ SIM_NOINLINE void SharedShadow::touch_split(Visit& visit, u32 index, u32 bytes) 
         read.stamp = Stamp::make(now.agent(), now.clock(), SEVERAL_LANES, now.record());
         return;
       }
-      if (!same_clock && (read.bytes & ~bytes)) continue;
+      if (!same_clock && (read.bytes & ~bytes)) {
+        read.bytes &= ~bytes;  // its other bytes are a read of their own from now on
+        continue;
+      }
       read = {now, read.bytes | bytes};
       return;
     }
