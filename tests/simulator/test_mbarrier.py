@@ -301,6 +301,7 @@ def test_too_many_mbarriers() -> None:
         "mbarrier.test_wait.parity.shared::cluster.b64 p, [r], 0;",
         "mbarrier.arrive.shared::cluster.b64 s, [r];",
         "mbarrier.init.odd.b64 [r], 1;",
+        "mbarrier.init.global.b64 [s], 1;",
     ],
 )
 def test_unsupported_forms(instruction: str) -> None:
