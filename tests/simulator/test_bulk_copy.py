@@ -345,8 +345,8 @@ asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(addre
     assert "test.cu:7: asm volatile" in text
 
 
-# Two blocks, with no barrier of the cluster: each tells the other by a flag in global memory that it is there, and by one in the shared memory of the other
-# what it did before. Addresses of other blocks are made by hand.
+# Two blocks, with no barrier of the cluster: each tells the other by a flag in global memory that it is there, and by one in the shared memory of
+# the other what it did before. Addresses of other blocks are made by hand.
 CLUSTER = """__shared__ __align__(128) int s[256]; __shared__ u64 full, done; __shared__ u32 ready;
 u32 rank; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
 u32 other = 2 - rank << 24;
@@ -447,8 +447,10 @@ def test_missing_fence_before_a_store(options: Options) -> None:
     assert "test.cu:5: for" in text  # the write
     wrong = body.replace("FENCE", "").replace("store(a", "fence_async(); store(a")  # by the reader, which is as good
     launch(wrong, out, options=options)
-    only_global = 'asm volatile("fence.proxy.async.global;" ::: "memory");'
-    assert "[proxy-fence]" in report(body.replace("FENCE", only_global), out, options=options)
+    for fence in ("fence.proxy.async", "fence.proxy.async.shared::cluster"):
+        launch(body.replace("FENCE", f'asm volatile("{fence};" ::: "memory");'), out, options=options)
+    for fence in ("fence.proxy.async.global", "fence.proxy.alias", "fence.acq_rel.cta", "fence.mbarrier_init.release.cluster"):
+        assert "[proxy-fence]" in report(body.replace("FENCE", f'asm volatile("{fence};" ::: "memory");'), out, options=options)
 
 
 @pytest.mark.parametrize("options", SCHEDULES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from mbarriers import ALL, launch, report
+from mbarriers import ALL, SCHEDULES, launch, report
 from simulated import run_ptx
 
 from cuflash.errors import SimulatorError
@@ -170,7 +170,7 @@ def test_ring(options: Options) -> None:
     assert ring(options, SIGNAL_FULL="arrive(full + i % 3);", FULL="32")
 
 
-@pytest.mark.parametrize("options", ALL[:3])
+@pytest.mark.parametrize("options", SCHEDULES)
 def test_ring_bugs(options: Options) -> None:
     with pytest.raises(
         SimulatorError, match=r"\[race\] 4-byte store .* earlier read by warp|\[deadlock\].* waited for by warp [12], is in phase \d"
@@ -185,9 +185,12 @@ def test_ring_bugs(options: Options) -> None:
     relaxed = 'asm volatile("mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [%0];" :: "r"(address(full + i % 3)) : "memory");'
     with pytest.raises(SimulatorError, match=r"\[race\] 4-byte load .* earlier write by warp 0"):
         ring(options, SIGNAL_FULL=relaxed, FULL="32")
+    wait = "{.reg .pred p;\\nAGAIN: mbarrier.try_wait.parity.relaxed.cta.shared::cta.b64 p, [%0], %1;\\n@!p bra AGAIN;}"
+    with pytest.raises(SimulatorError, match=r"\[race\] 4-byte load .* earlier write by warp 0"):
+        ring(options, WAIT_FULL=f'asm volatile("{wait}" :: "r"(address(full + i % 3)), "r"(i / 3 % 2) : "memory");')
 
 
-@pytest.mark.parametrize("options", ALL[:3])
+@pytest.mark.parametrize("options", SCHEDULES)
 def test_deadlock(options: Options) -> None:
     text = report(
         (SETUP % 3) + "\nif (t < 2) arrive(m + 1);\nif (t == 5) expect(m, 512);\nif (t < 2) arrive(m);\nwait(m, 0);",
@@ -204,7 +207,7 @@ def test_deadlock(options: Options) -> None:
     assert "lacks 3 of 3 arrivals" in polling
 
 
-@pytest.mark.parametrize("options", ALL[:3])
+@pytest.mark.parametrize("options", SCHEDULES)
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -260,13 +263,13 @@ def test_misaligned() -> None:
     assert "[misaligned] mbarrier.init" in report("__shared__ u64 m[2];\ninit((u64*)((char*)m + 4), 1);")
 
 
-@pytest.mark.parametrize("options", ALL[:3])
+@pytest.mark.parametrize("options", SCHEDULES)
 def test_bytes_left_over(options: Options) -> None:
     text = report("__shared__ u64 m;\nif (t == 0) {\ninit(&m, 1);\nexpect(&m, 64);\n}", options=options)
     assert "[leftover] the block ends, but phase 0 of the mbarrier at byte 0 of shared memory still expects 64 bytes" in text
 
 
-@pytest.mark.parametrize("options", ALL[:3])
+@pytest.mark.parametrize("options", SCHEDULES)
 def test_unordered_initialisation(options: Options) -> None:
     text = report(
         "__shared__ u64 m;\nif (t == 0) init(&m, 32);\nif (t < 32) __syncwarp();\nif (t >= 32) arrive(&m);", block=64, options=options
@@ -287,6 +290,9 @@ def test_too_many_mbarriers() -> None:
     launch("__shared__ u64 m[64]; if (t == 0) for (int i = 0; i < 64; ++i) init(m + i, 1);")
     text = report("__shared__ u64 m[65]; if (t == 0) for (int i = 0; i < 65; ++i) init(m + i, 1);")
     assert "[unsupported] a block with more than 64 mbarriers" in text
+    body = "__shared__ u64 m; if (t == 0) init(&m, 1);"
+    launch(body, block=1024, cluster=8)
+    assert "[unsupported] a cluster of so many warps and mbarriers" in report(body, block=1024, cluster=16)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +301,7 @@ def test_too_many_mbarriers() -> None:
         "mbarrier.test_wait.parity.shared::cluster.b64 p, [r], 0;",
         "mbarrier.arrive.shared::cluster.b64 s, [r];",
         "mbarrier.init.odd.b64 [r], 1;",
+        "mbarrier.init.global.b64 [s], 1;",
     ],
 )
 def test_unsupported_forms(instruction: str) -> None:

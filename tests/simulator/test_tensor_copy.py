@@ -261,6 +261,7 @@ def test_where_the_map_lies(place: str) -> None:
     table = aligned(np.frombuffer(encoded, np.uint8))
     out = np.zeros(256, np.uint8)
     body = load_body(2, (1, 8), 256)
+    body = body.replace("shared::cluster.global", "shared::cta.global")
     if place == "global":
         body = body.replace('"l"(&m0)', '"l"(c)')
     launch(body, out, array, table, maps=[encoded], element="char", shared=256)

@@ -62,6 +62,9 @@ void Cluster::reset(u64 number) {
 
 void Cluster::run(u64 number) {
   reset(number);
+  if (launch.checks && num_agents() > MAX_AGENTS) {
+    throw Failure{"unsupported", "a cluster of so many warps and mbarriers is too large for the race detector", {0, 0, NO_RECORD, 0}, 0, 0, {}};
+  }
   if (launch.schedule == Schedule::RANDOM) run_at_random();
   else run_in_turn();
   check_clocks();

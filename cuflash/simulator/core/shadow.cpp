@@ -139,7 +139,11 @@ SIM_NOINLINE void SharedShadow::touch_split(Visit& visit, u32 index, u32 bytes) 
         read = {visit.stamp, read.lanes | lanes}, read_bytes |= bytes;
         return;
       }
-      if ((read_bytes & ~bytes) || !visit.supersedes(read)) continue;
+      if (!visit.supersedes(read)) continue;
+      if (read_bytes & ~bytes) {
+        read_bytes &= ~bytes;  // its other bytes are a read of their own from now on
+        continue;
+      }
       read = {visit.stamp, lanes}, read_bytes = bytes;
       return;
     }

@@ -7,11 +7,12 @@ from cuflash.simulator.instructions.registry import decodes
 from cuflash.simulator.parser import Statement
 
 _NO_STATE, _RELAXED, _NO_COMPLETE = 1, 2, 4  # in field c of a record, see core/mbarrier.cpp
-_MODIFIERS = frozenset({"b64", "release", "acquire", "relaxed", "cta", "cluster", "expect_tx", "noComplete", "parity", *SPACES})
+_SHARED = ("shared", "shared::cta", "shared::cluster")
+_MODIFIERS = frozenset({"b64", "release", "acquire", "relaxed", "cta", "cluster", "expect_tx", "noComplete", "parity", *_SHARED})
 
 
 def _space(parts: list[str]) -> int:
-    return next((SPACES[part] for part in parts if part in SPACES), GENERIC)
+    return next((SPACES[part] for part in parts if part in _SHARED), GENERIC)
 
 
 def _begin(encoder: Encoder, name: str, address: str, parts: list[str]) -> int:
