@@ -226,6 +226,11 @@ class Encoder:
         self.extra.append(0)
         self.put(IN_EXTRA | position, text, kind, defines)
 
+    def put_extra_in_place(self, text: str, kind: int) -> None:
+        """Append a register that the instruction reads and writes."""
+        self.put_extra(text, kind, True)
+        self.put(IN_EXTRA | (len(self.extra) - 1), text, kind, False)
+
     def add_extra_value(self, value: int) -> None:
         """Append a number to `extra`."""
         self.extra.append(value)

@@ -40,12 +40,15 @@ _RANGE = re.compile(r"(.+)<(\d+)>$")
 _NAME = re.compile(r"[%A-Za-z_$][\w$]*")
 
 _TYPE_BITS = re.compile(r"[a-z]+(\d+)(x2)?$")
+_FP8_PAIRS = ("e4m3x2", "e5m2x2")
 
 
 def type_bits(name: str) -> int:
     """The size of a PTX type: 32 for "f32" and "bf16x2", 1 for "pred"."""
     if name == "pred":
         return 1
+    if name in _FP8_PAIRS:
+        return 16
     match = _TYPE_BITS.match(name)
     if match is None:
         raise SimulatorError(f"unknown PTX type .{name}")

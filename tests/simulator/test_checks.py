@@ -309,7 +309,7 @@ def test_unknown_instruction() -> None:
     assert "test.cu:3" in text
 
 
-@pytest.mark.parametrize("instruction", ["wgmma.fence.sync.aligned;", "add.q32 r, r, r;", "mov.u32 r, %nosuch;", "add.u32 r, r;"])
+@pytest.mark.parametrize("instruction", ["tcgen05.wait::ld.sync.aligned;", "add.q32 r, r, r;", "mov.u32 r, %nosuch;", "add.u32 r, r;"])
 def test_unsupported_forms(instruction: str) -> None:
     ptx = f".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k() {{ .reg .u32 r; {instruction} ret; }}"
     with pytest.raises(SimulatorError, match="does not support"):

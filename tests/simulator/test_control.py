@@ -247,3 +247,14 @@ def test_threads_do_not_change_results() -> None:
         assert counters.ctas == 37
         results.append((out.tobytes(), counters.warp_instructions))
     assert results[0] == results[1] == results[2]
+
+
+def test_programmatic_launches_do_nothing() -> None:
+    source = """extern "C" __global__ void k(int* out) {
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        out[threadIdx.x] = threadIdx.x;
+        asm volatile("griddepcontrol.launch_dependents;");
+    }"""
+    out = np.zeros(32, np.int32)
+    run_cuda(source, out, arch="compute_90")
+    assert out.tolist() == list(range(32))

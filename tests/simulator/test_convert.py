@@ -103,6 +103,49 @@ def test_every_half_survives_a_round_trip() -> None:
     bits_equal(got.view(np.float16), every.view(np.float16))
 
 
+FP8 = {"e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "e5m2": np.dtype(ml_dtypes.float8_e5m2)}
+
+
+def narrowed(values: Array, kind: str) -> Array:
+    """Round to nearest even, saturate, and make every NaN 0x7f; [bytes]."""
+    limit = np.float32(448 if kind == "e4m3" else 57344)
+    with_nan = np.clip(values.astype(np.float32), -limit, limit).astype(FP8[kind]).view(np.uint8)
+    return np.where(np.isnan(values), np.uint8(0x7F), with_nan)
+
+
+@pytest.mark.parametrize("kind", FP8)
+def test_narrowing_to_8_bits(kind: str) -> None:
+    every = np.arange(256, dtype=np.uint8).view(FP8[kind]).astype(np.float32)
+    finite = np.sort(every[np.isfinite(every)])
+    ties = (finite[1:] + finite[:-1]) / 2
+    beside = np.concatenate([np.nextafter(ties, np.float32(np.inf)), np.nextafter(ties, np.float32(-np.inf))])
+    large = np.array([448, 464, 479.9, 480, 500, 57344, 61439, 61440, 65536, 3e38, np.inf, -np.inf], np.float32)
+    a = np.concatenate(
+        [special_floats(np.float32), np.random.default_rng(0).standard_normal(500).astype(np.float32), finite, ties, beside, large]
+    )
+    b = a[::-1].copy()
+    for relu in ("", ".relu"):
+        got = run_instruction(f"cvt.rn.satfinite{relu}.{kind}x2.f32 %d, %a, %b;", np.uint16, a, b).view(np.uint8).reshape(-1, 2)
+        low, high = (np.where(x < 0, np.float32(0), x) if relu else x for x in (b, a))
+        np.testing.assert_array_equal(got[:, 0], narrowed(low, kind))
+        np.testing.assert_array_equal(got[:, 1], narrowed(high, kind))
+    halves = np.arange(65536, dtype=np.uint32).astype(np.uint16).view(np.float16)
+    pairs = np.stack([halves, np.roll(halves, 7)], 1)
+    for relu in ("", ".relu"):
+        got = run_instruction(f"cvt.rn.satfinite{relu}.{kind}x2.f16x2 %d, %a;", np.uint16, pairs.view(np.uint32).ravel()).view(np.uint8)
+        np.testing.assert_array_equal(got.reshape(-1, 2), narrowed(np.where(pairs < 0, np.float16(0), pairs) if relu else pairs, kind))
+
+
+@pytest.mark.parametrize("kind", FP8)
+def test_widening_of_8_bits_is_exact(kind: str) -> None:
+    pairs = np.arange(65536, dtype=np.uint32).astype(np.uint16)
+    expected = pairs.view(np.uint8).view(FP8[kind]).astype(np.float16).reshape(-1, 2)
+    got = run_instruction(f"cvt.rn.f16x2.{kind}x2 %d, %a;", np.uint32, pairs).view(np.float16).reshape(-1, 2)
+    bits_equal(got, expected)
+    got = run_instruction(f"cvt.rn.relu.f16x2.{kind}x2 %d, %a;", np.uint32, pairs).view(np.float16).reshape(-1, 2)
+    bits_equal(got, np.where(expected < 0, np.float16(0), expected))
+
+
 def test_tf32() -> None:
     a = np.random.default_rng(0).standard_normal(2000).astype(np.float32)
     a[:3] = [1 + 2.0**-11, -(1 + 2.0**-11), np.inf]

@@ -183,22 +183,35 @@ def test_ldmatrix(count: int, trans: bool) -> None:
             assert got[j, lane].tolist() == m[lane // 4, 2 * (lane % 4) : 2 * (lane % 4) + 2].tolist()
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("trans", [False, True])
-def test_stmatrix(trans: bool) -> None:
-    source = """
-    extern "C" __global__ void k(const u32* in, u32* out) {
+def test_stmatrix(count: int, trans: bool) -> None:
+    registers = ",".join(f"%{i + 1}" for i in range(count))
+    inputs = "".join(f', "r"(in[lane + {32 * i}])' for i in range(count))
+    opcode = f"stmatrix.sync.aligned.m8n8.x{count}{'.trans' if trans else ''}.shared.b16"
+    source = f"""
+    extern "C" __global__ void k(const u32* in, u32* out) {{
         __shared__ __align__(16) u32 tile[128];
         int lane = threadIdx.x;
-        u32 address = (u32)__cvta_generic_to_shared(tile + lane * 4);
-        asm volatile("stmatrix.sync.aligned.m8n8.x4TRANS.shared.b16 [%0], {%1,%2,%3,%4};"
-            :: "r"(address), "r"(in[lane]), "r"(in[lane + 32]), "r"(in[lane + 64]), "r"(in[lane + 96]) : "memory");
+        for (int i = 0; i < 4; ++i) tile[i * 32 + lane] = 0;
+        __syncwarp();
+        u32 address = (u32)__cvta_generic_to_shared(tile + (lane ^ 3) * 4);
+        asm volatile("{opcode} [%0], {{{registers}}};" :: "r"(address){inputs} : "memory");
         __syncwarp();
         for (int i = 0; i < 4; ++i) out[i * 32 + lane] = tile[i * 32 + lane];
-    }""".replace("TRANS", ".trans" if trans else "")
-    fragments = np.random.default_rng(0).integers(0, 65536, (4, 8, 8)).astype(np.uint16)
-    out = np.zeros((4, 8, 8), np.uint16)
-    run_cuda(source, fragments, out, arch="compute_90")
-    np.testing.assert_array_equal(out, fragments.transpose(0, 2, 1) if trans else fragments)
+    }}"""
+    fragments = np.random.default_rng(0).integers(1, 65536, (4, 32, 2)).astype(np.uint16)  # [register][lane][half]
+    out = np.zeros((32, 8), np.uint16)
+    run_cuda(source, np.ascontiguousarray(fragments), out, arch="compute_90")
+    expected = np.zeros((32, 8), np.uint16)
+    for j in range(count):
+        for lane in range(32):
+            for half in range(2):  # the lane holds elements 2 (lane % 4) and the next of row lane / 4, or of that column
+                row, column = lane // 4, 2 * (lane % 4) + half
+                if trans:
+                    row, column = column, row
+                expected[(8 * j + row) ^ 3, column] = fragments[j, lane, half]
+    np.testing.assert_array_equal(out, expected)
 
 
 def test_movmatrix() -> None:

@@ -6,7 +6,9 @@
 #include <utility>
 
 #include "async_copy.h"
+#include "register_pool.h"
 #include "table.h"
+#include "wgmma.h"
 
 namespace sim {
 
@@ -25,6 +27,10 @@ Cluster::Cluster(const Program& program_, const LaunchDescription& launch_, Glob
   }
   for (u32 i = 0; i < warps.size(); ++i) warps[i]->index = i;
   engines.push_back(make_async_copy_engine(*this));
+  engines.push_back(make_wgmma_engine(*this));
+  wgmma = engines.back().get();
+  engines.push_back(make_register_pool(*this));
+  register_pool = engines.back().get();
 }
 
 Cluster::~Cluster() = default;

@@ -51,6 +51,7 @@ class Cluster {
   std::vector<std::unique_ptr<Engine>> engines;
   ClusterBarrier barrier;
   std::unique_ptr<Profile> profile;  // null if the launch is not profiled
+  Engine *wgmma, *register_pool;  // two of them
   Random random{0};
 
   // Agents, block by block: the warps; for each warp its cp.async copies, then its bulk copies; the warpgroups' matrix products; mbarriers.

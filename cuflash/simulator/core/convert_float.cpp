@@ -1,7 +1,8 @@
-// cvt between f16, bf16, tf32, f32 and f64, and rounding to integral values.
+// cvt between fp8, f16, bf16, tf32, f32 and f64, and rounding to integral values.
 #include <cmath>
 
 #include "float.h"
+#include "fp8.h"
 
 namespace sim {
 namespace {
@@ -51,6 +52,23 @@ void register_narrowing(Table& table) {
   table.add("cvt.rn.bf16.f64", "d32 a64", each<bf16, f64>([](f64 a) { return round_to_odd(a); }));
   table.add("cvt.rn.bf16.f16", "d32 a32", each<bf16, f16>([](f32 a) { return a; }));
   table.add("cvt.rn.f16.bf16", "d32 a32", each<f16, bf16>([](f32 a) { return a; }));
+}
+
+// cvt.e4m3x2.f32 d, a, b: a goes to the upper byte. From and to f16x2 by way of f32, which is exact.
+template <class NARROW, class WIDEN> void add_fp8(Table& table, const std::string& type, NARROW, WIDEN) {
+  table.add("cvt.rn.satfinite." + type + ".f32", "d32 a32 b32",
+            map<u32>([](auto a, auto b) { return narrow<NARROW, false>(as<f32>(a)) << 8 | narrow<NARROW, false>(as<f32>(b)); }));
+  table.add("cvt.rn.satfinite.relu." + type + ".f32", "d32 a32 b32",
+            map<u32>([](auto a, auto b) { return narrow<NARROW, true>(as<f32>(a)) << 8 | narrow<NARROW, true>(as<f32>(b)); }));
+  table.add("cvt.rn.satfinite." + type + ".f16x2", "d32 a32",
+            map<u32>([](auto a) { return narrow<NARROW, false>(f16_to_f32(a >> 16)) << 8 | narrow<NARROW, false>(f16_to_f32(a & 0xffffu)); }));
+  table.add("cvt.rn.satfinite.relu." + type + ".f16x2", "d32 a32",
+            map<u32>([](auto a) { return narrow<NARROW, true>(f16_to_f32(a >> 16)) << 8 | narrow<NARROW, true>(f16_to_f32(a & 0xffffu)); }));
+  table.add("cvt.rn.f16x2." + type, "d32 a32", map<u32>([](auto a) { return f32_to_f16(WIDEN{}(a >> 8)) << 16 | f32_to_f16(WIDEN{}(a)); }));
+  table.add("cvt.rn.relu.f16x2." + type, "d32 a32", map<u32>([](auto a) {
+              const auto half = [](Vec<f32> value) { return f32_to_f16(value < 0.0f ? splat(0.0f) : value); };
+              return half(WIDEN{}(a >> 8)) << 16 | half(WIDEN{}(a));
+            }));
 }
 
 enum Direction { TOWARD_ZERO, DOWN, UP };
@@ -107,6 +125,8 @@ void register_convert_float(Table& table) {
   add_half("rmi", [](f32 a) { return std::floor(a); });
   add_half("rpi", [](f32 a) { return std::ceil(a); });
   register_narrowing(table);
+  add_fp8(table, "e4m3x2", [](auto a) { return f32_to_e4m3(a); }, [](auto a) { return e4m3_to_f32(a); });
+  add_fp8(table, "e5m2x2", [](auto a) { return f32_to_e5m2(a); }, [](auto a) { return e5m2_to_f32(a); });
   register_f64(table);
 }
 

@@ -202,6 +202,35 @@ SIM_INLINE void transpose(Quad<u32> (&q)[4]) {
   q[3] = shuffle_quads<2, 3, 6, 7>(high01, high23);
 }
 
+using Octet = VectorOf<u16, 16>::type;
+
+template <int... I> SIM_INLINE Octet interleave(Octet x, Octet y) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, I...);
+#else
+  return __builtin_shuffle(x, y, VectorOf<i16, 16>::type{I...});
+#endif
+}
+
+// The same for eight rows of eight 16-bit elements.
+SIM_INLINE void transpose(Octet (&m)[8]) {
+  Octet s[8], t[8];
+  for (int i = 0; i < 4; ++i) {  // pairs of rows, element by element
+    s[2 * i] = interleave<0, 8, 1, 9, 2, 10, 3, 11>(m[2 * i], m[2 * i + 1]);
+    s[2 * i + 1] = interleave<4, 12, 5, 13, 6, 14, 7, 15>(m[2 * i], m[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {  // four rows, by pairs of elements
+    for (int h = 0; h < 2; ++h) {
+      t[4 * i + 2 * h] = interleave<0, 1, 8, 9, 2, 3, 10, 11>(s[4 * i + h], s[4 * i + 2 + h]);
+      t[4 * i + 2 * h + 1] = interleave<4, 5, 12, 13, 6, 7, 14, 15>(s[4 * i + h], s[4 * i + 2 + h]);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {  // all eight
+    m[2 * i] = interleave<0, 1, 2, 3, 8, 9, 10, 11>(t[i], t[4 + i]);
+    m[2 * i + 1] = interleave<4, 5, 6, 7, 12, 13, 14, 15>(t[i], t[4 + i]);
+  }
+}
+
 // The four lanes repeated over a whole vector.
 template <class T> SIM_INLINE Vec<T> repeat(Quad<T> four) {
 #if defined(SIM_AVX512)

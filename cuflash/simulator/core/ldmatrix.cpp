@@ -8,34 +8,6 @@
 namespace sim {
 namespace {
 
-using Octet = VectorOf<u16, 16>::type;  // a row of a matrix
-
-template <int... I> SIM_INLINE Octet interleave(Octet x, Octet y) {
-#if defined(__clang__)
-  return __builtin_shufflevector(x, y, I...);
-#else
-  return __builtin_shuffle(x, y, VectorOf<i16, 16>::type{I...});
-#endif
-}
-
-SIM_INLINE void transpose_matrix(Octet (&m)[8]) {
-  Octet s[8], t[8];
-  for (int i = 0; i < 4; ++i) {  // pairs of rows, element by element
-    s[2 * i] = interleave<0, 8, 1, 9, 2, 10, 3, 11>(m[2 * i], m[2 * i + 1]);
-    s[2 * i + 1] = interleave<4, 12, 5, 13, 6, 14, 7, 15>(m[2 * i], m[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; ++i) {  // four rows, by pairs of elements
-    for (int h = 0; h < 2; ++h) {
-      t[4 * i + 2 * h] = interleave<0, 1, 8, 9, 2, 3, 10, 11>(s[4 * i + h], s[4 * i + 2 + h]);
-      t[4 * i + 2 * h + 1] = interleave<4, 5, 12, 13, 6, 7, 14, 15>(s[4 * i + h], s[4 * i + 2 + h]);
-    }
-  }
-  for (int i = 0; i < 4; ++i) {  // all eight
-    m[2 * i] = interleave<0, 1, 2, 3, 8, 9, 10, 11>(t[i], t[4 + i]);
-    m[2 * i + 1] = interleave<4, 5, 6, 7, 12, 13, 14, 15>(t[i], t[4 + i]);
-  }
-}
-
 // Pointers to the rows of COUNT matrices.
 template <int COUNT> SIM_INLINE void resolve_rows(Warp& warp, const Record* in, Access access, const char* what, Pointers& rows) {
   constexpr u32 LANES_USED = COUNT == 4 ? ALL_LANES : (1u << (8 * COUNT)) - 1;
@@ -54,7 +26,7 @@ template <int COUNT, bool TRANSPOSED> const Record* load_matrix(Warp& warp, cons
   Octet matrices[COUNT][8];  // all are read before a register is written: the address may be one of them
   for (int j = 0; j < COUNT; ++j) {
     for (int i = 0; i < 8; ++i) memcpy(&matrices[j][i], from.lane[8 * j + i], 16);
-    if (TRANSPOSED) transpose_matrix(matrices[j]);
+    if (TRANSPOSED) transpose(matrices[j]);
   }
   const u16* registers = warp.extra + in->x + 2;
   for (int j = 0; j < COUNT; ++j) memcpy(warp.row<u8>(registers[j]), matrices[j], ROW_BYTES);
@@ -73,7 +45,7 @@ template <int COUNT, bool TRANSPOSED> const Record* store_matrix(Warp& warp, con
   for (int j = 0; j < COUNT; ++j) {
     Octet matrix[8];
     memcpy(matrix, warp.row<u8>(registers[j]), ROW_BYTES);
-    if (TRANSPOSED) transpose_matrix(matrix);
+    if (TRANSPOSED) transpose(matrix);
     for (int i = 0; i < 8; ++i) memcpy(to.lane[8 * j + i], &matrix[i], 16);
   }
   return in + 1;
@@ -87,7 +59,7 @@ const Record* move_matrix(Warp& warp, const Record* in) {
   }
   Octet matrix[8];
   memcpy(matrix, warp.row<u8>(in->a), ROW_BYTES);
-  transpose_matrix(matrix);
+  transpose(matrix);
   memcpy(warp.row<u8>(in->d), matrix, ROW_BYTES);
   return in + 1;
 }

@@ -11,20 +11,9 @@
 namespace sim {
 namespace {
 
-enum class Input { F16, BF16, TF32 };
-enum class Accumulator { F32, F16 };
-
-template <Input INPUT> constexpr int VALUES = INPUT == Input::TF32 ? 1 : 2;  // per register and lane
 template <Input INPUT, int K> constexpr int KIND = int(INPUT) * 32 + K;
 template <Input INPUT, int K> constexpr int A_REGISTERS = K * 2 / 4 / VALUES<INPUT>;
 template <Input INPUT, int K> constexpr int B_REGISTERS = K / 4 / VALUES<INPUT>;
-
-// Value `index` of the lanes' words as floats.
-template <Input INPUT> SIM_INLINE Vec<f32> value_at(Vec<u32> words, int index) {
-  if constexpr (INPUT == Input::TF32) return as<f32>(words & 0xffffe000u);
-  else if constexpr (INPUT == Input::BF16) return as<f32>(index ? words & 0xffff0000u : words << 16);
-  else return f16_to_f32(index ? words >> 16 : words & 0xffffu);
-}
 
 // Copies the registers if they differ from those of the last call.
 template <int COUNT> SIM_INLINE bool same_source(u32 (*source)[LANES], const u32* const (&rows)[COUNT]) {
@@ -80,8 +69,6 @@ template <Input INPUT, int K> SIM_INLINE void expand_b(MatrixScratch& scratch, c
   }
 }
 
-using HalfTile = Vec<f32>[2][HALF_PARTS];  // [even or odd columns]: 8 rows of the accumulator
-
 // As many accumulators at a time as leave registers for A and B.
 constexpr int HALVES_AT_ONCE = VECTOR_BYTES == 64 ? 2 : 1;
 
@@ -99,32 +86,6 @@ template <int K> SIM_INLINE void multiply(const MatrixScratch& scratch, int firs
     }
   }
   memcpy(tiles, sum, sizeof sum);
-}
-
-template <Accumulator TYPE> constexpr int C_REGISTERS = TYPE == Accumulator::F32 ? 4 : 2;
-
-// Reads rows g + 8 half of the accumulator.
-template <Accumulator TYPE> SIM_INLINE void read_tile(Warp& warp, const u16* rows, int half, HalfTile& tile) {
-  for (int p = 0; p < HALF_PARTS; ++p) {
-    if constexpr (TYPE == Accumulator::F32) {
-      tile[0][p] = warp.row<Vec<f32>>(rows[2 * half])[p];
-      tile[1][p] = warp.row<Vec<f32>>(rows[2 * half + 1])[p];
-    } else {
-      const Vec<u32> pair = warp.row<Vec<u32>>(rows[half])[p];
-      tile[0][p] = f16_to_f32(pair & 0xffffu);
-      tile[1][p] = f16_to_f32(pair >> 16);
-    }
-  }
-}
-template <Accumulator TYPE> SIM_INLINE void write_tile(Warp& warp, const u16* rows, int half, const HalfTile& tile) {
-  for (int p = 0; p < HALF_PARTS; ++p) {
-    if constexpr (TYPE == Accumulator::F32) {
-      warp.row<Vec<f32>>(rows[2 * half])[p] = tile[0][p];
-      warp.row<Vec<f32>>(rows[2 * half + 1])[p] = tile[1][p];
-    } else {
-      warp.row<Vec<u32>>(rows[half])[p] = f32_to_f16(tile[0][p]) | f32_to_f16(tile[1][p]) << 16;
-    }
-  }
 }
 
 template <Input INPUT, int K, Accumulator TYPE> const Record* matrix_multiply(Warp& warp, const Record* in) {

@@ -1,12 +1,11 @@
 // The workspace of mma.sync, one per running block.
 #pragma once
 
-#include "lanes.h"
+#include "fragment.h"
 
 namespace sim {
 
-constexpr int MAX_K = 16;                // depth of the largest mma
-constexpr int HALF_PARTS = PARTS<f32>;   // vectors that hold a register of 32 lanes: 8 rows of 4 even or odd columns
+constexpr int MAX_K = 16;  // depth of the largest mma
 
 // Operands expanded for the inner loop, and the registers that they were expanded from: consecutive instructions often share A or B.
 struct MatrixScratch {

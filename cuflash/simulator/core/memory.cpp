@@ -111,6 +111,13 @@ const Record* fence(Warp& warp, const Record* in) {
   return in + 1;
 }
 
+// fence.proxy.async: asynchronous units see what these lanes know of.
+const Record* fence_proxy_async(Warp& warp, const Record* in) {
+  const u32 mask = warp.mask(in);
+  if (mask != 0 && warp.cta->checks) warp.knowledge.fence_proxy(mask, warp.live);
+  return in + 1;
+}
+
 // isspacep: d = whether the generic address a lies in window x.
 const Record* is_space(Warp& warp, const Record* in) {
   const u64* address = warp.row<u64>(in->a);
@@ -157,6 +164,7 @@ void register_memory(Table& table) {
   table.add("st.b64.v4", "", store<u64, 4>);
   table.add("st.b32.v8", "", store<u32, 8>);
   table.add("fence", "xi", fence, Class::CONTROL);
+  table.add("fence.proxy.async", "", fence_proxy_async, Class::CONTROL);
   table.add("isspacep", "dp a64 xi", is_space, Class::INTEGER);
   table.add("enter.window", "d64 a64 b64", map<u64>([](auto a, auto b) { return a | b; }), Class::INTEGER);
   table.add("leave.window", "d64 a64", map<u64>([](auto a) { return a & WINDOW_MASK; }), Class::INTEGER);

@@ -1,7 +1,9 @@
 // Builds a Program from what Python decoded.
 #include "program.h"
 
+#include "flow.h"
 #include "table.h"
+#include "wgmma_hazards.h"
 
 namespace sim {
 
@@ -11,9 +13,13 @@ std::unique_ptr<Program> make_program(const ProgramDescription& in) {
   program->extra.assign(in.extra, in.extra + in.num_extra);
   program->local_bytes = in.local_bytes;
   program->shared_begin = in.shared_begin;
-  allocate_rows(in, *program);
+  const Flow flow = find_flow(in);
+  WgmmaUse wgmma = find_wgmma_use(in, flow);
+  allocate_rows(in, flow, wgmma.in_flight, *program);
   const std::vector<Entry>& instructions = instruction_table().entries();
   for (const Record& record : program->records) program->uses_mbarriers |= instructions[record.op].name.starts_with("mbarrier.init");
+  program->wgmma_hazards = std::move(wgmma.hazards);
+  mark_wgmma_hazards(*program);
 
   // Constants are rows as well, so that an operand needs no case distinction. A 64-bit constant fills two rows.
   for (u32 i = 0; i < in.num_constants; ++i) {

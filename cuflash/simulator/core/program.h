@@ -47,6 +47,14 @@ struct alignas(64) Row {
   u8 bytes[ROW_BYTES];
 };
 
+// A record that may touch a register too early or too late for a wgmma: see wgmma_hazards.cpp.
+struct WgmmaHazard {
+  u32 record;
+  u16 op;  // of the record, whose own says "wgmma.hazard"
+  const char *check, *message;
+  u32 other;  // the record that it collides with, or NO_RECORD
+};
+
 struct Program {
   std::vector<Record> records;
   std::vector<u16> extra;
@@ -54,13 +62,16 @@ struct Program {
   std::vector<std::pair<u32, u16>> special;
   std::vector<u16> poisoned_rows;  // rows that may be read before they are written
   u32 num_rows = 0, num_predicates = 1, local_bytes = 0, shared_begin = 0;
+  std::vector<WgmmaHazard> wgmma_hazards;  // in the order of records
   bool uses_mbarriers = false;
 };
 
 std::unique_ptr<Program> make_program(const ProgramDescription& description);
 
-// Gives every virtual register a row (or a predicate number) by liveness and writes it into the records. See allocate.cpp.
-void allocate_rows(const ProgramDescription& description, Program& program);
+// Gives every virtual register a row (or a predicate number) by liveness and writes it into the records. `in_flight`: registers and records at
+// which a wgmma uses them though no instruction names them. See allocate.cpp.
+struct Flow;
+void allocate_rows(const ProgramDescription& description, const Flow& flow, const std::vector<std::pair<u32, u32>>& in_flight, Program& program);
 
 struct Buffer {
   u64 begin, end;

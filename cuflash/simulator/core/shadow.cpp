@@ -18,15 +18,16 @@ struct SharedShadow::Visit {
   Access access;
   bool async, proxy;
   u32 lane;
-  u32 size;  // bytes of the whole access
+  u32 lanes;  // those that access: this one, or the whole warp at once
+  u32 size;   // bytes of the whole access
   const char* what;
   Stamp stamp;  // of this access
   u32 slot;
   Read* reads;  // of this agent
 
   bool orders_read(const Read& earlier) const { return warp.knowledge.knows(earlier.stamp, earlier.lanes, lane); }
-  // Whether whoever hears of this read has heard of the earlier one by the same agent: what one lane issues completes in order.
-  bool supersedes(const Read& earlier) const { return earlier.lanes == 1u << lane || orders_read(earlier); }
+  // Whether an earlier read by the same agent need not be remembered beside this one: asynchronous work is done in order.
+  bool replaces(const Read& earlier) const { return async || orders_read(earlier); }
   // Whether the write is visible to this access.
   bool orders_write(Stamp earlier) const {
     if (!warp.knowledge.knows(earlier, lane)) return false;
@@ -95,11 +96,11 @@ SIM_INLINE void SharedShadow::touch_whole(Visit& visit, u32 index) {
     if (SIM_UNLIKELY(!visit.orders_write(write))) race(visit, write, write.lane_mask(), true, address);
     Read& last = visit.reads[index];
     const u64 bit = u64(1) << visit.slot;
-    u32 lanes = 1u << visit.lane;
+    u32 lanes = visit.lanes;
     if (cell.readers & bit) {
       if (last.stamp.clock() == visit.stamp.clock()) {
         lanes |= last.lanes;
-      } else if (SIM_UNLIKELY(!visit.supersedes(last))) {  // both have to be remembered
+      } else if (SIM_UNLIKELY(!visit.replaces(last))) {  // both have to be remembered
         touch_split(visit, index, 0xffff);
         return;
       }
@@ -129,7 +130,7 @@ SIM_NOINLINE void SharedShadow::touch_split(Visit& visit, u32 index, u32 bytes) 
   });
   std::vector<PartialRead>& earlier = parts.reads;
   if (!writes(visit.access)) {
-    const u32 lanes = 1u << visit.lane;
+    const u32 lanes = visit.lanes;
     for (auto& [read, read_bytes] : earlier) {
       if (read.stamp.agent() != visit.stamp.agent() || read.stamp.atomic() != visit.stamp.atomic()) continue;
       if (read.stamp.clock() == visit.stamp.clock()) {
@@ -137,7 +138,7 @@ SIM_NOINLINE void SharedShadow::touch_split(Visit& visit, u32 index, u32 bytes) 
         read = {visit.stamp, read.lanes | lanes}, read_bytes |= bytes;
         return;
       }
-      if ((read_bytes & ~bytes) || !visit.supersedes(read)) continue;
+      if ((read_bytes & ~bytes) || !visit.replaces(read)) continue;
       read = {visit.stamp, lanes}, read_bytes = bytes;
       return;
     }
@@ -194,13 +195,13 @@ u32 SharedShadow::read_cells(const Visit& visit, Stamp stamp, u32 lanes, const u
 }
 
 void SharedShadow::access(Warp& warp, const Record* in, Access access, u32 lanes, const u32* addresses, u32 bytes, const char* what) {
-  Visit visit{warp, in, access, false, false, 0, bytes, what, {}, 0, nullptr};
+  Visit visit{warp, in, access, false, false, 0, 0, bytes, what, {}, 0, nullptr};
   const u32 agent = warp.knowledge.agent(OWN_ACCESSES), now = warp.knowledge.now(), record = warp.cta->record_index(in);
   visit.reads = reads_of(agent, visit.slot);
   warp.knowledge.touch(lanes);
   if (bytes == CELL_BYTES && access == Access::READ) lanes = read_cells(visit, Stamp::make(agent, now, 0, record), lanes, addresses);
   for_lanes(lanes, [&](int lane) {
-    visit.lane = u32(lane);
+    visit.lane = u32(lane), visit.lanes = 1u << lane;
     visit.stamp = Stamp::make(agent, now, visit.lane | (is_strong(access) ? ATOMIC_LANE : 0), record);
     if (is_strong(access) && reads(access)) warp.knowledge.read_flag(u32(lane), flag_at(addresses[lane]));
     touch(visit, addresses[lane], bytes);
@@ -215,7 +216,7 @@ Knowledge& SharedShadow::flag_at(u32 address) {
 }
 
 void SharedShadow::access_async(Warp& warp, const Record* in, Access access, u32 lane, AsyncAgent by, u32 begin, u32 bytes, const char* what) {
-  Visit visit{warp, in, access, true, by.proxy, lane, bytes, what, {}, 0, nullptr};
+  Visit visit{warp, in, access, true, by.proxy, lane, by.by_warp ? ALL_LANES : 1u << lane, bytes, what, {}, 0, nullptr};
   visit.reads = reads_of(by.agent, visit.slot);
   visit.stamp = Stamp::make(by.agent, by.clock, lane, warp.cta->record_index(in));
   warp.knowledge.touch(1u << lane);

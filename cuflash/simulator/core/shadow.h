@@ -18,7 +18,8 @@ class Cta;
 // An access by an asynchronous unit, which does not happen in the order of the lane that issued it.
 struct AsyncAgent {
   u32 agent, clock;
-  bool proxy;  // through the asynchronous proxy (bulk copies, wgmma): ordinary accesses before it must be fenced
+  bool proxy;           // through the asynchronous proxy (bulk copies, wgmma): ordinary accesses before it must be fenced
+  bool by_warp = false;  // issued by all lanes together: later reports name none
 };
 
 class SharedShadow {

@@ -32,6 +32,9 @@ const Table& instruction_table() {
     register_atomic(t);
     register_matrix(t);
     register_ldmatrix(t);
+    register_wgmma(t);
+    register_wgmma_hazards(t);
+    register_register_pool(t);
     register_collective(t);
     register_barrier(t);
     register_cluster_barrier(t);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cuflash.simulator.encoder import A, Encoder, Unsupported
+from cuflash.simulator.encoder import A, Encoder, Unsupported, parse_integer
 from cuflash.simulator.instructions.registry import decodes
 from cuflash.simulator.parser import Statement
 
@@ -52,7 +52,18 @@ def decode_call(encoder: Encoder, statement: Statement, operands: list[str]) -> 
         raise Unsupported(f"a call of {operands[0]}")
 
 
-@decodes("griddepcontrol", "setmaxnreg", "pmevent", "brkpt", "nanosleep")
+@decodes("setmaxnreg")
+def decode_setmaxnreg(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """setmaxnreg.inc.sync.aligned.u32 and setmaxnreg.dec.sync.aligned.u32 count."""
+    count = parse_integer(operands[0])
+    if not 24 <= count <= 256 or count % 8:
+        raise Unsupported(f"{count} registers: a multiple of 8 from 24 to 256 is expected")
+    start = encoder.begin(".".join(statement.opcode.split(".")[:2]))
+    encoder.set_x(start, count)
+    encoder.set_field(start, A, encoder.kernel.directives.get("maxnreg", (0,))[0])
+
+
+@decodes("griddepcontrol", "pmevent", "brkpt", "nanosleep")
 def decode_nothing(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
     """Hints about scheduling, and programmatic launches, which run one after the other here."""
     del encoder, statement, operands

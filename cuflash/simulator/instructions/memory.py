@@ -242,9 +242,12 @@ def decode_cp(encoder: Encoder, statement: Statement, operands: list[str]) -> No
 
 @decodes("membar", "fence")
 def decode_fence(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
-    """Fences order memory between blocks that run on different threads; within a block memory is always in order."""
+    """Fences order memory between blocks that run on different threads; within a block memory is always in order, but see proxies."""
     del operands
-    encoder.emit("fence", _scope(statement.opcode))
+    if statement.opcode.startswith("fence.proxy.async"):
+        encoder.emit("fence.proxy.async")
+    else:
+        encoder.emit("fence", _scope(statement.opcode))
 
 
 @decodes("createpolicy")
