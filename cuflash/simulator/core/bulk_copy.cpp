@@ -106,7 +106,7 @@ void BulkCopies::wait(Warp& warp, u32 lanes, u32 allowed, bool read_only) {
   const auto is_done = [](const BulkCopy& copy) { return !copy.barrier && copy.read_waited && copy.pieces.empty(); };
   copies_.erase(std::remove_if(copies_.begin(), copies_.end(), is_done), copies_.end());
   if (!warp.cta->checks) return;
-  warp.knowledge.waited(OWN_BULK, done == MAX_CLOCK ? cluster_.latest(warp.knowledge.agent(OWN_BULK)) : done);
+  warp.knowledge.waited(OWN_BULK, done == MAX_CLOCK ? cluster_.latest(warp.knowledge.agent(OWN_BULK)) : done, lanes);
 }
 
 void BulkCopies::check_exit(Warp& warp, const Record* in, u32 lanes) {

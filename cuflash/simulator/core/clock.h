@@ -100,7 +100,7 @@ class WarpKnowledge {
   void synchronize(u32 lanes, u32 live);  // bar.warp.sync
   void fence_proxy(u32 lanes, u32 live);  // what they know, own accesses included, is visible to asynchronous units from now on
   // The asynchronous work that a lane itself issued is done up to `clock`; other lanes learn of it when they synchronise with this one.
-  void waited(OwnAgent which, u32 clock, u32 lanes = ALL_LANES) {
+  void waited(OwnAgent which, u32 clock, u32 lanes) {
     own_[which].done = std::max(own_[which].done, clock);
     unsynchronized_ |= lanes;
   }
