@@ -128,10 +128,13 @@ class Results:
     out: Any
     lse: Any
     grads: tuple[Any, Any, Any] | None
+    grad_attn_mask: Any = None
+    grad_sinks: Any = None
 
     def bits(self) -> tuple[bytes, ...]:
         """Every bit of every result, in logical order."""
-        return tuple(Target.bits(x) for x in (self.out, self.lse, *(self.grads or ())))
+        others = [grad for grad in (self.grad_attn_mask, self.grad_sinks) if grad is not None]
+        return tuple(Target.bits(x) for x in (self.out, self.lse, *(self.grads or ()), *others))
 
 
 class Target:
@@ -231,16 +234,18 @@ class Target:
         self, query: Any, key: Any, value: Any, *, backward: bool = True, grad_out: Any = None, grad_lse: Any = None, out: Any = None,
         tile: Any = None, backward_tile: Any = None, **options: Any,
     ) -> Results:  # fmt: skip
-        """Both calls, with a random gradient of the output unless there is one."""
+        """Both calls, with a random gradient of the output unless there is one, and with the gradient of an additive mask."""
         out, lse = cuflash.scaled_dot_product_attention(query, key, value, return_lse=True, out=out, tile=tile, **options)
         if not backward:
             return Results(out, lse, None)
         if grad_out is None:
             grad_out = self.random(query.shape, str(query.dtype), seed=99)
+        mask = options.get("attn_mask")
         grads = cuflash.scaled_dot_product_attention_backward(
-            grad_out, query, key, value, out, lse, grad_lse=grad_lse, tile=backward_tile, **options
-        )
-        return Results(out, lse, tuple(grads))
+            grad_out, query, key, value, out, lse, grad_lse=grad_lse, tile=backward_tile,
+            need_attn_mask_grad=mask is not None and str(mask.dtype) != "bool", **options,
+        )  # fmt: skip
+        return Results(out, lse, tuple(grads), grads.attn_mask, grads.sinks)
 
     def check(
         self, query: Any, key: Any, value: Any, *, backward: bool = True, grad_out: Any = None, grad_lse: Any = "random", out: Any = None,
@@ -273,6 +278,12 @@ class Target:
                 with numpy.errstate(invalid="ignore"):
                     close = numpy.abs(got64 - want_grad) <= noise
                 compare(numpy.where(close, want_grad, got64), want_grad, naive_grad, name=name, dtype=dtype)
+            for name in ("attn_mask", "sinks"):
+                got, want_grad = getattr(results, f"grad_{name}"), getattr(wanted, name)
+                assert (got is None) == (want_grad is None), name
+                if want_grad is not None:
+                    assert got.dtype == options[name].dtype, name
+                    compare(got, want_grad, getattr(naives, name), name=f"grad_{name}")
         return results
 
     def host(self, x: Any) -> numpy.ndarray[Any, Any]:

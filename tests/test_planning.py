@@ -21,6 +21,7 @@ from cuflash.planning import Plan, backward_passes, make_plan, offline_kernels
 from cuflash.problem import Problem, make_problem
 from cuflash.tiles import Tile
 
+FEATURES = ("DROPOUT", "WINDOW", "SOFTCAP", "ALIBI", "SINKS", "SEGMENTS", "PREFIX")
 SM_80 = device.of_arch("sm_80", "gpu")
 
 
@@ -152,7 +153,9 @@ def test_config_says_all_that_the_kernel_is_told() -> None:
         "  static constexpr int TILE_Q = 64;\n  static constexpr int TILE_KV = 48;\n"
         "  static constexpr int NUM_WARPS = 4;\n  static constexpr int NUM_STAGES = 2;\n"
         f"  static constexpr int SHARED_BYTES = {160 * (64 + 4 * 48)};\n"
-        "  static constexpr bool CAUSAL = true;\n  static constexpr bool ALLOW_TF32 = false;\n};\n"
+        "  static constexpr bool CAUSAL = true;\n  static constexpr bool ALLOW_TF32 = false;\n  using MaskElement = NoMask;\n"
+        + "".join(f"  static constexpr bool {name} = false;\n" for name in FEATURES)
+        + "};\n"
     )
 
 
