@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cuflash.arrays import BFloat16Bits, bfloat16
     from cuflash.attention import Gradients, plan, scaled_dot_product_attention, scaled_dot_product_attention_backward
+    from cuflash.dropout import dropout_mask
     from cuflash.errors import (
         ArgumentError,
         CompileError,
@@ -36,6 +37,7 @@ _HOME = {
     "plan": "attention",
     "scaled_dot_product_attention": "attention",
     "scaled_dot_product_attention_backward": "attention",
+    "dropout_mask": "dropout",
     "ArgumentError": "errors",
     "CompileError": "errors",
     "CuflashError": "errors",
@@ -71,6 +73,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "bfloat16",
+    "dropout_mask",
     "legal_tiles",
     "plan",
     "scaled_dot_product_attention",

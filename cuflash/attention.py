@@ -133,7 +133,7 @@ def scaled_dot_product_attention(
     problem = make_problem(inputs["query"], inputs["key"], inputs["value"], **_named(options) | _borrowed(given, features))
     borrowed_out = None if out is None else borrow(out, "out")
     out_view = None if borrowed_out is None else check_out(problem, problem.layout, borrowed_out, list(inputs.values()), features)
-    forward = _ForwardCall(problem, _device_of(inputs["query"]), tile, inputs, features, borrowed_out, out_view)
+    forward = _ForwardCall(problem, device_of(inputs["query"]), tile, inputs, features, borrowed_out, out_view)
     if cache_key is not None:
         _remember(cache_key, forward)
     pointers = _addresses(inputs | features, seed)
@@ -222,7 +222,7 @@ def scaled_dot_product_attention_backward(
     features = {name: borrow(array, _ARGUMENT_OF.get(name, name)) for name, array in feature_arrays.items()}
     _refuse_autograd(inputs | features)
     problem = make_problem(inputs["query"], inputs["key"], inputs["value"], **_named(options) | _borrowed(given, features))
-    backward = _BackwardCall(problem, _device_of(inputs["query"]), tile, inputs, features)
+    backward = _BackwardCall(problem, device_of(inputs["query"]), tile, inputs, features)
     if cache_key is not None:
         _remember(cache_key, backward)
     return backward.run(_addresses(inputs | features, seed))
@@ -269,7 +269,7 @@ def plan(
     }  # fmt: skip
     inputs = [borrow(query, "query"), borrow(key, "key"), borrow(value, "value")]
     problem = make_problem(*inputs, **_named(options) | given)
-    return make_plan(problem, _device_of(inputs[0]), backward=backward, tile=tile)
+    return make_plan(problem, device_of(inputs[0]), backward=backward, tile=tile)
 
 
 # --- Calls that are kept ------------------------------------------------------------------------------------------------------------------
@@ -552,7 +552,7 @@ def _fill(array: Any, number: float) -> None:
         array[...] = number
 
 
-def _device_of(array: Array) -> Device:
+def device_of(array: Array) -> Device:
     """The device that the array's memory is on."""
     kind, index = array.device
     if kind == "cpu":

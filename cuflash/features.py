@@ -175,7 +175,7 @@ def check_features(
     probability = check_dropout_p(dropout_p)
     check_dropout_seed(probability, dropout_seed)
     if isinstance(dropout_seed, Array) or (probability and words_of_seed(dropout_seed) is None):
-        _check_dropout_state(_array("dropout_seed", dropout_seed, extents))
+        check_dropout_state(dropout_seed, extents)
     limits = check_window(window)
     cap = check_softcap(softcap, scale)
     mask = None if attn_mask is None else _check_mask(attn_mask, extents)
@@ -340,12 +340,15 @@ def _strides(name: str, x: object, dtype: str, shapes: list[tuple[int, ...]], ex
     return array.strides
 
 
-def _check_dropout_state(array: Array) -> None:
+def check_dropout_state(dropout_seed: object, extents: Extents) -> Array:
+    """Seed and offset in memory of the device."""
+    array = _array("dropout_seed", dropout_seed, extents)
     if array.dtype not in ("int64", "uint64"):
         raise DTypeError("dropout_seed", array.dtype, "int64 or uint64", "Cast it; or pass an int.")
     if array.shape != (2,) or array.strides != (1,):
         got = f"shape {array.shape} with strides {array.strides}"
         raise ShapeError("dropout_seed", got, "two contiguous elements, seed and offset", "Pass an array of shape (2,), or an int.")
+    return array
 
 
 def _check_mask(x: object, extents: Extents) -> MaskLayout:

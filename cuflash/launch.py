@@ -19,6 +19,7 @@ from typing import Protocol
 
 from cuflash import cache
 from cuflash.device import Device
+from cuflash.features import Features
 from cuflash.planning import KernelPlan
 from cuflash.problem import Problem, View
 
@@ -61,13 +62,16 @@ def _pack_geometry(problem: Problem, num_tiles: int) -> bytes:
 def features_template(problem: Problem, mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)) -> ArgumentTemplate:
     """`FeatureArguments` of kernels/feature_arguments.cuh. Its 64-bit words are filled in as addresses are."""
     features = problem.features
+    return _features_template(features, features.list_extents(problem.batch, problem.num_heads_q), problem.scale, mask_grad_strides)
+
+
+def _features_template(features: Features, lists: tuple[int, int], scale: float, mask_grad_strides: tuple[int, ...]) -> ArgumentTemplate:
     mask = (0, 0, 0, 0) if features.attn_mask is None else features.attn_mask.strides
-    lists = features.list_extents(problem.batch, problem.num_heads_q)
-    factor = problem.scale * _LOG2_E if features.softcap is None else problem.scale / features.softcap
+    factor = scale * _LOG2_E if features.softcap is None else scale / features.softcap
     threshold = math.ceil(features.dropout_p * 2.0**32)
-    scale = 0.0 if features.dropout_p in (0.0, 1.0) else 1.0 / (1.0 - features.dropout_p)
+    kept_factor = 0.0 if features.dropout_p in (0.0, 1.0) else 1.0 / (1.0 - features.dropout_p)
     numbers = _FEATURE_NUMBERS.pack(
-        *lists, features.window_low, features.window_high, factor, (features.softcap or 0.0) * _LOG2_E, max(threshold - 1, 0), scale
+        *lists, features.window_low, features.window_high, factor, (features.softcap or 0.0) * _LOG2_E, max(threshold - 1, 0), kept_factor
     )
     word = bytes(8)
     strides = struct.Struct("=2q").pack
@@ -87,6 +91,14 @@ def features_template(problem: Problem, mask_grad_strides: tuple[int, ...] = (0,
             ("dropout_offset", word + numbers),
         ]
     )
+
+
+def dropout_mask_arguments(extents: tuple[int, ...], num_tiles: int, dropout_p: float, address: int, words: Mapping[str, int]) -> bytearray:
+    """`DropoutMaskArguments` of kernels/arguments.cuh."""
+    batch, heads, seqlen_q, seqlen_kv = extents
+    geometry = _GEOMETRY.pack(batch, seqlen_q, seqlen_kv, heads, heads, 0, 1.0, 1.0, 1.0, num_tiles)
+    features = _features_template(Features(dropout_p=dropout_p), (1, 1), 1.0, (0, 0, 0, 0))
+    return bytearray(address.to_bytes(8, "little") + geometry + features.fill(words))
 
 
 NO_FEATURE_BYTES = bytes(272)
