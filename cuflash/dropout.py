@@ -59,7 +59,7 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
         return array.framework.finish(kept)
 
     on = device_of(array)
-    batch, heads, seqlen_q, seqlen_kv = extents
+    batch, heads, seqlen_q, _ = extents
     num_tiles = ceil(seqlen_q / _ROWS)
     num_blocks = num_tiles * heads * batch
     if num_blocks >= 2**31:

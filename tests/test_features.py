@@ -159,9 +159,9 @@ def test_mask_of_width_43_from_an_odd_address(target: Target, dtype: str) -> Non
 
 def test_a_mask_far_apart(target: Target) -> None:
     """Strides beyond 32 bits; nothing between the elements is touched."""
-    mask = additive_mask(1, 1, 9, 11, dtype="float16")
-    far = target.place_far(mask, (0, 0, 2**31 + 7, 5), 9 * (2**31 + 7) + 100)
-    inputs = [target.random((1, length, 1, 32), target.half, seed) for seed, length in enumerate((9, 11, 11))]
+    mask = additive_mask(1, 1, 2, 11, dtype="float16")
+    far = target.place_far(mask, (0, 0, 2**31 + 7, 5), 2**31 + 100)
+    inputs = [target.random((1, length, 1, 32), target.half, seed) for seed, length in enumerate((2, 11, 11))]
     out = cuflash.scaled_dot_product_attention(*inputs, attn_mask=far)
     want, _ = reference.attention(*inputs, attn_mask=mask)
     numpy.testing.assert_allclose(target.host(out), want, atol=0.02)
@@ -359,7 +359,7 @@ def test_softcap(target: Target, softcap: float, scale: float) -> None:
 def test_softcap_of_enormous_scores(target: Target) -> None:
     """Scores of 10¹⁰ come out as ±softcap, and gradients as 0, not NaN."""
     query, key, value = inputs_of(target, "float32")
-    target.check(query * numpy.float32(1e5), key * numpy.float32(1e5), value, enable_gqa=True, softcap=30.0)
+    target.check(query * numpy.float32(1e5), key * numpy.float32(1e5), value, enable_gqa=True, softcap=5.0)
 
 
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
