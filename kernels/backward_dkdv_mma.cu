@@ -136,11 +136,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
         wait_for_tiles<NUM_STAGES - 2>([] {});  // tile j has landed; every warp is done with tile j - 1, whose slot is next
         issue(j + NUM_STAGES - 1);
       }
+      const int q_tile = tiles.tile(j);
       const SmemAddress Q_tile = Q_smem + slot(j) * TileQ::BYTES;
       const SmemAddress dO_tile = dO_smem + slot(j) * TileQ::BYTES;
       auto statistics_of = [&](int n) {  // of this lane's two columns of S tile n
         const SmemAddress tile = statistics_smem + slot(j) * STATISTICS_BYTES;
-        return load_statistics(tile, statistics, tiles.tile(j) * TILE_Q, 8 * n + lane_index() % 4 * 2, geometry.seqlen_q);
+        return load_statistics(tile, statistics, q_tile * TILE_Q, 8 * n + lane_index() % 4 * 2, geometry.seqlen_q);
       };
 
       float P[M_TILES][S_TILES][4];  // scores, then probabilities; rows are keys
@@ -148,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileKV>(K_smem, warp_row), typename Mma::OperandB<TileQ>(Q_tile));
       ScoreSlope<M_TILES, S_TILES> slope;
       if constexpr (MODIFIES_SCORES) {
-        modifier.apply<true>(P, slope, first_kv + warp_row, tiles.tile(j) * TILE_Q);
+        modifier.apply<true>(P, slope, first_kv + warp_row, q_tile * TILE_Q);
       } else {
         if (geometry.score_sign != 1.0f) multiply_all(P, geometry.score_sign);
       }
@@ -160,9 +161,16 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 #pragma unroll
           for (int i = 0; i < 4; ++i) P[m][n][i] = probability(P[m][n][i], MODIFIES_SCORES ? 1.0f : geometry.scale_log2, i % 2 ? pair.z : pair.x);
       }
-      hide_masked<true>(P, geometry, visibility, tiles.is_partial(j), tiles.tile(j) * TILE_Q, first_kv, warp_row, 0.0f);
+      if (ONLY_CAUSAL ? needs_mask<CAUSAL>(geometry, q_tile * TILE_Q, first_kv + TILE_KV)
+                      : tiles.is_partial(j) || visibility.needs_mask(q_tile * TILE_Q, q_tile * TILE_Q + TILE_Q, first_kv, first_kv + TILE_KV)) {
+        for_each_element(P, [&](int row, int column, float& probability) {
+          const bool visible = ONLY_CAUSAL ? is_visible<CAUSAL>(geometry, q_tile * TILE_Q + column, first_kv + warp_row + row)
+                                           : visibility.sees(q_tile * TILE_Q + column, first_kv + warp_row + row);
+          if (!visible) probability = 0.0f;
+        });
+      }
       KeptElements<true, M_TILES, S_TILES> kept;
-      if constexpr (DROPOUT) kept.draw(dropout, batch, head, first_kv + warp_row, tiles.tile(j) * TILE_Q);
+      if constexpr (DROPOUT) kept.draw(dropout, batch, head, first_kv + warp_row, q_tile * TILE_Q);
       if constexpr (COMPUTE_DV) {
         const typename Mma::OperandBByRows<TileQ> dO_operand(dO_tile);
         if constexpr (DROPOUT) {

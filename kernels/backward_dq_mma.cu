@@ -108,7 +108,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
       for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) P[m][n][i] = probability(P[m][n][i], MODIFIES_SCORES ? 1.0f : geometry.scale_log2, statistics[m][i / 2].lse_log2);
-    hide_masked<false>(P, geometry, visibility, tiles.is_partial(j), first_q, first_kv, warp_row, 0.0f);
+    if (ONLY_CAUSAL ? needs_mask<CAUSAL>(geometry, first_q, first_kv + TILE_KV)
+                    : tiles.is_partial(j) || visibility.needs_mask(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)) {
+      for_each_element(P, [&](int row, int column, float& probability) {
+        const bool visible = ONLY_CAUSAL ? is_visible<CAUSAL>(geometry, first_q + warp_row + row, first_kv + column)
+                                         : visibility.sees(first_q + warp_row + row, first_kv + column);
+        if (!visible) probability = 0.0f;
+      });
+    }
 
     float dS[M_TILES][S_TILES][4];  // dP - delta, then dS; with dropout dP first
 #pragma unroll

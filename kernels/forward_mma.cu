@@ -99,7 +99,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     } else {
       if (geometry.score_sign != 1.0f) multiply_all(S, geometry.score_sign);
     }
-    hide_masked<false>(S, geometry, visibility, tiles.is_partial(j), first_q, first_kv, warp_row, -infinity());
+    if (ONLY_CAUSAL ? needs_mask<CAUSAL>(geometry, first_q, first_kv + TILE_KV)
+                    : tiles.is_partial(j) || visibility.needs_mask(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)) {
+      for_each_element(S, [&](int row, int column, float& score) {
+        const bool visible = ONLY_CAUSAL ? is_visible<CAUSAL>(geometry, first_q + warp_row + row, first_kv + column)
+                                         : visibility.sees(first_q + warp_row + row, first_kv + column);
+        if (!visible) score = -infinity();
+      });
+    }
     softmax.update(S, O, MODIFIES_SCORES ? 1.0f : geometry.scale_log2);
     if constexpr (DROPOUT) {
       KeptElements<false, M_TILES, S_TILES> kept;

@@ -16,6 +16,7 @@ constexpr bool SINKS = Config::SINKS;
 constexpr bool DROPOUT = Config::DROPOUT;
 
 constexpr bool TILE_LISTS = BOOLEAN_MASK || SEGMENTS;  // which tiles have visible pairs depends on data
+constexpr bool ONLY_CAUSAL = !TILE_LISTS && !WINDOW && !PREFIX;  // no mask but the end of the arrays and the causal one
 constexpr bool MODIFIES_SCORES = SOFTCAP || ALIBI || ADDITIVE_MASK;  // scores are more than scaled products
 constexpr bool PER_HEAD_WALK = TILE_LISTS || PREFIX;  // the tiles of a walk differ between batches or heads
 

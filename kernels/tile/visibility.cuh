@@ -70,24 +70,3 @@ class Visibility {  // of one batch and query head
   int batch, head;
   int prefix = 0;
 };
-
-// Sets what is masked in a warp's part of a tile to `hidden`. The tile has queries from first_q on and keys from first_kv on, the warp's rows start
-// at warp_row of the queries, or with TRANSPOSED of the keys. `is_partial`: masks that depend on data hide some pair of the tile.
-template <bool TRANSPOSED, int M, int N>
-DEVICE void hide_masked(float (&S)[M][N][4], const Geometry& geometry, const Visibility& visibility, bool is_partial, int first_q, int first_kv,
-                        int warp_row, float hidden) {
-  if constexpr (WINDOW || PREFIX || TILE_LISTS) {
-    if (!is_partial && !visibility.needs_mask(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV)) return;
-    for_each_element(S, [&](int row, int column, float& element) {
-      const int query = TRANSPOSED ? first_q + column : first_q + warp_row + row;
-      const int key = TRANSPOSED ? first_kv + warp_row + row : first_kv + column;
-      if (!visibility.sees(query, key)) element = hidden;
-    });
-  } else if (needs_mask<Config::CAUSAL>(geometry, first_q, first_kv + Config::TILE_KV)) {
-    for_each_element(S, [&](int row, int column, float& element) {
-      const int query = TRANSPOSED ? first_q + column : first_q + warp_row + row;
-      const int key = TRANSPOSED ? first_kv + warp_row + row : first_kv + column;
-      if (!is_visible<Config::CAUSAL>(geometry, query, key)) element = hidden;
-    });
-  }
-}
