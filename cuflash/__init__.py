@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TileError,
         UnsupportedError,
     )
+    from cuflash.features import FeatureSet
     from cuflash.planning import Plan
     from cuflash.tiles import Tile
     from cuflash.tuning import legal_tiles, warmup
@@ -49,6 +50,7 @@ _HOME = {
     "SimulatorError": "errors",
     "TileError": "errors",
     "UnsupportedError": "errors",
+    "FeatureSet": "features",
     "Plan": "planning",
     "Tile": "tiles",
     "legal_tiles": "tuning",
@@ -62,6 +64,7 @@ __all__ = [
     "CuflashError",
     "DTypeError",
     "DeviceError",
+    "FeatureSet",
     "Gradients",
     "OptionError",
     "Plan",

@@ -56,6 +56,11 @@ class FeatureSet:
         """Which tiles have visible pairs depends on data, and a kernel of its own lists them."""
         return self.attn_mask == "bool" or self.segments
 
+    @property
+    def hides_keys(self) -> bool:
+        """Any of them masks keys."""
+        return self.lists_tiles or self.window or self.prefix
+
     def names(self) -> tuple[str, ...]:
         """The features that are used, for people and for the model of registers."""
         flags = ("dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix")
@@ -118,6 +123,21 @@ class Features:
     segment_ids_q_strides: Strides2 = (0, 0)
     segment_ids_kv_strides: Strides2 = (0, 0)
     prefix_stride: int = 0
+
+    def describe(self) -> str:
+        """One line for people: the features that are used, with their numbers."""
+        words = []
+        if self.attn_mask is not None:
+            gradient = ", with its gradient" if self.need_attn_mask_grad else ""
+            words.append(f"attn_mask {self.attn_mask.dtype} {self.attn_mask.shape}{gradient}")
+        if self.kinds.window:
+            words.append(f"window of keys at distances {_limit(self.window_low, '-∞')} to {_limit(self.window_high, '∞')}")
+        if self.softcap is not None:
+            words.append(f"softcap {self.softcap:g}")
+        if self.kinds.dropout:
+            words.append(f"dropout {self.dropout_p:g}")
+        words += [name for name in ("alibi", "sinks", "segments", "prefix") if getattr(self.kinds, name)]
+        return ", ".join(words)
 
     def list_extents(self, batch: int, heads: int) -> tuple[int, int]:
         """For how many batches and heads the lists of visible tiles differ."""
@@ -366,6 +386,10 @@ def _check_mask(x: object, extents: Extents) -> MaskLayout:
     shape: Any = (1,) * (4 - ndim) + mask.shape
     strides: Any = tuple(0 if extent == 1 else stride for extent, stride in zip(shape, (0,) * (4 - ndim) + mask.strides, strict=True))
     return MaskLayout(mask.dtype, mask.shape, shape, strides)
+
+
+def _limit(limit: int, unlimited: str) -> str:
+    return unlimited if abs(limit) == UNLIMITED else str(limit)
 
 
 def _real(value: object) -> float | None:

@@ -21,6 +21,7 @@ from cuflash.errors import TileError, UnsupportedError
 from cuflash.features import NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.problem import Problem
 from cuflash.tiles import KernelCase, Tile
+from cuflash.visits import all_tiles, visited_tiles
 
 MAX_GRID = 2**31 - 1
 ROW_STATISTICS_BYTES = 8
@@ -28,6 +29,8 @@ DELTA_WARPS = 4
 LIST_WARPS = 4
 SINKS_WARPS = 8
 LIST_ENTRY_BYTES = 4
+BY_KEYS = ("backward_dkdv", "backward_dk", "backward_dv")
+"""Kernels whose blocks own keys."""
 
 Tiles = Tile | Mapping[str, Tile] | None
 """What `tile=` takes: one tile; for the backward pass also a mapping from kernel names to tiles; or None for the defaults."""
@@ -134,6 +137,11 @@ class Plan:
             )
         if not self.kernels:
             lines.append("  kernel     none: there is nothing to compute")
+        if problem.features.kinds != NO_FEATURES:
+            lines.insert(2, f"  features   {problem.features.describe()}")
+        visits = [_visits(kernel, problem) for kernel in self.kernels if kernel.name in tiles.PASSES]
+        if visits and (problem.is_causal or problem.features.kinds.hides_keys):
+            lines.append(f"  tiles      {', '.join(visits)}")
         lines += [
             f"  memory     outputs {_bytes(self.output_bytes)}, workspace {_bytes(self.workspace_bytes)}; unfused attention would take {_bytes(standard)} more",
             f"  work       {flops / 1e9:.4g} GFLOP in matrix products over visible pairs; the same bits on every run",
@@ -276,7 +284,7 @@ def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned
     }
     source, batch, heads, seqlen = f"{name}_mma.cu", problem.batch, problem.num_heads_q, problem.seqlen_q
     group_batch = group_heads = 1
-    if name in ("backward_dkdv", "backward_dk", "backward_dv"):
+    if name in BY_KEYS:
         source = "backward_dkdv_mma.cu"
         constants |= {"COMPUTE_DK": name != "backward_dv", "COMPUTE_DV": name != "backward_dk"}
         batch, seqlen, heads, _ = problem.value_shape if name == "backward_dv" else problem.key_shape
@@ -314,7 +322,7 @@ def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> K
         "TILE_Q": of.tile.tile_q,
         "TILE_KV": of.tile.tile_kv,
         "NUM_WARPS": LIST_WARPS,
-        "BY_KEYS": of.name in ("backward_dkdv", "backward_dk", "backward_dv"),
+        "BY_KEYS": of.name in BY_KEYS,
         "CAUSAL": problem.is_causal,
         **kinds.constants(),
     }
@@ -329,7 +337,7 @@ def _list_bytes(kernel: KernelPlan, problem: Problem) -> int:
     """Memory of the lists of visible tiles of one kernel: for each tile that blocks own, a count and at most one entry for each tile that they walk over."""
     if kernel.name == "backward_mask":
         return 0
-    by_keys = kernel.name in ("backward_dkdv", "backward_dk", "backward_dv")
+    by_keys = kernel.name in BY_KEYS
     walked = ceil(problem.seqlen_q / kernel.tile.tile_q) if by_keys else ceil(problem.seqlen_kv / kernel.tile.tile_kv)
     batches, heads = problem.features.list_extents(problem.batch, problem.num_heads_q)
     return LIST_ENTRY_BYTES * batches * heads * kernel.num_tiles * (1 + walked)
@@ -363,6 +371,12 @@ def _delta_kernel(problem: Problem, device: Device) -> KernelPlan:
         "backward_delta", "backward_delta.cu", problem.dtype, problem.head_dim, Tile(rows, 1, DELTA_WARPS, 1), config_text(problem.dtype, constants),
         32 * DELTA_WARPS, 0, num_tiles, num_tiles * problem.num_heads_q * problem.batch,
     )  # fmt: skip
+
+
+def _visits(kernel: KernelPlan, problem: Problem) -> str:
+    count = visited_tiles(problem, kernel.tile, by_keys=kernel.name in BY_KEYS)
+    of = f"of {all_tiles(problem, kernel.tile)} per head"
+    return f"{kernel.name} visits as many {of} as data leave visible" if count is None else f"{kernel.name} visits {count} {of}"
 
 
 def _products(problem: Problem, device: Device) -> str:

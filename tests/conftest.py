@@ -283,7 +283,9 @@ class Target:
                 assert (got is None) == (want_grad is None), name
                 if want_grad is not None:
                     assert got.dtype == options[name].dtype, name
-                    coarser = max(dtype, str(got.dtype), key=reference.EPSILON.__getitem__)  # they come from O and dO in the inputs' precision
+                    coarser = max(
+                        dtype, str(got.dtype), key=reference.EPSILON.__getitem__
+                    )  # they come from O and dO in the inputs' precision
                     compare(got, want_grad, getattr(naives, name), name=f"grad_{name}", dtype=coarser)
         return results
 
