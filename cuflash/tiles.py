@@ -147,9 +147,20 @@ def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
         estimate += 100
     else:
         estimate += 74 if case.kernel == "forward" else 88
+    estimate += _feature_registers(case)
     if device.capability < 80 and case.kernel == "forward":  # K and V on their way, in registers
         chunks = case.streamed_rows(tile) * row_bytes(case, device) // 16 // (32 * tile.num_warps)
         estimate += 8 * chunks if chunks <= 8 else 0
+    return estimate
+
+
+def _feature_registers(case: KernelCase) -> int:
+    """What score features and masks take beyond the rest, where tiles that fit without them spilled with them."""
+    estimate = 0
+    if case.features.attn_mask == "bool" and case.kernel == "forward":
+        estimate += 16
+    if case.features.dropout and case.kernel == "backward_dkdv" and case.dtype == "float32" and not case.allow_tf32:
+        estimate += 44
     return estimate
 
 

@@ -31,12 +31,12 @@ def visited_tiles(problem: Problem, tile: Tile, *, by_keys: bool) -> int | None:
     if by_keys:
         for first_kv in range(0, problem.seqlen_kv, tile.tile_kv):
             first_q = max(0, first_kv - high)
-            end_q = min(problem.seqlen_q, first_kv + tile.tile_kv - low)
-            visited += max(0, ceil(end_q / tile.tile_q) - first_q // tile.tile_q)
+            end_q = min(problem.seqlen_q, min(problem.seqlen_kv, first_kv + tile.tile_kv) - low)
+            visited += ceil(end_q / tile.tile_q) - first_q // tile.tile_q if first_q < end_q else 0
         return visited
     for first_q in range(0, problem.seqlen_q, tile.tile_q):
         end_q = min(problem.seqlen_q, first_q + tile.tile_q)
         first_kv = max(0, first_q + low)
         end_kv = min(problem.seqlen_kv, end_q + high)
-        visited += max(0, ceil(end_kv / tile.tile_kv) - first_kv // tile.tile_kv)
+        visited += ceil(end_kv / tile.tile_kv) - first_kv // tile.tile_kv if first_kv < end_kv else 0
     return visited

@@ -77,8 +77,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
   const Visibility common(geometry, arguments.features, 0, 0);  // what does not depend on batch and head
   const int first_tile = PER_HEAD_WALK ? 0 : common.first_query(first_kv) / TILE_Q;
-  const int num_q_tiles = (common.end_query(first_kv + TILE_KV) + TILE_Q - 1) / TILE_Q;
-  const int common_keys = common.end_key(geometry.seqlen_q);
+  const int num_q_tiles = (common.end_query(first_kv, first_kv + TILE_KV) + TILE_Q - 1) / TILE_Q;
+  const int common_keys = common.end_key(0, geometry.seqlen_q);
   const int num_members = first_tile < num_q_tiles ? arguments.group_batch * arguments.group_heads : 0;
   int loaded_pair = -1;  // (batch, K/V head) in shared memory
   auto slot = [](int step) { return NUM_STAGES == 1 ? 0 : step % NUM_STAGES; };
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     const int begin = TILE_LISTS ? 0 : PER_HEAD_WALK ? visibility.first_query(first_kv) / TILE_Q : first_tile;  // steps over query tiles
     const int end = TILE_LISTS ? tiles.count() : num_q_tiles;
     if (PER_HEAD_WALK && begin >= end) continue;
-    const int num_keys = PER_HEAD_WALK ? visibility.end_key(geometry.seqlen_q) : common_keys;  // keys beyond are not even read
+    const int num_keys = PER_HEAD_WALK ? visibility.end_key(0, geometry.seqlen_q) : common_keys;  // keys beyond are not even read
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
     const RowStatistics* statistics = row_statistics(arguments, batch, head);
     TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, batch, head, geometry.seqlen_q);

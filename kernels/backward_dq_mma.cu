@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
   const SmemAddress V_smem = K_smem + NUM_STAGES * TileKV::BYTES;
 
   const Visibility visibility(geometry, arguments.features, work.batch, work.head);
-  const int num_keys = visibility.end_key(first_q + TILE_Q);  // keys beyond are not even read
+  const int num_keys = visibility.end_key(first_q, first_q + TILE_Q);  // keys beyond are not even read
   const VisibleTiles tiles(geometry, arguments.features, work.batch, work.head, work.tile, (geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
   const int begin = TILE_LISTS ? 0 : visibility.first_key(first_q) / TILE_KV;  // steps over key tiles
   const int end = TILE_LISTS ? tiles.count() : (num_keys + TILE_KV - 1) / TILE_KV;

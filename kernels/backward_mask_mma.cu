@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
 #pragma unroll 1
     for (int q_tile = begin_q; q_tile < end_q; ++q_tile) {
       const int first_q = q_tile * TILE_Q;
-      const int num_keys = visibility.end_key(first_q + TILE_Q);
+      const int num_keys = visibility.end_key(first_q, first_q + TILE_Q);
       const int first_tile = max(begin_kv, visibility.first_key(first_q) / TILE_KV);
       const int end_tile = min(end_kv, (num_keys + TILE_KV - 1) / TILE_KV);
 

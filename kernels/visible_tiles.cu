@@ -23,10 +23,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) visible_tiles(const
   int begin, end;  // columns that the masks which do not depend on data leave
   if constexpr (BY_KEYS) {
     begin = visibility.first_query(work.tile * TILE_KV) / TILE_Q;
-    end = (visibility.end_query((work.tile + 1) * TILE_KV) + TILE_Q - 1) / TILE_Q;
+    end = (visibility.end_query(work.tile * TILE_KV, (work.tile + 1) * TILE_KV) + TILE_Q - 1) / TILE_Q;
   } else {
     begin = visibility.first_key(work.tile * TILE_Q) / TILE_KV;
-    end = (visibility.end_key((work.tile + 1) * TILE_Q) + TILE_KV - 1) / TILE_KV;
+    end = (visibility.end_key(work.tile * TILE_Q, (work.tile + 1) * TILE_Q) + TILE_KV - 1) / TILE_KV;
   }
 
   int* list = visible_tiles_of(geometry, arguments.features, work.batch, work.head, work.tile, num_columns);

@@ -19,11 +19,14 @@ class Visibility {  // of one batch and query head
     return 0;
   }
 
-  // One past the last key that any query below `end_q` sees.
-  DEVICE int end_key(int end_q) const {
+  // One past the last key that any query of first_q .. end_q - 1 sees; 0 where they see none.
+  DEVICE int end_key(int first_q, int end_q) const {
     int end = visible_keys<Config::CAUSAL>(geometry, end_q);
     if constexpr (PREFIX) end = max(end, prefix);
-    if constexpr (WINDOW) end = int(max(int64(0), min(int64(end), int64(min(end_q, geometry.seqlen_q)) + features.window_high)));
+    if constexpr (WINDOW) {
+      end = int(max(int64(0), min(int64(end), int64(min(end_q, geometry.seqlen_q)) + features.window_high)));
+      if (end <= first_key(first_q)) end = 0;
+    }
     return end;
   }
 
@@ -34,10 +37,14 @@ class Visibility {  // of one batch and query head
     return first;
   }
 
-  // One past the last query that sees any key below `end_kv`.
-  DEVICE int end_query(int end_kv) const {
-    if constexpr (WINDOW) return int(max(int64(0), min(int64(geometry.seqlen_q), int64(end_kv) - features.window_low)));
-    return geometry.seqlen_q;
+  // One past the last query that sees any key of first_kv .. end_kv - 1; 0 where none does.
+  DEVICE int end_query(int first_kv, int end_kv) const {
+    int end = geometry.seqlen_q;
+    if constexpr (WINDOW) {
+      end = int(max(int64(0), min(int64(end), int64(min(end_kv, geometry.seqlen_kv)) - features.window_low)));
+      if (end <= first_query(first_kv)) end = 0;
+    }
+    return end;
   }
 
   // Whether some pair of the tile (queries first_q .. end_q - 1, keys first_kv .. end_kv - 1) is masked, as far as that does not depend on data.
