@@ -9,25 +9,38 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Hashable, Mapping
+from math import prod
 from typing import Any, NamedTuple
 
 from cuflash import arrays, device, launch
 from cuflash.arrays import Array, Framework, borrow, pointer, signature
 from cuflash.device import Device
 from cuflash.errors import DTypeError, SetupError, UnsupportedError
+from cuflash.features import Features, grouped
 from cuflash.launch import ArgumentTemplate, Executable, simulated_memory
 from cuflash.planning import KernelPlan, Plan, Tiles, make_plan
 from cuflash.problem import Problem, View, check_backward, check_out, make_problem
 
 _MAX_CALLS = 4096
+NOTHING = Features()
 
 
-class Gradients(NamedTuple):
-    """Gradients of the inputs, each with the shape, dtype and kind of its input."""
-
+class _InputGradients(NamedTuple):
     query: Any
     key: Any
     value: Any
+
+
+class Gradients(_InputGradients):
+    """Gradients of the inputs, each with the shape, dtype and kind of its input: `query`, `key`, `value`, which it unpacks to.
+
+    Attributes:
+        attn_mask: gradient of the additive mask, in its shape and dtype, with `need_attn_mask_grad`; else None.
+        sinks: gradient of the sinks, float32 `(num_heads_q,)`; None without sinks.
+    """
+
+    attn_mask: Any = None
+    sinks: Any = None
 
 
 def scaled_dot_product_attention(
@@ -49,6 +62,14 @@ def scaled_dot_product_attention(
     tile: Tiles = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
+    dropout_seed: Any = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    segment_ids_q: Any = None,
+    segment_ids_kv: Any = None,
+    prefix_lengths: Any = None,
 ) -> Any:
     """Compute exact attention in O(seqlen) memory.
 
@@ -93,25 +114,31 @@ def scaled_dot_product_attention(
     Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 1.
     """
     options = (is_causal, scale, enable_gqa, layout, batch_first, num_heads, causal_alignment, return_lse, deterministic, allow_tf32)
+    given = {
+        "attn_mask": attn_mask, "dropout_p": dropout_p, "dropout_seed": dropout_seed, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes,
+        "sinks": sinks, "segment_ids_q": segment_ids_q, "segment_ids_kv": segment_ids_kv, "prefix_lengths": prefix_lengths,
+    }  # fmt: skip
     operands = {"query": query, "key": key, "value": value}
     if out is not None:
         operands["out"] = out
-    cache_key, pointers = _cache_key("forward", operands, attn_mask, dropout_p, options, tile)
+    feature_arrays, seed = grouped(given)
+    cache_key, pointers = _cache_key("forward", operands | feature_arrays, seed, (dropout_p, window, softcap), options, tile)
     call = _calls.get(cache_key)
     if call is not None and (out is None or call.may_write(out, pointers)):
         return call.run(pointers, out)
 
     inputs = {"query": borrow(query, "query"), "key": borrow(key, "key"), "value": borrow(value, "value")}
-    _refuse_autograd(inputs)
-    problem = make_problem(*inputs.values(), attn_mask=attn_mask, dropout_p=dropout_p, **_named(options))
-    given = None if out is None else borrow(out, "out")
-    out_view = None if given is None else check_out(problem, problem.layout, given, list(inputs.values()))
-    forward = _ForwardCall(problem, _device_of(inputs["query"]), tile, inputs, given, out_view)
+    features = {name: borrow(array, _ARGUMENT_OF.get(name, name)) for name, array in feature_arrays.items()}
+    _refuse_autograd(inputs | features)
+    problem = make_problem(inputs["query"], inputs["key"], inputs["value"], **_named(options) | _borrowed(given, features))
+    borrowed_out = None if out is None else borrow(out, "out")
+    out_view = None if borrowed_out is None else check_out(problem, problem.layout, borrowed_out, list(inputs.values()), features)
+    forward = _ForwardCall(problem, device_of(inputs["query"]), tile, inputs, features, borrowed_out, out_view)
     if cache_key is not None:
         _remember(cache_key, forward)
-    pointers = {name: array.pointer for name, array in inputs.items()}
-    if given is not None:
-        pointers["out"] = given.pointer
+    pointers = _addresses(inputs | features, seed)
+    if borrowed_out is not None:
+        pointers["out"] = borrowed_out.pointer
     return forward.run(pointers, out)
 
 
@@ -136,6 +163,15 @@ def scaled_dot_product_attention_backward(
     deterministic: bool = False,
     allow_tf32: bool = False,
     grad_lse: Any = None,
+    dropout_seed: Any = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    segment_ids_q: Any = None,
+    segment_ids_kv: Any = None,
+    prefix_lengths: Any = None,
+    need_attn_mask_grad: bool = False,
 ) -> Gradients:
     """Compute the gradients of attention in O(seqlen) memory, recomputing the probabilities from `lse`.
 
@@ -162,10 +198,17 @@ def scaled_dot_product_attention_backward(
     Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 2, with a kernel of its own for dQ.
     """
     options = (is_causal, scale, enable_gqa, layout, batch_first, num_heads, causal_alignment, False, deterministic, allow_tf32)
+    given = {
+        "attn_mask": attn_mask, "dropout_p": dropout_p, "dropout_seed": dropout_seed, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes,
+        "sinks": sinks, "segment_ids_q": segment_ids_q, "segment_ids_kv": segment_ids_kv, "prefix_lengths": prefix_lengths,
+        "need_attn_mask_grad": need_attn_mask_grad,
+    }  # fmt: skip
     operands = {"query": query, "key": key, "value": value, "out": out, "grad_out": grad_out, "lse": lse}
     if grad_lse is not None:
         operands["grad_lse"] = grad_lse
-    cache_key, pointers = _cache_key("backward", operands, attn_mask, dropout_p, options, tile)
+    feature_arrays, seed = grouped(given)
+    scalars = (dropout_p, window, softcap, need_attn_mask_grad)
+    cache_key, pointers = _cache_key("backward", operands | feature_arrays, seed, scalars, options, tile)
     call = _calls.get(cache_key)
     if call is not None:
         gradients: Gradients = call.run(pointers)
@@ -176,12 +219,13 @@ def scaled_dot_product_attention_backward(
             hint = "Unpack it: out, lse = cuflash.scaled_dot_product_attention(..., return_lse=True)."
             raise DTypeError(name, arrays.describe(operands[name]), f"the {name} of the forward call", hint)
     inputs = {name: borrow(operand, name) for name, operand in operands.items()}
-    _refuse_autograd(inputs)
-    problem = make_problem(inputs["query"], inputs["key"], inputs["value"], attn_mask=attn_mask, dropout_p=dropout_p, **_named(options))
-    backward = _BackwardCall(problem, _device_of(inputs["query"]), tile, inputs)
+    features = {name: borrow(array, _ARGUMENT_OF.get(name, name)) for name, array in feature_arrays.items()}
+    _refuse_autograd(inputs | features)
+    problem = make_problem(inputs["query"], inputs["key"], inputs["value"], **_named(options) | _borrowed(given, features))
+    backward = _BackwardCall(problem, device_of(inputs["query"]), tile, inputs, features)
     if cache_key is not None:
         _remember(cache_key, backward)
-    return backward.run({name: array.pointer for name, array in inputs.items()})
+    return backward.run(_addresses(inputs | features, seed))
 
 
 def plan(
@@ -203,15 +247,29 @@ def plan(
     deterministic: bool = False,
     allow_tf32: bool = False,
     backward: bool = False,
+    dropout_seed: Any = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    segment_ids_q: Any = None,
+    segment_ids_kv: Any = None,
+    prefix_lengths: Any = None,
+    need_attn_mask_grad: bool = False,
 ) -> Plan:
     """Say what `scaled_dot_product_attention` (or with `backward` its gradient) would run with these arguments; `print` it.
 
     Nothing is compiled or launched. Arguments and errors are those of the call.
     """
     options = (is_causal, scale, enable_gqa, layout, batch_first, num_heads, causal_alignment, return_lse, deterministic, allow_tf32)
+    given = {
+        "attn_mask": attn_mask, "dropout_p": dropout_p, "dropout_seed": dropout_seed, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes,
+        "sinks": sinks, "segment_ids_q": segment_ids_q, "segment_ids_kv": segment_ids_kv, "prefix_lengths": prefix_lengths,
+        "need_attn_mask_grad": need_attn_mask_grad,
+    }  # fmt: skip
     inputs = [borrow(query, "query"), borrow(key, "key"), borrow(value, "value")]
-    problem = make_problem(*inputs, attn_mask=attn_mask, dropout_p=dropout_p, **_named(options))
-    return make_plan(problem, _device_of(inputs[0]), backward=backward, tile=tile)
+    problem = make_problem(*inputs, **_named(options) | given)
+    return make_plan(problem, device_of(inputs[0]), backward=backward, tile=tile)
 
 
 # --- Calls that are kept ------------------------------------------------------------------------------------------------------------------
@@ -227,23 +285,42 @@ def _named(options: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(_OPTION_NAMES, options, strict=True))
 
 
+_ARGUMENT_OF = {"dropout_state": "dropout_seed"}
+"""Names in the argument structs -> arguments of the calls, where they differ."""
+
+
+def _borrowed(given: Mapping[str, Any], features: Mapping[str, Array]) -> dict[str, Any]:
+    """The feature arguments with borrowed arrays."""
+    return {**given, **{_ARGUMENT_OF.get(name, name): array for name, array in features.items()}}
+
+
+def _addresses(arrays: Mapping[str, Array], seed: tuple[int, int] | None) -> dict[str, int]:
+    """What is written into the places of an argument struct: addresses, and the words of a seed."""
+    words = {} if seed is None else {"dropout_seed": seed[0], "dropout_offset": seed[1]}
+    return {name: array.pointer for name, array in arrays.items()} | words
+
+
 def _cache_key(
-    direction: str, operands: Mapping[str, Any], attn_mask: Any, dropout_p: Any, options: tuple[Any, ...], tile: Tiles
+    direction: str,
+    operands: Mapping[str, Any],
+    seed: tuple[int, int] | None,
+    scalars: tuple[Any, ...],
+    options: tuple[Any, ...],
+    tile: Tiles,
 ) -> tuple[Hashable | None, dict[str, int]]:
-    """What a call's preparation depends on, and the addresses, which it does not depend on but for their alignment.
+    """What a call's preparation depends on, and the addresses, which it does not depend on but for their alignment; nor does it depend on seeds.
 
     The key is None where it cannot be had cheaply. Types are part of it: True and 1 are not the same option.
     """
-    pointers: dict[str, int] = {}
-    if attn_mask is not None or dropout_p.__class__ is not float or dropout_p != 0.0:
-        return None, pointers
-    seen: list[Hashable] = [direction, options, tuple(map(type, options)), tile, device.simulator_arch()]
+    pointers: dict[str, int] = {} if seed is None else {"dropout_seed": seed[0], "dropout_offset": seed[1]}
+    values = (*options, *scalars)
+    seen: list[Hashable] = [direction, values, tuple(map(type, values)), tile, device.simulator_arch(), seed is None]
     for name, operand in operands.items():
         kind = signature(operand)
         if kind is None:
             return None, pointers
         address = pointers[name] = pointer(operand)
-        seen += (kind, address & 15)
+        seen += (name, kind, address & 15)
     key = tuple(seen)
     try:
         hash(key)
@@ -291,8 +368,10 @@ class _Call:
         self.framework: Framework = like.framework
         self.like = Array(0, (), (), like.dtype, like.itemsize, like.device, like.framework, None)  # does not keep the caller's array alive
         self.extents: dict[str, tuple[int, int]] = {}  # name -> lowest byte relative to the pointer, size in bytes
+        self.workspace: list[_Result] = []
         self.launches: list[_Launch] = []
         self.template: ArgumentTemplate
+        self.features: ArgumentTemplate | None = None
 
     def add_extent(self, name: str, array: Array) -> None:
         low, high = array.byte_range
@@ -308,8 +387,18 @@ class _Call:
         stream = self.framework.current_stream(self.device.index) if self.device.kind == "gpu" else 0
         buffers = () if self.device.kind == "gpu" else simulated_memory(self.extents, pointers, self.written)
         head = self.template.fill(pointers)
+        features = launch.NO_FEATURE_BYTES if self.features is None else self.features.fill(pointers)
         for kernel, executable, tail in self.launches:
-            executable.launch(kernel.num_blocks, kernel.num_threads, kernel.shared_bytes, bytearray(head + tail), stream, buffers)
+            arguments = bytearray((head if kernel.reads_tensors else b"") + tail + features)
+            executable.launch(kernel.num_blocks, kernel.num_threads, kernel.shared_bytes, arguments, stream, buffers)
+
+    def launch_with_workspace(self, pointers: dict[str, int]) -> None:
+        """`launch_all` with memory that is given back when the launches are in the stream."""
+        held = []
+        for result in self.workspace:
+            memory, pointers[result.name] = self.allocate(result)
+            held.append(memory)
+        self.launch_all(pointers)
 
     def may_write(self, out: Any, pointers: dict[str, int]) -> bool:
         raise NotImplementedError
@@ -322,12 +411,16 @@ class _ForwardCall(_Call):
     written = frozenset({"out", "lse"})
 
     def __init__(
-        self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array], given: Array | None, given_view: View | None
-    ) -> None:
+        self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array], features: dict[str, Array], given: Array | None,
+        given_view: View | None,
+    ) -> None:  # fmt: skip
         super().__init__(problem, on, inputs["query"])
-        for name, array in inputs.items():
+        for name, array in (inputs | features).items():
             self.add_extent(name, array)
         self.plan = make_plan(problem, on, tile=tile)
+        self.workspace = _workspace(self.plan)
+        if problem.features != NOTHING:
+            self.features = launch.features_template(problem)
         shape = problem.layout.from_canonical(problem.output_shape)
         self.out = _result("out", problem, shape, self.like)
         rows = problem.batch * problem.num_heads_q * problem.seqlen_q
@@ -351,8 +444,9 @@ class _ForwardCall(_Call):
             return False
         low, size = self.extents["out"]
         first = pointers["out"] + low
-        for name in ("query", "key", "value"):
-            low, other_size = self.extents[name]
+        for name, (low, other_size) in self.extents.items():
+            if name == "out" or name not in pointers:
+                continue
             other = pointers[name] + low
             if first < other + other_size and other < first + size:
                 return False
@@ -366,7 +460,7 @@ class _ForwardCall(_Call):
         if self.problem.return_lse:
             lse, pointers["lse"] = self.allocate(self.lse)
         if self.launches:
-            self.launch_all(pointers)
+            self.launch_with_workspace(pointers)
         else:
             _fill(out, 0.0)
             if lse is not None:
@@ -379,10 +473,10 @@ class _ForwardCall(_Call):
 class _BackwardCall(_Call):
     written = frozenset({"grad_query", "grad_key", "grad_value", "row_statistics"})
 
-    def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array]) -> None:
+    def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array], features: dict[str, Array]) -> None:
         super().__init__(problem, on, inputs["query"])
         others = check_backward(problem, problem.layout, inputs["grad_out"], inputs["out"], inputs["lse"], inputs.get("grad_lse"))
-        for name, array in inputs.items():
+        for name, array in (inputs | features).items():
             self.add_extent(name, array)
         self.plan = make_plan(problem, on, backward=True, tile=tile)
         layout = problem.layout
@@ -392,7 +486,20 @@ class _BackwardCall(_Call):
             _result("grad_value", problem, layout.from_canonical(problem.value_shape), self.like),
         ]
         rows = problem.batch * problem.num_heads_q * problem.seqlen_q
-        self.workspace = _Result("row_statistics", (2 * rows,), "float32", None, 8 * rows)
+        self.workspace = [_Result("row_statistics", (2 * rows,), "float32", None, 8 * rows), *_workspace(self.plan)]
+        self.feature_results = {}
+        mask = problem.features.attn_mask
+        mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)
+        if problem.features.need_attn_mask_grad and mask is not None:
+            mask_grad_strides = _contiguous_or_broadcast(mask.extents)
+            size = prod(mask.shape)
+            self.feature_results["attn_mask"] = _Result(
+                "grad_attn_mask", mask.shape, mask.dtype, None, size * (4 if mask.dtype == "float32" else 2)
+            )
+        if problem.features.kinds.sinks:
+            self.feature_results["sinks"] = _Result("grad_sinks", (problem.num_heads_q,), "float32", None, 4 * problem.num_heads_q)
+        if problem.features != NOTHING:
+            self.features = launch.features_template(problem, mask_grad_strides)
         views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": others.out, "grad_out": others.grad_out}
         vectorized = {name: view.aligned16(problem.itemsize) and inputs[name].pointer % 16 == 0 for name, view in views.items()}
         for result in self.results:
@@ -405,18 +512,33 @@ class _BackwardCall(_Call):
         ]
 
     def run(self, pointers: dict[str, int], given: Any = None) -> Gradients:
-        gradients = []
-        for result in self.results:
-            gradient, pointers[result.name] = self.allocate(result)
-            gradients.append(gradient)
+        gradients = {}
+        for name, result in (*zip(_InputGradients._fields, self.results, strict=True), *self.feature_results.items()):
+            gradients[name], pointers[result.name] = self.allocate(result)
         if self.launches:
-            workspace, pointers["row_statistics"] = self.allocate(self.workspace)
-            self.launch_all(pointers)
-            del workspace
+            self.launch_with_workspace(pointers)
         else:
-            for gradient in gradients:
+            for gradient in gradients.values():
                 _fill(gradient, 0.0)
-        return Gradients(*(self.framework.finish(gradient) for gradient in gradients))
+        finished = {name: self.framework.finish(gradient) for name, gradient in gradients.items()}
+        of_inputs = Gradients(*(finished[name] for name in _InputGradients._fields))
+        for name in self.feature_results:
+            setattr(of_inputs, name, finished[name])
+        return of_inputs
+
+
+def _contiguous_or_broadcast(extents: tuple[int, ...]) -> tuple[int, ...]:
+    """C-contiguous strides, and 0 for an extent of 1."""
+    strides, count = [], 1
+    for extent in reversed(extents):
+        strides.append(count if extent > 1 else 0)
+        count *= extent
+    return tuple(reversed(strides))
+
+
+def _workspace(plan: Plan) -> list[_Result]:
+    """Lists of visible tiles, where a kernel makes them."""
+    return [_Result("visible_tiles", (plan.list_bytes // 4,), "int32", None, plan.list_bytes)] if plan.list_bytes else []
 
 
 def _result(name: str, problem: Problem, shape: tuple[int, ...], like: Array) -> _Result:
@@ -436,7 +558,7 @@ def _fill(array: Any, number: float) -> None:
         array[...] = number
 
 
-def _device_of(array: Array) -> Device:
+def device_of(array: Array) -> Device:
     """The device that the array's memory is on."""
     kind, index = array.device
     if kind == "cpu":

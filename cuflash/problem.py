@@ -9,12 +9,13 @@ Nothing in this file touches an array's values, a GPU or a framework.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from cuflash import options
 from cuflash.arrays import Array
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
+from cuflash.features import Extents, Features, check_features
 from cuflash.layout import CANONICAL, Layout, Shape4, View, overlaps_itself, share_memory
 from cuflash.options import CausalAlignment
 
@@ -56,6 +57,7 @@ class Problem:
         key_shape: canonical shape of key before broadcasting, which is the shape of its gradient.
         value_shape: same for value.
         layout: the caller's form of arrays.
+        features: score features and masks other than the causal one.
     """
 
     dtype: str
@@ -78,6 +80,7 @@ class Problem:
     key_shape: Shape4
     value_shape: Shape4
     layout: Layout
+    features: Features = field(default_factory=Features)
 
     @property
     def itemsize(self) -> int:
@@ -106,18 +109,26 @@ class Problem:
 
     @property
     def is_empty(self) -> bool:
-        """No score is to be computed: the output has no elements, or no key exists and it is all zeros."""
-        return 0 in self.query.shape or self.seqlen_kv == 0
+        """No score is to be computed: the output has no elements, or no key exists and it is all zeros.
+
+        With sinks, lse is not -inf without keys, and the kernels have something to do.
+        """
+        return 0 in self.query.shape or (self.seqlen_kv == 0 and not self.features.kinds.sinks)
 
     @property
     def visible_pairs(self) -> int:
-        """(query, key) pairs of one head that are not masked."""
-        if not self.is_causal:
-            return self.seqlen_q * self.seqlen_kv
-        # Row i sees min(max(i + 1 + offset, 0), seqlen_kv) keys. A sum of max(x, 0) over consecutive x is a difference of triangles;
+        """(query, key) pairs of one head that neither the causal mask nor the window hides; other masks depend on data and count as all True."""
+        high = self.features.window_high
+        if self.is_causal and not self.features.kinds.prefix:
+            high = min(high, self.causal_offset)
+        return max(0, self._pairs_up_to(high) - self._pairs_up_to(self.features.window_low - 1))
+
+    def _pairs_up_to(self, offset: int) -> int:
+        """Pairs of query i and key j with j <= i + offset."""
+        # Row i has min(max(i + 1 + offset, 0), seqlen_kv) of them. A sum of max(x, 0) over consecutive x is a difference of triangles;
         # the lower bound gives one such sum, the upper bound takes another one off.
-        before, last = self.causal_offset, self.seqlen_q + self.causal_offset
-        return _triangle(last) - _triangle(before) - _triangle(last - self.seqlen_kv) + _triangle(before - self.seqlen_kv)
+        last = self.seqlen_q + offset
+        return _triangle(last) - _triangle(offset) - _triangle(last - self.seqlen_kv) + _triangle(offset - self.seqlen_kv)
 
     @property
     def flops_forward(self) -> int:
@@ -164,6 +175,7 @@ def make_problem(
     return_lse: object = False,
     deterministic: object = False,
     allow_tf32: object = False,
+    **features: object,
 ) -> Problem:
     """Check a call's inputs and options, all of them, and return what is left to compute.
 
@@ -178,6 +190,7 @@ def make_problem(
         layout: the letters b, s, h, d in the order of the dimensions.
         batch_first: False is short for `layout="hbsd"`.
         attn_mask, dropout_p, …: as in `cuflash.scaled_dot_product_attention`; taken as they came from the caller.
+        features: other score features and masks, see `features.check_features`.
 
     Raises:
         OptionError: an option is of a wrong type or outside its domain.
@@ -186,8 +199,6 @@ def make_problem(
         DTypeError: unsupported or different element types.
         ShapeError: ranks or extents that do not fit together.
     """
-    options.check_mask(attn_mask)
-    options.check_dropout(dropout_p)
     causal = options.check_bool("is_causal", is_causal)
     factor = options.check_scale(scale)
     gqa = options.check_bool("enable_gqa", enable_gqa)
@@ -213,6 +224,12 @@ def make_problem(
     batch_k, seqlen_kv, heads_k, _ = key_shape = views["key"].shape
     batch_v, _, heads_v, _ = value_shape = views["value"].shape
     num_heads_kv = heads_v if heads_k == 1 else heads_k
+    offset = seqlen_kv - seqlen_q if alignment == "bottom_right" else 0
+    chosen_scale = head_dim**-0.5 if factor is None else factor
+    checked = check_features(
+        Extents(batch, num_heads_q, seqlen_q, seqlen_kv, offset, query), is_causal=causal, scale=chosen_scale, attn_mask=attn_mask,
+        dropout_p=dropout_p, **features,
+    )  # fmt: skip
     return Problem(
         dtype=query.dtype,
         batch=batch,
@@ -222,7 +239,7 @@ def make_problem(
         num_heads_kv=num_heads_kv,
         batch_kv=batch_v if batch_k == 1 else batch_k,
         head_dim=head_dim,
-        scale=head_dim**-0.5 if factor is None else factor,
+        scale=chosen_scale,
         is_causal=causal,
         causal_alignment=alignment,
         query=views["query"],
@@ -231,11 +248,12 @@ def make_problem(
         key_shape=key_shape,
         value_shape=value_shape,
         layout=form,
+        features=checked,
         **flags,
     )
 
 
-def check_out(problem: Problem, layout: Layout, out: Array, inputs: Sequence[Array]) -> View:
+def check_out(problem: Problem, layout: Layout, out: Array, inputs: Sequence[Array], others: Mapping[str, Array] | None = None) -> View:
     """Check the caller's array for the output and return its canonical view.
 
     Args:
@@ -243,6 +261,7 @@ def check_out(problem: Problem, layout: Layout, out: Array, inputs: Sequence[Arr
         layout: `problem.layout`.
         out: has the output's shape in that layout, its dtype, library and device; any strides.
         inputs: query, key and value.
+        others: further arrays that the kernels read, by name.
 
     Raises:
         DeviceError, DTypeError, ShapeError: `out` differs from the output in library, device, element type or shape.
@@ -257,7 +276,7 @@ def check_out(problem: Problem, layout: Layout, out: Array, inputs: Sequence[Arr
     if overlaps_itself(out):
         got = f"shape {out.shape} with strides {out.strides}, where elements share memory"
         raise ArgumentError("out", got, "separate memory for each element", "Pass a copy, or leave out= away.")
-    for name, array in zip(("query", "key", "value"), inputs, strict=False):
+    for name, array in (*zip(("query", "key", "value"), inputs, strict=False), *(others or {}).items()):
         if share_memory(out, array):
             hint = "Pass an array with memory of its own, or leave out= away."
             raise ArgumentError("out", f"an array that shares memory with {name}", f"memory that {name} does not use", hint)

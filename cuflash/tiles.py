@@ -15,9 +15,12 @@ from typing import Literal
 
 from cuflash.device import Device
 from cuflash.errors import TileError
+from cuflash.features import NO_FEATURES, FeatureSet
 
-Pass = Literal["forward", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq"]
-PASSES: tuple[Pass, ...] = ("forward", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq")
+Pass = Literal["forward", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq", "backward_mask"]
+PASSES: tuple[Pass, ...] = ("forward", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq", "backward_mask")
+BY_QUERIES: tuple[Pass, ...] = ("forward", "backward_dq", "backward_mask")
+"""Kernels whose warps share out tile_q; those of the others share out tile_kv."""
 
 MAX_REGISTERS = 255
 MAX_WARPS = 16
@@ -60,12 +63,14 @@ class KernelCase:
         dtype: "float16", "bfloat16" or "float32".
         head_dim: 1 … 256.
         allow_tf32: one TF32 product instead of three for float32.
+        features: score features and masks, some of which take registers.
     """
 
     kernel: Pass
     dtype: str
     head_dim: int
     allow_tf32: bool = False
+    features: FeatureSet = NO_FEATURES
 
     def uses_simt(self, device: Device) -> bool:
         """Whether products run on the ordinary float32 units: what Turing's tensor cores cannot take."""
@@ -82,11 +87,11 @@ class KernelCase:
 
     def stationary_rows(self, tile: Tile) -> int:
         """Rows that the block keeps, shared out among its warps."""
-        return tile.tile_q if self.kernel in ("forward", "backward_dq") else tile.tile_kv
+        return tile.tile_q if self.kernel in BY_QUERIES else tile.tile_kv
 
     def streamed_rows(self, tile: Tile) -> int:
         """Rows of each tile that the block walks over."""
-        return tile.tile_kv if self.kernel in ("forward", "backward_dq") else tile.tile_q
+        return tile.tile_kv if self.kernel in BY_QUERIES else tile.tile_q
 
 
 def row_bytes(case: KernelCase, device: Device) -> int:
@@ -101,7 +106,7 @@ def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
     row = row_bytes(case, device)
     if case.kernel == "forward":
         return row * (tile.tile_q + 2 * tile.num_stages * tile.tile_kv)
-    if case.kernel == "backward_dq":
+    if case.kernel in ("backward_dq", "backward_mask"):
         return row * (2 * tile.tile_q + 2 * tile.num_stages * tile.tile_kv)
     kept = 1 if case.kernel == "backward_dv" else 2
     statistics = _ROW_STATISTICS_BYTES if device.capability >= 80 else 0  # sm_75 reads them from global memory
@@ -110,7 +115,14 @@ def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
 
 def _products(case: KernelCase) -> tuple[int, int]:
     """How many output and how many score matrices a kernel accumulates at a time."""
-    return {"forward": (1, 1), "backward_dkdv": (2, 2), "backward_dk": (1, 2), "backward_dv": (1, 1), "backward_dq": (1, 2)}[case.kernel]
+    return {
+        "forward": (1, 1),
+        "backward_dkdv": (2, 2),
+        "backward_dk": (1, 2),
+        "backward_dv": (1, 1),
+        "backward_dq": (1, 2),
+        "backward_mask": (0, 3),
+    }[case.kernel]
 
 
 def accumulator_registers(case: KernelCase, tile: Tile) -> int:
@@ -135,9 +147,20 @@ def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
         estimate += 100
     else:
         estimate += 74 if case.kernel == "forward" else 88
+    estimate += _feature_registers(case)
     if device.capability < 80 and case.kernel == "forward":  # K and V on their way, in registers
         chunks = case.streamed_rows(tile) * row_bytes(case, device) // 16 // (32 * tile.num_warps)
         estimate += 8 * chunks if chunks <= 8 else 0
+    return estimate
+
+
+def _feature_registers(case: KernelCase) -> int:
+    """What score features and masks take beyond the rest, where tiles that fit without them spilled with them."""
+    estimate = 0
+    if case.features.attn_mask == "bool" and case.kernel == "forward":
+        estimate += 16
+    if case.features.dropout and case.kernel == "backward_dkdv" and case.dtype == "float32" and not case.allow_tf32:
+        estimate += 44
     return estimate
 
 
@@ -147,7 +170,7 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         count = getattr(tile, field.name)
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             return f"{field.name} must be a positive int, got {count!r}"
-    stationary, streamed = ("tile_q", "tile_kv") if case.kernel in ("forward", "backward_dq") else ("tile_kv", "tile_q")
+    stationary, streamed = ("tile_q", "tile_kv") if case.kernel in BY_QUERIES else ("tile_kv", "tile_q")
     if tile.num_warps > MAX_WARPS:
         return f"num_warps must be at most {MAX_WARPS}"
     if getattr(tile, stationary) % (16 * tile.num_warps):
@@ -156,6 +179,8 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         return f"{streamed} must be a multiple of 16"
     if device.capability < 80 and tile.num_stages != 1:
         return f"num_stages must be 1 on {device.arch}, which has no asynchronous copies"
+    if case.kernel == "backward_mask" and tile.num_stages != 1:
+        return "num_stages must be 1: this kernel copies its operands when it needs them"
     if tile.num_stages > MAX_STAGES:
         return f"num_stages must be at most {MAX_STAGES}"
     needed = shared_bytes(case, tile, device)
@@ -180,7 +205,7 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
             for streamed in (length for length in (16, 32, 48, 64, 80, 96, 112, 128) if length <= longest):
                 for num_stages in stages:
                     rows = num_warps * warp_rows
-                    if case.kernel in ("forward", "backward_dq"):
+                    if case.kernel in BY_QUERIES:
                         yield Tile(rows, streamed, num_warps, num_stages)
                     else:
                         yield Tile(streamed, rows, num_warps, num_stages)
@@ -251,7 +276,7 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     """
     rows, streamed = case.stationary_rows(tile), case.streamed_rows(tile)
     row = row_bytes(case, device)
-    products = {"forward": 2, "backward_dkdv": 4, "backward_dk": 3, "backward_dv": 2, "backward_dq": 3}[case.kernel]
+    products = {"forward": 2, "backward_dkdv": 4, "backward_dk": 3, "backward_dv": 2, "backward_dq": 3, "backward_mask": 2}[case.kernel]
 
     mma_rate = float(_MMA_RATE.get(device.capability, 1024))
     if case.uses_simt(device):
@@ -261,7 +286,7 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     mma = products * rows * streamed * case.columns / mma_rate
 
     # Per streamed tile: every warp reads each streamed operand of each product; stationary operands are read again too; the copy writes once.
-    by_rows = {"forward": 1, "backward_dkdv": 2, "backward_dk": 2, "backward_dv": 1, "backward_dq": 2}[case.kernel]
+    by_rows = {"forward": 1, "backward_dkdv": 2, "backward_dk": 2, "backward_dv": 1, "backward_dq": 2, "backward_mask": 2}[case.kernel]
     traffic = products * tile.num_warps * streamed * row + by_rows * rows * row + 2 * streamed * row
     smem = traffic / _SMEM_RATE
 

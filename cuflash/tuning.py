@@ -9,6 +9,7 @@ from cuflash import cache, device, tiles
 from cuflash.compiler import CompileRequest
 from cuflash.device import Device
 from cuflash.errors import OptionError
+from cuflash.features import MASK_DTYPES, NO_FEATURES, FeatureSet
 from cuflash.options import check_bool
 from cuflash.planning import Tiles, offline_kernels
 from cuflash.problem import DTYPES, MAX_HEAD_DIM
@@ -47,6 +48,7 @@ def warmup(
     arch: str | None = None,
     tile: Tiles = None,
     allow_tf32: bool = False,
+    features: FeatureSet | Iterable[FeatureSet] = NO_FEATURES,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Compile ahead, in threads, every kernel of the given cases, so that later calls find them in the cache.
@@ -56,6 +58,7 @@ def warmup(
         backward: also the kernels of the backward pass.
         arch: the architecture to compile for; None for the GPU of this machine, or the simulator without one.
         tile, allow_tf32: as in the call.
+        features: which score features and masks the calls use, such as `cuflash.FeatureSet(window=True, softcap=True)`; one or several sets.
         progress: called with (kernels done, kernels in all).
 
     Returns:
@@ -66,14 +69,15 @@ def warmup(
         CompileError: the compiler refused a kernel.
     """
     on = target(arch)
-    head_dims, dtypes, causals = _several(head_dim), _several(dtype), _several(is_causal)
+    head_dims, dtypes, causals, sets = _several(head_dim), _several(dtype), _several(is_causal), _several(features)
     requests: dict[CompileRequest, None] = {}
-    for one_head_dim, one_dtype, causal in product(head_dims, dtypes, causals):
+    for one_head_dim, one_dtype, causal, feature_set in product(head_dims, dtypes, causals, sets):
         options = {
             "dtype": _checked_dtype(one_dtype),
             "head_dim": _checked_head_dim(one_head_dim),
             "is_causal": check_bool("is_causal", causal),
             "allow_tf32": check_bool("allow_tf32", allow_tf32),
+            "features": _checked_features(feature_set, causal),
         }
         for kernel in offline_kernels(on, backward=backward, tile=tile, **options):  # type: ignore[arg-type]
             requests[kernel.request(on)] = None
@@ -91,6 +95,18 @@ def target(arch: str | None) -> Device:
 def _several(values: object) -> list[object]:
     """One value or an iterable of them; text is one value."""
     return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
+
+
+def _checked_features(features: object, is_causal: object) -> FeatureSet:
+    if not isinstance(features, FeatureSet):
+        raise OptionError("features", repr(features), "a cuflash.FeatureSet", "Write cuflash.FeatureSet(window=True).")
+    if features.attn_mask not in (None, *MASK_DTYPES):
+        raise OptionError(
+            "features", repr(features.attn_mask), "a mask of " + " or ".join(MASK_DTYPES), "Pass the name of the mask's element type."
+        )
+    if features.prefix and not is_causal:
+        raise OptionError("features", "prefix without is_causal", "is_causal=True", "Prefixes lift a causal mask: pass is_causal=True.")
+    return features
 
 
 def _checked_dtype(dtype: object) -> str:

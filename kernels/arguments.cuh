@@ -3,6 +3,7 @@
 // Strides are in elements. A broadcast axis has stride 0. Everything that changes from call to call is here, so a new length, batch
 // size, head count or stride never compiles anything.
 #pragma once
+#include "feature_arguments.cuh"
 #include "ptx/types.cuh"
 
 struct TensorView {  // (batch, seqlen, head, head_dim) in this order, whatever the caller's layout
@@ -37,6 +38,7 @@ struct ForwardArguments {
   TensorView query, key, value, out;
   RowView lse;  // data null: not stored
   Geometry geometry;
+  FeatureArguments features;
 };
 
 struct alignas(8) RowStatistics {  // what the backward kernels need of a query row
@@ -50,4 +52,16 @@ struct BackwardArguments {
   RowStatistics* row_statistics;  // [batch][num_heads_q][seqlen_q]
   Geometry geometry;
   int group_batch, group_heads;  // dK, dV: batches and query heads whose gradients are summed into one output
+  FeatureArguments features;
+};
+
+struct VisibleTilesArguments {
+  Geometry geometry;  // num_tiles: tiles that the next kernel's blocks own
+  FeatureArguments features;
+};
+
+struct DropoutMaskArguments {
+  uint8* kept;  // [batch][num_heads_q][seqlen_q][seqlen_kv]
+  Geometry geometry;  // num_tiles: blocks of one (batch, head)
+  FeatureArguments features;
 };

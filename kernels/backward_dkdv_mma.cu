@@ -13,10 +13,14 @@
 // (sm_80 and later). One copy group per query tile; with two stages or more the next tiles travel during the products of this one.
 #include "tile/backward.cuh"
 #include "tile/constants.cuh"
+#include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/gemm.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
+#include "tile/score.cuh"
+#include "tile/visibility.cuh"
+#include "tile/visible_tiles.cuh"
 
 constexpr int WARP_ROWS = TILE_KV / NUM_WARPS;
 constexpr bool COMPUTE_DK = Config::COMPUTE_DK;
@@ -69,32 +73,45 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   float dV[M_TILES][COMPUTE_DV ? D_TILES : 2][4];
   clear(dK);
   clear(dV);
+  const Dropout dropout(arguments.features);
 
-  const int first_tile = first_visible_query<CAUSAL>(geometry, first_kv) / TILE_Q;
-  const int num_q_tiles = (geometry.seqlen_q + TILE_Q - 1) / TILE_Q;
-  const int num_keys = visible_keys<CAUSAL>(geometry, geometry.seqlen_q);  // keys beyond are not even read
+  const Visibility common(geometry, arguments.features, 0, 0);  // what does not depend on batch and head
+  const int first_tile = PER_HEAD_WALK ? 0 : common.first_query(first_kv) / TILE_Q;
+  const int num_q_tiles = (common.end_query(first_kv, first_kv + TILE_KV) + TILE_Q - 1) / TILE_Q;
+  const int common_keys = common.end_key(0, geometry.seqlen_q);
   const int num_members = first_tile < num_q_tiles ? arguments.group_batch * arguments.group_heads : 0;
-  auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES; };
+  int loaded_pair = -1;  // (batch, K/V head) in shared memory
+  auto slot = [](int step) { return NUM_STAGES == 1 ? 0 : step % NUM_STAGES; };
 
 #pragma unroll 1
   for (int member = 0; member < num_members; ++member) {
     const int batch = work.batch * arguments.group_batch + member / arguments.group_heads;
     const int head = work.head * arguments.group_heads + member % arguments.group_heads;
+    const Visibility visibility(geometry, arguments.features, batch, head);
+    const VisibleTiles tiles(geometry, arguments.features, batch, head, work.tile, (geometry.seqlen_q + TILE_Q - 1) / TILE_Q);
+    const int begin = TILE_LISTS ? 0 : PER_HEAD_WALK ? visibility.first_query(first_kv) / TILE_Q : first_tile;  // steps over query tiles
+    const int end = TILE_LISTS ? tiles.count() : num_q_tiles;
+    if (PER_HEAD_WALK && begin >= end) continue;
+    const int num_keys = PER_HEAD_WALK ? visibility.end_key(0, geometry.seqlen_q) : common_keys;  // keys beyond are not even read
+    const ScoreModifier modifier(geometry, arguments.features, batch, head);
     const RowStatistics* statistics = row_statistics(arguments, batch, head);
     TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, batch, head, geometry.seqlen_q);
     TileLoader<TileQ, Element, NUM_THREADS> load_dO(arguments.grad_out, batch, head, geometry.seqlen_q);
-    auto issue = [&](int tile) {
-      if (tile < num_q_tiles) {
-        load_Q.issue(Q_smem + slot(tile) * TileQ::BYTES, tile * TILE_Q);
-        load_dO.issue(dO_smem + slot(tile) * TileQ::BYTES, tile * TILE_Q);
+    auto issue = [&](int step) {
+      if (step < end) {
+        load_Q.issue(Q_smem + slot(step) * TileQ::BYTES, tiles.tile(step) * TILE_Q);
+        load_dO.issue(dO_smem + slot(step) * TileQ::BYTES, tiles.tile(step) * TILE_Q);
         if constexpr (STATISTICS_IN_SMEM)
-          issue_statistics(statistics_smem + slot(tile) * STATISTICS_BYTES, statistics, tile * TILE_Q, geometry.seqlen_q);
+          issue_statistics(statistics_smem + slot(step) * STATISTICS_BYTES, statistics, tiles.tile(step) * TILE_Q, geometry.seqlen_q);
       }
       cp_async_commit_group();
     };
 
     if constexpr (NUM_STAGES > 1) __syncthreads();  // every warp is done with the tiles of the previous member; one stage ends with a barrier
-    if (head % heads_per_kv == 0 || member % arguments.group_heads == 0) {  // another K/V head, or the first
+    const int pair = batch * geometry.num_heads_kv + head / heads_per_kv;
+    // Another K/V head, or the first. Where members can be passed over, the one that is loaded has to be remembered.
+    if (PER_HEAD_WALK ? pair != loaded_pair : head % heads_per_kv == 0 || member % arguments.group_heads == 0) {
+      loaded_pair = pair;
       TileLoader<TileKV, Element, NUM_THREADS> load_K(arguments.key, batch, head / heads_per_kv, num_keys);
       load_K.issue(K_smem, first_kv);
       load_K.land(K_smem);
@@ -105,10 +122,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       }
     }
 #pragma unroll
-    for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) issue(first_tile + ahead);
+    for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) issue(begin + ahead);
 
 #pragma unroll 1
-    for (int j = first_tile; j < num_q_tiles; ++j) {
+    for (int j = begin; j < end; ++j) {
       if constexpr (NUM_STAGES == 1) {
         issue(j);
         wait_for_tiles<0>([&] {
@@ -119,49 +136,81 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
         wait_for_tiles<NUM_STAGES - 2>([] {});  // tile j has landed; every warp is done with tile j - 1, whose slot is next
         issue(j + NUM_STAGES - 1);
       }
+      const int q_tile = tiles.tile(j);
       const SmemAddress Q_tile = Q_smem + slot(j) * TileQ::BYTES;
       const SmemAddress dO_tile = dO_smem + slot(j) * TileQ::BYTES;
       auto statistics_of = [&](int n) {  // of this lane's two columns of S tile n
         const SmemAddress tile = statistics_smem + slot(j) * STATISTICS_BYTES;
-        return load_statistics(tile, statistics, j * TILE_Q, 8 * n + lane_index() % 4 * 2, geometry.seqlen_q);
+        return load_statistics(tile, statistics, q_tile * TILE_Q, 8 * n + lane_index() % 4 * 2, geometry.seqlen_q);
       };
 
       float P[M_TILES][S_TILES][4];  // scores, then probabilities; rows are keys
       clear(P);
       gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileKV>(K_smem, warp_row), typename Mma::OperandB<TileQ>(Q_tile));
-      if (geometry.score_sign != 1.0f) multiply_all(P, geometry.score_sign);
+      ScoreSlope<M_TILES, S_TILES> slope;
+      if constexpr (MODIFIES_SCORES) {
+        modifier.apply<true>(P, slope, first_kv + warp_row, q_tile * TILE_Q);
+      } else {
+        if (geometry.score_sign != 1.0f) multiply_all(P, geometry.score_sign);
+      }
 #pragma unroll
       for (int n = 0; n < S_TILES; ++n) {
         const float4 pair = statistics_of(n);
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) P[m][n][i] = probability(P[m][n][i], geometry.scale_log2, i % 2 ? pair.z : pair.x);
+          for (int i = 0; i < 4; ++i) P[m][n][i] = probability(P[m][n][i], MODIFIES_SCORES ? 1.0f : geometry.scale_log2, i % 2 ? pair.z : pair.x);
       }
-      if (needs_mask<CAUSAL>(geometry, j * TILE_Q, first_kv + TILE_KV)) {
+      if (ONLY_CAUSAL ? needs_mask<CAUSAL>(geometry, q_tile * TILE_Q, first_kv + TILE_KV)
+                      : tiles.is_partial(j) || visibility.needs_mask(q_tile * TILE_Q, q_tile * TILE_Q + TILE_Q, first_kv, first_kv + TILE_KV)) {
         for_each_element(P, [&](int row, int column, float& probability) {
-          if (!is_visible<CAUSAL>(geometry, j * TILE_Q + column, first_kv + warp_row + row)) probability = 0.0f;
+          const bool visible = ONLY_CAUSAL ? is_visible<CAUSAL>(geometry, q_tile * TILE_Q + column, first_kv + warp_row + row)
+                                           : visibility.sees(q_tile * TILE_Q + column, first_kv + warp_row + row);
+          if (!visible) probability = 0.0f;
         });
       }
-      if constexpr (COMPUTE_DV) gemm_accumulator<Mma>(dV, P, typename Mma::OperandBByRows<TileQ>(dO_tile));
+      KeptElements<true, M_TILES, S_TILES> kept;
+      if constexpr (DROPOUT) kept.draw(dropout, batch, head, first_kv + warp_row, q_tile * TILE_Q);
+      if constexpr (COMPUTE_DV) {
+        const typename Mma::OperandBByRows<TileQ> dO_operand(dO_tile);
+        if constexpr (DROPOUT) {
+          float kept_P[M_TILES][S_TILES][4];  // the factor 1 / (1 - dropout_p) follows when dV is stored
+          for_each_place<M_TILES, S_TILES>([&](int m, int n, int i, int, int) { kept_P[m][n][i] = kept.has(m, n, i) ? P[m][n][i] : 0.0f; });
+          gemm_accumulator<Mma>(dV, kept_P, dO_operand);
+        } else {
+          gemm_accumulator<Mma>(dV, P, dO_operand);
+        }
+      }
 
       if constexpr (COMPUTE_DK) {
-        float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
+        float dS[M_TILES][S_TILES][4];  // dP - delta, then dS; with dropout dP first
 #pragma unroll
         for (int n = 0; n < S_TILES; ++n) {
           const float4 pair = statistics_of(n);
 #pragma unroll
           for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) dS[m][n][i] = i % 2 ? -pair.w : -pair.y;
+            for (int i = 0; i < 4; ++i) dS[m][n][i] = DROPOUT ? 0.0f : i % 2 ? -pair.w : -pair.y;
         }
         gemm_rows<Mma, TileQ::COLUMNS>(dS, typename Mma::OperandA<TileKV>(V_smem, warp_row), typename Mma::OperandB<TileQ>(dO_tile));
+        if constexpr (DROPOUT) {
+#pragma unroll
+          for (int n = 0; n < S_TILES; ++n) {
+            const float4 pair = statistics_of(n);
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+              for (int i = 0; i < 4; ++i)
+                dS[m][n][i] = (kept.has(m, n, i) ? dS[m][n][i] * arguments.features.dropout_scale : 0.0f) - (i % 2 ? pair.w : pair.y);
+          }
+        }
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
           for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) dS[m][n][i] *= P[m][n][i];
+        slope.multiply(dS);
         gemm_accumulator<Mma>(dK, dS, typename Mma::OperandBByRows<TileQ>(Q_tile));
       }
       if constexpr (NUM_STAGES == 1) __syncthreads();  // every warp is done with the only slot
@@ -170,6 +219,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
   const int first_row = first_kv + warp_row;
   if constexpr (COMPUTE_DV) {
+    if constexpr (DROPOUT) multiply_all(dV, arguments.features.dropout_scale);
     store_rows<Element, HEAD_DIM>(dV, K_smem + warp_row * TileKV::ROW_BYTES, arguments.grad_value, work.batch, work.head, first_row,
                                   geometry.seqlen_kv);
   }

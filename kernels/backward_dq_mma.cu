@@ -8,10 +8,14 @@
 // Shared memory: Q [TILE_Q][D] | dO [TILE_Q][D] | K [NUM_STAGES][TILE_KV][D] | V [NUM_STAGES][TILE_KV][D]. One copy group per key tile.
 #include "tile/backward.cuh"
 #include "tile/constants.cuh"
+#include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/gemm.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
+#include "tile/score.cuh"
+#include "tile/visibility.cuh"
+#include "tile/visible_tiles.cuh"
 
 constexpr int WARP_ROWS = TILE_Q / NUM_WARPS;
 
@@ -34,11 +38,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
   const SmemAddress K_smem = dO_smem + TileQ::BYTES;
   const SmemAddress V_smem = K_smem + NUM_STAGES * TileKV::BYTES;
 
-  const int num_keys = visible_keys<CAUSAL>(geometry, first_q + TILE_Q);  // keys beyond are not even read
-  const int num_kv_tiles = (num_keys + TILE_KV - 1) / TILE_KV;
+  const Visibility visibility(geometry, arguments.features, work.batch, work.head);
+  const int num_keys = visibility.end_key(first_q, first_q + TILE_Q);  // keys beyond are not even read
+  const VisibleTiles tiles(geometry, arguments.features, work.batch, work.head, work.tile, (geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
+  const int begin = TILE_LISTS ? 0 : visibility.first_key(first_q) / TILE_KV;  // steps over key tiles
+  const int end = TILE_LISTS ? tiles.count() : (num_keys + TILE_KV - 1) / TILE_KV;
   TileLoader<TileKV, Element, NUM_THREADS> load_K(arguments.key, work.batch, head_kv, num_keys);
   TileLoader<TileKV, Element, NUM_THREADS> load_V(arguments.value, work.batch, head_kv, num_keys);
-  if (num_kv_tiles > 0) {
+  if (begin < end) {
     TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q);
     load_Q.issue(Q_smem, first_q);
     load_Q.land(Q_smem);
@@ -46,16 +53,16 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
     load_dO.issue(dO_smem, first_q);
     load_dO.land(dO_smem);
   }
-  auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES * TileKV::BYTES; };
-  auto issue = [&](int tile) {
-    if (tile < num_kv_tiles) {
-      load_K.issue(K_smem + slot(tile), tile * TILE_KV);
-      load_V.issue(V_smem + slot(tile), tile * TILE_KV);
+  auto slot = [](int step) { return NUM_STAGES == 1 ? 0 : step % NUM_STAGES * TileKV::BYTES; };
+  auto issue = [&](int step) {
+    if (step < end) {
+      load_K.issue(K_smem + slot(step), tiles.tile(step) * TILE_KV);
+      load_V.issue(V_smem + slot(step), tiles.tile(step) * TILE_KV);
     }
     cp_async_commit_group();
   };
 #pragma unroll
-  for (int tile = 0; tile < NUM_STAGES - 1; ++tile) issue(tile);
+  for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) issue(begin + ahead);
 
   RowStatistics statistics[M_TILES][2];
   const RowStatistics* statistics_gmem = row_statistics(arguments, work.batch, work.head);
@@ -69,9 +76,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
 
   float dQ[M_TILES][D_TILES][4];
   clear(dQ);
+  const ScoreModifier modifier(geometry, arguments.features, work.batch, work.head);
+  const Dropout dropout(arguments.features);
 
 #pragma unroll 1
-  for (int j = 0; j < num_kv_tiles; ++j) {
+  for (int j = begin; j < end; ++j) {
     if constexpr (NUM_STAGES == 1) {
       issue(j);
       wait_for_tiles<0>([&] {
@@ -82,38 +91,54 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
       wait_for_tiles<NUM_STAGES - 2>([] {});  // tile j has landed; every warp is done with tile j - 1, whose slot is next
       issue(j + NUM_STAGES - 1);
     }
-    const int first_kv = j * TILE_KV;
+    const int first_kv = tiles.tile(j) * TILE_KV;
 
     float P[M_TILES][S_TILES][4];  // scores, then probabilities
     clear(P);
     gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileQ>(Q_smem, warp_row), typename Mma::OperandB<TileKV>(K_smem + slot(j)));
-    if (geometry.score_sign != 1.0f) multiply_all(P, geometry.score_sign);
+    ScoreSlope<M_TILES, S_TILES> slope;
+    if constexpr (MODIFIES_SCORES) {
+      modifier.apply<false>(P, slope, first_q + warp_row, first_kv);
+    } else {
+      if (geometry.score_sign != 1.0f) multiply_all(P, geometry.score_sign);
+    }
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
       for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) P[m][n][i] = probability(P[m][n][i], geometry.scale_log2, statistics[m][i / 2].lse_log2);
-    if (needs_mask<CAUSAL>(geometry, first_q, first_kv + TILE_KV)) {
+        for (int i = 0; i < 4; ++i) P[m][n][i] = probability(P[m][n][i], MODIFIES_SCORES ? 1.0f : geometry.scale_log2, statistics[m][i / 2].lse_log2);
+    if (ONLY_CAUSAL ? needs_mask<CAUSAL>(geometry, first_q, first_kv + TILE_KV)
+                    : tiles.is_partial(j) || visibility.needs_mask(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)) {
       for_each_element(P, [&](int row, int column, float& probability) {
-        if (!is_visible<CAUSAL>(geometry, first_q + warp_row + row, first_kv + column)) probability = 0.0f;
+        const bool visible = ONLY_CAUSAL ? is_visible<CAUSAL>(geometry, first_q + warp_row + row, first_kv + column)
+                                         : visibility.sees(first_q + warp_row + row, first_kv + column);
+        if (!visible) probability = 0.0f;
       });
     }
 
-    float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
+    float dS[M_TILES][S_TILES][4];  // dP - delta, then dS; with dropout dP first
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
       for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) dS[m][n][i] = -statistics[m][i / 2].delta;
+        for (int i = 0; i < 4; ++i) dS[m][n][i] = DROPOUT ? 0.0f : -statistics[m][i / 2].delta;
     gemm_rows<Mma, TileQ::COLUMNS>(dS, typename Mma::OperandA<TileQ>(dO_smem, warp_row), typename Mma::OperandB<TileKV>(V_smem + slot(j)));
+    if constexpr (DROPOUT) {
+      KeptElements<false, M_TILES, S_TILES> kept;
+      kept.draw(dropout, work.batch, work.head, first_q + warp_row, first_kv);
+      for_each_place<M_TILES, S_TILES>([&](int m, int n, int i, int, int) {
+        dS[m][n][i] = (kept.has(m, n, i) ? dS[m][n][i] * arguments.features.dropout_scale : 0.0f) - statistics[m][i / 2].delta;
+      });
+    }
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
       for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) dS[m][n][i] *= P[m][n][i];
+    slope.multiply(dS);
     gemm_accumulator<Mma>(dQ, dS, typename Mma::OperandBByRows<TileKV>(K_smem + slot(j)));
     if constexpr (NUM_STAGES == 1) __syncthreads();  // every warp is done with the only slot
   }

@@ -3,6 +3,9 @@
 // One block computes TILE_Q rows of one head; each warp owns TILE_Q / NUM_WARPS of them and keeps their O and softmax state in registers. The block
 // walks over the key tiles that its rows can see (FlashAttention-2, Dao 2023, arXiv 2307.08691, algorithm 1).
 //
+// Features of the generated Config change scores and visibility (tile/score.cuh, tile/visibility.cuh), add a logit to the denominator, or drop
+// probabilities between softmax and P V; LSE is that of all probabilities.
+//
 // Shared memory: Q [TILE_Q][D] | K [NUM_STAGES][TILE_KV][D] | V [NUM_STAGES][TILE_KV][D].
 //
 // Copies are committed in the order K0 V0 K1 V1 ..., one group each. In step j two barriers each do two jobs:
@@ -11,12 +14,15 @@
 // so at either barrier 2 (NUM_STAGES - 1) younger groups may still be in flight. With one stage, V_j travels during Q Kᵀ and K_{j+1} during the
 // softmax and P V.
 #include "tile/constants.cuh"
+#include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/gemm.cuh"
-#include "tile/mask.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
+#include "tile/score.cuh"
 #include "tile/softmax.cuh"
+#include "tile/visibility.cuh"
+#include "tile/visible_tiles.cuh"
 
 constexpr int WARP_ROWS = TILE_Q / NUM_WARPS;
 
@@ -39,38 +45,43 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   const SmemAddress K_smem = Q_smem + TileQ::BYTES;
   const SmemAddress V_smem = K_smem + NUM_STAGES * TileKV::BYTES;
 
-  const int num_keys = visible_keys<CAUSAL>(geometry, first_q + TILE_Q);  // keys beyond are not even read
-  const int num_kv_tiles = (num_keys + TILE_KV - 1) / TILE_KV;
+  const Visibility visibility(geometry, arguments.features, work.batch, work.head);
+  const int num_keys = visibility.end_key(first_q, first_q + TILE_Q);  // keys beyond are not even read
+  const VisibleTiles tiles(geometry, arguments.features, work.batch, work.head, work.tile, (geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
+  const int begin = TILE_LISTS ? 0 : visibility.first_key(first_q) / TILE_KV;  // steps over key tiles
+  const int end = TILE_LISTS ? tiles.count() : (num_keys + TILE_KV - 1) / TILE_KV;
   TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q);
   TileLoader<TileKV, Element, NUM_THREADS, true> load_K(arguments.key, work.batch, head_kv, num_keys);
   TileLoader<TileKV, Element, NUM_THREADS, true> load_V(arguments.value, work.batch, head_kv, num_keys);
 
-  auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES * TileKV::BYTES; };
-  auto issue_K = [&](int tile) {
-    if (tile < num_kv_tiles) load_K.issue(K_smem + slot(tile), tile * TILE_KV);
+  auto slot = [](int step) { return NUM_STAGES == 1 ? 0 : step % NUM_STAGES * TileKV::BYTES; };
+  auto issue_K = [&](int step) {
+    if (step < end) load_K.issue(K_smem + slot(step), tiles.tile(step) * TILE_KV);
     cp_async_commit_group();
   };
-  auto issue_V = [&](int tile) {
-    if (tile < num_kv_tiles) load_V.issue(V_smem + slot(tile), tile * TILE_KV);
+  auto issue_V = [&](int step) {
+    if (step < end) load_V.issue(V_smem + slot(step), tiles.tile(step) * TILE_KV);
     cp_async_commit_group();
   };
 
-  if (num_kv_tiles > 0) {
+  if (begin < end) {
     load_Q.issue(Q_smem, first_q);
     load_Q.land(Q_smem);
   }
 #pragma unroll
-  for (int tile = 0; tile < NUM_STAGES - 1; ++tile) {
-    issue_K(tile);
-    issue_V(tile);
+  for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) {
+    issue_K(begin + ahead);
+    issue_V(begin + ahead);
   }
-  issue_K(NUM_STAGES - 1);
+  issue_K(begin + NUM_STAGES - 1);
 
   float O[M_TILES][D_TILES][4];
   clear(O);
   OnlineSoftmax<M_TILES> softmax;
+  const ScoreModifier modifier(geometry, arguments.features, work.batch, work.head);
+  const Dropout dropout(arguments.features);
 
-  for (int j = 0; j < num_kv_tiles; ++j) {
+  for (int j = begin; j < end; ++j) {
     wait_for_tiles<PENDING>([&] { load_K.land(K_smem); });  // barrier A
     issue_V(j + NUM_STAGES - 1);
 
@@ -81,18 +92,35 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     wait_for_tiles<PENDING>([&] { load_V.land(V_smem); });  // barrier B
     issue_K(j + NUM_STAGES);
 
-    const int first_kv = j * TILE_KV;
-    if (geometry.score_sign != 1.0f) multiply_all(S, geometry.score_sign);
-    if (needs_mask<CAUSAL>(geometry, first_q, first_kv + TILE_KV)) {
+    const int first_kv = tiles.tile(j) * TILE_KV;
+    if constexpr (MODIFIES_SCORES) {
+      ScoreSlope<M_TILES, S_TILES> unused;
+      modifier.apply<false>(S, unused, first_q + warp_row, first_kv);
+    } else {
+      if (geometry.score_sign != 1.0f) multiply_all(S, geometry.score_sign);
+    }
+    if (ONLY_CAUSAL ? needs_mask<CAUSAL>(geometry, first_q, first_kv + TILE_KV)
+                    : tiles.is_partial(j) || visibility.needs_mask(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)) {
       for_each_element(S, [&](int row, int column, float& score) {
-        if (!is_visible<CAUSAL>(geometry, first_q + warp_row + row, first_kv + column)) score = -infinity();
+        const bool visible = ONLY_CAUSAL ? is_visible<CAUSAL>(geometry, first_q + warp_row + row, first_kv + column)
+                                         : visibility.sees(first_q + warp_row + row, first_kv + column);
+        if (!visible) score = -infinity();
       });
     }
-    softmax.update(S, O, geometry.scale_log2);
+    softmax.update(S, O, MODIFIES_SCORES ? 1.0f : geometry.scale_log2);
+    if constexpr (DROPOUT) {
+      KeptElements<false, M_TILES, S_TILES> kept;
+      kept.draw(dropout, work.batch, work.head, first_q + warp_row, first_kv);
+      for_each_place<M_TILES, S_TILES>([&](int m, int n, int i, int, int) {
+        if (!kept.has(m, n, i)) S[m][n][i] = 0.0f;
+      });
+    }
     gemm_accumulator<Mma>(O, S, typename Mma::OperandBByRows<TileKV>(V_smem + slot(j)));
   }
 
+  if constexpr (SINKS) softmax.add_sink(O, arguments.features.sinks.load(work.batch, work.head) * LOG2_E);
   softmax.finish(O);
+  if constexpr (DROPOUT) multiply_all(O, arguments.features.dropout_scale);
   if (arguments.lse.data != nullptr && lane_index() % 4 == 0) {
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)

@@ -65,9 +65,7 @@ def error_of(call: dict[str, Any], check: Callable[[dict[str, Any]], object] = f
 # --- Each check and its message ---------------------------------------------------------------------------------------------------------
 
 OPTION_CASES: list[tuple[dict[str, Any], type[ArgumentError], str, str, str, str]] = [
-    ({"attn_mask": zeros(2, 2)}, UnsupportedError, "attn_mask", "numpy.ndarray", "masks are not supported yet", "is_causal=True"),
-    ({"dropout_p": 0.1}, UnsupportedError, "dropout_p", "0.1", "dropout is not supported yet", "Leave it out"),
-    ({"dropout_p": 1}, UnsupportedError, "dropout_p", "1", "not supported", "Leave it out"),
+    ({"dropout_p": 0.1}, OptionError, "dropout_seed", "None with dropout_p > 0", "an int, a pair", "the same one to the backward pass"),
     ({"dropout_p": 1.5}, OptionError, "dropout_p", "1.5", "from 0.0 to 1.0", "evaluation"),
     ({"dropout_p": math.nan}, OptionError, "dropout_p", "nan", "from 0.0 to 1.0", "evaluation"),
     ({"dropout_p": None}, OptionError, "dropout_p", "None", "from 0.0 to 1.0", "evaluation"),
@@ -468,12 +466,20 @@ def break_scale(rng: random.Random, call: dict[str, Any]) -> None:
 
 
 def break_dropout(rng: random.Random, call: dict[str, Any]) -> None:
-    call["dropout_p"] = rng.choice([0.5, 1.0, -0.1, 1.1, math.nan, math.inf, None, "0", True, False, 1j, [], 10**400])
+    call["dropout_seed"] = rng.choice([None, 1])
+    call["dropout_p"] = rng.choice([-0.1, 1.1, math.nan, math.inf, None, "0", True, False, 1j, [], 10**400])
 
 
 def break_other_option(rng: random.Random, call: dict[str, Any]) -> None:
     name, values = rng.choice([
-        ("attn_mask", [zeros(SQ, SKV), True, "causal", 0, []]),
+        ("attn_mask", [zeros(SQ, SKV + 1), True, "causal", 0, [], zeros(SQ, SKV, dtype="int32"), zeros(1, B, H, SQ, SKV)]),
+        ("window", [(1,), (1, -2), "both", 4, (True, 1), (0.5, 1), (None, "0")]),
+        ("softcap", [-1.0, "30", math.inf, math.nan, True, 1e-300]),
+        ("alibi_slopes", [zeros(H), zeros(H + 1, dtype="float32"), [0.5] * H]),
+        ("sinks", [zeros(H), zeros(B, H, dtype="float32"), 1.0]),
+        ("segment_ids_q", [zeros(B, SQ, dtype="int32"), zeros(B, dtype="int32"), 0]),
+        ("prefix_lengths", [zeros(B, dtype="int32"), zeros(B, dtype="int64")]),
+        ("need_attn_mask_grad", [True, 1, None]),
         ("num_heads", [0, -1, 5, 10**30, True, 2.0, "4", [], numpy.bool_(True), numpy.array(4)]),
         ("causal_alignment", ["", "top", None, 0, ["top_left"], "TOP_LEFT", numpy.array(["top_left", "top_left"])]),
     ])  # fmt: skip
@@ -533,7 +539,16 @@ ARGUMENTS = {
     "layout",
     "scale",
     "dropout_p",
+    "dropout_seed",
     "attn_mask",
+    "need_attn_mask_grad",
+    "window",
+    "softcap",
+    "alibi_slopes",
+    "sinks",
+    "segment_ids_q",
+    "segment_ids_kv",
+    "prefix_lengths",
     "num_heads",
     "causal_alignment",
 }

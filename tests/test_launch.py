@@ -35,6 +35,15 @@ GEOMETRY = (
 )
 POINTERS = {name: f"{name}.data" for name in (*BACKWARD_TENSORS, "lse", "grad_lse")} | {"row_statistics": "row_statistics"}
 """Names of pointers in Python -> fields in C++."""
+FEATURES = {name: f"{name}.data" for name in ("alibi_slopes", "sinks", "segment_ids_q", "segment_ids_kv", "prefix_lengths")} | {
+    "attn_mask": "mask.data",
+    "grad_attn_mask": "grad_mask.data",
+    **{name: name for name in ("grad_sinks", "visible_tiles", "dropout_state", "dropout_seed", "dropout_offset")},
+}
+"""Names of 64-bit words in Python -> fields of FeatureArguments."""
+FEATURE_NUMBERS = (
+    "list_batches", "list_heads", "window_low", "window_high", "score_factor", "softcap_log2", "dropout_limit", "dropout_scale",
+)  # fmt: skip
 
 
 def problem_of(**options: Any) -> Problem:
@@ -85,12 +94,22 @@ def compile_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assertions: li
 def test_sizes_and_offsets_are_those_of_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler says where each field lies. Mere order is not enough: C++ pads."""
     packed = {"ForwardArguments": forward(problem_of()), "BackwardArguments": backward(problem_of())}
+    features = launch.features_template(problem_of())
+    assert features.size == len(launch.NO_FEATURE_BYTES)
+    sizes = {name: template.size + len(tail) for name, (template, tail) in packed.items()} | {"VisibleTilesArguments": 4 * len(GEOMETRY)}
     assertions = []
     for struct_name, (template, tail) in packed.items():
         assert len(template.fill({})) == template.size
-        assertions.append(f"sizeof({struct_name}) == {template.size + len(tail)}")
+        assert sizes[struct_name] == template.size + len(tail)
         assertions += [f"OFFSET({struct_name}, {POINTERS[name]}) == {offset_of(template, name)}" for name in template.names]
         assertions += [f"OFFSET({struct_name}, geometry.{name}) == {template.size + 4 * i}" for i, name in enumerate(GEOMETRY)]
+    for struct_name, offset in sizes.items():
+        assertions.append(f"sizeof({struct_name}) == {offset + features.size}")
+        assertions += [
+            f"OFFSET({struct_name}, features.{FEATURES[name]}) == {offset + offset_of(features, name)}" for name in features.names
+        ]
+    numbers = offset_of(features, "dropout_offset") + 8
+    assertions += [f"OFFSET(VisibleTilesArguments, features.{name}) == {40 + numbers + 4 * i}" for i, name in enumerate(FEATURE_NUMBERS)]
     group = packed["BackwardArguments"][0].size + 4 * len(GEOMETRY)
     assertions += [f"OFFSET(BackwardArguments, group_batch) == {group}", f"OFFSET(BackwardArguments, group_heads) == {group + 4}"]
     for i, name in enumerate(("data", "stride_batch", "stride_seqlen", "stride_head", "stride_dim", "vectorized")):
@@ -100,7 +119,7 @@ def test_sizes_and_offsets_are_those_of_the_kernels(tmp_path: Path, monkeypatch:
     assertions.append(f"sizeof(RowStatistics) == {planning.ROW_STATISTICS_BYTES}")
     ptx = compile_with(tmp_path, monkeypatch, assertions)
     for name, (template, tail) in (("forward", packed["ForwardArguments"]), ("backward", packed["BackwardArguments"])):
-        assert f".param .align 8 .b8 {name}_param_0[{template.size + len(tail)}]" in ptx
+        assert f".param .align 8 .b8 {name}_param_0[{template.size + len(tail) + features.size}]" in ptx
 
 
 def test_a_wrong_offset_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

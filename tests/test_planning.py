@@ -21,6 +21,7 @@ from cuflash.planning import Plan, backward_passes, make_plan, offline_kernels
 from cuflash.problem import Problem, make_problem
 from cuflash.tiles import Tile
 
+FEATURES = ("DROPOUT", "WINDOW", "SOFTCAP", "ALIBI", "SINKS", "SEGMENTS", "PREFIX")
 SM_80 = device.of_arch("sm_80", "gpu")
 
 
@@ -152,7 +153,9 @@ def test_config_says_all_that_the_kernel_is_told() -> None:
         "  static constexpr int TILE_Q = 64;\n  static constexpr int TILE_KV = 48;\n"
         "  static constexpr int NUM_WARPS = 4;\n  static constexpr int NUM_STAGES = 2;\n"
         f"  static constexpr int SHARED_BYTES = {160 * (64 + 4 * 48)};\n"
-        "  static constexpr bool CAUSAL = true;\n  static constexpr bool ALLOW_TF32 = false;\n};\n"
+        "  static constexpr bool CAUSAL = true;\n  static constexpr bool ALLOW_TF32 = false;\n  using MaskElement = NoMask;\n"
+        + "".join(f"  static constexpr bool {name} = false;\n" for name in FEATURES)
+        + "};\n"
     )
 
 
@@ -217,6 +220,7 @@ def test_plan_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         "  problem    float16, batch 2, seqlen 1000 x 500, 8/2 heads, head_dim 64, causal (bottom_right), scale 0.25",
         "  products   tensor cores, float16 with float32 sums",
         "  kernel     forward: forward_mma.cu, tile_q=64, tile_kv=32, num_warps=4, num_stages=2, 256 blocks of 128 threads, 24576 bytes of shared memory",
+        "  tiles      forward visits 80 of 256 per head",
         "  memory     outputs 2.014 MiB, workspace 0 B; unfused attention would take 30.52 MiB more",
         "  work       0.513 GFLOP in matrix products over visible pairs; the same bits on every run",
     ]
