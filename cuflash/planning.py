@@ -35,7 +35,7 @@ class KernelPlan:
     Attributes:
         name: "forward", "backward_delta", "backward_dkdv", "backward_dk", "backward_dv" or "backward_dq".
         source: file in kernels/; its stem is the entry point.
-        dtype, head_dim, tile: as in `KernelCase`.
+        dtype, head_dim, head_dim_v, tile: as in `KernelCase`.
         config: the text of `struct Config`.
         num_threads: threads of a block.
         shared_bytes: dynamic shared memory of a block.
@@ -56,6 +56,7 @@ class KernelPlan:
     num_blocks: int
     group_batch: int = 1
     group_heads: int = 1
+    head_dim_v: int = 0
 
     @property
     def entry(self) -> str:
@@ -110,7 +111,7 @@ class Plan:
         lines = [
             f"{'backward' if self.backward else 'forward'} attention on {self.device.name}, {self.device.arch}",
             f"  problem    {problem.dtype}, batch {problem.batch}, seqlen {problem.seqlen_q} x {problem.seqlen_kv}, {heads}, "
-            f"head_dim {problem.head_dim}, {causal}, scale {problem.scale:.6g}",
+            f"head_dim {tiles.head_dims(problem.head_dim, problem.head_dim_v)}, {causal}, scale {problem.scale:.6g}",
             f"  products   {_products(problem, self.device)}",
         ]
         for kernel in self.kernels:
@@ -145,10 +146,10 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
     itemsize = problem.itemsize
     rows = problem.batch * problem.num_heads_q * problem.seqlen_q
     if backward:
-        output_bytes = itemsize * (rows * problem.head_dim + _size(problem.key_shape) + _size(problem.value_shape))
+        output_bytes = itemsize * (_size(problem.query.shape) + _size(problem.key_shape) + _size(problem.value_shape))
         workspace_bytes = ROW_STATISTICS_BYTES * rows
     else:
-        output_bytes = itemsize * rows * problem.head_dim + (4 * rows if problem.return_lse else 0)
+        output_bytes = itemsize * _size(problem.output_shape) + (4 * rows if problem.return_lse else 0)
         workspace_bytes = 0
     kernels: tuple[KernelPlan, ...] = ()
     if not problem.is_empty:
@@ -169,8 +170,8 @@ def backward_passes(problem: Problem, device: Device) -> tuple[tiles.Pass, ...]:
 
     dK and dV come from one kernel where the accumulators of both fit the registers and they are summed over the same heads and batches.
     """
-    same_groups = problem.key_shape == problem.value_shape
-    both = KernelCase("backward_dkdv", problem.dtype, problem.head_dim, problem.allow_tf32)
+    same_groups = problem.key_shape[:3] == problem.value_shape[:3]
+    both = KernelCase("backward_dkdv", problem.dtype, problem.head_dim, problem.allow_tf32, problem.head_dim_v)
     if same_groups and splits_dkdv(both, device) is False:
         return ("backward_dkdv", "backward_dq")
     return ("backward_dv", "backward_dk", "backward_dq")
@@ -188,13 +189,14 @@ def offline_kernels(
     *,
     dtype: str,
     head_dim: int,
+    head_dim_v: int | None = None,
     is_causal: bool = False,
     allow_tf32: bool = False,
     backward: bool = True,
     tile: Tiles = None,
 ) -> Iterable[KernelPlan]:
     """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection."""
-    problem = _representative(dtype, head_dim, is_causal, allow_tf32)
+    problem = _representative(dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32)
     passes = ("forward", *(backward_passes(problem, device) if backward else ()))
     _check_names(tile, passes)
     yield from make_plan(problem, device, tile=_of_pass(tile, backward=False)).kernels
@@ -209,15 +211,14 @@ def _of_pass(tile: Tiles, *, backward: bool) -> Tiles:
     return {name: pinned for name, pinned in tile.items() if (name != "forward") == backward}
 
 
-def _representative(dtype: str, head_dim: int, is_causal: bool, allow_tf32: bool) -> Problem:
+def _representative(dtype: str, head_dim: int, head_dim_v: int, is_causal: bool, allow_tf32: bool) -> Problem:
     from cuflash.problem import Layout, View
 
-    shape = (1, 1024, 1, head_dim)
-    view = View(shape, (1024 * head_dim, head_dim, head_dim, 1))
+    view, view_v = (View((1, 1024, 1, dim), (1024 * dim, dim, dim, 1)) for dim in (head_dim, head_dim_v))
     return Problem(
         dtype=dtype, batch=1, seqlen_q=1024, seqlen_kv=1024, num_heads_q=1, num_heads_kv=1, batch_kv=1, head_dim=head_dim, scale=head_dim**-0.5,
-        is_causal=is_causal, causal_alignment="top_left", deterministic=False, allow_tf32=allow_tf32, return_lse=True, query=view, key=view, value=view,
-        key_shape=shape, value_shape=shape, layout=Layout(),
+        is_causal=is_causal, causal_alignment="top_left", deterministic=False, allow_tf32=allow_tf32, return_lse=True, query=view, key=view,
+        value=view_v, key_shape=view.shape, value_shape=view_v.shape, layout=Layout(), head_dim_v=head_dim_v,
     )  # fmt: skip
 
 
@@ -231,12 +232,13 @@ def _check_names(tile: Tiles, passes: tuple[tiles.Pass, ...]) -> None:
 
 
 def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:
-    case = KernelCase(name, problem.dtype, problem.head_dim, problem.allow_tf32 and problem.dtype == "float32")
+    case = KernelCase(name, problem.dtype, problem.head_dim, problem.allow_tf32 and problem.dtype == "float32", problem.head_dim_v)
     tile = _choose_tile(case, device, pinned)
     shared_bytes = tiles.shared_bytes(case, tile, device)
     constants: dict[str, int | bool] = {
         "CAPABILITY": device.capability,
         "HEAD_DIM": problem.head_dim,
+        "HEAD_DIM_V": problem.head_dim_v,
         "TILE_Q": tile.tile_q,
         "TILE_KV": tile.tile_kv,
         "NUM_WARPS": tile.num_warps,
@@ -255,7 +257,7 @@ def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned
     num_tiles = ceil(seqlen / case.stationary_rows(tile))
     return KernelPlan(
         name, source, problem.dtype, problem.head_dim, tile, config_text(problem.dtype, constants), 32 * tile.num_warps, shared_bytes,
-        num_tiles, num_tiles * heads * batch, group_batch, group_heads,
+        num_tiles, num_tiles * heads * batch, group_batch, group_heads, problem.head_dim_v,
     )  # fmt: skip
 
 
@@ -268,14 +270,14 @@ def _choose_tile(case: KernelCase, device: Device, pinned: Tiles) -> Tile:
 
 
 def _delta_kernel(problem: Problem, device: Device) -> KernelPlan:
-    chunks = ceil(problem.head_dim * problem.itemsize / 16)
+    chunks = ceil(problem.head_dim_v * problem.itemsize / 16)
     lanes = next(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes >= min(chunks, 32))
     rows = 32 * DELTA_WARPS // lanes
-    constants = {"CAPABILITY": device.capability, "HEAD_DIM": problem.head_dim, "TILE_Q": rows, "NUM_WARPS": DELTA_WARPS}
+    constants = {"CAPABILITY": device.capability, "HEAD_DIM_V": problem.head_dim_v, "TILE_Q": rows, "NUM_WARPS": DELTA_WARPS}
     num_tiles = ceil(problem.seqlen_q / rows)
     return KernelPlan(
         "backward_delta", "backward_delta.cu", problem.dtype, problem.head_dim, Tile(rows, 1, DELTA_WARPS, 1), config_text(problem.dtype, constants),
-        32 * DELTA_WARPS, 0, num_tiles, num_tiles * problem.num_heads_q * problem.batch,
+        32 * DELTA_WARPS, 0, num_tiles, num_tiles * problem.num_heads_q * problem.batch, head_dim_v=problem.head_dim_v,
     )  # fmt: skip
 
 

@@ -58,14 +58,19 @@ class KernelCase:
     Attributes:
         kernel: which pass.
         dtype: "float16", "bfloat16" or "float32".
-        head_dim: 1 … 256.
+        head_dim: of query and key, 1 … 256.
         allow_tf32: one TF32 product instead of three for float32.
+        head_dim_v: of value and output, 1 … 256; 0 stands for head_dim.
     """
 
     kernel: Pass
     dtype: str
     head_dim: int
     allow_tf32: bool = False
+    head_dim_v: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "head_dim_v", self.head_dim_v or self.head_dim)
 
     def uses_simt(self, device: Device) -> bool:
         """Whether products run on the ordinary float32 units: what Turing's tensor cores cannot take."""
@@ -80,6 +85,11 @@ class KernelCase:
         """head_dim rounded up to what the matrix instructions take."""
         return ceil(self.head_dim / 16) * 16
 
+    @property
+    def columns_v(self) -> int:
+        """head_dim_v, likewise."""
+        return ceil(self.head_dim_v / 16) * 16
+
     def stationary_rows(self, tile: Tile) -> int:
         """Rows that the block keeps, shared out among its warps."""
         return tile.tile_q if self.kernel in ("forward", "backward_dq") else tile.tile_kv
@@ -89,35 +99,43 @@ class KernelCase:
         return tile.tile_kv if self.kernel in ("forward", "backward_dq") else tile.tile_q
 
 
-def row_bytes(case: KernelCase, device: Device) -> int:
-    """Bytes of one row of a tile in shared memory; mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh."""
+def row_bytes(case: KernelCase, device: Device) -> tuple[int, int]:
+    """Bytes of one row of a tile of Q or K and of V or dO in shared memory; mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh."""
     itemsize = case.smem_itemsize(device)
-    chunks = case.columns * itemsize // 16
-    return (ceil(chunks / 8) * 8 if itemsize == 4 else chunks) * 16
+
+    def pitch(columns: int) -> int:
+        chunks = columns * itemsize // 16
+        return (ceil(chunks / 8) * 8 if itemsize == 4 else chunks) * 16
+
+    return pitch(case.columns), pitch(case.columns_v)
 
 
 def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
     """Dynamic shared memory of a block; the kernels assert the same number."""
-    row = row_bytes(case, device)
+    row, row_v = row_bytes(case, device)
+    streamed = tile.num_stages * case.streamed_rows(tile) * (row + row_v)
     if case.kernel == "forward":
-        return row * (tile.tile_q + 2 * tile.num_stages * tile.tile_kv)
+        return row * tile.tile_q + streamed
     if case.kernel == "backward_dq":
-        return row * (2 * tile.tile_q + 2 * tile.num_stages * tile.tile_kv)
-    kept = 1 if case.kernel == "backward_dv" else 2
+        return (row + row_v) * tile.tile_q + streamed
+    kept = row if case.kernel == "backward_dv" else row + row_v
     statistics = _ROW_STATISTICS_BYTES if device.capability >= 80 else 0  # sm_75 reads them from global memory
-    return row * (kept * tile.tile_kv + 2 * tile.num_stages * tile.tile_q) + tile.num_stages * tile.tile_q * statistics
+    return kept * tile.tile_kv + streamed + tile.num_stages * tile.tile_q * statistics
 
 
 def _products(case: KernelCase) -> tuple[int, int]:
-    """How many output and how many score matrices a kernel accumulates at a time."""
-    return {"forward": (1, 1), "backward_dkdv": (2, 2), "backward_dk": (1, 2), "backward_dv": (1, 1), "backward_dq": (1, 2)}[case.kernel]
+    """Columns of the outputs, and how many score matrices, that a kernel accumulates at a time."""
+    d, dv = case.columns, case.columns_v
+    return {"forward": (dv, 1), "backward_dkdv": (d + dv, 2), "backward_dk": (d, 2), "backward_dv": (dv, 1), "backward_dq": (d, 2)}[
+        case.kernel
+    ]
 
 
 def accumulator_registers(case: KernelCase, tile: Tile) -> int:
     """Registers per thread that hold results of matrix products, all live at once."""
     rows = case.stationary_rows(tile) // tile.num_warps
     outputs, scores = _products(case)
-    return rows * (outputs * case.columns + scores * case.streamed_rows(tile)) // 32
+    return rows * (outputs + scores * case.streamed_rows(tile)) // 32
 
 
 def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
@@ -127,7 +145,7 @@ def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
     """
     rows = case.stationary_rows(tile) // tile.num_warps
     outputs, scores = _products(case)
-    estimate = rows * (outputs * case.columns + 3 * scores * case.streamed_rows(tile) // 2) // 32
+    estimate = rows * (outputs + 3 * scores * case.streamed_rows(tile) // 2) // 32
     estimate += rows // 4  # the A operand
     if case.uses_simt(device):
         estimate += 108
@@ -136,7 +154,7 @@ def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
     else:
         estimate += 74 if case.kernel == "forward" else 88
     if device.capability < 80 and case.kernel == "forward":  # K and V on their way, in registers
-        chunks = case.streamed_rows(tile) * row_bytes(case, device) // 16 // (32 * tile.num_warps)
+        chunks = case.streamed_rows(tile) * max(row_bytes(case, device)) // 16 // (32 * tile.num_warps)
         estimate += 8 * chunks if chunks <= 8 else 0
     return estimate
 
@@ -217,9 +235,14 @@ def check_tile(case: KernelCase, tile: Tile, device: Device, argument: str = "ti
     raise TileError(
         argument,
         f"Tile({tile})",
-        f"a tile that fits {case.kernel} with {case.dtype}, head_dim {case.head_dim}: {rule}",
+        f"a tile that fits {case.kernel} with {case.dtype}, head_dim {head_dims(case.head_dim, case.head_dim_v)}: {rule}",
         f"Nearest legal tiles: {listed}.",
     )
+
+
+def head_dims(head_dim: int, head_dim_v: int) -> str:
+    """Both for people: "64", or "192/128" where value has its own."""
+    return str(head_dim) if head_dim == head_dim_v else f"{head_dim}/{head_dim_v}"
 
 
 def _distance(left: Tile, right: Tile) -> float:
@@ -250,19 +273,22 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     overlap; barriers and uncovered loads do not. Tiles that by the register estimate would spill come last.
     """
     rows, streamed = case.stationary_rows(tile), case.streamed_rows(tile)
-    row = row_bytes(case, device)
-    products = {"forward": 2, "backward_dkdv": 4, "backward_dk": 3, "backward_dv": 2, "backward_dq": 3}[case.kernel]
+    row, row_v = row_bytes(case, device)
+    # How many products run over the columns of Q and K, and how many over those of V and O.
+    over_d, over_dv = {"forward": (1, 1), "backward_dkdv": (2, 2), "backward_dk": (2, 1), "backward_dv": (1, 1), "backward_dq": (2, 1)}[
+        case.kernel
+    ]
 
     mma_rate = float(_MMA_RATE.get(device.capability, 1024))
     if case.uses_simt(device):
         mma_rate = 64.0
     elif case.dtype == "float32":
         mma_rate /= 2 if case.allow_tf32 else 6
-    mma = products * rows * streamed * case.columns / mma_rate
+    mma = rows * streamed * (over_d * case.columns + over_dv * case.columns_v) / mma_rate
 
     # Per streamed tile: every warp reads each streamed operand of each product; stationary operands are read again too; the copy writes once.
-    by_rows = {"forward": 1, "backward_dkdv": 2, "backward_dk": 2, "backward_dv": 1, "backward_dq": 2}[case.kernel]
-    traffic = products * tile.num_warps * streamed * row + by_rows * rows * row + 2 * streamed * row
+    kept = row if case.kernel in ("forward", "backward_dv") else row + row_v
+    traffic = tile.num_warps * streamed * (over_d * row + over_dv * row_v) + rows * kept + streamed * (row + row_v)
     smem = traffic / _SMEM_RATE
 
     issue_rate = _ISSUE_RATE.get(device.capability, 128)
@@ -270,10 +296,10 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     split = 3.0 if case.dtype == "float32" and not case.allow_tf32 else 1.0
     instructions = scores * (6 if case.kernel == "forward" else 9) + split * traffic / 16
     if case.kernel == "forward":
-        instructions += rows * (case.columns + 40)  # once per tile: O is rescaled, and the maximum of each row found across lanes
+        instructions += rows * (case.columns_v + 40)  # once per tile: O is rescaled, and the maximum of each row found across lanes
     other = scores / _EXP_RATE + instructions / issue_rate
 
-    l2 = 2 * streamed * row / _L2_RATE  # every block fetches every streamed tile: only more rows per block save traffic
+    l2 = streamed * (row + row_v) / _L2_RATE  # every block fetches every streamed tile: only more rows per block save traffic
 
     blocks = _blocks_per_sm(case, tile, device)
     warps_per_scheduler = blocks * tile.num_warps / 4

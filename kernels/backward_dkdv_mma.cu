@@ -9,7 +9,7 @@
 // COMPUTE_DK and COMPUTE_DV say what is accumulated: both, or for large head dimensions one in each of two launches, since both together would not
 // fit the registers. V and dP are needed for dK only.
 //
-// Shared memory: K [TILE_KV][D] | V [TILE_KV][D] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][D] | row statistics [NUM_STAGES][TILE_Q]
+// Shared memory: K [TILE_KV][D] | V [TILE_KV][DV] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][DV] | row statistics [NUM_STAGES][TILE_Q]
 // (sm_80 and later). One copy group per query tile; with two stages or more the next tiles travel during the products of this one.
 #include "tile/backward.cuh"
 #include "tile/constants.cuh"
@@ -26,10 +26,11 @@ constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_Q / 8;
 constexpr bool STATISTICS_IN_SMEM = HAS_CP_ASYNC;  // sm_75 reads them from global memory: it has no bytes to spare at head_dim 256
 constexpr int STATISTICS_BYTES = STATISTICS_IN_SMEM ? TILE_Q * int(sizeof(RowStatistics)) : 0;
-constexpr int STATIONARY_BYTES = (COMPUTE_DK ? 2 : 1) * TileKV::BYTES;
+constexpr int STATIONARY_BYTES = TileK::BYTES + (COMPUTE_DK ? TileV::BYTES : 0);
 
 static_assert(TILE_KV % (16 * NUM_WARPS) == 0, "tile_kv must be a multiple of 16 * num_warps");
-static_assert(STATIONARY_BYTES + NUM_STAGES * (2 * TileQ::BYTES + STATISTICS_BYTES) == Config::SHARED_BYTES, "shared memory differs from the plan's");
+static_assert(STATIONARY_BYTES + NUM_STAGES * (TileQ::BYTES + TileO::BYTES + STATISTICS_BYTES) == Config::SHARED_BYTES,
+              "shared memory differs from the plan's");
 
 DEVICE void issue_statistics(SmemAddress destination, const RowStatistics* source, int first_q, int seqlen_q) {
   for (int row = int(threadIdx.x); row < TILE_Q; row += NUM_THREADS) {
@@ -60,13 +61,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
   extern __shared__ __align__(128) uint8 shared[];
   const SmemAddress K_smem = smem_address(shared);
-  const SmemAddress V_smem = K_smem + TileKV::BYTES;
+  const SmemAddress V_smem = K_smem + TileK::BYTES;
   const SmemAddress Q_smem = K_smem + STATIONARY_BYTES;
   const SmemAddress dO_smem = Q_smem + NUM_STAGES * TileQ::BYTES;
-  const SmemAddress statistics_smem = dO_smem + NUM_STAGES * TileQ::BYTES;
+  const SmemAddress statistics_smem = dO_smem + NUM_STAGES * TileO::BYTES;
 
   float dK[M_TILES][COMPUTE_DK ? D_TILES : 2][4];
-  float dV[M_TILES][COMPUTE_DV ? D_TILES : 2][4];
+  float dV[M_TILES][COMPUTE_DV ? DV_TILES : 2][4];
   clear(dK);
   clear(dV);
 
@@ -82,11 +83,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     const int head = work.head * arguments.group_heads + member % arguments.group_heads;
     const RowStatistics* statistics = row_statistics(arguments, batch, head);
     TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, batch, head, geometry.seqlen_q);
-    TileLoader<TileQ, Element, NUM_THREADS> load_dO(arguments.grad_out, batch, head, geometry.seqlen_q);
+    TileLoader<TileO, Element, NUM_THREADS> load_dO(arguments.grad_out, batch, head, geometry.seqlen_q);
     auto issue = [&](int tile) {
       if (tile < num_q_tiles) {
         load_Q.issue(Q_smem + slot(tile) * TileQ::BYTES, tile * TILE_Q);
-        load_dO.issue(dO_smem + slot(tile) * TileQ::BYTES, tile * TILE_Q);
+        load_dO.issue(dO_smem + slot(tile) * TileO::BYTES, tile * TILE_Q);
         if constexpr (STATISTICS_IN_SMEM)
           issue_statistics(statistics_smem + slot(tile) * STATISTICS_BYTES, statistics, tile * TILE_Q, geometry.seqlen_q);
       }
@@ -95,11 +96,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
     __syncthreads();  // every warp is done with the tiles of the previous member
     if (head % heads_per_kv == 0 || member % arguments.group_heads == 0) {  // another K/V head, or the first
-      TileLoader<TileKV, Element, NUM_THREADS> load_K(arguments.key, batch, head / heads_per_kv, num_keys);
+      TileLoader<TileK, Element, NUM_THREADS> load_K(arguments.key, batch, head / heads_per_kv, num_keys);
       load_K.issue(K_smem, first_kv);
       load_K.land(K_smem);
       if constexpr (COMPUTE_DK) {
-        TileLoader<TileKV, Element, NUM_THREADS> load_V(arguments.value, batch, head / heads_per_kv, num_keys);
+        TileLoader<TileV, Element, NUM_THREADS> load_V(arguments.value, batch, head / heads_per_kv, num_keys);
         load_V.issue(V_smem, first_kv);
         load_V.land(V_smem);
       }
@@ -120,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
         issue(j + NUM_STAGES - 1);
       }
       const SmemAddress Q_tile = Q_smem + slot(j) * TileQ::BYTES;
-      const SmemAddress dO_tile = dO_smem + slot(j) * TileQ::BYTES;
+      const SmemAddress dO_tile = dO_smem + slot(j) * TileO::BYTES;
       auto statistics_of = [&](int n) {  // of this lane's two columns of S tile n
         const SmemAddress tile = statistics_smem + slot(j) * STATISTICS_BYTES;
         return load_statistics(tile, statistics, j * TILE_Q, 8 * n + lane_index() % 4 * 2, geometry.seqlen_q);
@@ -128,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
       float P[M_TILES][S_TILES][4];  // scores, then probabilities; rows are keys
       clear(P);
-      gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileKV>(K_smem, warp_row), typename Mma::OperandB<TileQ>(Q_tile));
+      gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileK>(K_smem, warp_row), typename Mma::OperandB<TileQ>(Q_tile));
       if (geometry.score_sign != 1.0f) multiply_all(P, geometry.score_sign);
 #pragma unroll
       for (int n = 0; n < S_TILES; ++n) {
@@ -143,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
           if (!is_visible<CAUSAL>(geometry, j * TILE_Q + column, first_kv + warp_row + row)) probability = 0.0f;
         });
       }
-      if constexpr (COMPUTE_DV) gemm_accumulator<Mma>(dV, P, typename Mma::OperandBByRows<TileQ>(dO_tile));
+      if constexpr (COMPUTE_DV) gemm_accumulator<Mma>(dV, P, typename Mma::OperandBByRows<TileO>(dO_tile));
 
       if constexpr (COMPUTE_DK) {
         float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
@@ -155,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 #pragma unroll
             for (int i = 0; i < 4; ++i) dS[m][n][i] = i % 2 ? -pair.w : -pair.y;
         }
-        gemm_rows<Mma, TileQ::COLUMNS>(dS, typename Mma::OperandA<TileKV>(V_smem, warp_row), typename Mma::OperandB<TileQ>(dO_tile));
+        gemm_rows<Mma, TileO::COLUMNS>(dS, typename Mma::OperandA<TileV>(V_smem, warp_row), typename Mma::OperandB<TileO>(dO_tile));
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
@@ -170,12 +171,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
   const int first_row = first_kv + warp_row;
   if constexpr (COMPUTE_DV) {
-    store_rows<Element, HEAD_DIM>(dV, K_smem + warp_row * TileKV::ROW_BYTES, arguments.grad_value, work.batch, work.head, first_row,
-                                  geometry.seqlen_kv);
+    store_rows<Element, HEAD_DIM_V, TileK::COLUMNS>(dV, K_smem + warp_row * TileK::ROW_BYTES, arguments.grad_value, work.batch, work.head, first_row,
+                                                    geometry.seqlen_kv);
   }
   if constexpr (COMPUTE_DK) {
     multiply_all(dK, geometry.scale);
-    store_rows<Element, HEAD_DIM>(dK, K_smem + warp_row * TileKV::ROW_BYTES, arguments.grad_key, work.batch, work.head, first_row,
-                                  geometry.seqlen_kv);
+    store_rows<Element, HEAD_DIM, TileK::COLUMNS>(dK, K_smem + warp_row * TileK::ROW_BYTES, arguments.grad_key, work.batch, work.head, first_row,
+                                                  geometry.seqlen_kv);
   }
 }

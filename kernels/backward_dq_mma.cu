@@ -5,7 +5,7 @@
 // A kernel of its own costs two products more than adding dQ up with atomics from the dK/dV kernel, and saves the atomics, their float32
 // accumulator and the conversion pass; its result is the same bit for bit on every run.
 //
-// Shared memory: Q [TILE_Q][D] | dO [TILE_Q][D] | K [NUM_STAGES][TILE_KV][D] | V [NUM_STAGES][TILE_KV][D]. One copy group per key tile.
+// Shared memory: Q [TILE_Q][D] | dO [TILE_Q][DV] | K [NUM_STAGES][TILE_KV][D] | V [NUM_STAGES][TILE_KV][DV]. One copy group per key tile.
 #include "tile/backward.cuh"
 #include "tile/constants.cuh"
 #include "tile/epilogue.cuh"
@@ -19,7 +19,8 @@ constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_KV / 8;
 
 static_assert(TILE_Q % (16 * NUM_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
-static_assert(2 * TileQ::BYTES + 2 * NUM_STAGES * TileKV::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
+static_assert(TileQ::BYTES + TileO::BYTES + NUM_STAGES * (TileK::BYTES + TileV::BYTES) == Config::SHARED_BYTES,
+              "shared memory differs from the plan's");
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(const __grid_constant__ BackwardArguments arguments) {
   const Geometry& geometry = arguments.geometry;
@@ -31,26 +32,26 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
   extern __shared__ __align__(128) uint8 shared[];
   const SmemAddress Q_smem = smem_address(shared);
   const SmemAddress dO_smem = Q_smem + TileQ::BYTES;
-  const SmemAddress K_smem = dO_smem + TileQ::BYTES;
-  const SmemAddress V_smem = K_smem + NUM_STAGES * TileKV::BYTES;
+  const SmemAddress K_smem = dO_smem + TileO::BYTES;
+  const SmemAddress V_smem = K_smem + NUM_STAGES * TileK::BYTES;
 
   const int num_keys = visible_keys<CAUSAL>(geometry, first_q + TILE_Q);  // keys beyond are not even read
   const int num_kv_tiles = (num_keys + TILE_KV - 1) / TILE_KV;
-  TileLoader<TileKV, Element, NUM_THREADS> load_K(arguments.key, work.batch, head_kv, num_keys);
-  TileLoader<TileKV, Element, NUM_THREADS> load_V(arguments.value, work.batch, head_kv, num_keys);
+  TileLoader<TileK, Element, NUM_THREADS> load_K(arguments.key, work.batch, head_kv, num_keys);
+  TileLoader<TileV, Element, NUM_THREADS> load_V(arguments.value, work.batch, head_kv, num_keys);
   if (num_kv_tiles > 0) {
     TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q);
     load_Q.issue(Q_smem, first_q);
     load_Q.land(Q_smem);
-    TileLoader<TileQ, Element, NUM_THREADS> load_dO(arguments.grad_out, work.batch, work.head, geometry.seqlen_q);
+    TileLoader<TileO, Element, NUM_THREADS> load_dO(arguments.grad_out, work.batch, work.head, geometry.seqlen_q);
     load_dO.issue(dO_smem, first_q);
     load_dO.land(dO_smem);
   }
-  auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES * TileKV::BYTES; };
+  auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES; };
   auto issue = [&](int tile) {
     if (tile < num_kv_tiles) {
-      load_K.issue(K_smem + slot(tile), tile * TILE_KV);
-      load_V.issue(V_smem + slot(tile), tile * TILE_KV);
+      load_K.issue(K_smem + slot(tile) * TileK::BYTES, tile * TILE_KV);
+      load_V.issue(V_smem + slot(tile) * TileV::BYTES, tile * TILE_KV);
     }
     cp_async_commit_group();
   };
@@ -86,7 +87,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
 
     float P[M_TILES][S_TILES][4];  // scores, then probabilities
     clear(P);
-    gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileQ>(Q_smem, warp_row), typename Mma::OperandB<TileKV>(K_smem + slot(j)));
+    gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileQ>(Q_smem, warp_row),
+                                   typename Mma::OperandB<TileK>(K_smem + slot(j) * TileK::BYTES));
     if (geometry.score_sign != 1.0f) multiply_all(P, geometry.score_sign);
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
@@ -107,18 +109,19 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
       for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) dS[m][n][i] = -statistics[m][i / 2].delta;
-    gemm_rows<Mma, TileQ::COLUMNS>(dS, typename Mma::OperandA<TileQ>(dO_smem, warp_row), typename Mma::OperandB<TileKV>(V_smem + slot(j)));
+    gemm_rows<Mma, TileO::COLUMNS>(dS, typename Mma::OperandA<TileO>(dO_smem, warp_row),
+                                   typename Mma::OperandB<TileV>(V_smem + slot(j) * TileV::BYTES));
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
       for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) dS[m][n][i] *= P[m][n][i];
-    gemm_accumulator<Mma>(dQ, dS, typename Mma::OperandBByRows<TileKV>(K_smem + slot(j)));
+    gemm_accumulator<Mma>(dQ, dS, typename Mma::OperandBByRows<TileK>(K_smem + slot(j) * TileK::BYTES));
     if constexpr (NUM_STAGES == 1) __syncthreads();  // every warp is done with the only slot
   }
 
   multiply_all(dQ, geometry.scale);
-  store_rows<Element, HEAD_DIM>(dQ, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.grad_query, work.batch, work.head, first_q + warp_row,
-                                geometry.seqlen_q);
+  store_rows<Element, HEAD_DIM, TileQ::COLUMNS>(dQ, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.grad_query, work.batch, work.head,
+                                                first_q + warp_row, geometry.seqlen_q);
 }

@@ -3,7 +3,7 @@
 // One block computes TILE_Q rows of one head; each warp owns TILE_Q / NUM_WARPS of them and keeps their O and softmax state in registers. The block
 // walks over the key tiles that its rows can see (FlashAttention-2, Dao 2023, arXiv 2307.08691, algorithm 1).
 //
-// Shared memory: Q [TILE_Q][D] | K [NUM_STAGES][TILE_KV][D] | V [NUM_STAGES][TILE_KV][D].
+// Shared memory: Q [TILE_Q][D] | K [NUM_STAGES][TILE_KV][D] | V [NUM_STAGES][TILE_KV][DV].
 //
 // Copies are committed in the order K0 V0 K1 V1 ..., one group each. In step j two barriers each do two jobs:
 //   A  K_j has landed; every warp is done with V_{j-1}   ->  V_{j+NUM_STAGES-1} may be issued into its slot
@@ -25,7 +25,7 @@ constexpr int S_TILES = TILE_KV / 8;
 constexpr int PENDING = 2 * (NUM_STAGES - 1);
 
 static_assert(TILE_Q % (16 * NUM_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
-static_assert(TileQ::BYTES + 2 * NUM_STAGES * TileKV::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
+static_assert(TileQ::BYTES + NUM_STAGES * (TileK::BYTES + TileV::BYTES) == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const __grid_constant__ ForwardArguments arguments) {
   const Geometry& geometry = arguments.geometry;
@@ -37,21 +37,21 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   extern __shared__ __align__(128) uint8 shared[];
   const SmemAddress Q_smem = smem_address(shared);
   const SmemAddress K_smem = Q_smem + TileQ::BYTES;
-  const SmemAddress V_smem = K_smem + NUM_STAGES * TileKV::BYTES;
+  const SmemAddress V_smem = K_smem + NUM_STAGES * TileK::BYTES;
 
   const int num_keys = visible_keys<CAUSAL>(geometry, first_q + TILE_Q);  // keys beyond are not even read
   const int num_kv_tiles = (num_keys + TILE_KV - 1) / TILE_KV;
   TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q);
-  TileLoader<TileKV, Element, NUM_THREADS, true> load_K(arguments.key, work.batch, head_kv, num_keys);
-  TileLoader<TileKV, Element, NUM_THREADS, true> load_V(arguments.value, work.batch, head_kv, num_keys);
+  TileLoader<TileK, Element, NUM_THREADS, true> load_K(arguments.key, work.batch, head_kv, num_keys);
+  TileLoader<TileV, Element, NUM_THREADS, true> load_V(arguments.value, work.batch, head_kv, num_keys);
 
-  auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES * TileKV::BYTES; };
+  auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES; };
   auto issue_K = [&](int tile) {
-    if (tile < num_kv_tiles) load_K.issue(K_smem + slot(tile), tile * TILE_KV);
+    if (tile < num_kv_tiles) load_K.issue(K_smem + slot(tile) * TileK::BYTES, tile * TILE_KV);
     cp_async_commit_group();
   };
   auto issue_V = [&](int tile) {
-    if (tile < num_kv_tiles) load_V.issue(V_smem + slot(tile), tile * TILE_KV);
+    if (tile < num_kv_tiles) load_V.issue(V_smem + slot(tile) * TileV::BYTES, tile * TILE_KV);
     cp_async_commit_group();
   };
 
@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   }
   issue_K(NUM_STAGES - 1);
 
-  float O[M_TILES][D_TILES][4];
+  float O[M_TILES][DV_TILES][4];
   clear(O);
   OnlineSoftmax<M_TILES> softmax;
 
@@ -76,7 +76,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 
     float S[M_TILES][S_TILES][4];
     clear(S);
-    gemm_rows<Mma, TileQ::COLUMNS>(S, typename Mma::OperandA<TileQ>(Q_smem, warp_row), typename Mma::OperandB<TileKV>(K_smem + slot(j)));
+    gemm_rows<Mma, TileQ::COLUMNS>(S, typename Mma::OperandA<TileQ>(Q_smem, warp_row),
+                                   typename Mma::OperandB<TileK>(K_smem + slot(j) * TileK::BYTES));
 
     wait_for_tiles<PENDING>([&] { load_V.land(V_smem); });  // barrier B
     issue_K(j + NUM_STAGES);
@@ -89,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
       });
     }
     softmax.update(S, O, geometry.scale_log2);
-    gemm_accumulator<Mma>(O, S, typename Mma::OperandBByRows<TileKV>(V_smem + slot(j)));
+    gemm_accumulator<Mma>(O, S, typename Mma::OperandBByRows<TileV>(V_smem + slot(j) * TileV::BYTES));
   }
 
   softmax.finish(O);
@@ -102,5 +103,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
         if (query < geometry.seqlen_q) *arguments.lse.pointer(work.batch, work.head, query) = softmax.reference[m][r];
       }
   }
-  store_rows<Element, HEAD_DIM>(O, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.out, work.batch, work.head, first_q + warp_row, geometry.seqlen_q);
+  store_rows<Element, HEAD_DIM_V, TileQ::COLUMNS>(O, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.out, work.batch, work.head, first_q + warp_row,
+                                                  geometry.seqlen_q);
 }

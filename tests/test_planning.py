@@ -148,7 +148,7 @@ def test_config_says_all_that_the_kernel_is_told() -> None:
     (kernel,) = plan_of((1, 5, 1, 72), tile=Tile(64, 48, 4, 2), is_causal=True).kernels
     assert kernel.config == (
         '#include "ptx/types.cuh"\nstruct Config {\n  using Element = float16;\n'
-        "  static constexpr int CAPABILITY = 80;\n  static constexpr int HEAD_DIM = 72;\n"
+        "  static constexpr int CAPABILITY = 80;\n  static constexpr int HEAD_DIM = 72;\n  static constexpr int HEAD_DIM_V = 72;\n"
         "  static constexpr int TILE_Q = 64;\n  static constexpr int TILE_KV = 48;\n"
         "  static constexpr int NUM_WARPS = 4;\n  static constexpr int NUM_STAGES = 2;\n"
         f"  static constexpr int SHARED_BYTES = {160 * (64 + 4 * 48)};\n"

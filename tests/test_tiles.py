@@ -118,7 +118,7 @@ def test_shared_bytes(kernel: str, tile: Tile, expected: int) -> None:
 )  # fmt: skip
 def test_row_bytes(dtype: str, arch: str, head_dim: int, expected: int) -> None:
     """head_dim rounded up to 16, in 32-bit tiles to 32; bfloat16 is widened where only the float32 units can take it."""
-    assert tiles.row_bytes(case(dtype=dtype, head_dim=head_dim), on(arch)) == expected
+    assert tiles.row_bytes(case(dtype=dtype, head_dim=head_dim), on(arch)) == (expected, expected)
 
 
 def test_transposed() -> None:
