@@ -23,6 +23,7 @@ from cuflash.tiles import KernelCase, Tile
 MAX_GRID = 2**31 - 1
 ROW_STATISTICS_BYTES = 8
 DELTA_WARPS = 4
+MAX_SHARED_SLICES = 5  # of a wide head, beyond which dK and dV take a kernel each
 
 Tiles = Tile | Mapping[str, Tile] | None
 """What `tile=` takes: one tile; for the backward pass also a mapping from kernel names to tiles; or None for the defaults."""
@@ -179,9 +180,11 @@ def backward_passes(problem: Problem, device: Device) -> tuple[tiles.Pass, ...]:
 
 @functools.cache
 def splits_dkdv(case: KernelCase, device: Device) -> bool:
-    """Whether no tile of the joint dK/dV kernel fits the registers with room to spare."""
+    """Whether no tile of the joint dK/dV kernel fits the registers with room to spare, or too many warps would compute the same exponentials."""
     legal = tiles.legal_tiles_for(case, device)
-    return not legal or tiles.estimate_registers(case, legal[0], device) > tiles.MAX_REGISTERS
+    return (
+        not legal or case.head_slices(device) > MAX_SHARED_SLICES or tiles.estimate_registers(case, legal[0], device) > tiles.MAX_REGISTERS
+    )
 
 
 def offline_kernels(
@@ -239,6 +242,8 @@ def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned
         "CAPABILITY": device.capability,
         "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": problem.head_dim_v,
+        "HEAD_SLICES": case.head_slices(device),
+        "HEAD_STEPS": case.head_steps(device),
         "TILE_Q": tile.tile_q,
         "TILE_KV": tile.tile_kv,
         "NUM_WARPS": tile.num_warps,

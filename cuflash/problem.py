@@ -23,7 +23,7 @@ __all__ = ["DTYPES", "MAX_HEAD_DIM", "BackwardViews", "Layout", "Problem", "View
 DTYPES: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Supported element types and their size in bytes."""
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 576
 MAX_EXTENT = 2**31 - 2**13
 """Kernels count rows in 32 bits and add up to a few tiles."""
 
@@ -43,7 +43,7 @@ class Problem:
         num_heads_q: heads of the query.
         num_heads_kv: heads of key and value, the larger number if one is broadcast; divides num_heads_q, and may be 1.
         batch_kv: batch of key and value, the larger number if one is broadcast: `batch`, or 1.
-        head_dim: 1 to 256, of query and key.
+        head_dim: 1 to 576, of query and key.
         scale: multiplies QKᵀ.
         is_causal: query i sees keys j <= i + causal_offset only.
         causal_alignment: which corner of the score matrix the causal diagonal goes through.
@@ -56,7 +56,7 @@ class Problem:
         key_shape: canonical shape of key before broadcasting, which is the shape of its gradient.
         value_shape: same for value.
         layout: the caller's form of arrays.
-        head_dim_v: 1 to 256, of value and the output.
+        head_dim_v: 1 to 576, of value and the output.
     """
 
     dtype: str

@@ -27,7 +27,7 @@ def legal_tiles(
     """List the tiles that fit a device, the default one first.
 
     Args:
-        head_dim: of query and key, 1 … 256.
+        head_dim: of query and key, 1 … 576.
         dtype: "float16", "bfloat16" or "float32".
         head_dim_v: of value, default head_dim.
         kernel: "forward", "backward_dkdv", "backward_dk", "backward_dv" or "backward_dq", as `print(plan)` names them.

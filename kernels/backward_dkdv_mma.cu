@@ -9,16 +9,18 @@
 // COMPUTE_DK and COMPUTE_DV say what is accumulated: both, or for large head dimensions one in each of two launches, since both together would not
 // fit the registers. V and dP are needed for dK only.
 //
-// Shared memory: K [TILE_KV][D] | V [TILE_KV][DV] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][DV] | row statistics [NUM_STAGES][TILE_Q]
-// (sm_80 and later). One copy group per query tile; with two stages or more the next tiles travel during the products of this one.
+// Shared memory of a slice of the head: K [TILE_KV][D] | V [TILE_KV][DV] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][DV] | row statistics
+// [NUM_STAGES][TILE_Q] (sm_80 and later). One copy group per query tile; with two stages or more the next tiles travel during the products of this
+// one.
 #include "tile/backward.cuh"
 #include "tile/constants.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/gemm.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
+#include "tile/slices.cuh"
 
-constexpr int WARP_ROWS = TILE_KV / NUM_WARPS;
+constexpr int WARP_ROWS = TILE_KV / ROW_WARPS;
 constexpr bool COMPUTE_DK = Config::COMPUTE_DK;
 constexpr bool COMPUTE_DV = Config::COMPUTE_DV;
 
@@ -27,9 +29,11 @@ constexpr int S_TILES = TILE_Q / 8;
 constexpr bool STATISTICS_IN_SMEM = HAS_CP_ASYNC;  // sm_75 reads them from global memory: it has no bytes to spare at head_dim 256
 constexpr int STATISTICS_BYTES = STATISTICS_IN_SMEM ? TILE_Q * int(sizeof(RowStatistics)) : 0;
 constexpr int STATIONARY_BYTES = TileK::BYTES + (COMPUTE_DK ? TileV::BYTES : 0);
+constexpr int SLICE_BYTES = STATIONARY_BYTES + NUM_STAGES * (TileQ::BYTES + TileO::BYTES);
 
-static_assert(TILE_KV % (16 * NUM_WARPS) == 0, "tile_kv must be a multiple of 16 * num_warps");
-static_assert(STATIONARY_BYTES + NUM_STAGES * (TileQ::BYTES + TileO::BYTES + STATISTICS_BYTES) == Config::SHARED_BYTES,
+static_assert(TILE_KV % (16 * ROW_WARPS) == 0, "tile_kv must be a multiple of 16 * num_warps");
+static_assert(HEAD_SLICES * SLICE_BYTES + NUM_STAGES * STATISTICS_BYTES + (COMPUTE_DK ? 2 : 1) * EXCHANGE_BYTES<M_TILES, S_TILES> ==
+                  Config::SHARED_BYTES,
               "shared memory differs from the plan's");
 
 DEVICE void issue_statistics(SmemAddress destination, const RowStatistics* source, int first_q, int seqlen_q) {
@@ -57,14 +61,16 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   const int heads_per_kv = geometry.num_heads_q / geometry.num_heads_kv;
   const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q / arguments.group_heads, false);
   const int first_kv = work.tile * TILE_KV;
-  const int warp_row = warp_index() * WARP_ROWS;
+  const int warp_row = row_warp_index() * WARP_ROWS;
 
   extern __shared__ __align__(128) uint8 shared[];
-  const SmemAddress K_smem = smem_address(shared);
+  const SmemAddress K_smem = smem_address(shared) + slice_index() * SLICE_BYTES;
   const SmemAddress V_smem = K_smem + TileK::BYTES;
   const SmemAddress Q_smem = K_smem + STATIONARY_BYTES;
   const SmemAddress dO_smem = Q_smem + NUM_STAGES * TileQ::BYTES;
-  const SmemAddress statistics_smem = dO_smem + NUM_STAGES * TileO::BYTES;
+  const SmemAddress statistics_smem = smem_address(shared) + HEAD_SLICES * SLICE_BYTES;
+  const SmemAddress S_exchange = statistics_smem + NUM_STAGES * STATISTICS_BYTES;
+  const SmemAddress dP_exchange = S_exchange + EXCHANGE_BYTES<M_TILES, S_TILES>;
 
   float dK[M_TILES][COMPUTE_DK ? D_TILES : 2][4];
   float dV[M_TILES][COMPUTE_DV ? DV_TILES : 2][4];
@@ -82,12 +88,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     const int batch = work.batch * arguments.group_batch + member / arguments.group_heads;
     const int head = work.head * arguments.group_heads + member % arguments.group_heads;
     const RowStatistics* statistics = row_statistics(arguments, batch, head);
-    TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, batch, head, geometry.seqlen_q);
-    TileLoader<TileO, Element, NUM_THREADS> load_dO(arguments.grad_out, batch, head, geometry.seqlen_q);
+    SliceLoader<TileQ, HEAD_DIM> load_Q(arguments.query, batch, head, geometry.seqlen_q);
+    SliceLoader<TileO, HEAD_DIM_V> load_dO(arguments.grad_out, batch, head, geometry.seqlen_q);
     auto issue = [&](int tile) {
       if (tile < num_q_tiles) {
-        load_Q.issue(Q_smem + slot(tile) * TileQ::BYTES, tile * TILE_Q);
-        load_dO.issue(dO_smem + slot(tile) * TileO::BYTES, tile * TILE_Q);
+        if constexpr (HEAD_STEPS == 1) {
+          load_Q.issue(Q_smem + slot(tile) * TileQ::BYTES, tile * TILE_Q, first_column<TileQ>(0));
+          load_dO.issue(dO_smem + slot(tile) * TileO::BYTES, tile * TILE_Q, first_column<TileO>(0));
+        }
         if constexpr (STATISTICS_IN_SMEM)
           issue_statistics(statistics_smem + slot(tile) * STATISTICS_BYTES, statistics, tile * TILE_Q, geometry.seqlen_q);
       }
@@ -95,15 +103,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     };
 
     __syncthreads();  // every warp is done with the tiles of the previous member
-    if (head % heads_per_kv == 0 || member % arguments.group_heads == 0) {  // another K/V head, or the first
-      TileLoader<TileK, Element, NUM_THREADS> load_K(arguments.key, batch, head / heads_per_kv, num_keys);
-      load_K.issue(K_smem, first_kv);
-      load_K.land(K_smem);
-      if constexpr (COMPUTE_DK) {
-        TileLoader<TileV, Element, NUM_THREADS> load_V(arguments.value, batch, head / heads_per_kv, num_keys);
-        load_V.issue(V_smem, first_kv);
-        load_V.land(V_smem);
-      }
+    auto load_K = [&](int step) { load_piece<TileK, HEAD_DIM>(K_smem, arguments.key, batch, head / heads_per_kv, num_keys, first_kv, step); };
+    auto load_V = [&](int step) { load_piece<TileV, HEAD_DIM_V>(V_smem, arguments.value, batch, head / heads_per_kv, num_keys, first_kv, step); };
+    if (HEAD_STEPS == 1 && (head % heads_per_kv == 0 || member % arguments.group_heads == 0)) {  // another K/V head, or the first
+      load_K(0);
+      if constexpr (COMPUTE_DK) load_V(0);
     }
 #pragma unroll
     for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) issue(first_tile + ahead);
@@ -129,7 +133,20 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
       float P[M_TILES][S_TILES][4];  // scores, then probabilities; rows are keys
       clear(P);
-      gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileK>(K_smem, warp_row), typename Mma::OperandB<TileQ>(Q_tile));
+      auto add_scores = [&](int) {
+        gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileK>(K_smem, warp_row), typename Mma::OperandB<TileQ>(Q_tile));
+      };
+      if constexpr (HEAD_STEPS == 1) {
+        add_scores(0);
+      } else {
+        for_each_piece(
+            [&](int step) {
+              load_K(step);
+              load_Q.issue(Q_tile, j * TILE_Q, first_column<TileQ>(step));
+            },
+            add_scores);
+      }
+      publish_and_collect(P, S_exchange);
       if (geometry.score_sign != 1.0f) multiply_all(P, geometry.score_sign);
 #pragma unroll
       for (int n = 0; n < S_TILES; ++n) {
@@ -144,7 +161,16 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
           if (!is_visible<CAUSAL>(geometry, j * TILE_Q + column, first_kv + warp_row + row)) probability = 0.0f;
         });
       }
-      if constexpr (COMPUTE_DV) gemm_accumulator<Mma>(dV, P, typename Mma::OperandBByRows<TileO>(dO_tile));
+      if constexpr (COMPUTE_DV) {
+        auto add_to_dV = [&](int step) {
+          gemm_accumulator<Mma, TileO::COLUMNS>(dV, P, typename Mma::OperandBByRows<TileO>(dO_tile), step * TileO::COLUMNS / 8);
+        };
+        if constexpr (HEAD_STEPS == 1) {
+          add_to_dV(0);
+        } else {
+          for_each_piece([&](int step) { load_dO.issue(dO_tile, j * TILE_Q, first_column<TileO>(step)); }, add_to_dV);
+        }
+      }
 
       if constexpr (COMPUTE_DK) {
         float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
@@ -154,16 +180,36 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 #pragma unroll
           for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) dS[m][n][i] = i % 2 ? -pair.w : -pair.y;
+            for (int i = 0; i < 4; ++i) dS[m][n][i] = slice_index() == 0 ? i % 2 ? -pair.w : -pair.y : 0.0f;
         }
-        gemm_rows<Mma, TileO::COLUMNS>(dS, typename Mma::OperandA<TileV>(V_smem, warp_row), typename Mma::OperandB<TileO>(dO_tile));
+        auto add_grad_probabilities = [&](int) {
+          gemm_rows<Mma, TileO::COLUMNS>(dS, typename Mma::OperandA<TileV>(V_smem, warp_row), typename Mma::OperandB<TileO>(dO_tile));
+        };
+        if constexpr (HEAD_STEPS == 1) {
+          add_grad_probabilities(0);
+        } else {
+          for_each_piece(
+              [&](int step) {
+                load_V(step);
+                load_dO.issue(dO_tile, j * TILE_Q, first_column<TileO>(step));
+              },
+              add_grad_probabilities);
+        }
+        publish_and_collect(dS, dP_exchange);
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
           for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) dS[m][n][i] *= P[m][n][i];
-        gemm_accumulator<Mma>(dK, dS, typename Mma::OperandBByRows<TileQ>(Q_tile));
+        auto add_to_dK = [&](int step) {
+          gemm_accumulator<Mma, TileQ::COLUMNS>(dK, dS, typename Mma::OperandBByRows<TileQ>(Q_tile), step * TileQ::COLUMNS / 8);
+        };
+        if constexpr (HEAD_STEPS == 1) {
+          add_to_dK(0);
+        } else {
+          for_each_piece([&](int step) { load_Q.issue(Q_tile, j * TILE_Q, first_column<TileQ>(step)); }, add_to_dK);
+        }
       }
       if constexpr (NUM_STAGES == 1) __syncthreads();  // every warp is done with the only slot
     }
@@ -172,11 +218,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   const int first_row = first_kv + warp_row;
   if constexpr (COMPUTE_DV) {
     store_rows<Element, HEAD_DIM_V, TileK::COLUMNS>(dV, K_smem + warp_row * TileK::ROW_BYTES, arguments.grad_value, work.batch, work.head, first_row,
-                                                    geometry.seqlen_kv);
+                                                    geometry.seqlen_kv, first_column<TileV>(0));
   }
   if constexpr (COMPUTE_DK) {
     multiply_all(dK, geometry.scale);
     store_rows<Element, HEAD_DIM, TileK::COLUMNS>(dK, K_smem + warp_row * TileK::ROW_BYTES, arguments.grad_key, work.batch, work.head, first_row,
-                                                  geometry.seqlen_kv);
+                                                  geometry.seqlen_kv, first_column<TileK>(0));
   }
 }

@@ -157,11 +157,11 @@ ARRAY_CASES: list[tuple[dict[str, Any], type[ArgumentError], str, str, str, str]
     ({"key": zeros()}, ShapeError, "key", "0 dimensions", "4 dimensions", "Reshape"),
     ({"value": zeros(B, SKV, H * D)}, ShapeError, "value", "3 dimensions, (2, 10, 32)", "4 dimensions, like query", "same form"),
     # head_dim
-    ({"query": zeros(B, SQ, H, 0)}, ShapeError, "query", "head_dim 0", "from 1 to 256", "layout="),
-    ({"query": zeros(B, SQ, H, 257)}, UnsupportedError, "query", "head_dim 257", "at most 256", "layout="),
+    ({"query": zeros(B, SQ, H, 0)}, ShapeError, "query", "head_dim 0", "from 1 to 576", "layout="),
+    ({"query": zeros(B, SQ, H, 577)}, UnsupportedError, "query", "head_dim 577", "at most 576", "layout="),
     ({"key": zeros(B, SKV, H, 9)}, ShapeError, "key", "head_dim 9 in (2, 10, 4, 9)", "head_dim 8, like query with (2, 6, 4, 8)", "layout="),
-    ({"value": zeros(B, SKV, H, 257)}, UnsupportedError, "value", "head_dim 257", "at most 256", "layout="),
-    ({"value": zeros(B, SKV, H, 0)}, ShapeError, "value", "head_dim 0", "from 1 to 256", "layout="),
+    ({"value": zeros(B, SKV, H, 577)}, UnsupportedError, "value", "head_dim 577", "at most 576", "layout="),
+    ({"value": zeros(B, SKV, H, 0)}, ShapeError, "value", "head_dim 0", "from 1 to 576", "layout="),
     # batches
     ({"key": zeros(3, SKV, H, D)}, ShapeError, "key", "batch 3 in (3, 10, 4, 8)", "batch 2, like query with (2, 6, 4, 8), or 1", "layout="),
     ({"query": zeros(1, SQ, H, D)}, ShapeError, "key", "batch 2", "batch 1", "expand query to batch 2"),
@@ -215,11 +215,11 @@ ARRAY_CASES: list[tuple[dict[str, Any], type[ArgumentError], str, str, str, str]
         "num_heads=",
     ),
     (
-        {"query": zeros(B, SQ, 512), "key": zeros(B, SKV, 512), "value": zeros(B, SKV, 512)},
+        {"query": zeros(B, SQ, 1024), "key": zeros(B, SKV, 1024), "value": zeros(B, SKV, 1024)},
         UnsupportedError,
         "query",
-        "head_dim 512",
-        "at most 256",
+        "head_dim 1024",
+        "at most 576",
         "Pass num_heads=",
     ),
     (

@@ -113,3 +113,15 @@ def test_plan_names_both_head_dims(simulator: Target) -> None:
     text = str(cuflash.plan(*three(simulator, (192, 128), "bfloat16")))
     assert "head_dim 192/128" in text
     assert "head_dim 64," in str(cuflash.plan(*three(simulator, (64, 64), "bfloat16")))
+
+
+# --- Wide heads ---------------------------------------------------------------------------------------------------------------------------
+
+WIDE = [(512, 512), (576, 512), (257, 257), (8, 512), (512, 8), (320, 71), (33, 515)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", WIDE, ids=lambda dims: f"D{dims[0]}_{dims[1]}")
+def test_wide_heads(target: Target, dims: tuple[int, int], dtype: str) -> None:
+    """Groups of warps share out the columns, and on small devices pieces pass through shared memory."""
+    target.check(*three(target, dims, dtype), is_causal=WIDE.index(dims) % 2 == 0)

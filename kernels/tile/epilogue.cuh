@@ -6,24 +6,26 @@
 #include "ptx/warp.cuh"
 #include "tile/smem_tile.cuh"
 
-// Converts c and stores it to rows first_row .. of (batch, head), leaving out rows from num_rows on and columns from HEAD_DIM on. `scratch` is
-// room for 16 M rows of SCRATCH_COLUMNS elements in this warp's own part of shared memory; more columns go through it one piece after another.
+// Converts c and stores it to rows first_row .. and columns first_c .. of (batch, head), leaving out rows from num_rows on and columns from HEAD_DIM
+// on. `scratch` is room for 16 M rows of SCRATCH_COLUMNS elements in this warp's own part of shared memory; more columns go through it one piece
+// after another.
 template <typename Element, int HEAD_DIM, int SCRATCH_COLUMNS, int M, int N>
-DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const TensorView& view, int batch, int head, int first_row, int num_rows) {
+DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const TensorView& view, int batch, int head, int first_row, int num_rows,
+                       int first_c = 0) {
   constexpr int PIECE_COLUMNS = SCRATCH_COLUMNS < 8 * N ? SCRATCH_COLUMNS : 8 * N;
   using Tile = SmemTile<Element, 16 * M, PIECE_COLUMNS>;
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
-  for (int first_column = 0; first_column < 8 * N; first_column += PIECE_COLUMNS) {
+  for (int piece = 0; piece < 8 * N; piece += PIECE_COLUMNS) {
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r)
 #pragma unroll
-        for (int n = 0; n < min(PIECE_COLUMNS, 8 * N - first_column) / 8; ++n) {
+        for (int n = 0; n < min(PIECE_COLUMNS, 8 * N - piece) / 8; ++n) {
           const int row = 16 * m + 8 * r + g;
-          const float (&pair)[4] = c[m][first_column / 8 + n];
+          const float (&pair)[4] = c[m][piece / 8 + n];
           if constexpr (sizeof(Element) == 4) {
             store_shared(scratch + Tile::offset(row, 2 * n + t / 2) + t % 2 * 8, make_float2(pair[2 * r], pair[2 * r + 1]));
           } else {
@@ -36,8 +38,8 @@ DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const Ten
 #pragma unroll 1
     for (int index = lane_index(); index < Tile::ROWS * Tile::CHUNKS; index += WARP_SIZE) {
       const int row = index / Tile::CHUNKS;
-      const int column = first_column + index % Tile::CHUNKS * Tile::CHUNK_ELEMENTS;
-      if (first_row + row >= num_rows || column >= HEAD_DIM) continue;
+      const int column = first_c + piece + index % Tile::CHUNKS * Tile::CHUNK_ELEMENTS;
+      if (first_row + row >= num_rows || column >= min(HEAD_DIM, first_c + 8 * N)) continue;
       const Chunk chunk = load_shared(scratch + Tile::offset(row, index % Tile::CHUNKS));
       Element* row_start = destination + (first_row + row) * view.stride_seqlen;
       if (view.vectorized && column + Tile::CHUNK_ELEMENTS <= HEAD_DIM) {
