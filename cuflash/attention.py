@@ -18,6 +18,7 @@ from cuflash.device import Device
 from cuflash.errors import DTypeError, SetupError, UnsupportedError
 from cuflash.features import Features, grouped
 from cuflash.launch import ArgumentTemplate, Executable, simulated_memory
+from cuflash.layout import Shape4
 from cuflash.planning import KernelPlan, Plan, Tiles, make_plan
 from cuflash.problem import Problem, View, check_backward, check_out, make_problem
 
@@ -80,7 +81,7 @@ def scaled_dot_product_attention(
             tensors run on the simulator; CuPy arrays, CUDA tensors and other arrays with `__dlpack__` on their GPU and current stream. Three dimensions
             `(batch, seqlen, heads * head_dim)` are taken with `num_heads`.
         key: `(batch, seqlen_kv, num_heads_kv, head_dim)`; batch and heads may be 1 and are then broadcast.
-        value: like key.
+        value: `(batch, seqlen_kv, num_heads_kv, head_dim_v)`, like key; head_dim_v may differ from head_dim.
         attn_mask: not supported yet, raises.
         dropout_p: not supported yet, raises unless 0.
         is_causal: query i sees keys up to i (see `causal_alignment`).
@@ -97,7 +98,7 @@ def scaled_dot_product_attention(
         allow_tf32: float32 products in TF32: faster, with 10 bits of mantissa.
 
     Returns:
-        out: shape of query, its dtype and kind of array.
+        out: `(batch, seqlen_q, num_heads_q, head_dim_v)` in the layout of query, its dtype and kind of array.
         lse: with `return_lse`, float32 `(batch, num_heads_q, seqlen_q)` in this order whatever the layout; natural logarithm; -inf where a query sees no key
             (out is 0 there).
 
@@ -421,8 +422,7 @@ class _ForwardCall(_Call):
         self.workspace = _workspace(self.plan)
         if problem.features != NOTHING:
             self.features = launch.features_template(problem)
-        shape = problem.layout.from_canonical(problem.output_shape)
-        self.out = _result("out", problem, shape, self.like)
+        self.out = _result("out", problem, problem.output_shape, self.like)
         rows = problem.batch * problem.num_heads_q * problem.seqlen_q
         self.lse = _Result("lse", problem.lse_shape, "float32", None, 4 * rows)
         view = given_view or self.out.view
@@ -479,11 +479,10 @@ class _BackwardCall(_Call):
         for name, array in (inputs | features).items():
             self.add_extent(name, array)
         self.plan = make_plan(problem, on, backward=True, tile=tile)
-        layout = problem.layout
         self.results = [
-            _result("grad_query", problem, layout.from_canonical(problem.output_shape), self.like),
-            _result("grad_key", problem, layout.from_canonical(problem.key_shape), self.like),
-            _result("grad_value", problem, layout.from_canonical(problem.value_shape), self.like),
+            _result("grad_query", problem, problem.query.shape, self.like),
+            _result("grad_key", problem, problem.key_shape, self.like),
+            _result("grad_value", problem, problem.value_shape, self.like),
         ]
         rows = problem.batch * problem.num_heads_q * problem.seqlen_q
         self.workspace = [_Result("row_statistics", (2 * rows,), "float32", None, 8 * rows), *_workspace(self.plan)]
@@ -541,14 +540,15 @@ def _workspace(plan: Plan) -> list[_Result]:
     return [_Result("visible_tiles", (plan.list_bytes // 4,), "int32", None, plan.list_bytes)] if plan.list_bytes else []
 
 
-def _result(name: str, problem: Problem, shape: tuple[int, ...], like: Array) -> _Result:
-    """A C-contiguous output in the caller's layout."""
+def _result(name: str, problem: Problem, canonical: Shape4, like: Array) -> _Result:
+    """A C-contiguous output of a canonical shape, in the caller's layout."""
+    shape = problem.layout.from_canonical(canonical)
     strides, count = [], 1
     for extent in reversed(shape):
         strides.append(count)
         count *= extent
     stand_in = Array(0, shape, tuple(reversed(strides)), like.dtype, like.itemsize, like.device, like.framework, None)
-    return _Result(name, shape, problem.dtype, problem.layout.view(stand_in, problem.head_dim), count * problem.itemsize)
+    return _Result(name, shape, problem.dtype, problem.layout.view(stand_in, canonical[3]), count * problem.itemsize)
 
 
 def _fill(array: Any, number: float) -> None:

@@ -31,6 +31,7 @@ SINKS_WARPS = 8
 LIST_ENTRY_BYTES = 4
 BY_KEYS = ("backward_dkdv", "backward_dk", "backward_dv")
 """Kernels whose blocks own keys."""
+MAX_SHARED_SLICES = 5  # of a wide head, beyond which dK and dV take a kernel each
 
 Tiles = Tile | Mapping[str, Tile] | None
 """What `tile=` takes: one tile; for the backward pass also a mapping from kernel names to tiles; or None for the defaults."""
@@ -44,7 +45,7 @@ class KernelPlan:
         name: "forward", "backward_delta", "backward_dkdv", "backward_dk", "backward_dv" or "backward_dq"; with features also "visible_tiles" before each
             of the others but backward_delta, "backward_mask" and "backward_sinks".
         source: file in kernels/; its stem is the entry point.
-        dtype, head_dim, tile: as in `KernelCase`.
+        dtype, head_dim, head_dim_v, tile: as in `KernelCase`.
         config: the text of `struct Config`.
         num_threads: threads of a block.
         shared_bytes: dynamic shared memory of a block.
@@ -65,6 +66,7 @@ class KernelPlan:
     num_blocks: int
     group_batch: int = 1
     group_heads: int = 1
+    head_dim_v: int = 0
 
     @property
     def reads_tensors(self) -> bool:
@@ -126,7 +128,7 @@ class Plan:
         lines = [
             f"{'backward' if self.backward else 'forward'} attention on {self.device.name}, {self.device.arch}",
             f"  problem    {problem.dtype}, batch {problem.batch}, seqlen {problem.seqlen_q} x {problem.seqlen_kv}, {heads}, "
-            f"head_dim {problem.head_dim}, {causal}, scale {problem.scale:.6g}",
+            f"head_dim {tiles.head_dims(problem.head_dim, problem.head_dim_v)}, {causal}, scale {problem.scale:.6g}",
             f"  products   {_products(problem, self.device)}",
         ]
         for kernel in self.kernels:
@@ -166,10 +168,10 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
     itemsize = problem.itemsize
     rows = problem.batch * problem.num_heads_q * problem.seqlen_q
     if backward:
-        output_bytes = itemsize * (rows * problem.head_dim + _size(problem.key_shape) + _size(problem.value_shape))
+        output_bytes = itemsize * (_size(problem.query.shape) + _size(problem.key_shape) + _size(problem.value_shape))
         workspace_bytes = ROW_STATISTICS_BYTES * rows
     else:
-        output_bytes = itemsize * rows * problem.head_dim + (4 * rows if problem.return_lse else 0)
+        output_bytes = itemsize * _size(problem.output_shape) + (4 * rows if problem.return_lse else 0)
         workspace_bytes = 0
     if backward:
         output_bytes += _feature_gradient_bytes(problem)
@@ -200,8 +202,8 @@ def backward_passes(problem: Problem, device: Device) -> tuple[tiles.Pass, ...]:
 
     dK and dV come from one kernel where the accumulators of both fit the registers and they are summed over the same heads and batches.
     """
-    same_groups = problem.key_shape == problem.value_shape
-    both = KernelCase("backward_dkdv", problem.dtype, problem.head_dim, problem.allow_tf32, problem.features.kinds)
+    same_groups = problem.key_shape[:3] == problem.value_shape[:3]
+    both = KernelCase("backward_dkdv", problem.dtype, problem.head_dim, problem.allow_tf32, problem.head_dim_v, problem.features.kinds)
     mask: tuple[tiles.Pass, ...] = ("backward_mask",) if problem.features.need_attn_mask_grad else ()
     if same_groups and splits_dkdv(both, device) is False:
         return ("backward_dkdv", "backward_dq", *mask)
@@ -210,9 +212,11 @@ def backward_passes(problem: Problem, device: Device) -> tuple[tiles.Pass, ...]:
 
 @functools.cache
 def splits_dkdv(case: KernelCase, device: Device) -> bool:
-    """Whether no tile of the joint dK/dV kernel fits the registers with room to spare."""
+    """Whether no tile of the joint dK/dV kernel fits the registers with room to spare, or too many warps would compute the same exponentials."""
     legal = tiles.legal_tiles_for(case, device)
-    return not legal or tiles.estimate_registers(case, legal[0], device) > tiles.MAX_REGISTERS
+    return (
+        not legal or case.head_slices(device) > MAX_SHARED_SLICES or tiles.estimate_registers(case, legal[0], device) > tiles.MAX_REGISTERS
+    )
 
 
 def offline_kernels(
@@ -220,6 +224,7 @@ def offline_kernels(
     *,
     dtype: str,
     head_dim: int,
+    head_dim_v: int | None = None,
     is_causal: bool = False,
     allow_tf32: bool = False,
     backward: bool = True,
@@ -227,7 +232,7 @@ def offline_kernels(
     features: FeatureSet = NO_FEATURES,
 ) -> Iterable[KernelPlan]:
     """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection."""
-    problem = _representative(dtype, head_dim, is_causal, allow_tf32, features)
+    problem = _representative(dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, features)
     passes = ("forward", *(backward_passes(problem, device) if backward else ()))
     _check_names(tile, passes)
     yield from make_plan(problem, device, tile=_of_pass(tile, backward=False)).kernels
@@ -242,17 +247,17 @@ def _of_pass(tile: Tiles, *, backward: bool) -> Tiles:
     return {name: pinned for name, pinned in tile.items() if (name != "forward") == backward}
 
 
-def _representative(dtype: str, head_dim: int, is_causal: bool, allow_tf32: bool, features: FeatureSet) -> Problem:
+def _representative(dtype: str, head_dim: int, head_dim_v: int, is_causal: bool, allow_tf32: bool, features: FeatureSet) -> Problem:
     from cuflash.problem import Layout, View
 
-    shape = (1, 1024, 1, head_dim)
-    view = View(shape, (1024 * head_dim, head_dim, head_dim, 1))
+    view, view_v = (View((1, 1024, 1, dim), (1024 * dim, dim, dim, 1)) for dim in (head_dim, head_dim_v))
     mask = None if features.attn_mask is None else MaskLayout(features.attn_mask, (1024, 1024), (1, 1, 1024, 1024), (0, 0, 1024, 1))
     need_grad = mask is not None and mask.dtype != "bool"
     return Problem(
         dtype=dtype, batch=1, seqlen_q=1024, seqlen_kv=1024, num_heads_q=1, num_heads_kv=1, batch_kv=1, head_dim=head_dim, scale=head_dim**-0.5,
-        is_causal=is_causal, causal_alignment="top_left", deterministic=False, allow_tf32=allow_tf32, return_lse=True, query=view, key=view, value=view,
-        key_shape=shape, value_shape=shape, layout=Layout(), features=Features(features, mask, need_grad),
+        is_causal=is_causal, causal_alignment="top_left", deterministic=False, allow_tf32=allow_tf32, return_lse=True, query=view, key=view,
+        value=view_v, key_shape=view.shape, value_shape=view_v.shape, layout=Layout(), head_dim_v=head_dim_v,
+        features=Features(features, mask, need_grad),
     )  # fmt: skip
 
 
@@ -267,12 +272,16 @@ def _check_names(tile: Tiles, passes: tuple[tiles.Pass, ...]) -> None:
 
 def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:
     features = problem.features
-    case = KernelCase(name, problem.dtype, problem.head_dim, problem.allow_tf32 and problem.dtype == "float32", features.kinds)
+    allow_tf32 = problem.allow_tf32 and problem.dtype == "float32"
+    case = KernelCase(name, problem.dtype, problem.head_dim, allow_tf32, problem.head_dim_v, features.kinds)
     tile = _choose_tile(case, device, pinned)
     shared_bytes = tiles.shared_bytes(case, tile, device)
     constants: dict[str, int | bool | str] = {
         "CAPABILITY": device.capability,
         "HEAD_DIM": problem.head_dim,
+        "HEAD_DIM_V": problem.head_dim_v,
+        "HEAD_SLICES": case.head_slices(device),
+        "HEAD_STEPS": case.head_steps(device),
         "TILE_Q": tile.tile_q,
         "TILE_KV": tile.tile_kv,
         "NUM_WARPS": tile.num_warps,
@@ -297,7 +306,7 @@ def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned
         num_tiles = ceil(rows / tile.tile_q) * ceil(columns / tile.tile_kv)
     return KernelPlan(
         name, source, problem.dtype, problem.head_dim, tile, config_text(problem.dtype, constants), 32 * tile.num_warps, shared_bytes,
-        num_tiles, num_tiles * heads * batch, group_batch, group_heads,
+        num_tiles, num_tiles * heads * batch, group_batch, group_heads, problem.head_dim_v,
     )  # fmt: skip
 
 
@@ -362,14 +371,14 @@ def _feature_gradient_bytes(problem: Problem) -> int:
 
 
 def _delta_kernel(problem: Problem, device: Device) -> KernelPlan:
-    chunks = ceil(problem.head_dim * problem.itemsize / 16)
+    chunks = ceil(problem.head_dim_v * problem.itemsize / 16)
     lanes = next(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes >= min(chunks, 32))
     rows = 32 * DELTA_WARPS // lanes
-    constants = {"CAPABILITY": device.capability, "HEAD_DIM": problem.head_dim, "TILE_Q": rows, "NUM_WARPS": DELTA_WARPS}
+    constants = {"CAPABILITY": device.capability, "HEAD_DIM_V": problem.head_dim_v, "TILE_Q": rows, "NUM_WARPS": DELTA_WARPS}
     num_tiles = ceil(problem.seqlen_q / rows)
     return KernelPlan(
         "backward_delta", "backward_delta.cu", problem.dtype, problem.head_dim, Tile(rows, 1, DELTA_WARPS, 1), config_text(problem.dtype, constants),
-        32 * DELTA_WARPS, 0, num_tiles, num_tiles * problem.num_heads_q * problem.batch,
+        32 * DELTA_WARPS, 0, num_tiles, num_tiles * problem.num_heads_q * problem.batch, head_dim_v=problem.head_dim_v,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ __all__ = ["DTYPES", "MAX_HEAD_DIM", "BackwardViews", "Layout", "Problem", "View
 DTYPES: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Supported element types and their size in bytes."""
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 576
 MAX_EXTENT = 2**31 - 2**13
 """Kernels count rows in 32 bits and add up to a few tiles."""
 
@@ -44,7 +44,7 @@ class Problem:
         num_heads_q: heads of the query.
         num_heads_kv: heads of key and value, the larger number if one is broadcast; divides num_heads_q, and may be 1.
         batch_kv: batch of key and value, the larger number if one is broadcast: `batch`, or 1.
-        head_dim: 1 to 256, of query, key and value.
+        head_dim: 1 to 576, of query and key.
         scale: multiplies QKᵀ.
         is_causal: query i sees keys j <= i + causal_offset only.
         causal_alignment: which corner of the score matrix the causal diagonal goes through.
@@ -53,10 +53,11 @@ class Problem:
         return_lse: the caller wants the log-sum-exp of each row.
         query: (batch, seqlen_q, num_heads_q, head_dim).
         key: (batch, seqlen_kv, num_heads_kv, head_dim); broadcast dimensions have stride 0.
-        value: same shape as key, own strides.
+        value: key's shape but for head_dim_v, own strides.
         key_shape: canonical shape of key before broadcasting, which is the shape of its gradient.
         value_shape: same for value.
         layout: the caller's form of arrays.
+        head_dim_v: 1 to 576, of value and the output.
         features: score features and masks other than the causal one.
     """
 
@@ -80,6 +81,7 @@ class Problem:
     key_shape: Shape4
     value_shape: Shape4
     layout: Layout
+    head_dim_v: int
     features: Features = field(default_factory=Features)
 
     @property
@@ -99,8 +101,8 @@ class Problem:
 
     @property
     def output_shape(self) -> Shape4:
-        """Canonical shape of the output and of the query's gradient."""
-        return self.query.shape
+        """Canonical shape of the output: the query's, with the head_dim of value."""
+        return (*self.query.shape[:3], self.head_dim_v)
 
     @property
     def lse_shape(self) -> Shape3:
@@ -133,12 +135,12 @@ class Problem:
     @property
     def flops_forward(self) -> int:
         """Floating-point operations of the two matrix products over visible pairs; a multiply-add counts as two."""
-        return 4 * self.batch * self.num_heads_q * self.head_dim * self.visible_pairs
+        return 2 * self.batch * self.num_heads_q * (self.head_dim + self.head_dim_v) * self.visible_pairs
 
     @property
     def flops_backward(self) -> int:
         """The same for the five products of the backward pass, which computes S again."""
-        return 10 * self.batch * self.num_heads_q * self.head_dim * self.visible_pairs
+        return 2 * self.batch * self.num_heads_q * (3 * self.head_dim + 2 * self.head_dim_v) * self.visible_pairs
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class BackwardViews:
     """Where the backward pass finds its other inputs.
 
     Attributes:
-        grad_out: (batch, seqlen_q, num_heads_q, head_dim).
+        grad_out: (batch, seqlen_q, num_heads_q, head_dim_v).
         out: same shape.
         lse_strides: of (batch, num_heads_q, seqlen_q), in elements.
         grad_lse_strides: same, or None when there is no gradient of lse.
@@ -185,7 +187,7 @@ def make_problem(
         query: four dimensions in the order of `layout`, any strides; float16, bfloat16 or float32. Or three dimensions (batch, seqlen,
             heads * head_dim), with `layout="sbhd"` or `batch_first=False` (seqlen, batch, heads * head_dim).
         key: same form and dtype; batch may be 1, heads may be 1, or divide the query's heads if `enable_gqa`.
-        value: like key, with key's seqlen and head_dim.
+        value: like key, with key's seqlen; a head_dim of its own in four dimensions.
         num_heads: heads of a query of three dimensions, default 1; for one of four dimensions None, or what its shape says.
         layout: the letters b, s, h, d in the order of the dimensions.
         batch_first: False is short for `layout="hbsd"`.
@@ -216,8 +218,8 @@ def make_problem(
     _check_dtypes(inputs)
     form = _form_of(inputs, order)
     head_dim = _head_dim_of(query, form, heads)
-    _check_head_dims(inputs, form, head_dim)
-    views = {name: form.view(array, head_dim) for name, array in inputs.items()}
+    head_dim_v = _check_head_dims(inputs, form, head_dim)
+    views = {name: form.view(array, head_dim_v if name == "value" else head_dim) for name, array in inputs.items()}
     _Extents(views, form, gqa).check()
 
     batch, seqlen_q, num_heads_q, _ = views["query"].shape
@@ -248,6 +250,7 @@ def make_problem(
         key_shape=key_shape,
         value_shape=value_shape,
         layout=form,
+        head_dim_v=head_dim_v,
         features=checked,
         **flags,
     )
@@ -280,7 +283,7 @@ def check_out(problem: Problem, layout: Layout, out: Array, inputs: Sequence[Arr
         if share_memory(out, array):
             hint = "Pass an array with memory of its own, or leave out= away."
             raise ArgumentError("out", f"an array that shares memory with {name}", f"memory that {name} does not use", hint)
-    return layout.view(out, problem.head_dim)
+    return layout.view(out, problem.head_dim_v)
 
 
 def check_backward(problem: Problem, layout: Layout, grad_out: Array, out: Array, lse: Array, grad_lse: Array | None) -> BackwardViews:
@@ -302,8 +305,8 @@ def check_backward(problem: Problem, layout: Layout, grad_out: Array, out: Array
     _check_like_output("out", out, problem, layout)
     _check_like_output("grad_out", grad_out, problem, layout)
     return BackwardViews(
-        layout.view(grad_out, problem.head_dim),
-        layout.view(out, problem.head_dim),
+        layout.view(grad_out, problem.head_dim_v),
+        layout.view(out, problem.head_dim_v),
         _lse_strides("lse", lse, problem),
         None if grad_lse is None else _lse_strides("grad_lse", grad_lse, problem),
     )
@@ -389,23 +392,27 @@ def _head_dim_of(query: Array, form: Layout, num_heads: int | None) -> int:
     return head_dim
 
 
-def _check_head_dims(inputs: dict[str, Array], form: Layout, head_dim: int) -> None:
-    """Key and value have the query's head_dim; in three dimensions a multiple of it, which gives their number of heads."""
+def _check_head_dims(inputs: dict[str, Array], form: Layout, head_dim: int) -> int:
+    """Key has the query's head_dim; returns value's. In three dimensions both have a multiple of it, which gives their number of heads."""
     for name in ("key", "value"):
         shape = inputs[name].shape
         if form.packed:
             if shape[2] % head_dim:
                 expected = f"a last dimension that is a multiple of {head_dim}, the query's last dimension divided by num_heads"
-                raise ShapeError(name, f"shape {shape}", expected, "Check num_heads=, the number of heads of the query.")
+                hint = "Check num_heads=, the number of heads of the query."
+                if name == "value":
+                    hint += " A head_dim of value's own needs arrays of 4 dimensions."
+                raise ShapeError(name, f"shape {shape}", expected, hint)
             continue
         own = form.to_canonical(shape)[3]
-        if own == head_dim:
-            continue
-        got, expected = f"head_dim {own} in {shape}", f"head_dim {head_dim}, like query with {inputs['query'].shape}"
-        if name == "value" and own:
-            hint = "A head_dim of value's own is not supported yet: pad the smaller head_dim with zeros, and slice the output."
-            raise UnsupportedError(name, got, expected, hint)
-        raise ShapeError(name, got, expected, _how_read(form))
+        got = f"head_dim {own} in {shape}"
+        if name == "key" and own != head_dim:
+            raise ShapeError(name, got, f"head_dim {head_dim}, like query with {inputs['query'].shape}", _how_read(form))
+        if name == "value" and own == 0:
+            raise ShapeError(name, got, f"a head_dim from 1 to {MAX_HEAD_DIM}", _how_read(form))
+        if name == "value" and own > MAX_HEAD_DIM:
+            raise UnsupportedError(name, got, f"a head_dim of at most {MAX_HEAD_DIM}", _how_read(form))
+    return head_dim if form.packed else form.to_canonical(inputs["value"].shape)[3]
 
 
 # --- Extents ----------------------------------------------------------------------------------------------------------------------------

@@ -65,13 +65,14 @@ def attention(
 
     Args:
         query: four dimensions in the order of `layout`, any float type, any kind of array that `to_float64` understands.
-        key, value: same; batch and heads are the query's or 1, and heads may be a divisor of the query's if `enable_gqa`.
+        key, value: same; batch and heads are the query's or 1, and heads may be a divisor of the query's if `enable_gqa`. The head_dim of value
+            may differ from that of query and key.
         is_causal: query i sees keys j <= i, shifted by seqlen_kv - seqlen_q for "bottom_right".
         scale: default head_dim ** -0.5.
         features: score features and masks, as in `cuflash.scaled_dot_product_attention`; see `reference_features`.
 
     Returns:
-        out: shape of query in its layout.
+        out: shape of query in its layout, with the head_dim of value.
         lse: (batch, heads, seqlen_q), natural logarithm; -inf where no key is visible.
     """
     return _forward(query, key, value, numpy.float64, _exact, is_causal, scale, enable_gqa, layout, causal_alignment, features)
@@ -223,7 +224,7 @@ def _forward(
     q, k, v = (_to_bhsd(x, layout, work) for x in (query, key, value))
     factor = q.shape[3] ** -0.5 if scale is None else scale
     rules = _rules(q, k, is_causal, alignment, features)
-    out = numpy.zeros(q.shape, work)
+    out = numpy.zeros((*q.shape[:3], v.shape[3]), work)
     lse = numpy.zeros(q.shape[:3], work)
     for b, h, at_k, at_v in _heads(q, k, v, gqa):
         visible = rules.visible(b, h)

@@ -17,13 +17,20 @@ from cuflash.tiles import KernelCase, Tile
 
 
 def legal_tiles(
-    head_dim: int, dtype: str = "bfloat16", *, kernel: str = "forward", arch: str | None = None, allow_tf32: bool = False
+    head_dim: int,
+    dtype: str = "bfloat16",
+    *,
+    head_dim_v: int | None = None,
+    kernel: str = "forward",
+    arch: str | None = None,
+    allow_tf32: bool = False,
 ) -> tuple[Tile, ...]:
     """List the tiles that fit a device, the default one first.
 
     Args:
-        head_dim: 1 … 256.
+        head_dim: of query and key, 1 … 576.
         dtype: "float16", "bfloat16" or "float32".
+        head_dim_v: of value, default head_dim.
         kernel: "forward", "backward_dkdv", "backward_dk", "backward_dv" or "backward_dq", as `print(plan)` names them.
         arch: "sm_80", "sm_90", …; None for the GPU of this machine, or the simulator without one.
         allow_tf32: as in the call.
@@ -35,7 +42,14 @@ def legal_tiles(
         raise OptionError(
             "kernel", repr(kernel), "one of " + ", ".join(tiles.PASSES), "print(cuflash.plan(...)) names the kernels of a call."
         )
-    case = KernelCase(kernel, _checked_dtype(dtype), _checked_head_dim(head_dim), bool(allow_tf32) and dtype == "float32")
+    own = head_dim if head_dim_v is None else head_dim_v
+    case = KernelCase(
+        kernel,
+        _checked_dtype(dtype),
+        _checked_head_dim("head_dim", head_dim),
+        bool(allow_tf32) and dtype == "float32",
+        _checked_head_dim("head_dim_v", own),
+    )
     return tiles.legal_tiles_for(case, target(arch))
 
 
@@ -43,6 +57,7 @@ def warmup(
     head_dim: int | Iterable[int],
     dtype: str | Iterable[str] = "bfloat16",
     *,
+    head_dim_v: int | None = None,
     is_causal: bool | Iterable[bool] = (False, True),
     backward: bool = True,
     arch: str | None = None,
@@ -55,6 +70,7 @@ def warmup(
 
     Args:
         head_dim, dtype, is_causal: one value or several; all combinations are compiled.
+        head_dim_v: of value, for all of them; default each head_dim itself.
         backward: also the kernels of the backward pass.
         arch: the architecture to compile for; None for the GPU of this machine, or the simulator without one.
         tile, allow_tf32: as in the call.
@@ -74,7 +90,8 @@ def warmup(
     for one_head_dim, one_dtype, causal, feature_set in product(head_dims, dtypes, causals, sets):
         options = {
             "dtype": _checked_dtype(one_dtype),
-            "head_dim": _checked_head_dim(one_head_dim),
+            "head_dim": _checked_head_dim("head_dim", one_head_dim),
+            "head_dim_v": None if head_dim_v is None else _checked_head_dim("head_dim_v", head_dim_v),
             "is_causal": check_bool("is_causal", causal),
             "allow_tf32": check_bool("allow_tf32", allow_tf32),
             "features": _checked_features(feature_set, causal),
@@ -115,7 +132,7 @@ def _checked_dtype(dtype: object) -> str:
     return dtype
 
 
-def _checked_head_dim(head_dim: object) -> int:
+def _checked_head_dim(name: str, head_dim: object) -> int:
     if not isinstance(head_dim, int) or isinstance(head_dim, bool) or not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise OptionError("head_dim", repr(head_dim), f"an int from 1 to {MAX_HEAD_DIM}", "Pass the head dimension of the arrays.")
+        raise OptionError(name, repr(head_dim), f"an int from 1 to {MAX_HEAD_DIM}", "Pass the head dimension of the arrays.")
     return head_dim

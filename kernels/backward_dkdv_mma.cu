@@ -9,8 +9,9 @@
 // COMPUTE_DK and COMPUTE_DV say what is accumulated: both, or for large head dimensions one in each of two launches, since both together would not
 // fit the registers. V and dP are needed for dK only.
 //
-// Shared memory: K [TILE_KV][D] | V [TILE_KV][D] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][D] | row statistics [NUM_STAGES][TILE_Q]
-// (sm_80 and later). One copy group per query tile; with two stages or more the next tiles travel during the products of this one.
+// Shared memory of a slice of the head: K [TILE_KV][D] | V [TILE_KV][DV] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][DV] | row statistics
+// [NUM_STAGES][TILE_Q] (sm_80 and later). One copy group per query tile; with two stages or more the next tiles travel during the products of this
+// one.
 #include "tile/backward.cuh"
 #include "tile/constants.cuh"
 #include "tile/dropout.cuh"
@@ -19,10 +20,11 @@
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
 #include "tile/score.cuh"
+#include "tile/slices.cuh"
 #include "tile/visibility.cuh"
 #include "tile/visible_tiles.cuh"
 
-constexpr int WARP_ROWS = TILE_KV / NUM_WARPS;
+constexpr int WARP_ROWS = TILE_KV / ROW_WARPS;
 constexpr bool COMPUTE_DK = Config::COMPUTE_DK;
 constexpr bool COMPUTE_DV = Config::COMPUTE_DV;
 
@@ -30,10 +32,13 @@ constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_Q / 8;
 constexpr bool STATISTICS_IN_SMEM = HAS_CP_ASYNC;  // sm_75 reads them from global memory: it has no bytes to spare at head_dim 256
 constexpr int STATISTICS_BYTES = STATISTICS_IN_SMEM ? TILE_Q * int(sizeof(RowStatistics)) : 0;
-constexpr int STATIONARY_BYTES = (COMPUTE_DK ? 2 : 1) * TileKV::BYTES;
+constexpr int STATIONARY_BYTES = TileK::BYTES + (COMPUTE_DK ? TileV::BYTES : 0);
+constexpr int SLICE_BYTES = STATIONARY_BYTES + NUM_STAGES * (TileQ::BYTES + TileO::BYTES);
 
-static_assert(TILE_KV % (16 * NUM_WARPS) == 0, "tile_kv must be a multiple of 16 * num_warps");
-static_assert(STATIONARY_BYTES + NUM_STAGES * (2 * TileQ::BYTES + STATISTICS_BYTES) == Config::SHARED_BYTES, "shared memory differs from the plan's");
+static_assert(TILE_KV % (16 * ROW_WARPS) == 0, "tile_kv must be a multiple of 16 * num_warps");
+static_assert(HEAD_SLICES * SLICE_BYTES + NUM_STAGES * STATISTICS_BYTES + (COMPUTE_DK ? 2 : 1) * EXCHANGE_BYTES<M_TILES, S_TILES> ==
+                  Config::SHARED_BYTES,
+              "shared memory differs from the plan's");
 
 DEVICE void issue_statistics(SmemAddress destination, const RowStatistics* source, int first_q, int seqlen_q) {
   for (int row = int(threadIdx.x); row < TILE_Q; row += NUM_THREADS) {
@@ -60,17 +65,19 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   const int heads_per_kv = geometry.num_heads_q / geometry.num_heads_kv;
   const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q / arguments.group_heads, false);
   const int first_kv = work.tile * TILE_KV;
-  const int warp_row = warp_index() * WARP_ROWS;
+  const int warp_row = row_warp_index() * WARP_ROWS;
 
   extern __shared__ __align__(128) uint8 shared[];
-  const SmemAddress K_smem = smem_address(shared);
-  const SmemAddress V_smem = K_smem + TileKV::BYTES;
+  const SmemAddress K_smem = smem_address(shared) + slice_index() * SLICE_BYTES;
+  const SmemAddress V_smem = K_smem + TileK::BYTES;
   const SmemAddress Q_smem = K_smem + STATIONARY_BYTES;
   const SmemAddress dO_smem = Q_smem + NUM_STAGES * TileQ::BYTES;
-  const SmemAddress statistics_smem = dO_smem + NUM_STAGES * TileQ::BYTES;
+  const SmemAddress statistics_smem = smem_address(shared) + HEAD_SLICES * SLICE_BYTES;
+  const SmemAddress S_exchange = statistics_smem + NUM_STAGES * STATISTICS_BYTES;
+  const SmemAddress dP_exchange = S_exchange + EXCHANGE_BYTES<M_TILES, S_TILES>;
 
   float dK[M_TILES][COMPUTE_DK ? D_TILES : 2][4];
-  float dV[M_TILES][COMPUTE_DV ? D_TILES : 2][4];
+  float dV[M_TILES][COMPUTE_DV ? DV_TILES : 2][4];
   clear(dK);
   clear(dV);
   const Dropout dropout(arguments.features);
@@ -95,12 +102,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     const int num_keys = PER_HEAD_WALK ? visibility.end_key(0, geometry.seqlen_q) : common_keys;  // keys beyond are not even read
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
     const RowStatistics* statistics = row_statistics(arguments, batch, head);
-    TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, batch, head, geometry.seqlen_q);
-    TileLoader<TileQ, Element, NUM_THREADS> load_dO(arguments.grad_out, batch, head, geometry.seqlen_q);
+    SliceLoader<TileQ, HEAD_DIM> load_Q(arguments.query, batch, head, geometry.seqlen_q);
+    SliceLoader<TileO, HEAD_DIM_V> load_dO(arguments.grad_out, batch, head, geometry.seqlen_q);
     auto issue = [&](int step) {
       if (step < end) {
-        load_Q.issue(Q_smem + slot(step) * TileQ::BYTES, tiles.tile(step) * TILE_Q);
-        load_dO.issue(dO_smem + slot(step) * TileQ::BYTES, tiles.tile(step) * TILE_Q);
+        if constexpr (HEAD_STEPS == 1) {
+          load_Q.issue(Q_smem + slot(step) * TileQ::BYTES, tiles.tile(step) * TILE_Q, first_column<TileQ>(0));
+          load_dO.issue(dO_smem + slot(step) * TileO::BYTES, tiles.tile(step) * TILE_Q, first_column<TileO>(0));
+        }
         if constexpr (STATISTICS_IN_SMEM)
           issue_statistics(statistics_smem + slot(step) * STATISTICS_BYTES, statistics, tiles.tile(step) * TILE_Q, geometry.seqlen_q);
       }
@@ -108,18 +117,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     };
 
     if constexpr (NUM_STAGES > 1) __syncthreads();  // every warp is done with the tiles of the previous member; one stage ends with a barrier
+    auto load_K = [&](int step) { load_piece<TileK, HEAD_DIM>(K_smem, arguments.key, batch, head / heads_per_kv, num_keys, first_kv, step); };
+    auto load_V = [&](int step) { load_piece<TileV, HEAD_DIM_V>(V_smem, arguments.value, batch, head / heads_per_kv, num_keys, first_kv, step); };
     const int pair = batch * geometry.num_heads_kv + head / heads_per_kv;
     // Another K/V head, or the first. Where members can be passed over, the one that is loaded has to be remembered.
-    if (PER_HEAD_WALK ? pair != loaded_pair : head % heads_per_kv == 0 || member % arguments.group_heads == 0) {
+    if (HEAD_STEPS == 1 && (PER_HEAD_WALK ? pair != loaded_pair : head % heads_per_kv == 0 || member % arguments.group_heads == 0)) {
       loaded_pair = pair;
-      TileLoader<TileKV, Element, NUM_THREADS> load_K(arguments.key, batch, head / heads_per_kv, num_keys);
-      load_K.issue(K_smem, first_kv);
-      load_K.land(K_smem);
-      if constexpr (COMPUTE_DK) {
-        TileLoader<TileKV, Element, NUM_THREADS> load_V(arguments.value, batch, head / heads_per_kv, num_keys);
-        load_V.issue(V_smem, first_kv);
-        load_V.land(V_smem);
-      }
+      load_K(0);
+      if constexpr (COMPUTE_DK) load_V(0);
     }
 #pragma unroll
     for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) issue(begin + ahead);
@@ -138,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       }
       const int q_tile = tiles.tile(j);
       const SmemAddress Q_tile = Q_smem + slot(j) * TileQ::BYTES;
-      const SmemAddress dO_tile = dO_smem + slot(j) * TileQ::BYTES;
+      const SmemAddress dO_tile = dO_smem + slot(j) * TileO::BYTES;
       auto statistics_of = [&](int n) {  // of this lane's two columns of S tile n
         const SmemAddress tile = statistics_smem + slot(j) * STATISTICS_BYTES;
         return load_statistics(tile, statistics, q_tile * TILE_Q, 8 * n + lane_index() % 4 * 2, geometry.seqlen_q);
@@ -146,7 +151,20 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
       float P[M_TILES][S_TILES][4];  // scores, then probabilities; rows are keys
       clear(P);
-      gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileKV>(K_smem, warp_row), typename Mma::OperandB<TileQ>(Q_tile));
+      auto add_scores = [&](int) {
+        gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileK>(K_smem, warp_row), typename Mma::OperandB<TileQ>(Q_tile));
+      };
+      if constexpr (HEAD_STEPS == 1) {
+        add_scores(0);
+      } else {
+        for_each_piece(
+            [&](int step) {
+              load_K(step);
+              load_Q.issue(Q_tile, q_tile * TILE_Q, first_column<TileQ>(step));
+            },
+            add_scores);
+      }
+      publish_and_collect(P, S_exchange);
       ScoreSlope<M_TILES, S_TILES> slope;
       if constexpr (MODIFIES_SCORES) {
         modifier.apply<true>(P, slope, first_kv + warp_row, q_tile * TILE_Q);
@@ -172,13 +190,22 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       KeptElements<true, M_TILES, S_TILES> kept;
       if constexpr (DROPOUT) kept.draw(dropout, batch, head, first_kv + warp_row, q_tile * TILE_Q);
       if constexpr (COMPUTE_DV) {
-        const typename Mma::OperandBByRows<TileQ> dO_operand(dO_tile);
+        auto add_to_dV = [&](const float (&weights)[M_TILES][S_TILES][4]) {
+          auto add_piece = [&](int step) {
+            gemm_accumulator<Mma, TileO::COLUMNS>(dV, weights, typename Mma::OperandBByRows<TileO>(dO_tile), step * TileO::COLUMNS / 8);
+          };
+          if constexpr (HEAD_STEPS == 1) {
+            add_piece(0);
+          } else {
+            for_each_piece([&](int step) { load_dO.issue(dO_tile, q_tile * TILE_Q, first_column<TileO>(step)); }, add_piece);
+          }
+        };
         if constexpr (DROPOUT) {
           float kept_P[M_TILES][S_TILES][4];  // the factor 1 / (1 - dropout_p) follows when dV is stored
           for_each_place<M_TILES, S_TILES>([&](int m, int n, int i, int, int) { kept_P[m][n][i] = kept.has(m, n, i) ? P[m][n][i] : 0.0f; });
-          gemm_accumulator<Mma>(dV, kept_P, dO_operand);
+          add_to_dV(kept_P);
         } else {
-          gemm_accumulator<Mma>(dV, P, dO_operand);
+          add_to_dV(P);
         }
       }
 
@@ -190,9 +217,22 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 #pragma unroll
           for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) dS[m][n][i] = DROPOUT ? 0.0f : i % 2 ? -pair.w : -pair.y;
+            for (int i = 0; i < 4; ++i) dS[m][n][i] = !DROPOUT && slice_index() == 0 ? i % 2 ? -pair.w : -pair.y : 0.0f;
         }
-        gemm_rows<Mma, TileQ::COLUMNS>(dS, typename Mma::OperandA<TileKV>(V_smem, warp_row), typename Mma::OperandB<TileQ>(dO_tile));
+        auto add_grad_probabilities = [&](int) {
+          gemm_rows<Mma, TileO::COLUMNS>(dS, typename Mma::OperandA<TileV>(V_smem, warp_row), typename Mma::OperandB<TileO>(dO_tile));
+        };
+        if constexpr (HEAD_STEPS == 1) {
+          add_grad_probabilities(0);
+        } else {
+          for_each_piece(
+              [&](int step) {
+                load_V(step);
+                load_dO.issue(dO_tile, q_tile * TILE_Q, first_column<TileO>(step));
+              },
+              add_grad_probabilities);
+        }
+        publish_and_collect(dS, dP_exchange);
         if constexpr (DROPOUT) {
 #pragma unroll
           for (int n = 0; n < S_TILES; ++n) {
@@ -211,7 +251,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 #pragma unroll
             for (int i = 0; i < 4; ++i) dS[m][n][i] *= P[m][n][i];
         slope.multiply(dS);
-        gemm_accumulator<Mma>(dK, dS, typename Mma::OperandBByRows<TileQ>(Q_tile));
+        auto add_to_dK = [&](int step) {
+          gemm_accumulator<Mma, TileQ::COLUMNS>(dK, dS, typename Mma::OperandBByRows<TileQ>(Q_tile), step * TileQ::COLUMNS / 8);
+        };
+        if constexpr (HEAD_STEPS == 1) {
+          add_to_dK(0);
+        } else {
+          for_each_piece([&](int step) { load_Q.issue(Q_tile, q_tile * TILE_Q, first_column<TileQ>(step)); }, add_to_dK);
+        }
       }
       if constexpr (NUM_STAGES == 1) __syncthreads();  // every warp is done with the only slot
     }
@@ -220,12 +267,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   const int first_row = first_kv + warp_row;
   if constexpr (COMPUTE_DV) {
     if constexpr (DROPOUT) multiply_all(dV, arguments.features.dropout_scale);
-    store_rows<Element, HEAD_DIM>(dV, K_smem + warp_row * TileKV::ROW_BYTES, arguments.grad_value, work.batch, work.head, first_row,
-                                  geometry.seqlen_kv);
+    store_rows<Element, HEAD_DIM_V, TileK::COLUMNS>(dV, K_smem + warp_row * TileK::ROW_BYTES, arguments.grad_value, work.batch, work.head, first_row,
+                                                    geometry.seqlen_kv, first_column<TileV>(0));
   }
   if constexpr (COMPUTE_DK) {
     multiply_all(dK, geometry.scale);
-    store_rows<Element, HEAD_DIM>(dK, K_smem + warp_row * TileKV::ROW_BYTES, arguments.grad_key, work.batch, work.head, first_row,
-                                  geometry.seqlen_kv);
+    store_rows<Element, HEAD_DIM, TileK::COLUMNS>(dK, K_smem + warp_row * TileK::ROW_BYTES, arguments.grad_key, work.batch, work.head, first_row,
+                                                  geometry.seqlen_kv, first_column<TileK>(0));
   }
 }

@@ -5,7 +5,8 @@
 // A kernel of its own costs two products more than adding dQ up with atomics from the dK/dV kernel, and saves the atomics, their float32
 // accumulator and the conversion pass; its result is the same bit for bit on every run.
 //
-// Shared memory: Q [TILE_Q][D] | dO [TILE_Q][D] | K [NUM_STAGES][TILE_KV][D] | V [NUM_STAGES][TILE_KV][D]. One copy group per key tile.
+// Shared memory: Q [TILE_Q][D] | dO [TILE_Q][DV] | K [NUM_STAGES][TILE_KV][D] | V [NUM_STAGES][TILE_KV][DV]. One copy group per key tile.
+// For a wide head this for each slice, then the parts of S and of dP that the slices exchange.
 #include "tile/backward.cuh"
 #include "tile/constants.cuh"
 #include "tile/dropout.cuh"
@@ -14,50 +15,55 @@
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
 #include "tile/score.cuh"
+#include "tile/slices.cuh"
 #include "tile/visibility.cuh"
 #include "tile/visible_tiles.cuh"
 
-constexpr int WARP_ROWS = TILE_Q / NUM_WARPS;
+constexpr int WARP_ROWS = TILE_Q / ROW_WARPS;
 
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_KV / 8;
 
-static_assert(TILE_Q % (16 * NUM_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
-static_assert(2 * TileQ::BYTES + 2 * NUM_STAGES * TileKV::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
+constexpr int SLICE_BYTES = TileQ::BYTES + TileO::BYTES + NUM_STAGES * (TileK::BYTES + TileV::BYTES);
+
+static_assert(TILE_Q % (16 * ROW_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
+static_assert(HEAD_SLICES * SLICE_BYTES + 2 * EXCHANGE_BYTES<M_TILES, S_TILES> == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(const __grid_constant__ BackwardArguments arguments) {
   const Geometry& geometry = arguments.geometry;
   const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q, CAUSAL);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
   const int first_q = work.tile * TILE_Q;
-  const int warp_row = warp_index() * WARP_ROWS;
+  const int warp_row = row_warp_index() * WARP_ROWS;
 
   extern __shared__ __align__(128) uint8 shared[];
-  const SmemAddress Q_smem = smem_address(shared);
+  const SmemAddress S_exchange = smem_address(shared) + HEAD_SLICES * SLICE_BYTES;
+  const SmemAddress dP_exchange = S_exchange + EXCHANGE_BYTES<M_TILES, S_TILES>;
+  const SmemAddress Q_smem = smem_address(shared) + slice_index() * SLICE_BYTES;
   const SmemAddress dO_smem = Q_smem + TileQ::BYTES;
-  const SmemAddress K_smem = dO_smem + TileQ::BYTES;
-  const SmemAddress V_smem = K_smem + NUM_STAGES * TileKV::BYTES;
+  const SmemAddress K_smem = dO_smem + TileO::BYTES;
+  const SmemAddress V_smem = K_smem + NUM_STAGES * TileK::BYTES;
 
   const Visibility visibility(geometry, arguments.features, work.batch, work.head);
   const int num_keys = visibility.end_key(first_q, first_q + TILE_Q);  // keys beyond are not even read
   const VisibleTiles tiles(geometry, arguments.features, work.batch, work.head, work.tile, (geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
   const int begin = TILE_LISTS ? 0 : visibility.first_key(first_q) / TILE_KV;  // steps over key tiles
   const int end = TILE_LISTS ? tiles.count() : (num_keys + TILE_KV - 1) / TILE_KV;
-  TileLoader<TileKV, Element, NUM_THREADS> load_K(arguments.key, work.batch, head_kv, num_keys);
-  TileLoader<TileKV, Element, NUM_THREADS> load_V(arguments.value, work.batch, head_kv, num_keys);
-  if (begin < end) {
-    TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q);
-    load_Q.issue(Q_smem, first_q);
-    load_Q.land(Q_smem);
-    TileLoader<TileQ, Element, NUM_THREADS> load_dO(arguments.grad_out, work.batch, work.head, geometry.seqlen_q);
-    load_dO.issue(dO_smem, first_q);
-    load_dO.land(dO_smem);
+  SliceLoader<TileK, HEAD_DIM> load_K(arguments.key, work.batch, head_kv, num_keys);
+  SliceLoader<TileV, HEAD_DIM_V> load_V(arguments.value, work.batch, head_kv, num_keys);
+  auto load_Q = [&](int step) { load_piece<TileQ, HEAD_DIM>(Q_smem, arguments.query, work.batch, work.head, geometry.seqlen_q, first_q, step); };
+  auto load_dO = [&](int step) {
+    load_piece<TileO, HEAD_DIM_V>(dO_smem, arguments.grad_out, work.batch, work.head, geometry.seqlen_q, first_q, step);
+  };
+  if (HEAD_STEPS == 1 && begin < end) {
+    load_Q(0);
+    load_dO(0);
   }
-  auto slot = [](int step) { return NUM_STAGES == 1 ? 0 : step % NUM_STAGES * TileKV::BYTES; };
+  auto slot = [](int step) { return NUM_STAGES == 1 ? 0 : step % NUM_STAGES; };
   auto issue = [&](int step) {
     if (step < end) {
-      load_K.issue(K_smem + slot(step), tiles.tile(step) * TILE_KV);
-      load_V.issue(V_smem + slot(step), tiles.tile(step) * TILE_KV);
+      load_K.issue(K_smem + slot(step) * TileK::BYTES, tiles.tile(step) * TILE_KV, first_column<TileK>(0));
+      load_V.issue(V_smem + slot(step) * TileV::BYTES, tiles.tile(step) * TILE_KV, first_column<TileV>(0));
     }
     cp_async_commit_group();
   };
@@ -81,7 +87,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
 
 #pragma unroll 1
   for (int j = begin; j < end; ++j) {
-    if constexpr (NUM_STAGES == 1) {
+    if constexpr (HEAD_STEPS > 1) {
+      // Every product fetches its pieces itself.
+    } else if constexpr (NUM_STAGES == 1) {
       issue(j);
       wait_for_tiles<0>([&] {
         load_K.land(K_smem);
@@ -95,7 +103,21 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
 
     float P[M_TILES][S_TILES][4];  // scores, then probabilities
     clear(P);
-    gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileQ>(Q_smem, warp_row), typename Mma::OperandB<TileKV>(K_smem + slot(j)));
+    auto add_scores = [&](int) {
+      gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileQ>(Q_smem, warp_row),
+                                     typename Mma::OperandB<TileK>(K_smem + slot(j) * TileK::BYTES));
+    };
+    if constexpr (HEAD_STEPS == 1) {
+      add_scores(0);
+    } else {
+      for_each_piece(
+          [&](int step) {
+            load_Q(step);
+            load_K.issue(K_smem, first_kv, first_column<TileK>(step));
+          },
+          add_scores);
+    }
+    publish_and_collect(P, S_exchange);
     ScoreSlope<M_TILES, S_TILES> slope;
     if constexpr (MODIFIES_SCORES) {
       modifier.apply<false>(P, slope, first_q + warp_row, first_kv);
@@ -123,8 +145,22 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
 #pragma unroll
       for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) dS[m][n][i] = DROPOUT ? 0.0f : -statistics[m][i / 2].delta;
-    gemm_rows<Mma, TileQ::COLUMNS>(dS, typename Mma::OperandA<TileQ>(dO_smem, warp_row), typename Mma::OperandB<TileKV>(V_smem + slot(j)));
+        for (int i = 0; i < 4; ++i) dS[m][n][i] = !DROPOUT && slice_index() == 0 ? -statistics[m][i / 2].delta : 0.0f;
+    auto add_grad_probabilities = [&](int) {
+      gemm_rows<Mma, TileO::COLUMNS>(dS, typename Mma::OperandA<TileO>(dO_smem, warp_row),
+                                     typename Mma::OperandB<TileV>(V_smem + slot(j) * TileV::BYTES));
+    };
+    if constexpr (HEAD_STEPS == 1) {
+      add_grad_probabilities(0);
+    } else {
+      for_each_piece(
+          [&](int step) {
+            load_dO(step);
+            load_V.issue(V_smem, first_kv, first_column<TileV>(step));
+          },
+          add_grad_probabilities);
+    }
+    publish_and_collect(dS, dP_exchange);
     if constexpr (DROPOUT) {
       KeptElements<false, M_TILES, S_TILES> kept;
       kept.draw(dropout, work.batch, work.head, first_q + warp_row, first_kv);
@@ -139,11 +175,18 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
 #pragma unroll
         for (int i = 0; i < 4; ++i) dS[m][n][i] *= P[m][n][i];
     slope.multiply(dS);
-    gemm_accumulator<Mma>(dQ, dS, typename Mma::OperandBByRows<TileKV>(K_smem + slot(j)));
-    if constexpr (NUM_STAGES == 1) __syncthreads();  // every warp is done with the only slot
+    auto add_gradients = [&](int step) {
+      gemm_accumulator<Mma, TileK::COLUMNS>(dQ, dS, typename Mma::OperandBByRows<TileK>(K_smem + slot(j) * TileK::BYTES), step * TileK::COLUMNS / 8);
+    };
+    if constexpr (HEAD_STEPS == 1) {
+      add_gradients(0);
+    } else {
+      for_each_piece([&](int step) { load_K.issue(K_smem, first_kv, first_column<TileK>(step)); }, add_gradients);
+    }
+    if constexpr (NUM_STAGES == 1 && HEAD_STEPS == 1) __syncthreads();  // every warp is done with the only slot
   }
 
   multiply_all(dQ, geometry.scale);
-  store_rows<Element, HEAD_DIM>(dQ, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.grad_query, work.batch, work.head, first_q + warp_row,
-                                geometry.seqlen_q);
+  store_rows<Element, HEAD_DIM, TileQ::COLUMNS>(dQ, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.grad_query, work.batch, work.head,
+                                                first_q + warp_row, geometry.seqlen_q, first_column<TileQ>(0));
 }

@@ -5,7 +5,9 @@
 // of a tile of scores, S = Q Kᵀ and dP = dO Vᵀ are computed again for every tile, and rows and columns are added up once at the end, in a fixed
 // order: the result is the same bit for bit on every run, and no memory is taken but that of the gradient.
 //
-// Shared memory: Q [TILE_Q][D] | dO [TILE_Q][D] | K [TILE_KV][D] | V [TILE_KV][D]; at the end sums of columns [NUM_WARPS][TILE_KV].
+// Shared memory: Q [TILE_Q][D] | dO [TILE_Q][DV] | K [TILE_KV][D] | V [TILE_KV][DV]; for a wide head this for each slice, then the parts of S and of
+// dP that the slices exchange. At the end sums of columns [ROW_WARPS][TILE_KV]. All slices of a wide head add up the same sums, the first stores
+// them.
 #include "tile/backward.cuh"
 #include "tile/constants.cuh"
 #include "tile/dropout.cuh"
@@ -13,16 +15,20 @@
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
 #include "tile/score.cuh"
+#include "tile/slices.cuh"
 #include "tile/visibility.cuh"
 
-constexpr int WARP_ROWS = TILE_Q / NUM_WARPS;
+constexpr int WARP_ROWS = TILE_Q / ROW_WARPS;
 
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_KV / 8;
 
+constexpr int SLICE_BYTES = TileQ::BYTES + TileO::BYTES + TileK::BYTES + TileV::BYTES;
+
 static_assert(ADDITIVE_MASK, "only an additive mask has a gradient");
-static_assert(TILE_Q % (16 * NUM_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
-static_assert(2 * TileQ::BYTES + 2 * TileKV::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
+static_assert(TILE_Q % (16 * ROW_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
+static_assert(HEAD_SLICES * SLICE_BYTES + 2 * EXCHANGE_BYTES<M_TILES, S_TILES> == Config::SHARED_BYTES, "shared memory differs from the plan's");
+static_assert(ROW_WARPS * TILE_KV * int(sizeof(float)) <= Config::SHARED_BYTES, "sums of columns need more shared memory");
 
 // The sum of a tile's rows for each of its columns, over all warps; the result is in column_sums[0 .. TILE_KV).
 DEVICE void sum_rows(const float (&total)[M_TILES][S_TILES][4], float* column_sums) {
@@ -35,13 +41,13 @@ DEVICE void sum_rows(const float (&total)[M_TILES][S_TILES][4], float* column_su
       for (int m = 0; m < M_TILES; ++m) sum += total[m][n][c] + total[m][n][2 + c];
 #pragma unroll
       for (int lane_mask = 4; lane_mask < WARP_SIZE; lane_mask *= 2) sum += shfl_xor(sum, lane_mask);
-      if (lane_index() < 4) column_sums[warp_index() * TILE_KV + 8 * n + 2 * lane_index() + c] = sum;
+      if (slice_index() == 0 && lane_index() < 4) column_sums[row_warp_index() * TILE_KV + 8 * n + 2 * lane_index() + c] = sum;
     }
   __syncthreads();
   for (int column = int(threadIdx.x); column < TILE_KV; column += NUM_THREADS) {
     float sum = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < NUM_WARPS; ++warp) sum += column_sums[warp * TILE_KV + column];
+    for (int warp = 0; warp < ROW_WARPS; ++warp) sum += column_sums[warp * TILE_KV + column];
     column_sums[column] = sum;
   }
   __syncthreads();
@@ -56,13 +62,15 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
   const int owned_kv_tiles = sums_keys ? 1 : num_kv_tiles;
   const int begin_q = sums_queries ? 0 : work.tile / owned_kv_tiles, end_q = sums_queries ? num_q_tiles : begin_q + 1;
   const int begin_kv = sums_keys ? 0 : work.tile % owned_kv_tiles, end_kv = sums_keys ? num_kv_tiles : begin_kv + 1;
-  const int warp_row = warp_index() * WARP_ROWS;
+  const int warp_row = row_warp_index() * WARP_ROWS;
 
   extern __shared__ __align__(128) uint8 shared[];
-  const SmemAddress Q_smem = smem_address(shared);
+  const SmemAddress S_exchange = smem_address(shared) + HEAD_SLICES * SLICE_BYTES;
+  const SmemAddress dP_exchange = S_exchange + EXCHANGE_BYTES<M_TILES, S_TILES>;
+  const SmemAddress Q_smem = smem_address(shared) + slice_index() * SLICE_BYTES;
   const SmemAddress dO_smem = Q_smem + TileQ::BYTES;
-  const SmemAddress K_smem = dO_smem + TileQ::BYTES;
-  const SmemAddress V_smem = K_smem + TileKV::BYTES;
+  const SmemAddress K_smem = dO_smem + TileO::BYTES;
+  const SmemAddress V_smem = K_smem + TileK::BYTES;
 
   float total[M_TILES][S_TILES][4];
   clear(total);
@@ -96,19 +104,38 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
 #pragma unroll 1
       for (int kv_tile = first_tile; kv_tile < end_tile; ++kv_tile) {
         const int first_kv = kv_tile * TILE_KV;
-        __syncthreads();  // every warp is done with the tiles before
-        if (kv_tile == first_tile) {
-          TileLoader<TileQ, Element, NUM_THREADS>(arguments.query, batch, head, geometry.seqlen_q).issue(Q_smem, first_q);
-          TileLoader<TileQ, Element, NUM_THREADS>(arguments.grad_out, batch, head, geometry.seqlen_q).issue(dO_smem, first_q);
+        auto load_Q = [&](int step) { load_piece<TileQ, HEAD_DIM>(Q_smem, arguments.query, batch, head, geometry.seqlen_q, first_q, step); };
+        auto load_dO = [&](int step) { load_piece<TileO, HEAD_DIM_V>(dO_smem, arguments.grad_out, batch, head, geometry.seqlen_q, first_q, step); };
+        auto load_K = [&](int step) { load_piece<TileK, HEAD_DIM>(K_smem, arguments.key, batch, head_kv, num_keys, first_kv, step); };
+        auto load_V = [&](int step) { load_piece<TileV, HEAD_DIM_V>(V_smem, arguments.value, batch, head_kv, num_keys, first_kv, step); };
+        if constexpr (HEAD_STEPS == 1) {
+          __syncthreads();  // every warp is done with the tiles before
+          if (kv_tile == first_tile) {
+            load_Q(0);
+            load_dO(0);
+          }
+          load_K(0);
+          load_V(0);
+          cp_async_commit_group();
+          wait_for_tiles<0>([] {});
         }
-        TileLoader<TileKV, Element, NUM_THREADS>(arguments.key, batch, head_kv, num_keys).issue(K_smem, first_kv);
-        TileLoader<TileKV, Element, NUM_THREADS>(arguments.value, batch, head_kv, num_keys).issue(V_smem, first_kv);
-        cp_async_commit_group();
-        wait_for_tiles<0>([] {});
 
         float P[M_TILES][S_TILES][4];  // scores, then probabilities
         clear(P);
-        gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileQ>(Q_smem, warp_row), typename Mma::OperandB<TileKV>(K_smem));
+        auto add_scores = [&](int) {
+          gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileQ>(Q_smem, warp_row), typename Mma::OperandB<TileK>(K_smem));
+        };
+        if constexpr (HEAD_STEPS == 1) {
+          add_scores(0);
+        } else {
+          for_each_piece(
+              [&](int step) {
+                load_Q(step);
+                load_K(step);
+              },
+              add_scores);
+        }
+        publish_and_collect(P, S_exchange);
         ScoreSlope<M_TILES, S_TILES> unused;
         modifier.apply<false>(P, unused, first_q + warp_row, first_kv);
         const bool masked = TILE_LISTS || visibility.needs_mask(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV);
@@ -119,7 +146,20 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
 
         float dP[M_TILES][S_TILES][4];
         clear(dP);
-        gemm_rows<Mma, TileQ::COLUMNS>(dP, typename Mma::OperandA<TileQ>(dO_smem, warp_row), typename Mma::OperandB<TileKV>(V_smem));
+        auto add_grad_probabilities = [&](int) {
+          gemm_rows<Mma, TileO::COLUMNS>(dP, typename Mma::OperandA<TileO>(dO_smem, warp_row), typename Mma::OperandB<TileV>(V_smem));
+        };
+        if constexpr (HEAD_STEPS == 1) {
+          add_grad_probabilities(0);
+        } else {
+          for_each_piece(
+              [&](int step) {
+                load_dO(step);
+                load_V(step);
+              },
+              add_grad_probabilities);
+        }
+        publish_and_collect(dP, dP_exchange);
         KeptElements<false, M_TILES, S_TILES> kept;
         if constexpr (DROPOUT) kept.draw(dropout, batch, head, first_q + warp_row, first_kv);
         for_each_place<M_TILES, S_TILES>([&](int m, int n, int i, int, int) {
@@ -146,6 +186,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
           destination[(first_kv + column) * grad_mask.stride_key] = from_float<MaskElement>(column_sums[column]);
       }
     }
+  } else if (slice_index() != 0) {
+    return;
   } else if (sums_keys) {
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)

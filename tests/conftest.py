@@ -254,7 +254,7 @@ class Target:
         if not backward:
             return Results(out, lse, None)
         if grad_out is None:
-            grad_out = self.random(query.shape, str(query.dtype), seed=99)
+            grad_out = self.random(out.shape, str(query.dtype), seed=99)
         mask = options.get("attn_mask")
         grads = cuflash.scaled_dot_product_attention_backward(
             grad_out, query, key, value, out, lse, grad_lse=grad_lse, tile=backward_tile,
@@ -268,10 +268,10 @@ class Target:
     ) -> Results:  # fmt: skip
         """Run both calls and assert that out, LSE and all gradients are as exact as the naive formula in the same precision."""
         dtype = str(query.dtype)
-        if grad_out is None:
-            grad_out = self.random(query.shape, dtype, seed=99)
         judged = {name: option for name, option in options.items() if name != "deterministic"}  # what changes results
         want, want_lse = attention(query, key, value, **judged)
+        if grad_out is None:
+            grad_out = self.random(want.shape, dtype, seed=99)
         if isinstance(grad_lse, str):
             grad_lse = self.random(want_lse.shape, "float32", seed=98)
         results = self.run(

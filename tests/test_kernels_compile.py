@@ -19,13 +19,15 @@ from cuflash.planning import offline_kernels
 pytest.importorskip("cupy")
 
 DTYPES = ("float16", "bfloat16", "float32")
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 128, 256, 512)
 MAX_SECONDS = 3.0
 CAUSAL = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 
 
-def reports_of(on: Device, dtype: str, head_dim: int, is_causal: bool = True, allow_tf32: bool = False) -> list[Report]:
-    kernels = offline_kernels(on, dtype=dtype, head_dim=head_dim, is_causal=is_causal, allow_tf32=allow_tf32)
+def reports_of(
+    on: Device, dtype: str, head_dim: int, is_causal: bool = True, allow_tf32: bool = False, head_dim_v: int | None = None
+) -> list[Report]:
+    kernels = offline_kernels(on, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v, is_causal=is_causal, allow_tf32=allow_tf32)
     return inspect_kernels((on, kernel) for kernel in kernels)
 
 
@@ -87,6 +89,15 @@ def test_other_head_dims_do_not_spill(arch: str, head_dim: int) -> None:
     for report in reports_of(device.of_arch(arch, "gpu"), dtype, head_dim, is_causal=head_dim % 16 == 0):
         assert not report.spills, f"{dtype}: {named(report)}"
         assert report.warnings == (), named(report)
+
+
+@pytest.mark.parametrize("dims", [(192, 128), (64, 256), (576, 512), (71, 33), (8, 512)], ids=str)
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_89", "sm_90", "sm_120"])
+def test_two_head_dims_do_not_spill(arch: str, dims: tuple[int, int]) -> None:
+    for dtype in DTYPES:
+        for report in reports_of(device.of_arch(arch, "gpu"), dtype, dims[0], head_dim_v=dims[1]):
+            assert not report.spills, f"{dtype}: {named(report)}"
+            assert report.warnings == (), named(report)
 
 
 @CAUSAL

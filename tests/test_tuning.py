@@ -70,7 +70,7 @@ def test_allow_tf32_matters_to_float32_alone() -> None:
     ("call", "argument"),
     [
         ({"head_dim": 0}, "head_dim"),
-        ({"head_dim": 257}, "head_dim"),
+        ({"head_dim": 577}, "head_dim"),
         ({"head_dim": True}, "head_dim"),
         ({"head_dim": 64.0}, "head_dim"),
         ({"head_dim": 64, "dtype": "float64"}, "dtype"),
@@ -147,7 +147,7 @@ def test_warmup_with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_warmup_refuses_what_a_call_would_refuse() -> None:
     for call, argument in (
-        ({"head_dim": [64, 257]}, "head_dim"),
+        ({"head_dim": [64, 577]}, "head_dim"),
         ({"head_dim": 64, "dtype": ["float16", "int8"]}, "dtype"),
         ({"head_dim": 64, "arch": "sm_60"}, "arch"),
     ):
