@@ -74,7 +74,8 @@ def scaled_dot_product_attention(
 ) -> Any:
     """Compute exact attention in O(seqlen) memory.
 
-    out = softmax(scale · Q Kᵀ) V, with masked scores left out; lse = log Σ exp(scale · Q Kᵀ) of each row.
+    out = softmax(scale · Q Kᵀ) V, with masked scores left out; lse = log Σ exp(scale · Q Kᵀ) of each row. What the optional score features and masks change is
+    in docs/features.md; those that a call does not use cost nothing.
 
     Args:
         query: `(batch, seqlen_q, num_heads_q, head_dim)` in the order that `layout` says; float16, bfloat16 or float32; any strides. NumPy arrays and CPU
@@ -82,25 +83,36 @@ def scaled_dot_product_attention(
             `(batch, seqlen, heads * head_dim)` are taken with `num_heads`.
         key: `(batch, seqlen_kv, num_heads_kv, head_dim)`; batch and heads may be 1 and are then broadcast.
         value: `(batch, seqlen_kv, num_heads_kv, head_dim_v)`, like key; head_dim_v may differ from head_dim.
-        attn_mask: not supported yet, raises.
-        dropout_p: not supported yet, raises unless 0.
+        attn_mask: bool (True: attend), or float16, bfloat16 or float32 that is added to the scores, -inf allowed, whatever the dtype of query; any shape of one
+            to four dimensions that broadcasts to `(batch, num_heads_q, seqlen_q, seqlen_kv)` in this order whatever the layout; any strides, never copied.
+        dropout_p: probability with which each probability is dropped; the kept ones are divided by 1 - dropout_p. Pass 0.0 in evaluation: there is no
+            training mode that would switch it off. lse is that of all probabilities.
         is_causal: query i sees keys up to i (see `causal_alignment`).
         scale: multiplies Q Kᵀ; default `head_dim ** -0.5`.
         enable_gqa: num_heads_q may be a multiple of num_heads_kv; consecutive query heads share a key head.
         layout: the letters b, s, h, d in the order of the dimensions; "bhsd" is torch's.
         batch_first: False means the layout "hbsd", or `(seqlen, batch, heads * head_dim)` with three dimensions.
         num_heads: query heads in an array of three dimensions; default one.
-        causal_alignment: "top_left": query i sees keys j <= i, as torch; "bottom_right": j <= i + seqlen_kv - seqlen_q, as flash-attn.
+        causal_alignment: "top_left": query i sees keys j <= i, as torch; "bottom_right": j <= i + shift with shift = seqlen_kv - seqlen_q, as flash-attn. The
+            shift moves windows and ALiBi too.
         return_lse: return `(out, lse)`.
         out: array for the result; shape, dtype and kind of the result, any strides.
         tile: a `cuflash.Tile` instead of the default one.
         deterministic: accepted for symmetry with the backward pass: every kernel gives the same bits on every run.
         allow_tf32: float32 products in TF32: faster, with 10 bits of mantissa.
+        dropout_seed: with dropout_p, an int of 64 bits, a pair `(seed, offset)`, or an array of two (u)int64 on the device, which the kernels read when they run,
+            so that a replayed CUDA graph draws afresh. The same seed, offset and position give the same mask, see `cuflash.dropout_mask`.
+        window: `(left, right)`: query i sees keys j with -left <= j - i - shift <= right; None or -1 is no limit.
+        softcap: scores become softcap · tanh(score / softcap), before masks and biases; None or 0.0 for none.
+        alibi_slopes: float32 `(num_heads_q,)` or `(batch, num_heads_q)`: slope · |i + shift - j| is subtracted from the scores.
+        sinks: float32 `(num_heads_q,)`: a logit for each head that takes part in the softmax and has no value; it is part of lse.
+        segment_ids_q, segment_ids_kv: int32 `(batch, seqlen_q)` and `(batch, seqlen_kv)`: a query sees the keys of its own id, as with packed documents.
+        prefix_lengths: int32 `(batch,)`, with is_causal: keys before it are visible to all queries of the sequence, the others causally.
 
     Returns:
         out: `(batch, seqlen_q, num_heads_q, head_dim_v)` in the layout of query, its dtype and kind of array.
-        lse: with `return_lse`, float32 `(batch, num_heads_q, seqlen_q)` in this order whatever the layout; natural logarithm; -inf where a query sees no key
-            (out is 0 there).
+        lse: with `return_lse`, float32 `(batch, num_heads_q, seqlen_q)` in this order whatever the layout; natural logarithm; where a query sees no key
+            -inf, or the sink (out is 0 there).
 
     Raises:
         ShapeError, DTypeError, DeviceError, OptionError, TileError, UnsupportedError: an argument that cannot be used; each is an `ArgumentError` and a
@@ -187,11 +199,13 @@ def scaled_dot_product_attention_backward(
         tile: a `cuflash.Tile` as the dK/dV kernel sees it (the dQ kernel takes it with tile_q and tile_kv exchanged), or a mapping from the names of
             kernels to tiles.
         deterministic: nothing changes: every kernel adds in a fixed order and gives the same bits on every run.
+        need_attn_mask_grad: also give the gradient of an additive attn_mask, summed over the axes along which it is broadcast, by a kernel of its own.
 
     Other arguments have to be those of the forward call.
 
     Returns:
-        Gradients(query, key, value), each like its input; summed over what was broadcast with extent 1 and over the query heads of a group.
+        Gradients(query, key, value), each like its input; summed over what was broadcast with extent 1 and over the query heads of a group. Its attribute
+        `attn_mask` is the mask's gradient if asked for, `sinks` that of the sinks if there are any. Slopes of ALiBi have no gradient.
 
     Raises:
         As the forward call.

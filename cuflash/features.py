@@ -405,8 +405,8 @@ def _real(value: object) -> float | None:
 def grouped(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, int] | None]:
     """The arrays among a call's feature arguments under the names of `ARRAYS`, and the words of a seed that is no array."""
     arrays = {name: given[name] for name in ARRAYS if name != "dropout_state" and given[name] is not None}
-    seed = given["dropout_seed"]
-    if seed is None or given["dropout_p"] == 0.0:
+    seed, probability = given["dropout_seed"], given["dropout_p"]
+    if seed is None or (isinstance(probability, (int, float)) and probability == 0.0):
         return arrays, None
     words = words_of_seed(seed)
     if words is None:

@@ -210,7 +210,7 @@ def _feature_registers(case: KernelCase) -> int:
     """What score features and masks take beyond the rest, where tiles that fit without them spilled with them."""
     estimate = 0
     if case.features.attn_mask == "bool" and case.kernel == "forward":
-        estimate += 16
+        estimate += 30
     if case.features.dropout and case.kernel == "backward_dkdv" and case.dtype == "float32" and not case.allow_tf32:
         estimate += 44
     return estimate
