@@ -11,7 +11,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cuflash.arrays import BFloat16Bits, bfloat16
-    from cuflash.attention import Gradients, plan, scaled_dot_product_attention, scaled_dot_product_attention_backward
+    from cuflash.attention import (
+        Gradients,
+        plan,
+        scaled_dot_product_attention,
+        scaled_dot_product_attention_backward,
+        varlen_attention,
+        varlen_attention_backward,
+        varlen_plan,
+    )
     from cuflash.errors import (
         ArgumentError,
         CompileError,
@@ -36,6 +44,9 @@ _HOME = {
     "plan": "attention",
     "scaled_dot_product_attention": "attention",
     "scaled_dot_product_attention_backward": "attention",
+    "varlen_attention": "attention",
+    "varlen_attention_backward": "attention",
+    "varlen_plan": "attention",
     "ArgumentError": "errors",
     "CompileError": "errors",
     "CuflashError": "errors",
@@ -75,6 +86,9 @@ __all__ = [
     "plan",
     "scaled_dot_product_attention",
     "scaled_dot_product_attention_backward",
+    "varlen_attention",
+    "varlen_attention_backward",
+    "varlen_plan",
     "warmup",
 ]
 

@@ -1,4 +1,4 @@
-"""The public calls: scaled dot-product attention, its backward pass, and their plan.
+"""The public calls: scaled dot-product attention of padded batches and of packed sequences, their backward passes, and their plans.
 
 A call is a straight line: borrow the arrays, check them into a `Problem`, plan, load the kernels, launch. All but the last step depends only on
 what `arrays.signature` sees, so its result is kept as a `_Call`, and a warm call looks it up, allocates the result, writes addresses into a packed
@@ -50,6 +50,7 @@ def scaled_dot_product_attention(
     tile: Tiles = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
+    seqlens_kv: Any = None,
 ) -> Any:
     """Compute exact attention in O(seqlen) memory.
 
@@ -75,6 +76,8 @@ def scaled_dot_product_attention(
         tile: a `cuflash.Tile` instead of the default one.
         deterministic: accepted for symmetry with the backward pass: every kernel gives the same bits on every run.
         allow_tf32: float32 products in TF32: faster, with 10 bits of mantissa.
+        seqlens_kv: int32 `(batch,)`, on the device of query, where it is read: row b sees its first `seqlens_kv[b]` keys only, and whatever key and value
+            hold behind them, NaN too, changes nothing. "bottom_right" is the corner of these keys. Numbers out of range are clamped.
 
     Returns:
         out: `(batch, seqlen_q, num_heads_q, head_dim_v)` in the layout of query, its dtype and kind of array.
@@ -97,17 +100,21 @@ def scaled_dot_product_attention(
     operands = {"query": query, "key": key, "value": value}
     if out is not None:
         operands["out"] = out
+    if seqlens_kv is not None:
+        operands["seqlens_kv"] = seqlens_kv
     cache_key, pointers = _cache_key("forward", operands, attn_mask, dropout_p, options, tile)
     call = _calls.get(cache_key)
     if call is not None and (out is None or call.may_write(out, pointers)):
         return call.run(pointers, out)
 
-    inputs = {"query": borrow(query, "query"), "key": borrow(key, "key"), "value": borrow(value, "value")}
+    inputs = {name: borrow(operand, name) for name, operand in operands.items() if name != "out"}
     _refuse_autograd(inputs)
-    problem = make_problem(*inputs.values(), attn_mask=attn_mask, dropout_p=dropout_p, **_named(options))
+    problem = make_problem(
+        inputs["query"], inputs["key"], inputs["value"],
+        attn_mask=attn_mask, dropout_p=dropout_p, seqlens_kv=inputs.get("seqlens_kv"), **_named(options),
+    )  # fmt: skip
     given = None if out is None else borrow(out, "out")
-    out_view = None if given is None else check_out(problem, problem.layout, given, list(inputs.values()))
-    forward = _ForwardCall(problem, _device_of(inputs["query"]), tile, inputs, given, out_view)
+    forward = _ForwardCall(problem, _device_of(inputs["query"]), tile, inputs, given)
     if cache_key is not None:
         _remember(cache_key, forward)
     pointers = {name: array.pointer for name, array in inputs.items()}
@@ -137,6 +144,7 @@ def scaled_dot_product_attention_backward(
     deterministic: bool = False,
     allow_tf32: bool = False,
     grad_lse: Any = None,
+    seqlens_kv: Any = None,
 ) -> Gradients:
     """Compute the gradients of attention in O(seqlen) memory, recomputing the probabilities from `lse`.
 
@@ -166,19 +174,19 @@ def scaled_dot_product_attention_backward(
     operands = {"query": query, "key": key, "value": value, "out": out, "grad_out": grad_out, "lse": lse}
     if grad_lse is not None:
         operands["grad_lse"] = grad_lse
+    if seqlens_kv is not None:
+        operands["seqlens_kv"] = seqlens_kv
     cache_key, pointers = _cache_key("backward", operands, attn_mask, dropout_p, options, tile)
     call = _calls.get(cache_key)
     if call is not None:
         gradients: Gradients = call.run(pointers)
         return gradients
 
-    for name in ("out", "lse"):
-        if operands[name] is None or isinstance(operands[name], tuple):
-            hint = "Unpack it: out, lse = cuflash.scaled_dot_product_attention(..., return_lse=True)."
-            raise DTypeError(name, arrays.describe(operands[name]), f"the {name} of the forward call", hint)
-    inputs = {name: borrow(operand, name) for name, operand in operands.items()}
-    _refuse_autograd(inputs)
-    problem = make_problem(inputs["query"], inputs["key"], inputs["value"], attn_mask=attn_mask, dropout_p=dropout_p, **_named(options))
+    inputs = _borrow_for_backward(operands, "scaled_dot_product_attention")
+    problem = make_problem(
+        inputs["query"], inputs["key"], inputs["value"],
+        attn_mask=attn_mask, dropout_p=dropout_p, seqlens_kv=inputs.get("seqlens_kv"), **_named(options),
+    )  # fmt: skip
     backward = _BackwardCall(problem, _device_of(inputs["query"]), tile, inputs)
     if cache_key is not None:
         _remember(cache_key, backward)
@@ -203,6 +211,7 @@ def plan(
     tile: Tiles = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
+    seqlens_kv: Any = None,
     backward: bool = False,
 ) -> Plan:
     """Say what `scaled_dot_product_attention` (or with `backward` its gradient) would run with these arguments; `print` it.
@@ -211,8 +220,162 @@ def plan(
     """
     options = (is_causal, scale, enable_gqa, layout, batch_first, num_heads, causal_alignment, return_lse, deterministic, allow_tf32)
     inputs = [borrow(query, "query"), borrow(key, "key"), borrow(value, "value")]
-    problem = make_problem(*inputs, attn_mask=attn_mask, dropout_p=dropout_p, **_named(options))
+    lengths = None if seqlens_kv is None else borrow(seqlens_kv, "seqlens_kv")
+    problem = make_problem(*inputs, attn_mask=attn_mask, dropout_p=dropout_p, seqlens_kv=lengths, **_named(options))
     return make_plan(problem, _device_of(inputs[0]), backward=backward, tile=tile)
+
+
+def varlen_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_kv: Any,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal_alignment: str = "bottom_right",
+    return_lse: bool = False,
+    out: Any = None,
+    tile: Tiles = None,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+) -> Any:
+    """Compute exact attention of sequences of different lengths, packed one behind the other without padding.
+
+    Args:
+        query: `(tokens_q, num_heads_q, head_dim)`; element types, strides and kinds of arrays as in `scaled_dot_product_attention`.
+        key: `(tokens_kv, num_heads_kv, head_dim)`; heads may be 1 and are then broadcast.
+        value: `(tokens_kv, num_heads_kv, head_dim_v)`, like key.
+        cu_seqlens_q: int32 `(sequences + 1,)`, contiguous, on the device of query: sequence i has the queries from `cu_seqlens_q[i]` up to, but not including,
+            `cu_seqlens_q[i + 1]`. The first is 0, and none is smaller than the one before. Equal ones are an empty sequence. It is read on the device, never
+            on the host, so that a captured graph replays with other lengths; numbers that make no sense are clamped to the tokens that there are, and what
+            out holds then is not specified.
+        cu_seqlens_kv: the same for keys and values.
+        max_seqlen_q: no sequence has more queries (those beyond it are not computed); None stands for all tokens, for which more blocks are started.
+        max_seqlen_kv: the same for keys; only the backward pass depends on it.
+        is_causal: query i of a sequence sees its keys up to i (see `causal_alignment`).
+        causal_alignment: "bottom_right" (the default, as flash-attn): the last query of each sequence sees all of its keys; "top_left": its first query sees
+            its first key.
+        scale, enable_gqa, return_lse, out, tile, deterministic, allow_tf32: as in `scaled_dot_product_attention`.
+
+    Returns:
+        out: `(tokens_q, num_heads_q, head_dim_v)`; 0 for queries that see no key and for tokens behind the last sequence.
+        lse: with `return_lse`, float32 `(num_heads_q, tokens_q)`; -inf there.
+
+    Raises:
+        As `scaled_dot_product_attention`.
+
+    Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 1.
+    """
+    options = (is_causal, scale, enable_gqa, causal_alignment, return_lse, deterministic, allow_tf32, max_seqlen_q, max_seqlen_kv)
+    operands = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
+    if out is not None:
+        operands["out"] = out
+    cache_key, pointers = _cache_key("varlen", operands, None, 0.0, options, tile)
+    call = _calls.get(cache_key)
+    if call is not None and (out is None or call.may_write(out, pointers)):
+        return call.run(pointers, out)
+
+    inputs = {name: borrow(operand, name) for name, operand in operands.items() if name != "out"}
+    _refuse_autograd(inputs)
+    problem = _varlen_problem(inputs, options)
+    given = None if out is None else borrow(out, "out")
+    forward = _ForwardCall(problem, _device_of(inputs["query"]), tile, inputs, given)
+    if cache_key is not None:
+        _remember(cache_key, forward)
+    pointers = {name: array.pointer for name, array in inputs.items()}
+    if given is not None:
+        pointers["out"] = given.pointer
+    return forward.run(pointers, out)
+
+
+def varlen_attention_backward(
+    grad_out: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    lse: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_kv: Any,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal_alignment: str = "bottom_right",
+    tile: Tiles = None,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+    grad_lse: Any = None,
+) -> Gradients:
+    """Compute the gradients of `varlen_attention`.
+
+    Args:
+        grad_out: gradient of `out`; its shape, dtype and kind; any strides.
+        out, lse: what the forward call returned with `return_lse=True`.
+        grad_lse: gradient of `lse`, float32 `(num_heads_q, tokens_q)`, or None for zero.
+        tile: as in `scaled_dot_product_attention_backward`.
+
+    Other arguments have to be those of the forward call.
+
+    Returns:
+        Gradients(query, key, value), each like its input; 0 for tokens behind the last sequence.
+
+    Raises:
+        As the forward call.
+
+    Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 2, with a kernel of its own for dQ.
+    """
+    options = (is_causal, scale, enable_gqa, causal_alignment, False, deterministic, allow_tf32, max_seqlen_q, max_seqlen_kv)
+    operands = {
+        "query": query, "key": key, "value": value, "out": out, "grad_out": grad_out, "lse": lse,
+        "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv,
+    }  # fmt: skip
+    if grad_lse is not None:
+        operands["grad_lse"] = grad_lse
+    cache_key, pointers = _cache_key("varlen backward", operands, None, 0.0, options, tile)
+    call = _calls.get(cache_key)
+    if call is not None:
+        gradients: Gradients = call.run(pointers)
+        return gradients
+
+    inputs = _borrow_for_backward(operands, "varlen_attention")
+    backward = _BackwardCall(_varlen_problem(inputs, options), _device_of(inputs["query"]), tile, inputs)
+    if cache_key is not None:
+        _remember(cache_key, backward)
+    return backward.run({name: array.pointer for name, array in inputs.items()})
+
+
+def varlen_plan(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_kv: Any,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal_alignment: str = "bottom_right",
+    return_lse: bool = False,
+    tile: Tiles = None,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+    backward: bool = False,
+) -> Plan:
+    """Say what `varlen_attention` (or with `backward` its gradient) would run with these arguments, as `plan` does."""
+    options = (is_causal, scale, enable_gqa, causal_alignment, return_lse, deterministic, allow_tf32, max_seqlen_q, max_seqlen_kv)
+    operands = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
+    inputs = {name: borrow(operand, name) for name, operand in operands.items()}
+    return make_plan(_varlen_problem(inputs, options), _device_of(inputs["query"]), backward=backward, tile=tile)
 
 
 # --- Calls that are kept ------------------------------------------------------------------------------------------------------------------
@@ -226,6 +389,30 @@ _OPTION_NAMES = (
 
 def _named(options: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(_OPTION_NAMES, options, strict=True))
+
+
+def _varlen_problem(inputs: dict[str, Array], options: tuple[Any, ...]) -> Problem:
+    """The problem of a call on packed sequences; `options` in the order of their public functions."""
+    names = ("is_causal", "scale", "enable_gqa", "causal_alignment", "return_lse", "deterministic", "allow_tf32")
+    return make_problem(
+        inputs["query"],
+        inputs["key"],
+        inputs["value"],
+        cu_seqlens=(inputs["cu_seqlens_q"], inputs["cu_seqlens_kv"]),
+        max_seqlens=options[7:],
+        **dict(zip(names, options, strict=False)),
+    )
+
+
+def _borrow_for_backward(operands: Mapping[str, Any], forward: str) -> dict[str, Array]:
+    """All arrays of a backward call; the two that come from the function `forward` are easily mixed up."""
+    for name in ("out", "lse"):
+        if operands[name] is None or isinstance(operands[name], tuple):
+            hint = f"Unpack it: out, lse = cuflash.{forward}(..., return_lse=True)."
+            raise DTypeError(name, arrays.describe(operands[name]), f"the {name} of the forward call", hint)
+    inputs = {name: borrow(operand, name) for name, operand in operands.items()}
+    _refuse_autograd(inputs)
+    return inputs
 
 
 def _cache_key(
@@ -274,7 +461,7 @@ class _Launch(NamedTuple):
 
     kernel: KernelPlan
     executable: Executable
-    tail: bytes  # what follows the addresses in its argument struct
+    tail: bytes  # what follows the addresses in its argument struct, up to the lengths of sequences
 
 
 class _Call:
@@ -283,6 +470,9 @@ class _Call:
     def __init__(self, problem: Problem, on: Device, like: Array) -> None:
         self.problem = problem
         self.device = on
+        lengths = launch.lengths_template(problem)
+        self.lengths = lengths if problem.seqlens_kv or problem.num_sequences is not None else None
+        self.no_lengths = lengths.fill({})
         self.framework: Framework = like.framework
         self.like = Array(0, (), (), like.dtype, like.itemsize, like.device, like.framework, None)  # does not keep the caller's array alive
         self.extents: dict[str, tuple[int, int]] = {}  # name -> lowest byte relative to the pointer, size in bytes
@@ -307,8 +497,9 @@ class _Call:
             else [(pointers[name] + low, size, name) for name, (low, size) in self.extents.items() if name in pointers]
         )
         head = self.template.fill(pointers)
+        end = self.no_lengths if self.lengths is None else self.lengths.fill(pointers)
         for kernel, executable, tail in self.launches:
-            executable.launch(kernel.num_blocks, kernel.num_threads, kernel.shared_bytes, bytearray(head + tail), stream, buffers)
+            executable.launch(kernel.num_blocks, kernel.num_threads, kernel.shared_bytes, bytearray(head + tail + end), stream, buffers)
 
     def may_write(self, out: Any, pointers: dict[str, int]) -> bool:
         raise NotImplementedError
@@ -318,10 +509,10 @@ class _Call:
 
 
 class _ForwardCall(_Call):
-    def __init__(
-        self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array], given: Array | None, given_view: View | None
-    ) -> None:
+    def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array], given: Array | None) -> None:
         super().__init__(problem, on, inputs["query"])
+        qkv = [inputs[name] for name in ("query", "key", "value")]
+        given_view = None if given is None else check_out(problem, problem.layout, given, qkv)
         for name, array in inputs.items():
             self.add_extent(name, array)
         self.plan = make_plan(problem, on, tile=tile)
@@ -335,7 +526,8 @@ class _ForwardCall(_Call):
         views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": view}
         addresses = {name: array.pointer for name, array in inputs.items()} | {"out": given.pointer if given else 0}
         vectorized = {name: views[name].aligned16(problem.itemsize) and addresses[name] % 16 == 0 for name in views}
-        self.template = launch.forward_template(problem, view, (problem.num_heads_q * problem.seqlen_q, problem.seqlen_q, 1), vectorized)
+        stride_batch = 0 if problem.layout.varlen else problem.num_heads_q * problem.seqlen_q
+        self.template = launch.forward_template(problem, view, (stride_batch, problem.seqlen_q, 1), vectorized)
         self.launches = [
             _Launch(kernel, launch.executable(kernel, on), launch.forward_tail(problem, kernel)) for kernel in self.plan.kernels
         ]

@@ -32,6 +32,7 @@ _TENSOR_VIEW = struct.Struct("=Q4qii")
 _ROW_VIEW = struct.Struct("=Q3q")
 _GEOMETRY = struct.Struct("=6i3fi")
 _GROUP = struct.Struct("=2i")
+_LENGTHS = struct.Struct("=3Q2i")
 
 _LOG2_E = 1.4426950408889634
 
@@ -91,7 +92,7 @@ def forward_template(problem: Problem, out: View, lse_strides: Strides3, vectori
 
 
 def forward_tail(problem: Problem, kernel: KernelPlan) -> bytes:
-    """The rest of `ForwardArguments`, which differs between kernels."""
+    """The rest of `ForwardArguments` up to its lengths, which differs between kernels."""
     return _pack_geometry(problem, kernel.num_tiles)
 
 
@@ -106,8 +107,17 @@ def backward_template(
 
 
 def backward_tail(problem: Problem, kernel: KernelPlan) -> bytes:
-    """The rest of `BackwardArguments`, which differs between kernels."""
+    """The rest of `BackwardArguments` up to its lengths, which differs between kernels."""
     return _pack_geometry(problem, kernel.num_tiles) + _GROUP.pack(kernel.group_batch, kernel.group_heads)
+
+
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_kv", "seqlens_kv")
+
+
+def lengths_template(problem: Problem) -> ArgumentTemplate:
+    """`SequenceLengths` of kernels/arguments.cuh, with which both structs end."""
+    packed = _LENGTHS.pack(0, 0, 0, problem.num_sequences or 0, problem.causal_alignment == "bottom_right")
+    return ArgumentTemplate([(name, packed[8 * i : 8 * i + 8] if i < 2 else packed[16:]) for i, name in enumerate(LENGTHS)])
 
 
 # --- Executables --------------------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from cuflash import options
+from cuflash import options, sequences
 from cuflash.arrays import Array
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
 from cuflash.layout import CANONICAL, Layout, Shape4, View, overlaps_itself, share_memory
@@ -57,6 +58,10 @@ class Problem:
         value_shape: same for value.
         layout: the caller's form of arrays.
         head_dim_v: 1 to 576, of value and the output.
+        max_seqlen_q, max_seqlen_kv: no sequence is longer: seqlen_q and seqlen_kv, but for packed sequences.
+        seqlens_kv: rows of the batch have numbers of keys of their own, at most seqlen_kv, which are read on the device.
+        num_sequences: packed sequences, whose offsets are read on the device; `batch` is 1 then and seqlen_q and seqlen_kv count all tokens.
+            None for padded batches.
     """
 
     dtype: str
@@ -80,6 +85,10 @@ class Problem:
     value_shape: Shape4
     layout: Layout
     head_dim_v: int
+    max_seqlen_q: int
+    max_seqlen_kv: int
+    seqlens_kv: bool = False
+    num_sequences: int | None = None
 
     @property
     def itemsize(self) -> int:
@@ -102,9 +111,9 @@ class Problem:
         return (*self.query.shape[:3], self.head_dim_v)
 
     @property
-    def lse_shape(self) -> Shape3:
-        """(batch, num_heads_q, seqlen_q), whatever the layout."""
-        return self.batch, self.num_heads_q, self.seqlen_q
+    def lse_shape(self) -> tuple[int, ...]:
+        """(batch, num_heads_q, seqlen_q), whatever the layout; (num_heads_q, tokens) for packed sequences."""
+        return (self.batch, self.num_heads_q, self.seqlen_q)[1 if self.layout.varlen else 0 :]
 
     @property
     def is_empty(self) -> bool:
@@ -113,7 +122,9 @@ class Problem:
 
     @property
     def visible_pairs(self) -> int:
-        """(query, key) pairs of one head that are not masked."""
+        """(query, key) pairs of one head that are not masked; where only the device knows the lengths, the most that there may be."""
+        if self.num_sequences is not None:
+            return min(self.num_sequences * self.max_seqlen_q, self.seqlen_q) * min(self.max_seqlen_kv, self.seqlen_kv)
         if not self.is_causal:
             return self.seqlen_q * self.seqlen_kv
         # Row i sees min(max(i + 1 + offset, 0), seqlen_kv) keys. A sum of max(x, 0) over consecutive x is a difference of triangles;
@@ -166,6 +177,9 @@ def make_problem(
     return_lse: object = False,
     deterministic: object = False,
     allow_tf32: object = False,
+    seqlens_kv: Array | None = None,
+    cu_seqlens: tuple[Array, Array] | None = None,
+    max_seqlens: tuple[object, object] = (None, None),
 ) -> Problem:
     """Check a call's inputs and options, all of them, and return what is left to compute.
 
@@ -179,6 +193,9 @@ def make_problem(
         num_heads: heads of a query of three dimensions, default 1; for one of four dimensions None, or what its shape says.
         layout: the letters b, s, h, d in the order of the dimensions.
         batch_first: False is short for `layout="hbsd"`.
+        seqlens_kv: int32 (batch,), or None.
+        cu_seqlens: offsets of packed queries and keys, int32 (sequences + 1,) each; inputs are (tokens, heads, head_dim) then. Or None.
+        max_seqlens: bounds of the lengths of packed queries and keys, or None.
         attn_mask, dropout_p, …: as in `cuflash.scaled_dot_product_attention`; taken as they came from the caller.
 
     Raises:
@@ -203,9 +220,10 @@ def make_problem(
     }
 
     inputs = {"query": query, "key": key, "value": value}
-    _check_same_kind(inputs)
+    others = {"seqlens_kv": seqlens_kv} | dict(zip(("cu_seqlens_q", "cu_seqlens_kv"), cu_seqlens or (), strict=False))
+    _check_same_kind(inputs | {name: array for name, array in others.items() if array is not None})
     _check_dtypes(inputs)
-    form = _form_of(inputs, order)
+    form = _form_of(inputs, order) if cu_seqlens is None else _varlen_form(inputs)
     head_dim = _head_dim_of(query, form, heads)
     head_dim_v = _check_head_dims(inputs, form, head_dim)
     views = {name: form.view(array, head_dim_v if name == "value" else head_dim) for name, array in inputs.items()}
@@ -214,6 +232,11 @@ def make_problem(
     batch, seqlen_q, num_heads_q, _ = views["query"].shape
     batch_k, seqlen_kv, heads_k, _ = key_shape = views["key"].shape
     batch_v, _, heads_v, _ = value_shape = views["value"].shape
+    lengths: dict[str, Any] = {"max_seqlen_q": seqlen_q, "max_seqlen_kv": seqlen_kv, "seqlens_kv": seqlens_kv is not None}
+    if seqlens_kv is not None:
+        sequences.check_seqlens("seqlens_kv", seqlens_kv, query, batch)
+    if cu_seqlens is not None:
+        lengths = sequences.check_cu_seqlens(cu_seqlens, max_seqlens, query, (seqlen_q, seqlen_kv))
     num_heads_kv = heads_v if heads_k == 1 else heads_k
     return Problem(
         dtype=query.dtype,
@@ -234,6 +257,7 @@ def make_problem(
         value_shape=value_shape,
         layout=form,
         head_dim_v=head_dim_v,
+        **lengths,
         **flags,
     )
 
@@ -352,6 +376,18 @@ def _form_of(inputs: dict[str, Array], order: str) -> Layout:
     return Layout(packed_order, packed=True)
 
 
+def _varlen_form(inputs: dict[str, Array]) -> Layout:
+    """Packed sequences have three dimensions."""
+    form = Layout(varlen=True)
+    for name, array in inputs.items():
+        if len(array.shape) != 3:
+            hint = "Call scaled_dot_product_attention for padded batches; pack sequences one behind the other for this call."
+            raise ShapeError(name, f"{len(array.shape)} dimensions, {array.shape}", f"3 dimensions {form.describe()}", hint)
+        if max(array.shape) > MAX_EXTENT:
+            raise UnsupportedError(name, f"shape {array.shape}", f"extents of at most {MAX_EXTENT}", "Split the call.")
+    return form
+
+
 def _head_dim_of(query: Array, form: Layout, num_heads: int | None) -> int:
     """The query's head_dim, checked against num_heads and the kernels' limit."""
     if form.packed:
@@ -448,8 +484,10 @@ class _Extents:
             view.shape for view in self.views.values()
         )
         batches_fit = {batch_k, batch_v} <= {1, batch}
-        if self.form.packed or not (
-            batches_fit and seqlen_k == seqlen_v and self._heads_fit(heads, heads_k) and self._heads_fit(heads, heads_v)
+        if (
+            self.form.packed
+            or self.form.varlen
+            or not (batches_fit and seqlen_k == seqlen_v and self._heads_fit(heads, heads_k) and self._heads_fit(heads, heads_v))
         ):
             return None
         order = self.form.order.translate(str.maketrans("sh", "hs"))
@@ -481,10 +519,11 @@ def _lse_strides(name: str, array: Array, problem: Problem) -> Shape3:
     if array.dtype != "float32":
         raise DTypeError(name, array.dtype, "float32", f"Cast it: {_cast(name, array, 'float32')}.")
     if array.shape != problem.lse_shape:
-        expected = f"{problem.lse_shape}, which is (batch, heads, seqlen_q) in every layout"
+        words = "(heads, tokens)" if problem.layout.varlen else "(batch, heads, seqlen_q) in every layout"
+        expected = f"{problem.lse_shape}, which is {words}"
         hint = "Pass the lse that the forward pass returned with return_lse=True." if name == "lse" else "It has the shape of lse."
         raise ShapeError(name, f"shape {array.shape}", expected, hint)
-    batch, heads, seqlen = array.strides
+    batch, heads, seqlen = (0, *array.strides) if problem.layout.varlen else array.strides
     return batch, heads, seqlen
 
 
@@ -495,6 +534,8 @@ def _how_read(form: Layout) -> str:
     """How dimensions were taken, and how to say otherwise."""
     if form.packed:
         return f"Dimensions are read as {form.describe()}; num_heads= says how many heads the last one holds."
+    if form.varlen:
+        return f"Dimensions are read as {form.describe()}."
     other = "bhsd" if form.order == CANONICAL else CANONICAL
     return f'Dimensions are read as {form.describe()}; say otherwise with layout=, such as layout="{other}".'
 

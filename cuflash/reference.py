@@ -43,6 +43,7 @@ def attention(
     enable_gqa: bool = False,
     layout: str = "bshd",
     causal_alignment: str = "top_left",
+    seqlens_kv: Any = None,
 ) -> tuple[Float64, Float64]:
     """Attention in float64.
 
@@ -52,12 +53,13 @@ def attention(
             may differ from that of query and key.
         is_causal: query i sees keys j <= i, shifted by seqlen_kv - seqlen_q for "bottom_right".
         scale: default head_dim ** -0.5.
+        seqlens_kv: (batch,): row b sees its first seqlens_kv[b] keys only, and "bottom_right" means their corner; numbers out of range are clamped.
 
     Returns:
         out: shape of query in its layout, with the head_dim of value.
         lse: (batch, heads, seqlen_q), natural logarithm; -inf where no key is visible.
     """
-    return _forward(query, key, value, numpy.float64, _exact, is_causal, scale, enable_gqa, layout, causal_alignment)
+    return _forward(query, key, value, numpy.float64, _exact, is_causal, scale, enable_gqa, layout, causal_alignment, seqlens_kv)
 
 
 def attention_backward(
@@ -72,6 +74,7 @@ def attention_backward(
     enable_gqa: bool = False,
     layout: str = "bshd",
     causal_alignment: str = "top_left",
+    seqlens_kv: Any = None,
 ) -> tuple[Float64, Float64, Float64]:
     """Gradients in float64 of Σ grad_out ∘ out + Σ grad_lse ∘ lse with respect to query, key and value.
 
@@ -83,7 +86,73 @@ def attention_backward(
     Returns:
         Three arrays of the shapes of query, key and value; a broadcast input gets the sum over all its uses.
     """
-    return _backward(grad_out, query, key, value, grad_lse, numpy.float64, _exact, is_causal, scale, enable_gqa, layout, causal_alignment)
+    return _backward(
+        grad_out, query, key, value, grad_lse, numpy.float64, _exact, is_causal, scale, enable_gqa, layout, causal_alignment, seqlens_kv
+    )
+
+
+def varlen_attention(
+    query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_kv: Any, *, precision: Precision | None = None, **options: Any
+) -> tuple[Float64, Float64]:
+    """Attention of packed sequences, one at a time.
+
+    Args:
+        query: (tokens_q, heads, head_dim).
+        key, value: (tokens_kv, heads, head_dim), as for `attention`.
+        cu_seqlens_q, cu_seqlens_kv: (sequences + 1,): where each sequence starts, and where the last one ends.
+        precision: None for the truth in float64, else that of `attention_naive`.
+        options: is_causal, scale, enable_gqa, causal_alignment as for `attention`, but that causal_alignment is "bottom_right" by default.
+
+    Returns:
+        out: (tokens_q, heads, head_dim of value); 0 behind the last sequence.
+        lse: (heads, tokens_q); -inf there.
+    """
+    options = {"causal_alignment": "bottom_right", **options}
+    out = numpy.zeros((*query.shape[:2], value.shape[2]))
+    lse = numpy.full((query.shape[1], query.shape[0]), -numpy.inf)
+    for queries, keys in _sequences(cu_seqlens_q, cu_seqlens_kv):
+        inputs = query[None, queries], key[None, keys], value[None, keys]
+        found = attention(*inputs, **options) if precision is None else attention_naive(*inputs, precision, **options)
+        out[queries], lse[:, queries] = found[0][0], found[1][0]
+    return out, lse
+
+
+def varlen_attention_backward(
+    grad_out: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_kv: Any,
+    *,
+    grad_lse: Any = None,
+    precision: Precision | None = None,
+    **options: Any,
+) -> tuple[Float64, Float64, Float64]:
+    """Gradients of `varlen_attention`, in the shapes of query, key and value; 0 behind the last sequence.
+
+    Args:
+        grad_out: (tokens_q, heads, head_dim of value).
+        grad_lse: (heads, tokens_q), or None for 0.
+        precision: None for the truth in float64, else that of `attention_naive_backward`.
+        query, key, …: as for `varlen_attention`.
+    """
+    options = {"causal_alignment": "bottom_right", **options}
+    grads = numpy.zeros(query.shape), numpy.zeros(key.shape), numpy.zeros(value.shape)
+    for queries, keys in _sequences(cu_seqlens_q, cu_seqlens_kv):
+        inputs = grad_out[None, queries], query[None, queries], key[None, keys], value[None, keys]
+        options["grad_lse"] = None if grad_lse is None else grad_lse[None, :, queries]
+        found = attention_backward(*inputs, **options) if precision is None else attention_naive_backward(*inputs, precision, **options)
+        for grad, rows, own in zip(grads, (queries, keys, keys), found, strict=True):
+            grad[rows] = own[0]
+    return grads
+
+
+def _sequences(cu_seqlens_q: Any, cu_seqlens_kv: Any) -> Iterator[tuple[slice, slice]]:
+    """Where each sequence lies among the queries and among the keys."""
+    ends_q, ends_kv = ([int(n) for n in _to_numpy(offsets)] for offsets in (cu_seqlens_q, cu_seqlens_kv))
+    for i in range(len(ends_q) - 1):
+        yield slice(ends_q[i], ends_q[i + 1]), slice(ends_kv[i], ends_kv[i + 1])
 
 
 # --- The yardstick ----------------------------------------------------------------------------------------------------------------------
@@ -100,9 +169,12 @@ def attention_naive(
     enable_gqa: bool = False,
     layout: str = "bshd",
     causal_alignment: str = "top_left",
+    seqlens_kv: Any = None,
 ) -> tuple[Float64, Float64]:
     """`attention` with float32 arithmetic and S, P and O rounded to `precision`; the values are returned as float64."""
-    out, lse = _forward(query, key, value, numpy.float32, _rounding_to(precision), is_causal, scale, enable_gqa, layout, causal_alignment)
+    out, lse = _forward(
+        query, key, value, numpy.float32, _rounding_to(precision), is_causal, scale, enable_gqa, layout, causal_alignment, seqlens_kv
+    )
     return out.astype(numpy.float64), lse.astype(numpy.float64)
 
 
@@ -119,10 +191,13 @@ def attention_naive_backward(
     enable_gqa: bool = False,
     layout: str = "bshd",
     causal_alignment: str = "top_left",
+    seqlens_kv: Any = None,
 ) -> tuple[Float64, Float64, Float64]:
     """`attention_backward` with float32 arithmetic and S, P, dP, dS and the gradients rounded to `precision`; returned as float64."""
     rounded = _rounding_to(precision)
-    grads = _backward(grad_out, query, key, value, grad_lse, numpy.float32, rounded, is_causal, scale, enable_gqa, layout, causal_alignment)
+    grads = _backward(
+        grad_out, query, key, value, grad_lse, numpy.float32, rounded, is_causal, scale, enable_gqa, layout, causal_alignment, seqlens_kv
+    )
     grad_query, grad_key, grad_value = (grad.astype(numpy.float64) for grad in grads)
     return grad_query, grad_key, grad_value
 
@@ -188,13 +263,15 @@ def _forward(
     gqa: bool,
     layout: str,
     alignment: str,
+    seqlens_kv: Any = None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     q, k, v = (_to_bhsd(x, layout, work) for x in (query, key, value))
     factor = q.shape[3] ** -0.5 if scale is None else scale
-    visible = _visible(q.shape[2], k.shape[2], is_causal, alignment)
+    masks = _masks(q.shape, k.shape[2], is_causal, alignment, seqlens_kv)
     out = numpy.zeros((*q.shape[:3], v.shape[3]), work)
     lse = numpy.zeros(q.shape[:3], work)
     for b, h, at_k, at_v in _heads(q, k, v, gqa):
+        visible = masks[b]
         weights, lse[b, h] = _softmax(_scores(q[b, h], k[at_k], factor, rounded), visible, rounded)
         out[b, h] = rounded(_matmul(weights, v[at_v], visible))
     return _from_bhsd(out, layout), lse
@@ -213,13 +290,15 @@ def _backward(
     gqa: bool,
     layout: str,
     alignment: str,
+    seqlens_kv: Any = None,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     grad, q, k, v = (_to_bhsd(x, layout, work) for x in (grad_out, query, key, value))
     factor = q.shape[3] ** -0.5 if scale is None else scale
-    visible = _visible(q.shape[2], k.shape[2], is_causal, alignment)
+    masks = _masks(q.shape, k.shape[2], is_causal, alignment, seqlens_kv)
     grad_rows = numpy.zeros(q.shape[:3], work) if grad_lse is None else to_float64(grad_lse).astype(work)
     grad_q, grad_k, grad_v = (numpy.zeros(x.shape, work) for x in (q, k, v))
     for b, h, at_k, at_v in _heads(q, k, v, gqa):
+        visible = masks[b]
         weights, _ = _softmax(_scores(q[b, h], k[at_k], factor, rounded), visible, rounded)
         with numpy.errstate(invalid="ignore"):
             grad_weights = numpy.where(visible, rounded(grad[b, h] @ v[at_v].T), 0)
@@ -248,13 +327,18 @@ def _heads(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], gqa: bool) -> Iter
             yield b, h, shared(k, b, h), shared(v, b, h)
 
 
-def _visible(seqlen_q: int, seqlen_kv: int, is_causal: bool, alignment: str) -> NDArray[numpy.bool_]:
-    """(seqlen_q, seqlen_kv): True where a query sees a key."""
+def _masks(q_shape: tuple[int, ...], seqlen_kv: int, is_causal: bool, alignment: str, seqlens_kv: Any) -> list[NDArray[numpy.bool_]]:
+    """For each row of the batch (seqlen_q, seqlen_kv): True where a query sees a key."""
     if alignment not in ("top_left", "bottom_right"):
         raise ValueError(f"unknown causal alignment {alignment!r}")
-    offset = seqlen_kv - seqlen_q if alignment == "bottom_right" else 0
+    batch, _, seqlen_q, _ = q_shape
+    lengths = [seqlen_kv] * batch if seqlens_kv is None else [int(n) for n in numpy.clip(_to_numpy(seqlens_kv), 0, seqlen_kv)]
     rows, columns = numpy.arange(seqlen_q)[:, None], numpy.arange(seqlen_kv)[None, :]
-    return (columns <= rows + offset) if is_causal else numpy.ones((seqlen_q, seqlen_kv), numpy.bool_)
+    masks = []
+    for length in lengths:
+        offset = length - seqlen_q if alignment == "bottom_right" else 0
+        masks.append((columns < length) & (columns <= rows + offset if is_causal else rows >= 0))
+    return masks
 
 
 def _scores(q: NDArray[Any], k: NDArray[Any], factor: float, rounded: Round) -> NDArray[Any]:

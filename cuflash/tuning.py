@@ -62,6 +62,8 @@ def warmup(
     arch: str | None = None,
     tile: Tiles = None,
     allow_tf32: bool = False,
+    varlen: bool | Iterable[bool] = False,
+    seqlens_kv: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Compile ahead, in threads, every kernel of the given cases, so that later calls find them in the cache.
@@ -72,6 +74,8 @@ def warmup(
         backward: also the kernels of the backward pass.
         arch: the architecture to compile for; None for the GPU of this machine, or the simulator without one.
         tile, allow_tf32: as in the call.
+        varlen: kernels of `varlen_attention` instead of `scaled_dot_product_attention`, or both of them.
+        seqlens_kv: kernels of calls with `seqlens_kv`.
         progress: called with (kernels done, kernels in all).
 
     Returns:
@@ -84,13 +88,15 @@ def warmup(
     on = target(arch)
     head_dims, dtypes, causals = _several(head_dim), _several(dtype), _several(is_causal)
     requests: dict[CompileRequest, None] = {}
-    for one_head_dim, one_dtype, causal in product(head_dims, dtypes, causals):
+    for one_head_dim, one_dtype, causal, packed in product(head_dims, dtypes, causals, _several(varlen)):
         options = {
             "dtype": _checked_dtype(one_dtype),
             "head_dim": _checked_head_dim("head_dim", one_head_dim),
             "head_dim_v": None if head_dim_v is None else _checked_head_dim("head_dim_v", head_dim_v),
             "is_causal": check_bool("is_causal", causal),
             "allow_tf32": check_bool("allow_tf32", allow_tf32),
+            "varlen": check_bool("varlen", packed),
+            "seqlens_kv": check_bool("seqlens_kv", seqlens_kv) and not packed,
         }
         for kernel in offline_kernels(on, backward=backward, tile=tile, **options):  # type: ignore[arg-type]
             requests[kernel.request(on)] = None

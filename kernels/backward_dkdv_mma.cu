@@ -18,6 +18,7 @@
 #include "tile/gemm.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
 #include "tile/slices.cuh"
 
 constexpr int WARP_ROWS = TILE_KV / ROW_WARPS;
@@ -57,10 +58,19 @@ DEVICE float4 load_statistics(SmemAddress tile, const RowStatistics* source, int
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(const __grid_constant__ BackwardArguments arguments) {
-  const Geometry& geometry = arguments.geometry;
-  const int heads_per_kv = geometry.num_heads_q / geometry.num_heads_kv;
-  const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q / arguments.group_heads, false);
+  const int heads_per_kv = arguments.geometry.num_heads_q / arguments.geometry.num_heads_kv;
+  const Work work = decode_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads, false);
+  const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
+  const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
+  if (is_behind_last(arguments.lengths, work.batch)) {
+    const int num_rows = arguments.geometry.seqlen_kv, num_tiles = arguments.geometry.num_tiles;
+    if constexpr (COMPUTE_DK) clear_rows<TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, start_kv, num_rows, work.tile, num_tiles);
+    if constexpr (COMPUTE_DV) clear_rows<TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, start_kv, num_rows, work.tile, num_tiles);
+    return;
+  }
+  auto num_rows = [&] { return VARLEN ? geometry_of(arguments, work.batch).seqlen_kv : arguments.geometry.seqlen_kv; };  // that have gradients
   const int first_kv = work.tile * TILE_KV;
+  if (VARLEN && first_kv >= num_rows()) return;  // the grid is made for the longest sequence
   const int warp_row = row_warp_index() * WARP_ROWS;
 
   extern __shared__ __align__(128) uint8 shared[];
@@ -77,19 +87,26 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   clear(dK);
   clear(dV);
 
-  const int first_tile = first_visible_query<CAUSAL>(geometry, first_kv) / TILE_Q;
-  const int num_q_tiles = (geometry.seqlen_q + TILE_Q - 1) / TILE_Q;
-  const int num_keys = visible_keys<CAUSAL>(geometry, geometry.seqlen_q);  // keys beyond are not even read
-  const int num_members = first_tile < num_q_tiles ? arguments.group_batch * arguments.group_heads : 0;
+  const auto& first_geometry = geometry_of(arguments, work.batch * arguments.group_batch);
+  int first_tile = first_visible_query<CAUSAL>(first_geometry, first_kv) / TILE_Q;
+  const int num_q_tiles = (first_geometry.seqlen_q + TILE_Q - 1) / TILE_Q;
+  int num_keys = visible_keys<CAUSAL>(first_geometry, first_geometry.seqlen_q);  // keys beyond are not even read
+  const int num_members = SEQLENS_KV || first_tile < num_q_tiles ? arguments.group_batch * arguments.group_heads : 0;
   auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES; };
 
 #pragma unroll 1
   for (int member = 0; member < num_members; ++member) {
     const int batch = work.batch * arguments.group_batch + member / arguments.group_heads;
     const int head = work.head * arguments.group_heads + member % arguments.group_heads;
-    const RowStatistics* statistics = row_statistics(arguments, batch, head);
-    SliceLoader<TileQ, HEAD_DIM> load_Q(arguments.query, batch, head, geometry.seqlen_q);
-    SliceLoader<TileO, HEAD_DIM_V> load_dO(arguments.grad_out, batch, head, geometry.seqlen_q);
+    const auto& geometry = geometry_of(arguments, batch);
+    if constexpr (SEQLENS_KV) {  // other ones for every batch
+      first_tile = first_visible_query<CAUSAL>(geometry, first_kv) / TILE_Q;
+      num_keys = visible_keys<CAUSAL>(geometry, geometry.seqlen_q);
+      if (first_tile >= num_q_tiles || first_kv >= num_keys) continue;
+    }
+    const RowStatistics* statistics = row_statistics(arguments, batch, head, start_q);
+    SliceLoader<TileQ, HEAD_DIM> load_Q(arguments.query, batch, head, geometry.seqlen_q, start_q);
+    SliceLoader<TileO, HEAD_DIM_V> load_dO(arguments.grad_out, batch, head, geometry.seqlen_q, start_q);
     auto issue = [&](int tile) {
       if (tile < num_q_tiles) {
         if constexpr (HEAD_STEPS == 1) {
@@ -103,8 +120,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     };
 
     __syncthreads();  // every warp is done with the tiles of the previous member
-    auto load_K = [&](int step) { load_piece<TileK, HEAD_DIM>(K_smem, arguments.key, batch, head / heads_per_kv, num_keys, first_kv, step); };
-    auto load_V = [&](int step) { load_piece<TileV, HEAD_DIM_V>(V_smem, arguments.value, batch, head / heads_per_kv, num_keys, first_kv, step); };
+    auto load_K = [&](int step) {
+      load_piece<TileK, HEAD_DIM>(K_smem, arguments.key, batch, head / heads_per_kv, num_keys, first_kv, step, start_kv);
+    };
+    auto load_V = [&](int step) {
+      load_piece<TileV, HEAD_DIM_V>(V_smem, arguments.value, batch, head / heads_per_kv, num_keys, first_kv, step, start_kv);
+    };
     if (HEAD_STEPS == 1 && (head % heads_per_kv == 0 || member % arguments.group_heads == 0)) {  // another K/V head, or the first
       load_K(0);
       if constexpr (COMPUTE_DK) load_V(0);
@@ -218,11 +239,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   const int first_row = first_kv + warp_row;
   if constexpr (COMPUTE_DV) {
     store_rows<Element, HEAD_DIM_V, TileK::COLUMNS>(dV, K_smem + warp_row * TileK::ROW_BYTES, arguments.grad_value, work.batch, work.head, first_row,
-                                                    geometry.seqlen_kv, first_column<TileV>(0));
+                                                    num_rows(), first_column<TileV>(0), start_kv);
   }
   if constexpr (COMPUTE_DK) {
-    multiply_all(dK, geometry.scale);
+    multiply_all(dK, arguments.geometry.scale);
     store_rows<Element, HEAD_DIM, TileK::COLUMNS>(dK, K_smem + warp_row * TileK::ROW_BYTES, arguments.grad_key, work.batch, work.head, first_row,
-                                                  geometry.seqlen_kv, first_column<TileK>(0));
+                                                  num_rows(), first_column<TileK>(0), start_kv);
   }
 }

@@ -288,7 +288,8 @@ def _noise_of_gradients(grad_out: Any, query: Any, key: Any, value: Any, options
     order = options.get("layout", "bshd")
     (seqlen_q, seqlen_kv), axis = (x.shape[order.index("s")] for x in (query, key)), order.index("d")
     top_left = options.get("is_causal", False) and options.get("causal_alignment") != "bottom_right"
-    one_key = seqlen_kv == 1 or (top_left and seqlen_q == 1)
+    lengths = options.get("seqlens_kv")
+    one_key = seqlen_kv == 1 or (top_left and seqlen_q == 1) or (lengths is not None and int(lengths.max()) <= 1)
     if not one_key or 0 in query.shape or 0 in key.shape:
         return 0.0
     q, k, v, grad = (reference.to_float64(x) for x in (query, key, value, grad_out))

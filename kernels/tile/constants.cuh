@@ -7,6 +7,8 @@ using Element = Config::Element;
 using Mma = SelectMma<Element, Config::CAPABILITY, Config::ALLOW_TF32>::type;
 
 constexpr bool CAUSAL = Config::CAUSAL;
+constexpr bool VARLEN = Config::VARLEN;          // packed sequences
+constexpr bool SEQLENS_KV = Config::SEQLENS_KV;  // rows of a batch have key lengths of their own
 constexpr int HEAD_DIM = Config::HEAD_DIM;      // of Q and K
 constexpr int HEAD_DIM_V = Config::HEAD_DIM_V;  // of V and O
 constexpr int TILE_Q = Config::TILE_Q;
