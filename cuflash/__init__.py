@@ -11,7 +11,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cuflash.arrays import BFloat16Bits, bfloat16
-    from cuflash.attention import Gradients, plan, scaled_dot_product_attention, scaled_dot_product_attention_backward
+    from cuflash.attention import (
+        Gradients,
+        plan,
+        scaled_dot_product_attention,
+        scaled_dot_product_attention_backward,
+        varlen_attention,
+        varlen_attention_backward,
+        varlen_plan,
+    )
     from cuflash.dropout import dropout_mask
     from cuflash.errors import (
         ArgumentError,
@@ -38,6 +46,9 @@ _HOME = {
     "plan": "attention",
     "scaled_dot_product_attention": "attention",
     "scaled_dot_product_attention_backward": "attention",
+    "varlen_attention": "attention",
+    "varlen_attention_backward": "attention",
+    "varlen_plan": "attention",
     "dropout_mask": "dropout",
     "ArgumentError": "errors",
     "CompileError": "errors",
@@ -81,6 +92,9 @@ __all__ = [
     "plan",
     "scaled_dot_product_attention",
     "scaled_dot_product_attention_backward",
+    "varlen_attention",
+    "varlen_attention_backward",
+    "varlen_plan",
     "warmup",
 ]
 

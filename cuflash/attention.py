@@ -1,4 +1,4 @@
-"""The public calls: scaled dot-product attention, its backward pass, and their plan.
+"""The public calls: scaled dot-product attention of padded batches and of packed sequences, their backward passes, and their plans.
 
 A call is a straight line: borrow the arrays, check them into a `Problem`, plan, load the kernels, launch. All but the last step depends only on
 what `arrays.signature` sees, so its result is kept as a `_Call`, and a warm call looks it up, allocates the result, writes addresses into a packed
@@ -63,6 +63,7 @@ def scaled_dot_product_attention(
     tile: Tiles = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
+    seqlens_kv: Any = None,
     dropout_seed: Any = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
@@ -100,6 +101,8 @@ def scaled_dot_product_attention(
         tile: a `cuflash.Tile` instead of the default one.
         deterministic: accepted for symmetry with the backward pass: every kernel gives the same bits on every run.
         allow_tf32: float32 products in TF32: faster, with 10 bits of mantissa.
+        seqlens_kv: int32 `(batch,)`, on the device of query, where it is read: row b sees its first `seqlens_kv[b]` keys only, and whatever key and value
+            hold behind them, NaN too, changes nothing. "bottom_right" is the corner of these keys. Numbers out of range are clamped.
         dropout_seed: with dropout_p, an int of 64 bits, a pair `(seed, offset)`, or an array of two (u)int64 on the device, which the kernels read when they run,
             so that a replayed CUDA graph draws afresh. The same seed, offset and position give the same mask, see `cuflash.dropout_mask`.
         window: `(left, right)`: query i sees keys j with -left <= j - i - shift <= right; None or -1 is no limit.
@@ -132,27 +135,9 @@ def scaled_dot_product_attention(
         "sinks": sinks, "segment_ids_q": segment_ids_q, "segment_ids_kv": segment_ids_kv, "prefix_lengths": prefix_lengths,
     }  # fmt: skip
     operands = {"query": query, "key": key, "value": value}
-    if out is not None:
-        operands["out"] = out
-    feature_arrays, seed = grouped(given)
-    cache_key, pointers = _cache_key("forward", operands | feature_arrays, seed, (dropout_p, window, softcap), options, tile)
-    call = _calls.get(cache_key)
-    if call is not None and (out is None or call.may_write(out, pointers)):
-        return call.run(pointers, out)
-
-    inputs = {"query": borrow(query, "query"), "key": borrow(key, "key"), "value": borrow(value, "value")}
-    features = {name: borrow(array, _ARGUMENT_OF.get(name, name)) for name, array in feature_arrays.items()}
-    _refuse_autograd(inputs | features)
-    problem = make_problem(inputs["query"], inputs["key"], inputs["value"], **_named(options) | _borrowed(given, features))
-    borrowed_out = None if out is None else borrow(out, "out")
-    out_view = None if borrowed_out is None else check_out(problem, problem.layout, borrowed_out, list(inputs.values()), features)
-    forward = _ForwardCall(problem, device_of(inputs["query"]), tile, inputs, features, borrowed_out, out_view)
-    if cache_key is not None:
-        _remember(cache_key, forward)
-    pointers = _addresses(inputs | features, seed)
-    if borrowed_out is not None:
-        pointers["out"] = borrowed_out.pointer
-    return forward.run(pointers, out)
+    if seqlens_kv is not None:
+        operands["seqlens_kv"] = seqlens_kv
+    return _run_forward("padded", operands, given, options, out, tile)
 
 
 def scaled_dot_product_attention_backward(
@@ -176,6 +161,7 @@ def scaled_dot_product_attention_backward(
     deterministic: bool = False,
     allow_tf32: bool = False,
     grad_lse: Any = None,
+    seqlens_kv: Any = None,
     dropout_seed: Any = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
@@ -221,26 +207,9 @@ def scaled_dot_product_attention_backward(
     operands = {"query": query, "key": key, "value": value, "out": out, "grad_out": grad_out, "lse": lse}
     if grad_lse is not None:
         operands["grad_lse"] = grad_lse
-    feature_arrays, seed = grouped(given)
-    scalars = (dropout_p, window, softcap, need_attn_mask_grad)
-    cache_key, pointers = _cache_key("backward", operands | feature_arrays, seed, scalars, options, tile)
-    call = _calls.get(cache_key)
-    if call is not None:
-        gradients: Gradients = call.run(pointers)
-        return gradients
-
-    for name in ("out", "lse"):
-        if operands[name] is None or isinstance(operands[name], tuple):
-            hint = "Unpack it: out, lse = cuflash.scaled_dot_product_attention(..., return_lse=True)."
-            raise DTypeError(name, arrays.describe(operands[name]), f"the {name} of the forward call", hint)
-    inputs = {name: borrow(operand, name) for name, operand in operands.items()}
-    features = {name: borrow(array, _ARGUMENT_OF.get(name, name)) for name, array in feature_arrays.items()}
-    _refuse_autograd(inputs | features)
-    problem = make_problem(inputs["query"], inputs["key"], inputs["value"], **_named(options) | _borrowed(given, features))
-    backward = _BackwardCall(problem, device_of(inputs["query"]), tile, inputs, features)
-    if cache_key is not None:
-        _remember(cache_key, backward)
-    return backward.run(_addresses(inputs | features, seed))
+    if seqlens_kv is not None:
+        operands["seqlens_kv"] = seqlens_kv
+    return _run_backward("padded", operands, given, options, tile)
 
 
 def plan(
@@ -261,6 +230,7 @@ def plan(
     tile: Tiles = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
+    seqlens_kv: Any = None,
     backward: bool = False,
     dropout_seed: Any = None,
     window: tuple[int | None, int | None] | None = None,
@@ -282,22 +252,192 @@ def plan(
         "sinks": sinks, "segment_ids_q": segment_ids_q, "segment_ids_kv": segment_ids_kv, "prefix_lengths": prefix_lengths,
         "need_attn_mask_grad": need_attn_mask_grad,
     }  # fmt: skip
-    inputs = [borrow(query, "query"), borrow(key, "key"), borrow(value, "value")]
-    problem = make_problem(*inputs, **_named(options) | given)
-    return make_plan(problem, device_of(inputs[0]), backward=backward, tile=tile)
+    operands = {"query": query, "key": key, "value": value}
+    if seqlens_kv is not None:
+        operands["seqlens_kv"] = seqlens_kv
+    inputs = {name: borrow(operand, name) for name, operand in operands.items()}
+    return make_plan(_problem_of("padded", inputs, given, options), device_of(inputs["query"]), backward=backward, tile=tile)
+
+
+def varlen_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_kv: Any,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal_alignment: str = "bottom_right",
+    return_lse: bool = False,
+    out: Any = None,
+    tile: Tiles = None,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Any = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    prefix_lengths: Any = None,
+) -> Any:
+    """Compute exact attention of sequences of different lengths, packed one behind the other without padding.
+
+    Args:
+        query: `(tokens_q, num_heads_q, head_dim)`; element types, strides and kinds of arrays as in `scaled_dot_product_attention`.
+        key: `(tokens_kv, num_heads_kv, head_dim)`; heads may be 1 and are then broadcast.
+        value: `(tokens_kv, num_heads_kv, head_dim_v)`, like key.
+        cu_seqlens_q: int32 `(sequences + 1,)`, contiguous, on the device of query: sequence i has the queries from `cu_seqlens_q[i]` up to, but not including,
+            `cu_seqlens_q[i + 1]`. The first is 0, and none is smaller than the one before. Equal ones are an empty sequence. It is read on the device, never
+            on the host, so that a captured graph replays with other lengths; numbers that make no sense are clamped to the tokens that there are, and what
+            out holds then is not specified.
+        cu_seqlens_kv: the same for keys and values.
+        max_seqlen_q: no sequence has more queries (those beyond it are not computed); None stands for all tokens, for which more blocks are started.
+        max_seqlen_kv: the same for keys; only the backward pass depends on it.
+        is_causal: query i of a sequence sees its keys up to i (see `causal_alignment`).
+        causal_alignment: "bottom_right" (the default, as flash-attn): the last query of each sequence sees all of its keys; "top_left": its first query sees
+            its first key.
+        scale, enable_gqa, return_lse, out, tile, deterministic, allow_tf32: as in `scaled_dot_product_attention`.
+        attn_mask: raises: scores of packed sequences have different shapes.
+        dropout_p, dropout_seed, window, softcap, alibi_slopes, sinks, prefix_lengths: as in `scaled_dot_product_attention`, with sequences in the place of the
+            batch: positions, also those that dropout counts, are those in the sequence.
+
+    Returns:
+        out: `(tokens_q, num_heads_q, head_dim_v)`; 0 for queries that see no key and for tokens behind the last sequence.
+        lse: with `return_lse`, float32 `(num_heads_q, tokens_q)`; -inf there.
+
+    Raises:
+        As `scaled_dot_product_attention`.
+
+    Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 1.
+    """
+    options = (is_causal, scale, enable_gqa, causal_alignment, return_lse, deterministic, allow_tf32, max_seqlen_q, max_seqlen_kv)
+    given = {
+        "attn_mask": attn_mask, "dropout_p": dropout_p, "dropout_seed": dropout_seed, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes,
+        "sinks": sinks, "prefix_lengths": prefix_lengths,
+    }  # fmt: skip
+    operands = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
+    return _run_forward("varlen", operands, given, options, out, tile)
+
+
+def varlen_attention_backward(
+    grad_out: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    lse: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_kv: Any,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal_alignment: str = "bottom_right",
+    tile: Tiles = None,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+    grad_lse: Any = None,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Any = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    prefix_lengths: Any = None,
+) -> Gradients:
+    """Compute the gradients of `varlen_attention`.
+
+    Args:
+        grad_out: gradient of `out`; its shape, dtype and kind; any strides.
+        out, lse: what the forward call returned with `return_lse=True`.
+        grad_lse: gradient of `lse`, float32 `(num_heads_q, tokens_q)`, or None for zero.
+        tile: as in `scaled_dot_product_attention_backward`.
+
+    Other arguments have to be those of the forward call.
+
+    Returns:
+        Gradients(query, key, value), each like its input; 0 for tokens behind the last sequence.
+
+    Raises:
+        As the forward call.
+
+    Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 2, with a kernel of its own for dQ.
+    """
+    options = (is_causal, scale, enable_gqa, causal_alignment, False, deterministic, allow_tf32, max_seqlen_q, max_seqlen_kv)
+    given = {
+        "attn_mask": attn_mask, "dropout_p": dropout_p, "dropout_seed": dropout_seed, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes,
+        "sinks": sinks, "prefix_lengths": prefix_lengths,
+    }  # fmt: skip
+    operands = {
+        "query": query, "key": key, "value": value, "out": out, "grad_out": grad_out, "lse": lse,
+        "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv,
+    }  # fmt: skip
+    if grad_lse is not None:
+        operands["grad_lse"] = grad_lse
+    return _run_backward("varlen", operands, given, options, tile)
+
+
+def varlen_plan(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_kv: Any,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal_alignment: str = "bottom_right",
+    return_lse: bool = False,
+    tile: Tiles = None,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+    backward: bool = False,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Any = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    prefix_lengths: Any = None,
+) -> Plan:
+    """Say what `varlen_attention` (or with `backward` its gradient) would run with these arguments, as `plan` does."""
+    options = (is_causal, scale, enable_gqa, causal_alignment, return_lse, deterministic, allow_tf32, max_seqlen_q, max_seqlen_kv)
+    given = {
+        "attn_mask": attn_mask, "dropout_p": dropout_p, "dropout_seed": dropout_seed, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes,
+        "sinks": sinks, "prefix_lengths": prefix_lengths,
+    }  # fmt: skip
+    operands = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
+    inputs = {name: borrow(operand, name) for name, operand in operands.items()}
+    return make_plan(_problem_of("varlen", inputs, given, options), device_of(inputs["query"]), backward=backward, tile=tile)
 
 
 # --- Calls that are kept ------------------------------------------------------------------------------------------------------------------
 
 _calls: dict[Hashable, _Call] = {}
 
-_OPTION_NAMES = (
-    "is_causal", "scale", "enable_gqa", "layout", "batch_first", "num_heads", "causal_alignment", "return_lse", "deterministic", "allow_tf32",
-)  # fmt: skip
-
-
-def _named(options: tuple[Any, ...]) -> dict[str, Any]:
-    return dict(zip(_OPTION_NAMES, options, strict=True))
+_FORWARD_NAMES = {"padded": "scaled_dot_product_attention", "varlen": "varlen_attention"}
+_OPTION_NAMES = {
+    "padded": (
+        "is_causal", "scale", "enable_gqa", "layout", "batch_first", "num_heads", "causal_alignment", "return_lse", "deterministic", "allow_tf32",
+    ),
+    "varlen": ("is_causal", "scale", "enable_gqa", "causal_alignment", "return_lse", "deterministic", "allow_tf32"),
+}  # fmt: skip
+"""Options in the order in which the public functions hand them on; two more are the bounds of packed lengths."""
+_SCALARS = ("dropout_p", "window", "softcap", "need_attn_mask_grad")
+"""Feature arguments that a kept call depends on by value."""
 
 
 _ARGUMENT_OF = {"dropout_state": "dropout_seed"}
@@ -307,6 +447,63 @@ _ARGUMENT_OF = {"dropout_state": "dropout_seed"}
 def _borrowed(given: Mapping[str, Any], features: Mapping[str, Array]) -> dict[str, Any]:
     """The feature arguments with borrowed arrays."""
     return {**given, **{_ARGUMENT_OF.get(name, name): array for name, array in features.items()}}
+
+
+def _problem_of(kind: str, inputs: Mapping[str, Array], given: Mapping[str, Any], options: tuple[Any, ...]) -> Problem:
+    """Check a call; `given` are its feature arguments, borrowed or as the caller passed them."""
+    named = dict(zip(_OPTION_NAMES[kind], options, strict=False))
+    if kind == "varlen":
+        named |= {"cu_seqlens": (inputs["cu_seqlens_q"], inputs["cu_seqlens_kv"]), "max_seqlens": options[-2:]}
+    return make_problem(inputs["query"], inputs["key"], inputs["value"], seqlens_kv=inputs.get("seqlens_kv"), **named, **given)
+
+
+def _run_forward(kind: str, operands: dict[str, Any], given: dict[str, Any], options: tuple[Any, ...], out: Any, tile: Tiles) -> Any:
+    """A forward call, kept or new."""
+    if out is not None:
+        operands["out"] = out
+    feature_arrays, seed = grouped(given)
+    scalars = tuple(given.get(name) for name in _SCALARS)
+    cache_key, pointers = _cache_key(kind, operands | feature_arrays, seed, scalars, options, tile)
+    call = _calls.get(cache_key)
+    if call is not None and (out is None or call.may_write(out, pointers)):
+        return call.run(pointers, out)
+
+    inputs = {name: borrow(operand, name) for name, operand in operands.items() if name != "out"}
+    features = {name: borrow(array, _ARGUMENT_OF.get(name, name)) for name, array in feature_arrays.items()}
+    _refuse_autograd(inputs | features)
+    problem = _problem_of(kind, inputs, _borrowed(given, features), options)
+    borrowed_out = None if out is None else borrow(out, "out")
+    forward = _ForwardCall(problem, device_of(inputs["query"]), tile, inputs, features, borrowed_out)
+    if cache_key is not None:
+        _remember(cache_key, forward)
+    pointers = _addresses(inputs | features, seed)
+    if borrowed_out is not None:
+        pointers["out"] = borrowed_out.pointer
+    return forward.run(pointers, out)
+
+
+def _run_backward(kind: str, operands: dict[str, Any], given: dict[str, Any], options: tuple[Any, ...], tile: Tiles) -> Gradients:
+    """A backward call, kept or new."""
+    feature_arrays, seed = grouped(given)
+    scalars = tuple(given.get(name) for name in _SCALARS)
+    cache_key, pointers = _cache_key(f"{kind} backward", operands | feature_arrays, seed, scalars, options, tile)
+    call = _calls.get(cache_key)
+    if call is not None:
+        gradients: Gradients = call.run(pointers)
+        return gradients
+
+    for name in ("out", "lse"):  # the two that come from the forward call are easily mixed up
+        if operands[name] is None or isinstance(operands[name], tuple):
+            hint = f"Unpack it: out, lse = cuflash.{_FORWARD_NAMES[kind]}(..., return_lse=True)."
+            raise DTypeError(name, arrays.describe(operands[name]), f"the {name} of the forward call", hint)
+    inputs = {name: borrow(operand, name) for name, operand in operands.items()}
+    features = {name: borrow(array, _ARGUMENT_OF.get(name, name)) for name, array in feature_arrays.items()}
+    _refuse_autograd(inputs | features)
+    problem = _problem_of(kind, inputs, _borrowed(given, features), options)
+    backward = _BackwardCall(problem, device_of(inputs["query"]), tile, inputs, features)
+    if cache_key is not None:
+        _remember(cache_key, backward)
+    return backward.run(_addresses(inputs | features, seed))
 
 
 def _addresses(arrays: Mapping[str, Array], seed: tuple[int, int] | None) -> dict[str, int]:
@@ -365,7 +562,7 @@ class _Launch(NamedTuple):
 
     kernel: KernelPlan
     executable: Executable
-    tail: bytes  # what follows the addresses in its argument struct
+    tail: bytes  # what follows the addresses in its argument struct, up to the lengths of sequences
 
 
 class _Call:
@@ -380,6 +577,9 @@ class _Call:
     def __init__(self, problem: Problem, on: Device, like: Array) -> None:
         self.problem = problem
         self.device = on
+        lengths = launch.lengths_template(problem)
+        self.lengths = lengths if problem.seqlens_kv or problem.num_sequences is not None else None
+        self.no_lengths = lengths.fill({})
         self.framework: Framework = like.framework
         self.like = Array(0, (), (), like.dtype, like.itemsize, like.device, like.framework, None)  # does not keep the caller's array alive
         self.extents: dict[str, tuple[int, int]] = {}  # name -> lowest byte relative to the pointer, size in bytes
@@ -403,8 +603,9 @@ class _Call:
         buffers = () if self.device.kind == "gpu" else simulated_memory(self.extents, pointers, self.written)
         head = self.template.fill(pointers)
         features = launch.NO_FEATURE_BYTES if self.features is None else self.features.fill(pointers)
+        end = (self.no_lengths if self.lengths is None else self.lengths.fill(pointers)) + features
         for kernel, executable, tail in self.launches:
-            arguments = bytearray((head if kernel.reads_tensors else b"") + tail + features)
+            arguments = bytearray((head if kernel.reads_tensors else b"") + tail + end)
             executable.launch(kernel.num_blocks, kernel.num_threads, kernel.shared_bytes, arguments, stream, buffers)
 
     def launch_with_workspace(self, pointers: dict[str, int]) -> None:
@@ -423,13 +624,14 @@ class _Call:
 
 
 class _ForwardCall(_Call):
-    written = frozenset({"out", "lse"})
+    written = frozenset({"out", "lse", "visible_tiles"})
 
     def __init__(
-        self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array], features: dict[str, Array], given: Array | None,
-        given_view: View | None,
-    ) -> None:  # fmt: skip
+        self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array], features: dict[str, Array], given: Array | None
+    ) -> None:
         super().__init__(problem, on, inputs["query"])
+        qkv = [inputs[name] for name in ("query", "key", "value")]
+        given_view = None if given is None else check_out(problem, problem.layout, given, qkv, features)
         for name, array in (inputs | features).items():
             self.add_extent(name, array)
         self.plan = make_plan(problem, on, tile=tile)
@@ -446,7 +648,8 @@ class _ForwardCall(_Call):
         views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": view}
         addresses = {name: array.pointer for name, array in inputs.items()} | {"out": given.pointer if given else 0}
         vectorized = {name: views[name].aligned16(problem.itemsize) and addresses[name] % 16 == 0 for name in views}
-        self.template = launch.forward_template(problem, view, (problem.num_heads_q * problem.seqlen_q, problem.seqlen_q, 1), vectorized)
+        stride_batch = 0 if problem.layout.varlen else problem.num_heads_q * problem.seqlen_q
+        self.template = launch.forward_template(problem, view, (stride_batch, problem.seqlen_q, 1), vectorized)
         self.launches = [
             _Launch(kernel, launch.executable(kernel, on), launch.forward_tail(problem, kernel)) for kernel in self.plan.kernels
         ]
@@ -485,7 +688,7 @@ class _ForwardCall(_Call):
 
 
 class _BackwardCall(_Call):
-    written = frozenset({"grad_query", "grad_key", "grad_value", "row_statistics"})
+    written = frozenset({"grad_query", "grad_key", "grad_value", "grad_attn_mask", "grad_sinks", "row_statistics", "visible_tiles"})
 
     def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array], features: dict[str, Array]) -> None:
         super().__init__(problem, on, inputs["query"])

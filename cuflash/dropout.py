@@ -45,11 +45,8 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
     array = borrow(like, "like")
     words = words_of_seed(dropout_seed)
     pointers = {} if words is None else {"dropout_seed": words[0], "dropout_offset": words[1]}
-    buffers = []
     if words is None:
-        state = check_dropout_state(dropout_seed, Extents(*extents, 0, array))
-        pointers["dropout_state"] = state.pointer
-        buffers.append((state.pointer, 16, "dropout_seed"))
+        pointers["dropout_state"] = check_dropout_state(dropout_seed, Extents(*extents, array)).pointer
 
     kept = array.framework.empty(extents, "bool", array)
     if prod(extents) == 0:
@@ -68,9 +65,10 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
     kernel = KernelPlan(
         "dropout_mask", "dropout_mask.cu", "float32", 0, Tile(_ROWS, 1, _WARPS, 1), config, 32 * _WARPS, 0, num_tiles, num_blocks
     )
-    address = pointer(kept)
-    buffers.append((address, prod(extents), "dropout_mask"))
-    arguments = launch.dropout_mask_arguments(extents, num_tiles, probability, address, pointers)
+    pointers["dropout_mask"] = pointer(kept)
+    arguments = launch.dropout_mask_arguments(extents, num_tiles, probability, pointers)
     stream = array.framework.current_stream(on.index) if on.kind == "gpu" else 0
+    memory = {"dropout_mask": (0, prod(extents)), "dropout_state": (0, 16)}
+    buffers = () if on.kind == "gpu" else launch.simulated_memory(memory, pointers, {"dropout_mask"})
     launch.executable(kernel, on).launch(num_blocks, kernel.num_threads, 0, arguments, stream, buffers)
     return array.framework.finish(kept)

@@ -102,7 +102,7 @@ class Features:
         kinds: what kernels are compiled for.
         attn_mask: layout of the mask, or None.
         need_attn_mask_grad: the backward pass also gives the gradient of an additive mask.
-        window_low, window_high: query i sees keys j with window_low <= j - i <= window_high.
+        window_low, window_high: query i sees keys j with window_low <= j - i - shift <= window_high; ±UNLIMITED for no limit.
         softcap: or None.
         dropout_p: probability of dropping.
         alibi_strides: of (batch, head), in elements.
@@ -139,20 +139,13 @@ class Features:
         words += [name for name in ("alibi", "sinks", "segments", "prefix") if getattr(self.kinds, name)]
         return ", ".join(words)
 
-    def list_extents(self, batch: int, heads: int) -> tuple[int, int]:
-        """For how many batches and heads the lists of visible tiles differ."""
-        mask = self.attn_mask.extents if self.attn_mask is not None and self.attn_mask.dtype == "bool" else (1, 1, 1, 1)
-        per_batch = self.kinds.segments or self.kinds.prefix or mask[0] > 1
-        return (batch if per_batch else 1), (heads if mask[1] > 1 else 1)
-
 
 @dataclass(frozen=True)
 class Extents:
     """What features are checked against.
 
     Attributes:
-        batch, num_heads_q, seqlen_q, seqlen_kv: of the scores.
-        causal_offset: seqlen_kv - seqlen_q for "bottom_right", else 0.
+        batch, num_heads_q, seqlen_q, seqlen_kv: of the scores; of packed sequences their number, and the longest.
         like: the query.
     """
 
@@ -160,7 +153,6 @@ class Extents:
     num_heads_q: int
     seqlen_q: int
     seqlen_kv: int
-    causal_offset: int
     like: Array
 
 
@@ -228,8 +220,8 @@ def check_features(
         kinds=kinds,
         attn_mask=mask,
         need_attn_mask_grad=need_grad,
-        window_low=-UNLIMITED if left is None else max(-UNLIMITED, extents.causal_offset - left),
-        window_high=UNLIMITED if right is None else min(UNLIMITED, extents.causal_offset + right),
+        window_low=-UNLIMITED if left is None else max(-UNLIMITED, -left),
+        window_high=UNLIMITED if right is None else min(UNLIMITED, right),
         softcap=cap,
         dropout_p=probability,
         alibi_strides=(0, 0) if alibi is None else (0, *alibi)[-2:],  # type: ignore[arg-type]
@@ -404,7 +396,7 @@ def _real(value: object) -> float | None:
 
 def grouped(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, int] | None]:
     """The arrays among a call's feature arguments under the names of `ARRAYS`, and the words of a seed that is no array."""
-    arrays = {name: given[name] for name in ARRAYS if name != "dropout_state" and given[name] is not None}
+    arrays = {name: given[name] for name in ARRAYS if given.get(name) is not None}
     seed, probability = given["dropout_seed"], given["dropout_p"]
     if seed is None or (isinstance(probability, (int, float)) and probability == 0.0):
         return arrays, None

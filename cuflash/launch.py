@@ -37,6 +37,7 @@ _ROW_VIEW = struct.Struct("=Q3q")
 _GEOMETRY = struct.Struct("=6i3fi")
 _GROUP = struct.Struct("=2i")
 _FEATURE_NUMBERS = struct.Struct("=4i2fIf")
+_LENGTHS = struct.Struct("=3Q2i")
 
 _LOG2_E = 1.4426950408889634
 
@@ -65,7 +66,7 @@ def _pack_geometry(problem: Problem, num_tiles: int) -> bytes:
 def features_template(problem: Problem, mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)) -> ArgumentTemplate:
     """`FeatureArguments` of kernels/feature_arguments.cuh. Its 64-bit words are filled in as addresses are."""
     features = problem.features
-    return _features_template(features, features.list_extents(problem.batch, problem.num_heads_q), problem.scale, mask_grad_strides)
+    return _features_template(features, problem.list_extents, problem.scale, mask_grad_strides)
 
 
 def _features_template(features: Features, lists: tuple[int, int], scale: float, mask_grad_strides: tuple[int, ...]) -> ArgumentTemplate:
@@ -96,12 +97,12 @@ def _features_template(features: Features, lists: tuple[int, int], scale: float,
     )
 
 
-def dropout_mask_arguments(extents: tuple[int, ...], num_tiles: int, dropout_p: float, address: int, words: Mapping[str, int]) -> bytearray:
+def dropout_mask_arguments(extents: tuple[int, ...], num_tiles: int, dropout_p: float, pointers: Mapping[str, int]) -> bytearray:
     """`DropoutMaskArguments` of kernels/arguments.cuh."""
     batch, heads, seqlen_q, seqlen_kv = extents
     geometry = _GEOMETRY.pack(batch, seqlen_q, seqlen_kv, heads, heads, 0, 1.0, 1.0, 1.0, num_tiles)
     features = _features_template(Features(dropout_p=dropout_p), (1, 1), 1.0, (0, 0, 0, 0))
-    return bytearray(address.to_bytes(8, "little") + geometry + features.fill(words))
+    return bytearray(pointers["dropout_mask"].to_bytes(8, "little") + geometry + features.fill(pointers))
 
 
 NO_FEATURE_BYTES = bytes(272)
@@ -141,7 +142,7 @@ def forward_template(problem: Problem, out: View, lse_strides: Strides3, vectori
 
 
 def forward_tail(problem: Problem, kernel: KernelPlan) -> bytes:
-    """The rest of `ForwardArguments`, which differs between kernels."""
+    """The rest of `ForwardArguments` up to its lengths, which differs between kernels."""
     return _pack_geometry(problem, kernel.num_tiles)
 
 
@@ -156,9 +157,18 @@ def backward_template(
 
 
 def backward_tail(problem: Problem, kernel: KernelPlan) -> bytes:
-    """The rest of `BackwardArguments`, which differs between kernels."""
+    """The rest of `BackwardArguments` up to its lengths, which differs between kernels; of kernels that read no tensors only the geometry."""
     geometry = _pack_geometry(problem, kernel.num_tiles)
     return geometry + _GROUP.pack(kernel.group_batch, kernel.group_heads) if kernel.reads_tensors else geometry
+
+
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_kv", "seqlens_kv")
+
+
+def lengths_template(problem: Problem) -> ArgumentTemplate:
+    """`SequenceLengths` of kernels/arguments.cuh, which the features follow."""
+    packed = _LENGTHS.pack(0, 0, 0, problem.num_sequences or 0, problem.causal_alignment == "bottom_right")
+    return ArgumentTemplate([(name, packed[8 * i : 8 * i + 8] if i < 2 else packed[16:]) for i, name in enumerate(LENGTHS)])
 
 
 # --- Executables --------------------------------------------------------------------------------------------------------------------------

@@ -122,12 +122,23 @@ class Plan:
             else f"{problem.num_heads_q}/{problem.num_heads_kv} heads"
         )
         flops = problem.flops_backward if self.backward else problem.flops_forward
+        batch, longest, at_most = f"batch {problem.batch}", "", ""
+        if problem.num_sequences is not None:
+            batch, at_most = f"{problem.num_sequences} packed sequences, tokens", "at most "
+            longest = f", sequences of at most {problem.max_seqlen_q} x {problem.max_seqlen_kv}"
+        if problem.seqlens_kv:
+            longest, at_most = ", keys of each row up to its seqlens_kv", "at most "
         standard = (
-            problem.batch * problem.num_heads_q * problem.seqlen_q * problem.seqlen_kv * problem.itemsize * (4 if self.backward else 2)
+            (problem.num_sequences or problem.batch)
+            * problem.num_heads_q
+            * problem.max_seqlen_q
+            * problem.max_seqlen_kv
+            * problem.itemsize
+            * (4 if self.backward else 2)
         )
         lines = [
             f"{'backward' if self.backward else 'forward'} attention on {self.device.name}, {self.device.arch}",
-            f"  problem    {problem.dtype}, batch {problem.batch}, seqlen {problem.seqlen_q} x {problem.seqlen_kv}, {heads}, "
+            f"  problem    {problem.dtype}, {batch}, seqlen {problem.seqlen_q} x {problem.seqlen_kv}{longest}, {heads}, "
             f"head_dim {tiles.head_dims(problem.head_dim, problem.head_dim_v)}, {causal}, scale {problem.scale:.6g}",
             f"  products   {_products(problem, self.device)}",
         ]
@@ -146,7 +157,7 @@ class Plan:
             lines.append(f"  tiles      {', '.join(visits)}")
         lines += [
             f"  memory     outputs {_bytes(self.output_bytes)}, workspace {_bytes(self.workspace_bytes)}; unfused attention would take {_bytes(standard)} more",
-            f"  work       {flops / 1e9:.4g} GFLOP in matrix products over visible pairs; the same bits on every run",
+            f"  work       {at_most}{flops / 1e9:.4g} GFLOP in matrix products over visible pairs; the same bits on every run",
         ]
         return "\n".join(lines)
 
@@ -227,12 +238,14 @@ def offline_kernels(
     head_dim_v: int | None = None,
     is_causal: bool = False,
     allow_tf32: bool = False,
+    varlen: bool = False,
+    seqlens_kv: bool = False,
     backward: bool = True,
     tile: Tiles = None,
     features: FeatureSet = NO_FEATURES,
 ) -> Iterable[KernelPlan]:
     """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection."""
-    problem = _representative(dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, features)
+    problem = _representative(dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features)
     passes = ("forward", *(backward_passes(problem, device) if backward else ()))
     _check_names(tile, passes)
     yield from make_plan(problem, device, tile=_of_pass(tile, backward=False)).kernels
@@ -247,7 +260,9 @@ def _of_pass(tile: Tiles, *, backward: bool) -> Tiles:
     return {name: pinned for name, pinned in tile.items() if (name != "forward") == backward}
 
 
-def _representative(dtype: str, head_dim: int, head_dim_v: int, is_causal: bool, allow_tf32: bool, features: FeatureSet) -> Problem:
+def _representative(
+    dtype: str, head_dim: int, head_dim_v: int, is_causal: bool, allow_tf32: bool, varlen: bool, seqlens_kv: bool, features: FeatureSet
+) -> Problem:
     from cuflash.problem import Layout, View
 
     view, view_v = (View((1, 1024, 1, dim), (1024 * dim, dim, dim, 1)) for dim in (head_dim, head_dim_v))
@@ -257,6 +272,7 @@ def _representative(dtype: str, head_dim: int, head_dim_v: int, is_causal: bool,
         dtype=dtype, batch=1, seqlen_q=1024, seqlen_kv=1024, num_heads_q=1, num_heads_kv=1, batch_kv=1, head_dim=head_dim, scale=head_dim**-0.5,
         is_causal=is_causal, causal_alignment="top_left", deterministic=False, allow_tf32=allow_tf32, return_lse=True, query=view, key=view,
         value=view_v, key_shape=view.shape, value_shape=view_v.shape, layout=Layout(), head_dim_v=head_dim_v,
+        max_seqlen_q=1024, max_seqlen_kv=1024, seqlens_kv=seqlens_kv, num_sequences=1 if varlen else None,
         features=Features(features, mask, need_grad),
     )  # fmt: skip
 
@@ -288,17 +304,22 @@ def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned
         "NUM_STAGES": tile.num_stages,
         "SHARED_BYTES": shared_bytes,
         "CAUSAL": problem.is_causal,
+        "VARLEN": problem.num_sequences is not None,
+        "SEQLENS_KV": problem.seqlens_kv,
         "ALLOW_TF32": case.allow_tf32,
         **features.kinds.constants(),
     }
-    source, batch, heads, seqlen = f"{name}_mma.cu", problem.batch, problem.num_heads_q, problem.seqlen_q
+    source, batch, heads, seqlen = f"{name}_mma.cu", problem.batch, problem.num_heads_q, problem.max_seqlen_q
     group_batch = group_heads = 1
     if name in BY_KEYS:
         source = "backward_dkdv_mma.cu"
         constants |= {"COMPUTE_DK": name != "backward_dv", "COMPUTE_DV": name != "backward_dk"}
-        batch, seqlen, heads, _ = problem.value_shape if name == "backward_dv" else problem.key_shape
+        batch, _, heads, _ = problem.value_shape if name == "backward_dv" else problem.key_shape
+        seqlen = problem.max_seqlen_kv
         group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
     num_tiles = ceil(seqlen / case.stationary_rows(tile))
+    if problem.num_sequences is not None:
+        batch, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # blocks of one more fill what lies behind the last
     if name == "backward_mask":  # blocks own tiles of the gradient, and sum over the axes that the mask is broadcast along
         assert features.attn_mask is not None
         batch, heads, rows, columns = features.attn_mask.extents
@@ -333,9 +354,11 @@ def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> K
         "NUM_WARPS": LIST_WARPS,
         "BY_KEYS": of.name in BY_KEYS,
         "CAUSAL": problem.is_causal,
+        "VARLEN": False,
+        "SEQLENS_KV": problem.seqlens_kv,
         **kinds.constants(),
     }
-    batches, heads = problem.features.list_extents(problem.batch, problem.num_heads_q)
+    batches, heads = problem.list_extents
     return KernelPlan(
         "visible_tiles", "visible_tiles.cu", problem.dtype, problem.head_dim, of.tile, config_text("float32", constants), 32 * LIST_WARPS, 0,
         of.num_tiles, of.num_tiles * batches * heads,
@@ -348,7 +371,7 @@ def _list_bytes(kernel: KernelPlan, problem: Problem) -> int:
         return 0
     by_keys = kernel.name in BY_KEYS
     walked = ceil(problem.seqlen_q / kernel.tile.tile_q) if by_keys else ceil(problem.seqlen_kv / kernel.tile.tile_kv)
-    batches, heads = problem.features.list_extents(problem.batch, problem.num_heads_q)
+    batches, heads = problem.list_extents
     return LIST_ENTRY_BYTES * batches * heads * kernel.num_tiles * (1 + walked)
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from cuflash import options
+from cuflash import options, sequences
 from cuflash.arrays import Array
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
-from cuflash.features import Extents, Features, check_features
+from cuflash.features import UNLIMITED, Extents, Features, check_features
 from cuflash.layout import CANONICAL, Layout, Shape4, View, overlaps_itself, share_memory
 from cuflash.options import CausalAlignment
 
@@ -58,6 +59,10 @@ class Problem:
         value_shape: same for value.
         layout: the caller's form of arrays.
         head_dim_v: 1 to 576, of value and the output.
+        max_seqlen_q, max_seqlen_kv: no sequence is longer: seqlen_q and seqlen_kv, but for packed sequences.
+        seqlens_kv: rows of the batch have numbers of keys of their own, at most seqlen_kv, which are read on the device.
+        num_sequences: packed sequences, whose offsets are read on the device; `batch` is 1 then and seqlen_q and seqlen_kv count all tokens.
+            None for padded batches.
         features: score features and masks other than the causal one.
     """
 
@@ -82,6 +87,10 @@ class Problem:
     value_shape: Shape4
     layout: Layout
     head_dim_v: int
+    max_seqlen_q: int
+    max_seqlen_kv: int
+    seqlens_kv: bool = False
+    num_sequences: int | None = None
     features: Features = field(default_factory=Features)
 
     @property
@@ -105,9 +114,23 @@ class Problem:
         return (*self.query.shape[:3], self.head_dim_v)
 
     @property
-    def lse_shape(self) -> Shape3:
-        """(batch, num_heads_q, seqlen_q), whatever the layout."""
-        return self.batch, self.num_heads_q, self.seqlen_q
+    def lse_shape(self) -> tuple[int, ...]:
+        """(batch, num_heads_q, seqlen_q), whatever the layout; (num_heads_q, tokens) for packed sequences."""
+        return (self.batch, self.num_heads_q, self.seqlen_q)[1 if self.layout.varlen else 0 :]
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(low, high): query i sees keys j with low <= j - i <= high, where lengths are those of the arrays."""
+        low, high = self.features.window_low, self.features.window_high
+        return (low if low == -UNLIMITED else low + self.causal_offset), (high if high == UNLIMITED else high + self.causal_offset)
+
+    @property
+    def list_extents(self) -> tuple[int, int]:
+        """For how many batches and heads the lists of visible tiles differ."""
+        kinds, mask = self.features.kinds, self.features.attn_mask
+        of_batch, of_heads = mask.extents[:2] if mask is not None and kinds.attn_mask == "bool" else (1, 1)
+        per_batch = kinds.segments or kinds.prefix or self.seqlens_kv or of_batch > 1
+        return (self.batch if per_batch else 1), (self.num_heads_q if of_heads > 1 else 1)
 
     @property
     def is_empty(self) -> bool:
@@ -119,11 +142,14 @@ class Problem:
 
     @property
     def visible_pairs(self) -> int:
-        """(query, key) pairs of one head that neither the causal mask nor the window hides; other masks depend on data and count as all True."""
-        high = self.features.window_high
+        """(query, key) pairs of one head that neither the causal mask nor the window hides. What depends on data counts as visible, and where only the device
+        knows the lengths, it is the most that there may be."""
+        if self.num_sequences is not None:
+            return min(self.num_sequences * self.max_seqlen_q, self.seqlen_q) * min(self.max_seqlen_kv, self.seqlen_kv)
+        low, high = self.window
         if self.is_causal and not self.features.kinds.prefix:
             high = min(high, self.causal_offset)
-        return max(0, self._pairs_up_to(high) - self._pairs_up_to(self.features.window_low - 1))
+        return max(0, self._pairs_up_to(high) - self._pairs_up_to(low - 1))
 
     def _pairs_up_to(self, offset: int) -> int:
         """Pairs of query i and key j with j <= i + offset."""
@@ -177,6 +203,9 @@ def make_problem(
     return_lse: object = False,
     deterministic: object = False,
     allow_tf32: object = False,
+    seqlens_kv: Array | None = None,
+    cu_seqlens: tuple[Array, Array] | None = None,
+    max_seqlens: tuple[object, object] = (None, None),
     **features: object,
 ) -> Problem:
     """Check a call's inputs and options, all of them, and return what is left to compute.
@@ -191,6 +220,9 @@ def make_problem(
         num_heads: heads of a query of three dimensions, default 1; for one of four dimensions None, or what its shape says.
         layout: the letters b, s, h, d in the order of the dimensions.
         batch_first: False is short for `layout="hbsd"`.
+        seqlens_kv: int32 (batch,), or None.
+        cu_seqlens: offsets of packed queries and keys, int32 (sequences + 1,) each; inputs are (tokens, heads, head_dim) then. Or None.
+        max_seqlens: bounds of the lengths of packed queries and keys, or None.
         attn_mask, dropout_p, …: as in `cuflash.scaled_dot_product_attention`; taken as they came from the caller.
         features: other score features and masks, see `features.check_features`.
 
@@ -214,9 +246,10 @@ def make_problem(
     }
 
     inputs = {"query": query, "key": key, "value": value}
-    _check_same_kind(inputs)
+    others = {"seqlens_kv": seqlens_kv} | dict(zip(("cu_seqlens_q", "cu_seqlens_kv"), cu_seqlens or (), strict=False))
+    _check_same_kind(inputs | {name: array for name, array in others.items() if array is not None})
     _check_dtypes(inputs)
-    form = _form_of(inputs, order)
+    form = _form_of(inputs, order) if cu_seqlens is None else _varlen_form(inputs)
     head_dim = _head_dim_of(query, form, heads)
     head_dim_v = _check_head_dims(inputs, form, head_dim)
     views = {name: form.view(array, head_dim_v if name == "value" else head_dim) for name, array in inputs.items()}
@@ -225,13 +258,18 @@ def make_problem(
     batch, seqlen_q, num_heads_q, _ = views["query"].shape
     batch_k, seqlen_kv, heads_k, _ = key_shape = views["key"].shape
     batch_v, _, heads_v, _ = value_shape = views["value"].shape
+    lengths: dict[str, Any] = {"max_seqlen_q": seqlen_q, "max_seqlen_kv": seqlen_kv, "seqlens_kv": seqlens_kv is not None}
+    if seqlens_kv is not None:
+        sequences.check_seqlens("seqlens_kv", seqlens_kv, query, batch)
+    if cu_seqlens is not None:
+        lengths = sequences.check_cu_seqlens(cu_seqlens, max_seqlens, query, (seqlen_q, seqlen_kv))
     num_heads_kv = heads_v if heads_k == 1 else heads_k
-    offset = seqlen_kv - seqlen_q if alignment == "bottom_right" else 0
     chosen_scale = head_dim**-0.5 if factor is None else factor
-    checked = check_features(
-        Extents(batch, num_heads_q, seqlen_q, seqlen_kv, offset, query), is_causal=causal, scale=chosen_scale, attn_mask=attn_mask,
-        dropout_p=dropout_p, **features,
-    )  # fmt: skip
+    extents = Extents(batch, num_heads_q, seqlen_q, seqlen_kv, query)
+    if cu_seqlens is not None:
+        sequences.refuse_mask(attn_mask)
+        extents = Extents(lengths["num_sequences"], num_heads_q, lengths["max_seqlen_q"], lengths["max_seqlen_kv"], query)
+    checked = check_features(extents, is_causal=causal, scale=chosen_scale, attn_mask=attn_mask, dropout_p=dropout_p, **features)
     return Problem(
         dtype=query.dtype,
         batch=batch,
@@ -251,6 +289,7 @@ def make_problem(
         value_shape=value_shape,
         layout=form,
         head_dim_v=head_dim_v,
+        **lengths,
         features=checked,
         **flags,
     )
@@ -371,6 +410,18 @@ def _form_of(inputs: dict[str, Array], order: str) -> Layout:
     return Layout(packed_order, packed=True)
 
 
+def _varlen_form(inputs: dict[str, Array]) -> Layout:
+    """Packed sequences have three dimensions."""
+    form = Layout(varlen=True)
+    for name, array in inputs.items():
+        if len(array.shape) != 3:
+            hint = "Call scaled_dot_product_attention for padded batches; pack sequences one behind the other for this call."
+            raise ShapeError(name, f"{len(array.shape)} dimensions, {array.shape}", f"3 dimensions {form.describe()}", hint)
+        if max(array.shape) > MAX_EXTENT:
+            raise UnsupportedError(name, f"shape {array.shape}", f"extents of at most {MAX_EXTENT}", "Split the call.")
+    return form
+
+
 def _head_dim_of(query: Array, form: Layout, num_heads: int | None) -> int:
     """The query's head_dim, checked against num_heads and the kernels' limit."""
     if form.packed:
@@ -467,8 +518,10 @@ class _Extents:
             view.shape for view in self.views.values()
         )
         batches_fit = {batch_k, batch_v} <= {1, batch}
-        if self.form.packed or not (
-            batches_fit and seqlen_k == seqlen_v and self._heads_fit(heads, heads_k) and self._heads_fit(heads, heads_v)
+        if (
+            self.form.packed
+            or self.form.varlen
+            or not (batches_fit and seqlen_k == seqlen_v and self._heads_fit(heads, heads_k) and self._heads_fit(heads, heads_v))
         ):
             return None
         order = self.form.order.translate(str.maketrans("sh", "hs"))
@@ -500,10 +553,11 @@ def _lse_strides(name: str, array: Array, problem: Problem) -> Shape3:
     if array.dtype != "float32":
         raise DTypeError(name, array.dtype, "float32", f"Cast it: {_cast(name, array, 'float32')}.")
     if array.shape != problem.lse_shape:
-        expected = f"{problem.lse_shape}, which is (batch, heads, seqlen_q) in every layout"
+        words = "(heads, tokens)" if problem.layout.varlen else "(batch, heads, seqlen_q) in every layout"
+        expected = f"{problem.lse_shape}, which is {words}"
         hint = "Pass the lse that the forward pass returned with return_lse=True." if name == "lse" else "It has the shape of lse."
         raise ShapeError(name, f"shape {array.shape}", expected, hint)
-    batch, heads, seqlen = array.strides
+    batch, heads, seqlen = (0, *array.strides) if problem.layout.varlen else array.strides
     return batch, heads, seqlen
 
 
@@ -514,6 +568,8 @@ def _how_read(form: Layout) -> str:
     """How dimensions were taken, and how to say otherwise."""
     if form.packed:
         return f"Dimensions are read as {form.describe()}; num_heads= says how many heads the last one holds."
+    if form.varlen:
+        return f"Dimensions are read as {form.describe()}."
     other = "bhsd" if form.order == CANONICAL else CANONICAL
     return f'Dimensions are read as {form.describe()}; say otherwise with layout=, such as layout="{other}".'
 

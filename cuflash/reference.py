@@ -69,7 +69,7 @@ def attention(
             may differ from that of query and key.
         is_causal: query i sees keys j <= i, shifted by seqlen_kv - seqlen_q for "bottom_right".
         scale: default head_dim ** -0.5.
-        features: score features and masks, as in `cuflash.scaled_dot_product_attention`; see `reference_features`.
+        features: score features and masks, and `seqlens_kv`, as in `cuflash.scaled_dot_product_attention`; see `reference_features`.
 
     Returns:
         out: shape of query in its layout, with the head_dim of value.
@@ -106,6 +106,85 @@ def attention_backward(
     return _backward(
         grad_out, query, key, value, grad_lse, numpy.float64, _exact, is_causal, scale, enable_gqa, layout, causal_alignment, features
     )
+
+
+def varlen_attention(
+    query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_kv: Any, *, precision: Precision | None = None, **options: Any
+) -> tuple[Float64, Float64]:
+    """Attention of packed sequences, one at a time.
+
+    Args:
+        query: (tokens_q, heads, head_dim).
+        key, value: (tokens_kv, heads, head_dim), as for `attention`.
+        cu_seqlens_q, cu_seqlens_kv: (sequences + 1,): where each sequence starts, and where the last one ends.
+        precision: None for the truth in float64, else that of `attention_naive`.
+        options: is_causal, scale, enable_gqa, causal_alignment and features as for `attention`, with sequences in the place of the batch; causal_alignment is
+            "bottom_right" by default.
+
+    Returns:
+        out: (tokens_q, heads, head_dim of value); 0 behind the last sequence.
+        lse: (heads, tokens_q); -inf there.
+    """
+    options = {"causal_alignment": "bottom_right", **options}
+    out = numpy.zeros((*query.shape[:2], value.shape[2]))
+    lse = numpy.full((query.shape[1], query.shape[0]), -numpy.inf)
+    for i, (queries, keys) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_kv)):
+        inputs = query[None, queries], key[None, keys], value[None, keys]
+        own = _of_sequence(options, i)
+        found = attention(*inputs, **own) if precision is None else attention_naive(*inputs, precision, **own)
+        out[queries], lse[:, queries] = found[0][0], found[1][0]
+    return out, lse
+
+
+def varlen_attention_backward(
+    grad_out: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_kv: Any,
+    *,
+    grad_lse: Any = None,
+    precision: Precision | None = None,
+    **options: Any,
+) -> Gradients:
+    """Gradients of `varlen_attention`, in the shapes of query, key and value, 0 behind the last sequence; and of sinks.
+
+    Args:
+        grad_out: (tokens_q, heads, head_dim of value).
+        grad_lse: (heads, tokens_q), or None for 0.
+        precision: None for the truth in float64, else that of `attention_naive_backward`.
+        query, key, …: as for `varlen_attention`.
+    """
+    options = {"causal_alignment": "bottom_right", **options}
+    grads = Gradients(*(numpy.zeros(x.shape) for x in (query, key, value)))
+    grads.sinks = None if options.get("sinks") is None else numpy.zeros(query.shape[1])
+    for i, (queries, keys) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_kv)):
+        inputs = grad_out[None, queries], query[None, queries], key[None, keys], value[None, keys]
+        own = _of_sequence(options, i) | {"grad_lse": None if grad_lse is None else grad_lse[None, :, queries]}
+        found = attention_backward(*inputs, **own) if precision is None else attention_naive_backward(*inputs, precision, **own)
+        for grad, rows, of_sequence in zip(grads, (queries, keys, keys), found, strict=True):
+            grad[rows] = of_sequence[0]
+        if grads.sinks is not None and found.sinks is not None:
+            grads.sinks += found.sinks
+    return grads
+
+
+def _of_sequence(options: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """The options of sequence i as those of a batch of one."""
+    own = {**options, "first_batch": i}
+    if own.get("prefix_lengths") is not None:
+        own["prefix_lengths"] = own["prefix_lengths"][i : i + 1]
+    if own.get("alibi_slopes") is not None and len(own["alibi_slopes"].shape) == 2:
+        own["alibi_slopes"] = own["alibi_slopes"][i : i + 1]
+    return own
+
+
+def _sequences(cu_seqlens_q: Any, cu_seqlens_kv: Any) -> Iterator[tuple[slice, slice]]:
+    """Where each sequence lies among the queries and among the keys."""
+    ends_q, ends_kv = ([int(n) for n in _to_numpy(offsets)] for offsets in (cu_seqlens_q, cu_seqlens_kv))
+    for i in range(len(ends_q) - 1):
+        yield slice(ends_q[i], ends_q[i + 1]), slice(ends_kv[i], ends_kv[i + 1])
 
 
 # --- The yardstick ----------------------------------------------------------------------------------------------------------------------

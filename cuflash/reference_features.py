@@ -3,7 +3,7 @@
     score = [softcap · tanh](scale · q·k [/ softcap]) + attn_mask - alibi_slope · |i + shift - j|
     i sees j  ⇔  causal or j < prefix_length,  and -left <= j - i - shift <= right,  and equal segment ids,  and attn_mask is True or above -inf
 
-`shift` is 0, or for causal_alignment="bottom_right" seqlen_kv - seqlen_q. Dropout keeps an element where its word of Philox 4x32-10 (Salmon et al. 2011,
+`shift` is 0, or for causal_alignment="bottom_right" the row's number of keys - seqlen_q. Dropout keeps an element where its word of Philox 4x32-10 (Salmon et al. 2011,
 doi 10.1145/2063384.2063405) is at least ceil(dropout_p · 2³²); how elements are counted is said in kernels/tile/dropout.cuh, and written out again here.
 """
 
@@ -29,15 +29,18 @@ class Rules:
 
     Attributes:
         shape: (batch, heads, seqlen_q, seqlen_kv).
-        is_causal, shift, window, softcap, dropout_p: as above.
+        lengths: (batch,), keys that each row of the batch has.
+        is_causal, bottom_right, window, softcap, dropout_p: as above.
         attn_mask: boolean or float64, broadcast to `shape`; None without.
         alibi_slopes: (batch, heads); sinks: (heads,); segment ids: (batch, seqlen); prefix_lengths: (batch,). None without.
         dropout_seed: seed and offset.
+        first_batch: as which the first row of the batch counts for dropout.
     """
 
     shape: tuple[int, int, int, int]
+    lengths: NDArray[Any]
     is_causal: bool
-    shift: int
+    bottom_right: bool
     window: tuple[int | None, int | None]
     softcap: float | None
     attn_mask: NDArray[Any] | None
@@ -49,16 +52,22 @@ class Rules:
     prefix_lengths: NDArray[Any] | None
     dropout_p: float
     dropout_seed: tuple[int, int]
+    first_batch: int
+
+    def shift(self, b: int) -> int:
+        """How far the diagonal of causal masks, windows and ALiBi is moved to the right."""
+        return int(self.lengths[b]) - self.shape[2] if self.bottom_right else 0
 
     def visible(self, b: int, h: int) -> Booleans:
         """(seqlen_q, seqlen_kv): True where a query sees a key."""
         _, _, seqlen_q, seqlen_kv = self.shape
-        difference = numpy.arange(seqlen_kv)[None, :] - numpy.arange(seqlen_q)[:, None] - self.shift
+        difference = numpy.arange(seqlen_kv)[None, :] - numpy.arange(seqlen_q)[:, None] - self.shift(b)
         seen = numpy.ones((seqlen_q, seqlen_kv), numpy.bool_)
         if self.is_causal:
             seen &= difference <= 0
         if self.prefix_lengths is not None:
             seen |= (numpy.arange(seqlen_kv) < self.prefix_lengths[b])[None, :]
+        seen &= (numpy.arange(seqlen_kv) < self.lengths[b])[None, :]
         left, right = self.window
         if left is not None and left >= 0:
             seen &= difference >= -left
@@ -79,7 +88,7 @@ class Rules:
             total = numpy.where(numpy.isneginf(mask), 0.0, mask)
         if self.alibi_slopes is not None:
             _, _, seqlen_q, seqlen_kv = self.shape
-            distance = abs(numpy.arange(seqlen_q)[:, None] + self.shift - numpy.arange(seqlen_kv)[None, :])
+            distance = abs(numpy.arange(seqlen_q)[:, None] + self.shift(b) - numpy.arange(seqlen_kv)[None, :])
             slopes = -self.alibi_slopes[b, h] * distance
             total = slopes if total is None else total + slopes
         return total
@@ -88,7 +97,7 @@ class Rules:
         """(seqlen_q, seqlen_kv): True where dropout keeps a probability; None without dropout."""
         if self.dropout_p == 0.0:
             return None
-        return dropout_mask((b, h), self.shape[2:], self.dropout_p, self.dropout_seed)
+        return dropout_mask((self.first_batch + b, h), self.shape[2:], self.dropout_p, self.dropout_seed)
 
     @property
     def kept_factor(self) -> float:
@@ -119,6 +128,8 @@ def rules_of(
     segment_ids_q: Any = None,
     segment_ids_kv: Any = None,
     prefix_lengths: Any = None,
+    seqlens_kv: Any = None,
+    first_batch: int = 0,
 ) -> Rules:
     """The features of a call with scores of `shape`; arguments as in `cuflash.scaled_dot_product_attention`."""
     if causal_alignment not in ("top_left", "bottom_right"):
@@ -131,10 +142,12 @@ def rules_of(
     if not isinstance(seed, (int, tuple)):
         first, second = (int(word) for word in to_numpy(seed))
         seed = (first, second)
+    lengths = numpy.full(shape[0], shape[3]) if seqlens_kv is None else numpy.clip(to_numpy(seqlens_kv), 0, shape[3])
     return Rules(
         shape=shape,
+        lengths=lengths,
         is_causal=is_causal,
-        shift=shape[3] - shape[2] if causal_alignment == "bottom_right" else 0,
+        bottom_right=causal_alignment == "bottom_right",
         window=window or (None, None),
         softcap=softcap or None,
         attn_mask=mask,
@@ -146,6 +159,7 @@ def rules_of(
         prefix_lengths=None if prefix_lengths is None else to_numpy(prefix_lengths),
         dropout_p=dropout_p,
         dropout_seed=(seed, 0) if isinstance(seed, int) else seed,
+        first_batch=first_batch,
     )
 
 

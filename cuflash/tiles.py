@@ -93,7 +93,12 @@ class KernelCase:
         """Groups of warps that share out the columns of a wide head, so that their accumulators fit the registers; 1 for a narrow head."""
         if max(self.head_dim, self.head_dim_v) <= WIDEST_NARROW_HEAD:
             return 1
-        outputs = {"forward": self.head_dim_v, "backward_dkdv": self.head_dim + self.head_dim_v, "backward_dv": self.head_dim_v, "backward_mask": 0}
+        outputs = {
+            "forward": self.head_dim_v,
+            "backward_dkdv": self.head_dim + self.head_dim_v,
+            "backward_dv": self.head_dim_v,
+            "backward_mask": 0,
+        }
         many_instructions = self.uses_simt(device) or self.dtype == "float32"
         return max(2, ceil(outputs.get(self.kernel, self.head_dim) / (_SLICE_COLUMNS_FLOAT32 if many_instructions else _SLICE_COLUMNS)))
 
@@ -172,7 +177,9 @@ def _products(case: KernelCase, device: Device) -> tuple[int, int]:
     """Columns of the outputs, and how many score matrices, that a warp accumulates at a time."""
     slices = case.head_slices(device)
     d, dv = (columns // slices for columns in case.columns(device))
-    outputs = {"forward": dv, "backward_dkdv": d + dv, "backward_dk": d, "backward_dv": dv, "backward_dq": d, "backward_mask": 0}[case.kernel]
+    outputs = {"forward": dv, "backward_dkdv": d + dv, "backward_dk": d, "backward_dv": dv, "backward_dq": d, "backward_mask": 0}[
+        case.kernel
+    ]
     sums = 1 if case.kernel == "backward_mask" else 0  # the gradient of a mask has the form of scores
     return outputs, _SCORES[case.kernel] + sums
 

@@ -63,6 +63,8 @@ def warmup(
     arch: str | None = None,
     tile: Tiles = None,
     allow_tf32: bool = False,
+    varlen: bool | Iterable[bool] = False,
+    seqlens_kv: bool = False,
     features: FeatureSet | Iterable[FeatureSet] = NO_FEATURES,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
@@ -74,6 +76,8 @@ def warmup(
         backward: also the kernels of the backward pass.
         arch: the architecture to compile for; None for the GPU of this machine, or the simulator without one.
         tile, allow_tf32: as in the call.
+        varlen: kernels of `varlen_attention` instead of `scaled_dot_product_attention`, or both of them.
+        seqlens_kv: kernels of calls with `seqlens_kv`.
         features: which score features and masks the calls use, such as `cuflash.FeatureSet(window=True, softcap=True)`; one or several sets.
         progress: called with (kernels done, kernels in all).
 
@@ -87,13 +91,15 @@ def warmup(
     on = target(arch)
     head_dims, dtypes, causals, sets = _several(head_dim), _several(dtype), _several(is_causal), _several(features)
     requests: dict[CompileRequest, None] = {}
-    for one_head_dim, one_dtype, causal, feature_set in product(head_dims, dtypes, causals, sets):
+    for one_head_dim, one_dtype, causal, packed, feature_set in product(head_dims, dtypes, causals, _several(varlen), sets):
         options = {
             "dtype": _checked_dtype(one_dtype),
             "head_dim": _checked_head_dim("head_dim", one_head_dim),
             "head_dim_v": None if head_dim_v is None else _checked_head_dim("head_dim_v", head_dim_v),
             "is_causal": check_bool("is_causal", causal),
             "allow_tf32": check_bool("allow_tf32", allow_tf32),
+            "varlen": check_bool("varlen", packed),
+            "seqlens_kv": check_bool("seqlens_kv", seqlens_kv) and not packed,
             "features": _checked_features(feature_set, causal),
         }
         for kernel in offline_kernels(on, backward=backward, tile=tile, **options):  # type: ignore[arg-type]

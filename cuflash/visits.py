@@ -14,7 +14,7 @@ def all_tiles(problem: Problem, tile: Tile) -> int:
 
 
 def visited_tiles(problem: Problem, tile: Tile, *, by_keys: bool) -> int | None:
-    """Tiles that a kernel visits for one head; None where that depends on data: on a boolean mask, segments or prefixes.
+    """Tiles that a kernel visits for one head; None where that depends on data: on a boolean mask, segments, prefixes or lengths.
 
     Args:
         problem: the call.
@@ -22,9 +22,9 @@ def visited_tiles(problem: Problem, tile: Tile, *, by_keys: bool) -> int | None:
         by_keys: its blocks own keys and walk over queries, as those of the dK/dV kernel.
     """
     kinds = problem.features.kinds
-    if kinds.lists_tiles or kinds.prefix:
+    if kinds.lists_tiles or kinds.prefix or problem.seqlens_kv or problem.num_sequences is not None:
         return None
-    low, high = problem.features.window_low, problem.features.window_high
+    low, high = problem.window
     if problem.is_causal:
         high = min(high, problem.causal_offset)
     visited = 0

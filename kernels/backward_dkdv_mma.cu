@@ -20,6 +20,7 @@
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
 #include "tile/score.cuh"
+#include "tile/sequence.cuh"
 #include "tile/slices.cuh"
 #include "tile/visibility.cuh"
 #include "tile/visible_tiles.cuh"
@@ -61,10 +62,21 @@ DEVICE float4 load_statistics(SmemAddress tile, const RowStatistics* source, int
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(const __grid_constant__ BackwardArguments arguments) {
-  const Geometry& geometry = arguments.geometry;
-  const int heads_per_kv = geometry.num_heads_q / geometry.num_heads_kv;
-  const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q / arguments.group_heads, false);
+  const int heads_per_kv = arguments.geometry.num_heads_q / arguments.geometry.num_heads_kv;
+  const Work work = decode_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads, false);
+  const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
+  const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
+  if (is_behind_last(arguments.lengths, work.batch)) {
+    const int num_rows = arguments.geometry.seqlen_kv, num_tiles = arguments.geometry.num_tiles;
+    if constexpr (COMPUTE_DK)
+      clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, start_kv, num_rows, work.tile, num_tiles);
+    if constexpr (COMPUTE_DV)
+      clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, start_kv, num_rows, work.tile, num_tiles);
+    return;
+  }
+  auto num_rows = [&] { return VARLEN ? geometry_of(arguments, work.batch).seqlen_kv : arguments.geometry.seqlen_kv; };  // that have gradients
   const int first_kv = work.tile * TILE_KV;
+  if (VARLEN && first_kv >= num_rows()) return;  // the grid is made for the longest sequence
   const int warp_row = row_warp_index() * WARP_ROWS;
 
   extern __shared__ __align__(128) uint8 shared[];
@@ -82,11 +94,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   clear(dV);
   const Dropout dropout(arguments.features);
 
-  const Visibility common(geometry, arguments.features, 0, 0);  // what does not depend on batch and head
+  const auto& first_geometry = geometry_of(arguments, work.batch * arguments.group_batch);
+  const Visibility common(first_geometry, arguments.features, 0, 0);  // what does not depend on batch and head
   const int first_tile = PER_HEAD_WALK ? 0 : common.first_query(first_kv) / TILE_Q;
   const int num_q_tiles = (common.end_query(first_kv, first_kv + TILE_KV) + TILE_Q - 1) / TILE_Q;
-  const int common_keys = common.end_key(0, geometry.seqlen_q);
-  const int num_members = first_tile < num_q_tiles ? arguments.group_batch * arguments.group_heads : 0;
+  const int common_keys = common.end_key(0, first_geometry.seqlen_q);
+  const int num_members = PER_HEAD_WALK || first_tile < num_q_tiles ? arguments.group_batch * arguments.group_heads : 0;
   int loaded_pair = -1;  // (batch, K/V head) in shared memory
   auto slot = [](int step) { return NUM_STAGES == 1 ? 0 : step % NUM_STAGES; };
 
@@ -94,16 +107,19 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   for (int member = 0; member < num_members; ++member) {
     const int batch = work.batch * arguments.group_batch + member / arguments.group_heads;
     const int head = work.head * arguments.group_heads + member % arguments.group_heads;
+    const auto& geometry = geometry_of(arguments, batch);
     const Visibility visibility(geometry, arguments.features, batch, head);
     const VisibleTiles tiles(geometry, arguments.features, batch, head, work.tile, (geometry.seqlen_q + TILE_Q - 1) / TILE_Q);
     const int begin = TILE_LISTS ? 0 : PER_HEAD_WALK ? visibility.first_query(first_kv) / TILE_Q : first_tile;  // steps over query tiles
-    const int end = TILE_LISTS ? tiles.count() : num_q_tiles;
-    if (PER_HEAD_WALK && begin >= end) continue;
+    const int end = TILE_LISTS      ? tiles.count()
+                    : PER_HEAD_WALK ? (visibility.end_query(first_kv, first_kv + TILE_KV) + TILE_Q - 1) / TILE_Q
+                                    : num_q_tiles;
     const int num_keys = PER_HEAD_WALK ? visibility.end_key(0, geometry.seqlen_q) : common_keys;  // keys beyond are not even read
+    if (PER_HEAD_WALK && begin >= end) continue;
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
-    const RowStatistics* statistics = row_statistics(arguments, batch, head);
-    SliceLoader<TileQ, HEAD_DIM> load_Q(arguments.query, batch, head, geometry.seqlen_q);
-    SliceLoader<TileO, HEAD_DIM_V> load_dO(arguments.grad_out, batch, head, geometry.seqlen_q);
+    const RowStatistics* statistics = row_statistics(arguments, batch, head, start_q);
+    SliceLoader<TileQ, HEAD_DIM> load_Q(arguments.query, batch, head, geometry.seqlen_q, start_q);
+    SliceLoader<TileO, HEAD_DIM_V> load_dO(arguments.grad_out, batch, head, geometry.seqlen_q, start_q);
     auto issue = [&](int step) {
       if (step < end) {
         if constexpr (HEAD_STEPS == 1) {
@@ -117,8 +133,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     };
 
     if constexpr (NUM_STAGES > 1) __syncthreads();  // every warp is done with the tiles of the previous member; one stage ends with a barrier
-    auto load_K = [&](int step) { load_piece<TileK, HEAD_DIM>(K_smem, arguments.key, batch, head / heads_per_kv, num_keys, first_kv, step); };
-    auto load_V = [&](int step) { load_piece<TileV, HEAD_DIM_V>(V_smem, arguments.value, batch, head / heads_per_kv, num_keys, first_kv, step); };
+    auto load_K = [&](int step) {
+      load_piece<TileK, HEAD_DIM>(K_smem, arguments.key, batch, head / heads_per_kv, num_keys, first_kv, step, start_kv);
+    };
+    auto load_V = [&](int step) {
+      load_piece<TileV, HEAD_DIM_V>(V_smem, arguments.value, batch, head / heads_per_kv, num_keys, first_kv, step, start_kv);
+    };
     const int pair = batch * geometry.num_heads_kv + head / heads_per_kv;
     // Another K/V head, or the first. Where members can be passed over, the one that is loaded has to be remembered.
     if (HEAD_STEPS == 1 && (PER_HEAD_WALK ? pair != loaded_pair : head % heads_per_kv == 0 || member % arguments.group_heads == 0)) {
@@ -268,11 +288,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   if constexpr (COMPUTE_DV) {
     if constexpr (DROPOUT) multiply_all(dV, arguments.features.dropout_scale);
     store_rows<Element, HEAD_DIM_V, TileK::COLUMNS>(dV, K_smem + warp_row * TileK::ROW_BYTES, arguments.grad_value, work.batch, work.head, first_row,
-                                                    geometry.seqlen_kv, first_column<TileV>(0));
+                                                    num_rows(), first_column<TileV>(0), start_kv);
   }
   if constexpr (COMPUTE_DK) {
-    multiply_all(dK, geometry.scale);
+    multiply_all(dK, arguments.geometry.scale);
     store_rows<Element, HEAD_DIM, TileK::COLUMNS>(dK, K_smem + warp_row * TileK::ROW_BYTES, arguments.grad_key, work.batch, work.head, first_row,
-                                                  geometry.seqlen_kv, first_column<TileK>(0));
+                                                  num_rows(), first_column<TileK>(0), start_kv);
   }
 }

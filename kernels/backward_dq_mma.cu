@@ -15,6 +15,7 @@
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
 #include "tile/score.cuh"
+#include "tile/sequence.cuh"
 #include "tile/slices.cuh"
 #include "tile/visibility.cuh"
 #include "tile/visible_tiles.cuh"
@@ -30,10 +31,18 @@ static_assert(TILE_Q % (16 * ROW_WARPS) == 0, "tile_q must be a multiple of 16 *
 static_assert(HEAD_SLICES * SLICE_BYTES + 2 * EXCHANGE_BYTES<M_TILES, S_TILES> == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(const __grid_constant__ BackwardArguments arguments) {
-  const Geometry& geometry = arguments.geometry;
-  const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q, CAUSAL);
+  const Work work = decode_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q, CAUSAL);
+  const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
+  const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
+  if (is_behind_last(arguments.lengths, work.batch)) {
+    clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM>(arguments.grad_query, work.head, start_q, arguments.geometry.seqlen_q, work.tile,
+                                                       arguments.geometry.num_tiles);
+    return;
+  }
+  const auto& geometry = geometry_of(arguments, work.batch);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
   const int first_q = work.tile * TILE_Q;
+  if (VARLEN && first_q >= geometry.seqlen_q) return;  // the grid is made for the longest sequence
   const int warp_row = row_warp_index() * WARP_ROWS;
 
   extern __shared__ __align__(128) uint8 shared[];
@@ -46,14 +55,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
 
   const Visibility visibility(geometry, arguments.features, work.batch, work.head);
   const int num_keys = visibility.end_key(first_q, first_q + TILE_Q);  // keys beyond are not even read
-  const VisibleTiles tiles(geometry, arguments.features, work.batch, work.head, work.tile, (geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
+  const VisibleTiles tiles(arguments.geometry, arguments.features, work.batch, work.head, work.tile,
+                           (arguments.geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
   const int begin = TILE_LISTS ? 0 : visibility.first_key(first_q) / TILE_KV;  // steps over key tiles
   const int end = TILE_LISTS ? tiles.count() : (num_keys + TILE_KV - 1) / TILE_KV;
-  SliceLoader<TileK, HEAD_DIM> load_K(arguments.key, work.batch, head_kv, num_keys);
-  SliceLoader<TileV, HEAD_DIM_V> load_V(arguments.value, work.batch, head_kv, num_keys);
-  auto load_Q = [&](int step) { load_piece<TileQ, HEAD_DIM>(Q_smem, arguments.query, work.batch, work.head, geometry.seqlen_q, first_q, step); };
+  SliceLoader<TileK, HEAD_DIM> load_K(arguments.key, work.batch, head_kv, num_keys, start_kv);
+  SliceLoader<TileV, HEAD_DIM_V> load_V(arguments.value, work.batch, head_kv, num_keys, start_kv);
+  auto load_Q = [&](int step) {
+    load_piece<TileQ, HEAD_DIM>(Q_smem, arguments.query, work.batch, work.head, geometry.seqlen_q, first_q, step, start_q);
+  };
   auto load_dO = [&](int step) {
-    load_piece<TileO, HEAD_DIM_V>(dO_smem, arguments.grad_out, work.batch, work.head, geometry.seqlen_q, first_q, step);
+    load_piece<TileO, HEAD_DIM_V>(dO_smem, arguments.grad_out, work.batch, work.head, geometry.seqlen_q, first_q, step, start_q);
   };
   if (HEAD_STEPS == 1 && begin < end) {
     load_Q(0);
@@ -71,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
   for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) issue(begin + ahead);
 
   RowStatistics statistics[M_TILES][2];
-  const RowStatistics* statistics_gmem = row_statistics(arguments, work.batch, work.head);
+  const RowStatistics* statistics_gmem = row_statistics(arguments, work.batch, work.head, start_q);
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
@@ -188,5 +200,5 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
 
   multiply_all(dQ, geometry.scale);
   store_rows<Element, HEAD_DIM, TileQ::COLUMNS>(dQ, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.grad_query, work.batch, work.head,
-                                                first_q + warp_row, geometry.seqlen_q, first_column<TileQ>(0));
+                                                first_q + warp_row, geometry.seqlen_q, first_column<TileQ>(0), start_q);
 }

@@ -15,6 +15,7 @@
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
 #include "tile/score.cuh"
+#include "tile/sequence.cuh"
 #include "tile/slices.cuh"
 #include "tile/visibility.cuh"
 
@@ -54,11 +55,11 @@ DEVICE void sum_rows(const float (&total)[M_TILES][S_TILES][4], float* column_su
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(const __grid_constant__ BackwardArguments arguments) {
-  const Geometry& geometry = arguments.geometry;
   const MaskView& grad_mask = arguments.features.grad_mask;
   const bool sums_queries = grad_mask.stride_query == 0, sums_keys = grad_mask.stride_key == 0;
-  const int num_q_tiles = (geometry.seqlen_q + TILE_Q - 1) / TILE_Q, num_kv_tiles = (geometry.seqlen_kv + TILE_KV - 1) / TILE_KV;
-  const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q / arguments.group_heads, false);
+  const int seqlen_q = arguments.geometry.seqlen_q, seqlen_kv = arguments.geometry.seqlen_kv;
+  const int num_q_tiles = (seqlen_q + TILE_Q - 1) / TILE_Q, num_kv_tiles = (seqlen_kv + TILE_KV - 1) / TILE_KV;
+  const Work work = decode_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads, false);
   const int owned_kv_tiles = sums_keys ? 1 : num_kv_tiles;
   const int begin_q = sums_queries ? 0 : work.tile / owned_kv_tiles, end_q = sums_queries ? num_q_tiles : begin_q + 1;
   const int begin_kv = sums_keys ? 0 : work.tile % owned_kv_tiles, end_kv = sums_keys ? num_kv_tiles : begin_kv + 1;
@@ -80,10 +81,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
   for (int member = 0; member < arguments.group_batch * arguments.group_heads; ++member) {
     const int batch = work.batch * arguments.group_batch + member / arguments.group_heads;
     const int head = work.head * arguments.group_heads + member % arguments.group_heads;
+    const auto& geometry = geometry_of(arguments, batch);
     const int head_kv = head / (geometry.num_heads_q / geometry.num_heads_kv);
     const Visibility visibility(geometry, arguments.features, batch, head);
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
-    const RowStatistics* statistics_gmem = row_statistics(arguments, batch, head);
+    const RowStatistics* statistics_gmem = row_statistics(arguments, batch, head, 0);
 
 #pragma unroll 1
     for (int q_tile = begin_q; q_tile < end_q; ++q_tile) {
@@ -104,10 +106,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
 #pragma unroll 1
       for (int kv_tile = first_tile; kv_tile < end_tile; ++kv_tile) {
         const int first_kv = kv_tile * TILE_KV;
-        auto load_Q = [&](int step) { load_piece<TileQ, HEAD_DIM>(Q_smem, arguments.query, batch, head, geometry.seqlen_q, first_q, step); };
-        auto load_dO = [&](int step) { load_piece<TileO, HEAD_DIM_V>(dO_smem, arguments.grad_out, batch, head, geometry.seqlen_q, first_q, step); };
-        auto load_K = [&](int step) { load_piece<TileK, HEAD_DIM>(K_smem, arguments.key, batch, head_kv, num_keys, first_kv, step); };
-        auto load_V = [&](int step) { load_piece<TileV, HEAD_DIM_V>(V_smem, arguments.value, batch, head_kv, num_keys, first_kv, step); };
+        auto load_Q = [&](int step) { load_piece<TileQ, HEAD_DIM>(Q_smem, arguments.query, batch, head, geometry.seqlen_q, first_q, step, 0); };
+        auto load_dO = [&](int step) {
+          load_piece<TileO, HEAD_DIM_V>(dO_smem, arguments.grad_out, batch, head, geometry.seqlen_q, first_q, step, 0);
+        };
+        auto load_K = [&](int step) { load_piece<TileK, HEAD_DIM>(K_smem, arguments.key, batch, head_kv, num_keys, first_kv, step, 0); };
+        auto load_V = [&](int step) { load_piece<TileV, HEAD_DIM_V>(V_smem, arguments.value, batch, head_kv, num_keys, first_kv, step, 0); };
         if constexpr (HEAD_STEPS == 1) {
           __syncthreads();  // every warp is done with the tiles before
           if (kv_tile == first_tile) {
@@ -182,8 +186,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
       if (threadIdx.x == 0) *destination = from_float<MaskElement>(sum);
     } else {
       for (int column = int(threadIdx.x); column < TILE_KV; column += NUM_THREADS) {
-        if (first_kv + column < geometry.seqlen_kv)
-          destination[(first_kv + column) * grad_mask.stride_key] = from_float<MaskElement>(column_sums[column]);
+        if (first_kv + column < seqlen_kv) destination[(first_kv + column) * grad_mask.stride_key] = from_float<MaskElement>(column_sums[column]);
       }
     }
   } else if (slice_index() != 0) {
@@ -198,12 +201,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
         for (int n = 0; n < S_TILES; ++n) sum += total[m][n][2 * r] + total[m][n][2 * r + 1];
         sum = quad_sum(sum);
         const int query = first_q + warp_row + 16 * m + 8 * r + lane_index() / 4;
-        if (lane_index() % 4 == 0 && query < geometry.seqlen_q) destination[query * grad_mask.stride_query] = from_float<MaskElement>(sum);
+        if (lane_index() % 4 == 0 && query < seqlen_q) destination[query * grad_mask.stride_query] = from_float<MaskElement>(sum);
       }
   } else {
     for_each_element(total, [&](int row, int column, float& sum) {
       const int query = first_q + warp_row + row, key = first_kv + column;
-      if (query < geometry.seqlen_q && key < geometry.seqlen_kv)
+      if (query < seqlen_q && key < seqlen_kv)
         destination[query * grad_mask.stride_query + key * grad_mask.stride_key] = from_float<MaskElement>(sum);
     });
   }

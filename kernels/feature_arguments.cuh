@@ -24,6 +24,8 @@ struct SequenceView {  // one int32 for each (batch, position)
   DEVICE int load(int batch, int position) const { return data[batch * stride_batch + position * stride_position]; }
 };
 
+constexpr int UNLIMITED = 0x7fffffff;  // what stands for no limit of a window
+
 struct FeatureArguments {
   MaskView mask;
   MaskView grad_mask;  // an extent of 1 that is broadcast has stride 0
@@ -36,7 +38,7 @@ struct FeatureArguments {
   const uint64* dropout_state;  // {seed, offset} on the device, or null: the two numbers that follow
   uint64 dropout_seed, dropout_offset;
   int list_batches, list_heads;  // 1 where lists of visible tiles are the same for all batches or heads
-  int window_low, window_high;  // query i sees keys with window_low <= key - i <= window_high; saturated
+  int window_low, window_high;  // query i sees keys with window_low <= key - i - causal_offset <= window_high; ±UNLIMITED: all on that side
   float score_factor;  // what multiplies Q Kᵀ: scale log2(e), or scale / softcap
   float softcap_log2;  // softcap log2(e)
   uint32 dropout_limit;  // an element is kept where its random word is above this

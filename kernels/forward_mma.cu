@@ -21,6 +21,7 @@
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
 #include "tile/score.cuh"
+#include "tile/sequence.cuh"
 #include "tile/slices.cuh"
 #include "tile/softmax.cuh"
 #include "tile/visibility.cuh"
@@ -37,11 +38,27 @@ constexpr int SLICE_BYTES = TileQ::BYTES + NUM_STAGES * (TileK::BYTES + TileV::B
 static_assert(TILE_Q % (16 * ROW_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
 static_assert(HEAD_SLICES * SLICE_BYTES + EXCHANGE_BYTES<M_TILES, S_TILES> == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
+// Out 0 and LSE -inf for queries of no sequence.
+DEVICE void clear_behind_last(const ForwardArguments& arguments, const Work& work, int start) {
+  const int num_rows = arguments.geometry.seqlen_q, num_tiles = arguments.geometry.num_tiles;
+  clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM_V>(arguments.out, work.head, start, num_rows, work.tile, num_tiles);
+  if (arguments.lse.data == nullptr) return;
+  for (int64 row = start + int64(work.tile) * NUM_THREADS + threadIdx.x; row < num_rows; row += int64(num_tiles) * NUM_THREADS)
+    *arguments.lse.pointer(0, work.head, int(row)) = -infinity();
+}
+
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const __grid_constant__ ForwardArguments arguments) {
-  const Geometry& geometry = arguments.geometry;
-  const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q, CAUSAL);
+  const Work work = decode_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q, CAUSAL);
+  const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
+  const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
+  if (is_behind_last(arguments.lengths, work.batch)) {
+    clear_behind_last(arguments, work, start_q);
+    return;
+  }
+  const auto& geometry = geometry_of(arguments, work.batch);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
   const int first_q = work.tile * TILE_Q;
+  if (VARLEN && first_q >= geometry.seqlen_q) return;  // the grid is made for the longest sequence
   const int warp_row = row_warp_index() * WARP_ROWS;
 
   extern __shared__ __align__(128) uint8 shared[];
@@ -52,12 +69,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 
   const Visibility visibility(geometry, arguments.features, work.batch, work.head);
   const int num_keys = visibility.end_key(first_q, first_q + TILE_Q);  // keys beyond are not even read
-  const VisibleTiles tiles(geometry, arguments.features, work.batch, work.head, work.tile, (geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
+  const VisibleTiles tiles(arguments.geometry, arguments.features, work.batch, work.head, work.tile,
+                           (arguments.geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
   const int begin = TILE_LISTS ? 0 : visibility.first_key(first_q) / TILE_KV;  // steps over key tiles
   const int end = TILE_LISTS ? tiles.count() : (num_keys + TILE_KV - 1) / TILE_KV;
-  SliceLoader<TileQ, HEAD_DIM> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q);
-  SliceLoader<TileK, HEAD_DIM, true> load_K(arguments.key, work.batch, head_kv, num_keys);
-  SliceLoader<TileV, HEAD_DIM_V, true> load_V(arguments.value, work.batch, head_kv, num_keys);
+  SliceLoader<TileQ, HEAD_DIM> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q, start_q);
+  SliceLoader<TileK, HEAD_DIM, true> load_K(arguments.key, work.batch, head_kv, num_keys, start_kv);
+  SliceLoader<TileV, HEAD_DIM_V, true> load_V(arguments.value, work.batch, head_kv, num_keys, start_kv);
 
   auto slot = [](int step) { return NUM_STAGES == 1 ? 0 : step % NUM_STAGES; };
   auto issue_K = [&](int step) {
@@ -157,9 +175,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int query = first_q + warp_row + 16 * m + 8 * r + lane_index() / 4;
-        if (query < geometry.seqlen_q) *arguments.lse.pointer(work.batch, work.head, query) = softmax.reference[m][r];
+        if (query < geometry.seqlen_q) *arguments.lse.pointer(work.batch, work.head, start_q + query) = softmax.reference[m][r];
       }
   }
   store_rows<Element, HEAD_DIM_V, TileQ::COLUMNS>(O, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.out, work.batch, work.head, first_q + warp_row,
-                                                  geometry.seqlen_q, first_column<TileV>(0));
+                                                  geometry.seqlen_q, first_column<TileV>(0), start_q);
 }

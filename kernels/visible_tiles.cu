@@ -1,11 +1,12 @@
 // Which tiles of scores have any visible pair, and which of those have a masked one: lists in the format of tile/visible_tiles.cuh, for the tiles
 // that the blocks of the next kernel own. Those are tiles of queries, or with BY_KEYS of keys.
 //
-// One block makes one list, tile after tile, so that its order is that of the tiles. Where neither mask nor segments nor prefixes differ between
-// heads or batches, a list is shared by all of them.
+// One block makes one list, tile after tile, so that its order is that of the tiles. Where neither mask, segments, prefixes nor lengths differ
+// between heads or batches, a list is shared by all of them.
 #include "arguments.cuh"
 #include "ptx/warp.cuh"
 #include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
 #include "tile/visibility.cuh"
 #include "tile/visible_tiles.cuh"
 
@@ -15,11 +16,11 @@ constexpr bool BY_KEYS = Config::BY_KEYS;
 constexpr int NUM_THREADS = Config::NUM_WARPS * WARP_SIZE;
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) visible_tiles(const __grid_constant__ VisibleTilesArguments arguments) {
-  const Geometry& geometry = arguments.geometry;
-  const Work work = decode_block(geometry.num_tiles, arguments.features.list_heads, false);
+  const Work work = decode_block(arguments.geometry.num_tiles, arguments.features.list_heads, false);
+  const auto& geometry = geometry_of(arguments, work.batch);
   const Visibility visibility(geometry, arguments.features, work.batch, work.head);
 
-  const int num_columns = BY_KEYS ? (geometry.seqlen_q + TILE_Q - 1) / TILE_Q : (geometry.seqlen_kv + TILE_KV - 1) / TILE_KV;
+  const int num_columns = BY_KEYS ? (arguments.geometry.seqlen_q + TILE_Q - 1) / TILE_Q : (arguments.geometry.seqlen_kv + TILE_KV - 1) / TILE_KV;
   int begin, end;  // columns that the masks which do not depend on data leave
   if constexpr (BY_KEYS) {
     begin = visibility.first_query(work.tile * TILE_KV) / TILE_Q;

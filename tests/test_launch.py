@@ -54,14 +54,14 @@ def problem_of(**options: Any) -> Problem:
 def forward(problem: Problem, vectorized: bool = True) -> tuple[ArgumentTemplate, bytes]:
     (kernel,) = planning.make_plan(problem, device.of_arch("sm_80")).kernels
     template = launch.forward_template(problem, problem.query, (36, 9, 1), dict.fromkeys(FORWARD_TENSORS, vectorized))
-    return template, launch.forward_tail(problem, kernel)
+    return template, launch.forward_tail(problem, kernel) + launch.lengths_template(problem).fill({})
 
 
 def backward(problem: Problem, grad_lse_strides: tuple[int, int, int] | None = (36, 9, 1)) -> tuple[ArgumentTemplate, bytes]:
     kernel = planning.make_plan(problem, device.of_arch("sm_80"), backward=True).kernels[1]
     views = {name: problem.key if name in ("key", "value", "grad_key", "grad_value") else problem.query for name in BACKWARD_TENSORS}
     template = launch.backward_template(views, (36, 9, 1), grad_lse_strides, dict.fromkeys(BACKWARD_TENSORS, True))
-    return template, launch.backward_tail(problem, kernel)
+    return template, launch.backward_tail(problem, kernel) + launch.lengths_template(problem).fill({})
 
 
 def offset_of(template: ArgumentTemplate, name: str) -> int:
@@ -112,6 +112,11 @@ def test_sizes_and_offsets_are_those_of_the_kernels(tmp_path: Path, monkeypatch:
     assertions += [f"OFFSET(VisibleTilesArguments, features.{name}) == {40 + numbers + 4 * i}" for i, name in enumerate(FEATURE_NUMBERS)]
     group = packed["BackwardArguments"][0].size + 4 * len(GEOMETRY)
     assertions += [f"OFFSET(BackwardArguments, group_batch) == {group}", f"OFFSET(BackwardArguments, group_heads) == {group + 4}"]
+    for struct_name, (template, tail) in packed.items():
+        lengths = template.size + len(tail) - launch.lengths_template(problem_of()).size
+        for i, name in enumerate(("cu_seqlens_q", "cu_seqlens_kv", "seqlens_kv", "num_sequences")):
+            assertions.append(f"OFFSET({struct_name}, lengths.{name}) == {lengths + 8 * i}")
+        assertions.append(f"OFFSET({struct_name}, lengths.bottom_right) == {lengths + 28}")
     for i, name in enumerate(("data", "stride_batch", "stride_seqlen", "stride_head", "stride_dim", "vectorized")):
         assertions.append(f"OFFSET(TensorView, {name}) == {8 * i}")
     for i, name in enumerate(("data", "stride_batch", "stride_head", "stride_seqlen")):

@@ -6,12 +6,12 @@
 #include "ptx/warp.cuh"
 #include "tile/smem_tile.cuh"
 
-// Converts c and stores it to rows first_row .. and columns first_c .. of (batch, head), leaving out rows from num_rows on and columns from HEAD_DIM
-// on. `scratch` is room for 16 M rows of SCRATCH_COLUMNS elements in this warp's own part of shared memory; more columns go through it one piece
-// after another.
+// Converts c and stores it to rows first_row .. (counted from `start`) and columns first_c .. of (batch, head), leaving out rows from num_rows on and
+// columns from HEAD_DIM on. `scratch` is room for 16 M rows of SCRATCH_COLUMNS elements in this warp's own part of shared memory; more columns go
+// through it one piece after another.
 template <typename Element, int HEAD_DIM, int SCRATCH_COLUMNS, int M, int N>
 DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const TensorView& view, int batch, int head, int first_row, int num_rows,
-                       int first_c = 0) {
+                       int first_c = 0, int start = 0) {
   constexpr int PIECE_COLUMNS = SCRATCH_COLUMNS < 8 * N ? SCRATCH_COLUMNS : 8 * N;
   using Tile = SmemTile<Element, 16 * M, PIECE_COLUMNS>;
   const int g = lane_index() / 4, t = lane_index() % 4;
@@ -34,7 +34,7 @@ DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const Ten
         }
     __syncwarp();  // the rows are complete
 
-    Element* destination = view.row_pointer<Element>(batch, head);
+    Element* destination = view.row_pointer<Element>(batch, head, start);
 #pragma unroll 1
     for (int index = lane_index(); index < Tile::ROWS * Tile::CHUNKS; index += WARP_SIZE) {
       const int row = index / Tile::CHUNKS;
@@ -57,5 +57,17 @@ DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const Ten
         }
       }
     }
+  }
+}
+
+// Zeros in the rows from `start` on, those behind the last packed sequence (tile/sequence.cuh); this block does TILE_ROWS of them at a time, as its
+// tile says, and goes on at `num_tiles` tiles further.
+template <typename Element, int NUM_THREADS, int TILE_ROWS, int DIM>
+DEVICE void clear_rows(const TensorView& view, int head, int start, int num_rows, int tile, int num_tiles) {
+  Element* destination = view.row_pointer<Element>(0, head);
+  for (int64 first = start + int64(tile) * TILE_ROWS; first < num_rows; first += int64(num_tiles) * TILE_ROWS) {
+    const int rows = int(min(int64(TILE_ROWS), num_rows - first));
+    for (int index = int(threadIdx.x); index < rows * DIM; index += NUM_THREADS)
+      destination[(first + index / DIM) * view.stride_seqlen + index % DIM * view.stride_dim] = from_float<Element>(0.0f);
   }
 }

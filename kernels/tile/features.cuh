@@ -2,6 +2,7 @@
 #pragma once
 #include "arguments.cuh"
 #include "ptx/convert.cuh"
+#include "tile/sequence.cuh"
 
 using MaskElement = Config::MaskElement;  // uint8: True means attend; a float type: added to the scores; NoMask
 
@@ -18,7 +19,7 @@ constexpr bool DROPOUT = Config::DROPOUT;
 constexpr bool TILE_LISTS = BOOLEAN_MASK || SEGMENTS;  // which tiles have visible pairs depends on data
 constexpr bool ONLY_CAUSAL = !TILE_LISTS && !WINDOW && !PREFIX;  // no mask but the end of the arrays and the causal one
 constexpr bool MODIFIES_SCORES = SOFTCAP || ALIBI || ADDITIVE_MASK;  // scores are more than scaled products
-constexpr bool PER_HEAD_WALK = TILE_LISTS || PREFIX;  // the tiles of a walk differ between batches or heads
+constexpr bool PER_HEAD_WALK = TILE_LISTS || PREFIX || SEQLENS_KV;  // the tiles of a walk differ between batches or heads
 
 // What an element of a mask means. Templates, so that nothing is asked of the elements of another kind of mask.
 template <typename T>
@@ -33,3 +34,4 @@ DEVICE bool mask_attends(T element) {
 }
 
 static_assert(!PREFIX || Config::CAUSAL, "prefix_lengths lifts a causal mask");
+static_assert(!VARLEN || (!TILE_LISTS && !ADDITIVE_MASK), "packed sequences have neither masks nor segments");

@@ -50,8 +50,9 @@ struct TileLoader {
   int num_rows;
   Chunk staged[STAGED ? CHUNK_ITERATIONS : 1][STAGED ? ROW_ITERATIONS : 1];
 
-  DEVICE TileLoader(const TensorView& view, int batch, int head, int num_rows)
-      : source(view.row_pointer<const Element>(batch, head)), view(view), num_rows(num_rows) {}
+  // Rows count from `start`.
+  DEVICE TileLoader(const TensorView& view, int batch, int head, int num_rows, int start = 0)
+      : source(view.row_pointer<const Element>(batch, head, start)), view(view), num_rows(num_rows) {}
 
   DEVICE void issue(SmemAddress tile, int first_row, int first_column = 0) {
     if (!SAME_ELEMENT || !view.vectorized) {

@@ -30,10 +30,10 @@ DEVICE int first_column(int step) {
 template <typename Tile, int DIM, bool STAGE = false>
 using SliceLoader = TileLoader<Tile, Element, SLICE_THREADS, STAGE && HEAD_STEPS == 1, HEAD_SLICES == 1 ? 0 : DIM>;
 
-// Copies one piece of a tile, this group's, from rows first_row .. of (batch, head).
+// Copies one piece of a tile, this group's, from rows first_row .. of (batch, head); rows count from `start`.
 template <typename Tile, int DIM>
-DEVICE void load_piece(SmemAddress tile, const TensorView& view, int batch, int head, int num_rows, int first_row, int step) {
-  SliceLoader<Tile, DIM> loader(view, batch, head, num_rows);
+DEVICE void load_piece(SmemAddress tile, const TensorView& view, int batch, int head, int num_rows, int first_row, int step, int start) {
+  SliceLoader<Tile, DIM> loader(view, batch, head, num_rows, start);
   loader.issue(tile, first_row, first_column<Tile>(step));
   loader.land(tile);
 }

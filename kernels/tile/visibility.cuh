@@ -11,11 +11,15 @@ class Visibility {  // of one batch and query head
   DEVICE Visibility(const Geometry& geometry, const FeatureArguments& features, int batch, int head)
       : geometry(geometry), features(features), batch(batch), head(head) {
     if constexpr (PREFIX) prefix = min(features.prefix_lengths.load(batch, 0), geometry.seqlen_kv);
+    if constexpr (WINDOW) {
+      window_low = around_diagonal(features.window_low);
+      window_high = around_diagonal(features.window_high);
+    }
   }
 
   // The first key that any query from `first_q` on sees.
   DEVICE int first_key(int first_q) const {
-    if constexpr (WINDOW) return int(max(int64(0), int64(first_q) + features.window_low));
+    if constexpr (WINDOW) return int(max(int64(0), int64(first_q) + window_low));
     return 0;
   }
 
@@ -24,7 +28,7 @@ class Visibility {  // of one batch and query head
     int end = visible_keys<Config::CAUSAL>(geometry, end_q);
     if constexpr (PREFIX) end = max(end, prefix);
     if constexpr (WINDOW) {
-      end = int(max(int64(0), min(int64(end), int64(min(end_q, geometry.seqlen_q)) + features.window_high)));
+      end = int(max(int64(0), min(int64(end), int64(min(end_q, geometry.seqlen_q)) + window_high)));
       if (end <= first_key(first_q)) end = 0;
     }
     return end;
@@ -33,7 +37,7 @@ class Visibility {  // of one batch and query head
   // The first query that sees any key from `first_kv` on.
   DEVICE int first_query(int first_kv) const {
     int first = PREFIX && first_kv < prefix ? 0 : first_visible_query<Config::CAUSAL>(geometry, first_kv);
-    if constexpr (WINDOW) first = int(max(int64(first), int64(first_kv) - features.window_high));
+    if constexpr (WINDOW) first = int(max(int64(first), int64(first_kv) - window_high));
     return first;
   }
 
@@ -41,9 +45,10 @@ class Visibility {  // of one batch and query head
   DEVICE int end_query(int first_kv, int end_kv) const {
     int end = geometry.seqlen_q;
     if constexpr (WINDOW) {
-      end = int(max(int64(0), min(int64(end), int64(min(end_kv, geometry.seqlen_kv)) - features.window_low)));
+      end = int(max(int64(0), min(int64(end), int64(min(end_kv, geometry.seqlen_kv)) - window_low)));
       if (end <= first_query(first_kv)) end = 0;
     }
+    if (SEQLENS_KV && first_kv >= geometry.seqlen_kv) end = 0;
     return end;
   }
 
@@ -51,14 +56,14 @@ class Visibility {  // of one batch and query head
   DEVICE bool needs_mask(int first_q, int end_q, int first_kv, int end_kv) const {
     bool needs = PREFIX ? end_kv > geometry.seqlen_kv || (end_kv > prefix && ::needs_mask<true>(geometry, first_q, end_kv))
                         : ::needs_mask<Config::CAUSAL>(geometry, first_q, end_kv);
-    if constexpr (WINDOW) needs |= end_kv - 1 - first_q > features.window_high || first_kv - (end_q - 1) < features.window_low;
+    if constexpr (WINDOW) needs |= end_kv - 1 - first_q > window_high || first_kv - (end_q - 1) < window_low;
     return needs;
   }
 
   DEVICE bool sees(int query, int key) const {
     bool visible = is_visible<Config::CAUSAL>(geometry, query, key);
     if constexpr (PREFIX) visible |= key < prefix;
-    if constexpr (WINDOW) visible &= key - query >= features.window_low && key - query <= features.window_high;
+    if constexpr (WINDOW) visible &= key - query >= window_low && key - query <= window_high;
     if constexpr (SEGMENTS || BOOLEAN_MASK) {
       const int q = min(query, geometry.seqlen_q - 1), k = min(key, geometry.seqlen_kv - 1);
       if constexpr (SEGMENTS) visible &= features.segment_ids_q.load(batch, q) == features.segment_ids_kv.load(batch, k);
@@ -76,4 +81,10 @@ class Visibility {  // of one batch and query head
   const FeatureArguments& features;
   int batch, head;
   int prefix = 0;
+  int window_low = 0, window_high = 0;  // of key - query
+
+  DEVICE int around_diagonal(int limit) const {
+    if (limit == UNLIMITED || limit == -UNLIMITED) return limit;
+    return int(max(int64(-UNLIMITED), min(int64(UNLIMITED), int64(limit) + geometry.causal_offset)));
+  }
 };
