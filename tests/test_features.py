@@ -285,6 +285,12 @@ def test_dropout_is_the_same_for_all_tiles(simulator: Target) -> None:
         assert numpy.array_equal(out[0, :, 0] != 0, kept[0, 0])
 
 
+@pytest.mark.parametrize("tile", [cuflash.Tile(32, 16, 1, 1), cuflash.Tile(48, 64, 2, 2)], ids=str)
+def test_gradients_with_dropout_for_all_tiles(simulator: Target, tile: cuflash.Tile) -> None:
+    """The backward kernels draw for transposed tiles, and in tiles of their own."""
+    simulator.check(*inputs_of(simulator, "bfloat16"), enable_gqa=True, dropout_p=0.4, dropout_seed=5, backward_tile=tile)
+
+
 def test_dropout_seed_on_the_device(target: Target) -> None:
     """Two words that a replayed graph finds changed give another mask; the same numbers as an int or a pair give the same bits."""
     inputs = inputs_of(target, target.half)

@@ -256,3 +256,22 @@ def test_warmup_names_a_bad_argument(arguments: tuple[object, ...], argument: st
     with pytest.raises(OptionError) as caught:
         cuflash.warmup(*arguments)  # type: ignore[arg-type]
     assert caught.value.argument == argument
+
+
+# --- Features ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_warmup_of_features_compiles_what_a_call_with_them_needs(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = cuflash.FeatureSet(window=True, attn_mask="float16", dropout=True)
+    cuflash.warmup(24, "float16", is_causal=False, features=features)
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    inputs = [simulator.random((1, 20, 1, 24), "float16", seed) for seed in (1, 2, 3)]
+    mask = numpy.zeros((20, 20), numpy.float16)
+    simulator.run(*inputs, window=(3, 3), attn_mask=mask, dropout_p=0.5, dropout_seed=1)
+
+
+def test_warmup_of_impossible_features() -> None:
+    with pytest.raises(OptionError, match="pass is_causal=True"):
+        cuflash.warmup(64, is_causal=False, features=cuflash.FeatureSet(prefix=True))
+    with pytest.raises(OptionError, match="a mask of bool or float16"):
+        cuflash.warmup(64, features=cuflash.FeatureSet(attn_mask="int8"))

@@ -37,7 +37,7 @@ class Visibility {  // of one batch and query head
   // The first query that sees any key from `first_kv` on.
   DEVICE int first_query(int first_kv) const {
     int first = PREFIX && first_kv < prefix ? 0 : first_visible_query<Config::CAUSAL>(geometry, first_kv);
-    if constexpr (WINDOW) first = int(max(int64(first), int64(first_kv) - window_high));
+    if constexpr (WINDOW) first = int(max(int64(first), min(int64(geometry.seqlen_q), int64(first_kv) - window_high)));
     return first;
   }
 
