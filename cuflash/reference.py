@@ -130,7 +130,7 @@ def varlen_attention(
     lse = numpy.full((query.shape[1], query.shape[0]), -numpy.inf)
     for i, (queries, keys) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_kv)):
         inputs = query[None, queries], key[None, keys], value[None, keys]
-        own = _of_sequence(options, i)
+        own = options_of_sequence(options, i)
         found = attention(*inputs, **own) if precision is None else attention_naive(*inputs, precision, **own)
         out[queries], lse[:, queries] = found[0][0], found[1][0]
     return out, lse
@@ -161,7 +161,7 @@ def varlen_attention_backward(
     grads.sinks = None if options.get("sinks") is None else numpy.zeros(query.shape[1])
     for i, (queries, keys) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_kv)):
         inputs = grad_out[None, queries], query[None, queries], key[None, keys], value[None, keys]
-        own = _of_sequence(options, i) | {"grad_lse": None if grad_lse is None else grad_lse[None, :, queries]}
+        own = options_of_sequence(options, i) | {"grad_lse": None if grad_lse is None else grad_lse[None, :, queries]}
         found = attention_backward(*inputs, **own) if precision is None else attention_naive_backward(*inputs, precision, **own)
         for grad, rows, of_sequence in zip(grads, (queries, keys, keys), found, strict=True):
             grad[rows] = of_sequence[0]
@@ -170,7 +170,7 @@ def varlen_attention_backward(
     return grads
 
 
-def _of_sequence(options: Mapping[str, Any], i: int) -> dict[str, Any]:
+def options_of_sequence(options: Mapping[str, Any], i: int) -> dict[str, Any]:
     """The options of sequence i as those of a batch of one."""
     own = {**options, "first_batch": i}
     if own.get("prefix_lengths") is not None:

@@ -290,25 +290,75 @@ class Target:
                 ("grad_query", "grad_key", "grad_value"), results.grads, wanted, naives, strict=True
             ):
                 assert got.dtype == query.dtype, name
-                got64 = reference.to_float64(got)
-                with numpy.errstate(invalid="ignore"):
-                    close = numpy.abs(got64 - want_grad) <= noise
-                compare(numpy.where(close, want_grad, got64), want_grad, naive_grad, name=name, dtype=dtype)
+                _compare_gradient(name, got, want_grad, naive_grad, noise, dtype)
             for name in ("attn_mask", "sinks"):
                 got, want_grad = getattr(results, f"grad_{name}"), getattr(wanted, name)
                 assert (got is None) == (want_grad is None), name
                 if want_grad is not None:
                     assert got.dtype == options[name].dtype, name
-                    got64 = reference.to_float64(got)
-                    close = numpy.abs(got64 - want_grad) <= _noise_of_sums(name, grad_out, results.out, judged)
-                    compare(
-                        numpy.where(close, want_grad, got64), want_grad, getattr(naives, name), name=f"grad_{name}", dtype=str(got.dtype)
-                    )
+                    of_sums = _noise_of_sums(name, grad_out, results.out, judged)
+                    _compare_gradient(f"grad_{name}", got, want_grad, getattr(naives, name), of_sums, str(got.dtype))
+        return results
+
+    def run_packed(
+        self, inputs: list[Any], cu: tuple[Any, Any], maxima: Any = (None, None), grad_lse: Any = None, **options: Any
+    ) -> tuple[Any, ...]:
+        """Both calls on packed query, key, value, grad_out: (out, lse, grad_query, grad_key, grad_value), and grad_sinks where there are sinks."""
+        query, key, value, grad_out = inputs
+        out, lse = cuflash.varlen_attention(query, key, value, *cu, *maxima, return_lse=True, **options)
+        grads = cuflash.varlen_attention_backward(grad_out, query, key, value, out, lse, *cu, *maxima, grad_lse=grad_lse, **options)
+        return (out, lse, *grads, *(() if grads.sinks is None else (grads.sinks,)))
+
+    def check_packed(
+        self, inputs: list[Any], cu: tuple[Any, Any], maxima: Any = (None, None), grad_lse: Any = "random", **options: Any
+    ) -> tuple[Any, ...]:
+        """`run_packed`, and assert that all results are as exact as the naive formula in the same precision."""
+        query, key, value, grad_out = inputs
+        dtype, heads = str(query.dtype), query.shape[1]
+        if isinstance(grad_lse, str):
+            grad_lse = self.random((heads, query.shape[0]), "float32", 98)
+        results = self.run_packed(inputs, cu, maxima, grad_lse, **options)
+        shapes = [grad_out.shape, (heads, query.shape[0]), query.shape, key.shape, value.shape, (heads,)]
+        assert [x.shape for x in results] == shapes[: len(results)]
+        judged = {name: option for name, option in options.items() if name != "deterministic"}
+        out, lse = reference.varlen_attention(query, key, value, *cu, **judged)
+        naive_out, _ = reference.varlen_attention(query, key, value, *cu, precision=dtype, **judged)  # type: ignore[arg-type]
+        _, naive_lse = reference.varlen_attention(query, key, value, *cu, precision="float32", **judged)
+        compare(results[0], out, naive_out, name="out")
+        compare(results[1], lse, naive_lse, name="lse", dtype="float32")
+        wanted, naives = (
+            reference.varlen_attention_backward(grad_out, query, key, value, *cu, grad_lse=grad_lse, precision=precision, **judged)  # type: ignore[arg-type]
+            for precision in (None, dtype)
+        )
+        noise = min(_noises_of_sequences(grad_out, query, key, value, cu, judged), default=0.0)
+        for name, got, want, naive in zip(("grad_query", "grad_key", "grad_value"), results[2:5], wanted, naives, strict=True):
+            _compare_gradient(name, got, want, naive, noise, dtype)
+        if len(results) > 5:
+            noise_of_sinks = _noise_of_sums("sinks", grad_out[None], results[0][None], {})
+            _compare_gradient("grad_sinks", results[5], wanted.sinks, naives.sinks, noise_of_sinks, dtype)
         return results
 
     def host(self, x: Any) -> numpy.ndarray[Any, Any]:
         """Any array of this target as float64 in NumPy."""
         return reference.to_float64(x)
+
+
+def _compare_gradient(name: str, got: Any, want: Any, naive: Any, noise: Any, dtype: str) -> None:
+    """`compare`, where what rounding leaves of sums that cancel does not count as an error."""
+    got64 = reference.to_float64(got)
+    with numpy.errstate(invalid="ignore"):
+        close = numpy.abs(got64 - want) <= noise
+    compare(numpy.where(close, want, got64), want, naive, name=name, dtype=dtype)
+
+
+def _noises_of_sequences(grad_out: Any, query: Any, key: Any, value: Any, cu: tuple[Any, Any], options: dict[str, Any]) -> Iterator[float]:
+    """`_noise_of_gradients` of each packed sequence that has queries and keys."""
+    starts_q, starts_kv = ([int(n) for n in x] for x in cu)
+    for i in range(len(starts_q) - 1):
+        queries, keys = slice(*starts_q[i : i + 2]), slice(*starts_kv[i : i + 2])
+        inputs = [x[None, rows] for x, rows in ((grad_out, queries), (query, queries), (key, keys), (value, keys))]
+        if 0 not in inputs[1].shape and 0 not in inputs[2].shape:
+            yield _noise_of_gradients(*inputs, reference.options_of_sequence({"causal_alignment": "bottom_right", **options}, i))
 
 
 def _noise_of_gradients(grad_out: Any, query: Any, key: Any, value: Any, options: dict[str, Any]) -> float:

@@ -54,8 +54,10 @@ PAIRS = [
 ]
 
 
-def inputs_of(target: Target, dtype: str, head_dim: int = 32, seqlens: tuple[int, int] = (SQ, SKV)) -> list[Any]:
-    shapes = [(B, seqlens[0], H, head_dim), (B, seqlens[1], HK, head_dim), (B, seqlens[1], HK, head_dim)]
+def inputs_of(
+    target: Target, dtype: str, head_dim: int = 32, seqlens: tuple[int, int] = (SQ, SKV), head_dim_v: int | None = None
+) -> list[Any]:
+    shapes = [(B, seqlens[0], H, head_dim), (B, seqlens[1], HK, head_dim), (B, seqlens[1], HK, head_dim_v or head_dim)]
     return [target.random(shape, dtype, seed) for seed, shape in enumerate(shapes)]
 
 

@@ -15,7 +15,7 @@ import cuflash
 from cuflash import Tile, attention, device, frameworks, reference
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, OptionError, ShapeError
 from cuflash.planning import offline_kernels
-from cuflash.reference import compare, varlen_attention, varlen_attention_backward
+from cuflash.reference import varlen_attention, varlen_attention_backward
 
 if TYPE_CHECKING:
     from conftest import Target
@@ -151,32 +151,6 @@ def packed(
     return [target.random((1, *shape), dtype, seed, view)[0] for seed, shape in enumerate(shapes)]
 
 
-def run_packed(
-    target: Target, inputs: list[Any], cu: tuple[Any, Any], maxima: Any = (None, None), grad_lse: Any = None, **options: Any
-) -> Any:
-    """(out, lse, grad_query, grad_key, grad_value)."""
-    query, key, value, grad_out = inputs
-    out, lse = cuflash.varlen_attention(query, key, value, *cu, *maxima, return_lse=True, **options)
-    return (out, lse, *cuflash.varlen_attention_backward(grad_out, query, key, value, out, lse, *cu, *maxima, grad_lse=grad_lse, **options))
-
-
-def check_packed(target: Target, inputs: list[Any], cu: tuple[Any, Any], maxima: Any = (None, None), **options: Any) -> Any:
-    """Both calls, and assert that all results are as exact as the naive formula in the same precision."""
-    query, key, value, grad_out = inputs
-    dtype, heads = str(query.dtype), query.shape[1]
-    grad_lse = target.random((heads, query.shape[0]), "float32", 98)
-    results = run_packed(target, inputs, cu, maxima, grad_lse, **options)
-    assert [x.shape for x in results] == [grad_out.shape, (heads, query.shape[0]), query.shape, key.shape, value.shape]
-    truth = (*varlen_attention(query, key, value, *cu, **options),
-             *varlen_attention_backward(grad_out, query, key, value, *cu, grad_lse=grad_lse, **options))  # fmt: skip
-    naive = (*varlen_attention(query, key, value, *cu, precision=dtype, **options),  # type: ignore[arg-type]
-             *varlen_attention_backward(grad_out, query, key, value, *cu, grad_lse=grad_lse, precision=dtype, **options))  # type: ignore[arg-type]  # fmt: skip
-    _, naive_lse = varlen_attention(query, key, value, *cu, precision="float32", **options)
-    for name, got, want, yardstick in zip(("out", "lse", "grad_query", "grad_key", "grad_value"), results, truth, naive, strict=True):
-        compare(got, want, naive_lse if name == "lse" else yardstick, name=name, dtype="float32" if name == "lse" else dtype)
-    return results
-
-
 LENGTHS_Q, LENGTHS_KV = [10, 0, 70, 1, 128, 33], [20, 30, 0, 3, 64, 130]
 
 
@@ -184,20 +158,20 @@ LENGTHS_Q, LENGTHS_KV = [10, 0, 70, 1, 128, 33], [20, 30, 0, 3, 64, 130]
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_sequences(target: Target, dtype: str, mask: dict[str, Any]) -> None:
     cu = offsets(target, LENGTHS_Q), offsets(target, LENGTHS_KV)
-    check_packed(target, packed(target, (sum(LENGTHS_Q), sum(LENGTHS_KV)), dtype), cu, (128, 130), **mask)
+    target.check_packed(packed(target, (sum(LENGTHS_Q), sum(LENGTHS_KV)), dtype), cu, (128, 130), **mask)
 
 
 @MASK
 @pytest.mark.parametrize("dims", [(192, 128), (71, 33), (576, 512), (64, 256), (256, 8)], ids=str)
 def test_packed_sequences_with_other_head_dims(target: Target, dims: tuple[int, int], mask: dict[str, Any]) -> None:
     cu = offsets(target, [10, 0, 40]), offsets(target, [20, 5, 33])
-    check_packed(target, packed(target, (50, 58), target.half, dims, heads=(4, 2)), cu, (40, 33), enable_gqa=True, **mask)
+    target.check_packed(packed(target, (50, 58), target.half, dims, heads=(4, 2)), cu, (40, 33), enable_gqa=True, **mask)
 
 
 @pytest.mark.parametrize("maxima", [(128, 130), (None, None), (128, None), (1000, 1000)], ids=str)
 def test_bounds_of_lengths_change_grids_only(target: Target, maxima: Any) -> None:
     inputs, cu = packed(target, (sum(LENGTHS_Q), sum(LENGTHS_KV)), target.half), (offsets(target, LENGTHS_Q), offsets(target, LENGTHS_KV))
-    got, want = (run_packed(target, inputs, cu, bounds, is_causal=True) for bounds in (maxima, (sum(LENGTHS_Q), sum(LENGTHS_KV))))
+    got, want = (target.run_packed(inputs, cu, bounds, is_causal=True) for bounds in (maxima, (sum(LENGTHS_Q), sum(LENGTHS_KV))))
     assert [target.bits(x) for x in got] == [target.bits(x) for x in want]
 
 
@@ -205,7 +179,7 @@ def test_bounds_of_lengths_change_grids_only(target: Target, maxima: Any) -> Non
 def test_one_packed_sequence_is_a_batch_of_one(target: Target, mask: dict[str, Any]) -> None:
     """The same bits as the call on padded batches, which has the same kernels but for where they find the lengths."""
     inputs = packed(target, (100, 130), target.half, (64, 40), heads=(4, 2))
-    got = run_packed(target, inputs, (offsets(target, [100]), offsets(target, [130])), enable_gqa=True, **mask)
+    got = target.run_packed(inputs, (offsets(target, [100]), offsets(target, [130])), enable_gqa=True, **mask)
     want = target.run(*(x[None] for x in inputs[:3]), grad_out=inputs[3][None], enable_gqa=True, **mask)
     assert tuple(target.bits(x) for x in got) == want.bits()
 
@@ -213,8 +187,8 @@ def test_one_packed_sequence_is_a_batch_of_one(target: Target, mask: dict[str, A
 def test_the_default_alignment_is_bottom_right(target: Target) -> None:
     inputs, cu = packed(target, (20, 60), target.half), (offsets(target, [5, 15]), offsets(target, [50, 10]))
     got, want = (
-        run_packed(target, inputs, cu, is_causal=True),
-        run_packed(target, inputs, cu, is_causal=True, causal_alignment="bottom_right"),
+        target.run_packed(inputs, cu, is_causal=True),
+        target.run_packed(inputs, cu, is_causal=True, causal_alignment="bottom_right"),
     )
     assert [target.bits(x) for x in got] == [target.bits(x) for x in want]
     assert numpy.isneginf(target.host(got[1])).sum() == 2 * 5, "the second sequence has five queries more than keys"
@@ -224,7 +198,7 @@ def test_packed_causal_with_three_keys(target: Target) -> None:
     """Skv = 3: less than a tile, less than a warp's rows; gradients came out infinite elsewhere."""
     for lengths_q in ([3, 3], [1, 5], [40, 3]):
         inputs = packed(target, (sum(lengths_q), 6), target.half, (64, 64))
-        check_packed(target, inputs, (offsets(target, lengths_q), offsets(target, [3, 3])), (max(lengths_q), 3), is_causal=True)
+        target.check_packed(inputs, (offsets(target, lengths_q), offsets(target, [3, 3])), (max(lengths_q), 3), is_causal=True)
 
 
 @MASK
@@ -233,7 +207,7 @@ def test_sequences_without_queries_or_keys_and_max_seqlen_1(target: Target, leng
     """Decoding with grouped queries: at most one query each, some sequences have none, some no keys yet."""
     lengths_q, lengths_kv = lengths
     inputs = packed(target, (sum(lengths_q), sum(lengths_kv)), target.half, heads=(8, 2))
-    check_packed(target, inputs, (offsets(target, lengths_q), offsets(target, lengths_kv)), (1, max(lengths_kv)), enable_gqa=True, **mask)
+    target.check_packed(inputs, (offsets(target, lengths_q), offsets(target, lengths_kv)), (1, max(lengths_kv)), enable_gqa=True, **mask)
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]], ids=str)
@@ -242,7 +216,7 @@ def test_all_sequences_empty(target: Target, lengths: list[int]) -> None:
     inputs = [target.place(numpy.full(x.shape, numpy.nan, x.dtype)) for x in packed(target, (200, 300), target.half)]
     cu = offsets(target, lengths), offsets(target, lengths)
     for maxima in ((None, None), (0, 0), (7, 7)):
-        out, lse, *grads = run_packed(target, inputs, cu, maxima, is_causal=True)
+        out, lse, *grads = target.run_packed(inputs, cu, maxima, is_causal=True)
         assert numpy.isneginf(target.host(lse)).all()
         for x in (out, *grads):
             assert (target.host(x) == 0).all()
@@ -252,7 +226,7 @@ def test_all_sequences_empty(target: Target, lengths: list[int]) -> None:
 @pytest.mark.parametrize("count", [0, 2], ids="sequences{}".format)
 def test_no_tokens(target: Target, tokens: tuple[int, int], count: int) -> None:
     inputs, cu = packed(target, tokens, target.half, (40, 24)), (int32(target, [0] * (count + 1)), int32(target, [0] * (count + 1)))
-    results = run_packed(target, inputs, cu)
+    results = target.run_packed(inputs, cu)
     assert [x.shape for x in results] == [(tokens[0], 2, 24), (2, tokens[0]), (tokens[0], 2, 40), (tokens[1], 2, 40), (tokens[1], 2, 24)]
     assert numpy.isneginf(target.host(results[1])).all()
     for x in (results[0], *results[2:]):
@@ -274,13 +248,13 @@ def test_tokens_beyond_the_last_offset(target: Target, dims: tuple[int, int], mo
     used_q, used_kv = 60, 75
     inputs = packed(target, (used_q, used_kv), target.half, dims)
     cu = offsets(target, [20, 40]), offsets(target, [35, 40])
-    want = run_packed(target, inputs, cu, (40, 40), is_causal=True)
+    want = target.run_packed(inputs, cu, (40, 40), is_causal=True)
     longer = []
     for x in inputs:
         whole = numpy.full((x.shape[0] + 300, *x.shape[1:]), numpy.nan, x.dtype)
         whole[: x.shape[0]] = target.as_numpy(x)
         longer.append(target.place(whole))
-    got = run_packed(target, longer, cu, (40, 40), is_causal=True)
+    got = target.run_packed(longer, cu, (40, 40), is_causal=True)
     assert target.bits(got[1][:, :used_q]) == target.bits(want[1])
     assert numpy.isneginf(target.host(got[1])[:, used_q:]).all()
     for long, short in zip((got[0], *got[2:]), (want[0], *want[2:]), strict=True):
@@ -294,11 +268,11 @@ def test_neighbours_never_leak(target: Target) -> None:
     lengths_q, lengths_kv = [30, 45, 20], [50, 17, 40]
     cu = offsets(target, lengths_q), offsets(target, lengths_kv)
     inputs = packed(target, (sum(lengths_q), sum(lengths_kv)), target.half)
-    clean = run_packed(target, inputs, cu, is_causal=True)
+    clean = target.run_packed(inputs, cu, is_causal=True)
     dirty_inputs = [target.as_numpy(x).copy() for x in inputs]
     for x, starts in zip(dirty_inputs, (cu[0], cu[1], cu[1], cu[0]), strict=True):
         x[int(starts[1]) : int(starts[2])] = numpy.nan
-    dirty = run_packed(target, [target.place(x) for x in dirty_inputs], cu, is_causal=True)
+    dirty = target.run_packed([target.place(x) for x in dirty_inputs], cu, is_causal=True)
     for clean_one, dirty_one, starts in zip(clean, dirty, (cu[0], None, cu[0], cu[1], cu[1]), strict=True):
         got, want = target.host(dirty_one), target.host(clean_one)
         if starts is None:  # lse: tokens come last
@@ -311,7 +285,7 @@ def test_neighbours_never_leak(target: Target) -> None:
 def test_packed_sequences_in_any_strides(target: Target, view: str, dims: tuple[int, int]) -> None:
     cu = offsets(target, [11, 30]), offsets(target, [21, 45])
     plain, strided = (packed(target, (41, 66), target.half, dims, view=name) for name in ("contiguous", view))
-    got, want = (run_packed(target, inputs, cu, is_causal=True) for inputs in (strided, plain))
+    got, want = (target.run_packed(inputs, cu, is_causal=True) for inputs in (strided, plain))
     assert [target.bits(x) for x in got] == [target.bits(x) for x in want]
 
 
@@ -345,19 +319,19 @@ def test_senseless_offsets_stay_within_the_arrays(target: Target, offsets_q: lis
     """The host cannot know them without waiting for the device. The simulator stops at the first access outside of an array."""
     inputs = packed(target, (41, 66), target.half)
     for cu in ((offsets_q, [0, 30, 66]), ([0, 20, 41], offsets_q), (offsets_q, offsets_q)):
-        results = run_packed(target, inputs, tuple(int32(target, x) for x in cu), is_causal=True)
+        results = target.run_packed(inputs, tuple(int32(target, x) for x in cu), is_causal=True)
         assert results[0].shape == inputs[3].shape
 
 
 def test_offsets_are_read_when_the_kernels_run(target: Target) -> None:
     """A kept call, as a captured graph, sees the lengths that the arrays hold by then, up to the bounds it was made for."""
     inputs, cu = packed(target, (100, 100), target.half), (offsets(target, [60, 40]), offsets(target, [10, 90]))
-    run_packed(target, inputs, cu, (100, 100), is_causal=True)
+    target.run_packed(inputs, cu, (100, 100), is_causal=True)
     kept = len(attention._calls)
     for lengths in ([0, 100], [1, 2], [100, 0], [50, 50]):
         cu[0][...], cu[1][...] = offsets(target, lengths), offsets(target, lengths)
-        got = run_packed(target, inputs, cu, (100, 100), is_causal=True)
-        want = check_packed(target, inputs, (offsets(target, lengths), offsets(target, lengths)), (100, 100), is_causal=True)
+        got = target.run_packed(inputs, cu, (100, 100), is_causal=True)
+        want = target.check_packed(inputs, (offsets(target, lengths), offsets(target, lengths)), (100, 100), is_causal=True)
         assert target.bits(got[0]) == target.bits(want[0])
         assert target.bits(got[1]) == target.bits(want[1])
     assert len(attention._calls) == kept + 1, "one more with a gradient of lse"
@@ -368,7 +342,7 @@ def test_packed_sequences_give_the_same_bits_on_every_run(target: Target) -> Non
     runs = []
     for seed in range(3):
         with target.schedule(seed):
-            runs.append([target.bits(x) for x in run_packed(target, inputs, cu, is_causal=True, enable_gqa=True)])
+            runs.append([target.bits(x) for x in target.run_packed(inputs, cu, is_causal=True, enable_gqa=True)])
     assert runs[0] == runs[1] == runs[2]
 
 
