@@ -107,7 +107,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   const Dropout dropout(arguments.features);
 
   for (int j = begin; j < end; ++j) {
-    const int first_kv = tiles.tile(j) * TILE_KV;
     float S[M_TILES][S_TILES][4];
     auto add_scores = [&](int) {
       gemm_rows<Mma, TileQ::COLUMNS>(S, typename Mma::OperandA<TileQ>(Q_smem, warp_row),
@@ -126,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
       for_each_piece(
           [&](int step) {
             load_Q.issue(Q_smem, first_q, first_column<TileQ>(step));
-            load_K.issue(K_smem, first_kv, first_column<TileK>(step));
+            load_K.issue(K_smem, tiles.tile(j) * TILE_KV, first_column<TileK>(step));
           },
           add_scores);
       publish(S, exchange);
@@ -134,6 +133,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     }
     collect(S, exchange);
 
+    const int first_kv = tiles.tile(j) * TILE_KV;
     if constexpr (MODIFIES_SCORES) {
       ScoreSlope<M_TILES, S_TILES> unused;
       modifier.apply<false>(S, unused, first_q + warp_row, first_kv);
