@@ -11,7 +11,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cuflash.arrays import BFloat16Bits, bfloat16
-    from cuflash.attention import Gradients, plan, scaled_dot_product_attention, scaled_dot_product_attention_backward
+    from cuflash.attention import (
+        Gradients,
+        plan,
+        scaled_dot_product_attention,
+        scaled_dot_product_attention_backward,
+        varlen_attention,
+        varlen_attention_backward,
+        varlen_plan,
+    )
+    from cuflash.dropout import dropout_mask
     from cuflash.errors import (
         ArgumentError,
         CompileError,
@@ -25,6 +34,7 @@ if TYPE_CHECKING:
         TileError,
         UnsupportedError,
     )
+    from cuflash.features import FeatureSet
     from cuflash.planning import Plan
     from cuflash.tiles import Tile
     from cuflash.tuning import legal_tiles, warmup
@@ -36,6 +46,10 @@ _HOME = {
     "plan": "attention",
     "scaled_dot_product_attention": "attention",
     "scaled_dot_product_attention_backward": "attention",
+    "varlen_attention": "attention",
+    "varlen_attention_backward": "attention",
+    "varlen_plan": "attention",
+    "dropout_mask": "dropout",
     "ArgumentError": "errors",
     "CompileError": "errors",
     "CuflashError": "errors",
@@ -47,6 +61,7 @@ _HOME = {
     "SimulatorError": "errors",
     "TileError": "errors",
     "UnsupportedError": "errors",
+    "FeatureSet": "features",
     "Plan": "planning",
     "Tile": "tiles",
     "legal_tiles": "tuning",
@@ -60,6 +75,7 @@ __all__ = [
     "CuflashError",
     "DTypeError",
     "DeviceError",
+    "FeatureSet",
     "Gradients",
     "OptionError",
     "Plan",
@@ -71,10 +87,14 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "bfloat16",
+    "dropout_mask",
     "legal_tiles",
     "plan",
     "scaled_dot_product_attention",
     "scaled_dot_product_attention_backward",
+    "varlen_attention",
+    "varlen_attention_backward",
+    "varlen_plan",
     "warmup",
 ]
 

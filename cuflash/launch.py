@@ -21,6 +21,7 @@ import numpy
 
 from cuflash import cache
 from cuflash.device import Device
+from cuflash.features import Features
 from cuflash.planning import KernelPlan
 from cuflash.problem import Problem, View
 
@@ -35,6 +36,8 @@ _TENSOR_VIEW = struct.Struct("=Q4qii")
 _ROW_VIEW = struct.Struct("=Q3q")
 _GEOMETRY = struct.Struct("=6i3fi")
 _GROUP = struct.Struct("=2i")
+_FEATURE_NUMBERS = struct.Struct("=4i2fIf")
+_LENGTHS = struct.Struct("=3Q2i")
 
 _LOG2_E = 1.4426950408889634
 
@@ -59,6 +62,51 @@ def _pack_geometry(problem: Problem, num_tiles: int) -> bytes:
         scale, abs(scale) * _LOG2_E if scale else 1.0, math.copysign(1.0, scale) if scale else 0.0, num_tiles,
     )  # fmt: skip
 
+
+def features_template(problem: Problem, mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)) -> ArgumentTemplate:
+    """`FeatureArguments` of kernels/feature_arguments.cuh. Its 64-bit words are filled in as addresses are."""
+    features = problem.features
+    return _features_template(features, problem.list_extents, problem.scale, mask_grad_strides)
+
+
+def _features_template(features: Features, lists: tuple[int, int], scale: float, mask_grad_strides: tuple[int, ...]) -> ArgumentTemplate:
+    mask = (0, 0, 0, 0) if features.attn_mask is None else features.attn_mask.strides
+    factor = scale * _LOG2_E if features.softcap is None else scale / features.softcap
+    threshold = math.ceil(features.dropout_p * 2.0**32)
+    kept_factor = 0.0 if features.dropout_p in (0.0, 1.0) else 1.0 / (1.0 - features.dropout_p)
+    numbers = _FEATURE_NUMBERS.pack(
+        *lists, features.window_low, features.window_high, factor, (features.softcap or 0.0) * _LOG2_E, max(threshold - 1, 0), kept_factor
+    )
+    word = bytes(8)
+    strides = struct.Struct("=2q").pack
+    return ArgumentTemplate(
+        [
+            ("attn_mask", word + struct.pack("=4q", *mask)),
+            ("grad_attn_mask", word + struct.pack("=4q", *mask_grad_strides)),
+            ("alibi_slopes", word + strides(*features.alibi_strides)),
+            ("sinks", word + strides(0, features.sinks_stride)),
+            ("grad_sinks", word),
+            ("segment_ids_q", word + strides(*features.segment_ids_q_strides)),
+            ("segment_ids_kv", word + strides(*features.segment_ids_kv_strides)),
+            ("prefix_lengths", word + strides(features.prefix_stride, 0)),
+            ("visible_tiles", word),
+            ("dropout_state", word),
+            ("dropout_seed", word),
+            ("dropout_offset", word + numbers),
+        ]
+    )
+
+
+def dropout_mask_arguments(extents: tuple[int, ...], num_tiles: int, dropout_p: float, pointers: Mapping[str, int]) -> bytearray:
+    """`DropoutMaskArguments` of kernels/arguments.cuh."""
+    batch, heads, seqlen_q, seqlen_kv = extents
+    geometry = _GEOMETRY.pack(batch, seqlen_q, seqlen_kv, heads, heads, 0, 1.0, 1.0, 1.0, num_tiles)
+    features = _features_template(Features(dropout_p=dropout_p), (1, 1), 1.0, (0, 0, 0, 0))
+    return bytearray(pointers["dropout_mask"].to_bytes(8, "little") + geometry + features.fill(pointers))
+
+
+NO_FEATURE_BYTES = bytes(272)
+"""`FeatureArguments` of a kernel that reads none of them."""
 
 FORWARD_TENSORS = ("query", "key", "value", "out")
 BACKWARD_TENSORS = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
@@ -94,7 +142,7 @@ def forward_template(problem: Problem, out: View, lse_strides: Strides3, vectori
 
 
 def forward_tail(problem: Problem, kernel: KernelPlan) -> bytes:
-    """The rest of `ForwardArguments`, which differs between kernels."""
+    """The rest of `ForwardArguments` up to its lengths, which differs between kernels."""
     return _pack_geometry(problem, kernel.num_tiles)
 
 
@@ -109,8 +157,18 @@ def backward_template(
 
 
 def backward_tail(problem: Problem, kernel: KernelPlan) -> bytes:
-    """The rest of `BackwardArguments`, which differs between kernels."""
-    return _pack_geometry(problem, kernel.num_tiles) + _GROUP.pack(kernel.group_batch, kernel.group_heads)
+    """The rest of `BackwardArguments` up to its lengths, which differs between kernels; of kernels that read no tensors only the geometry."""
+    geometry = _pack_geometry(problem, kernel.num_tiles)
+    return geometry + _GROUP.pack(kernel.group_batch, kernel.group_heads) if kernel.reads_tensors else geometry
+
+
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_kv", "seqlens_kv")
+
+
+def lengths_template(problem: Problem) -> ArgumentTemplate:
+    """`SequenceLengths` of kernels/arguments.cuh, which the features follow."""
+    packed = _LENGTHS.pack(0, 0, 0, problem.num_sequences or 0, problem.causal_alignment == "bottom_right")
+    return ArgumentTemplate([(name, packed[8 * i : 8 * i + 8] if i < 2 else packed[16:]) for i, name in enumerate(LENGTHS)])
 
 
 # --- Executables --------------------------------------------------------------------------------------------------------------------------

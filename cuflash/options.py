@@ -13,7 +13,7 @@ from typing import Literal
 import numpy
 
 from cuflash.arrays import describe
-from cuflash.errors import OptionError, UnsupportedError
+from cuflash.errors import OptionError
 from cuflash.layout import CANONICAL
 
 CausalAlignment = Literal["top_left", "bottom_right"]
@@ -41,22 +41,6 @@ def check_scale(scale: object) -> float | None:
     raise OptionError(
         "scale", describe(scale), expected, "Leave it out for head_dim ** -0.5; convert an array of one element: float(scale)."
     )
-
-
-def check_dropout(dropout_p: object) -> None:
-    """Only 0 passes: other probabilities are not supported yet, and all else is wrong."""
-    number = _real(dropout_p)
-    if number is None or not 0.0 <= number <= 1.0:
-        raise OptionError("dropout_p", describe(dropout_p), "a probability from 0.0 to 1.0", "Use 0.0 for no dropout, as in evaluation.")
-    if number != 0.0:
-        raise UnsupportedError("dropout_p", describe(dropout_p), "0.0: dropout is not supported yet", "Leave it out.")
-
-
-def check_mask(attn_mask: object) -> None:
-    """Only None passes: masks are not supported yet."""
-    if attn_mask is not None:
-        hint = "Leave it out, or use is_causal=True for a causal mask."
-        raise UnsupportedError("attn_mask", describe(attn_mask), "None: masks are not supported yet", hint)
 
 
 def check_causal_alignment(value: object) -> CausalAlignment:

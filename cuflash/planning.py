@@ -2,14 +2,15 @@
 
 Pure: nothing here touches a GPU, CuPy or a compiler, so a plan can be made for any architecture anywhere, and printed.
 
-Memory beyond inputs and outputs is O(S): the forward pass needs none, the backward pass eight bytes per query row and head.
+Memory beyond inputs and outputs is O(S): the forward pass needs none, the backward pass eight bytes per query row and head. With a boolean mask or
+segments, the lists of visible tiles take four bytes for each pair of tiles.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from cuflash import tiles
@@ -17,12 +18,20 @@ from cuflash.codegen import config_text
 from cuflash.compiler import CompileRequest
 from cuflash.device import Device
 from cuflash.errors import TileError, UnsupportedError
+from cuflash.features import NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.problem import Problem
 from cuflash.tiles import KernelCase, Tile
+from cuflash.visits import all_tiles, visited_tiles
 
 MAX_GRID = 2**31 - 1
 ROW_STATISTICS_BYTES = 8
 DELTA_WARPS = 4
+LIST_WARPS = 4
+SINKS_WARPS = 8
+LIST_ENTRY_BYTES = 4
+BY_KEYS = ("backward_dkdv", "backward_dk", "backward_dv")
+"""Kernels whose blocks own keys."""
+MAX_SHARED_SLICES = 5  # of a wide head, beyond which dK and dV take a kernel each
 
 Tiles = Tile | Mapping[str, Tile] | None
 """What `tile=` takes: one tile; for the backward pass also a mapping from kernel names to tiles; or None for the defaults."""
@@ -33,9 +42,10 @@ class KernelPlan:
     """One kernel launch.
 
     Attributes:
-        name: "forward", "backward_delta", "backward_dkdv", "backward_dk", "backward_dv" or "backward_dq".
+        name: "forward", "backward_delta", "backward_dkdv", "backward_dk", "backward_dv" or "backward_dq"; with features also "visible_tiles" before each
+            of the others but backward_delta, "backward_mask" and "backward_sinks".
         source: file in kernels/; its stem is the entry point.
-        dtype, head_dim, tile: as in `KernelCase`.
+        dtype, head_dim, head_dim_v, tile: as in `KernelCase`.
         config: the text of `struct Config`.
         num_threads: threads of a block.
         shared_bytes: dynamic shared memory of a block.
@@ -56,6 +66,12 @@ class KernelPlan:
     num_blocks: int
     group_batch: int = 1
     group_heads: int = 1
+    head_dim_v: int = 0
+
+    @property
+    def reads_tensors(self) -> bool:
+        """Whether its parameter starts with the views of query, key, value and the others."""
+        return self.name != "visible_tiles"
 
     @property
     def entry(self) -> str:
@@ -78,6 +94,7 @@ class Plan:
         kernels: launches in order; empty when there is nothing to compute.
         workspace_bytes: device memory beyond inputs and outputs.
         output_bytes: memory of the arrays that the call returns.
+        list_bytes: the part of the workspace that holds lists of visible tiles; each kernel's follow those of the one before in the same memory.
     """
 
     problem: Problem
@@ -86,6 +103,7 @@ class Plan:
     kernels: tuple[KernelPlan, ...]
     workspace_bytes: int
     output_bytes: int
+    list_bytes: int = 0
 
     def __str__(self) -> str:
         return self.describe()
@@ -104,26 +122,42 @@ class Plan:
             else f"{problem.num_heads_q}/{problem.num_heads_kv} heads"
         )
         flops = problem.flops_backward if self.backward else problem.flops_forward
+        batch, longest, at_most = f"batch {problem.batch}", "", ""
+        if problem.num_sequences is not None:
+            batch, at_most = f"{problem.num_sequences} packed sequences, tokens", "at most "
+            longest = f", sequences of at most {problem.max_seqlen_q} x {problem.max_seqlen_kv}"
+        if problem.seqlens_kv:
+            longest, at_most = ", keys of each row up to its seqlens_kv", "at most "
         standard = (
-            problem.batch * problem.num_heads_q * problem.seqlen_q * problem.seqlen_kv * problem.itemsize * (4 if self.backward else 2)
+            (problem.num_sequences or problem.batch)
+            * problem.num_heads_q
+            * problem.max_seqlen_q
+            * problem.max_seqlen_kv
+            * problem.itemsize
+            * (4 if self.backward else 2)
         )
         lines = [
             f"{'backward' if self.backward else 'forward'} attention on {self.device.name}, {self.device.arch}",
-            f"  problem    {problem.dtype}, batch {problem.batch}, seqlen {problem.seqlen_q} x {problem.seqlen_kv}, {heads}, "
-            f"head_dim {problem.head_dim}, {causal}, scale {problem.scale:.6g}",
+            f"  problem    {problem.dtype}, {batch}, seqlen {problem.seqlen_q} x {problem.seqlen_kv}{longest}, {heads}, "
+            f"head_dim {tiles.head_dims(problem.head_dim, problem.head_dim_v)}, {causal}, scale {problem.scale:.6g}",
             f"  products   {_products(problem, self.device)}",
         ]
         for kernel in self.kernels:
-            tile = f"{kernel.tile}, " if kernel.name != "backward_delta" else ""
+            tile = f"{kernel.tile}, " if kernel.name not in ("backward_delta", "backward_sinks") else ""
             lines.append(
                 f"  kernel     {kernel.name}: {kernel.source}, {tile}{kernel.num_blocks} blocks of {kernel.num_threads} threads, "
                 f"{kernel.shared_bytes} bytes of shared memory"
             )
         if not self.kernels:
             lines.append("  kernel     none: there is nothing to compute")
+        if problem.features.kinds != NO_FEATURES:
+            lines.insert(2, f"  features   {problem.features.describe()}")
+        visits = [_visits(kernel, problem) for kernel in self.kernels if kernel.name in tiles.PASSES]
+        if visits and (problem.is_causal or problem.features.kinds.hides_keys):
+            lines.append(f"  tiles      {', '.join(visits)}")
         lines += [
             f"  memory     outputs {_bytes(self.output_bytes)}, workspace {_bytes(self.workspace_bytes)}; unfused attention would take {_bytes(standard)} more",
-            f"  work       {flops / 1e9:.4g} GFLOP in matrix products over visible pairs; the same bits on every run",
+            f"  work       {at_most}{flops / 1e9:.4g} GFLOP in matrix products over visible pairs; the same bits on every run",
         ]
         return "\n".join(lines)
 
@@ -145,23 +179,33 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
     itemsize = problem.itemsize
     rows = problem.batch * problem.num_heads_q * problem.seqlen_q
     if backward:
-        output_bytes = itemsize * (rows * problem.head_dim + _size(problem.key_shape) + _size(problem.value_shape))
+        output_bytes = itemsize * (_size(problem.query.shape) + _size(problem.key_shape) + _size(problem.value_shape))
         workspace_bytes = ROW_STATISTICS_BYTES * rows
     else:
-        output_bytes = itemsize * rows * problem.head_dim + (4 * rows if problem.return_lse else 0)
+        output_bytes = itemsize * _size(problem.output_shape) + (4 * rows if problem.return_lse else 0)
         workspace_bytes = 0
+    if backward:
+        output_bytes += _feature_gradient_bytes(problem)
     kernels: tuple[KernelPlan, ...] = ()
+    list_bytes = 0
     if not problem.is_empty:
         passes: tuple[tiles.Pass, ...] = backward_passes(problem, device) if backward else ("forward",)
         _check_names(tile, passes)
-        kernels = tuple(_attention_kernel(name, problem, device, tile) for name in passes)
+        planned = [kernel for kernel in (_attention_kernel(name, problem, device, tile) for name in passes) if kernel.num_blocks]
+        if problem.features.kinds.lists_tiles:
+            list_bytes = max((_list_bytes(kernel, problem) for kernel in planned), default=0)
+            pairs = [(_visible_tiles_kernel(kernel, problem, device), kernel) for kernel in planned if kernel.name != "backward_mask"]
+            planned = [kernel for pair in pairs for kernel in pair] + [kernel for kernel in planned if kernel.name == "backward_mask"]
         if backward:
-            kernels = (_delta_kernel(problem, device), *kernels)
+            planned.insert(0, _delta_kernel(problem, device))
+            if problem.features.kinds.sinks:
+                planned.append(_sinks_kernel(problem, device))
+        kernels = tuple(planned)
     for kernel in kernels:
         if kernel.num_blocks > MAX_GRID:
             hint = "Split the call along the batch."
             raise UnsupportedError("query", f"{kernel.num_blocks} tiles over batch and heads", f"at most {MAX_GRID}", hint)
-    return Plan(problem, device, backward, kernels, workspace_bytes if kernels else 0, output_bytes)
+    return Plan(problem, device, backward, kernels, workspace_bytes + list_bytes if kernels else 0, output_bytes, list_bytes)
 
 
 def backward_passes(problem: Problem, device: Device) -> tuple[tiles.Pass, ...]:
@@ -169,18 +213,21 @@ def backward_passes(problem: Problem, device: Device) -> tuple[tiles.Pass, ...]:
 
     dK and dV come from one kernel where the accumulators of both fit the registers and they are summed over the same heads and batches.
     """
-    same_groups = problem.key_shape == problem.value_shape
-    both = KernelCase("backward_dkdv", problem.dtype, problem.head_dim, problem.allow_tf32)
+    same_groups = problem.key_shape[:3] == problem.value_shape[:3]
+    both = KernelCase("backward_dkdv", problem.dtype, problem.head_dim, problem.allow_tf32, problem.head_dim_v, problem.features.kinds)
+    mask: tuple[tiles.Pass, ...] = ("backward_mask",) if problem.features.need_attn_mask_grad else ()
     if same_groups and splits_dkdv(both, device) is False:
-        return ("backward_dkdv", "backward_dq")
-    return ("backward_dv", "backward_dk", "backward_dq")
+        return ("backward_dkdv", "backward_dq", *mask)
+    return ("backward_dv", "backward_dk", "backward_dq", *mask)
 
 
 @functools.cache
 def splits_dkdv(case: KernelCase, device: Device) -> bool:
-    """Whether no tile of the joint dK/dV kernel fits the registers with room to spare."""
+    """Whether no tile of the joint dK/dV kernel fits the registers with room to spare, or too many warps would compute the same exponentials."""
     legal = tiles.legal_tiles_for(case, device)
-    return not legal or tiles.estimate_registers(case, legal[0], device) > tiles.MAX_REGISTERS
+    return (
+        not legal or case.head_slices(device) > MAX_SHARED_SLICES or tiles.estimate_registers(case, legal[0], device) > tiles.MAX_REGISTERS
+    )
 
 
 def offline_kernels(
@@ -188,13 +235,17 @@ def offline_kernels(
     *,
     dtype: str,
     head_dim: int,
+    head_dim_v: int | None = None,
     is_causal: bool = False,
     allow_tf32: bool = False,
+    varlen: bool = False,
+    seqlens_kv: bool = False,
     backward: bool = True,
     tile: Tiles = None,
+    features: FeatureSet = NO_FEATURES,
 ) -> Iterable[KernelPlan]:
     """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection."""
-    problem = _representative(dtype, head_dim, is_causal, allow_tf32)
+    problem = _representative(dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features)
     passes = ("forward", *(backward_passes(problem, device) if backward else ()))
     _check_names(tile, passes)
     yield from make_plan(problem, device, tile=_of_pass(tile, backward=False)).kernels
@@ -209,15 +260,20 @@ def _of_pass(tile: Tiles, *, backward: bool) -> Tiles:
     return {name: pinned for name, pinned in tile.items() if (name != "forward") == backward}
 
 
-def _representative(dtype: str, head_dim: int, is_causal: bool, allow_tf32: bool) -> Problem:
+def _representative(
+    dtype: str, head_dim: int, head_dim_v: int, is_causal: bool, allow_tf32: bool, varlen: bool, seqlens_kv: bool, features: FeatureSet
+) -> Problem:
     from cuflash.problem import Layout, View
 
-    shape = (1, 1024, 1, head_dim)
-    view = View(shape, (1024 * head_dim, head_dim, head_dim, 1))
+    view, view_v = (View((1, 1024, 1, dim), (1024 * dim, dim, dim, 1)) for dim in (head_dim, head_dim_v))
+    mask = None if features.attn_mask is None else MaskLayout(features.attn_mask, (1024, 1024), (1, 1, 1024, 1024), (0, 0, 1024, 1))
+    need_grad = mask is not None and mask.dtype != "bool"
     return Problem(
         dtype=dtype, batch=1, seqlen_q=1024, seqlen_kv=1024, num_heads_q=1, num_heads_kv=1, batch_kv=1, head_dim=head_dim, scale=head_dim**-0.5,
-        is_causal=is_causal, causal_alignment="top_left", deterministic=False, allow_tf32=allow_tf32, return_lse=True, query=view, key=view, value=view,
-        key_shape=shape, value_shape=shape, layout=Layout(),
+        is_causal=is_causal, causal_alignment="top_left", deterministic=False, allow_tf32=allow_tf32, return_lse=True, query=view, key=view,
+        value=view_v, key_shape=view.shape, value_shape=view_v.shape, layout=Layout(), head_dim_v=head_dim_v,
+        max_seqlen_q=1024, max_seqlen_kv=1024, seqlens_kv=seqlens_kv, num_sequences=1 if varlen else None,
+        features=Features(features, mask, need_grad),
     )  # fmt: skip
 
 
@@ -231,31 +287,47 @@ def _check_names(tile: Tiles, passes: tuple[tiles.Pass, ...]) -> None:
 
 
 def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:
-    case = KernelCase(name, problem.dtype, problem.head_dim, problem.allow_tf32 and problem.dtype == "float32")
+    features = problem.features
+    allow_tf32 = problem.allow_tf32 and problem.dtype == "float32"
+    case = KernelCase(name, problem.dtype, problem.head_dim, allow_tf32, problem.head_dim_v, features.kinds)
     tile = _choose_tile(case, device, pinned)
     shared_bytes = tiles.shared_bytes(case, tile, device)
-    constants: dict[str, int | bool] = {
+    constants: dict[str, int | bool | str] = {
         "CAPABILITY": device.capability,
         "HEAD_DIM": problem.head_dim,
+        "HEAD_DIM_V": problem.head_dim_v,
+        "HEAD_SLICES": case.head_slices(device),
+        "HEAD_STEPS": case.head_steps(device),
         "TILE_Q": tile.tile_q,
         "TILE_KV": tile.tile_kv,
         "NUM_WARPS": tile.num_warps,
         "NUM_STAGES": tile.num_stages,
         "SHARED_BYTES": shared_bytes,
         "CAUSAL": problem.is_causal,
+        "VARLEN": problem.num_sequences is not None,
+        "SEQLENS_KV": problem.seqlens_kv,
         "ALLOW_TF32": case.allow_tf32,
+        **features.kinds.constants(),
     }
-    source, batch, heads, seqlen = f"{name}_mma.cu", problem.batch, problem.num_heads_q, problem.seqlen_q
+    source, batch, heads, seqlen = f"{name}_mma.cu", problem.batch, problem.num_heads_q, problem.max_seqlen_q
     group_batch = group_heads = 1
-    if name in ("backward_dkdv", "backward_dk", "backward_dv"):
+    if name in BY_KEYS:
         source = "backward_dkdv_mma.cu"
         constants |= {"COMPUTE_DK": name != "backward_dv", "COMPUTE_DV": name != "backward_dk"}
-        batch, seqlen, heads, _ = problem.value_shape if name == "backward_dv" else problem.key_shape
+        batch, _, heads, _ = problem.value_shape if name == "backward_dv" else problem.key_shape
+        seqlen = problem.max_seqlen_kv
         group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
     num_tiles = ceil(seqlen / case.stationary_rows(tile))
+    if problem.num_sequences is not None:
+        batch, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # blocks of one more fill what lies behind the last
+    if name == "backward_mask":  # blocks own tiles of the gradient, and sum over the axes that the mask is broadcast along
+        assert features.attn_mask is not None
+        batch, heads, rows, columns = features.attn_mask.extents
+        group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
+        num_tiles = ceil(rows / tile.tile_q) * ceil(columns / tile.tile_kv)
     return KernelPlan(
         name, source, problem.dtype, problem.head_dim, tile, config_text(problem.dtype, constants), 32 * tile.num_warps, shared_bytes,
-        num_tiles, num_tiles * heads * batch, group_batch, group_heads,
+        num_tiles, num_tiles * heads * batch, group_batch, group_heads, problem.head_dim_v,
     )  # fmt: skip
 
 
@@ -267,16 +339,76 @@ def _choose_tile(case: KernelCase, device: Device, pinned: Tiles) -> Tile:
     return tiles.default_tile(case, device) if pinned is None else tiles.check_tile(case, pinned, device)
 
 
+def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> KernelPlan:
+    """Lists, for the tiles that blocks of the kernel `of` own, the tiles that they have to visit."""
+    kinds = problem.features.kinds
+    kinds = replace(
+        NO_FEATURES,
+        attn_mask="bool" if kinds.attn_mask == "bool" else None,
+        **{name: getattr(kinds, name) for name in ("window", "segments", "prefix")},
+    )
+    constants: dict[str, int | bool | str] = {
+        "CAPABILITY": device.capability,
+        "TILE_Q": of.tile.tile_q,
+        "TILE_KV": of.tile.tile_kv,
+        "NUM_WARPS": LIST_WARPS,
+        "BY_KEYS": of.name in BY_KEYS,
+        "CAUSAL": problem.is_causal,
+        "VARLEN": False,
+        "SEQLENS_KV": problem.seqlens_kv,
+        **kinds.constants(),
+    }
+    batches, heads = problem.list_extents
+    return KernelPlan(
+        "visible_tiles", "visible_tiles.cu", problem.dtype, problem.head_dim, of.tile, config_text("float32", constants), 32 * LIST_WARPS, 0,
+        of.num_tiles, of.num_tiles * batches * heads,
+    )  # fmt: skip
+
+
+def _list_bytes(kernel: KernelPlan, problem: Problem) -> int:
+    """Memory of the lists of visible tiles of one kernel: for each tile that blocks own, a count and at most one entry for each tile that they walk over."""
+    if kernel.name == "backward_mask":
+        return 0
+    by_keys = kernel.name in BY_KEYS
+    walked = ceil(problem.seqlen_q / kernel.tile.tile_q) if by_keys else ceil(problem.seqlen_kv / kernel.tile.tile_kv)
+    batches, heads = problem.list_extents
+    return LIST_ENTRY_BYTES * batches * heads * kernel.num_tiles * (1 + walked)
+
+
+def _sinks_kernel(problem: Problem, device: Device) -> KernelPlan:
+    """The gradient of the sinks, one block for each query head."""
+    constants: dict[str, int | bool | str] = {"CAPABILITY": device.capability, "NUM_WARPS": SINKS_WARPS}
+    return KernelPlan(
+        "backward_sinks", "backward_sinks.cu", problem.dtype, problem.head_dim, Tile(1, 1, SINKS_WARPS, 1), config_text("float32", constants),
+        32 * SINKS_WARPS, 4 * SINKS_WARPS, 1, problem.num_heads_q,
+    )  # fmt: skip
+
+
+def _feature_gradient_bytes(problem: Problem) -> int:
+    """Memory of the gradients of the mask and of the sinks."""
+    features = problem.features
+    size = 4 * problem.num_heads_q if features.kinds.sinks else 0
+    if features.need_attn_mask_grad and features.attn_mask is not None:
+        size += _size(features.attn_mask.shape) * (4 if features.attn_mask.dtype == "float32" else 2)
+    return size
+
+
 def _delta_kernel(problem: Problem, device: Device) -> KernelPlan:
-    chunks = ceil(problem.head_dim * problem.itemsize / 16)
+    chunks = ceil(problem.head_dim_v * problem.itemsize / 16)
     lanes = next(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes >= min(chunks, 32))
     rows = 32 * DELTA_WARPS // lanes
-    constants = {"CAPABILITY": device.capability, "HEAD_DIM": problem.head_dim, "TILE_Q": rows, "NUM_WARPS": DELTA_WARPS}
+    constants = {"CAPABILITY": device.capability, "HEAD_DIM_V": problem.head_dim_v, "TILE_Q": rows, "NUM_WARPS": DELTA_WARPS}
     num_tiles = ceil(problem.seqlen_q / rows)
     return KernelPlan(
         "backward_delta", "backward_delta.cu", problem.dtype, problem.head_dim, Tile(rows, 1, DELTA_WARPS, 1), config_text(problem.dtype, constants),
-        32 * DELTA_WARPS, 0, num_tiles, num_tiles * problem.num_heads_q * problem.batch,
+        32 * DELTA_WARPS, 0, num_tiles, num_tiles * problem.num_heads_q * problem.batch, head_dim_v=problem.head_dim_v,
     )  # fmt: skip
+
+
+def _visits(kernel: KernelPlan, problem: Problem) -> str:
+    count = visited_tiles(problem, kernel.tile, by_keys=kernel.name in BY_KEYS)
+    of = f"of {all_tiles(problem, kernel.tile)} per head"
+    return f"{kernel.name} visits as many {of} as data leave visible" if count is None else f"{kernel.name} visits {count} {of}"
 
 
 def _products(problem: Problem, device: Device) -> str:

@@ -9,12 +9,14 @@ Nothing in this file touches an array's values, a GPU or a framework.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from cuflash import options
+from cuflash import options, sequences
 from cuflash.arrays import Array
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
+from cuflash.features import UNLIMITED, Extents, Features, check_features
 from cuflash.layout import CANONICAL, Layout, Shape4, View, overlaps_itself, share_memory
 from cuflash.options import CausalAlignment
 
@@ -23,7 +25,7 @@ __all__ = ["DTYPES", "MAX_HEAD_DIM", "BackwardViews", "Layout", "Problem", "View
 DTYPES: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Supported element types and their size in bytes."""
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 576
 MAX_EXTENT = 2**31 - 2**13
 """Kernels count rows in 32 bits and add up to a few tiles."""
 
@@ -43,7 +45,7 @@ class Problem:
         num_heads_q: heads of the query.
         num_heads_kv: heads of key and value, the larger number if one is broadcast; divides num_heads_q, and may be 1.
         batch_kv: batch of key and value, the larger number if one is broadcast: `batch`, or 1.
-        head_dim: 1 to 256, of query, key and value.
+        head_dim: 1 to 576, of query and key.
         scale: multiplies QKᵀ.
         is_causal: query i sees keys j <= i + causal_offset only.
         causal_alignment: which corner of the score matrix the causal diagonal goes through.
@@ -52,10 +54,16 @@ class Problem:
         return_lse: the caller wants the log-sum-exp of each row.
         query: (batch, seqlen_q, num_heads_q, head_dim).
         key: (batch, seqlen_kv, num_heads_kv, head_dim); broadcast dimensions have stride 0.
-        value: same shape as key, own strides.
+        value: key's shape but for head_dim_v, own strides.
         key_shape: canonical shape of key before broadcasting, which is the shape of its gradient.
         value_shape: same for value.
         layout: the caller's form of arrays.
+        head_dim_v: 1 to 576, of value and the output.
+        max_seqlen_q, max_seqlen_kv: no sequence is longer: seqlen_q and seqlen_kv, but for packed sequences.
+        seqlens_kv: rows of the batch have numbers of keys of their own, at most seqlen_kv, which are read on the device.
+        num_sequences: packed sequences, whose offsets are read on the device; `batch` is 1 then and seqlen_q and seqlen_kv count all tokens.
+            None for padded batches.
+        features: score features and masks other than the causal one.
     """
 
     dtype: str
@@ -78,6 +86,12 @@ class Problem:
     key_shape: Shape4
     value_shape: Shape4
     layout: Layout
+    head_dim_v: int
+    max_seqlen_q: int
+    max_seqlen_kv: int
+    seqlens_kv: bool = False
+    num_sequences: int | None = None
+    features: Features = field(default_factory=Features)
 
     @property
     def itemsize(self) -> int:
@@ -96,38 +110,63 @@ class Problem:
 
     @property
     def output_shape(self) -> Shape4:
-        """Canonical shape of the output and of the query's gradient."""
-        return self.query.shape
+        """Canonical shape of the output: the query's, with the head_dim of value."""
+        return (*self.query.shape[:3], self.head_dim_v)
 
     @property
-    def lse_shape(self) -> Shape3:
-        """(batch, num_heads_q, seqlen_q), whatever the layout."""
-        return self.batch, self.num_heads_q, self.seqlen_q
+    def lse_shape(self) -> tuple[int, ...]:
+        """(batch, num_heads_q, seqlen_q), whatever the layout; (num_heads_q, tokens) for packed sequences."""
+        return (self.batch, self.num_heads_q, self.seqlen_q)[1 if self.layout.varlen else 0 :]
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(low, high): query i sees keys j with low <= j - i <= high, where lengths are those of the arrays."""
+        low, high = self.features.window_low, self.features.window_high
+        return (low if low == -UNLIMITED else low + self.causal_offset), (high if high == UNLIMITED else high + self.causal_offset)
+
+    @property
+    def list_extents(self) -> tuple[int, int]:
+        """For how many batches and heads the lists of visible tiles differ."""
+        kinds, mask = self.features.kinds, self.features.attn_mask
+        of_batch, of_heads = mask.extents[:2] if mask is not None and kinds.attn_mask == "bool" else (1, 1)
+        per_batch = kinds.segments or kinds.prefix or self.seqlens_kv or of_batch > 1
+        return (self.batch if per_batch else 1), (self.num_heads_q if of_heads > 1 else 1)
 
     @property
     def is_empty(self) -> bool:
-        """No score is to be computed: the output has no elements, or no key exists and it is all zeros."""
-        return 0 in self.query.shape or self.seqlen_kv == 0
+        """No score is to be computed: the output has no elements, or no key exists and it is all zeros.
+
+        With sinks, lse is not -inf without keys, and the kernels have something to do.
+        """
+        return 0 in self.query.shape or (self.seqlen_kv == 0 and not self.features.kinds.sinks)
 
     @property
     def visible_pairs(self) -> int:
-        """(query, key) pairs of one head that are not masked."""
-        if not self.is_causal:
-            return self.seqlen_q * self.seqlen_kv
-        # Row i sees min(max(i + 1 + offset, 0), seqlen_kv) keys. A sum of max(x, 0) over consecutive x is a difference of triangles;
+        """(query, key) pairs of one head that neither the causal mask nor the window hides. What depends on data counts as visible, and where only the device
+        knows the lengths, it is the most that there may be."""
+        if self.num_sequences is not None:
+            return min(self.num_sequences * self.max_seqlen_q, self.seqlen_q) * min(self.max_seqlen_kv, self.seqlen_kv)
+        low, high = self.window
+        if self.is_causal and not self.features.kinds.prefix:
+            high = min(high, self.causal_offset)
+        return max(0, self._pairs_up_to(high) - self._pairs_up_to(low - 1))
+
+    def _pairs_up_to(self, offset: int) -> int:
+        """Pairs of query i and key j with j <= i + offset."""
+        # Row i has min(max(i + 1 + offset, 0), seqlen_kv) of them. A sum of max(x, 0) over consecutive x is a difference of triangles;
         # the lower bound gives one such sum, the upper bound takes another one off.
-        before, last = self.causal_offset, self.seqlen_q + self.causal_offset
-        return _triangle(last) - _triangle(before) - _triangle(last - self.seqlen_kv) + _triangle(before - self.seqlen_kv)
+        last = self.seqlen_q + offset
+        return _triangle(last) - _triangle(offset) - _triangle(last - self.seqlen_kv) + _triangle(offset - self.seqlen_kv)
 
     @property
     def flops_forward(self) -> int:
         """Floating-point operations of the two matrix products over visible pairs; a multiply-add counts as two."""
-        return 4 * self.batch * self.num_heads_q * self.head_dim * self.visible_pairs
+        return 2 * self.batch * self.num_heads_q * (self.head_dim + self.head_dim_v) * self.visible_pairs
 
     @property
     def flops_backward(self) -> int:
         """The same for the five products of the backward pass, which computes S again."""
-        return 10 * self.batch * self.num_heads_q * self.head_dim * self.visible_pairs
+        return 2 * self.batch * self.num_heads_q * (3 * self.head_dim + 2 * self.head_dim_v) * self.visible_pairs
 
 
 @dataclass(frozen=True)
@@ -135,7 +174,7 @@ class BackwardViews:
     """Where the backward pass finds its other inputs.
 
     Attributes:
-        grad_out: (batch, seqlen_q, num_heads_q, head_dim).
+        grad_out: (batch, seqlen_q, num_heads_q, head_dim_v).
         out: same shape.
         lse_strides: of (batch, num_heads_q, seqlen_q), in elements.
         grad_lse_strides: same, or None when there is no gradient of lse.
@@ -164,6 +203,10 @@ def make_problem(
     return_lse: object = False,
     deterministic: object = False,
     allow_tf32: object = False,
+    seqlens_kv: Array | None = None,
+    cu_seqlens: tuple[Array, Array] | None = None,
+    max_seqlens: tuple[object, object] = (None, None),
+    **features: object,
 ) -> Problem:
     """Check a call's inputs and options, all of them, and return what is left to compute.
 
@@ -173,11 +216,15 @@ def make_problem(
         query: four dimensions in the order of `layout`, any strides; float16, bfloat16 or float32. Or three dimensions (batch, seqlen,
             heads * head_dim), with `layout="sbhd"` or `batch_first=False` (seqlen, batch, heads * head_dim).
         key: same form and dtype; batch may be 1, heads may be 1, or divide the query's heads if `enable_gqa`.
-        value: like key, with key's seqlen and head_dim.
+        value: like key, with key's seqlen; a head_dim of its own in four dimensions.
         num_heads: heads of a query of three dimensions, default 1; for one of four dimensions None, or what its shape says.
         layout: the letters b, s, h, d in the order of the dimensions.
         batch_first: False is short for `layout="hbsd"`.
+        seqlens_kv: int32 (batch,), or None.
+        cu_seqlens: offsets of packed queries and keys, int32 (sequences + 1,) each; inputs are (tokens, heads, head_dim) then. Or None.
+        max_seqlens: bounds of the lengths of packed queries and keys, or None.
         attn_mask, dropout_p, …: as in `cuflash.scaled_dot_product_attention`; taken as they came from the caller.
+        features: other score features and masks, see `features.check_features`.
 
     Raises:
         OptionError: an option is of a wrong type or outside its domain.
@@ -186,8 +233,6 @@ def make_problem(
         DTypeError: unsupported or different element types.
         ShapeError: ranks or extents that do not fit together.
     """
-    options.check_mask(attn_mask)
-    options.check_dropout(dropout_p)
     causal = options.check_bool("is_causal", is_causal)
     factor = options.check_scale(scale)
     gqa = options.check_bool("enable_gqa", enable_gqa)
@@ -201,18 +246,30 @@ def make_problem(
     }
 
     inputs = {"query": query, "key": key, "value": value}
-    _check_same_kind(inputs)
+    others = {"seqlens_kv": seqlens_kv} | dict(zip(("cu_seqlens_q", "cu_seqlens_kv"), cu_seqlens or (), strict=False))
+    _check_same_kind(inputs | {name: array for name, array in others.items() if array is not None})
     _check_dtypes(inputs)
-    form = _form_of(inputs, order)
+    form = _form_of(inputs, order) if cu_seqlens is None else _varlen_form(inputs)
     head_dim = _head_dim_of(query, form, heads)
-    _check_head_dims(inputs, form, head_dim)
-    views = {name: form.view(array, head_dim) for name, array in inputs.items()}
+    head_dim_v = _check_head_dims(inputs, form, head_dim)
+    views = {name: form.view(array, head_dim_v if name == "value" else head_dim) for name, array in inputs.items()}
     _Extents(views, form, gqa).check()
 
     batch, seqlen_q, num_heads_q, _ = views["query"].shape
     batch_k, seqlen_kv, heads_k, _ = key_shape = views["key"].shape
     batch_v, _, heads_v, _ = value_shape = views["value"].shape
+    lengths: dict[str, Any] = {"max_seqlen_q": seqlen_q, "max_seqlen_kv": seqlen_kv, "seqlens_kv": seqlens_kv is not None}
+    if seqlens_kv is not None:
+        sequences.check_seqlens("seqlens_kv", seqlens_kv, query, batch)
+    if cu_seqlens is not None:
+        lengths = sequences.check_cu_seqlens(cu_seqlens, max_seqlens, query, (seqlen_q, seqlen_kv))
     num_heads_kv = heads_v if heads_k == 1 else heads_k
+    chosen_scale = head_dim**-0.5 if factor is None else factor
+    extents = Extents(batch, num_heads_q, seqlen_q, seqlen_kv, query)
+    if cu_seqlens is not None:
+        sequences.refuse_mask(attn_mask)
+        extents = Extents(lengths["num_sequences"], num_heads_q, lengths["max_seqlen_q"], lengths["max_seqlen_kv"], query)
+    checked = check_features(extents, is_causal=causal, scale=chosen_scale, attn_mask=attn_mask, dropout_p=dropout_p, **features)
     return Problem(
         dtype=query.dtype,
         batch=batch,
@@ -222,7 +279,7 @@ def make_problem(
         num_heads_kv=num_heads_kv,
         batch_kv=batch_v if batch_k == 1 else batch_k,
         head_dim=head_dim,
-        scale=head_dim**-0.5 if factor is None else factor,
+        scale=chosen_scale,
         is_causal=causal,
         causal_alignment=alignment,
         query=views["query"],
@@ -231,11 +288,14 @@ def make_problem(
         key_shape=key_shape,
         value_shape=value_shape,
         layout=form,
+        head_dim_v=head_dim_v,
+        **lengths,
+        features=checked,
         **flags,
     )
 
 
-def check_out(problem: Problem, layout: Layout, out: Array, inputs: Sequence[Array]) -> View:
+def check_out(problem: Problem, layout: Layout, out: Array, inputs: Sequence[Array], others: Mapping[str, Array] | None = None) -> View:
     """Check the caller's array for the output and return its canonical view.
 
     Args:
@@ -243,6 +303,7 @@ def check_out(problem: Problem, layout: Layout, out: Array, inputs: Sequence[Arr
         layout: `problem.layout`.
         out: has the output's shape in that layout, its dtype, library and device; any strides.
         inputs: query, key and value.
+        others: further arrays that the kernels read, by name.
 
     Raises:
         DeviceError, DTypeError, ShapeError: `out` differs from the output in library, device, element type or shape.
@@ -257,11 +318,11 @@ def check_out(problem: Problem, layout: Layout, out: Array, inputs: Sequence[Arr
     if overlaps_itself(out):
         got = f"shape {out.shape} with strides {out.strides}, where elements share memory"
         raise ArgumentError("out", got, "separate memory for each element", "Pass a copy, or leave out= away.")
-    for name, array in zip(("query", "key", "value"), inputs, strict=False):
+    for name, array in (*zip(("query", "key", "value"), inputs, strict=False), *(others or {}).items()):
         if share_memory(out, array):
             hint = "Pass an array with memory of its own, or leave out= away."
             raise ArgumentError("out", f"an array that shares memory with {name}", f"memory that {name} does not use", hint)
-    return layout.view(out, problem.head_dim)
+    return layout.view(out, problem.head_dim_v)
 
 
 def check_backward(problem: Problem, layout: Layout, grad_out: Array, out: Array, lse: Array, grad_lse: Array | None) -> BackwardViews:
@@ -283,8 +344,8 @@ def check_backward(problem: Problem, layout: Layout, grad_out: Array, out: Array
     _check_like_output("out", out, problem, layout)
     _check_like_output("grad_out", grad_out, problem, layout)
     return BackwardViews(
-        layout.view(grad_out, problem.head_dim),
-        layout.view(out, problem.head_dim),
+        layout.view(grad_out, problem.head_dim_v),
+        layout.view(out, problem.head_dim_v),
         _lse_strides("lse", lse, problem),
         None if grad_lse is None else _lse_strides("grad_lse", grad_lse, problem),
     )
@@ -349,6 +410,18 @@ def _form_of(inputs: dict[str, Array], order: str) -> Layout:
     return Layout(packed_order, packed=True)
 
 
+def _varlen_form(inputs: dict[str, Array]) -> Layout:
+    """Packed sequences have three dimensions."""
+    form = Layout(varlen=True)
+    for name, array in inputs.items():
+        if len(array.shape) != 3:
+            hint = "Call scaled_dot_product_attention for padded batches; pack sequences one behind the other for this call."
+            raise ShapeError(name, f"{len(array.shape)} dimensions, {array.shape}", f"3 dimensions {form.describe()}", hint)
+        if max(array.shape) > MAX_EXTENT:
+            raise UnsupportedError(name, f"shape {array.shape}", f"extents of at most {MAX_EXTENT}", "Split the call.")
+    return form
+
+
 def _head_dim_of(query: Array, form: Layout, num_heads: int | None) -> int:
     """The query's head_dim, checked against num_heads and the kernels' limit."""
     if form.packed:
@@ -370,23 +443,27 @@ def _head_dim_of(query: Array, form: Layout, num_heads: int | None) -> int:
     return head_dim
 
 
-def _check_head_dims(inputs: dict[str, Array], form: Layout, head_dim: int) -> None:
-    """Key and value have the query's head_dim; in three dimensions a multiple of it, which gives their number of heads."""
+def _check_head_dims(inputs: dict[str, Array], form: Layout, head_dim: int) -> int:
+    """Key has the query's head_dim; returns value's. In three dimensions both have a multiple of it, which gives their number of heads."""
     for name in ("key", "value"):
         shape = inputs[name].shape
         if form.packed:
             if shape[2] % head_dim:
                 expected = f"a last dimension that is a multiple of {head_dim}, the query's last dimension divided by num_heads"
-                raise ShapeError(name, f"shape {shape}", expected, "Check num_heads=, the number of heads of the query.")
+                hint = "Check num_heads=, the number of heads of the query."
+                if name == "value":
+                    hint += " A head_dim of value's own needs arrays of 4 dimensions."
+                raise ShapeError(name, f"shape {shape}", expected, hint)
             continue
         own = form.to_canonical(shape)[3]
-        if own == head_dim:
-            continue
-        got, expected = f"head_dim {own} in {shape}", f"head_dim {head_dim}, like query with {inputs['query'].shape}"
-        if name == "value" and own:
-            hint = "A head_dim of value's own is not supported yet: pad the smaller head_dim with zeros, and slice the output."
-            raise UnsupportedError(name, got, expected, hint)
-        raise ShapeError(name, got, expected, _how_read(form))
+        got = f"head_dim {own} in {shape}"
+        if name == "key" and own != head_dim:
+            raise ShapeError(name, got, f"head_dim {head_dim}, like query with {inputs['query'].shape}", _how_read(form))
+        if name == "value" and own == 0:
+            raise ShapeError(name, got, f"a head_dim from 1 to {MAX_HEAD_DIM}", _how_read(form))
+        if name == "value" and own > MAX_HEAD_DIM:
+            raise UnsupportedError(name, got, f"a head_dim of at most {MAX_HEAD_DIM}", _how_read(form))
+    return head_dim if form.packed else form.to_canonical(inputs["value"].shape)[3]
 
 
 # --- Extents ----------------------------------------------------------------------------------------------------------------------------
@@ -441,8 +518,10 @@ class _Extents:
             view.shape for view in self.views.values()
         )
         batches_fit = {batch_k, batch_v} <= {1, batch}
-        if self.form.packed or not (
-            batches_fit and seqlen_k == seqlen_v and self._heads_fit(heads, heads_k) and self._heads_fit(heads, heads_v)
+        if (
+            self.form.packed
+            or self.form.varlen
+            or not (batches_fit and seqlen_k == seqlen_v and self._heads_fit(heads, heads_k) and self._heads_fit(heads, heads_v))
         ):
             return None
         order = self.form.order.translate(str.maketrans("sh", "hs"))
@@ -474,10 +553,11 @@ def _lse_strides(name: str, array: Array, problem: Problem) -> Shape3:
     if array.dtype != "float32":
         raise DTypeError(name, array.dtype, "float32", f"Cast it: {_cast(name, array, 'float32')}.")
     if array.shape != problem.lse_shape:
-        expected = f"{problem.lse_shape}, which is (batch, heads, seqlen_q) in every layout"
+        words = "(heads, tokens)" if problem.layout.varlen else "(batch, heads, seqlen_q) in every layout"
+        expected = f"{problem.lse_shape}, which is {words}"
         hint = "Pass the lse that the forward pass returned with return_lse=True." if name == "lse" else "It has the shape of lse."
         raise ShapeError(name, f"shape {array.shape}", expected, hint)
-    batch, heads, seqlen = array.strides
+    batch, heads, seqlen = (0, *array.strides) if problem.layout.varlen else array.strides
     return batch, heads, seqlen
 
 
@@ -488,6 +568,8 @@ def _how_read(form: Layout) -> str:
     """How dimensions were taken, and how to say otherwise."""
     if form.packed:
         return f"Dimensions are read as {form.describe()}; num_heads= says how many heads the last one holds."
+    if form.varlen:
+        return f"Dimensions are read as {form.describe()}."
     other = "bhsd" if form.order == CANONICAL else CANONICAL
     return f'Dimensions are read as {form.describe()}; say otherwise with layout=, such as layout="{other}".'
 

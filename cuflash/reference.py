@@ -6,17 +6,20 @@
 `attention` and `attention_backward` are the truth. `attention_naive` and `attention_naive_backward` round S, P, O, dP, dS to the precision
 of the inputs, as unfused operators do that store them. The error they make says how large an error is acceptable; `compare` asserts it.
 
-Nothing here is fast, and nothing is shared with the library under test: one sequence and one head at a time, NumPy only. A row that sees no
+Score features and masks are defined in `reference_features`. Nothing here is fast, and nothing is shared with the library under test: one sequence and one
+head at a time, NumPy only. A row that sees no
 key has O = 0, lse = -inf and no gradient. A masked key has no influence at all, even if it is NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy
 from numpy.typing import NDArray
+
+from cuflash.reference_features import Rules, rules_of
 
 Precision = Literal["float16", "bfloat16", "float32"]
 Float64 = NDArray[numpy.float64]
@@ -28,6 +31,19 @@ EPSILON: dict[str, float] = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32"
 # Units of EPSILON · max|want| that `compare` allows beyond twice the naive error. In 16 bits the final rounding is half a unit. In float32
 # the naive product is a BLAS sum that can be nearly exact, while kernels use the GPU's exp2, good to 2 ulp, and add in another order.
 _ROUNDING_UNITS: dict[str, float] = {"float16": 1.0, "bfloat16": 1.0, "float32": 8.0, "float64": 8.0}
+
+
+class _InputGradients(NamedTuple):
+    query: Float64
+    key: Float64
+    value: Float64
+
+
+class Gradients(_InputGradients):
+    """Gradients of query, key and value, which it unpacks to; of an additive mask and of sinks where there are any."""
+
+    attn_mask: Float64 | None = None
+    sinks: Float64 | None = None
 
 
 # --- Truth ------------------------------------------------------------------------------------------------------------------------------
@@ -43,20 +59,23 @@ def attention(
     enable_gqa: bool = False,
     layout: str = "bshd",
     causal_alignment: str = "top_left",
+    **features: Any,
 ) -> tuple[Float64, Float64]:
     """Attention in float64.
 
     Args:
         query: four dimensions in the order of `layout`, any float type, any kind of array that `to_float64` understands.
-        key, value: same; batch and heads are the query's or 1, and heads may be a divisor of the query's if `enable_gqa`.
+        key, value: same; batch and heads are the query's or 1, and heads may be a divisor of the query's if `enable_gqa`. The head_dim of value
+            may differ from that of query and key.
         is_causal: query i sees keys j <= i, shifted by seqlen_kv - seqlen_q for "bottom_right".
         scale: default head_dim ** -0.5.
+        features: score features and masks, and `seqlens_kv`, as in `cuflash.scaled_dot_product_attention`; see `reference_features`.
 
     Returns:
-        out: shape of query in its layout.
+        out: shape of query in its layout, with the head_dim of value.
         lse: (batch, heads, seqlen_q), natural logarithm; -inf where no key is visible.
     """
-    return _forward(query, key, value, numpy.float64, _exact, is_causal, scale, enable_gqa, layout, causal_alignment)
+    return _forward(query, key, value, numpy.float64, _exact, is_causal, scale, enable_gqa, layout, causal_alignment, features)
 
 
 def attention_backward(
@@ -71,7 +90,8 @@ def attention_backward(
     enable_gqa: bool = False,
     layout: str = "bshd",
     causal_alignment: str = "top_left",
-) -> tuple[Float64, Float64, Float64]:
+    **features: Any,
+) -> Gradients:
     """Gradients in float64 of Σ grad_out ∘ out + Σ grad_lse ∘ lse with respect to query, key and value.
 
     Args:
@@ -80,9 +100,91 @@ def attention_backward(
         query, key, value, …: as for `attention`.
 
     Returns:
-        Three arrays of the shapes of query, key and value; a broadcast input gets the sum over all its uses.
+        Three arrays of the shapes of query, key and value; a broadcast input gets the sum over all its uses, and so does an additive mask
+        (`attn_mask`, in its shape). `sinks` has the gradient of the sinks.
     """
-    return _backward(grad_out, query, key, value, grad_lse, numpy.float64, _exact, is_causal, scale, enable_gqa, layout, causal_alignment)
+    return _backward(
+        grad_out, query, key, value, grad_lse, numpy.float64, _exact, is_causal, scale, enable_gqa, layout, causal_alignment, features
+    )
+
+
+def varlen_attention(
+    query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_kv: Any, *, precision: Precision | None = None, **options: Any
+) -> tuple[Float64, Float64]:
+    """Attention of packed sequences, one at a time.
+
+    Args:
+        query: (tokens_q, heads, head_dim).
+        key, value: (tokens_kv, heads, head_dim), as for `attention`.
+        cu_seqlens_q, cu_seqlens_kv: (sequences + 1,): where each sequence starts, and where the last one ends.
+        precision: None for the truth in float64, else that of `attention_naive`.
+        options: is_causal, scale, enable_gqa, causal_alignment and features as for `attention`, with sequences in the place of the batch; causal_alignment is
+            "bottom_right" by default.
+
+    Returns:
+        out: (tokens_q, heads, head_dim of value); 0 behind the last sequence.
+        lse: (heads, tokens_q); -inf there.
+    """
+    options = {"causal_alignment": "bottom_right", **options}
+    out = numpy.zeros((*query.shape[:2], value.shape[2]))
+    lse = numpy.full((query.shape[1], query.shape[0]), -numpy.inf)
+    for i, (queries, keys) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_kv)):
+        inputs = query[None, queries], key[None, keys], value[None, keys]
+        own = options_of_sequence(options, i)
+        found = attention(*inputs, **own) if precision is None else attention_naive(*inputs, precision, **own)
+        out[queries], lse[:, queries] = found[0][0], found[1][0]
+    return out, lse
+
+
+def varlen_attention_backward(
+    grad_out: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_kv: Any,
+    *,
+    grad_lse: Any = None,
+    precision: Precision | None = None,
+    **options: Any,
+) -> Gradients:
+    """Gradients of `varlen_attention`, in the shapes of query, key and value, 0 behind the last sequence; and of sinks.
+
+    Args:
+        grad_out: (tokens_q, heads, head_dim of value).
+        grad_lse: (heads, tokens_q), or None for 0.
+        precision: None for the truth in float64, else that of `attention_naive_backward`.
+        query, key, …: as for `varlen_attention`.
+    """
+    options = {"causal_alignment": "bottom_right", **options}
+    grads = Gradients(*(numpy.zeros(x.shape) for x in (query, key, value)))
+    grads.sinks = None if options.get("sinks") is None else numpy.zeros(query.shape[1])
+    for i, (queries, keys) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_kv)):
+        inputs = grad_out[None, queries], query[None, queries], key[None, keys], value[None, keys]
+        own = options_of_sequence(options, i) | {"grad_lse": None if grad_lse is None else grad_lse[None, :, queries]}
+        found = attention_backward(*inputs, **own) if precision is None else attention_naive_backward(*inputs, precision, **own)
+        for grad, rows, of_sequence in zip(grads, (queries, keys, keys), found, strict=True):
+            grad[rows] = of_sequence[0]
+        if grads.sinks is not None and found.sinks is not None:
+            grads.sinks += found.sinks
+    return grads
+
+
+def options_of_sequence(options: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """The options of sequence i as those of a batch of one."""
+    own = {**options, "first_batch": i}
+    if own.get("prefix_lengths") is not None:
+        own["prefix_lengths"] = own["prefix_lengths"][i : i + 1]
+    if own.get("alibi_slopes") is not None and len(own["alibi_slopes"].shape) == 2:
+        own["alibi_slopes"] = own["alibi_slopes"][i : i + 1]
+    return own
+
+
+def _sequences(cu_seqlens_q: Any, cu_seqlens_kv: Any) -> Iterator[tuple[slice, slice]]:
+    """Where each sequence lies among the queries and among the keys."""
+    ends_q, ends_kv = ([int(n) for n in _to_numpy(offsets)] for offsets in (cu_seqlens_q, cu_seqlens_kv))
+    for i in range(len(ends_q) - 1):
+        yield slice(ends_q[i], ends_q[i + 1]), slice(ends_kv[i], ends_kv[i + 1])
 
 
 # --- The yardstick ----------------------------------------------------------------------------------------------------------------------
@@ -99,9 +201,12 @@ def attention_naive(
     enable_gqa: bool = False,
     layout: str = "bshd",
     causal_alignment: str = "top_left",
+    **features: Any,
 ) -> tuple[Float64, Float64]:
     """`attention` with float32 arithmetic and S, P and O rounded to `precision`; the values are returned as float64."""
-    out, lse = _forward(query, key, value, numpy.float32, _rounding_to(precision), is_causal, scale, enable_gqa, layout, causal_alignment)
+    out, lse = _forward(
+        query, key, value, numpy.float32, _rounding_to(precision), is_causal, scale, enable_gqa, layout, causal_alignment, features
+    )
     return out.astype(numpy.float64), lse.astype(numpy.float64)
 
 
@@ -118,12 +223,18 @@ def attention_naive_backward(
     enable_gqa: bool = False,
     layout: str = "bshd",
     causal_alignment: str = "top_left",
-) -> tuple[Float64, Float64, Float64]:
+    **features: Any,
+) -> Gradients:
     """`attention_backward` with float32 arithmetic and S, P, dP, dS and the gradients rounded to `precision`; returned as float64."""
     rounded = _rounding_to(precision)
-    grads = _backward(grad_out, query, key, value, grad_lse, numpy.float32, rounded, is_causal, scale, enable_gqa, layout, causal_alignment)
-    grad_query, grad_key, grad_value = (grad.astype(numpy.float64) for grad in grads)
-    return grad_query, grad_key, grad_value
+    grads = _backward(
+        grad_out, query, key, value, grad_lse, numpy.float32, rounded, is_causal, scale, enable_gqa, layout, causal_alignment, features
+    )
+    in_float64 = Gradients(*(grad.astype(numpy.float64) for grad in grads))
+    for name in ("attn_mask", "sinks"):
+        grad = getattr(grads, name)
+        setattr(in_float64, name, None if grad is None else grad.astype(numpy.float64))
+    return in_float64
 
 
 def compare(got: Any, want64: Float64, naive: Float64, *, name: str, dtype: str | None = None) -> None:
@@ -187,15 +298,18 @@ def _forward(
     gqa: bool,
     layout: str,
     alignment: str,
+    features: Mapping[str, Any],
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     q, k, v = (_to_bhsd(x, layout, work) for x in (query, key, value))
     factor = q.shape[3] ** -0.5 if scale is None else scale
-    visible = _visible(q.shape[2], k.shape[2], is_causal, alignment)
-    out = numpy.zeros(q.shape, work)
+    rules = _rules(q, k, is_causal, alignment, features)
+    out = numpy.zeros((*q.shape[:3], v.shape[3]), work)
     lse = numpy.zeros(q.shape[:3], work)
     for b, h, at_k, at_v in _heads(q, k, v, gqa):
-        weights, lse[b, h] = _softmax(_scores(q[b, h], k[at_k], factor, rounded), visible, rounded)
-        out[b, h] = rounded(_matmul(weights, v[at_v], visible))
+        visible = rules.visible(b, h)
+        scores, _ = _scores(q[b, h], k[at_k], factor, rules, b, h, rounded)
+        weights, lse[b, h] = _softmax(scores, visible, rounded, _sink(rules, h, work))
+        out[b, h] = rounded(_matmul(_dropped(weights, rules, b, h, rounded), v[at_v], visible))
     return _from_bhsd(out, layout), lse
 
 
@@ -212,23 +326,38 @@ def _backward(
     gqa: bool,
     layout: str,
     alignment: str,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    features: Mapping[str, Any],
+) -> Gradients:
     grad, q, k, v = (_to_bhsd(x, layout, work) for x in (grad_out, query, key, value))
     factor = q.shape[3] ** -0.5 if scale is None else scale
-    visible = _visible(q.shape[2], k.shape[2], is_causal, alignment)
+    rules = _rules(q, k, is_causal, alignment, features)
     grad_rows = numpy.zeros(q.shape[:3], work) if grad_lse is None else to_float64(grad_lse).astype(work)
     grad_q, grad_k, grad_v = (numpy.zeros(x.shape, work) for x in (q, k, v))
+    wants_mask = rules.attn_mask is not None and rules.attn_mask.dtype != numpy.bool_
+    grad_masked = numpy.zeros(rules.shape if wants_mask else (0,), work)
+    grad_sinks = numpy.zeros(q.shape[1], work)
     for b, h, at_k, at_v in _heads(q, k, v, gqa):
-        weights, _ = _softmax(_scores(q[b, h], k[at_k], factor, rounded), visible, rounded)
+        visible = rules.visible(b, h)
+        scores, slope = _scores(q[b, h], k[at_k], factor, rules, b, h, rounded)
+        weights, lse = _softmax(scores, visible, rounded, _sink(rules, h, work))
         with numpy.errstate(invalid="ignore"):
-            grad_weights = numpy.where(visible, rounded(grad[b, h] @ v[at_v].T), 0)
-            delta = (weights * grad_weights).sum(axis=1, keepdims=True)
-            grad_scores = rounded(numpy.where(visible, weights * (grad_weights - delta + grad_rows[b, h][:, None]), 0))
+            grad_weights = _dropped(numpy.where(visible, rounded(grad[b, h] @ v[at_v].T), 0), rules, b, h, _exact)
+            delta = (weights * grad_weights).sum(axis=1, keepdims=True) - grad_rows[b, h][:, None]
+            grad_scores = rounded(numpy.where(visible, weights * (grad_weights - delta), 0))
+            if wants_mask:
+                grad_masked[b, h] = grad_scores
+            if rules.sinks is not None:
+                grad_sinks[h] -= (numpy.where(numpy.isneginf(lse), 0, numpy.exp(work(rules.sinks[h]) - lse)) * delta[:, 0]).sum()
+            grad_scores = rounded(numpy.where(visible, grad_scores * slope, 0)) if rules.softcap else grad_scores
         grad_q[b, h] = rounded(work(factor) * _matmul(grad_scores, k[at_k], visible))
         grad_k[at_k] += rounded(work(factor) * _matmul(grad_scores.T, q[b, h], visible.T))
-        grad_v[at_v] += rounded(_matmul(weights.T, grad[b, h], visible.T))
-    grad_q, grad_k, grad_v = (_from_bhsd(rounded(x), layout) for x in (grad_q, grad_k, grad_v))
-    return grad_q, grad_k, grad_v
+        grad_v[at_v] += rounded(_matmul(_dropped(weights, rules, b, h, rounded).T, grad[b, h], visible.T))
+    gradients = Gradients(*(_from_bhsd(rounded(x), layout) for x in (grad_q, grad_k, grad_v)))
+    if wants_mask:
+        gradients.attn_mask = rules.reduce_mask_grad(grad_masked)
+    if rules.sinks is not None:
+        gradients.sinks = grad_sinks
+    return gradients
 
 
 def _heads(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], gqa: bool) -> Iterator[tuple[int, int, tuple[int, int], tuple[int, int]]]:
@@ -247,30 +376,52 @@ def _heads(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], gqa: bool) -> Iter
             yield b, h, shared(k, b, h), shared(v, b, h)
 
 
-def _visible(seqlen_q: int, seqlen_kv: int, is_causal: bool, alignment: str) -> NDArray[numpy.bool_]:
-    """(seqlen_q, seqlen_kv): True where a query sees a key."""
-    if alignment not in ("top_left", "bottom_right"):
-        raise ValueError(f"unknown causal alignment {alignment!r}")
-    offset = seqlen_kv - seqlen_q if alignment == "bottom_right" else 0
-    rows, columns = numpy.arange(seqlen_q)[:, None], numpy.arange(seqlen_kv)[None, :]
-    return (columns <= rows + offset) if is_causal else numpy.ones((seqlen_q, seqlen_kv), numpy.bool_)
+def _rules(q: NDArray[Any], k: NDArray[Any], is_causal: bool, alignment: str, features: Mapping[str, Any]) -> Rules:
+    """Masks and score features of a call with inputs in the order batch, heads, seqlen, head_dim."""
+    shape = (*q.shape[:3], k.shape[2])
+    return rules_of(shape, _to_numpy, to_float64, is_causal=is_causal, causal_alignment=alignment, **features)
 
 
-def _scores(q: NDArray[Any], k: NDArray[Any], factor: float, rounded: Round) -> NDArray[Any]:
+def _scores(
+    q: NDArray[Any], k: NDArray[Any], factor: float, rules: Rules, b: int, h: int, rounded: Round
+) -> tuple[NDArray[Any], NDArray[Any] | float]:
+    """Scores of one head, and their derivative by scale · q·k."""
+    work = q.dtype.type
+    slope: NDArray[Any] | float = 1.0
     with numpy.errstate(invalid="ignore", over="ignore"):
-        return rounded(q.dtype.type(factor) * (q @ k.T))
+        scores = rounded(work(factor) * (q @ k.T))
+        if rules.softcap is not None:
+            squashed = numpy.tanh(scores / work(rules.softcap))
+            scores, slope = rounded(work(rules.softcap) * squashed), 1 - squashed * squashed
+        bias = rules.bias(b, h)
+        if bias is not None:
+            scores = rounded(scores + bias.astype(q.dtype))
+    return scores, slope
 
 
-def _softmax(scores: NDArray[Any], visible: NDArray[numpy.bool_], rounded: Round) -> tuple[NDArray[Any], NDArray[Any]]:
-    """P and the logarithm of each row's sum; a row without a visible key gives zeros and -inf."""
+def _sink(rules: Rules, h: int, work: Any) -> float:
+    return work(-numpy.inf if rules.sinks is None else rules.sinks[h])  # type: ignore[no-any-return]
+
+
+def _dropped(weights: NDArray[Any], rules: Rules, b: int, h: int, rounded: Round) -> NDArray[Any]:
+    """What dropout leaves of the probabilities, or of the gradient that flows back to them."""
+    kept = rules.kept(b, h)
+    if kept is None:
+        return weights
+    return rounded(numpy.where(kept, weights * weights.dtype.type(rules.kept_factor), 0))
+
+
+def _softmax(scores: NDArray[Any], visible: NDArray[numpy.bool_], rounded: Round, sink: float) -> tuple[NDArray[Any], NDArray[Any]]:
+    """P and the logarithm of each row's sum, which the sink is part of; a row with neither a visible key nor a sink gives zeros and -inf."""
     if scores.shape[1] == 0:
-        return scores, numpy.full(scores.shape[0], -numpy.inf, scores.dtype)
+        return scores, numpy.full(scores.shape[0], sink, scores.dtype)
     scores = numpy.where(visible, scores, -numpy.inf)
-    row_max = scores.max(axis=1, keepdims=True)
-    seen = visible.any(axis=1, keepdims=True) & ~numpy.isneginf(row_max)
+    row_max = numpy.maximum(scores.max(axis=1, keepdims=True), sink)
+    seen = (visible.any(axis=1, keepdims=True) | (sink > -numpy.inf)) & ~numpy.isneginf(row_max)
     with numpy.errstate(invalid="ignore", divide="ignore"):
-        exponentials = numpy.where(visible & seen, numpy.exp(scores - numpy.where(seen, row_max, 0)), 0)
-        row_sum = exponentials.sum(axis=1, keepdims=True)
+        shift = numpy.where(seen, row_max, 0)
+        exponentials = numpy.where(visible & seen, numpy.exp(scores - shift), 0)
+        row_sum = exponentials.sum(axis=1, keepdims=True) + numpy.exp(sink - shift)
         weights = exponentials / numpy.where(seen, row_sum, 1)
         lse = numpy.where(seen, row_max + numpy.log(row_sum), -numpy.inf)
     return rounded(weights), lse[:, 0]

@@ -15,14 +15,21 @@ from typing import Literal
 
 from cuflash.device import Device
 from cuflash.errors import TileError
+from cuflash.features import NO_FEATURES, FeatureSet
 
-Pass = Literal["forward", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq"]
-PASSES: tuple[Pass, ...] = ("forward", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq")
+Pass = Literal["forward", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq", "backward_mask"]
+PASSES: tuple[Pass, ...] = ("forward", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq", "backward_mask")
+BY_QUERIES: tuple[Pass, ...] = ("forward", "backward_dq", "backward_mask")
+"""Kernels whose warps share out tile_q; those of the others share out tile_kv."""
 
 MAX_REGISTERS = 255
 MAX_WARPS = 16
 MAX_STAGES = 4
 REGISTERS_PER_BLOCK = 65536
+
+WIDEST_NARROW_HEAD = 256  # wider heads are cut into slices (kernels/tile/slices.cuh)
+_SLICE_COLUMNS = 288  # of the outputs, per group of warps
+_SLICE_COLUMNS_FLOAT32 = 144
 
 _ROW_STATISTICS_BYTES = 8  # lse and delta of one query row, float32 each
 
@@ -58,14 +65,21 @@ class KernelCase:
     Attributes:
         kernel: which pass.
         dtype: "float16", "bfloat16" or "float32".
-        head_dim: 1 … 256.
+        head_dim: of query and key, 1 … 576.
         allow_tf32: one TF32 product instead of three for float32.
+        head_dim_v: of value and output, 1 … 576; 0 stands for head_dim.
+        features: score features and masks, some of which take registers.
     """
 
     kernel: Pass
     dtype: str
     head_dim: int
     allow_tf32: bool = False
+    head_dim_v: int = 0
+    features: FeatureSet = NO_FEATURES
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "head_dim_v", self.head_dim_v or self.head_dim)
 
     def uses_simt(self, device: Device) -> bool:
         """Whether products run on the ordinary float32 units: what Turing's tensor cores cannot take."""
@@ -75,49 +89,106 @@ class KernelCase:
         """Bytes per element in shared memory."""
         return 4 if self.dtype == "float32" or self.uses_simt(device) else 2
 
-    @property
-    def columns(self) -> int:
-        """head_dim rounded up to what the matrix instructions take."""
-        return ceil(self.head_dim / 16) * 16
+    def head_slices(self, device: Device) -> int:
+        """Groups of warps that share out the columns of a wide head, so that their accumulators fit the registers; 1 for a narrow head."""
+        if max(self.head_dim, self.head_dim_v) <= WIDEST_NARROW_HEAD:
+            return 1
+        outputs = {
+            "forward": self.head_dim_v,
+            "backward_dkdv": self.head_dim + self.head_dim_v,
+            "backward_dv": self.head_dim_v,
+            "backward_mask": 0,
+        }
+        many_instructions = self.uses_simt(device) or self.dtype == "float32"
+        return max(2, ceil(outputs.get(self.kernel, self.head_dim) / (_SLICE_COLUMNS_FLOAT32 if many_instructions else _SLICE_COLUMNS)))
+
+    def head_steps(self, device: Device) -> int:
+        """Pieces into which each slice is cut, so that the smallest tile fits the shared memory; 1 where it does anyway."""
+        slices = self.head_slices(device)
+        smallest = Tile(16, 16, slices, 1)
+        for steps in (1, 2, 4) if slices > 1 else ():
+            if _shared_bytes(self, smallest, device, steps) <= device.shared_memory_per_block:
+                return steps
+        return 8 if slices > 1 else 1
+
+    def columns(self, device: Device) -> tuple[int, int]:
+        """head_dim and head_dim_v as the kernel computes them: pieces are rounded up to what the matrix instructions take."""
+        pieces = self.head_slices(device) * self.head_steps(device)
+        piece, piece_v = _piece_columns(self, pieces)
+        return pieces * piece, pieces * piece_v
 
     def stationary_rows(self, tile: Tile) -> int:
         """Rows that the block keeps, shared out among its warps."""
-        return tile.tile_q if self.kernel in ("forward", "backward_dq") else tile.tile_kv
+        return tile.tile_q if self.kernel in BY_QUERIES else tile.tile_kv
 
     def streamed_rows(self, tile: Tile) -> int:
         """Rows of each tile that the block walks over."""
-        return tile.tile_kv if self.kernel in ("forward", "backward_dq") else tile.tile_q
+        return tile.tile_kv if self.kernel in BY_QUERIES else tile.tile_q
 
 
-def row_bytes(case: KernelCase, device: Device) -> int:
-    """Bytes of one row of a tile in shared memory; mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh."""
-    itemsize = case.smem_itemsize(device)
-    chunks = case.columns * itemsize // 16
-    return (ceil(chunks / 8) * 8 if itemsize == 4 else chunks) * 16
+def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:
+    return ceil(case.head_dim / pieces / 16) * 16, ceil(case.head_dim_v / pieces / 16) * 16
+
+
+def row_bytes(case: KernelCase, device: Device, steps: int = 0) -> tuple[int, int]:
+    """Bytes of one row of a tile of Q or K and of V or dO in shared memory, one piece of each slice.
+
+    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh. `steps` instead of `case.head_steps` if it is not 0.
+    """
+    itemsize, slices = case.smem_itemsize(device), case.head_slices(device)
+
+    def pitch(columns: int) -> int:
+        chunks = columns * itemsize // 16
+        return (ceil(chunks / 8) * 8 if itemsize == 4 else chunks) * 16
+
+    piece, piece_v = _piece_columns(case, slices * (steps or case.head_steps(device)))
+    return slices * pitch(piece), slices * pitch(piece_v)
 
 
 def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
     """Dynamic shared memory of a block; the kernels assert the same number."""
-    row = row_bytes(case, device)
+    return _shared_bytes(case, tile, device, case.head_steps(device))
+
+
+def _shared_bytes(case: KernelCase, tile: Tile, device: Device, steps: int) -> int:
+    row, row_v = row_bytes(case, device, steps)
+    slices = case.head_slices(device)
+    exchange = 4 * slices * _SCORES[case.kernel] * tile.tile_q * tile.tile_kv if slices > 1 else 0
+    streamed = tile.num_stages * case.streamed_rows(tile) * (row + row_v)
     if case.kernel == "forward":
-        return row * (tile.tile_q + 2 * tile.num_stages * tile.tile_kv)
-    if case.kernel == "backward_dq":
-        return row * (2 * tile.tile_q + 2 * tile.num_stages * tile.tile_kv)
-    kept = 1 if case.kernel == "backward_dv" else 2
+        return row * tile.tile_q + streamed + exchange
+    if case.kernel in ("backward_dq", "backward_mask"):
+        return (row + row_v) * tile.tile_q + streamed + exchange
+    kept = row if case.kernel == "backward_dv" else row + row_v
     statistics = _ROW_STATISTICS_BYTES if device.capability >= 80 else 0  # sm_75 reads them from global memory
-    return row * (kept * tile.tile_kv + 2 * tile.num_stages * tile.tile_q) + tile.num_stages * tile.tile_q * statistics
+    return kept * tile.tile_kv + streamed + tile.num_stages * tile.tile_q * statistics + exchange
 
 
-def _products(case: KernelCase) -> tuple[int, int]:
-    """How many output and how many score matrices a kernel accumulates at a time."""
-    return {"forward": (1, 1), "backward_dkdv": (2, 2), "backward_dk": (1, 2), "backward_dv": (1, 1), "backward_dq": (1, 2)}[case.kernel]
+_SCORES: dict[Pass, int] = {"forward": 1, "backward_dkdv": 2, "backward_dk": 2, "backward_dv": 1, "backward_dq": 2, "backward_mask": 2}
+"""How many score matrices a kernel computes for each pair of tiles: S, and in the backward pass also dP."""
+
+_PRODUCTS: dict[Pass, tuple[int, int]] = {
+    "forward": (1, 1), "backward_dkdv": (2, 2), "backward_dk": (2, 1), "backward_dv": (1, 1), "backward_dq": (2, 1), "backward_mask": (1, 1),
+}  # fmt: skip
+"""How many products of a kernel run over the columns of Q and K, and how many over those of V and O."""
 
 
-def accumulator_registers(case: KernelCase, tile: Tile) -> int:
+def _products(case: KernelCase, device: Device) -> tuple[int, int]:
+    """Columns of the outputs, and how many score matrices, that a warp accumulates at a time."""
+    slices = case.head_slices(device)
+    d, dv = (columns // slices for columns in case.columns(device))
+    outputs = {"forward": dv, "backward_dkdv": d + dv, "backward_dk": d, "backward_dv": dv, "backward_dq": d, "backward_mask": 0}[
+        case.kernel
+    ]
+    sums = 1 if case.kernel == "backward_mask" else 0  # the gradient of a mask has the form of scores
+    return outputs, _SCORES[case.kernel] + sums
+
+
+def accumulator_registers(case: KernelCase, tile: Tile, device: Device) -> int:
     """Registers per thread that hold results of matrix products, all live at once."""
-    rows = case.stationary_rows(tile) // tile.num_warps
-    outputs, scores = _products(case)
-    return rows * (outputs * case.columns + scores * case.streamed_rows(tile)) // 32
+    rows = case.stationary_rows(tile) * case.head_slices(device) // tile.num_warps
+    outputs, scores = _products(case, device)
+    return rows * (outputs + scores * case.streamed_rows(tile)) // 32
 
 
 def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
@@ -125,9 +196,9 @@ def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
 
     Scores count half as much again, for they are converted to the next product's operand while they live.
     """
-    rows = case.stationary_rows(tile) // tile.num_warps
-    outputs, scores = _products(case)
-    estimate = rows * (outputs * case.columns + 3 * scores * case.streamed_rows(tile) // 2) // 32
+    rows = case.stationary_rows(tile) * case.head_slices(device) // tile.num_warps
+    outputs, scores = _products(case, device)
+    estimate = rows * (outputs + 3 * scores * case.streamed_rows(tile) // 2) // 32
     estimate += rows // 4  # the A operand
     if case.uses_simt(device):
         estimate += 108
@@ -135,9 +206,20 @@ def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
         estimate += 100
     else:
         estimate += 74 if case.kernel == "forward" else 88
+    estimate += _feature_registers(case)
     if device.capability < 80 and case.kernel == "forward":  # K and V on their way, in registers
-        chunks = case.streamed_rows(tile) * row_bytes(case, device) // 16 // (32 * tile.num_warps)
+        chunks = case.streamed_rows(tile) * max(row_bytes(case, device)) // 16 // (32 * tile.num_warps)
         estimate += 8 * chunks if chunks <= 8 else 0
+    return estimate
+
+
+def _feature_registers(case: KernelCase) -> int:
+    """What score features and masks take beyond the rest, where tiles that fit without them spilled with them."""
+    estimate = 0
+    if case.features.attn_mask == "bool" and case.kernel == "forward":
+        estimate += 30
+    if case.features.dropout and case.kernel == "backward_dkdv" and case.dtype == "float32" and not case.allow_tf32:
+        estimate += 44
     return estimate
 
 
@@ -147,22 +229,30 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         count = getattr(tile, field.name)
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             return f"{field.name} must be a positive int, got {count!r}"
-    stationary, streamed = ("tile_q", "tile_kv") if case.kernel in ("forward", "backward_dq") else ("tile_kv", "tile_q")
+    stationary, streamed = ("tile_q", "tile_kv") if case.kernel in BY_QUERIES else ("tile_kv", "tile_q")
     if tile.num_warps > MAX_WARPS:
         return f"num_warps must be at most {MAX_WARPS}"
-    if getattr(tile, stationary) % (16 * tile.num_warps):
-        return f"{stationary} must be a multiple of 16 * num_warps = {16 * tile.num_warps}"
+    slices = case.head_slices(device)
+    if tile.num_warps % slices:
+        return f"num_warps must be a multiple of {slices}, the slices of the head"
+    if getattr(tile, stationary) % (16 * tile.num_warps // slices):
+        of_a_slice = f" / {slices} slices of the head" if slices > 1 else ""
+        return f"{stationary} must be a multiple of 16 * num_warps{of_a_slice} = {16 * tile.num_warps // slices}"
     if getattr(tile, streamed) % 16:
         return f"{streamed} must be a multiple of 16"
     if device.capability < 80 and tile.num_stages != 1:
         return f"num_stages must be 1 on {device.arch}, which has no asynchronous copies"
+    if case.head_steps(device) > 1 and tile.num_stages != 1:
+        return f"num_stages must be 1 on {device.arch}, whose shared memory this head passes through in steps"
+    if case.kernel == "backward_mask" and tile.num_stages != 1:
+        return "num_stages must be 1: this kernel copies its operands when it needs them"
     if tile.num_stages > MAX_STAGES:
         return f"num_stages must be at most {MAX_STAGES}"
     needed = shared_bytes(case, tile, device)
     if needed > device.shared_memory_per_block:
         return f"shared memory: {needed} bytes needed, {device.shared_memory_per_block} available on {device.arch}"
     limit = min(MAX_REGISTERS, REGISTERS_PER_BLOCK // (32 * tile.num_warps))
-    needed = accumulator_registers(case, tile) + 24
+    needed = accumulator_registers(case, tile, device) + 24
     if needed > limit:
         return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"
     return None
@@ -174,13 +264,15 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
     many_instructions = case.uses_simt(device) or (case.dtype == "float32" and not case.allow_tf32)
     shortest = many_instructions and device.capability >= 100
     longest = 16 if shortest else 32 if many_instructions else 128
-    stages = (1,) if device.capability < 80 or shortest else (1, 2, 3)
-    for num_warps in (1, 2) if shortest and case.kernel != "forward" else (1, 2, 4, 8):
+    slices = case.head_slices(device)
+    stages = (1,) if device.capability < 80 or shortest or case.head_steps(device) > 1 else (1, 2, 3)
+    for row_warps in (1, 2) if shortest and case.kernel != "forward" else (1, 2, 4, 8):
+        num_warps = row_warps * slices
         for warp_rows in (16, 32):
             for streamed in (length for length in (16, 32, 48, 64, 80, 96, 112, 128) if length <= longest):
                 for num_stages in stages:
-                    rows = num_warps * warp_rows
-                    if case.kernel in ("forward", "backward_dq"):
+                    rows = row_warps * warp_rows
+                    if case.kernel in BY_QUERIES:
                         yield Tile(rows, streamed, num_warps, num_stages)
                     else:
                         yield Tile(streamed, rows, num_warps, num_stages)
@@ -217,9 +309,14 @@ def check_tile(case: KernelCase, tile: Tile, device: Device, argument: str = "ti
     raise TileError(
         argument,
         f"Tile({tile})",
-        f"a tile that fits {case.kernel} with {case.dtype}, head_dim {case.head_dim}: {rule}",
+        f"a tile that fits {case.kernel} with {case.dtype}, head_dim {head_dims(case.head_dim, case.head_dim_v)}: {rule}",
         f"Nearest legal tiles: {listed}.",
     )
+
+
+def head_dims(head_dim: int, head_dim_v: int) -> str:
+    """Both for people: "64", or "192/128" where value has its own."""
+    return str(head_dim) if head_dim == head_dim_v else f"{head_dim}/{head_dim_v}"
 
 
 def _distance(left: Tile, right: Tile) -> float:
@@ -250,30 +347,37 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     overlap; barriers and uncovered loads do not. Tiles that by the register estimate would spill come last.
     """
     rows, streamed = case.stationary_rows(tile), case.streamed_rows(tile)
-    row = row_bytes(case, device)
-    products = {"forward": 2, "backward_dkdv": 4, "backward_dk": 3, "backward_dv": 2, "backward_dq": 3}[case.kernel]
+    row, row_v = row_bytes(case, device)
+    # How many products run over the columns of Q and K, and how many over those of V and O.
+    over_d, over_dv = _PRODUCTS[case.kernel]
 
     mma_rate = float(_MMA_RATE.get(device.capability, 1024))
     if case.uses_simt(device):
         mma_rate = 64.0
     elif case.dtype == "float32":
         mma_rate /= 2 if case.allow_tf32 else 6
-    mma = products * rows * streamed * case.columns / mma_rate
+    columns, columns_v = case.columns(device)
+    mma = rows * streamed * (over_d * columns + over_dv * columns_v) / mma_rate
 
     # Per streamed tile: every warp reads each streamed operand of each product; stationary operands are read again too; the copy writes once.
-    by_rows = {"forward": 1, "backward_dkdv": 2, "backward_dk": 2, "backward_dv": 1, "backward_dq": 2}[case.kernel]
-    traffic = products * tile.num_warps * streamed * row + by_rows * rows * row + 2 * streamed * row
+    kept = row if case.kernel in ("forward", "backward_dv") else row + row_v
+    slices, steps = case.head_slices(device), case.head_steps(device)
+    row, row_v, kept = row * steps, row_v * steps, kept * steps
+    traffic = tile.num_warps // slices * streamed * (over_d * row + over_dv * row_v) + rows * kept + streamed * (row + row_v)
+    if slices > 1:  # parts of scores are exchanged
+        traffic += 4 * (slices + slices * slices) * _SCORES[case.kernel] * rows * streamed
     smem = traffic / _SMEM_RATE
 
     issue_rate = _ISSUE_RATE.get(device.capability, 128)
-    scores = rows * streamed
+    scores = slices * rows * streamed
     split = 3.0 if case.dtype == "float32" and not case.allow_tf32 else 1.0
     instructions = scores * (6 if case.kernel == "forward" else 9) + split * traffic / 16
     if case.kernel == "forward":
-        instructions += rows * (case.columns + 40)  # once per tile: O is rescaled, and the maximum of each row found across lanes
+        instructions += rows * (columns_v + 40 * slices)  # once per tile: O is rescaled, and the maximum of each row found across lanes
     other = scores / _EXP_RATE + instructions / issue_rate
 
-    l2 = 2 * streamed * row / _L2_RATE  # every block fetches every streamed tile: only more rows per block save traffic
+    fetched = streamed + (rows if steps > 1 else 0)
+    l2 = fetched * (row + row_v) / _L2_RATE  # every block fetches every streamed tile: only more rows per block save traffic
 
     blocks = _blocks_per_sm(case, tile, device)
     warps_per_scheduler = blocks * tile.num_warps / 4
@@ -290,7 +394,7 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     over = estimate_registers(case, tile, device) - limit
     if over > 0:
         cycles *= _SPILL_PENALTY * (1 + over / 100)
-    return cycles / scores
+    return cycles / (rows * streamed)
 
 
 def _blocks_per_sm(case: KernelCase, tile: Tile, device: Device) -> int:

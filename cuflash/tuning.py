@@ -9,6 +9,7 @@ from cuflash import cache, device, tiles
 from cuflash.compiler import CompileRequest
 from cuflash.device import Device
 from cuflash.errors import OptionError
+from cuflash.features import MASK_DTYPES, NO_FEATURES, FeatureSet
 from cuflash.options import check_bool
 from cuflash.planning import Tiles, offline_kernels
 from cuflash.problem import DTYPES, MAX_HEAD_DIM
@@ -16,13 +17,20 @@ from cuflash.tiles import KernelCase, Tile
 
 
 def legal_tiles(
-    head_dim: int, dtype: str = "bfloat16", *, kernel: str = "forward", arch: str | None = None, allow_tf32: bool = False
+    head_dim: int,
+    dtype: str = "bfloat16",
+    *,
+    head_dim_v: int | None = None,
+    kernel: str = "forward",
+    arch: str | None = None,
+    allow_tf32: bool = False,
 ) -> tuple[Tile, ...]:
     """List the tiles that fit a device, the default one first.
 
     Args:
-        head_dim: 1 … 256.
+        head_dim: of query and key, 1 … 576.
         dtype: "float16", "bfloat16" or "float32".
+        head_dim_v: of value, default head_dim.
         kernel: "forward", "backward_dkdv", "backward_dk", "backward_dv" or "backward_dq", as `print(plan)` names them.
         arch: "sm_80", "sm_90", …; None for the GPU of this machine, or the simulator without one.
         allow_tf32: as in the call.
@@ -34,7 +42,14 @@ def legal_tiles(
         raise OptionError(
             "kernel", repr(kernel), "one of " + ", ".join(tiles.PASSES), "print(cuflash.plan(...)) names the kernels of a call."
         )
-    case = KernelCase(kernel, _checked_dtype(dtype), _checked_head_dim(head_dim), bool(allow_tf32) and dtype == "float32")
+    own = head_dim if head_dim_v is None else head_dim_v
+    case = KernelCase(
+        kernel,
+        _checked_dtype(dtype),
+        _checked_head_dim("head_dim", head_dim),
+        bool(allow_tf32) and dtype == "float32",
+        _checked_head_dim("head_dim_v", own),
+    )
     return tiles.legal_tiles_for(case, target(arch))
 
 
@@ -42,20 +57,28 @@ def warmup(
     head_dim: int | Iterable[int],
     dtype: str | Iterable[str] = "bfloat16",
     *,
+    head_dim_v: int | None = None,
     is_causal: bool | Iterable[bool] = (False, True),
     backward: bool = True,
     arch: str | None = None,
     tile: Tiles = None,
     allow_tf32: bool = False,
+    varlen: bool | Iterable[bool] = False,
+    seqlens_kv: bool = False,
+    features: FeatureSet | Iterable[FeatureSet] = NO_FEATURES,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Compile ahead, in threads, every kernel of the given cases, so that later calls find them in the cache.
 
     Args:
         head_dim, dtype, is_causal: one value or several; all combinations are compiled.
+        head_dim_v: of value, for all of them; default each head_dim itself.
         backward: also the kernels of the backward pass.
         arch: the architecture to compile for; None for the GPU of this machine, or the simulator without one.
         tile, allow_tf32: as in the call.
+        varlen: kernels of `varlen_attention` instead of `scaled_dot_product_attention`, or both of them.
+        seqlens_kv: kernels of calls with `seqlens_kv`.
+        features: which score features and masks the calls use, such as `cuflash.FeatureSet(window=True, softcap=True)`; one or several sets.
         progress: called with (kernels done, kernels in all).
 
     Returns:
@@ -66,14 +89,18 @@ def warmup(
         CompileError: the compiler refused a kernel.
     """
     on = target(arch)
-    head_dims, dtypes, causals = _several(head_dim), _several(dtype), _several(is_causal)
+    head_dims, dtypes, causals, sets = _several(head_dim), _several(dtype), _several(is_causal), _several(features)
     requests: dict[CompileRequest, None] = {}
-    for one_head_dim, one_dtype, causal in product(head_dims, dtypes, causals):
+    for one_head_dim, one_dtype, causal, packed, feature_set in product(head_dims, dtypes, causals, _several(varlen), sets):
         options = {
             "dtype": _checked_dtype(one_dtype),
-            "head_dim": _checked_head_dim(one_head_dim),
+            "head_dim": _checked_head_dim("head_dim", one_head_dim),
+            "head_dim_v": None if head_dim_v is None else _checked_head_dim("head_dim_v", head_dim_v),
             "is_causal": check_bool("is_causal", causal),
             "allow_tf32": check_bool("allow_tf32", allow_tf32),
+            "varlen": check_bool("varlen", packed),
+            "seqlens_kv": check_bool("seqlens_kv", seqlens_kv) and not packed,
+            "features": _checked_features(feature_set, causal),
         }
         for kernel in offline_kernels(on, backward=backward, tile=tile, **options):  # type: ignore[arg-type]
             requests[kernel.request(on)] = None
@@ -93,13 +120,25 @@ def _several(values: object) -> list[object]:
     return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
 
 
+def _checked_features(features: object, is_causal: object) -> FeatureSet:
+    if not isinstance(features, FeatureSet):
+        raise OptionError("features", repr(features), "a cuflash.FeatureSet", "Write cuflash.FeatureSet(window=True).")
+    if features.attn_mask not in (None, *MASK_DTYPES):
+        raise OptionError(
+            "features", repr(features.attn_mask), "a mask of " + " or ".join(MASK_DTYPES), "Pass the name of the mask's element type."
+        )
+    if features.prefix and not is_causal:
+        raise OptionError("features", "prefix without is_causal", "is_causal=True", "Prefixes lift a causal mask: pass is_causal=True.")
+    return features
+
+
 def _checked_dtype(dtype: object) -> str:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise OptionError("dtype", repr(dtype), "one of " + ", ".join(DTYPES), "Pass the name of a supported element type.")
     return dtype
 
 
-def _checked_head_dim(head_dim: object) -> int:
+def _checked_head_dim(name: str, head_dim: object) -> int:
     if not isinstance(head_dim, int) or isinstance(head_dim, bool) or not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise OptionError("head_dim", repr(head_dim), f"an int from 1 to {MAX_HEAD_DIM}", "Pass the head dimension of the arrays.")
+        raise OptionError(name, repr(head_dim), f"an int from 1 to {MAX_HEAD_DIM}", "Pass the head dimension of the arrays.")
     return head_dim

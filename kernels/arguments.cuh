@@ -3,6 +3,7 @@
 // Strides are in elements. A broadcast axis has stride 0. Everything that changes from call to call is here, so a new length, batch
 // size, head count or stride never compiles anything.
 #pragma once
+#include "feature_arguments.cuh"
 #include "ptx/types.cuh"
 
 struct TensorView {  // (batch, seqlen, head, head_dim) in this order, whatever the caller's layout
@@ -12,8 +13,8 @@ struct TensorView {  // (batch, seqlen, head, head_dim) in this order, whatever 
   int reserved;
 
   template <typename Element>
-  DEVICE Element* row_pointer(int batch, int head) const {
-    return static_cast<Element*>(data) + batch * stride_batch + head * stride_head;
+  DEVICE Element* row_pointer(int batch, int head, int row = 0) const {
+    return static_cast<Element*>(data) + batch * stride_batch + head * stride_head + row * stride_seqlen;
   }
 };
 
@@ -33,10 +34,21 @@ struct Geometry {
   int num_tiles;      // tiles that one (batch, head) is cut into
 };
 
+// Lengths that are read on the device (tile/sequence.cuh), so that a captured graph replays with others. Null where a call has none.
+struct SequenceLengths {
+  const int* cu_seqlens_q;   // [num_sequences + 1]: where each packed sequence of queries starts, and where the last one ends
+  const int* cu_seqlens_kv;  // the same for keys
+  const int* seqlens_kv;     // [batch]: keys from there on are not seen
+  int num_sequences;         // packed sequences; Geometry then holds one batch, and all packed rows as its lengths
+  int bottom_right;          // causal: the last query of each sequence sees all of its keys
+};
+
 struct ForwardArguments {
   TensorView query, key, value, out;
   RowView lse;  // data null: not stored
   Geometry geometry;
+  SequenceLengths lengths;
+  FeatureArguments features;
 };
 
 struct alignas(8) RowStatistics {  // what the backward kernels need of a query row
@@ -50,4 +62,18 @@ struct BackwardArguments {
   RowStatistics* row_statistics;  // [batch][num_heads_q][seqlen_q]
   Geometry geometry;
   int group_batch, group_heads;  // dK, dV: batches and query heads whose gradients are summed into one output
+  SequenceLengths lengths;
+  FeatureArguments features;
+};
+
+struct VisibleTilesArguments {
+  Geometry geometry;  // num_tiles: tiles that the next kernel's blocks own
+  SequenceLengths lengths;
+  FeatureArguments features;
+};
+
+struct DropoutMaskArguments {
+  uint8* kept;  // [batch][num_heads_q][seqlen_q][seqlen_kv]
+  Geometry geometry;  // num_tiles: blocks of one (batch, head)
+  FeatureArguments features;
 };

@@ -13,7 +13,7 @@ using Element = Config::Element;
 
 constexpr int NUM_THREADS = Config::NUM_WARPS * WARP_SIZE;
 constexpr int CHUNK_ELEMENTS = 16 / int(sizeof(Element));
-constexpr int CHUNKS = ceil_div(Config::HEAD_DIM, CHUNK_ELEMENTS);
+constexpr int CHUNKS = ceil_div(Config::HEAD_DIM_V, CHUNK_ELEMENTS);
 constexpr int LANES = CHUNKS <= 1 ? 1 : CHUNKS <= 2 ? 2 : CHUNKS <= 4 ? 4 : CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32;
 static_assert(Config::TILE_Q == NUM_THREADS / LANES, "rows of a block differ from the plan's");
 
@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_delta(cons
 #pragma unroll 1
     for (int chunk = int(threadIdx.x) % LANES; chunk < CHUNKS; chunk += LANES) {
       const int column = chunk * CHUNK_ELEMENTS;
-      const int valid = min(Config::HEAD_DIM - column, CHUNK_ELEMENTS);
+      const int valid = min(Config::HEAD_DIM_V - column, CHUNK_ELEMENTS);
       const Chunk O = load_chunk(O_row + column * arguments.out.stride_dim, arguments.out, valid);
       const Chunk dO = load_chunk(dO_row + column * arguments.grad_out.stride_dim, arguments.grad_out, valid);
 #pragma unroll

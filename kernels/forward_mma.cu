@@ -3,7 +3,11 @@
 // One block computes TILE_Q rows of one head; each warp owns TILE_Q / NUM_WARPS of them and keeps their O and softmax state in registers. The block
 // walks over the key tiles that its rows can see (FlashAttention-2, Dao 2023, arXiv 2307.08691, algorithm 1).
 //
-// Shared memory: Q [TILE_Q][D] | K [NUM_STAGES][TILE_KV][D] | V [NUM_STAGES][TILE_KV][D].
+// Features of the generated Config change scores and visibility (tile/score.cuh, tile/visibility.cuh), add a logit to the denominator, or drop
+// probabilities between softmax and P V; LSE is that of all probabilities.
+//
+// Shared memory: Q [TILE_Q][D] | K [NUM_STAGES][TILE_KV][D] | V [NUM_STAGES][TILE_KV][DV]; for a wide head this for each slice, then the parts of S
+// that the slices exchange.
 //
 // Copies are committed in the order K0 V0 K1 V1 ..., one group each. In step j two barriers each do two jobs:
 //   A  K_j has landed; every warp is done with V_{j-1}   ->  V_{j+NUM_STAGES-1} may be issued into its slot
@@ -11,96 +15,169 @@
 // so at either barrier 2 (NUM_STAGES - 1) younger groups may still be in flight. With one stage, V_j travels during Q Kᵀ and K_{j+1} during the
 // softmax and P V.
 #include "tile/constants.cuh"
+#include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/gemm.cuh"
-#include "tile/mask.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
+#include "tile/score.cuh"
+#include "tile/sequence.cuh"
+#include "tile/slices.cuh"
 #include "tile/softmax.cuh"
+#include "tile/visibility.cuh"
+#include "tile/visible_tiles.cuh"
 
-constexpr int WARP_ROWS = TILE_Q / NUM_WARPS;
+constexpr int WARP_ROWS = TILE_Q / ROW_WARPS;
 
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_KV / 8;
 constexpr int PENDING = 2 * (NUM_STAGES - 1);
 
-static_assert(TILE_Q % (16 * NUM_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
-static_assert(TileQ::BYTES + 2 * NUM_STAGES * TileKV::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
+constexpr int SLICE_BYTES = TileQ::BYTES + NUM_STAGES * (TileK::BYTES + TileV::BYTES);
+
+static_assert(TILE_Q % (16 * ROW_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
+static_assert(HEAD_SLICES * SLICE_BYTES + EXCHANGE_BYTES<M_TILES, S_TILES> == Config::SHARED_BYTES, "shared memory differs from the plan's");
+
+// Out 0 and LSE -inf for queries of no sequence.
+DEVICE void clear_behind_last(const ForwardArguments& arguments, const Work& work, int start) {
+  const int num_rows = arguments.geometry.seqlen_q, num_tiles = arguments.geometry.num_tiles;
+  clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM_V>(arguments.out, work.head, start, num_rows, work.tile, num_tiles);
+  if (arguments.lse.data == nullptr) return;
+  for (int64 row = start + int64(work.tile) * NUM_THREADS + threadIdx.x; row < num_rows; row += int64(num_tiles) * NUM_THREADS)
+    *arguments.lse.pointer(0, work.head, int(row)) = -infinity();
+}
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const __grid_constant__ ForwardArguments arguments) {
-  const Geometry& geometry = arguments.geometry;
-  const Work work = decode_block(geometry.num_tiles, geometry.num_heads_q, CAUSAL);
+  const Work work = decode_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q, CAUSAL);
+  const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
+  const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
+  if (is_behind_last(arguments.lengths, work.batch)) {
+    clear_behind_last(arguments, work, start_q);
+    return;
+  }
+  const auto& geometry = geometry_of(arguments, work.batch);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
   const int first_q = work.tile * TILE_Q;
-  const int warp_row = warp_index() * WARP_ROWS;
+  if (VARLEN && first_q >= geometry.seqlen_q) return;  // the grid is made for the longest sequence
+  const int warp_row = row_warp_index() * WARP_ROWS;
 
   extern __shared__ __align__(128) uint8 shared[];
-  const SmemAddress Q_smem = smem_address(shared);
+  const SmemAddress exchange = smem_address(shared) + HEAD_SLICES * SLICE_BYTES;
+  const SmemAddress Q_smem = smem_address(shared) + slice_index() * SLICE_BYTES;
   const SmemAddress K_smem = Q_smem + TileQ::BYTES;
-  const SmemAddress V_smem = K_smem + NUM_STAGES * TileKV::BYTES;
+  const SmemAddress V_smem = K_smem + NUM_STAGES * TileK::BYTES;
 
-  const int num_keys = visible_keys<CAUSAL>(geometry, first_q + TILE_Q);  // keys beyond are not even read
-  const int num_kv_tiles = (num_keys + TILE_KV - 1) / TILE_KV;
-  TileLoader<TileQ, Element, NUM_THREADS> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q);
-  TileLoader<TileKV, Element, NUM_THREADS, true> load_K(arguments.key, work.batch, head_kv, num_keys);
-  TileLoader<TileKV, Element, NUM_THREADS, true> load_V(arguments.value, work.batch, head_kv, num_keys);
+  const Visibility visibility(geometry, arguments.features, work.batch, work.head);
+  const int num_keys = visibility.end_key(first_q, first_q + TILE_Q);  // keys beyond are not even read
+  const VisibleTiles tiles(arguments.geometry, arguments.features, work.batch, work.head, work.tile,
+                           (arguments.geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
+  const int begin = TILE_LISTS ? 0 : visibility.first_key(first_q) / TILE_KV;  // steps over key tiles
+  const int end = TILE_LISTS ? tiles.count() : (num_keys + TILE_KV - 1) / TILE_KV;
+  SliceLoader<TileQ, HEAD_DIM> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q, start_q);
+  SliceLoader<TileK, HEAD_DIM, true> load_K(arguments.key, work.batch, head_kv, num_keys, start_kv);
+  SliceLoader<TileV, HEAD_DIM_V, true> load_V(arguments.value, work.batch, head_kv, num_keys, start_kv);
 
-  auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES * TileKV::BYTES; };
-  auto issue_K = [&](int tile) {
-    if (tile < num_kv_tiles) load_K.issue(K_smem + slot(tile), tile * TILE_KV);
+  auto slot = [](int step) { return NUM_STAGES == 1 ? 0 : step % NUM_STAGES; };
+  auto issue_K = [&](int step) {
+    if (step < end) load_K.issue(K_smem + slot(step) * TileK::BYTES, tiles.tile(step) * TILE_KV, first_column<TileK>(0));
     cp_async_commit_group();
   };
-  auto issue_V = [&](int tile) {
-    if (tile < num_kv_tiles) load_V.issue(V_smem + slot(tile), tile * TILE_KV);
+  auto issue_V = [&](int step) {
+    if (step < end) load_V.issue(V_smem + slot(step) * TileV::BYTES, tiles.tile(step) * TILE_KV, first_column<TileV>(0));
     cp_async_commit_group();
   };
 
-  if (num_kv_tiles > 0) {
-    load_Q.issue(Q_smem, first_q);
-    load_Q.land(Q_smem);
-  }
+  if constexpr (HEAD_STEPS == 1) {
+    if (begin < end) {
+      load_Q.issue(Q_smem, first_q, first_column<TileQ>(0));
+      load_Q.land(Q_smem);
+    }
 #pragma unroll
-  for (int tile = 0; tile < NUM_STAGES - 1; ++tile) {
-    issue_K(tile);
-    issue_V(tile);
+    for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) {
+      issue_K(begin + ahead);
+      issue_V(begin + ahead);
+    }
+    issue_K(begin + NUM_STAGES - 1);
   }
-  issue_K(NUM_STAGES - 1);
 
-  float O[M_TILES][D_TILES][4];
+  float O[M_TILES][DV_TILES][4];
   clear(O);
   OnlineSoftmax<M_TILES> softmax;
+  const ScoreModifier modifier(geometry, arguments.features, work.batch, work.head);
+  const Dropout dropout(arguments.features);
 
-  for (int j = 0; j < num_kv_tiles; ++j) {
-    wait_for_tiles<PENDING>([&] { load_K.land(K_smem); });  // barrier A
-    issue_V(j + NUM_STAGES - 1);
-
+  for (int j = begin; j < end; ++j) {
     float S[M_TILES][S_TILES][4];
-    clear(S);
-    gemm_rows<Mma, TileQ::COLUMNS>(S, typename Mma::OperandA<TileQ>(Q_smem, warp_row), typename Mma::OperandB<TileKV>(K_smem + slot(j)));
+    auto add_scores = [&](int) {
+      gemm_rows<Mma, TileQ::COLUMNS>(S, typename Mma::OperandA<TileQ>(Q_smem, warp_row),
+                                     typename Mma::OperandB<TileK>(K_smem + slot(j) * TileK::BYTES));
+    };
+    if constexpr (HEAD_STEPS == 1) {
+      wait_for_tiles<PENDING>([&] { load_K.land(K_smem); });  // barrier A
+      issue_V(j + NUM_STAGES - 1);
+      clear(S);
+      add_scores(0);
+      publish(S, exchange);
+      wait_for_tiles<PENDING>([&] { load_V.land(V_smem); });  // barrier B
+      issue_K(j + NUM_STAGES);
+    } else {
+      clear(S);
+      for_each_piece(
+          [&](int step) {
+            load_Q.issue(Q_smem, first_q, first_column<TileQ>(step));
+            load_K.issue(K_smem, tiles.tile(j) * TILE_KV, first_column<TileK>(step));
+          },
+          add_scores);
+      publish(S, exchange);
+      __syncthreads();
+    }
+    collect(S, exchange);
 
-    wait_for_tiles<PENDING>([&] { load_V.land(V_smem); });  // barrier B
-    issue_K(j + NUM_STAGES);
-
-    const int first_kv = j * TILE_KV;
-    if (geometry.score_sign != 1.0f) multiply_all(S, geometry.score_sign);
-    if (needs_mask<CAUSAL>(geometry, first_q, first_kv + TILE_KV)) {
+    const int first_kv = tiles.tile(j) * TILE_KV;
+    if constexpr (MODIFIES_SCORES) {
+      ScoreSlope<M_TILES, S_TILES> unused;
+      modifier.apply<false>(S, unused, first_q + warp_row, first_kv);
+    } else {
+      if (geometry.score_sign != 1.0f) multiply_all(S, geometry.score_sign);
+    }
+    if (ONLY_CAUSAL ? needs_mask<CAUSAL>(geometry, first_q, first_kv + TILE_KV)
+                    : tiles.is_partial(j) || visibility.needs_mask(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)) {
       for_each_element(S, [&](int row, int column, float& score) {
-        if (!is_visible<CAUSAL>(geometry, first_q + warp_row + row, first_kv + column)) score = -infinity();
+        const bool visible = ONLY_CAUSAL ? is_visible<CAUSAL>(geometry, first_q + warp_row + row, first_kv + column)
+                                         : visibility.sees(first_q + warp_row + row, first_kv + column);
+        if (!visible) score = -infinity();
       });
     }
-    softmax.update(S, O, geometry.scale_log2);
-    gemm_accumulator<Mma>(O, S, typename Mma::OperandBByRows<TileKV>(V_smem + slot(j)));
+    softmax.update(S, O, MODIFIES_SCORES ? 1.0f : geometry.scale_log2);
+    if constexpr (DROPOUT) {
+      KeptElements<false, M_TILES, S_TILES> kept;
+      kept.draw(dropout, work.batch, work.head, first_q + warp_row, first_kv);
+      for_each_place<M_TILES, S_TILES>([&](int m, int n, int i, int, int) {
+        if (!kept.has(m, n, i)) S[m][n][i] = 0.0f;
+      });
+    }
+    auto add_outputs = [&](int step) {
+      gemm_accumulator<Mma, TileV::COLUMNS>(O, S, typename Mma::OperandBByRows<TileV>(V_smem + slot(j) * TileV::BYTES), step * TileV::COLUMNS / 8);
+    };
+    if constexpr (HEAD_STEPS == 1) {
+      add_outputs(0);
+    } else {
+      for_each_piece([&](int step) { load_V.issue(V_smem, first_kv, first_column<TileV>(step)); }, add_outputs);
+    }
   }
 
+  if constexpr (SINKS) softmax.add_sink(O, arguments.features.sinks.load(work.batch, work.head) * LOG2_E);
   softmax.finish(O);
-  if (arguments.lse.data != nullptr && lane_index() % 4 == 0) {
+  if constexpr (DROPOUT) multiply_all(O, arguments.features.dropout_scale);
+  if (arguments.lse.data != nullptr && slice_index() == 0 && lane_index() % 4 == 0) {
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int query = first_q + warp_row + 16 * m + 8 * r + lane_index() / 4;
-        if (query < geometry.seqlen_q) *arguments.lse.pointer(work.batch, work.head, query) = softmax.reference[m][r];
+        if (query < geometry.seqlen_q) *arguments.lse.pointer(work.batch, work.head, start_q + query) = softmax.reference[m][r];
       }
   }
-  store_rows<Element, HEAD_DIM>(O, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.out, work.batch, work.head, first_q + warp_row, geometry.seqlen_q);
+  store_rows<Element, HEAD_DIM_V, TileQ::COLUMNS>(O, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.out, work.batch, work.head, first_q + warp_row,
+                                                  geometry.seqlen_q, first_column<TileV>(0), start_q);
 }

@@ -23,6 +23,7 @@ import cuflash
 from cuflash import attention as calls
 from cuflash import cache, device, launch, reference
 from cuflash.reference import attention, attention_backward, attention_naive, attention_naive_backward, compare
+from cuflash.reference_features import rules_of
 
 SIMULATED = ("sm_75", "sm_80", "sm_90")
 """float16 only on tensor cores, staged copies; cp.async and all types on tensor cores; the same with more shared memory."""
@@ -142,10 +143,13 @@ class Results:
     out: Any
     lse: Any
     grads: tuple[Any, Any, Any] | None
+    grad_attn_mask: Any = None
+    grad_sinks: Any = None
 
     def bits(self) -> tuple[bytes, ...]:
         """Every bit of every result, in logical order."""
-        return tuple(Target.bits(x) for x in (self.out, self.lse, *(self.grads or ())))
+        others = [grad for grad in (self.grad_attn_mask, self.grad_sinks) if grad is not None]
+        return tuple(Target.bits(x) for x in (self.out, self.lse, *(self.grads or ()), *others))
 
 
 class Target:
@@ -245,16 +249,18 @@ class Target:
         self, query: Any, key: Any, value: Any, *, backward: bool = True, grad_out: Any = None, grad_lse: Any = None, out: Any = None,
         tile: Any = None, backward_tile: Any = None, **options: Any,
     ) -> Results:  # fmt: skip
-        """Both calls, with a random gradient of the output unless there is one."""
+        """Both calls, with a random gradient of the output unless there is one, and with the gradient of an additive mask."""
         out, lse = cuflash.scaled_dot_product_attention(query, key, value, return_lse=True, out=out, tile=tile, **options)
         if not backward:
             return Results(out, lse, None)
         if grad_out is None:
-            grad_out = self.random(query.shape, str(query.dtype), seed=99)
+            grad_out = self.random(out.shape, str(query.dtype), seed=99)
+        mask = options.get("attn_mask")
         grads = cuflash.scaled_dot_product_attention_backward(
-            grad_out, query, key, value, out, lse, grad_lse=grad_lse, tile=backward_tile, **options
-        )
-        return Results(out, lse, tuple(grads))
+            grad_out, query, key, value, out, lse, grad_lse=grad_lse, tile=backward_tile,
+            need_attn_mask_grad=mask is not None and str(mask.dtype) != "bool", **options,
+        )  # fmt: skip
+        return Results(out, lse, tuple(grads), grads.attn_mask, grads.sinks)
 
     def check(
         self, query: Any, key: Any, value: Any, *, backward: bool = True, grad_out: Any = None, grad_lse: Any = "random", out: Any = None,
@@ -262,31 +268,74 @@ class Target:
     ) -> Results:  # fmt: skip
         """Run both calls and assert that out, LSE and all gradients are as exact as the naive formula in the same precision."""
         dtype = str(query.dtype)
+        judged = {name: option for name, option in options.items() if name != "deterministic"}  # what changes results
+        want, want_lse = attention(query, key, value, **judged)
         if grad_out is None:
-            grad_out = self.random(query.shape, dtype, seed=99)
-        want, want_lse = attention(query, key, value, **options)
+            grad_out = self.random(want.shape, dtype, seed=99)
         if isinstance(grad_lse, str):
             grad_lse = self.random(want_lse.shape, "float32", seed=98)
         results = self.run(
             query, key, value, backward=backward, grad_out=grad_out, grad_lse=grad_lse, out=out, tile=tile, backward_tile=backward_tile,
             **options,
         )  # fmt: skip
-        naive, _ = attention_naive(query, key, value, dtype, **options)  # type: ignore[arg-type]
-        _, naive_lse = attention_naive(query, key, value, "float32", **options)  # scores are never rounded to 16 bits
+        naive, _ = attention_naive(query, key, value, dtype, **judged)  # type: ignore[arg-type]
+        _, naive_lse = attention_naive(query, key, value, "float32", **judged)  # scores are never rounded to 16 bits
         compare(results.out, want, naive, name="out")
         compare(results.lse, want_lse, naive_lse, name="lse", dtype="float32")
         if results.grads is not None:
-            wanted = attention_backward(grad_out, query, key, value, grad_lse=grad_lse, **options)
-            naives = attention_naive_backward(grad_out, query, key, value, dtype, grad_lse=grad_lse, **options)  # type: ignore[arg-type]
-            noise = _noise_of_gradients(grad_out, query, key, value, options)
+            wanted = attention_backward(grad_out, query, key, value, grad_lse=grad_lse, **judged)
+            naives = attention_naive_backward(grad_out, query, key, value, dtype, grad_lse=grad_lse, **judged)  # type: ignore[arg-type]
+            noise = _noise_of_gradients(grad_out, query, key, value, judged)
             for name, got, want_grad, naive_grad in zip(
                 ("grad_query", "grad_key", "grad_value"), results.grads, wanted, naives, strict=True
             ):
                 assert got.dtype == query.dtype, name
-                got64 = reference.to_float64(got)
-                with numpy.errstate(invalid="ignore"):
-                    close = numpy.abs(got64 - want_grad) <= noise
-                compare(numpy.where(close, want_grad, got64), want_grad, naive_grad, name=name, dtype=dtype)
+                _compare_gradient(name, got, want_grad, naive_grad, noise, dtype)
+            for name in ("attn_mask", "sinks"):
+                got, want_grad = getattr(results, f"grad_{name}"), getattr(wanted, name)
+                assert (got is None) == (want_grad is None), name
+                if want_grad is not None:
+                    assert got.dtype == options[name].dtype, name
+                    of_sums = _noise_of_sums(name, grad_out, results.out, judged)
+                    _compare_gradient(f"grad_{name}", got, want_grad, getattr(naives, name), of_sums, str(got.dtype))
+        return results
+
+    def run_packed(
+        self, inputs: list[Any], cu: tuple[Any, Any], maxima: Any = (None, None), grad_lse: Any = None, **options: Any
+    ) -> tuple[Any, ...]:
+        """Both calls on packed query, key, value, grad_out: (out, lse, grad_query, grad_key, grad_value), and grad_sinks where there are sinks."""
+        query, key, value, grad_out = inputs
+        out, lse = cuflash.varlen_attention(query, key, value, *cu, *maxima, return_lse=True, **options)
+        grads = cuflash.varlen_attention_backward(grad_out, query, key, value, out, lse, *cu, *maxima, grad_lse=grad_lse, **options)
+        return (out, lse, *grads, *(() if grads.sinks is None else (grads.sinks,)))
+
+    def check_packed(
+        self, inputs: list[Any], cu: tuple[Any, Any], maxima: Any = (None, None), grad_lse: Any = "random", **options: Any
+    ) -> tuple[Any, ...]:
+        """`run_packed`, and assert that all results are as exact as the naive formula in the same precision."""
+        query, key, value, grad_out = inputs
+        dtype, heads = str(query.dtype), query.shape[1]
+        if isinstance(grad_lse, str):
+            grad_lse = self.random((heads, query.shape[0]), "float32", 98)
+        results = self.run_packed(inputs, cu, maxima, grad_lse, **options)
+        shapes = [grad_out.shape, (heads, query.shape[0]), query.shape, key.shape, value.shape, (heads,)]
+        assert [x.shape for x in results] == shapes[: len(results)]
+        judged = {name: option for name, option in options.items() if name != "deterministic"}
+        out, lse = reference.varlen_attention(query, key, value, *cu, **judged)
+        naive_out, _ = reference.varlen_attention(query, key, value, *cu, precision=dtype, **judged)  # type: ignore[arg-type]
+        _, naive_lse = reference.varlen_attention(query, key, value, *cu, precision="float32", **judged)
+        compare(results[0], out, naive_out, name="out")
+        compare(results[1], lse, naive_lse, name="lse", dtype="float32")
+        wanted, naives = (
+            reference.varlen_attention_backward(grad_out, query, key, value, *cu, grad_lse=grad_lse, precision=precision, **judged)  # type: ignore[arg-type]
+            for precision in (None, dtype)
+        )
+        noise = min(_noises_of_sequences(grad_out, query, key, value, cu, judged), default=0.0)
+        for name, got, want, naive in zip(("grad_query", "grad_key", "grad_value"), results[2:5], wanted, naives, strict=True):
+            _compare_gradient(name, got, want, naive, noise, dtype)
+        if len(results) > 5:
+            noise_of_sinks = _noise_of_sums("sinks", grad_out[None], results[0][None], {})
+            _compare_gradient("grad_sinks", results[5], wanted.sinks, naives.sinks, noise_of_sinks, dtype)
         return results
 
     def host(self, x: Any) -> numpy.ndarray[Any, Any]:
@@ -294,16 +343,43 @@ class Target:
         return reference.to_float64(x)
 
 
+def _compare_gradient(name: str, got: Any, want: Any, naive: Any, noise: Any, dtype: str) -> None:
+    """`compare`, where what rounding leaves of sums that cancel does not count as an error."""
+    got64 = reference.to_float64(got)
+    with numpy.errstate(invalid="ignore"):
+        close = numpy.abs(got64 - want) <= noise
+    compare(numpy.where(close, want, got64), want, naive, name=name, dtype=dtype)
+
+
+def _noises_of_sequences(grad_out: Any, query: Any, key: Any, value: Any, cu: tuple[Any, Any], options: dict[str, Any]) -> Iterator[float]:
+    """`_noise_of_gradients` of each packed sequence that has queries and keys."""
+    starts_q, starts_kv = ([int(n) for n in x] for x in cu)
+    for i in range(len(starts_q) - 1):
+        queries, keys = slice(*starts_q[i : i + 2]), slice(*starts_kv[i : i + 2])
+        inputs = [x[None, rows] for x, rows in ((grad_out, queries), (query, queries), (key, keys), (value, keys))]
+        if 0 not in inputs[1].shape and 0 not in inputs[2].shape:
+            yield _noise_of_gradients(*inputs, reference.options_of_sequence({"causal_alignment": "bottom_right", **options}, i))
+
+
 def _noise_of_gradients(grad_out: Any, query: Any, key: Any, value: Any, options: dict[str, Any]) -> float:
     """What rounding may leave of gradients that are 0: with a single visible key P is 1 and dP - delta the difference of equal numbers.
 
-    Half a unit in the last place of float32, relative to the terms; 0 wherever there is more than one key, where `compare` alone decides.
+    Half a unit in the last place of float32, relative to the terms, or with dropout of the output's type, since O is no longer a row of V but a multiple
+    of it, rounded; 0 wherever there is more than one key, where `compare` alone decides.
     """
     order = options.get("layout", "bshd")
     (seqlen_q, seqlen_kv), axis = (x.shape[order.index("s")] for x in (query, key)), order.index("d")
-    top_left = options.get("is_causal", False) and options.get("causal_alignment") != "bottom_right"
-    one_key = seqlen_kv == 1 or (top_left and seqlen_q == 1)
-    if not one_key or 0 in query.shape or 0 in key.shape:
+    if 0 in query.shape or 0 in key.shape or options.get("sinks") is not None:
+        return 0.0
+    batch, heads = (query.shape[order.index(letter)] for letter in "bh")
+    features = {
+        name: option for name, option in options.items() if name not in ("is_causal", "causal_alignment", "scale", "enable_gqa", "layout")
+    }
+    rules = rules_of(
+        (batch, heads, seqlen_q, seqlen_kv), lambda x: x.get() if hasattr(x, "get") else x, reference.to_float64,
+        is_causal=options.get("is_causal", False), causal_alignment=options.get("causal_alignment", "top_left"), **features,
+    )  # fmt: skip
+    if seqlen_kv > 1 and any(rules.visible(b, h).sum(axis=1).max() > 1 for b in range(batch) for h in range(heads)):
         return 0.0
     q, k, v, grad = (reference.to_float64(x) for x in (query, key, value, grad_out))
     head_dim, scale = q.shape[axis], options.get("scale")
@@ -311,7 +387,29 @@ def _noise_of_gradients(grad_out: Any, query: Any, key: Any, value: Any, options
     largest = float(max(numpy.abs(k).max(), numpy.abs(q).max()))
     factor = abs(head_dim**-0.5 if scale is None else scale)
     rows = max(1.0, query.size / key.size)  # that are summed in one gradient of a key
-    return 2.0**-24 * factor * product * largest * rows**0.5
+    unit = 2.0**-24
+    if options.get("dropout_p"):
+        product, unit = product / (1.0 - min(options["dropout_p"], 0.99)), reference.EPSILON[str(query.dtype)] / 2
+    return unit * factor * product * largest * rows**0.5
+
+
+def _noise_of_sums(name: str, grad_out: Any, out: Any, options: dict[str, Any]) -> Any:
+    """What rounding leaves of gradients of a mask that are summed over all keys, and of sinks.
+
+    Over a row, P (dP - delta) adds up to nothing but the gradient of lse; what is left is the rounding of delta = Σ dO ∘ O, of which O has a unit in the last
+    place. The naive formula's delta is Σ P ∘ dP, where that cancels.
+    """
+    order = options.get("layout", "bshd")
+    grad, of_out = (reference.to_float64(x).transpose([order.index(letter) for letter in "bhsd"]) for x in (grad_out, out))
+    rows = numpy.linalg.norm(grad, axis=3) * numpy.linalg.norm(of_out, axis=3) * reference.EPSILON[str(out.dtype).rpartition(".")[2]]
+    if name == "sinks":
+        return numpy.sqrt((rows**2).sum(axis=(0, 2)))
+    mask = options["attn_mask"].shape
+    shape = (1,) * (4 - len(mask)) + tuple(mask)
+    if shape[3] > 1:
+        return 0.0
+    axes = tuple(axis for axis in range(3) if shape[axis] == 1)
+    return numpy.sqrt((rows**2).sum(axis=axes, keepdims=True)).reshape(mask)
 
 
 @pytest.fixture(params=[*SIMULATED, *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])

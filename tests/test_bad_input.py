@@ -65,9 +65,7 @@ def error_of(call: dict[str, Any], check: Callable[[dict[str, Any]], object] = f
 # --- Each check and its message ---------------------------------------------------------------------------------------------------------
 
 OPTION_CASES: list[tuple[dict[str, Any], type[ArgumentError], str, str, str, str]] = [
-    ({"attn_mask": zeros(2, 2)}, UnsupportedError, "attn_mask", "numpy.ndarray", "masks are not supported yet", "is_causal=True"),
-    ({"dropout_p": 0.1}, UnsupportedError, "dropout_p", "0.1", "dropout is not supported yet", "Leave it out"),
-    ({"dropout_p": 1}, UnsupportedError, "dropout_p", "1", "not supported", "Leave it out"),
+    ({"dropout_p": 0.1}, OptionError, "dropout_seed", "None with dropout_p > 0", "an int, a pair", "the same one to the backward pass"),
     ({"dropout_p": 1.5}, OptionError, "dropout_p", "1.5", "from 0.0 to 1.0", "evaluation"),
     ({"dropout_p": math.nan}, OptionError, "dropout_p", "nan", "from 0.0 to 1.0", "evaluation"),
     ({"dropout_p": None}, OptionError, "dropout_p", "None", "from 0.0 to 1.0", "evaluation"),
@@ -157,11 +155,11 @@ ARRAY_CASES: list[tuple[dict[str, Any], type[ArgumentError], str, str, str, str]
     ({"key": zeros()}, ShapeError, "key", "0 dimensions", "4 dimensions", "Reshape"),
     ({"value": zeros(B, SKV, H * D)}, ShapeError, "value", "3 dimensions, (2, 10, 32)", "4 dimensions, like query", "same form"),
     # head_dim
-    ({"query": zeros(B, SQ, H, 0)}, ShapeError, "query", "head_dim 0", "from 1 to 256", "layout="),
-    ({"query": zeros(B, SQ, H, 257)}, UnsupportedError, "query", "head_dim 257", "at most 256", "layout="),
+    ({"query": zeros(B, SQ, H, 0)}, ShapeError, "query", "head_dim 0", "from 1 to 576", "layout="),
+    ({"query": zeros(B, SQ, H, 577)}, UnsupportedError, "query", "head_dim 577", "at most 576", "layout="),
     ({"key": zeros(B, SKV, H, 9)}, ShapeError, "key", "head_dim 9 in (2, 10, 4, 9)", "head_dim 8, like query with (2, 6, 4, 8)", "layout="),
-    ({"value": zeros(B, SKV, H, 9)}, UnsupportedError, "value", "head_dim 9", "head_dim 8", "not supported yet: pad"),
-    ({"value": zeros(B, SKV, H, 0)}, ShapeError, "value", "head_dim 0", "head_dim 8", "layout="),
+    ({"value": zeros(B, SKV, H, 577)}, UnsupportedError, "value", "head_dim 577", "at most 576", "layout="),
+    ({"value": zeros(B, SKV, H, 0)}, ShapeError, "value", "head_dim 0", "from 1 to 576", "layout="),
     # batches
     ({"key": zeros(3, SKV, H, D)}, ShapeError, "key", "batch 3 in (3, 10, 4, 8)", "batch 2, like query with (2, 6, 4, 8), or 1", "layout="),
     ({"query": zeros(1, SQ, H, D)}, ShapeError, "key", "batch 2", "batch 1", "expand query to batch 2"),
@@ -215,11 +213,11 @@ ARRAY_CASES: list[tuple[dict[str, Any], type[ArgumentError], str, str, str, str]
         "num_heads=",
     ),
     (
-        {"query": zeros(B, SQ, 512), "key": zeros(B, SKV, 512), "value": zeros(B, SKV, 512)},
+        {"query": zeros(B, SQ, 1024), "key": zeros(B, SKV, 1024), "value": zeros(B, SKV, 1024)},
         UnsupportedError,
         "query",
-        "head_dim 512",
-        "at most 256",
+        "head_dim 1024",
+        "at most 576",
         "Pass num_heads=",
     ),
     (
@@ -427,7 +425,8 @@ def break_extent(rng: random.Random, call: dict[str, Any]) -> None:
     axes = {"query": (0, 2, 3), "key": (0, 1, 2, 3), "value": (0, 1, 2, 3)}[name]
     shape = list(call[name].shape)
     axis = rng.choice(axes)
-    shape[axis] = rng.choice([n for n in (0, 3, 5, 7, 11, 257, 300) if n != shape[axis] and (n or axis > 1)])
+    bad = (0, 1000, 2000) if (name, axis) == ("value", 3) else (0, 3, 5, 7, 11, 1000, 2000)  # value has a head_dim of its own
+    shape[axis] = rng.choice([n for n in bad if n != shape[axis] and (n or axis > 1)])
     call[name] = numpy.zeros(shape, call[name].dtype)
 
 
@@ -468,12 +467,20 @@ def break_scale(rng: random.Random, call: dict[str, Any]) -> None:
 
 
 def break_dropout(rng: random.Random, call: dict[str, Any]) -> None:
-    call["dropout_p"] = rng.choice([0.5, 1.0, -0.1, 1.1, math.nan, math.inf, None, "0", True, False, 1j, [], 10**400])
+    call["dropout_seed"] = rng.choice([None, 1])
+    call["dropout_p"] = rng.choice([-0.1, 1.1, math.nan, math.inf, None, "0", True, False, 1j, [], 10**400])
 
 
 def break_other_option(rng: random.Random, call: dict[str, Any]) -> None:
     name, values = rng.choice([
-        ("attn_mask", [zeros(SQ, SKV), True, "causal", 0, []]),
+        ("attn_mask", [zeros(SQ, SKV + 1), True, "causal", 0, [], zeros(SQ, SKV, dtype="int32"), zeros(1, B, H, SQ, SKV)]),
+        ("window", [(1,), (1, -2), "both", 4, (True, 1), (0.5, 1), (None, "0")]),
+        ("softcap", [-1.0, "30", math.inf, math.nan, True, 1e-300]),
+        ("alibi_slopes", [zeros(H), zeros(H + 1, dtype="float32"), [0.5] * H]),
+        ("sinks", [zeros(H), zeros(B, H, dtype="float32"), 1.0]),
+        ("segment_ids_q", [zeros(B, SQ, dtype="int32"), zeros(B, dtype="int32"), 0]),
+        ("prefix_lengths", [zeros(B, dtype="int32"), zeros(B, dtype="int64")]),
+        ("need_attn_mask_grad", [True, 1, None]),
         ("num_heads", [0, -1, 5, 10**30, True, 2.0, "4", [], numpy.bool_(True), numpy.array(4)]),
         ("causal_alignment", ["", "top", None, 0, ["top_left"], "TOP_LEFT", numpy.array(["top_left", "top_left"])]),
     ])  # fmt: skip
@@ -533,7 +540,16 @@ ARGUMENTS = {
     "layout",
     "scale",
     "dropout_p",
+    "dropout_seed",
     "attn_mask",
+    "need_attn_mask_grad",
+    "window",
+    "softcap",
+    "alibi_slopes",
+    "sinks",
+    "segment_ids_q",
+    "segment_ids_kv",
+    "prefix_lengths",
     "num_heads",
     "causal_alignment",
 }

@@ -132,7 +132,7 @@ def test_demo_without_enough_steps_fails_with_a_picture(tmp_path: Path) -> None:
     ("arguments", "environment", "expected"),
     [
         (("inspect", "--arch", "sm_42"), {}, "expected one of sm_75"),
-        (("inspect", "--head-dim", "300"), {}, "an int from 1 to 256"),
+        (("inspect", "--head-dim", "600"), {}, "an int from 1 to 576"),
         (("demo", "--arch", "volta"), {}, "expected one of sm_75"),
         (("warmup", "--head-dim", "64"), {"CUFLASH_KERNELS_DIR": "/nowhere"}, "kernels' text is missing"),
         (("demo", "--steps", "0"), {}, "expected a positive number"),

@@ -13,19 +13,31 @@ import pytest
 
 from cuflash import cache, compiler, device, inspection
 from cuflash.device import ARCHITECTURES, Device
+from cuflash.features import NO_FEATURES, FeatureSet
 from cuflash.inspection import Report, inspect_kernels
 from cuflash.planning import offline_kernels
 
 pytest.importorskip("cupy")
 
 DTYPES = ("float16", "bfloat16", "float32")
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 128, 256, 512)
 MAX_SECONDS = 3.0
+FEATURES = {
+    "boolean_mask": FeatureSet(attn_mask="bool"),
+    "additive_mask": FeatureSet(attn_mask="float32"),
+    "narrow_mask": FeatureSet(attn_mask="float16"),
+    **{name: FeatureSet(**{name: True}) for name in ("dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix")},
+}
 CAUSAL = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 
 
-def reports_of(on: Device, dtype: str, head_dim: int, is_causal: bool = True, allow_tf32: bool = False) -> list[Report]:
-    kernels = offline_kernels(on, dtype=dtype, head_dim=head_dim, is_causal=is_causal, allow_tf32=allow_tf32)
+def reports_of(
+    on: Device, dtype: str, head_dim: int, is_causal: bool = True, allow_tf32: bool = False, head_dim_v: int | None = None,
+    features: FeatureSet = NO_FEATURES,
+) -> list[Report]:  # fmt: skip
+    kernels = offline_kernels(
+        on, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v, is_causal=is_causal, allow_tf32=allow_tf32, features=features
+    )
     return inspect_kernels((on, kernel) for kernel in kernels)
 
 
@@ -86,6 +98,26 @@ def test_other_head_dims_do_not_spill(arch: str, head_dim: int) -> None:
     dtype = DTYPES[head_dim // 8 % 3]
     for report in reports_of(device.of_arch(arch, "gpu"), dtype, head_dim, is_causal=head_dim % 16 == 0):
         assert not report.spills, f"{dtype}: {named(report)}"
+        assert report.warnings == (), named(report)
+
+
+@pytest.mark.parametrize("dims", [(192, 128), (64, 256), (576, 512), (71, 33), (8, 512)], ids=str)
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_89", "sm_90", "sm_120"])
+def test_two_head_dims_do_not_spill(arch: str, dims: tuple[int, int]) -> None:
+    for dtype in DTYPES:
+        for report in reports_of(device.of_arch(arch, "gpu"), dtype, dims[0], head_dim_v=dims[1]):
+            assert not report.spills, f"{dtype}: {named(report)}"
+            assert report.warnings == (), named(report)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_89", "sm_90", "sm_120"])
+def test_no_spills_with_a_feature(arch: str, feature: str) -> None:
+    """Each alone. Types and head dimensions in turn: docs/performance.md says what all of them together gave."""
+    number = list(FEATURES).index(feature) + int(arch[3:])
+    dtype, head_dim = DTYPES[number % 3], HEAD_DIMS[number // 3 % 4]
+    for report in reports_of(device.of_arch(arch, "gpu"), dtype, head_dim, features=FEATURES[feature]):
+        assert not report.spills, f"{dtype} {head_dim}: {named(report)}"
         assert report.warnings == (), named(report)
 
 

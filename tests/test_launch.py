@@ -35,6 +35,15 @@ GEOMETRY = (
 )
 POINTERS = {name: f"{name}.data" for name in (*BACKWARD_TENSORS, "lse", "grad_lse")} | {"row_statistics": "row_statistics"}
 """Names of pointers in Python -> fields in C++."""
+FEATURES = {name: f"{name}.data" for name in ("alibi_slopes", "sinks", "segment_ids_q", "segment_ids_kv", "prefix_lengths")} | {
+    "attn_mask": "mask.data",
+    "grad_attn_mask": "grad_mask.data",
+    **{name: name for name in ("grad_sinks", "visible_tiles", "dropout_state", "dropout_seed", "dropout_offset")},
+}
+"""Names of 64-bit words in Python -> fields of FeatureArguments."""
+FEATURE_NUMBERS = (
+    "list_batches", "list_heads", "window_low", "window_high", "score_factor", "softcap_log2", "dropout_limit", "dropout_scale",
+)  # fmt: skip
 
 
 def problem_of(**options: Any) -> Problem:
@@ -45,14 +54,14 @@ def problem_of(**options: Any) -> Problem:
 def forward(problem: Problem, vectorized: bool = True) -> tuple[ArgumentTemplate, bytes]:
     (kernel,) = planning.make_plan(problem, device.of_arch("sm_80")).kernels
     template = launch.forward_template(problem, problem.query, (36, 9, 1), dict.fromkeys(FORWARD_TENSORS, vectorized))
-    return template, launch.forward_tail(problem, kernel)
+    return template, launch.forward_tail(problem, kernel) + launch.lengths_template(problem).fill({})
 
 
 def backward(problem: Problem, grad_lse_strides: tuple[int, int, int] | None = (36, 9, 1)) -> tuple[ArgumentTemplate, bytes]:
     kernel = planning.make_plan(problem, device.of_arch("sm_80"), backward=True).kernels[1]
     views = {name: problem.key if name in ("key", "value", "grad_key", "grad_value") else problem.query for name in BACKWARD_TENSORS}
     template = launch.backward_template(views, (36, 9, 1), grad_lse_strides, dict.fromkeys(BACKWARD_TENSORS, True))
-    return template, launch.backward_tail(problem, kernel)
+    return template, launch.backward_tail(problem, kernel) + launch.lengths_template(problem).fill({})
 
 
 def offset_of(template: ArgumentTemplate, name: str) -> int:
@@ -85,14 +94,29 @@ def compile_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assertions: li
 def test_sizes_and_offsets_are_those_of_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler says where each field lies. Mere order is not enough: C++ pads."""
     packed = {"ForwardArguments": forward(problem_of()), "BackwardArguments": backward(problem_of())}
+    features = launch.features_template(problem_of())
+    assert features.size == len(launch.NO_FEATURE_BYTES)
+    sizes = {name: template.size + len(tail) for name, (template, tail) in packed.items()} | {"VisibleTilesArguments": 4 * len(GEOMETRY)}
     assertions = []
     for struct_name, (template, tail) in packed.items():
         assert len(template.fill({})) == template.size
-        assertions.append(f"sizeof({struct_name}) == {template.size + len(tail)}")
+        assert sizes[struct_name] == template.size + len(tail)
         assertions += [f"OFFSET({struct_name}, {POINTERS[name]}) == {offset_of(template, name)}" for name in template.names]
         assertions += [f"OFFSET({struct_name}, geometry.{name}) == {template.size + 4 * i}" for i, name in enumerate(GEOMETRY)]
+    for struct_name, offset in sizes.items():
+        assertions.append(f"sizeof({struct_name}) == {offset + features.size}")
+        assertions += [
+            f"OFFSET({struct_name}, features.{FEATURES[name]}) == {offset + offset_of(features, name)}" for name in features.names
+        ]
+    numbers = offset_of(features, "dropout_offset") + 8
+    assertions += [f"OFFSET(VisibleTilesArguments, features.{name}) == {40 + numbers + 4 * i}" for i, name in enumerate(FEATURE_NUMBERS)]
     group = packed["BackwardArguments"][0].size + 4 * len(GEOMETRY)
     assertions += [f"OFFSET(BackwardArguments, group_batch) == {group}", f"OFFSET(BackwardArguments, group_heads) == {group + 4}"]
+    for struct_name, (template, tail) in packed.items():
+        lengths = template.size + len(tail) - launch.lengths_template(problem_of()).size
+        for i, name in enumerate(("cu_seqlens_q", "cu_seqlens_kv", "seqlens_kv", "num_sequences")):
+            assertions.append(f"OFFSET({struct_name}, lengths.{name}) == {lengths + 8 * i}")
+        assertions.append(f"OFFSET({struct_name}, lengths.bottom_right) == {lengths + 28}")
     for i, name in enumerate(("data", "stride_batch", "stride_seqlen", "stride_head", "stride_dim", "vectorized")):
         assertions.append(f"OFFSET(TensorView, {name}) == {8 * i}")
     for i, name in enumerate(("data", "stride_batch", "stride_head", "stride_seqlen")):
@@ -100,7 +124,7 @@ def test_sizes_and_offsets_are_those_of_the_kernels(tmp_path: Path, monkeypatch:
     assertions.append(f"sizeof(RowStatistics) == {planning.ROW_STATISTICS_BYTES}")
     ptx = compile_with(tmp_path, monkeypatch, assertions)
     for name, (template, tail) in (("forward", packed["ForwardArguments"]), ("backward", packed["BackwardArguments"])):
-        assert f".param .align 8 .b8 {name}_param_0[{template.size + len(tail)}]" in ptx
+        assert f".param .align 8 .b8 {name}_param_0[{template.size + len(tail) + features.size}]" in ptx
 
 
 def test_a_wrong_offset_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from cuflash.planning import Plan, backward_passes, make_plan, offline_kernels
 from cuflash.problem import Problem, make_problem
 from cuflash.tiles import Tile
 
+FEATURES = ("DROPOUT", "WINDOW", "SOFTCAP", "ALIBI", "SINKS", "SEGMENTS", "PREFIX")
 SM_80 = device.of_arch("sm_80", "gpu")
 
 
@@ -148,11 +149,15 @@ def test_config_says_all_that_the_kernel_is_told() -> None:
     (kernel,) = plan_of((1, 5, 1, 72), tile=Tile(64, 48, 4, 2), is_causal=True).kernels
     assert kernel.config == (
         '#include "ptx/types.cuh"\nstruct Config {\n  using Element = float16;\n'
-        "  static constexpr int CAPABILITY = 80;\n  static constexpr int HEAD_DIM = 72;\n"
+        "  static constexpr int CAPABILITY = 80;\n  static constexpr int HEAD_DIM = 72;\n  static constexpr int HEAD_DIM_V = 72;\n"
+        "  static constexpr int HEAD_SLICES = 1;\n  static constexpr int HEAD_STEPS = 1;\n"
         "  static constexpr int TILE_Q = 64;\n  static constexpr int TILE_KV = 48;\n"
         "  static constexpr int NUM_WARPS = 4;\n  static constexpr int NUM_STAGES = 2;\n"
         f"  static constexpr int SHARED_BYTES = {160 * (64 + 4 * 48)};\n"
-        "  static constexpr bool CAUSAL = true;\n  static constexpr bool ALLOW_TF32 = false;\n};\n"
+        "  static constexpr bool CAUSAL = true;\n  static constexpr bool VARLEN = false;\n"
+        "  static constexpr bool SEQLENS_KV = false;\n  static constexpr bool ALLOW_TF32 = false;\n  using MaskElement = NoMask;\n"
+        + "".join(f"  static constexpr bool {name} = false;\n" for name in FEATURES)
+        + "};\n"
     )
 
 
@@ -167,7 +172,7 @@ def test_a_request_is_a_cubin_for_a_gpu_and_ptx_for_the_simulator() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_offline_kernels_are_those_of_a_call(arch: str) -> None:
     on = device.of_arch(arch, "gpu")
-    for head_dim in (64, 256):
+    for head_dim in (64, 256, 512):
         problem = problem_of((3, 77, 2, head_dim), is_causal=True)
         of_calls = {kernel.request(on) for backward in (False, True) for kernel in make_plan(problem, on, backward=backward).kernels}
         offline = [kernel.request(on) for kernel in offline_kernels(on, dtype="float16", head_dim=head_dim, is_causal=True)]
@@ -178,7 +183,7 @@ def test_offline_kernels_are_those_of_a_call(arch: str) -> None:
 # --- Memory and limits --------------------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 100), st.integers(1, 64), st.sampled_from([1, 64, 100, 256]))
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 100), st.integers(1, 64), st.sampled_from([1, 64, 100, 256, 576]))
 def test_memory_is_linear_in_the_lengths(seqlen_q: int, seqlen_kv: int, batch: int, heads: int, head_dim: int) -> None:
     """Outputs, and eight bytes per query row; no plan has room for a matrix of scores."""
     shapes = ((batch, seqlen_q, heads, head_dim), (batch, seqlen_kv, heads, head_dim))
@@ -217,6 +222,7 @@ def test_plan_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         "  problem    float16, batch 2, seqlen 1000 x 500, 8/2 heads, head_dim 64, causal (bottom_right), scale 0.25",
         "  products   tensor cores, float16 with float32 sums",
         "  kernel     forward: forward_mma.cu, tile_q=64, tile_kv=32, num_warps=4, num_stages=2, 256 blocks of 128 threads, 24576 bytes of shared memory",
+        "  tiles      forward visits 80 of 256 per head",
         "  memory     outputs 2.014 MiB, workspace 0 B; unfused attention would take 30.52 MiB more",
         "  work       0.513 GFLOP in matrix products over visible pairs; the same bits on every run",
     ]

@@ -64,7 +64,7 @@ def test_scale(scale: Any, want: float) -> None:
     assert problem_of((1, 2, 1, 8), (1, 5, 1, 8), scale=scale).scale == want
 
 
-@pytest.mark.parametrize("head_dim", [1, 3, 256])
+@pytest.mark.parametrize("head_dim", [1, 3, 256, 576])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_head_dims_and_dtypes(head_dim: int, dtype: str) -> None:
     x = array(1, 2, 3, head_dim, dtype=dtype)
@@ -287,5 +287,5 @@ def test_backward_views() -> None:
 
 
 def test_default_scale_of_every_head_dim() -> None:
-    for head_dim in range(1, 257):
+    for head_dim in range(1, 577):
         assert problem_of((1, 1, 1, head_dim), (1, 1, 1, head_dim)).scale == pytest.approx(1 / math.sqrt(head_dim))

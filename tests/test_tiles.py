@@ -53,6 +53,13 @@ BROKEN = {
     "five_stages": (case(), Tile(64, 16, 4, 5), "num_stages must be at most 4"),
     "shared_memory": (case(), Tile(128, 128, 8, 4), "shared memory: 147456 bytes needed, 101376 available on sm_86"),
     "registers": (case(head_dim=256), Tile(64, 64, 2, 1), "registers: at least 344 per thread needed, 255 available with 2 warps"),
+    "slices": (case(head_dim=512), Tile(16, 16, 1, 1), "num_warps must be a multiple of 2, the slices of the head"),
+    "rows_of_slices": (case(head_dim=512), Tile(48, 16, 4, 1), "tile_q must be a multiple of 16 * num_warps / 2 slices of the head = 32"),
+    "stages_of_steps": (
+        case(dtype="float32", head_dim=512),
+        Tile(16, 16, 4, 2),
+        "num_stages must be 1 on sm_86, whose shared memory this head passes through in steps",
+    ),
     "registers_of_16_warps": (
         case(head_dim=240),
         Tile(256, 16, 16, 1),
@@ -118,7 +125,21 @@ def test_shared_bytes(kernel: str, tile: Tile, expected: int) -> None:
 )  # fmt: skip
 def test_row_bytes(dtype: str, arch: str, head_dim: int, expected: int) -> None:
     """head_dim rounded up to 16, in 32-bit tiles to 32; bfloat16 is widened where only the float32 units can take it."""
-    assert tiles.row_bytes(case(dtype=dtype, head_dim=head_dim), on(arch)) == expected
+    assert tiles.row_bytes(case(dtype=dtype, head_dim=head_dim), on(arch)) == (expected, expected)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "head_dim", "arch", "slices", "steps"),
+    [
+        ("forward", "bfloat16", 256, "sm_80", 1, 1), ("forward", "bfloat16", 257, "sm_80", 2, 1), ("forward", "bfloat16", 512, "sm_86", 2, 1),
+        ("backward_dkdv", "bfloat16", 512, "sm_80", 4, 1), ("backward_dq", "float32", 512, "sm_80", 4, 1), ("backward_dq", "float32", 512, "sm_86", 4, 2),
+        ("forward", "float16", 512, "sm_75", 2, 1), ("backward_dq", "float16", 512, "sm_75", 2, 2), ("backward_dq", "float32", 576, "sm_75", 4, 8),
+    ],
+)  # fmt: skip
+def test_slices_and_steps_of_wide_heads(kernel: Any, dtype: str, head_dim: int, arch: str, slices: int, steps: int) -> None:
+    """Slices by what accumulators the registers hold, steps by what pieces the shared memory holds."""
+    kernel_case = case(kernel, dtype, head_dim)
+    assert (kernel_case.head_slices(on(arch)), kernel_case.head_steps(on(arch))) == (slices, steps)
 
 
 def test_transposed() -> None:
@@ -137,12 +158,22 @@ def test_text() -> None:
 def test_every_supported_case_has_a_default(arch: str) -> None:
     """Every kernel, type and head dimension, on the smallest shared memory as well."""
     for dtype in DTYPES:
-        for head_dim in (1, 16, 17, *range(24, 257, 8)):
+        for head_dim in (1, 16, 17, *range(24, 577, 8)):
             for kernel in ("forward", "backward_dk", "backward_dv", "backward_dq"):
                 kernel_case = case(kernel, dtype, head_dim)
                 tile = tiles.default_tile(kernel_case, on(arch))
                 assert tiles.check_tile(kernel_case, tile, on(arch)) is tile, kernel_case
                 assert tile == tiles.legal_tiles_for(kernel_case, on(arch))[0]
+
+
+@given(st.sampled_from(DTYPES), st.integers(1, 576), st.integers(1, 576), st.sampled_from(ARCHITECTURES))
+def test_every_pair_of_head_dims_has_a_default(dtype: str, head_dim: int, head_dim_v: int, arch: str) -> None:
+    for kernel in ("forward", "backward_dk", "backward_dv", "backward_dq"):
+        kernel_case = KernelCase(kernel, dtype, head_dim, False, head_dim_v)  # type: ignore[arg-type]
+        tile = tiles.default_tile(kernel_case, on(arch))
+        assert tiles.shared_bytes(kernel_case, tile, on(arch)) <= on(arch).shared_memory_per_block
+        assert (kernel_case.head_slices(on(arch)) > 1) == (max(head_dim, head_dim_v) > 256)
+        assert kernel_case.head_slices(on(arch)) > 1 or kernel_case.head_steps(on(arch)) == 1
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_90"])
@@ -160,7 +191,7 @@ def test_defaults_do_not_pass_the_register_file_by_the_estimate(arch: str) -> No
 @given(
     st.sampled_from(PASSES),
     st.sampled_from(DTYPES),
-    st.integers(1, 256),
+    st.integers(1, 576),
     st.sampled_from(ARCHITECTURES),
     st.booleans(),
     st.randoms(use_true_random=False),
@@ -175,7 +206,7 @@ def test_check_tile_accepts_all_that_is_listed(kernel: Any, dtype: str, head_dim
 
 
 @given(
-    st.sampled_from(PASSES), st.sampled_from(DTYPES), st.integers(1, 256), st.sampled_from(ARCHITECTURES),
+    st.sampled_from(PASSES), st.sampled_from(DTYPES), st.integers(1, 576), st.sampled_from(ARCHITECTURES),
     st.builds(Tile, *[st.integers(-16, 300)] * 2, st.integers(-1, 20), st.integers(-1, 6)),
 )  # fmt: skip
 def test_a_tile_is_accepted_or_answered_with_legal_ones(kernel: Any, dtype: str, head_dim: int, arch: str, tile: Tile) -> None:

@@ -70,7 +70,7 @@ def test_allow_tf32_matters_to_float32_alone() -> None:
     ("call", "argument"),
     [
         ({"head_dim": 0}, "head_dim"),
-        ({"head_dim": 257}, "head_dim"),
+        ({"head_dim": 577}, "head_dim"),
         ({"head_dim": True}, "head_dim"),
         ({"head_dim": 64.0}, "head_dim"),
         ({"head_dim": 64, "dtype": "float64"}, "dtype"),
@@ -147,7 +147,7 @@ def test_warmup_with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_warmup_refuses_what_a_call_would_refuse() -> None:
     for call, argument in (
-        ({"head_dim": [64, 257]}, "head_dim"),
+        ({"head_dim": [64, 577]}, "head_dim"),
         ({"head_dim": 64, "dtype": ["float16", "int8"]}, "dtype"),
         ({"head_dim": 64, "arch": "sm_60"}, "arch"),
     ):
@@ -256,3 +256,22 @@ def test_warmup_names_a_bad_argument(arguments: tuple[object, ...], argument: st
     with pytest.raises(OptionError) as caught:
         cuflash.warmup(*arguments)  # type: ignore[arg-type]
     assert caught.value.argument == argument
+
+
+# --- Features ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_warmup_of_features_compiles_what_a_call_with_them_needs(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = cuflash.FeatureSet(window=True, attn_mask="float16", dropout=True)
+    cuflash.warmup(24, "float16", is_causal=False, features=features)
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    inputs = [simulator.random((1, 20, 1, 24), "float16", seed) for seed in (1, 2, 3)]
+    mask = numpy.zeros((20, 20), numpy.float16)
+    simulator.run(*inputs, window=(3, 3), attn_mask=mask, dropout_p=0.5, dropout_seed=1)
+
+
+def test_warmup_of_impossible_features() -> None:
+    with pytest.raises(OptionError, match="pass is_causal=True"):
+        cuflash.warmup(64, is_causal=False, features=cuflash.FeatureSet(prefix=True))
+    with pytest.raises(OptionError, match="a mask of bool or float16"):
+        cuflash.warmup(64, features=cuflash.FeatureSet(attn_mask="int8"))

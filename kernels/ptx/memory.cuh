@@ -67,6 +67,10 @@ DEVICE void store_shared(SmemAddress address, float2 pair) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(pair.x), "f"(pair.y) : "memory");
 }
 
+DEVICE void store_shared(SmemAddress address, float4 four) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(four.x), "f"(four.y), "f"(four.z), "f"(four.w) : "memory");
+}
+
 // BYTES from global to shared, of which the first `valid_bytes` are read and the rest are zero-filled.
 template <int BYTES>
 DEVICE void cp_async(SmemAddress destination, const void* source, int valid_bytes) {

@@ -18,6 +18,8 @@ struct bfloat16 {
   uint16 bits;
 };
 
+struct NoMask {};  // stands for the element type of a mask that is not there
+
 struct alignas(16) Chunk {  // 16 bytes: the unit of copies and of the shared-memory swizzle
   uint32 word[4];
 };

@@ -8,12 +8,14 @@
 #include "arguments.cuh"
 #include "ptx/math.cuh"
 #include "tile/mask.cuh"
+#include "tile/sequence.cuh"
 #include "tile/softmax.cuh"
 
 // The exponent is never above 0 but for rounding, which at scores of 1e9 is large: hence the clamp.
 DEVICE float probability(float score, float scale_log2, float lse_log2) { return ex2(clamp_exponent(__fmaf_rn(score, scale_log2, -lse_log2))); }
 
-DEVICE const RowStatistics* row_statistics(const BackwardArguments& arguments, int batch, int head) {
+// Of row `start` on.
+DEVICE const RowStatistics* row_statistics(const BackwardArguments& arguments, int batch, int head, int start) {
   const Geometry& geometry = arguments.geometry;
-  return arguments.row_statistics + (int64(batch) * geometry.num_heads_q + head) * geometry.seqlen_q;
+  return arguments.row_statistics + (int64(VARLEN ? 0 : batch) * geometry.num_heads_q + head) * geometry.seqlen_q + start;
 }

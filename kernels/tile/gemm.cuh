@@ -47,9 +47,11 @@ DEVICE void gemm_rows(float (&c)[M][N][4], const OperandA& operand_a, const Oper
   }
 }
 
-// c += P B: P in accumulator form, N_P tiles of 8 columns; B has its rows as depth and N tiles of 8 columns. Short sums are one tile long.
-template <typename Mma, int M, int N, int N_P, typename OperandB>
-DEVICE void gemm_accumulator(float (&c)[M][N][4], const float (&p)[M][N_P][4], const OperandB& operand_b) {
+// c += P B: P in accumulator form, N_P tiles of 8 columns; B has its rows as depth and COLUMNS columns, those of c from tile `first` on. Short sums
+// are one tile long.
+template <typename Mma, int COLUMNS, int M, int N_C, int N_P, typename OperandB>
+DEVICE void gemm_accumulator(float (&c)[M][N_C][4], const float (&p)[M][N_P][4], const OperandB& operand_b, int first = 0) {
+  constexpr int N = COLUMNS / 8;
   constexpr int K_STEPS = 8 * N_P / Mma::K;
   if constexpr (Mma::SHORT_SUMS) {
     typename Mma::A a[M][K_STEPS];
@@ -72,7 +74,7 @@ DEVICE void gemm_accumulator(float (&c)[M][N][4], const float (&p)[M][N_P][4], c
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) add(c[m][n + i], sum[m][i]);
+        for (int i = 0; i < 2; ++i) add(c[m][first + n + i], sum[m][i]);
     }
   } else {
 #pragma unroll
@@ -87,7 +89,7 @@ DEVICE void gemm_accumulator(float (&c)[M][N][4], const float (&p)[M][N_P][4], c
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
-          for (int i = 0; i < 2; ++i) Mma::multiply(c[m][n + i], a[m], b[i]);
+          for (int i = 0; i < 2; ++i) Mma::multiply(c[m][first + n + i], a[m], b[i]);
       }
     }
   }

@@ -31,7 +31,10 @@ DEVICE Chunk gather_chunk(const Element* source, int64 stride_dim, int valid_ele
 // Threads are laid out as ROW_STEP rows x THREADS_PER_ROW chunks; each walks down its column and then to the next group of chunks. ROW_STEP is a
 // multiple of 8, the period of the swizzle, and the row pointer moves by one constant step: all addresses of a thread are one base and immediates,
 // and none has to be kept in a register across the main loop.
-template <typename Tile, typename Element, int NUM_THREADS, bool STAGE = false>
+//
+// With WIDTH, the tile is a piece of rows of WIDTH columns, which starts at `first_column`, and NUM_THREADS neighbouring threads of the block copy
+// it.
+template <typename Tile, typename Element, int NUM_THREADS, bool STAGE = false, int WIDTH = 0>
 struct TileLoader {
   using SmemElement = typename Tile::SmemElement;
   static constexpr int THREADS_PER_ROW = gcd(Tile::CHUNKS, NUM_THREADS / 8);
@@ -47,12 +50,13 @@ struct TileLoader {
   int num_rows;
   Chunk staged[STAGED ? CHUNK_ITERATIONS : 1][STAGED ? ROW_ITERATIONS : 1];
 
-  DEVICE TileLoader(const TensorView& view, int batch, int head, int num_rows)
-      : source(view.row_pointer<const Element>(batch, head)), view(view), num_rows(num_rows) {}
+  // Rows count from `start`.
+  DEVICE TileLoader(const TensorView& view, int batch, int head, int num_rows, int start = 0)
+      : source(view.row_pointer<const Element>(batch, head, start)), view(view), num_rows(num_rows) {}
 
-  DEVICE void issue(SmemAddress tile, int first_row) {
+  DEVICE void issue(SmemAddress tile, int first_row, int first_column = 0) {
     if (!SAME_ELEMENT || !view.vectorized) {
-      gather(tile, first_row);
+      gather(tile, first_row, first_column);
       return;
     }
     if constexpr (SAME_ELEMENT) {
@@ -63,9 +67,11 @@ struct TileLoader {
         // Whole chunks or none wherever HEAD_DIM allows it: the assembler then drops the arithmetic of a partial copy.
         int columns = column < Tile::HEAD_DIM ? Tile::CHUNK_ELEMENTS : 0;
         if constexpr (Tile::HEAD_DIM == Tile::COLUMNS) columns = Tile::CHUNK_ELEMENTS;
-        if constexpr (Tile::HEAD_DIM % Tile::CHUNK_ELEMENTS != 0) columns = min(max(Tile::HEAD_DIM - column, 0), Tile::CHUNK_ELEMENTS);
+        if constexpr (Tile::HEAD_DIM % Tile::CHUNK_ELEMENTS != 0) columns = valid_columns(column);
+        if constexpr (WIDTH % Tile::CHUNK_ELEMENTS != 0) columns = valid_columns(first_column + column);
+        if constexpr (WIDTH != 0 && WIDTH % Tile::CHUNK_ELEMENTS == 0) columns = first_column + column < WIDTH ? Tile::CHUNK_ELEMENTS : 0;
         int row = thread_row();
-        const Element* pointer = source + (first_row + row) * view.stride_seqlen + column;
+        const Element* pointer = source + (first_row + row) * view.stride_seqlen + first_column + column;
 #pragma unroll
         for (int i = 0; i < ROW_ITERATIONS; ++i) {
           if (owns_row(row)) {
@@ -103,17 +109,21 @@ struct TileLoader {
   }
 
  private:
-  DEVICE static int thread_row() { return int(threadIdx.x) / THREADS_PER_ROW; }
-  DEVICE static int thread_chunk() { return int(threadIdx.x) % THREADS_PER_ROW; }
+  DEVICE static int thread() { return WIDTH ? int(threadIdx.x) % NUM_THREADS : int(threadIdx.x); }
+  DEVICE static int thread_row() { return thread() / THREADS_PER_ROW; }
+  DEVICE static int thread_chunk() { return thread() % THREADS_PER_ROW; }
   DEVICE static bool owns_row(int row) { return Tile::ROWS % ROW_STEP == 0 || row < Tile::ROWS; }
 
+  // How many elements of the chunk at `column` of a row exist.
+  DEVICE static int valid_columns(int column) { return min(max((WIDTH ? WIDTH : Tile::HEAD_DIM) - column, 0), Tile::CHUNK_ELEMENTS); }
+
   // The general path: complete when it returns. Loops stay rolled to keep its registers out of the fast path's way.
-  DEVICE void gather(SmemAddress tile, int first_row) {
+  DEVICE void gather(SmemAddress tile, int first_row, int first_column) {
 #pragma unroll 1
-    for (int index = int(threadIdx.x); index < Tile::ROWS * Tile::CHUNKS; index += NUM_THREADS) {
+    for (int index = thread(); index < Tile::ROWS * Tile::CHUNKS; index += NUM_THREADS) {
       const int row = index / Tile::CHUNKS, chunk = index % Tile::CHUNKS;
-      const int column = chunk * Tile::CHUNK_ELEMENTS;
-      const int valid = first_row + row < num_rows ? min(max(Tile::HEAD_DIM - column, 0), Tile::CHUNK_ELEMENTS) : 0;
+      const int column = first_column + chunk * Tile::CHUNK_ELEMENTS;
+      const int valid = first_row + row < num_rows ? valid_columns(column) : 0;
       const Element* pointer = source + (first_row + row) * view.stride_seqlen + column * view.stride_dim;
       store_shared(tile + Tile::offset(row, chunk), gather_chunk<SmemElement>(pointer, view.stride_dim, valid));
     }

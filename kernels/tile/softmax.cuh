@@ -72,6 +72,27 @@ struct OnlineSoftmax {
     }
   }
 
+  // A logit in the denominator alone, without a key or a value: the sum of each row grows by 2^sink_log2 (Xiao et al. 2024, arXiv 2309.17453).
+  template <int N_O>
+  DEVICE void add_sink(float (&O)[M][N_O][4], float sink_log2) {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float previous = reference[m][r];
+        reference[m][r] = fmaxf(previous, sink_log2);
+        const float used = reference[m][r] == -infinity() ? 0.0f : reference[m][r];
+        const float rescale = ex2(previous - used);
+        sum[m][r] *= rescale;
+        if (lane_index() % 4 == 0) sum[m][r] += ex2(sink_log2 - used);  // once per row: `finish` adds up the lanes of a quad
+#pragma unroll
+        for (int n = 0; n < N_O; ++n) {
+          O[m][n][2 * r] *= rescale;
+          O[m][n][2 * r + 1] *= rescale;
+        }
+      }
+  }
+
   // Normalises O and turns `reference` into the natural-log LSE of each row.
   template <int N_O>
   DEVICE void finish(float (&O)[M][N_O][4]) {

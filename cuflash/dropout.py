@@ -1,0 +1,74 @@
+"""The mask that dropout draws, as an array: `dropout_mask` runs the generator of the attention kernels in a kernel of its own."""
+
+from __future__ import annotations
+
+from math import ceil, prod
+from typing import Any
+
+from cuflash import launch
+from cuflash.arrays import borrow, describe, pointer
+from cuflash.attention import device_of
+from cuflash.codegen import config_text
+from cuflash.errors import OptionError, ShapeError
+from cuflash.features import Extents, check_dropout_p, check_dropout_seed, check_dropout_state, words_of_seed
+from cuflash.planning import KernelPlan
+from cuflash.problem import MAX_EXTENT
+from cuflash.tiles import Tile
+
+_ROWS = 16  # queries of a block, as in kernels/dropout_mask.cu
+_WARPS = 4
+
+
+def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_seed: Any, *, like: Any) -> Any:
+    """Draw the mask that `scaled_dot_product_attention` applies to the probabilities for the same seed: bit for bit, whatever its tiles.
+
+    Args:
+        shape: `(batch, num_heads_q, seqlen_q, seqlen_kv)` of the probabilities.
+        dropout_p: probability of dropping, 0 to 1.
+        dropout_seed: an int, a pair `(seed, offset)`, or an array of two (u)int64 of the kind and on the device of `like`.
+        like: an array that says of which kind and on which device the result is, such as the query.
+
+    Returns:
+        A boolean array of that shape in memory of its own: True where a probability is kept, and then multiplied by 1 / (1 - dropout_p).
+
+    Raises:
+        ShapeError, OptionError, DTypeError, DeviceError: an argument that cannot be used.
+
+    Source: Salmon et al. 2011, Philox 4x32-10, doi 10.1145/2063384.2063405, counted by the coordinates of the element (kernels/tile/dropout.cuh).
+    """
+    probability = check_dropout_p(dropout_p)
+    check_dropout_seed(1.0, dropout_seed)
+    extents = tuple(shape) if isinstance(shape, (tuple, list)) else ()
+    if len(extents) != 4 or not all(isinstance(extent, int) and 0 <= extent <= MAX_EXTENT for extent in extents):
+        hint = "Pass the shape of the probabilities, such as (2, 8, 512, 512)."
+        raise ShapeError("shape", describe(shape) if not extents else str(extents), "(batch, num_heads_q, seqlen_q, seqlen_kv)", hint)
+    array = borrow(like, "like")
+    words = words_of_seed(dropout_seed)
+    pointers = {} if words is None else {"dropout_seed": words[0], "dropout_offset": words[1]}
+    if words is None:
+        pointers["dropout_state"] = check_dropout_state(dropout_seed, Extents(*extents, array)).pointer
+
+    kept = array.framework.empty(extents, "bool", array)
+    if prod(extents) == 0:
+        return array.framework.finish(kept)
+    if probability == 0.0:
+        kept[...] = True
+        return array.framework.finish(kept)
+
+    on = device_of(array)
+    batch, heads, seqlen_q, _ = extents
+    num_tiles = ceil(seqlen_q / _ROWS)
+    num_blocks = num_tiles * heads * batch
+    if num_blocks >= 2**31:
+        raise OptionError("shape", str(extents), "fewer than 2**31 tiles of 16 queries over batch and heads", "Split the batch.")
+    config = config_text("float32", {"CAPABILITY": on.capability, "NUM_WARPS": _WARPS})
+    kernel = KernelPlan(
+        "dropout_mask", "dropout_mask.cu", "float32", 0, Tile(_ROWS, 1, _WARPS, 1), config, 32 * _WARPS, 0, num_tiles, num_blocks
+    )
+    pointers["dropout_mask"] = pointer(kept)
+    arguments = launch.dropout_mask_arguments(extents, num_tiles, probability, pointers)
+    stream = array.framework.current_stream(on.index) if on.kind == "gpu" else 0
+    memory = {"dropout_mask": (0, prod(extents)), "dropout_state": (0, 16)}
+    buffers = () if on.kind == "gpu" else launch.simulated_memory(memory, pointers, {"dropout_mask"})
+    launch.executable(kernel, on).launch(num_blocks, kernel.num_threads, 0, arguments, stream, buffers)
+    return array.framework.finish(kept)

@@ -1,0 +1,406 @@
+"""Score features and masks of a call: check what the caller passed, and reduce it to a frozen, hashable `Features`.
+
+    score = [softcap · tanh](scale · q·k [/ softcap]) + attn_mask - alibi_slope · |i + shift - j|
+    i sees j  ⇔  causal or j < prefix_length,  and -left <= j - i - shift <= right,  and equal segment ids,  and a boolean attn_mask is True
+    P = exp(score - lse),  lse = log(Σ exp(score) + exp(sink)),  out = dropout(P) V
+
+`shift` is 0 for causal_alignment="top_left" and seqlen_kv - seqlen_q for "bottom_right". `FeatureSet` is the part of `Features` that kernels are compiled
+for; all else is a run-time argument. Nothing in this file touches an array's values, a GPU or a framework.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+
+from cuflash.arrays import Array, borrow, describe
+from cuflash.errors import DeviceError, DTypeError, OptionError, ShapeError
+
+Shape4 = tuple[int, int, int, int]
+Strides2 = tuple[int, int]
+
+MASK_DTYPES = ("bool", "float16", "bfloat16", "float32")
+ARRAYS = ("attn_mask", "alibi_slopes", "sinks", "segment_ids_q", "segment_ids_kv", "prefix_lengths", "dropout_state")
+"""Names of the arrays that features may bring, in the order of `FeatureArguments` in kernels/feature_arguments.cuh."""
+
+UNLIMITED = 2**31 - 1
+"""What stands for no limit where kernels compare 32-bit differences of positions."""
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """The features that kernels are compiled for; each is absent from the machine code of a kernel that does not have it.
+
+    Attributes:
+        attn_mask: element type of the mask, "bool", "float16", "bfloat16" or "float32"; None without.
+        dropout, window, softcap, alibi, sinks, segments, prefix: whether the feature is used.
+    """
+
+    attn_mask: str | None = None
+    dropout: bool = False
+    window: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    sinks: bool = False
+    segments: bool = False
+    prefix: bool = False
+
+    @property
+    def lists_tiles(self) -> bool:
+        """Which tiles have visible pairs depends on data, and a kernel of its own lists them."""
+        return self.attn_mask == "bool" or self.segments
+
+    @property
+    def hides_keys(self) -> bool:
+        """Any of them masks keys."""
+        return self.lists_tiles or self.window or self.prefix
+
+    def names(self) -> tuple[str, ...]:
+        """The features that are used, for people and for the model of registers."""
+        flags = ("dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix")
+        mask = () if self.attn_mask is None else ("boolean mask" if self.attn_mask == "bool" else "additive mask",)
+        return (*mask, *(name for name in flags if getattr(self, name)))
+
+    def constants(self) -> dict[str, bool | str]:
+        """What `struct Config` says of the features."""
+        element = {None: "NoMask", "bool": "uint8", "float32": "float"}.get(self.attn_mask, self.attn_mask)
+        flags = ("dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix")
+        return {"MaskElement": str(element)} | {name.upper(): bool(getattr(self, name)) for name in flags}
+
+
+NO_FEATURES = FeatureSet()
+
+
+@dataclass(frozen=True)
+class MaskLayout:
+    """An attention mask in canonical axes.
+
+    Attributes:
+        dtype: one of `MASK_DTYPES`.
+        shape: as the caller has it, one to four dimensions; the shape of its gradient.
+        extents: (batch, num_heads_q, seqlen_q, seqlen_kv), 1 where it is broadcast.
+        strides: of the same axes in elements, 0 where it is broadcast.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    extents: Shape4
+    strides: Shape4
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of one call, without addresses.
+
+    Attributes:
+        kinds: what kernels are compiled for.
+        attn_mask: layout of the mask, or None.
+        need_attn_mask_grad: the backward pass also gives the gradient of an additive mask.
+        window_low, window_high: query i sees keys j with window_low <= j - i - shift <= window_high; ±UNLIMITED for no limit.
+        softcap: or None.
+        dropout_p: probability of dropping.
+        alibi_strides: of (batch, head), in elements.
+        sinks_stride: of the head, in elements.
+        segment_ids_q_strides, segment_ids_kv_strides: of (batch, position), in elements.
+        prefix_stride: of the batch, in elements.
+    """
+
+    kinds: FeatureSet = field(default_factory=FeatureSet)
+    attn_mask: MaskLayout | None = None
+    need_attn_mask_grad: bool = False
+    window_low: int = -UNLIMITED
+    window_high: int = UNLIMITED
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    alibi_strides: Strides2 = (0, 0)
+    sinks_stride: int = 0
+    segment_ids_q_strides: Strides2 = (0, 0)
+    segment_ids_kv_strides: Strides2 = (0, 0)
+    prefix_stride: int = 0
+
+    def describe(self) -> str:
+        """One line for people: the features that are used, with their numbers."""
+        words = []
+        if self.attn_mask is not None:
+            gradient = ", with its gradient" if self.need_attn_mask_grad else ""
+            words.append(f"attn_mask {self.attn_mask.dtype} {self.attn_mask.shape}{gradient}")
+        if self.kinds.window:
+            words.append(f"window of keys at distances {_limit(self.window_low, '-∞')} to {_limit(self.window_high, '∞')}")
+        if self.softcap is not None:
+            words.append(f"softcap {self.softcap:g}")
+        if self.kinds.dropout:
+            words.append(f"dropout {self.dropout_p:g}")
+        words += [name for name in ("alibi", "sinks", "segments", "prefix") if getattr(self.kinds, name)]
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Extents:
+    """What features are checked against.
+
+    Attributes:
+        batch, num_heads_q, seqlen_q, seqlen_kv: of the scores; of packed sequences their number, and the longest.
+        like: the query.
+    """
+
+    batch: int
+    num_heads_q: int
+    seqlen_q: int
+    seqlen_kv: int
+    like: Array
+
+
+def check_features(
+    extents: Extents,
+    *,
+    is_causal: bool,
+    scale: float,
+    attn_mask: object = None,
+    need_attn_mask_grad: object = False,
+    dropout_p: object = 0.0,
+    dropout_seed: object = None,
+    window: object = None,
+    softcap: object = None,
+    alibi_slopes: object = None,
+    sinks: object = None,
+    segment_ids_q: object = None,
+    segment_ids_kv: object = None,
+    prefix_lengths: object = None,
+) -> Features:
+    """Check the features of a call, all of them.
+
+    Args:
+        extents: of the call.
+        is_causal, scale: of the call, checked.
+        attn_mask, …: as in `cuflash.scaled_dot_product_attention`, taken as they came from the caller, or borrowed.
+
+    Raises:
+        OptionError: a scalar outside its domain, or options that exclude each other.
+        DTypeError, ShapeError, DeviceError: an array that does not fit.
+    """
+    probability = check_dropout_p(dropout_p)
+    check_dropout_seed(probability, dropout_seed)
+    if isinstance(dropout_seed, Array) or (probability and words_of_seed(dropout_seed) is None):
+        check_dropout_state(dropout_seed, extents)
+    limits = check_window(window)
+    cap = check_softcap(softcap, scale)
+    mask = None if attn_mask is None else _check_mask(attn_mask, extents)
+    need_grad = _check_need_grad(need_attn_mask_grad, mask)
+    if prefix_lengths is not None and not is_causal:
+        hint = "Pass is_causal=True: keys of the prefix are visible to all queries, the others causally."
+        raise OptionError("prefix_lengths", "an array with is_causal=False", "is_causal=True", hint)
+    if (segment_ids_q is None) != (segment_ids_kv is None):
+        missing = "segment_ids_q" if segment_ids_q is None else "segment_ids_kv"
+        raise OptionError(
+            missing,
+            "None while the other one is given",
+            "ids for queries and keys",
+            f"Pass {missing} too; for self-attention it is the same array.",
+        )
+
+    batch, heads = extents.batch, extents.num_heads_q
+    alibi = None if alibi_slopes is None else _strides("alibi_slopes", alibi_slopes, "float32", [(batch, heads), (heads,)], extents)
+    sink = None if sinks is None else _strides("sinks", sinks, "float32", [(heads,)], extents)
+    ids_q = None if segment_ids_q is None else _strides("segment_ids_q", segment_ids_q, "int32", [(batch, extents.seqlen_q)], extents)
+    ids_kv = None if segment_ids_kv is None else _strides("segment_ids_kv", segment_ids_kv, "int32", [(batch, extents.seqlen_kv)], extents)
+    prefix = None if prefix_lengths is None else _strides("prefix_lengths", prefix_lengths, "int32", [(batch,)], extents)
+
+    left, right = limits
+    kinds = FeatureSet(
+        attn_mask=None if mask is None else mask.dtype, dropout=probability > 0.0, window=limits != (None, None), softcap=cap is not None,
+        alibi=alibi is not None, sinks=sink is not None, segments=ids_q is not None, prefix=prefix is not None,
+    )  # fmt: skip
+    return Features(
+        kinds=kinds,
+        attn_mask=mask,
+        need_attn_mask_grad=need_grad,
+        window_low=-UNLIMITED if left is None else max(-UNLIMITED, -left),
+        window_high=UNLIMITED if right is None else min(UNLIMITED, right),
+        softcap=cap,
+        dropout_p=probability,
+        alibi_strides=(0, 0) if alibi is None else (0, *alibi)[-2:],  # type: ignore[arg-type]
+        sinks_stride=0 if sink is None else sink[0],
+        segment_ids_q_strides=(0, 0) if ids_q is None else ids_q,  # type: ignore[arg-type]
+        segment_ids_kv_strides=(0, 0) if ids_kv is None else ids_kv,  # type: ignore[arg-type]
+        prefix_stride=0 if prefix is None else prefix[0],
+    )
+
+
+# --- Scalars ------------------------------------------------------------------------------------------------------------------------------
+
+
+def check_dropout_p(dropout_p: object) -> float:
+    """A probability from 0 to 1."""
+    number = _real(dropout_p)
+    if number is None or not 0.0 <= number <= 1.0:
+        raise OptionError("dropout_p", describe(dropout_p), "a probability from 0.0 to 1.0", "Use 0.0 for no dropout, as in evaluation.")
+    return number
+
+
+def check_dropout_seed(dropout_p: float, dropout_seed: object) -> None:
+    """With dropout there has to be a seed, since the backward pass must draw the same mask."""
+    if dropout_p and dropout_seed is None:
+        expected = "an int, a pair (seed, offset), or an array of two (u)int64 on the device"
+        hint = "Draw one for each call, and pass the same one to the backward pass: dropout_seed=random.getrandbits(63)."
+        raise OptionError("dropout_seed", "None with dropout_p > 0", expected, hint)
+    if isinstance(dropout_seed, (bool, float, str)):
+        raise OptionError("dropout_seed", describe(dropout_seed), "an int, a pair of ints, or an array of two (u)int64", "Pass an int.")
+
+
+def words_of_seed(dropout_seed: object) -> tuple[int, int] | None:
+    """Seed and offset as unsigned 64-bit numbers; None for anything but ints, such as an array.
+
+    Raises:
+        OptionError: an int that has more than 64 bits.
+    """
+    pair = dropout_seed if isinstance(dropout_seed, tuple) and len(dropout_seed) == 2 else (dropout_seed, 0)
+    words = []
+    for number in pair:
+        if not isinstance(number, numbers.Integral) or isinstance(number, bool):
+            return None
+        word = operator.index(number)
+        if not -(2**63) <= word < 2**64:
+            raise OptionError("dropout_seed", describe(word), "an int of 64 bits", "Take it modulo 2**64.")
+        words.append(word % 2**64)
+    return words[0], words[1]
+
+
+def check_window(window: object) -> tuple[int | None, int | None]:
+    """(left, right), each a number of keys or None for no limit, which -1 means too."""
+    if window is None:
+        return None, None
+    expected = "a pair (left, right) of ints, with None or -1 for no limit"
+    hint = "window=(127, 0) lets a query see itself and 127 keys before it."
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise OptionError("window", describe(window), expected, hint)
+    limits: list[int | None] = []
+    for limit in window:
+        if limit is None:
+            limits.append(None)
+            continue
+        if not isinstance(limit, numbers.Integral) or isinstance(limit, bool) or operator.index(limit) < -1:
+            raise OptionError("window", f"({describe(window[0])}, {describe(window[1])})", expected, hint)
+        count = operator.index(limit)
+        limits.append(None if count == -1 else count)
+    return limits[0], limits[1]
+
+
+def check_softcap(softcap: object, scale: float) -> float | None:
+    """A positive float; None or 0.0 for no cap."""
+    if softcap is None:
+        return None
+    number = _real(softcap)
+    if number == 0.0:
+        return None
+    if number is None or not 0.0 < number < 2.0**126:
+        raise OptionError(
+            "softcap", describe(softcap), "a positive float, or None", "Leave it out for no cap; scores stay within ±softcap."
+        )
+    if number < 2.0**-100 or abs(scale) / number > 2.0**127:
+        hint = "Use a larger softcap; usual ones are 20 to 50."
+        raise OptionError("softcap", f"{number:g} with scale {scale:g}", "scale / softcap that float32 can hold", hint)
+    return number
+
+
+def _check_need_grad(value: object, mask: MaskLayout | None) -> bool:
+    if not isinstance(value, (bool, numpy.bool_)):
+        hint = "Write need_attn_mask_grad=True or need_attn_mask_grad=False."
+        raise OptionError("need_attn_mask_grad", describe(value), "True or False", hint)
+    if value and (mask is None or mask.dtype == "bool"):
+        got = "True without attn_mask" if mask is None else "True with a boolean attn_mask"
+        hint = "Leave it out; only a mask of floats that is added to the scores has a gradient."
+        raise OptionError("need_attn_mask_grad", got, "an additive attn_mask", hint)
+    return bool(value)
+
+
+# --- Arrays -------------------------------------------------------------------------------------------------------------------------------
+
+
+def _array(name: str, x: object, extents: Extents) -> Array:
+    array = x if isinstance(x, Array) else borrow(x, name)
+    like = extents.like
+    if array.framework.library != like.framework.library:
+        hint = f"Convert it to a {like.framework.library} array."
+        raise DeviceError(name, f"a {array.framework.library} array", f"a {like.framework.library} array, like query", hint)
+    if array.device != like.device:
+        raise DeviceError(
+            name, f"an array on {array.device}", f"an array on {like.device}, like query", f"Move {name} to the query's device."
+        )
+    return array
+
+
+def _strides(name: str, x: object, dtype: str, shapes: list[tuple[int, ...]], extents: Extents) -> tuple[int, ...]:
+    array = _array(name, x, extents)
+    if array.dtype != dtype:
+        raise DTypeError(name, array.dtype, dtype, f"Cast it to {dtype}.")
+    if array.shape not in shapes:
+        expected = " or ".join(str(shape) for shape in shapes)
+        meaning = {
+            "alibi_slopes": "one slope for each query head, or for each batch and query head",
+            "sinks": "one logit for each query head",
+            "segment_ids_q": "one id for each query",
+            "segment_ids_kv": "one id for each key",
+            "prefix_lengths": "one length for each sequence of the batch",
+        }[name]
+        raise ShapeError(name, f"shape {array.shape}", expected, f"Pass {meaning}.")
+    return array.strides
+
+
+def check_dropout_state(dropout_seed: object, extents: Extents) -> Array:
+    """Seed and offset in memory of the device."""
+    array = _array("dropout_seed", dropout_seed, extents)
+    if array.dtype not in ("int64", "uint64"):
+        raise DTypeError("dropout_seed", array.dtype, "int64 or uint64", "Cast it; or pass an int.")
+    if array.shape != (2,) or array.strides != (1,):
+        got = f"shape {array.shape} with strides {array.strides}"
+        raise ShapeError("dropout_seed", got, "two contiguous elements, seed and offset", "Pass an array of shape (2,), or an int.")
+    return array
+
+
+def _check_mask(x: object, extents: Extents) -> MaskLayout:
+    mask = _array("attn_mask", x, extents)
+    if mask.dtype not in MASK_DTYPES:
+        hint = "Cast it: to bool if True means attend (the inverse of a padding mask), to a float type if it is to be added to the scores."
+        raise DTypeError("attn_mask", mask.dtype, "bool, float16, bfloat16 or float32", hint)
+    full = (extents.batch, extents.num_heads_q, extents.seqlen_q, extents.seqlen_kv)
+    ndim = len(mask.shape)
+    fits = 1 <= ndim <= 4 and all(own in (1, wanted) for own, wanted in zip(mask.shape, full[4 - ndim :], strict=True))
+    if not fits:
+        expected = f"one to four dimensions that broadcast to (batch, heads, seqlen_q, seqlen_kv) = {full}"
+        hint = "The axes are those of the scores in every layout: key padding (batch, seqlen_kv) is passed as mask[:, None, None, :]."
+        raise ShapeError("attn_mask", f"shape {mask.shape}", expected, hint)
+    shape: Any = (1,) * (4 - ndim) + mask.shape
+    strides: Any = tuple(0 if extent == 1 else stride for extent, stride in zip(shape, (0,) * (4 - ndim) + mask.strides, strict=True))
+    return MaskLayout(mask.dtype, mask.shape, shape, strides)
+
+
+def _limit(limit: int, unlimited: str) -> str:
+    return unlimited if abs(limit) == UNLIMITED else str(limit)
+
+
+def _real(value: object) -> float | None:
+    """The float that a real number is, infinite if it is out of range; None for anything that is no real number."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def grouped(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    """The arrays among a call's feature arguments under the names of `ARRAYS`, and the words of a seed that is no array."""
+    arrays = {name: given[name] for name in ARRAYS if given.get(name) is not None}
+    seed, probability = given["dropout_seed"], given["dropout_p"]
+    if seed is None or (isinstance(probability, (int, float)) and probability == 0.0):
+        return arrays, None
+    words = words_of_seed(seed)
+    if words is None:
+        arrays["dropout_state"] = seed
+    return arrays, words

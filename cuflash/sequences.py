@@ -1,0 +1,85 @@
+"""Check the lengths of a call whose sequences differ in length: arrays that stay on the device, and the bounds that a grid is made for.
+
+Nothing here reads a length: values are the kernels' business, which clamp what makes no sense (kernels/tile/sequence.cuh).
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from typing import Any
+
+from cuflash.arrays import Array, describe
+from cuflash.errors import DTypeError, OptionError, ShapeError
+
+
+def check_seqlens(name: str, lengths: Array, query: Array, expected: int) -> None:
+    """int32, one dimension of `expected` elements, contiguous.
+
+    Raises:
+        DTypeError, ShapeError: it is something else.
+    """
+    if lengths.dtype != "int32":
+        cast = f"{name}.to(torch.int32)" if query.framework.library == "torch" else f"{name}.astype('int32')"
+        raise DTypeError(name, lengths.dtype, "int32", f"Cast it: {cast}.")
+    if len(lengths.shape) != 1 or (expected >= 0 and lengths.shape[0] != expected):
+        shape = f"({expected},), a length for each row of the batch" if expected >= 0 else "one dimension, (sequences + 1,)"
+        hint = (
+            "Pass the number of keys of each sequence."
+            if expected >= 0
+            else "Pass where each sequence starts, and where the last one ends."
+        )
+        raise ShapeError(name, f"shape {lengths.shape}", shape, hint)
+    if lengths.shape[0] > 1 and lengths.strides[0] != 1:
+        raise ShapeError(
+            name, f"a stride of {lengths.strides[0]}", "contiguous elements", f"Copy it: {name}.copy(), or .contiguous() for a tensor."
+        )
+
+
+def check_cu_seqlens(
+    cu_seqlens: tuple[Array, Array], max_seqlens: tuple[object, object], query: Array, totals: tuple[int, int]
+) -> dict[str, Any]:
+    """Check offsets and bounds of packed sequences; returns what `Problem` keeps of them.
+
+    Args:
+        cu_seqlens: where sequences of queries and of keys start, and where the last ones end.
+        max_seqlens: no sequence is longer; None stands for all tokens.
+        query: whose library and device the offsets have.
+        totals: tokens of the query and of the key.
+
+    Raises:
+        DTypeError, ShapeError: offsets of another type or shape.
+        OptionError: a bound that is no length.
+    """
+    names = ("cu_seqlens_q", "cu_seqlens_kv")
+    for name, offsets in zip(names, cu_seqlens, strict=True):
+        check_seqlens(name, offsets, query, -1)
+        if offsets.shape[0] == 0:
+            raise ShapeError(name, "shape (0,)", "(sequences + 1,)", "Offsets of no sequence are the single number 0.")
+    (count,), (count_kv,) = cu_seqlens[0].shape, cu_seqlens[1].shape
+    if count != count_kv:
+        hint = "Every sequence of queries has its sequence of keys, which may be empty."
+        raise ShapeError(names[1], f"shape ({count_kv},)", f"({count},), like cu_seqlens_q", hint)
+    bounds = (_bound(name, bound, total) for name, bound, total in zip(("max_seqlen_q", "max_seqlen_kv"), max_seqlens, totals, strict=True))
+    return {"num_sequences": count - 1} | dict(zip(("max_seqlen_q", "max_seqlen_kv"), bounds, strict=True))
+
+
+def refuse_mask(attn_mask: object) -> None:
+    """Packed sequences have scores of different shapes, which no array holds.
+
+    Raises:
+        OptionError: there is a mask.
+    """
+    if attn_mask is not None:
+        hint = "Use is_causal, window, alibi_slopes or prefix_lengths; or pad, and pass attn_mask with seqlens_kv to scaled_dot_product_attention."
+        raise OptionError("attn_mask", describe(attn_mask), "None, since packed sequences do not see each other anyway", hint)
+
+
+def _bound(name: str, bound: object, total: int) -> int:
+    """The longest length that a sequence can have."""
+    if bound is None:
+        return total
+    if isinstance(bound, numbers.Integral) and not isinstance(bound, bool) and operator.index(bound) >= 0:
+        return min(operator.index(bound), total)
+    hint = "Leave it out if it is not known: then blocks are started for all tokens of every sequence, and most end at once."
+    raise OptionError(name, describe(bound), "an int of at least 0, or None", hint)

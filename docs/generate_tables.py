@@ -1,0 +1,138 @@
+"""Fill the tables of docs/features.md from the code: what each argument says of itself, what a plan does with it, what bad calls raise.
+
+python docs/generate_tables.py          # rewrites docs/features.md; tests/test_docs.py compares
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "features.md"
+sys.path.insert(0, str(ROOT))
+
+import cuflash  # noqa: E402
+from cuflash import device  # noqa: E402
+from cuflash.arrays import borrow  # noqa: E402
+from cuflash.errors import ArgumentError  # noqa: E402
+from cuflash.planning import make_plan  # noqa: E402
+from cuflash.problem import make_problem  # noqa: E402
+
+B, H, S, D = 2, 4, 256, 64
+
+
+def zeros(*shape: int, dtype: str = "float32") -> Any:
+    return numpy.zeros(shape, dtype)
+
+
+EXAMPLES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "boolean mask": (("attn_mask",), {"attn_mask": zeros(S, S, dtype="bool")}),
+    "additive mask": (("attn_mask", "need_attn_mask_grad"), {"attn_mask": zeros(S, S), "need_attn_mask_grad": True}),
+    "dropout": (("dropout_p", "dropout_seed"), {"dropout_p": 0.1, "dropout_seed": 1}),
+    "window": (("window",), {"window": (63, 0)}),
+    "softcap": (("softcap",), {"softcap": 30.0}),
+    "ALiBi": (("alibi_slopes",), {"alibi_slopes": zeros(H)}),
+    "sinks": (("sinks",), {"sinks": zeros(H)}),
+    "segments": (
+        ("segment_ids_q", "segment_ids_kv"),
+        {"segment_ids_q": zeros(B, S, dtype="int32"), "segment_ids_kv": zeros(B, S, dtype="int32")},
+    ),
+    "prefix": (("prefix_lengths", "is_causal"), {"prefix_lengths": zeros(B, dtype="int32"), "is_causal": True}),
+}
+"""Feature -> its arguments, and a call that uses it."""
+
+BAD_CALLS: list[dict[str, Any]] = [
+    {"attn_mask": zeros(S, S, dtype="int32")},
+    {"attn_mask": zeros(B, S)},
+    {"attn_mask": zeros(S, S, dtype="bool"), "need_attn_mask_grad": True},
+    {"need_attn_mask_grad": True},
+    {"dropout_p": 1.5},
+    {"dropout_p": 0.1},
+    {"dropout_p": 0.1, "dropout_seed": 2**64},
+    {"dropout_p": 0.1, "dropout_seed": zeros(2, dtype="int32")},
+    {"dropout_p": 0.1, "dropout_seed": zeros(3, dtype="int64")},
+    {"window": 128},
+    {"window": (128, -2)},
+    {"softcap": -1.0},
+    {"softcap": 1e-36},
+    {"alibi_slopes": zeros(H + 1)},
+    {"sinks": zeros(H, dtype="float16")},
+    {"segment_ids_q": zeros(B, S, dtype="int32")},
+    {"segment_ids_q": zeros(B, S, dtype="int64"), "segment_ids_kv": zeros(B, S, dtype="int64")},
+    {"prefix_lengths": zeros(B, dtype="int32")},
+]
+
+
+def plan_of(options: dict[str, Any], backward: bool) -> Any:
+    x = borrow(numpy.broadcast_to(numpy.zeros(1, "float16"), (B, S, H, D)), "query")
+    return make_plan(make_problem(x, x, x, **options), device.of_arch("sm_80", "gpu"), backward=backward)
+
+
+def documented_arguments() -> dict[str, str]:
+    """Argument -> its sentence in the docstrings of the public calls."""
+    found: dict[str, str] = {}
+    for call in (cuflash.scaled_dot_product_attention_backward, cuflash.scaled_dot_product_attention):
+        section = re.search(r"Args:\n(.*?)\n    (?:Other|Returns)", call.__doc__ or "", re.S)
+        assert section is not None
+        for names, text in re.findall(r"^        (\w[\w, ]*): (.*?)(?=^        \w|\Z)", section[1] + "\n", re.S | re.M):
+            for name in names.split(", "):
+                found[name] = " ".join(text.split())
+    return found
+
+
+def feature_table() -> list[str]:
+    arguments = documented_arguments()
+    rows = ["| feature | arguments | kernels besides the usual ones | tiles of the forward pass |", "|---|---|---|---|"]
+    usual = {kernel.name for backward in (False, True) for kernel in plan_of({}, backward).kernels}
+    for feature, (names, options) in EXAMPLES.items():
+        by_text: dict[str, list[str]] = {}
+        for name in names:
+            if name != "is_causal":
+                by_text.setdefault(arguments[name], []).append(f"`{name}`")
+        said = "<br>".join(f"{', '.join(named)}: {text}" for text, named in by_text.items())
+        added = [kernel.name for backward in (False, True) for kernel in plan_of(options, backward).kernels if kernel.name not in usual]
+        kernels = ", ".join(f"`{name}`" for name in dict.fromkeys(added)) or "none"
+        described = plan_of(options, backward=False).describe()
+        visits = re.search(r"forward visits (.*?)(?:,|$)", described, re.M)
+        rows.append(_row(feature, said, kernels, visits[1] if visits else "all"))
+    return rows
+
+
+def error_table() -> list[str]:
+    rows = ["| call | raises | got | expected | way out |", "|---|---|---|---|---|"]
+    for options in BAD_CALLS:
+        try:
+            plan_of(options, backward=True)
+        except ArgumentError as error:
+            call = ", ".join(f"{name}={_shown(option)}" for name, option in options.items())
+            rows.append(_row(f"`{call}`", f"`{type(error).__name__}` of `{error.argument}`", error.got, error.expected, error.hint))
+        else:
+            raise AssertionError(f"{options} is not a bad call")
+    return rows
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _shown(option: Any) -> str:
+    return f"{option.dtype}{list(option.shape)}" if isinstance(option, numpy.ndarray) else repr(option)
+
+
+def filled(page: str) -> str:
+    """The page with its generated tables made anew."""
+    for name, table in (("features", feature_table()), ("errors", error_table())):
+        begin, end = f"<!-- generated: {name} -->\n", f"<!-- end of {name} -->"
+        before, rest = page.split(begin)
+        _, after = rest.split(end)
+        page = before + begin + "\n".join(table) + "\n" + end + after
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text()))

@@ -1,0 +1,45 @@
+// Sequences whose lengths only the device knows: rows of a batch with fewer keys than it has room for (SEQLENS_KV), and sequences of any length
+// packed one behind the other (VARLEN).
+//
+// A block looks its sequence up once and then works as if it were alone: with a Geometry of its own, whose rows start at `start_q` and `start_kv`
+// of the packed arrays, which have a batch stride of 0. Offsets that make no sense are clamped: whatever they say, no access leaves the arrays.
+//
+// Packed rows behind the last sequence belong to nobody. Blocks of one sequence more than there are fill them with zeros.
+//
+// With neither feature, everything in this file is nothing.
+#pragma once
+#include "arguments.cuh"
+
+constexpr bool VARLEN = Config::VARLEN;          // packed sequences
+constexpr bool SEQLENS_KV = Config::SEQLENS_KV;  // rows of a batch have key lengths of their own
+constexpr bool RAGGED = VARLEN || SEQLENS_KV;
+
+// The first packed row of a sequence; of the one behind the last, the first row that belongs to nobody.
+DEVICE int sequence_start(const int* offsets, int sequence, int num_rows) { return VARLEN ? min(max(offsets[sequence], 0), num_rows) : 0; }
+
+DEVICE int sequence_length(const int* offsets, int sequence, int num_rows) {
+  const int start = sequence_start(offsets, sequence, num_rows);
+  return max(sequence_start(offsets, sequence + 1, num_rows) - start, 0);
+}
+
+// What the block's sequence looks like: the call's geometry itself, or a copy with the lengths of this sequence.
+template <typename Arguments>
+DEVICE decltype(auto) geometry_of(const Arguments& arguments, int sequence) {
+  if constexpr (!RAGGED) {
+    return (arguments.geometry);
+  } else {
+    const SequenceLengths& lengths = arguments.lengths;
+    Geometry geometry = arguments.geometry;
+    if constexpr (VARLEN) {
+      geometry.seqlen_q = sequence_length(lengths.cu_seqlens_q, sequence, geometry.seqlen_q);
+      geometry.seqlen_kv = sequence_length(lengths.cu_seqlens_kv, sequence, geometry.seqlen_kv);
+    } else {
+      geometry.seqlen_kv = min(max(lengths.seqlens_kv[sequence], 0), geometry.seqlen_kv);
+    }
+    geometry.causal_offset = lengths.bottom_right ? geometry.seqlen_kv - geometry.seqlen_q : 0;
+    return geometry;
+  }
+}
+
+// Whether this block is one of those that fill what lies behind the last sequence.
+DEVICE bool is_behind_last(const SequenceLengths& lengths, int sequence) { return VARLEN && sequence == lengths.num_sequences; }

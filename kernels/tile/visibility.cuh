@@ -1,0 +1,90 @@
+// Which keys a query may see, all masks taken together: the end of the arrays and the causal diagonal (tile/mask.cuh), the window, the causal
+// diagonal lifted for the keys of a prefix, equal segment ids, and a boolean mask. Query q sees key k where all of them allow it.
+//
+// Values of the mask and segment ids are read where they are needed, by stride, at indices clamped into the arrays.
+#pragma once
+#include "tile/features.cuh"
+#include "tile/mask.cuh"
+
+class Visibility {  // of one batch and query head
+ public:
+  DEVICE Visibility(const Geometry& geometry, const FeatureArguments& features, int batch, int head)
+      : geometry(geometry), features(features), batch(batch), head(head) {
+    if constexpr (PREFIX) prefix = min(features.prefix_lengths.load(batch, 0), geometry.seqlen_kv);
+    if constexpr (WINDOW) {
+      window_low = around_diagonal(features.window_low);
+      window_high = around_diagonal(features.window_high);
+    }
+  }
+
+  // The first key that any query from `first_q` on sees.
+  DEVICE int first_key(int first_q) const {
+    if constexpr (WINDOW) return int(max(int64(0), int64(first_q) + window_low));
+    return 0;
+  }
+
+  // One past the last key that any query of first_q .. end_q - 1 sees; 0 where they see none.
+  DEVICE int end_key(int first_q, int end_q) const {
+    int end = visible_keys<Config::CAUSAL>(geometry, end_q);
+    if constexpr (PREFIX) end = max(end, prefix);
+    if constexpr (WINDOW) {
+      end = int(max(int64(0), min(int64(end), int64(min(end_q, geometry.seqlen_q)) + window_high)));
+      if (end <= first_key(first_q)) end = 0;
+    }
+    return end;
+  }
+
+  // The first query that sees any key from `first_kv` on.
+  DEVICE int first_query(int first_kv) const {
+    int first = PREFIX && first_kv < prefix ? 0 : first_visible_query<Config::CAUSAL>(geometry, first_kv);
+    if constexpr (WINDOW) first = int(max(int64(first), min(int64(geometry.seqlen_q), int64(first_kv) - window_high)));
+    return first;
+  }
+
+  // One past the last query that sees any key of first_kv .. end_kv - 1; 0 where none does.
+  DEVICE int end_query(int first_kv, int end_kv) const {
+    int end = geometry.seqlen_q;
+    if constexpr (WINDOW) {
+      end = int(max(int64(0), min(int64(end), int64(min(end_kv, geometry.seqlen_kv)) - window_low)));
+      if (end <= first_query(first_kv)) end = 0;
+    }
+    if (SEQLENS_KV && first_kv >= geometry.seqlen_kv) end = 0;
+    return end;
+  }
+
+  // Whether some pair of the tile (queries first_q .. end_q - 1, keys first_kv .. end_kv - 1) is masked, as far as that does not depend on data.
+  DEVICE bool needs_mask(int first_q, int end_q, int first_kv, int end_kv) const {
+    bool needs = PREFIX ? end_kv > geometry.seqlen_kv || (end_kv > prefix && ::needs_mask<true>(geometry, first_q, end_kv))
+                        : ::needs_mask<Config::CAUSAL>(geometry, first_q, end_kv);
+    if constexpr (WINDOW) needs |= end_kv - 1 - first_q > window_high || first_kv - (end_q - 1) < window_low;
+    return needs;
+  }
+
+  DEVICE bool sees(int query, int key) const {
+    bool visible = is_visible<Config::CAUSAL>(geometry, query, key);
+    if constexpr (PREFIX) visible |= key < prefix;
+    if constexpr (WINDOW) visible &= key - query >= window_low && key - query <= window_high;
+    if constexpr (SEGMENTS || BOOLEAN_MASK) {
+      const int q = min(query, geometry.seqlen_q - 1), k = min(key, geometry.seqlen_kv - 1);
+      if constexpr (SEGMENTS) visible &= features.segment_ids_q.load(batch, q) == features.segment_ids_kv.load(batch, k);
+      if constexpr (BOOLEAN_MASK) {
+        const MaskView& mask = features.mask;
+        const MaskElement* row = static_cast<const MaskElement*>(mask.data) + batch * mask.stride_batch + head * mask.stride_head;
+        visible &= mask_attends(row[q * mask.stride_query + k * mask.stride_key]);
+      }
+    }
+    return visible;
+  }
+
+ private:
+  const Geometry& geometry;
+  const FeatureArguments& features;
+  int batch, head;
+  int prefix = 0;
+  int window_low = 0, window_high = 0;  // of key - query
+
+  DEVICE int around_diagonal(int limit) const {
+    if (limit == UNLIMITED || limit == -UNLIMITED) return limit;
+    return int(max(int64(-UNLIMITED), min(int64(UNLIMITED), int64(limit) + geometry.causal_offset)));
+  }
+};

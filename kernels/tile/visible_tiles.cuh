@@ -1,0 +1,31 @@
+// The tiles that a block walks over where that depends on data.
+//
+// With a boolean mask or segments, the kernel visible_tiles.cu has listed the tiles in which any pair is visible, for each tile that a block of the
+// next kernel owns:
+//
+//     visible_tiles[list_batches][list_heads][num_tiles][1 + num_columns]: count, then entries tile * 2 + (1 if some pair of the tile is masked)
+//
+// A step of a walk is the index of an entry. Without such masks nothing is listed, visible tiles are neighbours, and a step is the index of a tile.
+#pragma once
+#include "tile/features.cuh"
+
+DEVICE int* visible_tiles_of(const Geometry& geometry, const FeatureArguments& features, int batch, int head, int tile, int num_columns) {
+  const int list_batch = features.list_batches == 1 ? 0 : batch;
+  const int list_head = features.list_heads == 1 ? 0 : head;
+  const int64 row = (int64(list_batch) * features.list_heads + list_head) * geometry.num_tiles + tile;
+  return features.visible_tiles + row * (1 + num_columns);
+}
+
+class VisibleTiles {  // of the tile `tile` of (batch, head); nothing without lists
+ public:
+  DEVICE VisibleTiles(const Geometry& geometry, const FeatureArguments& features, int batch, int head, int tile, int num_columns) {
+    if constexpr (TILE_LISTS) list = visible_tiles_of(geometry, features, batch, head, tile, num_columns);
+  }
+
+  DEVICE int count() const { return list[0]; }
+  DEVICE int tile(int step) const { return TILE_LISTS ? list[1 + step] >> 1 : step; }
+  DEVICE bool is_partial(int step) const { return TILE_LISTS && list[1 + step] % 2 != 0; }
+
+ private:
+  const int* list = nullptr;
+};
