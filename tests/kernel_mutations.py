@@ -72,7 +72,7 @@ class Inputs:
         """Query, key, value and a gradient of the output, always the same numbers."""
         rng = np.random.default_rng(0)
         made = []
-        for shape in (self.query, self.key, self.value, self.query):
+        for shape in (self.query, self.key, self.value, (*self.query[:3], self.value[3])):
             pitch = shape[-1] if self.is_aligned else shape[-1] + 1
             rows = rng.standard_normal((*shape[:-1], pitch)).astype(np.float32).astype(ELEMENTS[dtype])
             made.append(rows[..., : shape[-1]])
@@ -88,7 +88,9 @@ BLIND_ROWS = Inputs((1, 170, 1, 32), (1, 75, 1, 32), (1, 75, 1, 32), options=(("
 WIDE = Inputs((1, 75, 1, 128), (1, 300, 1, 128), (1, 300, 1, 128))
 SLICED = Inputs((1, 70, 2, 288), (1, 75, 1, 288), (1, 75, 1, 288), options=(("enable_gqa", True),))
 SLICED_UNALIGNED = Inputs((1, 70, 1, 288), (1, 75, 1, 288), (1, 75, 1, 288), is_aligned=False)
-IN_STEPS = Inputs((1, 20, 2, 400), (1, 37, 1, 400), (1, 37, 1, 400), options=(("enable_gqa", True),))
+IN_STEPS = Inputs((1, 40, 2, 400), (1, 37, 1, 400), (1, 37, 1, 400), options=(("enable_gqa", True),))
+IN_MORE_STEPS = Inputs((1, 37, 2, 512), (1, 40, 1, 512), (1, 40, 1, 512), options=(("enable_gqa", True),))
+WIDER_VALUE = Inputs((1, 75, 2, 32), (1, 150, 2, 32), (1, 150, 2, 72))
 LENGTHS = Inputs(
     (3, 75, 1, 32), (1, 150, 1, 32), (1, 150, 1, 32), options=(("seqlens_kv", np.array([150, 20, 70], np.int32)), ("window", (40, 90)))
 )
@@ -183,7 +185,8 @@ def _variants() -> Iterator[Variant]:
         yield Variant(
             f"forward sm_80 float16 sliced, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 4, stages), (SLICED, SLICED_UNALIGNED)
         )
-    yield Variant("forward sm_75 float32 sliced, in steps", "sm_75", "float32", Tile(16, 16, 3, 1), (IN_STEPS,))
+    yield Variant("forward sm_75 float32 sliced, in steps", "sm_75", "float32", Tile(32, 16, 6, 1), (IN_STEPS,))
+    yield Variant("forward sm_80 float16, wider value, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (WIDER_VALUE,))
     yield Variant("forward sm_80 float16 boolean mask, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), BOOLEAN_MASK)
     yield Variant("forward sm_80 float16 lengths, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (LENGTHS,))
 
@@ -221,7 +224,8 @@ def _variants() -> Iterator[Variant]:
         yield Variant(
             f"backward sm_80 float16 boolean mask, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 2, stages), BOOLEAN_MASK, backward=True
         )  # fmt: skip
-    yield Variant("backward sm_75 float32 sliced, in steps", "sm_75", "float32", Tile(16, 16, 3, 1), (IN_STEPS,), backward=True)
+    yield Variant("backward sm_75 float32 sliced, in steps", "sm_75", "float32", Tile(16, 32, 8, 1), (IN_MORE_STEPS,), backward=True)
+    yield Variant("backward sm_80 float16, wider value, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (WIDER_VALUE,), backward=True)
     yield Variant("backward sm_80 float16 additive mask, 1 stage", "sm_80", "float16", Tile(32, 32, 2, 1), ADDITIVE_MASK, backward=True)
     yield Variant("backward sm_75 float16 additive mask", "sm_75", "float16", Tile(32, 32, 2, 1), ADDITIVE_MASK, backward=True)
     yield Variant("backward sm_80 float16 sinks, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (SINKS,), backward=True)
