@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -296,7 +297,7 @@ class Target:
                 assert (got is None) == (want_grad is None), name
                 if want_grad is not None:
                     assert got.dtype == options[name].dtype, name
-                    of_sums = _noise_of_sums(name, grad_out, results.out, judged)
+                    of_sums = _noise_of_score_gradients(name, grad_out, value, results.out, judged)
                     _compare_gradient(f"grad_{name}", got, want_grad, getattr(naives, name), of_sums, str(got.dtype))
         return results
 
@@ -336,7 +337,7 @@ class Target:
         ):
             _compare_gradient(name, got, want, naive, noise, dtype)
         if len(results) > 5:
-            noise_of_sinks = _noise_of_sums("sinks", grad_out[None], results[0][None], {})
+            noise_of_sinks = _noise_of_score_gradients("sinks", grad_out[None], value[None], results[0][None], {})
             _compare_gradient("grad_sinks", results[5], wanted.sinks, naives.sinks, noise_of_sinks, dtype)
         return results
 
@@ -403,22 +404,24 @@ def _noise_of_gradients(grad_out: Any, query: Any, key: Any, value: Any, options
     return [noise.reshape(shape) if x.shape[order.index("b")] == batch else noise.max().reshape((1,) * 4) for x in (query, key, value)]
 
 
-def _noise_of_sums(name: str, grad_out: Any, out: Any, options: dict[str, Any]) -> Any:
-    """What rounding leaves of gradients of a mask that are summed over all keys, and of sinks.
+def _noise_of_score_gradients(name: str, grad_out: Any, value: Any, out: Any, options: dict[str, Any]) -> Any:
+    """What rounding leaves of differences dP - delta, which the gradients of a mask and of sinks are sums of.
 
-    Over a row, P (dP - delta) adds up to nothing but the gradient of lse; what is left is the rounding of delta = Σ dO ∘ O, of which O has a unit in the last
-    place. The naive formula's delta is Σ P ∘ dP, where that cancels.
+    Each of dP = dO Vᵀ and delta = Σ dO ∘ O is good to a unit in the last place of float32 of its terms. Over a row, P (dP - delta) adds up to nothing but the
+    gradient of lse; summed over all keys, what is left is the rounding of delta, of which O has a unit in the last place of its own type. The naive formula's
+    delta is Σ P ∘ dP, where that cancels.
     """
     order = options.get("layout", "bshd")
-    grad, of_out = (reference.to_float64(x).transpose([order.index(letter) for letter in "bhsd"]) for x in (grad_out, out))
+    grad, of_out, v = (reference.to_float64(x).transpose([order.index(letter) for letter in "bhsd"]) for x in (grad_out, out, value))
     rows = numpy.linalg.norm(grad, axis=3) * numpy.linalg.norm(of_out, axis=3) * reference.EPSILON[str(out.dtype).rpartition(".")[2]]
     if name == "sinks":
         return numpy.sqrt((rows**2).sum(axis=(0, 2)))
     mask = options["attn_mask"].shape
     shape = (1,) * (4 - len(mask)) + tuple(mask)
-    if shape[3] > 1:
-        return 0.0
     axes = tuple(axis for axis in range(3) if shape[axis] == 1)
+    if shape[3] > 1:
+        terms = math.prod(grad.shape[axis] for axis in axes)
+        return 2.0**-23 * terms**0.5 * numpy.linalg.norm(grad, axis=3).max() * numpy.linalg.norm(v, axis=3).max()
     return numpy.sqrt((rows**2).sum(axis=axes, keepdims=True)).reshape(mask)
 
 
