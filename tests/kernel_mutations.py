@@ -104,7 +104,7 @@ def _masked(shape: tuple[int, ...], boolean: bool = False) -> Inputs:
         values[..., :64] = -np.inf
     options: tuple[tuple[str, Any], ...] = (("attn_mask", values > 0 if boolean else values),)
     grad = () if boolean else (("need_attn_mask_grad", True),)
-    return Inputs((1, 75, 2, 32), (1, 150, 2, 32), (1, 150, 2, 32), options=options, backward_options=grad)
+    return Inputs((1, 75, 2, 32), (1, 150, 1, 32), (1, 150, 1, 32), options=(("enable_gqa", True), *options), backward_options=grad)
 
 
 BOOLEAN_MASK = (_masked((2, 75, 150), boolean=True), _masked((75, 150), boolean=True))
