@@ -34,7 +34,7 @@ import numpy as np
 import cuflash
 from cuflash import Tile, cache, device, launch
 from cuflash.errors import SimulatorError
-from cuflash.planning import KernelPlan
+from cuflash.planning import KernelPlan, Tiles
 from cuflash.simulator import Module, check, configure
 from cuflash.simulator.mutation import Mutant, mutants
 
@@ -88,13 +88,15 @@ BLIND_ROWS = Inputs((1, 170, 1, 32), (1, 75, 1, 32), (1, 75, 1, 32), options=(("
 WIDE = Inputs((1, 75, 1, 128), (1, 300, 1, 128), (1, 300, 1, 128))
 SLICED = Inputs((1, 70, 2, 288), (1, 75, 1, 288), (1, 75, 1, 288), options=(("enable_gqa", True),))
 SLICED_UNALIGNED = Inputs((1, 70, 1, 288), (1, 75, 1, 288), (1, 75, 1, 288), is_aligned=False)
-IN_STEPS = Inputs((1, 40, 2, 400), (1, 37, 1, 400), (1, 37, 1, 400), options=(("enable_gqa", True),))
-IN_MORE_STEPS = Inputs((1, 37, 2, 512), (1, 40, 1, 512), (1, 40, 1, 512), options=(("enable_gqa", True),))
-WIDER_VALUE = Inputs((1, 75, 2, 32), (1, 150, 2, 32), (1, 150, 2, 72))
+IN_STEPS = Inputs((1, 40, 2, 304), (1, 37, 1, 304), (1, 37, 1, 304), options=(("enable_gqa", True),))
+IN_STEPS_520 = Inputs((1, 37, 2, 520), (1, 40, 1, 520), (1, 40, 1, 520), options=(("enable_gqa", True),))
+WIDER_VALUE = Inputs((1, 75, 2, 32), (1, 150, 1, 32), (1, 150, 1, 72), options=(("enable_gqa", True),))
 LENGTHS = Inputs(
     (3, 75, 1, 32), (1, 150, 1, 32), (1, 150, 1, 32), options=(("seqlens_kv", np.array([150, 20, 70], np.int32)), ("window", (40, 90)))
 )
-SINKS = Inputs((1, 75, 2, 32), (1, 150, 2, 32), (1, 150, 2, 32), options=(("sinks", np.array([0.5, 2.0], np.float32)),))
+SINKS = Inputs(
+    (1, 75, 2, 32), (1, 150, 1, 32), (1, 150, 1, 32), options=(("enable_gqa", True), ("sinks", np.array([0.5, 2.0], np.float32)))
+)
 
 
 def _masked(shape: tuple[int, ...], boolean: bool = False) -> Inputs:
@@ -109,6 +111,11 @@ def _masked(shape: tuple[int, ...], boolean: bool = False) -> Inputs:
 
 BOOLEAN_MASK = (_masked((2, 75, 150), boolean=True), _masked((75, 150), boolean=True))
 ADDITIVE_MASK = tuple(_masked(shape) for shape in ((2, 75, 150), (150,), (75, 1), (1,)))
+MASKED_IN_STEPS = Inputs(
+    (1, 37, 2, 488), (1, 40, 1, 488), (1, 40, 1, 488),
+    options=(("enable_gqa", True), ("attn_mask", np.linspace(-1, 1, 40, dtype=np.float32))),
+    backward_options=(("need_attn_mask_grad", True),),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ class Variant:
     name: str
     arch: str
     dtype: str
-    tile: Tile | None
+    tile: Tiles
     inputs: tuple[Inputs, ...]
     backward: bool = False
     is_causal: bool = False
@@ -224,10 +231,18 @@ def _variants() -> Iterator[Variant]:
         yield Variant(
             f"backward sm_80 float16 boolean mask, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 2, stages), BOOLEAN_MASK, backward=True
         )  # fmt: skip
-    yield Variant("backward sm_75 float32 sliced, in steps", "sm_75", "float32", Tile(16, 32, 8, 1), (IN_MORE_STEPS,), backward=True)
+    by_queries, by_keys = Tile(32, 16, 4, 1), Tile(16, 32, 8, 1)
+    yield Variant(
+        "backward sm_75 float16 sliced, additive mask, in steps", "sm_75", "float16",
+        {"backward_dkdv": by_keys, "backward_dq": by_queries, "backward_mask": by_queries}, (MASKED_IN_STEPS,), backward=True,
+    )  # fmt: skip
+    yield Variant(
+        "backward sm_80 float32 sliced, in steps", "sm_80", "float32",
+        {"backward_dv": by_keys, "backward_dk": by_keys, "backward_dq": by_keys.transposed()}, (IN_STEPS_520,), backward=True,
+    )  # fmt: skip
     yield Variant("backward sm_80 float16, wider value, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (WIDER_VALUE,), backward=True)
-    yield Variant("backward sm_80 float16 additive mask, 1 stage", "sm_80", "float16", Tile(32, 32, 2, 1), ADDITIVE_MASK, backward=True)
-    yield Variant("backward sm_75 float16 additive mask", "sm_75", "float16", Tile(32, 32, 2, 1), ADDITIVE_MASK, backward=True)
+    yield Variant("backward sm_80 float16 additive mask, 1 stage", "sm_80", "float16", Tile(32, 64, 2, 1), ADDITIVE_MASK, backward=True)
+    yield Variant("backward sm_75 float16 additive mask", "sm_75", "float16", Tile(32, 64, 2, 1), ADDITIVE_MASK, backward=True)
     yield Variant("backward sm_80 float16 sinks, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (SINKS,), backward=True)
 
 
