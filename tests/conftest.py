@@ -288,9 +288,11 @@ class Target:
                     assert got.dtype == options[name].dtype, name
                     got64 = reference.to_float64(got)
                     close = numpy.abs(got64 - want_grad) <= _noise_of_score_gradients(name, grad_out, value, results.out, judged)
-                    compare(
-                        numpy.where(close, want_grad, got64), want_grad, getattr(naives, name), name=f"grad_{name}", dtype=str(got.dtype)
-                    )
+                    coarser = max(
+                        dtype, str(got.dtype), key=reference.EPSILON.__getitem__
+                    )  # delta comes from O, rounded to the inputs' type
+                    judged_grad = numpy.where(close, want_grad, got64)
+                    compare(judged_grad, want_grad, getattr(naives, name), name=f"grad_{name}", dtype=coarser)
         return results
 
     def host(self, x: Any) -> numpy.ndarray[Any, Any]:
