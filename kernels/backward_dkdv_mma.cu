@@ -75,11 +75,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   clear(dV);
   const Dropout dropout(arguments.features);
 
-  const Visibility common(geometry, arguments.features, 0, 0);  // what does not depend on batch and head
+  const Visibility common(geometry, arguments.features, 0, 0);  // of all batches and heads, unless PER_HEAD_WALK
   const int first_tile = PER_HEAD_WALK ? 0 : common.first_query(first_kv) / TILE_Q;
   const int num_q_tiles = (common.end_query(first_kv, first_kv + TILE_KV) + TILE_Q - 1) / TILE_Q;
   const int common_keys = common.end_key(0, geometry.seqlen_q);
-  const int num_members = first_tile < num_q_tiles ? arguments.group_batch * arguments.group_heads : 0;
+  const int num_members = PER_HEAD_WALK || first_tile < num_q_tiles ? arguments.group_batch * arguments.group_heads : 0;
   int loaded_pair = -1;  // (batch, K/V head) in shared memory
   auto slot = [](int step) { return NUM_STAGES == 1 ? 0 : step % NUM_STAGES; };
 
@@ -90,7 +90,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     const Visibility visibility(geometry, arguments.features, batch, head);
     const VisibleTiles tiles(geometry, arguments.features, batch, head, work.tile, (geometry.seqlen_q + TILE_Q - 1) / TILE_Q);
     const int begin = TILE_LISTS ? 0 : PER_HEAD_WALK ? visibility.first_query(first_kv) / TILE_Q : first_tile;  // steps over query tiles
-    const int end = TILE_LISTS ? tiles.count() : num_q_tiles;
+    const int end = TILE_LISTS      ? tiles.count()
+                    : PER_HEAD_WALK ? (visibility.end_query(first_kv, first_kv + TILE_KV) + TILE_Q - 1) / TILE_Q
+                                    : num_q_tiles;
     if (PER_HEAD_WALK && begin >= end) continue;
     const int num_keys = PER_HEAD_WALK ? visibility.end_key(0, geometry.seqlen_q) : common_keys;  // keys beyond are not even read
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
