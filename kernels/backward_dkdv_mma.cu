@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   const Dropout dropout(arguments.features);
 
   const auto& first_geometry = geometry_of(arguments, work.batch * arguments.group_batch);
-  const Visibility common(first_geometry, arguments.features, 0, 0);  // what does not depend on batch and head
+  const Visibility common(first_geometry, arguments.features, 0, 0);  // of all batches and heads, unless PER_HEAD_WALK
   const int first_tile = PER_HEAD_WALK ? 0 : common.first_query(first_kv) / TILE_Q;
   const int num_q_tiles = (common.end_query(first_kv, first_kv + TILE_KV) + TILE_Q - 1) / TILE_Q;
   const int common_keys = common.end_key(0, first_geometry.seqlen_q);

@@ -298,7 +298,8 @@ class Target:
                 if want_grad is not None:
                     assert got.dtype == options[name].dtype, name
                     of_sums = _noise_of_score_gradients(name, grad_out, value, results.out, judged)
-                    _compare_gradient(f"grad_{name}", got, want_grad, getattr(naives, name), of_sums, str(got.dtype))
+                    coarser = _coarser(dtype, str(got.dtype))
+                    _compare_gradient(f"grad_{name}", got, want_grad, getattr(naives, name), of_sums, coarser)
         return results
 
     def run_packed(
@@ -338,12 +339,17 @@ class Target:
             _compare_gradient(name, got, want, naive, noise, dtype)
         if len(results) > 5:
             noise_of_sinks = _noise_of_score_gradients("sinks", grad_out[None], value[None], results[0][None], {})
-            _compare_gradient("grad_sinks", results[5], wanted.sinks, naives.sinks, noise_of_sinks, dtype)
+            _compare_gradient("grad_sinks", results[5], wanted.sinks, naives.sinks, noise_of_sinks, _coarser(dtype, "float32"))
         return results
 
     def host(self, x: Any) -> numpy.ndarray[Any, Any]:
         """Any array of this target as float64 in NumPy."""
         return reference.to_float64(x)
+
+
+def _coarser(dtype: str, of_gradient: str) -> str:
+    """The type in whose units gradients of masks and sinks are judged: delta comes from O, which is rounded to the inputs' type."""
+    return max(dtype, of_gradient, key=reference.EPSILON.__getitem__)
 
 
 def _compare_gradient(name: str, got: Any, want: Any, naive: Any, noise: Any, dtype: str) -> None:

@@ -395,6 +395,17 @@ def test_prefixes(target: Target, lengths: tuple[int, int]) -> None:
     )
 
 
+@pytest.mark.parametrize("others", [{}, FEATURES["segments"]], ids=["alone", "segments"])
+def test_prefixes_of_some_sequences_reach_keys_that_others_do_not_see(target: Target, others: dict[str, Any]) -> None:
+    """In a window, which ends the walk over queries: the first sequence alone would leave out tiles of keys altogether."""
+    options = {"is_causal": True, "prefix_lengths": numpy.array([0, 85], numpy.int32), "window": (89, 92), **others}
+    target.check(
+        *(x[:, :n] for x, n in zip(inputs_of(target, target.half), (16, SKV, SKV), strict=True)),
+        enable_gqa=True,
+        **placed(target, options | ({"segment_ids_q": segment_ids(SQ)[:, :16]} if others else {})),
+    )
+
+
 def test_segments_in_any_order(target: Target) -> None:
     """Ids need not be sorted, and may be strided."""
     ids = [random(seed).integers(-3, 3, (B, 2 * n)).astype(numpy.int32)[:, ::2] for seed, n in ((1, SQ), (2, SKV))]
