@@ -151,7 +151,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
 #pragma unroll 1
     for (int j = begin; j < end; ++j) {
-      if constexpr (NUM_STAGES == 1) {
+      if constexpr (HEAD_STEPS > 1) {
+        issue(j);  // of the row statistics only: every product fetches its pieces itself, and waits for these too
+      } else if constexpr (NUM_STAGES == 1) {
         issue(j);
         wait_for_tiles<0>([&] {
           load_Q.land(Q_smem);
@@ -280,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
           for_each_piece([&](int step) { load_Q.issue(Q_tile, q_tile * TILE_Q, first_column<TileQ>(step)); }, add_to_dK);
         }
       }
-      if constexpr (NUM_STAGES == 1) __syncthreads();  // every warp is done with the only slot
+      if constexpr (NUM_STAGES == 1 && HEAD_STEPS == 1) __syncthreads();  // every warp is done with the only slot
     }
   }
 

@@ -238,7 +238,7 @@ def _variants() -> Iterator[Variant]:
     )  # fmt: skip
     yield Variant(
         "backward sm_80 float32 sliced, in steps", "sm_80", "float32",
-        {"backward_dv": by_keys, "backward_dk": by_keys, "backward_dq": by_keys.transposed()}, (IN_STEPS_520,), backward=True,
+        {"backward_dv": Tile(16, 16, 4, 1), "backward_dk": by_keys, "backward_dq": by_keys.transposed()}, (IN_STEPS_520,), backward=True,
     )  # fmt: skip
     yield Variant("backward sm_80 float16, wider value, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (WIDER_VALUE,), backward=True)
     yield Variant("backward sm_80 float16 additive mask, 1 stage", "sm_80", "float16", Tile(32, 64, 2, 1), ADDITIVE_MASK, backward=True)
