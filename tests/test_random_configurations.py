@@ -128,8 +128,9 @@ def draw_call(target: Target, seed: int, group: int, index: int) -> Call:
         "deterministic": draw.random() < 0.5,
         "is_causal": "causal" in kernels.features,
     }
-    # With dropout delta comes from a rounded O: with a key or two, and those scaled, that is all there is of a gradient.
-    shortest = 33 if "dropout" in kernels.features else 1
+    # delta comes from a rounded O, that of the naive formula does not. Where rows do not add up to 1, with dropout or sinks, a key or two would leave little else
+    # of a gradient.
+    shortest = 33 if {"dropout", "sinks"} & set(kernels.features) else 1
 
     def length() -> int:
         return max(shortest, draw.choice([draw.randint(1, longest), min(longest, draw.choice([1, 16, 31, 64, 65, 128]))]))
