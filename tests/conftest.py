@@ -349,7 +349,8 @@ def _noise_of_score_gradients(name: str, grad_out: Any, value: Any, out: Any, op
     axes = tuple(axis for axis in range(3) if shape[axis] == 1)
     if shape[3] > 1:
         terms = math.prod(grad.shape[axis] for axis in axes)
-        return 2.0**-23 * terms**0.5 * numpy.linalg.norm(grad, axis=3).max() * numpy.linalg.norm(v, axis=3).max()
+        kept_factor = 1.0 / (1.0 - min(options.get("dropout_p", 0.0), 0.99))  # of dP
+        return 2.0**-23 * kept_factor * terms**0.5 * numpy.linalg.norm(grad, axis=3).max() * numpy.linalg.norm(v, axis=3).max()
     return numpy.sqrt((rows**2).sum(axis=axes, keepdims=True)).reshape(mask)
 
 

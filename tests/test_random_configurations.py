@@ -74,7 +74,9 @@ def draw_call(target: Target, seed: int, group: int, index: int) -> Call:
     seqlen_q, seqlen_kv = (draw.choice([draw.randint(1, MAX_SEQLEN), draw.choice([1, 16, 31, 64, 65, 128])]) for _ in range(2))
     if draw.random() < 0.3:
         seqlen_kv = seqlen_q
-    if "dropout" in features:  # delta comes from a rounded O: with a key or two, and those scaled, that is all there is of a gradient
+    if {"dropout", "sinks"} & set(
+        features
+    ):  # delta comes from a rounded O: with a key or two, and those scaled, that is all there is of a gradient
         seqlen_q, seqlen_kv = max(seqlen_q, 33), max(seqlen_kv, 33)
     heads_kv, group_size, batch = draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 3])
     heads = heads_kv * group_size
