@@ -428,7 +428,8 @@ def _noise_of_score_gradients(name: str, grad_out: Any, value: Any, out: Any, op
     if shape[3] > 1:
         terms = math.prod(grad.shape[axis] for axis in axes)
         largest = numpy.nan_to_num(numpy.linalg.norm(v, axis=3), posinf=0.0).max()  # what a call must not see may be NaN
-        return 2.0**-23 * terms**0.5 * numpy.linalg.norm(grad, axis=3).max() * largest
+        kept_factor = 1.0 / (1.0 - min(options.get("dropout_p", 0.0), 0.99))  # of dP
+        return 2.0**-23 * kept_factor * terms**0.5 * numpy.linalg.norm(grad, axis=3).max() * largest
     return numpy.sqrt((rows**2).sum(axis=axes, keepdims=True)).reshape(mask)
 
 
