@@ -169,6 +169,15 @@ def test_a_mask_far_apart(target: Target) -> None:
     numpy.testing.assert_allclose(target.host(out), want, atol=0.02)
 
 
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_a_mask_wider_than_65536(simulator: Target, kind: str) -> None:
+    """Only the last few keys are visible."""
+    visible = numpy.arange(65600) > 65536
+    mask = visible if kind == "boolean" else numpy.where(visible, numpy.float32(1), -numpy.inf).astype(numpy.float32)
+    inputs = [simulator.random((1, length, 1, 16), "float16", seed) for seed, length in enumerate((2, 65600, 65600))]
+    simulator.check(*inputs, attn_mask=mask, backward=False)
+
+
 def masked_rows(kind: str) -> dict[str, Any]:
     """Options that hide all keys from queries 3 and 4."""
     visible = boolean_mask(SQ, SKV, share=0.9)
