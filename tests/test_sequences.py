@@ -6,6 +6,7 @@ tokens behind the last sequence, offsets that make no sense.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -322,12 +323,9 @@ def test_senseless_offsets_stay_within_the_arrays(target: Target, offsets_q: lis
     """
     inputs = packed(target, (41, 66), target.half)
     for cu in ((offsets_q, [0, 30, 66]), ([0, 20, 41], offsets_q), (offsets_q, offsets_q)):
-        try:
+        overlapping = not target.is_gpu and [0, 500, 20] in cu
+        with pytest.raises(SimulatorError, match="race") if overlapping else contextlib.nullcontext():
             results = target.run_packed(inputs, tuple(int32(target, x) for x in cu), is_causal=True)
-        except SimulatorError as error:
-            assert error.check == "race"
-            assert offsets_q == [0, 500, 20]
-        else:
             assert results[0].shape == inputs[3].shape
 
 
