@@ -119,7 +119,10 @@ ARCHS = pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_89", "sm_90", "sm
 def no_spills(arch: str, dtype: str, head_dim: int, feature: str) -> None:
     options = {"features": FEATURES[feature]} if feature in FEATURES else {feature: True}
     for report in reports_of(device.of_arch(arch, "gpu"), dtype, head_dim, **options):  # type: ignore[arg-type]
-        known = feature == "varlen" and dtype == "float32" and report.subject.label in BY_KEYS  # docs/performance.md
+        # docs/performance.md has the numbers
+        known = (
+            dtype == "float32" and report.subject.label in BY_KEYS and (feature == "varlen" or (feature == "window" and head_dim == 512))
+        )
         assert report.resources.spill_store_bytes <= (64 if known else 0), f"{dtype} {head_dim}: {named(report)}"
         assert known or not report.spills, f"{dtype} {head_dim}: {named(report)}"
         assert report.warnings == (), named(report)
