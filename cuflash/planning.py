@@ -153,7 +153,8 @@ class Plan:
         if problem.features.kinds != NO_FEATURES:
             lines.insert(2, f"  features   {problem.features.describe()}")
         visits = [_visits(kernel, problem) for kernel in self.kernels if kernel.name in tiles.PASSES]
-        if visits and (problem.is_causal or problem.features.kinds.hides_keys):
+        ragged = problem.seqlens_kv or problem.num_sequences is not None
+        if visits and (problem.is_causal or problem.features.kinds.hides_keys or ragged):
             lines.append(f"  tiles      {', '.join(visits)}")
         lines += [
             f"  memory     outputs {_bytes(self.output_bytes)}, workspace {_bytes(self.workspace_bytes)}; unfused attention would take {_bytes(standard)} more",
@@ -407,7 +408,7 @@ def _delta_kernel(problem: Problem, device: Device) -> KernelPlan:
 
 def _visits(kernel: KernelPlan, problem: Problem) -> str:
     count = visited_tiles(problem, kernel.tile, by_keys=kernel.name in BY_KEYS)
-    of = f"of {all_tiles(problem, kernel.tile)} per head"
+    of = f"of {all_tiles(problem, kernel.tile)} per head{' and sequence' if problem.num_sequences is not None else ''}"
     return f"{kernel.name} visits as many {of} as data leave visible" if count is None else f"{kernel.name} visits {count} {of}"
 
 

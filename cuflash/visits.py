@@ -9,8 +9,8 @@ from cuflash.tiles import Tile
 
 
 def all_tiles(problem: Problem, tile: Tile) -> int:
-    """Tiles that the scores of one head are cut into."""
-    return ceil(problem.seqlen_q / tile.tile_q) * ceil(problem.seqlen_kv / tile.tile_kv)
+    """Tiles that the scores of one head are cut into, at most where lengths differ."""
+    return ceil(problem.max_seqlen_q / tile.tile_q) * ceil(problem.max_seqlen_kv / tile.tile_kv)
 
 
 def visited_tiles(problem: Problem, tile: Tile, *, by_keys: bool) -> int | None:

@@ -43,6 +43,7 @@ EXAMPLES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         {"segment_ids_q": zeros(B, S, dtype="int32"), "segment_ids_kv": zeros(B, S, dtype="int32")},
     ),
     "prefix": (("prefix_lengths", "is_causal"), {"prefix_lengths": zeros(B, dtype="int32"), "is_causal": True}),
+    "key lengths": (("seqlens_kv",), {"seqlens_kv": zeros(B, dtype="int32")}),
 }
 """Feature -> its arguments, and a call that uses it."""
 
@@ -65,12 +66,24 @@ BAD_CALLS: list[dict[str, Any]] = [
     {"segment_ids_q": zeros(B, S, dtype="int32")},
     {"segment_ids_q": zeros(B, S, dtype="int64"), "segment_ids_kv": zeros(B, S, dtype="int64")},
     {"prefix_lengths": zeros(B, dtype="int32")},
+    {"seqlens_kv": zeros(B, dtype="int64")},
+    {"seqlens_kv": zeros(B + 1, dtype="int32")},
+    {"cu_seqlens_q": zeros(B + 1, dtype="int32"), "cu_seqlens_kv": zeros(B + 1, dtype="int32"), "attn_mask": zeros(S, S)},
+    {"cu_seqlens_q": zeros(B + 1, dtype="int32"), "cu_seqlens_kv": zeros(B, dtype="int32")},
+    {"cu_seqlens_q": zeros(B + 1, dtype="int32"), "cu_seqlens_kv": zeros(B + 1, dtype="int32"), "max_seqlen_q": -1},
 ]
 
 
 def plan_of(options: dict[str, Any], backward: bool) -> Any:
-    x = borrow(numpy.broadcast_to(numpy.zeros(1, "float16"), (B, S, H, D)), "query")
-    return make_plan(make_problem(x, x, x, **options), device.of_arch("sm_80", "gpu"), backward=backward)
+    """The plan of a call of the shape above; with `cu_seqlens_q` its sequences are packed."""
+    named = {name: borrow(option, name) if "seqlens" in name else option for name, option in options.items() if name != "max_seqlen_q"}
+    shape: tuple[int, ...] = (B, S, H, D)
+    if "cu_seqlens_q" in named:
+        shape = (B * S, H, D)
+        named["cu_seqlens"] = named.pop("cu_seqlens_q"), named.pop("cu_seqlens_kv")
+        named["max_seqlens"] = options.get("max_seqlen_q"), None
+    x = borrow(numpy.broadcast_to(numpy.zeros(1, "float16"), shape), "query")
+    return make_plan(make_problem(x, x, x, **named), device.of_arch("sm_80", "gpu"), backward=backward)
 
 
 def documented_arguments() -> dict[str, str]:

@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   const Dropout dropout(arguments.features);
 
   const auto& first_geometry = geometry_of(arguments, work.batch * arguments.group_batch);
-  const Visibility common(first_geometry, arguments.features, 0, 0);  // what does not depend on batch and head
+  const Visibility common(first_geometry, arguments.features, 0, 0);  // of all batches and heads, unless PER_HEAD_WALK
   const int first_tile = PER_HEAD_WALK ? 0 : common.first_query(first_kv) / TILE_Q;
   const int num_q_tiles = (common.end_query(first_kv, first_kv + TILE_KV) + TILE_Q - 1) / TILE_Q;
   const int common_keys = common.end_key(0, first_geometry.seqlen_q);
@@ -151,7 +151,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
 #pragma unroll 1
     for (int j = begin; j < end; ++j) {
-      if constexpr (NUM_STAGES == 1) {
+      if constexpr (HEAD_STEPS > 1) {
+        issue(j);  // of the row statistics only: every product fetches its pieces itself, and waits for these too
+      } else if constexpr (NUM_STAGES == 1) {
         issue(j);
         wait_for_tiles<0>([&] {
           load_Q.land(Q_smem);
@@ -280,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
           for_each_piece([&](int step) { load_Q.issue(Q_tile, q_tile * TILE_Q, first_column<TileQ>(step)); }, add_to_dK);
         }
       }
-      if constexpr (NUM_STAGES == 1) __syncthreads();  // every warp is done with the only slot
+      if constexpr (NUM_STAGES == 1 && HEAD_STEPS == 1) __syncthreads();  // every warp is done with the only slot
     }
   }
 

@@ -34,7 +34,7 @@ import numpy as np
 import cuflash
 from cuflash import Tile, cache, device, launch
 from cuflash.errors import SimulatorError
-from cuflash.planning import KernelPlan
+from cuflash.planning import KernelPlan, Tiles
 from cuflash.simulator import Module, check, configure
 from cuflash.simulator.mutation import Mutant, mutants
 
@@ -57,7 +57,8 @@ class Inputs:
     Attributes:
         query, key, value: shapes, (batch, seqlen, heads, head_dim).
         is_aligned: rows start on 16 bytes; otherwise their pitch is odd, and kernels take their slow path.
-        options: further arguments of the call.
+        options: further arguments of both calls.
+        backward_options: further arguments of the backward call.
     """
 
     query: Shape
@@ -65,12 +66,13 @@ class Inputs:
     value: Shape
     is_aligned: bool = True
     options: tuple[tuple[str, Any], ...] = ()
+    backward_options: tuple[tuple[str, Any], ...] = ()
 
     def arrays(self, dtype: str) -> list[Any]:
         """Query, key, value and a gradient of the output, always the same numbers."""
         rng = np.random.default_rng(0)
         made = []
-        for shape in (self.query, self.key, self.value, self.query):
+        for shape in (self.query, self.key, self.value, (*self.query[:3], self.value[3])):
             pitch = shape[-1] if self.is_aligned else shape[-1] + 1
             rows = rng.standard_normal((*shape[:-1], pitch)).astype(np.float32).astype(ELEMENTS[dtype])
             made.append(rows[..., : shape[-1]])
@@ -84,6 +86,36 @@ BROADCAST_KEY = Inputs((2, 75, 2, 32), (1, 150, 1, 32), (2, 150, 2, 32), options
 BROADCAST_VALUE = Inputs((2, 75, 2, 32), (2, 150, 2, 32), (1, 150, 1, 32), options=(("enable_gqa", True),))
 BLIND_ROWS = Inputs((1, 170, 1, 32), (1, 75, 1, 32), (1, 75, 1, 32), options=(("causal_alignment", "bottom_right"),))
 WIDE = Inputs((1, 75, 1, 128), (1, 300, 1, 128), (1, 300, 1, 128))
+SLICED = Inputs((1, 70, 2, 288), (1, 75, 1, 288), (1, 75, 1, 288), options=(("enable_gqa", True),))
+SLICED_UNALIGNED = Inputs((1, 70, 1, 288), (1, 75, 1, 288), (1, 75, 1, 288), is_aligned=False)
+IN_STEPS = Inputs((1, 40, 2, 304), (1, 37, 1, 304), (1, 37, 1, 304), options=(("enable_gqa", True),))
+IN_STEPS_520 = Inputs((1, 37, 2, 520), (1, 40, 1, 520), (1, 40, 1, 520), options=(("enable_gqa", True),))
+WIDER_VALUE = Inputs((1, 75, 2, 32), (1, 150, 1, 32), (1, 150, 1, 72), options=(("enable_gqa", True),))
+LENGTHS = Inputs(
+    (3, 75, 1, 32), (1, 150, 1, 32), (1, 150, 1, 32), options=(("seqlens_kv", np.array([150, 20, 70], np.int32)), ("window", (40, 90)))
+)
+SINKS = Inputs(
+    (1, 75, 2, 32), (1, 150, 1, 32), (1, 150, 1, 32), options=(("enable_gqa", True), ("sinks", np.array([0.5, 2.0], np.float32)))
+)
+
+
+def _masked(shape: tuple[int, ...], boolean: bool = False) -> Inputs:
+    """Two heads with a mask of this shape, of which a boolean one empties tiles, and an additive one gets its gradient."""
+    values = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    if boolean:
+        values[..., :64] = -np.inf
+    options: tuple[tuple[str, Any], ...] = (("attn_mask", values > 0 if boolean else values),)
+    grad = () if boolean else (("need_attn_mask_grad", True),)
+    return Inputs((1, 75, 2, 32), (1, 150, 1, 32), (1, 150, 1, 32), options=(("enable_gqa", True), *options), backward_options=grad)
+
+
+BOOLEAN_MASK = (_masked((2, 75, 150), boolean=True), _masked((75, 150), boolean=True))
+ADDITIVE_MASK = tuple(_masked(shape) for shape in ((2, 75, 150), (150,), (75, 1), (1,)))
+MASKED_IN_STEPS = Inputs(
+    (1, 37, 2, 488), (1, 40, 1, 488), (1, 40, 1, 488),
+    options=(("enable_gqa", True), ("attn_mask", np.linspace(-1, 1, 40, dtype=np.float32))),
+    backward_options=(("need_attn_mask_grad", True),),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,7 +128,7 @@ class Variant:
     name: str
     arch: str
     dtype: str
-    tile: Tile | None
+    tile: Tiles
     inputs: tuple[Inputs, ...]
     backward: bool = False
     is_causal: bool = False
@@ -113,6 +145,7 @@ class Variant:
             return functools.partial(cuflash.scaled_dot_product_attention, *arrays[:3], return_lse=True, **options)
         query, key, value, grad_out = arrays
         out, lse = cuflash.scaled_dot_product_attention(query, key, value, return_lse=True, **{**options, "tile": None})
+        options |= dict(inputs.backward_options)
         return functools.partial(cuflash.scaled_dot_product_attention_backward, grad_out, query, key, value, out, lse, **options)
 
     def kernels(self) -> list[KernelPlan]:
@@ -121,6 +154,8 @@ class Variant:
         for inputs in self.inputs:
             arrays = inputs.arrays(self.dtype)[:3]
             options = {"is_causal": self.is_causal, "allow_tf32": self.allow_tf32, "tile": self.tile, **dict(inputs.options)}
+            if self.backward:
+                options |= dict(inputs.backward_options)
             for kernel in cuflash.plan(*arrays, backward=self.backward, **options).kernels:
                 found.setdefault((kernel.source, kernel.config), kernel)
         return list(found.values())
@@ -153,6 +188,15 @@ def _variants() -> Iterator[Variant]:
     yield Variant("forward sm_75 float32", "sm_75", "float32", Tile(32, 32, 2, 1), both)
     yield Variant("forward sm_75 bfloat16", "sm_75", "bfloat16", Tile(32, 32, 2, 1), both)
 
+    for stages in (1, 2):
+        yield Variant(
+            f"forward sm_80 float16 sliced, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 4, stages), (SLICED, SLICED_UNALIGNED)
+        )
+    yield Variant("forward sm_75 float32 sliced, in steps", "sm_75", "float32", Tile(32, 16, 6, 1), (IN_STEPS,))
+    yield Variant("forward sm_80 float16, wider value, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (WIDER_VALUE,))
+    yield Variant("forward sm_80 float16 boolean mask, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), BOOLEAN_MASK)
+    yield Variant("forward sm_80 float16 lengths, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (LENGTHS,))
+
     sums = (GROUPED, UNALIGNED, BROADCAST)
     for stages in (1, 2, 3):
         yield Variant(f"backward sm_80 float16, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 2, stages), sums, backward=True)
@@ -177,6 +221,29 @@ def _variants() -> Iterator[Variant]:
     yield Variant("backward sm_75 float16 split", "sm_75", "float16", Tile(32, 32, 2, 1), (BROADCAST_KEY, BROADCAST_VALUE), backward=True)
     yield Variant("backward sm_75 float32", "sm_75", "float32", Tile(32, 32, 2, 1), sums, backward=True)
     yield Variant("backward sm_75 bfloat16", "sm_75", "bfloat16", Tile(32, 32, 2, 1), sums, backward=True)
+    for stages in (1, 2):
+        yield Variant(
+            f"backward sm_80 float16 sliced, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 4, stages), (SLICED, SLICED_UNALIGNED), backward=True
+        )  # fmt: skip
+        yield Variant(
+            f"backward sm_80 float16 lengths, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 2, stages), (LENGTHS,), backward=True
+        )
+        yield Variant(
+            f"backward sm_80 float16 boolean mask, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 2, stages), BOOLEAN_MASK, backward=True
+        )  # fmt: skip
+    by_queries, by_keys = Tile(32, 16, 4, 1), Tile(16, 32, 8, 1)
+    yield Variant(
+        "backward sm_75 float16 sliced, additive mask, in steps", "sm_75", "float16",
+        {"backward_dkdv": by_keys, "backward_dq": by_queries, "backward_mask": by_queries}, (MASKED_IN_STEPS,), backward=True,
+    )  # fmt: skip
+    yield Variant(
+        "backward sm_80 float32 sliced, in steps", "sm_80", "float32",
+        {"backward_dv": Tile(16, 16, 4, 1), "backward_dk": by_keys, "backward_dq": by_keys.transposed()}, (IN_STEPS_520,), backward=True,
+    )  # fmt: skip
+    yield Variant("backward sm_80 float16, wider value, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (WIDER_VALUE,), backward=True)
+    yield Variant("backward sm_80 float16 additive mask, 1 stage", "sm_80", "float16", Tile(32, 64, 2, 1), ADDITIVE_MASK, backward=True)
+    yield Variant("backward sm_75 float16 additive mask", "sm_75", "float16", Tile(32, 64, 2, 1), ADDITIVE_MASK, backward=True)
+    yield Variant("backward sm_80 float16 sinks, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (SINKS,), backward=True)
 
 
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _variants()}
@@ -216,7 +283,8 @@ def running(kernel: KernelPlan, on: device.Device, ptx: str) -> Iterator[None]:
 
 
 def _bits(result: Any) -> list[bytes]:
-    return [np.ascontiguousarray(array).tobytes() for array in result]
+    others = (getattr(result, name, None) for name in ("attn_mask", "sinks"))  # a gradient that is no element of the tuple
+    return [np.ascontiguousarray(array).tobytes() for array in (*result, *others) if array is not None]
 
 
 def _catch(calls: Sequence[Callable[[], Any]], want: Sequence[list[bytes]]) -> tuple[str, str]:

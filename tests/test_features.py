@@ -169,6 +169,15 @@ def test_a_mask_far_apart(target: Target) -> None:
     numpy.testing.assert_allclose(target.host(out), want, atol=0.02)
 
 
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_a_mask_wider_than_65536(simulator: Target, kind: str) -> None:
+    """Only the last few keys are visible."""
+    visible = numpy.arange(65600) > 65536
+    mask = visible if kind == "boolean" else numpy.where(visible, numpy.float32(1), -numpy.inf).astype(numpy.float32)
+    inputs = [simulator.random((1, length, 1, 16), "float16", seed) for seed, length in enumerate((2, 65600, 65600))]
+    simulator.check(*inputs, attn_mask=mask, backward=False)
+
+
 def masked_rows(kind: str) -> dict[str, Any]:
     """Options that hide all keys from queries 3 and 4."""
     visible = boolean_mask(SQ, SKV, share=0.9)
@@ -392,6 +401,17 @@ def test_sinks_of_rows_without_keys(target: Target, seqlen_kv: int) -> None:
 def test_prefixes(target: Target, lengths: tuple[int, int]) -> None:
     target.check(
         *inputs_of(target, target.half), enable_gqa=True, is_causal=True, prefix_lengths=target.place(numpy.array(lengths, numpy.int32))
+    )
+
+
+@pytest.mark.parametrize("others", [{}, FEATURES["segments"]], ids=["alone", "segments"])
+def test_prefixes_of_some_sequences_reach_keys_that_others_do_not_see(target: Target, others: dict[str, Any]) -> None:
+    """In a window, which ends the walk over queries: the first sequence alone would leave out tiles of keys altogether."""
+    options = {"is_causal": True, "prefix_lengths": numpy.array([0, 85], numpy.int32), "window": (89, 92), **others}
+    target.check(
+        *(x[:, :n] for x, n in zip(inputs_of(target, target.half), (16, SKV, SKV), strict=True)),
+        enable_gqa=True,
+        **placed(target, options | ({"segment_ids_q": segment_ids(SQ)[:, :16]} if others else {})),
     )
 
 

@@ -125,3 +125,30 @@ WIDE = [(512, 512), (576, 512), (257, 257), (8, 512), (512, 8), (320, 71), (33, 
 def test_wide_heads(target: Target, dims: tuple[int, int], dtype: str) -> None:
     """Groups of warps share out the columns, and on small devices pieces pass through shared memory."""
     target.check(*three(target, dims, dtype), is_causal=WIDE.index(dims) % 2 == 0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dims", [(512, 512), (576, 64)], ids=str)
+def test_wide_heads_give_the_same_bits_in_every_order_of_warps(target: Target, dims: tuple[int, int], dtype: str) -> None:
+    """Groups of warps that run ahead of others must not overwrite what those still read: parts of scores, pieces of operands."""
+    inputs = three(target, dims, dtype, (70, 70))
+    runs = []
+    for seed in range(6):
+        with target.schedule(seed):
+            runs.append(target.run(*inputs, is_causal=True).bits())
+    assert runs.count(runs[0]) == 6
+
+
+def test_scores_of_wide_heads_are_those_of_all_slices(target: Target) -> None:
+    """Only one column of query and key is not 0, in each slice and piece in turn: the same LSE every time."""
+    rng = numpy.random.default_rng(0)
+    dtype = target.random((1,), target.half, 0).dtype
+    q, k = rng.standard_normal((2, 1, 40, 1)).astype(dtype)
+    value = target.random((1, 40, 1, 8), target.half, 3)
+    found = set()
+    for column in (0, 15, 16, 143, 144, 255, 256, 287, 288, 431, 432, 575):
+        query, key = numpy.zeros((2, 1, 40, 1, 576), dtype)
+        query[..., column], key[..., column] = q, k
+        _, lse = cuflash.scaled_dot_product_attention(target.place(query), target.place(key), value, scale=1.0, return_lse=True)
+        found.add(target.bits(lse))
+    assert len(found) == 1

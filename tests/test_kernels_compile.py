@@ -15,7 +15,7 @@ from cuflash import cache, compiler, device, inspection
 from cuflash.device import ARCHITECTURES, Device
 from cuflash.features import NO_FEATURES, FeatureSet
 from cuflash.inspection import Report, inspect_kernels
-from cuflash.planning import offline_kernels
+from cuflash.planning import BY_KEYS, offline_kernels
 
 pytest.importorskip("cupy")
 
@@ -28,16 +28,19 @@ FEATURES = {
     "narrow_mask": FeatureSet(attn_mask="float16"),
     **{name: FeatureSet(**{name: True}) for name in ("dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix")},
 }
+LENGTHS = ("varlen", "seqlens_kv")
+"""Arguments of `offline_kernels` for sequences of different lengths."""
 CAUSAL = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 
 
 def reports_of(
     on: Device, dtype: str, head_dim: int, is_causal: bool = True, allow_tf32: bool = False, head_dim_v: int | None = None,
-    features: FeatureSet = NO_FEATURES,
+    features: FeatureSet = NO_FEATURES, varlen: bool = False, seqlens_kv: bool = False,
 ) -> list[Report]:  # fmt: skip
     kernels = offline_kernels(
-        on, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v, is_causal=is_causal, allow_tf32=allow_tf32, features=features
-    )
+        on, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v, is_causal=is_causal, allow_tf32=allow_tf32, features=features, varlen=varlen,
+        seqlens_kv=seqlens_kv,
+    )  # fmt: skip
     return inspect_kernels((on, kernel) for kernel in kernels)
 
 
@@ -110,15 +113,36 @@ def test_two_head_dims_do_not_spill(arch: str, dims: tuple[int, int]) -> None:
             assert report.warnings == (), named(report)
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_89", "sm_90", "sm_120"])
-def test_no_spills_with_a_feature(arch: str, feature: str) -> None:
-    """Each alone. Types and head dimensions in turn: docs/performance.md says what all of them together gave."""
-    number = list(FEATURES).index(feature) + int(arch[3:])
-    dtype, head_dim = DTYPES[number % 3], HEAD_DIMS[number // 3 % 4]
-    for report in reports_of(device.of_arch(arch, "gpu"), dtype, head_dim, features=FEATURES[feature]):
-        assert not report.spills, f"{dtype} {head_dim}: {named(report)}"
+ARCHS = pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_89", "sm_90", "sm_120"])
+
+
+def no_spills(arch: str, dtype: str, head_dim: int, feature: str) -> None:
+    options = {"features": FEATURES[feature]} if feature in FEATURES else {feature: True}
+    for report in reports_of(device.of_arch(arch, "gpu"), dtype, head_dim, **options):  # type: ignore[arg-type]
+        # docs/performance.md has the numbers
+        known = (
+            dtype == "float32" and report.subject.label in BY_KEYS and (feature == "varlen" or (feature == "window" and head_dim == 512))
+        )
+        assert report.resources.spill_store_bytes <= (64 if known else 0), f"{dtype} {head_dim}: {named(report)}"
+        assert known or not report.spills, f"{dtype} {head_dim}: {named(report)}"
         assert report.warnings == (), named(report)
+
+
+@pytest.mark.parametrize("feature", [*FEATURES, *LENGTHS])
+@ARCHS
+def test_no_spills_with_a_feature(arch: str, feature: str) -> None:
+    """Each alone. Types and head dimensions in turn; `--exhaustive` takes all of them."""
+    number = [*FEATURES, *LENGTHS].index(feature) + int(arch[3:])
+    no_spills(arch, DTYPES[number % 3], HEAD_DIMS[number // 3 % 4], feature)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("feature", [*FEATURES, *LENGTHS])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS, ids="D{}".format)
+@pytest.mark.parametrize("dtype", DTYPES)
+@ARCHS
+def test_no_spills_with_any_feature(arch: str, dtype: str, head_dim: int, feature: str) -> None:
+    no_spills(arch, dtype, head_dim, feature)
 
 
 @CAUSAL

@@ -96,7 +96,9 @@ def test_sizes_and_offsets_are_those_of_the_kernels(tmp_path: Path, monkeypatch:
     packed = {"ForwardArguments": forward(problem_of()), "BackwardArguments": backward(problem_of())}
     features = launch.features_template(problem_of())
     assert features.size == len(launch.NO_FEATURE_BYTES)
-    sizes = {name: template.size + len(tail) for name, (template, tail) in packed.items()} | {"VisibleTilesArguments": 4 * len(GEOMETRY)}
+    sizes = {name: template.size + len(tail) for name, (template, tail) in packed.items()} | {
+        "VisibleTilesArguments": 4 * len(GEOMETRY) + launch.lengths_template(problem_of()).size
+    }
     assertions = []
     for struct_name, (template, tail) in packed.items():
         assert len(template.fill({})) == template.size
@@ -109,7 +111,10 @@ def test_sizes_and_offsets_are_those_of_the_kernels(tmp_path: Path, monkeypatch:
             f"OFFSET({struct_name}, features.{FEATURES[name]}) == {offset + offset_of(features, name)}" for name in features.names
         ]
     numbers = offset_of(features, "dropout_offset") + 8
-    assertions += [f"OFFSET(VisibleTilesArguments, features.{name}) == {40 + numbers + 4 * i}" for i, name in enumerate(FEATURE_NUMBERS)]
+    assertions += [
+        f"OFFSET(VisibleTilesArguments, features.{name}) == {sizes['VisibleTilesArguments'] + numbers + 4 * i}"
+        for i, name in enumerate(FEATURE_NUMBERS)
+    ]
     group = packed["BackwardArguments"][0].size + 4 * len(GEOMETRY)
     assertions += [f"OFFSET(BackwardArguments, group_batch) == {group}", f"OFFSET(BackwardArguments, group_heads) == {group + 4}"]
     for struct_name, (template, tail) in packed.items():

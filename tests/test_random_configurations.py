@@ -1,19 +1,23 @@
-"""Random calls with any combination of types, shapes, strides, layouts and features, judged forward and backward by the reference.
+"""Random calls with any combination of types, head dimensions, shapes, strides, layouts, lengths and features, judged forward and backward by the reference.
 
-A call is drawn from two numbers: `group` fixes what kernels are compiled for (element type, head_dim, which features), `index` everything else. The ordinary
-run takes a few hundred calls of few groups; as a script it takes as many as it is asked for, of many groups, and prints a table:
+A call is drawn from two numbers: `group` fixes what kernels are compiled for (`Kernels`), `index` everything else. The ordinary run takes a few hundred calls
+of few groups; as a script it takes as many as it is asked for, of many groups, goes on where it was interrupted, and writes a table:
 
-    python tests/test_random_configurations.py --count 20000 --seed 1
+    python tests/test_random_configurations.py --count 20000 --processes 2 --output docs/random_configurations.md
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,27 +29,62 @@ if __name__ == "__main__":
 
 from conftest import SIMULATED, VIEWS, Target, rounded
 
+from cuflash import attention, cache, launch
+
 GROUPS = 27
 CALLS_PER_GROUP = 12
-MAX_SEQLEN = 200
+LONGEST = [40, 40, 40, 200]
+"""How long sequences are at most; most calls are short, since a call costs what its tiles cost."""
 
-KINDS = [("float16", 64), ("bfloat16", 40), ("float32", 32), ("bfloat16", 8), ("float16", 128), ("float32", 72)]
+KINDS = [
+    ("float16", 64, 64), ("bfloat16", 40, 40), ("float32", 32, 32), ("bfloat16", 48, 24), ("float16", 33, 71), ("float32", 16, 40), ("bfloat16", 8, 8),
+    ("float16", 128, 128), ("float32", 72, 72), ("float16", 192, 128), ("bfloat16", 272, 264), ("float32", 24, 260), ("float16", 320, 16),
+]  # fmt: skip
+"""Element types and head dimensions, of query and key and of value. Above 256 heads are cut into slices."""
 FEATURES = ("causal", "window", "softcap", "alibi", "boolean_mask", "additive_mask", "dropout", "sinks", "segments", "prefix")
+SEQUENCES = ("equal", "seqlens_kv", "packed")
+"""Whether all sequences of a call have the same lengths, rows of a batch numbers of keys of their own, or sequences lie packed behind each other."""
+ONLY_PADDED = ("boolean_mask", "additive_mask", "segments")
+
+
+class Kernels(NamedTuple):
+    """What kernels are compiled for."""
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    features: tuple[str, ...]
+    mask_dtype: str
+    sequences: str
+
+    def names(self) -> tuple[str, ...]:
+        """What the table counts."""
+        dims = (
+            "wide heads"
+            if max(self.head_dim, self.head_dim_v) > 256
+            else "head_dim_v of its own"
+            if self.head_dim != self.head_dim_v
+            else "equal"
+        )
+        return (*(self.features or ("no feature",)), self.dtype, f"head dimensions: {dims}", f"sequences: {self.sequences}")
 
 
 class Call(NamedTuple):
-    """One call: arrays in canonical order, and options of both passes."""
+    """One call: arrays in the caller's order, and options of both passes; packed sequences with their offsets and bounds."""
 
-    features: tuple[str, ...]
     query: Any
     key: Any
     value: Any
     grad_out: Any
     grad_lse: Any
     options: dict[str, Any]
+    offsets: tuple[Any, Any] | None = None
+    bounds: tuple[int | None, int | None] = (None, None)
 
     def describe(self) -> str:
         parts = [f"{self.query.dtype} q {self.query.shape} k {self.key.shape} v {self.value.shape}"]
+        if self.offsets is not None:
+            parts.append(f"offsets {self.offsets[0].tolist()} {self.offsets[1].tolist()} bounds {self.bounds}")
         for name, option in self.options.items():
             parts.append(
                 f"{name}={option.dtype}{option.shape} strides {option.strides}" if hasattr(option, "strides") else f"{name}={option}"
@@ -53,54 +92,83 @@ class Call(NamedTuple):
         return ", ".join(parts)
 
 
-def kernels_of_group(seed: int, group: int) -> tuple[str, int, tuple[str, ...], str]:
-    """Element type, head_dim, features and type of an additive mask. The first groups have one feature each, then any number."""
+def kernels_of_group(seed: int, group: int) -> Kernels:
+    """The first groups have one feature each, the next ones every kind and every form of sequences, all others anything."""
     draw = random.Random(f"{seed} group {group}")
-    dtype, head_dim = draw.choice(KINDS[:3] if group < GROUPS else KINDS)
-    count = draw.choice([0, 2, 2, 3, 4, 6])
-    chosen = {FEATURES[group]} if group < len(FEATURES) else set(draw.sample(FEATURES, count))
+    kind, sequences = draw.choice(KINDS), draw.choice(SEQUENCES)
+    chosen = set(draw.sample(FEATURES, draw.choice([0, 2, 2, 3, 4, 6])))
+    if group < len(FEATURES):
+        kind, sequences, chosen = KINDS[group % 7], "equal", {FEATURES[group]}
+    elif group < GROUPS:
+        kind, sequences = KINDS[group % len(KINDS)], SEQUENCES[group % 3]
     if "prefix" in chosen:
         chosen.add("causal")
     if {"boolean_mask", "additive_mask"} <= chosen:
         chosen.remove(draw.choice(["boolean_mask", "additive_mask"]))
-    return dtype, head_dim, tuple(name for name in FEATURES if name in chosen), draw.choice(["float16", "bfloat16", "float32"])
+    if sequences == "packed":
+        chosen -= set(ONLY_PADDED)
+    features = tuple(name for name in FEATURES if name in chosen)
+    return Kernels(*kind, features, draw.choice(["float16", "bfloat16", "float32"]), sequences)
 
 
 def draw_call(target: Target, seed: int, group: int, index: int) -> Call:
     """The call with the given numbers: always the same one."""
-    dtype, head_dim, features, mask_dtype = kernels_of_group(seed, group)
+    kernels = kernels_of_group(seed, group)
     draw = random.Random(f"{seed} call {group} {index}")
     numbers = numpy.random.default_rng([seed, group, index])
-    seqlen_q, seqlen_kv = (draw.choice([draw.randint(1, MAX_SEQLEN), draw.choice([1, 16, 31, 64, 65, 128])]) for _ in range(2))
-    if draw.random() < 0.3:
-        seqlen_kv = seqlen_q
-    if "dropout" in features:  # delta comes from a rounded O: with a key or two, and those scaled, that is all there is of a gradient
-        seqlen_q, seqlen_kv = max(seqlen_q, 33), max(seqlen_kv, 33)
-    heads_kv, group_size, batch = draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 3])
+    longest = draw.choice(LONGEST)
+    wide = max(kernels.head_dim, kernels.head_dim_v) > 256
+    longest = min(longest, 70) if wide else longest
+    heads_kv, group_size, batch = draw.choice([1, 1, 2]), draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 3])
     heads = heads_kv * group_size
-    layout = draw.choice(["bshd", "bshd", "bhsd", "sbhd", "dhsb"])
-
-    def array(seqlen: int, of_heads: int, of_batch: int) -> Any:
-        values = numbers.standard_normal((of_batch, seqlen, of_heads, head_dim))
-        view = target.place(VIEWS[draw.choice(target.views)](rounded(values, dtype)))
-        return view.transpose(["bshd".index(letter) for letter in layout])
-
-    query = array(seqlen_q, heads, batch)
-    key = array(seqlen_kv, draw.choice([1, heads_kv, heads_kv]), draw.choice([1, batch, batch]))
-    value = array(seqlen_kv, draw.choice([1, heads_kv, heads_kv]), draw.choice([1, batch, batch]))
     options: dict[str, Any] = {
         "enable_gqa": True,
-        "layout": layout,
         "causal_alignment": draw.choice(["top_left", "bottom_right"]),
         "scale": draw.choice([None, None, 0.2, -0.1]),
         "deterministic": draw.random() < 0.5,
-        "is_causal": "causal" in features,
+        "is_causal": "causal" in kernels.features,
     }
+    # delta comes from a rounded O, that of the naive formula does not. Where rows do not add up to 1, with dropout or sinks, a key or two would leave little else
+    # of a gradient.
+    shortest = 33 if {"dropout", "sinks"} & set(kernels.features) else 1
+
+    def length() -> int:
+        return max(shortest, draw.choice([draw.randint(1, longest), min(longest, draw.choice([1, 16, 31, 64, 65, 128]))]))
+
+    def array(shape: tuple[int, int, int, int], layout: str = "bshd") -> Any:
+        view = target.place(VIEWS[draw.choice(target.views)](rounded(numbers.standard_normal(shape), kernels.dtype)))
+        return view.transpose(["bshd".index(letter) for letter in layout])
+
+    dims = kernels.head_dim, kernels.head_dim, kernels.head_dim_v
+    heads_of_key, heads_of_value = (draw.choice([1, heads_kv, heads_kv]) for _ in range(2))
+    if kernels.sequences == "packed":
+        count = draw.randint(1, 4)
+        lengths = [[draw.choice([0, length(), length(), length()]) for _ in range(count)] for _ in range(2)]
+        tokens = [sum(x) + draw.choice([0, 0, 7]) for x in lengths]
+        shapes = zip((tokens[0], tokens[1], tokens[1]), (heads, heads_of_key, heads_of_value), dims, strict=True)
+        query, key, value = (array((1, *shape))[0] for shape in shapes)
+        for name in kernels.features:
+            options |= draw_feature(name, (count, heads, max(lengths[0]), max(lengths[1])), kernels.mask_dtype, draw, numbers, target)
+        ends = [target.place(numpy.concatenate([[0], numpy.cumsum(x)]).astype(numpy.int32)) for x in lengths]
+        bounds = draw.choice([(None, None), (max(lengths[0]), max(lengths[1])), (max(lengths[0]), None)])
+        grad_lse = None if draw.random() < 0.3 else target.place(numbers.standard_normal((heads, tokens[0])).astype(numpy.float32))
+        return Call(query, key, value, array((1, tokens[0], heads, dims[2]))[0], grad_lse, options, (ends[0], ends[1]), bounds)
+
+    seqlen_q, seqlen_kv = length(), length()
+    if draw.random() < 0.3:
+        seqlen_kv = seqlen_q
+    layout = options["layout"] = draw.choice(["bshd", "bshd", "bhsd", "sbhd", "dhsb"])
+    query = array((batch, seqlen_q, heads, dims[0]), layout)
+    key = array((draw.choice([1, batch, batch]), seqlen_kv, heads_of_key, dims[1]), layout)
+    value = array((draw.choice([1, batch, batch]), seqlen_kv, heads_of_value, dims[2]), layout)
     shape = (batch, heads, seqlen_q, seqlen_kv)
-    for name in features:
-        options |= draw_feature(name, shape, mask_dtype, draw, numbers, target)
+    for name in kernels.features:
+        options |= draw_feature(name, shape, kernels.mask_dtype, draw, numbers, target)
+    if kernels.sequences == "seqlens_kv":
+        own = [draw.choice([0, seqlen_kv, draw.randint(min(shortest, seqlen_kv), seqlen_kv)]) for _ in range(batch)]
+        options["seqlens_kv"] = target.place(numpy.array(own, numpy.int32))
     grad_lse = None if draw.random() < 0.3 else target.place(numbers.standard_normal(shape[:3]).astype(numpy.float32))
-    return Call(features, query, key, value, array(seqlen_q, heads, batch), grad_lse, options)
+    return Call(query, key, value, array((batch, seqlen_q, heads, dims[2]), layout), grad_lse, options)
 
 
 def draw_feature(
@@ -150,7 +218,10 @@ def draw_mask(shape: tuple[int, ...], name: str, dtype: str, draw: random.Random
 
 
 def judge(target: Target, call: Call) -> None:
-    target.check(call.query, call.key, call.value, grad_out=call.grad_out, grad_lse=call.grad_lse, **call.options)
+    if call.offsets is not None:
+        target.check_packed([call.query, call.key, call.value, call.grad_out], call.offsets, call.bounds, call.grad_lse, **call.options)
+    else:
+        target.check(call.query, call.key, call.value, grad_out=call.grad_out, grad_lse=call.grad_lse, **call.options)
 
 
 @pytest.mark.parametrize("group", range(GROUPS), ids="group{}".format)
@@ -167,39 +238,97 @@ def test_calls_are_drawn_the_same_every_time(simulator: Target) -> None:
     assert simulator.bits(first.query) == simulator.bits(second.query)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Judge random calls by the reference, and print a table of features.")
-    parser.add_argument("--count", type=int, default=20_000, help="how many calls")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other calls")
-    parser.add_argument("--per-group", type=int, default=50, help="calls that share compiled kernels")
-    parser.add_argument("--arch", default="sm_80", choices=SIMULATED, help="what the simulator poses as")
-    chosen = parser.parse_args()
-    os.environ["CUFLASH_SIMULATOR_ARCH"] = chosen.arch
-    target = Target(chosen.arch)
-    calls: Counter[str] = Counter()
-    failures: Counter[str] = Counter()
-    failed, begin = 0, time.perf_counter()
-    for number in range(chosen.count):
-        group, index = divmod(number, chosen.per_group)
-        call = draw_call(target, chosen.seed, group, index)
-        names = (*(call.features or ("no feature",)), str(call.query.dtype))
-        calls.update(names)
+def test_the_ordinary_run_draws_everything() -> None:
+    """Every feature alone, every kind, every form of sequences."""
+    groups = [kernels_of_group(0, group) for group in range(GROUPS)]
+    assert {name for kernels in groups for name in kernels.features} == set(FEATURES)
+    assert {kernels[:3] for kernels in groups} == set(KINDS)
+    assert {kernels.sequences for kernels in groups} == set(SEQUENCES)
+
+
+# --- As a script --------------------------------------------------------------------------------------------------------------------------
+
+
+def run_group(arch: str, seed: int, count: int, group: int) -> dict[str, Any]:
+    """Judge the first `count` calls of a group; the result goes into the record as it is."""
+    os.environ["CUFLASH_SIMULATOR_ARCH"] = arch
+    target, kernels = Target(arch), kernels_of_group(seed, group)
+    begin, failures = time.process_time(), []
+    for index in range(count):
+        call = draw_call(target, seed, group, index)
         try:
             judge(target, call)
         except Exception as error:
-            failed += 1
-            failures.update(names)
-            print(
-                f"FAILED --seed {chosen.seed}, group {group}, index {index}: {call.describe()}\n  {type(error).__name__}: {error}",
-                flush=True,
-            )
-        if (number + 1) % 1000 == 0:
-            print(f"{number + 1} calls, {failed} failed, {time.perf_counter() - begin:.0f} s", flush=True)
-    print(f"\n{'feature':16}{'calls':>8}{'failed':>8}")
-    for name, count in sorted(calls.items()):
-        print(f"{name:16}{count:8}{failures[name]:8}")
-    print(f"{'all':16}{chosen.count:8}{failed:8}   seed {chosen.seed}, {chosen.arch}, {time.perf_counter() - begin:.0f} s")
-    return 1 if failed else 0
+            failures.append(f"group {group}, index {index}: {call.describe()}: {type(error).__name__}: {error}")
+    attention._calls.clear()
+    launch._executables.clear()
+    cache.reset_memory()
+    return {"group": group, "calls": count, "names": kernels.names(), "failures": failures, "seconds": time.process_time() - begin}
+
+
+def groups_of(count: int, per_group: int) -> Iterator[tuple[int, int]]:
+    """(group, calls) until there are `count` calls."""
+    for first in range(0, count, per_group):
+        yield first // per_group, min(per_group, count - first)
+
+
+def table(results: list[dict[str, Any]], seed: int, arch: str) -> str:
+    """The page: how many calls there were with each property, and how many of them failed."""
+    calls: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
+    for result in results:
+        for name in (*result["names"], "all"):
+            calls[name] += result["calls"]
+            failed[name] += len(result["failures"])
+    lines = [
+        "# Random calls, judged by the reference",
+        "",
+        "Written by `python tests/test_random_configurations.py --output docs/random_configurations.md`: calls drawn at random, forward and backward, every result",
+        f"compared with the float64 reference as `reference.compare` does. Seed {seed}, simulator as {arch}, all of its checks on,",
+        f"{len(results)} sets of kernels, {sum(result['seconds'] for result in results) / 60:.0f} minutes of processor time.",
+        "",
+        "| with | calls | failed |",
+        "|---|---|---|",
+    ]
+    order = (*FEATURES, "no feature", "float16", "bfloat16", "float32")
+    names = [*(name for name in order if name in calls), *sorted(name for name in calls if ": " in name), "all"]
+    lines += [f"| {name} | {calls[name]} | {failed[name]} |" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Judge random calls by the reference, and write a table.")
+    parser.add_argument("--count", type=int, default=20_000, help="how many calls")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other calls")
+    parser.add_argument("--per-group", type=int, default=100, help="calls that share compiled kernels")
+    parser.add_argument("--arch", default="sm_80", choices=SIMULATED, help="what the simulator poses as")
+    parser.add_argument("--processes", type=int, default=2, help="to run at the same time")
+    parser.add_argument("--record", type=Path, help="file for results of groups; those that it holds are not run again")
+    parser.add_argument("--output", type=Path, help="file for the table; without it the table is printed")
+    chosen = parser.parse_args()
+    os.environ.setdefault("CUFLASH_SIMULATOR_THREADS", "1")
+    record = chosen.record or Path(f"random_configurations_{chosen.arch}_{chosen.seed}_{chosen.per_group}.jsonl")
+    kept = {result["group"]: result for result in map(json.loads, record.read_text().splitlines())} if record.exists() else {}
+    wanted = list(groups_of(chosen.count, chosen.per_group))
+    results = [kept[group] for group, count in wanted if group in kept and kept[group]["calls"] == count]
+    held = {result["group"] for result in results}
+    begin = time.perf_counter()
+    with ProcessPoolExecutor(chosen.processes) as pool, record.open("a") as file:
+        waiting = [pool.submit(partial(run_group, chosen.arch, chosen.seed), count, group) for group, count in wanted if group not in held]
+        for done in as_completed(waiting):
+            result = done.result()
+            results.append(result)
+            print(json.dumps(result), file=file, flush=True)
+            for failure in result["failures"]:
+                print(f"FAILED --seed {chosen.seed} {failure}", flush=True)
+            calls, failed = sum(result["calls"] for result in results), sum(len(result["failures"]) for result in results)
+            print(f"{calls} calls of {chosen.count}, {failed} failed, {time.perf_counter() - begin:.0f} s", flush=True)
+    text = table(results, chosen.seed, chosen.arch)
+    if chosen.output is None:
+        print(text)
+    else:
+        chosen.output.write_text(text)
+    return 1 if any(result["failures"] for result in results) else 0
 
 
 if __name__ == "__main__":

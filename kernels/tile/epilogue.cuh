@@ -9,54 +9,55 @@
 // Converts c and stores it to rows first_row .. (counted from `start`) and columns first_c .. of (batch, head), leaving out rows from num_rows on and
 // columns from HEAD_DIM on. `scratch` is room for 16 M rows of SCRATCH_COLUMNS elements in this warp's own part of shared memory; more columns go
 // through it one piece after another.
-template <typename Element, int HEAD_DIM, int SCRATCH_COLUMNS, int M, int N>
+template <typename Element, int HEAD_DIM, int SCRATCH_COLUMNS, int PIECE = 0, int M, int N>
 DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const TensorView& view, int batch, int head, int first_row, int num_rows,
                        int first_c = 0, int start = 0) {
   constexpr int PIECE_COLUMNS = SCRATCH_COLUMNS < 8 * N ? SCRATCH_COLUMNS : 8 * N;
   using Tile = SmemTile<Element, 16 * M, PIECE_COLUMNS>;
   const int g = lane_index() / 4, t = lane_index() % 4;
+  __syncwarp();  // no lane still reads what these rows held
 #pragma unroll
-  for (int piece = 0; piece < 8 * N; piece += PIECE_COLUMNS) {
-    __syncwarp();  // no lane still reads what these rows held
+  for (int m = 0; m < M; ++m)
 #pragma unroll
-    for (int m = 0; m < M; ++m)
+    for (int r = 0; r < 2; ++r)
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int n = 0; n < min(PIECE_COLUMNS, 8 * N - piece) / 8; ++n) {
-          const int row = 16 * m + 8 * r + g;
-          const float (&pair)[4] = c[m][piece / 8 + n];
-          if constexpr (sizeof(Element) == 4) {
-            store_shared(scratch + Tile::offset(row, 2 * n + t / 2) + t % 2 * 8, make_float2(pair[2 * r], pair[2 * r + 1]));
-          } else {
-            store_shared(scratch + Tile::offset(row, n) + t * 4, pack<Element>(pair[2 * r], pair[2 * r + 1]));
-          }
+      for (int n = 0; n < min(PIECE_COLUMNS, 8 * N - PIECE) / 8; ++n) {
+        const int row = 16 * m + 8 * r + g;
+        const float (&pair)[4] = c[m][PIECE / 8 + n];
+        if constexpr (sizeof(Element) == 4) {
+          store_shared(scratch + Tile::offset(row, 2 * n + t / 2) + t % 2 * 8, make_float2(pair[2 * r], pair[2 * r + 1]));
+        } else {
+          store_shared(scratch + Tile::offset(row, n) + t * 4, pack<Element>(pair[2 * r], pair[2 * r + 1]));
         }
-    __syncwarp();  // the rows are complete
+      }
+  __syncwarp();  // the rows are complete
 
-    Element* destination = view.row_pointer<Element>(batch, head, start);
+  Element* destination = view.row_pointer<Element>(batch, head, start);
+  const int end = 8 * N < HEAD_DIM ? min(HEAD_DIM, first_c + 8 * N) : HEAD_DIM;  // of a slice, or of the head
 #pragma unroll 1
-    for (int index = lane_index(); index < Tile::ROWS * Tile::CHUNKS; index += WARP_SIZE) {
-      const int row = index / Tile::CHUNKS;
-      const int column = first_c + piece + index % Tile::CHUNKS * Tile::CHUNK_ELEMENTS;
-      if (first_row + row >= num_rows || column >= min(HEAD_DIM, first_c + 8 * N)) continue;
-      const Chunk chunk = load_shared(scratch + Tile::offset(row, index % Tile::CHUNKS));
-      Element* row_start = destination + (first_row + row) * view.stride_seqlen;
-      if (view.vectorized && column + Tile::CHUNK_ELEMENTS <= HEAD_DIM) {
-        *reinterpret_cast<Chunk*>(row_start + column) = chunk;
-      } else {
+  for (int index = lane_index(); index < Tile::ROWS * Tile::CHUNKS; index += WARP_SIZE) {
+    const int row = index / Tile::CHUNKS;
+    const int column = first_c + PIECE + index % Tile::CHUNKS * Tile::CHUNK_ELEMENTS;
+    if (first_row + row >= num_rows || column >= end) continue;
+    const Chunk chunk = load_shared(scratch + Tile::offset(row, index % Tile::CHUNKS));
+    Element* row_start = destination + (first_row + row) * view.stride_seqlen;
+    if (view.vectorized && column + Tile::CHUNK_ELEMENTS <= HEAD_DIM) {
+      *reinterpret_cast<Chunk*>(row_start + column) = chunk;
+    } else {
 #pragma unroll
-        for (int i = 0; i < Tile::CHUNK_ELEMENTS; ++i) {
-          if (column + i < HEAD_DIM) {
-            if constexpr (sizeof(Element) == 4) {
-              row_start[(column + i) * view.stride_dim] = __uint_as_float(chunk.word[i]);
-            } else {
-              row_start[(column + i) * view.stride_dim].bits = uint16(chunk.word[i / 2] >> (16 * (i % 2)));
-            }
+      for (int i = 0; i < Tile::CHUNK_ELEMENTS; ++i) {
+        if (column + i < HEAD_DIM) {
+          if constexpr (sizeof(Element) == 4) {
+            row_start[(column + i) * view.stride_dim] = __uint_as_float(chunk.word[i]);
+          } else {
+            row_start[(column + i) * view.stride_dim].bits = uint16(chunk.word[i / 2] >> (16 * (i % 2)));
           }
         }
       }
     }
+  }
+  if constexpr (PIECE + PIECE_COLUMNS < 8 * N) {
+    store_rows<Element, HEAD_DIM, SCRATCH_COLUMNS, PIECE + PIECE_COLUMNS>(c, scratch, view, batch, head, first_row, num_rows, first_c, start);
   }
 }
 

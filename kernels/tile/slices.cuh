@@ -93,14 +93,12 @@ DEVICE void publish_and_collect(float (&c)[M][N][4], SmemAddress exchange) {
 
 // For each piece of a slice: copies by `issue(step)`, then work on them by `body(step)`. Where a slice is one piece, which is there already, kernels
 // call the body themselves: loaders that a lambda refers to, even in vain, are compiled to other code.
-template <typename Issue, typename Body>
-DEVICE void for_each_piece(Issue issue, Body body) {
-#pragma unroll
-  for (int step = 0; step < HEAD_STEPS; ++step) {
-    __syncthreads();  // every warp is done with the pieces before
-    issue(step);
-    cp_async_commit_group();
-    wait_for_tiles<0>([] {});
-    body(step);
-  }
+template <int STEP = 0, typename Issue, typename Body>
+DEVICE void for_each_piece(Issue issue, Body body) {  // recursive: accumulators that a loop variable chooses would live in local memory
+  __syncthreads();  // every warp is done with the pieces before
+  issue(STEP);
+  cp_async_commit_group();
+  wait_for_tiles<0>([] {});
+  body(STEP);
+  if constexpr (STEP + 1 < HEAD_STEPS) for_each_piece<STEP + 1>(issue, body);
 }
