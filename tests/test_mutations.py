@@ -22,6 +22,11 @@ SOME = (
     "backward sm_80 float16, 2 stages",
     "backward sm_80 float16 split, 1 stage",
     "backward sm_75 bfloat16",
+    "forward sm_80 float16 sliced, 2 stages",
+    "forward sm_75 float32 sliced, in steps",
+    "backward sm_80 float16 sliced, 1 stage",
+    "backward sm_80 float16 lengths, 2 stages",
+    "backward sm_80 float16 additive mask, 1 stage",
 )
 
 outcomes = functools.cache(run_variant)
