@@ -260,7 +260,7 @@ def _no_torch_memory(name: str, x: object, error: Exception | None) -> DTypeErro
 
 def _borrow_dlpack(x: Any, name: str) -> Array:
     if isinstance(x, type) or not hasattr(x, "__dlpack__"):
-        raise DTypeError(name, describe(x), _EXPECTED, _way_to_an_array(x))
+        raise DTypeError(name, describe(x), _EXPECTED, _way_to_an_array(x, name))
     with _Exporting(name, x):
         kind, index = (int(number) for number in x.__dlpack_device__())
     if kind not in (dlpack.CPU, dlpack.CUDA, dlpack.CUDA_HOST, dlpack.CUDA_MANAGED):
@@ -369,7 +369,17 @@ _signatures: dict[str, Callable[[Any], Hashable | None]] = {
 }
 
 
-def _way_to_an_array(x: object) -> str:
+_INTEGERS = ("cu_seqlens_q", "cu_seqlens_kv", "seqlens_kv", "segment_ids_q", "segment_ids_kv", "prefix_lengths")
+"""Arguments that are int32; others are floats, but for masks and seeds."""
+
+
+def _way_to_an_array(x: object, name: str) -> str:
+    if isinstance(x, (list, tuple, int)) and name in _INTEGERS:
+        return "Make an array of it first: numpy.asarray(x, dtype=numpy.int32)."
+    if isinstance(x, (list, tuple)) and name == "attn_mask":
+        return "Make an array of it first: numpy.asarray(x, dtype=bool) if True means attend, dtype=numpy.float32 if it is added to the scores."
+    if isinstance(x, (list, tuple)) and name == "dropout_seed":
+        return "Pass a pair of ints as a tuple, or an array: numpy.asarray(x, dtype=numpy.int64)."
     if isinstance(x, (list, tuple)):
         return "Make an array of it first: numpy.asarray(x, dtype=numpy.float32)."
     if hasattr(x, "__cuda_array_interface__"):

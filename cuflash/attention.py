@@ -297,8 +297,8 @@ def varlen_attention(
             on the host, so that a captured graph replays with other lengths; numbers that make no sense are clamped to the tokens that there are, and what
             out holds then is not specified.
         cu_seqlens_kv: the same for keys and values.
-        max_seqlen_q: no sequence has more queries (those beyond it are not computed); None stands for all tokens, for which more blocks are started.
-        max_seqlen_kv: the same for keys; only the backward pass depends on it.
+        max_seqlen_q: no sequence has more queries (those beyond it may get zeros, as if they saw no key); None stands for all tokens, for which more blocks are started.
+        max_seqlen_kv: the same for the gradients of keys and values; the forward pass does not depend on it.
         is_causal: query i of a sequence sees its keys up to i (see `causal_alignment`).
         causal_alignment: "bottom_right" (the default, as flash-attn): the last query of each sequence sees all of its keys; "top_left": its first query sees
             its first key.

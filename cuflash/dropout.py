@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from math import ceil, prod
 from typing import Any
 
@@ -37,13 +38,14 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
     Source: Salmon et al. 2011, Philox 4x32-10, doi 10.1145/2063384.2063405, counted by the coordinates of the element (kernels/tile/dropout.cuh).
     """
     probability = check_dropout_p(dropout_p)
-    check_dropout_seed(1.0, dropout_seed)
-    extents = tuple(shape) if isinstance(shape, (tuple, list)) else ()
-    if len(extents) != 4 or not all(isinstance(extent, int) and 0 <= extent <= MAX_EXTENT for extent in extents):
+    if probability > 0.0:
+        check_dropout_seed(probability, dropout_seed)
+    extents = tuple(operator.index(n) if hasattr(n, "__index__") else -1 for n in shape) if isinstance(shape, (tuple, list)) else ()
+    if len(extents) != 4 or not all(0 <= extent <= MAX_EXTENT for extent in extents):
         hint = "Pass the shape of the probabilities, such as (2, 8, 512, 512)."
         raise ShapeError("shape", describe(shape) if not extents else str(extents), "(batch, num_heads_q, seqlen_q, seqlen_kv)", hint)
     array = borrow(like, "like")
-    words = words_of_seed(dropout_seed)
+    words = words_of_seed(dropout_seed if probability > 0.0 else 0)
     pointers = {} if words is None else {"dropout_seed": words[0], "dropout_offset": words[1]}
     if words is None:
         pointers["dropout_state"] = check_dropout_state(dropout_seed, Extents(*extents, array)).pointer

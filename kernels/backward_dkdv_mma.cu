@@ -75,6 +75,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     return;
   }
   auto num_rows = [&] { return VARLEN ? geometry_of(arguments, work.batch).seqlen_kv : arguments.geometry.seqlen_kv; };  // that have gradients
+  if (is_last_tile(arguments.geometry, work.tile)) {
+    const int begin = start_kv + arguments.geometry.num_tiles * TILE_KV, end = start_kv + num_rows();
+    if constexpr (COMPUTE_DK) clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, begin, end, 0, 1);
+    if constexpr (COMPUTE_DV) clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, 0, 1);
+  }
   const int first_kv = work.tile * TILE_KV;
   if (VARLEN && first_kv >= num_rows()) return;  // the grid is made for the longest sequence
   const int warp_row = row_warp_index() * WARP_ROWS;

@@ -40,6 +40,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
     return;
   }
   const auto& geometry = geometry_of(arguments, work.batch);
+  if (is_last_tile(arguments.geometry, work.tile))
+    clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM>(arguments.grad_query, work.head, start_q + arguments.geometry.num_tiles * TILE_Q,
+                                                       start_q + geometry.seqlen_q, 0, 1);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
   const int first_q = work.tile * TILE_Q;
   if (VARLEN && first_q >= geometry.seqlen_q) return;  // the grid is made for the longest sequence

@@ -38,13 +38,12 @@ constexpr int SLICE_BYTES = TileQ::BYTES + NUM_STAGES * (TileK::BYTES + TileV::B
 static_assert(TILE_Q % (16 * ROW_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
 static_assert(HEAD_SLICES * SLICE_BYTES + EXCHANGE_BYTES<M_TILES, S_TILES> == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
-// Out 0 and LSE -inf for queries of no sequence.
-DEVICE void clear_behind_last(const ForwardArguments& arguments, const Work& work, int start) {
-  const int num_rows = arguments.geometry.seqlen_q, num_tiles = arguments.geometry.num_tiles;
-  clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM_V>(arguments.out, work.head, start, num_rows, work.tile, num_tiles);
+// Out 0 and LSE -inf for rows start .. num_rows - 1, shared out among `num_tiles` blocks.
+DEVICE void clear_queries(const ForwardArguments& arguments, int head, int start, int num_rows, int tile, int num_tiles) {
+  clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM_V>(arguments.out, head, start, num_rows, tile, num_tiles);
   if (arguments.lse.data == nullptr) return;
-  for (int64 row = start + int64(work.tile) * NUM_THREADS + threadIdx.x; row < num_rows; row += int64(num_tiles) * NUM_THREADS)
-    *arguments.lse.pointer(0, work.head, int(row)) = -infinity();
+  for (int64 row = start + int64(tile) * NUM_THREADS + threadIdx.x; row < num_rows; row += int64(num_tiles) * NUM_THREADS)
+    *arguments.lse.pointer(0, head, int(row)) = -infinity();
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const __grid_constant__ ForwardArguments arguments) {
@@ -52,10 +51,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
   if (is_behind_last(arguments.lengths, work.batch)) {
-    clear_behind_last(arguments, work, start_q);
+    clear_queries(arguments, work.head, start_q, arguments.geometry.seqlen_q, work.tile, arguments.geometry.num_tiles);
     return;
   }
   const auto& geometry = geometry_of(arguments, work.batch);
+  if (is_last_tile(arguments.geometry, work.tile))
+    clear_queries(arguments, work.head, start_q + arguments.geometry.num_tiles * TILE_Q, start_q + geometry.seqlen_q, 0, 1);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
   const int first_q = work.tile * TILE_Q;
   if (VARLEN && first_q >= geometry.seqlen_q) return;  // the grid is made for the longest sequence

@@ -329,6 +329,23 @@ def test_senseless_offsets_stay_within_the_arrays(target: Target, offsets_q: lis
             assert results[0].shape == inputs[3].shape
 
 
+def test_rows_beyond_max_seqlen_are_zeros(target: Target) -> None:
+    lengths, longest = [300, 5, 0, 280], 10
+    query, key, value, cu = packed(target, (sum(lengths), sum(lengths)), target.half, (64, 64))
+    cu = (offsets(target, lengths), offsets(target, lengths))
+    out = target.empty_like(query)
+    result, lse = cuflash.varlen_attention(query, key, value, *cu, longest, longest, out=out, return_lse=True)
+    grads = cuflash.varlen_attention_backward(
+        target.random(query.shape, target.half, 5), query, key, value, result, lse, *cu, longest, longest
+    )
+    for x in (result, *grads):
+        host = target.host(x)
+        assert numpy.isfinite(host).all()
+        assert host[:longest].any()  # of the first sequence
+        assert not host[256:300].any()  # beyond the tile that holds its first rows
+    assert numpy.isneginf(target.host(lse)[:, 256:300]).all()
+
+
 def test_offsets_are_read_when_the_kernels_run(target: Target) -> None:
     """A kept call, as a captured graph, sees the lengths that the arrays hold by then, up to the bounds it was made for."""
     inputs, cu = packed(target, (100, 100), target.half), (offsets(target, [60, 40]), offsets(target, [10, 90]))

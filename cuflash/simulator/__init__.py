@@ -4,6 +4,7 @@ Contract: `Module(ptx)` decodes a kernel that NVRTC compiled, `Module.launch` ex
 SimulatorError with the source line when the kernel does something wrong; `check` runs a call under many schedules. Nothing here knows of attention.
 """
 
+from cuflash.errors import SimulatorError
 from cuflash.simulator.checking import CheckReport, check
 from cuflash.simulator.kernel_profile import Counts, KernelProfile, LineProfile, OperandProfile, Profile, Traffic
 from cuflash.simulator.module import Buffer, Counters, Launch, Module, record_launches
@@ -21,6 +22,7 @@ __all__ = [
     "OperandProfile",
     "Options",
     "Profile",
+    "SimulatorError",
     "Traffic",
     "check",
     "configure",

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from cuflash.arrays import CPU, Array, borrow
 from cuflash.errors import DeviceError, DTypeError, OptionError, SimulatorError
-from cuflash.simulator.module import Launch, record_launches
+from cuflash.simulator.module import Counters, Launch, record_launches
 from cuflash.simulator.options import SCHEDULES, configure
 
 Bytes = npt.NDArray[np.uint8]
@@ -84,7 +84,7 @@ def _memory(array: Array) -> Bytes:
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, Array]]:
     """The arrays in nested tuples, lists, mappings and dataclasses, each with the expression that leads to it."""
-    if value is None:
+    if value is None or isinstance(value, Counters):  # how often something was tried may differ
         return
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -202,7 +202,7 @@ def check(
     kernels: tuple[str, ...] = ()
     for number, (schedule, seed) in enumerate(runs):
         _restore(written, before)
-        again = f'\n  again: with cuflash.simulator.configure(schedule="{schedule}", seed={seed}, checks={checks}): call()'
+        again = f'\n  again: with cuflash.simulator.configure(schedule="{schedule}", seed={seed}, checks={checks}, threads=1): call()'
         with configure(schedule=schedule, seed=seed, **options), record_launches() as launches:
             try:
                 result = call()

@@ -26,6 +26,7 @@ from cuflash.simulator.program import create
 
 MAX_THREADS = 1024
 MAX_CLUSTER = 16
+MAX_SHARED_BYTES = 228 * 1024  # of a multiprocessor, on any architecture; what a block may have is for the caller to know
 Extent = tuple[int, int, int]
 
 
@@ -176,7 +177,7 @@ class Module:
         """
         chosen = options or current_options()
         cluster = cluster or self.program.cluster
-        self._check_launch(grid, block, cluster, params)
+        self._check_launch(grid, block, cluster, shared_bytes, params)
         everything = [Buffer(*buffer) for buffer in buffers]
         if self._data is not None:
             everything.append(Buffer(_pointer(self._data), self._data.size, "variables of the module"))
@@ -215,7 +216,17 @@ class Module:
             launches.append(Launch(self.name, chosen, executed))
         return executed
 
-    def _check_launch(self, grid: Extent, block: Extent, cluster: Extent, params: bytes | bytearray | memoryview) -> None:
+    def _check_launch(
+        self, grid: Extent, block: Extent, cluster: Extent, shared_bytes: int, params: bytes | bytearray | memoryview
+    ) -> None:
+        for name, extent in (("grid", grid), ("block", block), ("cluster", cluster)):
+            if not isinstance(extent, (tuple, list)) or len(extent) != 3 or not all(isinstance(n, int) for n in extent):
+                raise SimulatorError(f"{name}: got {extent!r}; expected three ints, x, y and z")
+        static = self.program.dynamic_shared_begin - self.program.shared_begin
+        if not isinstance(shared_bytes, int) or not 0 <= shared_bytes <= MAX_SHARED_BYTES - static:
+            raise SimulatorError(
+                f"shared_bytes: got {shared_bytes!r}; expected an int from 0 to {MAX_SHARED_BYTES - static}, what a block has besides its {static} static bytes"
+            )
         if min(grid) < 1 or min(block) < 1 or block[0] * block[1] * block[2] > MAX_THREADS:
             raise SimulatorError(f"a launch of {grid} blocks of {block} threads is not possible")
         if min(cluster) < 1 or cluster[0] * cluster[1] * cluster[2] > MAX_CLUSTER or any(g % c for g, c in zip(grid, cluster, strict=True)):

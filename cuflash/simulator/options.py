@@ -41,6 +41,16 @@ class Options:
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
+        for name, kind, expected in (("seed", int, "an int"), ("checks", bool, "True or False"), ("max_instructions", int, "an int")):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise OptionError(name, repr(value), expected, "Leave it out for the default.")
+        if self.threads is not None and (not isinstance(self.threads, int) or isinstance(self.threads, bool)):
+            raise OptionError("threads", repr(self.threads), "a positive number or None", "Leave it out to use all cores.")
+        if self.profile is not None and not isinstance(self.profile, Profile):
+            raise OptionError("profile", repr(self.profile), "a Profile or None", "with cuflash.simulator.profile() as profile: makes one.")
+        if not 0 <= self.seed < 2**63:
+            raise OptionError("seed", self.seed, "a number from 0 to 2**63 - 1", "Leave it out for 0.")
         if not 1 <= self.max_instructions < 2**63:
             raise OptionError("max_instructions", self.max_instructions, "a positive number below 2**63", "Leave it out for 2**30.")
         if self.threads is not None and self.threads < 1:

@@ -61,7 +61,7 @@ DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const Ten
   }
 }
 
-// Zeros in the rows from `start` on, those behind the last packed sequence (tile/sequence.cuh); this block does TILE_ROWS of them at a time, as its
+// Zeros in rows start .. num_rows - 1, which no sequence's block computes (tile/sequence.cuh); this block does TILE_ROWS of them at a time, as its
 // tile says, and goes on at `num_tiles` tiles further.
 template <typename Element, int NUM_THREADS, int TILE_ROWS, int DIM>
 DEVICE void clear_rows(const TensorView& view, int head, int start, int num_rows, int tile, int num_tiles) {

@@ -4,7 +4,8 @@
 // A block looks its sequence up once and then works as if it were alone: with a Geometry of its own, whose rows start at `start_q` and `start_kv`
 // of the packed arrays, which have a batch stride of 0. Offsets that make no sense are clamped: whatever they say, no access leaves the arrays.
 //
-// Packed rows behind the last sequence belong to nobody. Blocks of one sequence more than there are fill them with zeros.
+// Packed rows behind the last sequence belong to nobody. Blocks of one sequence more than there are fill them with zeros. The grid is made for
+// max_seqlen; rows of a sequence that is longer all the same are filled with zeros by the block of its last tile.
 //
 // With neither feature, everything in this file is nothing.
 #pragma once
@@ -43,3 +44,6 @@ DEVICE decltype(auto) geometry_of(const Arguments& arguments, int sequence) {
 
 // Whether this block is one of those that fill what lies behind the last sequence.
 DEVICE bool is_behind_last(const SequenceLengths& lengths, int sequence) { return VARLEN && sequence == lengths.num_sequences; }
+
+// Whether this block also fills the rows beyond the grid's tiles, of a sequence that is longer than max_seqlen said.
+DEVICE bool is_last_tile(const Geometry& geometry, int tile) { return VARLEN && tile == geometry.num_tiles - 1; }

@@ -72,7 +72,7 @@ def test_a_race_is_caught_and_can_be_repeated() -> None:
             break
     assert error.check == "race"
     assert str(error).startswith(f"schedule 'random', seed {seed}: [race] ")
-    assert f'with cuflash.simulator.configure(schedule="random", seed={seed}, checks=True): call()' in str(error)
+    assert f'with cuflash.simulator.configure(schedule="random", seed={seed}, checks=True, threads=1): call()' in str(error)
     with cuflash.simulator.configure(schedule="random", seed=seed), pytest.raises(SimulatorError) as again:
         call()
     assert str(again.value) in str(error)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from simulated import compile_cuda, run_cuda, run_ptx
 
-from cuflash.errors import SimulatorError
+from cuflash.errors import OptionError, SimulatorError
 from cuflash.simulator import Module, Options
 
 
@@ -349,3 +349,24 @@ def test_entry_points() -> None:
         Module(ptx)
     with pytest.raises(SimulatorError, match="named third"):
         Module(ptx, "third")
+
+
+@pytest.mark.parametrize("shared", [-1, -4096, 300_000, 2**31 - 1, 2**32, 1.5])
+def test_impossible_amounts_of_shared_memory(shared: Any) -> None:
+    with pytest.raises(SimulatorError, match=r"shared_bytes: got .*; expected an int from 0 to 233472"):
+        run_cuda('extern "C" __global__ void k(int* out) { out[threadIdx.x] = 1; }', np.zeros(32, np.int32), shared=shared)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (1.0, 1, 1), "abc"])
+def test_extents_that_are_not_three_ints(grid: Any) -> None:
+    with pytest.raises(SimulatorError, match=r"grid: got .*; expected three ints"):
+        run_cuda('extern "C" __global__ void k(int* out) { out[threadIdx.x] = 1; }', np.zeros(32, np.int32), grid=grid)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"seed": 1.5}, {"seed": -1}, {"checks": "no"}, {"threads": "4"}, {"max_instructions": 1e9}, {"profile": True}, {"threads": True}],
+)
+def test_options_of_a_wrong_type(fields: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=next(iter(fields))):
+        Options(**fields)

@@ -308,3 +308,26 @@ def test_global_memory_that_nobody_has_written() -> None:
         launch_with_written(read, data, written)
     written[124:] = 1
     launch_with_written(read, data, written)
+
+
+def test_an_atomic_does_not_hide_what_its_lane_wrote_before(options: Options) -> None:
+    source = """extern "C" __global__ void k(int* out) {
+        __shared__ int count;
+        __shared__ int ready[64];
+        ready[threadIdx.x] = 0;
+        if (threadIdx.x == 0) count = 0;
+        BARRIER
+        atomicAdd(&count, 1);
+        __syncthreads();
+        out[threadIdx.x] = count + ready[threadIdx.x];
+    }"""
+    assert (run(source.replace("BARRIER", "__syncthreads();"), 64, options=options) == 64).all()
+    for block in (32, 64):
+        text = report(source.replace("BARRIER", ""), np.zeros(64, np.int32), block=block, options=options)
+        assert re.match(r"\[(race|uninitialized)\] 4-byte", text)
+
+
+def test_an_atomic_does_not_hide_what_its_block_wrote_before() -> None:
+    source = 'extern "C" __global__ void k(int* y) { if (blockIdx.x == 0 && threadIdx.x == 0) y[0] = 0; atomicAdd(y, 1); }'
+    for threads in (1, 4):
+        assert "[race] 4-byte" in report(source, np.zeros(1, np.int32), grid=8, options=Options(threads))

@@ -70,9 +70,9 @@ void GlobalShadow::touch(const Visit& visit, const Shadow& shadow, u64 number, u
   }
   std::lock_guard<std::mutex> lock(locks_[number % NUM_LOCKS]);
   Trace write{cell.write}, read{cell.read};
-  // One trace is enough for one kind of access by one block, or by several to the same bytes.
+  // One trace is enough for one kind of access, by one block or by several to the same bytes.
   const auto differs = [&](Trace other) {
-    return other.word != 0 && other.bytes() != bytes && (other.block() != visit.block || other.strong() != mine.strong());
+    return other.word != 0 && (other.strong() != mine.strong() || (other.bytes() != bytes && other.block() != visit.block));
   };
   if (cell.write == IN_LIST || differs(write) || differs(read)) {
     if (cell.write != IN_LIST) {

@@ -72,6 +72,7 @@ SharedShadow::Split& SharedShadow::split(Cell& cell) {
   }
   Split& result = splits_[index];
   for (Stamp& write : result.write) write = {cell.write};
+  for (Stamp& write : result.plain) write = {cell.write};
   result.reads.clear();
   const size_t number = size_t(&cell - cells_.data());
   for (u64 rest = cell.readers; rest; rest &= rest - 1) result.reads.push_back({reads_[__builtin_ctzll(rest)][number], 0xffff});
@@ -126,8 +127,8 @@ SIM_NOINLINE void SharedShadow::touch_split(Visit& visit, u32 index, u32 bytes) 
   for_lanes(bytes, [&](int byte) {
     const Stamp write = parts.write[byte];
     if (reads(visit.access) && !write) uninitialized(visit, address + u32(byte));
-    if (is_strong(visit.access) && write.atomic()) return;
-    if (write && !visit.orders_write(write)) race(visit, write, write.lane_mask(), true, address + u32(byte));
+    const Stamp last = is_strong(visit.access) ? parts.plain[byte] : write;
+    if (last && !visit.orders_write(last)) race(visit, last, last.lane_mask(), true, address + u32(byte));
   });
   std::vector<PartialRead>& earlier = parts.reads;
   if (!writes(visit.access)) {
@@ -157,8 +158,12 @@ SIM_NOINLINE void SharedShadow::touch_split(Visit& visit, u32 index, u32 bytes) 
     read_bytes &= ~bytes;
   }
   earlier.erase(std::remove_if(earlier.begin(), earlier.end(), [](const PartialRead& read) { return read.bytes == 0; }), earlier.end());
-  for_lanes(bytes, [&](int byte) { parts.write[byte] = visit.stamp; });
+  for_lanes(bytes, [&](int byte) {
+    parts.write[byte] = visit.stamp;
+    if (!is_strong(visit.access)) parts.plain[byte] = visit.stamp;
+  });
   const Stamp first = parts.write[0];
+  if (first.atomic()) return;
   if (!parts.reads.empty() || !std::all_of(parts.write, parts.write + CELL_BYTES, [&](Stamp write) { return write.word == first.word; })) return;
   make_whole(cell);
   cell.write = first.word;

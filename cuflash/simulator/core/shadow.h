@@ -51,6 +51,7 @@ class SharedShadow {
   };
   struct Split {
     Stamp write[CELL_BYTES];
+    Stamp plain[CELL_BYTES];  // the last write that is not strong, which strong accesses of others may race with
     std::vector<PartialRead> reads;
   };
   struct Visit;  // the access at hand
