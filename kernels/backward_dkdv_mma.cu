@@ -294,12 +294,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   const int first_row = first_kv + warp_row;
   if constexpr (COMPUTE_DV) {
     if constexpr (DROPOUT) multiply_all(dV, arguments.features.dropout_scale);
-    store_rows<Element, HEAD_DIM_V, TileK::COLUMNS>(dV, K_smem + warp_row * TileK::ROW_BYTES, arguments.grad_value, work.batch, work.head, first_row,
-                                                    num_rows(), first_column<TileV>(0), start_kv);
+    store_rows<Element, HEAD_DIM_V, TileK::COLUMNS, (HEAD_SLICES > 1)>(dV, K_smem + warp_row * TileK::ROW_BYTES, arguments.grad_value, work.batch,
+                                                                       work.head, first_row, num_rows(), first_column<TileV>(0), start_kv);
   }
   if constexpr (COMPUTE_DK) {
     multiply_all(dK, arguments.geometry.scale);
-    store_rows<Element, HEAD_DIM, TileK::COLUMNS>(dK, K_smem + warp_row * TileK::ROW_BYTES, arguments.grad_key, work.batch, work.head, first_row,
-                                                  num_rows(), first_column<TileK>(0), start_kv);
+    store_rows<Element, HEAD_DIM, TileK::COLUMNS, (HEAD_SLICES > 1)>(dK, K_smem + warp_row * TileK::ROW_BYTES, arguments.grad_key, work.batch,
+                                                                     work.head, first_row, num_rows(), first_column<TileK>(0), start_kv);
   }
 }

@@ -202,6 +202,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
   }
 
   multiply_all(dQ, geometry.scale);
-  store_rows<Element, HEAD_DIM, TileQ::COLUMNS>(dQ, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.grad_query, work.batch, work.head,
-                                                first_q + warp_row, geometry.seqlen_q, first_column<TileQ>(0), start_q);
+  store_rows<Element, HEAD_DIM, TileQ::COLUMNS, (HEAD_SLICES > 1)>(dQ, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.grad_query, work.batch,
+                                                                   work.head, first_q + warp_row, geometry.seqlen_q, first_column<TileQ>(0), start_q);
 }

@@ -179,6 +179,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
         if (query < geometry.seqlen_q) *arguments.lse.pointer(work.batch, work.head, start_q + query) = softmax.reference[m][r];
       }
   }
-  store_rows<Element, HEAD_DIM_V, TileQ::COLUMNS>(O, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.out, work.batch, work.head, first_q + warp_row,
-                                                  geometry.seqlen_q, first_column<TileV>(0), start_q);
+  store_rows<Element, HEAD_DIM_V, TileQ::COLUMNS, (HEAD_SLICES > 1)>(O, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.out, work.batch, work.head,
+                                                                     first_q + warp_row, geometry.seqlen_q, first_column<TileV>(0), start_q);
 }

@@ -6,10 +6,10 @@
 #include "ptx/warp.cuh"
 #include "tile/smem_tile.cuh"
 
-// Converts c and stores it to rows first_row .. (counted from `start`) and columns first_c .. of (batch, head), leaving out rows from num_rows on and
-// columns from HEAD_DIM on. `scratch` is room for 16 M rows of SCRATCH_COLUMNS elements in this warp's own part of shared memory; more columns go
-// through it one piece after another.
-template <typename Element, int HEAD_DIM, int SCRATCH_COLUMNS, int PIECE = 0, int M, int N>
+// Converts c and stores it to rows first_row .. (counted from `start`) of (batch, head), leaving out rows from num_rows on and columns from HEAD_DIM
+// on. With SLICE, c holds the columns from first_c on, and those behind it are others' to store. `scratch` is room for 16 M rows of SCRATCH_COLUMNS
+// elements in this warp's own part of shared memory; more columns go through it one piece after another.
+template <typename Element, int HEAD_DIM, int SCRATCH_COLUMNS, bool SLICE, int PIECE = 0, int M, int N>
 DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const TensorView& view, int batch, int head, int first_row, int num_rows,
                        int first_c = 0, int start = 0) {
   constexpr int PIECE_COLUMNS = SCRATCH_COLUMNS < 8 * N ? SCRATCH_COLUMNS : 8 * N;
@@ -33,11 +33,12 @@ DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const Ten
   __syncwarp();  // the rows are complete
 
   Element* destination = view.row_pointer<Element>(batch, head, start);
-  const int end = 8 * N < HEAD_DIM ? min(HEAD_DIM, first_c + 8 * N) : HEAD_DIM;  // of a slice, or of the head
+  const int end = SLICE ? min(HEAD_DIM, first_c + 8 * N) : HEAD_DIM;
 #pragma unroll 1
   for (int index = lane_index(); index < Tile::ROWS * Tile::CHUNKS; index += WARP_SIZE) {
     const int row = index / Tile::CHUNKS;
-    const int column = first_c + PIECE + index % Tile::CHUNKS * Tile::CHUNK_ELEMENTS;
+    const int column_of_piece = index % Tile::CHUNKS * Tile::CHUNK_ELEMENTS;
+    const int column = SLICE || PIECE != 0 ? first_c + PIECE + column_of_piece : column_of_piece;
     if (first_row + row >= num_rows || column >= end) continue;
     const Chunk chunk = load_shared(scratch + Tile::offset(row, index % Tile::CHUNKS));
     Element* row_start = destination + (first_row + row) * view.stride_seqlen;
@@ -57,7 +58,7 @@ DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const Ten
     }
   }
   if constexpr (PIECE + PIECE_COLUMNS < 8 * N) {
-    store_rows<Element, HEAD_DIM, SCRATCH_COLUMNS, PIECE + PIECE_COLUMNS>(c, scratch, view, batch, head, first_row, num_rows, first_c, start);
+    store_rows<Element, HEAD_DIM, SCRATCH_COLUMNS, SLICE, PIECE + PIECE_COLUMNS>(c, scratch, view, batch, head, first_row, num_rows, first_c, start);
   }
 }
 
