@@ -157,9 +157,10 @@ def run_script(code: str, *arguments: str, directory: Path) -> str:
     return result.stdout
 
 
-def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert "forward attention on" in run_script(example, directory=tmp_path)
+def test_the_examples_of_the_readme_run(tmp_path: Path) -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(examples) == 2
+    assert "forward attention on" in run_script("".join(examples), directory=tmp_path)  # one after the other, as in one session
 
 
 @pytest.mark.parametrize(
