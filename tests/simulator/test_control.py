@@ -195,6 +195,21 @@ def test_waiting_for_an_earlier_block() -> None:
     np.testing.assert_array_equal(out, np.arange(50) * 10)
 
 
+def test_blocks_start_in_order_or_at_random() -> None:
+    source = 'extern "C" __global__ void k(u32* next, u32* out) { out[atomicAdd(next, 1)] = blockIdx.x; }'
+
+    def order(options: Options) -> list[int]:
+        out = np.zeros(50, np.uint32)
+        run_cuda(source, np.zeros(1, np.uint32), out, grid=50, block=1, options=options)
+        return [int(block) for block in out]
+
+    assert order(Options(threads=1)) == list(range(50))
+    orders = [order(Options(threads=1, schedule="random", seed=seed)) for seed in range(5)]
+    assert all(sorted(blocks) == list(range(50)) for blocks in orders)
+    assert len({tuple(blocks) for blocks in orders}) == 5
+    assert order(Options(threads=1, schedule="random", seed=3)) == orders[3]
+
+
 def test_rare_path_at_the_end_of_the_code() -> None:
     """Lanes on a path that the compiler placed behind the rest come back to a shuffle that the others wait at."""
     ptx = """.version 8.0

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdio>
 #include <mutex>
+#include <numeric>
 #include <thread>
 
 #include "cluster.h"
@@ -31,6 +32,22 @@ void add_counters(CounterValues& sum, const CounterValues& part) {
   sum.ctas += part.ctas;
 }
 
+// The order in which clusters start: as they are numbered, or in a random schedule another one for each seed. Nothing promises a kernel either.
+class Order {
+ public:
+  Order(const LaunchDescription& description, u64 total) : total_(total) {
+    if (description.schedule != Schedule::RANDOM) return;
+    Random random(description.seed);
+    offset_ = random.next() % total;
+    do step_ = 1 + random.next() % total;
+    while (std::gcd(step_, total) != 1);  // so that every cluster has its turn
+  }
+  u64 operator[](u64 position) const { return u64(((unsigned __int128)position * step_ + offset_) % total_); }
+
+ private:
+  u64 total_, step_ = 1, offset_ = 0;
+};
+
 }  // namespace
 
 int launch(const Program& program, const LaunchDescription& description, CounterValues& counters, Report& report) {
@@ -40,16 +57,17 @@ int launch(const Program& program, const LaunchDescription& description, Counter
   std::mutex mutex;  // guards counters, profiles and report
   const bool few = total < (1u << 24) - 2;  // as many as the shadow can tell apart
   const auto global = description.checks && few ? std::make_unique<GlobalShadow>(description) : nullptr;
-  // Clusters are handed out in order and started ones are finished, so the failure with the lowest index does not depend on timing.
+  const Order order(description, total);
+  // Clusters are handed out in order and started ones are finished, so the first failure in that order does not depend on timing.
   auto work = [&] {
     Cluster cluster(program, description, global.get());
-    for (u64 index; (index = next++) < first_failed.load();) {
+    for (u64 position; (position = next++) < first_failed.load();) {
       try {
-        cluster.run(index);
+        cluster.run(order[position]);
       } catch (const Failure& failure) {
         std::lock_guard<std::mutex> lock(mutex);
-        if (index < first_failed) {
-          first_failed = index;
+        if (position < first_failed) {
+          first_failed = position;
           fill_report(failure, cluster, report);
         }
       }

@@ -136,7 +136,7 @@ extern "C" struct Report {
   Place places[MAX_PLACES];
 };
 
-// Returns 0, or 1 and a filled report. Blocks run on several threads; the report is that of the failing block with the lowest index.
+// Returns 0, or 1 and a filled report. Blocks run on several threads; the report is that of the failing block that was the first to start.
 int launch(const Program& program, const LaunchDescription& description, CounterValues& counters, Report& report);
 
 }  // namespace sim
