@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +24,6 @@ import cuflash
 from cuflash import attention as calls
 from cuflash import cache, device, launch, reference
 from cuflash.reference import attention, attention_backward, attention_naive, attention_naive_backward, compare
-from cuflash.reference_features import rules_of
 
 SIMULATED = ("sm_75", "sm_80", "sm_90")
 """float16 only on tensor cores, staged copies; cp.async and all types on tensor cores; the same with more shared memory."""
@@ -284,22 +283,19 @@ class Target:
         compare(results.out, want, naive, name="out")
         compare(results.lse, want_lse, naive_lse, name="lse", dtype="float32")
         if results.grads is not None:
-            wanted = attention_backward(grad_out, query, key, value, grad_lse=grad_lse, **judged)
-            naives = attention_naive_backward(grad_out, query, key, value, dtype, grad_lse=grad_lse, **judged)  # type: ignore[arg-type]
-            noises = _noise_of_gradients(grad_out, query, key, value, judged)
-            for name, got, want_grad, naive_grad, noise in zip(
-                ("grad_query", "grad_key", "grad_value"), results.grads, wanted, naives, noises, strict=True
-            ):
+            given = {"out": results.out, "grad_lse": grad_lse, **judged}
+            wanted = attention_backward(grad_out, query, key, value, **given)
+            naives = attention_naive_backward(grad_out, query, key, value, dtype, **given)  # type: ignore[arg-type]
+            terms = functools.cache(functools.partial(attention_backward, grad_out, query, key, value, magnitudes=True, **given))
+            for name, got in zip(("query", "key", "value"), results.grads, strict=True):
                 assert got.dtype == query.dtype, name
-                _compare_gradient(name, got, want_grad, naive_grad, noise, dtype)
+                _compare_gradient(name, got, wanted, naives, terms, dtype)
             for name in ("attn_mask", "sinks"):
-                got, want_grad = getattr(results, f"grad_{name}"), getattr(wanted, name)
-                assert (got is None) == (want_grad is None), name
-                if want_grad is not None:
+                got = getattr(results, f"grad_{name}")
+                assert (got is None) == (getattr(wanted, name) is None), name
+                if got is not None:
                     assert got.dtype == options[name].dtype, name
-                    of_sums = _noise_of_score_gradients(name, grad_out, value, results.out, judged)
-                    coarser = _coarser(dtype, str(got.dtype))
-                    _compare_gradient(f"grad_{name}", got, want_grad, getattr(naives, name), of_sums, coarser)
+                    _compare_gradient(name, got, wanted, naives, terms, _coarser(dtype, str(got.dtype)))
         return results
 
     def run_packed(
@@ -328,18 +324,14 @@ class Target:
         _, naive_lse = reference.varlen_attention(query, key, value, *cu, precision="float32", **judged)
         compare(results[0], out, naive_out, name="out")
         compare(results[1], lse, naive_lse, name="lse", dtype="float32")
-        wanted, naives = (
-            reference.varlen_attention_backward(grad_out, query, key, value, *cu, grad_lse=grad_lse, precision=precision, **judged)  # type: ignore[arg-type]
-            for precision in (None, dtype)
-        )
-        noises = _noise_of_packed(grad_out, query, key, value, cu, judged)
-        for name, got, want, naive, noise in zip(
-            ("grad_query", "grad_key", "grad_value"), results[2:5], wanted, naives, noises, strict=True
-        ):
-            _compare_gradient(name, got, want, naive, noise, dtype)
+        given = {"out": results[0], "grad_lse": grad_lse, **judged}
+        backward = functools.partial(reference.varlen_attention_backward, grad_out, query, key, value, *cu, **given)
+        wanted, naives = backward(), backward(precision=dtype)
+        terms = functools.cache(functools.partial(backward, magnitudes=True))
+        for name, got in zip(("query", "key", "value"), results[2:5], strict=True):
+            _compare_gradient(name, got, wanted, naives, terms, dtype)
         if len(results) > 5:
-            noise_of_sinks = _noise_of_score_gradients("sinks", grad_out[None], value[None], results[0][None], {})
-            _compare_gradient("grad_sinks", results[5], wanted.sinks, naives.sinks, noise_of_sinks, _coarser(dtype, "float32"))
+            _compare_gradient("sinks", results[5], wanted, naives, terms, _coarser(dtype, "float32"))
         return results
 
     def host(self, x: Any) -> numpy.ndarray[Any, Any]:
@@ -348,89 +340,17 @@ class Target:
 
 
 def _coarser(dtype: str, of_gradient: str) -> str:
-    """The type in whose units gradients of masks and sinks are judged: delta comes from O, which is rounded to the inputs' type."""
+    """The type in whose units gradients of masks and sinks are judged: the naive formula rounds dS to the inputs' type."""
     return max(dtype, of_gradient, key=reference.EPSILON.__getitem__)
 
 
-def _compare_gradient(name: str, got: Any, want: Any, naive: Any, noise: Any, dtype: str) -> None:
-    """`compare`, where what rounding leaves of sums that cancel does not count as an error."""
-    got64 = reference.to_float64(got)
-    with numpy.errstate(invalid="ignore"):
-        close = numpy.abs(got64 - want) <= noise
-    compare(numpy.where(close, want, got64), want, naive, name=name, dtype=dtype)
-
-
-def _noise_of_packed(grad_out: Any, query: Any, key: Any, value: Any, cu: tuple[Any, Any], options: dict[str, Any]) -> list[Any]:
-    """`_noise_of_gradients` of each packed sequence, for its tokens."""
-    noises = [numpy.zeros((x.shape[0], 1, 1)) for x in (query, key, value)]
-    starts_q, starts_kv = ([int(n) for n in x] for x in cu)
-    for i in range(len(starts_q) - 1):
-        queries, keys = slice(*starts_q[i : i + 2]), slice(*starts_kv[i : i + 2])
-        inputs = [x[None, rows] for x, rows in ((grad_out, queries), (query, queries), (key, keys), (value, keys))]
-        own = reference.options_of_sequence({"causal_alignment": "bottom_right", **options}, i)
-        for noise, rows, of_sequence in zip(noises, (queries, keys, keys), _noise_of_gradients(*inputs, own), strict=True):
-            noise[rows] = of_sequence[0]
-    return noises
-
-
-def _noise_of_gradients(grad_out: Any, query: Any, key: Any, value: Any, options: dict[str, Any]) -> list[Any]:
-    """What rounding may leave of gradients that are 0: with a single visible key P is 1 and dP - delta the difference of equal numbers.
-
-    For query, key and value, an array that broadcasts to their shapes. Half a unit in the last place of float32, relative to the terms, or with dropout of the
-    output's type, since O is no longer a row of V but a multiple of it, rounded; 0 for rows of the batch in which a query sees more than one key, where
-    `compare` alone decides.
-    """
-    order = options.get("layout", "bshd")
-    (seqlen_q, seqlen_kv), axis = (x.shape[order.index("s")] for x in (query, key)), order.index("d")
-    nothing = [numpy.zeros((1,) * 4)] * 3
-    if 0 in query.shape or 0 in key.shape or options.get("sinks") is not None:
-        return nothing
-    batch, heads = (query.shape[order.index(letter)] for letter in "bh")
-    features = {
-        name: option for name, option in options.items() if name not in ("is_causal", "causal_alignment", "scale", "enable_gqa", "layout")
-    }
-    rules = rules_of(
-        (batch, heads, seqlen_q, seqlen_kv), lambda x: x.get() if hasattr(x, "get") else x, reference.to_float64,
-        is_causal=options.get("is_causal", False), causal_alignment=options.get("causal_alignment", "top_left"), **features,
+def _compare_gradient(
+    name: str, got: Any, wanted: reference.Gradients, naives: reference.Gradients, terms: Callable[[], reference.Gradients], dtype: str
+) -> None:
+    """`compare` with the gradient of that name."""
+    compare(
+        got, getattr(wanted, name), getattr(naives, name), name=f"grad_{name}", dtype=dtype, terms=lambda: getattr(terms(), name)
     )  # fmt: skip
-    cancel = [seqlen_kv == 1 or all(rules.visible(b, h).sum(axis=1).max() <= 1 for h in range(heads)) for b in range(batch)]
-    if not any(cancel):
-        return nothing
-    q, k, v, grad = (numpy.nan_to_num(reference.to_float64(x), posinf=0.0, neginf=0.0) for x in (query, key, value, grad_out))
-    head_dim, scale = q.shape[axis], options.get("scale")
-    product = float(numpy.linalg.norm(grad, axis=axis).max() * numpy.linalg.norm(v, axis=axis).max())
-    largest = float(max(numpy.abs(k).max(), numpy.abs(q).max()))
-    factor = abs(head_dim**-0.5 if scale is None else scale)
-    rows = max(1.0, query.size / key.size)  # that are summed in one gradient of a key
-    unit = 2.0**-24
-    if options.get("dropout_p"):
-        product, unit = product / (1.0 - min(options["dropout_p"], 0.99)), reference.EPSILON[str(query.dtype)] / 2
-    noise = numpy.where(cancel, unit * factor * product * largest * rows**0.5, 0.0)
-    shape = [batch if letter == "b" else 1 for letter in order]
-    return [noise.reshape(shape) if x.shape[order.index("b")] == batch else noise.max().reshape((1,) * 4) for x in (query, key, value)]
-
-
-def _noise_of_score_gradients(name: str, grad_out: Any, value: Any, out: Any, options: dict[str, Any]) -> Any:
-    """What rounding leaves of differences dP - delta, which the gradients of a mask and of sinks are sums of.
-
-    Each of dP = dO Vᵀ and delta = Σ dO ∘ O is good to a unit in the last place of float32 of its terms. Over a row, P (dP - delta) adds up to nothing but the
-    gradient of lse; summed over all keys, what is left is the rounding of delta, of which O has a unit in the last place of its own type. The naive formula's
-    delta is Σ P ∘ dP, where that cancels.
-    """
-    order = options.get("layout", "bshd")
-    grad, of_out, v = (reference.to_float64(x).transpose([order.index(letter) for letter in "bhsd"]) for x in (grad_out, out, value))
-    rows = numpy.linalg.norm(grad, axis=3) * numpy.linalg.norm(of_out, axis=3) * reference.EPSILON[str(out.dtype).rpartition(".")[2]]
-    if name == "sinks":
-        return numpy.sqrt((rows**2).sum(axis=(0, 2)))
-    mask = options["attn_mask"].shape
-    shape = (1,) * (4 - len(mask)) + tuple(mask)
-    axes = tuple(axis for axis in range(3) if shape[axis] == 1)
-    if shape[3] > 1:
-        terms = math.prod(grad.shape[axis] for axis in axes)
-        largest = numpy.nan_to_num(numpy.linalg.norm(v, axis=3), posinf=0.0).max()  # what a call must not see may be NaN
-        kept_factor = 1.0 / (1.0 - min(options.get("dropout_p", 0.0), 0.99))  # of dP
-        return 2.0**-23 * kept_factor * terms**0.5 * numpy.linalg.norm(grad, axis=3).max() * largest
-    return numpy.sqrt((rows**2).sum(axis=axes, keepdims=True)).reshape(mask)
 
 
 @pytest.fixture(params=[*SIMULATED, *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])

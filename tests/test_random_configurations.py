@@ -128,12 +128,9 @@ def draw_call(target: Target, seed: int, group: int, index: int) -> Call:
         "deterministic": draw.random() < 0.5,
         "is_causal": "causal" in kernels.features,
     }
-    # delta comes from a rounded O, that of the naive formula does not. Where rows do not add up to 1, with dropout or sinks, a key or two would leave little else
-    # of a gradient.
-    shortest = 33 if {"dropout", "sinks"} & set(kernels.features) else 1
 
     def length() -> int:
-        return max(shortest, draw.choice([draw.randint(1, longest), min(longest, draw.choice([1, 16, 31, 64, 65, 128]))]))
+        return draw.choice([draw.randint(1, longest), min(longest, draw.choice([1, 16, 31, 64, 65, 128]))])
 
     def array(shape: tuple[int, int, int, int], layout: str = "bshd") -> Any:
         view = target.place(VIEWS[draw.choice(target.views)](rounded(numbers.standard_normal(shape), kernels.dtype)))
@@ -165,7 +162,7 @@ def draw_call(target: Target, seed: int, group: int, index: int) -> Call:
     for name in kernels.features:
         options |= draw_feature(name, shape, kernels.mask_dtype, draw, numbers, target)
     if kernels.sequences == "seqlens_kv":
-        own = [draw.choice([0, seqlen_kv, draw.randint(min(shortest, seqlen_kv), seqlen_kv)]) for _ in range(batch)]
+        own = [draw.choice([0, seqlen_kv, draw.randint(1, seqlen_kv)]) for _ in range(batch)]
         options["seqlens_kv"] = target.place(numpy.array(own, numpy.int32))
     grad_lse = None if draw.random() < 0.3 else target.place(numbers.standard_normal(shape[:3]).astype(numpy.float32))
     return Call(query, key, value, array((batch, seqlen_q, heads, dims[2]), layout), grad_lse, options)
