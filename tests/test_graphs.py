@@ -1,0 +1,110 @@
+"""CUDA graphs: what a captured call reads anew when it is replayed. Only a GPU has them; docs/cuda_graphs.md shows the same to users."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+from conftest import Target
+
+import cuflash
+from cuflash import reference
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def gpu() -> Target:
+    cupy = pytest.importorskip("cupy")
+    if not cupy.is_available():
+        pytest.skip("there is no GPU")
+    return Target("gpu")
+
+
+def replay(call: Callable[[], Any], change: Callable[[], None]) -> Any:
+    """What a captured `call` gives after `change`, with memory of its own for the graph as long as it is there."""
+    import cupy
+
+    call()  # compiles, which a capture must not do
+    stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
+    cupy.cuda.Device().synchronize()
+    with stream, cupy.cuda.using_allocator(pool.malloc):
+        stream.begin_capture()
+        try:
+            results = call()
+        finally:
+            graph = stream.end_capture()
+    change()
+    cupy.cuda.Device().synchronize()
+    for _ in range(2):
+        graph.launch(stream)
+    stream.synchronize()
+    return results
+
+
+def both(*inputs: Any, **options: Any) -> tuple[Any, ...]:
+    out, lse = cuflash.scaled_dot_product_attention(*inputs, return_lse=True, **options)
+    return out, lse, *cuflash.scaled_dot_product_attention_backward(out, *inputs, out, lse, **options)
+
+
+def assert_same(got: tuple[Any, ...], want: tuple[Any, ...]) -> None:
+    for index, (x, y) in enumerate(zip(got, want, strict=True)):
+        assert Target.bits(x) == Target.bits(y), index
+
+
+def test_new_values_in_the_same_memory(gpu: Target) -> None:
+    inputs = [gpu.random((2, 300, 3, 64), "float16", seed) for seed in (1, 2, 3)]
+    others = [gpu.random((2, 300, 3, 64), "float16", seed) for seed in (4, 5, 6)]
+
+    def change() -> None:
+        for array, other in zip(inputs, others, strict=True):
+            array[...] = other
+
+    got = replay(lambda: both(*inputs, is_causal=True), change)
+    assert_same(got, both(*others, is_causal=True))
+
+
+def test_a_replay_draws_another_dropout_mask(gpu: Target) -> None:
+    inputs = [gpu.random((2, 130, 2, 64), "float16", seed) for seed in (1, 2, 3)]
+    seed = gpu.place(numpy.array([7, 0], numpy.int64))
+    options = {"dropout_p": 0.3, "dropout_seed": seed}
+
+    def next_offset() -> None:
+        seed[1] += 1
+
+    got = replay(lambda: both(*inputs, **options), next_offset)
+    assert_same(got, both(*inputs, dropout_p=0.3, dropout_seed=(7, 1)))
+    with pytest.raises(AssertionError):
+        assert_same(got, both(*inputs, dropout_p=0.3, dropout_seed=(7, 0)))
+
+
+def test_lengths_of_packed_sequences_are_read_by_each_replay(gpu: Target) -> None:
+    inputs = [gpu.random((1, 400, 2, 64), "float16", seed)[0] for seed in (1, 2, 3)]
+    offsets = gpu.place(numpy.array([0, 100, 250, 400], numpy.int32))
+
+    def call() -> tuple[Any, ...]:
+        out, lse = cuflash.varlen_attention(*inputs, offsets, offsets, 300, 300, return_lse=True)
+        return out, lse, *cuflash.varlen_attention_backward(out, *inputs, out, lse, offsets, offsets, 300, 300)
+
+    def change() -> None:
+        offsets[...] = gpu.place(numpy.array([0, 0, 290, 310], numpy.int32))
+
+    got = replay(call, change)
+    assert_same(got, call())
+    want, _ = reference.varlen_attention(*inputs, offsets, offsets)
+    numpy.testing.assert_allclose(gpu.host(got[0]), want, atol=4e-3)
+
+
+def test_key_lengths_are_read_by_each_replay(gpu: Target) -> None:
+    inputs = [gpu.random((3, 200, 2, 64), "float16", seed) for seed in (1, 2, 3)]
+    lengths = gpu.place(numpy.array([200, 10, 0], numpy.int32))
+
+    def change() -> None:
+        lengths[...] = gpu.place(numpy.array([1, 150, 200], numpy.int32))
+
+    got = replay(lambda: both(*inputs, seqlens_kv=lengths), change)
+    assert_same(got, both(*inputs, seqlens_kv=lengths))
+    want, _ = reference.attention(*inputs, seqlens_kv=lengths)
+    numpy.testing.assert_allclose(gpu.host(got[0]), want, atol=4e-3)
