@@ -54,6 +54,7 @@ def attention(
     key: Any,
     value: Any,
     *,
+    magnitudes: bool = False,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -67,6 +68,7 @@ def attention(
         query: four dimensions in the order of `layout`, any float type, any kind of array that `to_float64` understands.
         key, value: same; batch and heads are the query's or 1, and heads may be a divisor of the query's if `enable_gqa`. The head_dim of value
             may differ from that of query and key.
+        magnitudes: what the sums would give if nothing in them cancelled: P |V|, and for lse the largest scale · |q|·|k| of each row. For `compare`.
         is_causal: query i sees keys j <= i, shifted by seqlen_kv - seqlen_q for "bottom_right".
         scale: default head_dim ** -0.5.
         features: score features and masks, and `seqlens_kv`, as in `cuflash.scaled_dot_product_attention`; see `reference_features`.
@@ -75,7 +77,7 @@ def attention(
         out: shape of query in its layout, with the head_dim of value.
         lse: (batch, heads, seqlen_q), natural logarithm; -inf where no key is visible.
     """
-    return _forward(query, key, value, numpy.float64, _exact, is_causal, scale, enable_gqa, layout, causal_alignment, features)
+    return _forward(query, key, value, magnitudes, numpy.float64, _exact, is_causal, scale, enable_gqa, layout, causal_alignment, features)
 
 
 def attention_backward(
@@ -129,14 +131,16 @@ def attention_backward(
 
 
 def varlen_attention(
-    query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_kv: Any, *, precision: Precision | None = None, **options: Any
-) -> tuple[Float64, Float64]:
+    query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_kv: Any, *, magnitudes: bool = False, precision: Precision | None = None,
+    **options: Any,
+) -> tuple[Float64, Float64]:  # fmt: skip
     """Attention of packed sequences, one at a time.
 
     Args:
         query: (tokens_q, heads, head_dim).
         key, value: (tokens_kv, heads, head_dim), as for `attention`.
         cu_seqlens_q, cu_seqlens_kv: (sequences + 1,): where each sequence starts, and where the last one ends.
+        magnitudes: as for `attention`; in float64 only.
         precision: None for the truth in float64, else that of `attention_naive`.
         options: is_causal, scale, enable_gqa, causal_alignment and features as for `attention`, with sequences in the place of the batch; causal_alignment is
             "bottom_right" by default.
@@ -151,7 +155,7 @@ def varlen_attention(
     for i, (queries, keys) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_kv)):
         inputs = query[None, queries], key[None, keys], value[None, keys]
         own = options_of_sequence(options, i)
-        found = attention(*inputs, **own) if precision is None else attention_naive(*inputs, precision, **own)
+        found = attention(*inputs, magnitudes=magnitudes, **own) if precision is None else attention_naive(*inputs, precision, **own)
         out[queries], lse[:, queries] = found[0][0], found[1][0]
     return out, lse
 
@@ -234,7 +238,7 @@ def attention_naive(
 ) -> tuple[Float64, Float64]:
     """`attention` with float32 arithmetic and S, P and O rounded to `precision`; the values are returned as float64."""
     out, lse = _forward(
-        query, key, value, numpy.float32, _rounding_to(precision), is_causal, scale, enable_gqa, layout, causal_alignment, features
+        query, key, value, False, numpy.float32, _rounding_to(precision), is_causal, scale, enable_gqa, layout, causal_alignment, features
     )
     return out.astype(numpy.float64), lse.astype(numpy.float64)
 
@@ -346,6 +350,7 @@ def _forward(
     query: Any,
     key: Any,
     value: Any,
+    magnitudes: bool,
     work: Any,
     rounded: Round,
     is_causal: bool,
@@ -364,7 +369,11 @@ def _forward(
         visible = rules.visible(b, h)
         scores, _ = _scores(q[b, h], k[at_k], factor, rules, b, h, rounded)
         weights, lse[b, h] = _softmax(scores, visible, rounded, _sink(rules, h, work))
-        out[b, h] = rounded(_matmul(_dropped(weights, rules, b, h, rounded), v[at_v], visible))
+        out[b, h] = rounded(_matmul(_dropped(weights, rules, b, h, rounded), numpy.abs(v[at_v]) if magnitudes else v[at_v], visible))
+        if magnitudes:
+            with numpy.errstate(invalid="ignore"):
+                products = abs(factor) * (numpy.abs(q[b, h]) @ numpy.abs(k[at_k]).T)
+            lse[b, h] = numpy.where(visible, products, 0).max(axis=1, initial=0.0)
     return _from_bhsd(out, layout), lse
 
 

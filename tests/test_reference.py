@@ -266,3 +266,53 @@ def test_an_overflowing_yardstick_does_not_excuse_errors() -> None:
     with pytest.raises(AssertionError, match="error"):
         compare(numpy.array([1.0, 2.1], numpy.float16), want, naive, name="out")
     compare(numpy.array([1.0, 2.0], numpy.float16), want, naive, name="out")
+
+
+def test_sums_that_cancel_may_leave_half_a_unit_of_their_terms() -> None:
+    """In float32, whatever the type of the result, and only where the caller knows the terms."""
+    want = naive = numpy.array([1e-9, 0.0])
+    terms = numpy.array([0.5, 16.0])
+    for error, accepted in ((0.9, True), (1.1, False)):
+        got = (want + error * 16 * 2.0**-24).astype(numpy.float32)
+        if accepted:
+            compare(got, want, naive, name="grad_query", terms=lambda: terms)
+        else:
+            with pytest.raises(AssertionError, match="terms that cancel"):
+                compare(got, want, naive, name="grad_query", terms=lambda: terms)
+        with pytest.raises(AssertionError, match=r"0\.000e\+00 for terms that cancel"):
+            compare(got, want, naive, name="grad_query")
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "softcap": 2.0}, {"sinks": numpy.ones(2, numpy.float32)}], ids=str)
+def test_magnitudes_bound_results_and_are_reached_where_nothing_cancels(options: dict[str, Any]) -> None:
+    q, k, v, grad_out = (random(2, 9, 2, 4, seed=seed) for seed in range(4))
+    grad_lse = random(2, 2, 9, seed=5)
+    out, _ = attention(q, k, v, **options)
+    of_out, _ = attention(q, k, v, magnitudes=True, **options)
+    assert (of_out >= numpy.abs(out) - 1e-12).all()
+    for given in ({}, {"out": out}):
+        grads = attention_backward(grad_out, q, k, v, grad_lse=grad_lse, **given, **options)
+        terms = attention_backward(grad_out, q, k, v, grad_lse=grad_lse, magnitudes=True, **given, **options)
+        for grad, of_grad in zip((*grads, grads.sinks), (*terms, terms.sinks), strict=True):
+            assert grad is None or (of_grad >= numpy.abs(grad) - 1e-12).all()
+    positive = [numpy.abs(x) for x in (q, k, v, grad_out)]
+    numpy.testing.assert_allclose(attention(*positive[:3], magnitudes=True)[0], attention(*positive[:3])[0])
+    one_key = positive[1][:, :1]
+    score = (positive[0] * one_key).sum(axis=3).transpose(0, 2, 1) / 2
+    numpy.testing.assert_allclose(attention(positive[0], one_key, one_key, magnitudes=True)[1], score)
+    numpy.testing.assert_allclose(
+        attention_backward(positive[3], *positive[:3], magnitudes=True).value, attention_backward(positive[3], *positive[:3]).value
+    )
+
+
+def test_a_given_output_is_what_delta_comes_from() -> None:
+    q, k, v, grad_out = (random(1, 7, 2, 4, seed=seed) for seed in range(4))
+    out, _ = attention(q, k, v)
+    exact, given = attention_backward(grad_out, q, k, v), attention_backward(grad_out, q, k, v, out=out)
+    for x, y in zip(exact, given, strict=True):
+        numpy.testing.assert_allclose(x, y, atol=1e-14)
+    shift = numpy.ones((1, 7, 2, 1)) * grad_out / (grad_out**2).sum(axis=3, keepdims=True)  # delta grows by one in every row
+    moved = attention_backward(grad_out, q, k, v, out=out + shift)
+    as_lse = attention_backward(grad_out, q, k, v, grad_lse=-numpy.ones((1, 2, 7)))
+    for x, y in zip(moved, as_lse, strict=True):
+        numpy.testing.assert_allclose(x, y, atol=1e-14)
