@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_row_sums_m
       });
     }
     softmax.update(S, no_output, 1.0f);
-    if constexpr (NUM_STAGES == 1 && HEAD_STEPS == 1) __syncthreads();  // every warp is done with the only slot
+    if constexpr (NUM_STAGES == 1 && HEAD_SLICES == 1) __syncthreads();  // every warp is done with the only slot; slices have exchanged parts since
   }
 
   if constexpr (SINKS) softmax.add_sink(no_output, arguments.features.sinks.load(work.batch, work.head) * SCORE_UNIT);

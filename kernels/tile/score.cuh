@@ -51,7 +51,7 @@ class ScoreModifier {  // of one batch and query head
         const int q = min(query, geometry.seqlen_q - 1), k = min(key, geometry.seqlen_kv - 1);
         const float bias = mask_bias(mask[q * features.mask.stride_query + k * features.mask.stride_key]);
         score += bias;
-        if (score < LOWEST && bias != -infinity()) score = LOWEST;  // keeps NaN
+        if (score < LOWEST) score = fminf(bias, LOWEST);  // -inf where the mask is; NaN stays NaN
       }
       S[m][n][i] = score;
     });

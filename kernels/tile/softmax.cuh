@@ -60,14 +60,7 @@ struct OnlineSoftmax {
         }
 
         float factor = scale_log2, offset = used;
-        if constexpr (NATURAL) {
-#pragma unroll
-          for (int n = 0; n < N; ++n)
-#pragma unroll
-            for (int i = 2 * r; i < 2 * r + 2; ++i) S[m][n][i] -= used;
-          factor = LOG2_E;
-          offset = 0.0f;
-        } else if (fabsf(used) > EXACT_REFERENCE_LIMIT) {
+        if (!NATURAL && fabsf(used) > EXACT_REFERENCE_LIMIT) {
 #pragma unroll
           for (int n = 0; n < N; ++n)
 #pragma unroll
@@ -79,7 +72,7 @@ struct OnlineSoftmax {
         for (int n = 0; n < N; ++n)
 #pragma unroll
           for (int i = 2 * r; i < 2 * r + 2; ++i) {
-            S[m][n][i] = ex2(__fmaf_rn(S[m][n][i], factor, -offset));
+            S[m][n][i] = ex2(NATURAL ? in_log2(S[m][n][i] - used) : __fmaf_rn(S[m][n][i], factor, -offset));
             sum[m][r] += S[m][n][i];
           }
       }
