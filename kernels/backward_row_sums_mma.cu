@@ -25,7 +25,7 @@
 
 constexpr float LSE_LIMIT = 128.0f;
 
-DEVICE bool is_large(float lse) { return fabsf(lse) >= LSE_LIMIT && fabsf(lse) != infinity(); }
+DEVICE bool is_huge(float lse) { return fabsf(lse) >= LSE_LIMIT && fabsf(lse) != infinity(); }
 
 constexpr int WARP_ROWS = TILE_Q / ROW_WARPS;
 
@@ -34,7 +34,7 @@ constexpr int S_TILES = TILE_KV / 8;
 
 constexpr int SLICE_BYTES = TileQ::BYTES + NUM_STAGES * TileK::BYTES;
 
-static_assert(ADDITIVE_MASK, "scores that are no more than products are never large beside their own rounding");
+static_assert(ADDITIVE_MASK, "only with an additive mask rows have sums of their own");
 static_assert(TILE_Q % (16 * ROW_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
 static_assert(HEAD_SLICES * SLICE_BYTES + EXCHANGE_BYTES<M_TILES, S_TILES> == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
@@ -46,19 +46,19 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_row_sums_m
   RowStatistics* statistics = arguments.row_statistics + first_row;
   float* log2_sums = arguments.features.log2_sums + first_row;
 
-  bool any_is_large = false;
+  bool any_is_huge = false;
   for (int row = int(threadIdx.x); row < TILE_Q; row += NUM_THREADS) {
     const int query = first_q + row;
     if (query >= geometry.seqlen_q) break;
     const float lse = *arguments.lse.pointer(work.batch, work.head, query);
-    if (is_large(lse)) {
-      any_is_large = true;
+    if (is_huge(lse)) {
+      any_is_huge = true;
     } else {
       statistics[query].reference = lse == -infinity() ? infinity() : lse;
       log2_sums[query] = 0.0f;
     }
   }
-  if (!__syncthreads_or(any_is_large)) return;
+  if (!__syncthreads_or(any_is_huge)) return;
 
   extern __shared__ __align__(128) uint8 shared[];
   const SmemAddress exchange = smem_address(shared) + HEAD_SLICES * SLICE_BYTES;
@@ -136,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_row_sums_m
       const float sum = quad_sum(softmax.sum[m][r]);
       const int query = first_q + warp_row + 16 * m + 8 * r + lane_index() / 4;
       const bool is_mine = slice_index() == 0 && lane_index() % 4 == 0 && query < geometry.seqlen_q;
-      if (is_mine && is_large(*arguments.lse.pointer(work.batch, work.head, query))) {
+      if (is_mine && is_huge(*arguments.lse.pointer(work.batch, work.head, query))) {
         statistics[query].reference = softmax.reference[m][r];
         log2_sums[query] = lg2(sum);
       }

@@ -132,22 +132,20 @@ def test_broadcast_keys(simulator: Target, of: str) -> None:
     simulator.check(query, key, value, enable_gqa=True, attn_mask=padding_mask(-1e9))
 
 
-WIDE = [
-    ("sm_80", "bfloat16", 128),
-    ("sm_80", "float16", 256),
-    ("sm_90", "bfloat16", 512),
-    ("sm_80", "float32", 288),
-    ("sm_75", "float32", 520),
-]
+HEAD_DIMS = [
+    ("sm_80", "bfloat16", 128, 128), ("sm_80", "float16", 256, 256), ("sm_90", "bfloat16", 512, 512), ("sm_80", "float32", 288, 72),
+    ("sm_80", "float16", 40, 264), ("sm_75", "float32", 520, 520),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", WIDE, ids=str)
-def test_other_head_dims(case: tuple[str, str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", HEAD_DIMS, ids=str)
+def test_other_head_dims(case: tuple[str, str, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels of their own for dK and dV, slices, and heads that pass through shared memory in steps."""
-    arch, dtype, head_dim = case
+    arch, dtype, head_dim, head_dim_v = case
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", arch)
     target = Target(arch)
-    target.check(*inputs_of(target, dtype, head_dim, (40, 50)), enable_gqa=True, attn_mask=padding_mask(-1e9, seqlens=(40, 50)))
+    inputs = inputs_of(target, dtype, head_dim, (40, 50), head_dim_v)
+    target.check(*inputs, enable_gqa=True, attn_mask=target.place(padding_mask(-1e9, seqlens=(40, 50))))
 
 
 @pytest.mark.parametrize("view", ["transposed", "unaligned_base"])
@@ -223,6 +221,7 @@ def test_only_additive_masks_launch_the_kernel() -> None:
     ):
         plan = cuflash.plan(query, query, query, backward=True, **options)
         assert ("backward_row_sums" in [kernel.name for kernel in plan.kernels]) == launched
+        assert plan.workspace_bytes - plan.list_bytes == (12 if launched else 8) * 64 * 2
         assert "backward_row_sums" not in [kernel.name for kernel in cuflash.plan(query, query, query, **options).kernels]
 
 

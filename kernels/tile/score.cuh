@@ -50,8 +50,9 @@ class ScoreModifier {  // of one batch and query head
       if constexpr (ADDITIVE_MASK) {
         const int q = min(query, geometry.seqlen_q - 1), k = min(key, geometry.seqlen_kv - 1);
         const float bias = mask_bias(mask[q * features.mask.stride_query + k * features.mask.stride_key]);
+        const float lowest = fminf(bias, LOWEST);  // -inf where the mask is
         score += bias;
-        if (score < LOWEST) score = fminf(bias, LOWEST);  // -inf where the mask is; NaN stays NaN
+        if (score < lowest) score = lowest;  // NaN stays NaN
       }
       S[m][n][i] = score;
     });
