@@ -5,8 +5,8 @@
 // at most one unit in the last place below the exact product, so exponents are below 2^-24 |reference|: only where |reference| passes 2^24 can
 // they become large, and there they are clamped to 0 (scores of 1e5 in bfloat16 stay finite).
 //
-// With NATURAL scores are no log2 units and there is no scale_log2: p = 2^((S - reference) log2(e)), where the reference is the running maximum itself.
-// The difference of huge numbers is exact, and never above 0.
+// With NATURAL scores are no log2 units and there is no scale_log2: p = 2^((S - reference) log2(e)), where the reference is the running maximum
+// itself. The difference of huge numbers is exact, and never above 0.
 //
 // A masked score is -inf, never a large finite number. A row that has seen no key keeps reference = -inf, sum = 0 and O = 0.
 #pragma once
