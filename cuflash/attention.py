@@ -688,7 +688,9 @@ class _ForwardCall(_Call):
 
 
 class _BackwardCall(_Call):
-    written = frozenset({"grad_query", "grad_key", "grad_value", "grad_attn_mask", "grad_sinks", "row_statistics", "visible_tiles"})
+    written = frozenset(
+        {"grad_query", "grad_key", "grad_value", "grad_attn_mask", "grad_sinks", "row_statistics", "log2_sums", "visible_tiles"}
+    )
 
     def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: dict[str, Array], features: dict[str, Array]) -> None:
         super().__init__(problem, on, inputs["query"])
@@ -703,6 +705,8 @@ class _BackwardCall(_Call):
         ]
         rows = problem.batch * problem.num_heads_q * problem.seqlen_q
         self.workspace = [_Result("row_statistics", (2 * rows,), "float32", None, 8 * rows), *_workspace(self.plan)]
+        if problem.features.kinds.additive_mask:
+            self.workspace.append(_Result("log2_sums", (rows,), "float32", None, 4 * rows))
         self.feature_results = {}
         mask = problem.features.attn_mask
         mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)

@@ -57,6 +57,11 @@ class FeatureSet:
         return self.attn_mask == "bool" or self.segments
 
     @property
+    def additive_mask(self) -> bool:
+        """A mask is added to the scores."""
+        return self.attn_mask not in (None, "bool")
+
+    @property
     def hides_keys(self) -> bool:
         """Any of them masks keys."""
         return self.lists_tiles or self.window or self.prefix

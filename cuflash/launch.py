@@ -71,11 +71,12 @@ def features_template(problem: Problem, mask_grad_strides: tuple[int, ...] = (0,
 
 def _features_template(features: Features, lists: tuple[int, int], scale: float, mask_grad_strides: tuple[int, ...]) -> ArgumentTemplate:
     mask = (0, 0, 0, 0) if features.attn_mask is None else features.attn_mask.strides
-    factor = scale * _LOG2_E if features.softcap is None else scale / features.softcap
+    unit = 1.0 if features.kinds.additive_mask else _LOG2_E  # of scores, as in kernels/tile/score.cuh
+    factor = scale * unit if features.softcap is None else scale / features.softcap
     threshold = math.ceil(features.dropout_p * 2.0**32)
     kept_factor = 0.0 if features.dropout_p in (0.0, 1.0) else 1.0 / (1.0 - features.dropout_p)
     numbers = _FEATURE_NUMBERS.pack(
-        *lists, features.window_low, features.window_high, factor, (features.softcap or 0.0) * _LOG2_E, max(threshold - 1, 0), kept_factor
+        *lists, features.window_low, features.window_high, factor, (features.softcap or 0.0) * unit, max(threshold - 1, 0), kept_factor
     )
     word = bytes(8)
     strides = struct.Struct("=2q").pack
@@ -93,6 +94,7 @@ def _features_template(features: Features, lists: tuple[int, int], scale: float,
             ("dropout_state", word),
             ("dropout_seed", word),
             ("dropout_offset", word + numbers),
+            ("log2_sums", word),
         ]
     )
 
@@ -105,7 +107,7 @@ def dropout_mask_arguments(extents: tuple[int, ...], num_tiles: int, dropout_p: 
     return bytearray(pointers["dropout_mask"].to_bytes(8, "little") + geometry + features.fill(pointers))
 
 
-NO_FEATURE_BYTES = bytes(272)
+NO_FEATURE_BYTES = bytes(280)
 """`FeatureArguments` of a kernel that reads none of them."""
 
 FORWARD_TENSORS = ("query", "key", "value", "out")

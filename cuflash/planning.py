@@ -2,8 +2,8 @@
 
 Pure: nothing here touches a GPU, CuPy or a compiler, so a plan can be made for any architecture anywhere, and printed.
 
-Memory beyond inputs and outputs is O(S): the forward pass needs none, the backward pass eight bytes per query row and head. With a boolean mask or
-segments, the lists of visible tiles take four bytes for each pair of tiles.
+Memory beyond inputs and outputs is O(S): the forward pass needs none, the backward pass eight bytes per query row and head, with an additive mask
+twelve. With a boolean mask or segments, the lists of visible tiles take four bytes for each pair of tiles.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from cuflash.visits import all_tiles, visited_tiles
 
 MAX_GRID = 2**31 - 1
 ROW_STATISTICS_BYTES = 8
+LOG2_SUM_BYTES = 4
 DELTA_WARPS = 4
 LIST_WARPS = 4
 SINKS_WARPS = 8
 LIST_ENTRY_BYTES = 4
 BY_KEYS = ("backward_dkdv", "backward_dk", "backward_dv")
 """Kernels whose blocks own keys."""
+WITHOUT_LISTS = ("backward_row_sums", "backward_mask")
+"""Kernels that need no lists of visible tiles: the one seldom has to visit any, the other adds up tiles of many heads."""
 MAX_SHARED_SLICES = 5  # of a wide head, beyond which dK and dV take a kernel each
 
 Tiles = Tile | Mapping[str, Tile] | None
@@ -42,8 +45,8 @@ class KernelPlan:
     """One kernel launch.
 
     Attributes:
-        name: "forward", "backward_delta", "backward_dkdv", "backward_dk", "backward_dv" or "backward_dq"; with features also "visible_tiles" before each
-            of the others but backward_delta, "backward_mask" and "backward_sinks".
+        name: "forward", "backward_delta", "backward_dkdv", "backward_dk", "backward_dv" or "backward_dq"; with features also "backward_row_sums",
+            "backward_mask", "backward_sinks", and "visible_tiles" before kernels that walk over lists of tiles.
         source: file in kernels/; its stem is the entry point.
         dtype, head_dim, head_dim_v, tile: as in `KernelCase`.
         config: the text of `struct Config`.
@@ -171,7 +174,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         device: where.
         backward: gradients instead of the output.
         tile: None for the default tiles. For the backward pass a single tile is meant for the dK/dV kernel, and the dQ kernel takes it with tile_q
-            and tile_kv exchanged; a mapping pins kernels by name, such as {"backward_dq": Tile(...)}.
+            and tile_kv exchanged, backward_row_sums not at all; a mapping pins kernels by name, such as {"backward_dq": Tile(...)}.
 
     Raises:
         TileError: `tile` is not legal here, or names a kernel that does not run.
@@ -181,7 +184,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
     rows = problem.batch * problem.num_heads_q * problem.seqlen_q
     if backward:
         output_bytes = itemsize * (_size(problem.query.shape) + _size(problem.key_shape) + _size(problem.value_shape))
-        workspace_bytes = ROW_STATISTICS_BYTES * rows
+        workspace_bytes = (ROW_STATISTICS_BYTES + LOG2_SUM_BYTES * problem.features.kinds.additive_mask) * rows
     else:
         output_bytes = itemsize * _size(problem.output_shape) + (4 * rows if problem.return_lse else 0)
         workspace_bytes = 0
@@ -195,8 +198,11 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         planned = [kernel for kernel in (_attention_kernel(name, problem, device, tile) for name in passes) if kernel.num_blocks]
         if problem.features.kinds.lists_tiles:
             list_bytes = max((_list_bytes(kernel, problem) for kernel in planned), default=0)
-            pairs = [(_visible_tiles_kernel(kernel, problem, device), kernel) for kernel in planned if kernel.name != "backward_mask"]
-            planned = [kernel for pair in pairs for kernel in pair] + [kernel for kernel in planned if kernel.name == "backward_mask"]
+            with_lists = [
+                (kernel,) if kernel.name in WITHOUT_LISTS else (_visible_tiles_kernel(kernel, problem, device), kernel)
+                for kernel in planned
+            ]
+            planned = [kernel for launched in with_lists for kernel in launched]
         if backward:
             planned.insert(0, _delta_kernel(problem, device))
             if problem.features.kinds.sinks:
@@ -216,10 +222,11 @@ def backward_passes(problem: Problem, device: Device) -> tuple[tiles.Pass, ...]:
     """
     same_groups = problem.key_shape[:3] == problem.value_shape[:3]
     both = KernelCase("backward_dkdv", problem.dtype, problem.head_dim, problem.allow_tf32, problem.head_dim_v, problem.features.kinds)
+    before: tuple[tiles.Pass, ...] = ("backward_row_sums",) if problem.features.kinds.additive_mask else ()
     mask: tuple[tiles.Pass, ...] = ("backward_mask",) if problem.features.need_attn_mask_grad else ()
     if same_groups and splits_dkdv(both, device) is False:
-        return ("backward_dkdv", "backward_dq", *mask)
-    return ("backward_dv", "backward_dk", "backward_dq", *mask)
+        return (*before, "backward_dkdv", "backward_dq", *mask)
+    return (*before, "backward_dv", "backward_dk", "backward_dq", *mask)
 
 
 @functools.cache
@@ -290,13 +297,14 @@ def _check_names(tile: Tiles, passes: tuple[tiles.Pass, ...]) -> None:
 def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:
     features = problem.features
     allow_tf32 = problem.allow_tf32 and problem.dtype == "float32"
-    case = KernelCase(name, problem.dtype, problem.head_dim, allow_tf32, problem.head_dim_v, features.kinds)
+    kinds = replace(features.kinds, dropout=False) if name == "backward_row_sums" else features.kinds
+    case = KernelCase(name, problem.dtype, problem.head_dim, allow_tf32, problem.head_dim_v, kinds)
     tile = _choose_tile(case, device, pinned)
     shared_bytes = tiles.shared_bytes(case, tile, device)
     constants: dict[str, int | bool | str] = {
         "CAPABILITY": device.capability,
         "HEAD_DIM": problem.head_dim,
-        "HEAD_DIM_V": problem.head_dim_v,
+        "HEAD_DIM_V": case.head_dim_v,
         "HEAD_SLICES": case.head_slices(device),
         "HEAD_STEPS": case.head_steps(device),
         "TILE_Q": tile.tile_q,
@@ -308,7 +316,7 @@ def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned
         "VARLEN": problem.num_sequences is not None,
         "SEQLENS_KV": problem.seqlens_kv,
         "ALLOW_TF32": case.allow_tf32,
-        **features.kinds.constants(),
+        **kinds.constants(),
     }
     source, batch, heads, seqlen = f"{name}_mma.cu", problem.batch, problem.num_heads_q, problem.max_seqlen_q
     group_batch = group_heads = 1
@@ -328,15 +336,17 @@ def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned
         num_tiles = ceil(rows / tile.tile_q) * ceil(columns / tile.tile_kv)
     return KernelPlan(
         name, source, problem.dtype, problem.head_dim, tile, config_text(problem.dtype, constants), 32 * tile.num_warps, shared_bytes,
-        num_tiles, num_tiles * heads * batch, group_batch, group_heads, problem.head_dim_v,
+        num_tiles, num_tiles * heads * batch, group_batch, group_heads, case.head_dim_v,
     )  # fmt: skip
 
 
 def _choose_tile(case: KernelCase, device: Device, pinned: Tiles) -> Tile:
     if isinstance(pinned, Mapping):
         pinned = pinned.get(case.kernel)
-    elif pinned is not None and case.kernel == "backward_dq" and isinstance(pinned, Tile):
+    elif case.kernel == "backward_dq" and isinstance(pinned, Tile):
         pinned = pinned.transposed()
+    elif case.kernel == "backward_row_sums":
+        pinned = None
     return tiles.default_tile(case, device) if pinned is None else tiles.check_tile(case, pinned, device)
 
 
@@ -368,7 +378,7 @@ def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> K
 
 def _list_bytes(kernel: KernelPlan, problem: Problem) -> int:
     """Memory of the lists of visible tiles of one kernel: for each tile that blocks own, a count and at most one entry for each tile that they walk over."""
-    if kernel.name == "backward_mask":
+    if kernel.name in WITHOUT_LISTS:
         return 0
     by_keys = kernel.name in BY_KEYS
     walked = ceil(problem.seqlen_q / kernel.tile.tile_q) if by_keys else ceil(problem.seqlen_kv / kernel.tile.tile_kv)
@@ -378,7 +388,11 @@ def _list_bytes(kernel: KernelPlan, problem: Problem) -> int:
 
 def _sinks_kernel(problem: Problem, device: Device) -> KernelPlan:
     """The gradient of the sinks, one block for each query head."""
-    constants: dict[str, int | bool | str] = {"CAPABILITY": device.capability, "NUM_WARPS": SINKS_WARPS}
+    constants: dict[str, int | bool | str] = {
+        "CAPABILITY": device.capability,
+        "NUM_WARPS": SINKS_WARPS,
+        "ADDITIVE_MASK": problem.features.kinds.additive_mask,
+    }
     return KernelPlan(
         "backward_sinks", "backward_sinks.cu", problem.dtype, problem.head_dim, Tile(1, 1, SINKS_WARPS, 1), config_text("float32", constants),
         32 * SINKS_WARPS, 4 * SINKS_WARPS, 1, problem.num_heads_q,

@@ -17,9 +17,11 @@ from cuflash.device import Device
 from cuflash.errors import TileError
 from cuflash.features import NO_FEATURES, FeatureSet
 
-Pass = Literal["forward", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq", "backward_mask"]
-PASSES: tuple[Pass, ...] = ("forward", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq", "backward_mask")
-BY_QUERIES: tuple[Pass, ...] = ("forward", "backward_dq", "backward_mask")
+Pass = Literal["forward", "backward_row_sums", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq", "backward_mask"]
+PASSES: tuple[Pass, ...] = (
+    "forward", "backward_row_sums", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq", "backward_mask",
+)  # fmt: skip
+BY_QUERIES: tuple[Pass, ...] = ("forward", "backward_row_sums", "backward_dq", "backward_mask")
 """Kernels whose warps share out tile_q; those of the others share out tile_kv."""
 
 MAX_REGISTERS = 255
@@ -31,7 +33,7 @@ WIDEST_NARROW_HEAD = 256  # wider heads are cut into slices (kernels/tile/slices
 _SLICE_COLUMNS = 288  # of the outputs, per group of warps
 _SLICE_COLUMNS_FLOAT32 = 144
 
-_ROW_STATISTICS_BYTES = 8  # lse and delta of one query row, float32 each
+_ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; with an additive mask 4 more for its log2_sum
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class KernelCase:
         dtype: "float16", "bfloat16" or "float32".
         head_dim: of query and key, 1 … 576.
         allow_tf32: one TF32 product instead of three for float32.
-        head_dim_v: of value and output, 1 … 576; 0 stands for head_dim.
+        head_dim_v: of value and output, 1 … 576; 0 stands for head_dim, and so does whatever is given for "backward_row_sums", which has neither.
         features: score features and masks, some of which take registers.
     """
 
@@ -79,7 +81,8 @@ class KernelCase:
     features: FeatureSet = NO_FEATURES
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "head_dim_v", self.head_dim_v or self.head_dim)
+        without = not self.head_dim_v or self.kernel == "backward_row_sums"
+        object.__setattr__(self, "head_dim_v", self.head_dim if without else self.head_dim_v)
 
     def uses_simt(self, device: Device) -> bool:
         """Whether products run on the ordinary float32 units: what Turing's tensor cores cannot take."""
@@ -97,6 +100,7 @@ class KernelCase:
             "forward": self.head_dim_v,
             "backward_dkdv": self.head_dim + self.head_dim_v,
             "backward_dv": self.head_dim_v,
+            "backward_row_sums": 0,
             "backward_mask": 0,
         }
         many_instructions = self.uses_simt(device) or self.dtype == "float32"
@@ -133,7 +137,7 @@ def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:
 def row_bytes(case: KernelCase, device: Device, steps: int = 0) -> tuple[int, int]:
     """Bytes of one row of a tile of Q or K and of V or dO in shared memory, one piece of each slice.
 
-    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh. `steps` instead of `case.head_steps` if it is not 0.
+    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh; 0 for what the kernel does not read. `steps` instead of `case.head_steps` if it is not 0.
     """
     itemsize, slices = case.smem_itemsize(device), case.head_slices(device)
 
@@ -142,7 +146,7 @@ def row_bytes(case: KernelCase, device: Device, steps: int = 0) -> tuple[int, in
         return (ceil(chunks / 8) * 8 if itemsize == 4 else chunks) * 16
 
     piece, piece_v = _piece_columns(case, slices * (steps or case.head_steps(device)))
-    return slices * pitch(piece), slices * pitch(piece_v)
+    return slices * pitch(piece), 0 if case.kernel == "backward_row_sums" else slices * pitch(piece_v)
 
 
 def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
@@ -155,20 +159,25 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, steps: int) -> i
     slices = case.head_slices(device)
     exchange = 4 * slices * _SCORES[case.kernel] * tile.tile_q * tile.tile_kv if slices > 1 else 0
     streamed = tile.num_stages * case.streamed_rows(tile) * (row + row_v)
-    if case.kernel == "forward":
+    if case.kernel in ("forward", "backward_row_sums"):
         return row * tile.tile_q + streamed + exchange
     if case.kernel in ("backward_dq", "backward_mask"):
         return (row + row_v) * tile.tile_q + streamed + exchange
     kept = row if case.kernel == "backward_dv" else row + row_v
-    statistics = _ROW_STATISTICS_BYTES if device.capability >= 80 else 0  # sm_75 reads them from global memory
+    statistics = (
+        _ROW_STATISTICS_BYTES + 4 * case.features.additive_mask if device.capability >= 80 else 0
+    )  # sm_75 reads them from global memory
     return kept * tile.tile_kv + streamed + tile.num_stages * tile.tile_q * statistics + exchange
 
 
-_SCORES: dict[Pass, int] = {"forward": 1, "backward_dkdv": 2, "backward_dk": 2, "backward_dv": 1, "backward_dq": 2, "backward_mask": 2}
+_SCORES: dict[Pass, int] = {
+    "forward": 1, "backward_row_sums": 1, "backward_dkdv": 2, "backward_dk": 2, "backward_dv": 1, "backward_dq": 2, "backward_mask": 2,
+}  # fmt: skip
 """How many score matrices a kernel computes for each pair of tiles: S, and in the backward pass also dP."""
 
 _PRODUCTS: dict[Pass, tuple[int, int]] = {
-    "forward": (1, 1), "backward_dkdv": (2, 2), "backward_dk": (2, 1), "backward_dv": (1, 1), "backward_dq": (2, 1), "backward_mask": (1, 1),
+    "forward": (1, 1), "backward_row_sums": (1, 0), "backward_dkdv": (2, 2), "backward_dk": (2, 1), "backward_dv": (1, 1), "backward_dq": (2, 1),
+    "backward_mask": (1, 1),
 }  # fmt: skip
 """How many products of a kernel run over the columns of Q and K, and how many over those of V and O."""
 
@@ -177,9 +186,9 @@ def _products(case: KernelCase, device: Device) -> tuple[int, int]:
     """Columns of the outputs, and how many score matrices, that a warp accumulates at a time."""
     slices = case.head_slices(device)
     d, dv = (columns // slices for columns in case.columns(device))
-    outputs = {"forward": dv, "backward_dkdv": d + dv, "backward_dk": d, "backward_dv": dv, "backward_dq": d, "backward_mask": 0}[
-        case.kernel
-    ]
+    outputs = {
+        "forward": dv, "backward_row_sums": 0, "backward_dkdv": d + dv, "backward_dk": d, "backward_dv": dv, "backward_dq": d, "backward_mask": 0,
+    }[case.kernel]  # fmt: skip
     sums = 1 if case.kernel == "backward_mask" else 0  # the gradient of a mask has the form of scores
     return outputs, _SCORES[case.kernel] + sums
 

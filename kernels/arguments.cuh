@@ -51,9 +51,10 @@ struct ForwardArguments {
   FeatureArguments features;
 };
 
-struct alignas(8) RowStatistics {  // what the backward kernels need of a query row
-  float lse_log2;       // lse log2(e); +inf for a row that sees no key, so that exp2(S - lse_log2) is 0
-  float delta;          // sum over d of dO * O, minus the gradient of lse
+// What the backward kernels need of a query row. With an additive mask also log2_sum (tile/backward.cuh), in an array of its own.
+struct alignas(8) RowStatistics {
+  float reference;  // lse in units of the scores (tile/score.cuh); +inf for a row that sees no key, so that P is 0
+  float delta;      // sum over d of dO * O, minus the gradient of lse
 };
 
 struct BackwardArguments {

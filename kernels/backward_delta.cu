@@ -1,6 +1,8 @@
 // Before the backward kernels: what they need of every query row, in one pass over O and dO.
 //
-//     delta = sum over d of dO * O - grad_lse        lse_log2 = lse log2(e), +inf where no key was seen
+//     delta = sum over d of dO * O - grad_lse        reference = lse log2(e), +inf where no key was seen
+//
+// With an additive mask backward_row_sums_mma.cu replaces the reference.
 //
 // The gradient of LSE is P, so a gradient that flows in through LSE joins dS = P (dP - delta) as part of delta.
 // Each row belongs to LANES neighbouring lanes that take 16-byte chunks of it in turn.

@@ -10,8 +10,8 @@
 // fit the registers. V and dP are needed for dK only.
 //
 // Shared memory of a slice of the head: K [TILE_KV][D] | V [TILE_KV][DV] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][DV] | row statistics
-// [NUM_STAGES][TILE_Q] (sm_80 and later). One copy group per query tile; with two stages or more the next tiles travel during the products of this
-// one.
+// [NUM_STAGES][TILE_Q], and with an additive mask log2_sum [TILE_Q] behind those of each stage (sm_80 and later). One copy group per query tile; with
+// two stages or more the next tiles travel during the products of this one.
 #include "tile/backward.cuh"
 #include "tile/constants.cuh"
 #include "tile/dropout.cuh"
@@ -32,7 +32,8 @@ constexpr bool COMPUTE_DV = Config::COMPUTE_DV;
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_Q / 8;
 constexpr bool STATISTICS_IN_SMEM = HAS_CP_ASYNC;  // sm_75 reads them from global memory: it has no bytes to spare at head_dim 256
-constexpr int STATISTICS_BYTES = STATISTICS_IN_SMEM ? TILE_Q * int(sizeof(RowStatistics)) : 0;
+constexpr int LOG2_SUMS_OFFSET = TILE_Q * int(sizeof(RowStatistics));
+constexpr int STATISTICS_BYTES = STATISTICS_IN_SMEM ? LOG2_SUMS_OFFSET + (ADDITIVE_MASK ? TILE_Q * int(sizeof(float)) : 0) : 0;
 constexpr int STATIONARY_BYTES = TileK::BYTES + (COMPUTE_DK ? TileV::BYTES : 0);
 constexpr int SLICE_BYTES = STATIONARY_BYTES + NUM_STAGES * (TileQ::BYTES + TileO::BYTES);
 
@@ -41,15 +42,17 @@ static_assert(HEAD_SLICES * SLICE_BYTES + NUM_STAGES * STATISTICS_BYTES + (COMPU
                   Config::SHARED_BYTES,
               "shared memory differs from the plan's");
 
-DEVICE void issue_statistics(SmemAddress destination, const RowStatistics* source, int first_q, int seqlen_q) {
+DEVICE void issue_statistics(SmemAddress destination, const RowStatistics* source, const float* log2_sums, int first_q, int seqlen_q) {
   for (int row = int(threadIdx.x); row < TILE_Q; row += NUM_THREADS) {
     const bool in_range = first_q + row < seqlen_q;
     const RowStatistics* pointer = in_range ? source + first_q + row : source;
     cp_async<8>(destination + row * int(sizeof(RowStatistics)), pointer, in_range ? 8 : 0);
+    if constexpr (ADDITIVE_MASK)
+      cp_async<4>(destination + LOG2_SUMS_OFFSET + row * int(sizeof(float)), in_range ? log2_sums + first_q + row : log2_sums, in_range ? 4 : 0);
   }
 }
 
-// lse_log2 and delta of two neighbouring queries: x, y of the first, z, w of the second; 0 past the end.
+// reference and delta of two neighbouring queries: x, y of the first, z, w of the second; 0 past the end.
 DEVICE float4 load_statistics(SmemAddress tile, const RowStatistics* source, int first_q, int column, int seqlen_q) {
   if constexpr (STATISTICS_IN_SMEM) {
     return load_shared_f32x4(tile + column * int(sizeof(RowStatistics)));
@@ -57,7 +60,19 @@ DEVICE float4 load_statistics(SmemAddress tile, const RowStatistics* source, int
     const int query = first_q + column;
     const RowStatistics first = query < seqlen_q ? source[query] : RowStatistics{0.0f, 0.0f};
     const RowStatistics second = query + 1 < seqlen_q ? source[query + 1] : RowStatistics{0.0f, 0.0f};
-    return make_float4(first.lse_log2, first.delta, second.lse_log2, second.delta);
+    return make_float4(first.reference, first.delta, second.reference, second.delta);
+  }
+}
+
+// log2_sum of the same two queries.
+DEVICE float2 load_log2_sums(SmemAddress tile, const float* source, int first_q, int column, int seqlen_q) {
+  if constexpr (!ADDITIVE_MASK) {
+    return make_float2(0.0f, 0.0f);
+  } else if constexpr (STATISTICS_IN_SMEM) {
+    return load_shared_f32x2(tile + LOG2_SUMS_OFFSET + column * int(sizeof(float)));
+  } else {
+    const int query = first_q + column;
+    return make_float2(query < seqlen_q ? source[query] : 0.0f, query + 1 < seqlen_q ? source[query + 1] : 0.0f);
   }
 }
 
@@ -123,6 +138,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     if (PER_HEAD_WALK && begin >= end) continue;
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
     const RowStatistics* statistics = row_statistics(arguments, batch, head, start_q);
+    const float* log2_sums = log2_sums_of(arguments, batch, head);
     SliceLoader<TileQ, HEAD_DIM> load_Q(arguments.query, batch, head, geometry.seqlen_q, start_q);
     SliceLoader<TileO, HEAD_DIM_V> load_dO(arguments.grad_out, batch, head, geometry.seqlen_q, start_q);
     auto issue = [&](int step) {
@@ -132,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
           load_dO.issue(dO_smem + slot(step) * TileO::BYTES, tiles.tile(step) * TILE_Q, first_column<TileO>(0));
         }
         if constexpr (STATISTICS_IN_SMEM)
-          issue_statistics(statistics_smem + slot(step) * STATISTICS_BYTES, statistics, tiles.tile(step) * TILE_Q, geometry.seqlen_q);
+          issue_statistics(statistics_smem + slot(step) * STATISTICS_BYTES, statistics, log2_sums, tiles.tile(step) * TILE_Q, geometry.seqlen_q);
       }
       cp_async_commit_group();
     };
@@ -201,10 +217,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 #pragma unroll
       for (int n = 0; n < S_TILES; ++n) {
         const float4 pair = statistics_of(n);
+        const float2 sums =
+            load_log2_sums(statistics_smem + slot(j) * STATISTICS_BYTES, log2_sums, q_tile * TILE_Q, 8 * n + lane_index() % 4 * 2, geometry.seqlen_q);
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) P[m][n][i] = probability(P[m][n][i], MODIFIES_SCORES ? 1.0f : geometry.scale_log2, i % 2 ? pair.z : pair.x);
+          for (int i = 0; i < 4; ++i)
+            P[m][n][i] = probability(P[m][n][i], MODIFIES_SCORES ? 1.0f : geometry.scale_log2, i % 2 ? pair.z : pair.x, i % 2 ? sums.y : sums.x);
       }
       if (ONLY_CAUSAL ? needs_mask<CAUSAL>(geometry, q_tile * TILE_Q, first_kv + TILE_KV)
                       : tiles.is_partial(j) || visibility.needs_mask(q_tile * TILE_Q, q_tile * TILE_Q + TILE_Q, first_kv, first_kv + TILE_KV)) {

@@ -86,13 +86,16 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
   for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) issue(begin + ahead);
 
   RowStatistics statistics[M_TILES][2];
+  float log2_sums[M_TILES][2];
   const RowStatistics* statistics_gmem = row_statistics(arguments, work.batch, work.head, start_q);
+  const float* log2_sums_gmem = log2_sums_of(arguments, work.batch, work.head);
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int query = first_q + warp_row + 16 * m + 8 * r + lane_index() / 4;
       statistics[m][r] = query < geometry.seqlen_q ? statistics_gmem[query] : RowStatistics{infinity(), 0.0f};
+      log2_sums[m][r] = ADDITIVE_MASK && query < geometry.seqlen_q ? log2_sums_gmem[query] : 0.0f;
     }
 
   float dQ[M_TILES][D_TILES][4];
@@ -144,7 +147,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
 #pragma unroll
       for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) P[m][n][i] = probability(P[m][n][i], MODIFIES_SCORES ? 1.0f : geometry.scale_log2, statistics[m][i / 2].lse_log2);
+        for (int i = 0; i < 4; ++i)
+          P[m][n][i] = probability(P[m][n][i], MODIFIES_SCORES ? 1.0f : geometry.scale_log2, statistics[m][i / 2].reference, log2_sums[m][i / 2]);
     if (ONLY_CAUSAL ? needs_mask<CAUSAL>(geometry, first_q, first_kv + TILE_KV)
                     : tiles.is_partial(j) || visibility.needs_mask(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)) {
       for_each_element(P, [&](int row, int column, float& probability) {

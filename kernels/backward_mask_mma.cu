@@ -86,6 +86,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
     const Visibility visibility(geometry, arguments.features, batch, head);
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
     const RowStatistics* statistics_gmem = row_statistics(arguments, batch, head, 0);
+    const float* log2_sums_gmem = log2_sums_of(arguments, batch, head);
 
 #pragma unroll 1
     for (int q_tile = begin_q; q_tile < end_q; ++q_tile) {
@@ -95,12 +96,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
       const int end_tile = min(end_kv, (num_keys + TILE_KV - 1) / TILE_KV);
 
       RowStatistics statistics[M_TILES][2];
+      float log2_sums[M_TILES][2];
 #pragma unroll
       for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int query = first_q + warp_row + 16 * m + 8 * r + lane_index() / 4;
           statistics[m][r] = query < geometry.seqlen_q ? statistics_gmem[query] : RowStatistics{infinity(), 0.0f};
+          log2_sums[m][r] = ADDITIVE_MASK && query < geometry.seqlen_q ? log2_sums_gmem[query] : 0.0f;
         }
 
 #pragma unroll 1
@@ -144,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
         modifier.apply<false>(P, unused, first_q + warp_row, first_kv);
         const bool masked = TILE_LISTS || visibility.needs_mask(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV);
         for_each_place<M_TILES, S_TILES>([&](int m, int n, int i, int row, int column) {
-          P[m][n][i] = probability(P[m][n][i], 1.0f, statistics[m][i / 2].lse_log2);
+          P[m][n][i] = probability(P[m][n][i], 1.0f, statistics[m][i / 2].reference, log2_sums[m][i / 2]);
           if (masked && !visibility.sees(first_q + warp_row + row, first_kv + column)) P[m][n][i] = 0.0f;
         });
 

@@ -2,7 +2,8 @@
 //
 //     grad_sink = - sum over batches and queries of exp(sink - lse) * delta
 //
-// One block sums one head; every thread and every warp adds in a fixed order.
+// With an additive mask, sinks and references are no log2 units, and rows have a log2_sum (tile/backward.cuh). One block sums one head; every thread
+// and every warp adds in a fixed order.
 #include "arguments.cuh"
 #include "ptx/math.cuh"
 #include "ptx/warp.cuh"
@@ -13,14 +14,17 @@ constexpr int NUM_THREADS = NUM_WARPS * WARP_SIZE;
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_sinks(const __grid_constant__ BackwardArguments arguments) {
   const Geometry& geometry = arguments.geometry;
   const int head = int(blockIdx.x);
-  const float sink_log2 = arguments.features.sinks.load(0, head) * LOG2_E;
+  const float sink = arguments.features.sinks.load(0, head) * (Config::ADDITIVE_MASK ? 1.0f : LOG2_E);
 
   float sum = 0.0f;
   for (int batch = 0; batch < geometry.batch; ++batch) {
     const RowStatistics* rows = arguments.row_statistics + (int64(batch) * geometry.num_heads_q + head) * geometry.seqlen_q;
     float of_batch = 0.0f;
     for (int query = int(threadIdx.x); query < geometry.seqlen_q; query += NUM_THREADS) {
-      of_batch -= ex2(fminf(sink_log2 - rows[query].lse_log2, 0.0f)) * rows[query].delta;
+      float exponent = fminf(sink - rows[query].reference, 0.0f);
+      if constexpr (Config::ADDITIVE_MASK)
+        exponent = __fmaf_rn(exponent, LOG2_E, -arguments.features.log2_sums[&rows[query] - arguments.row_statistics]);
+      of_batch -= ex2(exponent) * rows[query].delta;
     }
     sum += of_batch;
   }

@@ -39,8 +39,9 @@ struct FeatureArguments {
   uint64 dropout_seed, dropout_offset;
   int list_batches, list_heads;  // 1 where lists of visible tiles are the same for all batches or heads
   int window_low, window_high;  // query i sees keys with window_low <= key - i - causal_offset <= window_high; ±UNLIMITED: all on that side
-  float score_factor;  // what multiplies Q Kᵀ: scale log2(e), or scale / softcap
-  float softcap_log2;  // softcap log2(e)
+  float score_factor;  // what multiplies Q Kᵀ: scale in units of the scores (tile/score.cuh), or scale / softcap
+  float softcap;  // in units of the scores
   uint32 dropout_limit;  // an element is kept where its random word is above this
   float dropout_scale;  // 1 / (1 - dropout_p), 0 where dropout_p is 1
+  float* log2_sums;  // [batch][num_heads_q][seqlen_q], next to RowStatistics
 };

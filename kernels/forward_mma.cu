@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 
   float O[M_TILES][DV_TILES][4];
   clear(O);
-  OnlineSoftmax<M_TILES> softmax;
+  OnlineSoftmax<M_TILES, ADDITIVE_MASK> softmax;
   const ScoreModifier modifier(geometry, arguments.features, work.batch, work.head);
   const Dropout dropout(arguments.features);
 
@@ -167,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     }
   }
 
-  if constexpr (SINKS) softmax.add_sink(O, arguments.features.sinks.load(work.batch, work.head) * LOG2_E);
+  if constexpr (SINKS) softmax.add_sink(O, arguments.features.sinks.load(work.batch, work.head) * SCORE_UNIT);
   softmax.finish(O);
   if constexpr (DROPOUT) multiply_all(O, arguments.features.dropout_scale);
   if (arguments.lse.data != nullptr && slice_index() == 0 && lane_index() % 4 == 0) {

@@ -99,11 +99,16 @@ SINKS = Inputs(
 )
 
 
+HUGE_ROWS = slice(40, None)  # the first tile of queries has none
+
+
 def _masked(shape: tuple[int, ...], boolean: bool = False) -> Inputs:
-    """Two heads with a mask of this shape, of which a boolean one empties tiles, and an additive one gets its gradient."""
+    """Two heads with a mask of this shape, of which a boolean one empties tiles, and an additive one has rows of huge scores and gets its gradient."""
     values = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     if boolean:
         values[..., :64] = -np.inf
+    elif len(shape) > 1:
+        values[..., HUGE_ROWS, :] = -1e9
     options: tuple[tuple[str, Any], ...] = (("attn_mask", values > 0 if boolean else values),)
     grad = () if boolean else (("need_attn_mask_grad", True),)
     return Inputs((1, 75, 2, 32), (1, 150, 1, 32), (1, 150, 1, 32), options=(("enable_gqa", True), *options), backward_options=grad)
@@ -113,16 +118,23 @@ BOOLEAN_MASK = (_masked((2, 75, 150), boolean=True), _masked((75, 150), boolean=
 ADDITIVE_MASK = tuple(_masked(shape) for shape in ((2, 75, 150), (150,), (75, 1), (1,)))
 MASKED_IN_STEPS = Inputs(
     (1, 37, 2, 488), (1, 40, 1, 488), (1, 40, 1, 488),
-    options=(("enable_gqa", True), ("attn_mask", np.linspace(-1, 1, 40, dtype=np.float32))),
+    options=(("enable_gqa", True), ("attn_mask", np.linspace(-1001, -999, 40, dtype=np.float32))),  # scores are huge, and differ
     backward_options=(("need_attn_mask_grad", True),),
 )  # fmt: skip
+
+
+def _with_huge_rows(inputs: Inputs) -> Inputs:
+    """The same with a mask that makes the scores of the last queries huge."""
+    mask = np.where(np.arange(inputs.query[1]) < inputs.query[1] // 2, 0, -1e9).astype(np.float32)[:, None]
+    return Inputs(inputs.query, inputs.key, inputs.value, inputs.is_aligned, (*inputs.options, ("attn_mask", mask)))
 
 
 @dataclass(frozen=True)
 class Variant:
     """One compilation of the kernels of a pass, and the calls that run it.
 
-    A mutant survives a variant only if it survives all of its calls. Without a `tile` the calls choose theirs.
+    A mutant survives a variant only if it survives all of its calls. Without a `tile` the calls choose theirs. `only` names the file of the one kernel
+    that is mutated, where the others are as in another variant.
     """
 
     name: str
@@ -133,6 +145,7 @@ class Variant:
     backward: bool = False
     is_causal: bool = False
     allow_tf32: bool = False
+    only: str | None = None
 
     def calls(self) -> list[Callable[[], Any]]:
         """The public calls, to be made while the simulator poses as `arch`."""
@@ -157,7 +170,8 @@ class Variant:
             if self.backward:
                 options |= dict(inputs.backward_options)
             for kernel in cuflash.plan(*arrays, backward=self.backward, **options).kernels:
-                found.setdefault((kernel.source, kernel.config), kernel)
+                if self.only in (None, kernel.source):
+                    found.setdefault((kernel.source, kernel.config), kernel)
         return list(found.values())
 
 
@@ -243,6 +257,21 @@ def _variants() -> Iterator[Variant]:
     yield Variant("backward sm_80 float16, wider value, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (WIDER_VALUE,), backward=True)
     yield Variant("backward sm_80 float16 additive mask, 1 stage", "sm_80", "float16", Tile(32, 64, 2, 1), ADDITIVE_MASK, backward=True)
     yield Variant("backward sm_75 float16 additive mask", "sm_75", "float16", Tile(32, 64, 2, 1), ADDITIVE_MASK, backward=True)
+    row_sums = "backward_row_sums_mma.cu"
+    for stages in (1, 2, 3):
+        narrow, sliced = Tile(32, 32, 2, stages), Tile(32, 32, 4, stages)
+        yield Variant(
+            f"backward sm_80 float16 huge rows, {_stages(stages)}", "sm_80", "float16",
+            {"backward_row_sums": narrow, "backward_dkdv": narrow, "backward_dq": narrow}, tuple(map(_with_huge_rows, sums)), backward=True,
+        )  # fmt: skip
+        yield Variant(
+            f"backward sm_80 float16 sliced, huge rows, {_stages(stages)}", "sm_80", "float16",
+            {"backward_row_sums": sliced}, tuple(map(_with_huge_rows, (SLICED, SLICED_UNALIGNED))), backward=True, only=row_sums,
+        )  # fmt: skip
+    in_steps = {"backward_row_sums": Tile(32, 16, 4, 1)}
+    for arch, dtype, tile, inputs in (("sm_75", "float16", {}, sums), ("sm_75", "float32", in_steps, (IN_STEPS_520,))):
+        name = f"backward {arch} {dtype} {'sliced, huge rows, in steps' if tile else 'huge rows'}"
+        yield Variant(name, arch, dtype, tile, tuple(map(_with_huge_rows, inputs)), backward=True, only=row_sums)
     yield Variant("backward sm_80 float16 sinks, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (SINKS,), backward=True)
 
 

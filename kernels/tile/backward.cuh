@@ -2,20 +2,37 @@
 //
 //     P = 2^(S scale_log2 - lse_log2)        dS = P (dP - delta)
 //
+// With an additive mask all scores of a row may be so huge that lse has no bits left for the logarithm of the row's sum, such as -3e38 for every key
+// of a row of padding. A row then has two numbers in the place of lse, which backward_row_sums_mma.cu finds:
+//
+//     P = 2^((S - reference) log2(e) - log2_sum)
+//
+// They are lse and 0, or where that is not good enough the largest score and log2 of the sum of exp(S - reference).
+//
 // Accumulators of dP start at -delta, so that the subtraction costs nothing. dS lacks the factor `scale`; it enters once, when dQ and dK are stored.
 // Source: Dao et al. 2022 (arXiv 2205.14135), algorithm 4.
 #pragma once
 #include "arguments.cuh"
 #include "ptx/math.cuh"
+#include "tile/features.cuh"
 #include "tile/mask.cuh"
 #include "tile/sequence.cuh"
 #include "tile/softmax.cuh"
 
 // The exponent is never above 0 but for rounding, which at scores of 1e9 is large: hence the clamp.
-DEVICE float probability(float score, float scale_log2, float lse_log2) { return ex2(clamp_exponent(__fmaf_rn(score, scale_log2, -lse_log2))); }
+DEVICE float probability(float score, float scale_log2, float reference, float log2_sum) {
+  if constexpr (ADDITIVE_MASK) return ex2(__fmaf_rn(clamp_exponent(score - reference), LOG2_E, -log2_sum));
+  return ex2(clamp_exponent(__fmaf_rn(score, scale_log2, -reference)));
+}
 
 // Of row `start` on.
 DEVICE const RowStatistics* row_statistics(const BackwardArguments& arguments, int batch, int head, int start) {
   const Geometry& geometry = arguments.geometry;
   return arguments.row_statistics + (int64(VARLEN ? 0 : batch) * geometry.num_heads_q + head) * geometry.seqlen_q + start;
+}
+
+// The same of log2_sum; there are no packed sequences with an additive mask.
+DEVICE const float* log2_sums_of(const BackwardArguments& arguments, int batch, int head) {
+  const Geometry& geometry = arguments.geometry;
+  return ADDITIVE_MASK ? arguments.features.log2_sums + (int64(batch) * geometry.num_heads_q + head) * geometry.seqlen_q : nullptr;
 }

@@ -1,16 +1,20 @@
-// From products Q Kᵀ to scores in log2 units where they are more than scaled products:
+// From products Q Kᵀ to scores where they are more than scaled products:
 //
-//     score = [softcap tanh](scale q·k [/ softcap]) + mask - slope |query + shift - key|,        times log2(e)
+//     score = [softcap tanh](scale q·k [/ softcap]) + mask - slope |query + shift - key|
+//
+// in log2 units, that is times log2(e), or with an additive mask as it stands: times log2(e) the most negative number of a type would overflow, and
+// every large number would be rounded once more.
 //
 // softcap: Gemma Team 2024 (arXiv 2408.00118). ALiBi: Press et al. 2022 (arXiv 2108.12409), around the diagonal of `causal_alignment`.
 //
 // An additive mask of -inf hides a key. Everything else is a finite score, however small: the most negative number of a type, a common stand-in for
-// -inf, stays finite here (times log2(e) it would overflow), so that a row which has nothing else gives a softmax and no NaN.
+// -inf, stays finite here, so that a row which has nothing else gives a softmax and no NaN.
 #pragma once
 #include "tile/features.cuh"
 #include "tile/fragment.cuh"
 
 constexpr float LOWEST = -3.402823466e38f;
+constexpr float SCORE_UNIT = ADDITIVE_MASK ? 1.0f : LOG2_E;
 
 // d score / d (scale q·k) = 1 - tanh², for each element of a tile; empty without softcap.
 template <int M, int N>
@@ -25,29 +29,30 @@ struct ScoreSlope {
 class ScoreModifier {  // of one batch and query head
  public:
   DEVICE ScoreModifier(const Geometry& geometry, const FeatureArguments& features, int batch, int head) : geometry(geometry), features(features) {
-    if constexpr (ALIBI) slope_log2 = features.alibi_slopes.load(batch, head) * LOG2_E;
+    if constexpr (ALIBI) slope = features.alibi_slopes.load(batch, head) * SCORE_UNIT;
     if constexpr (ADDITIVE_MASK)
       mask = static_cast<const MaskElement*>(features.mask.data) + batch * features.mask.stride_batch + head * features.mask.stride_head;
   }
 
   // Products -> scores. Rows are queries from first_row on and columns keys from first_column on, or with TRANSPOSED the other way round.
   template <bool TRANSPOSED, int M, int N>
-  DEVICE void apply(float (&S)[M][N][4], ScoreSlope<M, N>& slope, int first_row, int first_column) const {
+  DEVICE void apply(float (&S)[M][N][4], ScoreSlope<M, N>& derivative, int first_row, int first_column) const {
     for_each_place<M, N>([&](int m, int n, int i, int row, int column) {
       const int query = TRANSPOSED ? first_column + column : first_row + row;
       const int key = TRANSPOSED ? first_row + row : first_column + column;
       float score = S[m][n][i] * features.score_factor;
       if constexpr (SOFTCAP) {
         const float t = tanhf(score);
-        slope.value[m][n][i] = __fmaf_rn(-t, t, 1.0f);
-        score = features.softcap_log2 * t;
+        derivative.value[m][n][i] = __fmaf_rn(-t, t, 1.0f);
+        score = features.softcap * t;
       }
-      if constexpr (ALIBI) score -= slope_log2 * float(abs(key - query - geometry.causal_offset));
+      if constexpr (ALIBI) score -= slope * float(abs(key - query - geometry.causal_offset));
       if constexpr (ADDITIVE_MASK) {
         const int q = min(query, geometry.seqlen_q - 1), k = min(key, geometry.seqlen_kv - 1);
         const float bias = mask_bias(mask[q * features.mask.stride_query + k * features.mask.stride_key]);
-        score = lowest_if_below(score + lowest_if_below(bias * LOG2_E));
-        if (bias == -infinity()) score = -infinity();
+        const float lowest = fminf(bias, LOWEST);  // -inf where the mask is
+        score += bias;
+        if (score < lowest) score = lowest;  // NaN stays NaN
       }
       S[m][n][i] = score;
     });
@@ -57,7 +62,5 @@ class ScoreModifier {  // of one batch and query head
   const Geometry& geometry;
   const FeatureArguments& features;
   const MaskElement* mask = nullptr;
-  float slope_log2 = 0.0f;
-
-  DEVICE static float lowest_if_below(float x) { return x < LOWEST ? LOWEST : x; }  // keeps NaN
+  float slope = 0.0f;
 };

@@ -5,6 +5,9 @@
 // at most one unit in the last place below the exact product, so exponents are below 2^-24 |reference|: only where |reference| passes 2^24 can
 // they become large, and there they are clamped to 0 (scores of 1e5 in bfloat16 stay finite).
 //
+// With NATURAL scores are no log2 units and there is no scale_log2: p = 2^((S - reference) log2(e)), where the reference is the running maximum
+// itself. The difference of huge numbers is exact, and never above 0.
+//
 // A masked score is -inf, never a large finite number. A row that has seen no key keeps reference = -inf, sum = 0 and O = 0.
 #pragma once
 #include "ptx/math.cuh"
@@ -15,7 +18,7 @@ constexpr float EXACT_REFERENCE_LIMIT = 16777216.0f;  // 2^24
 // min(x, 0) that keeps NaN.
 DEVICE float clamp_exponent(float x) { return x > 0.0f ? 0.0f : x; }
 
-template <int M>
+template <int M, bool NATURAL = false>
 struct OnlineSoftmax {
   float reference[M][2];  // rows g and g + 8 of each 16-row tile
   float sum[M][2];  // this lane's columns only, until `finish`
@@ -41,10 +44,14 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int n = 0; n < N; ++n) row_max = fmaxf(row_max, fmaxf(S[m][n][2 * r], S[m][n][2 * r + 1]));
         const float previous = reference[m][r];
-        reference[m][r] = fmaxf(previous, mul_rm(quad_max(row_max), scale_log2));
+        if constexpr (NATURAL) {
+          reference[m][r] = fmaxf(previous, quad_max(row_max));
+        } else {
+          reference[m][r] = fmaxf(previous, mul_rm(quad_max(row_max), scale_log2));
+        }
         const float used = reference[m][r] == -infinity() ? 0.0f : reference[m][r];
 
-        const float rescale = ex2(previous - used);
+        const float rescale = ex2(in_log2(previous - used));
         sum[m][r] *= rescale;
 #pragma unroll
         for (int n = 0; n < N_O; ++n) {
@@ -53,7 +60,7 @@ struct OnlineSoftmax {
         }
 
         float factor = scale_log2, offset = used;
-        if (fabsf(used) > EXACT_REFERENCE_LIMIT) {
+        if (!NATURAL && fabsf(used) > EXACT_REFERENCE_LIMIT) {
 #pragma unroll
           for (int n = 0; n < N; ++n)
 #pragma unroll
@@ -65,26 +72,27 @@ struct OnlineSoftmax {
         for (int n = 0; n < N; ++n)
 #pragma unroll
           for (int i = 2 * r; i < 2 * r + 2; ++i) {
-            S[m][n][i] = ex2(__fmaf_rn(S[m][n][i], factor, -offset));
+            S[m][n][i] = ex2(NATURAL ? in_log2(S[m][n][i] - used) : __fmaf_rn(S[m][n][i], factor, -offset));
             sum[m][r] += S[m][n][i];
           }
       }
     }
   }
 
-  // A logit in the denominator alone, without a key or a value: the sum of each row grows by 2^sink_log2 (Xiao et al. 2024, arXiv 2309.17453).
+  // A logit in the denominator alone, without a key or a value: the sum of each row grows by exp(sink) (Xiao et al. 2024, arXiv 2309.17453). The
+  // logit is in units of the scores.
   template <int N_O>
-  DEVICE void add_sink(float (&O)[M][N_O][4], float sink_log2) {
+  DEVICE void add_sink(float (&O)[M][N_O][4], float sink) {
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float previous = reference[m][r];
-        reference[m][r] = fmaxf(previous, sink_log2);
+        reference[m][r] = fmaxf(previous, sink);
         const float used = reference[m][r] == -infinity() ? 0.0f : reference[m][r];
-        const float rescale = ex2(previous - used);
+        const float rescale = ex2(in_log2(previous - used));
         sum[m][r] *= rescale;
-        if (lane_index() % 4 == 0) sum[m][r] += ex2(sink_log2 - used);  // once per row: `finish` adds up the lanes of a quad
+        if (lane_index() % 4 == 0) sum[m][r] += ex2(in_log2(sink - used));  // once per row: `finish` adds up the lanes of a quad
 #pragma unroll
         for (int n = 0; n < N_O; ++n) {
           O[m][n][2 * r] *= rescale;
@@ -107,7 +115,14 @@ struct OnlineSoftmax {
           O[m][n][2 * r] *= inverse;
           O[m][n][2 * r + 1] *= inverse;
         }
-        reference[m][r] = (reference[m][r] + lg2(total)) * LN_2;
+        if constexpr (NATURAL) {
+          reference[m][r] = __fmaf_rn(lg2(total), LN_2, reference[m][r]);
+        } else {
+          reference[m][r] = (reference[m][r] + lg2(total)) * LN_2;
+        }
       }
   }
+
+ private:
+  DEVICE static float in_log2(float difference) { return NATURAL ? difference * LOG2_E : difference; }
 };
