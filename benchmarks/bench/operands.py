@@ -1,0 +1,162 @@
+"""The arrays of a case on the GPU, and the truth about one of its heads in float64, by which every library is judged before it is timed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+
+import cuflash
+from bench.cases import Case
+from bench.machine import Machine, the_torch
+from cuflash import reference
+from cuflash.features import NO_FEATURES
+
+ALLOWED_ERROR = {"float16": 3e-3, "bfloat16": 2e-2, "float32": 2e-5}
+"""Relative to the norm of the result. What another library exceeds up to a hundredfold in float32 is TF32, and said so."""
+
+ROWS_AT_A_TIME = 2048
+LONGEST_IN_NUMPY = 2048
+"""Without torch, longer sequences are not checked."""
+
+
+class Operands:
+    """Arrays of a case: torch tensors where there is torch, else CuPy or NumPy arrays.
+
+    Attributes:
+        case, torch: the case, and the module or None.
+        arrays: query, key, value and grad_out, (batch, seqlen, heads, head_dim) or (tokens, heads, head_dim).
+        arguments: the keyword arguments of cuflash's two calls, `Sample.arguments` on the same device.
+        truth: out, query, key, value (gradients) of the last query head or its key head in one sequence, attn_mask (gradient) of the last head; None if not known.
+    """
+
+    def __init__(self, case: Case, machine: Machine) -> None:
+        self.case, self.torch, self._machine = case, the_torch(), machine
+        sample = case.sample
+        if self.torch is not None:
+            generator = self.torch.Generator(self._where).manual_seed(1)
+            dtype = getattr(self.torch, sample.dtype)
+            self.arrays = {
+                name: self.torch.randn(shape, generator=generator, device=self._where).to(dtype) for name, shape in sample.shapes().items()
+            }
+        else:
+            self.arrays = {name: self.placed(values, sample.dtype) for name, values in sample.operands(1).items()}
+        self.arguments = {
+            name: self.placed(x, str(sample.features.attn_mask) if name == "attn_mask" else str(x.dtype))
+            if isinstance(x, numpy.ndarray)
+            else x
+            for name, x in case.arguments.items()
+        }
+        known = self.torch is not None or case.seqlen <= LONGEST_IN_NUMPY
+        self.truth = self._truth() if known else None
+
+    @property
+    def _where(self) -> str:
+        return "cpu" if self._machine.dry else "cuda"
+
+    @property
+    def judged_sequence(self) -> int:
+        """The last row of a batch; the second longest of packed sequences."""
+        return min(1, self.case.num_sequences - 1) if self.case.sample.is_packed else self.case.sample.batch - 1
+
+    def placed(self, values: Any, dtype: str) -> Any:
+        """A NumPy array on the GPU, float32 values as `dtype`."""
+        if self.torch is not None:
+            return self.torch.as_tensor(values).to(self._where).to(getattr(self.torch, dtype))
+        return placed_without_torch(values, dtype, self._machine)
+
+    def errors(self, results: dict[str, Any]) -> list[float]:
+        """Relative errors of out, or of the gradients of query, key, value and attn_mask, as far as they are known."""
+        found = []
+        for name, want in (self.truth or {}).items():
+            if name in results:
+                got = self._double(results[name], self._index(name, self.judged_sequence, -1))
+                found.append(float(_norm(got - want)) / max(float(_norm(want)), 1e-300))
+        return found
+
+    def _double(self, x: Any, index: Any) -> Any:
+        return x[index].double() if self.torch is not None else reference.to_float64(x)[index]
+
+    def _index(self, name: str, sequence: int, head: int) -> Any:
+        """Where the rows of one head of one sequence are in query, key, value or what has their shape; of a mask's gradient, where the head is."""
+        sample = self.case.sample
+        if name == "attn_mask":
+            return (0, head)
+        if not sample.is_packed:
+            return (sequence, slice(None), head)
+        lengths = sample.packed_lengths[0 if name in ("query", "grad_out", "out") else 1]
+        begin = sum(lengths[:sequence])
+        return (slice(begin, begin + lengths[sequence]), head)
+
+    def _truth(self) -> dict[str, Any]:
+        sample, sequence = self.case.sample, self.judged_sequence
+        group = sample.num_heads_q // sample.num_heads_kv
+        found = self._of_head(sequence, sample.num_heads_q - 1)
+        for head in range(sample.num_heads_q - group, sample.num_heads_q - 1):
+            other = self._of_head(sequence, head)
+            found["key"] += other["key"]
+            found["value"] += other["value"]
+        if sample.features.need_attn_mask_grad:
+            assert sample.features.mask_axes == "hqk", "gradients are judged for one mask of each head"
+            for other_sequence in range(sequence):
+                found["attn_mask"] += self._of_head(other_sequence, sample.num_heads_q - 1)["attn_mask"]
+        return found
+
+    def _of_head(self, sequence: int, head: int) -> dict[str, Any]:
+        """out and gradients by the formula, some rows of scores at a time; with torch on the GPU."""
+        xp = self.torch or numpy
+        sample, (rules, b) = self.case.sample, self.case.rules(sequence)
+        key_head = head * sample.num_heads_kv // sample.num_heads_q
+        query, grad = (self._double(self.arrays[name], self._index(name, sequence, head)) for name in ("query", "grad_out"))
+        key, value = (self._double(self.arrays[name], self._index(name, sequence, key_head)) for name in ("key", "value"))
+        scale = sample.head_dim**-0.5 if sample.scale is None else sample.scale
+        simple = self.case.plan.problem.features.kinds == NO_FEATURES and not self.case.plan.problem.seqlens_kv
+        visible, bias, kept = (None, None, None) if simple else (rules.visible(b, head), rules.bias(b, head), rules.kept(b, head))
+        out = xp.zeros_like(grad)
+        found = {"out": out, **{name: xp.zeros_like(x) for name, x in (("query", query), ("key", key), ("value", value))}}
+        of_mask = []
+        for begin in range(0, len(query), ROWS_AT_A_TIME):
+            rows = slice(begin, min(begin + ROWS_AT_A_TIME, len(query)))
+            seen = numpy.ones((rows.stop - begin, len(key)), numpy.bool_) if visible is None else visible[rows]
+            if simple and sample.is_causal:
+                seen = numpy.arange(len(key))[None, :] <= numpy.arange(rows.start, rows.stop)[:, None] + rules.shift(b)
+            hidden = self._like(query, ~seen)
+            scores, slope = scale * query[rows] @ key.T, 1.0
+            if rules.softcap is not None:
+                scores = rules.softcap * xp.tanh(scores / rules.softcap)
+                slope = 1.0 - (scores / rules.softcap) ** 2
+            if bias is not None:
+                scores = scores + self._like(query, bias[rows])
+            scores = xp.where(hidden, -xp.inf, scores)
+            largest = xp.amax(scores, -1)[:, None]
+            if rules.sinks is not None:
+                largest = xp.where(largest > rules.sinks[head], largest, float(rules.sinks[head]))
+            largest = xp.where(largest == -xp.inf, 0.0, largest)
+            exponentials = xp.exp(scores - largest)
+            total = exponentials.sum(-1)[:, None]
+            if rules.sinks is not None:
+                total = total + xp.exp(float(rules.sinks[head]) - largest)
+            weights = exponentials / xp.where(total == 0.0, 1.0, total)
+            factor = 1.0 if kept is None else self._like(query, kept[rows] * rules.kept_factor)
+            out[rows] = (weights * factor) @ value
+            grad_scores = weights * ((grad[rows] @ value.T) * factor - (grad[rows] * out[rows]).sum(-1)[:, None])
+            of_mask += [grad_scores] if sample.features.need_attn_mask_grad else []
+            found["value"] += (weights * factor).T @ grad[rows]
+            grad_scores = grad_scores * slope
+            found["query"][rows] = scale * grad_scores @ key
+            found["key"] += scale * grad_scores.T @ query[rows]
+        return found | ({"attn_mask": xp.concatenate(of_mask)} if of_mask else {})
+
+    def _like(self, query: Any, x: Any) -> Any:
+        return x if self.torch is None else self.torch.as_tensor(x, device=query.device)
+
+
+def placed_without_torch(values: Any, dtype: str, machine: Machine) -> Any:
+    """A NumPy array, float32 values as `dtype`, as a CuPy array, or as a NumPy array that the simulator takes."""
+    elements = reference.to_bfloat16_bits(values) if dtype == "bfloat16" else values.astype(dtype)
+    elements = elements if machine.dry else machine.cupy.asarray(elements)
+    return cuflash.bfloat16(elements) if dtype == "bfloat16" else elements
+
+
+def _norm(x: Any) -> Any:
+    return (x * x).sum() ** 0.5
