@@ -189,9 +189,9 @@ def _feature_cases(batch: int, seqlen: int, heads: int, head_dim: int) -> list[C
         Case(having(causal, segments=8), "segments"),
         Case(replace(causal, lengths_q=packed), "varlen"),
         Case(replace(full, lengths_kv=tuple(max(1, 3 * seqlen // 4 >> 2 * b) for b in range(batch))), "seqlens_kv"),
-        Case(replace(causal, head_dim=192, head_dim_v=128), "head_dim"),
-        Case(replace(causal, head_dim=576, head_dim_v=512, num_heads_kv=1), "head_dim"),
-        Case(replace(causal, head_dim=512, num_heads_q=max(1, heads // 4), num_heads_kv=max(1, heads // 4)), "head_dim"),
+        Case(replace(causal, head_dim=192, head_dim_v=128), "head_dim_192_128"),
+        Case(replace(causal, head_dim=576, head_dim_v=512, num_heads_kv=1), "head_dim_576_512"),
+        Case(replace(causal, head_dim=512, num_heads_q=max(1, heads // 4), num_heads_kv=max(1, heads // 4)), "head_dim_512"),
     ]
 
 

@@ -29,6 +29,10 @@ LONGEST_OF_MATH = 4096
 """torch's math backend keeps all scores in memory."""
 
 
+WORDS = {"alibi": "ALiBi", "varlen": "packed sequences", "seqlens_kv": "key lengths"}
+"""What the reasons call features whose names are short."""
+
+
 class NotSupported(Exception):
     """A library cannot do a case; the message says why."""
 
@@ -101,7 +105,7 @@ def _refuse(case: Case, library: str, *lacking: str) -> None:
     }
     used |= {"attn_mask": sample.features.attn_mask is not None, "varlen": sample.is_packed}
     used["seqlens_kv"] = sample.lengths_kv is not None and not sample.is_packed
-    missing = [name for name in lacking if used.get(name)]
+    missing = [WORDS.get(name, name) for name in lacking if used.get(name)]
     if missing:
         raise NotSupported(f"{library} has no {' and no '.join(missing)}")
 
