@@ -150,6 +150,36 @@ def test_medians_and_quantiles_of_asynchronous_calls(machine: Machine) -> None:
     assert times["repeats"] == 5
 
 
+class FakeEvents:
+    """What timing needs of CuPy, on a clock: events that remember when they were recorded."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        class Event:
+            def record(self, stream: None) -> None:
+                self.at = clock()
+
+        self.cuda, self.runtime = self, self
+        self.Event, self.Stream, self.null = Event, self, None
+
+    def get_elapsed_time(self, start: Any, end: Any) -> float:
+        return float(1000 * (end.at - start.at))
+
+    def deviceSynchronize(self) -> None:
+        pass
+
+
+def test_events_surround_each_call_on_a_gpu(machine: Machine) -> None:
+    clock = FakeClock(*[0.5] * 3, 0.001, 0.002, 0.003, 0.004)  # the call that warms up, and two that say how many fit
+    machine.dry, machine.cupy = False, FakeEvents(clock)
+    times = time_call(machine, clock.call, 2.0)
+    assert (times["repeats"], times["timer"]) == (4, "events")
+    assert times["milliseconds"] == pytest.approx(2.5)
+    assert times["milliseconds_p20"] == pytest.approx(1.6)
+    assert clock.calls == 7
+    assert time_call(machine, FakeClock(1.0).call, 0.5)["repeats"] == 3
+    assert time_call(machine, FakeClock(1e-5).call, 5.0)["repeats"] == 200
+
+
 # --- Judging ------------------------------------------------------------------------------------------------------------------------------
 
 

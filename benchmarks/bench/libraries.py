@@ -142,12 +142,8 @@ def _torch_calls(
 
 def explicit_mask(operands: Operands) -> Any:
     """One mask for everything that hides keys or is added to the scores, (batch or 1, heads or 1, seqlen_q, seqlen_kv): boolean, or with ALiBi of query's type."""
-    torch, case, sample = operands.torch, operands.case, operands.case.sample
-    kinds = sample.features.kinds()
-    same_for_all = sample.lengths_kv is None and kinds.attn_mask is None
-    rows = [rules.visible(b, 0) for rules, b in map(case.rules, range(1 if same_for_all else sample.batch))]
-    visible = operands.placed(numpy.stack(rows)[:, None], "bool")
-    if not kinds.alibi:
+    torch, sample, visible = operands.torch, operands.case.sample, operands.visible
+    if not sample.features.alibi:
         return visible
     query, key = (torch.arange(length, device=visible.device) for length in (sample.seqlen_q, sample.seqlen_kv))
     distance = (query[:, None] - key[None, :]).abs().to(torch.float32)

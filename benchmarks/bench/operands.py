@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy
@@ -53,6 +54,14 @@ class Operands:
     @property
     def _where(self) -> str:
         return "cpu" if self._machine.dry else "cuda"
+
+    @functools.cached_property
+    def visible(self) -> Any:
+        """Which keys each query sees: boolean (batch or 1, 1, seqlen_q, seqlen_kv), on the GPU."""
+        sample = self.case.sample
+        same_for_all = sample.lengths_kv is None and sample.features.attn_mask is None
+        rows = [rules.visible(b, 0) for rules, b in map(self.case.rules, range(1 if same_for_all else sample.batch))]
+        return self.placed(numpy.stack(rows)[:, None], "bool")
 
     @property
     def judged_sequence(self) -> int:
