@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy
 import pytest
-import sanitize
 from bench import cases, comparison, libraries, report
 from bench.cases import Case
 from bench.machine import Machine
 from bench.operands import ALLOWED_ERROR, Operands
 from bench.timing import time_call
+from small_calls import streams
+from small_calls.arrays import operands_of, run, values_of
+from small_calls.cases import MANY, check_cases, simulator_cases, tiny_cases
+from small_calls.judge import judge
 
 from cuflash import device, reference
 from cuflash.features import FeatureSet
@@ -176,8 +179,10 @@ def test_events_surround_each_call_on_a_gpu(machine: Machine) -> None:
     assert times["milliseconds"] == pytest.approx(2.5)
     assert times["milliseconds_p20"] == pytest.approx(1.6)
     assert clock.calls == 7
-    assert time_call(machine, FakeClock(1.0).call, 0.5)["repeats"] == 3
-    assert time_call(machine, FakeClock(1e-5).call, 5.0)["repeats"] == 200
+    for duration, repeats in ((1.0, 3), (1e-5, 200)):
+        clock = FakeClock(duration)
+        machine.cupy = FakeEvents(clock)
+        assert time_call(machine, clock.call, 0.5)["repeats"] == repeats
 
 
 # --- Judging ------------------------------------------------------------------------------------------------------------------------------
@@ -342,7 +347,7 @@ def test_the_script_of_all_of_it_names_its_steps() -> None:
 # --- The sanitizers' cases ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("listed", [sanitize.tiny_cases, sanitize.check_cases])
+@pytest.mark.parametrize("listed", [tiny_cases, check_cases])
 def test_every_kernel_is_among_the_sanitizers_cases(listed: Any) -> None:
     found = set()
     for case in listed():
@@ -351,11 +356,11 @@ def test_every_kernel_is_among_the_sanitizers_cases(listed: Any) -> None:
             kernel.source for backward in (False, True) for kernel in make_plan(problem, device.of_arch("sm_90"), backward=backward).kernels
         }
         if case.sample.features.dropout and not case.sample.is_packed:
-            found.add("dropout_mask.cu")  # which `sanitize.run` calls besides
+            found.add("dropout_mask.cu")  # which `small_calls.arrays.run` calls besides
     assert found == {path.name for path in (ROOT / "kernels").glob("*.cu")}
 
 
-@pytest.mark.parametrize("listed", [sanitize.tiny_cases, sanitize.check_cases, sanitize.simulator_cases])
+@pytest.mark.parametrize("listed", [tiny_cases, check_cases, simulator_cases])
 def test_every_feature_is_among_the_sanitizers_cases(listed: Any) -> None:
     kinds = [case.sample.features.kinds() for case in listed()]
     assert {field.name for field in fields(FeatureSet) if any(getattr(kind, field.name) for kind in kinds)} == {
@@ -367,14 +372,14 @@ def test_every_feature_is_among_the_sanitizers_cases(listed: Any) -> None:
 
 @pytest.mark.parametrize("result", ["out", "lse", "grad_query", "grad_key", "grad_value", "grad_sinks", "dropout_mask"])
 def test_the_judge_sees_one_wrong_element(result: str) -> None:
-    case = next(case for case in sanitize.simulator_cases() if case.sample.features == sanitize.MANY)
-    values = sanitize.values_of(case)
-    results = sanitize.run(case, sanitize.operands_of(case, values, numpy))
-    assert sanitize.judge(case, values, results)[1] == []
+    case = next(case for case in simulator_cases() if case.sample.features == MANY)
+    values = values_of(case)
+    results = run(case, operands_of(case, values, numpy))
+    assert judge(case, values, results)[1] == []
     broken = {name: reference.to_float64(x) for name, x in results.items()}
     last = (-1,) * broken[result].ndim
     broken[result][last] = 1.0 - broken[result][last] if result == "dropout_mask" else broken[result][last] + 0.5
-    (complaint,) = sanitize.judge(case, values, broken)[1]
+    (complaint,) = judge(case, values, broken)[1]
     assert complaint.startswith(f"{result}: ")
 
 
@@ -389,13 +394,13 @@ def test_calls_under_the_sanitizers_run_dry() -> None:
 def test_what_a_machine_cannot_check_is_skipped_not_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     options = argparse.Namespace(dry_run=True)
     for trouble, verdict, status in (
-        (sanitize.Skipped("one GPU only"), "skipped: one GPU only", 0),
+        (streams.Skipped("one GPU only"), "skipped: one GPU only", 0),
         (NotImplementedError("gone"), "WRONG", 1),
     ):
 
         def threads(*_: Any, trouble: Exception = trouble, **__: Any) -> None:
             raise trouble
 
-        monkeypatch.setattr(sanitize.threading, "Thread", threads)
-        assert sanitize.streams(options) == status
+        monkeypatch.setattr(streams.threading, "Thread", threads)
+        assert streams.streams(options) == status
         assert f"four threads             {verdict}" in capsys.readouterr().out

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import sanitize
+from small_calls.arrays import requests_of as requests_of_calls
+from small_calls.cases import check_cases, simulator_cases, tiny_cases
 
 from bench.cases import Case, dry_cases, dry_feature_cases, feature_cases, quick_cases
 from bench.machine import Machine
@@ -45,8 +46,8 @@ def compile_all(machine: Machine, arguments: argparse.Namespace) -> int:
     """`--compile`: one failure does not keep the others from being compiled."""
     on = machine.device
     wanted: dict[Any, None] = {}
-    for calls in (sanitize.check_cases(), sanitize.tiny_cases(), sanitize.simulator_cases()):
-        wanted |= dict.fromkeys(sanitize.requests_of(calls[:1] if machine.dry else calls, on))
+    for calls in (check_cases(), tiny_cases(), simulator_cases()):
+        wanted |= dict.fromkeys(requests_of_calls(calls[:1] if machine.dry else calls, on))
     cases = [*dry_cases(), *dry_feature_cases()[:1]] if machine.dry else [*quick_cases(), *feature_cases()]
     wanted |= dict.fromkeys(requests_of(cases, on))
     started, failed, spilled = time.perf_counter(), 0, 0
