@@ -20,13 +20,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # cuflash of this clone, whether it is installed or not
 
 import numpy
+
+from cuflash import reference
 from small_calls.arrays import operands_of, run, the_gpu, values_of
 from small_calls.cases import check_cases, dry_cases, simulator_cases, tiny_cases
 from small_calls.checking import check, worker
 from small_calls.compared import compare_with_simulator
 from small_calls.streams import streams
-
-from cuflash import reference
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cuflash
-from cuflash import command_options
+from cuflash.command_options import DTYPES, add_cases, add_features, features_of, lengths_of, positive
 from cuflash.errors import CuflashError, OptionError
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command")
 
     demo = commands.add_parser("demo", help="train a small transformer on cuflash's own source and check every gradient")
-    demo.add_argument("--steps", type=command_options.positive, default=300, help="of training (default 300)")
+    demo.add_argument("--steps", type=positive, default=300, help="of training (default 300)")
     demo.add_argument("--seed", type=int, default=0, help="of parameters and batches (default 0)")
-    demo.add_argument("--dtype", choices=command_options.DTYPES, default="float16", help="of attention's operands (default float16)")
+    demo.add_argument("--dtype", choices=DTYPES, default="float16", help="of attention's operands (default float16)")
     demo.add_argument("--arch", help="the architecture that the simulator poses as, such as sm_90 (default sm_80); ignored on a GPU")
     demo.add_argument("--output", type=Path, default=Path("cuflash-demo.png"), help="picture of the loss (default cuflash-demo.png)")
     demo.set_defaults(run=_demo)
@@ -65,29 +65,27 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="registers, spills, occupancy and instruction mix of the default tiles; needs no GPU")
     inspect.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], help="architectures (default sm_80 sm_90)")
-    command_options.add_cases(inspect)
+    add_cases(inspect)
     inspect.add_argument("--causal", action="store_true", help="the kernels of causal attention")
     inspect.add_argument("--json", action="store_true", help="print JSON")
-    command_options.add_features(inspect)
+    add_features(inspect)
     inspect.set_defaults(run=_inspect)
 
     profile = commands.add_parser("profile", help="what the kernels of a call do, line by line, counted by the simulator; needs no GPU")
     _add_call(profile)
     profile.add_argument("--arch", help="the architecture that the simulator poses as (default sm_80)")
-    profile.add_argument(
-        "--top", type=command_options.positive, default=20, metavar="N", help="show the N lines with the most instructions (default 20)"
-    )
+    profile.add_argument("--top", type=positive, default=20, metavar="N", help="show the N lines with the most instructions (default 20)")
     profile.add_argument("--full", action="store_true", help="show every line of the sources instead")
     profile.add_argument("--by-kernel-line", action="store_true", help="count inlined functions at the line of the kernel that calls them")
     profile.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE")
-    command_options.add_features(profile)
+    add_features(profile)
     profile.set_defaults(run=_profile)
 
     warmup = commands.add_parser("warmup", help="compile kernels ahead, so that no call has to")
     warmup.add_argument("--arch", help="the architecture to compile for (default: this machine's GPU, or the simulator)")
     warmup.add_argument("--causal", action="store_true", help="only the kernels of causal attention (default: causal and not)")
-    command_options.add_cases(warmup)
-    command_options.add_features(warmup)
+    add_cases(warmup)
+    add_features(warmup)
     warmup.set_defaults(run=_warmup)
 
     cache = commands.add_parser("cache", help="list the compiled kernels that are kept")
@@ -98,22 +96,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_call(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pass", dest="direction", choices=("forward", "backward"), default="forward", help="(default forward)")
-    parser.add_argument("--batch", type=command_options.positive, default=1, help="(default 1)")
-    parser.add_argument(
-        "--seqlen", type=command_options.positive, default=256, help="of queries, and of keys unless told otherwise (default 256)"
-    )
-    parser.add_argument("--seqlen-kv", type=command_options.positive, help="of keys and values")
-    parser.add_argument(
-        "--heads", type=command_options.positive, default=1, help="of queries, and of keys unless told otherwise (default 1)"
-    )
-    parser.add_argument("--heads-kv", type=command_options.positive, help="of keys and values")
-    parser.add_argument("--head-dim", type=command_options.positive, default=64, help="(default 64)")
-    parser.add_argument("--dtype", choices=command_options.DTYPES, default="float16", help="(default float16)")
+    parser.add_argument("--batch", type=positive, default=1, help="(default 1)")
+    parser.add_argument("--seqlen", type=positive, default=256, help="of queries, and of keys unless told otherwise (default 256)")
+    parser.add_argument("--seqlen-kv", type=positive, help="of keys and values")
+    parser.add_argument("--heads", type=positive, default=1, help="of queries, and of keys unless told otherwise (default 1)")
+    parser.add_argument("--heads-kv", type=positive, help="of keys and values")
+    parser.add_argument("--head-dim", type=positive, default=64, help="(default 64)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="(default float16)")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--layout", default="bshd", help="order of dimensions (default bshd)")
     parser.add_argument("--allow-tf32", action="store_true", help="one TF32 product for float32 instead of three")
     parser.add_argument("--need-attn-mask-grad", action="store_true", help="with --pass backward, also the gradient of --attn-mask")
-    parser.add_argument("--tile", nargs=4, type=command_options.positive, metavar=("TILE_Q", "TILE_KV", "NUM_WARPS", "NUM_STAGES"))
+    parser.add_argument("--tile", nargs=4, type=positive, metavar=("TILE_Q", "TILE_KV", "NUM_WARPS", "NUM_STAGES"))
 
 
 # --- Commands -----------------------------------------------------------------------------------------------------------------------------
@@ -139,7 +133,7 @@ def _info(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from cuflash import device, inspection, tuning
 
-    features = command_options.features_of(options).kinds()
+    features = features_of(options).kinds()
     plans: dict[CompileRequest, tuple[Device, KernelPlan]] = {}
     for arch in options.arch:
         on = device.of_arch(arch, "gpu")
@@ -149,9 +143,7 @@ def _inspect(options: argparse.Namespace) -> int:
                     on, head_dim=head_dim, dtype=dtype, head_dim_v=options.head_dim_v, is_causal=options.causal,
                     backward=not options.forward_only, varlen=options.varlen is not None, seqlens_kv=options.seqlens_kv is not None, features=features,
                 )  # fmt: skip
-                plans |= {
-                    kernel.request(on): (on, kernel) for kernel in kernels
-                }  # lists of visible tiles may be the same for several kernels
+                plans |= {kernel.request(on): (on, kernel) for kernel in kernels}  # several kernels may have the same list of visible tiles
     reports = inspection.inspect_kernels(plans.values())
     if options.json:
         print(json.dumps([_as_json(report) | {"features": list(features.names())} for report in reports], indent=1))
@@ -192,7 +184,7 @@ def _profile(options: argparse.Namespace) -> int:
         os.environ["CUFLASH_SIMULATOR_ARCH"] = device.normalize_arch(options.arch)
     if options.json is not None:
         _check_writable(options.json)
-    extents = command_options.lengths_of(options, options.batch, options.seqlen, options.seqlen_kv or options.seqlen)
+    extents = lengths_of(options, options.batch, options.seqlen, options.seqlen_kv or options.seqlen)
     sample = dataclasses.replace(
         extents,
         num_heads_q=options.heads,
@@ -203,7 +195,7 @@ def _profile(options: argparse.Namespace) -> int:
         is_causal=options.causal,
         layout=options.layout,
         allow_tf32=options.allow_tf32,
-        features=command_options.features_of(options, need_attn_mask_grad=options.need_attn_mask_grad),
+        features=features_of(options, need_attn_mask_grad=options.need_attn_mask_grad),
     )
     result = profiling.profile_call(sample, options.direction, tile=None if options.tile is None else cuflash.Tile(*options.tile))
     profiling.render(result, profiling.View("kernel" if options.by_kernel_line else "innermost", options.top, options.full))
@@ -242,7 +234,7 @@ def _warmup(options: argparse.Namespace) -> int:
         arch=options.arch,
         varlen=options.varlen is not None,
         seqlens_kv=options.seqlens_kv is not None,
-        features=command_options.features_of(options).kinds(),
+        features=features_of(options).kinds(),
         progress=progress if sys.stderr.isatty() else None,
     )
     if sys.stderr.isatty():

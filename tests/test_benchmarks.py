@@ -15,20 +15,20 @@ from typing import Any
 
 import numpy
 import pytest
+
 from bench import cases, comparison, libraries, report
 from bench.cases import Case
 from bench.machine import Machine
 from bench.operands import ALLOWED_ERROR, Operands
 from bench.timing import time_call
-from small_calls import streams
-from small_calls.arrays import operands_of, run, values_of
-from small_calls.cases import MANY, check_cases, simulator_cases, tiny_cases
-from small_calls.judge import judge
-
 from cuflash import device, reference
 from cuflash.features import FeatureSet
 from cuflash.planning import make_plan
 from cuflash.samples import Sample, SampleFeatures
+from small_calls import streams
+from small_calls.arrays import operands_of, run, values_of
+from small_calls.cases import MANY, check_cases, simulator_cases, tiny_cases
+from small_calls.judge import judge
 
 pytest.importorskip("cupy")
 

@@ -10,14 +10,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from small_calls.arrays import requests_of as requests_of_calls
-from small_calls.cases import check_cases, simulator_cases, tiny_cases
-
 from bench.cases import Case, dry_cases, dry_feature_cases, feature_cases, quick_cases
 from bench.machine import Machine
 from bench.report import one_line
 from cuflash import cache, device
 from cuflash.planning import Plan, make_plan
+from small_calls.arrays import requests_of as requests_of_calls
+from small_calls.cases import check_cases, simulator_cases, tiny_cases
 
 
 def plans_of(case: Case, on: device.Device, tile: Any = None, backward: bool | None = None) -> list[Plan]:

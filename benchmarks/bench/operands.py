@@ -10,13 +10,13 @@ import numpy
 import cuflash
 from bench.cases import Case
 from bench.machine import Machine, the_torch
+from bench.truth import Head
 from cuflash import reference
 from cuflash.features import NO_FEATURES
 
 ALLOWED_ERROR = {"float16": 3e-3, "bfloat16": 2e-2, "float32": 2e-5}
 """Relative to the norm of the result. What another library exceeds up to a hundredfold in float32 is TF32, and said so."""
 
-ROWS_AT_A_TIME = 2048
 LONGEST_IN_NUMPY = 2048
 """Without torch, longer sequences are not checked."""
 
@@ -98,66 +98,28 @@ class Operands:
         return (slice(begin, begin + lengths[sequence]), head)
 
     def _truth(self) -> dict[str, Any]:
-        sample, sequence = self.case.sample, self.judged_sequence
-        group = sample.num_heads_q // sample.num_heads_kv
-        found = self._of_head(sequence, sample.num_heads_q - 1)
-        for head in range(sample.num_heads_q - group, sample.num_heads_q - 1):
-            other = self._of_head(sequence, head)
+        sample, sequence, last = self.case.sample, self.judged_sequence, self.case.sample.num_heads_q - 1
+        of_mask = sample.features.need_attn_mask_grad
+        found = self._head(sequence, last).out_and_gradients(of_mask=of_mask)
+        for head in range(last + 1 - sample.num_heads_q // sample.num_heads_kv, last):  # the others that share the key head
+            other = self._head(sequence, head).out_and_gradients()
             found["key"] += other["key"]
             found["value"] += other["value"]
-        if sample.features.need_attn_mask_grad:
+        if of_mask:
             assert sample.features.mask_axes == "hqk", "gradients are judged for one mask of each head"
             for other_sequence in range(sequence):
-                found["attn_mask"] += self._of_head(other_sequence, sample.num_heads_q - 1)["attn_mask"]
+                found["attn_mask"] += self._head(other_sequence, last).out_and_gradients(of_mask=True)["attn_mask"]
         return found
 
-    def _of_head(self, sequence: int, head: int) -> dict[str, Any]:
-        """out and gradients by the formula, some rows of scores at a time; with torch on the GPU."""
-        xp = self.torch or numpy
-        sample, (rules, b) = self.case.sample, self.case.rules(sequence)
+    def _head(self, sequence: int, head: int) -> Head:
+        sample, problem, (rules, batch) = self.case.sample, self.case.plan.problem, self.case.rules(sequence)
         key_head = head * sample.num_heads_kv // sample.num_heads_q
-        query, grad = (self._double(self.arrays[name], self._index(name, sequence, head)) for name in ("query", "grad_out"))
-        key, value = (self._double(self.arrays[name], self._index(name, sequence, key_head)) for name in ("key", "value"))
-        scale = sample.head_dim**-0.5 if sample.scale is None else sample.scale
-        simple = self.case.plan.problem.features.kinds == NO_FEATURES and not self.case.plan.problem.seqlens_kv
-        visible, bias, kept = (None, None, None) if simple else (rules.visible(b, head), rules.bias(b, head), rules.kept(b, head))
-        out = xp.zeros_like(grad)
-        found = {"out": out, **{name: xp.zeros_like(x) for name, x in (("query", query), ("key", key), ("value", value))}}
-        of_mask = []
-        for begin in range(0, len(query), ROWS_AT_A_TIME):
-            rows = slice(begin, min(begin + ROWS_AT_A_TIME, len(query)))
-            seen = numpy.ones((rows.stop - begin, len(key)), numpy.bool_) if visible is None else visible[rows]
-            if simple and sample.is_causal:
-                seen = numpy.arange(len(key))[None, :] <= numpy.arange(rows.start, rows.stop)[:, None] + rules.shift(b)
-            hidden = self._like(query, ~seen)
-            scores, slope = scale * query[rows] @ key.T, 1.0
-            if rules.softcap is not None:
-                scores = rules.softcap * xp.tanh(scores / rules.softcap)
-                slope = 1.0 - (scores / rules.softcap) ** 2
-            if bias is not None:
-                scores = scores + self._like(query, bias[rows])
-            scores = xp.where(hidden, -xp.inf, scores)
-            largest = xp.amax(scores, -1)[:, None]
-            if rules.sinks is not None:
-                largest = xp.where(largest > rules.sinks[head], largest, float(rules.sinks[head]))
-            largest = xp.where(largest == -xp.inf, 0.0, largest)
-            exponentials = xp.exp(scores - largest)
-            total = exponentials.sum(-1)[:, None]
-            if rules.sinks is not None:
-                total = total + xp.exp(float(rules.sinks[head]) - largest)
-            weights = exponentials / xp.where(total == 0.0, 1.0, total)
-            factor = 1.0 if kept is None else self._like(query, kept[rows] * rules.kept_factor)
-            out[rows] = (weights * factor) @ value
-            grad_scores = weights * ((grad[rows] @ value.T) * factor - (grad[rows] * out[rows]).sum(-1)[:, None])
-            of_mask += [grad_scores] if sample.features.need_attn_mask_grad else []
-            found["value"] += (weights * factor).T @ grad[rows]
-            grad_scores = grad_scores * slope
-            found["query"][rows] = scale * grad_scores @ key
-            found["key"] += scale * grad_scores.T @ query[rows]
-        return found | ({"attn_mask": xp.concatenate(of_mask)} if of_mask else {})
-
-    def _like(self, query: Any, x: Any) -> Any:
-        return x if self.torch is None else self.torch.as_tensor(x, device=query.device)
+        query, key, value, grad_out = (
+            self._double(self.arrays[name], self._index(name, sequence, key_head if name in ("key", "value") else head))
+            for name in ("query", "key", "value", "grad_out")
+        )
+        plain = problem.features.kinds == NO_FEATURES and not problem.seqlens_kv
+        return Head(self.torch or numpy, query, key, value, grad_out, problem.scale, rules, batch, head, plain)
 
 
 def placed_without_torch(values: Any, dtype: str, machine: Machine) -> Any:
