@@ -211,6 +211,7 @@ mkdir -p "$results"
 # The simulator's core is needed by later steps and takes half a minute: it is built while the first ones run.
 setsid "$python" -c "from cuflash.simulator import build; build.library_path()" >"$out/logs/simulator-core.txt" 2>&1 &
 core=$!
+[ -z "$dry" ] || wait $core # every step of a rehearsal needs it, and some have a limit for each case
 
 export limit out results dry full bench calls python
 failed=0
