@@ -28,8 +28,8 @@ def not_negative(text: str) -> int:
 
 def _at_least(least: int, text: str, expected: str) -> int:
     number = int(text)
-    if number < least:
-        raise argparse.ArgumentTypeError(f"got {number}; expected {expected}")
+    if not least <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"got {number}; expected {expected if number < least else 'a number below 2**31'}")
     return number
 
 
@@ -62,7 +62,12 @@ def add_features(parser: argparse.ArgumentParser) -> None:
         "--segments", nargs="?", type=int, const=2, metavar="N", help="documents that each sequence consists of (2 if none is given)"
     )
     group.add_argument(
-        "--prefix", nargs="?", type=int, const=64, metavar="N", help="keys that every query sees, with --causal (64 if none is given)"
+        "--prefix",
+        nargs="?",
+        type=not_negative,
+        const=64,
+        metavar="N",
+        help="keys that every query sees, with --causal (64 if none is given)",
     )
     lengths = group.add_mutually_exclusive_group()
     lengths.add_argument(

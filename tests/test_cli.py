@@ -227,6 +227,8 @@ def test_demo_without_enough_steps_fails_with_a_picture(tmp_path: Path) -> None:
         (("profile", "--head-dim-v", "600"), {}, "value: got head_dim 600"),
         (("profile", "--need-attn-mask-grad", "--pass", "backward"), {}, "need_attn_mask_grad: got True without attn_mask"),
         (("profile", "--json", "/nowhere/profile.json"), {}, "--json: got '/nowhere/profile.json': No such file or directory"),
+        (("profile", "--causal", "--prefix", "4294967296"), {}, "expected a number below 2**31"),
+        (("profile", "--varlen", "5", "-3"), {}, "expected a number of at least 0"),
         (("inspect", "--prefix"), {}, "features: got prefix without is_causal"),
         (("inspect", "--dropout", "2"), {}, "dropout_p: got 2.0; expected a probability"),
         (("inspect", "--head-dim-v", "600"), {}, "head_dim_v: got 600; expected an int from 1 to 576"),
