@@ -21,8 +21,10 @@ Row = dict[str, str]
 Key = tuple[str, int, bool, int, str]
 """dtype, head_dim, causal, seqlen, pass."""
 
-ORDER = ("cuflash", "torch flash", "torch cudnn", "torch efficient", "torch flex", "torch math", "jax cudnn", "numpy formula")
-COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#7f7f7f", "#ff7f0e", "#bcbd22")
+ORDER = (
+    "cuflash", "torch flash", "torch cudnn", "torch efficient", "torch flex", "torch math", "jax cudnn", "numpy formula", "torch varlen", "flash-attn flash-attn",
+)  # fmt: skip
+COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#7f7f7f", "#ff7f0e", "#bcbd22", "#17becf", "#e377c2")
 
 
 def read(path: Path) -> list[Row]:
@@ -37,10 +39,10 @@ def library(row: Row) -> str:
 
 
 def rates(rows: list[Row]) -> dict[Key, dict[str, Row]]:
-    """For each case the last timed row of each library."""
+    """For each plain case the last timed row of each library."""
     found: dict[Key, dict[str, Row]] = {}
     for row in rows:
-        if row["milliseconds"]:
+        if row["milliseconds"] and not row["case"]:
             key = (row["dtype"], int(row["head_dim"]), row["causal"] == "1", int(row["seqlen"]), row["pass"])
             found.setdefault(key, {})[library(row)] = row
     return found
@@ -110,6 +112,41 @@ def memory_table(found: dict[Key, dict[str, Row]]) -> str:
         if lines
         else ""
     )
+
+
+def feature_tables(rows: list[Row]) -> list[str]:
+    """One line for each case of a feature, TFLOP/s of visible scores forward / backward; and why a library has none."""
+    cases: dict[tuple[str, ...], dict[tuple[str, str], Row]] = {}
+    for row in rows:
+        if row["case"]:
+            key = tuple(row[name] for name in ("case", "dtype", "batch", "heads", "seqlen", "head_dim", "head_dim_v", "causal", "features"))
+            cases.setdefault(key, {})[library(row), row["pass"]] = row
+    if not cases:
+        return []
+    present = {name for group in cases.values() for name, _ in group}
+    names = [name for name in ORDER if name in present] + sorted(present - set(ORDER))
+    lines: list[list[str]] = []
+    reasons: dict[tuple[str, str], dict[str, None]] = {}
+    for (case, *_, head_dim, head_dim_v, causal, features), group in cases.items():
+        both = [[_feature_cell(group.get((name, direction))) for direction in ("forward", "backward")] for name in names]
+        cells = [pair[0] if pair[0] == pair[1] and not pair[0][0].isdigit() else " / ".join(pair) for pair in both]
+        share = f"{100 * float(next(iter(group.values()))['visible_share']):.0f} %"
+        dims = head_dim if head_dim == head_dim_v else f"{head_dim}/{head_dim_v}"
+        lines.append([case, features or "–", dims, "yes" if causal == "1" else "no", share, *cells])
+        for (name, _), row in group.items():
+            if row["note"]:
+                reasons.setdefault((name, row["note"]), {})[case] = None
+    told = [f"- {name}, {', '.join(cases_)}: {note}" for (name, note), cases_ in reasons.items()]
+    header = ["case", "features", "head_dim", "causal", "visible scores", *names]
+    title = "### Score features, lengths and head dimensions, TFLOP/s of visible scores, forward / backward\n\n"
+    return [title + table(header, lines), *(["\n".join(told)] if told else [])]
+
+
+def _feature_cell(row: Row | None) -> str:
+    """A rate, with * where the notes below say something of it; or why there is none."""
+    if row is None or row["milliseconds"]:
+        return tflops(row)
+    return "not supported" if row["note"].startswith("not supported") else row["note"].partition(":")[0] or "–"
 
 
 def ranks(values: list[float]) -> list[float]:
@@ -276,7 +313,14 @@ def main() -> int:
     arguments = parser.parse_args()
     rows, tile_rows = read(arguments.folder / "attention.csv"), read(arguments.folder / "tiles.csv")
     found = rates(rows)
-    parts = [facts_line(arguments.folder, rows), verdict(found), *speed_tables(found), memory_table(found), tile_table(tile_rows)]
+    parts = [
+        facts_line(arguments.folder, rows),
+        verdict(found),
+        *speed_tables(found),
+        memory_table(found),
+        *feature_tables(rows),
+        tile_table(tile_rows),
+    ]
     parts.append(host_table(arguments.folder / "host.json"))
     print("\n\n".join(part for part in parts if part))
     if not rows and not tile_rows:

@@ -10,9 +10,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cuflash import simulator
-from cuflash.profiling import Call, profile_call
+from cuflash.profiling import profile_call
+from cuflash.samples import Sample
 from cuflash.simulator import KernelProfile
 
 SEQLEN = 256
@@ -36,7 +41,7 @@ def cells(dtype: str, head_dim: int) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     for direction in ("forward", "backward"):
         with simulator.configure(checks=False):
-            result = profile_call(Call(seqlen_q=SEQLEN, seqlen_kv=SEQLEN, head_dim=head_dim, dtype=dtype, direction=direction))
+            result = profile_call(Sample(seqlen_q=SEQLEN, seqlen_kv=SEQLEN, head_dim=head_dim, dtype=dtype), direction)
         for plan, kernel in zip(result.plan.kernels, result.kernels, strict=True):
             column = "backward_dkdv" if plan.name in ("backward_dk", "backward_dv") else plan.name
             found.setdefault(column, []).append(wasted(kernel))

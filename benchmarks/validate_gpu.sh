@@ -17,15 +17,16 @@ set -u
 # Name, seconds, what it tells; in the order of their value.
 STEPS="
 facts      40  machine, software, clocks, ceilings -> facts.json
-compile    60  every kernel that the other steps need; registers and spills
-smoke      60  both passes against float64, twice; wrong results are kept in failures/
+compile    70  every kernel that the other steps need; registers and spills
+smoke      70  both passes against float64, twice, and every feature; wrong results are kept in failures/
 streams    25  streams, CUDA graphs, threads, a second GPU
 pytest     85  the tests of the GPU -> pytest.xml
 simulator  30  GPU against simulator, bit by bit -> simulator.json
 sanitize   65  memcheck, racecheck, initcheck, synccheck, side by side
 host       25  microseconds of a warm call -> host.json
-bench     130  libraries side by side -> attention.csv
-tiles      65  tiles beside the model's opinion -> tiles.csv
+bench     105  libraries side by side -> attention.csv
+features   50  the same on a case of every score feature, kind of lengths and head dimension -> attention.csv
+tiles      60  tiles beside the model's opinion -> tiles.csv
 profile    45  Nsight Compute on the worst case and on a common one -> logs/profile-*.txt
 figures    25  tables and figures of all that
 "
@@ -153,6 +154,8 @@ step_bench() {
   "$python" -X faulthandler "$bench" $dry $mode --seconds $((limit - 12)) --output "$results"
 }
 
+step_features() { "$python" -X faulthandler "$bench" $dry --features --seconds $((limit - 10)) --output "$results"; }
+
 step_tiles() { "$python" -X faulthandler "$bench" $dry --tiles --seconds $((limit - 8)) --output "$results"; }
 
 step_host() { "$python" "$bench" $dry --host --output "$results"; }
@@ -208,6 +211,7 @@ mkdir -p "$results"
 # The simulator's core is needed by later steps and takes half a minute: it is built while the first ones run.
 setsid "$python" -c "from cuflash.simulator import build; build.library_path()" >"$out/logs/simulator-core.txt" 2>&1 &
 core=$!
+[ -z "$dry" ] || wait $core # every step of a rehearsal needs it, and some have a limit for each case
 
 export limit out results dry full bench calls python
 failed=0

@@ -7,6 +7,7 @@ something that is missing, told in one message without a traceback.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -18,13 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cuflash
-from cuflash.errors import CuflashError
+from cuflash.command_options import DTYPES, add_cases, add_features, features_of, lengths_of, positive
+from cuflash.errors import CuflashError, OptionError
 
 if TYPE_CHECKING:
+    from cuflash.compiler import CompileRequest
+    from cuflash.device import Device
     from cuflash.environment import Section
     from cuflash.inspection import Report
-
-DTYPES = ("float16", "bfloat16", "float32")
+    from cuflash.planning import KernelPlan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command")
 
     demo = commands.add_parser("demo", help="train a small transformer on cuflash's own source and check every gradient")
-    demo.add_argument("--steps", type=_positive, default=300, help="of training (default 300)")
+    demo.add_argument("--steps", type=positive, default=300, help="of training (default 300)")
     demo.add_argument("--seed", type=int, default=0, help="of parameters and batches (default 0)")
     demo.add_argument("--dtype", choices=DTYPES, default="float16", help="of attention's operands (default float16)")
     demo.add_argument("--arch", help="the architecture that the simulator poses as, such as sm_90 (default sm_80); ignored on a GPU")
@@ -62,23 +65,27 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="registers, spills, occupancy and instruction mix of the default tiles; needs no GPU")
     inspect.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], help="architectures (default sm_80 sm_90)")
-    _add_cases(inspect)
+    add_cases(inspect)
     inspect.add_argument("--causal", action="store_true", help="the kernels of causal attention")
     inspect.add_argument("--json", action="store_true", help="print JSON")
+    add_features(inspect)
     inspect.set_defaults(run=_inspect)
 
     profile = commands.add_parser("profile", help="what the kernels of a call do, line by line, counted by the simulator; needs no GPU")
     _add_call(profile)
     profile.add_argument("--arch", help="the architecture that the simulator poses as (default sm_80)")
-    profile.add_argument("--top", type=_positive, default=20, metavar="N", help="show the N lines with the most instructions (default 20)")
+    profile.add_argument("--top", type=positive, default=20, metavar="N", help="show the N lines with the most instructions (default 20)")
     profile.add_argument("--full", action="store_true", help="show every line of the sources instead")
     profile.add_argument("--by-kernel-line", action="store_true", help="count inlined functions at the line of the kernel that calls them")
     profile.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE")
+    add_features(profile)
     profile.set_defaults(run=_profile)
 
-    warmup = commands.add_parser("warmup", help="compile kernels ahead, causal and not, so that no call has to")
+    warmup = commands.add_parser("warmup", help="compile kernels ahead, so that no call has to")
     warmup.add_argument("--arch", help="the architecture to compile for (default: this machine's GPU, or the simulator)")
-    _add_cases(warmup)
+    warmup.add_argument("--causal", action="store_true", help="only the kernels of causal attention (default: causal and not)")
+    add_cases(warmup)
+    add_features(warmup)
     warmup.set_defaults(run=_warmup)
 
     cache = commands.add_parser("cache", help="list the compiled kernels that are kept")
@@ -87,32 +94,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_cases(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128], help="head dimensions (default 64 128)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="element types (default bfloat16)")
-    parser.add_argument("--forward-only", action="store_true", help="leave out the backward pass")
-
-
 def _add_call(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pass", dest="direction", choices=("forward", "backward"), default="forward", help="(default forward)")
-    parser.add_argument("--batch", type=_positive, default=1, help="(default 1)")
-    parser.add_argument("--seqlen", type=_positive, default=256, help="of queries, and of keys unless told otherwise (default 256)")
-    parser.add_argument("--seqlen-kv", type=_positive, help="of keys and values")
-    parser.add_argument("--heads", type=_positive, default=1, help="of queries, and of keys unless told otherwise (default 1)")
-    parser.add_argument("--heads-kv", type=_positive, help="of keys and values")
-    parser.add_argument("--head-dim", type=_positive, default=64, help="(default 64)")
+    parser.add_argument("--batch", type=positive, default=1, help="(default 1)")
+    parser.add_argument("--seqlen", type=positive, default=256, help="of queries, and of keys unless told otherwise (default 256)")
+    parser.add_argument("--seqlen-kv", type=positive, help="of keys and values")
+    parser.add_argument("--heads", type=positive, default=1, help="of queries, and of keys unless told otherwise (default 1)")
+    parser.add_argument("--heads-kv", type=positive, help="of keys and values")
+    parser.add_argument("--head-dim", type=positive, default=64, help="(default 64)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="(default float16)")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--layout", default="bshd", help="order of dimensions (default bshd)")
     parser.add_argument("--allow-tf32", action="store_true", help="one TF32 product for float32 instead of three")
-    parser.add_argument("--tile", nargs=4, type=_positive, metavar=("TILE_Q", "TILE_KV", "NUM_WARPS", "NUM_STAGES"))
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {number}; expected a positive number")
-    return number
+    parser.add_argument("--need-attn-mask-grad", action="store_true", help="with --pass backward, also the gradient of --attn-mask")
+    parser.add_argument("--tile", nargs=4, type=positive, metavar=("TILE_Q", "TILE_KV", "NUM_WARPS", "NUM_STAGES"))
 
 
 # --- Commands -----------------------------------------------------------------------------------------------------------------------------
@@ -136,21 +131,22 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from cuflash import device, inspection, planning, tuning
+    from cuflash import device, inspection, tuning
 
-    plans = []
+    features = features_of(options).kinds()
+    plans: dict[CompileRequest, tuple[Device, KernelPlan]] = {}
     for arch in options.arch:
         on = device.of_arch(arch, "gpu")
         for dtype in options.dtype:
             for head_dim in options.head_dim:
-                tuning.legal_tiles(head_dim, dtype, arch=arch)  # checks the arguments
-                kernels = planning.offline_kernels(
-                    on, dtype=dtype, head_dim=head_dim, is_causal=options.causal, backward=not options.forward_only
-                )
-                plans += [(on, kernel) for kernel in kernels]
-    reports = inspection.inspect_kernels(plans)
+                kernels = tuning.kernels_of_case(
+                    on, head_dim=head_dim, dtype=dtype, head_dim_v=options.head_dim_v, is_causal=options.causal,
+                    backward=not options.forward_only, varlen=options.varlen is not None, seqlens_kv=options.seqlens_kv is not None, features=features,
+                )  # fmt: skip
+                plans |= {kernel.request(on): (on, kernel) for kernel in kernels}  # several kernels may have the same list of visible tiles
+    reports = inspection.inspect_kernels(plans.values())
     if options.json:
-        print(json.dumps([_as_json(report) for report in reports], indent=1))
+        print(json.dumps([_as_json(report) | {"features": list(features.names())} for report in reports], indent=1))
     else:
         inspection.render(reports)
     return 1 if any(report.failures for report in reports) else 0
@@ -163,6 +159,7 @@ def _as_json(report: Report) -> dict[str, Any]:
         "kernel": subject.label,
         "dtype": subject.dtype,
         "head_dim": subject.head_dim,
+        "head_dim_v": subject.head_dim_v or None,
         "tile": subject.tile,
         "num_threads": subject.num_threads,
         "registers": resources.registers,
@@ -185,25 +182,39 @@ def _profile(options: argparse.Namespace) -> int:
 
     if options.arch is not None:
         os.environ["CUFLASH_SIMULATOR_ARCH"] = device.normalize_arch(options.arch)
-    call = profiling.Call(
-        batch=options.batch,
-        seqlen_q=options.seqlen,
-        seqlen_kv=options.seqlen_kv or options.seqlen,
+    if options.json is not None:
+        _check_writable(options.json)
+    extents = lengths_of(options, options.batch, options.seqlen, options.seqlen_kv or options.seqlen)
+    sample = dataclasses.replace(
+        extents,
         num_heads_q=options.heads,
         num_heads_kv=options.heads_kv or options.heads,
         head_dim=options.head_dim,
+        head_dim_v=options.head_dim_v,
         dtype=options.dtype,
         is_causal=options.causal,
         layout=options.layout,
         allow_tf32=options.allow_tf32,
-        tile=None if options.tile is None else cuflash.Tile(*options.tile),
-        direction=options.direction,
+        features=features_of(options, need_attn_mask_grad=options.need_attn_mask_grad),
     )
-    result = profiling.profile_call(call)
+    result = profiling.profile_call(sample, options.direction, tile=None if options.tile is None else cuflash.Tile(*options.tile))
     profiling.render(result, profiling.View("kernel" if options.by_kernel_line else "innermost", options.top, options.full))
     if options.json is not None:
         options.json.write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Fail before the work whose result is to be written there, and leave the file as it is."""
+    existed = path.exists()
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        hint = "Name a file in a folder that exists and that you may write to."
+        raise OptionError("--json", f"{str(path)!r}: {error.strerror}", "a file that can be written", hint) from error
+    if not existed:
+        path.unlink()
 
 
 def _warmup(options: argparse.Namespace) -> int:
@@ -217,8 +228,13 @@ def _warmup(options: argparse.Namespace) -> int:
     count = cuflash.warmup(
         options.head_dim,
         options.dtype,
+        head_dim_v=options.head_dim_v,
+        is_causal=True if options.causal else (False, True),
         backward=not options.forward_only,
         arch=options.arch,
+        varlen=options.varlen is not None,
+        seqlens_kv=options.seqlens_kv is not None,
+        features=features_of(options).kinds(),
         progress=progress if sys.stderr.isatty() else None,
     )
     if sys.stderr.isatty():

@@ -27,6 +27,7 @@ from typing import Protocol, TextIO
 from cuflash import cache
 from cuflash.compiler import CompileRequest, KernelResources
 from cuflash.device import KIB, Device
+from cuflash.tiles import head_dims
 
 NVDISASM_HINT = "The instruction mix needs nvdisasm: pip install 'cuflash[inspect]'"
 
@@ -238,7 +239,7 @@ class Subject:
         device: whose occupancy to compute; its architecture is the request's.
         num_threads: threads of a block.
         shared_bytes: dynamic shared memory of a block.
-        dtype, head_dim, tile: for the table only.
+        dtype, head_dim, head_dim_v, tile: for the table only; a head_dim_v of 0 is that of a kernel that has no value.
         expectations: see there.
     """
 
@@ -250,6 +251,7 @@ class Subject:
     dtype: str = ""
     head_dim: int = 0
     tile: str = ""
+    head_dim_v: int = 0
     expectations: Expectations = Expectations()
 
 
@@ -319,6 +321,8 @@ class KernelPlan(Protocol):
     def dtype(self) -> str: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def head_dim_v(self) -> int: ...
 
     def request(self, device: Device) -> CompileRequest: ...
 
@@ -339,7 +343,9 @@ def inspect_kernels(
 def _subject(device: Device, plan: KernelPlan, expectations: Expectations) -> Subject:
     tile = f"{plan.tile.tile_q}x{plan.tile.tile_kv} w{plan.tile.num_warps} s{plan.tile.num_stages}"
     request = dataclasses.replace(plan.request(device), arch=device.compile_arch, target="cubin")
-    return Subject(plan.name, request, device, plan.num_threads, plan.shared_bytes, plan.dtype, plan.head_dim, tile, expectations)
+    return Subject(
+        plan.name, request, device, plan.num_threads, plan.shared_bytes, plan.dtype, plan.head_dim, tile, plan.head_dim_v, expectations
+    )
 
 
 def inspect(subjects: Iterable[Subject], progress: cache.Progress | None = None) -> list[Report]:
@@ -403,7 +409,7 @@ def table(reports: Sequence[Report]) -> tuple[tuple[str, ...], list[tuple[str, .
                 subject.request.arch,
                 subject.label,
                 subject.dtype or "-",
-                str(subject.head_dim or "-"),
+                head_dims(subject.head_dim, subject.head_dim_v or subject.head_dim) if subject.head_dim else "-",
                 subject.tile or "-",
                 str(resources.registers),
                 f"{resources.spill_store_bytes}+{resources.spill_load_bytes}" if report.spills else "0",

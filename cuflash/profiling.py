@@ -1,6 +1,6 @@
 """What a call of attention does on the simulator, kernel by kernel and line by line; needs no GPU.
 
-`profile_call(call)` runs one call under `cuflash.simulator.profile` and returns a `CallProfile`; `render` prints it: for each kernel instructions by
+`profile_call(sample)` runs one pass of a call under `cuflash.simulator.profile` and returns a `CallProfile`; `render` prints it: for each kernel instructions by
 class, memory traffic against the ideal, bytes by operand, and the kernels' sources with what each line did. Counts are of PTX, before ptxas, and
 nothing here is a time.
 """
@@ -15,41 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-import numpy
-
-import cuflash
 from cuflash import compiler
-from cuflash.errors import OptionError
-from cuflash.planning import Plan
+from cuflash.planning import Plan, Tiles
+from cuflash.samples import Sample, numpy_call
 from cuflash.simulator import KernelProfile, LineProfile, Traffic, profile
 from cuflash.simulator.kernel_profile import Attribution
-from cuflash.tiles import Tile
 
-
-@dataclass(frozen=True)
-class Call:
-    """The call to profile, on random contiguous arrays.
-
-    Attributes:
-        batch, seqlen_q, seqlen_kv, num_heads_q, num_heads_kv, head_dim: extents.
-        dtype: "float16", "bfloat16" or "float32".
-        is_causal, layout, allow_tf32: as in `cuflash.scaled_dot_product_attention`.
-        tile: None for the default tiles.
-        direction: "forward", or "backward" for its gradients; what the backward pass takes from the forward pass is not profiled.
-    """
-
-    batch: int = 1
-    seqlen_q: int = 256
-    seqlen_kv: int = 256
-    num_heads_q: int = 1
-    num_heads_kv: int = 1
-    head_dim: int = 64
-    dtype: str = "float16"
-    is_causal: bool = False
-    layout: str = "bshd"
-    allow_tf32: bool = False
-    tile: Tile | None = None
-    direction: Literal["forward", "backward"] = "forward"
+Direction = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
@@ -57,56 +29,46 @@ class CallProfile:
     """What a call did.
 
     Attributes:
-        call: the call.
-        plan: its kernels, tiles and grids.
+        sample: the call.
+        plan: the pass that was profiled, with its kernels, tiles and grids.
         kernels: one profile per kernel, in the order of launches.
     """
 
-    call: Call
+    sample: Sample
     plan: Plan
     kernels: tuple[KernelProfile, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Dictionaries and lists for the json module."""
-        return {"call": asdict(self.call), "arch": self.plan.device.arch, "kernels": [kernel.to_json() for kernel in self.kernels]}
+        call = {**asdict(self.sample), "direction": "backward" if self.plan.backward else "forward"}
+        return {"call": call, "arch": self.plan.device.arch, "kernels": [kernel.to_json() for kernel in self.kernels]}
 
 
-def _random(rng: numpy.random.Generator, call: Call, seqlen: int, num_heads: int) -> Any:
-    extents = {"b": call.batch, "s": seqlen, "h": num_heads, "d": call.head_dim}
-    if sorted(call.layout) != sorted(extents):
-        raise OptionError("layout", repr(call.layout), "the letters b, s, h, d in any order", "Use 'bshd'.")
-    values = rng.standard_normal(tuple(extents[letter] for letter in call.layout), dtype=numpy.float32)
-    if call.dtype == "bfloat16":
-        return cuflash.bfloat16((values.view(numpy.uint32) >> 16).astype(numpy.uint16))
-    return values.astype(call.dtype)
-
-
-def profile_call(call: Call, seed: int = 0) -> CallProfile:
+def profile_call(sample: Sample, direction: Direction = "forward", *, tile: Tiles = None, seed: int = 0) -> CallProfile:
     """Run a call on the simulator and count what its kernels do.
 
+    Args:
+        sample: the call.
+        direction: "backward" for its gradients; what the backward pass takes from the forward pass is not profiled.
+        tile: of that pass; None for the default tiles.
+        seed: of the arrays.
+
     Raises:
-        CuflashError: what the call itself raises for these arguments, or a layout that is none.
+        CuflashError: what the call itself raises for these arguments.
     """
-    rng = numpy.random.default_rng(seed)
-    query = _random(rng, call, call.seqlen_q, call.num_heads_q)
-    key, value = (_random(rng, call, call.seqlen_kv, call.num_heads_kv) for _ in range(2))
-    arguments: dict[str, Any] = {
-        "is_causal": call.is_causal,
-        "enable_gqa": call.num_heads_q != call.num_heads_kv,
-        "layout": call.layout,
-        "allow_tf32": call.allow_tf32,
-    }
-    if call.direction == "forward":
-        plan = cuflash.plan(query, key, value, tile=call.tile, **arguments)
+    operands, arguments = numpy_call(sample, seed)
+    grad_out = operands.pop("grad_out")
+    if direction == "forward":
+        plan = sample.plan(**operands, **arguments, tile=tile)
         with profile() as recorded:
-            cuflash.scaled_dot_product_attention(query, key, value, tile=call.tile, **arguments)
+            sample.forward(**operands, **arguments, tile=tile)
     else:
-        plan = cuflash.plan(query, key, value, tile=call.tile, backward=True, **arguments)
-        grad_out = _random(rng, call, call.seqlen_q, call.num_heads_q)
-        out, lse = cuflash.scaled_dot_product_attention(query, key, value, return_lse=True, **arguments)
+        given = {**arguments, **sample.backward_options}
+        plan = sample.plan(**operands, **given, tile=tile, backward=True)
+        out, lse = sample.forward(**operands, **arguments, return_lse=True)
         with profile() as recorded:
-            cuflash.scaled_dot_product_attention_backward(grad_out, query, key, value, out, lse, tile=call.tile, **arguments)
-    return CallProfile(call, plan, recorded.kernels)
+            sample.backward(grad_out, **operands, out=out, lse=lse, **given, tile=tile)
+    return CallProfile(sample, plan, recorded.kernels)
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- rendering

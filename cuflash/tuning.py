@@ -11,7 +11,7 @@ from cuflash.device import Device
 from cuflash.errors import OptionError
 from cuflash.features import MASK_DTYPES, NO_FEATURES, FeatureSet
 from cuflash.options import check_bool
-from cuflash.planning import Tiles, offline_kernels
+from cuflash.planning import KernelPlan, Tiles, offline_kernels
 from cuflash.problem import DTYPES, MAX_HEAD_DIM
 from cuflash.tiles import KernelCase, Tile
 
@@ -93,20 +93,50 @@ def warmup(
     head_dims, dtypes, causals, sets = _several(head_dim), _several(dtype), _several(is_causal), _several(features)
     requests: dict[CompileRequest, None] = {}
     for one_head_dim, one_dtype, causal, packed, feature_set in product(head_dims, dtypes, causals, _several(varlen), sets):
-        options = {
-            "dtype": _checked_dtype(one_dtype),
-            "head_dim": _checked_head_dim("head_dim", one_head_dim),
-            "head_dim_v": None if head_dim_v is None else _checked_head_dim("head_dim_v", head_dim_v),
-            "is_causal": check_bool("is_causal", causal),
-            "allow_tf32": check_bool("allow_tf32", allow_tf32),
-            "varlen": check_bool("varlen", packed),
-            "seqlens_kv": check_bool("seqlens_kv", seqlens_kv) and not packed,
-            "features": _checked_features(feature_set, causal),
-        }
-        for kernel in offline_kernels(on, backward=backward, tile=tile, **options):  # type: ignore[arg-type]
-            requests[kernel.request(on)] = None
+        kernels = kernels_of_case(
+            on, head_dim=one_head_dim, dtype=one_dtype, head_dim_v=head_dim_v, is_causal=causal, backward=backward, tile=tile,
+            allow_tf32=allow_tf32, varlen=packed, seqlens_kv=check_bool("seqlens_kv", seqlens_kv) and not packed, features=feature_set,
+        )  # fmt: skip
+        requests |= dict.fromkeys(kernel.request(on) for kernel in kernels)
     cache.fetch_many(list(requests), progress=None if progress is None else lambda done, total, _: progress(done, total))
     return len(requests)
+
+
+def kernels_of_case(
+    on: Device,
+    *,
+    head_dim: object,
+    dtype: object,
+    head_dim_v: object = None,
+    is_causal: object = False,
+    backward: bool = True,
+    tile: Tiles = None,
+    allow_tf32: object = False,
+    varlen: object = False,
+    seqlens_kv: bool = False,
+    features: object = NO_FEATURES,
+) -> list[KernelPlan]:
+    """Check one case as `warmup` takes several, and plan its kernels for `on`.
+
+    Raises:
+        OptionError, TileError: as the call.
+    """
+    causal, packed = check_bool("is_causal", is_causal), check_bool("varlen", varlen)
+    return list(
+        offline_kernels(
+            on,
+            dtype=_checked_dtype(dtype),
+            head_dim=_checked_head_dim("head_dim", head_dim),
+            head_dim_v=None if head_dim_v is None else _checked_head_dim("head_dim_v", head_dim_v),
+            is_causal=causal,
+            allow_tf32=check_bool("allow_tf32", allow_tf32),
+            varlen=packed,
+            seqlens_kv=seqlens_kv,
+            features=_checked_features(features, causal, packed),
+            backward=backward,
+            tile=tile,
+        )
+    )
 
 
 def target(arch: str | None) -> Device:
@@ -121,7 +151,7 @@ def _several(values: object) -> list[object]:
     return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
 
 
-def _checked_features(features: object, is_causal: object) -> FeatureSet:
+def _checked_features(features: object, is_causal: bool, packed: bool) -> FeatureSet:
     if not isinstance(features, FeatureSet):
         raise OptionError("features", repr(features), "a cuflash.FeatureSet", "Write cuflash.FeatureSet(window=True).")
     if features.attn_mask not in (None, *MASK_DTYPES):
@@ -130,6 +160,10 @@ def _checked_features(features: object, is_causal: object) -> FeatureSet:
         )
     if features.prefix and not is_causal:
         raise OptionError("features", "prefix without is_causal", "is_causal=True", "Prefixes lift a causal mask: pass is_causal=True.")
+    if packed and (features.attn_mask is not None or features.segments):
+        got = f"{'segments' if features.attn_mask is None else 'attn_mask'} with varlen=True"
+        hint = "Packed sequences do not see each other anyway; for others pad, and leave varlen out."
+        raise OptionError("features", got, "the features of cuflash.varlen_attention", hint)
     return features
 
 

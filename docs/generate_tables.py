@@ -12,17 +12,16 @@ from typing import Any
 
 import numpy
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "features.md"
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # cuflash of this clone, whether it is installed or not
 
-import cuflash  # noqa: E402
-from cuflash import device  # noqa: E402
-from cuflash.arrays import borrow  # noqa: E402
-from cuflash.errors import ArgumentError  # noqa: E402
-from cuflash.planning import make_plan  # noqa: E402
-from cuflash.problem import make_problem  # noqa: E402
+import cuflash
+from cuflash import device
+from cuflash.arrays import borrow
+from cuflash.errors import ArgumentError
+from cuflash.planning import make_plan
+from cuflash.problem import make_problem
 
+PAGE = Path(__file__).resolve().parent / "features.md"
 B, H, S, D = 2, 4, 256, 64
 
 

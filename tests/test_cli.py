@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import share_simulator
 
 import cuflash
 
@@ -80,6 +81,70 @@ def test_inspect_prints_a_table_of_both_passes(tmp_path: Path) -> None:
         assert expected in result.stdout, expected
 
 
+FEATURES = ("--causal", "--window", "20", "-1", "--softcap", "30", "--alibi", "--sinks", "--dropout", "--head-dim-v", "32")
+
+
+def test_inspect_knows_features_and_lengths(tmp_path: Path) -> None:
+    options = ("--arch", "sm_80", "--head-dim", "64", "--dtype", "float16", *FEATURES, "--attn-mask", "bool", "--segments", "--seqlens-kv")
+    reports = json.loads(command("inspect", *options, "--json", directory=tmp_path).stdout)
+    kernels = [report["kernel"] for report in reports]
+    assert {"visible_tiles", "forward", "backward_delta", "backward_dq", "backward_sinks"} <= set(kernels)
+    assert all(report["features"] == ["boolean mask", "dropout", "window", "softcap", "alibi", "sinks", "segments"] for report in reports)
+    assert {report["head_dim_v"] for report in reports if report["kernel"] == "forward"} == {32}
+    table = command("inspect", *options, directory=tmp_path).stdout
+    assert "64/32" in table
+    assert table.count("visible_tiles") == kernels.count("visible_tiles")
+
+
+def test_inspect_of_packed_sequences_is_of_other_kernels(tmp_path: Path) -> None:
+    options = ("inspect", "--arch", "sm_80", "--head-dim", "64", "--dtype", "float16", "--forward-only", "--json")
+    padded, packed = (json.loads(command(*options, *more, directory=tmp_path).stdout)[0] for more in ((), ("--varlen",)))
+    assert padded["kernel"] == packed["kernel"] == "forward"
+    assert padded["instructions"] != packed["instructions"]
+
+
+@pytest.mark.parametrize(
+    ("options", "operands"),
+    [
+        (("--seqlen", "40", "--segments", "3"), {"segment_ids_q", "segment_ids_kv"}),
+        (("--seqlen", "40", "--prefix", "10", "--batch", "2", "--seqlens-kv", "40", "0"), {"prefix_lengths", "seqlens_kv"}),
+        (("--varlen", "40", "0", "7", "--prefix", "3"), {"prefix_lengths", "cu_seqlens_q", "cu_seqlens_kv"}),
+    ],
+)
+def test_profile_knows_features_and_lengths(tmp_path: Path, options: tuple[str, ...], operands: set[str]) -> None:
+    """Every array that an option asks for is read by a kernel, and the call is in the file."""
+    result = command("profile", *options, *FEATURES, "--pass", "backward", "--json", "profile.json", directory=tmp_path)
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "profile.json").read_text())
+    assert content["call"]["features"]["window"] == [20, -1]
+    assert content["call"]["head_dim_v"] == 32
+    assert content["call"]["direction"] == "backward"
+    read = {operand["name"] for kernel in content["kernels"] for operand in kernel["operands"] if operand["bytes_read"]}
+    assert operands | {"alibi_slopes", "sinks"} <= read
+
+
+def test_profile_names_the_line_of_a_feature(tmp_path: Path) -> None:
+    """The hyperbolic tangent of a softcap is what costs most."""
+    result = command("profile", "--seqlen", "64", "--softcap", "30", "--top", "1", directory=tmp_path)
+    assert re.search(r"tile/score\.cuh:\d+ +const float t = tanhf\(score\);", result.stdout), result.stderr
+
+
+def test_profile_of_the_gradient_of_a_mask(tmp_path: Path) -> None:
+    result = command(
+        "profile", "--seqlen", "32", "--attn-mask", "float32", "--pass", "backward", "--need-attn-mask-grad", directory=tmp_path
+    )
+    assert "backward_mask_mma: 1 launch" in result.stdout, result.stderr
+    assert "grad_attn_mask" in result.stdout
+
+
+def test_a_profile_that_fails_leaves_its_file_alone(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("old")
+    for name in ("old.json", "new.json"):
+        assert command("profile", "--softcap", "-1", "--json", name, directory=tmp_path).returncode == 2
+    assert (tmp_path / "old.json").read_text() == "old"
+    assert not (tmp_path / "new.json").exists()
+
+
 def test_profile_prints_tables_and_writes_json(tmp_path: Path) -> None:
     result = command("profile", "--seqlen", "64", "--heads", "2", "--top", "3", "--json", "profile.json", directory=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -120,6 +185,18 @@ def test_warmup_fills_the_cache_and_cache_clears_it(tmp_path: Path) -> None:
     assert "0 kernels in" in command("cache", directory=tmp_path, **place).stdout
 
 
+def test_warmup_compiles_what_a_call_with_features_needs(tmp_path: Path) -> None:
+    place = {"CUFLASH_CACHE_DIR": str(tmp_path / "cache"), "CUFLASH_SIMULATOR_ARCH": "sm_80"}
+    options = ("--head-dim", "32", "--dtype", "float16", "--causal", "--softcap", "30", "--varlen", "--forward-only")
+    warmed = command("warmup", *options, directory=tmp_path, **place)
+    assert "1 kernels are in the cache, 1 compiled now" in warmed.stdout, warmed.stderr
+    share_simulator(tmp_path / "cache")
+    call = ("profile", "--head-dim", "32", "--causal", "--softcap", "20", "--varlen", "5", "9")
+    assert command(*call, directory=tmp_path, **place, CUFLASH_COMPILE="forbid").returncode == 0
+    refused = command(*call, "--sinks", directory=tmp_path, **place, CUFLASH_COMPILE="forbid")
+    assert refused.returncode == 2, "another feature is another kernel"
+
+
 def test_demo_without_enough_steps_fails_with_a_picture(tmp_path: Path) -> None:
     result = command("demo", "--steps", "2", "--output", "loss.png", "--dtype", "bfloat16", directory=tmp_path)
     assert result.returncode == 1, result.stderr
@@ -136,8 +213,26 @@ def test_demo_without_enough_steps_fails_with_a_picture(tmp_path: Path) -> None:
         (("demo", "--arch", "volta"), {}, "expected one of sm_75"),
         (("warmup", "--head-dim", "64"), {"CUFLASH_KERNELS_DIR": "/nowhere"}, "kernels' text is missing"),
         (("demo", "--steps", "0"), {}, "expected a positive number"),
-        (("profile", "--layout", "bsdx"), {}, "the letters b, s, h, d in any order"),
+        (("profile", "--layout", "bsdx"), {}, "the letters b, s, h, d in the order of the dimensions"),
         (("profile", "--tile", "1", "2", "3", "4"), {}, "Nearest legal tiles"),
+        (("profile", "--window", "3", "-2"), {}, "window: got (3, -2); expected a pair"),
+        (("profile", "--softcap", "-1"), {}, "softcap: got -1.0; expected a positive float"),
+        (("profile", "--prefix"), {}, "prefix_lengths: got an array with is_causal=False"),
+        (("profile", "--segments", "0"), {}, "a positive number of documents"),
+        (("profile", "--segments", "--varlen"), {}, "expected a padded batch"),
+        (("profile", "--varlen", "--layout", "bhsd"), {}, "leave layout out"),
+        (("profile", "--varlen", "--attn-mask", "bool"), {}, "packed sequences do not see each other anyway"),
+        (("profile", "--varlen", "--seqlens-kv"), {}, "not allowed with argument"),
+        (("profile", "--seqlens-kv", "3", "4"), {}, "seqlens_kv: got shape (2,); expected (1,)"),
+        (("profile", "--head-dim-v", "600"), {}, "value: got head_dim 600"),
+        (("profile", "--need-attn-mask-grad", "--pass", "backward"), {}, "need_attn_mask_grad: got True without attn_mask"),
+        (("profile", "--json", "/nowhere/profile.json"), {}, "--json: got '/nowhere/profile.json': No such file or directory"),
+        (("profile", "--causal", "--prefix", "4294967296"), {}, "expected a number below 2**31"),
+        (("profile", "--varlen", "5", "-3"), {}, "expected a number of at least 0"),
+        (("inspect", "--prefix"), {}, "features: got prefix without is_causal"),
+        (("inspect", "--dropout", "2"), {}, "dropout_p: got 2.0; expected a probability"),
+        (("inspect", "--head-dim-v", "600"), {}, "head_dim_v: got 600; expected an int from 1 to 576"),
+        (("warmup", "--varlen", "--segments"), {}, "features: got segments with varlen=True"),
         (("frobnicate",), {}, "invalid choice"),
     ],
 )

@@ -64,7 +64,7 @@ def subject(
 ) -> Subject:
     device = of_arch(arch, "gpu")
     request = CompileRequest(f"{name}.cu", "", device.compile_arch, "cubin")
-    return Subject(name, request, device, threads, shared, "float16", 64, "128x64 w4 s2", expectations or Expectations())
+    return Subject(name, request, device, threads, shared, "float16", 64, "128x64 w4 s2", 64, expectations or Expectations())
 
 
 def report(name: str = "tidy", **arguments: object) -> Report:
@@ -248,6 +248,7 @@ class Plan:
     name: str = "forward"
     dtype: str = "bfloat16"
     head_dim: int = 128
+    head_dim_v: int = 96
     tile: Tile = Tile()
     num_threads: int = 128
     shared_bytes: int = 4096
@@ -261,6 +262,7 @@ def test_plans_are_compiled_to_cubins_for_their_devices() -> None:
     reports = inspection.inspect_kernels([(device, Plan()) for device in devices])
     assert [(found.subject.request.arch, found.subject.request.target) for found in reports] == [("sm_90a", "cubin"), ("sm_86", "cubin")]
     assert {found.subject.tile for found in reports} == {"128x64 w4 s2"}
+    assert [row[3] for row in inspection.table(reports)[1]] == ["128/96", "128/96"]
     assert all(found.subject.shared_bytes == 4096 and found.resources.registers for found in reports)
 
 

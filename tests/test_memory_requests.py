@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cuflash import simulator
-from cuflash.profiling import Call, profile_call
+from cuflash.profiling import profile_call
+from cuflash.samples import Sample
 from cuflash.simulator import KernelProfile
 
 DIRECTIONS = ("forward", "backward")
@@ -17,7 +18,7 @@ def profiles(arch: str, dtype: str, head_dim: int, monkeypatch: pytest.MonkeyPat
     found: dict[str, KernelProfile] = {}
     for direction in DIRECTIONS:
         with simulator.configure(checks=False):
-            result = profile_call(Call(seqlen_q=160, seqlen_kv=160, head_dim=head_dim, dtype=dtype, direction=direction))
+            result = profile_call(Sample(seqlen_q=160, seqlen_kv=160, head_dim=head_dim, dtype=dtype), direction)
         assert result.plan.device.arch == arch
         found |= {plan.name: kernel for plan, kernel in zip(result.plan.kernels, result.kernels, strict=True)}
     return found

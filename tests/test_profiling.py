@@ -10,9 +10,10 @@ from math import ceil
 import pytest
 
 from cuflash import profiling
-from cuflash.profiling import Call, CallProfile, View, profile_call
+from cuflash.profiling import CallProfile, View, profile_call
+from cuflash.samples import Sample
 
-CALL = Call(batch=2, seqlen_q=128, seqlen_kv=128, num_heads_q=2, num_heads_kv=2, head_dim=64)
+SAMPLE = Sample(batch=2, seqlen_q=128, seqlen_kv=128, num_heads_q=2, num_heads_kv=2, head_dim=64)
 
 
 class Terminal(io.StringIO):
@@ -23,7 +24,7 @@ class Terminal(io.StringIO):
 @pytest.fixture(scope="module")
 def forward() -> CallProfile:
     pytest.importorskip("cupy")
-    return profile_call(CALL)
+    return profile_call(SAMPLE)
 
 
 def rendered(result: CallProfile, view: View | None = None, stream: io.StringIO | None = None) -> str:
@@ -46,7 +47,7 @@ def test_a_forward_call_of_whole_tiles(forward: CallProfile) -> None:
 
 def test_the_backward_pass_is_profiled_alone() -> None:
     pytest.importorskip("cupy")
-    result = profile_call(replace(CALL, direction="backward", dtype="bfloat16", num_heads_kv=1, layout="bhsd"))
+    result = profile_call(replace(SAMPLE, dtype="bfloat16", num_heads_kv=1, layout="bhsd"), "backward")
     assert [kernel.name for kernel in result.kernels] == [plan.entry for plan in result.plan.kernels]
     products = {"backward_delta": 0, "backward_dkdv": 4, "backward_dq": 3}
     for plan, kernel in zip(result.plan.kernels, result.kernels, strict=True):

@@ -275,3 +275,6 @@ def test_warmup_of_impossible_features() -> None:
         cuflash.warmup(64, is_causal=False, features=cuflash.FeatureSet(prefix=True))
     with pytest.raises(OptionError, match="a mask of bool or float16"):
         cuflash.warmup(64, features=cuflash.FeatureSet(attn_mask="int8"))
+    for refused in (cuflash.FeatureSet(attn_mask="bool"), cuflash.FeatureSet(segments=True)):
+        with pytest.raises(OptionError, match=r"with varlen=True; expected the features of cuflash\.varlen_attention"):
+            cuflash.warmup(64, varlen=(False, True), features=refused)

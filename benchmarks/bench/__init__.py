@@ -1,0 +1,15 @@
+"""What `benchmarks/bench_attention.py` is made of, each module using those above it only.
+
+cases        what is timed, and how many scores and FLOP it has
+report       columns and rows of CSV files
+machine      where everything runs: names, versions, sensors
+timing       how long a call takes
+operands     the arrays of a case, and the truth about it in float64
+libraries    cuflash and its peers on these arrays
+compilation  compiling ahead what a run needs
+comparison   --quick, --full, --features: libraries side by side
+tile_sweep   --tiles
+host         --host
+facts        --facts
+single       --one and --worst
+"""

@@ -1,0 +1,158 @@
+"""`--quick`, `--full` and `--features`: cuflash and other libraries side by side.
+
+Libraries take turns case by case, so that a GPU that grows warm slows all of them. A wrong result has no time, and neither has a library that cannot do a
+case: then the table has its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from bench.cases import SEQLENS, Case, dry_cases, dry_feature_cases, feature_cases, full_cases, quick_cases
+from bench.compilation import prefetch
+from bench.libraries import Calls, Library, NotSupported, libraries
+from bench.machine import Machine, heat
+from bench.operands import ALLOWED_ERROR, Operands
+from bench.report import COLUMNS, FLOP_LINE, Table, case_columns, one_line
+from bench.timing import time_call
+
+GRADIENTS = ("query", "key", "value", "attn_mask")
+
+
+def peak_memory(operands: Operands, machine: Machine, call: Callable[[], Any], library: str) -> int | None:
+    """Bytes beyond what is there before the call, its results included."""
+    torch = operands.torch
+    if machine.dry or torch is None or library == "jax":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return int(torch.cuda.max_memory_allocated() - before)
+
+
+def judge(library: Library, case: Case, errors: list[float]) -> tuple[float | None, str]:
+    """The largest error and what is to be said of it; "wrong" if the time is worth nothing."""
+    if not errors:
+        return None, "not checked"
+    largest = max(errors) if all(math.isfinite(error) for error in errors) else math.nan
+    allowed = ALLOWED_ERROR[case.sample.dtype]
+    if largest <= allowed:
+        return largest, ""
+    inexact = library.name != "cuflash" and case.sample.dtype == "float32" and largest <= 100 * allowed
+    return largest, "less exact than float32" if inexact else "wrong"
+
+
+def checked(library: Library, operands: Operands, calls: Calls, direction: str) -> tuple[float | None, str]:
+    """Run one pass, and judge it unless what it draws is its own business."""
+    results = calls.forward() if direction == "forward" else calls.backward()
+    if calls.wait is not None:
+        calls.wait()
+    if calls.note.startswith("not checked"):
+        return None, calls.note
+    if direction == "forward":
+        results = [results]
+    names = ("out",) if direction == "forward" else GRADIENTS
+    named = {name: calls.as_operands(name, x) for name, x in zip(names, results, strict=False)}
+    error, note = judge(library, operands.case, operands.errors(named))
+    return error, note or calls.note
+
+
+def time_case(case: Case, libraries_: list[Library], machine: Machine, table: Table, seconds: float) -> Iterator[str]:
+    """Time all libraries on one case; says what it found. Yields "wrong" for every wrong result of cuflash."""
+    operands = Operands(case, machine)
+    fields = case_columns(case, machine.device)
+    said: dict[str, list[str]] = {"forward": [], "backward": []}
+    for library in libraries_:
+        if not library.takes(case):
+            continue
+        row = {**machine.head(), "library": library.name, "version": library.version, "backend": library.backend, **fields}
+        own = library.name == "cuflash"
+        try:
+            calls = library.prepare(operands)
+        except Exception as error:
+            reason = str(error) if isinstance(error, NotSupported) else one_line(error)
+            for direction in said:
+                table.add({**row, "pass": direction, "note": f"{'does not run' if own else 'not supported'}: {reason}"})
+                said[direction].append(f"{library.label} –")
+            if own:
+                traceback.print_exc()
+                yield "wrong"
+            continue
+        for direction, words in said.items():
+            call = calls.forward if direction == "forward" else calls.backward
+            row["pass"] = direction
+            try:
+                error, note = checked(library, operands, calls, direction)
+                if note == "wrong":
+                    table.add({**row, "relative_error": error, "note": note})
+                    words.append(f"{library.label} WRONG ({error:.1e})")
+                    if own:
+                        yield "wrong"
+                    continue
+                memory = peak_memory(operands, machine, call, library.name)
+                times = time_call(machine, call, seconds, calls.wait)
+                rate = case.flops(direction) / times["milliseconds"] / 1e9
+                table.add({**row, **times, "tflops": rate, "peak_memory_bytes": memory, "relative_error": error, "note": note})
+                words.append(f"{library.label} {rate:.3g}")
+            except Exception as error:
+                table.add({**row, "note": f"does not run: {one_line(error)}"})
+                words.append(f"{library.label} –")
+                if own:
+                    traceback.print_exc()
+                    yield "wrong"
+        del calls
+    for direction, words in said.items():
+        if words:
+            print(f"{case!s:52} {direction:8} TFLOP/s  {'   '.join(words)}", flush=True)
+
+
+def _cases(machine: Machine, arguments: argparse.Namespace) -> list[Case]:
+    if arguments.features:
+        return dry_feature_cases() if machine.dry else feature_cases()
+    if machine.dry:
+        return dry_cases()
+    return full_cases() if arguments.full else quick_cases()
+
+
+def compare_libraries(machine: Machine, arguments: argparse.Namespace) -> int:
+    """Time all cases. Libraries that take long to start come last, with the cases that are left time for."""
+    quick = not arguments.full
+    cases = [case for case in _cases(machine, arguments) if re.search(arguments.cases, str(case))]
+    first = ["cuflash", "flash", "cudnn", "efficient", "formula", "varlen", "flash-attn"]
+    first += ["math"] if machine.dry or arguments.features or arguments.full else []
+    last = [] if arguments.libraries else (["flex", "jax"] if arguments.features or arguments.full else ["jax"])
+    found = libraries(machine, arguments.libraries.split(",") if arguments.libraries else first)
+    table = Table(arguments.output and arguments.output / "attention.csv", COLUMNS)
+    deadline, wrong, done = time.monotonic() + arguments.seconds, 0, 0
+    seconds = 0.06 if quick else 0.25
+    print(f"{machine.gpu}, {', '.join(library.label for library in found)}; {len(cases)} cases. {FLOP_LINE}")
+    prefetch(cases, machine)
+    heat(machine)
+    for case in cases:
+        wrong += len(list(time_case(case, found, machine, table, seconds)))
+        done += 1
+        if time.monotonic() > deadline:
+            print("out of time")
+            break
+    for library in libraries(machine, last):  # JAX has memory and streams of its own
+        chosen = [case for case in cases if machine.dry or library.label != "jax" or case.name or _of_jax(case, quick)]
+        for number, case in enumerate(chosen):
+            if time.monotonic() > deadline:
+                print(f"out of time after {number} of {len(chosen)} cases of {library.label}")
+                break
+            list(time_case(case, [library], machine, table, seconds))
+    print(f"SUMMARY: {done} of {len(cases)} cases timed, {wrong} wrong results of cuflash")
+    return int(wrong > 0 or (done < len(cases) and not quick))
+
+
+def _of_jax(case: Case, quick: bool) -> bool:
+    return case.sample.dtype == "bfloat16" and case.seqlen in ((2048, 8192) if quick else SEQLENS)

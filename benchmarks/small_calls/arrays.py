@@ -1,0 +1,101 @@
+"""The arrays of a case on a device, the calls on them, and what has to be compiled for both."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy
+
+import cuflash
+from cuflash import reference
+from cuflash.planning import make_plan
+from cuflash.samples import DROPOUT_SEED, numpy_call
+from small_calls.cases import Case
+
+NAMES = ("out", "lse", "grad_query", "grad_key", "grad_value")
+"""Of the results that every case has."""
+
+
+def values_of(case: Case) -> dict[str, Any]:
+    """Operands in float32, rounded to the case's element type, and the arrays among the arguments."""
+    generator, sample = numpy.random.default_rng(8), case.sample
+    made = sample.operands(7)
+    if case.with_grad_lse:
+        rows = (
+            (sample.num_heads_q, sum(sample.packed_lengths[0])) if sample.is_packed else (sample.batch, sample.num_heads_q, sample.seqlen_q)
+        )
+        made["grad_lse"] = generator.standard_normal(rows, dtype=numpy.float32)
+    return made | {name: x for name, x in case.arguments.items() if isinstance(x, numpy.ndarray)}
+
+
+def place(values: Any, dtype: str, view: str, xp: Any) -> Any:
+    """The values as an array of `xp`, which is NumPy or CuPy. bfloat16 is tagged uint16, so that nothing else has to be installed."""
+    elements = reference.to_bfloat16_bits(values) if dtype == "bfloat16" else values.astype(dtype)
+    if view == "odd":
+        buffer = numpy.zeros((*values.shape[:-1], values.shape[-1] + 1 + values.shape[-1] % 2), elements.dtype)
+        buffer[..., : values.shape[-1]] = elements
+        placed = xp.asarray(buffer)[..., : values.shape[-1]]
+    elif view == "bhsd":
+        placed = xp.asarray(numpy.ascontiguousarray(elements.swapaxes(1, 2))).swapaxes(1, 2)
+    else:
+        placed = xp.asarray(elements)
+    return cuflash.bfloat16(placed) if dtype == "bfloat16" else placed
+
+
+def operands_of(case: Case, values: dict[str, Any], xp: Any) -> dict[str, Any]:
+    """All arrays of a case, by the names of arguments."""
+    placed = {}
+    for name, array in values.items():
+        if name in ("query", "key", "value", "grad_out"):
+            placed[name] = place(array, case.sample.dtype, case.view, xp)
+        else:
+            dtype = case.sample.features.attn_mask if name == "attn_mask" else None
+            placed[name] = place(array, dtype or array.dtype.name, "aligned", xp)
+    return placed
+
+
+def run(case: Case, operands: dict[str, Any]) -> dict[str, Any]:
+    """Both calls, and the mask of dropout; the results by name."""
+    sample, inputs = case.sample, [operands[name] for name in ("query", "key", "value")]
+    arguments = {name: operands.get(name, argument) for name, argument in case.arguments.items()}
+    out, lse = sample.forward(*inputs, return_lse=True, **arguments)
+    gradients = sample.backward(
+        operands["grad_out"], *inputs, out, lse, grad_lse=operands.get("grad_lse"), **arguments, **sample.backward_options
+    )
+    results = dict(zip(NAMES, (out, lse, *gradients), strict=True))
+    results |= {f"grad_{name}": x for name in ("attn_mask", "sinks") if (x := getattr(gradients, name)) is not None}
+    if sample.features.dropout and not sample.is_packed:
+        shape = (sample.batch, sample.num_heads_q, sample.seqlen_q, sample.seqlen_kv)
+        results["dropout_mask"] = cuflash.dropout_mask(shape, sample.features.dropout, DROPOUT_SEED, like=operands["query"])
+    return results
+
+
+def bits_of(array: Any) -> Any:
+    """Elements in logical order as unsigned integers, in NumPy."""
+    array = getattr(array, "bits", array)
+    array = numpy.ascontiguousarray(array.get() if hasattr(array, "get") else array)
+    return array.view({1: numpy.uint8, 2: numpy.uint16, 4: numpy.uint32}[array.itemsize])
+
+
+def requests_of(cases: list[Case], device: Any) -> list[Any]:
+    """What has to be compiled for `device` before these cases run."""
+    found: dict[Any, None] = {}
+    for case in cases:
+        operands, arguments = numpy_call(case.sample)
+        del operands["grad_out"]
+        problem = case.sample.plan(**operands, **arguments, **case.sample.backward_options).problem
+        for backward in (False, True):
+            found |= dict.fromkeys(kernel.request(device) for kernel in make_plan(problem, device, backward=backward).kernels)
+    return list(found)
+
+
+def the_gpu(dry_run: bool) -> Any:
+    """CuPy, or with `dry_run` NumPy, whose arrays run on the simulator."""
+    if dry_run:
+        return numpy
+    import cupy
+
+    if not cupy.is_available():
+        sys.exit("CuPy finds no GPU here; --dry-run takes the simulator.")
+    return cupy

@@ -1,0 +1,174 @@
+"""Small calls that reach every kernel, element type and code path: for tools that are slow, for the judge, and for the simulator."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from cuflash.samples import Sample, SampleFeatures
+
+
+@dataclass(frozen=True)
+class Case:
+    """One forward and one backward call.
+
+    Attributes:
+        sample: the call.
+        view: "aligned"; "odd", rows that do not start on 16 bytes; "bhsd", the other order of the middle dimensions in memory.
+        with_grad_lse: a gradient also flows in through LSE.
+    """
+
+    sample: Sample
+    view: str = "aligned"
+    with_grad_lse: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        dtype: str,
+        head_dim: int,
+        seqlen_q: int = 70,
+        seqlen_kv: int = 100,
+        batch: int = 1,
+        heads: int = 1,
+        heads_kv: int = 0,
+        **others: Any,
+    ) -> Case:
+        """The usual case; `view` and `with_grad_lse` are the case's, all others the sample's."""
+        own = {name: others.pop(name) for name in ("view", "with_grad_lse") if name in others}
+        shape = {"batch": batch, "seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv, "num_heads_q": heads, "num_heads_kv": heads_kv or heads}
+        return cls(Sample(dtype=dtype, head_dim=head_dim, **shape, **others), **own)
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """`Sample.arguments`, made once."""
+        return self.sample.arguments()
+
+    @property
+    def is_plain(self) -> bool:
+        """A padded batch without features, whose heads the usual kernels take."""
+        sample = self.sample
+        usual = sample.head_dim_v is None and sample.head_dim <= 256 and sample.lengths_q is None and sample.lengths_kv is None
+        return usual and sample.features == SampleFeatures()
+
+    @property
+    def longest(self) -> int:
+        """Queries of the longest sequence."""
+        return max(self.sample.packed_lengths[0]) if self.sample.is_packed else self.sample.seqlen_q
+
+    def __str__(self) -> str:
+        sample = self.sample
+        heads = f"h{sample.num_heads_q}" + (f"/{sample.num_heads_kv}" if sample.num_heads_kv != sample.num_heads_q else "")
+        words = [sample.dtype, f"d{sample.head_dim}" + (f"/{sample.head_dim_v}" if sample.head_dim_v else "")]
+        words += (
+            [f"packed{list(sample.packed_lengths[0])}"]
+            if sample.is_packed
+            else [f"s{sample.seqlen_q}x{sample.seqlen_kv}", f"b{sample.batch}"]
+        )
+        words += [heads, self.view] + (["grad_lse"] if self.with_grad_lse else [])
+        options = {name: getattr(sample, name) for name in ("is_causal", "causal_alignment", "scale", "allow_tf32")} | {
+            "lengths_kv": sample.lengths_kv
+        }
+        used = {name: value for name, value in asdict(sample.features).items() if value != getattr(SampleFeatures(), name)}
+        return " ".join(words + [f"{name}={value}" for name, value in (options | used).items() if value])
+
+
+DTYPES = ("bfloat16", "float16", "float32")
+CAUSAL = {"is_causal": True}
+BOTTOM_RIGHT = {"is_causal": True, "causal_alignment": "bottom_right"}
+
+MANY = SampleFeatures(
+    attn_mask="bool", dropout=0.2, window=(60, 30), softcap=20.0, alibi=True, sinks=True, segments=2
+)  # fmt: skip
+"""All features that go together, with the kernels of visible tiles, sinks and dropout masks."""
+PACKED = {"lengths_q": (70, 0, 33, 5), "lengths_kv": (100, 20, 0, 7)}
+PACKED_FEATURES = SampleFeatures(dropout=0.2, window=(60, 30), softcap=20.0, alibi=True, sinks=True, prefix=9)
+
+
+def bias(dtype: str) -> SampleFeatures:
+    """An additive mask of each head, whose gradient is summed over the batch by a kernel of its own."""
+    return SampleFeatures(attn_mask=dtype, mask_axes="hqk", need_attn_mask_grad=True)
+
+
+def tiny_cases() -> list[Case]:
+    """For tools that slow a kernel down a thousandfold."""
+    cases = [Case.of(dtype, head_dim, **CAUSAL) for head_dim in (64, 128, 256) for dtype in DTYPES]
+    for dtype in DTYPES:
+        cases += [
+            Case.of(dtype, 64),
+            Case.of(dtype, 40, 40, 33, 2, 2, 1, **BOTTOM_RIGHT, view="odd", with_grad_lse=True),
+            Case.of(dtype, 64, features=MANY),
+        ]
+    cases += [
+        *(Case.of(dtype, 64, batch=2, features=bias(dtype)) for dtype in ("bfloat16", "float32")),
+        *(Case.of(dtype, 64, heads=2, **PACKED, **CAUSAL, features=PACKED_FEATURES) for dtype in ("bfloat16", "float32")),
+        Case.of("bfloat16", 64, batch=2, **BOTTOM_RIGHT, lengths_kv=(100, 41), features=SampleFeatures(prefix=12, segments=2)),
+        Case.of("bfloat16", 576, head_dim_v=512, **CAUSAL),
+        Case.of("float32", 512, **CAUSAL),
+    ]
+    return [*cases, Case.of("float32", 64, allow_tf32=True)]
+
+
+def check_cases() -> list[Case]:
+    """For the judge: several tiles in every direction, ends that no tile divides. What most calls look like comes first."""
+    cases = [Case.of(dtype, d, 515, 515, 2, 3, **causal) for causal in ({}, CAUSAL) for d in (64, 128, 256) for dtype in DTYPES]
+    for dtype in DTYPES:
+        cases += [
+            Case.of(dtype, 64, 300, 515, 2, 4, 2, **BOTTOM_RIGHT, with_grad_lse=True),
+            Case.of(dtype, 128, 515, 300, 1, 2, 1, **CAUSAL, view="bhsd", with_grad_lse=True),
+            Case.of(dtype, 80, 200, 333, 1, 2, scale=-0.3, view="odd"),
+            Case.of(dtype, 7, 100, 130, 1, 2, **CAUSAL),
+            Case.of(dtype, 64, 3000, 3000, **CAUSAL),
+        ]
+    return [
+        *cases,
+        *lone_feature_cases(),
+        *(case for dtype in DTYPES for case in combined_cases(dtype)),
+        Case.of("float32", 64, 515, 515, allow_tf32=True),
+    ]
+
+
+def lone_feature_cases() -> list[Case]:
+    """Every score feature alone."""
+    used = [
+        {"attn_mask": "bool"}, {"attn_mask": "bool", "mask_axes": "bk"}, {"dropout": 0.3}, {"window": (50, 20)}, {"softcap": 10.0}, {"alibi": True},
+        {"sinks": True}, {"segments": 4},
+    ]  # fmt: skip
+    cases = [Case.of("bfloat16", 64, 200, 333, 2, features=SampleFeatures(**one)) for one in used]  # type: ignore[arg-type]
+    return [*cases, Case.of("bfloat16", 64, 200, 333, 2, **CAUSAL, features=SampleFeatures(prefix=90))]
+
+
+def combined_cases(dtype: str) -> list[Case]:
+    """Features together, gradients of masks, every kind of lengths and unusual head dimensions."""
+    lengths = {"lengths_q": (150, 0, 65, 5), "lengths_kv": (200, 20, 0, 7)}
+    return [
+        Case.of(dtype, 128, 200, 333, 2, **BOTTOM_RIGHT, features=MANY, with_grad_lse=True),
+        Case.of(dtype, 64, 200, 233, 2, 2, features=bias(dtype)),
+        Case.of(dtype, 64, 200, 233, 2, features=replace(bias("float32"), mask_axes="qk", sinks=True)),
+        Case.of(dtype, 64, 200, 333, 3, 2, 1, **BOTTOM_RIGHT, lengths_kv=(333, 0, 250), with_grad_lse=True),
+        Case.of(dtype, 64, heads=4, heads_kv=2, **lengths, **CAUSAL, with_grad_lse=True),
+        Case.of(dtype, 64, heads=2, **lengths, **CAUSAL, features=PACKED_FEATURES),
+        Case.of(dtype, 192, 200, 200, 1, 2, head_dim_v=128, **CAUSAL),
+        Case.of(dtype, 576, 150, 150, 1, 2, 1, head_dim_v=512, **CAUSAL),
+        Case.of(dtype, 512, 150, 150, **CAUSAL),
+    ]
+
+
+def simulator_cases() -> list[Case]:
+    """For the simulator: few, and small."""
+    cases = [Case.of(dtype, head_dim, 200, 200, **CAUSAL) for dtype in DTYPES for head_dim in (64, 128)]
+    cases += [Case.of("bfloat16", 64, 200, 333, 1, 2, 1, view="odd", with_grad_lse=True)]
+    cases += [Case.of("bfloat16", 64, 100, 200, features=MANY), Case.of("bfloat16", 64, 100, 200, features=bias("bfloat16"))]
+    return [
+        *cases,
+        Case.of("bfloat16", 64, **PACKED, **CAUSAL, features=PACKED_FEATURES),
+        Case.of("bfloat16", 576, 70, 100, head_dim_v=512),
+    ]
+
+
+def dry_cases(cases: list[Case]) -> list[Case]:
+    """Few of them that the simulator makes quickly, with all that a list has of features."""
+    small = [case for case in cases if case.longest < 300 and case.sample.dtype == "bfloat16"]
+    plain = [case for case in small if case.is_plain]
+    return plain[:2] + [case for case in small if not case.is_plain]

@@ -1,0 +1,128 @@
+"""Results against the formula in float64, by the error that the plain formula makes in the same precision; and the bits of two runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from cuflash import reference
+from cuflash.reference_features import dropout_mask
+from cuflash.samples import DROPOUT_SEED
+from small_calls.arrays import NAMES, bits_of, operands_of, run, values_of
+from small_calls.cases import Case
+
+
+def noise_of(case: Case, values: dict[str, Any], name: str, truth: dict[str, Any]) -> Any:
+    """What rounding may leave of gradients in which terms cancel; it is relative to the terms, `compare` to the result.
+
+    In float32 that is the last place of every sum. The gradient of a sink is -Σ P_sink · delta over all rows, whose delta = Σ dO ∘ O has the error of O: in 16 bits
+    that of its last rounding, in float32 two units for the sums behind it. Of independent errors, four standard deviations are allowed.
+    """
+    sample = case.sample
+    if name == "grad_sinks":
+        of_sinks = numpy.exp(case.arguments["sinks"][:, None] - truth["lse"]).swapaxes(-1, -2)  # the axes of out but the last
+        terms = of_sinks[..., None] * values["grad_out"] * truth["out"]
+        deviation = reference.EPSILON[sample.dtype] * (2.0 if sample.dtype == "float32" else 12**-0.5)
+        return 4 * deviation * numpy.sqrt((terms**2).sum(axis=(*range(terms.ndim - 2), terms.ndim - 1)))
+    if sample.dtype != "float32" or not name.startswith("grad"):
+        return 0.0
+    scale = abs(sample.head_dim**-0.5 if sample.scale is None else sample.scale)
+    product = numpy.linalg.norm(values["grad_out"], axis=-1).max() * numpy.linalg.norm(values["value"], axis=-1).max()
+    largest = max(numpy.abs(values["key"]).max(), numpy.abs(values["query"]).max())
+    kept_factor = 1.0 / (1.0 - sample.features.dropout)
+    return float(2.0**-22 * scale * product * largest * sample.head_dim**-0.5 * kept_factor)
+
+
+def whereabouts(wrong: Any) -> str:
+    """Which part of an array is wrong, along each axis: patterns tell tiles, warps and ends apart."""
+    parts = []
+    for axis in range(wrong.ndim):
+        found = numpy.flatnonzero(wrong.any(axis=tuple(other for other in range(wrong.ndim) if other != axis)))
+        listed = ",".join(map(str, found[:8])) + (",…" if len(found) > 8 else "")
+        parts.append(f"axis {axis}: {len(found)} of {wrong.shape[axis]}, {found.min()} to {found.max()} ({listed})")
+    return "; ".join(parts)
+
+
+def expected(case: Case, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Truth in float64, and what the plain formula gives in the case's precision, by the names of results."""
+    sample, dtype = case.sample, case.sample.dtype
+    operands = [values[name] for name in ("query", "key", "value")]
+    options = {name: x for name, x in case.arguments.items() if name != "allow_tf32" and not name.startswith("max_seqlen")}
+    backward = {**options, "grad_lse": values.get("grad_lse")}
+    precise: Any = dtype
+    if sample.is_packed:
+        truth = [*reference.varlen_attention(*operands, **options)]
+        naive = [*reference.varlen_attention(*operands, precision=precise, **options)]
+        naive[1] = reference.varlen_attention(*operands, precision="float32", **options)[1]
+        grads = [reference.varlen_attention_backward(values["grad_out"], *operands, precision=p, **backward) for p in (None, precise)]
+    else:
+        truth = [*reference.attention(*operands, **options)]
+        naive = [*reference.attention_naive(*operands, precise, **options)]
+        naive[1] = reference.attention_naive(*operands, "float32", **options)[1]
+        grads = [
+            reference.attention_backward(values["grad_out"], *operands, **backward),
+            reference.attention_naive_backward(values["grad_out"], *operands, precise, **backward),
+        ]
+    both = []
+    for results, gradients in zip((truth, naive), grads, strict=True):
+        named = dict(zip(NAMES, (*results, *gradients), strict=True))
+        both.append(named | {f"grad_{name}": getattr(gradients, name) for name in ("attn_mask", "sinks")})
+    if sample.features.dropout and not sample.is_packed:
+        lengths = (sample.seqlen_q, sample.seqlen_kv)
+        masks = [
+            [dropout_mask((b, h), lengths, sample.features.dropout, DROPOUT_SEED) for h in range(sample.num_heads_q)]
+            for b in range(sample.batch)
+        ]
+        both[0]["dropout_mask"] = both[1]["dropout_mask"] = numpy.array(masks, numpy.float64)
+    return both[0], both[1]
+
+
+def judge(case: Case, values: dict[str, Any], results: dict[str, Any]) -> tuple[str, list[str]]:
+    """A line of relative errors, and complaints: what is beyond the error of the plain formula in the same precision."""
+    truth, naive = expected(case, values)
+    figures, complaints = [], []
+    for name, result in results.items():
+        want, yardstick = truth[name], naive[name]
+        got = reference.to_float64(result)
+        finite = numpy.isfinite(want)
+        error = float(numpy.linalg.norm(got[finite] - want[finite]) / max(float(numpy.linalg.norm(want[finite])), 1e-300))
+        figures.append(f"{name} {error:.1e}")
+        if case.sample.allow_tf32:
+            if not error < 5e-3:
+                complaints.append(f"{name}: relative error {error:.3e}, expected below 5e-3 in TF32")
+            continue
+        noise = noise_of(case, values, name, truth)
+        try:
+            with numpy.errstate(invalid="ignore"):
+                near = numpy.abs(got - want) <= noise
+            dtype = "float32" if name in ("lse", "dropout_mask") else case.sample.dtype
+            reference.compare(numpy.where(near, want, got), want, yardstick, name=name, dtype=dtype)
+        except AssertionError as complaint:
+            with numpy.errstate(invalid="ignore"):
+                largest = 2 * numpy.nanmax(numpy.abs(numpy.where(finite, yardstick - want, 0))) + noise
+                wrong = ~(numpy.abs(numpy.where(finite, got - want, 0)) <= largest) | (numpy.isfinite(got) != finite)
+            complaints.append(str(complaint) + (f"\n      wrong at {whereabouts(wrong)}" if wrong.any() else ""))
+    return ", ".join(figures), complaints
+
+
+def check_one(case: Case, xp: Any, keep: Path | None) -> tuple[str, list[str]]:
+    values = values_of(case)
+    operands = operands_of(case, values, xp)
+    results = run(case, operands)
+    first = {name: bits_of(array) for name, array in results.items()}
+    line, complaints = judge(case, values, results)
+    second = {name: bits_of(array) for name, array in run(case, operands).items()}
+    for name in first:
+        different = first[name] != second[name]
+        if different.any():
+            complaints.append(
+                f"{name}: {int(different.sum())} of {different.size} elements differ between two runs; at {whereabouts(different)}"
+            )
+    if complaints and keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        if sum(file.stat().st_size for file in keep.iterdir()) < 12 << 20:
+            numpy.savez_compressed(keep / (re.sub(r"[^\w.-]+", "_", str(case)) + ".npz"), **first)
+    return line, complaints

@@ -1,0 +1,406 @@
+"""The benchmarks without a GPU: what is timed and how it is counted and judged, whole dry runs, and that the sanitizers' cases reach every kernel."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from bench import cases, comparison, libraries, report
+from bench.cases import Case
+from bench.machine import Machine
+from bench.operands import ALLOWED_ERROR, Operands
+from bench.timing import time_call
+from cuflash import device, reference
+from cuflash.features import FeatureSet
+from cuflash.planning import make_plan
+from cuflash.samples import Sample, SampleFeatures
+from small_calls import streams
+from small_calls.arrays import operands_of, run, values_of
+from small_calls.cases import MANY, check_cases, simulator_cases, tiny_cases
+from small_calls.judge import judge
+
+pytest.importorskip("cupy")
+
+ROOT = Path(__file__).resolve().parents[1]
+DRY = cases.dry_feature_cases()
+
+
+@pytest.fixture(autouse=True)
+def architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_80")
+
+
+@pytest.fixture
+def machine() -> Machine:
+    return Machine(dry=True)
+
+
+def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+# --- What is timed ------------------------------------------------------------------------------------------------------------------------
+
+
+def pairs(case: Case) -> Iterator[tuple[int, int, int]]:
+    """(sequence, query, key) that the definitions in docs/features.md make visible, one by one."""
+    sample, given = case.sample, case.arguments
+    rows, columns = sample.packed_lengths if sample.is_packed else ((sample.seqlen_q,) * sample.batch, (sample.seqlen_kv,) * sample.batch)
+    left, right = (-1 if limit is None else limit for limit in sample.features.window or (-1, -1))
+    for b, (queries, keys) in enumerate(zip(rows, columns, strict=True)):
+        for i, j in itertools.product(range(queries), range(keys)):
+            shift = keys - queries if sample.is_packed else 0
+            causal = not sample.is_causal or j <= i + shift or ("prefix_lengths" in given and j < given["prefix_lengths"][b])
+            near = (left < 0 or j - i - shift >= -left) and (right < 0 or j - i - shift <= right)
+            same = "segment_ids_q" not in given or given["segment_ids_q"][b, i] == given["segment_ids_kv"][b, j]
+            there = "seqlens_kv" not in given or j < given["seqlens_kv"][b]
+            mask = given.get("attn_mask")
+            shown = mask is None or mask.dtype != bool or numpy.broadcast_to(mask, (sample.batch, 1, queries, keys))[b, 0, i, j]
+            if causal and near and same and there and shown:
+                yield b, i, j
+
+
+@pytest.mark.parametrize("case", [*DRY, *cases.dry_cases()], ids=str)
+def test_flop_are_those_of_visible_scores(case: Case) -> None:
+    visible, sample = sum(1 for _ in pairs(case)), case.sample
+    assert case.visible_scores == visible
+    head_dim_v = sample.head_dim_v or sample.head_dim
+    assert case.flops("forward") == 2 * visible * sample.num_heads_q * (sample.head_dim + head_dim_v)
+    assert case.flops("backward") == 2 * visible * sample.num_heads_q * (3 * sample.head_dim + 2 * head_dim_v)
+    total = sum(q * k for q, k in zip(*sample.packed_lengths, strict=True)) if sample.is_packed else sample.batch * sample.seqlen_q**2
+    assert case.visible_share == visible / total
+
+
+def test_plain_cases_have_the_usual_flop() -> None:
+    """4 · batch · heads · seqlen² · head_dim; causal half of it, and the diagonal; backward 2.5 times that."""
+    full, causal = (Case.plain("bfloat16", 128, is_causal, 4096) for is_causal in (False, True))
+    assert full.flops("forward") == 4 * 4 * 16 * 4096**2 * 128
+    assert causal.flops("forward") == full.flops("forward") / 2 * (1 + 1 / 4096)
+    assert causal.flops("backward") == 2.5 * causal.flops("forward")
+
+
+def test_visited_tiles_are_told_where_they_are_known() -> None:
+    on = device.of_arch("sm_90", "gpu")
+    causal = Case.plain("bfloat16", 128, True, 4096)
+    assert 0.5 < (causal.visited_share(on) or 0.0) < 0.6
+    shares = {case.name: case.visited_share(on) for case in cases.feature_cases() if case.name in ("window", "segments", "varlen")}
+    assert shares.pop("window") == pytest.approx(0.24, abs=0.03)
+    assert shares == {"segments": None, "varlen": None}
+
+
+def test_every_feature_has_a_case() -> None:
+    made = cases.feature_cases()
+    used = {name for case in made for name in vars(case.sample.features.kinds()) if getattr(case.sample.features.kinds(), name)}
+    assert used == {field.name for field in fields(FeatureSet)} - {"prefix"}
+    assert {case.sample.features.attn_mask for case in made} == {None, "bool", "bfloat16"}
+    assert any(case.sample.is_packed for case in made)
+    assert any("seqlens_kv" in case.arguments for case in made if case.name == "seqlens_kv")
+    assert {(case.sample.head_dim, case.head_dim_v) for case in made} == {(128, 128), (192, 128), (576, 512), (512, 512)}
+    assert [case.name for case in made] == [case.name for case in DRY]
+
+
+# --- Clocks -------------------------------------------------------------------------------------------------------------------------------
+
+
+class FakeClock:
+    """Time that passes only while a call runs."""
+
+    def __init__(self, *durations: float) -> None:
+        self.now, self.calls, self.durations = 100.0, 0, itertools.cycle(durations)
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self) -> None:
+        self.calls += 1
+        self.now += next(self.durations)
+
+
+def test_times_are_those_of_the_clock(machine: Machine) -> None:
+    clock = FakeClock(0.002)
+    times = time_call(machine, clock.call, 0.1, clock=clock)
+    assert times["milliseconds"] == pytest.approx(2.0)
+    assert times["timer"] == "wall"
+    assert times["repeats"] == 10  # a fifth of 0.1 s
+    assert clock.calls == 11
+
+
+def test_medians_and_quantiles_of_asynchronous_calls(machine: Machine) -> None:
+    """Work that a call only starts is waited for before the clock is read."""
+    machine.dry = False
+    clock, pending = FakeClock(0.001, 0.001, 0.003, 0.001, 0.001, 0.001), []
+
+    def wait() -> None:
+        while pending:
+            pending.pop()
+            clock.call()
+
+    times = time_call(machine, lambda: pending.append(None), 0.005, wait, clock=clock)
+    assert times["milliseconds"] == pytest.approx(1.0)
+    assert times["milliseconds_p80"] == pytest.approx(1.4)
+    assert times["repeats"] == 5
+
+
+class FakeEvents:
+    """What timing needs of CuPy, on a clock: events that remember when they were recorded."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        class Event:
+            def record(self, stream: None) -> None:
+                self.at = clock()
+
+        self.cuda, self.runtime = self, self
+        self.Event, self.Stream, self.null = Event, self, None
+
+    def get_elapsed_time(self, start: Any, end: Any) -> float:
+        return float(1000 * (end.at - start.at))
+
+    def deviceSynchronize(self) -> None:
+        pass
+
+
+def test_events_surround_each_call_on_a_gpu(machine: Machine) -> None:
+    clock = FakeClock(*[0.5] * 3, 0.001, 0.002, 0.003, 0.004)  # the call that warms up, and two that say how many fit
+    machine.dry, machine.cupy = False, FakeEvents(clock)
+    times = time_call(machine, clock.call, 2.0)
+    assert (times["repeats"], times["timer"]) == (4, "events")
+    assert times["milliseconds"] == pytest.approx(2.5)
+    assert times["milliseconds_p20"] == pytest.approx(1.6)
+    assert clock.calls == 7
+    for duration, repeats in ((1.0, 3), (1e-5, 200)):
+        clock = FakeClock(duration)
+        machine.cupy = FakeEvents(clock)
+        assert time_call(machine, clock.call, 0.5)["repeats"] == repeats
+
+
+# --- Judging ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", DRY, ids=str)
+def test_the_truth_of_one_head_is_that_of_the_reference(case: Case, machine: Machine) -> None:
+    """Two independent ways of computing the same, both in float64."""
+    operands, sample = Operands(case, machine), case.sample
+    values = {name: reference.to_float64(x) for name, x in operands.arrays.items()}
+    inputs = [values[name] for name in ("query", "key", "value")]
+    options = {name: x for name, x in case.arguments.items() if not name.startswith("max_seqlen")}
+    forward, backward = reference.attention, reference.attention_backward
+    if sample.is_packed:
+        forward, backward = reference.varlen_attention, reference.varlen_attention_backward  # type: ignore[assignment]
+    out, _ = forward(*inputs, **options)
+    grads = backward(values["grad_out"], *inputs, **options)
+    results = {"out": out, "query": grads.query, "key": grads.key, "value": grads.value}
+    results |= {} if grads.attn_mask is None or not sample.features.need_attn_mask_grad else {"attn_mask": grads.attn_mask}
+    if operands.torch is not None:
+        results = {name: operands.torch.as_tensor(x) for name, x in results.items()}
+    errors = operands.errors(results)
+    assert len(errors) == len(results)
+    assert max(errors) < 1e-12
+
+
+def test_a_wrong_result_is_wrong(machine: Machine) -> None:
+    library = libraries.Library("other", "other", "1", libraries.cuflash_calls)
+    half, single = (Case(Sample(dtype=dtype)) for dtype in ("bfloat16", "float32"))
+    assert comparison.judge(library, half, [1e-3, 1e-2]) == (1e-2, "")
+    assert comparison.judge(library, half, [1e-3, 1e-1])[1] == "wrong"
+    assert comparison.judge(library, half, [1e-3, float("nan")])[1] == "wrong"
+    assert comparison.judge(library, half, []) == (None, "not checked")
+    tf32 = 20 * ALLOWED_ERROR["float32"]
+    assert comparison.judge(library, single, [tf32])[1] == "less exact than float32"
+    assert comparison.judge(libraries.Library("cuflash", "cuflash", "1", libraries.cuflash_calls), single, [tf32])[1] == "wrong"
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_the_table_says_of_libraries_that_cannot(machine: Machine, tmp_path: Path) -> None:
+    def unable(operands: Operands) -> Any:
+        raise libraries.NotSupported("has no such thing")
+
+    def falling(operands: Operands) -> Any:
+        raise RuntimeError("No available\nkernel")
+
+    def wrong(operands: Operands) -> libraries.Calls:
+        arrays = operands.arrays
+        return libraries.Calls(lambda: arrays["query"], lambda: [arrays[name] for name in ("query", "key", "value")])
+
+    def other_mask(operands: Operands) -> libraries.Calls:
+        return replace(wrong(operands), note="not checked: draws another dropout mask")
+
+    others = {"unable": unable, "falling": falling, "wrong": wrong, "random": other_mask, "absent": unable}
+    made = [libraries.Library(name, name, "1", prepare) for name, prepare in others.items()]
+    made[-1] = replace(made[-1], takes=lambda case: False)
+    path = tmp_path / "attention.csv"
+    assert list(comparison.time_case(cases.dry_cases()[0], made, machine, report.Table(path, report.COLUMNS), 0.001)) == []
+    notes = {(row["library"], row["pass"]): (row["note"], bool(row["milliseconds"])) for row in rows_of(path)}
+    for direction in ("forward", "backward"):
+        assert notes.pop(("unable", direction)) == ("not supported: has no such thing", False)
+        assert notes.pop(("falling", direction)) == ("not supported: RuntimeError: No available kernel", False)
+        assert notes.pop(("wrong", direction)) == ("wrong", False)
+        assert notes.pop(("random", direction)) == ("not checked: draws another dropout mask", True)
+    assert notes == {}
+
+
+def test_a_feature_that_a_library_lacks_is_named() -> None:
+    sample = Sample(features=SampleFeatures(softcap=3.0, sinks=True))
+    with pytest.raises(libraries.NotSupported, match=r"^it has no softcap and no sinks$"):
+        libraries._refuse(Case(sample), "it", "window", "softcap", "sinks", "varlen")
+    libraries._refuse(Case(Sample(lengths_kv=(3,))), "it", "softcap", "varlen")
+    with pytest.raises(libraries.NotSupported, match="no key lengths"):
+        libraries._refuse(Case(Sample(lengths_kv=(3,))), "it", "seqlens_kv")
+    with pytest.raises(libraries.NotSupported, match="no packed sequences"):
+        libraries._refuse(Case(Sample(lengths_q=(3,))), "it", "varlen")
+
+
+@pytest.mark.parametrize("case", DRY, ids=str)
+def test_torch_computes_the_same(case: Case, machine: Machine) -> None:
+    """Where it can; with a mask of the size of the scores for what it has no argument for."""
+    pytest.importorskip("torch")
+    operands = Operands(case, machine)
+    if case.name in ("softcap", "sinks", "varlen"):
+        with pytest.raises(libraries.NotSupported):
+            libraries.sdpa_calls(operands, "MATH")
+        return
+    calls = libraries.sdpa_calls(operands, "MATH")
+    for direction in ("forward", "backward"):
+        error, note = comparison.checked(libraries.Library("torch", "math", "", libraries.cuflash_calls), operands, calls, direction)
+        if case.name == "dropout":
+            assert (error, note) == (None, "not checked: draws another dropout mask")
+        else:
+            assert error is not None
+            assert error < ALLOWED_ERROR["bfloat16"]
+            assert note == "" or note.startswith("by a mask of ")
+
+
+# --- Whole runs ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_of_features_and_its_tables(tmp_path: Path) -> None:
+    arguments = ("--dry-run", "--libraries", "cuflash,formula,math", "--output", str(tmp_path))
+    plain = script("bench_attention.py", *arguments, "--quick")
+    assert "SUMMARY: 2 of 2 cases timed, 0 wrong" in plain.stdout, plain.stderr
+    done = script("bench_attention.py", *arguments, "--features", "--cases", "window|bias|varlen|576")
+    assert done.returncode == 0, done.stderr
+    assert "SUMMARY: 4 of 4 cases timed, 0 wrong" in done.stdout
+    assert "for each visible score, whatever a library really computes" in done.stdout
+    rows = rows_of(tmp_path / "attention.csv")
+    assert tuple(rows[0]) == report.COLUMNS
+    own = [row for row in rows if row["library"] == "cuflash"]
+    assert {(row["case"], row["pass"]) for row in own} >= {
+        ("varlen", "forward"),
+        ("bias", "backward"),
+        ("head_dim_576_512", "backward"),
+        ("", "forward"),
+    }
+    assert all(float(row["milliseconds"]) > 0 and 0 < float(row["relative_error"]) < 2e-2 and row["note"] == "" for row in own)
+    assert {row["features"] for row in own if row["case"] == "bias"} == {"attn_mask bfloat16 (1, 2, 24, 24), with its gradient"}
+    (reason,) = {row["note"] for row in rows if row["case"] == "varlen" and row["library"] != "cuflash"}
+    assert reason.startswith("not supported: ")
+    tables = script("figures.py", str(tmp_path)).stdout
+    assert f"varlen: {reason}" in tables
+    assert "| window | window of keys at distances -11 to 0 | 64 | yes | 22 % |" in tables
+    assert tables.count("### bfloat16, TFLOP/s forward / backward") == 1
+    assert "| 576 |" not in tables, "cases of features are not among the plain ones"
+    worst = script("bench_attention.py", "--worst", str(tmp_path / "attention.csv"))
+    assert worst.stdout.split()[3] in ("causal", "full")
+    assert worst.stdout.split()[2] in ("48", "32"), "a plain case, which --one can run"
+
+
+@pytest.mark.parametrize(
+    "mode", [("--host",), ("--facts",), ("--compile",), ("--one", "float16", "64", "32", "full", "backward")], ids=lambda mode: mode[0]
+)
+def test_dry_runs_of_the_other_modes(mode: tuple[str, ...], tmp_path: Path) -> None:
+    done = script("bench_attention.py", *mode, "--dry-run", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "SUMMARY" in done.stdout or mode[0] == "--one"
+
+
+def test_tiles_are_swept(tmp_path: Path) -> None:
+    done = script("bench_attention.py", "--tiles", "--dry-run", "--seconds", "300", "--output", str(tmp_path))
+    assert "SUMMARY: 9 of 9 tiles timed, 0 wrong" in done.stdout, done.stderr
+    assert {row["kernel"] for row in rows_of(tmp_path / "tiles.csv")} == {"forward", "backward_dkdv", "backward_dq"}
+
+
+def test_the_script_of_all_of_it_names_its_steps() -> None:
+    listed = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "validate_gpu.sh"), "--list"], capture_output=True, text=True, check=True
+    ).stdout
+    steps = [line.split()[0] for line in listed.splitlines() if line.strip()]
+    text = (ROOT / "benchmarks" / "validate_gpu.sh").read_text()
+    assert "features" in steps
+    assert all(f"step_{step}()" in text for step in steps)
+
+
+# --- The sanitizers' cases ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("listed", [tiny_cases, check_cases])
+def test_every_kernel_is_among_the_sanitizers_cases(listed: Any) -> None:
+    found = set()
+    for case in listed():
+        problem = Case(case.sample).plan.problem
+        found |= {
+            kernel.source for backward in (False, True) for kernel in make_plan(problem, device.of_arch("sm_90"), backward=backward).kernels
+        }
+        if case.sample.features.dropout and not case.sample.is_packed:
+            found.add("dropout_mask.cu")  # which `small_calls.arrays.run` calls besides
+    assert found == {path.name for path in (ROOT / "kernels").glob("*.cu")}
+
+
+@pytest.mark.parametrize("listed", [tiny_cases, check_cases, simulator_cases])
+def test_every_feature_is_among_the_sanitizers_cases(listed: Any) -> None:
+    kinds = [case.sample.features.kinds() for case in listed()]
+    assert {field.name for field in fields(FeatureSet) if any(getattr(kind, field.name) for kind in kinds)} == {
+        field.name for field in fields(FeatureSet)
+    }
+    assert any(case.sample.is_packed for case in listed())
+    assert max(case.sample.head_dim for case in listed()) == 576
+
+
+@pytest.mark.parametrize("result", ["out", "lse", "grad_query", "grad_key", "grad_value", "grad_sinks", "dropout_mask"])
+def test_the_judge_sees_one_wrong_element(result: str) -> None:
+    case = next(case for case in simulator_cases() if case.sample.features == MANY)
+    values = values_of(case)
+    results = run(case, operands_of(case, values, numpy))
+    assert judge(case, values, results)[1] == []
+    broken = {name: reference.to_float64(x) for name, x in results.items()}
+    last = (-1,) * broken[result].ndim
+    broken[result][last] = 1.0 - broken[result][last] if result == "dropout_mask" else broken[result][last] + 0.5
+    (complaint,) = judge(case, values, broken)[1]
+    assert complaint.startswith(f"{result}: ")
+
+
+def test_calls_under_the_sanitizers_run_dry() -> None:
+    done = script("sanitize.py", "--dry-run", "--cases", "d576|packed|attn_mask")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SUMMARY: 4 cases, 0 failed" in done.stdout
+    checked = script("sanitize.py", "--dry-run", "--check", "--cases", "prefix=90|d192")
+    assert "SUMMARY: 2 of 2 cases right, 0 wrong, 0 not run" in checked.stdout, checked.stdout + checked.stderr
+
+
+def test_what_a_machine_cannot_check_is_skipped_not_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = argparse.Namespace(dry_run=True)
+    for trouble, verdict, status in (
+        (streams.Skipped("one GPU only"), "skipped: one GPU only", 0),
+        (NotImplementedError("gone"), "WRONG", 1),
+    ):
+
+        def threads(*_: Any, trouble: Exception = trouble, **__: Any) -> None:
+            raise trouble
+
+        monkeypatch.setattr(streams.threading, "Thread", threads)
+        assert streams.streams(options) == status
+        assert f"four threads             {verdict}" in capsys.readouterr().out
