@@ -371,7 +371,7 @@ def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> K
     }
     batches, heads = problem.list_extents
     return KernelPlan(
-        "visible_tiles", "visible_tiles.cu", problem.dtype, problem.head_dim, of.tile, config_text("float32", constants), 32 * LIST_WARPS, 0,
+        "visible_tiles", "visible_tiles.cu", problem.dtype, problem.head_dim, of.tile, config_text("float32", constants), 32 * LIST_WARPS, 4 * LIST_WARPS,
         of.num_tiles, of.num_tiles * batches * heads,
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil
 from typing import Any
 
@@ -102,17 +103,47 @@ def tiles_of(seen: Any, tile: Tile) -> Any:
     return padded.reshape(rows, tile.tile_q, columns, tile.tile_kv).any(axis=(1, 3))
 
 
+MASK_VIEWS: dict[str, Callable[[Any], Any]] = {
+    "contiguous": lambda mask: mask,
+    "transposed": lambda mask: numpy.ascontiguousarray(mask.swapaxes(2, 3)).swapaxes(2, 3),
+    "reversed": lambda mask: numpy.ascontiguousarray(mask[..., ::-1])[..., ::-1],
+    "unaligned": lambda mask: numpy.pad(mask, ((0, 0), (0, 0), (0, 0), (1, 6)))[..., 1:-6],
+    "unaligned_rows": lambda mask: numpy.pad(mask, ((0, 0), (0, 0), (0, 0), (0, 9)))[..., :-9],
+}
+
+
+@pytest.mark.parametrize("view", MASK_VIEWS)
 @pytest.mark.parametrize("per_head", [False, True])
-def test_tiles_that_a_boolean_mask_empties_are_skipped(work: Any, per_head: bool) -> None:
+def test_tiles_that_a_boolean_mask_empties_are_skipped(work: Any, per_head: bool, view: str) -> None:
     rng = numpy.random.default_rng(3)
     blocks = rng.random((2, 2 if per_head else 1, 8, 8)) < 0.3
     blocks[0, 0, 2] = False  # queries that see nothing
     blocks[:, :, :, 5] = False  # keys that nobody sees
     mask = blocks.repeat(32, axis=2).repeat(32, axis=3) & (rng.random((1, 1, SEQLEN, SEQLEN)) < 0.5)
-    full, got = work(), work(attn_mask=mask)
+    full, got = work(), work(attn_mask=MASK_VIEWS[view](mask))
     visible = sum(int(tiles_of(mask[b, h % mask.shape[1]], TILE).sum()) for b in range(2) for h in range(2))
     for name, count in got.items():
         assert count * 4 * 64 == full[name] * visible, name
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, SEQLEN), (SEQLEN, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_masks_broadcast_along_an_axis_skip_tiles_too(work: Any, shape: tuple[int, ...], is_causal: bool) -> None:
+    mask = (numpy.random.default_rng(4).random(shape) < 0.05) | (numpy.arange(SEQLEN).reshape(shape[-2:]) < 40 if SEQLEN in shape else True)
+    full, got = work(), work(attn_mask=mask, is_causal=is_causal)
+    seen = numpy.broadcast_to(mask, (2, 2, SEQLEN, SEQLEN)) & (numpy.tri(SEQLEN, dtype=bool) if is_causal else True)
+    visible = sum(int(tiles_of(seen[b, h], TILE).sum()) for b in range(2) for h in range(2))
+    for name, count in got.items():
+        assert count * 4 * 64 == full[name] * visible, name
+
+
+def test_one_byte_of_a_chunk_decides(simulator: Target) -> None:
+    """Whole tiles of True but for one element, and of False but for one, at every place of a chunk: results, and no tile too many."""
+    inputs = [simulator.random((1, 64, 1, 32), "float16", seed) for seed in (1, 2, 3)]
+    for place in range(16):
+        mask = numpy.ones((64, 64), bool)
+        mask[:32, :32], mask[5, place], mask[40, 40 - place] = False, True, False
+        simulator.check(*inputs, attn_mask=mask, tile=TILE, backward_tile=TILE)
 
 
 def test_a_mask_shared_by_all_heads_is_listed_once(simulator: Target) -> None:
@@ -125,6 +156,17 @@ def test_a_mask_shared_by_all_heads_is_listed_once(simulator: Target) -> None:
         assert plan.kernels[0].name == "visible_tiles"
         assert "forward visits as many of 64 per head as data leave visible" in plan.describe()
     assert list(sizes.values()) == [count * 8 * (1 + 8) * 4 for count in (1, 2, 8, 4)]
+
+
+def test_documents_that_leave_and_come_back(work: Any) -> None:
+    """Ids that are not sorted: ranges of two tiles overlap where no id is equal."""
+    of_queries = numpy.tile(numpy.repeat(numpy.array([0, 9, 4, 9, 0, 2, 2, 7], numpy.int32), SEQLEN // 8), (2, 1))
+    of_keys = of_queries[:, ::-1].copy()
+    of_keys[1, ::2] = 100
+    full, got = work(), work(segment_ids_q=of_queries, segment_ids_kv=of_keys)
+    visible = sum(2 * int(tiles_of(of_queries[b][:, None] == of_keys[b][None, :], TILE).sum()) for b in range(2))
+    for name, count in got.items():
+        assert count * 4 * 64 == full[name] * visible, name
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (50, 50)}], ids=str)

@@ -1,9 +1,13 @@
-// Exchanges inside a warp and barriers. PTX ISA 9.7.9.6 "shfl.sync", 9.7.13.1 "barrier".
+// Exchanges inside a warp and barriers. PTX ISA 9.7.9.6 "shfl.sync", 9.7.13.1 "barrier", 9.7.13.9 "vote.sync".
 #pragma once
 #include "ptx/types.cuh"
 
 DEVICE float shfl_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
+DEVICE int shfl_xor(int x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
 DEVICE float shfl(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+
+DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
+DEVICE bool all_lanes(bool x) { return __all_sync(0xffffffffu, x); }
 
 // Reductions over the four lanes that share an accumulator row.
 DEVICE float quad_max(float x) {
