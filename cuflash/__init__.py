@@ -12,7 +12,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cuflash.arrays import BFloat16Bits, bfloat16
     from cuflash.attention import (
-        Gradients,
         plan,
         scaled_dot_product_attention,
         scaled_dot_product_attention_backward,
@@ -36,13 +35,14 @@ if TYPE_CHECKING:
     )
     from cuflash.features import FeatureSet
     from cuflash.planning import Plan
+    from cuflash.prepared import Gradients
     from cuflash.tiles import Tile
     from cuflash.tuning import legal_tiles, warmup
 
 _HOME = {
     "BFloat16Bits": "arrays",
     "bfloat16": "arrays",
-    "Gradients": "attention",
+    "Gradients": "prepared",
     "plan": "attention",
     "scaled_dot_product_attention": "attention",
     "scaled_dot_product_attention_backward": "attention",

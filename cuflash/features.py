@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +25,8 @@ Shape4 = tuple[int, int, int, int]
 Strides2 = tuple[int, int]
 
 MASK_DTYPES = ("bool", "float16", "bfloat16", "float32")
-ARRAYS = ("attn_mask", "alibi_slopes", "sinks", "segment_ids_q", "segment_ids_kv", "prefix_lengths", "dropout_state")
-"""Names of the arrays that features may bring, in the order of `FeatureArguments` in kernels/feature_arguments.cuh."""
+ARRAYS = ("attn_mask", "alibi_slopes", "sinks", "segment_ids_q", "segment_ids_kv", "prefix_lengths")
+"""Arguments of the calls that are arrays; a dropout_seed may be one too."""
 
 UNLIMITED = 2**31 - 1
 """What stands for no limit where kernels compare 32-bit differences of positions."""
@@ -271,6 +270,14 @@ def words_of_seed(dropout_seed: object) -> tuple[int, int] | None:
     return words[0], words[1]
 
 
+def drawn_from(dropout_p: object, dropout_seed: object) -> tuple[dict[str, int], object]:
+    """What dropout draws from: the words of a seed under their names in the argument structs, or the array that holds them; neither without dropout."""
+    if dropout_seed is None or (isinstance(dropout_p, (int, float)) and dropout_p == 0.0):
+        return {}, None
+    words = words_of_seed(dropout_seed)
+    return ({}, dropout_seed) if words is None else ({"dropout_seed": words[0], "dropout_offset": words[1]}, None)
+
+
 def check_window(window: object) -> tuple[int | None, int | None]:
     """(left, right), each a number of keys or None for no limit, which -1 means too."""
     if window is None:
@@ -392,15 +399,3 @@ def _real(value: object) -> float | None:
         return float(value)
     except OverflowError:
         return math.inf
-
-
-def grouped(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, int] | None]:
-    """The arrays among a call's feature arguments under the names of `ARRAYS`, and the words of a seed that is no array."""
-    arrays = {name: given[name] for name in ARRAYS if given.get(name) is not None}
-    seed, probability = given["dropout_seed"], given["dropout_p"]
-    if seed is None or (isinstance(probability, (int, float)) and probability == 0.0):
-        return arrays, None
-    words = words_of_seed(seed)
-    if words is None:
-        arrays["dropout_state"] = seed
-    return arrays, words

@@ -76,12 +76,8 @@ BAD_CALLS: list[dict[str, Any]] = [
 
 def plan_of(options: dict[str, Any], backward: bool) -> Any:
     """The plan of a call of the shape above; with `cu_seqlens_q` its sequences are packed."""
-    named = {name: borrow(option, name) if "seqlens" in name else option for name, option in options.items() if name != "max_seqlen_q"}
-    shape: tuple[int, ...] = (B, S, H, D)
-    if "cu_seqlens_q" in named:
-        shape = (B * S, H, D)
-        named["cu_seqlens"] = named.pop("cu_seqlens_q"), named.pop("cu_seqlens_kv")
-        named["max_seqlens"] = options.get("max_seqlen_q"), None
+    named = {name: borrow(option, name) if "seqlens" in name else option for name, option in options.items()}
+    shape = (B * S, H, D) if "cu_seqlens_q" in named else (B, S, H, D)
     x = borrow(numpy.broadcast_to(numpy.zeros(1, "float16"), shape), "query")
     return make_plan(make_problem(x, x, x, **named), device.of_arch("sm_80", "gpu"), backward=backward)
 

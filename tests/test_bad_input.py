@@ -31,8 +31,8 @@ def valid() -> dict[str, Any]:
 def forward(call: dict[str, Any]) -> Problem:
     """The checks of the public call."""
     options = {name: option for name, option in call.items() if name not in ("query", "key", "value", "out")}
-    inputs = [borrow(call[name], name) for name in ("query", "key", "value")]
-    problem = make_problem(*inputs, **options)
+    inputs = {name: borrow(call[name], name) for name in ("query", "key", "value")}
+    problem = make_problem(**inputs, **options)
     if "out" in call:
         check_out(problem, problem.layout, borrow(call["out"], "out"), inputs)
     return problem

@@ -319,16 +319,16 @@ def test_dropout_seed_on_the_device(target: Target) -> None:
 
 def test_seeds_do_not_make_new_calls(simulator: Target) -> None:
     """What is kept of a call does not depend on the seed."""
-    from cuflash import attention
+    from cuflash import calls
 
     inputs = inputs_of(simulator, "bfloat16")
     cuflash.scaled_dot_product_attention(*inputs, enable_gqa=True, dropout_p=0.25, dropout_seed=1)
-    before = len(attention._calls)
+    before = len(calls._calls)
     outs = {
         simulator.bits(cuflash.scaled_dot_product_attention(*inputs, enable_gqa=True, dropout_p=0.25, dropout_seed=seed))
         for seed in range(5)
     }
-    assert len(attention._calls) == before
+    assert len(calls._calls) == before
     assert len(outs) == 5
 
 
