@@ -13,7 +13,7 @@ import functools
 import reprlib
 import sys
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy
 
@@ -22,9 +22,12 @@ from cuflash.dlpack import ManagedTensor
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 from cuflash.frameworks import BFloat16Bits, DLPackFramework, Framework
 
-__all__ = ["CPU", "Array", "BFloat16Bits", "Framework", "bfloat16", "borrow", "describe", "pointer", "signature"]
+__all__ = ["CPU", "AnyArray", "Array", "BFloat16Bits", "Framework", "bfloat16", "borrow", "describe", "pointer", "signature"]
 
 CPU = ("cpu", 0)
+
+AnyArray: TypeAlias = Any
+"""An array of the caller: of NumPy (also of `ml_dtypes.bfloat16`) or CuPy, a torch tensor, `BFloat16Bits`, or anything else with `__dlpack__`."""
 
 _EXPECTED = "a NumPy array, a CuPy array, a torch tensor or another array with __dlpack__"
 

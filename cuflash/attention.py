@@ -8,15 +8,18 @@ from __future__ import annotations
 from typing import Any
 
 from cuflash import calls
+from cuflash.arrays import AnyArray
+from cuflash.other_names import explains_keywords
 from cuflash.planning import Plan, Tiles
 from cuflash.prepared import Gradients
 
 
+@explains_keywords
 def scaled_dot_product_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
+    query: AnyArray,
+    key: AnyArray,
+    value: AnyArray,
+    attn_mask: AnyArray | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -27,19 +30,19 @@ def scaled_dot_product_attention(
     num_heads: int | None = None,
     causal_alignment: str = "top_left",
     return_lse: bool = False,
-    out: Any = None,
+    out: AnyArray | None = None,
     tile: Tiles = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
-    seqlens_kv: Any = None,
-    dropout_seed: Any = None,
+    seqlens_kv: AnyArray | None = None,
+    dropout_seed: int | tuple[int, int] | AnyArray | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    segment_ids_q: Any = None,
-    segment_ids_kv: Any = None,
-    prefix_lengths: Any = None,
+    alibi_slopes: AnyArray | None = None,
+    sinks: AnyArray | None = None,
+    segment_ids_q: AnyArray | None = None,
+    segment_ids_kv: AnyArray | None = None,
+    prefix_lengths: AnyArray | None = None,
 ) -> Any:
     """Compute exact attention in O(seqlen) memory.
 
@@ -49,7 +52,7 @@ def scaled_dot_product_attention(
     Args:
         query: `(batch, seqlen_q, num_heads_q, head_dim)` in the order that `layout` says; float16, bfloat16 or float32; any strides. NumPy arrays and CPU
             tensors run on the simulator; CuPy arrays, CUDA tensors and other arrays with `__dlpack__` on their GPU and current stream. Three dimensions
-            `(batch, seqlen, heads * head_dim)` are taken with `num_heads`.
+            `(batch, seqlen, heads * head_dim)` are taken with `num_heads`; packed sequences, `(tokens, heads, head_dim)`, by `varlen_attention`.
         key: `(batch, seqlen_kv, num_heads_kv, head_dim)`; batch and heads may be 1 and are then broadcast.
         value: `(batch, seqlen_kv, num_heads_kv, head_dim_v)`, like key; head_dim_v may differ from head_dim.
         attn_mask: bool (True: attend), or float16, bfloat16 or float32 that is added to the scores, -inf allowed, whatever the dtype of query; any shape of one
@@ -61,7 +64,7 @@ def scaled_dot_product_attention(
         enable_gqa: num_heads_q may be a multiple of num_heads_kv; consecutive query heads share a key head.
         layout: the letters b, s, h, d in the order of the dimensions; "bhsd" is torch's.
         batch_first: False means the layout "hbsd", or `(seqlen, batch, heads * head_dim)` with three dimensions.
-        num_heads: query heads in an array of three dimensions; default one.
+        num_heads: query heads in an array of three dimensions, required there: 1 for `(batch, seqlen, head_dim)`.
         causal_alignment: "top_left": query i sees keys j <= i, as torch; "bottom_right": j <= i + shift with shift = seqlen_kv - seqlen_q, as flash-attn. The
             shift moves windows and ALiBi too.
         return_lse: return `(out, lse)`.
@@ -71,14 +74,16 @@ def scaled_dot_product_attention(
         allow_tf32: float32 products in TF32: faster, with 10 bits of mantissa.
         seqlens_kv: int32 `(batch,)`, on the device of query, where it is read: row b sees its first `seqlens_kv[b]` keys only, and whatever key and value
             hold behind them, NaN too, changes nothing. "bottom_right" is the corner of these keys. Numbers out of range are clamped.
-        dropout_seed: with dropout_p, an int of 64 bits, a pair `(seed, offset)`, or an array of two (u)int64 on the device, which the kernels read when they run,
+        dropout_seed: with dropout_p, and not looked at where that is 0.0, an int of 64 bits, a pair `(seed, offset)`, or an array of two (u)int64 on the device, which the kernels read when they run,
             so that a replayed CUDA graph draws afresh. The same seed, offset and position give the same mask, see `cuflash.dropout_mask`.
         window: `(left, right)`: query i sees keys j with -left <= j - i - shift <= right; None or -1 is no limit.
         softcap: scores become softcap · tanh(score / softcap), before masks and biases; None or 0.0 for none.
-        alibi_slopes: float32 `(num_heads_q,)` or `(batch, num_heads_q)`: slope · |i + shift - j| is subtracted from the scores.
+        alibi_slopes: float32 `(num_heads_q,)` or `(batch, num_heads_q)`, where batch may be 1: slope · |i + shift - j| is subtracted from the scores.
         sinks: float32 `(num_heads_q,)`: a logit for each head that takes part in the softmax and has no value; it is part of lse.
-        segment_ids_q, segment_ids_kv: int32 `(batch, seqlen_q)` and `(batch, seqlen_kv)`: a query sees the keys of its own id, as with packed documents.
-        prefix_lengths: int32 `(batch,)`, with is_causal: keys before it are visible to all queries of the sequence, the others causally.
+        segment_ids_q, segment_ids_kv: int32 `(batch, seqlen_q)` and `(batch, seqlen_kv)`, where batch may be 1: a query sees the keys of its own id, as with
+            packed documents.
+        prefix_lengths: int32 `(batch,)`, with is_causal: keys before it are visible to all queries of the sequence, the others causally. Numbers out of range
+            are clamped.
 
     Returns:
         out: `(batch, seqlen_q, num_heads_q, head_dim_v)` in the layout of query, its dtype and kind of array.
@@ -100,14 +105,15 @@ def scaled_dot_product_attention(
     return calls.forward("scaled_dot_product_attention", locals())
 
 
+@explains_keywords
 def scaled_dot_product_attention_backward(
-    grad_out: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    out: Any,
-    lse: Any,
-    attn_mask: Any = None,
+    grad_out: AnyArray,
+    query: AnyArray,
+    key: AnyArray,
+    value: AnyArray,
+    out: AnyArray,
+    lse: AnyArray,
+    attn_mask: AnyArray | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -120,16 +126,16 @@ def scaled_dot_product_attention_backward(
     tile: Tiles = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
-    grad_lse: Any = None,
-    seqlens_kv: Any = None,
-    dropout_seed: Any = None,
+    grad_lse: AnyArray | None = None,
+    seqlens_kv: AnyArray | None = None,
+    dropout_seed: int | tuple[int, int] | AnyArray | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    segment_ids_q: Any = None,
-    segment_ids_kv: Any = None,
-    prefix_lengths: Any = None,
+    alibi_slopes: AnyArray | None = None,
+    sinks: AnyArray | None = None,
+    segment_ids_q: AnyArray | None = None,
+    segment_ids_kv: AnyArray | None = None,
+    prefix_lengths: AnyArray | None = None,
     need_attn_mask_grad: bool = False,
 ) -> Gradients:
     """Compute the gradients of attention in O(seqlen) memory, recomputing the probabilities from `lse`.
@@ -161,11 +167,12 @@ def scaled_dot_product_attention_backward(
     return calls.backward("scaled_dot_product_attention_backward", locals())
 
 
+@explains_keywords
 def plan(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
+    query: AnyArray,
+    key: AnyArray,
+    value: AnyArray,
+    attn_mask: AnyArray | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -179,16 +186,16 @@ def plan(
     tile: Tiles = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
-    seqlens_kv: Any = None,
+    seqlens_kv: AnyArray | None = None,
     backward: bool = False,
-    dropout_seed: Any = None,
+    dropout_seed: int | tuple[int, int] | AnyArray | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    segment_ids_q: Any = None,
-    segment_ids_kv: Any = None,
-    prefix_lengths: Any = None,
+    alibi_slopes: AnyArray | None = None,
+    sinks: AnyArray | None = None,
+    segment_ids_q: AnyArray | None = None,
+    segment_ids_kv: AnyArray | None = None,
+    prefix_lengths: AnyArray | None = None,
     need_attn_mask_grad: bool = False,
 ) -> Plan:
     """Say what `scaled_dot_product_attention` (or with `backward` its gradient) would run with these arguments; `print` it.
@@ -198,12 +205,13 @@ def plan(
     return calls.plan(locals())
 
 
+@explains_keywords
 def varlen_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_kv: Any,
+    query: AnyArray,
+    key: AnyArray,
+    value: AnyArray,
+    cu_seqlens_q: AnyArray,
+    cu_seqlens_kv: AnyArray,
     max_seqlen_q: int | None = None,
     max_seqlen_kv: int | None = None,
     is_causal: bool = False,
@@ -212,18 +220,18 @@ def varlen_attention(
     *,
     causal_alignment: str = "bottom_right",
     return_lse: bool = False,
-    out: Any = None,
+    out: AnyArray | None = None,
     tile: Tiles = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
     attn_mask: None = None,
     dropout_p: float = 0.0,
-    dropout_seed: Any = None,
+    dropout_seed: int | tuple[int, int] | AnyArray | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    prefix_lengths: Any = None,
+    alibi_slopes: AnyArray | None = None,
+    sinks: AnyArray | None = None,
+    prefix_lengths: AnyArray | None = None,
 ) -> Any:
     """Compute exact attention of sequences of different lengths, packed one behind the other without padding.
 
@@ -232,11 +240,12 @@ def varlen_attention(
         key: `(tokens_kv, num_heads_kv, head_dim)`; heads may be 1 and are then broadcast.
         value: `(tokens_kv, num_heads_kv, head_dim_v)`, like key.
         cu_seqlens_q: int32 `(sequences + 1,)`, contiguous, on the device of query: sequence i has the queries from `cu_seqlens_q[i]` up to, but not including,
-            `cu_seqlens_q[i + 1]`. The first is 0, and none is smaller than the one before. Equal ones are an empty sequence. It is read on the device, never
+            `cu_seqlens_q[i + 1]`. The first is 0, and none is smaller than the one before. Equal ones are an empty sequence. On a GPU it is read there, never
             on the host, so that a captured graph replays with other lengths; numbers that make no sense are clamped to the tokens that there are, and what
-            out holds then is not specified.
+            out holds then is not specified. On the CPU they raise.
         cu_seqlens_kv: the same for keys and values.
-        max_seqlen_q: no sequence has more queries (those beyond it may get zeros, as if they saw no key); None stands for all tokens, for which more blocks are started.
+        max_seqlen_q: no sequence has more queries; None stands for all tokens, for which more blocks are started. If one has, a GPU may give zeros for those
+            beyond it, as if they saw no key; the CPU raises.
         max_seqlen_kv: the same for the gradients of keys and values; the forward pass does not depend on it.
         is_causal: query i of a sequence sees its keys up to i (see `causal_alignment`).
         causal_alignment: "bottom_right" (the default, as flash-attn): the last query of each sequence sees all of its keys; "top_left": its first query sees
@@ -258,15 +267,16 @@ def varlen_attention(
     return calls.forward("varlen_attention", locals())
 
 
+@explains_keywords
 def varlen_attention_backward(
-    grad_out: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    out: Any,
-    lse: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_kv: Any,
+    grad_out: AnyArray,
+    query: AnyArray,
+    key: AnyArray,
+    value: AnyArray,
+    out: AnyArray,
+    lse: AnyArray,
+    cu_seqlens_q: AnyArray,
+    cu_seqlens_kv: AnyArray,
     max_seqlen_q: int | None = None,
     max_seqlen_kv: int | None = None,
     is_causal: bool = False,
@@ -277,15 +287,15 @@ def varlen_attention_backward(
     tile: Tiles = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
-    grad_lse: Any = None,
+    grad_lse: AnyArray | None = None,
     attn_mask: None = None,
     dropout_p: float = 0.0,
-    dropout_seed: Any = None,
+    dropout_seed: int | tuple[int, int] | AnyArray | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    prefix_lengths: Any = None,
+    alibi_slopes: AnyArray | None = None,
+    sinks: AnyArray | None = None,
+    prefix_lengths: AnyArray | None = None,
 ) -> Gradients:
     """Compute the gradients of `varlen_attention`.
 
@@ -308,12 +318,13 @@ def varlen_attention_backward(
     return calls.backward("varlen_attention_backward", locals())
 
 
+@explains_keywords
 def varlen_plan(
-    query: Any,
-    key: Any,
-    value: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_kv: Any,
+    query: AnyArray,
+    key: AnyArray,
+    value: AnyArray,
+    cu_seqlens_q: AnyArray,
+    cu_seqlens_kv: AnyArray,
     max_seqlen_q: int | None = None,
     max_seqlen_kv: int | None = None,
     is_causal: bool = False,
@@ -328,12 +339,12 @@ def varlen_plan(
     backward: bool = False,
     attn_mask: None = None,
     dropout_p: float = 0.0,
-    dropout_seed: Any = None,
+    dropout_seed: int | tuple[int, int] | AnyArray | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    prefix_lengths: Any = None,
+    alibi_slopes: AnyArray | None = None,
+    sinks: AnyArray | None = None,
+    prefix_lengths: AnyArray | None = None,
 ) -> Plan:
     """Say what `varlen_attention` (or with `backward` its gradient) would run with these arguments, as `plan` does."""
     return calls.plan(locals())

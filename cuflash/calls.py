@@ -15,7 +15,8 @@ from typing import Any
 
 from cuflash import device, features
 from cuflash.arrays import Array, borrow, describe, pointer, signature
-from cuflash.errors import DTypeError, UnsupportedError
+from cuflash.errors import DTypeError, OptionError, UnsupportedError
+from cuflash.options import check_bool
 from cuflash.planning import Plan, make_plan
 from cuflash.prepared import Gradients, PreparedBackward, PreparedCall, PreparedForward
 from cuflash.problem import Problem, make_problem
@@ -64,10 +65,14 @@ def backward(function: str, arguments: Arguments) -> Gradients:
 
 
 def plan(arguments: Arguments) -> Plan:
-    """The plan of a call with these arguments, of its backward pass if `backward` is among them and True."""
+    """The plan of a call with these arguments."""
+    backward = check_bool("backward", arguments["backward"])
+    if arguments.get("need_attn_mask_grad", False) and not backward:
+        hint = "Pass backward=True too; the forward pass is the same with and without."
+        raise OptionError("need_attn_mask_grad", describe(arguments["need_attn_mask_grad"]), "backward=True with it", hint)
     problem, inputs = _check(arguments, _INPUTS)
     on = device.of_memory(*inputs["query"].device)
-    return make_plan(problem, on, backward=arguments["backward"], tile=arguments["tile"])
+    return make_plan(problem, on, backward=backward, tile=arguments["tile"])
 
 
 def _check(arguments: Arguments, required: tuple[str, ...]) -> tuple[Problem, dict[str, Array]]:

@@ -6,11 +6,11 @@ arguments, allocates the results, writes addresses into the packed structs and l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cuflash import launch
+from cuflash import launch, sequences
 from cuflash.arrays import Array, BFloat16Bits, Framework, pointer
 from cuflash.device import Device
 from cuflash.features import Features
@@ -18,6 +18,9 @@ from cuflash.launch import ArgumentTemplate, Executable, simulated_memory
 from cuflash.layout import Shape4
 from cuflash.planning import KernelPlan, Plan, Tiles, make_plan
 from cuflash.problem import Problem, View, check_backward, check_out
+
+if TYPE_CHECKING:
+    from cuflash.simulator import Buffer
 
 NOTHING = Features()
 
@@ -95,14 +98,26 @@ class PreparedCall:
         return made, pointer(made)
 
     def launch_all(self, pointers: dict[str, int]) -> None:
-        stream = self.framework.current_stream(self.device.index) if self.device.kind == "gpu" else 0
-        buffers = () if self.device.kind == "gpu" else simulated_memory(self.extents, pointers, self.written)
+        stream = 0
+        buffers: Sequence[Buffer] = ()
+        if self.device.kind == "gpu":
+            stream = self.framework.current_stream(self.device.index)
+        else:
+            self.check_offsets(pointers)
+            buffers = simulated_memory(self.extents, pointers, self.written)
         head = self.template.fill(pointers)
         features = launch.NO_FEATURE_BYTES if self.features is None else self.features.fill(pointers)
         end = (self.no_lengths if self.lengths is None else self.lengths.fill(pointers)) + features
         for kernel, executable, tail in self.launches:
             arguments = bytearray((head if kernel.reads_tensors else b"") + tail + end)
             executable.launch(kernel.num_blocks, kernel.num_threads, kernel.shared_bytes, arguments, stream, buffers)
+
+    def check_offsets(self, pointers: dict[str, int]) -> None:
+        """Packed offsets in the host's memory, whose values may differ from call to call."""
+        problem = self.problem
+        if problem.num_sequences is not None:
+            for which, tokens, longest in (("q", problem.seqlen_q, problem.max_seqlen_q), ("kv", problem.seqlen_kv, problem.max_seqlen_kv)):
+                sequences.check_offsets(which, pointers[f"cu_seqlens_{which}"], problem.num_sequences, tokens, longest)
 
     def launch_with_workspace(self, pointers: dict[str, int]) -> None:
         """`launch_all` with memory that is given back when the launches are in the stream."""
@@ -189,32 +204,33 @@ class PreparedBackward(PreparedCall):
         super().__init__(problem, on, inputs)
         others = check_backward(problem, problem.layout, inputs["grad_out"], inputs["out"], inputs["lse"], inputs.get("grad_lse"))
         self.plan = make_plan(problem, on, backward=True, tile=tile)
-        self.results = [
+        results = [
             _result("grad_query", problem, problem.query.shape, self.like),
             _result("grad_key", problem, problem.key_shape, self.like),
             _result("grad_value", problem, problem.value_shape, self.like),
         ]
         rows = problem.batch * problem.num_heads_q * problem.seqlen_q
         self.workspace = [_Result("row_statistics", (2 * rows,), "float32", None, 8 * rows), *_workspace(self.plan)]
-        self.feature_results = {}
+        feature_results = {}
         mask = problem.features.attn_mask
         mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)
         if problem.features.need_attn_mask_grad and mask is not None:
             mask_grad_strides = _contiguous_or_broadcast(mask.extents)
             size = prod(mask.shape)
-            self.feature_results["attn_mask"] = _Result(
+            feature_results["attn_mask"] = _Result(
                 "grad_attn_mask", mask.shape, mask.dtype, None, size * (4 if mask.dtype == "float32" else 2)
             )
         if problem.features.kinds.sinks:
-            self.feature_results["sinks"] = _Result("grad_sinks", (problem.num_heads_q,), "float32", None, 4 * problem.num_heads_q)
+            feature_results["sinks"] = _Result("grad_sinks", (problem.num_heads_q,), "float32", None, 4 * problem.num_heads_q)
         if problem.features != NOTHING:
             self.features = launch.features_template(problem, mask_grad_strides)
         views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": others.out, "grad_out": others.grad_out}
         vectorized = {name: view.aligned16(problem.itemsize) and inputs[name].pointer % 16 == 0 for name, view in views.items()}
-        for result in self.results:
+        for result in results:
             assert result.view is not None
             views[result.name] = result.view
             vectorized[result.name] = result.view.aligned16(problem.itemsize)
+        self.returned = [*zip(_InputGradients._fields, results, strict=True), *feature_results.items()]
         self.template = launch.backward_template(views, others.lse_strides, others.grad_lse_strides, vectorized)
         self.launches = [
             _Launch(kernel, launch.executable(kernel, on), launch.backward_tail(problem, kernel)) for kernel in self.plan.kernels
@@ -222,17 +238,17 @@ class PreparedBackward(PreparedCall):
 
     def run(self, pointers: dict[str, int], given: Any = None) -> Gradients:
         gradients = {}
-        for name, result in (*zip(_InputGradients._fields, self.results, strict=True), *self.feature_results.items()):
+        for name, result in self.returned:
             gradients[name], pointers[result.name] = self.allocate(result)
         if self.launches:
             self.launch_with_workspace(pointers)
         else:
             for gradient in gradients.values():
                 _fill(gradient, 0.0)
-        finished = {name: self.framework.finish(gradient) for name, gradient in gradients.items()}
-        of_inputs = Gradients(*(finished[name] for name in _InputGradients._fields))
-        for name in self.feature_results:
-            setattr(of_inputs, name, finished[name])
+        finished = [self.framework.finish(gradient) for gradient in gradients.values()]
+        of_inputs = Gradients(*finished[:3])
+        for (name, _), gradient in zip(self.returned[3:], finished[3:], strict=True):
+            setattr(of_inputs, name, gradient)
         return of_inputs
 
 

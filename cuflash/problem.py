@@ -217,7 +217,7 @@ def make_problem(
             heads * head_dim), with `layout="sbhd"` or `batch_first=False` (seqlen, batch, heads * head_dim).
         key: same form and dtype; batch may be 1, heads may be 1, or divide the query's heads if `enable_gqa`.
         value: like key, with key's seqlen; a head_dim of its own in four dimensions.
-        num_heads: heads of a query of three dimensions, default 1; for one of four dimensions None, or what its shape says.
+        num_heads: heads of a query of three dimensions, required there; for one of four dimensions None, or what its shape says.
         layout: the letters b, s, h, d in the order of the dimensions.
         batch_first: False is short for `layout="hbsd"`.
         seqlens_kv: int32 (batch,), or None.
@@ -422,7 +422,13 @@ def _varlen_form(inputs: dict[str, Array]) -> Layout:
 def _head_dim_of(query: Array, form: Layout, num_heads: int | None) -> int:
     """The query's head_dim, checked against num_heads and the kernels' limit."""
     if form.packed:
-        width, heads = query.shape[2], num_heads or 1
+        if num_heads is None:
+            hint = (
+                "Pass num_heads=1 if these are (batch, seqlen, head_dim) of one head; call varlen_attention if they are packed sequences, "
+                "(tokens, heads, head_dim); index with [None] if they are one sequence, (seqlen, heads, head_dim)."
+            )
+            raise OptionError("num_heads", f"None with a query of 3 dimensions, {query.shape}", f"the heads in {form.describe()}", hint)
+        width, heads = query.shape[2], num_heads
         if width % heads:
             hint = "Pass the number of heads that the last dimension consists of."
             raise ShapeError("query", f"shape {query.shape} with num_heads={heads}", f"a last dimension divisible by {heads}", hint)
@@ -435,8 +441,7 @@ def _head_dim_of(query: Array, form: Layout, num_heads: int | None) -> int:
     if head_dim == 0:
         raise ShapeError("query", f"head_dim 0 in {query.shape}", f"a head_dim from 1 to {MAX_HEAD_DIM}", _how_read(form))
     if head_dim > MAX_HEAD_DIM:
-        hint = "Pass num_heads= to split the last dimension into heads." if form.packed and num_heads is None else _how_read(form)
-        raise UnsupportedError("query", f"head_dim {head_dim} in {query.shape}", f"a head_dim of at most {MAX_HEAD_DIM}", hint)
+        raise UnsupportedError("query", f"head_dim {head_dim} in {query.shape}", f"a head_dim of at most {MAX_HEAD_DIM}", _how_read(form))
     return head_dim
 
 
