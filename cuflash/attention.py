@@ -91,8 +91,8 @@ def scaled_dot_product_attention(
             -inf, or the sink (out is 0 there).
 
     Raises:
-        ShapeError, DTypeError, DeviceError, OptionError, TileError, UnsupportedError: an argument that cannot be used; each is an `ArgumentError` and a
-            `ValueError` and names the argument, what came, what was expected and what to do.
+        ShapeError, DTypeError, DeviceError, OptionError, KeywordError, TileError, UnsupportedError: an argument that cannot be used; each is an
+            `ArgumentError` and a `ValueError` and names the argument, what came, what was expected and what to do.
         CompileError: the compiler refused a kernel, or `CUFLASH_COMPILE=forbid` and it is not in the cache.
         SetupError: a package is missing.
 

@@ -70,7 +70,7 @@ OTHER_NAMES = (
     ),
     OtherName(("block_table",), "flash-attn", (), "A paged cache is not supported: keys and values of a sequence lie in one array."),
     OtherName(("learnable_sink", "s_aux"), "flash-attn, transformers", ("sinks",), "float32 (num_heads_q,)."),
-    OtherName(("logits_soft_cap", "soft_cap", "logit_cap"), "Pallas, others", ("softcap",), "The same number; None or 0.0 for none."),
+    OtherName(("logits_soft_cap", "attn_logits_soft_cap", "soft_cap"), "Pallas, Keras, others", ("softcap",), "The same number; None or 0.0 for none."),
     OtherName(
         ("attn_bias", "bias"), "xformers, JAX", ("attn_mask",),
         "An array is added to the scores as there. xformers' mask objects: LowerTriangularMask is is_causal=True, BlockDiagonalMask is varlen_attention.",

@@ -1,6 +1,7 @@
-"""Fill the tables of docs/features.md from the code: what each argument says of itself, what a plan does with it, what bad calls raise.
+"""Fill the tables of docs/features.md and docs/coming-from.md from the code: what each argument says of itself, what a plan does with it, what bad calls
+raise, what arguments are called elsewhere.
 
-python docs/generate_tables.py          # rewrites docs/features.md; tests/test_docs.py compares
+python docs/generate_tables.py          # rewrites the pages; tests/test_docs.py compares
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 import numpy
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "features.md"
+PAGES = (ROOT / "docs" / "features.md", ROOT / "docs" / "coming-from.md")
 sys.path.insert(0, str(ROOT))
 
 import cuflash  # noqa: E402
 from cuflash import device  # noqa: E402
 from cuflash.arrays import borrow  # noqa: E402
 from cuflash.errors import ArgumentError  # noqa: E402
+from cuflash.other_names import OTHER_NAMES  # noqa: E402
 from cuflash.planning import make_plan  # noqa: E402
 from cuflash.problem import make_problem  # noqa: E402
 
@@ -125,6 +127,14 @@ def error_table() -> list[str]:
     return rows
 
 
+def name_table() -> list[str]:
+    rows = ["| there | in | here | what to mind |", "|---|---|---|---|"]
+    for row in OTHER_NAMES:
+        names, ours = (", ".join(f"`{name}`" for name in group) for group in (row.names, row.ours))
+        rows.append(_row(names, row.libraries, ours or "none", row.difference))
+    return rows
+
+
 def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -133,15 +143,18 @@ def _shown(option: Any) -> str:
     return f"{option.dtype}{list(option.shape)}" if isinstance(option, numpy.ndarray) else repr(option)
 
 
+TABLES = {"features": feature_table, "errors": error_table, "names": name_table}
+
+
 def filled(page: str) -> str:
     """The page with its generated tables made anew."""
-    for name, table in (("features", feature_table()), ("errors", error_table())):
-        begin, end = f"<!-- generated: {name} -->\n", f"<!-- end of {name} -->"
-        before, rest = page.split(begin)
-        _, after = rest.split(end)
-        page = before + begin + "\n".join(table) + "\n" + end + after
-    return page
+
+    def table(match: re.Match[str]) -> str:
+        return "\n".join([match[1], *TABLES[match[2]](), match[3]])
+
+    return re.sub(r"(<!-- generated: (\w+) -->)\n.*?(<!-- end of \2 -->)", table, page, flags=re.S)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text()))
+    for path in PAGES:
+        path.write_text(filled(path.read_text()))
