@@ -67,9 +67,9 @@ def backward(function: str, arguments: Arguments) -> Gradients:
 def plan(arguments: Arguments) -> Plan:
     """The plan of a call with these arguments."""
     backward = check_bool("backward", arguments["backward"])
-    if arguments.get("need_attn_mask_grad", False) and not backward:
+    if check_bool("need_attn_mask_grad", arguments.get("need_attn_mask_grad", False)) and not backward:
         hint = "Pass backward=True too; the forward pass is the same with and without."
-        raise OptionError("need_attn_mask_grad", describe(arguments["need_attn_mask_grad"]), "backward=True with it", hint)
+        raise OptionError("need_attn_mask_grad", "True with backward=False", "backward=True with it", hint)
     problem, inputs = _check(arguments, _INPUTS)
     on = device.of_memory(*inputs["query"].device)
     return make_plan(problem, on, backward=backward, tile=arguments["tile"])
