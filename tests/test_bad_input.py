@@ -368,7 +368,7 @@ def test_a_plan_of_the_forward_pass_has_no_mask_gradient() -> None:
         cuflash.plan(**valid(), attn_mask=mask, need_attn_mask_grad=True)
     assert caught.value.argument == "need_attn_mask_grad"
     assert "backward=True" in caught.value.hint
-    with pytest.raises(OptionError, match="need_attn_mask_grad: got an object of type numpy.ndarray"):
+    with pytest.raises(OptionError, match="need_attn_mask_grad: got an object of type"):
         cuflash.plan(**valid(), attn_mask=mask, need_attn_mask_grad=mask)
     with pytest.raises(OptionError, match="backward: got 1; expected True or False"):
         cuflash.plan(**valid(), backward=1)
