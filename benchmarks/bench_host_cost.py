@@ -14,7 +14,7 @@ import numpy
 import pytest
 
 import cuflash
-from cuflash import attention, launch
+from cuflash import calls, launch
 
 SHAPE = (2, 128, 4, 64)
 
@@ -29,7 +29,7 @@ class NoLauncher:
 @pytest.fixture(autouse=True)
 def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "executable", lambda kernel, device: NoLauncher())
-    monkeypatch.setattr(attention, "_calls", {})
+    monkeypatch.setattr(calls, "_calls", {})
 
 
 def numpy_inputs() -> list[Any]:

@@ -12,7 +12,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cuflash.arrays import BFloat16Bits, bfloat16
     from cuflash.attention import (
-        Gradients,
         plan,
         scaled_dot_product_attention,
         scaled_dot_product_attention_backward,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
         CuflashError,
         DeviceError,
         DTypeError,
+        KeywordError,
         OptionError,
         SetupError,
         ShapeError,
@@ -36,13 +36,14 @@ if TYPE_CHECKING:
     )
     from cuflash.features import FeatureSet
     from cuflash.planning import Plan
+    from cuflash.prepared import Gradients
     from cuflash.tiles import Tile
     from cuflash.tuning import legal_tiles, warmup
 
 _HOME = {
     "BFloat16Bits": "arrays",
     "bfloat16": "arrays",
-    "Gradients": "attention",
+    "Gradients": "prepared",
     "plan": "attention",
     "scaled_dot_product_attention": "attention",
     "scaled_dot_product_attention_backward": "attention",
@@ -55,6 +56,7 @@ _HOME = {
     "CuflashError": "errors",
     "DeviceError": "errors",
     "DTypeError": "errors",
+    "KeywordError": "errors",
     "OptionError": "errors",
     "SetupError": "errors",
     "ShapeError": "errors",
@@ -77,6 +79,7 @@ __all__ = [
     "DeviceError",
     "FeatureSet",
     "Gradients",
+    "KeywordError",
     "OptionError",
     "Plan",
     "SetupError",

@@ -13,7 +13,7 @@ import functools
 import reprlib
 import sys
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy
 
@@ -22,9 +22,12 @@ from cuflash.dlpack import ManagedTensor
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 from cuflash.frameworks import BFloat16Bits, DLPackFramework, Framework
 
-__all__ = ["CPU", "Array", "BFloat16Bits", "Framework", "bfloat16", "borrow", "describe", "pointer", "signature"]
+__all__ = ["CPU", "AnyArray", "Array", "BFloat16Bits", "Framework", "bfloat16", "borrow", "describe", "pointer", "signature"]
 
 CPU = ("cpu", 0)
+
+AnyArray: TypeAlias = Any
+"""An array of the caller: of NumPy (also of `ml_dtypes.bfloat16`) or CuPy, a torch tensor, `BFloat16Bits`, or anything else with `__dlpack__`."""
 
 _EXPECTED = "a NumPy array, a CuPy array, a torch tensor or another array with __dlpack__"
 
@@ -131,15 +134,7 @@ def pointer(x: Any) -> int:
     Raises:
         DTypeError: a torch tensor that looks like any other, but is a wrapper without memory, as inside `torch.func.vmap`.
     """
-    library = _library_of(type(x))
-    if library == "torch":
-        try:
-            return x.data_ptr()  # type: ignore[no-any-return]
-        except RuntimeError as error:
-            raise _no_torch_memory("tensor", x, error) from error
-    if library == "bits":
-        return pointer(x.bits)
-    return int(x.data.ptr) if library == "cupy" else int(x.ctypes.data)
+    return _pointers[_library_of(type(x)) or ""](x)
 
 
 def bfloat16(bits: Any) -> BFloat16Bits:
@@ -355,6 +350,25 @@ def _signature_bits(x: BFloat16Bits) -> Hashable:
     return BFloat16Bits, signature(x.bits)
 
 
+def _pointer_numpy(x: Any) -> int:
+    return x.ctypes.data  # type: ignore[no-any-return]
+
+
+def _pointer_cupy(x: Any) -> int:
+    return x.data.ptr  # type: ignore[no-any-return]
+
+
+def _pointer_torch(x: Any) -> int:
+    try:
+        return x.data_ptr()  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        raise _no_torch_memory("tensor", x, error) from error
+
+
+def _pointer_bits(x: BFloat16Bits) -> int:
+    return pointer(x.bits)
+
+
 _borrowers: dict[str, Callable[[Any, str], Array]] = {
     "numpy": _borrow_numpy,
     "cupy": _borrow_cupy,
@@ -366,6 +380,12 @@ _signatures: dict[str, Callable[[Any], Hashable | None]] = {
     "cupy": _signature_cupy,
     "torch": _signature_torch,
     "bits": _signature_bits,
+}
+_pointers: dict[str, Callable[[Any], int]] = {
+    "numpy": _pointer_numpy,
+    "cupy": _pointer_cupy,
+    "torch": _pointer_torch,
+    "bits": _pointer_bits,
 }
 
 

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from cuflash.errors import DeviceError, OptionError
+from cuflash.errors import DeviceError, OptionError, SetupError
 
 KIB = 1024
 
@@ -114,6 +114,16 @@ def gpu(index: int) -> Device:
         properties["sharedMemPerMultiprocessor"],
         properties["regsPerMultiprocessor"],
     )
+
+
+def of_memory(kind: str, index: int) -> Device:
+    """The device that works on memory of `kind`, "cpu" or "cuda"."""
+    if kind == "cpu":
+        return of_arch(simulator_arch())
+    try:
+        return gpu(index)
+    except ImportError as error:
+        raise SetupError("Arrays on a GPU need CuPy: pip install 'cuflash[cuda12]' (or 'cuflash[cuda13]').") from error
 
 
 def default() -> Device:

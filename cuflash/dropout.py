@@ -6,12 +6,11 @@ import operator
 from math import ceil, prod
 from typing import Any
 
-from cuflash import launch
+from cuflash import device, launch
 from cuflash.arrays import borrow, describe, pointer
-from cuflash.attention import device_of
 from cuflash.codegen import config_text
 from cuflash.errors import OptionError, ShapeError
-from cuflash.features import Extents, check_dropout_p, check_dropout_seed, check_dropout_state, words_of_seed
+from cuflash.features import Extents, check_dropout_p, check_dropout_seed, check_dropout_state, drawn_from
 from cuflash.planning import KernelPlan
 from cuflash.problem import MAX_EXTENT
 from cuflash.tiles import Tile
@@ -45,10 +44,9 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
         hint = "Pass the shape of the probabilities, such as (2, 8, 512, 512)."
         raise ShapeError("shape", describe(shape) if not extents else str(extents), "(batch, num_heads_q, seqlen_q, seqlen_kv)", hint)
     array = borrow(like, "like")
-    words = words_of_seed(dropout_seed if probability > 0.0 else 0)
-    pointers = {} if words is None else {"dropout_seed": words[0], "dropout_offset": words[1]}
-    if words is None:
-        pointers["dropout_state"] = check_dropout_state(dropout_seed, Extents(*extents, array)).pointer
+    pointers, state = drawn_from(probability, dropout_seed)
+    if state is not None:
+        pointers["dropout_state"] = check_dropout_state(state, Extents(*extents, array)).pointer
 
     kept = array.framework.empty(extents, "bool", array)
     if prod(extents) == 0:
@@ -57,7 +55,7 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
         kept[...] = True
         return array.framework.finish(kept)
 
-    on = device_of(array)
+    on = device.of_memory(*array.device)
     batch, heads, seqlen_q, _ = extents
     num_tiles = ceil(seqlen_q / _ROWS)
     num_blocks = num_tiles * heads * batch

@@ -43,6 +43,10 @@ class DeviceError(ArgumentError):
     """Arrays on different devices or of different kinds, or a device that is not supported."""
 
 
+class KeywordError(ArgumentError, TypeError):
+    """A keyword argument that the function does not have; the message says what it is called here."""
+
+
 class OptionError(ArgumentError):
     """A scalar option outside its domain."""
 

@@ -10,24 +10,21 @@ for; all else is a run-time argument. Nothing in this file touches an array's va
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy
-
 from cuflash.arrays import Array, borrow, describe
 from cuflash.errors import DeviceError, DTypeError, OptionError, ShapeError
+from cuflash.options import check_bool, real
 
 Shape4 = tuple[int, int, int, int]
 Strides2 = tuple[int, int]
 
 MASK_DTYPES = ("bool", "float16", "bfloat16", "float32")
-ARRAYS = ("attn_mask", "alibi_slopes", "sinks", "segment_ids_q", "segment_ids_kv", "prefix_lengths", "dropout_state")
-"""Names of the arrays that features may bring, in the order of `FeatureArguments` in kernels/feature_arguments.cuh."""
+ARRAYS = ("attn_mask", "alibi_slopes", "sinks", "segment_ids_q", "segment_ids_kv", "prefix_lengths")
+"""Arguments of the calls that are arrays; a dropout_seed may be one too."""
 
 UNLIMITED = 2**31 - 1
 """What stands for no limit where kernels compare 32-bit differences of positions."""
@@ -210,10 +207,20 @@ def check_features(
         )
 
     batch, heads = extents.batch, extents.num_heads_q
-    alibi = None if alibi_slopes is None else _strides("alibi_slopes", alibi_slopes, "float32", [(batch, heads), (heads,)], extents)
+    alibi = (
+        None if alibi_slopes is None else _strides("alibi_slopes", alibi_slopes, "float32", [(batch, heads), (1, heads), (heads,)], extents)
+    )
     sink = None if sinks is None else _strides("sinks", sinks, "float32", [(heads,)], extents)
-    ids_q = None if segment_ids_q is None else _strides("segment_ids_q", segment_ids_q, "int32", [(batch, extents.seqlen_q)], extents)
-    ids_kv = None if segment_ids_kv is None else _strides("segment_ids_kv", segment_ids_kv, "int32", [(batch, extents.seqlen_kv)], extents)
+    ids_q = (
+        None
+        if segment_ids_q is None
+        else _strides("segment_ids_q", segment_ids_q, "int32", [(batch, extents.seqlen_q), (1, extents.seqlen_q)], extents)
+    )
+    ids_kv = (
+        None
+        if segment_ids_kv is None
+        else _strides("segment_ids_kv", segment_ids_kv, "int32", [(batch, extents.seqlen_kv), (1, extents.seqlen_kv)], extents)
+    )
     prefix = None if prefix_lengths is None else _strides("prefix_lengths", prefix_lengths, "int32", [(batch,)], extents)
 
     left, right = limits
@@ -242,7 +249,7 @@ def check_features(
 
 def check_dropout_p(dropout_p: object) -> float:
     """A probability from 0 to 1."""
-    number = _real(dropout_p)
+    number = real(dropout_p)
     if number is None or not 0.0 <= number <= 1.0:
         raise OptionError("dropout_p", describe(dropout_p), "a probability from 0.0 to 1.0", "Use 0.0 for no dropout, as in evaluation.")
     return number
@@ -276,6 +283,14 @@ def words_of_seed(dropout_seed: object) -> tuple[int, int] | None:
     return words[0], words[1]
 
 
+def drawn_from(dropout_p: object, dropout_seed: object) -> tuple[dict[str, int], object]:
+    """What dropout draws from: the words of a seed under their names in the argument structs, or the array that holds them; neither without dropout."""
+    if dropout_seed is None or (isinstance(dropout_p, (int, float)) and dropout_p == 0.0):
+        return {}, None
+    words = words_of_seed(dropout_seed)
+    return ({}, dropout_seed) if words is None else ({"dropout_seed": words[0], "dropout_offset": words[1]}, None)
+
+
 def check_window(window: object) -> tuple[int | None, int | None]:
     """(left, right), each a number of keys or None for no limit, which -1 means too."""
     if window is None:
@@ -300,7 +315,7 @@ def check_softcap(softcap: object, scale: float) -> float | None:
     """A positive float; None or 0.0 for no cap."""
     if softcap is None:
         return None
-    number = _real(softcap)
+    number = real(softcap)
     if number == 0.0:
         return None
     if number is None or not 0.0 < number < 2.0**126:
@@ -314,14 +329,12 @@ def check_softcap(softcap: object, scale: float) -> float | None:
 
 
 def _check_need_grad(value: object, mask: MaskLayout | None) -> bool:
-    if not isinstance(value, (bool, numpy.bool_)):
-        hint = "Write need_attn_mask_grad=True or need_attn_mask_grad=False."
-        raise OptionError("need_attn_mask_grad", describe(value), "True or False", hint)
-    if value and (mask is None or mask.dtype == "bool"):
+    wanted = check_bool("need_attn_mask_grad", value)
+    if wanted and (mask is None or mask.dtype == "bool"):
         got = "True without attn_mask" if mask is None else "True with a boolean attn_mask"
         hint = "Leave it out; only a mask of floats that is added to the scores has a gradient."
         raise OptionError("need_attn_mask_grad", got, "an additive attn_mask", hint)
-    return bool(value)
+    return wanted
 
 
 # --- Arrays -------------------------------------------------------------------------------------------------------------------------------
@@ -345,16 +358,16 @@ def _strides(name: str, x: object, dtype: str, shapes: list[tuple[int, ...]], ex
     if array.dtype != dtype:
         raise DTypeError(name, array.dtype, dtype, f"Cast it to {dtype}.")
     if array.shape not in shapes:
-        expected = " or ".join(str(shape) for shape in shapes)
+        expected = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
         meaning = {
             "alibi_slopes": "one slope for each query head, or for each batch and query head",
             "sinks": "one logit for each query head",
-            "segment_ids_q": "one id for each query",
-            "segment_ids_kv": "one id for each key",
+            "segment_ids_q": "one id for each query, (batch, seqlen_q); a batch of 1 is broadcast",
+            "segment_ids_kv": "one id for each key, (batch, seqlen_kv); a batch of 1 is broadcast",
             "prefix_lengths": "one length for each sequence of the batch",
         }[name]
         raise ShapeError(name, f"shape {array.shape}", expected, f"Pass {meaning}.")
-    return array.strides
+    return tuple(0 if extent == 1 else stride for extent, stride in zip(array.shape, array.strides, strict=True))
 
 
 def check_dropout_state(dropout_seed: object, extents: Extents) -> Array:
@@ -375,37 +388,20 @@ def _check_mask(x: object, extents: Extents) -> MaskLayout:
         raise DTypeError("attn_mask", mask.dtype, "bool, float16, bfloat16 or float32", hint)
     full = (extents.batch, extents.num_heads_q, extents.seqlen_q, extents.seqlen_kv)
     ndim = len(mask.shape)
-    fits = 1 <= ndim <= 4 and all(own in (1, wanted) for own, wanted in zip(mask.shape, full[4 - ndim :], strict=True))
-    if not fits:
+    if not (1 <= ndim <= 4 and _broadcasts(mask.shape, full[4 - ndim :])):
         expected = f"one to four dimensions that broadcast to (batch, heads, seqlen_q, seqlen_kv) = {full}"
         hint = "The axes are those of the scores in every layout: key padding (batch, seqlen_kv) is passed as mask[:, None, None, :]."
+        if ndim == 3 and _broadcasts((mask.shape[0], 1, *mask.shape[1:]), full):
+            hint = "If its first axis is the batch, give it one for the heads: mask[:, None]."
         raise ShapeError("attn_mask", f"shape {mask.shape}", expected, hint)
     shape: Any = (1,) * (4 - ndim) + mask.shape
     strides: Any = tuple(0 if extent == 1 else stride for extent, stride in zip(shape, (0,) * (4 - ndim) + mask.strides, strict=True))
     return MaskLayout(mask.dtype, mask.shape, shape, strides)
 
 
+def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    return all(own in (1, wanted) for own, wanted in zip(shape, full, strict=True))
+
+
 def _limit(limit: int, unlimited: str) -> str:
     return unlimited if abs(limit) == UNLIMITED else str(limit)
-
-
-def _real(value: object) -> float | None:
-    """The float that a real number is, infinite if it is out of range; None for anything that is no real number."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def grouped(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, int] | None]:
-    """The arrays among a call's feature arguments under the names of `ARRAYS`, and the words of a seed that is no array."""
-    arrays = {name: given[name] for name in ARRAYS if given.get(name) is not None}
-    seed, probability = given["dropout_seed"], given["dropout_p"]
-    if seed is None or (isinstance(probability, (int, float)) and probability == 0.0):
-        return arrays, None
-    words = words_of_seed(seed)
-    if words is None:
-        arrays["dropout_state"] = seed
-    return arrays, words

@@ -124,16 +124,13 @@ class ArgumentTemplate:
 
     def __init__(self, parts: Sequence[tuple[str, bytes]]) -> None:
         self.names = tuple(name for name, _ in parts)
-        self.size = sum(len(data) for _, data in parts)
-        self._rest = tuple(data[8:] for _, data in parts)  # what follows each pointer
+        self._parts = [(name, data[8:]) for name, data in parts]  # what follows each pointer
+        layout = struct.Struct("=" + "".join(f"Q{len(rest)}s" for _, rest in self._parts))
+        self.size, self._pack = layout.size, layout.pack
 
     def fill(self, pointers: Mapping[str, int]) -> bytes:
         """The struct with the given addresses; a name that is not given is null."""
-        pieces = []
-        for name, rest in zip(self.names, self._rest, strict=True):
-            pieces.append(pointers.get(name, 0).to_bytes(8, "little"))
-            pieces.append(rest)
-        return b"".join(pieces)
+        return self._pack(*[piece for name, rest in self._parts for piece in (pointers.get(name, 0), rest)])
 
 
 def forward_template(problem: Problem, out: View, lse_strides: Strides3, vectorized: Mapping[str, bool]) -> ArgumentTemplate:

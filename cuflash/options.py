@@ -34,7 +34,7 @@ def check_scale(scale: object) -> float | None:
     """A finite float, or None for the default."""
     if scale is None:
         return None
-    number = _real(scale)
+    number = real(scale)
     if number is not None and abs(number) <= MAX_SCALE:
         return number
     expected = "a finite float of at most 2**127 in magnitude, or None"
@@ -80,7 +80,7 @@ def check_layout(layout: object, batch_first: object) -> str:
     return "hbsd"
 
 
-def _real(value: object) -> float | None:
+def real(value: object) -> float | None:
     """The float that a real number is, infinite if it is out of range; None for anything that is no real number."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return None

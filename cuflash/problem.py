@@ -9,7 +9,7 @@ Nothing in this file touches an array's values, a GPU or a framework.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,8 +191,6 @@ def make_problem(
     key: Array,
     value: Array,
     *,
-    attn_mask: object = None,
-    dropout_p: object = 0.0,
     is_causal: object = False,
     scale: object = None,
     enable_gqa: object = False,
@@ -204,8 +202,10 @@ def make_problem(
     deterministic: object = False,
     allow_tf32: object = False,
     seqlens_kv: Array | None = None,
-    cu_seqlens: tuple[Array, Array] | None = None,
-    max_seqlens: tuple[object, object] = (None, None),
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_kv: Array | None = None,
+    max_seqlen_q: object = None,
+    max_seqlen_kv: object = None,
     **features: object,
 ) -> Problem:
     """Check a call's inputs and options, all of them, and return what is left to compute.
@@ -217,14 +217,14 @@ def make_problem(
             heads * head_dim), with `layout="sbhd"` or `batch_first=False` (seqlen, batch, heads * head_dim).
         key: same form and dtype; batch may be 1, heads may be 1, or divide the query's heads if `enable_gqa`.
         value: like key, with key's seqlen; a head_dim of its own in four dimensions.
-        num_heads: heads of a query of three dimensions, default 1; for one of four dimensions None, or what its shape says.
+        num_heads: heads of a query of three dimensions, required there; for one of four dimensions None, or what its shape says.
         layout: the letters b, s, h, d in the order of the dimensions.
         batch_first: False is short for `layout="hbsd"`.
         seqlens_kv: int32 (batch,), or None.
-        cu_seqlens: offsets of packed queries and keys, int32 (sequences + 1,) each; inputs are (tokens, heads, head_dim) then. Or None.
-        max_seqlens: bounds of the lengths of packed queries and keys, or None.
-        attn_mask, dropout_p, …: as in `cuflash.scaled_dot_product_attention`; taken as they came from the caller.
-        features: other score features and masks, see `features.check_features`.
+        cu_seqlens_q, cu_seqlens_kv: offsets of packed sequences, int32 (sequences + 1,) each; inputs are (tokens, heads, head_dim) then. Or None.
+        max_seqlen_q, max_seqlen_kv: bounds of the lengths of packed sequences, or None.
+        is_causal, scale, …: as in `cuflash.scaled_dot_product_attention`; taken as they came from the caller.
+        features: score features and masks, see `features.check_features`.
 
     Raises:
         OptionError: an option is of a wrong type or outside its domain.
@@ -246,10 +246,10 @@ def make_problem(
     }
 
     inputs = {"query": query, "key": key, "value": value}
-    others = {"seqlens_kv": seqlens_kv} | dict(zip(("cu_seqlens_q", "cu_seqlens_kv"), cu_seqlens or (), strict=False))
-    _check_same_kind(inputs | {name: array for name, array in others.items() if array is not None})
+    lengths_of = {"seqlens_kv": seqlens_kv, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
+    _check_same_kind(inputs | {name: array for name, array in lengths_of.items() if array is not None})
     _check_dtypes(inputs)
-    form = _form_of(inputs, order) if cu_seqlens is None else _varlen_form(inputs)
+    form = _form_of(inputs, order) if cu_seqlens_q is None else _varlen_form(inputs)
     head_dim = _head_dim_of(query, form, heads)
     head_dim_v = _check_head_dims(inputs, form, head_dim)
     views = {name: form.view(array, head_dim_v if name == "value" else head_dim) for name, array in inputs.items()}
@@ -261,15 +261,13 @@ def make_problem(
     lengths: dict[str, Any] = {"max_seqlen_q": seqlen_q, "max_seqlen_kv": seqlen_kv, "seqlens_kv": seqlens_kv is not None}
     if seqlens_kv is not None:
         sequences.check_seqlens("seqlens_kv", seqlens_kv, query, batch)
-    if cu_seqlens is not None:
-        lengths = sequences.check_cu_seqlens(cu_seqlens, max_seqlens, query, (seqlen_q, seqlen_kv))
+    if cu_seqlens_q is not None and cu_seqlens_kv is not None:
+        lengths = sequences.check_cu_seqlens((cu_seqlens_q, cu_seqlens_kv), (max_seqlen_q, max_seqlen_kv), query, (seqlen_q, seqlen_kv))
+        sequences.refuse_mask(features.get("attn_mask"))
     num_heads_kv = heads_v if heads_k == 1 else heads_k
     chosen_scale = head_dim**-0.5 if factor is None else factor
-    extents = Extents(batch, num_heads_q, seqlen_q, seqlen_kv, query)
-    if cu_seqlens is not None:
-        sequences.refuse_mask(attn_mask)
-        extents = Extents(lengths["num_sequences"], num_heads_q, lengths["max_seqlen_q"], lengths["max_seqlen_kv"], query)
-    checked = check_features(extents, is_causal=causal, scale=chosen_scale, attn_mask=attn_mask, dropout_p=dropout_p, **features)
+    extents = Extents(lengths.get("num_sequences", batch), num_heads_q, lengths["max_seqlen_q"], lengths["max_seqlen_kv"], query)
+    checked = check_features(extents, is_causal=causal, scale=chosen_scale, **features)
     return Problem(
         dtype=query.dtype,
         batch=batch,
@@ -295,21 +293,20 @@ def make_problem(
     )
 
 
-def check_out(problem: Problem, layout: Layout, out: Array, inputs: Sequence[Array], others: Mapping[str, Array] | None = None) -> View:
+def check_out(problem: Problem, layout: Layout, out: Array, inputs: Mapping[str, Array]) -> View:
     """Check the caller's array for the output and return its canonical view.
 
     Args:
         problem: the call.
         layout: `problem.layout`.
         out: has the output's shape in that layout, its dtype, library and device; any strides.
-        inputs: query, key and value.
-        others: further arrays that the kernels read, by name.
+        inputs: query and the other arrays that the kernels read, by name.
 
     Raises:
         DeviceError, DTypeError, ShapeError: `out` differs from the output in library, device, element type or shape.
         ArgumentError: `out` must not be written, some of its elements share memory, or it shares memory with an input.
     """
-    _check_same_kind({"query": inputs[0], "out": out})
+    _check_same_kind({"query": inputs["query"], "out": out})
     _check_like_output("out", out, problem, layout)
     if out.read_only:
         got = "a tensor that requires grad" if out.framework.name == "torch" else "a read-only or immutable array"
@@ -318,7 +315,7 @@ def check_out(problem: Problem, layout: Layout, out: Array, inputs: Sequence[Arr
     if overlaps_itself(out):
         got = f"shape {out.shape} with strides {out.strides}, where elements share memory"
         raise ArgumentError("out", got, "separate memory for each element", "Pass a copy, or leave out= away.")
-    for name, array in (*zip(("query", "key", "value"), inputs, strict=False), *(others or {}).items()):
+    for name, array in inputs.items():
         if share_memory(out, array):
             hint = "Pass an array with memory of its own, or leave out= away."
             raise ArgumentError("out", f"an array that shares memory with {name}", f"memory that {name} does not use", hint)
@@ -425,7 +422,13 @@ def _varlen_form(inputs: dict[str, Array]) -> Layout:
 def _head_dim_of(query: Array, form: Layout, num_heads: int | None) -> int:
     """The query's head_dim, checked against num_heads and the kernels' limit."""
     if form.packed:
-        width, heads = query.shape[2], num_heads or 1
+        if num_heads is None:
+            hint = (
+                "Pass num_heads=1 if these are (batch, seqlen, head_dim) of one head; call varlen_attention if they are packed sequences, "
+                "(tokens, heads, head_dim); index with [None] if they are one sequence, (seqlen, heads, head_dim)."
+            )
+            raise OptionError("num_heads", f"None with a query of 3 dimensions, {query.shape}", f"the heads in {form.describe()}", hint)
+        width, heads = query.shape[2], num_heads
         if width % heads:
             hint = "Pass the number of heads that the last dimension consists of."
             raise ShapeError("query", f"shape {query.shape} with num_heads={heads}", f"a last dimension divisible by {heads}", hint)
@@ -438,8 +441,7 @@ def _head_dim_of(query: Array, form: Layout, num_heads: int | None) -> int:
     if head_dim == 0:
         raise ShapeError("query", f"head_dim 0 in {query.shape}", f"a head_dim from 1 to {MAX_HEAD_DIM}", _how_read(form))
     if head_dim > MAX_HEAD_DIM:
-        hint = "Pass num_heads= to split the last dimension into heads." if form.packed and num_heads is None else _how_read(form)
-        raise UnsupportedError("query", f"head_dim {head_dim} in {query.shape}", f"a head_dim of at most {MAX_HEAD_DIM}", hint)
+        raise UnsupportedError("query", f"head_dim {head_dim} in {query.shape}", f"a head_dim of at most {MAX_HEAD_DIM}", _how_read(form))
     return head_dim
 
 

@@ -1,16 +1,19 @@
 """Check the lengths of a call whose sequences differ in length: arrays that stay on the device, and the bounds that a grid is made for.
 
-Nothing here reads a length: values are the kernels' business, which clamp what makes no sense (kernels/tile/sequence.cuh).
+Nothing here waits for a GPU: there, values are the kernels' business, which clamp what makes no sense (kernels/tile/sequence.cuh). In the host's memory
+reading them costs nothing, and `check_offsets` does.
 """
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import numbers
 import operator
 from typing import Any
 
 from cuflash.arrays import Array, describe
-from cuflash.errors import DTypeError, OptionError, ShapeError
+from cuflash.errors import ArgumentError, DTypeError, OptionError, ShapeError
 
 
 def check_seqlens(name: str, lengths: Array, query: Array, expected: int) -> None:
@@ -62,6 +65,40 @@ def check_cu_seqlens(
         raise ShapeError(names[1], f"shape ({count_kv},)", f"({count},), like cu_seqlens_q", hint)
     bounds = (_bound(name, bound, total) for name, bound, total in zip(("max_seqlen_q", "max_seqlen_kv"), max_seqlens, totals, strict=True))
     return {"num_sequences": count - 1} | dict(zip(("max_seqlen_q", "max_seqlen_kv"), bounds, strict=True))
+
+
+def check_offsets(which: str, address: int, num_sequences: int, tokens: int, longest: int) -> None:
+    """Check the values of packed offsets in the host's memory.
+
+    What kernels do with others is not specified. Lengths in `seqlens_kv` and `prefix_lengths` have no such check: all of them mean something, since
+    those out of range are clamped.
+
+    Args:
+        which: "q" or "kv".
+        address: of `num_sequences + 1` contiguous int32.
+        tokens: of the arrays that they divide.
+        longest: the bound on the length of a sequence.
+
+    Raises:
+        ArgumentError: offsets that do not start at 0, descend, or lie beyond the tokens.
+        OptionError: a sequence is longer than its bound.
+    """
+    name, bound = f"cu_seqlens_{which}", f"max_seqlen_{which}"
+    offsets = [*(ctypes.c_int32 * (num_sequences + 1)).from_address(address)]
+    lengths = [end - start for start, end in itertools.pairwise(offsets)]
+    if offsets[0] != 0:
+        hint = "The first sequence starts at token 0: offsets are [0, *cumsum(lengths)]."
+        raise ArgumentError(name, f"a first offset of {offsets[0]}", "0", hint)
+    if min(lengths, default=0) < 0:
+        at = next(i for i, length in enumerate(lengths) if length < 0)
+        got = f"{offsets[at]} followed by {offsets[at + 1]} at {at}"
+        raise ArgumentError(name, got, "offsets that do not descend", "Offsets are [0, *cumsum(lengths)], not lengths.")
+    if offsets[-1] > tokens:
+        hint = "The last offset is the number of tokens of all sequences."
+        raise ArgumentError(name, f"a last offset of {offsets[-1]}", f"at most {tokens}, the tokens that there are", hint)
+    if max(lengths, default=0) > longest:
+        hint = f"Pass {bound}={max(lengths)}, or leave it out."
+        raise OptionError(bound, longest, f"at least {max(lengths)}, the longest sequence in {name}", hint)
 
 
 def refuse_mask(attn_mask: object) -> None:

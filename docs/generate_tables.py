@@ -1,6 +1,7 @@
-"""Fill the tables of docs/features.md from the code: what each argument says of itself, what a plan does with it, what bad calls raise.
+"""Fill the tables of docs/features.md and docs/coming-from.md from the code: what each argument says of itself, what a plan does with it, what bad calls
+raise, what arguments are called elsewhere.
 
-python docs/generate_tables.py          # rewrites docs/features.md; tests/test_docs.py compares
+python docs/generate_tables.py          # rewrites the pages; tests/test_docs.py compares
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import cuflash
 from cuflash import device
 from cuflash.arrays import borrow
 from cuflash.errors import ArgumentError
+from cuflash.other_names import OTHER_NAMES
 from cuflash.planning import make_plan
 from cuflash.problem import make_problem
 
-PAGE = Path(__file__).resolve().parent / "features.md"
+DOCS = Path(__file__).resolve().parent
+PAGES = (DOCS / "features.md", DOCS / "coming-from.md")
+
 B, H, S, D = 2, 4, 256, 64
 
 
@@ -75,12 +79,8 @@ BAD_CALLS: list[dict[str, Any]] = [
 
 def plan_of(options: dict[str, Any], backward: bool) -> Any:
     """The plan of a call of the shape above; with `cu_seqlens_q` its sequences are packed."""
-    named = {name: borrow(option, name) if "seqlens" in name else option for name, option in options.items() if name != "max_seqlen_q"}
-    shape: tuple[int, ...] = (B, S, H, D)
-    if "cu_seqlens_q" in named:
-        shape = (B * S, H, D)
-        named["cu_seqlens"] = named.pop("cu_seqlens_q"), named.pop("cu_seqlens_kv")
-        named["max_seqlens"] = options.get("max_seqlen_q"), None
+    named = {name: borrow(option, name) if "seqlens" in name else option for name, option in options.items()}
+    shape = (B * S, H, D) if "cu_seqlens_q" in named else (B, S, H, D)
     x = borrow(numpy.broadcast_to(numpy.zeros(1, "float16"), shape), "query")
     return make_plan(make_problem(x, x, x, **named), device.of_arch("sm_80", "gpu"), backward=backward)
 
@@ -128,6 +128,14 @@ def error_table() -> list[str]:
     return rows
 
 
+def name_table() -> list[str]:
+    rows = ["| there | in | here | what to mind |", "|---|---|---|---|"]
+    for row in OTHER_NAMES:
+        names, ours = (", ".join(f"`{name}`" for name in group) for group in (row.names, row.ours))
+        rows.append(_row(names, row.libraries, ours or "none", row.difference))
+    return rows
+
+
 def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -136,15 +144,18 @@ def _shown(option: Any) -> str:
     return f"{option.dtype}{list(option.shape)}" if isinstance(option, numpy.ndarray) else repr(option)
 
 
+TABLES = {"features": feature_table, "errors": error_table, "names": name_table}
+
+
 def filled(page: str) -> str:
     """The page with its generated tables made anew."""
-    for name, table in (("features", feature_table()), ("errors", error_table())):
-        begin, end = f"<!-- generated: {name} -->\n", f"<!-- end of {name} -->"
-        before, rest = page.split(begin)
-        _, after = rest.split(end)
-        page = before + begin + "\n".join(table) + "\n" + end + after
-    return page
+
+    def table(match: re.Match[str]) -> str:
+        return "\n".join([match[1], *TABLES[match[2]](), match[3]])
+
+    return re.sub(r"(<!-- generated: (\w+) -->)\n.*?(<!-- end of \2 -->)", table, page, flags=re.S)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text()))
+    for path in PAGES:
+        path.write_text(filled(path.read_text()))

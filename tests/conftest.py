@@ -21,8 +21,7 @@ import pytest
 from hypothesis import settings
 
 import cuflash
-from cuflash import attention as calls
-from cuflash import cache, device, launch, reference
+from cuflash import cache, calls, device, launch, reference
 from cuflash.reference import attention, attention_backward, attention_naive, attention_naive_backward, compare
 
 SIMULATED = ("sm_75", "sm_80", "sm_90")

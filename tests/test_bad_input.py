@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 import sys
@@ -13,8 +14,9 @@ import numpy
 import pytest
 
 import cuflash
+from cuflash import other_names
 from cuflash.arrays import bfloat16, borrow
-from cuflash.errors import ArgumentError, CuflashError, DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
+from cuflash.errors import ArgumentError, CuflashError, DeviceError, DTypeError, KeywordError, OptionError, ShapeError, UnsupportedError
 from cuflash.problem import BackwardViews, Problem, check_backward, check_out, make_problem
 
 B, SQ, SKV, H, D = 2, 6, 10, 4, 8
@@ -31,8 +33,8 @@ def valid() -> dict[str, Any]:
 def forward(call: dict[str, Any]) -> Problem:
     """The checks of the public call."""
     options = {name: option for name, option in call.items() if name not in ("query", "key", "value", "out")}
-    inputs = [borrow(call[name], name) for name in ("query", "key", "value")]
-    problem = make_problem(*inputs, **options)
+    inputs = {name: borrow(call[name], name) for name in ("query", "key", "value")}
+    problem = make_problem(**inputs, **options)
     if "out" in call:
         check_out(problem, problem.layout, borrow(call["out"], "out"), inputs)
     return problem
@@ -213,12 +215,43 @@ ARRAY_CASES: list[tuple[dict[str, Any], type[ArgumentError], str, str, str, str]
         "num_heads=",
     ),
     (
-        {"query": zeros(B, SQ, 1024), "key": zeros(B, SKV, 1024), "value": zeros(B, SKV, 1024)},
+        {"query": zeros(B, SQ, 1024), "key": zeros(B, SKV, 1024), "value": zeros(B, SKV, 1024), "num_heads": 1},
         UnsupportedError,
         "query",
         "head_dim 1024",
         "at most 576",
-        "Pass num_heads=",
+        "num_heads= says",
+    ),
+    (
+        {"query": zeros(40, H, D), "key": zeros(40, H, D), "value": zeros(40, H, D)},
+        OptionError,
+        "num_heads",
+        "None with a query of 3 dimensions, (40, 4, 8)",
+        "the heads in (batch, seqlen, heads * head_dim)",
+        "call varlen_attention if they are packed sequences, (tokens, heads, head_dim)",
+    ),
+    # score features and masks
+    (
+        {"attn_mask": zeros(B, SQ, SKV)},
+        ShapeError,
+        "attn_mask",
+        "(2, 6, 10)",
+        "(batch, heads, seqlen_q, seqlen_kv)",
+        "heads: mask[:, None].",
+    ),
+    ({"attn_mask": zeros(B, SKV)}, ShapeError, "attn_mask", "(2, 10)", "= (2, 4, 6, 10)", "mask[:, None, None, :]"),
+    ({"attn_mask": zeros(3, SQ, SKV)}, ShapeError, "attn_mask", "(3, 6, 10)", "= (2, 4, 6, 10)", "mask[:, None, None, :]"),
+    ({"window": 128}, OptionError, "window", "128", "a pair (left, right)", "window=(127, 0)"),
+    ({"window": (128, -2)}, OptionError, "window", "(128, -2)", "None or -1 for no limit", "window=(127, 0)"),
+    ({"softcap": -30.0}, OptionError, "softcap", "-30.0", "a positive float, or None", "Leave it out for no cap"),
+    ({"alibi_slopes": [0.5] * H}, DTypeError, "alibi_slopes", "list", "a NumPy array", "numpy.asarray(x, dtype=numpy.float32)"),
+    (
+        {"segment_ids_q": zeros(SQ, dtype="int32"), "segment_ids_kv": zeros(1, SKV, dtype="int32")},
+        ShapeError,
+        "segment_ids_q",
+        "shape (6,)",
+        "(2, 6) or (1, 6)",
+        "a batch of 1 is broadcast",
     ),
     (
         {"query": zeros(B, SQ, 32), "key": zeros(B, SKV, 32), "value": zeros(B, SKV, 32), "layout": "bhsd"},
@@ -268,6 +301,77 @@ def test_options_come_before_shapes() -> None:
 
 def test_element_types_come_before_shapes() -> None:
     assert error_of({**valid(), "key": zeros(3, dtype="float64")}).got == "float64"
+
+
+# --- Names of arguments --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "keyword", "expected", "hint"),
+    [
+        ("scaled_dot_product_attention", "softmax_scale", "scale", "head_dim ** -0.5"),
+        ("scaled_dot_product_attention", "window_size", "window", "-1 for no limit"),
+        ("scaled_dot_product_attention", "causal", "is_causal and causal_alignment", "bottom_right"),
+        ("scaled_dot_product_attention", "key_padding_mask", "attn_mask", "~key_padding_mask[:, None, None, :]"),
+        ("scaled_dot_product_attention", "return_attn_probs", "return_lse", "(out, lse)"),
+        ("scaled_dot_product_attention", "block_table", "no such argument", "paged"),
+        ("scaled_dot_product_attention", "cu_seqlens_k", "no such argument here", "cu_seqlens_kv is an argument of varlen_attention,"),
+        ("scaled_dot_product_attention", "need_attn_mask_grad", "no such argument here", "scaled_dot_product_attention_backward"),
+        ("scaled_dot_product_attention_backward", "dout", "grad_out", "first argument"),
+        ("scaled_dot_product_attention_backward", "return_lse", "no such argument here", "return_lse is an argument of scaled_dot"),
+        ("varlen_attention", "cu_seqlens_k", "cu_seqlens_kv", "offsets"),
+        ("varlen_attention", "max_seqlen_k", "max_seqlen_kv", "int"),
+        ("varlen_attention", "segment_ids", "no such argument for packed sequences", "offsets of its own"),
+        ("varlen_attention", "segment_ids_q", "no such argument for packed sequences", "offsets of its own"),
+        ("varlen_attention", "cache_seqlens", "no such argument for packed sequences", "cu_seqlens_kv"),
+        ("varlen_attention_backward", "dropout", "dropout_p and dropout_seed", "the same one in the backward call"),
+        ("varlen_plan", "attn_bias", "attn_mask", "xformers"),
+        ("plan", "out", "no such argument here", "out is an argument of scaled_dot_product_attention,"),
+        ("plan", "is_casual", "is_causal", "help(cuflash.plan)"),
+        ("plan", "xyzzy", "one of its arguments", "help(cuflash.plan)"),
+    ],
+)
+def test_keywords_of_others(function: str, keyword: str, expected: str, hint: str) -> None:
+    """Before anything else, so that no required argument under its other name is called missing."""
+    with pytest.raises(KeywordError) as caught:
+        getattr(cuflash, function)(**{keyword: 1})
+    assert isinstance(caught.value, TypeError)
+    assert caught.value.argument == keyword
+    assert caught.value.got == f"a keyword argument that {function} does not have"
+    assert caught.value.expected == expected
+    assert hint in caught.value.hint
+
+
+def test_other_names_are_not_ours() -> None:
+    ours = {name for names in other_names._functions.values() for name in names}
+    for row in other_names.OTHER_NAMES:
+        assert not ours.intersection(row.names)
+        assert ours.issuperset(row.ours)
+        assert row.difference.endswith(".")
+    theirs = [name for row in other_names.OTHER_NAMES for name in row.names]
+    assert len(theirs) == len(set(theirs))
+    assert ours.issuperset(other_names._ONLY_PADDED)
+
+
+def test_signatures_are_those_of_the_functions() -> None:
+    for name in ("scaled_dot_product_attention", "varlen_attention_backward", "plan"):
+        function = getattr(cuflash, name)
+        assert set(inspect.signature(function).parameters) == set(other_names._functions[name])
+        assert not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+        assert function.__doc__
+
+
+def test_a_plan_of_the_forward_pass_has_no_mask_gradient() -> None:
+    mask = zeros(SQ, SKV)
+    assert "backward_mask" in str(cuflash.plan(**valid(), attn_mask=mask, need_attn_mask_grad=True, backward=True))
+    with pytest.raises(OptionError) as caught:
+        cuflash.plan(**valid(), attn_mask=mask, need_attn_mask_grad=True)
+    assert caught.value.argument == "need_attn_mask_grad"
+    assert "backward=True" in caught.value.hint
+    with pytest.raises(OptionError, match="need_attn_mask_grad: got an object of type"):
+        cuflash.plan(**valid(), attn_mask=mask, need_attn_mask_grad=mask)
+    with pytest.raises(OptionError, match="backward: got 1; expected True or False"):
+        cuflash.plan(**valid(), backward=1)
 
 
 # --- Swapped layouts --------------------------------------------------------------------------------------------------------------------

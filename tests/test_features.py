@@ -315,18 +315,38 @@ def test_dropout_seed_on_the_device(target: Target) -> None:
         assert numpy.array_equal(got[1, 2], reference_mask((1, 2), (SQ, SKV), 0.3, (77, 4)))
 
 
+def test_segments_and_slopes_of_one_row_are_those_of_all(target: Target) -> None:
+    inputs = inputs_of(target, target.half)
+    one = {
+        "segment_ids_q": segment_ids(SQ)[:1],
+        "segment_ids_kv": segment_ids(SKV)[:1],
+        "alibi_slopes": numpy.linspace(0.1, 1, H, dtype="float32")[None],
+    }
+    all_rows = {name: numpy.repeat(x, B, axis=0) for name, x in one.items()}
+    results = [target.run(*inputs, enable_gqa=True, **placed(target, options)).bits() for options in (one, all_rows)]
+    assert results[0] == results[1]
+    target.check(*inputs, enable_gqa=True, **placed(target, all_rows))
+
+
+def test_a_seed_without_dropout_is_not_looked_at(simulator: Target) -> None:
+    """So that evaluation differs from training in dropout_p only."""
+    inputs = inputs_of(simulator, simulator.half)
+    without = simulator.run(*inputs, enable_gqa=True).bits()
+    assert simulator.run(*inputs, enable_gqa=True, dropout_p=0.0, dropout_seed=7).bits() == without
+
+
 def test_seeds_do_not_make_new_calls(simulator: Target) -> None:
     """What is kept of a call does not depend on the seed."""
-    from cuflash import attention
+    from cuflash import calls
 
     inputs = inputs_of(simulator, "bfloat16")
     cuflash.scaled_dot_product_attention(*inputs, enable_gqa=True, dropout_p=0.25, dropout_seed=1)
-    before = len(attention._calls)
+    before = len(calls._calls)
     outs = {
         simulator.bits(cuflash.scaled_dot_product_attention(*inputs, enable_gqa=True, dropout_p=0.25, dropout_seed=seed))
         for seed in range(5)
     }
-    assert len(attention._calls) == before
+    assert len(calls._calls) == before
     assert len(outs) == 5
 
 

@@ -14,7 +14,7 @@ import numpy
 import pytest
 
 import cuflash
-from cuflash import attention, compiler, device, launch, planning
+from cuflash import calls, compiler, device, launch, planning
 from cuflash.arrays import borrow
 from cuflash.compiler import CompileRequest
 from cuflash.errors import CompileError
@@ -282,7 +282,7 @@ def test_a_warm_call_costs_microseconds(monkeypatch: pytest.MonkeyPatch) -> None
             pass
 
     monkeypatch.setattr(launch, "executable", lambda kernel, on: Nothing())
-    monkeypatch.setattr(attention, "_calls", {})
+    monkeypatch.setattr(calls, "_calls", {})
     query, key, value = (numpy.zeros((2, 128, 4, 64), numpy.float16) for _ in range(3))
     out, lse = cuflash.scaled_dot_product_attention(query, key, value, return_lse=True)
     microseconds = {"forward": [0.0] * 500, "backward": [0.0] * 500}

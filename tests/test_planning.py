@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cuflash
-from cuflash import attention, device, launch, planning
+from cuflash import calls, device, launch, planning
 from cuflash.arrays import borrow
 from cuflash.device import ARCHITECTURES
 from cuflash.errors import TileError, UnsupportedError
@@ -259,7 +259,7 @@ def test_plan_is_that_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
             launched.append((self.name, num_blocks, num_threads, shared_bytes))
 
     monkeypatch.setattr(launch, "executable", lambda kernel, on: Recorder(kernel.name))
-    monkeypatch.setattr(attention, "_calls", {})
+    monkeypatch.setattr(calls, "_calls", {})
     query, key = numpy.zeros((2, 333, 4, 56), numpy.float16), numpy.zeros((2, 222, 2, 56), numpy.float16)
     out, lse = cuflash.scaled_dot_product_attention(query, key, key, enable_gqa=True, return_lse=True)
     cuflash.scaled_dot_product_attention_backward(query, query, key, key, out, lse, enable_gqa=True)

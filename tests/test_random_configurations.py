@@ -29,7 +29,7 @@ if __name__ == "__main__":
 
 from conftest import SIMULATED, VIEWS, Target, rounded
 
-from cuflash import attention, cache, launch
+from cuflash import cache, calls, launch
 
 GROUPS = 27
 CALLS_PER_GROUP = 12
@@ -264,7 +264,7 @@ def run_group(arch: str | None, seed: int, count: int, group: int) -> dict[str, 
             judge(target, call)
         except Exception as error:
             failures.append(f"group {group}, index {index}, {arch}: {call.describe()}: {type(error).__name__}: {error}")
-    attention._calls.clear()
+    calls._calls.clear()
     launch._executables.clear()
     cache.reset_memory()
     return {

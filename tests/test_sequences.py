@@ -13,7 +13,7 @@ import numpy
 import pytest
 
 import cuflash
-from cuflash import Tile, attention, device, frameworks, reference
+from cuflash import Tile, calls, device, frameworks, reference, sequences
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, OptionError, ShapeError, SimulatorError
 from cuflash.planning import offline_kernels
 from cuflash.reference import varlen_attention, varlen_attention_backward
@@ -118,10 +118,10 @@ def test_key_lengths_are_read_when_the_kernels_run(target: Target) -> None:
     """A kept call, as a captured graph, sees what the array holds by then, and nothing is prepared anew."""
     inputs, lengths = padded(target, [90, 90], target.half), int32(target, [90, 20])
     first = target.run(*inputs, seqlens_kv=lengths)
-    kept = len(attention._calls)
+    kept = len(calls._calls)
     lengths[...] = int32(target, [5, 90])
     second = target.run(*inputs, seqlens_kv=lengths)
-    assert len(attention._calls) == kept
+    assert len(calls._calls) == kept
     assert second.bits() != first.bits()
     assert second.bits() == target.run(*inputs, seqlens_kv=int32(target, [5, 90])).bits()
 
@@ -313,11 +313,18 @@ def test_packed_sequences_with_a_tile(target: Target, tile: Tile) -> None:
         numpy.testing.assert_allclose(target.host(got), want, atol=2**-6 * numpy.abs(want).max())
 
 
+@pytest.fixture
+def unread_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels get offsets on the simulator as they get them on a GPU, where the host does not read them."""
+    monkeypatch.setattr(sequences, "check_offsets", lambda *arguments: None)
+
+
 @pytest.mark.parametrize(
     "offsets_q", [[0, 500, 20], [-7, 30, 41], [30, 10, 41], [2**31 - 1, -(2**31), 2**31 - 1], [0, 20, 2**31 - 1], [41, 41, 0]], ids=str
 )
+@pytest.mark.usefixtures("unread_offsets")
 def test_senseless_offsets_stay_within_the_arrays(target: Target, offsets_q: list[int]) -> None:
-    """The host cannot know them without waiting for the device. The simulator stops at the first access outside of an array.
+    """The host cannot know those of a GPU without waiting for it. The simulator stops at the first access outside of an array.
 
     It also says that blocks write the same rows in no order, where an offset descends and sequences overlap: what out holds then is not specified.
     """
@@ -329,6 +336,7 @@ def test_senseless_offsets_stay_within_the_arrays(target: Target, offsets_q: lis
             assert results[0].shape == inputs[3].shape
 
 
+@pytest.mark.usefixtures("unread_offsets")
 def test_rows_beyond_max_seqlen_are_zeros(target: Target) -> None:
     lengths, longest = [300, 5, 0, 280], 10
     query, key, value, cu = packed(target, (sum(lengths), sum(lengths)), target.half, (64, 64))
@@ -346,18 +354,50 @@ def test_rows_beyond_max_seqlen_are_zeros(target: Target) -> None:
     assert numpy.isneginf(target.host(lse)[:, 256:300]).all()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "bound", "argument", "got", "expected", "hint"),
+    [
+        ([3, 30, 41], 41, "cu_seqlens_{}", "a first offset of 3", "0", "starts at token 0"),
+        ([0, 35, 30], 41, "cu_seqlens_{}", "35 followed by 30 at 1", "do not descend", "not lengths"),
+        ([0, 20, 42], 41, "cu_seqlens_{}", "a last offset of 42", "at most 41, the tokens", "number of tokens"),
+        ([0, 11, 41], 29, "max_seqlen_{}", "29", "at least 30, the longest sequence in cu_seqlens_{}", "Pass max_seqlen_{}=30"),
+    ],
+)
+@pytest.mark.parametrize("which", ["q", "kv"])
+def test_senseless_offsets_on_the_cpu(
+    simulator: Target, which: str, wrong: list[int], bound: int, argument: str, got: str, expected: str, hint: str
+) -> None:
+    """Also in a call that is kept: its offsets may have changed."""
+    query, key, value, grad_out = packed(simulator, (41, 41), simulator.half, (16, 16))[:4]
+    cu = {name: int32(simulator, [0, 20, 40]) for name in ("cu_seqlens_q", "cu_seqlens_kv")}
+    bounds = {"max_seqlen_q": 41, "max_seqlen_kv": 41, f"max_seqlen_{which}": bound}
+    out, lse = cuflash.varlen_attention(query, key, value, **cu, **bounds, return_lse=True)
+    cuflash.varlen_attention_backward(grad_out, query, key, value, out, lse, **cu, **bounds)
+    cu[f"cu_seqlens_{which}"][...] = wrong
+    for call in (
+        lambda: cuflash.varlen_attention(query, key, value, **cu, **bounds, return_lse=True),
+        lambda: cuflash.varlen_attention_backward(grad_out, query, key, value, out, lse, **cu, **bounds),
+    ):
+        with pytest.raises(ArgumentError) as caught:
+            call()
+        assert caught.value.argument == argument.format(which)
+        assert got in caught.value.got
+        assert expected.format(which) in caught.value.expected
+        assert hint.format(which) in caught.value.hint
+
+
 def test_offsets_are_read_when_the_kernels_run(target: Target) -> None:
     """A kept call, as a captured graph, sees the lengths that the arrays hold by then, up to the bounds it was made for."""
     inputs, cu = packed(target, (100, 100), target.half), (offsets(target, [60, 40]), offsets(target, [10, 90]))
     target.run_packed(inputs, cu, (100, 100), is_causal=True)
-    kept = len(attention._calls)
+    kept = len(calls._calls)
     for lengths in ([0, 100], [1, 2], [100, 0], [50, 50]):
         cu[0][...], cu[1][...] = offsets(target, lengths), offsets(target, lengths)
         got = target.run_packed(inputs, cu, (100, 100), is_causal=True)
         want = target.check_packed(inputs, (offsets(target, lengths), offsets(target, lengths)), (100, 100), is_causal=True)
         assert target.bits(got[0]) == target.bits(want[0])
         assert target.bits(got[1]) == target.bits(want[1])
-    assert len(attention._calls) == kept + 1, "one more with a gradient of lse"
+    assert len(calls._calls) == kept + 1, "one more with a gradient of lse"
 
 
 def test_packed_sequences_give_the_same_bits_on_every_run(target: Target) -> None:

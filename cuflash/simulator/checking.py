@@ -136,10 +136,16 @@ def _compare(first: Mapping[str, _Snapshot], other: Mapping[str, _Snapshot], how
 
 def _schedule_runs(schedules: Iterable[str], seeds: Iterable[int]) -> list[tuple[str, int]]:
     runs: list[tuple[str, int]] = []
+    if isinstance(schedules, str):
+        raise OptionError("schedules", repr(schedules), "several names, such as a list", f"Write schedules=[{schedules!r}].")
+    numbers = list(seeds) if isinstance(seeds, Iterable) else [None]
+    if not all(isinstance(seed, (int, np.integer)) for seed in numbers):
+        hint = "seeds=range(5) makes five runs, seeds=[5] repeats the run of one report."
+        raise OptionError("seeds", repr(seeds), "ints, in a range or a list", hint)
     for schedule in schedules:
         if schedule not in SCHEDULES:
             raise OptionError("schedules", repr(schedule), "some of " + ", ".join(SCHEDULES), "Name known schedules only.")
-        runs += [(schedule, int(seed)) for seed in seeds] if schedule == "random" else [(schedule, 0)]
+        runs += [(schedule, int(seed)) for seed in numbers] if schedule == "random" else [(schedule, 0)]
     if not runs:
         raise OptionError("schedules", "none, or only random ones and no seeds", "at least one run", "Leave it out to use all.")
     return runs
@@ -191,7 +197,7 @@ def check(
         OptionError: an option is not known, or the call launched nothing that could be checked.
         DeviceError, DTypeError: a result that is not an array on the CPU, an output that cannot be written.
     """
-    runs = _schedule_runs(schedules, list(seeds))
+    runs = _schedule_runs(schedules, seeds)
     written = [array for _, array in _leaves(outputs, "outputs")]
     for array in written:
         if array.read_only:

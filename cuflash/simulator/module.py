@@ -9,6 +9,8 @@ import contextlib
 import contextvars
 import ctypes
 import functools
+import os
+import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cuflash import device
 from cuflash.errors import SimulatorError
 from cuflash.simulator import native, parser, program_cache, report
 from cuflash.simulator.decoder import decode
@@ -28,6 +31,8 @@ MAX_THREADS = 1024
 MAX_CLUSTER = 16
 MAX_SHARED_BYTES = 228 * 1024  # of a multiprocessor, on any architecture; what a block may have is for the caller to know
 Extent = tuple[int, int, int]
+
+_TARGET = re.compile(r"^\s*\.target\s+sm_(\d+)\w?", re.M)
 
 
 class Buffer(NamedTuple):
@@ -100,6 +105,16 @@ def _range(buffer: Buffer) -> tuple[int, int, int]:
     return buffer.address, buffer.address + buffer.nbytes, 0 if buffer.written is None else _pointer(buffer.written)
 
 
+def _check_target(ptx: str) -> None:
+    """Whether the GPU that CUFLASH_SIMULATOR_ARCH names, if it does, would load this PTX."""
+    named = os.environ.get("CUFLASH_SIMULATOR_ARCH")
+    target = _TARGET.search(ptx)
+    if named and target is not None and int(target[1]) > device.of_arch(named).capability:
+        raise SimulatorError(
+            f"PTX for {target[0].split()[1]} does not run on {named}, which CUFLASH_SIMULATOR_ARCH names: compile it for that, or unset the variable"
+        )
+
+
 class Module:
     """One decoded kernel.
 
@@ -114,11 +129,13 @@ class Module:
         handle: the core's own copy of it.
 
     Raises:
-        SimulatorError: an instruction is not supported; the message names it and its source line.
+        SimulatorError: an instruction is not supported; the message names it and its source line. Or the module is for a newer GPU than
+            CUFLASH_SIMULATOR_ARCH names.
     """
 
     def __init__(self, ptx: str | bytes, entry: str | None = None, *, sources: Mapping[str, str] | None = None, keep: bool = False) -> None:
         self._ptx = ptx.decode().rstrip("\0") if isinstance(ptx, bytes) else ptx
+        _check_target(self._ptx)
         self._entry = entry
         self._sources = dict(sources or {})
         self._data: npt.NDArray[np.uint8] | None = None  # global and constant variables
@@ -167,7 +184,7 @@ class Module:
             grid: number of blocks in x, y, z.
             block: number of threads in x, y, z.
             shared_bytes: dynamic shared memory of a block.
-            params: the packed parameters, each aligned naturally.
+            params: the packed parameters, each aligned naturally: `param_bytes`, no more and no less.
             buffers: all global memory that the kernel may touch.
             options: how to run it; None: `current_options()`.
             cluster: blocks in x, y, z that run together and see each other's shared memory; None: as the kernel declares, else one.
@@ -235,5 +252,5 @@ class Module:
             )
         if self.program.cluster != (1, 1, 1) and cluster != self.program.cluster:
             raise SimulatorError(f"kernel {self.name} declares clusters of {self.program.cluster}, the launch has {cluster}")
-        if len(params) < self.program.param_bytes:
+        if len(params) != self.program.param_bytes:
             raise SimulatorError(f"kernel {self.name} takes {self.program.param_bytes} bytes of parameters, got {len(params)}")

@@ -63,7 +63,9 @@ class Options:
         if self.threads is not None:
             return self.threads
         variable = os.environ.get("CUFLASH_SIMULATOR_THREADS", "")
-        if variable.isdigit() and int(variable) > 0:
+        if variable:
+            if not (variable.isdecimal() and variable.isascii() and int(variable) > 0):
+                raise OptionError("CUFLASH_SIMULATOR_THREADS", repr(variable), "a positive number", "Unset it to use all cores.")
             return int(variable)
         if hasattr(os, "sched_getaffinity"):
             return len(os.sched_getaffinity(0))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from simulated import run_cuda
 
-from cuflash.errors import SimulatorError
+from cuflash.errors import OptionError, SimulatorError
 from cuflash.simulator import Options, configure, current_options
 
 RANDOM = [Options(threads=1, schedule="random", seed=seed) for seed in range(4)]
@@ -200,6 +200,13 @@ def test_options_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUFLASH_SIMULATOR_THREADS", "3")
     assert Options().num_threads() == 3
     assert Options(threads=2).num_threads() == 2
+    for wrong in ("0", "-1", "two", "1.5", "²"):
+        monkeypatch.setenv("CUFLASH_SIMULATOR_THREADS", wrong)
+        with pytest.raises(OptionError, match=f"CUFLASH_SIMULATOR_THREADS: got '{wrong}'; expected a positive number"):
+            Options().num_threads()
+        assert Options(threads=2).num_threads() == 2
+    monkeypatch.setenv("CUFLASH_SIMULATOR_THREADS", "")
+    assert Options().num_threads() > 0
 
 
 @pytest.mark.parametrize(("options", "committed"), list(itertools.product(ALL[:3], [True, False])))

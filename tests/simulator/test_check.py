@@ -172,6 +172,12 @@ def test_a_call_that_cannot_be_checked() -> None:
         check(launcher(nothing), schedules=["later"])
     with pytest.raises(OptionError, match="at least one run"):
         check(launcher(nothing), schedules=["random"], seeds=())
+    with pytest.raises(OptionError, match=r"seeds: got 5; expected ints.* seeds=range\(5\) makes five runs"):
+        check(launcher(nothing), seeds=5)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"seeds: got \['5'\]"):
+        check(launcher(nothing), seeds=["5"])  # type: ignore[list-item]
+    with pytest.raises(OptionError, match=r"schedules: got 'late'.*\['late'\]"):
+        check(launcher(nothing), schedules="late")
     constant = np.zeros(1)
     constant.flags.writeable = False
     with pytest.raises(DTypeError, match="read-only"):

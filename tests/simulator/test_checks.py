@@ -333,8 +333,27 @@ def test_launch_arguments_are_checked() -> None:
     module = Module(compile_cuda('extern "C" __global__ void k(int* out) { out[0] = 1; }'))
     with pytest.raises(SimulatorError, match="8 bytes of parameters, got 4"):
         module.launch((1, 1, 1), (32, 1, 1), 0, bytes(4), [])
+    with pytest.raises(SimulatorError, match="8 bytes of parameters, got 12"):
+        module.launch((1, 1, 1), (32, 1, 1), 0, bytes(12), [])
     with pytest.raises(SimulatorError, match="not possible"):
         module.launch((1, 1, 1), (2048, 1, 1), 0, bytes(8), [])
+
+
+def test_modules_for_newer_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As little as the driver of the GPU that the variable names would load them; without the variable, the module says what is simulated."""
+    source = 'extern "C" __global__ void k() {}'
+    modules = {arch: compile_cuda(source, arch=arch) for arch in ("compute_80", "compute_90", "compute_90a")}
+    monkeypatch.delenv("CUFLASH_SIMULATOR_ARCH", raising=False)
+    for ptx in modules.values():
+        Module(ptx)
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_80")
+    Module(modules["compute_80"])
+    for arch in ("90", "90a"):
+        with pytest.raises(SimulatorError, match=rf"PTX for sm_{arch} does not run on sm_80, which CUFLASH_SIMULATOR_ARCH names"):
+            Module(modules[f"compute_{arch}"])
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
+    for ptx in modules.values():
+        Module(ptx)
 
 
 def test_entry_points() -> None:

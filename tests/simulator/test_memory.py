@@ -186,7 +186,7 @@ def test_eight_byte_offsets() -> None:
     ptx = """.version 8.0
 .target sm_80
 .address_size 64
-.visible .entry k(.param .u64 a) { .reg .b64 %p; .reg .b32 %x;
+.visible .entry k(.param .u64 a, .param .u64 all) { .reg .b64 %p; .reg .b32 %x;
 ld.param.u64 %p, [a]; add.u64 %p, %p, 0x700000000; mov.b32 %x, 5; sub.u64 %p, %p, 0x700000000;
 st.global.b32 [%p+-0x4], %x; ret; }"""
     data = np.zeros(4, np.uint32)

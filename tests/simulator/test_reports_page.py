@@ -46,8 +46,9 @@ def run(example: Example) -> str:
     numbers = {name: int(value) for name, value in NUMBER.findall(example.launch)}
     arch = f"compute_{numbers.pop('arch')}a" if "arch" in numbers else "compute_80"
     shared = numbers.pop("shared", 0)
+    takes_number = re.search(r"__global__[^{]*, int \w+\)", example.source) is not None
     with pytest.raises(SimulatorError) as caught:
-        run_cuda(example.source, *arrays, 0, arch=arch, shared=shared, options=Options(threads=1), **numbers)
+        run_cuda(example.source, *arrays, *[0] * takes_number, arch=arch, shared=shared, options=Options(threads=1), **numbers)
     text = re.sub(r"\S*test\.cu", f"{example.name}.cu", str(caught.value))
     return ADDRESS.sub("0x…", text) + "\n"
 

@@ -1,0 +1,148 @@
+"""Run the public calls: a call whose like was seen before runs as it was prepared then; another one is checked and prepared first.
+
+A new call is a straight line: borrow the arrays, check them into a `Problem`, plan, load the kernels, launch. All but the last step depends only on
+what `arrays.signature` sees, so its result is kept as a `PreparedCall`, and a warm call looks it up and runs it.
+
+The functions here take the arguments of a public function by name, all of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Hashable, Mapping
+from operator import itemgetter
+from typing import Any
+
+from cuflash import device, features
+from cuflash.arrays import Array, borrow, describe, pointer, signature
+from cuflash.errors import DTypeError, OptionError, UnsupportedError
+from cuflash.options import check_bool
+from cuflash.planning import Plan, make_plan
+from cuflash.prepared import Gradients, PreparedBackward, PreparedCall, PreparedForward
+from cuflash.problem import Problem, make_problem
+
+Arguments = Mapping[str, Any]
+
+_INPUTS = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_kv")
+_RESULTS = ("out", "grad_out", "lse")
+_OPTIONAL = ("grad_lse", "seqlens_kv", *features.ARRAYS)
+_NOT_OF_PROBLEM = (*_RESULTS, "grad_lse", "tile", "backward")
+
+
+def forward(function: str, arguments: Arguments) -> Any:
+    """What the public `function` returns for its arguments: the output, or with `return_lse` the output and lse."""
+    given = arguments["out"]
+    key, call, pointers = _find(function, arguments)
+    if call is not None and (given is None or call.may_write(given, pointers)):
+        return call.run(pointers, given)
+
+    problem, inputs = _check(arguments, _INPUTS)
+    _refuse_autograd(inputs)
+    out = None if given is None else borrow(given, "out")
+    call = PreparedForward(problem, device.of_memory(*inputs["query"].device), arguments["tile"], inputs, out)
+    _keep(key, call)
+    pointers |= {name: array.pointer for name, array in inputs.items()}
+    if out is not None:
+        pointers["out"] = out.pointer
+    return call.run(pointers, given)
+
+
+def backward(function: str, arguments: Arguments) -> Gradients:
+    """What the public backward `function` returns for its arguments."""
+    key, call, pointers = _find(function, arguments)
+    if call is None:
+        for name in ("out", "lse"):  # the two that come from the forward call are easily mixed up
+            if arguments[name] is None or isinstance(arguments[name], tuple):
+                hint = f"Unpack it: out, lse = cuflash.{function.removesuffix('_backward')}(..., return_lse=True)."
+                raise DTypeError(name, describe(arguments[name]), f"the {name} of the forward call", hint)
+        problem, inputs = _check(arguments, (*_INPUTS, *_RESULTS))
+        _refuse_autograd(inputs)
+        call = PreparedBackward(problem, device.of_memory(*inputs["query"].device), arguments["tile"], inputs)
+        _keep(key, call)
+        pointers |= {name: array.pointer for name, array in inputs.items()}
+    gradients: Gradients = call.run(pointers)
+    return gradients
+
+
+def plan(arguments: Arguments) -> Plan:
+    """The plan of a call with these arguments."""
+    backward = check_bool("backward", arguments["backward"])
+    if check_bool("need_attn_mask_grad", arguments.get("need_attn_mask_grad", False)) and not backward:
+        hint = "Pass backward=True too; the forward pass is the same with and without."
+        raise OptionError("need_attn_mask_grad", "True with backward=False", "backward=True with it", hint)
+    problem, inputs = _check(arguments, _INPUTS)
+    on = device.of_memory(*inputs["query"].device)
+    return make_plan(problem, on, backward=backward, tile=arguments["tile"])
+
+
+def _check(arguments: Arguments, required: tuple[str, ...]) -> tuple[Problem, dict[str, Array]]:
+    """Borrow the arrays of a call and check it."""
+    names = [name for name in (*required, *_OPTIONAL) if name in arguments and (name in required or arguments[name] is not None)]
+    inputs = {name: borrow(arguments[name], name) for name in names}
+    _, state = features.drawn_from(arguments["dropout_p"], arguments["dropout_seed"])
+    if state is not None:
+        inputs["dropout_state"] = borrow(state, "dropout_seed")
+    checked: dict[str, Any] = {name: inputs.get(name, argument) for name, argument in arguments.items() if name not in _NOT_OF_PROBLEM}
+    checked["dropout_seed"] = inputs.get("dropout_state", arguments["dropout_seed"])
+    return make_problem(**checked), inputs
+
+
+def _refuse_autograd(inputs: Mapping[str, Array]) -> None:
+    """A tensor that autograd records would silently lose its gradient here."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_grad_enabled():
+        return
+    for name, array in inputs.items():
+        if getattr(array.owner, "requires_grad", False):
+            hint = f"Pass {name}.detach() or call under torch.no_grad(), and compute gradients with scaled_dot_product_attention_backward."
+            raise UnsupportedError(name, "a tensor that requires grad", "a tensor outside of autograd", hint)
+
+
+# --- Calls that are kept ------------------------------------------------------------------------------------------------------------------
+
+_MAX_CALLS = 4096
+_calls: dict[Hashable, PreparedCall] = {}
+
+_Values = Callable[[Arguments], tuple[Any, ...]]
+_getters: dict[str, tuple[tuple[str, ...], _Values, _Values]] = {}
+"""Public function -> names of its arrays, what gets these, and what gets its other arguments but the seed."""
+
+
+def _getters_of(function: str, arguments: Arguments) -> tuple[tuple[str, ...], _Values, _Values]:
+    arrays = tuple(name for name in (*_INPUTS, *_RESULTS, *_OPTIONAL) if name in arguments)
+    others = itemgetter(*(name for name in arguments if name not in arrays and name != "dropout_seed"))
+    return _getters.setdefault(function, ((*arrays, "dropout_state"), itemgetter(*arrays), others))
+
+
+def _find(function: str, arguments: Arguments) -> tuple[Hashable | None, Any, dict[str, int]]:
+    """The key of a call, what was prepared for it, and what is written into its argument structs: addresses, and the words of a seed.
+
+    The key is all that the preparation depends on; on addresses it depends for their alignment only, and on seeds not at all. It is None where it cannot be
+    had cheaply. Types are part of it: True and 1 are not the same option.
+    """
+    names, arrays, others = _getters.get(function) or _getters_of(function, arguments)
+    pointers, state = features.drawn_from(arguments["dropout_p"], arguments["dropout_seed"])
+    values = others(arguments)
+    seen: list[Hashable] = [function, device.simulator_arch(), bool(pointers), values, tuple(map(type, values))]
+    for name, operand in zip(names, (*arrays(arguments), state), strict=True):
+        if operand is None:
+            seen.append(None)
+            continue
+        kind = signature(operand)
+        if kind is None:
+            return None, None, pointers
+        address = pointers[name] = pointer(operand)
+        seen += (kind, address & 15)
+    key = tuple(seen)
+    try:
+        return key, _calls.get(key), pointers
+    except TypeError:  # an option that cannot be hashed, such as a mapping of tiles
+        return None, None, pointers
+
+
+def _keep(key: Hashable | None, call: PreparedCall) -> None:
+    if key is None:
+        return
+    if len(_calls) >= _MAX_CALLS:
+        _calls.clear()
+    _calls[key] = call

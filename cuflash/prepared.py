@@ -1,0 +1,288 @@
+"""Calls that are ready to be launched again and again: kernels loaded, arguments packed but for the addresses.
+
+A prepared call knows its problem, its kernels and the forms of its results, and holds none of the caller's arrays. `run` takes the addresses of the
+arguments, allocates the results, writes addresses into the packed structs and launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cuflash import launch, sequences
+from cuflash.arrays import Array, BFloat16Bits, Framework, pointer
+from cuflash.device import Device
+from cuflash.features import Features
+from cuflash.launch import ArgumentTemplate, Executable, simulated_memory
+from cuflash.layout import Shape4
+from cuflash.planning import KernelPlan, Plan, Tiles, make_plan
+from cuflash.problem import Problem, View, check_backward, check_out
+
+if TYPE_CHECKING:
+    from cuflash.simulator import Buffer
+
+NOTHING = Features()
+
+
+class _InputGradients(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+
+
+class Gradients(_InputGradients):
+    """Gradients of the inputs, each with the shape, dtype and kind of its input: `query`, `key`, `value`, which it unpacks to.
+
+    Attributes:
+        attn_mask: gradient of the additive mask, in its shape and dtype, with `need_attn_mask_grad`; else None.
+        sinks: gradient of the sinks, float32 `(num_heads_q,)`; None without sinks.
+    """
+
+    attn_mask: Any = None
+    sinks: Any = None
+
+
+class _Result(NamedTuple):
+    """An output to allocate: name in the argument struct, shape in the caller's layout, dtype, canonical view."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    view: View | None
+    num_bytes: int
+
+
+class _Launch(NamedTuple):
+    """One kernel of a call, ready but for the addresses."""
+
+    kernel: KernelPlan
+    executable: Executable
+    tail: bytes  # what follows the addresses in its argument struct, up to the lengths of sequences
+
+
+class PreparedCall:
+    """One call with everything but the addresses decided.
+
+    Attributes:
+        written: names of the memory whose contents only its kernels give.
+    """
+
+    written: frozenset[str]
+
+    def __init__(self, problem: Problem, on: Device, inputs: Mapping[str, Array]) -> None:
+        self.problem = problem
+        self.device = on
+        lengths = launch.lengths_template(problem)
+        self.lengths = lengths if problem.seqlens_kv or problem.num_sequences is not None else None
+        self.no_lengths = lengths.fill({})
+        like = inputs["query"]
+        self.framework: Framework = like.framework
+        self.like = Array(0, (), (), like.dtype, like.itemsize, like.device, like.framework, None)  # does not keep the caller's array alive
+        self.extents: dict[str, tuple[int, int]] = {}  # name -> lowest byte relative to the pointer, size in bytes
+        self.workspace: list[_Result] = []
+        self.launches: list[_Launch] = []
+        self.template: ArgumentTemplate
+        self.features: ArgumentTemplate | None = None
+        for name, array in inputs.items():
+            self.add_extent(name, array)
+
+    def add_extent(self, name: str, array: Array) -> None:
+        low, high = array.byte_range
+        self.extents[name] = (low - array.pointer, high - low)
+
+    def allocate(self, result: _Result) -> tuple[Any, int]:
+        """A new array of the caller's kind and its address."""
+        made = self.framework.empty(result.shape, result.dtype, self.like)
+        self.extents.setdefault(result.name, (0, result.num_bytes))
+        return made, pointer(made)
+
+    def launch_all(self, pointers: dict[str, int]) -> None:
+        stream = 0
+        buffers: Sequence[Buffer] = ()
+        if self.device.kind == "gpu":
+            stream = self.framework.current_stream(self.device.index)
+        else:
+            self.check_offsets(pointers)
+            buffers = simulated_memory(self.extents, pointers, self.written)
+        head = self.template.fill(pointers)
+        features = launch.NO_FEATURE_BYTES if self.features is None else self.features.fill(pointers)
+        end = (self.no_lengths if self.lengths is None else self.lengths.fill(pointers)) + features
+        for kernel, executable, tail in self.launches:
+            arguments = bytearray((head if kernel.reads_tensors else b"") + tail + end)
+            executable.launch(kernel.num_blocks, kernel.num_threads, kernel.shared_bytes, arguments, stream, buffers)
+
+    def check_offsets(self, pointers: dict[str, int]) -> None:
+        """Packed offsets in the host's memory, whose values may differ from call to call."""
+        problem = self.problem
+        if problem.num_sequences is not None:
+            for which, tokens, longest in (("q", problem.seqlen_q, problem.max_seqlen_q), ("kv", problem.seqlen_kv, problem.max_seqlen_kv)):
+                sequences.check_offsets(which, pointers[f"cu_seqlens_{which}"], problem.num_sequences, tokens, longest)
+
+    def launch_with_workspace(self, pointers: dict[str, int]) -> None:
+        """`launch_all` with memory that is given back when the launches are in the stream."""
+        held = []
+        for result in self.workspace:
+            memory, pointers[result.name] = self.allocate(result)
+            held.append(memory)
+        self.launch_all(pointers)
+
+    def may_write(self, out: Any, pointers: dict[str, int]) -> bool:
+        raise NotImplementedError
+
+    def run(self, pointers: dict[str, int], given: Any = None) -> Any:
+        raise NotImplementedError
+
+
+class PreparedForward(PreparedCall):
+    """A forward call; `given` is the array for the result, if there is one."""
+
+    written = frozenset({"out", "lse", "visible_tiles"})
+
+    def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: Mapping[str, Array], given: Array | None) -> None:
+        super().__init__(problem, on, inputs)
+        given_view = None if given is None else check_out(problem, problem.layout, given, inputs)
+        self.plan = make_plan(problem, on, tile=tile)
+        self.workspace = _workspace(self.plan)
+        if problem.features != NOTHING:
+            self.features = launch.features_template(problem)
+        self.out = _result("out", problem, problem.output_shape, self.like)
+        rows = problem.batch * problem.num_heads_q * problem.seqlen_q
+        self.lse = _Result("lse", problem.lse_shape, "float32", None, 4 * rows)
+        view = given_view or self.out.view
+        assert view is not None
+        if given is not None:
+            self.add_extent("out", given)
+        views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": view}
+        addresses = {name: array.pointer for name, array in inputs.items()} | {"out": given.pointer if given else 0}
+        vectorized = {name: views[name].aligned16(problem.itemsize) and addresses[name] % 16 == 0 for name in views}
+        stride_batch = 0 if problem.layout.varlen else problem.num_heads_q * problem.seqlen_q
+        self.template = launch.forward_template(problem, view, (stride_batch, problem.seqlen_q, 1), vectorized)
+        self.launches = [
+            _Launch(kernel, launch.executable(kernel, on), launch.forward_tail(problem, kernel)) for kernel in self.plan.kernels
+        ]
+
+    def may_write(self, out: Any, pointers: dict[str, int]) -> bool:
+        """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""
+        flags = getattr(out, "flags", None)
+        if not getattr(flags, "writeable", True):
+            return False
+        low, size = self.extents["out"]
+        first = pointers["out"] + low
+        for name, (low, other_size) in self.extents.items():
+            if name == "out" or name not in pointers:
+                continue
+            other = pointers[name] + low
+            if first < other + other_size and other < first + size:
+                return False
+        return True
+
+    def run(self, pointers: dict[str, int], given: Any = None) -> Any:
+        out = given
+        if given is None:
+            out, pointers["out"] = self.allocate(self.out)
+        lse = None
+        if self.problem.return_lse:
+            lse, pointers["lse"] = self.allocate(self.lse)
+        if self.launches:
+            self.launch_with_workspace(pointers)
+        else:
+            _fill(out, 0.0)
+            if lse is not None:
+                _fill(lse, float("-inf"))
+        if given is None:
+            out = self.framework.finish(out)
+        return (out, self.framework.finish(lse)) if self.problem.return_lse else out
+
+
+class PreparedBackward(PreparedCall):
+    """A backward call."""
+
+    written = frozenset(
+        {"grad_query", "grad_key", "grad_value", "grad_attn_mask", "grad_sinks", "row_statistics", "log2_sums", "visible_tiles"}
+    )
+
+    def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: Mapping[str, Array]) -> None:
+        super().__init__(problem, on, inputs)
+        others = check_backward(problem, problem.layout, inputs["grad_out"], inputs["out"], inputs["lse"], inputs.get("grad_lse"))
+        self.plan = make_plan(problem, on, backward=True, tile=tile)
+        results = [
+            _result("grad_query", problem, problem.query.shape, self.like),
+            _result("grad_key", problem, problem.key_shape, self.like),
+            _result("grad_value", problem, problem.value_shape, self.like),
+        ]
+        rows = problem.batch * problem.num_heads_q * problem.seqlen_q
+        self.workspace = [_Result("row_statistics", (2 * rows,), "float32", None, 8 * rows), *_workspace(self.plan)]
+        if problem.features.kinds.additive_mask:
+            self.workspace.append(_Result("log2_sums", (rows,), "float32", None, 4 * rows))
+        feature_results = {}
+        mask = problem.features.attn_mask
+        mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)
+        if problem.features.need_attn_mask_grad and mask is not None:
+            mask_grad_strides = _contiguous_or_broadcast(mask.extents)
+            size = prod(mask.shape)
+            feature_results["attn_mask"] = _Result(
+                "grad_attn_mask", mask.shape, mask.dtype, None, size * (4 if mask.dtype == "float32" else 2)
+            )
+        if problem.features.kinds.sinks:
+            feature_results["sinks"] = _Result("grad_sinks", (problem.num_heads_q,), "float32", None, 4 * problem.num_heads_q)
+        if problem.features != NOTHING:
+            self.features = launch.features_template(problem, mask_grad_strides)
+        views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": others.out, "grad_out": others.grad_out}
+        vectorized = {name: view.aligned16(problem.itemsize) and inputs[name].pointer % 16 == 0 for name, view in views.items()}
+        for result in results:
+            assert result.view is not None
+            views[result.name] = result.view
+            vectorized[result.name] = result.view.aligned16(problem.itemsize)
+        self.returned = [*zip(_InputGradients._fields, results, strict=True), *feature_results.items()]
+        self.template = launch.backward_template(views, others.lse_strides, others.grad_lse_strides, vectorized)
+        self.launches = [
+            _Launch(kernel, launch.executable(kernel, on), launch.backward_tail(problem, kernel)) for kernel in self.plan.kernels
+        ]
+
+    def run(self, pointers: dict[str, int], given: Any = None) -> Gradients:
+        gradients = {}
+        for name, result in self.returned:
+            gradients[name], pointers[result.name] = self.allocate(result)
+        if self.launches:
+            self.launch_with_workspace(pointers)
+        else:
+            for gradient in gradients.values():
+                _fill(gradient, 0.0)
+        finished = [self.framework.finish(gradient) for gradient in gradients.values()]
+        of_inputs = Gradients(*finished[:3])
+        for (name, _), gradient in zip(self.returned[3:], finished[3:], strict=True):
+            setattr(of_inputs, name, gradient)
+        return of_inputs
+
+
+def _contiguous_or_broadcast(extents: tuple[int, ...]) -> tuple[int, ...]:
+    """C-contiguous strides, and 0 for an extent of 1."""
+    strides, count = [], 1
+    for extent in reversed(extents):
+        strides.append(count if extent > 1 else 0)
+        count *= extent
+    return tuple(reversed(strides))
+
+
+def _workspace(plan: Plan) -> list[_Result]:
+    """Lists of visible tiles, where a kernel makes them."""
+    return [_Result("visible_tiles", (plan.list_bytes // 4,), "int32", None, plan.list_bytes)] if plan.list_bytes else []
+
+
+def _result(name: str, problem: Problem, canonical: Shape4, like: Array) -> _Result:
+    """A C-contiguous output of a canonical shape, in the caller's layout."""
+    shape = problem.layout.from_canonical(canonical)
+    strides, count = [], 1
+    for extent in reversed(shape):
+        strides.append(count)
+        count *= extent
+    stand_in = Array(0, shape, tuple(reversed(strides)), like.dtype, like.itemsize, like.device, like.framework, None)
+    return _Result(name, shape, problem.dtype, problem.layout.view(stand_in, canonical[3]), count * problem.itemsize)
+
+
+def _fill(array: Any, number: float) -> None:
+    if isinstance(array, BFloat16Bits):
+        array.bits[...] = 0
+    else:
+        array[...] = number
