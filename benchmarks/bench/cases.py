@@ -17,7 +17,8 @@ import numpy
 import cuflash
 from cuflash import reference
 from cuflash.device import Device
-from cuflash.planning import make_plan
+from cuflash.planning import Plan, make_plan
+from cuflash.problem import Problem
 from cuflash.reference_features import Rules, rules_of
 from cuflash.samples import Sample, SampleFeatures
 from cuflash.visits import all_tiles, visited_tiles
@@ -66,19 +67,20 @@ class Case:
         return self.sample.arguments()
 
     @functools.cached_property
-    def plan(self) -> Any:
-        """The forward pass on the simulator's device, from arrays that no memory stands behind."""
+    def problem(self) -> Problem:
+        """What both passes compute, from arrays that no memory stands behind."""
         arguments = dict(self.arguments)
         if "attn_mask" in arguments:
             arguments["attn_mask"] = _stand_in(arguments["attn_mask"].shape, str(self.sample.features.attn_mask))
         shapes = self.sample.shapes()
         inputs = {name: _stand_in(shapes[name], self.sample.dtype) for name in ("query", "key", "value")}
-        return self.sample.plan(**inputs, **arguments, **self.sample.backward_options, return_lse=True)
+        plan: Plan = self.sample.plan(**inputs, **arguments, **self.sample.backward_options, return_lse=True, backward=True)
+        return plan.problem
 
     @functools.cached_property
     def visible_scores(self) -> int:
         """Pairs of a query and a key that it sees, of all sequences and one head."""
-        sample, problem = self.sample, self.plan.problem
+        sample, problem = self.sample, self.problem
         kinds = problem.features.kinds
         if not (sample.is_packed or problem.seqlens_kv or kinds.lists_tiles or kinds.prefix):
             return int(sample.batch * problem.visible_pairs)
@@ -95,7 +97,7 @@ class Case:
 
     def visited_share(self, on: Device) -> float | None:
         """Of all tiles, those that cuflash's forward kernel visits on a device; None where that depends on data."""
-        problem = self.plan.problem
+        problem = self.problem
         tile = next(kernel.tile for kernel in make_plan(problem, on).kernels if kernel.name == "forward")
         visited = visited_tiles(problem, tile, by_keys=False)
         return None if visited is None else visited / all_tiles(problem, tile)

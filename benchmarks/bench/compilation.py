@@ -21,7 +21,7 @@ from small_calls.cases import check_cases, simulator_cases, tiny_cases
 
 def plans_of(case: Case, on: device.Device, tile: Any = None, backward: bool | None = None) -> list[Plan]:
     """The plans of a case's two passes, or of one of them, for any device."""
-    return [make_plan(case.plan.problem, on, backward=each, tile=tile) for each in ((False, True) if backward is None else (backward,))]
+    return [make_plan(case.problem, on, backward=each, tile=tile) for each in ((False, True) if backward is None else (backward,))]
 
 
 def requests_of(cases: Iterable[Case], on: device.Device) -> list[Any]:

@@ -112,7 +112,7 @@ class Operands:
         return found
 
     def _head(self, sequence: int, head: int) -> Head:
-        sample, problem, (rules, batch) = self.case.sample, self.case.plan.problem, self.case.rules(sequence)
+        sample, problem, (rules, batch) = self.case.sample, self.case.problem, self.case.rules(sequence)
         key_head = head * sample.num_heads_kv // sample.num_heads_q
         query, key, value, grad_out = (
             self._double(self.arrays[name], self._index(name, sequence, key_head if name in ("key", "value") else head))

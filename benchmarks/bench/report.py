@@ -67,7 +67,7 @@ def case_columns(case: Case, on: Device) -> dict[str, Any]:
         lengths = "seqlens_kv " + " ".join(map(str, case.sample.lengths_kv))
     return {
         **shape_columns(case), "case": case.name, "heads_kv": case.sample.num_heads_kv, "head_dim_v": case.head_dim_v,
-        "features": case.plan.problem.features.describe() or lengths, "visible_share": case.visible_share, "visited_share": case.visited_share(on),
+        "features": case.problem.features.describe() or lengths, "visible_share": case.visible_share, "visited_share": case.visited_share(on),
     }  # fmt: skip
 
 

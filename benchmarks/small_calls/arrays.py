@@ -84,7 +84,7 @@ def requests_of(cases: list[Case], device: Any) -> list[Any]:
     for case in cases:
         operands, arguments = numpy_call(case.sample)
         del operands["grad_out"]
-        problem = case.sample.plan(**operands, **arguments, **case.sample.backward_options).problem
+        problem = case.sample.plan(**operands, **arguments, **case.sample.backward_options, backward=True).problem
         for backward in (False, True):
             found |= dict.fromkeys(kernel.request(device) for kernel in make_plan(problem, device, backward=backward).kernels)
     return list(found)
