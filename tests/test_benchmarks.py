@@ -351,7 +351,7 @@ def test_the_script_of_all_of_it_names_its_steps() -> None:
 def test_every_kernel_is_among_the_sanitizers_cases(listed: Any) -> None:
     found = set()
     for case in listed():
-        problem = Case(case.sample).plan.problem
+        problem = Case(case.sample).problem
         found |= {
             kernel.source for backward in (False, True) for kernel in make_plan(problem, device.of_arch("sm_90"), backward=backward).kernels
         }
