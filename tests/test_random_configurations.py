@@ -21,13 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy
 import pytest
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from conftest import SIMULATED, VIEWS, Target, rounded
+from conftest import ELEMENTS, SIMULATED, VIEWS, Target, rounded
 
 from cuflash import cache, calls, launch
 
@@ -204,7 +205,13 @@ def draw_mask(shape: tuple[int, ...], name: str, dtype: str, draw: random.Random
     visible = numbers.random(own) < draw.choice([0.3, 0.9, 1.0])
     if draw.random() < 0.5:
         visible[..., : draw.randint(0, own[-1])] = False
-    mask = visible if name == "boolean_mask" else rounded(numpy.where(visible, numbers.standard_normal(own), -numpy.inf), dtype)
+    if name == "boolean_mask":
+        mask = visible
+    else:
+        biases = numpy.where(visible, numbers.standard_normal(own), -numpy.inf)
+        if draw.random() < 0.3:  # rows of what stands for -inf elsewhere, and is not
+            biases[numbers.random(own[:-1]) < 0.3] = draw.choice([float(ml_dtypes.finfo(ELEMENTS[dtype]).min), -1e9, -1e4])
+        mask = rounded(biases, dtype)
     if draw.random() < 0.3:
         mask = numpy.ascontiguousarray(mask[..., ::-1])[..., ::-1]
     if draw.random() < 0.3 and len(own) > 1:
