@@ -69,7 +69,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   const SmemAddress V_smem = K_smem + NUM_STAGES * TileK::BYTES;
 
   const Visibility visibility(geometry, arguments.features, work.batch, work.head);
-  const int num_keys = visibility.end_key(first_q, first_q + TILE_Q);  // keys beyond are not even read
+  const int num_keys =  // keys beyond are not even read
+      ONLY_CAUSAL ? visible_keys<CAUSAL>(geometry, first_q + TILE_Q) : visibility.end_key(first_q, first_q + TILE_Q);
   const VisibleTiles tiles(arguments.geometry, arguments.features, work.batch, work.head, work.tile,
                            (arguments.geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
   const int begin = TILE_LISTS ? 0 : visibility.first_key(first_q) / TILE_KV;  // steps over key tiles
