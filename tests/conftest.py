@@ -283,19 +283,24 @@ class Target:
         of_scores = functools.partial(attention, query, key, value, magnitudes=True, **judged)
         compare(results.lse, want_lse, naive_lse, name="lse", dtype="float32", terms=lambda: of_scores()[1])
         if results.grads is not None:
-            given = {"out": results.out, "grad_lse": grad_lse, **judged}
-            wanted = attention_backward(grad_out, query, key, value, **given)
-            naives = attention_naive_backward(grad_out, query, key, value, dtype, **given)  # type: ignore[arg-type]
-            terms = functools.cache(functools.partial(attention_backward, grad_out, query, key, value, magnitudes=True, **given))
+            inputs = grad_out, query, key, value
+
+            def gradients(precision: str | None = None, **more: Any) -> reference.Gradients:
+                more |= {"grad_lse": grad_lse, **judged}
+                if precision is None:
+                    return attention_backward(*inputs, **more)
+                return attention_naive_backward(*inputs, precision, **more)  # type: ignore[arg-type]
+
+            judge = GradientJudge(gradients, results.out, dtype)
             for name, got in zip(("query", "key", "value"), results.grads, strict=True):
                 assert got.dtype == query.dtype, name
-                _compare_gradient(name, got, wanted, naives, terms, dtype)
+                judge(name, got)
             for name in ("attn_mask", "sinks"):
                 got = getattr(results, f"grad_{name}")
-                assert (got is None) == (getattr(wanted, name) is None), name
+                assert (got is not None) == judge.has(name), name
                 if got is not None:
                     assert got.dtype == options[name].dtype, name
-                    _compare_gradient(name, got, wanted, naives, terms, _coarser(dtype, str(got.dtype)))
+                    judge(name, got)
         return results
 
     def run_packed(
@@ -325,14 +330,12 @@ class Target:
         compare(results[0], out, naive_out, name="out")
         of_scores = functools.partial(reference.varlen_attention, query, key, value, *cu, magnitudes=True, **judged)
         compare(results[1], lse, naive_lse, name="lse", dtype="float32", terms=lambda: of_scores()[1])
-        given = {"out": results[0], "grad_lse": grad_lse, **judged}
-        backward = functools.partial(reference.varlen_attention_backward, grad_out, query, key, value, *cu, **given)
-        wanted, naives = backward(), backward(precision=dtype)
-        terms = functools.cache(functools.partial(backward, magnitudes=True))
+        gradients = functools.partial(reference.varlen_attention_backward, grad_out, query, key, value, *cu, grad_lse=grad_lse, **judged)
+        judge = GradientJudge(gradients, results[0], dtype)
         for name, got in zip(("query", "key", "value"), results[2:5], strict=True):
-            _compare_gradient(name, got, wanted, naives, terms, dtype)
+            judge(name, got)
         if len(results) > 5:
-            _compare_gradient("sinks", results[5], wanted, naives, terms, _coarser(dtype, "float32"))
+            judge("sinks", results[5])
         return results
 
     def host(self, x: Any) -> numpy.ndarray[Any, Any]:
@@ -340,18 +343,43 @@ class Target:
         return reference.to_float64(x)
 
 
-def _coarser(dtype: str, of_gradient: str) -> str:
-    """The type in whose units gradients of masks and sinks are judged: the naive formula rounds dS to the inputs' type."""
-    return max(dtype, of_gradient, key=reference.EPSILON.__getitem__)
+class GradientJudge:
+    """Asserts that gradients are as exact as those of the naive formula.
 
+    The backward pass is given O and takes delta from it. Where a gradient is not close enough to the truth, it has to be to the truth of that O: with few keys,
+    dropout or sinks little else of it may be left than what O was rounded by. The naive formula is given the same O then.
 
-def _compare_gradient(
-    name: str, got: Any, wanted: reference.Gradients, naives: reference.Gradients, terms: Callable[[], reference.Gradients], dtype: str
-) -> None:
-    """`compare` with the gradient of that name."""
-    compare(
-        got, getattr(wanted, name), getattr(naives, name), name=f"grad_{name}", dtype=dtype, terms=lambda: getattr(terms(), name)
-    )  # fmt: skip
+    Args:
+        gradients: the reference's gradients of the call, a function of `precision`, `out` and `magnitudes`.
+        out: what the forward pass gave.
+        dtype: element type of the inputs.
+    """
+
+    def __init__(self, gradients: Callable[..., reference.Gradients], out: Any, dtype: str) -> None:
+        self._gradients, self._out, self._dtype = gradients, out, dtype
+        self._known: dict[tuple[bool, str], reference.Gradients] = {}
+
+    def has(self, name: str) -> bool:
+        """Whether the call has that gradient."""
+        return getattr(self._of(False, "truth"), name) is not None
+
+    def __call__(self, name: str, got: Any) -> None:
+        try:
+            self._compare(name, got, given_out=False)
+        except AssertionError:
+            self._compare(name, got, given_out=True)
+
+    def _compare(self, name: str, got: Any, given_out: bool) -> None:
+        # The naive dS, which gradients of masks and sinks are sums of, is rounded to the type of the inputs.
+        dtype = max(self._dtype, str(got.dtype).rpartition(".")[2], key=reference.EPSILON.__getitem__)
+        want, naive = (getattr(self._of(given_out, kind), name) for kind in ("truth", "naive"))
+        compare(got, want, naive, name=f"grad_{name}", dtype=dtype, terms=lambda: getattr(self._of(given_out, "magnitudes"), name))
+
+    def _of(self, given_out: bool, kind: str) -> reference.Gradients:
+        if (given_out, kind) not in self._known:
+            options = {"truth": {}, "naive": {"precision": self._dtype}, "magnitudes": {"magnitudes": True}}[kind]
+            self._known[given_out, kind] = self._gradients(out=self._out if given_out else None, **options)
+        return self._known[given_out, kind]
 
 
 @pytest.fixture(params=[*SIMULATED, *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
