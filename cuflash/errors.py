@@ -48,7 +48,7 @@ class KeywordError(ArgumentError, TypeError):
 
 
 class OptionError(ArgumentError):
-    """A scalar option outside its domain."""
+    """A scalar option outside its domain, or offsets of packed sequences that are none."""
 
 
 class TileError(ArgumentError):

@@ -141,7 +141,8 @@ class PreparedForward(PreparedCall):
 
     def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: Mapping[str, Array], given: Array | None) -> None:
         super().__init__(problem, on, inputs)
-        given_view = None if given is None else check_out(problem, problem.layout, given, inputs)
+        by_argument = {"dropout_seed" if name == "dropout_state" else name: array for name, array in inputs.items()}
+        given_view = None if given is None else check_out(problem, problem.layout, given, by_argument)
         self.plan = make_plan(problem, on, tile=tile)
         self.workspace = _workspace(self.plan)
         if problem.features != NOTHING:

@@ -374,6 +374,90 @@ def test_a_plan_of_the_forward_pass_has_no_mask_gradient() -> None:
         cuflash.plan(**valid(), backward=1)
 
 
+# --- Arguments as other libraries have them -----------------------------------------------------------------------------------------------
+
+
+def packed_call(**options: Any) -> Any:
+    x, cu = zeros(12, H, D), numpy.array([0, 6, 12], numpy.int32)
+    return cuflash.varlen_attention(x, x, x, cu, cu, **options)
+
+
+def test_positions_of_other_libraries() -> None:
+    """flash-attn has dropout_p behind value, or behind max_seqlen_k; xformers has scale in the sixth place."""
+    x, cu = zeros(B, SQ, H, D), numpy.array([0, 6], numpy.int32)
+    for dropout_p in (0.0, 0.1, 0, numpy.float64(0.1)):
+        with pytest.raises(DTypeError) as caught:
+            cuflash.scaled_dot_product_attention(x, x, x, dropout_p, None, True)  # type: ignore[arg-type]
+        assert caught.value.argument == "attn_mask"
+        assert caught.value.hint.startswith("flash-attn has dropout_p in this place")
+    with pytest.raises(OptionError) as refused:
+        cuflash.varlen_attention(x[0], x[0], x[0], cu, cu, 6, 6, 0.1, None, True)  # type: ignore[arg-type, misc]
+    assert refused.value.argument == "is_causal"
+    assert "flash-attn has dropout_p" in refused.value.hint
+    assert "xformers scale" in refused.value.hint
+
+
+@pytest.mark.parametrize("mask", [zeros(12, 12), [[True]], "causal", 0.0], ids=["array", "list", "text", "number"])
+def test_packed_sequences_refuse_any_mask_at_once(mask: object) -> None:
+    """No hint leads to a mask that would be refused next, and no type of ours is named."""
+    with pytest.raises(OptionError) as caught:
+        packed_call(attn_mask=mask)
+    assert caught.value.argument == "attn_mask"
+    assert caught.value.expected.startswith("None, since packed sequences")
+    assert "cuflash." not in caught.value.got
+
+
+@pytest.mark.parametrize(
+    "seed", [1.5, "1", True, numpy.random.default_rng(), [1, 2], (1, 2, 3), (1.5, 2), object()], ids=lambda seed: type(seed).__name__
+)
+def test_what_is_no_seed(seed: Any) -> None:
+    x = zeros(B, SQ, H, D)
+    for call in (
+        lambda: cuflash.scaled_dot_product_attention(x, x, x, dropout_p=0.1, dropout_seed=seed),
+        lambda: cuflash.dropout_mask((1, 1, 8, 8), 0.1, seed, like=x),
+    ):
+        with pytest.raises(OptionError) as caught:
+            call()
+        assert caught.value.argument == "dropout_seed"
+        assert caught.value.expected == "an int, a pair (seed, offset), or an array of two (u)int64 on the device"
+        assert ("as a tuple" if isinstance(seed, (list, tuple)) else "random.getrandbits(63)") in caught.value.hint
+    assert cuflash.plan(x, x, x, dropout_p=0.0, dropout_seed=seed)  # not looked at
+
+
+@pytest.mark.parametrize("bound", [numpy.array(6), 6.0, numpy.float32(6)], ids=repr)
+@pytest.mark.parametrize("name", ["max_seqlen_q", "max_seqlen_kv"])
+def test_a_bound_of_lengths_in_an_array(name: str, bound: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        packed_call(**{name: bound})
+    assert caught.value.argument == name
+    assert caught.value.hint == f"Convert it: {name}=int({name})."
+    with pytest.raises(OptionError) as caught:
+        packed_call(**{name: -1})
+    assert "Leave it out" in caught.value.hint
+
+
+def test_a_window_in_an_array() -> None:
+    x = zeros(B, SQ, H, D)
+    assert cuflash.plan(x, x, x, window=numpy.array([3, -1])).problem == cuflash.plan(x, x, x, window=(3, -1)).problem  # type: ignore[arg-type]
+    for wrong in (
+        numpy.array([3.0, 0.0]),
+        numpy.array(3),
+        numpy.array([[3, 0], [3, 0]]),
+        numpy.array([3, 0, 0]),
+        numpy.array([True, False]),
+    ):
+        with pytest.raises(OptionError, match="window: got"):
+            cuflash.plan(x, x, x, window=wrong)  # type: ignore[arg-type]
+
+
+def test_out_that_overlaps_a_seed() -> None:
+    """The argument is named as the caller knows it."""
+    x, memory = zeros(B, SQ, H, D), zeros(B, SQ, H, D)
+    with pytest.raises(ArgumentError) as caught:
+        cuflash.scaled_dot_product_attention(x, x, x, dropout_p=0.1, dropout_seed=memory.ravel()[:8].view(numpy.int64), out=memory)
+    assert caught.value.got == "an array that shares memory with dropout_seed"
+
+
 # --- Swapped layouts --------------------------------------------------------------------------------------------------------------------
 
 
