@@ -21,6 +21,7 @@ import numpy
 from cuflash.arrays import Array, borrow, describe, is_array
 from cuflash.errors import DeviceError, DTypeError, OptionError, ShapeError
 from cuflash.options import check_bool, real
+from cuflash.other_names import explains_features
 
 Shape4 = tuple[int, int, int, int]
 Strides2 = tuple[int, int]
@@ -33,6 +34,7 @@ UNLIMITED = 2**31 - 1
 """What stands for no limit where kernels compare 32-bit differences of positions."""
 
 
+@explains_features
 @dataclass(frozen=True)
 class FeatureSet:
     """The features that kernels are compiled for; each is absent from the machine code of a kernel that does not have it.

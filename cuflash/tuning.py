@@ -11,6 +11,7 @@ from cuflash.device import Device
 from cuflash.errors import OptionError
 from cuflash.features import MASK_DTYPES, NO_FEATURES, FeatureSet
 from cuflash.options import check_bool
+from cuflash.other_names import explains_features
 from cuflash.planning import KernelPlan, Tiles, offline_kernels
 from cuflash.problem import DTYPES, MAX_HEAD_DIM
 from cuflash.tiles import KernelCase, Tile
@@ -54,6 +55,7 @@ def legal_tiles(
     return tiles.legal_tiles_for(case, target(arch))
 
 
+@explains_features
 def warmup(
     head_dim: int | Iterable[int],
     dtype: str | Iterable[str] = "bfloat16",
@@ -169,7 +171,11 @@ def _checked_features(features: object, is_causal: bool, packed: bool) -> Featur
 
 def _checked_dtype(dtype: object) -> str:
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise OptionError("dtype", repr(dtype), "one of " + ", ".join(DTYPES), "Pass the name of a supported element type.")
+        hint = "Pass the name of a supported element type."
+        name = getattr(dtype, "__name__", None) or str(dtype).removeprefix("torch.")
+        if name in DTYPES:
+            hint = f'Pass its name: "{name}".'
+        raise OptionError("dtype", repr(dtype), "one of " + ", ".join(DTYPES), hint)
     return dtype
 
 

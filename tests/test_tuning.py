@@ -258,6 +258,13 @@ def test_warmup_names_a_bad_argument(arguments: tuple[object, ...], argument: st
     assert caught.value.argument == argument
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(numpy.float16, "float16"), (numpy.dtype("float32"), "float32")])
+def test_warmup_says_the_name_of_a_type(dtype: Any, name: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        cuflash.warmup(64, dtype)
+    assert caught.value.hint == f'Pass its name: "{name}".'
+
+
 # --- Features ----------------------------------------------------------------------------------------------------------------------------
 
 
