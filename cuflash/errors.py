@@ -77,6 +77,23 @@ class CompileError(CuflashError, RuntimeError):
         super().__init__("\n".join(parts))
 
 
+class CompilationForbiddenError(CompileError):
+    """A kernel is not in the cache, and `CUFLASH_COMPILE=forbid`.
+
+    Attributes:
+        missing: the kernel and the cache that lacks it.
+        way_out: what compiles it.
+    """
+
+    def __init__(self, missing: str, way_out: str = "Make the same call once where compiling is allowed") -> None:
+        self.missing = missing
+        self.way_out = way_out
+        super().__init__(f"{missing}, and CUFLASH_COMPILE=forbid. {way_out}, or unset CUFLASH_COMPILE.")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.missing, self.way_out)
+
+
 class SimulatorError(CuflashError, RuntimeError):
     """The virtual machine stopped a kernel: an illegal access, a deadlock, an unknown instruction.
 

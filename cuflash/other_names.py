@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
@@ -228,7 +229,9 @@ def _answer(function: str, known: tuple[str, ...], keyword: str) -> tuple[str, s
         return "no such argument for packed sequences", _ONLY_PADDED[only_padded]
     here = [name for name in ours if name in known]
     if row is not None and (here or not ours):
-        return " and ".join(here) or "no such argument", row.difference
+        of_padded = [name for name in _ONLY_PADDED if "cu_seqlens_q" in known and re.search(rf"\b{name}\b", row.difference)]
+        where = f" {' and '.join(of_padded)}: of scaled_dot_product_attention, not of packed sequences." if of_padded else ""
+        return " and ".join(here) or "no such argument", row.difference + where
     elsewhere = ", ".join(other for other, names in _functions.items() if ours[0] in names)
     if elsewhere:
         return "no such argument here", f"{ours[0]} is an argument of {elsewhere}."

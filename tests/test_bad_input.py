@@ -6,6 +6,7 @@ import inspect
 import math
 import pickle
 import random
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -351,6 +352,15 @@ def test_keywords_of_others(function: str, keyword: str, expected: str, hint: st
     assert caught.value.got == f"a keyword argument that {function} does not have"
     assert caught.value.expected == expected
     assert hint in caught.value.hint
+
+
+def test_no_hint_for_packed_sequences_names_what_they_refuse() -> None:
+    """But for saying whose argument it is."""
+    for row in other_names.OTHER_NAMES:
+        with pytest.raises(KeywordError) as caught:
+            cuflash.varlen_attention(**{row.names[0]: 1})
+        if set(re.findall(r"\w+", caught.value.hint)) & other_names._ONLY_PADDED.keys() - {"layout"}:
+            assert "scaled_dot_product_attention" in caught.value.hint
 
 
 def test_all_keywords_of_others_are_reported_at_once() -> None:
