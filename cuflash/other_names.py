@@ -108,7 +108,7 @@ OTHER_NAMES = (
     OtherName(("logits_soft_cap", "attn_logits_soft_cap", "soft_cap"), "Pallas, Keras, others", ("softcap",), "The same number; None or 0.0 for none."),
     OtherName(
         ("attn_bias", "bias"), "xformers, JAX", ("attn_mask",),
-        "An array is added to the scores as there. xformers' mask objects: LowerTriangularMask is is_causal=True, BlockDiagonalMask is varlen_attention.",
+        "An array is added to the scores as there. xformers' mask objects: LowerTriangularMask is is_causal=True, the BlockDiagonal ones are calls of varlen_attention.",
     ),
     OtherName(("mask",), "JAX", ("attn_mask",), "Boolean, True: attend, as there."),
     OtherName(
@@ -142,7 +142,7 @@ OTHER_NAMES = (
     OtherName(("training",), "torch", ("dropout_p",), "There is no training mode: pass dropout_p=0.0 in evaluation."),
     OtherName(
         ("score_mod", "block_mask"), "torch flex_attention", (),
-        "Functions of scores are not compiled in: window, softcap, alibi_slopes, segment ids, prefix_lengths and attn_mask cover the usual ones.",
+        "Functions of scores are not compiled in: window, softcap, alibi_slopes, segment ids, prefix_lengths and attn_mask cover the usual ones, see docs/coming-from.md.",
     ),
     OtherName(
         ("need_weights", "return_weights", "output_attentions", "average_attn_weights"), "torch.nn.MultiheadAttention, others", (),
