@@ -44,7 +44,7 @@ class DeviceError(ArgumentError):
 
 
 class KeywordError(ArgumentError, TypeError):
-    """A keyword argument that the function does not have; the message says what it is called here."""
+    """Keyword arguments that the function does not have, all of them; the message says what each is called here."""
 
 
 class OptionError(ArgumentError):
