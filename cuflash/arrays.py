@@ -22,7 +22,7 @@ from cuflash.dlpack import ManagedTensor
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 from cuflash.frameworks import BFloat16Bits, DLPackFramework, Framework
 
-__all__ = ["CPU", "AnyArray", "Array", "BFloat16Bits", "Framework", "bfloat16", "borrow", "describe", "pointer", "signature"]
+__all__ = ["CPU", "AnyArray", "Array", "BFloat16Bits", "Framework", "bfloat16", "borrow", "describe", "is_array", "pointer", "signature"]
 
 CPU = ("cpu", 0)
 
@@ -111,6 +111,11 @@ def borrow(x: object, name: str) -> Array:
         )
         raise ShapeError(name, got, expected, f"Copy it: {name}.copy(), or .clone() for a tensor.")
     return array
+
+
+def is_array(x: object) -> bool:
+    """Whether `borrow` takes objects of this type for arrays."""
+    return _library_of(type(x)) is not None or (not isinstance(x, type) and hasattr(x, "__dlpack__"))
 
 
 def signature(x: object) -> Hashable | None:
@@ -254,7 +259,7 @@ def _no_torch_memory(name: str, x: object, error: Exception | None) -> DTypeErro
 
 
 def _borrow_dlpack(x: Any, name: str) -> Array:
-    if isinstance(x, type) or not hasattr(x, "__dlpack__"):
+    if not is_array(x):
         raise DTypeError(name, describe(x), _EXPECTED, _way_to_an_array(x, name))
     with _Exporting(name, x):
         kind, index = (int(number) for number in x.__dlpack_device__())
@@ -398,8 +403,10 @@ def _way_to_an_array(x: object, name: str) -> str:
         return "Make an array of it first: numpy.asarray(x, dtype=numpy.int32)."
     if isinstance(x, (list, tuple)) and name == "attn_mask":
         return "Make an array of it first: numpy.asarray(x, dtype=bool) if True means attend, dtype=numpy.float32 if it is added to the scores."
-    if isinstance(x, (list, tuple)) and name == "dropout_seed":
-        return "Pass a pair of ints as a tuple, or an array: numpy.asarray(x, dtype=numpy.int64)."
+    if isinstance(x, (int, float)) and not isinstance(x, bool) and name == "attn_mask":
+        return (
+            "flash-attn has dropout_p in this place: pass what follows query, key and value by name, as in dropout_p=0.1, is_causal=True."
+        )
     if isinstance(x, (list, tuple)):
         return "Make an array of it first: numpy.asarray(x, dtype=numpy.float32)."
     if hasattr(x, "__cuda_array_interface__"):

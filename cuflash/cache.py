@@ -38,7 +38,7 @@ from typing import Any
 
 from cuflash import compiler
 from cuflash.compiler import Artifact, CompileRequest, KernelResources
-from cuflash.errors import CompileError, OptionError
+from cuflash.errors import CompilationForbiddenError, OptionError
 
 LOCK_TIMEOUT = 60.0
 """Seconds to wait for another process that compiles the same request; the slowest kernel takes a few."""
@@ -113,7 +113,8 @@ def fetch(request: CompileRequest) -> Artifact:
     """The artifact of a request, from memory, disk or the compiler. Thread-safe.
 
     Raises:
-        CompileError: the compiler refused, or the request would have to be compiled and `CUFLASH_COMPILE=forbid`.
+        CompileError: the compiler refused.
+        CompilationForbiddenError: the request would have to be compiled, and `CUFLASH_COMPILE=forbid`.
         OptionError: an architecture, target or source that does not exist, or an unknown value of `CUFLASH_COMPILE`.
         SetupError: CuPy, NVRTC or the kernels' text is missing.
     """
@@ -220,11 +221,7 @@ def _check_compilation_allowed(request: CompileRequest) -> None:
     if value not in ("allow", "forbid"):
         raise OptionError("CUFLASH_COMPILE", repr(value), "'allow' or 'forbid'", "Correct or unset the environment variable.")
     if value == "forbid":
-        raise CompileError(
-            f"{request.describe()} is not in the cache ({directory() or 'which has no directory'}) and CUFLASH_COMPILE=forbid. "
-            "Compile it beforehand with cuflash.warmup(...), or unset CUFLASH_COMPILE.",
-            config=request.config,
-        )
+        raise CompilationForbiddenError(f"{request.describe()} is not in the cache ({directory() or 'which has no directory'})")
 
 
 def _available_cores() -> int:

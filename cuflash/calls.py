@@ -77,10 +77,14 @@ def plan(arguments: Arguments) -> Plan:
 
 def _check(arguments: Arguments, required: tuple[str, ...]) -> tuple[Problem, dict[str, Array]]:
     """Borrow the arrays of a call and check it."""
-    names = [name for name in (*required, *_OPTIONAL) if name in arguments and (name in required or arguments[name] is not None)]
+    optional = [name for name in _OPTIONAL if arguments.get(name) is not None]
+    if "cu_seqlens_q" in arguments:
+        optional = [name for name in optional if name != "attn_mask"]  # refused, whatever it is
+    names = [*(name for name in required if name in arguments), *optional]
     inputs = {name: borrow(arguments[name], name) for name in names}
     _, state = features.drawn_from(arguments["dropout_p"], arguments["dropout_seed"])
     if state is not None:
+        features.check_dropout_seed(features.check_dropout_p(arguments["dropout_p"]), state)
         inputs["dropout_state"] = borrow(state, "dropout_seed")
     checked: dict[str, Any] = {name: inputs.get(name, argument) for name, argument in arguments.items() if name not in _NOT_OF_PROBLEM}
     checked["dropout_seed"] = inputs.get("dropout_state", arguments["dropout_seed"])

@@ -44,11 +44,11 @@ class DeviceError(ArgumentError):
 
 
 class KeywordError(ArgumentError, TypeError):
-    """A keyword argument that the function does not have; the message says what it is called here."""
+    """Keyword arguments that the function does not have, all of them; the message says what each is called here."""
 
 
 class OptionError(ArgumentError):
-    """A scalar option outside its domain."""
+    """A scalar option outside its domain, or offsets of packed sequences that are none."""
 
 
 class TileError(ArgumentError):
@@ -75,6 +75,23 @@ class CompileError(CuflashError, RuntimeError):
         if config:
             parts.append("--- configuration ---\n" + config.strip())
         super().__init__("\n".join(parts))
+
+
+class CompilationForbiddenError(CompileError):
+    """A kernel is not in the cache, and `CUFLASH_COMPILE=forbid`.
+
+    Attributes:
+        missing: the kernel and the cache that lacks it.
+        way_out: what compiles it.
+    """
+
+    def __init__(self, missing: str, way_out: str = "Make the same call once where compiling is allowed") -> None:
+        self.missing = missing
+        self.way_out = way_out
+        super().__init__(f"{missing}, and CUFLASH_COMPILE=forbid. {way_out}, or unset CUFLASH_COMPILE.")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.missing, self.way_out)
 
 
 class SimulatorError(CuflashError, RuntimeError):

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import numbers
 import operator
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from cuflash.arrays import Array, borrow, describe
+import numpy
+
+from cuflash.arrays import Array, borrow, describe, is_array
 from cuflash.errors import DeviceError, DTypeError, OptionError, ShapeError
 from cuflash.options import check_bool, real
+from cuflash.other_names import explains_features
 
 Shape4 = tuple[int, int, int, int]
 Strides2 = tuple[int, int]
@@ -30,6 +34,7 @@ UNLIMITED = 2**31 - 1
 """What stands for no limit where kernels compare 32-bit differences of positions."""
 
 
+@explains_features
 @dataclass(frozen=True)
 class FeatureSet:
     """The features that kernels are compiled for; each is absent from the machine code of a kernel that does not have it.
@@ -257,12 +262,19 @@ def check_dropout_p(dropout_p: object) -> float:
 
 def check_dropout_seed(dropout_p: float, dropout_seed: object) -> None:
     """With dropout there has to be a seed, since the backward pass must draw the same mask."""
-    if dropout_p and dropout_seed is None:
-        expected = "an int, a pair (seed, offset), or an array of two (u)int64 on the device"
-        hint = "Draw one for each call, and pass the same one to the backward pass: dropout_seed=random.getrandbits(63)."
+    if not dropout_p:
+        return
+    expected = "an int, a pair (seed, offset), or an array of two (u)int64 on the device"
+    hint = "Draw one for each call, and pass the same one to the backward pass: dropout_seed=random.getrandbits(63)."
+    if dropout_seed is None:
         raise OptionError("dropout_seed", "None with dropout_p > 0", expected, hint)
-    if isinstance(dropout_seed, (bool, float, str)):
-        raise OptionError("dropout_seed", describe(dropout_seed), "an int, a pair of ints, or an array of two (u)int64", "Pass an int.")
+    if isinstance(dropout_seed, Array) or is_array(dropout_seed) or words_of_seed(dropout_seed) is not None:
+        return
+    got = describe(dropout_seed)
+    if isinstance(dropout_seed, (list, tuple)):
+        got = f"a {type(dropout_seed).__name__} of {len(dropout_seed)}: {reprlib.repr(dropout_seed)}"
+        hint = "Write a pair of ints as a tuple: dropout_seed=(seed, offset)."
+    raise OptionError("dropout_seed", got, expected, hint)
 
 
 def words_of_seed(dropout_seed: object) -> tuple[int, int] | None:
@@ -297,6 +309,8 @@ def check_window(window: object) -> tuple[int | None, int | None]:
         return None, None
     expected = "a pair (left, right) of ints, with None or -1 for no limit"
     hint = "window=(127, 0) lets a query see itself and 127 keys before it."
+    if isinstance(window, numpy.ndarray):
+        window = window.tolist()
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise OptionError("window", describe(window), expected, hint)
     limits: list[int | None] = []

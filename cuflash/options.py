@@ -27,7 +27,10 @@ def check_bool(name: str, value: object) -> bool:
     """True or False."""
     if isinstance(value, (bool, numpy.bool_)):
         return bool(value)
-    raise OptionError(name, describe(value), "True or False", f"Write {name}=True or {name}=False.")
+    hint = f"Write {name}=True or {name}=False."
+    if name == "is_causal" and real(value) is not None and not isinstance(value, int):
+        hint = "In this place flash-attn has dropout_p of packed sequences, xformers scale: pass them by name, as in dropout_p=0.1, is_causal=True."
+    raise OptionError(name, describe(value), "True or False", hint)
 
 
 def check_scale(scale: object) -> float | None:

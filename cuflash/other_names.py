@@ -1,6 +1,7 @@
 """What other libraries call the arguments of the public calls, and what a keyword that a call does not have is answered with.
 
-`OTHER_NAMES` is the one table of names: the errors quote it, and docs/coming-from.md prints it. `explains_keywords` puts the errors before a function.
+`OTHER_NAMES` is the one table of names: the errors quote it, and docs/coming-from.md prints it. `explains_keywords` puts the errors before a call of attention, `explains_features` before what
+takes the features of one.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 from cuflash.errors import KeywordError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T", bound=Callable[..., Any])
 
 
 class OtherName(NamedTuple):
@@ -68,14 +71,54 @@ OTHER_NAMES = (
         ("query_seq_lengths",), "JAX", (),
         "A query beyond its sequence gets a row of out that is not used: leave it out, or pack the sequences for varlen_attention.",
     ),
-    OtherName(("block_table",), "flash-attn", (), "A paged cache is not supported: keys and values of a sequence lie in one array."),
+    OtherName(
+        ("k_cache", "v_cache"), "flash-attn", ("key", "value"),
+        "The whole cache, with the keys of each row in seqlens_kv and causal_alignment=\"bottom_right\"; write those of this step into it before the call.",
+    ),
+    OtherName(
+        ("past_key_value", "past_key_values", "layer_past"), "transformers", ("key", "value"),
+        "Pass the whole cache as key and value, with the keys of each row in seqlens_kv; the call writes into no cache.",
+    ),
+    OtherName(("cache_batch_idx", "cache_batch_index"), "flash-attn", (), "Rows of the cache are not picked by the call: pass cache[rows] as key and value."),
+    OtherName(
+        ("cache_leftpad", "leftpad_k"), "flash-attn", (),
+        "The keys of a row start at 0: pad behind them, with their number in seqlens_kv; or hide padding before them with a boolean attn_mask.",
+    ),
+    OtherName(
+        ("qkv", "kv"), "flash-attn, others", ("query", "key", "value"),
+        "Split it by strided views, which are not copied: qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], of packed sequences qkv[:, 0] and so on.",
+    ),
+    OtherName(("dqkv", "dq", "dk", "dv"), "flash-attn", (), "Gradients are returned, in arrays of their own."),
+    OtherName(
+        ("rotary_cos", "rotary_sin", "rotary_interleaved", "rotary_seqlens", "rotary_emb"), "flash-attn, others", (),
+        "Positions are not encoded by the call: rotate query and key before it.",
+    ),
+    OtherName(
+        ("num_splits", "pack_gqa", "sm_margin", "num_warps", "block_m", "block_n", "block_sizes", "block_q", "block_k"), "flash-attn, Pallas, others", ("tile",),
+        "How work is cut is said by tile=cuflash.Tile(...) alone; cuflash.legal_tiles lists those that fit. Keys of a row are never split over blocks.",
+    ),
+    OtherName(
+        ("descale_q", "descale_k", "descale_v", "q_descale", "k_descale", "v_descale"), "flash-attn", (),
+        "There are no FP8 kernels: pass float16, bfloat16 or float32.",
+    ),
+    OtherName(("qv", "q_v"), "flash-attn", (), "Its products with value are scores of longer rows: concatenate qv to query, and value to key."),
+    OtherName(("attention_chunk",), "flash-attn", ("segment_ids_q", "segment_ids_kv"), "Chunks are segments: ids numpy.arange(seqlen) // chunk, with is_causal=True."),
+    OtherName(("block_table", "page_table"), "flash-attn", (), "A paged cache is not supported: keys and values of a sequence lie in one array."),
     OtherName(("learnable_sink", "s_aux"), "flash-attn, transformers", ("sinks",), "float32 (num_heads_q,)."),
     OtherName(("logits_soft_cap", "attn_logits_soft_cap", "soft_cap"), "Pallas, Keras, others", ("softcap",), "The same number; None or 0.0 for none."),
     OtherName(
         ("attn_bias", "bias"), "xformers, JAX", ("attn_mask",),
-        "An array is added to the scores as there. xformers' mask objects: LowerTriangularMask is is_causal=True, BlockDiagonalMask is varlen_attention.",
+        "An array is added to the scores as there. xformers' mask objects: LowerTriangularMask is is_causal=True, the BlockDiagonal ones are calls of varlen_attention.",
     ),
     OtherName(("mask",), "JAX", ("attn_mask",), "Boolean, True: attend, as there."),
+    OtherName(
+        ("position_bias", "relative_position_bias", "rel_pos_bias"), "transformers, others", ("attn_mask",),
+        "It is added to the scores: (1, heads, seqlen_q, seqlen_kv). T5 has scale=1.0; need_attn_mask_grad=True gives its gradient.",
+    ),
+    OtherName(
+        ("head_mask", "layer_head_mask"), "transformers", (),
+        "Multiply out by it, head by head: that is the same as a factor of the probabilities.",
+    ),
     OtherName(
         ("attention_mask",), "transformers", ("attn_mask",),
         "Padding (batch, seqlen_kv) of 0 and 1 is passed as a boolean mask[:, None, None, :], or as lengths in seqlens_kv.",
@@ -99,10 +142,10 @@ OTHER_NAMES = (
     OtherName(("training",), "torch", ("dropout_p",), "There is no training mode: pass dropout_p=0.0 in evaluation."),
     OtherName(
         ("score_mod", "block_mask"), "torch flex_attention", (),
-        "Functions of scores are not compiled in: window, softcap, alibi_slopes, segment ids, prefix_lengths and attn_mask cover the usual ones.",
+        "Functions of scores are not compiled in: window, softcap, alibi_slopes, segment ids, prefix_lengths and attn_mask cover the usual ones, see docs/coming-from.md.",
     ),
     OtherName(
-        ("need_weights", "return_weights"), "torch.nn.MultiheadAttention, others", (),
+        ("need_weights", "return_weights", "output_attentions", "average_attn_weights"), "torch.nn.MultiheadAttention, others", (),
         "The probabilities are never formed; exp(scores - lse) gives those of a few rows, with return_lse=True.",
     ),
     OtherName(("op", "backend", "implementation"), "xformers, JAX, others", ("tile",), "There is one implementation; print(cuflash.plan(...)) says what runs."),
@@ -111,6 +154,8 @@ OTHER_NAMES = (
 _ROWS = {name: row for row in OTHER_NAMES for name in row.names}
 
 _ONLY_PADDED = {
+    "attn_mask": "Packed sequences take no mask: cu_seqlens_q and cu_seqlens_kv leave padding out and keep sequences apart, is_causal, window and "
+    "prefix_lengths say which keys each sees; for other masks pad, and call scaled_dot_product_attention.",
     "segment_ids_q": "Packed sequences do not see each other: give each segment offsets of its own.",
     "segment_ids_kv": "Packed sequences do not see each other: give each segment offsets of its own.",
     "seqlens_kv": "cu_seqlens_kv says how many keys each sequence has.",
@@ -121,38 +166,74 @@ _ONLY_PADDED = {
 }
 """What packed sequences have instead of some arguments of padded batches."""
 
+_FEATURE_OF = {
+    "attn_mask": "attn_mask", "dropout_p": "dropout", "dropout_seed": "dropout", "window": "window", "softcap": "softcap", "alibi_slopes": "alibi",
+    "sinks": "sinks", "segment_ids_q": "segments", "segment_ids_kv": "segments", "prefix_lengths": "prefix",
+}  # fmt: skip
+"""Argument of a call -> the field of `FeatureSet` that its kernels are compiled for."""
+
+_SIMILAR = 0.8
+"""How alike a keyword and an argument have to be, of 1, for a slip of the pen: "is_casual" is one, "descale_q" for "scale" is not."""
+
 _functions: dict[str, tuple[str, ...]] = {}
-"""Public function -> names of its arguments."""
+"""Public call of attention -> names of its arguments."""
 
 
 def explains_keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function; a keyword that it does not have raises a KeywordError, which says what to write, instead of a bare TypeError."""
-    name = function.__name__
-    known = _functions[name] = tuple(inspect.signature(function).parameters)
+    """The same call of attention; keywords that it does not have raise one KeywordError, which says what to write, instead of a bare TypeError."""
+    known = _functions[function.__name__] = tuple(inspect.signature(function).parameters)
+    return _answering(function, function.__name__, known)
+
+
+def explains_features(target: T) -> T:
+    """The same for a function or class that takes the features of a call, not its arguments: `warmup` and `FeatureSet`."""
+    name, known = target.__name__, tuple(inspect.signature(target).parameters)
+    if not isinstance(target, type):
+        return cast(T, _answering(target, name, known))
+    target.__init__ = _answering(target.__init__, name, known)  # type: ignore[misc]
+    return target
+
+
+def _answering(function: Callable[P, R], name: str, known: tuple[str, ...]) -> Callable[P, R]:
     taken = frozenset(known)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not taken.issuperset(kwargs):
-            raise _unknown(name, next(keyword for keyword in kwargs if keyword not in taken))
+            raise _unknown(name, known, [keyword for keyword in kwargs if keyword not in taken])
         return function(*args, **kwargs)
 
     return call
 
 
-def _unknown(function: str, keyword: str) -> KeywordError:
-    known = _functions[function]
-    got = f"a keyword argument that {function} does not have"
+def _unknown(function: str, known: tuple[str, ...], keywords: list[str]) -> KeywordError:
+    """One error for all of them."""
+    answers = {keyword: _answer(function, known, keyword) for keyword in keywords}
+    if len(keywords) == 1:
+        return KeywordError(keywords[0], f"a keyword argument that {function} does not have", *answers[keywords[0]])
+    expected = ", ".join(f"{keyword} → {expected}" for keyword, (expected, _) in answers.items())
+    hint = " ".join(f"{keyword}: {hint}" for keyword, (_, hint) in answers.items())
+    return KeywordError(", ".join(keywords), f"keyword arguments that {function} does not have", expected, hint)
+
+
+def _answer(function: str, known: tuple[str, ...], keyword: str) -> tuple[str, str]:
+    """What is expected instead of a keyword, and what to mind."""
     row = _ROWS.get(keyword)
-    if row is not None:
-        ours = [name for name in row.ours if name in known]
-        if ours or not row.ours:
-            return KeywordError(keyword, got, " and ".join(ours) or "no such argument", row.difference)
-    name = row.ours[0] if row is not None else keyword
-    if name in _ONLY_PADDED and "cu_seqlens_q" in known:
-        return KeywordError(keyword, got, "no such argument for packed sequences", _ONLY_PADDED[name])
-    elsewhere = ", ".join(other for other, names in _functions.items() if name in names)
+    ours = (keyword,) if row is None else row.ours
+    feature = next((_FEATURE_OF[name] for name in ours if name in _FEATURE_OF), keyword if keyword in _FEATURE_OF.values() else None)
+    if feature is not None and function not in _functions:
+        used = f'{feature}="bool"' if feature == "attn_mask" else f"{feature}=True"
+        return (feature if feature in known else "features"), f"Write {'' if feature in known else 'features='}cuflash.FeatureSet({used})."
+    only_padded = next((name for name in ours if name in _ONLY_PADDED), None)
+    if only_padded is not None and "cu_seqlens_q" in known:
+        return "no such argument for packed sequences", _ONLY_PADDED[only_padded]
+    here = [name for name in ours if name in known]
+    if row is not None and (here or not ours):
+        of_padded = [name for name in _ONLY_PADDED if "cu_seqlens_q" in known and re.search(rf"\b{name}\b", row.difference)]
+        where = f" {' and '.join(of_padded)}: of scaled_dot_product_attention, not of packed sequences." if of_padded else ""
+        return " and ".join(here) or "no such argument", row.difference + where
+    elsewhere = ", ".join(other for other, names in _functions.items() if ours[0] in names)
     if elsewhere:
-        return KeywordError(keyword, got, "no such argument here", f"{name} is an argument of {elsewhere}.")
-    close = difflib.get_close_matches(keyword, known, 1)
-    return KeywordError(keyword, got, close[0] if close else "one of its arguments", f"help(cuflash.{function}) lists them.")
+        return "no such argument here", f"{ours[0]} is an argument of {elsewhere}."
+    close = difflib.get_close_matches(keyword, known, 1, _SIMILAR)
+    return (close[0] if close else "one of its arguments"), f"help(cuflash.{function}) lists them."

@@ -119,18 +119,15 @@ class Plan:
         """A few lines for people: problem, device, kernels with tiles and grids, memory, work."""
         problem = self.problem
         causal = f"causal ({problem.causal_alignment})" if problem.is_causal else "not causal"
-        heads = (
-            f"{problem.num_heads_q} heads"
-            if problem.num_heads_q == problem.num_heads_kv
-            else f"{problem.num_heads_q}/{problem.num_heads_kv} heads"
-        )
+        grouped = problem.num_heads_q != problem.num_heads_kv
+        heads = f"{problem.num_heads_q}/{problem.num_heads_kv} heads" if grouped else _count(problem.num_heads_q, "head")
         flops = problem.flops_backward if self.backward else problem.flops_forward
-        batch, longest, at_most = f"batch {problem.batch}", "", ""
+        lengths = f"batch {problem.batch}, seqlen {problem.seqlen_q} x {problem.seqlen_kv}"
         if problem.num_sequences is not None:
-            batch, at_most = f"{problem.num_sequences} packed sequences, tokens", "at most "
-            longest = f", sequences of at most {problem.max_seqlen_q} x {problem.max_seqlen_kv}"
+            lengths = f"{_count(problem.num_sequences, 'packed sequence')} of {problem.seqlen_q} x {problem.seqlen_kv} tokens in all"
+            lengths += f", each of at most {problem.max_seqlen_q} x {problem.max_seqlen_kv}"
         if problem.seqlens_kv:
-            longest, at_most = ", keys of each row up to its seqlens_kv", "at most "
+            lengths += ", keys of each row up to its seqlens_kv"
         standard = (
             (problem.num_sequences or problem.batch)
             * problem.num_heads_q
@@ -139,16 +136,17 @@ class Plan:
             * problem.itemsize
             * (4 if self.backward else 2)
         )
+        where = self.device.name if self.device.arch in self.device.name else f"{self.device.name}, {self.device.arch}"
         lines = [
-            f"{'backward' if self.backward else 'forward'} attention on {self.device.name}, {self.device.arch}",
-            f"  problem    {problem.dtype}, {batch}, seqlen {problem.seqlen_q} x {problem.seqlen_kv}{longest}, {heads}, "
+            f"{'backward' if self.backward else 'forward'} attention on {where}",
+            f"  problem    {problem.dtype}, {lengths}, {heads}, "
             f"head_dim {tiles.head_dims(problem.head_dim, problem.head_dim_v)}, {causal}, scale {problem.scale:.6g}",
             f"  products   {_products(problem, self.device)}",
         ]
         for kernel in self.kernels:
             tile = f"{kernel.tile}, " if kernel.name not in ("backward_delta", "backward_sinks") else ""
             lines.append(
-                f"  kernel     {kernel.name}: {kernel.source}, {tile}{kernel.num_blocks} blocks of {kernel.num_threads} threads, "
+                f"  kernel     {kernel.name}: {kernel.source}, {tile}{_count(kernel.num_blocks, 'block')} of {kernel.num_threads} threads, "
                 f"{kernel.shared_bytes} bytes of shared memory"
             )
         if not self.kernels:
@@ -159,6 +157,7 @@ class Plan:
         ragged = problem.seqlens_kv or problem.num_sequences is not None
         if visits and (problem.is_causal or problem.features.kinds.hides_keys or ragged):
             lines.append(f"  tiles      {', '.join(visits)}")
+        at_most = "at most " if problem.hides_by_data else ""
         lines += [
             f"  memory     outputs {_bytes(self.output_bytes)}, workspace {_bytes(self.workspace_bytes)}; unfused attention would take {_bytes(standard)} more",
             f"  work       {at_most}{flops / 1e9:.4g} GFLOP in matrix products over visible pairs; the same bits on every run",
@@ -437,6 +436,10 @@ def _products(problem: Problem, device: Device) -> str:
 
 def _size(shape: Iterable[int]) -> int:
     return functools.reduce(lambda product, extent: product * extent, shape, 1)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _bytes(count: int) -> str:

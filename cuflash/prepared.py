@@ -6,18 +6,20 @@ arguments, allocates the results, writes addresses into the packed structs and l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cuflash import launch, sequences
 from cuflash.arrays import Array, BFloat16Bits, Framework, pointer
 from cuflash.device import Device
+from cuflash.errors import CompilationForbiddenError
 from cuflash.features import Features
 from cuflash.launch import ArgumentTemplate, Executable, simulated_memory
 from cuflash.layout import Shape4
 from cuflash.planning import KernelPlan, Plan, Tiles, make_plan
 from cuflash.problem import Problem, View, check_backward, check_out
+from cuflash.tuning import warmup_call
 
 if TYPE_CHECKING:
     from cuflash.simulator import Buffer
@@ -141,7 +143,8 @@ class PreparedForward(PreparedCall):
 
     def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: Mapping[str, Array], given: Array | None) -> None:
         super().__init__(problem, on, inputs)
-        given_view = None if given is None else check_out(problem, problem.layout, given, inputs)
+        by_argument = {"dropout_seed" if name == "dropout_state" else name: array for name, array in inputs.items()}
+        given_view = None if given is None else check_out(problem, problem.layout, given, by_argument)
         self.plan = make_plan(problem, on, tile=tile)
         self.workspace = _workspace(self.plan)
         if problem.features != NOTHING:
@@ -158,9 +161,7 @@ class PreparedForward(PreparedCall):
         vectorized = {name: views[name].aligned16(problem.itemsize) and addresses[name] % 16 == 0 for name in views}
         stride_batch = 0 if problem.layout.varlen else problem.num_heads_q * problem.seqlen_q
         self.template = launch.forward_template(problem, view, (stride_batch, problem.seqlen_q, 1), vectorized)
-        self.launches = [
-            _Launch(kernel, launch.executable(kernel, on), launch.forward_tail(problem, kernel)) for kernel in self.plan.kernels
-        ]
+        self.launches = _launches(self.plan, tile, launch.forward_tail)
 
     def may_write(self, out: Any, pointers: dict[str, int]) -> bool:
         """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""
@@ -236,9 +237,7 @@ class PreparedBackward(PreparedCall):
             vectorized[result.name] = result.view.aligned16(problem.itemsize)
         self.returned = [*zip(_InputGradients._fields, results, strict=True), *feature_results.items()]
         self.template = launch.backward_template(views, others.lse_strides, others.grad_lse_strides, vectorized)
-        self.launches = [
-            _Launch(kernel, launch.executable(kernel, on), launch.backward_tail(problem, kernel)) for kernel in self.plan.kernels
-        ]
+        self.launches = _launches(self.plan, tile, launch.backward_tail)
 
     def run(self, pointers: dict[str, int], given: Any = None) -> Gradients:
         gradients = {}
@@ -254,6 +253,15 @@ class PreparedBackward(PreparedCall):
         for (name, _), gradient in zip(self.returned[3:], finished[3:], strict=True):
             setattr(of_inputs, name, gradient)
         return of_inputs
+
+
+def _launches(plan: Plan, tile: Tiles, tail: Callable[[Problem, KernelPlan], bytes]) -> list[_Launch]:
+    """The kernels of a plan, loaded."""
+    try:
+        return [_Launch(kernel, launch.executable(kernel, plan.device), tail(plan.problem, kernel)) for kernel in plan.kernels]
+    except CompilationForbiddenError as error:
+        call = warmup_call(plan, tile)
+        raise error if call is None else CompilationForbiddenError(error.missing, f"Compile it beforehand: {call}") from None
 
 
 def _contiguous_or_broadcast(extents: tuple[int, ...]) -> tuple[int, ...]:

@@ -141,9 +141,14 @@ class Problem:
         return 0 in self.query.shape or (self.seqlen_kv == 0 and not self.features.kinds.sinks)
 
     @property
+    def hides_by_data(self) -> bool:
+        """Which pairs are visible depends on an array: a mask, ids, or lengths of prefixes, rows or packed sequences."""
+        kinds = self.features.kinds
+        return kinds.attn_mask is not None or kinds.segments or kinds.prefix or self.seqlens_kv or self.num_sequences is not None
+
+    @property
     def visible_pairs(self) -> int:
-        """(query, key) pairs of one head that neither the causal mask nor the window hides. What depends on data counts as visible, and where only the device
-        knows the lengths, it is the most that there may be."""
+        """(query, key) pairs of one head that neither the causal mask nor the window hides; the most that there may be where it `hides_by_data`."""
         if self.num_sequences is not None:
             return min(self.num_sequences * self.max_seqlen_q, self.seqlen_q) * min(self.max_seqlen_kv, self.seqlen_kv)
         low, high = self.window

@@ -12,8 +12,8 @@ import numbers
 import operator
 from typing import Any
 
-from cuflash.arrays import Array, describe
-from cuflash.errors import ArgumentError, DTypeError, OptionError, ShapeError
+from cuflash.arrays import Array, describe, is_array
+from cuflash.errors import DTypeError, OptionError, ShapeError
 
 
 def check_seqlens(name: str, lengths: Array, query: Array, expected: int) -> None:
@@ -80,22 +80,21 @@ def check_offsets(which: str, address: int, num_sequences: int, tokens: int, lon
         longest: the bound on the length of a sequence.
 
     Raises:
-        ArgumentError: offsets that do not start at 0, descend, or lie beyond the tokens.
-        OptionError: a sequence is longer than its bound.
+        OptionError: offsets that do not start at 0, descend, or lie beyond the tokens; or a sequence is longer than its bound.
     """
     name, bound = f"cu_seqlens_{which}", f"max_seqlen_{which}"
     offsets = [*(ctypes.c_int32 * (num_sequences + 1)).from_address(address)]
     lengths = [end - start for start, end in itertools.pairwise(offsets)]
     if offsets[0] != 0:
         hint = "The first sequence starts at token 0: offsets are [0, *cumsum(lengths)]."
-        raise ArgumentError(name, f"a first offset of {offsets[0]}", "0", hint)
+        raise OptionError(name, f"a first offset of {offsets[0]}", "0", hint)
     if min(lengths, default=0) < 0:
         at = next(i for i, length in enumerate(lengths) if length < 0)
         got = f"{offsets[at]} followed by {offsets[at + 1]} at {at}"
-        raise ArgumentError(name, got, "offsets that do not descend", "Offsets are [0, *cumsum(lengths)], not lengths.")
+        raise OptionError(name, got, "offsets that do not descend", "Offsets are [0, *cumsum(lengths)], not lengths.")
     if offsets[-1] > tokens:
         hint = "The last offset is the number of tokens of all sequences."
-        raise ArgumentError(name, f"a last offset of {offsets[-1]}", f"at most {tokens}, the tokens that there are", hint)
+        raise OptionError(name, f"a last offset of {offsets[-1]}", f"at most {tokens}, the tokens that there are", hint)
     if max(lengths, default=0) > longest:
         hint = f"Pass {bound}={max(lengths)}, or leave it out."
         raise OptionError(bound, longest, f"at least {max(lengths)}, the longest sequence in {name}", hint)
@@ -119,4 +118,6 @@ def _bound(name: str, bound: object, total: int) -> int:
     if isinstance(bound, numbers.Integral) and not isinstance(bound, bool) and operator.index(bound) >= 0:
         return min(operator.index(bound), total)
     hint = "Leave it out if it is not known: then blocks are started for all tokens of every sequence, and most end at once."
+    if is_array(bound) or (isinstance(bound, numbers.Real) and not isinstance(bound, numbers.Integral)):
+        hint = f"Convert it: {name}=int({name})."
     raise OptionError(name, describe(bound), "an int of at least 0, or None", hint)

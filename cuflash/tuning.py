@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from itertools import product
+from typing import Any
 
 from cuflash import cache, device, tiles
 from cuflash.compiler import CompileRequest
 from cuflash.device import Device
-from cuflash.errors import OptionError
+from cuflash.errors import ArgumentError, OptionError
 from cuflash.features import MASK_DTYPES, NO_FEATURES, FeatureSet
 from cuflash.options import check_bool
-from cuflash.planning import KernelPlan, Tiles, offline_kernels
+from cuflash.other_names import explains_features
+from cuflash.planning import KernelPlan, Plan, Tiles, offline_kernels
 from cuflash.problem import DTYPES, MAX_HEAD_DIM
 from cuflash.tiles import KernelCase, Tile
 
@@ -54,6 +57,7 @@ def legal_tiles(
     return tiles.legal_tiles_for(case, target(arch))
 
 
+@explains_features
 def warmup(
     head_dim: int | Iterable[int],
     dtype: str | Iterable[str] = "bfloat16",
@@ -100,6 +104,51 @@ def warmup(
         requests |= dict.fromkeys(kernel.request(on) for kernel in kernels)
     cache.fetch_many(list(requests), progress=None if progress is None else lambda done, total, _: progress(done, total))
     return len(requests)
+
+
+def warmup_call(plan: Plan, tile: Tiles) -> str | None:
+    """The call of `warmup` on this machine that compiles the kernels of a plan, ready to be pasted.
+
+    Args:
+        plan: of a call.
+        tile: that the call was given.
+
+    Returns:
+        None where no call compiles them: gradients that keys and values sum over different heads, or kernels for the simulator beside a GPU.
+    """
+    problem, features = plan.problem, plan.problem.features.kinds
+    case: dict[str, Any] = {"is_causal": problem.is_causal}
+    if problem.head_dim_v != problem.head_dim:
+        case["head_dim_v"] = problem.head_dim_v
+    if tile is not None:
+        case["tile"] = tile
+        if not plan.backward:  # where it may not fit
+            case["backward"] = False
+    allow_tf32, packed = problem.allow_tf32 and problem.dtype == "float32", problem.num_sequences is not None
+    case |= {name: True for name, used in (("allow_tf32", allow_tf32), ("varlen", packed), ("seqlens_kv", problem.seqlens_kv)) if used}
+    if features != NO_FEATURES:
+        case["features"] = features
+    on = device.default()
+    try:
+        kernels = kernels_of_case(on, head_dim=problem.head_dim, dtype=problem.dtype, **case)
+    except ArgumentError:  # the tile of a backward pass that the forward pass cannot have
+        return None
+    if not {kernel.request(plan.device) for kernel in plan.kernels} <= {kernel.request(on) for kernel in kernels}:
+        return None
+    options = ", ".join(f"{name}={_written(value)}" for name, value in case.items())
+    return f'cuflash.warmup({problem.head_dim}, "{problem.dtype}", {options})'
+
+
+def _written(value: object) -> str:
+    """The expression of an argument of `warmup`."""
+    if isinstance(value, FeatureSet):
+        used = {field.name: getattr(value, field.name) for field in fields(value) if getattr(value, field.name) != field.default}
+        return "cuflash.FeatureSet(" + ", ".join(f"{name}={_written(part)}" for name, part in used.items()) + ")"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_written(name)}: {_written(tile)}" for name, tile in value.items()) + "}"
+    if isinstance(value, str):
+        return f'"{value}"'
+    return f"cuflash.{value!r}" if isinstance(value, Tile) else repr(value)
 
 
 def kernels_of_case(
@@ -169,7 +218,11 @@ def _checked_features(features: object, is_causal: bool, packed: bool) -> Featur
 
 def _checked_dtype(dtype: object) -> str:
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise OptionError("dtype", repr(dtype), "one of " + ", ".join(DTYPES), "Pass the name of a supported element type.")
+        hint = "Pass the name of a supported element type."
+        name = getattr(dtype, "__name__", None) or str(dtype).removeprefix("torch.")
+        if name in DTYPES:
+            hint = f'Pass its name: "{name}".'
+        raise OptionError("dtype", repr(dtype), "one of " + ", ".join(DTYPES), hint)
     return dtype
 
 

@@ -57,6 +57,7 @@ BAD_CALLS: list[dict[str, Any]] = [
     {"need_attn_mask_grad": True},
     {"dropout_p": 1.5},
     {"dropout_p": 0.1},
+    {"dropout_p": 0.1, "dropout_seed": 1.5},
     {"dropout_p": 0.1, "dropout_seed": 2**64},
     {"dropout_p": 0.1, "dropout_seed": zeros(2, dtype="int32")},
     {"dropout_p": 0.1, "dropout_seed": zeros(3, dtype="int64")},
@@ -74,6 +75,7 @@ BAD_CALLS: list[dict[str, Any]] = [
     {"cu_seqlens_q": zeros(B + 1, dtype="int32"), "cu_seqlens_kv": zeros(B + 1, dtype="int32"), "attn_mask": zeros(S, S)},
     {"cu_seqlens_q": zeros(B + 1, dtype="int32"), "cu_seqlens_kv": zeros(B, dtype="int32")},
     {"cu_seqlens_q": zeros(B + 1, dtype="int32"), "cu_seqlens_kv": zeros(B + 1, dtype="int32"), "max_seqlen_q": -1},
+    {"cu_seqlens_q": zeros(B + 1, dtype="int32"), "cu_seqlens_kv": zeros(B + 1, dtype="int32"), "max_seqlen_q": 256.0},
 ]
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import pickle
 import random
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from decimal import Decimal
 from typing import Any
 
@@ -325,7 +328,16 @@ def test_element_types_come_before_shapes() -> None:
         ("varlen_attention", "segment_ids_q", "no such argument for packed sequences", "offsets of its own"),
         ("varlen_attention", "cache_seqlens", "no such argument for packed sequences", "cu_seqlens_kv"),
         ("varlen_attention_backward", "dropout", "dropout_p and dropout_seed", "the same one in the backward call"),
-        ("varlen_plan", "attn_bias", "attn_mask", "xformers"),
+        ("scaled_dot_product_attention", "descale_q", "no such argument", "FP8"),
+        ("scaled_dot_product_attention", "head_mask", "no such argument", "Multiply out"),
+        ("scaled_dot_product_attention", "num_splits", "tile", "cuflash.legal_tiles"),
+        ("scaled_dot_product_attention", "rotary_cos", "no such argument", "rotate query and key"),
+        ("scaled_dot_product_attention", "k_cache", "key and value", "seqlens_kv"),
+        ("scaled_dot_product_attention", "leftpad_k", "no such argument", "seqlens_kv"),
+        ("scaled_dot_product_attention", "qkv", "query and key and value", "strided views"),
+        ("scaled_dot_product_attention", "position_bias", "attn_mask", "added to the scores"),
+        ("scaled_dot_product_attention", "escale_k", "one of its arguments", "help(cuflash.scaled_dot_product_attention)"),
+        ("scaled_dot_product_attention", "seglens_kv", "seqlens_kv", "help(cuflash.scaled_dot_product_attention)"),
         ("plan", "out", "no such argument here", "out is an argument of scaled_dot_product_attention,"),
         ("plan", "is_casual", "is_causal", "help(cuflash.plan)"),
         ("plan", "xyzzy", "one of its arguments", "help(cuflash.plan)"),
@@ -340,6 +352,70 @@ def test_keywords_of_others(function: str, keyword: str, expected: str, hint: st
     assert caught.value.got == f"a keyword argument that {function} does not have"
     assert caught.value.expected == expected
     assert hint in caught.value.hint
+
+
+def test_no_hint_for_packed_sequences_names_what_they_refuse() -> None:
+    """But for saying whose argument it is."""
+    for row in other_names.OTHER_NAMES:
+        with pytest.raises(KeywordError) as caught:
+            cuflash.varlen_attention(**{row.names[0]: 1})
+        if set(re.findall(r"\w+", caught.value.hint)) & other_names._ONLY_PADDED.keys() - {"layout"}:
+            assert "scaled_dot_product_attention" in caught.value.hint
+
+
+def test_all_keywords_of_others_are_reported_at_once() -> None:
+    x = zeros(B, SQ, H, D)
+    with pytest.raises(KeywordError) as caught:
+        cuflash.scaled_dot_product_attention(x, x, x, softmax_scale=1.0, causal=True, window_size=(-1, -1), xyzzy=1)  # type: ignore[call-arg]
+    assert caught.value.argument == "softmax_scale, causal, window_size, xyzzy"
+    assert caught.value.got == "keyword arguments that scaled_dot_product_attention does not have"
+    assert caught.value.expected == (
+        "softmax_scale → scale, causal → is_causal and causal_alignment, window_size → window, xyzzy → one of its arguments"
+    )
+    for keyword in ("softmax_scale", "causal", "window_size"):
+        assert f"{keyword}: {other_names._ROWS[keyword].difference}" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("keyword", "of_warmup", "of_set"),
+    [
+        ("window", "features: Write features=cuflash.FeatureSet(window=True).", None),
+        ("alibi_slopes", "features: Write features=cuflash.FeatureSet(alibi=True).", "alibi: Write cuflash.FeatureSet(alibi=True)."),
+        (
+            "segment_ids",
+            "features: Write features=cuflash.FeatureSet(segments=True).",
+            "segments: Write cuflash.FeatureSet(segments=True).",
+        ),
+        (
+            "attn_bias",
+            'features: Write features=cuflash.FeatureSet(attn_mask="bool").',
+            'attn_mask: Write cuflash.FeatureSet(attn_mask="bool").',
+        ),
+        ("prefix", "features: Write features=cuflash.FeatureSet(prefix=True).", None),
+        ("windows", "one of its arguments: help(cuflash.warmup) lists them.", "window: help(cuflash.FeatureSet) lists them."),
+        ("backwards", "backward: help(cuflash.warmup) lists them.", "one of its arguments: help(cuflash.FeatureSet) lists them."),
+    ],
+)
+def test_keywords_that_warmup_and_feature_sets_do_not_have(keyword: str, of_warmup: str, of_set: str | None) -> None:
+    for function, answer, arguments in ((cuflash.warmup, of_warmup, (64,)), (cuflash.FeatureSet, of_set, ())):
+        if answer is None:
+            continue
+        with pytest.raises(KeywordError) as caught:
+            function(*arguments, **{keyword: True})  # type: ignore[operator]
+        assert caught.value.argument == keyword
+        assert f"{caught.value.expected}: {caught.value.hint}" == answer
+
+
+def test_a_feature_set_is_still_a_class_of_values() -> None:
+    features = cuflash.FeatureSet("bool", window=True)
+    assert list(inspect.signature(cuflash.FeatureSet).parameters) == [field.name for field in fields(features)]
+    assert pickle.loads(pickle.dumps(features)) == replace(cuflash.FeatureSet(window=True), attn_mask="bool") == features
+    assert hash(features) != hash(cuflash.FeatureSet())
+
+
+def test_the_features_of_a_call_are_those_of_a_set() -> None:
+    assert {*other_names._FEATURE_OF.values()} == {field.name for field in fields(cuflash.FeatureSet)}
+    assert other_names._FEATURE_OF.keys() <= {*other_names._functions["scaled_dot_product_attention"]}
 
 
 def test_other_names_are_not_ours() -> None:
@@ -372,6 +448,100 @@ def test_a_plan_of_the_forward_pass_has_no_mask_gradient() -> None:
         cuflash.plan(**valid(), attn_mask=mask, need_attn_mask_grad=mask)
     with pytest.raises(OptionError, match="backward: got 1; expected True or False"):
         cuflash.plan(**valid(), backward=1)
+
+
+# --- Arguments as other libraries have them -----------------------------------------------------------------------------------------------
+
+
+def packed_call(**options: Any) -> Any:
+    x, cu = zeros(12, H, D), numpy.array([0, 6, 12], numpy.int32)
+    return cuflash.varlen_attention(x, x, x, cu, cu, **options)
+
+
+def test_positions_of_other_libraries() -> None:
+    """flash-attn has dropout_p behind value, or behind max_seqlen_k; xformers has scale in the sixth place."""
+    x, cu = zeros(B, SQ, H, D), numpy.array([0, 6], numpy.int32)
+    for dropout_p in (0.0, 0.1, 0, numpy.float64(0.1)):
+        with pytest.raises(DTypeError) as caught:
+            cuflash.scaled_dot_product_attention(x, x, x, dropout_p, None, True)  # type: ignore[arg-type]
+        assert caught.value.argument == "attn_mask"
+        assert caught.value.hint.startswith("flash-attn has dropout_p in this place")
+    with pytest.raises(OptionError) as refused:
+        cuflash.varlen_attention(x[0], x[0], x[0], cu, cu, 6, 6, 0.1, None, True)  # type: ignore[arg-type, misc]
+    assert refused.value.argument == "is_causal"
+    assert "flash-attn has dropout_p" in refused.value.hint
+    assert "xformers scale" in refused.value.hint
+
+
+@pytest.mark.parametrize("mask", [zeros(12, 12), [[True]], "causal", 0.0], ids=["array", "list", "text", "number"])
+def test_packed_sequences_refuse_any_mask_at_once(mask: object) -> None:
+    """No hint leads to a mask that would be refused next, and no type of ours is named."""
+    with pytest.raises(OptionError) as caught:
+        packed_call(attn_mask=mask)
+    assert caught.value.argument == "attn_mask"
+    assert caught.value.expected.startswith("None, since packed sequences")
+    assert "cuflash." not in caught.value.got
+
+
+@pytest.mark.parametrize("keyword", ["attention_mask", "key_padding_mask", "attn_bias", "mask", "position_bias"])
+@pytest.mark.parametrize("function", ["varlen_attention", "varlen_attention_backward", "varlen_plan"])
+def test_masks_of_others_lead_packed_sequences_to_nothing_that_is_refused(function: str, keyword: str) -> None:
+    with pytest.raises(KeywordError) as caught:
+        getattr(cuflash, function)(**{keyword: 1})
+    assert caught.value.expected == "no such argument for packed sequences"
+    assert "cu_seqlens" in caught.value.hint
+    assert "attn_mask=" not in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "seed", [1.5, "1", True, numpy.random.default_rng(), [1, 2], (1, 2, 3), (1.5, 2), object()], ids=lambda seed: type(seed).__name__
+)
+def test_what_is_no_seed(seed: Any) -> None:
+    x = zeros(B, SQ, H, D)
+    for call in (
+        lambda: cuflash.scaled_dot_product_attention(x, x, x, dropout_p=0.1, dropout_seed=seed),
+        lambda: cuflash.dropout_mask((1, 1, 8, 8), 0.1, seed, like=x),
+    ):
+        with pytest.raises(OptionError) as caught:
+            call()
+        assert caught.value.argument == "dropout_seed"
+        assert caught.value.expected == "an int, a pair (seed, offset), or an array of two (u)int64 on the device"
+        assert ("as a tuple" if isinstance(seed, (list, tuple)) else "random.getrandbits(63)") in caught.value.hint
+    assert cuflash.plan(x, x, x, dropout_p=0.0, dropout_seed=seed)  # not looked at
+
+
+@pytest.mark.parametrize("bound", [numpy.array(6), 6.0, numpy.float32(6)], ids=repr)
+@pytest.mark.parametrize("name", ["max_seqlen_q", "max_seqlen_kv"])
+def test_a_bound_of_lengths_in_an_array(name: str, bound: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        packed_call(**{name: bound})
+    assert caught.value.argument == name
+    assert caught.value.hint == f"Convert it: {name}=int({name})."
+    with pytest.raises(OptionError) as caught:
+        packed_call(**{name: -1})
+    assert "Leave it out" in caught.value.hint
+
+
+def test_a_window_in_an_array() -> None:
+    x = zeros(B, SQ, H, D)
+    assert cuflash.plan(x, x, x, window=numpy.array([3, -1])).problem == cuflash.plan(x, x, x, window=(3, -1)).problem  # type: ignore[arg-type]
+    for wrong in (
+        numpy.array([3.0, 0.0]),
+        numpy.array(3),
+        numpy.array([[3, 0], [3, 0]]),
+        numpy.array([3, 0, 0]),
+        numpy.array([True, False]),
+    ):
+        with pytest.raises(OptionError, match="window: got"):
+            cuflash.plan(x, x, x, window=wrong)  # type: ignore[arg-type]
+
+
+def test_out_that_overlaps_a_seed() -> None:
+    """The argument is named as the caller knows it."""
+    x, memory = zeros(B, SQ, H, D), zeros(B, SQ, H, D)
+    with pytest.raises(ArgumentError) as caught:
+        cuflash.scaled_dot_product_attention(x, x, x, dropout_p=0.1, dropout_seed=memory.ravel()[:8].view(numpy.int64), out=memory)
+    assert caught.value.got == "an array that shares memory with dropout_seed"
 
 
 # --- Swapped layouts --------------------------------------------------------------------------------------------------------------------

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
+import numpy
 import pytest
 
 import cuflash
+from cuflash.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from conftest import Target
 
 DOCS = Path(__file__).parents[1] / "docs"
 SCRIPT = runpy.run_path(str(DOCS / "generate_tables.py"))
@@ -24,12 +29,59 @@ def test_tables_are_generated(path: Path) -> None:
     assert SCRIPT["filled"](page) == page
 
 
-def test_calls_for_those_who_come_from_elsewhere() -> None:
-    page = (DOCS / "coming-from.md").read_text()
-    calls = re.findall(r"\| `(cuflash\.[^`]*)` \|", page)
-    assert len(calls) == 6
-    for call in calls:
-        expression = ast.parse(call, mode="eval").body
-        assert isinstance(expression, ast.Call)
-        function = getattr(cuflash, ast.unparse(expression.func).removeprefix("cuflash."))
-        inspect.signature(function).bind(*expression.args, **{str(keyword.arg): keyword.value for keyword in expression.keywords})
+PAGE = (DOCS / "coming-from.md").read_text()
+CALLS = re.findall(r"\| `(cuflash\.[^`]*)` \|", PAGE)
+RECIPES = re.findall(r"^\| `([^`]*)` \| `([^`]*)` \|$", PAGE.partition("## FlexAttention")[2].partition("\n## ")[0], re.M)
+
+
+def zeros(*shape: int) -> Any:
+    return numpy.zeros(shape, "float16")
+
+
+def packing(shape: tuple[int, ...]) -> dict[str, Any]:
+    """The names that the calls use, with arrays of a shape of query."""
+    x, qkv, offsets = zeros(*shape), zeros(*shape[:-2], 3, *shape[-2:]), numpy.array([0, 2, 6], "int32")
+    lengths = {"cu": offsets, "cu_q": offsets, "cu_k": offsets, "lengths": offsets[1:], "longest": 4, "max_q": 4, "max_k": 4}
+    return {"q": x, "k": x, "v": x, "k_cache": x, "v_cache": x, "qkv": qkv, **lengths}
+
+
+def test_every_row_is_tried() -> None:
+    """Those of the tables above "Names"; each table has one row of headings."""
+    assert len(CALLS) + len(RECIPES) + 2 == PAGE.partition("\n## Names")[0].count("\n| ")
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_calls_for_those_who_come_from_elsewhere(call: str) -> None:
+    """Each can be made, of arrays of four dimensions or of three."""
+    planned = SimpleNamespace(scaled_dot_product_attention=cuflash.plan, varlen_attention=cuflash.varlen_plan)
+    plans, errors = [], []
+    for shape in ((2, 6, 6, 8), (6, 6, 8)):
+        try:
+            plans.append(eval(call, {"cuflash": planned, **packing(shape)}))
+        except (ArgumentError, IndexError) as error:
+            errors.append(error)
+    assert len(plans) == 1, errors
+    assert plans[0].kernels
+
+
+@pytest.mark.parametrize(("function", "arguments"), RECIPES)
+def test_recipes_for_flex_attention(simulator: Target, function: str, arguments: str) -> None:
+    """The arguments do to the scores what the function does."""
+    rng = numpy.random.default_rng(7)
+    q, k, v = rng.standard_normal((3, 2, 2, 20, 16)).astype("float32")
+    given = {
+        "width": 5, "lengths": numpy.array([20, 9], "int32"), "document": numpy.repeat(numpy.arange(4, dtype="int32"), 5), "softcap": 1.5,
+        "prefix": numpy.array([11, 0], "int32"), "slopes": numpy.array([0.5, 0.25], "float32"), "mask": rng.random((2, 2, 20, 20)) < 0.5,
+        "bias": rng.standard_normal((2, 2, 20, 20)).astype("float32"),
+    }  # fmt: skip
+    given["mask"][..., 0] = True  # a row that sees nothing has no softmax
+    plain = q.astype(float) @ k.swapaxes(2, 3) / 4
+    b, h, q_idx, kv_idx = numpy.ogrid[:2, :2, :20, :20]
+    names = {"score": plain, "b": b, "h": h, "q_idx": q_idx, "kv_idx": kv_idx, "tanh": numpy.tanh, **given}
+    changed = eval(function.replace("\\|", "|"), names)
+    scores = numpy.where(changed, plain, -numpy.inf) if changed.dtype == bool else changed
+    weights = numpy.exp(scores - scores.max(-1, keepdims=True))
+    expected = weights / weights.sum(-1, keepdims=True) @ v
+    out = cuflash.scaled_dot_product_attention(q, k, v, layout="bhsd", **eval(f"dict({arguments})", given))
+    numpy.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    assert abs(expected - cuflash.scaled_dot_product_attention(q, k, v, layout="bhsd")).max() > 1e-2

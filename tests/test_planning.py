@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -218,7 +219,7 @@ def test_plan_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"is_causal": True, "causal_alignment": "bottom_right", "enable_gqa": True, "scale": 0.25}
     text = str(cuflash.plan(query, key, key, tile=Tile(64, 32, 4, 2), return_lse=True, **options))
     assert text.splitlines() == [
-        "forward attention on cuflash simulator (sm_80), sm_80",
+        "forward attention on cuflash simulator (sm_80)",
         "  problem    float16, batch 2, seqlen 1000 x 500, 8/2 heads, head_dim 64, causal (bottom_right), scale 0.25",
         "  products   tensor cores, float16 with float32 sums",
         "  kernel     forward: forward_mma.cu, tile_q=64, tile_kv=32, num_warps=4, num_stages=2, 256 blocks of 128 threads, 24576 bytes of shared memory",
@@ -245,6 +246,40 @@ def test_plan_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plan_says_how_products_are_computed(dtype: str, arch: str, options: dict[str, Any], words: str) -> None:
     lines = str(plan_of((1, 5, 1, 64), dtype=dtype, arch=arch, **options)).splitlines()
     assert f"  products   {words}" in lines
+
+
+@pytest.mark.parametrize(
+    ("options", "at_most"),
+    [
+        ({}, False),
+        ({"is_causal": True, "window": (20, 0)}, False),
+        ({"alibi_slopes": numpy.zeros(1, "float32"), "softcap": 30.0, "dropout_p": 0.1, "dropout_seed": 1}, False),
+        ({"attn_mask": numpy.zeros((100, 100), "bool")}, True),
+        ({"attn_mask": numpy.full((100, 100), -numpy.inf, "float32")}, True),
+        ({"segment_ids_q": numpy.zeros((1, 100), "int32"), "segment_ids_kv": numpy.ones((1, 100), "int32")}, True),
+        ({"is_causal": True, "prefix_lengths": numpy.zeros(1, "int32")}, True),
+        ({"seqlens_kv": numpy.zeros(1, "int32")}, True),
+    ],
+    ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else None,
+)
+def test_work_that_data_may_reduce_is_at_most(options: dict[str, Any], at_most: bool) -> None:
+    x = numpy.zeros((1, 100, 1, 64), "float16")
+    for backward in (False, True):
+        (work,) = (line for line in str(cuflash.plan(x, x, x, backward=backward, **options)).splitlines() if "GFLOP" in line)
+        assert work.startswith("  work       at most ") is at_most
+
+
+def test_plan_counts_in_words_and_names_an_architecture_once() -> None:
+    x, cu = numpy.zeros((250, 1, 64), "float16"), numpy.array([0, 250], "int32")
+    lines = str(cuflash.varlen_plan(x, x, x, cu, cu, 100, 120, tile=Tile(64, 32, 4, 2))).splitlines()
+    assert ", 1 packed sequence of 250 x 250 tokens in all, each of at most 100 x 120, 1 head, head_dim 64" in lines[1]
+    x = numpy.zeros((1, 5, 1, 64), "float16")
+    one = str(cuflash.plan(x, x, x))
+    assert one.splitlines()[0].count(device.simulator_arch()) == 1
+    assert ", 1 head, " in one
+    assert ", 1 block of " in one
+    on_a_gpu = make_plan(problem_of((1, 5, 1, 64)), replace(SM_80, name="NVIDIA A100"))
+    assert str(on_a_gpu).splitlines()[0] == "forward attention on NVIDIA A100, sm_80"
 
 
 def test_plan_is_that_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:

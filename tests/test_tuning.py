@@ -15,7 +15,7 @@ import numpy
 import pytest
 
 import cuflash
-from cuflash import cache, device, planning, tiles
+from cuflash import cache, device, planning, tiles, tuning
 from cuflash.cache import Statistics
 from cuflash.errors import CompileError, OptionError, TileError
 from cuflash.tiles import KernelCase, Tile
@@ -240,7 +240,7 @@ def test_a_forbidden_compilation_names_the_kernel_and_the_cache(cold_cache: Path
         cuflash.scaled_dot_product_attention(*arrays_of())
     assert "forward_mma.cu" in str(caught.value)
     assert str(cold_cache) in str(caught.value)
-    assert "HEAD_DIM = 8" in (caught.value.config or "")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("cold_cache", "simulator")
@@ -256,6 +256,67 @@ def test_warmup_names_a_bad_argument(arguments: tuple[object, ...], argument: st
     with pytest.raises(OptionError) as caught:
         cuflash.warmup(*arguments)  # type: ignore[arg-type]
     assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(numpy.float16, "float16"), (numpy.dtype("float32"), "float32")])
+def test_warmup_says_the_name_of_a_type(dtype: Any, name: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        cuflash.warmup(64, dtype)
+    assert caught.value.hint == f'Pass its name: "{name}".'
+
+
+FORBIDDEN: dict[str, tuple[dict[str, Any], str]] = {
+    "plain": ({}, "is_causal=False"),
+    "features": (
+        {"softcap": 20.0, "attn_mask": numpy.zeros((16, 16), "float32"), "prefix_lengths": numpy.zeros(1, "int32"), "is_causal": True},
+        'is_causal=True, features=cuflash.FeatureSet(attn_mask="float32", softcap=True, prefix=True)',
+    ),
+    "lengths": ({"seqlens_kv": numpy.array([9], "int32")}, "is_causal=False, seqlens_kv=True"),
+    "tile": (
+        {"tile": {"forward": Tile(32, 16, 2, 1)}},
+        'is_causal=False, tile={"forward": cuflash.Tile(tile_q=32, tile_kv=16, num_warps=2, num_stages=1)}, backward=False',
+    ),
+}
+
+
+@pytest.mark.usefixtures("cold_cache", "simulator")
+@pytest.mark.parametrize(("options", "written"), FORBIDDEN.values(), ids=FORBIDDEN)
+def test_a_forbidden_compilation_shows_the_call_that_mends_it(
+    options: dict[str, Any], written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line to paste, after which the call compiles nothing."""
+    monkeypatch.setattr(device, "default", lambda: device.of_arch("sm_80"))
+    x = [numpy.zeros((1, 16, 1, 24), "float16") for _ in range(3)]
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    with pytest.raises(CompileError) as caught:
+        cuflash.scaled_dot_product_attention(*x, **options)
+    call = f'cuflash.warmup(24, "float16", {written})'
+    assert str(caught.value).endswith(f"and CUFLASH_COMPILE=forbid. Compile it beforehand: {call}, or unset CUFLASH_COMPILE.")
+    assert "\n" not in str(caught.value)
+    monkeypatch.delenv("CUFLASH_COMPILE")
+    assert eval(call, {"cuflash": cuflash}) > 0
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    cuflash.scaled_dot_product_attention(*x, **options)
+
+
+@pytest.mark.usefixtures("simulator")
+def test_the_call_that_compiles_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that the kernels depend on; where no call compiles them there is none."""
+    monkeypatch.setattr(device, "default", lambda: device.of_arch("sm_80"))
+    tokens, cu = numpy.zeros((20, 2, 64), "float32"), numpy.array([0, 20], "int32")
+    packed_plan = cuflash.varlen_plan(tokens, tokens, tokens[..., :32], cu, cu, allow_tf32=True, window=(3, 0), backward=True)
+    assert tuning.warmup_call(packed_plan, None) == (
+        'cuflash.warmup(64, "float32", is_causal=False, head_dim_v=32, allow_tf32=True, varlen=True, features=cuflash.FeatureSet(window=True))'
+    )
+    x = numpy.zeros((2, 20, 4, 64), "float16")
+    differently = cuflash.plan(x, x[:1], x[:, :, :1], backward=True)
+    assert tuning.warmup_call(differently, None) is None
+    both, only_backward = Tile(64, 64, 4, 1), Tile(16, 128, 8, 1)
+    call = tuning.warmup_call(cuflash.plan(x, x, x, backward=True, tile=both), both)
+    assert call == 'cuflash.warmup(64, "float16", is_causal=False, tile=cuflash.Tile(tile_q=64, tile_kv=64, num_warps=4, num_stages=1))'
+    assert tuning.warmup_call(cuflash.plan(x, x, x, backward=True, tile=only_backward), only_backward) is None
+    monkeypatch.setattr(device, "default", lambda: device.of_arch("sm_90", "gpu"))
+    assert tuning.warmup_call(cuflash.plan(x, x, x), None) is None
 
 
 # --- Features ----------------------------------------------------------------------------------------------------------------------------
