@@ -129,6 +129,39 @@ def test_profile_names_the_line_of_a_feature(tmp_path: Path) -> None:
     assert re.search(r"tile/score\.cuh:\d+ +const float t = tanhf\(score\);", result.stdout), result.stderr
 
 
+@pytest.mark.parametrize(("alignment", "keys"), [("top_left", 1), ("bottom_right", 512)])
+def test_profile_of_decoding_reads_the_keys_that_its_alignment_shows(tmp_path: Path, alignment: str, keys: int) -> None:
+    """One query at the end of many keys sees them all, one at their start sees the first alone."""
+    options = ("--seqlen", "1", "--seqlen-kv", "512", "--causal", "--causal-alignment", alignment)
+    result = command("profile", *options, "--json", "profile.json", directory=tmp_path)
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "profile.json").read_text())
+    assert content["call"]["causal_alignment"] == alignment
+    (kernel,) = content["kernels"]
+    (read,) = (operand["bytes_read"] for operand in kernel["operands"] if operand["name"] == "key")
+    assert read == keys * 64 * 2
+
+
+def test_inspect_and_warmup_know_the_gradient_of_a_mask(tmp_path: Path) -> None:
+    options = ("--arch", "sm_80", "--head-dim", "16", "--dtype", "float16", "--attn-mask", "float16", "--causal")
+    without, with_gradient = (
+        {report["kernel"] for report in json.loads(command("inspect", *options, *more, "--json", directory=tmp_path).stdout)}
+        for more in ((), ("--need-attn-mask-grad",))
+    )
+    assert with_gradient - without == {"backward_mask"}
+    assert f"{len(without)} kernels are in the cache" in command("warmup", *options, directory=tmp_path).stdout
+    assert (
+        f"{len(with_gradient)} kernels are in the cache" in command("warmup", *options, "--need-attn-mask-grad", directory=tmp_path).stdout
+    )
+
+
+def test_warmup_of_a_prefix_needs_no_other_option(tmp_path: Path) -> None:
+    result = command(
+        "warmup", "--prefix", "--arch", "sm_80", "--head-dim", "16", "--dtype", "float16", "--forward-only", directory=tmp_path
+    )
+    assert "1 kernels are in the cache" in result.stdout, result.stderr
+
+
 def test_profile_of_the_gradient_of_a_mask(tmp_path: Path) -> None:
     result = command(
         "profile", "--seqlen", "32", "--attn-mask", "float32", "--pass", "backward", "--need-attn-mask-grad", directory=tmp_path
@@ -197,6 +230,15 @@ def test_warmup_compiles_what_a_call_with_features_needs(tmp_path: Path) -> None
     assert refused.returncode == 2, "another feature is another kernel"
 
 
+def test_demo_names_a_picture_that_it_cannot_draw_before_it_trains(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = command("demo", "--steps", "2", "--output", "loss.txt", directory=tmp_path)
+    assert result.returncode == 2
+    assert "--output: got 'loss.txt'; expected a file whose name ends in" in result.stderr
+    assert "step" not in result.stdout
+    assert not (tmp_path / "loss.txt").exists()
+
+
 def test_demo_without_enough_steps_fails_with_a_picture(tmp_path: Path) -> None:
     result = command("demo", "--steps", "2", "--output", "loss.png", "--dtype", "bfloat16", directory=tmp_path)
     assert result.returncode == 1, result.stderr
@@ -217,7 +259,7 @@ def test_demo_without_enough_steps_fails_with_a_picture(tmp_path: Path) -> None:
         (("profile", "--tile", "1", "2", "3", "4"), {}, "Nearest legal tiles"),
         (("profile", "--window", "3", "-2"), {}, "window: got (3, -2); expected a pair"),
         (("profile", "--softcap", "-1"), {}, "softcap: got -1.0; expected a positive float"),
-        (("profile", "--prefix"), {}, "prefix_lengths: got an array with is_causal=False"),
+        (("profile", "--prefix"), {}, "--prefix: got 64 without --causal; expected --causal with it."),
         (("profile", "--segments", "0"), {}, "a positive number of documents"),
         (("profile", "--segments", "--varlen"), {}, "expected a padded batch"),
         (("profile", "--varlen", "--layout", "bhsd"), {}, "leave layout out"),
@@ -225,11 +267,17 @@ def test_demo_without_enough_steps_fails_with_a_picture(tmp_path: Path) -> None:
         (("profile", "--varlen", "--seqlens-kv"), {}, "not allowed with argument"),
         (("profile", "--seqlens-kv", "3", "4"), {}, "seqlens_kv: got shape (2,); expected (1,)"),
         (("profile", "--head-dim-v", "600"), {}, "value: got head_dim 600"),
-        (("profile", "--need-attn-mask-grad", "--pass", "backward"), {}, "need_attn_mask_grad: got True without attn_mask"),
+        (("profile", "--seqlen", "256", "--seqlens-kv", "500"), {}, "--seqlens-kv: got 500 of 256 keys; expected numbers from 0 to 256."),
+        (("profile", "--need-attn-mask-grad", "--pass", "backward"), {}, "--need-attn-mask-grad: got it without --attn-mask; expected"),
+        (("profile", "--need-attn-mask-grad", "--attn-mask", "float16"), {}, "Add --pass backward."),
+        (("inspect", "--need-attn-mask-grad", "--attn-mask", "bool"), {}, "got it with --attn-mask bool; expected an additive --attn-mask"),
+        (("warmup", "--need-attn-mask-grad", "--attn-mask", "float32", "--forward-only"), {}, "Leave out --forward-only."),
+        (("profile", "--causal-alignment", "center"), {}, "invalid choice: 'center'"),
+        (("demo", "--output", "/nowhere/loss.png"), {}, "--output: got '/nowhere/loss.png': No such file or directory"),
         (("profile", "--json", "/nowhere/profile.json"), {}, "--json: got '/nowhere/profile.json': No such file or directory"),
         (("profile", "--causal", "--prefix", "4294967296"), {}, "expected a number below 2**31"),
         (("profile", "--varlen", "5", "-3"), {}, "expected a number of at least 0"),
-        (("inspect", "--prefix"), {}, "features: got prefix without is_causal"),
+        (("inspect", "--prefix"), {}, "--prefix: got 64 without --causal; expected --causal with it."),
         (("inspect", "--dropout", "2"), {}, "dropout_p: got 2.0; expected a probability"),
         (("inspect", "--head-dim-v", "600"), {}, "head_dim_v: got 600; expected an int from 1 to 576"),
         (("warmup", "--varlen", "--segments"), {}, "features: got segments with varlen=True"),
