@@ -14,7 +14,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from cuflash.compiler import CompileRequest
     from cuflash.device import Device
     from cuflash.environment import Section
+    from cuflash.features import FeatureSet
     from cuflash.inspection import Report
     from cuflash.planning import KernelPlan
 
@@ -155,14 +157,22 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([_as_json(report) | {"features": list(features.names())} for report in reports], indent=1))
     else:
+        print(_calls_inspected(options, features))
         inspection.render(reports)
     return 1 if any(report.failures for report in reports) else 0
+
+
+def _calls_inspected(options: argparse.Namespace, features: FeatureSet) -> str:
+    """What the table does not show of the calls whose kernels it lists."""
+    calls = ["causal" if options.causal else "not causal"]
+    calls += [words for words, given in (("packed sequences", options.varlen), ("seqlens_kv", options.seqlens_kv)) if given is not None]
+    return f"calls: {', '.join(calls)}; features: {', '.join(features.names()) or 'none'}\n"
 
 
 def _as_json(report: Report) -> dict[str, Any]:
     subject, resources, resident = report.subject, report.resources, report.occupancy
     return {
-        "arch": subject.request.arch,
+        "arch": subject.device.arch,
         "kernel": subject.label,
         "dtype": subject.dtype,
         "head_dim": subject.head_dim,
@@ -205,11 +215,23 @@ def _profile(options: argparse.Namespace) -> int:
         allow_tf32=options.allow_tf32,
         features=features_of(options, is_causal=options.causal),
     )
-    result = profiling.profile_call(sample, options.direction, tile=None if options.tile is None else cuflash.Tile(*options.tile))
+    tile = None if options.tile is None else cuflash.Tile(*options.tile)
+    with profiling.announced(profiling.estimate_seconds(sample, options.direction, tile=tile)), _ended_by_interrupt():
+        result = profiling.profile_call(sample, options.direction, tile=tile)
     profiling.render(result, profiling.View("kernel" if options.by_kernel_line else "innermost", options.top, options.full))
     if options.json is not None:
         options.json.write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
     return 0
+
+
+@contextmanager
+def _ended_by_interrupt() -> Iterator[None]:
+    """Ctrl-C ends the process at once, where Python's own handler waits for a launch of the simulator to return."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _warmup(options: argparse.Namespace) -> int:

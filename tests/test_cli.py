@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,8 +79,10 @@ def test_inspect_as_json(tmp_path: Path) -> None:
 def test_inspect_prints_a_table_of_both_passes(tmp_path: Path) -> None:
     result = command("inspect", "--arch", "sm_75", "sm_90", "--head-dim", "32", "--dtype", "float16", "--causal", directory=tmp_path)
     assert result.returncode in (0, 1), result.stderr
-    for expected in ("sm_75", "sm_90a", "forward", "backward_dq", "regs", "spill"):
+    for expected in ("sm_75", "sm_90 ", "forward", "backward_dq", "regs", "spill"):
         assert expected in result.stdout, expected
+    assert "sm_90a" not in result.stdout, "architectures are named as --arch takes them"
+    assert result.stdout.startswith("calls: causal; features: none\n")
 
 
 FEATURES = ("--causal", "--window", "20", "-1", "--softcap", "30", "--alibi", "--sinks", "--dropout", "--head-dim-v", "32")
@@ -92,6 +96,7 @@ def test_inspect_knows_features_and_lengths(tmp_path: Path) -> None:
     assert all(report["features"] == ["boolean mask", "dropout", "window", "softcap", "alibi", "sinks", "segments"] for report in reports)
     assert {report["head_dim_v"] for report in reports if report["kernel"] == "forward"} == {32}
     table = command("inspect", *options, directory=tmp_path).stdout
+    assert table.startswith("calls: causal, seqlens_kv; features: boolean mask, dropout, window, softcap, alibi, sinks, segments\n")
     assert "64/32" in table
     assert table.count("visible_tiles") == kernels.count("visible_tiles")
 
@@ -202,6 +207,26 @@ def test_profile_annotates_whole_sources(tmp_path: Path) -> None:
     for name in ("backward_delta.cu", "backward_dkdv_mma.cu", "backward_dq_mma.cu"):
         for line in (ROOT / "kernels" / name).read_text(encoding="utf-8").splitlines():
             assert line.strip() in result.stdout
+
+
+def test_a_long_profile_says_how_long_it_may_take_and_can_be_stopped(tmp_path: Path) -> None:
+    """The estimate comes before the arrays are made; a launch of minutes ends with Ctrl-C."""
+    arguments = [sys.executable, "-m", "cuflash", "profile", "--seqlen", "40000"]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "CUFLASH_SIMULATOR_THREADS": "1"}
+    with subprocess.Popen(arguments, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert re.fullmatch(r"The simulator may need \d+ min for this; .*\n", process.stderr.readline())
+            time.sleep(4)  # far into the launch
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=10) == -signal.SIGINT
+        finally:
+            process.kill()
+
+
+def test_a_short_profile_says_nothing_of_time(tmp_path: Path) -> None:
+    assert command("profile", "--seqlen", "32", directory=tmp_path).stderr == ""
 
 
 def test_warmup_fills_the_cache_and_cache_clears_it(tmp_path: Path) -> None:
