@@ -14,18 +14,20 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cuflash
-from cuflash.command_options import DTYPES, add_cases, add_features, features_of, lengths_of, positive
-from cuflash.errors import CuflashError, OptionError
+from cuflash.command_options import DTYPES, add_cases, add_features, check_writable, features_of, lengths_of, positive
+from cuflash.errors import CuflashError
 
 if TYPE_CHECKING:
     from cuflash.compiler import CompileRequest
     from cuflash.device import Device
     from cuflash.environment import Section
+    from cuflash.features import FeatureSet
     from cuflash.inspection import Report
     from cuflash.planning import KernelPlan
 
@@ -104,9 +106,13 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=positive, default=64, help="(default 64)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="(default float16)")
     parser.add_argument("--causal", action="store_true")
+    parser.add_argument(
+        "--causal-alignment",
+        choices=("top_left", "bottom_right"),
+        help="which corner of the scores the diagonal of --causal and --window starts from: bottom_right for decoding (default top_left)",
+    )
     parser.add_argument("--layout", default="bshd", help="order of dimensions (default bshd)")
     parser.add_argument("--allow-tf32", action="store_true", help="one TF32 product for float32 instead of three")
-    parser.add_argument("--need-attn-mask-grad", action="store_true", help="with --pass backward, also the gradient of --attn-mask")
     parser.add_argument("--tile", nargs=4, type=positive, metavar=("TILE_Q", "TILE_KV", "NUM_WARPS", "NUM_STAGES"))
 
 
@@ -118,6 +124,8 @@ def _demo(options: argparse.Namespace) -> int:
 
     if options.arch is not None:
         os.environ["CUFLASH_SIMULATOR_ARCH"] = device.normalize_arch(options.arch)
+    check_writable("--output", options.output)
+    demo.check_picture(options.output)
     return demo.run(demo.Options(options.steps, options.seed, options.dtype, options.output))
 
 
@@ -133,7 +141,7 @@ def _info(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from cuflash import device, inspection, tuning
 
-    features = features_of(options).kinds()
+    features = features_of(options, is_causal=options.causal).kinds()
     plans: dict[CompileRequest, tuple[Device, KernelPlan]] = {}
     for arch in options.arch:
         on = device.of_arch(arch, "gpu")
@@ -142,20 +150,29 @@ def _inspect(options: argparse.Namespace) -> int:
                 kernels = tuning.kernels_of_case(
                     on, head_dim=head_dim, dtype=dtype, head_dim_v=options.head_dim_v, is_causal=options.causal,
                     backward=not options.forward_only, varlen=options.varlen is not None, seqlens_kv=options.seqlens_kv is not None, features=features,
+                    need_attn_mask_grad=options.need_attn_mask_grad,
                 )  # fmt: skip
                 plans |= {kernel.request(on): (on, kernel) for kernel in kernels}  # several kernels may have the same list of visible tiles
     reports = inspection.inspect_kernels(plans.values())
     if options.json:
         print(json.dumps([_as_json(report) | {"features": list(features.names())} for report in reports], indent=1))
     else:
+        print(_calls_inspected(options, features))
         inspection.render(reports)
     return 1 if any(report.failures for report in reports) else 0
+
+
+def _calls_inspected(options: argparse.Namespace, features: FeatureSet) -> str:
+    """What the table does not show of the calls whose kernels it lists."""
+    calls = ["causal" if options.causal else "not causal"]
+    calls += [words for words, given in (("packed sequences", options.varlen), ("seqlens_kv", options.seqlens_kv)) if given is not None]
+    return f"calls: {', '.join(calls)}; features: {', '.join(features.names()) or 'none'}\n"
 
 
 def _as_json(report: Report) -> dict[str, Any]:
     subject, resources, resident = report.subject, report.resources, report.occupancy
     return {
-        "arch": subject.request.arch,
+        "arch": subject.device.arch,
         "kernel": subject.label,
         "dtype": subject.dtype,
         "head_dim": subject.head_dim,
@@ -183,7 +200,7 @@ def _profile(options: argparse.Namespace) -> int:
     if options.arch is not None:
         os.environ["CUFLASH_SIMULATOR_ARCH"] = device.normalize_arch(options.arch)
     if options.json is not None:
-        _check_writable(options.json)
+        check_writable("--json", options.json)
     extents = lengths_of(options, options.batch, options.seqlen, options.seqlen_kv or options.seqlen)
     sample = dataclasses.replace(
         extents,
@@ -193,28 +210,28 @@ def _profile(options: argparse.Namespace) -> int:
         head_dim_v=options.head_dim_v,
         dtype=options.dtype,
         is_causal=options.causal,
+        causal_alignment=options.causal_alignment,
         layout=options.layout,
         allow_tf32=options.allow_tf32,
-        features=features_of(options, need_attn_mask_grad=options.need_attn_mask_grad),
+        features=features_of(options, is_causal=options.causal),
     )
-    result = profiling.profile_call(sample, options.direction, tile=None if options.tile is None else cuflash.Tile(*options.tile))
+    tile = None if options.tile is None else cuflash.Tile(*options.tile)
+    with profiling.announced(profiling.estimate_seconds(sample, options.direction, tile=tile)), _ended_by_interrupt():
+        result = profiling.profile_call(sample, options.direction, tile=tile)
     profiling.render(result, profiling.View("kernel" if options.by_kernel_line else "innermost", options.top, options.full))
     if options.json is not None:
         options.json.write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
     return 0
 
 
-def _check_writable(path: Path) -> None:
-    """Fail before the work whose result is to be written there, and leave the file as it is."""
-    existed = path.exists()
+@contextmanager
+def _ended_by_interrupt() -> Iterator[None]:
+    """Ctrl-C ends the process at once, where Python's own handler waits for a launch of the simulator to return."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        with path.open("a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        hint = "Name a file in a folder that exists and that you may write to."
-        raise OptionError("--json", f"{str(path)!r}: {error.strerror}", "a file that can be written", hint) from error
-    if not existed:
-        path.unlink()
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _warmup(options: argparse.Namespace) -> int:
@@ -234,7 +251,8 @@ def _warmup(options: argparse.Namespace) -> int:
         arch=options.arch,
         varlen=options.varlen is not None,
         seqlens_kv=options.seqlens_kv is not None,
-        features=features_of(options).kinds(),
+        features=features_of(options, is_causal=True).kinds(),
+        need_attn_mask_grad=options.need_attn_mask_grad,
         progress=progress if sys.stderr.isatty() else None,
     )
     if sys.stderr.isatty():

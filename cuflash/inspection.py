@@ -406,7 +406,7 @@ def table(reports: Sequence[Report]) -> tuple[tuple[str, ...], list[tuple[str, .
         subject, resources, mix = report.subject, report.resources, report.mix
         rows.append(
             (
-                subject.request.arch,
+                subject.device.arch,
                 subject.label,
                 subject.dtype or "-",
                 head_dims(subject.head_dim, subject.head_dim_v or subject.head_dim) if subject.head_dim else "-",
@@ -428,7 +428,7 @@ def remarks(reports: Sequence[Report]) -> list[str]:
     """What stands below the table: failures, compiler warnings, and how to get a missing instruction mix."""
     lines = []
     for report in reports:
-        name = f"{report.subject.request.arch} {report.subject.label} {report.subject.dtype} {report.subject.head_dim or ''}".strip()
+        name = f"{report.subject.device.arch} {report.subject.label} {report.subject.dtype} {report.subject.head_dim or ''}".strip()
         lines += [f"{name}: {text}" for text in (*report.failures, *report.warnings)]
     if any(report.opcodes is None for report in reports) and find_nvdisasm() is None:
         lines.append(NVDISASM_HINT)

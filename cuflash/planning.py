@@ -250,9 +250,12 @@ def offline_kernels(
     backward: bool = True,
     tile: Tiles = None,
     features: FeatureSet = NO_FEATURES,
+    need_attn_mask_grad: bool = False,
 ) -> Iterable[KernelPlan]:
     """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection."""
-    problem = _representative(dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features)
+    problem = _representative(
+        dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features, need_attn_mask_grad
+    )
     passes = ("forward", *(backward_passes(problem, device) if backward else ()))
     _check_names(tile, passes)
     yield from make_plan(problem, device, tile=_of_pass(tile, backward=False)).kernels
@@ -268,13 +271,21 @@ def _of_pass(tile: Tiles, *, backward: bool) -> Tiles:
 
 
 def _representative(
-    dtype: str, head_dim: int, head_dim_v: int, is_causal: bool, allow_tf32: bool, varlen: bool, seqlens_kv: bool, features: FeatureSet
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    is_causal: bool,
+    allow_tf32: bool,
+    varlen: bool,
+    seqlens_kv: bool,
+    features: FeatureSet,
+    need_attn_mask_grad: bool,
 ) -> Problem:
     from cuflash.problem import Layout, View
 
     view, view_v = (View((1, 1024, 1, dim), (1024 * dim, dim, dim, 1)) for dim in (head_dim, head_dim_v))
     mask = None if features.attn_mask is None else MaskLayout(features.attn_mask, (1024, 1024), (1, 1, 1024, 1024), (0, 0, 1024, 1))
-    need_grad = mask is not None and mask.dtype != "bool"
+    need_grad = need_attn_mask_grad and features.additive_mask
     return Problem(
         dtype=dtype, batch=1, seqlen_q=1024, seqlen_kv=1024, num_heads_q=1, num_heads_kv=1, batch_kv=1, head_dim=head_dim, scale=head_dim**-0.5,
         is_causal=is_causal, causal_alignment="top_left", deterministic=False, allow_tf32=allow_tf32, return_lse=True, query=view, key=view,

@@ -1,8 +1,8 @@
 """What a call of attention does on the simulator, kernel by kernel and line by line; needs no GPU.
 
 `profile_call(sample)` runs one pass of a call under `cuflash.simulator.profile` and returns a `CallProfile`; `render` prints it: for each kernel instructions by
-class, memory traffic against the ideal, bytes by operand, and the kernels' sources with what each line did. Counts are of PTX, before ptxas, and
-nothing here is a time.
+class, memory traffic against the ideal, bytes by operand, and the kernels' sources with what each line did. Counts are of PTX, before ptxas, and none is
+a time. How long the simulator itself may take is what `estimate_seconds` says, and `announced` tells the user.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from cuflash import compiler
-from cuflash.planning import Plan, Tiles
-from cuflash.samples import Sample, numpy_call
-from cuflash.simulator import KernelProfile, LineProfile, Traffic, profile
+from cuflash import compiler, tiles
+from cuflash.planning import BY_KEYS, Plan, Tiles
+from cuflash.samples import Sample, numpy_call, plan_of
+from cuflash.simulator import KernelProfile, LineProfile, Traffic, current_options, profile
 from cuflash.simulator.kernel_profile import Attribution
+from cuflash.tiles import KernelCase
+from cuflash.visits import all_tiles, visited_tiles
 
 Direction = Literal["forward", "backward"]
 
@@ -56,19 +61,99 @@ def profile_call(sample: Sample, direction: Direction = "forward", *, tile: Tile
     Raises:
         CuflashError: what the call itself raises for these arguments.
     """
+    plan = plan_of(sample, backward=direction == "backward", tile=tile)
     operands, arguments = numpy_call(sample, seed)
     grad_out = operands.pop("grad_out")
     if direction == "forward":
-        plan = sample.plan(**operands, **arguments, tile=tile)
         with profile() as recorded:
             sample.forward(**operands, **arguments, tile=tile)
     else:
-        given = {**arguments, **sample.backward_options}
-        plan = sample.plan(**operands, **given, tile=tile, backward=True)
         out, lse = sample.forward(**operands, **arguments, return_lse=True)
         with profile() as recorded:
-            sample.backward(grad_out, **operands, out=out, lse=lse, **given, tile=tile)
+            sample.backward(grad_out, **operands, out=out, lse=lse, **arguments, **sample.backward_options, tile=tile)
     return CallProfile(sample, plan, recorded.kernels)
+
+
+# --------------------------------------------------------------------------------------------------------------------------------- duration
+
+_RATES = {"16-bit": 0.35e9, "float32": 0.11e9, "float32 units": 0.045e9}
+"""Multiply-adds per second and thread of the simulator, somewhat below what it did on a busy server with any feature."""
+_COLUMNS_OF_A_SCORE = 32
+"""What else happens to a score takes about as long as so many multiply-adds."""
+LONG = 10.0
+"""Seconds from which on a user wants to know."""
+
+
+def estimate_seconds(sample: Sample, direction: Direction = "forward", *, tile: Tiles = None) -> float:
+    """Roughly how long `profile_call` takes here at most: the matrix products of all tiles that are visited, at a rate that the simulator should exceed.
+
+    Tiles that data may hide count as visited; compilation, the making of the arrays and other processes are left out.
+
+    Raises:
+        CuflashError: what the call itself raises for these arguments.
+    """
+    if direction == "forward":
+        return _seconds_of(plan_of(sample, tile=tile))
+    return _seconds_of(plan_of(sample)) + _seconds_of(plan_of(sample, backward=True, tile=tile))
+
+
+def _seconds_of(plan: Plan) -> float:
+    problem, seconds = plan.problem, 0.0
+    for kernel in plan.kernels:
+        if kernel.name not in tiles.PASSES:
+            continue
+        case = KernelCase(kernel.name, problem.dtype, problem.head_dim, problem.allow_tf32, kernel.head_dim_v)
+        visited = visited_tiles(problem, kernel.tile, by_keys=kernel.name in BY_KEYS)
+        per_head = all_tiles(problem, kernel.tile) if visited is None else visited
+        work = tiles.multiply_adds(case, kernel.tile, plan.device) + _COLUMNS_OF_A_SCORE * kernel.tile.tile_q * kernel.tile.tile_kv
+        units = "float32 units" if case.uses_simt(plan.device) else "float32" if problem.dtype == "float32" else "16-bit"
+        num_threads = max(1, min(current_options().num_threads(), kernel.num_blocks))
+        seconds += (problem.num_sequences or problem.batch) * problem.num_heads_q * per_head * work / _RATES[units] / num_threads
+    return seconds
+
+
+@contextmanager
+def announced(seconds: float, stream: TextIO | None = None) -> Iterator[None]:
+    """Around what takes so long: tell so beforehand on `stream`, by default standard error, and on a terminal count the seconds.
+
+    What takes less than `LONG` is not worth a word.
+    """
+    stream = stream or sys.stderr
+    if seconds < LONG:
+        yield
+        return
+    stream.write(
+        f"The simulator may need {_duration(seconds)} for this; Ctrl-C stops it, and a shorter --seqlen or fewer --heads take less.\n"
+    )
+    stream.flush()
+    if not stream.isatty():
+        yield
+        return
+    finished = threading.Event()
+    counter = threading.Thread(target=_count_seconds, args=(seconds, finished, stream), daemon=True)
+    counter.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        counter.join()
+
+
+def _count_seconds(seconds: float, finished: threading.Event, stream: TextIO) -> None:
+    start = time.monotonic()
+    while not finished.wait(1.0):
+        stream.write(f"\r{_duration(time.monotonic() - start)} of at most about {_duration(seconds)}\033[K")
+        stream.flush()
+    stream.write("\r\033[K")
+    stream.flush()
+
+
+def _duration(seconds: float) -> str:
+    """For people: "42 s", "5 min" or "9 h"."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- rendering

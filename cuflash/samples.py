@@ -21,6 +21,7 @@ from cuflash.errors import OptionError
 from cuflash.features import FeatureSet, check_dropout_p, check_softcap, check_window
 from cuflash.layout import CANONICAL
 from cuflash.options import check_layout
+from cuflash.planning import Plan, Tiles
 
 DROPOUT_SEED = (20230717, 3)
 """Seed and offset of every sample with dropout."""
@@ -217,7 +218,28 @@ def element_type(values: NDArray[Any], dtype: str) -> Any:
 def numpy_call(sample: Sample, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
     """The operands and the keyword arguments of both passes as NumPy arrays of their element types."""
     operands = {name: element_type(values, sample.dtype) for name, values in sample.operands(seed).items()}
+    return operands, _numpy_arguments(sample, seed)
+
+
+def plan_of(sample: Sample, *, backward: bool = False, tile: Tiles = None) -> Plan:
+    """The plan of a pass, made before the operands, which take gigabytes for long sequences: it gets arrays of their shapes that repeat one element.
+
+    Raises:
+        CuflashError: what the call itself raises for these arguments.
+    """
+    element = element_type(numpy.zeros(1, numpy.float32), sample.dtype)
+    is_tagged = isinstance(element, cuflash.BFloat16Bits)
+    operands: dict[str, Any] = {}
+    for name in ("query", "key", "value"):
+        shaped = numpy.broadcast_to(element.bits if is_tagged else element, sample.shapes()[name])
+        operands[name] = cuflash.bfloat16(shaped) if is_tagged else shaped
+    options = sample.backward_options if backward else {}
+    planned: Plan = sample.plan(**operands, **_numpy_arguments(sample, 0), **options, backward=backward, tile=tile)
+    return planned
+
+
+def _numpy_arguments(sample: Sample, seed: int) -> dict[str, Any]:
     arguments = sample.arguments(seed)
     if sample.features.attn_mask is not None:
         arguments["attn_mask"] = element_type(arguments["attn_mask"], sample.features.attn_mask)
-    return operands, arguments
+    return arguments

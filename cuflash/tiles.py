@@ -182,6 +182,13 @@ _PRODUCTS: dict[Pass, tuple[int, int]] = {
 """How many products of a kernel run over the columns of Q and K, and how many over those of V and O."""
 
 
+def multiply_adds(case: KernelCase, tile: Tile, device: Device) -> int:
+    """In the matrix products of one tile of scores, padding of the columns included."""
+    over_d, over_dv = _PRODUCTS[case.kernel]
+    columns, columns_v = case.columns(device)
+    return tile.tile_q * tile.tile_kv * (over_d * columns + over_dv * columns_v)
+
+
 def _products(case: KernelCase, device: Device) -> tuple[int, int]:
     """Columns of the outputs, and how many score matrices, that a warp accumulates at a time."""
     slices = case.head_slices(device)
@@ -357,19 +364,17 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     """
     rows, streamed = case.stationary_rows(tile), case.streamed_rows(tile)
     row, row_v = row_bytes(case, device)
-    # How many products run over the columns of Q and K, and how many over those of V and O.
-    over_d, over_dv = _PRODUCTS[case.kernel]
 
     mma_rate = float(_MMA_RATE.get(device.capability, 1024))
     if case.uses_simt(device):
         mma_rate = 64.0
     elif case.dtype == "float32":
         mma_rate /= 2 if case.allow_tf32 else 6
-    columns, columns_v = case.columns(device)
-    mma = rows * streamed * (over_d * columns + over_dv * columns_v) / mma_rate
+    mma = multiply_adds(case, tile, device) / mma_rate
 
     # Per streamed tile: every warp reads each streamed operand of each product; stationary operands are read again too; the copy writes once.
     kept = row if case.kernel in ("forward", "backward_dv") else row + row_v
+    over_d, over_dv = _PRODUCTS[case.kernel]
     slices, steps = case.head_slices(device), case.head_steps(device)
     row, row_v, kept = row * steps, row_v * steps, kept * steps
     traffic = tile.num_warps // slices * streamed * (over_d * row + over_dv * row_v) + rows * kept + streamed * (row + row_v)
@@ -382,7 +387,9 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     split = 3.0 if case.dtype == "float32" and not case.allow_tf32 else 1.0
     instructions = scores * (6 if case.kernel == "forward" else 9) + split * traffic / 16
     if case.kernel == "forward":
-        instructions += rows * (columns_v + 40 * slices)  # once per tile: O is rescaled, and the maximum of each row found across lanes
+        instructions += rows * (
+            case.columns(device)[1] + 40 * slices
+        )  # once per tile: O is rescaled, and the maximum of each row found across lanes
     other = scores / _EXP_RATE + instructions / issue_rate
 
     fetched = streamed + (rows if steps > 1 else 0)

@@ -27,6 +27,7 @@ def legal_tiles(
     kernel: str = "forward",
     arch: str | None = None,
     allow_tf32: bool = False,
+    features: FeatureSet = NO_FEATURES,
 ) -> tuple[Tile, ...]:
     """List the tiles that fit a device, the default one first.
 
@@ -38,6 +39,7 @@ def legal_tiles(
             "backward_mask", as `print(plan)` names them.
         arch: "sm_80", "sm_90", …; None for the GPU of this machine, or the simulator without one.
         allow_tf32: as in the call.
+        features: which score features and masks the call uses, some of which take shared memory or registers.
 
     Raises:
         OptionError: an argument outside its domain.
@@ -53,6 +55,7 @@ def legal_tiles(
         _checked_head_dim("head_dim", head_dim),
         bool(allow_tf32) and dtype == "float32",
         _checked_head_dim("head_dim_v", own),
+        _checked_features(features),
     )
     return tiles.legal_tiles_for(case, target(arch))
 
@@ -71,12 +74,13 @@ def warmup(
     varlen: bool | Iterable[bool] = False,
     seqlens_kv: bool = False,
     features: FeatureSet | Iterable[FeatureSet] = NO_FEATURES,
+    need_attn_mask_grad: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Compile ahead, in threads, every kernel of the given cases, so that later calls find them in the cache.
 
     Args:
-        head_dim, dtype, is_causal: one value or several; all combinations are compiled.
+        head_dim, dtype, is_causal: one value or several; all combinations are compiled, but a prefix is for causal attention alone.
         head_dim_v: of value, for all of them; default each head_dim itself.
         backward: also the kernels of the backward pass.
         arch: the architecture to compile for; None for the GPU of this machine, or the simulator without one.
@@ -84,6 +88,7 @@ def warmup(
         varlen: kernels of `varlen_attention` instead of `scaled_dot_product_attention`, or both of them.
         seqlens_kv: kernels of calls with `seqlens_kv`.
         features: which score features and masks the calls use, such as `cuflash.FeatureSet(window=True, softcap=True)`; one or several sets.
+        need_attn_mask_grad: also the kernel that gives the gradient of an additive mask.
         progress: called with (kernels done, kernels in all).
 
     Returns:
@@ -95,11 +100,15 @@ def warmup(
     """
     on = target(arch)
     head_dims, dtypes, causals, sets = _several(head_dim), _several(dtype), _several(is_causal), _several(features)
+    _check_need_attn_mask_grad(need_attn_mask_grad, sets, backward)
     requests: dict[CompileRequest, None] = {}
     for one_head_dim, one_dtype, causal, packed, feature_set in product(head_dims, dtypes, causals, _several(varlen), sets):
+        if causal is False and True in causals and isinstance(feature_set, FeatureSet) and feature_set.prefix:
+            continue
         kernels = kernels_of_case(
             on, head_dim=one_head_dim, dtype=one_dtype, head_dim_v=head_dim_v, is_causal=causal, backward=backward, tile=tile,
             allow_tf32=allow_tf32, varlen=packed, seqlens_kv=check_bool("seqlens_kv", seqlens_kv) and not packed, features=feature_set,
+            need_attn_mask_grad=need_attn_mask_grad,
         )  # fmt: skip
         requests |= dict.fromkeys(kernel.request(on) for kernel in kernels)
     cache.fetch_many(list(requests), progress=None if progress is None else lambda done, total, _: progress(done, total))
@@ -164,6 +173,7 @@ def kernels_of_case(
     varlen: object = False,
     seqlens_kv: bool = False,
     features: object = NO_FEATURES,
+    need_attn_mask_grad: bool = False,
 ) -> list[KernelPlan]:
     """Check one case as `warmup` takes several, and plan its kernels for `on`.
 
@@ -181,7 +191,8 @@ def kernels_of_case(
             allow_tf32=check_bool("allow_tf32", allow_tf32),
             varlen=packed,
             seqlens_kv=seqlens_kv,
-            features=_checked_features(features, causal, packed),
+            features=_checked_features_of_case(features, causal, packed),
+            need_attn_mask_grad=need_attn_mask_grad,
             backward=backward,
             tile=tile,
         )
@@ -200,13 +211,30 @@ def _several(values: object) -> list[object]:
     return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
 
 
-def _checked_features(features: object, is_causal: bool, packed: bool) -> FeatureSet:
+def _check_need_attn_mask_grad(wanted: object, sets: list[object], backward: bool) -> None:
+    if not check_bool("need_attn_mask_grad", wanted):
+        return
+    if not backward:
+        raise OptionError(
+            "need_attn_mask_grad", "True with backward=False", "backward=True with it", "The backward pass gives the gradient."
+        )
+    if not any(isinstance(features, FeatureSet) and features.additive_mask for features in sets):
+        hint = 'Add cuflash.FeatureSet(attn_mask="float32") or the mask\'s own element type; only a mask that is added to the scores has a gradient.'
+        raise OptionError("need_attn_mask_grad", "True without an additive mask", "features with an additive attn_mask", hint)
+
+
+def _checked_features(features: object) -> FeatureSet:
     if not isinstance(features, FeatureSet):
         raise OptionError("features", repr(features), "a cuflash.FeatureSet", "Write cuflash.FeatureSet(window=True).")
     if features.attn_mask not in (None, *MASK_DTYPES):
         raise OptionError(
             "features", repr(features.attn_mask), "a mask of " + " or ".join(MASK_DTYPES), "Pass the name of the mask's element type."
         )
+    return features
+
+
+def _checked_features_of_case(given: object, is_causal: bool, packed: bool) -> FeatureSet:
+    features = _checked_features(given)
     if features.prefix and not is_causal:
         raise OptionError("features", "prefix without is_causal", "is_causal=True", "Prefixes lift a causal mask: pass is_causal=True.")
     if packed and (features.attn_mask is not None or features.segments):

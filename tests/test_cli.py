@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,8 +79,10 @@ def test_inspect_as_json(tmp_path: Path) -> None:
 def test_inspect_prints_a_table_of_both_passes(tmp_path: Path) -> None:
     result = command("inspect", "--arch", "sm_75", "sm_90", "--head-dim", "32", "--dtype", "float16", "--causal", directory=tmp_path)
     assert result.returncode in (0, 1), result.stderr
-    for expected in ("sm_75", "sm_90a", "forward", "backward_dq", "regs", "spill"):
+    for expected in ("sm_75", "sm_90 ", "forward", "backward_dq", "regs", "spill"):
         assert expected in result.stdout, expected
+    assert "sm_90a" not in result.stdout, "architectures are named as --arch takes them"
+    assert result.stdout.startswith("calls: causal; features: none\n")
 
 
 FEATURES = ("--causal", "--window", "20", "-1", "--softcap", "30", "--alibi", "--sinks", "--dropout", "--head-dim-v", "32")
@@ -92,6 +96,7 @@ def test_inspect_knows_features_and_lengths(tmp_path: Path) -> None:
     assert all(report["features"] == ["boolean mask", "dropout", "window", "softcap", "alibi", "sinks", "segments"] for report in reports)
     assert {report["head_dim_v"] for report in reports if report["kernel"] == "forward"} == {32}
     table = command("inspect", *options, directory=tmp_path).stdout
+    assert table.startswith("calls: causal, seqlens_kv; features: boolean mask, dropout, window, softcap, alibi, sinks, segments\n")
     assert "64/32" in table
     assert table.count("visible_tiles") == kernels.count("visible_tiles")
 
@@ -127,6 +132,39 @@ def test_profile_names_the_line_of_a_feature(tmp_path: Path) -> None:
     """The hyperbolic tangent of a softcap is what costs most."""
     result = command("profile", "--seqlen", "64", "--softcap", "30", "--top", "1", directory=tmp_path)
     assert re.search(r"tile/score\.cuh:\d+ +const float t = tanhf\(score\);", result.stdout), result.stderr
+
+
+@pytest.mark.parametrize(("alignment", "keys"), [("top_left", 1), ("bottom_right", 512)])
+def test_profile_of_decoding_reads_the_keys_that_its_alignment_shows(tmp_path: Path, alignment: str, keys: int) -> None:
+    """One query at the end of many keys sees them all, one at their start sees the first alone."""
+    options = ("--seqlen", "1", "--seqlen-kv", "512", "--causal", "--causal-alignment", alignment)
+    result = command("profile", *options, "--json", "profile.json", directory=tmp_path)
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "profile.json").read_text())
+    assert content["call"]["causal_alignment"] == alignment
+    (kernel,) = content["kernels"]
+    (read,) = (operand["bytes_read"] for operand in kernel["operands"] if operand["name"] == "key")
+    assert read == keys * 64 * 2
+
+
+def test_inspect_and_warmup_know_the_gradient_of_a_mask(tmp_path: Path) -> None:
+    options = ("--arch", "sm_80", "--head-dim", "16", "--dtype", "float16", "--attn-mask", "float16", "--causal")
+    without, with_gradient = (
+        {report["kernel"] for report in json.loads(command("inspect", *options, *more, "--json", directory=tmp_path).stdout)}
+        for more in ((), ("--need-attn-mask-grad",))
+    )
+    assert with_gradient - without == {"backward_mask"}
+    assert f"{len(without)} kernels are in the cache" in command("warmup", *options, directory=tmp_path).stdout
+    assert (
+        f"{len(with_gradient)} kernels are in the cache" in command("warmup", *options, "--need-attn-mask-grad", directory=tmp_path).stdout
+    )
+
+
+def test_warmup_of_a_prefix_needs_no_other_option(tmp_path: Path) -> None:
+    result = command(
+        "warmup", "--prefix", "--arch", "sm_80", "--head-dim", "16", "--dtype", "float16", "--forward-only", directory=tmp_path
+    )
+    assert "1 kernels are in the cache" in result.stdout, result.stderr
 
 
 def test_profile_of_the_gradient_of_a_mask(tmp_path: Path) -> None:
@@ -171,6 +209,26 @@ def test_profile_annotates_whole_sources(tmp_path: Path) -> None:
             assert line.strip() in result.stdout
 
 
+def test_a_long_profile_says_how_long_it_may_take_and_can_be_stopped(tmp_path: Path) -> None:
+    """The estimate comes before the arrays are made; a launch of minutes ends with Ctrl-C."""
+    arguments = [sys.executable, "-m", "cuflash", "profile", "--seqlen", "40000"]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "CUFLASH_SIMULATOR_THREADS": "1"}
+    with subprocess.Popen(arguments, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert re.fullmatch(r"The simulator may need \d+ min for this; .*\n", process.stderr.readline())
+            time.sleep(4)  # far into the launch
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=10) == -signal.SIGINT
+        finally:
+            process.kill()
+
+
+def test_a_short_profile_says_nothing_of_time(tmp_path: Path) -> None:
+    assert command("profile", "--seqlen", "32", directory=tmp_path).stderr == ""
+
+
 def test_warmup_fills_the_cache_and_cache_clears_it(tmp_path: Path) -> None:
     place = {"CUFLASH_CACHE_DIR": str(tmp_path / "cache")}
     arguments = ("warmup", "--arch", "sm_80", "--head-dim", "32", "--dtype", "float16", "--forward-only")
@@ -197,6 +255,15 @@ def test_warmup_compiles_what_a_call_with_features_needs(tmp_path: Path) -> None
     assert refused.returncode == 2, "another feature is another kernel"
 
 
+def test_demo_names_a_picture_that_it_cannot_draw_before_it_trains(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = command("demo", "--steps", "2", "--output", "loss.txt", directory=tmp_path)
+    assert result.returncode == 2
+    assert "--output: got 'loss.txt'; expected a file whose name ends in" in result.stderr
+    assert "step" not in result.stdout
+    assert not (tmp_path / "loss.txt").exists()
+
+
 def test_demo_without_enough_steps_fails_with_a_picture(tmp_path: Path) -> None:
     result = command("demo", "--steps", "2", "--output", "loss.png", "--dtype", "bfloat16", directory=tmp_path)
     assert result.returncode == 1, result.stderr
@@ -217,7 +284,7 @@ def test_demo_without_enough_steps_fails_with_a_picture(tmp_path: Path) -> None:
         (("profile", "--tile", "1", "2", "3", "4"), {}, "Nearest legal tiles"),
         (("profile", "--window", "3", "-2"), {}, "window: got (3, -2); expected a pair"),
         (("profile", "--softcap", "-1"), {}, "softcap: got -1.0; expected a positive float"),
-        (("profile", "--prefix"), {}, "prefix_lengths: got an array with is_causal=False"),
+        (("profile", "--prefix"), {}, "--prefix: got 64 without --causal; expected --causal with it."),
         (("profile", "--segments", "0"), {}, "a positive number of documents"),
         (("profile", "--segments", "--varlen"), {}, "expected a padded batch"),
         (("profile", "--varlen", "--layout", "bhsd"), {}, "leave layout out"),
@@ -225,11 +292,17 @@ def test_demo_without_enough_steps_fails_with_a_picture(tmp_path: Path) -> None:
         (("profile", "--varlen", "--seqlens-kv"), {}, "not allowed with argument"),
         (("profile", "--seqlens-kv", "3", "4"), {}, "seqlens_kv: got shape (2,); expected (1,)"),
         (("profile", "--head-dim-v", "600"), {}, "value: got head_dim 600"),
-        (("profile", "--need-attn-mask-grad", "--pass", "backward"), {}, "need_attn_mask_grad: got True without attn_mask"),
+        (("profile", "--seqlen", "256", "--seqlens-kv", "500"), {}, "--seqlens-kv: got 500 of 256 keys; expected numbers from 0 to 256."),
+        (("profile", "--need-attn-mask-grad", "--pass", "backward"), {}, "--need-attn-mask-grad: got it without --attn-mask; expected"),
+        (("profile", "--need-attn-mask-grad", "--attn-mask", "float16"), {}, "Add --pass backward."),
+        (("inspect", "--need-attn-mask-grad", "--attn-mask", "bool"), {}, "got it with --attn-mask bool; expected an additive --attn-mask"),
+        (("warmup", "--need-attn-mask-grad", "--attn-mask", "float32", "--forward-only"), {}, "Leave out --forward-only."),
+        (("profile", "--causal-alignment", "center"), {}, "invalid choice: 'center'"),
+        (("demo", "--output", "/nowhere/loss.png"), {}, "--output: got '/nowhere/loss.png': No such file or directory"),
         (("profile", "--json", "/nowhere/profile.json"), {}, "--json: got '/nowhere/profile.json': No such file or directory"),
         (("profile", "--causal", "--prefix", "4294967296"), {}, "expected a number below 2**31"),
         (("profile", "--varlen", "5", "-3"), {}, "expected a number of at least 0"),
-        (("inspect", "--prefix"), {}, "features: got prefix without is_causal"),
+        (("inspect", "--prefix"), {}, "--prefix: got 64 without --causal; expected --causal with it."),
         (("inspect", "--dropout", "2"), {}, "dropout_p: got 2.0; expected a probability"),
         (("inspect", "--head-dim-v", "600"), {}, "head_dim_v: got 600; expected an int from 1 to 576"),
         (("warmup", "--varlen", "--segments"), {}, "features: got segments with varlen=True"),

@@ -39,7 +39,7 @@ def reports_of(
 ) -> list[Report]:  # fmt: skip
     kernels = offline_kernels(
         on, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v, is_causal=is_causal, allow_tf32=allow_tf32, features=features, varlen=varlen,
-        seqlens_kv=seqlens_kv,
+        seqlens_kv=seqlens_kv, need_attn_mask_grad=True,
     )  # fmt: skip
     return inspect_kernels((on, kernel) for kernel in kernels)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import time
+import tracemalloc
 from dataclasses import replace
 from math import ceil
 
 import pytest
 
 from cuflash import profiling
-from cuflash.profiling import CallProfile, View, profile_call
-from cuflash.samples import Sample
+from cuflash.profiling import CallProfile, View, announced, estimate_seconds, profile_call
+from cuflash.samples import Sample, SampleFeatures, numpy_call, plan_of
 
 SAMPLE = Sample(batch=2, seqlen_q=128, seqlen_kv=128, num_heads_q=2, num_heads_kv=2, head_dim=64)
 
@@ -25,6 +28,79 @@ class Terminal(io.StringIO):
 def forward() -> CallProfile:
     pytest.importorskip("cupy")
     return profile_call(SAMPLE)
+
+
+def test_an_estimate_grows_with_what_is_visited() -> None:
+    """In proportion to batch and heads, by half with a causal mask, and to the band of a window; the backward pass comes after a forward pass."""
+    whole = estimate_seconds(SAMPLE)
+    assert estimate_seconds(replace(SAMPLE, batch=6, num_heads_q=4)) == pytest.approx(6 * whole)
+    long = replace(SAMPLE, seqlen_q=8192, seqlen_kv=8192)
+    assert estimate_seconds(long) == pytest.approx(64**2 * whole)
+    assert estimate_seconds(replace(long, is_causal=True)) == pytest.approx(estimate_seconds(long) / 2, rel=0.05)
+    band = replace(long, features=SampleFeatures(window=(255, 256)))
+    assert estimate_seconds(band) == pytest.approx(estimate_seconds(long) * 512 / 8192, rel=0.5)
+    assert estimate_seconds(SAMPLE, "backward") == pytest.approx(4.5 * whole, rel=0.2)
+    assert estimate_seconds(replace(SAMPLE, dtype="float32")) > 2 * whole
+
+
+def test_an_estimate_counts_threads_that_have_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_SIMULATOR_THREADS", "1")
+    one = {sample: estimate_seconds(sample) for sample in (SAMPLE, replace(SAMPLE, batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=1))}
+    monkeypatch.setenv("CUFLASH_SIMULATOR_THREADS", "2")
+    assert [alone / estimate_seconds(sample) for sample, alone in one.items()] == pytest.approx([2, 1])
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        replace(SAMPLE, lengths_q=(128, 5)),
+        replace(SAMPLE, lengths_kv=(5, 128)),
+        replace(SAMPLE, features=SampleFeatures(segments=4)),
+        replace(SAMPLE, is_causal=True, features=SampleFeatures(prefix=100)),
+    ],
+    ids=["packed", "seqlens_kv", "segments", "prefix"],
+)
+def test_an_estimate_takes_as_visited_what_data_may_hide(sample: Sample) -> None:
+    assert estimate_seconds(sample) == pytest.approx(estimate_seconds(SAMPLE))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_plan_without_operands_is_that_of_the_call(dtype: str) -> None:
+    features = SampleFeatures(attn_mask="bfloat16", need_attn_mask_grad=True, sinks=True)
+    sample = replace(SAMPLE, dtype=dtype, num_heads_kv=1, layout="bhsd", features=features)
+    operands, arguments = numpy_call(sample)
+    del operands["grad_out"]
+    planned, real = plan_of(sample, backward=True), sample.plan(**operands, **arguments, need_attn_mask_grad=True, backward=True)
+    assert planned.kernels == real.kernels
+    assert str(planned) == str(real)
+
+
+def test_an_estimate_of_huge_operands_takes_no_memory() -> None:
+    """A gigabyte for each operand, had it to be made."""
+    tracemalloc.start()
+    try:
+        estimate_seconds(replace(SAMPLE, seqlen_q=2**20, seqlen_kv=2**20, num_heads_q=8, num_heads_kv=8, dtype="bfloat16"))
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(9.9, ""), (12.4, "12 s"), (600, "10 min"), (36000, "10 h")])
+def test_a_long_run_is_announced(seconds: float, expected: str) -> None:
+    stream = io.StringIO()
+    with announced(seconds, stream):
+        told = stream.getvalue()
+    assert stream.getvalue() == told == (f"The simulator may need {expected} for this; {told.partition('; ')[2]}" if expected else "")
+
+
+def test_a_terminal_counts_the_seconds_and_is_left_clean() -> None:
+    terminal = Terminal()
+    with announced(90, terminal):
+        deadline = time.monotonic() + 30
+        while "\r" not in terminal.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert re.search(r"\r\d+ s of at most about 90 s\033\[K$", terminal.getvalue())
+    assert terminal.getvalue().endswith("\r\033[K")
 
 
 def rendered(result: CallProfile, view: View | None = None, stream: io.StringIO | None = None) -> str:

@@ -66,6 +66,22 @@ def test_allow_tf32_matters_to_float32_alone() -> None:
     assert cuflash.legal_tiles(64, "float32", arch="sm_80") == exact
 
 
+@pytest.mark.parametrize(("kernel", "head_dim"), [("backward_dkdv", 128), ("backward_dk", 336), ("backward_dv", 80)])
+def test_legal_tiles_with_features_are_those_that_a_call_takes(kernel: Any, head_dim: int) -> None:
+    """An additive mask takes shared memory of the kernels of dK and dV, so that a tile at the limit does not fit with it."""
+    features = cuflash.FeatureSet(attn_mask="float32")
+    case = KernelCase(kernel, "float16", head_dim, features=features)
+    on = device.of_arch("sm_80", "gpu")
+    listed = cuflash.legal_tiles(head_dim, "float16", kernel=kernel, arch="sm_80", features=features)
+    for tile in listed:
+        assert tiles.check_tile(case, tile, on) is tile
+    at_the_limit = set(cuflash.legal_tiles(head_dim, "float16", kernel=kernel, arch="sm_80")) - set(listed)
+    assert at_the_limit
+    for tile in at_the_limit:
+        with pytest.raises(TileError, match="shared memory"):
+            tiles.check_tile(case, tile, on)
+
+
 @pytest.mark.parametrize(
     ("call", "argument"),
     [
@@ -77,6 +93,8 @@ def test_allow_tf32_matters_to_float32_alone() -> None:
         ({"head_dim": 64, "dtype": numpy.float16}, "dtype"),
         ({"head_dim": 64, "arch": "sm_70"}, "arch"),
         ({"head_dim": 64, "kernel": "backward"}, "kernel"),
+        ({"head_dim": 64, "features": "softcap"}, "features"),
+        ({"head_dim": 64, "features": cuflash.FeatureSet(attn_mask="int8")}, "features"),
     ],
     ids=str,
 )
@@ -324,11 +342,45 @@ def test_the_call_that_compiles_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_warmup_of_features_compiles_what_a_call_with_them_needs(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     features = cuflash.FeatureSet(window=True, attn_mask="float16", dropout=True)
-    cuflash.warmup(24, "float16", is_causal=False, features=features)
+    cuflash.warmup(24, "float16", is_causal=False, features=features, need_attn_mask_grad=True)
     monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
     inputs = [simulator.random((1, 20, 1, 24), "float16", seed) for seed in (1, 2, 3)]
     mask = numpy.zeros((20, 20), numpy.float16)
     simulator.run(*inputs, window=(3, 3), attn_mask=mask, dropout_p=0.5, dropout_seed=1)
+
+
+@pytest.mark.usefixtures("cold_cache", "simulator")
+def test_warmup_compiles_the_gradient_of_a_mask_where_it_is_needed() -> None:
+    features = [cuflash.FeatureSet(attn_mask="float16"), cuflash.FeatureSet(softcap=True)]
+    without = cuflash.warmup(8, "float16", is_causal=True, features=features)
+    assert "backward_mask_mma.cu" not in {entry.request.source for entry in cache.contents()}
+    assert cuflash.warmup(8, "float16", is_causal=True, features=features, need_attn_mask_grad=True) == without + 1
+    assert [entry.request.source for entry in cache.contents()].count("backward_mask_mma.cu") == 1
+
+
+def test_warmup_refuses_the_gradient_of_no_mask() -> None:
+    boolean, additive = cuflash.FeatureSet(attn_mask="bool"), cuflash.FeatureSet(attn_mask="float16")
+    with pytest.raises(
+        OptionError, match=r"need_attn_mask_grad: got True without an additive mask; expected features with .*attn_mask=\"float32\""
+    ):
+        cuflash.warmup(64, features=boolean, need_attn_mask_grad=True)
+    with pytest.raises(OptionError, match="need_attn_mask_grad: got True with backward=False; expected backward=True"):
+        cuflash.warmup(64, features=additive, need_attn_mask_grad=True, backward=False)
+    with pytest.raises(OptionError, match="need_attn_mask_grad"):
+        cuflash.warmup(64, features=additive, need_attn_mask_grad=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("cold_cache", "simulator")
+def test_warmup_of_a_prefix_is_causal() -> None:
+    """By default both kinds are compiled, of which a prefix has the causal one alone; the other set has both."""
+    features = [cuflash.FeatureSet(prefix=True), cuflash.FeatureSet(softcap=True)]
+    assert cuflash.warmup(8, "float16", backward=False, features=features) == 3
+    configs = [entry.request.config for entry in cache.contents()]
+    assert sorted(("PREFIX = true" in config, "CAUSAL = true" in config) for config in configs) == [
+        (False, False),
+        (False, True),
+        (True, True),
+    ]
 
 
 def test_warmup_of_impossible_features() -> None:

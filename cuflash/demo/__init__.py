@@ -24,6 +24,7 @@ from cuflash import device
 from cuflash.demo.training import Text, held_out_loss, own_text, train
 from cuflash.demo.transformer import Shape, Transformer
 from cuflash.demo.verification import CHECK_SHAPE, Case
+from cuflash.errors import OptionError
 
 STEPS = 300
 LEARNED = 0.75
@@ -126,6 +127,22 @@ def _progress(steps: int) -> Iterator[Callable[[int, float], None]]:
     with rich.Progress(*columns) as bar:
         task = bar.add_task("training", total=steps, loss="")
         yield lambda step, loss: bar.update(task, completed=step, loss=f"loss {loss:.3f}")
+
+
+def check_picture(path: Path) -> None:
+    """Refuse, before the training, a name of a kind of picture that matplotlib cannot draw.
+
+    Raises:
+        OptionError: its suffix is none of matplotlib's formats.
+    """
+    try:
+        canvas = importlib.import_module("matplotlib.figure").Figure().canvas
+    except ImportError:
+        return  # draw() says so
+    formats = sorted(canvas.get_supported_filetypes())
+    if path.suffix.lower().removeprefix(".") not in formats:
+        expected = "a file whose name ends in " + ", ".join(f".{name}" for name in formats)
+        raise OptionError("--output", repr(str(path)), expected, f"Name a picture, such as {path.stem}.png.")
 
 
 def draw(losses: list[float], final: float, text: Text, path: Path) -> None:
