@@ -69,8 +69,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def rounded(values: Any, dtype: str) -> numpy.ndarray[Any, Any]:
-    """A NumPy array of the named element type."""
-    return numpy.asarray(values, numpy.float32).astype(ELEMENTS[dtype])
+    """A NumPy array of the named element type; what is too large for it becomes infinite."""
+    with numpy.errstate(over="ignore"):
+        return numpy.asarray(values, numpy.float32).astype(ELEMENTS[dtype])
 
 
 def poisoned(shape: tuple[int, ...], like: Any) -> Any:

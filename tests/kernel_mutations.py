@@ -102,7 +102,7 @@ SINKS = Inputs(
 HUGE_ROWS = slice(40, None)  # the first tile of queries has none
 
 
-def _masked(shape: tuple[int, ...], boolean: bool = False) -> Inputs:
+def _masked(shape: tuple[int, ...], boolean: bool = False, seqlen_q: int = 75) -> Inputs:
     """Two heads with a mask of this shape, of which a boolean one empties tiles, and an additive one has rows of huge scores and gets its gradient."""
     values = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     if boolean:
@@ -111,10 +111,13 @@ def _masked(shape: tuple[int, ...], boolean: bool = False) -> Inputs:
         values[..., HUGE_ROWS, :] = -1e9
     options: tuple[tuple[str, Any], ...] = (("attn_mask", values > 0 if boolean else values),)
     grad = () if boolean else (("need_attn_mask_grad", True),)
-    return Inputs((1, 75, 2, 32), (1, 150, 1, 32), (1, 150, 1, 32), options=(("enable_gqa", True), *options), backward_options=grad)
+    return Inputs((1, seqlen_q, 2, 32), (1, 150, 1, 32), (1, 150, 1, 32), options=(("enable_gqa", True), *options), backward_options=grad)
 
 
-BOOLEAN_MASK = (_masked((2, 75, 150), boolean=True), _masked((75, 150), boolean=True))
+BOOLEAN_MASK = (
+    _masked((2, 75, 150), boolean=True), _masked((75, 150), boolean=True),
+    _masked((140, 150), boolean=True, seqlen_q=140),  # lists of more tiles than their kernel has warps, for tiles of keys too
+)  # fmt: skip
 ADDITIVE_MASK = tuple(_masked(shape) for shape in ((2, 75, 150), (150,), (75, 1), (1,)))
 MASKED_IN_STEPS = Inputs(
     (1, 37, 2, 488), (1, 40, 1, 488), (1, 40, 1, 488),
