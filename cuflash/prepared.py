@@ -129,10 +129,8 @@ class PreparedCall:
             held.append(memory)
         self.launch_all(pointers)
 
-    def may_write(self, out: Any, pointers: dict[str, int]) -> bool:
-        raise NotImplementedError
-
     def run(self, pointers: dict[str, int], given: Any = None) -> Any:
+        """Allocate the results, launch, and return them; `given` is an array for the output. Each pass has its own."""
         raise NotImplementedError
 
 

@@ -29,6 +29,12 @@ def chosen_tiles(case: tiles.KernelCase, on: device.Device, top: int, spread: in
     return [(rank, len(legal), legal[rank]) for rank in picked]
 
 
+def kernel_case_of(case: Case, kernel: tiles.Pass) -> tiles.KernelCase:
+    """What the model knows one kernel of the case by."""
+    sample = case.sample
+    return tiles.KernelCase(kernel, sample.dtype, sample.head_dim, sample.allow_tf32, sample.head_dim_v or 0, sample.features.kinds())
+
+
 def sweep_tiles(machine: Machine, arguments: argparse.Namespace) -> int:
     """`--tiles`: whole passes with one kernel's tile pinned. Compilation runs ahead in threads while earlier tiles are timed."""
     on, deadline = machine.device, time.monotonic() + arguments.seconds
@@ -42,9 +48,8 @@ def sweep_tiles(machine: Machine, arguments: argparse.Namespace) -> int:
     for case in cases:
         names = [kernel.name for plan in plans_of(case, on) for kernel in plan.kernels if kernel.name != "backward_delta"]
         for name in names:
-            kernel_case = tiles.KernelCase(name, case.sample.dtype, case.sample.head_dim)  # type: ignore[arg-type]
             for rank, count, tile in chosen_tiles(
-                kernel_case, on, 2 if machine.dry else arguments.top, 1 if machine.dry else arguments.spread
+                kernel_case_of(case, name), on, 2 if machine.dry else arguments.top, 1 if machine.dry else arguments.spread
             ):
                 pinned = {name: tile} if name != "forward" else tile
                 plan = plans_of(case, on, pinned, name != "forward")[0]
@@ -61,8 +66,7 @@ def sweep_tiles(machine: Machine, arguments: argparse.Namespace) -> int:
         if operands is None or operands.case != case:
             operands = Operands(case, machine)
             heat(machine)
-        kernel_case = tiles.KernelCase(name, case.sample.dtype, case.sample.head_dim)  # type: ignore[arg-type]
-        tile = kernel.tile
+        kernel_case, tile = kernel_case_of(case, name), kernel.tile
         first = tiles.estimate_cycles(kernel_case, tiles.default_tile(kernel_case, on), on)
         row: dict[str, Any] = {
             **machine.head(), "kernel": name, **shape_columns(case), "tile_q": tile.tile_q, "tile_kv": tile.tile_kv, "num_warps": tile.num_warps,
