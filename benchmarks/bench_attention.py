@@ -6,7 +6,7 @@
     python benchmarks/bench_attention.py --tiles --output OUT       time tiles, beside what the model behind the default thinks of them
     python benchmarks/bench_attention.py --host --output OUT        what a warm call costs the host
     python benchmarks/bench_attention.py --facts --output OUT       the machine, its software and its ceilings
-    python benchmarks/bench_attention.py --compile                  every kernel that the others need, in threads
+    python benchmarks/bench_attention.py --compile                  every kernel that the others need, in threads; with --arch for another machine
     python benchmarks/bench_attention.py --one bfloat16 128 4096 causal forward         one call, for a profiler; a call before it warms up
     python benchmarks/bench_attention.py --worst OUT/attention.csv  the arguments of --one where cuflash is furthest behind
 
@@ -52,12 +52,17 @@ def main() -> int:
     what.add_argument("--worst", type=Path, metavar="CSV", help="print the case where cuflash is furthest behind")
     parser.add_argument("--output", type=Path, help="folder for CSV and JSON; without it, nothing is written")
     parser.add_argument("--seconds", type=float, default=170.0, help="begin nothing after this time; default 170")
+    parser.add_argument("--begin", type=int, default=0, help="leave out that many cases")
     parser.add_argument("--cases", default="", help="regular expression; only cases whose description it is found in")
     parser.add_argument(
         "--libraries", default="", help="comma-separated: cuflash, flash, cudnn, efficient, math, varlen, flex, flash-attn, jax"
     )
     parser.add_argument("--top", type=int, default=6, help="tiles to time, the model's best")
     parser.add_argument("--spread", type=int, default=6, help="tiles to time beyond those, evenly among the rest")
+    parser.add_argument("--arch", help="with --compile: for a GPU of this architecture, which need not be here")
+    parser.add_argument(
+        "--like", type=Path, metavar="CACHE", help="with --compile: also what tests compiled for the simulator as --arch into this cache"
+    )
     parser.add_argument("--dry-run", action="store_true", help="test this program without a GPU")
     arguments = parser.parse_args()
     if arguments.worst:
@@ -72,9 +77,11 @@ def main() -> int:
     if arguments.full and arguments.seconds == 170.0:
         arguments.seconds = math.inf
     warnings.simplefilter("ignore")  # torch warns for every backend that does not take a case
+    if arguments.compile:
+        return compile_all(arguments)
     machine = Machine(arguments.dry_run)
     for chosen, action in (
-        (arguments.tiles, sweep_tiles), (arguments.host, host_cost), (arguments.facts, facts), (arguments.compile, compile_all), (arguments.one, one_call),
+        (arguments.tiles, sweep_tiles), (arguments.host, host_cost), (arguments.facts, facts), (arguments.one, one_call),
     ):  # fmt: skip
         if chosen:
             return action(machine, arguments)

@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder for the results of wrong cases")
     parser.add_argument("--output", type=Path, help="JSON file for the figures of --simulator")
     parser.add_argument("--seconds", type=float, default=3600.0, help="begin no case after this time")
+    parser.add_argument("--count", action="store_true", help="print how many cases there are, and run none")
     parser.add_argument("--dry-run", action="store_true", help="take the simulator for the GPU, and few cases")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -47,6 +48,9 @@ def main() -> int:
     if arguments.dry_run:
         cases = dry_cases(cases)
     cases = [case for case in cases if re.search(arguments.cases, str(case))]
+    if arguments.count:
+        print(len(cases))
+        return 0
     if arguments.streams:
         return streams(arguments)
     if arguments.simulator:
@@ -59,10 +63,12 @@ def main() -> int:
     xp, failed, deadline = the_gpu(arguments.dry_run), 0, time.monotonic() + arguments.seconds
     if xp is not numpy:
         xp.cuda.set_allocator(None)  # an allocation for every array: what is beyond its end is nobody's
-    for done, case in enumerate(cases):
+    done = 0
+    for case in cases:
         if time.monotonic() > deadline:
             print(f"out of time after {done} of {len(cases)} cases")
             break
+        done += 1
         started = time.perf_counter()
         try:
             results = run(case, operands_of(case, values_of(case), xp))
@@ -73,8 +79,8 @@ def main() -> int:
             continue
         failed += not finite
         print(f"{'ran' if finite else 'NaN':5} {case}  [{time.perf_counter() - started:.1f} s]", flush=True)
-    print(f"SUMMARY: {len(cases)} cases, {failed} failed")
-    return int(failed > 0)
+    print(f"SUMMARY: {done} of {len(cases)} cases, {failed} failed")
+    return int(failed > 0 or done < len(cases))
 
 
 if __name__ == "__main__":

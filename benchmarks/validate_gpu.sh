@@ -3,39 +3,47 @@
 #
 #   benchmarks/validate_gpu.sh [options] [OUT_DIR] [step...]
 #
+#   --first         what is wrong and how fast it is, within 330 s: facts compile smoke streams simulator pytest constants bench
+#   --second        why, within 330 s: sanitize features tiles host profile figures
 #   --seconds N     for all steps together; default 530. A step gets the smaller of its own limit and what is left
 #   --full          every case and library in `bench`, without a limit of its own
-#   --archive FILE  OUT_DIR as .tar.gz, renewed after every step
+#   --archive FILE  OUT_DIR as .tar.gz, renewed after every step; wrong results go to FILE.failures.tar.gz
 #   --dry-run       tiny shapes on the simulator and stand-ins for the tools: tests this script; writes nothing below benchmarks/results
 #   --list          the steps and their limits
 #
-# Each step has a limit of its own, writes OUT_DIR/logs/STEP.log and never keeps the next from running. OUT_DIR/summary.txt, printed at the end and current
+# Each step has a limit of its own, writes OUT_DIR/logs/STEP.log and never keeps the next from running. Steps marked + time nothing and run side by side
+# with their neighbours. OUT_DIR/summary.txt, printed at the end and current
 # after every step, has their exit codes. Figures go to OUT_DIR/results/GPU/ and from there to benchmarks/results/GPU/. Nothing is installed, and no setting
 # of the GPU is changed. PYTHON names the interpreter, CUFLASH_CACHE_DIR the folder for compiled kernels.
 set -u
 
-# Name, seconds, what it tells; in the order of their value.
+# Name, seconds, + if others may run beside it, what it tells; in the order of their value.
 STEPS="
-facts      40  machine, software, clocks, ceilings -> facts.json
-compile    70  every kernel that the other steps need; registers and spills
-smoke      70  both passes against float64, twice, and every feature; wrong results are kept in failures/
-streams    25  streams, CUDA graphs, threads, a second GPU
-pytest     85  the tests of the GPU -> pytest.xml
-simulator  30  GPU against simulator, bit by bit -> simulator.json
-sanitize   65  memcheck, racecheck, initcheck, synccheck, side by side
-host       25  microseconds of a warm call -> host.json
-bench     105  libraries side by side -> attention.csv
-features   50  the same on a case of every score feature, kind of lengths and head dimension -> attention.csv
-tiles      60  tiles beside the model's opinion -> tiles.csv
-profile    45  Nsight Compute on the worst case and on a common one -> logs/profile-*.txt
-figures    25  tables and figures of all that
+facts      40 - machine, software, clocks, ceilings -> facts.json
+compile    70 - every kernel that the other steps need; registers and spills
+smoke      75 + both passes against float64, twice, and every feature; wrong results are kept in failures/
+streams    40 + streams, CUDA graphs, threads, a second GPU
+simulator  60 + GPU against simulator, bit by bit -> simulator.json
+pytest    110 + the tests of the GPU -> pytest.xml
+constants  60 - what the timing model needs to know -> constants.json
+bench     105 - libraries side by side -> attention.csv
+sanitize   90 - memcheck, racecheck, initcheck, synccheck, side by side
+features   60 - the same on a case of every score feature, kind of lengths and head dimension -> attention.csv
+tiles      60 - tiles beside the model's opinion -> tiles.csv
+host       20 - microseconds of a warm call -> host.json
+profile    60 - Nsight Compute on the worst case and on a common one -> logs/profile-*.txt
+figures    25 - tables and figures of all that
 "
+FIRST="facts compile smoke streams simulator pytest constants bench"
+SECOND="sanitize features tiles host profile figures"
 
 usage() { sed -n '2,/^set -u/{/^set -u/d;s/^# \{0,1\}//;p;}' "$0"; }
 
 total=530 full="" archive="" dry="" out="" chosen=""
 while [ $# -gt 0 ]; do
   case $1 in
+    --first) total=330 chosen=$FIRST ;;
+    --second) total=330 chosen=$SECOND ;;
     --seconds) total=${2:?--seconds needs a number}; shift ;;
     --archive) archive=${2:?--archive needs a file}; shift ;;
     --full) full=1 ;;
@@ -46,7 +54,7 @@ while [ $# -gt 0 ]; do
     *)
       if printf '%s' "$STEPS" | grep -q "^$1 "; then
         chosen="$chosen $1"
-      elif [ -z "$out" ] && [ -z "$chosen" ]; then
+      elif [ -z "$out" ]; then
         out=$1
       else
         echo "unknown step $1; --list lists them" >&2
@@ -95,27 +103,33 @@ step_smoke() { "$python" "$calls" $dry --check --seconds $((limit - 5)) --keep "
 step_streams() { "$python" -X faulthandler "$calls" $dry --streams; }
 
 step_pytest() {
-  local options=(-p no:cacheprovider -q -rfE --tb=short --junitxml "$out/pytest.xml" --durations=10)
+  local options=(-p no:cacheprovider -v -rfE --tb=short --junitxml "$out/pytest.xml" --durations=10)
   has_module pytest || { say "SUMMARY: pytest is not installed"; return 3; }
-  if has_module xdist; then options+=(-n "$(($(nproc) < 8 ? $(nproc) : 8))"); fi
-  if has_module pytest_timeout; then options+=(--timeout 60); fi
+  if has_module xdist; then options+=(-n "$(($(nproc) > 8 ? $(nproc) - 4 : $(nproc)))" --dist loadgroup); fi
+  if has_module pytest_timeout; then options+=(--timeout 60 --timeout-method thread); fi
   for module in hypothesis ml_dtypes; do has_module $module || say "$module is not installed: the tests will not be collected"; done
-  grep -q '"gpu: ' pyproject.toml tests/conftest.py || options+=(-o "markers=gpu: needs a GPU")
   if [ -n "$dry" ]; then
     options+=(-k "sm_80 and test_edge_cases") # a handful on the simulator
   else
     options+=(-m gpu)
   fi
+  export CUFLASH_CALIBRATION_OUT="$results/calibration.json"
+  export CUFLASH_TEST_DEADLINE=$(($(date +%s) + limit - 20)) OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
   # Interrupted rather than killed, so that the report of what has run is written. A shell's background jobs ignore that signal unless told otherwise.
   local begin="import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(pytest.main(sys.argv[1:]))"
-  timeout -s INT -k 10 $((limit - 12)) "$python" -X faulthandler -c "$begin" "${options[@]}" tests
+  timeout -s INT -k 5 $((limit - 8)) "$python" -X faulthandler -c "$begin" "${options[@]}" tests
   local code=$?
   local counts
   counts=$(grep -aE '^[=!]* ?[0-9]+ (passed|failed|errors?|skipped|deselected)' "$out/logs/pytest.log" | tail -n 1)
-  [ -n "$counts" ] || counts=$(grep -aE '^(E  |ERROR|INTERNALERROR|no tests)' "$out/logs/pytest.log" | tail -n 1)
+  [ -n "$counts" ] || counts="stopped: $(grep -ac ' PASSED ' "$out/logs/pytest.log") passed, $(grep -ac ' FAILED ' "$out/logs/pytest.log") failed so far"
   say "SUMMARY: ${counts:-see pytest.log}"
   [ -n "$dry" ] && [ $code -eq 5 ] && return 0 # nothing was collected
   return $code
+}
+
+step_constants() {
+  [ -f benchmarks/constants.py ] || { say "SUMMARY: there is no benchmarks/constants.py"; return 3; }
+  "$python" -X faulthandler benchmarks/constants.py $dry --output "$results" --seconds $((limit - 8))
 }
 
 step_simulator() { "$python" "$calls" $dry --simulator --seconds $((limit - 8)) --output "$results/simulator.json"; }
@@ -142,7 +156,7 @@ step_sanitize() {
     grep -vE '^========= *$' "$out/logs/sanitize-$tool.txt" | head -n 60
     tail -n 5 "$out/logs/sanitize-$tool.txt"
     [ $status -eq 0 ] || code=1
-    word="$word $tool $status ($(grep -cE '^(ran|NaN)' "$out/logs/sanitize-$tool.txt") cases);"
+    word="$word $tool $status ($(grep -cE '^(ran|NaN)' "$out/logs/sanitize-$tool.txt") of $("$python" "$calls" $dry --count) cases);"
   done
   say "SUMMARY:$word exit code 86 means that the tool found something"
   return $code
@@ -161,7 +175,7 @@ step_tiles() { "$python" -X faulthandler "$bench" $dry --tiles --seconds $((limi
 step_host() { "$python" "$bench" $dry --host --output "$results"; }
 
 step_profile() {
-  local ncu case code=0 number=0 cases=("bfloat16 128 4096 causal forward" "bfloat16 128 4096 causal backward") found
+  local ncu case code=0 number=0 cases=("bfloat16 128 4096 causal forward") found
   ncu=$(command -v ncu || ls /usr/local/cuda/bin/ncu /opt/nvidia/nsight-compute/*/ncu 2>/dev/null | head -n 1)
   if [ -z "$ncu" ] && [ -z "$dry" ]; then say "SUMMARY: ncu is not there"; return 3; fi
   if [ -f "$results/attention.csv" ]; then
@@ -175,7 +189,7 @@ step_profile() {
       --section Occupancy --section LaunchStats --section InstructionStats "$python")
     [ -n "$dry" ] && command=("$python")
     # shellcheck disable=SC2086
-    timeout -k 5 20 "${command[@]}" "$bench" $dry --one $case >"$out/logs/profile-$number.txt" 2>&1 || code=1
+    timeout -k 5 $(((limit - 6) / ${#cases[@]})) "${command[@]}" "$bench" $dry --one $case >"$out/logs/profile-$number.txt" 2>&1 || code=1
     say "=== profile-$number.txt: $case"
     grep -E '^ +(forward_mma|backward_)|Duration|Throughput|Registers Per|Achieved Occ|Theoretical Occ|No Eligible|Issued Warp|Bank|bank|Stall|stall|Error|error' \
       "$out/logs/profile-$number.txt" | head -n 60
@@ -196,8 +210,12 @@ step_figures() {
 
 finish_step() {
   [ -n "$archive" ] || return 0
-  tar -C "$(dirname "$out")" --exclude="$(basename "$archive")*" -czf "$archive.part" "$(basename "$out")"
+  local folder
+  folder=$(basename "$out")
+  tar -C "$(dirname "$out")" --exclude="$(basename "$archive")*" --exclude="$folder/failures" -czf "$archive.part" "$folder"
   mv -f "$archive.part" "$archive"
+  [ -d "$out/failures" ] && tar -C "$out" -czf "$archive.failures.tar.gz" failures
+  return 0
 }
 
 slug=simulator
@@ -215,51 +233,75 @@ core=$!
 
 export limit out results dry full bench calls python
 failed=0
+running=() # steps that have not ended
+declare -A pid_of begun_of limit_of
 {
   say "cuflash on $slug, $(date -u +%Y-%m-%dT%H:%M:%SZ)"
   say "step       exit  seconds"
 } >>"$out/summary.txt"
-for step in $chosen; do
-  own=$(printf '%s' "$STEPS" | awk -v step="$step" '$1 == step { print $2 }')
+
+# Begin a step in a process group of its own, so that its limit ends whatever it has started.
+start_step() {
+  local own left
+  own=$(printf '%s' "$STEPS" | awk -v step="$1" '$1 == step { print $2 }')
   left=$((total - (SECONDS - started)))
-  [ "$step" = bench ] && [ -n "$full" ] && own=$left
+  [ "$1" = bench ] && [ -n "$full" ] && own=$left
   limit=$((own < left ? own : left))
-  log=$out/logs/$step.log
   if [ $limit -lt 20 ]; then
-    printf '%-10s    –        –  no time left\n' "$step" >>"$out/summary.txt"
+    printf '%-10s    –        –  no time left\n' "$1" >>"$out/summary.txt"
     failed=1
-    continue
+    return
   fi
-  say "--- $step, at most $limit s"
-  begun=$SECONDS
-  # A process group of its own, so that the limit ends whatever the step has started.
+  say "--- $1, at most $limit s"
   setsid bash -c '
     eval "$(cat "$1")"
-    "step_$2"' step <(declare -f) "$step" >"$log" 2>&1 &
-  pid=$!
-  code=""
-  while [ -z "$code" ]; do
-    if ! kill -0 $pid 2>/dev/null; then
-      wait $pid
-      code=$?
-    elif [ $((SECONDS - begun)) -ge $limit ]; then
-      kill -TERM -- -$pid 2>/dev/null
-      sleep 2
-      # shellcheck disable=SC2046
-      kill -KILL -- -$pid $(ps -o pid= -s $pid 2>/dev/null) 2>/dev/null # also what has a process group of its own
-      wait $pid 2>/dev/null
-      code=124
-    else
-      sleep 0.2
-    fi
+    "step_$2"' step <(declare -f) "$1" >"$out/logs/$1.log" 2>&1 &
+  pid_of[$1]=$! begun_of[$1]=$SECONDS limit_of[$1]=$limit
+  running+=("$1")
+}
+
+# Wait until all running steps have ended or reached their limits.
+end_steps() {
+  local step pid code still
+  while [ ${#running[@]} -gt 0 ]; do
+    still=()
+    for step in "${running[@]}"; do
+      pid=${pid_of[$step]} code=""
+      if ! kill -0 "$pid" 2>/dev/null; then
+        wait "$pid"
+        code=$?
+      elif [ $((SECONDS - begun_of[$step])) -ge "${limit_of[$step]}" ]; then
+        kill -TERM -- "-$pid" 2>/dev/null
+        sleep 2
+        # shellcheck disable=SC2046
+        kill -KILL -- "-$pid" $(ps -o pid= -s "$pid" 2>/dev/null) 2>/dev/null # also what has a process group of its own
+        wait "$pid" 2>/dev/null
+        code=124
+      fi
+      if [ -n "$code" ]; then report_step "$step" "$code"; else still+=("$step"); fi
+    done
+    running=("${still[@]}")
+    [ ${#running[@]} -eq 0 ] || sleep 0.2
   done
-  [ "$code" -eq 0 ] || failed=1
+}
+
+report_step() {
+  local log="$out/logs/$1.log" word
+  [ "$2" -eq 0 ] || failed=1
   word=$(grep -a '^SUMMARY:' "$log" | tail -n 1 | cut -c 10-170)
   [ -n "$word" ] || word="last line: $(tail -n 1 "$log" | cut -c 1-140)"
-  [ "$code" -eq 124 ] && word="stopped at its limit; $word"
-  printf '%-10s %4s  %7s  %s\n' "$step" "$code" "$((SECONDS - begun))" "$word" >>"$out/summary.txt"
+  [ "$2" -eq 124 ] && word="stopped at its limit; $word"
+  printf '%-10s %4s  %7s  %s\n' "$1" "$2" "$((SECONDS - begun_of[$1]))" "$word" >>"$out/summary.txt"
   finish_step
+}
+
+for step in $chosen; do
+  beside=$(printf '%s' "$STEPS" | awk -v step="$step" '$1 == step { print $3 }')
+  [ "$beside" = + ] || end_steps
+  start_step "$step"
+  [ "$beside" = + ] || end_steps
 done
+end_steps
 kill -- -$core 2>/dev/null
 if [ -z "$dry" ] && [ "$slug" != gpu ] && [ -n "$(ls "$results" 2>/dev/null)" ]; then
   mkdir -p "benchmarks/results/$slug" && cp -R "$results/." "benchmarks/results/$slug/"
@@ -267,10 +309,10 @@ fi
 
 {
   say "$((SECONDS - started)) s in all; logs in $out/logs"
-  for step in smoke streams simulator tiles compile; do # what is wrong, a few lines of each
+  for step in smoke streams simulator constants tiles compile; do # what is wrong, a few lines of each
     [ -f "$out/logs/$step.log" ] && grep -a -m 4 'WRONG' "$out/logs/$step.log" | cut -c 1-200 | sed "s/^/$step: /"
   done
-  [ -f "$out/logs/pytest.log" ] && grep -aE -m 8 '^(FAILED|ERROR) ' "$out/logs/pytest.log" | cut -c 1-200
+  [ -f "$out/logs/pytest.log" ] && grep -aE -m 20 '^(FAILED|ERROR) ' "$out/logs/pytest.log" | cut -c 1-200
 } >>"$out/summary.txt"
 finish_step
 cat "$out/summary.txt"

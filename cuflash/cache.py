@@ -412,9 +412,9 @@ def statistics() -> Statistics:
         return Statistics(_state.compiles, _state.disk_hits, _state.memory_hits)
 
 
-def contents() -> list[Entry]:
-    """All whole entries on disk, the youngest first. Their data is not verified; `fetch` does that."""
-    folder = directory()
+def contents(folder: Path | None = None) -> list[Entry]:
+    """All whole entries on disk, the youngest first; of `directory()` unless another folder is given. Their data is not verified; `fetch` does that."""
+    folder = folder or directory()
     entries = []
     for path in [] if folder is None else folder.glob("*.json"):
         try:

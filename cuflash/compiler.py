@@ -16,6 +16,7 @@ import importlib
 import os
 import re
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -121,9 +122,20 @@ def nvrtc_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-@functools.cache
+_first_use = threading.Lock()
+
+
 def _nvrtc() -> Any:
-    """CuPy's NVRTC binding, with the library behind it loaded. Imported at the first compilation: importing CuPy takes half a second."""
+    """CuPy's NVRTC binding, with the library behind it loaded. Imported at the first compilation: importing CuPy takes half a second.
+
+    The first use of the library loads others behind it. Threads that compile before that has ended fail, so all but one wait.
+    """
+    with _first_use:
+        return _load_nvrtc()
+
+
+@functools.cache
+def _load_nvrtc() -> Any:
     try:
         nvrtc = importlib.import_module("cupy.cuda").nvrtc
     except ImportError as error:

@@ -10,7 +10,8 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,49 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
+DEADLINE = float(os.environ.get("CUFLASH_TEST_DEADLINE") or "inf")
+"""Seconds since the epoch after which tests are skipped, so that a run within a limit ends with its report."""
+
+GPU_UNUSABLE = 75
+"""Exit status of a process whose GPU answers nothing any more: a CUDA error is for life. Of pytest's parallel processes another one takes its place."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.time() > DEADLINE:
+        pytest.skip("out of time")
+
+
+_failed_on_gpu: set[str] = set()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed and item.get_closest_marker("gpu"):
+        _failed_on_gpu.add(item.nodeid)
+    return report
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """End a process that has lost its GPU, once the failure is reported and before others are blamed."""
+    if nodeid in _failed_on_gpu and not _gpu_answers():
+        os._exit(GPU_UNUSABLE)
+
+
+def _gpu_answers() -> bool:
+    import cupy
+
+    try:
+        cupy.cuda.runtime.deviceSynchronize()
+        cupy.zeros(1).get()
+    except Exception:
+        return False
+    return True
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU; everything else also runs on the simulator")
+    config.addinivalue_line("markers", "xdist_group(name): tests of pytest-xdist that run in one process under --dist loadgroup")
     config.addinivalue_line("markers", "exhaustive: all cases of something that the ordinary run tests some cases of; needs --exhaustive")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:  # the simulator's threads and pytest's processes share the cores
@@ -195,6 +237,13 @@ class Target:
         view[...] = self.place(x)
         return view
 
+    def free_memory(self) -> None:
+        """Give a GPU's memory that no array holds back to other processes."""
+        if self.is_gpu:
+            import cupy
+
+            cupy.get_default_memory_pool().free_all_blocks()
+
     def random(self, shape: tuple[int, ...], dtype: str, seed: int, view: str = "contiguous") -> Any:
         """Normally distributed values in one of the memory layouts of `VIEWS`."""
         values = numpy.random.default_rng(seed).standard_normal(shape)
@@ -238,8 +287,8 @@ class Target:
     @staticmethod
     def bits(x: Any) -> bytes:
         """The elements of an array of any kind in logical order, as bytes."""
-        x = x.get() if hasattr(x, "get") else x
-        return numpy.ascontiguousarray(getattr(x, "bits", x)).tobytes()
+        x = getattr(x, "bits", x)
+        return numpy.ascontiguousarray(x.get() if hasattr(x, "get") else x).tobytes()
 
     def empty_like(self, x: Any) -> Any:
         """An array for results, with the shape of x; C-contiguous."""

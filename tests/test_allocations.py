@@ -105,16 +105,17 @@ class Allocations:
         if self._is_gpu:
             import cupy
 
-            self._pool = cupy.get_default_memory_pool()
-            self._pool.free_all_blocks()
-            self._before = self._pool.total_bytes()
+            self._pool = cupy.cuda.MemoryPool()  # its own: another one has free memory to give
+            self._allocator = cupy.cuda.using_allocator(self._pool.malloc)
+            self._allocator.__enter__()
         else:
             tracemalloc.start()
         return self
 
     def __exit__(self, *of_exception: object) -> None:
         if self._is_gpu:
-            self.peak = self._pool.total_bytes() - self._before
+            self._allocator.__exit__(*of_exception)
+            self.peak = self._pool.total_bytes()
         else:
             self.peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()

@@ -386,7 +386,7 @@ def test_the_judge_sees_one_wrong_element(result: str) -> None:
 def test_calls_under_the_sanitizers_run_dry() -> None:
     done = script("sanitize.py", "--dry-run", "--cases", "d576|packed|attn_mask")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "SUMMARY: 4 cases, 0 failed" in done.stdout
+    assert "SUMMARY: 4 of 4 cases, 0 failed" in done.stdout
     checked = script("sanitize.py", "--dry-run", "--check", "--cases", "prefix=90|d192")
     assert "SUMMARY: 2 of 2 cases right, 0 wrong, 0 not run" in checked.stdout, checked.stdout + checked.stderr
 

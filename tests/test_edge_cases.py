@@ -319,6 +319,7 @@ def test_transposed_views_where_key_and_value_differ(target: Target) -> None:
     target.check(query, key, value, is_causal=True)
 
 
+@pytest.mark.xdist_group("large_memory")  # on a GPU, where all of it exists: one after the other, under --dist loadgroup
 @pytest.mark.parametrize("axis", [0, 1, 2, 3], ids=["batch", "seqlen", "heads", "head_dim"])
 @pytest.mark.parametrize("sign", [1, -1], ids=["forwards", "backwards"])
 def test_strides_beyond_32_bits(target: Target, axis: int, sign: int) -> None:
@@ -337,6 +338,8 @@ def test_strides_beyond_32_bits(target: Target, axis: int, sign: int) -> None:
     out = target.place_far(numpy.zeros(shape, dtype), tuple(strides), reach)
     got = target.run(*inputs[:3], grad_out=inputs[3], out=out)
     assert got.bits() == want.bits()
+    del inputs, out, got
+    target.free_memory()
 
 
 # --- Many blocks --------------------------------------------------------------------------------------------------------------------------

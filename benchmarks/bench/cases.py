@@ -117,7 +117,7 @@ class Case:
 
     def flops(self, direction: str) -> float:
         dims = (self.sample.head_dim, self.head_dim_v)
-        each = dims[0] + dims[1] if direction == "forward" else 3 * dims[0] + 2 * dims[1]
+        each = dims[0] + dims[1] if direction != "backward" else 3 * dims[0] + 2 * dims[1]
         return 2.0 * self.visible_scores * self.sample.num_heads_q * each
 
     def __str__(self) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,12 +19,13 @@ from typing import Any
 from bench.cases import SEQLENS, Case, dry_cases, dry_feature_cases, feature_cases, full_cases, quick_cases
 from bench.compilation import prefetch
 from bench.libraries import Calls, Library, NotSupported, libraries
-from bench.machine import Machine, heat
+from bench.machine import Machine, heat, usable
 from bench.operands import ALLOWED_ERROR, Operands
 from bench.report import COLUMNS, FLOP_LINE, Table, case_columns, one_line
 from bench.timing import time_call
 
 GRADIENTS = ("query", "key", "value", "attn_mask")
+PASSES = ("forward", "forward_lse", "backward")
 
 
 def peak_memory(operands: Operands, machine: Machine, call: Callable[[], Any], library: str) -> int | None:
@@ -53,24 +56,36 @@ def judge(library: Library, case: Case, errors: list[float]) -> tuple[float | No
 
 def checked(library: Library, operands: Operands, calls: Calls, direction: str) -> tuple[float | None, str]:
     """Run one pass, and judge it unless what it draws is its own business."""
-    results = calls.forward() if direction == "forward" else calls.backward()
+    call = calls.of(direction)
+    assert call is not None
+    results = call()
     if calls.wait is not None:
         calls.wait()
     if calls.note.startswith("not checked"):
         return None, calls.note
-    if direction == "forward":
+    if direction != "backward":
         results = [results]
-    names = ("out",) if direction == "forward" else GRADIENTS
+    names = ("out",) if direction != "backward" else GRADIENTS
     named = {name: calls.as_operands(name, x) for name, x in zip(names, results, strict=False)}
     error, note = judge(library, operands.case, operands.errors(named))
     return error, note or calls.note
+
+
+class GpuLost(Exception):
+    """The GPU answers nothing any more, which in CUDA is for the life of a process; the message says behind which library."""
+
+
+def require_gpu(machine: Machine, library: Library) -> None:
+    """Raise `GpuLost` if this process cannot go on."""
+    if not machine.dry and not usable(machine):
+        raise GpuLost(library.label)
 
 
 def time_case(case: Case, libraries_: list[Library], machine: Machine, table: Table, seconds: float) -> Iterator[str]:
     """Time all libraries on one case; says what it found. Yields "wrong" for every wrong result of cuflash."""
     operands = Operands(case, machine)
     fields = case_columns(case, machine.device)
-    said: dict[str, list[str]] = {"forward": [], "backward": []}
+    said: dict[str, list[str]] = {direction: [] for direction in PASSES}
     for library in libraries_:
         if not library.takes(case):
             continue
@@ -86,33 +101,38 @@ def time_case(case: Case, libraries_: list[Library], machine: Machine, table: Ta
             if own:
                 traceback.print_exc()
                 yield "wrong"
+            require_gpu(machine, library)
             continue
-        for direction, words in said.items():
-            call = calls.forward if direction == "forward" else calls.backward
-            row["pass"] = direction
-            try:
-                error, note = checked(library, operands, calls, direction)
-                if note == "wrong":
-                    table.add({**row, "relative_error": error, "note": note})
-                    words.append(f"{library.label} WRONG ({error:.1e})")
-                    if own:
-                        yield "wrong"
+        with calls.context():
+            for direction, words in said.items():
+                call = calls.of(direction)
+                if call is None:
                     continue
-                memory = peak_memory(operands, machine, call, library.name)
-                times = time_call(machine, call, seconds, calls.wait)
-                rate = case.flops(direction) / times["milliseconds"] / 1e9
-                table.add({**row, **times, "tflops": rate, "peak_memory_bytes": memory, "relative_error": error, "note": note})
-                words.append(f"{library.label} {rate:.3g}")
-            except Exception as error:
-                table.add({**row, "note": f"does not run: {one_line(error)}"})
-                words.append(f"{library.label} –")
-                if own:
-                    traceback.print_exc()
-                    yield "wrong"
+                row["pass"] = direction
+                try:
+                    error, note = checked(library, operands, calls, direction)
+                    if note == "wrong":
+                        table.add({**row, "relative_error": error, "note": note})
+                        words.append(f"{library.label} WRONG ({error:.1e})")
+                        if own:
+                            yield "wrong"
+                        continue
+                    memory = peak_memory(operands, machine, call, library.name)
+                    times = time_call(machine, call, seconds, calls.wait)
+                    rate = case.flops(direction) / times["milliseconds"] / 1e9
+                    table.add({**row, **times, "tflops": rate, "peak_memory_bytes": memory, "relative_error": error, "note": note})
+                    words.append(f"{library.label} {rate:.3g}")
+                except Exception as error:
+                    table.add({**row, "note": f"does not run: {one_line(error)}"})
+                    words.append(f"{library.label} –")
+                    if own:
+                        traceback.print_exc()
+                        yield "wrong"
+                    require_gpu(machine, library)
         del calls
     for direction, words in said.items():
         if words:
-            print(f"{case!s:52} {direction:8} TFLOP/s  {'   '.join(words)}", flush=True)
+            print(f"{case!s:52} {direction:11} TFLOP/s  {'   '.join(words)}", flush=True)
 
 
 def _cases(machine: Machine, arguments: argparse.Namespace) -> list[Case]:
@@ -129,17 +149,21 @@ def compare_libraries(machine: Machine, arguments: argparse.Namespace) -> int:
     cases = [case for case in _cases(machine, arguments) if re.search(arguments.cases, str(case))]
     first = ["cuflash", "flash", "cudnn", "efficient", "formula", "varlen", "flash-attn"]
     first += ["math"] if machine.dry or arguments.features or arguments.full else []
-    last = [] if arguments.libraries else (["flex", "jax"] if arguments.features or arguments.full else ["jax"])
+    last = [] if arguments.libraries else (["jax", "flex"] if arguments.features or arguments.full else ["jax"])
     found = libraries(machine, arguments.libraries.split(",") if arguments.libraries else first)
     table = Table(arguments.output and arguments.output / "attention.csv", COLUMNS)
-    deadline, wrong, done = time.monotonic() + arguments.seconds, 0, 0
+    deadline, wrong, done = time.monotonic() + arguments.seconds, 0, arguments.begin
     seconds = 0.06 if quick else 0.25
     print(f"{machine.gpu}, {', '.join(library.label for library in found)}; {len(cases)} cases. {FLOP_LINE}")
     prefetch(cases, machine)
     heat(machine)
-    for case in cases:
-        wrong += len(list(time_case(case, found, machine, table, seconds)))
+    for case in cases[done:]:
         done += 1
+        try:
+            wrong += len(list(time_case(case, found, machine, table, seconds)))
+        except GpuLost as lost:
+            print(f"WRONG {case}: the GPU answers nothing any more after {lost}; another process goes on behind this case", flush=True)
+            return go_on(done, deadline - time.monotonic())
         if time.monotonic() > deadline:
             print("out of time")
             break
@@ -152,6 +176,13 @@ def compare_libraries(machine: Machine, arguments: argparse.Namespace) -> int:
             list(time_case(case, [library], machine, table, seconds))
     print(f"SUMMARY: {done} of {len(cases)} cases timed, {wrong} wrong results of cuflash")
     return int(wrong > 0 or (done < len(cases) and not quick))
+
+
+def go_on(begin: int, seconds: float) -> int:
+    """Run the rest of the cases in a new process, whose exit status is then that of this one, but never 0."""
+    left = ["--begin", str(begin), "--seconds", f"{max(seconds, 1.0):.0f}"]  # the last of an option counts
+    subprocess.run([sys.executable, *sys.argv, *left], check=False)
+    return 1
 
 
 def _of_jax(case: Case, quick: bool) -> bool:

@@ -8,6 +8,8 @@ import re
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from bench.cases import Case, dry_cases, dry_feature_cases, feature_cases, quick_cases
@@ -41,14 +43,25 @@ def prefetch(cases: list[Case], machine: Machine) -> None:
     print(f"kernels: {len(requests)}, {compiled} of them compiled in {time.perf_counter() - started:.1f} s", flush=True)
 
 
-def compile_all(machine: Machine, arguments: argparse.Namespace) -> int:
-    """`--compile`: one failure does not keep the others from being compiled."""
-    on = machine.device
+def requests_like(cache_directory: Path, on: device.Device) -> list[Any]:
+    """The kernels for `on` of all calls whose kernels for the simulator, posing as the same architecture, are in a cache directory."""
+    found = []
+    for entry in cache.contents(cache_directory / "kernels"):
+        if entry.request.target == "ptx" and entry.request.arch == on.compile_arch:
+            found.append(replace(entry.request, target="cubin"))
+    return found
+
+
+def compile_all(arguments: argparse.Namespace) -> int:
+    """`--compile`: one failure does not keep the others from being compiled. With `--arch` no GPU has to be there."""
+    on = device.of_arch(arguments.arch, "gpu") if arguments.arch is not None else Machine(arguments.dry_run).device
     wanted: dict[Any, None] = {}
     for calls in (check_cases(), tiny_cases(), simulator_cases()):
-        wanted |= dict.fromkeys(requests_of_calls(calls[:1] if machine.dry else calls, on))
-    cases = [*dry_cases(), *dry_feature_cases()[:1]] if machine.dry else [*quick_cases(), *feature_cases()]
+        wanted |= dict.fromkeys(requests_of_calls(calls[:1] if arguments.dry_run else calls, on))
+    cases = [*dry_cases(), *dry_feature_cases()[:1]] if arguments.dry_run else [*quick_cases(), *feature_cases()]
     wanted |= dict.fromkeys(requests_of(cases, on))
+    if arguments.like is not None:
+        wanted |= dict.fromkeys(requests_like(arguments.like, on))
     started, failed, spilled = time.perf_counter(), 0, 0
     deadline = time.monotonic() + arguments.seconds
     with ThreadPoolExecutor(os.cpu_count()) as pool:

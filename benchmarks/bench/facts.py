@@ -54,14 +54,20 @@ def facts(machine: Machine, arguments: argparse.Namespace) -> int:
             name: getattr(on, name) for name in ("arch", "num_sms", "shared_memory_per_block", "shared_memory_per_sm", "registers_per_sm")
         }
         found["gpus"] = machine.cupy.cuda.runtime.getDeviceCount()
+    write(found, arguments.output)
+    if not machine.dry:
         found["ceilings"] = ceilings(machine)
-    text = json.dumps(found, indent=1)
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "facts.json").write_text(text + "\n")
-    print(text)
+        write(found, arguments.output)
+    print(json.dumps(found, indent=1))
     print(f"SUMMARY: {machine.gpu}, driver {machine.driver}, NVRTC {found['nvrtc']}, {commit()}, {json.dumps(found.get('ceilings', {}))}")
     return 0
+
+
+def write(found: dict[str, Any], folder: Path | None) -> None:
+    """Write what is known so far, so that a machine that stops at the ceilings has told its name."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "facts.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def ceilings(machine: Machine) -> dict[str, Any]:

@@ -42,11 +42,13 @@ class Calls:
     """A library on the operands of one case.
 
     Attributes:
-        forward: gives out.
+        forward: gives out, and nothing else is computed.
+        forward_lse: gives out as training needs it, with the LSE that the backward pass takes; None where a library has no such call.
         backward: gives the gradients of query, key, value and of an additive mask.
         as_operands: turns what both give into arrays like the operands, given the name of what it is or is the gradient of.
         wait: ends what a call started, where events do not see it.
         note: what the table has to say of the times.
+        context: entered around all calls of the case; entering it costs the host more than a call.
     """
 
     forward: Callable[[], Any]
@@ -54,6 +56,13 @@ class Calls:
     as_operands: Callable[[str, Any], Any] = lambda name, x: x
     wait: Callable[[], None] | None = None
     note: str = ""
+    forward_lse: Callable[[], Any] | None = None
+    context: Callable[[], Any] = contextlib.nullcontext
+
+    def of(self, direction: str) -> Callable[[], Any] | None:
+        """The call of a pass: "forward", "forward_lse" or "backward"."""
+        call: Callable[[], Any] | None = getattr(self, direction)
+        return call
 
 
 @dataclass(frozen=True)
@@ -82,8 +91,8 @@ def cuflash_calls(operands: Operands, forward_tile: Any = None, backward_tile: A
     """The two calls, with tiles pinned or the default ones."""
     sample, arrays = operands.case.sample, operands.arrays
     inputs = [arrays[name] for name in ("query", "key", "value")]
-    forward = functools.partial(sample.forward, *inputs, return_lse=True, **operands.arguments)  # the others compute LSE too
-    out, lse = forward()
+    forward = functools.partial(sample.forward, *inputs, tile=forward_tile, **operands.arguments)
+    out, lse = forward(return_lse=True)
     backward = functools.partial(
         sample.backward, arrays["grad_out"], *inputs, out, lse, tile=backward_tile, **operands.arguments, **sample.backward_options
     )
@@ -92,7 +101,7 @@ def cuflash_calls(operands: Operands, forward_tile: Any = None, backward_tile: A
         found = backward()
         return [*found, found.attn_mask] if sample.features.need_attn_mask_grad else list(found)
 
-    return Calls(lambda: forward(tile=forward_tile)[0], gradients)
+    return Calls(forward, gradients, forward_lse=lambda: forward(return_lse=True)[0])
 
 
 def _refuse(case: Case, library: str, *lacking: str) -> None:
@@ -125,19 +134,23 @@ def _torch_calls(
     inputs = [turned(operands.arrays[name]) for name in ("query", "key", "value")] + ([] if mask is None else [mask])
     grad_out = turned(operands.arrays["grad_out"])
 
-    def forward() -> Any:
-        with torch.no_grad(), context():
-            return call(*inputs)
-
     leaves = [x.detach().requires_grad_() for x in inputs]
     with context():
         out = call(*leaves)
 
+    def forward() -> Any:
+        with torch.no_grad():
+            return call(*inputs)
+
     def backward() -> Any:
         return torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
 
-    forward()
-    return Calls(forward, backward, lambda name, x: x if name == "attn_mask" else turned(x), note=note)
+    def as_operands(name: str, x: Any) -> Any:
+        return x.detach() if name == "attn_mask" else turned(x.detach())
+
+    with context():
+        forward()
+    return Calls(forward, backward, as_operands, note=note, forward_lse=lambda: call(*leaves), context=context)
 
 
 def explicit_mask(operands: Operands) -> Any:

@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "sanitize.py"
 UNUSABLE = 75
 """Exit status of a process whose GPU answers nothing any more: the rest needs a new one."""
 
-CASE_SECONDS = 40.0
+CASE_SECONDS = 15.0
 """A case that takes longer, compilation included, hangs."""
 
 

@@ -122,7 +122,18 @@ def check_one(case: Case, xp: Any, keep: Path | None) -> tuple[str, list[str]]:
                 f"{name}: {int(different.sum())} of {different.size} elements differ between two runs; at {whereabouts(different)}"
             )
     if complaints and keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        if sum(file.stat().st_size for file in keep.iterdir()) < 12 << 20:
-            numpy.savez_compressed(keep / (re.sub(r"[^\w.-]+", "_", str(case)) + ".npz"), **first)
+        keep_results(keep, str(case), first)
     return line, complaints
+
+
+KEPT_BYTES = 6 << 20
+"""Of all wrong results together: what is kept has to come back from the machine that made it."""
+
+
+def keep_results(folder: Path, case: str, results: dict[str, Any]) -> None:
+    """Write the bits of a wrong case's results into a folder, unless that then holds more than `KEPT_BYTES`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / (re.sub(r"[^\w.-]+", "_", case)[:180] + ".npz")
+    numpy.savez_compressed(file, **results)
+    if sum(kept.stat().st_size for kept in folder.iterdir()) > KEPT_BYTES:
+        file.unlink()
