@@ -78,6 +78,9 @@ def supervise(options: argparse.Namespace) -> int:
     """Let processes of their own measure, until all is done or the time is up."""
     options.output.mkdir(parents=True, exist_ok=True)
     report = Report(options.output / "constants.json")
+    if not options.dry_run and options.cubins is None:
+        options.cubins = options.output / "cubins"
+        programs.compile_all(options.cubins, os.cpu_count() or 1)
     deadline = time.monotonic() + options.seconds
     left = list(options.only)
     while left and time.monotonic() < deadline:

@@ -6,7 +6,7 @@ constexpr int UNROLLED = 64;  // instructions of all chains in one trip of the l
 constexpr int SLOT = 512;     // bytes of shared memory per warp
 
 // What shared memory holds: addresses, so that what a load returns is the address of the next load.
-enum class Pattern { NONE, WORDS, MATRIX };
+enum class Pattern { NONE, WORDS, MATRIX, TRANSPOSED };
 
 #define PLAIN(NAME, TEXT)                                                                             \
   struct NAME {                                                                                       \
@@ -21,7 +21,7 @@ PLAIN(fmul, "mul.rn.f32 %0, %0, %1;")
 PLAIN(fmnmx, "max.f32 %0, %0, %1; min.f32 %0, %0, %2;")  // two: the maximum of the same twice would be folded
 PLAIN(mufu_ex2, "ex2.approx.ftz.f32 %0, %0;")
 PLAIN(mufu_lg2, "lg2.approx.ftz.f32 %0, %0;")
-PLAIN(mufu_rcp, "rcp.approx.ftz.f32 %0, %0;")
+PLAIN(mufu_rsq, "rsqrt.approx.ftz.f32 %0, %0;")  // not the reciprocal: that of a reciprocal would be folded
 PLAIN(mufu_tanh, "tanh.approx.f32 %0, %0;")
 PLAIN(f2fp_bf16, "cvt.rn.bf16x2.f32 %0, %0, %1;")
 PLAIN(f2fp_f16, "cvt.rn.f16x2.f32 %0, %0, %1;")
@@ -71,7 +71,7 @@ PRODUCT(hmma_tf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
 SHARED(lds_32, WORDS, "ld.volatile.shared.u32 %0, [%0];")
 SHARED(lds_128, WORDS, "ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%0];")
 SHARED(ldsm_x4, MATRIX, "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%0];")
-SHARED(ldsm_x4_trans, NONE, "{.reg .b32 t; and.b32 t, %0, 0; add.u32 t, t, %4; ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [t];}")
+SHARED(ldsm_x4_trans, TRANSPOSED, "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%0];")
 SHARED(sts_32, NONE, "st.volatile.shared.u32 [%4], %0;")
 SHARED(sts_128, NONE, "st.volatile.shared.v4.u32 [%4], {%0, %1, %2, %3};")
 SHARED(stsm_x4, NONE, "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%4], {%0, %1, %2, %3};")
@@ -83,7 +83,15 @@ __device__ __forceinline__ void measure(u64* results, int trips, u32 a, u32 b, u
   const u32 base = shared_address(memory) + warp * SLOT;
   u32 slot = base + lane * 16, first = 0x3f000000u + threadIdx.x;  // a float near 1/2
   u32* words = reinterpret_cast<u32*>(memory + warp * SLOT);
-  for (u32 i = lane; i < SLOT / 4; i += 32) words[i] = Instruction::PATTERN == Pattern::MATRIX ? base + 16 * (i % 32) : base + 4 * i;
+  for (u32 i = lane; i < SLOT / 4; i += 32) {
+    if (Instruction::PATTERN == Pattern::MATRIX)
+      words[i] = base + 16 * (i % 32);
+    else if (Instruction::PATTERN == Pattern::TRANSPOSED) {  // in the low half of what a lane gets; addresses have 16 bits, and odd rows are the high half
+      const u32 row = i % 32 / 4, column = i % 4 * 2, address = base + 16 * (4 * column + row / 2);
+      words[i] = row % 2 ? 0 : address | (address + 64) << 16;
+    } else
+      words[i] = base + 4 * i;
+  }
   if (Instruction::PATTERN != Pattern::NONE) first = slot;
   u32 x[CHAINS][4];
 #pragma unroll

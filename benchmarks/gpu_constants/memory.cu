@@ -26,9 +26,9 @@ __device__ __forceinline__ void tensor_load(u32 to, const TensorMap& map, int co
 // TILES: a chunk is 128 rows of 128 columns of a tensor of 2-byte elements, as two boxes of 64 columns.
 template <bool TILES>
 __device__ __forceinline__ void stream(u64* results, const char* data, const TensorMap& map, u32 footprint, u32 step, int chunks) {
-  extern __shared__ __align__(1024) char memory[];
+  extern __shared__ __align__(1024) char ring[];
   __shared__ u64 barriers[STAGES];
-  const u32 to = shared_address(memory), full = shared_address(barriers);
+  const u32 to = shared_address(ring), full = shared_address(barriers);
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) barrier_init(full + 8 * i, 1);
     barriers_initialized();

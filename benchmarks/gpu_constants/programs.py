@@ -12,7 +12,7 @@ FOLDER = Path(__file__).resolve().parent
 ARCH = "90a"
 SHAPES = (64, 80, 112, 128, 176, 256)
 INSTRUCTIONS = (
-    "ffma fadd fmul fmnmx mufu_ex2 mufu_lg2 mufu_rcp mufu_tanh f2fp_bf16 f2fp_f16 cvt_tf32 imad lop3 prmt hfma2_bf16 shfl redux mufu_and_ffma "
+    "ffma fadd fmul fmnmx mufu_ex2 mufu_lg2 mufu_rsq mufu_tanh f2fp_bf16 f2fp_f16 cvt_tf32 imad lop3 prmt hfma2_bf16 shfl redux mufu_and_ffma "
     "hmma_f16 hmma_bf16 hmma_tf32 lds_32 lds_128 ldsm_x4 ldsm_x4_trans sts_32 sts_128 stsm_x4"
 ).split()
 ORDERS = {

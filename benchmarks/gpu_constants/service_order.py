@@ -35,11 +35,11 @@ def predict(rule: str, lengths: Sequence[int], delays: Sequence[int], costs: Seq
 def judge(tests: Sequence[dict]) -> dict:
     """The rule that explains all tests of several warpgroups best, with the errors of both in clocks.
 
-    A test has lengths, delays, costs and done (all per warpgroup); `done` counts from the earliest start of any warpgroup.
+    A test has lengths, begin, costs and done, each per warpgroup; `begin` and `done` count from the earliest begin.
     """
     errors: dict[str, list[float]] = {"rr": [], "fifo": []}
     for test in tests:
-        apart = [predict(rule, test["lengths"], test["delays"], test["costs"]) for rule in errors]
+        apart = [predict(rule, test["lengths"], test["begin"], test["costs"]) for rule in errors]
         test["predicted"] = {rule: [round(x) for x in times] for rule, times in zip(errors, apart, strict=True)}
         unit = max(test["costs"])
         if max(abs(a - b) for a, b in zip(*apart, strict=True)) < 2 * unit:

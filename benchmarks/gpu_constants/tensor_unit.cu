@@ -108,7 +108,7 @@ __device__ __forceinline__ void batch(u32 memory, u32* log, u32* stamps, int gro
   Products<N, RS> products(memory, group);
   const u32 warp = threadIdx.x / 32 % 4, stamp = shared_address(stamps);
   const bool writes = threadIdx.x % 32 == 0;
-  while (clock_now() - start < (u64)delay) {
+  while ((long long)(clock_now() - start) < delay) {
   }
   const u32 begin = (u32)clock_now();
   int first = 0;
@@ -151,7 +151,7 @@ __device__ __forceinline__ void order(u32* logs, Work work, float impossible) {
   const int group = warp_index() / 4;
   u32* log = logs + group * (12 + MAX_ISSUES);
   __syncthreads();
-  const u64 start = clock_now() + 64;
+  const u64 start = clock_now() + 1024;  // by then all have cleared their registers
   if (group == 0)
     batch<N0, RS0>(memory, log, stamps[0], 0, work.length[0], work.delay[0], start, impossible);
   else
@@ -166,9 +166,9 @@ __device__ __forceinline__ void timeline(u32* logs, Work work, float impossible)
   Products<N, RS> products(memory, group);
   u32 done[8];
   __syncthreads();
-  const u64 start = clock_now() + 64;
+  const u64 start = clock_now() + 1024;  // by then all have cleared their registers
   const int delay = group == 0 ? work.delay[0] : group == 1 ? work.delay[1] : work.delay[2];
-  while (clock_now() - start < (u64)delay) {
+  while ((long long)(clock_now() - start) < delay) {
   }
   const u32 begin = (u32)clock_now();
   wgmma_fence();
