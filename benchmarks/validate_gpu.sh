@@ -14,7 +14,8 @@
 # Each step has a limit of its own, writes OUT_DIR/logs/STEP.log and never keeps the next from running. Steps marked + time nothing and run side by side
 # with their neighbours. OUT_DIR/summary.txt, printed at the end and current
 # after every step, has their exit codes. Figures go to OUT_DIR/results/GPU/ and from there to benchmarks/results/GPU/. Nothing is installed, and no setting
-# of the GPU is changed. PYTHON names the interpreter, CUFLASH_CACHE_DIR the folder for compiled kernels.
+# of the GPU is changed. PYTHON names the interpreter, CUFLASH_CACHE_DIR the folder for compiled kernels, CUFLASH_CONSTANTS_CUBINS what
+# `constants.py --compile` wrote. Both can be made on another machine: `bench_attention.py --compile --arch sm_90`.
 set -u
 
 # Name, seconds, + if others may run beside it, what it tells; in the order of their value.
@@ -129,7 +130,8 @@ step_pytest() {
 
 step_constants() {
   [ -f benchmarks/constants.py ] || { say "SUMMARY: there is no benchmarks/constants.py"; return 3; }
-  "$python" -X faulthandler benchmarks/constants.py $dry --output "$results" --seconds $((limit - 8))
+  "$python" -X faulthandler benchmarks/constants.py $dry ${CUFLASH_CONSTANTS_CUBINS:+--cubins "$CUFLASH_CONSTANTS_CUBINS"} \
+    --output "$results" --seconds $((limit - 8))
 }
 
 step_simulator() { "$python" "$calls" $dry --simulator --seconds $((limit - 8)) --output "$results/simulator.json"; }
