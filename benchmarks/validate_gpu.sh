@@ -104,7 +104,8 @@ step_smoke() { "$python" "$calls" $dry --check --seconds $((limit - 5)) --keep "
 step_streams() { "$python" -X faulthandler "$calls" $dry --streams; }
 
 step_pytest() {
-  local options=(-p no:cacheprovider -v -rfE --tb=short --junitxml "$out/pytest.xml" --durations=10)
+  # What takes long says where it is, before its limit ends the process.
+  local options=(-p no:cacheprovider -v -rfE --tb=short --junitxml "$out/pytest.xml" --durations=10 -o faulthandler_timeout=20)
   has_module pytest || { say "SUMMARY: pytest is not installed"; return 3; }
   if has_module xdist; then options+=(-n "$(($(nproc) > 8 ? $(nproc) - 4 : $(nproc)))" --dist loadgroup); fi
   if has_module pytest_timeout; then options+=(--timeout 60 --timeout-method thread); fi
