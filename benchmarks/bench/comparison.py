@@ -137,8 +137,8 @@ def time_case(case: Case, libraries_: list[Library], machine: Machine, table: Ta
 
 def _cases(machine: Machine, arguments: argparse.Namespace) -> list[Case]:
     if arguments.features:
-        return dry_feature_cases() if machine.dry else feature_cases()
-    if machine.dry:
+        return dry_feature_cases() if machine.small else feature_cases()
+    if machine.small:
         return dry_cases()
     return full_cases() if arguments.full else quick_cases()
 

@@ -155,6 +155,11 @@ class Memory:
                 stream.held.append(self)
 
 
+def live_memory() -> list[Memory]:
+    """All allocations that something still holds."""
+    return list(_memories.values())
+
+
 class MemoryPointer:
     """An address in an allocation."""
 
@@ -338,7 +343,7 @@ def _launch_kernel(
     def run() -> None:
         _count_launch()
         check_alive()
-        buffers = [(memory.ptr, memory.size, "an array") for memory in list(_memories.values()) if memory.device_id == device]
+        buffers = [(memory.ptr, memory.size, "an array") for memory in live_memory() if memory.device_id == device]
         try:
             function.simulated.launch((gx, gy, gz), (bx, by, bz), shared_bytes, arguments, buffers)
         except Exception as error:
