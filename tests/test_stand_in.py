@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import share_simulator
 
 pytest.importorskip("cupy")
 pytest.importorskip("xdist")
@@ -57,6 +58,22 @@ def test_the_stand_in_refuses_machine_code(tmp_path: Path) -> None:
     (tmp_path / "real.cubin").write_bytes(b"\x7fELF")
     done = on_stand_in("-c", "import cupy, sys; cupy.RawModule(path=sys.argv[1])", tmp_path / "real.cubin")
     assert "give the stand-in a cache of its own" in done.stderr
+
+
+def test_kernels_compiled_ahead_are_found(tmp_path: Path) -> None:
+    """`warmup --into` on one machine, a call that must not compile on another."""
+    share_simulator(tmp_path)
+    options = ("--arch", "sm_90", "--head-dim", "32", "--dtype", "float16", "--causal", "--forward-only")
+    made = on_stand_in("-m", "cuflash", "warmup", *options, "--into", tmp_path)
+    assert "1 kernels are in the cache, 1 compiled now" in made.stdout, made.stderr
+    program = (
+        "import cupy, cuflash; x = cupy.zeros((1, 20, 2, 32), 'float16')\n"
+        "cuflash.scaled_dot_product_attention(x, x, x, is_causal=True); print('ran', cupy.cuda.launches[0].name)\n"
+        "cuflash.scaled_dot_product_attention(x, x, x)"
+    )
+    done = on_stand_in("-c", program, CUFLASH_CACHE_DIR=str(tmp_path), CUFLASH_COMPILE="forbid")
+    assert done.stdout == "ran forward_mma\n", done.stderr
+    assert "CompilationForbiddenError" in done.stderr, "the other kernel was not compiled"
 
 
 # --- Scripts that run on a GPU ------------------------------------------------------------------------------------------------------------
