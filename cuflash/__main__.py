@@ -87,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
 
     warmup = commands.add_parser("warmup", help="compile kernels ahead, so that no call has to")
     warmup.add_argument("--arch", help="the architecture to compile for (default: this machine's GPU, or the simulator)")
-    warmup.add_argument("--into", type=Path, metavar="DIR", help="keep them there, to be carried to another machine as its CUFLASH_CACHE_DIR")
+    warmup.add_argument(
+        "--into", type=Path, metavar="DIR", help="keep them there, to be carried to another machine as its CUFLASH_CACHE_DIR"
+    )
     warmup.add_argument("--causal", action="store_true", help="only the kernels of causal attention (default: causal and not)")
     add_cases(warmup)
     add_features(warmup)
@@ -266,7 +268,9 @@ def _warmup(options: argparse.Namespace) -> int:
     print(f"{count} kernels are in the cache, {compiled} compiled now, {time.perf_counter() - start:.1f} s; {cache.directory()}")
     if options.into is not None:
         version = ".".join(map(str, compiler.nvrtc_version()))
-        print(f"A machine with NVRTC {version} and this cuflash finds them with CUFLASH_CACHE_DIR={options.into}; with another NVRTC it compiles its own.")
+        print(
+            f"A machine with NVRTC {version} and this cuflash finds them with CUFLASH_CACHE_DIR={options.into}; with another NVRTC it compiles its own."
+        )
     return 0
 
 

@@ -18,7 +18,14 @@ pytest.importorskip("xdist")
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-NOT_OURS = ("CUFLASH_SIMULATOR_ARCH", "CUFLASH_COMPILE", "CUFLASH_TEST_DEADLINE", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")
+NOT_OURS = (
+    "CUFLASH_SIMULATOR_ARCH",
+    "CUFLASH_COMPILE",
+    "CUFLASH_TEST_DEADLINE",
+    "PYTEST_ADDOPTS",
+    "PYTEST_XDIST_WORKER",
+    "PYTEST_XDIST_WORKER_COUNT",
+)
 
 
 def environment(**more: str) -> dict[str, str]:
