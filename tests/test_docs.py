@@ -85,3 +85,10 @@ def test_recipes_for_flex_attention(simulator: Target, function: str, arguments:
     out = cuflash.scaled_dot_product_attention(q, k, v, layout="bhsd", **eval(f"dict({arguments})", given))
     numpy.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
     assert abs(expected - cuflash.scaled_dot_product_attention(q, k, v, layout="bhsd")).max() > 1e-2
+
+
+def test_what_was_measured_is_published() -> None:
+    """If this fails: python benchmarks/figures.py --publish."""
+    figures = runpy.run_path(str(DOCS.parent / "benchmarks" / "figures.py"))
+    for path, text in figures["published"]().items():
+        assert path.read_text() == text, path.name
