@@ -11,6 +11,7 @@ import base64
 import functools
 import json
 import os
+import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,19 +70,25 @@ def decode(entry: dict[str, Any]) -> Any:
 
 
 class Record:
-    """What was run; written after every case."""
+    """What was run; written every two seconds and at the end."""
 
     def __init__(self) -> None:
         path = os.environ.get("CUFLASH_CALIBRATION_OUT")
         self._path = Path(path) if path else None
+        self._written = time.monotonic()
         self.cases: list[dict[str, Any]] = []
 
     def add(self, case: dict[str, Any]) -> None:
         self.cases.append(case)
-        if self._path:
+        if time.monotonic() > self._written + 2:
+            self.write()
+
+    def write(self) -> None:
+        if self._path and self.cases:
             temporary = self._path.with_name(self._path.name + ".part")
             temporary.write_text(json.dumps({"cases": self.cases}))
             temporary.replace(self._path)
+        self._written = time.monotonic()
 
 
 # --- How far apart ------------------------------------------------------------------------------------------------------------------------
@@ -142,18 +149,21 @@ class Both:
         ptx = compile_ptx(source)
         arguments = list(arguments)
         inputs = [value for kind, value in arguments if kind == "array"]
-        simulated = run_on_simulator(ptx, kernel, arguments, grid, block, shared)[output]
+        case: dict[str, Any] = {"case": name, "kernel": kernel, "output": output}
+        measured = None if self._gpu is None else self._measure(case, ptx, kernel, arguments, grid, block, shared)[output]
+        try:
+            simulated = run_on_simulator(ptx, kernel, arguments, grid, block, shared)[output]
+        except Exception as error:
+            if measured is not None:  # no compiler for the simulator's core, perhaps: what the GPU gave is still worth keeping
+                self._record.add(case | {"simulator_error": str(error)[:500], "gpu": encode(measured)})
+            raise
+        if measured is not None and expected is not None:
+            case["not_as_expected"] = int(unequal(measured, expected.astype(measured.dtype).reshape(measured.shape)).sum())
         if expected is not None:
             wrong = numpy.flatnonzero(unequal(simulated, expected.astype(simulated.dtype).reshape(simulated.shape)).reshape(-1))
             assert wrong.size == 0, f"{name}: the simulator is not what NumPy expects at {wrong[:8]} and {wrong.size} places in all"
-        if self._gpu is None:
+        if measured is None:
             return simulated
-        case: dict[str, Any] = {"case": name, "kernel": kernel, "output": output}
-        try:
-            measured = self._gpu.run(ptx, kernel, arguments, grid, block, shared)[output]
-        except RuntimeError as error:
-            self._record.add(case | {"error": str(error)})
-            raise
         different = unequal(measured, simulated)
         case["different"], case["of"] = int(different.sum()), int(different.size)
         if measured.dtype == numpy.float32:
@@ -176,6 +186,14 @@ class Both:
         shown = [(int(i), measured.reshape(-1)[i], simulated.reshape(-1)[i]) for i in where[:6]]
         assert where.size == 0, f"{name}: {where.size} of {far.size} differ; (index, GPU, simulator): {shown}"
         return simulated
+
+    def _measure(self, case: dict[str, Any], *launch: Any) -> list[Any]:
+        assert self._gpu is not None
+        try:
+            return self._gpu.run(*launch)
+        except RuntimeError as error:
+            self._record.add(case | {"error": str(error)})
+            raise
 
     @staticmethod
     def _keep(case: dict[str, Any], inputs: list[Any], measured: Any, simulated: Any, different: Any) -> None:

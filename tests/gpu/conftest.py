@@ -34,8 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def record() -> Record:
-    return Record()
+def record() -> Iterator[Record]:
+    found = Record()
+    yield found
+    found.write()
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def run_on_simulator(ptx: bytes, kernel: str, arguments: Sequence[Argument], gri
     arrays = [aligned(value) for kind, value in arguments if kind == "array"]
     parameters, _ = pack(arguments, [array.ctypes.data for array in arrays], encode_tiled)
     buffers = [Buffer(array.ctypes.data, array.nbytes, f"array {i}") for i, array in enumerate(arrays)]
-    Module(ptx, kernel).launch((grid, 1, 1), (block, 1, 1), shared, parameters, buffers, Options(threads=1))
+    Module(ptx, kernel).launch((grid, 1, 1), (block, 1, 1), shared, parameters, buffers, Options())
     return [numpy.array(array) for array in arrays]
 
 

@@ -51,7 +51,7 @@ def _source() -> str:
             inner = f"{{.reg .b16 h, z; mov.b16 z, 0; {i} {operands}; mov.b32 %0, {{h, z}};}}"
         else:
             inner = f"{i} {operands};"
-        text += _kernel(_name(i), f'asm volatile("{inner}" : "=f"(d) : "f"(a[i]));')
+        text += _kernel(_name(i), f'u32 r; asm volatile("{inner}" : "=r"(r) : "f"(a[i])); d = __uint_as_float(r);')
     text += _kernel(
         "cvt_f32_f16", 'asm volatile("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(d) : "f"(a[i]));'
     )
