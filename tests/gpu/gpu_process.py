@@ -68,7 +68,13 @@ def run_on_simulator(ptx: bytes, kernel: str, arguments: Sequence[Argument], gri
 
 
 def encode_by_driver(
-    address: int, dtype: str, dims: Sequence[int], strides_bytes: Sequence[int], box: Sequence[int], swizzle: str = "none", oob_fill: str = "zero"
+    address: int,
+    dtype: str,
+    dims: Sequence[int],
+    strides_bytes: Sequence[int],
+    box: Sequence[int],
+    swizzle: str = "none",
+    oob_fill: str = "zero",
 ) -> bytes:
     """What `cuflash.simulator.tensor_map.encode_tiled` does, by `cuTensorMapEncodeTiled`."""
     driver = ctypes.CDLL("libcuda.so.1")
@@ -128,7 +134,9 @@ class GpuProcess:
     def __init__(self, stand_in: bool = STAND_IN) -> None:
         self._stand_in, self._process, self._connection = stand_in, None, None
 
-    def run(self, ptx: bytes, kernel: str, arguments: Sequence[Argument], grid: int, block: int, shared: int, seconds: float = 15) -> list[Any]:
+    def run(
+        self, ptx: bytes, kernel: str, arguments: Sequence[Argument], grid: int, block: int, shared: int, seconds: float = 15
+    ) -> list[Any]:
         """The arrays after the launch.
 
         Raises:

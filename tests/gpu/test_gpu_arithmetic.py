@@ -52,12 +52,13 @@ def _source() -> str:
         else:
             inner = f"{i} {operands};"
         text += _kernel(_name(i), f'u32 r; asm volatile("{inner}" : "=r"(r) : "f"(a[i])); d = __uint_as_float(r);')
-    text += _kernel(
-        "cvt_f32_f16", 'asm volatile("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(d) : "f"(a[i]));'
-    )
+    text += _kernel("cvt_f32_f16", 'asm volatile("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(d) : "f"(a[i]));')
     for i in BINARY:
         if i.startswith("fma"):
-            text += _kernel(_name(i), f'u32 r; asm volatile("{i} %0, %1, %2, %3;" : "=r"(r) : "r"(__float_as_uint(a[i])), "r"(__float_as_uint(b[i])), "r"(__float_as_uint(c[i]))); d = __uint_as_float(r);')
+            text += _kernel(
+                _name(i),
+                f'u32 r; asm volatile("{i} %0, %1, %2, %3;" : "=r"(r) : "r"(__float_as_uint(a[i])), "r"(__float_as_uint(b[i])), "r"(__float_as_uint(c[i]))); d = __uint_as_float(r);',
+            )
         elif i.startswith("cvt"):
             text += _kernel(_name(i), f'u32 r; asm volatile("{i} %0, %1, %2;" : "=r"(r) : "f"(a[i]), "f"(b[i])); d = __uint_as_float(r);')
         else:
@@ -91,7 +92,9 @@ def elementwise(both: Both, instruction: str, a: Any, b: Any, c: Any, as_bits: b
 
 @pytest.mark.parametrize("instruction", APPROXIMATE)
 def test_approximations(both: Both, instruction: str) -> None:
-    dense = numpy.linspace(-151, 129, 60000, dtype=numpy.float32) if "ex2" in instruction else numpy.linspace(-4, 4, 20000, dtype=numpy.float32)
+    dense = (
+        numpy.linspace(-151, 129, 60000, dtype=numpy.float32) if "ex2" in instruction else numpy.linspace(-4, 4, 20000, dtype=numpy.float32)
+    )
     a = numpy.concatenate([samples(0, 40000), dense])
     far = APPROXIMATE[instruction]
     if isinstance(far, int):
@@ -158,8 +161,17 @@ def test_reductions_in_global_memory(both: Both, kernel: str) -> None:
     normal = (numpy.abs(start) >= 2.0**-100) & (numpy.abs(added) >= 2.0**-100)
     with numpy.errstate(all="ignore"):
         expected = start[normal] + added[normal]
-    arguments = [("array", numpy.resize(start[normal], expected.size // 4 * 4)), ("array", numpy.resize(added[normal], expected.size // 4 * 4))]
-    both(f"red.global.add, {kernel}", SHUFFLES, kernel, [*arguments, ("i", arguments[0][1].size)], expected=expected[: expected.size // 4 * 4])
+    arguments = [
+        ("array", numpy.resize(start[normal], expected.size // 4 * 4)),
+        ("array", numpy.resize(added[normal], expected.size // 4 * 4)),
+    ]
+    both(
+        f"red.global.add, {kernel}",
+        SHUFFLES,
+        kernel,
+        [*arguments, ("i", arguments[0][1].size)],
+        expected=expected[: expected.size // 4 * 4],
+    )
     tiny = numpy.resize(numpy.array([1e-45, 1e-39, -1e-39, 1.1754942e-38, 0, -0.0, 2e-38, -1.2e-38], numpy.float32), 64)
     other = numpy.repeat(numpy.array([1e-45, -1e-39, 1.1754944e-38, -0.0, 1.0, 0, 1e-40, -2e-38], numpy.float32), 8)
     both(f"red.global.add of subnormals, {kernel}", SHUFFLES, kernel, [("array", tiny), ("array", other), ("i", 64)])

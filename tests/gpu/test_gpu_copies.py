@@ -84,7 +84,9 @@ def memory_of(dims: tuple[int, ...], itemsize: int, seed: int = 0) -> Any:
 
 def starts(dims: tuple[int, ...], box: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Inside, before the first element, across the last one, and wholly outside in one dimension."""
-    inside = tuple((extent - span) // 2 // 8 * 8 if i == 0 else (extent - span) // 2 for i, (extent, span) in enumerate(zip(dims, box, strict=True)))
+    inside = tuple(
+        (extent - span) // 2 // 8 * 8 if i == 0 else (extent - span) // 2 for i, (extent, span) in enumerate(zip(dims, box, strict=True))
+    )
     before = tuple(-(span // 2) for span in box)
     across = tuple(extent - span // 2 for extent, span in zip(dims, box, strict=True))
     outside = (*inside[:-1], dims[-1] + 3)
@@ -157,7 +159,10 @@ def test_tensor_stores_are_clipped(both: Both, rank: int, swizzle: str) -> None:
         both(f"store {rank}-D, swizzle {swizzle}, start {start}", SOURCES[rank], f"store_{rank}", arguments, shared=SHARED, keep=0)
 
 
-@pytest.mark.parametrize(("operation", "dtype"), [("add", "float32"), ("add", "bfloat16"), ("add", "float16"), ("add", "uint32"), ("max", "bfloat16"), ("min", "float16")])
+@pytest.mark.parametrize(
+    ("operation", "dtype"),
+    [("add", "float32"), ("add", "bfloat16"), ("add", "float16"), ("add", "uint32"), ("max", "bfloat16"), ("min", "float16")],
+)
 def test_tensor_reductions(both: Both, operation: str, dtype: str) -> None:
     itemsize = 2 if "16" in dtype else 4
     dims, box = (128 // itemsize + 8, 21), (64 // itemsize, 8)

@@ -133,7 +133,10 @@ def test_ldmatrix_and_stmatrix(both: Both) -> None:
     rows = words.view(numpy.uint16).reshape(-1, 8)[numpy.arange(32) * 5 % 32]
     lane = numpy.arange(32)
     for i in range(4):
-        pair = rows[8 * i + lane // 4, 2 * (lane % 4)].astype(numpy.uint32) | rows[8 * i + lane // 4, 2 * (lane % 4) + 1].astype(numpy.uint32) << 16
+        pair = (
+            rows[8 * i + lane // 4, 2 * (lane % 4)].astype(numpy.uint32)
+            | rows[8 * i + lane // 4, 2 * (lane % 4) + 1].astype(numpy.uint32) << 16
+        )
         assert (out[32 * i : 32 * i + 32] == pair).all()
 
 
@@ -273,12 +276,12 @@ def experiments(depth: int) -> tuple[list[str], Any, Any, Any]:
         for sign in (1, -1):
             for c in (1.0, -1.0):
                 add(f"c={c}, one product of {sign}*2^-{t}", {0: sign * tiny}, c)
-                add(f"c={c}, all products {sign}*2^-{t}", {k: sign * tiny for k in everywhere}, c)
+                add(f"c={c}, all products {sign}*2^-{t}", dict.fromkeys(everywhere, sign * tiny), c)
             add(f"c=0, first product 1, others {sign}*2^-{t}", {k: sign * tiny if k else 1.0 for k in everywhere}, 0)
             add(f"c=-1, first product 1, others {sign}*2^-{t}", {k: sign * tiny if k else 1.0 for k in everywhere}, -1)
             add(f"c=0, products 1, -1, others {sign}*2^-{t}", {k: sign * tiny if k > 1 else (1.0, -1.0)[k] for k in everywhere}, 0)
             add(f"c=0, first 1, last -1, others {sign}*2^-{t}", {k: {0: 1.0, depth - 1: -1.0}.get(k, sign * tiny) for k in everywhere}, 0)
-            add(f"c={sign}*2^-{t}, all products 1", {k: 1.0 for k in everywhere}, sign * tiny)
+            add(f"c={sign}*2^-{t}, all products 1", dict.fromkeys(everywhere, 1.0), sign * tiny)
             add(f"c={sign}*2^-{t}, products 1, -1", {0: 1.0, 1: -1.0}, sign * tiny)
             add(f"c={sign}*2^-{t}, products 1 and -1 in different halves", {0: 1.0, depth - 1: -1.0}, sign * tiny)
     for t in (22, 23, 24, 25, 26):  # which products are summed with which
@@ -350,4 +353,13 @@ def test_rounding_of_wgmma(both: Both, kind: str) -> None:
             ("array", numpy.zeros_like(start)), ("array", start), ("array", image.view(numpy.uint32)), ("array", numpy.zeros((4, 128), numpy.uint32)),
             ("array", numpy.zeros(2, numpy.uint32)), ("Q", descriptor), ("Q", descriptor), ("i", words), ("i", 64 * 32), ("i", 1),
         ]  # fmt: skip
-        both(f"wgmma {kind}: rounding, {case}", ROUNDING[kind], f"sums_{kind}", arguments, bound=bound, grid=len(a), block=128, shared=4 * words)
+        both(
+            f"wgmma {kind}: rounding, {case}",
+            ROUNDING[kind],
+            f"sums_{kind}",
+            arguments,
+            bound=bound,
+            grid=len(a),
+            block=128,
+            shared=4 * words,
+        )
