@@ -5,6 +5,7 @@ A clock is read by the SM itself. Everything is repeated; the value is the media
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -159,7 +160,7 @@ def timelines(machine: Any) -> Iterator[Record]:
         alone = runs[0]["done"][0]
         yield record(
             f"{kernel}: clocks between completions, alone",
-            [b - a for a, b in zip(alone, alone[1:], strict=False)],
+            [b - a for a, b in itertools.pairwise(alone)],
             "clocks",
             "eight products, each a commit group, each waited for; `runs` has the clocks of one to three warpgroups with these delays",
             first=alone[0],
