@@ -431,7 +431,9 @@ def _backward(
             if wants_mask:
                 grad_masked[b, h] = grad_scores
             if rules.sinks is not None:
-                grad_sinks[h] += minus * (numpy.where(numpy.isneginf(row_lse), 0, numpy.exp(work(rules.sinks[h]) - row_lse)) * delta[:, 0]).sum()
+                grad_sinks[h] += (
+                    minus * (numpy.where(numpy.isneginf(row_lse), 0, numpy.exp(work(rules.sinks[h]) - row_lse)) * delta[:, 0]).sum()
+                )
             grad_scores = rounded(numpy.where(visible, grad_scores * slope, 0)) if rules.softcap else grad_scores
         scaling = sized(work(factor))
         grad_q[b, h] = rounded(scaling * _matmul(grad_scores, sized(k[at_k]), visible))

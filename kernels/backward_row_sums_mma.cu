@@ -1,8 +1,8 @@
 // With an additive mask, after backward_delta: what the other backward kernels take for lse (tile/backward.cuh), row by row.
 //
-//     |lse| < LSE_LIMIT                reference = lse, +inf where no key was seen     log2_sum = 0
-//     |lse| >= LSE_LIMIT, the row's    reference = largest score of the row            log2_sum = log2 of the sum of exp(S - reference), sink included
-//     |lse| >= LSE_LIMIT, of more      reference = lse                                 log2_sum = 0
+//     |lse| < LSE_LIMIT         reference = lse, +inf where no key was seen    log2_sum = 0
+//     huge, of the row alone    reference = largest score of the row           log2_sum = log2 of the sum of exp(S - reference), sink included
+//     huge, of more keys        reference = lse                                log2_sum = 0
 //
 // Half a unit in the last place of lse is the relative error of all probabilities of a row that are computed from it. At the limit this is 2^-18,
 // what each score of that size is off by itself; at 65504 it is 0.2 %, and at 1e9 nothing is left of the logarithm of a sum. Ordinary scores are

@@ -76,7 +76,9 @@ def test_chunks_of_keys_with_an_additive_mask(target: Target, shift: float, dtyp
 
 
 @pytest.mark.parametrize("dtype", ["half", "float32"])
-@pytest.mark.parametrize("feature", [None, "window", "softcap", "alibi", "boolean_mask", "dropout", "segments", "prefix", "causal", "bottom_right"])
+@pytest.mark.parametrize(
+    "feature", [None, "window", "softcap", "alibi", "boolean_mask", "dropout", "segments", "prefix", "causal", "bottom_right"]
+)
 def test_chunks_of_keys(target: Target, feature: str | None, dtype: str) -> None:
     """Positions are those in the chunk."""
     options = {} if feature is None else FEATURES[feature]
