@@ -374,9 +374,7 @@ class _Merge:
         on_gpu = self.device.kind == "gpu"
         stream = self.framework.current_stream(self.device.index) if on_gpu else 0
         if self.tables:
-            table = self.framework.empty(
-                (self.count * _PART_BYTES // 4,), "int32", self.like
-            )  # given back when the launches are in the stream
+            table = self.framework.empty((self.count * _PART_BYTES // 4,), "int32", self.like)  # freed when all launches are in the stream
             pointers["table"] = pointer(table)
         buffers = () if on_gpu else launch.simulated_memory(self.memory, pointers, self.written)
         for group in self.tables:

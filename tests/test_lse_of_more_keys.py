@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy
 import pytest
-from conftest import Target, rounded
+from conftest import Target
 from test_features import FEATURES, SKV, SQ, B, H, additive_mask, inputs_of, placed
 
 import cuflash
-from cuflash.reference import EPSILON, attention, attention_backward, attention_naive_backward, compare, to_float64
+from cuflash.reference import EPSILON, attention, attention_backward, attention_naive_backward, compare
 
 SHIFTS = [0.0, 200.0, -200.0, 1e4, -65504.0]
 """What is added to all scores: below 128 lse is taken as it is, above it the sums over a row's own keys are found too."""
@@ -21,21 +21,20 @@ Chunk = tuple[list[Any], dict[str, Any]]
 
 
 def merged(outs: list[Any], lses: list[Any]) -> tuple[Any, Any]:
-    """Out and lse of all chunks, in float64; layout "bshd"."""
+    """Out and lse of all chunks in float64, from those of each; layout "bshd"."""
     whole = functools.reduce(numpy.logaddexp, lses)
     shares = [numpy.where(numpy.isneginf(lse), 0, numpy.exp(lse - numpy.where(numpy.isneginf(whole), 0, whole))) for lse in lses]
     return sum(share.transpose(0, 2, 1)[..., None] * out for share, out in zip(shares, outs, strict=True)), whole
 
 
 def check_chunks(target: Target, chunks: list[Chunk], seed: int = 99) -> list[Any]:
-    """Forward of each chunk, then backward of each with out and lse of all; every gradient judged by float64 with the exact lse of all keys.
+    """Forward of each chunk, `merge_attention`, backward of each with out and lse of all; every gradient judged by float64 with the exact lse of all keys.
 
-    The naive formula gets the lse that the call gets, rounded to float32.
+    The naive formula gets the out and lse that the call gets, which are rounded.
     """
     dtype = str(chunks[0][0][0].dtype)
     found = [cuflash.scaled_dot_product_attention(*inputs, return_lse=True, **options) for inputs, options in chunks]
-    out, lse = merged(*([to_float64(x) for x in results] for results in zip(*found, strict=True)))
-    given = {"out": target.place(rounded(out, dtype)), "lse": target.place(lse.astype(numpy.float32))}
+    given = dict(zip(("out", "lse"), cuflash.merge_attention(*zip(*found, strict=True)), strict=True))
     out, lse = merged(*map(list, zip(*(attention(*inputs, **options) for inputs, options in chunks), strict=True)))
     grad_out, grad_lse = target.random(out.shape, dtype, seed), target.random(lse.shape, "float32", seed + 1)
     every = []
@@ -83,6 +82,14 @@ def test_chunks_of_keys(target: Target, feature: str | None, dtype: str) -> None
     """Positions are those in the chunk."""
     options = {} if feature is None else FEATURES[feature]
     check_chunks(target, halves(target, target.half if dtype == "half" else dtype, options, options))
+
+
+@pytest.mark.parametrize("dtype", ["half", "float32"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_chunks_of_keys_with_large_products(target: Target, masked: bool, dtype: str) -> None:
+    """Scores of some hundreds, of both signs, that no mask made."""
+    chunks = [{"scale": 20.0, **({"attn_mask": additive_mask(SQ, SKV, seed=seed)} if masked else {})} for seed in (8, 21)]
+    check_chunks(target, halves(target, target.half if dtype == "half" else dtype, *chunks))
 
 
 @pytest.mark.parametrize("feature", ["window", "softcap", "alibi", "dropout", "segments", "prefix", "causal", "bottom_right"])
