@@ -28,12 +28,15 @@ import pytest
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from conftest import ELEMENTS, SIMULATED, VIEWS, Target, rounded
+from conftest import ELEMENTS, SIMULATED, VIEWS, GradientJudge, Target, rounded
 
-from cuflash import cache, calls, launch
+import cuflash
+from cuflash import cache, calls, launch, reference
 
 GROUPS = 27
 CALLS_PER_GROUP = 12
+SHARES = 4
+"""One call in so many is also judged with the out and lse of more keys than it sees."""
 LONGEST = [40, 40, 40, 200]
 """How long sequences are at most; most calls are short, since a call costs what its tiles cost."""
 
@@ -228,12 +231,58 @@ def judge(target: Target, call: Call) -> None:
         target.check(call.query, call.key, call.value, grad_out=call.grad_out, grad_lse=call.grad_lse, **call.options)
 
 
+def judge_share(target: Target, call: Call) -> None:
+    """The gradients of a call whose out and lse are merged with those of keys that it does not see.
+
+    Where an additive mask makes lse huge, float32 does not hold the share of these keys: tests/test_lse_of_more_keys.py.
+    """
+    inputs, packed, numbers = (call.query, call.key, call.value), call.offsets is not None, numpy.random.default_rng(5)
+    function = "varlen_attention" if packed else "scaled_dot_product_attention"
+    where = (*(call.offsets or ()), *(call.bounds if packed else ()))
+    out, lse = getattr(cuflash, function)(*inputs, *where, return_lse=True, **call.options)
+    own = target.host(lse)
+    if numpy.abs(own[numpy.isfinite(own)]).max(initial=0) >= 128:
+        return
+    others = numpy.where(numpy.isfinite(own), own, 0) + numbers.normal(0, 2, own.shape)
+    others[numbers.random(own.shape) < 0.1] = -numpy.inf
+    if call.offsets is not None:
+        others[:, int(call.offsets[0][-1]) :] = -numpy.inf  # tokens of no sequence see no key anywhere
+    parts = (
+        [out, target.place(rounded(numbers.standard_normal(out.shape), str(out.dtype)))],
+        [lse, target.place(others.astype(numpy.float32))],
+    )
+    merged = cuflash.merge_attention(*parts, layout=call.options.get("layout", "bshd"))
+    mask = call.options.get("attn_mask")
+    need = {"need_attn_mask_grad": True} if mask is not None and mask.dtype != bool else {}
+    grads = getattr(cuflash, f"{function}_backward")(
+        call.grad_out, *inputs, *merged, *where, grad_lse=call.grad_lse, **call.options, **need
+    )
+
+    def gradients(out: Any = None, precision: Any = None, magnitudes: bool = False) -> reference.Gradients:
+        options = {"out": merged[0], "lse": merged[1], "grad_lse": call.grad_lse, **call.options}
+        options = {name: option for name, option in options.items() if name != "deterministic"}
+        if call.offsets is not None:
+            return reference.varlen_attention_backward(
+                call.grad_out, *inputs, *call.offsets, precision=precision, magnitudes=magnitudes, **options
+            )
+        if precision is not None:
+            return reference.attention_naive_backward(call.grad_out, *inputs, precision, **options)
+        return reference.attention_backward(call.grad_out, *inputs, magnitudes=magnitudes, **options)
+
+    judge_gradient = GradientJudge(gradients, merged[0], str(call.query.dtype))
+    for name in ("query", "key", "value", "attn_mask", "sinks"):
+        if getattr(grads, name) is not None:
+            judge_gradient(name, getattr(grads, name))
+
+
 @pytest.mark.parametrize("group", range(GROUPS), ids="group{}".format)
 def test_random_configurations(simulator: Target, group: int) -> None:
     for index in range(CALLS_PER_GROUP):
         call = draw_call(simulator, 0, group, index)
         print(f"group {group}, index {index}: {call.describe()}")  # pytest shows the last one if it fails
         judge(simulator, call)
+        if index % SHARES == 0:
+            judge_share(simulator, call)
 
 
 def test_calls_are_drawn_the_same_every_time(simulator: Target) -> None:
@@ -269,6 +318,8 @@ def run_group(arch: str | None, seed: int, count: int, group: int) -> dict[str, 
         call = draw_call(target, seed, group, index)
         try:
             judge(target, call)
+            if index % SHARES == 0:
+                judge_share(target, call)
         except Exception as error:
             failures.append(f"group {group}, index {index}, {arch}: {call.describe()}: {type(error).__name__}: {error}")
     calls._calls.clear()
