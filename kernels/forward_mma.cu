@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 
   float O[M_TILES][DV_TILES][4];
   clear(O);
-  OnlineSoftmax<M_TILES, ADDITIVE_MASK> softmax;
+  OnlineSoftmax<M_TILES, ADDITIVE_MASK, PROBABILITY_SHIFT> softmax;
   const ScoreModifier modifier(geometry, arguments.features, work.batch, work.head);
   const Dropout dropout(arguments.features);
 
