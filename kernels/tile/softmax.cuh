@@ -84,6 +84,9 @@ struct OnlineSoftmax {
     }
   }
 
+  // What turns numbers relative to an earlier reference of the row into such relative to the present one.
+  DEVICE float rescale_since(float earlier, int m, int r) const { return ex2(in_log2(earlier - reference[m][r])); }
+
   // A logit in the denominator alone, without a key or a value: the sum of each row grows by exp(sink) (Xiao et al. 2024, arXiv 2309.17453). The
   // logit is in units of the scores.
   template <int N_O>
