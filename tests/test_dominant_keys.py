@@ -126,7 +126,9 @@ def test_small_probabilities_in_float16(target: Target, gap: float) -> None:
 @pytest.mark.parametrize("size", [0.01, 1.0, 200.0])
 def test_lse_of_float16_is_as_exact_as_that_of_float32(target: Target, size: float) -> None:
     """The scaled probabilities of float16 have exponents around 15, which are rounded more coarsely than those around 0."""
-    inputs = [target.place(rounded(size**0.5 * target.host(target.random((1, 200, 2, 32), "float16", seed)), "float16")) for seed in range(3)]
+    inputs = [
+        target.place(rounded(size**0.5 * target.host(target.random((1, 200, 2, 32), "float16", seed)), "float16")) for seed in range(3)
+    ]
     target.check(*inputs, backward=False)
 
 
@@ -142,7 +144,9 @@ def test_values_as_large_as_float16_holds(target: Target) -> None:
 def test_huge_scores_in_float16(target: Target, score: float) -> None:
     """Around 2^22 in log2 units exponents are clamped; P must not pass 65504 on either side."""
     query = target.place(rounded(numpy.full((1, 32, 1, 16), 1.0), "float16"))
-    key = target.place(rounded(numpy.where(numpy.arange(300) % 3 == 0, 1.0, 0.5)[None, :, None, None] * numpy.ones((1, 300, 1, 16)), "float16"))
+    key = target.place(
+        rounded(numpy.where(numpy.arange(300) % 3 == 0, 1.0, 0.5)[None, :, None, None] * numpy.ones((1, 300, 1, 16)), "float16")
+    )
     value = target.random((1, 300, 1, 16), "float16", 3)
     target.check(query, key, value, scale=score / 16, backward=False)
 
