@@ -9,7 +9,7 @@ The functions here take the arguments of a public function by name, all of them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -20,6 +20,7 @@ from cuflash.options import check_bool
 from cuflash.planning import Plan, make_plan
 from cuflash.prepared import Gradients, PreparedBackward, PreparedForward
 from cuflash.problem import Problem, make_problem
+from cuflash.tiles import Tile
 
 Arguments = Mapping[str, Any]
 
@@ -122,12 +123,12 @@ def _find(function: str, arguments: Arguments) -> tuple[Hashable | None, Any, di
     """The key of a call, what was prepared for it, and what is written into its argument structs: addresses, and the words of a seed.
 
     The key is all that the preparation depends on; on addresses it depends for their alignment only, and on seeds not at all. It is None where it cannot be
-    had cheaply. Types are part of it: True and 1 are not the same option.
+    had cheaply. Types are part of it, those of what options hold too: True and 1 are not the same option, nor are the windows (1, 0) and (True, 0).
     """
     names, arrays, others = _getters.get(function) or _getters_of(function, arguments)
     pointers, state = features.drawn_from(arguments["dropout_p"], arguments["dropout_seed"])
     values = others(arguments)
-    seen: list[Hashable] = [function, device.simulator_arch(), bool(pointers), values, tuple(map(type, values))]
+    seen: list[Hashable] = [function, device.simulator_arch(), bool(pointers), values, _types_of(values)]
     for name, operand in zip(names, (*arrays(arguments), state), strict=True):
         if operand is None:
             seen.append(None)
@@ -148,6 +149,27 @@ def kept(seen: list[Hashable]) -> tuple[Hashable | None, Any]:
         return key, _calls.get(key)
     except TypeError:
         return None, None
+
+
+_SCALARS = frozenset((type(None), bool, int, float, str))
+
+
+def _types_of(values: Collection[Any]) -> tuple[Hashable, ...]:
+    """The type of each value, and behind them the types of what they hold."""
+    types = tuple(map(type, values))
+    if _SCALARS.issuperset(types):
+        return types
+    return types + tuple([_types_within(value) for value in values if type(value) not in _SCALARS])
+
+
+def _types_within(value: object) -> tuple[Hashable, ...]:
+    if isinstance(value, tuple):
+        return _types_of(value)
+    if isinstance(value, Tile):
+        return _types_of(vars(value).values())
+    if isinstance(value, Mapping):
+        return (*_types_of(value), *_types_of(value.values()))
+    return ()
 
 
 def keep(key: Hashable | None, call: Any) -> None:

@@ -115,6 +115,34 @@ def kernels_of_group(seed: int, group: int) -> Kernels:
     return Kernels(*kind, features, draw.choice(["float16", "bfloat16", "float32"]), sequences)
 
 
+INPUTS = ("query", "key", "value")
+
+
+class Extremes:
+    """What in every other call is not normally distributed: a key that outweighs the others, at either end, and tiny or huge gradients of the output.
+
+    Drawn by itself, so that everything else of a call is what it is without.
+    """
+
+    def __init__(self, kernels: Kernels, seed: int, group: int, index: int, scale: float | None) -> None:
+        draw = random.Random(f"{seed} extremes {group} {index}")
+        sizes = [2.0**-8, 2.0**6] if kernels.dtype == "float16" else [2.0**-40, 2.0**40]
+        self.grad_size = draw.choice([1.0, 1.0, *sizes])
+        self.dominant = draw.choice([None, None, 0, -1])
+        self.gap = draw.choice([6.0, 17.0, 25.0]) / (kernels.head_dim**-0.5 if scale is None else scale)
+
+    def apply(self, name: str, values: Any) -> Any:
+        """The values of an input (batch, seqlen, heads, head_dim), changed in place."""
+        if name == "grad_out":
+            values *= self.grad_size
+        elif self.dominant is not None and values.shape[1] > 0:
+            if name == "query":
+                values[..., 0] = 2
+            elif name == "key":
+                values[:, self.dominant, :, 0] = self.gap / 2
+        return values
+
+
 def draw_call(target: Target, seed: int, group: int, index: int) -> Call:
     """The call with the given numbers: always the same one."""
     kernels = kernels_of_group(seed, group)
@@ -136,8 +164,11 @@ def draw_call(target: Target, seed: int, group: int, index: int) -> Call:
     def length() -> int:
         return draw.choice([draw.randint(1, longest), min(longest, draw.choice([1, 16, 31, 64, 65, 128]))])
 
-    def array(shape: tuple[int, int, int, int], layout: str = "bshd") -> Any:
-        view = target.place(VIEWS[draw.choice(target.views)](rounded(numbers.standard_normal(shape), kernels.dtype)))
+    extremes = Extremes(kernels, seed, group, index, options["scale"])
+
+    def array(name: str, shape: tuple[int, int, int, int], layout: str = "bshd") -> Any:
+        values = extremes.apply(name, numbers.standard_normal(shape))
+        view = target.place(VIEWS[draw.choice(target.views)](rounded(values, kernels.dtype)))
         return view.transpose(["bshd".index(letter) for letter in layout])
 
     dims = kernels.head_dim, kernels.head_dim, kernels.head_dim_v
@@ -146,22 +177,22 @@ def draw_call(target: Target, seed: int, group: int, index: int) -> Call:
         count = draw.randint(1, 4)
         lengths = [[draw.choice([0, length(), length(), length()]) for _ in range(count)] for _ in range(2)]
         tokens = [sum(x) + draw.choice([0, 0, 7]) for x in lengths]
-        shapes = zip((tokens[0], tokens[1], tokens[1]), (heads, heads_of_key, heads_of_value), dims, strict=True)
-        query, key, value = (array((1, *shape))[0] for shape in shapes)
+        shapes = zip(INPUTS, (tokens[0], tokens[1], tokens[1]), (heads, heads_of_key, heads_of_value), dims, strict=True)
+        query, key, value = (array(name, (1, *shape))[0] for name, *shape in shapes)
         for name in kernels.features:
             options |= draw_feature(name, (count, heads, max(lengths[0]), max(lengths[1])), kernels.mask_dtype, draw, numbers, target)
         ends = [target.place(numpy.concatenate([[0], numpy.cumsum(x)]).astype(numpy.int32)) for x in lengths]
         bounds = draw.choice([(None, None), (max(lengths[0]), max(lengths[1])), (max(lengths[0]), None)])
         grad_lse = None if draw.random() < 0.3 else target.place(numbers.standard_normal((heads, tokens[0])).astype(numpy.float32))
-        return Call(query, key, value, array((1, tokens[0], heads, dims[2]))[0], grad_lse, options, (ends[0], ends[1]), bounds)
+        return Call(query, key, value, array("grad_out", (1, tokens[0], heads, dims[2]))[0], grad_lse, options, (ends[0], ends[1]), bounds)
 
     seqlen_q, seqlen_kv = length(), length()
     if draw.random() < 0.3:
         seqlen_kv = seqlen_q
     layout = options["layout"] = draw.choice(["bshd", "bshd", "bhsd", "sbhd", "dhsb"])
-    query = array((batch, seqlen_q, heads, dims[0]), layout)
-    key = array((draw.choice([1, batch, batch]), seqlen_kv, heads_of_key, dims[1]), layout)
-    value = array((draw.choice([1, batch, batch]), seqlen_kv, heads_of_value, dims[2]), layout)
+    query = array("query", (batch, seqlen_q, heads, dims[0]), layout)
+    key = array("key", (draw.choice([1, batch, batch]), seqlen_kv, heads_of_key, dims[1]), layout)
+    value = array("value", (draw.choice([1, batch, batch]), seqlen_kv, heads_of_value, dims[2]), layout)
     shape = (batch, heads, seqlen_q, seqlen_kv)
     for name in kernels.features:
         options |= draw_feature(name, shape, kernels.mask_dtype, draw, numbers, target)
@@ -169,7 +200,7 @@ def draw_call(target: Target, seed: int, group: int, index: int) -> Call:
         own = [draw.choice([0, seqlen_kv, draw.randint(1, seqlen_kv)]) for _ in range(batch)]
         options["seqlens_kv"] = target.place(numpy.array(own, numpy.int32))
     grad_lse = None if draw.random() < 0.3 else target.place(numbers.standard_normal(shape[:3]).astype(numpy.float32))
-    return Call(query, key, value, array((batch, seqlen_q, heads, dims[2]), layout), grad_lse, options)
+    return Call(query, key, value, array("grad_out", (batch, seqlen_q, heads, dims[2]), layout), grad_lse, options)
 
 
 def draw_feature(
