@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -342,7 +343,9 @@ def arch_of_group(kernels: Kernels, group: int) -> str:
 def run_group(arch: str | None, seed: int, count: int, group: int) -> dict[str, Any]:
     """Judge the first `count` calls of a group; the result goes into the record as it is."""
     kernels = kernels_of_group(seed, group)
-    os.environ["CUFLASH_SIMULATOR_ARCH"] = arch = arch or arch_of_group(kernels, group)
+    arch = arch or arch_of_group(kernels, group)
+    if arch != "gpu":
+        os.environ["CUFLASH_SIMULATOR_ARCH"] = arch
     target = Target(arch)
     begin, failures = time.process_time(), []
     for index in range(count):
@@ -359,7 +362,7 @@ def run_group(arch: str | None, seed: int, count: int, group: int) -> dict[str, 
     return {
         "group": group,
         "calls": count,
-        "names": [*kernels.names(), f"simulator as {arch}"],
+        "names": [*kernels.names(), target.device.name if target.is_gpu else f"simulator as {arch}"],
         "failures": failures,
         "seconds": time.process_time() - begin,
     }
@@ -400,7 +403,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=20_000, help="how many calls")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other calls")
     parser.add_argument("--per-group", type=int, default=100, help="calls that share compiled kernels")
-    parser.add_argument("--arch", choices=SIMULATED, help="what the simulator poses as; default one or another for each set of kernels")
+    parser.add_argument(
+        "--arch", choices=(*SIMULATED, "gpu"), help="what the simulator poses as, or a GPU; default one or another for each set of kernels"
+    )
     parser.add_argument("--processes", type=int, default=2, help="to run at the same time")
     parser.add_argument("--record", type=Path, help="file for results of groups; those that it holds are not run again")
     parser.add_argument("--output", type=Path, help="file for the table; without it the table is printed")
@@ -412,7 +417,8 @@ def main() -> int:
     results = [kept[group] for group, count in wanted if group in kept and kept[group]["calls"] == count]
     held = {result["group"] for result in results}
     begin = time.perf_counter()
-    with ProcessPoolExecutor(chosen.processes) as pool, record.open("a") as file:
+    # A CUDA context does not survive a fork.
+    with ProcessPoolExecutor(chosen.processes, get_context("spawn" if chosen.arch == "gpu" else None)) as pool, record.open("a") as file:
         waiting = [pool.submit(partial(run_group, chosen.arch, chosen.seed), count, group) for group, count in wanted if group not in held]
         for done in as_completed(waiting):
             result = done.result()
