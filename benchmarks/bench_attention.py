@@ -14,7 +14,7 @@ Every library works on the same arrays, and its results are compared with float6
 that cannot do a case has its reason in the table. FLOP are those of the visible scores (bench/cases.py). Events around each call give median and
 quantiles; clocks are read while the GPU works. JAX works on streams of its own and is timed by the wall clock over many calls.
 
-`--dry-run` takes tiny shapes on the simulator, or torch on the CPU, and the wall clock: it tests this program, its times mean nothing.
+`--small` takes tiny shapes, and `--dry-run` also the simulator, or torch on the CPU, and the wall clock: they test this program, their times mean nothing.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument(
         "--like", type=Path, metavar="CACHE", help="with --compile: also what tests compiled for the simulator as --arch into this cache"
     )
+    parser.add_argument("--small", action="store_true", help="test this program on a GPU: tiny shapes, few cases")
     parser.add_argument("--dry-run", action="store_true", help="test this program without a GPU")
     arguments = parser.parse_args()
     if arguments.worst:
@@ -79,7 +80,7 @@ def main() -> int:
     warnings.simplefilter("ignore")  # torch warns for every backend that does not take a case
     if arguments.compile:
         return compile_all(arguments)
-    machine = Machine(arguments.dry_run)
+    machine = Machine(arguments.dry_run, arguments.small)
     for chosen, action in (
         (arguments.tiles, sweep_tiles), (arguments.host, host_cost), (arguments.facts, facts), (arguments.one, one_call),
     ):  # fmt: skip

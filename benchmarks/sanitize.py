@@ -39,13 +39,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="JSON file for the figures of --simulator")
     parser.add_argument("--seconds", type=float, default=3600.0, help="begin no case after this time")
     parser.add_argument("--count", action="store_true", help="print how many cases there are, and run none")
+    parser.add_argument("--small", action="store_true", help="few cases, to test this program on a GPU")
     parser.add_argument("--dry-run", action="store_true", help="take the simulator for the GPU, and few cases")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
     checking = arguments.check or arguments.worker is not None
     cases = check_cases() if checking else simulator_cases() if arguments.simulator else tiny_cases()
-    if arguments.dry_run:
+    if arguments.dry_run or arguments.small:
         cases = dry_cases(cases)
     cases = [case for case in cases if re.search(arguments.cases, str(case))]
     if arguments.count:

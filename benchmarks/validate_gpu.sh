@@ -8,6 +8,7 @@
 #   --seconds N     for all steps together; default 530. A step gets the smaller of its own limit and what is left
 #   --full          every case and library in `bench`, without a limit of its own
 #   --archive FILE  OUT_DIR as .tar.gz, renewed after every step; wrong results go to FILE.failures.tar.gz
+#   --small         tiny shapes, few cases and tests: whether this script works on a GPU
 #   --dry-run       tiny shapes on the simulator and stand-ins for the tools: tests this script; writes nothing below benchmarks/results
 #   --list          the steps and their limits
 #
@@ -40,7 +41,7 @@ SECOND="sanitize features tiles host profile figures"
 
 usage() { sed -n '2,/^set -u/{/^set -u/d;s/^# \{0,1\}//;p;}' "$0"; }
 
-total=530 full="" archive="" dry="" out="" chosen=""
+total=530 full="" archive="" dry="" small="" out="" chosen=""
 while [ $# -gt 0 ]; do
   case $1 in
     --first) total=330 chosen=$FIRST ;;
@@ -48,6 +49,7 @@ while [ $# -gt 0 ]; do
     --seconds) total=${2:?--seconds needs a number}; shift ;;
     --archive) archive=${2:?--archive needs a file}; shift ;;
     --full) full=1 ;;
+    --small) small=--small ;;
     --dry-run) dry=--dry-run ;;
     --list) printf '%s' "$STEPS"; exit 0 ;;
     -h | --help) usage; exit 0 ;;
@@ -90,27 +92,30 @@ results_folder() { find "$out/results" -mindepth 1 -maxdepth 1 -type d 2>/dev/nu
 step_facts() {
   command -v nvidia-smi >/dev/null && nvidia-smi
   "$python" -m cuflash info
-  "$python" "$bench" $dry --facts --output "$results"
+  "$python" "$bench" $how --facts --output "$results"
   local code=$?
   cp "$results/facts.json" "$out/facts.json"
   [ -z "$dry" ] && nvidia-smi -q -d CLOCK,PERFORMANCE,POWER,TEMPERATURE
   return $code
 }
 
-step_compile() { "$python" "$bench" $dry --compile --seconds $((limit - 5)); }
+step_compile() { "$python" "$bench" $how --compile --seconds $((limit - 5)); }
 
-step_smoke() { "$python" "$calls" $dry --check --seconds $((limit - 5)) --keep "$out/failures"; }
+step_smoke() { "$python" "$calls" $how --check --seconds $((limit - 5)) --keep "$out/failures"; }
 
-step_streams() { "$python" -X faulthandler "$calls" $dry --streams; }
+step_streams() { "$python" -X faulthandler "$calls" $how --streams; }
 
 step_pytest() {
-  local options=(-p no:cacheprovider -v -rfE --tb=short --junitxml "$out/pytest.xml" --durations=10)
+  # What takes long says where it is, before its limit ends the process.
+  local options=(-p no:cacheprovider -v -rfE --tb=short --junitxml "$out/pytest.xml" --durations=10 -o faulthandler_timeout=20)
   has_module pytest || { say "SUMMARY: pytest is not installed"; return 3; }
   if has_module xdist; then options+=(-n "$(($(nproc) > 8 ? $(nproc) - 4 : $(nproc)))" --dist loadgroup); fi
   if has_module pytest_timeout; then options+=(--timeout 60 --timeout-method thread); fi
   for module in hypothesis ml_dtypes; do has_module $module || say "$module is not installed: the tests will not be collected"; done
   if [ -n "$dry" ]; then
     options+=(-k "sm_80 and test_edge_cases") # a handful on the simulator
+  elif [ -n "$small" ]; then
+    options+=(-m gpu -k test_graphs)
   else
     options+=(-m gpu)
   fi
@@ -134,7 +139,7 @@ step_constants() {
     --output "$results" --seconds $((limit - 8))
 }
 
-step_simulator() { "$python" "$calls" $dry --simulator --seconds $((limit - 8)) --output "$results/simulator.json"; }
+step_simulator() { "$python" "$calls" $how --simulator --seconds $((limit - 8)) --output "$results/simulator.json"; }
 
 step_sanitize() {
   local tool tools="memcheck racecheck initcheck synccheck" code=0 word="" pids=() options
@@ -146,7 +151,7 @@ step_sanitize() {
     [ "$tool" = racecheck ] && options+=(--racecheck-report all)
     local command=("$sanitizer" "${options[@]}" "$python")
     [ -n "$dry" ] && command=("$python")
-    timeout -k 5 $((limit - 6)) "${command[@]}" "$calls" $dry --seconds $((limit - 20)) >"$out/logs/sanitize-$tool.txt" 2>&1 &
+    timeout -k 5 $((limit - 6)) "${command[@]}" "$calls" $how --seconds $((limit - 20)) >"$out/logs/sanitize-$tool.txt" 2>&1 &
     pids+=($!)
   done
   local index=0
@@ -158,7 +163,7 @@ step_sanitize() {
     grep -vE '^========= *$' "$out/logs/sanitize-$tool.txt" | head -n 60
     tail -n 5 "$out/logs/sanitize-$tool.txt"
     [ $status -eq 0 ] || code=1
-    word="$word $tool $status ($(grep -cE '^(ran|NaN)' "$out/logs/sanitize-$tool.txt") of $("$python" "$calls" $dry --count) cases);"
+    word="$word $tool $status ($(grep -cE '^(ran|NaN)' "$out/logs/sanitize-$tool.txt") of $("$python" "$calls" $how --count) cases);"
   done
   say "SUMMARY:$word exit code 86 means that the tool found something"
   return $code
@@ -167,14 +172,14 @@ step_sanitize() {
 step_bench() {
   local mode=--quick
   [ -n "$full" ] && mode=--full
-  "$python" -X faulthandler "$bench" $dry $mode --seconds $((limit - 12)) --output "$results"
+  "$python" -X faulthandler "$bench" $how $mode --seconds $((limit - 12)) --output "$results"
 }
 
-step_features() { "$python" -X faulthandler "$bench" $dry --features --seconds $((limit - 10)) --output "$results"; }
+step_features() { "$python" -X faulthandler "$bench" $how --features --seconds $((limit - 10)) --output "$results"; }
 
-step_tiles() { "$python" -X faulthandler "$bench" $dry --tiles --seconds $((limit - 8)) --output "$results"; }
+step_tiles() { "$python" -X faulthandler "$bench" $how --tiles --seconds $((limit - 8)) --output "$results"; }
 
-step_host() { "$python" "$bench" $dry --host --output "$results"; }
+step_host() { "$python" "$bench" $how --host --output "$results"; }
 
 step_profile() {
   local ncu case code=0 number=0 cases=("bfloat16 128 4096 causal forward") found
@@ -191,7 +196,7 @@ step_profile() {
       --section Occupancy --section LaunchStats --section InstructionStats "$python")
     [ -n "$dry" ] && command=("$python")
     # shellcheck disable=SC2086
-    timeout -k 5 $(((limit - 6) / ${#cases[@]})) "${command[@]}" "$bench" $dry --one $case >"$out/logs/profile-$number.txt" 2>&1 || code=1
+    timeout -k 5 $(((limit - 6) / ${#cases[@]})) "${command[@]}" "$bench" $how --one $case >"$out/logs/profile-$number.txt" 2>&1 || code=1
     say "=== profile-$number.txt: $case"
     grep -E '^ +(forward_mma|backward_)|Duration|Throughput|Registers Per|Achieved Occ|Theoretical Occ|No Eligible|Issued Warp|Bank|bank|Stall|stall|Error|error' \
       "$out/logs/profile-$number.txt" | head -n 60
@@ -233,7 +238,8 @@ setsid "$python" -c "from cuflash.simulator import build; build.library_path()" 
 core=$!
 [ -z "$dry" ] || wait $core # every step of a rehearsal needs it, and some have a limit for each case
 
-export limit out results dry full bench calls python
+how="$dry $small"
+export limit out results dry small how full bench calls python
 failed=0
 running=() # steps that have not ended
 declare -A pid_of begun_of limit_of

@@ -72,8 +72,9 @@ def test_plans_of_packed_sequences_at_64k(simulator: Target, backward: bool) -> 
     assert plan.workspace_bytes == (8 * seqlen if backward else 0)
 
 
-@pytest.fixture(params=["sm_80", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
+@pytest.fixture(params=["sm_90", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
 def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """The simulator poses as sm_90, so that `bench_attention.py --compile --arch sm_90 --like CACHE` knows these kernels, which no other tests have."""
     pytest.importorskip("cupy")
     if request.param != "gpu":
         monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", request.param)

@@ -396,7 +396,7 @@ def test_calls_under_the_sanitizers_run_dry() -> None:
 
 
 def test_what_a_machine_cannot_check_is_skipped_not_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    options = argparse.Namespace(dry_run=True)
+    options = argparse.Namespace(dry_run=True, small=False)
     for trouble, verdict, status in (
         (streams.Skipped("one GPU only"), "skipped: one GPU only", 0),
         (NotImplementedError("gone"), "WRONG", 1),

@@ -137,8 +137,8 @@ def time_case(case: Case, libraries_: list[Library], machine: Machine, table: Ta
 
 def _cases(machine: Machine, arguments: argparse.Namespace) -> list[Case]:
     if arguments.features:
-        return dry_feature_cases() if machine.dry else feature_cases()
-    if machine.dry:
+        return dry_feature_cases() if machine.small else feature_cases()
+    if machine.small:
         return dry_cases()
     return full_cases() if arguments.full else quick_cases()
 
@@ -174,7 +174,8 @@ def compare_libraries(machine: Machine, arguments: argparse.Namespace) -> int:
                 print(f"out of time after {number} of {len(chosen)} cases of {library.label}")
                 break
             list(time_case(case, [library], machine, table, seconds))
-    print(f"SUMMARY: {done} of {len(cases)} cases timed, {wrong} wrong results of cuflash")
+    before = f", the first {arguments.begin} by processes that have lost their GPU" if arguments.begin else ""
+    print(f"SUMMARY: {done} of {len(cases)} cases timed{before}, {wrong} wrong results of cuflash")
     return int(wrong > 0 or (done < len(cases) and not quick))
 
 

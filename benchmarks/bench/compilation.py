@@ -55,10 +55,11 @@ def requests_like(cache_directory: Path, on: device.Device) -> list[Any]:
 def compile_all(arguments: argparse.Namespace) -> int:
     """`--compile`: one failure does not keep the others from being compiled. With `--arch` no GPU has to be there."""
     on = device.of_arch(arguments.arch, "gpu") if arguments.arch is not None else Machine(arguments.dry_run).device
+    small = arguments.dry_run or arguments.small
     wanted: dict[Any, None] = {}
     for calls in (check_cases(), tiny_cases(), simulator_cases()):
-        wanted |= dict.fromkeys(requests_of_calls(calls[:1] if arguments.dry_run else calls, on))
-    cases = [*dry_cases(), *dry_feature_cases()[:1]] if arguments.dry_run else [*quick_cases(), *feature_cases()]
+        wanted |= dict.fromkeys(requests_of_calls(calls[:1] if small else calls, on))
+    cases = [*dry_cases(), *dry_feature_cases()[:1]] if small else [*quick_cases(), *feature_cases()]
     wanted |= dict.fromkeys(requests_of(cases, on))
     if arguments.like is not None:
         wanted |= dict.fromkeys(requests_like(arguments.like, on))

@@ -22,7 +22,7 @@ from cuflash.samples import Sample
 
 def host_cost(machine: Machine, arguments: argparse.Namespace) -> int:
     """`--host`: microseconds of a warm call on small arrays until it returns, the launch included and the GPU's work not."""
-    seqlen = 32 if machine.dry else 128
+    seqlen = 32 if machine.small else 128
     sample = Sample(seqlen_q=seqlen, seqlen_kv=seqlen, num_heads_q=2, num_heads_kv=2, dtype="float16", is_causal=True)
     torch = the_torch()
     rows: list[dict[str, Any]] = []
@@ -63,8 +63,8 @@ def host_cost(machine: Machine, arguments: argparse.Namespace) -> int:
 
 
 def host_times(call: Callable[[], Any], machine: Machine) -> dict[str, float]:
-    rounds, each = (2, 2) if machine.dry else (100, 20)
-    for _ in range(2 if machine.dry else 50):
+    rounds, each = (2, 2) if machine.small else (100, 20)
+    for _ in range(2 if machine.small else 50):
         call()
     times = []
     for _ in range(rounds):

@@ -101,13 +101,14 @@ class Machine:
     """Where everything runs, and how it is timed.
 
     Attributes:
-        dry: tiny shapes without a GPU.
+        dry: without a GPU.
+        small: tiny shapes, and few of them.
         gpu, driver: names for the tables.
         monitor: see `Monitor`.
     """
 
-    def __init__(self, dry: bool) -> None:
-        self.dry = dry
+    def __init__(self, dry: bool, small: bool = False) -> None:
+        self.dry, self.small = dry, dry or small
         bus_id = None
         self.gpu, self.driver = "simulator", ""
         if not dry:

@@ -21,7 +21,7 @@ def one_call(machine: Machine, arguments: argparse.Namespace) -> int:
     """`--one`: two calls of one pass; a profiler looks at the kernels of the second."""
     dtype, head_dim, seqlen, causal, direction = arguments.one
     sample = Case.plain(dtype, int(head_dim), causal == "causal", int(seqlen)).sample
-    if machine.dry:
+    if machine.small:
         sample = replace(sample, batch=1, num_heads_q=1, num_heads_kv=1)
     query, key, value, grad_out = random_operands(sample, machine)
     out, lse = sample.forward(query, key, value, return_lse=True, is_causal=sample.is_causal)

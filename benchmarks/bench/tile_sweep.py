@@ -40,7 +40,7 @@ def sweep_tiles(machine: Machine, arguments: argparse.Namespace) -> int:
     on, deadline = machine.device, time.monotonic() + arguments.seconds
     shapes = [("bfloat16", 128, True), ("bfloat16", 64, True), ("float32", 64, True), ("bfloat16", 256, True), ("bfloat16", 128, False)]
     shapes += [("float32", 128, True), ("float16", 128, True), ("bfloat16", 64, False)]
-    cases = dry_cases()[:1] if machine.dry else [Case.plain(dtype, head_dim, causal, 4096) for dtype, head_dim, causal in shapes]
+    cases = dry_cases()[:1] if machine.small else [Case.plain(dtype, head_dim, causal, 4096) for dtype, head_dim, causal in shapes]
     cases = [case for case in cases if re.search(arguments.cases, str(case))]
     table = Table(arguments.output and arguments.output / "tiles.csv", TILE_COLUMNS)
     work: list[tuple[Case, str, int, int, Any, Any, Any]] = []
@@ -49,7 +49,7 @@ def sweep_tiles(machine: Machine, arguments: argparse.Namespace) -> int:
         names = [kernel.name for plan in plans_of(case, on) for kernel in plan.kernels if kernel.name != "backward_delta"]
         for name in names:
             for rank, count, tile in chosen_tiles(
-                kernel_case_of(case, name), on, 2 if machine.dry else arguments.top, 1 if machine.dry else arguments.spread
+                kernel_case_of(case, name), on, 2 if machine.small else arguments.top, 1 if machine.small else arguments.spread
             ):
                 pinned = {name: tile} if name != "forward" else tile
                 plan = plans_of(case, on, pinned, name != "forward")[0]

@@ -70,7 +70,7 @@ def check(cases: list[Case], arguments: argparse.Namespace) -> int:
     begin, wrong, deadline = 0, 0, time.monotonic() + arguments.seconds
     while begin < len(cases) and time.monotonic() < deadline:
         command = [sys.executable, "-X", "faulthandler", str(SCRIPT), "--worker", str(begin), "--cases", arguments.cases]
-        command += ["--dry-run"] if arguments.dry_run else []
+        command += [f"--{option.replace('_', '-')}" for option in ("dry_run", "small") if getattr(arguments, option)]
         command += ["--keep", str(arguments.keep)] if arguments.keep else []
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         trouble, first = "", begin

@@ -20,7 +20,8 @@ class Skipped(Exception):
 def streams(arguments: argparse.Namespace) -> int:
     """Whether calls run where and when they should."""
     xp = the_gpu(arguments.dry_run)
-    case = Case.of("float16", 64, 70, 70, 1, 2, **CAUSAL) if arguments.dry_run else Case.of("bfloat16", 128, 1111, 1111, 2, 4, **CAUSAL)
+    small = arguments.dry_run or arguments.small
+    case = Case.of("bfloat16", 64, 70, 70, 1, 2, **CAUSAL) if small else Case.of("bfloat16", 128, 1111, 1111, 2, 4, **CAUSAL)
     values = values_of(case)
     want = {name: bits_of(array) for name, array in run(case, operands_of(case, values, xp)).items()}
 
@@ -47,7 +48,7 @@ def streams(arguments: argparse.Namespace) -> int:
 
     def on_another_stream() -> None:
         operands = operands_of(case, values, xp)
-        late, busy = xp.zeros_like(operands["query"].bits), xp.ones(1 << 26, "float32")
+        late, busy = xp.zeros_like(operands["query"].bits), xp.ones(1 << (16 if small else 26), "float32")
         xp.cuda.Device().synchronize()
         stream = xp.cuda.Stream(non_blocking=True)
         with stream:
