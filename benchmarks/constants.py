@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu_constants import programs
 from gpu_constants.machines import Gpu, Simulated
@@ -128,8 +128,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", type=Path, metavar="DIR", help="only compile, into DIR")
     parser.add_argument("--cubins", type=Path, metavar="DIR", help="use the cubins that --compile wrote")
-    parser.add_argument("--output", type=Path, metavar="DIR", default=Path("constants"), help="where constants.json goes (default: ./constants)")
-    parser.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), default=list(MEASUREMENTS), metavar="NAME", help=", ".join(MEASUREMENTS))
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", default=Path("constants"), help="where constants.json goes (default: ./constants)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(MEASUREMENTS), default=list(MEASUREMENTS), metavar="NAME", help=", ".join(MEASUREMENTS)
+    )
     parser.add_argument("--seconds", type=float, default=60, help="for all measurements together (default: 60)")
     parser.add_argument("--dry-run", action="store_true", help="on the simulator, few repetitions")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

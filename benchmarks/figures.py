@@ -2,6 +2,7 @@
 
     python benchmarks/figures.py benchmarks/results/nvidia-h200                    tables in Markdown, to stdout
     python benchmarks/figures.py benchmarks/results/nvidia-h200 --output docs      and figures: speed-*.svg, tiles.svg
+    python benchmarks/figures.py --publish                                         README.md and docs/measured.md, from all of benchmarks/results
 
 The folder may hold attention.csv, tiles.csv, host.json and facts.json; what is missing is left out. Of a case that was timed several times, the last
 time counts. Only what was measured is shown: no row, no point. Figures need matplotlib; without it there are tables only.
@@ -306,23 +307,87 @@ def draw_tiles(rows: list[Row], plt: Any, folder: Path) -> list[Path]:
     return [path]
 
 
+# --- README.md and docs/measured.md -----------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- measured: benchmarks/figures.py --publish -->\n", "<!-- end of what was measured -->\n"
+
+
+def results() -> list[Path]:
+    """The folders of all GPUs that something was measured on."""
+    return sorted(path.parent for path in RESULTS.glob("*/attention.csv"))
+
+
+def gpu_of(folder: Path) -> str:
+    return str(json.loads((folder / "facts.json").read_text())["gpu"])
+
+
+def tables(folder: Path) -> list[str]:
+    """All tables of a folder of results."""
+    rows, found = read(folder / "attention.csv"), rates(read(folder / "attention.csv"))
+    parts = [facts_line(folder, rows), verdict(found), *speed_tables(found), memory_table(found), *feature_tables(rows)]
+    parts += [tile_table(read(folder / "tiles.csv")), host_table(folder / "host.json")]
+    return [part for part in parts if part]
+
+
+def measured_page() -> str:
+    """docs/measured.md: all tables of all GPUs."""
+    head = (
+        "# Measured\n\nEvery figure of this page was measured on the GPU that its heading names. `benchmarks/figures.py --publish` writes the page from the raw "
+        "files in\n`benchmarks/results/`. Each file says when, at which commit, and with which versions and clocks. TFLOP/s count the scores that are visible\n"
+        '(`benchmarks/README.md`). "forward" gives the output alone, "forward_lse" also what the backward pass needs, which other libraries compute only where\n'
+        "autograd asks for it. A backward pass of torch includes autograd's own work.\n"
+    )
+    pages = [f"## {gpu_of(folder)}\n\n" + "\n\n".join(tables(folder)) + "\n" for folder in results()]
+    return "\n".join([head, *pages])
+
+
+def readme_block() -> str:
+    """What README.md shows: bfloat16 at three lengths, and how far cuflash is from the fastest other library."""
+    parts = []
+    for folder in results():
+        found = {
+            key: group
+            for key, group in rates(read(folder / "attention.csv")).items()
+            if key[0] == "bfloat16" and key[3] in (1024, 4096, 16384)
+        }
+        parts += [
+            f"{gpu_of(folder)}, measured (batch · seqlen = 16384, heads · head_dim = 2048; protocol and all cells in [docs/measured.md](docs/measured.md)):"
+        ]
+        parts += speed_tables(found)
+    return "\n\n".join(parts) + "\n"
+
+
+def with_block(page: str, block: str) -> str:
+    """A page with the text between its two marks renewed."""
+    before, _, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert end, f"the page lacks the marks {BEGIN.strip()} and {END.strip()}"
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def published() -> dict[Path, str]:
+    """The pages that depend on results, as they should be."""
+    readme = ROOT / "README.md"
+    return {ROOT / "docs" / "measured.md": measured_page(), readme: with_block(readme.read_text(), readme_block())}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where attention.csv, tiles.csv, host.json, facts.json are")
+    parser.add_argument("--publish", action="store_true", help="write README.md and docs/measured.md from all results")
+    parser.add_argument("folder", type=Path, nargs="?", help="where attention.csv, tiles.csv, host.json, facts.json are")
     parser.add_argument("--output", type=Path, help="folder for the figures; none without it")
     arguments = parser.parse_args()
+    if arguments.publish:
+        for path, text in published().items():
+            path.write_text(text)
+        return 0
+    if arguments.folder is None:
+        parser.error("name a folder of results, or pass --publish")
     rows, tile_rows = read(arguments.folder / "attention.csv"), read(arguments.folder / "tiles.csv")
     found = rates(rows)
-    parts = [
-        facts_line(arguments.folder, rows),
-        verdict(found),
-        *speed_tables(found),
-        memory_table(found),
-        *feature_tables(rows),
-        tile_table(tile_rows),
-    ]
-    parts.append(host_table(arguments.folder / "host.json"))
-    print("\n\n".join(part for part in parts if part))
+    print("\n\n".join(tables(arguments.folder)))
     if not rows and not tile_rows:
         print(f"no measurements in {arguments.folder}", file=sys.stderr)
         return 1

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from cuflash.features import FeatureSet
+    from cuflash.merging import MergeGradients, merge_attention, merge_attention_backward
     from cuflash.planning import Plan
     from cuflash.prepared import Gradients
     from cuflash.tiles import Tile
@@ -64,6 +65,9 @@ _HOME = {
     "TileError": "errors",
     "UnsupportedError": "errors",
     "FeatureSet": "features",
+    "MergeGradients": "merging",
+    "merge_attention": "merging",
+    "merge_attention_backward": "merging",
     "Plan": "planning",
     "Tile": "tiles",
     "legal_tiles": "tuning",
@@ -80,6 +84,7 @@ __all__ = [
     "FeatureSet",
     "Gradients",
     "KeywordError",
+    "MergeGradients",
     "OptionError",
     "Plan",
     "SetupError",
@@ -92,6 +97,8 @@ __all__ = [
     "bfloat16",
     "dropout_mask",
     "legal_tiles",
+    "merge_attention",
+    "merge_attention_backward",
     "plan",
     "scaled_dot_product_attention",
     "scaled_dot_product_attention_backward",

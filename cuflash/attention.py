@@ -146,14 +146,16 @@ def scaled_dot_product_attention_backward(
     Args:
         grad_out: gradient of `out`; its shape, dtype and kind; any strides.
         query, key, value: as in the forward call.
-        out, lse: what the forward call returned with `return_lse=True`.
-        grad_lse: gradient of `lse`, float32 `(batch, num_heads_q, seqlen_q)`, or None for zero.
+        out, lse: what the forward call returned with `return_lse=True`; or those of more keys than this call sees, merged by `merge_attention`, with sinks or
+            without: the gradients then are this call's share, and those of all chunks of keys add up to the gradients of one call (docs/context_parallelism.md). lse
+            is float32 and P = exp(S - lse) as exact as that is: off by |lse| · 2⁻²² at most. Rows that see nothing here have no gradient.
+        grad_lse: gradient of that `lse`, float32 `(batch, num_heads_q, seqlen_q)`, or None for zero.
         tile: a `cuflash.Tile` as the dK/dV kernel sees it (the dQ kernel takes it with tile_q and tile_kv exchanged), or a mapping from the names of
             kernels to tiles.
         deterministic: nothing changes: every kernel adds in a fixed order and gives the same bits on every run.
         need_attn_mask_grad: also give the gradient of an additive attn_mask, summed over the axes along which it is broadcast, by a kernel of its own.
 
-    Other arguments have to be those of the forward call.
+    Other arguments have to be those of the forward call, or of the chunk's.
 
     Returns:
         Gradients(query, key, value), each like its input; summed over what was broadcast with extent 1 and over the query heads of a group. Its attribute
@@ -301,11 +303,11 @@ def varlen_attention_backward(
 
     Args:
         grad_out: gradient of `out`; its shape, dtype and kind; any strides.
-        out, lse: what the forward call returned with `return_lse=True`.
-        grad_lse: gradient of `lse`, float32 `(num_heads_q, tokens_q)`, or None for zero.
+        out, lse: what the forward call returned with `return_lse=True`, or those of more keys, as in `scaled_dot_product_attention_backward`.
+        grad_lse: gradient of that `lse`, float32 `(num_heads_q, tokens_q)`, or None for zero.
         tile: as in `scaled_dot_product_attention_backward`.
 
-    Other arguments have to be those of the forward call.
+    Other arguments have to be those of the forward call, or of the chunk's.
 
     Returns:
         Gradients(query, key, value), each like its input; 0 for tokens behind the last sequence.

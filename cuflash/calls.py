@@ -9,7 +9,7 @@ The functions here take the arguments of a public function by name, all of them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -18,8 +18,9 @@ from cuflash.arrays import Array, borrow, describe, pointer, signature
 from cuflash.errors import DTypeError, OptionError, UnsupportedError
 from cuflash.options import check_bool
 from cuflash.planning import Plan, make_plan
-from cuflash.prepared import Gradients, PreparedBackward, PreparedCall, PreparedForward
+from cuflash.prepared import Gradients, PreparedBackward, PreparedForward
 from cuflash.problem import Problem, make_problem
+from cuflash.tiles import Tile
 
 Arguments = Mapping[str, Any]
 
@@ -37,10 +38,10 @@ def forward(function: str, arguments: Arguments) -> Any:
         return call.run(pointers, given)
 
     problem, inputs = _check(arguments, _INPUTS)
-    _refuse_autograd(inputs)
+    refuse_autograd(inputs)
     out = None if given is None else borrow(given, "out")
     call = PreparedForward(problem, device.of_memory(*inputs["query"].device), arguments["tile"], inputs, out)
-    _keep(key, call)
+    keep(key, call)
     pointers |= {name: array.pointer for name, array in inputs.items()}
     if out is not None:
         pointers["out"] = out.pointer
@@ -56,9 +57,9 @@ def backward(function: str, arguments: Arguments) -> Gradients:
                 hint = f"Unpack it: out, lse = cuflash.{function.removesuffix('_backward')}(..., return_lse=True)."
                 raise DTypeError(name, describe(arguments[name]), f"the {name} of the forward call", hint)
         problem, inputs = _check(arguments, (*_INPUTS, *_RESULTS))
-        _refuse_autograd(inputs)
+        refuse_autograd(inputs)
         call = PreparedBackward(problem, device.of_memory(*inputs["query"].device), arguments["tile"], inputs)
-        _keep(key, call)
+        keep(key, call)
         pointers |= {name: array.pointer for name, array in inputs.items()}
     gradients: Gradients = call.run(pointers)
     return gradients
@@ -91,21 +92,21 @@ def _check(arguments: Arguments, required: tuple[str, ...]) -> tuple[Problem, di
     return make_problem(**checked), inputs
 
 
-def _refuse_autograd(inputs: Mapping[str, Array]) -> None:
-    """A tensor that autograd records would silently lose its gradient here."""
+def refuse_autograd(inputs: Mapping[str, Array], backward: str = "scaled_dot_product_attention_backward") -> None:
+    """A tensor that autograd records would silently lose its gradient here; `backward` is the function that computes it."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.is_grad_enabled():
         return
     for name, array in inputs.items():
         if getattr(array.owner, "requires_grad", False):
-            hint = f"Pass {name}.detach() or call under torch.no_grad(), and compute gradients with scaled_dot_product_attention_backward."
+            hint = f"Pass {name}.detach() or call under torch.no_grad(), and compute gradients with {backward}."
             raise UnsupportedError(name, "a tensor that requires grad", "a tensor outside of autograd", hint)
 
 
 # --- Calls that are kept ------------------------------------------------------------------------------------------------------------------
 
 _MAX_CALLS = 4096
-_calls: dict[Hashable, PreparedCall] = {}
+_calls: dict[Hashable, Any] = {}
 
 _Values = Callable[[Arguments], tuple[Any, ...]]
 _getters: dict[str, tuple[tuple[str, ...], _Values, _Values]] = {}
@@ -122,12 +123,12 @@ def _find(function: str, arguments: Arguments) -> tuple[Hashable | None, Any, di
     """The key of a call, what was prepared for it, and what is written into its argument structs: addresses, and the words of a seed.
 
     The key is all that the preparation depends on; on addresses it depends for their alignment only, and on seeds not at all. It is None where it cannot be
-    had cheaply. Types are part of it: True and 1 are not the same option.
+    had cheaply. Types are part of it, those of what options hold too: True and 1 are not the same option, nor are the windows (1, 0) and (True, 0).
     """
     names, arrays, others = _getters.get(function) or _getters_of(function, arguments)
     pointers, state = features.drawn_from(arguments["dropout_p"], arguments["dropout_seed"])
     values = others(arguments)
-    seen: list[Hashable] = [function, device.simulator_arch(), bool(pointers), values, tuple(map(type, values))]
+    seen: list[Hashable] = [function, device.simulator_arch(), bool(pointers), values, _types_of(values)]
     for name, operand in zip(names, (*arrays(arguments), state), strict=True):
         if operand is None:
             seen.append(None)
@@ -137,14 +138,42 @@ def _find(function: str, arguments: Arguments) -> tuple[Hashable | None, Any, di
             return None, None, pointers
         address = pointers[name] = pointer(operand)
         seen += (kind, address & 15)
+    key, call = kept(seen)
+    return key, call, pointers
+
+
+def kept(seen: list[Hashable]) -> tuple[Hashable | None, Any]:
+    """The key that a call with these properties is kept by, and the call; the key is None where an option cannot be hashed, such as a mapping of tiles."""
     key = tuple(seen)
     try:
-        return key, _calls.get(key), pointers
-    except TypeError:  # an option that cannot be hashed, such as a mapping of tiles
-        return None, None, pointers
+        return key, _calls.get(key)
+    except TypeError:
+        return None, None
 
 
-def _keep(key: Hashable | None, call: PreparedCall) -> None:
+_SCALARS = frozenset((type(None), bool, int, float, str))
+
+
+def _types_of(values: Collection[Any]) -> tuple[Hashable, ...]:
+    """The type of each value, and behind them the types of what they hold."""
+    types = tuple(map(type, values))
+    if _SCALARS.issuperset(types):
+        return types
+    return types + tuple([_types_within(value) for value in values if type(value) not in _SCALARS])
+
+
+def _types_within(value: object) -> tuple[Hashable, ...]:
+    if isinstance(value, tuple):
+        return _types_of(value)
+    if isinstance(value, Tile):
+        return _types_of(vars(value).values())
+    if isinstance(value, Mapping):
+        return (*_types_of(value), *_types_of(value.values()))
+    return ()
+
+
+def keep(key: Hashable | None, call: Any) -> None:
+    """Find a prepared call again by its key."""
     if key is None:
         return
     if len(_calls) >= _MAX_CALLS:

@@ -252,8 +252,8 @@ def make_problem(
 
     inputs = {"query": query, "key": key, "value": value}
     lengths_of = {"seqlens_kv": seqlens_kv, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
-    _check_same_kind(inputs | {name: array for name, array in lengths_of.items() if array is not None})
-    _check_dtypes(inputs)
+    check_same_kind(inputs | {name: array for name, array in lengths_of.items() if array is not None})
+    check_dtypes(inputs)
     form = _form_of(inputs, order) if cu_seqlens_q is None else _varlen_form(inputs)
     head_dim = _head_dim_of(query, form, heads)
     head_dim_v = _check_head_dims(inputs, form, head_dim)
@@ -311,7 +311,7 @@ def check_out(problem: Problem, layout: Layout, out: Array, inputs: Mapping[str,
         DeviceError, DTypeError, ShapeError: `out` differs from the output in library, device, element type or shape.
         ArgumentError: `out` must not be written, some of its elements share memory, or it shares memory with an input.
     """
-    _check_same_kind({"query": inputs["query"], "out": out})
+    check_same_kind({"query": inputs["query"], "out": out})
     _check_like_output("out", out, problem, layout)
     if out.read_only:
         got = "a tensor that requires grad" if out.framework.name == "torch" else "a read-only or immutable array"
@@ -342,7 +342,7 @@ def check_backward(problem: Problem, layout: Layout, grad_out: Array, out: Array
         DeviceError, DTypeError, ShapeError: an array differs from what the forward pass made in library, device, element type or shape.
     """
     others = {"out": out, "grad_out": grad_out, "lse": lse}
-    _check_same_kind(others if grad_lse is None else {**others, "grad_lse": grad_lse})
+    check_same_kind(others if grad_lse is None else {**others, "grad_lse": grad_lse})
     _check_like_output("out", out, problem, layout)
     _check_like_output("grad_out", grad_out, problem, layout)
     return BackwardViews(
@@ -358,7 +358,7 @@ def check_backward(problem: Problem, layout: Layout, grad_out: Array, out: Array
 _CONVERSIONS = {"numpy": "numpy.asarray({0})", "cupy": "cupy.asarray({0})", "torch": "torch.as_tensor({0})"}
 
 
-def _check_same_kind(arrays: dict[str, Array]) -> None:
+def check_same_kind(arrays: dict[str, Array]) -> None:
     """All arrays come from the first one's library and are on its device."""
     (first_name, first), *others = arrays.items()
     library = first.framework.library
@@ -372,18 +372,18 @@ def _check_same_kind(arrays: dict[str, Array]) -> None:
             raise DeviceError(name, got, expected, f"Move {name} or {first_name}, so that all arrays are on one device.")
 
 
-def _check_dtypes(arrays: dict[str, Array]) -> None:
+def check_dtypes(arrays: dict[str, Array]) -> None:
     """All element types are supported and the same."""
     (first_name, first), *others = arrays.items()
     for name, array in arrays.items():
         if array.dtype not in DTYPES:
-            hint = f"Cast it: {_cast(name, array, 'float32')}, or to a 16-bit type."
+            hint = f"Cast it: {cast_to(name, array, 'float32')}, or to a 16-bit type."
             if array.dtype == "uint16":
                 hint = f"If these are the bits of bfloat16 values: cuflash.bfloat16({name})."
             raise DTypeError(name, array.dtype, "float16, bfloat16 or float32", hint)
     for name, array in others:
         if array.dtype != first.dtype:
-            raise DTypeError(name, array.dtype, f"{first.dtype}, like {first_name}", f"Cast it: {_cast(name, array, first.dtype)}.")
+            raise DTypeError(name, array.dtype, f"{first.dtype}, like {first_name}", f"Cast it: {cast_to(name, array, first.dtype)}.")
 
 
 def _form_of(inputs: dict[str, Array], order: str) -> Layout:
@@ -547,7 +547,7 @@ class _Extents:
 def _check_like_output(name: str, array: Array, problem: Problem, layout: Layout) -> None:
     """`array` has the output's dtype and shape."""
     if array.dtype != problem.dtype:
-        hint = "Pass an array of that type." if name == "out" else f"Cast it: {_cast(name, array, problem.dtype)}."
+        hint = "Pass an array of that type." if name == "out" else f"Cast it: {cast_to(name, array, problem.dtype)}."
         raise DTypeError(name, array.dtype, f"{problem.dtype}, like query", hint)
     expected = layout.from_canonical(problem.output_shape)
     if array.shape != expected:
@@ -558,7 +558,7 @@ def _check_like_output(name: str, array: Array, problem: Problem, layout: Layout
 def _lse_strides(name: str, array: Array, problem: Problem) -> Shape3:
     """The strides of `array`, which has the dtype and shape of lse."""
     if array.dtype != "float32":
-        raise DTypeError(name, array.dtype, "float32", f"Cast it: {_cast(name, array, 'float32')}.")
+        raise DTypeError(name, array.dtype, "float32", f"Cast it: {cast_to(name, array, 'float32')}.")
     if array.shape != problem.lse_shape:
         words = "(heads, tokens)" if problem.layout.varlen else "(batch, heads, seqlen_q) in every layout"
         expected = f"{problem.lse_shape}, which is {words}"
@@ -581,7 +581,7 @@ def _how_read(form: Layout) -> str:
     return f'Dimensions are read as {form.describe()}; say otherwise with layout=, such as layout="{other}".'
 
 
-def _cast(name: str, array: Array, dtype: str) -> str:
+def cast_to(name: str, array: Array, dtype: str) -> str:
     """The expression that casts an array of its library to `dtype`."""
     library = array.framework.library
     if library == "torch":

@@ -87,6 +87,7 @@ def attention_backward(
     value: Any,
     *,
     out: Any = None,
+    lse: Any = None,
     grad_lse: Any = None,
     magnitudes: bool = False,
     is_causal: bool = False,
@@ -102,6 +103,8 @@ def attention_backward(
         grad_out: shape of the output, in `layout`.
         out: the output that a forward pass gave, in `layout`. The backward pass takes Σ P ∘ dP from it as Σ dO ∘ O, so that what O was rounded by is a part of
             its input, not of its error. None takes the exact sum.
+        lse: (batch, heads, seqlen_q), the logarithm of a sum over more keys than these, so that P = exp(S - lse); with the `out` of all of these keys. None takes
+            the sum over these keys.
         grad_lse: (batch, heads, seqlen_q), or None for 0.
         magnitudes: what the sums would give if nothing in them cancelled: everything is taken by its absolute value, and P as 1 + |S| times what it is, since that is how many
             epsilons a score that is rounded to float32 leaves it off by; where |S| is above 2²⁰, and nothing is left of differences between scores, as it is. For `compare`.
@@ -117,6 +120,7 @@ def attention_backward(
         key,
         value,
         out,
+        lse,
         grad_lse,
         magnitudes,
         numpy.float64,
@@ -169,6 +173,7 @@ def varlen_attention_backward(
     cu_seqlens_kv: Any,
     *,
     out: Any = None,
+    lse: Any = None,
     grad_lse: Any = None,
     magnitudes: bool = False,
     precision: Precision | None = None,
@@ -178,7 +183,7 @@ def varlen_attention_backward(
 
     Args:
         grad_out: (tokens_q, heads, head_dim of value).
-        out: what the forward pass gave, or None, as for `attention_backward`.
+        out, lse: what the forward pass gave, or None, as for `attention_backward`.
         grad_lse: (heads, tokens_q), or None for 0.
         magnitudes: as for `attention_backward`; in float64 only.
         precision: None for the truth in float64, else that of `attention_naive_backward`.
@@ -190,7 +195,8 @@ def varlen_attention_backward(
     for i, (queries, keys) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_kv)):
         inputs = grad_out[None, queries], query[None, queries], key[None, keys], value[None, keys]
         own = options_of_sequence(options, i)
-        own |= {"out": None if out is None else out[None, queries], "grad_lse": None if grad_lse is None else grad_lse[None, :, queries]}
+        own |= {"out": None if out is None else out[None, queries]}
+        own |= {name: None if rows is None else rows[None, :, queries] for name, rows in (("lse", lse), ("grad_lse", grad_lse))}
         found = (
             attention_backward(*inputs, magnitudes=magnitudes, **own)
             if precision is None
@@ -251,6 +257,7 @@ def attention_naive_backward(
     precision: Precision,
     *,
     out: Any = None,
+    lse: Any = None,
     grad_lse: Any = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -267,6 +274,7 @@ def attention_naive_backward(
         key,
         value,
         out,
+        lse,
         grad_lse,
         False,
         numpy.float32,
@@ -383,6 +391,7 @@ def _backward(
     key: Any,
     value: Any,
     out: Any,
+    lse: Any,
     grad_lse: Any,
     magnitudes: bool,
     work: Any,
@@ -397,6 +406,7 @@ def _backward(
     grad, q, k, v = (_to_bhsd(x, layout, work) for x in (grad_out, query, key, value))
     factor = q.shape[3] ** -0.5 if scale is None else scale
     rules = _rules(q, k, is_causal, alignment, features)
+    given_lse = None if lse is None else to_float64(lse).astype(work)
     grad_rows = numpy.zeros(q.shape[:3], work) if grad_lse is None else to_float64(grad_lse).astype(work)
     products = None if out is None else grad * _to_bhsd(out, layout, work)
     sized: Round = numpy.abs if magnitudes else _exact  # a factor of a product whose terms are added up
@@ -408,7 +418,9 @@ def _backward(
     for b, h, at_k, at_v in _heads(q, k, v, gqa):
         visible = rules.visible(b, h)
         scores, slope = _scores(q[b, h], k[at_k], factor, rules, b, h, rounded)
-        weights, lse = _softmax(scores, visible, rounded, _sink(rules, h, work))
+        weights, row_lse = _softmax(scores, visible, rounded, _sink(rules, h, work))
+        if given_lse is not None:
+            weights, row_lse = rounded(weights * _share(row_lse, given_lse[b, h])[:, None]), given_lse[b, h]
         if magnitudes:
             weights = weights * numpy.where(visible & (numpy.abs(scores) < 2.0**20), 1 + numpy.abs(scores), 1)
         with numpy.errstate(invalid="ignore"):
@@ -419,7 +431,9 @@ def _backward(
             if wants_mask:
                 grad_masked[b, h] = grad_scores
             if rules.sinks is not None:
-                grad_sinks[h] += minus * (numpy.where(numpy.isneginf(lse), 0, numpy.exp(work(rules.sinks[h]) - lse)) * delta[:, 0]).sum()
+                grad_sinks[h] += (
+                    minus * (numpy.where(numpy.isneginf(row_lse), 0, numpy.exp(work(rules.sinks[h]) - row_lse)) * delta[:, 0]).sum()
+                )
             grad_scores = rounded(numpy.where(visible, grad_scores * slope, 0)) if rules.softcap else grad_scores
         scaling = sized(work(factor))
         grad_q[b, h] = rounded(scaling * _matmul(grad_scores, sized(k[at_k]), visible))
@@ -498,6 +512,11 @@ def _softmax(scores: NDArray[Any], visible: NDArray[numpy.bool_], rounded: Round
         weights = exponentials / numpy.where(seen, row_sum, 1)
         lse = numpy.where(seen, row_max + numpy.log(row_sum), -numpy.inf)
     return rounded(weights), lse[:, 0]
+
+
+def _share(lse: NDArray[Any], of_all: NDArray[Any]) -> NDArray[Any]:
+    """The share of each row's sum that keys with this lse have in the sum of all keys; 0 without any."""
+    return numpy.exp(lse - numpy.where(numpy.isneginf(of_all), 0, of_all))  # type: ignore[no-any-return]
 
 
 def _matmul(weights: NDArray[Any], x: NDArray[Any], visible: NDArray[numpy.bool_]) -> NDArray[Any]:

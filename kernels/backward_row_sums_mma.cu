@@ -1,7 +1,8 @@
 // With an additive mask, after backward_delta: what the other backward kernels take for lse (tile/backward.cuh), row by row.
 //
-//     |lse| < LSE_LIMIT       reference = lse, +inf where no key was seen     log2_sum = 0
-//     |lse| >= LSE_LIMIT      reference = largest score of the row            log2_sum = log2 of the sum of exp(S - reference), sink included
+//     |lse| < LSE_LIMIT         reference = lse, +inf where no key was seen    log2_sum = 0
+//     huge, of the row alone    reference = largest score of the row           log2_sum = log2 of the sum of exp(S - reference), sink included
+//     huge, of more keys        reference = lse                                log2_sum = 0
 //
 // Half a unit in the last place of lse is the relative error of all probabilities of a row that are computed from it. At the limit this is 2^-18,
 // what each score of that size is off by itself; at 65504 it is 0.2 %, and at 1e9 nothing is left of the logarithm of a sum. Ordinary scores are
@@ -10,11 +11,15 @@
 // Otherwise it does what the forward kernel does, without V: one block owns TILE_Q queries of one head and walks over all keys that they see. It
 // takes no lists of visible tiles, which would have to be made for every call. A row gets the same numbers whatever its neighbours are.
 //
+// The given lse may be that of more keys than this call sees. It then is above the logarithm of the row's own sum by more than both are rounded by
+// (tile/given_lse.cuh), and stays the reference: no sum of this call says what the others add.
+//
 // Shared memory: Q [TILE_Q][D] | K [NUM_STAGES][TILE_KV][D]. One copy group per key tile. For a wide head this for each slice, then the parts of S
 // that the slices exchange.
 #include "tile/backward.cuh"
 #include "tile/constants.cuh"
 #include "tile/gemm.cuh"
+#include "tile/given_lse.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
 #include "tile/score.cuh"
@@ -135,10 +140,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_row_sums_m
     for (int r = 0; r < 2; ++r) {
       const float sum = quad_sum(softmax.sum[m][r]);
       const int query = first_q + warp_row + 16 * m + 8 * r + lane_index() / 4;
-      const bool is_mine = slice_index() == 0 && lane_index() % 4 == 0 && query < geometry.seqlen_q;
-      if (is_mine && is_huge(*arguments.lse.pointer(work.batch, work.head, query))) {
-        statistics[query].reference = softmax.reference[m][r];
-        log2_sums[query] = lg2(sum);
-      }
+      if (slice_index() != 0 || lane_index() % 4 != 0 || query >= geometry.seqlen_q) continue;
+      const float lse = *arguments.lse.pointer(work.batch, work.head, query);
+      if (!is_huge(lse)) continue;
+      const bool given = is_of_more(lse, __fmaf_rn(lg2(sum), LN_2, softmax.reference[m][r]));
+      statistics[query].reference = given ? lse : softmax.reference[m][r];
+      log2_sums[query] = given ? 0.0f : lg2(sum);
     }
 }

@@ -18,6 +18,7 @@
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/gemm.cuh"
+#include "tile/partial_outputs.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/schedule.cuh"
 #include "tile/score.cuh"
@@ -104,9 +105,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 
   float O[M_TILES][DV_TILES][4];
   clear(O);
-  OnlineSoftmax<M_TILES, ADDITIVE_MASK> softmax;
+  OnlineSoftmax<M_TILES, ADDITIVE_MASK, PROBABILITY_SHIFT> softmax;
   const ScoreModifier modifier(geometry, arguments.features, work.batch, work.head);
   const Dropout dropout(arguments.features);
+  PartialOutputs<M_TILES, DV_TILES> partial(arguments.out.row_pointer<float>(work.batch, work.head, start_q), arguments.out, first_q + warp_row,
+                                            geometry.seqlen_q, first_column<TileV>(0));
 
   for (int j = begin; j < end; ++j) {
     float S[M_TILES][S_TILES][4];
@@ -166,7 +169,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     } else {
       for_each_piece([&](int step) { load_V.issue(V_smem, first_kv, first_column<TileV>(step)); }, add_outputs);
     }
+    if constexpr (PARTIAL_OUTPUTS) {
+      if ((j - begin) % PARTIAL_STEPS == PARTIAL_STEPS - 1) partial.put(O, softmax);
+    }
   }
+  if constexpr (PARTIAL_OUTPUTS) partial.take(O, softmax);
 
   if constexpr (SINKS) softmax.add_sink(O, arguments.features.sinks.load(work.batch, work.head) * SCORE_UNIT);
   softmax.finish(O);

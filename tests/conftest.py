@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import time
+import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,16 +48,41 @@ HAS_GPU = _has_gpu()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="also run tests marked exhaustive, which take minutes")
+    parser.addoption(
+        "--exhaustive", action="store_true", help="every case on every architecture, and tests marked exhaustive, which take minutes"
+    )
+
+
+FEW_CASES = 2
+"""Tests of no more cases run on every simulated architecture; of others each case runs on one of them, by turns."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--exhaustive"):
         return
-    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    left_out = {item for item in items if item.get_closest_marker("exhaustive")} | _other_architectures(items)
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _other_architectures(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Of tests that take `target`: the items whose case has its turn on another simulated architecture."""
+    cases: dict[object, dict[str, list[tuple[str, pytest.Item]]]] = {}
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if call is not None and call.params.get("target") in SIMULATED:
+            arch = call.params["target"]
+            case = "-".join(part for part in call.id.split("-") if part != arch)
+            cases.setdefault((item.path, item.originalname), {}).setdefault(case, []).append((arch, item))
+    return {
+        item
+        for of_test in cases.values()
+        if len(of_test) > FEW_CASES
+        for turn, case in enumerate(sorted(of_test, key=lambda case: zlib.crc32(case.encode())))  # else every third case has the same type
+        for arch, item in of_test[case]
+        if arch != SIMULATED[turn % len(SIMULATED)]
+    }
 
 
 DEADLINE = float(os.environ.get("CUFLASH_TEST_DEADLINE") or "inf")

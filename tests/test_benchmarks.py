@@ -358,6 +358,8 @@ def test_every_kernel_is_among_the_sanitizers_cases(listed: Any) -> None:
         }
         if case.sample.features.dropout and not case.sample.is_packed:
             found.add("dropout_mask.cu")  # which `small_calls.arrays.run` calls besides
+        if case.sample.features.sinks:
+            found |= {"merge_attention.cu", "merge_attention_backward.cu", "merge_table.cu"}
     assert found == {path.name for path in (ROOT / "kernels").glob("*.cu")}
 
 
@@ -371,7 +373,9 @@ def test_every_feature_is_among_the_sanitizers_cases(listed: Any) -> None:
     assert max(case.sample.head_dim for case in listed()) == 576
 
 
-@pytest.mark.parametrize("result", ["out", "lse", "grad_query", "grad_key", "grad_value", "grad_sinks", "dropout_mask"])
+@pytest.mark.parametrize(
+    "result", ["out", "lse", "grad_query", "grad_key", "grad_value", "grad_sinks", "dropout_mask", "merged_out", "merged_lse", "grad_part"]
+)
 def test_the_judge_sees_one_wrong_element(result: str) -> None:
     case = next(case for case in simulator_cases() if case.sample.features == MANY)
     values = values_of(case)

@@ -13,6 +13,7 @@ import pytest
 
 import cuflash
 from cuflash.errors import ArgumentError
+from cuflash.reference import attention, attention_backward
 
 if TYPE_CHECKING:
     from conftest import Target
@@ -85,3 +86,22 @@ def test_recipes_for_flex_attention(simulator: Target, function: str, arguments:
     out = cuflash.scaled_dot_product_attention(q, k, v, layout="bhsd", **eval(f"dict({arguments})", given))
     numpy.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
     assert abs(expected - cuflash.scaled_dot_product_attention(q, k, v, layout="bhsd")).max() > 1e-2
+
+
+def test_what_was_measured_is_published() -> None:
+    """If this fails: python benchmarks/figures.py --publish."""
+    figures = runpy.run_path(str(DOCS.parent / "benchmarks" / "figures.py"))
+    for path, text in figures["published"]().items():
+        assert path.read_text() == text, path.name
+
+
+def test_the_example_of_chunks_of_keys(simulator: Target) -> None:
+    """Out and gradients of the chunks are those of one call over all keys."""
+    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "context_parallelism.md").read_text(), re.S)
+    made: dict[str, Any] = {}
+    exec(example, made)
+    query, key, value, grad_out = (made[name] for name in ("query", "key", "value", "grad_out"))
+    want, _ = attention(query, key, value, is_causal=True)
+    grads = attention_backward(grad_out, query, key, value, is_causal=True)
+    for name, truth in (("out", want), ("grad_query", grads.query), ("grad_key", grads.key), ("grad_value", grads.value)):
+        numpy.testing.assert_allclose(made[name], truth, rtol=0, atol=2e-5 * abs(truth).max(), err_msg=name)

@@ -72,12 +72,12 @@ def offset_of(template: ArgumentTemplate, name: str) -> int:
 # --- Against kernels/arguments.cuh --------------------------------------------------------------------------------------------------------
 
 
-def compile_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assertions: list[str]) -> str:
-    """Compile the assertions behind the real arguments.cuh; returns PTX."""
+def compile_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assertions: list[str], header: str = "arguments.cuh") -> str:
+    """Compile the assertions behind the real header; returns PTX."""
     pytest.importorskip("cupy")
     kernels = compiler.kernels_directory()
     (tmp_path / "check.cu").write_text(
-        f'#include "{kernels}/arguments.cuh"\n#define OFFSET(S, field) __INTADDR__(&((S*)0)->field)\n'
+        f'#include "{kernels}/{header}"\n#define OFFSET(S, field) __INTADDR__(&((S*)0)->field)\n'
         + "\n".join(f'static_assert({condition}, "{condition}");' for condition in assertions)
         + '\nextern "C" __global__ void forward(const __grid_constant__ ForwardArguments a) {}'
         + '\nextern "C" __global__ void backward(const __grid_constant__ BackwardArguments a) {}\n'

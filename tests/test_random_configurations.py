@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +29,15 @@ import pytest
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from conftest import ELEMENTS, SIMULATED, VIEWS, Target, rounded
+from conftest import ELEMENTS, SIMULATED, VIEWS, GradientJudge, Target, rounded
 
-from cuflash import cache, calls, launch
+import cuflash
+from cuflash import cache, calls, launch, reference
 
 GROUPS = 27
 CALLS_PER_GROUP = 12
+SHARES = 4
+"""One call in so many is also judged with the out and lse of more keys than it sees."""
 LONGEST = [40, 40, 40, 200]
 """How long sequences are at most; most calls are short, since a call costs what its tiles cost."""
 
@@ -112,6 +116,34 @@ def kernels_of_group(seed: int, group: int) -> Kernels:
     return Kernels(*kind, features, draw.choice(["float16", "bfloat16", "float32"]), sequences)
 
 
+INPUTS = ("query", "key", "value")
+
+
+class Extremes:
+    """What in every other call is not normally distributed: a key that outweighs the others, at either end, and tiny or huge gradients of the output.
+
+    Drawn by itself, so that everything else of a call is what it is without.
+    """
+
+    def __init__(self, kernels: Kernels, seed: int, group: int, index: int, scale: float | None) -> None:
+        draw = random.Random(f"{seed} extremes {group} {index}")
+        sizes = [2.0**-8, 2.0**6] if kernels.dtype == "float16" else [2.0**-40, 2.0**40]
+        self.grad_size = draw.choice([1.0, 1.0, *sizes])
+        self.dominant = draw.choice([None, None, 0, -1])
+        self.gap = draw.choice([6.0, 17.0, 25.0]) / (kernels.head_dim**-0.5 if scale is None else scale)
+
+    def apply(self, name: str, values: Any) -> Any:
+        """The values of an input (batch, seqlen, heads, head_dim), changed in place."""
+        if name == "grad_out":
+            values *= self.grad_size
+        elif self.dominant is not None and values.shape[1] > 0:
+            if name == "query":
+                values[..., 0] = 2
+            elif name == "key":
+                values[:, self.dominant, :, 0] = self.gap / 2
+        return values
+
+
 def draw_call(target: Target, seed: int, group: int, index: int) -> Call:
     """The call with the given numbers: always the same one."""
     kernels = kernels_of_group(seed, group)
@@ -133,8 +165,11 @@ def draw_call(target: Target, seed: int, group: int, index: int) -> Call:
     def length() -> int:
         return draw.choice([draw.randint(1, longest), min(longest, draw.choice([1, 16, 31, 64, 65, 128]))])
 
-    def array(shape: tuple[int, int, int, int], layout: str = "bshd") -> Any:
-        view = target.place(VIEWS[draw.choice(target.views)](rounded(numbers.standard_normal(shape), kernels.dtype)))
+    extremes = Extremes(kernels, seed, group, index, options["scale"])
+
+    def array(name: str, shape: tuple[int, int, int, int], layout: str = "bshd") -> Any:
+        values = extremes.apply(name, numbers.standard_normal(shape))
+        view = target.place(VIEWS[draw.choice(target.views)](rounded(values, kernels.dtype)))
         return view.transpose(["bshd".index(letter) for letter in layout])
 
     dims = kernels.head_dim, kernels.head_dim, kernels.head_dim_v
@@ -143,22 +178,22 @@ def draw_call(target: Target, seed: int, group: int, index: int) -> Call:
         count = draw.randint(1, 4)
         lengths = [[draw.choice([0, length(), length(), length()]) for _ in range(count)] for _ in range(2)]
         tokens = [sum(x) + draw.choice([0, 0, 7]) for x in lengths]
-        shapes = zip((tokens[0], tokens[1], tokens[1]), (heads, heads_of_key, heads_of_value), dims, strict=True)
-        query, key, value = (array((1, *shape))[0] for shape in shapes)
+        shapes = zip(INPUTS, (tokens[0], tokens[1], tokens[1]), (heads, heads_of_key, heads_of_value), dims, strict=True)
+        query, key, value = (array(name, (1, *shape))[0] for name, *shape in shapes)
         for name in kernels.features:
             options |= draw_feature(name, (count, heads, max(lengths[0]), max(lengths[1])), kernels.mask_dtype, draw, numbers, target)
         ends = [target.place(numpy.concatenate([[0], numpy.cumsum(x)]).astype(numpy.int32)) for x in lengths]
         bounds = draw.choice([(None, None), (max(lengths[0]), max(lengths[1])), (max(lengths[0]), None)])
         grad_lse = None if draw.random() < 0.3 else target.place(numbers.standard_normal((heads, tokens[0])).astype(numpy.float32))
-        return Call(query, key, value, array((1, tokens[0], heads, dims[2]))[0], grad_lse, options, (ends[0], ends[1]), bounds)
+        return Call(query, key, value, array("grad_out", (1, tokens[0], heads, dims[2]))[0], grad_lse, options, (ends[0], ends[1]), bounds)
 
     seqlen_q, seqlen_kv = length(), length()
     if draw.random() < 0.3:
         seqlen_kv = seqlen_q
     layout = options["layout"] = draw.choice(["bshd", "bshd", "bhsd", "sbhd", "dhsb"])
-    query = array((batch, seqlen_q, heads, dims[0]), layout)
-    key = array((draw.choice([1, batch, batch]), seqlen_kv, heads_of_key, dims[1]), layout)
-    value = array((draw.choice([1, batch, batch]), seqlen_kv, heads_of_value, dims[2]), layout)
+    query = array("query", (batch, seqlen_q, heads, dims[0]), layout)
+    key = array("key", (draw.choice([1, batch, batch]), seqlen_kv, heads_of_key, dims[1]), layout)
+    value = array("value", (draw.choice([1, batch, batch]), seqlen_kv, heads_of_value, dims[2]), layout)
     shape = (batch, heads, seqlen_q, seqlen_kv)
     for name in kernels.features:
         options |= draw_feature(name, shape, kernels.mask_dtype, draw, numbers, target)
@@ -166,7 +201,7 @@ def draw_call(target: Target, seed: int, group: int, index: int) -> Call:
         own = [draw.choice([0, seqlen_kv, draw.randint(1, seqlen_kv)]) for _ in range(batch)]
         options["seqlens_kv"] = target.place(numpy.array(own, numpy.int32))
     grad_lse = None if draw.random() < 0.3 else target.place(numbers.standard_normal(shape[:3]).astype(numpy.float32))
-    return Call(query, key, value, array((batch, seqlen_q, heads, dims[2]), layout), grad_lse, options)
+    return Call(query, key, value, array("grad_out", (batch, seqlen_q, heads, dims[2]), layout), grad_lse, options)
 
 
 def draw_feature(
@@ -228,12 +263,58 @@ def judge(target: Target, call: Call) -> None:
         target.check(call.query, call.key, call.value, grad_out=call.grad_out, grad_lse=call.grad_lse, **call.options)
 
 
+def judge_share(target: Target, call: Call) -> None:
+    """The gradients of a call whose out and lse are merged with those of keys that it does not see.
+
+    Where an additive mask makes lse huge, float32 does not hold the share of these keys: tests/test_lse_of_more_keys.py.
+    """
+    inputs, packed, numbers = (call.query, call.key, call.value), call.offsets is not None, numpy.random.default_rng(5)
+    function = "varlen_attention" if packed else "scaled_dot_product_attention"
+    where = (*(call.offsets or ()), *(call.bounds if packed else ()))
+    out, lse = getattr(cuflash, function)(*inputs, *where, return_lse=True, **call.options)
+    own = target.host(lse)
+    if numpy.abs(own[numpy.isfinite(own)]).max(initial=0) >= 128:
+        return
+    others = numpy.where(numpy.isfinite(own), own, 0) + numbers.normal(0, 2, own.shape)
+    others[numbers.random(own.shape) < 0.1] = -numpy.inf
+    if call.offsets is not None:
+        others[:, int(call.offsets[0][-1]) :] = -numpy.inf  # tokens of no sequence see no key anywhere
+    parts = (
+        [out, target.place(rounded(numbers.standard_normal(out.shape), str(out.dtype)))],
+        [lse, target.place(others.astype(numpy.float32))],
+    )
+    merged = cuflash.merge_attention(*parts, layout=call.options.get("layout", "bshd"))
+    mask = call.options.get("attn_mask")
+    need = {"need_attn_mask_grad": True} if mask is not None and mask.dtype != bool else {}
+    grads = getattr(cuflash, f"{function}_backward")(
+        call.grad_out, *inputs, *merged, *where, grad_lse=call.grad_lse, **call.options, **need
+    )
+
+    def gradients(out: Any = None, precision: Any = None, magnitudes: bool = False) -> reference.Gradients:
+        options = {"out": merged[0], "lse": merged[1], "grad_lse": call.grad_lse, **call.options}
+        options = {name: option for name, option in options.items() if name != "deterministic"}
+        if call.offsets is not None:
+            return reference.varlen_attention_backward(
+                call.grad_out, *inputs, *call.offsets, precision=precision, magnitudes=magnitudes, **options
+            )
+        if precision is not None:
+            return reference.attention_naive_backward(call.grad_out, *inputs, precision, **options)
+        return reference.attention_backward(call.grad_out, *inputs, magnitudes=magnitudes, **options)
+
+    judge_gradient = GradientJudge(gradients, merged[0], str(call.query.dtype))
+    for name in ("query", "key", "value", "attn_mask", "sinks"):
+        if getattr(grads, name) is not None:
+            judge_gradient(name, getattr(grads, name))
+
+
 @pytest.mark.parametrize("group", range(GROUPS), ids="group{}".format)
 def test_random_configurations(simulator: Target, group: int) -> None:
     for index in range(CALLS_PER_GROUP):
         call = draw_call(simulator, 0, group, index)
         print(f"group {group}, index {index}: {call.describe()}")  # pytest shows the last one if it fails
         judge(simulator, call)
+        if index % SHARES == 0:
+            judge_share(simulator, call)
 
 
 def test_calls_are_drawn_the_same_every_time(simulator: Target) -> None:
@@ -262,13 +343,17 @@ def arch_of_group(kernels: Kernels, group: int) -> str:
 def run_group(arch: str | None, seed: int, count: int, group: int) -> dict[str, Any]:
     """Judge the first `count` calls of a group; the result goes into the record as it is."""
     kernels = kernels_of_group(seed, group)
-    os.environ["CUFLASH_SIMULATOR_ARCH"] = arch = arch or arch_of_group(kernels, group)
+    arch = arch or arch_of_group(kernels, group)
+    if arch != "gpu":
+        os.environ["CUFLASH_SIMULATOR_ARCH"] = arch
     target = Target(arch)
     begin, failures = time.process_time(), []
     for index in range(count):
         call = draw_call(target, seed, group, index)
         try:
             judge(target, call)
+            if index % SHARES == 0:
+                judge_share(target, call)
         except Exception as error:
             failures.append(f"group {group}, index {index}, {arch}: {call.describe()}: {type(error).__name__}: {error}")
     calls._calls.clear()
@@ -277,7 +362,7 @@ def run_group(arch: str | None, seed: int, count: int, group: int) -> dict[str, 
     return {
         "group": group,
         "calls": count,
-        "names": [*kernels.names(), f"simulator as {arch}"],
+        "names": [*kernels.names(), target.device.name if target.is_gpu else f"simulator as {arch}"],
         "failures": failures,
         "seconds": time.process_time() - begin,
     }
@@ -318,7 +403,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=20_000, help="how many calls")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other calls")
     parser.add_argument("--per-group", type=int, default=100, help="calls that share compiled kernels")
-    parser.add_argument("--arch", choices=SIMULATED, help="what the simulator poses as; default one or another for each set of kernels")
+    parser.add_argument(
+        "--arch", choices=(*SIMULATED, "gpu"), help="what the simulator poses as, or a GPU; default one or another for each set of kernels"
+    )
     parser.add_argument("--processes", type=int, default=2, help="to run at the same time")
     parser.add_argument("--record", type=Path, help="file for results of groups; those that it holds are not run again")
     parser.add_argument("--output", type=Path, help="file for the table; without it the table is printed")
@@ -330,7 +417,8 @@ def main() -> int:
     results = [kept[group] for group, count in wanted if group in kept and kept[group]["calls"] == count]
     held = {result["group"] for result in results}
     begin = time.perf_counter()
-    with ProcessPoolExecutor(chosen.processes) as pool, record.open("a") as file:
+    # A CUDA context does not survive a fork.
+    with ProcessPoolExecutor(chosen.processes, get_context("spawn" if chosen.arch == "gpu" else None)) as pool, record.open("a") as file:
         waiting = [pool.submit(partial(run_group, chosen.arch, chosen.seed), count, group) for group, count in wanted if group not in held]
         for done in as_completed(waiting):
             result = done.result()

@@ -3,17 +3,17 @@
 #include "common.cuh"
 
 constexpr int UNROLLED = 64;  // instructions of all chains in one trip of the loop
-constexpr int SLOT = 512;     // bytes of shared memory per warp
+constexpr int SLOT = 512;  // bytes of shared memory per warp
 
 // What shared memory holds: addresses, so that what a load returns is the address of the next load.
 enum class Pattern { NONE, WORDS, MATRIX, TRANSPOSED };
 
-#define PLAIN(NAME, TEXT)                                                                             \
-  struct NAME {                                                                                       \
-    static constexpr Pattern PATTERN = Pattern::NONE;                                                 \
-    static __device__ __forceinline__ void step(u32 (&x)[4], u32 a, u32 b, u32 slot) {                \
-      asm volatile(TEXT : "+r"(x[0]) : "r"(a), "r"(b) : "memory");                                    \
-    }                                                                                                 \
+#define PLAIN(NAME, TEXT)                                                              \
+  struct NAME {                                                                        \
+    static constexpr Pattern PATTERN = Pattern::NONE;                                  \
+    static __device__ __forceinline__ void step(u32 (&x)[4], u32 a, u32 b, u32 slot) { \
+      asm volatile(TEXT : "+r"(x[0]) : "r"(a), "r"(b) : "memory");                     \
+    }                                                                                  \
   };
 PLAIN(ffma, "fma.rn.f32 %0, %0, %1, %2;")
 PLAIN(fadd, "add.rn.f32 %0, %0, %1;")
@@ -37,36 +37,34 @@ PLAIN(redux, "redux.sync.max.u32 %0, %0, 0xffffffff;")
 struct mufu_and_ffma {
   static constexpr Pattern PATTERN = Pattern::NONE;
   static __device__ __forceinline__ void step(u32 (&x)[4], u32 a, u32 b, u32 slot) {
-    asm volatile("ex2.approx.ftz.f32 %0, %0; fma.rn.f32 %1, %1, %4, %5; fma.rn.f32 %2, %2, %4, %5; fma.rn.f32 %3, %3, %4, %5; fma.rn.f32 %1, %1, %4, %5;"
-                 : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])
-                 : "r"(a), "r"(b)
-                 : "memory");
+    asm volatile(
+        "ex2.approx.ftz.f32 %0, %0; fma.rn.f32 %1, %1, %4, %5; fma.rn.f32 %2, %2, %4, %5; fma.rn.f32 %3, %3, %4, %5; fma.rn.f32 %1, %1, %4, %5;"
+        : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])
+        : "r"(a), "r"(b)
+        : "memory");
   }
 };
 
-#define PRODUCT(NAME, TEXT)                                                            \
-  struct NAME {                                                                        \
-    static constexpr Pattern PATTERN = Pattern::NONE;                                  \
-    static __device__ __forceinline__ void step(u32 (&x)[4], u32 a, u32 b, u32 slot) { \
+#define PRODUCT(NAME, TEXT)                                                                \
+  struct NAME {                                                                            \
+    static constexpr Pattern PATTERN = Pattern::NONE;                                      \
+    static __device__ __forceinline__ void step(u32 (&x)[4], u32 a, u32 b, u32 slot) {     \
       asm volatile(TEXT " {%0, %1, %2, %3}, {%4, %5, %4, %5}, {%4, %5}, {%0, %1, %2, %3};" \
-                   : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])                    \
-                   : "r"(a), "r"(b)                                                    \
-                   : "memory");                                                        \
-    }                                                                                  \
+                   : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])                        \
+                   : "r"(a), "r"(b)                                                        \
+                   : "memory");                                                            \
+    }                                                                                      \
   };
 PRODUCT(hmma_f16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
 PRODUCT(hmma_bf16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
 PRODUCT(hmma_tf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
 
-#define SHARED(NAME, KIND, TEXT)                                                          \
-  struct NAME {                                                                           \
-    static constexpr Pattern PATTERN = Pattern::KIND;                                     \
-    static __device__ __forceinline__ void step(u32 (&x)[4], u32 a, u32 b, u32 slot) {    \
-      asm volatile(TEXT                                                                   \
-                   : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])                       \
-                   : "r"(slot)                                                            \
-                   : "memory");                                                           \
-    }                                                                                     \
+#define SHARED(NAME, KIND, TEXT)                                                                  \
+  struct NAME {                                                                                   \
+    static constexpr Pattern PATTERN = Pattern::KIND;                                             \
+    static __device__ __forceinline__ void step(u32 (&x)[4], u32 a, u32 b, u32 slot) {            \
+      asm volatile(TEXT : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3]) : "r"(slot) : "memory"); \
+    }                                                                                             \
   };
 SHARED(lds_32, WORDS, "ld.volatile.shared.u32 %0, [%0];")
 SHARED(lds_128, WORDS, "ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%0];")
@@ -84,13 +82,12 @@ __device__ __forceinline__ void measure(u64* results, int trips, u32 a, u32 b, u
   u32 slot = base + lane * 16, first = 0x3f000000u + threadIdx.x;  // a float near 1/2
   u32* words = reinterpret_cast<u32*>(memory + warp * SLOT);
   for (u32 i = lane; i < SLOT / 4; i += 32) {
-    if (Instruction::PATTERN == Pattern::MATRIX)
-      words[i] = base + 16 * (i % 32);
-    else if (Instruction::PATTERN == Pattern::TRANSPOSED) {  // in the low half of what a lane gets; addresses have 16 bits, and odd rows are the high half
+    if (Instruction::PATTERN == Pattern::MATRIX) words[i] = base + 16 * (i % 32);
+    else if (Instruction::PATTERN ==
+             Pattern::TRANSPOSED) {  // in the low half of what a lane gets; addresses have 16 bits, and odd rows are the high half
       const u32 row = i % 32 / 4, column = i % 4 * 2, address = base + 16 * (4 * column + row / 2);
       words[i] = row % 2 ? 0 : address | (address + 64) << 16;
-    } else
-      words[i] = base + 4 * i;
+    } else words[i] = base + 4 * i;
   }
   if (Instruction::PATTERN != Pattern::NONE) first = slot;
   u32 x[CHAINS][4];
@@ -117,10 +114,10 @@ __device__ __forceinline__ void measure(u64* results, int trips, u32 a, u32 b, u
   store_clocks(results, begin, end);
 }
 
-#define INSTRUCTION(NAME)                                                                                       \
-  extern "C" __global__ void __launch_bounds__(512, 1) NAME##_latency(u64* r, int n, u32 a, u32 b, u32 never) { \
-    measure<NAME, 1>(r, n, a, b, never);                                                                        \
-  }                                                                                                             \
+#define INSTRUCTION(NAME)                                                                                          \
+  extern "C" __global__ void __launch_bounds__(512, 1) NAME##_latency(u64* r, int n, u32 a, u32 b, u32 never) {    \
+    measure<NAME, 1>(r, n, a, b, never);                                                                           \
+  }                                                                                                                \
   extern "C" __global__ void __launch_bounds__(512, 1) NAME##_throughput(u64* r, int n, u32 a, u32 b, u32 never) { \
-    measure<NAME, 8>(r, n, a, b, never);                                                                        \
+    measure<NAME, 8>(r, n, a, b, never);                                                                           \
   }

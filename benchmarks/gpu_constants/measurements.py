@@ -5,6 +5,7 @@ A clock is read by the SM itself. Everything is repeated; the value is the media
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +100,12 @@ def order_of_service(machine: Any) -> Iterator[Record]:
         _, log = _median_times(machine, kernel, (32,), (0,))
         stamps = (log[0, 12:44] - log[0, 0]).tolist()
         yield record(
-            f"{kernel}: clocks per product, alone", [costs[0]], "clocks", "slope between batches of 16 and 32", startup=startup, issue_clocks=stamps
+            f"{kernel}: clocks per product, alone",
+            [costs[0]],
+            "clocks",
+            "slope between batches of 16 and 32",
+            startup=startup,
+            issue_clocks=stamps,
         )
         yield record(
             f"{kernel}: products that are issued before issue blocks",
@@ -154,7 +160,7 @@ def timelines(machine: Any) -> Iterator[Record]:
         alone = runs[0]["done"][0]
         yield record(
             f"{kernel}: clocks between completions, alone",
-            [b - a for a, b in zip(alone, alone[1:], strict=False)],
+            [b - a for a, b in itertools.pairwise(alone)],
             "clocks",
             "eight products, each a commit group, each waited for; `runs` has the clocks of one to three warpgroups with these delays",
             first=alone[0],
@@ -208,7 +214,10 @@ def clocks(machine: Any) -> Iterator[Record]:
         trips = 2 if machine.dry else int(20_000_000 / per_trip)  # about 12 ms
         slices, launched = [], []
         for _ in range(1 if machine.dry else 40):
-            results, nanoseconds = machine.array(2 * machine.num_sms * 4 * groups, numpy.uint64), machine.array(2 * machine.num_sms, numpy.uint64)
+            results, nanoseconds = (
+                machine.array(2 * machine.num_sms * 4 * groups, numpy.uint64),
+                machine.array(2 * machine.num_sms, numpy.uint64),
+            )
             launched.append((results, nanoseconds))
             machine.launch(
                 f"wgmma_{n}", f"wgmma_{n}_{kind}", machine.num_sms, 128 * groups, max(SHARED_TENSOR, ALONE), results, nanoseconds,
@@ -228,7 +237,9 @@ def clocks(machine: Any) -> Iterator[Record]:
             "as above; the later half of launches in a row. `slices` has all of them",
             slices=slices,
             clocks_per_product=round(float(numpy.nanmedian(products)), 3),
-            tflops=round(float(2 * 64 * n * 16 * machine.num_sms * statistics.median(settled) / max(numpy.nanmedian(products), 1e-9) / 1000), 1),
+            tflops=round(
+                float(2 * 64 * n * 16 * machine.num_sms * statistics.median(settled) / max(numpy.nanmedian(products), 1e-9) / 1000), 1
+            ),
         )
 
 
@@ -274,11 +285,24 @@ def handovers(machine: Any) -> Iterator[Record]:
 
     for partner in (1, 4):
         where = "another sub-partition" if partner == 1 else "the same sub-partition"
-        yield one(f"mbarrier hand-over, warp of {where}", "mbarrier_turns", 160, 2, "arrive to the end of the other's try_wait, in turns", ("i", partner))
+        yield one(
+            f"mbarrier hand-over, warp of {where}",
+            "mbarrier_turns",
+            160,
+            2,
+            "arrive to the end of the other's try_wait, in turns",
+            ("i", partner),
+        )
     yield one("mbarrier: arrive and wait, alone", "mbarrier_alone", 32, 1, "one thread, one barrier")
     yield one("mbarrier: try_wait on a complete phase", "mbarrier_ready", 32, 1, "one warp")
     for threads in (64, 256):
-        yield one(f"named barrier hand-over, {threads} threads", "named_turns", threads, 2, "bar.arrive to the end of the other half's bar.sync, in turns")
+        yield one(
+            f"named barrier hand-over, {threads} threads",
+            "named_turns",
+            threads,
+            2,
+            "bar.arrive to the end of the other half's bar.sync, in turns",
+        )
     for threads in (32, 128, 256, 384, 512):
         yield one(f"bar.sync 0, {threads} threads", "block_barrier", threads, 8, "in a row")
     for threads in (128, 384):
@@ -304,7 +328,12 @@ def launches(machine: Any) -> Iterator[Record]:
                 machine.launch("handover", "nothing", grid, 128, 0)
                 machine.wait()
             single.append((time.perf_counter() - begin) / max(count // 10, 1) * 1e6)
-        yield record(f"launches in a row, host, {grid} blocks", issue, "microseconds", "empty kernels through cuLaunchKernel, this script's Python included")
+        yield record(
+            f"launches in a row, host, {grid} blocks",
+            issue,
+            "microseconds",
+            "empty kernels through cuLaunchKernel, this script's Python included",
+        )
         yield record(f"launches in a row, GPU, {grid} blocks", whole, "microseconds", "the same until the last has ended")
         yield record(f"launch and wait, {grid} blocks", single, "microseconds", "an empty kernel, then a wait for it")
     count = 2 if machine.dry else 200
@@ -313,7 +342,12 @@ def launches(machine: Any) -> Iterator[Record]:
         machine.launch("handover", "timer", 1, 32, 0, stamps[i : i + 1])
     machine.wait()
     gaps = numpy.diff(machine.get(stamps).astype(numpy.int64))[count // 2 :]
-    yield record("from a kernel's begin to the next one's", gaps if gaps.size else [0], "nanoseconds", "tiny kernels of one stream, by the global timer")
+    yield record(
+        "from a kernel's begin to the next one's",
+        gaps if gaps.size else [0],
+        "nanoseconds",
+        "tiny kernels of one stream, by the global timer",
+    )
 
 
 # --- Memory -------------------------------------------------------------------------------------------------------------------------------
@@ -395,7 +429,9 @@ def reductions(machine: Any) -> Iterator[Record]:
             for where, bytes_, step in cases if grid > 1 else cases[:1]:
                 found = runner.spans("memory", kernel, grid, 256, ALONE, data, ("I", bytes_), ("I", step), ("i", trips))
                 rate = [float(4 * words * 256 * trips / numpy.median(s)) for s in found]
-                yield record(f"{name}, {grid} SMs, {where}", rate, "bytes per clock and SM", f"256 threads, {bytes_ >> 10} KB, a fence at the end")
+                yield record(
+                    f"{name}, {grid} SMs, {where}", rate, "bytes per clock and SM", f"256 threads, {bytes_ >> 10} KB, a fence at the end"
+                )
     for nbytes in (4096, 16384):
         for grid in (1, sms):
             cases = [("a region of its own", region, region), ("the same region", region, 0)]

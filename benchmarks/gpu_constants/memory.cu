@@ -8,7 +8,8 @@ struct __align__(64) TensorMap {
 constexpr int STAGES = 4, CHUNK = 32768;  // bytes of one stage
 
 __device__ __forceinline__ void bulk_load(u32 to, const char* from, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
+               "r"(barrier)
                : "memory");
 }
 __device__ __forceinline__ void bulk_load_both(u32 to, const char* from, u32 bytes, u32 barrier) {
@@ -129,8 +130,7 @@ extern "C" __global__ void __launch_bounds__(32, 1) bulk_latency(u64* results, c
     results[2 * i + 1] = good ? end : begin;
   }
 }
-extern "C" __global__ void __launch_bounds__(32, 1)
-    tensor_latency(u64* results, const __grid_constant__ TensorMap map, u32 footprint, int copies) {
+extern "C" __global__ void __launch_bounds__(32, 1) tensor_latency(u64* results, const __grid_constant__ TensorMap map, u32 footprint, int copies) {
   extern __shared__ __align__(1024) char memory[];
   __shared__ u64 barriers[1];
   const u32 to = shared_address(memory), full = shared_address(barriers);
@@ -198,10 +198,8 @@ __device__ __forceinline__ void reduce(u64* results, char* data, u32 region, u32
   const u64 begin = clock_now();
 #pragma unroll 1
   for (int trip = 0; trip < trips; ++trip) {
-    if (WORDS == 4)
-      asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %1, %1, %1};" ::"l"(own + offset), "f"(1.0f) : "memory");
-    else
-      asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(own + offset), "f"(1.0f) : "memory");
+    if (WORDS == 4) asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %1, %1, %1};" ::"l"(own + offset), "f"(1.0f) : "memory");
+    else asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(own + offset), "f"(1.0f) : "memory");
     offset += round;
     if (offset >= region) offset = 4 * WORDS * threadIdx.x % region;
   }

@@ -11,10 +11,36 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 ARCH = "90a"
 SHAPES = (64, 80, 112, 128, 176, 256)
-INSTRUCTIONS = (
-    "ffma fadd fmul fmnmx mufu_ex2 mufu_lg2 mufu_rsq mufu_tanh f2fp_bf16 f2fp_f16 cvt_tf32 imad lop3 prmt hfma2_bf16 shfl redux mufu_and_ffma "
-    "hmma_f16 hmma_bf16 hmma_tf32 lds_32 lds_128 ldsm_x4 ldsm_x4_trans sts_32 sts_128 stsm_x4"
-).split()
+INSTRUCTIONS = [
+    "ffma",
+    "fadd",
+    "fmul",
+    "fmnmx",
+    "mufu_ex2",
+    "mufu_lg2",
+    "mufu_rsq",
+    "mufu_tanh",
+    "f2fp_bf16",
+    "f2fp_f16",
+    "cvt_tf32",
+    "imad",
+    "lop3",
+    "prmt",
+    "hfma2_bf16",
+    "shfl",
+    "redux",
+    "mufu_and_ffma",
+    "hmma_f16",
+    "hmma_bf16",
+    "hmma_tf32",
+    "lds_32",
+    "lds_128",
+    "ldsm_x4",
+    "ldsm_x4_trans",
+    "sts_32",
+    "sts_128",
+    "stsm_x4",
+]
 ORDERS = {
     # Kernel of the test of the order of service -> (N, A from registers) of group 0, and of the others.
     "order_64_ss": ((64, False), (64, False)),
@@ -26,7 +52,12 @@ ORDERS = {
     "order_256_ss_64_ss": ((256, False), (64, False)),
     "order_128_ss_128_rs": ((128, False), (128, True)),
 }
-TIMELINES = {"timeline_64_ss": (64, False), "timeline_128_ss": (128, False), "timeline_256_ss": (256, False), "timeline_128_rs": (128, True)}
+TIMELINES = {
+    "timeline_64_ss": (64, False),
+    "timeline_128_ss": (128, False),
+    "timeline_256_ss": (256, False),
+    "timeline_128_rs": (128, True),
+}
 
 
 def _wgmma(n: int) -> str:

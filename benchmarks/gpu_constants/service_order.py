@@ -41,7 +41,7 @@ def judge(tests: Sequence[dict]) -> dict:
     for test in tests:
         apart = [predict(rule, test["lengths"], test["begin"], test["costs"]) for rule in errors]
         test["predicted"] = {rule: [round(x) for x in times] for rule, times in zip(errors, apart, strict=True)}
-        unit = max(test["costs"])
+        unit = max(*test["costs"], 1e-9)
         if max(abs(a - b) for a, b in zip(*apart, strict=True)) < 2 * unit:
             continue  # both rules say the same
         for rule, times in zip(errors, apart, strict=True):

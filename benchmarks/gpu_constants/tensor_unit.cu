@@ -1,7 +1,8 @@
 // The tensor unit of one SM under wgmma: its throughput, and the order in which it serves several warpgroups.
 //
-// The program in front of this file defines `Wgmma<N>`, with `ss` and `rs`, for every N that it needs. All products accumulate into the same registers, as
-// in a product of matrices. Operands are K-major with 128-byte swizzle; what they hold is pseudo-random, because the clock depends on it.
+// The program in front of this file defines `Wgmma<N>`, with `ss` and `rs`, for every N that it needs. All products accumulate into the same
+// registers, as in a product of matrices. Operands are K-major with 128-byte swizzle; what they hold is pseudo-random, because the clock depends on
+// it.
 #include "common.cuh"
 
 constexpr int GROUP_BYTES = 64 * 128;  // A of a warpgroup: 64 rows of 64 columns
@@ -53,10 +54,8 @@ struct Products {
     keep(a);
   }
   __device__ __forceinline__ void issue(int k) {  // k: which 16 of the 64 columns
-    if constexpr (RS)
-      Wgmma<N>::rs(d, a, b_descriptor + 2 * (k % 4));
-    else
-      Wgmma<N>::ss(d, a_descriptor + 2 * (k % 4), b_descriptor + 2 * (k % 4));
+    if constexpr (RS) Wgmma<N>::rs(d, a, b_descriptor + 2 * (k % 4));
+    else Wgmma<N>::ss(d, a_descriptor + 2 * (k % 4), b_descriptor + 2 * (k % 4));
   }
   __device__ __forceinline__ float sum() const {
     float total = 0;
@@ -101,8 +100,8 @@ __device__ __forceinline__ void throughput(u64* results, u64* nanoseconds, int t
   if (products.sum() == impossible) results[0] = 0;
 }
 
-// One warpgroup's part in the test of the order. It waits until `delay` clocks after the block's start, issues `length` products (a multiple of 4, of which
-// each four are a commit group), waits for all. `log`: for each of four warps begin, issued, done; then the clock after each issue of warp 0.
+// One warpgroup's part in the test of the order. It waits until `delay` clocks after the block's start, issues `length` products (a multiple of 4, of
+// which each four are a commit group), waits for all. `log`: for each of four warps begin, issued, done; then the clock after each issue of warp 0.
 template <int N, bool RS>
 __device__ __forceinline__ void batch(u32 memory, u32* log, u32* stamps, int group, int length, int delay, u64 start, float impossible) {
   Products<N, RS> products(memory, group);
@@ -152,10 +151,10 @@ __device__ __forceinline__ void order(u32* logs, Work work, float impossible) {
   u32* log = logs + group * (12 + MAX_ISSUES);
   __syncthreads();
   const u64 start = clock_now() + 1024;  // by then all have cleared their registers
-  if (group == 0)
-    batch<N0, RS0>(memory, log, stamps[0], 0, work.length[0], work.delay[0], start, impossible);
+  if (group == 0) batch<N0, RS0>(memory, log, stamps[0], 0, work.length[0], work.delay[0], start, impossible);
   else
-    batch<N1, RS1>(memory, log, stamps[group], group, group == 1 ? work.length[1] : work.length[2], group == 1 ? work.delay[1] : work.delay[2], start, impossible);
+    batch<N1, RS1>(memory, log, stamps[group], group, group == 1 ? work.length[1] : work.length[2], group == 1 ? work.delay[1] : work.delay[2], start,
+                   impossible);
 }
 
 // Eight products, each a commit group of its own, and the clock at which each of them was found complete. Per group: begin, issued, eight clocks.
@@ -205,15 +204,13 @@ __device__ __forceinline__ void timeline(u32* logs, Work work, float impossible)
   if (products.sum() == impossible) logs[0] = 0;
 }
 
-#define THROUGHPUT(NAME, N, RS)                                                                                              \
-  extern "C" __global__ void __launch_bounds__(384, 1) NAME(u64* results, u64* nanoseconds, int trips, float impossible) {   \
-    throughput<N, RS>(results, nanoseconds, trips, impossible);                                                              \
+#define THROUGHPUT(NAME, N, RS)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(384, 1) NAME(u64* results, u64* nanoseconds, int trips, float impossible) { \
+    throughput<N, RS>(results, nanoseconds, trips, impossible);                                                            \
   }
-#define ORDER(NAME, N0, RS0, N1, RS1)                                                                      \
+#define ORDER(NAME, N0, RS0, N1, RS1)                                                                       \
   extern "C" __global__ void __launch_bounds__(384, 1) NAME(u32* logs, const Work work, float impossible) { \
-    order<N0, RS0, N1, RS1>(logs, work, impossible);                                                       \
+    order<N0, RS0, N1, RS1>(logs, work, impossible);                                                        \
   }
-#define TIMELINE(NAME, N, RS)                                                                              \
-  extern "C" __global__ void __launch_bounds__(384, 1) NAME(u32* logs, const Work work, float impossible) { \
-    timeline<N, RS>(logs, work, impossible);                                                               \
-  }
+#define TIMELINE(NAME, N, RS) \
+  extern "C" __global__ void __launch_bounds__(384, 1) NAME(u32* logs, const Work work, float impossible) { timeline<N, RS>(logs, work, impossible); }

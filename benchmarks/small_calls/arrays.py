@@ -16,6 +16,9 @@ from small_calls.cases import Case
 NAMES = ("out", "lse", "grad_query", "grad_key", "grad_value")
 """Of the results that every case has."""
 
+MERGED_PARTS = 17
+"""How often a result with sinks is merged with itself: one part more than fit the parameter of a kernel."""
+
 
 def values_of(case: Case) -> dict[str, Any]:
     """Operands in float32, rounded to the case's element type, and the arrays among the arguments."""
@@ -56,7 +59,7 @@ def operands_of(case: Case, values: dict[str, Any], xp: Any) -> dict[str, Any]:
 
 
 def run(case: Case, operands: dict[str, Any]) -> dict[str, Any]:
-    """Both calls, and the mask of dropout; the results by name."""
+    """Both calls, the mask of dropout, and with sinks the result merged with itself; the results by name."""
     sample, inputs = case.sample, [operands[name] for name in ("query", "key", "value")]
     arguments = {name: operands.get(name, argument) for name, argument in case.arguments.items()}
     out, lse = sample.forward(*inputs, return_lse=True, **arguments)
@@ -68,6 +71,11 @@ def run(case: Case, operands: dict[str, Any]) -> dict[str, Any]:
     if sample.features.dropout and not sample.is_packed:
         shape = (sample.batch, sample.num_heads_q, sample.seqlen_q, sample.seqlen_kv)
         results["dropout_mask"] = cuflash.dropout_mask(shape, sample.features.dropout, DROPOUT_SEED, like=operands["query"])
+    if sample.features.sinks:
+        parts = [out] * MERGED_PARTS, [lse] * MERGED_PARTS
+        merged = cuflash.merge_attention(*parts)
+        grad_part = cuflash.merge_attention_backward(operands["grad_out"], *parts, *merged).outs[-1]
+        results |= {"merged_out": merged[0], "merged_lse": merged[1], "grad_part": grad_part}
     return results
 
 

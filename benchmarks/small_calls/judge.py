@@ -11,7 +11,7 @@ import numpy
 from cuflash import reference
 from cuflash.reference_features import dropout_mask
 from cuflash.samples import DROPOUT_SEED
-from small_calls.arrays import NAMES, bits_of, operands_of, run, values_of
+from small_calls.arrays import MERGED_PARTS, NAMES, bits_of, operands_of, run, values_of
 from small_calls.cases import Case
 
 
@@ -77,6 +77,11 @@ def expected(case: Case, values: dict[str, Any]) -> tuple[dict[str, Any], dict[s
             for b in range(sample.batch)
         ]
         both[0]["dropout_mask"] = both[1]["dropout_mask"] = numpy.array(masks, numpy.float64)
+    if sample.features.sinks:
+        for results in both:
+            sees = numpy.isfinite(results["lse"]).swapaxes(-1, -2)[..., None]  # the axes of out
+            results |= {"merged_out": results["out"], "merged_lse": results["lse"] + numpy.log(MERGED_PARTS)}
+            results["grad_part"] = numpy.where(sees, values["grad_out"] / MERGED_PARTS, 0)
     return both[0], both[1]
 
 
@@ -98,7 +103,7 @@ def judge(case: Case, values: dict[str, Any], results: dict[str, Any]) -> tuple[
         try:
             with numpy.errstate(invalid="ignore"):
                 near = numpy.abs(got - want) <= noise
-            dtype = "float32" if name in ("lse", "dropout_mask") else case.sample.dtype
+            dtype = "float32" if name in ("lse", "dropout_mask", "merged_lse") else case.sample.dtype
             reference.compare(numpy.where(near, want, got), want, yardstick, name=name, dtype=dtype)
         except AssertionError as complaint:
             with numpy.errstate(invalid="ignore"):

@@ -17,9 +17,9 @@ DEVICE float lg2(float x) {
   return y;
 }
 
-// x * y rounded towards minus infinity.
-DEVICE float mul_rm(float x, float y) {
-  float z;
-  asm("mul.rm.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
+// x * y + z rounded towards minus infinity.
+DEVICE float fma_rm(float x, float y, float z) {
+  float w;
+  asm("fma.rm.f32 %0, %1, %2, %3;" : "=f"(w) : "f"(x), "f"(y), "f"(z));
+  return w;
 }

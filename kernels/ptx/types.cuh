@@ -36,6 +36,7 @@ struct SameType<A, A> {
 constexpr int WARP_SIZE = 32;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
+constexpr float LOWEST = -3.402823466e38f;  // of the finite ones
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }

@@ -13,7 +13,6 @@
 #include "tile/features.cuh"
 #include "tile/fragment.cuh"
 
-constexpr float LOWEST = -3.402823466e38f;
 constexpr float SCORE_UNIT = ADDITIVE_MASK ? 1.0f : LOG2_E;
 
 // d score / d (scale q·k) = 1 - tanh², for each element of a tile; empty without softcap.

@@ -1,35 +1,43 @@
 // Online softmax over the key tiles of a query tile: Milakov and Gimelshein 2018 (arXiv 1805.02867); Dao et al. 2022 (arXiv 2205.14135), algorithm 1.
 //
 // Everything is in log2 units: p = 2^(S scale_log2 - reference), one FMA and one ex2 per score. The reference of a row is its running maximum
-// times scale_log2, rounded down; since every use takes the same rounded number, the rounding cancels in the normalisation. It also is
-// at most one unit in the last place below the exact product, so exponents are below 2^-24 |reference|: only where |reference| passes 2^24 can
-// they become large, and there they are clamped to 0 (scores of 1e5 in bfloat16 stay finite).
+// times scale_log2, less SHIFT, rounded down; since every use takes the same rounded number, the rounding cancels in the normalisation. It also is
+// at most one unit in the last place below the exact number, so exponents are below SHIFT + 2^-23 |reference|: only where |reference| passes 2^22 can
+// they become much larger, and there they are clamped to SHIFT (scores of 1e5 in bfloat16 stay finite).
 //
-// With NATURAL scores are no log2 units and there is no scale_log2: p = 2^((S - reference) log2(e)), where the reference is the running maximum
-// itself. The difference of huge numbers is exact, and never above 0.
+// With NATURAL scores are no log2 units and there is no scale_log2: p = 2^((S - reference) log2(e) + SHIFT), where the reference is the running
+// maximum itself. The difference of huge numbers is exact, and never above 0.
 //
-// A masked score is -inf, never a large finite number. A row that has seen no key keeps reference = -inf, sum = 0 and O = 0.
+// SHIFT scales all probabilities of a row by 2^SHIFT, and so its sum and O, which the normalisation takes out again: room for small ones in the type
+// that P is rounded to.
+//
+// Probabilities of a tile are added up by themselves, in pairs, and then to the row's sum, whose rounding errors are carried along (Kahan 1965, doi
+// 10.1145/363707.363723): a key that outweighs all others by 2^24 does not swallow what any number of tiles adds to it.
+//
+// A masked score is -inf, never a large finite number. A row that has seen no key keeps the lowest reference, sum = 0 and O = 0.
 #pragma once
 #include "ptx/math.cuh"
 #include "ptx/warp.cuh"
 
-constexpr float EXACT_REFERENCE_LIMIT = 16777216.0f;  // 2^24
+constexpr float EXACT_REFERENCE_LIMIT = 4194304.0f;  // 2^22
 
-// min(x, 0) that keeps NaN.
-DEVICE float clamp_exponent(float x) { return x > 0.0f ? 0.0f : x; }
+// min(x, limit) that keeps NaN.
+DEVICE float clamp_exponent(float x, float limit = 0.0f) { return x > limit ? limit : x; }
 
-template <int M, bool NATURAL = false>
+template <int M, bool NATURAL = false, int SHIFT = 0>
 struct OnlineSoftmax {
   float reference[M][2];  // rows g and g + 8 of each 16-row tile
   float sum[M][2];  // this lane's columns only, until `finish`
+  float rest[M][2];  // what rounding has left out of `sum`
 
   DEVICE OnlineSoftmax() {
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        reference[m][r] = -infinity();
+        reference[m][r] = LOWEST;  // and not -inf: no difference from it is NaN
         sum[m][r] = 0.0f;
+        rest[m][r] = 0.0f;
       }
   }
 
@@ -40,19 +48,17 @@ struct OnlineSoftmax {
     for (int m = 0; m < M; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float row_max = -infinity();
+        float row_max = fmaxf(S[m][0][2 * r], S[m][0][2 * r + 1]);
 #pragma unroll
-        for (int n = 0; n < N; ++n) row_max = fmaxf(row_max, fmaxf(S[m][n][2 * r], S[m][n][2 * r + 1]));
+        for (int n = 1; n < N; ++n) row_max = fmaxf(row_max, fmaxf(S[m][n][2 * r], S[m][n][2 * r + 1]));
         const float previous = reference[m][r];
         if constexpr (NATURAL) {
           reference[m][r] = fmaxf(previous, quad_max(row_max));
         } else {
-          reference[m][r] = fmaxf(previous, mul_rm(quad_max(row_max), scale_log2));
+          reference[m][r] = fmaxf(previous, fma_rm(quad_max(row_max), scale_log2, -float(SHIFT)));
         }
-        const float used = reference[m][r] == -infinity() ? 0.0f : reference[m][r];
-
+        const float used = reference[m][r];
         const float rescale = ex2(in_log2(previous - used));
-        sum[m][r] *= rescale;
 #pragma unroll
         for (int n = 0; n < N_O; ++n) {
           O[m][n][2 * r] *= rescale;
@@ -64,20 +70,22 @@ struct OnlineSoftmax {
 #pragma unroll
           for (int n = 0; n < N; ++n)
 #pragma unroll
-            for (int i = 2 * r; i < 2 * r + 2; ++i) S[m][n][i] = clamp_exponent(__fmaf_rn(S[m][n][i], scale_log2, -used));
+            for (int i = 2 * r; i < 2 * r + 2; ++i) S[m][n][i] = clamp_exponent(__fmaf_rn(S[m][n][i], scale_log2, -used), SHIFT);
           factor = 1.0f;
           offset = 0.0f;
         }
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll
-          for (int i = 2 * r; i < 2 * r + 2; ++i) {
-            S[m][n][i] = ex2(NATURAL ? in_log2(S[m][n][i] - used) : __fmaf_rn(S[m][n][i], factor, -offset));
-            sum[m][r] += S[m][n][i];
-          }
+          for (int i = 2 * r; i < 2 * r + 2; ++i)
+            S[m][n][i] = ex2(NATURAL ? __fmaf_rn(S[m][n][i] - used, LOG2_E, SHIFT) : __fmaf_rn(S[m][n][i], factor, -offset));
+        add_to_sum(m, r, rescale, row_sum<0, N>(S[m], r));
       }
     }
   }
+
+  // What turns numbers relative to an earlier reference of the row into such relative to the present one.
+  DEVICE float rescale_since(float earlier, int m, int r) const { return ex2(in_log2(earlier - reference[m][r])); }
 
   // A logit in the denominator alone, without a key or a value: the sum of each row grows by exp(sink) (Xiao et al. 2024, arXiv 2309.17453). The
   // logit is in units of the scores.
@@ -89,10 +97,10 @@ struct OnlineSoftmax {
       for (int r = 0; r < 2; ++r) {
         const float previous = reference[m][r];
         reference[m][r] = fmaxf(previous, sink);
-        const float used = reference[m][r] == -infinity() ? 0.0f : reference[m][r];
+        const float used = reference[m][r];
         const float rescale = ex2(in_log2(previous - used));
-        sum[m][r] *= rescale;
-        if (lane_index() % 4 == 0) sum[m][r] += ex2(in_log2(sink - used));  // once per row: `finish` adds up the lanes of a quad
+        const float exponent = NATURAL ? __fmaf_rn(sink - used, LOG2_E, SHIFT) : sink - used;
+        add_to_sum(m, r, rescale, lane_index() % 4 == 0 ? ex2(exponent) : 0.0f);  // once per row: `finish` adds up the lanes of a quad
 #pragma unroll
         for (int n = 0; n < N_O; ++n) {
           O[m][n][2 * r] *= rescale;
@@ -115,14 +123,34 @@ struct OnlineSoftmax {
           O[m][n][2 * r] *= inverse;
           O[m][n][2 * r + 1] *= inverse;
         }
+        const float log2_total = lg2(total * (1.0f / float(1 << SHIFT)));
         if constexpr (NATURAL) {
-          reference[m][r] = __fmaf_rn(lg2(total), LN_2, reference[m][r]);
+          reference[m][r] = __fmaf_rn(log2_total, LN_2, reference[m][r]);
         } else {
-          reference[m][r] = (reference[m][r] + lg2(total)) * LN_2;
+          reference[m][r] = (reference[m][r] + float(SHIFT) + log2_total) * LN_2;
         }
       }
   }
 
  private:
   DEVICE static float in_log2(float difference) { return NATURAL ? difference * LOG2_E : difference; }
+
+  // This lane's columns of row r, tiles BEGIN .. END - 1, by halves.
+  template <int BEGIN, int END, int N>
+  DEVICE static float row_sum(const float (&p)[N][4], int r) {
+    if constexpr (END - BEGIN == 1) {
+      return p[BEGIN][2 * r] + p[BEGIN][2 * r + 1];
+    } else {
+      constexpr int MIDDLE = (BEGIN + END) / 2;
+      return row_sum<BEGIN, MIDDLE>(p, r) + row_sum<MIDDLE, END>(p, r);
+    }
+  }
+
+  // sum = rescale sum + x
+  DEVICE void add_to_sum(int m, int r, float rescale, float x) {
+    const float missing = __fmaf_rn(rest[m][r], rescale, x);
+    const float rounded = __fmaf_rn(sum[m][r], rescale, missing);
+    rest[m][r] = __fmaf_rn(sum[m][r], rescale, -rounded) + missing;
+    sum[m][r] = rounded;
+  }
 };

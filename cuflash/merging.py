@@ -1,0 +1,402 @@
+"""Attention over disjoint sets of keys, merged: `merge_attention` and its gradient.
+
+A call is checked once for each signature of its arrays and kept as a `_Merge`, which holds kernels and argument structs packed but for the addresses;
+a warm call looks it up, as those of attention do (`calls.py`).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Hashable
+from dataclasses import dataclass
+from itertools import chain
+from math import ceil, prod
+from typing import Any, NamedTuple
+
+from cuflash import calls, device, launch
+from cuflash.arrays import AnyArray, Array, BFloat16Bits, borrow, describe, is_array, pointer, signature
+from cuflash.codegen import config_text
+from cuflash.device import Device
+from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
+from cuflash.launch import ArgumentTemplate
+from cuflash.layout import CANONICAL, Layout, Shape4
+from cuflash.options import check_layout
+from cuflash.planning import MAX_GRID, KernelPlan
+from cuflash.problem import MAX_EXTENT, cast_to, check_dtypes, check_same_kind
+from cuflash.tiles import Tile
+
+_WARPS = 4
+_VECTOR = 8  # columns that a thread takes at a time, as in kernels/tile/merge.cuh
+_LISTED_PARTS = 16  # as in kernels/merge_arguments.cuh
+_PART_BYTES = 80
+
+_TENSOR_VIEW = struct.Struct("=4q2i")  # after the address, as everywhere here
+_ROW_VIEW = struct.Struct("=3q")
+_SIZES = struct.Struct("=2q6i")
+_PARTS = struct.Struct("=2q4i")
+
+
+class MergeGradients(NamedTuple):
+    """Gradients of the parts of `merge_attention`: a tuple of arrays for a list or tuple, one array for one array."""
+
+    outs: Any
+    lses: Any
+
+
+def merge_attention(outs: Any, lses: Any, *, layout: str = CANONICAL) -> tuple[Any, Any]:
+    """Merge attention of the same queries over disjoint sets of keys into attention over all of these keys.
+
+    lse = log Σ exp(lses[i]), out = Σ exp(lses[i] - lse) · outs[i], in float32 and one pass over the parts, whatever their number.
+
+    Args:
+        outs: what attention over each set of keys gave: a list or tuple of arrays, or one array with the parts along a first axis of its own. Each is
+            `(batch, seqlen_q, num_heads, head_dim)` in the order that `layout` says, or `(batch, seqlen_q, num_heads * head_dim)`, or of packed sequences
+            `(tokens, num_heads, head_dim)`; float16, bfloat16 or float32; any strides, kinds of arrays as for attention.
+        lses: their lse, in either form too: float32 `(batch, num_heads, seqlen_q)` whatever the layout, of packed sequences `(num_heads, tokens)`.
+        layout: as in `scaled_dot_product_attention`.
+
+    Returns:
+        out: like each of outs; 0 where no part saw a key.
+        lse: like each of lses; -inf there. One part comes back as it is.
+
+    An lse of -inf says that a part saw no key in that row; what its out holds there, NaN too, changes nothing. In other rows NaN in out stays NaN, and NaN
+    or +inf in an lse makes the row NaN.
+
+    Sinks belong to one part: give them to one of the forward calls, or else they are counted more than once.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError, UnsupportedError: an argument that cannot be used.
+
+    Source: Dao et al. 2022, FlashAttention, arXiv 2205.14135, section 3.1, the softmax of a concatenation.
+    """
+    call, addresses = _find("merge_attention", layout, outs, lses, {})
+    out, lse = call.run(addresses)
+    return out, lse
+
+
+def merge_attention_backward(
+    grad_out: AnyArray, outs: Any, lses: Any, out: AnyArray, lse: AnyArray, grad_lse: AnyArray | None = None, *, layout: str = CANONICAL
+) -> MergeGradients:
+    """Compute the gradients of `merge_attention`.
+
+    With w = exp(lses[i] - lse): grad of outs[i] = w · dO, grad of lses[i] = w · (rowsum(dO ∘ outs[i]) - rowsum(dO ∘ out) + dlse).
+
+    The backward pass of attention does not need them: `scaled_dot_product_attention_backward` takes the merged out and lse. They are for a loss that depends
+    on the parts otherwise, or for parts that are no attention.
+
+    Args:
+        grad_out: gradient of `out`; its shape, dtype and kind; any strides.
+        outs, lses: as in the forward call, or some of the parts.
+        out, lse: what the forward call returned, of all parts.
+        grad_lse: gradient of `lse`, its shape and dtype, or None for zero.
+        layout: as in the forward call.
+
+    Returns:
+        MergeGradients(outs, lses), each in the form of its argument: a tuple for a list or tuple, one array for one array. A part has no gradient in rows
+        where its lse is -inf.
+
+    Raises:
+        As the forward call.
+    """
+    given = {"grad_out": grad_out, "out": out, "lse": lse} | ({} if grad_lse is None else {"grad_lse": grad_lse})
+    call, addresses = _find("merge_attention_backward", layout, outs, lses, given)
+    return MergeGradients(*call.run(addresses))
+
+
+# --- Calls that are kept ------------------------------------------------------------------------------------------------------------------
+
+
+def _find(function: str, layout: str, outs: Any, lses: Any, given: dict[str, Any]) -> tuple[_Merge, list[int]]:
+    """What is prepared for a call, and the addresses of its arrays: the parts of outs, those of lses, and the others."""
+    listed = isinstance(outs, (list, tuple)), isinstance(lses, (list, tuple))
+    arrays = [*(outs if listed[0] else (outs,)), *(lses if listed[1] else (lses,)), *given.values()]
+    seen: list[Hashable] = [function, device.simulator_arch(), layout, listed, len(outs) if listed[0] else 1, tuple(given)]
+    addresses = []
+    for array in arrays:
+        kind = signature(array)
+        if kind is None:
+            break
+        addresses.append(pointer(array))
+        seen += (kind, addresses[-1] & 15)
+    key, call = calls.kept(seen) if len(addresses) == len(arrays) else (None, None)
+    if call is None:
+        borrowed = {name: _borrow_parts(parts, name) for name, parts in (("outs", outs), ("lses", lses))}
+        others = {name: borrow(array, name) for name, array in given.items()}
+        parts = _Parts(borrowed["outs"], listed[0]), _Parts(borrowed["lses"], listed[1])
+        call = _Merge(function, layout, *parts, others)
+        calls.keep(key, call)
+        addresses = [array.pointer for array in chain(*borrowed.values(), others.values())]
+    return call, addresses
+
+
+def _borrow_parts(parts: Any, name: str) -> list[Array]:
+    """The arrays of a list, or the one array that holds all parts."""
+    if not isinstance(parts, (list, tuple)):
+        if not is_array(parts):
+            hint = "Pass what the calls of attention returned: [out_1, out_2] and [lse_1, lse_2]."
+            raise ShapeError(name, describe(parts), "a list or tuple of arrays, or one array with the parts along its first axis", hint)
+        return [borrow(parts, name)]
+    if not parts:
+        raise ShapeError(name, "no parts", "at least one part", _NO_PARTS)
+    return [borrow(part, f"{name}[{i}]") for i, part in enumerate(parts)]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """`outs` or `lses` as they came: a list of arrays, or one array with the parts along its first axis."""
+
+    arrays: list[Array]
+    listed: bool
+
+    @property
+    def number(self) -> int:
+        return len(self.arrays) if self.listed else self.arrays[0].shape[0]
+
+    @property
+    def step(self) -> int:
+        """Elements from part to part of one array."""
+        return 0 if self.listed else self.arrays[0].strides[0]
+
+    def part(self, i: int) -> Array:
+        """One part as an array of its own, which does not keep the caller's alive."""
+        whole, axes = (self.arrays[i], 0) if self.listed else (self.arrays[0], 1)
+        address = whole.pointer + (0 if self.listed else i * self.step * whole.itemsize)
+        return Array(address, whole.shape[axes:], whole.strides[axes:], whole.dtype, whole.itemsize, whole.device, whole.framework, None)
+
+    def named(self, name: str) -> dict[str, Array]:
+        """The arrays by what a message calls them."""
+        return {f"{name}[{i}]" if self.listed else name: array for i, array in enumerate(self.arrays)}
+
+
+# --- Checks -------------------------------------------------------------------------------------------------------------------------------
+
+
+def _check_parts(outs: _Parts, lses: _Parts, order: str) -> tuple[Layout, Shape4]:
+    """The form of outs, and the canonical shape of each."""
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not parts.listed and not parts.arrays[0].shape:
+            raise ShapeError(name, "an array without dimensions", "the parts along its first axis", "Pass a list of arrays, or stack them.")
+        if not parts.number:
+            raise ShapeError(name, f"no parts in shape {parts.arrays[0].shape}", "at least one part", _NO_PARTS)
+        for i in range(1, len(parts.arrays)):
+            if parts.arrays[i].shape != parts.arrays[0].shape:
+                got, expected = f"shape {parts.arrays[i].shape}", f"{parts.arrays[0].shape}, like {name}[0]"
+                raise ShapeError(f"{name}[{i}]", got, expected, "Parts differ in their keys, not in their queries and heads.")
+    if outs.number != lses.number:
+        raise ShapeError(
+            "lses",
+            f"{lses.number} parts",
+            f"{outs.number}, one for each of outs",
+            "One array has the parts along its first axis, a list one array for each part.",
+        )
+    check_dtypes(outs.named("outs"))
+    for name, array in lses.named("lses").items():
+        if array.dtype != "float32":
+            raise DTypeError(name, array.dtype, "float32", f"Cast it: {cast_to(name, array, 'float32')}.")
+    out, lse = outs.part(0), lses.part(0)
+    form = _form_of(out.shape, lse.shape, order)
+    heads = lse.shape[0] if form.varlen else lse.shape[1]
+    if form.packed and (heads == 0 or out.shape[2] % heads):
+        expected = f"a last dimension divisible by {heads}, the heads of lses"
+        raise ShapeError("outs", f"parts of shape {out.shape}", expected, f"Parts are read as {form.describe()}.")
+    head_dim = out.shape[2] // heads if form.packed else out.shape[-1] if form.varlen else out.shape[form.order.index("d")]
+    if not head_dim:
+        raise ShapeError("outs", f"head_dim 0 in {out.shape}", "at least 1", f"Parts are read as {form.describe()}.")
+    shape = form.view(out, head_dim).shape
+    expected_lse = (shape[2], shape[1]) if form.varlen else (shape[0], shape[2], shape[1])
+    if lse.shape != expected_lse:
+        words = "(heads, tokens)" if form.varlen else "(batch, heads, seqlen_q) in every layout"
+        hint = f"Parts of outs, {out.shape}, are read as {form.describe()}; say otherwise with layout=."
+        raise ShapeError("lses", f"parts of shape {lse.shape}", f"{expected_lse}, which is {words}", hint)
+    if max(shape) > MAX_EXTENT:
+        raise UnsupportedError("outs", f"parts of shape {out.shape}", f"extents of at most {MAX_EXTENT}", "Split the call.")
+    return form, shape
+
+
+_NO_PARTS = "Without any keys out is 0 and lse -inf."
+
+
+def _form_of(out: tuple[int, ...], lse: tuple[int, ...], order: str) -> Layout:
+    """Packed sequences have an lse of two dimensions; heads that are part of the last dimension are counted by lse."""
+    if (len(out), len(lse)) == (4, 3):
+        return Layout(order)
+    if (len(out), len(lse)) == (3, 3):
+        if order in ("bshd", "sbhd"):
+            return Layout(order, packed=True)
+        expected = "'bshd' or 'sbhd' for arrays of 3 dimensions, where the last one is heads * head_dim"
+        raise OptionError("layout", repr(order), expected, "Leave layout out, or pass arrays of 4 dimensions.")
+    if (len(out), len(lse)) == (3, 2):
+        if order == CANONICAL:
+            return Layout(varlen=True)
+        raise OptionError("layout", repr(order), "no layout for packed sequences, (tokens, heads, head_dim)", "Leave layout out.")
+    expected = "outs of 4 dimensions with lses (batch, heads, seqlen_q), or of packed sequences 3 with (heads, tokens)"
+    hint = "One array has the parts along a first axis of its own; a list holds one array for each part."
+    raise ShapeError("outs", f"parts of shape {out} with lses of shape {lse}", expected, hint)
+
+
+def _check_like(name: str, array: Array, part: Array, of: str) -> None:
+    """`array` has the shape and element type of each part of `of`."""
+    if array.dtype != part.dtype:
+        raise DTypeError(name, array.dtype, f"{part.dtype}, like {of}", f"Cast it: {cast_to(name, array, part.dtype)}.")
+    if array.shape != part.shape:
+        raise ShapeError(name, f"shape {array.shape}", f"{part.shape}, the shape of each of {of}", "Pass what merge_attention returned.")
+
+
+# --- A prepared call ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Result(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class _Merge:
+    """A call of either function with everything but the addresses decided."""
+
+    def __init__(self, function: str, layout: str, outs: _Parts, lses: _Parts, others: dict[str, Array]) -> None:
+        named = outs.named("outs") | lses.named("lses") | others
+        check_same_kind(named)
+        calls.refuse_autograd(named, "merge_attention_backward")
+        self.form, self.shape = _check_parts(outs, lses, check_layout(layout, True))
+        out, lse = outs.part(0), lses.part(0)
+        for name, array in others.items():
+            _check_like(name, array, *((lse, "lses") if "lse" in name else (out, "outs")))
+
+        self.count = outs.number
+        self.listed = outs.listed, lses.listed
+        self.one_array = not outs.listed and not lses.listed
+        self.device = device.of_memory(*out.device)
+        self.framework = out.framework
+        self.like = Array(0, (), (), out.dtype, out.itemsize, out.device, out.framework, None)
+        self.names = [*(f"outs[{i}]" for i in range(len(outs.arrays))), *(f"lses[{i}]" for i in range(len(lses.arrays))), *others]
+        self.memory = {}  # name -> lowest byte relative to the address, size in bytes
+        for name, array in zip(self.names, named.values(), strict=True):
+            low, high = array.byte_range
+            self.memory[name] = low - array.pointer, high - low
+        self.derived = [  # parts of one array beside a list: name, array, bytes from its start
+            (f"{name}[{i}]", f"{name}[0]", i * parts.step * parts.arrays[0].itemsize)
+            for name, parts in (("outs", outs), ("lses", lses))
+            if not parts.listed and not self.one_array
+            for i in range(1, self.count)
+        ]
+        self.is_backward = function == "merge_attention_backward"
+        self._prepare_kernels(function)
+        head = self._backward_head(out, lse, others) if self.is_backward else self._forward_head(out, lse)
+        groups = self._groups(outs, lses)
+        self.template = ArgumentTemplate([*head, *groups[0]])
+        self.tables = [ArgumentTemplate(group) for group in groups] if len(groups) > 1 else []
+        for result in self.results:
+            self.memory[result.name] = (0, prod(result.shape) * (4 if result.dtype == "float32" else out.itemsize))
+        self.memory["table"] = (0, self.count * _PART_BYTES)
+        self.written = {"table", *(result.name for result in self.results)}
+
+    def _prepare_kernels(self, function: str) -> None:
+        batch, seqlen, heads, head_dim = self.shape
+        self.lanes = next(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes >= min(ceil(head_dim / _VECTOR), 32))
+        self.num_tiles = ceil(seqlen / (32 * _WARPS // self.lanes))
+        self.num_blocks = self.num_tiles * heads * batch
+        if self.num_blocks > MAX_GRID:
+            raise UnsupportedError("outs", f"{self.num_blocks} blocks of rows", f"at most {MAX_GRID}", "Split the call along the batch.")
+        if self.num_blocks:
+            self.kernel = launch.executable(merge_kernel(function, self.device, self.like.dtype, self.num_blocks), self.device)
+        if self.num_blocks and self.count > _LISTED_PARTS and not self.one_array:
+            self.table_kernel = launch.executable(merge_kernel("merge_table", self.device, "float32", 1), self.device)
+
+    # Fields in the order of `MergeArguments` in kernels/merge_arguments.cuh: name of an address, and what follows it.
+
+    def _forward_head(self, out: Array, lse: Array) -> list[tuple[str, bytes]]:
+        self.results = [_Result("out", out.shape, out.dtype), _Result("lse", lse.shape, "float32")]
+        no_tensor, no_rows = bytes(8 + _TENSOR_VIEW.size), bytes(8 + _ROW_VIEW.size)
+        return [
+            ("out", self._tensor(_contiguous(out))), ("grad_out", no_tensor), ("grad_outs", no_tensor),
+            ("lse", self._rows(_contiguous(lse))), ("grad_lse", no_rows), ("grad_lses", no_rows + self._sizes(0, 0)),
+        ]  # fmt: skip
+
+    def _backward_head(self, out: Array, lse: Array, others: dict[str, Array]) -> list[tuple[str, bytes]]:
+        self.results = [
+            _Result("grad_outs", (self.count, *out.shape), out.dtype), _Result("grad_lses", (self.count, *lse.shape), "float32"),
+        ]  # fmt: skip
+        grad_outs, grad_lses = _contiguous(out), _contiguous(lse)
+        steps = prod(out.shape), prod(lse.shape)
+        return [
+            ("out", self._tensor(others["out"])), ("grad_out", self._tensor(others["grad_out"])), ("grad_outs", self._tensor(grad_outs, steps[0])),
+            ("lse", self._rows(others["lse"])), ("grad_lse", self._rows(others.get("grad_lse", grad_lses))),
+            ("grad_lses", self._rows(grad_lses) + self._sizes(*steps)),
+        ]  # fmt: skip
+
+    def _sizes(self, step_grad_outs: int, step_grad_lses: int) -> bytes:
+        _, seqlen, heads, head_dim = self.shape
+        return _SIZES.pack(step_grad_outs, step_grad_lses, seqlen, heads, head_dim, self.num_tiles, self.lanes, 0)
+
+    def _groups(self, outs: _Parts, lses: _Parts) -> list[list[tuple[str, bytes]]]:
+        """`MergeParts` for each group of parts that fit it; parts of one array are one."""
+        steps = (outs.step, lses.step) if self.one_array else (0, 0)
+        last = 1 if self.one_array else self.count
+        groups = []
+        for first in range(0, last, _LISTED_PARTS):
+            fields = [("table", bytes(8) + _PARTS.pack(*steps, self.count, first, self.one_array, 0))]
+            for i in range(first, min(first + _LISTED_PARTS, last)):
+                fields += [(f"outs[{i}]", self._tensor(outs.part(i), steps[0])), (f"lses[{i}]", self._rows(lses.part(i)))]
+            missing = _LISTED_PARTS - (len(fields) - 1) // 2
+            fields[-1] = (fields[-1][0], fields[-1][1] + bytes(missing * _PART_BYTES))
+            groups.append(fields)
+        return groups
+
+    def _tensor(self, array: Array, step: int = 0) -> bytes:
+        """`TensorView` of an array, or of the first of arrays that are `step` elements apart."""
+        view = self.form.view(array, self.shape[3])
+        aligned = view.aligned16(array.itemsize) and array.pointer % 16 == 0 and step * array.itemsize % 16 == 0
+        stride_b, stride_s, stride_h, stride_d = view.strides
+        return bytes(8) + _TENSOR_VIEW.pack(stride_b, stride_s, stride_h, stride_d, aligned, 0)
+
+    def _rows(self, array: Array) -> bytes:
+        """`RowView` of an array with the shape of an lse."""
+        return bytes(8) + _ROW_VIEW.pack(*((0, *array.strides) if self.form.varlen else array.strides))
+
+    # --- Running --------------------------------------------------------------------------------------------------------------------------
+
+    def run(self, addresses: list[int]) -> tuple[Any, Any]:
+        """Launch on arguments at these addresses, in the order of `names`; the two results."""
+        made = [self.framework.empty(result.shape, result.dtype, self.like) for result in self.results]
+        if self.num_blocks:
+            pointers = dict(zip(self.names, addresses, strict=True))
+            for name, array, offset in self.derived:
+                pointers[name] = pointers[array] + offset
+            for result, memory in zip(self.results, made, strict=True):
+                pointers[result.name] = pointer(memory)
+            self._launch(pointers)
+        if not self.is_backward:
+            return self.framework.finish(made[0]), self.framework.finish(made[1])
+        return self._in_form(made[0], self.listed[0]), self._in_form(made[1], self.listed[1])
+
+    def _launch(self, pointers: dict[str, int]) -> None:
+        on_gpu = self.device.kind == "gpu"
+        stream = self.framework.current_stream(self.device.index) if on_gpu else 0
+        if self.tables:
+            table = self.framework.empty((self.count * _PART_BYTES // 4,), "int32", self.like)  # freed when all launches are in the stream
+            pointers["table"] = pointer(table)
+        buffers = () if on_gpu else launch.simulated_memory(self.memory, pointers, self.written)
+        for group in self.tables:
+            self.table_kernel.launch(1, _LISTED_PARTS, 0, bytearray(group.fill(pointers)), stream, buffers)
+        self.kernel.launch(self.num_blocks, 32 * _WARPS, 0, bytearray(self.template.fill(pointers)), stream, buffers)
+
+    def _in_form(self, gradients: Any, listed: bool) -> Any:
+        """Gradients of all parts in one array, or a tuple of them, as the argument came."""
+        if not listed:
+            return self.framework.finish(gradients)
+        tagged = isinstance(gradients, BFloat16Bits)
+        each = (BFloat16Bits(gradients.bits[i]) if tagged else gradients[i] for i in range(self.count))
+        return tuple(self.framework.finish(gradient) for gradient in each)
+
+
+def merge_kernel(name: str, on: Device, dtype: str, num_blocks: int) -> KernelPlan:
+    """One of the three kernels, which depend on the element type alone: no head dimension or number of parts compiles anything."""
+    config = config_text(dtype, {"CAPABILITY": on.capability, "NUM_WARPS": _WARPS})
+    return KernelPlan(name, f"{name}.cu", dtype, 0, Tile(1, 1, _WARPS, 1), config, 32 * _WARPS, 0, num_blocks, num_blocks)
+
+
+def _contiguous(part: Array) -> Array:
+    """A C-contiguous array of the shape of `part`."""
+    strides = [prod(part.shape[axis + 1 :]) for axis in range(len(part.shape))]
+    return Array(0, part.shape, tuple(strides), part.dtype, part.itemsize, part.device, part.framework, None)

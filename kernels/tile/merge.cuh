@@ -1,0 +1,139 @@
+// What the two kernels that merge attention over disjoint sets of keys share: rows, their parts, and the sum over the lses of a row.
+//
+// Neighbouring threads, `lanes` of them, share a row and take VECTOR columns of it in turn.
+#pragma once
+#include "merge_arguments.cuh"
+#include "ptx/convert.cuh"
+#include "ptx/math.cuh"
+#include "ptx/warp.cuh"
+#include "tile/load.cuh"
+#include "tile/schedule.cuh"
+
+using Element = Config::Element;
+
+constexpr int NUM_THREADS = Config::NUM_WARPS * WARP_SIZE;
+constexpr int VECTOR = 8;
+constexpr int CHUNK_ELEMENTS = 16 / int(sizeof(Element));
+
+struct Row {
+  int batch, head, query;
+  int lane, lanes;
+  bool exists;
+
+  DEVICE explicit Row(const MergeArguments& arguments) : lanes(arguments.lanes) {
+    const Work work = decode_block(arguments.num_tiles, arguments.num_heads, false);
+    batch = work.batch;
+    head = work.head;
+    query = work.tile * (NUM_THREADS / lanes) + int(threadIdx.x) / lanes;
+    lane = int(threadIdx.x) % lanes;
+    exists = query < arguments.seqlen_q;
+  }
+
+  DEVICE float* of(const RowView& view) const { return view.pointer(batch, head, query); }
+  DEVICE Element* of(const TensorView& view) const { return view.row_pointer<Element>(batch, head) + query * view.stride_seqlen; }
+
+  // The sum over the lanes of the row, for all of them. Every thread of the warp takes part.
+  DEVICE float sum(float x) const {
+    for (int lane_mask = lanes / 2; lane_mask > 0; lane_mask /= 2) x += shfl_xor(x, lane_mask);
+    return x;
+  }
+};
+
+// This row of one part.
+struct PartRow {
+  const Element* out;
+  int64 stride_dim;
+  bool vectorized;
+
+  DEVICE PartRow(const MergeParts& parts, const Row& row, int i) {
+    if (parts.table != nullptr) {
+      take(parts.table[i], row);
+    } else {
+      take(parts.listed_part(i), row);
+    }
+    out += i * parts.step_out;
+  }
+
+  DEVICE static float load_lse(const MergeParts& parts, const Row& row, int i) {
+    const float* lse = parts.table != nullptr ? row.of(parts.table[i].lse) : row.of(parts.listed_part(i).lse);
+    return lse[i * parts.step_lse];
+  }
+
+ private:
+  DEVICE void take(const MergePart& part, const Row& row) {
+    out = row.of(part.out);
+    stride_dim = part.out.stride_dim;
+    vectorized = part.out.vectorized;
+  }
+};
+
+template <typename T>
+DEVICE void load(float (&x)[VECTOR], const T* source, int64 stride_dim, bool vectorized, int column, int head_dim) {
+  if (vectorized && column + VECTOR <= head_dim) {
+#pragma unroll
+    for (int i = 0; i < VECTOR; i += CHUNK_ELEMENTS) {
+      const Chunk chunk = *reinterpret_cast<const Chunk*>(source + column + i);
+#pragma unroll
+      for (int j = 0; j < CHUNK_ELEMENTS; ++j) {
+        if constexpr (sizeof(T) == 4) {
+          x[i + j] = __uint_as_float(chunk.word[j]);
+        } else {
+          T element;
+          element.bits = uint16(chunk.word[j / 2] >> (16 * (j % 2)));
+          x[i + j] = to_float(element);
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) x[i] = column + i < head_dim ? to_float(source[(column + i) * stride_dim]) : 0.0f;
+  }
+}
+
+template <typename T>
+DEVICE void store(const float (&x)[VECTOR], T* destination, int64 stride_dim, bool vectorized, int column, int head_dim) {
+  if (vectorized && column + VECTOR <= head_dim) {
+#pragma unroll
+    for (int i = 0; i < VECTOR; i += CHUNK_ELEMENTS) {
+      Chunk chunk;
+      if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int j = 0; j < CHUNK_ELEMENTS; ++j) chunk.word[j] = __float_as_uint(x[i + j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < CHUNK_ELEMENTS; j += 2)
+          chunk.word[j / 2] = uint32(from_float<T>(x[i + j]).bits) | uint32(from_float<T>(x[i + j + 1]).bits) << 16;
+      }
+      *reinterpret_cast<Chunk*>(destination + column + i) = chunk;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i)
+      if (column + i < head_dim) destination[(column + i) * stride_dim] = from_float<T>(x[i]);
+  }
+}
+
+// exp(lse - lse of all parts) of a row's parts, from their largest lse and the sum of exp(lse - largest): differences of huge numbers are exact.
+struct Weights {
+  float reference = 0.0f;  // 0 where all parts are empty
+  float log2_sum = -infinity();  // -inf there
+
+  DEVICE Weights() {}
+  DEVICE explicit Weights(float lse) : reference(lse), log2_sum(0.0f) {}
+
+  DEVICE Weights(const MergeParts& parts, const Row& row) {
+    float largest = -infinity();
+    for (int i = 0; i < parts.num_parts; ++i) largest = fmaxf(largest, PartRow::load_lse(parts, row, i));
+    reference = largest == -infinity() ? 0.0f : largest;
+    float sum = 0.0f;
+    for (int i = 0; i < parts.num_parts; ++i) sum += ex2((PartRow::load_lse(parts, row, i) - reference) * LOG2_E);
+    log2_sum = lg2(sum);
+  }
+
+  DEVICE float lse() const { return __fmaf_rn(log2_sum, LN_2, reference); }
+
+  // Of a part that is not empty.
+  DEVICE float of(float lse) const { return ex2(__fmaf_rn(lse - reference, LOG2_E, -log2_sum)); }
+};
+
+DEVICE bool is_empty(float lse) { return lse == -infinity(); }
