@@ -61,9 +61,10 @@ void Mbarriers::init(const Place& at, Cta& cta, u32 address, u32 arrivals) {
   auto& barriers = barriers_[cta.rank];
   u32 slot = MAX_MBARRIERS;
   for (u32 i = MAX_MBARRIERS; i-- > 0;) {
-    if (!barriers[i].valid) slot = i;
-    else if (barriers[i].address == address)
-      fail("mbarrier", at, &barriers[i].init, "%s is initialised again before mbarrier.inval", name(barriers[i]).c_str());
+    const bool again = barriers[i].valid && barriers[i].address == address;
+    if (again && cta.checks) fail("mbarrier", at, &barriers[i].init, "%s is initialised again before mbarrier.inval", name(barriers[i]).c_str());
+    if (!barriers[i].valid || again) slot = i;
+    if (again) break;
   }
   if (slot == MAX_MBARRIERS) fail("unsupported", at, nullptr, "a block with more than %u mbarriers", MAX_MBARRIERS);
   Mbarrier& barrier = barriers[slot];

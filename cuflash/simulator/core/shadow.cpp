@@ -24,11 +24,21 @@ struct SharedShadow::Visit {
   Stamp stamp;  // of this access
   u32 slot;
   Read* reads;  // of this agent
+  // Of a store by lanes of a warp.
+  u32 stored = 0;  // lanes that have been visited
+  const u32* addresses = nullptr;
+  const StoredValues* values = nullptr;
 
   bool orders_read(const Read& earlier) const { return warp.knowledge.knows(earlier.stamp, earlier.lanes, lane); }
   // Whether whoever hears of this read has heard of the earlier one by the same agent: what one lane or an asynchronous unit
   // does completes in order.
   bool supersedes(const Read& earlier) const { return async || earlier.lanes == 1u << lane || orders_read(earlier); }
+  // Whether a lane has just written the same here, in the same instruction. Stamps tell: the lane was visited, so what it wrote before is gone.
+  bool repeats(Stamp earlier) const {
+    const u32 other = earlier.lane();
+    return values && (stored >> other & 1) && earlier.by_lane(lane).word == stamp.word && addresses[other] == addresses[lane] &&
+           values->same(lane, other);
+  }
   // Whether the write is visible to this access.
   bool orders_write(Stamp earlier) const {
     if (!warp.knowledge.knows(earlier, lane)) return false;
@@ -111,7 +121,7 @@ SIM_INLINE void SharedShadow::touch_whole(Visit& visit, u32 index) {
     cell.readers |= bit;
     return;
   }
-  if (write && !visit.orders_write(write)) race(visit, write, write.lane_mask(), true, address);
+  if (write && !visit.orders_write(write) && !visit.repeats(write)) race(visit, write, write.lane_mask(), true, address);
   for (u64 rest = cell.readers; rest; rest &= rest - 1) {
     const Read& read = reads_[__builtin_ctzll(rest)][index];
     if (SIM_UNLIKELY(!visit.orders_read(read))) race(visit, read.stamp, read.lanes, false, address);
@@ -128,7 +138,7 @@ SIM_NOINLINE void SharedShadow::touch_split(Visit& visit, u32 index, u32 bytes) 
     const Stamp write = parts.write[byte];
     if (reads(visit.access) && !write) uninitialized(visit, address + u32(byte));
     const Stamp last = is_strong(visit.access) ? parts.plain[byte] : write;
-    if (last && !visit.orders_write(last)) race(visit, last, last.lane_mask(), true, address + u32(byte));
+    if (last && !visit.orders_write(last) && !visit.repeats(last)) race(visit, last, last.lane_mask(), true, address + u32(byte));
   });
   std::vector<PartialRead>& earlier = parts.reads;
   if (!writes(visit.access)) {
@@ -204,10 +214,12 @@ u32 SharedShadow::read_cells(const Visit& visit, Stamp stamp, u32 lanes, const u
   return left;
 }
 
-void SharedShadow::access(Warp& warp, const Record* in, Access access, u32 lanes, const u32* addresses, u32 bytes, const char* what) {
+void SharedShadow::access(Warp& warp, const Record* in, Access access, u32 lanes, const u32* addresses, u32 bytes, const char* what,
+                          const StoredValues* values) {
   Visit visit{warp, in, access, false, false, 0, 0, bytes, what, {}, 0, nullptr};
   const u32 agent = warp.knowledge.agent(OWN_ACCESSES), now = warp.knowledge.now(), record = warp.cta->record_index(in);
   visit.reads = reads_of(agent, visit.slot);
+  visit.addresses = addresses, visit.values = values;
   warp.knowledge.touch(lanes);
   if (bytes == CELL_BYTES && access == Access::READ) lanes = read_cells(visit, Stamp::make(agent, now, 0, record), lanes, addresses);
   for_lanes(lanes, [&](int lane) {
@@ -216,6 +228,7 @@ void SharedShadow::access(Warp& warp, const Record* in, Access access, u32 lanes
     if (is_strong(access) && reads(access)) warp.knowledge.read_flag(u32(lane), flag_at(addresses[lane]));
     touch(visit, addresses[lane], bytes);
     if (is_strong(access) && writes(access)) warp.knowledge.write_flag(u32(lane), flag_at(addresses[lane]));
+    visit.stored |= 1u << lane;
   });
 }
 

@@ -27,8 +27,9 @@ class SharedShadow {
   explicit SharedShadow(Cta& cta);
   void reset();
 
-  // `lanes` of a warp (of any block of the cluster) access `bytes` bytes at the shared addresses given.
-  void access(Warp& warp, const Record* in, Access access, u32 lanes, const u32* addresses, u32 bytes, const char* what);
+  // `lanes` of a warp (of any block of the cluster) access `bytes` bytes at the shared addresses given. `values`: what a store writes, if known.
+  void access(Warp& warp, const Record* in, Access access, u32 lanes, const u32* addresses, u32 bytes, const char* what,
+              const StoredValues* values = nullptr);
   // The same for asynchronous units, on behalf of one lane, with any range of bytes.
   void access_async(Warp& warp, const Record* in, Access access, u32 lane, AsyncAgent by, u32 begin, u32 bytes, const char* what);
 
