@@ -50,7 +50,7 @@ void register_narrowing(Table& table) {
   table.add("cvt.rz.tf32.f32", "d32 a32", map<u32>([](auto a) { return a & 0xffffe000u; }));
   table.add("cvt.rn.f16.f64", "d32 a64", each<f16, f64>([](f64 a) { return round_to_odd(a); }));
   table.add("cvt.rn.bf16.f64", "d32 a64", each<bf16, f64>([](f64 a) { return round_to_odd(a); }));
-  table.add("cvt.rn.bf16.f16 cvt.bf16.f16", "d32 a32", each<bf16, f16>([](f32 a) { return a; }));
+  table.add("cvt.rn.bf16.f16", "d32 a32", each<bf16, f16>([](f32 a) { return a; }));
   table.add("cvt.rn.f16.bf16", "d32 a32", each<f16, bf16>([](f32 a) { return a; }));
 }
 

@@ -59,23 +59,6 @@ void register_f64(Table& table) {
   table.add("copysign.f64", "d64 a64 b64", map<u64>([](auto a, auto b) { return (a & u64(0x8000000000000000)) | (b & u64(0x7fffffffffffffff)); }));
 }
 
-// The smaller or larger magnitude with the sign that a product has.
-SIM_INLINE Vec<f32> with_product_sign(Vec<f32> magnitude, Vec<f32> a, Vec<f32> b) {
-  return as<f32>(as<u32>(magnitude) | ((as<u32>(a) ^ as<u32>(b)) & 0x80000000u));
-}
-void register_xorsign(Table& table) {
-  const auto add = [&](const std::string& operation, auto f) {
-    const auto signed_f = [](auto a, auto b) { return with_product_sign(decltype(f){}(absolute(a), absolute(b)), a, b); };
-    table.add(operation + ".xorsign.abs.f32", "d32 a32 b32", map<f32>(Modified<decltype(signed_f), false, false>{}));
-    table.add(operation.substr(0, 3) + ".ftz" + operation.substr(3) + ".xorsign.abs.f32", "d32 a32 b32",
-              map<f32>(Modified<decltype(signed_f), true, false>{}));
-  };
-  add("min", [](auto a, auto b) { return minimum(a, b); });
-  add("max", [](auto a, auto b) { return maximum(a, b); });
-  add("min.NaN", [](auto a, auto b) { return minimum_nan(a, b); });
-  add("max.NaN", [](auto a, auto b) { return maximum_nan(a, b); });
-}
-
 }  // namespace
 
 void register_float(Table& table) {
@@ -89,7 +72,6 @@ void register_float(Table& table) {
   add_f32(table, "max", "d32 a32 b32", [](auto a, auto b) { return maximum(a, b); });
   table.add("min.NaN.f32 min.ftz.NaN.f32", "d32 a32 b32", each<f32, f32, f32>([](f32 a, f32 b) { return minimum_nan(a, b); }));
   table.add("max.NaN.f32 max.ftz.NaN.f32", "d32 a32 b32", each<f32, f32, f32>([](f32 a, f32 b) { return maximum_nan(a, b); }));
-  register_xorsign(table);
   table.add("max3.f32", "d32 a32 b32 c32", map<f32>([](auto a, auto b, auto c) { return maximum(maximum(a, b), c); }));
   table.add("min3.f32", "d32 a32 b32 c32", map<f32>([](auto a, auto b, auto c) { return minimum(minimum(a, b), c); }));
   add_f32(table, "neg", "d32 a32", [](auto a) { return as<f32>(as<u32>(a) ^ 0x80000000u); });

@@ -130,6 +130,20 @@ def decode_set(encoder: Encoder, statement: Statement, operands: list[str]) -> N
     encoder.emit("number.f32.pred" if kind == "f32" else "number.u32.pred", operands[0], result)
 
 
+@decodes(*(f"{operation}{modifier}.xorsign.abs.f32" for operation in ("min", "max") for modifier in ("", ".ftz", ".NaN", ".ftz.NaN")))
+def decode_extreme_magnitude(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """min.xorsign.abs d, a, b: the smaller magnitude with the sign that a product has."""
+    target, *sources = operands
+    magnitudes = [encoder.new_register(32) for _ in sources]
+    for magnitude, source in zip(magnitudes, sources, strict=True):
+        encoder.emit("abs.f32", magnitude, source)
+    chosen, sign = encoder.new_register(32), encoder.new_register(32)
+    encoder.emit(statement.opcode.replace(".xorsign.abs", ""), chosen, *magnitudes)
+    encoder.emit("xor.b32", sign, *sources)
+    encoder.emit("and.b32", sign, sign, str(0x80000000))
+    encoder.emit("or.b32", target, chosen, sign)
+
+
 @functools.cache
 def _conversion(opcode: str) -> str:
     """The name of a cvt in the core's table."""
@@ -140,6 +154,8 @@ def _conversion(opcode: str) -> str:
         modifiers = [m for m in modifiers if m != "ftz"]
     if target in ("f16", "bf16") and source == target and not modifiers:
         return "mov.b16"
+    if (target, source) == ("bf16", "f16") and not modifiers:
+        modifiers = ["rn"]  # compilers leave it out for numbers that need no rounding
     if target in _INTEGER_TYPES and source in ("f16", "bf16"):
         source = "f32"
     if target in _INTEGER_TYPES and source in _INTEGER_TYPES:
