@@ -28,7 +28,7 @@ from cuflash.simulator.parser import Statement
 PAGE = ROOT / "docs" / "kernels_of_others.md"
 BEGIN, END = "<!-- generated: kinds -->\n", "<!-- end of kinds -->\n"
 VERSION = re.compile(r"Triton (\d+\.\d+\.\d+)")
-ARCHES = ("sm_80", "sm_90")
+ARCHES = ("sm_80", "sm_89", "sm_90")
 
 _LAYOUT = re.compile(r"nvmma_shared<\{swizzlingByteWidth = (\d+), transposed = (true|false), elementBitWidth = (\d+)")
 _WGMMA = re.compile(r"\.m64n\d+k")
@@ -90,15 +90,15 @@ def table() -> str:
         layouts.update(_layouts(case))
     of_arch = Counter(case.arch for case in cases)
     lines = [
-        f"Triton {triton_version()}, {of_arch['sm_80']} kernels for sm_80 and {of_arch['sm_90']} for sm_90. After each instruction, the number of kernels for sm_80 + for sm_90 "
-        "that executed it.",
+        f"Triton {triton_version()}: " + ", ".join(f"{of_arch[arch]} kernels for {arch}" for arch in ARCHES) + ". After each instruction, how many of them "
+        "executed it, in this order.",
         "",
         "| | executed |",
         "|---|---|",
     ]
     families: dict[str, list[str]] = defaultdict(list)
     for name in sorted(counts):
-        families[name.split(".")[0]].append(f"`{name}` {' + '.join(str(counts[name][arch]) for arch in ARCHES)}")
+        families[name.split(".")[0]].append(f"`{name}` {'/'.join(str(counts[name][arch]) for arch in ARCHES)}")
     lines += [f"| {family} | {', '.join(names)} |" for family, names in sorted(families.items())]
     lines += ["", "Tiles in shared memory that wgmma and TMA read and write:", "", "| swizzle | bits of an element | contiguous along | kernels |", "|---|---|---|---|"]
     for (span, bits, transposed), count in sorted(layouts.items()):

@@ -98,6 +98,9 @@ def product_cases() -> list[Case]:
         cases.append(product_case("bfloat16", arch, (False, True), (128, 128, 32), warps=8, stages=2))
         cases.append(product_case("float16", arch, (True, False), (64, 32, 32), warps=4, stages=1))
         cases.append(product_case("float16", arch, (True, False), (16, 16, 16), warps=1, stages=4))
+    for dtype in ("float8_e4m3fn", "float8_e5m2"):
+        cases.append(product_case(dtype, "sm_89", (False, True), (64, 64, 64), stages=2))
+    cases.append(product_case("float8_e5m2", "sm_80", (False, True), (32, 32, 32), warps=2))  # converted to float16 first
     return cases
 
 

@@ -230,15 +230,15 @@ def scan_case(arch: str) -> Case:
 
 
 def sort_case(arch: str) -> Case:
-    x = integers((4, 128), "float32", 26, 1000)
-    index = numpy.random.default_rng(27).integers(0, 128, x.shape).astype(numpy.int32)
+    x = integers((16, 32), "float32", 26, 1000)
+    index = numpy.random.default_rng(27).integers(0, 32, x.shape).astype(numpy.int32)
 
     def check(outputs: list[Array]) -> None:
         assert_equal(outputs[0], -numpy.sort(-x, axis=1))
         assert_equal(outputs[1], numpy.take_along_axis(x, index, 1))
 
     arguments = lambda: [x, Output(x.shape, "float32"), Output(x.shape, "float32"), index]  # noqa: E731
-    return Case("sort-and-gather", sort_rows, arch, (1,), arguments, check, {"ROWS": 4, "COLUMNS": 128}, exact=True)
+    return Case("sort-and-gather", sort_rows, arch, (1,), arguments, check, {"ROWS": 16, "COLUMNS": 32}, exact=True)
 
 
 def histogram_case(arch: str) -> Case:
