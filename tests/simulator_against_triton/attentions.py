@@ -163,7 +163,9 @@ class Problem:
             compare(got[None, :, None, :], getattr(want, name), getattr(naive, name), name=f"gradient of {name}", dtype=self.dtype)
 
 
-def forward_case(dtype: str, arch: str, is_causal: bool, seqlen: int = 200, head_dim: int = 64, blocks: tuple[int, int] = (64, 32), **more: Any) -> Case:
+def forward_case(
+    dtype: str, arch: str, is_causal: bool, seqlen: int = 200, head_dim: int = 64, blocks: tuple[int, int] = (64, 32), **more: Any
+) -> Case:
     """`seqlen` is no multiple of a tile."""
     problem = Problem(dtype, seqlen, head_dim, is_causal)
     x = problem
@@ -177,7 +179,12 @@ def mapped_forward_case(dtype: str, specialize: bool, blocks: tuple[int, int] = 
     problem = Problem(dtype, 192 if blocks[0] == 64 else 256, head_dim, False)
 
     def arguments() -> list:
-        tensors = [(problem.query, blocks[0]), (problem.key, blocks[1]), (problem.value, blocks[1]), (Output(problem.query.shape, dtype), blocks[0])]
+        tensors = [
+            (problem.query, blocks[0]),
+            (problem.key, blocks[1]),
+            (problem.value, blocks[1]),
+            (Output(problem.query.shape, dtype), blocks[0]),
+        ]
         return [*(Mapped(array, (rows, head_dim)) for array, rows in tensors), problem.seqlen, problem.scale]
 
     constants = {"D": head_dim, "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1], "SPECIALIZE": specialize}

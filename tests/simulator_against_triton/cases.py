@@ -129,7 +129,7 @@ def _compile(
     attributes: dict[Any, Any] = {
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name, does in zip(names, divisible, strict=True) if does
     }
-    signature = {name: "constexpr" for name in kernel.arg_names} | dict(zip(names, types, strict=True))
+    signature = dict.fromkeys(kernel.arg_names, "constexpr") | dict(zip(names, types, strict=True))
     source = ASTSource(kernel, signature, constexprs=dict(constants), attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
 
@@ -234,11 +234,11 @@ def simulate(case: Case, options: Options | None = None) -> list[Array]:
 
 
 WAYS = {
-    "late": Options(threads=1, schedule="late"),
-    "early": Options(threads=1, schedule="early"),
-    "random 0": Options(threads=1, schedule="random", seed=0),
-    "random 1": Options(threads=1, schedule="random", seed=1),
-    "without checks": Options(threads=1, schedule="late", checks=False),
+    "late": Options(threads=1, isa_rules=False, schedule="late"),
+    "early": Options(threads=1, isa_rules=False, schedule="early"),
+    "random 0": Options(threads=1, isa_rules=False, schedule="random", seed=0),
+    "random 1": Options(threads=1, isa_rules=False, schedule="random", seed=1),
+    "without checks": Options(threads=1, checks=False, schedule="late"),
 }
 """How the simulator runs every case."""
 
@@ -280,4 +280,6 @@ def assert_within(got: Array, want: Array, allowed: Array | float) -> None:
     """No element is further off than `allowed`."""
     error = numpy.abs(got.astype(numpy.float64) - want) - allowed
     where = numpy.unravel_index(int(numpy.argmax(numpy.where(numpy.isnan(error), numpy.inf, error))), error.shape)
-    assert error[where] <= 0.0, f"at {tuple(map(int, where))}: got {got[where]}, expected {want[where]}; {error[where]:.3e} beyond what is allowed"
+    assert error[where] <= 0.0, (
+        f"at {tuple(map(int, where))}: got {got[where]}, expected {want[where]}; {error[where]:.3e} beyond what is allowed"
+    )

@@ -1,6 +1,6 @@
 """The table of docs/kernels_of_others.md: which instructions were executed by the cases of this directory, found out by running them.
 
-    python tests/simulator_against_triton/instruction_kinds.py          # rewrites the table; test_against_triton.py compares
+python tests/simulator_against_triton/instruction_kinds.py          # rewrites the table; test_against_triton.py compares
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy
 import triton
@@ -25,7 +24,7 @@ from cuflash.simulator import Options
 from cuflash.simulator.kernel_profile import Profile
 from cuflash.simulator.parser import Statement
 
-PAGE = ROOT / "docs" / "kernels_of_others.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels_of_others.md"
 BEGIN, END = "<!-- generated: kinds -->\n", "<!-- end of kinds -->\n"
 VERSION = re.compile(r"Triton (\d+\.\d+\.\d+)")
 ARCHES = ("sm_80", "sm_89", "sm_90")
@@ -90,7 +89,9 @@ def table() -> str:
         layouts.update(_layouts(case))
     of_arch = Counter(case.arch for case in cases)
     lines = [
-        f"Triton {triton_version()}: " + ", ".join(f"{of_arch[arch]} kernels for {arch}" for arch in ARCHES) + ". After each instruction, how many of them "
+        f"Triton {triton_version()}: "
+        + ", ".join(f"{of_arch[arch]} kernels for {arch}" for arch in ARCHES)
+        + ". After each instruction, how many of them "
         "executed it, in this order.",
         "",
         "| | executed |",
@@ -100,7 +101,13 @@ def table() -> str:
     for name in sorted(counts):
         families[name.split(".")[0]].append(f"`{name}` {'/'.join(str(counts[name][arch]) for arch in ARCHES)}")
     lines += [f"| {family} | {', '.join(names)} |" for family, names in sorted(families.items())]
-    lines += ["", "Tiles in shared memory that wgmma and TMA read and write:", "", "| swizzle | bits of an element | contiguous along | kernels |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "Tiles in shared memory that wgmma and TMA read and write:",
+        "",
+        "| swizzle | bits of an element | contiguous along | kernels |",
+        "|---|---|---|---|",
+    ]
     for (span, bits, transposed), count in sorted(layouts.items()):
         lines.append(f"| {f'{span} bytes' if span else 'none'} | {bits} | {'columns' if transposed else 'rows'} | {count} |")
     return "\n".join(lines) + "\n"

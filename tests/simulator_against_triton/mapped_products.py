@@ -12,26 +12,30 @@ from cases import ELEMENTS, Array, Case, Mapped, Output, assert_equal, integers
 
 @triton.jit
 def mapped_product(
-    a, b, c, k, A_IS_TRANSPOSED: tl.constexpr, B_IS_TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    a,
+    b,
+    c,
+    k,
+    A_IS_TRANSPOSED: tl.constexpr,
+    B_IS_TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """c = a @ b, all three by maps made on the host."""
     row, column = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, k, BLOCK_K):
-        if A_IS_TRANSPOSED:
-            left = a.load([start, row]).T
-        else:
-            left = a.load([row, start])
-        if B_IS_TRANSPOSED:
-            right = b.load([column, start]).T
-        else:
-            right = b.load([start, column])
+        left = a.load([start, row]).T if A_IS_TRANSPOSED else a.load([row, start])
+        right = b.load([column, start]).T if B_IS_TRANSPOSED else b.load([start, column])
         total = tl.dot(left, right, total)
     c.store([row, column], total.to(c.dtype))
 
 
 @triton.jit
-def self_mapped_product(a, b, c, m, n, k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr, SPECIALIZE: tl.constexpr):
+def self_mapped_product(
+    a, b, c, m, n, k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr, SPECIALIZE: tl.constexpr
+):
     """c = a @ b.T by maps that the kernel makes; each program walks over every PROGRAMS-th tile."""
     a_map = tl.make_tensor_descriptor(a, [m, k], [k, 1], [BLOCK_M, BLOCK_K])
     b_map = tl.make_tensor_descriptor(b, [n, k], [k, 1], [BLOCK_N, BLOCK_K])
@@ -91,7 +95,13 @@ def self_mapped_case(dtype: str, arch: str, specialize: bool = False, warps: int
     def check(outputs: list[Array]) -> None:
         assert_equal(outputs[0], (left.astype(numpy.float64) @ right.astype(numpy.float64).T).astype(ELEMENTS["bfloat16"]))
 
-    constants = {"BLOCK_M": 64 if not specialize else 64 * warps // 4, "BLOCK_N": 64, "BLOCK_K": 64, "PROGRAMS": 4, "SPECIALIZE": specialize}
+    constants = {
+        "BLOCK_M": 64 if not specialize else 64 * warps // 4,
+        "BLOCK_N": 64,
+        "BLOCK_K": 64,
+        "PROGRAMS": 4,
+        "SPECIALIZE": specialize,
+    }
     arguments = lambda: [left, right, Output((m, n), "bfloat16"), m, n, k]  # noqa: E731
     name = f"self-mapped-product-{dtype}-{warps}w{'-specialized' if specialize else ''}"
     return Case(name, self_mapped_product, arch, (4,), arguments, check, constants, warps, exact=True)

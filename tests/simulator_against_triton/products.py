@@ -25,14 +25,8 @@ def product(
     total = tl.zeros((BLOCK_M, BLOCK_N), SUM)
     for start in range(0, k, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
-        if A_IS_TRANSPOSED:
-            left = tl.load(a + inner[None, :] * m + rows[:, None])
-        else:
-            left = tl.load(a + rows[:, None] * k + inner[None, :])
-        if B_IS_TRANSPOSED:
-            right = tl.load(b + columns[None, :] * k + inner[:, None])
-        else:
-            right = tl.load(b + inner[:, None] * n + columns[None, :])
+        left = tl.load(a + (inner[None, :] * m + rows[:, None] if A_IS_TRANSPOSED else rows[:, None] * k + inner[None, :]))
+        right = tl.load(b + (columns[None, :] * k + inner[:, None] if B_IS_TRANSPOSED else inner[:, None] * n + columns[None, :]))
         total = tl.dot(left, right, total, out_dtype=SUM)
     tl.store(c + rows[:, None] * n + columns[None, :], total)
 
@@ -87,7 +81,10 @@ def product_cases() -> list[Case]:
     """A few of each kind, and the whole table for --exhaustive."""
     layouts = list(itertools.product((False, True), repeat=2))
     cases = []
-    for arch, dtypes in (("sm_80", ("float16", "bfloat16", "float32")), ("sm_90", ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2"))):
+    for arch, dtypes in (
+        ("sm_80", ("float16", "bfloat16", "float32")),
+        ("sm_90", ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2")),
+    ):
         for i, dtype in enumerate(dtypes):
             size = ELEMENTS[dtype].itemsize
             for j, (layout, span) in enumerate(itertools.product(layouts, (32, 64, 128))):
@@ -111,4 +108,8 @@ def early_read() -> Case:
 
 def refused() -> list[Case]:
     """Products that the simulator does not know."""
-    return [product_case(dtype, arch, blocks=(64, 64, 32), sum_dtype=sums) for dtype, sums in (("float64", "float64"), ("int8", "int32")) for arch in ("sm_80", "sm_90")]
+    return [
+        product_case(dtype, arch, blocks=(64, 64, 32), sum_dtype=sums)
+        for dtype, sums in (("float64", "float64"), ("int8", "int32"))
+        for arch in ("sm_80", "sm_90")
+    ]

@@ -131,7 +131,21 @@ def integer_arithmetic(x, y, out, N: tl.constexpr, COLUMNS: tl.constexpr):
     i = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     a, b = tl.load(x + i), tl.load(y + i)
     shift = (b & 7).to(a.dtype)
-    results = (a + b, a - b, a * b, a // b, a % b, a & b, a | b, a ^ b, a << shift, a >> shift, tl.minimum(a, b), tl.maximum(a, b), tl.where(a < b, a, b))
+    results = (
+        a + b,
+        a - b,
+        a * b,
+        a // b,
+        a % b,
+        a & b,
+        a | b,
+        a ^ b,
+        a << shift,
+        a >> shift,
+        tl.minimum(a, b),
+        tl.maximum(a, b),
+        tl.where(a < b, a, b),
+    )
     for n in tl.static_range(N):
         tl.store(out + (tl.program_id(0) * N + n) * COLUMNS + tl.arange(0, COLUMNS), results[n].to(a.dtype))
 
@@ -200,7 +214,14 @@ def reduction_case(arch: str, dtype: str, axis: int) -> Case:
 
     def arguments() -> list:
         same = Output((length,), dtype)
-        return [x, Output((length,), "float32" if dtype != "int32" else dtype), same, same, Output((length,), "int32"), Output((length,), "int32")]
+        return [
+            x,
+            Output((length,), "float32" if dtype != "int32" else dtype),
+            same,
+            same,
+            Output((length,), "int32"),
+            Output((length,), "int32"),
+        ]
 
     constants = {"ROWS": 32, "COLUMNS": 64, "AXIS": axis}
     return Case(f"reductions-{dtype}-axis{axis}", reduce_all, arch, (1,), arguments, check, constants, exact=True)
@@ -211,7 +232,9 @@ def transpose_case(arch: str, dtype: str, tile: tuple[int, int] = (32, 64)) -> C
     arguments = lambda: [x, Output((100, 72), dtype), 72, 100]  # noqa: E731
     grid = (-(-72 // tile[0]), -(-100 // tile[1]))
     constants = {"ROWS": tile[0], "COLUMNS": tile[1]}
-    return Case(f"transpose-{dtype}", transpose, arch, grid, arguments, lambda outputs: assert_equal(outputs[0], x.T), constants, exact=True)
+    return Case(
+        f"transpose-{dtype}", transpose, arch, grid, arguments, lambda outputs: assert_equal(outputs[0], x.T), constants, exact=True
+    )
 
 
 def scan_case(arch: str) -> Case:
@@ -349,7 +372,12 @@ def _philox_words(seed: int, counters: Array) -> Array:
     for _ in range(10):
         first, second = words[0] * numpy.uint64(0xD2511F53), words[2] * numpy.uint64(0xCD9E8D57)
         high = numpy.uint64(32)
-        words = [second >> high ^ words[1] ^ numpy.uint64(keys[0]), second & mask, first >> high ^ words[3] ^ numpy.uint64(keys[1]), first & mask]
+        words = [
+            second >> high ^ words[1] ^ numpy.uint64(keys[0]),
+            second & mask,
+            first >> high ^ words[3] ^ numpy.uint64(keys[1]),
+            first & mask,
+        ]
         keys = [(keys[0] + 0x9E3779B9) % 2**32, (keys[1] + 0xBB67AE85) % 2**32]
     return numpy.stack(words).astype(numpy.uint32)
 
@@ -374,7 +402,14 @@ def row_cases() -> list[Case]:
     cases = []
     for arch in ARCHES:
         cases += [softmax_case(arch, columns) for columns in (256, 1000)]
-        cases += [layer_norm_case(arch, "bfloat16"), scan_case(arch), sort_case(arch), histogram_case(arch), functions_case(arch), philox_case(arch)]
+        cases += [
+            layer_norm_case(arch, "bfloat16"),
+            scan_case(arch),
+            sort_case(arch),
+            histogram_case(arch),
+            functions_case(arch),
+            philox_case(arch),
+        ]
         cases += [reduction_case(arch, dtype, axis) for dtype, axis in (("float32", 0), ("float32", 1), ("int32", 1))]
         cases += [transpose_case(arch, dtype) for dtype in ("float32", "float16", "float8_e5m2", "int64")]
         cases += [atomics_case(arch, dtype) for dtype in ("float32", "float16", "bfloat16", "float64")]

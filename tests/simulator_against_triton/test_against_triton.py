@@ -41,7 +41,7 @@ def test_sums_in_half_precision_are_read_too_early() -> None:
 
 @pytest.mark.parametrize("case", refused(), ids=str)
 def test_what_the_simulator_does_not_know_is_refused_by_name(case: Case) -> None:
-    with pytest.raises(SimulatorError, match="does not support this (matrix multiplication|wgmma)"):
+    with pytest.raises(SimulatorError, match=r"does not support this (matrix multiplication|wgmma)"):
         simulate(case)
 
 
