@@ -225,6 +225,7 @@ class Module:
             schedule=SCHEDULES.index(chosen.schedule),
             seed=chosen.seed,
             checks=int(chosen.checks),
+            isa_rules=int(chosen.isa_rules),
             max_instructions=chosen.max_instructions,
         )
         if chosen.profile is not None:
