@@ -8,6 +8,7 @@ import numpy
 import triton
 import triton.language as tl
 from cases import ELEMENTS, Array, Case, Mapped, Output, assert_equal, integers
+from products import columns_of_spans
 
 
 @triton.jit
@@ -136,9 +137,9 @@ def mapped_product_cases() -> list[Case]:
     """A few of each kind, and the whole table for --exhaustive."""
     cases = []
     for i, dtype in enumerate(("float16", "bfloat16", "float32", "float8_e4m3fn")):
-        size = ELEMENTS[dtype].itemsize
-        for j, (layout, span) in enumerate(itertools.product(itertools.product((False, True), repeat=2), (32, 64, 128))):
-            cases.append(mapped_case(dtype, layout, (64, 64, max(span // size, 16 if size > 1 else 32)), exhaustive=j % 6 != i))
+        layouts = itertools.product((False, True), repeat=2)
+        for j, (layout, columns) in enumerate(itertools.product(layouts, columns_of_spans(dtype))):
+            cases.append(mapped_case(dtype, layout, (64, 64, columns), exhaustive=j % 6 != i))
     cases.append(mapped_case("bfloat16", (False, True), (128, 128, 64), warps=8, stages=4, out_dtype="bfloat16"))
     cases.append(mapped_case("float16", (False, False), (128, 64, 64), warps=4, stages=2, ctas=2, out_dtype="float16"))
     cases += [self_mapped_case("float16", arch) for arch in ("sm_80", "sm_90")]

@@ -61,6 +61,12 @@ def product_case(
     return Case(name, product, arch, (2, 1), arguments, check, constants, warps, stages, exhaustive=exhaustive, exact=True)
 
 
+def columns_of_spans(dtype: str) -> list[int]:
+    """How many elements of a row span 32, 64 and 128 bytes, unless these are too few for a product."""
+    size = ELEMENTS[dtype].itemsize
+    return [span // size for span in (32, 64, 128) if span // size >= (32 if size == 1 else 16)]
+
+
 def rounded_product_case(dtype: str, arch: str) -> Case:
     """A product of reals, judged by the bound of a sum in float32: one rounding for each of the k terms."""
     m, n, k = 64, 64, 128
@@ -86,9 +92,8 @@ def product_cases() -> list[Case]:
         ("sm_90", ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2")),
     ):
         for i, dtype in enumerate(dtypes):
-            size = ELEMENTS[dtype].itemsize
-            for j, (layout, span) in enumerate(itertools.product(layouts, (32, 64, 128))):
-                shape = (64, 64, max(span // size, 16 if size > 1 else 32))
+            for j, (layout, columns) in enumerate(itertools.product(layouts, columns_of_spans(dtype))):
+                shape = (64, 64, columns)
                 cases.append(product_case(dtype, arch, layout, shape, exhaustive=j % 5 != i % 5))
             cases.append(rounded_product_case(dtype, arch))
         cases.append(product_case("float16", arch, blocks=(32, 32, 32), sum_dtype="float16", warps=2))
