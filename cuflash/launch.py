@@ -223,7 +223,8 @@ class _SimulatorExecutable:
     def __init__(self, kernel: KernelPlan, device: Device) -> None:
         from cuflash import simulator
 
-        self._module = simulator.Module(cache.fetch(kernel.request(device)).data, kernel.entry, keep=True)
+        # The base of shared memory is the compiler's to choose: no kernel may count on more than it declares.
+        self._module = simulator.Module(cache.fetch(kernel.request(device)).data, kernel.entry, keep=True, aligned_as_declared=True)
 
     def launch(
         self, num_blocks: int, num_threads: int, shared_bytes: int, arguments: bytearray, stream: int, buffers: Sequence[Buffer]

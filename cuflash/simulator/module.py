@@ -123,6 +123,8 @@ class Module:
         entry: the kernel's name; may be left out when there is only one.
         sources: names of source files -> their text, for reports about files that are not on disk.
         keep: decode once for all processes: the program is kept in the cache on disk.
+        aligned_as_declared: dynamic shared memory is aligned as its declaration asks for and deliberately no better, so that a kernel that counts on
+            more is found out. False: it starts at 1024 or behind the static variables, as on a GPU.
 
     Attributes:
         program: the decoded kernel.
@@ -133,13 +135,22 @@ class Module:
             CUFLASH_SIMULATOR_ARCH names.
     """
 
-    def __init__(self, ptx: str | bytes, entry: str | None = None, *, sources: Mapping[str, str] | None = None, keep: bool = False) -> None:
+    def __init__(
+        self,
+        ptx: str | bytes,
+        entry: str | None = None,
+        *,
+        sources: Mapping[str, str] | None = None,
+        keep: bool = False,
+        aligned_as_declared: bool = False,
+    ) -> None:
         self._ptx = ptx.decode().rstrip("\0") if isinstance(ptx, bytes) else ptx
         _check_target(self._ptx)
         self._entry = entry
+        self._aligned_as_declared = aligned_as_declared
         self._sources = dict(sources or {})
         self._data: npt.NDArray[np.uint8] | None = None  # global and constant variables
-        name = program_cache.key(self._ptx, entry) if keep else None
+        name = program_cache.key(self._ptx, entry, aligned_as_declared) if keep else None
         program = None if name is None else program_cache.read(name)
         if program is None:
             data, addresses = initial_data(self.kernel)
@@ -155,7 +166,7 @@ class Module:
     @functools.cached_property
     def kernel(self) -> parser.Kernel:
         """The text of the kernel, for reports and profiles; parsed when it is needed first."""
-        return parser.parse_kernel(self._ptx, self._entry)
+        return parser.parse_kernel(self._ptx, self._entry, self._aligned_as_declared)
 
     @property
     def name(self) -> str:
@@ -214,6 +225,7 @@ class Module:
             schedule=SCHEDULES.index(chosen.schedule),
             seed=chosen.seed,
             checks=int(chosen.checks),
+            isa_rules=int(chosen.isa_rules),
             max_instructions=chosen.max_instructions,
         )
         if chosen.profile is not None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from cuflash.errors import SimulatorError
 from cuflash.simulator import build
 
-ABI = 3
+ABI = 4
 NO_RECORD = 0xFFFFFFFF
 NO_WARP = 0xFFFFFFFF
 MAX_PLACES = 64
@@ -65,6 +65,7 @@ class LaunchDescription(ctypes.Structure):
         ("schedule", ctypes.c_int32),
         ("seed", ctypes.c_uint64),
         ("checks", ctypes.c_int32),
+        ("isa_rules", ctypes.c_int32),
         ("max_instructions", ctypes.c_uint64),
         ("record_profiles", ctypes.c_void_p),
         ("buffer_profiles", ctypes.c_void_p),

@@ -52,10 +52,10 @@ def directory() -> Path:
     return build.cache_directory() / "programs"
 
 
-def key(ptx: str, entry: str | None) -> str:
+def key(ptx: str, entry: str | None, aligned_as_declared: bool = False) -> str:
     """The name of an entry."""
     digest = hashlib.sha256(_decoder_fingerprint())
-    digest.update(f"{entry}\n{ptx}".encode())
+    digest.update(f"{entry} {aligned_as_declared}\n{ptx}".encode())
     return digest.hexdigest()[:40]
 
 

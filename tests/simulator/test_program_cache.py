@@ -95,10 +95,10 @@ def test_a_write_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_the_key_covers_text_entry_and_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {program_cache.key("a", None), program_cache.key("b", None), program_cache.key("a", "entry")}
+    keys = {program_cache.key("a", None), program_cache.key("b", None), program_cache.key("a", "entry"), program_cache.key("a", None, True)}
     monkeypatch.setattr(program_cache, "_decoder_fingerprint", lambda: b"another")
     keys.add(program_cache.key("a", None))
-    assert len(keys) == 4
+    assert len(keys) == 5
 
 
 def test_programs_with_addresses_of_this_process_are_not_kept(folder: Path) -> None:

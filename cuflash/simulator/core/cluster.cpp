@@ -19,7 +19,8 @@ Cluster::Cluster(const Program& program_, const LaunchDescription& launch_, Glob
   warps_per_cta_ = (launch.block[0] * launch.block[1] * launch.block[2] + LANES - 1) / LANES;
   warpgroups_per_cta_ = (warps_per_cta_ + 3) / 4;
   mbarriers_per_cta_ = program.uses_mbarriers ? MAX_MBARRIERS : 0;
-  agents_per_cta_ = NUM_OWN_AGENTS * warps_per_cta_ + warpgroups_per_cta_ + mbarriers_per_cta_;
+  parts_per_cta_ = program.uses_wgmma ? warps_per_cta_ : 0;
+  agents_per_cta_ = NUM_OWN_AGENTS * warps_per_cta_ + warpgroups_per_cta_ + parts_per_cta_ + mbarriers_per_cta_;
   clocks_.assign(num_agents(), 0);
   if (launch.record_profiles) profile = std::make_unique<Profile>(program, launch);
   for (u32 rank = 0; rank < size; ++rank) {
@@ -62,7 +63,7 @@ void Cluster::reset(u64 number) {
 
 void Cluster::run(u64 number) {
   reset(number);
-  if (launch.checks && num_agents() > MAX_AGENTS) {
+  if (launch.checks && num_stamped_agents() > MAX_AGENTS) {
     throw Failure{"unsupported", "a cluster of so many warps and mbarriers is too large for the race detector", {0, 0, NO_RECORD, 0}, 0, 0, {}};
   }
   if (launch.schedule == Schedule::RANDOM) run_at_random();
@@ -91,8 +92,11 @@ AgentName Cluster::agent_name(u32 agent) const {
     write(KINDS[number / warps_per_cta_], name.warp);
   } else if ((number -= NUM_OWN_AGENTS * warps_per_cta_) < warpgroups_per_cta_) {
     write("wgmma of warpgroup", number);
+  } else if ((number -= warpgroups_per_cta_) < parts_per_cta_) {
+    name.warp = number;
+    write("wgmma of warp", number);
   } else {
-    write("a copy that completes on mbarrier", number - warpgroups_per_cta_);
+    write("a copy that completes on mbarrier", number - parts_per_cta_);
   }
   if (size > 1) write(" of block", rank);
   return name;

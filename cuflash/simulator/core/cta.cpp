@@ -94,7 +94,7 @@ void Cta::reset(u32 x, u32 y, u32 z) {
     if (checks) {
       u32 agents[NUM_OWN_AGENTS];
       for (u32 i = 0; i < NUM_OWN_AGENTS; ++i) agents[i] = cluster->agent(rank, OwnAgent(i), warp.id);
-      warp.knowledge.reset(cluster->num_agents(), agents);
+      warp.knowledge.reset(cluster->num_agents(), agents, cluster->wait_agent(rank, warp.id));
     }
     memset(warp.predicates, 0, size_t(program.num_predicates) * 4);
     warp.predicates[0] = ALL_LANES;

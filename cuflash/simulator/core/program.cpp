@@ -17,7 +17,10 @@ std::unique_ptr<Program> make_program(const ProgramDescription& in) {
   WgmmaUse wgmma = find_wgmma_use(in, flow);
   allocate_rows(in, flow, wgmma.in_flight, *program);
   const std::vector<Entry>& instructions = instruction_table().entries();
-  for (const Record& record : program->records) program->uses_mbarriers |= instructions[record.op].name.starts_with("mbarrier.init");
+  for (const Record& record : program->records) {
+    program->uses_mbarriers |= instructions[record.op].name.starts_with("mbarrier.init");
+    program->uses_wgmma |= instructions[record.op].name.starts_with("wgmma.");
+  }
   program->wgmma_hazards = std::move(wgmma.hazards);
   mark_wgmma_hazards(*program);
 

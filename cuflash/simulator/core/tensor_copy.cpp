@@ -48,8 +48,7 @@ Box read_box(Warp& warp, const Record* in, u32 lane, const u16* map_operand, con
   Box box;
   memcpy(&box.map, at.lane[lane], sizeof box.map);
   const TensorMap& map = box.map;
-  if (map.magic != TensorMap::MAGIC)
-    warp.fail(in, "tensor-map", mask, "what the address names is no tensor map of the simulator (see tensor_map.py)");
+  if (const char* problem = map.problem()) warp.fail(in, "tensor-map", mask, "%s", problem);
   const u32 rank = coordinates[0];
   if (map.rank != rank) warp.fail(in, "tensor-map", mask, "a copy of rank %u with a tensor map of rank %u", rank, map.rank);
   box.row_bytes = map.count(0) * element_bytes(map.element);

@@ -237,6 +237,15 @@ def decode_fence_proxy(encoder: Encoder, statement: Statement, operands: list[st
         encoder.emit("fence.proxy.async")
 
 
+@decodes("fence.proxy.tensormap::generic")
+def decode_fence_tensormap(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """fence.proxy.tensormap::generic.release.scope and .acquire.scope [addr], 128: they order what is ordered anyway, and blocks as other fences do."""
+    parts = statement.opcode.split(".")
+    if len(parts) != 5 or parts[3] not in ("release", "acquire") or len(operands) != (2 if parts[3] == "acquire" else 0):
+        raise Unsupported("this fence of proxies")
+    encoder.emit("fence", _scope(statement.opcode))
+
+
 @decodes("fence.mbarrier_init")
 def decode_fence_mbarrier_init(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
     """fence.mbarrier_init.release.cluster."""

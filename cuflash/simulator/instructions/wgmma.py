@@ -26,6 +26,15 @@ def _product(opcode: str) -> tuple[str, int, bool]:
     return f"wgmma.{match[3]}.{match[4]}.{match[5]}", int(match[1]), match[4] in ("f16", "bf16")
 
 
+def _scale_d(encoder: Encoder, text: str) -> str:
+    """The predicate scale-d, which may be written as the number 0 or 1."""
+    if text not in ("0", "1"):
+        return text
+    predicate = encoder.new_register(1)
+    encoder.emit("constant.pred", predicate, text)
+    return predicate
+
+
 def _factor(text: str) -> bool:
     """Whether an imm-scale is -1."""
     if text not in ("1", "-1"):
@@ -56,6 +65,7 @@ def decode_wgmma(encoder: Encoder, statement: Statement, operands: list[str]) ->
     accumulators = vector(d)
     if len(accumulators) != (n // 4 if name.startswith("wgmma.f16") else n // 2) or (in_registers and len(vector(a)) != _A_SLOTS):
         raise Unsupported("this number of registers")
+    scale_d = _scale_d(encoder, scale_d)
     start = encoder.begin(name)
     encoder.put(start + C, scale_d, 1, False)
     encoder.add_extra(start, n, flags)
