@@ -38,7 +38,9 @@ def replaced(field: str, value: int | str, ordinal: int | None = None, where: st
     )
 
 
-def fields(array: Array, box: tuple[int, ...], element: int, swizzle: int = 0, fill: int = 0, steps: tuple[int, ...] | None = None) -> list[str]:
+def fields(
+    array: Array, box: tuple[int, ...], element: int, swizzle: int = 0, fill: int = 0, steps: tuple[int, ...] | None = None
+) -> list[str]:
     """All that a map of a C-contiguous array needs, one instruction each."""
     rank = array.ndim
     lines = [replaced("global_address", "(u64)b"), replaced("rank", rank - 1)]
@@ -46,7 +48,12 @@ def fields(array: Array, box: tuple[int, ...], element: int, swizzle: int = 0, f
     lines += [replaced("global_dim", extent, i) for i, extent in enumerate(array.shape[::-1])]
     lines += [replaced("global_stride", f"{stride}ull", i) for i, stride in enumerate(array.strides[-2::-1])]
     lines += [replaced("element_stride", step, i) for i, step in enumerate((steps or (1,) * rank)[::-1])]
-    lines += [replaced("elemtype", element), replaced("interleave_layout", 0), replaced("swizzle_mode", swizzle), replaced("fill_mode", fill)]
+    lines += [
+        replaced("elemtype", element),
+        replaced("interleave_layout", 0),
+        replaced("swizzle_mode", swizzle),
+        replaced("fill_mode", fill),
+    ]
     return lines
 
 
@@ -103,7 +110,9 @@ def test_swizzles_steps_and_filling(mode: int, span: int) -> None:
     out = np.zeros(want.nbytes, np.uint8)
     body = ZEROS + "".join(fields(array, box, 7, mode, 1, steps)) + PUBLISH + load(2, start, out.nbytes)
     run(body, out, array)
-    np.testing.assert_array_equal(np.isnan(out.view(np.float32)), np.isnan(swizzled(want.reshape(-1).view(np.uint8), span).view(np.float32)))
+    np.testing.assert_array_equal(
+        np.isnan(out.view(np.float32)), np.isnan(swizzled(want.reshape(-1).view(np.uint8), span).view(np.float32))
+    )
     known = swizzled(np.nan_to_num(want).reshape(-1).view(np.uint8), span).view(np.float32)
     np.testing.assert_array_equal(np.nan_to_num(out.view(np.float32)), known)
 
@@ -123,7 +132,9 @@ def test_a_map_in_global_memory() -> None:
     array = aligned(np.zeros((8, 16), np.float32))
     target = '"l"(c)'
     body = "((int*)c)[t] = 0; __syncwarp();\n"
-    body += "".join(line.replace('"r"(address(map))', target).replace(".shared::cta.b1024", ".global.b1024") for line in fields(array, (8, 16), 7))
+    body += "".join(
+        line.replace('"r"(address(map))', target).replace(".shared::cta.b1024", ".global.b1024") for line in fields(array, (8, 16), 7)
+    )
     body += """asm volatile("fence.proxy.tensormap::generic.release.gpu;" ::: "memory");
 asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" :: "l"(c) : "memory");
 for (int i = t; i < 128; i += 32) ((float*)s)[i] = i;

@@ -139,7 +139,9 @@ def test_rows_of_a_that_another_warp_may_still_read(options: Options) -> None:
     assert "an earlier read by wgmma of warp" in text
     assert "the PTX ISA demands a wgmma.wait_group by that warp and then a barrier" in text
     run(before, "fill_own_rows(base, in + 512);", allowed(options))
-    unwaited = KERNEL.replace("wgmma_wait<0>();", "fill_own_rows(base, in + 512); wgmma_wait<0>();").replace("BEFORE", before).replace("AFTER", "")
+    unwaited = (
+        KERNEL.replace("wgmma_wait<0>();", "fill_own_rows(base, in + 512); wgmma_wait<0>();").replace("BEFORE", before).replace("AFTER", "")
+    )
     operands, out = np.zeros((2, 64, 64), BF16), np.zeros((64, 64), np.float32)
     with pytest.raises(SimulatorError, match=r"^\[race\] 16-byte store"):  # its own product
         run_cuda(unwaited, operands, out, arch="compute_90a", block=128, shared=16384, options=allowed(options))
@@ -148,6 +150,7 @@ def test_rows_of_a_that_another_warp_may_still_read(options: Options) -> None:
 def test_one_wait_is_enough_for_tma() -> None:
     """One thread hands A back to TMA for all four warps, as CUTLASS does: test_hopper_pipeline.py runs such a kernel with all checks."""
     import test_hopper_pipeline as pipeline
+
     from cuflash.simulator import Module
 
     assert "if (t % 128 == 0) arrive(empty + s);" in pipeline.SOURCE
@@ -157,5 +160,3 @@ def test_one_wait_is_enough_for_tma() -> None:
 def test_the_option_is_a_bool() -> None:
     with pytest.raises(OptionError, match="isa_rules"):
         Options(isa_rules="no")  # type: ignore[arg-type]
-
-

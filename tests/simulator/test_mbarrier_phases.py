@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from mbarriers import ALL, launch, report
 
@@ -103,8 +104,6 @@ else for (int i = 0; i < 4; ++i) {
     b[t - 32] = slot[t - 32];
     arrive(&empty);
 }"""
-    import numpy as np
-
     source, out = np.arange(32, dtype=np.int32), np.zeros(32, np.int32)
     launch(body, source, out, options=options, block=64)
     assert (out == source).all()

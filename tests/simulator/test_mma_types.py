@@ -54,10 +54,8 @@ def fragment(matrix: Array, place: Place, bits: int) -> Array:
     elements = np.array([[matrix[place(lane // 4, lane % 4, i)] for i in range(count)] for lane in range(32)])
     if bits == 64:
         return np.ascontiguousarray(elements.T.astype(np.float64))
-    if elements.dtype.kind == "i":  # one Python number for each
-        packed = elements.astype(np.int64) & ((1 << bits) - 1)
-    else:
-        packed = elements.view(np.uint8).astype(np.int64)
+    numbers = elements if elements.dtype.kind == "i" else elements.view(np.uint8)
+    packed = numbers.astype(np.int64) & ((1 << bits) - 1)
     per_word = 32 // bits
     words = sum(packed[:, i::per_word] << (bits * i) for i in range(per_word))
     return np.ascontiguousarray(words.T.astype(np.uint32))

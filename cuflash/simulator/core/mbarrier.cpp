@@ -127,9 +127,11 @@ void Mbarriers::note_wait(Warp& warp, const Place& at, Mbarrier& barrier) {
 void Mbarriers::check_waits(Mbarrier& barrier) const {
   for (const Mbarrier::Wait& wait : barrier.waits) {
     if (barrier.arriving.known.at(cluster_.wait_agent(wait.warp->cta->rank, wait.warp->id)) >= wait.clock) continue;
-    const std::string phase = barrier.phase == 0 ? "which only an mbarrier without completed phases lets pass" : "for phase " + std::to_string(barrier.phase - 1);
+    const std::string phase =
+        barrier.phase == 0 ? "which only an mbarrier without completed phases lets pass" : "for phase " + std::to_string(barrier.phase - 1);
     fail("late-wait", wait.place, &barrier.last_arrival,
-         "nothing orders this wait of warp %u, %s of %s, before the end of phase %u: a warp that comes only then sees the old parity again and waits for ever",
+         "nothing orders this wait of warp %u, %s of %s, before the end of phase %u: a warp that comes only then sees the old parity again and waits "
+         "for ever",
          wait.warp->id, phase.c_str(), name(barrier).c_str(), barrier.phase);
   }
   barrier.waits.clear();

@@ -5,9 +5,9 @@
 // agent, so that exactly those who waited for the phase know of it (see clock.h). Who starts such work calls `issue` at once and `complete`
 // when its bytes have arrived; between the two the phase cannot complete.
 //
-// A wait by parity cannot tell a phase from the one after the next: a warp that looks only then sees the parity that it had before, and waits for ever.
-// So a warp's wait for a phase must happen before the next phase ends. Whether it does is asked of the clocks, when that phase ends: the order in
-// which things happened to come does not matter.
+// A wait by parity cannot tell a phase from the one after the next: a warp that looks only then sees the parity that it had before, and waits for
+// ever. So a warp's wait for a phase must happen before the next phase ends. Whether it does is asked of the clocks, when that phase ends: the order
+// in which things happened to come does not matter.
 #pragma once
 
 #include <array>

@@ -1,9 +1,9 @@
 // mma.sync of integers of 8 and 4 bits and of f64: D = A B + C of one warp, number by number.
 //
-// Contract: fragments lie as in the PTX ISA ("Matrix Fragments for mma.…"). With g = lane / 4 and q = lane % 4, and VALUES numbers of k in a register,
-// register r of A holds row g + 8 (r % 2), where there are 16 rows, and k from VALUES (4 (r / 2) + q) on; register r of B holds column g and k from
-// VALUES (4 r + q) on; register r of C holds row g + 8 (r / 2) and column 2 q + r % 2. `extra` at x holds the rows of the operands in PTX order.
-// Integers are exact and wrap around or saturate once, at the end; f64 is summed in the order of k by fused multiply-adds.
+// Contract: fragments lie as in the PTX ISA ("Matrix Fragments for mma.…"). With g = lane / 4 and q = lane % 4, and VALUES numbers of k in a
+// register, register r of A holds row g + 8 (r % 2), where there are 16 rows, and k from VALUES (4 (r / 2) + q) on; register r of B holds column g
+// and k from VALUES (4 r + q) on; register r of C holds row g + 8 (r / 2) and column 2 q + r % 2. `extra` at x holds the rows of the operands in PTX
+// order. Integers are exact and wrap around or saturate once, at the end; f64 is summed in the order of k by fused multiply-adds.
 #include <algorithm>
 #include <cmath>
 #include <limits>

@@ -284,7 +284,7 @@ void SharedShadow::race(const Visit& visit, Stamp earlier, u32 earlier_lanes, bo
   if ((earlier_lanes & (earlier_lanes - 1)) == 0) snprintf(lane, sizeof lane, ", lane %u", earlier.lane());
   const std::string isa_advice = "the PTX ISA demands " + rule + "; kernels of NVIDIA's leave that out, and Options(isa_rules=False) allows it";
   const char* const advice = !rule.empty()  ? isa_advice.c_str()
-                             : unfenced       ? "the asynchronous proxy does not see it without a fence.proxy.async"
+                             : unfenced     ? "the asynchronous proxy does not see it without a fence.proxy.async"
                              : who.is_async ? "nothing waited for its completion before, or the wait was not followed by a barrier"
                              : earlier.agent() == visit.warp.knowledge.agent(OWN_ACCESSES) ? "lanes of one warp, with no __syncwarp between"
                                                                                            : "no barrier orders them";

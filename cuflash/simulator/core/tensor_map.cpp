@@ -118,7 +118,8 @@ const char* TensorMap::problem() const {
     if (box[i] < 1 || box[i] > MAX_BOX) return "a tensor map whose box lacks an extent";
     if (extents[i] < 1) return "a tensor map that lacks an extent";
     if (steps[i] < 1 || steps[i] > MAX_STEP) return "a tensor map that lacks an element stride";
-    if (i > 0 && (strides[i - 1] % 16 != 0 || strides[i - 1] >= MAX_STRIDE)) return "a tensor map with a stride that is not a multiple of 16 below 2^40";
+    if (i > 0 && (strides[i - 1] % 16 != 0 || strides[i - 1] >= MAX_STRIDE))
+      return "a tensor map with a stride that is not a multiple of 16 below 2^40";
   }
   if (fill_nan && !is_floating(element)) return "a tensor map that fills other elements than floats with NaN";
   const u32 row = count(0) * element_bytes(element), span = swizzle == Swizzle::NONE ? row : 16u << u32(swizzle);

@@ -1,7 +1,7 @@
 // The descriptor of a tensor in global memory that TMA instructions refer to.
 //
-// Contract: 128 bytes, written by tensor_map.py, which checks everything that the driver checks, or by tensormap.replace; the layout is the simulator's own. Extents,
-// strides and boxes are ordered from the innermost dimension outwards, as in CUDA.
+// Contract: 128 bytes, written by tensor_map.py, which checks everything that the driver checks, or by tensormap.replace; the layout is the
+// simulator's own. Extents, strides and boxes are ordered from the innermost dimension outwards, as in CUDA.
 #pragma once
 
 #include "reduction.h"

@@ -28,7 +28,7 @@ struct Job {
   u32 clock;  // of the warpgroup's agent
   // With checks only.
   std::vector<Range> ranges_b, ranges_a[WARPGROUP];  // A: the rows of each warp, if it is in shared memory
-  std::vector<u32> waits;                            // for mbarriers, that the warps which issued it know of
+  std::vector<u32> waits;  // for mbarriers, that the warps which issued it know of
 };
 
 // Jobs, commits and waits of one warpgroup. Jobs are numbered from 0.

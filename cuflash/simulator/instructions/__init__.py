@@ -7,4 +7,17 @@ function of (encoder, statement, operands) that is registered for the first word
 from cuflash.simulator.instructions import bulk_copy, collective, control, matrix, mbarrier, memory, scalar, tensor_map, wgmma
 from cuflash.simulator.instructions.registry import Decoder, find_decoder, simplified
 
-__all__ = ["Decoder", "bulk_copy", "collective", "control", "find_decoder", "matrix", "mbarrier", "memory", "scalar", "simplified", "tensor_map", "wgmma"]
+__all__ = [
+    "Decoder",
+    "bulk_copy",
+    "collective",
+    "control",
+    "find_decoder",
+    "matrix",
+    "mbarrier",
+    "memory",
+    "scalar",
+    "simplified",
+    "tensor_map",
+    "wgmma",
+]
