@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from math import ceil
 from typing import Literal
 
+from cuflash.arrays import describe
 from cuflash.device import Device
 from cuflash.errors import TileError
 from cuflash.features import NO_FEATURES, FeatureSet
@@ -244,7 +245,7 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     for field in fields(tile):
         count = getattr(tile, field.name)
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            return f"{field.name} must be a positive int, got {count!r}"
+            return f"{field.name} must be a positive int, got {describe(count)}"
     stationary, streamed = ("tile_q", "tile_kv") if case.kernel in BY_QUERIES else ("tile_kv", "tile_q")
     if tile.num_warps > MAX_WARPS:
         return f"num_warps must be at most {MAX_WARPS}"
@@ -294,7 +295,7 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
                         yield Tile(streamed, rows, num_warps, num_stages)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def legal_tiles_for(case: KernelCase, device: Device) -> tuple[Tile, ...]:
     """All tiles of the usual shapes that `device` takes, best by the model first. Other legal ones exist, such as tile_q = 48."""
     legal = [tile for tile in _candidates(case, device) if broken_rule(case, tile, device) is None]

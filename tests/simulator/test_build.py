@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cuflash import cache_directory
 from cuflash.errors import SetupError, SimulatorError
 from cuflash.simulator import build, native
 
@@ -89,8 +90,10 @@ def test_cxx_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 def test_default_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUFLASH_CACHE_DIR", raising=False)
-    assert build.cache_directory().name == "simulator"
-    assert "cuflash" in str(build.cache_directory())
+    folder = cache_directory.find(build.PART)
+    assert folder is not None
+    assert folder.name == "simulator"
+    assert "cuflash" in str(folder)
 
 
 @pytest.mark.usefixtures("small_core")
@@ -106,5 +109,5 @@ def test_the_core_as_zig_builds_it() -> None:
     """The table is the same whichever compiler built the core."""
     compiler = build._probe((sys.executable, "-m", "ziglang", "c++"))
     assert compiler is not None
-    core = native.Core(build.build(compiler, build.cache_directory()))
+    core = native.Core(build.build(compiler, build.library_path().parent))
     assert core.instructions == native.core().instructions

@@ -51,6 +51,9 @@ Box read_box(Warp& warp, const Record* in, u32 lane, const u16* map_operand, con
   if (map.magic != TensorMap::MAGIC)
     warp.fail(in, "tensor-map", mask, "what the address names is no tensor map of the simulator (see tensor_map.py)");
   const u32 rank = coordinates[0];
+  if (map.rank > TensorMap::MAX_RANK || u32(map.element) >= u32(ElementType::COUNT) || memchr(map.steps, 0, map.rank)) {
+    warp.fail(in, "tensor-map", mask, "the tensor map has been overwritten");
+  }
   if (map.rank != rank) warp.fail(in, "tensor-map", mask, "a copy of rank %u with a tensor map of rank %u", rank, map.rank);
   box.row_bytes = map.count(0) * element_bytes(map.element);
   box.bytes = box.row_bytes;

@@ -14,7 +14,7 @@ _SHARED, _GENERIC = 1, 4  # spaces in core/access.h
 _VALUES_PER_REGISTER = {"f16": 2, "bf16": 2, "tf32": 1}
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _mma(opcode: str) -> tuple[str, tuple[int, int, int, int]]:
     """Name in the core's table of an mma, and the numbers of registers of D, A, B and C."""
     parts = opcode.split(".")

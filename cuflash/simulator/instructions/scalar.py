@@ -55,7 +55,7 @@ def _emit_comparison(encoder: Encoder, name: str, target: str, complement: str |
         encoder.put(start + X, complement, 1, True)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _comparison(opcode: str) -> tuple[str, str]:
     """The name in the core's table of the comparison in a setp or set, and the Boolean operation or ""."""
     parts = opcode.split(".")[1:]
@@ -107,7 +107,7 @@ def decode_set(encoder: Encoder, statement: Statement, operands: list[str]) -> N
     encoder.emit("number.f32.pred" if kind == "f32" else "number.u32.pred", operands[0], result)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _conversion(opcode: str) -> str:
     """The name of a cvt in the core's table."""
     parts = opcode.split(".")
