@@ -53,7 +53,7 @@ def _look_for(part: str) -> Path | str:
 def _user_cache_directory() -> str:
     try:
         return str(importlib.import_module("platformdirs").user_cache_dir("cuflash", appauthor=False))
-    except ImportError:
+    except Exception:  # it is not installed, or finds no home directory, which it says in several ways
         return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "cuflash")
 
 

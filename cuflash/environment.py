@@ -124,14 +124,20 @@ def _kernels() -> str:
 def _cache() -> list[tuple[str, str]]:
     folder = cache.directory()
     if folder is None:
-        return [("directory", f"none: {cache_directory.why_not(kernel_files.PART)}. Let CUFLASH_CACHE_DIR name one that only you can write to.")]
+        return [
+            ("directory", f"none: {cache_directory.why_not(kernel_files.PART)}. Let CUFLASH_CACHE_DIR name one that only you can write to.")
+        ]
     entries = cache.contents()
     saved = sum(entry.seconds for entry in entries)
     others = len(cache_limit.entries_of(folder)) - len(entries)
     return [
         ("directory", str(folder.parent)),
         ("kernels", f"{len(entries)}, {_size(sum(entry.size for entry in entries))}, {saved:.0f} s of compilation"),
-        *([("damaged", f"{others} kernels, compiled again when they are needed; python -m cuflash cache --clear removes them")] if others else []),
+        *(
+            [("damaged", f"{others} kernels, compiled again when they are needed; python -m cuflash cache --clear removes them")]
+            if others
+            else []
+        ),
         ("decoded programs", _groups(importlib.import_module("cuflash.simulator.program_cache").contents())),
         ("simulator cores", _groups(importlib.import_module("cuflash.simulator.build").cores())),
         ("limit of each", _limit()),

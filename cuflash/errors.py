@@ -5,7 +5,6 @@ A message about a user's input names the argument, what came, what was expected 
 
 from __future__ import annotations
 
-
 _MAX_PART, _MAX_MESSAGE = 1000, 50_000
 
 

@@ -152,7 +152,9 @@ def _compile(compiler: Compiler, folder: Path) -> bytes:
             return built.read_bytes()
         except FileNotFoundError as error:
             way_out = "Let CXX name a C++ compiler, or unset it." if os.environ.get("CXX") else NO_COMPILER
-            raise SetupError(f"{' '.join(compiler.command)} ran without an error and made no file: it is no C++ compiler. {way_out}") from error
+            raise SetupError(
+                f"{' '.join(compiler.command)} ran without an error and made no file: it is no C++ compiler. {way_out}"
+            ) from error
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ the library

@@ -114,7 +114,9 @@ def _buffers(buffers: object) -> list[Buffer]:
         made = Buffer(*buffer)
         numbers = isinstance(made.address, int) and isinstance(made.nbytes, int)
         if not numbers or made.nbytes < 0 or not 0 <= made.address <= MAX_ADDRESS - made.nbytes:
-            raise SimulatorError(f"buffer {made.name[:100]}: {describe(made.nbytes)} bytes at {describe(made.address)} are no range of addresses")
+            raise SimulatorError(
+                f"buffer {made.name[:100]}: {describe(made.nbytes)} bytes at {describe(made.address)} are no range of addresses"
+            )
         written = made.written
         if written is not None and not (
             isinstance(written, np.ndarray) and written.dtype == np.uint8 and written.flags.c_contiguous and written.flags.writeable
@@ -151,7 +153,9 @@ def _text(ptx: object) -> str:
         try:
             ptx = ptx.decode()
         except UnicodeDecodeError as error:
-            raise SimulatorError(f"ptx: got bytes that are no text ({error.reason} at byte {error.start}); expected PTX, not a cubin") from error
+            raise SimulatorError(
+                f"ptx: got bytes that are no text ({error.reason} at byte {error.start}); expected PTX, not a cubin"
+            ) from error
     if not isinstance(ptx, str):
         raise SimulatorError(f"ptx: got {describe(ptx)}; expected the text of a PTX module, as str or bytes")
     return ptx.rstrip("\0")
@@ -323,4 +327,6 @@ class Module:
         if not isinstance(params, (bytes, bytearray, memoryview)):
             raise SimulatorError(f"params: got {describe(params)}; expected bytes, a bytearray or a memoryview")
         if memoryview(params).nbytes != self.program.param_bytes:
-            raise SimulatorError(f"kernel {self.name} takes {self.program.param_bytes} bytes of parameters, got {memoryview(params).nbytes}")
+            raise SimulatorError(
+                f"kernel {self.name} takes {self.program.param_bytes} bytes of parameters, got {memoryview(params).nbytes}"
+            )
