@@ -15,6 +15,13 @@ def _shortened(text: str, limit: int) -> str:
     return f"{text[: limit // 2]} ... ({len(text) - limit} characters) ... {text[-(limit // 2) :]}"
 
 
+def _text(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # an int of thousands of digits, or an object of a class that cannot be printed
+        return f"an object of type {type(value).__name__}"
+
+
 class CuflashError(Exception):
     """Base class of all cuflash exceptions."""
 
@@ -30,7 +37,7 @@ class ArgumentError(CuflashError, ValueError):
     """
 
     def __init__(self, argument: str, got: object, expected: str, hint: str) -> None:
-        self.argument, self.got, self.expected, self.hint = (_shortened(str(part), _MAX_PART) for part in (argument, got, expected, hint))
+        self.argument, self.got, self.expected, self.hint = (_shortened(_text(part), _MAX_PART) for part in (argument, got, expected, hint))
         super().__init__(f"{self.argument}: got {self.got}; expected {self.expected}. {self.hint}")
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -16,7 +19,7 @@ import pytest
 import cuflash
 from cuflash import calls, compiler, device, launch, planning
 from cuflash.arrays import borrow
-from cuflash.compiler import CompileRequest
+from cuflash.compiler import Artifact, CompileRequest
 from cuflash.errors import CompileError
 from cuflash.launch import BACKWARD_TENSORS, FORWARD_TENSORS, ArgumentTemplate
 from cuflash.problem import Problem, make_problem

@@ -1,8 +1,8 @@
 // Signals during a launch: Ctrl-C, and whatever else the Python program handles.
 //
-// Contract: an `Interrupt` lives in the thread that called `launch`, which holds the interpreter's lock then; it gives the lock back for as long as it
-// lives. Some twenty times a second it takes the lock and lets the interpreter run its signal handlers. If one of them raises, every thread of the launch is
-// told to stop by `Interrupted`, the exception stays set, and ctypes raises it when the call returns.
+// Contract: an `Interrupt` lives in the thread that called `launch`, which holds the interpreter's lock then; it gives the lock back for as long as
+// it lives. Some twenty times a second it takes the lock and lets the interpreter run its signal handlers. If one of them raises, every thread of the
+// launch is told to stop by `Interrupted`, the exception stays set, and ctypes raises it when the call returns.
 #pragma once
 
 #include <atomic>

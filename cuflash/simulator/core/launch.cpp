@@ -62,8 +62,14 @@ void report_no_memory(Report& report) {
 class Work {
  public:
   Work(const Program& program, const LaunchDescription& description, Interrupt& interrupt, CounterValues& counters, Report& report)
-      : program_(program), description_(description), interrupt_(interrupt), counters_(counters), report_(report), total_(clusters_of(description)),
-        first_failed_(total_), order_(description, total_) {
+      : program_(program),
+        description_(description),
+        interrupt_(interrupt),
+        counters_(counters),
+        report_(report),
+        total_(clusters_of(description)),
+        first_failed_(total_),
+        order_(description, total_) {
     const bool few = total_ < (1u << 24) - 2;  // as many as the shadow can tell apart
     if (description.checks && few) global_ = std::make_unique<GlobalShadow>(description);
   }

@@ -84,6 +84,7 @@ void check_record(const Record& record, size_t number, const u16* extra, u32 num
   }
   if (entry.name.find(".bulk.") != std::string::npos || use == X::STORE) require(is_copy(record), "the reduction of record", number);
   if (use == X::STORE) require(is_store(record, words), "the values of record", number);
+  if (entry.name == "cp.async") require(words[4] == 4 || words[4] == 8 || words[4] == 16, "the size of record", number);
   if (use == X::TENSOR) require(is_tensor_copy(entry, words), "the rank of record", number);
 }
 

@@ -1,9 +1,9 @@
 // Tests a program before anything is done with it, so that nothing that Python hands over makes the core leave its memory: kept programs come from a
 // disk.
 //
-// Contract: `check_description` tests every number that is used as an index while a Program is made of a description, `check_program` what is left once
-// registers have rows: where records jump and which part of `extra` they read. Both throw InvalidProgram. Rows need no test, see ROOM_FOR_ROWS in
-// cta.cpp; nor does the end of the records, where make_program puts one that stops whoever comes there.
+// Contract: `check_description` tests every number that is used as an index while a Program is made of a description, `check_program` what is left
+// once registers have rows: where records jump and which part of `extra` they read. Both throw InvalidProgram. Rows need no test, see ROOM_FOR_ROWS
+// in cta.cpp; nor does the end of the records, where make_program puts one that stops whoever comes there.
 #pragma once
 
 #include <string>
