@@ -297,7 +297,9 @@ def test_a_gpu_gets_the_bytes_that_were_fetched(shared_bytes: int, monkeypatch: 
             done.append(("leave", self.index))
 
     driver = SimpleNamespace(
-        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, launchKernel=None, funcSetAttribute=lambda *numbers: done.append(("set", *numbers))
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
+        launchKernel=None,
+        funcSetAttribute=lambda *numbers: done.append(("set", *numbers)),
     )
     cuda = SimpleNamespace(Device=Current, driver=driver, runtime=None, function=SimpleNamespace(Module=Module))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))

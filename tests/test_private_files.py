@@ -180,9 +180,7 @@ def test_what_is_no_file_is_a_damaged_entry(folder: Path, suffix: str, what: str
 
 @pytest.mark.parametrize("suffix", [".cubin", ".json"])
 @pytest.mark.parametrize("fault", ["others may write to it", "it belongs to another"])
-def test_file_that_others_could_have_written_is_not_taken(
-    folder: Path, suffix: str, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_that_others_could_have_written_is_not_taken(folder: Path, suffix: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = entry(folder).with_suffix(suffix)
     if fault == "others may write to it":
         os.chmod(path, 0o666)
@@ -209,7 +207,9 @@ def test_file_that_others_could_have_written_is_not_taken(
         lambda record: record.pop("sha256"),
     ],
 )
-def test_a_record_of_other_types_is_damaged_though_its_checksum_is_right(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
+def test_a_record_of_other_types_is_damaged_though_its_checksum_is_right(
+    folder: Path, change: Callable[[dict[str, object]], object]
+) -> None:
     import json
 
     path = entry(folder).with_suffix(".json")
@@ -291,9 +291,7 @@ def test_no_home_and_no_user(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
 
 
 @pytest.mark.parametrize("value", ["~nouser/x", "/proc/nothing", "\udcff\udcfe", "x" * 5000])
-def test_a_directory_that_cannot_be(
-    value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
+def test_a_directory_that_cannot_be(value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUFLASH_CACHE_DIR", value)
     with caplog.at_level(logging.WARNING, "cuflash"):

@@ -99,7 +99,9 @@ def test_anything_in_place_of_any_argument(name: str, monkeypatch: pytest.Monkey
             except CuflashError as error:
                 assert len(str(error)) < 5000
             except Exception as error:
-                raise AssertionError(f"{name}({argument}={type(odd).__name__} {str(odd)[:50] if not isinstance(odd, Raising) else ''})") from error
+                raise AssertionError(
+                    f"{name}({argument}={type(odd).__name__} {str(odd)[:50] if not isinstance(odd, Raising) else ''})"
+                ) from error
 
 
 def test_a_keyword_that_dropout_mask_does_not_have() -> None:

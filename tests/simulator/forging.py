@@ -33,7 +33,9 @@ extern "C" __global__ void small(int* out, int n) {
     __syncthreads();
     unsigned matrix;
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(matrix) : "r"((unsigned)__cvta_generic_to_shared(shared + threadIdx.x % 8 * 4)));
+    __syncthreads();
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4; cp.async.wait_all;" :: "r"((unsigned)__cvta_generic_to_shared(shared + threadIdx.x)), "l"(out + threadIdx.x) : "memory");
+    __syncthreads();
     if (__any_sync(~0u, t > 5) && __match_any_sync(~0u, t)) atomicAdd(out + 63, shared[63 - threadIdx.x]);
     float d[4] = {}, a = t;
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%4,%4,%4}, {%4,%4}, {%0,%1,%2,%3};"
@@ -96,7 +98,9 @@ def main(first: int, count: int) -> None:
         program_cache.write(program_cache.key(ptx, None), forged)
         schedule = ("late", "early", "random")[number % 3]
         module = Module(ptx, keep=True)
-        if np.array_equal(module.program.records, programs[number % len(kernels)].records) and not np.array_equal(forged.records, module.program.records):
+        if np.array_equal(module.program.records, programs[number % len(kernels)].records) and not np.array_equal(
+            forged.records, module.program.records
+        ):
             outcomes["refused"] += 1
         try:
             run(module, Options(1, schedule, max_instructions=20_000))
