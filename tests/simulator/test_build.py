@@ -128,7 +128,7 @@ def test_no_directory_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("small_core")
 def test_a_program_that_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/bin/true")
-    with pytest.raises(SetupError, match="/bin/true.*is no C\\+\\+ compiler.*CXX"):
+    with pytest.raises(SetupError, match=r"/bin/true.*is no C\+\+ compiler.*CXX"):
         build.library_path()
 
 
