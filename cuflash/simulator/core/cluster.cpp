@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "async_copy.h"
+#include "interrupt.h"
 #include "register_pool.h"
 #include "bulk_copy.h"
 #include "table.h"
@@ -13,8 +14,8 @@
 
 namespace sim {
 
-Cluster::Cluster(const Program& program_, const LaunchDescription& launch_, GlobalShadow* global_)
-    : program(program_), launch(launch_), global(global_) {
+Cluster::Cluster(const Program& program_, const LaunchDescription& launch_, GlobalShadow* global_, Interrupt& interrupt, bool by_caller)
+    : program(program_), launch(launch_), global(global_), interrupt_(interrupt), by_caller_(by_caller) {
   size = launch.cluster[0] * launch.cluster[1] * launch.cluster[2];
   warps_per_cta_ = (launch.block[0] * launch.block[1] * launch.block[2] + LANES - 1) / LANES;
   warpgroups_per_cta_ = (warps_per_cta_ + 3) / 4;
@@ -196,6 +197,16 @@ template <bool PROFILED> Cluster::Turn Cluster::run_warp_as(Warp& warp, u64 fuel
 
 constexpr u32 MAX_IDLE_ROUNDS = 1000;  // in which warps only look whether something has happened
 
+// Stops a launch that is to stop. The clock is looked at only now and then: turns of a random schedule are short.
+void Cluster::after_turn(const Warp& warp, u64 executed_before) {
+  constexpr u64 LOOK_EVERY = 1 << 12;
+  interrupt_.check();
+  if (!by_caller_ || (since_look_ += warp.executed - executed_before + 1) < LOOK_EVERY) return;
+  since_look_ = 0;
+  interrupt_.look();
+  interrupt_.check();
+}
+
 void Cluster::run_in_turn() {
   constexpr u64 FUEL = 1 << 14;  // so that a warp that polls memory cannot starve the one that it waits for
   for (u32 idle = 0;;) {
@@ -203,7 +214,9 @@ void Cluster::run_in_turn() {
     for (Warp* warp : warps) {
       if (warp->num_groups == 0) continue;
       unfinished = true;
+      const u64 before = warp->executed;
       const Turn turn = run_warp(*warp, FUEL);
+      after_turn(*warp, before);
       progress |= turn == Turn::RAN;
       polled |= turn == Turn::POLLED;
     }
@@ -233,7 +246,9 @@ void Cluster::run_at_random() {
     const u32 chosen = candidates[random.below(u32(candidates.size()))];
     // Mostly short turns, now and then a long one, so that a warp can also get far ahead of the others.
     const u64 fuel = random.below(8) ? 1 + random.below(48) : 1 + random.below(4096);
+    const u64 before = warps[chosen]->executed;
     const Turn turn = run_warp(*warps[chosen], fuel);
+    after_turn(*warps[chosen], before);
     if (turn == Turn::RAN) {
       std::fill(stalled.begin(), stalled.end(), 0);
       if (!warps[chosen]->polling) idle = 0;  // going around a loop that polls is not progress

@@ -14,6 +14,7 @@ namespace sim {
 
 class GlobalShadow;
 class BulkCopies;
+class Interrupt;
 class Mbarriers;
 
 // Who an agent of clock.h is, for reports.
@@ -36,7 +37,8 @@ struct ClusterBarrier {
 class Cluster {
  public:
   // `global` is null without checks.
-  Cluster(const Program& program, const LaunchDescription& launch, GlobalShadow* global);
+  // `by_caller`: in the thread that called `launch`, which looks for signals.
+  Cluster(const Program& program, const LaunchDescription& launch, GlobalShadow* global, Interrupt& interrupt, bool by_caller);
   ~Cluster();
   void run(u64 number);
 
@@ -90,6 +92,7 @@ class Cluster {
   bool merge_groups(Warp& warp);
   bool pick_group(Warp& warp, u32 tried);
   bool step_engines();
+  void after_turn(const Warp& warp, u64 executed_before);
   void run_in_turn();
   void run_at_random();
   void check_clocks() const;
@@ -97,6 +100,9 @@ class Cluster {
 
   u32 warps_per_cta_, warpgroups_per_cta_, parts_per_cta_, mbarriers_per_cta_, agents_per_cta_;
   std::vector<u32> clocks_;
+  Interrupt& interrupt_;
+  const bool by_caller_;
+  u64 since_look_ = 0;  // instructions
 };
 
 }  // namespace sim

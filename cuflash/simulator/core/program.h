@@ -56,7 +56,7 @@ struct WgmmaHazard {
 };
 
 struct Program {
-  std::vector<Record> records;
+  std::vector<Record> records;  // and one behind them, which no kernel reaches
   std::vector<u16> extra;
   std::vector<Row> constants;  // each repeated over the lanes
   std::vector<std::pair<u32, u16>> special;
@@ -66,6 +66,7 @@ struct Program {
   bool uses_mbarriers = false, uses_wgmma = false;
 };
 
+// Throws InvalidProgram (validate.h) if the description does not make sense.
 std::unique_ptr<Program> make_program(const ProgramDescription& description);
 
 // Gives every virtual register a row (or a predicate number) by liveness and writes it into the records. `in_flight`: registers and records at

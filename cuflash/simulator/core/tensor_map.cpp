@@ -17,7 +17,7 @@ namespace sim {
 namespace {
 
 constexpr u32 MAX_BOX = 256, MAX_STEP = 8, ROW_GRANULE = 16, CP_ALIGNMENT = 128;
-constexpr u64 MAX_STRIDE = u64(1) << 40;
+constexpr u64 MAX_STRIDE = u64(1) << 40, MAX_BOX_BYTES = 1 << 18;
 
 enum class Field : u16 { GLOBAL_ADDRESS, RANK, BOX_DIM, GLOBAL_DIM, GLOBAL_STRIDE, ELEMENT_STRIDE, ELEMENT_TYPE, SWIZZLE_MODE, FILL_MODE };
 
@@ -25,8 +25,9 @@ bool is_floating(ElementType element) {
   return element == ElementType::F16 || element == ElementType::F32 || element == ElementType::F64 || element == ElementType::BF16;
 }
 
-// Sets a field; false if no map has such a value.
+// Sets a field; false if no map has such a value, or the field no such ordinal.
 bool replace_field(TensorMap& map, Field field, u32 ordinal, u64 value) {
+  if (ordinal >= (field == Field::GLOBAL_STRIDE ? TensorMap::MAX_RANK - 1 : TensorMap::MAX_RANK)) return false;
   switch (field) {
     case Field::GLOBAL_ADDRESS:
       map.address = value;
@@ -121,6 +122,9 @@ const char* TensorMap::problem() const {
     if (i > 0 && (strides[i - 1] % 16 != 0 || strides[i - 1] >= MAX_STRIDE))
       return "a tensor map with a stride that is not a multiple of 16 below 2^40";
   }
+  u64 elements = 1;
+  for (u32 i = 0; i < rank; ++i) elements *= count(i);
+  if (elements * element_bytes(element) > MAX_BOX_BYTES) return "a tensor map with a box that no shared memory has room for";
   if (fill_nan && !is_floating(element)) return "a tensor map that fills other elements than floats with NaN";
   const u32 row = count(0) * element_bytes(element), span = swizzle == Swizzle::NONE ? row : 16u << u32(swizzle);
   if (row % ROW_GRANULE != 0) return "a tensor map with rows of a box that are not multiples of 16 bytes";

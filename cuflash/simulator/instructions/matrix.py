@@ -27,7 +27,7 @@ class _Product(NamedTuple):
     bits: int
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _mma(opcode: str) -> _Product:
     """Read mma.sync.aligned.shape.row.col{.satfinite}.dtype.atype.btype.ctype."""
     parts = opcode.split(".")

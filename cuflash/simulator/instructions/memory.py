@@ -40,7 +40,7 @@ def _element(type_name: str, load: bool) -> str:
     return f"s{bits}" if load and type_name[0] == "s" else f"u{bits}"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _access(opcode: str) -> Access:
     parts = opcode.split(".")
     space, count = GENERIC, 1
@@ -125,7 +125,7 @@ def decode_st(encoder: Encoder, statement: Statement, operands: list[str]) -> No
     _emit_access(encoder, f"st.{access.element}", access, operands[0], sources, False)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _atomic(opcode: str) -> tuple[str, int, int]:
     """Name in the core's table, space and number of elements of an atom or red."""
     parts = opcode.split(".")

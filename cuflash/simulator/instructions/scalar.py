@@ -59,7 +59,7 @@ _PACKED_ONES = {"f16x2": 0x3C00, "bf16x2": 0x3F80}
 """The number 1 in one half of a packed type."""
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _comparison(opcode: str) -> tuple[str, str]:
     """The name in the core's table of the comparison in a setp or set, and the Boolean operation or ""."""
     parts = opcode.split(".")[1:]
@@ -144,7 +144,7 @@ def decode_extreme_magnitude(encoder: Encoder, statement: Statement, operands: l
     encoder.emit("or.b32", target, chosen, sign)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _conversion(opcode: str) -> str:
     """The name of a cvt in the core's table."""
     parts = opcode.split(".")

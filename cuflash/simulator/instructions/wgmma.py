@@ -17,7 +17,7 @@ _DEPTHS = {"f16": 16, "bf16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32}
 _OPCODE = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.(\w+)\.(\w+)\.(\w+)$")
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _product(opcode: str) -> tuple[str, int, bool]:
     """Name in the core's table of a wgmma.mma_async, its N, and whether its operands may be transposed."""
     match = _OPCODE.match(opcode)
