@@ -187,20 +187,9 @@ def mapped_forward_case(dtype: str, specialize: bool, blocks: tuple[int, int] = 
         ]
         return [*(Mapped(array, (rows, head_dim)) for array, rows in tensors), problem.seqlen, problem.scale]
 
-    reported = "race" if specialize and blocks[0] == 64 else ""
     constants = {"D": head_dim, "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1], "SPECIALIZE": specialize}
     name = f"mapped-attention-{dtype}-{head_dim}{'-specialized' if specialize else ''}"
-    return Case(
-        name,
-        attention_mapped,
-        "sm_90",
-        (problem.seqlen // blocks[0],),
-        arguments,
-        problem.check_forward,
-        constants,
-        reported=reported,
-        **more,
-    )
+    return Case(name, attention_mapped, "sm_90", (problem.seqlen // blocks[0],), arguments, problem.check_forward, constants, **more)
 
 
 def backward_cases_of(dtype: str, arch: str, is_causal: bool, head_dim: int = 64, **more: Any) -> list[Case]:

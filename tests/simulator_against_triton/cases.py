@@ -6,7 +6,6 @@ were. `simulate` gives the outputs of one launch; `simulate_all_ways` launches u
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cuflash.errors import SimulatorError
 from cuflash.simulator import Buffer, Module, Options
 from cuflash.simulator.tensor_map import encode_tiled
 
@@ -82,7 +80,6 @@ class Case:
         exhaustive: only with --exhaustive.
         exact: a GPU has to give the same bits: no sum is rounded and no function approximated.
         any_order: outputs may depend on the order in which programs run.
-        reported: the check that finds fault with what Triton makes of it ("Findings" in docs/kernels_of_others.md); such a case runs without checks then.
     """
 
     name: str
@@ -98,7 +95,6 @@ class Case:
     exhaustive: bool = False
     exact: bool = False
     any_order: bool = False
-    reported: str = ""
 
     def __str__(self) -> str:
         return f"{self.name}-{self.arch}"
@@ -247,22 +243,10 @@ WAYS = {
 """How the simulator runs every case."""
 
 
-def _report(case: Case, options: Options) -> str:
-    """The check that stops a case, "" if none does."""
-    try:
-        simulate(case, options)
-    except SimulatorError as error:
-        return error.check
-    return ""
-
-
 def simulate_all_ways(case: Case) -> None:
     """Launch a case in all `WAYS` and judge it; what its check has seen needs none again."""
     judged: set[bytes] = set()
     for way, options in WAYS.items():
-        if case.reported and options.checks:
-            assert _report(case, options) == case.reported
-            options = dataclasses.replace(options, checks=False)
         outputs = simulate(case, options)
         bits = b"".join(output.tobytes() for output in outputs)
         if bits in judged:

@@ -105,18 +105,7 @@ def self_mapped_case(dtype: str, arch: str, specialize: bool = False, warps: int
     }
     arguments = lambda: [left, right, Output((m, n), "bfloat16"), m, n, k]  # noqa: E731
     name = f"self-mapped-product-{dtype}-{warps}w{'-specialized' if specialize else ''}"
-    return Case(
-        name,
-        self_mapped_product,
-        arch,
-        (4,),
-        arguments,
-        check,
-        constants,
-        warps,
-        exact=True,
-        reported="race" if specialize and warps == 4 else "",
-    )
+    return Case(name, self_mapped_product, arch, (4,), arguments, check, constants, warps, exact=True)
 
 
 def mapped_sum_case(dtype: str) -> Case:
@@ -128,9 +117,7 @@ def mapped_sum_case(dtype: str) -> Case:
         assert_equal(outputs[0], start.astype(numpy.float64) + wide[:64] + wide[64:])
 
     arguments = lambda: [Mapped(x, (32, 32)), Mapped(Output(start.shape, dtype, start), (32, 32))]  # noqa: E731
-    return Case(
-        f"mapped-sum-{dtype}", mapped_sum, "sm_90", (4, 2), arguments, check, {"BLOCK_M": 32, "BLOCK_N": 32}, exact=True, reported="race"
-    )
+    return Case(f"mapped-sum-{dtype}", mapped_sum, "sm_90", (4, 2), arguments, check, {"BLOCK_M": 32, "BLOCK_N": 32}, exact=True)
 
 
 def mapped_gather_case(dtype: str) -> Case:

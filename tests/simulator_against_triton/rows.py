@@ -224,17 +224,7 @@ def reduction_case(arch: str, dtype: str, axis: int) -> Case:
         ]
 
     constants = {"ROWS": 32, "COLUMNS": 64, "AXIS": axis}
-    return Case(
-        f"reductions-{dtype}-axis{axis}",
-        reduce_all,
-        arch,
-        (1,),
-        arguments,
-        check,
-        constants,
-        exact=True,
-        reported="race" if axis == 0 else "",
-    )
+    return Case(f"reductions-{dtype}-axis{axis}", reduce_all, arch, (1,), arguments, check, constants, exact=True)
 
 
 def transpose_case(arch: str, dtype: str, tile: tuple[int, int] = (32, 64)) -> Case:
@@ -278,7 +268,7 @@ def histogram_case(arch: str) -> Case:
     x = numpy.random.default_rng(28).integers(0, 32, 3 * 512).astype(numpy.int32)
     check = lambda outputs: assert_equal(outputs[0], numpy.bincount(x, minlength=32))  # noqa: E731
     arguments = lambda: [x, Output((32,), "int32", numpy.zeros(32, numpy.int32))]  # noqa: E731
-    return Case("histogram", count_values, arch, (3,), arguments, check, {"BINS": 32, "COLUMNS": 512}, exact=True, reported="race")
+    return Case("histogram", count_values, arch, (3,), arguments, check, {"BINS": 32, "COLUMNS": 512}, exact=True)
 
 
 def atomics_case(arch: str, dtype: str) -> Case:

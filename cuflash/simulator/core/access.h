@@ -35,6 +35,14 @@ struct StoredValues {
     }
     return true;
   }
+  // Whether `place` holds what a lane writes.
+  bool equal(u32 lane, const u8* place) const {
+    const size_t stride = bytes == 8 ? 8 : 4;
+    for (u32 i = 0; i < count; ++i) {
+      if (memcmp((const u8*)rows[i] + stride * lane, place + bytes * i, bytes) != 0) return false;
+    }
+    return true;
+  }
 };
 
 // What an instruction does with each address. `what` names it, as in "4-byte load".

@@ -77,6 +77,7 @@ class Cluster {
   }
   u32 mbarrier_agent(u32 rank, u32 slot) const { return wgmma_part_agent(rank, parts_per_cta_) + slot; }
   u32 wait_agent(u32 rank, u32 warp) const { return program.uses_mbarriers ? num_stamped_agents() + rank * warps_per_cta_ + warp : NO_AGENT; }
+  bool is_warp(u32 agent) const { return agent % agents_per_cta_ < warps_per_cta_; }
   bool is_copy(u32 agent) const { return agent % agents_per_cta_ / warps_per_cta_ == OWN_COPIES; }
   bool is_proxy(u32 agent) const { return agent % agents_per_cta_ >= OWN_BULK * warps_per_cta_; }
   AgentName agent_name(u32 agent) const;

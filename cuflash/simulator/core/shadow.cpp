@@ -29,6 +29,7 @@ struct SharedShadow::Visit {
   u32 stored = 0;  // lanes that have been visited
   const u32* addresses = nullptr;
   const StoredValues* values = nullptr;
+  const u8* memory = nullptr;  // of the block
 
   const Cluster& cluster() const { return *warp.cta->cluster; }
   bool orders_read(const Read& earlier) const {
@@ -46,6 +47,11 @@ struct SharedShadow::Visit {
     const u32 other = earlier.lane();
     return values && (stored >> other & 1) && earlier.by_lane(lane).word == stamp.word && addresses[other] == addresses[lane] &&
            values->same(lane, other);
+  }
+  // Whether a warp stores what another warp has stored there, which only the PTX ISA calls a race: no order of the two makes a difference.
+  bool changes_nothing(Stamp earlier) const {
+    if (!values || cluster().launch.isa_rules || earlier.atomic() || !cluster().is_warp(earlier.agent())) return false;
+    return values->equal(lane, memory + addresses[lane]);
   }
   // Whether the write is visible to this access.
   bool orders_write(Stamp earlier) const {
@@ -130,7 +136,8 @@ SIM_INLINE void SharedShadow::touch_whole(Visit& visit, u32 index) {
     cell.readers |= bit;
     return;
   }
-  if (write && !visit.orders_write(write) && !visit.repeats(write)) race(visit, write, write.lane_mask(), true, address);
+  if (write && !visit.orders_write(write) && !visit.repeats(write) && !visit.changes_nothing(write))
+    race(visit, write, write.lane_mask(), true, address);
   for (u64 rest = cell.readers; rest; rest &= rest - 1) {
     const Read& read = reads_[__builtin_ctzll(rest)][index];
     if (SIM_UNLIKELY(!visit.orders_read(read))) race(visit, read.stamp, read.lanes, false, address);
@@ -147,7 +154,8 @@ SIM_NOINLINE void SharedShadow::touch_split(Visit& visit, u32 index, u32 bytes) 
     const Stamp write = parts.write[byte];
     if (reads(visit.access) && !write) uninitialized(visit, address + u32(byte));
     const Stamp last = is_strong(visit.access) ? parts.plain[byte] : write;
-    if (last && !visit.orders_write(last) && !visit.repeats(last)) race(visit, last, last.lane_mask(), true, address + u32(byte));
+    if (last && !visit.orders_write(last) && !visit.repeats(last) && !visit.changes_nothing(last))
+      race(visit, last, last.lane_mask(), true, address + u32(byte));
   });
   std::vector<PartialRead>& earlier = parts.reads;
   if (!writes(visit.access)) {
@@ -228,7 +236,7 @@ void SharedShadow::access(Warp& warp, const Record* in, Access access, u32 lanes
   Visit visit{warp, in, access, false, false, false, false, 0, 0, bytes, what, {}, 0, nullptr};
   const u32 agent = warp.knowledge.agent(OWN_ACCESSES), now = warp.knowledge.now(), record = warp.cta->record_index(in);
   visit.reads = reads_of(agent, visit.slot);
-  visit.addresses = addresses, visit.values = values;
+  visit.addresses = addresses, visit.values = values, visit.memory = cta_.shared;
   warp.knowledge.touch(lanes);
   if (bytes == CELL_BYTES && access == Access::READ) lanes = read_cells(visit, Stamp::make(agent, now, 0, record), lanes, addresses);
   for_lanes(lanes, [&](int lane) {

@@ -173,7 +173,8 @@ const Record* store(Warp& warp, const Record* in) {
     copy.clock = agent.clock;
     for_segments(box, [&](u32 offset, u64 address, u32 bytes) {
       if (!address) return;
-      u8* to = global_range(warp, in, lane, address, {Access::WRITE, bytes, 1, "destination of cp.async.bulk.tensor"});
+      u8* to =
+          global_range(warp, in, lane, address, {copy.reduction ? Access::ATOMIC : Access::WRITE, bytes, 1, "destination of cp.async.bulk.tensor"});
       for_chunks(box.map.swizzle, begin + offset, bytes, [&](u32 chunk, u32 done, u32 size) {
         copy.pieces.push_back({to + done, own.shared + chunk, size});
         if (own.shadow) own.shadow->access_async(warp, in, Access::READ, lane, agent, chunk, size, what);
