@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import importlib
 import io
 import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import cuflash
 from cuflash.command_options import DTYPES, add_cases, add_features, check_writable, features_of, lengths_of, positive
-from cuflash.errors import CuflashError
+from cuflash.errors import CuflashError, OptionError
 
 if TYPE_CHECKING:
     from cuflash.compiler import CompileRequest
@@ -91,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
 
     warmup = commands.add_parser("warmup", help="compile kernels ahead, so that no call has to")
     warmup.add_argument("--arch", help="the architecture to compile for (default: this machine's GPU, or the simulator)")
+    warmup.add_argument(
+        "--into", type=Path, metavar="DIR", help="keep them there, to be carried to another machine as its CUFLASH_CACHE_DIR"
+    )
     warmup.add_argument("--causal", action="store_true", help="only the kernels of causal attention (default: causal and not)")
     add_cases(warmup)
     add_features(warmup)
@@ -231,8 +236,10 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _warmup(options: argparse.Namespace) -> int:
-    from cuflash import cache
+    from cuflash import cache, compiler
 
+    if options.into is not None:
+        _use_cache("--into", options.into)
     start = time.perf_counter()
 
     def progress(done: int, total: int, *_: object) -> None:
@@ -255,7 +262,27 @@ def _warmup(options: argparse.Namespace) -> int:
         print(file=sys.stderr)
     compiled = cache.statistics().compiles
     print(f"{count} kernels are in the cache, {compiled} compiled now, {time.perf_counter() - start:.1f} s; {cache.directory()}")
+    if options.into is not None:
+        version = ".".join(map(str, compiler.nvrtc_version()))
+        print(
+            f"A machine with NVRTC {version} and this cuflash finds them with CUFLASH_CACHE_DIR={options.into}; with another NVRTC it compiles its own."
+        )
     return 0
+
+
+def _use_cache(option: str, folder: Path) -> None:
+    """Keep kernels in a folder that is made if need be, or raise OptionError of the option that named it."""
+    from cuflash import cache
+
+    os.environ["CUFLASH_CACHE_DIR"] = str(folder.absolute())
+    try:
+        kernels = cache.directory()
+        if kernels is None:
+            raise NotADirectoryError(errno.ENOTDIR, "no directory can be made there")
+        with tempfile.TemporaryFile(dir=kernels):
+            pass
+    except OSError as error:
+        raise OptionError(option, f"{str(folder)!r}: {error.strerror}", "a folder that can be written", "Name another one.") from error
 
 
 def _cache(options: argparse.Namespace) -> int:

@@ -231,6 +231,8 @@ def backward_passes(problem: Problem, device: Device) -> tuple[tiles.Pass, ...]:
 @functools.lru_cache(maxsize=4096)
 def splits_dkdv(case: KernelCase, device: Device) -> bool:
     """Whether no tile of the joint dK/dV kernel fits the registers with room to spare, or too many warps would compute the same exponentials."""
+    if tiles.measured_tile(case, device) is not None:
+        return False
     legal = tiles.legal_tiles_for(case, device)
     return (
         not legal or case.head_slices(device) > MAX_SHARED_SLICES or tiles.estimate_registers(case, legal[0], device) > tiles.MAX_REGISTERS

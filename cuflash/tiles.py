@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from math import ceil
 from typing import Literal
 
+from cuflash import measured_tiles
 from cuflash.arrays import describe
 from cuflash.device import Device
 from cuflash.errors import TileError
@@ -224,6 +225,8 @@ def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
     else:
         estimate += 74 if case.kernel == "forward" else 88
     estimate += _feature_registers(case)
+    if (case.kernel, case.dtype, device.capability) == ("forward", "float32", 90) and 240 < case.head_dim_v <= 256 and tile.num_stages < 3:
+        estimate += 12  # with fewer stages the compiler also keeps addresses, and spills 4 to 8 bytes
     if device.capability < 80 and case.kernel == "forward":  # K and V on their way, in registers
         chunks = case.streamed_rows(tile) * max(row_bytes(case, device)) // 16 // (32 * tile.num_warps)
         estimate += 8 * chunks if chunks <= 8 else 0
@@ -300,15 +303,26 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
 
 @functools.lru_cache(maxsize=4096)
 def legal_tiles_for(case: KernelCase, device: Device) -> tuple[Tile, ...]:
-    """All tiles of the usual shapes that `device` takes, best by the model first. Other legal ones exist, such as tile_q = 48."""
+    """All tiles of the usual shapes that `device` takes, the measured one first, then best by the model. Other legal ones exist, such as tile_q = 48."""
     legal = [tile for tile in _candidates(case, device) if broken_rule(case, tile, device) is None]
-    return tuple(
-        sorted(legal, key=lambda tile: (estimate_cycles(case, tile, device), tile.tile_q, tile.tile_kv, tile.num_warps, tile.num_stages))
-    )
+    first = measured_tile(case, device)
+
+    def order(tile: Tile) -> tuple[float, ...]:
+        return tile != first, estimate_cycles(case, tile, device), tile.tile_q, tile.tile_kv, tile.num_warps, tile.num_stages
+
+    return tuple(sorted(legal, key=order))
+
+
+def measured_tile(case: KernelCase, device: Device) -> Tile | None:
+    """The fastest tile where all were timed (`measured_tiles`), else None."""
+    if case.dtype == "float32" or case.head_dim != case.head_dim_v or case.features != NO_FEATURES:
+        return None
+    found = measured_tiles.TILES.get((device.arch, case.kernel, case.head_dim))
+    return None if found is None else Tile(*found)
 
 
 def default_tile(case: KernelCase, device: Device) -> Tile:
-    """The best tile by the model; every supported case has one."""
+    """The measured tile or the best one by the model; every supported case has one."""
     tiles = legal_tiles_for(case, device)
     if not tiles:
         raise TileError(

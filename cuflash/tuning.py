@@ -84,7 +84,8 @@ def warmup(
         head_dim, dtype, is_causal: one value or several; all combinations are compiled, but a prefix is for causal attention alone.
         head_dim_v: of value, for all of them; default each head_dim itself.
         backward: also the kernels of the backward pass.
-        arch: the architecture to compile for; None for the GPU of this machine, or the simulator without one.
+        arch: the architecture to compile for; None for the GPU of this machine, or the simulator without one. A machine that has such a GPU finds the
+            kernels in a copy of the cache directory, if its NVRTC is of the same version: `python -m cuflash warmup --arch … --into DIR`.
         tile, allow_tf32: as in the call.
         varlen: kernels of `varlen_attention` instead of `scaled_dot_product_attention`, or both of them.
         seqlens_kv: kernels of calls with `seqlens_kv`.

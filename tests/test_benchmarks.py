@@ -25,6 +25,7 @@ from cuflash import device, reference
 from cuflash.features import FeatureSet
 from cuflash.planning import make_plan
 from cuflash.samples import Sample, SampleFeatures
+from small_calls import judge as judging
 from small_calls import streams
 from small_calls.arrays import operands_of, run, values_of
 from small_calls.cases import MANY, check_cases, simulator_cases, tiny_cases
@@ -385,6 +386,19 @@ def test_the_judge_sees_one_wrong_element(result: str) -> None:
     broken[result][last] = 1.0 - broken[result][last] if result == "dropout_mask" else broken[result][last] + 0.5
     (complaint,) = judge(case, values, broken)[1]
     assert complaint.startswith(f"{result}: ")
+
+
+def test_results_that_are_kept_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be too much is left out; what is kept is whole."""
+    monkeypatch.setattr(judging, "KEPT_BYTES", 5000)
+    noise = numpy.random.default_rng(1).integers(0, 65536, (4, 1000), numpy.uint16)
+    for number, bits in enumerate(noise):
+        judging.keep_results(tmp_path, f"case {number}: d64 s1x1", {"out": bits})
+    kept = sorted(tmp_path.iterdir())
+    assert [file.name for file in kept] == ["case_0_d64_s1x1.npz", "case_1_d64_s1x1.npz"]
+    assert sum(file.stat().st_size for file in kept) <= 5000
+    with numpy.load(kept[1]) as found:
+        assert (found["out"] == noise[1]).all()
 
 
 def test_calls_under_the_sanitizers_run_dry() -> None:

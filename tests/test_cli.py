@@ -16,6 +16,7 @@ import pytest
 from conftest import share_simulator
 
 import cuflash
+from cuflash import compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -254,6 +255,25 @@ def test_warmup_fills_the_cache_and_cache_clears_it(tmp_path: Path) -> None:
     assert "2 kernels in" in listed
     assert "2 kernels removed" in command("cache", "--clear", directory=tmp_path, **place).stdout
     assert "0 kernels in" in command("cache", directory=tmp_path, **place).stdout
+
+
+def test_warmup_for_another_machine_is_found_there(tmp_path: Path) -> None:
+    """Cubins of another architecture, in a folder that is carried; the process that finds them must not compile."""
+    arguments = ("warmup", "--arch", "sm_90", "--head-dim", "32", "--dtype", "float16", "--causal", "--forward-only")
+    made = command(*arguments, "--into", "ahead", directory=tmp_path)
+    assert "1 kernels are in the cache, 1 compiled now" in made.stdout, made.stderr
+    version = ".".join(map(str, compiler.nvrtc_version()))
+    assert f"A machine with NVRTC {version} and this cuflash finds them with CUFLASH_CACHE_DIR=ahead" in made.stdout
+    (tmp_path / "ahead").rename(tmp_path / "carried")
+    there = {"CUFLASH_CACHE_DIR": str(tmp_path / "carried"), "CUFLASH_COMPILE": "forbid"}
+    found = command(*arguments, directory=tmp_path, **there)
+    assert "1 kernels are in the cache, 0 compiled now" in found.stdout, found.stderr
+    other = command(*arguments, "--sinks", directory=tmp_path, **there)
+    assert other.returncode == 2
+    (tmp_path / "file").touch()
+    refused = command(*arguments, "--into", "file", directory=tmp_path)
+    assert refused.returncode == 2
+    assert "--into: got 'file': no directory can be made there; expected a folder that can be written" in refused.stderr
 
 
 def test_warmup_compiles_what_a_call_with_features_needs(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_the_same_bits_on_every_schedule(simulator: Target) -> None:
 
 @pytest.mark.parametrize("gap", [8.0, 17.0, 18.0, 20.0, 23.0, 26.0])
 def test_small_probabilities_in_float16(target: Target, gap: float) -> None:
-    """A sink whose value is 0: the output is what the other keys' probabilities add up to, in steps of 2^-39
+    """A sink whose value is 0: the output is what the other keys' probabilities add up to, in steps of 2^-31
     of the sink's probability. From 17.4 on it was 0."""
     query, key, value = (target.as_numpy(x).copy() for x in sink_inputs(target, "float16", 4096, gap))
     query[..., 1:] = 0
@@ -119,13 +119,13 @@ def test_small_probabilities_in_float16(target: Target, gap: float) -> None:
     inputs = [target.place(x) for x in (query, key, value)]
     results = target.run(*inputs, scale=1.0, backward=False)
     want, want_lse = attention(*inputs, scale=1.0)
-    numpy.testing.assert_allclose(target.host(results.out), want, rtol=2**-9, atol=2**-25 + 4096 * 256 * 2**-40)
+    numpy.testing.assert_allclose(target.host(results.out), want, rtol=2**-9, atol=2**-25 + 4096 * 256 * 2**-32)
     numpy.testing.assert_allclose(target.host(results.lse), want_lse, rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 200.0])
 def test_lse_of_float16_is_as_exact_as_that_of_float32(target: Target, size: float) -> None:
-    """The scaled probabilities of float16 have exponents around 15, which are rounded more coarsely than those around 0."""
+    """The scaled probabilities of float16 have exponents around 7, which are rounded more coarsely than those around 0."""
     inputs = [
         target.place(rounded(size**0.5 * target.host(target.random((1, 200, 2, 32), "float16", seed)), "float16")) for seed in range(3)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cuflash
-from cuflash import device, tiles
+from cuflash import device, measured_tiles, tiles
 from cuflash.device import ARCHITECTURES, Device
 from cuflash.errors import TileError
+from cuflash.features import FeatureSet
 from cuflash.tiles import PASSES, KernelCase, Tile
 
 if TYPE_CHECKING:
@@ -185,7 +187,8 @@ def test_defaults_do_not_pass_the_register_file_by_the_estimate(arch: str) -> No
                 kernel_case = case(kernel, dtype, head_dim)
                 legal = tiles.legal_tiles_for(kernel_case, on(arch))
                 fits = [tile for tile in legal if tiles.estimate_registers(kernel_case, tile, on(arch)) <= 255]
-                assert legal[0] in fits or not fits, kernel_case
+                measured = tiles.measured_tile(kernel_case, on(arch))  # of which the compiler says whether it spills
+                assert legal[0] in (fits if measured is None else [measured]) or not fits, kernel_case
 
 
 @given(
@@ -329,3 +332,13 @@ def test_a_mapping_for_the_forward_pass_names_its_one_kernel(simulator: Target) 
     assert kernel.tile == Tile(32, 16, 2, 1)
     with pytest.raises(TileError, match="forward"):
         cuflash.scaled_dot_product_attention(*inputs, tile={"backward_dq": Tile(64, 64, 4, 1)})
+
+
+@pytest.mark.parametrize(("arch", "kernel", "head_dim"), measured_tiles.TILES, ids=str)
+def test_measured_tiles_are_defaults_of_16_bit_types_without_features(arch: str, kernel: Any, head_dim: int) -> None:
+    device_, measured = on(arch), tiles.Tile(*measured_tiles.TILES[arch, kernel, head_dim])
+    for dtype in ("float16", "bfloat16"):
+        assert tiles.default_tile(case(kernel, dtype, head_dim), device_) == measured
+    others = [case(kernel, "float32", head_dim), case(kernel, "float16", head_dim + 1)]
+    others.append(replace(case(kernel, "float16", head_dim), features=FeatureSet(window=True)))
+    assert all(tiles.measured_tile(other, device_) is None for other in others)

@@ -21,8 +21,9 @@ constexpr int HEAD_STEPS = Config::HEAD_STEPS;
 constexpr int ROW_WARPS = NUM_WARPS / HEAD_SLICES;  // warps that share out the rows of a block
 constexpr int SLICE_THREADS = ROW_WARPS * WARP_SIZE;
 
-// Probabilities are multiplied by 2^PROBABILITY_SHIFT until O is normalised (tile/softmax.cuh): float16 ends at 2^-24, and has room up to 65504.
-constexpr int PROBABILITY_SHIFT = SameType<Element, float16>::value ? 15 : 0;
+// Probabilities are multiplied by 2^PROBABILITY_SHIFT until O is normalised (tile/softmax.cuh): float16 ends at 2^-24, and has
+// room up to 65504. More than 7 would round the exponents of the largest probabilities, and with them lse, more coarsely.
+constexpr int PROBABILITY_SHIFT = SameType<Element, float16>::value ? 7 : 0;
 
 constexpr int piece_of(int head_dim) { return HEAD_SLICES == 1 ? head_dim : round_up(ceil_div(head_dim, HEAD_SLICES * HEAD_STEPS), 16); }
 

@@ -10,7 +10,7 @@
 
 constexpr int PARTIAL_KEYS = 1024;
 constexpr int PARTIAL_STEPS = ceil_div(PARTIAL_KEYS, TILE_KV);  // key tiles
-constexpr bool PARTIAL_OUTPUTS = SameType<Element, float>::value && !Config::ALLOW_TF32 && HEAD_SLICES == 1;  // slices have no registers left
+constexpr bool PARTIAL_OUTPUTS = SameType<Element, float>::value && !Config::ALLOW_TF32 && HEAD_DIM_V <= 128;  // above, ptxas takes many seconds
 
 template <int M, int N>
 class PartialOutputs {

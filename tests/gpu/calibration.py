@@ -2,7 +2,8 @@
 
 A test calls `both(name, source, kernel, arguments, …)`. On the simulator alone the result is compared with what NumPy expects. On a GPU it is also compared
 with the GPU's: `differ` says how far they may be apart. What was run and what differs goes to the JSON file that CUFLASH_CALIBRATION_OUT names,
-with inputs and both outputs, so that it can be studied without a GPU: arrays are base64 of zlib of their bytes, see `decode`.
+with inputs and both outputs, so that it can be studied without a GPU: arrays are base64 of zlib of their bytes, see `decode`. Each worker of pytest-xdist
+writes a file of its own beside that one: out.gw0.json, out.gw1.json, …
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy
 import pytest
-from gpu_process import Argument, GpuProcess, run_on_simulator
+from gpu_process import STAND_IN, Argument, GpuProcess, run_on_simulator
 
 PRELUDE = """
 typedef unsigned u32; typedef unsigned short u16; typedef unsigned long long u64;
@@ -74,7 +75,8 @@ class Record:
 
     def __init__(self) -> None:
         path = os.environ.get("CUFLASH_CALIBRATION_OUT")
-        self._path = Path(path) if path else None
+        worker = os.environ.get("PYTEST_XDIST_WORKER")
+        self._path = Path(path).with_suffix(f".{worker}.json" if worker else ".json") if path else None
         self._written = time.monotonic()
         self.cases: list[dict[str, Any]] = []
 
@@ -186,6 +188,35 @@ class Both:
         shown = [(int(i), measured.reshape(-1)[i], simulated.reshape(-1)[i]) for i in where[:6]]
         assert where.size == 0, f"{name}: {where.size} of {far.size} differ; (index, GPU, simulator): {shown}"
         return simulated
+
+    def refuse(
+        self,
+        name: str,
+        source: str,
+        kernel: str,
+        arguments: Sequence[Argument],
+        *,
+        gpu: str,
+        simulator: str,
+        block: int = 32,
+        shared: int = 0,
+    ) -> None:
+        """Checks that the GPU and the simulator end the kernel with errors in which these words are."""
+        launch = (compile_ptx(source), kernel, list(arguments), 1, block, shared)
+        if self._gpu is not None:
+            case = {"case": name, "kernel": kernel, "refused": False}
+            try:
+                self._gpu.run(*launch)
+            except RuntimeError as error:
+                self._record.add(case | {"refused": gpu in str(error), "error": str(error)})
+                assert gpu in str(error) or STAND_IN, error
+            else:
+                self._record.add(case)
+                pytest.fail(f"{name}: the GPU ran it")
+        from cuflash.simulator import SimulatorError
+
+        with pytest.raises(SimulatorError, match=simulator):
+            run_on_simulator(*launch)
 
     def _measure(self, case: dict[str, Any], *launch: Any) -> list[Any]:
         assert self._gpu is not None

@@ -119,7 +119,7 @@ def test_load_of_every_rank(
     np.testing.assert_array_equal(got, cut(array, start, box, (1,) * len(box), 0).reshape(-1).view(np.uint8))
 
 
-@pytest.mark.parametrize("start", [(-2, -8), (14, 24), (-3, 24), (30, 0), (0, -40), (5, 27), (-20, 0)])
+@pytest.mark.parametrize("start", [(-2, -8), (14, 24), (-3, 24), (30, 0), (0, -40), (5, 24), (-20, 0)])
 def test_load_outside(start: tuple[int, int]) -> None:
     """Zeros, or NaN on request, and the mbarrier gets the bytes of the whole box."""
     array = random((16, 32), np.float16)
@@ -206,7 +206,7 @@ def store_box(
     launch(body, content, out, maps=[tensor_map(out, box, **fields)], options=options, element="char", shared=content.nbytes)
 
 
-@pytest.mark.parametrize("start", [(2, 8), (-3, -8), (12, 24), (20, 0)])
+@pytest.mark.parametrize("start", [(2, 8), (0, 0), (12, 24), (20, 0)])
 @pytest.mark.parametrize("options", SCHEDULES)
 def test_store_leaves_alone_what_is_outside(start: tuple[int, int], options: Options) -> None:
     out, content = aligned(np.full((16, 32), 7, np.float16)), random((8, 16), np.float16)
@@ -217,6 +217,18 @@ def test_store_leaves_alone_what_is_outside(start: tuple[int, int], options: Opt
         if 0 <= at[0] < 16 and 0 <= at[1] < 32:
             expected[at] = content[row, column]
     np.testing.assert_array_equal(out, expected)
+
+
+def test_coordinates_that_a_gpu_refuses() -> None:
+    out, content = aligned(np.zeros((16, 32), np.float16)), np.zeros(256, np.uint8)
+    with pytest.raises(SimulatorError, match=r"\[tensor-map\] the innermost coordinate is 4 elements of 2 bytes, no multiple of 16 bytes"):
+        load_box(out, (0, 4), (8, 16))
+    with pytest.raises(SimulatorError, match=r"\[tensor-map\] the innermost coordinate is 12 elements"):
+        store_box(out, content, (0, 12), (8, 16))
+    with pytest.raises(SimulatorError, match=r"\[tensor-map\] coordinate 1 is -1, and those of a store must not be negative"):
+        store_box(out, content, (-1, 8), (8, 16))
+    with pytest.raises(SimulatorError, match=r"\[tensor-map\] coordinate 0 is -8, and those of a store must not be negative"):
+        store_box(out, content, (2, -8), (8, 16), operation="add")
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,9 @@ def test_a_failing_launch_is_an_error_of_the_call(monkeypatch: pytest.MonkeyPatc
     with cupy.cuda.Device(1):
         arrays = inputs()
     fill = ArgumentTemplate.fill
-    monkeypatch.setattr(ArgumentTemplate, "fill", lambda self, pointers: fill(self, pointers | {"key": 16} if "key" in pointers else pointers))
+    monkeypatch.setattr(
+        ArgumentTemplate, "fill", lambda self, pointers: fill(self, pointers | {"key": 16} if "key" in pointers else pointers)
+    )
     with pytest.raises(cupy.cuda.driver.CUDADriverError, match="illegal memory access"):
         attention(*arrays)
     monkeypatch.undo()

@@ -3,7 +3,8 @@
 // Contract: `extra` at x: address operands of shared memory, of the tensor map (generic), and for loads of the mbarrier; then the rank, the
 // coordinates innermost first, and for loads the mask of blocks. Field c as in bulk_copy.cpp. A box lies in shared memory densely, innermost
 // dimension first; swizzling exchanges 16-byte chunks by bits of their shared address. What lies outside of the tensor is filled by loads
-// and left alone by stores; an mbarrier gets the bytes of the whole box in any case.
+// and left alone by stores; an mbarrier gets the bytes of the whole box in any case. As on a GPU, the coordinate of the innermost dimension must
+// be a multiple of 16 bytes, and no coordinate of a store may be negative.
 #include <algorithm>
 
 #include "bulk_copy.h"
@@ -55,6 +56,9 @@ Box read_box(Warp& warp, const Record* in, u32 lane, const u16* map_operand, con
   box.bytes = box.row_bytes;
   for (u32 i = 0; i < rank; ++i) box.begin[i] = i32(warp.row<u32>(coordinates[1 + i])[lane]);
   for (u32 i = 1; i < rank; ++i) box.bytes *= map.count(i);
+  const u32 element = element_bytes(map.element);
+  if (box.begin[0] * element % CHUNK)
+    warp.fail(in, "tensor-map", mask, "the innermost coordinate is %d elements of %u bytes, no multiple of %u bytes", int(box.begin[0]), element, CHUNK);
   return box;
 }
 
@@ -160,6 +164,10 @@ const Record* store(Warp& warp, const Record* in) {
   for_lanes(mask, [&](int each) {
     const u32 lane = u32(each);
     const Box box = read_box(warp, in, lane, extra + ADDRESS_WORDS, extra + 2 * ADDRESS_WORDS);
+    for (u32 i = 0; i < box.map.rank; ++i) {
+      if (box.begin[i] < 0)
+        warp.fail(in, "tensor-map", 1u << lane, "coordinate %u is %d, and those of a store must not be negative", i, int(box.begin[i]));
+    }
     const u32 begin = from[lane] & ~RANK_MASK;
     resolve_range(warp, in, lane, own, begin, {Access::READ, box.bytes, BOX_ALIGNMENT, what});
     BulkCopy copy = make_bulk_copy(warp, in, lane);

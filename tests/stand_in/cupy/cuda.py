@@ -382,7 +382,8 @@ def _real_environment() -> Any:
     """CuPy's own module that finds the libraries that were installed beside it; its NVRTC looks for it in `cupy`."""
     path = Path(cupy_backends.__path__[0]).parent / "cupy" / "_environment.py"
     found = importlib.util.spec_from_file_location("cupy._environment", path)
-    assert found is not None and found.loader is not None
+    assert found is not None
+    assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module
     found.loader.exec_module(module)

@@ -14,7 +14,9 @@ class RawModule:
     def __init__(self, *, path: str) -> None:
         self._ptx = Path(path).read_bytes()
         if self._ptx.startswith(b"\x7fELF"):
-            raise cuda.driver.CUDADriverError("CUDA_ERROR_NO_BINARY_FOR_GPU: machine code of a real GPU; give the stand-in a cache of its own")
+            raise cuda.driver.CUDADriverError(
+                "CUDA_ERROR_NO_BINARY_FOR_GPU: machine code of a real GPU; give the stand-in a cache of its own"
+            )
 
     def get_function(self, name: str) -> Function:
         return Function(self._ptx, name)
