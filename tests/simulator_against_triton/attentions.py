@@ -229,11 +229,13 @@ def attention_cases() -> list[Case]:
     cases = []
     for arch in ("sm_80", "sm_90"):
         cases += [forward_case("float16", arch, is_causal) for is_causal in (False, True)]
-        cases.append(forward_case("bfloat16", arch, True, seqlen=256, head_dim=128, blocks=(128, 64), warps=8))
+        cases.append(forward_case("bfloat16", arch, True, seqlen=256, head_dim=128, blocks=(128, 64), warps=8, exhaustive=arch == "sm_80"))
         cases.append(forward_case("bfloat16", arch, False, head_dim=32, exhaustive=True))
         for dtype in ("float16", "bfloat16"):
             for is_causal in (False, True):
-                cases += backward_cases_of(dtype, arch, is_causal, exhaustive=(dtype == "float16") == is_causal)
+                cases += backward_cases_of(
+                    dtype, arch, is_causal, exhaustive=(dtype == "float16") == is_causal or (arch, dtype) == ("sm_80", "bfloat16")
+                )
     for dtype in ("float16", "bfloat16"):
         cases += [mapped_forward_case(dtype, specialize) for specialize in (False, True)]
     cases.append(mapped_forward_case("bfloat16", True, blocks=(128, 64), head_dim=128, warps=8, stages=2))
