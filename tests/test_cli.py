@@ -253,7 +253,10 @@ def test_warmup_fills_the_cache_and_cache_clears_it(tmp_path: Path) -> None:
     listed = command("cache", directory=tmp_path, **place).stdout
     assert "forward_mma.cu for sm_80 (cubin)" in listed
     assert "2 kernels in" in listed
-    assert "2 kernels, 0 decoded programs and 0 cores of the simulator removed" in command("cache", "--clear", directory=tmp_path, **place).stdout
+    assert (
+        "2 kernels, 0 decoded programs and 0 cores of the simulator removed"
+        in command("cache", "--clear", directory=tmp_path, **place).stdout
+    )
     assert "0 kernels in" in command("cache", directory=tmp_path, **place).stdout
 
 
