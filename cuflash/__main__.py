@@ -10,14 +10,14 @@ import argparse
 import dataclasses
 import errno
 import importlib
+import io
 import json
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to fail
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command is None:
@@ -44,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except CuflashError as error:
+        print(f"cuflash: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
         print(f"cuflash: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -221,22 +227,12 @@ def _profile(options: argparse.Namespace) -> int:
         features=features_of(options, is_causal=options.causal),
     )
     tile = None if options.tile is None else cuflash.Tile(*options.tile)
-    with profiling.announced(profiling.estimate_seconds(sample, options.direction, tile=tile)), _ended_by_interrupt():
+    with profiling.announced(profiling.estimate_seconds(sample, options.direction, tile=tile)):
         result = profiling.profile_call(sample, options.direction, tile=tile)
     profiling.render(result, profiling.View("kernel" if options.by_kernel_line else "innermost", options.top, options.full))
     if options.json is not None:
         options.json.write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
     return 0
-
-
-@contextmanager
-def _ended_by_interrupt() -> Iterator[None]:
-    """Ctrl-C ends the process at once, where Python's own handler waits for a launch of the simulator to return."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _warmup(options: argparse.Namespace) -> int:
@@ -290,13 +286,16 @@ def _use_cache(option: str, folder: Path) -> None:
 
 
 def _cache(options: argparse.Namespace) -> int:
-    from cuflash import cache
+    from cuflash import cache, cache_directory, kernel_files
 
+    if cache.directory() is None:
+        print(f"There is no cache: {cache_directory.why_not(kernel_files.PART)}.")
+        return 0
     if options.clear:
-        from cuflash.simulator import program_cache
+        from cuflash.simulator import build, program_cache
 
-        program_cache.clear()
-        print(f"{cache.clear()} kernels removed from {cache.directory()}")
+        programs, cores = program_cache.clear(), build.clear()
+        print(f"{cache.clear()} kernels, {programs} decoded programs and {cores} cores of the simulator removed from {cache.directory()}")
         return 0
     groups: dict[str, list[cache.Entry]] = {}
     for entry in cache.contents():

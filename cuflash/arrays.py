@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import reprlib
 import sys
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
@@ -19,12 +20,13 @@ import numpy
 
 from cuflash import dlpack, frameworks
 from cuflash.dlpack import ManagedTensor
-from cuflash.errors import ArgumentError, DeviceError, DTypeError, ShapeError
+from cuflash.errors import ArgumentError, CuflashError, DeviceError, DTypeError, ShapeError
 from cuflash.frameworks import BFloat16Bits, DLPackFramework, Framework
 
 __all__ = ["CPU", "AnyArray", "Array", "BFloat16Bits", "Framework", "bfloat16", "borrow", "describe", "is_array", "pointer", "signature"]
 
 CPU = ("cpu", 0)
+_MAX_DESCRIPTION = 200  # characters
 
 AnyArray: TypeAlias = Any
 """An array of the caller: of NumPy (also of `ml_dtypes.bfloat16`) or CuPy, a torch tensor, `BFloat16Bits`, or anything else with `__dlpack__`."""
@@ -169,26 +171,33 @@ def describe(x: object) -> str:
         return f"the class {x.__qualname__}"
     if x is None or isinstance(x, (bool, int, float, complex, str, numpy.generic)):
         try:
-            return reprlib.repr(x)
+            return reprlib.repr(x)[:_MAX_DESCRIPTION]
         except ValueError:  # Python refuses to print ints of thousands of digits
             return "an enormous int"
+        except Exception:  # of a subclass
+            pass
     return f"an object of type {kind.__qualname__ if kind.__module__ == 'builtins' else f'{kind.__module__}.{kind.__qualname__}'}"
 
 
 # --- One reader per library -------------------------------------------------------------------------------------------------------------
 
 _libraries: dict[type, str] = {BFloat16Bits: "bits", numpy.ndarray: "numpy"}
+_libraries_of_subclasses: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
+"""Classes of the caller, which must not be kept alive here."""
 
 
 def _library_of(kind: type) -> str | None:
     """Which library's arrays `kind` belongs to: "numpy", "cupy", "torch", "bits", or None for all others."""
-    known = _libraries.get(kind)
+    known = _libraries.get(kind) or _libraries_of_subclasses.get(kind)
     if known is not None:
         return known
     for library, base in (("numpy", "ndarray"), ("cupy", "ndarray"), ("torch", "Tensor")):
         array_type = getattr(sys.modules.get(library), base, None)
         if isinstance(array_type, type) and issubclass(kind, array_type):
-            _libraries[kind] = library
+            if kind is array_type:
+                _libraries[kind] = library
+            else:
+                _libraries_of_subclasses[kind] = library
             return library
     return None
 
@@ -269,7 +278,7 @@ def _borrow_dlpack(x: Any, name: str) -> Array:
     cuda = kind in (dlpack.CUDA, dlpack.CUDA_MANAGED)
     with _Exporting(name, x):
         framework = DLPackFramework(*_library_and_import(x), cuda)
-    stream = framework.current_stream(index) or 1 if cuda else None  # DLPack calls the default stream 1
+    stream = _stream_for_dlpack(framework, index, name) if cuda else None
     with _Exporting(name, x):
         tensor = dlpack.request(x, stream)
     if tensor.major != 1:
@@ -281,6 +290,18 @@ def _borrow_dlpack(x: Any, name: str) -> Array:
     read_only = tensor.read_only or framework.library == "jax"
     itemsize = (tensor.bits + 7) // 8
     return Array(tensor.pointer, tensor.shape, tensor.strides, tensor.dtype, itemsize, device, framework, x, read_only, tensor)
+
+
+def _stream_for_dlpack(framework: Framework, index: int, name: str) -> int:
+    """The caller's stream as DLPack numbers them: it calls the default one 1."""
+    try:
+        return framework.current_stream(index) or 1
+    except CuflashError:
+        raise
+    except Exception as error:  # what CuPy raises without a driver or such a GPU
+        got = f"memory of GPU {index}, which CuPy cannot use ({str(error).partition(chr(10))[0]})"
+        hint = "Install its driver, or pass NumPy arrays or CPU tensors, which run on the simulator."
+        raise DeviceError(name, got, "a GPU with a driver that CuPy can use", hint) from error
 
 
 class _Exporting:
@@ -296,7 +317,17 @@ class _Exporting:
         if isinstance(error, Exception):
             got = f"{describe(self._x)}, whose DLPack export raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             hint = "Traced, sharded or abstract arrays have no memory to work on: call cuflash outside the transformation, on one device."
+            if _is_deleted(self._x):
+                hint = "It has been deleted, as arrays are that were donated to a call: keep it, or make it again."
             raise ArgumentError(self._name, got, "an array that can be exported through DLPack", hint) from error
+
+
+def _is_deleted(x: Any) -> bool:
+    """Whether an array of JAX has given its memory away."""
+    try:
+        return bool(x.is_deleted())
+    except Exception:
+        return False
 
 
 def _library_and_import(x: Any) -> tuple[str, Callable[[Any], Any] | None]:
@@ -325,12 +356,12 @@ def _in_elements(x: Any, itemsize: int, name: str) -> tuple[int, ...]:
     return tuple([stride // itemsize for stride in strides])
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # of structured types there are any number
 def _numpy_dtype(dtype: numpy.dtype[Any]) -> tuple[str, int]:
     return dtype.name, dtype.itemsize
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _torch_dtype(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 

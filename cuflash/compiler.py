@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cuflash.arrays import describe
 from cuflash.device import ARCHITECTURES, normalize_arch
 from cuflash.errors import CompileError, OptionError, SetupError
 
@@ -209,7 +210,7 @@ def options(request: CompileRequest) -> tuple[str, ...]:
         OptionError: an unknown architecture or target, or an architecture that this NVRTC does not know.
     """
     if request.target not in ("cubin", "ptx"):
-        raise OptionError("target", repr(request.target), "'cubin' or 'ptx'", "A GPU loads a cubin, the simulator PTX.")
+        raise OptionError("target", describe(request.target), "'cubin' or 'ptx'", "A GPU loads a cubin, the simulator PTX.")
     machine = _machine(request.arch)
     common = ("-std=c++17", "-default-device", "-lineinfo", "--display-error-number")
     if request.target == "cubin":
@@ -219,10 +220,10 @@ def options(request: CompileRequest) -> tuple[str, ...]:
 
 def _machine(arch: str) -> str:
     """Check "sm_90a" and return "90a". Before Hopper there is nothing for a suffix to unlock and NVRTC refuses it, so it is dropped."""
-    match = re.fullmatch(r"sm_(\d+)([af]?)", arch) if isinstance(arch, str) else None
+    match = re.fullmatch(r"sm_([0-9]{2,4})([af]?)", arch) if isinstance(arch, str) else None
     if match is None:
         expected = "one of " + ", ".join(ARCHITECTURES) + ", from sm_90 on also with the suffix 'a'"
-        raise OptionError("arch", repr(arch), expected, "Name a supported architecture.")
+        raise OptionError("arch", describe(arch), expected, "Name a supported architecture.")
     capability, suffix = int(match[1]), match[2]
     normalize_arch(f"sm_{capability}")
     known = _nvrtc().getSupportedArchs()

@@ -10,7 +10,8 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from cuflash.errors import DeviceError, OptionError, SetupError
+from cuflash.arrays import describe
+from cuflash.errors import CuflashError, DeviceError, OptionError, SetupError
 
 KIB = 1024
 
@@ -66,15 +67,15 @@ class Device:
         return self.arch + ("a" if self.capability >= 90 else "")
 
 
-def normalize_arch(arch: str) -> str:
-    """Return `arch` without an `a`/`f` suffix, or raise with the list of supported ones."""
-    plain = arch.rstrip("af") if isinstance(arch, str) else arch
-    if plain not in _LIMITS:
-        raise OptionError("arch", repr(arch), "one of " + ", ".join(ARCHITECTURES), "Name a supported architecture.")
+def normalize_arch(arch: object, argument: str = "arch") -> str:
+    """Return `arch` without an `a`/`f` suffix, or raise with the list of supported ones; `argument` is what the caller knows it by."""
+    plain = arch[:-1] if isinstance(arch, str) and arch[-1:] in ("a", "f") else arch
+    if not isinstance(plain, str) or plain not in _LIMITS:
+        raise OptionError(argument, describe(arch), "one of " + ", ".join(ARCHITECTURES), "Name a supported architecture.")
     return plain
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def of_arch(arch: str, kind: Literal["gpu", "simulator"] = "simulator") -> Device:
     """A device of the given architecture with its documented limits: for the simulator and for offline planning."""
     plain = normalize_arch(arch)
@@ -85,7 +86,7 @@ def of_arch(arch: str, kind: Literal["gpu", "simulator"] = "simulator") -> Devic
 
 def simulator_arch() -> str:
     """The architecture that the simulator poses as: `CUFLASH_SIMULATOR_ARCH`, else sm_80."""
-    return normalize_arch(os.environ.get("CUFLASH_SIMULATOR_ARCH", "sm_80"))
+    return normalize_arch(os.environ.get("CUFLASH_SIMULATOR_ARCH") or "sm_80", "CUFLASH_SIMULATOR_ARCH")
 
 
 @functools.cache
@@ -122,8 +123,19 @@ def of_memory(kind: str, index: int) -> Device:
         return of_arch(simulator_arch())
     try:
         return gpu(index)
+    except CuflashError:
+        raise
     except ImportError as error:
         raise SetupError("Arrays on a GPU need CuPy: pip install 'cuflash[cuda12]' (or 'cuflash[cuda13]').") from error
+    except Exception as error:  # what CuPy raises without a driver or such a GPU
+        raise no_gpu(index, error) from error
+
+
+def no_gpu(index: int, error: Exception) -> DeviceError:
+    """The error for arrays on a GPU that CuPy cannot get at."""
+    reason = str(error).partition("\n")[0][:200]
+    hint = "Install its driver, or pass NumPy arrays or CPU tensors, which run on the simulator."
+    return DeviceError("device", f"memory of GPU {index}, which CuPy cannot use ({reason})", "a GPU with a driver that CuPy can use", hint)
 
 
 def default() -> Device:

@@ -11,6 +11,7 @@ from cuflash.arrays import borrow, describe, pointer
 from cuflash.codegen import config_text
 from cuflash.errors import OptionError, ShapeError
 from cuflash.features import Extents, check_dropout_p, check_dropout_seed, check_dropout_state, drawn_from
+from cuflash.other_names import explains_keywords
 from cuflash.planning import KernelPlan
 from cuflash.problem import MAX_EXTENT
 from cuflash.tiles import Tile
@@ -19,6 +20,7 @@ _ROWS = 16  # queries of a block, as in kernels/dropout_mask.cu
 _WARPS = 4
 
 
+@explains_keywords
 def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_seed: Any, *, like: Any) -> Any:
     """Draw the mask that `scaled_dot_product_attention` applies to the probabilities for the same seed: bit for bit, whatever its tiles.
 

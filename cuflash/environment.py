@@ -10,14 +10,13 @@ import importlib
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 
 import numpy
 
 import cuflash
-from cuflash import cache, compiler, device
+from cuflash import cache, cache_directory, cache_limit, compiler, device, kernel_files
 from cuflash.device import Device
-from cuflash.errors import CuflashError, SetupError
+from cuflash.errors import CuflashError, OptionError, SetupError
 from cuflash.planning import make_plan
 
 Section = tuple[str, list[tuple[str, str]]]
@@ -125,15 +124,36 @@ def _kernels() -> str:
 def _cache() -> list[tuple[str, str]]:
     folder = cache.directory()
     if folder is None:
-        return [("directory", "none can be made: let CUFLASH_CACHE_DIR name a writable directory")]
+        return [
+            ("directory", f"none: {cache_directory.why_not(kernel_files.PART)}. Let CUFLASH_CACHE_DIR name one that only you can write to.")
+        ]
     entries = cache.contents()
     saved = sum(entry.seconds for entry in entries)
-    cores: list[Path] = list(importlib.import_module("cuflash.simulator.build").cache_directory().glob("core-*.so"))
+    others = len(cache_limit.entries_of(folder)) - len(entries)
     return [
-        ("directory", str(folder)),
+        ("directory", str(folder.parent)),
         ("kernels", f"{len(entries)}, {_size(sum(entry.size for entry in entries))}, {saved:.0f} s of compilation"),
-        ("simulator cores", f"{len(cores)}, {_size(sum(core.stat().st_size for core in cores))}"),
+        *(
+            [("damaged", f"{others} kernels, compiled again when they are needed; python -m cuflash cache --clear removes them")]
+            if others
+            else []
+        ),
+        ("decoded programs", _groups(importlib.import_module("cuflash.simulator.program_cache").contents())),
+        ("simulator cores", _groups(importlib.import_module("cuflash.simulator.build").cores())),
+        ("limit of each", _limit()),
     ]
+
+
+def _groups(groups: list[cache_limit.Group]) -> str:
+    return f"{len(groups)}, {_size(sum(group.size for group in groups))}"
+
+
+def _limit() -> str:
+    try:
+        limit = cache_limit.limit_bytes()
+    except OptionError as error:
+        return str(error)
+    return "none" if limit is None else f"{_size(limit)} (CUFLASH_CACHE_LIMIT)"
 
 
 def _version(distribution: str, use: str) -> str:

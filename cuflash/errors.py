@@ -5,6 +5,22 @@ A message about a user's input names the argument, what came, what was expected 
 
 from __future__ import annotations
 
+_MAX_PART, _MAX_MESSAGE = 1000, 50_000
+
+
+def _shortened(text: str, limit: int) -> str:
+    """What somebody passed may have megabytes; a message does not repeat them."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]} ... ({len(text) - limit} characters) ... {text[-(limit // 2) :]}"
+
+
+def _text(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # an int of thousands of digits, or an object of a class that cannot be printed
+        return f"an object of type {type(value).__name__}"
+
 
 class CuflashError(Exception):
     """Base class of all cuflash exceptions."""
@@ -21,11 +37,8 @@ class ArgumentError(CuflashError, ValueError):
     """
 
     def __init__(self, argument: str, got: object, expected: str, hint: str) -> None:
-        self.argument = argument
-        self.got = str(got)
-        self.expected = expected
-        self.hint = hint
-        super().__init__(f"{argument}: got {self.got}; expected {expected}. {hint}")
+        self.argument, self.got, self.expected, self.hint = (_shortened(_text(part), _MAX_PART) for part in (argument, got, expected, hint))
+        super().__init__(f"{self.argument}: got {self.got}; expected {self.expected}. {self.hint}")
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:
         return type(self), (self.argument, self.got, self.expected, self.hint)
@@ -103,4 +116,4 @@ class SimulatorError(CuflashError, RuntimeError):
 
     def __init__(self, message: str, *, check: str = "") -> None:
         self.check = check
-        super().__init__(message)
+        super().__init__(_shortened(message, _MAX_MESSAGE))

@@ -138,7 +138,7 @@ class Features:
             gradient = ", with its gradient" if self.need_attn_mask_grad else ""
             words.append(f"attn_mask {self.attn_mask.dtype} {self.attn_mask.shape}{gradient}")
         if self.kinds.window:
-            words.append(f"window of keys at distances {_limit(self.window_low, '-∞')} to {_limit(self.window_high, '∞')}")
+            words.append(f"window of keys at distances {_limit(self.window_low, '-infinity')} to {_limit(self.window_high, 'infinity')}")
         if self.softcap is not None:
             words.append(f"softcap {self.softcap:g}")
         if self.kinds.dropout:
@@ -388,7 +388,10 @@ def check_dropout_state(dropout_seed: object, extents: Extents) -> Array:
     """Seed and offset in memory of the device."""
     array = _array("dropout_seed", dropout_seed, extents)
     if array.dtype not in ("int64", "uint64"):
-        raise DTypeError("dropout_seed", array.dtype, "int64 or uint64", "Cast it; or pass an int.")
+        hint = "Cast it; or pass an int."
+        if array.dtype == "uint32" and array.shape == (2,):
+            hint = "A key of JAX is one number in two words: pass int(key[0]) << 32 | int(key[1])."
+        raise DTypeError("dropout_seed", array.dtype, "int64 or uint64", hint)
     if array.shape != (2,) or array.strides != (1,):
         got = f"shape {array.shape} with strides {array.strides}"
         raise ShapeError("dropout_seed", got, "two contiguous elements, seed and offset", "Pass an array of shape (2,), or an int.")

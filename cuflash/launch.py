@@ -7,14 +7,11 @@ signature, and a warm call copies it and writes the addresses.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
 import struct
-import tempfile
 import threading
 from collections.abc import Container, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy
@@ -186,20 +183,17 @@ class _GpuExecutable:
     def __init__(self, kernel: KernelPlan, device: Device) -> None:
         import cupy
 
-        request = kernel.request(device)
-        artifact = cache.fetch(request)
-        with cupy.cuda.Device(device.index), contextlib.ExitStack() as held:
-            path = cache.path_of(request)
-            if path is None:  # nowhere to write: RawModule reads files only
-                path = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="cuflash-")), "kernel.cubin")
-                path.write_bytes(artifact.data)
-            function = cupy.RawModule(path=str(path)).get_function(kernel.entry)
+        artifact = cache.fetch(kernel.request(device))
+        driver = cupy.cuda.driver
+        with cupy.cuda.Device(device.index):  # whose context the module is loaded into
+            module = cupy.cuda.function.Module()
+            module.load(artifact.data)  # the bytes that were checked, not a file that may have changed since
+            self._function = module.get_function(kernel.entry)  # keeps the module loaded
+            self._pointer = self._function.ptr
             if kernel.shared_bytes > 48 * 1024:
-                function.max_dynamic_shared_size_bytes = kernel.shared_bytes
-            self._pointer = function.kernel.ptr  # of the current device, hence in here
-        self._function = function  # keeps the module loaded
+                driver.funcSetAttribute(self._pointer, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, kernel.shared_bytes)
         self._device = device.index
-        self._driver_launch = cupy.cuda.driver.launchKernel
+        self._driver_launch = driver.launchKernel
         self._runtime = cupy.cuda.runtime
         self._thread = threading.local()
 
@@ -223,7 +217,8 @@ class _SimulatorExecutable:
     def __init__(self, kernel: KernelPlan, device: Device) -> None:
         from cuflash import simulator
 
-        self._module = simulator.Module(cache.fetch(kernel.request(device)).data, kernel.entry, keep=True)
+        # The base of shared memory is the compiler's to choose: no kernel may count on more than it declares.
+        self._module = simulator.Module(cache.fetch(kernel.request(device)).data, kernel.entry, keep=True, aligned_as_declared=True)
 
     def launch(
         self, num_blocks: int, num_threads: int, shared_bytes: int, arguments: bytearray, stream: int, buffers: Sequence[Buffer]

@@ -228,7 +228,7 @@ def backward_passes(problem: Problem, device: Device) -> tuple[tiles.Pass, ...]:
     return (*before, "backward_dv", "backward_dk", "backward_dq", *mask)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def splits_dkdv(case: KernelCase, device: Device) -> bool:
     """Whether no tile of the joint dK/dV kernel fits the registers with room to spare, or too many warps would compute the same exponentials."""
     if tiles.measured_tile(case, device) is not None:

@@ -14,6 +14,7 @@ from math import ceil
 from typing import Literal
 
 from cuflash import measured_tiles
+from cuflash.arrays import describe
 from cuflash.device import Device
 from cuflash.errors import TileError
 from cuflash.features import NO_FEATURES, FeatureSet
@@ -58,7 +59,7 @@ class Tile:
         return Tile(self.tile_kv, self.tile_q, self.num_warps, self.num_stages)
 
     def __str__(self) -> str:
-        return f"tile_q={self.tile_q}, tile_kv={self.tile_kv}, num_warps={self.num_warps}, num_stages={self.num_stages}"
+        return ", ".join(f"{field.name}={describe(getattr(self, field.name))}" for field in fields(self))
 
 
 @dataclass(frozen=True)
@@ -242,12 +243,15 @@ def _feature_registers(case: KernelCase) -> int:
     return estimate
 
 
+_MAX_COUNT = 2**20  # of anything in a tile; what is possible is far less
+
+
 def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     """The first rule that `tile` breaks on `device`, in words, or None when it is legal."""
     for field in fields(tile):
         count = getattr(tile, field.name)
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            return f"{field.name} must be a positive int, got {count!r}"
+        if type(count) is not int or not 1 <= count <= _MAX_COUNT:
+            return f"{field.name} must be a positive int, got {describe(count)}"
     stationary, streamed = ("tile_q", "tile_kv") if case.kernel in BY_QUERIES else ("tile_kv", "tile_q")
     if tile.num_warps > MAX_WARPS:
         return f"num_warps must be at most {MAX_WARPS}"
@@ -297,7 +301,7 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
                         yield Tile(streamed, rows, num_warps, num_stages)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def legal_tiles_for(case: KernelCase, device: Device) -> tuple[Tile, ...]:
     """All tiles of the usual shapes that `device` takes, the measured one first, then best by the model. Other legal ones exist, such as tile_q = 48."""
     legal = [tile for tile in _candidates(case, device) if broken_rule(case, tile, device) is None]
@@ -330,7 +334,7 @@ def default_tile(case: KernelCase, device: Device) -> Tile:
 def check_tile(case: KernelCase, tile: Tile, device: Device, argument: str = "tile") -> Tile:
     """Return `tile` if it is legal for `case` on `device`, else raise `TileError` with the broken rule and the nearest legal tiles."""
     if not isinstance(tile, Tile):
-        raise TileError(argument, repr(tile), "a cuflash.Tile", "Write cuflash.Tile(tile_q=64, tile_kv=64, num_warps=4, num_stages=2).")
+        raise TileError(argument, describe(tile), "a cuflash.Tile", "Write cuflash.Tile(tile_q=64, tile_kv=64, num_warps=4, num_stages=2).")
     rule = broken_rule(case, tile, device)
     if rule is None:
         return tile
@@ -351,7 +355,7 @@ def head_dims(head_dim: int, head_dim_v: int) -> str:
 
 def _distance(left: Tile, right: Tile) -> float:
     def ratio(a: object, b: object) -> float:
-        if not isinstance(a, int) or not isinstance(b, int) or a < 1 or b < 1:
+        if type(a) is not int or type(b) is not int or not 1 <= min(a, b) <= max(a, b) <= _MAX_COUNT:
             return 0.0
         return max(a, b) / min(a, b)
 

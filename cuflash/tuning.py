@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from cuflash import cache, device, tiles
+from cuflash.arrays import describe
 from cuflash.compiler import CompileRequest
 from cuflash.device import Device
 from cuflash.errors import ArgumentError, OptionError
@@ -44,16 +45,16 @@ def legal_tiles(
     Raises:
         OptionError: an argument outside its domain.
     """
-    if kernel not in tiles.PASSES:
+    if not isinstance(kernel, str) or kernel not in tiles.PASSES:
         raise OptionError(
-            "kernel", repr(kernel), "one of " + ", ".join(tiles.PASSES), "print(cuflash.plan(...)) names the kernels of a call."
+            "kernel", describe(kernel), "one of " + ", ".join(tiles.PASSES), "print(cuflash.plan(...)) names the kernels of a call."
         )
     own = head_dim if head_dim_v is None else head_dim_v
     case = KernelCase(
         kernel,
         _checked_dtype(dtype),
         _checked_head_dim("head_dim", head_dim),
-        bool(allow_tf32) and dtype == "float32",
+        check_bool("allow_tf32", allow_tf32) and dtype == "float32",
         _checked_head_dim("head_dim_v", own),
         _checked_features(features),
     )
@@ -181,7 +182,7 @@ def kernels_of_case(
     Raises:
         OptionError, TileError: as the call.
     """
-    causal, packed = check_bool("is_causal", is_causal), check_bool("varlen", varlen)
+    causal, packed, backward = check_bool("is_causal", is_causal), check_bool("varlen", varlen), check_bool("backward", backward)
     return list(
         offline_kernels(
             on,
@@ -203,13 +204,18 @@ def kernels_of_case(
 def target(arch: str | None) -> Device:
     """The device that `arch` names: offline for a GPU's architecture; None for this machine's GPU, else the simulator."""
     if arch is not None:
-        return device.of_arch(arch, "gpu")
+        return device.of_arch(device.normalize_arch(arch), "gpu")
     return device.default()
 
 
 def _several(values: object) -> list[object]:
     """One value or an iterable of them; text is one value."""
-    return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        return [values]
+    try:
+        return list(values)
+    except Exception:  # an array without dimensions, say: no value that the checks would take
+        return [values]
 
 
 def _check_need_attn_mask_grad(wanted: object, sets: list[object], backward: bool) -> None:
@@ -226,10 +232,10 @@ def _check_need_attn_mask_grad(wanted: object, sets: list[object], backward: boo
 
 def _checked_features(features: object) -> FeatureSet:
     if not isinstance(features, FeatureSet):
-        raise OptionError("features", repr(features), "a cuflash.FeatureSet", "Write cuflash.FeatureSet(window=True).")
+        raise OptionError("features", describe(features), "a cuflash.FeatureSet", "Write cuflash.FeatureSet(window=True).")
     if features.attn_mask not in (None, *MASK_DTYPES):
         raise OptionError(
-            "features", repr(features.attn_mask), "a mask of " + " or ".join(MASK_DTYPES), "Pass the name of the mask's element type."
+            "features", describe(features.attn_mask), "a mask of " + " or ".join(MASK_DTYPES), "Pass the name of the mask's element type."
         )
     return features
 
@@ -248,14 +254,21 @@ def _checked_features_of_case(given: object, is_causal: bool, packed: bool) -> F
 def _checked_dtype(dtype: object) -> str:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         hint = "Pass the name of a supported element type."
-        name = getattr(dtype, "__name__", None) or str(dtype).removeprefix("torch.")
+        name = getattr(dtype, "__name__", None) or _text(dtype).removeprefix("torch.")
         if name in DTYPES:
             hint = f'Pass its name: "{name}".'
-        raise OptionError("dtype", repr(dtype), "one of " + ", ".join(DTYPES), hint)
+        raise OptionError("dtype", describe(dtype) if name not in DTYPES else repr(dtype), "one of " + ", ".join(DTYPES), hint)
     return dtype
+
+
+def _text(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # of the caller's own class
+        return ""
 
 
 def _checked_head_dim(name: str, head_dim: object) -> int:
     if not isinstance(head_dim, int) or isinstance(head_dim, bool) or not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise OptionError(name, repr(head_dim), f"an int from 1 to {MAX_HEAD_DIM}", "Pass the head dimension of the arrays.")
-    return head_dim
+        raise OptionError(name, describe(head_dim), f"an int from 1 to {MAX_HEAD_DIM}", "Pass the head dimension of the arrays.")
+    return int(head_dim)

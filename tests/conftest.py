@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterator
@@ -505,8 +506,10 @@ def share_simulator(folder: Path) -> None:
     """Let a cache directory that is otherwise empty know the simulator's core, which takes a minute to build."""
     from cuflash.simulator import build
 
-    build.library_path()
-    (folder / "simulator").symlink_to(build.cache_directory(), target_is_directory=True)
+    library = build.library_path()
+    (folder / "simulator").mkdir(parents=True, exist_ok=True)
+    for path in (library, library.with_suffix(".sha256")):
+        shutil.copy(path, folder / "simulator")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cuflash import cache, compiler
+from cuflash import cache, compiler, kernel_files
 from cuflash.cache import Statistics
 from cuflash.compiler import Artifact, CompileRequest
 from cuflash.errors import CompileError, OptionError
@@ -149,17 +149,6 @@ def test_text_edited_during_compilation_is_not_stored(kernels: Path, monkeypatch
     assert cache.contents() == []
 
 
-def test_path_is_the_file_of_the_artifact() -> None:
-    path = cache.path_of(REQUEST)
-    assert path is not None
-    assert path.read_bytes() == cache.fetch(REQUEST).data
-    assert path.name == compiler.fingerprint(REQUEST) + ".cubin"
-    path.unlink()
-    assert cache.path_of(REQUEST) == path, "written again from memory"
-    assert path.is_file()
-    assert cache.statistics().compiles == 1
-
-
 def test_contents_and_clear() -> None:
     assert cache.contents() == []
     cache.fetch_many([REQUEST, *OTHERS])
@@ -204,8 +193,7 @@ def test_damaged_entry_is_rebuilt(suffix: str, damage: str) -> None:
     rebuilt, statistics = fetch_as_new_process()
     assert statistics == Statistics(compiles=1, disk_hits=0, memory_hits=0)
     assert rebuilt.data == compiled.data
-    if damage != "a directory":  # which cannot be replaced by a file; the entry then lives in memory
-        assert fetch_as_new_process()[1] == Statistics(compiles=0, disk_hits=1, memory_hits=0)
+    assert fetch_as_new_process()[1] == Statistics(compiles=0, disk_hits=1, memory_hits=0)
 
 
 def test_record_that_was_altered_is_rebuilt() -> None:
@@ -241,7 +229,6 @@ def test_directory_that_cannot_be_made(caplog: pytest.LogCaptureFixture) -> None
     (record,) = caplog.records
     assert "CUFLASH_CACHE_DIR" in record.getMessage()
     assert cache.directory() is None
-    assert cache.path_of(REQUEST) is None
     assert cache.contents() == []
     assert cache.clear() == 0
 
@@ -253,7 +240,6 @@ def test_write_that_fails_leaves_no_trace(caplog: pytest.LogCaptureFixture, monk
     monkeypatch.setattr(os, "replace", full)
     with caplog.at_level(logging.WARNING, "cuflash"):
         assert cache.fetch(REQUEST).data
-        assert cache.path_of(REQUEST) is None
     assert len(caplog.records) == 1
     assert "No space left" in caplog.text
     folder = cache.directory()
@@ -264,10 +250,13 @@ def test_write_that_fails_leaves_no_trace(caplog: pytest.LogCaptureFixture, monk
 def test_read_only_directory_is_read(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.fetch(REQUEST)
 
-    def read_only(*_: object, **__: object) -> int:
-        raise OSError(30, "Read-only file system")
+    open_file = os.open
 
-    monkeypatch.setattr(os, "replace", read_only)
+    def read_only(path: Path, flags: int, *mode: int) -> int:
+        if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
+            raise OSError(30, "Read-only file system")
+        return open_file(path, flags, *mode)
+
     monkeypatch.setattr(os, "open", read_only)
     with caplog.at_level(logging.WARNING, "cuflash"):
         assert fetch_as_new_process()[1].disk_hits == 1
@@ -286,7 +275,7 @@ def test_default_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
     if sys.platform == "linux":
         assert cache.directory() == tmp_path / "xdg" / "cuflash" / "kernels"
-    monkeypatch.setattr("cuflash.cache.importlib.import_module", without_platformdirs)
+    monkeypatch.setattr("cuflash.cache_directory.importlib.import_module", without_platformdirs)
     assert cache.directory() == tmp_path / "xdg" / "cuflash" / "kernels"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache.directory() == tmp_path / "home" / ".cache" / "cuflash" / "kernels"
@@ -458,9 +447,9 @@ def test_lock_that_is_never_released(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("held_lock")
 def test_entry_that_appears_while_waiting_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = cache._place(REQUEST)
+    place = kernel_files.place_of(REQUEST)
     artifact = compiler.compile_kernel(REQUEST)
-    timer = threading.Timer(0.2, cache._write, (place, REQUEST, artifact))
+    timer = threading.Timer(0.2, kernel_files.write, (place, REQUEST, artifact))
     timer.start()
     assert cache.fetch(REQUEST) == artifact
     timer.join()

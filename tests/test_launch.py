@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -16,7 +19,7 @@ import pytest
 import cuflash
 from cuflash import calls, compiler, device, launch, planning
 from cuflash.arrays import borrow
-from cuflash.compiler import CompileRequest
+from cuflash.compiler import Artifact, CompileRequest
 from cuflash.errors import CompileError
 from cuflash.launch import BACKWARD_TENSORS, FORWARD_TENSORS, ArgumentTemplate
 from cuflash.problem import Problem, make_problem
@@ -266,6 +269,45 @@ def test_a_gpu_launch_passes_the_struct_by_address_and_keeps_the_current_device(
         gpu.launch(12, 128, 4096, arguments, 5, ())
     assert seen == [(77, [12, 1, 1, 128, 1, 1], 4096, 5, 0, 0, bytes(arguments))] * 2
     assert runtime.device == current
+
+
+@pytest.mark.parametrize("shared_bytes", [1024, 100_000])
+def test_a_gpu_gets_the_bytes_that_were_fetched(shared_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of loading but the driver: no file stands between the checksum and the module."""
+    done: list[tuple[Any, ...]] = []
+    kernel = replace(planning.make_plan(problem_of(), device.of_arch("sm_80")).kernels[0], shared_bytes=shared_bytes)
+    on = replace(device.of_arch("sm_80"), kind="gpu", index=3)
+
+    class Module:
+        def load(self, cubin: bytes) -> None:
+            done.append(("load", cubin))
+
+        def get_function(self, name: str) -> Any:
+            done.append(("function", name))
+            return SimpleNamespace(ptr=77)
+
+    class Current:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def __enter__(self) -> None:
+            done.append(("enter", self.index))
+
+        def __exit__(self, *_: object) -> None:
+            done.append(("leave", self.index))
+
+    driver = SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
+        launchKernel=None,
+        funcSetAttribute=lambda *numbers: done.append(("set", *numbers)),
+    )
+    cuda = SimpleNamespace(Device=Current, driver=driver, runtime=None, function=SimpleNamespace(Module=Module))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(launch.cache, "fetch", lambda request: Artifact(b"cubin", "", 0.0, (), ""))
+    loaded = launch._GpuExecutable(kernel, on)
+    setting = [("set", 77, 8, shared_bytes)] if shared_bytes > 48 * 1024 else []
+    assert done == [("enter", 3), ("load", b"cubin"), ("function", kernel.entry), *setting, ("leave", 3)]
+    assert (loaded._pointer, loaded._device) == (77, 3)
 
 
 # --- Host cost ----------------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Compile the C++ core into a shared library, once per source, compiler and processor.
 
-Contract: `library_path()` returns a library that is complete and matches the sources. The first caller builds it; others, in any process, wait
-or use it. With no C++ compiler on the PATH the `ziglang` wheel is used; without that either, SetupError says what to install.
+Contract: `library_path()` returns a library that is complete and matches the sources, and that nobody else can have written: it is two files,
+core-<fingerprint>.so and the checksum of its bytes, in a directory that others cannot write to. One that is damaged is built again. The first caller
+builds it; others, in any process, wait or use it. With no C++ compiler on the PATH the `ziglang` wheel is used; without that either, SetupError says what to
+install.
 """
 
 from __future__ import annotations
@@ -17,12 +19,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from cuflash import cache_directory, cache_limit, private_files
 from cuflash.errors import SetupError, SimulatorError
+from cuflash.file_lock import FileLock
+from cuflash.threads import results_of
+
+PART = "simulator"
+"""The part of the cache directory that cores lie in."""
+
+LOCK_TIMEOUT = 900.0
+"""Seconds to wait for another process that builds the core; a busy machine takes minutes."""
+
+_log = logging.getLogger("cuflash")
 
 SOURCES = Path(__file__).with_name("core")
 FLAGS = (
@@ -71,7 +82,7 @@ class Compiler:
 
 def _probe(command: tuple[str, ...]) -> Compiler | None:
     try:
-        result = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=120, check=True)
+        result = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace", timeout=120, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     kind = "zig" if "ziglang" in command else "clang" if "clang" in result.stdout.lower() else "gcc"
@@ -84,7 +95,8 @@ def find_compiler() -> Compiler:
     Raises:
         SetupError: there is none.
     """
-    candidates = [tuple(os.environ["CXX"].split())] if os.environ.get("CXX") else []
+    named = tuple(os.environ.get("CXX", "").split())
+    candidates = [named] if named else []
     candidates += [(found,) for name in COMPILERS if (found := shutil.which(name))]
     if importlib.util.find_spec("ziglang") is not None:
         candidates.append((sys.executable, "-m", "ziglang", "c++"))
@@ -98,21 +110,10 @@ def find_compiler() -> Compiler:
 def cpu_features() -> str:
     """Text that differs between processors for which `native` code differs."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith(("flags", "Features")):
                 return platform.machine() + line
     return platform.machine() + platform.processor()
-
-
-def cache_directory() -> Path:
-    """Where built libraries are kept: below `CUFLASH_CACHE_DIR` or the user's cache directory."""
-    if os.environ.get("CUFLASH_CACHE_DIR"):
-        return Path(os.environ["CUFLASH_CACHE_DIR"]).expanduser() / "simulator"
-    try:
-        import platformdirs
-    except ImportError:
-        return Path.home() / ".cache" / "cuflash" / "simulator"
-    return Path(platformdirs.user_cache_dir("cuflash")) / "simulator"
 
 
 def _fingerprint(compiler: Compiler) -> str:
@@ -126,44 +127,100 @@ def _fingerprint(compiler: Compiler) -> str:
 
 
 def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise SetupError(f"The C++ compiler cannot be run ({error}): {' '.join(command[:2])}. {NO_COMPILER}") from error
     if result.returncode != 0:
         raise SimulatorError(f"Building the simulator's core failed:\n{' '.join(command)}\n{result.stderr.strip()}")
 
 
-def _compile(compiler: Compiler, target: Path) -> None:
-    """Build `target` from all sources; objects go to a temporary directory, the library is renamed into place."""
-    with tempfile.TemporaryDirectory(prefix="cuflash-build-") as scratch:
+def _compile(compiler: Compiler, folder: Path) -> bytes:
+    """Build the library from all sources, in a directory inside `folder` that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="build-", suffix=".tmp", dir=folder) as scratch:
         sources = sorted(SOURCES.glob("*.cpp"), key=lambda path: -path.stat().st_size)
-        objects = [Path(scratch) / (path.stem + ".o") for path in sources]
+        objects = {source: Path(scratch, source.stem + ".o") for source in sources}
 
-        def compile_one(source: Path, object_file: Path) -> None:
-            _run([*compiler.command, *compiler.flags(), "-c", str(source), "-o", str(object_file)])
+        def compile_one(source: Path) -> None:
+            _run([*compiler.command, *compiler.flags(), "-c", str(source), "-o", str(objects[source])])
 
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            list(pool.map(compile_one, sources, objects))
-        built = Path(scratch) / target.name
-        _run([*compiler.command, "-shared", "-o", str(built), *map(str, objects), "-lpthread", "-lm"])
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        shutil.copy(built, temporary)
-        os.replace(temporary, target)
+        for _ in results_of(compile_one, sources, os.cpu_count() or 1):
+            pass
+        built = Path(scratch, "core.so")
+        try:
+            _run([*compiler.command, "-shared", "-o", str(built), *map(str, objects.values()), "-lpthread", "-lm"])
+            return built.read_bytes()
+        except FileNotFoundError as error:
+            way_out = "Let CXX name a C++ compiler, or unset it." if os.environ.get("CXX") else NO_COMPILER
+            raise SetupError(
+                f"{' '.join(compiler.command)} ran without an error and made no file: it is no C++ compiler. {way_out}"
+            ) from error
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`, where the file system has locks."""
-    with path.open("w") as handle:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
+# ------------------------------------------------------------------------------------------------------------------------------ the library
 
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+
+def _checksum_path(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _whole(library: Path) -> Path | None:
+    """The library, if it is there and every byte of it is what was written."""
+    try:
+        wanted = private_files.read(_checksum_path(library), 1000)
+        content = private_files.read(library)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _log.info("cuflash ignores the damaged core of the simulator %s (%s).", library, error)
+        return None
+    if hashlib.sha256(content).hexdigest().encode() != wanted.strip():
+        _log.info("cuflash ignores the damaged core of the simulator %s (checksum).", library)
+        return None
+    cache_limit.used(library)
+    return library
+
+
+def _store(library: Path, content: bytes) -> None:
+    private_files.write(library, content, executable=True)
+    private_files.write(_checksum_path(library), hashlib.sha256(content).hexdigest().encode())
+
+
+def build(compiler: Compiler, directory: Path) -> Path:
+    """The library for `compiler` in `directory`, built if it is not there yet or damaged.
+
+    Raises:
+        SetupError, SimulatorError: it cannot be built.
+        OSError: nothing can be written there.
+    """
+    library = directory / f"core-{_fingerprint(compiler)}.so"
+    found = _whole(library)
+    if found is not None:
+        return found
+    with contextlib.closing(FileLock(library.with_suffix(".lock"))) as lock:
+        found = lock.wait(LOCK_TIMEOUT, lambda: _whole(library), "build the simulator's core")
+        if found is None:
+            message = "cuflash: building the simulator's core with %s, once, for half a minute or two, into %s"
+            _log.warning(message, compiler.kind, directory)
+            _store(library, _compile(compiler, directory))
+            cache_limit.wrote(directory)
+    return library
 
 
 @functools.cache
 def _private_directory() -> Path:
-    """A directory of this process, for when the cache cannot be written."""
-    holder = tempfile.TemporaryDirectory(prefix="cuflash-simulator-")
+    """A directory of this process, for when the cache cannot be used.
+
+    Raises:
+        SetupError: there is no place for one.
+    """
+    try:
+        holder = tempfile.TemporaryDirectory(prefix="cuflash-simulator-")
+    except OSError as error:
+        raise SetupError(
+            f"The simulator's core needs a directory. The cache has none ({cache_directory.why_not(PART) or 'nothing can be written there'}) and there is "
+            f"no temporary one ({error}): let CUFLASH_CACHE_DIR or TMPDIR name a directory that can be written."
+        ) from error
     _keep_alive.append(holder)
     return Path(holder.name)
 
@@ -171,24 +228,55 @@ def _private_directory() -> Path:
 _keep_alive: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def build(compiler: Compiler, directory: Path) -> Path:
-    """The library for `compiler` in `directory`, built if it is not there yet."""
-    target = directory / f"core-{_fingerprint(compiler)}.so"
-    if target.exists():
-        return target
-    directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory / (target.stem + ".lock")):
-        if not target.exists():
-            message = "cuflash: building the simulator's core with %s, once, for half a minute or two, into %s"
-            logging.getLogger("cuflash").warning(message, compiler.kind, directory)
-            _compile(compiler, target)
-    return target
-
-
 def library_path() -> Path:
-    """The core for this machine, from the cache or built now."""
+    """The core for this machine, from the cache or built now.
+
+    Raises:
+        SetupError: there is no compiler, or no place to build in.
+        SimulatorError: the compiler refused.
+    """
     compiler = find_compiler()
-    try:
-        return build(compiler, cache_directory())
-    except OSError:
+    folder = cache_directory.find(PART)
+    if folder is None:
+        cache_directory.warn_once(cache_directory.why_not(PART))
         return build(compiler, _private_directory())
+    try:
+        return build(compiler, folder)
+    except OSError as error:
+        cache_directory.warn_once(str(error))
+        return build(compiler, _private_directory())
+
+
+def copy_that_can_be_loaded(library: Path) -> Path:
+    """The same library in another directory, for when the one that it is in forbids to run anything.
+
+    Raises:
+        SetupError: see `_private_directory`.
+        OSError: nothing can be written there.
+    """
+    copy = _private_directory() / library.name
+    private_files.write(copy, private_files.read(library), executable=True)
+    return copy
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- housekeeping
+
+
+def cores() -> list[cache_limit.Group]:
+    """What is kept of each core, whole or not; damage shows when one is loaded."""
+    folder = cache_directory.find(PART)
+    return [] if folder is None else [group for group in cache_limit.entries_of(folder) if group.paths[0].name.startswith("core-")]
+
+
+def clear() -> int:
+    """Remove all cores, whole or not, with what killed processes left; a process that has loaded one keeps it. Returns how many there were.
+
+    Raises:
+        OSError: a file that may not be removed.
+    """
+    folder = cache_directory.find(PART)
+    if folder is None:
+        return 0
+    found = [path for path in folder.iterdir() if path.name.startswith("core-") or path.suffix in (".tmp", ".lock")]
+    private_files.remove(found)
+    return sum(path.suffix == ".so" for path in found)

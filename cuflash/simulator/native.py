@@ -1,6 +1,7 @@
 """Call the C++ core through ctypes.
 
-Contract: the structures mirror core/program.h. `core()` loads the library once per process; ctypes releases the GIL during a call.
+Contract: the structures mirror core/program.h. `core()` loads the library once per process. A launch gives back the interpreter's
+lock, and ends with the exception that a signal's handler raises, such as KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cuflash.errors import SimulatorError
+from cuflash.errors import SetupError, SimulatorError
 from cuflash.simulator import build
 
-ABI = 3
+ABI = 5
 NO_RECORD = 0xFFFFFFFF
 NO_WARP = 0xFFFFFFFF
 MAX_PLACES = 64
@@ -65,6 +66,7 @@ class LaunchDescription(ctypes.Structure):
         ("schedule", ctypes.c_int32),
         ("seed", ctypes.c_uint64),
         ("checks", ctypes.c_int32),
+        ("isa_rules", ctypes.c_int32),
         ("max_instructions", ctypes.c_uint64),
         ("record_profiles", ctypes.c_void_p),
         ("buffer_profiles", ctypes.c_void_p),
@@ -141,22 +143,34 @@ def _parse_signature(signature: str) -> tuple[Slot, ...]:
     return tuple(Slot(_WORDS[item[0]], _KINDS[item[1:]], item[0] == "d") for item in signature.split())
 
 
+class Interpreter(ctypes.Structure):
+    """Functions of Python's C API that the core calls between instructions, see core/interrupt.h."""
+
+    _fields_ = (("PyEval_SaveThread", ctypes.c_void_p), ("PyEval_RestoreThread", ctypes.c_void_p), ("PyErr_CheckSignals", ctypes.c_void_p))
+
+
 class Core:
-    """The loaded library: its instruction table and its functions."""
+    """The loaded library: its instruction table and its functions.
+
+    Raises:
+        OSError: the file is not a library, or lies where nothing may be run.
+    """
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         if library.cuflash_simulator_abi() != ABI:
             raise SimulatorError(f"{path} does not match this version of the simulator; delete it.")
+        addresses = (ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name, _ in Interpreter._fields_)
+        library.cuflash_simulator_use_interpreter(ctypes.byref(Interpreter(*addresses)))
         self.create = library.cuflash_simulator_create
         self.create.restype = ctypes.c_void_p
-        self.create.argtypes = (ctypes.POINTER(ProgramDescription),)
+        self.create.argtypes = (ctypes.POINTER(ProgramDescription), ctypes.c_char_p, ctypes.c_uint32)
         self.destroy = library.cuflash_simulator_destroy
         self.destroy.restype = None
         self.destroy.argtypes = (ctypes.c_void_p,)
         self.rows = library.cuflash_simulator_rows
         self.rows.argtypes = (ctypes.c_void_p,)
-        self.launch = library.cuflash_simulator_launch
+        self.launch = ctypes.PyDLL(str(path)).cuflash_simulator_launch  # which gives back the interpreter's lock by itself
         self.launch.argtypes = (
             ctypes.c_void_p,
             ctypes.POINTER(LaunchDescription),
@@ -165,7 +179,7 @@ class Core:
         )
         self._classes = library.cuflash_simulator_classes
         self._classes.restype = None
-        self._classes.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+        self._classes.argtypes = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
         self.instructions = self._read_table(library)
         self.special_registers = {name: number for number, name in enumerate(_names(library.cuflash_simulator_special_register))}
         self.class_names = tuple(_names(library.cuflash_simulator_class_name))
@@ -173,7 +187,7 @@ class Core:
     def classes(self, program: int, num_records: int) -> npt.NDArray[np.uint8]:
         """For each record of a program the class of its instruction, as an index into `class_names`."""
         classes = np.empty(num_records, dtype=np.uint8)
-        self._classes(program, classes.ctypes.data)
+        self._classes(program, num_records, classes.ctypes.data)
         return classes
 
     @staticmethod
@@ -204,5 +218,20 @@ def _names(read: Any) -> list[str]:
 
 @functools.cache
 def core() -> Core:
-    """The core for this process, built if necessary."""
-    return Core(build.library_path())
+    """The core for this process, built if necessary.
+
+    Raises:
+        SetupError: it cannot be built, or not be loaded from any directory.
+        SimulatorError: the compiler refused.
+    """
+    path = build.library_path()
+    try:
+        return Core(path)
+    except OSError:  # most likely a file system that forbids to run what is on it
+        try:
+            return Core(build.copy_that_can_be_loaded(path))
+        except OSError as error:
+            raise SetupError(
+                f"The simulator's core cannot be loaded ({error}). Let CUFLASH_CACHE_DIR name a directory on a file system that allows to run "
+                "programs (not mounted with noexec)."
+            ) from error

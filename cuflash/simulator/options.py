@@ -29,6 +29,8 @@ class Options:
             interleaved at random too.
         seed: of the random schedule; the same seed gives the same schedule whatever the number of threads.
         checks: test every access; without them a wild pointer crashes the process.
+        isa_rules: with checks, also report what the PTX ISA demands but NVIDIA's own kernels leave out (check "isa-rules"): switch it off for kernels of
+            others.
         max_instructions: a warp that executes more is reported as an endless loop. The default is some ten seconds for each warp.
         profile: what launches are counted in; None counts nothing. `cuflash.simulator.profile()` makes one for a while.
     """
@@ -37,11 +39,17 @@ class Options:
     schedule: Literal["early", "late", "random"] = "late"
     seed: int = 0
     checks: bool = True
+    isa_rules: bool = True
     max_instructions: int = 2**30
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
-        for name, kind, expected in (("seed", int, "an int"), ("checks", bool, "True or False"), ("max_instructions", int, "an int")):
+        for name, kind, expected in (
+            ("seed", int, "an int"),
+            ("checks", bool, "True or False"),
+            ("isa_rules", bool, "True or False"),
+            ("max_instructions", int, "an int"),
+        ):
             value = getattr(self, name)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise OptionError(name, repr(value), expected, "Leave it out for the default.")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from cuflash.errors import SimulatorError
 
-SHARED_BASE = 1024  # shared addresses start here, so that a null pointer is out of bounds
+SHARED_BASE = 1024  # shared addresses start here, as ptxas has them for sm_90; so a null pointer is out of bounds
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{;]*)\{")
@@ -193,8 +193,9 @@ def _parse_variable(text: str) -> Variable | None:
     return Variable(space, name, int(align or size), size * count, initializer=initializer, element=type_name)
 
 
-def _place_shared(kernel: Kernel) -> None:
-    """Give shared variables addresses: static ones first, then dynamic memory, which is aligned as it asks for and no better."""
+def _place_shared(kernel: Kernel, aligned_as_declared: bool) -> None:
+    """Give shared variables addresses: static ones from SHARED_BASE on, then dynamic memory. With `aligned_as_declared` all of them move up until
+    dynamic memory is aligned as its declaration asks for and no better."""
     shared = [v for v in kernel.variables.values() if v.space == "shared"]
     static = [v for v in shared if v.nbytes]
     dynamic_align = max([16] + [v.align for v in shared if not v.nbytes])
@@ -203,11 +204,13 @@ def _place_shared(kernel: Kernel) -> None:
         size = _align(size, variable.align)
         variable.offset = size
         size += variable.nbytes
+    begin = SHARED_BASE
     end = _align(SHARED_BASE + size, dynamic_align)
-    if (end // dynamic_align) % 2 == 0 and dynamic_align < SHARED_BASE:
-        end += dynamic_align
-    static_align = max([16] + [v.align for v in static])
-    begin = (end - size) // static_align * static_align if static else end
+    if aligned_as_declared:
+        if (end // dynamic_align) % 2 == 0 and dynamic_align < SHARED_BASE:
+            end += dynamic_align
+        static_align = max([16] + [v.align for v in static])
+        begin = (end - size) // static_align * static_align if static else end
     for variable in shared:
         variable.offset = begin + variable.offset if variable.nbytes else end
     kernel.shared_begin, kernel.dynamic_shared_begin = begin, end
@@ -280,8 +283,13 @@ def _parse_body(kernel: Kernel, source: str, position: int) -> None:
             inner = scopes[-1] if len(scopes) > 1 else None
 
 
-def parse_kernel(ptx: str, entry: str | None) -> Kernel:
+def parse_kernel(ptx: str, entry: str | None, aligned_as_declared: bool = False) -> Kernel:
     """Read the entry function `entry` of a module, or its only one.
+
+    Args:
+        ptx: the text of the module.
+        entry: the kernel's name, or None.
+        aligned_as_declared: dynamic shared memory starts at an address that is aligned no better than its declaration asks for.
 
     Raises:
         SimulatorError: no such entry, or text that cannot be read.
@@ -303,5 +311,5 @@ def parse_kernel(ptx: str, entry: str | None) -> Kernel:
         if variable is not None:
             kernel.variables[variable.name] = variable
     _parse_body(kernel, source, match.end())
-    _place_shared(kernel)
+    _place_shared(kernel, aligned_as_declared)
     return kernel

@@ -64,10 +64,11 @@ def launch(
     options: Options | None = None,
     block: int = 32,
     cluster: int = 1,
+    grid: int | None = None,
     shared: int = 0,
     element: str = "int",
 ) -> Counters:
-    """Run one cluster of a kernel with this body.
+    """Run a kernel with this body: one cluster, or `grid` blocks.
 
     Line 1 of the source is the header, line 2 the signature: tensor maps m0, m1, …, then arrays of `element` a, b, c, d; the body starts on line 3.
     """
@@ -79,7 +80,9 @@ def launch(
     )
     module = Module(compile_cuda(source, "compute_90a"), sources={"test.cu": PRELUDE + source})
     buffers = [(array.ctypes.data, array.nbytes, f"array {i}") for i, array in enumerate(arguments) if isinstance(array, np.ndarray)]
-    return module.launch((cluster, 1, 1), (block, 1, 1), shared, b"".join(maps) + pack(arguments), buffers, options or Options(threads=1))
+    return module.launch(
+        (grid or cluster, 1, 1), (block, 1, 1), shared, b"".join(maps) + pack(arguments), buffers, options or Options(threads=1)
+    )
 
 
 def report(body: str, *arguments: Any, **launch_options: Any) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cuflash import cache_directory
 from cuflash.errors import SetupError, SimulatorError
 from cuflash.simulator import build, native
 
@@ -47,6 +51,94 @@ def test_many_processes_build_one_library(tmp_path: Path) -> None:
     paths = {process.communicate()[0].strip() for process in processes}
     assert len(paths) == 1
     assert [path.name for path in Path(paths.pop()).parent.glob("*.so*")] != []
+
+
+DAMAGE = ["truncated", "zeroed", "empty", "garbage", "a directory", "a FIFO", "no checksum", "others may write", "a link"]
+
+
+def damage_core(path: Path, damage: str) -> None:
+    content = path.read_bytes()
+    if damage == "no checksum":
+        path.with_suffix(".sha256").unlink()
+    elif damage == "others may write":
+        path.chmod(0o777)
+    elif damage in ("a directory", "a FIFO", "a link"):
+        path.unlink()
+        (path.parent / "elsewhere").write_bytes(content)
+        {"a directory": path.mkdir, "a FIFO": lambda: os.mkfifo(path), "a link": lambda: path.symlink_to("elsewhere")}[damage]()
+    else:
+        half = len(content) // 2
+        path.write_bytes({"truncated": content[:half], "zeroed": bytes(len(content)), "empty": b"", "garbage": b"no library"}[damage])
+
+
+@pytest.mark.usefixtures("small_core")
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_core_is_built_again(damage: str) -> None:
+    """Loaded unchecked, a truncated one is SIGBUS in every process, a zeroed one SIGILL."""
+    path = build.library_path()
+    damage_core(path, damage)
+    assert build.library_path() == path
+    ctypes.CDLL(str(path))
+    modified = path.stat().st_mtime_ns
+    build.library_path()
+    assert path.stat().st_mtime_ns == modified, "built once"
+    assert build.clear() == 1
+    assert [left.name for left in path.parent.iterdir() if left.name != "elsewhere"] == []
+
+
+@pytest.mark.usefixtures("small_core")
+def test_core_in_a_directory_that_others_can_write_to_is_not_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = build.library_path()
+    cache_directory.reset_warning()
+    path.parent.chmod(0o777)
+    assert build.library_path().parent != path.parent
+    assert "others may write to" in caplog.text
+
+
+def test_core_that_may_not_be_run_where_it_is_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system mounted with noexec."""
+    path, load = build.library_path(), ctypes.CDLL
+
+    def refuse(name: str, *arguments: Any) -> Any:
+        if Path(name).parent == path.parent:
+            raise OSError(f"{name}: failed to map segment from shared object")
+        return load(name, *arguments)
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert native.core.__wrapped__().instructions == native.core().instructions
+    monkeypatch.setattr(build, "copy_that_can_be_loaded", lambda library: path)
+    with pytest.raises(SetupError, match="noexec"):
+        native.core.__wrapped__()
+
+
+@pytest.mark.usefixtures("small_core")
+def test_no_directory_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path / "file"))
+
+    def no_directory(**_: Any) -> Any:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(build, "_private_directory", build._private_directory.__wrapped__)
+    monkeypatch.setattr(build.tempfile, "TemporaryDirectory", no_directory)
+    with pytest.raises(SetupError, match="TMPDIR"):
+        build.library_path()
+
+
+@pytest.mark.usefixtures("small_core")
+def test_a_program_that_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/bin/true")
+    with pytest.raises(SetupError, match=r"/bin/true.*is no C\+\+ compiler.*CXX"):
+        build.library_path()
+
+
+@pytest.mark.usefixtures("small_core")
+def test_without_more_threads_one_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert build.library_path().exists()
 
 
 @pytest.mark.usefixtures("small_core")
@@ -89,8 +181,10 @@ def test_cxx_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 def test_default_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUFLASH_CACHE_DIR", raising=False)
-    assert build.cache_directory().name == "simulator"
-    assert "cuflash" in str(build.cache_directory())
+    folder = cache_directory.find(build.PART)
+    assert folder is not None
+    assert folder.name == "simulator"
+    assert "cuflash" in str(folder)
 
 
 @pytest.mark.usefixtures("small_core")
@@ -106,5 +200,5 @@ def test_the_core_as_zig_builds_it() -> None:
     """The table is the same whichever compiler built the core."""
     compiler = build._probe((sys.executable, "-m", "ziglang", "c++"))
     assert compiler is not None
-    core = native.Core(build.build(compiler, build.cache_directory()))
+    core = native.Core(build.build(compiler, build.library_path().parent))
     assert core.instructions == native.core().instructions

@@ -459,7 +459,7 @@ def test_initialisation_without_a_fence(options: Options) -> None:
     launch(body, numbers(64), options=options, block=64)
     launch(body.replace("fence_init", "fence_async"), numbers(64), options=options, block=64)
     text = report(body.replace("fence_init();", ""), numbers(64), options=options, block=64)
-    assert "[proxy-fence] mbarrier of a copy at byte 4096 of shared memory" in text
+    assert "[isa-rules] mbarrier of a copy at byte 4096 of shared memory" in text
     assert "test.cu:7: load(s, a, 256, m);" in text
     assert "test.cu:4" in text  # the initialisation
 
@@ -612,7 +612,6 @@ def test_prefetch_does_nothing() -> None:
         "cp.reduce.async.bulk.global.shared::cta.bulk_group.min.f32 [d], [r], 16;",
         "cp.reduce.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes.min.u64 [r], [r], 16, [r];",
         "st.async.release.sys.global.u32 [d], r;",
-        "fence.proxy.tensormap::generic.release.gpu;",
     ],
 )
 def test_unsupported_forms(instruction: str) -> None:

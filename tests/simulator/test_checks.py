@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simulated import compile_cuda, run_cuda, run_ptx
+from simulated import compile_cuda, pack, run_cuda, run_ptx
 
+import cuflash
 from cuflash.errors import OptionError, SimulatorError
 from cuflash.simulator import Module, Options
 
@@ -108,14 +109,42 @@ def test_misaligned() -> None:
     assert "(lane 1) needs an alignment of 4 bytes" in text
 
 
-def test_dynamic_shared_memory_is_no_better_aligned_than_declared() -> None:
-    source = """extern "C" __global__ void k(int* out) {
-        extern __shared__ __align__(16) char s[];
-        out[0] = (u32)__cvta_generic_to_shared(s) % 32;
-    }"""
+ADDRESS_OF_DYNAMIC_MEMORY = """extern "C" __global__ void k(int* out) {
+    STATIC
+    extern __shared__ __align__(16) char s[];
+    out[0] = (u32)__cvta_generic_to_shared(s);
+}"""
+
+
+def address_of_dynamic_memory(static: str, **options: Any) -> int:
     out = np.zeros(1, np.int32)
-    run_cuda(source, out, block=1, shared=64)
-    assert out[0] == 16
+    module = Module(compile_cuda(ADDRESS_OF_DYNAMIC_MEMORY.replace("STATIC", static)), **options)
+    module.launch((1, 1, 1), (1, 1, 1), 64, pack([out]), [(out.ctypes.data, 4, "out")])
+    return int(out[0])
+
+
+STATIC = "__shared__ int fixed[9]; fixed[0] = 1; out[0] = *(volatile int*)fixed;"  # 36 bytes
+
+
+def test_dynamic_shared_memory_starts_where_it_does_on_a_gpu() -> None:
+    assert address_of_dynamic_memory("") == 1024
+    assert address_of_dynamic_memory(STATIC) == 1024 + 48
+
+
+@pytest.mark.parametrize("static", ["", STATIC])
+def test_dynamic_shared_memory_that_is_no_better_aligned_than_declared(static: str) -> None:
+    assert address_of_dynamic_memory(static, aligned_as_declared=True) % 32 == 16
+
+
+def test_our_kernels_get_no_better_alignment_than_they_declare() -> None:
+    """What calls of the library run on the simulator counts on nothing that it does not declare."""
+    from cuflash.launch import executable
+
+    plan = cuflash.plan(*(np.zeros((1, 64, 1, 64), np.float16) for _ in range(3)))
+    module = executable(plan.kernels[0], plan.device)._module  # type: ignore[attr-defined]
+    declared = max(v.align for v in module.kernel.variables.values() if v.space == "shared" and not v.nbytes)
+    assert declared == 128
+    assert module.program.dynamic_shared_begin % (2 * declared) == declared
 
 
 def test_copy_bounds() -> None:

@@ -97,6 +97,14 @@ def test_widening_is_exact(kind: str) -> None:
     np.testing.assert_array_equal(got, every.view(KINDS[kind]).astype(np.float32))
 
 
+@pytest.mark.parametrize("rounding", ["", ".rn"])
+def test_half_to_bfloat16(rounding: str) -> None:
+    """Without a rounding, as compilers write it for numbers that need none, it is to nearest even too."""
+    every = np.arange(65536, dtype=np.uint32).astype(np.uint16)
+    got = run_instruction(f"cvt{rounding}.bf16.f16 %d, %a;", np.uint16, every).view(ml_dtypes.bfloat16)
+    bits_equal(got, every.view(np.float16).astype(np.float32).astype(ml_dtypes.bfloat16))
+
+
 def test_every_half_survives_a_round_trip() -> None:
     every = np.arange(65536, dtype=np.uint32).astype(np.uint16)
     got = run_instruction("{.reg .f32 x; cvt.f32.f16 x, %a; cvt.rn.f16.f32 %d, x;}", np.uint16, every)

@@ -96,6 +96,16 @@ def test_extremes_that_keep_nan(operation: str) -> None:
     np.testing.assert_array_equal(got, (np.minimum if operation == "min" else np.maximum)(a, b))
 
 
+@pytest.mark.parametrize("operation", ["min", "max"])
+@pytest.mark.parametrize("modifier", ["", ".ftz", ".NaN"])
+def test_extreme_magnitudes_with_the_sign_of_a_product(operation: str, modifier: str) -> None:
+    a, b = floats(2)
+    got = run_instruction(f"{operation}{modifier}.xorsign.abs.f32 %d, %a, %b;", np.float32, a, b)
+    magnitudes = [np.abs(flushed(x) if modifier == ".ftz" else x) for x in (a, b)]
+    pick = {"min": np.fmin, "max": np.fmax} if modifier != ".NaN" else {"min": np.minimum, "max": np.maximum}
+    same(got, np.copysign(pick[operation](*magnitudes), np.where(np.signbit(a) ^ np.signbit(b), -1, 1).astype(np.float32)))
+
+
 def test_sign() -> None:
     a, b = floats(2)
     same(run_instruction("neg.f32 %d, %a;", np.float32, a), -a)
@@ -170,6 +180,18 @@ def test_comparison(operation: str, kind: str) -> None:
     else:
         expected = COMPARISONS[operation](a, b) & ~unordered
     np.testing.assert_array_equal(got.astype(bool), expected)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("operation", ["nan", "lt", "equ"])
+def test_set_of_packed_halves(operation: str, kind: str) -> None:
+    a, b = (special_floats(np.float32, 400, seed=i).astype(HALVES[kind])[:400] for i in range(2))
+    b[::3] = a[::3]
+    packed = [x.view(np.uint32) for x in (a, b)]
+    got = run_instruction(f"set.{operation}.{kind}x2.{kind}x2 %d, %a, %b;", np.uint32, *packed).view(HALVES[kind])
+    unordered = np.isnan(a) | np.isnan(b)
+    expected = {"nan": unordered, "lt": (a < b) & ~unordered, "equ": (a == b) | unordered}[operation]
+    np.testing.assert_array_equal(got.astype(np.float32), expected.astype(np.float32))
 
 
 def test_testp() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from mbarriers import ALL, SCHEDULES, launch, report
@@ -330,6 +332,17 @@ def test_divergent_waits() -> None:
         out = np.zeros(32, np.int32)
         launch(body, out, options=options, block=64)
         assert out.tolist() == [1] * 32
+
+
+@pytest.mark.parametrize("options", SCHEDULES)
+def test_initialised_again(options: Options) -> None:
+    """An alarm with checks; without, the mbarrier starts anew, as on a GPU."""
+    body = (SETUP % 1) + "if (t == 0) { init(m, 2); arrive(m); arrive(m); } __syncthreads(); wait(m, 0); a[t] = 1 + test(m, 1);"
+    assert "[mbarrier] the mbarrier at byte" in (text := report(body, np.zeros(32, np.int32), options=options))
+    assert "is initialised again before mbarrier.inval" in text
+    out = np.zeros(32, np.int32)
+    launch(body, out, options=dataclasses.replace(options, checks=False))
+    assert out.tolist() == [1] * 32
 
 
 def test_without_checks() -> None:

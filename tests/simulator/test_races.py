@@ -331,3 +331,42 @@ def test_an_atomic_does_not_hide_what_its_block_wrote_before() -> None:
     source = 'extern "C" __global__ void k(int* y) { if (blockIdx.x == 0 && threadIdx.x == 0) y[0] = 0; atomicAdd(y, 1); }'
     for threads in (1, 4):
         assert "[race] 4-byte" in report(source, np.zeros(1, np.int32), grid=8, options=Options(threads))
+
+
+SAME_PLACE = """extern "C" __global__ void k(int* out) {
+    __shared__ __align__(16) int s[64];
+    int t = threadIdx.x;
+    s[t] = t;
+    BARRIER
+    STORE
+    __syncthreads();
+    out[t] = s[t % 4];
+}"""
+STORES = {
+    "one word": "s[0] = VALUE;",
+    "several places": "s[t / 8] = t / 8 + VALUE;",
+    "vectors": "*(int4*)s = make_int4(VALUE, 1, 2, 3);",
+    "bytes": "((char*)s)[3] = VALUE;",
+    "64 bits": "((long long*)s)[1] = VALUE;",
+    "generic": 'int* p = s; asm volatile("st.b32 [%0], %1;" :: "l"(p), "r"(VALUE) : "memory");',
+}
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_lanes_that_store_the_same_value_at_the_same_place(store: str, options: Options) -> None:
+    source = SAME_PLACE.replace("BARRIER", "__syncthreads();").replace("STORE", STORES[store])
+    run(source.replace("VALUE", "7"), 32, options=options)
+    text = report(source.replace("VALUE", "int(t == 29)"), np.zeros(32, np.int32), options=options)
+    assert re.match(r"\[race\] \d+-byte store .*lanes of one warp, with no __syncwarp between", text)
+
+
+def test_the_same_value_in_another_instruction_races(options: Options) -> None:
+    """Only lanes of one instruction are at the same place at the same time; so neither may another warp store what this one does."""
+    assert "[race]" in report(SAME_PLACE.replace("BARRIER", "").replace("STORE", "s[5] = 5;"), np.zeros(32, np.int32), options=options)
+    for place in ("t + i", "31 - t + i"):
+        loop = SAME_PLACE.replace("BARRIER", "__syncthreads();").replace(
+            "STORE", f"\n#pragma unroll 1\nfor (int i = 0; i < 2; ++i) s[{place}] = 7;"
+        )
+        assert "[race]" in report(loop, np.zeros(32, np.int32), options=options)
+    source = SAME_PLACE.replace("BARRIER", "__syncthreads();").replace("STORE", "s[0] = 7;")
+    assert "[race]" in report(source, np.zeros(64, np.int32), block=64, options=options)

@@ -45,6 +45,13 @@ def test_back_and_forth() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_same_at_several_places(schedule: str) -> None:
+    """Warps of a warpgroup may reach it by different ways, as the warps of a producer do that have different work."""
+    out = run("if (warp % 4 == 1) { out[0] = 1; dec<24>(); out[1] = 2; } else { dec<24>(); out[2] = 3; }", schedule=schedule)
+    assert out[127] == 1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_more_than_there_are(schedule: str) -> None:
     text = report("if (warpgroup == 0) dec<40>(); else inc<240>();  // the bug", schedule=schedule)
     # Seven of eight warps get their 32 * 240 registers; of 65536 - 128 * 40 - 7 * 32 * 240 - 32 * 168 = 1280 the last needs 32 * 72.

@@ -480,8 +480,6 @@ def test_layout() -> None:
         "cp.async.bulk.tensor.3d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [r], [d, {r, r, r}], [r], {h};",
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile::gather4.mbarrier::complete_tx::bytes [r], [d, {r, r, r, r, r}], [r];",
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [r], [d, {r}], [r];",
-        "tensormap.replace.tile.global_address.global.b1024.b64 [d], d;",
-        "fence.proxy.tensormap::generic.acquire.gpu [d], 128;",
     ],
 )
 def test_unsupported_forms(instruction: str) -> None:

@@ -120,11 +120,12 @@ def run_wgmma(
     kinds: str,
     *,
     scale_d: int = 1,
+    immediate: bool = False,
     scales: str = "1, 1",
     transposed: tuple[int, int] = (0, 0),
     options: Options | None = None,
 ) -> tuple[Array, Counters]:
-    """D = A B + D over all steps of k by one warpgroup; A is a matrix when it comes from registers."""
+    """D = A B + D over all steps of k by one warpgroup; A is a matrix when it comes from registers. `immediate`: scale-d is written as a number."""
     n = d.shape[1]
     half = d.dtype == np.float16
     _, a_type, _ = kinds.split(".")
@@ -148,12 +149,13 @@ def run_wgmma(
     d_list = "{" + ",".join(f"%d{i}" for i in range(count)) + "}"
     for step in range(steps):
         a_text = "%da"
+        predicate = str(scale_d if step == 0 else 1) if immediate else "%p"
         if in_registers:
             a_text = "{" + ",".join(f"%a{4 * step + i}" for i in range(4)) + "}"
         else:
             body += f"add.u32 %t, %s, {a.starts[step]}; shr.u32 %t, %t, 4; cvt.u64.u32 %da, %t; or.b64 %da, %da, {a.descriptor};\n"
         body += f"add.u32 %t, %s, {b_at + b.starts[step]}; shr.u32 %t, %t, 4; cvt.u64.u32 %db, %t; or.b64 %db, %db, {b.descriptor};\n"
-        body += f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.{kinds} {d_list}, {a_text}, %db, %p, {scales}{trans};\n"
+        body += f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.{kinds} {d_list}, {a_text}, %db, {predicate}, {scales}{trans};\n"
         body += "setp.eq.u32 %p, 0, 0;\n"
     a_loads = "".join(f"ld.global.b32 %a{i}, [%g+{512 * i}];\n" for i in range(len(registers))) if in_registers else ""
     ptx = f""".version 8.0
@@ -195,6 +197,7 @@ def check(
     registers: bool = False,
     majors: tuple[int, int] = (0, 0),
     scale_d: int = 1,
+    immediate: bool = False,
     scales: tuple[int, int] = (1, 1),
     shift: int = 0,
     schedule: str = "late",
@@ -210,6 +213,7 @@ def check(
         d,
         kinds,
         scale_d=scale_d,
+        immediate=immediate,
         scales=f"{scales[0]}, {scales[1]}",
         transposed=majors,
         options=Options(threads=1, schedule=schedule, seed=n),
@@ -275,6 +279,12 @@ def test_types_that_are_k_major(kinds: str, swizzle: int, registers: bool) -> No
 @pytest.mark.parametrize("major", [0, 1])
 def test_registers_and_both_majors_of_b(kinds: str, major: int) -> None:
     check(96, kinds, registers=True, majors=(0, major))
+
+
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize("scale_d", [0, 1])
+def test_scale_d_as_a_number(scale_d: int, registers: bool) -> None:
+    check(16, scale_d=scale_d, registers=registers, immediate=True)
 
 
 @pytest.mark.parametrize("scales", [(1, 1), (-1, 1), (1, -1), (-1, -1)])

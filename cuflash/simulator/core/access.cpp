@@ -107,7 +107,7 @@ void resolve_shared(Warp& warp, const Record* in, u32 mask, const u64* addresses
   if (use.access == Access::NONE || !(target.shadow || target.profile)) return;
   u32 offsets[LANES];
   for (int lane = 0; lane < LANES; ++lane) offsets[lane] = u32(addresses[lane]);
-  if (target.shadow) target.shadow->access(warp, in, use.access, mask, offsets, use.bytes, use.what);
+  if (target.shadow) target.shadow->access(warp, in, use.access, mask, offsets, use.bytes, use.what, use.values);
   if (target.profile) target.profile->shared(warp.cta->record_index(in), use.access, mask, offsets, use.bytes);
 }
 
@@ -227,7 +227,7 @@ SIM_INLINE bool resolve_shared_quickly(Warp& warp, const Record* in, u32 mask, A
   if (SIM_UNLIKELY((bad & mask) != 0)) return false;
   for (int lane = 0; lane < LANES; ++lane) pointers.lane[lane] = cta.shared + addresses[lane];
   if (use.access == Access::NONE) return true;
-  cta.shadow->access(warp, in, use.access, mask, addresses, use.bytes, use.what);
+  cta.shadow->access(warp, in, use.access, mask, addresses, use.bytes, use.what, use.values);
   if (SIM_UNLIKELY(cta.profile != nullptr)) cta.profile->shared(cta.record_index(in), use.access, mask, addresses, use.bytes);
   return true;
 }

@@ -21,12 +21,37 @@ constexpr bool writes(Access access) { return access == Access::WRITE || access 
 // In field c of loads and stores, besides the space.
 constexpr u32 ADDRESS_64 = 8, NO_RESULT = 16, STRONG = 32;
 
+// The values that a store writes: `count` of `bytes` bytes per lane, low bits of rows of 32 or 64 bits. Lanes that write the same values to the
+// same place do not race.
+struct StoredValues {
+  const void* rows[8];
+  u32 count, bytes;
+
+  bool same(u32 lane, u32 other) const {
+    const size_t stride = bytes == 8 ? 8 : 4;
+    for (u32 i = 0; i < count; ++i) {
+      const u8* row = (const u8*)rows[i];
+      if (memcmp(row + stride * lane, row + stride * other, bytes) != 0) return false;
+    }
+    return true;
+  }
+  // Whether `place` holds what a lane writes.
+  bool equal(u32 lane, const u8* place) const {
+    const size_t stride = bytes == 8 ? 8 : 4;
+    for (u32 i = 0; i < count; ++i) {
+      if (memcmp((const u8*)rows[i] + stride * lane, place + bytes * i, bytes) != 0) return false;
+    }
+    return true;
+  }
+};
+
 // What an instruction does with each address. `what` names it, as in "4-byte load".
 struct Use {
   Access access;
   u32 bytes, alignment;
   const char* what;
   bool profiled = true;  // false: the caller tells the profile itself, as it does with Access::NONE
+  const StoredValues* values = nullptr;  // of a store, where known
 };
 
 constexpr int WINDOW_SHIFT = 60;  // generic address = window << 60 | address; window 0 is global

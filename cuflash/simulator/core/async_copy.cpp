@@ -282,7 +282,7 @@ const Record* arrive_on_mbarrier(Warp& warp, const Record* in) {
   Queue& queue = engine.queues[warp.index];
   const u32 agent = cluster.agent(warp.cta->rank, OWN_COPIES, warp.id), clock = cluster.latest(agent);
   for_barriers(warp, in, "cp.async.mbarrier.arrive", [&](Mbarrier& barrier, u32 lanes) {
-    if (warp.cta->checks) barrier.arriving.known.raise(agent, clock, lanes);
+    if (warp.cta->checks) barrier.arriving.known.raise(agent, clock, lanes), cluster.mbarriers->release_waits(warp, barrier);
     for_lanes(lanes, [&](int lane) {
       const Place at = place_of(warp, in, 1u << lane);
       if (!(in->a & 1)) cluster.mbarriers->expect_arrival(at, barrier);

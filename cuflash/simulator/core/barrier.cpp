@@ -64,7 +64,7 @@ bool arrive_and_wait(Warp& warp, const Record* in, u32 mask, u32 votes, Barrier*
     group.ticket = barrier->generation + 1;
     if (arrival.completes) complete(warp, *barrier);
   } else {
-    barrier = &warp.cta->barriers[value_of(warp, in->a, mask)];
+    barrier = &warp.cta->barriers[value_of(warp, in->a, mask) % 16];
   }
   generation = group.ticket;
   if (barrier->generation < generation) return false;

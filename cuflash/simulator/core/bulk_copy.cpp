@@ -270,7 +270,8 @@ const Record* copy_to_global(Warp& warp, const Record* in) {
     BulkCopy copy = make_bulk_copy(warp, in, lane);
     copy.reduction = reduction_of(in);
     copy.source_rank = own.rank;
-    u8* to = global_range(warp, in, lane, global_address(warp, extra, lane), {Access::WRITE, bytes, GRANULE, "destination of cp.async.bulk"});
+    const Access access = copy.reduction ? Access::ATOMIC : Access::WRITE;
+    u8* to = global_range(warp, in, lane, global_address(warp, extra, lane), {access, bytes, GRANULE, "destination of cp.async.bulk"});
     copy.pieces.push_back({to, resolve_range(warp, in, lane, own, begin, {Access::READ, bytes, GRANULE, what}), bytes});
     const AsyncAgent agent = bulk_copies_of(warp).group_agent(warp);
     copy.clock = agent.clock;

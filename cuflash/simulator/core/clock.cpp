@@ -28,9 +28,10 @@ bool Clock::covers_in_part(Stamp stamp) const {
   return false;
 }
 
-void WarpKnowledge::reset(u32 num_agents, const u32 (&own_agents)[NUM_OWN_AGENTS]) {
+void WarpKnowledge::reset(u32 num_agents, const u32 (&own_agents)[NUM_OWN_AGENTS], u32 waits) {
   for (u32 i = 0; i < NUM_OWN_AGENTS; ++i) own_[i] = {own_agents[i], 0};
   own_[OWN_ACCESSES].done = 1;
+  waits_ = {waits, 0};
   unsynchronized_ = ahead_ = fenced_ = seeing_ = 0;
   num_agents_ = num_agents;
   all_.reset(num_agents);
@@ -69,6 +70,7 @@ void WarpKnowledge::release(u32 lanes, Knowledge& into) {
     if (everything) into.known.raise(own.agent, own.done);
     else into.known.raise(own.agent, own.done, lanes);
   }
+  if (waits_.agent != NO_AGENT) into.known.raise(waits_.agent, waits_.done);
   for_lanes(lanes & ahead_, [&](int lane) { into.join(lanes_[lane]); });
   ++own_[OWN_ACCESSES].done;
 }
@@ -108,6 +110,24 @@ void WarpKnowledge::fence(u32 lanes, u32 live) {
 void WarpKnowledge::learn(u32 lanes, u32 live, u32 agent, u32 clock) {
   if ((live & ~lanes) == 0) all_.known.raise(agent, clock);
   else for_lanes(lanes, [&](int lane) { of_lane(u32(lane)).known.raise(agent, clock); });
+}
+
+void WarpKnowledge::release_waits(u32 first, std::vector<u32>& into) const {
+  if (waits_.agent == NO_AGENT) return;
+  into.resize(num_agents_ - first);
+  const auto add = [&](const Clock& known) {
+    for (u32 i = 0; i < into.size(); ++i) into[i] = std::max(into[i], known.at(first + i));
+  };
+  add(all_.known);
+  for_lanes(ahead_, [&](int lane) { add(lanes_[lane].known); });
+  into[waits_.agent - first] = waits_.done;
+}
+
+void WarpKnowledge::learn_waits(u32 first, const std::vector<u32>& from) {
+  for (u32 i = 0; i < from.size(); ++i) {
+    all_.known.raise(first + i, from[i]);
+    for_lanes(ahead_, [&](int lane) { lanes_[lane].known.raise(first + i, from[i]); });
+  }
 }
 
 void WarpKnowledge::synchronize(u32 lanes, u32 live) {

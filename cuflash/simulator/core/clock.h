@@ -5,6 +5,9 @@
 // clock says of every agent up to which of its clocks accesses happened before. Synchronisation moves clocks: `release` adds what lanes
 // know to a clock that others `acquire`. Lanes of a warp are told apart: until a warp synchronises, a lane knows its own accesses only.
 //
+// In kernels with mbarriers a clock also says of every warp up to which of its waits for mbarriers have happened, see mbarrier.h. These agents have
+// the highest numbers and no stamps. A wait is one of the whole warp: its lanes wait together, and any of them vouches for all.
+//
 // Two kinds of knowledge: `known`, and `fenced`, what is known through a proxy fence. Asynchronous units (TMA, wgmma) must find ordinary
 // accesses fenced.
 #pragma once
@@ -34,8 +37,10 @@ struct Stamp {
   bool atomic() const { return word >> 27 & 1; }
   u32 lane_mask() const { return 1u << lane(); }
   Stamp by_lane(u32 lane) const { return {(word & ~(u64(31) << 22)) | u64(lane) << 22}; }
+  Stamp by_agent(u32 agent) const { return {(word & ~(u64(0x7ff) << 28)) | u64(agent) << 28}; }
   explicit operator bool() const { return word != 0; }
 };
+constexpr u32 NO_AGENT = ~0u;
 constexpr u32 MAX_CLOCK = (1u << 25) - 1, MAX_AGENTS = 1u << 11, MAX_STAMPED_RECORDS = 1u << 22;
 
 // For every agent the clock up to which its accesses are covered. Some lanes of a warp may be ahead of the others.
@@ -75,7 +80,8 @@ enum OwnAgent : u32 { OWN_ACCESSES = 0, OWN_COPIES = 1, OWN_BULK = 2, NUM_OWN_AG
 // What the lanes of one warp know.
 class WarpKnowledge {
  public:
-  void reset(u32 num_agents, const u32 (&own_agents)[NUM_OWN_AGENTS]);
+  // `waits`: the agent of its waits for mbarriers, or NO_AGENT.
+  void reset(u32 num_agents, const u32 (&own_agents)[NUM_OWN_AGENTS], u32 waits);
 
   u32 now() const { return own_[OWN_ACCESSES].done; }  // the clock of the warp's next access
   u32 agent(OwnAgent which) const { return own_[which].agent; }
@@ -111,6 +117,11 @@ class WarpKnowledge {
   // Everything that an agent did up to `clock` happened before what `lanes` do now.
   void learn(u32 lanes, u32 live, u32 agent, u32 clock);
 
+  u32 count_wait() { return ++waits_.done; }
+  // Only the waits that the warp knows of, its own included; `first` is the agent of the first warp's. For what orders waits but no accesses.
+  void release_waits(u32 first, std::vector<u32>& into) const;
+  void learn_waits(u32 first, const std::vector<u32>& from);
+
  private:
   struct Own {
     u32 agent, done;
@@ -120,6 +131,7 @@ class WarpKnowledge {
   Knowledge& of_lane(u32 lane);
 
   Own own_[NUM_OWN_AGENTS];
+  Own waits_;
   u32 unsynchronized_ = 0;        // lanes with accesses, or waits for copies, that not all lanes know
   u32 ahead_ = 0;                 // lanes that know more than `all_`: see `lanes_`
   Knowledge all_;                 // what every lane knows

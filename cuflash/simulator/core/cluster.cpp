@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "async_copy.h"
+#include "interrupt.h"
 #include "register_pool.h"
 #include "bulk_copy.h"
 #include "table.h"
@@ -13,13 +14,14 @@
 
 namespace sim {
 
-Cluster::Cluster(const Program& program_, const LaunchDescription& launch_, GlobalShadow* global_)
-    : program(program_), launch(launch_), global(global_) {
+Cluster::Cluster(const Program& program_, const LaunchDescription& launch_, GlobalShadow* global_, Interrupt& interrupt, bool by_caller)
+    : program(program_), launch(launch_), global(global_), interrupt_(interrupt), by_caller_(by_caller) {
   size = launch.cluster[0] * launch.cluster[1] * launch.cluster[2];
   warps_per_cta_ = (launch.block[0] * launch.block[1] * launch.block[2] + LANES - 1) / LANES;
   warpgroups_per_cta_ = (warps_per_cta_ + 3) / 4;
   mbarriers_per_cta_ = program.uses_mbarriers ? MAX_MBARRIERS : 0;
-  agents_per_cta_ = NUM_OWN_AGENTS * warps_per_cta_ + warpgroups_per_cta_ + mbarriers_per_cta_;
+  parts_per_cta_ = program.uses_wgmma ? warps_per_cta_ : 0;
+  agents_per_cta_ = NUM_OWN_AGENTS * warps_per_cta_ + warpgroups_per_cta_ + parts_per_cta_ + mbarriers_per_cta_;
   clocks_.assign(num_agents(), 0);
   if (launch.record_profiles) profile = std::make_unique<Profile>(program, launch);
   for (u32 rank = 0; rank < size; ++rank) {
@@ -62,7 +64,7 @@ void Cluster::reset(u64 number) {
 
 void Cluster::run(u64 number) {
   reset(number);
-  if (launch.checks && num_agents() > MAX_AGENTS) {
+  if (launch.checks && num_stamped_agents() > MAX_AGENTS) {
     throw Failure{"unsupported", "a cluster of so many warps and mbarriers is too large for the race detector", {0, 0, NO_RECORD, 0}, 0, 0, {}};
   }
   if (launch.schedule == Schedule::RANDOM) run_at_random();
@@ -91,8 +93,11 @@ AgentName Cluster::agent_name(u32 agent) const {
     write(KINDS[number / warps_per_cta_], name.warp);
   } else if ((number -= NUM_OWN_AGENTS * warps_per_cta_) < warpgroups_per_cta_) {
     write("wgmma of warpgroup", number);
+  } else if ((number -= warpgroups_per_cta_) < parts_per_cta_) {
+    name.warp = number;
+    write("wgmma of warp", number);
   } else {
-    write("a copy that completes on mbarrier", number - warpgroups_per_cta_);
+    write("a copy that completes on mbarrier", number - parts_per_cta_);
   }
   if (size > 1) write(" of block", rank);
   return name;
@@ -192,6 +197,16 @@ template <bool PROFILED> Cluster::Turn Cluster::run_warp_as(Warp& warp, u64 fuel
 
 constexpr u32 MAX_IDLE_ROUNDS = 1000;  // in which warps only look whether something has happened
 
+// Stops a launch that is to stop. The clock is looked at only now and then: turns of a random schedule are short.
+void Cluster::after_turn(const Warp& warp, u64 executed_before) {
+  constexpr u64 LOOK_EVERY = 1 << 12;
+  interrupt_.check();
+  if (!by_caller_ || (since_look_ += warp.executed - executed_before + 1) < LOOK_EVERY) return;
+  since_look_ = 0;
+  interrupt_.look();
+  interrupt_.check();
+}
+
 void Cluster::run_in_turn() {
   constexpr u64 FUEL = 1 << 14;  // so that a warp that polls memory cannot starve the one that it waits for
   for (u32 idle = 0;;) {
@@ -199,7 +214,9 @@ void Cluster::run_in_turn() {
     for (Warp* warp : warps) {
       if (warp->num_groups == 0) continue;
       unfinished = true;
+      const u64 before = warp->executed;
       const Turn turn = run_warp(*warp, FUEL);
+      after_turn(*warp, before);
       progress |= turn == Turn::RAN;
       polled |= turn == Turn::POLLED;
     }
@@ -229,7 +246,9 @@ void Cluster::run_at_random() {
     const u32 chosen = candidates[random.below(u32(candidates.size()))];
     // Mostly short turns, now and then a long one, so that a warp can also get far ahead of the others.
     const u64 fuel = random.below(8) ? 1 + random.below(48) : 1 + random.below(4096);
+    const u64 before = warps[chosen]->executed;
     const Turn turn = run_warp(*warps[chosen], fuel);
+    after_turn(*warps[chosen], before);
     if (turn == Turn::RAN) {
       std::fill(stalled.begin(), stalled.end(), 0);
       if (!warps[chosen]->polling) idle = 0;  // going around a loop that polls is not progress

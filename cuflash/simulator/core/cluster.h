@@ -14,6 +14,7 @@ namespace sim {
 
 class GlobalShadow;
 class BulkCopies;
+class Interrupt;
 class Mbarriers;
 
 // Who an agent of clock.h is, for reports.
@@ -36,7 +37,8 @@ struct ClusterBarrier {
 class Cluster {
  public:
   // `global` is null without checks.
-  Cluster(const Program& program, const LaunchDescription& launch, GlobalShadow* global);
+  // `by_caller`: in the thread that called `launch`, which looks for signals.
+  Cluster(const Program& program, const LaunchDescription& launch, GlobalShadow* global, Interrupt& interrupt, bool by_caller);
   ~Cluster();
   void run(u64 number);
 
@@ -58,11 +60,25 @@ class Cluster {
   BulkCopies* bulk_copies;  // one of the engines
   Random random{0};
 
-  // Agents, block by block: the warps; for each warp its cp.async copies, then its bulk copies; the warpgroups' matrix products; mbarriers.
-  u32 num_agents() const { return size * agents_per_cta_; }
+  // Agents, block by block: the warps; for each warp its cp.async copies, then its bulk copies; the warpgroups' matrix products; each warp's part in
+  // them, in kernels with wgmma; mbarriers. After all these the warps' waits, in kernels with mbarriers.
+  u32 num_agents() const { return num_stamped_agents() + (program.uses_mbarriers ? size * warps_per_cta_ : 0); }
+  u32 num_stamped_agents() const { return size * agents_per_cta_; }
   u32 agent(u32 rank, OwnAgent which, u32 warp) const { return rank * agents_per_cta_ + u32(which) * warps_per_cta_ + warp; }
   u32 warpgroup_agent(u32 rank, u32 warpgroup) const { return rank * agents_per_cta_ + NUM_OWN_AGENTS * warps_per_cta_ + warpgroup; }
-  u32 mbarrier_agent(u32 rank, u32 slot) const { return warpgroup_agent(rank, warpgroups_per_cta_) + slot; }
+  u32 wgmma_part_agent(u32 rank, u32 warp) const { return warpgroup_agent(rank, warpgroups_per_cta_) + warp; }
+  bool is_wgmma_part(u32 agent) const {
+    const u32 number = agent % agents_per_cta_ - wgmma_part_agent(0, 0);
+    return number < parts_per_cta_;
+  }
+  u32 warpgroup_of_part(u32 agent) const {
+    const u32 rank = agent / agents_per_cta_;
+    return warpgroup_agent(rank, (agent - wgmma_part_agent(rank, 0)) / 4);
+  }
+  u32 mbarrier_agent(u32 rank, u32 slot) const { return wgmma_part_agent(rank, parts_per_cta_) + slot; }
+  u32 wait_agent(u32 rank, u32 warp) const { return program.uses_mbarriers ? num_stamped_agents() + rank * warps_per_cta_ + warp : NO_AGENT; }
+  bool is_warp(u32 agent) const { return agent % agents_per_cta_ < warps_per_cta_; }
+  bool is_copy(u32 agent) const { return agent % agents_per_cta_ / warps_per_cta_ == OWN_COPIES; }
   bool is_proxy(u32 agent) const { return agent % agents_per_cta_ >= OWN_BULK * warps_per_cta_; }
   AgentName agent_name(u32 agent) const;
   u32 tick(u32 agent) { return ++clocks_[agent]; }  // the clock of the next asynchronous access of an agent
@@ -77,13 +93,17 @@ class Cluster {
   bool merge_groups(Warp& warp);
   bool pick_group(Warp& warp, u32 tried);
   bool step_engines();
+  void after_turn(const Warp& warp, u64 executed_before);
   void run_in_turn();
   void run_at_random();
   void check_clocks() const;
   [[noreturn]] void report_stall(bool polling);
 
-  u32 warps_per_cta_, warpgroups_per_cta_, mbarriers_per_cta_, agents_per_cta_;
+  u32 warps_per_cta_, warpgroups_per_cta_, parts_per_cta_, mbarriers_per_cta_, agents_per_cta_;
   std::vector<u32> clocks_;
+  Interrupt& interrupt_;
+  const bool by_caller_;
+  u64 since_look_ = 0;  // instructions
 };
 
 }  // namespace sim

@@ -1,6 +1,7 @@
 // Branches, exits, joins and the instructions that only change the flow of a warp.
 #include "cluster.h"
 #include "table.h"
+#include "validate.h"
 
 namespace sim {
 namespace {
@@ -70,6 +71,9 @@ const Record* leave(Warp& warp, const Record* in) {
 
 const Record* nothing(Warp&, const Record* in) { return in + 1; }
 
+// Behind the last record. Every program that was decoded ends before.
+const Record* past_the_end(Warp& warp, const Record* in) { warp.fail(in, "program", warp.active, "the program has no end"); }
+
 const Record* trap(Warp& warp, const Record* in) {
   const u32 mask = warp.mask(in);
   if (mask == 0) return in + 1;
@@ -107,6 +111,7 @@ void register_control(Table& table) {
   table.add("brx.idx", "", branch_indexed);
   table.add("exit ret", "", leave);
   table.add("nop", "", nothing);
+  table.add(PAST_THE_END, "", past_the_end, Class::NONE);
   table.add("nanosleep.u32", "a32", nothing);
   table.add("trap", "", trap);
   table.add("brkpt", "", nothing);

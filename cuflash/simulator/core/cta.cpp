@@ -8,6 +8,14 @@
 #include "special_registers.h"
 
 namespace sim {
+namespace {
+
+// Room for the highest row or predicate that a record can name, behind everything that it indexes: a program whose records name wrong ones computes
+// garbage, and touches no other memory.
+constexpr size_t ROOM_FOR_ROWS = (size_t(CONSTANT) + 1) * ROW_BYTES;
+static_assert(ROOM_FOR_ROWS > 0x10000 * sizeof(u32));  // predicates are named by 16 bits
+
+}  // namespace
 
 void Warp::fail(const Record* in, const char* check, u32 lanes, const char* format, ...) const {
   char text[MESSAGE_BYTES];
@@ -56,7 +64,8 @@ Cta::Cta(Cluster& cluster_, u32 rank_)
   const size_t register_bytes = size_t(program.num_rows) * ROW_BYTES;
   const size_t predicate_bytes = (size_t(program.num_predicates) * 4 + 63) & ~size_t(63);
   const size_t local_bytes = (size_t(program.local_bytes) * LANES + 63) & ~size_t(63);
-  memory_.reset(new u8[shared_bytes + num_warps * (register_bytes + predicate_bytes + 2 * local_bytes) + align]);
+  const size_t constant_bytes = program.constants.size() * ROW_BYTES;
+  memory_.reset(new u8[shared_bytes + num_warps * (register_bytes + predicate_bytes + 2 * local_bytes) + constant_bytes + ROOM_FOR_ROWS + align]);
   u8* next = (u8*)((u64(memory_.get()) + align - 1) & ~u64(align - 1));
   shared = next;
   next += shared_bytes;
@@ -67,11 +76,12 @@ Cta::Cta(Cluster& cluster_, u32 rank_)
     warp.predicates = (u32*)next, next += predicate_bytes;
     warp.local = next, next += local_bytes;
     warp.local_written = next, next += local_bytes;
-    warp.constants = (const u8*)program.constants.data();
     warp.extra = program.extra.data();
     warp.cta = this;
     warp.id = i;
   }
+  memcpy(next, program.constants.data(), constant_bytes);
+  for (Warp& warp : warps) warp.constants = next;
   if (checks) shadow = std::make_unique<SharedShadow>(*this);
 }
 
@@ -94,7 +104,7 @@ void Cta::reset(u32 x, u32 y, u32 z) {
     if (checks) {
       u32 agents[NUM_OWN_AGENTS];
       for (u32 i = 0; i < NUM_OWN_AGENTS; ++i) agents[i] = cluster->agent(rank, OwnAgent(i), warp.id);
-      warp.knowledge.reset(cluster->num_agents(), agents);
+      warp.knowledge.reset(cluster->num_agents(), agents, cluster->wait_agent(rank, warp.id));
     }
     memset(warp.predicates, 0, size_t(program.num_predicates) * 4);
     warp.predicates[0] = ALL_LANES;

@@ -1,9 +1,9 @@
-// mma.sync: D = A B + C of one warp, for m16n8 and a depth of 4, 8 or 16.
+// mma.sync of all floats but f64: D = A B + C of one warp, for m16n8 and a depth of 4 to 32.
 //
 // Contract: fragments lie as in the PTX ISA ("Matrix Fragments for mma.m16n8k…"). With g = lane / 4 and q = lane % 4, an accumulator
 // register holds column 2q or 2q + 1 of row g or g + 8, so a register of 32 lanes is 8 rows of four even or odd columns. C stays in that
 // layout: the loop over k multiplies A[g][k], repeated over q, by B[k][columns], repeated over g. Products are summed in f32 in the order
-// of k; a product of two f16, bf16 or tf32 numbers is exact in f32. `extra` at x holds the rows of the operands in PTX order.
+// of k; a product of two f16, bf16, tf32 or 8-bit numbers is exact in f32. `extra` at x holds the rows of the operands in PTX order.
 #include "matrix.h"
 
 #include "table.h"
@@ -11,7 +11,7 @@
 namespace sim {
 namespace {
 
-template <Input INPUT, int K> constexpr int KIND = int(INPUT) * 32 + K;
+template <Input INPUT, int K> constexpr int KIND = int(INPUT) * 64 + K;
 template <Input INPUT, int K> constexpr int A_REGISTERS = K * 2 / 4 / VALUES<INPUT>;
 template <Input INPUT, int K> constexpr int B_REGISTERS = K / 4 / VALUES<INPUT>;
 
@@ -88,7 +88,7 @@ template <int K> SIM_INLINE void multiply(const MatrixScratch& scratch, int firs
   memcpy(tiles, sum, sizeof sum);
 }
 
-template <Input INPUT, int K, Accumulator TYPE> const Record* matrix_multiply(Warp& warp, const Record* in) {
+template <Input A, Input B, int K, Accumulator TYPE> const Record* matrix_multiply(Warp& warp, const Record* in) {
   const u32 mask = warp.mask(in);
   if (SIM_UNLIKELY(mask != ALL_LANES)) {
     if (mask == 0) return in + 1;
@@ -97,15 +97,15 @@ template <Input INPUT, int K, Accumulator TYPE> const Record* matrix_multiply(Wa
   const u16* extra = warp.extra + in->x;
   const u16* d = extra;
   const u16* a = d + C_REGISTERS<TYPE>;
-  const u16* b = a + A_REGISTERS<INPUT, K>;
-  const u16* c = b + B_REGISTERS<INPUT, K>;
+  const u16* b = a + A_REGISTERS<A, K>;
+  const u16* c = b + B_REGISTERS<B, K>;
   MatrixScratch& scratch = *warp.cta->matrix;
-  const u32* a_rows[A_REGISTERS<INPUT, K>];
-  const u32* b_rows[B_REGISTERS<INPUT, K>];
-  for (int i = 0; i < A_REGISTERS<INPUT, K>; ++i) a_rows[i] = warp.row<u32>(a[i]);
-  for (int i = 0; i < B_REGISTERS<INPUT, K>; ++i) b_rows[i] = warp.row<u32>(b[i]);
-  expand_a<INPUT, K>(scratch, a_rows);
-  expand_b<INPUT, K>(scratch, b_rows);
+  const u32* a_rows[A_REGISTERS<A, K>];
+  const u32* b_rows[B_REGISTERS<B, K>];
+  for (int i = 0; i < A_REGISTERS<A, K>; ++i) a_rows[i] = warp.row<u32>(a[i]);
+  for (int i = 0; i < B_REGISTERS<B, K>; ++i) b_rows[i] = warp.row<u32>(b[i]);
+  expand_a<A, K>(scratch, a_rows);
+  expand_b<B, K>(scratch, b_rows);
   HalfTile tiles[2];  // all of C is read before D is written: they may share registers in another order
   for (int half = 0; half < 2; ++half) read_tile<TYPE>(warp, c, half, tiles[half]);
   for (int half = 0; half < 2; half += HALVES_AT_ONCE) multiply<K>(scratch, half, tiles + half);
@@ -116,19 +116,32 @@ template <Input INPUT, int K, Accumulator TYPE> const Record* matrix_multiply(Wa
   return in + 1;
 }
 
+template <Input INPUT, int K, Accumulator TYPE> constexpr Handler same_inputs = matrix_multiply<INPUT, INPUT, K, TYPE>;
+
+template <int K, Accumulator TYPE> void register_fp8(Table& table, const std::string& stem) {
+  table.add(stem + ".e4m3.e4m3", "", matrix_multiply<Input::E4M3, Input::E4M3, K, TYPE>);
+  table.add(stem + ".e4m3.e5m2", "", matrix_multiply<Input::E4M3, Input::E5M2, K, TYPE>);
+  table.add(stem + ".e5m2.e4m3", "", matrix_multiply<Input::E5M2, Input::E4M3, K, TYPE>);
+  table.add(stem + ".e5m2.e5m2", "", matrix_multiply<Input::E5M2, Input::E5M2, K, TYPE>);
+}
+
 }  // namespace
 
-// Names: shape, accumulator, inputs.
+// Names: shape, accumulator, inputs; of 8 bits both.
 void register_matrix(Table& table) {
   table.family(Class::MATRIX);
-  table.add("mma.m16n8k8.f32.f16", "", matrix_multiply<Input::F16, 8, Accumulator::F32>);
-  table.add("mma.m16n8k16.f32.f16", "", matrix_multiply<Input::F16, 16, Accumulator::F32>);
-  table.add("mma.m16n8k8.f16.f16", "", matrix_multiply<Input::F16, 8, Accumulator::F16>);
-  table.add("mma.m16n8k16.f16.f16", "", matrix_multiply<Input::F16, 16, Accumulator::F16>);
-  table.add("mma.m16n8k8.f32.bf16", "", matrix_multiply<Input::BF16, 8, Accumulator::F32>);
-  table.add("mma.m16n8k16.f32.bf16", "", matrix_multiply<Input::BF16, 16, Accumulator::F32>);
-  table.add("mma.m16n8k4.f32.tf32", "", matrix_multiply<Input::TF32, 4, Accumulator::F32>);
-  table.add("mma.m16n8k8.f32.tf32", "", matrix_multiply<Input::TF32, 8, Accumulator::F32>);
+  table.add("mma.m16n8k8.f32.f16", "", same_inputs<Input::F16, 8, Accumulator::F32>);
+  table.add("mma.m16n8k16.f32.f16", "", same_inputs<Input::F16, 16, Accumulator::F32>);
+  table.add("mma.m16n8k8.f16.f16", "", same_inputs<Input::F16, 8, Accumulator::F16>);
+  table.add("mma.m16n8k16.f16.f16", "", same_inputs<Input::F16, 16, Accumulator::F16>);
+  table.add("mma.m16n8k8.f32.bf16", "", same_inputs<Input::BF16, 8, Accumulator::F32>);
+  table.add("mma.m16n8k16.f32.bf16", "", same_inputs<Input::BF16, 16, Accumulator::F32>);
+  table.add("mma.m16n8k4.f32.tf32", "", same_inputs<Input::TF32, 4, Accumulator::F32>);
+  table.add("mma.m16n8k8.f32.tf32", "", same_inputs<Input::TF32, 8, Accumulator::F32>);
+  register_fp8<16, Accumulator::F32>(table, "mma.m16n8k16.f32");
+  register_fp8<16, Accumulator::F16>(table, "mma.m16n8k16.f16");
+  register_fp8<32, Accumulator::F32>(table, "mma.m16n8k32.f32");
+  register_fp8<32, Accumulator::F16>(table, "mma.m16n8k32.f16");
 }
 
 }  // namespace sim

@@ -5,7 +5,7 @@
 
 namespace sim {
 
-constexpr int MAX_K = 16;  // depth of the largest mma
+constexpr int MAX_K = 32;  // depth of the largest mma
 
 // Operands expanded for the inner loop, and the registers that they were expanded from: consecutive instructions often share A or B.
 struct MatrixScratch {

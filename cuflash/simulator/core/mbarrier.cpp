@@ -61,9 +61,10 @@ void Mbarriers::init(const Place& at, Cta& cta, u32 address, u32 arrivals) {
   auto& barriers = barriers_[cta.rank];
   u32 slot = MAX_MBARRIERS;
   for (u32 i = MAX_MBARRIERS; i-- > 0;) {
-    if (!barriers[i].valid) slot = i;
-    else if (barriers[i].address == address)
-      fail("mbarrier", at, &barriers[i].init, "%s is initialised again before mbarrier.inval", name(barriers[i]).c_str());
+    const bool again = barriers[i].valid && barriers[i].address == address;
+    if (again && cta.checks) fail("mbarrier", at, &barriers[i].init, "%s is initialised again before mbarrier.inval", name(barriers[i]).c_str());
+    if (!barriers[i].valid || again) slot = i;
+    if (again) break;
   }
   if (slot == MAX_MBARRIERS) fail("unsupported", at, nullptr, "a block with more than %u mbarriers", MAX_MBARRIERS);
   Mbarrier& barrier = barriers[slot];
@@ -73,7 +74,8 @@ void Mbarriers::init(const Place& at, Cta& cta, u32 address, u32 arrivals) {
   barrier.phase = barrier.carried = barrier.waited = 0;
   barrier.announced = barrier.issued = barrier.arrived = 0;
   barrier.carries = false;
-  barrier.init = at;
+  barrier.waits.clear();
+  barrier.init = barrier.last_arrival = at;
   barrier.init_fence = {};
   if (cta.checks) barrier.arriving.reset(cluster_.num_agents()), barrier.completed.reset(cluster_.num_agents());
   const u64 word = WORD | slot;
@@ -111,10 +113,35 @@ void Mbarriers::check_announced(const Place& at, const Mbarrier& barrier) const 
        barrier.phase, name(barrier).c_str(), (long long)barrier.announced, (long long)barrier.issued);
 }
 
+void Mbarriers::note_wait(Warp& warp, const Place& at, Mbarrier& barrier) {
+  const u32 clock = warp.knowledge.count_wait();
+  for (Mbarrier::Wait& wait : barrier.waits) {
+    if (wait.warp != &warp) continue;
+    wait.clock = clock, wait.place = at;
+    return;
+  }
+  barrier.waits.push_back({&warp, clock, at});
+}
+
+// This phase ends: everybody who waited for the one before must be known to have done so.
+void Mbarriers::check_waits(Mbarrier& barrier) const {
+  for (const Mbarrier::Wait& wait : barrier.waits) {
+    if (barrier.arriving.known.at(cluster_.wait_agent(wait.warp->cta->rank, wait.warp->id)) >= wait.clock) continue;
+    const std::string phase =
+        barrier.phase == 0 ? "which only an mbarrier without completed phases lets pass" : "for phase " + std::to_string(barrier.phase - 1);
+    fail("late-wait", wait.place, &barrier.last_arrival,
+         "nothing orders this wait of warp %u, %s of %s, before the end of phase %u: a warp that comes only then sees the old parity again and waits "
+         "for ever",
+         wait.warp->id, phase.c_str(), name(barrier).c_str(), barrier.phase);
+  }
+  barrier.waits.clear();
+}
+
 void Mbarriers::complete_phase_if_due(Mbarrier& barrier) {
   false_answers_ = MAX_FALSE_ANSWERS;
   if (barrier.pending != 0 || barrier.announced != barrier.arrived) return;
   if (cluster_.launch.checks) {
+    check_waits(barrier);
     const u32 agent = cluster_.mbarrier_agent(barrier.rank, barrier.slot);
     barrier.arriving.known.raise(agent, cluster_.tick(agent));
     barrier.completed = barrier.arriving;
@@ -140,6 +167,7 @@ void Mbarriers::arrive(const Place& at, Mbarrier& barrier, u32 count) {
          barrier.pending, barrier.arrivals);
   }
   barrier.pending -= count;
+  barrier.last_arrival = at;
   check_announced(at, barrier);
   complete_phase_if_due(barrier);
 }
@@ -164,11 +192,19 @@ Mbarrier& Mbarriers::issue(Warp& warp, const Record* in, u32 lane, Cta& target, 
   resolve_range(warp, in, lane, target, address, {Access::NONE, 8, 8, "mbarrier of a copy"});
   Mbarrier& barrier = find(at, target, address, "a copy that completes on an mbarrier");
   if (target.shadow) {
-    const bool fenced = barrier.init_fence && warp.knowledge.knows(barrier.init_fence, lane);
+    const bool fenced = !cluster_.launch.isa_rules || (barrier.init_fence && warp.knowledge.knows(barrier.init_fence, lane));
     target.shadow->access_async(warp, in, Access::READ, lane, agent(barrier, proxy && !fenced), address, 8, "mbarrier of a copy");
+    release_waits(warp, barrier);
   }
   issue(at, barrier, bytes);
   return barrier;
+}
+
+void Mbarriers::release_waits(const Warp& warp, Mbarrier& barrier) const {
+  const u32 first = cluster_.wait_agent(0, 0);
+  std::vector<u32> waits;
+  warp.knowledge.release_waits(first, waits);
+  for (u32 i = 0; i < waits.size(); ++i) barrier.arriving.known.raise(first + i, waits[i]);
 }
 
 void Mbarriers::issue(const Place& at, Mbarrier& barrier, u32 bytes) {
@@ -372,6 +408,7 @@ template <bool PARITY, bool BLOCKING> const Record* wait(Warp& warp, const Recor
     if (passed == 0) return;
     done |= passed;
     barrier.waited = barrier.phase;
+    if (warp.cta->checks) mbarriers.note_wait(warp, place_of(warp, in, passed), barrier);
     if (warp.cta->checks && !(in->c & RELAXED)) warp.knowledge.acquire(passed, warp.live, barrier.completed);
   });
   if (BLOCKING && done == 0 && !mbarriers.gives_up()) return warp.block();

@@ -4,6 +4,10 @@
 // never initialised, or was overwritten, is an error. Asynchronous work that completes on an mbarrier is done in the name of the mbarrier's
 // agent, so that exactly those who waited for the phase know of it (see clock.h). Who starts such work calls `issue` at once and `complete`
 // when its bytes have arrived; between the two the phase cannot complete.
+//
+// A wait by parity cannot tell a phase from the one after the next: a warp that looks only then sees the parity that it had before, and waits for
+// ever. So a warp's wait for a phase must happen before the next phase ends. Whether it does is asked of the clocks, when that phase ends: the order
+// in which things happened to come does not matter.
 #pragma once
 
 #include <array>
@@ -26,6 +30,13 @@ struct Mbarrier {
   bool carries;     // copies complete in this phase
   u32 carried;      // phases up to the last one in which copies completed
   u32 waited;       // phases that somebody waited for
+  struct Wait {
+    const Warp* warp;
+    u32 clock;  // of the warp's waits
+    Place place;
+  };
+  std::vector<Wait> waits;  // that passed in this phase, for the phase before: the last one of every warp
+  Place last_arrival;
   Place init;
   Stamp init_fence;               // the fence.mbarrier_init after the initialisation, if any
   Knowledge arriving, completed;  // of those that arrived, up to now and in completed phases
@@ -54,10 +65,14 @@ class Mbarriers final : public Engine {
   // Finds the mbarrier that a copy of `bytes` bytes will complete on. By a unit of the asynchronous proxy its initialisation must be fenced.
   Mbarrier& issue(Warp& warp, const Record* in, u32 lane, Cta& target, u32 address, u32 bytes, bool proxy);
   void issue(const Place& at, Mbarrier& barrier, u32 bytes);  // the same for an mbarrier at hand
+  // Asynchronous work that a warp issues comes after the waits that the warp knows of, and completes in this phase.
+  void release_waits(const Warp& warp, Mbarrier& barrier) const;
   void carry(const Place& at, Mbarrier& barrier);  // asynchronous work completes in this phase
   AsyncAgent agent(const Mbarrier& barrier, bool proxy) const;
   void complete(Mbarrier& barrier, u32 bytes);
 
+  // A wait for the phase that has just completed.
+  void note_wait(Warp& warp, const Place& at, Mbarrier& barrier);
   void fence_inits(Warp& warp, const Record* in, u32 lanes);
   // Whether a wait that cannot succeed yet answers "no" instead of blocking: now and then in the random schedule.
   bool gives_up();
@@ -73,6 +88,7 @@ class Mbarriers final : public Engine {
     const Mbarrier* barrier;
   };
   void complete_phase_if_due(Mbarrier& barrier);
+  void check_waits(Mbarrier& barrier) const;
   void check_announced(const Place& at, const Mbarrier& barrier) const;
   std::string name(const Mbarrier& barrier) const;
 

@@ -78,10 +78,11 @@ template <class T, int COUNT> const Record* store(Warp& warp, const Record* in) 
   if (space_of(in) == Space::PARAM) warp.fail(in, "param-bounds", mask, "kernel parameters are read-only");
   Pointers to;
   constexpr u32 BYTES = sizeof(T) * COUNT;
-  resolve(warp, in, space_of(in), mask, address_of(in, extra),
-          {in->c & STRONG ? Access::STRONG_WRITE : Access::WRITE, BYTES, BYTES, describe<T>(STORES, COUNT)}, to);
   const Storage* rows[COUNT];
-  for (int i = 0; i < COUNT; ++i) rows[i] = warp.row<Storage>(extra[2 + i]);
+  StoredValues values{{}, COUNT, sizeof(T)};
+  for (int i = 0; i < COUNT; ++i) values.rows[i] = rows[i] = warp.row<Storage>(extra[2 + i]);
+  resolve(warp, in, space_of(in), mask, address_of(in, extra),
+          {in->c & STRONG ? Access::STRONG_WRITE : Access::WRITE, BYTES, BYTES, describe<T>(STORES, COUNT), true, &values}, to);
   if constexpr (sizeof(T) == 4 && COUNT == 4) {
     if (SIM_LIKELY(mask == ALL_LANES)) {
       store_quads(to, (const u32* const(&)[4])rows);

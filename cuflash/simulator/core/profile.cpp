@@ -28,7 +28,7 @@ void add(Traffic& sum, const Traffic& part) { sum.requests += part.requests, sum
 }  // namespace
 
 Profile::Profile(const Program& program, const LaunchDescription& launch)
-    : launch_(launch), records_(program.records.size()), buffers_(launch.num_buffers) {}
+    : launch_(launch), records_(program.records.size() - 1), buffers_(launch.num_buffers) {}
 
 void Profile::shared(u32 record, Access access, u32 lanes, const u32* addresses, u32 bytes) {
   if (lanes == 0) return;

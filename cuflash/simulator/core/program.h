@@ -56,16 +56,17 @@ struct WgmmaHazard {
 };
 
 struct Program {
-  std::vector<Record> records;
+  std::vector<Record> records;  // and one behind them, which no kernel reaches
   std::vector<u16> extra;
   std::vector<Row> constants;  // each repeated over the lanes
   std::vector<std::pair<u32, u16>> special;
   std::vector<u16> poisoned_rows;  // rows that may be read before they are written
   u32 num_rows = 0, num_predicates = 1, local_bytes = 0, shared_begin = 0;
   std::vector<WgmmaHazard> wgmma_hazards;  // in the order of records
-  bool uses_mbarriers = false;
+  bool uses_mbarriers = false, uses_wgmma = false;
 };
 
+// Throws InvalidProgram (validate.h) if the description does not make sense.
 std::unique_ptr<Program> make_program(const ProgramDescription& description);
 
 // Gives every virtual register a row (or a predicate number) by liveness and writes it into the records. `in_flight`: registers and records at
@@ -107,6 +108,7 @@ extern "C" struct LaunchDescription {
   Schedule schedule;
   u64 seed;
   i32 checks;
+  i32 isa_rules;  // with checks: report also what the PTX ISA demands but NVIDIA's own kernels leave out
   u64 max_instructions;            // that a warp may execute
   RecordProfile* record_profiles;  // one per record, added to; null for a launch that is not profiled
   BufferProfile* buffer_profiles;  // one per buffer

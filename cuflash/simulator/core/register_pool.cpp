@@ -90,12 +90,15 @@ BlockPool& pool_of(Warp& warp, const Record* in, u32 declared) {
   return block;
 }
 
+// Whether two setmaxnreg, perhaps at different places, do the same.
+bool same_effect(const Record* first, const Record* second) { return first->op == second->op && first->x == second->x; }
+
 // All warps of a warpgroup execute the same ones in the same order.
 void check_order(Warp& warp, const Record* in, BlockPool& block) {
   std::vector<const Record*>& order = block.order[warp.id / WARPS];
   const u32 number = block.members[warp.id].executed;
   if (number == order.size()) order.push_back(in);
-  if (order[number] != in) {
+  if (!same_effect(order[number], in)) {
     Failure failure{"setmaxnreg", "", {warp.id, ALL_LANES, warp.cta->record_index(in), warp.cta->rank}, 0, 0, {}};
     failure.message = "warp " + std::to_string(warp.id) + " and another warp of its warpgroup execute different ones";
     failure.places.push_back({NO_WARP, ALL_LANES, warp.cta->record_index(order[number]), warp.cta->rank});

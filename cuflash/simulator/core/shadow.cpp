@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "cluster.h"
+#include "table.h"
 
 namespace sim {
 namespace {
@@ -16,7 +17,7 @@ struct SharedShadow::Visit {
   Warp& warp;
   const Record* in;
   Access access;
-  bool async, proxy;
+  bool async, proxy, wgmma, isa_rule;
   u32 lane;
   u32 lanes;  // those that access: this one, or the whole warp at once
   u32 size;   // bytes of the whole access
@@ -24,15 +25,39 @@ struct SharedShadow::Visit {
   Stamp stamp;  // of this access
   u32 slot;
   Read* reads;  // of this agent
+  // Of a store by lanes of a warp.
+  u32 stored = 0;  // lanes that have been visited
+  const u32* addresses = nullptr;
+  const StoredValues* values = nullptr;
+  const u8* memory = nullptr;  // of the block
 
-  bool orders_read(const Read& earlier) const { return warp.knowledge.knows(earlier.stamp, earlier.lanes, lane); }
+  const Cluster& cluster() const { return *warp.cta->cluster; }
+  bool orders_read(const Read& earlier) const {
+    return warp.knowledge.knows(earlier.stamp, earlier.lanes, lane) || ((proxy || !cluster().launch.isa_rules) && is_known_by_group(earlier.stamp));
+  }
+  // Whether the read is one of A by a wgmma that some warp of the warpgroup is known to have waited for: it was done for all four together.
+  bool is_known_by_group(Stamp read) const {
+    return cluster().is_wgmma_part(read.agent()) && warp.knowledge.knows(read.by_agent(cluster().warpgroup_of_part(read.agent())), lane);
+  }
   // Whether whoever hears of this read has heard of the earlier one by the same agent: what one lane or an asynchronous unit
   // does completes in order.
   bool supersedes(const Read& earlier) const { return async || earlier.lanes == 1u << lane || orders_read(earlier); }
+  // Whether a lane has just written the same here, in the same instruction. Stamps tell: the lane was visited, so what it wrote before is gone.
+  bool repeats(Stamp earlier) const {
+    const u32 other = earlier.lane();
+    return values && (stored >> other & 1) && earlier.by_lane(lane).word == stamp.word && addresses[other] == addresses[lane] &&
+           values->same(lane, other);
+  }
+  // Whether a warp stores what another warp has stored there, which only the PTX ISA calls a race: no order of the two makes a difference.
+  bool changes_nothing(Stamp earlier) const {
+    if (!values || cluster().launch.isa_rules || earlier.atomic() || !cluster().is_warp(earlier.agent())) return false;
+    return values->equal(lane, memory + addresses[lane]);
+  }
   // Whether the write is visible to this access.
   bool orders_write(Stamp earlier) const {
     if (!warp.knowledge.knows(earlier, lane)) return false;
-    return !proxy || warp.cta->cluster->is_proxy(earlier.agent()) || warp.knowledge.knows_fenced(earlier, lane);
+    if (!proxy || cluster().is_proxy(earlier.agent()) || warp.knowledge.knows_fenced(earlier, lane)) return true;
+    return !cluster().launch.isa_rules && wgmma && cluster().is_copy(earlier.agent());
   }
 };
 
@@ -111,7 +136,8 @@ SIM_INLINE void SharedShadow::touch_whole(Visit& visit, u32 index) {
     cell.readers |= bit;
     return;
   }
-  if (write && !visit.orders_write(write)) race(visit, write, write.lane_mask(), true, address);
+  if (write && !visit.orders_write(write) && !visit.repeats(write) && !visit.changes_nothing(write))
+    race(visit, write, write.lane_mask(), true, address);
   for (u64 rest = cell.readers; rest; rest &= rest - 1) {
     const Read& read = reads_[__builtin_ctzll(rest)][index];
     if (SIM_UNLIKELY(!visit.orders_read(read))) race(visit, read.stamp, read.lanes, false, address);
@@ -128,7 +154,8 @@ SIM_NOINLINE void SharedShadow::touch_split(Visit& visit, u32 index, u32 bytes) 
     const Stamp write = parts.write[byte];
     if (reads(visit.access) && !write) uninitialized(visit, address + u32(byte));
     const Stamp last = is_strong(visit.access) ? parts.plain[byte] : write;
-    if (last && !visit.orders_write(last)) race(visit, last, last.lane_mask(), true, address + u32(byte));
+    if (last && !visit.orders_write(last) && !visit.repeats(last) && !visit.changes_nothing(last))
+      race(visit, last, last.lane_mask(), true, address + u32(byte));
   });
   std::vector<PartialRead>& earlier = parts.reads;
   if (!writes(visit.access)) {
@@ -204,10 +231,12 @@ u32 SharedShadow::read_cells(const Visit& visit, Stamp stamp, u32 lanes, const u
   return left;
 }
 
-void SharedShadow::access(Warp& warp, const Record* in, Access access, u32 lanes, const u32* addresses, u32 bytes, const char* what) {
-  Visit visit{warp, in, access, false, false, 0, 0, bytes, what, {}, 0, nullptr};
+void SharedShadow::access(Warp& warp, const Record* in, Access access, u32 lanes, const u32* addresses, u32 bytes, const char* what,
+                          const StoredValues* values) {
+  Visit visit{warp, in, access, false, false, false, false, 0, 0, bytes, what, {}, 0, nullptr};
   const u32 agent = warp.knowledge.agent(OWN_ACCESSES), now = warp.knowledge.now(), record = warp.cta->record_index(in);
   visit.reads = reads_of(agent, visit.slot);
+  visit.addresses = addresses, visit.values = values, visit.memory = cta_.shared;
   warp.knowledge.touch(lanes);
   if (bytes == CELL_BYTES && access == Access::READ) lanes = read_cells(visit, Stamp::make(agent, now, 0, record), lanes, addresses);
   for_lanes(lanes, [&](int lane) {
@@ -216,6 +245,7 @@ void SharedShadow::access(Warp& warp, const Record* in, Access access, u32 lanes
     if (is_strong(access) && reads(access)) warp.knowledge.read_flag(u32(lane), flag_at(addresses[lane]));
     touch(visit, addresses[lane], bytes);
     if (is_strong(access) && writes(access)) warp.knowledge.write_flag(u32(lane), flag_at(addresses[lane]));
+    visit.stored |= 1u << lane;
   });
 }
 
@@ -226,7 +256,8 @@ Knowledge& SharedShadow::flag_at(u32 address) {
 }
 
 void SharedShadow::access_async(Warp& warp, const Record* in, Access access, u32 lane, AsyncAgent by, u32 begin, u32 bytes, const char* what) {
-  Visit visit{warp, in, access, true, by.proxy, lane, by.by_warp ? ALL_LANES : 1u << lane, bytes, what, {}, 0, nullptr};
+  const u32 lanes = by.by_warp ? ALL_LANES : 1u << lane;
+  Visit visit{warp, in, access, true, by.proxy, by.by_warp, by.isa_rule, lane, lanes, bytes, what, {}, 0, nullptr};
   if (access == Access::READ && bytes >= CELL_BYTES) visit.reads = reads_of(by.agent, visit.slot);  // only whole cells have slots of readers
   visit.stamp = Stamp::make(by.agent, by.clock, lane | (is_strong(access) ? ATOMIC_LANE : 0), warp.cta->record_index(in));
   warp.knowledge.touch(1u << lane);
@@ -238,17 +269,34 @@ void SharedShadow::uninitialized(const Visit& visit, u32 address) {
                   address - cta_.shared_begin, visit.lane);
 }
 
+// What the PTX ISA demands here though NVIDIA's own kernels leave it out; "" if it is nothing of that kind.
+std::string SharedShadow::isa_rule_of(const Visit& visit, Stamp earlier, bool earlier_writes) const {
+  const Cluster& cluster = *cta_.cluster;
+  const std::string& op = instruction_table().entries()[visit.warp.cta->program.records[earlier.record()].op].name;
+  const bool known = visit.warp.knowledge.knows(earlier, visit.lane);
+  if (known && visit.wgmma && cluster.is_copy(earlier.agent())) return "a fence.proxy.async between cp.async and wgmma";
+  if (known && op == "mbarrier.init") return "a fence.mbarrier_init or fence.proxy.async between mbarrier.init and a copy that completes on it";
+  if (earlier_writes && visit.isa_rule) return "a barrier here, because it does not promise that a warp reads only its own 16 rows of A";
+  if (!earlier_writes && visit.is_known_by_group(earlier))
+    return "a wgmma.wait_group by that warp and then a barrier, because it does not promise that a warp reads only its own 16 rows of A";
+  return "";
+}
+
 void SharedShadow::race(const Visit& visit, Stamp earlier, u32 earlier_lanes, bool earlier_writes, u32 address) {
   Cluster& cluster = *cta_.cluster;
-  const AgentName who = cluster.agent_name(earlier.agent());
+  const std::string rule = isa_rule_of(visit, earlier, earlier_writes);
+  const bool of_group = rule.empty() && cluster.is_wgmma_part(earlier.agent());  // nobody is known to have waited
+  const AgentName who = cluster.agent_name(of_group ? cluster.warpgroup_of_part(earlier.agent()) : earlier.agent());
   const bool unfenced = visit.proxy && visit.warp.knowledge.knows(earlier, visit.lane);
   char lane[32] = "";
   if ((earlier_lanes & (earlier_lanes - 1)) == 0) snprintf(lane, sizeof lane, ", lane %u", earlier.lane());
-  const char* const advice = unfenced       ? "the asynchronous proxy does not see it without a fence.proxy.async"
+  const std::string isa_advice = "the PTX ISA demands " + rule + "; kernels of NVIDIA's leave that out, and Options(isa_rules=False) allows it";
+  const char* const advice = !rule.empty()  ? isa_advice.c_str()
+                             : unfenced     ? "the asynchronous proxy does not see it without a fence.proxy.async"
                              : who.is_async ? "nothing waited for its completion before, or the wait was not followed by a barrier"
                              : earlier.agent() == visit.warp.knowledge.agent(OWN_ACCESSES) ? "lanes of one warp, with no __syncwarp between"
                                                                                            : "no barrier orders them";
-  Failure failure{unfenced ? "proxy-fence" : "race", "", {}, 0, 0, {}};
+  Failure failure{!rule.empty() ? "isa-rules" : unfenced ? "proxy-fence" : "race", "", {}, 0, 0, {}};
   char text[MESSAGE_BYTES];
   snprintf(text, sizeof text, "%s at byte %u of shared memory (lane %u) and an earlier %s by %s%s: %s", visit.what, address - cta_.shared_begin,
            visit.lane, earlier_writes ? "write" : "read", who.text, lane, advice);

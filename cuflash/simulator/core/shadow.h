@@ -6,6 +6,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -19,7 +20,8 @@ class Cta;
 struct AsyncAgent {
   u32 agent, clock;
   bool proxy;           // through the asynchronous proxy (bulk copies, wgmma): ordinary accesses before it must be fenced
-  bool by_warp = false;  // issued by all lanes together: later reports name none
+  bool by_warp = false;  // a wgmma, issued by all lanes together: later reports name none
+  bool isa_rule = false;  // only the PTX ISA says that it makes this access
 };
 
 class SharedShadow {
@@ -27,8 +29,9 @@ class SharedShadow {
   explicit SharedShadow(Cta& cta);
   void reset();
 
-  // `lanes` of a warp (of any block of the cluster) access `bytes` bytes at the shared addresses given.
-  void access(Warp& warp, const Record* in, Access access, u32 lanes, const u32* addresses, u32 bytes, const char* what);
+  // `lanes` of a warp (of any block of the cluster) access `bytes` bytes at the shared addresses given. `values`: what a store writes, if known.
+  void access(Warp& warp, const Record* in, Access access, u32 lanes, const u32* addresses, u32 bytes, const char* what,
+              const StoredValues* values = nullptr);
   // The same for asynchronous units, on behalf of one lane, with any range of bytes.
   void access_async(Warp& warp, const Record* in, Access access, u32 lane, AsyncAgent by, u32 begin, u32 bytes, const char* what);
 
@@ -67,6 +70,7 @@ class SharedShadow {
   void touch(Visit& visit, u32 begin, u32 bytes);
   void touch_whole(Visit& visit, u32 index);
   void touch_split(Visit& visit, u32 index, u32 bytes);
+  std::string isa_rule_of(const Visit& visit, Stamp earlier, bool earlier_writes) const;
   [[noreturn]] void race(const Visit& visit, Stamp earlier, u32 earlier_lanes, bool earlier_writes, u32 address);
   [[noreturn]] void uninitialized(const Visit& visit, u32 address);
 

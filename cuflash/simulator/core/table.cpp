@@ -31,6 +31,7 @@ const Table& instruction_table() {
     register_memory(t);
     register_atomic(t);
     register_matrix(t);
+    register_scalar_matrix(t);
     register_ldmatrix(t);
     register_wgmma(t);
     register_wgmma_hazards(t);
@@ -41,6 +42,7 @@ const Table& instruction_table() {
     register_async_copy(t);
     register_mbarrier(t);
     register_bulk_copy(t);
+    register_tensor_map(t);
     register_tensor_copy(t);
     return t;
   }();

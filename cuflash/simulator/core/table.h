@@ -59,6 +59,7 @@ void register_convert_float(Table&);
 void register_memory(Table&);
 void register_atomic(Table&);
 void register_matrix(Table&);
+void register_scalar_matrix(Table&);
 void register_ldmatrix(Table&);
 void register_wgmma(Table&);
 void register_wgmma_hazards(Table&);
@@ -69,6 +70,7 @@ void register_cluster_barrier(Table&);
 void register_async_copy(Table&);
 void register_mbarrier(Table&);
 void register_bulk_copy(Table&);
+void register_tensor_map(Table&);
 void register_tensor_copy(Table&);
 
 // ---- map: a function of whole vectors, for hot instructions

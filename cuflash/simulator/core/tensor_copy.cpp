@@ -49,8 +49,7 @@ Box read_box(Warp& warp, const Record* in, u32 lane, const u16* map_operand, con
   Box box;
   memcpy(&box.map, at.lane[lane], sizeof box.map);
   const TensorMap& map = box.map;
-  if (map.magic != TensorMap::MAGIC)
-    warp.fail(in, "tensor-map", mask, "what the address names is no tensor map of the simulator (see tensor_map.py)");
+  if (const char* problem = map.problem()) warp.fail(in, "tensor-map", mask, "%s", problem);
   const u32 rank = coordinates[0];
   if (map.rank != rank) warp.fail(in, "tensor-map", mask, "a copy of rank %u with a tensor map of rank %u", rank, map.rank);
   box.row_bytes = map.count(0) * element_bytes(map.element);
@@ -59,7 +58,8 @@ Box read_box(Warp& warp, const Record* in, u32 lane, const u16* map_operand, con
   for (u32 i = 1; i < rank; ++i) box.bytes *= map.count(i);
   const u32 element = element_bytes(map.element);
   if (box.begin[0] * element % CHUNK)
-    warp.fail(in, "tensor-map", mask, "the innermost coordinate is %d elements of %u bytes, no multiple of %u bytes", int(box.begin[0]), element, CHUNK);
+    warp.fail(in, "tensor-map", mask, "the innermost coordinate is %d elements of %u bytes, no multiple of %u bytes", int(box.begin[0]), element,
+              CHUNK);
   return box;
 }
 
@@ -182,7 +182,8 @@ const Record* store(Warp& warp, const Record* in) {
     copy.clock = agent.clock;
     for_segments(box, [&](u32 offset, u64 address, u32 bytes) {
       if (!address) return;
-      u8* to = global_range(warp, in, lane, address, {Access::WRITE, bytes, 1, "destination of cp.async.bulk.tensor"});
+      u8* to =
+          global_range(warp, in, lane, address, {copy.reduction ? Access::ATOMIC : Access::WRITE, bytes, 1, "destination of cp.async.bulk.tensor"});
       for_chunks(box.map.swizzle, begin + offset, bytes, [&](u32 chunk, u32 done, u32 size) {
         copy.pieces.push_back({to + done, own.shared + chunk, size});
         if (own.shadow) own.shadow->access_async(warp, in, Access::READ, lane, agent, chunk, size, what);

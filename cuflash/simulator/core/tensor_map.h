@@ -1,7 +1,7 @@
 // The descriptor of a tensor in global memory that TMA instructions refer to.
 //
-// Contract: 128 bytes, written by tensor_map.py, which checks everything that the driver checks; the layout is the simulator's own. Extents,
-// strides and boxes are ordered from the innermost dimension outwards, as in CUDA.
+// Contract: 128 bytes, written by tensor_map.py, which checks everything that the driver checks, or by tensormap.replace; the layout is the
+// simulator's own. Extents, strides and boxes are ordered from the innermost dimension outwards, as in CUDA.
 #pragma once
 
 #include "reduction.h"
@@ -26,6 +26,8 @@ struct TensorMap {
   u8 fill_nan;  // of elements outside: NaN instead of zero
   u8 unused[21];
 
+  // Why no copy can use it, or null. What encode_tiled has made can be used; a kernel may have made something else.
+  const char* problem() const;
   // Elements of a box in shared memory.
   u32 count(u32 dimension) const { return (u32(box[dimension]) + steps[dimension] - 1) / steps[dimension]; }
 };

@@ -3,8 +3,11 @@
 // Contract: wgmma.mma_async only checks and queues: a job exists from the moment that the first warp of the warpgroup issues it, may be executed once
 // all four have, and is executed for all four at a time, in order. Schedule EARLY executes it then, LATE only when a wgmma.wait_group demands it,
 // RANDOM at any moment between. Operands are read and results written when it is executed; wgmma_hazards.cpp sees to it that nobody looks
-// at the registers meanwhile. The race detector is told of the reads when a warp issues: a warp reads all of B and its own 16 rows of A.
-// Groups are those of the warpgroup, so whoever waited knows that the reads of all four warps are done.
+// at the registers meanwhile. The race detector is told of the reads when a warp issues. A warp reads all of B and all of A: hardware's warps may
+// read their own 16 rows only, but the PTX ISA does not promise it, so the other rows fall under the option isa_rules. Groups are those of the
+// warpgroup: one warp's wait says that the product is done for all four, and CUTLASS' pipelines count on that when one thread hands a stage back
+// to TMA. Only for ordinary stores into A the ISA is taken at its word, that a wait is for the executing threads' own part. A product also orders the
+// waits for mbarriers before it (see mbarrier.h) before what follows a wait for it.
 #include "wgmma.h"
 
 #include <algorithm>
@@ -23,7 +26,9 @@ struct Job {
   void (*execute)(const Product&, Warp* warps);
   u32 issued;  // bit per warp of the warpgroup
   u32 clock;  // of the warpgroup's agent
-  std::vector<Range> ranges_b;  // with checks only
+  // With checks only.
+  std::vector<Range> ranges_b, ranges_a[WARPGROUP];  // A: the rows of each warp, if it is in shared memory
+  std::vector<u32> waits;  // for mbarriers, that the warps which issued it know of
 };
 
 // Jobs, commits and waits of one warpgroup. Jobs are numbered from 0.
@@ -169,13 +174,33 @@ void check_members(Warp& warp, const Record* in, const Warpgroup& group, u64 num
 // The race detector's lane of a warp's reads: if lanes differ in what they know, it is the first that know most.
 constexpr u32 READING_LANE = LANES - 1;
 
-void check_reads(Warp& warp, const Record* in, const std::vector<Range>& ranges, u32 clock, const char* what) {
+void check_reads(Warp& warp, const Record* in, const std::vector<Range>& ranges, AsyncAgent by, const char* what) {
   Cta& cta = *warp.cta;
   if (SIM_UNLIKELY(ranges.front().begin < cta.shared_begin || ranges.back().begin + ranges.back().bytes > cta.shared_end)) {
     for (const Range& range : ranges) resolve_range(warp, in, READING_LANE, cta, range.begin, {Access::NONE, range.bytes, 16, what});
   }
-  const AsyncAgent by{cta.cluster->warpgroup_agent(cta.rank, warp.id / WARPGROUP), clock, true, true};
   for (const Range& range : ranges) cta.shadow->access_async(warp, in, Access::READ, READING_LANE, by, range.begin, range.bytes, what);
+}
+
+void find_ranges(Job& job, u32 flags, u32 n) {
+  using L = WgmmaLayout;
+  job.ranges_b = ranges_of({job.product.descriptor_b, (flags & L::B_TRANSPOSED) != 0}, 0, n);
+  if (flags & L::A_IN_REGISTERS) return;
+  const Descriptor a(job.product.descriptor_a, flags & L::A_TRANSPOSED);
+  for (u32 i = 0; i < WARPGROUP; ++i) job.ranges_a[i] = ranges_of(a, WARP_ROWS * i, WARP_ROWS);
+}
+
+// All that this warp reads, or may read, of a product in shared memory; and the waits that come before it.
+void check_operands(Warp& warp, const Record* in, Job& job) {
+  const Cluster& cluster = *warp.cta->cluster;
+  const u32 rank = warp.cta->rank;
+  check_reads(warp, in, job.ranges_b, {cluster.warpgroup_agent(rank, warp.id / WARPGROUP), job.clock, true, true}, "B of wgmma");
+  for (u32 i = 0; i < WARPGROUP; ++i) {
+    const bool own = i == warp.id % WARPGROUP;
+    if (job.ranges_a[i].empty() || (!own && !cluster.launch.isa_rules)) continue;
+    check_reads(warp, in, job.ranges_a[i], {cluster.wgmma_part_agent(rank, warp.id), job.clock, true, true, !own}, "A of wgmma");
+  }
+  warp.knowledge.release_waits(cluster.wait_agent(0, 0), job.waits);
 }
 
 Product product_of(const Warp& warp, const Record* in) {
@@ -214,18 +239,12 @@ template <Input A, Input B, Accumulator TYPE> const Record* multiply(Warp& warp,
   check_members(warp, in, group, number);
   if (number == group.first + group.jobs.size()) {
     const u32 agent = cta.cluster->warpgroup_agent(cta.rank, warp.id / WARPGROUP);
-    group.jobs.push_back({product, multiply_warpgroup<A, B, TYPE>, 0, cta.cluster->tick(agent), {}});
-    if (cta.checks) group.jobs.back().ranges_b = ranges_of({product.descriptor_b, (flags & L::B_TRANSPOSED) != 0}, 0, n);
+    group.jobs.push_back({product, multiply_warpgroup<A, B, TYPE>, 0, cta.cluster->tick(agent), {}, {}, {}});
+    if (cta.checks) find_ranges(group.jobs.back(), flags, n);
   }
   Job& job = group.job(number);
   check_agreement(warp, group, job, product);
-  if (cta.checks) {
-    check_reads(warp, in, job.ranges_b, job.clock, "B of wgmma");
-    if (!(flags & L::A_IN_REGISTERS)) {
-      const Descriptor a(product.descriptor_a, flags & L::A_TRANSPOSED);
-      check_reads(warp, in, ranges_of(a, WARP_ROWS * member, WARP_ROWS), job.clock, "A of wgmma");
-    }
-  }
+  if (cta.checks) check_operands(warp, in, job);
   ++group.members[member].issued;
   job.issued |= 1u << member;
   ++cta.counters.matrix_instructions;
@@ -269,8 +288,11 @@ const Record* wait_group(Warp& warp, const Record* in) {
     group.execute();
   }
   if (warp.cta->checks && target > member.waited) {
-    const u32 agent = warp.cta->cluster->warpgroup_agent(warp.cta->rank, warp.id / WARPGROUP);
-    warp.knowledge.learn(mask, warp.live, agent, group.job(target - 1).clock);
+    const Cluster& cluster = *warp.cta->cluster;
+    const Job& last = group.job(target - 1);
+    warp.knowledge.learn(mask, warp.live, cluster.warpgroup_agent(warp.cta->rank, warp.id / WARPGROUP), last.clock);
+    warp.knowledge.learn(mask, warp.live, cluster.wgmma_part_agent(warp.cta->rank, warp.id), last.clock);
+    warp.knowledge.learn_waits(cluster.wait_agent(0, 0), last.waits);
   }
   member.waited = target;
   member.commits.erase(member.commits.begin(), member.commits.begin() + i64(due));

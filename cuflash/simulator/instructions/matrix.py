@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from typing import NamedTuple
 
 from cuflash.simulator.encoder import ADDRESS_64, A, C, Encoder, Unsupported, vector
 from cuflash.simulator.instructions.registry import decodes
@@ -10,38 +12,67 @@ from cuflash.simulator.parser import Statement
 
 _SHARED, _GENERIC = 1, 4  # spaces in core/access.h
 
-# Input type -> elements in a register.
-_VALUES_PER_REGISTER = {"f16": 2, "bf16": 2, "tf32": 1}
+_BITS = {"f16": 16, "bf16": 16, "tf32": 32, "e4m3": 8, "e5m2": 8, "s8": 8, "u8": 8, "s4": 4, "u4": 4, "f64": 64}
+_FP8 = ("e4m3", "e5m2")
+_SHAPE = re.compile(r"m(8|16)n8k(\d+)$")
+_A_SIGNED, _B_SIGNED, _SATURATES = 1, 2, 4  # in field c of a record, see core/scalar_matrix.cpp
 
 
-@functools.cache
-def _mma(opcode: str) -> tuple[str, tuple[int, int, int, int]]:
-    """Name in the core's table of an mma, and the numbers of registers of D, A, B and C."""
+class _Product(NamedTuple):
+    """An mma: its name in the core's table, flags of field c, the numbers of registers of D, A, B and C, and their bits."""
+
+    name: str
+    flags: int
+    counts: tuple[int, int, int, int]
+    bits: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _mma(opcode: str) -> _Product:
+    """Read mma.sync.aligned.shape.row.col{.satfinite}.dtype.atype.btype.ctype."""
     parts = opcode.split(".")
-    shape = next((part for part in parts if part.startswith(("m16n8k", "m8n8k"))), "")
+    saturates = parts[6:7] == ["satfinite"]
+    if saturates:
+        del parts[6]
+    shape = _SHAPE.match(parts[3]) if len(parts) == 10 and parts[1:3] == ["sync", "aligned"] and parts[4:6] == ["row", "col"] else None
     d_type, a_type, b_type, c_type = parts[-4:]
-    values = _VALUES_PER_REGISTER.get(a_type, 0)
-    if parts[1:3] != ["sync", "aligned"] or not values or a_type != b_type or c_type != d_type or parts[4:6] != ["row", "col"]:
+    bits = _BITS.get(a_type, 0)
+    integers = a_type[0] in "su" and b_type[0] in "su" and d_type == "s32"
+    if shape is None or not bits or bits != _BITS.get(b_type) or c_type != d_type or (saturates and not integers):
         raise Unsupported("this matrix multiplication")
-    depth = int(shape.rpartition("k")[2])
-    accumulators = 4 if d_type == "f32" else 2
-    return f"mma.{shape}.{d_type}.{a_type}", (accumulators, depth // 2 // values, depth // 4 // values, accumulators)
+    rows, depth = int(shape[1]), int(shape[2])
+    if integers:
+        name = f"mma.{shape[0]}.{bits}bit"
+    elif a_type == b_type == d_type == "f64":
+        name = f"mma.{shape[0]}.f64"
+    elif a_type in _FP8 and b_type in _FP8:
+        name = f"mma.{shape[0]}.{d_type}.{a_type}.{b_type}"
+    elif a_type == b_type:
+        name = f"mma.{shape[0]}.{d_type}.{a_type}"
+    else:
+        raise Unsupported("this matrix multiplication")
+    flags = (a_type[0] == "s") * _A_SIGNED | (b_type[0] == "s") * _B_SIGNED | saturates * _SATURATES
+    size = max(bits, 32)  # of a register
+    accumulators = rows * 8 // 32 // (2 if d_type == "f16" else 1)
+    counts = (accumulators, rows * depth * bits // 32 // size, depth * 8 * bits // 32 // size, accumulators)
+    return _Product(name, flags, counts, size if a_type == "f64" else 32)
 
 
 @decodes("mma")
 def decode_mma(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
-    """mma.sync.aligned.shape.row.col.dtype.atype.btype.ctype d, a, b, c."""
-    name, counts = _mma(statement.opcode)
-    if name not in encoder.table:
+    """mma.sync.aligned.shape.row.col{.satfinite}.dtype.atype.btype.ctype d, a, b, c."""
+    product = _mma(statement.opcode)
+    if product.name not in encoder.table:
         raise Unsupported("this matrix multiplication")
-    start = encoder.begin(name)
+    start = encoder.begin(product.name)
+    encoder.set_field(start, C, product.flags)
     encoder.add_extra(start)
-    for operand, count, defines in zip(operands, counts, (True, False, False, False), strict=True):
+    for operand, count, defines in zip(operands, product.counts, (True, False, False, False), strict=True):
         registers = vector(operand)
         if len(registers) != count:
             raise Unsupported(f"{len(registers)} registers where {count} are expected")
         for register in registers:
-            encoder.put_extra(register, 32, defines)
+            encoder.put_extra(register, product.bits, defines)
 
 
 def _emit_matrix_move(encoder: Encoder, opcode: str, registers: list[str], address: str, defines: bool) -> None:

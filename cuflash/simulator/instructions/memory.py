@@ -40,7 +40,7 @@ def _element(type_name: str, load: bool) -> str:
     return f"s{bits}" if load and type_name[0] == "s" else f"u{bits}"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _access(opcode: str) -> Access:
     parts = opcode.split(".")
     space, count = GENERIC, 1
@@ -125,7 +125,7 @@ def decode_st(encoder: Encoder, statement: Statement, operands: list[str]) -> No
     _emit_access(encoder, f"st.{access.element}", access, operands[0], sources, False)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _atomic(opcode: str) -> tuple[str, int, int]:
     """Name in the core's table, space and number of elements of an atom or red."""
     parts = opcode.split(".")
@@ -235,6 +235,15 @@ def decode_fence_proxy(encoder: Encoder, statement: Statement, operands: list[st
         raise Unsupported("this fence of proxies")
     if kind == "async" and space != "global":
         encoder.emit("fence.proxy.async")
+
+
+@decodes("fence.proxy.tensormap::generic")
+def decode_fence_tensormap(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """fence.proxy.tensormap::generic.release.scope and .acquire.scope [addr], 128: they order what is ordered anyway, and blocks as other fences do."""
+    parts = statement.opcode.split(".")
+    if len(parts) != 5 or parts[3] not in ("release", "acquire") or len(operands) != (2 if parts[3] == "acquire" else 0):
+        raise Unsupported("this fence of proxies")
+    encoder.emit("fence", _scope(statement.opcode))
 
 
 @decodes("fence.mbarrier_init")

@@ -27,7 +27,7 @@ def decodes(*opcodes: str) -> Callable[[Decoder], Decoder]:
     return register
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def find_decoder(opcode: str) -> Decoder | None:
     """The decoder for an opcode, or None if its table entry describes it."""
     while opcode:
@@ -37,7 +37,7 @@ def find_decoder(opcode: str) -> Decoder | None:
     return None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def simplified(opcode: str) -> str:
     """The opcode without modifiers that change nothing."""
     return ".".join(part for part in opcode.split(".") if part not in _IDLE_MODIFIERS)

@@ -55,7 +55,11 @@ def _emit_comparison(encoder: Encoder, name: str, target: str, complement: str |
         encoder.put(start + X, complement, 1, True)
 
 
-@functools.cache
+_PACKED_ONES = {"f16x2": 0x3C00, "bf16x2": 0x3F80}
+"""The number 1 in one half of a packed type."""
+
+
+@functools.lru_cache(maxsize=4096)
 def _comparison(opcode: str) -> tuple[str, str]:
     """The name in the core's table of the comparison in a setp or set, and the Boolean operation or ""."""
     parts = opcode.split(".")[1:]
@@ -90,12 +94,31 @@ def decode_setp(encoder: Encoder, statement: Statement, operands: list[str]) -> 
         encoder.emit("mov.pred", target, combined)
 
 
+def _emit_packed_set(encoder: Encoder, name: str, kind: str, operands: list[str]) -> None:
+    """Each half of the result is 1 where the comparison of these halves holds, else 0."""
+    if name not in encoder.table:
+        raise Unsupported("this comparison")
+    halves = []
+    for shift in (0, 16):
+        parts = [encoder.new_register(32) for _ in range(2)]
+        for part, operand in zip(parts, operands[1:], strict=True):
+            encoder.emit("shr.u32", part, operand, str(shift))
+        holds, half = encoder.new_register(1), encoder.new_register(32)
+        encoder.emit(name, holds, *parts)
+        encoder.emit("selp.b32", half, str(_PACKED_ONES[kind] << shift), "0", holds)
+        halves.append(half)
+    encoder.emit("or.b32", operands[0], *halves)
+
+
 @decodes("set")
 def decode_set(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
     """set.op{.bool}.dtype.stype d, a, b{, c}: a comparison whose result is a number."""
     parts = statement.opcode.split(".")
     kind = parts.pop(-2)
     name, boolean = _comparison(".".join(parts))
+    if kind in _PACKED_ONES and kind == parts[-1] and not boolean:
+        _emit_packed_set(encoder, name.removesuffix("x2"), kind, operands)
+        return
     if name not in encoder.table or kind not in ("u32", "s32", "f32"):
         raise Unsupported("this comparison")
     result = encoder.new_register(1)
@@ -107,7 +130,21 @@ def decode_set(encoder: Encoder, statement: Statement, operands: list[str]) -> N
     encoder.emit("number.f32.pred" if kind == "f32" else "number.u32.pred", operands[0], result)
 
 
-@functools.cache
+@decodes(*(f"{operation}{modifier}.xorsign.abs.f32" for operation in ("min", "max") for modifier in ("", ".ftz", ".NaN", ".ftz.NaN")))
+def decode_extreme_magnitude(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """min.xorsign.abs d, a, b: the smaller magnitude with the sign that a product has."""
+    target, *sources = operands
+    magnitudes = [encoder.new_register(32) for _ in sources]
+    for magnitude, source in zip(magnitudes, sources, strict=True):
+        encoder.emit("abs.f32", magnitude, source)
+    chosen, sign = encoder.new_register(32), encoder.new_register(32)
+    encoder.emit(statement.opcode.replace(".xorsign.abs", ""), chosen, *magnitudes)
+    encoder.emit("xor.b32", sign, *sources)
+    encoder.emit("and.b32", sign, sign, str(0x80000000))
+    encoder.emit("or.b32", target, chosen, sign)
+
+
+@functools.lru_cache(maxsize=4096)
 def _conversion(opcode: str) -> str:
     """The name of a cvt in the core's table."""
     parts = opcode.split(".")
@@ -117,6 +154,8 @@ def _conversion(opcode: str) -> str:
         modifiers = [m for m in modifiers if m != "ftz"]
     if target in ("f16", "bf16") and source == target and not modifiers:
         return "mov.b16"
+    if (target, source) == ("bf16", "f16") and not modifiers:
+        modifiers = ["rn"]  # compilers leave it out for numbers that need no rounding
     if target in _INTEGER_TYPES and source in ("f16", "bf16"):
         source = "f32"
     if target in _INTEGER_TYPES and source in _INTEGER_TYPES:

@@ -17,13 +17,22 @@ _DEPTHS = {"f16": 16, "bf16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32}
 _OPCODE = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.(\w+)\.(\w+)\.(\w+)$")
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _product(opcode: str) -> tuple[str, int, bool]:
     """Name in the core's table of a wgmma.mma_async, its N, and whether its operands may be transposed."""
     match = _OPCODE.match(opcode)
     if match is None or not 8 <= int(match[1]) <= 256 or int(match[1]) % 8 or _DEPTHS.get(match[4]) != int(match[2]):
         raise Unsupported("this matrix multiplication")
     return f"wgmma.{match[3]}.{match[4]}.{match[5]}", int(match[1]), match[4] in ("f16", "bf16")
+
+
+def _scale_d(encoder: Encoder, text: str) -> str:
+    """The predicate scale-d, which may be written as the number 0 or 1."""
+    if text not in ("0", "1"):
+        return text
+    predicate = encoder.new_register(1)
+    encoder.emit("constant.pred", predicate, text)
+    return predicate
 
 
 def _factor(text: str) -> bool:
@@ -56,6 +65,7 @@ def decode_wgmma(encoder: Encoder, statement: Statement, operands: list[str]) ->
     accumulators = vector(d)
     if len(accumulators) != (n // 4 if name.startswith("wgmma.f16") else n // 2) or (in_registers and len(vector(a)) != _A_SLOTS):
         raise Unsupported("this number of registers")
+    scale_d = _scale_d(encoder, scale_d)
     start = encoder.begin(name)
     encoder.put(start + C, scale_d, 1, False)
     encoder.add_extra(start, n, flags)

@@ -1,0 +1,124 @@
+"""A launch ends with Ctrl-C, and with whatever else a handler of a signal raises; and takes the threads that it gets."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from simulated import compile_cuda, pack
+
+from cuflash.simulator import Module, Options
+
+ROOT = Path(__file__).resolve().parents[2]
+ENDLESS = 'extern "C" __global__ void endless(int* out) { for (volatile int i = 0; ; ++i) if (i < 0) out[0] = i; }'
+LIMIT = 2**40  # instructions: hours
+
+
+def launch(threads: int, schedule: str = "late") -> None:
+    out = np.zeros(1, np.int32)
+    options = Options(threads, schedule, max_instructions=LIMIT)  # type: ignore[arg-type]
+    Module(compile_cuda(ENDLESS)).launch((4, 1, 1), (32, 1, 1), 0, pack([out]), [(out.ctypes.data, out.nbytes, "out")], options)
+
+
+def send_soon(number: int, seconds: float = 0.3) -> float:
+    """Send this process a signal; returns when, as `time.monotonic` counts."""
+    threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
+    return time.monotonic() + seconds
+
+
+@pytest.mark.parametrize("schedule", ["late", "random"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_ctrl_c_ends_a_launch_within_a_second(threads: int, schedule: str) -> None:
+    Module(compile_cuda(ENDLESS))  # decoding comes before
+    sent = send_soon(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        launch(threads, schedule)
+    assert time.monotonic() - sent < 1.0
+    assert threading.active_count() < 20
+
+
+def test_any_handler_may_end_a_launch_and_another_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class TimeIsOverError(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise TimeIsOverError
+
+    previous = signal.signal(signal.SIGALRM, stop), signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
+    try:
+        send_soon(signal.SIGUSR1, 0.1)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(TimeIsOverError):
+            launch(2)
+        assert seen == [1]
+    finally:
+        signal.signal(signal.SIGALRM, previous[0])
+        signal.signal(signal.SIGUSR1, previous[1])
+
+
+def test_a_call_is_interrupted_too_and_works_afterwards() -> None:
+    script = """
+import os, signal, threading, time, numpy, cuflash
+x = numpy.ones((1, 8192, 4, 64), numpy.float16)
+small = x[:, :64]
+before = cuflash.scaled_dot_product_attention(small, small, small)
+threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+sent = time.monotonic() + 1.0
+try:
+    cuflash.scaled_dot_product_attention(x, x, x)
+    print("too fast")
+except KeyboardInterrupt:
+    print("interrupted", time.monotonic() - sent < 1.5)
+print((cuflash.scaled_dot_product_attention(small, small, small) == before).all())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUFLASH_SIMULATOR_THREADS": "2"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.stdout.split("\n")[:2] == ["interrupted True", "True"], result.stderr
+
+
+def test_other_threads_run_python_during_a_launch() -> None:
+    counted = 0
+    done = threading.Event()
+
+    def count() -> None:
+        nonlocal counted
+        while not done.is_set():
+            counted += 1
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    send_soon(signal.SIGINT, 0.5)
+    with pytest.raises(KeyboardInterrupt):
+        launch(1)
+    done.set()
+    thread.join()
+    assert counted > 20
+
+
+def test_threads_that_cannot_be_started_are_done_without() -> None:
+    """As in a container with a limit of process ids. Root is under no such limit, so memory for the stacks is what runs out."""
+    script = """
+import resource, numpy as np
+from simulated import compile_cuda, pack
+from cuflash.simulator import Module, Options
+module = Module(compile_cuda('extern "C" __global__ void k(int* out) { out[blockIdx.x * 32 + threadIdx.x] = blockIdx.x; }'))
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 60 * 2**20, -1))
+out = np.zeros((500, 32), np.int32)
+module.launch((500, 1, 1), (32, 1, 1), 0, pack([out]), [(out.ctypes.data, out.nbytes, "out")], Options(400))
+print((out == np.arange(500)[:, None]).all())
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent)))}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode in (0, 1), result.stderr
+    assert result.stdout.strip() == "True" or "[memory]" in result.stderr, result.stderr
