@@ -219,6 +219,19 @@ def test_half_fma(kind: str) -> None:
     same_halves(got, expected)
 
 
+def test_bf16_fma_of_ties() -> None:
+    """The product lies halfway between two results, and an addend too small for 53 bits decides. The results are those of an H100."""
+    a = np.array([0x3D30, 0xB858, 0x3A24, 0x3DC0, 0x3C2A], np.uint16)
+    b = np.array([0x3E58, 0xBC88, 0x3F90, 0xBE99, 0x3D20], np.uint16)
+    c = np.array([0x1DC8, 0x8B0E, 0x0984, 0x0E45, 0x0F37], np.uint16)
+    expected = np.array([0x3C15, 0x3565, 0x3A39, 0xBCE5, 0x39D5], np.uint16)
+    np.testing.assert_array_equal(run_instruction("fma.rn.bf16 %d, %a, %b, %c;", np.uint16, a, b, c), expected)
+    pairs = [np.resize(x, 10).view(np.uint32) for x in (a, b, c)]
+    np.testing.assert_array_equal(
+        run_instruction("fma.rn.bf16x2 %d, %a, %b, %c;", np.uint32, *pairs).view(np.uint16), np.resize(expected, 10)
+    )
+
+
 def round_bf16(exact: Array) -> Array:
     """Doubles rounded once."""
     candidates = exact.astype(np.float32).astype(ml_dtypes.bfloat16)

@@ -59,7 +59,8 @@ Box read_box(Warp& warp, const Record* in, u32 lane, const u16* map_operand, con
   for (u32 i = 1; i < rank; ++i) box.bytes *= map.count(i);
   const u32 element = element_bytes(map.element);
   if (box.begin[0] * element % CHUNK)
-    warp.fail(in, "tensor-map", mask, "the innermost coordinate is %d elements of %u bytes, no multiple of %u bytes", int(box.begin[0]), element, CHUNK);
+    warp.fail(in, "tensor-map", mask, "the innermost coordinate is %d elements of %u bytes, no multiple of %u bytes", int(box.begin[0]), element,
+              CHUNK);
   return box;
 }
 
