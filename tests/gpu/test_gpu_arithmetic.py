@@ -21,7 +21,7 @@ APPROXIMATE = {
 }
 UNARY = {"cvt.rna.tf32.f32": "%0, %1", "cvt.rn.f16.f32": "h, %1", "cvt.rn.bf16.f32": "h, %1"}
 BINARY = (
-    "cvt.rn.f16x2.f32", "cvt.rn.bf16x2.f32", "cvt.rn.relu.bf16x2.f32", "add.rn.f32", "add.rn.ftz.f32", "sub.rn.f32", "mul.rn.f32", "mul.rn.ftz.f32",
+    "cvt.rn.f16x2.f32", "cvt.rn.bf16x2.f32", "cvt.rn.relu.bf16x2.f32", "cvt.rn.relu.f16x2.f32", "add.rn.f32", "add.rn.ftz.f32", "sub.rn.f32", "mul.rn.f32", "mul.rn.ftz.f32",
     "mul.rm.f32", "max.f32", "max.ftz.f32", "max.NaN.f32", "min.f32", "div.rn.f32", "fma.rn.bf16x2", "fma.rn.f16x2",
 )  # fmt: skip
 TERNARY = ("fma.rn.f32", "fma.rn.ftz.f32")

@@ -78,7 +78,7 @@ def test_narrowing(kind: str) -> None:
     bits_equal(packed[:, 1].copy(), a.astype(KINDS[kind]))
     bits_equal(packed[:, 0].copy(), b.astype(KINDS[kind]))
     relu = run_instruction(f"cvt.rn.relu.{kind}.f32 %d, %a;", np.uint16, a).view(KINDS[kind])
-    bits_equal(relu, np.where(a < 0, np.float32(0), a).astype(KINDS[kind]))
+    bits_equal(relu, np.where(a <= 0, np.float32(0), a).astype(KINDS[kind]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,6 +103,15 @@ def test_half_to_bfloat16(rounding: str) -> None:
     every = np.arange(65536, dtype=np.uint32).astype(np.uint16)
     got = run_instruction(f"cvt{rounding}.bf16.f16 %d, %a;", np.uint16, every).view(ml_dtypes.bfloat16)
     bits_equal(got, every.view(np.float16).astype(np.float32).astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_relu_of_negative_zero(kind: str) -> None:
+    """A GPU gives +0, and 0x7fff for a NaN of either sign."""
+    a = np.array([0x80000000, 0xC3170000, 0x80000001, 0xFF800000, 0xFFE2D928, 0x7FC00000], np.uint32).view(np.float32)
+    b = np.array([0x32FFFAE5, 0x80000000, 0x80000000, 0x80000000, 0x80000000, 0x80000000], np.uint32).view(np.float32)
+    got = run_instruction(f"cvt.rn.relu.{kind}x2.f32 %d, %a, %b;", np.uint32, a, b)
+    assert got.tolist() == [int(b[:1].astype(KINDS[kind]).view(np.uint16)[0]), 0, 0, 0, 0x7FFF0000, 0x7FFF0000]
 
 
 def test_every_half_survives_a_round_trip() -> None:
@@ -134,14 +143,14 @@ def test_narrowing_to_8_bits(kind: str) -> None:
     b = a[::-1].copy()
     for relu in ("", ".relu"):
         got = run_instruction(f"cvt.rn.satfinite{relu}.{kind}x2.f32 %d, %a, %b;", np.uint16, a, b).view(np.uint8).reshape(-1, 2)
-        low, high = (np.where(x < 0, np.float32(0), x) if relu else x for x in (b, a))
+        low, high = (np.where(x <= 0, np.float32(0), x) if relu else x for x in (b, a))
         np.testing.assert_array_equal(got[:, 0], narrowed(low, kind))
         np.testing.assert_array_equal(got[:, 1], narrowed(high, kind))
     halves = np.arange(65536, dtype=np.uint32).astype(np.uint16).view(np.float16)
     pairs = np.stack([halves, np.roll(halves, 7)], 1)
     for relu in ("", ".relu"):
         got = run_instruction(f"cvt.rn.satfinite{relu}.{kind}x2.f16x2 %d, %a;", np.uint16, pairs.view(np.uint32).ravel()).view(np.uint8)
-        np.testing.assert_array_equal(got.reshape(-1, 2), narrowed(np.where(pairs < 0, np.float16(0), pairs) if relu else pairs, kind))
+        np.testing.assert_array_equal(got.reshape(-1, 2), narrowed(np.where(pairs <= 0, np.float16(0), pairs) if relu else pairs, kind))
 
 
 @pytest.mark.parametrize("kind", FP8)
@@ -151,7 +160,7 @@ def test_widening_of_8_bits_is_exact(kind: str) -> None:
     got = run_instruction(f"cvt.rn.f16x2.{kind}x2 %d, %a;", np.uint32, pairs).view(np.float16).reshape(-1, 2)
     bits_equal(got, expected)
     got = run_instruction(f"cvt.rn.relu.f16x2.{kind}x2 %d, %a;", np.uint32, pairs).view(np.float16).reshape(-1, 2)
-    bits_equal(got, np.where(expected < 0, np.float16(0), expected))
+    bits_equal(got, np.where(expected <= 0, np.float16(0), expected))
 
 
 def test_tf32() -> None:

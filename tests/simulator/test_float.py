@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -236,19 +238,38 @@ def same_halves(got: Array, expected: Array) -> None:
 def test_half_fma(kind: str) -> None:
     a, b, c = (x[np.isfinite(x.astype(np.float32))][:300] for x in halves(kind, 3))
     got = run_instruction(f"fma.rn.{kind} %d, %a, %b, %c;", np.uint16, *(x.view(np.uint16) for x in (a, b, c))).view(HALVES[kind])
-    exact = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
-    expected = exact.astype(HALVES[kind]) if kind == "f16" else round_bf16(exact)
+    if kind == "f16":
+        expected = (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float16)
+    else:  # exact sums: a double has too few bits for some
+        x, y, z = ([Fraction(float(value)) for value in operand] for operand in (a, b, c))
+        expected = round_bf16([i * j + k for i, j, k in zip(x, y, z, strict=True)])
     same_halves(got, expected)
 
 
-def round_bf16(exact: Array) -> Array:
-    """Doubles rounded once."""
-    candidates = exact.astype(np.float32).astype(ml_dtypes.bfloat16)
-    bits = candidates.view(np.uint16).astype(np.int32)
-    options = np.stack([(bits + step).astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float64) for step in (0, -1, 1)])
-    distance = np.abs(options - exact)
-    best = np.where(np.isinf(options[0]), 0, np.nanargmin(np.where(np.isnan(distance), np.inf, distance), axis=0))
-    return np.take_along_axis(options, best[None], 0)[0].astype(ml_dtypes.bfloat16)
+def test_bf16_fma_of_ties() -> None:
+    """The product lies halfway between two results, and an addend too small for 53 bits decides. The results are those of an H100."""
+    a = np.array([0x3D30, 0xB858, 0x3A24, 0x3DC0, 0x3C2A], np.uint16)
+    b = np.array([0x3E58, 0xBC88, 0x3F90, 0xBE99, 0x3D20], np.uint16)
+    c = np.array([0x1DC8, 0x8B0E, 0x0984, 0x0E45, 0x0F37], np.uint16)
+    expected = np.array([0x3C15, 0x3565, 0x3A39, 0xBCE5, 0x39D5], np.uint16)
+    np.testing.assert_array_equal(run_instruction("fma.rn.bf16 %d, %a, %b, %c;", np.uint16, a, b, c), expected)
+    pairs = [np.resize(x, 10).view(np.uint32) for x in (a, b, c)]
+    np.testing.assert_array_equal(
+        run_instruction("fma.rn.bf16x2 %d, %a, %b, %c;", np.uint32, *pairs).view(np.uint16), np.resize(expected, 10)
+    )
+
+
+def round_bf16(exact: list[Fraction]) -> Array:
+    """Rounded once, ties to even."""
+    rounded = []
+    for value in exact:
+        near = int(np.array(float(value)).astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16))
+        words = np.array([near, near - 1, near + 1], np.int64).astype(np.uint16)
+        choices = [word for word in words if np.isfinite(word.view(ml_dtypes.bfloat16).astype(np.float32))]
+        if choices and choices[0] == near:
+            near = min(choices, key=lambda word: (abs(Fraction(float(word.view(ml_dtypes.bfloat16))) - value), word & 1))
+        rounded.append(near)
+    return np.array(rounded, np.uint16).view(ml_dtypes.bfloat16)
 
 
 @pytest.mark.parametrize("kind", HALVES)

@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from simulated import compile_cuda, run_cuda, run_ptx
+from simulated import Array, compile_cuda, run_cuda, run_ptx
 
 from cuflash.simulator import Module, Options
 
@@ -161,6 +161,37 @@ def test_atomic_results() -> None:
     assert tickets[64:96].tolist() == [0, *range(31)]
     assert total[0] == 17
     assert (tickets[96], tickets[97], cas[0]) == (7, 70, 70)
+
+
+@pytest.mark.parametrize("generic", [False, True])
+def test_subnormals_of_float_atomics(generic: bool) -> None:
+    """Global memory flushes operands and results, as measured on an H100; shared memory keeps them."""
+    tiny = np.array([1e-45, 1e-39, -1e-39, 1.1754942e-38, 0, -0.0, 2e-38, -1.2e-38], np.float32)
+    other = np.repeat(np.array([1e-45, -1e-39, 1.1754944e-38, -0.0, 1.0, 0, 1e-40, -2e-38], np.float32), 8)
+    tiny = np.resize(tiny, 64)
+
+    def flush(x: Array) -> Array:
+        return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+
+    add = "atomicAdd(p, v);" if generic else 'asm volatile("red.SPACE.add.f32 [%0], %1;" :: "l"(a), "f"(v) : "memory");'
+    source = f"""extern "C" __global__ void k(float* out, float* kept, const float* in) {{
+        __shared__ float s[64];
+        int i = threadIdx.x;
+        float v = in[i], *p = out + i;
+        u64 a = __cvta_generic_to_global(p);
+        {add.replace("SPACE", "global")}
+        s[i] = kept[i];
+        p = s + i;
+        a = __cvta_generic_to_shared(p);
+        {add.replace("SPACE", "shared")}
+        kept[i] = s[i];
+    }}"""
+    out, kept = tiny.copy(), tiny.copy()
+    run_cuda(source, out, kept, other, block=64)
+    expected = flush(flush(tiny) + flush(other))
+    assert (expected.view(np.uint32) != (tiny + other).view(np.uint32)).sum() == 40
+    np.testing.assert_array_equal(out.view(np.uint32), expected.view(np.uint32))
+    np.testing.assert_array_equal(kept.view(np.uint32), (tiny + other).view(np.uint32))
 
 
 def test_packed_atomics() -> None:

@@ -7,9 +7,9 @@
 namespace sim {
 namespace {
 
-// ---- narrowing from f32: F is the rounding, as a function of vectors that gives 16 bits
+// ---- narrowing from f32: F is the rounding, as a function of vectors that gives 16 bits; RELU makes +0 of -0, too
 
-template <class F, bool RELU> SIM_INLINE Vec<u32> narrow(Vec<f32> value) { return F{}(RELU ? (value < 0.0f ? splat(0.0f) : value) : value); }
+template <class F, bool RELU> SIM_INLINE Vec<u32> narrow(Vec<f32> value) { return F{}(RELU ? (value <= 0.0f ? splat(0.0f) : value) : value); }
 
 // cvt.bf16x2.f32 d, a, b: a goes to the upper half.
 template <class F> void add_narrowing(Table& table, const std::string& rounding, const std::string& type, F) {
@@ -66,7 +66,7 @@ template <class NARROW, class WIDEN> void add_fp8(Table& table, const std::strin
             map<u32>([](auto a) { return narrow<NARROW, true>(f16_to_f32(a >> 16)) << 8 | narrow<NARROW, true>(f16_to_f32(a & 0xffffu)); }));
   table.add("cvt.rn.f16x2." + type, "d32 a32", map<u32>([](auto a) { return f32_to_f16(WIDEN{}(a >> 8)) << 16 | f32_to_f16(WIDEN{}(a)); }));
   table.add("cvt.rn.relu.f16x2." + type, "d32 a32", map<u32>([](auto a) {
-              const auto half = [](Vec<f32> value) { return f32_to_f16(value < 0.0f ? splat(0.0f) : value); };
+              const auto half = [](Vec<f32> value) { return f32_to_f16(value <= 0.0f ? splat(0.0f) : value); };
               return half(WIDEN{}(a >> 8)) << 16 | half(WIDEN{}(a));
             }));
 }

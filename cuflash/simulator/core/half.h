@@ -80,4 +80,12 @@ SIM_INLINE f32 round_to_odd(f64 value) {
   return bits<f32>((away ? word - 1 : word) | 1u);
 }
 
+// A sum that is rounded once more later: one that is not exact gets an odd last bit, so that a tie then is one only if the sum is.
+SIM_INLINE f64 sum_to_odd(f64 a, f64 b) {
+  const f64 sum = a + b, from_b = sum - a, error = (a - (sum - from_b)) + (b - from_b);  // sum + error is exact
+  const u64 word = bits<u64>(sum);
+  if (error == 0 || error != error || word & 1) return sum;
+  return bits<f64>((error > 0) == (sum > 0) ? word + 1 : word - 1);
+}
+
 }  // namespace sim
