@@ -248,13 +248,13 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(monkeypatch: py
             raise ModuleNotFoundError(f"No module named {name!r}")
         return Cuda
 
-    compiler._nvrtc.cache_clear()
+    compiler._load_nvrtc.cache_clear()
     monkeypatch.setattr("cuflash.compiler.importlib.import_module", import_module)
     try:
         with pytest.raises(SetupError, match=rf"needs {missing}.*pip install 'cuflash\[cuda12\]'"):
             compiler.nvrtc_version()
     finally:
-        compiler._nvrtc.cache_clear()
+        compiler._load_nvrtc.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------- directory and fingerprint

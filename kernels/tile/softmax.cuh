@@ -126,8 +126,12 @@ struct OnlineSoftmax {
         const float log2_total = lg2(total * (1.0f / float(1 << SHIFT)));
         if constexpr (NATURAL) {
           reference[m][r] = __fmaf_rn(log2_total, LN_2, reference[m][r]);
+        } else if constexpr (SHIFT == 0) {
+          reference[m][r] = (reference[m][r] + log2_total) * LN_2;
         } else {
-          reference[m][r] = (reference[m][r] + float(SHIFT) + log2_total) * LN_2;
+          const float unshifted = reference[m][r] + float(SHIFT);  // exact where keys were seen; a sink alone has not been shifted
+          const float lost = reference[m][r] - (unshifted - float(SHIFT));
+          reference[m][r] = ((unshifted + log2_total) + lost) * LN_2;
         }
       }
   }
