@@ -63,7 +63,9 @@ def test_the_branch_of_gpus() -> None:
 def test_the_stand_in_refuses_machine_code(tmp_path: Path) -> None:
     """A cubin that real NVRTC made must not pass for one of its own."""
     (tmp_path / "real.cubin").write_bytes(b"\x7fELF")
-    done = on_stand_in("-c", "import cupy, sys; cupy.RawModule(path=sys.argv[1])", tmp_path / "real.cubin")
+    done = on_stand_in(
+        "-c", "import cupy, pathlib, sys; cupy.cuda.function.Module().load(pathlib.Path(sys.argv[1]).read_bytes())", tmp_path / "real.cubin"
+    )
     assert "give the stand-in a cache of its own" in done.stderr
 
 

@@ -54,13 +54,13 @@ def aligned(array: Any) -> Any:
 
 
 def run_on_simulator(ptx: bytes, kernel: str, arguments: Sequence[Argument], grid: int, block: int, shared: int) -> list[Any]:
-    from cuflash.simulator import Buffer, Module, Options
+    from cuflash.simulator import Buffer, Module
     from cuflash.simulator.tensor_map import encode_tiled
 
     arrays = [aligned(value) for kind, value in arguments if kind == "array"]
     parameters, _ = pack(arguments, [array.ctypes.data for array in arrays], encode_tiled)
     buffers = [Buffer(array.ctypes.data, array.nbytes, f"array {i}") for i, array in enumerate(arrays)]
-    Module(ptx, kernel).launch((grid, 1, 1), (block, 1, 1), shared, parameters, buffers, Options())
+    Module(ptx, kernel).launch((grid, 1, 1), (block, 1, 1), shared, parameters, buffers)
     return [numpy.array(array) for array in arrays]
 
 

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy
 
-from cupy import cuda, lib, random
+from cupy import cuda, lib, random, raw
 from cupy.cuda import get_default_memory_pool, is_available
-from cupy.raw import RawModule
 
-__all__ = ["RawModule", "cuda", "get_default_memory_pool", "is_available", "lib", "ndarray", "random"]
+__all__ = ["cuda", "get_default_memory_pool", "is_available", "lib", "ndarray", "random"]
 __version__ = "0.0.0+stand.in"
+
+cuda.function = raw  # type: ignore[attr-defined]  # which needs the rest of cuda
 
 
 class Flags:

@@ -356,7 +356,19 @@ def _launch_kernel(
         on.captured.append(run)
 
 
-driver = SimpleNamespace(CUDADriverError=CUDADriverError, launchKernel=_launch_kernel)
+def _set_attribute(handle: int, attribute: int, value: int) -> None:
+    assert attribute == _MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _functions[handle].max_dynamic_shared_size_bytes = value
+
+
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+driver = SimpleNamespace(
+    CUDADriverError=CUDADriverError,
+    launchKernel=_launch_kernel,
+    funcSetAttribute=_set_attribute,
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+)
 
 
 # --- NVRTC --------------------------------------------------------------------------------------------------------------------------------
