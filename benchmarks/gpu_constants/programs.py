@@ -60,6 +60,12 @@ TIMELINES = {
 }
 
 
+def product_costs(kernel: str, groups: int) -> list[float]:
+    """Clocks of the tensor unit per product, for each warpgroup of a test of the order of service: N/2, which `wgmma` measures to a percent."""
+    (first, _), (others, _) = ORDERS[kernel]
+    return [first / 2, *[others / 2] * (groups - 1)]
+
+
 def _wgmma(n: int) -> str:
     """`Wgmma<n>`: D += A B of bfloat16, B's rows being N, A in shared memory or in registers."""
     count = n // 2

@@ -19,6 +19,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from gpu_constants import programs
+
 PACE = 24.0
 """Clocks between two issues of a warpgroup that nothing holds up, the test's own stores of clocks included."""
 DEPTHS = range(2, 17)
@@ -182,3 +184,14 @@ def judge(tests: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "mean_error_of_clocks_of_issue_in_products_by_depth": {"unbounded" if d == UNBOUNDED else str(d): x for d, x in lateness.items()},
         "entries_of_a_full_unit": {"in_turn": sum(t for t, _ in taken), "to_the_same_again": sum(r for _, r in taken)},
     }
+
+
+def judge_kernels(tests: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The verdicts on the tests that the benchmark ran: `all` together, those of two and of three warpgroups, and each kernel's."""
+    tests = [test | {"costs": programs.product_costs(test["kernel"], len(test["lengths"]))} for test in tests]
+    parts = {"all": tests}
+    for count, name in ((2, "two warpgroups"), (3, "three warpgroups")):
+        parts[name] = [test for test in tests if len(test["lengths"]) == count]
+    for test in tests:
+        parts.setdefault(test["kernel"], []).append(test)
+    return {name: judge(part) for name, part in parts.items() if part}
