@@ -70,17 +70,17 @@ PRODUCT(hmma_tf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
       asm volatile(TEXT : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3]) : "r"(slot) : "memory"); \
     }                                                                                             \
   };
-SHARED(lds_32, WORDS, "ld.volatile.shared.u32 %0, [%0];")
+SHARED(lds_b32, WORDS, "ld.volatile.shared.u32 %0, [%0];")
 SHARED(lds_128, WORDS, "ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%0];")
 SHARED(ldsm_x4, MATRIX, "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%0];")
 SHARED(ldsm_x4_trans, TRANSPOSED, "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%0];")
-SHARED(sts_32, NONE, "st.volatile.shared.u32 [%4], %0;")
+SHARED(sts_b32, NONE, "st.volatile.shared.u32 [%4], %0;")
 SHARED(sts_128, NONE, "st.volatile.shared.v4.u32 [%4], {%0, %1, %2, %3};")
 SHARED(stsm_x4, NONE, "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%4], {%0, %1, %2, %3};")
 template <>
-constexpr int LANE_BYTES<lds_32> = 4;
+constexpr int LANE_BYTES<lds_b32> = 4;
 template <>
-constexpr int LANE_BYTES<sts_32> = 4;
+constexpr int LANE_BYTES<sts_b32> = 4;
 
 template <class Instruction, int CHAINS>
 __device__ __forceinline__ void measure(u64* results, int trips, u32 a, u32 b, u32 impossible) {

@@ -282,13 +282,19 @@ def handovers(machine: Any) -> Iterator[Record]:
     yield one("mbarrier: arrive and wait, alone", "mbarrier_alone", 32, 1, "one thread, one barrier")
     yield one("mbarrier: try_wait on a complete phase", "mbarrier_ready", 32, 1, "one warp")
     for threads in (64, 256):
-        how = "bar.arrive to the end of the other half's bar.sync, in turns; the barriers' numbers are "
-        yield one(f"named barrier hand-over, {threads} threads", f"named_turns_{threads}", threads, 2, how + "in the instruction")
-        yield one(f"named barrier hand-over, {threads} threads, number in a register", "named_turns", threads, 2, how + "in registers")
+        how = "bar.arrive to the end of the other half's bar.sync, in turns"
+        yield one(f"named barrier hand-over, {threads} threads, number in the instruction", f"named_turns_{threads}", threads, 2, how)
+        yield one(f"named barrier hand-over, {threads} threads, number in a register", "named_turns", threads, 2, how)
     for threads in (32, 128, 256, 384, 512):
         yield one(f"bar.sync 0, {threads} threads", "block_barrier", threads, 8, "in a row")
     for threads in (128, 384):
-        yield one(f"bar.sync of 128 threads, {threads // 128} warpgroups at a time, number in a register", "warpgroup_barrier", threads, 8, "in a row")
+        yield one(
+            f"bar.sync of 128 threads, {threads // 128} warpgroups at a time, number in a register",
+            "warpgroup_barrier",
+            threads,
+            8,
+            "in a row",
+        )
     for threads in (32, 128, 384):
         yield one(f"st.shared and fence.proxy.async, {threads} threads", "proxy_fence", threads, 4, "in a row")
 
@@ -352,7 +358,13 @@ def loads(machine: Any) -> Iterator[Record]:
         ("bulk copies", "bulk_stream", (data,), 1, "two of 16 KB per stage"),
         ("tensor copies", "tensor_stream", (tensor,), 1, "boxes of 64x128 2-byte elements, 128-byte swizzle"),
         ("bulk copies, multicast to a cluster of 2", "bulk_multicast", (data,), 2, "each block brings 16 KB for both; bytes that arrive"),
-        ("tensor copies, multicast to a cluster of 2", "tensor_multicast", (tensor,), 2, "each block brings one box for both; bytes that arrive"),
+        (
+            "tensor copies, multicast to a cluster of 2",
+            "tensor_multicast",
+            (tensor,),
+            2,
+            "each block brings one box for both; bytes that arrive",
+        ),
     ]
     for grid in (1, 2, machine.num_sms // 2, machine.num_sms):
         for name, kernel, source, cluster, how in kernels:

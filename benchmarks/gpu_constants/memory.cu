@@ -18,10 +18,10 @@ __device__ __forceinline__ void bulk_load_both(u32 to, const char* from, u32 byt
                : "memory");
 }
 __device__ __forceinline__ void tensor_load_both(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(
-                   to),
-               "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)3)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)3)
+      : "memory");
 }
 __device__ __forceinline__ void tensor_load(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map),

@@ -33,11 +33,11 @@ INSTRUCTIONS = [
     "hmma_f16",
     "hmma_bf16",
     "hmma_tf32",
-    "lds_32",
+    "lds_b32",
     "lds_128",
     "ldsm_x4",
     "ldsm_x4_trans",
-    "sts_32",
+    "sts_b32",
     "sts_128",
     "stsm_x4",
 ]
