@@ -3,7 +3,7 @@
     python benchmarks/constants.py --compile DIR              cubins for --cubins, by NVRTC; needs no GPU
     python benchmarks/constants.py [--cubins DIR] --output DIR   measures on the first GPU (sm_90), writes DIR/constants.json
     python benchmarks/constants.py --dry-run --output DIR     the same on the simulator: times mean nothing
-    python benchmarks/constants.py --table DIR/constants.json  prints it as the tables of docs/hopper.md
+    python benchmarks/constants.py --table DIR/constants.json  prints it as the tables of docs/h100.md
 
 Kernels are in benchmarks/gpu_constants. constants.json has `constants`, a list of records (name, value, low, high, unit, how, raw numbers), and `failures`. It is
 renewed after every record. A measurement that fails or takes too long is ended, and a fresh process does the others. Nothing of the GPU is changed.

@@ -98,14 +98,14 @@ def test_the_verdict_on_the_h100_is_what_the_page_says() -> None:
     for name, verdict in verdicts.items():
         assert (verdict["rule"], verdict["depth"]) == ("queue", 7), name
         assert verdict["mean_largest_error_in_products_from_begin"]["queue, entries known"] < 0.5, name
-    page = (ROOT / "docs" / "hopper.md").read_text()
+    page = (ROOT / "docs" / "h100.md").read_text()
     assert "serves `wgmma` in order of issue" in page
     assert "holds seven products" in page
 
 
 def test_the_tables_of_the_h100_are_printed() -> None:
     """If this fails, replace the block by what `constants.py --table` prints."""
-    page = (ROOT / "docs" / "hopper.md").read_text()
+    page = (ROOT / "docs" / "h100.md").read_text()
     begin, end = f"<!-- constants.py --table {H100.relative_to(ROOT)} -->\n\n", "\n<!-- end of constants.py -->"
     assert page.count(begin) == page.count(end) == 1
     assert page.partition(begin)[2].partition(end)[0] == _script("--table", str(H100)).stdout

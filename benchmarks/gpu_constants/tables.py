@@ -1,4 +1,4 @@
-"""Markdown tables of a constants.json, for docs/hopper.md. A row whose record the file lacks is left out; a file of an older run may lack some."""
+"""Markdown tables of a constants.json, for docs/h100.md. A row whose record the file lacks is left out; a file of an older run may lack some."""
 
 from __future__ import annotations
 
