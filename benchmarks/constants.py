@@ -3,6 +3,7 @@
     python benchmarks/constants.py --compile DIR              cubins for --cubins, by NVRTC; needs no GPU
     python benchmarks/constants.py [--cubins DIR] --output DIR   measures on the first GPU (sm_90), writes DIR/constants.json
     python benchmarks/constants.py --dry-run --output DIR     the same on the simulator: times mean nothing
+    python benchmarks/constants.py --table DIR/constants.json  prints it as the tables of docs/h100.md
 
 Kernels are in benchmarks/gpu_constants. constants.json has `constants`, a list of records (name, value, low, high, unit, how, raw numbers), and `failures`. It is
 renewed after every record. A measurement that fails or takes too long is ended, and a fresh process does the others. Nothing of the GPU is changed.
@@ -23,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu_constants import programs
+from gpu_constants import programs, tables
 from gpu_constants.machines import Gpu, Simulated
 from gpu_constants.measurements import MEASUREMENTS
 
@@ -137,7 +138,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="for all measurements together (default: 60)")
     parser.add_argument("--dry-run", action="store_true", help="on the simulator, few repetitions")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--table", type=Path, metavar="JSON", help="only print this file's tables, in Markdown")
     options = parser.parse_args()
+    if options.table:
+        print(tables.document(json.loads(options.table.read_text())), end="")
+        return 0
     if options.compile:
         programs.compile_all(options.compile, os.cpu_count() or 1)
         return 0

@@ -26,7 +26,7 @@ extern "C" __global__ void mbarrier_turns(u64* results, int trips, int partner) 
   store_clocks(results, begin, good ? end : begin);
 }
 
-// The same by named barriers, as two halves of a block: `bar.sync` on one's own, `bar.arrive` on the other's.
+// The same by named barriers, as two halves of a block: `bar.sync` on one's own, `bar.arrive` on the other's. Numbers in registers.
 extern "C" __global__ void named_turns(u64* results, int trips) {
   const int half = blockDim.x / 2, side = warp_index() >= half / 32;
   const int own = 1 + side, other = 2 - side;
@@ -41,6 +41,27 @@ extern "C" __global__ void named_turns(u64* results, int trips) {
   store_clocks(results, begin, end);
 }
 
+// The same with numbers in the instructions, as kernels have them.
+template <int OWN, int OTHER, int THREADS>
+__device__ __forceinline__ void named_side(u64* results, int trips) {
+  if (OWN == 2) asm volatile("bar.arrive %0, %1;" ::"n"(OTHER), "n"(THREADS) : "memory");
+  const u64 begin = clock_now();
+#pragma unroll 1
+  for (int trip = 0; trip < trips; ++trip) {
+    asm volatile("bar.sync %0, %1;" ::"n"(OWN), "n"(THREADS) : "memory");
+    if (OWN == 1 || trip + 1 < trips) asm volatile("bar.arrive %0, %1;" ::"n"(OTHER), "n"(THREADS) : "memory");
+  }
+  const u64 end = clock_now();
+  store_clocks(results, begin, end);
+}
+template <int THREADS>
+__device__ __forceinline__ void named_sides(u64* results, int trips) {
+  if (warp_index() < THREADS / 64) named_side<1, 2, THREADS>(results, trips);
+  else named_side<2, 1, THREADS>(results, trips);
+}
+extern "C" __global__ void named_turns_64(u64* results, int trips) { named_sides<64>(results, trips); }
+extern "C" __global__ void named_turns_256(u64* results, int trips) { named_sides<256>(results, trips); }
+
 extern "C" __global__ void block_barrier(u64* results, int trips) {
   __syncthreads();
   const u64 begin = clock_now();
@@ -53,7 +74,7 @@ extern "C" __global__ void block_barrier(u64* results, int trips) {
   store_clocks(results, begin, end);
 }
 
-// A barrier of each warpgroup's own 128 threads.
+// A barrier of each warpgroup's own 128 threads, its number in a register.
 extern "C" __global__ void warpgroup_barrier(u64* results, int trips) {
   const int id = 1 + warp_index() / 4;
   __syncthreads();

@@ -8,6 +8,10 @@ constexpr int SLOT = 512;  // bytes of shared memory per warp
 // What shared memory holds: addresses, so that what a load returns is the address of the next load.
 enum class Pattern { NONE, WORDS, MATRIX, TRANSPOSED };
 
+// Bytes between the addresses of neighbouring lanes: as many as a lane accesses, so that no bank is asked twice at a time.
+template <class Instruction>
+constexpr int LANE_BYTES = 16;
+
 #define PLAIN(NAME, TEXT)                                                              \
   struct NAME {                                                                        \
     static constexpr Pattern PATTERN = Pattern::NONE;                                  \
@@ -66,20 +70,24 @@ PRODUCT(hmma_tf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
       asm volatile(TEXT : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3]) : "r"(slot) : "memory"); \
     }                                                                                             \
   };
-SHARED(lds_32, WORDS, "ld.volatile.shared.u32 %0, [%0];")
+SHARED(lds_b32, WORDS, "ld.volatile.shared.u32 %0, [%0];")
 SHARED(lds_128, WORDS, "ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%0];")
 SHARED(ldsm_x4, MATRIX, "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%0];")
 SHARED(ldsm_x4_trans, TRANSPOSED, "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%0];")
-SHARED(sts_32, NONE, "st.volatile.shared.u32 [%4], %0;")
+SHARED(sts_b32, NONE, "st.volatile.shared.u32 [%4], %0;")
 SHARED(sts_128, NONE, "st.volatile.shared.v4.u32 [%4], {%0, %1, %2, %3};")
 SHARED(stsm_x4, NONE, "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%4], {%0, %1, %2, %3};")
+template <>
+constexpr int LANE_BYTES<lds_b32> = 4;
+template <>
+constexpr int LANE_BYTES<sts_b32> = 4;
 
 template <class Instruction, int CHAINS>
 __device__ __forceinline__ void measure(u64* results, int trips, u32 a, u32 b, u32 impossible) {
   extern __shared__ __align__(1024) char memory[];
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const u32 base = shared_address(memory) + warp * SLOT;
-  u32 slot = base + lane * 16, first = 0x3f000000u + threadIdx.x;  // a float near 1/2
+  u32 slot = base + lane * LANE_BYTES<Instruction>, first = 0x3f000000u + threadIdx.x;  // a float near 1/2
   u32* words = reinterpret_cast<u32*>(memory + warp * SLOT);
   for (u32 i = lane; i < SLOT / 4; i += 32) {
     if (Instruction::PATTERN == Pattern::MATRIX) words[i] = base + 16 * (i % 32);

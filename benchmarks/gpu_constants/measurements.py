@@ -92,27 +92,17 @@ def _median_times(machine: Any, kernel: str, lengths: Sequence[int], delays: Seq
 
 def order_of_service(machine: Any) -> Iterator[Record]:
     tests = []
-    kernels = dict(programs.ORDERS) if not machine.dry else {"order_64_ss": programs.ORDERS["order_64_ss"]}
-    for kernel, ((n0, _), (n1, _)) in kernels.items():
-        ends = {length: _median_times(machine, kernel, (length,), (0,))[0]["done"][0] for length in (4, 16, 32)}
-        cost = (ends[32] - ends[16]) / 16
-        costs, startup = (cost, cost * n1 / n0), ends[4] - 4 * cost
-        _, log = _median_times(machine, kernel, (32,), (0,))
-        stamps = (log[0, 12:44] - log[0, 0]).tolist()
+    kernels = list(programs.ORDERS) if not machine.dry else ["order_64_ss"]
+    for kernel in kernels:
+        costs = programs.product_costs(kernel, 3)
+        times, log = _median_times(machine, kernel, (32,), (0,))
         yield record(
-            f"{kernel}: clocks per product, alone",
-            [costs[0]],
+            f"{kernel}: clocks per product, one warpgroup",
+            [float(numpy.diff(log[0, 28:44]).mean())],
             "clocks",
-            "slope between batches of 16 and 32",
-            startup=startup,
-            issue_clocks=stamps,
-        )
-        yield record(
-            f"{kernel}: products that are issued before issue blocks",
-            [sum(1 for i, stamp in enumerate(stamps) if stamp < i * costs[0] * 0.5)],
-            "products",
-            "issues of a batch of 32 whose clock is less than half of what service of those before takes",
-            issue_clocks=stamps,
+            "mean distance of the later half of 32 issues, by when the unit is full; with N = 64 it is the distance of the test's own instructions",
+            done=times["done"][0],
+            issue_clocks=(log[0, 12:44] - log[0, 0]).tolist(),
         )
         unit = max(costs)
         cases = [((a, b), (0, int(unit * d))) for a, b in ((16, 16), (32, 4), (4, 32), (32, 16)) for d in (0.3, 2.5)]
@@ -120,25 +110,21 @@ def order_of_service(machine: Any) -> Iterator[Record]:
         cases += [((16, 16, 16), (0, int(unit * 0.6), int(unit * 1.2))), ((32, 4, 8), (0, int(unit * 2), int(unit * 4)))]
         for lengths, delays in cases if not machine.dry else cases[:1] + cases[-1:]:
             times, log = _median_times(machine, kernel, lengths, delays)
-            test = {
-                "kernel": kernel,
-                "lengths": lengths,
-                "delays": delays,
-                "costs": [round(costs[0], 2), *[round(costs[1], 2)] * (len(lengths) - 1)],
-                **times,
-                "issue_clocks": [[int(x) - int(log[:, 0].min()) for x in log[g, 12 : 12 + length]] for g, length in enumerate(lengths)],
-            }
-            # Predicted from when each really began; the pipeline's own latency is not part of the rule.
-            test["done_raw"], test["done"] = test["done"], [d - max(startup, 0.0) for d in test["done"]]
-            tests.append(test)
-    verdict = service_order.judge(tests)
+            tests.append(
+                {
+                    "kernel": kernel,
+                    "lengths": lengths,
+                    "delays": delays,
+                    **times,
+                    "issue_clocks": [[int(x) - int(log[:, 0].min()) for x in log[g, 12 : 12 + length]] for g, length in enumerate(lengths)],
+                }
+            )
     yield {
         "name": "order of service between warpgroups",
-        "value": verdict["rule"],
+        "value": service_order.judge_kernels(tests)["all"]["rule"],
         "unit": "rule",
-        "how": "Batches of wgmma of two and three warpgroups, begun at known times; which rule predicts when each is done",
-        "verdict": verdict,
-        "verdict_by_kernel": {kernel: service_order.judge([t for t in tests if t["kernel"] == kernel]) for kernel in kernels},
+        "how": "Batches of wgmma of two and three warpgroups, begun at known times; which rule explains when each is issued and done",
+        "verdicts": service_order.judge_kernels(tests),
         "tests": tests,
     }
 
@@ -296,17 +282,19 @@ def handovers(machine: Any) -> Iterator[Record]:
     yield one("mbarrier: arrive and wait, alone", "mbarrier_alone", 32, 1, "one thread, one barrier")
     yield one("mbarrier: try_wait on a complete phase", "mbarrier_ready", 32, 1, "one warp")
     for threads in (64, 256):
-        yield one(
-            f"named barrier hand-over, {threads} threads",
-            "named_turns",
-            threads,
-            2,
-            "bar.arrive to the end of the other half's bar.sync, in turns",
-        )
+        how = "bar.arrive to the end of the other half's bar.sync, in turns"
+        yield one(f"named barrier hand-over, {threads} threads, number in the instruction", f"named_turns_{threads}", threads, 2, how)
+        yield one(f"named barrier hand-over, {threads} threads, number in a register", "named_turns", threads, 2, how)
     for threads in (32, 128, 256, 384, 512):
         yield one(f"bar.sync 0, {threads} threads", "block_barrier", threads, 8, "in a row")
     for threads in (128, 384):
-        yield one(f"bar.sync of 128 threads, {threads // 128} warpgroups at a time", "warpgroup_barrier", threads, 8, "in a row")
+        yield one(
+            f"bar.sync of 128 threads, {threads // 128} warpgroups at a time, number in a register",
+            "warpgroup_barrier",
+            threads,
+            8,
+            "in a row",
+        )
     for threads in (32, 128, 384):
         yield one(f"st.shared and fence.proxy.async, {threads} threads", "proxy_fence", threads, 4, "in a row")
 
@@ -314,7 +302,7 @@ def handovers(machine: Any) -> Iterator[Record]:
 def launches(machine: Any) -> Iterator[Record]:
     count = 2 if machine.dry else 500
     for grid in (1, machine.num_sms):
-        issue, whole, single = [], [], []
+        issue, single = [], []
         for _ in range(1 if machine.dry else 5):
             machine.wait()
             begin = time.perf_counter()
@@ -322,7 +310,6 @@ def launches(machine: Any) -> Iterator[Record]:
                 machine.launch("handover", "nothing", grid, 128, 0)
             issue.append((time.perf_counter() - begin) / count * 1e6)
             machine.wait()
-            whole.append((time.perf_counter() - begin) / count * 1e6)
             begin = time.perf_counter()
             for _ in range(max(count // 10, 1)):
                 machine.launch("handover", "nothing", grid, 128, 0)
@@ -332,21 +319,23 @@ def launches(machine: Any) -> Iterator[Record]:
             f"launches in a row, host, {grid} blocks",
             issue,
             "microseconds",
-            "empty kernels through cuLaunchKernel, this script's Python included",
+            "empty kernels through cuLaunchKernel, this script's Python included; the GPU is faster than this host",
         )
-        yield record(f"launches in a row, GPU, {grid} blocks", whole, "microseconds", "the same until the last has ended")
         yield record(f"launch and wait, {grid} blocks", single, "microseconds", "an empty kernel, then a wait for it")
     count = 2 if machine.dry else 200
     stamps = machine.array(count, numpy.uint64)
-    for i in range(count):
-        machine.launch("handover", "timer", 1, 32, 0, stamps[i : i + 1])
+    ours = [stamps[i : i + 1] for i in range(count)]
+    busy = machine.array(2, numpy.uint64), machine.array(2, numpy.uint64)
+    # The stream is busy until all are queued: otherwise the distance would be the host's.
+    machine.launch("handover", "clock_rate", 1, 32, 0, *busy, ("Q", 50 if machine.dry else 20_000_000))
+    for own in ours:
+        machine.launch("handover", "timer", 1, 32, 0, own)
     machine.wait()
-    gaps = numpy.diff(machine.get(stamps).astype(numpy.int64))[count // 2 :]
     yield record(
-        "from a kernel's begin to the next one's",
-        gaps if gaps.size else [0],
+        "from a queued kernel's begin to the next one's",
+        numpy.diff(machine.get(stamps).astype(numpy.int64)),
         "nanoseconds",
-        "tiny kernels of one stream, by the global timer",
+        "tiny kernels of one stream, queued behind a long one, by the global timer",
     )
 
 
@@ -368,7 +357,14 @@ def loads(machine: Any) -> Iterator[Record]:
     kernels: list[tuple[str, str, tuple[Any, ...], int, str]] = [
         ("bulk copies", "bulk_stream", (data,), 1, "two of 16 KB per stage"),
         ("tensor copies", "tensor_stream", (tensor,), 1, "boxes of 64x128 2-byte elements, 128-byte swizzle"),
-        ("multicast to a cluster of 2", "multicast_stream", (data,), 2, "each block brings 16 KB for both; bytes that arrive"),
+        ("bulk copies, multicast to a cluster of 2", "bulk_multicast", (data,), 2, "each block brings 16 KB for both; bytes that arrive"),
+        (
+            "tensor copies, multicast to a cluster of 2",
+            "tensor_multicast",
+            (tensor,),
+            2,
+            "each block brings one box for both; bytes that arrive",
+        ),
     ]
     for grid in (1, 2, machine.num_sms // 2, machine.num_sms):
         for name, kernel, source, cluster, how in kernels:

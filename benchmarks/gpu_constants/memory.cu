@@ -17,6 +17,12 @@ __device__ __forceinline__ void bulk_load_both(u32 to, const char* from, u32 byt
                "r"(bytes), "r"(barrier), "h"((unsigned short)3)
                : "memory");
 }
+__device__ __forceinline__ void tensor_load_both(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)3)
+      : "memory");
+}
 __device__ __forceinline__ void tensor_load(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map),
                "r"(column), "r"(row), "r"(barrier)
@@ -67,8 +73,8 @@ extern "C" __global__ void __launch_bounds__(32, 1)
 }
 
 // Two blocks of a cluster read the same chunks, each one half of them for both.
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32, 1)
-    multicast_stream(u64* results, const char* data, u32 footprint, u32 step, int chunks) {
+template <bool TILES>
+__device__ __forceinline__ void multicast(u64* results, const char* data, const TensorMap& map, u32 footprint, u32 step, int chunks) {
   extern __shared__ __align__(1024) char memory[];
   __shared__ u64 barriers[2 * STAGES];
   const u32 to = shared_address(memory), full = shared_address(barriers), empty = full + 8 * STAGES;
@@ -98,7 +104,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32, 1)
       if (i >= chunks) continue;
       if (i >= STAGES) good = good && barrier_wait(empty + 8 * stage, (i / STAGES - 1) & 1);
       barrier_expect(barrier, CHUNK);
-      bulk_load_both(to + stage * CHUNK + half, data + offset + half, CHUNK / 2, barrier);
+      if (TILES) tensor_load_both(to + stage * CHUNK + half, map, 64 * rank, offset / 256, barrier);
+      else bulk_load_both(to + stage * CHUNK + half, data + offset + half, CHUNK / 2, barrier);
       offset += CHUNK;
       if (offset >= footprint) offset -= footprint;
     }
@@ -107,6 +114,14 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32, 1)
   }
   __syncwarp();
   asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32, 1)
+    bulk_multicast(u64* results, const char* data, u32 footprint, u32 step, int chunks) {
+  multicast<false>(results, data, *reinterpret_cast<const TensorMap*>(data), footprint, step, chunks);
+}
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32, 1)
+    tensor_multicast(u64* results, const __grid_constant__ TensorMap map, u32 footprint, u32 step, int chunks) {
+  multicast<true>(results, nullptr, map, footprint, step, chunks);
 }
 
 // One copy at a time, from its issue to the end of the wait; `results`: a pair of clocks per copy.
@@ -214,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) reduce_v4_f32(u64* results,
   reduce<4>(results, data, region, step, trips);
 }
 
-// Reductions of blocks of shared memory; two in flight.
+// Reductions of blocks of shared memory; three in flight.
 extern "C" __global__ void __launch_bounds__(32, 1) bulk_reduce(u64* results, char* data, u32 region, u32 step, u32 bytes, int trips) {
   extern __shared__ __align__(1024) char memory[];
   for (u32 i = threadIdx.x; i < bytes / 4; i += 32) reinterpret_cast<float*>(memory)[i] = 1;

@@ -33,11 +33,11 @@ INSTRUCTIONS = [
     "hmma_f16",
     "hmma_bf16",
     "hmma_tf32",
-    "lds_32",
+    "lds_b32",
     "lds_128",
     "ldsm_x4",
     "ldsm_x4_trans",
-    "sts_32",
+    "sts_b32",
     "sts_128",
     "stsm_x4",
 ]
@@ -58,6 +58,12 @@ TIMELINES = {
     "timeline_256_ss": (256, False),
     "timeline_128_rs": (128, True),
 }
+
+
+def product_costs(kernel: str, groups: int) -> list[float]:
+    """Clocks of the tensor unit per product, for each warpgroup of a test of the order of service: N/2, which `wgmma` measures to a percent."""
+    (first, _), (others, _) = ORDERS[kernel]
+    return [first / 2, *[others / 2] * (groups - 1)]
 
 
 def _wgmma(n: int) -> str:
