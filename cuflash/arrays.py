@@ -366,18 +366,24 @@ def _torch_dtype(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _kind(x: object) -> Hashable:
+    """The class of an array, by a weak reference where it is the caller's own, which a kept call must not keep alive."""
+    kind: Any = type(x)
+    return kind if kind in _libraries else weakref.ref(kind)
+
+
 def _signature_numpy(x: Any) -> Hashable:
-    return type(x), x.dtype, x.shape, x.strides
+    return _kind(x), x.dtype, x.shape, x.strides
 
 
 def _signature_cupy(x: Any) -> Hashable:
-    return type(x), x.dtype, x.shape, x.strides, x.data.device_id
+    return _kind(x), x.dtype, x.shape, x.strides, x.data.device_id
 
 
 def _signature_torch(x: Any) -> Hashable | None:
     try:
         recorded = x.requires_grad and sys.modules["torch"].is_grad_enabled()
-        return type(x), x.dtype, x.shape, x.stride(), x.device, x.is_neg(), recorded
+        return _kind(x), x.dtype, x.shape, x.stride(), x.device, x.is_neg(), recorded
     except RuntimeError:  # no strides: sparse, nested, …
         return None
 

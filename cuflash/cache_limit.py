@@ -30,7 +30,7 @@ _LEFT_BEHIND = 3600.0  # seconds after which a file that somebody was writing ha
 _TEMPORARY = (".tmp", ".lock")
 
 _lock = threading.Lock()
-_writes: dict[Path, int] = {}
+_writes_until_sweep: dict[Path, int] = {}
 
 
 @dataclass
@@ -74,13 +74,17 @@ def wrote(folder: Path) -> None:
     """
     limit = limit_bytes()
     with _lock:
-        count = _writes[folder] = _writes.get(folder, 0) + 1
-    if limit is None or count % _SWEEP_EVERY != 1:
+        left = _writes_until_sweep.get(folder, 0)
+        _writes_until_sweep[folder] = left - 1 if left else _SWEEP_EVERY - 1
+    if limit is None or left:
         return
     lock = FileLock(folder / "sweep.lock")
     with contextlib.closing(lock):
         if lock.try_acquire():
             sweep(folder, limit)
+        else:  # who sweeps now may have looked before this write
+            with _lock:
+                _writes_until_sweep[folder] = 0
 
 
 def sweep(folder: Path, limit: int) -> None:
@@ -135,4 +139,4 @@ def _remove(paths: Iterable[Path]) -> None:
 def forget_writes() -> None:
     """As if this process had written nothing yet. For tests."""
     with _lock:
-        _writes.clear()
+        _writes_until_sweep.clear()

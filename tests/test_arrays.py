@@ -6,6 +6,7 @@ import ctypes
 import gc
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import numpy
@@ -13,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuflash import dlpack, frameworks
+import cuflash
+from cuflash import arrays, dlpack, frameworks
 from cuflash.arrays import Array, BFloat16Bits, bfloat16, borrow, pointer, signature
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 
@@ -279,6 +281,20 @@ def test_refused_capsules_are_deleted_too(changes: dict[str, int], error: type[A
     del caught
     gc.collect()
     assert len(producer.deleted) == 1
+
+
+def test_a_class_of_the_caller_is_not_kept_alive() -> None:
+    class Own(numpy.ndarray):
+        pass
+
+    x = numpy.ones((1, 8, 1, 8), numpy.float32).view(Own)
+    assert type(cuflash.scaled_dot_product_attention(x, x, x)) in (Own, numpy.ndarray)
+    known, classes = len(arrays._libraries), weakref.ref(Own)
+    assert Own in arrays._libraries_of_subclasses
+    del x, Own
+    gc.collect()
+    assert classes() is None
+    assert len(arrays._libraries) == known
 
 
 def test_other_devices() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,14 @@ def test_without_a_compiler_the_simulator_says_what_to_install(tmp_path: Path) -
     message = run_python(code, PATH=str(tmp_path), CXX="", CUFLASH_CACHE_DIR=str(tmp_path))
     assert "C++ compiler" in message
     assert "pip install ziglang" in message
+
+
+def test_a_wheel_has_the_kernels_and_says_that_it_is_typed(tmp_path: Path) -> None:
+    wheel = pytest.importorskip("hatchling.builders.wheel", reason="pip install -e '.[test]' installs it")
+    (built,) = wheel.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    names = set(zipfile.ZipFile(built).namelist())
+    kernels = {f"cuflash/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.cu*")}
+    core = {str(path.relative_to(ROOT)) for path in (ROOT / "cuflash" / "simulator" / "core").iterdir()}
+    assert len(kernels) > 20
+    assert {"cuflash/py.typed", *kernels, *core} <= names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"cuflash"}

@@ -38,6 +38,12 @@ for (int i = 0; i < 4; ++i) {
     if (t / 32 == 1) { wait(&first, i & 1); if (t == 32) arrive(&second); }
     if (t / 32 == 2) { wait(&second, i & 1); if (t == 64) arrive(&third); }
 }""",
+    "bytes that a thread reports itself": """__shared__ u64 m;
+if (t == 0) {
+    init(&m, 1);
+    for (int i = 0; i < 4; ++i) { arrive_expect(&m, 16); wait(&m, i % 2 ^ 1); complete(&m, 16); }
+    wait(&m, 1);
+}""",
     "the last phase": """__shared__ u64 m;
 if (t == 0) init(&m, 32); __syncthreads();
 if (t < 32) arrive(&m);

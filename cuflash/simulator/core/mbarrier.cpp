@@ -332,6 +332,7 @@ const Record* expect(Warp& warp, const Record* in) {
 const Record* complete(Warp& warp, const Record* in) {
   const u32* bytes = operand_row<u32>(warp, in, 0);
   for_barriers(warp, in, "mbarrier.complete_tx", [&](Mbarrier& barrier, u32 lanes) {
+    if (warp.cta->checks) mbarriers_of(warp).release_waits(warp, barrier);
     for_lanes(lanes, [&](int lane) {
       mbarriers_of(warp).issue(place_of(warp, in, 1u << lane), barrier, bytes[lane]);
       mbarriers_of(warp).complete(barrier, bytes[lane]);
