@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from cuflash import cache, compiler, device, inspection
+from cuflash.compiler import CompileRequest
 from cuflash.device import ARCHITECTURES, Device
 from cuflash.features import NO_FEATURES, FeatureSet
 from cuflash.inspection import Report, inspect_kernels
@@ -21,7 +22,10 @@ pytest.importorskip("cupy")
 
 DTYPES = ("float16", "bfloat16", "float32")
 HEAD_DIMS = (64, 128, 256, 512)
+ARCHS = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_120")
+"""One of each generation."""
 MAX_SECONDS = 3.0
+YARDSTICK_SECONDS = 1.0
 FEATURES = {
     "boolean_mask": FeatureSet(attn_mask="bool"),
     "additive_mask": FeatureSet(attn_mask="float32"),
@@ -48,19 +52,34 @@ def named(report: Report) -> str:
     return f"{report.subject.label} with {report.subject.tile}"
 
 
-def processor_seconds(report: Report) -> float:
-    """The time of another compilation, without what a busy machine adds: the first one is measured by the clock on the wall."""
-    start = time.thread_time()
-    compiler.compile_kernel(report.subject.request)
-    return time.thread_time() - start
+def processor_seconds(request: CompileRequest) -> float:
+    """The least time of two compilations, without what a busy machine adds: reports are measured by the clock on the wall."""
+    seconds = []
+    for _ in range(2):
+        start = time.thread_time()
+        compiler.compile_kernel(request)
+        seconds.append(time.thread_time() - start)
+    return min(seconds)
 
 
-def cases() -> Iterator[object]:
-    for arch, dtype, head_dim in itertools.product(ARCHITECTURES, DTYPES, HEAD_DIMS):
-        yield pytest.param(arch, dtype, head_dim, id=f"{arch}-{dtype}-D{head_dim}")
+def is_quick(report: Report) -> bool:
+    """Whether it was compiled within `MAX_SECONDS`, or would be where the forward kernel of a head of 64 takes the usual `YARDSTICK_SECONDS`."""
+    if report.seconds <= MAX_SECONDS:
+        return True
+    on = device.of_arch("sm_80", "gpu")
+    yardstick = next(iter(offline_kernels(on, dtype="float16", head_dim=64, is_causal=True))).request(on)
+    slowness = max(1.0, processor_seconds(yardstick) / YARDSTICK_SECONDS)  # other work on the same core slows all compilations
+    return processor_seconds(report.subject.request) <= MAX_SECONDS * slowness
 
 
-@pytest.mark.parametrize(("arch", "dtype", "head_dim"), list(cases()))
+def cases(archs: Sequence[str], head_dims: Sequence[object]) -> Iterator[object]:
+    """All triples with a type between; without `--exhaustive` each pair of an architecture and a head dimension with one type."""
+    for (i, arch), (j, dtype), (k, head_dim) in itertools.product(enumerate(archs), enumerate(DTYPES), enumerate(head_dims)):
+        marks = [pytest.mark.exhaustive] if (i + j + k) % len(DTYPES) else []
+        yield pytest.param(arch, dtype, head_dim, id=f"{arch}-{dtype}-D{head_dim}".replace(" ", ""), marks=marks)
+
+
+@pytest.mark.parametrize(("arch", "dtype", "head_dim"), list(cases(list(ARCHITECTURES), HEAD_DIMS)))
 def test_no_spills_no_warnings_quick_and_on_tensor_cores(arch: str, dtype: str, head_dim: int) -> None:
     """With the default tiles; the causal kernels, which are the larger ones."""
     on = device.of_arch(arch, "gpu")
@@ -73,7 +92,7 @@ def test_no_spills_no_warnings_quick_and_on_tensor_cores(arch: str, dtype: str, 
         assert resources.static_shared_bytes == 0, named(report)
         assert report.warnings == (), named(report)
         assert report.occupancy.blocks >= 1, named(report)
-        assert report.seconds <= MAX_SECONDS or processor_seconds(report) <= MAX_SECONDS, named(report)
+        assert is_quick(report), f"{named(report)}: {report.seconds:.2f} seconds"
         assert report.subject.request.arch == (arch + "a" if on.capability >= 90 else arch)
         if report.opcodes is None:
             continue
@@ -104,16 +123,11 @@ def test_other_head_dims_do_not_spill(arch: str, head_dim: int) -> None:
         assert report.warnings == (), named(report)
 
 
-@pytest.mark.parametrize("dims", [(192, 128), (64, 256), (576, 512), (71, 33), (8, 512)], ids=str)
-@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_89", "sm_90", "sm_120"])
-def test_two_head_dims_do_not_spill(arch: str, dims: tuple[int, int]) -> None:
-    for dtype in DTYPES:
-        for report in reports_of(device.of_arch(arch, "gpu"), dtype, dims[0], head_dim_v=dims[1]):
-            assert not report.spills, f"{dtype}: {named(report)}"
-            assert report.warnings == (), named(report)
-
-
-ARCHS = pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_89", "sm_90", "sm_120"])
+@pytest.mark.parametrize(("arch", "dtype", "dims"), list(cases(ARCHS, [(192, 128), (64, 256), (576, 512), (71, 33), (8, 512)])))
+def test_two_head_dims_do_not_spill(arch: str, dtype: str, dims: tuple[int, int]) -> None:
+    for report in reports_of(device.of_arch(arch, "gpu"), dtype, dims[0], head_dim_v=dims[1]):
+        assert not report.spills, named(report)
+        assert report.warnings == (), named(report)
 
 
 def no_spills(arch: str, dtype: str, head_dim: int, feature: str) -> None:
@@ -129,7 +143,7 @@ def no_spills(arch: str, dtype: str, head_dim: int, feature: str) -> None:
 
 
 @pytest.mark.parametrize("feature", [*FEATURES, *LENGTHS])
-@ARCHS
+@pytest.mark.parametrize("arch", ARCHS)
 def test_no_spills_with_a_feature(arch: str, feature: str) -> None:
     """Each alone. Types and head dimensions in turn; `--exhaustive` takes all of them."""
     number = [*FEATURES, *LENGTHS].index(feature) + int(arch[3:])
@@ -140,7 +154,7 @@ def test_no_spills_with_a_feature(arch: str, feature: str) -> None:
 @pytest.mark.parametrize("feature", [*FEATURES, *LENGTHS])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS, ids="D{}".format)
 @pytest.mark.parametrize("dtype", DTYPES)
-@ARCHS
+@pytest.mark.parametrize("arch", ARCHS)
 def test_no_spills_with_any_feature(arch: str, dtype: str, head_dim: int, feature: str) -> None:
     no_spills(arch, dtype, head_dim, feature)
 

@@ -202,6 +202,12 @@ def test_combinations_that_cannot_be() -> None:
         )
 
 
+def test_a_box_that_no_shared_memory_has_room_for() -> None:
+    """Each extent alone is one that a box may have."""
+    text = failure(ZEROS + "".join(fields(ARRAY, (256, 256), 9)) + PUBLISH + load(2, (0, 0), 512))
+    assert text.startswith("[tensor-map] a tensor map with a box that no shared memory has room for")
+
+
 def test_memory_that_is_no_map() -> None:
     assert "[tensor-map] what the address names is neither a tensor map of the simulator" in failure(
         "((int*)map)[t] = 7; __syncwarp();\n" + replaced("rank", 1)
