@@ -10,11 +10,12 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,17 @@ def _other_architectures(items: list[pytest.Item]) -> set[pytest.Item]:
         for arch, item in of_test[case]
         if arch != SIMULATED[turn % len(SIMULATED)]
     }
+
+
+def by_turns(*values: Sequence[Any]) -> list[Any]:
+    """Parameters for the combinations of several lists: every other one, those between with `--exhaustive`. Each pair of neighbours differs in one value."""
+    cases = []
+    for numbered in itertools.product(*(list(enumerate(each)) for each in values)):
+        case = [value for _, value in numbered]
+        name = "-".join("_".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in case)
+        marks = [pytest.mark.exhaustive] if sum(number for number, _ in numbered) % 2 else []
+        cases.append(pytest.param(*case, id=name, marks=marks))
+    return cases
 
 
 DEADLINE = float(os.environ.get("CUFLASH_TEST_DEADLINE") or "inf")

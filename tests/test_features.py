@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 import pytest
-from conftest import ELEMENTS, Target, rounded
+from conftest import ELEMENTS, Target, by_turns, rounded
 
 import cuflash
 from cuflash import reference
@@ -52,6 +52,17 @@ FEATURES: dict[str, dict[str, Any]] = {
 PAIRS = [
     pair for pair in itertools.combinations(FEATURES, 2) if pair not in {("boolean_mask", "additive_mask"), ("causal", "bottom_right")}
 ]
+NOT_DRAWN = [
+    ("softcap", "bottom_right"),
+    ("alibi", "additive_mask"),
+    ("alibi", "dropout"),
+    ("alibi", "sinks"),
+    ("boolean_mask", "sinks"),
+    ("additive_mask", "dropout"),
+    ("additive_mask", "prefix"),
+    ("additive_mask", "causal"),
+]
+"""Pairs that no call of the ordinary run of test_random_configurations.py has; the others are tested here with `--exhaustive`."""
 
 
 def inputs_of(
@@ -75,7 +86,9 @@ def test_alone(target: Target, feature: str, dtype: str) -> None:
     target.check(*inputs, enable_gqa=True, **placed(target, FEATURES[feature]))
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize(
+    "pair", [pytest.param(pair, id="-".join(pair), marks=[] if pair in NOT_DRAWN else [pytest.mark.exhaustive]) for pair in PAIRS]
+)
 def test_pairs(simulator: Target, pair: tuple[str, str]) -> None:
     """Where kernels and reference would take them in another order, they differ."""
     options = FEATURES[pair[0]] | FEATURES[pair[1]]
@@ -90,8 +103,7 @@ def test_all_together(target: Target) -> None:
     target.check(*inputs_of(target, target.half), enable_gqa=True, **placed(target, together))
 
 
-@pytest.mark.parametrize("head_dim", [8, 72, 128, 256])
-@pytest.mark.parametrize("feature", ["softcap", "boolean_mask", "additive_mask", "dropout"])
+@pytest.mark.parametrize(("feature", "head_dim"), by_turns(["softcap", "boolean_mask", "additive_mask", "dropout"], [8, 72, 128, 256]))
 def test_other_head_dims(simulator: Target, feature: str, head_dim: int) -> None:
     """Above 128, dK and dV are made by a kernel each, which have to draw the same numbers."""
     simulator.check(*inputs_of(simulator, "float16", head_dim), enable_gqa=True, **FEATURES[feature])

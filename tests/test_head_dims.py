@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
+from conftest import by_turns
 
 import cuflash
 from cuflash import Tile, reference
@@ -25,9 +26,9 @@ def three(
     return [target.random(shape, dtype, seed) for seed, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", [(192, 128), (64, 256), (256, 8), (71, 33), (1, 64), (40, 1)], ids=lambda dims: f"D{dims[0]}_{dims[1]}")
+@pytest.mark.parametrize(
+    ("dims", "dtype", "is_causal"), by_turns([(192, 128), (64, 256), (256, 8), (71, 33), (1, 64), (40, 1)], DTYPES, [False, True])
+)
 def test_value_has_a_head_dim_of_its_own(target: Target, dims: tuple[int, int], dtype: str, is_causal: bool) -> None:
     query, key, value = three(target, dims, dtype)
     results = target.check(query, key, value, is_causal=is_causal)
@@ -120,8 +121,7 @@ def test_plan_names_both_head_dims(simulator: Target) -> None:
 WIDE = [(512, 512), (576, 512), (257, 257), (8, 512), (512, 8), (320, 71), (33, 515)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", WIDE, ids=lambda dims: f"D{dims[0]}_{dims[1]}")
+@pytest.mark.parametrize(("dims", "dtype"), by_turns(WIDE, DTYPES))
 def test_wide_heads(target: Target, dims: tuple[int, int], dtype: str) -> None:
     """Groups of warps share out the columns, and on small devices pieces pass through shared memory."""
     target.check(*three(target, dims, dtype), is_causal=WIDE.index(dims) % 2 == 0)

@@ -9,6 +9,7 @@ of few groups; as a script it takes as many as it is asked for, of many groups, 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -30,6 +31,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from conftest import ELEMENTS, SIMULATED, VIEWS, GradientJudge, Target, rounded
+from test_features import NOT_DRAWN, PAIRS
 
 import cuflash
 from cuflash import cache, calls, launch, reference
@@ -325,11 +327,13 @@ def test_calls_are_drawn_the_same_every_time(simulator: Target) -> None:
 
 
 def test_the_ordinary_run_draws_everything() -> None:
-    """Every feature alone, every kind, every form of sequences."""
+    """Every feature alone, every pair but those of test_features.py, every kind, every form of sequences."""
     groups = [kernels_of_group(0, group) for group in range(GROUPS)]
     assert {name for kernels in groups for name in kernels.features} == set(FEATURES)
     assert {kernels[:3] for kernels in groups} == set(KINDS)
     assert {kernels.sequences for kernels in groups} == set(SEQUENCES)
+    drawn = {frozenset(pair) for kernels in groups for pair in itertools.combinations(kernels.features, 2)}
+    assert {frozenset(pair) for pair in PAIRS if "bottom_right" not in pair} - drawn <= {frozenset(pair) for pair in NOT_DRAWN}
 
 
 # --- As a script --------------------------------------------------------------------------------------------------------------------------
