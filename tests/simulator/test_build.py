@@ -187,6 +187,16 @@ def test_default_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cuflash" in str(folder)
 
 
+def test_zig_takes_our_flags(small_core: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ziglang")
+    compiler = build._probe((sys.executable, "-m", "ziglang", "c++"))
+    assert compiler is not None
+    assert compiler.kind == "zig"
+    build._run([*compiler.command, *compiler.flags(), "-c", str(small_core / "answer.cpp"), "-o", str(tmp_path / "answer.o")])
+    assert (tmp_path / "answer.o").stat().st_size > 0
+
+
+@pytest.mark.exhaustive  # its first link on a machine builds the C++ library, for two and a half minutes
 @pytest.mark.usefixtures("small_core")
 def test_zig_builds(tmp_path: Path) -> None:
     pytest.importorskip("ziglang")
