@@ -28,39 +28,26 @@ CAUSAL = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causa
 _PAIRS = list(itertools.product(LENGTHS, LENGTHS))
 random.Random(0).shuffle(_PAIRS)
 _CASES = list(itertools.product(DTYPES, HEAD_DIMS, [False, True]))
-_CASES.sort(key=lambda case: (DTYPES.index(case[0]) + HEAD_DIMS.index(case[1]) + case[2]) % 2)
-_ORDINARY = _CASES[: len(_CASES) // 2]
-"""Without `--exhaustive` every other case: each type and head dimension either full or causal."""
 
 
 def lengths_of(dtype: str, head_dim: int, is_causal: bool) -> list[tuple[int, int]]:
-    """Three pairs of lengths, other ones for every case: the ordinary ones together cover all pairs."""
-    first = 3 * _CASES.index((dtype, head_dim, is_causal))
-    return [_PAIRS[(first + i) % len(_PAIRS)] for i in range(3)]
+    """Two pairs of lengths, other ones for every case; `test_pairs_of_lengths_around_tile_edges` takes all."""
+    first = 2 * _CASES.index((dtype, head_dim, is_causal))
+    return [_PAIRS[(first + i) % len(_PAIRS)] for i in range(2)]
 
 
 # --- Element types, head dimensions, lengths ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("dtype", "head_dim", "is_causal"),
-    [
-        pytest.param(
-            *case, id=f"{case[0]}-D{case[1]}-{'causal' if case[2] else 'full'}", marks=[] if case in _ORDINARY else [pytest.mark.exhaustive]
-        )
-        for case in _CASES
-    ],
-)
+@pytest.mark.by_turns(3)
+@CAUSAL
+@pytest.mark.parametrize("head_dim", HEAD_DIMS, ids="D{}".format)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_element_type_head_dim_and_mask(target: Target, dtype: str, head_dim: int, is_causal: bool) -> None:
     for seqlen_q, seqlen_kv in lengths_of(dtype, head_dim, is_causal):
         query = target.random((1, seqlen_q, 1, head_dim), dtype, seed=1)
         key, value = (target.random((1, seqlen_kv, 1, head_dim), dtype, seed) for seed in (2, 3))
         target.check(query, key, value, is_causal=is_causal)
-
-
-def test_the_matrix_covers_every_pair_of_lengths() -> None:
-    covered = {pair for case in _ORDINARY for pair in lengths_of(*case)}
-    assert covered == set(_PAIRS)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +61,7 @@ def test_pairs_of_lengths_around_tile_edges(target: Target, seqlen_q: int, optio
         target.check(query, key, value, **options)
 
 
+@pytest.mark.by_turns(2)
 @pytest.mark.parametrize("head_dim", [2, 3, 5, 15, 17, 33, 63, 100, 129, 255], ids="D{}".format)
 def test_head_dims_that_are_no_multiple_of_anything(target: Target, head_dim: int) -> None:
     query, key, value = (target.random((1, 70, 2, head_dim), target.half, seed) for seed in (1, 2, 3))
@@ -210,6 +198,7 @@ def test_packed_heads(target: Target, options: dict[str, Any]) -> None:
     assert got.bits() == want.bits()
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_of_inputs(target: Target, view: str, dtype: str) -> None:
     """The same values in any strides give the same bits, and NaN between the rows is never read."""
@@ -278,6 +267,7 @@ def test_causal_alignment(target: Target, seqlen_q: int, seqlen_kv: int, alignme
     assert numpy.isneginf(target.host(results.lse)).sum() == 2 * empty
 
 
+@pytest.mark.by_turns(2)
 @pytest.mark.parametrize("scale", [None, 0.0, -0.3, 1, 0.01, 3.0], ids="scale={}".format)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scale(target: Target, dtype: str, scale: float | None) -> None:
@@ -352,6 +342,7 @@ def test_a_kept_call_is_not_taken_for_other_options_strides_or_alignment(target:
 # --- Random mixtures ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_turns(4)  # test_random_configurations.py has calls with features, under all checks
 @pytest.mark.parametrize("seed", range(48), ids="seed{}".format)
 def test_random_configuration(target: Target, seed: int) -> None:
     """Everything that varies without a compilation, at once."""

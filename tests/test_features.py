@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 import pytest
-from conftest import ELEMENTS, Target, by_turns, rounded
+from conftest import ELEMENTS, Target, rounded
 
 import cuflash
 from cuflash import reference
@@ -79,6 +79,7 @@ def placed(target: Target, options: dict[str, Any]) -> dict[str, Any]:
 # --- Each alone, and in pairs -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_turns(2)
 @pytest.mark.parametrize("dtype", ["half", "float32"])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_alone(target: Target, feature: str, dtype: str) -> None:
@@ -103,7 +104,9 @@ def test_all_together(target: Target) -> None:
     target.check(*inputs_of(target, target.half), enable_gqa=True, **placed(target, together))
 
 
-@pytest.mark.parametrize(("feature", "head_dim"), by_turns(["softcap", "boolean_mask", "additive_mask", "dropout"], [8, 72, 128, 256]))
+@pytest.mark.by_turns(2)
+@pytest.mark.parametrize("head_dim", [8, 72, 128, 256])
+@pytest.mark.parametrize("feature", ["softcap", "boolean_mask", "additive_mask", "dropout"])
 def test_other_head_dims(simulator: Target, feature: str, head_dim: int) -> None:
     """Above 128, dK and dV are made by a kernel each, which have to draw the same numbers."""
     simulator.check(*inputs_of(simulator, "float16", head_dim), enable_gqa=True, **FEATURES[feature])

@@ -5,9 +5,7 @@ The simulator runs PTX, so registers and SASS are nowhere else looked at.
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -72,14 +70,10 @@ def is_quick(report: Report) -> bool:
     return processor_seconds(report.subject.request) <= MAX_SECONDS * slowness
 
 
-def cases(archs: Sequence[str], head_dims: Sequence[object]) -> Iterator[object]:
-    """All triples with a type between; without `--exhaustive` each pair of an architecture and a head dimension with one type."""
-    for (i, arch), (j, dtype), (k, head_dim) in itertools.product(enumerate(archs), enumerate(DTYPES), enumerate(head_dims)):
-        marks = [pytest.mark.exhaustive] if (i + j + k) % len(DTYPES) else []
-        yield pytest.param(arch, dtype, head_dim, id=f"{arch}-{dtype}-D{head_dim}".replace(" ", ""), marks=marks)
-
-
-@pytest.mark.parametrize(("arch", "dtype", "head_dim"), list(cases(list(ARCHITECTURES), HEAD_DIMS)))
+@pytest.mark.by_turns(6)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS, ids="D{}".format)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_spills_no_warnings_quick_and_on_tensor_cores(arch: str, dtype: str, head_dim: int) -> None:
     """With the default tiles; the causal kernels, which are the larger ones."""
     on = device.of_arch(arch, "gpu")
@@ -113,6 +107,7 @@ def test_the_instructions_were_looked_at() -> None:
     assert reports_of(device.of_arch("sm_80", "gpu"), "float16", 64)[0].opcodes
 
 
+@pytest.mark.by_turns(2)
 @pytest.mark.parametrize("head_dim", [1, 40, 72, 96, 160, 192], ids="D{}".format)
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
 def test_other_head_dims_do_not_spill(arch: str, head_dim: int) -> None:
@@ -123,7 +118,10 @@ def test_other_head_dims_do_not_spill(arch: str, head_dim: int) -> None:
         assert report.warnings == (), named(report)
 
 
-@pytest.mark.parametrize(("arch", "dtype", "dims"), list(cases(ARCHS, [(192, 128), (64, 256), (576, 512), (71, 33), (8, 512)])))
+@pytest.mark.by_turns(5)
+@pytest.mark.parametrize("dims", [(192, 128), (64, 256), (576, 512), (71, 33), (8, 512)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_two_head_dims_do_not_spill(arch: str, dtype: str, dims: tuple[int, int]) -> None:
     for report in reports_of(device.of_arch(arch, "gpu"), dtype, dims[0], head_dim_v=dims[1]):
         assert not report.spills, named(report)
@@ -142,6 +140,7 @@ def no_spills(arch: str, dtype: str, head_dim: int, feature: str) -> None:
         assert report.warnings == (), named(report)
 
 
+@pytest.mark.by_turns(5)
 @pytest.mark.parametrize("feature", [*FEATURES, *LENGTHS])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_spills_with_a_feature(arch: str, feature: str) -> None:

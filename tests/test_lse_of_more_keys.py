@@ -66,6 +66,7 @@ def halves(target: Target, dtype: str, first: dict[str, Any], second: dict[str, 
     return [([query, key, value], options[0]), ([query, *others], options[1])]
 
 
+@pytest.mark.by_turns(2)
 @pytest.mark.parametrize("dtype", ["half", "float32"])
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_chunks_of_keys_with_an_additive_mask(target: Target, shift: float, dtype: str) -> None:
@@ -74,6 +75,7 @@ def test_chunks_of_keys_with_an_additive_mask(target: Target, shift: float, dtyp
     check_chunks(target, halves(target, target.half if dtype == "half" else dtype, *chunks))
 
 
+@pytest.mark.by_turns(2)
 @pytest.mark.parametrize("dtype", ["half", "float32"])
 @pytest.mark.parametrize(
     "feature", [None, "window", "softcap", "alibi", "boolean_mask", "dropout", "segments", "prefix", "causal", "bottom_right"]

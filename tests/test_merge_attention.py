@@ -496,6 +496,7 @@ def test_the_argument_struct_is_that_of_the_kernels(simulator: Target, tmp_path:
     compile_with(tmp_path, monkeypatch, assertions, "merge_arguments.cuh")
 
 
+@pytest.mark.by_turns(6)
 @pytest.mark.parametrize("dtype", list(ELEMENTS))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_spills(arch: str, dtype: str) -> None:

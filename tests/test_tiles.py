@@ -160,7 +160,7 @@ def test_text() -> None:
 def test_every_supported_case_has_a_default(arch: str) -> None:
     """Every kernel, type and head dimension, on the smallest shared memory as well."""
     for dtype in DTYPES:
-        for head_dim in (1, 16, 17, *range(24, 577, 8)):
+        for head_dim in (1, 16, 17, *range(24, 577, 24), 128, 256, 512, 576):
             for kernel in ("forward", "backward_dk", "backward_dv", "backward_dq"):
                 kernel_case = case(kernel, dtype, head_dim)
                 tile = tiles.default_tile(kernel_case, on(arch))
