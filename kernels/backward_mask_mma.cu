@@ -8,11 +8,11 @@
 // Shared memory: Q [TILE_Q][D] | dO [TILE_Q][DV] | K [TILE_KV][D] | V [TILE_KV][DV]; for a wide head this for each slice, then the parts of S and of
 // dP that the slices exchange. At the end sums of columns [ROW_WARPS][TILE_KV]. All slices of a wide head add up the same sums, the first stores
 // them.
-#include "tile/backward.cuh"
 #include "tile/constants.cuh"
 #include "tile/dropout.cuh"
-#include "tile/gemm.cuh"
 #include "tile/pipeline.cuh"
+#include "tile/products.cuh"
+#include "tile/row_statistics.cuh"
 #include "tile/schedule.cuh"
 #include "tile/score.cuh"
 #include "tile/sequence.cuh"
@@ -54,131 +54,13 @@ DEVICE void sum_rows(const float (&total)[M_TILES][S_TILES][4], float* column_su
   __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(const __grid_constant__ BackwardArguments arguments) {
-  const MaskView& grad_mask = arguments.features.grad_mask;
+// Stores the sums of the tile that starts at first_q and first_kv, added up along the axes of which the mask has one element. Memory of the tiles,
+// from `shared` on, is used again.
+DEVICE void store_sums(float (&total)[M_TILES][S_TILES][4], uint8* shared, const MaskView& grad_mask, const Work& work, int first_q, int first_kv,
+                       int seqlen_q, int seqlen_kv) {
   const bool sums_queries = grad_mask.stride_query == 0, sums_keys = grad_mask.stride_key == 0;
-  const int seqlen_q = arguments.geometry.seqlen_q, seqlen_kv = arguments.geometry.seqlen_kv;
-  const int num_q_tiles = (seqlen_q + TILE_Q - 1) / TILE_Q, num_kv_tiles = (seqlen_kv + TILE_KV - 1) / TILE_KV;
-  const Work work = decode_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads, false);
-  const int owned_kv_tiles = sums_keys ? 1 : num_kv_tiles;
-  const int begin_q = sums_queries ? 0 : work.tile / owned_kv_tiles, end_q = sums_queries ? num_q_tiles : begin_q + 1;
-  const int begin_kv = sums_keys ? 0 : work.tile % owned_kv_tiles, end_kv = sums_keys ? num_kv_tiles : begin_kv + 1;
   const int warp_row = row_warp_index() * WARP_ROWS;
-
-  extern __shared__ __align__(128) uint8 shared[];
-  const SmemAddress S_exchange = smem_address(shared) + HEAD_SLICES * SLICE_BYTES;
-  const SmemAddress dP_exchange = S_exchange + EXCHANGE_BYTES<M_TILES, S_TILES>;
-  const SmemAddress Q_smem = smem_address(shared) + slice_index() * SLICE_BYTES;
-  const SmemAddress dO_smem = Q_smem + TileQ::BYTES;
-  const SmemAddress K_smem = dO_smem + TileO::BYTES;
-  const SmemAddress V_smem = K_smem + TileK::BYTES;
-
-  float total[M_TILES][S_TILES][4];
-  clear(total);
-  const Dropout dropout(arguments.features);
-
-#pragma unroll 1
-  for (int member = 0; member < arguments.group_batch * arguments.group_heads; ++member) {
-    const int batch = work.batch * arguments.group_batch + member / arguments.group_heads;
-    const int head = work.head * arguments.group_heads + member % arguments.group_heads;
-    const auto& geometry = geometry_of(arguments, batch);
-    const int head_kv = head / (geometry.num_heads_q / geometry.num_heads_kv);
-    const Visibility visibility(geometry, arguments.features, batch, head);
-    const ScoreModifier modifier(geometry, arguments.features, batch, head);
-    const RowStatistics* statistics_gmem = row_statistics(arguments, batch, head, 0);
-    const float* log2_sums_gmem = log2_sums_of(arguments, batch, head);
-
-#pragma unroll 1
-    for (int q_tile = begin_q; q_tile < end_q; ++q_tile) {
-      const int first_q = q_tile * TILE_Q;
-      const int num_keys = visibility.end_key(first_q, first_q + TILE_Q);
-      const int first_tile = max(begin_kv, visibility.first_key(first_q) / TILE_KV);
-      const int end_tile = min(end_kv, (num_keys + TILE_KV - 1) / TILE_KV);
-
-      RowStatistics statistics[M_TILES][2];
-      float log2_sums[M_TILES][2];
-#pragma unroll
-      for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int query = first_q + warp_row + 16 * m + 8 * r + lane_index() / 4;
-          statistics[m][r] = query < geometry.seqlen_q ? statistics_gmem[query] : RowStatistics{infinity(), 0.0f};
-          log2_sums[m][r] = ADDITIVE_MASK && query < geometry.seqlen_q ? log2_sums_gmem[query] : 0.0f;
-        }
-
-#pragma unroll 1
-      for (int kv_tile = first_tile; kv_tile < end_tile; ++kv_tile) {
-        const int first_kv = kv_tile * TILE_KV;
-        auto load_Q = [&](int step) { load_piece<TileQ, HEAD_DIM>(Q_smem, arguments.query, batch, head, geometry.seqlen_q, first_q, step, 0); };
-        auto load_dO = [&](int step) {
-          load_piece<TileO, HEAD_DIM_V>(dO_smem, arguments.grad_out, batch, head, geometry.seqlen_q, first_q, step, 0);
-        };
-        auto load_K = [&](int step) { load_piece<TileK, HEAD_DIM>(K_smem, arguments.key, batch, head_kv, num_keys, first_kv, step, 0); };
-        auto load_V = [&](int step) { load_piece<TileV, HEAD_DIM_V>(V_smem, arguments.value, batch, head_kv, num_keys, first_kv, step, 0); };
-        if constexpr (HEAD_STEPS == 1) {
-          __syncthreads();  // every warp is done with the tiles before
-          if (kv_tile == first_tile) {
-            load_Q(0);
-            load_dO(0);
-          }
-          load_K(0);
-          load_V(0);
-          cp_async_commit_group();
-          wait_for_tiles<0>([] {});
-        }
-
-        float P[M_TILES][S_TILES][4];  // scores, then probabilities
-        clear(P);
-        auto add_scores = [&](int) {
-          gemm_rows<Mma, TileQ::COLUMNS>(P, typename Mma::OperandA<TileQ>(Q_smem, warp_row), typename Mma::OperandB<TileK>(K_smem));
-        };
-        if constexpr (HEAD_STEPS == 1) {
-          add_scores(0);
-        } else {
-          for_each_piece(
-              [&](int step) {
-                load_Q(step);
-                load_K(step);
-              },
-              add_scores);
-        }
-        publish_and_collect(P, S_exchange);
-        ScoreSlope<M_TILES, S_TILES> unused;
-        modifier.apply<false>(P, unused, first_q + warp_row, first_kv);
-        const bool masked = TILE_LISTS || visibility.needs_mask(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV);
-        for_each_place<M_TILES, S_TILES>([&](int m, int n, int i, int row, int column) {
-          P[m][n][i] = probability(P[m][n][i], 1.0f, statistics[m][i / 2].reference, log2_sums[m][i / 2]);
-          if (masked && !visibility.sees(first_q + warp_row + row, first_kv + column)) P[m][n][i] = 0.0f;
-        });
-
-        float dP[M_TILES][S_TILES][4];
-        clear(dP);
-        auto add_grad_probabilities = [&](int) {
-          gemm_rows<Mma, TileO::COLUMNS>(dP, typename Mma::OperandA<TileO>(dO_smem, warp_row), typename Mma::OperandB<TileV>(V_smem));
-        };
-        if constexpr (HEAD_STEPS == 1) {
-          add_grad_probabilities(0);
-        } else {
-          for_each_piece(
-              [&](int step) {
-                load_dO(step);
-                load_V(step);
-              },
-              add_grad_probabilities);
-        }
-        publish_and_collect(dP, dP_exchange);
-        KeptElements<false, M_TILES, S_TILES> kept;
-        if constexpr (DROPOUT) kept.draw(dropout, batch, head, first_q + warp_row, first_kv);
-        for_each_place<M_TILES, S_TILES>([&](int m, int n, int i, int, int) {
-          if constexpr (DROPOUT) dP[m][n][i] = kept.has(m, n, i) ? dP[m][n][i] * arguments.features.dropout_scale : 0.0f;
-          total[m][n][i] += P[m][n][i] * (dP[m][n][i] - statistics[m][i / 2].delta);
-        });
-      }
-    }
-  }
-
   MaskElement* destination = static_cast<MaskElement*>(grad_mask.data) + work.batch * grad_mask.stride_batch + work.head * grad_mask.stride_head;
-  const int first_q = begin_q * TILE_Q, first_kv = begin_kv * TILE_KV;
   if (sums_queries) {
     __syncthreads();  // every warp is done with the tiles, whose memory is used again
     float* column_sums = reinterpret_cast<float*>(shared);
@@ -213,4 +95,94 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
         destination[query * grad_mask.stride_query + key * grad_mask.stride_key] = from_float<MaskElement>(sum);
     });
   }
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(const __grid_constant__ BackwardArguments arguments) {
+  const MaskView& grad_mask = arguments.features.grad_mask;
+  const bool sums_queries = grad_mask.stride_query == 0, sums_keys = grad_mask.stride_key == 0;
+  const int seqlen_q = arguments.geometry.seqlen_q, seqlen_kv = arguments.geometry.seqlen_kv;
+  const int num_q_tiles = (seqlen_q + TILE_Q - 1) / TILE_Q, num_kv_tiles = (seqlen_kv + TILE_KV - 1) / TILE_KV;
+  const Work work = decode_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads, false);
+  const int owned_kv_tiles = sums_keys ? 1 : num_kv_tiles;
+  const int begin_q = sums_queries ? 0 : work.tile / owned_kv_tiles, end_q = sums_queries ? num_q_tiles : begin_q + 1;
+  const int begin_kv = sums_keys ? 0 : work.tile % owned_kv_tiles, end_kv = sums_keys ? num_kv_tiles : begin_kv + 1;
+  const int warp_row = row_warp_index() * WARP_ROWS;
+
+  extern __shared__ __align__(128) uint8 shared[];
+  const SmemAddress S_exchange = smem_address(shared) + HEAD_SLICES * SLICE_BYTES;
+  const SmemAddress dP_exchange = S_exchange + EXCHANGE_BYTES<M_TILES, S_TILES>;
+  const SmemAddress Q_smem = smem_address(shared) + slice_index() * SLICE_BYTES;
+  const SmemAddress dO_smem = Q_smem + TileQ::BYTES;
+  const SmemAddress K_smem = dO_smem + TileO::BYTES;
+  const SmemAddress V_smem = K_smem + TileK::BYTES;
+
+  float total[M_TILES][S_TILES][4];
+  clear(total);
+  const Dropout dropout(arguments.features);
+
+#pragma unroll 1
+  for (int member = 0; member < arguments.group_batch * arguments.group_heads; ++member) {
+    const int batch = work.batch * arguments.group_batch + member / arguments.group_heads;
+    const int head = work.head * arguments.group_heads + member % arguments.group_heads;
+    const auto& geometry = geometry_of(arguments, batch);
+    const int head_kv = head / (geometry.num_heads_q / geometry.num_heads_kv);
+    const Visibility visibility(geometry, arguments.features, batch, head);
+    const ScoreModifier modifier(geometry, arguments.features, batch, head);
+    const StatisticsView view(arguments, batch, head, 0, geometry.seqlen_q);
+    const SliceRows<TileQ, HEAD_DIM> Q_rows{arguments.query, batch, head, geometry.seqlen_q, 0};
+    const SliceRows<TileO, HEAD_DIM_V> dO_rows{arguments.grad_out, batch, head, geometry.seqlen_q, 0};
+
+#pragma unroll 1
+    for (int q_tile = begin_q; q_tile < end_q; ++q_tile) {
+      const int first_q = q_tile * TILE_Q;
+      const int num_keys = visibility.end_key(first_q, first_q + TILE_Q);
+      const int first_tile = max(begin_kv, visibility.first_key(first_q) / TILE_KV);
+      const int end_tile = min(end_kv, (num_keys + TILE_KV - 1) / TILE_KV);
+      const QueryRows<M_TILES> queries(view, first_q + warp_row);
+      const SliceRows<TileK, HEAD_DIM> K_rows{arguments.key, batch, head_kv, num_keys, 0};
+      const SliceRows<TileV, HEAD_DIM_V> V_rows{arguments.value, batch, head_kv, num_keys, 0};
+      const SliceTile<TileQ, HEAD_DIM> Q{Q_smem, first_q, Q_rows};
+      const SliceTile<TileO, HEAD_DIM_V> dO{dO_smem, first_q, dO_rows};
+
+#pragma unroll 1
+      for (int kv_tile = first_tile; kv_tile < end_tile; ++kv_tile) {
+        const int first_kv = kv_tile * TILE_KV;
+        const SliceTile<TileK, HEAD_DIM> K{K_smem, first_kv, K_rows};
+        const SliceTile<TileV, HEAD_DIM_V> V{V_smem, first_kv, V_rows};
+        if constexpr (HEAD_STEPS == 1) {
+          __syncthreads();  // every warp is done with the tiles before
+          if (kv_tile == first_tile) {
+            Q.load(0);
+            dO.load(0);
+          }
+          K.load(0);
+          V.load(0);
+          cp_async_commit_group();
+          wait_for_tiles<0>();
+        }
+
+        float P[M_TILES][S_TILES][4];  // scores, then probabilities
+        clear(P);
+        multiply_rows(P, Q, warp_row, K);
+        publish_and_collect(P, S_exchange);
+        ScoreSlope<M_TILES, S_TILES> unused;
+        modifier.apply<false>(P, unused, first_q + warp_row, first_kv);
+        queries.to_probabilities(P, modifier.factor());
+        hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, TILE_LISTS);
+
+        float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
+        queries.begin_grad_products(dS);
+        multiply_rows(dS, dO, warp_row, V);
+        publish_and_collect(dS, dP_exchange);
+        if constexpr (DROPOUT) {
+          KeptElements<false, M_TILES, S_TILES> kept;
+          kept.draw(dropout, batch, head, first_q + warp_row, first_kv);
+          queries.drop(dS, kept, arguments.features.dropout_scale);
+        }
+        for_each_place<M_TILES, S_TILES>([&](int m, int n, int i, int, int) { total[m][n][i] += P[m][n][i] * dS[m][n][i]; });
+      }
+    }
+  }
+
+  store_sums(total, shared, grad_mask, work, begin_q * TILE_Q, begin_kv * TILE_KV, seqlen_q, seqlen_kv);
 }

@@ -16,11 +16,10 @@
 //
 // Shared memory: Q [TILE_Q][D] | K [NUM_STAGES][TILE_KV][D]. One copy group per key tile. For a wide head this for each slice, then the parts of S
 // that the slices exchange.
-#include "tile/backward.cuh"
 #include "tile/constants.cuh"
-#include "tile/gemm.cuh"
 #include "tile/given_lse.cuh"
 #include "tile/pipeline.cuh"
+#include "tile/products.cuh"
 #include "tile/schedule.cuh"
 #include "tile/score.cuh"
 #include "tile/sequence.cuh"
@@ -76,16 +75,16 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_row_sums_m
   const int num_keys = visibility.end_key(first_q, first_q + TILE_Q);  // keys beyond are not even read
   const int begin = visibility.first_key(first_q) / TILE_KV;
   const int end = (num_keys + TILE_KV - 1) / TILE_KV;
-  SliceLoader<TileK, HEAD_DIM> load_K(arguments.key, work.batch, head_kv, num_keys, 0);
-  auto load_Q = [&](int step) { load_piece<TileQ, HEAD_DIM>(Q_smem, arguments.query, work.batch, work.head, geometry.seqlen_q, first_q, step, 0); };
-  auto slot = [](int tile) { return NUM_STAGES == 1 ? 0 : tile % NUM_STAGES; };
+  const SliceRows<TileQ, HEAD_DIM> Q_rows{arguments.query, work.batch, work.head, geometry.seqlen_q, 0};
+  const SliceRows<TileK, HEAD_DIM> K_rows{arguments.key, work.batch, head_kv, num_keys, 0};
+  const SliceTile<TileQ, HEAD_DIM> Q{Q_smem, first_q, Q_rows};
+  auto K_loader = K_rows.loader();
   auto issue = [&](int tile) {
-    if (tile < end) load_K.issue(K_smem + slot(tile) * TileK::BYTES, tile * TILE_KV, first_column<TileK>(0));
+    if (tile < end) K_loader.issue(K_smem + slot_of(tile) * TileK::BYTES, tile * TILE_KV, first_column<TileK>(0));
     cp_async_commit_group();
   };
-  if (HEAD_STEPS == 1 && begin < end) load_Q(0);
-#pragma unroll
-  for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) issue(begin + ahead);
+  if (HEAD_STEPS == 1 && begin < end) Q.load(0);
+  fill_pipeline(begin, issue);
 
   OnlineSoftmax<M_TILES, true> softmax;
   const ScoreModifier modifier(geometry, arguments.features, work.batch, work.head);
@@ -94,43 +93,19 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_row_sums_m
 
 #pragma unroll 1
   for (int j = begin; j < end; ++j) {
-    if constexpr (HEAD_STEPS > 1) {
-      // Every product fetches its pieces itself.
-    } else if constexpr (NUM_STAGES == 1) {
-      issue(j);
-      wait_for_tiles<0>([&] { load_K.land(K_smem); });
-    } else {
-      wait_for_tiles<NUM_STAGES - 2>([] {});  // tile j has landed; every warp is done with tile j - 1, whose slot is next
-      issue(j + NUM_STAGES - 1);
-    }
+    begin_step(j, issue, [&] { K_loader.land(K_smem); });
     const int first_kv = j * TILE_KV;
+    const SliceTile<TileK, HEAD_DIM> K{K_smem + slot_of(j) * TileK::BYTES, first_kv, K_rows};
 
     float S[M_TILES][S_TILES][4];
     clear(S);
-    auto add_scores = [&](int) {
-      gemm_rows<Mma, TileQ::COLUMNS>(S, typename Mma::OperandA<TileQ>(Q_smem, warp_row),
-                                     typename Mma::OperandB<TileK>(K_smem + slot(j) * TileK::BYTES));
-    };
-    if constexpr (HEAD_STEPS == 1) {
-      add_scores(0);
-    } else {
-      for_each_piece(
-          [&](int step) {
-            load_Q(step);
-            load_K.issue(K_smem, first_kv, first_column<TileK>(step));
-          },
-          add_scores);
-    }
+    multiply_rows(S, Q, warp_row, K);
     publish_and_collect(S, exchange);
     ScoreSlope<M_TILES, S_TILES> unused;
     modifier.apply<false>(S, unused, first_q + warp_row, first_kv);
-    if (TILE_LISTS || visibility.needs_mask(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)) {
-      for_each_element(S, [&](int row, int column, float& score) {
-        if (!visibility.sees(first_q + warp_row + row, first_kv + column)) score = -infinity();
-      });
-    }
-    softmax.update(S, no_output, 1.0f);
-    if constexpr (NUM_STAGES == 1 && HEAD_SLICES == 1) __syncthreads();  // every warp is done with the only slot; slices have exchanged parts since
+    hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, TILE_LISTS);
+    softmax.update(S, no_output, modifier.factor());
+    if constexpr (HEAD_SLICES == 1) end_step();  // slices have exchanged parts since K was read
   }
 
   if constexpr (SINKS) softmax.add_sink(no_output, arguments.features.sinks.load(work.batch, work.head) * SCORE_UNIT);

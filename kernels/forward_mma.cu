@@ -17,9 +17,9 @@
 #include "tile/constants.cuh"
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
-#include "tile/gemm.cuh"
 #include "tile/partial_outputs.cuh"
 #include "tile/pipeline.cuh"
+#include "tile/products.cuh"
 #include "tile/schedule.cuh"
 #include "tile/score.cuh"
 #include "tile/sequence.cuh"
@@ -39,11 +39,11 @@ constexpr int SLICE_BYTES = TileQ::BYTES + NUM_STAGES * (TileK::BYTES + TileV::B
 static_assert(TILE_Q % (16 * ROW_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
 static_assert(HEAD_SLICES * SLICE_BYTES + EXCHANGE_BYTES<M_TILES, S_TILES> == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
-// Out 0 and LSE -inf for rows start .. num_rows - 1, shared out among `num_tiles` blocks.
-DEVICE void clear_queries(const ForwardArguments& arguments, int head, int start, int num_rows, int tile, int num_tiles) {
-  clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM_V>(arguments.out, head, start, num_rows, tile, num_tiles);
+// Out 0 and LSE -inf for rows begin .. end - 1, shared out among `num_tiles` blocks.
+DEVICE void clear_queries(const ForwardArguments& arguments, int head, int begin, int end, int tile, int num_tiles) {
+  clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM_V>(arguments.out, head, begin, end, tile, num_tiles);
   if (arguments.lse.data == nullptr) return;
-  for (int64 row = start + int64(tile) * NUM_THREADS + threadIdx.x; row < num_rows; row += int64(num_tiles) * NUM_THREADS)
+  for (int64 row = begin + int64(tile) * NUM_THREADS + threadIdx.x; row < end; row += int64(num_tiles) * NUM_THREADS)
     *arguments.lse.pointer(0, head, int(row)) = -infinity();
 }
 
@@ -51,16 +51,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   const Work work = decode_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q, CAUSAL);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
-  if (is_behind_last(arguments.lengths, work.batch)) {
-    clear_queries(arguments, work.head, start_q, arguments.geometry.seqlen_q, work.tile, arguments.geometry.num_tiles);
-    return;
-  }
+  auto clear_outputs = [&](int begin, int end, int tile, int num_tiles) { clear_queries(arguments, work.head, begin, end, tile, num_tiles); };
+  if (!owns_rows<TILE_Q>(arguments, arguments.lengths.cu_seqlens_q, arguments.geometry.seqlen_q, work, clear_outputs)) return;
   const auto& geometry = geometry_of(arguments, work.batch);
-  if (is_last_tile(arguments.geometry, work.tile))
-    clear_queries(arguments, work.head, start_q + arguments.geometry.num_tiles * TILE_Q, start_q + geometry.seqlen_q, 0, 1);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
   const int first_q = work.tile * TILE_Q;
-  if (VARLEN && first_q >= geometry.seqlen_q) return;  // the grid is made for the longest sequence
   const int warp_row = row_warp_index() * WARP_ROWS;
 
   extern __shared__ __align__(128) uint8 shared[];
@@ -76,25 +71,23 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
                            (arguments.geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
   const int begin = TILE_LISTS ? 0 : visibility.first_key(first_q) / TILE_KV;  // steps over key tiles
   const int end = TILE_LISTS ? tiles.count() : (num_keys + TILE_KV - 1) / TILE_KV;
-  SliceLoader<TileQ, HEAD_DIM> load_Q(arguments.query, work.batch, work.head, geometry.seqlen_q, start_q);
-  SliceLoader<TileK, HEAD_DIM, true> load_K(arguments.key, work.batch, head_kv, num_keys, start_kv);
-  SliceLoader<TileV, HEAD_DIM_V, true> load_V(arguments.value, work.batch, head_kv, num_keys, start_kv);
-
-  auto slot = [](int step) { return NUM_STAGES == 1 ? 0 : step % NUM_STAGES; };
+  const SliceRows<TileQ, HEAD_DIM> Q_rows{arguments.query, work.batch, work.head, geometry.seqlen_q, start_q};
+  const SliceRows<TileK, HEAD_DIM> K_rows{arguments.key, work.batch, head_kv, num_keys, start_kv};
+  const SliceRows<TileV, HEAD_DIM_V> V_rows{arguments.value, work.batch, head_kv, num_keys, start_kv};
+  const SliceTile<TileQ, HEAD_DIM> Q{Q_smem, first_q, Q_rows};
+  auto Q_loader = Q_rows.loader();
+  auto K_loader = K_rows.loader<true>();
+  auto V_loader = V_rows.loader<true>();
   auto issue_K = [&](int step) {
-    if (step < end) load_K.issue(K_smem + slot(step) * TileK::BYTES, tiles.tile(step) * TILE_KV, first_column<TileK>(0));
+    if (step < end) K_loader.issue(K_smem + slot_of(step) * TileK::BYTES, tiles.tile(step) * TILE_KV, first_column<TileK>(0));
     cp_async_commit_group();
   };
   auto issue_V = [&](int step) {
-    if (step < end) load_V.issue(V_smem + slot(step) * TileV::BYTES, tiles.tile(step) * TILE_KV, first_column<TileV>(0));
+    if (step < end) V_loader.issue(V_smem + slot_of(step) * TileV::BYTES, tiles.tile(step) * TILE_KV, first_column<TileV>(0));
     cp_async_commit_group();
   };
-
   if constexpr (HEAD_STEPS == 1) {
-    if (begin < end) {
-      load_Q.issue(Q_smem, first_q, first_column<TileQ>(0));
-      load_Q.land(Q_smem);
-    }
+    if (begin < end) Q_loader.issue(Q_smem, first_q, first_column<TileQ>(0));
 #pragma unroll
     for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) {
       issue_K(begin + ahead);
@@ -112,63 +105,35 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
                                             geometry.seqlen_q, first_column<TileV>(0));
 
   for (int j = begin; j < end; ++j) {
+    const SliceTile<TileK, HEAD_DIM> K{K_smem + slot_of(j) * TileK::BYTES, tiles.tile(j) * TILE_KV, K_rows};
     float S[M_TILES][S_TILES][4];
-    auto add_scores = [&](int) {
-      gemm_rows<Mma, TileQ::COLUMNS>(S, typename Mma::OperandA<TileQ>(Q_smem, warp_row),
-                                     typename Mma::OperandB<TileK>(K_smem + slot(j) * TileK::BYTES));
-    };
     if constexpr (HEAD_STEPS == 1) {
-      wait_for_tiles<PENDING>([&] { load_K.land(K_smem); });  // barrier A
+      wait_for_tiles<PENDING>([&] { K_loader.land(K_smem); });  // barrier A
       issue_V(j + NUM_STAGES - 1);
-      clear(S);
-      add_scores(0);
-      publish(S, exchange);
-      wait_for_tiles<PENDING>([&] { load_V.land(V_smem); });  // barrier B
+    }
+    clear(S);
+    multiply_rows(S, Q, warp_row, K);
+    publish(S, exchange);
+    if constexpr (HEAD_STEPS == 1) {
+      wait_for_tiles<PENDING>([&] { V_loader.land(V_smem); });  // barrier B
       issue_K(j + NUM_STAGES);
     } else {
-      clear(S);
-      for_each_piece(
-          [&](int step) {
-            load_Q.issue(Q_smem, first_q, first_column<TileQ>(step));
-            load_K.issue(K_smem, tiles.tile(j) * TILE_KV, first_column<TileK>(step));
-          },
-          add_scores);
-      publish(S, exchange);
       __syncthreads();
     }
     collect(S, exchange);
 
     const int first_kv = tiles.tile(j) * TILE_KV;
-    if constexpr (MODIFIES_SCORES) {
-      ScoreSlope<M_TILES, S_TILES> unused;
-      modifier.apply<false>(S, unused, first_q + warp_row, first_kv);
-    } else {
-      if (geometry.score_sign != 1.0f) multiply_all(S, geometry.score_sign);
-    }
-    if (ONLY_CAUSAL ? needs_mask<CAUSAL>(geometry, first_q, first_kv + TILE_KV)
-                    : tiles.is_partial(j) || visibility.needs_mask(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)) {
-      for_each_element(S, [&](int row, int column, float& score) {
-        const bool visible = ONLY_CAUSAL ? is_visible<CAUSAL>(geometry, first_q + warp_row + row, first_kv + column)
-                                         : visibility.sees(first_q + warp_row + row, first_kv + column);
-        if (!visible) score = -infinity();
-      });
-    }
-    softmax.update(S, O, MODIFIES_SCORES ? 1.0f : geometry.scale_log2);
+    ScoreSlope<M_TILES, S_TILES> unused;
+    modifier.apply<false>(S, unused, first_q + warp_row, first_kv);
+    hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
+    softmax.update(S, O, modifier.factor());
     if constexpr (DROPOUT) {
       KeptElements<false, M_TILES, S_TILES> kept;
       kept.draw(dropout, work.batch, work.head, first_q + warp_row, first_kv);
-      for_each_place<M_TILES, S_TILES>([&](int m, int n, int i, int, int) {
-        if (!kept.has(m, n, i)) S[m][n][i] = 0.0f;
-      });
+      kept.select(S, S);
     }
-    auto add_outputs = [&](int step) {
-      gemm_accumulator<Mma, TileV::COLUMNS>(O, S, typename Mma::OperandBByRows<TileV>(V_smem + slot(j) * TileV::BYTES), step * TileV::COLUMNS / 8);
-    };
-    if constexpr (HEAD_STEPS == 1) {
-      add_outputs(0);
-    } else {
-      for_each_piece([&](int step) { load_V.issue(V_smem, first_kv, first_column<TileV>(step)); }, add_outputs);
-    }
+    const SliceTile<TileV, HEAD_DIM_V> V{V_smem + slot_of(j) * TileV::BYTES, first_kv, V_rows};
+    multiply_accumulator(O, S, V);
     if constexpr (PARTIAL_OUTPUTS) {
       if ((j - begin) % PARTIAL_STEPS == PARTIAL_STEPS - 1) partial.put(O, softmax);
     }
@@ -187,6 +152,5 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
         if (query < geometry.seqlen_q) *arguments.lse.pointer(work.batch, work.head, start_q + query) = softmax.reference[m][r];
       }
   }
-  store_rows<Element, HEAD_DIM_V, TileQ::COLUMNS, (HEAD_SLICES > 1)>(O, Q_smem + warp_row * TileQ::ROW_BYTES, arguments.out, work.batch, work.head,
-                                                                     first_q + warp_row, geometry.seqlen_q, first_column<TileV>(0), start_q);
+  store_slice<HEAD_DIM_V, TileQ>(O, Q_smem, warp_row, arguments.out, work, first_q, geometry.seqlen_q, start_q);
 }

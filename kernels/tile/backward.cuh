@@ -1,4 +1,4 @@
-// What the two backward kernels share: probabilities and score gradients from recomputed scores.
+// What the backward kernels share: probabilities and score gradients from recomputed scores.
 //
 //     P = 2^(S scale_log2 - lse_log2)        dS = P (dP - delta)
 //
@@ -25,14 +25,19 @@ DEVICE float probability(float score, float scale_log2, float reference, float l
   return ex2(clamp_exponent(__fmaf_rn(score, scale_log2, -reference)));
 }
 
-// Of row `start` on.
-DEVICE const RowStatistics* row_statistics(const BackwardArguments& arguments, int batch, int head, int start) {
-  const Geometry& geometry = arguments.geometry;
-  return arguments.row_statistics + (int64(VARLEN ? 0 : batch) * geometry.num_heads_q + head) * geometry.seqlen_q + start;
-}
+// Where the statistics of the queries of one (batch, head) lie; queries count from row `start` of a packed array.
+struct StatisticsView {
+  const RowStatistics* rows;
+  const float* log2_sums;  // null without an additive mask; there are no packed sequences with one
+  int num_queries;
 
-// The same of log2_sum; there are no packed sequences with an additive mask.
-DEVICE const float* log2_sums_of(const BackwardArguments& arguments, int batch, int head) {
-  const Geometry& geometry = arguments.geometry;
-  return ADDITIVE_MASK ? arguments.features.log2_sums + (int64(batch) * geometry.num_heads_q + head) * geometry.seqlen_q : nullptr;
-}
+  DEVICE StatisticsView(const BackwardArguments& arguments, int batch, int head, int start, int seqlen_q)
+      : rows(arguments.row_statistics + first_row(arguments.geometry, VARLEN ? 0 : batch, head) + start),
+        log2_sums(ADDITIVE_MASK ? arguments.features.log2_sums + first_row(arguments.geometry, batch, head) : nullptr),
+        num_queries(seqlen_q) {}
+
+ private:
+  DEVICE static int64 first_row(const Geometry& geometry, int batch, int head) {
+    return (int64(batch) * geometry.num_heads_q + head) * geometry.seqlen_q;
+  }
+};

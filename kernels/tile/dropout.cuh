@@ -70,6 +70,11 @@ struct KeptElements {
     }
   }
 
+  // The kept probabilities, 0 for the others. Their factor 1 / (1 - dropout_p) is that of all, and enters the sums that they are taken for.
+  DEVICE void select(const float (&all)[M][N][4], float (&selected)[M][N][4]) const {
+    for_each_place<M, N>([&](int m, int n, int i, int, int) { selected[m][n][i] = has(m, n, i) ? all[m][n][i] : 0.0f; });
+  }
+
   DEVICE bool has(int m, int n, int i) const {
     const int of_row = i / 2, of_column = n % 2;  // bit 3 of each
     const int word = TRANSPOSED ? 2 * of_column + of_row : 2 * of_row + of_column;

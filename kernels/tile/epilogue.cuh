@@ -4,6 +4,9 @@
 #include "arguments.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/warp.cuh"
+#include "tile/constants.cuh"
+#include "tile/schedule.cuh"
+#include "tile/slices.cuh"
 #include "tile/smem_tile.cuh"
 
 // Converts c and stores it to rows first_row .. (counted from `start`) of (batch, head), leaving out rows from num_rows on and columns from HEAD_DIM
@@ -60,6 +63,15 @@ DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const Ten
   if constexpr (PIECE + PIECE_COLUMNS < 8 * N) {
     store_rows<Element, HEAD_DIM, SCRATCH_COLUMNS, SLICE, PIECE + PIECE_COLUMNS>(c, scratch, view, batch, head, first_row, num_rows, first_c, start);
   }
+}
+
+// Stores this group's slice of the block's rows of a result, the warp's at warp_row of the tile that starts at first_row; rows count from `start`.
+// `smem` is a tile Scratch of this group, of whose rows only those of the warp are used.
+template <int HEAD_DIM, typename Scratch, int M, int N>
+DEVICE void store_slice(const float (&c)[M][N][4], SmemAddress smem, int warp_row, const TensorView& view, const Work& work, int first_row,
+                        int num_rows, int start) {
+  store_rows<Element, HEAD_DIM, Scratch::COLUMNS, (HEAD_SLICES > 1)>(c, smem + warp_row * Scratch::ROW_BYTES, view, work.batch, work.head,
+                                                                     first_row + warp_row, num_rows, slice_index() * 8 * N, start);
 }
 
 // Zeros in rows start .. num_rows - 1, which no sequence's block computes (tile/sequence.cuh); this block does TILE_ROWS of them at a time, as its

@@ -37,3 +37,13 @@ DEVICE void multiply_all(float (&c)[M][N][4], float factor) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) c[m][n][i] *= factor;
 }
+
+template <int M, int N>
+DEVICE void multiply_all(float (&c)[M][N][4], const float (&factors)[M][N][4]) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[m][n][i] *= factors[m][n][i];
+}

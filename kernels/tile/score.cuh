@@ -33,31 +33,42 @@ class ScoreModifier {  // of one batch and query head
       mask = static_cast<const MaskElement*>(features.mask.data) + batch * features.mask.stride_batch + head * features.mask.stride_head;
   }
 
-  // Products -> scores. Rows are queries from first_row on and columns keys from first_column on, or with TRANSPOSED the other way round.
+  // Products -> scores, in place, of which an exponent of 2 takes `factor` times. Rows are queries from first_row on and columns keys from
+  // first_column on, or with TRANSPOSED the other way round.
   template <bool TRANSPOSED, int M, int N>
   DEVICE void apply(float (&S)[M][N][4], ScoreSlope<M, N>& derivative, int first_row, int first_column) const {
-    for_each_place<M, N>([&](int m, int n, int i, int row, int column) {
-      const int query = TRANSPOSED ? first_column + column : first_row + row;
-      const int key = TRANSPOSED ? first_row + row : first_column + column;
-      float score = S[m][n][i] * features.score_factor;
-      if constexpr (SOFTCAP) {
-        const float t = tanhf(score);
-        derivative.value[m][n][i] = __fmaf_rn(-t, t, 1.0f);
-        score = features.softcap * t;
-      }
-      if constexpr (ALIBI) score -= slope * float(abs(key - query - geometry.causal_offset));
-      if constexpr (ADDITIVE_MASK) {
-        const int q = min(query, geometry.seqlen_q - 1), k = min(key, geometry.seqlen_kv - 1);
-        const float bias = mask_bias(mask[q * features.mask.stride_query + k * features.mask.stride_key]);
-        const float lowest = fminf(bias, LOWEST);  // -inf where the mask is
-        score += bias;
-        if (score < lowest) score = lowest;  // NaN stays NaN
-      }
-      S[m][n][i] = score;
-    });
+    if constexpr (MODIFIES_SCORES) {
+      for_each_place<M, N>([&](int m, int n, int i, int row, int column) {
+        const int query = TRANSPOSED ? first_column + column : first_row + row;
+        const int key = TRANSPOSED ? first_row + row : first_column + column;
+        S[m][n][i] = score(S[m][n][i], query, key, derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i]);
+      });
+    } else {
+      if (geometry.score_sign != 1.0f) multiply_all(S, geometry.score_sign);
+    }
   }
 
+  DEVICE float factor() const { return MODIFIES_SCORES ? 1.0f : geometry.scale_log2; }
+
  private:
+  DEVICE float score(float product, int query, int key, float& derivative) const {
+    float score = product * features.score_factor;
+    if constexpr (SOFTCAP) {
+      const float t = tanhf(score);
+      derivative = __fmaf_rn(-t, t, 1.0f);
+      score = features.softcap * t;
+    }
+    if constexpr (ALIBI) score -= slope * float(abs(key - query - geometry.causal_offset));
+    if constexpr (ADDITIVE_MASK) {
+      const int q = min(query, geometry.seqlen_q - 1), k = min(key, geometry.seqlen_kv - 1);
+      const float bias = mask_bias(mask[q * features.mask.stride_query + k * features.mask.stride_key]);
+      const float lowest = fminf(bias, LOWEST);  // -inf where the mask is
+      score += bias;
+      if (score < lowest) score = lowest;  // NaN stays NaN
+    }
+    return score;
+  }
+
   const Geometry& geometry;
   const FeatureArguments& features;
   const MaskElement* mask = nullptr;

@@ -10,6 +10,7 @@
 // With neither feature, everything in this file is nothing.
 #pragma once
 #include "arguments.cuh"
+#include "tile/schedule.cuh"
 
 constexpr bool VARLEN = Config::VARLEN;          // packed sequences
 constexpr bool SEQLENS_KV = Config::SEQLENS_KV;  // rows of a batch have key lengths of their own
@@ -18,7 +19,9 @@ constexpr bool RAGGED = VARLEN || SEQLENS_KV;
 // The first packed row of a sequence; of the one behind the last, the first row that belongs to nobody.
 DEVICE int sequence_start(const int* offsets, int sequence, int num_rows) { return VARLEN ? min(max(offsets[sequence], 0), num_rows) : 0; }
 
+// Packed rows of a sequence; without packed sequences, all rows.
 DEVICE int sequence_length(const int* offsets, int sequence, int num_rows) {
+  if constexpr (!VARLEN) return num_rows;
   const int start = sequence_start(offsets, sequence, num_rows);
   return max(sequence_start(offsets, sequence + 1, num_rows) - start, 0);
 }
@@ -42,8 +45,20 @@ DEVICE decltype(auto) geometry_of(const Arguments& arguments, int sequence) {
   }
 }
 
-// Whether this block is one of those that fill what lies behind the last sequence.
-DEVICE bool is_behind_last(const SequenceLengths& lengths, int sequence) { return VARLEN && sequence == lengths.num_sequences; }
-
-// Whether this block also fills the rows beyond the grid's tiles, of a sequence that is longer than max_seqlen said.
-DEVICE bool is_last_tile(const Geometry& geometry, int tile) { return VARLEN && tile == geometry.num_tiles - 1; }
+// Whether the block's tile of TILE_ROWS rows holds any. `offsets` and `num_rows` are those of the packed array of which blocks own rows. Rows that no
+// block owns are given to `clear(begin, end, tile, num_tiles)`, which fills the block's share of them, tile `tile` of `num_tiles`.
+template <int TILE_ROWS, typename Arguments, typename Clear>
+DEVICE bool owns_rows(const Arguments& arguments, const int* offsets, int num_rows, const Work& work, const Clear& clear) {
+  if constexpr (VARLEN) {
+    const int num_tiles = arguments.geometry.num_tiles;
+    const int start = sequence_start(offsets, work.batch, num_rows);
+    if (work.batch == arguments.lengths.num_sequences) {  // behind the last sequence
+      clear(start, num_rows, work.tile, num_tiles);
+      return false;
+    }
+    const int length = sequence_length(offsets, work.batch, num_rows);
+    if (work.tile == num_tiles - 1) clear(start + num_tiles * TILE_ROWS, start + length, 0, 1);  // longer than max_seqlen said
+    return work.tile * TILE_ROWS < length;  // the grid is made for the longest sequence
+  }
+  return true;
+}

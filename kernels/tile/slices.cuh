@@ -20,23 +20,40 @@ DEVICE int slice_index() { return HEAD_SLICES == 1 ? 0 : warp_index() / ROW_WARP
 // The place of a warp among those that share out the rows.
 DEVICE int row_warp_index() { return HEAD_SLICES == 1 ? warp_index() : warp_index() % ROW_WARPS; }
 
-// The column of the head at which this group's piece number `step` starts.
+// The column of the head at which a piece of this group's slice starts.
 template <typename Tile>
-DEVICE int first_column(int step) {
-  return HEAD_SLICES == 1 ? 0 : (slice_index() * HEAD_STEPS + step) * Tile::COLUMNS;
+DEVICE int first_column(int piece) {
+  return HEAD_SLICES == 1 ? 0 : (slice_index() * HEAD_STEPS + piece) * Tile::COLUMNS;
 }
 
 // Copies this group's pieces of a tile; DIM is the whole head dimension of the array.
 template <typename Tile, int DIM, bool STAGE = false>
 using SliceLoader = TileLoader<Tile, Element, SLICE_THREADS, STAGE && HEAD_STEPS == 1, HEAD_SLICES == 1 ? 0 : DIM>;
 
-// Copies one piece of a tile, this group's, from rows first_row .. of (batch, head); rows count from `start`.
+// Rows of (batch, head) of an array, of which this group takes its slice. They count from `start`, and end at num_rows.
+//
+// A loader that lives through a walk is the kernel's own; everything else makes one where it copies: a TileLoader that a lambda refers to, even in
+// vain, is compiled to other code.
 template <typename Tile, int DIM>
-DEVICE void load_piece(SmemAddress tile, const TensorView& view, int batch, int head, int num_rows, int first_row, int step, int start) {
-  SliceLoader<Tile, DIM> loader(view, batch, head, num_rows, start);
-  loader.issue(tile, first_row, first_column<Tile>(step));
-  loader.land(tile);
-}
+struct SliceRows {
+  const TensorView& view;
+  int batch, head, num_rows, start;
+
+  template <bool STAGE = false>
+  DEVICE SliceLoader<Tile, DIM, STAGE> loader() const {
+    return {view, batch, head, num_rows, start};
+  }
+};
+
+// The rows from first_row on that a tile in shared memory holds: a piece of them at a time.
+template <typename Tile, int DIM>
+struct SliceTile {
+  SmemAddress smem;
+  int first_row;
+  const SliceRows<Tile, DIM>& rows;
+
+  DEVICE void load(int piece) const { rows.loader().issue(smem, first_row, first_column<Tile>(piece)); }
+};
 
 // Bytes in which the groups exchange M x N accumulator tiles per warp.
 template <int M, int N>
@@ -89,16 +106,4 @@ DEVICE void publish_and_collect(float (&c)[M][N][4], SmemAddress exchange) {
     __syncthreads();
     collect(c, exchange);
   }
-}
-
-// For each piece of a slice: copies by `issue(step)`, then work on them by `body(step)`. Where a slice is one piece, which is there already, kernels
-// call the body themselves: loaders that a lambda refers to, even in vain, are compiled to other code.
-template <int STEP = 0, typename Issue, typename Body>
-DEVICE void for_each_piece(Issue issue, Body body) {  // recursive: accumulators that a loop variable chooses would live in local memory
-  __syncthreads();  // every warp is done with the pieces before
-  issue(STEP);
-  cp_async_commit_group();
-  wait_for_tiles<0>([] {});
-  body(STEP);
-  if constexpr (STEP + 1 < HEAD_STEPS) for_each_piece<STEP + 1>(issue, body);
 }

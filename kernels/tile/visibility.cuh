@@ -88,3 +88,23 @@ class Visibility {  // of one batch and query head
     return int(max(int64(-UNLIMITED), min(int64(UNLIMITED), int64(limit) + geometry.causal_offset)));
   }
 };
+
+// Gives `hidden` to the elements of a warp's accumulators whose pair is masked. The block's tile starts at first_q and first_kv, the warp's rows at
+// warp_row of it: queries, or with TRANSPOSED keys. `is_partial`: data mask some pair of the tile.
+//
+// Numbers come by reference, and the causal mask, where it is the only one, is asked of the geometry: anything else is compiled to other code, which
+// takes more registers (docs/performance.md).
+template <bool TRANSPOSED, int M, int N>
+DEVICE void hide(float (&c)[M][N][4], float hidden, const Geometry& geometry, const Visibility& visibility, const int& first_q, const int& first_kv,
+                 const int& warp_row, bool is_partial) {
+  constexpr int TILE_Q = Config::TILE_Q, TILE_KV = Config::TILE_KV;
+  if (!(ONLY_CAUSAL ? needs_mask<Config::CAUSAL>(geometry, first_q, first_kv + TILE_KV)
+                    : is_partial || visibility.needs_mask(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)))
+    return;
+  for_each_element(c, [&](int row, int column, float& element) {
+    const int query = TRANSPOSED ? first_q + column : first_q + warp_row + row;
+    const int key = TRANSPOSED ? first_kv + warp_row + row : first_kv + column;
+    const bool visible = ONLY_CAUSAL ? is_visible<Config::CAUSAL>(geometry, query, key) : visibility.sees(query, key);
+    if (!visible) element = hidden;
+  });
+}

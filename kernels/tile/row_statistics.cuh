@@ -1,0 +1,156 @@
+// What the row statistics make of a tile of scores in the backward pass (tile/backward.cuh):
+//
+//     to_probabilities        P = 2^(S - reference)
+//     begin_grad_products     dP = -delta, to which the product adds; with dropout 0, since delta must not be dropped
+//     drop                    dP = kept dP / (1 - dropout_p) - delta; with dropout only
+//
+// These are the operations of two classes. Where the rows of accumulators are queries, the statistics of a warp's rows stay in its registers
+// (QueryRows). Where the columns are queries, the statistics travel with the tiles (QueryColumns).
+#pragma once
+#include "ptx/memory.cuh"
+#include "tile/backward.cuh"
+#include "tile/constants.cuh"
+#include "tile/dropout.cuh"
+#include "tile/fragment.cuh"
+#include "tile/slices.cuh"
+
+// What accumulators of dP start from: the groups of a wide head add up their parts, so only one of them takes delta off.
+DEVICE float grad_product_start(float delta) { return !DROPOUT && slice_index() == 0 ? -delta : 0.0f; }
+
+template <int M>
+class QueryRows {
+ public:
+  // Of the warp's rows, queries from first_query on. Past the end P is 0.
+  DEVICE QueryRows(const StatisticsView& view, int first_query) {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int query = first_query + 16 * m + 8 * r + lane_index() / 4;
+        statistics[m][r] = query < view.num_queries ? view.rows[query] : RowStatistics{infinity(), 0.0f};
+        log2_sums[m][r] = ADDITIVE_MASK && query < view.num_queries ? view.log2_sums[query] : 0.0f;
+      }
+  }
+
+  template <int N>
+  DEVICE void to_probabilities(float (&S)[M][N][4], float scale_log2) const {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) S[m][n][i] = probability(S[m][n][i], scale_log2, statistics[m][i / 2].reference, log2_sums[m][i / 2]);
+  }
+
+  template <int N>
+  DEVICE void begin_grad_products(float (&dP)[M][N][4]) const {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dP[m][n][i] = grad_product_start(statistics[m][i / 2].delta);
+  }
+
+  template <int N>
+  DEVICE void drop(float (&dP)[M][N][4], const KeptElements<false, M, N>& kept, float dropout_scale) const {
+    for_each_place<M, N>(
+        [&](int m, int n, int i, int, int) { dP[m][n][i] = (kept.has(m, n, i) ? dP[m][n][i] * dropout_scale : 0.0f) - statistics[m][i / 2].delta; });
+  }
+
+ private:
+  RowStatistics statistics[M][2];  // rows g and g + 8 of each 16-row tile
+  float log2_sums[M][2];
+};
+
+// The statistics of one tile of queries, in shared memory from sm_80 on: statistics [TILE_Q], and with an additive mask log2_sum [TILE_Q]. sm_75 has
+// no bytes to spare at head_dim 256 and reads them from global memory.
+class QueryColumns {
+  static constexpr bool IN_SMEM = HAS_CP_ASYNC;
+  static constexpr int LOG2_SUMS_OFFSET = TILE_Q * int(sizeof(RowStatistics));
+
+ public:
+  static constexpr int BYTES = IN_SMEM ? LOG2_SUMS_OFFSET + (ADDITIVE_MASK ? TILE_Q * int(sizeof(float)) : 0) : 0;
+
+  DEVICE QueryColumns(SmemAddress tile, const StatisticsView& view, int first_q) : tile(tile), view(view), first_q(first_q) {}
+
+  // Starts the copies, which the caller commits with those of the tile. Past the end all is 0, and so is dO.
+  DEVICE void issue() const {
+    if constexpr (!IN_SMEM) return;
+    for (int row = int(threadIdx.x); row < TILE_Q; row += NUM_THREADS) {
+      const bool in_range = first_q + row < view.num_queries;
+      const RowStatistics* source = in_range ? view.rows + first_q + row : view.rows;
+      cp_async<8>(tile + row * int(sizeof(RowStatistics)), source, in_range ? 8 : 0);
+      if constexpr (ADDITIVE_MASK)
+        cp_async<4>(tile + LOG2_SUMS_OFFSET + row * int(sizeof(float)), in_range ? view.log2_sums + first_q + row : view.log2_sums, in_range ? 4 : 0);
+    }
+  }
+
+  template <int M, int N>
+  DEVICE void to_probabilities(float (&S)[M][N][4], float scale_log2) const {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float4 two = statistics(n);
+      const float2 sums = log2_sums(n);
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) S[m][n][i] = probability(S[m][n][i], scale_log2, i % 2 ? two.z : two.x, i % 2 ? sums.y : sums.x);
+    }
+  }
+
+  template <int M, int N>
+  DEVICE void begin_grad_products(float (&dP)[M][N][4]) const {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float4 two = statistics(n);
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dP[m][n][i] = grad_product_start(i % 2 ? two.w : two.y);
+    }
+  }
+
+  template <int M, int N>
+  DEVICE void drop(float (&dP)[M][N][4], const KeptElements<true, M, N>& kept, float dropout_scale) const {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float4 two = statistics(n);
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dP[m][n][i] = (kept.has(m, n, i) ? dP[m][n][i] * dropout_scale : 0.0f) - (i % 2 ? two.w : two.y);
+    }
+  }
+
+ private:
+  SmemAddress tile;
+  const StatisticsView& view;
+  int first_q;
+
+  // This lane's two columns of accumulator tile n: reference and delta of the first in x and y, of the second in z and w; 0 past the end.
+  DEVICE float4 statistics(int n) const {
+    const int column = 8 * n + lane_index() % 4 * 2;
+    if constexpr (IN_SMEM) {
+      return load_shared_f32x4(tile + column * int(sizeof(RowStatistics)));
+    } else {
+      const int query = first_q + column;
+      const RowStatistics first = query < view.num_queries ? view.rows[query] : RowStatistics{0.0f, 0.0f};
+      const RowStatistics second = query + 1 < view.num_queries ? view.rows[query + 1] : RowStatistics{0.0f, 0.0f};
+      return make_float4(first.reference, first.delta, second.reference, second.delta);
+    }
+  }
+
+  // Their log2_sum.
+  DEVICE float2 log2_sums(int n) const {
+    const int column = 8 * n + lane_index() % 4 * 2;
+    if constexpr (!ADDITIVE_MASK) {
+      return make_float2(0.0f, 0.0f);
+    } else if constexpr (IN_SMEM) {
+      return load_shared_f32x2(tile + LOG2_SUMS_OFFSET + column * int(sizeof(float)));
+    } else {
+      const int query = first_q + column;
+      return make_float2(query < view.num_queries ? view.log2_sums[query] : 0.0f, query + 1 < view.num_queries ? view.log2_sums[query + 1] : 0.0f);
+    }
+  }
+};
