@@ -84,14 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     add_features(inspect)
     inspect.set_defaults(run=_inspect)
 
-    predict = commands.add_parser("predict", help="how long a call would take on a GPU by a model of it, and what holds it up; needs no GPU")
+    predict = commands.add_parser(
+        "predict", help="how long a call would take on a GPU by a model of it, and what holds it up; needs no GPU"
+    )
     _add_shape(predict)
     predict.set_defaults(seqlen=4096, heads=16, batch=4)
     predict.add_argument("--arch", default="sm_80", help="(default sm_80)")
     predict.add_argument("--backward", action="store_true", help="the backward pass (default: forward)")
     predict.add_argument("--fast", action="store_true", help="leave out what it would be without each limit, which takes most of the time")
     predict.add_argument("--json", action="store_true", help="print JSON")
-    predict.add_argument("--cubin", nargs="+", type=Path, metavar="FILE", help="only the steady states of kernels that `inspect --save` wrote")
+    predict.add_argument(
+        "--cubin", nargs="+", type=Path, metavar="FILE", help="only the steady states of kernels that `inspect --save` wrote"
+    )
     predict.set_defaults(run=_predict)
 
     profile = commands.add_parser("profile", help="what the kernels of a call do, line by line, counted by the simulator; needs no GPU")

@@ -20,9 +20,15 @@ from dataclasses import dataclass
 from cuflash.errors import UnsupportedError
 from cuflash.timing.sass import Function, Instruction
 
-MATRIX = frozenset("HMMA IMMA DMMA BMMA HGMMA IGMMA QGMMA".split())
-_WORK = frozenset("LDGSTS LDSM BAR RED REDG ATOMG UTMALDG".split())
-_ENDS = frozenset("BRA EXIT RET BRX JMP BREAK KILL".split())
+
+def opcodes(text: str) -> frozenset[str]:
+    """A set of opcodes, written with spaces between them."""
+    return frozenset(text.split())
+
+
+MATRIX = opcodes("HMMA IMMA DMMA BMMA HGMMA IGMMA QGMMA")
+_WORK = opcodes("LDGSTS LDSM BAR RED REDG ATOMG UTMALDG")
+_ENDS = opcodes("BRA EXIT RET BRX JMP BREAK KILL")
 _COLD_LOOP = 500  # instructions that a loop without any work counts as, so that a path around it is taken
 
 
@@ -273,9 +279,7 @@ class _Paths:
                 starts.add(instruction.target)
         for inner in outermost:
             starts |= {inner.head, inner.last + 1}
-        kept = sorted(
-            start for start in starts if loop.head <= start <= loop.last and not any(o.head < start <= o.last for o in outermost)
-        )
+        kept = sorted(start for start in starts if loop.head <= start <= loop.last and not any(o.head < start <= o.last for o in outermost))
         heads = {inner.head: inner for inner in outermost}
         return [
             self._inner(heads[start]) if start in heads else self._block(start, end)
@@ -307,4 +311,6 @@ class _Paths:
 
 def _always(branch: Instruction) -> bool:
     """Whether a branch is taken whenever it is reached: it has neither a predicate nor a condition among its operands, as `BRA.DIV` and `BRA P1` have."""
-    return not branch.predicate and ".DIV" not in branch.opcode and ".CONV" not in branch.opcode and not re.match(r"!?U?P\d", branch.operands)
+    return (
+        not branch.predicate and ".DIV" not in branch.opcode and ".CONV" not in branch.opcode and not re.match(r"!?U?P\d", branch.operands)
+    )

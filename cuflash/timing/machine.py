@@ -112,7 +112,9 @@ _A100 = replace(
     global_latency=283.0,  # [A]
     l2_bytes=36.0,  # [W] 5120 bytes per clock over 108 SMs, of which [A] the part that [M] an H100 reaches (3920 of 5120)
 )
-_GA102 = replace(_A100, arch="sm_86", matrix_rates=_GEFORCE_RATES, fma=1.0, l2_bytes=24.0)  # fma [G] 128; l2_bytes [A], a fifth of it is needed
+_GA102 = replace(
+    _A100, arch="sm_86", matrix_rates=_GEFORCE_RATES, fma=1.0, l2_bytes=24.0
+)  # fma [G] 128; l2_bytes [A], a fifth of it is needed
 _AD102 = replace(_GA102, arch="sm_89")  # [W] 165.2 TFLOP/s of 128 SMs at 2.52 GHz: the rates of GA102
 _GB202 = replace(_GA102, arch="sm_120", alu=1.0, imad=1.0)  # [W] 209.5 of 170 SMs at 2.407 GHz; integers at the rate of float32
 

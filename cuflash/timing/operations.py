@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from cuflash.errors import UnsupportedError
-from cuflash.timing.control_flow import is_matrix
+from cuflash.timing.control_flow import is_matrix, opcodes
 from cuflash.timing.machine import SUB_PARTITIONS, Multiprocessor
 from cuflash.timing.sass import Instruction
 
@@ -71,13 +71,13 @@ class Operation:
     matrix: bool = False
 
 
-_FMA = frozenset("FFMA FADD FMUL".split())
-_IMAD = frozenset("IMAD IMUL IDP".split())
-_HALF = frozenset("HADD2 HFMA2 HMUL2 HMNMX2 HSET2 HSETP2".split())
-_CONVERT = frozenset("F2FP F2F F2I I2F I2FP F2IP I2IP FRND".split())
-_ALU = frozenset(
+_FMA = opcodes("FFMA FADD FMUL")
+_IMAD = opcodes("IMAD IMUL IDP")
+_HALF = opcodes("HADD2 HFMA2 HMUL2 HMNMX2 HSET2 HSETP2")
+_CONVERT = opcodes("F2FP F2F F2I I2F I2FP F2IP I2IP FRND")
+_ALU = opcodes(
     "FMNMX FMNMX3 FSEL FSETP FSET FCHK IADD3 IADD LEA LOP3 LOP SHF SHL SHR ISETP IABS PRMT SEL IMNMX VIADD VIMNMX VIMNMX3 VIADDMNMX PLOP3 POPC BMSK SGXT "
-    "P2R R2P MOV CS2R ISCADD VABSDIFF FLO BREV".split()
+    "P2R R2P MOV CS2R ISCADD VABSDIFF FLO BREV"
 )
 _MEMORY_KINDS = {
     "LDGSTS": Kind.COPY, "LDG": Kind.LOAD, "LD": Kind.LOAD, "LDL": Kind.LOAD, "STG": Kind.STORE, "ST": Kind.STORE, "STL": Kind.STORE, "RED": Kind.STORE,
@@ -85,7 +85,7 @@ _MEMORY_KINDS = {
     "ATOMS": Kind.MEMORY, "REDUX": Kind.MEMORY,
 }  # fmt: skip
 _LOCAL = frozenset(("LDL", "STL"))  # spills, which the first-level cache answers
-_NOT_MODELLED = frozenset("HGMMA IGMMA QGMMA BGMMA UTMALDG UTMASTG UBLKCP SYNCS".split())
+_NOT_MODELLED = opcodes("HGMMA IGMMA QGMMA BGMMA UTMALDG UTMASTG UBLKCP SYNCS")
 """What Hopper's warp-specialised kernels consist of. A model of them adds a tensor unit that runs by itself, copies in bulk and mbarriers; this is its place."""
 
 

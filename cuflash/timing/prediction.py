@@ -116,7 +116,8 @@ def _trace(function: Function, description: Description) -> Trace:
     per_instruction = next((MULTIPLY_ADDS[part] for part in matrix.opcode.split(".") if part in MULTIPLY_ADDS), 0)
     case = KernelCase(description.kernel, description.dtype, description.head_dim, False, description.head_dim_v)  # type: ignore[arg-type]
     of_block = multiply_adds(case, description.tile, device.of_arch(description.arch))
-    expected = of_block // (per_instruction * description.tile.num_warps) if per_instruction else None
+    known = per_instruction and description.dtype != "float32"  # of which a product is one instruction or three
+    expected = of_block // (per_instruction * description.tile.num_warps) if known else None
     return steady_trace(function, loop, expected)
 
 
@@ -181,7 +182,7 @@ def predict_plan(plan: Plan, card: Card, *, limits: bool = True) -> Prediction:
     launches = []
     for kernel in plan.kernels:
         if kernel.name == "backward_delta":
-            launches.append(_streaming(kernel, plan.problem, card))
+            launches.append(predict_traffic(kernel, plan.problem, card))
         elif kernel.name in PASSES:
             described, function = compiled(kernel, plan.device, causal=plan.problem.is_causal)
             launches.append(lay_out(predict_kernel(function, described, limits=limits), kernel, plan.problem, card))
@@ -269,7 +270,7 @@ def _least_traffic(kernel: KernelPlan, problem: Problem) -> float:
     return width * (of_queries * rows_q + of_keys * rows_kv)
 
 
-def _streaming(kernel: KernelPlan, problem: Problem, card: Card) -> Launch:
+def predict_traffic(kernel: KernelPlan, problem: Problem, card: Card) -> Launch:
     """`backward_delta`: reads the output and its gradient, writes eight bytes for each row."""
     rows = problem.batch * problem.num_heads_q * problem.seqlen_q
     seconds = rows * (2 * problem.itemsize * problem.head_dim_v + 8) / card.memory_bytes_per_second
