@@ -14,6 +14,7 @@ whatever makes up the number of products that the caller expects.
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -189,14 +190,22 @@ def _start(function: Function, head: int, register: str) -> int | None:
     if found is None:
         return None
     opcode, operands = function[found].opcode, [operand.strip() for operand in function[found].operands.split(",")]
-    if opcode.startswith("HFMA2"):  # makes constants where it is idle
-        return 0 if operands[1:] == ["-RZ", "RZ", "0", "0"] else None
+    if opcode.startswith("HFMA2"):  # makes constants as pairs of halves where it is idle
+        return _of_halves(operands[3], operands[4]) if operands[1:3] == ["-RZ", "RZ"] and len(operands) == 5 else None
     if not opcode.startswith(("MOV", "UMOV", "CS2R", "IMAD.MOV")):
         return None
     value = operands[-1]
     if value in ("RZ", "URZ", "SRZ"):
         return 0
     return int(value, 16) if re.fullmatch(r"-?0x[0-9a-f]+", value) else None
+
+
+def _of_halves(high: str, low: str) -> int | None:
+    """The integer with the bits of two 16-bit floats, as nvdisasm prints them."""
+    try:
+        return int(struct.unpack("<i", struct.pack("<ee", float(low), float(high)))[0])
+    except (ValueError, OverflowError, struct.error):
+        return None
 
 
 # --- The path through a loop --------------------------------------------------------------------------------------------------------------

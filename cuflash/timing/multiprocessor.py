@@ -3,8 +3,9 @@
 `steady_clocks(trace, machine, warps=, blocks=)` runs every warp of the resident blocks through the trace again and again and returns the clocks that one trip of all of
 them takes. The rules:
 
-- A sub-partition issues one instruction per clock, of a warp whose stall count is over, whose scoreboards are free and whose unit is free. It stays with
-  a warp as long as it can, and then takes the one that is furthest behind.
+- A sub-partition issues one instruction per clock, of a warp whose stall count is over, whose scoreboards are free and whose unit is free. It goes on
+  with the warp that issued last whenever that can issue, else with the one that is furthest behind. Of the orders that were tried (strictly in turn, least
+  recently issued, furthest behind), this one put the tiles that were measured into their order best (docs/timing.md).
 - Warp i of a block lives in sub-partition i modulo 4; blocks go on where the last one ended.
 - Memory instructions wait in a queue of their sub-partition for the SM's one memory pipe, which serves them in order of issue. If the queue is full, they do not
   issue. Their scoreboards are released a latency after their last wavefront.
@@ -111,6 +112,7 @@ class _Run:
         self.arrived: list[list[_Warp]] = [[] for _ in range(blocks)]
         self.barrier_free = [0.0] * blocks
         self.last: list[_Warp | None] = [None] * SUB_PARTITIONS
+        self.fewest_trips = [0] * SUB_PARTITIONS
         self.issued = 0
         self.next_event = [0.0] * SUB_PARTITIONS
 
@@ -143,6 +145,8 @@ class _Run:
         chosen: _Warp | None = None
         wake = _NEVER
         last = self.last[home]
+        if last is not None and last.trips > self.fewest_trips[home] + 1:
+            last = None  # or the others would starve
         for warp in self.homes[home]:
             earliest = warp.ready
             if earliest > time:
@@ -184,6 +188,7 @@ class _Run:
         if completed:
             warp.position = 0
             warp.trips += 1
+            self.fewest_trips[home] = min(other.trips for other in self.homes[home])
         warp.ready = self._ready(warp, time + operation.stall)
         if kind is Kind.BARRIER:
             self._arrive(warp, time)
