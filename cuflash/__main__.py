@@ -1,4 +1,4 @@
-"""The command line: `python -m cuflash demo | info | inspect | profile | warmup | cache`.
+"""The command line: `python -m cuflash demo | info | inspect | predict | profile | warmup | cache`.
 
 Exit status: 0 for success; 1 for a negative finding (the demo did not learn or a result was wrong; a default tile spills); 2 for wrong arguments or
 something that is missing, told in one message without a traceback.
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from cuflash.features import FeatureSet
     from cuflash.inspection import Report
     from cuflash.planning import KernelPlan
+    from cuflash.timing.description import Description
+    from cuflash.timing.prediction import KernelPrediction
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,8 +80,23 @@ def _parser() -> argparse.ArgumentParser:
     add_cases(inspect)
     inspect.add_argument("--causal", action="store_true", help="the kernels of causal attention")
     inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument("--save", type=Path, metavar="DIR", help="also write each kernel to DIR, as NAME.cubin and NAME.json")
     add_features(inspect)
     inspect.set_defaults(run=_inspect)
+
+    predict = commands.add_parser(
+        "predict", help="how long a call would take on a GPU by a model of it, and what holds it up; needs no GPU"
+    )
+    _add_shape(predict)
+    predict.set_defaults(seqlen=4096, heads=16, batch=4)
+    predict.add_argument("--arch", default="sm_80", help="(default sm_80)")
+    predict.add_argument("--backward", action="store_true", help="the backward pass (default: forward)")
+    predict.add_argument("--fast", action="store_true", help="leave out what it would be without each limit, which takes most of the time")
+    predict.add_argument("--json", action="store_true", help="print JSON")
+    predict.add_argument(
+        "--cubin", nargs="+", type=Path, metavar="FILE", help="only the steady states of kernels that `inspect --save` wrote"
+    )
+    predict.set_defaults(run=_predict)
 
     profile = commands.add_parser("profile", help="what the kernels of a call do, line by line, counted by the simulator; needs no GPU")
     _add_call(profile)
@@ -109,20 +126,25 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_call(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pass", dest="direction", choices=("forward", "backward"), default="forward", help="(default forward)")
-    parser.add_argument("--batch", type=positive, default=1, help="(default 1)")
-    parser.add_argument("--seqlen", type=positive, default=256, help="of queries, and of keys unless told otherwise (default 256)")
-    parser.add_argument("--seqlen-kv", type=positive, help="of keys and values")
-    parser.add_argument("--heads", type=positive, default=1, help="of queries, and of keys unless told otherwise (default 1)")
-    parser.add_argument("--heads-kv", type=positive, help="of keys and values")
-    parser.add_argument("--head-dim", type=positive, default=64, help="(default 64)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="(default float16)")
-    parser.add_argument("--causal", action="store_true")
+    _add_shape(parser)
     parser.add_argument(
         "--causal-alignment",
         choices=("top_left", "bottom_right"),
         help="which corner of the scores the diagonal of --causal and --window starts from: bottom_right for decoding (default top_left)",
     )
     parser.add_argument("--layout", default="bshd", help="order of dimensions (default bshd)")
+
+
+def _add_shape(parser: argparse.ArgumentParser) -> None:
+    """Add extents, element type and tile of a call."""
+    parser.add_argument("--batch", type=positive, default=1, help="(default %(default)s)")
+    parser.add_argument("--seqlen", type=positive, default=256, help="of queries, and of keys unless told otherwise (default %(default)s)")
+    parser.add_argument("--seqlen-kv", type=positive, help="of keys and values")
+    parser.add_argument("--heads", type=positive, default=1, help="of queries, and of keys unless told otherwise (default %(default)s)")
+    parser.add_argument("--heads-kv", type=positive, help="of keys and values")
+    parser.add_argument("--head-dim", type=positive, default=64, help="(default 64)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="(default float16)")
+    parser.add_argument("--causal", action="store_true")
     parser.add_argument("--allow-tf32", action="store_true", help="one TF32 product for float32 instead of three")
     parser.add_argument("--tile", nargs=4, type=positive, metavar=("TILE_Q", "TILE_KV", "NUM_WARPS", "NUM_STAGES"))
 
@@ -165,12 +187,57 @@ def _inspect(options: argparse.Namespace) -> int:
                 )  # fmt: skip
                 plans |= {kernel.request(on): (on, kernel) for kernel in kernels}  # several kernels may have the same list of visible tiles
     reports = inspection.inspect_kernels(plans.values())
+    kernels = [kernel for _, kernel in plans.values()]
+    if options.save is not None:
+        _save(options, reports, kernels)
+    predicted = [_steady_state(report, kernel, options.causal) for report, kernel in zip(reports, kernels, strict=True)]
     if options.json:
-        print(json.dumps([_as_json(report) | {"features": list(features.names())} for report in reports], indent=1))
+        shares = [{"predicted_matrix_share": None if found is None else round(found.matrix_share, 4)} for found in predicted]
+        found_features = {"features": list(features.names())}
+        print(json.dumps([_as_json(report) | share | found_features for report, share in zip(reports, shares, strict=True)], indent=1))
     else:
+        from cuflash.timing import report as timing_report
+
         print(_calls_inspected(options, features))
         inspection.render(reports)
+        for found in predicted:
+            if found is not None:
+                print(f"predicted {timing_report.kernel_line(found)}")
     return 1 if any(report.failures for report in reports) else 0
+
+
+def _description(report: Report, kernel: KernelPlan, causal: bool) -> Description:
+    from cuflash.timing import prediction
+
+    return prediction.describe(kernel, report.resources, report.subject.request, causal=causal)
+
+
+def _save(options: argparse.Namespace, reports: Sequence[Report], kernels: Sequence[KernelPlan]) -> None:
+    """Write each kernel to the folder that --save names; those that would have the same name are numbered."""
+    from cuflash.timing import description
+
+    names: set[str] = set()
+    for report, kernel in zip(reports, kernels, strict=True):
+        described = _description(report, kernel, options.causal)
+        name, number = described.name, 1
+        while name in names:
+            number += 1
+            name = f"{described.name}_{number}"
+        names.add(name)
+        description.save(options.save, described, report.cubin, name)
+
+
+def _steady_state(report: Report, kernel: KernelPlan, causal: bool) -> KernelPrediction | None:
+    """The predicted steady state of a kernel that was inspected; None where there is no listing, no model of the architecture, or no loop over tiles."""
+    from cuflash import tiles
+    from cuflash.timing import machine, prediction, sass
+
+    if report.listing is None or report.subject.device.arch not in machine.MULTIPROCESSORS or kernel.name not in tiles.PASSES:
+        return None
+    if report.occupancy.blocks == 0:
+        return None
+    function = sass.parse_listing(report.listing)[report.resources.entry]
+    return prediction.predict_kernel(function, _description(report, kernel, causal), limits=False)
 
 
 def _calls_inspected(options: argparse.Namespace, features: FeatureSet) -> str:
@@ -203,6 +270,49 @@ def _as_json(report: Report) -> dict[str, Any]:
         "failures": list(report.failures),
         "warnings": list(report.warnings),
     }
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from cuflash import device, planning, samples
+    from cuflash.timing import machine, prediction, report
+
+    if options.cubin:
+        return _predict_saved(options)
+    arch = device.normalize_arch(options.arch)
+    machine.multiprocessor(arch)
+    sample = samples.Sample(
+        batch=options.batch,
+        seqlen_q=options.seqlen,
+        seqlen_kv=options.seqlen_kv or options.seqlen,
+        num_heads_q=options.heads,
+        num_heads_kv=options.heads_kv or options.heads,
+        head_dim=options.head_dim,
+        dtype=options.dtype,
+        is_causal=options.causal,
+        allow_tf32=options.allow_tf32,
+    )
+    problem = samples.plan_of(sample, backward=options.backward).problem
+    tile = None if options.tile is None else cuflash.Tile(*options.tile)
+    plan = planning.make_plan(problem, device.of_arch(arch, "gpu"), backward=options.backward, tile=tile)
+    predicted = prediction.predict_plan(plan, machine.CARDS[arch], limits=not options.fast)
+    print(json.dumps(report.to_json(predicted), indent=1) if options.json else "\n".join(report.lines(predicted)))
+    return 0
+
+
+def _predict_saved(options: argparse.Namespace) -> int:
+    """The steady states of kernels in files."""
+    from cuflash.timing import description, prediction, report, sass
+
+    found = []
+    for path in options.cubin:
+        described, cubin = description.load(path)
+        function = max(sass.read_functions(cubin).values(), key=len)
+        found.append(prediction.predict_kernel(function, described, limits=not options.fast))
+    if options.json:
+        print(json.dumps([report.kernel_json(kernel) for kernel in found], indent=1))
+    for kernel in () if options.json else found:
+        print("\n".join([report.kernel_line(kernel), *report.kernel_lines(kernel)]))
+    return 0
 
 
 def _profile(options: argparse.Namespace) -> int:

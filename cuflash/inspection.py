@@ -20,7 +20,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -198,14 +198,14 @@ def find_nvdisasm() -> Path | None:
 
 
 def disassemble(cubin: bytes) -> str | None:
-    """SASS of a cubin; None without nvdisasm, or if it is too old for the cubin's architecture."""
+    """SASS of a cubin, each instruction with its encoding; None without nvdisasm, or if it is too old for the cubin's architecture."""
     tool = find_nvdisasm()
     if tool is None:
         return None
     with tempfile.TemporaryDirectory(prefix="cuflash-") as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        result = subprocess.run([tool, path], capture_output=True, text=True, check=False)
+        result = subprocess.run([tool, "-c", "-hex", path], capture_output=True, text=True, check=False)
     return result.stdout if result.returncode == 0 else None
 
 
@@ -267,6 +267,8 @@ class Report:
         seconds: compile time.
         warnings: of the compiler.
         failures: the expectations that do not hold, one sentence each.
+        cubin: the machine code.
+        listing: the same as text, with encodings; None without nvdisasm.
     """
 
     subject: Subject
@@ -276,6 +278,8 @@ class Report:
     seconds: float
     warnings: tuple[str, ...]
     failures: tuple[str, ...]
+    cubin: bytes = field(default=b"", repr=False)
+    listing: str | None = field(default=None, repr=False)
 
     @property
     def spills(self) -> bool:
@@ -362,7 +366,8 @@ def inspect(subjects: Iterable[Subject], progress: cache.Progress | None = None)
         counts = None if listing is None else instruction_counts(listing)
         for resources in artifact.resources:
             opcodes = None if counts is None else counts.get(resources.entry)
-            reports.append(_report(subject, resources, opcodes, artifact.seconds, artifact.warnings))
+            report = _report(subject, resources, opcodes, artifact.seconds, artifact.warnings)
+            reports.append(dataclasses.replace(report, cubin=artifact.data, listing=listing))
     return reports
 
 

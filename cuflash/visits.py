@@ -14,7 +14,13 @@ def all_tiles(problem: Problem, tile: Tile) -> int:
 
 
 def visited_tiles(problem: Problem, tile: Tile, *, by_keys: bool) -> int | None:
-    """Tiles that a kernel visits for one head; None where that depends on data: on a boolean mask, segments, prefixes or lengths.
+    """Tiles that a kernel visits for one head; None where that depends on data: on a boolean mask, segments, prefixes or lengths."""
+    visits = visits_of_blocks(problem, tile, by_keys=by_keys)
+    return None if visits is None else sum(visits)
+
+
+def visits_of_blocks(problem: Problem, tile: Tile, *, by_keys: bool) -> list[int] | None:
+    """Tiles that each block of one head visits, in the order of its own tiles; None where that depends on data.
 
     Args:
         problem: the call.
@@ -27,16 +33,16 @@ def visited_tiles(problem: Problem, tile: Tile, *, by_keys: bool) -> int | None:
     low, high = problem.window
     if problem.is_causal:
         high = min(high, problem.causal_offset)
-    visited = 0
+    visited = []
     if by_keys:
         for first_kv in range(0, problem.seqlen_kv, tile.tile_kv):
             first_q = max(0, first_kv - high)
             end_q = min(problem.seqlen_q, min(problem.seqlen_kv, first_kv + tile.tile_kv) - low)
-            visited += ceil(end_q / tile.tile_q) - first_q // tile.tile_q if first_q < end_q else 0
+            visited.append(ceil(end_q / tile.tile_q) - first_q // tile.tile_q if first_q < end_q else 0)
         return visited
     for first_q in range(0, problem.seqlen_q, tile.tile_q):
         end_q = min(problem.seqlen_q, first_q + tile.tile_q)
         first_kv = max(0, first_q + low)
         end_kv = min(problem.seqlen_kv, end_q + high)
-        visited += ceil(end_kv / tile.tile_kv) - first_kv // tile.tile_kv if first_kv < end_kv else 0
+        visited.append(ceil(end_kv / tile.tile_kv) - first_kv // tile.tile_kv if first_kv < end_kv else 0)
     return visited

@@ -16,9 +16,10 @@ import pytest
 from conftest import share_simulator
 
 import cuflash
-from cuflash import compiler
+from cuflash import compiler, inspection
 
 ROOT = Path(__file__).resolve().parent.parent
+needs_nvdisasm = pytest.mark.skipif(inspection.find_nvdisasm() is None, reason=inspection.NVDISASM_HINT)
 
 
 def command(*arguments: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +32,7 @@ def command(*arguments: str, directory: Path, **environment: str) -> subprocess.
 def test_alone_it_prints_help(tmp_path: Path) -> None:
     result = command(directory=tmp_path)
     assert result.returncode == 0
-    for name in ("demo", "info", "inspect", "profile", "warmup", "cache"):
+    for name in ("demo", "info", "inspect", "predict", "profile", "warmup", "cache"):
         assert re.search(rf"^ +{name} ", result.stdout, re.MULTILINE), name
 
 
@@ -88,6 +89,64 @@ def test_inspect_as_json(tmp_path: Path) -> None:
     assert 0 < report["occupancy"] <= 1
     spills = report["spill_store_bytes"] + report["spill_load_bytes"] > 0
     assert bool(report["failures"]) == spills == (result.returncode == 1)
+
+
+KERNEL = ("--arch", "sm_80", "--head-dim", "64", "--dtype", "float16")
+
+
+@needs_nvdisasm
+def test_kernels_are_saved_and_predicted_from_files(tmp_path: Path) -> None:
+    result = command("inspect", *KERNEL, "--forward-only", "--save", "kept", directory=tmp_path)
+    assert result.returncode in (0, 1), result.stderr
+    assert re.search(r"predicted sm_80 forward float16 64 full \d+x\d+ w\d s\d: 0\.\d\d of the matrix rate with", result.stdout)
+    (cubin,) = (tmp_path / "kept").glob("forward_sm_80_float16_d64_full_*.cubin")
+    fields = json.loads(cubin.with_suffix(".json").read_text())
+    assert {"kernel", "arch", "dtype", "head_dim", "causal", "tile", "registers", "spill_bytes", "shared_bytes"} <= set(fields)
+    (kernel,) = json.loads(command("predict", "--cubin", str(cubin), "--json", directory=tmp_path).stdout)
+    assert fields.items() <= kernel.items()
+    assert 0.2 < kernel["matrix_share"] < 1
+    assert kernel["busy"]["matrix"] == kernel["matrix_share"]
+    assert (
+        kernel["matrix_instructions_per_trip"]
+        == 2 * 64 * fields["tile"]["tile_q"] * fields["tile"]["tile_kv"] // 2048 // fields["tile"]["num_warps"]
+    )
+    assert all(gain > 0.9 for gain in kernel["speedup_without"].values())
+    assert kernel["binds"] in kernel["speedup_without"]
+
+
+@needs_nvdisasm
+def test_a_call_is_predicted(tmp_path: Path) -> None:
+    shape = ("--batch", "2", "--heads", "8", "--seqlen")
+    short, long = (
+        json.loads(command("predict", *KERNEL, *shape, seqlen, "--fast", "--json", directory=tmp_path).stdout)
+        for seqlen in ("1024", "4096")
+    )
+    (kernel,) = short["kernels"]
+    assert (short["card"], kernel["kernel"], kernel["arch"]) == ("A100 SXM 80 GB", "forward", "sm_80")
+    flops = 4 * 2 * 8 * 64 * 1024**2
+    assert short["predicted_tflops"] == pytest.approx(flops / short["predicted_milliseconds"] / 1e9, rel=1e-3)
+    assert short["predicted_tflops"] < long["predicted_tflops"] < 312 * kernel["matrix_share"], (
+        "long sequences come nearer to the steady state"
+    )
+    assert kernel["speedup_without"] == {}
+    text = command("predict", *KERNEL, *shape, "1024", "--fast", directory=tmp_path).stdout
+    assert text.startswith("predicted for A100 SXM 80 GB (sm_80, 108 SMs, 1.41 GHz)")
+    assert f"{short['predicted_tflops']:.4g} TFLOP/s" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--arch", "sm_75"), "arch: got sm_75; expected one of sm_80, sm_86, sm_89, sm_90, sm_120"),
+        (("--arch", "sm_1"), "arch: got 'sm_1'"),
+        (("--tile", "64", "64", "3", "2"), "tile: got Tile(tile_q=64"),
+        (("--cubin", "nowhere.cubin"), "cubin: got 'nowhere.cubin': No such file or directory"),
+    ],
+)
+def test_predict_names_what_it_cannot_use(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    result = command("predict", *options, directory=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"cuflash: {message}"), result.stderr
 
 
 def test_inspect_prints_a_table_of_both_passes(tmp_path: Path) -> None:

@@ -1,0 +1,325 @@
+"""Loops of a function, and the path that a warp takes through one of them most of the time.
+
+`find_loops` lists all loops. `tile_loop` picks the one that a kernel's time goes into: the innermost that has both the matrix products and the exponentials.
+`steady_trace` returns the instructions that one trip through a loop executes in the steady state.
+
+A loop is an interval of addresses from the target of a backward branch to that branch, as compilers lay loops out. Which way branches go is not
+known from the code. The steady state is taken to be the path with the most work (products, exponentials, copies, barriers, reads by matrix), and of
+those the shortest. So copies are made, masks are not applied, and slow paths for rare cases are left aside.
+
+Inner loops are run as often as their counter says, if it starts, steps and ends at constants. If it does not, the trips of the inner loops with matrix products are
+whatever makes up the number of products that the caller expects.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cuflash.errors import UnsupportedError
+from cuflash.timing.sass import Function, Instruction
+
+
+def opcodes(text: str) -> frozenset[str]:
+    """A set of opcodes, written with spaces between them."""
+    return frozenset(text.split())
+
+
+MATRIX = opcodes("HMMA IMMA DMMA BMMA HGMMA IGMMA QGMMA")
+_WORK = opcodes("LDGSTS LDSM BAR RED REDG ATOMG UTMALDG")
+_ENDS = opcodes("BRA EXIT RET BRX JMP BREAK KILL")
+_COLD_LOOP = 500  # instructions that a loop without any work counts as, so that a path around it is taken
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The instructions from `head` to `last`, both included, as indices into the function.
+
+    Attributes:
+        head: what the backward branch goes to.
+        last: the backward branch, the last one if there are several.
+        trips: how often it runs each time it is entered; None where its counter has no constant bounds.
+    """
+
+    head: int
+    last: int
+    trips: int | None
+
+    def holds(self, other: Loop) -> bool:
+        """Whether the other loop lies within this one."""
+        return self != other and self.head <= other.head and other.last <= self.last
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one warp executes in one trip through a loop.
+
+    Attributes:
+        loop: which.
+        indices: of the instructions, in order, into the function.
+        instructions: the same instructions.
+    """
+
+    loop: Loop
+    indices: tuple[int, ...]
+    instructions: tuple[Instruction, ...]
+
+    @property
+    def num_matrix(self) -> int:
+        """Matrix instructions in it."""
+        return sum(is_matrix(instruction) for instruction in self.instructions)
+
+
+def is_matrix(instruction: Instruction) -> bool:
+    """Whether it is a matrix product."""
+    return instruction.base in MATRIX
+
+
+def is_exponential(instruction: Instruction) -> bool:
+    """Whether it is an exponential."""
+    return instruction.opcode.startswith("MUFU.EX2")
+
+
+def _is_work(instruction: Instruction) -> bool:
+    return is_matrix(instruction) or is_exponential(instruction) or instruction.base in _WORK
+
+
+def _is_backward(function: Function, index: int) -> bool:
+    instruction = function[index]
+    return instruction.base == "BRA" and instruction.target is not None and instruction.target < index
+
+
+def find_loops(function: Function) -> tuple[Loop, ...]:
+    """All loops, outer ones before those that they hold."""
+    last: dict[int, int] = {}
+    for index in range(len(function)):
+        if _is_backward(function, index):
+            head = function[index].target
+            assert head is not None
+            last[head] = max(index, last.get(head, 0))
+    loops = [Loop(head, end, constant_trips(function, head, end)) for head, end in last.items()]
+    return tuple(sorted(loops, key=lambda loop: (loop.head, -loop.last)))
+
+
+def tile_loop(function: Function) -> Loop:
+    """The loop over tiles: the innermost that has the kinds of work that the function's loops have, products and exponentials. Of several, say one for masked
+    tiles and one for the others, that with the fewest comparisons and selections.
+
+    Raises:
+        UnsupportedError: the function has no loop.
+    """
+    loops = find_loops(function)
+    for kinds in ((is_matrix, is_exponential), (is_matrix,), (is_exponential,), ()):
+        able = [loop for loop in loops if all(any(map(kind, function[loop.head : loop.last + 1])) for kind in kinds)]
+        inner = [loop for loop in able if not any(loop.holds(other) for other in able)]
+        if inner:
+            return min(inner, key=lambda loop: _selections(function[loop.head : loop.last + 1]))
+    raise UnsupportedError("kernel", "code without a loop", "a loop over tiles", "Only kernels that walk over tiles have a steady state.")
+
+
+def _selections(code: Sequence[Instruction]) -> float:
+    """Comparisons and selections for each product, or for each instruction."""
+    return sum(instruction.base in ("ISETP", "FSEL", "SEL") for instruction in code) / max(1, sum(map(is_matrix, code)))
+
+
+# --- How often a loop runs ----------------------------------------------------------------------------------------------------------------
+
+_COMPARE = re.compile(r"^(U?P\d), U?PT, (U?R\d+)(?:\.reuse)?, (-?0x[0-9a-f]+), U?PT$")
+_CONDITIONS = {
+    "NE": lambda a, b: a != b, "EQ": lambda a, b: a == b, "LT": lambda a, b: a < b, "GE": lambda a, b: a >= b, "GT": lambda a, b: a > b,
+    "LE": lambda a, b: a <= b,
+}  # fmt: skip
+_MOST_TRIPS = 4096
+
+
+def constant_trips(function: Function, head: int, last: int) -> int | None:
+    """How often the loop from `head` to the conditional branch `last` runs, if one register counts it from a constant by a constant to a constant."""
+    branch, body = function[last], function[head:last]
+    predicate = branch.predicate.lstrip("!")
+    compared = _writer(body, predicate)
+    if compared is not None and body[compared].base == "PLOP3":  # a uniform predicate becomes an ordinary one
+        source = re.search(r"\bUP\d\b", body[compared].operands)
+        compared = _writer(body, source[0]) if source else None
+    if compared is None or body[compared].base not in ("ISETP", "UISETP"):
+        return None
+    comparison = _COMPARE.match(body[compared].operands)
+    condition = _CONDITIONS.get(body[compared].opcode.split(".")[1])
+    if comparison is None or condition is None:
+        return None
+    register, bound = comparison[2], int(comparison[3], 16)
+    stepped = _writer(body, register)
+    step = None if stepped is None else _step(body[stepped], register)
+    start = _start(function, head, register)
+    if stepped is None or not step or start is None or sum(_writes(instruction, register) for instruction in body) != 1:
+        return None
+    value = start
+    for trips in range(1, _MOST_TRIPS):
+        compared_value = value + step if stepped < compared else value
+        value += step
+        if condition(compared_value, bound) == branch.predicate.startswith("!"):
+            return trips
+    return None
+
+
+def _writes(instruction: Instruction, register: str) -> bool:
+    first = instruction.operands.split(",", 1)[0].strip()
+    wide = instruction.opcode.startswith("CS2R") and first[1:].isdigit() and not instruction.opcode.endswith(".32")
+    return first == register or (wide and f"R{int(first[1:]) + 1}" == register)
+
+
+def _writer(code: Sequence[Instruction], register: str) -> int | None:
+    """The last instruction that has the register, or predicate, as its result."""
+    return next((index for index in reversed(range(len(code))) if _writes(code[index], register)), None)
+
+
+def _step(instruction: Instruction, register: str) -> int | None:
+    """What an addition adds to its own result; None for any other instruction."""
+    operands = [operand.strip().removesuffix(".reuse") for operand in instruction.operands.split(",")]
+    if instruction.base.removeprefix("U") not in ("IADD3", "VIADD", "IADD") or operands[1] != register or instruction.predicate:
+        return None
+    if not re.fullmatch(r"-?0x[0-9a-f]+", operands[2]) or any(operand not in ("RZ", "URZ") for operand in operands[3:]):
+        return None
+    return int(operands[2], 16)
+
+
+def _start(function: Function, head: int, register: str) -> int | None:
+    """The constant that the register has when the loop is entered, by the nearest instruction before it."""
+    found = _writer(function[:head], register)
+    if found is None:
+        return None
+    opcode, operands = function[found].opcode, [operand.strip() for operand in function[found].operands.split(",")]
+    if opcode.startswith("HFMA2"):  # makes constants as pairs of halves where it is idle
+        return _of_halves(operands[3], operands[4]) if operands[1:3] == ["-RZ", "RZ"] and len(operands) == 5 else None
+    if not opcode.startswith(("MOV", "UMOV", "CS2R", "IMAD.MOV")):
+        return None
+    value = operands[-1]
+    if value in ("RZ", "URZ", "SRZ"):
+        return 0
+    return int(value, 16) if re.fullmatch(r"-?0x[0-9a-f]+", value) else None
+
+
+def _of_halves(high: str, low: str) -> int | None:
+    """The integer with the bits of two 16-bit floats, as nvdisasm prints them."""
+    try:
+        return int(struct.unpack("<i", struct.pack("<ee", float(low), float(high)))[0])
+    except (ValueError, OverflowError, struct.error):
+        return None
+
+
+# --- The path through a loop --------------------------------------------------------------------------------------------------------------
+
+
+def steady_trace(function: Function, loop: Loop, expected_matrix: int | None = None) -> Trace:
+    """The instructions of one trip.
+
+    Args:
+        function: the code.
+        loop: of `find_loops`.
+        expected_matrix: matrix instructions of a warp in one trip; decides how often inner loops run whose counters say nothing.
+
+    Raises:
+        UnsupportedError: no path leads back to the head.
+    """
+    indices = _Paths(function, 1).through(loop)
+    unknown = [inner for inner in find_loops(function) if loop.holds(inner) and inner.trips is None]
+    inside = sum(is_matrix(function[i]) for i in indices if any(inner.head <= i <= inner.last for inner in unknown))
+    if expected_matrix is not None and inside:
+        outside = sum(is_matrix(function[i]) for i in indices) - inside
+        indices = _Paths(function, max(1, round((expected_matrix - outside) / inside))).through(loop)
+    return Trace(loop, tuple(indices), tuple(function[index] for index in indices))
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A basic block or a whole inner loop, the instructions `start` to `end` - 1.
+
+    Attributes:
+        path: what is executed of it.
+        work: how many instructions of it do work.
+        cost: how long the path is, for the choice among paths with the same work.
+    """
+
+    start: int
+    end: int
+    path: tuple[int, ...]
+    work: int
+    cost: int
+
+
+class _Paths:
+    """Finds paths through the loops of one function; `unknown_trips` is how often loops run whose counters say nothing."""
+
+    def __init__(self, function: Function, unknown_trips: int) -> None:
+        self.function = function
+        self.unknown_trips = unknown_trips
+        self.loops = find_loops(function)
+
+    def through(self, loop: Loop) -> list[int]:
+        """The path from the loop's head back to it."""
+        nodes = self._nodes(loop)
+        at = {node.start: position for position, node in enumerate(nodes)}
+        best: dict[int, tuple[int, int]] = {0: (nodes[0].work, -nodes[0].cost)}
+        before: dict[int, int] = {}
+        for position, node in enumerate(nodes):
+            for following in self._successors(node, at) if position in best else ():
+                value = (best[position][0] + nodes[following].work, best[position][1] - nodes[following].cost)
+                if following > position and value > best.get(following, (-1, 0)):
+                    best[following], before[following] = value, position
+        ends = [position for position in best if self._returns(loop, nodes[position])]
+        if not ends:
+            hint = "Only loops that are laid out as one piece are understood."
+            raise UnsupportedError("kernel", f"a loop at {self.function[loop.head].address:#x}", "a path back to its head", hint)
+        path = [max(ends, key=lambda position: best[position])]
+        while path[-1] in before:
+            path.append(before[path[-1]])
+        return [index for position in reversed(path) for index in nodes[position].path]
+
+    def _nodes(self, loop: Loop) -> list[_Node]:
+        inside = [other for other in self.loops if loop.holds(other)]
+        outermost = [other for other in inside if not any(more.holds(other) for more in inside)]
+        starts = {loop.head}
+        for index in range(loop.head, loop.last + 1):
+            instruction = self.function[index]
+            if instruction.base in _ENDS:
+                starts.add(index + 1)
+            if instruction.target is not None:
+                starts.add(instruction.target)
+        for inner in outermost:
+            starts |= {inner.head, inner.last + 1}
+        kept = sorted(start for start in starts if loop.head <= start <= loop.last and not any(o.head < start <= o.last for o in outermost))
+        heads = {inner.head: inner for inner in outermost}
+        return [
+            self._inner(heads[start]) if start in heads else self._block(start, end)
+            for start, end in zip(kept, [*kept[1:], loop.last + 1], strict=True)
+        ]
+
+    def _block(self, start: int, end: int) -> _Node:
+        work = sum(_is_work(self.function[index]) for index in range(start, end))
+        return _Node(start, end, tuple(range(start, end)), work, end - start)
+
+    def _inner(self, loop: Loop) -> _Node:
+        path = self.through(loop)
+        trips = loop.trips or (self.unknown_trips if any(is_matrix(self.function[index]) for index in path) else 1)
+        work = sum(_is_work(self.function[index]) for index in path) * trips
+        cost = len(path) * trips + (0 if work else _COLD_LOOP)
+        return _Node(loop.head, loop.last + 1, tuple(path) * trips, work, cost)
+
+    def _successors(self, node: _Node, at: dict[int, int]) -> list[int]:
+        last = self.function[node.end - 1]
+        targets = {branch.target for branch in self.function[node.start : node.end] if branch.base == "BRA" and branch.target is not None}
+        if not (last.base in _ENDS and _always(last)):
+            targets.add(node.end)
+        return [at[target] for target in sorted(targets) if target in at and target > node.start]
+
+    def _returns(self, loop: Loop, node: _Node) -> bool:
+        last = self.function[node.end - 1]
+        return last.base == "BRA" and last.target == loop.head
+
+
+def _always(branch: Instruction) -> bool:
+    """Whether a branch is taken whenever it is reached: it has neither a predicate nor a condition among its operands, as `BRA.DIV` and `BRA P1` have."""
+    return (
+        not branch.predicate and ".DIV" not in branch.opcode and ".CONV" not in branch.opcode and not re.match(r"!?U?P\d", branch.operands)
+    )

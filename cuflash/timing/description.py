@@ -1,0 +1,86 @@
+"""What a prediction has to know of a kernel besides its machine code, and how both are kept in files.
+
+A kernel is kept as `NAME.cubin` and `NAME.json`: `save` writes both, `load` reads them, and anybody else can. The JSON object has the fields of `Description`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cuflash.errors import OptionError
+from cuflash.tiles import Tile
+
+
+@dataclass(frozen=True)
+class Description:
+    """One compiled kernel.
+
+    Attributes:
+        kernel: "forward", "backward_dkdv", …
+        arch: "sm_80", …
+        dtype: of the operands.
+        head_dim, head_dim_v: of query and key, and of value.
+        causal: whether it masks keys behind the query.
+        tile: its tile.
+        registers: per thread.
+        spill_bytes: stored to local memory.
+        shared_bytes: of a block, static and dynamic.
+        barriers: named barriers of a block.
+    """
+
+    kernel: str
+    arch: str
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    causal: bool
+    tile: Tile
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    barriers: int = 1
+
+    @property
+    def name(self) -> str:
+        """A name for files that no other kernel of the kind has."""
+        tile, mask = self.tile, "causal" if self.causal else "full"
+        dim = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}_{self.head_dim_v}"
+        shape = f"{tile.tile_q}x{tile.tile_kv}_w{tile.num_warps}_s{tile.num_stages}"
+        return f"{self.kernel}_{self.arch}_{self.dtype}_{dim}_{mask}_{shape}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `save` writes."""
+        return dataclasses.asdict(self)
+
+
+def save(folder: Path, description: Description, cubin: bytes, name: str | None = None) -> Path:
+    """Write both files; returns the path of the cubin."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name or description.name}.cubin"
+    path.write_bytes(cubin)
+    path.with_suffix(".json").write_text(json.dumps(description.to_json(), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def load(path: Path) -> tuple[Description, bytes]:
+    """Read what `save` wrote.
+
+    Args:
+        path: of the cubin; its JSON file lies beside it.
+
+    Raises:
+        OptionError: a file is missing or does not hold what it should.
+    """
+    hint = "Name a file that `python -m cuflash inspect --save DIR` wrote."
+    record = path.with_suffix(".json")
+    try:
+        cubin, fields = path.read_bytes(), json.loads(record.read_text(encoding="utf-8"))
+        return Description(**(fields | {"tile": Tile(**fields["tile"])})), cubin
+    except OSError as error:
+        raise OptionError("cubin", f"{str(error.filename)!r}: {error.strerror}", "NAME.cubin with NAME.json beside it", hint) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise OptionError("cubin", f"{str(record)!r}: {error}", "a JSON object that describes a kernel", hint) from error

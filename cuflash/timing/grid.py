@@ -1,0 +1,62 @@
+"""A grid of blocks on all SMs: waves, blocks of unequal length, tails.
+
+`grid_clocks(blocks, num_sms=, rates=, overhead=)` hands out blocks in the order of their index, each to the first SM that has room, and returns the clocks until the
+last one ends. Blocks that share an SM slow each other down as the model of the SM says: an SM with few blocks left runs each of them faster, but seldom all
+of them together.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+
+
+def grid_clocks(blocks: Iterable[float], *, num_sms: int, trip_clocks: Sequence[float], overhead: float) -> float:
+    """Clocks from the first block's begin to the last one's end.
+
+    Args:
+        blocks: the trips of each block through its loop, in the order of launch.
+        num_sms: of the card.
+        trip_clocks: of an SM for one trip of each of its blocks, with 1, 2, … blocks on it; as many as it can hold.
+        overhead: clocks of a block beside its trips, while others on its SM work.
+    """
+    waiting = iter(blocks)
+    sms = [_Sm(trip_clocks, overhead) for _ in range(num_sms)]
+    for _ in range(len(trip_clocks)):  # first every SM gets one block, then every SM gets a second one
+        for sm in sms:
+            if (trips := next(waiting, None)) is not None:
+                sm.add(trips)
+    events = [(sm.next_end(), index) for index, sm in enumerate(sms) if sm.ends]
+    heapq.heapify(events)
+    time = 0.0
+    while events:
+        time, index = heapq.heappop(events)
+        sm = sms[index]
+        sm.remove(time)
+        if (trips := next(waiting, None)) is not None:
+            sm.add(trips)
+        if sm.ends:
+            heapq.heappush(events, (sm.next_end(), index))
+    return time
+
+
+class _Sm:
+    """The blocks of one SM. All of them progress alike, so each ends at a fixed number of trips that the SM has made since its begin."""
+
+    def __init__(self, trip_clocks: Sequence[float], overhead: float) -> None:
+        self.trip_clocks, self.overhead = trip_clocks, overhead
+        self.time = 0.0
+        self.trips = 0.0
+        self.ends: list[float] = []
+
+    def add(self, trips: float) -> None:
+        """Begin a block now."""
+        heapq.heappush(self.ends, self.trips + trips + self.overhead / self.trip_clocks[-1])
+
+    def next_end(self) -> float:
+        """When the next block ends, if none is added before."""
+        return self.time + (self.ends[0] - self.trips) * self.trip_clocks[len(self.ends) - 1]
+
+    def remove(self, time: float) -> None:
+        """End the next block, whose end `time` is."""
+        self.time, self.trips = time, heapq.heappop(self.ends)

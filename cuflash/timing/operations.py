@@ -1,0 +1,204 @@
+"""From an instruction to what the model of an SM has to know of it: which unit it takes for how long, what it waits for and what it signals.
+
+`operations(trace, machine)` translates a trace once, before it is run many times. `busy_clocks` adds up, for each resource, the clocks that one trip of one warp
+occupies it: what would bind if nothing else did.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from cuflash.errors import UnsupportedError
+from cuflash.timing.control_flow import is_matrix, opcodes
+from cuflash.timing.machine import SUB_PARTITIONS, Multiprocessor
+from cuflash.timing.sass import Instruction
+
+
+class Unit(Enum):
+    """Units of a sub-partition, each with instructions of its own."""
+
+    MATRIX = "matrix"
+    FMA = "fma"
+    ALU = "alu"
+    MUFU = "mufu"
+    HALF = "half"
+
+
+class Kind(Enum):
+    """What an instruction does besides taking a unit."""
+
+    PLAIN = 0
+    MEMORY = 1  # goes through the SM's memory pipe
+    COPY = 2  # cp.async: likewise, and completes when L2 has delivered
+    LOAD = 3  # from global memory: likewise, and releases its scoreboard
+    STORE = 4  # to global memory: takes L2's bandwidth, nobody waits
+    COMMIT = 5  # closes a group of copies
+    WAIT = 6  # until all but some groups of copies are complete
+    BARRIER = 7
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One instruction of a trace.
+
+    Attributes:
+        kind: see there.
+        unit: that it takes; None for none.
+        clocks: for which the unit is taken.
+        latency: clocks until its scoreboard is released, if it has one and nothing is in the way.
+        wavefronts: clocks of the SM's memory pipe.
+        l2_bytes: asked of L2.
+        stall: clocks until the warp's next instruction.
+        write_scoreboard, read_scoreboard, waits: as in `sass.Control`.
+        pending: of `WAIT`, how many groups of copies may be incomplete.
+        matrix: whether it is a matrix product.
+    """
+
+    kind: Kind
+    unit: Unit | None
+    clocks: float
+    latency: float
+    wavefronts: float
+    l2_bytes: float
+    stall: float
+    write_scoreboard: int | None
+    read_scoreboard: int | None
+    waits: tuple[int, ...]
+    pending: int = 0
+    matrix: bool = False
+
+
+_FMA = opcodes("FFMA FADD FMUL")
+_IMAD = opcodes("IMAD IMUL IDP")
+_HALF = opcodes("HADD2 HFMA2 HMUL2 HMNMX2 HSET2 HSETP2")
+_CONVERT = opcodes("F2FP F2F F2I I2F I2FP F2IP I2IP FRND")
+_ALU = opcodes(
+    "FMNMX FMNMX3 FSEL FSETP FSET FCHK IADD3 IADD LEA LOP3 LOP SHF SHL SHR ISETP IABS PRMT SEL IMNMX VIADD VIMNMX VIMNMX3 VIADDMNMX PLOP3 POPC BMSK SGXT "
+    "P2R R2P MOV CS2R ISCADD VABSDIFF FLO BREV"
+)
+_MEMORY_KINDS = {
+    "LDGSTS": Kind.COPY, "LDG": Kind.LOAD, "LD": Kind.LOAD, "LDL": Kind.LOAD, "STG": Kind.STORE, "ST": Kind.STORE, "STL": Kind.STORE, "RED": Kind.STORE,
+    "REDG": Kind.STORE, "ATOMG": Kind.LOAD, "LDS": Kind.MEMORY, "STS": Kind.MEMORY, "LDSM": Kind.MEMORY, "STSM": Kind.MEMORY, "SHFL": Kind.MEMORY,
+    "ATOMS": Kind.MEMORY, "REDUX": Kind.MEMORY,
+}  # fmt: skip
+_LOCAL = frozenset(("LDL", "STL"))  # spills, which the first-level cache answers
+_NOT_MODELLED = opcodes("HGMMA IGMMA QGMMA BGMMA UTMALDG UTMASTG UBLKCP SYNCS")
+"""What Hopper's warp-specialised kernels consist of. A model of them adds a tensor unit that runs by itself, copies in bulk and mbarriers; this is its place."""
+
+
+def operations(trace: Iterable[Instruction], machine: Multiprocessor) -> tuple[Operation, ...]:
+    """Translate a trace.
+
+    Raises:
+        UnsupportedError: an instruction that this model has no place for.
+    """
+    instructions = tuple(trace)
+    following = (*instructions[1:], None)
+    return tuple(_operation(instruction, after, machine) for instruction, after in zip(instructions, following, strict=True))
+
+
+def _operation(instruction: Instruction, after: Instruction | None, machine: Multiprocessor) -> Operation:
+    base, control = instruction.base, instruction.control
+    if base in _NOT_MODELLED:
+        hint = "Kernels of wgmma, TMA and mbarriers are not modelled; those of mma.sync are."
+        raise UnsupportedError("kernel", instruction.opcode, "instructions of mma.sync kernels", hint)
+    kind, pending, wavefronts, l2_bytes = Kind.PLAIN, 0, 0.0, 0.0
+    unit, clocks, latency = _unit(instruction, machine)
+    stall = float(max(1, control.stall))
+    if instruction.never_runs:
+        unit, clocks = None, 0.0
+    elif base in _MEMORY_KINDS:
+        kind = _MEMORY_KINDS[base]
+        wavefronts, latency = _wavefronts(instruction), _latency(instruction, machine)
+        l2_bytes = 0.0 if kind is Kind.MEMORY or base in _LOCAL else 32.0 * _bytes_per_lane(instruction)
+        if base in _LOCAL:
+            kind = Kind.MEMORY
+    elif base == "LDGDEPBAR":
+        kind = Kind.COMMIT
+    elif base == "DEPBAR" and (waited := re.match(r"SB0, 0x([0-9a-f]+)", instruction.operands)):
+        kind, pending = Kind.WAIT, int(waited[1], 16)
+    elif base == "BAR" and ".SYNC" in instruction.opcode:
+        kind = Kind.BARRIER
+    elif base in ("BRA", "BRX", "JMP") and (after is None or after.address != instruction.address + 16):
+        stall += machine.branch
+    return Operation(
+        kind, unit, clocks, latency, wavefronts, l2_bytes, stall, control.write_scoreboard, control.read_scoreboard, control.waits, pending,
+        is_matrix(instruction),
+    )  # fmt: skip
+
+
+def _unit(instruction: Instruction, machine: Multiprocessor) -> tuple[Unit | None, float, float]:
+    """Unit, clocks for which it is taken, latency."""
+    base = instruction.base
+    if is_matrix(instruction):
+        return Unit.MATRIX, _matrix_clocks(instruction.opcode, machine), 0.0
+    if base == "MUFU":
+        return Unit.MUFU, machine.mufu, machine.mufu_latency
+    if base in _FMA:
+        return Unit.FMA, machine.fma, 0.0
+    if base in _IMAD:
+        return Unit.FMA, machine.imad, 0.0
+    if base in _HALF:
+        return Unit.HALF, machine.half, 0.0
+    if base in _CONVERT:
+        return Unit.ALU, machine.convert, 0.0
+    if base in _ALU:
+        return Unit.ALU, machine.alu, 0.0
+    if base in ("S2R", "LDC", "ULDC", "LDCU", "S2UR", "R2UR"):
+        return None, 0.0, machine.constant_latency
+    return None, 0.0, 0.0
+
+
+MULTIPLY_ADDS = {"16816": 2048, "1688": 1024, "1684": 512, "16832": 4096, "8816": 1024, "16864": 8192, "884": 256}
+"""Multiply-adds of a matrix instruction by the digits in its opcode, M N K."""
+
+
+def _matrix_clocks(opcode: str, machine: Multiprocessor) -> float:
+    parts = opcode.split(".")
+    shape = next((part for part in parts if part in MULTIPLY_ADDS), None)
+    rate = "int8" if parts[0] == "IMMA" else "tf32" if "TF32" in parts else "half" if "F32" in parts else "half16"
+    if shape is None or parts[0] not in ("HMMA", "IMMA"):
+        hint = "Kernels of mma.sync with 16-bit, TF32 and 8-bit integer operands are modelled."
+        raise UnsupportedError("kernel", opcode, "HMMA or IMMA of a known shape", hint)
+    return MULTIPLY_ADDS[shape] / machine.matrix_rates[rate]
+
+
+def _bytes_per_lane(instruction: Instruction) -> int:
+    parts = instruction.opcode.split(".")
+    return 16 if "128" in parts else 8 if "64" in parts else 4
+
+
+def _wavefronts(instruction: Instruction) -> float:
+    """Clocks of a memory pipe of 128 bytes; as many as without bank conflicts."""
+    if instruction.base in ("LDSM", "STSM"):
+        return float(next((part for part in instruction.opcode.split(".") if part in ("1", "2", "4")), "1"))
+    if instruction.base == "SHFL":
+        return 1.0
+    if instruction.base == "REDUX":
+        return 2.0
+    return _bytes_per_lane(instruction) / 4
+
+
+def _latency(instruction: Instruction, machine: Multiprocessor) -> float:
+    return {
+        "LDSM": machine.matrix_load_latency, "SHFL": machine.shuffle_latency, "LDG": machine.global_latency, "LD": machine.global_latency,
+        "ATOMG": machine.global_latency, "LDGSTS": machine.copy_latency,
+    }.get(instruction.base, machine.shared_latency)  # fmt: skip
+
+
+RESOURCES = ("matrix", "issue", "fma", "alu", "mufu", "half", "shared memory", "l2")
+
+
+def busy_clocks(trace: Sequence[Operation], machine: Multiprocessor) -> dict[str, float]:
+    """Clocks of an SM for which one trip of one warp occupies each resource; the units of its four sub-partitions work side by side."""
+    busy = dict.fromkeys(RESOURCES, 0.0)
+    busy["issue"] = len(trace) / SUB_PARTITIONS
+    for operation in trace:
+        if operation.unit is not None:
+            busy[operation.unit.value] += operation.clocks / SUB_PARTITIONS
+        busy["shared memory"] += operation.wavefronts
+        busy["l2"] += operation.l2_bytes / machine.l2_bytes
+    return busy

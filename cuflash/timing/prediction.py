@@ -1,0 +1,277 @@
+"""From kernels to predicted times.
+
+`predict_kernel(function, description)` runs the hot loop of one kernel on the model of an SM: its share of the matrix rate, what binds, what it would be
+without each limit. `predict_plan(plan, card)` compiles the kernels of a call, predicts each and lays its grid out on the card: milliseconds and TFLOP/s.
+
+Kernels that walk over no tiles, such as `backward_delta`, take the time of their traffic from and to memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from cuflash import cache, device, inspection
+from cuflash.compiler import CompileRequest, KernelResources
+from cuflash.device import Device
+from cuflash.errors import UnsupportedError
+from cuflash.planning import BY_KEYS, KernelPlan, Plan
+from cuflash.problem import Problem
+from cuflash.tiles import PASSES, KernelCase, multiply_adds
+from cuflash.timing.control_flow import Trace, is_matrix, steady_trace, tile_loop
+from cuflash.timing.description import Description
+from cuflash.timing.grid import grid_clocks
+from cuflash.timing.machine import Card, Multiprocessor, multiprocessor
+from cuflash.timing.multiprocessor import LIMITS, steady_clocks, without
+from cuflash.timing.operations import MULTIPLY_ADDS, Operation, busy_clocks, operations
+from cuflash.timing.sass import Function, read_functions
+from cuflash.visits import visits_of_blocks
+
+
+@dataclass(frozen=True)
+class KernelPrediction:
+    """The steady state of one kernel on one SM.
+
+    Attributes:
+        description: of the kernel.
+        blocks: resident on the SM.
+        instructions, matrix: of one warp in one trip, all and matrix products.
+        clocks: of the SM for one trip of all its resident blocks.
+        busy: share of the time for which each resource is busy, by name.
+        speedups: how many times faster it would be without a limit, by the limit's name; empty if that was not asked for.
+        trace: the operations, for those who go on with them.
+    """
+
+    description: Description
+    blocks: int
+    instructions: int
+    matrix: int
+    clocks: float
+    busy: Mapping[str, float]
+    speedups: Mapping[str, float]
+    trace: tuple[Operation, ...]
+
+    @property
+    def matrix_share(self) -> float:
+        """Share of the matrix rate that it reaches."""
+        return self.busy["matrix"]
+
+    @property
+    def binds(self) -> str:
+        """The limit without which it would gain the most; without those, the busiest resource."""
+        of = self.speedups or self.busy
+        return max(of, key=lambda name: of[name])
+
+
+def predict_kernel(function: Function, description: Description, *, limits: bool = True) -> KernelPrediction:
+    """Run a kernel's loop over tiles in its steady state.
+
+    Args:
+        function: its machine code.
+        description: what it is.
+        limits: also run it without each limit in turn, which takes several times as long.
+
+    Raises:
+        OptionError: nothing is known of the architecture.
+        UnsupportedError: the code has no loop, or instructions that are not modelled.
+    """
+    machine = multiprocessor(description.arch)
+    trace = _trace(function, description)
+    translated = operations(trace.instructions, machine)
+    warps, blocks = description.tile.num_warps, resident_blocks(description)
+    clocks = steady_clocks(translated, machine, warps=warps, blocks=blocks)
+    busy = {name: value * warps * blocks / clocks for name, value in busy_clocks(translated, machine).items()}
+    speedups = {}
+    for limit in LIMITS if limits else ():
+        lifted = without(translated, limit)
+        if lifted != translated:
+            speedups[limit] = clocks / steady_clocks(lifted, machine, warps=warps, blocks=blocks)
+    return KernelPrediction(description, blocks, len(translated), trace.num_matrix, clocks, busy, speedups, translated)
+
+
+def resident_blocks(description: Description) -> int:
+    """Blocks of the kernel that an SM holds.
+
+    Raises:
+        UnsupportedError: not one.
+    """
+    resident = inspection.occupancy(
+        device.of_arch(description.arch),
+        threads=32 * description.tile.num_warps,
+        registers=description.registers,
+        shared_bytes=description.shared_bytes,
+        barriers=description.barriers,
+    )
+    if not resident.blocks:
+        hint = "Choose a smaller tile."
+        raise UnsupportedError("tile", f"a block that wants too much of {resident.limiter}", f"one that {description.arch} can hold", hint)
+    return resident.blocks
+
+
+def _trace(function: Function, description: Description) -> Trace:
+    loop = tile_loop(function)
+    matrix = next((i for i in function[loop.head : loop.last] if is_matrix(i)), None)
+    if matrix is None:
+        return steady_trace(function, loop)
+    per_instruction = next((MULTIPLY_ADDS[part] for part in matrix.opcode.split(".") if part in MULTIPLY_ADDS), 0)
+    case = KernelCase(description.kernel, description.dtype, description.head_dim, False, description.head_dim_v)  # type: ignore[arg-type]
+    of_block = multiply_adds(case, description.tile, device.of_arch(description.arch))
+    known = per_instruction and description.dtype != "float32"  # of which a product is one instruction or three
+    expected = of_block // (per_instruction * description.tile.num_warps) if known else None
+    return steady_trace(function, loop, expected)
+
+
+# --- A call -------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a call.
+
+    Attributes:
+        name: of the kernel.
+        milliseconds: that it takes.
+        kernel: its steady state; None for kernels that walk over no tiles.
+        num_blocks: of its grid.
+        tiles_visited: by all blocks together.
+        balance: the time that it would take without tails and unequal blocks, over the time that it takes.
+    """
+
+    name: str
+    milliseconds: float
+    kernel: KernelPrediction | None
+    num_blocks: int
+    tiles_visited: int
+    balance: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A whole call.
+
+    Attributes:
+        plan: what would run.
+        card: where.
+        launches: its kernels.
+    """
+
+    plan: Plan
+    card: Card
+    launches: tuple[Launch, ...]
+
+    @property
+    def milliseconds(self) -> float:
+        """Of all kernels, one after the other."""
+        return sum(launch.milliseconds for launch in self.launches)
+
+    @property
+    def tflops(self) -> float:
+        """By the products over visible pairs, as benchmarks count."""
+        problem = self.plan.problem
+        flops = problem.flops_backward if self.plan.backward else problem.flops_forward
+        return flops / (self.milliseconds * 1e9) if self.launches else 0.0
+
+
+def predict_plan(plan: Plan, card: Card, *, limits: bool = True) -> Prediction:
+    """Compile the kernels of a plan (through the cache) and predict the time of each.
+
+    Raises:
+        UnsupportedError: features or lengths whose visible tiles only the data know, or kernels that are not modelled.
+        SetupError: nvdisasm is missing.
+    """
+    launches = []
+    for kernel in plan.kernels:
+        if kernel.name == "backward_delta":
+            launches.append(predict_traffic(kernel, plan.problem, card))
+        elif kernel.name in PASSES:
+            described, function = compiled(kernel, plan.device, causal=plan.problem.is_causal)
+            launches.append(lay_out(predict_kernel(function, described, limits=limits), kernel, plan.problem, card))
+        else:
+            hint = "Leave out the features that need it."
+            raise UnsupportedError("features", f"a call with the kernel {kernel.name}", "kernels that walk over all visible tiles", hint)
+    return Prediction(plan, card, tuple(launches))
+
+
+def compiled(kernel: KernelPlan, on: Device, *, causal: bool) -> tuple[Description, Function]:
+    """Compile a kernel, and read it."""
+    request = replace(kernel.request(on), arch=on.compile_arch, target="cubin")
+    artifact = cache.fetch(request)
+    resources = artifact.resources_of(kernel.entry)
+    return describe(kernel, resources, request, causal=causal), read_functions(artifact.data)[kernel.entry]
+
+
+def describe(kernel: KernelPlan, resources: KernelResources, request: CompileRequest, *, causal: bool) -> Description:
+    """What there is to know of a planned kernel once it is compiled."""
+    return Description(
+        kernel=kernel.name,
+        arch=request.arch.rstrip("af"),
+        dtype=kernel.dtype,
+        head_dim=kernel.head_dim,
+        head_dim_v=kernel.head_dim_v or kernel.head_dim,
+        causal=causal,
+        tile=kernel.tile,
+        registers=resources.registers,
+        spill_bytes=resources.spill_store_bytes,
+        shared_bytes=kernel.shared_bytes + resources.static_shared_bytes,
+        barriers=resources.barriers,
+    )
+
+
+def lay_out(predicted: KernelPrediction, kernel: KernelPlan, problem: Problem, card: Card) -> Launch:
+    """The grid of a kernel on a card.
+
+    Raises:
+        UnsupportedError: which tiles a block visits depends on data.
+    """
+    by_keys = kernel.name in BY_KEYS
+    visits = visits_of_blocks(problem, kernel.tile, by_keys=by_keys)
+    if visits is None:
+        hint = "Leave out masks, segments, prefixes and lengths."
+        raise UnsupportedError("features", "visible tiles that only the data know", "a call whose tiles are known before it runs", hint)
+    group = kernel.group_batch * kernel.group_heads
+    own = [group * tiles for tiles in visits]
+    if problem.is_causal and not by_keys:
+        own.reverse()  # kernels/tile/schedule.cuh: the longest first, head by head
+    machine = multiprocessor(predicted.description.arch)
+    heads = kernel.num_blocks // len(own)
+    alone = steady_clocks(predicted.trace, machine, warps=kernel.tile.num_warps, blocks=1) if predicted.blocks > 1 else predicted.clocks
+    trip_clocks = [
+        alone + (predicted.clocks - alone) * index / max(1, predicted.blocks - 1) for index in range(predicted.blocks)
+    ]  # between one block and all of them, as many clocks more for each
+    clocks = grid_clocks(
+        (tiles for _ in range(heads) for tiles in own),
+        num_sms=card.num_sms,
+        trip_clocks=trip_clocks,
+        overhead=_block_overhead(kernel, problem, machine, card),
+    )
+    total = heads * sum(own)
+    ideal = total * predicted.clocks / predicted.blocks / card.num_sms
+    seconds = max(clocks / (card.clock_ghz * 1e9), _least_traffic(kernel, problem) / card.memory_bytes_per_second)
+    return Launch(kernel.name, 1e3 * seconds, predicted, kernel.num_blocks, total, ideal / clocks)
+
+
+def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card) -> float:
+    """Clocks of a block before and after its loop: it starts, waits for its first tiles, and stores its results."""
+    tile, by_keys = kernel.tile, kernel.name in BY_KEYS
+    rows = tile.tile_kv if by_keys else tile.tile_q
+    width = problem.itemsize * (problem.head_dim + problem.head_dim_v)
+    first = (tile.tile_q + tile.tile_kv) * width
+    stored = rows * (width if kernel.name == "backward_dkdv" else width / 2)
+    return card.block_start + machine.copy_latency + (first + stored) / machine.l2_bytes
+
+
+def _least_traffic(kernel: KernelPlan, problem: Problem) -> float:
+    """Bytes of the operands and results of a kernel, each moved once."""
+    rows_q = problem.batch * problem.num_heads_q * problem.seqlen_q
+    rows_kv = problem.key_shape[0] * problem.num_heads_kv * problem.seqlen_kv
+    width = problem.itemsize * (problem.head_dim + problem.head_dim_v)
+    passes = {"forward": (1, 1), "backward_dkdv": (1, 2), "backward_dq": (1.5, 1), "backward_dk": (1, 1.5), "backward_dv": (1, 1.5)}
+    of_queries, of_keys = passes.get(kernel.name, (1, 1))
+    return width * (of_queries * rows_q + of_keys * rows_kv)
+
+
+def predict_traffic(kernel: KernelPlan, problem: Problem, card: Card) -> Launch:
+    """`backward_delta`: reads the output and its gradient, writes eight bytes for each row."""
+    rows = problem.batch * problem.num_heads_q * problem.seqlen_q
+    seconds = rows * (2 * problem.itemsize * problem.head_dim_v + 8) / card.memory_bytes_per_second
+    return Launch(kernel.name, 1e3 * seconds, None, kernel.num_blocks, 0, 1.0)
