@@ -11,13 +11,13 @@ from cuflash.arrays import borrow, describe, pointer
 from cuflash.codegen import config_text
 from cuflash.errors import OptionError, ShapeError
 from cuflash.features import Extents, check_dropout_p, check_dropout_seed, check_dropout_state, drawn_from
+from cuflash.kernel_specs import DROPOUT_MASK
 from cuflash.other_names import explains_keywords
 from cuflash.planning import KernelPlan
 from cuflash.problem import MAX_EXTENT
-from cuflash.tiles import Tile
+from cuflash.tiles import KernelCase, Tile
 
 _ROWS = 16  # queries of a block, as in kernels/dropout_mask.cu
-_WARPS = 4
 
 
 @explains_keywords
@@ -63,10 +63,9 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
     num_blocks = num_tiles * heads * batch
     if num_blocks >= 2**31:
         raise OptionError("shape", str(extents), "fewer than 2**31 tiles of 16 queries over batch and heads", "Split the batch.")
-    config = config_text("float32", {"CAPABILITY": on.capability, "NUM_WARPS": _WARPS})
-    kernel = KernelPlan(
-        "dropout_mask", "dropout_mask.cu", "float32", 0, Tile(_ROWS, 1, _WARPS, 1), config, 32 * _WARPS, 0, num_tiles, num_blocks
-    )
+    warps = DROPOUT_MASK.num_warps
+    config = config_text("float32", {"CAPABILITY": on.capability, "NUM_WARPS": warps})
+    kernel = KernelPlan(KernelCase(DROPOUT_MASK, "float32", 0), Tile(_ROWS, 1, warps, 1), config, 32 * warps, 0, num_tiles, num_blocks)
     pointers["dropout_mask"] = pointer(kept)
     arguments = launch.dropout_mask_arguments(extents, num_tiles, probability, pointers)
     stream = array.framework.current_stream(on.index) if on.kind == "gpu" else 0

@@ -18,14 +18,14 @@ from cuflash.arrays import AnyArray, Array, BFloat16Bits, borrow, describe, is_a
 from cuflash.codegen import config_text
 from cuflash.device import Device
 from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
+from cuflash.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE, KernelSpec
 from cuflash.launch import ArgumentTemplate
 from cuflash.layout import CANONICAL, Layout, Shape4
 from cuflash.options import check_layout
 from cuflash.planning import MAX_GRID, KernelPlan
 from cuflash.problem import MAX_EXTENT, cast_to, check_dtypes, check_same_kind
-from cuflash.tiles import Tile
+from cuflash.tiles import KernelCase, Tile
 
-_WARPS = 4
 _VECTOR = 8  # columns that a thread takes at a time, as in kernels/tile/merge.cuh
 _LISTED_PARTS = 16  # as in kernels/merge_arguments.cuh
 _PART_BYTES = 80
@@ -69,7 +69,7 @@ def merge_attention(outs: Any, lses: Any, *, layout: str = CANONICAL) -> tuple[A
 
     Source: Dao et al. 2022, FlashAttention, arXiv 2205.14135, section 3.1, the softmax of a concatenation.
     """
-    call, addresses = _find("merge_attention", layout, outs, lses, {})
+    call, addresses = _find(False, layout, outs, lses, {})
     out, lse = call.run(addresses)
     return out, lse
 
@@ -99,18 +99,18 @@ def merge_attention_backward(
         As the forward call.
     """
     given = {"grad_out": grad_out, "out": out, "lse": lse} | ({} if grad_lse is None else {"grad_lse": grad_lse})
-    call, addresses = _find("merge_attention_backward", layout, outs, lses, given)
+    call, addresses = _find(True, layout, outs, lses, given)
     return MergeGradients(*call.run(addresses))
 
 
 # --- Calls that are kept ------------------------------------------------------------------------------------------------------------------
 
 
-def _find(function: str, layout: str, outs: Any, lses: Any, given: dict[str, Any]) -> tuple[_Merge, list[int]]:
+def _find(is_backward: bool, layout: str, outs: Any, lses: Any, given: dict[str, Any]) -> tuple[_Merge, list[int]]:
     """What is prepared for a call, and the addresses of its arrays: the parts of outs, those of lses, and the others."""
     listed = isinstance(outs, (list, tuple)), isinstance(lses, (list, tuple))
     arrays = [*(outs if listed[0] else (outs,)), *(lses if listed[1] else (lses,)), *given.values()]
-    seen: list[Hashable] = [function, device.simulator_arch(), layout, listed, len(outs) if listed[0] else 1, tuple(given)]
+    seen: list[Hashable] = [_find, is_backward, device.simulator_arch(), layout, listed, len(outs) if listed[0] else 1, tuple(given)]
     addresses = []
     for array in arrays:
         kind = signature(array)
@@ -123,7 +123,7 @@ def _find(function: str, layout: str, outs: Any, lses: Any, given: dict[str, Any
         borrowed = {name: _borrow_parts(parts, name) for name, parts in (("outs", outs), ("lses", lses))}
         others = {name: borrow(array, name) for name, array in given.items()}
         parts = _Parts(borrowed["outs"], listed[0]), _Parts(borrowed["lses"], listed[1])
-        call = _Merge(function, layout, *parts, others)
+        call = _Merge(is_backward, layout, *parts, others)
         calls.keep(key, call)
         addresses = [array.pointer for array in chain(*borrowed.values(), others.values())]
     return call, addresses
@@ -254,10 +254,10 @@ class _Result(NamedTuple):
 class _Merge:
     """A call of either function with everything but the addresses decided."""
 
-    def __init__(self, function: str, layout: str, outs: _Parts, lses: _Parts, others: dict[str, Array]) -> None:
+    def __init__(self, is_backward: bool, layout: str, outs: _Parts, lses: _Parts, others: dict[str, Array]) -> None:
         named = outs.named("outs") | lses.named("lses") | others
         check_same_kind(named)
-        calls.refuse_autograd(named, "merge_attention_backward")
+        calls.refuse_autograd(named, MERGE_ATTENTION_BACKWARD.name)
         self.form, self.shape = _check_parts(outs, lses, check_layout(layout, True))
         out, lse = outs.part(0), lses.part(0)
         for name, array in others.items():
@@ -280,8 +280,8 @@ class _Merge:
             if not parts.listed and not self.one_array
             for i in range(1, self.count)
         ]
-        self.is_backward = function == "merge_attention_backward"
-        self._prepare_kernels(function)
+        self.is_backward = is_backward
+        self._prepare_kernels()
         head = self._backward_head(out, lse, others) if self.is_backward else self._forward_head(out, lse)
         groups = self._groups(outs, lses)
         self.template = ArgumentTemplate([*head, *groups[0]])
@@ -291,17 +291,19 @@ class _Merge:
         self.memory["table"] = (0, self.count * _PART_BYTES)
         self.written = {"table", *(result.name for result in self.results)}
 
-    def _prepare_kernels(self, function: str) -> None:
+    def _prepare_kernels(self) -> None:
         batch, seqlen, heads, head_dim = self.shape
         self.lanes = next(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes >= min(ceil(head_dim / _VECTOR), 32))
-        self.num_tiles = ceil(seqlen / (32 * _WARPS // self.lanes))
+        spec = MERGE_ATTENTION_BACKWARD if self.is_backward else MERGE_ATTENTION
+        self.num_tiles = ceil(seqlen / (32 * spec.num_warps // self.lanes))
         self.num_blocks = self.num_tiles * heads * batch
         if self.num_blocks > MAX_GRID:
             raise UnsupportedError("outs", f"{self.num_blocks} blocks of rows", f"at most {MAX_GRID}", "Split the call along the batch.")
+        self.num_threads = 32 * spec.num_warps
         if self.num_blocks:
-            self.kernel = launch.executable(merge_kernel(function, self.device, self.like.dtype, self.num_blocks), self.device)
+            self.kernel = launch.executable(merge_kernel(spec, self.device, self.like.dtype, self.num_blocks), self.device)
         if self.num_blocks and self.count > _LISTED_PARTS and not self.one_array:
-            self.table_kernel = launch.executable(merge_kernel("merge_table", self.device, "float32", 1), self.device)
+            self.table_kernel = launch.executable(merge_kernel(MERGE_TABLE, self.device, "float32", 1), self.device)
 
     # Fields in the order of `MergeArguments` in kernels/merge_arguments.cuh: name of an address, and what follows it.
 
@@ -379,7 +381,7 @@ class _Merge:
         buffers = () if on_gpu else launch.simulated_memory(self.memory, pointers, self.written)
         for group in self.tables:
             self.table_kernel.launch(1, _LISTED_PARTS, 0, bytearray(group.fill(pointers)), stream, buffers)
-        self.kernel.launch(self.num_blocks, 32 * _WARPS, 0, bytearray(self.template.fill(pointers)), stream, buffers)
+        self.kernel.launch(self.num_blocks, self.num_threads, 0, bytearray(self.template.fill(pointers)), stream, buffers)
 
     def _in_form(self, gradients: Any, listed: bool) -> Any:
         """Gradients of all parts in one array, or a tuple of them, as the argument came."""
@@ -390,10 +392,10 @@ class _Merge:
         return tuple(self.framework.finish(gradient) for gradient in each)
 
 
-def merge_kernel(name: str, on: Device, dtype: str, num_blocks: int) -> KernelPlan:
+def merge_kernel(spec: KernelSpec, on: Device, dtype: str, num_blocks: int) -> KernelPlan:
     """One of the three kernels, which depend on the element type alone: no head dimension or number of parts compiles anything."""
-    config = config_text(dtype, {"CAPABILITY": on.capability, "NUM_WARPS": _WARPS})
-    return KernelPlan(name, f"{name}.cu", dtype, 0, Tile(1, 1, _WARPS, 1), config, 32 * _WARPS, 0, num_blocks, num_blocks)
+    config = config_text(dtype, {"CAPABILITY": on.capability, "NUM_WARPS": spec.num_warps})
+    return KernelPlan(KernelCase(spec, dtype, 0), Tile(1, 1, spec.num_warps, 1), config, 32 * spec.num_warps, 0, num_blocks, num_blocks)
 
 
 def _contiguous(part: Array) -> Array:

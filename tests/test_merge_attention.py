@@ -14,6 +14,7 @@ import cuflash
 from cuflash import calls, inspection, merging
 from cuflash.device import ARCHITECTURES, of_arch
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
+from cuflash.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE
 from cuflash.reference import EPSILON, attention, to_float64
 
 B, S, H, D = 2, 13, 3, 24
@@ -502,8 +503,8 @@ def test_no_spills(arch: str, dtype: str) -> None:
     """Parts are indexed in the parameter, which no compiler has to copy to the stack for that."""
     pytest.importorskip("cupy")
     on = of_arch(arch, "gpu")
-    names = ("merge_attention", "merge_attention_backward", "merge_table")
-    for report in inspection.inspect_kernels((on, merging.merge_kernel(name, on, dtype, 1)) for name in names):
+    kernels = (MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE)
+    for report in inspection.inspect_kernels((on, merging.merge_kernel(kernel, on, dtype, 1)) for kernel in kernels):
         assert report.spills == 0
         assert report.resources.stack_bytes == 0
         assert report.warnings == ()

@@ -12,7 +12,7 @@ from conftest import Target
 
 import cuflash
 from cuflash import launch
-from cuflash.planning import BY_KEYS, KernelPlan
+from cuflash.planning import KernelPlan
 from cuflash.tiles import Tile
 from cuflash.visits import all_tiles, visited_tiles
 
@@ -74,7 +74,7 @@ def test_the_plan_knows_what_windows_and_the_causal_mask_leave(work: Any, option
     problem, kernels = kernels_of(options, seqlens)
     full, got = work(seqlens), work(seqlens, **options)
     for kernel in kernels:
-        visited = visited_tiles(problem, kernel.tile, by_keys=kernel.name in BY_KEYS)
+        visited = visited_tiles(problem, kernel.tile, by_keys=kernel.spec.owns_keys)
         assert visited is not None
         assert got[kernel.name] * all_tiles(problem, kernel.tile) == full[kernel.name] * visited, kernel.name
         assert visited == brute_force(options, seqlens, kernel.tile), kernel.name
