@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cuflash import argument_structs
+from cuflash.argument_structs import BACKWARD_ARGUMENTS, FORWARD_ARGUMENTS, MERGE_ARGUMENTS, Struct
+
 Operand = Literal["query", "key", "value", "grad_out"]
 Scores = Literal["S", "dP"]
 Output = Literal["O", "dQ", "dK", "dV"]
@@ -57,6 +60,7 @@ class KernelSpec:
     Attributes:
         name: as plans and `tile={name: …}` have it.
         source: file in kernels/; its stem is the entry point.
+        arguments: its one parameter.
         implementation: the instructions of its products, "mma" for mma.sync, or "threads" where it has none.
         backward: belongs to the backward pass.
         num_warps: of a block, if that is fixed; of a tiled kernel its tile says it.
@@ -79,6 +83,7 @@ class KernelSpec:
 
     name: str
     source: str = field(compare=False)
+    arguments: Struct = field(compare=False)
     implementation: Literal["mma", "threads"] = "threads"
     backward: bool = field(default=False, compare=False)
     num_warps: int = field(default=0, compare=False)
@@ -142,51 +147,53 @@ def columns_of(name: Operand | Output, head_dim: int, head_dim_v: int) -> int:
 # --- Forward pass -------------------------------------------------------------------------------------------------------------------------
 
 FORWARD = KernelSpec(
-    "forward", "forward_mma.cu", "mma",
+    "forward", "forward_mma.cu", FORWARD_ARGUMENTS, "mma",
     rows_of="query", kept=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, costs=_FORWARD_COSTS,
 )  # fmt: skip
 
 # --- Backward pass, in the order of a call ------------------------------------------------------------------------------------------------
 
-BACKWARD_DELTA = KernelSpec("backward_delta", "backward_delta.cu", backward=True, num_warps=4)
+BACKWARD_DELTA = KernelSpec("backward_delta", "backward_delta.cu", BACKWARD_ARGUMENTS, backward=True, num_warps=4)
 BACKWARD_ROW_SUMS = KernelSpec(
-    "backward_row_sums", "backward_row_sums_mma.cu", "mma", backward=True,
+    "backward_row_sums", "backward_row_sums_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True,
     rows_of="query", kept=("query",), streamed=("key",), scores=("S",),
     walks_lists=False, drops=False, takes_single_tile="not",
 )  # fmt: skip
 BACKWARD_DKDV = KernelSpec(
-    "backward_dkdv", "backward_dkdv_mma.cu", "mma", backward=True,
+    "backward_dkdv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True,
     rows_of="key", kept=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV"),
     constants=(("COMPUTE_DK", True), ("COMPUTE_DV", True)), costs=_JOINT_COSTS,
 )  # fmt: skip
 BACKWARD_DV = KernelSpec(
-    "backward_dv", "backward_dkdv_mma.cu", "mma", backward=True,
+    "backward_dv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True,
     rows_of="value", kept=("key",), streamed=("query", "grad_out"), statistics=True, scores=("S",), outputs=("dV",),
     constants=(("COMPUTE_DK", False), ("COMPUTE_DV", True)),
 )  # fmt: skip
 BACKWARD_DK = KernelSpec(
-    "backward_dk", "backward_dkdv_mma.cu", "mma", backward=True,
+    "backward_dk", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True,
     rows_of="key", kept=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK",),
     constants=(("COMPUTE_DK", True), ("COMPUTE_DV", False)),
 )  # fmt: skip
 BACKWARD_DQ = KernelSpec(
-    "backward_dq", "backward_dq_mma.cu", "mma", backward=True,
+    "backward_dq", "backward_dq_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True,
     rows_of="query", kept=("query", "grad_out"), streamed=("key", "value"), scores=("S", "dP"), outputs=("dQ",), takes_single_tile="transposed",
 )  # fmt: skip
 BACKWARD_MASK = KernelSpec(
-    "backward_mask", "backward_mask_mma.cu", "mma", backward=True,
+    "backward_mask", "backward_mask_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True,
     rows_of="attn_mask", kept=("query", "grad_out"), streamed=("key", "value"), scores=("S", "dP"), sums_scores=True, max_stages=1, walks_lists=False,
 )  # fmt: skip
-BACKWARD_SINKS = KernelSpec("backward_sinks", "backward_sinks.cu", backward=True, num_warps=8)
+BACKWARD_SINKS = KernelSpec("backward_sinks", "backward_sinks.cu", BACKWARD_ARGUMENTS, backward=True, num_warps=8)
 
 # --- Beside both --------------------------------------------------------------------------------------------------------------------------
 
-VISIBLE_TILES = KernelSpec("visible_tiles", "visible_tiles.cu", num_warps=4)
+VISIBLE_TILES = KernelSpec("visible_tiles", "visible_tiles.cu", argument_structs.VISIBLE_TILES_ARGUMENTS, num_warps=4)
 """Lists, for the tiles that blocks of the next kernel own, the tiles that they have to visit."""
-DROPOUT_MASK = KernelSpec("dropout_mask", "dropout_mask.cu", num_warps=4)
-MERGE_ATTENTION = KernelSpec("merge_attention", "merge_attention.cu", num_warps=4)
-MERGE_ATTENTION_BACKWARD = KernelSpec("merge_attention_backward", "merge_attention_backward.cu", backward=True, num_warps=4)
-MERGE_TABLE = KernelSpec("merge_table", "merge_table.cu", num_warps=4)
+DROPOUT_MASK = KernelSpec("dropout_mask", "dropout_mask.cu", argument_structs.DROPOUT_MASK_ARGUMENTS, num_warps=4)
+MERGE_ATTENTION = KernelSpec("merge_attention", "merge_attention.cu", MERGE_ARGUMENTS, num_warps=4)
+MERGE_ATTENTION_BACKWARD = KernelSpec(
+    "merge_attention_backward", "merge_attention_backward.cu", MERGE_ARGUMENTS, backward=True, num_warps=4
+)
+MERGE_TABLE = KernelSpec("merge_table", "merge_table.cu", argument_structs.MERGE_TABLE_ARGUMENTS, num_warps=4)
 
 KERNELS: tuple[KernelSpec, ...] = (
     FORWARD, BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ, BACKWARD_MASK, BACKWARD_SINKS, VISIBLE_TILES,

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import NamedTuple
 
 from cuflash import kernel_specs, tiles
 from cuflash.codegen import config_text
@@ -34,6 +35,20 @@ Tiles = Tile | Mapping[str, Tile] | None
 """What `tile=` takes: one tile; for the backward pass also a mapping from kernel names to tiles; or None for the defaults."""
 
 
+class LaunchShape(NamedTuple):
+    """What the driver is told of a launch, besides function, arguments and stream.
+
+    Attributes:
+        num_blocks: of the one-dimensional grid.
+        num_threads: of a block.
+        shared_bytes: dynamic shared memory of a block.
+    """
+
+    num_blocks: int
+    num_threads: int
+    shared_bytes: int
+
+
 @dataclass(frozen=True)
 class KernelPlan:
     """One kernel launch.
@@ -42,20 +57,16 @@ class KernelPlan:
         case: which kernel, and for what it is compiled.
         tile: of a block; of a kernel without matrix products what it has of one.
         config: the text of `struct Config`.
-        num_threads: threads of a block.
-        shared_bytes: dynamic shared memory of a block.
+        shape: of the launch.
         num_tiles: tiles that one (batch, head) is cut into.
-        num_blocks: blocks of the one-dimensional grid.
         group_batch, group_heads: batches and query heads summed into one K/V gradient; 1 elsewhere.
     """
 
     case: KernelCase
     tile: Tile
     config: str
-    num_threads: int
-    shared_bytes: int
+    shape: LaunchShape
     num_tiles: int
-    num_blocks: int
     group_batch: int = 1
     group_heads: int = 1
 
@@ -95,9 +106,19 @@ class KernelPlan:
         return self.case.head_dim_v
 
     @property
-    def reads_tensors(self) -> bool:
-        """Whether its parameter starts with the views of query, key, value and the others."""
-        return self.spec != kernel_specs.VISIBLE_TILES
+    def num_blocks(self) -> int:
+        """Blocks of the one-dimensional grid."""
+        return self.shape.num_blocks
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a block."""
+        return self.shape.num_threads
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return self.shape.shared_bytes
 
     def request(self, device: Device) -> CompileRequest:
         """What to compile for `device`: a cubin for a GPU, PTX for the simulator."""
@@ -358,7 +379,7 @@ def _tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Ti
     if problem.num_sequences is not None:
         batch, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # blocks of one more fill what lies behind the last
     return KernelPlan(
-        case, tile, config_text(problem.dtype, constants), 32 * tile.num_warps, shared_bytes, num_tiles, num_tiles * heads * batch,
+        case, tile, config_text(problem.dtype, constants), LaunchShape(num_tiles * heads * batch, 32 * tile.num_warps, shared_bytes), num_tiles,
         group_batch, group_heads,
     )  # fmt: skip
 
@@ -407,8 +428,8 @@ def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> K
     }
     batches, heads = problem.list_extents
     return KernelPlan(
-        KernelCase(spec, problem.dtype, problem.head_dim, features=kinds), of.tile, config_text("float32", constants), 32 * spec.num_warps,
-        4 * spec.num_warps, of.num_tiles, of.num_tiles * batches * heads,
+        KernelCase(spec, problem.dtype, problem.head_dim, features=kinds), of.tile, config_text("float32", constants),
+        LaunchShape(of.num_tiles * batches * heads, 32 * spec.num_warps, 4 * spec.num_warps), of.num_tiles,
     )  # fmt: skip
 
 
@@ -430,8 +451,8 @@ def _sinks_kernel(problem: Problem, device: Device) -> KernelPlan:
         "ADDITIVE_MASK": problem.features.kinds.additive_mask,
     }
     return KernelPlan(
-        KernelCase(spec, problem.dtype, problem.head_dim), Tile(1, 1, spec.num_warps, 1), config_text("float32", constants), 32 * spec.num_warps,
-        4 * spec.num_warps, 1, problem.num_heads_q,
+        KernelCase(spec, problem.dtype, problem.head_dim), Tile(1, 1, spec.num_warps, 1), config_text("float32", constants),
+        LaunchShape(problem.num_heads_q, 32 * spec.num_warps, 4 * spec.num_warps), 1,
     )  # fmt: skip
 
 
@@ -453,7 +474,7 @@ def _delta_kernel(problem: Problem, device: Device) -> KernelPlan:
     num_tiles = ceil(problem.seqlen_q / rows)
     return KernelPlan(
         KernelCase(spec, problem.dtype, problem.head_dim, head_dim_v=problem.head_dim_v), Tile(rows, 1, spec.num_warps, 1),
-        config_text(problem.dtype, constants), 32 * spec.num_warps, 0, num_tiles, num_tiles * problem.num_heads_q * problem.batch,
+        config_text(problem.dtype, constants), LaunchShape(num_tiles * problem.num_heads_q * problem.batch, 32 * spec.num_warps, 0), num_tiles,
     )  # fmt: skip
 
 

@@ -6,18 +6,19 @@ arguments, allocates the results, writes addresses into the packed structs and l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cuflash import launch, sequences
+from cuflash import arguments, launch, sequences
+from cuflash.arguments import Arguments, Value, Values
 from cuflash.arrays import Array, BFloat16Bits, Framework, pointer
 from cuflash.device import Device
 from cuflash.errors import CompilationForbiddenError
 from cuflash.features import Features
-from cuflash.launch import ArgumentTemplate, Executable, simulated_memory
+from cuflash.launch import Executable, simulated_memory
 from cuflash.layout import Shape4
-from cuflash.planning import KernelPlan, Plan, Tiles, make_plan
+from cuflash.planning import LaunchShape, Plan, Tiles, make_plan
 from cuflash.problem import Problem, View, check_backward, check_out
 from cuflash.tuning import warmup_call
 
@@ -58,9 +59,9 @@ class _Result(NamedTuple):
 class _Launch(NamedTuple):
     """One kernel of a call, ready but for the addresses."""
 
-    kernel: KernelPlan
     executable: Executable
-    tail: bytes  # what follows the addresses in its argument struct, up to the lengths of sequences
+    shape: LaunchShape
+    packed: Arguments
 
 
 class PreparedCall:
@@ -71,21 +72,17 @@ class PreparedCall:
     """
 
     written: frozenset[str]
+    plan: Plan
 
     def __init__(self, problem: Problem, on: Device, inputs: Mapping[str, Array]) -> None:
         self.problem = problem
         self.device = on
-        lengths = launch.lengths_template(problem)
-        self.lengths = lengths if problem.seqlens_kv or problem.num_sequences is not None else None
-        self.no_lengths = lengths.fill({})
         like = inputs["query"]
         self.framework: Framework = like.framework
         self.like = Array(0, (), (), like.dtype, like.itemsize, like.device, like.framework, None)  # does not keep the caller's array alive
         self.extents: dict[str, tuple[int, int]] = {}  # name -> lowest byte relative to the pointer, size in bytes
         self.workspace: list[_Result] = []
         self.launches: list[_Launch] = []
-        self.template: ArgumentTemplate
-        self.features: ArgumentTemplate | None = None
         for name, array in inputs.items():
             self.add_extent(name, array)
 
@@ -107,12 +104,33 @@ class PreparedCall:
         else:
             self.check_offsets(pointers)
             buffers = simulated_memory(self.extents, pointers, self.written)
-        head = self.template.fill(pointers)
-        features = launch.NO_FEATURE_BYTES if self.features is None else self.features.fill(pointers)
-        end = (self.no_lengths if self.lengths is None else self.lengths.fill(pointers)) + features
-        for kernel, executable, tail in self.launches:
-            arguments = bytearray((head if kernel.reads_tensors else b"") + tail + end)
-            executable.launch(kernel.num_blocks, kernel.num_threads, kernel.shared_bytes, arguments, stream, buffers)
+        for executable, shape, packed in self.launches:
+            executable.launch(shape, packed.fill(pointers), stream, buffers)
+
+    def load(
+        self, tile: Tiles, values: dict[str, Value], given: set[str], mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)
+    ) -> list[_Launch]:
+        """The kernels of the plan, loaded, with their arguments packed but for the addresses of what is `given` and of the workspace."""
+        problem = self.problem
+        given = given | {result.name for result in self.workspace}
+        if problem.features.kinds.dropout and "dropout_state" not in given:
+            given |= {"dropout_seed", "dropout_offset"}
+        values["lengths"] = arguments.lengths(problem)
+        if problem.features != NOTHING:
+            values["features"] = arguments.feature_values(problem.features, problem.scale, problem.list_extents, mask_grad_strides)
+        try:
+            executables = [launch.executable(kernel, self.device) for kernel in self.plan.kernels]
+        except CompilationForbiddenError as error:
+            call = warmup_call(self.plan, tile)
+            raise error if call is None else CompilationForbiddenError(error.missing, f"Compile it beforehand: {call}") from None
+        launches = []
+        for kernel, loaded in zip(self.plan.kernels, executables, strict=True):
+            own: Values = {
+                "geometry": arguments.geometry(problem, kernel.num_tiles), "group_batch": kernel.group_batch, "group_heads": kernel.group_heads,
+            }  # fmt: skip
+            layout = kernel.spec.arguments
+            launches.append(_Launch(loaded, kernel.shape, Arguments(layout, arguments.of_struct(layout, {**values, **own}), given)))
+        return launches
 
     def check_offsets(self, pointers: dict[str, int]) -> None:
         """Packed offsets in the host's memory, whose values may differ from call to call."""
@@ -145,8 +163,6 @@ class PreparedForward(PreparedCall):
         given_view = None if given is None else check_out(problem, problem.layout, given, by_argument)
         self.plan = make_plan(problem, on, tile=tile)
         self.workspace = _workspace(self.plan)
-        if problem.features != NOTHING:
-            self.features = launch.features_template(problem)
         self.out = _result("out", problem, problem.output_shape, self.like)
         rows = problem.batch * problem.num_heads_q * problem.seqlen_q
         self.lse = _Result("lse", problem.lse_shape, "float32", None, 4 * rows)
@@ -158,8 +174,10 @@ class PreparedForward(PreparedCall):
         addresses = {name: array.pointer for name, array in inputs.items()} | {"out": given.pointer if given else 0}
         vectorized = {name: views[name].aligned16(problem.itemsize) and addresses[name] % 16 == 0 for name in views}
         stride_batch = 0 if problem.layout.varlen else problem.num_heads_q * problem.seqlen_q
-        self.template = launch.forward_template(problem, view, (stride_batch, problem.seqlen_q, 1), vectorized)
-        self.launches = _launches(self.plan, tile, launch.forward_tail)
+        values: dict[str, Value] = {name: arguments.tensor(name, view, vectorized[name]) for name, view in views.items()}
+        values["lse"] = arguments.rows("lse", (stride_batch, problem.seqlen_q, 1))
+        results = ("out", "lse") if problem.return_lse else ("out",)
+        self.launches = self.load(tile, values, {*inputs, *results})
 
     def may_write(self, out: Any, pointers: dict[str, int]) -> bool:
         """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""
@@ -225,8 +243,6 @@ class PreparedBackward(PreparedCall):
             )
         if problem.features.kinds.sinks:
             feature_results["sinks"] = _Result("grad_sinks", (problem.num_heads_q,), "float32", None, 4 * problem.num_heads_q)
-        if problem.features != NOTHING:
-            self.features = launch.features_template(problem, mask_grad_strides)
         views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": others.out, "grad_out": others.grad_out}
         vectorized = {name: view.aligned16(problem.itemsize) and inputs[name].pointer % 16 == 0 for name, view in views.items()}
         for result in results:
@@ -234,8 +250,12 @@ class PreparedBackward(PreparedCall):
             views[result.name] = result.view
             vectorized[result.name] = result.view.aligned16(problem.itemsize)
         self.returned = [*zip(_InputGradients._fields, results, strict=True), *feature_results.items()]
-        self.template = launch.backward_template(views, others.lse_strides, others.grad_lse_strides, vectorized)
-        self.launches = _launches(self.plan, tile, launch.backward_tail)
+        values: dict[str, Value] = {name: arguments.tensor(name, view, vectorized[name]) for name, view in views.items()}
+        values["lse"] = arguments.rows("lse", others.lse_strides)
+        if others.grad_lse_strides is not None:
+            values["grad_lse"] = arguments.rows("grad_lse", others.grad_lse_strides)
+        values["row_statistics"] = "row_statistics"
+        self.launches = self.load(tile, values, {*inputs, *(result.name for _, result in self.returned)}, mask_grad_strides)
 
     def run(self, pointers: dict[str, int], given: Any = None) -> Gradients:
         gradients = {}
@@ -251,15 +271,6 @@ class PreparedBackward(PreparedCall):
         for (name, _), gradient in zip(self.returned[3:], finished[3:], strict=True):
             setattr(of_inputs, name, gradient)
         return of_inputs
-
-
-def _launches(plan: Plan, tile: Tiles, tail: Callable[[Problem, KernelPlan], bytes]) -> list[_Launch]:
-    """The kernels of a plan, loaded."""
-    try:
-        return [_Launch(kernel, launch.executable(kernel, plan.device), tail(plan.problem, kernel)) for kernel in plan.kernels]
-    except CompilationForbiddenError as error:
-        call = warmup_call(plan, tile)
-        raise error if call is None else CompilationForbiddenError(error.missing, f"Compile it beforehand: {call}") from None
 
 
 def _contiguous_or_broadcast(extents: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cuflash import kernel_specs
+from cuflash.argument_structs import FORWARD_ARGUMENTS
 from cuflash.compiler import kernels_directory
 from cuflash.kernel_specs import KERNELS, KernelSpec
 
@@ -20,7 +21,8 @@ OTHER_MEANINGS = {
     "profiling.py": {"forward"},
     "measured_tiles.py": NAMES,  # a table by kernel
     "dropout.py": {"dropout_mask"},  # memory
-    "launch.py": {"visible_tiles", "dropout_mask"},
+    "argument_structs.py": {"visible_tiles"},  # a field
+    "arguments.py": {"visible_tiles"},
     "planning.py": {"forward"},  # a pass
     "prepared.py": {"visible_tiles"},  # memory
 }
@@ -74,7 +76,7 @@ def test_products_are_those_of_the_formulas(kernel: KernelSpec) -> None:
 
 
 def test_a_kernel_is_known_by_its_name_and_its_implementation() -> None:
-    same = KernelSpec("forward", "another.cu", "mma")
+    same = KernelSpec("forward", "another.cu", FORWARD_ARGUMENTS, "mma")
     assert same == kernel_specs.FORWARD
     assert hash(same) == hash(kernel_specs.FORWARD)
-    assert KernelSpec("forward", "another.cu") != kernel_specs.FORWARD
+    assert KernelSpec("forward", "another.cu", FORWARD_ARGUMENTS) != kernel_specs.FORWARD

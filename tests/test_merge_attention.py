@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 from conftest import ELEMENTS, Target, rounded
-from test_launch import compile_with, offset_of
 
 import cuflash
 from cuflash import calls, inspection, merging
@@ -474,27 +472,6 @@ def test_bad_results(simulator: Target, name: str, given: Any, error: type[Argum
 
 
 # --- Kernels -------------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_argument_struct_is_that_of_the_kernels(simulator: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls._calls.clear()
-    outs, lses = parts_of(simulator, "float16", 16)
-    cuflash.merge_attention(outs, lses)
-    (call,) = calls._calls.values()
-    template = call.template
-    fields = {name: f"{name}.data" for name in ("out", "grad_out", "grad_outs", "lse", "grad_lse", "grad_lses")} | {"table": "parts.table"}
-    for i in (0, 1, 15):
-        fields |= {f"outs[{i}]": f"parts.listed[{i}].out.data", f"lses[{i}]": f"parts.listed[{i}].lse.data"}
-    assertions = [f"OFFSET(MergeArguments, {field}) == {offset_of(template, name)}" for name, field in fields.items()]
-    sizes = offset_of(template, "table") - 40
-    for i, name in enumerate(("step_grad_outs", "step_grad_lses")):
-        assertions.append(f"OFFSET(MergeArguments, {name}) == {sizes + 8 * i}")
-    for i, name in enumerate(("seqlen_q", "num_heads", "head_dim", "num_tiles", "lanes")):
-        assertions.append(f"OFFSET(MergeArguments, {name}) == {sizes + 16 + 4 * i}")
-    for name, offset in (("step_out", 8), ("step_lse", 16), ("num_parts", 24), ("first", 28), ("one_array", 32)):
-        assertions.append(f"OFFSET(MergeParts, {name}) == {offset}")
-    assertions += [f"sizeof(MergeArguments) == {template.size}", "sizeof(MergePart) == 80", "LISTED_PARTS == 16"]
-    compile_with(tmp_path, monkeypatch, assertions, "merge_arguments.cuh")
 
 
 @pytest.mark.parametrize("dtype", list(ELEMENTS))

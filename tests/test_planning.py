@@ -19,7 +19,7 @@ from cuflash.arrays import borrow
 from cuflash.device import ARCHITECTURES
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.kernel_specs import BACKWARD_DK, BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_DV, FORWARD
-from cuflash.planning import Plan, backward_kernels, make_plan, offline_kernels
+from cuflash.planning import LaunchShape, Plan, backward_kernels, make_plan, offline_kernels
 from cuflash.problem import Problem, make_problem
 from cuflash.tiles import Tile
 
@@ -291,8 +291,8 @@ def test_plan_is_that_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def launch(self, num_blocks: int, num_threads: int, shared_bytes: int, *rest: Any) -> None:
-            launched.append((self.name, num_blocks, num_threads, shared_bytes))
+        def launch(self, shape: LaunchShape, *rest: Any) -> None:
+            launched.append((self.name, shape))
 
     monkeypatch.setattr(launch, "executable", lambda kernel, on: Recorder(kernel.name))
     monkeypatch.setattr(calls, "_calls", {})
@@ -303,7 +303,7 @@ def test_plan_is_that_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
         *cuflash.plan(query, key, key, enable_gqa=True).kernels,
         *cuflash.plan(query, key, key, enable_gqa=True, backward=True).kernels,
     ]
-    assert launched == [(kernel.name, kernel.num_blocks, kernel.num_threads, kernel.shared_bytes) for kernel in planned]
+    assert launched == [(kernel.name, kernel.shape) for kernel in planned]
 
 
 def test_unknown_names_of_kernels_in_a_mapping_raise() -> None:

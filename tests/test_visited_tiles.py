@@ -12,7 +12,7 @@ from conftest import Target
 
 import cuflash
 from cuflash import launch
-from cuflash.planning import KernelPlan
+from cuflash.planning import KernelPlan, LaunchShape
 from cuflash.tiles import Tile
 from cuflash.visits import all_tiles, visited_tiles
 
@@ -28,10 +28,8 @@ def work(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that runs both calls with options and returns the matrix instructions of their kernels."""
     counted: list[int] = []
 
-    def launch_and_count(
-        self: Any, num_blocks: int, num_threads: int, shared_bytes: int, arguments: Any, stream: int, buffers: Any
-    ) -> None:
-        counters = self._module.launch((num_blocks, 1, 1), (num_threads, 1, 1), shared_bytes, arguments, buffers)
+    def launch_and_count(self: Any, shape: LaunchShape, arguments: Any, stream: int, buffers: Any) -> None:
+        counters = self._module.launch((shape.num_blocks, 1, 1), (shape.num_threads, 1, 1), shape.shared_bytes, arguments, buffers)
         counted.append(counters.matrix_instructions)
 
     monkeypatch.setattr(launch._SimulatorExecutable, "launch", launch_and_count)
