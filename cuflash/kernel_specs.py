@@ -63,6 +63,7 @@ class KernelSpec:
         arguments: its one parameter.
         implementation: the instructions of its products, "mma" for mma.sync, or "threads" where it has none.
         backward: belongs to the backward pass.
+        workspace: memory besides inputs and outputs that it reads or writes, of `Plan.workspace`.
         num_warps: of a block, if that is fixed; of a tiled kernel its tile says it.
         rows_of: the array whose batches, heads and rows the blocks divide among themselves; of a mask, tiles of rows and columns.
         kept: operands of which a block holds the rows that it owns.
@@ -86,6 +87,7 @@ class KernelSpec:
     arguments: Struct = field(compare=False)
     implementation: Literal["mma", "threads"] = "threads"
     backward: bool = field(default=False, compare=False)
+    workspace: tuple[str, ...] = field(default=(), compare=False)
     num_warps: int = field(default=0, compare=False)
     rows_of: Literal["query", "key", "value", "attn_mask"] = field(default="query", compare=False)
     kept: tuple[Operand, ...] = field(default=(), compare=False)
@@ -153,40 +155,45 @@ FORWARD = KernelSpec(
 
 # --- Backward pass, in the order of a call ------------------------------------------------------------------------------------------------
 
-BACKWARD_DELTA = KernelSpec("backward_delta", "backward_delta.cu", BACKWARD_ARGUMENTS, backward=True, num_warps=4)
+_ROWS = ("row_statistics", "log2_sums")
+"""What backward kernels know of each query row; the second with an additive mask only."""
+
+BACKWARD_DELTA = KernelSpec("backward_delta", "backward_delta.cu", BACKWARD_ARGUMENTS, backward=True, workspace=_ROWS, num_warps=4)
 BACKWARD_ROW_SUMS = KernelSpec(
-    "backward_row_sums", "backward_row_sums_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True,
+    "backward_row_sums", "backward_row_sums_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
     rows_of="query", kept=("query",), streamed=("key",), scores=("S",),
     walks_lists=False, drops=False, takes_single_tile="not",
 )  # fmt: skip
 BACKWARD_DKDV = KernelSpec(
-    "backward_dkdv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True,
+    "backward_dkdv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
     rows_of="key", kept=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV"),
     constants=(("COMPUTE_DK", True), ("COMPUTE_DV", True)), costs=_JOINT_COSTS,
 )  # fmt: skip
 BACKWARD_DV = KernelSpec(
-    "backward_dv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True,
+    "backward_dv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
     rows_of="value", kept=("key",), streamed=("query", "grad_out"), statistics=True, scores=("S",), outputs=("dV",),
     constants=(("COMPUTE_DK", False), ("COMPUTE_DV", True)),
 )  # fmt: skip
 BACKWARD_DK = KernelSpec(
-    "backward_dk", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True,
+    "backward_dk", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
     rows_of="key", kept=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK",),
     constants=(("COMPUTE_DK", True), ("COMPUTE_DV", False)),
 )  # fmt: skip
 BACKWARD_DQ = KernelSpec(
-    "backward_dq", "backward_dq_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True,
+    "backward_dq", "backward_dq_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
     rows_of="query", kept=("query", "grad_out"), streamed=("key", "value"), scores=("S", "dP"), outputs=("dQ",), takes_single_tile="transposed",
 )  # fmt: skip
 BACKWARD_MASK = KernelSpec(
-    "backward_mask", "backward_mask_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True,
+    "backward_mask", "backward_mask_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
     rows_of="attn_mask", kept=("query", "grad_out"), streamed=("key", "value"), scores=("S", "dP"), sums_scores=True, max_stages=1, walks_lists=False,
 )  # fmt: skip
-BACKWARD_SINKS = KernelSpec("backward_sinks", "backward_sinks.cu", BACKWARD_ARGUMENTS, backward=True, num_warps=8)
+BACKWARD_SINKS = KernelSpec("backward_sinks", "backward_sinks.cu", BACKWARD_ARGUMENTS, backward=True, workspace=_ROWS, num_warps=8)
 
 # --- Beside both --------------------------------------------------------------------------------------------------------------------------
 
-VISIBLE_TILES = KernelSpec("visible_tiles", "visible_tiles.cu", argument_structs.VISIBLE_TILES_ARGUMENTS, num_warps=4)
+VISIBLE_TILES = KernelSpec(
+    "visible_tiles", "visible_tiles.cu", argument_structs.VISIBLE_TILES_ARGUMENTS, workspace=("visible_tiles",), num_warps=4
+)
 """Lists, for the tiles that blocks of the next kernel own, the tiles that they have to visit."""
 DROPOUT_MASK = KernelSpec("dropout_mask", "dropout_mask.cu", argument_structs.DROPOUT_MASK_ARGUMENTS, num_warps=4)
 MERGE_ATTENTION = KernelSpec("merge_attention", "merge_attention.cu", MERGE_ARGUMENTS, num_warps=4)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod
 from typing import NamedTuple
 
 from cuflash import kernel_specs, tiles
@@ -21,18 +21,37 @@ from cuflash.device import Device
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.features import NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.kernel_specs import KernelSpec
-from cuflash.problem import Problem
+from cuflash.problem import DTYPES, Problem
 from cuflash.tiles import KernelCase, Tile
 from cuflash.visits import all_tiles, visited_tiles
 
 MAX_GRID = 2**31 - 1
+_ITEMSIZES = {**DTYPES, "int32": 4}
 ROW_STATISTICS_BYTES = 8
-LOG2_SUM_BYTES = 4
-LIST_ENTRY_BYTES = 4
 MAX_SHARED_SLICES = 5  # of a wide head, beyond which dK and dV take a kernel each
 
 Tiles = Tile | Mapping[str, Tile] | None
 """What `tile=` takes: one tile; for the backward pass also a mapping from kernel names to tiles; or None for the defaults."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory that a call allocates: a result, or workspace that is given back when its kernels have run. Only they write it.
+
+    Attributes:
+        name: of its address in the argument structs.
+        shape: of a result in the caller's form.
+        dtype: element type.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return prod(self.shape) * _ITEMSIZES[self.dtype]
 
 
 class LaunchShape(NamedTuple):
@@ -134,18 +153,26 @@ class Plan:
         device: where it runs.
         backward: which pass.
         kernels: launches in order; empty when there is nothing to compute.
-        workspace_bytes: device memory beyond inputs and outputs.
-        output_bytes: memory of the arrays that the call returns.
-        list_bytes: the part of the workspace that holds lists of visible tiles; each kernel's follow those of the one before in the same memory.
+        outputs: what the call returns.
+        workspace: device memory beyond inputs and outputs. Lists of visible tiles of each kernel follow those of the one before in the same memory.
     """
 
     problem: Problem
     device: Device
     backward: bool
     kernels: tuple[KernelPlan, ...]
-    workspace_bytes: int
-    output_bytes: int
-    list_bytes: int = 0
+    outputs: tuple[Buffer, ...]
+    workspace: tuple[Buffer, ...]
+
+    @property
+    def output_bytes(self) -> int:
+        """Memory of the arrays that the call returns."""
+        return sum(buffer.nbytes for buffer in self.outputs)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory beyond inputs and outputs."""
+        return sum(buffer.nbytes for buffer in self.workspace)
 
     def __str__(self) -> str:
         return self.describe()
@@ -218,24 +245,12 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         TileError: `tile` is not legal here, or names a kernel that does not run.
         UnsupportedError: more blocks than a grid can have.
     """
-    itemsize = problem.itemsize
-    rows = problem.batch * problem.num_heads_q * problem.seqlen_q
-    if backward:
-        output_bytes = itemsize * (_size(problem.query.shape) + _size(problem.key_shape) + _size(problem.value_shape))
-        workspace_bytes = (ROW_STATISTICS_BYTES + LOG2_SUM_BYTES * problem.features.kinds.additive_mask) * rows
-    else:
-        output_bytes = itemsize * _size(problem.output_shape) + (4 * rows if problem.return_lse else 0)
-        workspace_bytes = 0
-    if backward:
-        output_bytes += _feature_gradient_bytes(problem)
     kernels: tuple[KernelPlan, ...] = ()
-    list_bytes = 0
     if not problem.is_empty:
         tiled = backward_kernels(problem, device) if backward else (kernel_specs.FORWARD,)
         _check_names(tile, tiled)
         planned = [kernel for kernel in (_tiled_kernel(spec, problem, device, tile) for spec in tiled) if kernel.num_blocks]
         if problem.features.kinds.lists_tiles:
-            list_bytes = max((_list_bytes(kernel, problem) for kernel in planned), default=0)
             with_lists = [
                 (_visible_tiles_kernel(kernel, problem, device), kernel) if kernel.spec.walks_lists else (kernel,) for kernel in planned
             ]
@@ -249,7 +264,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         if kernel.num_blocks > MAX_GRID:
             hint = "Split the call along the batch."
             raise UnsupportedError("query", f"{kernel.num_blocks} tiles over batch and heads", f"at most {MAX_GRID}", hint)
-    return Plan(problem, device, backward, kernels, workspace_bytes + list_bytes if kernels else 0, output_bytes, list_bytes)
+    return Plan(problem, device, backward, kernels, _gradients(problem) if backward else _results(problem), _workspace(problem, kernels))
 
 
 def backward_kernels(problem: Problem, device: Device) -> tuple[KernelSpec, ...]:
@@ -433,13 +448,41 @@ def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> K
     )  # fmt: skip
 
 
-def _list_bytes(kernel: KernelPlan, problem: Problem) -> int:
-    """Memory of the lists of visible tiles of one kernel: for each tile that blocks own, a count and at most one entry for each tile that they walk over."""
-    if not kernel.spec.walks_lists:
+def _results(problem: Problem) -> tuple[Buffer, ...]:
+    out = Buffer("out", problem.layout.from_canonical(problem.output_shape), problem.dtype)
+    return (out, Buffer("lse", problem.lse_shape, "float32")) if problem.return_lse else (out,)
+
+
+def _gradients(problem: Problem) -> tuple[Buffer, ...]:
+    shapes = {"grad_query": problem.query.shape, "grad_key": problem.key_shape, "grad_value": problem.value_shape}
+    gradients = [Buffer(name, problem.layout.from_canonical(shape), problem.dtype) for name, shape in shapes.items()]
+    mask = problem.features.attn_mask
+    if problem.features.need_attn_mask_grad and mask is not None:
+        gradients.append(Buffer("grad_attn_mask", mask.shape, mask.dtype))
+    if problem.features.kinds.sinks:
+        gradients.append(Buffer("grad_sinks", (problem.num_heads_q,), "float32"))
+    return tuple(gradients)
+
+
+def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
+    """What the kernels of a call hand on to each other."""
+    rows = problem.batch * problem.num_heads_q * problem.seqlen_q
+    buffers = (
+        Buffer("row_statistics", (rows, ROW_STATISTICS_BYTES // 4), "float32"),
+        Buffer("log2_sums", (rows if problem.features.kinds.additive_mask else 0,), "float32"),
+        Buffer("visible_tiles", (max((_list_entries(kernel, problem) for kernel in kernels), default=0),), "int32"),
+    )
+    needed = {name for kernel in kernels for name in kernel.spec.workspace}
+    return tuple(buffer for buffer in buffers if buffer.name in needed and buffer.nbytes)
+
+
+def _list_entries(kernel: KernelPlan, problem: Problem) -> int:
+    """Length of the lists of visible tiles of one kernel: for each tile that blocks own, a count and at most one entry for each tile that they walk over."""
+    if not (kernel.spec.is_tiled and kernel.spec.walks_lists):
         return 0
     walked = ceil(problem.seqlen_q / kernel.tile.tile_q) if kernel.spec.owns_keys else ceil(problem.seqlen_kv / kernel.tile.tile_kv)
     batches, heads = problem.list_extents
-    return LIST_ENTRY_BYTES * batches * heads * kernel.num_tiles * (1 + walked)
+    return batches * heads * kernel.num_tiles * (1 + walked)
 
 
 def _sinks_kernel(problem: Problem, device: Device) -> KernelPlan:
@@ -454,15 +497,6 @@ def _sinks_kernel(problem: Problem, device: Device) -> KernelPlan:
         KernelCase(spec, problem.dtype, problem.head_dim), Tile(1, 1, spec.num_warps, 1), config_text("float32", constants),
         LaunchShape(problem.num_heads_q, 32 * spec.num_warps, 4 * spec.num_warps), 1,
     )  # fmt: skip
-
-
-def _feature_gradient_bytes(problem: Problem) -> int:
-    """Memory of the gradients of the mask and of the sinks."""
-    features = problem.features
-    size = 4 * problem.num_heads_q if features.kinds.sinks else 0
-    if features.need_attn_mask_grad and features.attn_mask is not None:
-        size += _size(features.attn_mask.shape) * (4 if features.attn_mask.dtype == "float32" else 2)
-    return size
 
 
 def _delta_kernel(problem: Problem, device: Device) -> KernelPlan:
@@ -491,10 +525,6 @@ def _products(problem: Problem, device: Device) -> str:
     if problem.dtype == "float32":
         return "tensor cores, TF32" if problem.allow_tf32 else "tensor cores, 3 x TF32 (float32 accuracy)"
     return f"tensor cores, {problem.dtype} with float32 sums"
-
-
-def _size(shape: Iterable[int]) -> int:
-    return functools.reduce(lambda product, extent: product * extent, shape, 1)
 
 
 def _count(number: int, noun: str) -> str:

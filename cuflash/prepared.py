@@ -17,13 +17,12 @@ from cuflash.device import Device
 from cuflash.errors import CompilationForbiddenError
 from cuflash.features import Features
 from cuflash.launch import Executable, simulated_memory
-from cuflash.layout import Shape4
-from cuflash.planning import LaunchShape, Plan, Tiles, make_plan
+from cuflash.planning import Buffer, LaunchShape, Plan, Tiles, make_plan
 from cuflash.problem import Problem, View, check_backward, check_out
 from cuflash.tuning import warmup_call
 
 if TYPE_CHECKING:
-    from cuflash.simulator import Buffer
+    from cuflash import simulator
 
 NOTHING = Features()
 
@@ -46,16 +45,6 @@ class Gradients(_InputGradients):
     sinks: Any = None
 
 
-class _Result(NamedTuple):
-    """An output to allocate: name in the argument struct, shape in the caller's layout, dtype, canonical view."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    view: View | None
-    num_bytes: int
-
-
 class _Launch(NamedTuple):
     """One kernel of a call, ready but for the addresses."""
 
@@ -65,13 +54,8 @@ class _Launch(NamedTuple):
 
 
 class PreparedCall:
-    """One call with everything but the addresses decided.
+    """One call with everything but the addresses decided."""
 
-    Attributes:
-        written: names of the memory whose contents only its kernels give.
-    """
-
-    written: frozenset[str]
     plan: Plan
 
     def __init__(self, problem: Problem, on: Device, inputs: Mapping[str, Array]) -> None:
@@ -81,7 +65,6 @@ class PreparedCall:
         self.framework: Framework = like.framework
         self.like = Array(0, (), (), like.dtype, like.itemsize, like.device, like.framework, None)  # does not keep the caller's array alive
         self.extents: dict[str, tuple[int, int]] = {}  # name -> lowest byte relative to the pointer, size in bytes
-        self.workspace: list[_Result] = []
         self.launches: list[_Launch] = []
         for name, array in inputs.items():
             self.add_extent(name, array)
@@ -90,29 +73,37 @@ class PreparedCall:
         low, high = array.byte_range
         self.extents[name] = (low - array.pointer, high - low)
 
-    def allocate(self, result: _Result) -> tuple[Any, int]:
+    def allocate(self, buffer: Buffer) -> tuple[Any, int]:
         """A new array of the caller's kind and its address."""
-        made = self.framework.empty(result.shape, result.dtype, self.like)
-        self.extents.setdefault(result.name, (0, result.num_bytes))
+        made = self.framework.empty(buffer.shape, buffer.dtype, self.like)
         return made, pointer(made)
+
+    def view_of(self, result: Buffer, head_dim: int) -> View:
+        """The canonical view of a C-contiguous result."""
+        strides = tuple(prod(result.shape[axis + 1 :]) for axis in range(len(result.shape)))
+        like = self.like
+        stand_in = Array(0, result.shape, strides, like.dtype, like.itemsize, like.device, like.framework, None)
+        return self.problem.layout.view(stand_in, head_dim)
 
     def launch_all(self, pointers: dict[str, int]) -> None:
         stream = 0
-        buffers: Sequence[Buffer] = ()
+        buffers: Sequence[simulator.Buffer] = ()
         if self.device.kind == "gpu":
             stream = self.framework.current_stream(self.device.index)
         else:
             self.check_offsets(pointers)
-            buffers = simulated_memory(self.extents, pointers, self.written)
+            made = (*self.plan.outputs, *self.plan.workspace)
+            extents = {buffer.name: (0, buffer.nbytes) for buffer in made} | self.extents  # a given `out` may have gaps
+            buffers = simulated_memory(extents, pointers, {buffer.name for buffer in made})
         for executable, shape, packed in self.launches:
             executable.launch(shape, packed.fill(pointers), stream, buffers)
 
     def load(
         self, tile: Tiles, values: dict[str, Value], given: set[str], mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)
     ) -> list[_Launch]:
-        """The kernels of the plan, loaded, with their arguments packed but for the addresses of what is `given` and of the workspace."""
+        """The kernels of the plan, loaded, with their arguments packed but for the addresses of what is `given` and of what is allocated."""
         problem = self.problem
-        given = given | {result.name for result in self.workspace}
+        given = given | {buffer.name for buffer in (*self.plan.outputs, *self.plan.workspace)}
         if problem.features.kinds.dropout and "dropout_state" not in given:
             given |= {"dropout_seed", "dropout_offset"}
         values["lengths"] = arguments.lengths(problem)
@@ -142,8 +133,8 @@ class PreparedCall:
     def launch_with_workspace(self, pointers: dict[str, int]) -> None:
         """`launch_all` with memory that is given back when the launches are in the stream."""
         held = []
-        for result in self.workspace:
-            memory, pointers[result.name] = self.allocate(result)
+        for buffer in self.plan.workspace:
+            memory, pointers[buffer.name] = self.allocate(buffer)
             held.append(memory)
         self.launch_all(pointers)
 
@@ -155,19 +146,12 @@ class PreparedCall:
 class PreparedForward(PreparedCall):
     """A forward call; `given` is the array for the result, if there is one."""
 
-    written = frozenset({"out", "lse", "visible_tiles"})
-
     def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: Mapping[str, Array], given: Array | None) -> None:
         super().__init__(problem, on, inputs)
         by_argument = {"dropout_seed" if name == "dropout_state" else name: array for name, array in inputs.items()}
         given_view = None if given is None else check_out(problem, problem.layout, given, by_argument)
         self.plan = make_plan(problem, on, tile=tile)
-        self.workspace = _workspace(self.plan)
-        self.out = _result("out", problem, problem.output_shape, self.like)
-        rows = problem.batch * problem.num_heads_q * problem.seqlen_q
-        self.lse = _Result("lse", problem.lse_shape, "float32", None, 4 * rows)
-        view = given_view or self.out.view
-        assert view is not None
+        view = given_view or self.view_of(self.plan.outputs[0], problem.head_dim_v)
         if given is not None:
             self.add_extent("out", given)
         views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": view}
@@ -176,8 +160,7 @@ class PreparedForward(PreparedCall):
         stride_batch = 0 if problem.layout.varlen else problem.num_heads_q * problem.seqlen_q
         values: dict[str, Value] = {name: arguments.tensor(name, view, vectorized[name]) for name, view in views.items()}
         values["lse"] = arguments.rows("lse", (stride_batch, problem.seqlen_q, 1))
-        results = ("out", "lse") if problem.return_lse else ("out",)
-        self.launches = self.load(tile, values, {*inputs, *results})
+        self.launches = self.load(tile, values, set(inputs))
 
     def may_write(self, out: Any, pointers: dict[str, int]) -> bool:
         """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""
@@ -197,10 +180,10 @@ class PreparedForward(PreparedCall):
     def run(self, pointers: dict[str, int], given: Any = None) -> Any:
         out = given
         if given is None:
-            out, pointers["out"] = self.allocate(self.out)
+            out, pointers["out"] = self.allocate(self.plan.outputs[0])
         lse = None
         if self.problem.return_lse:
-            lse, pointers["lse"] = self.allocate(self.lse)
+            lse, pointers["lse"] = self.allocate(self.plan.outputs[1])
         if self.launches:
             self.launch_with_workspace(pointers)
         else:
@@ -215,61 +198,40 @@ class PreparedForward(PreparedCall):
 class PreparedBackward(PreparedCall):
     """A backward call."""
 
-    written = frozenset(
-        {"grad_query", "grad_key", "grad_value", "grad_attn_mask", "grad_sinks", "row_statistics", "log2_sums", "visible_tiles"}
-    )
-
     def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: Mapping[str, Array]) -> None:
         super().__init__(problem, on, inputs)
         others = check_backward(problem, problem.layout, inputs["grad_out"], inputs["out"], inputs["lse"], inputs.get("grad_lse"))
         self.plan = make_plan(problem, on, backward=True, tile=tile)
-        results = [
-            _result("grad_query", problem, problem.query.shape, self.like),
-            _result("grad_key", problem, problem.key_shape, self.like),
-            _result("grad_value", problem, problem.value_shape, self.like),
-        ]
-        rows = problem.batch * problem.num_heads_q * problem.seqlen_q
-        self.workspace = [_Result("row_statistics", (2 * rows,), "float32", None, 8 * rows), *_workspace(self.plan)]
-        if problem.features.kinds.additive_mask:
-            self.workspace.append(_Result("log2_sums", (rows,), "float32", None, 4 * rows))
-        feature_results = {}
+        views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": others.out, "grad_out": others.grad_out}
+        vectorized = {name: view.aligned16(problem.itemsize) and inputs[name].pointer % 16 == 0 for name, view in views.items()}
+        for buffer, head_dim in zip(self.plan.outputs, (problem.head_dim, problem.head_dim, problem.head_dim_v), strict=False):
+            view = views[buffer.name] = self.view_of(buffer, head_dim)
+            vectorized[buffer.name] = view.aligned16(problem.itemsize)
         mask = problem.features.attn_mask
         mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)
         if problem.features.need_attn_mask_grad and mask is not None:
             mask_grad_strides = _contiguous_or_broadcast(mask.extents)
-            size = prod(mask.shape)
-            feature_results["attn_mask"] = _Result(
-                "grad_attn_mask", mask.shape, mask.dtype, None, size * (4 if mask.dtype == "float32" else 2)
-            )
-        if problem.features.kinds.sinks:
-            feature_results["sinks"] = _Result("grad_sinks", (problem.num_heads_q,), "float32", None, 4 * problem.num_heads_q)
-        views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": others.out, "grad_out": others.grad_out}
-        vectorized = {name: view.aligned16(problem.itemsize) and inputs[name].pointer % 16 == 0 for name, view in views.items()}
-        for result in results:
-            assert result.view is not None
-            views[result.name] = result.view
-            vectorized[result.name] = result.view.aligned16(problem.itemsize)
-        self.returned = [*zip(_InputGradients._fields, results, strict=True), *feature_results.items()]
         values: dict[str, Value] = {name: arguments.tensor(name, view, vectorized[name]) for name, view in views.items()}
         values["lse"] = arguments.rows("lse", others.lse_strides)
         if others.grad_lse_strides is not None:
             values["grad_lse"] = arguments.rows("grad_lse", others.grad_lse_strides)
         values["row_statistics"] = "row_statistics"
-        self.launches = self.load(tile, values, {*inputs, *(result.name for _, result in self.returned)}, mask_grad_strides)
+        self.launches = self.load(tile, values, set(inputs), mask_grad_strides)
 
     def run(self, pointers: dict[str, int], given: Any = None) -> Gradients:
-        gradients = {}
-        for name, result in self.returned:
-            gradients[name], pointers[result.name] = self.allocate(result)
+        gradients = []
+        for buffer in self.plan.outputs:
+            gradient, pointers[buffer.name] = self.allocate(buffer)
+            gradients.append(gradient)
         if self.launches:
             self.launch_with_workspace(pointers)
         else:
-            for gradient in gradients.values():
+            for gradient in gradients:
                 _fill(gradient, 0.0)
-        finished = [self.framework.finish(gradient) for gradient in gradients.values()]
+        finished = [self.framework.finish(gradient) for gradient in gradients]
         of_inputs = Gradients(*finished[:3])
-        for (name, _), gradient in zip(self.returned[3:], finished[3:], strict=True):
-            setattr(of_inputs, name, gradient)
+        for buffer, gradient in zip(self.plan.outputs[3:], finished[3:], strict=True):
+            setattr(of_inputs, buffer.name.removeprefix("grad_"), gradient)
         return of_inputs
 
 
@@ -280,22 +242,6 @@ def _contiguous_or_broadcast(extents: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(count if extent > 1 else 0)
         count *= extent
     return tuple(reversed(strides))
-
-
-def _workspace(plan: Plan) -> list[_Result]:
-    """Lists of visible tiles, where a kernel makes them."""
-    return [_Result("visible_tiles", (plan.list_bytes // 4,), "int32", None, plan.list_bytes)] if plan.list_bytes else []
-
-
-def _result(name: str, problem: Problem, canonical: Shape4, like: Array) -> _Result:
-    """A C-contiguous output of a canonical shape, in the caller's layout."""
-    shape = problem.layout.from_canonical(canonical)
-    strides, count = [], 1
-    for extent in reversed(shape):
-        strides.append(count)
-        count *= extent
-    stand_in = Array(0, shape, tuple(reversed(strides)), like.dtype, like.itemsize, like.device, like.framework, None)
-    return _Result(name, shape, problem.dtype, problem.layout.view(stand_in, canonical[3]), count * problem.itemsize)
 
 
 def _fill(array: Any, number: float) -> None:

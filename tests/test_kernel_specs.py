@@ -23,8 +23,7 @@ OTHER_MEANINGS = {
     "dropout.py": {"dropout_mask"},  # memory
     "argument_structs.py": {"visible_tiles"},  # a field
     "arguments.py": {"visible_tiles"},
-    "planning.py": {"forward"},  # a pass
-    "prepared.py": {"visible_tiles"},  # memory
+    "planning.py": {"forward", "visible_tiles"},  # a pass, and memory
 }
 """Literals that are words of something else."""
 
