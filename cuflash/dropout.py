@@ -6,18 +6,18 @@ import operator
 from math import ceil, prod
 from typing import Any
 
-from cuflash import device, launch
+from cuflash import arguments, device, launch
 from cuflash.arrays import borrow, describe, pointer
 from cuflash.codegen import config_text
 from cuflash.errors import OptionError, ShapeError
-from cuflash.features import Extents, check_dropout_p, check_dropout_seed, check_dropout_state, drawn_from
+from cuflash.features import Extents, Features, check_dropout_p, check_dropout_seed, check_dropout_state, drawn_from
+from cuflash.kernel_specs import DROPOUT_MASK
 from cuflash.other_names import explains_keywords
-from cuflash.planning import KernelPlan
+from cuflash.planning import MAX_GRID, KernelPlan, LaunchShape
 from cuflash.problem import MAX_EXTENT
-from cuflash.tiles import Tile
+from cuflash.tiles import KernelCase, Tile
 
 _ROWS = 16  # queries of a block, as in kernels/dropout_mask.cu
-_WARPS = 4
 
 
 @explains_keywords
@@ -58,19 +58,26 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
         return array.framework.finish(kept)
 
     on = device.of_memory(*array.device)
-    batch, heads, seqlen_q, _ = extents
+    batch, heads, seqlen_q, seqlen_kv = extents
     num_tiles = ceil(seqlen_q / _ROWS)
-    num_blocks = num_tiles * heads * batch
-    if num_blocks >= 2**31:
+    shape_of_launch = LaunchShape(num_tiles * heads * batch, 32 * DROPOUT_MASK.num_warps, 0)
+    if shape_of_launch.num_blocks > MAX_GRID:
         raise OptionError("shape", str(extents), "fewer than 2**31 tiles of 16 queries over batch and heads", "Split the batch.")
-    config = config_text("float32", {"CAPABILITY": on.capability, "NUM_WARPS": _WARPS})
-    kernel = KernelPlan(
-        "dropout_mask", "dropout_mask.cu", "float32", 0, Tile(_ROWS, 1, _WARPS, 1), config, 32 * _WARPS, 0, num_tiles, num_blocks
-    )
+    warps = DROPOUT_MASK.num_warps
+    config = config_text("float32", {"CAPABILITY": on.capability, "NUM_WARPS": warps})
+    kernel = KernelPlan(KernelCase(DROPOUT_MASK, "float32", 0), Tile(_ROWS, 1, warps, 1), config, shape_of_launch, num_tiles)
     pointers["dropout_mask"] = pointer(kept)
-    arguments = launch.dropout_mask_arguments(extents, num_tiles, probability, pointers)
+    values: arguments.Values = {
+        "kept": "dropout_mask",
+        "geometry": {
+            "batch": batch, "seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv, "num_heads_q": heads, "num_heads_kv": heads,
+            "scale": 1.0, "scale_log2": 1.0, "score_sign": 1.0, "num_tiles": num_tiles,
+        },
+        "features": arguments.feature_values(Features(dropout_p=probability), 1.0),
+    }  # fmt: skip
+    packed = arguments.Arguments(DROPOUT_MASK.arguments, values, pointers)
     stream = array.framework.current_stream(on.index) if on.kind == "gpu" else 0
     memory = {"dropout_mask": (0, prod(extents)), "dropout_state": (0, 16)}
     buffers = () if on.kind == "gpu" else launch.simulated_memory(memory, pointers, {"dropout_mask"})
-    launch.executable(kernel, on).launch(num_blocks, kernel.num_threads, 0, arguments, stream, buffers)
+    launch.executable(kernel, on).launch(kernel.shape, packed.fill(pointers), stream, buffers)
     return array.framework.finish(kept)

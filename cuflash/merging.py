@@ -6,34 +6,28 @@ a warm call looks it up, as those of attention do (`calls.py`).
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import chain
 from math import ceil, prod
 from typing import Any, NamedTuple
 
-from cuflash import calls, device, launch
+from cuflash import arguments, calls, device, launch
+from cuflash.argument_structs import LISTED_PARTS, MERGE_PART
+from cuflash.arguments import Arguments, Value, Values
 from cuflash.arrays import AnyArray, Array, BFloat16Bits, borrow, describe, is_array, pointer, signature
 from cuflash.codegen import config_text
 from cuflash.device import Device
 from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
-from cuflash.launch import ArgumentTemplate
+from cuflash.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE, KernelSpec
 from cuflash.layout import CANONICAL, Layout, Shape4
 from cuflash.options import check_layout
-from cuflash.planning import MAX_GRID, KernelPlan
+from cuflash.planning import MAX_GRID, KernelPlan, LaunchShape
 from cuflash.problem import MAX_EXTENT, cast_to, check_dtypes, check_same_kind
-from cuflash.tiles import Tile
+from cuflash.tiles import KernelCase, Tile
 
-_WARPS = 4
 _VECTOR = 8  # columns that a thread takes at a time, as in kernels/tile/merge.cuh
-_LISTED_PARTS = 16  # as in kernels/merge_arguments.cuh
-_PART_BYTES = 80
-
-_TENSOR_VIEW = struct.Struct("=4q2i")  # after the address, as everywhere here
-_ROW_VIEW = struct.Struct("=3q")
-_SIZES = struct.Struct("=2q6i")
-_PARTS = struct.Struct("=2q4i")
+_TABLE_SHAPE = LaunchShape(1, LISTED_PARTS, 0)
 
 
 class MergeGradients(NamedTuple):
@@ -69,7 +63,7 @@ def merge_attention(outs: Any, lses: Any, *, layout: str = CANONICAL) -> tuple[A
 
     Source: Dao et al. 2022, FlashAttention, arXiv 2205.14135, section 3.1, the softmax of a concatenation.
     """
-    call, addresses = _find("merge_attention", layout, outs, lses, {})
+    call, addresses = _find(False, layout, outs, lses, {})
     out, lse = call.run(addresses)
     return out, lse
 
@@ -99,18 +93,18 @@ def merge_attention_backward(
         As the forward call.
     """
     given = {"grad_out": grad_out, "out": out, "lse": lse} | ({} if grad_lse is None else {"grad_lse": grad_lse})
-    call, addresses = _find("merge_attention_backward", layout, outs, lses, given)
+    call, addresses = _find(True, layout, outs, lses, given)
     return MergeGradients(*call.run(addresses))
 
 
 # --- Calls that are kept ------------------------------------------------------------------------------------------------------------------
 
 
-def _find(function: str, layout: str, outs: Any, lses: Any, given: dict[str, Any]) -> tuple[_Merge, list[int]]:
+def _find(is_backward: bool, layout: str, outs: Any, lses: Any, given: dict[str, Any]) -> tuple[_Merge, list[int]]:
     """What is prepared for a call, and the addresses of its arrays: the parts of outs, those of lses, and the others."""
     listed = isinstance(outs, (list, tuple)), isinstance(lses, (list, tuple))
     arrays = [*(outs if listed[0] else (outs,)), *(lses if listed[1] else (lses,)), *given.values()]
-    seen: list[Hashable] = [function, device.simulator_arch(), layout, listed, len(outs) if listed[0] else 1, tuple(given)]
+    seen: list[Hashable] = [_find, is_backward, device.simulator_arch(), layout, listed, len(outs) if listed[0] else 1, tuple(given)]
     addresses = []
     for array in arrays:
         kind = signature(array)
@@ -123,7 +117,7 @@ def _find(function: str, layout: str, outs: Any, lses: Any, given: dict[str, Any
         borrowed = {name: _borrow_parts(parts, name) for name, parts in (("outs", outs), ("lses", lses))}
         others = {name: borrow(array, name) for name, array in given.items()}
         parts = _Parts(borrowed["outs"], listed[0]), _Parts(borrowed["lses"], listed[1])
-        call = _Merge(function, layout, *parts, others)
+        call = _Merge(is_backward, layout, *parts, others)
         calls.keep(key, call)
         addresses = [array.pointer for array in chain(*borrowed.values(), others.values())]
     return call, addresses
@@ -254,10 +248,10 @@ class _Result(NamedTuple):
 class _Merge:
     """A call of either function with everything but the addresses decided."""
 
-    def __init__(self, function: str, layout: str, outs: _Parts, lses: _Parts, others: dict[str, Array]) -> None:
+    def __init__(self, is_backward: bool, layout: str, outs: _Parts, lses: _Parts, others: dict[str, Array]) -> None:
         named = outs.named("outs") | lses.named("lses") | others
         check_same_kind(named)
-        calls.refuse_autograd(named, "merge_attention_backward")
+        calls.refuse_autograd(named, MERGE_ATTENTION_BACKWARD.name)
         self.form, self.shape = _check_parts(outs, lses, check_layout(layout, True))
         out, lse = outs.part(0), lses.part(0)
         for name, array in others.items():
@@ -280,86 +274,91 @@ class _Merge:
             if not parts.listed and not self.one_array
             for i in range(1, self.count)
         ]
-        self.is_backward = function == "merge_attention_backward"
-        self._prepare_kernels(function)
-        head = self._backward_head(out, lse, others) if self.is_backward else self._forward_head(out, lse)
+        self.is_backward = is_backward
+        self._prepare_kernels()
+        own = self._backward_values(out, lse, others) if self.is_backward else self._forward_values(out, lse)
         groups = self._groups(outs, lses)
-        self.template = ArgumentTemplate([*head, *groups[0]])
-        self.tables = [ArgumentTemplate(group) for group in groups] if len(groups) > 1 else []
+        given = {*self.names, *(name for name, _, _ in self.derived), *(result.name for result in self.results)}
+        given |= {"table"} if len(groups) > 1 else set()
+        self.arguments = Arguments(self.spec.arguments, own | {"parts": groups[0]}, given)
+        self.tables = [Arguments(MERGE_TABLE.arguments, {"parts": group}, given) for group in groups] if len(groups) > 1 else []
         for result in self.results:
             self.memory[result.name] = (0, prod(result.shape) * (4 if result.dtype == "float32" else out.itemsize))
-        self.memory["table"] = (0, self.count * _PART_BYTES)
+        self.memory["table"] = (0, self.count * MERGE_PART.size)
         self.written = {"table", *(result.name for result in self.results)}
 
-    def _prepare_kernels(self, function: str) -> None:
+    def _prepare_kernels(self) -> None:
         batch, seqlen, heads, head_dim = self.shape
+        self.spec = MERGE_ATTENTION_BACKWARD if self.is_backward else MERGE_ATTENTION
         self.lanes = next(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes >= min(ceil(head_dim / _VECTOR), 32))
-        self.num_tiles = ceil(seqlen / (32 * _WARPS // self.lanes))
-        self.num_blocks = self.num_tiles * heads * batch
-        if self.num_blocks > MAX_GRID:
-            raise UnsupportedError("outs", f"{self.num_blocks} blocks of rows", f"at most {MAX_GRID}", "Split the call along the batch.")
-        if self.num_blocks:
-            self.kernel = launch.executable(merge_kernel(function, self.device, self.like.dtype, self.num_blocks), self.device)
-        if self.num_blocks and self.count > _LISTED_PARTS and not self.one_array:
-            self.table_kernel = launch.executable(merge_kernel("merge_table", self.device, "float32", 1), self.device)
+        self.num_tiles = ceil(seqlen / (32 * self.spec.num_warps // self.lanes))
+        self.launch_shape = LaunchShape(self.num_tiles * heads * batch, 32 * self.spec.num_warps, 0)
+        num_blocks = self.launch_shape.num_blocks
+        if num_blocks > MAX_GRID:
+            raise UnsupportedError("outs", f"{num_blocks} blocks of rows", f"at most {MAX_GRID}", "Split the call along the batch.")
+        if num_blocks:
+            self.kernel = launch.executable(merge_kernel(self.spec, self.device, self.like.dtype, num_blocks), self.device)
+        if num_blocks and self.count > LISTED_PARTS and not self.one_array:
+            self.table_kernel = launch.executable(merge_kernel(MERGE_TABLE, self.device, "float32", 1), self.device)
 
-    # Fields in the order of `MergeArguments` in kernels/merge_arguments.cuh: name of an address, and what follows it.
-
-    def _forward_head(self, out: Array, lse: Array) -> list[tuple[str, bytes]]:
+    def _forward_values(self, out: Array, lse: Array) -> dict[str, Value]:
         self.results = [_Result("out", out.shape, out.dtype), _Result("lse", lse.shape, "float32")]
-        no_tensor, no_rows = bytes(8 + _TENSOR_VIEW.size), bytes(8 + _ROW_VIEW.size)
-        return [
-            ("out", self._tensor(_contiguous(out))), ("grad_out", no_tensor), ("grad_outs", no_tensor),
-            ("lse", self._rows(_contiguous(lse))), ("grad_lse", no_rows), ("grad_lses", no_rows + self._sizes(0, 0)),
-        ]  # fmt: skip
+        return {"out": self._tensor("out", _contiguous(out)), "lse": self._rows("lse", _contiguous(lse)), **self._sizes()}
 
-    def _backward_head(self, out: Array, lse: Array, others: dict[str, Array]) -> list[tuple[str, bytes]]:
+    def _backward_values(self, out: Array, lse: Array, others: dict[str, Array]) -> dict[str, Value]:
         self.results = [
             _Result("grad_outs", (self.count, *out.shape), out.dtype), _Result("grad_lses", (self.count, *lse.shape), "float32"),
         ]  # fmt: skip
         grad_outs, grad_lses = _contiguous(out), _contiguous(lse)
-        steps = prod(out.shape), prod(lse.shape)
-        return [
-            ("out", self._tensor(others["out"])), ("grad_out", self._tensor(others["grad_out"])), ("grad_outs", self._tensor(grad_outs, steps[0])),
-            ("lse", self._rows(others["lse"])), ("grad_lse", self._rows(others.get("grad_lse", grad_lses))),
-            ("grad_lses", self._rows(grad_lses) + self._sizes(*steps)),
-        ]  # fmt: skip
+        step_grad_outs, step_grad_lses = prod(out.shape), prod(lse.shape)
+        return {
+            "out": self._tensor("out", others["out"]),
+            "grad_out": self._tensor("grad_out", others["grad_out"]),
+            "grad_outs": self._tensor("grad_outs", grad_outs, step_grad_outs),
+            "lse": self._rows("lse", others["lse"]),
+            "grad_lse": self._rows("grad_lse", others.get("grad_lse", grad_lses)),
+            "grad_lses": self._rows("grad_lses", grad_lses),
+            "step_grad_outs": step_grad_outs,
+            "step_grad_lses": step_grad_lses,
+            **self._sizes(),
+        }
 
-    def _sizes(self, step_grad_outs: int, step_grad_lses: int) -> bytes:
+    def _sizes(self) -> dict[str, Value]:
         _, seqlen, heads, head_dim = self.shape
-        return _SIZES.pack(step_grad_outs, step_grad_lses, seqlen, heads, head_dim, self.num_tiles, self.lanes, 0)
+        return {"seqlen_q": seqlen, "num_heads": heads, "head_dim": head_dim, "num_tiles": self.num_tiles, "lanes": self.lanes}
 
-    def _groups(self, outs: _Parts, lses: _Parts) -> list[list[tuple[str, bytes]]]:
+    def _groups(self, outs: _Parts, lses: _Parts) -> list[Values]:
         """`MergeParts` for each group of parts that fit it; parts of one array are one."""
         steps = (outs.step, lses.step) if self.one_array else (0, 0)
         last = 1 if self.one_array else self.count
-        groups = []
-        for first in range(0, last, _LISTED_PARTS):
-            fields = [("table", bytes(8) + _PARTS.pack(*steps, self.count, first, self.one_array, 0))]
-            for i in range(first, min(first + _LISTED_PARTS, last)):
-                fields += [(f"outs[{i}]", self._tensor(outs.part(i), steps[0])), (f"lses[{i}]", self._rows(lses.part(i)))]
-            missing = _LISTED_PARTS - (len(fields) - 1) // 2
-            fields[-1] = (fields[-1][0], fields[-1][1] + bytes(missing * _PART_BYTES))
-            groups.append(fields)
-        return groups
+        return [
+            {
+                "table": "table", "step_out": steps[0], "step_lse": steps[1], "num_parts": self.count, "first": first, "one_array": self.one_array,
+                "listed": [
+                    {"out": self._tensor(f"outs[{i}]", outs.part(i), steps[0]), "lse": self._rows(f"lses[{i}]", lses.part(i))}
+                    for i in range(first, min(first + LISTED_PARTS, last))
+                ],
+            }
+            for first in range(0, last, LISTED_PARTS)
+        ]  # fmt: skip
 
-    def _tensor(self, array: Array, step: int = 0) -> bytes:
+    def _tensor(self, name: str, array: Array, step: int = 0) -> Values:
         """`TensorView` of an array, or of the first of arrays that are `step` elements apart."""
         view = self.form.view(array, self.shape[3])
         aligned = view.aligned16(array.itemsize) and array.pointer % 16 == 0 and step * array.itemsize % 16 == 0
-        stride_b, stride_s, stride_h, stride_d = view.strides
-        return bytes(8) + _TENSOR_VIEW.pack(stride_b, stride_s, stride_h, stride_d, aligned, 0)
+        return arguments.tensor(name, view, aligned)
 
-    def _rows(self, array: Array) -> bytes:
+    def _rows(self, name: str, array: Array) -> Values:
         """`RowView` of an array with the shape of an lse."""
-        return bytes(8) + _ROW_VIEW.pack(*((0, *array.strides) if self.form.varlen else array.strides))
+        batch, heads, seqlen = (0, *array.strides) if self.form.varlen else array.strides
+        return arguments.rows(name, (batch, heads, seqlen))
 
     # --- Running --------------------------------------------------------------------------------------------------------------------------
 
     def run(self, addresses: list[int]) -> tuple[Any, Any]:
         """Launch on arguments at these addresses, in the order of `names`; the two results."""
         made = [self.framework.empty(result.shape, result.dtype, self.like) for result in self.results]
-        if self.num_blocks:
+        if self.launch_shape.num_blocks:
             pointers = dict(zip(self.names, addresses, strict=True))
             for name, array, offset in self.derived:
                 pointers[name] = pointers[array] + offset
@@ -374,12 +373,14 @@ class _Merge:
         on_gpu = self.device.kind == "gpu"
         stream = self.framework.current_stream(self.device.index) if on_gpu else 0
         if self.tables:
-            table = self.framework.empty((self.count * _PART_BYTES // 4,), "int32", self.like)  # freed when all launches are in the stream
+            table = self.framework.empty(
+                (self.count * MERGE_PART.size // 4,), "int32", self.like
+            )  # freed when all launches are in the stream
             pointers["table"] = pointer(table)
         buffers = () if on_gpu else launch.simulated_memory(self.memory, pointers, self.written)
         for group in self.tables:
-            self.table_kernel.launch(1, _LISTED_PARTS, 0, bytearray(group.fill(pointers)), stream, buffers)
-        self.kernel.launch(self.num_blocks, 32 * _WARPS, 0, bytearray(self.template.fill(pointers)), stream, buffers)
+            self.table_kernel.launch(_TABLE_SHAPE, group.fill(pointers), stream, buffers)
+        self.kernel.launch(self.launch_shape, self.arguments.fill(pointers), stream, buffers)
 
     def _in_form(self, gradients: Any, listed: bool) -> Any:
         """Gradients of all parts in one array, or a tuple of them, as the argument came."""
@@ -390,10 +391,11 @@ class _Merge:
         return tuple(self.framework.finish(gradient) for gradient in each)
 
 
-def merge_kernel(name: str, on: Device, dtype: str, num_blocks: int) -> KernelPlan:
+def merge_kernel(spec: KernelSpec, on: Device, dtype: str, num_blocks: int) -> KernelPlan:
     """One of the three kernels, which depend on the element type alone: no head dimension or number of parts compiles anything."""
-    config = config_text(dtype, {"CAPABILITY": on.capability, "NUM_WARPS": _WARPS})
-    return KernelPlan(name, f"{name}.cu", dtype, 0, Tile(1, 1, _WARPS, 1), config, 32 * _WARPS, 0, num_blocks, num_blocks)
+    config = config_text(dtype, {"CAPABILITY": on.capability, "NUM_WARPS": spec.num_warps})
+    shape = LaunchShape(num_blocks, 32 * spec.num_warps, 0)
+    return KernelPlan(KernelCase(spec, dtype, 0), Tile(1, 1, spec.num_warps, 1), config, shape, num_blocks)
 
 
 def _contiguous(part: Array) -> Array:

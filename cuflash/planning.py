@@ -11,29 +11,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod
+from typing import NamedTuple
 
-from cuflash import tiles
+from cuflash import kernel_specs, tiles
 from cuflash.codegen import config_text
 from cuflash.compiler import CompileRequest
 from cuflash.device import Device
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.features import NO_FEATURES, Features, FeatureSet, MaskLayout
-from cuflash.problem import Problem
+from cuflash.kernel_specs import KernelSpec
+from cuflash.problem import DTYPES, Problem
 from cuflash.tiles import KernelCase, Tile
 from cuflash.visits import all_tiles, visited_tiles
 
 MAX_GRID = 2**31 - 1
+_ITEMSIZES = {**DTYPES, "int32": 4}
 ROW_STATISTICS_BYTES = 8
-LOG2_SUM_BYTES = 4
-DELTA_WARPS = 4
-LIST_WARPS = 4
-SINKS_WARPS = 8
-LIST_ENTRY_BYTES = 4
-BY_KEYS = ("backward_dkdv", "backward_dk", "backward_dv")
-"""Kernels whose blocks own keys."""
-WITHOUT_LISTS = ("backward_row_sums", "backward_mask")
-"""Kernels that need no lists of visible tiles: the one seldom has to visit any, the other adds up tiles of many heads."""
 MAX_SHARED_SLICES = 5  # of a wide head, beyond which dK and dV take a kernel each
 
 Tiles = Tile | Mapping[str, Tile] | None
@@ -41,45 +35,109 @@ Tiles = Tile | Mapping[str, Tile] | None
 
 
 @dataclass(frozen=True)
+class Buffer:
+    """Memory that a call allocates: a result, or workspace that is given back when its kernels have run. Only they write it.
+
+    Attributes:
+        name: of its address in the argument structs.
+        shape: of a result in the caller's form.
+        dtype: element type.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return prod(self.shape) * _ITEMSIZES[self.dtype]
+
+
+class LaunchShape(NamedTuple):
+    """What the driver is told of a launch, besides function, arguments and stream.
+
+    Attributes:
+        num_blocks: of the one-dimensional grid.
+        num_threads: of a block.
+        shared_bytes: dynamic shared memory of a block.
+    """
+
+    num_blocks: int
+    num_threads: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
 class KernelPlan:
     """One kernel launch.
 
     Attributes:
-        name: "forward", "backward_delta", "backward_dkdv", "backward_dk", "backward_dv" or "backward_dq"; with features also "backward_row_sums",
-            "backward_mask", "backward_sinks", and "visible_tiles" before kernels that walk over lists of tiles.
-        source: file in kernels/; its stem is the entry point.
-        dtype, head_dim, head_dim_v, tile: as in `KernelCase`.
+        case: which kernel, and for what it is compiled.
+        tile: of a block; of a kernel without matrix products what it has of one.
         config: the text of `struct Config`.
-        num_threads: threads of a block.
-        shared_bytes: dynamic shared memory of a block.
+        shape: of the launch.
         num_tiles: tiles that one (batch, head) is cut into.
-        num_blocks: blocks of the one-dimensional grid.
         group_batch, group_heads: batches and query heads summed into one K/V gradient; 1 elsewhere.
     """
 
-    name: str
-    source: str
-    dtype: str
-    head_dim: int
+    case: KernelCase
     tile: Tile
     config: str
-    num_threads: int
-    shared_bytes: int
+    shape: LaunchShape
     num_tiles: int
-    num_blocks: int
     group_batch: int = 1
     group_heads: int = 1
-    head_dim_v: int = 0
 
     @property
-    def reads_tensors(self) -> bool:
-        """Whether its parameter starts with the views of query, key, value and the others."""
-        return self.name != "visible_tiles"
+    def spec(self) -> KernelSpec:
+        """The kernel."""
+        return self.case.kernel
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return self.case.kernel.name
+
+    @property
+    def source(self) -> str:
+        """File in kernels/."""
+        return self.case.kernel.source
 
     @property
     def entry(self) -> str:
         """Name of the `extern "C"` function."""
-        return self.source.removesuffix(".cu")
+        return self.case.kernel.entry
+
+    @property
+    def dtype(self) -> str:
+        """Element type of query, key, value and the output."""
+        return self.case.dtype
+
+    @property
+    def head_dim(self) -> int:
+        """Of query and key."""
+        return self.case.head_dim
+
+    @property
+    def head_dim_v(self) -> int:
+        """Of value and the output; 0 of a kernel that has no value."""
+        return self.case.head_dim_v
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the one-dimensional grid."""
+        return self.shape.num_blocks
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a block."""
+        return self.shape.num_threads
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return self.shape.shared_bytes
 
     def request(self, device: Device) -> CompileRequest:
         """What to compile for `device`: a cubin for a GPU, PTX for the simulator."""
@@ -95,18 +153,26 @@ class Plan:
         device: where it runs.
         backward: which pass.
         kernels: launches in order; empty when there is nothing to compute.
-        workspace_bytes: device memory beyond inputs and outputs.
-        output_bytes: memory of the arrays that the call returns.
-        list_bytes: the part of the workspace that holds lists of visible tiles; each kernel's follow those of the one before in the same memory.
+        outputs: what the call returns.
+        workspace: device memory beyond inputs and outputs. Lists of visible tiles of each kernel follow those of the one before in the same memory.
     """
 
     problem: Problem
     device: Device
     backward: bool
     kernels: tuple[KernelPlan, ...]
-    workspace_bytes: int
-    output_bytes: int
-    list_bytes: int = 0
+    outputs: tuple[Buffer, ...]
+    workspace: tuple[Buffer, ...]
+
+    @property
+    def output_bytes(self) -> int:
+        """Memory of the arrays that the call returns."""
+        return sum(buffer.nbytes for buffer in self.outputs)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory beyond inputs and outputs."""
+        return sum(buffer.nbytes for buffer in self.workspace)
 
     def __str__(self) -> str:
         return self.describe()
@@ -144,7 +210,7 @@ class Plan:
             f"  products   {_products(problem, self.device)}",
         ]
         for kernel in self.kernels:
-            tile = f"{kernel.tile}, " if kernel.name not in ("backward_delta", "backward_sinks") else ""
+            tile = f"{kernel.tile}, " if kernel.spec.is_tiled or kernel.spec == kernel_specs.VISIBLE_TILES else ""
             lines.append(
                 f"  kernel     {kernel.name}: {kernel.source}, {tile}{_count(kernel.num_blocks, 'block')} of {kernel.num_threads} threads, "
                 f"{kernel.shared_bytes} bytes of shared memory"
@@ -153,7 +219,7 @@ class Plan:
             lines.append("  kernel     none: there is nothing to compute")
         if problem.features.kinds != NO_FEATURES:
             lines.insert(2, f"  features   {problem.features.describe()}")
-        visits = [_visits(kernel, problem) for kernel in self.kernels if kernel.name in tiles.PASSES]
+        visits = [_visits(kernel, problem) for kernel in self.kernels if kernel.spec.is_tiled]
         ragged = problem.seqlens_kv or problem.num_sequences is not None
         if visits and (problem.is_causal or problem.features.kinds.hides_keys or ragged):
             lines.append(f"  tiles      {', '.join(visits)}")
@@ -179,27 +245,14 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         TileError: `tile` is not legal here, or names a kernel that does not run.
         UnsupportedError: more blocks than a grid can have.
     """
-    itemsize = problem.itemsize
-    rows = problem.batch * problem.num_heads_q * problem.seqlen_q
-    if backward:
-        output_bytes = itemsize * (_size(problem.query.shape) + _size(problem.key_shape) + _size(problem.value_shape))
-        workspace_bytes = (ROW_STATISTICS_BYTES + LOG2_SUM_BYTES * problem.features.kinds.additive_mask) * rows
-    else:
-        output_bytes = itemsize * _size(problem.output_shape) + (4 * rows if problem.return_lse else 0)
-        workspace_bytes = 0
-    if backward:
-        output_bytes += _feature_gradient_bytes(problem)
     kernels: tuple[KernelPlan, ...] = ()
-    list_bytes = 0
     if not problem.is_empty:
-        passes: tuple[tiles.Pass, ...] = backward_passes(problem, device) if backward else ("forward",)
-        _check_names(tile, passes)
-        planned = [kernel for kernel in (_attention_kernel(name, problem, device, tile) for name in passes) if kernel.num_blocks]
+        tiled = backward_kernels(problem, device) if backward else (kernel_specs.FORWARD,)
+        _check_names(tile, tiled)
+        planned = [kernel for kernel in (_tiled_kernel(spec, problem, device, tile) for spec in tiled) if kernel.num_blocks]
         if problem.features.kinds.lists_tiles:
-            list_bytes = max((_list_bytes(kernel, problem) for kernel in planned), default=0)
             with_lists = [
-                (kernel,) if kernel.name in WITHOUT_LISTS else (_visible_tiles_kernel(kernel, problem, device), kernel)
-                for kernel in planned
+                (_visible_tiles_kernel(kernel, problem, device), kernel) if kernel.spec.walks_lists else (kernel,) for kernel in planned
             ]
             planned = [kernel for launched in with_lists for kernel in launched]
         if backward:
@@ -211,21 +264,21 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         if kernel.num_blocks > MAX_GRID:
             hint = "Split the call along the batch."
             raise UnsupportedError("query", f"{kernel.num_blocks} tiles over batch and heads", f"at most {MAX_GRID}", hint)
-    return Plan(problem, device, backward, kernels, workspace_bytes + list_bytes if kernels else 0, output_bytes, list_bytes)
+    return Plan(problem, device, backward, kernels, _gradients(problem) if backward else _results(problem), _workspace(problem, kernels))
 
 
-def backward_passes(problem: Problem, device: Device) -> tuple[tiles.Pass, ...]:
-    """The kernels that make the gradients after `backward_delta`.
+def backward_kernels(problem: Problem, device: Device) -> tuple[KernelSpec, ...]:
+    """The tiled kernels that make the gradients.
 
     dK and dV come from one kernel where the accumulators of both fit the registers and they are summed over the same heads and batches.
     """
     same_groups = problem.key_shape[:3] == problem.value_shape[:3]
-    both = KernelCase("backward_dkdv", problem.dtype, problem.head_dim, problem.allow_tf32, problem.head_dim_v, problem.features.kinds)
-    before: tuple[tiles.Pass, ...] = ("backward_row_sums",) if problem.features.kinds.additive_mask else ()
-    mask: tuple[tiles.Pass, ...] = ("backward_mask",) if problem.features.need_attn_mask_grad else ()
-    if same_groups and splits_dkdv(both, device) is False:
-        return (*before, "backward_dkdv", "backward_dq", *mask)
-    return (*before, "backward_dv", "backward_dk", "backward_dq", *mask)
+    joint = same_groups and not splits_dkdv(_case(kernel_specs.BACKWARD_DKDV, problem), device)
+    kernels = [kernel_specs.BACKWARD_ROW_SUMS] if problem.features.kinds.additive_mask else []
+    kernels += [kernel_specs.BACKWARD_DKDV] if joint else [kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DK]
+    kernels += [kernel_specs.BACKWARD_DQ]
+    kernels += [kernel_specs.BACKWARD_MASK] if problem.features.need_attn_mask_grad else []
+    return tuple(kernels)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -258,8 +311,7 @@ def offline_kernels(
     problem = _representative(
         dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features, need_attn_mask_grad
     )
-    passes = ("forward", *(backward_passes(problem, device) if backward else ()))
-    _check_names(tile, passes)
+    _check_names(tile, (kernel_specs.FORWARD, *(backward_kernels(problem, device) if backward else ())))
     yield from make_plan(problem, device, tile=_of_pass(tile, backward=False)).kernels
     if backward:
         yield from make_plan(problem, device, backward=True, tile=_of_pass(tile, backward=True)).kernels
@@ -269,7 +321,7 @@ def _of_pass(tile: Tiles, *, backward: bool) -> Tiles:
     """The part of a mapping that is for one pass."""
     if not isinstance(tile, Mapping):
         return tile
-    return {name: pinned for name, pinned in tile.items() if (name != "forward") == backward}
+    return {name: pinned for name, pinned in tile.items() if kernel_specs.TILED_KERNELS[name].backward == backward}
 
 
 def _representative(
@@ -297,20 +349,26 @@ def _representative(
     )  # fmt: skip
 
 
-def _check_names(tile: Tiles, passes: tuple[tiles.Pass, ...]) -> None:
+def _check_names(tile: Tiles, kernels: tuple[KernelSpec, ...]) -> None:
     """A mapping pins kernels that run, no others."""
+    names = [kernel.name for kernel in kernels]
     for name in tile if isinstance(tile, Mapping) else ():
-        if name not in passes:
+        if name not in names:
             raise TileError(
-                "tile", f"a tile for {name!r}", "kernels that run: " + ", ".join(passes), "Remove it; print(plan) lists the kernels."
+                "tile", f"a tile for {name!r}", "kernels that run: " + ", ".join(names), "Remove it; print(plan) lists the kernels."
             )
 
 
-def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:
-    features = problem.features
+def _case(spec: KernelSpec, problem: Problem) -> KernelCase:
     allow_tf32 = problem.allow_tf32 and problem.dtype == "float32"
-    kinds = replace(features.kinds, dropout=False) if name == "backward_row_sums" else features.kinds
-    case = KernelCase(name, problem.dtype, problem.head_dim, allow_tf32, problem.head_dim_v, kinds)
+    features = problem.features.kinds
+    if not spec.drops:
+        features = replace(features, dropout=False)
+    return KernelCase(spec, problem.dtype, problem.head_dim, allow_tf32, problem.head_dim_v, features)
+
+
+def _tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:
+    case = _case(spec, problem)
     tile = _choose_tile(case, device, pinned)
     shared_bytes = tiles.shared_bytes(case, tile, device)
     constants: dict[str, int | bool | str] = {
@@ -328,42 +386,44 @@ def _attention_kernel(name: tiles.Pass, problem: Problem, device: Device, pinned
         "VARLEN": problem.num_sequences is not None,
         "SEQLENS_KV": problem.seqlens_kv,
         "ALLOW_TF32": case.allow_tf32,
-        **kinds.constants(),
+        **case.features.constants(),
+        **dict(spec.constants),
     }
-    source, batch, heads, seqlen = f"{name}_mma.cu", problem.batch, problem.num_heads_q, problem.max_seqlen_q
-    group_batch = group_heads = 1
-    if name in BY_KEYS:
-        source = "backward_dkdv_mma.cu"
-        constants |= {"COMPUTE_DK": name != "backward_dv", "COMPUTE_DV": name != "backward_dk"}
-        batch, _, heads, _ = problem.value_shape if name == "backward_dv" else problem.key_shape
-        seqlen = problem.max_seqlen_kv
-        group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
-    num_tiles = ceil(seqlen / case.stationary_rows(tile))
+    batch, heads, num_tiles = _owned(case, tile, problem)
+    group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
     if problem.num_sequences is not None:
         batch, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # blocks of one more fill what lies behind the last
-    if name == "backward_mask":  # blocks own tiles of the gradient, and sum over the axes that the mask is broadcast along
-        assert features.attn_mask is not None
-        batch, heads, rows, columns = features.attn_mask.extents
-        group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
-        num_tiles = ceil(rows / tile.tile_q) * ceil(columns / tile.tile_kv)
     return KernelPlan(
-        name, source, problem.dtype, problem.head_dim, tile, config_text(problem.dtype, constants), 32 * tile.num_warps, shared_bytes,
-        num_tiles, num_tiles * heads * batch, group_batch, group_heads, case.head_dim_v,
+        case, tile, config_text(problem.dtype, constants), LaunchShape(num_tiles * heads * batch, 32 * tile.num_warps, shared_bytes), num_tiles,
+        group_batch, group_heads,
     )  # fmt: skip
+
+
+def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, int]:
+    """Batches and heads of the array whose rows blocks own, and tiles that one head of it is cut into."""
+    if case.kernel.rows_of == "attn_mask":  # blocks own tiles of its gradient, and sum over the axes that it is broadcast along
+        assert problem.features.attn_mask is not None
+        batch, heads, rows, columns = problem.features.attn_mask.extents
+        return batch, heads, ceil(rows / tile.tile_q) * ceil(columns / tile.tile_kv)
+    shapes = {"query": problem.query.shape, "key": problem.key_shape, "value": problem.value_shape}
+    batch, _, heads, _ = shapes[case.kernel.rows_of]
+    seqlen = problem.max_seqlen_kv if case.kernel.owns_keys else problem.max_seqlen_q
+    return batch, heads, ceil(seqlen / case.stationary_rows(tile))
 
 
 def _choose_tile(case: KernelCase, device: Device, pinned: Tiles) -> Tile:
     if isinstance(pinned, Mapping):
-        pinned = pinned.get(case.kernel)
-    elif case.kernel == "backward_dq" and isinstance(pinned, Tile):
+        pinned = pinned.get(case.kernel.name)
+    elif case.kernel.takes_single_tile == "transposed" and isinstance(pinned, Tile):
         pinned = pinned.transposed()
-    elif case.kernel == "backward_row_sums":
+    elif case.kernel.takes_single_tile == "not":
         pinned = None
     return tiles.default_tile(case, device) if pinned is None else tiles.check_tile(case, pinned, device)
 
 
 def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> KernelPlan:
-    """Lists, for the tiles that blocks of the kernel `of` own, the tiles that they have to visit."""
+    """The kernel that lists which tiles the kernel `of` has to visit."""
+    spec = kernel_specs.VISIBLE_TILES
     kinds = problem.features.kinds
     kinds = replace(
         NO_FEATURES,
@@ -374,8 +434,8 @@ def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> K
         "CAPABILITY": device.capability,
         "TILE_Q": of.tile.tile_q,
         "TILE_KV": of.tile.tile_kv,
-        "NUM_WARPS": LIST_WARPS,
-        "BY_KEYS": of.name in BY_KEYS,
+        "NUM_WARPS": spec.num_warps,
+        "BY_KEYS": of.spec.owns_keys,
         "CAUSAL": problem.is_causal,
         "VARLEN": False,
         "SEQLENS_KV": problem.seqlens_kv,
@@ -383,72 +443,88 @@ def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> K
     }
     batches, heads = problem.list_extents
     return KernelPlan(
-        "visible_tiles", "visible_tiles.cu", problem.dtype, problem.head_dim, of.tile, config_text("float32", constants), 32 * LIST_WARPS, 4 * LIST_WARPS,
-        of.num_tiles, of.num_tiles * batches * heads,
+        KernelCase(spec, problem.dtype, problem.head_dim, features=kinds), of.tile, config_text("float32", constants),
+        LaunchShape(of.num_tiles * batches * heads, 32 * spec.num_warps, 4 * spec.num_warps), of.num_tiles,
     )  # fmt: skip
 
 
-def _list_bytes(kernel: KernelPlan, problem: Problem) -> int:
-    """Memory of the lists of visible tiles of one kernel: for each tile that blocks own, a count and at most one entry for each tile that they walk over."""
-    if kernel.name in WITHOUT_LISTS:
+def _results(problem: Problem) -> tuple[Buffer, ...]:
+    out = Buffer("out", problem.layout.from_canonical(problem.output_shape), problem.dtype)
+    return (out, Buffer("lse", problem.lse_shape, "float32")) if problem.return_lse else (out,)
+
+
+def _gradients(problem: Problem) -> tuple[Buffer, ...]:
+    shapes = {"grad_query": problem.query.shape, "grad_key": problem.key_shape, "grad_value": problem.value_shape}
+    gradients = [Buffer(name, problem.layout.from_canonical(shape), problem.dtype) for name, shape in shapes.items()]
+    mask = problem.features.attn_mask
+    if problem.features.need_attn_mask_grad and mask is not None:
+        gradients.append(Buffer("grad_attn_mask", mask.shape, mask.dtype))
+    if problem.features.kinds.sinks:
+        gradients.append(Buffer("grad_sinks", (problem.num_heads_q,), "float32"))
+    return tuple(gradients)
+
+
+def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
+    """What the kernels of a call hand on to each other."""
+    rows = problem.batch * problem.num_heads_q * problem.seqlen_q
+    buffers = (
+        Buffer("row_statistics", (rows, ROW_STATISTICS_BYTES // 4), "float32"),
+        Buffer("log2_sums", (rows if problem.features.kinds.additive_mask else 0,), "float32"),
+        Buffer("visible_tiles", (max((_list_entries(kernel, problem) for kernel in kernels), default=0),), "int32"),
+    )
+    needed = {name for kernel in kernels for name in kernel.spec.workspace}
+    return tuple(buffer for buffer in buffers if buffer.name in needed and buffer.nbytes)
+
+
+def _list_entries(kernel: KernelPlan, problem: Problem) -> int:
+    """Length of the lists of visible tiles of one kernel: for each tile that blocks own, a count and at most one entry for each tile that they walk over."""
+    if not (kernel.spec.is_tiled and kernel.spec.walks_lists):
         return 0
-    by_keys = kernel.name in BY_KEYS
-    walked = ceil(problem.seqlen_q / kernel.tile.tile_q) if by_keys else ceil(problem.seqlen_kv / kernel.tile.tile_kv)
+    walked = ceil(problem.seqlen_q / kernel.tile.tile_q) if kernel.spec.owns_keys else ceil(problem.seqlen_kv / kernel.tile.tile_kv)
     batches, heads = problem.list_extents
-    return LIST_ENTRY_BYTES * batches * heads * kernel.num_tiles * (1 + walked)
+    return batches * heads * kernel.num_tiles * (1 + walked)
 
 
 def _sinks_kernel(problem: Problem, device: Device) -> KernelPlan:
     """The gradient of the sinks, one block for each query head."""
+    spec = kernel_specs.BACKWARD_SINKS
     constants: dict[str, int | bool | str] = {
         "CAPABILITY": device.capability,
-        "NUM_WARPS": SINKS_WARPS,
+        "NUM_WARPS": spec.num_warps,
         "ADDITIVE_MASK": problem.features.kinds.additive_mask,
     }
     return KernelPlan(
-        "backward_sinks", "backward_sinks.cu", problem.dtype, problem.head_dim, Tile(1, 1, SINKS_WARPS, 1), config_text("float32", constants),
-        32 * SINKS_WARPS, 4 * SINKS_WARPS, 1, problem.num_heads_q,
+        KernelCase(spec, problem.dtype, problem.head_dim), Tile(1, 1, spec.num_warps, 1), config_text("float32", constants),
+        LaunchShape(problem.num_heads_q, 32 * spec.num_warps, 4 * spec.num_warps), 1,
     )  # fmt: skip
 
 
-def _feature_gradient_bytes(problem: Problem) -> int:
-    """Memory of the gradients of the mask and of the sinks."""
-    features = problem.features
-    size = 4 * problem.num_heads_q if features.kinds.sinks else 0
-    if features.need_attn_mask_grad and features.attn_mask is not None:
-        size += _size(features.attn_mask.shape) * (4 if features.attn_mask.dtype == "float32" else 2)
-    return size
-
-
 def _delta_kernel(problem: Problem, device: Device) -> KernelPlan:
+    spec = kernel_specs.BACKWARD_DELTA
     chunks = ceil(problem.head_dim_v * problem.itemsize / 16)
     lanes = next(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes >= min(chunks, 32))
-    rows = 32 * DELTA_WARPS // lanes
-    constants = {"CAPABILITY": device.capability, "HEAD_DIM_V": problem.head_dim_v, "TILE_Q": rows, "NUM_WARPS": DELTA_WARPS}
+    rows = 32 * spec.num_warps // lanes
+    constants = {"CAPABILITY": device.capability, "HEAD_DIM_V": problem.head_dim_v, "TILE_Q": rows, "NUM_WARPS": spec.num_warps}
     num_tiles = ceil(problem.seqlen_q / rows)
     return KernelPlan(
-        "backward_delta", "backward_delta.cu", problem.dtype, problem.head_dim, Tile(rows, 1, DELTA_WARPS, 1), config_text(problem.dtype, constants),
-        32 * DELTA_WARPS, 0, num_tiles, num_tiles * problem.num_heads_q * problem.batch, head_dim_v=problem.head_dim_v,
+        KernelCase(spec, problem.dtype, problem.head_dim, head_dim_v=problem.head_dim_v), Tile(rows, 1, spec.num_warps, 1),
+        config_text(problem.dtype, constants), LaunchShape(num_tiles * problem.num_heads_q * problem.batch, 32 * spec.num_warps, 0), num_tiles,
     )  # fmt: skip
 
 
 def _visits(kernel: KernelPlan, problem: Problem) -> str:
-    count = visited_tiles(problem, kernel.tile, by_keys=kernel.name in BY_KEYS)
+    count = visited_tiles(problem, kernel.tile, by_keys=kernel.spec.owns_keys)
     of = f"of {all_tiles(problem, kernel.tile)} per head{' and sequence' if problem.num_sequences is not None else ''}"
     return f"{kernel.name} visits as many {of} as data leave visible" if count is None else f"{kernel.name} visits {count} {of}"
 
 
 def _products(problem: Problem, device: Device) -> str:
-    case = KernelCase("forward", problem.dtype, problem.head_dim)
+    case = KernelCase(kernel_specs.FORWARD, problem.dtype, problem.head_dim)
     if case.uses_simt(device):
         return "float32 units: the tensor cores of sm_75 take float16 only"
     if problem.dtype == "float32":
         return "tensor cores, TF32" if problem.allow_tf32 else "tensor cores, 3 x TF32 (float32 accuracy)"
     return f"tensor cores, {problem.dtype} with float32 sums"
-
-
-def _size(shape: Iterable[int]) -> int:
-    return functools.reduce(lambda product, extent: product * extent, shape, 1)
 
 
 def _count(number: int, noun: str) -> str:

@@ -6,23 +6,23 @@ arguments, allocates the results, writes addresses into the packed structs and l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cuflash import launch, sequences
+from cuflash import arguments, launch, sequences
+from cuflash.arguments import Arguments, Value, Values
 from cuflash.arrays import Array, BFloat16Bits, Framework, pointer
 from cuflash.device import Device
 from cuflash.errors import CompilationForbiddenError
 from cuflash.features import Features
-from cuflash.launch import ArgumentTemplate, Executable, simulated_memory
-from cuflash.layout import Shape4
-from cuflash.planning import KernelPlan, Plan, Tiles, make_plan
+from cuflash.launch import Executable, simulated_memory
+from cuflash.planning import Buffer, LaunchShape, Plan, Tiles, make_plan
 from cuflash.problem import Problem, View, check_backward, check_out
 from cuflash.tuning import warmup_call
 
 if TYPE_CHECKING:
-    from cuflash.simulator import Buffer
+    from cuflash import simulator
 
 NOTHING = Features()
 
@@ -45,47 +45,27 @@ class Gradients(_InputGradients):
     sinks: Any = None
 
 
-class _Result(NamedTuple):
-    """An output to allocate: name in the argument struct, shape in the caller's layout, dtype, canonical view."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    view: View | None
-    num_bytes: int
-
-
 class _Launch(NamedTuple):
     """One kernel of a call, ready but for the addresses."""
 
-    kernel: KernelPlan
     executable: Executable
-    tail: bytes  # what follows the addresses in its argument struct, up to the lengths of sequences
+    shape: LaunchShape
+    packed: Arguments
 
 
 class PreparedCall:
-    """One call with everything but the addresses decided.
+    """One call with everything but the addresses decided."""
 
-    Attributes:
-        written: names of the memory whose contents only its kernels give.
-    """
-
-    written: frozenset[str]
+    plan: Plan
 
     def __init__(self, problem: Problem, on: Device, inputs: Mapping[str, Array]) -> None:
         self.problem = problem
         self.device = on
-        lengths = launch.lengths_template(problem)
-        self.lengths = lengths if problem.seqlens_kv or problem.num_sequences is not None else None
-        self.no_lengths = lengths.fill({})
         like = inputs["query"]
         self.framework: Framework = like.framework
         self.like = Array(0, (), (), like.dtype, like.itemsize, like.device, like.framework, None)  # does not keep the caller's array alive
         self.extents: dict[str, tuple[int, int]] = {}  # name -> lowest byte relative to the pointer, size in bytes
-        self.workspace: list[_Result] = []
         self.launches: list[_Launch] = []
-        self.template: ArgumentTemplate
-        self.features: ArgumentTemplate | None = None
         for name, array in inputs.items():
             self.add_extent(name, array)
 
@@ -93,26 +73,55 @@ class PreparedCall:
         low, high = array.byte_range
         self.extents[name] = (low - array.pointer, high - low)
 
-    def allocate(self, result: _Result) -> tuple[Any, int]:
+    def allocate(self, buffer: Buffer) -> tuple[Any, int]:
         """A new array of the caller's kind and its address."""
-        made = self.framework.empty(result.shape, result.dtype, self.like)
-        self.extents.setdefault(result.name, (0, result.num_bytes))
+        made = self.framework.empty(buffer.shape, buffer.dtype, self.like)
         return made, pointer(made)
+
+    def view_of(self, result: Buffer, head_dim: int) -> View:
+        """The canonical view of a C-contiguous result."""
+        strides = tuple(prod(result.shape[axis + 1 :]) for axis in range(len(result.shape)))
+        like = self.like
+        stand_in = Array(0, result.shape, strides, like.dtype, like.itemsize, like.device, like.framework, None)
+        return self.problem.layout.view(stand_in, head_dim)
 
     def launch_all(self, pointers: dict[str, int]) -> None:
         stream = 0
-        buffers: Sequence[Buffer] = ()
+        buffers: Sequence[simulator.Buffer] = ()
         if self.device.kind == "gpu":
             stream = self.framework.current_stream(self.device.index)
         else:
             self.check_offsets(pointers)
-            buffers = simulated_memory(self.extents, pointers, self.written)
-        head = self.template.fill(pointers)
-        features = launch.NO_FEATURE_BYTES if self.features is None else self.features.fill(pointers)
-        end = (self.no_lengths if self.lengths is None else self.lengths.fill(pointers)) + features
-        for kernel, executable, tail in self.launches:
-            arguments = bytearray((head if kernel.reads_tensors else b"") + tail + end)
-            executable.launch(kernel.num_blocks, kernel.num_threads, kernel.shared_bytes, arguments, stream, buffers)
+            made = (*self.plan.outputs, *self.plan.workspace)
+            extents = {buffer.name: (0, buffer.nbytes) for buffer in made} | self.extents  # a given `out` may have gaps
+            buffers = simulated_memory(extents, pointers, {buffer.name for buffer in made})
+        for executable, shape, packed in self.launches:
+            executable.launch(shape, packed.fill(pointers), stream, buffers)
+
+    def load(
+        self, tile: Tiles, values: dict[str, Value], given: set[str], mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)
+    ) -> list[_Launch]:
+        """The kernels of the plan, loaded, with their arguments packed but for the addresses of what is `given` and of what is allocated."""
+        problem = self.problem
+        given = given | {buffer.name for buffer in (*self.plan.outputs, *self.plan.workspace)}
+        if problem.features.kinds.dropout and "dropout_state" not in given:
+            given |= {"dropout_seed", "dropout_offset"}
+        values["lengths"] = arguments.lengths(problem)
+        if problem.features != NOTHING:
+            values["features"] = arguments.feature_values(problem.features, problem.scale, problem.list_extents, mask_grad_strides)
+        try:
+            executables = [launch.executable(kernel, self.device) for kernel in self.plan.kernels]
+        except CompilationForbiddenError as error:
+            call = warmup_call(self.plan, tile)
+            raise error if call is None else CompilationForbiddenError(error.missing, f"Compile it beforehand: {call}") from None
+        launches = []
+        for kernel, loaded in zip(self.plan.kernels, executables, strict=True):
+            own: Values = {
+                "geometry": arguments.geometry(problem, kernel.num_tiles), "group_batch": kernel.group_batch, "group_heads": kernel.group_heads,
+            }  # fmt: skip
+            layout = kernel.spec.arguments
+            launches.append(_Launch(loaded, kernel.shape, Arguments(layout, arguments.of_struct(layout, {**values, **own}), given)))
+        return launches
 
     def check_offsets(self, pointers: dict[str, int]) -> None:
         """Packed offsets in the host's memory, whose values may differ from call to call."""
@@ -124,8 +133,8 @@ class PreparedCall:
     def launch_with_workspace(self, pointers: dict[str, int]) -> None:
         """`launch_all` with memory that is given back when the launches are in the stream."""
         held = []
-        for result in self.workspace:
-            memory, pointers[result.name] = self.allocate(result)
+        for buffer in self.plan.workspace:
+            memory, pointers[buffer.name] = self.allocate(buffer)
             held.append(memory)
         self.launch_all(pointers)
 
@@ -137,29 +146,21 @@ class PreparedCall:
 class PreparedForward(PreparedCall):
     """A forward call; `given` is the array for the result, if there is one."""
 
-    written = frozenset({"out", "lse", "visible_tiles"})
-
     def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: Mapping[str, Array], given: Array | None) -> None:
         super().__init__(problem, on, inputs)
         by_argument = {"dropout_seed" if name == "dropout_state" else name: array for name, array in inputs.items()}
         given_view = None if given is None else check_out(problem, problem.layout, given, by_argument)
         self.plan = make_plan(problem, on, tile=tile)
-        self.workspace = _workspace(self.plan)
-        if problem.features != NOTHING:
-            self.features = launch.features_template(problem)
-        self.out = _result("out", problem, problem.output_shape, self.like)
-        rows = problem.batch * problem.num_heads_q * problem.seqlen_q
-        self.lse = _Result("lse", problem.lse_shape, "float32", None, 4 * rows)
-        view = given_view or self.out.view
-        assert view is not None
+        view = given_view or self.view_of(self.plan.outputs[0], problem.head_dim_v)
         if given is not None:
             self.add_extent("out", given)
         views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": view}
         addresses = {name: array.pointer for name, array in inputs.items()} | {"out": given.pointer if given else 0}
         vectorized = {name: views[name].aligned16(problem.itemsize) and addresses[name] % 16 == 0 for name in views}
         stride_batch = 0 if problem.layout.varlen else problem.num_heads_q * problem.seqlen_q
-        self.template = launch.forward_template(problem, view, (stride_batch, problem.seqlen_q, 1), vectorized)
-        self.launches = _launches(self.plan, tile, launch.forward_tail)
+        values: dict[str, Value] = {name: arguments.tensor(name, view, vectorized[name]) for name, view in views.items()}
+        values["lse"] = arguments.rows("lse", (stride_batch, problem.seqlen_q, 1))
+        self.launches = self.load(tile, values, set(inputs))
 
     def may_write(self, out: Any, pointers: dict[str, int]) -> bool:
         """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""
@@ -179,10 +180,10 @@ class PreparedForward(PreparedCall):
     def run(self, pointers: dict[str, int], given: Any = None) -> Any:
         out = given
         if given is None:
-            out, pointers["out"] = self.allocate(self.out)
+            out, pointers["out"] = self.allocate(self.plan.outputs[0])
         lse = None
         if self.problem.return_lse:
-            lse, pointers["lse"] = self.allocate(self.lse)
+            lse, pointers["lse"] = self.allocate(self.plan.outputs[1])
         if self.launches:
             self.launch_with_workspace(pointers)
         else:
@@ -197,69 +198,41 @@ class PreparedForward(PreparedCall):
 class PreparedBackward(PreparedCall):
     """A backward call."""
 
-    written = frozenset(
-        {"grad_query", "grad_key", "grad_value", "grad_attn_mask", "grad_sinks", "row_statistics", "log2_sums", "visible_tiles"}
-    )
-
     def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: Mapping[str, Array]) -> None:
         super().__init__(problem, on, inputs)
         others = check_backward(problem, problem.layout, inputs["grad_out"], inputs["out"], inputs["lse"], inputs.get("grad_lse"))
         self.plan = make_plan(problem, on, backward=True, tile=tile)
-        results = [
-            _result("grad_query", problem, problem.query.shape, self.like),
-            _result("grad_key", problem, problem.key_shape, self.like),
-            _result("grad_value", problem, problem.value_shape, self.like),
-        ]
-        rows = problem.batch * problem.num_heads_q * problem.seqlen_q
-        self.workspace = [_Result("row_statistics", (2 * rows,), "float32", None, 8 * rows), *_workspace(self.plan)]
-        if problem.features.kinds.additive_mask:
-            self.workspace.append(_Result("log2_sums", (rows,), "float32", None, 4 * rows))
-        feature_results = {}
+        views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": others.out, "grad_out": others.grad_out}
+        vectorized = {name: view.aligned16(problem.itemsize) and inputs[name].pointer % 16 == 0 for name, view in views.items()}
+        for buffer, head_dim in zip(self.plan.outputs, (problem.head_dim, problem.head_dim, problem.head_dim_v), strict=False):
+            view = views[buffer.name] = self.view_of(buffer, head_dim)
+            vectorized[buffer.name] = view.aligned16(problem.itemsize)
         mask = problem.features.attn_mask
         mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)
         if problem.features.need_attn_mask_grad and mask is not None:
             mask_grad_strides = _contiguous_or_broadcast(mask.extents)
-            size = prod(mask.shape)
-            feature_results["attn_mask"] = _Result(
-                "grad_attn_mask", mask.shape, mask.dtype, None, size * (4 if mask.dtype == "float32" else 2)
-            )
-        if problem.features.kinds.sinks:
-            feature_results["sinks"] = _Result("grad_sinks", (problem.num_heads_q,), "float32", None, 4 * problem.num_heads_q)
-        if problem.features != NOTHING:
-            self.features = launch.features_template(problem, mask_grad_strides)
-        views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": others.out, "grad_out": others.grad_out}
-        vectorized = {name: view.aligned16(problem.itemsize) and inputs[name].pointer % 16 == 0 for name, view in views.items()}
-        for result in results:
-            assert result.view is not None
-            views[result.name] = result.view
-            vectorized[result.name] = result.view.aligned16(problem.itemsize)
-        self.returned = [*zip(_InputGradients._fields, results, strict=True), *feature_results.items()]
-        self.template = launch.backward_template(views, others.lse_strides, others.grad_lse_strides, vectorized)
-        self.launches = _launches(self.plan, tile, launch.backward_tail)
+        values: dict[str, Value] = {name: arguments.tensor(name, view, vectorized[name]) for name, view in views.items()}
+        values["lse"] = arguments.rows("lse", others.lse_strides)
+        if others.grad_lse_strides is not None:
+            values["grad_lse"] = arguments.rows("grad_lse", others.grad_lse_strides)
+        values["row_statistics"] = "row_statistics"
+        self.launches = self.load(tile, values, set(inputs), mask_grad_strides)
 
     def run(self, pointers: dict[str, int], given: Any = None) -> Gradients:
-        gradients = {}
-        for name, result in self.returned:
-            gradients[name], pointers[result.name] = self.allocate(result)
+        gradients = []
+        for buffer in self.plan.outputs:
+            gradient, pointers[buffer.name] = self.allocate(buffer)
+            gradients.append(gradient)
         if self.launches:
             self.launch_with_workspace(pointers)
         else:
-            for gradient in gradients.values():
+            for gradient in gradients:
                 _fill(gradient, 0.0)
-        finished = [self.framework.finish(gradient) for gradient in gradients.values()]
+        finished = [self.framework.finish(gradient) for gradient in gradients]
         of_inputs = Gradients(*finished[:3])
-        for (name, _), gradient in zip(self.returned[3:], finished[3:], strict=True):
-            setattr(of_inputs, name, gradient)
+        for buffer, gradient in zip(self.plan.outputs[3:], finished[3:], strict=True):
+            setattr(of_inputs, buffer.name.removeprefix("grad_"), gradient)
         return of_inputs
-
-
-def _launches(plan: Plan, tile: Tiles, tail: Callable[[Problem, KernelPlan], bytes]) -> list[_Launch]:
-    """The kernels of a plan, loaded."""
-    try:
-        return [_Launch(kernel, launch.executable(kernel, plan.device), tail(plan.problem, kernel)) for kernel in plan.kernels]
-    except CompilationForbiddenError as error:
-        call = warmup_call(plan, tile)
-        raise error if call is None else CompilationForbiddenError(error.missing, f"Compile it beforehand: {call}") from None
 
 
 def _contiguous_or_broadcast(extents: tuple[int, ...]) -> tuple[int, ...]:
@@ -269,22 +242,6 @@ def _contiguous_or_broadcast(extents: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(count if extent > 1 else 0)
         count *= extent
     return tuple(reversed(strides))
-
-
-def _workspace(plan: Plan) -> list[_Result]:
-    """Lists of visible tiles, where a kernel makes them."""
-    return [_Result("visible_tiles", (plan.list_bytes // 4,), "int32", None, plan.list_bytes)] if plan.list_bytes else []
-
-
-def _result(name: str, problem: Problem, canonical: Shape4, like: Array) -> _Result:
-    """A C-contiguous output of a canonical shape, in the caller's layout."""
-    shape = problem.layout.from_canonical(canonical)
-    strides, count = [], 1
-    for extent in reversed(shape):
-        strides.append(count)
-        count *= extent
-    stand_in = Array(0, shape, tuple(reversed(strides)), like.dtype, like.itemsize, like.device, like.framework, None)
-    return _Result(name, shape, problem.dtype, problem.layout.view(stand_in, canonical[3]), count * problem.itemsize)
 
 
 def _fill(array: Any, number: float) -> None:

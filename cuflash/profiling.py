@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from cuflash import compiler, tiles
-from cuflash.planning import BY_KEYS, Plan, Tiles
+from cuflash.planning import Plan, Tiles
 from cuflash.samples import Sample, numpy_call, plan_of
 from cuflash.simulator import KernelProfile, LineProfile, Traffic, current_options, profile
 from cuflash.simulator.kernel_profile import Attribution
-from cuflash.tiles import KernelCase
 from cuflash.visits import all_tiles, visited_tiles
 
 Direction = Literal["forward", "backward"]
@@ -100,10 +99,10 @@ def estimate_seconds(sample: Sample, direction: Direction = "forward", *, tile: 
 def _seconds_of(plan: Plan) -> float:
     problem, seconds = plan.problem, 0.0
     for kernel in plan.kernels:
-        if kernel.name not in tiles.PASSES:
+        if not kernel.spec.is_tiled:
             continue
-        case = KernelCase(kernel.name, problem.dtype, problem.head_dim, problem.allow_tf32, kernel.head_dim_v)
-        visited = visited_tiles(problem, kernel.tile, by_keys=kernel.name in BY_KEYS)
+        case = kernel.case
+        visited = visited_tiles(problem, kernel.tile, by_keys=kernel.spec.owns_keys)
         per_head = all_tiles(problem, kernel.tile) if visited is None else visited
         work = tiles.multiply_adds(case, kernel.tile, plan.device) + _COLUMNS_OF_A_SCORE * kernel.tile.tile_q * kernel.tile.tile_kv
         units = "float32 units" if case.uses_simt(plan.device) else "float32" if problem.dtype == "float32" else "16-bit"

@@ -1,6 +1,6 @@
 """Shared-memory tiles: the public tunables, the rules that a device sets them, and a good default for every case.
 
-A `Tile` says how much of a problem one thread block works on. What the rules need to know about a kernel is in `KernelCase`: which pass, which
+A `Tile` says how much of a problem one thread block works on. What the rules need to know about a kernel is in `KernelCase`: which kernel, which
 element type, how wide a row is. The default comes from a small model of the hardware (`estimate_cycles`), not from a table, so that any head
 dimension on any architecture has one; it depends on nothing that varies from call to call, least of all on sequence lengths.
 """
@@ -11,24 +11,16 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from math import ceil
-from typing import Literal
 
 from cuflash import measured_tiles
 from cuflash.arrays import describe
 from cuflash.device import Device
 from cuflash.errors import TileError
 from cuflash.features import NO_FEATURES, FeatureSet
-
-Pass = Literal["forward", "backward_row_sums", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq", "backward_mask"]
-PASSES: tuple[Pass, ...] = (
-    "forward", "backward_row_sums", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq", "backward_mask",
-)  # fmt: skip
-BY_QUERIES: tuple[Pass, ...] = ("forward", "backward_row_sums", "backward_dq", "backward_mask")
-"""Kernels whose warps share out tile_q; those of the others share out tile_kv."""
+from cuflash.kernel_specs import KernelSpec, columns_of
 
 MAX_REGISTERS = 255
 MAX_WARPS = 16
-MAX_STAGES = 4
 REGISTERS_PER_BLOCK = 65536
 
 WIDEST_NARROW_HEAD = 256  # wider heads are cut into slices (kernels/tile/slices.cuh)
@@ -67,15 +59,15 @@ class KernelCase:
     """What decides whether and how well a tile fits, besides the device.
 
     Attributes:
-        kernel: which pass.
+        kernel: which kernel.
         dtype: "float16", "bfloat16" or "float32".
         head_dim: of query and key, 1 … 576.
         allow_tf32: one TF32 product instead of three for float32.
-        head_dim_v: of value and output, 1 … 576; 0 stands for head_dim, and so does whatever is given for "backward_row_sums", which has neither.
+        head_dim_v: of value and output, 1 … 576; 0 stands for head_dim, and so does whatever is given for a tiled kernel that reads neither.
         features: score features and masks, some of which take registers.
     """
 
-    kernel: Pass
+    kernel: KernelSpec
     dtype: str
     head_dim: int
     allow_tf32: bool = False
@@ -83,8 +75,8 @@ class KernelCase:
     features: FeatureSet = NO_FEATURES
 
     def __post_init__(self) -> None:
-        without = not self.head_dim_v or self.kernel == "backward_row_sums"
-        object.__setattr__(self, "head_dim_v", self.head_dim if without else self.head_dim_v)
+        if self.kernel.is_tiled and not (self.head_dim_v and self.kernel.reads_value):
+            object.__setattr__(self, "head_dim_v", self.head_dim)
 
     def uses_simt(self, device: Device) -> bool:
         """Whether products run on the ordinary float32 units: what Turing's tensor cores cannot take."""
@@ -98,15 +90,9 @@ class KernelCase:
         """Groups of warps that share out the columns of a wide head, so that their accumulators fit the registers; 1 for a narrow head."""
         if max(self.head_dim, self.head_dim_v) <= WIDEST_NARROW_HEAD:
             return 1
-        outputs = {
-            "forward": self.head_dim_v,
-            "backward_dkdv": self.head_dim + self.head_dim_v,
-            "backward_dv": self.head_dim_v,
-            "backward_row_sums": 0,
-            "backward_mask": 0,
-        }
         many_instructions = self.uses_simt(device) or self.dtype == "float32"
-        return max(2, ceil(outputs.get(self.kernel, self.head_dim) / (_SLICE_COLUMNS_FLOAT32 if many_instructions else _SLICE_COLUMNS)))
+        columns = self.kernel.output_columns(self.head_dim, self.head_dim_v)
+        return max(2, ceil(columns / (_SLICE_COLUMNS_FLOAT32 if many_instructions else _SLICE_COLUMNS)))
 
     def head_steps(self, device: Device) -> int:
         """Pieces into which each slice is cut, so that the smallest tile fits the shared memory; 1 where it does anyway."""
@@ -125,11 +111,11 @@ class KernelCase:
 
     def stationary_rows(self, tile: Tile) -> int:
         """Rows that the block keeps, shared out among its warps."""
-        return tile.tile_q if self.kernel in BY_QUERIES else tile.tile_kv
+        return tile.tile_kv if self.kernel.owns_keys else tile.tile_q
 
     def streamed_rows(self, tile: Tile) -> int:
         """Rows of each tile that the block walks over."""
-        return tile.tile_kv if self.kernel in BY_QUERIES else tile.tile_q
+        return tile.tile_q if self.kernel.owns_keys else tile.tile_kv
 
 
 def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:
@@ -139,7 +125,7 @@ def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:
 def row_bytes(case: KernelCase, device: Device, steps: int = 0) -> tuple[int, int]:
     """Bytes of one row of a tile of Q or K and of V or dO in shared memory, one piece of each slice.
 
-    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh; 0 for what the kernel does not read. `steps` instead of `case.head_steps` if it is not 0.
+    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh. `steps` instead of `case.head_steps` if it is not 0.
     """
     itemsize, slices = case.smem_itemsize(device), case.head_slices(device)
 
@@ -148,7 +134,14 @@ def row_bytes(case: KernelCase, device: Device, steps: int = 0) -> tuple[int, in
         return (ceil(chunks / 8) * 8 if itemsize == 4 else chunks) * 16
 
     piece, piece_v = _piece_columns(case, slices * (steps or case.head_steps(device)))
-    return slices * pitch(piece), 0 if case.kernel == "backward_row_sums" else slices * pitch(piece_v)
+    return slices * pitch(piece), slices * pitch(piece_v)
+
+
+def _operand_bytes(case: KernelCase, device: Device, steps: int = 0) -> tuple[int, int]:
+    """Bytes of one row of what a block keeps, and of what it streams, one piece of each slice."""
+    rows = row_bytes(case, device, steps)
+    kept, streamed = (sum(columns_of(name, *rows) for name in names) for names in (case.kernel.kept, case.kernel.streamed))
+    return kept, streamed
 
 
 def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
@@ -157,36 +150,18 @@ def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
 
 
 def _shared_bytes(case: KernelCase, tile: Tile, device: Device, steps: int) -> int:
-    row, row_v = row_bytes(case, device, steps)
+    kept, streamed = _operand_bytes(case, device, steps)
     slices = case.head_slices(device)
-    exchange = 4 * slices * _SCORES[case.kernel] * tile.tile_q * tile.tile_kv if slices > 1 else 0
-    streamed = tile.num_stages * case.streamed_rows(tile) * (row + row_v)
-    if case.kernel in ("forward", "backward_row_sums"):
-        return row * tile.tile_q + streamed + exchange
-    if case.kernel in ("backward_dq", "backward_mask"):
-        return (row + row_v) * tile.tile_q + streamed + exchange
-    kept = row if case.kernel == "backward_dv" else row + row_v
-    statistics = (
-        _ROW_STATISTICS_BYTES + 4 * case.features.additive_mask if device.capability >= 80 else 0
-    )  # sm_75 reads them from global memory
-    return kept * tile.tile_kv + streamed + tile.num_stages * tile.tile_q * statistics + exchange
-
-
-_SCORES: dict[Pass, int] = {
-    "forward": 1, "backward_row_sums": 1, "backward_dkdv": 2, "backward_dk": 2, "backward_dv": 1, "backward_dq": 2, "backward_mask": 2,
-}  # fmt: skip
-"""How many score matrices a kernel computes for each pair of tiles: S, and in the backward pass also dP."""
-
-_PRODUCTS: dict[Pass, tuple[int, int]] = {
-    "forward": (1, 1), "backward_row_sums": (1, 0), "backward_dkdv": (2, 2), "backward_dk": (2, 1), "backward_dv": (1, 1), "backward_dq": (2, 1),
-    "backward_mask": (1, 1),
-}  # fmt: skip
-"""How many products of a kernel run over the columns of Q and K, and how many over those of V and O."""
+    exchange = 4 * slices * len(case.kernel.scores) * tile.tile_q * tile.tile_kv if slices > 1 else 0
+    statistics = 0
+    if case.kernel.statistics and device.capability >= 80:  # sm_75 reads them from global memory
+        statistics = _ROW_STATISTICS_BYTES + 4 * case.features.additive_mask
+    return kept * case.stationary_rows(tile) + tile.num_stages * case.streamed_rows(tile) * (streamed + statistics) + exchange
 
 
 def multiply_adds(case: KernelCase, tile: Tile, device: Device) -> int:
     """In the matrix products of one tile of scores, padding of the columns included."""
-    over_d, over_dv = _PRODUCTS[case.kernel]
+    over_d, over_dv = case.kernel.products
     columns, columns_v = case.columns(device)
     return tile.tile_q * tile.tile_kv * (over_d * columns + over_dv * columns_v)
 
@@ -195,11 +170,7 @@ def _products(case: KernelCase, device: Device) -> tuple[int, int]:
     """Columns of the outputs, and how many score matrices, that a warp accumulates at a time."""
     slices = case.head_slices(device)
     d, dv = (columns // slices for columns in case.columns(device))
-    outputs = {
-        "forward": dv, "backward_row_sums": 0, "backward_dkdv": d + dv, "backward_dk": d, "backward_dv": dv, "backward_dq": d, "backward_mask": 0,
-    }[case.kernel]  # fmt: skip
-    sums = 1 if case.kernel == "backward_mask" else 0  # the gradient of a mask has the form of scores
-    return outputs, _SCORES[case.kernel] + sums
+    return case.kernel.output_columns(d, dv), len(case.kernel.scores) + case.kernel.sums_scores
 
 
 def accumulator_registers(case: KernelCase, tile: Tile, device: Device) -> int:
@@ -223,11 +194,16 @@ def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
     elif case.dtype == "float32" and not case.allow_tf32:
         estimate += 100
     else:
-        estimate += 74 if case.kernel == "forward" else 88
+        estimate += case.kernel.costs.registers
     estimate += _feature_registers(case)
-    if (case.kernel, case.dtype, device.capability) == ("forward", "float32", 90) and 240 < case.head_dim_v <= 256 and tile.num_stages < 3:
+    if (
+        not case.kernel.backward
+        and (case.dtype, device.capability) == ("float32", 90)
+        and 240 < case.head_dim_v <= 256
+        and tile.num_stages < 3
+    ):
         estimate += 12  # with fewer stages the compiler also keeps addresses, and spills 4 to 8 bytes
-    if device.capability < 80 and case.kernel == "forward":  # K and V on their way, in registers
+    if device.capability < 80 and case.kernel.costs.streams_through_registers:
         chunks = case.streamed_rows(tile) * max(row_bytes(case, device)) // 16 // (32 * tile.num_warps)
         estimate += 8 * chunks if chunks <= 8 else 0
     return estimate
@@ -235,11 +211,11 @@ def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
 
 def _feature_registers(case: KernelCase) -> int:
     """What score features and masks take beyond the rest, where tiles that fit without them spilled with them."""
-    estimate = 0
-    if case.features.attn_mask == "bool" and case.kernel == "forward":
-        estimate += 30
-    if case.features.dropout and case.kernel == "backward_dkdv" and case.dtype == "float32" and not case.allow_tf32:
-        estimate += 44
+    costs, estimate = case.kernel.costs, 0
+    if case.features.attn_mask == "bool":
+        estimate += costs.boolean_mask_registers
+    if case.features.dropout and case.dtype == "float32" and not case.allow_tf32:
+        estimate += costs.split_dropout_registers
     return estimate
 
 
@@ -252,7 +228,7 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         count = getattr(tile, field.name)
         if type(count) is not int or not 1 <= count <= _MAX_COUNT:
             return f"{field.name} must be a positive int, got {describe(count)}"
-    stationary, streamed = ("tile_q", "tile_kv") if case.kernel in BY_QUERIES else ("tile_kv", "tile_q")
+    stationary, streamed = ("tile_kv", "tile_q") if case.kernel.owns_keys else ("tile_q", "tile_kv")
     if tile.num_warps > MAX_WARPS:
         return f"num_warps must be at most {MAX_WARPS}"
     slices = case.head_slices(device)
@@ -267,10 +243,10 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         return f"num_stages must be 1 on {device.arch}, which has no asynchronous copies"
     if case.head_steps(device) > 1 and tile.num_stages != 1:
         return f"num_stages must be 1 on {device.arch}, whose shared memory this head passes through in steps"
-    if case.kernel == "backward_mask" and tile.num_stages != 1:
-        return "num_stages must be 1: this kernel copies its operands when it needs them"
-    if tile.num_stages > MAX_STAGES:
-        return f"num_stages must be at most {MAX_STAGES}"
+    if tile.num_stages > case.kernel.max_stages:
+        if case.kernel.max_stages == 1:
+            return "num_stages must be 1: this kernel copies its operands when it needs them"
+        return f"num_stages must be at most {case.kernel.max_stages}"
     needed = shared_bytes(case, tile, device)
     if needed > device.shared_memory_per_block:
         return f"shared memory: {needed} bytes needed, {device.shared_memory_per_block} available on {device.arch}"
@@ -289,16 +265,16 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
     longest = 16 if shortest else 32 if many_instructions else 128
     slices = case.head_slices(device)
     stages = (1,) if device.capability < 80 or shortest or case.head_steps(device) > 1 else (1, 2, 3)
-    for row_warps in (1, 2) if shortest and case.kernel != "forward" else (1, 2, 4, 8):
+    for row_warps in (1, 2) if shortest and case.kernel.costs.small_blocks else (1, 2, 4, 8):
         num_warps = row_warps * slices
         for warp_rows in (16, 32):
             for streamed in (length for length in (16, 32, 48, 64, 80, 96, 112, 128) if length <= longest):
                 for num_stages in stages:
                     rows = row_warps * warp_rows
-                    if case.kernel in BY_QUERIES:
-                        yield Tile(rows, streamed, num_warps, num_stages)
-                    else:
+                    if case.kernel.owns_keys:
                         yield Tile(streamed, rows, num_warps, num_stages)
+                    else:
+                        yield Tile(rows, streamed, num_warps, num_stages)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -317,7 +293,7 @@ def measured_tile(case: KernelCase, device: Device) -> Tile | None:
     """The fastest tile where all were timed (`measured_tiles`), else None."""
     if case.dtype == "float32" or case.head_dim != case.head_dim_v or case.features != NO_FEATURES:
         return None
-    found = measured_tiles.TILES.get((device.arch, case.kernel, case.head_dim))
+    found = measured_tiles.TILES.get((device.arch, case.kernel.name, case.head_dim))
     return None if found is None else Tile(*found)
 
 
@@ -380,8 +356,8 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     Matrix products, traffic of shared memory and of L2, and exponentials with their neighbours overlap between the warps of an SM as far as there are warps to
     overlap; barriers and uncovered loads do not. Tiles that by the register estimate would spill come last.
     """
+    kernel, costs = case.kernel, case.kernel.costs
     rows, streamed = case.stationary_rows(tile), case.streamed_rows(tile)
-    row, row_v = row_bytes(case, device)
 
     mma_rate = float(_MMA_RATE.get(device.capability, 1024))
     if case.uses_simt(device):
@@ -391,36 +367,34 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     mma = multiply_adds(case, tile, device) / mma_rate
 
     # Per streamed tile: every warp reads each streamed operand of each product; stationary operands are read again too; the copy writes once.
-    kept = row if case.kernel in ("forward", "backward_dv") else row + row_v
-    over_d, over_dv = _PRODUCTS[case.kernel]
     slices, steps = case.head_slices(device), case.head_steps(device)
-    row, row_v, kept = row * steps, row_v * steps, kept * steps
-    traffic = tile.num_warps // slices * streamed * (over_d * row + over_dv * row_v) + rows * kept + streamed * (row + row_v)
+    row, row_v = (steps * nbytes for nbytes in row_bytes(case, device))
+    kept_bytes, streamed_bytes = (steps * nbytes for nbytes in _operand_bytes(case, device))
+    over_d, over_dv = kernel.products
+    traffic = tile.num_warps // slices * streamed * (over_d * row + over_dv * row_v) + rows * kept_bytes + streamed * streamed_bytes
     if slices > 1:  # parts of scores are exchanged
-        traffic += 4 * (slices + slices * slices) * _SCORES[case.kernel] * rows * streamed
+        traffic += 4 * (slices + slices * slices) * len(kernel.scores) * rows * streamed
     smem = traffic / _SMEM_RATE
 
     issue_rate = _ISSUE_RATE.get(device.capability, 128)
     scores = slices * rows * streamed
     split = 3.0 if case.dtype == "float32" and not case.allow_tf32 else 1.0
-    instructions = scores * (6 if case.kernel == "forward" else 9) + split * traffic / 16
-    if case.kernel == "forward":
-        instructions += rows * (
-            case.columns(device)[1] + 40 * slices
-        )  # once per tile: O is rescaled, and the maximum of each row found across lanes
+    instructions = scores * costs.instructions + split * traffic / 16
+    if kernel.online_softmax:  # once per tile: O is rescaled, and the maximum of each row found across lanes
+        instructions += rows * (case.columns(device)[1] + 40 * slices)
     other = scores / _EXP_RATE + instructions / issue_rate
 
     fetched = streamed + (rows if steps > 1 else 0)
-    l2 = fetched * (row + row_v) / _L2_RATE  # every block fetches every streamed tile: only more rows per block save traffic
+    l2 = fetched * streamed_bytes / _L2_RATE  # every block fetches every streamed tile: only more rows per block save traffic
 
     blocks = _blocks_per_sm(case, tile, device)
     warps_per_scheduler = blocks * tile.num_warps / 4
     overlap = min(1.0, warps_per_scheduler / 3)
     busiest = max(mma, smem, other, l2)
     rest = mma + smem + other + l2 - busiest
-    exposed = (2 if case.kernel == "forward" else 1) * _BARRIER_CYCLES
+    exposed = costs.barriers * _BARRIER_CYCLES
     if tile.num_stages == 1:
-        exposed += 400 if case.kernel != "forward" else 150
+        exposed += costs.uncovered_cycles
     cycles = busiest + rest * (1 - 0.75 * overlap) + exposed / blocks
     if device.capability >= 80 and warps_per_scheduler < 1:
         cycles *= 1.5

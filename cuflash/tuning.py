@@ -13,6 +13,7 @@ from cuflash.compiler import CompileRequest
 from cuflash.device import Device
 from cuflash.errors import ArgumentError, OptionError
 from cuflash.features import MASK_DTYPES, NO_FEATURES, FeatureSet
+from cuflash.kernel_specs import FORWARD, TILED_KERNELS
 from cuflash.options import check_bool
 from cuflash.other_names import explains_features
 from cuflash.planning import KernelPlan, Plan, Tiles, offline_kernels
@@ -25,7 +26,7 @@ def legal_tiles(
     dtype: str = "bfloat16",
     *,
     head_dim_v: int | None = None,
-    kernel: str = "forward",
+    kernel: str = FORWARD.name,
     arch: str | None = None,
     allow_tf32: bool = False,
     features: FeatureSet = NO_FEATURES,
@@ -45,13 +46,12 @@ def legal_tiles(
     Raises:
         OptionError: an argument outside its domain.
     """
-    if not isinstance(kernel, str) or kernel not in tiles.PASSES:
-        raise OptionError(
-            "kernel", describe(kernel), "one of " + ", ".join(tiles.PASSES), "print(cuflash.plan(...)) names the kernels of a call."
-        )
+    if not isinstance(kernel, str) or kernel not in TILED_KERNELS:
+        expected = "one of " + ", ".join(TILED_KERNELS)
+        raise OptionError("kernel", describe(kernel), expected, "print(cuflash.plan(...)) names the kernels of a call.")
     own = head_dim if head_dim_v is None else head_dim_v
     case = KernelCase(
-        kernel,
+        TILED_KERNELS[kernel],
         _checked_dtype(dtype),
         _checked_head_dim("head_dim", head_dim),
         check_bool("allow_tf32", allow_tf32) and dtype == "float32",

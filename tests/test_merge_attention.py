@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 from conftest import ELEMENTS, Target, rounded
-from test_launch import compile_with, offset_of
 
 import cuflash
 from cuflash import calls, inspection, merging
 from cuflash.device import ARCHITECTURES, of_arch
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
+from cuflash.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE
 from cuflash.reference import EPSILON, attention, to_float64
 
 B, S, H, D = 2, 13, 3, 24
@@ -475,27 +474,6 @@ def test_bad_results(simulator: Target, name: str, given: Any, error: type[Argum
 # --- Kernels -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_argument_struct_is_that_of_the_kernels(simulator: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls._calls.clear()
-    outs, lses = parts_of(simulator, "float16", 16)
-    cuflash.merge_attention(outs, lses)
-    (call,) = calls._calls.values()
-    template = call.template
-    fields = {name: f"{name}.data" for name in ("out", "grad_out", "grad_outs", "lse", "grad_lse", "grad_lses")} | {"table": "parts.table"}
-    for i in (0, 1, 15):
-        fields |= {f"outs[{i}]": f"parts.listed[{i}].out.data", f"lses[{i}]": f"parts.listed[{i}].lse.data"}
-    assertions = [f"OFFSET(MergeArguments, {field}) == {offset_of(template, name)}" for name, field in fields.items()]
-    sizes = offset_of(template, "table") - 40
-    for i, name in enumerate(("step_grad_outs", "step_grad_lses")):
-        assertions.append(f"OFFSET(MergeArguments, {name}) == {sizes + 8 * i}")
-    for i, name in enumerate(("seqlen_q", "num_heads", "head_dim", "num_tiles", "lanes")):
-        assertions.append(f"OFFSET(MergeArguments, {name}) == {sizes + 16 + 4 * i}")
-    for name, offset in (("step_out", 8), ("step_lse", 16), ("num_parts", 24), ("first", 28), ("one_array", 32)):
-        assertions.append(f"OFFSET(MergeParts, {name}) == {offset}")
-    assertions += [f"sizeof(MergeArguments) == {template.size}", "sizeof(MergePart) == 80", "LISTED_PARTS == 16"]
-    compile_with(tmp_path, monkeypatch, assertions, "merge_arguments.cuh")
-
-
 @pytest.mark.by_turns(6)
 @pytest.mark.parametrize("dtype", list(ELEMENTS))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -503,8 +481,8 @@ def test_no_spills(arch: str, dtype: str) -> None:
     """Parts are indexed in the parameter, which no compiler has to copy to the stack for that."""
     pytest.importorskip("cupy")
     on = of_arch(arch, "gpu")
-    names = ("merge_attention", "merge_attention_backward", "merge_table")
-    for report in inspection.inspect_kernels((on, merging.merge_kernel(name, on, dtype, 1)) for name in names):
+    kernels = (MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE)
+    for report in inspection.inspect_kernels((on, merging.merge_kernel(kernel, on, dtype, 1)) for kernel in kernels):
         assert report.spills == 0
         assert report.resources.stack_bytes == 0
         assert report.warnings == ()

@@ -18,7 +18,8 @@ from cuflash import calls, device, launch, planning
 from cuflash.arrays import borrow
 from cuflash.device import ARCHITECTURES
 from cuflash.errors import TileError, UnsupportedError
-from cuflash.planning import Plan, backward_passes, make_plan, offline_kernels
+from cuflash.kernel_specs import BACKWARD_DK, BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_DV, FORWARD
+from cuflash.planning import LaunchShape, Plan, backward_kernels, make_plan, offline_kernels
 from cuflash.problem import Problem, make_problem
 from cuflash.tiles import Tile
 
@@ -94,8 +95,8 @@ def test_keys_and_values_broadcast_alike_share_a_kernel() -> None:
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
 def test_large_head_dims_take_a_kernel_each(arch: str) -> None:
     """Both accumulators of 256 columns would take 256 registers per thread and 16 rows."""
-    assert backward_passes(problem_of((1, 8, 1, 256)), device.of_arch(arch)) == ("backward_dv", "backward_dk", "backward_dq")
-    assert backward_passes(problem_of((1, 8, 1, 64)), device.of_arch(arch)) == ("backward_dkdv", "backward_dq")
+    assert backward_kernels(problem_of((1, 8, 1, 256)), device.of_arch(arch)) == (BACKWARD_DV, BACKWARD_DK, BACKWARD_DQ)
+    assert backward_kernels(problem_of((1, 8, 1, 64)), device.of_arch(arch)) == (BACKWARD_DKDV, BACKWARD_DQ)
 
 
 @pytest.mark.parametrize(
@@ -290,8 +291,8 @@ def test_plan_is_that_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def launch(self, num_blocks: int, num_threads: int, shared_bytes: int, *rest: Any) -> None:
-            launched.append((self.name, num_blocks, num_threads, shared_bytes))
+        def launch(self, shape: LaunchShape, *rest: Any) -> None:
+            launched.append((self.name, shape))
 
     monkeypatch.setattr(launch, "executable", lambda kernel, on: Recorder(kernel.name))
     monkeypatch.setattr(calls, "_calls", {})
@@ -302,7 +303,7 @@ def test_plan_is_that_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
         *cuflash.plan(query, key, key, enable_gqa=True).kernels,
         *cuflash.plan(query, key, key, enable_gqa=True, backward=True).kernels,
     ]
-    assert launched == [(kernel.name, kernel.num_blocks, kernel.num_threads, kernel.shared_bytes) for kernel in planned]
+    assert launched == [(kernel.name, kernel.shape) for kernel in planned]
 
 
 def test_unknown_names_of_kernels_in_a_mapping_raise() -> None:
@@ -326,4 +327,4 @@ def test_plans_are_values() -> None:
     first, second = plan_of((1, 8, 1, 64)), plan_of((1, 8, 1, 64))
     assert first == second
     assert hash(first) == hash(second)
-    assert first.kernels[0].tile == planning.tiles.default_tile(planning.KernelCase("forward", "float16", 64), SM_80)
+    assert first.kernels[0].tile == planning.tiles.default_tile(planning.KernelCase(FORWARD, "float16", 64), SM_80)

@@ -15,7 +15,8 @@ from cuflash import device, measured_tiles, tiles
 from cuflash.device import ARCHITECTURES, Device
 from cuflash.errors import TileError
 from cuflash.features import FeatureSet
-from cuflash.tiles import PASSES, KernelCase, Tile
+from cuflash.kernel_specs import TILED_KERNELS
+from cuflash.tiles import KernelCase, Tile
 
 if TYPE_CHECKING:
     from conftest import Target
@@ -25,7 +26,7 @@ KEEPS_QUERIES = ("forward", "backward_dq")
 
 
 def case(kernel: Any = "forward", dtype: str = "bfloat16", head_dim: int = 64) -> KernelCase:
-    return KernelCase(kernel, dtype, head_dim)
+    return KernelCase(TILED_KERNELS[kernel], dtype, head_dim)
 
 
 def on(arch: str = "sm_80") -> Device:
@@ -171,7 +172,7 @@ def test_every_supported_case_has_a_default(arch: str) -> None:
 @given(st.sampled_from(DTYPES), st.integers(1, 576), st.integers(1, 576), st.sampled_from(ARCHITECTURES))
 def test_every_pair_of_head_dims_has_a_default(dtype: str, head_dim: int, head_dim_v: int, arch: str) -> None:
     for kernel in ("forward", "backward_dk", "backward_dv", "backward_dq"):
-        kernel_case = KernelCase(kernel, dtype, head_dim, False, head_dim_v)  # type: ignore[arg-type]
+        kernel_case = KernelCase(TILED_KERNELS[kernel], dtype, head_dim, False, head_dim_v)
         tile = tiles.default_tile(kernel_case, on(arch))
         assert tiles.shared_bytes(kernel_case, tile, on(arch)) <= on(arch).shared_memory_per_block
         assert (kernel_case.head_slices(on(arch)) > 1) == (max(head_dim, head_dim_v) > 256)
@@ -192,7 +193,7 @@ def test_defaults_do_not_pass_the_register_file_by_the_estimate(arch: str) -> No
 
 
 @given(
-    st.sampled_from(PASSES),
+    st.sampled_from(list(TILED_KERNELS)),
     st.sampled_from(DTYPES),
     st.integers(1, 576),
     st.sampled_from(ARCHITECTURES),
@@ -200,7 +201,7 @@ def test_defaults_do_not_pass_the_register_file_by_the_estimate(arch: str) -> No
     st.randoms(use_true_random=False),
 )
 def test_check_tile_accepts_all_that_is_listed(kernel: Any, dtype: str, head_dim: int, arch: str, allow_tf32: bool, draw: Any) -> None:
-    kernel_case = KernelCase(kernel, dtype, head_dim, allow_tf32)
+    kernel_case = KernelCase(TILED_KERNELS[kernel], dtype, head_dim, allow_tf32)
     legal = tiles.legal_tiles_for(kernel_case, on(arch))
     assert len(set(legal)) == len(legal)
     for tile in draw.sample(legal, min(len(legal), 10)):
@@ -209,11 +210,11 @@ def test_check_tile_accepts_all_that_is_listed(kernel: Any, dtype: str, head_dim
 
 
 @given(
-    st.sampled_from(PASSES), st.sampled_from(DTYPES), st.integers(1, 576), st.sampled_from(ARCHITECTURES),
+    st.sampled_from(list(TILED_KERNELS)), st.sampled_from(DTYPES), st.integers(1, 576), st.sampled_from(ARCHITECTURES),
     st.builds(Tile, *[st.integers(-16, 300)] * 2, st.integers(-1, 20), st.integers(-1, 6)),
 )  # fmt: skip
 def test_a_tile_is_accepted_or_answered_with_legal_ones(kernel: Any, dtype: str, head_dim: int, arch: str, tile: Tile) -> None:
-    kernel_case = KernelCase(kernel, dtype, head_dim)
+    kernel_case = KernelCase(TILED_KERNELS[kernel], dtype, head_dim)
     if tiles.broken_rule(kernel_case, tile, on(arch)) is None:
         assert tiles.check_tile(kernel_case, tile, on(arch)) is tile
         assert tiles.shared_bytes(kernel_case, tile, on(arch)) <= on(arch).shared_memory_per_block

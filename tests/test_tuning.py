@@ -18,6 +18,7 @@ import cuflash
 from cuflash import cache, device, planning, tiles, tuning
 from cuflash.cache import Statistics
 from cuflash.errors import CompileError, OptionError, TileError
+from cuflash.kernel_specs import TILED_KERNELS
 from cuflash.tiles import KernelCase, Tile
 
 if TYPE_CHECKING:
@@ -39,12 +40,12 @@ def both_calls(*inputs: Any, **options: Any) -> None:
 # --- legal_tiles --------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", tiles.PASSES)
+@pytest.mark.parametrize("kernel", TILED_KERNELS)
 @pytest.mark.parametrize("arch", ["sm_75", "sm_86", "sm_90a"])
 def test_legal_tiles_starts_with_the_default(arch: str, kernel: Any) -> None:
     on = device.of_arch(arch, "gpu")
     listed = cuflash.legal_tiles(64, "float16", kernel=kernel, arch=arch)
-    case = KernelCase(kernel, "float16", 64)
+    case = KernelCase(TILED_KERNELS[kernel], "float16", 64)
     assert listed[0] == tiles.default_tile(case, on)
     assert len(listed) > 5
     for tile in listed:
@@ -60,7 +61,8 @@ def test_legal_tiles_of_this_machine(simulator: Target) -> None:
 def test_allow_tf32_matters_to_float32_alone() -> None:
     assert cuflash.legal_tiles(64, "float16", arch="sm_80", allow_tf32=True) == cuflash.legal_tiles(64, "float16", arch="sm_80")
     exact, quick = (
-        tiles.legal_tiles_for(KernelCase("forward", "float32", 64, allow), device.of_arch("sm_80", "gpu")) for allow in (False, True)
+        tiles.legal_tiles_for(KernelCase(TILED_KERNELS["forward"], "float32", 64, allow), device.of_arch("sm_80", "gpu"))
+        for allow in (False, True)
     )
     assert cuflash.legal_tiles(64, "float32", arch="sm_80", allow_tf32=True) == quick
     assert cuflash.legal_tiles(64, "float32", arch="sm_80") == exact
@@ -70,7 +72,7 @@ def test_allow_tf32_matters_to_float32_alone() -> None:
 def test_legal_tiles_with_features_are_those_that_a_call_takes(kernel: Any, head_dim: int) -> None:
     """An additive mask takes shared memory of the kernels of dK and dV, so that a tile at the limit does not fit with it."""
     features = cuflash.FeatureSet(attn_mask="float32")
-    case = KernelCase(kernel, "float16", head_dim, features=features)
+    case = KernelCase(TILED_KERNELS[kernel], "float16", head_dim, features=features)
     on = device.of_arch("sm_80", "gpu")
     listed = cuflash.legal_tiles(head_dim, "float16", kernel=kernel, arch="sm_80", features=features)
     for tile in listed:

@@ -12,7 +12,7 @@ from conftest import Target
 
 import cuflash
 from cuflash import launch
-from cuflash.planning import BY_KEYS, KernelPlan
+from cuflash.planning import KernelPlan, LaunchShape
 from cuflash.tiles import Tile
 from cuflash.visits import all_tiles, visited_tiles
 
@@ -28,10 +28,8 @@ def work(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that runs both calls with options and returns the matrix instructions of their kernels."""
     counted: list[int] = []
 
-    def launch_and_count(
-        self: Any, num_blocks: int, num_threads: int, shared_bytes: int, arguments: Any, stream: int, buffers: Any
-    ) -> None:
-        counters = self._module.launch((num_blocks, 1, 1), (num_threads, 1, 1), shared_bytes, arguments, buffers)
+    def launch_and_count(self: Any, shape: LaunchShape, arguments: Any, stream: int, buffers: Any) -> None:
+        counters = self._module.launch((shape.num_blocks, 1, 1), (shape.num_threads, 1, 1), shape.shared_bytes, arguments, buffers)
         counted.append(counters.matrix_instructions)
 
     monkeypatch.setattr(launch._SimulatorExecutable, "launch", launch_and_count)
@@ -74,7 +72,7 @@ def test_the_plan_knows_what_windows_and_the_causal_mask_leave(work: Any, option
     problem, kernels = kernels_of(options, seqlens)
     full, got = work(seqlens), work(seqlens, **options)
     for kernel in kernels:
-        visited = visited_tiles(problem, kernel.tile, by_keys=kernel.name in BY_KEYS)
+        visited = visited_tiles(problem, kernel.tile, by_keys=kernel.spec.owns_keys)
         assert visited is not None
         assert got[kernel.name] * all_tiles(problem, kernel.tile) == full[kernel.name] * visited, kernel.name
         assert visited == brute_force(options, seqlens, kernel.tile), kernel.name

@@ -29,12 +29,6 @@ def chosen_tiles(case: tiles.KernelCase, on: device.Device, top: int, spread: in
     return [(rank, len(legal), legal[rank]) for rank in picked]
 
 
-def kernel_case_of(case: Case, kernel: tiles.Pass) -> tiles.KernelCase:
-    """What the model knows one kernel of the case by."""
-    sample = case.sample
-    return tiles.KernelCase(kernel, sample.dtype, sample.head_dim, sample.allow_tf32, sample.head_dim_v or 0, sample.features.kinds())
-
-
 def sweep_tiles(machine: Machine, arguments: argparse.Namespace) -> int:
     """`--tiles`: whole passes with one kernel's tile pinned. Compilation runs ahead in threads while earlier tiles are timed."""
     on, deadline = machine.device, time.monotonic() + arguments.seconds
@@ -46,13 +40,14 @@ def sweep_tiles(machine: Machine, arguments: argparse.Namespace) -> int:
     work: list[tuple[Case, str, int, int, Any, Any, Any]] = []
     pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 2))
     for case in cases:
-        names = [kernel.name for plan in plans_of(case, on) for kernel in plan.kernels if kernel.name != "backward_delta"]
-        for name in names:
+        kernel_cases = [kernel.case for plan in plans_of(case, on) for kernel in plan.kernels if kernel.spec.is_tiled]
+        for kernel_case in kernel_cases:
+            name = kernel_case.kernel.name
             for rank, count, tile in chosen_tiles(
-                kernel_case_of(case, name), on, 2 if machine.small else arguments.top, 1 if machine.small else arguments.spread
+                kernel_case, on, 2 if machine.small else arguments.top, 1 if machine.small else arguments.spread
             ):
-                pinned = {name: tile} if name != "forward" else tile
-                plan = plans_of(case, on, pinned, name != "forward")[0]
+                pinned = {name: tile}
+                plan = plans_of(case, on, pinned, kernel_case.kernel.backward)[0]
                 kernel = next(kernel for kernel in plan.kernels if kernel.name == name)
                 others = [pool.submit(cache.fetch, other.request(on)) for other in plan.kernels if other is not kernel]
                 work.append((case, name, rank, count, pinned, kernel, [pool.submit(cache.fetch, kernel.request(on)), *others]))
@@ -66,14 +61,14 @@ def sweep_tiles(machine: Machine, arguments: argparse.Namespace) -> int:
         if operands is None or operands.case != case:
             operands = Operands(case, machine)
             heat(machine)
-        kernel_case, tile = kernel_case_of(case, name), kernel.tile
+        kernel_case, tile = kernel.case, kernel.tile
         first = tiles.estimate_cycles(kernel_case, tiles.default_tile(kernel_case, on), on)
         row: dict[str, Any] = {
             **machine.head(), "kernel": name, **shape_columns(case), "tile_q": tile.tile_q, "tile_kv": tile.tile_kv, "num_warps": tile.num_warps,
             "num_stages": tile.num_stages, "rank": rank, "of": count, "modelled": tiles.estimate_cycles(kernel_case, tile, on) / first,
             "shared_bytes": kernel.shared_bytes,
         }  # fmt: skip
-        direction = "forward" if name == "forward" else "backward"
+        direction = "backward" if kernel.spec.backward else "forward"
         try:
             compiled = [task.result(timeout=max(1.0, deadline - time.monotonic())) for task in artifacts]
             if compiled[0].resources:

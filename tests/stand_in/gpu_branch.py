@@ -13,8 +13,8 @@ import pytest
 
 import cuflash
 from cuflash import cache, calls, launch, reference
+from cuflash.arguments import Arguments
 from cuflash.errors import DeviceError
-from cuflash.launch import ArgumentTemplate
 
 attention, attention_backward = cuflash.scaled_dot_product_attention, cuflash.scaled_dot_product_attention_backward
 
@@ -211,10 +211,8 @@ def test_a_failing_launch_is_an_error_of_the_call(monkeypatch: pytest.MonkeyPatc
     """Kept last: it loses the GPU. What CuPy says reaches the caller, every later use says it too, and the current device is the caller's."""
     with cupy.cuda.Device(1):
         arrays = inputs()
-    fill = ArgumentTemplate.fill
-    monkeypatch.setattr(
-        ArgumentTemplate, "fill", lambda self, pointers: fill(self, pointers | {"key": 16} if "key" in pointers else pointers)
-    )
+    fill = Arguments.fill
+    monkeypatch.setattr(Arguments, "fill", lambda self, pointers: fill(self, pointers | {"key": 16} if "key" in pointers else pointers))
     with pytest.raises(cupy.cuda.driver.CUDADriverError, match="illegal memory access"):
         attention(*arrays)
     monkeypatch.undo()

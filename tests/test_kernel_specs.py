@@ -1,0 +1,81 @@
+"""`cuflash.kernel_specs` is the only place that knows one kernel from another, and what it says is so."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cuflash import kernel_specs
+from cuflash.argument_structs import FORWARD_ARGUMENTS
+from cuflash.compiler import kernels_directory
+from cuflash.kernel_specs import KERNELS, KernelSpec
+
+PACKAGE = Path(kernel_specs.__file__).parent
+NAMES = {kernel.name for kernel in KERNELS}
+OTHER_MEANINGS = {
+    "__init__.py": {"dropout_mask", "merge_attention", "merge_attention_backward"},  # public functions
+    "__main__.py": {"forward"},  # a pass
+    "profiling.py": {"forward"},
+    "measured_tiles.py": NAMES,  # a table by kernel
+    "dropout.py": {"dropout_mask"},  # memory
+    "argument_structs.py": {"visible_tiles"},  # a field
+    "arguments.py": {"visible_tiles"},
+    "planning.py": {"forward", "visible_tiles"},  # a pass, and memory
+}
+"""Literals that are words of something else."""
+
+
+def literals(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_no_other_module_names_a_kernel_or_its_file() -> None:
+    files = {kernel.source for kernel in KERNELS}
+    found = {
+        (str(path.relative_to(PACKAGE)), text)
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "kernel_specs.py"
+        for text in literals(ast.parse(path.read_text(encoding="utf-8")))
+        if text in NAMES | files or text.endswith(("_mma", "_mma.cu"))
+    }
+    assert {(file, text) for file, text in found if text not in OTHER_MEANINGS.get(file, set())} == set()
+
+
+def test_every_file_of_a_kernel_has_one() -> None:
+    assert {path.name for path in kernels_directory().glob("*.cu")} == {kernel.source for kernel in KERNELS}
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_the_entry_is_in_the_file(kernel: KernelSpec) -> None:
+    assert f" {kernel.entry}(" in (kernels_directory() / kernel.source).read_text(encoding="utf-8")
+
+
+def test_names_are_unique() -> None:
+    assert len(NAMES) == len(KERNELS)
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel.is_tiled], ids=str)
+def test_products_are_those_of_the_formulas(kernel: KernelSpec) -> None:
+    """S and dP for what a kernel recomputes; each output is one product more, over the operands that it needs."""
+    columns = {"S": 0, "dP": 1, "O": 1, "dV": 1, "dQ": 0, "dK": 0}
+    over = [columns[name] for name in (*kernel.scores, *kernel.outputs)]
+    assert kernel.products == (over.count(0), over.count(1))
+    needs_dp = {"dQ", "dK"} & set(kernel.outputs) or kernel.sums_scores
+    assert ("dP" in kernel.scores) == bool(needs_dp)
+    operands = {*kernel.kept, *kernel.streamed}
+    assert {"query", "key"} <= operands
+    assert not ("dP" in kernel.scores and not {"value", "grad_out"} <= operands)
+    assert ({"key", "value"} & set(kernel.kept) != set()) == kernel.owns_keys
+    assert not set(kernel.kept) & set(kernel.streamed)
+
+
+def test_a_kernel_is_known_by_its_name_and_its_implementation() -> None:
+    same = KernelSpec("forward", "another.cu", FORWARD_ARGUMENTS, "mma")
+    assert same == kernel_specs.FORWARD
+    assert hash(same) == hash(kernel_specs.FORWARD)
+    assert KernelSpec("forward", "another.cu", FORWARD_ARGUMENTS) != kernel_specs.FORWARD
