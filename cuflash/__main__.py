@@ -229,10 +229,9 @@ def _save(options: argparse.Namespace, reports: Sequence[Report], kernels: Seque
 
 def _steady_state(report: Report, kernel: KernelPlan, causal: bool) -> KernelPrediction | None:
     """The predicted steady state of a kernel that was inspected; None where there is no listing, no model of the architecture, or no loop over tiles."""
-    from cuflash import tiles
     from cuflash.timing import machine, prediction, sass
 
-    if report.listing is None or report.subject.device.arch not in machine.MULTIPROCESSORS or kernel.name not in tiles.PASSES:
+    if report.listing is None or report.subject.device.arch not in machine.MULTIPROCESSORS or not kernel.spec.is_tiled:
         return None
     if report.occupancy.blocks == 0:
         return None

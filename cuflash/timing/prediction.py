@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from cuflash import cache, device, inspection
+from cuflash import cache, device, inspection, kernel_specs
 from cuflash.compiler import CompileRequest, KernelResources
 from cuflash.device import Device
 from cuflash.errors import UnsupportedError
-from cuflash.planning import BY_KEYS, KernelPlan, Plan
+from cuflash.planning import KernelPlan, Plan
 from cuflash.problem import Problem
-from cuflash.tiles import PASSES, KernelCase, multiply_adds
+from cuflash.tiles import KernelCase, multiply_adds
 from cuflash.timing.control_flow import Trace, is_matrix, steady_trace, tile_loop
 from cuflash.timing.description import Description
 from cuflash.timing.grid import grid_clocks
@@ -181,9 +181,9 @@ def predict_plan(plan: Plan, card: Card, *, limits: bool = True) -> Prediction:
     """
     launches = []
     for kernel in plan.kernels:
-        if kernel.name == "backward_delta":
+        if kernel.spec is kernel_specs.BACKWARD_DELTA:
             launches.append(predict_traffic(kernel, plan.problem, card))
-        elif kernel.name in PASSES:
+        elif kernel.spec.is_tiled:
             described, function = compiled(kernel, plan.device, causal=plan.problem.is_causal)
             launches.append(lay_out(predict_kernel(function, described, limits=limits), kernel, plan.problem, card))
         else:
@@ -223,7 +223,7 @@ def lay_out(predicted: KernelPrediction, kernel: KernelPlan, problem: Problem, c
     Raises:
         UnsupportedError: which tiles a block visits depends on data.
     """
-    by_keys = kernel.name in BY_KEYS
+    by_keys = kernel.spec.owns_keys
     visits = visits_of_blocks(problem, kernel.tile, by_keys=by_keys)
     if visits is None:
         hint = "Leave out masks, segments, prefixes and lengths."
@@ -252,11 +252,11 @@ def lay_out(predicted: KernelPrediction, kernel: KernelPlan, problem: Problem, c
 
 def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card) -> float:
     """Clocks of a block before and after its loop: it starts, waits for its first tiles, and stores its results."""
-    tile, by_keys = kernel.tile, kernel.name in BY_KEYS
+    tile, by_keys = kernel.tile, kernel.spec.owns_keys
     rows = tile.tile_kv if by_keys else tile.tile_q
     width = problem.itemsize * (problem.head_dim + problem.head_dim_v)
     first = (tile.tile_q + tile.tile_kv) * width
-    stored = rows * (width if kernel.name == "backward_dkdv" else width / 2)
+    stored = rows * (width if kernel.spec is kernel_specs.BACKWARD_DKDV else width / 2)
     return card.block_start + machine.copy_latency + (first + stored) / machine.l2_bytes
 
 
@@ -265,9 +265,9 @@ def _least_traffic(kernel: KernelPlan, problem: Problem) -> float:
     rows_q = problem.batch * problem.num_heads_q * problem.seqlen_q
     rows_kv = problem.key_shape[0] * problem.num_heads_kv * problem.seqlen_kv
     width = problem.itemsize * (problem.head_dim + problem.head_dim_v)
-    passes = {"forward": (1, 1), "backward_dkdv": (1, 2), "backward_dq": (1.5, 1), "backward_dk": (1, 1.5), "backward_dv": (1, 1.5)}
-    of_queries, of_keys = passes.get(kernel.name, (1, 1))
-    return width * (of_queries * rows_q + of_keys * rows_kv)
+    moved = (*kernel.spec.kept, *kernel.spec.streamed, *kernel.spec.outputs)
+    of_queries = sum(name in ("query", "grad_out", "O", "dQ") for name in moved)
+    return width / 2 * (of_queries * rows_q + (len(moved) - of_queries) * rows_kv)
 
 
 def predict_traffic(kernel: KernelPlan, problem: Problem, card: Card) -> Launch:
