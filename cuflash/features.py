@@ -307,12 +307,15 @@ def check_window(window: object) -> tuple[int | None, int | None]:
     """(left, right), each a number of keys or None for no limit, which -1 means too."""
     if window is None:
         return None, None
-    expected = "a pair (left, right) of ints, with None or -1 for no limit"
+    expected = "a pair (left, right) of ints from 0 on, with None or -1 for no limit"
     hint = "window=(127, 0) lets a query see itself and 127 keys before it."
     if isinstance(window, numpy.ndarray):
         window = window.tolist()
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise OptionError("window", describe(window), expected, hint)
+        got = describe(window)
+        if isinstance(window, (tuple, list)):
+            got = f"a {type(window).__name__} of {len(window)}: {reprlib.repr(window)}"
+        raise OptionError("window", got, expected, hint)
     limits: list[int | None] = []
     for limit in window:
         if limit is None:
@@ -334,7 +337,7 @@ def check_softcap(softcap: object, scale: float) -> float | None:
         return None
     if number is None or not 0.0 < number < 2.0**126:
         raise OptionError(
-            "softcap", describe(softcap), "a positive float, or None", "Leave it out for no cap; scores stay within ±softcap."
+            "softcap", describe(softcap), "a positive float below 2**126, or None", "Leave it out for no cap; scores stay within ±softcap."
         )
     if number < 2.0**-100 or abs(scale) / number > 2.0**127:
         hint = "Use a larger softcap; usual ones are 20 to 50."

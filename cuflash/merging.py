@@ -132,6 +132,9 @@ def _borrow_parts(parts: Any, name: str) -> list[Array]:
         return [borrow(parts, name)]
     if not parts:
         raise ShapeError(name, "no parts", "at least one part", _NO_PARTS)
+    if isinstance(parts[0], (list, tuple)):
+        hint = "Of pairs (out, lse) as the calls return them: merge_attention(*zip(*pairs))."
+        raise ShapeError(f"{name}[0]", f"a {type(parts[0]).__name__} of {len(parts[0])}", "an array", hint)
     return [borrow(part, f"{name}[{i}]") for i, part in enumerate(parts)]
 
 
@@ -183,6 +186,10 @@ def _check_parts(outs: _Parts, lses: _Parts, order: str) -> tuple[Layout, Shape4
             f"{outs.number}, one for each of outs",
             "One array has the parts along its first axis, a list one array for each part.",
         )
+    out_shape, lse_shape = outs.part(0).shape, lses.part(0).shape
+    if len(lse_shape) > len(out_shape):
+        got, expected = f"parts of shape {lse_shape} beside outs of {out_shape}", "lse, which has no head_dim"
+        raise ShapeError("lses", got, expected, "outs and lses are exchanged: outs come first.")
     check_dtypes(outs.named("outs"))
     for name, array in lses.named("lses").items():
         if array.dtype != "float32":

@@ -355,7 +355,10 @@ def _check_names(tile: Tiles, kernels: tuple[KernelSpec, ...]) -> None:
     for name in tile if isinstance(tile, Mapping) else ():
         if name not in names:
             raise TileError(
-                "tile", f"a tile for {name!r}", "kernels that run: " + ", ".join(names), "Remove it; print(plan) lists the kernels."
+                "tile",
+                f"a tile for {name!r}",
+                "kernels that run: " + ", ".join(names),
+                "Correct the name, or remove it; print(plan) lists the kernels.",
             )
 
 

@@ -343,6 +343,9 @@ def check_backward(problem: Problem, layout: Layout, grad_out: Array, out: Array
     """
     others = {"out": out, "grad_out": grad_out, "lse": lse}
     check_same_kind(others if grad_lse is None else {**others, "grad_lse": grad_lse})
+    if len(lse.shape) > len(out.shape):
+        got, expected = f"shape {lse.shape} beside out of {out.shape}", "lse, which has no head_dim"
+        raise ShapeError("lse", got, expected, "out and lse are exchanged: out comes first.")
     _check_like_output("out", out, problem, layout)
     _check_like_output("grad_out", grad_out, problem, layout)
     return BackwardViews(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy
@@ -455,6 +456,14 @@ def test_two_libraries(simulator: Target) -> None:
     with pytest.raises(DeviceError) as caught:
         cuflash.merge_attention([OUT, torch.from_numpy(OUT)], [LSE, LSE])
     assert caught.value.argument == "outs[1]"
+
+
+def test_what_was_exchanged_or_not_taken_apart_is_said(simulator: Target) -> None:
+    outs, lses = parts_of(simulator, "float16", 16)
+    with pytest.raises(ShapeError, match="exchanged: outs come first"):
+        cuflash.merge_attention(lses, outs)
+    with pytest.raises(ShapeError, match=re.escape("merge_attention(*zip(*pairs))")):
+        cuflash.merge_attention(list(zip(outs, lses, strict=True)), None)
 
 
 @pytest.mark.parametrize(
