@@ -1,6 +1,6 @@
 """Run the public calls: a call whose like was seen before runs as it was prepared then; another one is checked and prepared first.
 
-A new call is a straight line: borrow the arrays, check them into a `Problem`, plan, load the kernels, launch. All but the last step depends only on
+A new call is a straight line: borrow the arrays, check them into a `Problem`, plan, load the kernels, prepare, run. All but the last step depends only on
 what `arrays.signature` sees, so its result is kept as a `PreparedCall`, and a warm call looks it up and runs it.
 
 The functions here take the arguments of a public function by name, all of them.
@@ -13,14 +13,16 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from operator import itemgetter
 from typing import Any
 
-from cuflash import device, features
+from cuflash import device, features, launch
 from cuflash.arrays import Array, borrow, describe, pointer, signature
-from cuflash.errors import DTypeError, OptionError, UnsupportedError
+from cuflash.errors import CompilationForbiddenError, DTypeError, OptionError, UnsupportedError
+from cuflash.launch import Executable
 from cuflash.options import check_bool
-from cuflash.planning import Plan, make_plan
+from cuflash.planning import Plan, Tiles, make_plan
 from cuflash.prepared import Gradients, PreparedBackward, PreparedForward
-from cuflash.problem import Problem, make_problem
+from cuflash.problem import Problem, check_backward, check_out, make_problem
 from cuflash.tiles import Tile
+from cuflash.tuning import warmup_call
 
 Arguments = Mapping[str, Any]
 
@@ -39,8 +41,12 @@ def forward(function: str, arguments: Arguments) -> Any:
 
     problem, inputs = _check(arguments, _INPUTS)
     refuse_autograd(inputs)
+    on = device.of_memory(*inputs["query"].device)
     out = None if given is None else borrow(given, "out")
-    call = PreparedForward(problem, device.of_memory(*inputs["query"].device), arguments["tile"], inputs, out)
+    view = None if out is None else check_out(problem, problem.layout, out, _by_argument(inputs))
+    planned = make_plan(problem, on, tile=arguments["tile"])
+    kernels = _load(planned, arguments["tile"])
+    call = PreparedForward(planned, kernels, inputs, out, view)
     keep(key, call)
     pointers |= {name: array.pointer for name, array in inputs.items()}
     if out is not None:
@@ -58,7 +64,11 @@ def backward(function: str, arguments: Arguments) -> Gradients:
                 raise DTypeError(name, describe(arguments[name]), f"the {name} of the forward call", hint)
         problem, inputs = _check(arguments, (*_INPUTS, *_RESULTS))
         refuse_autograd(inputs)
-        call = PreparedBackward(problem, device.of_memory(*inputs["query"].device), arguments["tile"], inputs)
+        on = device.of_memory(*inputs["query"].device)
+        views = check_backward(problem, problem.layout, inputs["grad_out"], inputs["out"], inputs["lse"], inputs.get("grad_lse"))
+        planned = make_plan(problem, on, backward=True, tile=arguments["tile"])
+        kernels = _load(planned, arguments["tile"])
+        call = PreparedBackward(planned, kernels, inputs, views)
         keep(key, call)
         pointers |= {name: array.pointer for name, array in inputs.items()}
     gradients: Gradients = call.run(pointers)
@@ -90,6 +100,20 @@ def _check(arguments: Arguments, required: tuple[str, ...]) -> tuple[Problem, di
     checked: dict[str, Any] = {name: inputs.get(name, argument) for name, argument in arguments.items() if name not in _NOT_OF_PROBLEM}
     checked["dropout_seed"] = inputs.get("dropout_state", arguments["dropout_seed"])
     return make_problem(**checked), inputs
+
+
+def _by_argument(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The arrays by what the caller knows them by."""
+    return {"dropout_seed" if name == "dropout_state" else name: array for name, array in inputs.items()}
+
+
+def _load(plan: Plan, tile: Tiles) -> list[Executable]:
+    """The kernels of a plan, compiled if they are not in the cache."""
+    try:
+        return [launch.executable(kernel, plan.device) for kernel in plan.kernels]
+    except CompilationForbiddenError as error:
+        call = warmup_call(plan, tile)
+        raise error if call is None else CompilationForbiddenError(error.missing, f"Compile it beforehand: {call}") from None
 
 
 def refuse_autograd(inputs: Mapping[str, Array], backward: str = "scaled_dot_product_attention_backward") -> None:

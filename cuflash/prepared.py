@@ -10,16 +10,13 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cuflash import arguments, launch, sequences
+from cuflash import arguments, sequences
 from cuflash.arguments import Arguments, Value, Values
 from cuflash.arrays import Array, BFloat16Bits, Framework, pointer
-from cuflash.device import Device
-from cuflash.errors import CompilationForbiddenError
 from cuflash.features import Features
 from cuflash.launch import Executable, simulated_memory
-from cuflash.planning import Buffer, LaunchShape, Plan, Tiles, make_plan
-from cuflash.problem import Problem, View, check_backward, check_out
-from cuflash.tuning import warmup_call
+from cuflash.planning import Buffer, LaunchShape, Plan
+from cuflash.problem import BackwardViews, View
 
 if TYPE_CHECKING:
     from cuflash import simulator
@@ -56,16 +53,18 @@ class _Launch(NamedTuple):
 class PreparedCall:
     """One call with everything but the addresses decided."""
 
-    plan: Plan
-
-    def __init__(self, problem: Problem, on: Device, inputs: Mapping[str, Array]) -> None:
-        self.problem = problem
-        self.device = on
+    def __init__(self, plan: Plan, inputs: Mapping[str, Array]) -> None:
+        self.plan = plan
+        self.problem = plan.problem
+        self.device = plan.device
         like = inputs["query"]
         self.framework: Framework = like.framework
         self.like = Array(0, (), (), like.dtype, like.itemsize, like.device, like.framework, None)  # does not keep the caller's array alive
         self.extents: dict[str, tuple[int, int]] = {}  # name -> lowest byte relative to the pointer, size in bytes
         self.launches: list[_Launch] = []
+        made = (*plan.outputs, *plan.workspace)
+        self.written = frozenset(buffer.name for buffer in made)  # what nothing but its kernels fills
+        self.extents |= {buffer.name: (0, buffer.nbytes) for buffer in made}
         for name, array in inputs.items():
             self.add_extent(name, array)
 
@@ -92,28 +91,25 @@ class PreparedCall:
             stream = self.framework.current_stream(self.device.index)
         else:
             self.check_offsets(pointers)
-            made = (*self.plan.outputs, *self.plan.workspace)
-            extents = {buffer.name: (0, buffer.nbytes) for buffer in made} | self.extents  # a given `out` may have gaps
-            buffers = simulated_memory(extents, pointers, {buffer.name for buffer in made})
+            buffers = simulated_memory(self.extents, pointers, self.written)
         for executable, shape, packed in self.launches:
             executable.launch(shape, packed.fill(pointers), stream, buffers)
 
-    def load(
-        self, tile: Tiles, values: dict[str, Value], given: set[str], mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)
+    def pack(
+        self,
+        executables: Sequence[Executable],
+        values: dict[str, Value],
+        given: set[str],
+        mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0),
     ) -> list[_Launch]:
-        """The kernels of the plan, loaded, with their arguments packed but for the addresses of what is `given` and of what is allocated."""
+        """The loaded kernels of the plan with their arguments packed but for the addresses of what is `given` and of what is allocated."""
         problem = self.problem
-        given = given | {buffer.name for buffer in (*self.plan.outputs, *self.plan.workspace)}
+        given = given | self.written
         if problem.features.kinds.dropout and "dropout_state" not in given:
             given |= {"dropout_seed", "dropout_offset"}
         values["lengths"] = arguments.lengths(problem)
         if problem.features != NOTHING:
             values["features"] = arguments.feature_values(problem.features, problem.scale, problem.list_extents, mask_grad_strides)
-        try:
-            executables = [launch.executable(kernel, self.device) for kernel in self.plan.kernels]
-        except CompilationForbiddenError as error:
-            call = warmup_call(self.plan, tile)
-            raise error if call is None else CompilationForbiddenError(error.missing, f"Compile it beforehand: {call}") from None
         launches = []
         for kernel, loaded in zip(self.plan.kernels, executables, strict=True):
             own: Values = {
@@ -144,14 +140,14 @@ class PreparedCall:
 
 
 class PreparedForward(PreparedCall):
-    """A forward call; `given` is the array for the result, if there is one."""
+    """A forward call; `given` is the array for the result, if there is one, and `given_view` what it was checked to be."""
 
-    def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: Mapping[str, Array], given: Array | None) -> None:
-        super().__init__(problem, on, inputs)
-        by_argument = {"dropout_seed" if name == "dropout_state" else name: array for name, array in inputs.items()}
-        given_view = None if given is None else check_out(problem, problem.layout, given, by_argument)
-        self.plan = make_plan(problem, on, tile=tile)
-        view = given_view or self.view_of(self.plan.outputs[0], problem.head_dim_v)
+    def __init__(
+        self, plan: Plan, executables: Sequence[Executable], inputs: Mapping[str, Array], given: Array | None, given_view: View | None
+    ) -> None:
+        super().__init__(plan, inputs)
+        problem = self.problem
+        view = given_view or self.view_of(plan.outputs[0], problem.head_dim_v)
         if given is not None:
             self.add_extent("out", given)
         views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": view}
@@ -160,7 +156,7 @@ class PreparedForward(PreparedCall):
         stride_batch = 0 if problem.layout.varlen else problem.num_heads_q * problem.seqlen_q
         values: dict[str, Value] = {name: arguments.tensor(name, view, vectorized[name]) for name, view in views.items()}
         values["lse"] = arguments.rows("lse", (stride_batch, problem.seqlen_q, 1))
-        self.launches = self.load(tile, values, set(inputs))
+        self.launches = self.pack(executables, values, set(inputs))
 
     def may_write(self, out: Any, pointers: dict[str, int]) -> bool:
         """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""
@@ -196,12 +192,11 @@ class PreparedForward(PreparedCall):
 
 
 class PreparedBackward(PreparedCall):
-    """A backward call."""
+    """A backward call; `others` is where its other inputs were found to be."""
 
-    def __init__(self, problem: Problem, on: Device, tile: Tiles, inputs: Mapping[str, Array]) -> None:
-        super().__init__(problem, on, inputs)
-        others = check_backward(problem, problem.layout, inputs["grad_out"], inputs["out"], inputs["lse"], inputs.get("grad_lse"))
-        self.plan = make_plan(problem, on, backward=True, tile=tile)
+    def __init__(self, plan: Plan, executables: Sequence[Executable], inputs: Mapping[str, Array], others: BackwardViews) -> None:
+        super().__init__(plan, inputs)
+        problem = self.problem
         views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": others.out, "grad_out": others.grad_out}
         vectorized = {name: view.aligned16(problem.itemsize) and inputs[name].pointer % 16 == 0 for name, view in views.items()}
         for buffer, head_dim in zip(self.plan.outputs, (problem.head_dim, problem.head_dim, problem.head_dim_v), strict=False):
@@ -216,7 +211,7 @@ class PreparedBackward(PreparedCall):
         if others.grad_lse_strides is not None:
             values["grad_lse"] = arguments.rows("grad_lse", others.grad_lse_strides)
         values["row_statistics"] = "row_statistics"
-        self.launches = self.load(tile, values, set(inputs), mask_grad_strides)
+        self.launches = self.pack(executables, values, set(inputs), mask_grad_strides)
 
     def run(self, pointers: dict[str, int], given: Any = None) -> Gradients:
         gradients = []
