@@ -114,7 +114,8 @@ def _trace(function: Function, description: Description) -> Trace:
     if matrix is None:
         return steady_trace(function, loop)
     per_instruction = next((MULTIPLY_ADDS[part] for part in matrix.opcode.split(".") if part in MULTIPLY_ADDS), 0)
-    case = KernelCase(description.kernel, description.dtype, description.head_dim, False, description.head_dim_v)  # type: ignore[arg-type]
+    spec = kernel_specs.TILED_KERNELS[description.kernel]
+    case = KernelCase(spec, description.dtype, description.head_dim, False, description.head_dim_v)
     of_block = multiply_adds(case, description.tile, device.of_arch(description.arch))
     known = per_instruction and description.dtype != "float32"  # of which a product is one instruction or three
     expected = of_block // (per_instruction * description.tile.num_warps) if known else None
