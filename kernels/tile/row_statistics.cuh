@@ -76,13 +76,15 @@ class QueryColumns {
 
   // Starts the copies, which the caller commits with those of the tile. Past the end all is 0, and so is dO.
   DEVICE void issue() const {
-    if constexpr (!IN_SMEM) return;
-    for (int row = int(threadIdx.x); row < TILE_Q; row += NUM_THREADS) {
-      const bool in_range = first_q + row < view.num_queries;
-      const RowStatistics* source = in_range ? view.rows + first_q + row : view.rows;
-      cp_async<8>(tile + row * int(sizeof(RowStatistics)), source, in_range ? 8 : 0);
-      if constexpr (ADDITIVE_MASK)
-        cp_async<4>(tile + LOG2_SUMS_OFFSET + row * int(sizeof(float)), in_range ? view.log2_sums + first_q + row : view.log2_sums, in_range ? 4 : 0);
+    if constexpr (IN_SMEM) {
+      for (int row = int(threadIdx.x); row < TILE_Q; row += NUM_THREADS) {
+        const bool in_range = first_q + row < view.num_queries;
+        const RowStatistics* source = in_range ? view.rows + first_q + row : view.rows;
+        cp_async<8>(tile + row * int(sizeof(RowStatistics)), source, in_range ? 8 : 0);
+        if constexpr (ADDITIVE_MASK)
+          cp_async<4>(tile + LOG2_SUMS_OFFSET + row * int(sizeof(float)), in_range ? view.log2_sums + first_q + row : view.log2_sums,
+                      in_range ? 4 : 0);
+      }
     }
   }
 
