@@ -1,5 +1,5 @@
-// The by-value parameters of the kernels that merge attention over disjoint sets of keys. cuflash/merging.py packs the same fields in the same order
-// with the same sizes.
+// The by-value parameters of the kernels that merge attention over disjoint sets of keys. cuflash/argument_structs.py lists the same fields in
+// the same order with the same sizes.
 #pragma once
 #include "arguments.cuh"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -286,7 +287,10 @@ def test_a_long_profile_says_how_long_it_may_take_and_can_be_stopped(tmp_path: P
     """The estimate comes before the arrays are made; a launch of minutes ends with Ctrl-C."""
     arguments = [sys.executable, "-m", "cuflash", "profile", "--seqlen", "40000"]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "CUFLASH_SIMULATOR_THREADS": "1"}
-    with subprocess.Popen(arguments, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell lets what it runs in the background ignore it
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeded
+    ) as process:
         try:
             assert process.stderr is not None
             assert re.fullmatch(r"The simulator may need \d+ min for this; .*\n", process.stderr.readline())
