@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,14 @@ from cuflash.simulator import Module, Options
 ROOT = Path(__file__).resolve().parents[2]
 ENDLESS = 'extern "C" __global__ void endless(int* out) { for (volatile int i = 0; ; ++i) if (i < 0) out[0] = i; }'
 LIMIT = 2**40  # instructions: hours
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heeded() -> Iterator[None]:
+    """A shell lets what it runs in the background ignore it, and launches here end with nothing else."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def launch(threads: int, schedule: str = "late") -> None:
