@@ -181,7 +181,8 @@ _functions: dict[str, tuple[str, ...]] = {}
 
 def explains_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """The same call of attention; keywords that it does not have raise one KeywordError, which says what to write, instead of a bare TypeError."""
-    known = _functions[function.__name__] = tuple(inspect.signature(function).parameters)
+    known = tuple(inspect.signature(function).parameters)
+    _functions.setdefault(function.__name__, known)  # cuflash.torch has functions of the same names
     return _answering(function, function.__name__, known)
 
 

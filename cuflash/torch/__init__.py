@@ -1,0 +1,26 @@
+"""cuflash for torch: the calls of cuflash in torch's own terms, recorded by autograd, traced by `torch.compile`, and in the place of torch's function.
+
+Nothing of cuflash imports this package or torch: whoever imports `cuflash.torch` has asked for both. See docs/torch.md.
+
+| module | what it does |
+|---|---|
+| `attention.py`, `merging.py` | the public calls: signatures and docstrings |
+| `inputs.py` | what torch's users pass, brought into the form that cuflash takes |
+| `functions.py` | eager calls: autograd functions straight over cuflash's calls, with no operator in between |
+| `operators.py` | the same calls as registered operators, for tracing and for modes that look at operators |
+| `switch.py` | cuflash in the place of `torch.nn.functional.scaled_dot_product_attention` |
+"""
+
+from __future__ import annotations
+
+from cuflash.errors import SetupError
+
+try:
+    import torch  # noqa: F401
+except ImportError as error:
+    raise SetupError("cuflash.torch needs torch: pip install torch.") from error
+
+from cuflash.torch.attention import scaled_dot_product_attention, varlen_attention
+from cuflash.torch.merging import merge_attention
+
+__all__ = ["merge_attention", "scaled_dot_product_attention", "varlen_attention"]

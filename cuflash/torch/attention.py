@@ -1,0 +1,158 @@
+"""The public calls of attention, with torch's signature, order of dimensions and generator, differentiable by autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cuflash import attention as core
+from cuflash.other_names import explains_keywords
+from cuflash.torch import functions, inputs, operators
+from cuflash.torch.functions import TENSORS, Call
+from cuflash.torch.inputs import number
+
+assert core  # imported first: a wrong keyword is answered with what cuflash's own calls have too
+
+
+@explains_keywords
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    layout: str = "bhsd",
+    causal_alignment: str = "top_left",
+    return_lse: bool = False,
+    tile: Any = None,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+    seqlens_kv: Any = None,
+    dropout_seed: Any = None,
+    window: Any = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    segment_ids_q: Any = None,
+    segment_ids_kv: Any = None,
+    prefix_lengths: Any = None,
+) -> Any:
+    """`torch.nn.functional.scaled_dot_product_attention` with cuflash's kernels and options.
+
+    What arguments mean that are not below is said in `cuflash.scaled_dot_product_attention`.
+
+    Args:
+        query: `(batch, num_heads_q, seqlen_q, head_dim)`; float16, bfloat16 or float32; any strides, nothing is copied. As in torch's function, two dimensions
+            are one sequence, of three the first are heads, and of more than four the first ones are batches that are broadcast. A batch or heads of 1 are
+            broadcast to those of key and value.
+        key, value: `(batch, num_heads_kv, seqlen_kv, head_dim)`; value may have a head_dim of its own. A batch or heads of 1 are broadcast.
+        attn_mask: boolean (True: attend) or additive, broadcast; or a `torch.nn.attention.bias.CausalBias`, which stands for is_causal and causal_alignment.
+        dropout_p: applied whenever it is passed, as in torch's function: pass 0.0 in evaluation.
+        layout: the order of dimensions where it is not torch's, of which there are four then.
+        return_lse: return `(out, lse)`; lse is float32 `(batch, num_heads_q, seqlen_q)`, differentiable like out.
+        dropout_seed: None draws seed and offset from torch's generator of the query's device, on the device: `torch.manual_seed` reproduces them, and so do
+            checkpointing and CUDA graphs.
+        seqlens_kv, prefix_lengths: int32, or int64, which is converted on the device.
+        sinks, alibi_slopes: float32, or a 16-bit type, which is converted. Slopes have no gradient, and raise where they require one.
+        scale, softcap, dropout_p, window: numbers, or tensors of one element, for which a GPU is waited for.
+
+    Returns:
+        out, with autograd's record of query, key, value, an additive attn_mask and sinks; with `return_lse` `(out, lse)`.
+
+    Raises:
+        As `cuflash.scaled_dot_product_attention`; a second derivative raises UnsupportedError.
+    """
+    if type(attn_mask) is inputs.CausalBias:
+        attn_mask, is_causal, causal_alignment = inputs.from_causal_bias(attn_mask, is_causal, query, key, layout)
+    given = (
+        query, key, value, attn_mask, sinks, alibi_slopes, seqlens_kv, segment_ids_q, segment_ids_kv, prefix_lengths, None, None,
+        dropout_seed if isinstance(dropout_seed, torch.Tensor) else None,
+    )  # fmt: skip
+    inputs.check_tensors(TENSORS, given)
+    restore = None
+    if layout == "bhsd":
+        query, key, value, attn_mask, restore = inputs.four_dimensions(query, key, value, attn_mask)
+    query, key, value = inputs.autocast(query, key, value)
+    options = {
+        "dropout_p": number(dropout_p), "is_causal": is_causal, "scale": number(scale), "enable_gqa": enable_gqa, "layout": layout, "batch_first": True,
+        "num_heads": None, "causal_alignment": causal_alignment, "tile": tile, "deterministic": deterministic, "allow_tf32": allow_tf32,
+        "window": inputs.pair(window), "softcap": number(softcap),
+    }  # fmt: skip
+    state, seed = inputs.dropout_source(options["dropout_p"], dropout_seed, query.device)
+    sinks, alibi_slopes = inputs.sinks_and_slopes(sinks, alibi_slopes)
+    tensors = (
+        query, key, value, attn_mask, sinks, alibi_slopes, inputs.lengths(seqlens_kv), segment_ids_q, segment_ids_kv, inputs.lengths(prefix_lengths),
+        None, None, state,
+    )  # fmt: skip
+    result = _attend(Call(False, options, seed), tensors, return_lse)
+    if restore is None:
+        return result
+    return restore(*result) if return_lse else restore(result, None)[0]
+
+
+@explains_keywords
+def varlen_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_kv: Any,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal_alignment: str = "bottom_right",
+    return_lse: bool = False,
+    tile: Any = None,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Any = None,
+    window: Any = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    prefix_lengths: Any = None,
+) -> Any:
+    """`cuflash.varlen_attention` of tensors, recorded by autograd.
+
+    Args:
+        query, key, value: `(tokens, heads, head_dim)`.
+        cu_seqlens_q, cu_seqlens_kv: int32 `(sequences + 1,)`, or int64 as `cumsum` gives them, which is converted on the device.
+        max_seqlen_q, max_seqlen_kv: ints, or tensors of one element, for which a GPU is waited for.
+
+    Others are those of `cuflash.varlen_attention` and of `scaled_dot_product_attention` here.
+
+    Returns:
+        out `(tokens, heads, head_dim_v)`, or with `return_lse` out and lse `(heads, tokens)`, both differentiable.
+    """
+    state = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
+    given = (query, key, value, attn_mask, sinks, alibi_slopes, None, None, None, prefix_lengths, cu_seqlens_q, cu_seqlens_kv, state)
+    inputs.check_tensors(TENSORS, given)
+    query, key, value = inputs.autocast(query, key, value)
+    options = {
+        "max_seqlen_q": number(max_seqlen_q), "max_seqlen_kv": number(max_seqlen_kv), "dropout_p": number(dropout_p), "is_causal": is_causal,
+        "scale": number(scale), "enable_gqa": enable_gqa, "causal_alignment": causal_alignment, "tile": tile, "deterministic": deterministic,
+        "allow_tf32": allow_tf32, "window": inputs.pair(window), "softcap": number(softcap),
+    }  # fmt: skip
+    state, seed = inputs.dropout_source(options["dropout_p"], dropout_seed, query.device)
+    sinks, alibi_slopes = inputs.sinks_and_slopes(sinks, alibi_slopes)
+    tensors = (
+        query, key, value, attn_mask, sinks, alibi_slopes, None, None, None, inputs.lengths(prefix_lengths), inputs.lengths(cu_seqlens_q),
+        inputs.lengths(cu_seqlens_kv), state,
+    )  # fmt: skip
+    return _attend(Call(True, options, seed), tensors, return_lse)
+
+
+def _attend(call: Call, tensors: functions.Tensors, return_lse: bool) -> Any:
+    if operators.looked_at(tensors):
+        return operators.attend(call, tensors, return_lse)
+    return functions.attend(call, tensors, return_lse)

@@ -1,0 +1,168 @@
+"""Bring what torch's users pass into the form that cuflash takes: plain tensors of four dimensions, int32 lengths, float32 sinks and slopes, Python numbers.
+
+What changes shapes or types here is done by torch's operators, so autograd undoes it. Nothing here waits for a GPU but `number`, which reads a tensor of one
+element on the host, as it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from cuflash.arrays import describe
+from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+_TRACED = (FakeTensor, FunctionalTensor)
+_HALF = (torch.float16, torch.bfloat16)
+_INT32_MAX = 2**31 - 1
+
+
+def check_tensors(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
+    """Refuse what is no tensor, and tensors that compute in ways of their own, whose memory may hold something else than their values.
+
+    Raises:
+        DTypeError: names the argument and its class.
+    """
+    if _PLAIN.issuperset(map(type, tensors)):
+        return
+    for name, tensor in zip(names, tensors, strict=True):
+        kind = type(tensor)
+        if kind in _PLAIN or isinstance(tensor, _TRACED):
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise DTypeError(name, describe(tensor), "a torch tensor", f"Convert it: torch.as_tensor({name}), or call cuflash's own functions.")
+        if tensor.is_nested:
+            hint = f"Pad it, {name}.to_padded_tensor(0.0), with seqlens_kv; or call varlen_attention with {name}.values() and {name}.offsets()."
+            raise DTypeError(name, "a nested tensor", "a dense tensor", hint)
+        if not _computes_as_usual(kind):
+            got = f"a tensor of the subclass {kind.__module__}.{kind.__qualname__}"
+            hint = f"Its operators are its own, so that its memory need not hold its values: pass {name}.as_subclass(torch.Tensor) if it does."
+            raise DTypeError(name, got, "a plain torch tensor", hint)
+
+
+def _computes_as_usual(kind: type) -> bool:
+    """Whether a subclass overrides nothing that happens to its tensors, such as `torch.nn.Buffer`."""
+    usual = (torch.Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
+    functions = [getattr(function, "__func__", function) for function in usual]
+    dispatch, plain = kind.__torch_dispatch__, torch.Tensor.__torch_dispatch__  # type: ignore[attr-defined]
+    if getattr(dispatch, "__func__", dispatch) is not getattr(plain, "__func__", plain):
+        return False
+    function: Any = kind.__torch_function__  # type: ignore[attr-defined]
+    return getattr(function, "__func__", function) in functions
+
+
+def from_causal_bias(bias: Any, is_causal: Any, query: Any, key: Any, layout: str) -> tuple[None, bool, str]:
+    """What a `torch.nn.attention.bias.CausalBias` says, as attn_mask, is_causal and causal_alignment."""
+    if is_causal:
+        hint = "It says all that is_causal says: leave is_causal out."
+        raise OptionError("is_causal", "True with a CausalBias as attn_mask", "one of the two", hint)
+    axis = layout.index("s") - 4
+    found = query.shape[axis], key.shape[axis]
+    if (bias.seq_len_q, bias.seq_len_kv) != found:
+        got = f"a CausalBias for {bias.seq_len_q} queries and {bias.seq_len_kv} keys"
+        raise ShapeError("attn_mask", got, f"one for {found[0]} and {found[1]}", "Make it of the lengths of query and key.")
+    return None, True, "top_left" if bias.variant == CausalVariant.UPPER_LEFT else "bottom_right"
+
+
+def number(x: Any) -> Any:
+    """A tensor of one element as a Python number, for which a GPU is waited for; anything else as it is."""
+    return x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x
+
+
+def pair(x: Any) -> Any:
+    """A window whose limits may be tensors: one of two elements, or two of one element each."""
+    if isinstance(x, torch.Tensor):
+        x = x.tolist()
+    return tuple([number(limit) for limit in x]) if isinstance(x, (tuple, list)) else x
+
+
+def lengths(x: Any) -> Any:
+    """Offsets or lengths as contiguous int32; numbers that int32 cannot hold come out beyond every length, or below zero."""
+    if x is None or x.dtype == torch.int32:
+        return x
+    return x.clamp(-1, _INT32_MAX).to(torch.int32).contiguous() if x.dtype == torch.int64 else x
+
+
+def sinks_and_slopes(sinks: Any, alibi_slopes: Any) -> tuple[Any, Any]:
+    """Both in float32, to which 16-bit types are converted exactly.
+
+    Raises:
+        UnsupportedError: slopes that require grad, since autograd would take a missing gradient for zero.
+    """
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        hint = "Pass alibi_slopes.detach(), or learn an additive attn_mask, which has a gradient."
+        raise UnsupportedError("alibi_slopes", "a tensor that requires grad", "slopes, which have no gradient", hint)
+    return _as_float32(sinks), _as_float32(alibi_slopes)
+
+
+def _as_float32(x: Any) -> Any:
+    return x.float() if x is not None and x.dtype in _HALF else x
+
+
+def autocast(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+    """query, key and value in the type of an enclosing `torch.autocast`, all of them; float64 stays, as in torch's own functions."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(kind)
+    cast = [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (query, key, value)]
+    return cast[0], cast[1], cast[2]
+
+
+def dropout_source(dropout_p: Any, given: Any, device: Any) -> tuple[Any, Any]:
+    """What dropout draws from: a tensor of seed and offset, or ints. Without either, both from torch's generator of the device, where they stay."""
+    if isinstance(given, torch.Tensor):
+        return given, None
+    if given is not None or not dropout_p:
+        return None, given
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device), None
+
+
+Restore = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def four_dimensions(query: Any, key: Any, value: Any, attn_mask: Any) -> tuple[Any, Any, Any, Any, Restore | None]:
+    """Torch's (…, heads, seqlen, head_dim) as (batch, heads, seqlen, head_dim), with query broadcast over batch and heads of the keys.
+
+    Two dimensions are one sequence of one head; of three, the first are heads, since masks of three dimensions fit these. Of more than four, the first ones
+    are broadcast to each other and become one, which copies those that cannot be viewed so.
+
+    Returns:
+        the four tensors, and what brings out and lse into the caller's shape; None where that is theirs.
+    """
+    ranks = (query.dim(), key.dim(), value.dim())
+    rank = max(ranks)
+    if min(ranks) < 2:
+        name = ("query", "key", "value")[ranks.index(min(ranks))]
+        shape = tuple((query, key, value)[ranks.index(min(ranks))].shape)
+        raise ShapeError(name, f"shape {shape}", "at least two dimensions, (..., seqlen, head_dim)", "Add the missing ones: x[None].")
+    restore: Restore | None = None
+    if ranks != (4, 4, 4):
+        query, key, value = (x[(None,) * (4 - x.dim())] if x.dim() < 4 else x for x in (query, key, value))
+    if rank < 4:
+        outer = (0,) * (4 - rank)
+
+        def restore(out: Any, lse: Any) -> tuple[Any, Any]:
+            return out[outer], None if lse is None else lse[outer]
+    elif rank > 4:
+        leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        query, key, value = (x.expand(*leading, *x.shape[-3:]).flatten(0, -4) for x in (query, key, value))
+        if attn_mask is not None and attn_mask.dim() > 3:
+            attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, -4)
+
+        def restore(out: Any, lse: Any) -> tuple[Any, Any]:
+            return out.unflatten(0, leading), None if lse is None else lse.unflatten(0, leading)
+
+    batch, heads = query.shape[:2]
+    batch_kv, heads_kv = key.shape[:2]
+    if batch == 1 or heads == 1:
+        wanted = (max(batch_kv, value.shape[0]) if batch == 1 else batch, max(heads_kv, value.shape[1]) if heads == 1 else heads)
+        if wanted != (batch, heads):
+            query = query.expand(*wanted, -1, -1)
+    return query, key, value, attn_mask, restore

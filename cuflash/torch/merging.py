@@ -1,0 +1,87 @@
+"""`merge_attention` of tensors, recorded by autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cuflash import merging
+from cuflash.errors import UnsupportedError
+from cuflash.torch import operators
+
+
+def merge_attention(outs: Any, lses: Any, *, layout: str = "bhsd") -> tuple[Any, Any]:
+    """`cuflash.merge_attention` of tensors: attention of the same queries over disjoint sets of keys as attention over all of them.
+
+    Args:
+        outs, lses: what the calls gave with `return_lse`: lists, or tensors with the parts along a first axis of their own.
+        layout: the order of dimensions of outs; of packed sequences, whose outs have three dimensions and lses two, it says nothing.
+
+    Returns:
+        out and lse, both differentiable in all outs and lses.
+    """
+    parts_out = tuple(outs) if isinstance(outs, (list, tuple)) else (outs,)
+    parts_lse = tuple(lses) if isinstance(lses, (list, tuple)) else (lses,)
+    parts = (*parts_out, *parts_lse)
+    order = _order(layout, parts_out, parts_lse, outs is not parts_out and not isinstance(outs, list))
+    if operators.looked_at(parts):
+        lists = [x if isinstance(x, (list, tuple)) else x.unbind(0) for x in (outs, lses)]
+        return operators.merge_parts(*lists, order)
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in parts):
+        forms = tuple(len(own) if isinstance(x, (list, tuple)) else None for x, own in ((outs, parts_out), (lses, parts_lse)))
+        out, lse = _Merge.apply(order, forms, *parts)
+        return out, lse
+    return merging.merge_attention(outs, lses, layout=order)
+
+
+def _order(layout: str, outs: Any, lses: Any, stacked: bool) -> str:
+    """The layout of padded batches; packed sequences have none, which cuflash calls "bshd"."""
+    first = outs[0] if outs else None
+    ndim = first.dim() - stacked if isinstance(first, torch.Tensor) else 4
+    return "bshd" if ndim == 3 and layout == "bhsd" else layout
+
+
+class _Merge(torch.autograd.Function):  # type: ignore[misc]
+    """(out, lse) of parts that come one behind the other; `forms` are the lengths of the lists, None for one tensor that holds all parts."""
+
+    @staticmethod
+    def forward(order: str, forms: tuple[int | None, int | None], *parts: Any) -> Any:
+        return merging.merge_attention(*_in_forms(forms, parts), layout=order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.order, ctx.forms, *parts = inputs
+        ctx.save_for_backward(*parts, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
+        return (None, None, *_MergeBackward.apply(ctx.order, ctx.forms, grad_out, grad_lse, *ctx.saved_tensors))
+
+
+class _MergeBackward(torch.autograd.Function):  # type: ignore[misc]
+    """The gradients of `_Merge`, which have none of their own."""
+
+    @staticmethod
+    def forward(order: str, forms: tuple[int | None, int | None], grad_out: Any, grad_lse: Any, *saved: Any) -> Any:
+        *parts, out, lse = saved
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grads = merging.merge_attention_backward(grad_out, *_in_forms(forms, tuple(parts)), out, lse, grad_lse, layout=order)
+        each = [grad for form, of_parts in zip(forms, grads, strict=True) for grad in ((of_parts,) if form is None else of_parts)]
+        return tuple(each)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise UnsupportedError("merge_attention", "a second derivative of it", "first derivatives", "Use create_graph=False.")
+
+
+def _in_forms(forms: tuple[int | None, int | None], parts: tuple[Any, ...]) -> tuple[Any, Any]:
+    """outs and lses, each a list or one tensor."""
+    count = 1 if forms[0] is None else forms[0]
+    outs, lses = parts[:count], parts[count:]
+    return (outs[0] if forms[0] is None else outs), (lses[0] if forms[1] is None else lses)

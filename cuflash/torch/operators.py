@@ -1,0 +1,203 @@
+"""The calls as registered operators: what `torch.compile`, `torch.export`, selective checkpointing and other modes of torch see in the place of a call.
+
+Each operator has one contract: optional tensors, options as numbers and words, every result always there. Their shapes and strides depend on shapes alone, which
+may be symbols: a new length traces and compiles nothing. Eager calls do not come here (`functions.py`): an operator costs more than the rest of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cuflash.errors import UnsupportedError
+from cuflash.merging import merge_attention as merge
+from cuflash.merging import merge_attention_backward as merge_backward
+from cuflash.tiles import Tile
+from cuflash.torch.functions import TENSORS, Call, Tensors
+from cuflash.torch.inputs import _TRACED
+
+_OPTIONS = (
+    "SymInt? max_seqlen_q, SymInt? max_seqlen_kv, float dropout_p, bool is_causal, float? scale, bool enable_gqa, str layout, str causal_alignment, "
+    "int[]? window, float? softcap, int[]? tile, bool allow_tf32"
+)
+_INPUTS = "Tensor query, Tensor key, Tensor value, " + ", ".join(f"Tensor? {name}" for name in TENSORS[3:])
+_COUNT = len(TENSORS)
+_UNLIMITED = -1
+
+torch.library.define(
+    "cuflash::attention", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+)
+torch.library.define(
+    "cuflash::attention_backward",
+    f"(Tensor? grad_out, Tensor? grad_lse, {_INPUTS}, {_OPTIONS}, Tensor out, Tensor lse, bool need_attn_mask_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+torch.library.define(
+    "cuflash::merge", "(Tensor[] outs, Tensor[] lses, str layout) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)  # fmt: skip
+torch.library.define(
+    "cuflash::merge_backward",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor out, Tensor lse, str layout) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+
+_attention = torch.ops.cuflash.attention.default
+_attention_backward = torch.ops.cuflash.attention_backward.default
+_merge = torch.ops.cuflash.merge.default
+_merge_backward = torch.ops.cuflash.merge_backward.default
+
+
+def looked_at(tensors: Sequence[Any]) -> bool:
+    """Whether somebody traces the call or watches operators, so that it has to be one."""
+    return (
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or any([isinstance(x, _TRACED) for x in tensors])
+    )
+
+
+def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:
+    """The call as an operator."""
+    out, lse = _attention(*_with_seed(call, tensors), *_options_of(call))
+    return (out, lse) if return_lse else out
+
+
+def merge_parts(outs: Sequence[Any], lses: Sequence[Any], layout: str) -> tuple[Any, Any]:
+    """`merge_attention` of lists as an operator."""
+    out, lse = _merge(list(outs), list(lses), layout)
+    return out, lse
+
+
+# --- Options as an operator takes them -----------------------------------------------------------------------------------------------------
+
+
+def _with_seed(call: Call, tensors: Tensors) -> Tensors:
+    """A seed of ints in a tensor, which is what an operator takes."""
+    if call.seed is None:
+        return tensors
+    pair = call.seed if isinstance(call.seed, tuple) else (call.seed, 0)
+    words = [word - 2**64 if word >= 2**63 else word for word in pair]
+    return (*tensors[:-1], torch.tensor(words, dtype=torch.int64, device=tensors[0].device))
+
+
+def _options_of(call: Call) -> tuple[Any, ...]:
+    options = call.options
+    window, tile = options["window"], options["tile"]
+    if tile is not None:
+        if not isinstance(tile, Tile):
+            raise UnsupportedError("tile", type(tile).__name__, "a cuflash.Tile, or None", "Under tracing all kernels of a call share one tile.")
+        tile = [tile.tile_q, tile.tile_kv, tile.num_warps, tile.num_stages]
+    if window is not None:
+        window = [_UNLIMITED if limit is None else limit for limit in window]
+    return (
+        options.get("max_seqlen_q"), options.get("max_seqlen_kv"), options["dropout_p"], options["is_causal"], options["scale"], options["enable_gqa"],
+        options.get("layout", "packed"), options["causal_alignment"], window, options["softcap"], tile, options["allow_tf32"],
+    )  # fmt: skip
+
+
+def _call_of(options: Sequence[Any]) -> Call:
+    max_q, max_kv, dropout_p, is_causal, scale, enable_gqa, layout, alignment, window, softcap, tile, allow_tf32 = options
+    named: dict[str, Any] = {
+        "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa, "causal_alignment": alignment,
+        "tile": None if tile is None else Tile(*tile), "deterministic": False, "allow_tf32": allow_tf32,
+        "window": None if window is None else tuple(window), "softcap": softcap,
+    }  # fmt: skip
+    if layout == "packed":
+        return Call(True, named | {"max_seqlen_q": max_q, "max_seqlen_kv": max_kv})
+    return Call(False, named | {"layout": layout, "batch_first": True, "num_heads": None})
+
+
+# --- Attention -----------------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.impl("cuflash::attention", "CompositeExplicitAutograd")
+def _attention_impl(*arguments: Any) -> Any:
+    return _call_of(arguments[_COUNT:]).forward(arguments[:_COUNT], True)
+
+
+@torch.library.register_fake("cuflash::attention")
+def _attention_fake(*arguments: Any) -> Any:
+    query, value, layout = arguments[0], arguments[2], arguments[_COUNT + 6]
+    if layout == "packed":
+        tokens, heads, _ = query.shape
+        return query.new_empty((tokens, heads, value.shape[2])), query.new_empty((heads, tokens), dtype=torch.float32)
+    batch, heads, seqlen = (query.shape[layout.index(letter)] for letter in "bhs")
+    shape = [(value if letter == "d" else query).shape[axis] for axis, letter in enumerate(layout)]
+    return query.new_empty(shape), query.new_empty((batch, heads, seqlen), dtype=torch.float32)
+
+
+@torch.library.impl("cuflash::attention_backward", "CompositeExplicitAutograd")
+def _attention_backward_impl(grad_out: Any, grad_lse: Any, *arguments: Any) -> Any:
+    *others, out, lse, need_attn_mask_grad = arguments
+    tensors = tuple(others[:_COUNT])
+    grads = _call_of(others[_COUNT:]).backward(tensors, out, lse, grad_out, grad_lse, need_attn_mask_grad)
+    nothing = (tensors[0].new_empty(0) if grad is None else grad for grad in (grads.attn_mask, grads.sinks))
+    return (*grads, *nothing)
+
+
+@torch.library.register_fake("cuflash::attention_backward")
+def _attention_backward_fake(grad_out: Any, grad_lse: Any, *arguments: Any) -> Any:
+    *others, out, lse, need_attn_mask_grad = arguments
+    query, key, value, attn_mask, sinks = others[:5]
+    mask = attn_mask if need_attn_mask_grad else None
+    return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (query, key, value, mask, sinks))
+
+
+def _attention_context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:_COUNT], *output)
+    ctx.options = inputs[_COUNT:]
+    ctx.set_materialize_grads(False)
+
+
+def _attention_gradients(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
+    *tensors, out, lse = ctx.saved_tensors
+    needs_mask = ctx.needs_input_grad[3]
+    *grads, mask, sinks = _attention_backward(grad_out, grad_lse, *tensors, *ctx.options, out, lse, needs_mask)
+    optional = (mask if needs_mask else None, None if tensors[4] is None else sinks)
+    return (*grads, *optional, *(None,) * (_COUNT - 5 + len(ctx.options)))
+
+
+torch.library.register_autograd("cuflash::attention", _attention_gradients, setup_context=_attention_context)
+
+
+# --- Merging -------------------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.impl("cuflash::merge", "CompositeExplicitAutograd")
+def _merge_impl(outs: Any, lses: Any, layout: str) -> Any:
+    return merge(outs, lses, layout=layout)
+
+
+@torch.library.register_fake("cuflash::merge")
+def _merge_fake(outs: Any, lses: Any, layout: str) -> Any:
+    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
+
+
+@torch.library.impl("cuflash::merge_backward", "CompositeExplicitAutograd")
+def _merge_backward_impl(grad_out: Any, grad_lse: Any, outs: Any, lses: Any, out: Any, lse: Any, layout: str) -> Any:
+    given = torch.stack(outs), torch.stack(lses)
+    return tuple(merge_backward(grad_out, *given, out, lse, grad_lse, layout=layout))
+
+
+@torch.library.register_fake("cuflash::merge_backward")
+def _merge_backward_fake(grad_out: Any, grad_lse: Any, outs: Any, lses: Any, out: Any, lse: Any, layout: str) -> Any:
+    return outs[0].new_empty((len(outs), *outs[0].shape)), lses[0].new_empty((len(lses), *lses[0].shape))
+
+
+def _merge_context(ctx: Any, inputs: Any, output: Any) -> None:
+    outs, lses, ctx.layout = inputs
+    ctx.count = len(outs)
+    ctx.save_for_backward(*outs, *lses, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _merge_gradients(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
+    *parts, out, lse = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grad_outs, grad_lses = _merge_backward(grad_out, grad_lse, parts[: ctx.count], parts[ctx.count :], out, lse, ctx.layout)
+    return list(grad_outs.unbind()), list(grad_lses.unbind()), None
+
+
+torch.library.register_autograd("cuflash::merge", _merge_gradients, setup_context=_merge_context)
