@@ -22,5 +22,6 @@ except ImportError as error:
 
 from cuflash.torch.attention import scaled_dot_product_attention, varlen_attention
 from cuflash.torch.merging import merge_attention
+from cuflash.torch.switch import Report, disable, enable, report, use
 
-__all__ = ["merge_attention", "scaled_dot_product_attention", "varlen_attention"]
+__all__ = ["Report", "disable", "enable", "merge_attention", "report", "scaled_dot_product_attention", "use", "varlen_attention"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import CausalBias
 
 from cuflash import attention as core
 from cuflash.other_names import explains_keywords
@@ -67,7 +68,7 @@ def scaled_dot_product_attention(
     Raises:
         As `cuflash.scaled_dot_product_attention`; a second derivative raises UnsupportedError.
     """
-    if type(attn_mask) is inputs.CausalBias:
+    if type(attn_mask) is CausalBias:
         attn_mask, is_causal, causal_alignment = inputs.from_causal_bias(attn_mask, is_causal, query, key, layout)
     given = (
         query, key, value, attn_mask, sinks, alibi_slopes, seqlens_kv, segment_ids_q, segment_ids_kv, prefix_lengths, None, None,

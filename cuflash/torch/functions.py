@@ -45,7 +45,9 @@ class Call:
 
     def _arguments(self, tensors: Tensors) -> dict[str, Any]:
         """The arguments of both passes, by name."""
-        query, key, value, attn_mask, sinks, alibi_slopes, seqlens_kv, ids_q, ids_kv, prefix_lengths, cu_seqlens_q, cu_seqlens_kv, state = tensors
+        query, key, value, attn_mask, sinks, alibi_slopes, seqlens_kv, ids_q, ids_kv, prefix_lengths, cu_seqlens_q, cu_seqlens_kv, state = (
+            tensors
+        )
         arguments = {
             "query": query, "key": key, "value": value, "attn_mask": attn_mask, "sinks": sinks, "alibi_slopes": alibi_slopes,
             "prefix_lengths": prefix_lengths, "dropout_seed": self.seed if state is None else state, **self.options,
@@ -78,10 +80,14 @@ class Call:
 
 def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:
     """The call outside of tracing: recorded where something has to be, else nothing but the call."""
-    if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors[:5]]) or torch._C._are_functorch_transforms_active():
+    if _is_recorded(tensors) or torch._C._are_functorch_transforms_active():
         out, lse = Attention.apply(*tensors, call)
         return (out, lse) if return_lse else out
     return call.forward(tensors, return_lse)
+
+
+def _is_recorded(tensors: Tensors) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:5])
 
 
 class Attention(torch.autograd.Function):  # type: ignore[misc]
@@ -166,7 +172,12 @@ def _gradients(call: Call, tensors: Tensors, out: Any, lse: Any, grad_out: Any, 
 
 def _check_randomness(info: Any, call: Call) -> None:
     if call.dropout_p and info.randomness == "error":
-        raise UnsupportedError("dropout_p", f"{call.dropout_p} under vmap with randomness='error'", "0.0, or a choice", "Pass randomness='different' or 'same' to vmap.")
+        raise UnsupportedError(
+            "dropout_p",
+            f"{call.dropout_p} under vmap with randomness='error'",
+            "0.0, or a choice",
+            "Pass randomness='different' or 'same' to vmap.",
+        )
 
 
 def _foldable(dims: Tensors, call: Call, info: Any) -> bool:

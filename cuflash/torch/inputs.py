@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.nn.attention.bias import CausalVariant
 
 from cuflash.arrays import describe
 from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
-_TRACED = (FakeTensor, FunctionalTensor)
+TRACED = (FakeTensor, FunctionalTensor)
+"""Stand-ins for tensors while a call is traced."""
 _HALF = (torch.float16, torch.bfloat16)
 _INT32_MAX = 2**31 - 1
 
@@ -33,16 +34,20 @@ def check_tensors(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
         return
     for name, tensor in zip(names, tensors, strict=True):
         kind = type(tensor)
-        if kind in _PLAIN or isinstance(tensor, _TRACED):
+        if kind in _PLAIN or isinstance(tensor, TRACED):
             continue
         if not isinstance(tensor, torch.Tensor):
-            raise DTypeError(name, describe(tensor), "a torch tensor", f"Convert it: torch.as_tensor({name}), or call cuflash's own functions.")
+            raise DTypeError(
+                name, describe(tensor), "a torch tensor", f"Convert it: torch.as_tensor({name}), or call cuflash's own functions."
+            )
         if tensor.is_nested:
             hint = f"Pad it, {name}.to_padded_tensor(0.0), with seqlens_kv; or call varlen_attention with {name}.values() and {name}.offsets()."
             raise DTypeError(name, "a nested tensor", "a dense tensor", hint)
         if not _computes_as_usual(kind):
             got = f"a tensor of the subclass {kind.__module__}.{kind.__qualname__}"
-            hint = f"Its operators are its own, so that its memory need not hold its values: pass {name}.as_subclass(torch.Tensor) if it does."
+            hint = (
+                f"Its operators are its own, so that its memory need not hold its values: pass {name}.as_subclass(torch.Tensor) if it does."
+            )
             raise DTypeError(name, got, "a plain torch tensor", hint)
 
 

@@ -24,10 +24,10 @@ def merge_attention(outs: Any, lses: Any, *, layout: str = "bhsd") -> tuple[Any,
     parts_out = tuple(outs) if isinstance(outs, (list, tuple)) else (outs,)
     parts_lse = tuple(lses) if isinstance(lses, (list, tuple)) else (lses,)
     parts = (*parts_out, *parts_lse)
-    order = _order(layout, parts_out, parts_lse, outs is not parts_out and not isinstance(outs, list))
+    order = _order(layout, parts_out, stacked=not isinstance(outs, (list, tuple)))
     if operators.looked_at(parts):
-        lists = [x if isinstance(x, (list, tuple)) else x.unbind(0) for x in (outs, lses)]
-        return operators.merge_parts(*lists, order)
+        listed = [x if isinstance(x, (list, tuple)) else x.unbind(0) for x in (outs, lses)]
+        return operators.merge_parts(listed[0], listed[1], order)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in parts):
         forms = tuple(len(own) if isinstance(x, (list, tuple)) else None for x, own in ((outs, parts_out), (lses, parts_lse)))
         out, lse = _Merge.apply(order, forms, *parts)
@@ -35,7 +35,7 @@ def merge_attention(outs: Any, lses: Any, *, layout: str = "bhsd") -> tuple[Any,
     return merging.merge_attention(outs, lses, layout=order)
 
 
-def _order(layout: str, outs: Any, lses: Any, stacked: bool) -> str:
+def _order(layout: str, outs: Any, stacked: bool) -> str:
     """The layout of padded batches; packed sequences have none, which cuflash calls "bshd"."""
     first = outs[0] if outs else None
     ndim = first.dim() - stacked if isinstance(first, torch.Tensor) else 4

@@ -16,7 +16,7 @@ from cuflash.merging import merge_attention as merge
 from cuflash.merging import merge_attention_backward as merge_backward
 from cuflash.tiles import Tile
 from cuflash.torch.functions import TENSORS, Call, Tensors
-from cuflash.torch.inputs import _TRACED
+from cuflash.torch.inputs import TRACED
 
 _OPTIONS = (
     "SymInt? max_seqlen_q, SymInt? max_seqlen_kv, float dropout_p, bool is_causal, float? scale, bool enable_gqa, str layout, str causal_alignment, "
@@ -26,24 +26,15 @@ _INPUTS = "Tensor query, Tensor key, Tensor value, " + ", ".join(f"Tensor? {name
 _COUNT = len(TENSORS)
 _UNLIMITED = -1
 
-torch.library.define(
-    "cuflash::attention", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
-)
-torch.library.define(
-    "cuflash::attention_backward",
-    f"(Tensor? grad_out, Tensor? grad_lse, {_INPUTS}, {_OPTIONS}, Tensor out, Tensor lse, bool need_attn_mask_grad) "
+_SCHEMAS = {
+    "attention": f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    "attention_backward": f"(Tensor? grad_out, Tensor? grad_lse, {_INPUTS}, {_OPTIONS}, Tensor out, Tensor lse, bool need_attn_mask_grad) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
-)
-torch.library.define(
-    "cuflash::merge", "(Tensor[] outs, Tensor[] lses, str layout) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
-)  # fmt: skip
-torch.library.define(
-    "cuflash::merge_backward",
-    "(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor out, Tensor lse, str layout) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
-)
+    "merge": "(Tensor[] outs, Tensor[] lses, str layout) -> (Tensor, Tensor)",
+    "merge_backward": "(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor out, Tensor lse, str layout) -> (Tensor, Tensor)",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"cuflash::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 
 _attention = torch.ops.cuflash.attention.default
 _attention_backward = torch.ops.cuflash.attention_backward.default
@@ -53,9 +44,7 @@ _merge_backward = torch.ops.cuflash.merge_backward.default
 
 def looked_at(tensors: Sequence[Any]) -> bool:
     """Whether somebody traces the call or watches operators, so that it has to be one."""
-    return (
-        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or any([isinstance(x, _TRACED) for x in tensors])
-    )
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or any(isinstance(x, TRACED) for x in tensors)
 
 
 def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:
@@ -87,7 +76,9 @@ def _options_of(call: Call) -> tuple[Any, ...]:
     window, tile = options["window"], options["tile"]
     if tile is not None:
         if not isinstance(tile, Tile):
-            raise UnsupportedError("tile", type(tile).__name__, "a cuflash.Tile, or None", "Under tracing all kernels of a call share one tile.")
+            raise UnsupportedError(
+                "tile", type(tile).__name__, "a cuflash.Tile, or None", "Under tracing all kernels of a call share one tile."
+            )
         tile = [tile.tile_q, tile.tile_kv, tile.num_warps, tile.num_stages]
     if window is not None:
         window = [_UNLIMITED if limit is None else limit for limit in window]
@@ -112,12 +103,10 @@ def _call_of(options: Sequence[Any]) -> Call:
 # --- Attention -----------------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.impl("cuflash::attention", "CompositeExplicitAutograd")
 def _attention_impl(*arguments: Any) -> Any:
     return _call_of(arguments[_COUNT:]).forward(arguments[:_COUNT], True)
 
 
-@torch.library.register_fake("cuflash::attention")
 def _attention_fake(*arguments: Any) -> Any:
     query, value, layout = arguments[0], arguments[2], arguments[_COUNT + 6]
     if layout == "packed":
@@ -128,7 +117,6 @@ def _attention_fake(*arguments: Any) -> Any:
     return query.new_empty(shape), query.new_empty((batch, heads, seqlen), dtype=torch.float32)
 
 
-@torch.library.impl("cuflash::attention_backward", "CompositeExplicitAutograd")
 def _attention_backward_impl(grad_out: Any, grad_lse: Any, *arguments: Any) -> Any:
     *others, out, lse, need_attn_mask_grad = arguments
     tensors = tuple(others[:_COUNT])
@@ -137,10 +125,9 @@ def _attention_backward_impl(grad_out: Any, grad_lse: Any, *arguments: Any) -> A
     return (*grads, *nothing)
 
 
-@torch.library.register_fake("cuflash::attention_backward")
 def _attention_backward_fake(grad_out: Any, grad_lse: Any, *arguments: Any) -> Any:
-    *others, out, lse, need_attn_mask_grad = arguments
-    query, key, value, attn_mask, sinks = others[:5]
+    query, key, value, attn_mask, sinks = arguments[:5]
+    need_attn_mask_grad = arguments[-1]
     mask = attn_mask if need_attn_mask_grad else None
     return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (query, key, value, mask, sinks))
 
@@ -159,29 +146,22 @@ def _attention_gradients(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
     return (*grads, *optional, *(None,) * (_COUNT - 5 + len(ctx.options)))
 
 
-torch.library.register_autograd("cuflash::attention", _attention_gradients, setup_context=_attention_context)
-
-
 # --- Merging -------------------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.impl("cuflash::merge", "CompositeExplicitAutograd")
 def _merge_impl(outs: Any, lses: Any, layout: str) -> Any:
     return merge(outs, lses, layout=layout)
 
 
-@torch.library.register_fake("cuflash::merge")
 def _merge_fake(outs: Any, lses: Any, layout: str) -> Any:
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
-@torch.library.impl("cuflash::merge_backward", "CompositeExplicitAutograd")
 def _merge_backward_impl(grad_out: Any, grad_lse: Any, outs: Any, lses: Any, out: Any, lse: Any, layout: str) -> Any:
     given = torch.stack(outs), torch.stack(lses)
     return tuple(merge_backward(grad_out, *given, out, lse, grad_lse, layout=layout))
 
 
-@torch.library.register_fake("cuflash::merge_backward")
 def _merge_backward_fake(grad_out: Any, grad_lse: Any, outs: Any, lses: Any, out: Any, lse: Any, layout: str) -> Any:
     return outs[0].new_empty((len(outs), *outs[0].shape)), lses[0].new_empty((len(lses), *lses[0].shape))
 
@@ -200,4 +180,16 @@ def _merge_gradients(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
     return list(grad_outs.unbind()), list(grad_lses.unbind()), None
 
 
+# --- Registration --------------------------------------------------------------------------------------------------------------------------
+
+for _name, _run, _shapes in (
+    ("attention", _attention_impl, _attention_fake),
+    ("attention_backward", _attention_backward_impl, _attention_backward_fake),
+    ("merge", _merge_impl, _merge_fake),
+    ("merge_backward", _merge_backward_impl, _merge_backward_fake),
+):
+    # Closed to Dynamo, which otherwise compiles what an operator of a compiled function runs.
+    torch.library.impl(f"cuflash::{_name}", "CompositeExplicitAutograd", torch._disable_dynamo(_run))
+    torch.library.register_fake(f"cuflash::{_name}", _shapes)
+torch.library.register_autograd("cuflash::attention", _attention_gradients, setup_context=_attention_context)
 torch.library.register_autograd("cuflash::merge", _merge_gradients, setup_context=_merge_context)

@@ -1,0 +1,248 @@
+"""flash-attn's functions for torch tensors on cuflash's kernels: `from cuflash.flash_attn import flash_attn_func`.
+
+Signatures, defaults, the order `(batch, seqlen, heads, head_dim)`, the diagonal at the last query and key, grouped heads without asking, and what is returned are
+those of flash-attn 2; float32 is taken too, and head_dim up to 576. Seeds of dropout come from torch's generator, gradients from autograd (docs/torch.md).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from cuflash.dropout import dropout_mask
+from cuflash.errors import UnsupportedError
+from cuflash.torch import scaled_dot_product_attention, varlen_attention
+from cuflash.torch.inputs import dropout_source, number, pair
+
+import torch  # isort: skip  # after cuflash.torch, which says what to install
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+]
+
+Window = tuple[int, int]
+
+
+def flash_attn_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """Attention of a padded batch.
+
+    Args:
+        q: `(batch, seqlen, heads, head_dim)`.
+        k, v: `(batch, seqlen_k, heads_k, head_dim)`; heads is a multiple of heads_k.
+        dropout_p: pass 0.0 in evaluation.
+        softmax_scale: None is `head_dim ** -0.5`.
+        causal: the last query sees all keys, each earlier one a key less.
+        window_size: (left, right) of that diagonal, -1 for no limit.
+        softcap: 0.0 for none.
+        alibi_slopes: `(heads,)` or `(batch, heads)`.
+        deterministic: changes nothing, since all kernels are.
+        return_attn_probs: return `(out, softmax_lse, S_dmask)`.
+
+    Returns:
+        out; with `return_attn_probs` also lse `(batch, heads, seqlen)`, and the probabilities `(batch, heads, seqlen, seqlen_k)`, negative where they were dropped,
+        which torch computes apart in float32 for this; None without dropout.
+    """
+    options = _options(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    result = scaled_dot_product_attention(q, k, v, layout="bshd", causal_alignment="bottom_right", return_lse=return_attn_probs, **options)
+    if not return_attn_probs:
+        return result
+    probabilities = None
+    if options["dropout_p"]:
+        kept = dropout_mask((q.shape[0], q.shape[2], q.shape[1], k.shape[1]), options["dropout_p"], options["dropout_seed"], like=q)
+        probabilities = _signed(_probabilities(q, k, result[1], options), kept)
+    return (*result, probabilities)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_func` of `(batch, seqlen, 3, heads, head_dim)`, which is read where it is."""
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )  # fmt: skip
+
+
+def flash_attn_kvpacked_func(
+    q: Any,
+    kv: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_func` of q and `(batch, seqlen_k, 2, heads_k, head_dim)`, which is read where it is."""
+    k, v = kv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: None = None,
+) -> Any:
+    """Attention of packed sequences.
+
+    Args:
+        q: `(tokens, heads, head_dim)`.
+        k, v: `(tokens_k, heads_k, head_dim)`.
+        cu_seqlens_q, cu_seqlens_k: `(sequences + 1,)`, int32 or int64.
+        max_seqlen_q, max_seqlen_k: no sequence is longer.
+        block_table: raises: there is no paged cache.
+
+    Others are those of `flash_attn_func`.
+
+    Returns:
+        out; with `return_attn_probs` also lse `(heads, tokens)`, and with dropout the probabilities `(sequences, heads, max_seqlen_q, max_seqlen_k)`, 0 beyond the
+        ends of a sequence, for which the offsets are read on the host.
+    """
+    if block_table is not None:
+        hint = "Gather the pages of each sequence: keys and values lie one behind the other."
+        raise UnsupportedError("block_table", "a paged cache", "None", hint)
+    options = _options(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    result = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_lse=return_attn_probs, **options)
+    if not return_attn_probs:
+        return result
+    probabilities = None
+    if options["dropout_p"]:
+        longest = int(max_seqlen_q), int(max_seqlen_k)
+        starts = [itertools.pairwise(offsets.tolist()) for offsets in (cu_seqlens_q, cu_seqlens_k)]
+        kept = dropout_mask((len(cu_seqlens_q) - 1, q.shape[1], *longest), options["dropout_p"], options["dropout_seed"], like=q)
+        probabilities = torch.zeros(kept.shape, device=q.device)
+        for i, ((begin_q, end_q), (begin_k, end_k)) in enumerate(zip(*starts, strict=True)):
+            slopes = options["alibi_slopes"]
+            own = {**options, "alibi_slopes": slopes[i] if slopes is not None and slopes.dim() == 2 else slopes}
+            lse = result[1][None, :, begin_q:end_q]
+            block = _probabilities(q[None, begin_q:end_q], k[None, begin_k:end_k], lse, own)
+            probabilities[i, :, : end_q - begin_q, : end_k - begin_k] = block[0]
+        probabilities = _signed(probabilities, kept)
+    return (*result, probabilities)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Any,
+    cu_seqlens: Any,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_varlen_func` of `(tokens, 3, heads, head_dim)`, which is read where it is."""
+    q, k, v = qkv.unbind(1)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Any,
+    kv: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_varlen_func` of q and `(tokens_k, 2, heads_k, head_dim)`, which is read where it is."""
+    k, v = kv.unbind(1)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def _options(
+    q: Any, dropout_p: Any, softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, alibi_slopes: Any, deterministic: Any
+) -> dict[str, Any]:
+    """flash-attn's options as cuflash's, with a seed of dropout, which the probabilities draw from too."""
+    probability, window = number(dropout_p), pair(window_size)
+    seed, _ = dropout_source(probability, None, q.device)
+    return {
+        "dropout_p": probability, "is_causal": causal, "scale": number(softmax_scale), "enable_gqa": True, "deterministic": deterministic,
+        "dropout_seed": seed, "window": None if window == (-1, -1) else window, "softcap": number(softcap) or None, "alibi_slopes": alibi_slopes,
+    }  # fmt: skip
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _probabilities(q: Any, k: Any, lse: Any, options: dict[str, Any]) -> Any:
+    """exp(score - lse), written out: (batch, heads, seqlen, seqlen_k) in float32."""
+    heads, scale = q.shape[2], options["scale"]
+    keys = k.float().permute(0, 2, 3, 1).repeat_interleave(heads // k.shape[2], 1)
+    scores = (q.shape[3] ** -0.5 if scale is None else scale) * (q.float().transpose(1, 2) @ keys)
+    if options["softcap"]:
+        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+    seqlen_q, seqlen_k = scores.shape[2:]
+    rows, columns = torch.arange(seqlen_q, device=q.device)[:, None], torch.arange(seqlen_k, device=q.device)
+    distance = columns - rows - (seqlen_k - seqlen_q)
+    if options["alibi_slopes"] is not None:
+        scores = scores - options["alibi_slopes"].float().reshape(-1, heads, 1, 1) * distance.abs()
+    left, right = options["window"] or (-1, -1)
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if options["is_causal"]:
+        visible &= distance <= 0
+    if left >= 0:
+        visible &= distance >= -left
+    if right >= 0:
+        visible &= distance <= right
+    return torch.where(visible & ~lse.isneginf()[..., None], torch.exp(scores - lse[..., None]), 0.0)
+
+
+def _signed(probabilities: Any, kept: Any) -> Any:
+    return torch.where(kept, probabilities, -probabilities)
