@@ -60,6 +60,7 @@ def scaled_dot_product_attention(
             checkpointing and CUDA graphs.
         seqlens_kv, prefix_lengths: int32, or int64, which is converted on the device.
         sinks, alibi_slopes: float32, or a 16-bit type, which is converted. Slopes have no gradient, and raise where they require one.
+        tile: of the forward kernel; gradients are computed with their default tiles.
         scale, softcap, dropout_p, window: numbers, or tensors of one element, for which a GPU is waited for.
 
     Returns:

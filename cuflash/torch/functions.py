@@ -69,6 +69,7 @@ class Call:
         arguments = self._arguments(tensors)
         arguments["grad_out"] = torch.zeros_like(out) if grad_out is None else grad_out
         arguments["out"], arguments["lse"], arguments["grad_lse"] = out, lse, grad_lse
+        arguments["tile"] = None  # what fits the forward kernel need not fit these
         if not self.packed:
             arguments["need_attn_mask_grad"] = need_attn_mask_grad
         return calls.backward(f"{self.function}_backward", arguments)

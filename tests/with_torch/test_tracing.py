@@ -1,0 +1,207 @@
+"""Calls under tracing: registered operators that pass torch's own checks, one compilation for all lengths, export, checkpointing."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from written_out import SHAPE, assert_close, assert_same_gradients, attention, leaves
+
+from cuflash.errors import UnsupportedError
+from cuflash.torch import merge_attention, scaled_dot_product_attention, varlen_attention
+from cuflash.torch.functions import TENSORS, Call
+from cuflash.torch.operators import _options_of
+
+BATCH, HEADS, SEQLEN, DIM = SHAPE
+OPERATOR = torch.ops.cuflash.attention.default
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def operator_arguments(packed: bool, tensors: dict[str, Any], **options: Any) -> tuple[Any, ...]:
+    defaults: dict[str, Any] = {
+        "dropout_p": 0.0, "is_causal": True, "scale": None, "enable_gqa": False, "causal_alignment": "top_left", "tile": None, "allow_tf32": False,
+        "window": None, "softcap": None, **({} if packed else {"layout": "bhsd"}),
+    }  # fmt: skip
+    return (*(tensors.get(name) for name in TENSORS), *_options_of(Call(packed, defaults | options)))
+
+
+def permuted(x: Any) -> Any:
+    """The same values, dense, with strides in another order."""
+    return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+
+
+# --- torch's own checks -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["permuted", "with_mask_and_sinks", "empty"])
+def test_opcheck_of_padded_batches(device: Any, case: str) -> None:
+    shape = (0, *SHAPE[1:]) if case == "empty" else SHAPE
+    query, key, value, mask, sinks = leaves(device, shape, shape, shape, (1, HEADS, SEQLEN, SEQLEN), (HEADS,))
+    tensors = {"query": permuted(query), "key": permuted(key), "value": value}
+    if case == "with_mask_and_sinks":
+        tensors |= {"attn_mask": mask, "sinks": sinks}
+    opcheck(OPERATOR, operator_arguments(False, tensors))
+
+
+def test_opcheck_of_packed_sequences(device: Any) -> None:
+    query, key, value = leaves(device, *[(SEQLEN, HEADS, DIM)] * 3)
+    offsets = torch.tensor([0, 20, 48], dtype=torch.int32, device=device)
+    tensors = {"query": query, "key": key, "value": value, "cu_seqlens_q": offsets, "cu_seqlens_kv": offsets}
+    opcheck(OPERATOR, operator_arguments(True, tensors, max_seqlen_q=28, max_seqlen_kv=28))
+
+
+def test_opcheck_of_merging(device: Any) -> None:
+    outs, lses = leaves(device, SHAPE, SHAPE), leaves(device, SHAPE[:3], SHAPE[:3])
+    opcheck(torch.ops.cuflash.merge.default, (outs, lses, "bhsd"))
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_compilation_for_all_lengths(device: Any) -> None:
+    """No graph break, and no second compilation for another length; out, lse and gradients against float64."""
+
+    def function(query: Any, key: Any, value: Any) -> Any:
+        return scaled_dot_product_attention(query * 2.0, key, value, is_causal=True, return_lse=True)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for seqlen in (48, 40, 33):
+        inputs = leaves(device, *[(BATCH, HEADS, seqlen, DIM)] * 3)
+        query, key, value = inputs
+        assert_same_gradients(compiled(*inputs), attention(query * 2.0, key, value, is_causal=True), inputs)
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 3
+    assert [node.target for node in counter.graphs[-1].graph.nodes].count(OPERATOR) == 1
+
+
+def test_compiled_packed_sequences(device: Any) -> None:
+    """The number of tokens and the longest sequence are symbols too."""
+
+    def function(query: Any, offsets: Any, longest: int) -> Any:
+        return varlen_attention(query, query, query, offsets, offsets, longest, longest)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for ends in ([20, 48], [3, 40], [30, 33]):
+        (query,) = leaves(device, (ends[1], HEADS, DIM))
+        offsets = torch.tensor([0, *ends], device=device)
+        longest = max(ends[0], ends[1] - ends[0])
+        got = compiled(query, offsets, longest)
+        grad_out = torch.randn_like(got)
+        want = function(query, offsets, longest)
+        assert torch.equal(got, want)
+        assert torch.equal(*(torch.autograd.grad(out, query, grad_out)[0] for out in (got, want)))
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 3
+
+
+def test_compiled_features_equal_eager_ones(device: Any) -> None:
+    """All that is an argument of the operator arrives: numbers, words, tensors and the tile."""
+    import cuflash
+
+    *inputs, mask = leaves(device, *[SHAPE] * 3, (SEQLEN, SEQLEN))
+    lengths = torch.tensor([48, 20], device=device)
+    slopes = torch.tensor([0.5, 0.25], dtype=torch.bfloat16, device=device)
+
+    def function(*inputs: Any) -> Any:
+        return scaled_dot_product_attention(
+            *inputs, scale=0.2, window=(30, None), softcap=5.0, alibi_slopes=slopes, seqlens_kv=lengths, causal_alignment="bottom_right",
+            tile=cuflash.Tile(16, 32, 1, 2), return_lse=True,
+        )  # fmt: skip
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    got, want = compiled(*inputs, mask), function(*inputs, mask)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    grads = [torch.randn_like(x) for x in want]
+    with torch.no_grad():
+        assert not compiled(*inputs, mask)[0].requires_grad
+    for a, b in zip(torch.autograd.grad(got, [*inputs, mask], grads), torch.autograd.grad(want, [*inputs, mask], grads), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiled_merging(device: Any) -> None:
+    inputs = leaves(device, *[SHAPE] * 3)
+
+    def function(query: Any, key: Any, value: Any) -> Any:
+        halves = [scaled_dot_product_attention(query, key[:, :, i::2], value[:, :, i::2], return_lse=True) for i in range(2)]
+        return merge_attention([out for out, _ in halves], [lse for _, lse in halves])
+
+    assert_same_gradients(torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs), attention(*inputs), inputs)
+
+
+def test_a_mapping_of_tiles_is_refused(device: Any) -> None:
+    query, key, value = leaves(device, *[SHAPE] * 3)
+    with pytest.raises(UnsupportedError, match=r"tile: got dict"):
+        make_fx(lambda q: scaled_dot_product_attention(q, key, value, tile={}))(query)
+
+
+# --- Export, and modes that watch operators -----------------------------------------------------------------------------------------------
+
+
+class Model(torch.nn.Module):
+    def forward(self, query: Any, key: Any, value: Any) -> Any:
+        return scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def test_export(device: Any) -> None:
+    inputs = [x.detach() for x in leaves(device, *[SHAPE] * 3)]
+    seqlen = torch.export.Dim("seqlen", min=2, max=4096)
+    program = torch.export.export(Model(), tuple(inputs), dynamic_shapes={name: {2: seqlen} for name in ("query", "key", "value")})
+    others = [x[:, :, :40] for x in inputs]
+    assert_close(program.module()(*others), attention(*others, is_causal=True)[0])
+
+
+def test_make_fx_sees_one_operator(device: Any) -> None:
+    inputs = [x.detach() for x in leaves(device, *[SHAPE] * 3)]
+    graph = make_fx(Model())(*inputs)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"][0] is OPERATOR
+
+
+def with_dropout(*inputs: Any) -> Any:
+    return scaled_dot_product_attention(*inputs, dropout_p=0.3)
+
+
+def results_of(function: Any, inputs: list[Any]) -> list[Any]:
+    """Output and gradients of a call that draws from a generator in a known state."""
+    torch.manual_seed(3)
+    out = function(*inputs)
+    torch.manual_seed(4)  # who computes again has to go back
+    return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+
+def test_checkpointing_draws_the_same_dropout_again(device: Any) -> None:
+    """In eager mode, selectively, and compiled: the bits of a call without checkpointing."""
+    inputs = leaves(device, *[SHAPE] * 3)
+    want = results_of(with_dropout, inputs)
+    calls = []
+
+    def policy(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append((operator, ctx.is_recompute))
+        saved = torch.utils.checkpoint.CheckpointPolicy
+        return saved.MUST_SAVE if operator is OPERATOR else saved.PREFER_RECOMPUTE
+
+    def plain(*inputs: Any) -> Any:
+        return checkpoint(with_dropout, *inputs, use_reentrant=False)
+
+    def selective(*inputs: Any) -> Any:
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(with_dropout, *inputs, use_reentrant=False, context_fn=contexts)
+
+    for function in (plain, selective, torch.compile(with_dropout, backend="aot_eager"), torch.compile(plain, backend="aot_eager")):
+        for a, b in zip(results_of(function, inputs), want, strict=True):
+            assert torch.equal(a, b)
+    assert (OPERATOR, False) in calls
