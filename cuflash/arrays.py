@@ -244,6 +244,9 @@ def _borrow_torch(x: Any, name: str) -> Array:
         raise DeviceError(name, f"a torch tensor on {x.device}", "a tensor on the CPU or a CUDA device", hint)
     if _is_wrapper(x):
         raise _no_torch_memory(name, x, None)
+    if _has_functions_of_its_own(x):
+        hint = f"Its memory need not hold its values: pass {name}.as_subclass(torch.Tensor) if it does. A CausalBias is is_causal=True with causal_alignment."
+        raise DTypeError(name, f"a tensor of the subclass {type(x).__module__}.{type(x).__qualname__}", "a plain tensor", hint)
     try:
         address = x.data_ptr()
     except RuntimeError as error:
@@ -259,6 +262,13 @@ def _is_wrapper(x: Any) -> bool:
     """Whether tensors of this type (fake, distributed, functional, …) compute by intercepting torch's operators and have no memory."""
     dispatch, plain = type(x).__torch_dispatch__, sys.modules["torch"].Tensor.__torch_dispatch__
     return getattr(dispatch, "__func__", dispatch) is not getattr(plain, "__func__", plain)
+
+
+def _has_functions_of_its_own(x: Any) -> bool:
+    """Whether torch's functions mean something else for tensors of this type, such as `torch.nn.attention.bias.CausalBias`, whose memory is not initialised."""
+    torch = sys.modules["torch"]
+    function = getattr(type(x).__torch_function__, "__func__", type(x).__torch_function__)
+    return function not in (torch.Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
 
 
 def _no_torch_memory(name: str, x: object, error: Exception | None) -> DTypeError:

@@ -113,7 +113,7 @@ def _as_float32(x: Any) -> Any:
 def autocast(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
     """query, key and value in the type of an enclosing `torch.autocast`, all of them; float64 stays, as in torch's own functions."""
     kind = query.device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return query, key, value
     dtype = torch.get_autocast_dtype(kind)
     cast = [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (query, key, value)]

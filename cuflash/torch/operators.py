@@ -43,8 +43,13 @@ _merge_backward = torch.ops.cuflash.merge_backward.default
 
 
 def looked_at(tensors: Sequence[Any]) -> bool:
-    """Whether somebody traces the call or watches operators, so that it has to be one."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or any(isinstance(x, TRACED) for x in tensors)
+    """Whether somebody traces the call, watches operators or wants shapes alone, so that it has to be an operator."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or tensors[0].is_meta
+        or any(isinstance(x, TRACED) for x in tensors)
+    )
 
 
 def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:

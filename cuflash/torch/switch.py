@@ -31,7 +31,8 @@ class Report:
 
     Attributes:
         calls: how many calls of attention ran on cuflash.
-        traced: how many were traced for cuflash by `torch.compile` or `torch.export`; how often the compiled functions run is not counted.
+        traced: how often `torch.compile` or `torch.export` came by a call for cuflash, maybe more than once for each; how often what they made runs is not
+            counted.
         others: reason -> how many calls torch ran for it, or were refused.
         fast_path: torch's fast path for modules in evaluation is switched off, so that they call the function.
     """
@@ -42,7 +43,7 @@ class Report:
     fast_path: bool
 
     def __str__(self) -> str:
-        lines = [f"{self.calls} calls of attention on cuflash, {self.traced} traced, {sum(self.others.values())} on torch"]
+        lines = [f"{self.calls} calls of attention on cuflash, {self.traced} while tracing, {sum(self.others.values())} on torch"]
         lines += [f"  {count} × {reason}" for reason, count in sorted(self.others.items(), key=lambda item: -item[1])]
         if self.fast_path:
             lines.append(
@@ -151,10 +152,21 @@ def _traced(arguments: Arguments) -> Any:
     query = arguments[0]
     kind = query.device.type
     if _state.policy == "fallback" and not (query.dtype in _SUPPORTED and (kind == "cuda" or (kind == "cpu" and _state.simulate))):
-        _state.others[f"query: got a tensor of {query.dtype} on {kind} in a traced call"] += 1
+        _note_traced(f"query: got a tensor of {query.dtype} on {kind} in a traced call")
         return _on_torch(arguments)
-    _state.traced += 1
+    _note_traced(None)
     return scaled_dot_product_attention(*arguments)
+
+
+def _note_traced(reason: str | None) -> None:
+    if reason is None:
+        _state.traced += 1
+    else:
+        _state.others[reason] += 1
+
+
+# As torch.compiler.assume_constant_result does, which would load all of Dynamo here: tracing runs the function, the traced code does not, nor depends on the counts.
+_note_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _on_torch(arguments: Arguments) -> Any:

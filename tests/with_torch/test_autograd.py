@@ -97,7 +97,9 @@ def test_kernels_read_the_inputs_where_they_are(device: Any, monkeypatch: pytest
     """Views of one projection, forward and backward: the addresses at the launcher are the tensors' own."""
     seen: list[dict[str, int]] = []
     launch_all = prepared.PreparedCall.launch_all
-    monkeypatch.setattr(prepared.PreparedCall, "launch_all", lambda self, pointers: seen.append(dict(pointers)) or launch_all(self, pointers))
+    monkeypatch.setattr(
+        prepared.PreparedCall, "launch_all", lambda self, pointers: seen.append(dict(pointers)) or launch_all(self, pointers)
+    )
     (projection,) = leaves(device, (BATCH, SEQLEN, 3, HEADS, DIM))
     query, key, value = projection.transpose(1, 3).unbind(2)
     out = scaled_dot_product_attention(query, key, value)
@@ -166,7 +168,9 @@ def test_packed_sequences(device: Any) -> None:
 def test_merging_chunks_of_keys(device: Any, form: str) -> None:
     """Autograd goes through the merge into both chunks, and gives the gradients of one call."""
     query, key, value = inputs = leaves(device, SHAPE, SHAPE, SHAPE)
-    parts = [scaled_dot_product_attention(query, key[:, :, rows], value[:, :, rows], return_lse=True) for rows in (slice(0, 24), slice(24, 48))]
+    parts = [
+        scaled_dot_product_attention(query, key[:, :, rows], value[:, :, rows], return_lse=True) for rows in (slice(0, 24), slice(24, 48))
+    ]
     outs, lses = zip(*parts, strict=True)
     results = merge_attention(outs, lses) if form == "lists" else merge_attention(torch.stack(outs), torch.stack(lses))
     assert_same_gradients(results, attention(*inputs), inputs)
@@ -247,7 +251,9 @@ def test_autocast_casts_all_inputs_alike(device: Any) -> None:
     query, key, value = leaves(device, SHAPE, SHAPE, SHAPE)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         out, lse = scaled_dot_product_attention(query, key.bfloat16(), value, return_lse=True)
-        packed = varlen_attention(*(x.flatten(0, 1).transpose(0, 1) for x in (query, key, value)), *[torch.tensor([0, 4], device=device)] * 2)
+        packed = varlen_attention(
+            *(x.flatten(0, 1).transpose(0, 1) for x in (query, key, value)), *[torch.tensor([0, 4], device=device)] * 2
+        )
     assert (out.dtype, lse.dtype, packed.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
     assert_close(out, attention(query, key, value)[0])
     out.sum().backward()

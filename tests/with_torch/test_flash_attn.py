@@ -1,0 +1,154 @@
+"""flash-attn's functions: signatures, defaults, results and gradients, over a part of flash-attn's own parametrisation."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from written_out import assert_close, assert_same_gradients, attention, leaves
+
+from cuflash import flash_attn
+from cuflash.errors import UnsupportedError
+
+TAIL = "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False"
+PACKED_HEAD = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
+SIGNATURES = {
+    "flash_attn_func": f"(q, k, v, {TAIL})",
+    "flash_attn_qkvpacked_func": f"(qkv, {TAIL})",
+    "flash_attn_kvpacked_func": f"(q, kv, {TAIL})",
+    "flash_attn_varlen_func": f"(q, k, v, {PACKED_HEAD}, {TAIL}, block_table=None)",
+    "flash_attn_varlen_qkvpacked_func": f"(qkv, cu_seqlens, max_seqlen, {TAIL})",
+    "flash_attn_varlen_kvpacked_func": f"(q, kv, {PACKED_HEAD}, {TAIL})",
+}
+Q, K = 113, 203  # lengths of flash-attn's tests
+HEADS, DIM = 2, 32
+
+
+def test_signatures_are_those_of_flash_attn_2() -> None:
+    assert set(SIGNATURES) == set(flash_attn.__all__)
+    for name, signature in SIGNATURES.items():
+        found = inspect.signature(getattr(flash_attn, name))
+        bare = found.replace(
+            parameters=[p.replace(annotation=inspect.Parameter.empty) for p in found.parameters.values()],
+            return_annotation=inspect.Signature.empty,
+        )
+        assert str(bare) == signature
+
+
+def judged(q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
+    """out in flash-attn's order, and lse."""
+    options["bottom_right"] = True
+    out, lse = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options)
+    return out.transpose(1, 2), lse
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"causal": True}, {"is_causal": True}),
+        ({"softmax_scale": 0.1, "window_size": (30, 10)}, {"scale": 0.1, "window": (30, 10)}),
+        ({"causal": True, "window_size": (40, -1), "softcap": 5.0}, {"is_causal": True, "window": (40, -1), "softcap": 5.0}),
+        ({"causal": True, "alibi": True, "deterministic": True}, {"is_causal": True, "alibi": True}),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
+)
+def test_padded_batches(device: Any, given: dict[str, Any], meant: dict[str, Any]) -> None:
+    """Grouped heads without asking; without return_attn_probs one result, with it three."""
+    inputs = leaves(device, (2, Q, HEADS, DIM), (2, K, 1, DIM), (2, K, 1, DIM))
+    if "alibi" in given:
+        slopes = torch.rand(2, HEADS, device=device)
+        given, meant = (
+            {**{k: x for k, x in d.items() if k != "alibi"}, name: slopes} for d, name in ((given, "alibi_slopes"), (meant, "slopes"))
+        )
+    out, lse, probabilities = flash_attn.flash_attn_func(*inputs, return_attn_probs=True, **given)
+    assert probabilities is None
+    assert_same_gradients((out, lse), judged(*inputs, **meant), inputs)
+    assert torch.equal(flash_attn.flash_attn_func(*inputs, **given), out)
+
+
+def test_queries_that_see_no_key_give_zero(device: Any) -> None:
+    """More queries than keys: the last one sees all keys, the first ones none."""
+    inputs = leaves(device, (1, K, HEADS, DIM), (1, Q, HEADS, DIM), (1, Q, HEADS, DIM))
+    out = flash_attn.flash_attn_func(*inputs, causal=True)
+    assert (out[:, : K - Q] == 0).all()
+    assert_same_gradients((out,), judged(*inputs, is_causal=True)[:1], inputs)
+
+
+def test_dropped_probabilities_are_negative(device: Any) -> None:
+    """The kept ones, divided by their share, give out; absolute values of a row add up to 1."""
+    q, k, v = leaves(device, (2, Q, HEADS, DIM), (2, K, 1, DIM), (2, K, 1, DIM))
+    slopes = torch.rand(HEADS, device=device)
+    torch.manual_seed(2)
+    out, lse, signed = flash_attn.flash_attn_func(q, k, v, 0.2, None, True, (70, -1), 4.0, slopes, return_attn_probs=True)
+    assert (signed.shape, signed.dtype, signed.requires_grad) == ((2, HEADS, Q, K), torch.float32, False)
+    assert_close(signed.abs().sum(-1), torch.ones_like(lse))
+    assert 0.1 < (signed < 0).sum() / (signed != 0).sum() < 0.3
+    assert_close(out.transpose(1, 2), signed.clamp(min=0.0) / 0.8 @ v.transpose(1, 2))
+    torch.manual_seed(2)
+    assert torch.equal(flash_attn.flash_attn_func(q, k, v, 0.2, None, True, (70, -1), 4.0, slopes), out)
+
+
+def test_packed_forms(device: Any) -> None:
+    """Views of one tensor, whose gradient is one tensor: equal to the call on three."""
+    (qkv,) = leaves(device, (2, Q, 3, HEADS, DIM))
+    q, k, v = (qkv.detach()[:, :, i].clone().requires_grad_() for i in range(3))
+    want = flash_attn.flash_attn_func(q, k, v, causal=True)
+    grad_out = torch.randn_like(want)
+    wanted = torch.stack(torch.autograd.grad(want, (q, k, v), grad_out), 2)
+    got = flash_attn.flash_attn_qkvpacked_func(qkv, causal=True)
+    assert torch.equal(got, want)
+    assert torch.equal(torch.autograd.grad(got, qkv, grad_out)[0], wanted)
+    kv = qkv.detach()[:, :, 1:].clone().requires_grad_()
+    got = flash_attn.flash_attn_kvpacked_func(q, kv, causal=True)
+    assert torch.equal(got, want)
+    assert torch.equal(torch.autograd.grad(got, kv, grad_out)[0], wanted[:, :, 1:])
+
+
+OFFSETS = [0, 40, 40, 113]
+
+
+def of_sequences(q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
+    """Each sequence on its own, packed again."""
+    pairs = [(a, b) for a, b in zip(OFFSETS, OFFSETS[1:], strict=False) if b > a]
+    parts = [judged(*(x[None, a:b] for x in (q, k, v)), **options) for a, b in pairs]
+    return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], 1)
+
+
+def test_packed_sequences(device: Any) -> None:
+    inputs = leaves(device, (Q, HEADS, DIM), (Q, 1, DIM), (Q, 1, DIM))
+    offsets = torch.tensor(OFFSETS, dtype=torch.int32, device=device)
+    out, lse, probabilities = flash_attn.flash_attn_varlen_func(*inputs, offsets, offsets, 73, 73, causal=True, return_attn_probs=True)
+    assert probabilities is None
+    assert_same_gradients((out, lse), of_sequences(*inputs, is_causal=True), inputs)
+    assert torch.equal(flash_attn.flash_attn_varlen_func(*inputs, offsets, offsets, 73, 73, causal=True), out)
+    q, k, v = inputs
+    assert torch.equal(flash_attn.flash_attn_varlen_kvpacked_func(q, torch.stack((k, v), 1), offsets, offsets, 73, 73, causal=True), out)
+    qkv = torch.stack((q, *(x.expand(-1, HEADS, -1) for x in (k, v))), 1)
+    assert torch.equal(flash_attn.flash_attn_varlen_qkvpacked_func(qkv, offsets, 73, causal=True), out)
+
+
+def test_dropped_probabilities_of_packed_sequences(device: Any) -> None:
+    q, k, v = leaves(device, (Q, HEADS, DIM), (Q, 1, DIM), (Q, 1, DIM))
+    offsets = torch.tensor(OFFSETS, device=device)
+    out, _, signed = flash_attn.flash_attn_varlen_func(q, k, v, offsets, offsets, 73, 73, 0.2, causal=True, return_attn_probs=True)
+    assert signed.shape == (3, HEADS, 73, 73)
+    assert (signed[1] == 0).all()
+    assert (signed < 0).any()
+    for i, (begin, end) in ((0, (0, 40)), (2, (40, 113))):
+        kept = signed[i, :, : end - begin, : end - begin].clamp(min=0.0) / 0.8
+        assert_close(out[begin:end].transpose(0, 1), kept @ v[begin:end].transpose(0, 1))
+
+
+def test_a_paged_cache_is_refused(device: Any) -> None:
+    q, k, v = leaves(device, *[(Q, HEADS, DIM)] * 3)
+    offsets = torch.tensor([0, Q], device=device)
+    with pytest.raises(UnsupportedError, match="block_table"):
+        flash_attn.flash_attn_varlen_func(q, k, v, offsets, offsets, Q, Q, block_table=offsets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits(device: Any, dtype: Any) -> None:
+    inputs = leaves(device, *[(2, Q, HEADS, DIM)] * 3, dtype=dtype)
+    assert_same_gradients((flash_attn.flash_attn_func(*inputs, causal=True),), judged(*inputs, is_causal=True)[:1], inputs)

@@ -1,0 +1,179 @@
+"""What torch's users pass: mask objects, subclasses, integers of any width, tensors of one element, ranks from two on, broadcasts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.functional import scaled_dot_product_attention as torch_attention
+from written_out import SHAPE, assert_close, assert_same_gradients, attention, leaves
+
+import cuflash
+from cuflash.errors import DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
+from cuflash.torch import scaled_dot_product_attention, varlen_attention
+
+BATCH, HEADS, SEQLEN, DIM = SHAPE
+SHORTER = (BATCH, HEADS, 40, DIM)
+
+
+# --- Masks and subclasses -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [(40, 48), (48, 40)], ids=str)
+def test_causal_biases_of_torch(device: Any, lengths: tuple[int, int]) -> None:
+    """They are arguments, not memory: whatever their memory holds changes nothing."""
+    query, key, value = leaves(device, *[(BATCH, HEADS, n, DIM) for n in (lengths[0], lengths[1], lengths[1])])
+    for bias, bottom_right in ((causal_upper_left(*lengths), False), (causal_lower_right(*lengths), True)):
+        got = scaled_dot_product_attention(query, key, value, bias)
+        assert_close(got, attention(query, key, value, is_causal=True, bottom_right=bottom_right)[0])
+
+
+def test_causal_biases_that_do_not_fit(device: Any) -> None:
+    query, key, value = leaves(device, *[SHAPE] * 3)
+    with pytest.raises(ShapeError, match="attn_mask: got a CausalBias for 8 queries and 48 keys; expected one for 48 and 48"):
+        scaled_dot_product_attention(query, key, value, causal_upper_left(8, 48))
+    with pytest.raises(OptionError, match="is_causal: got True with a CausalBias"):
+        scaled_dot_product_attention(query, key, value, causal_upper_left(48, 48), is_causal=True)
+
+
+def test_plain_calls_refuse_a_causal_bias(device: Any) -> None:
+    """Its memory is not initialised, so that adding it would give anything."""
+    query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
+    with pytest.raises(DTypeError, match="attn_mask: got .*CausalBias"):
+        cuflash.scaled_dot_product_attention(query, key, value, causal_upper_left(48, 48), layout="bhsd")
+
+
+class Logged(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Plain(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+def test_unknown_subclasses_are_refused_by_name(device: Any) -> None:
+    query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
+    for name in ("query", "key", "value", "attn_mask", "sinks"):
+        tensors = {"query": query, "key": key, "value": value, name: query.as_subclass(Logged)}
+        with pytest.raises(DTypeError, match=rf"{name}: got a tensor of the subclass .*Logged.*{name}.as_subclass"):
+            scaled_dot_product_attention(**tensors)
+    want = scaled_dot_product_attention(query, key, value)
+    for kind in (Plain, torch.nn.Parameter):
+        assert torch.equal(scaled_dot_product_attention(query.as_subclass(kind) if kind is Plain else kind(query), key, value), want)
+
+
+def test_nested_tensors_and_what_is_no_tensor(device: Any) -> None:
+    query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
+    nested = torch.nested.nested_tensor(list(query.transpose(1, 2)), layout=torch.jagged)
+    with pytest.raises(DTypeError, match="query: got a nested tensor.*varlen_attention"):
+        scaled_dot_product_attention(nested, key, value)
+    with pytest.raises(DTypeError, match="key: got an object of type numpy.ndarray; expected a torch tensor"):
+        scaled_dot_product_attention(query, key.cpu().numpy(), value)
+    with pytest.raises(DeviceError, match="key: got .* on meta|key: got a torch tensor on meta"):
+        scaled_dot_product_attention(query, key.to("meta"), value)
+
+
+def test_meta_tensors_have_shapes_alone(device: Any) -> None:
+    query, key, value = (x.detach().to("meta") for x in leaves(device, *[SHAPE] * 3))
+    out, lse = scaled_dot_product_attention(query, key, value, return_lse=True)
+    assert (out.is_meta, out.shape, out.stride(), lse.shape, lse.dtype) == (True, query.shape, query.stride(), SHAPE[:3], torch.float32)
+
+
+# --- Numbers ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_integers_of_64_bits_and_tensors_of_one_element(device: Any) -> None:
+    query, key, value = leaves(device, *[SHAPE] * 3)
+    lengths = [48, 20]
+    want = scaled_dot_product_attention(
+        query, key, value, seqlens_kv=torch.tensor(lengths, dtype=torch.int32, device=device), scale=0.25, softcap=4.0, window=(30, 5)
+    )
+    for number in (torch.tensor, lambda x: torch.tensor([x], device=device)):
+        got = scaled_dot_product_attention(
+            query, key, value, seqlens_kv=torch.tensor(lengths, device=device), scale=number(0.25), softcap=number(4.0), window=(number(30), number(5)),
+            dropout_p=number(0.0),
+        )  # fmt: skip
+        assert torch.equal(got, want)
+    got = scaled_dot_product_attention(
+        query, key, value, seqlens_kv=torch.tensor([2**40, 20], device=device), scale=0.25, softcap=4.0, window=torch.tensor([30, 5])
+    )
+    assert torch.equal(got, want)
+
+
+def test_offsets_of_64_bits_are_checked_as_those_of_32(device: Any) -> None:
+    if device.type != "cpu":
+        pytest.skip("values on a GPU are not read")
+    query, key, value = leaves(device, *[(SEQLEN, HEADS, DIM)] * 3)
+    for wrong in ([1, 48], [0, 2**32 + 48], [0, -5]):
+        offsets = torch.tensor(wrong)
+        with pytest.raises(OptionError, match="cu_seqlens_q"):
+            varlen_attention(query, key, value, offsets, offsets)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sinks_and_slopes_of_16_bits(device: Any, dtype: Any) -> None:
+    query, key, value, sinks = leaves(device, *[SHAPE] * 3, (HEADS,))
+    sinks = sinks.detach().to(dtype).requires_grad_()
+    slopes = torch.tensor([0.5, 0.25], dtype=dtype, device=device)
+    results = scaled_dot_product_attention(query, key, value, sinks=sinks, alibi_slopes=slopes, return_lse=True)
+    wanted = attention(query, key, value, sinks=sinks, slopes=slopes)
+    assert_same_gradients(results, wanted, [query, key, value, sinks])
+
+
+def test_slopes_that_require_grad_are_refused(device: Any) -> None:
+    query, key, value, slopes = leaves(device, *[SHAPE] * 3, (HEADS,))
+    with pytest.raises(UnsupportedError, match="alibi_slopes: got a tensor that requires grad"):
+        scaled_dot_product_attention(query, key, value, alibi_slopes=slopes)
+    with torch.no_grad():
+        scaled_dot_product_attention(query, key, value, alibi_slopes=slopes)
+
+
+def test_float64_is_refused_by_name(device: Any) -> None:
+    query, key, value = leaves(device, *[SHAPE] * 3)
+    with pytest.raises(DTypeError, match=r"query: got float64.*query.to\(torch.float32\)"):
+        scaled_dot_product_attention(query.double(), key.double(), value.double())
+
+
+# --- Shapes -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shapes", "mask"),
+    [
+        (((48, 32), (40, 32), (40, 32)), (48, 40)),
+        (((2, 48, 32), (2, 40, 32), (2, 40, 32)), (2, 48, 40)),
+        (((2, 48, 32), (1, 40, 32), (1, 40, 32)), (48, 40)),
+        (((3, 2, 2, 48, 32), (3, 1, 2, 40, 32), (2, 2, 40, 32)), (3, 1, 2, 48, 40)),
+        (((1, 2, 48, 32), (2, 2, 40, 32), (2, 2, 40, 32)), (2, 1, 48, 40)),
+        (((2, 1, 48, 32), (2, 2, 40, 32), (1, 2, 40, 32)), (40,)),
+        (((48, 32), (2, 2, 40, 32), (2, 2, 40, 32)), (48, 40)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ranks_and_broadcasts_are_torchs(device: Any, shapes: tuple[tuple[int, ...], ...], mask: tuple[int, ...]) -> None:
+    """Shapes, numbers and gradients are those of torch's function, with and without a mask, and lse has the shape of out."""
+    inputs = leaves(device, *shapes)
+    for attn_mask in (None, torch.randn(mask, device=device)):
+        out, lse = scaled_dot_product_attention(*inputs, attn_mask, return_lse=True)
+        want = torch_attention(*(x.double() for x in inputs), None if attn_mask is None else attn_mask.double())
+        assert lse.shape == out.shape[:-1]
+        assert_same_gradients((out,), (want,), inputs)
+        assert torch.equal(scaled_dot_product_attention(*inputs, attn_mask), out)
+
+
+def test_one_dimension_is_refused(device: Any) -> None:
+    with pytest.raises(ShapeError, match=r"key: got shape \(32,\)"):
+        scaled_dot_product_attention(torch.zeros(4, 32), torch.zeros(32), torch.zeros(4, 32))
+
+
+def test_another_layout(device: Any) -> None:
+    inputs = leaves(device, *[SHAPE] * 3)
+    transposed = [x.transpose(1, 2) for x in inputs]
+    out = scaled_dot_product_attention(*transposed, layout="bshd", is_causal=True)
+    assert_close(out, attention(*inputs, is_causal=True)[0].transpose(1, 2))
+    bias = causal_lower_right(SEQLEN, SEQLEN)
+    assert torch.equal(scaled_dot_product_attention(*transposed, bias, layout="bshd"), out)
