@@ -168,7 +168,7 @@ def test_export(device: Any) -> None:
 def test_make_fx_sees_one_operator(device: Any) -> None:
     inputs = [x.detach() for x in leaves(device, *[SHAPE] * 3)]
     graph = make_fx(Model())(*inputs)
-    assert [node.target for node in graph.graph.nodes if node.op == "call_function"][0] is OPERATOR
+    assert next(node.target for node in graph.graph.nodes if node.op == "call_function") is OPERATOR
 
 
 def with_dropout(*inputs: Any) -> Any:
