@@ -188,7 +188,7 @@ def test_merging_packed_sequences(device: Any) -> None:
 
 @pytest.mark.parametrize("dims", [(0, 0, 0), (0, None, None), (None, 2, 1)], ids=str)
 def test_vmap(device: Any, dims: tuple[int | None, ...]) -> None:
-    shapes = [tuple([*SHAPE[:dim], 3, *SHAPE[dim:]]) if dim is not None else SHAPE for dim in dims]
+    shapes = [(*SHAPE[:dim], 3, *SHAPE[dim:]) if dim is not None else SHAPE for dim in dims]
     inputs = [x.detach() for x in leaves(device, *shapes)]
     got = vmap(scaled_dot_product_attention, dims)(*inputs)
     for i in range(3):
@@ -262,5 +262,5 @@ def test_autocast_casts_all_inputs_alike(device: Any) -> None:
 
 def test_a_wrong_keyword_is_answered(device: Any) -> None:
     query, key, value = leaves(device, SHAPE, SHAPE, SHAPE)
-    with pytest.raises(KeywordError, match="softmax_scale.*scale"):
+    with pytest.raises(KeywordError, match=r"softmax_scale.*scale"):
         scaled_dot_product_attention(query, key, value, softmax_scale=1.0)

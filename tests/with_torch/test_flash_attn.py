@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import Any
 
 import pytest
@@ -111,7 +112,7 @@ OFFSETS = [0, 40, 40, 113]
 
 def of_sequences(q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
     """Each sequence on its own, packed again."""
-    pairs = [(a, b) for a, b in zip(OFFSETS, OFFSETS[1:], strict=False) if b > a]
+    pairs = [(a, b) for a, b in itertools.pairwise(OFFSETS) if b > a]
     parts = [judged(*(x[None, a:b] for x in (q, k, v)), **options) for a, b in pairs]
     return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], 1)
 

@@ -41,7 +41,7 @@ def test_causal_biases_that_do_not_fit(device: Any) -> None:
 def test_plain_calls_refuse_a_causal_bias(device: Any) -> None:
     """Its memory is not initialised, so that adding it would give anything."""
     query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
-    with pytest.raises(DTypeError, match="attn_mask: got .*CausalBias"):
+    with pytest.raises(DTypeError, match=r"attn_mask: got .*CausalBias"):
         cuflash.scaled_dot_product_attention(query, key, value, causal_upper_left(48, 48), layout="bhsd")
 
 
