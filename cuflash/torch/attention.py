@@ -10,7 +10,7 @@ from torch.nn.attention.bias import CausalBias
 from cuflash import attention as core
 from cuflash.other_names import explains_keywords
 from cuflash.torch import functions, inputs, operators
-from cuflash.torch.functions import TENSORS, Call
+from cuflash.torch.functions import Call
 from cuflash.torch.inputs import number
 
 assert core  # imported first: a wrong keyword is answered with what cuflash's own calls have too
@@ -75,7 +75,7 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, sinks, alibi_slopes, seqlens_kv, segment_ids_q, segment_ids_kv, prefix_lengths, None, None,
         dropout_seed if isinstance(dropout_seed, torch.Tensor) else None,
     )  # fmt: skip
-    inputs.check_tensors(TENSORS, given)
+    plain = inputs.check_tensors(given)
     restore = None
     if layout == "bhsd":
         query, key, value, attn_mask, restore = inputs.four_dimensions(query, key, value, attn_mask)
@@ -91,10 +91,10 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, sinks, alibi_slopes, inputs.lengths(seqlens_kv), segment_ids_q, segment_ids_kv, inputs.lengths(prefix_lengths),
         None, None, state,
     )  # fmt: skip
-    result = _attend(Call(False, options, seed), tensors, return_lse)
+    result = _attend(Call(False, options, seed), tensors, plain, return_lse)
     if restore is None:
         return result
-    return restore(*result) if return_lse else restore(result, None)[0]
+    return tuple(map(restore, result)) if return_lse else restore(result)
 
 
 @explains_keywords
@@ -138,7 +138,7 @@ def varlen_attention(
     """
     state = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
     given = (query, key, value, attn_mask, sinks, alibi_slopes, None, None, None, prefix_lengths, cu_seqlens_q, cu_seqlens_kv, state)
-    inputs.check_tensors(TENSORS, given)
+    plain = inputs.check_tensors(given)
     query, key, value = inputs.autocast(query, key, value)
     options = {
         "max_seqlen_q": number(max_seqlen_q), "max_seqlen_kv": number(max_seqlen_kv), "dropout_p": number(dropout_p), "is_causal": is_causal,
@@ -151,10 +151,10 @@ def varlen_attention(
         query, key, value, attn_mask, sinks, alibi_slopes, None, None, None, inputs.lengths(prefix_lengths), inputs.lengths(cu_seqlens_q),
         inputs.lengths(cu_seqlens_kv), state,
     )  # fmt: skip
-    return _attend(Call(True, options, seed), tensors, return_lse)
+    return _attend(Call(True, options, seed), tensors, plain, return_lse)
 
 
-def _attend(call: Call, tensors: functions.Tensors, return_lse: bool) -> Any:
-    if operators.looked_at(tensors):
+def _attend(call: Call, tensors: functions.Tensors, plain: bool, return_lse: bool) -> Any:
+    if operators.looked_at(tensors, plain):
         return operators.attend(call, tensors, return_lse)
     return functions.attend(call, tensors, return_lse)

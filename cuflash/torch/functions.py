@@ -14,11 +14,8 @@ import torch
 from cuflash import calls
 from cuflash.errors import UnsupportedError
 from cuflash.prepared import Gradients
+from cuflash.torch.inputs import TENSORS
 
-TENSORS = (
-    "query", "key", "value", "attn_mask", "sinks", "alibi_slopes", "seqlens_kv", "segment_ids_q", "segment_ids_kv", "prefix_lengths", "cu_seqlens_q",
-    "cu_seqlens_kv", "dropout_seed",
-)  # fmt: skip
 _COUNT = len(TENSORS)
 _BATCHED_DIMENSIONS = {"attn_mask": 4, "alibi_slopes": 2, "seqlens_kv": 1, "segment_ids_q": 2, "segment_ids_kv": 2, "prefix_lengths": 1}
 """Dimensions of each tensor when the batch is the first."""
@@ -81,14 +78,18 @@ class Call:
 
 def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:
     """The call outside of tracing: recorded where something has to be, else nothing but the call."""
-    if _is_recorded(tensors) or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         out, lse = Attention.apply(*tensors, call)
-        return (out, lse) if return_lse else out
-    return call.forward(tensors, return_lse)
+    elif torch.is_grad_enabled() and _is_recorded(*tensors[:5]):
+        out, lse = _apply_attention(*tensors, call)
+    else:
+        return call.forward(tensors, return_lse)
+    return (out, lse) if return_lse else out
 
 
-def _is_recorded(tensors: Tensors) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:5])
+def _is_recorded(query: Any, key: Any, value: Any, attn_mask: Any, sinks: Any) -> bool:
+    inputs = query.requires_grad or key.requires_grad or value.requires_grad
+    return inputs or (attn_mask is not None and attn_mask.requires_grad) or (sinks is not None and sinks.requires_grad)
 
 
 class Attention(torch.autograd.Function):  # type: ignore[misc]
@@ -123,6 +124,10 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
             return _unfolded(results, info.batch_size)
         each = [Attention.apply(*_sample(tensors, dims, i), call) for i in range(info.batch_size)]
         return _stacked(each)
+
+
+# Without transforms of torch.func, `Attention.apply` does no more than this, after it has spent longer on the signature of `forward` than the call takes.
+_apply_attention = super(torch.autograd.Function, Attention).apply
 
 
 class AttentionBackward(torch.autograd.Function):  # type: ignore[misc]

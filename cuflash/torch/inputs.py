@@ -17,22 +17,32 @@ from torch.nn.attention.bias import CausalVariant
 from cuflash.arrays import describe
 from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
 
+TENSORS = (
+    "query", "key", "value", "attn_mask", "sinks", "alibi_slopes", "seqlens_kv", "segment_ids_q", "segment_ids_kv", "prefix_lengths", "cu_seqlens_q",
+    "cu_seqlens_kv", "dropout_seed",
+)  # fmt: skip
+"""The tensors of a call, in the order in which all functions of this package take them, None for those that it does not have."""
+
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 TRACED = (FakeTensor, FunctionalTensor)
 """Stand-ins for tensors while a call is traced."""
+_NUMBERS = (float, int, type(None))
 _HALF = (torch.float16, torch.bfloat16)
 _INT32_MAX = 2**31 - 1
 
 
-def check_tensors(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
+def check_tensors(tensors: tuple[Any, ...]) -> bool:
     """Refuse what is no tensor, and tensors that compute in ways of their own, whose memory may hold something else than their values.
+
+    Returns:
+        whether all are of torch's own types, or None.
 
     Raises:
         DTypeError: names the argument and its class.
     """
     if _PLAIN.issuperset(map(type, tensors)):
-        return
-    for name, tensor in zip(names, tensors, strict=True):
+        return True
+    for name, tensor in zip(TENSORS, tensors, strict=True):
         kind = type(tensor)
         if kind in _PLAIN or isinstance(tensor, TRACED):
             continue
@@ -49,6 +59,7 @@ def check_tensors(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
                 f"Its operators are its own, so that its memory need not hold its values: pass {name}.as_subclass(torch.Tensor) if it does."
             )
             raise DTypeError(name, got, "a plain torch tensor", hint)
+    return False
 
 
 def _computes_as_usual(kind: type) -> bool:
@@ -77,11 +88,13 @@ def from_causal_bias(bias: Any, is_causal: Any, query: Any, key: Any, layout: st
 
 def number(x: Any) -> Any:
     """A tensor of one element as a Python number, for which a GPU is waited for; anything else as it is."""
-    return x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x
+    return x if type(x) in _NUMBERS or not isinstance(x, torch.Tensor) or x.numel() != 1 else x.item()
 
 
 def pair(x: Any) -> Any:
     """A window whose limits may be tensors: one of two elements, or two of one element each."""
+    if x is None:
+        return None
     if isinstance(x, torch.Tensor):
         x = x.tolist()
     return tuple([number(limit) for limit in x]) if isinstance(x, (tuple, list)) else x
@@ -112,8 +125,8 @@ def _as_float32(x: Any) -> Any:
 
 def autocast(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
     """query, key and value in the type of an enclosing `torch.autocast`, all of them; float64 stays, as in torch's own functions."""
-    kind = query.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    kind = "cuda" if query.is_cuda else "cpu"
+    if not torch.is_autocast_enabled(kind):
         return query, key, value
     dtype = torch.get_autocast_dtype(kind)
     cast = [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (query, key, value)]
@@ -122,14 +135,16 @@ def autocast(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
 
 def dropout_source(dropout_p: Any, given: Any, device: Any) -> tuple[Any, Any]:
     """What dropout draws from: a tensor of seed and offset, or ints. Without either, both from torch's generator of the device, where they stay."""
+    if given is None and not dropout_p:
+        return None, None
     if isinstance(given, torch.Tensor):
         return given, None
-    if given is not None or not dropout_p:
+    if given is not None:
         return None, given
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device), None
 
 
-Restore = Callable[[Any, Any], tuple[Any, Any]]
+Restore = Callable[[Any], Any]
 
 
 def four_dimensions(query: Any, key: Any, value: Any, attn_mask: Any) -> tuple[Any, Any, Any, Any, Restore | None]:
@@ -139,35 +154,37 @@ def four_dimensions(query: Any, key: Any, value: Any, attn_mask: Any) -> tuple[A
     are broadcast to each other and become one, which copies those that cannot be viewed so.
 
     Returns:
-        the four tensors, and what brings out and lse into the caller's shape; None where that is theirs.
+        the four tensors, and what brings out, or lse, into the caller's shape; None where that is theirs.
     """
+    if query.dim() == 4 and key.dim() == 4 and value.dim() == 4:
+        return _broadcast_query(query, key, value), key, value, attn_mask, None
+    query, key, value, attn_mask, restore = _of_other_ranks(query, key, value, attn_mask)
+    return _broadcast_query(query, key, value), key, value, attn_mask, restore
+
+
+def _broadcast_query(query: Any, key: Any, value: Any) -> Any:
+    """query with the batch and heads of key and value where its own are 1; these are broadcast by the kernels."""
+    batch, heads, _, _ = query.shape
+    if batch != 1 and heads != 1:
+        return query
+    (batch_k, heads_k, _, _), (batch_v, heads_v, _, _) = key.shape, value.shape
+    wanted = (max(batch_k, batch_v) if batch == 1 else batch, max(heads_k, heads_v) if heads == 1 else heads)
+    return query if wanted == (batch, heads) else query.expand(*wanted, -1, -1)
+
+
+def _of_other_ranks(query: Any, key: Any, value: Any, attn_mask: Any) -> tuple[Any, Any, Any, Any, Restore]:
+    """As `four_dimensions`, where not all have four."""
     ranks = (query.dim(), key.dim(), value.dim())
-    rank = max(ranks)
     if min(ranks) < 2:
-        name = ("query", "key", "value")[ranks.index(min(ranks))]
-        shape = tuple((query, key, value)[ranks.index(min(ranks))].shape)
-        raise ShapeError(name, f"shape {shape}", "at least two dimensions, (..., seqlen, head_dim)", "Add the missing ones: x[None].")
-    restore: Restore | None = None
-    if ranks != (4, 4, 4):
-        query, key, value = (x[(None,) * (4 - x.dim())] if x.dim() < 4 else x for x in (query, key, value))
-    if rank < 4:
-        outer = (0,) * (4 - rank)
-
-        def restore(out: Any, lse: Any) -> tuple[Any, Any]:
-            return out[outer], None if lse is None else lse[outer]
-    elif rank > 4:
-        leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-        query, key, value = (x.expand(*leading, *x.shape[-3:]).flatten(0, -4) for x in (query, key, value))
-        if attn_mask is not None and attn_mask.dim() > 3:
-            attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, -4)
-
-        def restore(out: Any, lse: Any) -> tuple[Any, Any]:
-            return out.unflatten(0, leading), None if lse is None else lse.unflatten(0, leading)
-
-    batch, heads = query.shape[:2]
-    batch_kv, heads_kv = key.shape[:2]
-    if batch == 1 or heads == 1:
-        wanted = (max(batch_kv, value.shape[0]) if batch == 1 else batch, max(heads_kv, value.shape[1]) if heads == 1 else heads)
-        if wanted != (batch, heads):
-            query = query.expand(*wanted, -1, -1)
-    return query, key, value, attn_mask, restore
+        least = ranks.index(min(ranks))
+        got = f"shape {tuple((query, key, value)[least].shape)}"
+        raise ShapeError(TENSORS[least], got, "at least two dimensions, (..., seqlen, head_dim)", "Add the missing ones: x[None].")
+    query, key, value = (x[(None,) * (4 - x.dim())] if x.dim() < 4 else x for x in (query, key, value))
+    if max(ranks) <= 4:
+        outer = (0,) * (4 - max(ranks))
+        return query, key, value, attn_mask, lambda x: x[outer]
+    leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    query, key, value = (x.expand(*leading, *x.shape[-3:]).flatten(0, -4) for x in (query, key, value))
+    if attn_mask is not None and attn_mask.dim() > 3:
+        attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, -4)
+    return query, key, value, attn_mask, lambda x: x.unflatten(0, leading)

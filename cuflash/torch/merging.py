@@ -25,7 +25,7 @@ def merge_attention(outs: Any, lses: Any, *, layout: str = "bhsd") -> tuple[Any,
     parts_lse = tuple(lses) if isinstance(lses, (list, tuple)) else (lses,)
     parts = (*parts_out, *parts_lse)
     order = _order(layout, parts_out, stacked=not isinstance(outs, (list, tuple)))
-    if operators.looked_at(parts):
+    if operators.looked_at(parts, plain=all(type(x) is torch.Tensor for x in parts)):
         listed = [x if isinstance(x, (list, tuple)) else x.unbind(0) for x in (outs, lses)]
         return operators.merge_parts(listed[0], listed[1], order)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in parts):

@@ -15,8 +15,8 @@ from cuflash.errors import UnsupportedError
 from cuflash.merging import merge_attention as merge
 from cuflash.merging import merge_attention_backward as merge_backward
 from cuflash.tiles import Tile
-from cuflash.torch.functions import TENSORS, Call, Tensors
-from cuflash.torch.inputs import TRACED
+from cuflash.torch.functions import Call, Tensors
+from cuflash.torch.inputs import TENSORS, TRACED
 
 _OPTIONS = (
     "SymInt? max_seqlen_q, SymInt? max_seqlen_kv, float dropout_p, bool is_causal, float? scale, bool enable_gqa, str layout, str causal_alignment, "
@@ -42,14 +42,16 @@ _merge = torch.ops.cuflash.merge.default
 _merge_backward = torch.ops.cuflash.merge_backward.default
 
 
-def looked_at(tensors: Sequence[Any]) -> bool:
-    """Whether somebody traces the call, watches operators or wants shapes alone, so that it has to be an operator."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or tensors[0].is_meta
-        or any(isinstance(x, TRACED) for x in tensors)
-    )
+def looked_at(tensors: Sequence[Any], plain: bool) -> bool:
+    """Whether somebody traces the call, watches operators or wants shapes alone, so that it has to be an operator.
+
+    Args:
+        tensors: of the call.
+        plain: all of them are of torch's own types, or None.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or tensors[0].is_meta:
+        return True
+    return not plain and any(isinstance(x, TRACED) for x in tensors)
 
 
 def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:

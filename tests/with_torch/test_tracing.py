@@ -15,7 +15,8 @@ from written_out import SHAPE, assert_close, assert_same_gradients, attention, l
 
 from cuflash.errors import UnsupportedError
 from cuflash.torch import merge_attention, scaled_dot_product_attention, varlen_attention
-from cuflash.torch.functions import TENSORS, Call
+from cuflash.torch.functions import Call
+from cuflash.torch.inputs import TENSORS
 from cuflash.torch.operators import _options_of
 
 BATCH, HEADS, SEQLEN, DIM = SHAPE
