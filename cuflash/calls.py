@@ -34,6 +34,22 @@ _NOT_OF_PROBLEM = (*_RESULTS, "grad_lse", "tile", "backward")
 
 def forward(function: str, arguments: Arguments) -> Any:
     """What the public `function` returns for its arguments: the output, or with `return_lse` the output and lse."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():  # the graph breaks: tracing on into addresses and kernels would end in a crash
+        return torch._disable_dynamo(_forward)(function, arguments)
+    return _forward(function, arguments)
+
+
+def backward(function: str, arguments: Arguments) -> Gradients:
+    """What the public backward `function` returns for its arguments."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():
+        gradients: Gradients = torch._disable_dynamo(_backward)(function, arguments)
+        return gradients
+    return _backward(function, arguments)
+
+
+def _forward(function: str, arguments: Arguments) -> Any:
     given = arguments["out"]
     key, call, pointers = _find(function, arguments)
     if call is not None and (given is None or call.may_write(given, pointers)):
@@ -54,8 +70,7 @@ def forward(function: str, arguments: Arguments) -> Any:
     return call.run(pointers, given)
 
 
-def backward(function: str, arguments: Arguments) -> Gradients:
-    """What the public backward `function` returns for its arguments."""
+def _backward(function: str, arguments: Arguments) -> Gradients:
     key, call, pointers = _find(function, arguments)
     if call is None:
         for name in ("out", "lse"):  # the two that come from the forward call are easily mixed up

@@ -13,6 +13,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from written_out import SHAPE, assert_close, assert_same_gradients, attention, leaves
 
+import cuflash
 from cuflash.errors import UnsupportedError
 from cuflash.torch import merge_attention, scaled_dot_product_attention, varlen_attention
 from cuflash.torch.functions import Call
@@ -111,8 +112,6 @@ def test_compiled_packed_sequences(device: Any) -> None:
 
 def test_compiled_features_equal_eager_ones(device: Any) -> None:
     """All that is an argument of the operator arrives: numbers, words, tensors and the tile."""
-    import cuflash
-
     *inputs, mask = leaves(device, *[SHAPE] * 3, (SEQLEN, SEQLEN))
     lengths = torch.tensor([48, 20], device=device)
     slopes = torch.tensor([0.5, 0.25], dtype=torch.bfloat16, device=device)
@@ -142,6 +141,25 @@ def test_compiled_merging(device: Any) -> None:
         return merge_attention([out for out, _ in halves], [lse for _, lse in halves])
 
     assert_same_gradients(torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs), attention(*inputs), inputs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_plain_calls_break_the_graph(device: Any) -> None:
+    """cuflash's own functions, which torch.compile cannot look into: what is around them is compiled."""
+    query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
+
+    def function(x: Any) -> Any:
+        x = x * 2.0
+        out, lse = cuflash.scaled_dot_product_attention(x, key, value, layout="bhsd", return_lse=True)
+        return (cuflash.scaled_dot_product_attention_backward(out, x, key, value, out, lse, layout="bhsd").query + 1.0).sin()
+
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(function, backend=counter)
+    for _ in range(2):
+        assert torch.equal(compiled(query), function(query))
+    assert counter.frame_count >= 2
+    targets = [node.target for graph in counter.graphs for node in graph.graph.nodes if node.op != "placeholder"]
+    assert len(targets) < 20  # nothing of the calls themselves
 
 
 def test_a_mapping_of_tiles_is_refused(device: Any) -> None:
