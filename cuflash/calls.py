@@ -138,7 +138,7 @@ def refuse_autograd(inputs: Mapping[str, Array], backward: str = "scaled_dot_pro
         return
     for name, array in inputs.items():
         if getattr(array.owner, "requires_grad", False):
-            hint = f"Pass {name}.detach() or call under torch.no_grad(), and compute gradients with {backward}."
+            hint = f"Call cuflash.torch, which autograd records; or pass {name}.detach() and compute gradients with {backward}."
             raise UnsupportedError(name, "a tensor that requires grad", "a tensor outside of autograd", hint)
 
 

@@ -1,0 +1,100 @@
+"""What `cuflash.torch` costs on the host up to the launch, beside torch's own attention: microseconds, with a launcher that does nothing.
+
+    python benchmarks/bench_torch_host_cost.py
+
+Tensors are on the CPU. As in bench_host_cost.py, what the simulator needs besides is left out. torch's function computes a single query and key of 8
+numbers, so that its time is what it costs to call it. Each number is the least of many short runs of thread time, so that other processes do not count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import cuflash
+import cuflash.torch
+from cuflash import launch, prepared
+from cuflash.torch import inputs
+
+SHAPE, TINY = (1, 2, 32, 64), (1, 1, 1, 8)
+
+
+class NoLauncher:
+    """A kernel that takes no time."""
+
+    def launch(self, *arguments: Any) -> None:
+        pass
+
+
+def microseconds(call: Callable[[], Any], runs: int = 300, calls: int = 10) -> float:
+    for _ in range(100):
+        call()
+    best = float("inf")
+    for _ in range(runs):
+        start = time.thread_time_ns()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.thread_time_ns() - start) / calls)
+    return best / 1000.0
+
+
+def cases() -> dict[str, Callable[[], Any]]:
+    plain = [torch.randn(SHAPE, dtype=torch.float16) for _ in range(3)]
+    recorded = [x.clone().requires_grad_() for x in plain]
+    tiny = [torch.randn(TINY).requires_grad_() for _ in range(3)]
+    options: dict[str, Any] = {"layout": "bhsd", "is_causal": True}
+    out, lse = cuflash.scaled_dot_product_attention(*plain, return_lse=True, **options)
+    grad_out, grad_tiny = torch.ones_like(out), torch.ones(TINY)
+    ours, theirs = cuflash.torch.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention
+
+    class Nothing(torch.autograd.Function):
+        """An autograd function of three tensors that does nothing but allocate what attention does."""
+
+        @staticmethod
+        def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
+            out, lse = torch.empty(SHAPE, dtype=torch.float16), torch.empty(SHAPE[:3])
+            ctx.save_for_backward(query, key, value, out, lse)
+            return out, lse
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
+            return tuple(torch.empty(SHAPE, dtype=torch.float16) for _ in range(3))
+
+    compiled = torch.compile(lambda *x: ours(*x, is_causal=True), fullgraph=True, backend="aot_eager")
+
+    def without_grad(call: Callable[..., Any], *arguments: Any) -> Any:
+        return lambda: call(*arguments, is_causal=True)
+
+    def both(call: Callable[..., Any], leaves: list[Any], grad: Any) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(call(*leaves), leaves, grad)
+
+    return {
+        "forward, no gradient: cuflash.torch": without_grad(ours, *plain),
+        "forward, no gradient: cuflash": lambda: cuflash.scaled_dot_product_attention(*plain, **options),
+        "forward, no gradient: torch": without_grad(theirs, *[x.detach() for x in tiny]),
+        "forward, recorded: cuflash.torch": without_grad(ours, *recorded),
+        "forward, recorded: torch": without_grad(theirs, *tiny),
+        "forward, recorded: an autograd function that does nothing": lambda: Nothing.apply(*recorded),
+        "forward and backward: cuflash.torch": both(lambda *x: ours(*x, is_causal=True), recorded, grad_out),
+        "forward and backward: cuflash.torch, compiled": both(compiled, recorded, grad_out),
+        "forward and backward: torch": both(lambda *x: theirs(*x, is_causal=True), tiny, grad_tiny),
+        "forward and backward: an autograd function that does nothing": both(lambda *x: Nothing.apply(*x)[0], recorded, grad_out),
+        "backward: cuflash": lambda: cuflash.scaled_dot_product_attention_backward(grad_out, *plain, out, lse, **options),
+        "part: checks of the inputs": lambda: (inputs.check_tensors((*plain, *(None,) * 10)), inputs.four_dimensions(*plain, None), inputs.autocast(*plain)),
+        "part: one torch.empty": lambda: torch.empty(SHAPE, dtype=torch.float16, device="cpu"),
+    }  # fmt: skip
+
+
+def main() -> None:
+    launch.executable = lambda kernel, device: NoLauncher()  # type: ignore[assignment, return-value]
+    prepared.simulated_memory = lambda *arguments: []  # type: ignore[assignment]
+    print(f"torch {torch.__version__}")
+    for name, call in cases().items():
+        print(f"{microseconds(call):7.1f} µs  {name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
