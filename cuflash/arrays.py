@@ -229,6 +229,9 @@ def _borrow_bits(x: BFloat16Bits, name: str) -> Array:
 
 def _borrow_torch(x: Any, name: str) -> Array:
     torch = sys.modules["torch"]
+    if _has_functions_of_its_own(x):
+        hint = f"Its memory need not hold its values: pass {name}.as_subclass(torch.Tensor) if it does. A CausalBias is is_causal=True with causal_alignment."
+        raise DTypeError(name, f"a tensor of the subclass {type(x).__module__}.{type(x).__qualname__}", "a plain tensor", hint)
     if x.layout is not torch.strided or x.is_nested:
         got = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
         raise DTypeError(
@@ -244,9 +247,6 @@ def _borrow_torch(x: Any, name: str) -> Array:
         raise DeviceError(name, f"a torch tensor on {x.device}", "a tensor on the CPU or a CUDA device", hint)
     if _is_wrapper(x):
         raise _no_torch_memory(name, x, None)
-    if _has_functions_of_its_own(x):
-        hint = f"Its memory need not hold its values: pass {name}.as_subclass(torch.Tensor) if it does. A CausalBias is is_causal=True with causal_alignment."
-        raise DTypeError(name, f"a tensor of the subclass {type(x).__module__}.{type(x).__qualname__}", "a plain tensor", hint)
     try:
         address = x.data_ptr()
     except RuntimeError as error:
@@ -268,7 +268,10 @@ def _has_functions_of_its_own(x: Any) -> bool:
     """Whether torch's functions mean something else for tensors of this type, such as `torch.nn.attention.bias.CausalBias`, whose memory is not initialised."""
     torch = sys.modules["torch"]
     function = getattr(type(x).__torch_function__, "__func__", type(x).__torch_function__)
-    return function not in (torch.Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+    if function in (torch.Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl):
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        return not x.is_nested and not _is_wrapper(x)  # which have messages of their own
 
 
 def _no_torch_memory(name: str, x: object, error: Exception | None) -> DTypeError:

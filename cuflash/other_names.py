@@ -200,8 +200,9 @@ def _answering(function: Callable[P, R], name: str, known: tuple[str, ...]) -> C
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not taken.issuperset(kwargs):
-            raise _unknown(name, known, [keyword for keyword in kwargs if keyword not in taken])
+        unknown = [keyword for keyword in kwargs if keyword not in taken]
+        if unknown:
+            raise _unknown(name, known, unknown)
         return function(*args, **kwargs)
 
     return call
