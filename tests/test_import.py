@@ -59,6 +59,12 @@ def test_without_cupy_a_call_says_what_to_install() -> None:
     assert "pip install 'cuflash[cuda12]'" in message
 
 
+@pytest.mark.parametrize("module", ["cuflash.torch", "cuflash.flash_attn"])
+def test_without_torch_what_needs_it_says_what_to_install(module: str) -> None:
+    code = f"import sys; sys.modules['torch'] = None\nimport cuflash\ntry:\n    import {module}\nexcept cuflash.SetupError as error:\n    print(error)"
+    assert run_python(code).strip() == "cuflash.torch needs torch: pip install torch."
+
+
 def test_without_a_compiler_the_simulator_says_what_to_install(tmp_path: Path) -> None:
     code = "import sys; sys.modules['ziglang'] = None" + CALL
     message = run_python(code, PATH=str(tmp_path), CXX="", CUFLASH_CACHE_DIR=str(tmp_path))

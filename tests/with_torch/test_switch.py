@@ -175,9 +175,10 @@ def test_compiled_modules(device: Any) -> None:
         y = x.clone().requires_grad_()
         out = compiled(y)
         got = [out, *torch.autograd.grad(out.square().mean(), [y, *layer.parameters()])]
-        traced = report().traced
+        counted = report()
         compiled(y)
-    assert report().traced == traced > 0  # the second run compiled nothing
+    assert counted.traced + counted.calls > 0  # Dynamo of old versions hands the module on as a whole, to what traces operators
+    assert report() == counted  # the second run compiled nothing
     same(got, want)
 
 
