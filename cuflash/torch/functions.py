@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from cuflash import calls
 from cuflash.errors import UnsupportedError
@@ -78,7 +79,7 @@ class Call:
 
 def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:
     """The call outside of tracing: recorded where something has to be, else nothing but the call."""
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         out, lse = Attention.apply(*tensors, call)
     elif torch.is_grad_enabled() and _is_recorded(*tensors[:5]):
         out, lse = _apply_attention(*tensors, call)
@@ -90,6 +91,14 @@ def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:
 def _is_recorded(query: Any, key: Any, value: Any, attn_mask: Any, sinks: Any) -> bool:
     inputs = query.requires_grad or key.requires_grad or value.requires_grad
     return inputs or (attn_mask is not None and attn_mask.requires_grad) or (sinks is not None and sinks.requires_grad)
+
+
+def no_forward_mode(function: str) -> UnsupportedError:
+    """What a tensor with a tangent is answered with, which would silently lose it."""
+    hint = (
+        "Use torch.func.vjp or autograd; or, for small shapes, torch's own attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+    )
+    return UnsupportedError(function, "a forward-mode derivative of it", "reverse-mode derivatives", hint)
 
 
 class Attention(torch.autograd.Function):  # type: ignore[misc]
@@ -114,6 +123,10 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
         else:
             grads = _gradients(ctx.call, tuple(tensors), out, lse, grad_out, grad_lse, needs_mask)
         return (*grads, *(None,) * (_COUNT - 4))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_forward_mode("attention")
 
     @staticmethod
     def vmap(info: Any, in_dims: Tensors, *arguments: Any) -> tuple[Any, Any]:

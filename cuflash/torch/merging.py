@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from cuflash import merging
 from cuflash.errors import UnsupportedError
 from cuflash.torch import operators
+from cuflash.torch.functions import no_forward_mode
 
 
 def merge_attention(outs: Any, lses: Any, *, layout: str = "bhsd") -> tuple[Any, Any]:
@@ -28,7 +30,8 @@ def merge_attention(outs: Any, lses: Any, *, layout: str = "bhsd") -> tuple[Any,
     if operators.looked_at(parts, plain=all(type(x) is torch.Tensor for x in parts)):
         listed = [x if isinstance(x, (list, tuple)) else x.unbind(0) for x in (outs, lses)]
         return operators.merge_parts(listed[0], listed[1], order)
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in parts):
+    recorded = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in parts)
+    if recorded or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         forms = tuple(len(own) if isinstance(x, (list, tuple)) else None for x, own in ((outs, parts_out), (lses, parts_lse)))
         out, lse = _Merge.apply(order, forms, *parts)
         return out, lse
@@ -58,6 +61,10 @@ class _Merge(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
         return (None, None, *_MergeBackward.apply(ctx.order, ctx.forms, grad_out, grad_lse, *ctx.saved_tensors))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_forward_mode("merge_attention")
 
 
 class _MergeBackward(torch.autograd.Function):  # type: ignore[misc]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.func import grad, vmap
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, vmap
 from written_out import SHAPE, assert_close, assert_same_gradients, attention, leaves
 
 import cuflash
@@ -123,6 +124,37 @@ def test_a_second_derivative_raises_and_says_so(device: Any) -> None:
     (first,) = torch.autograd.grad(merged.square().sum(), query, create_graph=True)
     with pytest.raises(UnsupportedError, match="merge_attention: got a second derivative"):
         first.sum().backward()
+
+
+def test_forward_mode_raises_and_says_so(device: Any) -> None:
+    """A tangent is not dropped silently, neither that of torch.func nor a dual tensor's."""
+    query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
+    for function, name in (
+        (lambda x: scaled_dot_product_attention(x, key, value), "attention"),
+        (lambda x: merge_attention([x, key], [x[..., 0], key[..., 0]])[0], "merge_attention"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"^{name}: got a forward-mode derivative"):
+            jvp(function, (query,), (query,))
+        with forward_ad.dual_level(), pytest.raises(UnsupportedError, match=f"^{name}: got a forward-mode derivative"):
+            function(forward_ad.make_dual(query, query))
+        with forward_ad.dual_level():
+            function(query)
+
+
+def test_a_second_derivative_of_torch_func_raises(device: Any) -> None:
+    query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
+    first = grad(lambda x: scaled_dot_product_attention(x, key, value).square().sum())
+    with pytest.raises(UnsupportedError, match="second derivative"):
+        grad(lambda x: first(x).sum())(query)
+
+
+def test_what_was_saved_must_not_be_changed(device: Any) -> None:
+    query, key, value = leaves(device, *[SHAPE] * 3)
+    out = scaled_dot_product_attention(query, key, value)
+    loss = out.clone().sum()
+    out.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 # --- Dropout ------------------------------------------------------------------------------------------------------------------------------
