@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def examples(page: str) -> list[str]:
-    return [text for text in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S) if "cuflash.torch" in text]
+    return [text for text in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S) if "cuflash.torch" in text]
 
 
 def test_the_example_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
