@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cuflash import device, planning, samples
 from cuflash.planning import Plan
-from cuflash.tiles import Tile
+from cuflash.tile import Tile, Tiles
 from cuflash.timing import description, prediction, sass
 from cuflash.timing.machine import CARDS
 from cuflash.timing.prediction import KernelPrediction
@@ -104,7 +104,7 @@ def predicted_milliseconds(plan: Plan, kernels: Kernels, of: str) -> tuple[float
     return None if asked is None else (total, asked)
 
 
-def plan_of(row: dict[str, str], backward: bool, tiles: planning.Tiles) -> Plan:
+def plan_of(row: dict[str, str], backward: bool, tiles: Tiles) -> Plan:
     """The plan of a row's call on the architecture that was timed."""
     sample = samples.Sample(
         batch=int(row["batch"]), seqlen_q=int(row["seqlen"]), seqlen_kv=int(row["seqlen"]), num_heads_q=int(row["heads"]), num_heads_kv=int(row["heads"]),

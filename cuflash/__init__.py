@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from cuflash.merging import MergeGradients, merge_attention, merge_attention_backward
     from cuflash.planning import Plan
     from cuflash.prepared import Gradients
-    from cuflash.tiles import Tile
+    from cuflash.tile import Tile
     from cuflash.tuning import legal_tiles, warmup
 
 _HOME = {
@@ -69,7 +69,7 @@ _HOME = {
     "merge_attention": "merging",
     "merge_attention_backward": "merging",
     "Plan": "planning",
-    "Tile": "tiles",
+    "Tile": "tile",
     "legal_tiles": "tuning",
     "warmup": "tuning",
 }

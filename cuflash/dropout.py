@@ -15,7 +15,8 @@ from cuflash.kernel_specs import DROPOUT_MASK
 from cuflash.other_names import explains_keywords
 from cuflash.planning import MAX_GRID, KernelPlan, LaunchShape
 from cuflash.problem import MAX_EXTENT
-from cuflash.tiles import KernelCase, Tile
+from cuflash.tile import Tile
+from cuflash.tiles import KernelCase
 
 _ROWS = 16  # queries of a block, as in kernels/dropout_mask.cu
 
@@ -48,7 +49,9 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
     array = borrow(like, "like")
     pointers, state = drawn_from(probability, dropout_seed)
     if state is not None:
-        pointers["dropout_state"] = check_dropout_state(state, Extents(*extents, array)).pointer
+        seed = borrow(state, "dropout_seed")
+        check_dropout_state(seed, Extents(*extents, array))
+        pointers["dropout_state"] = seed.pointer
 
     kept = array.framework.empty(extents, "bool", array)
     if prod(extents) == 0:

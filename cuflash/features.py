@@ -13,22 +13,22 @@ from __future__ import annotations
 import numbers
 import operator
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 import numpy
 
-from cuflash.arrays import Array, borrow, describe, is_array
+from cuflash.arrays import AnyArray, Array, describe, is_array
 from cuflash.errors import DeviceError, DTypeError, OptionError, ShapeError
-from cuflash.options import check_bool, real
+from cuflash.options import Options, check_bool, real
 from cuflash.other_names import explains_features
 
 Shape4 = tuple[int, int, int, int]
 Strides2 = tuple[int, int]
 
 MASK_DTYPES = ("bool", "float16", "bfloat16", "float32")
-ARRAYS = ("attn_mask", "alibi_slopes", "sinks", "segment_ids_q", "segment_ids_kv", "prefix_lengths")
-"""Arguments of the calls that are arrays; a dropout_seed may be one too."""
+Seed: TypeAlias = int | tuple[int, int] | AnyArray | None
 
 UNLIMITED = 2**31 - 1
 """What stands for no limit where kernels compare 32-bit differences of positions."""
@@ -77,8 +77,16 @@ class FeatureSet:
     def constants(self) -> dict[str, bool | str]:
         """What `struct Config` says of the features."""
         element = {None: "NoMask", "bool": "uint8", "float32": "float"}.get(self.attn_mask, self.attn_mask)
-        flags = ("dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix")
-        return {"MaskElement": str(element)} | {name.upper(): bool(getattr(self, name)) for name in flags}
+        return {
+            "MaskElement": str(element),
+            "DROPOUT": self.dropout,
+            "WINDOW": self.window,
+            "SOFTCAP": self.softcap,
+            "ALIBI": self.alibi,
+            "SINKS": self.sinks,
+            "SEGMENTS": self.segments,
+            "PREFIX": self.prefix,
+        }
 
 
 NO_FEATURES = FeatureSet()
@@ -163,75 +171,49 @@ class Extents:
     like: Array
 
 
-def check_features(
-    extents: Extents,
-    *,
-    is_causal: bool,
-    scale: float,
-    attn_mask: object = None,
-    need_attn_mask_grad: object = False,
-    dropout_p: object = 0.0,
-    dropout_seed: object = None,
-    window: object = None,
-    softcap: object = None,
-    alibi_slopes: object = None,
-    sinks: object = None,
-    segment_ids_q: object = None,
-    segment_ids_kv: object = None,
-    prefix_lengths: object = None,
-) -> Features:
+def check_features(extents: Extents, arrays: Mapping[str, Array], options: Options, *, is_causal: bool, scale: float) -> Features:
     """Check the features of a call, all of them.
 
     Args:
         extents: of the call.
+        arrays: of the call, borrowed, by name.
+        options: as they came from the caller.
         is_causal, scale: of the call, checked.
-        attn_mask, …: as in `cuflash.scaled_dot_product_attention`, taken as they came from the caller, or borrowed.
 
     Raises:
         OptionError: a scalar outside its domain, or options that exclude each other.
         DTypeError, ShapeError, DeviceError: an array that does not fit.
     """
-    probability = check_dropout_p(dropout_p)
-    check_dropout_seed(probability, dropout_seed)
-    if isinstance(dropout_seed, Array) or (probability and words_of_seed(dropout_seed) is None):
-        check_dropout_state(dropout_seed, extents)
-    limits = check_window(window)
-    cap = check_softcap(softcap, scale)
-    mask = None if attn_mask is None else _check_mask(attn_mask, extents)
-    need_grad = _check_need_grad(need_attn_mask_grad, mask)
-    if prefix_lengths is not None and not is_causal:
+    probability = check_dropout_p(options.dropout_p)
+    if "dropout_state" in arrays:
+        check_dropout_state(arrays["dropout_state"], extents)
+    left, right = check_window(options.window)
+    cap = check_softcap(options.softcap, scale)
+    mask = _check_mask(arrays["attn_mask"], extents) if "attn_mask" in arrays else None
+    need_grad = _check_need_grad(options.need_attn_mask_grad, mask)
+    if "prefix_lengths" in arrays and not is_causal:
         hint = "Pass is_causal=True: keys of the prefix are visible to all queries, the others causally."
         raise OptionError("prefix_lengths", "an array with is_causal=False", "is_causal=True", hint)
-    if (segment_ids_q is None) != (segment_ids_kv is None):
-        missing = "segment_ids_q" if segment_ids_q is None else "segment_ids_kv"
-        raise OptionError(
-            missing,
-            "None while the other one is given",
-            "ids for queries and keys",
-            f"Pass {missing} too; for self-attention it is the same array.",
+    if ("segment_ids_q" in arrays) != ("segment_ids_kv" in arrays):
+        missing = "segment_ids_kv" if "segment_ids_q" in arrays else "segment_ids_q"
+        hint = f"Pass {missing} too; for self-attention it is the same array."
+        raise OptionError(missing, "None while the other one is given", "ids for queries and keys", hint)
+
+    batch, heads, seqlen_q, seqlen_kv = extents.batch, extents.num_heads_q, extents.seqlen_q, extents.seqlen_kv
+    strides = {
+        name: _strides(name, arrays[name], dtype, shapes, extents)
+        for name, dtype, shapes in (
+            ("alibi_slopes", "float32", ((batch, heads), (1, heads), (heads,))),
+            ("sinks", "float32", ((heads,),)),
+            ("segment_ids_q", "int32", ((batch, seqlen_q), (1, seqlen_q))),
+            ("segment_ids_kv", "int32", ((batch, seqlen_kv), (1, seqlen_kv))),
+            ("prefix_lengths", "int32", ((batch,),)),
         )
-
-    batch, heads = extents.batch, extents.num_heads_q
-    alibi = (
-        None if alibi_slopes is None else _strides("alibi_slopes", alibi_slopes, "float32", [(batch, heads), (1, heads), (heads,)], extents)
-    )
-    sink = None if sinks is None else _strides("sinks", sinks, "float32", [(heads,)], extents)
-    ids_q = (
-        None
-        if segment_ids_q is None
-        else _strides("segment_ids_q", segment_ids_q, "int32", [(batch, extents.seqlen_q), (1, extents.seqlen_q)], extents)
-    )
-    ids_kv = (
-        None
-        if segment_ids_kv is None
-        else _strides("segment_ids_kv", segment_ids_kv, "int32", [(batch, extents.seqlen_kv), (1, extents.seqlen_kv)], extents)
-    )
-    prefix = None if prefix_lengths is None else _strides("prefix_lengths", prefix_lengths, "int32", [(batch,)], extents)
-
-    left, right = limits
+        if name in arrays
+    }
     kinds = FeatureSet(
-        attn_mask=None if mask is None else mask.dtype, dropout=probability > 0.0, window=limits != (None, None), softcap=cap is not None,
-        alibi=alibi is not None, sinks=sink is not None, segments=ids_q is not None, prefix=prefix is not None,
+        attn_mask=None if mask is None else mask.dtype, dropout=probability > 0.0, window=(left, right) != (None, None), softcap=cap is not None,
+        alibi="alibi_slopes" in arrays, sinks="sinks" in arrays, segments="segment_ids_q" in arrays, prefix="prefix_lengths" in arrays,
     )  # fmt: skip
     return Features(
         kinds=kinds,
@@ -241,12 +223,17 @@ def check_features(
         window_high=UNLIMITED if right is None else min(UNLIMITED, right),
         softcap=cap,
         dropout_p=probability,
-        alibi_strides=(0, 0) if alibi is None else (0, *alibi)[-2:],  # type: ignore[arg-type]
-        sinks_stride=0 if sink is None else sink[0],
-        segment_ids_q_strides=(0, 0) if ids_q is None else ids_q,  # type: ignore[arg-type]
-        segment_ids_kv_strides=(0, 0) if ids_kv is None else ids_kv,  # type: ignore[arg-type]
-        prefix_stride=0 if prefix is None else prefix[0],
+        alibi_strides=_last_two(strides.get("alibi_slopes", ())),
+        sinks_stride=_last_two(strides.get("sinks", ()))[1],
+        segment_ids_q_strides=_last_two(strides.get("segment_ids_q", ())),
+        segment_ids_kv_strides=_last_two(strides.get("segment_ids_kv", ())),
+        prefix_stride=_last_two(strides.get("prefix_lengths", ()))[1],
     )
+
+
+def _last_two(strides: tuple[int, ...]) -> Strides2:
+    """Of the last two axes; 0 for an axis that is not there."""
+    return (0, 0, *strides)[-2], (0, 0, *strides)[-1]
 
 
 # --- Scalars ------------------------------------------------------------------------------------------------------------------------------
@@ -268,7 +255,7 @@ def check_dropout_seed(dropout_p: float, dropout_seed: object) -> None:
     hint = "Draw one for each call, and pass the same one to the backward pass: dropout_seed=random.getrandbits(63)."
     if dropout_seed is None:
         raise OptionError("dropout_seed", "None with dropout_p > 0", expected, hint)
-    if isinstance(dropout_seed, Array) or is_array(dropout_seed) or words_of_seed(dropout_seed) is not None:
+    if is_array(dropout_seed) or words_of_seed(dropout_seed) is not None:
         return
     got = describe(dropout_seed)
     if isinstance(dropout_seed, (list, tuple)):
@@ -357,8 +344,8 @@ def _check_need_grad(value: object, mask: MaskLayout | None) -> bool:
 # --- Arrays -------------------------------------------------------------------------------------------------------------------------------
 
 
-def _array(name: str, x: object, extents: Extents) -> Array:
-    array = x if isinstance(x, Array) else borrow(x, name)
+def _check_kind(name: str, array: Array, extents: Extents) -> None:
+    """It comes from the query's library and is on its device."""
     like = extents.like
     if array.framework.library != like.framework.library:
         hint = f"Convert it to a {like.framework.library} array."
@@ -367,11 +354,10 @@ def _array(name: str, x: object, extents: Extents) -> Array:
         raise DeviceError(
             name, f"an array on {array.device}", f"an array on {like.device}, like query", f"Move {name} to the query's device."
         )
-    return array
 
 
-def _strides(name: str, x: object, dtype: str, shapes: list[tuple[int, ...]], extents: Extents) -> tuple[int, ...]:
-    array = _array(name, x, extents)
+def _strides(name: str, array: Array, dtype: str, shapes: tuple[tuple[int, ...], ...], extents: Extents) -> tuple[int, ...]:
+    _check_kind(name, array, extents)
     if array.dtype != dtype:
         raise DTypeError(name, array.dtype, dtype, f"Cast it to {dtype}.")
     if array.shape not in shapes:
@@ -387,9 +373,9 @@ def _strides(name: str, x: object, dtype: str, shapes: list[tuple[int, ...]], ex
     return tuple(0 if extent == 1 else stride for extent, stride in zip(array.shape, array.strides, strict=True))
 
 
-def check_dropout_state(dropout_seed: object, extents: Extents) -> Array:
+def check_dropout_state(array: Array, extents: Extents) -> None:
     """Seed and offset in memory of the device."""
-    array = _array("dropout_seed", dropout_seed, extents)
+    _check_kind("dropout_seed", array, extents)
     if array.dtype not in ("int64", "uint64"):
         hint = "Cast it; or pass an int."
         if array.dtype == "uint32" and array.shape == (2,):
@@ -398,11 +384,10 @@ def check_dropout_state(dropout_seed: object, extents: Extents) -> Array:
     if array.shape != (2,) or array.strides != (1,):
         got = f"shape {array.shape} with strides {array.strides}"
         raise ShapeError("dropout_seed", got, "two contiguous elements, seed and offset", "Pass an array of shape (2,), or an int.")
-    return array
 
 
-def _check_mask(x: object, extents: Extents) -> MaskLayout:
-    mask = _array("attn_mask", x, extents)
+def _check_mask(mask: Array, extents: Extents) -> MaskLayout:
+    _check_kind("attn_mask", mask, extents)
     if mask.dtype not in MASK_DTYPES:
         hint = "Cast it: to bool if True means attend (the inverse of a padding mask), to a float type if it is to be added to the scores."
         raise DTypeError("attn_mask", mask.dtype, "bool, float16, bfloat16 or float32", hint)
@@ -414,9 +399,10 @@ def _check_mask(x: object, extents: Extents) -> MaskLayout:
         if ndim == 3 and _broadcasts((mask.shape[0], 1, *mask.shape[1:]), full):
             hint = "If its first axis is the batch, give it one for the heads: mask[:, None]."
         raise ShapeError("attn_mask", f"shape {mask.shape}", expected, hint)
-    shape: Any = (1,) * (4 - ndim) + mask.shape
-    strides: Any = tuple(0 if extent == 1 else stride for extent, stride in zip(shape, (0,) * (4 - ndim) + mask.strides, strict=True))
-    return MaskLayout(mask.dtype, mask.shape, shape, strides)
+    b, h, q, k = (1,) * (4 - ndim) + mask.shape
+    strides = [0 if extent == 1 else stride for extent, stride in zip(mask.shape, mask.strides, strict=True)]
+    stride_b, stride_h, stride_q, stride_k = [0] * (4 - ndim) + strides
+    return MaskLayout(mask.dtype, mask.shape, (b, h, q, k), (stride_b, stride_h, stride_q, stride_k))
 
 
 def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:

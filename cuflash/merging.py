@@ -24,7 +24,8 @@ from cuflash.layout import CANONICAL, Layout, Shape4
 from cuflash.options import check_layout
 from cuflash.planning import MAX_GRID, KernelPlan, LaunchShape
 from cuflash.problem import MAX_EXTENT, cast_to, check_dtypes, check_same_kind
-from cuflash.tiles import KernelCase, Tile
+from cuflash.tile import Tile
+from cuflash.tiles import KernelCase
 
 _VECTOR = 8  # columns that a thread takes at a time, as in kernels/tile/merge.cuh
 _TABLE_SHAPE = LaunchShape(1, LISTED_PARTS, 0)

@@ -1,4 +1,4 @@
-"""Check the scalar options of a call: each function takes what the caller passed and returns it in the type it should have, or raises.
+"""The options of a call, which decide how it is carried out, and their checks: each takes what the caller passed and returns it in the type it should have.
 
 Types are strict, because a truthy string or a scale of True is a mistake; NumPy's bools, ints and floats are as good as Python's.
 """
@@ -8,19 +8,50 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from typing import Literal
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy
 
 from cuflash.arrays import describe
 from cuflash.errors import OptionError
 from cuflash.layout import CANONICAL
+from cuflash.tile import Tiles
 
 CausalAlignment = Literal["top_left", "bottom_right"]
 _CAUSAL_ALIGNMENTS: tuple[CausalAlignment, ...] = ("top_left", "bottom_right")
 
 MAX_SCALE = 2.0**127
 """Beyond it, scale * log2(e) overflows float32, in which the kernels hold it."""
+
+
+Window: TypeAlias = tuple[int | None, int | None] | None
+
+
+class Options(NamedTuple):
+    """What a public function was given besides operands (`operands.py`), unchecked, in the types that its signature promises.
+
+    The fields are the arguments of `cuflash.scaled_dot_product_attention` and its kin; a function that lacks one has its default. `varlen` is no argument: it
+    says that the call is one of packed sequences. Attention builds this tuple by position, which costs a warm call a third of what keywords do.
+    """
+
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    causal_alignment: str = "top_left"
+    return_lse: bool = False
+    tile: Tiles = None
+    deterministic: bool = False
+    allow_tf32: bool = False
+    dropout_p: float = 0.0
+    window: Window = None
+    softcap: float | None = None
+    layout: str = CANONICAL
+    batch_first: bool = True
+    num_heads: int | None = None
+    need_attn_mask_grad: bool = False
+    max_seqlen_q: int | None = None
+    max_seqlen_kv: int | None = None
+    varlen: bool = False
 
 
 def check_bool(name: str, value: object) -> bool:

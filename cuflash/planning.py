@@ -22,16 +22,14 @@ from cuflash.errors import TileError, UnsupportedError
 from cuflash.features import NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.kernel_specs import KernelSpec
 from cuflash.problem import DTYPES, Problem
-from cuflash.tiles import KernelCase, Tile
+from cuflash.tile import Tile, Tiles
+from cuflash.tiles import KernelCase
 from cuflash.visits import all_tiles, visited_tiles
 
 MAX_GRID = 2**31 - 1
 _ITEMSIZES = {**DTYPES, "int32": 4}
 ROW_STATISTICS_BYTES = 8
 MAX_SHARED_SLICES = 5  # of a wide head, beyond which dK and dV take a kernel each
-
-Tiles = Tile | Mapping[str, Tile] | None
-"""What `tile=` takes: one tile; for the backward pass also a mapping from kernel names to tiles; or None for the defaults."""
 
 
 @dataclass(frozen=True)

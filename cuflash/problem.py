@@ -1,6 +1,6 @@
 """Check everything a user can get wrong, and reduce what is left to one frozen, hashable `Problem`.
 
-`make_problem` takes borrowed arrays and the options of the public call. All forms of arrays become `View`s in canonical order (batch,
+`make_problem` takes borrowed arrays and the options of a public call. All forms of arrays become `View`s in canonical order (batch,
 seqlen, heads, head_dim), and a broadcast becomes a stride of 0 with the full extent. From here on nothing asks what the caller's arrays
 looked like, except `Layout`, which presents results in the caller's form, and `check_out` and `check_backward`, which judge the others.
 
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from cuflash import options, sequences
 from cuflash.arrays import Array
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
 from cuflash.features import UNLIMITED, Extents, Features, check_features
 from cuflash.layout import CANONICAL, Layout, Shape4, View, overlaps_itself, share_memory
-from cuflash.options import CausalAlignment
+from cuflash.options import CausalAlignment, Options
+from cuflash.sequences import Lengths
 
 __all__ = ["DTYPES", "MAX_HEAD_DIM", "BackwardViews", "Layout", "Problem", "View", "check_backward", "check_out", "make_problem"]
 
@@ -191,45 +191,17 @@ class BackwardViews:
     grad_lse_strides: Shape3 | None
 
 
-def make_problem(
-    query: Array,
-    key: Array,
-    value: Array,
-    *,
-    is_causal: object = False,
-    scale: object = None,
-    enable_gqa: object = False,
-    layout: object = CANONICAL,
-    batch_first: object = True,
-    num_heads: object = None,
-    causal_alignment: object = "top_left",
-    return_lse: object = False,
-    deterministic: object = False,
-    allow_tf32: object = False,
-    seqlens_kv: Array | None = None,
-    cu_seqlens_q: Array | None = None,
-    cu_seqlens_kv: Array | None = None,
-    max_seqlen_q: object = None,
-    max_seqlen_kv: object = None,
-    **features: object,
-) -> Problem:
+def make_problem(arrays: Mapping[str, Array], given: Options) -> Problem:
     """Check a call's inputs and options, all of them, and return what is left to compute.
 
     Options come first, since they say how shapes are to be read; then library and device, element types, ranks, and extents.
 
     Args:
-        query: four dimensions in the order of `layout`, any strides; float16, bfloat16 or float32. Or three dimensions (batch, seqlen,
-            heads * head_dim), with `layout="sbhd"` or `batch_first=False` (seqlen, batch, heads * head_dim).
-        key: same form and dtype; batch may be 1, heads may be 1, or divide the query's heads if `enable_gqa`.
-        value: like key, with key's seqlen; a head_dim of its own in four dimensions.
-        num_heads: heads of a query of three dimensions, required there; for one of four dimensions None, or what its shape says.
-        layout: the letters b, s, h, d in the order of the dimensions.
-        batch_first: False is short for `layout="hbsd"`.
-        seqlens_kv: int32 (batch,), or None.
-        cu_seqlens_q, cu_seqlens_kv: offsets of packed sequences, int32 (sequences + 1,) each; inputs are (tokens, heads, head_dim) then. Or None.
-        max_seqlen_q, max_seqlen_kv: bounds of the lengths of packed sequences, or None.
-        is_causal, scale, …: as in `cuflash.scaled_dot_product_attention`; taken as they came from the caller.
-        features: score features and masks, see `features.check_features`.
+        arrays: what `operands.borrowed` gives, by name. Query has four dimensions in the order of `layout`, any strides; float16, bfloat16 or float32. Or three
+            dimensions (batch, seqlen, heads * head_dim), with `layout="sbhd"` or `batch_first=False` (seqlen, batch, heads * head_dim); or of packed
+            sequences (tokens, heads, head_dim). Key has the same form and dtype; batch may be 1, heads may be 1, or divide the query's heads if
+            `enable_gqa`. Value is like key, with key's seqlen; a head_dim of its own in four dimensions.
+        given: the options as they came from the caller.
 
     Raises:
         OptionError: an option is of a wrong type or outside its domain.
@@ -238,24 +210,22 @@ def make_problem(
         DTypeError: unsupported or different element types.
         ShapeError: ranks or extents that do not fit together.
     """
-    causal = options.check_bool("is_causal", is_causal)
-    factor = options.check_scale(scale)
-    gqa = options.check_bool("enable_gqa", enable_gqa)
-    order = options.check_layout(layout, batch_first)
-    heads = options.check_num_heads(num_heads)
-    alignment = options.check_causal_alignment(causal_alignment)
-    flags = {
-        "return_lse": options.check_bool("return_lse", return_lse),
-        "deterministic": options.check_bool("deterministic", deterministic),
-        "allow_tf32": options.check_bool("allow_tf32", allow_tf32),
-    }
+    is_causal = options.check_bool("is_causal", given.is_causal)
+    scale = options.check_scale(given.scale)
+    gqa = options.check_bool("enable_gqa", given.enable_gqa)
+    order = options.check_layout(given.layout, given.batch_first)
+    num_heads = options.check_num_heads(given.num_heads)
+    causal_alignment = options.check_causal_alignment(given.causal_alignment)
+    return_lse = options.check_bool("return_lse", given.return_lse)
+    deterministic = options.check_bool("deterministic", given.deterministic)
+    allow_tf32 = options.check_bool("allow_tf32", given.allow_tf32)
 
-    inputs = {"query": query, "key": key, "value": value}
-    lengths_of = {"seqlens_kv": seqlens_kv, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
-    check_same_kind(inputs | {name: array for name, array in lengths_of.items() if array is not None})
+    inputs = {name: arrays[name] for name in ("query", "key", "value")}
+    query = inputs["query"]
+    check_same_kind(inputs | {name: arrays[name] for name in ("seqlens_kv", "cu_seqlens_q", "cu_seqlens_kv") if name in arrays})
     check_dtypes(inputs)
-    form = _form_of(inputs, order) if cu_seqlens_q is None else _varlen_form(inputs)
-    head_dim = _head_dim_of(query, form, heads)
+    form = _varlen_form(inputs) if given.varlen else _form_of(inputs, order)
+    head_dim = _head_dim_of(query, form, num_heads)
     head_dim_v = _check_head_dims(inputs, form, head_dim)
     views = {name: form.view(array, head_dim_v if name == "value" else head_dim) for name, array in inputs.items()}
     _Extents(views, form, gqa).check()
@@ -263,16 +233,12 @@ def make_problem(
     batch, seqlen_q, num_heads_q, _ = views["query"].shape
     batch_k, seqlen_kv, heads_k, _ = key_shape = views["key"].shape
     batch_v, _, heads_v, _ = value_shape = views["value"].shape
-    lengths: dict[str, Any] = {"max_seqlen_q": seqlen_q, "max_seqlen_kv": seqlen_kv, "seqlens_kv": seqlens_kv is not None}
-    if seqlens_kv is not None:
-        sequences.check_seqlens("seqlens_kv", seqlens_kv, query, batch)
-    if cu_seqlens_q is not None and cu_seqlens_kv is not None:
-        lengths = sequences.check_cu_seqlens((cu_seqlens_q, cu_seqlens_kv), (max_seqlen_q, max_seqlen_kv), query, (seqlen_q, seqlen_kv))
-        sequences.refuse_mask(features.get("attn_mask"))
     num_heads_kv = heads_v if heads_k == 1 else heads_k
-    chosen_scale = head_dim**-0.5 if factor is None else factor
-    extents = Extents(lengths.get("num_sequences", batch), num_heads_q, lengths["max_seqlen_q"], lengths["max_seqlen_kv"], query)
-    checked = check_features(extents, is_causal=causal, scale=chosen_scale, **features)
+    lengths = _lengths(arrays, given, batch, seqlen_q, seqlen_kv)
+    sequences_or_batch = batch if lengths.num_sequences is None else lengths.num_sequences
+    extents = Extents(sequences_or_batch, num_heads_q, lengths.max_seqlen_q, lengths.max_seqlen_kv, query)
+    chosen_scale = head_dim**-0.5 if scale is None else scale
+    features = check_features(extents, arrays, given, is_causal=is_causal, scale=chosen_scale)
     return Problem(
         dtype=query.dtype,
         batch=batch,
@@ -283,8 +249,11 @@ def make_problem(
         batch_kv=batch_v if batch_k == 1 else batch_k,
         head_dim=head_dim,
         scale=chosen_scale,
-        is_causal=causal,
-        causal_alignment=alignment,
+        is_causal=is_causal,
+        causal_alignment=causal_alignment,
+        deterministic=deterministic,
+        allow_tf32=allow_tf32,
+        return_lse=return_lse,
         query=views["query"],
         key=views["key"].broadcast(batch, num_heads_kv),
         value=views["value"].broadcast(batch, num_heads_kv),
@@ -292,10 +261,23 @@ def make_problem(
         value_shape=value_shape,
         layout=form,
         head_dim_v=head_dim_v,
-        **lengths,
-        features=checked,
-        **flags,
+        max_seqlen_q=lengths.max_seqlen_q,
+        max_seqlen_kv=lengths.max_seqlen_kv,
+        seqlens_kv=lengths.seqlens_kv,
+        num_sequences=lengths.num_sequences,
+        features=features,
     )
+
+
+def _lengths(arrays: Mapping[str, Array], given: Options, batch: int, seqlen_q: int, seqlen_kv: int) -> Lengths:
+    """The lengths of a call, whose arrays have so many tokens."""
+    query = arrays["query"]
+    if given.varlen:
+        offsets, bounds = (arrays["cu_seqlens_q"], arrays["cu_seqlens_kv"]), (given.max_seqlen_q, given.max_seqlen_kv)
+        return sequences.check_cu_seqlens(offsets, bounds, query, (seqlen_q, seqlen_kv))
+    if "seqlens_kv" in arrays:
+        sequences.check_seqlens("seqlens_kv", arrays["seqlens_kv"], query, batch)
+    return Lengths(seqlen_q, seqlen_kv, seqlens_kv="seqlens_kv" in arrays)
 
 
 def check_out(problem: Problem, layout: Layout, out: Array, inputs: Mapping[str, Array]) -> View:

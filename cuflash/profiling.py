@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from cuflash import compiler, tiles
-from cuflash.planning import Plan, Tiles
+from cuflash.planning import Plan
 from cuflash.samples import Sample, numpy_call, plan_of
 from cuflash.simulator import KernelProfile, LineProfile, Traffic, current_options, profile
 from cuflash.simulator.kernel_profile import Attribution
+from cuflash.tile import Tiles
 from cuflash.visits import all_tiles, visited_tiles
 
 Direction = Literal["forward", "backward"]

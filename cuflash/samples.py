@@ -21,7 +21,8 @@ from cuflash.errors import OptionError
 from cuflash.features import FeatureSet, check_dropout_p, check_softcap, check_window
 from cuflash.layout import CANONICAL
 from cuflash.options import check_layout
-from cuflash.planning import Plan, Tiles
+from cuflash.planning import Plan
+from cuflash.tile import Tiles
 
 DROPOUT_SEED = (20230717, 3)
 """Seed and offset of every sample with dropout."""

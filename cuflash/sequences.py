@@ -10,10 +10,25 @@ import ctypes
 import itertools
 import numbers
 import operator
-from typing import Any
+from typing import NamedTuple
 
 from cuflash.arrays import Array, describe, is_array
 from cuflash.errors import DTypeError, OptionError, ShapeError
+
+
+class Lengths(NamedTuple):
+    """What a problem keeps of its lengths.
+
+    Attributes:
+        max_seqlen_q, max_seqlen_kv: no sequence is longer.
+        seqlens_kv: rows of the batch have numbers of keys of their own.
+        num_sequences: packed ones; None for padded batches.
+    """
+
+    max_seqlen_q: int
+    max_seqlen_kv: int
+    seqlens_kv: bool = False
+    num_sequences: int | None = None
 
 
 def check_seqlens(name: str, lengths: Array, query: Array, expected: int) -> None:
@@ -39,10 +54,8 @@ def check_seqlens(name: str, lengths: Array, query: Array, expected: int) -> Non
         )
 
 
-def check_cu_seqlens(
-    cu_seqlens: tuple[Array, Array], max_seqlens: tuple[object, object], query: Array, totals: tuple[int, int]
-) -> dict[str, Any]:
-    """Check offsets and bounds of packed sequences; returns what `Problem` keeps of them.
+def check_cu_seqlens(cu_seqlens: tuple[Array, Array], max_seqlens: tuple[object, object], query: Array, totals: tuple[int, int]) -> Lengths:
+    """Check offsets and bounds of packed sequences; return what `Problem` keeps of them.
 
     Args:
         cu_seqlens: where sequences of queries and of keys start, and where the last ones end.
@@ -63,8 +76,9 @@ def check_cu_seqlens(
     if count != count_kv:
         hint = "Every sequence of queries has its sequence of keys, which may be empty."
         raise ShapeError(names[1], f"shape ({count_kv},)", f"({count},), like cu_seqlens_q", hint)
-    bounds = (_bound(name, bound, total) for name, bound, total in zip(("max_seqlen_q", "max_seqlen_kv"), max_seqlens, totals, strict=True))
-    return {"num_sequences": count - 1} | dict(zip(("max_seqlen_q", "max_seqlen_kv"), bounds, strict=True))
+    return Lengths(
+        _bound("max_seqlen_q", max_seqlens[0], totals[0]), _bound("max_seqlen_kv", max_seqlens[1], totals[1]), num_sequences=count - 1
+    )
 
 
 def check_offsets(which: str, address: int, num_sequences: int, tokens: int, longest: int) -> None:

@@ -1,6 +1,6 @@
-"""Shared-memory tiles: the public tunables, the rules that a device sets them, and a good default for every case.
+"""Shared-memory tiles: the rules that a device sets them, and a good default for every case.
 
-A `Tile` says how much of a problem one thread block works on. What the rules need to know about a kernel is in `KernelCase`: which kernel, which
+What the rules need to know about a kernel is in `KernelCase`: which kernel, which
 element type, how wide a row is. The default comes from a small model of the hardware (`estimate_cycles`), not from a table, so that any head
 dimension on any architecture has one; it depends on nothing that varies from call to call, least of all on sequence lengths.
 """
@@ -18,6 +18,7 @@ from cuflash.device import Device
 from cuflash.errors import TileError
 from cuflash.features import NO_FEATURES, FeatureSet
 from cuflash.kernel_specs import KernelSpec, columns_of
+from cuflash.tile import Tile
 
 MAX_REGISTERS = 255
 MAX_WARPS = 16
@@ -28,30 +29,6 @@ _SLICE_COLUMNS = 288  # of the outputs, per group of warps
 _SLICE_COLUMNS_FLOAT32 = 144
 
 _ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; with an additive mask 4 more for its log2_sum
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The tunables of one kernel.
-
-    Attributes:
-        tile_q: query rows that a block holds at a time.
-        tile_kv: key rows that a block holds at a time.
-        num_warps: warps of a block. In the forward and dQ kernels they share out tile_q, in the dK/dV kernel tile_kv, at least 16 rows each.
-        num_stages: tiles of the streamed operands in flight in shared memory; 1 on sm_75, which has no asynchronous copies.
-    """
-
-    tile_q: int
-    tile_kv: int
-    num_warps: int
-    num_stages: int
-
-    def transposed(self) -> Tile:
-        """The same tile with the roles of queries and keys exchanged: from the dK/dV kernel's to the dQ kernel's."""
-        return Tile(self.tile_kv, self.tile_q, self.num_warps, self.num_stages)
-
-    def __str__(self) -> str:
-        return ", ".join(f"{field.name}={describe(getattr(self, field.name))}" for field in fields(self))
 
 
 @dataclass(frozen=True)

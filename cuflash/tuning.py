@@ -11,14 +11,15 @@ from cuflash import cache, device, tiles
 from cuflash.arrays import describe
 from cuflash.compiler import CompileRequest
 from cuflash.device import Device
-from cuflash.errors import ArgumentError, OptionError
+from cuflash.errors import ArgumentError, CompilationForbiddenError, OptionError
 from cuflash.features import MASK_DTYPES, NO_FEATURES, FeatureSet
 from cuflash.kernel_specs import FORWARD, TILED_KERNELS
 from cuflash.options import check_bool
 from cuflash.other_names import explains_features
-from cuflash.planning import KernelPlan, Plan, Tiles, offline_kernels
+from cuflash.planning import KernelPlan, Plan, offline_kernels
 from cuflash.problem import DTYPES, MAX_HEAD_DIM
-from cuflash.tiles import KernelCase, Tile
+from cuflash.tile import Tile, Tiles
+from cuflash.tiles import KernelCase
 
 
 def legal_tiles(
@@ -148,6 +149,12 @@ def warmup_call(plan: Plan, tile: Tiles) -> str | None:
         return None
     options = ", ".join(f"{name}={_written(value)}" for name, value in case.items())
     return f'cuflash.warmup({problem.head_dim}, "{problem.dtype}", {options})'
+
+
+def with_warmup(error: CompilationForbiddenError, plan: Plan, tile: Tiles) -> CompilationForbiddenError:
+    """The same error of a call, which names the call of `warmup` that compiles its kernels, where there is one."""
+    call = warmup_call(plan, tile)
+    return error if call is None else CompilationForbiddenError(error.missing, f"Compile it beforehand: {call}")
 
 
 def _written(value: object) -> str:

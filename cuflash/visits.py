@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import ceil
 
 from cuflash.problem import Problem
-from cuflash.tiles import Tile
+from cuflash.tile import Tile
 
 
 def all_tiles(problem: Problem, tile: Tile) -> int:

@@ -34,9 +34,10 @@ import numpy as np
 import cuflash
 from cuflash import Tile, cache, device, launch
 from cuflash.errors import SimulatorError
-from cuflash.planning import KernelPlan, Tiles
+from cuflash.planning import KernelPlan
 from cuflash.simulator import Module, check, configure
 from cuflash.simulator.mutation import Mutant, mutants
+from cuflash.tile import Tiles
 
 EXPLANATIONS = Path(__file__).with_suffix(".json")
 SEEDS = range(4)

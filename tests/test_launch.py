@@ -14,23 +14,23 @@ from typing import Any
 
 import numpy
 import pytest
+from problems import checked
 
 import cuflash
 from cuflash import arguments, calls, device, launch, planning
 from cuflash.argument_structs import FORWARD_ARGUMENTS, MERGE_PARTS, ROW_VIEW, Struct
 from cuflash.arguments import Arguments
-from cuflash.arrays import borrow
 from cuflash.compiler import Artifact
 from cuflash.kernel_specs import KernelSpec
 from cuflash.planning import LaunchShape
-from cuflash.problem import Problem, make_problem
+from cuflash.problem import Problem
 
 POINTERS = {"query": 0x1000, "key": 2**63, "value": 0x3000, "out": 2**64 - 16, "lse": 0x5000}
 
 
 def problem_of(**options: Any) -> Problem:
     query, key = numpy.zeros((2, 9, 4, 16), numpy.float16), numpy.zeros((2, 7, 2, 16), numpy.float16)
-    return make_problem(borrow(query, "query"), borrow(key, "key"), borrow(key, "value"), enable_gqa=True, **options)
+    return checked(query, key, key, enable_gqa=True, **options)
 
 
 def unpacked(layout: Struct, data: bytes) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def test_strides_are_packed_in_the_order_of_the_struct() -> None:
 def test_negative_and_64_bit_strides_are_packed_whole() -> None:
     x = numpy.lib.stride_tricks.as_strided(numpy.zeros(1, numpy.float16), (2, 9, 4, 16), (2 * 2**40, -2 * 2**33, -32, 2))
     y = numpy.zeros((2, 7, 4, 16), numpy.float16)
-    packed = forward(make_problem(borrow(x, "query"), borrow(y, "key"), borrow(y, "value")))
+    packed = forward(checked(x, y, y))
     assert [packed[f"query.stride_{axis}"] for axis in ("batch", "seqlen", "head", "dim")] == [2**40, -(2**33), -16, 1]
 
 

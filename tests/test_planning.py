@@ -12,16 +12,16 @@ import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import checked
 
 import cuflash
 from cuflash import calls, device, launch, planning
-from cuflash.arrays import borrow
 from cuflash.device import ARCHITECTURES
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.kernel_specs import BACKWARD_DK, BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_DV, FORWARD
 from cuflash.planning import LaunchShape, Plan, backward_kernels, make_plan, offline_kernels
-from cuflash.problem import Problem, make_problem
-from cuflash.tiles import Tile
+from cuflash.problem import Problem
+from cuflash.tile import Tile
 
 FEATURES = ("DROPOUT", "WINDOW", "SOFTCAP", "ALIBI", "SINKS", "SEGMENTS", "PREFIX")
 SM_80 = device.of_arch("sm_80", "gpu")
@@ -32,7 +32,7 @@ def problem_of(
 ) -> Problem:
     """A problem of any size: the arrays are views of one element."""
     shapes = (q, k or q, v or k or q)
-    return make_problem(*(borrow(numpy.broadcast_to(numpy.zeros(1, dtype), shape), "x") for shape in shapes), enable_gqa=True, **options)
+    return checked(*(numpy.broadcast_to(numpy.zeros(1, dtype), shape) for shape in shapes), enable_gqa=True, **options)
 
 
 def plan_of(*shapes: Any, backward: bool = False, tile: Any = None, arch: str = "sm_80", **options: Any) -> Plan:

@@ -16,7 +16,8 @@ from cuflash.device import ARCHITECTURES, Device
 from cuflash.errors import TileError
 from cuflash.features import FeatureSet
 from cuflash.kernel_specs import TILED_KERNELS
-from cuflash.tiles import KernelCase, Tile
+from cuflash.tile import Tile
+from cuflash.tiles import KernelCase
 
 if TYPE_CHECKING:
     from conftest import Target

@@ -19,7 +19,8 @@ from cuflash import cache, device, planning, tiles, tuning
 from cuflash.cache import Statistics
 from cuflash.errors import CompileError, OptionError, TileError
 from cuflash.kernel_specs import TILED_KERNELS
-from cuflash.tiles import KernelCase, Tile
+from cuflash.tile import Tile
+from cuflash.tiles import KernelCase
 
 if TYPE_CHECKING:
     from conftest import Target

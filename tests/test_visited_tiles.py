@@ -13,7 +13,7 @@ from conftest import Target
 import cuflash
 from cuflash import launch
 from cuflash.planning import KernelPlan, LaunchShape
-from cuflash.tiles import Tile
+from cuflash.tile import Tile
 from cuflash.visits import all_tiles, visited_tiles
 
 TILE = Tile(32, 32, 2, 2)
