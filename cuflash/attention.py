@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuflash import calls
-from cuflash.arrays import AnyArray
+from cuflash.arrays.borrowing import AnyArray
 from cuflash.errors import CompilationForbiddenError
-from cuflash.features import Seed
-from cuflash.layout import CANONICAL
-from cuflash.operands import Operands
-from cuflash.options import Options, Window
-from cuflash.other_names import explains_keywords
-from cuflash.planning import Plan
-from cuflash.prepared import Gradients
-from cuflash.tile import Tiles
+from cuflash.planning.plan import Plan
+from cuflash.problem.features import Seed
+from cuflash.problem.layout import CANONICAL
+from cuflash.problem.operands import Operands
+from cuflash.problem.options import Options, Window
+from cuflash.problem.other_names import explains_keywords
+from cuflash.problem.tile import Tiles
+from cuflash.runtime import calls
+from cuflash.runtime.prepared import Gradients
 from cuflash.tuning import with_warmup
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuflash.operands import Operands, borrowed
-from cuflash.options import Options
-from cuflash.problem import Problem, make_problem
+from cuflash.problem.checks import make_problem
+from cuflash.problem.operands import Operands, borrowed
+from cuflash.problem.options import Options
+from cuflash.problem.problem import Problem
 
 
 def checked(query: Any, key: Any, value: Any, **arguments: Any) -> Problem:

@@ -18,11 +18,12 @@ import pytest
 from problems import checked
 
 import cuflash
-from cuflash import other_names
-from cuflash.arrays import bfloat16, borrow
+from cuflash.arrays.borrowing import bfloat16, borrow
 from cuflash.errors import ArgumentError, CuflashError, DeviceError, DTypeError, KeywordError, OptionError, ShapeError, UnsupportedError
-from cuflash.options import Options
-from cuflash.problem import BackwardViews, Problem, check_backward, check_out, make_problem
+from cuflash.problem import other_names
+from cuflash.problem.checks import check_backward, check_out, make_problem
+from cuflash.problem.options import Options
+from cuflash.problem.problem import BackwardViews, Problem
 
 B, SQ, SKV, H, D = 2, 6, 10, 4, 8
 

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 import cuflash
-from cuflash import attention, calls, features, options, planning, problem, sequences
-from cuflash.features import FeatureSet
-from cuflash.operands import Operands
-from cuflash.options import Options
+from cuflash import attention
+from cuflash.planning import planner
+from cuflash.problem import checks, features, options, sequences
+from cuflash.problem.features import FeatureSet
+from cuflash.problem.operands import Operands
+from cuflash.problem.options import Options
+from cuflash.runtime import calls
 
 FUNCTIONS = {
     "scaled_dot_product_attention": "forward",
@@ -57,7 +60,7 @@ def test_features_are_constants_of_their_own_names() -> None:
         assert [constant for constant, value in constants.items() if value is True] == [name.upper()]
 
 
-@pytest.mark.parametrize("module", [attention, calls, options, features, problem, sequences, planning], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [attention, calls, checks, features, options, planner, sequences], ids=lambda module: module.__name__)
 def test_no_mapping_hides_the_types_of_options(module: ModuleType) -> None:
     """A type checker follows an option from the public call to the constant of a kernel: on the way there is no dictionary of anything."""
     for node in ast.walk(ast.parse(inspect.getsource(module))):

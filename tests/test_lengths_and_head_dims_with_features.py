@@ -13,7 +13,7 @@ from test_sequences import offsets, packed
 import cuflash
 from cuflash import Tile
 from cuflash.errors import OptionError
-from cuflash.reference_features import dropout_mask
+from cuflash.reference.features import dropout_mask
 
 ALIGNMENTS = pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
 LENGTHS = [37, SKV]

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import checked
 
-from cuflash.arrays import Array, borrow
-from cuflash.layout import Layout, View, overlaps_itself, share_memory
-from cuflash.problem import Problem, check_backward, check_out
+from cuflash.arrays.borrowing import Array, borrow
+from cuflash.problem.checks import check_backward, check_out
+from cuflash.problem.layout import Layout, View, overlaps_itself, share_memory
+from cuflash.problem.problem import Problem
 
 LAYOUTS = ["bshd", "bhsd", "sbhd", "hbsd", "dhsb"]
 
