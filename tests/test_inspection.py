@@ -1,4 +1,4 @@
-"""`cuflash.inspection`: the occupancy calculation, reading SASS, reports and their table. Needs no GPU."""
+"""`hardware.occupancy`, `jit.disassembly`, `cli.inspection`: the occupancy calculation, reading SASS, reports and their table. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 
 from cuflash.cli import inspection
 from cuflash.cli.inspection import Expectations, Report, Subject
-from cuflash.hardware.device import ARCHITECTURES, KIB, Device, of_arch
-from cuflash.hardware.occupancy import SM_LIMITS, occupancy
+from cuflash.hardware.architectures import KIB
+from cuflash.hardware.device import Device, of_arch
+from cuflash.hardware.occupancy import occupancy
 from cuflash.jit import cache, disassembly
 from cuflash.jit.compiler import CompileRequest
 from cuflash.jit.disassembly import classify
@@ -109,10 +110,6 @@ def test_occupancy(arch: str, threads: int, registers: int, shared: int, barrier
     found = occupancy(of_arch(arch), threads=threads, registers=registers, shared_bytes=shared, barriers=barriers)
     assert (found.blocks, found.limiter) == (blocks, limiter)
     assert found.warps == blocks * -(-threads // 32) <= found.max_warps
-
-
-def test_every_architecture_has_limits() -> None:
-    assert {of_arch(arch).capability for arch in ARCHITECTURES} == set(SM_LIMITS)
 
 
 # -------------------------------------------------------------------------------------------------------------------------- instruction mix

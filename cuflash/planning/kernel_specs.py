@@ -1,8 +1,7 @@
 """What each kernel is: its file, what its blocks keep and stream, what they multiply, and what their tiles were fitted with.
 
-All that depends on which kernel it is, is said here once, as a `KernelSpec`: the rules of tiles and the model behind their defaults (`tiles.py`), plans
-(`planning.py`), counts of visited tiles and the list of tunable kernels follow from it. Another kernel is another `KernelSpec`, and a branch in
-`planning.py` that chooses it.
+All that depends on which kernel it is, is said here once, as a `KernelSpec`: the rules of tiles and the model behind their defaults, plans, counts of visited
+tiles and the list of tunable kernels follow from it. Another kernel is another `KernelSpec`, and a branch in `planner.py` that chooses it.
 """
 
 from __future__ import annotations
