@@ -78,9 +78,9 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     mma = multiply_adds(case, tile, device) / mma_rate
 
     # Per streamed tile: every warp reads each streamed operand of each product; stationary operands are read again too; the copy writes once.
-    slices, steps = case.head_slices(device), case.head_steps(device)
-    row, row_v = (steps * nbytes for nbytes in row_bytes(case, device))
-    kept_bytes, streamed_bytes = (steps * nbytes for nbytes in operand_bytes(case, device))
+    slices, pieces = case.head_slices(device), case.slice_pieces(device)
+    row, row_v = (pieces * nbytes for nbytes in row_bytes(case, device))
+    kept_bytes, streamed_bytes = (pieces * nbytes for nbytes in operand_bytes(case, device))
     over_d, over_dv = kernel.products
     traffic = tile.num_warps // slices * streamed * (over_d * row + over_dv * row_v) + rows * kept_bytes + streamed * streamed_bytes
     if slices > 1:  # parts of scores are exchanged
@@ -95,7 +95,7 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
         instructions += rows * (case.columns(device)[1] + 40 * slices)
     other = scores / _EXP_RATE + instructions / issue_rate
 
-    fetched = streamed + (rows if steps > 1 else 0)
+    fetched = streamed + (rows if pieces > 1 else 0)
     l2 = fetched * streamed_bytes / _L2_RATE  # every block fetches every streamed tile: only more rows per block save traffic
 
     blocks = _blocks_per_sm(case, tile, device)

@@ -36,8 +36,8 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         return f"{streamed} must be a multiple of 16"
     if device.capability < 80 and tile.num_stages != 1:
         return f"num_stages must be 1 on {device.arch}, which has no asynchronous copies"
-    if case.head_steps(device) > 1 and tile.num_stages != 1:
-        return f"num_stages must be 1 on {device.arch}, whose shared memory this head passes through in steps"
+    if case.slice_pieces(device) > 1 and tile.num_stages != 1:
+        return f"num_stages must be 1 on {device.arch}, whose shared memory this head passes through in pieces"
     if tile.num_stages > case.kernel.max_stages:
         if case.kernel.max_stages == 1:
             return "num_stages must be 1: this kernel copies its operands when it needs them"
