@@ -29,6 +29,9 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     slices = case.head_slices(device)
     if tile.num_warps % slices:
         return f"num_warps must be a multiple of {slices}, the slices of the head"
+    together = case.kernel.warps_per_product
+    if tile.num_warps % (slices * together):
+        return f"num_warps must be a multiple of {slices * together}, since {together} warps issue a product together"
     if getattr(tile, stationary) % (16 * tile.num_warps // slices):
         of_a_slice = f" / {slices} slices of the head" if slices > 1 else ""
         return f"{stationary} must be a multiple of 16 * num_warps{of_a_slice} = {16 * tile.num_warps // slices}"
