@@ -25,8 +25,11 @@ import sampling
 from hypothesis import settings
 
 import cuflash
-from cuflash import cache, calls, device, launch, reference
+from cuflash import reference
+from cuflash.hardware import device
+from cuflash.jit import cache
 from cuflash.reference import attention, attention_backward, attention_naive, attention_naive_backward, compare
+from cuflash.runtime import calls, launch
 
 SIMULATED = ("sm_75", "sm_80", "sm_90")
 """float16 only on tensor cores, staged copies; cp.async and all types on tensor cores; the same with more shared memory."""

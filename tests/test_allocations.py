@@ -14,7 +14,8 @@ import pytest
 from conftest import HAS_GPU, Target, rounded
 
 import cuflash
-from cuflash import calls, frameworks, launch
+from cuflash.arrays import frameworks
+from cuflash.runtime import calls, launch
 
 
 def _documents(seqlen: int) -> Any:

@@ -17,11 +17,11 @@ import pytest
 from conftest import share_simulator
 
 import cuflash
-from cuflash import compiler, inspection
 from cuflash.__main__ import main
+from cuflash.jit import compiler, disassembly
 
 ROOT = Path(__file__).resolve().parent.parent
-needs_nvdisasm = pytest.mark.skipif(inspection.find_nvdisasm() is None, reason=inspection.NVDISASM_HINT)
+needs_nvdisasm = pytest.mark.skipif(disassembly.find_nvdisasm() is None, reason=disassembly.NVDISASM_HINT)
 
 
 def command(*arguments: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:

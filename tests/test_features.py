@@ -280,14 +280,14 @@ def test_dropout_mask_is_philox_bit_for_bit(target: Target, dropout_p: float, se
 
 
 def reference_mask(at: tuple[int, int], lengths: tuple[int, int], dropout_p: float, pair: tuple[int, int]) -> Any:
-    from cuflash.reference_features import dropout_mask
+    from cuflash.reference.features import dropout_mask
 
     return dropout_mask(at, lengths, dropout_p, pair)
 
 
 def test_philox_of_the_paper() -> None:
     """Known answers of Philox 4x32-10 from the Random123 distribution."""
-    from cuflash.reference_features import philox
+    from cuflash.reference.features import philox
 
     assert [int(word) for word in philox((0, 0, 0, 0), (0, 0))] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     ones = 0xFFFFFFFF
@@ -355,7 +355,7 @@ def test_a_seed_without_dropout_is_not_looked_at(simulator: Target) -> None:
 
 def test_seeds_do_not_make_new_calls(simulator: Target) -> None:
     """What is kept of a call does not depend on the seed."""
-    from cuflash import calls
+    from cuflash.runtime import calls
 
     inputs = inputs_of(simulator, "bfloat16")
     cuflash.scaled_dot_product_attention(*inputs, enable_gqa=True, dropout_p=0.25, dropout_seed=1)

@@ -6,16 +6,18 @@ The simulator runs PTX, so registers and SASS are nowhere else looked at.
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 
 import pytest
 
-from cuflash import cache, compiler, device, inspection
-from cuflash.compiler import CompileRequest
-from cuflash.device import ARCHITECTURES, Device
-from cuflash.features import NO_FEATURES, FeatureSet
-from cuflash.inspection import Report, inspect_kernels
-from cuflash.kernel_specs import TILED_KERNELS
-from cuflash.planning import offline_kernels
+from cuflash.cli.inspection import Report, inspect_kernels
+from cuflash.hardware import device
+from cuflash.hardware.device import ARCHITECTURES, Device
+from cuflash.jit import cache, compiler, disassembly
+from cuflash.jit.compiler import CompileRequest
+from cuflash.planning.kernel_specs import TILED_KERNELS
+from cuflash.planning.offline import offline_kernels
+from cuflash.problem.features import NO_FEATURES, FeatureSet
 
 pytest.importorskip("cupy")
 
@@ -30,7 +32,7 @@ FEATURES = {
     "boolean_mask": FeatureSet(attn_mask="bool"),
     "additive_mask": FeatureSet(attn_mask="float32"),
     "narrow_mask": FeatureSet(attn_mask="float16"),
-    **{name: FeatureSet(**{name: True}) for name in ("dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix")},
+    **{flag.name: FeatureSet(**{flag.name: True}) for flag in fields(FeatureSet) if flag.name != "attn_mask"},
 }
 LENGTHS = ("varlen", "seqlens_kv")
 """Arguments of `offline_kernels` for sequences of different lengths."""
@@ -92,7 +94,7 @@ def test_no_spills_no_warnings_quick_and_on_tensor_cores(arch: str, dtype: str, 
         assert report.subject.request.arch == (arch + "a" if on.capability >= 90 else arch)
         if report.opcodes is None:
             continue
-        matrix = sorted({opcode for opcode in report.opcodes if inspection.classify(opcode) == "matrix"})
+        matrix = sorted({opcode for opcode in report.opcodes if disassembly.classify(opcode) == "matrix"})
         on_tensor_cores = report.subject.label in TILED_KERNELS and (arch != "sm_75" or dtype == "float16")
         assert bool(matrix) == on_tensor_cores, (named(report), matrix)
         assert all(opcode.startswith("HMMA") for opcode in matrix), (named(report), matrix)
@@ -105,7 +107,7 @@ def test_no_spills_no_warnings_quick_and_on_tensor_cores(arch: str, dtype: str, 
 def test_the_instructions_were_looked_at() -> None:
     """Without nvdisasm the test above checks no instruction; a machine that tests has it."""
     pytest.importorskip("nvidia.cu13")
-    assert inspection.find_nvdisasm() is not None
+    assert disassembly.find_nvdisasm() is not None
     assert reports_of(device.of_arch("sm_80", "gpu"), "float16", 64)[0].opcodes
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cuflash import simulator
-from cuflash.profiling import profile_call
-from cuflash.samples import Sample
+from cuflash.cli.profiling import profile_call
+from cuflash.cli.samples import Sample
 from cuflash.simulator import KernelProfile
 
 DIRECTIONS = ("forward", "backward")

@@ -34,7 +34,9 @@ from conftest import ELEMENTS, SIMULATED, VIEWS, GradientJudge, Target, rounded
 from test_features import NOT_DRAWN, PAIRS
 
 import cuflash
-from cuflash import cache, calls, launch, reference
+from cuflash import reference
+from cuflash.jit import cache
+from cuflash.runtime import calls, launch
 
 GROUPS = 27
 CALLS_PER_GROUP = 5

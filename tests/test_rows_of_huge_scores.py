@@ -14,8 +14,9 @@ from conftest import ELEMENTS, Target, poisoned, rounded
 from test_features import FEATURES, SKV, SQ, B, H, additive_mask, inputs_of, placed
 
 import cuflash
-from cuflash import Tile, launch
-from cuflash.planning import LaunchShape
+from cuflash import Tile
+from cuflash.planning.kernel_plan import LaunchShape
+from cuflash.runtime import launch
 
 PADDED = 20
 """Queries that only see padding, in the first row of the batch, and one more in every row."""

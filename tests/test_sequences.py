@@ -13,10 +13,14 @@ import numpy
 import pytest
 
 import cuflash
-from cuflash import Tile, calls, device, frameworks, reference, sequences
+from cuflash import Tile, reference
+from cuflash.arrays import frameworks
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, OptionError, ShapeError, SimulatorError
-from cuflash.planning import offline_kernels
+from cuflash.hardware import device
+from cuflash.planning.offline import offline_kernels
+from cuflash.problem import sequences
 from cuflash.reference import varlen_attention, varlen_attention_backward
+from cuflash.runtime import calls
 
 if TYPE_CHECKING:
     from conftest import Target

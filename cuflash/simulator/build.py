@@ -22,10 +22,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from cuflash import cache_directory, cache_limit, private_files
 from cuflash.errors import SetupError, SimulatorError
-from cuflash.file_lock import FileLock
-from cuflash.threads import results_of
+from cuflash.system import cache_directory, cache_limit, private_files
+from cuflash.system.file_lock import FileLock
+from cuflash.system.threads import results_of
 
 PART = "simulator"
 """The part of the cache directory that cores lie in."""

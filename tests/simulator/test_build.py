@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from cuflash import cache_directory
 from cuflash.errors import SetupError, SimulatorError
 from cuflash.simulator import build, native
+from cuflash.system import cache_directory
 
 SMALL = 'extern "C" int answer() { return 42; }\n'
 
