@@ -16,7 +16,7 @@ import torch
 
 import cuflash
 import cuflash.torch
-from cuflash import launch, prepared
+from cuflash.runtime import launch, prepared
 from cuflash.torch import inputs
 
 SHAPE, TINY = (1, 2, 32, 64), (1, 1, 1, 8)

@@ -1,6 +1,6 @@
 """Attention over disjoint sets of keys, merged: `merge_attention` and its gradient.
 
-A call is checked once for each signature of its arrays and kept as a `_Merge`, which holds kernels and argument structs packed but for the addresses;
+A call is checked once for each signature of its arrays and kept as a `_Merge`, which holds kernels and argument structs filled in but for the addresses;
 a warm call looks it up, as those of attention do (`calls.py`).
 """
 
@@ -12,19 +12,24 @@ from itertools import chain
 from math import ceil, prod
 from typing import Any, NamedTuple
 
-from cuflash import arguments, calls, device, launch
-from cuflash.argument_structs import LISTED_PARTS, MERGE_PART
-from cuflash.arguments import Arguments, Value, Values
-from cuflash.arrays import AnyArray, Array, BFloat16Bits, borrow, describe, is_array, pointer, signature
-from cuflash.codegen import config_text
-from cuflash.device import Device
+from cuflash.arrays.borrowing import AnyArray, Array, borrow, describe, is_array, pointer, signature
+from cuflash.arrays.frameworks import BFloat16Bits
 from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
-from cuflash.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE, KernelSpec
-from cuflash.layout import CANONICAL, Layout, Shape4
-from cuflash.options import check_layout
-from cuflash.planning import MAX_GRID, KernelPlan, LaunchShape
-from cuflash.problem import MAX_EXTENT, cast_to, check_dtypes, check_same_kind
-from cuflash.tiles import KernelCase, Tile
+from cuflash.hardware import device
+from cuflash.hardware.device import Device
+from cuflash.planning.argument_structs import LISTED_PARTS, MERGE_PART
+from cuflash.planning.codegen import config_text
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_plan import KernelPlan, LaunchShape
+from cuflash.planning.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE, KernelSpec
+from cuflash.planning.planner import MAX_GRID
+from cuflash.problem.checks import cast_to, check_dtypes, check_same_kind
+from cuflash.problem.layout import CANONICAL, Layout, Shape4
+from cuflash.problem.options import check_layout
+from cuflash.problem.problem import MAX_EXTENT
+from cuflash.problem.tile import Tile
+from cuflash.runtime import arguments, calls, launch
+from cuflash.runtime.arguments import Arguments, Value, Values
 
 _VECTOR = 8  # columns that a thread takes at a time, as in kernels/tile/merge.cuh
 _TABLE_SHAPE = LaunchShape(1, LISTED_PARTS, 0)
@@ -197,10 +202,10 @@ def _check_parts(outs: _Parts, lses: _Parts, order: str) -> tuple[Layout, Shape4
     out, lse = outs.part(0), lses.part(0)
     form = _form_of(out.shape, lse.shape, order)
     heads = lse.shape[0] if form.varlen else lse.shape[1]
-    if form.packed and (heads == 0 or out.shape[2] % heads):
+    if form.flat and (heads == 0 or out.shape[2] % heads):
         expected = f"a last dimension divisible by {heads}, the heads of lses"
         raise ShapeError("outs", f"parts of shape {out.shape}", expected, f"Parts are read as {form.describe()}.")
-    head_dim = out.shape[2] // heads if form.packed else out.shape[-1] if form.varlen else out.shape[form.order.index("d")]
+    head_dim = out.shape[2] // heads if form.flat else out.shape[-1] if form.varlen else out.shape[form.order.index("d")]
     if not head_dim:
         raise ShapeError("outs", f"head_dim 0 in {out.shape}", "at least 1", f"Parts are read as {form.describe()}.")
     shape = form.view(out, head_dim).shape
@@ -223,7 +228,7 @@ def _form_of(out: tuple[int, ...], lse: tuple[int, ...], order: str) -> Layout:
         return Layout(order)
     if (len(out), len(lse)) == (3, 3):
         if order in ("bshd", "sbhd"):
-            return Layout(order, packed=True)
+            return Layout(order, flat=True)
         expected = "'bshd' or 'sbhd' for arrays of 3 dimensions, where the last one is heads * head_dim"
         raise OptionError("layout", repr(order), expected, "Leave layout out, or pass arrays of 4 dimensions.")
     if (len(out), len(lse)) == (3, 2):
@@ -317,16 +322,16 @@ class _Merge:
             _Result("grad_outs", (self.count, *out.shape), out.dtype), _Result("grad_lses", (self.count, *lse.shape), "float32"),
         ]  # fmt: skip
         grad_outs, grad_lses = _contiguous(out), _contiguous(lse)
-        step_grad_outs, step_grad_lses = prod(out.shape), prod(lse.shape)
+        stride_grad_outs, stride_grad_lses = prod(out.shape), prod(lse.shape)
         return {
             "out": self._tensor("out", others["out"]),
             "grad_out": self._tensor("grad_out", others["grad_out"]),
-            "grad_outs": self._tensor("grad_outs", grad_outs, step_grad_outs),
+            "grad_outs": self._tensor("grad_outs", grad_outs, stride_grad_outs),
             "lse": self._rows("lse", others["lse"]),
             "grad_lse": self._rows("grad_lse", others.get("grad_lse", grad_lses)),
             "grad_lses": self._rows("grad_lses", grad_lses),
-            "step_grad_outs": step_grad_outs,
-            "step_grad_lses": step_grad_lses,
+            "stride_grad_outs": stride_grad_outs,
+            "stride_grad_lses": stride_grad_lses,
             **self._sizes(),
         }
 
@@ -340,7 +345,7 @@ class _Merge:
         last = 1 if self.one_array else self.count
         return [
             {
-                "table": "table", "step_out": steps[0], "step_lse": steps[1], "num_parts": self.count, "first": first, "one_array": self.one_array,
+                "table": "table", "stride_part_out": steps[0], "stride_part_lse": steps[1], "num_parts": self.count, "first": first, "one_array": self.one_array,
                 "listed": [
                     {"out": self._tensor(f"outs[{i}]", outs.part(i), steps[0]), "lse": self._rows(f"lses[{i}]", lses.part(i))}
                     for i in range(first, min(first + LISTED_PARTS, last))
@@ -366,28 +371,28 @@ class _Merge:
         """Launch on arguments at these addresses, in the order of `names`; the two results."""
         made = [self.framework.empty(result.shape, result.dtype, self.like) for result in self.results]
         if self.launch_shape.num_blocks:
-            pointers = dict(zip(self.names, addresses, strict=True))
+            named_addresses = dict(zip(self.names, addresses, strict=True))
             for name, array, offset in self.derived:
-                pointers[name] = pointers[array] + offset
+                named_addresses[name] = named_addresses[array] + offset
             for result, memory in zip(self.results, made, strict=True):
-                pointers[result.name] = pointer(memory)
-            self._launch(pointers)
+                named_addresses[result.name] = pointer(memory)
+            self._launch(named_addresses)
         if not self.is_backward:
             return self.framework.finish(made[0]), self.framework.finish(made[1])
         return self._in_form(made[0], self.listed[0]), self._in_form(made[1], self.listed[1])
 
-    def _launch(self, pointers: dict[str, int]) -> None:
+    def _launch(self, named_addresses: dict[str, int]) -> None:
         on_gpu = self.device.kind == "gpu"
         stream = self.framework.current_stream(self.device.index) if on_gpu else 0
         if self.tables:
             table = self.framework.empty(
                 (self.count * MERGE_PART.size // 4,), "int32", self.like
             )  # freed when all launches are in the stream
-            pointers["table"] = pointer(table)
-        buffers = () if on_gpu else launch.simulated_memory(self.memory, pointers, self.written)
+            named_addresses["table"] = pointer(table)
+        buffers = () if on_gpu else launch.simulated_memory(self.memory, named_addresses, self.written)
         for group in self.tables:
-            self.table_kernel.launch(_TABLE_SHAPE, group.fill(pointers), stream, buffers)
-        self.kernel.launch(self.launch_shape, self.arguments.fill(pointers), stream, buffers)
+            self.table_kernel.launch(_TABLE_SHAPE, group.fill(named_addresses), stream, buffers)
+        self.kernel.launch(self.launch_shape, self.arguments.fill(named_addresses), stream, buffers)
 
     def _in_form(self, gradients: Any, listed: bool) -> Any:
         """Gradients of all parts in one array, or a tuple of them, as the argument came."""

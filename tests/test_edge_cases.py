@@ -11,7 +11,8 @@ import numpy
 import pytest
 
 import cuflash
-from cuflash import Tile, frameworks
+from cuflash import Tile
+from cuflash.arrays import frameworks
 from cuflash.reference import attention, attention_backward
 
 if TYPE_CHECKING:

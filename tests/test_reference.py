@@ -11,7 +11,7 @@ import pytest
 from conftest import Target
 from numpy.typing import NDArray
 
-from cuflash.arrays import bfloat16
+from cuflash.arrays.borrowing import bfloat16
 from cuflash.reference import (
     attention,
     attention_backward,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cuflash.errors import OptionError
-from cuflash.tiles import Tile
+from cuflash.problem.tile import Tile
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention.bias import CausalBias
 
 from cuflash import attention as core
-from cuflash.other_names import explains_keywords
+from cuflash.problem.other_names import explains_keywords
 from cuflash.torch import functions, inputs, operators
 from cuflash.torch.functions import Call
 from cuflash.torch.inputs import number

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from cuflash import calls
 from cuflash.errors import UnsupportedError
-from cuflash.prepared import Gradients
+from cuflash.problem.operands import Operands
+from cuflash.problem.options import Options
+from cuflash.runtime import calls
+from cuflash.runtime.prepared import Gradients
 from cuflash.torch.inputs import TENSORS
 
 _COUNT = len(TENSORS)
@@ -33,44 +35,33 @@ class Call:
         seed: a dropout_seed that is no tensor.
     """
 
-    __slots__ = ("function", "options", "packed", "seed")
+    __slots__ = ("options", "packed", "seed")
 
     def __init__(self, packed: bool, options: dict[str, Any], seed: Any = None) -> None:
         self.packed = packed
-        self.function = "varlen_attention" if packed else "scaled_dot_product_attention"
         self.options = options
         self.seed = seed
 
-    def _arguments(self, tensors: Tensors) -> dict[str, Any]:
-        """The arguments of both passes, by name."""
-        query, key, value, attn_mask, sinks, alibi_slopes, seqlens_kv, ids_q, ids_kv, prefix_lengths, cu_seqlens_q, cu_seqlens_kv, state = (
-            tensors
-        )
-        arguments = {
-            "query": query, "key": key, "value": value, "attn_mask": attn_mask, "sinks": sinks, "alibi_slopes": alibi_slopes,
-            "prefix_lengths": prefix_lengths, "dropout_seed": self.seed if state is None else state, **self.options,
-        }  # fmt: skip
-        if self.packed:
-            arguments["cu_seqlens_q"], arguments["cu_seqlens_kv"] = cu_seqlens_q, cu_seqlens_kv
-        else:
-            arguments["seqlens_kv"], arguments["segment_ids_q"], arguments["segment_ids_kv"] = seqlens_kv, ids_q, ids_kv
-        return arguments
-
     def forward(self, tensors: Tensors, return_lse: bool) -> Any:
         """out, or with `return_lse` out and lse."""
-        arguments = self._arguments(tensors)
-        arguments["return_lse"], arguments["out"] = return_lse, None
-        return calls.forward(self.function, arguments)
+        return calls.forward(self._operands(tensors), Options(return_lse=return_lse, varlen=self.packed, **self.options))
 
     def backward(self, tensors: Tensors, out: Any, lse: Any, grad_out: Any, grad_lse: Any, need_attn_mask_grad: bool) -> Gradients:
         """Gradients of all tensors that have one; those of out and lse may be None for zero."""
-        arguments = self._arguments(tensors)
-        arguments["grad_out"] = torch.zeros_like(out) if grad_out is None else grad_out
-        arguments["out"], arguments["lse"], arguments["grad_lse"] = out, lse, grad_lse
-        arguments["tile"] = None  # what fits the forward kernel need not fit these
-        if not self.packed:
-            arguments["need_attn_mask_grad"] = need_attn_mask_grad
-        return calls.backward(f"{self.function}_backward", arguments)
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        operands = self._operands(tensors)._replace(out=out, lse=lse, grad_out=grad_out, grad_lse=grad_lse)
+        options = {**self.options, "tile": None}  # what fits the forward kernel need not fit these
+        return calls.backward(operands, Options(need_attn_mask_grad=need_attn_mask_grad, varlen=self.packed, **options))
+
+    def _operands(self, tensors: Tensors) -> Operands:
+        query, key, value, attn_mask, sinks, alibi_slopes, seqlens_kv, ids_q, ids_kv, prefix_lengths, cu_seqlens_q, cu_seqlens_kv, state = (
+            tensors
+        )
+        seed = self.seed if state is None else state
+        return Operands(
+            query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, seed, None, seqlens_kv, ids_q, ids_kv, cu_seqlens_q, cu_seqlens_kv
+        )  # fmt: skip
 
     @property
     def dropout_p(self) -> float:

@@ -14,7 +14,7 @@ import torch
 from cuflash.errors import UnsupportedError
 from cuflash.merging import merge_attention as merge
 from cuflash.merging import merge_attention_backward as merge_backward
-from cuflash.tiles import Tile
+from cuflash.problem.tile import Tile
 from cuflash.torch.functions import Call, Tensors
 from cuflash.torch.inputs import TENSORS, TRACED
 

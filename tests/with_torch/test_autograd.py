@@ -11,8 +11,8 @@ from torch.func import grad, jvp, vmap
 from written_out import SHAPE, assert_close, assert_same_gradients, attention, leaves
 
 import cuflash
-from cuflash import calls, prepared
 from cuflash.errors import KeywordError, UnsupportedError
+from cuflash.runtime import calls, prepared
 from cuflash.torch import merge_attention, scaled_dot_product_attention, varlen_attention
 
 BATCH, HEADS, SEQLEN, DIM = SHAPE
@@ -84,7 +84,7 @@ def test_only_some_inputs_require_grad(device: Any) -> None:
 def test_without_gradients_nothing_is_recorded_and_no_lse_computed(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     forward = calls.forward
-    monkeypatch.setattr(calls, "forward", lambda function, arguments: seen.append(arguments["return_lse"]) or forward(function, arguments))
+    monkeypatch.setattr(calls, "forward", lambda operands, options: seen.append(options.return_lse) or forward(operands, options))
     inputs = leaves(device, SHAPE, SHAPE, SHAPE)
     with torch.no_grad():
         assert not scaled_dot_product_attention(*inputs).requires_grad

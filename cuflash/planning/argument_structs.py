@@ -1,0 +1,171 @@
+"""The one by-value parameter of each kernel, as a list of typed fields: the structs of kernels/*arguments.cuh, field by field in their order.
+
+Sizes, offsets and padding follow from the list as C++ has them, and bytes are written by it (`arguments.py`); tests/test_argument_structs.py lets the compiler
+assert every one of them. A type of another size or alignment, such as the 128 bytes of a tensor map on a multiple of 64, is one more `Scalar`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A type without fields.
+
+    Attributes:
+        format: as the module `struct` has it.
+        size: bytes.
+        alignment: its address is a multiple of this.
+    """
+
+    format: str
+    size: int
+    alignment: int
+
+
+WORD = Scalar("Q", 8, 8)
+"""An address, or another 64-bit word that is written for each launch."""
+INT64 = Scalar("q", 8, 8)
+INT = Scalar("i", 4, 4)
+UINT32 = Scalar("I", 4, 4)
+FLOAT = Scalar("f", 4, 4)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A member of a struct; with `count`, an array."""
+
+    name: str
+    type: Scalar | Struct
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class Struct:
+    """A struct of kernels/.
+
+    Attributes:
+        name: in C++.
+        fields: in order.
+    """
+
+    name: str
+    fields: tuple[Field, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @functools.cached_property
+    def alignment(self) -> int:
+        """The largest of its fields."""
+        return max(field.type.alignment for field in self.fields)
+
+    @functools.cached_property
+    def offsets(self) -> dict[str, int]:
+        """Where each field begins, in bytes."""
+        return self._layout[0]
+
+    @functools.cached_property
+    def size(self) -> int:
+        """In bytes, padding included."""
+        return self._layout[1]
+
+    @functools.cached_property
+    def _layout(self) -> tuple[dict[str, int], int]:
+        offsets, end = {}, 0
+        for field in self.fields:
+            offsets[field.name] = _round_up(end, field.type.alignment)
+            end = offsets[field.name] + (field.count or 1) * field.type.size
+        return offsets, _round_up(end, self.alignment)
+
+    def scalars(self, path: str = "", at: int = 0) -> Iterator[tuple[str, int, Scalar]]:
+        """Each scalar within: the C++ expression for it, such as "listed[3].out.data", its offset, and its type."""
+        for field in self.fields:
+            for i in range(field.count or 1):
+                name = path + field.name + ("" if field.count is None else f"[{i}]")
+                offset = at + self.offsets[field.name] + i * field.type.size
+                if isinstance(field.type, Scalar):
+                    yield name, offset, field.type
+                else:
+                    yield from field.type.scalars(f"{name}.", offset)
+
+
+def _round_up(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
+def _struct(name: str, *fields: tuple[str, Scalar | Struct] | tuple[str, Scalar | Struct, int]) -> Struct:
+    return Struct(name, tuple(Field(*field) for field in fields))
+
+
+# --- kernels/arguments.cuh ----------------------------------------------------------------------------------------------------------------
+
+TENSOR_VIEW = _struct(
+    "TensorView",
+    ("data", WORD), ("stride_batch", INT64), ("stride_seqlen", INT64), ("stride_head", INT64), ("stride_dim", INT64), ("vectorized", INT), ("reserved", INT),
+)  # fmt: skip
+ROW_VIEW = _struct("RowView", ("data", WORD), ("stride_batch", INT64), ("stride_head", INT64), ("stride_seqlen", INT64))
+GEOMETRY = _struct(
+    "Geometry",
+    ("batch", INT), ("seqlen_q", INT), ("seqlen_kv", INT), ("num_heads_q", INT), ("num_heads_kv", INT), ("causal_offset", INT),
+    ("scale", FLOAT), ("scale_log2", FLOAT), ("score_sign", FLOAT), ("num_tiles", INT),
+)  # fmt: skip
+SEQUENCE_LENGTHS = _struct(
+    "SequenceLengths",
+    ("cu_seqlens_q", WORD), ("cu_seqlens_kv", WORD), ("seqlens_kv", WORD), ("num_sequences", INT), ("bottom_right", INT),
+)  # fmt: skip
+
+# --- kernels/feature_arguments.cuh --------------------------------------------------------------------------------------------------------
+
+MASK_VIEW = _struct(
+    "MaskView", ("data", WORD), ("stride_batch", INT64), ("stride_head", INT64), ("stride_query", INT64), ("stride_key", INT64)
+)
+HEAD_VIEW = _struct("HeadView", ("data", WORD), ("stride_batch", INT64), ("stride_head", INT64))
+SEQUENCE_VIEW = _struct("SequenceView", ("data", WORD), ("stride_batch", INT64), ("stride_position", INT64))
+FEATURE_ARGUMENTS = _struct(
+    "FeatureArguments",
+    ("attn_mask", MASK_VIEW), ("grad_attn_mask", MASK_VIEW), ("alibi_slopes", HEAD_VIEW), ("sinks", HEAD_VIEW), ("grad_sinks", WORD),
+    ("segment_ids_q", SEQUENCE_VIEW), ("segment_ids_kv", SEQUENCE_VIEW), ("prefix_lengths", SEQUENCE_VIEW), ("visible_tiles", WORD),
+    ("dropout_state", WORD), ("dropout_seed", WORD), ("dropout_offset", WORD), ("list_batches", INT), ("list_heads", INT),
+    ("window_low", INT), ("window_high", INT), ("score_factor", FLOAT), ("softcap", FLOAT), ("dropout_limit", UINT32), ("dropout_scale", FLOAT),
+    ("log2_sums", WORD),
+)  # fmt: skip
+
+# --- Parameters of kernels ----------------------------------------------------------------------------------------------------------------
+
+FORWARD_ARGUMENTS = _struct(
+    "ForwardArguments",
+    ("query", TENSOR_VIEW), ("key", TENSOR_VIEW), ("value", TENSOR_VIEW), ("out", TENSOR_VIEW), ("lse", ROW_VIEW),
+    ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS),
+)  # fmt: skip
+BACKWARD_ARGUMENTS = _struct(
+    "BackwardArguments",
+    ("query", TENSOR_VIEW), ("key", TENSOR_VIEW), ("value", TENSOR_VIEW), ("out", TENSOR_VIEW), ("grad_out", TENSOR_VIEW),
+    ("grad_query", TENSOR_VIEW), ("grad_key", TENSOR_VIEW), ("grad_value", TENSOR_VIEW), ("lse", ROW_VIEW), ("grad_lse", ROW_VIEW),
+    ("row_statistics", WORD), ("geometry", GEOMETRY), ("group_batch", INT), ("group_heads", INT),
+    ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS),
+)  # fmt: skip
+VISIBLE_TILES_ARGUMENTS = _struct(
+    "VisibleTilesArguments", ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS)
+)
+DROPOUT_MASK_ARGUMENTS = _struct("DropoutMaskArguments", ("kept", WORD), ("geometry", GEOMETRY), ("features", FEATURE_ARGUMENTS))
+
+# --- kernels/merge_arguments.cuh ----------------------------------------------------------------------------------------------------------
+
+LISTED_PARTS = 16
+MERGE_PART = _struct("MergePart", ("out", TENSOR_VIEW), ("lse", ROW_VIEW))
+MERGE_PARTS = _struct(
+    "MergeParts",
+    ("table", WORD), ("stride_part_out", INT64), ("stride_part_lse", INT64), ("num_parts", INT), ("first", INT), ("one_array", INT), ("reserved", INT),
+    ("listed", MERGE_PART, LISTED_PARTS),
+)  # fmt: skip
+MERGE_TABLE_ARGUMENTS = _struct("MergeTableArguments", ("parts", MERGE_PARTS))
+MERGE_ARGUMENTS = _struct(
+    "MergeArguments",
+    ("out", TENSOR_VIEW), ("grad_out", TENSOR_VIEW), ("grad_outs", TENSOR_VIEW), ("lse", ROW_VIEW), ("grad_lse", ROW_VIEW), ("grad_lses", ROW_VIEW),
+    ("stride_grad_outs", INT64), ("stride_grad_lses", INT64), ("seqlen_q", INT), ("num_heads", INT), ("head_dim", INT), ("num_tiles", INT), ("lanes", INT),
+    ("reserved", INT), ("parts", MERGE_PARTS),
+)  # fmt: skip
