@@ -109,7 +109,7 @@ def test_every_module_of_a_room_is_named_with_its_contract() -> None:
 
 
 def test_a_call_takes_the_steps_of_the_picture() -> None:
-    """Each step is defined in the file beside it, and `calls.forward` takes those that are set in, in their order."""
+    """Each step is defined in the file beside it, and `calls._forward`, all of `calls.forward` but its answer to tracing, takes those that are set in, in their order."""
     steps = [re.fullmatch(r"( *)([\w.]+) +.*?(\S+\.py)", line) for line in picture("One call, a straight line")]
     assert len(steps) > 6
     inner = []
@@ -120,7 +120,7 @@ def test_a_call_takes_the_steps_of_the_picture() -> None:
         if step[1]:
             inner.append(name)
     (forward,) = [
-        node for node in ast.parse(Path(calls.__file__).read_text(encoding="utf-8")).body if getattr(node, "name", "") == "forward"
+        node for node in ast.parse(Path(calls.__file__).read_text(encoding="utf-8")).body if getattr(node, "name", "") == "_forward"
     ]
     lines: dict[str, int] = {}
     for node in ast.walk(forward):
