@@ -14,7 +14,7 @@ from operator import itemgetter
 from typing import Any
 
 from cuflash import device, features, launch
-from cuflash.arrays import Array, borrow, describe, pointer, signature
+from cuflash.arrays import Array, attribute, borrow, describe, pointer, signature
 from cuflash.errors import CompilationForbiddenError, DTypeError, OptionError, UnsupportedError
 from cuflash.launch import Executable
 from cuflash.options import check_bool
@@ -122,7 +122,7 @@ def refuse_autograd(inputs: Mapping[str, Array], backward: str = "scaled_dot_pro
     if torch is None or not torch.is_grad_enabled():
         return
     for name, array in inputs.items():
-        if getattr(array.owner, "requires_grad", False):
+        if attribute(array.owner, "requires_grad"):
             hint = f"Pass {name}.detach() or call under torch.no_grad(), and compute gradients with {backward}."
             raise UnsupportedError(name, "a tensor that requires grad", "a tensor outside of autograd", hint)
 

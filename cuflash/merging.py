@@ -22,6 +22,7 @@ from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
 from cuflash.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE, KernelSpec
 from cuflash.layout import CANONICAL, Layout, Shape4
 from cuflash.options import check_layout
+from cuflash.other_names import explains_keywords
 from cuflash.planning import MAX_GRID, KernelPlan, LaunchShape
 from cuflash.problem import MAX_EXTENT, cast_to, check_dtypes, check_same_kind
 from cuflash.tiles import KernelCase, Tile
@@ -37,6 +38,7 @@ class MergeGradients(NamedTuple):
     lses: Any
 
 
+@explains_keywords
 def merge_attention(outs: Any, lses: Any, *, layout: str = CANONICAL) -> tuple[Any, Any]:
     """Merge attention of the same queries over disjoint sets of keys into attention over all of these keys.
 
@@ -68,6 +70,7 @@ def merge_attention(outs: Any, lses: Any, *, layout: str = CANONICAL) -> tuple[A
     return out, lse
 
 
+@explains_keywords
 def merge_attention_backward(
     grad_out: AnyArray, outs: Any, lses: Any, out: AnyArray, lse: AnyArray, grad_lse: AnyArray | None = None, *, layout: str = CANONICAL
 ) -> MergeGradients:

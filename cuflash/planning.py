@@ -15,6 +15,7 @@ from math import ceil, prod
 from typing import NamedTuple
 
 from cuflash import kernel_specs, tiles
+from cuflash.arrays import describe
 from cuflash.codegen import config_text
 from cuflash.compiler import CompileRequest
 from cuflash.device import Device
@@ -356,7 +357,7 @@ def _check_names(tile: Tiles, kernels: tuple[KernelSpec, ...]) -> None:
         if name not in names:
             raise TileError(
                 "tile",
-                f"a tile for {name!r}",
+                f"a tile for {describe(name)}",
                 "kernels that run: " + ", ".join(names),
                 "Correct the name, or remove it; print(plan) lists the kernels.",
             )

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from cuflash import cache, device, tiles
-from cuflash.arrays import describe
+from cuflash.arrays import attribute, describe
 from cuflash.compiler import CompileRequest
 from cuflash.device import Device
 from cuflash.errors import ArgumentError, OptionError
@@ -21,6 +21,7 @@ from cuflash.problem import DTYPES, MAX_HEAD_DIM
 from cuflash.tiles import KernelCase, Tile
 
 
+@explains_features
 def legal_tiles(
     head_dim: int,
     dtype: str = "bfloat16",
@@ -254,7 +255,7 @@ def _checked_features_of_case(given: object, is_causal: bool, packed: bool) -> F
 def _checked_dtype(dtype: object) -> str:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         hint = "Pass the name of a supported element type."
-        name = getattr(dtype, "__name__", None) or _text(dtype).removeprefix("torch.")
+        name = attribute(dtype, "__name__") or _text(dtype).removeprefix("torch.")
         if name in DTYPES:
             hint = f'Pass its name: "{name}".'
         raise OptionError("dtype", describe(dtype) if name not in DTYPES else repr(dtype), "one of " + ", ".join(DTYPES), hint)
