@@ -157,7 +157,7 @@ def test_a_handler_of_the_program_leaves_launches_of_other_threads_alone() -> No
     result = run_in_a_process("""
 seen = []
 signal.signal(signal.SIGINT, lambda *_: seen.append(time.monotonic()))
-long = 'extern "C" __global__ void k(int* out) { for (volatile int i = 0; i < 1500000; ++i) if (i < 0) out[0] = i; out[0] = 7; }'
+long = 'extern "C" __global__ void k(int* out) { for (volatile int i = 0; i < 1500000; ++i) if (i < 0) out[0] = i; if (blockIdx.x == 0 && threadIdx.x == 0) out[0] = 7; }'
 launch(long.replace("1500000", "1"), LIMIT)
 results = []
 def work():
@@ -166,7 +166,7 @@ def work():
 thread = threading.Thread(target=work)
 thread.start()
 interrupt(0.2)
-thread.join()
+while thread.is_alive(): time.sleep(0.01)
 print(results[0][0], results[0][1] < seen[0] < results[0][2])
 """)
     assert result.stdout == "7 True\n", result.stdout + result.stderr
