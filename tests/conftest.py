@@ -25,7 +25,7 @@ import pytest
 from hypothesis import settings
 
 import cuflash
-from cuflash import cache, calls, device, launch, reference
+from cuflash import cache, calls, device, frameworks, launch, reference
 from cuflash.reference import attention, attention_backward, attention_naive, attention_naive_backward, compare
 
 SIMULATED = ("sm_75", "sm_80", "sm_90")
@@ -165,6 +165,19 @@ def rounded(values: Any, dtype: str) -> numpy.ndarray[Any, Any]:
 def poisoned(shape: tuple[int, ...], like: Any) -> Any:
     """Memory that must not be read: all NaN."""
     return numpy.full(shape, numpy.nan, like.dtype)
+
+
+def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and workspace of later calls come full of NaN."""
+    for library in (frameworks._NumPy, frameworks._CuPy):
+        unset = library.empty
+
+        def empty(self: Any, shape: Any, dtype: str, like: Any, unset: Any = unset) -> Any:
+            array = unset(self, shape, dtype, like)
+            array[...] = numpy.nan
+            return array
+
+        monkeypatch.setattr(library, "empty", empty)
 
 
 def _transposed(x: Any) -> Any:

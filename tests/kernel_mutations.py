@@ -474,7 +474,9 @@ def page(outcomes: Sequence[Outcome], known: Sequence[Explanation]) -> str:
     lines += ["", "## What survives, and why", ""]
     for number, (why, places) in enumerate(sorted(survivors.items()), 1):
         lines.append(f"{number}. {why}")
-        lines += [f"   - {place}: {', '.join(f'{change} {n}' for change, n in changes.items())}" for place, changes in sorted(places.items())]
+        lines += [
+            f"   - {place}: {', '.join(f'{change} {n}' for change, n in changes.items())}" for place, changes in sorted(places.items())
+        ]
     return "\n".join(lines) + "\n"
 
 
