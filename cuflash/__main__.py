@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cuflash
-from cuflash.command_options import DTYPES, add_cases, add_features, check_writable, features_of, lengths_of, positive
+from cuflash.command_options import DTYPES, add_cases, add_features, check_writable, features_of, lengths_of, make_writable, positive
 from cuflash.errors import CuflashError, OptionError
 
 if TYPE_CHECKING:
@@ -174,6 +174,8 @@ def _info(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from cuflash import device, inspection, tuning
 
+    if options.save is not None:
+        make_writable("--save", options.save)
     features = features_of(options, is_causal=options.causal).kinds()
     plans: dict[CompileRequest, tuple[Device, KernelPlan]] = {}
     for arch in options.arch:

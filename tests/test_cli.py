@@ -399,6 +399,8 @@ def test_demo_without_enough_steps_fails_with_a_picture(tmp_path: Path) -> None:
         (("profile", "--causal-alignment", "center"), {}, "invalid choice: 'center'"),
         (("demo", "--output", "/nowhere/loss.png"), {}, "--output: got '/nowhere/loss.png': No such file or directory"),
         (("profile", "--json", "/nowhere/profile.json"), {}, "--json: got '/nowhere/profile.json': No such file or directory"),
+        (("inspect", "--save", "/dev/null"), {}, "--save: got '/dev/null': File exists; expected a folder that can be written."),
+        (("predict", "--cubin", "/nowhere"), {}, "cubin: got '/nowhere': No such file or directory"),
         (("profile", "--causal", "--prefix", "4294967296"), {}, "expected a number below 2**31"),
         (("profile", "--varlen", "5", "-3"), {}, "expected a number of at least 0"),
         (("inspect", "--prefix"), {}, "--prefix: got 64 without --causal; expected --causal with it."),
