@@ -44,6 +44,20 @@ def test_commands_survive_any_encoding(tmp_path: Path, arguments: tuple[str, ...
     assert result.stdout.isascii()
 
 
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_cache_whose_path_is_no_text(tmp_path: Path, locale: str) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9 \xff")
+    environment = {"CUFLASH_CACHE_DIR": str(folder), "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for compiled in (2, 0):  # causal and not, and found the second time
+        result = command(
+            "warmup", "--head-dim", "16", "--arch", "sm_80", "--dtype", "float16", "--forward-only", directory=tmp_path, **environment
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+        assert f"{compiled} compiled now" in result.stdout
+    assert command("cache", directory=tmp_path, **environment).returncode == 0
+    assert len(list((folder / "kernels").glob("*.cubin"))) == 2
+
+
 def test_a_plan_is_ascii() -> None:
     x = numpy.zeros((1, 4, 2, 8), numpy.float16)
     assert str(cuflash.plan(x, x, x, is_causal=True, window=(3, None), softcap=3.0)).isascii()
