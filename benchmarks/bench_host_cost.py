@@ -15,7 +15,7 @@ import numpy
 import pytest
 
 import cuflash
-from cuflash import calls, launch, prepared
+from cuflash.runtime import calls, launch, prepared
 
 SHAPE = (2, 128, 4, 64)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cuflash import simulator
-from cuflash.profiling import profile_call
-from cuflash.samples import Sample
+from cuflash.cli.profiling import profile_call
+from cuflash.cli.samples import Sample
 from cuflash.simulator import KernelProfile
 
 SEQLEN = 256

@@ -20,9 +20,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cuflash import device, planning, samples
-from cuflash.planning import Plan
-from cuflash.tiles import Tile
+from cuflash.cli import samples
+from cuflash.hardware import device
+from cuflash.planning import planner
+from cuflash.planning.kernel_plan import KernelPlan
+from cuflash.planning.plan import Plan
+from cuflash.problem.tile import Tile, Tiles
 from cuflash.timing import description, prediction, sass
 from cuflash.timing.machine import CARDS
 from cuflash.timing.prediction import KernelPrediction
@@ -58,7 +61,7 @@ class Kernels:
         self.folder, self.compile_missing = folder, compile_missing
         self.known: dict[str, KernelPrediction | None] = {}
 
-    def predict(self, kernel: planning.KernelPlan, plan: Plan) -> KernelPrediction | None:
+    def predict(self, kernel: KernelPlan, plan: Plan) -> KernelPrediction | None:
         """The steady state of a planned kernel; None where it was not kept."""
         named = description.Description(
             kernel.name,
@@ -76,7 +79,7 @@ class Kernels:
             self.known[named] = self._predict(named, kernel, plan)
         return self.known[named]
 
-    def _predict(self, name: str, kernel: planning.KernelPlan, plan: Plan) -> KernelPrediction | None:
+    def _predict(self, name: str, kernel: KernelPlan, plan: Plan) -> KernelPrediction | None:
         path = self.folder / f"{name}.cubin"
         if path.exists():
             described, cubin = description.load(path)
@@ -104,14 +107,14 @@ def predicted_milliseconds(plan: Plan, kernels: Kernels, of: str) -> tuple[float
     return None if asked is None else (total, asked)
 
 
-def plan_of(row: dict[str, str], backward: bool, tiles: planning.Tiles) -> Plan:
+def plan_of(row: dict[str, str], backward: bool, tiles: Tiles) -> Plan:
     """The plan of a row's call on the architecture that was timed."""
     sample = samples.Sample(
         batch=int(row["batch"]), seqlen_q=int(row["seqlen"]), seqlen_kv=int(row["seqlen"]), num_heads_q=int(row["heads"]), num_heads_kv=int(row["heads"]),
         head_dim=int(row["head_dim"]), dtype=row["dtype"], is_causal=row["causal"] == "1",
     )  # fmt: skip
     problem = samples.plan_of(sample, backward=backward).problem
-    return planning.make_plan(problem, device.of_arch(ARCH, "gpu"), backward=backward, tile=tiles)
+    return planner.make_plan(problem, device.of_arch(ARCH, "gpu"), backward=backward, tile=tiles)
 
 
 def tile_of(row: dict[str, str]) -> Tile:

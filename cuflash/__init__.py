@@ -10,41 +10,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cuflash.arrays import BFloat16Bits, bfloat16
-    from cuflash.attention import (
-        plan,
-        scaled_dot_product_attention,
-        scaled_dot_product_attention_backward,
-        varlen_attention,
-        varlen_attention_backward,
-        varlen_plan,
-    )
+    from cuflash.arrays.borrowing import bfloat16
+    from cuflash.arrays.frameworks import BFloat16Bits
+    from cuflash.attention import plan, scaled_dot_product_attention, scaled_dot_product_attention_backward, varlen_attention, varlen_attention_backward, varlen_plan
     from cuflash.dropout import dropout_mask
-    from cuflash.errors import (
-        ArgumentError,
-        CompileError,
-        CuflashError,
-        DeviceError,
-        DTypeError,
-        KeywordError,
-        OptionError,
-        SetupError,
-        ShapeError,
-        SimulatorError,
-        TileError,
-        UnsupportedError,
-    )
-    from cuflash.features import FeatureSet
+    from cuflash.errors import ArgumentError, CompileError, CuflashError, DeviceError, DTypeError, KeywordError, OptionError, SetupError, ShapeError, SimulatorError, TileError, UnsupportedError
     from cuflash.merging import MergeGradients, merge_attention, merge_attention_backward
-    from cuflash.planning import Plan
-    from cuflash.prepared import Gradients
-    from cuflash.tiles import Tile
+    from cuflash.planning.plan import Plan
+    from cuflash.problem.features import FeatureSet
+    from cuflash.problem.tile import Tile
+    from cuflash.runtime.prepared import Gradients
     from cuflash.tuning import legal_tiles, warmup
 
 _HOME = {
-    "BFloat16Bits": "arrays",
-    "bfloat16": "arrays",
-    "Gradients": "prepared",
+    "BFloat16Bits": "arrays.frameworks",
+    "bfloat16": "arrays.borrowing",
+    "Gradients": "runtime.prepared",
     "plan": "attention",
     "scaled_dot_product_attention": "attention",
     "scaled_dot_product_attention_backward": "attention",
@@ -64,12 +45,12 @@ _HOME = {
     "SimulatorError": "errors",
     "TileError": "errors",
     "UnsupportedError": "errors",
-    "FeatureSet": "features",
+    "FeatureSet": "problem.features",
     "MergeGradients": "merging",
     "merge_attention": "merging",
     "merge_attention_backward": "merging",
-    "Plan": "planning",
-    "Tile": "tiles",
+    "Plan": "planning.plan",
+    "Tile": "problem.tile",
     "legal_tiles": "tuning",
     "warmup": "tuning",
 }

@@ -21,18 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cuflash
-from cuflash import terminal_tables
-from cuflash.command_options import DTYPES, add_cases, add_features, check_writable, features_of, lengths_of, make_writable, positive
+from cuflash.cli import terminal_tables
+from cuflash.cli.command_options import DTYPES, add_cases, add_features, check_writable, features_of, lengths_of, make_writable, positive
+from cuflash.cli.terminal_tables import Table
 from cuflash.errors import CuflashError, OptionError
-from cuflash.terminal_tables import Table
 
 if TYPE_CHECKING:
-    from cuflash.compiler import CompileRequest
-    from cuflash.device import Device
-    from cuflash.environment import Section
-    from cuflash.features import FeatureSet
-    from cuflash.inspection import Report
-    from cuflash.planning import KernelPlan
+    from cuflash.cli.environment import Section
+    from cuflash.cli.inspection import Report
+    from cuflash.hardware.device import Device
+    from cuflash.jit.compiler import CompileRequest
+    from cuflash.planning.kernel_plan import KernelPlan
+    from cuflash.problem.features import FeatureSet
     from cuflash.timing.description import Description
     from cuflash.timing.prediction import KernelPrediction
 
@@ -154,7 +154,8 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from cuflash import demo, device
+    from cuflash import demo
+    from cuflash.hardware import device
 
     if options.arch is not None:
         os.environ["CUFLASH_SIMULATOR_ARCH"] = device.normalize_arch(options.arch)
@@ -164,7 +165,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from cuflash import environment
+    from cuflash.cli import environment
 
     _print_sections(environment.facts())
     print("\nA call with float16 arrays of 1 x 1024 x 8 x 64 would run:\n")
@@ -173,7 +174,9 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from cuflash import device, inspection, tuning
+    from cuflash import tuning
+    from cuflash.cli import inspection
+    from cuflash.hardware import device
 
     if options.save is not None:
         make_writable("--save", options.save)
@@ -275,7 +278,9 @@ def _as_json(report: Report) -> dict[str, Any]:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from cuflash import device, planning, samples
+    from cuflash.cli import samples
+    from cuflash.hardware import device
+    from cuflash.planning import planner
     from cuflash.timing import machine, prediction, report
 
     if options.cubin:
@@ -295,7 +300,7 @@ def _predict(options: argparse.Namespace) -> int:
     )
     problem = samples.plan_of(sample, backward=options.backward).problem
     tile = None if options.tile is None else cuflash.Tile(*options.tile)
-    plan = planning.make_plan(problem, device.of_arch(arch, "gpu"), backward=options.backward, tile=tile)
+    plan = planner.make_plan(problem, device.of_arch(arch, "gpu"), backward=options.backward, tile=tile)
     predicted = prediction.predict_plan(plan, machine.CARDS[arch], limits=not options.fast)
     print(json.dumps(report.to_json(predicted), indent=1) if options.json else "\n".join(report.lines(predicted)))
     return 0
@@ -318,7 +323,8 @@ def _predict_saved(options: argparse.Namespace) -> int:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    from cuflash import device, profiling
+    from cuflash.cli import profiling
+    from cuflash.hardware import device
 
     if options.arch is not None:
         os.environ["CUFLASH_SIMULATOR_ARCH"] = device.normalize_arch(options.arch)
@@ -348,7 +354,7 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _warmup(options: argparse.Namespace) -> int:
-    from cuflash import cache, compiler
+    from cuflash.jit import cache, compiler
 
     if options.into is not None:
         _use_cache("--into", options.into)
@@ -384,7 +390,7 @@ def _warmup(options: argparse.Namespace) -> int:
 
 def _use_cache(option: str, folder: Path) -> None:
     """Keep kernels in a folder that is made if need be, or raise OptionError of the option that named it."""
-    from cuflash import cache
+    from cuflash.jit import cache
 
     os.environ["CUFLASH_CACHE_DIR"] = str(folder.absolute())
     try:
@@ -398,7 +404,8 @@ def _use_cache(option: str, folder: Path) -> None:
 
 
 def _cache(options: argparse.Namespace) -> int:
-    from cuflash import cache, cache_directory, kernel_files
+    from cuflash.jit import cache, kernel_files
+    from cuflash.system import cache_directory
 
     if cache.directory() is None:
         print(f"There is no cache: {cache_directory.why_not(kernel_files.PART)}.")

@@ -1,17 +1,24 @@
 """The public calls: scaled dot-product attention of padded batches and of packed sequences, their backward passes, and their plans.
 
-Here are signatures and what they mean; each body hands its arguments on by name, as `locals()` has them, to `calls.py`, which runs them.
+Here are signatures and what they mean; each body sorts its arguments into operands and options, and `calls.py` runs them.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from cuflash import calls
-from cuflash.arrays import AnyArray
-from cuflash.other_names import explains_keywords
-from cuflash.planning import Plan, Tiles
-from cuflash.prepared import Gradients
+from cuflash.arrays.borrowing import AnyArray
+from cuflash.errors import CompilationForbiddenError
+from cuflash.planning.plan import Plan
+from cuflash.problem.features import Seed
+from cuflash.problem.layout import CANONICAL
+from cuflash.problem.operands import Operands
+from cuflash.problem.options import Options, Window
+from cuflash.problem.other_names import explains_keywords
+from cuflash.problem.tile import Tiles
+from cuflash.runtime import calls
+from cuflash.runtime.prepared import Gradients
+from cuflash.tuning import with_warmup
 
 
 @explains_keywords
@@ -35,8 +42,8 @@ def scaled_dot_product_attention(
     deterministic: bool = False,
     allow_tf32: bool = False,
     seqlens_kv: AnyArray | None = None,
-    dropout_seed: int | tuple[int, int] | AnyArray | None = None,
-    window: tuple[int | None, int | None] | None = None,
+    dropout_seed: Seed = None,
+    window: Window = None,
     softcap: float | None = None,
     alibi_slopes: AnyArray | None = None,
     sinks: AnyArray | None = None,
@@ -102,7 +109,18 @@ def scaled_dot_product_attention(
 
     Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 1.
     """
-    return calls.forward("scaled_dot_product_attention", locals())
+    operands = Operands(
+        query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, dropout_seed, out, seqlens_kv, segment_ids_q,
+        segment_ids_kv,
+    )  # fmt: skip
+    options = Options(
+        is_causal, scale, enable_gqa, causal_alignment, return_lse, tile, deterministic, allow_tf32, dropout_p, window,
+        softcap, layout, batch_first, num_heads,
+    )  # fmt: skip
+    try:
+        return calls.forward(operands, options)
+    except CompilationForbiddenError as error:
+        raise with_warmup(error, calls.plan(operands, options), tile) from None
 
 
 @explains_keywords
@@ -128,8 +146,8 @@ def scaled_dot_product_attention_backward(
     allow_tf32: bool = False,
     grad_lse: AnyArray | None = None,
     seqlens_kv: AnyArray | None = None,
-    dropout_seed: int | tuple[int, int] | AnyArray | None = None,
-    window: tuple[int | None, int | None] | None = None,
+    dropout_seed: Seed = None,
+    window: Window = None,
     softcap: float | None = None,
     alibi_slopes: AnyArray | None = None,
     sinks: AnyArray | None = None,
@@ -166,7 +184,18 @@ def scaled_dot_product_attention_backward(
 
     Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 2, with a kernel of its own for dQ.
     """
-    return calls.backward("scaled_dot_product_attention_backward", locals())
+    operands = Operands(
+        query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, dropout_seed, out, seqlens_kv, segment_ids_q,
+        segment_ids_kv, None, None, grad_out, lse, grad_lse,
+    )  # fmt: skip
+    options = Options(
+        is_causal, scale, enable_gqa, causal_alignment, False, tile, deterministic, allow_tf32, dropout_p, window, softcap,
+        layout, batch_first, num_heads, need_attn_mask_grad,
+    )  # fmt: skip
+    try:
+        return calls.backward(operands, options)
+    except CompilationForbiddenError as error:
+        raise with_warmup(error, calls.plan(operands, options, backward=True), tile) from None
 
 
 @explains_keywords
@@ -190,8 +219,8 @@ def plan(
     allow_tf32: bool = False,
     seqlens_kv: AnyArray | None = None,
     backward: bool = False,
-    dropout_seed: int | tuple[int, int] | AnyArray | None = None,
-    window: tuple[int | None, int | None] | None = None,
+    dropout_seed: Seed = None,
+    window: Window = None,
     softcap: float | None = None,
     alibi_slopes: AnyArray | None = None,
     sinks: AnyArray | None = None,
@@ -204,7 +233,15 @@ def plan(
 
     Nothing is compiled or launched. Arguments and errors are those of the call.
     """
-    return calls.plan(locals())
+    operands = Operands(
+        query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, dropout_seed, None, seqlens_kv, segment_ids_q,
+        segment_ids_kv,
+    )  # fmt: skip
+    options = Options(
+        is_causal, scale, enable_gqa, causal_alignment, return_lse, tile, deterministic, allow_tf32, dropout_p, window,
+        softcap, layout, batch_first, num_heads, need_attn_mask_grad,
+    )  # fmt: skip
+    return calls.plan(operands, options, backward)
 
 
 @explains_keywords
@@ -228,8 +265,8 @@ def varlen_attention(
     allow_tf32: bool = False,
     attn_mask: None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | tuple[int, int] | AnyArray | None = None,
-    window: tuple[int | None, int | None] | None = None,
+    dropout_seed: Seed = None,
+    window: Window = None,
     softcap: float | None = None,
     alibi_slopes: AnyArray | None = None,
     sinks: AnyArray | None = None,
@@ -266,7 +303,18 @@ def varlen_attention(
 
     Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 1.
     """
-    return calls.forward("varlen_attention", locals())
+    operands = Operands(
+        query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, dropout_seed, out, None, None, None, cu_seqlens_q,
+        cu_seqlens_kv,
+    )  # fmt: skip
+    options = Options(
+        is_causal, scale, enable_gqa, causal_alignment, return_lse, tile, deterministic, allow_tf32, dropout_p, window,
+        softcap, CANONICAL, True, None, False, max_seqlen_q, max_seqlen_kv, True,
+    )  # fmt: skip
+    try:
+        return calls.forward(operands, options)
+    except CompilationForbiddenError as error:
+        raise with_warmup(error, calls.plan(operands, options), tile) from None
 
 
 @explains_keywords
@@ -292,8 +340,8 @@ def varlen_attention_backward(
     grad_lse: AnyArray | None = None,
     attn_mask: None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | tuple[int, int] | AnyArray | None = None,
-    window: tuple[int | None, int | None] | None = None,
+    dropout_seed: Seed = None,
+    window: Window = None,
     softcap: float | None = None,
     alibi_slopes: AnyArray | None = None,
     sinks: AnyArray | None = None,
@@ -317,7 +365,18 @@ def varlen_attention_backward(
 
     Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 2, with a kernel of its own for dQ.
     """
-    return calls.backward("varlen_attention_backward", locals())
+    operands = Operands(
+        query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, dropout_seed, out, None, None, None, cu_seqlens_q,
+        cu_seqlens_kv, grad_out, lse, grad_lse,
+    )  # fmt: skip
+    options = Options(
+        is_causal, scale, enable_gqa, causal_alignment, False, tile, deterministic, allow_tf32, dropout_p, window, softcap,
+        CANONICAL, True, None, False, max_seqlen_q, max_seqlen_kv, True,
+    )  # fmt: skip
+    try:
+        return calls.backward(operands, options)
+    except CompilationForbiddenError as error:
+        raise with_warmup(error, calls.plan(operands, options, backward=True), tile) from None
 
 
 @explains_keywords
@@ -341,12 +400,20 @@ def varlen_plan(
     backward: bool = False,
     attn_mask: None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | tuple[int, int] | AnyArray | None = None,
-    window: tuple[int | None, int | None] | None = None,
+    dropout_seed: Seed = None,
+    window: Window = None,
     softcap: float | None = None,
     alibi_slopes: AnyArray | None = None,
     sinks: AnyArray | None = None,
     prefix_lengths: AnyArray | None = None,
 ) -> Plan:
     """Say what `varlen_attention` (or with `backward` its gradient) would run with these arguments, as `plan` does."""
-    return calls.plan(locals())
+    operands = Operands(
+        query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, dropout_seed, None, None, None, None, cu_seqlens_q,
+        cu_seqlens_kv,
+    )  # fmt: skip
+    options = Options(
+        is_causal, scale, enable_gqa, causal_alignment, return_lse, tile, deterministic, allow_tf32, dropout_p, window,
+        softcap, CANONICAL, True, None, False, max_seqlen_q, max_seqlen_kv, True,
+    )  # fmt: skip
+    return calls.plan(operands, options, backward)

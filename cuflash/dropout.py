@@ -6,16 +6,19 @@ import operator
 from math import ceil, prod
 from typing import Any
 
-from cuflash import arguments, device, launch
-from cuflash.arrays import borrow, describe, has_attribute, pointer
-from cuflash.codegen import config_text
+from cuflash.arrays.borrowing import borrow, describe, has_attribute, pointer
 from cuflash.errors import OptionError, ShapeError
-from cuflash.features import Extents, Features, check_dropout_p, check_dropout_seed, check_dropout_state, drawn_from
-from cuflash.kernel_specs import DROPOUT_MASK
-from cuflash.other_names import explains_keywords
-from cuflash.planning import MAX_GRID, KernelPlan, LaunchShape
-from cuflash.problem import MAX_EXTENT
-from cuflash.tiles import KernelCase, Tile
+from cuflash.hardware import device
+from cuflash.planning.codegen import config_text
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_plan import KernelPlan, LaunchShape
+from cuflash.planning.kernel_specs import DROPOUT_MASK
+from cuflash.planning.planner import MAX_GRID
+from cuflash.problem.features import Extents, Features, check_dropout_p, check_dropout_seed, check_dropout_state, drawn_from
+from cuflash.problem.other_names import explains_keywords
+from cuflash.problem.problem import MAX_EXTENT
+from cuflash.problem.tile import Tile
+from cuflash.runtime import arguments, launch
 
 _ROWS = 16  # queries of a block, as in kernels/dropout_mask.cu
 
@@ -48,7 +51,9 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
     array = borrow(like, "like")
     pointers, state = drawn_from(probability, dropout_seed)
     if state is not None:
-        pointers["dropout_state"] = check_dropout_state(state, Extents(*extents, array)).pointer
+        seed = borrow(state, "dropout_seed")
+        check_dropout_state(seed, Extents(*extents, array))
+        pointers["dropout_state"] = seed.pointer
 
     kept = array.framework.empty(extents, "bool", array)
     if prod(extents) == 0:

@@ -12,20 +12,25 @@ from itertools import chain
 from math import ceil, prod
 from typing import Any, NamedTuple
 
-from cuflash import arguments, calls, device, launch
-from cuflash.argument_structs import LISTED_PARTS, MERGE_PART
-from cuflash.arguments import Arguments, Value, Values
-from cuflash.arrays import AnyArray, Array, BFloat16Bits, borrow, describe, is_array, pointer, signature
-from cuflash.codegen import config_text
-from cuflash.device import Device
+from cuflash.arrays.borrowing import AnyArray, Array, borrow, describe, is_array, pointer, signature
+from cuflash.arrays.frameworks import BFloat16Bits
 from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
-from cuflash.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE, KernelSpec
-from cuflash.layout import CANONICAL, Layout, Shape4
-from cuflash.options import check_layout
-from cuflash.other_names import explains_keywords
-from cuflash.planning import MAX_GRID, KernelPlan, LaunchShape
-from cuflash.problem import MAX_EXTENT, cast_to, check_dtypes, check_same_kind
-from cuflash.tiles import KernelCase, Tile
+from cuflash.hardware import device
+from cuflash.hardware.device import Device
+from cuflash.planning.argument_structs import LISTED_PARTS, MERGE_PART
+from cuflash.planning.codegen import config_text
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_plan import KernelPlan, LaunchShape
+from cuflash.planning.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE, KernelSpec
+from cuflash.planning.planner import MAX_GRID
+from cuflash.problem.checks import cast_to, check_dtypes, check_same_kind
+from cuflash.problem.layout import CANONICAL, Layout, Shape4
+from cuflash.problem.options import check_layout
+from cuflash.problem.other_names import explains_keywords
+from cuflash.problem.problem import MAX_EXTENT
+from cuflash.problem.tile import Tile
+from cuflash.runtime import arguments, calls, launch
+from cuflash.runtime.arguments import Arguments, Value, Values
 
 _VECTOR = 8  # columns that a thread takes at a time, as in kernels/tile/merge.cuh
 _TABLE_SHAPE = LaunchShape(1, LISTED_PARTS, 0)

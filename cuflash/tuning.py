@@ -7,18 +7,23 @@ from dataclasses import fields
 from itertools import product
 from typing import Any
 
-from cuflash import cache, device, tiles
-from cuflash.arrays import attribute, describe
-from cuflash.compiler import CompileRequest
-from cuflash.device import Device
-from cuflash.errors import ArgumentError, OptionError
-from cuflash.features import MASK_DTYPES, NO_FEATURES, FeatureSet
-from cuflash.kernel_specs import FORWARD, TILED_KERNELS
-from cuflash.options import check_bool
-from cuflash.other_names import explains_features
-from cuflash.planning import KernelPlan, Plan, Tiles, offline_kernels
-from cuflash.problem import DTYPES, MAX_HEAD_DIM
-from cuflash.tiles import KernelCase, Tile
+from cuflash.arrays.borrowing import attribute, describe
+from cuflash.errors import ArgumentError, CompilationForbiddenError, OptionError
+from cuflash.hardware import device
+from cuflash.hardware.device import Device
+from cuflash.jit import cache
+from cuflash.jit.compiler import CompileRequest
+from cuflash.planning import tile_choice
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_plan import KernelPlan
+from cuflash.planning.kernel_specs import FORWARD, TILED_KERNELS
+from cuflash.planning.offline import offline_kernels
+from cuflash.planning.plan import Plan
+from cuflash.problem.features import MASK_DTYPES, NO_FEATURES, FeatureSet
+from cuflash.problem.options import check_bool
+from cuflash.problem.other_names import explains_features
+from cuflash.problem.problem import DTYPES, MAX_HEAD_DIM
+from cuflash.problem.tile import Tile, Tiles
 
 
 @explains_features
@@ -59,7 +64,7 @@ def legal_tiles(
         _checked_head_dim("head_dim_v", own),
         _checked_features(features),
     )
-    return tiles.legal_tiles_for(case, target(arch))
+    return tile_choice.legal_tiles_for(case, target(arch))
 
 
 @explains_features
@@ -149,6 +154,12 @@ def warmup_call(plan: Plan, tile: Tiles) -> str | None:
         return None
     options = ", ".join(f"{name}={_written(value)}" for name, value in case.items())
     return f'cuflash.warmup({problem.head_dim}, "{problem.dtype}", {options})'
+
+
+def with_warmup(error: CompilationForbiddenError, plan: Plan, tile: Tiles) -> CompilationForbiddenError:
+    """The same error of a call, which names the call of `warmup` that compiles its kernels, where there is one."""
+    call = warmup_call(plan, tile)
+    return error if call is None else CompilationForbiddenError(error.missing, f"Compile it beforehand: {call}")
 
 
 def _written(value: object) -> str:

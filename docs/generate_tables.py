@@ -16,12 +16,12 @@ import numpy
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # cuflash of this clone, whether it is installed or not
 
 import cuflash
-from cuflash import device
-from cuflash.arrays import borrow
+from cuflash.arrays.borrowing import borrow
 from cuflash.errors import ArgumentError
-from cuflash.other_names import OTHER_NAMES
-from cuflash.planning import make_plan
-from cuflash.problem import make_problem
+from cuflash.hardware import device
+from cuflash.planning.planner import make_plan
+from cuflash.problem.checks import make_problem
+from cuflash.problem.other_names import OTHER_NAMES
 
 DOCS = Path(__file__).resolve().parent
 PAGES = (DOCS / "features.md", DOCS / "coming-from.md")

@@ -1,4 +1,4 @@
-// The one by-value parameter of each kernel. cuflash/argument_structs.py lists the same fields in the same order with the same sizes.
+// The one by-value parameter of each kernel. cuflash/planning/argument_structs.py lists the same fields in the same order with the same sizes.
 //
 // Strides are in elements. A broadcast axis has stride 0. Everything that changes from call to call is here, so a new length, batch
 // size, head count or stride never compiles anything.

@@ -1,4 +1,4 @@
-// What score features and masks add to a kernel's parameter. cuflash/argument_structs.py lists the same fields in the same order with the same sizes.
+// What score features and masks add to a kernel's parameter. cuflash/planning/argument_structs.py lists the same fields in the same order with the same sizes.
 //
 // Strides are in elements and 64 bits wide: nothing is copied or expanded, a broadcast axis has stride 0. Fields of features that the generated
 // Config does not ask for are zero and never read.

@@ -1,4 +1,4 @@
-// The by-value parameters of the kernels that merge attention over disjoint sets of keys. cuflash/argument_structs.py lists the same fields in
+// The by-value parameters of the kernels that merge attention over disjoint sets of keys. cuflash/planning/argument_structs.py lists the same fields in
 // the same order with the same sizes.
 #pragma once
 #include "arguments.cuh"

@@ -33,9 +33,13 @@ import ml_dtypes
 import numpy as np
 
 import cuflash
-from cuflash import Tile, cache, device, launch
+from cuflash import Tile
 from cuflash.errors import SimulatorError
-from cuflash.planning import KernelPlan, Tiles
+from cuflash.hardware import device
+from cuflash.jit import cache
+from cuflash.planning.kernel_plan import KernelPlan
+from cuflash.problem.tile import Tiles
+from cuflash.runtime import launch
 from cuflash.simulator import Module, check, configure
 from cuflash.simulator.mutation import Mutant, mutants
 

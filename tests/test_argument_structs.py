@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from cuflash import argument_structs, compiler, planning
-from cuflash.argument_structs import FLOAT, INT, WORD, Field, Scalar, Struct
-from cuflash.compiler import CompileRequest
 from cuflash.errors import CompileError
-from cuflash.kernel_specs import KERNELS, KernelSpec
+from cuflash.jit import compiler
+from cuflash.jit.compiler import CompileRequest
+from cuflash.planning import argument_structs, planner
+from cuflash.planning.argument_structs import FLOAT, INT, WORD, Field, Scalar, Struct
+from cuflash.planning.kernel_specs import KERNELS, KernelSpec
 
 STRUCTS = [value for value in vars(argument_structs).values() if isinstance(value, Struct)]
 CONFIG = '#include "ptx/types.cuh"\nstruct Config { using Element = float16; static constexpr int CAPABILITY = 80; };\n'
@@ -44,7 +45,7 @@ def test_sizes_and_offsets_are_those_of_the_kernels(tmp_path: Path, monkeypatch:
     """Mere order is not enough: C++ pads."""
     assert {kernel.arguments for kernel in KERNELS} <= set(STRUCTS)
     assertions = [assertion for struct in STRUCTS for assertion in assertions_of(struct)]
-    assertions += [f"sizeof(RowStatistics) == {planning.ROW_STATISTICS_BYTES}", f"LISTED_PARTS == {argument_structs.LISTED_PARTS}"]
+    assertions += [f"sizeof(RowStatistics) == {planner.ROW_STATISTICS_BYTES}", f"LISTED_PARTS == {argument_structs.LISTED_PARTS}"]
     assert len(assertions) > 500
     compile_assertions(tmp_path, monkeypatch, assertions)
 

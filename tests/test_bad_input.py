@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy
 import pytest
+from problems import checked
 
 import cuflash
-from cuflash import other_names
-from cuflash.arrays import bfloat16, borrow
+from cuflash.arrays.borrowing import bfloat16, borrow
 from cuflash.errors import ArgumentError, CuflashError, DeviceError, DTypeError, KeywordError, OptionError, ShapeError, UnsupportedError
-from cuflash.problem import BackwardViews, Problem, check_backward, check_out, make_problem
+from cuflash.problem import other_names
+from cuflash.problem.checks import check_backward, check_out, make_problem
+from cuflash.problem.options import Options
+from cuflash.problem.problem import BackwardViews, Problem
 
 B, SQ, SKV, H, D = 2, 6, 10, 4, 8
 
@@ -37,7 +40,7 @@ def forward(call: dict[str, Any]) -> Problem:
     """The checks of the public call."""
     options = {name: option for name, option in call.items() if name not in ("query", "key", "value", "out")}
     inputs = {name: borrow(call[name], name) for name in ("query", "key", "value")}
-    problem = make_problem(**inputs, **options)
+    problem = checked(**{name: call[name] for name in inputs}, **options)
     if "out" in call:
         check_out(problem, problem.layout, borrow(call["out"], "out"), inputs)
     return problem
@@ -665,10 +668,10 @@ def test_torch_meta_tensors() -> None:
 
 
 def test_different_gpus() -> None:
-    inputs = [borrow(x, name) for name, x in valid().items()]
-    inputs[1].device = ("cuda", 1)
+    inputs = {name: borrow(x, name) for name, x in valid().items()}
+    inputs["key"].device = ("cuda", 1)
     with pytest.raises(DeviceError, match="key: got cuda:1; expected the CPU, like query"):
-        make_problem(*inputs)
+        make_problem(inputs, Options())
 
 
 # --- Fuzz -------------------------------------------------------------------------------------------------------------------------------

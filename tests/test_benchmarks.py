@@ -21,10 +21,11 @@ from bench.cases import Case
 from bench.machine import Machine
 from bench.operands import ALLOWED_ERROR, Operands
 from bench.timing import time_call
-from cuflash import device, reference
-from cuflash.features import FeatureSet
-from cuflash.planning import make_plan
-from cuflash.samples import Sample, SampleFeatures
+from cuflash import reference
+from cuflash.cli.samples import Sample, SampleFeatures
+from cuflash.hardware import device
+from cuflash.planning.planner import make_plan
+from cuflash.problem.features import FeatureSet
 from small_calls import judge as judging
 from small_calls import streams
 from small_calls.arrays import operands_of, run, values_of

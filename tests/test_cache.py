@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from cuflash import cache, compiler, kernel_files
-from cuflash.cache import Statistics
-from cuflash.compiler import Artifact, CompileRequest
 from cuflash.errors import CompileError, OptionError
+from cuflash.jit import cache, compiler, kernel_files
+from cuflash.jit.cache import Statistics
+from cuflash.jit.compiler import Artifact, CompileRequest
 
 pytest.importorskip("cupy")
 
@@ -67,7 +67,7 @@ def fetch_as_new_process(request: CompileRequest = REQUEST) -> tuple[Artifact, S
 
 CHILD = """
 import json, sys, time
-from cuflash import cache, compiler
+from cuflash.jit import cache, compiler
 requests = [compiler.CompileRequest(*fields) for fields in json.loads(sys.argv[1])]
 compile_kernel = compiler.compile_kernel
 def slowly(request):
@@ -275,7 +275,7 @@ def test_default_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
     if sys.platform == "linux":
         assert cache.directory() == tmp_path / "xdg" / "cuflash" / "kernels"
-    monkeypatch.setattr("cuflash.cache_directory.importlib.import_module", without_platformdirs)
+    monkeypatch.setattr("cuflash.system.cache_directory.importlib.import_module", without_platformdirs)
     assert cache.directory() == tmp_path / "xdg" / "cuflash" / "kernels"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache.directory() == tmp_path / "home" / ".cache" / "cuflash" / "kernels"

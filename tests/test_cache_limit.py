@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from cuflash import cache, cache_limit, compiler
-from cuflash.compiler import Artifact, CompileRequest
 from cuflash.errors import OptionError
-from cuflash.file_lock import FileLock
+from cuflash.jit import cache, compiler
+from cuflash.jit.compiler import Artifact, CompileRequest
+from cuflash.system import cache_limit
+from cuflash.system.file_lock import FileLock
 
 KIB = 1024
 

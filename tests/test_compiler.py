@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cuflash import compiler
-from cuflash.compiler import CompileRequest
 from cuflash.errors import CompileError, OptionError, SetupError
+from cuflash.jit import compiler
+from cuflash.jit.compiler import CompileRequest
 
 pytest.importorskip("cupy")
 
@@ -249,7 +249,7 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(monkeypatch: py
         return Cuda
 
     compiler._load_nvrtc.cache_clear()
-    monkeypatch.setattr("cuflash.compiler.importlib.import_module", import_module)
+    monkeypatch.setattr("cuflash.jit.compiler.importlib.import_module", import_module)
     try:
         with pytest.raises(SetupError, match=rf"needs {missing}.*pip install 'cuflash\[cuda12\]'"):
             compiler.nvrtc_version()

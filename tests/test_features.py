@@ -79,7 +79,7 @@ def placed(target: Target, options: dict[str, Any]) -> dict[str, Any]:
 # --- Each alone, and in pairs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.by_turns(2)
+@pytest.mark.sample(11)
 @pytest.mark.parametrize("dtype", ["half", "float32"])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_alone(target: Target, feature: str, dtype: str) -> None:
@@ -104,7 +104,7 @@ def test_all_together(target: Target) -> None:
     target.check(*inputs_of(target, target.half), enable_gqa=True, **placed(target, together))
 
 
-@pytest.mark.by_turns(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("head_dim", [8, 72, 128, 256])
 @pytest.mark.parametrize("feature", ["softcap", "boolean_mask", "additive_mask", "dropout"])
 def test_other_head_dims(simulator: Target, feature: str, head_dim: int) -> None:
@@ -128,6 +128,7 @@ MASK_SHAPES = [
 ]
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ["bool", "float16", "bfloat16", "float32"])
 def test_masks_of_all_shapes_and_types(simulator: Target, dtype: str, shape: tuple[int, ...]) -> None:
@@ -154,6 +155,7 @@ def strided(mask: Any, view: str) -> Any:
     return buffer[1:].reshape(mask.shape)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("view", ["expanded", "last_stride_0", "transposed", "reversed", "unaligned"])
 @pytest.mark.parametrize("dtype", ["bool", "float16"])
 def test_masks_are_read_by_stride(target: Target, dtype: str, view: str) -> None:
@@ -208,6 +210,7 @@ def masked_rows(kind: str) -> dict[str, Any]:
     return {"segment_ids_q": ids, "segment_ids_kv": numpy.zeros((B, SKV), numpy.int32)}
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("others", [{}, {"is_causal": True}, {"softcap": 5.0}, {"dropout_p": 0.5, "dropout_seed": 3}], ids=str)
 @pytest.mark.parametrize("kind", ["boolean", "additive", "segments"])
 def test_rows_that_see_nothing(simulator: Target, kind: str, others: dict[str, Any]) -> None:
@@ -277,14 +280,14 @@ def test_dropout_mask_is_philox_bit_for_bit(target: Target, dropout_p: float, se
 
 
 def reference_mask(at: tuple[int, int], lengths: tuple[int, int], dropout_p: float, pair: tuple[int, int]) -> Any:
-    from cuflash.reference_features import dropout_mask
+    from cuflash.reference.features import dropout_mask
 
     return dropout_mask(at, lengths, dropout_p, pair)
 
 
 def test_philox_of_the_paper() -> None:
     """Known answers of Philox 4x32-10 from the Random123 distribution."""
-    from cuflash.reference_features import philox
+    from cuflash.reference.features import philox
 
     assert [int(word) for word in philox((0, 0, 0, 0), (0, 0))] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     ones = 0xFFFFFFFF
@@ -352,7 +355,7 @@ def test_a_seed_without_dropout_is_not_looked_at(simulator: Target) -> None:
 
 def test_seeds_do_not_make_new_calls(simulator: Target) -> None:
     """What is kept of a call does not depend on the seed."""
-    from cuflash import calls
+    from cuflash.runtime import calls
 
     inputs = inputs_of(simulator, "bfloat16")
     cuflash.scaled_dot_product_attention(*inputs, enable_gqa=True, dropout_p=0.25, dropout_seed=1)
@@ -380,6 +383,7 @@ def test_everything_dropped(target: Target) -> None:
 # --- Windows, softcap, ALiBi, sinks, prefixes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
 @pytest.mark.parametrize("window", [(0, 0), (None, 0), (3, None), (-1, 70), (500, 500), (0, None), (33, 1), (2**40, 2)], ids=str)
 @pytest.mark.parametrize("seqlens", [(70, 200), (200, 70), (1, 130), (130, 1)], ids=str)

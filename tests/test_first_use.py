@@ -11,8 +11,10 @@ pytest.importorskip("cupy")
 
 COMPILE = """
 import os, signal, threading, time
-from cuflash import compiler, device, planning
-kernels = planning.offline_kernels(device.of_arch("sm_80", "gpu"), dtype="float16", head_dim=32)
+from cuflash.jit import compiler
+from cuflash.hardware import device
+from cuflash.planning import offline
+kernels = offline.offline_kernels(device.of_arch("sm_80", "gpu"), dtype="float16", head_dim=32)
 request = next(iter(kernels)).request(device.of_arch("sm_80", "gpu"))
 """
 

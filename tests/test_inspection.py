@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from cuflash import cache, inspection
-from cuflash.compiler import CompileRequest
-from cuflash.device import ARCHITECTURES, KIB, Device, of_arch
-from cuflash.inspection import Expectations, Report, Subject, classify, occupancy
+from cuflash.cli import inspection
+from cuflash.cli.inspection import Expectations, Report, Subject
+from cuflash.hardware.device import ARCHITECTURES, KIB, Device, of_arch
+from cuflash.hardware.occupancy import SM_LIMITS, occupancy
+from cuflash.jit import cache, disassembly
+from cuflash.jit.compiler import CompileRequest
+from cuflash.jit.disassembly import classify
 
 pytest.importorskip("cupy")
 
-needs_nvdisasm = pytest.mark.skipif(inspection.find_nvdisasm() is None, reason=inspection.NVDISASM_HINT)
+needs_nvdisasm = pytest.mark.skipif(disassembly.find_nvdisasm() is None, reason=disassembly.NVDISASM_HINT)
 
 KERNELS = {
     "tidy.cu": """
@@ -109,7 +112,7 @@ def test_occupancy(arch: str, threads: int, registers: int, shared: int, barrier
 
 
 def test_every_architecture_has_limits() -> None:
-    assert {of_arch(arch).capability for arch in ARCHITECTURES} == set(inspection.SM_LIMITS)
+    assert {of_arch(arch).capability for arch in ARCHITECTURES} == set(SM_LIMITS)
 
 
 # -------------------------------------------------------------------------------------------------------------------------- instruction mix
@@ -140,7 +143,7 @@ def test_every_architecture_has_limits() -> None:
 )
 def test_classes_of_instructions(opcode: str, expected: str) -> None:
     assert classify(opcode) == expected
-    assert expected in inspection.CLASSES
+    assert expected in disassembly.CLASSES
 
 
 def test_sass_is_counted_by_function() -> None:
@@ -160,7 +163,7 @@ first:
 .text.second:
         /*0000*/                   EXIT ;
 """
-    assert inspection.instruction_counts(sass) == {
+    assert disassembly.instruction_counts(sass) == {
         "first": Counter({"LDC": 1, "BRA": 1, "LDS": 1, "UIADD3": 1}),
         "second": Counter({"EXIT": 1}),
     }
@@ -171,7 +174,7 @@ first:
 def test_mix_of_a_compiled_kernel(arch: str) -> None:
     mix = report(arch=arch, expectations=Expectations(matrix="")).mix
     assert mix is not None
-    assert list(mix) == list(inspection.CLASSES)
+    assert list(mix) == list(disassembly.CLASSES)
     assert mix["matrix"] == mix["mufu"] == 1
     assert mix["shared"] == 2
     assert mix["global"] == 2
@@ -186,21 +189,21 @@ def test_without_nvdisasm_everything_else_is_there(monkeypatch: pytest.MonkeyPat
     assert found.mix is None
     assert found.resources.registers > 0
     assert found.failures == (), "what is not known is not judged"
-    assert inspection.NVDISASM_HINT in inspection.remarks([found])
+    assert disassembly.NVDISASM_HINT in inspection.remarks([found])
     assert "-" in inspection.table([found])[1][0]
 
 
 def test_nvdisasm_is_found_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("cuflash.inspection.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("cuflash.jit.disassembly.importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(shutil, "which", lambda name: str(tmp_path / name))
-    assert inspection.find_nvdisasm() == tmp_path / "nvdisasm"
+    assert disassembly.find_nvdisasm() == tmp_path / "nvdisasm"
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert inspection.find_nvdisasm() is None
+    assert disassembly.find_nvdisasm() is None
 
 
 @needs_nvdisasm
 def test_what_nvdisasm_refuses_is_no_error() -> None:
-    assert inspection.disassemble(b"not a cubin") is None
+    assert disassembly.disassemble(b"not a cubin") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- reports
@@ -311,7 +314,7 @@ def test_terminal_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
         return import_module(name)
 
     reports = [report()]
-    monkeypatch.setattr("cuflash.terminal_tables.importlib.import_module", without_rich)
+    monkeypatch.setattr("cuflash.cli.terminal_tables.importlib.import_module", without_rich)
     stream = Terminal()
     inspection.render(reports, stream)
     assert stream.getvalue().startswith("  arch") or stream.getvalue().startswith(" arch")

@@ -9,7 +9,8 @@ import numpy
 import pytest
 
 import cuflash
-from cuflash import OptionError, Tile, TileError, calls, launch
+from cuflash import OptionError, Tile, TileError
+from cuflash.runtime import calls, launch
 
 
 class NoLauncher:

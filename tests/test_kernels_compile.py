@@ -9,13 +9,14 @@ import time
 
 import pytest
 
-from cuflash import cache, compiler, device, inspection
-from cuflash.compiler import CompileRequest
-from cuflash.device import ARCHITECTURES, Device
-from cuflash.features import NO_FEATURES, FeatureSet
-from cuflash.inspection import Report, inspect_kernels
-from cuflash.kernel_specs import TILED_KERNELS
-from cuflash.planning import offline_kernels
+from cuflash.cli.inspection import Report, inspect_kernels
+from cuflash.hardware import device
+from cuflash.hardware.device import ARCHITECTURES, Device
+from cuflash.jit import cache, compiler, disassembly
+from cuflash.jit.compiler import CompileRequest
+from cuflash.planning.kernel_specs import TILED_KERNELS
+from cuflash.planning.offline import offline_kernels
+from cuflash.problem.features import NO_FEATURES, FeatureSet
 
 pytest.importorskip("cupy")
 
@@ -72,7 +73,7 @@ def is_quick(report: Report) -> bool:
     return processor_seconds(report.subject.request) <= MAX_SECONDS * slowness
 
 
-@pytest.mark.by_turns(6)
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS, ids="D{}".format)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -92,7 +93,7 @@ def test_no_spills_no_warnings_quick_and_on_tensor_cores(arch: str, dtype: str, 
         assert report.subject.request.arch == (arch + "a" if on.capability >= 90 else arch)
         if report.opcodes is None:
             continue
-        matrix = sorted({opcode for opcode in report.opcodes if inspection.classify(opcode) == "matrix"})
+        matrix = sorted({opcode for opcode in report.opcodes if disassembly.classify(opcode) == "matrix"})
         on_tensor_cores = report.subject.label in TILED_KERNELS and (arch != "sm_75" or dtype == "float16")
         assert bool(matrix) == on_tensor_cores, (named(report), matrix)
         assert all(opcode.startswith("HMMA") for opcode in matrix), (named(report), matrix)
@@ -105,11 +106,11 @@ def test_no_spills_no_warnings_quick_and_on_tensor_cores(arch: str, dtype: str, 
 def test_the_instructions_were_looked_at() -> None:
     """Without nvdisasm the test above checks no instruction; a machine that tests has it."""
     pytest.importorskip("nvidia.cu13")
-    assert inspection.find_nvdisasm() is not None
+    assert disassembly.find_nvdisasm() is not None
     assert reports_of(device.of_arch("sm_80", "gpu"), "float16", 64)[0].opcodes
 
 
-@pytest.mark.by_turns(2)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("head_dim", [1, 40, 72, 96, 160, 192], ids="D{}".format)
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
 def test_other_head_dims_do_not_spill(arch: str, head_dim: int) -> None:
@@ -120,7 +121,7 @@ def test_other_head_dims_do_not_spill(arch: str, head_dim: int) -> None:
         assert report.warnings == (), named(report)
 
 
-@pytest.mark.by_turns(5)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dims", [(192, 128), (64, 256), (576, 512), (71, 33), (8, 512)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHS)
@@ -130,7 +131,12 @@ def test_two_head_dims_do_not_spill(arch: str, dtype: str, dims: tuple[int, int]
         assert report.warnings == (), named(report)
 
 
-def no_spills(arch: str, dtype: str, head_dim: int, feature: str) -> None:
+@pytest.mark.sample(8)
+@pytest.mark.parametrize("feature", [*FEATURES, *LENGTHS])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS, ids="D{}".format)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_spills_with_a_feature(arch: str, dtype: str, head_dim: int, feature: str) -> None:
     options = {"features": FEATURES[feature]} if feature in FEATURES else {feature: True}
     for report in reports_of(device.of_arch(arch, "gpu"), dtype, head_dim, **options):  # type: ignore[arg-type]
         # docs/performance.md has the numbers
@@ -142,24 +148,7 @@ def no_spills(arch: str, dtype: str, head_dim: int, feature: str) -> None:
         assert report.warnings == (), named(report)
 
 
-@pytest.mark.by_turns(5)
-@pytest.mark.parametrize("feature", [*FEATURES, *LENGTHS])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_no_spills_with_a_feature(arch: str, feature: str) -> None:
-    """Each alone. Types and head dimensions in turn; `--exhaustive` takes all of them."""
-    number = [*FEATURES, *LENGTHS].index(feature) + int(arch[3:])
-    no_spills(arch, DTYPES[number % 3], HEAD_DIMS[number // 3 % 4], feature)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("feature", [*FEATURES, *LENGTHS])
-@pytest.mark.parametrize("head_dim", HEAD_DIMS, ids="D{}".format)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("arch", ARCHS)
-def test_no_spills_with_any_feature(arch: str, dtype: str, head_dim: int, feature: str) -> None:
-    no_spills(arch, dtype, head_dim, feature)
-
-
+@pytest.mark.sample(1)
 @CAUSAL
 def test_tf32_takes_a_third_of_the_matrix_instructions(is_causal: bool) -> None:
     """One product instead of three, in kernels that are otherwise the same."""

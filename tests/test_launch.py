@@ -14,23 +14,25 @@ from typing import Any
 
 import numpy
 import pytest
+from problems import checked
 
 import cuflash
-from cuflash import arguments, calls, device, launch, planning
-from cuflash.argument_structs import FORWARD_ARGUMENTS, MERGE_PARTS, ROW_VIEW, Struct
-from cuflash.arguments import Arguments
-from cuflash.arrays import borrow
-from cuflash.compiler import Artifact
-from cuflash.kernel_specs import KernelSpec
-from cuflash.planning import LaunchShape
-from cuflash.problem import Problem, make_problem
+from cuflash.hardware import device
+from cuflash.jit.compiler import Artifact
+from cuflash.planning import planner
+from cuflash.planning.argument_structs import FORWARD_ARGUMENTS, MERGE_PARTS, ROW_VIEW, Struct
+from cuflash.planning.kernel_plan import LaunchShape
+from cuflash.planning.kernel_specs import KernelSpec
+from cuflash.problem.problem import Problem
+from cuflash.runtime import arguments, calls, launch
+from cuflash.runtime.arguments import Arguments
 
 POINTERS = {"query": 0x1000, "key": 2**63, "value": 0x3000, "out": 2**64 - 16, "lse": 0x5000}
 
 
 def problem_of(**options: Any) -> Problem:
     query, key = numpy.zeros((2, 9, 4, 16), numpy.float16), numpy.zeros((2, 7, 2, 16), numpy.float16)
-    return make_problem(borrow(query, "query"), borrow(key, "key"), borrow(key, "value"), enable_gqa=True, **options)
+    return checked(query, key, key, enable_gqa=True, **options)
 
 
 def unpacked(layout: Struct, data: bytes) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def unpacked(layout: Struct, data: bytes) -> dict[str, Any]:
 
 
 def forward(problem: Problem, vectorized: bool = True, pointers: dict[str, int] | None = None) -> dict[str, Any]:
-    (kernel,) = planning.make_plan(problem, device.of_arch("sm_80")).kernels
+    (kernel,) = planner.make_plan(problem, device.of_arch("sm_80")).kernels
     views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": problem.query}
     values: dict[str, Any] = {name: arguments.tensor(name, view, vectorized) for name, view in views.items()}
     values |= {"lse": arguments.rows("lse", (36, 9, 1)), "geometry": arguments.geometry(problem, kernel.num_tiles)}
@@ -92,7 +94,7 @@ def test_strides_are_packed_in_the_order_of_the_struct() -> None:
 def test_negative_and_64_bit_strides_are_packed_whole() -> None:
     x = numpy.lib.stride_tricks.as_strided(numpy.zeros(1, numpy.float16), (2, 9, 4, 16), (2 * 2**40, -2 * 2**33, -32, 2))
     y = numpy.zeros((2, 7, 4, 16), numpy.float16)
-    packed = forward(make_problem(borrow(x, "query"), borrow(y, "key"), borrow(y, "value")))
+    packed = forward(checked(x, y, y))
     assert [packed[f"query.stride_{axis}"] for axis in ("batch", "seqlen", "head", "dim")] == [2**40, -(2**33), -16, 1]
 
 
@@ -180,7 +182,7 @@ def test_a_kernel_is_loaded_once_for_all_grids(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(launch, "_executables", {})
     on, other = device.of_arch("sm_80"), device.of_arch("sm_86")
     short, long, causal = (
-        planning.make_plan(problem, on).kernels[0]
+        planner.make_plan(problem, on).kernels[0]
         for problem in (problem_of(), problem_of(return_lse=True, scale=2.0), problem_of(is_causal=True))
     )
     first = launch.executable(short, on)
@@ -223,7 +225,7 @@ def test_a_gpu_launch_passes_the_struct_by_address_and_keeps_the_current_device(
 def test_a_gpu_gets_the_bytes_that_were_fetched(shared_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of loading but the driver: no file stands between the checksum and the module."""
     done: list[tuple[Any, ...]] = []
-    kernel = replace(planning.make_plan(problem_of(), device.of_arch("sm_80")).kernels[0], shape=LaunchShape(1, 128, shared_bytes))
+    kernel = replace(planner.make_plan(problem_of(), device.of_arch("sm_80")).kernels[0], shape=LaunchShape(1, 128, shared_bytes))
     on = replace(device.of_arch("sm_80"), kind="gpu", index=3)
 
     class Module:

@@ -10,11 +10,13 @@ import pytest
 from conftest import ELEMENTS, Target, rounded
 
 import cuflash
-from cuflash import calls, inspection, merging
-from cuflash.device import ARCHITECTURES, of_arch
+from cuflash import merging
+from cuflash.cli import inspection
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
-from cuflash.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE
+from cuflash.hardware.device import ARCHITECTURES, of_arch
+from cuflash.planning.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE
 from cuflash.reference import EPSILON, attention, to_float64
+from cuflash.runtime import calls
 
 B, S, H, D = 2, 13, 3, 24
 
@@ -483,7 +485,7 @@ def test_bad_results(simulator: Target, name: str, given: Any, error: type[Argum
 # --- Kernels -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.by_turns(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", list(ELEMENTS))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_spills(arch: str, dtype: str) -> None:

@@ -12,16 +12,22 @@ import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import checked
 
 import cuflash
-from cuflash import calls, device, launch, planning
-from cuflash.arrays import borrow
-from cuflash.device import ARCHITECTURES
 from cuflash.errors import TileError, UnsupportedError
-from cuflash.kernel_specs import BACKWARD_DK, BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_DV, FORWARD
-from cuflash.planning import LaunchShape, Plan, backward_kernels, make_plan, offline_kernels
-from cuflash.problem import Problem, make_problem
-from cuflash.tiles import Tile
+from cuflash.hardware import device
+from cuflash.hardware.device import ARCHITECTURES
+from cuflash.planning import planner
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_plan import LaunchShape
+from cuflash.planning.kernel_specs import BACKWARD_DK, BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_DV, FORWARD
+from cuflash.planning.offline import offline_kernels
+from cuflash.planning.plan import Plan
+from cuflash.planning.planner import backward_kernels, make_plan
+from cuflash.problem.problem import Problem
+from cuflash.problem.tile import Tile
+from cuflash.runtime import calls, launch
 
 FEATURES = ("DROPOUT", "WINDOW", "SOFTCAP", "ALIBI", "SINKS", "SEGMENTS", "PREFIX")
 SM_80 = device.of_arch("sm_80", "gpu")
@@ -32,7 +38,7 @@ def problem_of(
 ) -> Problem:
     """A problem of any size: the arrays are views of one element."""
     shapes = (q, k or q, v or k or q)
-    return make_problem(*(borrow(numpy.broadcast_to(numpy.zeros(1, dtype), shape), "x") for shape in shapes), enable_gqa=True, **options)
+    return checked(*(numpy.broadcast_to(numpy.zeros(1, dtype), shape) for shape in shapes), enable_gqa=True, **options)
 
 
 def plan_of(*shapes: Any, backward: bool = False, tile: Any = None, arch: str = "sm_80", **options: Any) -> Plan:
@@ -316,7 +322,7 @@ def test_planning_needs_neither_gpu_nor_compiler() -> None:
     code = (
         "import sys; sys.modules['cupy'] = None\n"
         "from cuflash import device, planning\n"
-        "kernels = list(planning.offline_kernels(device.of_arch('sm_90', 'gpu'), dtype='bfloat16', head_dim=128))\n"
+        "kernels = list(offline.offline_kernels(device.of_arch('sm_90', 'gpu'), dtype='bfloat16', head_dim=128))\n"
         "assert len(kernels) == 4, kernels\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -327,4 +333,4 @@ def test_plans_are_values() -> None:
     first, second = plan_of((1, 8, 1, 64)), plan_of((1, 8, 1, 64))
     assert first == second
     assert hash(first) == hash(second)
-    assert first.kernels[0].tile == planning.tiles.default_tile(planning.KernelCase(FORWARD, "float16", 64), SM_80)
+    assert first.kernels[0].tile == planner.tiles.default_tile(KernelCase(FORWARD, "float16", 64), SM_80)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from cuflash import cache, cache_directory, compiler, kernel_files, private_files
-from cuflash.compiler import Artifact, CompileRequest
-from cuflash.file_lock import FileLock
-from cuflash.private_files import RefusedFileError
+from cuflash.jit import cache, compiler, kernel_files
+from cuflash.jit.compiler import Artifact, CompileRequest
+from cuflash.system import cache_directory, private_files
+from cuflash.system.file_lock import FileLock
+from cuflash.system.private_files import RefusedFileError
 
 REQUEST = CompileRequest("scale.cu", "", "sm_80", "cubin")
 ARTIFACT = Artifact(b"machine code", "", 1.0, (), "NVRTC 12.9")

@@ -10,10 +10,12 @@ import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import checked
 
-from cuflash.arrays import Array, borrow
-from cuflash.layout import Layout, View, overlaps_itself, share_memory
-from cuflash.problem import Problem, check_backward, check_out, make_problem
+from cuflash.arrays.borrowing import Array, borrow
+from cuflash.problem.checks import check_backward, check_out
+from cuflash.problem.layout import Layout, View, overlaps_itself, share_memory
+from cuflash.problem.problem import Problem
 
 LAYOUTS = ["bshd", "bhsd", "sbhd", "hbsd", "dhsb"]
 
@@ -23,7 +25,7 @@ def array(*shape: int, dtype: str = "float16") -> Array:
 
 
 def problem_of(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...] | None = None, **options: Any) -> Problem:
-    return make_problem(array(*q), array(*k), array(*(v or k)), **options)
+    return checked(*(numpy.zeros(shape, numpy.float16) for shape in (q, k, v or k)), **options)
 
 
 # --- make_problem -----------------------------------------------------------------------------------------------------------------------
@@ -68,7 +70,7 @@ def test_scale(scale: Any, want: float) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_head_dims_and_dtypes(head_dim: int, dtype: str) -> None:
     x = array(1, 2, 3, head_dim, dtype=dtype)
-    p = make_problem(x, x, x)
+    p = checked(*[x.owner] * 3)
     assert (p.head_dim, p.dtype, p.itemsize) == (head_dim, dtype, int(dtype[-2:]) // 8)
 
 
@@ -133,7 +135,7 @@ def arrays_in_any_layout(draw: st.DrawFn) -> tuple[str, Any, Any]:
 @given(arrays_in_any_layout())
 def test_every_layout_is_the_same_problem(case: tuple[str, Any, Any]) -> None:
     order, canonical, held = case
-    p = make_problem(*[borrow(held, "x")] * 3, layout=order)
+    p = checked(*[held] * 3, layout=order)
     assert p.query.shape == canonical.shape
     assert tuple(4 * stride for stride in p.query.strides) == canonical.strides
     assert p.layout.from_canonical(p.output_shape) == held.shape
@@ -168,7 +170,7 @@ def test_three_dimensions(options: dict[str, Any], shape: Any, strides: Any) -> 
 
 def test_three_dimensions_with_any_strides() -> None:
     x = borrow(numpy.zeros((5, 24, 2), numpy.float32)[:, ::-2].transpose(2, 0, 1), "x")
-    p = make_problem(x, x, x, num_heads=3)
+    p = checked(*[x.owner] * 3, num_heads=3)
     assert p.query == View((2, 5, 3, 4), (1, 48, -16, -4))
 
 
@@ -259,20 +261,20 @@ def test_overlaps_itself() -> None:
 def test_out_beside_the_inputs_in_one_buffer() -> None:
     buffer = numpy.zeros((2, 5, 4, 3, 8), numpy.float16)
     inputs = [borrow(buffer[:, :, i], "x") for i in range(3)]
-    p = make_problem(*inputs)
+    p = checked(*(x.owner for x in inputs))
     view = check_out(p, p.layout, borrow(buffer[:, :, 3], "out"), dict(zip(("query", "key", "value"), inputs, strict=True)))
     assert view == View((2, 5, 3, 8), (480, 96, 8, 1))
 
 
 def test_out_in_three_dimensions_and_reversed() -> None:
     x = array(2, 5, 12)
-    p = make_problem(x, x, x, num_heads=3)
+    p = checked(*[x.owner] * 3, num_heads=3)
     assert check_out(p, p.layout, borrow(numpy.zeros((2, 5, 12), numpy.float16)[:, ::-1], "out"), {"query": x}).strides == (60, -12, 4, 1)
 
 
 def test_backward_views() -> None:
     q, k = array(2, 4, 5, 8), array(2, 4, 7, 8)
-    p = make_problem(q, k, k, layout="bhsd")
+    p = checked(q.owner, k.owner, k.owner, layout="bhsd")
     lse = array(2, 4, 5, dtype="float32")
     grad_out = borrow(numpy.broadcast_to(numpy.float16(1), (2, 4, 5, 8)), "grad_out")
     views = check_backward(p, p.layout, grad_out, q, lse, None)

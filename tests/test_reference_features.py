@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cuflash.reference import attention, attention_backward
-from cuflash.reference_features import dropout_mask
+from cuflash.reference.features import dropout_mask
 
 B, H, SQ, SKV, D = 2, 2, 4, 5, 3
 Floats = NDArray[numpy.float64]

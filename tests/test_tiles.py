@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cuflash
-from cuflash import device, measured_tiles, tiles
-from cuflash.device import ARCHITECTURES, Device
 from cuflash.errors import TileError
-from cuflash.features import FeatureSet
-from cuflash.kernel_specs import TILED_KERNELS
-from cuflash.tiles import KernelCase, Tile
+from cuflash.hardware import device
+from cuflash.hardware.device import ARCHITECTURES, Device
+from cuflash.planning import kernel_cases, measured_tiles, tile_choice, tile_model, tile_rules
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_specs import TILED_KERNELS
+from cuflash.problem.features import FeatureSet
+from cuflash.problem.tile import Tile
 
 if TYPE_CHECKING:
     from conftest import Target
@@ -75,33 +77,33 @@ BROKEN = {
 def test_a_broken_rule_is_named(kernel_case: KernelCase, tile: Tile, rule: str) -> None:
     device_of_case = on("sm_80" if "128 available with 16 warps" in rule else "sm_86")  # what fits the larger shared memory only
     with pytest.raises(TileError) as caught:
-        tiles.check_tile(kernel_case, tile, device_of_case)
+        tile_choice.check_tile(kernel_case, tile, device_of_case)
     assert rule in caught.value.expected
     assert f"{kernel_case.kernel} with {kernel_case.dtype}, head_dim {kernel_case.head_dim}" in caught.value.expected
     nearest = tiles_named_in(caught.value.hint)
     assert len(nearest) == 3
     for legal in nearest:
-        assert tiles.check_tile(kernel_case, legal, device_of_case) == legal
+        assert tile_choice.check_tile(kernel_case, legal, device_of_case) == legal
 
 
 def test_stages_need_asynchronous_copies() -> None:
     with pytest.raises(TileError, match=r"num_stages must be 1 on sm_75, which has no asynchronous copies.*num_stages=1\)"):
-        tiles.check_tile(case(dtype="float16"), Tile(64, 64, 4, 2), on("sm_75"))
-    assert tiles.check_tile(case(dtype="float16"), Tile(64, 64, 4, 2), on("sm_80")) == Tile(64, 64, 4, 2)
+        tile_choice.check_tile(case(dtype="float16"), Tile(64, 64, 4, 2), on("sm_75"))
+    assert tile_choice.check_tile(case(dtype="float16"), Tile(64, 64, 4, 2), on("sm_80")) == Tile(64, 64, 4, 2)
 
 
 @pytest.mark.parametrize("tile", [(64, 64, 4, 2), "64x64", 64, {"tile_q": 64}], ids=["tuple", "str", "int", "dict"])
 def test_what_is_no_tile_is_told_how_to_be_one(tile: Any) -> None:
     with pytest.raises(TileError, match=re.escape("Write cuflash.Tile(tile_q=64, tile_kv=64, num_warps=4, num_stages=2).")):
-        tiles.check_tile(case(), tile, on())
+        tile_choice.check_tile(case(), tile, on())
 
 
 def test_shared_memory_is_filled_to_the_last_byte() -> None:
     """Both sides of the limit: sm_75 has 64 KiB, which D = 128 fills with 128 rows of Q and 64 of K and V."""
     kernel_case, turing = case(dtype="float16", head_dim=128), on("sm_75")
-    assert tiles.shared_bytes(kernel_case, Tile(128, 64, 8, 1), turing) == 65536 == turing.shared_memory_per_block
-    assert tiles.broken_rule(kernel_case, Tile(128, 64, 8, 1), turing) is None
-    assert "shared memory" in (tiles.broken_rule(kernel_case, Tile(128, 80, 8, 1), turing) or "")
+    assert kernel_cases.shared_bytes(kernel_case, Tile(128, 64, 8, 1), turing) == 65536 == turing.shared_memory_per_block
+    assert tile_rules.broken_rule(kernel_case, Tile(128, 64, 8, 1), turing) is None
+    assert "shared memory" in (tile_rules.broken_rule(kernel_case, Tile(128, 80, 8, 1), turing) or "")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_shared_memory_is_filled_to_the_last_byte() -> None:
 )
 def test_shared_bytes(kernel: str, tile: Tile, expected: int) -> None:
     """Rows of 64 elements of 16 bits, and lse and delta of each query where cp.async brings them."""
-    assert tiles.shared_bytes(case(kernel), tile, on()) == expected
+    assert kernel_cases.shared_bytes(case(kernel), tile, on()) == expected
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_shared_bytes(kernel: str, tile: Tile, expected: int) -> None:
 )  # fmt: skip
 def test_row_bytes(dtype: str, arch: str, head_dim: int, expected: int) -> None:
     """head_dim rounded up to 16, in 32-bit tiles to 32; bfloat16 is widened where only the float32 units can take it."""
-    assert tiles.row_bytes(case(dtype=dtype, head_dim=head_dim), on(arch)) == (expected, expected)
+    assert kernel_cases.row_bytes(case(dtype=dtype, head_dim=head_dim), on(arch)) == (expected, expected)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +159,7 @@ def test_text() -> None:
 # --- Defaults and lists -------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_supported_case_has_a_default(arch: str) -> None:
     """Every kernel, type and head dimension, on the smallest shared memory as well."""
@@ -164,17 +167,17 @@ def test_every_supported_case_has_a_default(arch: str) -> None:
         for head_dim in (1, 16, 17, *range(24, 577, 24), 128, 256, 512, 576):
             for kernel in ("forward", "backward_dk", "backward_dv", "backward_dq"):
                 kernel_case = case(kernel, dtype, head_dim)
-                tile = tiles.default_tile(kernel_case, on(arch))
-                assert tiles.check_tile(kernel_case, tile, on(arch)) is tile, kernel_case
-                assert tile == tiles.legal_tiles_for(kernel_case, on(arch))[0]
+                tile = tile_choice.default_tile(kernel_case, on(arch))
+                assert tile_choice.check_tile(kernel_case, tile, on(arch)) is tile, kernel_case
+                assert tile == tile_choice.legal_tiles_for(kernel_case, on(arch))[0]
 
 
 @given(st.sampled_from(DTYPES), st.integers(1, 576), st.integers(1, 576), st.sampled_from(ARCHITECTURES))
 def test_every_pair_of_head_dims_has_a_default(dtype: str, head_dim: int, head_dim_v: int, arch: str) -> None:
     for kernel in ("forward", "backward_dk", "backward_dv", "backward_dq"):
         kernel_case = KernelCase(TILED_KERNELS[kernel], dtype, head_dim, False, head_dim_v)
-        tile = tiles.default_tile(kernel_case, on(arch))
-        assert tiles.shared_bytes(kernel_case, tile, on(arch)) <= on(arch).shared_memory_per_block
+        tile = tile_choice.default_tile(kernel_case, on(arch))
+        assert kernel_cases.shared_bytes(kernel_case, tile, on(arch)) <= on(arch).shared_memory_per_block
         assert (kernel_case.head_slices(on(arch)) > 1) == (max(head_dim, head_dim_v) > 256)
         assert kernel_case.head_slices(on(arch)) > 1 or kernel_case.head_steps(on(arch)) == 1
 
@@ -186,9 +189,9 @@ def test_defaults_do_not_pass_the_register_file_by_the_estimate(arch: str) -> No
         for head_dim in (32, 64, 128, 256):
             for kernel in ("forward", "backward_dq"):
                 kernel_case = case(kernel, dtype, head_dim)
-                legal = tiles.legal_tiles_for(kernel_case, on(arch))
-                fits = [tile for tile in legal if tiles.estimate_registers(kernel_case, tile, on(arch)) <= 255]
-                measured = tiles.measured_tile(kernel_case, on(arch))  # of which the compiler says whether it spills
+                legal = tile_choice.legal_tiles_for(kernel_case, on(arch))
+                fits = [tile for tile in legal if tile_model.estimate_registers(kernel_case, tile, on(arch)) <= 255]
+                measured = tile_choice.measured_tile(kernel_case, on(arch))  # of which the compiler says whether it spills
                 assert legal[0] in (fits if measured is None else [measured]) or not fits, kernel_case
 
 
@@ -202,11 +205,11 @@ def test_defaults_do_not_pass_the_register_file_by_the_estimate(arch: str) -> No
 )
 def test_check_tile_accepts_all_that_is_listed(kernel: Any, dtype: str, head_dim: int, arch: str, allow_tf32: bool, draw: Any) -> None:
     kernel_case = KernelCase(TILED_KERNELS[kernel], dtype, head_dim, allow_tf32)
-    legal = tiles.legal_tiles_for(kernel_case, on(arch))
+    legal = tile_choice.legal_tiles_for(kernel_case, on(arch))
     assert len(set(legal)) == len(legal)
     for tile in draw.sample(legal, min(len(legal), 10)):
-        assert tiles.check_tile(kernel_case, tile, on(arch)) is tile
-        assert tiles.shared_bytes(kernel_case, tile, on(arch)) <= on(arch).shared_memory_per_block
+        assert tile_choice.check_tile(kernel_case, tile, on(arch)) is tile
+        assert kernel_cases.shared_bytes(kernel_case, tile, on(arch)) <= on(arch).shared_memory_per_block
 
 
 @given(
@@ -215,13 +218,13 @@ def test_check_tile_accepts_all_that_is_listed(kernel: Any, dtype: str, head_dim
 )  # fmt: skip
 def test_a_tile_is_accepted_or_answered_with_legal_ones(kernel: Any, dtype: str, head_dim: int, arch: str, tile: Tile) -> None:
     kernel_case = KernelCase(TILED_KERNELS[kernel], dtype, head_dim)
-    if tiles.broken_rule(kernel_case, tile, on(arch)) is None:
-        assert tiles.check_tile(kernel_case, tile, on(arch)) is tile
-        assert tiles.shared_bytes(kernel_case, tile, on(arch)) <= on(arch).shared_memory_per_block
+    if tile_rules.broken_rule(kernel_case, tile, on(arch)) is None:
+        assert tile_choice.check_tile(kernel_case, tile, on(arch)) is tile
+        assert kernel_cases.shared_bytes(kernel_case, tile, on(arch)) <= on(arch).shared_memory_per_block
         return
     with pytest.raises(TileError) as caught:
-        tiles.check_tile(kernel_case, tile, on(arch))
-    legal = tiles.legal_tiles_for(kernel_case, on(arch))
+        tile_choice.check_tile(kernel_case, tile, on(arch))
+    legal = tile_choice.legal_tiles_for(kernel_case, on(arch))
     nearest = tiles_named_in(caught.value.hint)
     assert len(nearest) == min(3, len(legal))
     assert set(nearest) <= set(legal)
@@ -230,7 +233,7 @@ def test_a_tile_is_accepted_or_answered_with_legal_ones(kernel: Any, dtype: str,
 
 def test_the_nearest_tile_is_near() -> None:
     with pytest.raises(TileError) as caught:
-        tiles.check_tile(case(), Tile(64, 60, 4, 2), on())
+        tile_choice.check_tile(case(), Tile(64, 60, 4, 2), on())
     assert tiles_named_in(caught.value.hint)[0] == Tile(64, 64, 4, 2)
 
 
@@ -255,6 +258,7 @@ def without_stages_on_turing(target: Target, tile: Tile) -> Tile:
     return tile if target.device.capability >= 80 else Tile(tile.tile_q, tile.tile_kv, tile.num_warps, 1)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("tile", FORWARD, ids=named)
 def test_pinned_forward_tile(target: Target, tile: Tile) -> None:
     """Every tile of a call is legal and used, one row of tiles after the other, masked and not."""
@@ -265,6 +269,7 @@ def test_pinned_forward_tile(target: Target, tile: Tile) -> None:
         target.check(query, key, value, backward=False, tile=tile, enable_gqa=True, **options)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("tile", BACKWARD, ids=named)
 def test_pinned_backward_tile(target: Target, tile: Tile) -> None:
     """One tile for all: the dQ kernel takes it transposed."""
@@ -275,6 +280,7 @@ def test_pinned_backward_tile(target: Target, tile: Tile) -> None:
         target.check(query, key, value, backward_tile=tile, enable_gqa=True, **options)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tile", [Tile(32, 32, 2, 2), Tile(48, 16, 3, 1), Tile(16, 64, 1, 3), Tile(64, 48, 4, 2)], ids=named)
 def test_pinned_float32_tile(target: Target, tile: Tile) -> None:
     tile = without_stages_on_turing(target, tile)
@@ -337,9 +343,9 @@ def test_a_mapping_for_the_forward_pass_names_its_one_kernel(simulator: Target) 
 
 @pytest.mark.parametrize(("arch", "kernel", "head_dim"), measured_tiles.TILES, ids=str)
 def test_measured_tiles_are_defaults_of_16_bit_types_without_features(arch: str, kernel: Any, head_dim: int) -> None:
-    device_, measured = on(arch), tiles.Tile(*measured_tiles.TILES[arch, kernel, head_dim])
+    device_, measured = on(arch), Tile(*measured_tiles.TILES[arch, kernel, head_dim])
     for dtype in ("float16", "bfloat16"):
-        assert tiles.default_tile(case(kernel, dtype, head_dim), device_) == measured
+        assert tile_choice.default_tile(case(kernel, dtype, head_dim), device_) == measured
     others = [case(kernel, "float32", head_dim), case(kernel, "float16", head_dim + 1)]
     others.append(replace(case(kernel, "float16", head_dim), features=FeatureSet(window=True)))
-    assert all(tiles.measured_tile(other, device_) is None for other in others)
+    assert all(tile_choice.measured_tile(other, device_) is None for other in others)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cuflash.errors import OptionError, UnsupportedError
-from cuflash.tiles import Tile
+from cuflash.problem.tile import Tile
 from cuflash.timing import description, grid, machine, multiprocessor, operations, sass
 from cuflash.timing.machine import CARDS, MULTIPROCESSORS
 from cuflash.timing.multiprocessor import steady_clocks, without

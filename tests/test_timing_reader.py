@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from cuflash import cache, inspection
-from cuflash.compiler import CompileRequest
 from cuflash.errors import UnsupportedError
+from cuflash.jit import cache, disassembly
+from cuflash.jit.compiler import CompileRequest
 from cuflash.timing import control_flow, sass
 from cuflash.timing.sass import Function
 
 pytest.importorskip("cupy")
-pytestmark = pytest.mark.skipif(inspection.find_nvdisasm() is None, reason=inspection.NVDISASM_HINT)
+pytestmark = pytest.mark.skipif(disassembly.find_nvdisasm() is None, reason=disassembly.NVDISASM_HINT)
 
 LOOPS = """
 __device__ __forceinline__ void product(float (&c)[4], const unsigned (&a)[4], unsigned b) {
@@ -207,7 +207,7 @@ def test_code_without_loops_is_refused(functions: dict[str, Function]) -> None:
 def test_without_nvdisasm_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from cuflash.errors import SetupError
 
-    monkeypatch.setattr(inspection, "find_nvdisasm", lambda: None)
+    monkeypatch.setattr(disassembly, "find_nvdisasm", lambda: None)
     with pytest.raises(SetupError, match=r"pip install 'cuflash\[inspect\]'"):
         sass.read_functions(b"")
 

@@ -15,11 +15,15 @@ import numpy
 import pytest
 
 import cuflash
-from cuflash import cache, device, planning, tiles, tuning
-from cuflash.cache import Statistics
+from cuflash import tuning
 from cuflash.errors import CompileError, OptionError, TileError
-from cuflash.kernel_specs import TILED_KERNELS
-from cuflash.tiles import KernelCase, Tile
+from cuflash.hardware import device
+from cuflash.jit import cache
+from cuflash.jit.cache import Statistics
+from cuflash.planning import offline, tile_choice
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_specs import TILED_KERNELS
+from cuflash.problem.tile import Tile
 
 if TYPE_CHECKING:
     from conftest import Target
@@ -46,10 +50,10 @@ def test_legal_tiles_starts_with_the_default(arch: str, kernel: Any) -> None:
     on = device.of_arch(arch, "gpu")
     listed = cuflash.legal_tiles(64, "float16", kernel=kernel, arch=arch)
     case = KernelCase(TILED_KERNELS[kernel], "float16", 64)
-    assert listed[0] == tiles.default_tile(case, on)
+    assert listed[0] == tile_choice.default_tile(case, on)
     assert len(listed) > 5
     for tile in listed:
-        assert tiles.check_tile(case, tile, on) is tile
+        assert tile_choice.check_tile(case, tile, on) is tile
 
 
 def test_legal_tiles_of_this_machine(simulator: Target) -> None:
@@ -61,7 +65,7 @@ def test_legal_tiles_of_this_machine(simulator: Target) -> None:
 def test_allow_tf32_matters_to_float32_alone() -> None:
     assert cuflash.legal_tiles(64, "float16", arch="sm_80", allow_tf32=True) == cuflash.legal_tiles(64, "float16", arch="sm_80")
     exact, quick = (
-        tiles.legal_tiles_for(KernelCase(TILED_KERNELS["forward"], "float32", 64, allow), device.of_arch("sm_80", "gpu"))
+        tile_choice.legal_tiles_for(KernelCase(TILED_KERNELS["forward"], "float32", 64, allow), device.of_arch("sm_80", "gpu"))
         for allow in (False, True)
     )
     assert cuflash.legal_tiles(64, "float32", arch="sm_80", allow_tf32=True) == quick
@@ -76,12 +80,12 @@ def test_legal_tiles_with_features_are_those_that_a_call_takes(kernel: Any, head
     on = device.of_arch("sm_80", "gpu")
     listed = cuflash.legal_tiles(head_dim, "float16", kernel=kernel, arch="sm_80", features=features)
     for tile in listed:
-        assert tiles.check_tile(case, tile, on) is tile
+        assert tile_choice.check_tile(case, tile, on) is tile
     at_the_limit = set(cuflash.legal_tiles(head_dim, "float16", kernel=kernel, arch="sm_80")) - set(listed)
     assert at_the_limit
     for tile in at_the_limit:
         with pytest.raises(TileError, match="shared memory"):
-            tiles.check_tile(case, tile, on)
+            tile_choice.check_tile(case, tile, on)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +229,7 @@ def test_threads_that_call_at_once_compile_each_kernel_once() -> None:
 
 CALL = """
 import numpy, cuflash
-from cuflash import cache
+from cuflash.jit import cache
 x = numpy.ones((1, 9, 1, 8), numpy.float16)
 out, lse = cuflash.scaled_dot_product_attention(x, x, x, return_lse=True)
 grads = cuflash.scaled_dot_product_attention_backward(out, x, x, x, out, lse)
@@ -267,7 +271,7 @@ def test_a_forbidden_compilation_names_the_kernel_and_the_cache(cold_cache: Path
 def test_a_plan_compiles_nothing() -> None:
     for backward in (False, True):
         assert cuflash.plan(*arrays_of(), backward=backward).kernels
-    assert list(planning.offline_kernels(device.of_arch("sm_90", "gpu"), dtype="float16", head_dim=64))
+    assert list(offline.offline_kernels(device.of_arch("sm_90", "gpu"), dtype="float16", head_dim=64))
     assert cache.statistics() == Statistics(0, 0, 0)
 
 

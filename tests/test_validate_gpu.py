@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_stand_in import ROOT, environment
 
-from cuflash import cache
+from cuflash.jit import cache
 from cuflash.simulator import build
 
 pytest.importorskip("cupy")

@@ -11,10 +11,10 @@ import pytest
 from conftest import Target
 
 import cuflash
-from cuflash import launch
-from cuflash.planning import KernelPlan, LaunchShape
-from cuflash.tiles import Tile
-from cuflash.visits import all_tiles, visited_tiles
+from cuflash.planning.kernel_plan import KernelPlan, LaunchShape
+from cuflash.planning.visits import all_tiles, visited_tiles
+from cuflash.problem.tile import Tile
+from cuflash.runtime import launch
 
 TILE = Tile(32, 32, 2, 2)
 SEQLEN = 256

@@ -16,12 +16,13 @@ import numpy
 
 import cuflash
 from cuflash import reference
-from cuflash.device import Device
-from cuflash.planning import Plan, make_plan
-from cuflash.problem import Problem
-from cuflash.reference_features import Rules, rules_of
-from cuflash.samples import Sample, SampleFeatures
-from cuflash.visits import all_tiles, visited_tiles
+from cuflash.cli.samples import Sample, SampleFeatures
+from cuflash.hardware.device import Device
+from cuflash.planning.plan import Plan
+from cuflash.planning.planner import make_plan
+from cuflash.planning.visits import all_tiles, visited_tiles
+from cuflash.problem.problem import Problem
+from cuflash.reference.features import Rules, rules_of
 
 TOKENS, HIDDEN = 16384, 2048
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)

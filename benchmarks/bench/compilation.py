@@ -15,8 +15,10 @@ from typing import Any
 from bench.cases import Case, dry_cases, dry_feature_cases, feature_cases, quick_cases
 from bench.machine import Machine
 from bench.report import one_line
-from cuflash import cache, device
-from cuflash.planning import Plan, make_plan
+from cuflash.hardware import device
+from cuflash.jit import cache
+from cuflash.planning.plan import Plan
+from cuflash.planning.planner import make_plan
 from small_calls.arrays import requests_of as requests_of_calls
 from small_calls.cases import check_cases, simulator_cases, tiny_cases
 

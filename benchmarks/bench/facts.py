@@ -13,7 +13,7 @@ from typing import Any
 import cuflash
 from bench.machine import Machine, commit, heat, output_of, the_torch, tree_hash, version_of
 from bench.timing import time_call
-from cuflash import compiler
+from cuflash.jit import compiler
 
 SMI_FIELDS = (
     "name,driver_version,pci.bus_id,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,clocks.applications.graphics,power.limit,power.draw,"

@@ -17,7 +17,7 @@ from bench.libraries import sdpa_calls
 from bench.machine import Machine, the_torch
 from bench.operands import Operands
 from bench.report import one_line
-from cuflash.samples import Sample
+from cuflash.cli.samples import Sample
 
 
 def host_cost(machine: Machine, arguments: argparse.Namespace) -> int:

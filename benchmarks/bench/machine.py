@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cuflash import device
+from cuflash.hardware import device
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,7 +73,7 @@ def commit() -> str:
 @functools.cache
 def tree_hash() -> str:
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("cuflash/*.py"), *ROOT.glob("kernels/**/*.cu*")]):
+    for path in sorted([*ROOT.glob("cuflash/**/*.py"), *ROOT.glob("kernels/**/*.cu*")]):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

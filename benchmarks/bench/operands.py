@@ -12,7 +12,7 @@ from bench.cases import Case
 from bench.machine import Machine, the_torch
 from bench.truth import Head
 from cuflash import reference
-from cuflash.features import NO_FEATURES
+from cuflash.problem.features import NO_FEATURES
 
 ALLOWED_ERROR = {"float16": 3e-3, "bfloat16": 2e-2, "float32": 2e-5}
 """Relative to the norm of the result. What another library exceeds up to a hundredfold in float32 is TF32, and said so."""

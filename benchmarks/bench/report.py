@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import Case
-from cuflash.device import Device
+from cuflash.hardware.device import Device
 
 COLUMNS = (
     "date", "commit", "gpu", "driver", "library", "version", "backend", "pass", "dtype", "batch", "heads", "seqlen", "head_dim", "causal", "milliseconds",

@@ -14,7 +14,7 @@ import cuflash
 from bench.cases import Case
 from bench.machine import Machine
 from bench.operands import placed_without_torch
-from cuflash.samples import Sample
+from cuflash.cli.samples import Sample
 
 
 def one_call(machine: Machine, arguments: argparse.Namespace) -> int:

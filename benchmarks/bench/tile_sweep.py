@@ -17,13 +17,16 @@ from bench.machine import Machine, heat, usable
 from bench.operands import ALLOWED_ERROR, Operands
 from bench.report import TILE_COLUMNS, Table, one_line, shape_columns
 from bench.timing import time_call
-from cuflash import cache, device, tiles
+from cuflash.hardware import device
+from cuflash.jit import cache
+from cuflash.planning import tile_choice, tile_model, tile_rules
+from cuflash.planning.kernel_cases import KernelCase
 
 
-def chosen_tiles(case: tiles.KernelCase, on: device.Device, top: int, spread: int) -> list[tuple[int, int, Any]]:
+def chosen_tiles(case: KernelCase, on: device.Device, top: int, spread: int) -> list[tuple[int, int, Any]]:
     """(rank, how many there are, tile): the model's best, and some of the rest, evenly, in case that it is wrong."""
-    legal = tiles.legal_tiles_for(case, on)
-    fitting = [rank for rank, tile in enumerate(legal) if tiles.estimate_registers(case, tile, on) <= tiles.MAX_REGISTERS]
+    legal = tile_choice.legal_tiles_for(case, on)
+    fitting = [rank for rank, tile in enumerate(legal) if tile_model.estimate_registers(case, tile, on) <= tile_rules.MAX_REGISTERS]
     rest = [rank for rank in fitting if rank >= top]
     picked = [*range(min(top, len(legal))), *rest[:: max(1, len(rest) // spread if spread else len(rest) + 1)][:spread]]
     return [(rank, len(legal), legal[rank]) for rank in picked]
@@ -62,10 +65,10 @@ def sweep_tiles(machine: Machine, arguments: argparse.Namespace) -> int:
             operands = Operands(case, machine)
             heat(machine)
         kernel_case, tile = kernel.case, kernel.tile
-        first = tiles.estimate_cycles(kernel_case, tiles.default_tile(kernel_case, on), on)
+        first = tile_model.estimate_cycles(kernel_case, tile_choice.default_tile(kernel_case, on), on)
         row: dict[str, Any] = {
             **machine.head(), "kernel": name, **shape_columns(case), "tile_q": tile.tile_q, "tile_kv": tile.tile_kv, "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages, "rank": rank, "of": count, "modelled": tiles.estimate_cycles(kernel_case, tile, on) / first,
+            "num_stages": tile.num_stages, "rank": rank, "of": count, "modelled": tile_model.estimate_cycles(kernel_case, tile, on) / first,
             "shared_bytes": kernel.shared_bytes,
         }  # fmt: skip
         direction = "backward" if kernel.spec.backward else "forward"

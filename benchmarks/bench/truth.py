@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from cuflash.reference_features import Rules
+from cuflash.reference.features import Rules
 
 ROWS_AT_A_TIME = 2048
 

@@ -9,8 +9,8 @@ import numpy
 
 import cuflash
 from cuflash import reference
-from cuflash.planning import make_plan
-from cuflash.samples import DROPOUT_SEED, numpy_call
+from cuflash.cli.samples import DROPOUT_SEED, numpy_call
+from cuflash.planning.planner import make_plan
 from small_calls.cases import Case
 
 NAMES = ("out", "lse", "grad_query", "grad_key", "grad_value")

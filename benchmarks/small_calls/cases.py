@@ -6,7 +6,7 @@ import functools
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cuflash.samples import Sample, SampleFeatures
+from cuflash.cli.samples import Sample, SampleFeatures
 
 
 @dataclass(frozen=True)

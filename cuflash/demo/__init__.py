@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy
 
-from cuflash import device
 from cuflash.demo.training import Text, held_out_loss, own_text, train
 from cuflash.demo.transformer import Shape, Transformer
 from cuflash.demo.verification import CHECK_SHAPE, Case
 from cuflash.errors import OptionError
+from cuflash.hardware import device
 
 STEPS = 300
 LEARNED = 0.75

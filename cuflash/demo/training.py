@@ -15,8 +15,8 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from cuflash import compiler
 from cuflash.demo.transformer import AdamW, Array, Transformer
+from cuflash.jit import compiler
 
 BATCH = 8
 MAX_BYTES = 300_000

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cuflash.arrays import CPU, Array, borrow
+from cuflash.arrays.borrowing import CPU, Array, borrow
 from cuflash.errors import DeviceError, DTypeError, OptionError, SimulatorError
 from cuflash.simulator.module import Counters, Launch, record_launches
 from cuflash.simulator.options import SCHEDULES, configure

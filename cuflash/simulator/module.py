@@ -20,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cuflash import device
-from cuflash.arrays import describe
+from cuflash.arrays.borrowing import describe
 from cuflash.errors import SimulatorError
+from cuflash.hardware import device
 from cuflash.simulator import native, parser, program_cache, report
 from cuflash.simulator.decoder import decode
 from cuflash.simulator.encoder import initial_data

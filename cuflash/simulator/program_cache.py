@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import cache_directory, cache_limit, private_files
 from cuflash.simulator import native
 from cuflash.simulator.program import Program, why_not_valid
+from cuflash.system import cache_directory, cache_limit, private_files
 
 PART = "simulator/programs"
 """The part of the cache directory that programs lie in."""

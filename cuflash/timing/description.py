@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cuflash.arrays import describe
-from cuflash.device import ARCHITECTURES
+from cuflash.arrays.borrowing import describe
 from cuflash.errors import OptionError
-from cuflash.kernel_specs import KERNELS
-from cuflash.problem import DTYPES
-from cuflash.tiles import Tile
+from cuflash.hardware.device import ARCHITECTURES
+from cuflash.planning.kernel_specs import KERNELS
+from cuflash.problem.problem import DTYPES
+from cuflash.problem.tile import Tile
 
 
 @dataclass(frozen=True)

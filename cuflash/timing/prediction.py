@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from cuflash import cache, device, inspection, kernel_specs
-from cuflash.compiler import CompileRequest, KernelResources
-from cuflash.device import Device
 from cuflash.errors import UnsupportedError
-from cuflash.planning import KernelPlan, Plan
-from cuflash.problem import Problem
-from cuflash.tiles import KernelCase, multiply_adds
+from cuflash.hardware import device, occupancy
+from cuflash.hardware.device import Device
+from cuflash.jit import cache
+from cuflash.jit.compiler import CompileRequest, KernelResources
+from cuflash.planning import kernel_specs
+from cuflash.planning.kernel_cases import KernelCase, multiply_adds
+from cuflash.planning.kernel_plan import KernelPlan
+from cuflash.planning.plan import Plan
+from cuflash.planning.visits import visits_of_blocks
+from cuflash.problem.problem import Problem
 from cuflash.timing.control_flow import Trace, is_matrix, steady_trace, tile_loop
 from cuflash.timing.description import Description
 from cuflash.timing.grid import grid_clocks
@@ -25,7 +29,6 @@ from cuflash.timing.machine import Card, Multiprocessor, multiprocessor
 from cuflash.timing.multiprocessor import LIMITS, steady_clocks, without
 from cuflash.timing.operations import MULTIPLY_ADDS, Operation, busy_clocks, operations
 from cuflash.timing.sass import Function, read_functions
-from cuflash.visits import visits_of_blocks
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def resident_blocks(description: Description) -> int:
     Raises:
         UnsupportedError: not one.
     """
-    resident = inspection.occupancy(
+    resident = occupancy.occupancy(
         device.of_arch(description.arch),
         threads=32 * description.tile.num_warps,
         registers=description.registers,

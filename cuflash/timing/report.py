@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuflash.tiles import head_dims
+from cuflash.planning.kernel_cases import head_dims
 from cuflash.timing.machine import multiprocessor
 from cuflash.timing.prediction import KernelPrediction, Launch, Prediction
 

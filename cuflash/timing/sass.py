@@ -17,8 +17,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from cuflash import inspection
 from cuflash.errors import SetupError, UnsupportedError
+from cuflash.jit import disassembly
 
 INSTRUCTION_BYTES = 16
 NUM_SCOREBOARDS = 6
@@ -144,9 +144,9 @@ def read_functions(cubin: bytes) -> dict[str, Function]:
         SetupError: nvdisasm is missing.
         UnsupportedError: nvdisasm cannot read the cubin.
     """
-    listing = inspection.disassemble(cubin)
+    listing = disassembly.disassemble(cubin)
     if listing is None:
-        if inspection.find_nvdisasm() is None:
+        if disassembly.find_nvdisasm() is None:
             raise SetupError("A prediction reads machine code with nvdisasm: pip install 'cuflash[inspect]'")
         hint = "Install a newer one: pip install -U nvidia-cuda-nvdisasm."
         raise UnsupportedError("cubin", f"{len(cubin)} bytes that nvdisasm cannot read", "a cubin that it knows", hint)

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from cuflash import cache_directory
 from cuflash.errors import SetupError, SimulatorError
 from cuflash.simulator import build, native
+from cuflash.system import cache_directory
 
 SMALL = 'extern "C" int answer() { return 42; }\n'
 
@@ -25,6 +25,7 @@ def small_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Sources that compile at once, in place of the real ones."""
     sources = tmp_path / "core"
     sources.mkdir()
+    (sources / "machine.h").touch()
     (sources / "answer.cpp").write_text(SMALL)
     monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path / "cache"))

@@ -138,7 +138,7 @@ def test_dynamic_shared_memory_that_is_no_better_aligned_than_declared(static: s
 
 def test_our_kernels_get_no_better_alignment_than_they_declare() -> None:
     """What calls of the library run on the simulator counts on nothing that it does not declare."""
-    from cuflash.launch import executable
+    from cuflash.runtime.launch import executable
 
     plan = cuflash.plan(*(np.zeros((1, 64, 1, 64), np.float16) for _ in range(3)))
     module = executable(plan.kernels[0], plan.device)._module  # type: ignore[attr-defined]

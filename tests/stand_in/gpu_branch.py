@@ -12,9 +12,11 @@ import numpy
 import pytest
 
 import cuflash
-from cuflash import cache, calls, launch, reference
-from cuflash.arguments import Arguments
+from cuflash import reference
 from cuflash.errors import DeviceError
+from cuflash.jit import cache
+from cuflash.runtime import calls, launch
+from cuflash.runtime.arguments import Arguments
 
 attention, attention_backward = cuflash.scaled_dot_product_attention, cuflash.scaled_dot_product_attention_backward
 
@@ -57,7 +59,7 @@ def test_bfloat16_with_and_without_a_type_for_it() -> None:
     tagged = [cuflash.bfloat16(x.view(numpy.uint16)) for x in typed]
     want, got = both(*typed), both(*tagged)
     assert want[0].dtype == ml_dtypes.bfloat16
-    assert [type(x) for x in got] == [cuflash.arrays.BFloat16Bits, cupy.ndarray, *[cuflash.arrays.BFloat16Bits] * 3]
+    assert [type(x) for x in got] == [cuflash.arrays.frameworks.BFloat16Bits, cupy.ndarray, *[cuflash.arrays.frameworks.BFloat16Bits] * 3]
     assert same([getattr(x, "bits", x) for x in got], [x if x.dtype == numpy.float32 else x.view(numpy.uint16) for x in want])
 
 

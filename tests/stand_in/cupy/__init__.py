@@ -97,7 +97,7 @@ class ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct a NumPy array explicitly.")
 
     def __dlpack__(self, *, stream: Any = None, max_version: Any = None, **_: Any) -> Any:
-        from cuflash import dlpack
+        from cuflash.arrays import dlpack
 
         capsule = self._host.__dlpack__(max_version=max_version) if max_version else self._host.__dlpack__()
         where = dlpack._open(capsule).tensor.device

@@ -81,7 +81,7 @@ def _set_device(index: int) -> None:
 
 
 def _properties(index: int) -> dict[str, Any]:
-    from cuflash import device
+    from cuflash.hardware import device
 
     documented = device.of_arch(ARCH, "gpu")
     return {

@@ -1,0 +1,1 @@
+"""The caller's arrays: borrowed without a copy, and made of the same kind. Knows nothing of attention."""

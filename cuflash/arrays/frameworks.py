@@ -1,0 +1,177 @@
+"""Make arrays of the caller's kind, and know the stream that the caller works on.
+
+One `Framework` stands for one array library on one sort of device. Only NumPy is imported; CuPy and torch are when a function here needs
+them, which is after the caller handed in an array of theirs.
+
+NumPy and CuPy have no bfloat16 of their own. With `ml_dtypes` installed its `bfloat16` is used; without it, `BFloat16Bits` holds the bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy
+
+from cuflash.arrays import dlpack
+from cuflash.errors import SetupError
+
+
+class BFloat16Bits:
+    """bfloat16 values held as the uint16 array of their bits, for use where `ml_dtypes` is not installed. Made by `cuflash.bfloat16`.
+
+    Attributes:
+        bits: the NumPy or CuPy array of uint16, shared and not copied.
+        shape: extents of `bits`.
+        dtype: "bfloat16".
+    """
+
+    __slots__ = ("bits",)
+
+    dtype = "bfloat16"
+
+    def __init__(self, bits: Any) -> None:
+        self.bits = bits
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.bits.shape)
+
+    def to_float32(self) -> Any:
+        """A new float32 array of the same shape and library with the same values: every bfloat16 is the upper half of a float32."""
+        return (self.bits.astype("uint32") << 16).view("float32")
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """A DLPack capsule of element type bfloat16, so that `torch.from_dlpack` and its like take the values without a copy."""
+        capsule = self.bits.__dlpack__(**options)
+        dlpack.retag_bfloat16(capsule)
+        return capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        kind, index = self.bits.__dlpack_device__()
+        return kind, index
+
+    def __repr__(self) -> str:
+        return f"BFloat16Bits({self.bits!r})"
+
+
+class HasDevice(Protocol):
+    """Anything that says where its memory is: ("cpu", 0) or ("cuda", index)."""
+
+    device: tuple[str, int]
+
+
+class Framework:
+    """How one array library allocates and which stream it works on.
+
+    Attributes:
+        name: "numpy", "cupy", "torch" or "dlpack".
+        library: the same, except that DLPack arrays give the name of their library, such as "jax".
+    """
+
+    name: str
+    library: str
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Any:
+        """A new C-contiguous array with unset values, on the device of `like`; for a "dlpack" library a stand-in until `finish`."""
+        raise NotImplementedError
+
+    def finish(self, result: Any) -> Any:
+        """Turn what `empty` gave, once it is filled, into the caller's kind of array, without a copy where the library allows it."""
+        return result
+
+    def current_stream(self, device_index: int) -> int:
+        """The raw CUDA stream that the caller's library works on at the moment; 0, the default stream, for arrays on the CPU."""
+        return 0
+
+
+class _NumPy(Framework):
+    name = library = "numpy"
+
+    def __init__(self, bits: bool) -> None:
+        self._bits = bits  # the caller holds bfloat16 as tagged uint16
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Any:
+        element = _element_type(dtype, self._bits)
+        return BFloat16Bits(numpy.empty(shape, numpy.uint16)) if element is None else numpy.empty(shape, element)
+
+
+class _CuPy(Framework):
+    name = library = "cupy"
+
+    def __init__(self, bits: bool) -> None:
+        self._bits = bits
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Any:
+        cupy = _import_cupy()
+        element = _element_type(dtype, self._bits)
+        with cupy.cuda.Device(like.device[1]):
+            return BFloat16Bits(cupy.empty(shape, numpy.uint16)) if element is None else cupy.empty(shape, element)
+
+    def current_stream(self, device_index: int) -> int:
+        return int(_import_cupy().cuda.get_current_stream(device_index).ptr)
+
+
+class _Torch(Framework):
+    name = library = "torch"
+
+    def __init__(self, cuda: bool) -> None:
+        self._cuda = cuda
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Any:
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=f"cuda:{like.device[1]}" if self._cuda else "cpu")
+
+    def current_stream(self, device_index: int) -> int:
+        if not self._cuda:
+            return 0
+        import torch
+
+        return int(torch.cuda.current_stream(device_index).cuda_stream)
+
+
+class DLPackFramework(Framework):
+    """Any other library: results are allocated with NumPy or CuPy and handed over through the library's own `from_dlpack`."""
+
+    name = "dlpack"
+
+    def __init__(self, library: str, from_dlpack: Callable[[Any], Any] | None, cuda: bool) -> None:
+        self.library = library
+        self._from_dlpack = from_dlpack
+        self._allocator: Framework = CUPY_BITS if cuda else NUMPY_BITS
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Any:
+        return self._allocator.empty(shape, dtype, like)
+
+    def finish(self, result: Any) -> Any:
+        return result if self._from_dlpack is None else self._from_dlpack(result)
+
+    def current_stream(self, device_index: int) -> int:
+        return self._allocator.current_stream(device_index)
+
+
+def _element_type(dtype: str, bits: bool) -> Any:
+    """What NumPy and CuPy know the type as; None for a bfloat16 that has to be tagged uint16."""
+    if dtype != "bfloat16":
+        return dtype
+    if bits:
+        return None
+    try:
+        import ml_dtypes
+    except ImportError:
+        return None
+    return ml_dtypes.bfloat16
+
+
+def _import_cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise SetupError("Arrays on a GPU need CuPy: pip install cupy-cuda12x (or cupy-cuda13x, by the driver's CUDA version).") from error
+    return cupy
+
+
+NUMPY, NUMPY_BITS = _NumPy(bits=False), _NumPy(bits=True)
+CUPY, CUPY_BITS = _CuPy(bits=False), _CuPy(bits=True)
+TORCH_CPU, TORCH_CUDA = _Torch(cuda=False), _Torch(cuda=True)

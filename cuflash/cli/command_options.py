@@ -1,0 +1,181 @@
+"""Options that several commands of `python -m cuflash` share: element types, head dimensions, and which score features, masks and lengths a call has.
+
+`add_features` gives a parser the options of features, which are named as the fields of `cuflash.FeatureSet` and the arguments of the calls; `features_of` and
+`lengths_of` read what they hold, and refuse what would be without effect. Numbers make the arrays of a call that is profiled; for kernels that are compiled
+only, it matters whether an option is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cuflash.errors import OptionError
+
+if TYPE_CHECKING:
+    from cuflash.cli.samples import Sample, SampleFeatures
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def positive(text: str) -> int:
+    """A number of at least 1."""
+    return _at_least(1, text, "a positive number")
+
+
+def not_negative(text: str) -> int:
+    """A number of at least 0."""
+    return _at_least(0, text, "a number of at least 0")
+
+
+def _at_least(least: int, text: str, expected: str) -> int:
+    number = int(text)
+    if not least <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"got {number}; expected {expected if number < least else 'a number below 2**31'}")
+    return number
+
+
+def add_cases(parser: argparse.ArgumentParser) -> None:
+    """Add what a command that compiles takes several of."""
+    parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128], help="head dimensions (default 64 128)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="element types (default bfloat16)")
+    parser.add_argument("--forward-only", action="store_true", help="leave out the backward pass")
+
+
+def add_features(parser: argparse.ArgumentParser) -> None:
+    """Add the options of score features, masks, lengths and value's head dimension."""
+    group = parser.add_argument_group(
+        "score features, masks and lengths", "Whatever is left out is not used; docs/features.md says what each does."
+    )
+    group.add_argument("--head-dim-v", type=positive, metavar="N", help="head dimension of value (default: that of query and key)")
+    group.add_argument(
+        "--attn-mask", choices=("bool", *DTYPES), help="a mask of this element type: bool hides keys, the others are added to the scores"
+    )
+    group.add_argument("--need-attn-mask-grad", action="store_true", help="the backward pass also gives the gradient of --attn-mask")
+    group.add_argument(
+        "--dropout", nargs="?", type=float, const=0.1, default=0.0, metavar="P", help="probability of dropping (0.1 if none is given)"
+    )
+    group.add_argument(
+        "--window", nargs=2, type=int, metavar=("LEFT", "RIGHT"), help="keys that a query sees before and after itself; -1 for no limit"
+    )
+    group.add_argument("--softcap", type=float, metavar="CAP", help="scores stay within ±CAP")
+    group.add_argument("--alibi", action="store_true", help="ALiBi's slopes")
+    group.add_argument("--sinks", action="store_true", help="a logit for each head that takes part in the softmax")
+    group.add_argument(
+        "--segments", nargs="?", type=int, const=2, metavar="N", help="documents that each sequence consists of (2 if none is given)"
+    )
+    group.add_argument(
+        "--prefix",
+        nargs="?",
+        type=not_negative,
+        const=64,
+        metavar="N",
+        help="keys that every query sees, with --causal (64 if none is given)",
+    )
+    lengths = group.add_mutually_exclusive_group()
+    lengths.add_argument(
+        "--seqlens-kv",
+        nargs="*",
+        type=not_negative,
+        metavar="N",
+        help="numbers of keys of the rows of the batch (a half of --seqlen-kv if none are given)",
+    )
+    lengths.add_argument(
+        "--varlen",
+        nargs="*",
+        type=not_negative,
+        metavar="N",
+        help="packed sequences of these lengths (--batch of --seqlen if none are given)",
+    )
+
+
+def features_of(options: argparse.Namespace, *, is_causal: bool) -> SampleFeatures:
+    """The features that the options name; numbers are judged where they are used.
+
+    Args:
+        options: of the command.
+        is_causal: whether the command makes a causal call or compiles kernels of one.
+
+    Raises:
+        OptionError: an option without the one that it needs.
+    """
+    from cuflash.cli.samples import SampleFeatures
+
+    if options.prefix is not None and not is_causal:
+        raise OptionError(
+            "--prefix", f"{options.prefix} without --causal", "--causal with it", "A prefix lifts the causal mask: add --causal."
+        )
+    if options.need_attn_mask_grad and options.attn_mask in (None, "bool"):
+        got = "it without --attn-mask" if options.attn_mask is None else "it with --attn-mask bool"
+        hint = "Only a mask of floats that is added to the scores has a gradient: add --attn-mask float32, or leave it out."
+        raise OptionError("--need-attn-mask-grad", got, "an additive --attn-mask: " + ", ".join(DTYPES), hint)
+    if "forward_only" in options:
+        has_backward, way = not options.forward_only, "Leave out --forward-only."
+    else:
+        has_backward, way = options.direction == "backward", "Add --pass backward."
+    if options.need_attn_mask_grad and not has_backward:
+        raise OptionError("--need-attn-mask-grad", "it without the backward pass", "the backward pass, which gives it", way)
+    return SampleFeatures(
+        attn_mask=options.attn_mask,
+        need_attn_mask_grad=options.need_attn_mask_grad,
+        dropout=options.dropout,
+        window=None if options.window is None else tuple(options.window),
+        softcap=options.softcap,
+        alibi=options.alibi,
+        sinks=options.sinks,
+        segments=options.segments,
+        prefix=options.prefix,
+    )
+
+
+def lengths_of(options: argparse.Namespace, batch: int, seqlen_q: int, seqlen_kv: int) -> Sample:
+    """A sample that has nothing but its extents: a padded batch, one with numbers of keys, or packed sequences.
+
+    Raises:
+        OptionError: a row with more keys than there are.
+    """
+    from cuflash.cli.samples import Sample
+
+    lengths_q = lengths_kv = None
+    if options.varlen is not None:
+        lengths_q = tuple(options.varlen) or (seqlen_q,) * batch
+        lengths_kv = None if options.varlen else (seqlen_kv,) * batch
+    elif options.seqlens_kv is not None:
+        lengths_kv = tuple(options.seqlens_kv) or (seqlen_kv // 2,) * batch
+        if max(lengths_kv) > seqlen_kv:
+            hint = "Give the longest row's number of keys as --seqlen-kv."
+            raise OptionError("--seqlens-kv", f"{max(lengths_kv)} of {seqlen_kv} keys", f"numbers from 0 to {seqlen_kv}", hint)
+    return Sample(batch=batch, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, lengths_q=lengths_q, lengths_kv=lengths_kv)
+
+
+def make_writable(option: str, folder: Path) -> None:
+    """Make a folder, if need be, before the work whose results are to be written into it.
+
+    Raises:
+        OptionError: of `option`, which named the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OptionError(option, f"{str(folder)!r}: {error.strerror}", "a folder that can be written", "Name another one.") from error
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Fail before the work whose result is to be written to `path`, and leave the file as it is.
+
+    Raises:
+        OptionError: of `option`, which named the file.
+    """
+    existed = path.exists()
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        hint = "Name a file in a folder that exists and that you may write to."
+        raise OptionError(option, f"{str(path)!r}: {error.strerror}", "a file that can be written", hint) from error
+    if not existed:
+        path.unlink()

@@ -1,0 +1,246 @@
+"""Calls that are given by numbers alone, on random arrays: what `python -m cuflash profile`, the benchmarks and the sanitizers' cases run.
+
+`Sample` says everything about a call but its arrays; `operands` and `arguments` make these, always the same for the same seed. Arrays are NumPy's, and
+those of a float type hold float32 values that their own type can represent, so that a caller can place them on any device: `element_type` makes them NumPy
+arrays that cuflash takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+import cuflash
+from cuflash import reference
+from cuflash.errors import OptionError
+from cuflash.planning.plan import Plan
+from cuflash.problem.features import FeatureSet, check_dropout_p, check_softcap, check_window
+from cuflash.problem.layout import CANONICAL
+from cuflash.problem.options import check_layout
+from cuflash.problem.tile import Tiles
+
+DROPOUT_SEED = (20230717, 3)
+"""Seed and offset of every sample with dropout."""
+
+
+@dataclass(frozen=True)
+class SampleFeatures:
+    """Score features and masks with the numbers from which their arrays are made.
+
+    Attributes:
+        attn_mask: element type of a mask: "bool", "float16", "bfloat16" or "float32"; None without.
+        mask_axes: which of the scores' axes (batch, head, query, key) the mask has; it is broadcast along the others.
+        need_attn_mask_grad: the backward pass also gives the gradient of the mask.
+        dropout: probability of dropping; 0.0 without.
+        window, softcap: as in `cuflash.scaled_dot_product_attention`.
+        alibi, sinks: whether there are slopes and sinks.
+        segments: how many documents of equal length each sequence consists of; None without.
+        prefix: length of every sequence's prefix; None without.
+    """
+
+    attn_mask: str | None = None
+    mask_axes: str = "qk"
+    need_attn_mask_grad: bool = False
+    dropout: float = 0.0
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    segments: int | None = None
+    prefix: int | None = None
+
+    def kinds(self) -> FeatureSet:
+        """What kernels are compiled for.
+
+        Raises:
+            OptionError: a number outside its domain.
+        """
+        return FeatureSet(
+            attn_mask=self.attn_mask, dropout=check_dropout_p(self.dropout) > 0.0, window=check_window(self.window) != (None, None),
+            softcap=check_softcap(self.softcap, 1.0) is not None, alibi=self.alibi, sinks=self.sinks, segments=self.segments is not None,
+            prefix=self.prefix is not None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A call on random arrays.
+
+    Attributes:
+        batch, seqlen_q, seqlen_kv, num_heads_q, num_heads_kv: extents of a padded batch; packed sequences have the heads only.
+        head_dim, head_dim_v: of query and key, and of value; None for the same.
+        dtype: "float16", "bfloat16" or "float32".
+        is_causal, causal_alignment, scale, layout, allow_tf32: as in `cuflash.scaled_dot_product_attention`; None for the call's default.
+        lengths_q: numbers of queries of packed sequences; None for a padded batch.
+        lengths_kv: numbers of keys: of packed sequences, None for those of queries; or those of `seqlens_kv` of a padded batch, None without.
+        features: see there.
+    """
+
+    batch: int = 1
+    seqlen_q: int = 256
+    seqlen_kv: int = 256
+    num_heads_q: int = 1
+    num_heads_kv: int = 1
+    head_dim: int = 64
+    head_dim_v: int | None = None
+    dtype: str = "float16"
+    is_causal: bool = False
+    causal_alignment: str | None = None
+    scale: float | None = None
+    layout: str = CANONICAL
+    allow_tf32: bool = False
+    lengths_q: tuple[int, ...] | None = None
+    lengths_kv: tuple[int, ...] | None = None
+    features: SampleFeatures = SampleFeatures()
+
+    @property
+    def is_packed(self) -> bool:
+        """A call of `cuflash.varlen_attention`."""
+        return self.lengths_q is not None
+
+    @property
+    def packed_lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Numbers of queries and of keys of packed sequences."""
+        queries = self.lengths_q or ()
+        return queries, queries if self.lengths_kv is None else self.lengths_kv
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The public function of the forward pass."""
+        return cuflash.varlen_attention if self.is_packed else cuflash.scaled_dot_product_attention
+
+    @property
+    def backward(self) -> Callable[..., Any]:
+        """The public function of the backward pass."""
+        return cuflash.varlen_attention_backward if self.is_packed else cuflash.scaled_dot_product_attention_backward
+
+    @property
+    def plan(self) -> Callable[..., Any]:
+        """The public function that says what both would run."""
+        return cuflash.varlen_plan if self.is_packed else cuflash.plan
+
+    @property
+    def backward_options(self) -> dict[str, bool]:
+        """Keyword arguments that the backward pass has besides `arguments`."""
+        return {"need_attn_mask_grad": True} if self.features.need_attn_mask_grad else {}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of query, key, value and grad_out, in the layout.
+
+        Raises:
+            OptionError: a layout that is none.
+        """
+        order, wide = check_layout(self.layout, True), self.head_dim if self.head_dim_v is None else self.head_dim_v
+        batch, (rows, columns) = self.batch, (self.seqlen_q, self.seqlen_kv)
+        if self.is_packed:
+            if order != CANONICAL:
+                raise OptionError(
+                    "layout", f"{order!r} with packed sequences", "none", "They are (tokens, heads, head_dim): leave layout out."
+                )
+            order, (rows, columns) = "shd", (sum(lengths) for lengths in self.packed_lengths)
+        queries, keys = {"b": batch, "s": rows, "h": self.num_heads_q}, {"b": batch, "s": columns, "h": self.num_heads_kv}
+        extents = {"query": (queries, self.head_dim), "key": (keys, self.head_dim), "value": (keys, wide), "grad_out": (queries, wide)}
+        return {name: tuple((of | {"d": dim})[letter] for letter in order) for name, (of, dim) in extents.items()}
+
+    def operands(self, seed: int = 0) -> dict[str, NDArray[Any]]:
+        """query, key, value and grad_out, normally distributed: float32 values of `dtype`."""
+        rng = numpy.random.default_rng(seed)
+        return {name: reference.round_to(rng.standard_normal(shape, numpy.float32), self.dtype) for name, shape in self.shapes().items()}
+
+    def arguments(self, seed: int = 0) -> dict[str, Any]:
+        """The keyword arguments of both passes, those that have their default left out; lengths and masks are NumPy arrays, an additive mask in float32.
+
+        Raises:
+            OptionError: documents of packed sequences, or none.
+        """
+        named: dict[str, Any] = {"scale": self.scale, "causal_alignment": self.causal_alignment}
+        named |= {name: getattr(self, name) or None for name in ("is_causal", "allow_tf32")}
+        if self.num_heads_q != self.num_heads_kv:
+            named["enable_gqa"] = True
+        if self.layout != CANONICAL and not self.is_packed:
+            named["layout"] = self.layout
+        if self.is_packed:
+            for name, lengths in zip(("q", "kv"), self.packed_lengths, strict=True):
+                named[f"cu_seqlens_{name}"] = numpy.array([0, *accumulate(lengths)], numpy.int32)
+                named[f"max_seqlen_{name}"] = max(lengths, default=0)
+        elif self.lengths_kv is not None:
+            named["seqlens_kv"] = numpy.array(self.lengths_kv, numpy.int32)
+        return {name: value for name, value in (named | self._feature_arguments(seed)).items() if value is not None}
+
+    def _feature_arguments(self, seed: int) -> dict[str, Any]:
+        features, rng = self.features, numpy.random.default_rng((seed, 1))
+        rows = len(self.lengths_q) if self.lengths_q is not None else self.batch
+        made: dict[str, Any] = {"window": features.window, "softcap": features.softcap}
+        if features.dropout:
+            made |= {"dropout_p": features.dropout, "dropout_seed": DROPOUT_SEED}
+        if features.attn_mask is not None:
+            made["attn_mask"] = self._mask(rng)
+        if features.alibi:  # the slopes of the paper, Press et al. 2022, arXiv 2108.12409
+            made["alibi_slopes"] = numpy.exp2(-8.0 * numpy.arange(1, self.num_heads_q + 1) / self.num_heads_q).astype(numpy.float32)
+        if features.sinks:
+            made["sinks"] = rng.standard_normal(self.num_heads_q, numpy.float32)
+        if features.segments is not None:
+            if self.is_packed:
+                hint = "Sequences that a call should cut further are sequences of their own."
+                raise OptionError("segments", f"{features.segments} with packed sequences", "a padded batch", hint)
+            if features.segments < 1:
+                raise OptionError(
+                    "segments", features.segments, "a positive number of documents", "1 makes all of a sequence one document."
+                )
+            for name, seqlen in (("q", self.seqlen_q), ("kv", self.seqlen_kv)):
+                ids = numpy.arange(seqlen) * features.segments // max(1, seqlen)
+                made[f"segment_ids_{name}"] = numpy.tile(ids.astype(numpy.int32), (rows, 1))
+        if features.prefix is not None:
+            made["prefix_lengths"] = numpy.full(rows, features.prefix, numpy.int32)
+        return made
+
+    def _mask(self, rng: numpy.random.Generator) -> NDArray[Any]:
+        """A boolean mask that hides a quarter of the keys, of a mask without queries the last ones; or a normally distributed additive mask."""
+        full = {"b": self.batch, "h": self.num_heads_q, "q": self.seqlen_q, "k": self.seqlen_kv}
+        shape = tuple(extent if axis in self.features.mask_axes else 1 for axis, extent in full.items())
+        if self.features.attn_mask != "bool":
+            values: NDArray[Any] = reference.round_to(rng.standard_normal(shape, numpy.float32), str(self.features.attn_mask))
+            return values
+        if "q" in self.features.mask_axes:
+            return numpy.asarray(rng.random(shape) < 0.75)
+        return numpy.array(numpy.broadcast_to(numpy.arange(shape[3]) < max(1, 3 * shape[3] // 4), shape))
+
+
+def element_type(values: NDArray[Any], dtype: str) -> Any:
+    """The values as an array of the named element type that cuflash takes, without any package for bfloat16."""
+    return cuflash.bfloat16(reference.to_bfloat16_bits(values)) if dtype == "bfloat16" else values.astype(dtype)
+
+
+def numpy_call(sample: Sample, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The operands and the keyword arguments of both passes as NumPy arrays of their element types."""
+    operands = {name: element_type(values, sample.dtype) for name, values in sample.operands(seed).items()}
+    return operands, _numpy_arguments(sample, seed)
+
+
+def plan_of(sample: Sample, *, backward: bool = False, tile: Tiles = None) -> Plan:
+    """The plan of a pass, made before the operands, which take gigabytes for long sequences: it gets arrays of their shapes that repeat one element.
+
+    Raises:
+        CuflashError: what the call itself raises for these arguments.
+    """
+    element = element_type(numpy.zeros(1, numpy.float32), sample.dtype)
+    is_tagged = isinstance(element, cuflash.BFloat16Bits)
+    operands: dict[str, Any] = {}
+    for name in ("query", "key", "value"):
+        shaped = numpy.broadcast_to(element.bits if is_tagged else element, sample.shapes()[name])
+        operands[name] = cuflash.bfloat16(shaped) if is_tagged else shaped
+    options = sample.backward_options if backward else {}
+    planned: Plan = sample.plan(**operands, **_numpy_arguments(sample, 0), **options, backward=backward, tile=tile)
+    return planned
+
+
+def _numpy_arguments(sample: Sample, seed: int) -> dict[str, Any]:
+    arguments = sample.arguments(seed)
+    if sample.features.attn_mask is not None:
+        arguments["attn_mask"] = element_type(arguments["attn_mask"], sample.features.attn_mask)
+    return arguments

@@ -1,0 +1,1 @@
+"""What is known of devices: limits, and how many blocks fit."""

@@ -1,0 +1,147 @@
+"""What a plan needs to know of the machine: a frozen `Device`, either a GPU or the simulator posing as one.
+
+Limits come from the CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from cuflash.arrays.borrowing import describe
+from cuflash.errors import CuflashError, DeviceError, OptionError, SetupError
+
+KIB = 1024
+
+# architecture -> (shared memory a block may opt in to, shared memory per SM, SMs of its largest common card)
+_LIMITS: dict[str, tuple[int, int, int]] = {
+    "sm_75": (64 * KIB, 64 * KIB, 40),
+    "sm_80": (163 * KIB, 164 * KIB, 108),
+    "sm_86": (99 * KIB, 100 * KIB, 84),
+    "sm_87": (163 * KIB, 164 * KIB, 16),
+    "sm_89": (99 * KIB, 100 * KIB, 142),
+    "sm_90": (227 * KIB, 228 * KIB, 132),
+    "sm_100": (227 * KIB, 228 * KIB, 148),
+    "sm_103": (227 * KIB, 228 * KIB, 148),
+    "sm_120": (99 * KIB, 100 * KIB, 170),
+    "sm_121": (99 * KIB, 100 * KIB, 48),
+}
+
+ARCHITECTURES: tuple[str, ...] = tuple(_LIMITS)
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device as plans see it.
+
+    Attributes:
+        kind: "gpu" or "simulator".
+        index: CUDA ordinal; 0 for the simulator.
+        arch: "sm_80", "sm_90", … without the architecture-specific suffix.
+        name: for people.
+        num_sms: streaming multiprocessors.
+        shared_memory_per_block: bytes a block may opt in to.
+        shared_memory_per_sm: bytes that the resident blocks of an SM share.
+        registers_per_sm: 32-bit registers.
+    """
+
+    kind: Literal["gpu", "simulator"]
+    index: int
+    arch: str
+    name: str
+    num_sms: int
+    shared_memory_per_block: int
+    shared_memory_per_sm: int
+    registers_per_sm: int = 65536
+
+    @property
+    def capability(self) -> int:
+        """75, 80, 86, …"""
+        return int(self.arch.removeprefix("sm_"))
+
+    @property
+    def compile_arch(self) -> str:
+        """The NVRTC architecture: Hopper and later get the suffix that unlocks their own instructions."""
+        return self.arch + ("a" if self.capability >= 90 else "")
+
+
+def normalize_arch(arch: object, argument: str = "arch") -> str:
+    """Return `arch` without an `a`/`f` suffix, or raise with the list of supported ones; `argument` is what the caller knows it by."""
+    plain = arch[:-1] if isinstance(arch, str) and arch[-1:] in ("a", "f") else arch
+    if not isinstance(plain, str) or plain not in _LIMITS:
+        raise OptionError(argument, describe(arch), "one of " + ", ".join(ARCHITECTURES), "Name a supported architecture.")
+    return plain
+
+
+@functools.lru_cache(maxsize=64)
+def of_arch(arch: str, kind: Literal["gpu", "simulator"] = "simulator") -> Device:
+    """A device of the given architecture with its documented limits: for the simulator and for offline planning."""
+    plain = normalize_arch(arch)
+    per_block, per_sm, num_sms = _LIMITS[plain]
+    name = f"cuflash simulator ({plain})" if kind == "simulator" else f"{plain} (offline)"
+    return Device(kind, 0, plain, name, num_sms, per_block, per_sm)
+
+
+def simulator_arch() -> str:
+    """The architecture that the simulator poses as: `CUFLASH_SIMULATOR_ARCH`, else sm_80."""
+    return normalize_arch(os.environ.get("CUFLASH_SIMULATOR_ARCH") or "sm_80", "CUFLASH_SIMULATOR_ARCH")
+
+
+@functools.cache
+def gpu(index: int) -> Device:
+    """Query CUDA device `index` through CuPy.
+
+    Raises:
+        DeviceError: the GPU is older than Turing.
+    """
+    import cupy
+
+    properties = cupy.cuda.runtime.getDeviceProperties(index)
+    capability = properties["major"] * 10 + properties["minor"]
+    name = properties["name"].decode()
+    if capability < 75:
+        raise DeviceError(
+            "device", f"{name} (sm_{capability})", "compute capability 7.5 or newer", "cuflash needs tensor cores of Turing or later."
+        )
+    return Device(
+        "gpu",
+        index,
+        f"sm_{capability}",
+        name,
+        properties["multiProcessorCount"],
+        properties["sharedMemPerBlockOptin"],
+        properties["sharedMemPerMultiprocessor"],
+        properties["regsPerMultiprocessor"],
+    )
+
+
+def of_memory(kind: str, index: int) -> Device:
+    """The device that works on memory of `kind`, "cpu" or "cuda"."""
+    if kind == "cpu":
+        return of_arch(simulator_arch())
+    try:
+        return gpu(index)
+    except CuflashError:
+        raise
+    except ImportError as error:
+        raise SetupError("Arrays on a GPU need CuPy: pip install 'cuflash[cuda12]' (or 'cuflash[cuda13]').") from error
+    except Exception as error:  # what CuPy raises without a driver or such a GPU
+        raise no_gpu(index, error) from error
+
+
+def no_gpu(index: int, error: Exception) -> DeviceError:
+    """The error for arrays on a GPU that CuPy cannot get at."""
+    reason = str(error).partition("\n")[0][:200]
+    hint = "Install its driver, or pass NumPy arrays or CPU tensors, which run on the simulator."
+    return DeviceError("device", f"memory of GPU {index}, which CuPy cannot use ({reason})", "a GPU with a driver that CuPy can use", hint)
+
+
+def default() -> Device:
+    """The current GPU if CuPy finds one, else the simulator."""
+    try:
+        import cupy
+    except (ImportError, OSError):  # not there, or without a directory that it may write
+        return of_arch(simulator_arch())
+    return gpu(cupy.cuda.runtime.getDevice()) if cupy.is_available() else of_arch(simulator_arch())

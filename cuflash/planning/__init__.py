@@ -1,0 +1,1 @@
+"""From a problem and a device to a `Plan`: which kernels, tiles, grids, memory. Pure."""

@@ -1,0 +1,97 @@
+"""A plan in words: problem, device, kernels with tiles and grids, memory, work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cuflash.arrays.borrowing import describe
+from cuflash.hardware.device import Device
+from cuflash.planning import kernel_cases, kernel_specs
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_plan import KernelPlan
+from cuflash.planning.visits import all_tiles, visited_tiles
+from cuflash.problem.features import NO_FEATURES
+from cuflash.problem.problem import Problem
+
+
+def describe(
+    problem: Problem, device: Device, kernels: Sequence[KernelPlan], *, backward: bool, output_bytes: int, workspace_bytes: int
+) -> str:
+    """A few lines for people."""
+    causal = f"causal ({problem.causal_alignment})" if problem.is_causal else "not causal"
+    where = device.name if device.arch in device.name else f"{device.name}, {device.arch}"
+    lines = [
+        f"{'backward' if backward else 'forward'} attention on {where}",
+        f"  problem    {problem.dtype}, {_extents(problem)}, "
+        f"head_dim {kernel_cases.head_dims(problem.head_dim, problem.head_dim_v)}, {causal}, scale {problem.scale:.6g}",
+    ]
+    if problem.features.kinds != NO_FEATURES:
+        lines.append(f"  features   {problem.features.describe()}")
+    lines.append(f"  products   {_units(problem, device)}")
+    lines += [f"  kernel     {_launch(kernel)}" for kernel in kernels] or ["  kernel     none: there is nothing to compute"]
+    visits = [_visits(kernel, problem) for kernel in kernels if kernel.spec.is_tiled]
+    ragged = problem.seqlens_kv or problem.num_sequences is not None
+    if visits and (problem.is_causal or problem.features.kinds.hides_keys or ragged):
+        lines.append(f"  tiles      {', '.join(visits)}")
+    at_most = "at most " if problem.hides_by_data else ""
+    flops = problem.flops_backward if backward else problem.flops_forward
+    lines += [
+        f"  memory     outputs {_bytes(output_bytes)}, workspace {_bytes(workspace_bytes)}; unfused attention would take {_bytes(_score_bytes(problem, backward))} more",
+        f"  work       {at_most}{flops / 1e9:.4g} GFLOP in matrix products over visible pairs; the same bits on every run",
+    ]
+    return "\n".join(lines)
+
+
+def _extents(problem: Problem) -> str:
+    """Batch, lengths and heads."""
+    grouped = problem.num_heads_q != problem.num_heads_kv
+    heads = f"{problem.num_heads_q}/{problem.num_heads_kv} heads" if grouped else _count(problem.num_heads_q, "head")
+    lengths = f"batch {problem.batch}, seqlen {problem.seqlen_q} x {problem.seqlen_kv}"
+    if problem.num_sequences is not None:
+        lengths = f"{_count(problem.num_sequences, 'packed sequence')} of {problem.seqlen_q} x {problem.seqlen_kv} tokens in all"
+        lengths += f", each of at most {problem.max_seqlen_q} x {problem.max_seqlen_kv}"
+    if problem.seqlens_kv:
+        lengths += ", keys of each row up to its seqlens_kv"
+    return f"{lengths}, {heads}"
+
+
+def _score_bytes(problem: Problem, backward: bool) -> int:
+    """What unfused attention would keep of scores and their like."""
+    scores = (problem.num_sequences or problem.batch) * problem.num_heads_q * problem.max_seqlen_q * problem.max_seqlen_kv
+    return scores * problem.itemsize * (4 if backward else 2)
+
+
+def _launch(kernel: KernelPlan) -> str:
+    tile = f"{kernel.tile}, " if kernel.spec.is_tiled or kernel.spec == kernel_specs.VISIBLE_TILES else ""
+    return (
+        f"{kernel.name}: {kernel.source}, {tile}{_count(kernel.num_blocks, 'block')} of {kernel.num_threads} threads, "
+        f"{kernel.shared_bytes} bytes of shared memory"
+    )
+
+
+def _visits(kernel: KernelPlan, problem: Problem) -> str:
+    count = visited_tiles(problem, kernel.tile, by_keys=kernel.spec.owns_keys)
+    of = f"of {all_tiles(problem, kernel.tile)} per head{' and sequence' if problem.num_sequences is not None else ''}"
+    return f"{kernel.name} visits as many {of} as data leave visible" if count is None else f"{kernel.name} visits {count} {of}"
+
+
+def _units(problem: Problem, device: Device) -> str:
+    case = KernelCase(kernel_specs.FORWARD, problem.dtype, problem.head_dim)
+    if case.uses_simt(device):
+        return "float32 units: the tensor cores of sm_75 take float16 only"
+    if problem.dtype == "float32":
+        return "tensor cores, TF32" if problem.allow_tf32 else "tensor cores, 3 x TF32 (float32 accuracy)"
+    return f"tensor cores, {problem.dtype} with float32 sums"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} TiB"

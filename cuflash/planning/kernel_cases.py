@@ -1,0 +1,151 @@
+"""What decides whether and how well a tile fits a kernel, besides the device: `KernelCase`, and the sizes that follow from it.
+
+Shared memory is what the kernels assert, registers are those of accumulators alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from cuflash.hardware.device import Device
+from cuflash.planning.kernel_specs import KernelSpec, columns_of
+from cuflash.problem.features import NO_FEATURES, FeatureSet
+from cuflash.problem.tile import Tile
+
+WIDEST_NARROW_HEAD = 256  # wider heads are cut into slices (kernels/tile/slices.cuh)
+_SLICE_COLUMNS = 288  # of the outputs, per group of warps
+_SLICE_COLUMNS_FLOAT32 = 144
+
+_ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; with an additive mask 4 more for its log2_sum
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """What decides whether and how well a tile fits, besides the device.
+
+    Attributes:
+        kernel: which kernel.
+        dtype: "float16", "bfloat16" or "float32".
+        head_dim: of query and key, 1 … 576.
+        allow_tf32: one TF32 product instead of three for float32.
+        head_dim_v: of value and output, 1 … 576; 0 stands for head_dim, and so does whatever is given for a tiled kernel that reads neither.
+        features: score features and masks, some of which take registers.
+    """
+
+    kernel: KernelSpec
+    dtype: str
+    head_dim: int
+    allow_tf32: bool = False
+    head_dim_v: int = 0
+    features: FeatureSet = NO_FEATURES
+
+    def __post_init__(self) -> None:
+        if self.kernel.is_tiled and not (self.head_dim_v and self.kernel.reads_value):
+            object.__setattr__(self, "head_dim_v", self.head_dim)
+
+    def uses_simt(self, device: Device) -> bool:
+        """Whether products run on the ordinary float32 units: what Turing's tensor cores cannot take."""
+        return device.capability == 75 and self.dtype != "float16"
+
+    def smem_itemsize(self, device: Device) -> int:
+        """Bytes per element in shared memory."""
+        return 4 if self.dtype == "float32" or self.uses_simt(device) else 2
+
+    def head_slices(self, device: Device) -> int:
+        """Groups of warps that share out the columns of a wide head, so that their accumulators fit the registers; 1 for a narrow head."""
+        if max(self.head_dim, self.head_dim_v) <= WIDEST_NARROW_HEAD:
+            return 1
+        many_instructions = self.uses_simt(device) or self.dtype == "float32"
+        columns = self.kernel.output_columns(self.head_dim, self.head_dim_v)
+        return max(2, ceil(columns / (_SLICE_COLUMNS_FLOAT32 if many_instructions else _SLICE_COLUMNS)))
+
+    def head_steps(self, device: Device) -> int:
+        """Pieces into which each slice is cut, so that the smallest tile fits the shared memory; 1 where it does anyway."""
+        slices = self.head_slices(device)
+        smallest = Tile(16, 16, slices, 1)
+        for steps in (1, 2, 4) if slices > 1 else ():
+            if _shared_bytes(self, smallest, device, steps) <= device.shared_memory_per_block:
+                return steps
+        return 8 if slices > 1 else 1
+
+    def columns(self, device: Device) -> tuple[int, int]:
+        """head_dim and head_dim_v as the kernel computes them: pieces are rounded up to what the matrix instructions take."""
+        pieces = self.head_slices(device) * self.head_steps(device)
+        piece, piece_v = _piece_columns(self, pieces)
+        return pieces * piece, pieces * piece_v
+
+    def stationary_rows(self, tile: Tile) -> int:
+        """Rows that the block keeps, shared out among its warps."""
+        return tile.tile_kv if self.kernel.owns_keys else tile.tile_q
+
+    def streamed_rows(self, tile: Tile) -> int:
+        """Rows of each tile that the block walks over."""
+        return tile.tile_q if self.kernel.owns_keys else tile.tile_kv
+
+
+def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:
+    return ceil(case.head_dim / pieces / 16) * 16, ceil(case.head_dim_v / pieces / 16) * 16
+
+
+def row_bytes(case: KernelCase, device: Device, steps: int = 0) -> tuple[int, int]:
+    """Bytes of one row of a tile of Q or K and of V or dO in shared memory, one piece of each slice.
+
+    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh. `steps` instead of `case.head_steps` if it is not 0.
+    """
+    itemsize, slices = case.smem_itemsize(device), case.head_slices(device)
+
+    def pitch(columns: int) -> int:
+        chunks = columns * itemsize // 16
+        return (ceil(chunks / 8) * 8 if itemsize == 4 else chunks) * 16
+
+    piece, piece_v = _piece_columns(case, slices * (steps or case.head_steps(device)))
+    return slices * pitch(piece), slices * pitch(piece_v)
+
+
+def operand_bytes(case: KernelCase, device: Device, steps: int = 0) -> tuple[int, int]:
+    """Bytes of one row of what a block keeps, and of what it streams, one piece of each slice."""
+    rows = row_bytes(case, device, steps)
+    kept, streamed = (sum(columns_of(name, *rows) for name in names) for names in (case.kernel.kept, case.kernel.streamed))
+    return kept, streamed
+
+
+def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
+    """Dynamic shared memory of a block; the kernels assert the same number."""
+    return _shared_bytes(case, tile, device, case.head_steps(device))
+
+
+def _shared_bytes(case: KernelCase, tile: Tile, device: Device, steps: int) -> int:
+    kept, streamed = operand_bytes(case, device, steps)
+    slices = case.head_slices(device)
+    exchange = 4 * slices * len(case.kernel.scores) * tile.tile_q * tile.tile_kv if slices > 1 else 0
+    statistics = 0
+    if case.kernel.statistics and device.capability >= 80:  # sm_75 reads them from global memory
+        statistics = _ROW_STATISTICS_BYTES + 4 * case.features.additive_mask
+    return kept * case.stationary_rows(tile) + tile.num_stages * case.streamed_rows(tile) * (streamed + statistics) + exchange
+
+
+def multiply_adds(case: KernelCase, tile: Tile, device: Device) -> int:
+    """In the matrix products of one tile of scores, padding of the columns included."""
+    over_d, over_dv = case.kernel.products
+    columns, columns_v = case.columns(device)
+    return tile.tile_q * tile.tile_kv * (over_d * columns + over_dv * columns_v)
+
+
+def accumulated(case: KernelCase, device: Device) -> tuple[int, int]:
+    """Columns of the outputs, and how many score matrices, that a warp accumulates at a time."""
+    slices = case.head_slices(device)
+    d, dv = (columns // slices for columns in case.columns(device))
+    return case.kernel.output_columns(d, dv), len(case.kernel.scores) + case.kernel.sums_scores
+
+
+def accumulator_registers(case: KernelCase, tile: Tile, device: Device) -> int:
+    """Registers per thread that hold results of matrix products, all live at once."""
+    rows = case.stationary_rows(tile) * case.head_slices(device) // tile.num_warps
+    outputs, scores = accumulated(case, device)
+    return rows * (outputs + scores * case.streamed_rows(tile)) // 32
+
+
+def head_dims(head_dim: int, head_dim_v: int) -> str:
+    """Both for people: "64", or "192/128" where value has its own."""
+    return str(head_dim) if head_dim == head_dim_v else f"{head_dim}/{head_dim_v}"

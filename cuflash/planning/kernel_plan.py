@@ -1,0 +1,126 @@
+"""One kernel launch as it is planned, and the memory that a call allocates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+from cuflash.hardware.device import Device
+from cuflash.jit.compiler import CompileRequest
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_specs import KernelSpec
+from cuflash.problem.problem import DTYPES
+from cuflash.problem.tile import Tile
+
+_ITEMSIZES = {**DTYPES, "int32": 4}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory that a call allocates: a result, or workspace that is given back when its kernels have run. Only they write it.
+
+    Attributes:
+        name: of its address in the argument structs.
+        shape: of a result in the caller's form.
+        dtype: element type.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return prod(self.shape) * _ITEMSIZES[self.dtype]
+
+
+class LaunchShape(NamedTuple):
+    """What the driver is told of a launch, besides function, arguments and stream.
+
+    Attributes:
+        num_blocks: of the one-dimensional grid.
+        num_threads: of a block.
+        shared_bytes: dynamic shared memory of a block.
+    """
+
+    num_blocks: int
+    num_threads: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """One kernel launch.
+
+    Attributes:
+        case: which kernel, and for what it is compiled.
+        tile: of a block; of a kernel without matrix products what it has of one.
+        config: the text of `struct Config`.
+        shape: of the launch.
+        num_tiles: tiles that one (batch, head) is cut into.
+        group_batch, group_heads: batches and query heads summed into one K/V gradient; 1 elsewhere.
+    """
+
+    case: KernelCase
+    tile: Tile
+    config: str
+    shape: LaunchShape
+    num_tiles: int
+    group_batch: int = 1
+    group_heads: int = 1
+
+    @property
+    def spec(self) -> KernelSpec:
+        """The kernel."""
+        return self.case.kernel
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return self.case.kernel.name
+
+    @property
+    def source(self) -> str:
+        """File in kernels/."""
+        return self.case.kernel.source
+
+    @property
+    def entry(self) -> str:
+        """Name of the `extern "C"` function."""
+        return self.case.kernel.entry
+
+    @property
+    def dtype(self) -> str:
+        """Element type of query, key, value and the output."""
+        return self.case.dtype
+
+    @property
+    def head_dim(self) -> int:
+        """Of query and key."""
+        return self.case.head_dim
+
+    @property
+    def head_dim_v(self) -> int:
+        """Of value and the output; 0 of a kernel that has no value."""
+        return self.case.head_dim_v
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the one-dimensional grid."""
+        return self.shape.num_blocks
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a block."""
+        return self.shape.num_threads
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return self.shape.shared_bytes
+
+    def request(self, device: Device) -> CompileRequest:
+        """What to compile for `device`: a cubin for a GPU, PTX for the simulator."""
+        return CompileRequest(self.source, self.config, device.compile_arch, "ptx" if device.kind == "simulator" else "cubin")

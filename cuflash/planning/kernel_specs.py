@@ -1,0 +1,211 @@
+"""What each kernel is: its file, what its blocks keep and stream, what they multiply, and what their tiles were fitted with.
+
+All that depends on which kernel it is, is said here once, as a `KernelSpec`: the rules of tiles and the model behind their defaults (`tiles.py`), plans
+(`planning.py`), counts of visited tiles and the list of tunable kernels follow from it. Another kernel is another `KernelSpec`, and a branch in
+`planning.py` that chooses it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cuflash.planning import argument_structs
+from cuflash.planning.argument_structs import BACKWARD_ARGUMENTS, FORWARD_ARGUMENTS, MERGE_ARGUMENTS, Struct
+
+Operand = Literal["query", "key", "value", "grad_out"]
+Scores = Literal["S", "dP"]
+Output = Literal["O", "dQ", "dK", "dV"]
+
+_WIDE_AS_VALUE = ("value", "grad_out", "dP", "O", "dV")
+"""Operands and outputs with head_dim_v columns, and scores that are sums over them; the others have head_dim."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the model of tiles was fitted with (docs/performance.md).
+
+    Attributes:
+        registers: per thread, besides accumulators and operands of 16-bit or TF32 products.
+        boolean_mask_registers: more with a boolean mask.
+        split_dropout_registers: more with dropout where float32 products are three of TF32.
+        streams_through_registers: where there are no asynchronous copies, the next streamed tile waits in registers.
+        instructions: of each score, besides products.
+        barriers: of each streamed tile.
+        uncovered_cycles: of each streamed tile where only one is in flight.
+        small_blocks: from sm_100 on, products of many instructions spill unless blocks have few warps.
+    """
+
+    registers: int
+    boolean_mask_registers: int
+    split_dropout_registers: int
+    streams_through_registers: bool
+    instructions: int
+    barriers: int
+    uncovered_cycles: int
+    small_blocks: bool
+
+
+_FORWARD_COSTS = Costs(74, 30, 0, True, 6, 2, 150, False)
+_BACKWARD_COSTS = Costs(88, 0, 0, False, 9, 1, 400, True)
+_JOINT_COSTS = Costs(88, 0, 44, False, 9, 1, 400, True)
+
+
+@dataclass(frozen=True, repr=False)
+class KernelSpec:
+    """One kernel. Its name and its implementation say which it is.
+
+    The fields from `rows_of` to `costs` are those of a tiled kernel: one with matrix products, whose tile is chosen for each case and may be pinned.
+
+    Attributes:
+        name: as plans and `tile={name: …}` have it.
+        source: file in kernels/; its stem is the entry point.
+        arguments: its one parameter.
+        implementation: the instructions of its products, "mma" for mma.sync, or "threads" where it has none.
+        backward: belongs to the backward pass.
+        workspace: memory besides inputs and outputs that it reads or writes, of `Plan.workspace`.
+        num_warps: of a block, if that is fixed; of a tiled kernel its tile says it.
+        rows_of: the array whose batches, heads and rows the blocks divide among themselves; of a mask, tiles of rows and columns.
+        kept: operands of which a block holds the rows that it owns.
+        streamed: operands whose tiles pass through shared memory.
+        statistics: row statistics pass through with them, from sm_80 on.
+        scores: matrices of scores that are computed for each pair of tiles.
+        outputs: what is summed over the pairs.
+        sums_scores: the sum has the form of scores, as the gradient of a mask has.
+        online_softmax: the output is rescaled whenever a row finds a larger maximum.
+        max_stages: most streamed tiles in flight.
+        walks_lists: with features that hide tiles by data, blocks walk over lists of visible tiles. False where it is not worth making them: a kernel that
+            seldom visits any tile, or one that adds up the tiles of many heads.
+        drops: dropout means something to it.
+        takes_single_tile: how a pass takes the one tile that a caller pins for all of its kernels: as it is, with queries and keys exchanged, or not at all.
+        constants: of `Config`, besides those of every tiled kernel.
+        costs: see there.
+    """
+
+    name: str
+    source: str = field(compare=False)
+    arguments: Struct = field(compare=False)
+    implementation: Literal["mma", "threads"] = "threads"
+    backward: bool = field(default=False, compare=False)
+    workspace: tuple[str, ...] = field(default=(), compare=False)
+    num_warps: int = field(default=0, compare=False)
+    rows_of: Literal["query", "key", "value", "attn_mask"] = field(default="query", compare=False)
+    kept: tuple[Operand, ...] = field(default=(), compare=False)
+    streamed: tuple[Operand, ...] = field(default=(), compare=False)
+    statistics: bool = field(default=False, compare=False)
+    scores: tuple[Scores, ...] = field(default=(), compare=False)
+    outputs: tuple[Output, ...] = field(default=(), compare=False)
+    sums_scores: bool = field(default=False, compare=False)
+    online_softmax: bool = field(default=False, compare=False)
+    max_stages: int = field(default=4, compare=False)
+    walks_lists: bool = field(default=True, compare=False)
+    drops: bool = field(default=True, compare=False)
+    takes_single_tile: Literal["as_it_is", "transposed", "not"] = field(default="as_it_is", compare=False)
+    constants: tuple[tuple[str, bool], ...] = field(default=(), compare=False)
+    costs: Costs = field(default=_BACKWARD_COSTS, compare=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"<kernel {self.name}>"
+
+    @property
+    def entry(self) -> str:
+        """Name of the `extern "C"` function."""
+        return self.source.removesuffix(".cu")
+
+    @property
+    def is_tiled(self) -> bool:
+        """It has matrix products and a tile of its own."""
+        return bool(self.scores)
+
+    @property
+    def owns_keys(self) -> bool:
+        """Blocks own keys and stream queries; those of the others own queries and stream keys."""
+        return self.rows_of in ("key", "value")
+
+    @property
+    def reads_value(self) -> bool:
+        """Anything in it has the columns of value."""
+        return any(name in _WIDE_AS_VALUE for name in (*self.kept, *self.streamed))
+
+    @property
+    def products(self) -> tuple[int, int]:
+        """How many matrix products run over columns of query and key, and how many over those of value and output."""
+        over_value = sum(name in _WIDE_AS_VALUE for name in (*self.scores, *self.outputs))
+        return len(self.scores) + len(self.outputs) - over_value, over_value
+
+    def output_columns(self, head_dim: int, head_dim_v: int) -> int:
+        """Columns of all outputs, of heads with these columns."""
+        return sum(columns_of(name, head_dim, head_dim_v) for name in self.outputs)
+
+
+def columns_of(name: Operand | Output, head_dim: int, head_dim_v: int) -> int:
+    """Columns of an operand or output, of heads with these columns."""
+    return head_dim_v if name in _WIDE_AS_VALUE else head_dim
+
+
+# --- Forward pass -------------------------------------------------------------------------------------------------------------------------
+
+FORWARD = KernelSpec(
+    "forward", "forward_mma.cu", FORWARD_ARGUMENTS, "mma",
+    rows_of="query", kept=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, costs=_FORWARD_COSTS,
+)  # fmt: skip
+
+# --- Backward pass, in the order of a call ------------------------------------------------------------------------------------------------
+
+_ROWS = ("row_statistics", "log2_sums")
+"""What backward kernels know of each query row; the second with an additive mask only."""
+
+BACKWARD_DELTA = KernelSpec("backward_delta", "backward_delta.cu", BACKWARD_ARGUMENTS, backward=True, workspace=_ROWS, num_warps=4)
+BACKWARD_ROW_SUMS = KernelSpec(
+    "backward_row_sums", "backward_row_sums_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
+    rows_of="query", kept=("query",), streamed=("key",), scores=("S",),
+    walks_lists=False, drops=False, takes_single_tile="not",
+)  # fmt: skip
+BACKWARD_DKDV = KernelSpec(
+    "backward_dkdv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
+    rows_of="key", kept=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV"),
+    constants=(("COMPUTE_DK", True), ("COMPUTE_DV", True)), costs=_JOINT_COSTS,
+)  # fmt: skip
+BACKWARD_DV = KernelSpec(
+    "backward_dv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
+    rows_of="value", kept=("key",), streamed=("query", "grad_out"), statistics=True, scores=("S",), outputs=("dV",),
+    constants=(("COMPUTE_DK", False), ("COMPUTE_DV", True)),
+)  # fmt: skip
+BACKWARD_DK = KernelSpec(
+    "backward_dk", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
+    rows_of="key", kept=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK",),
+    constants=(("COMPUTE_DK", True), ("COMPUTE_DV", False)),
+)  # fmt: skip
+BACKWARD_DQ = KernelSpec(
+    "backward_dq", "backward_dq_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
+    rows_of="query", kept=("query", "grad_out"), streamed=("key", "value"), scores=("S", "dP"), outputs=("dQ",), takes_single_tile="transposed",
+)  # fmt: skip
+BACKWARD_MASK = KernelSpec(
+    "backward_mask", "backward_mask_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
+    rows_of="attn_mask", kept=("query", "grad_out"), streamed=("key", "value"), scores=("S", "dP"), sums_scores=True, max_stages=1, walks_lists=False,
+)  # fmt: skip
+BACKWARD_SINKS = KernelSpec("backward_sinks", "backward_sinks.cu", BACKWARD_ARGUMENTS, backward=True, workspace=_ROWS, num_warps=8)
+
+# --- Beside both --------------------------------------------------------------------------------------------------------------------------
+
+VISIBLE_TILES = KernelSpec(
+    "visible_tiles", "visible_tiles.cu", argument_structs.VISIBLE_TILES_ARGUMENTS, workspace=("visible_tiles",), num_warps=4
+)
+"""Lists, for the tiles that blocks of the next kernel own, the tiles that they have to visit."""
+DROPOUT_MASK = KernelSpec("dropout_mask", "dropout_mask.cu", argument_structs.DROPOUT_MASK_ARGUMENTS, num_warps=4)
+MERGE_ATTENTION = KernelSpec("merge_attention", "merge_attention.cu", MERGE_ARGUMENTS, num_warps=4)
+MERGE_ATTENTION_BACKWARD = KernelSpec(
+    "merge_attention_backward", "merge_attention_backward.cu", MERGE_ARGUMENTS, backward=True, num_warps=4
+)
+MERGE_TABLE = KernelSpec("merge_table", "merge_table.cu", argument_structs.MERGE_TABLE_ARGUMENTS, num_warps=4)
+
+KERNELS: tuple[KernelSpec, ...] = (
+    FORWARD, BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ, BACKWARD_MASK, BACKWARD_SINKS, VISIBLE_TILES,
+    DROPOUT_MASK, MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE,
+)  # fmt: skip
+
+TILED_KERNELS: dict[str, KernelSpec] = {kernel.name: kernel for kernel in KERNELS if kernel.is_tiled}
+"""Name -> kernel, of those whose tiles may be pinned."""

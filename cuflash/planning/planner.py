@@ -1,0 +1,261 @@
+"""From a problem and a device to the kernels that will run: which, with which constants, in which grid, with how much memory.
+
+Pure: nothing here touches a GPU, CuPy or a compiler, so a plan can be made for any architecture anywhere, and printed.
+
+Memory beyond inputs and outputs is O(S): the forward pass needs none, the backward pass eight bytes per query row and head, with an additive mask
+twelve. With a boolean mask or segments, the lists of visible tiles take four bytes for each pair of tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from math import ceil
+
+from cuflash.arrays.borrowing import describe
+from cuflash.errors import TileError, UnsupportedError
+from cuflash.hardware.device import Device
+from cuflash.planning import kernel_cases, kernel_specs, tile_choice, tile_model, tile_rules
+from cuflash.planning.codegen import config_text
+from cuflash.planning.description import describe
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
+from cuflash.planning.kernel_specs import KernelSpec
+from cuflash.planning.plan import Plan
+from cuflash.problem.features import NO_FEATURES
+from cuflash.problem.problem import Problem
+from cuflash.problem.tile import Tile, Tiles
+
+MAX_GRID = 2**31 - 1
+ROW_STATISTICS_BYTES = 8
+MAX_SHARED_SLICES = 5  # of a wide head, beyond which dK and dV take a kernel each
+
+
+def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile: Tiles = None) -> Plan:
+    """Choose kernels, tiles and grids.
+
+    Args:
+        problem: what to compute.
+        device: where.
+        backward: gradients instead of the output.
+        tile: None for the default tiles. For the backward pass a single tile is meant for the dK/dV kernel, and the dQ kernel takes it with tile_q
+            and tile_kv exchanged, backward_row_sums not at all; a mapping pins kernels by name, such as {"backward_dq": Tile(...)}.
+
+    Raises:
+        TileError: `tile` is not legal here, or names a kernel that does not run.
+        UnsupportedError: more blocks than a grid can have.
+    """
+    kernels: tuple[KernelPlan, ...] = ()
+    if not problem.is_empty:
+        tiled = backward_kernels(problem, device) if backward else (kernel_specs.FORWARD,)
+        check_names(tile, tiled)
+        planned = [kernel for kernel in (_tiled_kernel(spec, problem, device, tile) for spec in tiled) if kernel.num_blocks]
+        if problem.features.kinds.lists_tiles:
+            with_lists = [
+                (_visible_tiles_kernel(kernel, problem, device), kernel) if kernel.spec.walks_lists else (kernel,) for kernel in planned
+            ]
+            planned = [kernel for launched in with_lists for kernel in launched]
+        if backward:
+            planned.insert(0, _delta_kernel(problem, device))
+            if problem.features.kinds.sinks:
+                planned.append(_sinks_kernel(problem, device))
+        kernels = tuple(planned)
+    for kernel in kernels:
+        if kernel.num_blocks > MAX_GRID:
+            hint = "Split the call along the batch."
+            raise UnsupportedError("query", f"{kernel.num_blocks} tiles over batch and heads", f"at most {MAX_GRID}", hint)
+    return Plan(problem, device, backward, kernels, _gradients(problem) if backward else _results(problem), _workspace(problem, kernels))
+
+
+def backward_kernels(problem: Problem, device: Device) -> tuple[KernelSpec, ...]:
+    """The tiled kernels that make the gradients.
+
+    dK and dV come from one kernel where the accumulators of both fit the registers and they are summed over the same heads and batches.
+    """
+    same_groups = problem.key_shape[:3] == problem.value_shape[:3]
+    joint = same_groups and not splits_dkdv(_case(kernel_specs.BACKWARD_DKDV, problem), device)
+    kernels = [kernel_specs.BACKWARD_ROW_SUMS] if problem.features.kinds.additive_mask else []
+    kernels += [kernel_specs.BACKWARD_DKDV] if joint else [kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DK]
+    kernels += [kernel_specs.BACKWARD_DQ]
+    kernels += [kernel_specs.BACKWARD_MASK] if problem.features.need_attn_mask_grad else []
+    return tuple(kernels)
+
+
+@functools.lru_cache(maxsize=4096)
+def splits_dkdv(case: KernelCase, device: Device) -> bool:
+    """Whether no tile of the joint dK/dV kernel fits the registers with room to spare, or too many warps would compute the same exponentials."""
+    if tile_choice.measured_tile(case, device) is not None:
+        return False
+    legal = tile_choice.legal_tiles_for(case, device)
+    return (
+        not legal
+        or case.head_slices(device) > MAX_SHARED_SLICES
+        or tile_model.estimate_registers(case, legal[0], device) > tile_rules.MAX_REGISTERS
+    )
+
+
+def check_names(tile: Tiles, kernels: tuple[KernelSpec, ...]) -> None:
+    """A mapping pins kernels that run, no others."""
+    names = [kernel.name for kernel in kernels]
+    for name in tile if isinstance(tile, Mapping) else ():
+        if name not in names:
+            raise TileError(
+                "tile",
+                f"a tile for {describe(name)}",
+                "kernels that run: " + ", ".join(names),
+                "Correct the name, or remove it; print(plan) lists the kernels.",
+            )
+
+
+def _case(spec: KernelSpec, problem: Problem) -> KernelCase:
+    allow_tf32 = problem.allow_tf32 and problem.dtype == "float32"
+    features = problem.features.kinds
+    if not spec.drops:
+        features = replace(features, dropout=False)
+    return KernelCase(spec, problem.dtype, problem.head_dim, allow_tf32, problem.head_dim_v, features)
+
+
+def _tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:
+    case = _case(spec, problem)
+    tile = _choose_tile(case, device, pinned)
+    shared_bytes = kernel_cases.shared_bytes(case, tile, device)
+    constants: dict[str, int | bool | str] = {
+        "CAPABILITY": device.capability,
+        "HEAD_DIM": problem.head_dim,
+        "HEAD_DIM_V": case.head_dim_v,
+        "HEAD_SLICES": case.head_slices(device),
+        "HEAD_STEPS": case.head_steps(device),
+        "TILE_Q": tile.tile_q,
+        "TILE_KV": tile.tile_kv,
+        "NUM_WARPS": tile.num_warps,
+        "NUM_STAGES": tile.num_stages,
+        "SHARED_BYTES": shared_bytes,
+        "CAUSAL": problem.is_causal,
+        "VARLEN": problem.num_sequences is not None,
+        "SEQLENS_KV": problem.seqlens_kv,
+        "ALLOW_TF32": case.allow_tf32,
+        **case.features.constants(),
+        **dict(spec.constants),
+    }
+    batch, heads, num_tiles = _owned(case, tile, problem)
+    group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
+    if problem.num_sequences is not None:
+        batch, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # blocks of one more fill what lies behind the last
+    return KernelPlan(
+        case, tile, config_text(problem.dtype, constants), LaunchShape(num_tiles * heads * batch, 32 * tile.num_warps, shared_bytes), num_tiles,
+        group_batch, group_heads,
+    )  # fmt: skip
+
+
+def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, int]:
+    """Batches and heads of the array whose rows blocks own, and tiles that one head of it is cut into."""
+    if case.kernel.rows_of == "attn_mask":  # blocks own tiles of its gradient, and sum over the axes that it is broadcast along
+        assert problem.features.attn_mask is not None
+        batch, heads, rows, columns = problem.features.attn_mask.extents
+        return batch, heads, ceil(rows / tile.tile_q) * ceil(columns / tile.tile_kv)
+    shapes = {"query": problem.query.shape, "key": problem.key_shape, "value": problem.value_shape}
+    batch, _, heads, _ = shapes[case.kernel.rows_of]
+    seqlen = problem.max_seqlen_kv if case.kernel.owns_keys else problem.max_seqlen_q
+    return batch, heads, ceil(seqlen / case.stationary_rows(tile))
+
+
+def _choose_tile(case: KernelCase, device: Device, pinned: Tiles) -> Tile:
+    if isinstance(pinned, Mapping):
+        pinned = pinned.get(case.kernel.name)
+    elif case.kernel.takes_single_tile == "transposed" and isinstance(pinned, Tile):
+        pinned = pinned.transposed()
+    elif case.kernel.takes_single_tile == "not":
+        pinned = None
+    return tile_choice.default_tile(case, device) if pinned is None else tile_choice.check_tile(case, pinned, device)
+
+
+def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> KernelPlan:
+    """The kernel that lists which tiles the kernel `of` has to visit."""
+    spec = kernel_specs.VISIBLE_TILES
+    kinds = problem.features.kinds
+    kinds = replace(
+        NO_FEATURES,
+        attn_mask="bool" if kinds.attn_mask == "bool" else None,
+        **{name: getattr(kinds, name) for name in ("window", "segments", "prefix")},
+    )
+    constants: dict[str, int | bool | str] = {
+        "CAPABILITY": device.capability,
+        "TILE_Q": of.tile.tile_q,
+        "TILE_KV": of.tile.tile_kv,
+        "NUM_WARPS": spec.num_warps,
+        "BY_KEYS": of.spec.owns_keys,
+        "CAUSAL": problem.is_causal,
+        "VARLEN": False,
+        "SEQLENS_KV": problem.seqlens_kv,
+        **kinds.constants(),
+    }
+    batches, heads = problem.list_extents
+    return KernelPlan(
+        KernelCase(spec, problem.dtype, problem.head_dim, features=kinds), of.tile, config_text("float32", constants),
+        LaunchShape(of.num_tiles * batches * heads, 32 * spec.num_warps, 4 * spec.num_warps), of.num_tiles,
+    )  # fmt: skip
+
+
+def _results(problem: Problem) -> tuple[Buffer, ...]:
+    out = Buffer("out", problem.layout.from_canonical(problem.output_shape), problem.dtype)
+    return (out, Buffer("lse", problem.lse_shape, "float32")) if problem.return_lse else (out,)
+
+
+def _gradients(problem: Problem) -> tuple[Buffer, ...]:
+    shapes = {"grad_query": problem.query.shape, "grad_key": problem.key_shape, "grad_value": problem.value_shape}
+    gradients = [Buffer(name, problem.layout.from_canonical(shape), problem.dtype) for name, shape in shapes.items()]
+    mask = problem.features.attn_mask
+    if problem.features.need_attn_mask_grad and mask is not None:
+        gradients.append(Buffer("grad_attn_mask", mask.shape, mask.dtype))
+    if problem.features.kinds.sinks:
+        gradients.append(Buffer("grad_sinks", (problem.num_heads_q,), "float32"))
+    return tuple(gradients)
+
+
+def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
+    """What the kernels of a call hand on to each other."""
+    rows = problem.batch * problem.num_heads_q * problem.seqlen_q
+    buffers = (
+        Buffer("row_statistics", (rows, ROW_STATISTICS_BYTES // 4), "float32"),
+        Buffer("log2_sums", (rows if problem.features.kinds.additive_mask else 0,), "float32"),
+        Buffer("visible_tiles", (max((_list_entries(kernel, problem) for kernel in kernels), default=0),), "int32"),
+    )
+    needed = {name for kernel in kernels for name in kernel.spec.workspace}
+    return tuple(buffer for buffer in buffers if buffer.name in needed and buffer.nbytes)
+
+
+def _list_entries(kernel: KernelPlan, problem: Problem) -> int:
+    """Length of the lists of visible tiles of one kernel: for each tile that blocks own, a count and at most one entry for each tile that they walk over."""
+    if not (kernel.spec.is_tiled and kernel.spec.walks_lists):
+        return 0
+    walked = ceil(problem.seqlen_q / kernel.tile.tile_q) if kernel.spec.owns_keys else ceil(problem.seqlen_kv / kernel.tile.tile_kv)
+    batches, heads = problem.list_extents
+    return batches * heads * kernel.num_tiles * (1 + walked)
+
+
+def _sinks_kernel(problem: Problem, device: Device) -> KernelPlan:
+    """The gradient of the sinks, one block for each query head."""
+    spec = kernel_specs.BACKWARD_SINKS
+    constants: dict[str, int | bool | str] = {
+        "CAPABILITY": device.capability,
+        "NUM_WARPS": spec.num_warps,
+        "ADDITIVE_MASK": problem.features.kinds.additive_mask,
+    }
+    return KernelPlan(
+        KernelCase(spec, problem.dtype, problem.head_dim), Tile(1, 1, spec.num_warps, 1), config_text("float32", constants),
+        LaunchShape(problem.num_heads_q, 32 * spec.num_warps, 4 * spec.num_warps), 1,
+    )  # fmt: skip
+
+
+def _delta_kernel(problem: Problem, device: Device) -> KernelPlan:
+    spec = kernel_specs.BACKWARD_DELTA
+    chunks = ceil(problem.head_dim_v * problem.itemsize / 16)
+    lanes = next(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes >= min(chunks, 32))
+    rows = 32 * spec.num_warps // lanes
+    constants = {"CAPABILITY": device.capability, "HEAD_DIM_V": problem.head_dim_v, "TILE_Q": rows, "NUM_WARPS": spec.num_warps}
+    num_tiles = ceil(problem.seqlen_q / rows)
+    return KernelPlan(
+        KernelCase(spec, problem.dtype, problem.head_dim, head_dim_v=problem.head_dim_v), Tile(rows, 1, spec.num_warps, 1),
+        config_text(problem.dtype, constants), LaunchShape(num_tiles * problem.num_heads_q * problem.batch, 32 * spec.num_warps, 0), num_tiles,
+    )  # fmt: skip

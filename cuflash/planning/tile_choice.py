@@ -1,0 +1,96 @@
+"""Tiles for every case: the legal ones in order, the default, and a check of one that a caller pins.
+
+The default is the measured tile where there is one, else the best by the model, so that any head dimension on any architecture has one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import fields
+
+from cuflash.arrays.borrowing import describe
+from cuflash.errors import TileError
+from cuflash.hardware.device import Device
+from cuflash.planning import measured_tiles
+from cuflash.planning.kernel_cases import KernelCase, head_dims
+from cuflash.planning.tile_model import estimate_cycles
+from cuflash.planning.tile_rules import MAX_COUNT, broken_rule
+from cuflash.problem.features import NO_FEATURES
+from cuflash.problem.tile import Tile
+
+
+def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
+    # Split float32 products and products on the ordinary units are many instructions each: longer tiles take seconds to compile. From sm_100 on the
+    # compiler spills registers for them unless tiles are shortest and single, in the backward pass also few warps.
+    many_instructions = case.uses_simt(device) or (case.dtype == "float32" and not case.allow_tf32)
+    shortest = many_instructions and device.capability >= 100
+    longest = 16 if shortest else 32 if many_instructions else 128
+    slices = case.head_slices(device)
+    stages = (1,) if device.capability < 80 or shortest or case.head_steps(device) > 1 else (1, 2, 3)
+    for row_warps in (1, 2) if shortest and case.kernel.costs.small_blocks else (1, 2, 4, 8):
+        num_warps = row_warps * slices
+        for warp_rows in (16, 32):
+            for streamed in (length for length in (16, 32, 48, 64, 80, 96, 112, 128) if length <= longest):
+                for num_stages in stages:
+                    rows = row_warps * warp_rows
+                    if case.kernel.owns_keys:
+                        yield Tile(streamed, rows, num_warps, num_stages)
+                    else:
+                        yield Tile(rows, streamed, num_warps, num_stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def legal_tiles_for(case: KernelCase, device: Device) -> tuple[Tile, ...]:
+    """All tiles of the usual shapes that `device` takes, the measured one first, then best by the model. Other legal ones exist, such as tile_q = 48."""
+    legal = [tile for tile in _candidates(case, device) if broken_rule(case, tile, device) is None]
+    first = measured_tile(case, device)
+
+    def order(tile: Tile) -> tuple[float, ...]:
+        return tile != first, estimate_cycles(case, tile, device), tile.tile_q, tile.tile_kv, tile.num_warps, tile.num_stages
+
+    return tuple(sorted(legal, key=order))
+
+
+def measured_tile(case: KernelCase, device: Device) -> Tile | None:
+    """The fastest tile where all were timed (`measured_tiles`), else None."""
+    if case.dtype == "float32" or case.head_dim != case.head_dim_v or case.features != NO_FEATURES:
+        return None
+    found = measured_tiles.TILES.get((device.arch, case.kernel.name, case.head_dim))
+    return None if found is None else Tile(*found)
+
+
+def default_tile(case: KernelCase, device: Device) -> Tile:
+    """The measured tile or the best one by the model; every supported case has one."""
+    tiles = legal_tiles_for(case, device)
+    if not tiles:
+        raise TileError(
+            "tile", f"{case} on {device.name}", "a device whose shared memory holds the smallest tile", "Use a smaller head_dim."
+        )
+    return tiles[0]
+
+
+def check_tile(case: KernelCase, tile: Tile, device: Device, argument: str = "tile") -> Tile:
+    """Return `tile` if it is legal for `case` on `device`, else raise `TileError` with the broken rule and the nearest legal tiles."""
+    if not isinstance(tile, Tile):
+        raise TileError(argument, describe(tile), "a cuflash.Tile", "Write cuflash.Tile(tile_q=64, tile_kv=64, num_warps=4, num_stages=2).")
+    rule = broken_rule(case, tile, device)
+    if rule is None:
+        return tile
+    nearest = sorted(legal_tiles_for(case, device), key=lambda legal: _distance(legal, tile))[:3]
+    listed = "; ".join(f"Tile({legal})" for legal in nearest)
+    raise TileError(
+        argument,
+        f"Tile({tile})",
+        f"a tile that fits {case.kernel} with {case.dtype}, head_dim {head_dims(case.head_dim, case.head_dim_v)}: {rule}",
+        f"Nearest legal tiles: {listed}.",
+    )
+
+
+def _distance(left: Tile, right: Tile) -> float:
+    def ratio(a: object, b: object) -> float:
+        if type(a) is not int or type(b) is not int or not 1 <= min(a, b) <= max(a, b) <= MAX_COUNT:
+            return 0.0
+        return max(a, b) / min(a, b)
+
+    return sum(ratio(getattr(left, field.name), getattr(right, field.name)) for field in fields(left))

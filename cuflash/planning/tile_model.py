@@ -1,0 +1,128 @@
+"""A small model of the hardware that orders tiles: registers that a kernel will need, and clocks for each (query, key) pair.
+
+It was fitted to what the compiler made of a few hundred tiles (docs/performance.md) and depends on nothing that varies from call to call, least of all on
+sequence lengths.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+from cuflash.hardware.device import Device
+from cuflash.planning.kernel_cases import KernelCase, accumulated, multiply_adds, operand_bytes, row_bytes, shared_bytes
+from cuflash.planning.tile_rules import MAX_REGISTERS, REGISTERS_PER_BLOCK
+from cuflash.problem.tile import Tile
+
+
+def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
+    """Registers per thread that a kernel needs, fitted to what the compiler made of a few hundred tiles (docs/performance.md).
+
+    Scores count half as much again, for they are converted to the next product's operand while they live.
+    """
+    rows = case.stationary_rows(tile) * case.head_slices(device) // tile.num_warps
+    outputs, scores = accumulated(case, device)
+    estimate = rows * (outputs + 3 * scores * case.streamed_rows(tile) // 2) // 32
+    estimate += rows // 4  # the A operand
+    if case.uses_simt(device):
+        estimate += 108
+    elif case.dtype == "float32" and not case.allow_tf32:
+        estimate += 100
+    else:
+        estimate += case.kernel.costs.registers
+    estimate += _feature_registers(case)
+    if (
+        not case.kernel.backward
+        and (case.dtype, device.capability) == ("float32", 90)
+        and 240 < case.head_dim_v <= 256
+        and tile.num_stages < 3
+    ):
+        estimate += 12  # with fewer stages the compiler also keeps addresses, and spills 4 to 8 bytes
+    if device.capability < 80 and case.kernel.costs.streams_through_registers:
+        chunks = case.streamed_rows(tile) * max(row_bytes(case, device)) // 16 // (32 * tile.num_warps)
+        estimate += 8 * chunks if chunks <= 8 else 0
+    return estimate
+
+
+def _feature_registers(case: KernelCase) -> int:
+    """What score features and masks take beyond the rest, where tiles that fit without them spilled with them."""
+    costs, estimate = case.kernel.costs, 0
+    if case.features.attn_mask == "bool":
+        estimate += costs.boolean_mask_registers
+    if case.features.dropout and case.dtype == "float32" and not case.allow_tf32:
+        estimate += costs.split_dropout_registers
+    return estimate
+
+
+# --- The model ----------------------------------------------------------------------------------------------------------------------------
+
+# Rates per SM and clock: dense multiply-adds of mma.sync with 16-bit operands and float32 sums, exponentials, 32-bit instructions.
+_MMA_RATE = {75: 512, 80: 1024, 86: 256, 87: 512, 89: 256, 90: 1024, 100: 1024, 103: 1024, 120: 256, 121: 256}
+_EXP_RATE = 16
+_ISSUE_RATE = {75: 64, 80: 64}
+_SMEM_RATE = 128
+_L2_RATE = 32
+_BARRIER_CYCLES = 120
+_SPILL_PENALTY = 4.0
+
+
+def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
+    """Modelled clocks of one SM per (query, key) pair and head; only the order of tiles matters.
+
+    Matrix products, traffic of shared memory and of L2, and exponentials with their neighbours overlap between the warps of an SM as far as there are warps to
+    overlap; barriers and uncovered loads do not. Tiles that by the register estimate would spill come last.
+    """
+    kernel, costs = case.kernel, case.kernel.costs
+    rows, streamed = case.stationary_rows(tile), case.streamed_rows(tile)
+
+    mma_rate = float(_MMA_RATE.get(device.capability, 1024))
+    if case.uses_simt(device):
+        mma_rate = 64.0
+    elif case.dtype == "float32":
+        mma_rate /= 2 if case.allow_tf32 else 6
+    mma = multiply_adds(case, tile, device) / mma_rate
+
+    # Per streamed tile: every warp reads each streamed operand of each product; stationary operands are read again too; the copy writes once.
+    slices, steps = case.head_slices(device), case.head_steps(device)
+    row, row_v = (steps * nbytes for nbytes in row_bytes(case, device))
+    kept_bytes, streamed_bytes = (steps * nbytes for nbytes in operand_bytes(case, device))
+    over_d, over_dv = kernel.products
+    traffic = tile.num_warps // slices * streamed * (over_d * row + over_dv * row_v) + rows * kept_bytes + streamed * streamed_bytes
+    if slices > 1:  # parts of scores are exchanged
+        traffic += 4 * (slices + slices * slices) * len(kernel.scores) * rows * streamed
+    smem = traffic / _SMEM_RATE
+
+    issue_rate = _ISSUE_RATE.get(device.capability, 128)
+    scores = slices * rows * streamed
+    split = 3.0 if case.dtype == "float32" and not case.allow_tf32 else 1.0
+    instructions = scores * costs.instructions + split * traffic / 16
+    if kernel.online_softmax:  # once per tile: O is rescaled, and the maximum of each row found across lanes
+        instructions += rows * (case.columns(device)[1] + 40 * slices)
+    other = scores / _EXP_RATE + instructions / issue_rate
+
+    fetched = streamed + (rows if steps > 1 else 0)
+    l2 = fetched * streamed_bytes / _L2_RATE  # every block fetches every streamed tile: only more rows per block save traffic
+
+    blocks = _blocks_per_sm(case, tile, device)
+    warps_per_scheduler = blocks * tile.num_warps / 4
+    overlap = min(1.0, warps_per_scheduler / 3)
+    busiest = max(mma, smem, other, l2)
+    rest = mma + smem + other + l2 - busiest
+    exposed = costs.barriers * _BARRIER_CYCLES
+    if tile.num_stages == 1:
+        exposed += costs.uncovered_cycles
+    cycles = busiest + rest * (1 - 0.75 * overlap) + exposed / blocks
+    if device.capability >= 80 and warps_per_scheduler < 1:
+        cycles *= 1.5
+    limit = min(MAX_REGISTERS, REGISTERS_PER_BLOCK // (32 * tile.num_warps))
+    over = estimate_registers(case, tile, device) - limit
+    if over > 0:
+        cycles *= _SPILL_PENALTY * (1 + over / 100)
+    return cycles / (rows * streamed)
+
+
+def _blocks_per_sm(case: KernelCase, tile: Tile, device: Device) -> int:
+    reserved = 1024 if device.capability >= 80 else 0
+    by_smem = device.shared_memory_per_sm // (shared_bytes(case, tile, device) + reserved)
+    registers = min(MAX_REGISTERS, ceil(estimate_registers(case, tile, device) / 8) * 8)
+    by_registers = device.registers_per_sm // (registers * 32 * tile.num_warps)
+    return max(1, min(by_smem, by_registers, 16))

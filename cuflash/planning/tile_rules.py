@@ -1,0 +1,52 @@
+"""Which tiles are legal: the rules that a device and a kernel set them, each in words."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from cuflash.arrays.borrowing import describe
+from cuflash.hardware.device import Device
+from cuflash.planning.kernel_cases import KernelCase, accumulator_registers, shared_bytes
+from cuflash.problem.tile import Tile
+
+MAX_REGISTERS = 255
+MAX_WARPS = 16
+REGISTERS_PER_BLOCK = 65536
+
+
+MAX_COUNT = 2**20  # of anything in a tile; what is possible is far less
+
+
+def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
+    """The first rule that `tile` breaks on `device`, in words, or None when it is legal."""
+    for field in fields(tile):
+        count = getattr(tile, field.name)
+        if type(count) is not int or not 1 <= count <= MAX_COUNT:
+            return f"{field.name} must be a positive int, got {describe(count)}"
+    stationary, streamed = ("tile_kv", "tile_q") if case.kernel.owns_keys else ("tile_q", "tile_kv")
+    if tile.num_warps > MAX_WARPS:
+        return f"num_warps must be at most {MAX_WARPS}"
+    slices = case.head_slices(device)
+    if tile.num_warps % slices:
+        return f"num_warps must be a multiple of {slices}, the slices of the head"
+    if getattr(tile, stationary) % (16 * tile.num_warps // slices):
+        of_a_slice = f" / {slices} slices of the head" if slices > 1 else ""
+        return f"{stationary} must be a multiple of 16 * num_warps{of_a_slice} = {16 * tile.num_warps // slices}"
+    if getattr(tile, streamed) % 16:
+        return f"{streamed} must be a multiple of 16"
+    if device.capability < 80 and tile.num_stages != 1:
+        return f"num_stages must be 1 on {device.arch}, which has no asynchronous copies"
+    if case.head_steps(device) > 1 and tile.num_stages != 1:
+        return f"num_stages must be 1 on {device.arch}, whose shared memory this head passes through in steps"
+    if tile.num_stages > case.kernel.max_stages:
+        if case.kernel.max_stages == 1:
+            return "num_stages must be 1: this kernel copies its operands when it needs them"
+        return f"num_stages must be at most {case.kernel.max_stages}"
+    needed = shared_bytes(case, tile, device)
+    if needed > device.shared_memory_per_block:
+        return f"shared memory: {needed} bytes needed, {device.shared_memory_per_block} available on {device.arch}"
+    limit = min(MAX_REGISTERS, REGISTERS_PER_BLOCK // (32 * tile.num_warps))
+    needed = accumulator_registers(case, tile, device) + 24
+    if needed > limit:
+        return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"
+    return None

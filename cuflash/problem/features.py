@@ -1,0 +1,413 @@
+"""Score features and masks of a call: check what the caller passed, and reduce it to a frozen, hashable `Features`.
+
+    score = [softcap · tanh](scale · q·k [/ softcap]) + attn_mask - alibi_slope · |i + shift - j|
+    i sees j  ⇔  causal or j < prefix_length,  and -left <= j - i - shift <= right,  and equal segment ids,  and a boolean attn_mask is True
+    P = exp(score - lse),  lse = log(Σ exp(score) + exp(sink)),  out = dropout(P) V
+
+`shift` is 0 for causal_alignment="top_left" and seqlen_kv - seqlen_q for "bottom_right". `FeatureSet` is the part of `Features` that kernels are compiled
+for; all else is a run-time argument. Nothing in this file touches an array's values, a GPU or a framework.
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy
+
+from cuflash.arrays.borrowing import AnyArray, Array, describe, is_array
+from cuflash.errors import DeviceError, DTypeError, OptionError, ShapeError
+from cuflash.problem.options import Options, check_bool, real
+from cuflash.problem.other_names import explains_features
+
+Shape4 = tuple[int, int, int, int]
+Strides2 = tuple[int, int]
+
+MASK_DTYPES = ("bool", "float16", "bfloat16", "float32")
+Seed: TypeAlias = int | tuple[int, int] | AnyArray | None
+
+UNLIMITED = 2**31 - 1
+"""What stands for no limit where kernels compare 32-bit differences of positions."""
+
+
+@explains_features
+@dataclass(frozen=True)
+class FeatureSet:
+    """The features that kernels are compiled for; each is absent from the machine code of a kernel that does not have it.
+
+    Attributes:
+        attn_mask: element type of the mask, "bool", "float16", "bfloat16" or "float32"; None without.
+        dropout, window, softcap, alibi, sinks, segments, prefix: whether the feature is used.
+    """
+
+    attn_mask: str | None = None
+    dropout: bool = False
+    window: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    sinks: bool = False
+    segments: bool = False
+    prefix: bool = False
+
+    @property
+    def lists_tiles(self) -> bool:
+        """Which tiles have visible pairs depends on data, and a kernel of its own lists them."""
+        return self.attn_mask == "bool" or self.segments
+
+    @property
+    def additive_mask(self) -> bool:
+        """A mask is added to the scores."""
+        return self.attn_mask not in (None, "bool")
+
+    @property
+    def hides_keys(self) -> bool:
+        """Any of them masks keys."""
+        return self.lists_tiles or self.window or self.prefix
+
+    def names(self) -> tuple[str, ...]:
+        """The features that are used, for people and for the model of registers."""
+        flags = ("dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix")
+        mask = () if self.attn_mask is None else ("boolean mask" if self.attn_mask == "bool" else "additive mask",)
+        return (*mask, *(name for name in flags if getattr(self, name)))
+
+    def constants(self) -> dict[str, bool | str]:
+        """What `struct Config` says of the features."""
+        element = {None: "NoMask", "bool": "uint8", "float32": "float"}.get(self.attn_mask, self.attn_mask)
+        return {
+            "MaskElement": str(element),
+            "DROPOUT": self.dropout,
+            "WINDOW": self.window,
+            "SOFTCAP": self.softcap,
+            "ALIBI": self.alibi,
+            "SINKS": self.sinks,
+            "SEGMENTS": self.segments,
+            "PREFIX": self.prefix,
+        }
+
+
+NO_FEATURES = FeatureSet()
+
+
+@dataclass(frozen=True)
+class MaskLayout:
+    """An attention mask in canonical axes.
+
+    Attributes:
+        dtype: one of `MASK_DTYPES`.
+        shape: as the caller has it, one to four dimensions; the shape of its gradient.
+        extents: (batch, num_heads_q, seqlen_q, seqlen_kv), 1 where it is broadcast.
+        strides: of the same axes in elements, 0 where it is broadcast.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    extents: Shape4
+    strides: Shape4
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of one call, without addresses.
+
+    Attributes:
+        kinds: what kernels are compiled for.
+        attn_mask: layout of the mask, or None.
+        need_attn_mask_grad: the backward pass also gives the gradient of an additive mask.
+        window_low, window_high: query i sees keys j with window_low <= j - i - shift <= window_high; ±UNLIMITED for no limit.
+        softcap: or None.
+        dropout_p: probability of dropping.
+        alibi_strides: of (batch, head), in elements.
+        sinks_stride: of the head, in elements.
+        segment_ids_q_strides, segment_ids_kv_strides: of (batch, position), in elements.
+        prefix_stride: of the batch, in elements.
+    """
+
+    kinds: FeatureSet = field(default_factory=FeatureSet)
+    attn_mask: MaskLayout | None = None
+    need_attn_mask_grad: bool = False
+    window_low: int = -UNLIMITED
+    window_high: int = UNLIMITED
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    alibi_strides: Strides2 = (0, 0)
+    sinks_stride: int = 0
+    segment_ids_q_strides: Strides2 = (0, 0)
+    segment_ids_kv_strides: Strides2 = (0, 0)
+    prefix_stride: int = 0
+
+    def describe(self) -> str:
+        """One line for people: the features that are used, with their numbers."""
+        words = []
+        if self.attn_mask is not None:
+            gradient = ", with its gradient" if self.need_attn_mask_grad else ""
+            words.append(f"attn_mask {self.attn_mask.dtype} {self.attn_mask.shape}{gradient}")
+        if self.kinds.window:
+            words.append(f"window of keys at distances {_limit(self.window_low, '-infinity')} to {_limit(self.window_high, 'infinity')}")
+        if self.softcap is not None:
+            words.append(f"softcap {self.softcap:g}")
+        if self.kinds.dropout:
+            words.append(f"dropout {self.dropout_p:g}")
+        words += [name for name in ("alibi", "sinks", "segments", "prefix") if getattr(self.kinds, name)]
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Extents:
+    """What features are checked against.
+
+    Attributes:
+        batch, num_heads_q, seqlen_q, seqlen_kv: of the scores; of packed sequences their number, and the longest.
+        like: the query.
+    """
+
+    batch: int
+    num_heads_q: int
+    seqlen_q: int
+    seqlen_kv: int
+    like: Array
+
+
+def check_features(extents: Extents, arrays: Mapping[str, Array], options: Options, *, is_causal: bool, scale: float) -> Features:
+    """Check the features of a call, all of them.
+
+    Args:
+        extents: of the call.
+        arrays: of the call, borrowed, by name.
+        options: as they came from the caller.
+        is_causal, scale: of the call, checked.
+
+    Raises:
+        OptionError: a scalar outside its domain, or options that exclude each other.
+        DTypeError, ShapeError, DeviceError: an array that does not fit.
+    """
+    probability = check_dropout_p(options.dropout_p)
+    if "dropout_state" in arrays:
+        check_dropout_state(arrays["dropout_state"], extents)
+    left, right = check_window(options.window)
+    cap = check_softcap(options.softcap, scale)
+    mask = _check_mask(arrays["attn_mask"], extents) if "attn_mask" in arrays else None
+    need_grad = _check_need_grad(options.need_attn_mask_grad, mask)
+    if "prefix_lengths" in arrays and not is_causal:
+        hint = "Pass is_causal=True: keys of the prefix are visible to all queries, the others causally."
+        raise OptionError("prefix_lengths", "an array with is_causal=False", "is_causal=True", hint)
+    if ("segment_ids_q" in arrays) != ("segment_ids_kv" in arrays):
+        missing = "segment_ids_kv" if "segment_ids_q" in arrays else "segment_ids_q"
+        hint = f"Pass {missing} too; for self-attention it is the same array."
+        raise OptionError(missing, "None while the other one is given", "ids for queries and keys", hint)
+
+    batch, heads, seqlen_q, seqlen_kv = extents.batch, extents.num_heads_q, extents.seqlen_q, extents.seqlen_kv
+    strides = {
+        name: _strides(name, arrays[name], dtype, shapes, extents)
+        for name, dtype, shapes in (
+            ("alibi_slopes", "float32", ((batch, heads), (1, heads), (heads,))),
+            ("sinks", "float32", ((heads,),)),
+            ("segment_ids_q", "int32", ((batch, seqlen_q), (1, seqlen_q))),
+            ("segment_ids_kv", "int32", ((batch, seqlen_kv), (1, seqlen_kv))),
+            ("prefix_lengths", "int32", ((batch,),)),
+        )
+        if name in arrays
+    }
+    kinds = FeatureSet(
+        attn_mask=None if mask is None else mask.dtype, dropout=probability > 0.0, window=(left, right) != (None, None), softcap=cap is not None,
+        alibi="alibi_slopes" in arrays, sinks="sinks" in arrays, segments="segment_ids_q" in arrays, prefix="prefix_lengths" in arrays,
+    )  # fmt: skip
+    return Features(
+        kinds=kinds,
+        attn_mask=mask,
+        need_attn_mask_grad=need_grad,
+        window_low=-UNLIMITED if left is None else max(-UNLIMITED, -left),
+        window_high=UNLIMITED if right is None else min(UNLIMITED, right),
+        softcap=cap,
+        dropout_p=probability,
+        alibi_strides=_last_two(strides.get("alibi_slopes", ())),
+        sinks_stride=_last_two(strides.get("sinks", ()))[1],
+        segment_ids_q_strides=_last_two(strides.get("segment_ids_q", ())),
+        segment_ids_kv_strides=_last_two(strides.get("segment_ids_kv", ())),
+        prefix_stride=_last_two(strides.get("prefix_lengths", ()))[1],
+    )
+
+
+def _last_two(strides: tuple[int, ...]) -> Strides2:
+    """Of the last two axes; 0 for an axis that is not there."""
+    return (0, 0, *strides)[-2], (0, 0, *strides)[-1]
+
+
+# --- Scalars ------------------------------------------------------------------------------------------------------------------------------
+
+
+def check_dropout_p(dropout_p: object) -> float:
+    """A probability from 0 to 1."""
+    number = real(dropout_p)
+    if number is None or not 0.0 <= number <= 1.0:
+        raise OptionError("dropout_p", describe(dropout_p), "a probability from 0.0 to 1.0", "Use 0.0 for no dropout, as in evaluation.")
+    return number
+
+
+def check_dropout_seed(dropout_p: float, dropout_seed: object) -> None:
+    """With dropout there has to be a seed, since the backward pass must draw the same mask."""
+    if not dropout_p:
+        return
+    expected = "an int, a pair (seed, offset), or an array of two (u)int64 on the device"
+    hint = "Draw one for each call, and pass the same one to the backward pass: dropout_seed=random.getrandbits(63)."
+    if dropout_seed is None:
+        raise OptionError("dropout_seed", "None with dropout_p > 0", expected, hint)
+    if is_array(dropout_seed) or words_of_seed(dropout_seed) is not None:
+        return
+    got = describe(dropout_seed)
+    if isinstance(dropout_seed, (list, tuple)):
+        got = f"a {type(dropout_seed).__name__} of {len(dropout_seed)}: {reprlib.repr(dropout_seed)}"
+        hint = "Write a pair of ints as a tuple: dropout_seed=(seed, offset)."
+    raise OptionError("dropout_seed", got, expected, hint)
+
+
+def words_of_seed(dropout_seed: object) -> tuple[int, int] | None:
+    """Seed and offset as unsigned 64-bit numbers; None for anything but ints, such as an array.
+
+    Raises:
+        OptionError: an int that has more than 64 bits.
+    """
+    pair = dropout_seed if isinstance(dropout_seed, tuple) and len(dropout_seed) == 2 else (dropout_seed, 0)
+    words = []
+    for number in pair:
+        if not isinstance(number, numbers.Integral) or isinstance(number, bool):
+            return None
+        word = operator.index(number)
+        if not -(2**63) <= word < 2**64:
+            raise OptionError("dropout_seed", describe(word), "an int of 64 bits", "Take it modulo 2**64.")
+        words.append(word % 2**64)
+    return words[0], words[1]
+
+
+def drawn_from(dropout_p: object, dropout_seed: object) -> tuple[dict[str, int], object]:
+    """What dropout draws from: the words of a seed under their names in the argument structs, or the array that holds them; neither without dropout."""
+    if dropout_seed is None or (isinstance(dropout_p, (int, float)) and dropout_p == 0.0):
+        return {}, None
+    words = words_of_seed(dropout_seed)
+    return ({}, dropout_seed) if words is None else ({"dropout_seed": words[0], "dropout_offset": words[1]}, None)
+
+
+def check_window(window: object) -> tuple[int | None, int | None]:
+    """(left, right), each a number of keys or None for no limit, which -1 means too."""
+    if window is None:
+        return None, None
+    expected = "a pair (left, right) of ints from 0 on, with None or -1 for no limit"
+    hint = "window=(127, 0) lets a query see itself and 127 keys before it."
+    if isinstance(window, numpy.ndarray):
+        window = window.tolist()
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        got = describe(window)
+        if isinstance(window, (tuple, list)):
+            got = f"a {type(window).__name__} of {len(window)}: {reprlib.repr(window)}"
+        raise OptionError("window", got, expected, hint)
+    limits: list[int | None] = []
+    for limit in window:
+        if limit is None:
+            limits.append(None)
+            continue
+        if not isinstance(limit, numbers.Integral) or isinstance(limit, bool) or operator.index(limit) < -1:
+            raise OptionError("window", f"({describe(window[0])}, {describe(window[1])})", expected, hint)
+        count = operator.index(limit)
+        limits.append(None if count == -1 else count)
+    return limits[0], limits[1]
+
+
+def check_softcap(softcap: object, scale: float) -> float | None:
+    """A positive float; None or 0.0 for no cap."""
+    if softcap is None:
+        return None
+    number = real(softcap)
+    if number == 0.0:
+        return None
+    if number is None or not 0.0 < number < 2.0**126:
+        raise OptionError(
+            "softcap", describe(softcap), "a positive float below 2**126, or None", "Leave it out for no cap; scores stay within ±softcap."
+        )
+    if number < 2.0**-100 or abs(scale) / number > 2.0**127:
+        hint = "Use a larger softcap; usual ones are 20 to 50."
+        raise OptionError("softcap", f"{number:g} with scale {scale:g}", "scale / softcap that float32 can hold", hint)
+    return number
+
+
+def _check_need_grad(value: object, mask: MaskLayout | None) -> bool:
+    wanted = check_bool("need_attn_mask_grad", value)
+    if wanted and (mask is None or mask.dtype == "bool"):
+        got = "True without attn_mask" if mask is None else "True with a boolean attn_mask"
+        hint = "Leave it out; only a mask of floats that is added to the scores has a gradient."
+        raise OptionError("need_attn_mask_grad", got, "an additive attn_mask", hint)
+    return wanted
+
+
+# --- Arrays -------------------------------------------------------------------------------------------------------------------------------
+
+
+def _check_kind(name: str, array: Array, extents: Extents) -> None:
+    """It comes from the query's library and is on its device."""
+    like = extents.like
+    if array.framework.library != like.framework.library:
+        hint = f"Convert it to a {like.framework.library} array."
+        raise DeviceError(name, f"a {array.framework.library} array", f"a {like.framework.library} array, like query", hint)
+    if array.device != like.device:
+        raise DeviceError(
+            name, f"an array on {array.device}", f"an array on {like.device}, like query", f"Move {name} to the query's device."
+        )
+
+
+def _strides(name: str, array: Array, dtype: str, shapes: tuple[tuple[int, ...], ...], extents: Extents) -> tuple[int, ...]:
+    _check_kind(name, array, extents)
+    if array.dtype != dtype:
+        raise DTypeError(name, array.dtype, dtype, f"Cast it to {dtype}.")
+    if array.shape not in shapes:
+        expected = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
+        meaning = {
+            "alibi_slopes": "one slope for each query head, or for each batch and query head",
+            "sinks": "one logit for each query head",
+            "segment_ids_q": "one id for each query, (batch, seqlen_q); a batch of 1 is broadcast",
+            "segment_ids_kv": "one id for each key, (batch, seqlen_kv); a batch of 1 is broadcast",
+            "prefix_lengths": "one length for each sequence of the batch",
+        }[name]
+        raise ShapeError(name, f"shape {array.shape}", expected, f"Pass {meaning}.")
+    return tuple(0 if extent == 1 else stride for extent, stride in zip(array.shape, array.strides, strict=True))
+
+
+def check_dropout_state(array: Array, extents: Extents) -> None:
+    """Seed and offset in memory of the device."""
+    _check_kind("dropout_seed", array, extents)
+    if array.dtype not in ("int64", "uint64"):
+        hint = "Cast it; or pass an int."
+        if array.dtype == "uint32" and array.shape == (2,):
+            hint = "A key of JAX is one number in two words: pass int(key[0]) << 32 | int(key[1])."
+        raise DTypeError("dropout_seed", array.dtype, "int64 or uint64", hint)
+    if array.shape != (2,) or array.strides != (1,):
+        got = f"shape {array.shape} with strides {array.strides}"
+        raise ShapeError("dropout_seed", got, "two contiguous elements, seed and offset", "Pass an array of shape (2,), or an int.")
+
+
+def _check_mask(mask: Array, extents: Extents) -> MaskLayout:
+    _check_kind("attn_mask", mask, extents)
+    if mask.dtype not in MASK_DTYPES:
+        hint = "Cast it: to bool if True means attend (the inverse of a padding mask), to a float type if it is to be added to the scores."
+        raise DTypeError("attn_mask", mask.dtype, "bool, float16, bfloat16 or float32", hint)
+    full = (extents.batch, extents.num_heads_q, extents.seqlen_q, extents.seqlen_kv)
+    ndim = len(mask.shape)
+    if not (1 <= ndim <= 4 and _broadcasts(mask.shape, full[4 - ndim :])):
+        expected = f"one to four dimensions that broadcast to (batch, heads, seqlen_q, seqlen_kv) = {full}"
+        hint = "The axes are those of the scores in every layout: key padding (batch, seqlen_kv) is passed as mask[:, None, None, :]."
+        if ndim == 3 and _broadcasts((mask.shape[0], 1, *mask.shape[1:]), full):
+            hint = "If its first axis is the batch, give it one for the heads: mask[:, None]."
+        raise ShapeError("attn_mask", f"shape {mask.shape}", expected, hint)
+    b, h, q, k = (1,) * (4 - ndim) + mask.shape
+    strides = [0 if extent == 1 else stride for extent, stride in zip(mask.shape, mask.strides, strict=True)]
+    stride_b, stride_h, stride_q, stride_k = [0] * (4 - ndim) + strides
+    return MaskLayout(mask.dtype, mask.shape, (b, h, q, k), (stride_b, stride_h, stride_q, stride_k))
+
+
+def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    return all(own in (1, wanted) for own, wanted in zip(shape, full, strict=True))
+
+
+def _limit(limit: int, unlimited: str) -> str:
+    return unlimited if abs(limit) == UNLIMITED else str(limit)

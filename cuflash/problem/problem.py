@@ -1,0 +1,182 @@
+"""One attention problem, checked: everything that decides which kernels run, except addresses and the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cuflash.problem.features import UNLIMITED, Features
+from cuflash.problem.layout import Layout, Shape4, View
+from cuflash.problem.options import CausalAlignment
+
+DTYPES: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
+"""Supported element types and their size in bytes."""
+
+MAX_HEAD_DIM = 576
+MAX_EXTENT = 2**31 - 2**13
+"""Kernels count rows in 32 bits and add up to a few tiles."""
+
+
+Shape3 = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention problem: everything that decides which kernels run, except addresses and the device.
+
+    Attributes:
+        dtype: "float16", "bfloat16" or "float32", of query, key, value and the output.
+        batch: of the query.
+        seqlen_q: queries per sequence.
+        seqlen_kv: keys per sequence.
+        num_heads_q: heads of the query.
+        num_heads_kv: heads of key and value, the larger number if one is broadcast; divides num_heads_q, and may be 1.
+        batch_kv: batch of key and value, the larger number if one is broadcast: `batch`, or 1.
+        head_dim: 1 to 576, of query and key.
+        scale: multiplies QKᵀ.
+        is_causal: query i sees keys j <= i + causal_offset only.
+        causal_alignment: which corner of the score matrix the causal diagonal goes through.
+        deterministic: the backward pass adds in a fixed order.
+        allow_tf32: float32 products may be computed in TF32.
+        return_lse: the caller wants the log-sum-exp of each row.
+        query: (batch, seqlen_q, num_heads_q, head_dim).
+        key: (batch, seqlen_kv, num_heads_kv, head_dim); broadcast dimensions have stride 0.
+        value: key's shape but for head_dim_v, own strides.
+        key_shape: canonical shape of key before broadcasting, which is the shape of its gradient.
+        value_shape: same for value.
+        layout: the caller's form of arrays.
+        head_dim_v: 1 to 576, of value and the output.
+        max_seqlen_q, max_seqlen_kv: no sequence is longer: seqlen_q and seqlen_kv, but for packed sequences.
+        seqlens_kv: rows of the batch have numbers of keys of their own, at most seqlen_kv, which are read on the device.
+        num_sequences: packed sequences, whose offsets are read on the device; `batch` is 1 then and seqlen_q and seqlen_kv count all tokens.
+            None for padded batches.
+        features: score features and masks other than the causal one.
+    """
+
+    dtype: str
+    batch: int
+    seqlen_q: int
+    seqlen_kv: int
+    num_heads_q: int
+    num_heads_kv: int
+    batch_kv: int
+    head_dim: int
+    scale: float
+    is_causal: bool
+    causal_alignment: CausalAlignment
+    deterministic: bool
+    allow_tf32: bool
+    return_lse: bool
+    query: View
+    key: View
+    value: View
+    key_shape: Shape4
+    value_shape: Shape4
+    layout: Layout
+    head_dim_v: int
+    max_seqlen_q: int
+    max_seqlen_kv: int
+    seqlens_kv: bool = False
+    num_sequences: int | None = None
+    features: Features = field(default_factory=Features)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element of query, key, value and the output."""
+        return DTYPES[self.dtype]
+
+    @property
+    def heads_per_kv(self) -> int:
+        """How many consecutive query heads share a key head."""
+        return self.num_heads_q // self.num_heads_kv if self.num_heads_kv else 1
+
+    @property
+    def causal_offset(self) -> int:
+        """Query i sees keys j <= i + causal_offset when causal: 0 for top_left, seqlen_kv - seqlen_q for bottom_right."""
+        return self.seqlen_kv - self.seqlen_q if self.causal_alignment == "bottom_right" else 0
+
+    @property
+    def output_shape(self) -> Shape4:
+        """Canonical shape of the output: the query's, with the head_dim of value."""
+        return (*self.query.shape[:3], self.head_dim_v)
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """(batch, num_heads_q, seqlen_q), whatever the layout; (num_heads_q, tokens) for packed sequences."""
+        return (self.batch, self.num_heads_q, self.seqlen_q)[1 if self.layout.varlen else 0 :]
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(low, high): query i sees keys j with low <= j - i <= high, where lengths are those of the arrays."""
+        low, high = self.features.window_low, self.features.window_high
+        return (low if low == -UNLIMITED else low + self.causal_offset), (high if high == UNLIMITED else high + self.causal_offset)
+
+    @property
+    def list_extents(self) -> tuple[int, int]:
+        """For how many batches and heads the lists of visible tiles differ."""
+        kinds, mask = self.features.kinds, self.features.attn_mask
+        of_batch, of_heads = mask.extents[:2] if mask is not None and kinds.attn_mask == "bool" else (1, 1)
+        per_batch = kinds.segments or kinds.prefix or self.seqlens_kv or of_batch > 1
+        return (self.batch if per_batch else 1), (self.num_heads_q if of_heads > 1 else 1)
+
+    @property
+    def is_empty(self) -> bool:
+        """No score is to be computed: the output has no elements, or no key exists and it is all zeros.
+
+        With sinks, lse is not -inf without keys, and the kernels have something to do.
+        """
+        return 0 in self.query.shape or (self.seqlen_kv == 0 and not self.features.kinds.sinks)
+
+    @property
+    def hides_by_data(self) -> bool:
+        """Which pairs are visible depends on an array: a mask, ids, or lengths of prefixes, rows or packed sequences."""
+        kinds = self.features.kinds
+        return kinds.attn_mask is not None or kinds.segments or kinds.prefix or self.seqlens_kv or self.num_sequences is not None
+
+    @property
+    def visible_pairs(self) -> int:
+        """(query, key) pairs of one head that neither the causal mask nor the window hides; the most that there may be where it `hides_by_data`."""
+        if self.num_sequences is not None:
+            return min(self.num_sequences * self.max_seqlen_q, self.seqlen_q) * min(self.max_seqlen_kv, self.seqlen_kv)
+        low, high = self.window
+        if self.is_causal and not self.features.kinds.prefix:
+            high = min(high, self.causal_offset)
+        return max(0, self._pairs_up_to(high) - self._pairs_up_to(low - 1))
+
+    def _pairs_up_to(self, offset: int) -> int:
+        """Pairs of query i and key j with j <= i + offset."""
+        # Row i has min(max(i + 1 + offset, 0), seqlen_kv) of them. A sum of max(x, 0) over consecutive x is a difference of triangles;
+        # the lower bound gives one such sum, the upper bound takes another one off.
+        last = self.seqlen_q + offset
+        return _triangle(last) - _triangle(offset) - _triangle(last - self.seqlen_kv) + _triangle(offset - self.seqlen_kv)
+
+    @property
+    def flops_forward(self) -> int:
+        """Floating-point operations of the two matrix products over visible pairs; a multiply-add counts as two."""
+        return 2 * self.batch * self.num_heads_q * (self.head_dim + self.head_dim_v) * self.visible_pairs
+
+    @property
+    def flops_backward(self) -> int:
+        """The same for the five products of the backward pass, which computes S again."""
+        return 2 * self.batch * self.num_heads_q * (3 * self.head_dim + 2 * self.head_dim_v) * self.visible_pairs
+
+
+@dataclass(frozen=True)
+class BackwardViews:
+    """Where the backward pass finds its other inputs.
+
+    Attributes:
+        grad_out: (batch, seqlen_q, num_heads_q, head_dim_v).
+        out: same shape.
+        lse_strides: of (batch, num_heads_q, seqlen_q), in elements.
+        grad_lse_strides: same, or None when there is no gradient of lse.
+    """
+
+    grad_out: View
+    out: View
+    lse_strides: Shape3
+    grad_lse_strides: Shape3 | None
+
+
+def _triangle(n: int) -> int:
+    """1 + 2 + … + n, and 0 for negative n."""
+    return n * (n + 1) // 2 if n > 0 else 0

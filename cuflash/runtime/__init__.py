@@ -1,0 +1,1 @@
+"""A plan is loaded, prepared and launched; a call that was seen before runs as it was prepared."""

@@ -1,0 +1,174 @@
+"""The bytes of a kernel's argument struct: packed once for all calls of a kind, with places for what differs from call to call.
+
+Values are given field by field, as `argument_structs.py` lists them: a number is packed, the text in the place of a 64-bit word is the name of an address (or
+of a word of dropout's seed) that each launch gives. Fields that are left out are zero. `Arguments.fill` writes the words of one launch.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Container, Mapping, Sequence
+from itertools import pairwise
+from typing import TypeAlias
+
+from cuflash.planning.argument_structs import WORD, Scalar, Struct
+from cuflash.problem.features import Features
+from cuflash.problem.layout import View
+from cuflash.problem.problem import Problem
+
+Values: TypeAlias = Mapping[str, "Value"]
+Value: TypeAlias = int | float | str | Values | Sequence[Values]
+
+Strides3 = tuple[int, int, int]
+"""Strides of (batch, head, query), in elements."""
+
+_LOG2_E = 1.4426950408889634
+
+
+class Arguments:
+    """One kernel's argument struct, packed but for the words that each launch gives.
+
+    Attributes:
+        names: of these words, in the order of the struct.
+    """
+
+    def __init__(self, layout: Struct, values: Values, given: Container[str]) -> None:
+        """Pack `values`; a name that is not among the `given` ones stays null."""
+        image, words = bytearray(layout.size), {}
+        for path, offset, scalar in layout.scalars():
+            value = _value_at(values, path)
+            if not isinstance(value, str):
+                struct.pack_into("=" + scalar.format, image, offset, value)
+            elif value in given:
+                words[offset] = _checked_word(value, scalar)
+        _check_names(layout, values)
+        self.names = tuple(words.values())
+        ends = [*words, layout.size]
+        gaps = [bytes(image[begin + 8 : end]) for begin, end in pairwise(ends)]
+        self._pieces: list[bytes | int] = [bytes(image[: ends[0]])]
+        for gap in gaps:
+            self._pieces += (0, gap)
+        self._pack = struct.Struct(f"={ends[0]}s" + "".join(f"Q{len(gap)}s" for gap in gaps)).pack
+
+    def fill(self, words: Mapping[str, int]) -> bytearray:
+        """The struct for one launch."""
+        pieces = self._pieces.copy()
+        pieces[1::2] = [words[name] for name in self.names]
+        return bytearray(self._pack(*pieces))
+
+
+def _value_at(values: Value, path: str) -> int | float | str:
+    """What is given for the C++ expression `path`; 0 for what is left out."""
+    for name in path.replace("]", "").replace("[", ".").split("."):
+        if isinstance(values, Mapping):
+            values = values.get(name, 0)
+        elif isinstance(values, Sequence) and not isinstance(values, str):
+            values = values[int(name)] if int(name) < len(values) else 0
+        else:
+            return 0  # the whole struct is left out
+    assert isinstance(values, (int, float, str)), path
+    return values
+
+
+def _checked_word(name: str, scalar: Scalar) -> str:
+    assert scalar is WORD, name
+    return name
+
+
+def _check_names(layout: Struct, values: Values) -> None:
+    """Every value belongs to a field."""
+    fields = {field.name: field.type for field in layout.fields}
+    for name, value in values.items():
+        assert name in fields, f"{layout.name} has no {name}"
+        kind = fields[name]
+        for part in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
+            assert isinstance(part, Mapping) == isinstance(kind, Struct), f"{layout.name}.{name}"
+            if isinstance(part, Mapping) and isinstance(kind, Struct):
+                _check_names(kind, part)
+
+
+def of_struct(layout: Struct, values: Values) -> Values:
+    """Those of a call's values that one kernel's struct has fields for."""
+    return {name: values[name] for name in layout.offsets if name in values}
+
+
+# --- Values -------------------------------------------------------------------------------------------------------------------------------
+
+
+def tensor(name: str, view: View, vectorized: bool) -> Values:
+    """`TensorView` of the array of this name."""
+    stride_b, stride_s, stride_h, stride_d = view.strides
+    return {
+        "data": name, "stride_batch": stride_b, "stride_seqlen": stride_s, "stride_head": stride_h, "stride_dim": stride_d, "vectorized": vectorized,
+    }  # fmt: skip
+
+
+def rows(name: str, strides: Strides3) -> Values:
+    """`RowView` of the array of this name."""
+    stride_b, stride_h, stride_s = strides
+    return {"data": name, "stride_batch": stride_b, "stride_head": stride_h, "stride_seqlen": stride_s}
+
+
+def geometry(problem: Problem, num_tiles: int) -> Values:
+    """`Geometry` of a kernel with so many tiles for one batch and head."""
+    (scale,) = struct.unpack("=f", struct.pack("=f", problem.scale))  # as the kernels hold it: what underflows there is 0
+    return {
+        "batch": problem.batch, "seqlen_q": problem.seqlen_q, "seqlen_kv": problem.seqlen_kv,
+        "num_heads_q": problem.num_heads_q, "num_heads_kv": problem.num_heads_kv,
+        "causal_offset": max(-(2**31) + 1, min(2**31 - 1, problem.causal_offset)),
+        "scale": scale, "scale_log2": abs(scale) * _LOG2_E if scale else 1.0, "score_sign": math.copysign(1.0, scale) if scale else 0.0,
+        "num_tiles": num_tiles,
+    }  # fmt: skip
+
+
+def lengths(problem: Problem) -> Values:
+    """`SequenceLengths`."""
+    return {
+        "cu_seqlens_q": "cu_seqlens_q", "cu_seqlens_kv": "cu_seqlens_kv", "seqlens_kv": "seqlens_kv",
+        "num_sequences": problem.num_sequences or 0, "bottom_right": problem.causal_alignment == "bottom_right",
+    }  # fmt: skip
+
+
+def feature_values(
+    features: Features, scale: float, list_extents: tuple[int, int] = (1, 1), mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)
+) -> Values:
+    """`FeatureArguments`."""
+    mask_strides = (0, 0, 0, 0) if features.attn_mask is None else features.attn_mask.strides
+    unit = 1.0 if features.kinds.additive_mask else _LOG2_E  # of scores, as in kernels/tile/score.cuh
+    threshold = math.ceil(features.dropout_p * 2.0**32)
+    return {
+        "mask": _mask("attn_mask", mask_strides),
+        "grad_mask": _mask("grad_attn_mask", mask_grad_strides),
+        "alibi_slopes": _per_head("alibi_slopes", *features.alibi_strides),
+        "sinks": _per_head("sinks", 0, features.sinks_stride),
+        "grad_sinks": "grad_sinks",
+        "segment_ids_q": _per_position("segment_ids_q", *features.segment_ids_q_strides),
+        "segment_ids_kv": _per_position("segment_ids_kv", *features.segment_ids_kv_strides),
+        "prefix_lengths": _per_position("prefix_lengths", features.prefix_stride, 0),
+        "visible_tiles": "visible_tiles",
+        "dropout_state": "dropout_state",
+        "dropout_seed": "dropout_seed",
+        "dropout_offset": "dropout_offset",
+        "list_batches": list_extents[0],
+        "list_heads": list_extents[1],
+        "window_low": features.window_low,
+        "window_high": features.window_high,
+        "score_factor": scale * unit if features.softcap is None else scale / features.softcap,
+        "softcap": (features.softcap or 0.0) * unit,
+        "dropout_limit": max(threshold - 1, 0),
+        "dropout_scale": 0.0 if features.dropout_p in (0.0, 1.0) else 1.0 / (1.0 - features.dropout_p),
+        "log2_sums": "log2_sums",
+    }
+
+
+def _mask(name: str, strides: tuple[int, ...]) -> Values:
+    return {"data": name} | dict(zip(("stride_batch", "stride_head", "stride_query", "stride_key"), strides, strict=True))
+
+
+def _per_head(name: str, stride_batch: int, stride_head: int) -> Values:
+    return {"data": name, "stride_batch": stride_batch, "stride_head": stride_head}
+
+
+def _per_position(name: str, stride_batch: int, stride_position: int) -> Values:
+    return {"data": name, "stride_batch": stride_batch, "stride_position": stride_position}

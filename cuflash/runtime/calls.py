@@ -1,0 +1,169 @@
+"""Run the public calls: a call whose like was seen before runs as it was prepared then; another one is checked and prepared first.
+
+A new call is a straight line: borrow the arrays, check them into a `Problem`, plan, load the kernels, prepare, run. All but the last step depends only on
+the options and on what `arrays.signature` sees, so its result is kept as a `PreparedCall`, and a warm call looks it up and runs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Hashable, Mapping
+from typing import Any
+
+from cuflash.arrays.borrowing import Array, attribute, borrow, describe, pointer, signature
+from cuflash.errors import DTypeError, OptionError, UnsupportedError
+from cuflash.hardware import device
+from cuflash.planning.plan import Plan
+from cuflash.planning.planner import make_plan
+from cuflash.problem import features
+from cuflash.problem.checks import check_backward, check_out, make_problem
+from cuflash.problem.operands import Operands, borrowed
+from cuflash.problem.options import Options, check_bool
+from cuflash.problem.tile import Tile
+from cuflash.runtime import launch
+from cuflash.runtime.prepared import Gradients, PreparedBackward, PreparedForward
+
+
+def forward(operands: Operands, options: Options) -> Any:
+    """The output, or with `return_lse` the output and lse."""
+    key, call, addresses = _find("forward", operands, options)
+    if call is not None and (operands.out is None or call.may_write(operands.out, addresses)):
+        return call.run(addresses, operands.out)
+
+    arrays = borrowed(operands, options)
+    problem = make_problem(arrays, options)
+    refuse_autograd(arrays)
+    out = None if operands.out is None else borrow(operands.out, "out")
+    view = None if out is None else check_out(problem, problem.layout, out, _by_argument(arrays))
+    planned = make_plan(problem, device.of_memory(*arrays["query"].device), tile=options.tile)
+    executables = [launch.executable(kernel, planned.device) for kernel in planned.kernels]
+    call = PreparedForward(planned, executables, arrays, out, view)
+    keep(key, call)
+    addresses |= {name: array.pointer for name, array in arrays.items()}
+    if out is not None:
+        addresses["out"] = out.pointer
+    return call.run(addresses, operands.out)
+
+
+def backward(operands: Operands, options: Options) -> Gradients:
+    """The gradients."""
+    key, call, addresses = _find("backward", operands, options)
+    if call is None:
+        _refuse_pairs(operands, options)
+        arrays = borrowed(operands, options, backward=True)
+        problem = make_problem(arrays, options)
+        refuse_autograd(arrays)
+        views = check_backward(problem, problem.layout, arrays["grad_out"], arrays["out"], arrays["lse"], arrays.get("grad_lse"))
+        planned = make_plan(problem, device.of_memory(*arrays["query"].device), backward=True, tile=options.tile)
+        executables = [launch.executable(kernel, planned.device) for kernel in planned.kernels]
+        call = PreparedBackward(planned, executables, arrays, views)
+        keep(key, call)
+        addresses |= {name: array.pointer for name, array in arrays.items()}
+    gradients: Gradients = call.run(addresses)
+    return gradients
+
+
+def plan(operands: Operands, options: Options, backward: object = False) -> Plan:
+    """What the call would run; of the backward pass without looking at what only that is given."""
+    of_gradients = check_bool("backward", backward)
+    if check_bool("need_attn_mask_grad", options.need_attn_mask_grad) and not of_gradients:
+        hint = "Pass backward=True too; the forward pass is the same with and without."
+        raise OptionError("need_attn_mask_grad", "True with backward=False", "backward=True with it", hint)
+    arrays = borrowed(operands, options)
+    problem = make_problem(arrays, options)
+    return make_plan(problem, device.of_memory(*arrays["query"].device), backward=of_gradients, tile=options.tile)
+
+
+def _refuse_pairs(operands: Operands, options: Options) -> None:
+    """`out` and `lse` come from the forward call together, and are easily mixed up."""
+    for name, operand in (("out", operands.out), ("lse", operands.lse)):
+        if operand is None or isinstance(operand, tuple):
+            function = "varlen_attention" if options.varlen else "scaled_dot_product_attention"
+            hint = f"Unpack it: out, lse = cuflash.{function}(..., return_lse=True)."
+            raise DTypeError(name, describe(operand), f"the {name} of the forward call", hint)
+
+
+def _by_argument(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """The arrays by what the caller knows them by."""
+    return {"dropout_seed" if name == "dropout_state" else name: array for name, array in arrays.items()}
+
+
+def refuse_autograd(arrays: Mapping[str, Array], backward: str = "scaled_dot_product_attention_backward") -> None:
+    """A tensor that autograd records would silently lose its gradient here; `backward` is the function that computes it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_grad_enabled():
+        return
+    for name, array in arrays.items():
+        if attribute(array.owner, "requires_grad"):
+            hint = f"Pass {name}.detach() or call under torch.no_grad(), and compute gradients with {backward}."
+            raise UnsupportedError(name, "a tensor that requires grad", "a tensor outside of autograd", hint)
+
+
+# --- Calls that are kept ------------------------------------------------------------------------------------------------------------------
+
+_MAX_CALLS = 4096
+_calls: dict[Hashable, Any] = {}
+
+_NAMES = tuple("dropout_state" if name == "dropout_seed" else name for name in Operands._fields)
+
+
+def _find(direction: str, operands: Operands, options: Options) -> tuple[Hashable | None, Any, dict[str, int]]:
+    """The key of a call, what was prepared for it, and what is written into its argument structs: addresses, and the words of a seed.
+
+    The key is all that the preparation depends on; on addresses it depends for their alignment only, and on seeds not at all. It is None where it cannot be
+    had cheaply. Types are part of it, those of what options hold too: True and 1 are not the same option, nor are the windows (1, 0) and (True, 0).
+    """
+    addresses, state = features.drawn_from(options.dropout_p, operands.dropout_seed)
+    seen: list[Hashable] = [direction, device.simulator_arch(), bool(addresses), options, _types_of(options)]
+    if operands.dropout_seed is not None:
+        operands = operands._replace(dropout_seed=state)
+    for name, operand in zip(_NAMES, operands):  # noqa: B905 (they are of one length, and to look costs)
+        if operand is None:
+            seen.append(None)
+            continue
+        kind = signature(operand)
+        if kind is None:
+            return None, None, addresses
+        address = addresses[name] = pointer(operand)
+        seen += (kind, address & 15)
+    key, call = kept(seen)
+    return key, call, addresses
+
+
+def kept(seen: list[Hashable]) -> tuple[Hashable | None, Any]:
+    """The key that a call with these properties is kept by, and the call; the key is None where an option cannot be hashed, such as a mapping of tiles."""
+    key = tuple(seen)
+    try:
+        return key, _calls.get(key)
+    except TypeError:
+        return None, None
+
+
+_SCALARS = frozenset((type(None), bool, int, float, str))
+
+
+def _types_of(values: Collection[Any]) -> tuple[Hashable, ...]:
+    """The type of each value, and behind them the types of what they hold."""
+    types = tuple(map(type, values))
+    if _SCALARS.issuperset(types):
+        return types
+    return types + tuple([_types_within(value) for value in values if type(value) not in _SCALARS])
+
+
+def _types_within(value: object) -> tuple[Hashable, ...]:
+    if isinstance(value, tuple):
+        return _types_of(value)
+    if isinstance(value, Tile):
+        return _types_of(vars(value).values())
+    if isinstance(value, Mapping):
+        return (*_types_of(value), *_types_of(value.values()))
+    return ()
+
+
+def keep(key: Hashable | None, call: Any) -> None:
+    """Find a prepared call again by its key."""
+    if key is None:
+        return
+    if len(_calls) >= _MAX_CALLS:
+        _calls.clear()
+    _calls[key] = call

@@ -1,0 +1,250 @@
+"""Calls that are ready to be launched again and again: kernels loaded, arguments packed but for the addresses.
+
+A prepared call knows its problem, its kernels and the forms of its results, and holds none of the caller's arrays. `run` takes the addresses of the
+arguments, allocates the results, writes addresses into the packed structs and launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cuflash.arrays.borrowing import Array, pointer
+from cuflash.arrays.frameworks import BFloat16Bits, Framework
+from cuflash.planning.kernel_plan import Buffer, LaunchShape
+from cuflash.planning.plan import Plan
+from cuflash.problem import sequences
+from cuflash.problem.features import Features
+from cuflash.problem.layout import View
+from cuflash.problem.problem import BackwardViews
+from cuflash.runtime import arguments
+from cuflash.runtime.arguments import Arguments, Value, Values
+from cuflash.runtime.launch import Executable, simulated_memory
+
+if TYPE_CHECKING:
+    from cuflash import simulator
+
+NOTHING = Features()
+
+
+class _InputGradients(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+
+
+class Gradients(_InputGradients):
+    """Gradients of the inputs, each with the shape, dtype and kind of its input: `query`, `key`, `value`, which it unpacks to.
+
+    Attributes:
+        attn_mask: gradient of the additive mask, in its shape and dtype, with `need_attn_mask_grad`; else None.
+        sinks: gradient of the sinks, float32 `(num_heads_q,)`; None without sinks.
+    """
+
+    attn_mask: Any = None
+    sinks: Any = None
+
+
+class _Launch(NamedTuple):
+    """One kernel of a call, ready but for the addresses."""
+
+    executable: Executable
+    shape: LaunchShape
+    packed: Arguments
+
+
+class PreparedCall:
+    """One call with everything but the addresses decided."""
+
+    def __init__(self, plan: Plan, inputs: Mapping[str, Array]) -> None:
+        self.plan = plan
+        self.problem = plan.problem
+        self.device = plan.device
+        like = inputs["query"]
+        self.framework: Framework = like.framework
+        self.like = Array(0, (), (), like.dtype, like.itemsize, like.device, like.framework, None)  # does not keep the caller's array alive
+        self.extents: dict[str, tuple[int, int]] = {}  # name -> lowest byte relative to the pointer, size in bytes
+        self.launches: list[_Launch] = []
+        made = (*plan.outputs, *plan.workspace)
+        self.written = frozenset(buffer.name for buffer in made)  # what nothing but its kernels fills
+        self.extents |= {buffer.name: (0, buffer.nbytes) for buffer in made}
+        for name, array in inputs.items():
+            self.add_extent(name, array)
+
+    def add_extent(self, name: str, array: Array) -> None:
+        low, high = array.byte_range
+        self.extents[name] = (low - array.pointer, high - low)
+
+    def allocate(self, buffer: Buffer) -> tuple[Any, int]:
+        """A new array of the caller's kind and its address."""
+        made = self.framework.empty(buffer.shape, buffer.dtype, self.like)
+        return made, pointer(made)
+
+    def view_of(self, result: Buffer, head_dim: int) -> View:
+        """The canonical view of a C-contiguous result."""
+        strides = tuple(prod(result.shape[axis + 1 :]) for axis in range(len(result.shape)))
+        like = self.like
+        stand_in = Array(0, result.shape, strides, like.dtype, like.itemsize, like.device, like.framework, None)
+        return self.problem.layout.view(stand_in, head_dim)
+
+    def launch_all(self, pointers: dict[str, int]) -> None:
+        stream = 0
+        buffers: Sequence[simulator.Buffer] = ()
+        if self.device.kind == "gpu":
+            stream = self.framework.current_stream(self.device.index)
+        else:
+            self.check_offsets(pointers)
+            buffers = simulated_memory(self.extents, pointers, self.written)
+        for executable, shape, packed in self.launches:
+            executable.launch(shape, packed.fill(pointers), stream, buffers)
+
+    def pack(
+        self,
+        executables: Sequence[Executable],
+        values: dict[str, Value],
+        given: set[str],
+        mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0),
+    ) -> list[_Launch]:
+        """The loaded kernels of the plan with their arguments packed but for the addresses of what is `given` and of what is allocated."""
+        problem = self.problem
+        given = given | self.written
+        if problem.features.kinds.dropout and "dropout_state" not in given:
+            given |= {"dropout_seed", "dropout_offset"}
+        values["lengths"] = arguments.lengths(problem)
+        if problem.features != NOTHING:
+            values["features"] = arguments.feature_values(problem.features, problem.scale, problem.list_extents, mask_grad_strides)
+        launches = []
+        for kernel, loaded in zip(self.plan.kernels, executables, strict=True):
+            own: Values = {
+                "geometry": arguments.geometry(problem, kernel.num_tiles), "group_batch": kernel.group_batch, "group_heads": kernel.group_heads,
+            }  # fmt: skip
+            layout = kernel.spec.arguments
+            launches.append(_Launch(loaded, kernel.shape, Arguments(layout, arguments.of_struct(layout, {**values, **own}), given)))
+        return launches
+
+    def check_offsets(self, pointers: dict[str, int]) -> None:
+        """Packed offsets in the host's memory, whose values may differ from call to call."""
+        problem = self.problem
+        if problem.num_sequences is not None:
+            for which, tokens, longest in (("q", problem.seqlen_q, problem.max_seqlen_q), ("kv", problem.seqlen_kv, problem.max_seqlen_kv)):
+                sequences.check_offsets(which, pointers[f"cu_seqlens_{which}"], problem.num_sequences, tokens, longest)
+
+    def launch_with_workspace(self, pointers: dict[str, int]) -> None:
+        """`launch_all` with memory that is given back when the launches are in the stream."""
+        held = []
+        for buffer in self.plan.workspace:
+            memory, pointers[buffer.name] = self.allocate(buffer)
+            held.append(memory)
+        self.launch_all(pointers)
+
+    def run(self, pointers: dict[str, int], given: Any = None) -> Any:
+        """Allocate the results, launch, and return them; `given` is an array for the output. Each pass has its own."""
+        raise NotImplementedError
+
+
+class PreparedForward(PreparedCall):
+    """A forward call; `given` is the array for the result, if there is one, and `given_view` what it was checked to be."""
+
+    def __init__(
+        self, plan: Plan, executables: Sequence[Executable], inputs: Mapping[str, Array], given: Array | None, given_view: View | None
+    ) -> None:
+        super().__init__(plan, inputs)
+        problem = self.problem
+        view = given_view or self.view_of(plan.outputs[0], problem.head_dim_v)
+        if given is not None:
+            self.add_extent("out", given)
+        views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": view}
+        addresses = {name: array.pointer for name, array in inputs.items()} | {"out": given.pointer if given else 0}
+        vectorized = {name: views[name].aligned16(problem.itemsize) and addresses[name] % 16 == 0 for name in views}
+        stride_batch = 0 if problem.layout.varlen else problem.num_heads_q * problem.seqlen_q
+        values: dict[str, Value] = {name: arguments.tensor(name, view, vectorized[name]) for name, view in views.items()}
+        values["lse"] = arguments.rows("lse", (stride_batch, problem.seqlen_q, 1))
+        self.launches = self.pack(executables, values, set(inputs))
+
+    def may_write(self, out: Any, pointers: dict[str, int]) -> bool:
+        """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""
+        flags = getattr(out, "flags", None)
+        if not getattr(flags, "writeable", True):
+            return False
+        low, size = self.extents["out"]
+        first = pointers["out"] + low
+        for name, (low, other_size) in self.extents.items():
+            if name == "out" or name not in pointers:
+                continue
+            other = pointers[name] + low
+            if first < other + other_size and other < first + size:
+                return False
+        return True
+
+    def run(self, pointers: dict[str, int], given: Any = None) -> Any:
+        out = given
+        if given is None:
+            out, pointers["out"] = self.allocate(self.plan.outputs[0])
+        lse = None
+        if self.problem.return_lse:
+            lse, pointers["lse"] = self.allocate(self.plan.outputs[1])
+        if self.launches:
+            self.launch_with_workspace(pointers)
+        else:
+            _fill(out, 0.0)
+            if lse is not None:
+                _fill(lse, float("-inf"))
+        if given is None:
+            out = self.framework.finish(out)
+        return (out, self.framework.finish(lse)) if self.problem.return_lse else out
+
+
+class PreparedBackward(PreparedCall):
+    """A backward call; `others` is where its other inputs were found to be."""
+
+    def __init__(self, plan: Plan, executables: Sequence[Executable], inputs: Mapping[str, Array], others: BackwardViews) -> None:
+        super().__init__(plan, inputs)
+        problem = self.problem
+        views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": others.out, "grad_out": others.grad_out}
+        vectorized = {name: view.aligned16(problem.itemsize) and inputs[name].pointer % 16 == 0 for name, view in views.items()}
+        for buffer, head_dim in zip(self.plan.outputs, (problem.head_dim, problem.head_dim, problem.head_dim_v), strict=False):
+            view = views[buffer.name] = self.view_of(buffer, head_dim)
+            vectorized[buffer.name] = view.aligned16(problem.itemsize)
+        mask = problem.features.attn_mask
+        mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)
+        if problem.features.need_attn_mask_grad and mask is not None:
+            mask_grad_strides = _contiguous_or_broadcast(mask.extents)
+        values: dict[str, Value] = {name: arguments.tensor(name, view, vectorized[name]) for name, view in views.items()}
+        values["lse"] = arguments.rows("lse", others.lse_strides)
+        if others.grad_lse_strides is not None:
+            values["grad_lse"] = arguments.rows("grad_lse", others.grad_lse_strides)
+        values["row_statistics"] = "row_statistics"
+        self.launches = self.pack(executables, values, set(inputs), mask_grad_strides)
+
+    def run(self, pointers: dict[str, int], given: Any = None) -> Gradients:
+        gradients = []
+        for buffer in self.plan.outputs:
+            gradient, pointers[buffer.name] = self.allocate(buffer)
+            gradients.append(gradient)
+        if self.launches:
+            self.launch_with_workspace(pointers)
+        else:
+            for gradient in gradients:
+                _fill(gradient, 0.0)
+        finished = [self.framework.finish(gradient) for gradient in gradients]
+        of_inputs = Gradients(*finished[:3])
+        for buffer, gradient in zip(self.plan.outputs[3:], finished[3:], strict=True):
+            setattr(of_inputs, buffer.name.removeprefix("grad_"), gradient)
+        return of_inputs
+
+
+def _contiguous_or_broadcast(extents: tuple[int, ...]) -> tuple[int, ...]:
+    """C-contiguous strides, and 0 for an extent of 1."""
+    strides, count = [], 1
+    for extent in reversed(extents):
+        strides.append(count if extent > 1 else 0)
+        count *= extent
+    return tuple(reversed(strides))
+
+
+def _fill(array: Any, number: float) -> None:
+    if isinstance(array, BFloat16Bits):
+        array.bits[...] = 0
+    else:
+        array[...] = number
