@@ -12,9 +12,29 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cuflash.arrays.borrowing import bfloat16
     from cuflash.arrays.frameworks import BFloat16Bits
-    from cuflash.attention import plan, scaled_dot_product_attention, scaled_dot_product_attention_backward, varlen_attention, varlen_attention_backward, varlen_plan
+    from cuflash.attention import (
+        plan,
+        scaled_dot_product_attention,
+        scaled_dot_product_attention_backward,
+        varlen_attention,
+        varlen_attention_backward,
+        varlen_plan,
+    )
     from cuflash.dropout import dropout_mask
-    from cuflash.errors import ArgumentError, CompileError, CuflashError, DeviceError, DTypeError, KeywordError, OptionError, SetupError, ShapeError, SimulatorError, TileError, UnsupportedError
+    from cuflash.errors import (
+        ArgumentError,
+        CompileError,
+        CuflashError,
+        DeviceError,
+        DTypeError,
+        KeywordError,
+        OptionError,
+        SetupError,
+        ShapeError,
+        SimulatorError,
+        TileError,
+        UnsupportedError,
+    )
     from cuflash.merging import MergeGradients, merge_attention, merge_attention_backward
     from cuflash.planning.plan import Plan
     from cuflash.problem.features import FeatureSet

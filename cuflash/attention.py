@@ -64,7 +64,7 @@ def scaled_dot_product_attention(
         value: `(batch, seqlen_kv, num_heads_kv, head_dim_v)`, like key; head_dim_v may differ from head_dim.
         attn_mask: bool (True: attend), or float16, bfloat16 or float32 that is added to the scores, -inf allowed, whatever the dtype of query; any shape of one
             to four dimensions that broadcasts to `(batch, num_heads_q, seqlen_q, seqlen_kv)` in this order whatever the layout; any strides, never copied.
-        dropout_p: probability with which each probability is dropped; the kept ones are divided by 1 - dropout_p. Pass 0.0 in evaluation: there is no
+        dropout_p: how likely each probability is dropped; the kept ones are divided by 1 - dropout_p. Pass 0.0 in evaluation: there is no
             training mode that would switch it off. lse is that of all probabilities.
         is_causal: query i sees keys up to i (see `causal_alignment`).
         scale: multiplies Q Kᵀ; default `head_dim ** -0.5`.

@@ -29,7 +29,7 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
 
     Args:
         shape: `(batch, num_heads_q, seqlen_q, seqlen_kv)` of the probabilities.
-        dropout_p: probability of dropping, 0 to 1.
+        dropout_p: how likely a probability is dropped, 0 to 1.
         dropout_seed: an int, a pair `(seed, offset)`, or an array of two (u)int64 of the kind and on the device of `like`.
         like: an array that says of which kind and on which device the result is, such as the query.
 
@@ -41,24 +41,24 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
 
     Source: Salmon et al. 2011, Philox 4x32-10, doi 10.1145/2063384.2063405, counted by the coordinates of the element (kernels/tile/dropout.cuh).
     """
-    probability = check_dropout_p(dropout_p)
-    if probability > 0.0:
-        check_dropout_seed(probability, dropout_seed)
+    dropout_p = check_dropout_p(dropout_p)
+    if dropout_p > 0.0:
+        check_dropout_seed(dropout_p, dropout_seed)
     extents = tuple(operator.index(n) if has_attribute(n, "__index__") else -1 for n in shape) if isinstance(shape, (tuple, list)) else ()
     if len(extents) != 4 or not all(0 <= extent <= MAX_EXTENT for extent in extents):
         hint = "Pass the shape of the probabilities, such as (2, 8, 512, 512)."
         raise ShapeError("shape", describe(shape) if not extents else str(extents), "(batch, num_heads_q, seqlen_q, seqlen_kv)", hint)
     array = borrow(like, "like")
-    pointers, state = drawn_from(probability, dropout_seed)
+    addresses, state = drawn_from(dropout_p, dropout_seed)
     if state is not None:
         seed = borrow(state, "dropout_seed")
         check_dropout_state(seed, Extents(*extents, array))
-        pointers["dropout_state"] = seed.pointer
+        addresses["dropout_state"] = seed.pointer
 
     kept = array.framework.empty(extents, "bool", array)
     if prod(extents) == 0:
         return array.framework.finish(kept)
-    if probability == 0.0:
+    if dropout_p == 0.0:
         kept[...] = True
         return array.framework.finish(kept)
 
@@ -71,18 +71,18 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
     warps = DROPOUT_MASK.num_warps
     config = config_text("float32", {"CAPABILITY": on.capability, "NUM_WARPS": warps})
     kernel = KernelPlan(KernelCase(DROPOUT_MASK, "float32", 0), Tile(_ROWS, 1, warps, 1), config, shape_of_launch, num_tiles)
-    pointers["dropout_mask"] = pointer(kept)
+    addresses["dropout_mask"] = pointer(kept)
     values: arguments.Values = {
         "kept": "dropout_mask",
         "geometry": {
             "batch": batch, "seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv, "num_heads_q": heads, "num_heads_kv": heads,
             "scale": 1.0, "scale_log2": 1.0, "score_sign": 1.0, "num_tiles": num_tiles,
         },
-        "features": arguments.feature_values(Features(dropout_p=probability), 1.0),
+        "features": arguments.feature_values(Features(dropout_p=dropout_p), 1.0),
     }  # fmt: skip
-    packed = arguments.Arguments(DROPOUT_MASK.arguments, values, pointers)
+    struct = arguments.Arguments(DROPOUT_MASK.arguments, values, addresses)
     stream = array.framework.current_stream(on.index) if on.kind == "gpu" else 0
     memory = {"dropout_mask": (0, prod(extents)), "dropout_state": (0, 16)}
-    buffers = () if on.kind == "gpu" else launch.simulated_memory(memory, pointers, {"dropout_mask"})
-    launch.executable(kernel, on).launch(kernel.shape, packed.fill(pointers), stream, buffers)
+    buffers = () if on.kind == "gpu" else launch.simulated_memory(memory, addresses, {"dropout_mask"})
+    launch.executable(kernel, on).launch(kernel.shape, struct.fill(addresses), stream, buffers)
     return array.framework.finish(kept)

@@ -1,6 +1,6 @@
 """Attention over disjoint sets of keys, merged: `merge_attention` and its gradient.
 
-A call is checked once for each signature of its arrays and kept as a `_Merge`, which holds kernels and argument structs packed but for the addresses;
+A call is checked once for each signature of its arrays and kept as a `_Merge`, which holds kernels and argument structs filled in but for the addresses;
 a warm call looks it up, as those of attention do (`calls.py`).
 """
 
@@ -205,10 +205,10 @@ def _check_parts(outs: _Parts, lses: _Parts, order: str) -> tuple[Layout, Shape4
     out, lse = outs.part(0), lses.part(0)
     form = _form_of(out.shape, lse.shape, order)
     heads = lse.shape[0] if form.varlen else lse.shape[1]
-    if form.packed and (heads == 0 or out.shape[2] % heads):
+    if form.flat and (heads == 0 or out.shape[2] % heads):
         expected = f"a last dimension divisible by {heads}, the heads of lses"
         raise ShapeError("outs", f"parts of shape {out.shape}", expected, f"Parts are read as {form.describe()}.")
-    head_dim = out.shape[2] // heads if form.packed else out.shape[-1] if form.varlen else out.shape[form.order.index("d")]
+    head_dim = out.shape[2] // heads if form.flat else out.shape[-1] if form.varlen else out.shape[form.order.index("d")]
     if not head_dim:
         raise ShapeError("outs", f"head_dim 0 in {out.shape}", "at least 1", f"Parts are read as {form.describe()}.")
     shape = form.view(out, head_dim).shape
@@ -231,7 +231,7 @@ def _form_of(out: tuple[int, ...], lse: tuple[int, ...], order: str) -> Layout:
         return Layout(order)
     if (len(out), len(lse)) == (3, 3):
         if order in ("bshd", "sbhd"):
-            return Layout(order, packed=True)
+            return Layout(order, flat=True)
         expected = "'bshd' or 'sbhd' for arrays of 3 dimensions, where the last one is heads * head_dim"
         raise OptionError("layout", repr(order), expected, "Leave layout out, or pass arrays of 4 dimensions.")
     if (len(out), len(lse)) == (3, 2):
@@ -325,16 +325,16 @@ class _Merge:
             _Result("grad_outs", (self.count, *out.shape), out.dtype), _Result("grad_lses", (self.count, *lse.shape), "float32"),
         ]  # fmt: skip
         grad_outs, grad_lses = _contiguous(out), _contiguous(lse)
-        step_grad_outs, step_grad_lses = prod(out.shape), prod(lse.shape)
+        stride_grad_outs, stride_grad_lses = prod(out.shape), prod(lse.shape)
         return {
             "out": self._tensor("out", others["out"]),
             "grad_out": self._tensor("grad_out", others["grad_out"]),
-            "grad_outs": self._tensor("grad_outs", grad_outs, step_grad_outs),
+            "grad_outs": self._tensor("grad_outs", grad_outs, stride_grad_outs),
             "lse": self._rows("lse", others["lse"]),
             "grad_lse": self._rows("grad_lse", others.get("grad_lse", grad_lses)),
             "grad_lses": self._rows("grad_lses", grad_lses),
-            "step_grad_outs": step_grad_outs,
-            "step_grad_lses": step_grad_lses,
+            "stride_grad_outs": stride_grad_outs,
+            "stride_grad_lses": stride_grad_lses,
             **self._sizes(),
         }
 
@@ -348,7 +348,7 @@ class _Merge:
         last = 1 if self.one_array else self.count
         return [
             {
-                "table": "table", "step_out": steps[0], "step_lse": steps[1], "num_parts": self.count, "first": first, "one_array": self.one_array,
+                "table": "table", "stride_part_out": steps[0], "stride_part_lse": steps[1], "num_parts": self.count, "first": first, "one_array": self.one_array,
                 "listed": [
                     {"out": self._tensor(f"outs[{i}]", outs.part(i), steps[0]), "lse": self._rows(f"lses[{i}]", lses.part(i))}
                     for i in range(first, min(first + LISTED_PARTS, last))
@@ -374,28 +374,28 @@ class _Merge:
         """Launch on arguments at these addresses, in the order of `names`; the two results."""
         made = [self.framework.empty(result.shape, result.dtype, self.like) for result in self.results]
         if self.launch_shape.num_blocks:
-            pointers = dict(zip(self.names, addresses, strict=True))
+            named_addresses = dict(zip(self.names, addresses, strict=True))
             for name, array, offset in self.derived:
-                pointers[name] = pointers[array] + offset
+                named_addresses[name] = named_addresses[array] + offset
             for result, memory in zip(self.results, made, strict=True):
-                pointers[result.name] = pointer(memory)
-            self._launch(pointers)
+                named_addresses[result.name] = pointer(memory)
+            self._launch(named_addresses)
         if not self.is_backward:
             return self.framework.finish(made[0]), self.framework.finish(made[1])
         return self._in_form(made[0], self.listed[0]), self._in_form(made[1], self.listed[1])
 
-    def _launch(self, pointers: dict[str, int]) -> None:
+    def _launch(self, named_addresses: dict[str, int]) -> None:
         on_gpu = self.device.kind == "gpu"
         stream = self.framework.current_stream(self.device.index) if on_gpu else 0
         if self.tables:
             table = self.framework.empty(
                 (self.count * MERGE_PART.size // 4,), "int32", self.like
             )  # freed when all launches are in the stream
-            pointers["table"] = pointer(table)
-        buffers = () if on_gpu else launch.simulated_memory(self.memory, pointers, self.written)
+            named_addresses["table"] = pointer(table)
+        buffers = () if on_gpu else launch.simulated_memory(self.memory, named_addresses, self.written)
         for group in self.tables:
-            self.table_kernel.launch(_TABLE_SHAPE, group.fill(pointers), stream, buffers)
-        self.kernel.launch(self.launch_shape, self.arguments.fill(pointers), stream, buffers)
+            self.table_kernel.launch(_TABLE_SHAPE, group.fill(named_addresses), stream, buffers)
+        self.kernel.launch(self.launch_shape, self.arguments.fill(named_addresses), stream, buffers)
 
     def _in_form(self, gradients: Any, listed: bool) -> Any:
         """Gradients of all parts in one array, or a tuple of them, as the argument came."""

@@ -110,12 +110,12 @@ def warmup(
     head_dims, dtypes, causals, sets = _several(head_dim), _several(dtype), _several(is_causal), _several(features)
     _check_need_attn_mask_grad(need_attn_mask_grad, sets, backward)
     requests: dict[CompileRequest, None] = {}
-    for one_head_dim, one_dtype, causal, packed, feature_set in product(head_dims, dtypes, causals, _several(varlen), sets):
+    for one_head_dim, one_dtype, causal, one_varlen, feature_set in product(head_dims, dtypes, causals, _several(varlen), sets):
         if causal is False and True in causals and isinstance(feature_set, FeatureSet) and feature_set.prefix:
             continue
         kernels = kernels_of_case(
             on, head_dim=one_head_dim, dtype=one_dtype, head_dim_v=head_dim_v, is_causal=causal, backward=backward, tile=tile,
-            allow_tf32=allow_tf32, varlen=packed, seqlens_kv=check_bool("seqlens_kv", seqlens_kv) and not packed, features=feature_set,
+            allow_tf32=allow_tf32, varlen=one_varlen, seqlens_kv=check_bool("seqlens_kv", seqlens_kv) and not one_varlen, features=feature_set,
             need_attn_mask_grad=need_attn_mask_grad,
         )  # fmt: skip
         requests |= dict.fromkeys(kernel.request(on) for kernel in kernels)
@@ -141,8 +141,8 @@ def warmup_call(plan: Plan, tile: Tiles) -> str | None:
         case["tile"] = tile
         if not plan.backward:  # where it may not fit
             case["backward"] = False
-    allow_tf32, packed = problem.allow_tf32 and problem.dtype == "float32", problem.num_sequences is not None
-    case |= {name: True for name, used in (("allow_tf32", allow_tf32), ("varlen", packed), ("seqlens_kv", problem.seqlens_kv)) if used}
+    allow_tf32, varlen = problem.allow_tf32 and problem.dtype == "float32", problem.num_sequences is not None
+    case |= {name: True for name, used in (("allow_tf32", allow_tf32), ("varlen", varlen), ("seqlens_kv", problem.seqlens_kv)) if used}
     if features != NO_FEATURES:
         case["features"] = features
     on = device.default()
@@ -194,7 +194,7 @@ def kernels_of_case(
     Raises:
         OptionError, TileError: as the call.
     """
-    causal, packed, backward = check_bool("is_causal", is_causal), check_bool("varlen", varlen), check_bool("backward", backward)
+    causal, of_varlen, backward = check_bool("is_causal", is_causal), check_bool("varlen", varlen), check_bool("backward", backward)
     return list(
         offline_kernels(
             on,
@@ -203,9 +203,9 @@ def kernels_of_case(
             head_dim_v=None if head_dim_v is None else _checked_head_dim("head_dim_v", head_dim_v),
             is_causal=causal,
             allow_tf32=check_bool("allow_tf32", allow_tf32),
-            varlen=packed,
+            varlen=of_varlen,
             seqlens_kv=seqlens_kv,
-            features=_checked_features_of_case(features, causal, packed),
+            features=_checked_features_of_case(features, causal, of_varlen),
             need_attn_mask_grad=need_attn_mask_grad,
             backward=backward,
             tile=tile,
@@ -252,11 +252,11 @@ def _checked_features(features: object) -> FeatureSet:
     return features
 
 
-def _checked_features_of_case(given: object, is_causal: bool, packed: bool) -> FeatureSet:
+def _checked_features_of_case(given: object, is_causal: bool, varlen: bool) -> FeatureSet:
     features = _checked_features(given)
     if features.prefix and not is_causal:
         raise OptionError("features", "prefix without is_causal", "is_causal=True", "Prefixes lift a causal mask: pass is_causal=True.")
-    if packed and (features.attn_mask is not None or features.segments):
+    if varlen and (features.attn_mask is not None or features.segments):
         got = f"{'segments' if features.attn_mask is None else 'attn_mask'} with varlen=True"
         hint = "Packed sequences do not see each other anyway; for others pad, and leave varlen out."
         raise OptionError("features", got, "the features of cuflash.varlen_attention", hint)

@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     if constexpr (NUM_STAGES > 1) __syncthreads();  // every warp is done with the tiles of the previous member; one stage ends with a barrier
     const int kv = batch * geometry.num_heads_kv + head / heads_per_kv;
     // Another K/V head, or the first. Where members can be passed over, the one that is loaded has to be remembered.
-    if (HEAD_STEPS == 1 && (PER_HEAD_WALK ? kv != loaded_kv : head % heads_per_kv == 0 || member % arguments.group_heads == 0)) {
+    if (SLICE_PIECES == 1 && (PER_HEAD_WALK ? kv != loaded_kv : head % heads_per_kv == 0 || member % arguments.group_heads == 0)) {
       loaded_kv = kv;
       K.load(0);
       if constexpr (COMPUTE_DK) V.load(0);
@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       const int first_q = tiles.tile(j) * TILE_Q;
       const SliceTile<TileQ, HEAD_DIM> Q{Q_smem + slot_of(j) * TileQ::BYTES, first_q, Q_rows};
       const SliceTile<TileO, HEAD_DIM_V> dO{dO_smem + slot_of(j) * TileO::BYTES, first_q, dO_rows};
-      if constexpr (HEAD_STEPS > 1) queries_of(j).issue();  // with the first pieces
+      if constexpr (SLICE_PIECES > 1) queries_of(j).issue();  // with the first pieces
 
       float P[M_TILES][S_TILES][4];  // scores, then probabilities; rows are keys
       clear(P);

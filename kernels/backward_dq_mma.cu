@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
     }
     cp_async_commit_group();
   };
-  if (HEAD_STEPS == 1 && begin < end) {
+  if (SLICE_PIECES == 1 && begin < end) {
     Q.load(0);
     dO.load(0);
   }

@@ -56,11 +56,12 @@ DEVICE void sum_rows(const float (&total)[M_TILES][S_TILES][4], float* column_su
 
 // Stores the sums of the tile that starts at first_q and first_kv, added up along the axes of which the mask has one element. Memory of the tiles,
 // from `shared` on, is used again.
-DEVICE void store_sums(float (&total)[M_TILES][S_TILES][4], uint8* shared, const MaskView& grad_mask, const Work& work, int first_q, int first_kv,
-                       int seqlen_q, int seqlen_kv) {
-  const bool sums_queries = grad_mask.stride_query == 0, sums_keys = grad_mask.stride_key == 0;
+DEVICE void store_sums(float (&total)[M_TILES][S_TILES][4], uint8* shared, const MaskView& grad_attn_mask, const Work& work, int first_q,
+                       int first_kv, int seqlen_q, int seqlen_kv) {
+  const bool sums_queries = grad_attn_mask.stride_query == 0, sums_keys = grad_attn_mask.stride_key == 0;
   const int warp_row = row_warp_index() * WARP_ROWS;
-  MaskElement* destination = static_cast<MaskElement*>(grad_mask.data) + work.batch * grad_mask.stride_batch + work.head * grad_mask.stride_head;
+  MaskElement* destination =
+      static_cast<MaskElement*>(grad_attn_mask.data) + work.batch * grad_attn_mask.stride_batch + work.head * grad_attn_mask.stride_head;
   if (sums_queries) {
     __syncthreads();  // every warp is done with the tiles, whose memory is used again
     float* column_sums = reinterpret_cast<float*>(shared);
@@ -71,7 +72,8 @@ DEVICE void store_sums(float (&total)[M_TILES][S_TILES][4], uint8* shared, const
       if (threadIdx.x == 0) *destination = from_float<MaskElement>(sum);
     } else {
       for (int column = int(threadIdx.x); column < TILE_KV; column += NUM_THREADS) {
-        if (first_kv + column < seqlen_kv) destination[(first_kv + column) * grad_mask.stride_key] = from_float<MaskElement>(column_sums[column]);
+        if (first_kv + column < seqlen_kv)
+          destination[(first_kv + column) * grad_attn_mask.stride_key] = from_float<MaskElement>(column_sums[column]);
       }
     }
   } else if (slice_index() != 0) {
@@ -86,20 +88,20 @@ DEVICE void store_sums(float (&total)[M_TILES][S_TILES][4], uint8* shared, const
         for (int n = 0; n < S_TILES; ++n) sum += total[m][n][2 * r] + total[m][n][2 * r + 1];
         sum = quad_sum(sum);
         const int query = first_q + warp_row + 16 * m + 8 * r + lane_index() / 4;
-        if (lane_index() % 4 == 0 && query < seqlen_q) destination[query * grad_mask.stride_query] = from_float<MaskElement>(sum);
+        if (lane_index() % 4 == 0 && query < seqlen_q) destination[query * grad_attn_mask.stride_query] = from_float<MaskElement>(sum);
       }
   } else {
     for_each_element(total, [&](int row, int column, float& sum) {
       const int query = first_q + warp_row + row, key = first_kv + column;
       if (query < seqlen_q && key < seqlen_kv)
-        destination[query * grad_mask.stride_query + key * grad_mask.stride_key] = from_float<MaskElement>(sum);
+        destination[query * grad_attn_mask.stride_query + key * grad_attn_mask.stride_key] = from_float<MaskElement>(sum);
     });
   }
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(const __grid_constant__ BackwardArguments arguments) {
-  const MaskView& grad_mask = arguments.features.grad_mask;
-  const bool sums_queries = grad_mask.stride_query == 0, sums_keys = grad_mask.stride_key == 0;
+  const MaskView& grad_attn_mask = arguments.features.grad_attn_mask;
+  const bool sums_queries = grad_attn_mask.stride_query == 0, sums_keys = grad_attn_mask.stride_key == 0;
   const int seqlen_q = arguments.geometry.seqlen_q, seqlen_kv = arguments.geometry.seqlen_kv;
   const int num_q_tiles = (seqlen_q + TILE_Q - 1) / TILE_Q, num_kv_tiles = (seqlen_kv + TILE_KV - 1) / TILE_KV;
   const Work work = decode_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads, false);
@@ -149,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
         const int first_kv = kv_tile * TILE_KV;
         const SliceTile<TileK, HEAD_DIM> K{K_smem, first_kv, K_rows};
         const SliceTile<TileV, HEAD_DIM_V> V{V_smem, first_kv, V_rows};
-        if constexpr (HEAD_STEPS == 1) {
+        if constexpr (SLICE_PIECES == 1) {
           __syncthreads();  // every warp is done with the tiles before
           if (kv_tile == first_tile) {
             Q.load(0);
@@ -184,5 +186,5 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
     }
   }
 
-  store_sums(total, shared, grad_mask, work, begin_q * TILE_Q, begin_kv * TILE_KV, seqlen_q, seqlen_kv);
+  store_sums(total, shared, grad_attn_mask, work, begin_q * TILE_Q, begin_kv * TILE_KV, seqlen_q, seqlen_kv);
 }

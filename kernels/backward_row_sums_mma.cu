@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_row_sums_m
     if (tile < end) K_loader.issue(K_smem + slot_of(tile) * TileK::BYTES, tile * TILE_KV, first_column<TileK>(0));
     cp_async_commit_group();
   };
-  if (HEAD_STEPS == 1 && begin < end) Q.load(0);
+  if (SLICE_PIECES == 1 && begin < end) Q.load(0);
   fill_pipeline(begin, issue);
 
   OnlineSoftmax<M_TILES, true> softmax;

@@ -1,4 +1,5 @@
-// What score features and masks add to a kernel's parameter. cuflash/planning/argument_structs.py lists the same fields in the same order with the same sizes.
+// What score features and masks add to a kernel's parameter. cuflash/planning/argument_structs.py lists the same fields in the same order with the
+// same sizes.
 //
 // Strides are in elements and 64 bits wide: nothing is copied or expanded, a broadcast axis has stride 0. Fields of features that the generated
 // Config does not ask for are zero and never read.
@@ -27,8 +28,8 @@ struct SequenceView {  // one int32 for each (batch, position)
 constexpr int UNLIMITED = 0x7fffffff;  // what stands for no limit of a window
 
 struct FeatureArguments {
-  MaskView mask;
-  MaskView grad_mask;  // an extent of 1 that is broadcast has stride 0
+  MaskView attn_mask;
+  MaskView grad_attn_mask;  // an extent of 1 that is broadcast has stride 0
   HeadView alibi_slopes;
   HeadView sinks;  // stride_batch 0
   float* grad_sinks;  // [num_heads_q]

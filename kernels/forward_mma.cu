@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     if (step < end) V_loader.issue(V_smem + slot_of(step) * TileV::BYTES, tiles.tile(step) * TILE_KV, first_column<TileV>(0));
     cp_async_commit_group();
   };
-  if constexpr (HEAD_STEPS == 1) {
+  if constexpr (SLICE_PIECES == 1) {
     if (begin < end) Q_loader.issue(Q_smem, first_q, first_column<TileQ>(0));
 #pragma unroll
     for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) {
@@ -107,14 +107,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   for (int j = begin; j < end; ++j) {
     const SliceTile<TileK, HEAD_DIM> K{K_smem + slot_of(j) * TileK::BYTES, tiles.tile(j) * TILE_KV, K_rows};
     float S[M_TILES][S_TILES][4];
-    if constexpr (HEAD_STEPS == 1) {
+    if constexpr (SLICE_PIECES == 1) {
       wait_for_tiles<PENDING>([&] { K_loader.land(K_smem); });  // barrier A
       issue_V(j + NUM_STAGES - 1);
     }
     clear(S);
     multiply_rows(S, Q, warp_row, K);
     publish(S, exchange);
-    if constexpr (HEAD_STEPS == 1) {
+    if constexpr (SLICE_PIECES == 1) {
       wait_for_tiles<PENDING>([&] { V_loader.land(V_smem); });  // barrier B
       issue_K(j + NUM_STAGES);
     } else {

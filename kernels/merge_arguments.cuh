@@ -1,5 +1,5 @@
-// The by-value parameters of the kernels that merge attention over disjoint sets of keys. cuflash/planning/argument_structs.py lists the same fields in
-// the same order with the same sizes.
+// The by-value parameters of the kernels that merge attention over disjoint sets of keys. cuflash/planning/argument_structs.py lists the same fields
+// in the same order with the same sizes.
 #pragma once
 #include "arguments.cuh"
 
@@ -13,7 +13,7 @@ constexpr int LISTED_PARTS = 16;  // what fits the parameter
 // Parts are arrays of their own, which are listed here or, if there are more, in a table in global memory; or one array, `step` elements apart.
 struct MergeParts {
   MergePart* table;  // null: `listed`
-  int64 step_out, step_lse;  // parts of one array, of which the first is listed; 0 otherwise
+  int64 stride_part_out, stride_part_lse;  // parts of one array, of which the first is listed; 0 otherwise
   int num_parts;
   int first;  // merge_table: where the listed parts come in the table
   int one_array;
@@ -30,7 +30,7 @@ struct MergeTableArguments {
 struct MergeArguments {
   TensorView out, grad_out, grad_outs;  // grad_outs: of the first part; forward: no gradients
   RowView lse, grad_lse, grad_lses;  // grad_lse.data null: zero
-  int64 step_grad_outs, step_grad_lses;  // from part to part
+  int64 stride_grad_outs, stride_grad_lses;  // from part to part
   int seqlen_q, num_heads, head_dim;
   int num_tiles;  // blocks of one (batch, head)
   int lanes;  // neighbouring threads that share a row: a power of two, at most a warp

@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) merge_attention_bac
     float weight = 0.0f, dot = 0.0f;
     const bool contributes = row.exists && !is_empty(PartRow::load_lse(parts, row, i));
     if (contributes) weight = weights.of(PartRow::load_lse(parts, row, i));
-    Element* destination = row.of(arguments.grad_outs) + i * arguments.step_grad_outs;
+    Element* destination = row.of(arguments.grad_outs) + i * arguments.stride_grad_outs;
     for (int column = first; column < head_dim; column += step) {
       float gradient[VECTOR] = {};
       if (contributes) {
@@ -56,6 +56,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) merge_attention_bac
       store(gradient, destination, arguments.grad_outs.stride_dim, arguments.grad_outs.vectorized, column, head_dim);
     }
     dot = row.sum(dot);
-    if (row.exists && row.lane == 0) row.of(arguments.grad_lses)[i * arguments.step_grad_lses] = contributes ? weight * (dot - delta) : 0.0f;
+    if (row.exists && row.lane == 0) row.of(arguments.grad_lses)[i * arguments.stride_grad_lses] = contributes ? weight * (dot - delta) : 0.0f;
   }
 }

@@ -143,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) visible_tiles(const
     if (by_pairs) {
       seen = look_at_pairs(visibility, geometry.seqlen_q, first_q, first_kv);
     } else if constexpr (BOOLEAN_MASK) {
-      seen = look_at_mask(features.mask, work.batch, work.head, first_q, first_kv);
+      seen = look_at_mask(features.attn_mask, work.batch, work.head, first_q, first_kv);
     } else {
       seen.add(true);
     }

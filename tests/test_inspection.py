@@ -1,4 +1,4 @@
-"""`cuflash.inspection`: the occupancy calculation, reading SASS, reports and their table. Needs no GPU."""
+"""`hardware.occupancy`, `jit.disassembly`, `cli.inspection`: the occupancy calculation, reading SASS, reports and their table. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 
 from cuflash.cli import inspection
 from cuflash.cli.inspection import Expectations, Report, Subject
-from cuflash.hardware.device import ARCHITECTURES, KIB, Device, of_arch
-from cuflash.hardware.occupancy import SM_LIMITS, occupancy
+from cuflash.hardware.architectures import KIB
+from cuflash.hardware.device import Device, of_arch
+from cuflash.hardware.occupancy import occupancy
 from cuflash.jit import cache, disassembly
 from cuflash.jit.compiler import CompileRequest
 from cuflash.jit.disassembly import classify
@@ -111,10 +112,6 @@ def test_occupancy(arch: str, threads: int, registers: int, shared: int, barrier
     assert found.warps == blocks * -(-threads // 32) <= found.max_warps
 
 
-def test_every_architecture_has_limits() -> None:
-    assert {of_arch(arch).capability for arch in ARCHITECTURES} == set(SM_LIMITS)
-
-
 # -------------------------------------------------------------------------------------------------------------------------- instruction mix
 
 
@@ -184,7 +181,7 @@ def test_mix_of_a_compiled_kernel(arch: str) -> None:
 
 
 def test_without_nvdisasm_everything_else_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "find_nvdisasm", lambda: None)
+    monkeypatch.setattr(disassembly, "find_nvdisasm", lambda: None)
     found = report(expectations=Expectations(matrix="HGMMA"))
     assert found.mix is None
     assert found.resources.registers > 0

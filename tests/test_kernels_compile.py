@@ -6,6 +6,7 @@ The simulator runs PTX, so registers and SASS are nowhere else looked at.
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 
 import pytest
 
@@ -31,7 +32,7 @@ FEATURES = {
     "boolean_mask": FeatureSet(attn_mask="bool"),
     "additive_mask": FeatureSet(attn_mask="float32"),
     "narrow_mask": FeatureSet(attn_mask="float16"),
-    **{name: FeatureSet(**{name: True}) for name in ("dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix")},
+    **{flag.name: FeatureSet(**{flag.name: True}) for flag in fields(FeatureSet) if flag.name != "attn_mask"},
 }
 LENGTHS = ("varlen", "seqlens_kv")
 """Arguments of `offline_kernels` for sequences of different lengths."""

@@ -41,20 +41,20 @@ def unpacked(layout: Struct, data: bytes) -> dict[str, Any]:
     return {path: struct.unpack_from("=" + scalar.format, data, offset)[0] for path, offset, scalar in layout.scalars()}
 
 
-def forward(problem: Problem, vectorized: bool = True, pointers: dict[str, int] | None = None) -> dict[str, Any]:
+def forward(problem: Problem, vectorized: bool = True, addresses: dict[str, int] | None = None) -> dict[str, Any]:
     (kernel,) = planner.make_plan(problem, device.of_arch("sm_80")).kernels
     views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": problem.query}
     values: dict[str, Any] = {name: arguments.tensor(name, view, vectorized) for name, view in views.items()}
     values |= {"lse": arguments.rows("lse", (36, 9, 1)), "geometry": arguments.geometry(problem, kernel.num_tiles)}
     values |= {"lengths": arguments.lengths(problem), "features": arguments.feature_values(problem.features, problem.scale)}
-    return unpacked(FORWARD_ARGUMENTS, Arguments(FORWARD_ARGUMENTS, values, pointers or {}).fill(pointers or {}))
+    return unpacked(FORWARD_ARGUMENTS, Arguments(FORWARD_ARGUMENTS, values, addresses or {}).fill(addresses or {}))
 
 
 # --- What is packed -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_fill_writes_the_given_addresses_and_leaves_the_rest_alone() -> None:
-    empty, filled = forward(problem_of()), forward(problem_of(), pointers=POINTERS)
+    empty, filled = forward(problem_of()), forward(problem_of(), addresses=POINTERS)
     assert {name: filled[f"{name}.data"] for name in POINTERS} == POINTERS
     assert {name for name in empty if empty[name] != filled[name]} == {f"{name}.data" for name in POINTERS}
     assert not any(empty[f"{name}.data"] for name in POINTERS), "not given: null"

@@ -56,7 +56,7 @@ def test_wide_heads_that_pass_through_shared_memory_in_steps(shape: tuple[int, i
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_75")
     target = Target("sm_75")
     inputs = inputs_of(target, "float32", 520, (20, 37), 264)
-    assert all("HEAD_STEPS = 1;" not in kernel.config for kernel in cuflash.plan(*inputs, enable_gqa=True).kernels)
+    assert all("SLICE_PIECES = 1;" not in kernel.config for kernel in cuflash.plan(*inputs, enable_gqa=True).kernels)
     together = {**FEATURES["window"], **FEATURES["softcap"], **FEATURES["dropout"], **FEATURES["sinks"]}
     target.check(*inputs, enable_gqa=True, attn_mask=additive_mask(*shape), **together)
 

@@ -158,7 +158,7 @@ def test_config_says_all_that_the_kernel_is_told() -> None:
     assert kernel.config == (
         '#include "ptx/types.cuh"\nstruct Config {\n  using Element = float16;\n'
         "  static constexpr int CAPABILITY = 80;\n  static constexpr int HEAD_DIM = 72;\n  static constexpr int HEAD_DIM_V = 72;\n"
-        "  static constexpr int HEAD_SLICES = 1;\n  static constexpr int HEAD_STEPS = 1;\n"
+        "  static constexpr int HEAD_SLICES = 1;\n  static constexpr int SLICE_PIECES = 1;\n"
         "  static constexpr int TILE_Q = 64;\n  static constexpr int TILE_KV = 48;\n"
         "  static constexpr int NUM_WARPS = 4;\n  static constexpr int NUM_STAGES = 2;\n"
         f"  static constexpr int SHARED_BYTES = {160 * (64 + 4 * 48)};\n"

@@ -163,7 +163,7 @@ def test_batch_first() -> None:
 def test_three_dimensions(options: dict[str, Any], shape: Any, strides: Any) -> None:
     p = problem_of((2, 5, 12), (2, 5, 12), **options)
     assert p.query == View(shape, strides)
-    assert p.layout.packed
+    assert p.layout.flat
     assert p.layout.ndim == 3
     assert p.layout.from_canonical(p.output_shape) == (2, 5, 12)
 

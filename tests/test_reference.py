@@ -12,7 +12,17 @@ from conftest import Target
 from numpy.typing import NDArray
 
 from cuflash.arrays.borrowing import bfloat16
-from cuflash.reference import attention, attention_backward, attention_naive, attention_naive_backward, compare, from_bfloat16_bits, round_to, to_bfloat16_bits, to_float64
+from cuflash.reference import (
+    attention,
+    attention_backward,
+    attention_naive,
+    attention_naive_backward,
+    compare,
+    from_bfloat16_bits,
+    round_to,
+    to_bfloat16_bits,
+    to_float64,
+)
 
 Floats = NDArray[numpy.float64]
 

@@ -63,7 +63,7 @@ BROKEN = {
     "stages_of_steps": (
         case(dtype="float32", head_dim=512),
         Tile(16, 16, 4, 2),
-        "num_stages must be 1 on sm_86, whose shared memory this head passes through in steps",
+        "num_stages must be 1 on sm_86, whose shared memory this head passes through in pieces",
     ),
     "registers_of_16_warps": (
         case(head_dim=240),
@@ -144,7 +144,7 @@ def test_row_bytes(dtype: str, arch: str, head_dim: int, expected: int) -> None:
 def test_slices_and_steps_of_wide_heads(kernel: Any, dtype: str, head_dim: int, arch: str, slices: int, steps: int) -> None:
     """Slices by what accumulators the registers hold, steps by what pieces the shared memory holds."""
     kernel_case = case(kernel, dtype, head_dim)
-    assert (kernel_case.head_slices(on(arch)), kernel_case.head_steps(on(arch))) == (slices, steps)
+    assert (kernel_case.head_slices(on(arch)), kernel_case.slice_pieces(on(arch))) == (slices, steps)
 
 
 def test_transposed() -> None:
@@ -179,7 +179,7 @@ def test_every_pair_of_head_dims_has_a_default(dtype: str, head_dim: int, head_d
         tile = tile_choice.default_tile(kernel_case, on(arch))
         assert kernel_cases.shared_bytes(kernel_case, tile, on(arch)) <= on(arch).shared_memory_per_block
         assert (kernel_case.head_slices(on(arch)) > 1) == (max(head_dim, head_dim_v) > 256)
-        assert kernel_case.head_slices(on(arch)) > 1 or kernel_case.head_steps(on(arch)) == 1
+        assert kernel_case.head_slices(on(arch)) > 1 or kernel_case.slice_pieces(on(arch)) == 1
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_90"])

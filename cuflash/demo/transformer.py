@@ -142,9 +142,9 @@ class Transformer:
     def _attention(self, x: Array, name: str, batch: int) -> tuple[Array, tuple[Any, ...]]:
         """Project, attend, project. Query, key and value are views of one array: cuflash takes any strides."""
         shape = self.shape
-        packed = dot(x, self.parameters[f"{name}.qkv"]).reshape(batch, shape.seqlen, 3, shape.num_heads, shape.head_dim)
-        self._rotate(packed[:, :, :2], self._sin)
-        rounded = narrow(packed, self.dtype)
+        qkv = dot(x, self.parameters[f"{name}.qkv"]).reshape(batch, shape.seqlen, 3, shape.num_heads, shape.head_dim)
+        self._rotate(qkv[:, :, :2], self._sin)
+        rounded = narrow(qkv, self.dtype)
         query, key, value = (operand(rounded[:, :, index], self.dtype) for index in range(3))
         out, lse = cuflash.scaled_dot_product_attention(query, key, value, is_causal=True, return_lse=True)
         flat = widen(out).reshape(x.shape)

@@ -1,7 +1,4 @@
-"""What a plan needs to know of the machine: a frozen `Device`, either a GPU or the simulator posing as one.
-
-Limits come from the CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-"""
+"""What a plan needs to know of the machine: a frozen `Device`, either a GPU or the simulator posing as one."""
 
 from __future__ import annotations
 
@@ -12,24 +9,9 @@ from typing import Literal
 
 from cuflash.arrays.borrowing import describe
 from cuflash.errors import CuflashError, DeviceError, OptionError, SetupError
+from cuflash.hardware.architectures import TABLE
 
-KIB = 1024
-
-# architecture -> (shared memory a block may opt in to, shared memory per SM, SMs of its largest common card)
-_LIMITS: dict[str, tuple[int, int, int]] = {
-    "sm_75": (64 * KIB, 64 * KIB, 40),
-    "sm_80": (163 * KIB, 164 * KIB, 108),
-    "sm_86": (99 * KIB, 100 * KIB, 84),
-    "sm_87": (163 * KIB, 164 * KIB, 16),
-    "sm_89": (99 * KIB, 100 * KIB, 142),
-    "sm_90": (227 * KIB, 228 * KIB, 132),
-    "sm_100": (227 * KIB, 228 * KIB, 148),
-    "sm_103": (227 * KIB, 228 * KIB, 148),
-    "sm_120": (99 * KIB, 100 * KIB, 170),
-    "sm_121": (99 * KIB, 100 * KIB, 48),
-}
-
-ARCHITECTURES: tuple[str, ...] = tuple(_LIMITS)
+ARCHITECTURES: tuple[str, ...] = tuple(TABLE)
 
 
 @dataclass(frozen=True)
@@ -70,7 +52,7 @@ class Device:
 def normalize_arch(arch: object, argument: str = "arch") -> str:
     """Return `arch` without an `a`/`f` suffix, or raise with the list of supported ones; `argument` is what the caller knows it by."""
     plain = arch[:-1] if isinstance(arch, str) and arch[-1:] in ("a", "f") else arch
-    if not isinstance(plain, str) or plain not in _LIMITS:
+    if not isinstance(plain, str) or plain not in TABLE:
         raise OptionError(argument, describe(arch), "one of " + ", ".join(ARCHITECTURES), "Name a supported architecture.")
     return plain
 
@@ -79,9 +61,9 @@ def normalize_arch(arch: object, argument: str = "arch") -> str:
 def of_arch(arch: str, kind: Literal["gpu", "simulator"] = "simulator") -> Device:
     """A device of the given architecture with its documented limits: for the simulator and for offline planning."""
     plain = normalize_arch(arch)
-    per_block, per_sm, num_sms = _LIMITS[plain]
+    row = TABLE[plain]
     name = f"cuflash simulator ({plain})" if kind == "simulator" else f"{plain} (offline)"
-    return Device(kind, 0, plain, name, num_sms, per_block, per_sm)
+    return Device(kind, 0, plain, name, row.num_sms, row.shared_memory_per_block, row.shared_memory_per_sm)
 
 
 def simulator_arch() -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cuflash.hardware.device import KIB, Device
+from cuflash.hardware.architectures import architecture
+from cuflash.hardware.device import Device
 
 # -------------------------------------------------------------------------------------------------------------------------------- occupancy
 
@@ -12,39 +13,6 @@ WARP_SIZE = 32
 MAX_REGISTERS_PER_THREAD = 255
 _REGISTER_GRANULARITY = 256  # registers, per warp
 _SUB_PARTITIONS = 4  # of an SM, each with a quarter of its registers; the warps of a block are dealt out to all four
-
-
-@dataclass(frozen=True)
-class SmLimits:
-    """What one SM can hold at a time, besides registers and shared memory.
-
-    Attributes:
-        warps, blocks: at most so many.
-        barriers: named barriers of all blocks together; None where they are never what runs out.
-        reserved_shared_bytes: per block, taken by the system.
-        shared_granularity: bytes that a block's shared memory is rounded up to.
-    """
-
-    warps: int
-    blocks: int
-    barriers: int | None
-    reserved_shared_bytes: int = KIB
-    shared_granularity: int = 128
-
-
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; barriers and granularity from cuda_occupancy.h.
-SM_LIMITS: dict[int, SmLimits] = {
-    75: SmLimits(warps=32, blocks=16, barriers=None, reserved_shared_bytes=0, shared_granularity=256),
-    80: SmLimits(warps=64, blocks=32, barriers=None),
-    86: SmLimits(warps=48, blocks=16, barriers=None),
-    87: SmLimits(warps=48, blocks=16, barriers=None),
-    89: SmLimits(warps=48, blocks=24, barriers=None),
-    90: SmLimits(warps=64, blocks=32, barriers=64),
-    100: SmLimits(warps=64, blocks=32, barriers=64),
-    103: SmLimits(warps=64, blocks=32, barriers=64),
-    120: SmLimits(warps=48, blocks=24, barriers=24),
-    121: SmLimits(warps=48, blocks=24, barriers=24),
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +42,7 @@ def occupancy(device: Device, *, threads: int, registers: int, shared_bytes: int
         shared_bytes: static and dynamic shared memory of a block.
         barriers: named barriers of a block.
     """
-    limits = SM_LIMITS[device.capability]
+    limits = architecture(device.arch)
     warps = -(-threads // WARP_SIZE)
     allowed = {
         "registers": _blocks_by_registers(device.registers_per_sm, warps, registers),
@@ -100,7 +68,7 @@ def _blocks_by_registers(registers_per_sm: int, warps: int, registers: int) -> i
 
 
 def _blocks_by_shared_memory(device: Device, shared_bytes: int) -> int:
-    limits = SM_LIMITS[device.capability]
+    limits = architecture(device.arch)
     if shared_bytes > device.shared_memory_per_block:
         return 0
     allocated = _round_up(shared_bytes + limits.reserved_shared_bytes, limits.shared_granularity)

@@ -1,6 +1,6 @@
 """The one by-value parameter of each kernel, as a list of typed fields: the structs of kernels/*arguments.cuh, field by field in their order.
 
-Sizes, offsets and padding follow from the list as C++ has them, and bytes are packed by it (`arguments.py`); tests/test_argument_structs.py lets the compiler
+Sizes, offsets and padding follow from the list as C++ has them, and bytes are written by it (`arguments.py`); tests/test_argument_structs.py lets the compiler
 assert every one of them. A type of another size or alignment, such as the 128 bytes of a tensor map on a multiple of 64, is one more `Scalar`.
 """
 
@@ -127,7 +127,7 @@ HEAD_VIEW = _struct("HeadView", ("data", WORD), ("stride_batch", INT64), ("strid
 SEQUENCE_VIEW = _struct("SequenceView", ("data", WORD), ("stride_batch", INT64), ("stride_position", INT64))
 FEATURE_ARGUMENTS = _struct(
     "FeatureArguments",
-    ("mask", MASK_VIEW), ("grad_mask", MASK_VIEW), ("alibi_slopes", HEAD_VIEW), ("sinks", HEAD_VIEW), ("grad_sinks", WORD),
+    ("attn_mask", MASK_VIEW), ("grad_attn_mask", MASK_VIEW), ("alibi_slopes", HEAD_VIEW), ("sinks", HEAD_VIEW), ("grad_sinks", WORD),
     ("segment_ids_q", SEQUENCE_VIEW), ("segment_ids_kv", SEQUENCE_VIEW), ("prefix_lengths", SEQUENCE_VIEW), ("visible_tiles", WORD),
     ("dropout_state", WORD), ("dropout_seed", WORD), ("dropout_offset", WORD), ("list_batches", INT), ("list_heads", INT),
     ("window_low", INT), ("window_high", INT), ("score_factor", FLOAT), ("softcap", FLOAT), ("dropout_limit", UINT32), ("dropout_scale", FLOAT),
@@ -159,13 +159,13 @@ LISTED_PARTS = 16
 MERGE_PART = _struct("MergePart", ("out", TENSOR_VIEW), ("lse", ROW_VIEW))
 MERGE_PARTS = _struct(
     "MergeParts",
-    ("table", WORD), ("step_out", INT64), ("step_lse", INT64), ("num_parts", INT), ("first", INT), ("one_array", INT), ("reserved", INT),
+    ("table", WORD), ("stride_part_out", INT64), ("stride_part_lse", INT64), ("num_parts", INT), ("first", INT), ("one_array", INT), ("reserved", INT),
     ("listed", MERGE_PART, LISTED_PARTS),
 )  # fmt: skip
 MERGE_TABLE_ARGUMENTS = _struct("MergeTableArguments", ("parts", MERGE_PARTS))
 MERGE_ARGUMENTS = _struct(
     "MergeArguments",
     ("out", TENSOR_VIEW), ("grad_out", TENSOR_VIEW), ("grad_outs", TENSOR_VIEW), ("lse", ROW_VIEW), ("grad_lse", ROW_VIEW), ("grad_lses", ROW_VIEW),
-    ("step_grad_outs", INT64), ("step_grad_lses", INT64), ("seqlen_q", INT), ("num_heads", INT), ("head_dim", INT), ("num_tiles", INT), ("lanes", INT),
+    ("stride_grad_outs", INT64), ("stride_grad_lses", INT64), ("seqlen_q", INT), ("num_heads", INT), ("head_dim", INT), ("num_tiles", INT), ("lanes", INT),
     ("reserved", INT), ("parts", MERGE_PARTS),
 )  # fmt: skip

@@ -60,18 +60,18 @@ class KernelCase:
         columns = self.kernel.output_columns(self.head_dim, self.head_dim_v)
         return max(2, ceil(columns / (_SLICE_COLUMNS_FLOAT32 if many_instructions else _SLICE_COLUMNS)))
 
-    def head_steps(self, device: Device) -> int:
+    def slice_pieces(self, device: Device) -> int:
         """Pieces into which each slice is cut, so that the smallest tile fits the shared memory; 1 where it does anyway."""
         slices = self.head_slices(device)
         smallest = Tile(16, 16, slices, 1)
-        for steps in (1, 2, 4) if slices > 1 else ():
-            if _shared_bytes(self, smallest, device, steps) <= device.shared_memory_per_block:
-                return steps
+        for pieces in (1, 2, 4) if slices > 1 else ():
+            if _shared_bytes(self, smallest, device, pieces) <= device.shared_memory_per_block:
+                return pieces
         return 8 if slices > 1 else 1
 
     def columns(self, device: Device) -> tuple[int, int]:
         """head_dim and head_dim_v as the kernel computes them: pieces are rounded up to what the matrix instructions take."""
-        pieces = self.head_slices(device) * self.head_steps(device)
+        pieces = self.head_slices(device) * self.slice_pieces(device)
         piece, piece_v = _piece_columns(self, pieces)
         return pieces * piece, pieces * piece_v
 
@@ -88,10 +88,10 @@ def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:
     return ceil(case.head_dim / pieces / 16) * 16, ceil(case.head_dim_v / pieces / 16) * 16
 
 
-def row_bytes(case: KernelCase, device: Device, steps: int = 0) -> tuple[int, int]:
+def row_bytes(case: KernelCase, device: Device, slice_pieces: int = 0) -> tuple[int, int]:
     """Bytes of one row of a tile of Q or K and of V or dO in shared memory, one piece of each slice.
 
-    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh. `steps` instead of `case.head_steps` if it is not 0.
+    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh. `slice_pieces` instead of `case.slice_pieces` if it is not 0.
     """
     itemsize, slices = case.smem_itemsize(device), case.head_slices(device)
 
@@ -99,24 +99,24 @@ def row_bytes(case: KernelCase, device: Device, steps: int = 0) -> tuple[int, in
         chunks = columns * itemsize // 16
         return (ceil(chunks / 8) * 8 if itemsize == 4 else chunks) * 16
 
-    piece, piece_v = _piece_columns(case, slices * (steps or case.head_steps(device)))
+    piece, piece_v = _piece_columns(case, slices * (slice_pieces or case.slice_pieces(device)))
     return slices * pitch(piece), slices * pitch(piece_v)
 
 
-def operand_bytes(case: KernelCase, device: Device, steps: int = 0) -> tuple[int, int]:
+def operand_bytes(case: KernelCase, device: Device, slice_pieces: int = 0) -> tuple[int, int]:
     """Bytes of one row of what a block keeps, and of what it streams, one piece of each slice."""
-    rows = row_bytes(case, device, steps)
+    rows = row_bytes(case, device, slice_pieces)
     kept, streamed = (sum(columns_of(name, *rows) for name in names) for names in (case.kernel.kept, case.kernel.streamed))
     return kept, streamed
 
 
 def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
     """Dynamic shared memory of a block; the kernels assert the same number."""
-    return _shared_bytes(case, tile, device, case.head_steps(device))
+    return _shared_bytes(case, tile, device, case.slice_pieces(device))
 
 
-def _shared_bytes(case: KernelCase, tile: Tile, device: Device, steps: int) -> int:
-    kept, streamed = operand_bytes(case, device, steps)
+def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: int) -> int:
+    kept, streamed = operand_bytes(case, device, slice_pieces)
     slices = case.head_slices(device)
     exchange = 4 * slices * len(case.kernel.scores) * tile.tile_q * tile.tile_kv if slices > 1 else 0
     statistics = 0

@@ -1,8 +1,7 @@
 """What each kernel is: its file, what its blocks keep and stream, what they multiply, and what their tiles were fitted with.
 
-All that depends on which kernel it is, is said here once, as a `KernelSpec`: the rules of tiles and the model behind their defaults (`tiles.py`), plans
-(`planning.py`), counts of visited tiles and the list of tunable kernels follow from it. Another kernel is another `KernelSpec`, and a branch in
-`planning.py` that chooses it.
+All that depends on which kernel it is, is said here once, as a `KernelSpec`: the rules of tiles and the model behind their defaults, plans, counts of visited
+tiles and the list of tunable kernels follow from it. Another kernel is another `KernelSpec`, and a branch in `planner.py` that chooses it.
 """
 
 from __future__ import annotations
@@ -73,6 +72,7 @@ class KernelSpec:
         outputs: what is summed over the pairs.
         sums_scores: the sum has the form of scores, as the gradient of a mask has.
         online_softmax: the output is rescaled whenever a row finds a larger maximum.
+        warps_per_product: that issue one matrix instruction together; 4 of wgmma, and a block has a multiple of them.
         max_stages: most streamed tiles in flight.
         walks_lists: with features that hide tiles by data, blocks walk over lists of visible tiles. False where it is not worth making them: a kernel that
             seldom visits any tile, or one that adds up the tiles of many heads.
@@ -97,6 +97,7 @@ class KernelSpec:
     outputs: tuple[Output, ...] = field(default=(), compare=False)
     sums_scores: bool = field(default=False, compare=False)
     online_softmax: bool = field(default=False, compare=False)
+    warps_per_product: int = field(default=1, compare=False)
     max_stages: int = field(default=4, compare=False)
     walks_lists: bool = field(default=True, compare=False)
     drops: bool = field(default=True, compare=False)

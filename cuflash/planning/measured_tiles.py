@@ -1,4 +1,4 @@
-"""Tiles that were faster on a GPU than what the model of `tiles` prefers, of those that spill no register.
+"""Tiles that were faster on a GPU than what `tile_model` prefers, of those that spill no register.
 
 `TILES` has what benchmarks/results/nvidia-h100-80gb-hbm3/tiles.csv says of bfloat16 at seqlen 4096, full and causal: the tile with the least sum of both
 times. The kernels of both 16-bit types are the same but for their conversions. Where nothing was timed, the model decides.

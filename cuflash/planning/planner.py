@@ -125,7 +125,7 @@ def _tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Ti
         "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": case.head_dim_v,
         "HEAD_SLICES": case.head_slices(device),
-        "HEAD_STEPS": case.head_steps(device),
+        "SLICE_PIECES": case.slice_pieces(device),
         "TILE_Q": tile.tile_q,
         "TILE_KV": tile.tile_kv,
         "NUM_WARPS": tile.num_warps,

@@ -6,9 +6,9 @@ sequence lengths.
 
 from __future__ import annotations
 
-from math import ceil
-
+from cuflash.hardware.architectures import architecture
 from cuflash.hardware.device import Device
+from cuflash.hardware.occupancy import occupancy
 from cuflash.planning.kernel_cases import KernelCase, accumulated, multiply_adds, operand_bytes, row_bytes, shared_bytes
 from cuflash.planning.tile_rules import MAX_REGISTERS, REGISTERS_PER_BLOCK
 from cuflash.problem.tile import Tile
@@ -53,12 +53,8 @@ def _feature_registers(case: KernelCase) -> int:
     return estimate
 
 
-# --- The model ----------------------------------------------------------------------------------------------------------------------------
-
-# Rates per SM and clock: dense multiply-adds of mma.sync with 16-bit operands and float32 sums, exponentials, 32-bit instructions.
-_MMA_RATE = {75: 512, 80: 1024, 86: 256, 87: 512, 89: 256, 90: 1024, 100: 1024, 103: 1024, 120: 256, 121: 256}
+# Rates per SM and clock that are the same everywhere: exponentials, bytes of shared memory and of L2.
 _EXP_RATE = 16
-_ISSUE_RATE = {75: 64, 80: 64}
 _SMEM_RATE = 128
 _L2_RATE = 32
 _BARRIER_CYCLES = 120
@@ -74,7 +70,7 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     kernel, costs = case.kernel, case.kernel.costs
     rows, streamed = case.stationary_rows(tile), case.streamed_rows(tile)
 
-    mma_rate = float(_MMA_RATE.get(device.capability, 1024))
+    mma_rate = float(architecture(device.arch).mma_rate)
     if case.uses_simt(device):
         mma_rate = 64.0
     elif case.dtype == "float32":
@@ -82,16 +78,16 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     mma = multiply_adds(case, tile, device) / mma_rate
 
     # Per streamed tile: every warp reads each streamed operand of each product; stationary operands are read again too; the copy writes once.
-    slices, steps = case.head_slices(device), case.head_steps(device)
-    row, row_v = (steps * nbytes for nbytes in row_bytes(case, device))
-    kept_bytes, streamed_bytes = (steps * nbytes for nbytes in operand_bytes(case, device))
+    slices, pieces = case.head_slices(device), case.slice_pieces(device)
+    row, row_v = (pieces * nbytes for nbytes in row_bytes(case, device))
+    kept_bytes, streamed_bytes = (pieces * nbytes for nbytes in operand_bytes(case, device))
     over_d, over_dv = kernel.products
     traffic = tile.num_warps // slices * streamed * (over_d * row + over_dv * row_v) + rows * kept_bytes + streamed * streamed_bytes
     if slices > 1:  # parts of scores are exchanged
         traffic += 4 * (slices + slices * slices) * len(kernel.scores) * rows * streamed
     smem = traffic / _SMEM_RATE
 
-    issue_rate = _ISSUE_RATE.get(device.capability, 128)
+    issue_rate = architecture(device.arch).issue_rate
     scores = slices * rows * streamed
     split = 3.0 if case.dtype == "float32" and not case.allow_tf32 else 1.0
     instructions = scores * costs.instructions + split * traffic / 16
@@ -99,7 +95,7 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
         instructions += rows * (case.columns(device)[1] + 40 * slices)
     other = scores / _EXP_RATE + instructions / issue_rate
 
-    fetched = streamed + (rows if steps > 1 else 0)
+    fetched = streamed + (rows if pieces > 1 else 0)
     l2 = fetched * streamed_bytes / _L2_RATE  # every block fetches every streamed tile: only more rows per block save traffic
 
     blocks = _blocks_per_sm(case, tile, device)
@@ -121,8 +117,7 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
 
 
 def _blocks_per_sm(case: KernelCase, tile: Tile, device: Device) -> int:
-    reserved = 1024 if device.capability >= 80 else 0
-    by_smem = device.shared_memory_per_sm // (shared_bytes(case, tile, device) + reserved)
-    registers = min(MAX_REGISTERS, ceil(estimate_registers(case, tile, device) / 8) * 8)
-    by_registers = device.registers_per_sm // (registers * 32 * tile.num_warps)
-    return max(1, min(by_smem, by_registers, 16))
+    """As many as the estimated registers and shared memory allow; at least one, since a kernel of too many registers spills them."""
+    registers = min(MAX_REGISTERS, estimate_registers(case, tile, device))
+    held = occupancy(device, threads=32 * tile.num_warps, registers=registers, shared_bytes=shared_bytes(case, tile, device))
+    return max(1, held.blocks)

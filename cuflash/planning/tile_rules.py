@@ -29,6 +29,9 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     slices = case.head_slices(device)
     if tile.num_warps % slices:
         return f"num_warps must be a multiple of {slices}, the slices of the head"
+    together = case.kernel.warps_per_product
+    if tile.num_warps % (slices * together):
+        return f"num_warps must be a multiple of {slices * together}, since {together} warps issue a product together"
     if getattr(tile, stationary) % (16 * tile.num_warps // slices):
         of_a_slice = f" / {slices} slices of the head" if slices > 1 else ""
         return f"{stationary} must be a multiple of 16 * num_warps{of_a_slice} = {16 * tile.num_warps // slices}"
@@ -36,8 +39,8 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         return f"{streamed} must be a multiple of 16"
     if device.capability < 80 and tile.num_stages != 1:
         return f"num_stages must be 1 on {device.arch}, which has no asynchronous copies"
-    if case.head_steps(device) > 1 and tile.num_stages != 1:
-        return f"num_stages must be 1 on {device.arch}, whose shared memory this head passes through in steps"
+    if case.slice_pieces(device) > 1 and tile.num_stages != 1:
+        return f"num_stages must be 1 on {device.arch}, whose shared memory this head passes through in pieces"
     if tile.num_stages > case.kernel.max_stages:
         if case.kernel.max_stages == 1:
             return "num_stages must be 1: this kernel copies its operands when it needs them"

@@ -221,11 +221,11 @@ def _form_of(inputs: dict[str, Array], order: str) -> Layout:
     if ndim == 4:
         return Layout(order)
     # Heads are part of the last dimension, so that batch_first=False means (seqlen, batch, heads * head_dim), as in recurrent layers.
-    packed_order = {"bshd": "bshd", "sbhd": "sbhd", "hbsd": "sbhd"}.get(order)
-    if packed_order is None:
+    flat_order = {"bshd": "bshd", "sbhd": "sbhd", "hbsd": "sbhd"}.get(order)
+    if flat_order is None:
         expected = "'bshd' or 'sbhd' for arrays of 3 dimensions, where the last one is heads * head_dim"
         raise OptionError("layout", repr(order), expected, "Leave layout out, or pass arrays of 4 dimensions.")
-    return Layout(packed_order, packed=True)
+    return Layout(flat_order, flat=True)
 
 
 def _varlen_form(inputs: dict[str, Array]) -> Layout:
@@ -242,7 +242,7 @@ def _varlen_form(inputs: dict[str, Array]) -> Layout:
 
 def _head_dim_of(query: Array, form: Layout, num_heads: int | None) -> int:
     """The query's head_dim, checked against num_heads and the kernels' limit."""
-    if form.packed:
+    if form.flat:
         if num_heads is None:
             hint = (
                 "Pass num_heads=1 if these are (batch, seqlen, head_dim) of one head; call varlen_attention if they are packed sequences, "
@@ -270,7 +270,7 @@ def _check_head_dims(inputs: dict[str, Array], form: Layout, head_dim: int) -> i
     """Key has the query's head_dim; returns value's. In three dimensions both have a multiple of it, which gives their number of heads."""
     for name in ("key", "value"):
         shape = inputs[name].shape
-        if form.packed:
+        if form.flat:
             if shape[2] % head_dim:
                 expected = f"a last dimension that is a multiple of {head_dim}, the query's last dimension divided by num_heads"
                 hint = "Check num_heads=, the number of heads of the query."
@@ -286,7 +286,7 @@ def _check_head_dims(inputs: dict[str, Array], form: Layout, head_dim: int) -> i
             raise ShapeError(name, got, f"a head_dim from 1 to {MAX_HEAD_DIM}", _how_read(form))
         if name == "value" and own > MAX_HEAD_DIM:
             raise UnsupportedError(name, got, f"a head_dim of at most {MAX_HEAD_DIM}", _how_read(form))
-    return head_dim if form.packed else form.to_canonical(inputs["value"].shape)[3]
+    return head_dim if form.flat else form.to_canonical(inputs["value"].shape)[3]
 
 
 # --- Extents ----------------------------------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ class _Extents:
             grouped = f"For grouped queries, {heads // own} query heads per key head, pass enable_gqa=True."
             hint = f"{grouped} Or, if these are not heads: {hint}" if hint else grouped
         if hint is None:
-            hint = "Check num_heads=, the number of heads of the query." if self.form.packed else _how_read(self.form)
+            hint = "Check num_heads=, the number of heads of the query." if self.form.flat else _how_read(self.form)
         return ShapeError(name, f"{own} heads in {self._shape(name)}", f"{heads} heads, {self._like('query')}, or 1{divisor}", hint)
 
     def _swap(self) -> str | None:
@@ -342,7 +342,7 @@ class _Extents:
         )
         batches_fit = {batch_k, batch_v} <= {1, batch}
         if (
-            self.form.packed
+            self.form.flat
             or self.form.varlen
             or not (batches_fit and seqlen_k == seqlen_v and self._heads_fit(heads, heads_k) and self._heads_fit(heads, heads_v))
         ):
@@ -389,7 +389,7 @@ def _lse_strides(name: str, array: Array, problem: Problem) -> Shape3:
 
 def _how_read(form: Layout) -> str:
     """How dimensions were taken, and how to say otherwise."""
-    if form.packed:
+    if form.flat:
         return f"Dimensions are read as {form.describe()}; num_heads= says how many heads the last one holds."
     if form.varlen:
         return f"Dimensions are read as {form.describe()}."

@@ -14,7 +14,7 @@ import numbers
 import operator
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TypeAlias
 
 import numpy
@@ -70,7 +70,7 @@ class FeatureSet:
 
     def names(self) -> tuple[str, ...]:
         """The features that are used, for people and for the model of registers."""
-        flags = ("dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix")
+        flags = (flag.name for flag in fields(self) if flag.name != "attn_mask")
         mask = () if self.attn_mask is None else ("boolean mask" if self.attn_mask == "bool" else "additive mask",)
         return (*mask, *(name for name in flags if getattr(self, name)))
 
@@ -119,7 +119,7 @@ class Features:
         need_attn_mask_grad: the backward pass also gives the gradient of an additive mask.
         window_low, window_high: query i sees keys j with window_low <= j - i - shift <= window_high; ±UNLIMITED for no limit.
         softcap: or None.
-        dropout_p: probability of dropping.
+        dropout_p: how likely a probability is dropped.
         alibi_strides: of (batch, head), in elements.
         sinks_stride: of the head, in elements.
         segment_ids_q_strides, segment_ids_kv_strides: of (batch, position), in elements.
@@ -184,7 +184,7 @@ def check_features(extents: Extents, arrays: Mapping[str, Array], options: Optio
         OptionError: a scalar outside its domain, or options that exclude each other.
         DTypeError, ShapeError, DeviceError: an array that does not fit.
     """
-    probability = check_dropout_p(options.dropout_p)
+    dropout_p = check_dropout_p(options.dropout_p)
     if "dropout_state" in arrays:
         check_dropout_state(arrays["dropout_state"], extents)
     left, right = check_window(options.window)
@@ -212,7 +212,7 @@ def check_features(extents: Extents, arrays: Mapping[str, Array], options: Optio
         if name in arrays
     }
     kinds = FeatureSet(
-        attn_mask=None if mask is None else mask.dtype, dropout=probability > 0.0, window=(left, right) != (None, None), softcap=cap is not None,
+        attn_mask=None if mask is None else mask.dtype, dropout=dropout_p > 0.0, window=(left, right) != (None, None), softcap=cap is not None,
         alibi="alibi_slopes" in arrays, sinks="sinks" in arrays, segments="segment_ids_q" in arrays, prefix="prefix_lengths" in arrays,
     )  # fmt: skip
     return Features(
@@ -222,7 +222,7 @@ def check_features(extents: Extents, arrays: Mapping[str, Array], options: Optio
         window_low=-UNLIMITED if left is None else max(-UNLIMITED, -left),
         window_high=UNLIMITED if right is None else min(UNLIMITED, right),
         softcap=cap,
-        dropout_p=probability,
+        dropout_p=dropout_p,
         alibi_strides=_last_two(strides.get("alibi_slopes", ())),
         sinks_stride=_last_two(strides.get("sinks", ()))[1],
         segment_ids_q_strides=_last_two(strides.get("segment_ids_q", ())),

@@ -46,17 +46,17 @@ class Layout:
 
     Attributes:
         order: the letters b, s, h, d in the order of the caller's dimensions.
-        packed: heads and head_dim are one dimension of extent heads * head_dim, so that arrays have three dimensions; `order` ends in "hd".
+        flat: heads and head_dim are one dimension of extent heads * head_dim, so that arrays have three dimensions; `order` ends in "hd".
         varlen: sequences of any length lie one behind the other in (tokens, heads, head_dim); canonically that is a batch of one, with stride 0.
     """
 
     order: str = CANONICAL
-    packed: bool = False
+    flat: bool = False
     varlen: bool = False
 
     @property
     def ndim(self) -> int:
-        return 3 if self.packed or self.varlen else 4
+        return 3 if self.flat or self.varlen else 4
 
     def to_canonical(self, values: Sequence[int]) -> Shape4:
         """Reorder four values, one per letter of `order`, to (batch, seqlen, heads, head_dim); of three, the batch is 1."""
@@ -70,14 +70,14 @@ class Layout:
         if self.varlen:
             return shape[1:]
         ordered = tuple(shape[CANONICAL.index(letter)] for letter in self.order)
-        return (*ordered[:2], ordered[2] * ordered[3]) if self.packed else ordered
+        return (*ordered[:2], ordered[2] * ordered[3]) if self.flat else ordered
 
     def view(self, array: Array, head_dim: int) -> View:
-        """The canonical view of an array in this layout; `head_dim` says where a packed dimension is cut, and has to divide it."""
+        """The canonical view of an array in this layout; `head_dim` says where a flat dimension is cut, and has to divide it."""
         shape, strides = array.shape, array.strides
         if self.varlen:
             return View((1, *shape), (0, *strides))  # type: ignore[arg-type]
-        if self.packed:
+        if self.flat:
             shape = (*shape[:2], shape[2] // head_dim, head_dim)
             strides = (*strides[:2], strides[2] * head_dim, strides[2])
         return View(self.to_canonical(shape), self.to_canonical(strides))
@@ -87,7 +87,7 @@ class Layout:
         if self.varlen:
             return "(tokens, heads, head_dim)"
         words = [_WORDS[letter] for letter in self.order]
-        return f"({words[0]}, {words[1]}, heads * head_dim)" if self.packed else f"({', '.join(words)})"
+        return f"({words[0]}, {words[1]}, heads * head_dim)" if self.flat else f"({', '.join(words)})"
 
 
 def overlaps_itself(array: Array) -> bool:

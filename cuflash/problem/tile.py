@@ -1,4 +1,4 @@
-"""How much of a problem one thread block works on: the public tunables of a kernel. Which of them are legal, and which are best, is said in `tiles.py`."""
+"""How much of a problem one thread block works on: the public tunables of a kernel. Which of them are legal, and which are best, is said in `planning/`."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
 `attention` and `attention_backward` are the truth. `attention_naive` and `attention_naive_backward` round S, P, O, dP, dS to the precision
 of the inputs, as unfused operators do that store them. The error they make says how large an error is acceptable; `compare` asserts it.
 
-Score features and masks are defined in `reference_features`. Nothing here is fast, and nothing is shared with the library under test: one sequence and one
+Score features and masks are defined in `features.py`. Nothing here is fast, and nothing is shared with the library under test: one sequence and one
 head at a time, NumPy only. A row that sees no
 key has O = 0, lse = -inf and no gradient. A masked key has no influence at all, even if it is NaN.
 """
@@ -61,7 +61,7 @@ def attention(
         magnitudes: what the sums would give if nothing in them cancelled: P |V|, and for lse the largest scale · |q|·|k| of each row. For `compare`.
         is_causal: query i sees keys j <= i, shifted by seqlen_kv - seqlen_q for "bottom_right".
         scale: default head_dim ** -0.5.
-        features: score features and masks, and `seqlens_kv`, as in `cuflash.scaled_dot_product_attention`; see `reference_features`.
+        features: score features and masks, and `seqlens_kv`, as in `cuflash.scaled_dot_product_attention`; see `features.py`.
 
     Returns:
         out: shape of query in its layout, with the head_dim of value.

@@ -1,6 +1,6 @@
-"""The bytes of a kernel's argument struct: packed once for all calls of a kind, with places for what differs from call to call.
+"""The bytes of a kernel's argument struct: filled in once for all calls of a kind, with places for what differs from call to call.
 
-Values are given field by field, as `argument_structs.py` lists them: a number is packed, the text in the place of a 64-bit word is the name of an address (or
+Values are given field by field, as `argument_structs.py` lists them: a number is written, the text in the place of a 64-bit word is the name of an address (or
 of a word of dropout's seed) that each launch gives. Fields that are left out are zero. `Arguments.fill` writes the words of one launch.
 """
 
@@ -27,14 +27,14 @@ _LOG2_E = 1.4426950408889634
 
 
 class Arguments:
-    """One kernel's argument struct, packed but for the words that each launch gives.
+    """One kernel's argument struct, filled in but for the words that each launch gives.
 
     Attributes:
         names: of these words, in the order of the struct.
     """
 
     def __init__(self, layout: Struct, values: Values, given: Container[str]) -> None:
-        """Pack `values`; a name that is not among the `given` ones stays null."""
+        """Fill in `values`; a name that is not among the `given` ones stays null."""
         image, words = bytearray(layout.size), {}
         for path, offset, scalar in layout.scalars():
             value = _value_at(values, path)
@@ -131,15 +131,14 @@ def lengths(problem: Problem) -> Values:
 
 
 def feature_values(
-    features: Features, scale: float, list_extents: tuple[int, int] = (1, 1), mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)
+    features: Features, scale: float, list_extents: tuple[int, int] = (1, 1), grad_attn_mask_strides: tuple[int, ...] = (0, 0, 0, 0)
 ) -> Values:
     """`FeatureArguments`."""
     mask_strides = (0, 0, 0, 0) if features.attn_mask is None else features.attn_mask.strides
     unit = 1.0 if features.kinds.additive_mask else _LOG2_E  # of scores, as in kernels/tile/score.cuh
-    threshold = math.ceil(features.dropout_p * 2.0**32)
     return {
-        "mask": _mask("attn_mask", mask_strides),
-        "grad_mask": _mask("grad_attn_mask", mask_grad_strides),
+        "attn_mask": _mask("attn_mask", mask_strides),
+        "grad_attn_mask": _mask("grad_attn_mask", grad_attn_mask_strides),
         "alibi_slopes": _per_head("alibi_slopes", *features.alibi_strides),
         "sinks": _per_head("sinks", 0, features.sinks_stride),
         "grad_sinks": "grad_sinks",
@@ -156,7 +155,7 @@ def feature_values(
         "window_high": features.window_high,
         "score_factor": scale * unit if features.softcap is None else scale / features.softcap,
         "softcap": (features.softcap or 0.0) * unit,
-        "dropout_limit": max(threshold - 1, 0),
+        "dropout_limit": max(math.ceil(features.dropout_p * 2.0**32) - 1, 0),
         "dropout_scale": 0.0 if features.dropout_p in (0.0, 1.0) else 1.0 / (1.0 - features.dropout_p),
         "log2_sums": "log2_sums",
     }

@@ -1,7 +1,7 @@
 """Run the public calls: a call whose like was seen before runs as it was prepared then; another one is checked and prepared first.
 
 A new call is a straight line: borrow the arrays, check them into a `Problem`, plan, load the kernels, prepare, run. All but the last step depends only on
-the options and on what `arrays.signature` sees, so its result is kept as a `PreparedCall`, and a warm call looks it up and runs it.
+the options and on what `borrowing.signature` sees, so its result is kept as a `PreparedCall`, and a warm call looks it up and runs it.
 """
 
 from __future__ import annotations

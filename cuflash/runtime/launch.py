@@ -71,14 +71,14 @@ class _SimulatorExecutable:
         self._module.launch((shape.num_blocks, 1, 1), (shape.num_threads, 1, 1), shape.shared_bytes, arguments, buffers)
 
 
-def simulated_memory(extents: Mapping[str, tuple[int, int]], pointers: Mapping[str, int], written: Container[str]) -> list[Buffer]:
+def simulated_memory(extents: Mapping[str, tuple[int, int]], addresses: Mapping[str, int], written: Container[str]) -> list[Buffer]:
     """What the kernels of a call may touch; reading what is in `written` before a kernel has written it is an error."""
     from cuflash.simulator import Buffer
 
     return [
-        Buffer(pointers[name] + low, size, name, numpy.zeros(size, numpy.uint8) if name in written else None)
+        Buffer(addresses[name] + low, size, name, numpy.zeros(size, numpy.uint8) if name in written else None)
         for name, (low, size) in extents.items()
-        if name in pointers
+        if name in addresses
     ]
 
 

@@ -1,7 +1,7 @@
-"""Calls that are ready to be launched again and again: kernels loaded, arguments packed but for the addresses.
+"""Calls that are ready to be launched again and again: kernels loaded, arguments filled in but for the addresses.
 
 A prepared call knows its problem, its kernels and the forms of its results, and holds none of the caller's arrays. `run` takes the addresses of the
-arguments, allocates the results, writes addresses into the packed structs and launches.
+arguments, allocates the results, writes addresses into the structs and launches.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Launch(NamedTuple):
 
     executable: Executable
     shape: LaunchShape
-    packed: Arguments
+    struct: Arguments
 
 
 class PreparedCall:
@@ -88,32 +88,36 @@ class PreparedCall:
         stand_in = Array(0, result.shape, strides, like.dtype, like.itemsize, like.device, like.framework, None)
         return self.problem.layout.view(stand_in, head_dim)
 
-    def launch_all(self, pointers: dict[str, int]) -> None:
+    def launch_all(self, addresses: dict[str, int]) -> None:
         stream = 0
         buffers: Sequence[simulator.Buffer] = ()
         if self.device.kind == "gpu":
             stream = self.framework.current_stream(self.device.index)
         else:
-            self.check_offsets(pointers)
-            buffers = simulated_memory(self.extents, pointers, self.written)
-        for executable, shape, packed in self.launches:
-            executable.launch(shape, packed.fill(pointers), stream, buffers)
+            self.check_offsets(addresses)
+            buffers = simulated_memory(self.extents, addresses, self.written)
+        for executable, shape, struct in self.launches:
+            executable.launch(shape, struct.fill(addresses), stream, buffers)
 
-    def pack(
+    def fill_in(
         self,
         executables: Sequence[Executable],
         values: dict[str, Value],
         given: set[str],
-        mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0),
+        grad_attn_mask_strides: tuple[int, ...] = (0, 0, 0, 0),
     ) -> list[_Launch]:
-        """The loaded kernels of the plan with their arguments packed but for the addresses of what is `given` and of what is allocated."""
+        """The loaded kernels of the plan with their arguments filled in but for the addresses of what is `given` and of what is allocated.
+
+        A buffer of the workspace is found under its name by every struct that has such a field.
+        """
         problem = self.problem
         given = given | self.written
         if problem.features.kinds.dropout and "dropout_state" not in given:
             given |= {"dropout_seed", "dropout_offset"}
+        values |= {buffer.name: buffer.name for buffer in self.plan.workspace}
         values["lengths"] = arguments.lengths(problem)
         if problem.features != NOTHING:
-            values["features"] = arguments.feature_values(problem.features, problem.scale, problem.list_extents, mask_grad_strides)
+            values["features"] = arguments.feature_values(problem.features, problem.scale, problem.list_extents, grad_attn_mask_strides)
         launches = []
         for kernel, loaded in zip(self.plan.kernels, executables, strict=True):
             own: Values = {
@@ -123,22 +127,22 @@ class PreparedCall:
             launches.append(_Launch(loaded, kernel.shape, Arguments(layout, arguments.of_struct(layout, {**values, **own}), given)))
         return launches
 
-    def check_offsets(self, pointers: dict[str, int]) -> None:
+    def check_offsets(self, addresses: dict[str, int]) -> None:
         """Packed offsets in the host's memory, whose values may differ from call to call."""
         problem = self.problem
         if problem.num_sequences is not None:
             for which, tokens, longest in (("q", problem.seqlen_q, problem.max_seqlen_q), ("kv", problem.seqlen_kv, problem.max_seqlen_kv)):
-                sequences.check_offsets(which, pointers[f"cu_seqlens_{which}"], problem.num_sequences, tokens, longest)
+                sequences.check_offsets(which, addresses[f"cu_seqlens_{which}"], problem.num_sequences, tokens, longest)
 
-    def launch_with_workspace(self, pointers: dict[str, int]) -> None:
+    def launch_with_workspace(self, addresses: dict[str, int]) -> None:
         """`launch_all` with memory that is given back when the launches are in the stream."""
         held = []
         for buffer in self.plan.workspace:
-            memory, pointers[buffer.name] = self.allocate(buffer)
+            memory, addresses[buffer.name] = self.allocate(buffer)
             held.append(memory)
-        self.launch_all(pointers)
+        self.launch_all(addresses)
 
-    def run(self, pointers: dict[str, int], given: Any = None) -> Any:
+    def run(self, addresses: dict[str, int], given: Any = None) -> Any:
         """Allocate the results, launch, and return them; `given` is an array for the output. Each pass has its own."""
         raise NotImplementedError
 
@@ -160,32 +164,32 @@ class PreparedForward(PreparedCall):
         stride_batch = 0 if problem.layout.varlen else problem.num_heads_q * problem.seqlen_q
         values: dict[str, Value] = {name: arguments.tensor(name, view, vectorized[name]) for name, view in views.items()}
         values["lse"] = arguments.rows("lse", (stride_batch, problem.seqlen_q, 1))
-        self.launches = self.pack(executables, values, set(inputs))
+        self.launches = self.fill_in(executables, values, set(inputs))
 
-    def may_write(self, out: Any, pointers: dict[str, int]) -> bool:
+    def may_write(self, out: Any, addresses: dict[str, int]) -> bool:
         """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""
         flags = getattr(out, "flags", None)
         if not getattr(flags, "writeable", True):
             return False
         low, size = self.extents["out"]
-        first = pointers["out"] + low
+        first = addresses["out"] + low
         for name, (low, other_size) in self.extents.items():
-            if name == "out" or name not in pointers:
+            if name == "out" or name not in addresses:
                 continue
-            other = pointers[name] + low
+            other = addresses[name] + low
             if first < other + other_size and other < first + size:
                 return False
         return True
 
-    def run(self, pointers: dict[str, int], given: Any = None) -> Any:
+    def run(self, addresses: dict[str, int], given: Any = None) -> Any:
         out = given
         if given is None:
-            out, pointers["out"] = self.allocate(self.plan.outputs[0])
+            out, addresses["out"] = self.allocate(self.plan.outputs[0])
         lse = None
         if self.problem.return_lse:
-            lse, pointers["lse"] = self.allocate(self.plan.outputs[1])
+            lse, addresses["lse"] = self.allocate(self.plan.outputs[1])
         if self.launches:
-            self.launch_with_workspace(pointers)
+            self.launch_with_workspace(addresses)
         else:
             _fill(out, 0.0)
             if lse is not None:
@@ -207,23 +211,22 @@ class PreparedBackward(PreparedCall):
             view = views[buffer.name] = self.view_of(buffer, head_dim)
             vectorized[buffer.name] = view.aligned16(problem.itemsize)
         mask = problem.features.attn_mask
-        mask_grad_strides: tuple[int, ...] = (0, 0, 0, 0)
+        grad_attn_mask_strides: tuple[int, ...] = (0, 0, 0, 0)
         if problem.features.need_attn_mask_grad and mask is not None:
-            mask_grad_strides = _contiguous_or_broadcast(mask.extents)
+            grad_attn_mask_strides = _contiguous_or_broadcast(mask.extents)
         values: dict[str, Value] = {name: arguments.tensor(name, view, vectorized[name]) for name, view in views.items()}
         values["lse"] = arguments.rows("lse", others.lse_strides)
         if others.grad_lse_strides is not None:
             values["grad_lse"] = arguments.rows("grad_lse", others.grad_lse_strides)
-        values["row_statistics"] = "row_statistics"
-        self.launches = self.pack(executables, values, set(inputs), mask_grad_strides)
+        self.launches = self.fill_in(executables, values, set(inputs), grad_attn_mask_strides)
 
-    def run(self, pointers: dict[str, int], given: Any = None) -> Gradients:
+    def run(self, addresses: dict[str, int], given: Any = None) -> Gradients:
         gradients = []
         for buffer in self.plan.outputs:
-            gradient, pointers[buffer.name] = self.allocate(buffer)
+            gradient, addresses[buffer.name] = self.allocate(buffer)
             gradients.append(gradient)
         if self.launches:
-            self.launch_with_workspace(pointers)
+            self.launch_with_workspace(addresses)
         else:
             for gradient in gradients:
                 _fill(gradient, 0.0)

@@ -21,8 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cuflash.arrays.borrowing import describe
-from cuflash.errors import SimulatorError
-from cuflash.hardware import device
+from cuflash.errors import OptionError, SimulatorError
 from cuflash.simulator import native, parser, program_cache, report
 from cuflash.simulator.decoder import decode
 from cuflash.simulator.encoder import initial_data
@@ -142,7 +141,12 @@ def _check_target(ptx: str) -> None:
     """Whether the GPU that CUFLASH_SIMULATOR_ARCH names, if it does, would load this PTX."""
     named = os.environ.get("CUFLASH_SIMULATOR_ARCH")
     target = _TARGET.search(ptx)
-    if named and target is not None and int(target[1][:9]) > device.of_arch(named).capability:
+    if not named or target is None:
+        return
+    capability = re.fullmatch(r"sm_(\d{2,3})[af]?", named)
+    if capability is None:
+        raise OptionError("CUFLASH_SIMULATOR_ARCH", repr(named), "an architecture such as sm_80", "Name one, or unset the variable.")
+    if int(target[1][:9]) > int(capability[1]):
         raise SimulatorError(
             f"PTX for {target[0].split()[1]} does not run on {named}, which CUFLASH_SIMULATOR_ARCH names: compile it for that, or unset the variable"
         )

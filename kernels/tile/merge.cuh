@@ -51,12 +51,12 @@ struct PartRow {
     } else {
       take(parts.listed_part(i), row);
     }
-    out += i * parts.step_out;
+    out += i * parts.stride_part_out;
   }
 
   DEVICE static float load_lse(const MergeParts& parts, const Row& row, int i) {
     const float* lse = parts.table != nullptr ? row.of(parts.table[i].lse) : row.of(parts.listed_part(i).lse);
-    return lse[i * parts.step_lse];
+    return lse[i * parts.stride_part_lse];
   }
 
  private:

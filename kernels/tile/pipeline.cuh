@@ -38,7 +38,7 @@ DEVICE void fill_pipeline(int begin, const Issue& issue) {
 
 template <typename Issue, typename Land>
 DEVICE void begin_step(int step, const Issue& issue, const Land& land) {
-  if constexpr (HEAD_STEPS == 1) {
+  if constexpr (SLICE_PIECES == 1) {
     if constexpr (NUM_STAGES == 1) {
       issue(step);
       wait_for_tiles<0>(land);  // nothing travels ahead
@@ -50,5 +50,5 @@ DEVICE void begin_step(int step, const Issue& issue, const Land& land) {
 }
 
 DEVICE void end_step() {
-  if constexpr (HEAD_STEPS == 1 && NUM_STAGES == 1) __syncthreads();  // every warp is done with the only slot
+  if constexpr (SLICE_PIECES == 1 && NUM_STAGES == 1) __syncthreads();  // every warp is done with the only slot
 }

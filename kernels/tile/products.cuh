@@ -9,14 +9,14 @@
 // Recursive, since accumulators that a loop variable chooses would live in local memory.
 template <int PIECE = 0, typename Load, typename Multiply>
 DEVICE void for_each_piece(const Load& load, const Multiply& multiply) {
-  if constexpr (HEAD_STEPS > 1) {
+  if constexpr (SLICE_PIECES > 1) {
     __syncthreads();  // every warp is done with the pieces before
     load(PIECE);
     cp_async_commit_group();
     wait_for_tiles<0>();
   }
   multiply(PIECE);
-  if constexpr (PIECE + 1 < HEAD_STEPS) for_each_piece<PIECE + 1>(load, multiply);
+  if constexpr (PIECE + 1 < SLICE_PIECES) for_each_piece<PIECE + 1>(load, multiply);
 }
 
 // c += A Bᵀ over this group's slice of the head. The rows of c are the warp's rows of A, from warp_row on. Groups exchange their parts afterwards.

@@ -30,7 +30,8 @@ class ScoreModifier {  // of one batch and query head
   DEVICE ScoreModifier(const Geometry& geometry, const FeatureArguments& features, int batch, int head) : geometry(geometry), features(features) {
     if constexpr (ALIBI) slope = features.alibi_slopes.load(batch, head) * SCORE_UNIT;
     if constexpr (ADDITIVE_MASK)
-      mask = static_cast<const MaskElement*>(features.mask.data) + batch * features.mask.stride_batch + head * features.mask.stride_head;
+      mask =
+          static_cast<const MaskElement*>(features.attn_mask.data) + batch * features.attn_mask.stride_batch + head * features.attn_mask.stride_head;
   }
 
   // Products -> scores, in place, of which an exponent of 2 takes `factor` times. Rows are queries from first_row on and columns keys from
@@ -61,7 +62,7 @@ class ScoreModifier {  // of one batch and query head
     if constexpr (ALIBI) score -= slope * float(abs(key - query - geometry.causal_offset));
     if constexpr (ADDITIVE_MASK) {
       const int q = min(query, geometry.seqlen_q - 1), k = min(key, geometry.seqlen_kv - 1);
-      const float bias = mask_bias(mask[q * features.mask.stride_query + k * features.mask.stride_key]);
+      const float bias = mask_bias(mask[q * features.attn_mask.stride_query + k * features.attn_mask.stride_key]);
       const float lowest = fminf(bias, LOWEST);  // -inf where the mask is
       score += bias;
       if (score < lowest) score = lowest;  // NaN stays NaN

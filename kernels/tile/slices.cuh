@@ -6,7 +6,7 @@
 // their parts through shared memory and add them up in the same order, so that all go on with the same bits. Only exponentials are computed more
 // than once.
 //
-// Where one piece of each operand and slice still does not fit the shared memory, a slice is cut into HEAD_STEPS pieces that pass through it one
+// Where one piece of each operand and slice still does not fit the shared memory, a slice is cut into SLICE_PIECES pieces that pass through it one
 // after another. Nothing stays there then: an operand is read again for every tile.
 //
 // With one slice and one step, everything in this file is nothing.
@@ -23,12 +23,12 @@ DEVICE int row_warp_index() { return HEAD_SLICES == 1 ? warp_index() : warp_inde
 // The column of the head at which a piece of this group's slice starts.
 template <typename Tile>
 DEVICE int first_column(int piece) {
-  return HEAD_SLICES == 1 ? 0 : (slice_index() * HEAD_STEPS + piece) * Tile::COLUMNS;
+  return HEAD_SLICES == 1 ? 0 : (slice_index() * SLICE_PIECES + piece) * Tile::COLUMNS;
 }
 
 // Copies this group's pieces of a tile; DIM is the whole head dimension of the array.
 template <typename Tile, int DIM, bool STAGE = false>
-using SliceLoader = TileLoader<Tile, Element, SLICE_THREADS, STAGE && HEAD_STEPS == 1, HEAD_SLICES == 1 ? 0 : DIM>;
+using SliceLoader = TileLoader<Tile, Element, SLICE_THREADS, STAGE && SLICE_PIECES == 1, HEAD_SLICES == 1 ? 0 : DIM>;
 
 // Rows of (batch, head) of an array, of which this group takes its slice. They count from `start`, and end at num_rows.
 //

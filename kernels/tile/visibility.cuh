@@ -68,7 +68,7 @@ class Visibility {  // of one batch and query head
       const int q = min(query, geometry.seqlen_q - 1), k = min(key, geometry.seqlen_kv - 1);
       if constexpr (SEGMENTS) visible &= features.segment_ids_q.load(batch, q) == features.segment_ids_kv.load(batch, k);
       if constexpr (BOOLEAN_MASK) {
-        const MaskView& mask = features.mask;
+        const MaskView& mask = features.attn_mask;
         const MaskElement* row = static_cast<const MaskElement*>(mask.data) + batch * mask.stride_batch + head * mask.stride_head;
         visible &= mask_attends(row[q * mask.stride_query + k * mask.stride_key]);
       }
