@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cuflash.arrays.borrowing import describe
 from cuflash.hardware.device import Device
 from cuflash.planning import kernel_cases, kernel_specs
 from cuflash.planning.kernel_cases import KernelCase

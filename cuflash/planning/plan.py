@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cuflash.arrays.borrowing import describe
 from cuflash.hardware.device import Device
 from cuflash.planning.description import describe
 from cuflash.planning.kernel_plan import Buffer, KernelPlan

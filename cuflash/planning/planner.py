@@ -18,7 +18,6 @@ from cuflash.errors import TileError, UnsupportedError
 from cuflash.hardware.device import Device
 from cuflash.planning import kernel_cases, kernel_specs, tile_choice, tile_model, tile_rules
 from cuflash.planning.codegen import config_text
-from cuflash.planning.description import describe
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
 from cuflash.planning.kernel_specs import KernelSpec
