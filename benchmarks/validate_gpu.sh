@@ -12,6 +12,8 @@
 #   --dry-run       tiny shapes on the simulator and stand-ins for the tools: tests this script; writes nothing below benchmarks/results
 #   --list          the steps and their limits
 #
+# For a GPU that is at hand for 15 minutes: --first in one call, --second in the next, kernels compiled before on another machine (benchmarks/README.md).
+#
 # Each step has a limit of its own, writes OUT_DIR/logs/STEP.log and never keeps the next from running. Steps marked + time nothing and run side by side
 # with their neighbours. OUT_DIR/summary.txt, printed at the end and current
 # after every step, has their exit codes. Figures go to OUT_DIR/results/GPU/ and from there to benchmarks/results/GPU/. Nothing is installed, and no setting

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
-import importlib
 import io
 import json
 import os
@@ -22,7 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cuflash
-from cuflash.cli.command_options import DTYPES, add_cases, add_features, check_writable, features_of, lengths_of, positive
+from cuflash.cli import terminal_tables
+from cuflash.cli.command_options import DTYPES, add_cases, add_features, check_writable, features_of, lengths_of, make_writable, positive
+from cuflash.cli.terminal_tables import Table
 from cuflash.errors import CuflashError, OptionError
 
 if TYPE_CHECKING:
@@ -177,6 +178,8 @@ def _inspect(options: argparse.Namespace) -> int:
     from cuflash.cli import inspection
     from cuflash.hardware import device
 
+    if options.save is not None:
+        make_writable("--save", options.save)
     features = features_of(options, is_causal=options.causal).kinds()
     plans: dict[CompileRequest, tuple[Device, KernelPlan]] = {}
     for arch in options.arch:
@@ -427,30 +430,11 @@ def _cache(options: argparse.Namespace) -> int:
 
 
 def _print_sections(sections: Sequence[Section]) -> None:
-    """Names and values in two columns: with rich on a terminal, else as text."""
-    if sys.stdout.isatty() and _print_sections_with_rich(sections):
-        return
+    """Names and values in two columns."""
     width = max(len(name) for _, rows in sections for name, _ in rows)
     for title, rows in sections:
         print(title)
-        for name, value in rows:
-            print(f"  {name:{width}}  {value}")
-
-
-def _print_sections_with_rich(sections: Sequence[Section]) -> bool:
-    """False without rich."""
-    try:
-        console = importlib.import_module("rich.console").Console()
-        table_class, table_column = (getattr(importlib.import_module("rich.table"), name) for name in ("Table", "Column"))
-        text = importlib.import_module("rich.text").Text
-    except ImportError:
-        return False
-    view = table_class("", "", table_column("", overflow="fold"), show_header=False)
-    for title, rows in sections:
-        for index, (name, value) in enumerate(rows):
-            view.add_row(text(title if index == 0 else "", "bold"), name, text(value), end_section=index == len(rows) - 1)
-    console.print(view)
-    return True
+        print(terminal_tables.plain(Table((), [(name.ljust(width), value) for name, value in rows], num_left=2), "  "), end="")
 
 
 if __name__ == "__main__":

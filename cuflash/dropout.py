@@ -6,7 +6,7 @@ import operator
 from math import ceil, prod
 from typing import Any
 
-from cuflash.arrays.borrowing import borrow, describe, pointer
+from cuflash.arrays.borrowing import borrow, describe, has_attribute, pointer
 from cuflash.errors import OptionError, ShapeError
 from cuflash.hardware import device
 from cuflash.planning.codegen import config_text
@@ -44,7 +44,7 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
     dropout_p = check_dropout_p(dropout_p)
     if dropout_p > 0.0:
         check_dropout_seed(dropout_p, dropout_seed)
-    extents = tuple(operator.index(n) if hasattr(n, "__index__") else -1 for n in shape) if isinstance(shape, (tuple, list)) else ()
+    extents = tuple(operator.index(n) if has_attribute(n, "__index__") else -1 for n in shape) if isinstance(shape, (tuple, list)) else ()
     if len(extents) != 4 or not all(0 <= extent <= MAX_EXTENT for extent in extents):
         hint = "Pass the shape of the probabilities, such as (2, 8, 512, 512)."
         raise ShapeError("shape", describe(shape) if not extents else str(extents), "(batch, num_heads_q, seqlen_q, seqlen_kv)", hint)

@@ -8,7 +8,7 @@ from __future__ import annotations
 _MAX_PART, _MAX_MESSAGE = 1000, 50_000
 
 
-def _shortened(text: str, limit: int) -> str:
+def shortened(text: str, limit: int = 100) -> str:
     """What somebody passed may have megabytes; a message does not repeat them."""
     if len(text) <= limit:
         return text
@@ -37,7 +37,7 @@ class ArgumentError(CuflashError, ValueError):
     """
 
     def __init__(self, argument: str, got: object, expected: str, hint: str) -> None:
-        self.argument, self.got, self.expected, self.hint = (_shortened(_text(part), _MAX_PART) for part in (argument, got, expected, hint))
+        self.argument, self.got, self.expected, self.hint = (shortened(_text(part), _MAX_PART) for part in (argument, got, expected, hint))
         super().__init__(f"{self.argument}: got {self.got}; expected {self.expected}. {self.hint}")
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:
@@ -116,4 +116,4 @@ class SimulatorError(CuflashError, RuntimeError):
 
     def __init__(self, message: str, *, check: str = "") -> None:
         self.check = check
-        super().__init__(_shortened(message, _MAX_MESSAGE))
+        super().__init__(shortened(message, _MAX_MESSAGE))

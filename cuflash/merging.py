@@ -26,6 +26,7 @@ from cuflash.planning.planner import MAX_GRID
 from cuflash.problem.checks import cast_to, check_dtypes, check_same_kind
 from cuflash.problem.layout import CANONICAL, Layout, Shape4
 from cuflash.problem.options import check_layout
+from cuflash.problem.other_names import explains_keywords
 from cuflash.problem.problem import MAX_EXTENT
 from cuflash.problem.tile import Tile
 from cuflash.runtime import arguments, calls, launch
@@ -42,6 +43,7 @@ class MergeGradients(NamedTuple):
     lses: Any
 
 
+@explains_keywords
 def merge_attention(outs: Any, lses: Any, *, layout: str = CANONICAL) -> tuple[Any, Any]:
     """Merge attention of the same queries over disjoint sets of keys into attention over all of these keys.
 
@@ -73,6 +75,7 @@ def merge_attention(outs: Any, lses: Any, *, layout: str = CANONICAL) -> tuple[A
     return out, lse
 
 
+@explains_keywords
 def merge_attention_backward(
     grad_out: AnyArray, outs: Any, lses: Any, out: AnyArray, lse: AnyArray, grad_lse: AnyArray | None = None, *, layout: str = CANONICAL
 ) -> MergeGradients:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from itertools import product
 from typing import Any
 
-from cuflash.arrays.borrowing import describe
+from cuflash.arrays.borrowing import attribute, describe
 from cuflash.errors import ArgumentError, CompilationForbiddenError, OptionError
 from cuflash.hardware import device
 from cuflash.hardware.device import Device
@@ -26,6 +26,7 @@ from cuflash.problem.problem import DTYPES, MAX_HEAD_DIM
 from cuflash.problem.tile import Tile, Tiles
 
 
+@explains_features
 def legal_tiles(
     head_dim: int,
     dtype: str = "bfloat16",
@@ -265,7 +266,7 @@ def _checked_features_of_case(given: object, is_causal: bool, varlen: bool) -> F
 def _checked_dtype(dtype: object) -> str:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         hint = "Pass the name of a supported element type."
-        name = getattr(dtype, "__name__", None) or _text(dtype).removeprefix("torch.")
+        name = attribute(dtype, "__name__") or _text(dtype).removeprefix("torch.")
         if name in DTYPES:
             hint = f'Pass its name: "{name}".'
         raise OptionError("dtype", describe(dtype) if name not in DTYPES else repr(dtype), "one of " + ", ".join(DTYPES), hint)

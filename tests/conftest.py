@@ -26,6 +26,7 @@ from hypothesis import settings
 
 import cuflash
 from cuflash import reference
+from cuflash.arrays import frameworks
 from cuflash.hardware import device
 from cuflash.jit import cache
 from cuflash.reference import attention, attention_backward, attention_naive, attention_naive_backward, compare
@@ -132,6 +133,19 @@ def rounded(values: Any, dtype: str) -> numpy.ndarray[Any, Any]:
 def poisoned(shape: tuple[int, ...], like: Any) -> Any:
     """Memory that must not be read: all NaN."""
     return numpy.full(shape, numpy.nan, like.dtype)
+
+
+def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and workspace of later calls come full of NaN."""
+    for library in (frameworks._NumPy, frameworks._CuPy):
+        unset = library.empty
+
+        def empty(self: Any, shape: Any, dtype: str, like: Any, unset: Any = unset) -> Any:
+            array = unset(self, shape, dtype, like)
+            array[...] = numpy.nan
+            return array
+
+        monkeypatch.setattr(library, "empty", empty)
 
 
 def _transposed(x: Any) -> Any:

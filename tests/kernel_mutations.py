@@ -4,9 +4,10 @@ A kernel is compiled as the public calls compile it, one instruction of its PTX 
 until a check fires or a result differs: under the schedule "late", under random ones, under "early". What survives is either a check that is missing or an
 instruction that is not needed in that variant; kernel_mutations.json says which, and anything that it does not explain is an error.
 
-    python tests/kernel_mutations.py --processes 2 --output docs/mutations.md
+    python tests/kernel_mutations.py --processes 2 --page docs/mutations.md --output mutants.md
 
-runs all variants and writes the table; tests/test_mutations.py runs some of them.
+runs all variants and writes docs/mutations.md, the counts and what survived, and where asked a table of all mutants by source line;
+tests/test_mutations.py runs some variants.
 """
 
 from __future__ import annotations
@@ -437,23 +438,61 @@ def _label(outcome: Outcome) -> tuple[str, str, str]:
     return where, outcome.mutant.instruction.rstrip(";").split()[0], outcome.mutant.change
 
 
-def table(outcomes: Sequence[Outcome], known: Sequence[Explanation]) -> str:
-    """The committed report: per kernel and source line what was changed, and what caught it or why it survived."""
+def counts(outcomes: Sequence[Outcome]) -> str:
+    """One sentence: how many mutants there were, and what became of them."""
     checks = Counter(outcome.caught for outcome in outcomes)
+    became = ", ".join(f"{count} {name or 'survived, each explained below'}" for name, count in checks.most_common())
+    return f"{len(outcomes)} mutants in {len({o.variant for o in outcomes})} variants: {became}."
+
+
+def _why(outcome: Outcome, known: Sequence[Explanation]) -> str:
+    return next((e.why for e in known if e.covers(outcome)), "UNEXPLAINED")
+
+
+def page(outcomes: Sequence[Outcome], known: Sequence[Explanation]) -> str:
+    """The committed report: counts for each kernel, and what survived, named by the text of its source lines."""
+    checks = [name for name, _ in Counter(outcome.caught for outcome in outcomes).most_common() if name]
     lines = [
         "# What happens when a synchronisation is forgotten",
         "",
-        "Written by `python tests/kernel_mutations.py`; explanations are kept in `tests/kernel_mutations.json`.",
+        "Written by `python tests/kernel_mutations.py --page docs/mutations.md`; explanations are kept in `tests/kernel_mutations.json`, and `--output FILE` writes a",
+        "table of all mutants by source line.",
         "",
         "Every instruction of every kernel that orders memory accesses or waits was left out or weakened, one at a time, in PTX, and the same public calls were",
         "run with it on the simulator with all checks on: under the schedule `late`, then random ones, then `early`. A number counts mutants over all variants (dtype,",
         'architecture, stages, causal) and all copies of an inlined or unrolled line; "race" and the like are names of checks (`simulator.md`), "result" means that',
         "no check fired but a result had other bits.",
         "",
-        f"{len(outcomes)} mutants in {len({o.variant for o in outcomes})} variants: "
-        + ", ".join(f"{count} {name or 'survived, each explained below'}" for name, count in checks.most_common())
-        + ".",
+        counts(outcomes),
+        "",
+        f"| kernel | mutants | {' | '.join(checks)} | survived |",
+        "|---" * (len(checks) + 3) + "|",
     ]
+    for kernel in sorted({outcome.kernel for outcome in outcomes}):
+        caught = Counter(outcome.caught for outcome in outcomes if outcome.kernel == kernel)
+        lines.append(f"| {kernel} | {caught.total()} | {' | '.join(str(caught[name]) for name in (*checks, SURVIVED))} |")
+    survivors: dict[str, dict[str, Counter[str]]] = {}
+    for outcome in outcomes:
+        if outcome.caught == SURVIVED:
+            survivors.setdefault(_why(outcome, known), {}).setdefault(_place(outcome), Counter())[outcome.mutant.change] += 1
+    lines += ["", "## What survives, and why", ""]
+    for number, (why, places) in enumerate(sorted(survivors.items()), 1):
+        lines.append(f"{number}. {why}")
+        lines += [
+            f"   - {place}: {', '.join(f'{change} {n}' for change, n in changes.items())}" for place, changes in sorted(places.items())
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _place(outcome: Outcome) -> str:
+    """Where a mutant was changed, by the text of the line and of the one in the kernel that it was inlined into; numbers of lines would go stale."""
+    texts = [_lines(path)[line - 1].strip() for path, line in outcome.mutant.source if Path(path).parent.name != "ptx"]
+    return f"{outcome.kernel}, `{texts[0]}`" + (f" in `{texts[-1]}`" if len(texts) > 1 else "")
+
+
+def table(outcomes: Sequence[Outcome], known: Sequence[Explanation]) -> str:
+    """All mutants: per kernel and source line what was changed, and what caught it or why it survived."""
+    lines = ["# Mutants by source line", "", counts(outcomes)]
     notes: list[str] = []
     for kernel in sorted({outcome.kernel for outcome in outcomes}):
         rows: dict[tuple[str, str, str], _Row] = {}
@@ -463,7 +502,7 @@ def table(outcomes: Sequence[Outcome], known: Sequence[Explanation]) -> str:
             row = rows.setdefault(_label(outcome), _Row())
             row.caught[outcome.caught] += 1
             if outcome.caught == SURVIVED:
-                why = next((e.why for e in known if e.covers(outcome)), "UNEXPLAINED")
+                why = _why(outcome, known)
                 row.reasons.setdefault(why, set()).add(outcome.variant)
                 if why not in notes:
                     notes.append(why)
@@ -495,15 +534,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="to run at the same time")
     parser.add_argument("--variants", default="*", help="pattern of the names to run")
-    parser.add_argument("--output", type=Path, help="file for the table; without it the table is printed")
+    parser.add_argument("--output", type=Path, help="file for the table of all mutants by source line")
+    parser.add_argument("--page", type=Path, help="file for the counts and what survived; without a file this is printed")
     arguments = parser.parse_args()
     names = [name for name in VARIANTS if fnmatch.fnmatchcase(name, arguments.variants)]
     outcomes, known = run(names, arguments.processes), explanations()
-    text = table(outcomes, known)
     if arguments.output:
-        arguments.output.write_text(text)
-    else:
-        print(text)
+        arguments.output.write_text(table(outcomes, known))
+    if arguments.page:
+        arguments.page.write_text(page(outcomes, known))
+    elif not arguments.output:
+        print(page(outcomes, known))
     missing = unexplained(outcomes, known)
     for outcome in missing:
         print("survived without an explanation:", describe(outcome), file=sys.stderr)

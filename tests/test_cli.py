@@ -45,6 +45,20 @@ def test_commands_survive_any_encoding(tmp_path: Path, arguments: tuple[str, ...
     assert result.stdout.isascii()
 
 
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_cache_whose_path_is_no_text(tmp_path: Path, locale: str) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9 \xff")
+    environment = {"CUFLASH_CACHE_DIR": str(folder), "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for compiled in (2, 0):  # causal and not, and found the second time
+        result = command(
+            "warmup", "--head-dim", "16", "--arch", "sm_80", "--dtype", "float16", "--forward-only", directory=tmp_path, **environment
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+        assert f"{compiled} compiled now" in result.stdout
+    assert command("cache", directory=tmp_path, **environment).returncode == 0
+    assert len(list((folder / "kernels").glob("*.cubin"))) == 2
+
+
 def test_a_plan_is_ascii() -> None:
     x = numpy.zeros((1, 4, 2, 8), numpy.float16)
     assert str(cuflash.plan(x, x, x, is_causal=True, window=(3, None), softcap=3.0)).isascii()
@@ -399,6 +413,8 @@ def test_demo_without_enough_steps_fails_with_a_picture(tmp_path: Path) -> None:
         (("profile", "--causal-alignment", "center"), "invalid choice: 'center'"),
         (("demo", "--output", "/nowhere/loss.png"), "--output: got '/nowhere/loss.png': No such file or directory"),
         (("profile", "--json", "/nowhere/profile.json"), "--json: got '/nowhere/profile.json': No such file or directory"),
+        (("inspect", "--save", "/dev/null"), "--save: got '/dev/null': File exists; expected a folder that can be written."),
+        (("predict", "--cubin", "/nowhere"), "cubin: got '/nowhere': No such file or directory"),
         (("profile", "--causal", "--prefix", "4294967296"), "expected a number below 2**31"),
         (("profile", "--varlen", "5", "-3"), "expected a number of at least 0"),
         (("inspect", "--prefix"), "--prefix: got 64 without --causal; expected --causal with it."),

@@ -60,6 +60,12 @@ def test_lse_of_many_tiles(target: Target, dtype: str) -> None:
     target.check(*inputs, scale=1.0, backward=False)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_lse_of_half_a_million_keys(simulator: Target, dtype: str) -> None:
+    simulator.check(*sink_inputs(simulator, dtype, 524_288, 16.5), scale=1.0, backward=False)
+
+
 def test_sinks_at_both_ends_and_growing_maxima(target: Target) -> None:
     """Each of some keys outweighs all before it, so that sums are rescaled again and again."""
     query, key, value = sink_inputs(target, "float32", 2048, 17.0)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
+from conftest import poison_new_memory
 
 import cuflash
 from cuflash import Tile
-from cuflash.arrays import frameworks
 from cuflash.reference import attention, attention_backward
 
 if TYPE_CHECKING:
@@ -269,15 +269,7 @@ def test_new_memory_may_hold_anything(target: Target, monkeypatch: pytest.Monkey
     """Results and workspace come uninitialised. Padding of LSE or delta that was never written once made dK NaN."""
     inputs = three(target, (2, 70, 2, 64))
     want = target.run(*inputs, is_causal=True).bits()
-    for library in (frameworks._NumPy, frameworks._CuPy):
-        unset = library.empty
-
-        def poisoned(self: Any, shape: Any, dtype: str, like: Any, unset: Any = unset) -> Any:
-            array = unset(self, shape, dtype, like)
-            array[...] = numpy.nan
-            return array
-
-        monkeypatch.setattr(library, "empty", poisoned)
+    poison_new_memory(monkeypatch)
     assert target.run(*inputs, is_causal=True).bits() == want
 
 

@@ -311,7 +311,7 @@ def test_terminal_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
         return import_module(name)
 
     reports = [report()]
-    monkeypatch.setattr("cuflash.cli.inspection.importlib.import_module", without_rich)
+    monkeypatch.setattr("cuflash.cli.terminal_tables.importlib.import_module", without_rich)
     stream = Terminal()
     inspection.render(reports, stream)
     assert stream.getvalue().startswith("  arch") or stream.getvalue().startswith(" arch")

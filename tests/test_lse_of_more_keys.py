@@ -109,6 +109,54 @@ def test_sinks_are_part_of_one_chunk(target: Target, shift: float | None) -> Non
     check_chunks(target, halves(target, target.half, masks[0] | sinks, masks[1]))
 
 
+CHUNK, CHUNKS = 32, 3
+
+
+def options_of_chunks(behind: int, is_causal: bool, window: tuple[int | None, int | None]) -> dict[str, Any] | None:
+    """Of a chunk of keys that lies `behind` keys before the queries of a chunk as long, as docs/context_parallelism.md says; None where nothing is seen."""
+    left, right = window
+    if behind < 0 and is_causal:
+        return None
+    first, last = (None if left is None else behind - left, None if right is None else behind + right)  # keys that query 0 sees
+    causal = {"is_causal": is_causal and behind == 0}
+    if (first is None or first <= 0) and (last is None or last >= 0):
+        return {**causal, "window": (None if first is None else -first, last)}
+    distance = numpy.arange(CHUNK) - numpy.arange(CHUNK)[:, None]
+    visible = (distance >= (-CHUNK if first is None else first)) & (distance <= (CHUNK if last is None else last))
+    return {**causal, "attn_mask": visible} if visible.any() else None
+
+
+@pytest.mark.parametrize("window", [(None, None), (40, 0), (5, 3), (None, 10), (33, None), (90, 80)], ids=str)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_sequence_in_chunks_of_queries_and_keys(simulator: Target, is_causal: bool, window: tuple[int | None, int | None]) -> None:
+    """What context parallelism computes, device by device, against one call in float64."""
+    query, key, value, grad_out = (simulator.random((1, CHUNK * CHUNKS, 2, 16), "float32", seed) for seed in range(4))
+    pieces = [slice(i * CHUNK, (i + 1) * CHUNK) for i in range(CHUNKS)]
+    out, lse, grads = [], [], [numpy.zeros(query.shape) for _ in range(3)]
+    for i, queries in enumerate(pieces):
+        options = [options_of_chunks((i - j) * CHUNK, is_causal, window) for j in range(CHUNKS)]
+        seen = [(pieces[j], placed(simulator, own)) for j, own in enumerate(options) if own is not None]
+        parts = [
+            cuflash.scaled_dot_product_attention(query[:, queries], key[:, keys], value[:, keys], return_lse=True, **own)
+            for keys, own in seen
+        ]
+        whole = cuflash.merge_attention(*zip(*parts, strict=True))
+        out.append(whole[0])
+        lse.append(whole[1])
+        for keys, own in seen:
+            found = cuflash.scaled_dot_product_attention_backward(
+                grad_out[:, queries], query[:, queries], key[:, keys], value[:, keys], *whole, **own
+            )
+            for total, rows, part in zip(grads, (queries, keys, keys), found, strict=True):
+                total[:, rows] += part
+    want_out, want_lse = attention(query, key, value, is_causal=is_causal, window=window)
+    want = attention_backward(grad_out, query, key, value, is_causal=is_causal, window=window)
+    numpy.testing.assert_allclose(numpy.concatenate(out, 1), want_out, rtol=0, atol=2e-6)
+    numpy.testing.assert_allclose(numpy.concatenate(lse, 2), want_lse, rtol=0, atol=2e-6)
+    for got, name in zip(grads, ("query", "key", "value"), strict=True):
+        numpy.testing.assert_allclose(got, getattr(want, name), rtol=0, atol=5e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("shift", [0.0, 200.0, -1e4])
 def test_gradients_of_chunks_add_up_to_those_of_all_keys(target: Target, shift: float) -> None:
     """Three chunks of different lengths, one of which some rows see nothing of, against one call's gradients in float64."""

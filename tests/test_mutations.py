@@ -1,16 +1,19 @@
 """No synchronisation of a kernel can be forgotten unnoticed: mutants of the kernels, see kernel_mutations.py.
 
-The ordinary run takes some variants; `pytest --exhaustive tests/test_mutations.py` takes all and compares with the committed table.
+The ordinary run takes some variants; `pytest --exhaustive tests/test_mutations.py` takes all and compares with the
+committed page, which names lines by their text.
 """
 
 from __future__ import annotations
 
 import functools
+import re
+from collections import Counter
 from pathlib import Path
 
 import kernel_mutations
 import pytest
-from kernel_mutations import SURVIVED, VARIANTS, Outcome, describe, explanations, run_variant, table, unexplained
+from kernel_mutations import SURVIVED, VARIANTS, Outcome, describe, explanations, page, run_variant, table, unexplained
 
 pytest.importorskip("cupy")
 
@@ -54,15 +57,30 @@ def test_a_survivor_needs_an_explanation() -> None:
     assert len(missing) == 1
     assert missing[0].mutant.instruction == "bar.warp.sync -1;"
     assert "no lane still reads what these rows held" in describe(missing[0])
-    assert "UNEXPLAINED" in table(found, [])
-    assert "UNEXPLAINED" not in table(found, explanations())
+    for report in (table, page):
+        assert "UNEXPLAINED" in report(found, [])
+        assert "UNEXPLAINED" not in report(found, explanations())
+
+
+def test_the_page_counts_and_names_survivors_and_the_table_has_every_line() -> None:
+    found = outcomes(SOME[0])
+    caught = Counter(outcome.caught for outcome in found)
+    text, lines = page(found, explanations()), table(found, explanations())
+    assert f"{len(found)} mutants in 1 variants: " in text
+    assert f"| forward_mma.cu | {len(found)} | " in text
+    assert f"| {caught[SURVIVED]} |" in text
+    assert "forward_mma.cu, `__syncwarp();  // no lane still reads what these rows held` in `store_slice<" in text
+    assert re.search(r"\.cuh?:\d", text) is None  # lines have no numbers
+    rows = re.findall(r"^\| (.*?) \| `(.*?)` \| (.*?) \| .*\|$", lines, re.M)
+    assert {name for _, name, _ in rows} == {outcome.mutant.instruction.rstrip(";").split()[0] for outcome in found}
+    assert all(re.search(r"\.cuh?:\d", where) for where, _, _ in rows)
 
 
 @pytest.mark.exhaustive
-def test_the_committed_table_is_up_to_date() -> None:
-    text = table([outcome for name in VARIANTS for outcome in outcomes(name)], explanations())
+def test_the_committed_page_is_up_to_date() -> None:
+    text = page([outcome for name in VARIANTS for outcome in outcomes(name)], explanations())
     committed = Path(__file__).parent.parent / "docs" / "mutations.md"
-    assert committed.read_text() == text, f"run: python tests/kernel_mutations.py --output {committed}"
+    assert committed.read_text() == text, f"run: python tests/kernel_mutations.py --page {committed}"
 
 
 def test_explanations_name_existing_lines() -> None:

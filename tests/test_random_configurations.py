@@ -1,9 +1,9 @@
 """Random calls with any combination of types, head dimensions, shapes, strides, layouts, lengths and features, judged forward and backward by the reference.
 
 A call is drawn from two numbers: `group` fixes what kernels are compiled for (`Kernels`), `index` everything else. The ordinary run takes a few hundred calls
-of few groups; as a script it takes as many as it is asked for, of many groups, goes on where it was interrupted, and writes a table:
+of few groups; as a script it takes as many as it is asked for, of many groups, goes on where it was interrupted, and prints a table:
 
-    python tests/test_random_configurations.py --count 20000 --processes 2 --output docs/random_configurations.md
+    python tests/test_random_configurations.py --count 20000 --processes 2
 """
 
 from __future__ import annotations
@@ -382,7 +382,7 @@ def groups_of(count: int, per_group: int) -> Iterator[tuple[int, int]]:
 
 
 def table(results: list[dict[str, Any]], seed: int) -> str:
-    """The page: how many calls there were with each property, and how many of them failed."""
+    """How many calls there were with each property, and how many of them failed."""
     calls: Counter[str] = Counter()
     failed: Counter[str] = Counter()
     for result in results:
@@ -392,8 +392,8 @@ def table(results: list[dict[str, Any]], seed: int) -> str:
     lines = [
         "# Random calls, judged by the reference",
         "",
-        "Written by `python tests/test_random_configurations.py --output docs/random_configurations.md`: calls drawn at random, forward and backward, every result",
-        f"compared with the float64 reference as `reference.compare` does. Seed {seed}, on the simulator with all of its checks on,",
+        "Written by `python tests/test_random_configurations.py`: calls drawn at random, forward and backward, every result compared with the float64 reference",
+        f"as `reference.compare` does. Seed {seed}, on the simulator with all of its checks on,",
         f"{len(results)} sets of kernels, {sum(result['seconds'] for result in results) / 60:.0f} minutes of processor time.",
         "",
         "| with | calls | failed |",

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
+from conftest import poison_new_memory
 
 import cuflash
 from cuflash import Tile, reference
-from cuflash.arrays import frameworks
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, OptionError, ShapeError, SimulatorError
 from cuflash.hardware import device
 from cuflash.planning.offline import offline_kernels
@@ -246,15 +246,7 @@ def test_no_tokens(target: Target, tokens: tuple[int, int], count: int) -> None:
 @pytest.mark.parametrize("dims", [(40, 40), (256, 72), (512, 512)], ids=str)
 def test_tokens_beyond_the_last_offset(target: Target, dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """They give zeros in out and gradients and -inf in LSE, whatever they hold, and memory of results comes uninitialised."""
-    for library in (frameworks._NumPy, frameworks._CuPy):
-        unset = library.empty
-
-        def poisoned(self: Any, shape: Any, dtype: str, like: Any, unset: Any = unset) -> Any:
-            array = unset(self, shape, dtype, like)
-            array[...] = numpy.nan
-            return array
-
-        monkeypatch.setattr(library, "empty", poisoned)
+    poison_new_memory(monkeypatch)
     used_q, used_kv = 60, 75
     inputs = packed(target, (used_q, used_kv), target.half, dims)
     cu = offsets(target, [20, 40]), offsets(target, [35, 40])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -243,3 +244,27 @@ def test_a_damaged_description_is_named(tmp_path: Path) -> None:
             description.load(path)
     with pytest.raises(OptionError, match="No such file"):
         description.load(tmp_path / "other.cubin")
+
+
+FORGED: list[tuple[str, Any]] = [
+    ("kernel", "nope"), ("kernel", 5), ("arch", 80), ("dtype", "int8"), ("dtype", ["float16"]), ("head_dim", "x"), ("head_dim", -1), ("head_dim", 0),
+    ("head_dim_v", 1.5), ("head_dim", 10**30), ("causal", "yes"), ("registers", -3), ("shared_bytes", None), ("barriers", True), ("spill_bytes", "many"),
+    ("tile", 5), ("tile", {"tile_q": 0, "tile_kv": 0, "num_warps": 0, "num_stages": 0}), ("tile", {"tile_q": "a", "tile_kv": 64, "num_warps": 4, "num_stages": 2}),
+    ("unknown", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), FORGED, ids=lambda x: str(x)[:20])
+def test_a_forged_description_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    path = description.save(tmp_path, KERNEL, b"ELF")
+    record = path.with_suffix(".json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {name: value}))
+    with pytest.raises(OptionError, match=rf"{name}.*a JSON object that describes a kernel"):
+        description.load(path)
+
+
+def test_a_description_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    path = description.save(tmp_path, KERNEL, b"ELF")
+    path.with_suffix(".json").write_text("[" * 100_000)
+    with pytest.raises(OptionError, match="a JSON object that describes a kernel"):
+        description.load(path)

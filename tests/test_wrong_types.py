@@ -12,7 +12,10 @@ import numpy
 import pytest
 
 import cuflash
-from cuflash.errors import CuflashError, DeviceError, DTypeError, KeywordError
+from cuflash.errors import CuflashError, DeviceError, DTypeError, KeywordError, OptionError
+from cuflash.runtime import launch
+
+LONGEST_MESSAGE = 2000
 
 
 class Raising:
@@ -22,6 +25,13 @@ class Raising:
         raise ZeroDivisionError("of a class of the caller")
 
     __repr__ = __str__ = __len__ = __index__ = __float__ = __bool__ = __iter__ = _fail
+
+
+class RaisingAttributes:
+    """Asked for what it does not have, it raises something else than AttributeError."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ZeroDivisionError(name)
 
 
 class RaisingInt(int):
@@ -43,7 +53,7 @@ class NoDriver:
 
 ODD: list[Any] = [
     None, True, 0, -1, 3, 2**31, 2**64, -(2**70), 10**5000, 1.5, math.nan, math.inf, 1j, "", "bshd", "x" * 10**6, b"bytes", (), (1, 2), [], [None] * 5, {}, {"a": 1}, {1},
-    range(3), object(), int, len, Raising(), RaisingInt(3), Fraction(1, 3), numpy.float16(1), numpy.zeros(0), numpy.zeros((1, 2, 3, 4)), numpy.array("text"),
+    range(3), object(), int, len, Raising(), RaisingAttributes(), RaisingInt(3), Fraction(1, 3), numpy.float16(1), numpy.zeros(0), numpy.zeros((1, 2, 3, 4)), numpy.array("text"),
     numpy.array([None]), numpy.zeros(3, "complex64"), numpy.zeros(2, "uint32"), numpy.zeros((1,) * 20, "float16"), numpy.ma.zeros(3), numpy.zeros(2, "i4,f4"),
     NoDriver(), lambda: None,
 ]  # fmt: skip
@@ -65,6 +75,13 @@ def backward(call: dict[str, Any]) -> dict[str, Any]:
     return {"grad_out": query.copy(), **call, "out": query.copy(), "lse": lse}
 
 
+def parts() -> dict[str, Any]:
+    return {
+        "outs": [numpy.zeros((1, 4, 2, 8), numpy.float16) for _ in range(2)],
+        "lses": [numpy.zeros((1, 2, 4), numpy.float32) for _ in range(2)],
+    }
+
+
 CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "plan": (cuflash.plan, arrays),
     "varlen_plan": (cuflash.varlen_plan, packed),
@@ -73,6 +90,8 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "varlen_attention": (cuflash.varlen_attention, packed),
     "varlen_attention_backward": (cuflash.varlen_attention_backward, lambda: backward(packed())),
     "dropout_mask": (cuflash.dropout_mask, lambda: {"shape": (1, 1, 4, 4), "dropout_p": 0.5, "dropout_seed": 1, "like": arrays()["query"]}),
+    "merge_attention": (cuflash.merge_attention, parts),
+    "merge_attention_backward": (cuflash.merge_attention_backward, lambda: {"grad_out": parts()["outs"][0], **parts(), "out": parts()["outs"][0], "lse": parts()["lses"][0]}),
     "legal_tiles": (cuflash.legal_tiles, lambda: {"head_dim": 16}),
     "warmup": (cuflash.warmup, lambda: {"head_dim": 16, "dtype": "float16", "arch": "sm_80"}),
     "bfloat16": (cuflash.bfloat16, lambda: {"bits": numpy.zeros(3, numpy.uint16)}),
@@ -96,7 +115,7 @@ def raised_by(function: Callable[..., Any], call: dict[str, Any]) -> Exception |
 
 @pytest.mark.parametrize("name", CALLS)
 def test_anything_in_place_of_any_argument(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuflash.launch, "executable", lambda kernel, on: NoKernel())  # type: ignore[attr-defined]
+    monkeypatch.setattr(launch, "executable", lambda kernel, on: NoKernel())
     monkeypatch.setattr("cuflash.tuning.cache.fetch_many", lambda *_, **__: [])
     function, valid = CALLS[name]
     parameters = list(inspect.signature(function).parameters) if name != "Tile" else list(valid())
@@ -106,7 +125,37 @@ def test_anything_in_place_of_any_argument(name: str, monkeypatch: pytest.Monkey
             place = f"{name}({argument}={type(odd).__name__})"
             if error is not None and not isinstance(error, CuflashError):
                 raise AssertionError(place) from error
-            assert error is None or len(str(error)) < 5000, place
+            assert error is None or len(str(error)) < LONGEST_MESSAGE, place
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in ("bfloat16", "Tile")])
+def test_a_keyword_of_a_megabyte(name: str) -> None:
+    function, valid = CALLS[name]
+    for count in (1, 3):
+        error = raised_by(function, {**valid(), **{number * 10**6: 1 for number in "xyz"[:count]}})
+        assert isinstance(error, KeywordError), error
+        assert len(str(error)) < LONGEST_MESSAGE
+        assert "x" * 101 not in str(error)
+
+
+def test_names_and_strings_of_a_megabyte() -> None:
+    """Wherever they stand, about a hundred characters of them are repeated."""
+    x, long = arrays(), "x" * 10**6
+    tile = cuflash.Tile(64, 64, 4, 1)
+    for options in ({"tile": {long: tile}}, {"layout": long}, {"attn_mask": long}, {"window": (long, long)}, {"seqlens_kv": [long]}):
+        error = raised_by(cuflash.plan, {**x, **options})
+        assert isinstance(error, CuflashError), options.keys()
+        assert "x" * 101 not in str(error), options.keys()
+
+
+def test_an_array_whose_attributes_raise_is_named() -> None:
+    for argument in ("query", "value", "attn_mask", "sinks", "seqlens_kv", "prefix_lengths", "alibi_slopes"):
+        with pytest.raises(DTypeError, match="RaisingAttributes") as caught:
+            cuflash.scaled_dot_product_attention(**{**arrays(), argument: RaisingAttributes()})
+        assert caught.value.argument == argument
+    with pytest.raises(OptionError, match="RaisingAttributes") as seed:
+        cuflash.scaled_dot_product_attention(**arrays(), dropout_p=0.5, dropout_seed=RaisingAttributes())
+    assert seed.value.argument == "dropout_seed"
 
 
 def test_a_keyword_that_dropout_mask_does_not_have() -> None:

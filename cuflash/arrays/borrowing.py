@@ -117,7 +117,7 @@ def borrow(x: object, name: str) -> Array:
 
 def is_array(x: object) -> bool:
     """Whether `borrow` takes objects of this type for arrays."""
-    return _library_of(type(x)) is not None or (not isinstance(x, type) and hasattr(x, "__dlpack__"))
+    return _library_of(type(x)) is not None or (not isinstance(x, type) and has_attribute(x, "__dlpack__"))
 
 
 def signature(x: object) -> Hashable | None:
@@ -162,6 +162,20 @@ def bfloat16(bits: Any) -> BFloat16Bits:
         hint = "Pass the bits of the values, such as x.view(numpy.uint16) of a bfloat16 array x, not numbers to be converted."
         raise DTypeError("bits", f"an array of {bits.dtype}", "an array of uint16", hint)
     return BFloat16Bits(bits)
+
+
+def attribute(x: object, name: str, default: Any = None) -> Any:
+    """An attribute of the caller's object, whose `__getattr__` may raise anything."""
+    try:
+        return getattr(x, name, default)
+    except Exception:
+        return default
+
+
+def has_attribute(x: object, name: str) -> bool:
+    """Whether the caller's object has an attribute."""
+    missing = object()
+    return attribute(x, name, missing) is not missing
 
 
 def describe(x: object) -> str:
@@ -459,8 +473,8 @@ def _way_to_an_array(x: object, name: str) -> str:
         )
     if isinstance(x, (list, tuple)):
         return "Make an array of it first: numpy.asarray(x, dtype=numpy.float32)."
-    if hasattr(x, "__cuda_array_interface__"):
+    if has_attribute(x, "__cuda_array_interface__"):
         return "Make a CuPy array of it, which copies nothing: cupy.asarray(x)."
-    if hasattr(x, "__array_interface__") or hasattr(x, "__array__"):
+    if has_attribute(x, "__array_interface__") or has_attribute(x, "__array__"):
         return "Make a NumPy array of it: numpy.asarray(x)."
     return "Pass an array."

@@ -8,6 +8,7 @@ only, it matters whether an option is there.
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -147,6 +148,20 @@ def lengths_of(options: argparse.Namespace, batch: int, seqlen_q: int, seqlen_kv
             hint = "Give the longest row's number of keys as --seqlen-kv."
             raise OptionError("--seqlens-kv", f"{max(lengths_kv)} of {seqlen_kv} keys", f"numbers from 0 to {seqlen_kv}", hint)
     return Sample(batch=batch, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, lengths_q=lengths_q, lengths_kv=lengths_kv)
+
+
+def make_writable(option: str, folder: Path) -> None:
+    """Make a folder, if need be, before the work whose results are to be written into it.
+
+    Raises:
+        OptionError: of `option`, which named the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OptionError(option, f"{str(folder)!r}: {error.strerror}", "a folder that can be written", "Name another one.") from error
 
 
 def check_writable(option: str, path: Path) -> None:

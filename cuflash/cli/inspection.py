@@ -10,9 +10,6 @@ or a CUDA toolkit on the PATH; without it the mix is missing and everything else
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TextIO
 
+from cuflash.cli import terminal_tables
 from cuflash.hardware.device import Device
 from cuflash.hardware.occupancy import MAX_REGISTERS_PER_THREAD, Occupancy, occupancy
 from cuflash.jit import cache, disassembly
@@ -262,34 +260,7 @@ def render(reports: Sequence[Report], stream: TextIO | None = None) -> None:
     """Print a table and the remarks to `stream`, by default standard output: with rich if there is one and the stream is a terminal."""
     stream = stream or sys.stdout
     header, rows = table(reports)
-    fits = _plain_width(header, rows) <= shutil.get_terminal_size().columns  # rich would cut cells where the plain table only wraps lines
-    if not (stream.isatty() and fits and _render_with_rich(header, rows, [report.spills for report in reports], stream)):
-        stream.write(_plain_table(header, rows))
+    spilling = [number for number, report in enumerate(reports) if report.spills]
+    terminal_tables.write(terminal_tables.Table(header, rows, marked=spilling), stream)
     for line in remarks(reports):
         stream.write(line + "\n")
-
-
-def _plain_width(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> int:
-    """Columns of the table with rich's three characters between cells."""
-    return sum(max(map(len, column)) + 3 for column in zip(header, *rows, strict=True)) + 1
-
-
-def _plain_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
-    return "\n".join((lines[0], "-" * len(lines[0]), *lines[1:])) + "\n"
-
-
-def _render_with_rich(header: tuple[str, ...], rows: list[tuple[str, ...]], marked: list[bool], stream: TextIO) -> bool:
-    """The table in a terminal's width, spilling kernels in red; False without rich."""
-    try:
-        console = importlib.import_module("rich.console").Console(file=stream)
-        view = importlib.import_module("rich.table").Table(header_style="bold")
-    except ImportError:
-        return False
-    for name in header:
-        view.add_column(name, justify="right")
-    for row, mark in zip(rows, marked, strict=True):
-        view.add_row(*row, style="red" if mark else None)
-    console.print(view)
-    return True

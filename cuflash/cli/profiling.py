@@ -7,18 +7,18 @@ a time. How long the simulator itself may take is what `estimate_seconds` says, 
 
 from __future__ import annotations
 
-import importlib
-import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from cuflash.cli import terminal_tables
 from cuflash.cli.samples import Sample, numpy_call, plan_of
+from cuflash.cli.terminal_tables import Table
 from cuflash.jit import compiler
 from cuflash.planning import kernel_cases
 from cuflash.planning.plan import Plan
@@ -175,16 +175,6 @@ class View:
     full: bool = False
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Rows of text with a title above; the last `num_left` columns are flush left, the others flush right."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    num_left: int = 0
-
-
 def render(result: CallProfile, view: View | None = None, stream: TextIO | None = None) -> None:
     """Print a profile to `stream`, by default standard output: with rich if there is one and the stream is a terminal."""
     stream = stream or sys.stdout
@@ -192,10 +182,9 @@ def render(result: CallProfile, view: View | None = None, stream: TextIO | None 
     stream.write(f"{result.plan}\n")
     for kernel in result.kernels:
         stream.write(f"\n{_headline(kernel)}\n")
-        for table in _tables(kernel, view):
-            stream.write(f"\n{table.title}\n")
-            if not (stream.isatty() and _render_with_rich(table, stream)):
-                stream.write(_plain(table))
+        for title, table in _tables(kernel, view):
+            stream.write(f"\n{title}\n")
+            terminal_tables.write(table, stream, indent="  ")
 
 
 def _headline(kernel: KernelProfile) -> str:
@@ -207,12 +196,12 @@ def _headline(kernel: KernelProfile) -> str:
     )
 
 
-def _tables(kernel: KernelProfile, view: View) -> Iterable[_Table]:
+def _tables(kernel: KernelProfile, view: View) -> Iterable[tuple[str, Table]]:
+    """Each with its title."""
     total = kernel.total
     used = {name: count for name, count in total.instructions.items() if count}
-    yield _Table(
-        "Instructions by class", ("share", "issued", "class"), [(_share(n, total.issued), str(n), name) for name, n in used.items()], 1
-    )
+    shares = [(_share(n, total.issued), str(n), name) for name, n in used.items()]
+    yield "Instructions by class", Table(("share", "issued", "class"), shares, 1)
     traffic = {
         "shared memory, reads: wavefronts": total.shared_reads,
         "shared memory, writes: wavefronts": total.shared_writes,
@@ -220,30 +209,29 @@ def _tables(kernel: KernelProfile, view: View) -> Iterable[_Table]:
         "global memory, writes: sectors": total.global_writes,
     }
     rows = [(*map(str, (t.requests, t.used, t.ideal, t.excess)), name) for name, t in traffic.items() if t.requests]
-    yield _Table("Memory requests", ("requests", "used", "ideal", "excess", ""), rows, 1)
+    yield "Memory requests", Table(("requests", "used", "ideal", "excess", ""), rows, 1)
     header = ("size", "read", "in sectors", "/ size", "written", "in sectors", "/ size", "operand")
     operands = [
         (str(o.size), *_moved(o.bytes_read, o.sector_bytes_read, o.size), *_moved(o.bytes_written, o.sector_bytes_written, o.size), o.name)
         for o in kernel.operands
         if o.bytes_read or o.bytes_written
     ]
-    yield _Table(
-        "Global memory by operand: bytes asked for, bytes of the sectors moved, how often that is the whole operand", header, operands, 1
-    )
+    title = "Global memory by operand: bytes asked for, bytes of the sectors moved, how often that is the whole operand"
+    yield title, Table(header, operands, 1)
     yield from _listing(kernel, view)
 
 
 _LINE_HEADER = ("share", "issued", "matrix", "wavefronts", "ideal", "sectors", "ideal", "waits")
 
 
-def _listing(kernel: KernelProfile, view: View) -> Iterable[_Table]:
+def _listing(kernel: KernelProfile, view: View) -> Iterable[tuple[str, Table]]:
     """The lines that did most, or all lines of all files."""
     lines = kernel.lines_by(view.attribution)
     if not view.full:
         ranked = sorted(lines, key=lambda line: -line.counts.issued)
         chosen = ranked[: view.top or None]
         rows = [(*_cells(line, kernel), _where(line), _text(line.path, line.line).strip()) for line in chosen]
-        yield _Table(f"Lines with the most instructions ({len(chosen)} of {len(lines)})", (*_LINE_HEADER, "line", "source"), rows, 2)
+        yield f"Lines with the most instructions ({len(chosen)} of {len(lines)})", Table((*_LINE_HEADER, "line", "source"), rows, 2)
         return
     for path in dict.fromkeys(line.path for line in lines):
         counts = {line.line: line for line in lines if line.path == path}
@@ -254,7 +242,7 @@ def _listing(kernel: KernelProfile, view: View) -> Iterable[_Table]:
         ]
         if 0 in counts:
             rows.append((*_cells(counts[0], kernel), "-", ""))
-        yield _Table(path or "Instructions without a source line", (*_LINE_HEADER, "line", "source"), rows, 2)
+        yield path or "Instructions without a source line", Table((*_LINE_HEADER, "line", "source"), rows, 2)
 
 
 def _cells(line: LineProfile, kernel: KernelProfile) -> tuple[str, ...]:
@@ -296,35 +284,3 @@ def _source(path: str) -> list[str]:
 def _text(path: str, number: int) -> str:
     lines = _source(path)
     return lines[number - 1] if 0 < number <= len(lines) else ""
-
-
-def _plain(table: _Table) -> str:
-    """The table without its title as text without trailing blanks."""
-    cells = [table.header, *table.rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    first_left = len(widths) - table.num_left
-
-    def line(row: Sequence[str]) -> str:
-        flush = (cell.ljust(w) if i >= first_left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        return "  " + "  ".join(flush).rstrip()
-
-    return "\n".join(map(line, cells)) + "\n"
-
-
-def _render_with_rich(table: _Table, stream: TextIO) -> bool:
-    """The table without its title, with rich; False without rich, or where the terminal is too narrow for it."""
-    width = sum(max(map(len, column)) + 3 for column in zip(table.header, *table.rows, strict=True)) + 1
-    if width > shutil.get_terminal_size().columns:
-        return False
-    try:
-        console = importlib.import_module("rich.console").Console(file=stream)
-        view = importlib.import_module("rich.table").Table(header_style="bold")
-        text = importlib.import_module("rich.text").Text
-    except ImportError:
-        return False
-    for i, name in enumerate(table.header):
-        view.add_column(name, justify="left" if i >= len(table.header) - table.num_left else "right")
-    for row in table.rows:
-        view.add_row(*map(text, row))
-    console.print(view)
-    return True

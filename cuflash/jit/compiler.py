@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import os
 import re
+import signal
 import struct
 import threading
 import time
@@ -152,6 +153,32 @@ def _load_nvrtc() -> Any:
     return nvrtc
 
 
+class _Compiling:
+    """Around calls of NVRTC's compiler, which has handlers of its own for these signals meanwhile and puts back those that there were, but with SA_RESTART.
+
+    With that flag whatever waits in the main thread would go on waiting, and Ctrl-C would be heard when the wait is over. It is taken away when no thread
+    compiles, since a handler that NVRTC is about to put back must not be written over.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._lock, self._compiling = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._compiling += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._compiling -= 1
+            if not self._compiling:
+                for number in self.SIGNALS:
+                    signal.siginterrupt(number, True)
+
+
+_compiling = _Compiling()
+
 SECOND_ATTEMPT = ("--ptxas-options=-O1",)
 """What a kernel that spills registers is compiled with again. At its highest level ptxas moves loads so far ahead that a kernel whose accumulators
 fill most of the registers spills a few of them; -O1 moves less. Which of the two is faster has not been measured."""
@@ -190,7 +217,8 @@ def _compile(request: CompileRequest, flags: tuple[str, ...]) -> Artifact:
     try:
         start = time.perf_counter()
         try:
-            nvrtc.compileProgram(program, flags)
+            with _compiling:
+                nvrtc.compileProgram(program, flags)
         except nvrtc.NVRTCError as error:
             message = f"NVRTC {'.'.join(map(str, nvrtc_version()))} cannot compile {request.describe()}: {error}"
             raise CompileError(message, log=nvrtc.getProgramLog(program), config=request.config) from None

@@ -5,7 +5,6 @@ Counts are of instructions in the code, not of how often they run. nvdisasm come
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import re
 import shutil

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import ceil
 
+from cuflash.arrays.borrowing import describe
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.hardware.device import Device
 from cuflash.planning import kernel_cases, kernel_specs, tile_choice, tile_model, tile_rules
@@ -100,7 +101,7 @@ def check_names(tile: Tiles, kernels: tuple[KernelSpec, ...]) -> None:
         if name not in names:
             raise TileError(
                 "tile",
-                f"a tile for {name!r}",
+                f"a tile for {describe(name)}",
                 "kernels that run: " + ", ".join(names),
                 "Correct the name, or remove it; print(plan) lists the kernels.",
             )

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
-from cuflash.errors import KeywordError
+from cuflash.errors import KeywordError, shortened
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -210,12 +210,13 @@ def _answering(function: Callable[P, R], name: str, known: tuple[str, ...]) -> C
 
 def _unknown(function: str, known: tuple[str, ...], keywords: list[str]) -> KeywordError:
     """One error for all of them."""
-    answers = {keyword: _answer(function, known, keyword) for keyword in keywords}
-    if len(keywords) == 1:
-        return KeywordError(keywords[0], f"a keyword argument that {function} does not have", *answers[keywords[0]])
+    answers = {shortened(keyword): _answer(function, known, keyword) for keyword in keywords}
+    if len(answers) == 1:
+        ((keyword, answer),) = answers.items()
+        return KeywordError(keyword, f"a keyword argument that {function} does not have", *answer)
     expected = ", ".join(f"{keyword} → {expected}" for keyword, (expected, _) in answers.items())
     hint = " ".join(f"{keyword}: {hint}" for keyword, (_, hint) in answers.items())
-    return KeywordError(", ".join(keywords), f"keyword arguments that {function} does not have", expected, hint)
+    return KeywordError(", ".join(answers), f"keyword arguments that {function} does not have", expected, hint)
 
 
 def _answer(function: str, known: tuple[str, ...], keyword: str) -> tuple[str, str]:

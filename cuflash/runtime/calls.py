@@ -10,7 +10,7 @@ import sys
 from collections.abc import Collection, Hashable, Mapping
 from typing import Any
 
-from cuflash.arrays.borrowing import Array, borrow, describe, pointer, signature
+from cuflash.arrays.borrowing import Array, attribute, borrow, describe, pointer, signature
 from cuflash.errors import DTypeError, OptionError, UnsupportedError
 from cuflash.hardware import device
 from cuflash.planning.plan import Plan
@@ -109,7 +109,7 @@ def refuse_autograd(arrays: Mapping[str, Array], backward: str = "scaled_dot_pro
     if torch is None or not torch.is_grad_enabled():
         return
     for name, array in arrays.items():
-        if getattr(array.owner, "requires_grad", False):
+        if attribute(array.owner, "requires_grad"):
             hint = f"Call cuflash.torch, which autograd records; or pass {name}.detach() and compute gradients with {backward}."
             raise UnsupportedError(name, "a tensor that requires grad", "a tensor outside of autograd", hint)
 

@@ -301,6 +301,7 @@ class Module:
             checks=int(chosen.checks),
             isa_rules=int(chosen.isa_rules),
             max_instructions=chosen.max_instructions,
+            ends_on_interrupt=int(native.ends_on_interrupt()),
         )
         if chosen.profile is not None:
             records = np.zeros((self.program.num_records, native.RECORD_PROFILE_WORDS), dtype=np.uint64)

@@ -1,13 +1,15 @@
 """Call the C++ core through ctypes.
 
 Contract: the structures mirror core/program.h. `core()` loads the library once per process. A launch gives back the interpreter's
-lock, and ends with the exception that a signal's handler raises, such as KeyboardInterrupt.
+lock, and ends with the exception that a signal's handler raises, such as KeyboardInterrupt; in other threads than the main one Ctrl-C ends it likewise.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import numpy.typing as npt
 from cuflash.errors import SetupError, SimulatorError
 from cuflash.simulator import build
 
-ABI = 5
+ABI = 6
 NO_RECORD = 0xFFFFFFFF
 NO_WARP = 0xFFFFFFFF
 MAX_PLACES = 64
@@ -70,6 +72,7 @@ class LaunchDescription(ctypes.Structure):
         ("max_instructions", ctypes.c_uint64),
         ("record_profiles", ctypes.c_void_p),
         ("buffer_profiles", ctypes.c_void_p),
+        ("ends_on_interrupt", ctypes.c_int32),
     )
 
 
@@ -144,9 +147,21 @@ def _parse_signature(signature: str) -> tuple[Slot, ...]:
 
 
 class Interpreter(ctypes.Structure):
-    """Functions of Python's C API that the core calls between instructions, see core/interrupt.h."""
+    """What of Python's C API the core uses between instructions, see core/interrupt.h."""
 
-    _fields_ = (("PyEval_SaveThread", ctypes.c_void_p), ("PyEval_RestoreThread", ctypes.c_void_p), ("PyErr_CheckSignals", ctypes.c_void_p))
+    _fields_ = (
+        ("PyEval_SaveThread", ctypes.c_void_p),
+        ("PyEval_RestoreThread", ctypes.c_void_p),
+        ("PyErr_CheckSignals", ctypes.c_void_p),
+        ("PyErr_SetNone", ctypes.c_void_p),
+        ("PyExc_KeyboardInterrupt", ctypes.c_void_p),
+    )
+
+    @classmethod
+    def of_this_process(cls) -> Interpreter:
+        """The running one."""
+        functions = (ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name, _ in cls._fields_[:-1])
+        return cls(*functions, id(KeyboardInterrupt))
 
 
 class Core:
@@ -160,8 +175,7 @@ class Core:
         library = ctypes.CDLL(str(path))
         if library.cuflash_simulator_abi() != ABI:
             raise SimulatorError(f"{path} does not match this version of the simulator; delete it.")
-        addresses = (ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name, _ in Interpreter._fields_)
-        library.cuflash_simulator_use_interpreter(ctypes.byref(Interpreter(*addresses)))
+        library.cuflash_simulator_use_interpreter(ctypes.byref(Interpreter.of_this_process()))
         self.create = library.cuflash_simulator_create
         self.create.restype = ctypes.c_void_p
         self.create.argtypes = (ctypes.POINTER(ProgramDescription), ctypes.c_char_p, ctypes.c_uint32)
@@ -214,6 +228,16 @@ def _names(read: Any) -> list[str]:
     while (name := read(len(names))) is not None:
         names.append(name.decode())
     return names
+
+
+def ends_on_interrupt() -> bool:
+    """Whether SIGINT itself is to end a launch of the calling thread.
+
+    In the main thread it is the handler that decides. Other threads never see what it raises; Python's own always raises KeyboardInterrupt, so it ends
+    launches there too, and a program with another handler decides for itself.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return not in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @functools.cache

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cuflash.arrays.borrowing import describe
 from cuflash.errors import OptionError
+from cuflash.hardware.device import ARCHITECTURES
+from cuflash.planning.kernel_specs import KERNELS
+from cuflash.problem.problem import DTYPES
 from cuflash.problem.tile import Tile
 
 
@@ -79,8 +83,35 @@ def load(path: Path) -> tuple[Description, bytes]:
     record = path.with_suffix(".json")
     try:
         cubin, fields = path.read_bytes(), json.loads(record.read_text(encoding="utf-8"))
-        return Description(**(fields | {"tile": Tile(**fields["tile"])})), cubin
+        return _checked(fields), cubin
     except OSError as error:
         raise OptionError("cubin", f"{str(error.filename)!r}: {error.strerror}", "NAME.cubin with NAME.json beside it", hint) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise OptionError("cubin", f"{str(record)!r}: {error}", "a JSON object that describes a kernel", hint) from error
+
+
+_NAMES = {"kernel": {kernel.name for kernel in KERNELS}, "arch": {*ARCHITECTURES}, "dtype": {*DTYPES}}
+_LARGEST = 2**20
+"""Of any number here, shared memory in bytes among them."""
+
+
+def _checked(fields: dict[str, Any]) -> Description:
+    """The description that a JSON object holds.
+
+    Raises:
+        TypeError, ValueError, KeyError: it holds something else.
+    """
+    tile = fields["tile"] if isinstance(fields["tile"], dict) else {}
+    for name, value in (fields | {f"tile: {name}": size for name, size in tile.items()}).items():
+        if name in _NAMES:
+            valid = isinstance(value, str) and value in _NAMES[name]
+        elif name == "causal":
+            valid = isinstance(value, bool)
+        elif name == "tile":
+            valid = isinstance(value, dict)
+        else:
+            least = 1 if name.startswith(("head_dim", "tile")) else 0
+            valid = isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST
+        if not valid:
+            raise ValueError(f"{name} is {describe(value)}")
+    return Description(**(fields | {"tile": Tile(**fields["tile"])}))

@@ -94,6 +94,84 @@ print((cuflash.scaled_dot_product_attention(small, small, small) == before).all(
     assert result.stdout.split("\n")[:2] == ["interrupted True", "True"], result.stderr
 
 
+IN_A_THREAD = """
+import os, signal, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np
+from simulated import compile_cuda, pack
+from cuflash.simulator import Module, Options
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def launch(source, limit):
+    out = np.zeros(1, np.int32)
+    module = Module(compile_cuda(source))
+    module.launch((4, 1, 1), (32, 1, 1), 0, pack([out]), [(out.ctypes.data, out.nbytes, "out")], Options(2, max_instructions=limit))
+    return out[0]
+def interrupt(after=0.5):
+    threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
+"""
+
+
+def run_in_a_process(script: str) -> subprocess.CompletedProcess[str]:
+    """With the functions above; a launch that does not end is an error, and the process is gone."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent)))}
+    command = [sys.executable, "-c", f"ENDLESS, LIMIT = {ENDLESS!r}, {LIMIT}{IN_A_THREAD}{script}"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    "way", ["with ThreadPoolExecutor() as pool: [pool.submit(work) for _ in range(2)]; interrupt(); time.sleep(30)", "work_in_threads()"]
+)
+def test_ctrl_c_ends_launches_of_other_threads_too(way: str) -> None:
+    """Python waits for its threads at the end, so that a launch which went on would keep the process for hours."""
+    result = run_in_a_process(f"""
+ended = []
+def work():
+    try:
+        launch(ENDLESS, LIMIT)
+    except KeyboardInterrupt:
+        ended.append(time.monotonic())
+def work_in_threads():
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads: thread.start()
+    interrupt()
+    for thread in threads: thread.join()
+launch(ENDLESS.replace(" ; ++i", " i < 1; ++i"), LIMIT)  # compiled and decoded
+try:
+    {way}
+except KeyboardInterrupt:
+    raised = time.monotonic()
+while len(ended) < 2 and time.monotonic() < raised + 5: time.sleep(0.01)
+print([abs(moment - raised) < 1.0 for moment in ended], signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+interrupt(0.1)
+try:
+    time.sleep(30)
+except KeyboardInterrupt:
+    print("again", flush=True)
+os._exit(0)  # whatever still runs
+""")
+    assert result.stdout.split("\n")[:2] == ["[True, True] True", "again"], result.stdout + result.stderr
+
+
+def test_a_handler_of_the_program_leaves_launches_of_other_threads_alone() -> None:
+    """It may want them to finish: it is Python's own handler that stands for an end."""
+    result = run_in_a_process("""
+seen = []
+signal.signal(signal.SIGINT, lambda *_: seen.append(time.monotonic()))
+long = 'extern "C" __global__ void k(int* out) { for (volatile int i = 0; i < 1500000; ++i) if (i < 0) out[0] = i; if (blockIdx.x == 0 && threadIdx.x == 0) out[0] = 7; }'
+launch(long.replace("1500000", "1"), LIMIT)
+results = []
+def work():
+    begun = time.monotonic()
+    results.append((launch(long, LIMIT), begun, time.monotonic()))
+thread = threading.Thread(target=work)
+thread.start()
+interrupt(0.2)
+while thread.is_alive(): time.sleep(0.01)
+print(results[0][0], results[0][1] < seen[0] < results[0][2])
+""")
+    assert result.stdout == "7 True\n", result.stdout + result.stderr
+
+
 def test_other_threads_run_python_during_a_launch() -> None:
     counted = 0
     done = threading.Event()

@@ -13,7 +13,7 @@
 using namespace sim;
 
 // Bumped whenever a struct of program.h changes, so that a mismatch is an error and not a crash.
-SIM_EXPORT int cuflash_simulator_abi() { return 5; }
+SIM_EXPORT int cuflash_simulator_abi() { return 6; }
 
 // Instruction `index` of the table; 0 past the last one.
 SIM_EXPORT int cuflash_simulator_instruction(u32 index, const char** name, const char** signature) {

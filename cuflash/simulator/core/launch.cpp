@@ -159,7 +159,7 @@ class Work {
 }  // namespace
 
 int launch(const Program& program, const LaunchDescription& description, CounterValues& counters, Report& report) {
-  Interrupt interrupt;
+  Interrupt interrupt(description.ends_on_interrupt);
   try {
     return !Work(program, description, interrupt, counters, report).run();
   } catch (const std::bad_alloc&) {

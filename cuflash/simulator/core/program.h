@@ -112,6 +112,7 @@ extern "C" struct LaunchDescription {
   u64 max_instructions;            // that a warp may execute
   RecordProfile* record_profiles;  // one per record, added to; null for a launch that is not profiled
   BufferProfile* buffer_profiles;  // one per buffer
+  i32 ends_on_interrupt;           // of a launch outside of the interpreter's main thread, see interrupt.h
 };
 
 extern "C" struct CounterValues {
