@@ -1,4 +1,4 @@
-"""What a public call is checked into, from its arguments by name: as `cuflash.calls` does, without running anything."""
+"""What a public call is checked into, from its arguments by name: as `runtime/calls.py` does, without running anything."""
 
 from __future__ import annotations
 

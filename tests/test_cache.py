@@ -1,4 +1,4 @@
-"""`cuflash.cache`: whichever thread or process comes first compiles, once, and no state of the disk is an error. Needs no GPU."""
+"""`cuflash.jit.cache`: whichever thread or process comes first compiles, once, and no state of the disk is an error. Needs no GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`cuflash.compiler`: cubins and PTX for every architecture, the compiler's report, and what a fingerprint depends on. Needs no GPU."""
+"""`cuflash.jit.compiler`: cubins and PTX for every architecture, the compiler's report, and what a fingerprint depends on. Needs no GPU."""
 
 from __future__ import annotations
 

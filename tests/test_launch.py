@@ -1,4 +1,4 @@
-"""`cuflash.arguments` and `cuflash.launch`: what is packed into a kernel's struct, how kernels are loaded and launched, and what a warm call costs."""
+"""`cuflash.runtime.arguments` and `cuflash.runtime.launch`: what is packed into a kernel's struct, how kernels are loaded and launched, and what a warm call costs."""
 
 from __future__ import annotations
 

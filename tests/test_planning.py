@@ -18,7 +18,7 @@ import cuflash
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.hardware import device
 from cuflash.hardware.device import ARCHITECTURES
-from cuflash.planning import planner
+from cuflash.planning import tile_choice
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import LaunchShape
 from cuflash.planning.kernel_specs import BACKWARD_DK, BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_DV, FORWARD
@@ -321,7 +321,7 @@ def test_unknown_names_of_kernels_in_a_mapping_raise() -> None:
 def test_planning_needs_neither_gpu_nor_compiler() -> None:
     code = (
         "import sys; sys.modules['cupy'] = None\n"
-        "from cuflash import device, planning\n"
+        "from cuflash.hardware import device\nfrom cuflash.planning import offline\n"
         "kernels = list(offline.offline_kernels(device.of_arch('sm_90', 'gpu'), dtype='bfloat16', head_dim=128))\n"
         "assert len(kernels) == 4, kernels\n"
     )
@@ -333,4 +333,4 @@ def test_plans_are_values() -> None:
     first, second = plan_of((1, 8, 1, 64)), plan_of((1, 8, 1, 64))
     assert first == second
     assert hash(first) == hash(second)
-    assert first.kernels[0].tile == planner.tiles.default_tile(KernelCase(FORWARD, "float16", 64), SM_80)
+    assert first.kernels[0].tile == tile_choice.default_tile(KernelCase(FORWARD, "float16", 64), SM_80)

@@ -1,4 +1,4 @@
-"""`cuflash.tiles`: what is legal, what is said about the rest, defaults for every case, and pinned tiles that really run."""
+"""`cuflash.planning`: what is legal, what is said about the rest, defaults for every case, and pinned tiles that really run."""
 
 from __future__ import annotations
 
