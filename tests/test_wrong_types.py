@@ -13,6 +13,7 @@ import pytest
 
 import cuflash
 from cuflash.errors import CuflashError, DeviceError, DTypeError, KeywordError
+from cuflash.runtime import launch
 
 
 class Raising:
@@ -96,7 +97,7 @@ def raised_by(function: Callable[..., Any], call: dict[str, Any]) -> Exception |
 
 @pytest.mark.parametrize("name", CALLS)
 def test_anything_in_place_of_any_argument(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuflash.launch, "executable", lambda kernel, on: NoKernel())  # type: ignore[attr-defined]
+    monkeypatch.setattr(launch, "executable", lambda kernel, on: NoKernel())
     monkeypatch.setattr("cuflash.tuning.cache.fetch_many", lambda *_, **__: [])
     function, valid = CALLS[name]
     parameters = list(inspect.signature(function).parameters) if name != "Tile" else list(valid())
