@@ -77,13 +77,18 @@ def find_nvdisasm() -> Path | None:
     return Path(on_path) if on_path else None
 
 
-def disassemble(cubin: bytes) -> str | None:
-    """SASS of a cubin, each instruction with its encoding; None without nvdisasm, or if it is too old for the cubin's architecture."""
+def disassemble(cubin: bytes, *, source_lines: bool = False) -> str | None:
+    """SASS of a cubin, each instruction with its encoding; None without nvdisasm, or if it is too old for the cubin's architecture.
+
+    Args:
+        cubin: an ELF file.
+        source_lines: also print, above instructions, the lines of the source that they come from, innermost call first.
+    """
     tool = find_nvdisasm()
     if tool is None:
         return None
     with tempfile.TemporaryDirectory(prefix="cuflash-") as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        result = subprocess.run([tool, "-c", "-hex", path], capture_output=True, text=True, check=False)
+        result = subprocess.run([tool, "-c", "-hex", *(["-gi"] if source_lines else []), path], capture_output=True, text=True, check=False)
     return result.stdout if result.returncode == 0 else None

@@ -1,7 +1,7 @@
 """One SM that runs a trace: four sub-partitions, resident blocks, scoreboards, a memory pipe, copies, barriers.
 
 `steady_clocks(trace, machine, warps=, blocks=)` runs every warp of the resident blocks through the trace again and again and returns the clocks that one trip of all of
-them takes. The rules:
+them takes. `record` runs it likewise and returns when each instruction issued, which docs/draw_pictures.py draws. The rules:
 
 - A sub-partition issues one instruction per clock, of a warp whose stall count is over, whose scoreboards are free and whose unit is free. It goes on
   with the warp that issued last whenever that can issue, else with the one that is furthest behind. Of the orders that were tried (strictly in turn, least
@@ -66,11 +66,38 @@ def steady_clocks(trace: Sequence[Operation], machine: Multiprocessor, *, warps:
     return _Run(trace, machine, warps, blocks, trips).clocks()
 
 
+@dataclass(frozen=True)
+class Issue:
+    """One instruction of a recorded run.
+
+    Attributes:
+        warp: that issued it; `warp // warps` is its block.
+        trip: of that warp, from 0.
+        position: of the instruction in the trace.
+        clock: when it issued.
+        done: when a copy is complete; the same as `clock` for all others.
+    """
+
+    warp: int
+    trip: int
+    position: int
+    clock: float
+    done: float
+
+
+def record(trace: Sequence[Operation], machine: Multiprocessor, *, warps: int, blocks: int, trips: int) -> list[Issue]:
+    """Every instruction that the resident blocks issue until the first warp has completed `trips` trips, in the order of the clock; see `steady_clocks`."""
+    run = _RecordedRun(trace, machine, warps, blocks, trips)
+    run.clocks()
+    return run.issues
+
+
 @dataclass
 class _Warp:
     """What the SM knows of one warp.
 
     Attributes:
+        index: among all warps of the SM.
         block: its own.
         position: of its next instruction in the trace.
         trips: that it has completed.
@@ -81,6 +108,7 @@ class _Warp:
         last_issue: when its last instruction issued.
     """
 
+    index: int
     block: int
     ready: float
     scoreboards: list[float]
@@ -102,7 +130,7 @@ class _Run:
         for index in range(warps * blocks):
             block, within = divmod(index, warps)
             start = block * _GOLDEN % 1.0 * len(trace) * 1.5 + within * 7 % 40
-            warp = _Warp(block, start, [0.0] * NUM_SCOREBOARDS, deque(maxlen=8))
+            warp = _Warp(index, block, start, [0.0] * NUM_SCOREBOARDS, deque(maxlen=8))
             self.warps.append(warp)
             self.homes[index % SUB_PARTITIONS].append(warp)
         self.units = [_NUMBERS[operation.unit] for operation in trace]
@@ -233,6 +261,21 @@ class _Run:
         self.arrived[block].clear()
         for home in range(SUB_PARTITIONS):
             self.next_event[home] = max(time + 1, min(self.next_event[home], float(int(release))))
+
+
+class _RecordedRun(_Run):
+    """A run that remembers what it issued."""
+
+    def __init__(self, trace: Sequence[Operation], machine: Multiprocessor, warps: int, blocks: int, trips: int) -> None:
+        super().__init__(trace, machine, warps, blocks, trips)
+        self.issues: list[Issue] = []
+
+    def _issue(self, warp: _Warp, home: int, time: float) -> bool:
+        trip, position = warp.trips, warp.position
+        completed = super()._issue(warp, home, time)
+        done = warp.copied if self.trace[position].kind is Kind.COPY else time
+        self.issues.append(Issue(warp.index, trip, position, time, done))
+        return completed
 
 
 def _progress(warp: _Warp) -> tuple[int, int]:
