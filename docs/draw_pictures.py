@@ -51,6 +51,7 @@ CASES = {
 }
 """Kernel -> what it is compiled for; the architecture is the one whose clocks were measured (docs/timing.md)."""
 ARCH = "sm_90"
+DPI = 110
 
 
 # --- Files --------------------------------------------------------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ def fingerprint_of(lines: Sequence[str]) -> str:
 
 
 def save(figure: Any, path: Path, fingerprint: str) -> None:
-    figure.savefig(path, dpi=110, metadata={"Description": fingerprint, "Software": None}, pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=DPI, metadata={"Description": fingerprint, "Software": None}, pil_kwargs={"optimize": True})
 
 
 def fingerprint_in(path: Path) -> str:
@@ -134,14 +135,14 @@ def draw_way_of_a_call(path: Path) -> None:
 
     rooms, steps, brought = way_of_a_call()
     columns = [(module.split("/")[0], by_floor) for (_, module), by_floor in zip(steps, brought, strict=True)]
-    step_height, line_height, gap, width, left = 0.62, 0.27, 0.22, 2.05, 1.7
+    step_height, line_height, gap, width, left = 0.62, 0.27, 0.24, 2.05, 2.25
     heights = {
         room: 2 * gap + max((step_height + gap) * (own == room) + line_height * len(by_floor.get(room, ())) for own, by_floor in columns)
         for room in rooms
     }
     tops = {room: -sum(heights[above] for above in rooms[:index]) for index, room in enumerate(rooms)}
     total, height = left + width * len(steps), sum(heights.values())
-    figure, axes = plt.subplots(figsize=(total * 0.66, height * 0.66))
+    figure, axes = plt.subplots(figsize=(total * 0.66, height * 0.66), dpi=DPI)
     for index, room in enumerate(rooms):
         axes.axhspan(tops[room] - heights[room], tops[room], color=("#f2f2f2", "#ffffff")[index % 2], zorder=0)
         axes.text(0.1, tops[room] - gap, room if room.endswith(".py") else f"{room}/", va="top", fontsize=11, weight="bold")
@@ -163,11 +164,11 @@ def draw_way_of_a_call(path: Path) -> None:
     figure.subplots_adjust(0, 0, 1, 1)
     figure.canvas.draw()  # after which boxes have their places
     for here, there in zip(boxes, boxes[1:], strict=False):
-        ends = [box.get_bbox_patch() for box in (here, there)]
-        axes.add_patch(
-            FancyArrowPatch(here.get_position(), there.get_position(), patchA=ends[0], patchB=ends[1], arrowstyle="-|>", mutation_scale=12,
-                            color="#2b6cb0", lw=1.6, zorder=2)
-        )  # fmt: skip
+        places, patches = (here.get_position(), there.get_position()), (here.get_bbox_patch(), there.get_bbox_patch())
+        bends = "arc3" if places[0][1] == places[1][1] else "angle,angleA=0,angleB=90" if places[0][1] > places[1][1] else "angle,angleA=90,angleB=0"
+        arrow = FancyArrowPatch(*places, patchA=patches[0], patchB=patches[1], connectionstyle=bends, arrowstyle="-|>", mutation_scale=13)
+        arrow.set(color="#2b6cb0", linewidth=1.6, zorder=2)
+        axes.add_patch(arrow)
     save(figure, path, fingerprint_of_the_way())
     plt.close(figure)
 

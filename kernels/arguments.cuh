@@ -51,7 +51,7 @@ struct ForwardArguments {
   FeatureArguments features;
 };
 
-// What the backward kernels need of a query row. With an additive mask also log2_sum (tile/backward.cuh), in an array of its own.
+// What the backward kernels need of a query row. With an additive mask also log2_sum (tile/probability.cuh), in an array of its own.
 struct alignas(8) RowStatistics {
   float reference;  // lse in units of the scores (tile/score.cuh); +inf for a row that sees no key, so that P is 0
   float delta;      // sum over d of dO * O, minus the gradient of lse

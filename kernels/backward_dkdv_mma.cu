@@ -10,8 +10,8 @@
 // fit the registers. V and dP are needed for dK only.
 //
 // Shared memory: K [TILE_KV][D] | V [TILE_KV][DV] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][DV], for a wide head this for each slice;
-// then the row statistics [NUM_STAGES] (QueryColumns), and the parts of S and of dP that the slices exchange. One copy group per query tile; with two
-// stages or more the next tiles travel during the products of this one.
+// then the row statistics [NUM_STAGES] (StatisticsOfColumns), and the parts of S and of dP that the slices exchange. One copy group per query tile;
+// with two stages or more the next tiles travel during the products of this one.
 #include "tile/constants.cuh"
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
@@ -31,11 +31,11 @@ constexpr bool COMPUTE_DV = Config::COMPUTE_DV;
 
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_Q / 8;
-constexpr int STATIONARY_BYTES = TileK::BYTES + (COMPUTE_DK ? TileV::BYTES : 0);
-constexpr int SLICE_BYTES = STATIONARY_BYTES + NUM_STAGES * (TileQ::BYTES + TileO::BYTES);
+constexpr int KEPT_BYTES = TileK::BYTES + (COMPUTE_DK ? TileV::BYTES : 0);
+constexpr int SLICE_BYTES = KEPT_BYTES + NUM_STAGES * (TileQ::BYTES + TileO::BYTES);
 
 static_assert(TILE_KV % (16 * ROW_WARPS) == 0, "tile_kv must be a multiple of 16 * num_warps");
-static_assert(HEAD_SLICES * SLICE_BYTES + NUM_STAGES * QueryColumns::BYTES + (COMPUTE_DK ? 2 : 1) * EXCHANGE_BYTES<M_TILES, S_TILES> ==
+static_assert(HEAD_SLICES * SLICE_BYTES + NUM_STAGES * StatisticsOfColumns::BYTES + (COMPUTE_DK ? 2 : 1) * EXCHANGE_BYTES<M_TILES, S_TILES> ==
                   Config::SHARED_BYTES,
               "shared memory differs from the plan's");
 
@@ -51,24 +51,24 @@ DEVICE Steps query_steps(const Visibility& visibility, int first_kv) {
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(const __grid_constant__ BackwardArguments arguments) {
   const int heads_per_kv = arguments.geometry.num_heads_q / arguments.geometry.num_heads_kv;
-  const Work work = decode_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads, false);
+  const Work work = work_of_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads, false);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
     if constexpr (COMPUTE_DK) clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, begin, end, tile, num_tiles);
     if constexpr (COMPUTE_DV) clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, tile, num_tiles);
   };
-  if (!owns_rows<TILE_KV>(arguments, arguments.lengths.cu_seqlens_kv, arguments.geometry.seqlen_kv, work, clear_gradients)) return;
+  if (!claim_rows<TILE_KV>(arguments, arguments.lengths.cu_seqlens_kv, arguments.geometry.seqlen_kv, work, clear_gradients)) return;
   const int first_kv = work.tile * TILE_KV;
   const int warp_row = row_warp_index() * WARP_ROWS;
 
   extern __shared__ __align__(128) uint8 shared[];
   const SmemAddress K_smem = smem_address(shared) + slice_index() * SLICE_BYTES;
   const SmemAddress V_smem = K_smem + TileK::BYTES;
-  const SmemAddress Q_smem = K_smem + STATIONARY_BYTES;
+  const SmemAddress Q_smem = K_smem + KEPT_BYTES;
   const SmemAddress dO_smem = Q_smem + NUM_STAGES * TileQ::BYTES;
   const SmemAddress statistics_smem = smem_address(shared) + HEAD_SLICES * SLICE_BYTES;
-  const SmemAddress S_exchange = statistics_smem + NUM_STAGES * QueryColumns::BYTES;
+  const SmemAddress S_exchange = statistics_smem + NUM_STAGES * StatisticsOfColumns::BYTES;
   const SmemAddress dP_exchange = S_exchange + EXCHANGE_BYTES<M_TILES, S_TILES>;
 
   float dK[M_TILES][COMPUTE_DK ? D_TILES : 2][4];
@@ -83,6 +83,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   const int num_members = PER_HEAD_WALK || common_steps.begin < common_steps.end ? arguments.group_batch * arguments.group_heads : 0;
   int loaded_kv = -1;  // (batch, K/V head) in shared memory
 
+  // A member is a (batch, query head) of those that share the block's K/V head.
 #pragma unroll 1
   for (int member = 0; member < num_members; ++member) {
     const int batch = work.batch * arguments.group_batch + member / arguments.group_heads;
@@ -95,7 +96,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     if (PER_HEAD_WALK && steps.begin >= steps.end) continue;
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
     const StatisticsView view(arguments, batch, head, start_q, geometry.seqlen_q);
-    auto queries_of = [&](int step) { return QueryColumns(statistics_smem + slot_of(step) * QueryColumns::BYTES, view, tiles.tile(step) * TILE_Q); };
+    auto statistics_of = [&](int step) {
+      return StatisticsOfColumns(statistics_smem + slot_of(step) * StatisticsOfColumns::BYTES, view, tiles.tile(step) * TILE_Q);
+    };
 
     const SliceRows<TileK, HEAD_DIM> K_rows{arguments.key, batch, head / heads_per_kv, num_keys, start_kv};
     const SliceRows<TileV, HEAD_DIM_V> V_rows{arguments.value, batch, head / heads_per_kv, num_keys, start_kv};
@@ -109,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       if (step < steps.end) {
         Q_loader.issue(Q_smem + slot_of(step) * TileQ::BYTES, tiles.tile(step) * TILE_Q, first_column<TileQ>(0));
         dO_loader.issue(dO_smem + slot_of(step) * TileO::BYTES, tiles.tile(step) * TILE_Q, first_column<TileO>(0));
-        queries_of(step).issue();
+        statistics_of(step).issue();
       }
       cp_async_commit_group();
     };
@@ -132,16 +135,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       const int first_q = tiles.tile(j) * TILE_Q;
       const SliceTile<TileQ, HEAD_DIM> Q{Q_smem + slot_of(j) * TileQ::BYTES, first_q, Q_rows};
       const SliceTile<TileO, HEAD_DIM_V> dO{dO_smem + slot_of(j) * TileO::BYTES, first_q, dO_rows};
-      if constexpr (SLICE_PIECES > 1) queries_of(j).issue();  // with the first pieces
+      if constexpr (SLICE_PIECES > 1) statistics_of(j).issue();  // with the first pieces
 
-      float P[M_TILES][S_TILES][4];  // scores, then probabilities; rows are keys
-      clear(P);
-      multiply_rows(P, K, warp_row, Q);
-      publish_and_collect(P, S_exchange);
+      float S[M_TILES][S_TILES][4];  // transposed: rows are keys
+      clear(S);
+      multiply_rows(S, K, warp_row, Q);
+      publish_and_collect(S, S_exchange);
       ScoreSlope<M_TILES, S_TILES> slope;
-      modifier.apply<true>(P, slope, first_kv + warp_row, first_q);
-      const QueryColumns queries = queries_of(j);
-      queries.to_probabilities(P, modifier.factor());
+      modifier.apply<true>(S, slope, first_kv + warp_row, first_q);
+      const StatisticsOfColumns statistics = statistics_of(j);
+      statistics.to_probabilities(S, modifier.factor());
+      auto& P = S;  // in place
       hide<true>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
       KeptElements<true, M_TILES, S_TILES> kept;
       if constexpr (DROPOUT) kept.draw(dropout, batch, head, first_kv + warp_row, first_q);
@@ -156,12 +160,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
         }
       }
       if constexpr (COMPUTE_DK) {
-        float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
-        queries.begin_grad_products(dS);
-        multiply_rows(dS, V, warp_row, dO);
-        publish_and_collect(dS, dP_exchange);
-        if constexpr (DROPOUT) queries.drop(dS, kept, arguments.features.dropout_scale);
-        multiply_all(dS, P);
+        float dP[M_TILES][S_TILES][4];  // less delta
+        statistics.begin_grad_products(dP);
+        multiply_rows(dP, V, warp_row, dO);
+        publish_and_collect(dP, dP_exchange);
+        if constexpr (DROPOUT) statistics.drop(dP, kept, arguments.features.dropout_scale);
+        multiply_all(dP, P);
+        auto& dS = dP;  // in place
         slope.multiply(dS);
         multiply_accumulator(dK, dS, Q);
       }

@@ -31,13 +31,13 @@ static_assert(TILE_Q % (16 * ROW_WARPS) == 0, "tile_q must be a multiple of 16 *
 static_assert(HEAD_SLICES * SLICE_BYTES + 2 * EXCHANGE_BYTES<M_TILES, S_TILES> == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(const __grid_constant__ BackwardArguments arguments) {
-  const Work work = decode_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q, CAUSAL);
+  const Work work = work_of_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q, CAUSAL);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
     clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM>(arguments.grad_query, work.head, begin, end, tile, num_tiles);
   };
-  if (!owns_rows<TILE_Q>(arguments, arguments.lengths.cu_seqlens_q, arguments.geometry.seqlen_q, work, clear_gradients)) return;
+  if (!claim_rows<TILE_Q>(arguments, arguments.lengths.cu_seqlens_q, arguments.geometry.seqlen_q, work, clear_gradients)) return;
   const auto& geometry = geometry_of(arguments, work.batch);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
   const int first_q = work.tile * TILE_Q;
@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
   fill_pipeline(begin, issue);
 
   const StatisticsView view(arguments, work.batch, work.head, start_q, geometry.seqlen_q);
-  const QueryRows<M_TILES> queries(view, first_q + warp_row);
+  const StatisticsOfRows<M_TILES> statistics(view, first_q + warp_row);
   float dQ[M_TILES][D_TILES][4];
   clear(dQ);
   const ScoreModifier modifier(geometry, arguments.features, work.batch, work.head);
@@ -96,25 +96,27 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
     const SliceTile<TileK, HEAD_DIM> K{K_smem + slot_of(j) * TileK::BYTES, first_kv, K_rows};
     const SliceTile<TileV, HEAD_DIM_V> V{V_smem + slot_of(j) * TileV::BYTES, first_kv, V_rows};
 
-    float P[M_TILES][S_TILES][4];  // scores, then probabilities
-    clear(P);
-    multiply_rows(P, Q, warp_row, K);
-    publish_and_collect(P, S_exchange);
+    float S[M_TILES][S_TILES][4];
+    clear(S);
+    multiply_rows(S, Q, warp_row, K);
+    publish_and_collect(S, S_exchange);
     ScoreSlope<M_TILES, S_TILES> slope;
-    modifier.apply<false>(P, slope, first_q + warp_row, first_kv);
-    queries.to_probabilities(P, modifier.factor());
+    modifier.apply<false>(S, slope, first_q + warp_row, first_kv);
+    statistics.to_probabilities(S, modifier.factor());
+    auto& P = S;  // in place
     hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
 
-    float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
-    queries.begin_grad_products(dS);
-    multiply_rows(dS, dO, warp_row, V);
-    publish_and_collect(dS, dP_exchange);
+    float dP[M_TILES][S_TILES][4];  // less delta
+    statistics.begin_grad_products(dP);
+    multiply_rows(dP, dO, warp_row, V);
+    publish_and_collect(dP, dP_exchange);
     if constexpr (DROPOUT) {
       KeptElements<false, M_TILES, S_TILES> kept;
       kept.draw(dropout, work.batch, work.head, first_q + warp_row, first_kv);
-      queries.drop(dS, kept, arguments.features.dropout_scale);
+      statistics.drop(dP, kept, arguments.features.dropout_scale);
     }
-    multiply_all(dS, P);
+    multiply_all(dP, P);
+    auto& dS = dP;  // in place
     slope.multiply(dS);
 
     multiply_accumulator(dQ, dS, K);

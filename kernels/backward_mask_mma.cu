@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
   const bool sums_queries = grad_attn_mask.stride_query == 0, sums_keys = grad_attn_mask.stride_key == 0;
   const int seqlen_q = arguments.geometry.seqlen_q, seqlen_kv = arguments.geometry.seqlen_kv;
   const int num_q_tiles = (seqlen_q + TILE_Q - 1) / TILE_Q, num_kv_tiles = (seqlen_kv + TILE_KV - 1) / TILE_KV;
-  const Work work = decode_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads, false);
+  const Work work = work_of_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads, false);
   const int owned_kv_tiles = sums_keys ? 1 : num_kv_tiles;
   const int begin_q = sums_queries ? 0 : work.tile / owned_kv_tiles, end_q = sums_queries ? num_q_tiles : begin_q + 1;
   const int begin_kv = sums_keys ? 0 : work.tile % owned_kv_tiles, end_kv = sums_keys ? num_kv_tiles : begin_kv + 1;
@@ -140,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
       const int num_keys = visibility.end_key(first_q, first_q + TILE_Q);
       const int first_tile = max(begin_kv, visibility.first_key(first_q) / TILE_KV);
       const int end_tile = min(end_kv, (num_keys + TILE_KV - 1) / TILE_KV);
-      const QueryRows<M_TILES> queries(view, first_q + warp_row);
+      const StatisticsOfRows<M_TILES> statistics(view, first_q + warp_row);
       const SliceRows<TileK, HEAD_DIM> K_rows{arguments.key, batch, head_kv, num_keys, 0};
       const SliceRows<TileV, HEAD_DIM_V> V_rows{arguments.value, batch, head_kv, num_keys, 0};
       const SliceTile<TileQ, HEAD_DIM> Q{Q_smem, first_q, Q_rows};
@@ -163,25 +163,26 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
           wait_for_tiles<0>();
         }
 
-        float P[M_TILES][S_TILES][4];  // scores, then probabilities
-        clear(P);
-        multiply_rows(P, Q, warp_row, K);
-        publish_and_collect(P, S_exchange);
+        float S[M_TILES][S_TILES][4];
+        clear(S);
+        multiply_rows(S, Q, warp_row, K);
+        publish_and_collect(S, S_exchange);
         ScoreSlope<M_TILES, S_TILES> unused;
-        modifier.apply<false>(P, unused, first_q + warp_row, first_kv);
-        queries.to_probabilities(P, modifier.factor());
+        modifier.apply<false>(S, unused, first_q + warp_row, first_kv);
+        statistics.to_probabilities(S, modifier.factor());
+        auto& P = S;  // in place
         hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, TILE_LISTS);
 
-        float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
-        queries.begin_grad_products(dS);
-        multiply_rows(dS, dO, warp_row, V);
-        publish_and_collect(dS, dP_exchange);
+        float dP[M_TILES][S_TILES][4];  // less delta
+        statistics.begin_grad_products(dP);
+        multiply_rows(dP, dO, warp_row, V);
+        publish_and_collect(dP, dP_exchange);
         if constexpr (DROPOUT) {
           KeptElements<false, M_TILES, S_TILES> kept;
           kept.draw(dropout, batch, head, first_q + warp_row, first_kv);
-          queries.drop(dS, kept, arguments.features.dropout_scale);
+          statistics.drop(dP, kept, arguments.features.dropout_scale);
         }
-        for_each_place<M_TILES, S_TILES>([&](int m, int n, int i, int, int) { total[m][n][i] += P[m][n][i] * dS[m][n][i]; });
+        for_each_place<M_TILES, S_TILES>([&](int m, int n, int i, int, int) { total[m][n][i] += P[m][n][i] * dP[m][n][i]; });  // dS
       }
     }
   }

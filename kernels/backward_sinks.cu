@@ -2,8 +2,8 @@
 //
 //     grad_sink = - sum over batches and queries of exp(sink - lse) * delta
 //
-// With an additive mask, sinks and references are no log2 units, and rows have a log2_sum (tile/backward.cuh). One block sums one head; every thread
-// and every warp adds in a fixed order.
+// With an additive mask, sinks and references are no log2 units, and rows have a log2_sum (tile/probability.cuh). One block sums one head; every
+// thread and every warp adds in a fixed order.
 #include "arguments.cuh"
 #include "ptx/math.cuh"
 #include "ptx/warp.cuh"

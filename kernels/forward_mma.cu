@@ -32,7 +32,7 @@ constexpr int WARP_ROWS = TILE_Q / ROW_WARPS;
 
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_KV / 8;
-constexpr int PENDING = 2 * (NUM_STAGES - 1);
+constexpr int PENDING = 2 * (NUM_STAGES - 1);  // copy groups younger than the one that a barrier waits for
 
 constexpr int SLICE_BYTES = TileQ::BYTES + NUM_STAGES * (TileK::BYTES + TileV::BYTES);
 
@@ -48,11 +48,11 @@ DEVICE void clear_queries(const ForwardArguments& arguments, int head, int begin
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const __grid_constant__ ForwardArguments arguments) {
-  const Work work = decode_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q, CAUSAL);
+  const Work work = work_of_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q, CAUSAL);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
   auto clear_outputs = [&](int begin, int end, int tile, int num_tiles) { clear_queries(arguments, work.head, begin, end, tile, num_tiles); };
-  if (!owns_rows<TILE_Q>(arguments, arguments.lengths.cu_seqlens_q, arguments.geometry.seqlen_q, work, clear_outputs)) return;
+  if (!claim_rows<TILE_Q>(arguments, arguments.lengths.cu_seqlens_q, arguments.geometry.seqlen_q, work, clear_outputs)) return;
   const auto& geometry = geometry_of(arguments, work.batch);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
   const int first_q = work.tile * TILE_Q;
@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   const SmemAddress V_smem = K_smem + NUM_STAGES * TileK::BYTES;
 
   const Visibility visibility(geometry, arguments.features, work.batch, work.head);
-  const int num_keys =  // keys beyond are not even read
+  const int num_keys =  // keys beyond are not even read; asked of the geometry where it can be, as in `hide`
       ONLY_CAUSAL ? visible_keys<CAUSAL>(geometry, first_q + TILE_Q) : visibility.end_key(first_q, first_q + TILE_Q);
   const VisibleTiles tiles(arguments.geometry, arguments.features, work.batch, work.head, work.tile,
                            (arguments.geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
@@ -127,13 +127,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     modifier.apply<false>(S, unused, first_q + warp_row, first_kv);
     hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
     softmax.update(S, O, modifier.factor());
+    auto& P = S;  // in place
     if constexpr (DROPOUT) {
       KeptElements<false, M_TILES, S_TILES> kept;
       kept.draw(dropout, work.batch, work.head, first_q + warp_row, first_kv);
-      kept.select(S, S);
+      kept.select(P, P);
     }
     const SliceTile<TileV, HEAD_DIM_V> V{V_smem + slot_of(j) * TileV::BYTES, first_kv, V_rows};
-    multiply_accumulator(O, S, V);
+    multiply_accumulator(O, P, V);
     if constexpr (PARTIAL_OUTPUTS) {
       if ((j - begin) % PARTIAL_STEPS == PARTIAL_STEPS - 1) partial.put(O, softmax);
     }
@@ -149,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int query = first_q + warp_row + 16 * m + 8 * r + lane_index() / 4;
-        if (query < geometry.seqlen_q) *arguments.lse.pointer(work.batch, work.head, start_q + query) = softmax.reference[m][r];
+        if (query < geometry.seqlen_q) *arguments.lse.pointer(work.batch, work.head, start_q + query) = softmax.lse(m, r);
       }
   }
   store_slice<HEAD_DIM_V, TileQ>(O, Q_smem, warp_row, arguments.out, work, first_q, geometry.seqlen_q, start_q);

@@ -112,7 +112,7 @@ DEVICE Seen look_at_pairs(const Visibility& visibility, int seqlen_q, int first_
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) visible_tiles(const __grid_constant__ VisibleTilesArguments arguments) {
   const FeatureArguments& features = arguments.features;
-  const Work work = decode_block(arguments.geometry.num_tiles, features.list_heads, false);
+  const Work work = work_of_block(arguments.geometry.num_tiles, features.list_heads, false);
   const auto& geometry = geometry_of(arguments, work.batch);
   const Visibility visibility(geometry, features, work.batch, work.head);
 
@@ -133,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) visible_tiles(const
 
   auto look_at_column = [&](int column) {  // its entry in the list; all lanes of a warp together
     const int first_q = (BY_KEYS ? column : work.tile) * TILE_Q, first_kv = (BY_KEYS ? work.tile : column) * TILE_KV;
-    bool by_pairs = first_q + TILE_Q > geometry.seqlen_q || visibility.needs_mask(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV);
+    bool by_pairs = first_q + TILE_Q > geometry.seqlen_q || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV);
     if constexpr (SEGMENTS) {
       const IdRange ids = BY_KEYS ? query_ids(first_q) : key_ids(first_kv);
       if (!ids.meets(own_ids)) return NOTHING_VISIBLE;

@@ -75,7 +75,7 @@ class KernelCase:
         piece, piece_v = _piece_columns(self, pieces)
         return pieces * piece, pieces * piece_v
 
-    def stationary_rows(self, tile: Tile) -> int:
+    def kept_rows(self, tile: Tile) -> int:
         """Rows that the block keeps, shared out among its warps."""
         return tile.tile_kv if self.kernel.owns_keys else tile.tile_q
 
@@ -122,7 +122,7 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
     statistics = 0
     if case.kernel.statistics and device.capability >= 80:  # sm_75 reads them from global memory
         statistics = _ROW_STATISTICS_BYTES + 4 * case.features.additive_mask
-    return kept * case.stationary_rows(tile) + tile.num_stages * case.streamed_rows(tile) * (streamed + statistics) + exchange
+    return kept * case.kept_rows(tile) + tile.num_stages * case.streamed_rows(tile) * (streamed + statistics) + exchange
 
 
 def multiply_adds(case: KernelCase, tile: Tile, device: Device) -> int:
@@ -141,7 +141,7 @@ def accumulated(case: KernelCase, device: Device) -> tuple[int, int]:
 
 def accumulator_registers(case: KernelCase, tile: Tile, device: Device) -> int:
     """Registers per thread that hold results of matrix products, all live at once."""
-    rows = case.stationary_rows(tile) * case.head_slices(device) // tile.num_warps
+    rows = case.kept_rows(tile) * case.head_slices(device) // tile.num_warps
     outputs, scores = accumulated(case, device)
     return rows * (outputs + scores * case.streamed_rows(tile)) // 32
 

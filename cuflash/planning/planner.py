@@ -156,7 +156,7 @@ def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, in
     shapes = {"query": problem.query.shape, "key": problem.key_shape, "value": problem.value_shape}
     batch, _, heads, _ = shapes[case.kernel.rows_of]
     seqlen = problem.max_seqlen_kv if case.kernel.owns_keys else problem.max_seqlen_q
-    return batch, heads, ceil(seqlen / case.stationary_rows(tile))
+    return batch, heads, ceil(seqlen / case.kept_rows(tile))
 
 
 def _choose_tile(case: KernelCase, device: Device, pinned: Tiles) -> Tile:

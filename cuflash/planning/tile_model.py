@@ -19,7 +19,7 @@ def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
 
     Scores count half as much again, for they are converted to the next product's operand while they live.
     """
-    rows = case.stationary_rows(tile) * case.head_slices(device) // tile.num_warps
+    rows = case.kept_rows(tile) * case.head_slices(device) // tile.num_warps
     outputs, scores = accumulated(case, device)
     estimate = rows * (outputs + 3 * scores * case.streamed_rows(tile) // 2) // 32
     estimate += rows // 4  # the A operand
@@ -68,7 +68,7 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     overlap; barriers and uncovered loads do not. Tiles that by the register estimate would spill come last.
     """
     kernel, costs = case.kernel, case.kernel.costs
-    rows, streamed = case.stationary_rows(tile), case.streamed_rows(tile)
+    rows, streamed = case.kept_rows(tile), case.streamed_rows(tile)
 
     mma_rate = float(architecture(device.arch).mma_rate)
     if case.uses_simt(device):
@@ -77,7 +77,7 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
         mma_rate /= 2 if case.allow_tf32 else 6
     mma = multiply_adds(case, tile, device) / mma_rate
 
-    # Per streamed tile: every warp reads each streamed operand of each product; stationary operands are read again too; the copy writes once.
+    # Per streamed tile: every warp reads each streamed operand of each product; kept operands are read again too; the copy writes once.
     slices, pieces = case.head_slices(device), case.slice_pieces(device)
     row, row_v = (pieces * nbytes for nbytes in row_bytes(case, device))
     kept_bytes, streamed_bytes = (pieces * nbytes for nbytes in operand_bytes(case, device))

@@ -21,7 +21,7 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         count = getattr(tile, field.name)
         if type(count) is not int or not 1 <= count <= MAX_TILE:
             return f"{field.name} must be a positive int, got {describe(count)}"
-    stationary, streamed = ("tile_kv", "tile_q") if case.kernel.owns_keys else ("tile_q", "tile_kv")
+    kept, streamed = ("tile_kv", "tile_q") if case.kernel.owns_keys else ("tile_q", "tile_kv")
     if tile.num_warps > MAX_WARPS:
         return f"num_warps must be at most {MAX_WARPS}"
     slices = case.head_slices(device)
@@ -30,11 +30,11 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     together = case.kernel.warps_per_product
     if tile.num_warps % (slices * together):
         return f"num_warps must be a multiple of {slices * together}, since {together} warps issue a product together"
-    if getattr(tile, stationary) % (16 * tile.num_warps // slices):
+    if getattr(tile, kept) % (16 * tile.num_warps // slices):
         of_a_slice = f" / {slices} slices of the head" if slices > 1 else ""
-        return f"{stationary} must be a multiple of 16 * num_warps{of_a_slice} = {16 * tile.num_warps // slices}"
-    if getattr(tile, stationary) * slices > case.kernel.max_warp_rows * tile.num_warps:
-        return f"{stationary} must be at most {case.kernel.max_warp_rows} rows for each warp"
+        return f"{kept} must be a multiple of 16 * num_warps{of_a_slice} = {16 * tile.num_warps // slices}"
+    if getattr(tile, kept) * slices > case.kernel.max_warp_rows * tile.num_warps:
+        return f"{kept} must be at most {case.kernel.max_warp_rows} rows for each warp"
     if getattr(tile, streamed) % case.kernel.streamed_multiple:
         return f"{streamed} must be a multiple of {case.kernel.streamed_multiple}"
     if device.capability < 80 and tile.num_stages != 1:

@@ -39,4 +39,4 @@ static_assert(TILE_Q % 16 == 0, "tile_q must be a multiple of 16");
 static_assert(TILE_KV % 16 == 0, "tile_kv must be a multiple of 16");
 static_assert(HAS_CP_ASYNC || NUM_STAGES == 1, "num_stages must be 1 without cp.async");
 static_assert(NUM_WARPS % HEAD_SLICES == 0, "num_warps must be a multiple of the slices of a wide head");
-static_assert(SLICE_PIECES == 1 || (HEAD_SLICES > 1 && NUM_STAGES == 1), "num_stages must be 1 where a wide head is walked over in steps");
+static_assert(SLICE_PIECES == 1 || (HEAD_SLICES > 1 && NUM_STAGES == 1), "num_stages must be 1 where a wide head passes in pieces");

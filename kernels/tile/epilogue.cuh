@@ -26,11 +26,11 @@ DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const Ten
 #pragma unroll
       for (int n = 0; n < min(PIECE_COLUMNS, 8 * N - PIECE) / 8; ++n) {
         const int row = 16 * m + 8 * r + g;
-        const float (&pair)[4] = c[m][PIECE / 8 + n];
+        const float (&accumulators)[4] = c[m][PIECE / 8 + n];
         if constexpr (sizeof(Element) == 4) {
-          store_shared(scratch + Tile::offset(row, 2 * n + t / 2) + t % 2 * 8, make_float2(pair[2 * r], pair[2 * r + 1]));
+          store_shared(scratch + Tile::offset(row, 2 * n + t / 2) + t % 2 * 8, make_float2(accumulators[2 * r], accumulators[2 * r + 1]));
         } else {
-          store_shared(scratch + Tile::offset(row, n) + t * 4, pack<Element>(pair[2 * r], pair[2 * r + 1]));
+          store_shared(scratch + Tile::offset(row, n) + t * 4, pack<Element>(accumulators[2 * r], accumulators[2 * r + 1]));
         }
       }
   __syncwarp();  // the rows are complete
@@ -74,13 +74,13 @@ DEVICE void store_slice(const float (&c)[M][N][4], SmemAddress smem, int warp_ro
                                                                      first_row + warp_row, num_rows, slice_index() * 8 * N, start);
 }
 
-// Zeros in rows start .. num_rows - 1, which no sequence's block computes (tile/sequence.cuh); this block does TILE_ROWS of them at a time, as its
+// Zeros in rows begin .. end - 1, which no sequence's block computes (tile/sequence.cuh); this block does TILE_ROWS of them at a time, as its
 // tile says, and goes on at `num_tiles` tiles further.
 template <typename Element, int NUM_THREADS, int TILE_ROWS, int DIM>
-DEVICE void clear_rows(const TensorView& view, int head, int start, int num_rows, int tile, int num_tiles) {
+DEVICE void clear_rows(const TensorView& view, int head, int begin, int end, int tile, int num_tiles) {
   Element* destination = view.row_pointer<Element>(0, head);
-  for (int64 first = start + int64(tile) * TILE_ROWS; first < num_rows; first += int64(num_tiles) * TILE_ROWS) {
-    const int rows = int(min(int64(TILE_ROWS), num_rows - first));
+  for (int64 first = begin + int64(tile) * TILE_ROWS; first < end; first += int64(num_tiles) * TILE_ROWS) {
+    const int rows = int(min(int64(TILE_ROWS), end - first));
     for (int index = int(threadIdx.x); index < rows * DIM; index += NUM_THREADS)
       destination[(first + index / DIM) * view.stride_seqlen + index % DIM * view.stride_dim] = from_float<Element>(0.0f);
   }

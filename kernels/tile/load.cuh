@@ -2,8 +2,8 @@
 //
 // `issue` starts a copy, `land` ends it. With cp.async (sm_80 and later) the copy runs by itself, the caller commits and waits, and `land` does
 // nothing. Without it (sm_75) `issue` copies at once; only a loader with STAGE loads into registers and leaves the stores to `land`, so that the
-// latency is hidden in the same place. Rows past the end and columns past HEAD_DIM become zero, so that no NaN in memory that is not ours reaches
-// a product.
+// latency is hidden in the same place. Rows past the end and columns past the tile's WIDTH become zero, so that no NaN in memory that is not ours
+// reaches a product.
 #pragma once
 #include "arguments.cuh"
 #include "ptx/convert.cuh"
@@ -32,9 +32,9 @@ DEVICE Chunk gather_chunk(const Element* source, int64 stride_dim, int valid_ele
 // multiple of 8, the period of the swizzle, and the row pointer moves by one constant step: all addresses of a thread are one base and immediates,
 // and none has to be kept in a register across the main loop.
 //
-// With WIDTH, the tile is a piece of rows of WIDTH columns, which starts at `first_column`, and NUM_THREADS neighbouring threads of the block copy
-// it.
-template <typename Tile, typename Element, int NUM_THREADS, bool STAGE = false, int WIDTH = 0>
+// With HEAD_WIDTH, the tile is a piece of rows of HEAD_WIDTH columns, which starts at `first_column`, and NUM_THREADS neighbouring threads of the
+// block copy it.
+template <typename Tile, typename Element, int NUM_THREADS, bool STAGE = false, int HEAD_WIDTH = 0>
 struct TileLoader {
   using SmemElement = typename Tile::SmemElement;
   static constexpr int THREADS_PER_ROW = gcd(Tile::CHUNKS, NUM_THREADS / 8);
@@ -65,11 +65,12 @@ struct TileLoader {
         const int chunk = thread_chunk() + j * THREADS_PER_ROW;
         const int column = chunk * Tile::CHUNK_ELEMENTS;
         // Whole chunks or none wherever HEAD_DIM allows it: the assembler then drops the arithmetic of a partial copy.
-        int columns = column < Tile::HEAD_DIM ? Tile::CHUNK_ELEMENTS : 0;
-        if constexpr (Tile::HEAD_DIM == Tile::COLUMNS) columns = Tile::CHUNK_ELEMENTS;
-        if constexpr (Tile::HEAD_DIM % Tile::CHUNK_ELEMENTS != 0) columns = valid_columns(column);
-        if constexpr (WIDTH % Tile::CHUNK_ELEMENTS != 0) columns = valid_columns(first_column + column);
-        if constexpr (WIDTH != 0 && WIDTH % Tile::CHUNK_ELEMENTS == 0) columns = first_column + column < WIDTH ? Tile::CHUNK_ELEMENTS : 0;
+        int columns = column < Tile::WIDTH ? Tile::CHUNK_ELEMENTS : 0;
+        if constexpr (Tile::WIDTH == Tile::COLUMNS) columns = Tile::CHUNK_ELEMENTS;
+        if constexpr (Tile::WIDTH % Tile::CHUNK_ELEMENTS != 0) columns = valid_columns(column);
+        if constexpr (HEAD_WIDTH % Tile::CHUNK_ELEMENTS != 0) columns = valid_columns(first_column + column);
+        if constexpr (HEAD_WIDTH != 0 && HEAD_WIDTH % Tile::CHUNK_ELEMENTS == 0)
+          columns = first_column + column < HEAD_WIDTH ? Tile::CHUNK_ELEMENTS : 0;
         int row = thread_row();
         const Element* pointer = source + (first_row + row) * view.stride_seqlen + first_column + column;
 #pragma unroll
@@ -109,13 +110,13 @@ struct TileLoader {
   }
 
  private:
-  DEVICE static int thread() { return WIDTH ? int(threadIdx.x) % NUM_THREADS : int(threadIdx.x); }
+  DEVICE static int thread() { return HEAD_WIDTH ? int(threadIdx.x) % NUM_THREADS : int(threadIdx.x); }
   DEVICE static int thread_row() { return thread() / THREADS_PER_ROW; }
   DEVICE static int thread_chunk() { return thread() % THREADS_PER_ROW; }
   DEVICE static bool owns_row(int row) { return Tile::ROWS % ROW_STEP == 0 || row < Tile::ROWS; }
 
   // How many elements of the chunk at `column` of a row exist.
-  DEVICE static int valid_columns(int column) { return min(max((WIDTH ? WIDTH : Tile::HEAD_DIM) - column, 0), Tile::CHUNK_ELEMENTS); }
+  DEVICE static int valid_columns(int column) { return min(max((HEAD_WIDTH ? HEAD_WIDTH : Tile::WIDTH) - column, 0), Tile::CHUNK_ELEMENTS); }
 
   // The general path: complete when it returns. Loops stay rolled to keep its registers out of the fast path's way.
   DEVICE void gather(SmemAddress tile, int first_row, int first_column) {

@@ -1,27 +1,46 @@
-// What the row statistics make of a tile of scores in the backward pass (tile/backward.cuh):
+// What the row statistics make of a tile of scores in the backward pass (tile/probability.cuh):
 //
 //     to_probabilities        P = 2^(S - reference)
 //     begin_grad_products     dP = -delta, to which the product adds; with dropout 0, since delta must not be dropped
 //     drop                    dP = kept dP / (1 - dropout_p) - delta; with dropout only
 //
 // These are the operations of two classes. Where the rows of accumulators are queries, the statistics of a warp's rows stay in its registers
-// (QueryRows). Where the columns are queries, the statistics travel with the tiles (QueryColumns).
+// (StatisticsOfRows). Where the columns are queries, the statistics travel with the tiles (StatisticsOfColumns).
 #pragma once
+#include "arguments.cuh"
 #include "ptx/memory.cuh"
-#include "tile/backward.cuh"
+#include "tile/probability.cuh"
 #include "tile/constants.cuh"
 #include "tile/dropout.cuh"
 #include "tile/fragment.cuh"
+#include "tile/sequence.cuh"
 #include "tile/slices.cuh"
+
+// Where the statistics of the queries of one (batch, head) lie; queries count from row `start` of a packed array.
+struct StatisticsView {
+  const RowStatistics* rows;
+  const float* log2_sums;  // null without an additive mask; there are no packed sequences with one
+  int num_queries;
+
+  DEVICE StatisticsView(const BackwardArguments& arguments, int batch, int head, int start, int seqlen_q)
+      : rows(arguments.row_statistics + first_row(arguments.geometry, VARLEN ? 0 : batch, head) + start),
+        log2_sums(ADDITIVE_MASK ? arguments.features.log2_sums + first_row(arguments.geometry, batch, head) : nullptr),
+        num_queries(seqlen_q) {}
+
+ private:
+  DEVICE static int64 first_row(const Geometry& geometry, int batch, int head) {
+    return (int64(batch) * geometry.num_heads_q + head) * geometry.seqlen_q;
+  }
+};
 
 // What accumulators of dP start from: the groups of a wide head add up their parts, so only one of them takes delta off.
 DEVICE float grad_product_start(float delta) { return !DROPOUT && slice_index() == 0 ? -delta : 0.0f; }
 
 template <int M>
-class QueryRows {
+class StatisticsOfRows {
  public:
   // Of the warp's rows, queries from first_query on. Past the end P is 0.
-  DEVICE QueryRows(const StatisticsView& view, int first_query) {
+  DEVICE StatisticsOfRows(const StatisticsView& view, int first_query) {
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -65,14 +84,14 @@ class QueryRows {
 
 // The statistics of one tile of queries, in shared memory from sm_80 on: statistics [TILE_Q], and with an additive mask log2_sum [TILE_Q]. sm_75 has
 // no bytes to spare at head_dim 256 and reads them from global memory.
-class QueryColumns {
+class StatisticsOfColumns {
   static constexpr bool IN_SMEM = HAS_CP_ASYNC;
   static constexpr int LOG2_SUMS_OFFSET = TILE_Q * int(sizeof(RowStatistics));
 
  public:
   static constexpr int BYTES = IN_SMEM ? LOG2_SUMS_OFFSET + (ADDITIVE_MASK ? TILE_Q * int(sizeof(float)) : 0) : 0;
 
-  DEVICE QueryColumns(SmemAddress tile, const StatisticsView& view, int first_q) : tile(tile), view(view), first_q(first_q) {}
+  DEVICE StatisticsOfColumns(SmemAddress tile, const StatisticsView& view, int first_q) : tile(tile), view(view), first_q(first_q) {}
 
   // Starts the copies, which the caller commits with those of the tile. Past the end all is 0, and so is dO.
   DEVICE void issue() const {

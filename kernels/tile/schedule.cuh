@@ -8,7 +8,7 @@ struct Work {
 
 // Tiles of one head are neighbours, so that they share K and V in L2. With `longest_first` they come in reverse: under a causal mask the
 // last query tile has the most keys.
-DEVICE Work decode_block(int num_tiles, int num_heads, bool longest_first) {
+DEVICE Work work_of_block(int num_tiles, int num_heads, bool longest_first) {
   const int index = int(blockIdx.x);
   const int tile = index % num_tiles;
   const int head = index / num_tiles % num_heads;

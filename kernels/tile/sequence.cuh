@@ -45,10 +45,10 @@ DEVICE decltype(auto) geometry_of(const Arguments& arguments, int sequence) {
   }
 }
 
-// Whether the block's tile of TILE_ROWS rows holds any. `offsets` and `num_rows` are those of the packed array of which blocks own rows. Rows that no
-// block owns are given to `clear(begin, end, tile, num_tiles)`, which fills the block's share of them, tile `tile` of `num_tiles`.
+// Gives the block its rows: whether its tile of TILE_ROWS rows holds any. `offsets` and `num_rows` are those of the packed array of which blocks own
+// rows. Rows that no block owns are given to `clear(begin, end, tile, num_tiles)`, which fills the block's share of them, tile `tile` of `num_tiles`.
 template <int TILE_ROWS, typename Arguments, typename Clear>
-DEVICE bool owns_rows(const Arguments& arguments, const int* offsets, int num_rows, const Work& work, const Clear& clear) {
+DEVICE bool claim_rows(const Arguments& arguments, const int* offsets, int num_rows, const Work& work, const Clear& clear) {
   if constexpr (VARLEN) {
     const int num_tiles = arguments.geometry.num_tiles;
     const int start = sequence_start(offsets, work.batch, num_rows);

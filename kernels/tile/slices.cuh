@@ -9,7 +9,7 @@
 // Where one piece of each operand and slice still does not fit the shared memory, a slice is cut into SLICE_PIECES pieces that pass through it one
 // after another. Nothing stays there then: an operand is read again for every tile.
 //
-// With one slice and one step, everything in this file is nothing.
+// With one slice of one piece, everything in this file is nothing.
 #pragma once
 #include "tile/constants.cuh"
 #include "tile/load.cuh"

@@ -1,5 +1,5 @@
-// A matrix of ROWS x HEAD_DIM elements in shared memory, row-major in 16-byte chunks, swizzled so that the reads of matrix products are free
-// of bank conflicts for any HEAD_DIM.
+// A matrix of ROWS x WIDTH elements in shared memory, row-major in 16-byte chunks, swizzled so that the reads of matrix products are free of bank
+// conflicts for any WIDTH, which is that of a head or of a piece of one.
 //
 // A row is PITCH chunks. Eight chunks make one pass over the 32 banks, so eight consecutive rows at the same column fall on only
 // 8 / gcd(PITCH, 8) different chunk slots. The swizzle exchanges chunks inside aligned groups of SWIZZLE = gcd(PITCH, 8):
@@ -9,18 +9,18 @@
 // so that the eight rows that ldmatrix reads at once, and the eight chunks that neighbouring threads store at once, lie on eight slots.
 // For PITCH = 8 (64 columns of 16 bits) this is the usual chunk ^ (row % 8).
 //
-// Columns past HEAD_DIM up to a multiple of 16 are zero: they take part in the matrix products. A 32-bit tile is read by columns one word
+// Columns past WIDTH up to a multiple of 16 are zero: they take part in the matrix products. A 32-bit tile is read by columns one word
 // at a time, which needs all eight slots: its pitch is a multiple of 8.
 #pragma once
 #include "ptx/memory.cuh"
 
-template <typename SmemElement_, int ROWS_, int HEAD_DIM_>
+template <typename SmemElement_, int ROWS_, int WIDTH_>
 struct SmemTile {
   using SmemElement = SmemElement_;
   static constexpr int ROWS = ROWS_;
-  static constexpr int HEAD_DIM = HEAD_DIM_;
+  static constexpr int WIDTH = WIDTH_;
   static constexpr int CHUNK_ELEMENTS = 16 / int(sizeof(SmemElement));
-  static constexpr int COLUMNS = round_up(HEAD_DIM, 16);
+  static constexpr int COLUMNS = round_up(WIDTH, 16);
   static constexpr int CHUNKS = COLUMNS / CHUNK_ELEMENTS;
   static constexpr int PITCH = sizeof(SmemElement) == 4 ? round_up(CHUNKS, 8) : CHUNKS;
   static constexpr int SWIZZLE = gcd(PITCH, 8);

@@ -109,7 +109,7 @@ struct OnlineSoftmax {
       }
   }
 
-  // Normalises O and turns `reference` into the natural-log LSE of each row.
+  // Normalises O. From then on a row has `lse`, and `reference` is none any more.
   template <int N_O>
   DEVICE void finish(float (&O)[M][N_O][4]) {
 #pragma unroll
@@ -135,6 +135,9 @@ struct OnlineSoftmax {
         }
       }
   }
+
+  // The natural-log LSE of a row, once it is finished.
+  DEVICE float lse(int m, int r) const { return reference[m][r]; }
 
  private:
   DEVICE static float in_log2(float difference) { return NATURAL ? difference * LOG2_E : difference; }

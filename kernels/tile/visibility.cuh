@@ -1,10 +1,10 @@
-// Which keys a query may see, all masks taken together: the end of the arrays and the causal diagonal (tile/mask.cuh), the window, the causal
+// Which keys a query may see, all masks taken together: the end of the arrays and the causal diagonal (tile/causal.cuh), the window, the causal
 // diagonal lifted for the keys of a prefix, equal segment ids, and a boolean mask. Query q sees key k where all of them allow it.
 //
 // Values of the mask and segment ids are read where they are needed, by stride, at indices clamped into the arrays.
 #pragma once
 #include "tile/features.cuh"
-#include "tile/mask.cuh"
+#include "tile/causal.cuh"
 
 class Visibility {  // of one batch and query head
  public:
@@ -52,12 +52,12 @@ class Visibility {  // of one batch and query head
     return end;
   }
 
-  // Whether some pair of the tile (queries first_q .. end_q - 1, keys first_kv .. end_kv - 1) is masked, as far as that does not depend on data.
-  DEVICE bool needs_mask(int first_q, int end_q, int first_kv, int end_kv) const {
-    bool needs = PREFIX ? end_kv > geometry.seqlen_kv || (end_kv > prefix && ::needs_mask<true>(geometry, first_q, end_kv))
-                        : ::needs_mask<Config::CAUSAL>(geometry, first_q, end_kv);
-    if constexpr (WINDOW) needs |= end_kv - 1 - first_q > window_high || first_kv - (end_q - 1) < window_low;
-    return needs;
+  // Whether some pair of the tile (queries first_q .. end_q - 1, keys first_kv .. end_kv - 1) is hidden, as far as that does not depend on data.
+  DEVICE bool hides_any(int first_q, int end_q, int first_kv, int end_kv) const {
+    bool hides = PREFIX ? end_kv > geometry.seqlen_kv || (end_kv > prefix && ::hides_any<true>(geometry, first_q, end_kv))
+                        : ::hides_any<Config::CAUSAL>(geometry, first_q, end_kv);
+    if constexpr (WINDOW) hides |= end_kv - 1 - first_q > window_high || first_kv - (end_q - 1) < window_low;
+    return hides;
   }
 
   DEVICE bool sees(int query, int key) const {
@@ -89,8 +89,8 @@ class Visibility {  // of one batch and query head
   }
 };
 
-// Gives `hidden` to the elements of a warp's accumulators whose pair is masked. The block's tile starts at first_q and first_kv, the warp's rows at
-// warp_row of it: queries, or with TRANSPOSED keys. `is_partial`: data mask some pair of the tile.
+// Gives `hidden` to the elements of a warp's accumulators whose pair is not visible. The block's tile starts at first_q and first_kv, the warp's
+// rows at warp_row of it: queries, or with TRANSPOSED keys. `is_partial`: data hide some pair of the tile.
 //
 // Numbers come by reference, and the causal mask, where it is the only one, is asked of the geometry: anything else is compiled to other code, which
 // takes more registers (docs/performance.md).
@@ -98,8 +98,8 @@ template <bool TRANSPOSED, int M, int N>
 DEVICE void hide(float (&c)[M][N][4], float hidden, const Geometry& geometry, const Visibility& visibility, const int& first_q, const int& first_kv,
                  const int& warp_row, bool is_partial) {
   constexpr int TILE_Q = Config::TILE_Q, TILE_KV = Config::TILE_KV;
-  if (!(ONLY_CAUSAL ? needs_mask<Config::CAUSAL>(geometry, first_q, first_kv + TILE_KV)
-                    : is_partial || visibility.needs_mask(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)))
+  if (!(ONLY_CAUSAL ? hides_any<Config::CAUSAL>(geometry, first_q, first_kv + TILE_KV)
+                    : is_partial || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)))
     return;
   for_each_element(c, [&](int row, int column, float& element) {
     const int query = TRANSPOSED ? first_q + column : first_q + warp_row + row;

@@ -3,7 +3,7 @@
 // With a boolean mask or segments, the kernel visible_tiles.cu has listed the tiles in which any pair is visible, for each tile that a block of the
 // next kernel owns:
 //
-//     visible_tiles[list_batches][list_heads][num_tiles][1 + num_columns]: count, then entries tile * 2 + (1 if some pair of the tile is masked)
+//     visible_tiles[list_batches][list_heads][num_tiles][1 + num_columns]: count, then entries tile * 2 + (1 if some pair of the tile is hidden)
 //
 // A step of a walk is the index of an entry. Without such masks nothing is listed, visible tiles are neighbours, and a step is the index of a tile.
 #pragma once

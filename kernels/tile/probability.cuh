@@ -1,4 +1,4 @@
-// What the backward kernels share: probabilities and score gradients from recomputed scores.
+// From recomputed scores to probabilities, in the backward pass.
 //
 //     P = 2^(S scale_log2 - lse_log2)        dS = P (dP - delta)
 //
@@ -12,11 +12,8 @@
 // Accumulators of dP start at -delta, so that the subtraction costs nothing. dS lacks the factor `scale`; it enters once, when dQ and dK are stored.
 // Source: Dao et al. 2022 (arXiv 2205.14135), algorithm 4.
 #pragma once
-#include "arguments.cuh"
 #include "ptx/math.cuh"
 #include "tile/features.cuh"
-#include "tile/mask.cuh"
-#include "tile/sequence.cuh"
 #include "tile/softmax.cuh"
 
 // The exponent is never above 0 but for rounding, which at scores of 1e9 is large: hence the clamp.
@@ -24,20 +21,3 @@ DEVICE float probability(float score, float scale_log2, float reference, float l
   if constexpr (ADDITIVE_MASK) return ex2(__fmaf_rn(clamp_exponent(score - reference), LOG2_E, -log2_sum));
   return ex2(clamp_exponent(__fmaf_rn(score, scale_log2, -reference)));
 }
-
-// Where the statistics of the queries of one (batch, head) lie; queries count from row `start` of a packed array.
-struct StatisticsView {
-  const RowStatistics* rows;
-  const float* log2_sums;  // null without an additive mask; there are no packed sequences with one
-  int num_queries;
-
-  DEVICE StatisticsView(const BackwardArguments& arguments, int batch, int head, int start, int seqlen_q)
-      : rows(arguments.row_statistics + first_row(arguments.geometry, VARLEN ? 0 : batch, head) + start),
-        log2_sums(ADDITIVE_MASK ? arguments.features.log2_sums + first_row(arguments.geometry, batch, head) : nullptr),
-        num_queries(seqlen_q) {}
-
- private:
-  DEVICE static int64 first_row(const Geometry& geometry, int batch, int head) {
-    return (int64(batch) * geometry.num_heads_q + head) * geometry.seqlen_q;
-  }
-};

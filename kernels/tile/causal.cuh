@@ -1,4 +1,5 @@
-// Which keys a query may see. Query q sees key k when k < seqlen_kv and, if causal, k <= q + causal_offset.
+// Which keys a query may see by the end of the arrays and the causal diagonal alone (tile/visibility.cuh has the rest): query q sees key k when
+// k < seqlen_kv and, if causal, k <= q + causal_offset.
 #pragma once
 #include "arguments.cuh"
 #include "tile/fragment.cuh"
@@ -16,9 +17,9 @@ DEVICE int first_visible_query(const Geometry& geometry, int first_kv) {
   return CAUSAL ? max(0, first_kv - geometry.causal_offset) : 0;
 }
 
-// Whether some pair of the tile (queries from first_q, keys first_kv .. end_kv - 1) is masked.
+// Whether some pair of the tile (queries from first_q, keys first_kv .. end_kv - 1) is hidden.
 template <bool CAUSAL>
-DEVICE bool needs_mask(const Geometry& geometry, int first_q, int end_kv) {
+DEVICE bool hides_any(const Geometry& geometry, int first_q, int end_kv) {
   return end_kv > geometry.seqlen_kv || (CAUSAL && end_kv - 1 > first_q + geometry.causal_offset);
 }
 
