@@ -28,6 +28,8 @@ OTHER_MEANINGS = {
     "runtime/arguments.py": {"visible_tiles"},
     "planning/description.py": {"forward"},
     "planning/planner.py": {"visible_tiles"},  # memory
+    "torch/__init__.py": {"merge_attention"},  # the public function
+    "torch/merging.py": {"merge_attention"},
 }
 """Literals that are words of something else."""
 
