@@ -176,7 +176,7 @@ def draw_way_of_a_call(path: Path) -> None:
 # --- Pipelines ----------------------------------------------------------------------------------------------------------------------------
 
 REST, WAIT_BARRIER, WAIT_COPIES = "between the products", "waits for other warps", "waits for copies"
-_COLOURS = ("#2b6cb0", "#2f9e44", "#9c36b5", "#0c8599", "#5f3dc4")
+_COLOURS = {"S": "#2b6cb0", "dP": "#9c36b5", "O": "#2f9e44", "dV": "#2f9e44", "dK": "#0c8599", "dQ": "#0c8599"}  # by what a product makes
 _FIXED = {REST: "#f2c14e", WAIT_BARRIER: "#d9d9d9", WAIT_COPIES: "#c92a2a"}
 _COPY = "#e8590c"
 _OPERATION = re.compile(
@@ -295,7 +295,7 @@ def draw_pipeline(name: str, path: Path) -> None:
     begin, end = heads[4], heads[6]
     colours = dict(_FIXED)
     products = dict.fromkeys(label for label in labels if "=" in label)
-    colours |= dict(zip(products, _COLOURS, strict=False))
+    colours |= {label: _COLOURS[label.split()[0]] for label in products}
     copies = list(dict.fromkeys(label for label in labels if label.startswith("copy")))
     colours |= dict.fromkeys(copies, _COPY)
 

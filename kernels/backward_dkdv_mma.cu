@@ -1,8 +1,8 @@
 // Gradients of K and V: dV = Pᵀ dO, dK = scale dSᵀ Q, with P and dS recomputed from LSE and delta.
 //
 // One block owns TILE_KV keys of one K/V head, each warp TILE_KV / NUM_WARPS of them, and walks over all queries that see them: all query tiles of
-// all query heads (and, where K or V is broadcast over the batch, of all batches) that share the head. Nothing is added across blocks, so the result
-// is the same bit for bit on every run. The scores are computed transposed,
+// all query heads (and, where K or V is broadcast over the batch, of all batches) that share the head, one member of them after the other. Nothing is
+// added across blocks, so the result is the same bit for bit on every run. The scores are computed transposed,
 //     Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dV += Pᵀ dO,   dK += dSᵀ Q
 // so that Pᵀ and dSᵀ become the A operands of the last two products without leaving registers.
 //
@@ -31,6 +31,7 @@ constexpr bool COMPUTE_DV = Config::COMPUTE_DV;
 
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_Q / 8;
+using Statistics = StatisticsOfColumns;
 constexpr int KEPT_BYTES = TileK::BYTES + (COMPUTE_DK ? TileV::BYTES : 0);
 constexpr int SLICE_BYTES = KEPT_BYTES + NUM_STAGES * (TileQ::BYTES + TileO::BYTES);
 
@@ -68,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   const SmemAddress Q_smem = K_smem + KEPT_BYTES;
   const SmemAddress dO_smem = Q_smem + NUM_STAGES * TileQ::BYTES;
   const SmemAddress statistics_smem = smem_address(shared) + HEAD_SLICES * SLICE_BYTES;
-  const SmemAddress S_exchange = statistics_smem + NUM_STAGES * StatisticsOfColumns::BYTES;
+  const SmemAddress S_exchange = statistics_smem + NUM_STAGES * Statistics::BYTES;
   const SmemAddress dP_exchange = S_exchange + EXCHANGE_BYTES<M_TILES, S_TILES>;
 
   float dK[M_TILES][COMPUTE_DK ? D_TILES : 2][4];
@@ -83,7 +84,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   const int num_members = PER_HEAD_WALK || common_steps.begin < common_steps.end ? arguments.group_batch * arguments.group_heads : 0;
   int loaded_kv = -1;  // (batch, K/V head) in shared memory
 
-  // A member is a (batch, query head) of those that share the block's K/V head.
 #pragma unroll 1
   for (int member = 0; member < num_members; ++member) {
     const int batch = work.batch * arguments.group_batch + member / arguments.group_heads;
@@ -96,10 +96,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     if (PER_HEAD_WALK && steps.begin >= steps.end) continue;
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
     const StatisticsView view(arguments, batch, head, start_q, geometry.seqlen_q);
-    auto statistics_of = [&](int step) {
-      return StatisticsOfColumns(statistics_smem + slot_of(step) * StatisticsOfColumns::BYTES, view, tiles.tile(step) * TILE_Q);
-    };
-
+    auto statistics_of = [&](int step) { return Statistics(statistics_smem + slot_of(step) * Statistics::BYTES, view, tiles.tile(step) * TILE_Q); };
     const SliceRows<TileK, HEAD_DIM> K_rows{arguments.key, batch, head / heads_per_kv, num_keys, start_kv};
     const SliceRows<TileV, HEAD_DIM_V> V_rows{arguments.value, batch, head / heads_per_kv, num_keys, start_kv};
     const SliceRows<TileQ, HEAD_DIM> Q_rows{arguments.query, batch, head, geometry.seqlen_q, start_q};
@@ -143,13 +140,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       publish_and_collect(S, S_exchange);
       ScoreSlope<M_TILES, S_TILES> slope;
       modifier.apply<true>(S, slope, first_kv + warp_row, first_q);
-      const StatisticsOfColumns statistics = statistics_of(j);
+      const Statistics statistics = statistics_of(j);
       statistics.to_probabilities(S, modifier.factor());
       auto& P = S;  // in place
       hide<true>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
       KeptElements<true, M_TILES, S_TILES> kept;
       if constexpr (DROPOUT) kept.draw(dropout, batch, head, first_kv + warp_row, first_q);
-
       if constexpr (COMPUTE_DV) {
         if constexpr (DROPOUT) {
           float kept_P[M_TILES][S_TILES][4];

@@ -42,6 +42,36 @@ def test_the_trace_of_a_call_is_what_is_seen() -> None:
     assert trace["filled"](page, steps) == page
 
 
+PICTURES = runpy.run_path(str(DOCS / "draw_pictures.py"))
+
+
+@pytest.mark.parametrize("name", PICTURES["PICTURES"])
+def test_pictures_are_of_the_present_code_and_shown(name: str) -> None:
+    """If this fails: python docs/draw_pictures.py, and look at what comes out."""
+    path = PICTURES["FOLDER"] / f"{name}.png"
+    assert PICTURES["fingerprint_in"](path) == PICTURES["PICTURES"][name][1]()
+    assert any(f"](pictures/{name}.png)" in page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
+
+
+def test_there_are_no_other_pictures() -> None:
+    assert {path.stem for path in PICTURES["FOLDER"].iterdir()} == set(PICTURES["PICTURES"])
+    assert sum(path.stat().st_size for path in PICTURES["FOLDER"].iterdir()) < 300_000
+
+
+@pytest.mark.parametrize("name", ["way_of_a_call", "backward_dq"])
+def test_pictures_can_be_drawn(name: str, tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    if name != "way_of_a_call" and disassembly.find_nvdisasm() is None:
+        pytest.skip("nvdisasm is missing")
+    if name != "way_of_a_call":
+        pytest.importorskip("cupy")
+    matplotlib.use("Agg")
+    draw, fingerprint = PICTURES["PICTURES"][name]
+    draw(tmp_path / "picture.png")
+    assert PICTURES["fingerprint_in"](tmp_path / "picture.png") == fingerprint()
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
 PAGE = (DOCS / "coming-from.md").read_text()
 CALLS = re.findall(r"\| `(cuflash\.[^`]*)` \|", PAGE)
 RECIPES = re.findall(r"^\| `([^`]*)` \| `([^`]*)` \|$", PAGE.partition("## FlexAttention")[2].partition("\n## ")[0], re.M)
