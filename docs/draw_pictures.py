@@ -7,7 +7,7 @@ The way of a call is read from docs/design.md and from the imports of the module
 an SM (cuflash/timing): the machine code of the kernel's loop, instruction by instruction. What an instruction is for is said by the line of the kernel that
 the assembler notes for it, so that names in a picture are those of the code.
 
-Each file carries the fingerprint of what it was drawn from: steps, floors and imports; or tile, occupancy apart, and the operations of the kernel's loop.
+Each file carries the fingerprint of what it was drawn from: steps, floors and imports; or the tile and the operations of the kernel's loop.
 Comments and machine code are not part of it. tests/test_docs.py compares.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import itertools
 import re
 import sys
 from collections import Counter
@@ -116,7 +117,9 @@ def way_of_a_call() -> tuple[list[str], list[tuple[str, str]], list[dict[str, li
         by_floor: dict[str, list[str]] = {}
         for found in imports(module):
             if found not in seen and found != "errors.py":
-                by_floor.setdefault(found.split("/")[0], []).append(Path(found).stem if "__init__" not in found else Path(found).parent.name)
+                by_floor.setdefault(found.split("/")[0], []).append(
+                    Path(found).stem if "__init__" not in found else Path(found).parent.name
+                )
                 seen.add(found)
         brought.append(by_floor)
     used = {module.split("/")[0] for module in own} | {floor for by_floor in brought for floor in by_floor}
@@ -163,9 +166,15 @@ def draw_way_of_a_call(path: Path) -> None:
     axes.axis("off")
     figure.subplots_adjust(0, 0, 1, 1)
     figure.canvas.draw()  # after which boxes have their places
-    for here, there in zip(boxes, boxes[1:], strict=False):
+    for here, there in itertools.pairwise(boxes):
         places, patches = (here.get_position(), there.get_position()), (here.get_bbox_patch(), there.get_bbox_patch())
-        bends = "arc3" if places[0][1] == places[1][1] else "angle,angleA=0,angleB=90" if places[0][1] > places[1][1] else "angle,angleA=90,angleB=0"
+        bends = (
+            "arc3"
+            if places[0][1] == places[1][1]
+            else "angle,angleA=0,angleB=90"
+            if places[0][1] > places[1][1]
+            else "angle,angleA=90,angleB=0"
+        )
         arrow = FancyArrowPatch(*places, patchA=patches[0], patchB=patches[1], connectionstyle=bends, arrowstyle="-|>", mutation_scale=13)
         arrow.set(color="#2b6cb0", linewidth=1.6, zorder=2)
         axes.add_patch(arrow)
@@ -251,7 +260,7 @@ Span = tuple[float, float, str]
 
 def spans_of(issues: Sequence[Issue], trace: Sequence[Operation], labels: Sequence[str]) -> Iterator[Span]:
     """What one warp does, clock by clock: an instruction until it lets the next one go, and then what the next one waits for."""
-    for issue, after in zip(issues, issues[1:], strict=False):
+    for issue, after in itertools.pairwise(issues):
         own, following = trace[issue.position], trace[after.position]
         end = min(after.clock, issue.clock + max(own.stall, own.clocks))
         waits = labels[issue.position] in ("wait_for_tiles", "begin_step", "end_step")
@@ -316,7 +325,11 @@ def draw_pipeline(name: str, path: Path) -> None:
         y = names[rows - 1][0] - 1.5 - row
         names.append((y, f"block 0, {copy}" if blocks > 1 else copy))
         for trip in sorted({issue.trip for issue in issues}):
-            travelling = [i for i in issues if i.warp < warps and i.trip == trip and labels[i.position] == copy and trace[i.position].kind is Kind.COPY]
+            travelling = [
+                i
+                for i in issues
+                if i.warp < warps and i.trip == trip and labels[i.position] == copy and trace[i.position].kind is Kind.COPY
+            ]
             if travelling:
                 first, last = min(i.clock for i in travelling), max(i.done for i in travelling)
                 axes.broken_barh([(first - begin, last - first)], (y - 0.3, 0.6), facecolor=_COPY, edgecolor="white", lw=1)
@@ -346,7 +359,9 @@ def draw_pipeline(name: str, path: Path) -> None:
         f"{warps} warps, {tile.num_stages} stage{'s' * (tile.num_stages > 1)}, on the model of an H100",
         fontsize=10, pad=20,
     )  # fmt: skip
-    legend = [Patch(color=colours[label], label=label) for label in (*products, REST, WAIT_BARRIER, WAIT_COPIES) if label in shown] + [Patch(color=_COPY, label="copies: issued; on their way")]
+    legend = [Patch(color=colours[label], label=label) for label in (*products, REST, WAIT_BARRIER, WAIT_COPIES) if label in shown] + [
+        Patch(color=_COPY, label="copies: issued; on their way")
+    ]
     figure.legend(handles=legend, loc="lower center", ncol=min(5, len(legend)), fontsize=8.5, frameon=False)
     height = figure.get_size_inches()[1]
     figure.subplots_adjust(left=0.16, right=0.985, top=1 - 0.55 / height, bottom=0.95 / height, hspace=0.08)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from cuflash.errors import OptionError, UnsupportedError
 from cuflash.problem.tile import Tile
 from cuflash.timing import description, grid, machine, multiprocessor, operations, sass
 from cuflash.timing.machine import CARDS, MULTIPROCESSORS
-from cuflash.timing.multiprocessor import steady_clocks, without
+from cuflash.timing.multiprocessor import record, steady_clocks, without
 from cuflash.timing.operations import Kind, Operation, Unit
 
 A100 = MULTIPROCESSORS["sm_80"]
@@ -268,3 +269,17 @@ def test_a_description_nested_too_deeply_is_refused(tmp_path: Path) -> None:
     path.with_suffix(".json").write_text("[" * 100_000)
     with pytest.raises(OptionError, match="a JSON object that describes a kernel"):
         description.load(path)
+
+
+def test_a_recorded_run_has_every_instruction_once_and_in_order() -> None:
+    copy = Operation(Kind.COPY, None, 0.0, 500.0, 4.0, 512.0, 2.0, None, None, ())
+    product = Operation(Kind.PLAIN, Unit.MATRIX, 16.0, 0.0, 0.0, 0.0, 4.0, None, None, (), matrix=True)
+    trace = [copy, product, product]
+    issues = record(trace, A100, warps=4, blocks=1, trips=3)
+    assert {issue.warp for issue in issues} == set(range(4))
+    for warp in range(4):
+        own = [issue for issue in issues if issue.warp == warp]
+        assert [(issue.trip, issue.position) for issue in own] == [divmod(index, 3) for index in range(len(own))]
+        assert all(earlier.clock < later.clock for earlier, later in itertools.pairwise(own))
+    assert max(issue.trip for issue in issues) >= 2
+    assert all(issue.done >= issue.clock + 500 if issue.position == 0 else issue.done == issue.clock for issue in issues)
