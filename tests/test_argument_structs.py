@@ -1,4 +1,4 @@
-"""`cuflash.argument_structs` lists the fields of the structs that the kernels are compiled with: the compiler says so of every size and offset."""
+"""`cuflash.planning.argument_structs` lists the fields of the structs that the kernels are compiled with: the compiler says so of every size and offset."""
 
 from __future__ import annotations
 

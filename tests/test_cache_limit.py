@@ -1,4 +1,4 @@
-"""`cuflash.cache_limit`: what was used least recently goes first, and nobody minds. Needs no GPU."""
+"""`cuflash.system.cache_limit`: what was used least recently goes first, and nobody minds. Needs no GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`cuflash.kernel_specs` is the only place that knows one kernel from another, and what it says is so."""
+"""`cuflash.planning.kernel_specs` is the only place that knows one kernel from another, and what it says is so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`cuflash.private_files`, and what the cache makes of files and directories that others could have written. Needs no GPU."""
+"""`cuflash.system.private_files`, and what the cache makes of files and directories that others could have written. Needs no GPU."""
 
 from __future__ import annotations
 

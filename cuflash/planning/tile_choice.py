@@ -14,8 +14,9 @@ from cuflash.errors import TileError
 from cuflash.hardware.device import Device
 from cuflash.planning import measured_tiles
 from cuflash.planning.kernel_cases import KernelCase, head_dims
+from cuflash.planning.kernel_specs import MAX_TILE
 from cuflash.planning.tile_model import estimate_cycles
-from cuflash.planning.tile_rules import MAX_COUNT, broken_rule
+from cuflash.planning.tile_rules import broken_rule
 from cuflash.problem.features import NO_FEATURES
 from cuflash.problem.tile import Tile
 
@@ -90,7 +91,7 @@ def check_tile(case: KernelCase, tile: Tile, device: Device, argument: str = "ti
 
 def _distance(left: Tile, right: Tile) -> float:
     def ratio(a: object, b: object) -> float:
-        if type(a) is not int or type(b) is not int or not 1 <= min(a, b) <= max(a, b) <= MAX_COUNT:
+        if type(a) is not int or type(b) is not int or not 1 <= min(a, b) <= max(a, b) <= MAX_TILE:
             return 0.0
         return max(a, b) / min(a, b)
 
