@@ -17,6 +17,7 @@ from cuflash.hardware.device import Device
 from cuflash.jit import cache
 from cuflash.jit.compiler import CompileRequest, KernelResources
 from cuflash.planning import kernel_specs
+from cuflash.planning.block_order import in_order
 from cuflash.planning.kernel_cases import KernelCase, multiply_adds
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.plan import Plan
@@ -236,8 +237,6 @@ def lay_out(predicted: KernelPrediction, kernel: KernelPlan, problem: Problem, c
         raise UnsupportedError("features", "visible tiles that only the data know", "a call whose tiles are known before it runs", hint)
     group = kernel.group_batch * kernel.group_heads
     own = [group * tiles for tiles in visits]
-    if problem.is_causal and not by_keys:
-        own.reverse()  # kernels/tile/schedule.cuh: the longest first, head by head
     machine = multiprocessor(predicted.description.arch)
     heads = kernel.num_blocks // len(own)
     alone = steady_clocks(predicted.trace, machine, warps=kernel.tile.num_warps, blocks=1) if predicted.blocks > 1 else predicted.clocks
@@ -245,9 +244,8 @@ def lay_out(predicted: KernelPrediction, kernel: KernelPlan, problem: Problem, c
         alone + (predicted.clocks - alone) * index / max(1, predicted.blocks - 1) for index in range(predicted.blocks)
     ]  # between one block and all of them, as many clocks more for each
     overhead = _block_overhead(kernel, problem, machine, card)
-    clocks = grid_clocks(
-        (tiles for _ in range(heads) for tiles in own), num_sms=card.num_sms, trip_clocks=trip_clocks, overhead=overhead
-    )
+    launched = in_order(own, pairs=heads, section=kernel.section_heads, last_first=problem.is_causal and not by_keys)
+    clocks = grid_clocks(launched, num_sms=card.num_sms, trip_clocks=trip_clocks, overhead=overhead)
     total = heads * sum(own)
     ideal = total * predicted.clocks / predicted.blocks / card.num_sms
     even = ideal + kernel.num_blocks * overhead / predicted.blocks / card.num_sms
