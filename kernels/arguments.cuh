@@ -32,6 +32,7 @@ struct Geometry {
   float scale_log2;   // |scale| log2(e), or 1 where scale is 0
   float score_sign;   // the sign of scale: -1, 0 or 1; scores are multiplied by it when it is not 1
   int num_tiles;      // tiles that one (batch, head) is cut into
+  int section_heads;  // (batch, head) pairs whose blocks are launched together, if the call is causal (tile/schedule.cuh)
 };
 
 // Lengths that are read on the device (tile/sequence.cuh), so that a captured graph replays with others. Null where a call has none.

@@ -37,7 +37,7 @@ DEVICE float chunk_element(const Chunk& chunk, int i) {
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_delta(const __grid_constant__ BackwardArguments arguments) {
   const Geometry& geometry = arguments.geometry;
-  const Work work = work_of_block(geometry.num_tiles, geometry.num_heads_q, false);
+  const Work work = work_of_block(geometry.num_tiles, geometry.num_heads_q);
   const int query = work.tile * Config::TILE_Q + int(threadIdx.x) / LANES;
   const bool in_range = query < geometry.seqlen_q;
 

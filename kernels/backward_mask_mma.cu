@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
   const bool sums_queries = grad_attn_mask.stride_query == 0, sums_keys = grad_attn_mask.stride_key == 0;
   const int seqlen_q = arguments.geometry.seqlen_q, seqlen_kv = arguments.geometry.seqlen_kv;
   const int num_q_tiles = (seqlen_q + TILE_Q - 1) / TILE_Q, num_kv_tiles = (seqlen_kv + TILE_KV - 1) / TILE_KV;
-  const Work work = work_of_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads, false);
+  const Work work = work_of_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads);
   const int owned_kv_tiles = sums_keys ? 1 : num_kv_tiles;
   const int begin_q = sums_queries ? 0 : work.tile / owned_kv_tiles, end_q = sums_queries ? num_q_tiles : begin_q + 1;
   const int begin_kv = sums_keys ? 0 : work.tile % owned_kv_tiles, end_kv = sums_keys ? num_kv_tiles : begin_kv + 1;

@@ -11,7 +11,7 @@ constexpr int NUM_THREADS = Config::NUM_WARPS * WARP_SIZE;
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) dropout_mask(const __grid_constant__ DropoutMaskArguments arguments) {
   const Geometry& geometry = arguments.geometry;
-  const Work work = work_of_block(geometry.num_tiles, geometry.num_heads_q, false);
+  const Work work = work_of_block(geometry.num_tiles, geometry.num_heads_q);
   const Dropout dropout(arguments.features);
   uint8* kept_rows = arguments.kept + (int64(work.batch) * geometry.num_heads_q + work.head) * geometry.seqlen_q * geometry.seqlen_kv;
 

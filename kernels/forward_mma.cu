@@ -48,7 +48,7 @@ DEVICE void clear_queries(const ForwardArguments& arguments, int head, int begin
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const __grid_constant__ ForwardArguments arguments) {
-  const Work work = work_of_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q, CAUSAL);
+  const Work work = work_longest_first<CAUSAL, true>(arguments.geometry, arguments.geometry.num_heads_q);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
   auto clear_outputs = [&](int begin, int end, int tile, int num_tiles) { clear_queries(arguments, work.head, begin, end, tile, num_tiles); };

@@ -112,7 +112,7 @@ DEVICE Seen look_at_pairs(const Visibility& visibility, int seqlen_q, int first_
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) visible_tiles(const __grid_constant__ VisibleTilesArguments arguments) {
   const FeatureArguments& features = arguments.features;
-  const Work work = work_of_block(arguments.geometry.num_tiles, features.list_heads, false);
+  const Work work = work_of_block(arguments.geometry.num_tiles, features.list_heads);
   const auto& geometry = geometry_of(arguments, work.batch);
   const Visibility visibility(geometry, features, work.batch, work.head);
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KIB = 1024
+MIB = 1024 * KIB
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Architecture:
         shared_memory_per_sm: bytes that the resident blocks of an SM share.
         num_sms: SMs of its largest common card.
         warps, blocks: that an SM holds at most.
+        l2_bytes: of that card, by NVIDIA's whitepapers and product pages.
         mma_rate: dense multiply-adds per clock of an SM's tensor cores, 16-bit operands and float32 sums.
         barriers: named barriers of all blocks of an SM together; None where they are never what runs out.
         issue_rate: 32-bit instructions per clock of an SM.
@@ -34,6 +36,7 @@ class Architecture:
     warps: int
     blocks: int
     mma_rate: int
+    l2_bytes: int
     barriers: int | None = None
     issue_rate: int = 128
     reserved_shared_bytes: int = KIB
@@ -41,16 +44,16 @@ class Architecture:
 
 
 TABLE: dict[str, Architecture] = {
-    "sm_75": Architecture(64 * KIB, 64 * KIB, 40, 32, 16, 512, issue_rate=64, reserved_shared_bytes=0, shared_granularity=256),
-    "sm_80": Architecture(163 * KIB, 164 * KIB, 108, 64, 32, 1024, issue_rate=64),
-    "sm_86": Architecture(99 * KIB, 100 * KIB, 84, 48, 16, 256),
-    "sm_87": Architecture(163 * KIB, 164 * KIB, 16, 48, 16, 512),
-    "sm_89": Architecture(99 * KIB, 100 * KIB, 142, 48, 24, 256),
-    "sm_90": Architecture(227 * KIB, 228 * KIB, 132, 64, 32, 1024, barriers=64),
-    "sm_100": Architecture(227 * KIB, 228 * KIB, 148, 64, 32, 1024, barriers=64),
-    "sm_103": Architecture(227 * KIB, 228 * KIB, 148, 64, 32, 1024, barriers=64),
-    "sm_120": Architecture(99 * KIB, 100 * KIB, 170, 48, 24, 256, barriers=24),
-    "sm_121": Architecture(99 * KIB, 100 * KIB, 48, 48, 24, 256, barriers=24),
+    "sm_75": Architecture(64 * KIB, 64 * KIB, 40, 32, 16, 512, 5632 * KIB, issue_rate=64, reserved_shared_bytes=0, shared_granularity=256),
+    "sm_80": Architecture(163 * KIB, 164 * KIB, 108, 64, 32, 1024, 40 * MIB, issue_rate=64),
+    "sm_86": Architecture(99 * KIB, 100 * KIB, 84, 48, 16, 256, 6 * MIB),
+    "sm_87": Architecture(163 * KIB, 164 * KIB, 16, 48, 16, 512, 4 * MIB),
+    "sm_89": Architecture(99 * KIB, 100 * KIB, 142, 48, 24, 256, 72 * MIB),
+    "sm_90": Architecture(227 * KIB, 228 * KIB, 132, 64, 32, 1024, 50 * MIB, barriers=64),
+    "sm_100": Architecture(227 * KIB, 228 * KIB, 148, 64, 32, 1024, 126 * MIB, barriers=64),
+    "sm_103": Architecture(227 * KIB, 228 * KIB, 148, 64, 32, 1024, 126 * MIB, barriers=64),
+    "sm_120": Architecture(99 * KIB, 100 * KIB, 170, 48, 24, 256, 96 * MIB, barriers=24),
+    "sm_121": Architecture(99 * KIB, 100 * KIB, 48, 48, 24, 256, 24 * MIB, barriers=24),
 }
 
 

@@ -112,6 +112,7 @@ GEOMETRY = _struct(
     "Geometry",
     ("batch", INT), ("seqlen_q", INT), ("seqlen_kv", INT), ("num_heads_q", INT), ("num_heads_kv", INT), ("causal_offset", INT),
     ("scale", FLOAT), ("scale_log2", FLOAT), ("score_sign", FLOAT), ("num_tiles", INT),
+    ("section_heads", INT),
 )  # fmt: skip
 SEQUENCE_LENGTHS = _struct(
     "SequenceLengths",

@@ -16,7 +16,7 @@ from math import ceil
 from cuflash.arrays.borrowing import describe
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.hardware.device import Device
-from cuflash.planning import kernel_cases, kernel_specs, tile_choice, tile_model, tile_rules
+from cuflash.planning import block_order, kernel_cases, kernel_specs, tile_choice, tile_model, tile_rules
 from cuflash.planning.codegen import config_text
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
@@ -141,9 +141,11 @@ def _tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Ti
     group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
     if problem.num_sequences is not None:
         batch, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # blocks of one more fill what lies behind the last
+    resident = tile_model.blocks_per_sm(case, tile, device) * device.num_sms
+    section = block_order.section_heads(case, problem, device, pairs=batch * heads, resident_blocks=resident)
     return KernelPlan(
         case, tile, config_text(problem.dtype, constants), LaunchShape(num_tiles * heads * batch, 32 * tile.num_warps, shared_bytes), num_tiles,
-        group_batch, group_heads,
+        group_batch, group_heads, section,
     )  # fmt: skip
 
 

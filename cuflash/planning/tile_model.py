@@ -98,7 +98,7 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     fetched = streamed + (rows if pieces > 1 else 0)
     l2 = fetched * streamed_bytes / _L2_RATE  # every block fetches every streamed tile: only more rows per block save traffic
 
-    blocks = _blocks_per_sm(case, tile, device)
+    blocks = blocks_per_sm(case, tile, device)
     warps_per_scheduler = blocks * tile.num_warps / 4
     overlap = min(1.0, warps_per_scheduler / 3)
     busiest = max(mma, smem, other, l2)
@@ -116,7 +116,7 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     return cycles / (rows * streamed)
 
 
-def _blocks_per_sm(case: KernelCase, tile: Tile, device: Device) -> int:
+def blocks_per_sm(case: KernelCase, tile: Tile, device: Device) -> int:
     """As many as the estimated registers and shared memory allow; at least one, since a kernel of too many registers spills them."""
     registers = min(MAX_REGISTERS, estimate_registers(case, tile, device))
     held = occupancy(device, threads=32 * tile.num_warps, registers=registers, shared_bytes=shared_bytes(case, tile, device))

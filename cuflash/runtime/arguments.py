@@ -110,15 +110,15 @@ def rows(name: str, strides: Strides3) -> Values:
     return {"data": name, "stride_batch": stride_b, "stride_head": stride_h, "stride_seqlen": stride_s}
 
 
-def geometry(problem: Problem, num_tiles: int) -> Values:
-    """`Geometry` of a kernel with so many tiles for one batch and head."""
+def geometry(problem: Problem, num_tiles: int, section_heads: int = 1) -> Values:
+    """`Geometry` of a kernel with so many tiles for one batch and head, and sections of so many of these."""
     (scale,) = struct.unpack("=f", struct.pack("=f", problem.scale))  # as the kernels hold it: what underflows there is 0
     return {
         "batch": problem.batch, "seqlen_q": problem.seqlen_q, "seqlen_kv": problem.seqlen_kv,
         "num_heads_q": problem.num_heads_q, "num_heads_kv": problem.num_heads_kv,
         "causal_offset": max(-(2**31) + 1, min(2**31 - 1, problem.causal_offset)),
         "scale": scale, "scale_log2": abs(scale) * _LOG2_E if scale else 1.0, "score_sign": math.copysign(1.0, scale) if scale else 0.0,
-        "num_tiles": num_tiles,
+        "num_tiles": num_tiles, "section_heads": section_heads,
     }  # fmt: skip
 
 

@@ -121,7 +121,8 @@ class PreparedCall:
         launches = []
         for kernel, loaded in zip(self.plan.kernels, executables, strict=True):
             own: Values = {
-                "geometry": arguments.geometry(problem, kernel.num_tiles), "group_batch": kernel.group_batch, "group_heads": kernel.group_heads,
+                "geometry": arguments.geometry(problem, kernel.num_tiles, kernel.section_heads),
+                "group_batch": kernel.group_batch, "group_heads": kernel.group_heads,
             }  # fmt: skip
             layout = kernel.spec.arguments
             launches.append(_Launch(loaded, kernel.shape, Arguments(layout, arguments.of_struct(layout, {**values, **own}), given)))

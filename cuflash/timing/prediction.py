@@ -17,6 +17,7 @@ from cuflash.hardware.device import Device
 from cuflash.jit import cache
 from cuflash.jit.compiler import CompileRequest, KernelResources
 from cuflash.planning import kernel_specs
+from cuflash.planning.block_order import in_order
 from cuflash.planning.kernel_cases import KernelCase, multiply_adds
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.plan import Plan
@@ -138,7 +139,8 @@ class Launch:
         kernel: its steady state; None for kernels that walk over no tiles.
         num_blocks: of its grid.
         tiles_visited: by all blocks together.
-        balance: the time that it would take without tails and unequal blocks, over the time that it takes.
+        balance: the time that the tiles alone would take if all SMs were busy to the end, over the time that it takes.
+        evenness: likewise, with each block's begin and end: what the order of blocks and waves leave of the time.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Launch:
     num_blocks: int
     tiles_visited: int
     balance: float
+    evenness: float
 
 
 @dataclass(frozen=True)
@@ -234,24 +237,20 @@ def lay_out(predicted: KernelPrediction, kernel: KernelPlan, problem: Problem, c
         raise UnsupportedError("features", "visible tiles that only the data know", "a call whose tiles are known before it runs", hint)
     group = kernel.group_batch * kernel.group_heads
     own = [group * tiles for tiles in visits]
-    if problem.is_causal and not by_keys:
-        own.reverse()  # kernels/tile/schedule.cuh: the longest first, head by head
     machine = multiprocessor(predicted.description.arch)
     heads = kernel.num_blocks // len(own)
     alone = steady_clocks(predicted.trace, machine, warps=kernel.tile.num_warps, blocks=1) if predicted.blocks > 1 else predicted.clocks
     trip_clocks = [
         alone + (predicted.clocks - alone) * index / max(1, predicted.blocks - 1) for index in range(predicted.blocks)
     ]  # between one block and all of them, as many clocks more for each
-    clocks = grid_clocks(
-        (tiles for _ in range(heads) for tiles in own),
-        num_sms=card.num_sms,
-        trip_clocks=trip_clocks,
-        overhead=_block_overhead(kernel, problem, machine, card),
-    )
+    overhead = _block_overhead(kernel, problem, machine, card)
+    launched = in_order(own, pairs=heads, section=kernel.section_heads, last_first=problem.is_causal and not by_keys)
+    clocks = grid_clocks(launched, num_sms=card.num_sms, trip_clocks=trip_clocks, overhead=overhead)
     total = heads * sum(own)
     ideal = total * predicted.clocks / predicted.blocks / card.num_sms
+    even = ideal + kernel.num_blocks * overhead / predicted.blocks / card.num_sms
     seconds = max(clocks / (card.clock_ghz * 1e9), _least_traffic(kernel, problem) / card.memory_bytes_per_second)
-    return Launch(kernel.name, 1e3 * seconds, predicted, kernel.num_blocks, total, ideal / clocks)
+    return Launch(kernel.name, 1e3 * seconds, predicted, kernel.num_blocks, total, ideal / clocks, even / clocks)
 
 
 def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card) -> float:
@@ -278,4 +277,4 @@ def predict_traffic(kernel: KernelPlan, problem: Problem, card: Card) -> Launch:
     """`backward_delta`: reads the output and its gradient, writes eight bytes for each row."""
     rows = problem.batch * problem.num_heads_q * problem.seqlen_q
     seconds = rows * (2 * problem.itemsize * problem.head_dim_v + 8) / card.memory_bytes_per_second
-    return Launch(kernel.name, 1e3 * seconds, None, kernel.num_blocks, 0, 1.0)
+    return Launch(kernel.name, 1e3 * seconds, None, kernel.num_blocks, 0, 1.0, 1.0)

@@ -21,7 +21,7 @@ struct Row {
   bool exists;
 
   DEVICE explicit Row(const MergeArguments& arguments) : lanes(arguments.lanes) {
-    const Work work = work_of_block(arguments.num_tiles, arguments.num_heads, false);
+    const Work work = work_of_block(arguments.num_tiles, arguments.num_heads);
     batch = work.batch;
     head = work.head;
     query = work.tile * (NUM_THREADS / lanes) + int(threadIdx.x) / lanes;

@@ -6,11 +6,23 @@ struct Work {
   int tile, head, batch;
 };
 
-// Tiles of one head are neighbours, so that they share K and V in L2. With `longest_first` they come in reverse: under a causal mask the
-// last query tile has the most keys.
-DEVICE Work work_of_block(int num_tiles, int num_heads, bool longest_first) {
+// Head by head: tiles of one head are neighbours, so that they share K and V in L2.
+DEVICE Work work_of_block(int num_tiles, int num_heads) {
   const int index = int(blockIdx.x);
   const int tile = index % num_tiles;
   const int head = index / num_tiles % num_heads;
-  return {longest_first ? num_tiles - 1 - tile : tile, head, index / num_tiles / num_heads};
+  return {tile, head, index / num_tiles / num_heads};
+}
+
+// The same where blocks are equally long. Under a causal mask, by sections of section_heads (batch, head) pairs, and within each the longest tiles of
+// all its pairs first (cuflash/planning/block_order.py): of queries the last tile, which sees the most keys, of keys the first.
+template <bool CAUSAL, bool LAST_TILE_FIRST>
+DEVICE Work work_longest_first(const Geometry& geometry, int num_heads) {
+  if constexpr (!CAUSAL) return work_of_block(geometry.num_tiles, num_heads);
+  const int index = int(blockIdx.x);
+  const int row = index / geometry.section_heads;  // blocks with the same tile of all pairs of a section
+  const int section = row / geometry.num_tiles;
+  const int tile = row - section * geometry.num_tiles;
+  const int pair = section * geometry.section_heads + (index - row * geometry.section_heads);
+  return {LAST_TILE_FIRST ? geometry.num_tiles - 1 - tile : tile, pair % num_heads, pair / num_heads};
 }

@@ -1,0 +1,125 @@
+"""What the order of blocks and waves lose, predicted: prints the table of docs/performance.md.
+
+    python benchmarks/predicted_grids.py                    # A100, RTX 4090, H100
+    python benchmarks/predicted_grids.py --arch sm_86 --worst 8
+
+The calls are those of `benchmarks/bench/cases.py`: 16384 tokens, heads times head_dim = 2048, bfloat16. Each kernel is compiled once and its steady state
+predicted; then its grid is laid out for each length. A cell says which part of the pass's time its SMs would not need if all of them were busy to the end.
+Begin and end of a block count as work. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cuflash.cli import samples
+from cuflash.hardware import device
+from cuflash.planning import kernel_specs, planner
+from cuflash.planning.kernel_plan import KernelPlan
+from cuflash.planning.plan import Plan
+from cuflash.timing import prediction
+from cuflash.timing.machine import CARDS
+from cuflash.timing.prediction import KernelPrediction
+
+TOKENS, HIDDEN = 16384, 2048
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+HEAD_DIMS = (64, 128, 256)
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pass of one call on one card: its predicted time, and the part of it that order and waves lose."""
+
+    arch: str
+    backward: bool
+    head_dim: int
+    causal: bool
+    seqlen: int
+    milliseconds: float
+    loss: float
+
+
+class Steady:
+    """Steady states of kernels, each compiled and predicted once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str, str], KernelPrediction] = {}
+
+    def of(self, kernel: KernelPlan, plan: Plan) -> KernelPrediction:
+        """The steady state of a planned kernel."""
+        key = (plan.device.arch, kernel.source, kernel.config)
+        if key not in self._known:
+            described, function = prediction.compiled(kernel, plan.device, causal=plan.problem.is_causal)
+            self._known[key] = prediction.predict_kernel(function, described, limits=False)
+        return self._known[key]
+
+
+def plan_of(arch: str, *, backward: bool, head_dim: int, causal: bool, seqlen: int) -> Plan:
+    """The plan of a call of the protocol on a GPU."""
+    heads = HIDDEN // head_dim
+    sample = samples.Sample(
+        batch=TOKENS // seqlen, seqlen_q=seqlen, seqlen_kv=seqlen, num_heads_q=heads, num_heads_kv=heads, head_dim=head_dim, dtype="bfloat16",
+        is_causal=causal,
+    )  # fmt: skip
+    problem = samples.plan_of(sample, backward=backward).problem
+    return planner.make_plan(problem, device.of_arch(arch, "gpu"), backward=backward)
+
+
+def predict(plan: Plan, steady: Steady) -> Cell:
+    """The time of a call and what its grids lose."""
+    card, problem = CARDS[plan.device.arch], plan.problem
+    milliseconds = lost = 0.0
+    for kernel in plan.kernels:
+        if kernel.spec is kernel_specs.BACKWARD_DELTA:
+            milliseconds += prediction.predict_traffic(kernel, problem, card).milliseconds
+            continue
+        launch = prediction.lay_out(steady.of(kernel, plan), kernel, problem, card)
+        milliseconds += launch.milliseconds
+        lost += launch.milliseconds * (1 - launch.evenness)
+    return Cell(
+        plan.device.arch, plan.backward, problem.head_dim, problem.is_causal, problem.seqlen_q, milliseconds, lost / milliseconds
+    )
+
+
+def cells(arch: str, steady: Steady) -> Iterable[Cell]:
+    """All cells of a card, row by row."""
+    for backward in (False, True):
+        for head_dim in HEAD_DIMS:
+            for causal in (False, True):
+                for seqlen in LENGTHS:
+                    yield predict(plan_of(arch, backward=backward, head_dim=head_dim, causal=causal, seqlen=seqlen), steady)
+
+
+def print_table(found: Sequence[Cell]) -> None:
+    """One row for each card, pass, head dimension and mask; one column for each length."""
+    print(f"| card | pass | head_dim | causal | {' | '.join(map(str, LENGTHS))} |")
+    print("| --- " * (4 + len(LENGTHS)) + "|")
+    for first in range(0, len(found), len(LENGTHS)):
+        row = found[first : first + len(LENGTHS)]
+        of = row[0]
+        shown = " | ".join(f"{100 * cell.loss:.1f} %, {cell.milliseconds:.2f} ms" for cell in row)
+        what = f"{CARDS[of.arch].name} | {'backward' if of.backward else 'forward'} | {of.head_dim} | {'yes' if of.causal else 'no'}"
+        print(f"| {what} | {shown} |", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; 1 if a cell beyond seqlen 512 loses more than `--worst` percent."""
+    parser = argparse.ArgumentParser(description="What the order of blocks and waves lose, predicted.")
+    parser.add_argument("--arch", action="append", choices=sorted(CARDS), help=f"may be repeated (default {' '.join(ARCHITECTURES)})")
+    parser.add_argument("--worst", type=float, default=100.0, metavar="PERCENT", help="fail if a cell beyond seqlen 512 loses more")
+    options = parser.parse_args(arguments)
+    steady = Steady()
+    found = [cell for arch in options.arch or ARCHITECTURES for cell in cells(arch, steady)]
+    print_table(found)
+    beyond = [cell for cell in found if cell.seqlen > LENGTHS[0] and 100 * cell.loss > options.worst]
+    for cell in beyond:
+        print(f"predicted_grids.py: {cell} loses more than {options.worst:g} %", file=sys.stderr)
+    return 1 if beyond else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
