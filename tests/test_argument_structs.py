@@ -50,7 +50,7 @@ def test_sizes_and_offsets_are_those_of_the_kernels(tmp_path: Path, monkeypatch:
     compile_assertions(tmp_path, monkeypatch, assertions)
 
 
-@pytest.mark.parametrize("wrong", ["OFFSET(ForwardArguments, lse.data) == 8", "sizeof(Geometry) == 44"])
+@pytest.mark.parametrize("wrong", ["OFFSET(ForwardArguments, lse.data) == 8", "sizeof(Geometry) == 48"])
 def test_a_wrong_number_would_be_noticed(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CompileError) as caught:
         compile_assertions(tmp_path, monkeypatch, [wrong])
