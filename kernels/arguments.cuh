@@ -65,6 +65,10 @@ struct BackwardArguments {
   int group_batch, group_heads;  // dK, dV: batches and query heads whose gradients are summed into one output
   SequenceLengths lengths;
   FeatureArguments features;
+  float* query_sums;  // dQ before it is scaled and converted (tile/query_sums.cuh)
+  int* turns;         // [num_turns]: how many blocks have started, then who may add to each tile of query_sums next
+  int num_turns;
+  int section_heads;  // K/V heads whose blocks come before those of all others (tile/schedule.cuh)
 };
 
 struct VisibleTilesArguments {

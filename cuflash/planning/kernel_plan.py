@@ -61,6 +61,7 @@ class KernelPlan:
         shape: of the launch.
         num_tiles: tiles that one (batch, head) is cut into.
         group_batch, group_heads: batches and query heads summed into one K/V gradient; 1 elsewhere.
+        section_heads: heads whose blocks come before those of all others, where a kernel gives out its work by such sections.
     """
 
     case: KernelCase
@@ -70,6 +71,7 @@ class KernelPlan:
     num_tiles: int
     group_batch: int = 1
     group_heads: int = 1
+    section_heads: int = 1
 
     @property
     def spec(self) -> KernelSpec:

@@ -118,6 +118,7 @@ class PreparedCall:
         for kernel, loaded in zip(self.plan.kernels, executables, strict=True):
             own: Values = {
                 "geometry": arguments.geometry(problem, kernel.num_tiles), "group_batch": kernel.group_batch, "group_heads": kernel.group_heads,
+                "section_heads": kernel.section_heads,
             }  # fmt: skip
             layout = kernel.spec.arguments
             launches.append(_Launch(loaded, kernel.shape, Arguments(layout, arguments.of_struct(layout, {**values, **own}), given)))
@@ -214,7 +215,8 @@ class PreparedBackward(PreparedCall):
         values["lse"] = arguments.rows("lse", others.lse_strides)
         if others.grad_lse_strides is not None:
             values["grad_lse"] = arguments.rows("grad_lse", others.grad_lse_strides)
-        values["row_statistics"] = "row_statistics"
+        values |= {name: name for name in ("row_statistics", "query_sums", "turns")}
+        values["num_turns"] = sum(buffer.shape[0] for buffer in self.plan.workspace if buffer.name == "turns")
         self.launches = self.fill_in(executables, values, set(inputs), grad_attn_mask_strides)
 
     def run(self, addresses: dict[str, int], given: Any = None) -> Gradients:

@@ -14,3 +14,13 @@ DEVICE Work decode_block(int num_tiles, int num_heads, bool longest_first) {
   const int head = index / num_tiles % num_heads;
   return {longest_first ? num_tiles - 1 - tile : tile, head, index / num_tiles / num_heads};
 }
+
+// The work of the block that is the `ticket`-th to start. Sections of section_heads heads come one after another, so that what they read and add
+// up stays in L2. Within a section the first tiles of all heads come first, then the second tiles.
+DEVICE Work decode_ticket(int ticket, int num_tiles, int num_heads, int section_heads) {
+  const int before = ticket / (section_heads * num_tiles) * section_heads;  // (batch, head) in earlier sections
+  const int heads = min(section_heads, int(gridDim.x) / num_tiles - before);
+  const int within = ticket - before * num_tiles;
+  const int head = before + within % heads;
+  return {within / heads, head % num_heads, head / num_heads};
+}
