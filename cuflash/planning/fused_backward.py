@@ -1,8 +1,9 @@
 """The two ways to the gradients: one kernel with five products for dQ, dK and dV, or kernels of their own with seven or eight.
 
 The fused kernel adds dQ up in global memory in a fixed order (kernels/tile/query_sums.cuh), so both ways give the same bits on every run. It takes 16-bit
-types from sm_80 on, heads that are not cut into slices, and no features that hide tiles by data. Where it can run, it is taken where the timing model predicts that it
-is faster (`_PREDICTED`), unless `tile` names kernels of the other way or the environment variable CUFLASH_FUSED_BACKWARD is 0.
+types from sm_80 on, heads that are not cut into slices, and no features that hide tiles by data. Of the cases where it can run, it is taken in those in which
+the timing model predicts that it is faster (`predicted_tiles`), unless `tile` names kernels of the other way or the environment variable
+CUFLASH_FUSED_BACKWARD is 0. A call takes it elsewhere if `tile` names it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from collections.abc import Iterable, Mapping
 from math import ceil
 
 from cuflash.hardware.device import Device
-from cuflash.planning import kernel_specs, tile_choice
+from cuflash.planning import kernel_specs, tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import Buffer, KernelPlan
 from cuflash.problem.problem import Problem
-from cuflash.problem.tile import Tiles
+from cuflash.problem.tile import Tile, Tiles
 
 VARIABLE = "CUFLASH_FUSED_BACKWARD"
 """Environment variable; 0: the fused kernel only where `tile` names it. Looked at when a call is planned, so not by calls whose like was made before."""
@@ -33,6 +34,8 @@ def is_taken(case: KernelCase, device: Device, tile: Tiles) -> bool:
         return True
     if isinstance(tile, Mapping) and any(name in tile for name in _OTHER_WAY):
         return False
+    if isinstance(tile, Tile) and tile_rules.broken_rule(case, tile, device) is not None:
+        return False
     return os.environ.get(VARIABLE) != "0" and is_faster(case, device)
 
 
@@ -48,8 +51,8 @@ def is_possible(case: KernelCase, device: Device) -> bool:
 
 
 def is_faster(case: KernelCase, device: Device) -> bool:
-    """Whether the timing model says so by 3 % (docs/performance.md)."""
-    return True
+    """Whether the timing model says so by 3 % at least (docs/performance.md)."""
+    return tile_choice.known_tile(case, device) is not None
 
 
 def section_heads(problem: Problem, device: Device, group_heads: int) -> int:
