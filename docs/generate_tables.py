@@ -16,11 +16,12 @@ import numpy
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # cuflash of this clone, whether it is installed or not
 
 import cuflash
-from cuflash.arrays.borrowing import borrow
 from cuflash.errors import ArgumentError
 from cuflash.hardware import device
 from cuflash.planning.planner import make_plan
 from cuflash.problem.checks import make_problem
+from cuflash.problem.operands import Operands, borrowed
+from cuflash.problem.options import Options
 from cuflash.problem.other_names import OTHER_NAMES
 
 DOCS = Path(__file__).resolve().parent
@@ -81,10 +82,11 @@ BAD_CALLS: list[dict[str, Any]] = [
 
 def plan_of(options: dict[str, Any], backward: bool) -> Any:
     """The plan of a call of the shape above; with `cu_seqlens_q` its sequences are packed."""
-    named = {name: borrow(option, name) if "seqlens" in name else option for name, option in options.items()}
-    shape = (B * S, H, D) if "cu_seqlens_q" in named else (B, S, H, D)
-    x = borrow(numpy.broadcast_to(numpy.zeros(1, "float16"), shape), "query")
-    return make_plan(make_problem(x, x, x, **named), device.of_arch("sm_80", "gpu"), backward=backward)
+    varlen = "cu_seqlens_q" in options
+    x = numpy.broadcast_to(numpy.zeros(1, "float16"), (B * S, H, D) if varlen else (B, S, H, D))
+    operands = Operands(x, x, x, **{name: value for name, value in options.items() if name in Operands._fields})
+    others = Options(varlen=varlen, **{name: value for name, value in options.items() if name in Options._fields})
+    return make_plan(make_problem(borrowed(operands, others), others), device.of_arch("sm_80", "gpu"), backward=backward)
 
 
 def documented_arguments() -> dict[str, str]:

@@ -23,8 +23,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_convert
 
   float dQ[1][D_TILES][4];
   clear(dQ);
-  const int64 slot = first_slot(arguments, work.batch, work.head, start_q) + work.tile;
-  if (*turn_of(arguments, slot) != 0) {
+  const int slot = first_slot(arguments, work.batch, work.head, start_q) + work.tile;
+  if (arguments.turns[1 + slot] != 0) {
 #pragma unroll
     for (int n = 0; n < D_TILES; ++n) load_fragment(query_sum(arguments, slot, warp_index(), n), dQ[0][n]);
   }

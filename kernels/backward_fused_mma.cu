@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
   const int common_keys = common.end_key(0, first_geometry.seqlen_q);
   const int num_members = PER_HEAD_WALK || common_steps.begin < common_steps.end ? arguments.group_batch * arguments.group_heads : 0;
   int loaded_kv = -1;  // (batch, K/V head) in shared memory
-  TurnTaker turns;
+  TurnTaker turns(arguments.turns);
 
 #pragma unroll 1
   for (int member = 0; member < num_members; ++member) {
@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
     if (PER_HEAD_WALK && steps.begin >= steps.end) continue;
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
     const StatisticsView view(arguments, batch, head, start_q, geometry.seqlen_q);
-    const int64 slot = first_slot(arguments, batch, head, start_q);
+    const int slot = first_slot(arguments, batch, head, start_q);
     auto tile_of = [&](int step) { return steps.begin + steps.end - 1 - step; };  // the last one first
     auto queries_of = [&](int step) { return QueryColumns(statistics_smem + slot_of(step) * QueryColumns::BYTES, view, tile_of(step) * TILE_Q); };
 
@@ -137,8 +137,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
     for (int j = steps.begin; j < steps.end; ++j) {
       begin_step(j, issue, [] {});
       const int first_q = tile_of(j) * TILE_Q;
-      int* turn = turn_of(arguments, slot + tile_of(j));
-      turns.look(turn);
+      turns.look(slot + tile_of(j));
       const SliceTile<TileQ, HEAD_DIM> Q{Q_smem + slot_of(j) * TileQ::BYTES, first_q, Q_rows};
       const SliceTile<TileO, HEAD_DIM_V> dO{dO_smem + slot_of(j) * TileO::BYTES, first_q, dO_rows};
 
@@ -170,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       multiply_accumulator(dK, dS, Q);
 
       const int place = work.tile - visibility.first_key(first_q) / TILE_KV;  // among the blocks that add to this tile
-      turns.take(turn, place);
+      turns.take(slot + tile_of(j), place);
       __syncthreads();  // dSᵀ is complete, and it is the block's turn
       float dQ[QUERY_ROWS / 16][COLUMN_TILES][4];
       clear(dQ);

@@ -13,7 +13,6 @@ import hashlib
 import os
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy
 import pytest
+import sampling
 from hypothesis import settings
 
 import cuflash
@@ -60,50 +60,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--exhaustive"):
         return
-    left_out = {item for item in items if item.get_closest_marker("exhaustive")} | _between_turns(items)
-    left_out |= _other_architectures([item for item in items if item not in left_out])
+    left_out = {item for item in items if item.get_closest_marker("exhaustive")}
+    left_out |= sampling.on_other_architectures([item for item in items if item not in left_out], SIMULATED)
+    left_out |= sampling.beyond_samples([item for item in items if item not in left_out])
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
-
-
-def _between_turns(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Of tests marked `by_turns(n)`: all cases but every n-th along each parameter, so that every value of one meets every n-th of another."""
-    left_out = set()
-    numbers: dict[tuple[str, str, str], dict[int, int]] = {}  # of a parameter's values, as they appear
-    for item in items:
-        marker, call = item.get_closest_marker("by_turns"), getattr(item, "callspec", None)
-        if marker is None or call is None:
-            continue
-        position = 0
-        for name in call.params.keys() - {"target"}:
-            known = numbers.setdefault((item.path.name, item.originalname, name), {})
-            position += known.setdefault(id(call.params[name]), len(known))
-        if position % marker.args[0]:
-            left_out.add(item)
-    return left_out
-
-
-def _other_architectures(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Of tests that take `target`: the items whose case has its turn on another simulated architecture."""
-    cases: dict[tuple[str, str], dict[str, list[tuple[str, pytest.Item]]]] = {}
-    for item in items:
-        call = getattr(item, "callspec", None)
-        if call is not None and call.params.get("target") in SIMULATED:
-            arch = call.params["target"]
-            case = "-".join(part for part in call.id.split("-") if part != arch)
-            cases.setdefault((item.path.name, item.originalname), {}).setdefault(case, []).append((arch, item))
-    return {
-        item
-        for test, of_test in cases.items()
-        for turn, case in enumerate(sorted(of_test, key=_scrambled), _scrambled("".join(test)))  # else every third case has the same type
-        for arch, item in of_test[case]
-        if arch != SIMULATED[turn % len(SIMULATED)]
-    }
-
-
-def _scrambled(name: str) -> int:
-    return zlib.crc32(name.encode())
 
 
 DEADLINE = float(os.environ.get("CUFLASH_TEST_DEADLINE") or "inf")
@@ -149,7 +111,9 @@ def _gpu_answers() -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU; everything else also runs on the simulator")
     config.addinivalue_line("markers", "xdist_group(name): tests of pytest-xdist that run in one process under --dist loadgroup")
-    config.addinivalue_line("markers", "by_turns(n): every n-th case along each parameter; all of them with --exhaustive")
+    config.addinivalue_line(
+        "markers", "sample(n): n of the cases, every value of every parameter about equally often; all with --exhaustive"
+    )
     config.addinivalue_line("markers", "exhaustive: all cases of something that the ordinary run tests some cases of; needs --exhaustive")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:  # the simulator's threads and pytest's processes share the cores

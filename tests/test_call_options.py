@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
@@ -48,14 +49,14 @@ def test_every_argument_arrives_in_the_field_of_its_name(function: str, monkeypa
 
 def test_defaults_are_those_of_the_public_function() -> None:
     public = {name: parameter.default for name, parameter in inspect.signature(cuflash.scaled_dot_product_attention).parameters.items()}
-    for fields in (Operands, Options):
-        for name, default in fields._field_defaults.items():
+    for given in (Operands, Options):
+        for name, default in given._field_defaults.items():
             if name in public:
                 assert public[name] == default, name
 
 
 def test_features_are_constants_of_their_own_names() -> None:
-    for name in ("dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix"):
+    for name in (flag.name for flag in fields(FeatureSet) if flag.name != "attn_mask"):
         constants = FeatureSet(**{name: True}).constants()
         assert [constant for constant, value in constants.items() if value is True] == [name.upper()]
 

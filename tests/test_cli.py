@@ -17,6 +17,7 @@ import pytest
 from conftest import share_simulator
 
 import cuflash
+from cuflash.__main__ import main
 from cuflash.jit import compiler, disassembly
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,7 +164,7 @@ FEATURES = ("--causal", "--window", "20", "-1", "--softcap", "30", "--alibi", "-
 
 
 def test_inspect_knows_features_and_lengths(tmp_path: Path) -> None:
-    options = ("--arch", "sm_80", "--head-dim", "64", "--dtype", "float16", *FEATURES, "--attn-mask", "bool", "--segments", "--seqlens-kv")
+    options = ("--arch", "sm_80", "--head-dim", "16", "--dtype", "float16", *FEATURES, "--attn-mask", "bool", "--segments", "--seqlens-kv")
     reports = json.loads(command("inspect", *options, "--json", directory=tmp_path).stdout)
     kernels = [report["kernel"] for report in reports]
     assert {"visible_tiles", "forward", "backward_delta", "backward_dq", "backward_sinks"} <= set(kernels)
@@ -171,7 +172,7 @@ def test_inspect_knows_features_and_lengths(tmp_path: Path) -> None:
     assert {report["head_dim_v"] for report in reports if report["kernel"] == "forward"} == {32}
     table = command("inspect", *options, directory=tmp_path).stdout
     assert table.startswith("calls: causal, seqlens_kv; features: boolean mask, dropout, window, softcap, alibi, sinks, segments\n")
-    assert "64/32" in table
+    assert "16/32" in table
     assert table.count("visible_tiles") == kernels.count("visible_tiles")
 
 
@@ -372,46 +373,60 @@ def test_demo_without_enough_steps_fails_with_a_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "expected"),
+    ("arguments", "expected"),
     [
-        (("inspect", "--arch", "sm_42"), {}, "expected one of sm_75"),
-        (("inspect", "--head-dim", "600"), {}, "an int from 1 to 576"),
-        (("demo", "--arch", "volta"), {}, "expected one of sm_75"),
-        (("warmup", "--head-dim", "64"), {"CUFLASH_KERNELS_DIR": "/nowhere"}, "kernels' text is missing"),
-        (("demo", "--steps", "0"), {}, "expected a positive number"),
-        (("profile", "--layout", "bsdx"), {}, "the letters b, s, h, d in the order of the dimensions"),
-        (("profile", "--tile", "1", "2", "3", "4"), {}, "Nearest legal tiles"),
-        (("profile", "--window", "3", "-2"), {}, "window: got (3, -2); expected a pair"),
-        (("profile", "--softcap", "-1"), {}, "softcap: got -1.0; expected a positive float"),
-        (("profile", "--prefix"), {}, "--prefix: got 64 without --causal; expected --causal with it."),
-        (("profile", "--segments", "0"), {}, "a positive number of documents"),
-        (("profile", "--segments", "--varlen"), {}, "expected a padded batch"),
-        (("profile", "--varlen", "--layout", "bhsd"), {}, "leave layout out"),
-        (("profile", "--varlen", "--attn-mask", "bool"), {}, "packed sequences do not see each other anyway"),
-        (("profile", "--varlen", "--seqlens-kv"), {}, "not allowed with argument"),
-        (("profile", "--seqlens-kv", "3", "4"), {}, "seqlens_kv: got shape (2,); expected (1,)"),
-        (("profile", "--head-dim-v", "600"), {}, "value: got head_dim 600"),
-        (("profile", "--seqlen", "256", "--seqlens-kv", "500"), {}, "--seqlens-kv: got 500 of 256 keys; expected numbers from 0 to 256."),
-        (("profile", "--need-attn-mask-grad", "--pass", "backward"), {}, "--need-attn-mask-grad: got it without --attn-mask; expected"),
-        (("profile", "--need-attn-mask-grad", "--attn-mask", "float16"), {}, "Add --pass backward."),
-        (("inspect", "--need-attn-mask-grad", "--attn-mask", "bool"), {}, "got it with --attn-mask bool; expected an additive --attn-mask"),
-        (("warmup", "--need-attn-mask-grad", "--attn-mask", "float32", "--forward-only"), {}, "Leave out --forward-only."),
-        (("profile", "--causal-alignment", "center"), {}, "invalid choice: 'center'"),
-        (("demo", "--output", "/nowhere/loss.png"), {}, "--output: got '/nowhere/loss.png': No such file or directory"),
-        (("profile", "--json", "/nowhere/profile.json"), {}, "--json: got '/nowhere/profile.json': No such file or directory"),
-        (("profile", "--causal", "--prefix", "4294967296"), {}, "expected a number below 2**31"),
-        (("profile", "--varlen", "5", "-3"), {}, "expected a number of at least 0"),
-        (("inspect", "--prefix"), {}, "--prefix: got 64 without --causal; expected --causal with it."),
-        (("inspect", "--dropout", "2"), {}, "dropout_p: got 2.0; expected a probability"),
-        (("inspect", "--head-dim-v", "600"), {}, "head_dim_v: got 600; expected an int from 1 to 576"),
-        (("warmup", "--varlen", "--segments"), {}, "features: got segments with varlen=True"),
-        (("frobnicate",), {}, "invalid choice"),
+        (("inspect", "--arch", "sm_42"), "expected one of sm_75"),
+        (("inspect", "--head-dim", "600"), "an int from 1 to 576"),
+        (("demo", "--arch", "volta"), "expected one of sm_75"),
+        (("demo", "--steps", "0"), "expected a positive number"),
+        (("profile", "--layout", "bsdx"), "the letters b, s, h, d in the order of the dimensions"),
+        (("profile", "--tile", "1", "2", "3", "4"), "Nearest legal tiles"),
+        (("profile", "--window", "3", "-2"), "window: got (3, -2); expected a pair"),
+        (("profile", "--softcap", "-1"), "softcap: got -1.0; expected a positive float"),
+        (("profile", "--prefix"), "--prefix: got 64 without --causal; expected --causal with it."),
+        (("profile", "--segments", "0"), "a positive number of documents"),
+        (("profile", "--segments", "--varlen"), "expected a padded batch"),
+        (("profile", "--varlen", "--layout", "bhsd"), "leave layout out"),
+        (("profile", "--varlen", "--attn-mask", "bool"), "packed sequences do not see each other anyway"),
+        (("profile", "--varlen", "--seqlens-kv"), "not allowed with argument"),
+        (("profile", "--seqlens-kv", "3", "4"), "seqlens_kv: got shape (2,); expected (1,)"),
+        (("profile", "--head-dim-v", "600"), "value: got head_dim 600"),
+        (("profile", "--seqlen", "256", "--seqlens-kv", "500"), "--seqlens-kv: got 500 of 256 keys; expected numbers from 0 to 256."),
+        (("profile", "--need-attn-mask-grad", "--pass", "backward"), "--need-attn-mask-grad: got it without --attn-mask; expected"),
+        (("profile", "--need-attn-mask-grad", "--attn-mask", "float16"), "Add --pass backward."),
+        (("inspect", "--need-attn-mask-grad", "--attn-mask", "bool"), "got it with --attn-mask bool; expected an additive --attn-mask"),
+        (("warmup", "--need-attn-mask-grad", "--attn-mask", "float32", "--forward-only"), "Leave out --forward-only."),
+        (("profile", "--causal-alignment", "center"), "invalid choice: 'center'"),
+        (("demo", "--output", "/nowhere/loss.png"), "--output: got '/nowhere/loss.png': No such file or directory"),
+        (("profile", "--json", "/nowhere/profile.json"), "--json: got '/nowhere/profile.json': No such file or directory"),
+        (("profile", "--causal", "--prefix", "4294967296"), "expected a number below 2**31"),
+        (("profile", "--varlen", "5", "-3"), "expected a number of at least 0"),
+        (("inspect", "--prefix"), "--prefix: got 64 without --causal; expected --causal with it."),
+        (("inspect", "--dropout", "2"), "dropout_p: got 2.0; expected a probability"),
+        (("inspect", "--head-dim-v", "600"), "head_dim_v: got 600; expected an int from 1 to 576"),
+        (("warmup", "--varlen", "--segments"), "features: got segments with varlen=True"),
+        (("frobnicate",), "invalid choice"),
     ],
 )
-def test_what_cannot_be_done_is_one_message(tmp_path: Path, arguments: tuple[str, ...], environment: dict[str, str], expected: str) -> None:
-    result = command(*arguments, directory=tmp_path, **environment)
+def test_what_cannot_be_done_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_80")  # a command may set it
+    try:
+        status: object = main(arguments)
+    except SystemExit as exit_of_the_parser:
+        status = exit_of_the_parser.code
+    assert status == 2
+    message = capsys.readouterr().err
+    assert expected in message
+    assert "Traceback" not in message
+
+
+def test_without_the_text_of_kernels_there_is_one_message(tmp_path: Path) -> None:
+    result = command("warmup", "--head-dim", "64", directory=tmp_path, CUFLASH_KERNELS_DIR="/nowhere")
     assert result.returncode == 2
-    assert expected in result.stderr
+    assert "kernels' text is missing" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -13,6 +13,7 @@ import pytest
 
 import cuflash
 from cuflash.errors import ArgumentError
+from cuflash.jit import disassembly
 from cuflash.reference import attention, attention_backward
 
 if TYPE_CHECKING:
@@ -28,6 +29,17 @@ def test_tables_are_generated(path: Path) -> None:
     page = path.read_text()
     assert "<!-- generated: " in page
     assert SCRIPT["filled"](page) == page
+
+
+def test_the_trace_of_a_call_is_what_is_seen() -> None:
+    """If this fails: python docs/trace_call.py. Machine code is compared where the compiler is the one that made the page's."""
+    pytest.importorskip("cupy")
+    trace = runpy.run_path(str(DOCS / "trace_call.py"))
+    page = trace["PAGE"].read_text()
+    same_compiler = trace["compiler_version"]() in page and disassembly.find_nvdisasm() is not None
+    steps = tuple(step for step in trace["STEPS"] if same_compiler or step not in trace["OF_THE_COMPILER"])
+    assert len(steps) >= 5
+    assert trace["filled"](page, steps) == page
 
 
 PAGE = (DOCS / "coming-from.md").read_text()

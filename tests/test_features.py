@@ -79,7 +79,7 @@ def placed(target: Target, options: dict[str, Any]) -> dict[str, Any]:
 # --- Each alone, and in pairs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.by_turns(2)
+@pytest.mark.sample(11)
 @pytest.mark.parametrize("dtype", ["half", "float32"])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_alone(target: Target, feature: str, dtype: str) -> None:
@@ -104,7 +104,7 @@ def test_all_together(target: Target) -> None:
     target.check(*inputs_of(target, target.half), enable_gqa=True, **placed(target, together))
 
 
-@pytest.mark.by_turns(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("head_dim", [8, 72, 128, 256])
 @pytest.mark.parametrize("feature", ["softcap", "boolean_mask", "additive_mask", "dropout"])
 def test_other_head_dims(simulator: Target, feature: str, head_dim: int) -> None:
@@ -128,6 +128,7 @@ MASK_SHAPES = [
 ]
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ["bool", "float16", "bfloat16", "float32"])
 def test_masks_of_all_shapes_and_types(simulator: Target, dtype: str, shape: tuple[int, ...]) -> None:
@@ -154,6 +155,7 @@ def strided(mask: Any, view: str) -> Any:
     return buffer[1:].reshape(mask.shape)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("view", ["expanded", "last_stride_0", "transposed", "reversed", "unaligned"])
 @pytest.mark.parametrize("dtype", ["bool", "float16"])
 def test_masks_are_read_by_stride(target: Target, dtype: str, view: str) -> None:
@@ -208,6 +210,7 @@ def masked_rows(kind: str) -> dict[str, Any]:
     return {"segment_ids_q": ids, "segment_ids_kv": numpy.zeros((B, SKV), numpy.int32)}
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("others", [{}, {"is_causal": True}, {"softcap": 5.0}, {"dropout_p": 0.5, "dropout_seed": 3}], ids=str)
 @pytest.mark.parametrize("kind", ["boolean", "additive", "segments"])
 def test_rows_that_see_nothing(simulator: Target, kind: str, others: dict[str, Any]) -> None:
@@ -380,6 +383,7 @@ def test_everything_dropped(target: Target) -> None:
 # --- Windows, softcap, ALiBi, sinks, prefixes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
 @pytest.mark.parametrize("window", [(0, 0), (None, 0), (3, None), (-1, 70), (500, 500), (0, None), (33, 1), (2**40, 2)], ids=str)
 @pytest.mark.parametrize("seqlens", [(70, 200), (200, 70), (1, 130), (130, 1)], ids=str)

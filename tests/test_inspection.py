@@ -181,7 +181,7 @@ def test_mix_of_a_compiled_kernel(arch: str) -> None:
 
 
 def test_without_nvdisasm_everything_else_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "find_nvdisasm", lambda: None)
+    monkeypatch.setattr(disassembly, "find_nvdisasm", lambda: None)
     found = report(expectations=Expectations(matrix="HGMMA"))
     assert found.mix is None
     assert found.resources.registers > 0

@@ -6,6 +6,7 @@ The simulator runs PTX, so registers and SASS are nowhere else looked at.
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 
 import pytest
 
@@ -31,7 +32,7 @@ FEATURES = {
     "boolean_mask": FeatureSet(attn_mask="bool"),
     "additive_mask": FeatureSet(attn_mask="float32"),
     "narrow_mask": FeatureSet(attn_mask="float16"),
-    **{name: FeatureSet(**{name: True}) for name in ("dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix")},
+    **{flag.name: FeatureSet(**{flag.name: True}) for flag in fields(FeatureSet) if flag.name != "attn_mask"},
 }
 LENGTHS = ("varlen", "seqlens_kv")
 """Arguments of `offline_kernels` for sequences of different lengths."""
@@ -73,7 +74,7 @@ def is_quick(report: Report) -> bool:
     return processor_seconds(report.subject.request) <= MAX_SECONDS * slowness
 
 
-@pytest.mark.by_turns(6)
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS, ids="D{}".format)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -110,7 +111,7 @@ def test_the_instructions_were_looked_at() -> None:
     assert reports_of(device.of_arch("sm_80", "gpu"), "float16", 64)[0].opcodes
 
 
-@pytest.mark.by_turns(2)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("head_dim", [1, 40, 72, 96, 160, 192], ids="D{}".format)
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
 def test_other_head_dims_do_not_spill(arch: str, head_dim: int) -> None:
@@ -121,7 +122,7 @@ def test_other_head_dims_do_not_spill(arch: str, head_dim: int) -> None:
         assert report.warnings == (), named(report)
 
 
-@pytest.mark.by_turns(5)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dims", [(192, 128), (64, 256), (576, 512), (71, 33), (8, 512)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHS)
@@ -131,7 +132,12 @@ def test_two_head_dims_do_not_spill(arch: str, dtype: str, dims: tuple[int, int]
         assert report.warnings == (), named(report)
 
 
-def no_spills(arch: str, dtype: str, head_dim: int, feature: str) -> None:
+@pytest.mark.sample(8)
+@pytest.mark.parametrize("feature", [*FEATURES, *LENGTHS])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS, ids="D{}".format)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_spills_with_a_feature(arch: str, dtype: str, head_dim: int, feature: str) -> None:
     options = {"features": FEATURES[feature]} if feature in FEATURES else {feature: True}
     for report in reports_of(device.of_arch(arch, "gpu"), dtype, head_dim, **options):  # type: ignore[arg-type]
         # docs/performance.md has the numbers
@@ -143,24 +149,7 @@ def no_spills(arch: str, dtype: str, head_dim: int, feature: str) -> None:
         assert report.warnings == (), named(report)
 
 
-@pytest.mark.by_turns(5)
-@pytest.mark.parametrize("feature", [*FEATURES, *LENGTHS])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_no_spills_with_a_feature(arch: str, feature: str) -> None:
-    """Each alone. Types and head dimensions in turn; `--exhaustive` takes all of them."""
-    number = [*FEATURES, *LENGTHS].index(feature) + int(arch[3:])
-    no_spills(arch, DTYPES[number % 3], HEAD_DIMS[number // 3 % 4], feature)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("feature", [*FEATURES, *LENGTHS])
-@pytest.mark.parametrize("head_dim", HEAD_DIMS, ids="D{}".format)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("arch", ARCHS)
-def test_no_spills_with_any_feature(arch: str, dtype: str, head_dim: int, feature: str) -> None:
-    no_spills(arch, dtype, head_dim, feature)
-
-
+@pytest.mark.sample(1)
 @CAUSAL
 def test_tf32_takes_a_third_of_the_matrix_instructions(is_causal: bool) -> None:
     """One product instead of three, in kernels that are otherwise the same."""

@@ -485,7 +485,7 @@ def test_bad_results(simulator: Target, name: str, given: Any, error: type[Argum
 # --- Kernels -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.by_turns(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", list(ELEMENTS))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_spills(arch: str, dtype: str) -> None:

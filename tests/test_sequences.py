@@ -53,7 +53,7 @@ def padded(target: Target, lengths: Any, dtype: str, dims: tuple[int, int] = (40
     return [query, target.place(key), target.place(value)]
 
 
-@pytest.mark.by_turns(3)
+@pytest.mark.sample(3)
 @MASK
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_have_their_own_numbers_of_keys(target: Target, dtype: str, mask: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ def test_nan_in_padded_keys_and_values_never_leaks(target: Target, mask: dict[st
     assert got.bits() == want.bits()
 
 
-@pytest.mark.by_turns(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dims", [(192, 128), (71, 33), (512, 512), (8, 320)], ids=str)
 def test_key_lengths_with_other_head_dims(target: Target, dims: tuple[int, int]) -> None:
     lengths = [5, 77]
@@ -109,7 +109,7 @@ def test_key_lengths_of_keys_that_the_batch_shares(target: Target, dims: tuple[i
         target.check(query, key, value, seqlens_kv=int32(target, [80, 3, 0, 64]), enable_gqa=True, **mask)
 
 
-@pytest.mark.by_turns(2)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("layout", ["bhsd", "sbhd"])
 def test_key_lengths_in_other_layouts_and_strides(target: Target, view: str, layout: str) -> None:
     order = ["bshd".index(letter) for letter in layout]
@@ -162,7 +162,7 @@ def packed(
 LENGTHS_Q, LENGTHS_KV = [10, 0, 70, 1, 128, 33], [20, 30, 0, 3, 64, 130]
 
 
-@pytest.mark.by_turns(3)
+@pytest.mark.sample(3)
 @MASK
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_sequences(target: Target, dtype: str, mask: dict[str, Any]) -> None:
@@ -170,7 +170,7 @@ def test_packed_sequences(target: Target, dtype: str, mask: dict[str, Any]) -> N
     target.check_packed(packed(target, (sum(LENGTHS_Q), sum(LENGTHS_KV)), dtype), cu, (128, 130), **mask)
 
 
-@pytest.mark.by_turns(3)
+@pytest.mark.sample(3)
 @MASK
 @pytest.mark.parametrize("dims", [(192, 128), (71, 33), (576, 512), (64, 256), (256, 8)], ids=str)
 def test_packed_sequences_with_other_head_dims(target: Target, dims: tuple[int, int], mask: dict[str, Any]) -> None:

@@ -22,9 +22,9 @@ from typing import Protocol, TextIO
 
 from cuflash.hardware.device import Device
 from cuflash.hardware.occupancy import MAX_REGISTERS_PER_THREAD, Occupancy, occupancy
-from cuflash.jit import cache
+from cuflash.jit import cache, disassembly
 from cuflash.jit.compiler import CompileRequest, KernelResources
-from cuflash.jit.disassembly import CLASSES, NVDISASM_HINT, classify, disassemble, find_nvdisasm, instruction_counts
+from cuflash.jit.disassembly import CLASSES, NVDISASM_HINT, classify, instruction_counts
 from cuflash.planning.kernel_cases import head_dims
 
 # ---------------------------------------------------------------------------------------------------------------------------------- reports
@@ -178,7 +178,7 @@ def inspect(subjects: Iterable[Subject], progress: cache.Progress | None = None)
     subjects = list(subjects)
     artifacts = cache.fetch_many([subject.request for subject in subjects], progress=progress)
     with ThreadPoolExecutor(4) as pool:
-        listings = list(pool.map(disassemble, [artifact.data for artifact in artifacts]))
+        listings = list(pool.map(disassembly.disassemble, [artifact.data for artifact in artifacts]))
     reports = []
     for subject, artifact, listing in zip(subjects, artifacts, listings, strict=True):
         counts = None if listing is None else instruction_counts(listing)
@@ -253,7 +253,7 @@ def remarks(reports: Sequence[Report]) -> list[str]:
     for report in reports:
         name = f"{report.subject.device.arch} {report.subject.label} {report.subject.dtype} {report.subject.head_dim or ''}".strip()
         lines += [f"{name}: {text}" for text in (*report.failures, *report.warnings)]
-    if any(report.opcodes is None for report in reports) and find_nvdisasm() is None:
+    if any(report.opcodes is None for report in reports) and disassembly.find_nvdisasm() is None:
         lines.append(NVDISASM_HINT)
     return lines
 

@@ -23,7 +23,7 @@ VARIABLE = "CUFLASH_FUSED_BACKWARD"
 """Environment variable; 0: the fused kernel only where `tile` names it. Looked at when a call is planned, so not by calls whose like was made before."""
 
 _SECTION_BYTES = 32 * 2**20  # of L2, docs/hopper.md
-_OTHER_WAY = ("backward_dkdv", "backward_dk", "backward_dv", "backward_dq")
+_OTHER_WAY = (kernel_specs.BACKWARD_DKDV, kernel_specs.BACKWARD_DK, kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DQ)
 
 
 def is_taken(case: KernelCase, device: Device, tile: Tiles) -> bool:
@@ -32,7 +32,7 @@ def is_taken(case: KernelCase, device: Device, tile: Tiles) -> bool:
         return False
     if isinstance(tile, Mapping) and kernel_specs.BACKWARD_FUSED.name in tile:
         return True
-    if isinstance(tile, Mapping) and any(name in tile for name in _OTHER_WAY):
+    if isinstance(tile, Mapping) and any(kernel.name in tile for kernel in _OTHER_WAY):
         return False
     if isinstance(tile, Tile) and tile_rules.broken_rule(case, tile, device) is not None:
         return False

@@ -20,6 +20,10 @@ _WIDE_AS_VALUE = ("value", "grad_out", "dP", "O", "dV")
 """Operands and outputs with head_dim_v columns, and scores that are sums over them; the others have head_dim."""
 
 
+MAX_TILE = 2**20
+"""Of anything in a tile; what is possible is far less."""
+
+
 @dataclass(frozen=True)
 class Costs:
     """What the model of tiles was fitted with (docs/performance.md).
@@ -73,6 +77,9 @@ class KernelSpec:
         added_up: of the outputs, what blocks add up among each other, a tile at a time; scores meet in shared memory for it.
         sums_scores: the sum has the form of scores, as the gradient of a mask has.
         online_softmax: the output is rescaled whenever a row finds a larger maximum.
+        warps_per_product: that issue one matrix instruction together; 4 of wgmma, and a block has a multiple of them.
+        max_warp_rows: most rows that a warp may own, a multiple of 16.
+        streamed_multiple: of rows of a streamed tile.
         max_stages: most streamed tiles in flight.
         walks_lists: with features that hide tiles by data, blocks walk over lists of visible tiles. False where it is not worth making them: a kernel that
             seldom visits any tile, or one that adds up the tiles of many heads.
@@ -98,6 +105,9 @@ class KernelSpec:
     added_up: tuple[Output, ...] = field(default=(), compare=False)
     sums_scores: bool = field(default=False, compare=False)
     online_softmax: bool = field(default=False, compare=False)
+    warps_per_product: int = field(default=1, compare=False)
+    max_warp_rows: int = field(default=MAX_TILE, compare=False)
+    streamed_multiple: int = field(default=16, compare=False)
     max_stages: int = field(default=4, compare=False)
     walks_lists: bool = field(default=True, compare=False)
     drops: bool = field(default=True, compare=False)

@@ -14,8 +14,9 @@ from cuflash.errors import TileError
 from cuflash.hardware.device import Device
 from cuflash.planning import measured_tiles, predicted_tiles
 from cuflash.planning.kernel_cases import KernelCase, head_dims
+from cuflash.planning.kernel_specs import MAX_TILE
 from cuflash.planning.tile_model import estimate_cycles
-from cuflash.planning.tile_rules import MAX_COUNT, broken_rule
+from cuflash.planning.tile_rules import broken_rule
 from cuflash.problem.features import NO_FEATURES
 from cuflash.problem.tile import Tile
 
@@ -28,7 +29,8 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
     longest = 16 if shortest else 32 if many_instructions else 128
     slices = case.head_slices(device)
     stages = (1,) if device.capability < 80 or shortest or case.slice_pieces(device) > 1 else (1, 2, 3)
-    for row_warps in (1, 2) if shortest and case.kernel.costs.small_blocks else (1, 2, 4, 8):
+    for groups in (1, 2) if shortest and case.kernel.costs.small_blocks else (1, 2, 4, 8):
+        row_warps = groups * case.kernel.warps_per_product
         num_warps = row_warps * slices
         for warp_rows in (16, 32):
             for streamed in (length for length in (16, 32, 48, 64, 80, 96, 112, 128) if length <= longest):
@@ -98,7 +100,7 @@ def check_tile(case: KernelCase, tile: Tile, device: Device, argument: str = "ti
 
 def _distance(left: Tile, right: Tile) -> float:
     def ratio(a: object, b: object) -> float:
-        if type(a) is not int or type(b) is not int or not 1 <= min(a, b) <= max(a, b) <= MAX_COUNT:
+        if type(a) is not int or type(b) is not int or not 1 <= min(a, b) <= max(a, b) <= MAX_TILE:
             return 0.0
         return max(a, b) / min(a, b)
 

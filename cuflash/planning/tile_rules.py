@@ -7,6 +7,7 @@ from dataclasses import fields
 from cuflash.arrays.borrowing import describe
 from cuflash.hardware.device import Device
 from cuflash.planning.kernel_cases import KernelCase, accumulator_registers, shared_bytes
+from cuflash.planning.kernel_specs import MAX_TILE
 from cuflash.problem.tile import Tile
 
 MAX_REGISTERS = 255
@@ -14,14 +15,11 @@ MAX_WARPS = 16
 REGISTERS_PER_BLOCK = 65536
 
 
-MAX_COUNT = 2**20  # of anything in a tile; what is possible is far less
-
-
 def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     """The first rule that `tile` breaks on `device`, in words, or None when it is legal."""
     for field in fields(tile):
         count = getattr(tile, field.name)
-        if type(count) is not int or not 1 <= count <= MAX_COUNT:
+        if type(count) is not int or not 1 <= count <= MAX_TILE:
             return f"{field.name} must be a positive int, got {describe(count)}"
     stationary, streamed = ("tile_kv", "tile_q") if case.kernel.owns_keys else ("tile_q", "tile_kv")
     if tile.num_warps > MAX_WARPS:
@@ -29,11 +27,16 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     slices = case.head_slices(device)
     if tile.num_warps % slices:
         return f"num_warps must be a multiple of {slices}, the slices of the head"
+    together = case.kernel.warps_per_product
+    if tile.num_warps % (slices * together):
+        return f"num_warps must be a multiple of {slices * together}, since {together} warps issue a product together"
     if getattr(tile, stationary) % (16 * tile.num_warps // slices):
         of_a_slice = f" / {slices} slices of the head" if slices > 1 else ""
         return f"{stationary} must be a multiple of 16 * num_warps{of_a_slice} = {16 * tile.num_warps // slices}"
-    if getattr(tile, streamed) % 16:
-        return f"{streamed} must be a multiple of 16"
+    if getattr(tile, stationary) * slices > case.kernel.max_warp_rows * tile.num_warps:
+        return f"{stationary} must be at most {case.kernel.max_warp_rows} rows for each warp"
+    if getattr(tile, streamed) % case.kernel.streamed_multiple:
+        return f"{streamed} must be a multiple of {case.kernel.streamed_multiple}"
     if device.capability < 80 and tile.num_stages != 1:
         return f"num_stages must be 1 on {device.arch}, which has no asynchronous copies"
     if case.slice_pieces(device) > 1 and tile.num_stages != 1:

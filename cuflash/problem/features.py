@@ -14,7 +14,7 @@ import numbers
 import operator
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TypeAlias
 
 import numpy
@@ -70,7 +70,7 @@ class FeatureSet:
 
     def names(self) -> tuple[str, ...]:
         """The features that are used, for people and for the model of registers."""
-        flags = ("dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix")
+        flags = (flag.name for flag in fields(self) if flag.name != "attn_mask")
         mask = () if self.attn_mask is None else ("boolean mask" if self.attn_mask == "bool" else "additive mask",)
         return (*mask, *(name for name in flags if getattr(self, name)))
 

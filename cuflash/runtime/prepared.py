@@ -106,11 +106,15 @@ class PreparedCall:
         given: set[str],
         grad_attn_mask_strides: tuple[int, ...] = (0, 0, 0, 0),
     ) -> list[_Launch]:
-        """The loaded kernels of the plan with their arguments filled in but for the addresses of what is `given` and of what is allocated."""
+        """The loaded kernels of the plan with their arguments filled in but for the addresses of what is `given` and of what is allocated.
+
+        A buffer of the workspace is found under its name by every struct that has such a field.
+        """
         problem = self.problem
         given = given | self.written
         if problem.features.kinds.dropout and "dropout_state" not in given:
             given |= {"dropout_seed", "dropout_offset"}
+        values |= {buffer.name: buffer.name for buffer in self.plan.workspace}
         values["lengths"] = arguments.lengths(problem)
         if problem.features != NOTHING:
             values["features"] = arguments.feature_values(problem.features, problem.scale, problem.list_extents, grad_attn_mask_strides)
@@ -215,7 +219,6 @@ class PreparedBackward(PreparedCall):
         values["lse"] = arguments.rows("lse", others.lse_strides)
         if others.grad_lse_strides is not None:
             values["grad_lse"] = arguments.rows("grad_lse", others.grad_lse_strides)
-        values |= {name: name for name in ("row_statistics", "query_sums", "turns")}
         values["num_turns"] = sum(buffer.shape[0] for buffer in self.plan.workspace if buffer.name == "turns")
         self.launches = self.fill_in(executables, values, set(inputs), grad_attn_mask_strides)
 

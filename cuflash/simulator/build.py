@@ -135,14 +135,24 @@ def _run(command: list[str]) -> None:
         raise SimulatorError(f"Building the simulator's core failed:\n{' '.join(command)}\n{result.stderr.strip()}")
 
 
+def _precompiled_headers(command: list[str], scratch: Path) -> list[str]:
+    """Arguments that give a source the headers all of them share, read once for all: half of the time that a small source takes."""
+    header = scratch / "precompiled.h"
+    header.write_text(f'#include "{SOURCES / "machine.h"}"\n')
+    _run([*command, "-x", "c++-header", str(header), "-o", f"{header}.gch"])
+    return ["-include", str(header)]
+
+
 def _compile(compiler: Compiler, folder: Path) -> bytes:
     """Build the library from all sources, in a directory inside `folder` that is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="build-", suffix=".tmp", dir=folder) as scratch:
         sources = sorted(SOURCES.glob("*.cpp"), key=lambda path: -path.stat().st_size)
         objects = {source: Path(scratch, source.stem + ".o") for source in sources}
+        command = [*compiler.command, *compiler.flags()]
+        headers = _precompiled_headers(command, Path(scratch)) if compiler.kind == "gcc" else []
 
         def compile_one(source: Path) -> None:
-            _run([*compiler.command, *compiler.flags(), "-c", str(source), "-o", str(objects[source])])
+            _run([*command, *headers, "-c", str(source), "-o", str(objects[source])])
 
         for _ in results_of(compile_one, sources, os.cpu_count() or 1):
             pass

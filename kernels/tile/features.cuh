@@ -11,14 +11,11 @@ constexpr bool ADDITIVE_MASK = !BOOLEAN_MASK && !SameType<MaskElement, NoMask>::
 constexpr bool WINDOW = Config::WINDOW;
 constexpr bool PREFIX = Config::PREFIX;
 constexpr bool SEGMENTS = Config::SEGMENTS;
-constexpr bool SOFTCAP = Config::SOFTCAP;
-constexpr bool ALIBI = Config::ALIBI;
 constexpr bool SINKS = Config::SINKS;
 constexpr bool DROPOUT = Config::DROPOUT;
 
 constexpr bool TILE_LISTS = BOOLEAN_MASK || SEGMENTS;  // which tiles have visible pairs depends on data
 constexpr bool ONLY_CAUSAL = !TILE_LISTS && !WINDOW && !PREFIX;  // no mask but the end of the arrays and the causal one
-constexpr bool MODIFIES_SCORES = SOFTCAP || ALIBI || ADDITIVE_MASK;  // scores are more than scaled products
 constexpr bool PER_HEAD_WALK = TILE_LISTS || PREFIX || SEQLENS_KV;  // the tiles of a walk differ between batches or heads
 
 // What an element of a mask means. Templates, so that nothing is asked of the elements of another kind of mask.

@@ -25,18 +25,16 @@ constexpr int FRAGMENT_FLOATS = 128;
 constexpr int SLOT_FLOATS = TILE_Q / 16 * D_TILES * FRAGMENT_FLOATS;
 
 // The slot of the first tile of (batch, head), or of (sequence, head), whose queries start at row start_q of the packed ones.
-DEVICE int64 first_slot(const BackwardArguments& arguments, int batch, int head, int start_q) {
+DEVICE int first_slot(const BackwardArguments& arguments, int batch, int head, int start_q) {
   const int tiles = (arguments.geometry.seqlen_q + TILE_Q - 1) / TILE_Q;
-  if constexpr (VARLEN) return int64(head) * (tiles + arguments.lengths.num_sequences) + start_q / TILE_Q + batch;
-  return (int64(batch) * arguments.geometry.num_heads_q + head) * tiles;
+  if constexpr (VARLEN) return head * (tiles + arguments.lengths.num_sequences) + start_q / TILE_Q + batch;
+  return (batch * arguments.geometry.num_heads_q + head) * tiles;
 }
-
-DEVICE int* turn_of(const BackwardArguments& arguments, int64 slot) { return arguments.turns + 1 + slot; }
 
 // Where this lane's numbers of accumulator tile n of a tile of 16 rows are: four neighbours where they are added at once, else one for each quarter of
 // the fragment, so that every access of a warp is to neighbours.
-DEVICE float* query_sum(const BackwardArguments& arguments, int64 slot, int row_tile, int n) {
-  return arguments.query_sums + slot * SLOT_FLOATS + (row_tile * D_TILES + n) * FRAGMENT_FLOATS + lane_index() * (HAS_VECTOR_RED ? 4 : 1);
+DEVICE float* query_sum(const BackwardArguments& arguments, int slot, int row_tile, int n) {
+  return arguments.query_sums + int64(slot) * SLOT_FLOATS + (row_tile * D_TILES + n) * FRAGMENT_FLOATS + lane_index() * (HAS_VECTOR_RED ? 4 : 1);
 }
 
 DEVICE void store_fragment(float* sum, const float (&c)[4]) {
@@ -83,37 +81,40 @@ DEVICE int take_ticket(const BackwardArguments& arguments, SmemAddress scratch) 
 // after the block has added, when the additions have long arrived.
 class TurnTaker {
  public:
-  DEVICE void look(const int* turn) {
-    if (threadIdx.x == 0) seen = load_relaxed(turn);
+  DEVICE explicit TurnTaker(int* turns) : turns(turns + 1) {}
+
+  DEVICE void look(int slot) {
+    if (threadIdx.x == 0) seen = load_relaxed(turns + slot);
   }
 
   // Before the barrier behind which the block adds; `place` blocks add before it. All additions of the step before are issued.
-  DEVICE void take(int* turn, int place) {
+  DEVICE void take(int slot, int place) {
     if (threadIdx.x != 0) return;
     fence_gpu();
     pass_on();
     if (seen < place) {
       do {
-        seen = load_relaxed(turn);
+        seen = load_relaxed(turns + slot);
       } while (seen < place);
       fence_gpu();
     }
-    added_to = turn;
+    added_to = slot;
   }
 
   // At the end, behind a barrier.
   DEVICE void finish() {
-    if (threadIdx.x != 0 || added_to == nullptr) return;
+    if (threadIdx.x != 0 || added_to < 0) return;
     fence_gpu();
     pass_on();
   }
 
  private:
+  int* turns;
   int seen = 0;
-  int* added_to = nullptr;  // what the block has added to last, whose turn it still holds
+  int added_to = -1;  // what the block has added to last, whose turn it still holds
 
   DEVICE void pass_on() {
-    if (added_to != nullptr) add_relaxed(added_to, 1);
+    if (added_to >= 0) add_relaxed(turns + added_to, 1);
   }
 };
 
@@ -129,7 +130,7 @@ static_assert(COLUMN_GROUPS != 0, "the warps cannot share out the tile of dQ");
 
 // Adds a warp's part of dQ to the tile's sums, or stores it if it is the first.
 template <int M, int N>
-DEVICE void add_to_sums(const float (&dQ)[M][N][4], const BackwardArguments& arguments, int64 slot, bool is_first) {
+DEVICE void add_to_sums(const float (&dQ)[M][N][4], const BackwardArguments& arguments, int slot, bool is_first) {
   const int row_tile = warp_index() / COLUMN_GROUPS * M, first_pair = warp_index() % COLUMN_GROUPS;
   float* sums = query_sum(arguments, slot, row_tile, 2 * first_pair);
   auto for_each_fragment = [&](const auto& body) {

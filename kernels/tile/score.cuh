@@ -13,6 +13,10 @@
 #include "tile/features.cuh"
 #include "tile/fragment.cuh"
 
+constexpr bool SOFTCAP = Config::SOFTCAP;
+constexpr bool ALIBI = Config::ALIBI;
+constexpr bool MODIFIES_SCORES = SOFTCAP || ALIBI || ADDITIVE_MASK;  // scores are more than scaled products
+
 constexpr float SCORE_UNIT = ADDITIVE_MASK ? 1.0f : LOG2_E;
 
 // d score / d (scale q·k) = 1 - tanh², for each element of a tile; empty without softcap.

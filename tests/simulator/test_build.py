@@ -25,6 +25,7 @@ def small_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Sources that compile at once, in place of the real ones."""
     sources = tmp_path / "core"
     sources.mkdir()
+    (sources / "machine.h").touch()
     (sources / "answer.cpp").write_text(SMALL)
     monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path / "cache"))

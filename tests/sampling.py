@@ -1,0 +1,93 @@
+"""Which cases the ordinary run of the tests leaves out. `--exhaustive` runs all.
+
+Compiling its kernels is most of what a case costs, on a machine that has compiled none. Of cases that need the same kernels each runs; of others
+
+- each runs on one simulated architecture only: the architectures take turns;
+- where a test is marked `sample(n)`, n run.
+
+The choice is made of names alone, so that it is the same in every process and on every machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+_SAME_KERNELS = {
+    "at", "axis", "bad", "count", "fill", "gap", "given_out", "heads_kv", "heads_q", "key_shape", "layout", "lengths", "maxima", "offsets_q", "order",
+    "packing", "query_shape", "scale", "score", "seqlen", "seqlen_kv", "seqlen_q", "shapes", "shift", "sign", "size", "tokens", "view",
+}  # fmt: skip
+"""Parameters of tests that no kernel is compiled for: cases that differ in them alone share their kernels, if they share the architecture."""
+
+
+def on_other_architectures(items: list[pytest.Item], architectures: Sequence[str]) -> set[pytest.Item]:
+    """Of tests that take `target`: the items whose kernels have their turn on another simulated architecture."""
+    of_kernels: dict[str, dict[tuple[tuple[str, int], ...], list[pytest.Item]]] = {}
+    numbers: dict[tuple[str, str], dict[int, int]] = {}  # of a parameter's values, as they appear: the same in every process
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if call is not None and call.params.get("target") in architectures:
+            test = _test_of(item)
+            chosen_by = []
+            for name in sorted(call.params.keys() - {"target"} - _SAME_KERNELS):
+                known = numbers.setdefault((test, name), {})
+                chosen_by.append((name, known.setdefault(id(call.params[name]), len(known))))
+            of_kernels.setdefault(test, {}).setdefault(tuple(chosen_by), []).append(item)
+    return {
+        item
+        for test, kernels in of_kernels.items()
+        for turn, key in enumerate(sorted(kernels, key=_scrambled), _scrambled(test))  # else every third has the same type
+        for item in kernels[key]
+        if item.callspec.params["target"] != architectures[turn % len(architectures)]  # type: ignore[attr-defined]
+    }
+
+
+def beyond_samples(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Of tests marked `sample(n)`: all but n cases, and but n on a GPU."""
+    cases: dict[tuple[str, bool], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sample"):
+            on_gpu = item.callspec.params.get("target") == "gpu"  # type: ignore[attr-defined]
+            cases.setdefault((_test_of(item), on_gpu), []).append(item)
+    return {item for of_test in cases.values() for item in set(of_test) - _sample(of_test, of_test[0].get_closest_marker("sample").args[0])}
+
+
+def _sample(cases: list[pytest.Item], count: int) -> set[pytest.Item]:
+    """So many of a test's cases, in which the values of each parameter appear about equally often, and so do pairs of them."""
+    taken: Counter[tuple[Any, ...]] = Counter()
+    number_of_values: dict[str, int] = {}
+
+    def values(item: pytest.Item) -> list[tuple[str, int]]:
+        return [(name, id(value)) for name, value in item.callspec.params.items()]  # type: ignore[attr-defined]
+
+    for name, _ in {value for item in cases for value in values(item)}:
+        number_of_values[name] = number_of_values.get(name, 0) + 1
+
+    def repeats(item: pytest.Item) -> tuple[int, int]:
+        return (
+            sum(taken[value] * number_of_values[value[0]] for value in values(item)),
+            sum(taken[pair] for pair in itertools.combinations(values(item), 2)),
+        )
+
+    chosen: set[pytest.Item] = set()
+    rest = sorted(cases, key=lambda item: _scrambled(item.name))
+    while rest and len(chosen) < count:
+        item = min(rest, key=repeats)
+        rest.remove(item)
+        chosen.add(item)
+        taken.update(values(item))
+        taken.update(itertools.combinations(values(item), 2))
+    return chosen
+
+
+def _test_of(item: pytest.Item) -> str:
+    return f"{item.path.name}::{item.originalname}"  # type: ignore[attr-defined]
+
+
+def _scrambled(key: object) -> int:
+    return zlib.crc32(repr(key).encode())
