@@ -57,6 +57,16 @@ DEVICE void share(const float (&dS)[M_TILES][S_TILES][4], SmemAddress smem, int 
     }
 }
 
+// Adds dS K to the sum of a tile of queries.
+DEVICE void add_query_gradients(const BackwardArguments& arguments, int slot, bool is_first, SmemAddress dS_smem, SmemAddress K_smem) {
+  float dQ[QUERY_ROWS / 16][COLUMN_TILES][4];
+  clear(dQ);
+  const int query_group = warp_index() / COLUMN_GROUPS, column_group = warp_index() % COLUMN_GROUPS;
+  gemm_columns<Mma, TILE_KV, COLUMN_GROUPS>(dQ, Mma::OperandAByRows<TileS>(dS_smem, query_group * (QUERY_ROWS / 8)),
+                                            Mma::OperandBByRows<TileK>(K_smem, 2 * column_group));
+  add_to_sums(dQ, arguments, slot, is_first);
+}
+
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(const __grid_constant__ BackwardArguments arguments) {
   extern __shared__ __align__(128) uint8 shared[];
   const SmemAddress K_smem = smem_address(shared);
@@ -67,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
   const SmemAddress dS_smem = K_smem + STATIONARY_BYTES + STAGED_BYTES;
 
   const int heads_per_kv = arguments.geometry.num_heads_q / arguments.geometry.num_heads_kv;
-  const Work work = decode_ticket(take_ticket(arguments, K_smem), arguments.geometry.num_tiles,
+  const Work work = decode_ticket(take_ticket(arguments, dS_smem), arguments.geometry.num_tiles,
                                   arguments.geometry.num_heads_q / arguments.group_heads, arguments.section_heads);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
@@ -171,12 +181,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       const int place = work.tile - visibility.first_key(first_q) / TILE_KV;  // among the blocks that add to this tile
       turns.take(slot + tile_of(j), place);
       __syncthreads();  // dSᵀ is complete, and it is the block's turn
-      float dQ[QUERY_ROWS / 16][COLUMN_TILES][4];
-      clear(dQ);
-      const int query_group = warp_index() / COLUMN_GROUPS, column_group = warp_index() % COLUMN_GROUPS;
-      gemm_columns<Mma, TILE_KV, COLUMN_GROUPS>(dQ, Mma::OperandAByRows<TileS>(dS_smem, query_group * (QUERY_ROWS / 8)),
-                                                    Mma::OperandBByRows<TileK>(K_smem, 2 * column_group));
-      add_to_sums(dQ, arguments, slot + tile_of(j), place == 0);
+      add_query_gradients(arguments, slot + tile_of(j), place == 0, dS_smem, K_smem);
       end_step();
     }
   }

@@ -59,7 +59,7 @@ def test_forward_is_one_kernel() -> None:
 
 
 def test_backward_is_delta_then_the_gradients() -> None:
-    plan = plan_of((2, 100, 8, 80), (2, 300, 2, 80), backward=True, tile=Tile(32, 64, 4, 2))
+    plan = plan_of((2, 100, 8, 48), (2, 300, 2, 48), backward=True, tile=Tile(32, 64, 4, 2))
     delta, dkdv, dq = plan.kernels
     assert [kernel.name for kernel in plan.kernels] == ["backward_delta", "backward_dkdv", "backward_dq"]
     assert (dkdv.tile, dkdv.num_tiles, dkdv.num_blocks) == (Tile(32, 64, 4, 2), 5, 5 * 2 * 2)

@@ -12,7 +12,7 @@ TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
     ("sm_86", "backward_fused", 128): (32, 128, 8, 1),
     ("sm_89", "backward_fused", 64): (64, 128, 8, 2),
     ("sm_89", "backward_fused", 128): (32, 128, 8, 1),
-    ("sm_90", "backward_fused", 64): (32, 128, 4, 2),
+    ("sm_90", "backward_fused", 64): (128, 64, 4, 2),
     ("sm_90", "backward_fused", 128): (64, 128, 8, 2),
     ("sm_120", "backward_fused", 64): (64, 128, 8, 2),
     ("sm_120", "backward_fused", 128): (32, 128, 8, 1),

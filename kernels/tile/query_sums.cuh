@@ -68,13 +68,11 @@ DEVICE void load_fragment(const float* sum, float (&c)[4]) {
 #endif
 }
 
-// The number of this block among those that start.
+// The number of this block among those that start. A barrier stands before the next use of `scratch`.
 DEVICE int take_ticket(const BackwardArguments& arguments, SmemAddress scratch) {
   if (threadIdx.x == 0) store_shared(scratch, uint32(fetch_add_relaxed(arguments.turns, 1)));
   __syncthreads();
-  const int ticket = int(__float_as_uint(load_shared_f32(scratch)));
-  __syncthreads();  // all have read it
-  return ticket;
+  return int(__float_as_uint(load_shared_f32(scratch)));
 }
 
 // The part of one thread in the block's turns. It looks for its turn early and comes back to it when the sum is wanted; it passes the turn on a step
@@ -90,13 +88,13 @@ class TurnTaker {
   // Before the barrier behind which the block adds; `place` blocks add before it. All additions of the step before are issued.
   DEVICE void take(int slot, int place) {
     if (threadIdx.x != 0) return;
-    fence_gpu();
+    fence_gpu();  // behind what the block has added and the look, before the turn is passed on and the block adds
     pass_on();
     if (seen < place) {
       do {
         seen = load_relaxed(turns + slot);
       } while (seen < place);
-      fence_gpu();
+      fence_gpu();  // behind the last look
     }
     added_to = slot;
   }
