@@ -14,7 +14,7 @@ from cuflash.errors import TileError
 from cuflash.hardware.device import Device
 from cuflash.planning import measured_tiles, predicted_tiles
 from cuflash.planning.kernel_cases import KernelCase, head_dims
-from cuflash.planning.kernel_specs import MAX_TILE
+from cuflash.planning.kernel_specs import BACKWARD_FUSED, MAX_TILE
 from cuflash.planning.tile_model import estimate_cycles
 from cuflash.planning.tile_rules import broken_rule
 from cuflash.problem.features import NO_FEATURES
@@ -63,12 +63,13 @@ def measured_tile(case: KernelCase, device: Device) -> Tile | None:
 
 
 def known_tile(case: KernelCase, device: Device) -> Tile | None:
-    """The measured tile, else the one that the timing model found (`predicted_tiles`), else None."""
-    found = measured_tile(case, device)
-    if found is None and case.dtype != "float32" and case.head_dim == case.head_dim_v and case.features == NO_FEATURES:
-        predicted = predicted_tiles.TILES.get((device.arch, case.kernel.name, case.head_dim))
-        return None if predicted is None else Tile(*predicted)
-    return found
+    """The measured tile, of the fused backward kernel the one that the timing model found (`predicted_tiles`), else None."""
+    if case.kernel != BACKWARD_FUSED:
+        return measured_tile(case, device)
+    if case.dtype == "float32" or case.head_dim != case.head_dim_v or case.features != NO_FEATURES:
+        return None
+    found = predicted_tiles.FUSED_BACKWARD.get((device.arch, case.head_dim))
+    return None if found is None else Tile(*found)
 
 
 def default_tile(case: KernelCase, device: Device) -> Tile:
