@@ -2,16 +2,16 @@
 //
 // One block owns TILE_KV keys of one K/V head and walks over all queries that see them, as in backward_dkdv_mma.cu:
 //     Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dV += Pᵀ dO,   dK += dSᵀ Q
-// Each warp has its own keys of dS in registers; all of dS meets in shared memory for the fifth product, dS K, whose queries the warps share out. It is
-// added to sums in global memory in the order of the keys (tile/query_sums.cuh), and backward_dq_convert.cu makes dQ of them. The result is the same
-// bit for bit on every run. The kernels backward_dkdv_mma.cu and backward_dq_mma.cu together need seven products for the same.
+// Each warp has its own keys of dS in registers; all of dS meets in shared memory for the fifth product, dS K, whose queries the warps share out. It
+// is added to sums in global memory in the order of the keys (tile/query_sums.cuh), and backward_dq_convert.cu makes dQ of them. The result is the
+// same bit for bit on every run. The kernels backward_dkdv_mma.cu and backward_dq_mma.cu together need seven products for the same.
 //
-// Tiles of queries are walked over from the last to the first. So under a causal mask blocks of neighbouring keys, which start at about the same time,
-// begin with the same tile, and each finds it its turn when it comes there.
+// Tiles of queries are walked over from the last to the first. So under a causal mask blocks of neighbouring keys, which start at about the same
+// time, begin with the same tile, and each finds it its turn when it comes there.
 //
 // Shared memory: K [TILE_KV][D] | V [TILE_KV][DV] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][DV] | row statistics [NUM_STAGES]
-// (QueryColumns) | dSᵀ [TILE_KV][TILE_Q]. One copy group per query tile. Two barriers for each tile: at the first its copies have landed, and all warps
-// are done with dSᵀ and the slot of the tile before; at the second dSᵀ is complete. One more where there is only one stage.
+// (QueryColumns) | dSᵀ [TILE_KV][TILE_Q]. One copy group per query tile. Two barriers for each tile: at the first its copies have landed, and all
+// warps are done with dSᵀ and the slot of the tile before; at the second dSᵀ is complete. One more where there is only one stage.
 //
 // Source: Dao 2023 (arXiv 2307.08691), algorithm 2, but for the order of the sums.
 #include "tile/constants.cuh"

@@ -237,9 +237,7 @@ def _variants() -> Iterator[Variant]:
         yield Variant(f"backward sm_80 float32, {_stages(stages)}", "sm_80", "float32", Tile(32, 32, 2, stages), sums, backward=True)
     for stages in (1, 2, 3):
         fused = {"backward_fused": Tile(32, 32, 2, stages)}
-        yield Variant(
-            f"backward sm_80 float16 fused, {_stages(stages)}", "sm_80", "float16", fused, (*sums, FEW_QUERIES), backward=True
-        )
+        yield Variant(f"backward sm_80 float16 fused, {_stages(stages)}", "sm_80", "float16", fused, (*sums, FEW_QUERIES), backward=True)
         yield Variant(
             f"backward sm_80 float16 fused causal, {_stages(stages)}", "sm_80", "float16", fused, (*sums, BLIND_ROWS), backward=True, is_causal=True
         )  # fmt: skip

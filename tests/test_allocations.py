@@ -62,7 +62,7 @@ def test_plans_at_64k(simulator: Target, feature: str, backward: bool) -> None:
         assert workspace(seqlen) <= seqlen * seqlen * 2 / 1000
     else:
         per_query = 12 if feature == "additive_mask" else 8
-        if feature in ("none", "causal", "seqlens_kv"):
+        if feature in ("none", "causal"):
             per_query += 4 * 64
         turns = 4 * seqlen // 32 if per_query > 12 else 0  # of tiles of 32 queries, and the blocks that have started
         assert workspace(seqlen) == (per_query * seqlen + turns + (4 if turns else 0) if backward else 0)
@@ -75,9 +75,11 @@ def test_plans_of_packed_sequences_at_64k(simulator: Target, backward: bool) -> 
     inputs = [x[0] for x in _inputs(seqlen, 64)]
     offsets = numpy.array([0, 60000, 60000, seqlen], numpy.int32)
     plan = cuflash.varlen_plan(*inputs, offsets, offsets, backward=backward)
-    turns = 1 + seqlen // 32 + 3  # each of three sequences may begin within a tile
-    sums = 4 * 64 * (seqlen + 3 * 32)
-    assert plan.workspace_bytes == (8 * seqlen + sums + 4 * turns if backward else 0)
+    assert plan.workspace_bytes == (8 * seqlen if backward else 0)
+    if backward:
+        plan = cuflash.varlen_plan(*inputs, offsets, offsets, backward=True, tile={"backward_fused": cuflash.Tile(32, 64, 4, 2)})
+        slots = seqlen // 32 + 3  # tiles of 32 queries; each of three sequences may begin within one
+        assert plan.workspace_bytes == 8 * seqlen + 4 * 64 * 32 * slots + 4 * (1 + slots)
 
 
 @pytest.fixture(params=["sm_90", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])

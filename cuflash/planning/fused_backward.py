@@ -26,8 +26,15 @@ _SECTION_BYTES = 32 * 2**20  # of L2, docs/hopper.md
 _OTHER_WAY = (kernel_specs.BACKWARD_DKDV, kernel_specs.BACKWARD_DK, kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DQ)
 
 
-def is_taken(case: KernelCase, device: Device, tile: Tiles) -> bool:
-    """Whether the fused kernel runs."""
+def is_taken(case: KernelCase, device: Device, tile: Tiles, *, ragged: bool) -> bool:
+    """Whether the fused kernel runs.
+
+    Args:
+        case: of the fused kernel.
+        device: where.
+        tile: as the caller pins it.
+        ragged: sequences have lengths that only the device knows, whose kernels are not predicted.
+    """
     if not is_possible(case, device):
         return False
     if isinstance(tile, Mapping) and kernel_specs.BACKWARD_FUSED.name in tile:
@@ -36,7 +43,7 @@ def is_taken(case: KernelCase, device: Device, tile: Tiles) -> bool:
         return False
     if isinstance(tile, Tile) and tile_rules.broken_rule(case, tile, device) is not None:
         return False
-    return os.environ.get(VARIABLE) != "0" and is_faster(case, device)
+    return os.environ.get(VARIABLE) != "0" and not ragged and is_faster(case, device)
 
 
 def is_possible(case: KernelCase, device: Device) -> bool:

@@ -77,7 +77,8 @@ def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tu
     """
     same_groups = problem.key_shape[:3] == problem.value_shape[:3]
     kernels = [kernel_specs.BACKWARD_ROW_SUMS] if problem.features.kinds.additive_mask else []
-    if same_groups and fused_backward.is_taken(_case(kernel_specs.BACKWARD_FUSED, problem), device, tile):
+    ragged = problem.seqlens_kv or problem.num_sequences is not None
+    if same_groups and fused_backward.is_taken(_case(kernel_specs.BACKWARD_FUSED, problem), device, tile, ragged=ragged):
         kernels += [kernel_specs.BACKWARD_FUSED]
     else:
         joint = same_groups and not splits_dkdv(_case(kernel_specs.BACKWARD_DKDV, problem), device)

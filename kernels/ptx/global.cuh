@@ -1,7 +1,7 @@
 // Words in global memory that blocks share. PTX ISA 9.7.13.4 "membar", 9.7.13.6 "atom", 9.7.13.7 "red", 9.7.9 "ld", "st".
 //
-// Relaxed accesses order nothing by themselves. A fence before a relaxed write and behind a relaxed read of what it wrote orders everything before the
-// one and behind the other.
+// Relaxed accesses order nothing by themselves. A fence before a relaxed write and behind a relaxed read of what it wrote orders everything before
+// the one and behind the other.
 #pragma once
 #include "ptx/types.cuh"
 
@@ -24,9 +24,7 @@ DEVICE int fetch_add_relaxed(int* address, int addend) {
   return value;
 }
 
-DEVICE void add_relaxed(int* address, int addend) {
-  asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(addend) : "memory");
-}
+DEVICE void add_relaxed(int* address, int addend) { asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(addend) : "memory"); }
 
 DEVICE void add_relaxed(float* address, float addend) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(addend) : "memory");

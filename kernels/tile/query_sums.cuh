@@ -1,12 +1,13 @@
 // dQ as blocks with different keys add it up: float32 in global memory, in a fixed order.
 //
-// A block that has dS of a tile of queries and its own keys computes dS K and adds it to the tile's sum, when it is its turn. The turn of a tile counts
-// the blocks that have added to it. The block of the first keys that any of the tile's queries see stores, and the others add in the order of their
-// keys, so every sum is the same bit for bit on every run.
+// A block that has dS of a tile of queries and its own keys computes dS K and adds it to the tile's sum, when it is its turn. The turn of a tile
+// counts the blocks that have added to it. The block of the first keys that any of the tile's queries see stores, and the others add in the order of
+// their keys, so every sum is the same bit for bit on every run.
 //
 // Nobody waits for ever: a block waits for blocks of the same head with earlier keys only, all of which have started, since work is given out in the
-// order in which blocks start (decode_ticket), and the first of those that are not done waits for nobody. Turns are counted, not set, and a block goes
-// on when its own predecessors may have added: offsets of packed sequences that make no sense give senseless sums, but no block that waits for ever.
+// order in which blocks start (decode_ticket), and the first of those that are not done waits for nobody. Turns are counted, not set, and a block
+// goes on when its own predecessors may have added: offsets of packed sequences that make no sense give senseless sums, but no block that waits for
+// ever.
 //
 //     turns [1 + slots]: how many blocks have started, then the turns, 0 before the kernel starts (backward_delta.cu)
 //     query_sums [slots][TILE_Q / 16][D_TILES] accumulator tiles m16n8, each as it lies in registers: nothing but the kernels reads it
@@ -31,8 +32,8 @@ DEVICE int first_slot(const BackwardArguments& arguments, int batch, int head, i
   return (batch * arguments.geometry.num_heads_q + head) * tiles;
 }
 
-// Where this lane's numbers of accumulator tile n of a tile of 16 rows are: four neighbours where they are added at once, else one for each quarter of
-// the fragment, so that every access of a warp is to neighbours.
+// Where this lane's numbers of accumulator tile n of a tile of 16 rows are: four neighbours where they are added at once, else one for each quarter
+// of the fragment, so that every access of a warp is to neighbours.
 DEVICE float* query_sum(const BackwardArguments& arguments, int slot, int row_tile, int n) {
   return arguments.query_sums + int64(slot) * SLOT_FLOATS + (row_tile * D_TILES + n) * FRAGMENT_FLOATS + lane_index() * (HAS_VECTOR_RED ? 4 : 1);
 }
