@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cuflash import simulator
 from cuflash.cli.profiling import profile_call
 from cuflash.cli.samples import Sample
+from cuflash.planning import fused_backward
 from cuflash.simulator import KernelProfile
 
 SEQLEN = 256
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256, 80, 72, 33])
     options = parser.parse_args()
     os.environ["CUFLASH_SIMULATOR_ARCH"] = options.arch
+    os.environ[fused_backward.VARIABLE] = "0"  # the columns are of kernels of their own
     print(f"| {options.arch} | head_dim |", " | ".join(COLUMNS), "|")
     print("|---" * (len(COLUMNS) + 2) + "|")
     for dtype in options.dtype:

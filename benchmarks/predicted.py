@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from cuflash.cli import samples
 from cuflash.hardware import device
-from cuflash.planning import planner
+from cuflash.planning import fused_backward, planner
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.plan import Plan
 from cuflash.problem.tile import Tile, Tiles
@@ -96,7 +97,7 @@ def predicted_milliseconds(plan: Plan, kernels: Kernels, of: str) -> tuple[float
     """The time of a plan and the steady state of the kernel `of`; None where one of its kernels was not kept."""
     total, asked = 0.0, None
     for kernel in plan.kernels:
-        if kernel.name == "backward_delta":
+        if kernel.name in ("backward_delta", "backward_dq_convert"):
             total += prediction.predict_traffic(kernel, plan.problem, CARDS[ARCH]).milliseconds
             continue
         steady = kernels.predict(kernel, plan)
@@ -145,6 +146,7 @@ def timed_calls(path: Path, kernels: Kernels) -> Iterable[Timed]:
         plain = row["library"] == "cuflash" and row["dtype"] == "bfloat16" and not row["case"] and row["milliseconds"]
         if plain and row["pass"] in ("forward", "backward") and row["heads_kv"] == row["heads"] and row["head_dim_v"] == row["head_dim"]:
             last[tuple(row[name] for name in ("pass", "batch", "heads", "seqlen", "head_dim", "causal"))] = row
+    os.environ[fused_backward.VARIABLE] = "0"  # those calls were timed before there was a kernel for all gradients
     for row in sorted(last.values(), key=lambda row: (row["pass"] == "backward", int(row["head_dim"]), row["causal"], int(row["seqlen"]))):
         plan = plan_of(row, row["pass"] == "backward", None)
         found = predicted_milliseconds(plan, kernels, next(kernel.name for kernel in plan.kernels if kernel.name != "backward_delta"))

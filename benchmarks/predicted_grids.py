@@ -80,9 +80,7 @@ def predict(plan: Plan, steady: Steady) -> Cell:
         launch = prediction.lay_out(steady.of(kernel, plan), kernel, problem, card)
         milliseconds += launch.milliseconds
         lost += launch.milliseconds * (1 - launch.evenness)
-    return Cell(
-        plan.device.arch, plan.backward, problem.head_dim, problem.is_causal, problem.seqlen_q, milliseconds, lost / milliseconds
-    )
+    return Cell(plan.device.arch, plan.backward, problem.head_dim, problem.is_causal, problem.seqlen_q, milliseconds, lost / milliseconds)
 
 
 def cells(arch: str, steady: Steady) -> Iterable[Cell]:

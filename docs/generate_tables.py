@@ -104,7 +104,8 @@ def documented_arguments() -> dict[str, str]:
 def feature_table() -> list[str]:
     arguments = documented_arguments()
     rows = ["| feature | arguments | kernels besides the usual ones | tiles of the forward pass |", "|---|---|---|---|"]
-    usual = {kernel.name for backward in (False, True) for kernel in plan_of({}, backward).kernels}
+    ways: tuple[dict[str, Any], ...] = ({}, {"softcap": 1.0})  # one kernel for all gradients, and dQ from one of its own
+    usual = {kernel.name for options in ways for backward in (False, True) for kernel in plan_of(options, backward).kernels}
     for feature, (names, options) in EXAMPLES.items():
         by_text: dict[str, list[str]] = {}
         for name in names:

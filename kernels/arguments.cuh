@@ -32,7 +32,7 @@ struct Geometry {
   float scale_log2;   // |scale| log2(e), or 1 where scale is 0
   float score_sign;   // the sign of scale: -1, 0 or 1; scores are multiplied by it when it is not 1
   int num_tiles;      // tiles that one (batch, head) is cut into
-  int section_heads;  // (batch, head) pairs whose blocks are launched together, if the call is causal (tile/schedule.cuh)
+  int section_heads;  // (batch, head) pairs whose blocks are launched together, if the call is causal or the kernel fused (tile/schedule.cuh)
 };
 
 // Lengths that are read on the device (tile/sequence.cuh), so that a captured graph replays with others. Null where a call has none.
@@ -66,6 +66,9 @@ struct BackwardArguments {
   int group_batch, group_heads;  // dK, dV: batches and query heads whose gradients are summed into one output
   SequenceLengths lengths;
   FeatureArguments features;
+  float* query_sums;  // dQ before it is scaled and converted (tile/query_sums.cuh)
+  int* turns;         // [num_turns]: how many blocks have started, then who may add to each tile of query_sums next
+  int num_turns;
 };
 
 struct VisibleTilesArguments {

@@ -4,6 +4,8 @@
 //
 // With an additive mask backward_row_sums_mma.cu replaces the reference.
 //
+// Before the fused kernel it also sets all turns to 0 (tile/query_sums.cuh).
+//
 // The gradient of LSE is P, so a gradient that flows in through LSE joins dS = P (dP - delta) as part of delta.
 // Each row belongs to LANES neighbouring lanes that take 16-byte chunks of it in turn.
 #include "arguments.cuh"
@@ -37,6 +39,10 @@ DEVICE float chunk_element(const Chunk& chunk, int i) {
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_delta(const __grid_constant__ BackwardArguments arguments) {
   const Geometry& geometry = arguments.geometry;
+  if constexpr (Config::CLEARS_TURNS) {
+    for (int turn = int(blockIdx.x) * NUM_THREADS + int(threadIdx.x); turn < arguments.num_turns; turn += int(gridDim.x) * NUM_THREADS)
+      arguments.turns[turn] = 0;
+  }
   const Work work = work_of_block(geometry.num_tiles, geometry.num_heads_q);
   const int query = work.tile * Config::TILE_Q + int(threadIdx.x) / LANES;
   const bool in_range = query < geometry.seqlen_q;

@@ -17,6 +17,7 @@
 #include "tile/epilogue.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/products.cuh"
+#include "tile/query_steps.cuh"
 #include "tile/row_statistics.cuh"
 #include "tile/schedule.cuh"
 #include "tile/score.cuh"
@@ -39,16 +40,6 @@ static_assert(TILE_KV % (16 * ROW_WARPS) == 0, "tile_kv must be a multiple of 16
 static_assert(HEAD_SLICES * SLICE_BYTES + NUM_STAGES * StatisticsOfColumns::BYTES + (COMPUTE_DK ? 2 : 1) * EXCHANGE_BYTES<M_TILES, S_TILES> ==
                   Config::SHARED_BYTES,
               "shared memory differs from the plan's");
-
-// A block's steps over tiles of queries.
-struct Steps {
-  int begin, end;
-};
-
-// Those in which any query may see a key of the block's tile, as far as that does not depend on data.
-DEVICE Steps query_steps(const Visibility& visibility, int first_kv) {
-  return {visibility.first_query(first_kv) / TILE_Q, (visibility.end_query(first_kv, first_kv + TILE_KV) + TILE_Q - 1) / TILE_Q};
-}
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(const __grid_constant__ BackwardArguments arguments) {
   const int heads_per_kv = arguments.geometry.num_heads_q / arguments.geometry.num_heads_kv;

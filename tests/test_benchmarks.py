@@ -333,8 +333,8 @@ def test_dry_runs_of_the_other_modes(mode: tuple[str, ...], tmp_path: Path) -> N
 
 def test_tiles_are_swept(tmp_path: Path) -> None:
     done = script("bench_attention.py", "--tiles", "--dry-run", "--seconds", "300", "--output", str(tmp_path))
-    assert "SUMMARY: 9 of 9 tiles timed, 0 wrong" in done.stdout, done.stderr
-    assert {row["kernel"] for row in rows_of(tmp_path / "tiles.csv")} == {"forward", "backward_dkdv", "backward_dq"}
+    assert "SUMMARY: 12 of 12 tiles timed, 0 wrong" in done.stdout, done.stderr
+    assert {row["kernel"] for row in rows_of(tmp_path / "tiles.csv")} == {"forward", "backward_fused", "backward_dkdv", "backward_dq"}
 
 
 def test_the_script_of_all_of_it_names_its_steps() -> None:

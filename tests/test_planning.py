@@ -59,7 +59,7 @@ def test_forward_is_one_kernel() -> None:
 
 
 def test_backward_is_delta_then_the_gradients() -> None:
-    plan = plan_of((2, 100, 8, 64), (2, 300, 2, 64), backward=True, tile=Tile(32, 64, 4, 2))
+    plan = plan_of((2, 100, 8, 48), (2, 300, 2, 48), backward=True, tile=Tile(32, 64, 4, 2))
     delta, dkdv, dq = plan.kernels
     assert [kernel.name for kernel in plan.kernels] == ["backward_delta", "backward_dkdv", "backward_dq"]
     assert (dkdv.tile, dkdv.num_tiles, dkdv.num_blocks) == (Tile(32, 64, 4, 2), 5, 5 * 2 * 2)
@@ -93,7 +93,7 @@ def test_keys_and_values_broadcast_differently_take_a_kernel_each(key: Any, valu
 
 
 def test_keys_and_values_broadcast_alike_share_a_kernel() -> None:
-    plan = plan_of((4, 100, 8, 64), (1, 50, 1, 64), backward=True)
+    plan = plan_of((4, 100, 8, 80), (1, 50, 1, 80), backward=True)
     assert [kernel.name for kernel in plan.kernels] == ["backward_delta", "backward_dkdv", "backward_dq"]
     assert (plan.kernels[1].group_batch, plan.kernels[1].group_heads) == (4, 8)
 
@@ -102,7 +102,7 @@ def test_keys_and_values_broadcast_alike_share_a_kernel() -> None:
 def test_large_head_dims_take_a_kernel_each(arch: str) -> None:
     """Both accumulators of 256 columns would take 256 registers per thread and 16 rows."""
     assert backward_kernels(problem_of((1, 8, 1, 256)), device.of_arch(arch)) == (BACKWARD_DV, BACKWARD_DK, BACKWARD_DQ)
-    assert backward_kernels(problem_of((1, 8, 1, 64)), device.of_arch(arch)) == (BACKWARD_DKDV, BACKWARD_DQ)
+    assert backward_kernels(problem_of((1, 8, 1, 80)), device.of_arch(arch)) == (BACKWARD_DKDV, BACKWARD_DQ)
 
 
 @pytest.mark.parametrize(
@@ -191,15 +191,21 @@ def test_offline_kernels_are_those_of_a_call(arch: str) -> None:
 # --- Memory and limits --------------------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 100), st.integers(1, 64), st.sampled_from([1, 64, 100, 256, 576]))
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 100), st.integers(1, 64), st.sampled_from([1, 64, 100, 128, 256, 576]))
 def test_memory_is_linear_in_the_lengths(seqlen_q: int, seqlen_kv: int, batch: int, heads: int, head_dim: int) -> None:
-    """Outputs, and eight bytes per query row; no plan has room for a matrix of scores."""
+    """Outputs, and eight bytes per query row, for the fused kernel also the sums and turns of tiles of dQ; no plan has room for a matrix of scores."""
     shapes = ((batch, seqlen_q, heads, head_dim), (batch, seqlen_kv, heads, head_dim))
     rows, keys = batch * heads * seqlen_q, batch * heads * seqlen_kv
     forward, with_lse, backward = plan_of(*shapes), plan_of(*shapes, return_lse=True), plan_of(*shapes, backward=True)
     assert (forward.workspace_bytes, forward.output_bytes) == (0, 2 * rows * head_dim)
     assert (with_lse.workspace_bytes, with_lse.output_bytes) == (0, 2 * rows * head_dim + 4 * rows)
-    assert (backward.workspace_bytes, backward.output_bytes) == (8 * rows, 2 * (rows + 2 * keys) * head_dim)
+    sums = 0
+    for kernel in backward.kernels:
+        if kernel.name == "backward_fused":
+            tiles = batch * heads * math.ceil(seqlen_q / kernel.tile.tile_q)
+            sums = 4 * tiles * kernel.tile.tile_q * head_dim + 4 * (1 + tiles)
+    assert (sums > 0) == (head_dim in (64, 128))
+    assert (backward.workspace_bytes, backward.output_bytes) == (8 * rows + sums, 2 * (rows + 2 * keys) * head_dim)
 
 
 def test_gradients_of_broadcast_inputs_have_their_size() -> None:
@@ -236,9 +242,13 @@ def test_plan_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     text = str(cuflash.plan(query, key, key, backward=True, **options))
     assert text.startswith("backward attention on cuflash simulator (sm_80)")
-    for kernel in ("backward_delta: backward_delta.cu", "backward_dkdv: backward_dkdv_mma.cu", "backward_dq: backward_dq_mma.cu"):
+    for kernel in (
+        "backward_delta: backward_delta.cu",
+        "backward_fused: backward_fused_mma.cu",
+        "backward_dq_convert: backward_dq_convert.cu",
+    ):
         assert kernel in text
-    assert "workspace 125 KiB; unfused attention would take 61.04 MiB more" in text
+    assert "workspace 4.124 MiB; unfused attention would take 61.04 MiB more" in text
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +21,7 @@ from bench.report import TILE_COLUMNS, Table, one_line, shape_columns
 from bench.timing import time_call
 from cuflash.hardware import device
 from cuflash.jit import cache
-from cuflash.planning import tile_choice, tile_model, tile_rules
+from cuflash.planning import fused_backward, tile_choice, tile_model, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
 
 
@@ -30,6 +32,28 @@ def chosen_tiles(case: KernelCase, on: device.Device, top: int, spread: int) -> 
     rest = [rank for rank in fitting if rank >= top]
     picked = [*range(min(top, len(legal))), *rest[:: max(1, len(rest) // spread if spread else len(rest) + 1)][:spread]]
     return [(rank, len(legal), legal[rank]) for rank in picked]
+
+
+def tiled_kernels(case: Case, on: device.Device) -> list[KernelCase]:
+    """All of both passes; where one kernel makes all gradients, also those that it takes the place of."""
+    found: dict[str, KernelCase] = {}
+    with environment_variable(fused_backward.VARIABLE):
+        for value in ("1", "0"):
+            os.environ[fused_backward.VARIABLE] = value
+            found |= {kernel.name: kernel.case for plan in plans_of(case, on) for kernel in plan.kernels if kernel.spec.is_tiled}
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def environment_variable(name: str) -> Iterator[None]:
+    """Put it back in the end."""
+    before = os.environ.get(name)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def sweep_tiles(machine: Machine, arguments: argparse.Namespace) -> int:
@@ -43,8 +67,7 @@ def sweep_tiles(machine: Machine, arguments: argparse.Namespace) -> int:
     work: list[tuple[Case, str, int, int, Any, Any, Any]] = []
     pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 2))
     for case in cases:
-        kernel_cases = [kernel.case for plan in plans_of(case, on) for kernel in plan.kernels if kernel.spec.is_tiled]
-        for kernel_case in kernel_cases:
+        for kernel_case in tiled_kernels(case, on):
             name = kernel_case.kernel.name
             for rank, count, tile in chosen_tiles(
                 kernel_case, on, 2 if machine.small else arguments.top, 1 if machine.small else arguments.spread

@@ -148,6 +148,7 @@ BACKWARD_ARGUMENTS = _struct(
     ("grad_query", TENSOR_VIEW), ("grad_key", TENSOR_VIEW), ("grad_value", TENSOR_VIEW), ("lse", ROW_VIEW), ("grad_lse", ROW_VIEW),
     ("row_statistics", WORD), ("geometry", GEOMETRY), ("group_batch", INT), ("group_heads", INT),
     ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS),
+    ("query_sums", WORD), ("turns", WORD), ("num_turns", INT),
 )  # fmt: skip
 VISIBLE_TILES_ARGUMENTS = _struct(
     "VisibleTilesArguments", ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS)

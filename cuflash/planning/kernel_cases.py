@@ -122,6 +122,8 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
     statistics = 0
     if case.kernel.statistics and device.capability >= 80:  # sm_75 reads them from global memory
         statistics = _ROW_STATISTICS_BYTES + 4 * case.features.additive_mask
+    if case.kernel.added_up:
+        exchange += case.smem_itemsize(device) * tile.tile_q * tile.tile_kv
     return kept * case.kept_rows(tile) + tile.num_stages * case.streamed_rows(tile) * (streamed + statistics) + exchange
 
 
@@ -139,11 +141,17 @@ def accumulated(case: KernelCase, device: Device) -> tuple[int, int]:
     return case.kernel.output_columns(d, dv), len(case.kernel.scores) + case.kernel.sums_scores
 
 
+def added_up_registers(case: KernelCase, tile: Tile, device: Device) -> int:
+    """Registers per thread of a tile's part of what blocks add up among each other. They live when the scores do not any more."""
+    columns = sum(columns_of(name, *case.columns(device)) for name in case.kernel.added_up)
+    return tile.tile_q * columns // (32 * tile.num_warps)
+
+
 def accumulator_registers(case: KernelCase, tile: Tile, device: Device) -> int:
     """Registers per thread that hold results of matrix products, all live at once."""
     rows = case.kept_rows(tile) * case.head_slices(device) // tile.num_warps
     outputs, scores = accumulated(case, device)
-    return rows * (outputs + scores * case.streamed_rows(tile)) // 32
+    return rows * outputs // 32 + max(rows * scores * case.streamed_rows(tile) // 32, added_up_registers(case, tile, device))
 
 
 def head_dims(head_dim: int, head_dim_v: int) -> str:

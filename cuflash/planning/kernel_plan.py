@@ -61,7 +61,7 @@ class KernelPlan:
         shape: of the launch.
         num_tiles: tiles that one (batch, head) is cut into.
         group_batch, group_heads: batches and query heads summed into one K/V gradient; 1 elsewhere.
-        section_heads: (batch, head) pairs whose blocks are launched together, the longest first (block_order.py).
+        section_heads: (batch, head) pairs whose blocks are launched together, the longest first (block_order.py), or of the fused kernel K/V heads.
     """
 
     case: KernelCase

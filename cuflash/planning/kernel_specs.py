@@ -74,6 +74,7 @@ class KernelSpec:
         statistics: row statistics pass through with them, from sm_80 on.
         scores: matrices of scores that are computed for each pair of tiles.
         outputs: what is summed over the pairs.
+        added_up: of the outputs, what blocks add up among each other, a tile at a time; scores meet in shared memory for it.
         sums_scores: the sum has the form of scores, as the gradient of a mask has.
         online_softmax: the output is rescaled whenever a row finds a larger maximum.
         warps_per_product: that issue one matrix instruction together; 4 of wgmma, and a block has a multiple of them.
@@ -101,6 +102,7 @@ class KernelSpec:
     statistics: bool = field(default=False, compare=False)
     scores: tuple[Scores, ...] = field(default=(), compare=False)
     outputs: tuple[Output, ...] = field(default=(), compare=False)
+    added_up: tuple[Output, ...] = field(default=(), compare=False)
     sums_scores: bool = field(default=False, compare=False)
     online_softmax: bool = field(default=False, compare=False)
     warps_per_product: int = field(default=1, compare=False)
@@ -146,8 +148,8 @@ class KernelSpec:
         return len(self.scores) + len(self.outputs) - over_value, over_value
 
     def output_columns(self, head_dim: int, head_dim_v: int) -> int:
-        """Columns of all outputs, of heads with these columns."""
-        return sum(columns_of(name, head_dim, head_dim_v) for name in self.outputs)
+        """Columns of the outputs that a block sums up by itself, of heads with these columns."""
+        return sum(columns_of(name, head_dim, head_dim_v) for name in self.outputs if name not in self.added_up)
 
 
 def columns_of(name: Operand | Output, head_dim: int, head_dim_v: int) -> int:
@@ -167,12 +169,23 @@ FORWARD = KernelSpec(
 _ROWS = ("row_statistics", "log2_sums")
 """What backward kernels know of each query row; the second with an additive mask only."""
 
-BACKWARD_DELTA = KernelSpec("backward_delta", "backward_delta.cu", BACKWARD_ARGUMENTS, backward=True, workspace=_ROWS, num_warps=4)
+_SUMS = ("query_sums", "turns")
+"""What is dQ once it is scaled and converted, and who may add to it next; of the fused kernel only."""
+
+BACKWARD_DELTA = KernelSpec(
+    "backward_delta", "backward_delta.cu", BACKWARD_ARGUMENTS, backward=True, workspace=(*_ROWS, "turns"), num_warps=4
+)
 BACKWARD_ROW_SUMS = KernelSpec(
     "backward_row_sums", "backward_row_sums_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
     rows_of="query", kept=("query",), streamed=("key",), scores=("S",),
     walks_lists=False, drops=False, takes_single_tile="not",
 )  # fmt: skip
+BACKWARD_FUSED = KernelSpec(
+    "backward_fused", "backward_fused_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=(*_ROWS, *_SUMS),
+    rows_of="key", kept=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV", "dQ"),
+    added_up=("dQ",), costs=_JOINT_COSTS,
+)  # fmt: skip
+BACKWARD_DQ_CONVERT = KernelSpec("backward_dq_convert", "backward_dq_convert.cu", BACKWARD_ARGUMENTS, backward=True, workspace=_SUMS)
 BACKWARD_DKDV = KernelSpec(
     "backward_dkdv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
     rows_of="key", kept=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV"),
@@ -212,7 +225,7 @@ MERGE_ATTENTION_BACKWARD = KernelSpec(
 MERGE_TABLE = KernelSpec("merge_table", "merge_table.cu", argument_structs.MERGE_TABLE_ARGUMENTS, num_warps=4)
 
 KERNELS: tuple[KernelSpec, ...] = (
-    FORWARD, BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ, BACKWARD_MASK, BACKWARD_SINKS, VISIBLE_TILES,
+    FORWARD, BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ, BACKWARD_MASK, BACKWARD_SINKS, VISIBLE_TILES,
     DROPOUT_MASK, MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE,
 )  # fmt: skip
 

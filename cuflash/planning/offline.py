@@ -32,7 +32,7 @@ def offline_kernels(
     problem = _representative(
         dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features, need_attn_mask_grad
     )
-    check_names(tile, (kernel_specs.FORWARD, *(backward_kernels(problem, device) if backward else ())))
+    check_names(tile, (kernel_specs.FORWARD, *(backward_kernels(problem, device, tile) if backward else ())))
     yield from make_plan(problem, device, tile=_of_pass(tile, backward=False)).kernels
     if backward:
         yield from make_plan(problem, device, backward=True, tile=_of_pass(tile, backward=True)).kernels

@@ -3,7 +3,7 @@
 Pure: nothing here touches a GPU, CuPy or a compiler, so a plan can be made for any architecture anywhere, and printed.
 
 Memory beyond inputs and outputs is O(S): the forward pass needs none, the backward pass eight bytes per query row and head, with an additive mask
-twelve. With a boolean mask or segments, the lists of visible tiles take four bytes for each pair of tiles.
+twelve, and where one kernel makes all gradients (`fused_backward`) another four for each element of dQ. With a boolean mask or segments, the lists of visible tiles take four bytes for each pair of tiles.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from math import ceil
 from cuflash.arrays.borrowing import describe
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.hardware.device import Device
-from cuflash.planning import block_order, kernel_cases, kernel_specs, tile_choice, tile_model, tile_rules
+from cuflash.planning import block_order, fused_backward, kernel_cases, kernel_specs, tile_choice, tile_model, tile_rules
 from cuflash.planning.codegen import config_text
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
@@ -39,7 +39,8 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         device: where.
         backward: gradients instead of the output.
         tile: None for the default tiles. For the backward pass a single tile is meant for the dK/dV kernel, and the dQ kernel takes it with tile_q
-            and tile_kv exchanged, backward_row_sums not at all; a mapping pins kernels by name, such as {"backward_dq": Tile(...)}.
+            and tile_kv exchanged, backward_row_sums not at all; a mapping pins kernels by name, such as {"backward_dq": Tile(...)}, and with them
+            which of the two ways to the gradients is taken (`fused_backward`).
 
     Raises:
         TileError: `tile` is not legal here, or names a kernel that does not run.
@@ -47,7 +48,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
     """
     kernels: tuple[KernelPlan, ...] = ()
     if not problem.is_empty:
-        tiled = backward_kernels(problem, device) if backward else (kernel_specs.FORWARD,)
+        tiled = backward_kernels(problem, device, tile) if backward else (kernel_specs.FORWARD,)
         check_names(tile, tiled)
         planned = [kernel for kernel in (_tiled_kernel(spec, problem, device, tile) for spec in tiled) if kernel.num_blocks]
         if problem.features.kinds.lists_tiles:
@@ -56,7 +57,10 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
             ]
             planned = [kernel for launched in with_lists for kernel in launched]
         if backward:
-            planned.insert(0, _delta_kernel(problem, device))
+            fused = next((kernel for kernel in planned if kernel.spec == kernel_specs.BACKWARD_FUSED), None)
+            planned.insert(0, _delta_kernel(problem, device, clears_turns=fused is not None))
+            if fused is not None:
+                planned.insert(planned.index(fused) + 1, _convert_kernel(fused, problem, device))
             if problem.features.kinds.sinks:
                 planned.append(_sinks_kernel(problem, device))
         kernels = tuple(planned)
@@ -67,16 +71,20 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
     return Plan(problem, device, backward, kernels, _gradients(problem) if backward else _results(problem), _workspace(problem, kernels))
 
 
-def backward_kernels(problem: Problem, device: Device) -> tuple[KernelSpec, ...]:
+def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tuple[KernelSpec, ...]:
     """The tiled kernels that make the gradients.
 
-    dK and dV come from one kernel where the accumulators of both fit the registers and they are summed over the same heads and batches.
+    All come from one kernel where that is faster and can be, or is pinned by `tile`. Otherwise dK and dV come from one kernel where the accumulators of both fit the registers and they are summed over the same heads and batches.
     """
     same_groups = problem.key_shape[:3] == problem.value_shape[:3]
-    joint = same_groups and not splits_dkdv(_case(kernel_specs.BACKWARD_DKDV, problem), device)
     kernels = [kernel_specs.BACKWARD_ROW_SUMS] if problem.features.kinds.additive_mask else []
-    kernels += [kernel_specs.BACKWARD_DKDV] if joint else [kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DK]
-    kernels += [kernel_specs.BACKWARD_DQ]
+    ragged = problem.seqlens_kv or problem.num_sequences is not None
+    if same_groups and fused_backward.is_taken(_case(kernel_specs.BACKWARD_FUSED, problem), device, tile, ragged=ragged):
+        kernels += [kernel_specs.BACKWARD_FUSED]
+    else:
+        joint = same_groups and not splits_dkdv(_case(kernel_specs.BACKWARD_DKDV, problem), device)
+        kernels += [kernel_specs.BACKWARD_DKDV] if joint else [kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DK]
+        kernels += [kernel_specs.BACKWARD_DQ]
     kernels += [kernel_specs.BACKWARD_MASK] if problem.features.need_attn_mask_grad else []
     return tuple(kernels)
 
@@ -141,8 +149,11 @@ def _tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Ti
     group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
     if problem.num_sequences is not None:
         batch, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # blocks of one more fill what lies behind the last
-    resident = tile_model.blocks_per_sm(case, tile, device) * device.num_sms
-    section = block_order.section_heads(case, problem, device, pairs=batch * heads, resident_blocks=resident)
+    if spec.added_up:
+        section = fused_backward.section_heads(problem, device, group_heads)
+    else:
+        resident = tile_model.blocks_per_sm(case, tile, device) * device.num_sms
+        section = block_order.section_heads(case, problem, device, pairs=batch * heads, resident_blocks=resident)
     return KernelPlan(
         case, tile, config_text(problem.dtype, constants), LaunchShape(num_tiles * heads * batch, 32 * tile.num_warps, shared_bytes), num_tiles,
         group_batch, group_heads, section,
@@ -223,7 +234,7 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffe
         Buffer("visible_tiles", (max((_list_entries(kernel, problem) for kernel in kernels), default=0),), "int32"),
     )
     needed = {name for kernel in kernels for name in kernel.spec.workspace}
-    return tuple(buffer for buffer in buffers if buffer.name in needed and buffer.nbytes)
+    return tuple(buffer for buffer in (*buffers, *fused_backward.workspace(problem, kernels)) if buffer.name in needed and buffer.nbytes)
 
 
 def _list_entries(kernel: KernelPlan, problem: Problem) -> int:
@@ -249,12 +260,48 @@ def _sinks_kernel(problem: Problem, device: Device) -> KernelPlan:
     )  # fmt: skip
 
 
-def _delta_kernel(problem: Problem, device: Device) -> KernelPlan:
+def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> KernelPlan:
+    """The kernel that makes dQ of the sums of the fused one."""
+    spec = kernel_specs.BACKWARD_DQ_CONVERT
+    tile = Tile(fused.tile.tile_q, 16, fused.tile.tile_q // 16, 1)
+    shared_bytes = tile.tile_q * 2 * fused.case.columns(device)[0]
+    constants: dict[str, int | bool | str] = {
+        "CAPABILITY": device.capability,
+        "HEAD_DIM": problem.head_dim,
+        "HEAD_DIM_V": problem.head_dim,
+        "HEAD_SLICES": 1,
+        "SLICE_PIECES": 1,
+        "TILE_Q": tile.tile_q,
+        "TILE_KV": tile.tile_kv,
+        "NUM_WARPS": tile.num_warps,
+        "NUM_STAGES": 1,
+        "SHARED_BYTES": shared_bytes,
+        "CAUSAL": False,
+        "VARLEN": problem.num_sequences is not None,
+        "SEQLENS_KV": False,
+        "ALLOW_TF32": False,
+    }
+    batches, num_tiles = problem.batch, ceil(problem.max_seqlen_q / tile.tile_q)
+    if problem.num_sequences is not None:
+        batches, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # as `_tiled_kernel`
+    return KernelPlan(
+        KernelCase(spec, problem.dtype, problem.head_dim), tile, config_text(problem.dtype, constants),
+        LaunchShape(num_tiles * problem.num_heads_q * batches, 32 * tile.num_warps, shared_bytes), num_tiles,
+    )  # fmt: skip
+
+
+def _delta_kernel(problem: Problem, device: Device, *, clears_turns: bool) -> KernelPlan:
     spec = kernel_specs.BACKWARD_DELTA
     chunks = ceil(problem.head_dim_v * problem.itemsize / 16)
     lanes = next(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes >= min(chunks, 32))
     rows = 32 * spec.num_warps // lanes
-    constants = {"CAPABILITY": device.capability, "HEAD_DIM_V": problem.head_dim_v, "TILE_Q": rows, "NUM_WARPS": spec.num_warps}
+    constants: dict[str, int | bool | str] = {
+        "CAPABILITY": device.capability,
+        "HEAD_DIM_V": problem.head_dim_v,
+        "TILE_Q": rows,
+        "NUM_WARPS": spec.num_warps,
+        "CLEARS_TURNS": clears_turns,
+    }
     num_tiles = ceil(problem.seqlen_q / rows)
     return KernelPlan(
         KernelCase(spec, problem.dtype, problem.head_dim, head_dim_v=problem.head_dim_v), Tile(rows, 1, spec.num_warps, 1),

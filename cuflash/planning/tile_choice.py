@@ -1,6 +1,6 @@
 """Tiles for every case: the legal ones in order, the default, and a check of one that a caller pins.
 
-The default is the measured tile where there is one, else the best by the model, so that any head dimension on any architecture has one.
+The default is the measured tile where there is one, or that of the timing model, else the best by `tile_model`, so that any head dimension on any architecture has one.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import fields
 from cuflash.arrays.borrowing import describe
 from cuflash.errors import TileError
 from cuflash.hardware.device import Device
-from cuflash.planning import measured_tiles
+from cuflash.planning import measured_tiles, predicted_tiles
 from cuflash.planning.kernel_cases import KernelCase, head_dims
-from cuflash.planning.kernel_specs import MAX_TILE
+from cuflash.planning.kernel_specs import BACKWARD_FUSED, MAX_TILE
 from cuflash.planning.tile_model import estimate_cycles
 from cuflash.planning.tile_rules import broken_rule
 from cuflash.problem.features import NO_FEATURES
@@ -44,9 +44,9 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
 
 @functools.lru_cache(maxsize=4096)
 def legal_tiles_for(case: KernelCase, device: Device) -> tuple[Tile, ...]:
-    """All tiles of the usual shapes that `device` takes, the measured one first, then best by the model. Other legal ones exist, such as tile_q = 48."""
+    """All tiles of the usual shapes that `device` takes, the known one first, then best by the model. Other legal ones exist, such as tile_q = 48."""
     legal = [tile for tile in _candidates(case, device) if broken_rule(case, tile, device) is None]
-    first = measured_tile(case, device)
+    first = known_tile(case, device)
 
     def order(tile: Tile) -> tuple[float, ...]:
         return tile != first, estimate_cycles(case, tile, device), tile.tile_q, tile.tile_kv, tile.num_warps, tile.num_stages
@@ -62,8 +62,18 @@ def measured_tile(case: KernelCase, device: Device) -> Tile | None:
     return None if found is None else Tile(*found)
 
 
+def known_tile(case: KernelCase, device: Device) -> Tile | None:
+    """The measured tile, of the fused backward kernel the one that the timing model found (`predicted_tiles`), else None."""
+    if case.kernel != BACKWARD_FUSED:
+        return measured_tile(case, device)
+    if case.dtype == "float32" or case.head_dim != case.head_dim_v or case.features != NO_FEATURES:
+        return None
+    found = predicted_tiles.FUSED_BACKWARD.get((device.arch, case.head_dim))
+    return None if found is None else Tile(*found)
+
+
 def default_tile(case: KernelCase, device: Device) -> Tile:
-    """The measured tile or the best one by the model; every supported case has one."""
+    """The known tile or the best one by the model; every supported case has one."""
     tiles = legal_tiles_for(case, device)
     if not tiles:
         raise TileError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from cuflash.hardware.architectures import architecture
 from cuflash.hardware.device import Device
 from cuflash.hardware.occupancy import occupancy
-from cuflash.planning.kernel_cases import KernelCase, accumulated, multiply_adds, operand_bytes, row_bytes, shared_bytes
+from cuflash.planning.kernel_cases import KernelCase, accumulated, added_up_registers, multiply_adds, operand_bytes, row_bytes, shared_bytes
 from cuflash.planning.tile_rules import MAX_REGISTERS, REGISTERS_PER_BLOCK
 from cuflash.problem.tile import Tile
 
@@ -22,6 +22,7 @@ def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
     rows = case.kept_rows(tile) * case.head_slices(device) // tile.num_warps
     outputs, scores = accumulated(case, device)
     estimate = rows * (outputs + 3 * scores * case.streamed_rows(tile) // 2) // 32
+    estimate = max(estimate, rows * outputs // 32 + added_up_registers(case, tile, device))
     estimate += rows // 4  # the A operand
     if case.uses_simt(device):
         estimate += 108

@@ -41,6 +41,8 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         return f"num_stages must be 1 on {device.arch}, which has no asynchronous copies"
     if case.slice_pieces(device) > 1 and tile.num_stages != 1:
         return f"num_stages must be 1 on {device.arch}, whose shared memory this head passes through in pieces"
+    if case.kernel.added_up and not _shares_out(tile, case.columns(device)[0]):
+        return f"the warps must share out tile_q x {case.columns(device)[0]} of dQ: 16 or 32 rows each, and 16 columns or a power of two times as many"
     if tile.num_stages > case.kernel.max_stages:
         if case.kernel.max_stages == 1:
             return "num_stages must be 1: this kernel copies its operands when it needs them"
@@ -53,3 +55,12 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     if needed > limit:
         return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"
     return None
+
+
+def _shares_out(tile: Tile, columns: int) -> bool:
+    """Whether the warps can share out a tile of tile_q x columns: mirrors `column_groups` in kernels/tile/query_sums.cuh."""
+    for rows in (32, 16):
+        groups, rest = divmod(tile.num_warps * rows, tile.tile_q)
+        if tile.tile_q % rows == rest == 0 and columns // 16 % max(groups, 1) == 0 and groups & (groups - 1) == 0 and groups:
+            return True
+    return False

@@ -219,6 +219,7 @@ class PreparedBackward(PreparedCall):
         values["lse"] = arguments.rows("lse", others.lse_strides)
         if others.grad_lse_strides is not None:
             values["grad_lse"] = arguments.rows("grad_lse", others.grad_lse_strides)
+        values["num_turns"] = sum(buffer.shape[0] for buffer in self.plan.workspace if buffer.name == "turns")
         self.launches = self.fill_in(executables, values, set(inputs), grad_attn_mask_strides)
 
     def run(self, addresses: dict[str, int], given: Any = None) -> Gradients:

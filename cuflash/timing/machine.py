@@ -43,6 +43,8 @@ class Multiprocessor:
         branch: clocks that a taken branch costs beyond its stall count.
         queue_depth: memory instructions of a sub-partition that may wait for the SM's memory pipe.
         l2_bytes: bytes per clock and SM that L2 delivers if all SMs ask.
+        reduction_bytes: bytes per clock and SM of float32 that L2 adds up if all SMs ask.
+        fence: clocks of a fence of the GPU for the warp that makes it.
     """
 
     arch: str
@@ -65,6 +67,8 @@ class Multiprocessor:
     branch: float
     queue_depth: int
     l2_bytes: float
+    reduction_bytes: float
+    fence: float
 
 
 _H100 = Multiprocessor(
@@ -93,6 +97,8 @@ _H100 = Multiprocessor(
     branch=6.0,  # [A] nobody's figure: about what fetching anew costs
     queue_depth=10,  # [A]
     l2_bytes=30.0,  # [M] each SM its own addresses; 86 where all ask for the same
+    reduction_bytes=12.8,  # [M] red.add.v4.f32 of all SMs, a region of its own; scalar ones 12.6
+    fence=600.0,  # [A] about two trips to L2
 )
 
 # Multiply-adds per clock and sub-partition, [W]: A100 312 TFLOP/s of 108 SMs at 1.41 GHz; RTX 3090 71 (sums in float32) and 142 of 82 at 1.695 GHz.
@@ -111,10 +117,11 @@ _A100 = replace(
     mufu=8.0,  # [G] 16
     global_latency=283.0,  # [A]
     l2_bytes=36.0,  # [W] 5120 bytes per clock over 108 SMs, of which [A] the part that [M] an H100 reaches (3920 of 5120)
+    reduction_bytes=15.4,  # [A] the part of l2_bytes that [M] an H100 reaches
 )
 _GA102 = replace(
-    _A100, arch="sm_86", matrix_rates=_GEFORCE_RATES, fma=1.0, l2_bytes=24.0
-)  # fma [G] 128; l2_bytes [A], a fifth of it is needed
+    _A100, arch="sm_86", matrix_rates=_GEFORCE_RATES, fma=1.0, l2_bytes=24.0, reduction_bytes=10.2
+)  # fma [G] 128; l2_bytes [A], a fifth of it is needed; reduction_bytes [A] as above
 _AD102 = replace(_GA102, arch="sm_89")  # [W] 165.2 TFLOP/s of 128 SMs at 2.52 GHz: the rates of GA102
 _GB202 = replace(_GA102, arch="sm_120", alu=1.0, imad=1.0)  # [W] 209.5 of 170 SMs at 2.407 GHz; integers at the rate of float32
 

@@ -84,7 +84,9 @@ _MEMORY_KINDS = {
     "REDG": Kind.STORE, "ATOMG": Kind.LOAD, "LDS": Kind.MEMORY, "STS": Kind.MEMORY, "LDSM": Kind.MEMORY, "STSM": Kind.MEMORY, "SHFL": Kind.MEMORY,
     "ATOMS": Kind.MEMORY, "REDUX": Kind.MEMORY,
 }  # fmt: skip
+_VECTOR = re.compile(r"x([24])\.")
 _LOCAL = frozenset(("LDL", "STL"))  # spills, which the first-level cache answers
+_REDUCTIONS = frozenset(("RED", "REDG"))
 _NOT_MODELLED = opcodes("HGMMA IGMMA QGMMA BGMMA UTMALDG UTMASTG UBLKCP SYNCS")
 """What Hopper's warp-specialised kernels consist of. A model of them adds a tensor unit that runs by itself, copies in bulk and mbarriers; this is its place."""
 
@@ -116,6 +118,10 @@ def _operation(instruction: Instruction, after: Instruction | None, machine: Mul
         l2_bytes = 0.0 if kind is Kind.MEMORY or base in _LOCAL else 32.0 * _bytes_per_lane(instruction)
         if base in _LOCAL:
             kind = Kind.MEMORY
+        if base in _REDUCTIONS:
+            l2_bytes *= machine.l2_bytes / machine.reduction_bytes
+    elif base == "MEMBAR" and "GPU" in instruction.opcode.split("."):
+        stall = max(stall, machine.fence)
     elif base == "LDGDEPBAR":
         kind = Kind.COMMIT
     elif base == "DEPBAR" and (waited := re.match(r"SB0, 0x([0-9a-f]+)", instruction.operands)):
@@ -168,7 +174,8 @@ def _matrix_clocks(opcode: str, machine: Multiprocessor) -> float:
 
 def _bytes_per_lane(instruction: Instruction) -> int:
     parts = instruction.opcode.split(".")
-    return 16 if "128" in parts else 8 if "64" in parts else 4
+    vector = _VECTOR.match(instruction.operands)  # nvdisasm writes "REDG.E.ADD.F32 x4.FTZ…"
+    return 16 if "128" in parts else 8 if "64" in parts else 4 * int(vector[1]) if vector else 4
 
 
 def _wavefronts(instruction: Instruction) -> float:

@@ -8,8 +8,9 @@ Kernels that walk over no tiles, such as `backward_delta`, take the time of thei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 from cuflash.errors import UnsupportedError
 from cuflash.hardware import device, occupancy
@@ -188,7 +189,7 @@ def predict_plan(plan: Plan, card: Card, *, limits: bool = True) -> Prediction:
     """
     launches = []
     for kernel in plan.kernels:
-        if kernel.spec is kernel_specs.BACKWARD_DELTA:
+        if kernel.spec in _OF_TRAFFIC:
             launches.append(predict_traffic(kernel, plan.problem, card))
         elif kernel.spec.is_tiled:
             described, function = compiled(kernel, plan.device, causal=plan.problem.is_causal)
@@ -244,13 +245,28 @@ def lay_out(predicted: KernelPrediction, kernel: KernelPlan, problem: Problem, c
         alone + (predicted.clocks - alone) * index / max(1, predicted.blocks - 1) for index in range(predicted.blocks)
     ]  # between one block and all of them, as many clocks more for each
     overhead = _block_overhead(kernel, problem, machine, card)
-    launched = in_order(own, pairs=heads, section=kernel.section_heads, last_first=problem.is_causal and not by_keys)
+    added_up = bool(kernel.spec.added_up)
+    section = min(heads, kernel.section_heads)
+    if added_up:
+        launched = in_sections(own, heads, section)
+    else:
+        launched = in_order(own, pairs=heads, section=section, last_first=problem.is_causal and not by_keys)
     clocks = grid_clocks(launched, num_sms=card.num_sms, trip_clocks=trip_clocks, overhead=overhead)
+    if added_up:  # blocks of one head that start together wait for each other to add to their first tile
+        together = min(len(own), ceil(card.num_sms * predicted.blocks / section))
+        clocks += (together - 1) * predicted.clocks
     total = heads * sum(own)
     ideal = total * predicted.clocks / predicted.blocks / card.num_sms
     even = ideal + kernel.num_blocks * overhead / predicted.blocks / card.num_sms
     seconds = max(clocks / (card.clock_ghz * 1e9), _least_traffic(kernel, problem) / card.memory_bytes_per_second)
     return Launch(kernel.name, 1e3 * seconds, predicted, kernel.num_blocks, total, ideal / clocks, even / clocks)
+
+
+def in_sections(own: Sequence[int], heads: int, section: int) -> Iterator[int]:
+    """The tiles of each block of all heads in the order of launch: kernels/tile/schedule.cuh. A section of one head is head by head."""
+    for first in range(0, heads, section):
+        for tiles in own:
+            yield from [tiles] * min(section, heads - first)
 
 
 def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card) -> float:
@@ -259,7 +275,7 @@ def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocesso
     rows = tile.tile_kv if by_keys else tile.tile_q
     width = problem.itemsize * (problem.head_dim + problem.head_dim_v)
     first = (tile.tile_q + tile.tile_kv) * width
-    stored = rows * (width if kernel.spec is kernel_specs.BACKWARD_DKDV else width / 2)
+    stored = rows * (width if {"dK", "dV"} <= set(kernel.spec.outputs) else width / 2)
     return card.block_start + machine.copy_latency + (first + stored) / machine.l2_bytes
 
 
@@ -270,11 +286,18 @@ def _least_traffic(kernel: KernelPlan, problem: Problem) -> float:
     width = problem.itemsize * (problem.head_dim + problem.head_dim_v)
     moved = (*kernel.spec.kept, *kernel.spec.streamed, *kernel.spec.outputs)
     of_queries = sum(name in ("query", "grad_out", "O", "dQ") for name in moved)
-    return width / 2 * (of_queries * rows_q + (len(moved) - of_queries) * rows_kv)
+    sums = 4 * problem.head_dim * rows_q if kernel.spec.added_up else 0
+    return width / 2 * (of_queries * rows_q + (len(moved) - of_queries) * rows_kv) + sums
+
+
+_OF_TRAFFIC = (kernel_specs.BACKWARD_DELTA, kernel_specs.BACKWARD_DQ_CONVERT)
 
 
 def predict_traffic(kernel: KernelPlan, problem: Problem, card: Card) -> Launch:
-    """`backward_delta`: reads the output and its gradient, writes eight bytes for each row."""
+    """`backward_delta` reads the output and its gradient, and writes eight bytes for each row; `backward_dq_convert` reads float32 and writes dQ."""
     rows = problem.batch * problem.num_heads_q * problem.seqlen_q
-    seconds = rows * (2 * problem.itemsize * problem.head_dim_v + 8) / card.memory_bytes_per_second
+    of_row = 2 * problem.itemsize * problem.head_dim_v + 8
+    if kernel.spec is kernel_specs.BACKWARD_DQ_CONVERT:
+        of_row = (4 + problem.itemsize) * problem.head_dim
+    seconds = rows * of_row / card.memory_bytes_per_second
     return Launch(kernel.name, 1e3 * seconds, None, kernel.num_blocks, 0, 1.0, 1.0)

@@ -94,3 +94,23 @@ DEVICE void gemm_accumulator(float (&c)[M][N_C][4], const float (&p)[M][N_P][4],
     }
   }
 }
+
+// c += Aᵀ B: both operands have their rows as depth, of which there are DEPTH. A has columns 16 m, B every STEP-th pair of eight columns.
+template <typename Mma, int DEPTH, int STEP, int M, int N, typename OperandA, typename OperandB>
+DEVICE void gemm_columns(float (&c)[M][N][4], const OperandA& operand_a, const OperandB& operand_b) {
+#pragma unroll(Mma::UNROLL)
+  for (int k = 0; k < DEPTH / Mma::K; ++k) {
+    typename Mma::A a[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m) a[m] = operand_a.load(k, 2 * m);
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      typename Mma::B b[2];
+      operand_b.load(b, k, n / 2 * STEP);
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) Mma::multiply(c[m][n + i], a[m], b[i]);
+    }
+  }
+}

@@ -8,6 +8,7 @@
 //   OperandA<Tile>         A from rows of a tile:               A[i][k] = tile[i][k]
 //   OperandB<Tile>         B from rows of a tile:               B[k][j] = tile[j][k]      (a product with the transposed tile)
 //   OperandBByRows<Tile>   B with the tile's rows as depth:     B[k][j] = tile[k][j]
+//   OperandAByRows<Tile>   A with the tile's rows as depth:     A[i][k] = tile[k][i]      (16-bit elements only)
 //   from_accumulator       A from the accumulators of an earlier product, without leaving registers
 //   multiply               c += A B
 //
@@ -77,12 +78,27 @@ struct MmaHalf {
   struct OperandBByRows {  // 16 rows x 16 columns, transposed on the way: the two row halves of one chunk make one B
     SmemAddress tile;
     int lane_offset;
-    DEVICE explicit OperandBByRows(SmemAddress tile) : tile(tile), lane_offset(Tile::offset(lane_index() % 16, lane_index() / 16)) {}
+    // Columns count from 8 first_chunk, which is even.
+    DEVICE explicit OperandBByRows(SmemAddress tile, int first_chunk = 0)
+        : tile(tile), lane_offset(Tile::offset(lane_index() % 16, lane_index() / 16 + first_chunk)) {}
     DEVICE void load(B (&b)[2], int k_step, int column_pair) const {
       uint32 frag[4];
       ldmatrix_x4_trans(frag, Tile::at(tile, lane_offset, K * k_step, 2 * column_pair));
       b[0] = {frag[0], frag[1]};
       b[1] = {frag[2], frag[3]};
+    }
+  };
+
+  template <typename Tile>
+  struct OperandAByRows {  // 16 rows x 16 columns, transposed on the way: (rows 0-7, chunk 0), (rows 0-7, chunk 1), then rows 8-15
+    SmemAddress tile;
+    int lane_offset;
+    DEVICE OperandAByRows(SmemAddress tile, int first_chunk)
+        : tile(tile), lane_offset(Tile::offset(lane_index() % 8 + 8 * (lane_index() / 16), lane_index() / 8 % 2 + first_chunk)) {}
+    DEVICE A load(int k_step, int chunk) const {
+      A a;
+      ldmatrix_x4_trans(a.frag, Tile::at(tile, lane_offset, K * k_step, chunk));
+      return a;
     }
   };
 

@@ -26,3 +26,13 @@ DEVICE Work work_longest_first(const Geometry& geometry, int num_heads) {
   const int pair = section * geometry.section_heads + (index - row * geometry.section_heads);
   return {LAST_TILE_FIRST ? geometry.num_tiles - 1 - tile : tile, pair % num_heads, pair / num_heads};
 }
+
+// The work of the block that is the `ticket`-th to start. Sections of section_heads heads come one after another, so that what they read and add
+// up stays in L2. Within a section the first tiles of all heads come first, then the second tiles.
+DEVICE Work work_of_ticket(int ticket, int num_tiles, int num_heads, int section_heads) {
+  const int before = ticket / (section_heads * num_tiles) * section_heads;  // (batch, head) in earlier sections
+  const int heads = min(section_heads, int(gridDim.x) / num_tiles - before);
+  const int within = ticket - before * num_tiles;
+  const int head = before + within % heads;
+  return {within / heads, head % num_heads, head / num_heads};
+}

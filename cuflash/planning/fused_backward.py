@@ -1,0 +1,82 @@
+"""The two ways to the gradients: one kernel with five products for dQ, dK and dV, or kernels of their own with seven or eight.
+
+The fused kernel adds dQ up in global memory in a fixed order (kernels/tile/query_sums.cuh), so both ways give the same bits on every run. It takes 16-bit
+types from sm_80 on, heads that are not cut into slices, and no features that hide tiles by data. Of the cases where it can run, it is taken in those in which
+the timing model predicts that it is faster (`predicted_tiles`), unless `tile` names kernels of the other way or the environment variable
+CUFLASH_FUSED_BACKWARD is 0. A call takes it elsewhere if `tile` names it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from math import ceil
+
+from cuflash.hardware.device import Device
+from cuflash.planning import kernel_specs, tile_choice, tile_rules
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_plan import Buffer, KernelPlan
+from cuflash.problem.problem import Problem
+from cuflash.problem.tile import Tile, Tiles
+
+VARIABLE = "CUFLASH_FUSED_BACKWARD"
+"""Environment variable; 0: the fused kernel only where `tile` names it. Looked at when a call is planned, so not by calls whose like was made before."""
+
+_SECTION_BYTES = 32 * 2**20  # of L2, docs/hopper.md
+_OTHER_WAY = (kernel_specs.BACKWARD_DKDV, kernel_specs.BACKWARD_DK, kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DQ)
+
+
+def is_taken(case: KernelCase, device: Device, tile: Tiles, *, ragged: bool) -> bool:
+    """Whether the fused kernel runs.
+
+    Args:
+        case: of the fused kernel.
+        device: where.
+        tile: as the caller pins it.
+        ragged: sequences have lengths that only the device knows, whose kernels are not predicted.
+    """
+    if not is_possible(case, device):
+        return False
+    if isinstance(tile, Mapping) and kernel_specs.BACKWARD_FUSED.name in tile:
+        return True
+    if isinstance(tile, Mapping) and any(kernel.name in tile for kernel in _OTHER_WAY):
+        return False
+    if isinstance(tile, Tile) and tile_rules.broken_rule(case, tile, device) is not None:
+        return False
+    return os.environ.get(VARIABLE) != "0" and not ragged and is_faster(case, device)
+
+
+def is_possible(case: KernelCase, device: Device) -> bool:
+    """Whether the fused kernel can run at all."""
+    return (
+        device.capability >= 80
+        and case.dtype != "float32"
+        and case.head_slices(device) == 1
+        and not case.features.lists_tiles
+        and bool(tile_choice.legal_tiles_for(case, device))
+    )
+
+
+def is_faster(case: KernelCase, device: Device) -> bool:
+    """Whether the timing model says so by 3 % at least (docs/performance.md)."""
+    return tile_choice.known_tile(case, device) is not None
+
+
+def section_heads(problem: Problem, device: Device, group_heads: int) -> int:
+    """K/V heads whose queries, dO and sums of dQ fit L2 together."""
+    of_head = group_heads * problem.max_seqlen_q * (problem.itemsize * (problem.head_dim + problem.head_dim_v) + 4 * problem.head_dim)
+    return max(1, _SECTION_BYTES // max(1, of_head))
+
+
+def workspace(problem: Problem, kernels: Iterable[KernelPlan]) -> tuple[Buffer, ...]:
+    """Sums of dQ and turns of the fused kernel, as kernels/tile/query_sums.cuh lays them out; nothing without it."""
+    for kernel in kernels:
+        if kernel.spec == kernel_specs.BACKWARD_FUSED:
+            tiles = ceil(problem.seqlen_q / kernel.tile.tile_q)
+            slots = problem.num_heads_q * (problem.batch * tiles if problem.num_sequences is None else tiles + problem.num_sequences)
+            columns = ceil(kernel.head_dim / 16) * 16
+            return (
+                Buffer("query_sums", (slots * kernel.tile.tile_q * columns,), "float32"),
+                Buffer("turns", (1 + slots,), "int32"),
+            )
+    return ()

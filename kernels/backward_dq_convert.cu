@@ -1,0 +1,34 @@
+// Behind backward_fused_mma.cu: dQ of the sums that its blocks have added up, scaled and converted. Tiles that no key has been added to are 0.
+//
+// A block has one tile of TILE_Q queries, each warp 16 of them. Shared memory: dQ [TILE_Q][D], through which rows leave whole.
+#include "tile/constants.cuh"
+#include "tile/epilogue.cuh"
+#include "tile/fragment.cuh"
+#include "tile/gemm.cuh"
+#include "tile/query_sums.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+
+static_assert(TILE_Q == 16 * NUM_WARPS, "a warp has 16 rows");
+static_assert(TileQ::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_convert(const __grid_constant__ BackwardArguments arguments) {
+  const Work work = work_of_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q);
+  const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
+  auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
+    clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM>(arguments.grad_query, work.head, begin, end, tile, num_tiles);
+  };
+  if (!claim_rows<TILE_Q>(arguments, arguments.lengths.cu_seqlens_q, arguments.geometry.seqlen_q, work, clear_gradients)) return;
+  extern __shared__ __align__(128) uint8 shared[];
+
+  float dQ[1][D_TILES][4];
+  clear(dQ);
+  const int slot = first_slot(arguments, work.batch, work.head, start_q) + work.tile;
+  if (arguments.turns[1 + slot] != 0) {
+#pragma unroll
+    for (int n = 0; n < D_TILES; ++n) load_fragment(query_sum(arguments, slot, warp_index(), n), dQ[0][n]);
+  }
+  multiply_all(dQ, arguments.geometry.scale);
+  const int num_rows = sequence_length(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
+  store_slice<HEAD_DIM, TileQ>(dQ, smem_address(shared), 16 * warp_index(), arguments.grad_query, work, work.tile * TILE_Q, num_rows, start_q);
+}

@@ -1,0 +1,275 @@
+"""The backward pass as one kernel with five products: as exact as the others, the same bits whatever the order of blocks, and chosen as the plan says."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy
+import pytest
+from conftest import Target
+from kernel_mutations import BROADCAST_KEY
+from test_features import FEATURES
+from test_sequences import offsets, packed
+
+import cuflash
+from cuflash import FeatureSet, Tile
+from cuflash.errors import TileError
+from cuflash.hardware import device
+from cuflash.hardware.device import ARCHITECTURES, Device
+from cuflash.planning import fused_backward, predicted_tiles, tile_choice
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_specs import BACKWARD_FUSED
+from cuflash.simulator import SimulatorError, check
+from cuflash.simulator.options import configure
+
+pytest.importorskip("cupy")
+
+TILE = Tile(32, 32, 2, 2)
+FUSED = {"backward_fused": TILE}
+KERNELS = ("backward_delta", "backward_fused_mma", "backward_dq_convert")
+NOT_HIDDEN_BY_DATA = {name: options for name, options in FEATURES.items() if name not in ("boolean_mask", "segments")}
+
+
+def names(plan: cuflash.Plan) -> list[str]:
+    return [kernel.name for kernel in plan.kernels]
+
+
+def inputs_of(
+    target: Target, lengths: tuple[int, int] = (100, 130), head_dim: int = 32, heads: tuple[int, int] = (2, 1), batches: tuple[int, int] = (2, 2),
+    dtype: str = "bfloat16", view: str = "contiguous", head_dim_v: int = 0,
+) -> list[Any]:  # fmt: skip
+    shapes = (
+        (batches[0], lengths[0], heads[0], head_dim),
+        (batches[1], lengths[1], heads[1], head_dim),
+        (batches[1], lengths[1], heads[1], head_dim_v or head_dim),
+    )
+    return [target.random(shape, dtype, seed, view) for seed, shape in enumerate(shapes)]
+
+
+@pytest.fixture(params=["sm_80", "sm_90"])
+def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """Additions one by one, and four at a time."""
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", request.param)
+    return Target(request.param)
+
+
+# --- Right --------------------------------------------------------------------------------------------------------------------------------
+
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"is_causal": True},
+    "bottom_right": {"is_causal": True, "causal_alignment": "bottom_right"},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("batches", [(2, 2), (2, 1)], ids=str)
+@pytest.mark.parametrize("lengths", [(100, 130), (130, 60), (1, 33)], ids=str)
+def test_grouped_and_broadcast_heads(on: Target, lengths: tuple[int, int], batches: tuple[int, int], mask: str) -> None:
+    """Odd lengths, keys that no query sees, queries that see no key."""
+    on.check(*inputs_of(on, lengths, batches=batches), enable_gqa=True, backward_tile=FUSED, **MASKS[mask])
+
+
+TILES = {
+    "1 stage": (32, Tile(32, 32, 2, 1)),
+    "3 stages": (32, Tile(32, 32, 2, 3)),
+    "warps share columns": (64, Tile(32, 64, 4, 2)),
+    "16 rows for each warp": (48, Tile(64, 64, 4, 2)),
+    "32 keys for each warp": (33, Tile(32, 64, 2, 2)),
+    "8 warps": (128, Tile(64, 128, 8, 2)),
+    "one column group for each warp": (64, Tile(16, 64, 4, 1)),
+}
+
+
+@pytest.mark.parametrize("case", TILES)
+def test_tiles(on: Target, case: str) -> None:
+    head_dim, tile = TILES[case]
+    inputs = inputs_of(on, (100, 150), head_dim, heads=(1, 1), batches=(1, 1), dtype="float16")
+    on.check(*inputs, is_causal=True, backward_tile={"backward_fused": tile})
+
+
+@pytest.mark.parametrize("head_dim", [1, 7, 72])
+def test_head_dims(on: Target, head_dim: int) -> None:
+    on.check(*inputs_of(on, (70, 60), head_dim, heads=(1, 1), dtype="float16"), backward_tile=FUSED)
+
+
+def test_value_with_a_head_dim_of_its_own(on: Target) -> None:
+    on.check(*inputs_of(on, head_dim_v=72), enable_gqa=True, backward_tile=FUSED)
+
+
+def test_strides(simulator: Target, view: str) -> None:
+    simulator.check(*inputs_of(simulator, head_dim=33, view=view, heads=(2, 2)), is_causal=True, backward_tile=FUSED)
+
+
+@pytest.mark.parametrize("feature", NOT_HIDDEN_BY_DATA)
+def test_features(simulator: Target, feature: str) -> None:
+    from test_features import inputs_of as featured
+
+    inputs = featured(simulator, "bfloat16", 32)
+    simulator.check(*inputs, enable_gqa=True, backward_tile=FUSED, **FEATURES[feature])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_windows(simulator: Target, seed: int) -> None:
+    """Which blocks add to a tile of queries follows from the window: a wrong place among them is a wrong sum, or a wait without end."""
+    rng = numpy.random.default_rng(seed)
+    lengths = (int(rng.integers(1, 200)), int(rng.integers(1, 200)))
+    window = tuple(None if rng.random() < 0.2 else int(rng.integers(0, 90)) for _ in range(2))
+    alignment = "top_left" if seed % 2 else "bottom_right"
+    options: dict[str, Any] = {"is_causal": seed % 4 < 2, "causal_alignment": alignment, "window": window}
+    if window != (None, None):
+        inputs = inputs_of(simulator, lengths, heads=(1, 1), batches=(1, 1))
+        simulator.check(*inputs, backward_tile={"backward_fused": Tile(16 * (1 + seed % 2), 32, 2, 2)}, **options)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("batches", [(3, 3), (3, 1)], ids=str)
+def test_key_lengths(simulator: Target, batches: tuple[int, int], mask: str) -> None:
+    lengths = numpy.array([130, 0, 37], numpy.int32)
+    inputs = inputs_of(simulator, batches=batches)
+    options = {**MASKS[mask], "enable_gqa": True}
+    key, value = (numpy.broadcast_to(x, (3, *x.shape[1:])) if batches[1] == 1 else x for x in inputs[1:])
+    simulator.check(inputs[0], key, value, seqlens_kv=lengths, backward_tile=FUSED, **options)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_packed_sequences(on: Target, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some are empty, and the last tile of one is not the first of the next."""
+    lengths_q, lengths_kv = [40, 0, 70, 33, 5], [60, 20, 37, 0, 100]
+    inputs = packed(on, (sum(lengths_q), sum(lengths_kv)), "bfloat16", (32, 32), heads=(2, 1))
+    backward = functools.partial(cuflash.varlen_attention_backward, tile=FUSED)
+    monkeypatch.setattr(cuflash, "varlen_attention_backward", backward)  # the forward pass knows no such kernel
+    on.check_packed(inputs, (offsets(on, lengths_q), offsets(on, lengths_kv)), enable_gqa=True, **MASKS[mask])
+
+
+@pytest.mark.parametrize("senseless", [[0, 100, 50, 150], [0, 150, 0, 150], [0, 400, -3, 150], [150, 0, 20, 150]], ids=str)
+def test_senseless_offsets_end(simulator: Target, senseless: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that lie upon each other share sums and turns: what they give is senseless, but nobody waits for ever."""
+    from cuflash.runtime.prepared import PreparedCall
+
+    monkeypatch.setattr(PreparedCall, "check_offsets", lambda *_: None)  # as on a GPU
+    x = simulator.random((150, 1, 32), "bfloat16", 1)
+    cu, lse = numpy.array(senseless, numpy.int32), simulator.random((1, 150), "float32", 2)
+    run = functools.partial(cuflash.varlen_attention_backward, x, x, x, x, x, lse, cu, cu, 150, 150, tile=FUSED)
+    try:
+        run()
+    except SimulatorError as error:  # blocks of two sequences write the same rows of dK
+        assert error.check == "race"
+    for seed in range(4):
+        with configure(schedule="random", seed=seed, checks=False, max_instructions=2**22):
+            assert all(gradient.shape == x.shape for gradient in run())
+
+
+# --- The same bits, whatever the order ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_thirty_schedules_give_the_same_bits(on: Target, mask: str) -> None:
+    """Blocks start in another order in each."""
+    inputs = inputs_of(on, batches=(2, 1))
+    options = {**MASKS[mask], "enable_gqa": True}
+    out, lse = cuflash.scaled_dot_product_attention(*inputs, return_lse=True, **options)
+    call = functools.partial(cuflash.scaled_dot_product_attention_backward, out, *inputs, out, lse, tile=FUSED, **options)
+    report = check(call, seeds=range(30))
+    assert report.kernels == KERNELS
+    assert len(report.runs) == 32
+
+
+@pytest.mark.parametrize("schedule", ["late", "random"])
+def test_blocks_that_run_side_by_side_wait_for_each_other(simulator: Target, schedule: Any) -> None:
+    inputs = inputs_of(simulator, (64, 500), heads=(1, 1), batches=(1, 1))
+    out, lse = cuflash.scaled_dot_product_attention(*inputs, return_lse=True)
+    run = functools.partial(cuflash.scaled_dot_product_attention_backward, out, *inputs, out, lse, tile=FUSED)
+    with configure(threads=1):
+        alone = [Target.bits(grad) for grad in run()]
+    for seed in range(3):
+        with configure(threads=4, schedule=schedule, seed=seed):
+            assert [Target.bits(grad) for grad in run()] == alone
+
+
+# --- Chosen -------------------------------------------------------------------------------------------------------------------------------
+
+
+def plan_of(arch: str = "sm_80", head_dim: int = 128, dtype: str = "float16", **options: Any) -> cuflash.Plan:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUFLASH_SIMULATOR_ARCH", arch)
+        x = Target(arch).random((2, 500, 4, head_dim), dtype, 1)
+        return cuflash.plan(x, x, x, backward=True, **options)
+
+
+FUSED_KERNELS = ["backward_delta", "backward_fused", "backward_dq_convert"]
+TWO_KERNELS = ["backward_delta", "backward_dkdv", "backward_dq"]
+
+
+@pytest.mark.parametrize(("arch", "head_dim"), list(predicted_tiles.FUSED_BACKWARD), ids=str)
+def test_taken_where_it_is_predicted_to_be_faster(arch: str, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(arch, head_dim)
+    assert names(plan) == FUSED_KERNELS
+    assert plan.kernels[1].tile == Tile(*predicted_tiles.FUSED_BACKWARD[arch, head_dim])
+    monkeypatch.setenv(fused_backward.VARIABLE, "0")
+    assert names(plan_of(arch, head_dim)) == TWO_KERNELS
+    assert names(plan_of(arch, head_dim, tile={"backward_fused": plan.kernels[1].tile})) == FUSED_KERNELS
+
+
+def test_a_mapping_pins_either_way() -> None:
+    assert names(plan_of(head_dim=32)) == TWO_KERNELS
+    assert names(plan_of(head_dim=32, tile=FUSED)) == FUSED_KERNELS
+    assert names(plan_of(tile={"backward_dq": Tile(64, 64, 4, 2)})) == TWO_KERNELS
+    with pytest.raises(TileError, match="kernels that run: backward_fused"):
+        plan_of(tile={**FUSED, "backward_dq": Tile(64, 64, 4, 2)})
+
+
+def test_a_single_tile_is_for_whichever_takes_it() -> None:
+    assert names(plan_of(tile=Tile(32, 64, 4, 2))) == FUSED_KERNELS
+    assert names(plan_of(tile=Tile(48, 64, 4, 2))) == TWO_KERNELS  # the warps could not share out 48 rows of dQ
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"arch": "sm_75"}, {"dtype": "float32"}, {"head_dim": 320}, {"attn_mask": numpy.ones((500, 500), bool)},
+        {"segment_ids_q": numpy.zeros((2, 500), numpy.int32), "segment_ids_kv": numpy.zeros((2, 500), numpy.int32)},
+    ],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+def test_what_it_cannot_do_is_done_by_the_others(options: dict[str, Any]) -> None:
+    plan = plan_of(**options)
+    assert "backward_dq" in names(plan)
+    assert not {"query_sums", "turns"} & {buffer.name for buffer in plan.workspace}
+    with pytest.raises(TileError, match="kernels that run: .*backward_dq"):
+        plan_of(**options, tile=FUSED)
+
+
+def test_key_and_value_with_other_heads_take_kernels_of_their_own(simulator: Target) -> None:
+    query, key, value, _ = BROADCAST_KEY.arrays("float16")
+    assert "backward_dv" in names(cuflash.plan(query, key, value, enable_gqa=True, backward=True))
+    with pytest.raises(TileError, match="backward_dv"):
+        cuflash.plan(query, key, value, enable_gqa=True, backward=True, tile=FUSED)
+
+
+def test_memory_grows_with_the_length() -> None:
+    """Four bytes for each element of dQ, a turn for each tile, the row statistics."""
+    plan = plan_of()
+    tile_q = plan.kernels[1].tile.tile_q
+    tiles = 2 * 4 * -(-500 // tile_q)
+    assert {buffer.name: buffer.nbytes for buffer in plan.workspace} == {
+        "row_statistics": 8 * 2 * 4 * 500, "query_sums": 4 * tiles * tile_q * 128, "turns": 4 * (1 + tiles),
+    }  # fmt: skip
+    assert plan.workspace_bytes == sum(buffer.nbytes for buffer in plan.workspace)
+    assert "backward_fused: backward_fused_mma.cu" in str(plan)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "sm_75"])
+def test_legal_tiles_are_those_that_warps_can_share_out(arch: str) -> None:
+    on: Device = device.of_arch(arch)
+    for head_dim in (16, 64, 80, 128):
+        tiles = tile_choice.legal_tiles_for(KernelCase(BACKWARD_FUSED, "float16", head_dim), on)
+        assert tiles
+        for tile in tiles:
+            shared = [
+                tile.num_warps // (tile.tile_q // rows) for rows in (16, 32) if tile.tile_q % rows == 0 and tile.num_warps % (tile.tile_q // rows) == 0
+            ]  # fmt: skip
+            assert any(groups in (1, 2, 4, 8) and -(-head_dim // 16) % groups == 0 for groups in shared), tile
+    assert not tile_choice.legal_tiles_for(KernelCase(BACKWARD_FUSED, "float16", 256), on)
+    assert not fused_backward.is_possible(KernelCase(BACKWARD_FUSED, "float16", 64, features=FeatureSet(segments=True)), on)
