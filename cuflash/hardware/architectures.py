@@ -22,7 +22,7 @@ class Architecture:
         shared_memory_per_sm: bytes that the resident blocks of an SM share.
         num_sms: SMs of its largest common card.
         warps, blocks: that an SM holds at most.
-        l2_bytes: of that card, by NVIDIA's whitepapers and product pages.
+        l2_bytes: of its common cards, the smallest that is not cut down. It decides an order of blocks and no result.
         mma_rate: dense multiply-adds per clock of an SM's tensor cores, 16-bit operands and float32 sums.
         barriers: named barriers of all blocks of an SM together; None where they are never what runs out.
         issue_rate: 32-bit instructions per clock of an SM.
@@ -44,7 +44,7 @@ class Architecture:
 
 
 TABLE: dict[str, Architecture] = {
-    "sm_75": Architecture(64 * KIB, 64 * KIB, 40, 32, 16, 512, 5632 * KIB, issue_rate=64, reserved_shared_bytes=0, shared_granularity=256),
+    "sm_75": Architecture(64 * KIB, 64 * KIB, 40, 32, 16, 512, 4 * MIB, issue_rate=64, reserved_shared_bytes=0, shared_granularity=256),
     "sm_80": Architecture(163 * KIB, 164 * KIB, 108, 64, 32, 1024, 40 * MIB, issue_rate=64),
     "sm_86": Architecture(99 * KIB, 100 * KIB, 84, 48, 16, 256, 6 * MIB),
     "sm_87": Architecture(163 * KIB, 164 * KIB, 16, 48, 16, 512, 4 * MIB),

@@ -1,0 +1,56 @@
+"""In which order causal blocks are launched: each piece of work once, the longest first, and the same bits in every order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import pytest
+from conftest import Target
+
+from cuflash.planning import block_order, fused_backward
+from cuflash.runtime import calls
+
+
+def test_sections_divide_the_heads() -> None:
+    assert [block_order.nearest_divisor(*of) for of in ((32, 27), (128, 27), (17, 16), (1, 5), (12, 3))] == [32, 32, 17, 1, 3]
+
+
+@pytest.mark.parametrize(("last_first", "expected"), [(True, [3, 3, 1, 1] * 2), (False, [1, 1, 3, 3] * 2)])
+def test_within_a_section_equal_tiles_come_together(last_first: bool, expected: list[int]) -> None:
+    assert list(block_order.in_order([1, 3], pairs=4, section=2, last_first=last_first)) == expected
+
+
+SECTIONS = (1, 2, 4)
+"""Of two batches or sequences and one behind them, with four heads or two: each divides all."""
+
+
+def _in_every_order(monkeypatch: pytest.MonkeyPatch, run: Any) -> list[Any]:
+    found = []
+    for section in SECTIONS:
+        monkeypatch.setattr(block_order, "section_heads", lambda *_, pairs, section=section, **__: min(section, pairs & -pairs))
+        monkeypatch.setattr(fused_backward, "section_heads", lambda *_, section=section: section)
+        monkeypatch.setattr(calls, "_calls", {})  # what is kept was planned in another order
+        found.append(run())
+    return found
+
+
+@pytest.mark.parametrize("fused", ["0", "1"])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": (40, 0)}, {"seqlens_kv": numpy.array([150, 70], numpy.int32)}], ids=["causal", "window", "seqlens_kv"]
+)
+def test_every_order_gives_the_same_bits(simulator: Target, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], fused: str) -> None:
+    monkeypatch.setenv(fused_backward.VARIABLE, fused)
+    query = simulator.random((2, 150, 4, 32), "bfloat16", 1)
+    key, value = (simulator.random((2, 150, 2, 32), "bfloat16", seed) for seed in (2, 3))
+    bits = _in_every_order(monkeypatch, lambda: simulator.run(query, key, value, is_causal=True, enable_gqa=True, **options).bits())
+    assert len(set(bits)) == 1
+
+
+def test_every_order_of_packed_sequences_gives_the_same_bits(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [simulator.random((150, heads, 32), "bfloat16", seed) for seed, heads in enumerate((4, 2, 2, 4))]
+    offsets = numpy.array([0, 100, 140], numpy.int32)  # and ten tokens behind them
+    bits = _in_every_order(
+        monkeypatch, lambda: tuple(map(simulator.bits, simulator.run_packed(inputs, (offsets, offsets), is_causal=True, enable_gqa=True)))
+    )
+    assert len(set(bits)) == 1
