@@ -152,10 +152,12 @@ def test_senseless_offsets_end(simulator: Target, senseless: list[int], monkeypa
     x = simulator.random((150, 1, 32), "bfloat16", 1)
     cu, lse = numpy.array(senseless, numpy.int32), simulator.random((1, 150), "float32", 2)
     run = functools.partial(cuflash.varlen_attention_backward, x, x, x, x, x, lse, cu, cu, 150, 150, tile=FUSED)
+    fired = ""
     try:
         run()
     except SimulatorError as error:  # blocks of two sequences write the same rows of dK
-        assert error.check == "race"
+        fired = error.check
+    assert fired in ("", "race")
     for seed in range(4):
         with configure(schedule="random", seed=seed, checks=False, max_instructions=2**22):
             assert all(gradient.shape == x.shape for gradient in run())
@@ -237,7 +239,7 @@ def test_what_it_cannot_do_is_done_by_the_others(options: dict[str, Any]) -> Non
     plan = plan_of(**options)
     assert "backward_dq" in names(plan)
     assert not {"query_sums", "turns"} & {buffer.name for buffer in plan.workspace}
-    with pytest.raises(TileError, match="kernels that run: .*backward_dq"):
+    with pytest.raises(TileError, match=r"kernels that run: .*backward_dq"):
         plan_of(**options, tile=FUSED)
 
 
