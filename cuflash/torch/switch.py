@@ -170,8 +170,8 @@ _note_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _on_torch(arguments: Arguments) -> Any:
-    *others, scale, enable_gqa = arguments
-    return _torch_attention(*others, scale=scale, enable_gqa=enable_gqa)
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = arguments
+    return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _refused(query: Any, attn_mask: Any, is_causal: bool) -> ArgumentError | None:
