@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from cuflash.cli import samples
 from cuflash.hardware import device
-from cuflash.planning import kernel_specs, planner
+from cuflash.planning import planner
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.plan import Plan
 from cuflash.timing import prediction
@@ -74,7 +74,7 @@ def predict(plan: Plan, steady: Steady) -> Cell:
     card, problem = CARDS[plan.device.arch], plan.problem
     milliseconds = lost = 0.0
     for kernel in plan.kernels:
-        if kernel.spec is kernel_specs.BACKWARD_DELTA:
+        if not kernel.spec.is_tiled:
             milliseconds += prediction.predict_traffic(kernel, problem, card).milliseconds
             continue
         launch = prediction.lay_out(steady.of(kernel, plan), kernel, problem, card)
