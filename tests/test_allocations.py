@@ -64,8 +64,8 @@ def test_plans_at_64k(simulator: Target, feature: str, backward: bool) -> None:
         per_query = 12 if feature == "additive_mask" else 8
         if feature in ("none", "causal"):
             per_query += 4 * 64
-        turns = 4 * seqlen // 32 if per_query > 12 else 0  # of tiles of 32 queries, and the blocks that have started
-        assert workspace(seqlen) == (per_query * seqlen + turns + (4 if turns else 0) if backward else 0)
+        turns = 4 * (seqlen // 64 + 1) if per_query > 12 else 0  # of tiles of 64 queries, and the blocks that have started
+        assert workspace(seqlen) == (per_query * seqlen + turns if backward else 0)
         assert workspace(seqlen) <= 2 * workspace(seqlen // 2)
 
 
