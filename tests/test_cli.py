@@ -293,7 +293,7 @@ def test_profile_annotates_whole_sources(tmp_path: Path) -> None:
     arguments = ("--pass", "backward", "--dtype", "bfloat16", "--seqlen", "32", "--causal", "--full", "--by-kernel-line")
     result = command("profile", *arguments, directory=tmp_path)
     assert result.returncode == 0, result.stderr
-    for name in ("backward_delta.cu", "backward_fused_mma.cu", "backward_dq_convert.cu"):
+    for name in ("backward_delta.cu", "backward_dkdv_mma.cu", "backward_dq_mma.cu"):
         for line in (ROOT / "kernels" / name).read_text(encoding="utf-8").splitlines():
             assert line.strip() in result.stdout
 

@@ -47,6 +47,17 @@ def inputs_of(
     return [target.random(shape, dtype, seed, view) for seed, shape in enumerate(shapes)]
 
 
+@pytest.fixture(autouse=True)
+def wherever_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fused_backward.VARIABLE, "1")
+
+
+def test_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it has run on a GPU."""
+    monkeypatch.delenv(fused_backward.VARIABLE)
+    assert names(plan_of("sm_80", 64)) == TWO_KERNELS
+
+
 @pytest.fixture(params=["sm_80", "sm_90"])
 def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
     """Additions one by one, and four at a time."""

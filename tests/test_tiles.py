@@ -329,7 +329,7 @@ def test_an_illegal_tile_of_a_call_is_refused_before_anything_runs(target: Targe
 @pytest.mark.parametrize("name", ["forward", "dq", "backward_delta", "backward_dk", ""], ids=lambda name: name or "empty")
 def test_a_tile_for_a_kernel_that_does_not_run_is_refused(simulator: Target, name: str) -> None:
     inputs = [simulator.random((1, 16, 1, 64), "bfloat16", seed) for seed in (1, 2, 3)]
-    with pytest.raises(TileError, match=r"kernels that run: backward_(fused|dkdv, backward_dq)"):
+    with pytest.raises(TileError, match="kernels that run: backward_dkdv, backward_dq"):
         simulator.run(*inputs, backward_tile={name: Tile(64, 64, 4, 1)})
 
 

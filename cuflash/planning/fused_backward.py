@@ -1,9 +1,9 @@
 """The two ways to the gradients: one kernel with five products for dQ, dK and dV, or kernels of their own with seven or eight.
 
 The fused kernel adds dQ up in global memory in a fixed order (kernels/tile/query_sums.cuh), so both ways give the same bits on every run. It takes 16-bit
-types from sm_80 on, heads that are not cut into slices, and no features that hide tiles by data. Of the cases where it can run, it is taken in those in which
-the timing model predicts that it is faster (`predicted_tiles`), unless `tile` names kernels of the other way or the environment variable
-CUFLASH_FUSED_BACKWARD is 0. A call takes it elsewhere if `tile` names it.
+types from sm_80 on, heads that are not cut into slices, and no features that hide tiles by data. Until it has run on a GPU it is asked for: by `tile`, which
+names it, or by the environment variable CUFLASH_FUSED_BACKWARD=1, which takes it in the cases in which the timing model predicts that it is faster
+(`predicted_tiles`), unless `tile` names kernels of the other way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
 
 VARIABLE = "CUFLASH_FUSED_BACKWARD"
-"""Environment variable; 0: the fused kernel only where `tile` names it. Looked at when a call is planned, so not by calls whose like was made before."""
+"""Environment variable; 1: the fused kernel wherever it is predicted to be faster. Looked at when a call is planned, so not by calls whose like was made before."""
 
 _SECTION_BYTES = 32 * 2**20  # of L2, docs/hopper.md
 _OTHER_WAY = (kernel_specs.BACKWARD_DKDV, kernel_specs.BACKWARD_DK, kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DQ)
@@ -43,7 +43,7 @@ def is_taken(case: KernelCase, device: Device, tile: Tiles, *, ragged: bool) -> 
         return False
     if isinstance(tile, Tile) and tile_rules.broken_rule(case, tile, device) is not None:
         return False
-    return os.environ.get(VARIABLE) != "0" and not ragged and is_faster(case, device)
+    return os.environ.get(VARIABLE) == "1" and not ragged and is_faster(case, device)
 
 
 def is_possible(case: KernelCase, device: Device) -> bool:
