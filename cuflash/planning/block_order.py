@@ -30,7 +30,7 @@ FEW_VISIBLE = 1 / 2
 
 
 def section_heads(case: KernelCase, problem: Problem, device: Device, *, pairs: int, resident_blocks: int) -> int:
-    """How many (batch, head) pairs make up a section: a divisor of `pairs`; 1 where heads come one at a time.
+    """How many (batch, head) pairs make up a section: a divisor of `pairs`; 1 where heads come one at a time, as those of a mask's gradient do.
 
     Args:
         case: the kernel.
@@ -39,7 +39,7 @@ def section_heads(case: KernelCase, problem: Problem, device: Device, *, pairs: 
         pairs: (batch, head) pairs among which the kernel's blocks are divided.
         resident_blocks: that all SMs hold together.
     """
-    if not problem.is_causal or _is_narrow(problem):
+    if not problem.is_causal or case.kernel.rows_of == "attn_mask" or _is_narrow(problem):
         return 1
     sharing = 1 if case.kernel.owns_keys else problem.num_heads_q // problem.num_heads_kv
     fitting = int(L2_SHARE * architecture(device.arch).l2_bytes) // max(1, _walked_bytes(case, problem, pairs))
@@ -70,11 +70,10 @@ def in_order(of_one_head: Sequence[int], *, pairs: int, section: int, last_first
     Args:
         of_one_head: for each tile of a head.
         pairs: (batch, head) pairs.
-        section: of them, as `section_heads` says.
+        section: of them; the last section may have fewer.
         last_first: the last tile of a head is the longest, as that of queries under a causal mask is.
     """
     ordered = of_one_head[::-1] if last_first else of_one_head
-    for _ in range(pairs // section):
+    for first in range(0, pairs, section):
         for tile in ordered:
-            for _ in range(section):
-                yield tile
+            yield from [tile] * min(section, pairs - first)

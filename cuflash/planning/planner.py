@@ -3,7 +3,8 @@
 Pure: nothing here touches a GPU, CuPy or a compiler, so a plan can be made for any architecture anywhere, and printed.
 
 Memory beyond inputs and outputs is O(S): the forward pass needs none, the backward pass eight bytes per query row and head, with an additive mask
-twelve, and where one kernel makes all gradients (`fused_backward`) another four for each element of dQ. With a boolean mask or segments, the lists of visible tiles take four bytes for each pair of tiles.
+twelve, and where one kernel makes all gradients (`fused_backward`) another four for each element of dQ. With a boolean mask or segments, the lists of
+visible tiles take four bytes for each pair of tiles.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
 def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tuple[KernelSpec, ...]:
     """The tiled kernels that make the gradients.
 
-    All come from one kernel where that is faster and can be, or is pinned by `tile`. Otherwise dK and dV come from one kernel where the accumulators of both fit the registers and they are summed over the same heads and batches.
+    All come from one kernel where that is asked for and possible (`fused_backward`). Otherwise dK and dV come from one kernel where the accumulators of both fit
+    the registers and they are summed over the same heads and batches.
     """
     same_groups = problem.key_shape[:3] == problem.value_shape[:3]
     kernels = [kernel_specs.BACKWARD_ROW_SUMS] if problem.features.kinds.additive_mask else []

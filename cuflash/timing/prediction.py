@@ -8,7 +8,7 @@ Kernels that walk over no tiles, such as `backward_delta`, take the time of thei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -245,14 +245,10 @@ def lay_out(predicted: KernelPrediction, kernel: KernelPlan, problem: Problem, c
         alone + (predicted.clocks - alone) * index / max(1, predicted.blocks - 1) for index in range(predicted.blocks)
     ]  # between one block and all of them, as many clocks more for each
     overhead = _block_overhead(kernel, problem, machine, card)
-    added_up = bool(kernel.spec.added_up)
     section = min(heads, kernel.section_heads)
-    if added_up:
-        launched = in_sections(own, heads, section)
-    else:
-        launched = in_order(own, pairs=heads, section=section, last_first=problem.is_causal and not by_keys)
+    launched = in_order(own, pairs=heads, section=section, last_first=problem.is_causal and not by_keys)
     clocks = grid_clocks(launched, num_sms=card.num_sms, trip_clocks=trip_clocks, overhead=overhead)
-    if added_up:  # blocks of one head that start together wait for each other to add to their first tile
+    if kernel.spec.added_up:  # blocks of one head that start together wait for each other to add to their first tile
         together = min(len(own), ceil(card.num_sms * predicted.blocks / section))
         clocks += (together - 1) * predicted.clocks
     total = heads * sum(own)
@@ -260,13 +256,6 @@ def lay_out(predicted: KernelPrediction, kernel: KernelPlan, problem: Problem, c
     even = ideal + kernel.num_blocks * overhead / predicted.blocks / card.num_sms
     seconds = max(clocks / (card.clock_ghz * 1e9), _least_traffic(kernel, problem) / card.memory_bytes_per_second)
     return Launch(kernel.name, 1e3 * seconds, predicted, kernel.num_blocks, total, ideal / clocks, even / clocks)
-
-
-def in_sections(own: Sequence[int], heads: int, section: int) -> Iterator[int]:
-    """The tiles of each block of all heads in the order of launch: kernels/tile/schedule.cuh. A section of one head is head by head."""
-    for first in range(0, heads, section):
-        for tiles in own:
-            yield from [tiles] * min(section, heads - first)
 
 
 def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card) -> float:
