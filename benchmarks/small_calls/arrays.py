@@ -9,7 +9,9 @@ import numpy
 
 import cuflash
 from cuflash import reference
+from cuflash.arrays.borrowing import borrow
 from cuflash.cli.samples import DROPOUT_SEED, numpy_call
+from cuflash.hardware import device
 from cuflash.planning.planner import make_plan
 from small_calls.cases import Case
 
@@ -62,9 +64,10 @@ def run(case: Case, operands: dict[str, Any]) -> dict[str, Any]:
     """Both calls, the mask of dropout, and with sinks the result merged with itself; the results by name."""
     sample, inputs = case.sample, [operands[name] for name in ("query", "key", "value")]
     arguments = {name: operands.get(name, argument) for name, argument in case.arguments.items()}
+    tile = case.backward_tile(device.of_memory(*borrow(inputs[0], "query").device).capability)
     out, lse = sample.forward(*inputs, return_lse=True, **arguments)
     gradients = sample.backward(
-        operands["grad_out"], *inputs, out, lse, grad_lse=operands.get("grad_lse"), **arguments, **sample.backward_options
+        operands["grad_out"], *inputs, out, lse, grad_lse=operands.get("grad_lse"), **arguments, **sample.backward_options, tile=tile
     )
     results = dict(zip(NAMES, (out, lse, *gradients), strict=True))
     results |= {f"grad_{name}": x for name in ("attn_mask", "sinks") if (x := getattr(gradients, name)) is not None}
@@ -86,15 +89,16 @@ def bits_of(array: Any) -> Any:
     return array.view({1: numpy.uint8, 2: numpy.uint16, 4: numpy.uint32}[array.itemsize])
 
 
-def requests_of(cases: list[Case], device: Any) -> list[Any]:
-    """What has to be compiled for `device` before these cases run."""
+def requests_of(cases: list[Case], on: Any) -> list[Any]:
+    """What has to be compiled for the device `on` before these cases run."""
     found: dict[Any, None] = {}
     for case in cases:
         operands, arguments = numpy_call(case.sample)
         del operands["grad_out"]
         problem = case.sample.plan(**operands, **arguments, **case.sample.backward_options, backward=True).problem
         for backward in (False, True):
-            found |= dict.fromkeys(kernel.request(device) for kernel in make_plan(problem, device, backward=backward).kernels)
+            tile = case.backward_tile(on.capability) if backward else None
+            found |= dict.fromkeys(kernel.request(on) for kernel in make_plan(problem, on, backward=backward, tile=tile).kernels)
     return list(found)
 
 

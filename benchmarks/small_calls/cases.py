@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cuflash.cli.samples import Sample, SampleFeatures
+from cuflash.problem.tile import Tile, Tiles
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,13 @@ class Case:
         sample: the call.
         view: "aligned"; "odd", rows that do not start on 16 bytes; "bhsd", the other order of the middle dimensions in memory.
         with_grad_lse: a gradient also flows in through LSE.
+        fused: one kernel makes all gradients, where a device has it.
     """
 
     sample: Sample
     view: str = "aligned"
     with_grad_lse: bool = False
+    fused: bool = False
 
     @classmethod
     def of(
@@ -35,8 +38,8 @@ class Case:
         heads_kv: int = 0,
         **others: Any,
     ) -> Case:
-        """The usual case; `view` and `with_grad_lse` are the case's, all others the sample's."""
-        own = {name: others.pop(name) for name in ("view", "with_grad_lse") if name in others}
+        """The usual case; `view`, `with_grad_lse` and `fused` are the case's, all others the sample's."""
+        own = {name: others.pop(name) for name in ("view", "with_grad_lse", "fused") if name in others}
         shape = {"batch": batch, "seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv, "num_heads_q": heads, "num_heads_kv": heads_kv or heads}
         return cls(Sample(dtype=dtype, head_dim=head_dim, **shape, **others), **own)
 
@@ -44,6 +47,10 @@ class Case:
     def arguments(self) -> dict[str, Any]:
         """`Sample.arguments`, made once."""
         return self.sample.arguments()
+
+    def backward_tile(self, capability: int) -> Tiles:
+        """What pins the kernels of the backward pass on such a device; None for the default ones."""
+        return {"backward_fused": Tile(32, 64, 4, 2)} if self.fused and capability >= 80 else None
 
     @property
     def is_plain(self) -> bool:
@@ -66,7 +73,7 @@ class Case:
             if sample.is_packed
             else [f"s{sample.seqlen_q}x{sample.seqlen_kv}", f"b{sample.batch}"]
         )
-        words += [heads, self.view] + (["grad_lse"] if self.with_grad_lse else [])
+        words += [heads, self.view] + (["grad_lse"] if self.with_grad_lse else []) + (["fused"] if self.fused else [])
         options = {name: getattr(sample, name) for name in ("is_causal", "causal_alignment", "scale", "allow_tf32")} | {
             "lengths_kv": sample.lengths_kv
         }
@@ -101,6 +108,7 @@ def tiny_cases() -> list[Case]:
             Case.of(dtype, 64, features=MANY),
         ]
     cases += [
+        *(Case.of(dtype, 64, heads=2, heads_kv=1, **CAUSAL, fused=True) for dtype in ("bfloat16", "float16")),
         *(Case.of(dtype, 64, batch=2, features=bias(dtype)) for dtype in ("bfloat16", "float32")),
         *(Case.of(dtype, 64, heads=2, **PACKED, **CAUSAL, features=PACKED_FEATURES) for dtype in ("bfloat16", "float32")),
         Case.of("bfloat16", 64, batch=2, **BOTTOM_RIGHT, lengths_kv=(100, 41), features=SampleFeatures(prefix=12, segments=2)),
@@ -123,6 +131,7 @@ def check_cases() -> list[Case]:
         ]
     return [
         *cases,
+        *(Case.of(dtype, 64, 515, 515, 2, 4, 2, **causal, fused=True) for causal in ({}, CAUSAL) for dtype in ("bfloat16", "float16")),
         *lone_feature_cases(),
         *(case for dtype in DTYPES for case in combined_cases(dtype)),
         Case.of("float32", 64, 515, 515, allow_tf32=True),
@@ -158,7 +167,10 @@ def combined_cases(dtype: str) -> list[Case]:
 def simulator_cases() -> list[Case]:
     """For the simulator: few, and small."""
     cases = [Case.of(dtype, head_dim, 200, 200, **CAUSAL) for dtype in DTYPES for head_dim in (64, 128)]
-    cases += [Case.of("bfloat16", 64, 200, 333, 1, 2, 1, view="odd", with_grad_lse=True)]
+    cases += [
+        Case.of("bfloat16", 64, 200, 333, 1, 2, 1, view="odd", with_grad_lse=True),
+        Case.of("bfloat16", 64, 200, 200, **CAUSAL, fused=True),
+    ]
     cases += [Case.of("bfloat16", 64, 100, 200, features=MANY), Case.of("bfloat16", 64, 100, 200, features=bias("bfloat16"))]
     return [
         *cases,

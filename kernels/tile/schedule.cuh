@@ -20,10 +20,10 @@ template <bool CAUSAL, bool LAST_TILE_FIRST>
 DEVICE Work work_longest_first(const Geometry& geometry, int num_heads) {
   if constexpr (!CAUSAL) return work_of_block(geometry.num_tiles, num_heads);
   const int index = int(blockIdx.x);
-  const int row = index / geometry.section_heads;  // blocks with the same tile of all pairs of a section
-  const int section = row / geometry.num_tiles;
-  const int tile = row - section * geometry.num_tiles;
-  const int pair = section * geometry.section_heads + (index - row * geometry.section_heads);
+  const int of_section = geometry.section_heads * geometry.num_tiles;
+  const int section = index / of_section, within = index - section * of_section;
+  const int tile = within / geometry.section_heads;
+  const int pair = section * geometry.section_heads + (within - tile * geometry.section_heads);
   return {LAST_TILE_FIRST ? geometry.num_tiles - 1 - tile : tile, pair % num_heads, pair / num_heads};
 }
 
