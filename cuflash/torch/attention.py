@@ -28,6 +28,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     layout: str = "bhsd",
+    attn_bias: Any = None,
     causal_alignment: str = "top_left",
     return_lse: bool = False,
     tile: Any = None,
@@ -53,6 +54,8 @@ def scaled_dot_product_attention(
             broadcast to those of key and value.
         key, value: `(batch, num_heads_kv, seqlen_kv, head_dim)`; value may have a head_dim of its own. A batch or heads of 1 are broadcast.
         attn_mask: boolean (True: attend) or additive, broadcast; or a `torch.nn.attention.bias.CausalBias`, which stands for is_causal and causal_alignment.
+        attn_bias: additive, beside a boolean attn_mask that hides keys of a row of the batch from all its queries and heads, `(batch, 1, 1, seqlen_kv)`: each is
+            broadcast for itself. Alone it is an additive attn_mask.
         dropout_p: applied whenever it is passed, as in torch's function: pass 0.0 in evaluation.
         layout: the order of dimensions where it is not torch's, of which there are four then.
         return_lse: return `(out, lse)`; lse is float32 `(batch, num_heads_q, seqlen_q)`, differentiable like out.
@@ -76,9 +79,14 @@ def scaled_dot_product_attention(
         dropout_seed if isinstance(dropout_seed, torch.Tensor) else None,
     )  # fmt: skip
     plain = inputs.check_tensors(given)
+    if attn_bias is not None:
+        inputs.check_tensor("attn_bias", attn_bias)
     restore = None
     if layout == "bhsd":
-        query, key, value, attn_mask, restore = inputs.four_dimensions(query, key, value, attn_mask)
+        query, key, value, (attn_mask, attn_bias), restore = inputs.four_dimensions(query, key, value, attn_mask, attn_bias)
+    if attn_bias is not None:
+        seqlen_q = query.shape[layout.index("s")]
+        attn_mask, segment_ids_q, segment_ids_kv = inputs.mask_beside_bias(attn_mask, attn_bias, seqlen_q, segment_ids_q, segment_ids_kv)
     query, key, value = inputs.autocast(query, key, value)
     options = {
         "dropout_p": number(dropout_p), "is_causal": is_causal, "scale": number(scale), "enable_gqa": enable_gqa, "layout": layout, "batch_first": True,
