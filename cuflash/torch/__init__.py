@@ -9,6 +9,8 @@ Nothing of cuflash imports this package or torch: whoever imports `cuflash.torch
 | `functions.py` | eager calls: autograd functions straight over cuflash's calls, with no operator in between |
 | `operators.py` | the same calls as registered operators, for tracing and for modes that look at operators |
 | `switch.py` | cuflash in the place of `torch.nn.functional.scaled_dot_product_attention` |
+| `modules.py` | torch's `MultiheadAttention` and `TransformerEncoderLayer` on cuflash |
+| `transformers.py` | cuflash as an attention of transformers |
 """
 
 from __future__ import annotations
@@ -22,6 +24,20 @@ except ImportError as error:
 
 from cuflash.torch.attention import scaled_dot_product_attention, varlen_attention
 from cuflash.torch.merging import merge_attention
+from cuflash.torch.modules import MultiheadAttention, TransformerEncoderLayer
 from cuflash.torch.switch import Report, disable, enable, report, use
+from cuflash.torch.transformers import register_transformers
 
-__all__ = ["Report", "disable", "enable", "merge_attention", "report", "scaled_dot_product_attention", "use", "varlen_attention"]
+__all__ = [
+    "MultiheadAttention",
+    "Report",
+    "TransformerEncoderLayer",
+    "disable",
+    "enable",
+    "merge_attention",
+    "register_transformers",
+    "report",
+    "scaled_dot_product_attention",
+    "use",
+    "varlen_attention",
+]

@@ -96,7 +96,9 @@ def mask_beside_bias(attn_mask: Any, attn_bias: Any, seqlen_q: int, ids_q: Any, 
         attn_mask, segment_ids_q and segment_ids_kv.
     """
     if attn_bias.dtype == torch.bool:
-        raise DTypeError("attn_bias", "a boolean tensor", "one that is added to the scores", "Pass what says which pairs attend as attn_mask.")
+        raise DTypeError(
+            "attn_bias", "a boolean tensor", "one that is added to the scores", "Pass what says which pairs attend as attn_mask."
+        )
     if attn_mask is None:
         return attn_bias, ids_q, ids_kv
     if attn_mask.dtype != torch.bool:

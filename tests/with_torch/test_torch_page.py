@@ -19,12 +19,21 @@ def examples(page: str) -> list[str]:
 
 
 def test_the_example_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = examples("docs/torch.md")
+    example, _ = examples("docs/torch.md")
     made: dict[str, Any] = {}
     exec(example, made)
     assert made["query"].grad.abs().sum() > 0
     assert made["encoded"].shape == (2, 32, 64)
     assert capsys.readouterr().out.startswith("1 calls of attention on cuflash")
+
+
+def test_the_example_with_transformers() -> None:
+    pytest.importorskip("transformers")
+    import torch
+
+    made: dict[str, Any] = {}
+    exec(examples("docs/torch.md")[1], made)
+    assert made["model"](torch.arange(12)[None]).logits.shape == (1, 12, 100)
 
 
 def test_the_example_of_the_readme() -> None:
