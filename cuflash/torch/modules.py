@@ -126,17 +126,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):  # type: ignore[misc]
         return _Masks(keys, pairs, bias, is_causal)
 
 
-def _attention(heads: Any, masks: _Masks, **options: Any) -> Any:
+def _attention(heads: Any, masks: _Masks, layout: str, **options: Any) -> Any:
     """The call, with a mask of keys as segment ids where another mask takes its place."""
+    mask = masks.pairs
+    if masks.keys is not None and mask is None:
+        mask = masks.keys
+    elif masks.keys is not None:
+        ids_kv = masks.keys[:, 0, 0].to(torch.int32)
+        options |= {"segment_ids_q": ids_kv.new_ones(1, heads[0].shape[layout.index("s")]), "segment_ids_kv": ids_kv}
     query, key, value = heads
-    if masks.keys is None or masks.pairs is None:
-        mask = masks.pairs if masks.keys is None else masks.keys
-        return scaled_dot_product_attention(query, key, value, mask, attn_bias=masks.bias, is_causal=masks.is_causal, **options)
-    ids_kv = masks.keys[:, 0, 0].to(torch.int32)
-    ids_q = ids_kv.new_ones(1, query.shape[options["layout"].index("s")])
-    return scaled_dot_product_attention(
-        *heads, masks.pairs, is_causal=masks.is_causal, segment_ids_q=ids_q, segment_ids_kv=ids_kv, **options
-    )
+    return scaled_dot_product_attention(query, key, value, mask, is_causal=masks.is_causal, layout=layout, attn_bias=masks.bias, **options)
 
 
 def _weights(query: Any, key: Any, lse: Any, masks: _Masks, layout: str) -> Any:
