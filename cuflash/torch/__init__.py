@@ -8,6 +8,8 @@ Nothing of cuflash imports this package or torch: whoever imports `cuflash.torch
 | `inputs.py` | what torch's users pass, brought into the form that cuflash takes |
 | `functions.py` | eager calls: autograd functions straight over cuflash's calls, with no operator in between |
 | `operators.py` | the same calls as registered operators, for tracing and for modes that look at operators |
+| `nested.py` | jagged nested tensors as packed sequences |
+| `registry.py` | cuflash in torch's registry of flash kernels |
 | `switch.py` | cuflash in the place of `torch.nn.functional.scaled_dot_product_attention` |
 | `modules.py` | torch's `MultiheadAttention` and `TransformerEncoderLayer` on cuflash |
 | `transformers.py` | cuflash as an attention of transformers |
@@ -22,11 +24,14 @@ try:
 except ImportError as error:
     raise SetupError("cuflash.torch needs torch: pip install torch.") from error
 
+from cuflash.torch import registry
 from cuflash.torch.attention import scaled_dot_product_attention, varlen_attention
 from cuflash.torch.merging import merge_attention
 from cuflash.torch.modules import MultiheadAttention, TransformerEncoderLayer
 from cuflash.torch.switch import Report, disable, enable, report, use
 from cuflash.torch.transformers import register_transformers
+
+registry.register()
 
 __all__ = [
     "MultiheadAttention",

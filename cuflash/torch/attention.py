@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nested._internal.nested_tensor import NestedTensor
 from torch.nn.attention.bias import CausalBias
 
 from cuflash import attention as core
 from cuflash.problem.other_names import explains_keywords
-from cuflash.torch import functions, inputs, operators
+from cuflash.torch import functions, inputs, nested, operators
 from cuflash.torch.functions import Call
 from cuflash.torch.inputs import number
 
@@ -51,7 +52,7 @@ def scaled_dot_product_attention(
     Args:
         query: `(batch, num_heads_q, seqlen_q, head_dim)`; float16, bfloat16 or float32; any strides, nothing is copied. As in torch's function, two dimensions
             are one sequence, of three the first are heads, and of more than four the first ones are batches that are broadcast. A batch or heads of 1 are
-            broadcast to those of key and value.
+            broadcast to those of key and value. Jagged nested tensors are taken too, all three then.
         key, value: `(batch, num_heads_kv, seqlen_kv, head_dim)`; value may have a head_dim of its own. A batch or heads of 1 are broadcast.
         attn_mask: boolean (True: attend) or additive, broadcast; or a `torch.nn.attention.bias.CausalBias`, which stands for is_causal and causal_alignment.
         attn_bias: additive, beside a boolean attn_mask that hides keys of a row of the batch from all its queries and heads, `(batch, 1, 1, seqlen_kv)`: each is
@@ -72,6 +73,13 @@ def scaled_dot_product_attention(
     Raises:
         As `cuflash.scaled_dot_product_attention`; a second derivative raises UnsupportedError.
     """
+    if type(query) is NestedTensor:
+        return nested.attention(varlen_attention, query, key, value, {
+            "attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa, "layout": layout,
+            "attn_bias": attn_bias, "causal_alignment": causal_alignment, "return_lse": return_lse, "tile": tile, "deterministic": deterministic,
+            "allow_tf32": allow_tf32, "seqlens_kv": seqlens_kv, "dropout_seed": dropout_seed, "window": window, "softcap": softcap,
+            "alibi_slopes": alibi_slopes, "sinks": sinks, "segment_ids_q": segment_ids_q, "segment_ids_kv": segment_ids_kv, "prefix_lengths": prefix_lengths,
+        })  # fmt: skip
     if type(attn_mask) is CausalBias:
         attn_mask, is_causal, causal_alignment = inputs.from_causal_bias(attn_mask, is_causal, query, key, layout)
     given = (

@@ -69,8 +69,10 @@ def test_unknown_subclasses_are_refused_by_name(device: Any) -> None:
 def test_nested_tensors_and_what_is_no_tensor(device: Any) -> None:
     query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
     nested = torch.nested.nested_tensor(list(query.transpose(1, 2)), layout=torch.jagged)
-    with pytest.raises(DTypeError, match=r"query: got a nested tensor.*varlen_attention"):
-        scaled_dot_product_attention(nested, key, value)
+    with pytest.raises(DTypeError, match=r"key: got a tensor that is not nested beside nested ones"):
+        scaled_dot_product_attention(nested.transpose(1, 2), key, value)
+    with pytest.raises(DTypeError, match=r"key: got a nested tensor.*varlen_attention"):
+        scaled_dot_product_attention(query, nested, value)
     with pytest.raises(DTypeError, match=r"key: got an object of type numpy\.ndarray; expected a torch tensor"):
         scaled_dot_product_attention(query, key.cpu().numpy(), value)
     with pytest.raises(DeviceError, match=r"key: got .* on meta"):
