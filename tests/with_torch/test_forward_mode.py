@@ -29,6 +29,7 @@ def compare(call: Any, wanted: Any, inputs: list[Any], tangents: list[Any]) -> N
         assert_close(a, b)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("of", [(0, 1, 2), (0,), (1,), (2,), (0, 2)], ids=str)
 def test_tangents_of_some_inputs(device: Any, of: tuple[int, ...]) -> None:
     inputs = plain(device, *[SHAPE] * 3)

@@ -76,6 +76,7 @@ def masks(kind: str, x: Any, seqlen_q: int, seqlen_kv: int) -> dict[str, Any]:
     return made
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "sequence_first"])
 @pytest.mark.parametrize("masked", MASKS)
 def test_multihead_attention(device: Any, masked: str, batch_first: bool) -> None:
@@ -136,6 +137,7 @@ def test_a_query_that_sees_no_key_gives_zero(device: Any) -> None:
     assert (weights == 0).all()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("norm_first", [True, False], ids=["norm_first", "norm_last"])
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "sequence_first"])
 def test_transformer_encoder_layer(device: Any, batch_first: bool, norm_first: bool) -> None:

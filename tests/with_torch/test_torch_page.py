@@ -36,6 +36,12 @@ def test_the_example_with_transformers() -> None:
     assert made["model"](torch.arange(12)[None]).logits.shape == (1, 12, 100)
 
 
+def test_the_examples_with_arrays(capsys: pytest.CaptureFixture[str]) -> None:
+    """One after the other, as in one session."""
+    exec("".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cupy_and_torch.md").read_text(encoding="utf-8"), re.S)), {})
+    assert capsys.readouterr().out.startswith("key: got ")
+
+
 def test_the_example_of_the_readme() -> None:
     import torch
 

@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None,
     }),
 }  # fmt: skip
-GENERATING = [("llama", "static"), ("mistral_window", "dynamic"), ("gemma2_softcap", "dynamic"), ("gpt_oss_sinks", "static")]
+GENERATING = [(kind, cache) for kind in ("llama", "mistral_window", "gemma2_softcap", "gpt_oss_sinks") for cache in ("dynamic", "static")]
 
 
 def make(kind: str, implementation: str, device: Any) -> Any:
@@ -104,6 +104,7 @@ def test_logits_and_gradients_are_those_of_eager_attention(device: Any, kind: st
         )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("kind", "cache"), GENERATING)
 def test_generation_is_that_of_eager_attention(device: Any, kind: str, cache: str) -> None:
     """Greedy, of a padded batch, past the window."""
