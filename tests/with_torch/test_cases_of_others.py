@@ -16,7 +16,7 @@ from cuflash.torch import scaled_dot_product_attention
 MASKS = ["none", "boolean", "additive", "of_keys", "of_heads", "causal"]
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("ranks", [3, 4, 5])
 @pytest.mark.parametrize("seqlens", [(8, 8), (8, 24), (33, 17), (64, 64)], ids=str)
 @pytest.mark.parametrize("mask_kind", MASKS)
@@ -32,7 +32,7 @@ def test_cases_of_torch(device: Any, mask_kind: str, seqlens: tuple[int, int], r
     visible[:, 0] = True
     mask = {
         "none": None, "causal": None, "boolean": visible, "additive": torch.randn(seqlen_q, seqlen_kv, device=device),
-        "of_keys": torch.arange(seqlen_kv, device=device) < torch.tensor(seqlen_kv // 2 + 1, device=device),
+        "of_keys": torch.arange(seqlen_kv, device=device) < torch.tensor([[seqlen_kv // 2 + 1]], device=device),
         "of_heads": torch.randn(*batch, 4, 1, seqlen_kv, device=device),
     }[mask_kind]  # fmt: skip
     doubles = [x.detach().double().requires_grad_() for x in inputs]
@@ -48,18 +48,19 @@ def test_cases_of_torch(device: Any, mask_kind: str, seqlens: tuple[int, int], r
 
 # --- flash-attn ---------------------------------------------------------------------------------------------------------------------------
 
-SEQLENS = [(113, 203), (128, 217), (113, 211), (108, 256), (256, 128), (64, 128), (128, 128), (1023, 1024)]
+SEQLENS = [(113, 203), (128, 217), (108, 256), (256, 128), (64, 128), (1023, 1024)]
+HEAD_DIMS = [32, 40, 59, 64, 96, 111, 128, 160, 192, 224, 256]
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("seqlens", SEQLENS, ids=str)
-@pytest.mark.parametrize("d", [32, 40, 59, 64, 96, 111, 128, 160, 192, 224, 256])
+@pytest.mark.parametrize("d", HEAD_DIMS)
 @pytest.mark.parametrize("seen", ["full", "causal", "local", "causal_local"])
 @pytest.mark.parametrize("score", ["plain", "alibi", "softcap"])
-@pytest.mark.parametrize("heads_kv", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_cases_of_flash_attn(device: Any, seqlens: tuple[int, int], d: int, seen: str, score: str, heads_kv: int, dtype: Any) -> None:
-    """flash-attn's bound: no further from float64 than twice what attention written out in the same type is."""
+def test_cases_of_flash_attn(device: Any, seqlens: tuple[int, int], d: int, seen: str, score: str) -> None:
+    """flash-attn's bound: no further from float64 than twice what attention written out in the same type is. Types and key heads take turns."""
+    turn = SEQLENS.index(seqlens) + HEAD_DIMS.index(d)
+    dtype, heads_kv = (torch.float16, torch.bfloat16)[turn % 2], 1 + turn // 2 % 2
     if seqlens[0] > 256:
         d = min(d, 64)  # what the simulator does in a second
     seqlen_q, seqlen_k = seqlens
