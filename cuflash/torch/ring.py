@@ -17,7 +17,7 @@ from cuflash.errors import OptionError, ShapeError
 from cuflash.merging import merge_attention
 from cuflash.torch import shards
 from cuflash.torch.functions import Call
-from cuflash.torch.inputs import TENSORS, autocast, check_tensors, number, pair
+from cuflash.torch.inputs import TENSORS, autocast, check_tensors, lengths, number, pair
 from cuflash.torch.shards import Limit, Piece
 
 _OTHERS = (None,) * (len(TENSORS) - 3)
@@ -37,6 +37,8 @@ def ring_attention(
     softcap: float | None = None,
     return_lse: bool = False,
     allow_tf32: bool = False,
+    cu_seqlens: Any = None,
+    max_seqlen: int | None = None,
     zigzag: bool = True,
     method: str | None = None,
 ) -> Any:
@@ -49,6 +51,8 @@ def ring_attention(
         group: of `torch.distributed` (NCCL for CUDA tensors, gloo for CPU tensors); None for all ranks.
         is_causal, window: of positions in the whole sequence.
         scale, enable_gqa, layout, softcap, return_lse, allow_tf32: as in `scaled_dot_product_attention`.
+        cu_seqlens, max_seqlen: offsets of packed sequences and the longest of them, of all ranks together; query, key and value are then `(tokens / ranks, heads, head_dim)`, as
+            `shard_sequence(cu_seqlens=…)` gives them, and passed; there are no windows.
         zigzag: whether parts are those of `shard_sequence(zigzag=True)`, which shares out the work of a causal mask evenly.
         method: "pass" or "gather"; None takes the one that moves less: gathering moves every part to every rank once, passing the parts that are seen, twice. Passing
             holds one part of another rank at a time, gathering holds all.
@@ -63,23 +67,41 @@ def ring_attention(
     if method not in (None, "pass", "gather"):
         raise OptionError("method", describe(method), "'pass', 'gather' or None", "None takes the one that moves less.")
     query, key, value = autocast(query, key, value)
-    axis = layout.index("s")
+    packed = cu_seqlens is not None
+    axis = 0 if packed else layout.index("s")
     if query.shape[axis] != key.shape[axis] or query.shape[axis] % 2:
         got = f"{key.shape[axis]} keys beside {query.shape[axis]} queries"
         raise ShapeError(
             "key", got, "the same even number of both", "Take both from shard_sequence, which gives each rank two chunks of one length."
         )
     left, right = pair(window) or (None, None)
+    if packed and (window is not None or method == "gather"):
+        name, value_of = ("window", window) if window is not None else ("method", method)
+        raise OptionError(
+            name,
+            f"{describe(value_of)} with cu_seqlens",
+            "None",
+            "Packed sequences are passed, and see all of each other or what is causal.",
+        )
     lowest: Limit = None if left in (None, -1) else -left
     highest: Limit = None if right in (None, -1) else right
     if is_causal:
         highest = 0 if highest is None else min(highest, 0)
     options = {
-        "dropout_p": 0.0, "is_causal": False, "scale": number(scale), "enable_gqa": enable_gqa, "layout": layout, "batch_first": True, "num_heads": None,
-        "causal_alignment": "top_left", "tile": None, "deterministic": False, "allow_tf32": allow_tf32, "window": None, "softcap": number(softcap),
+        "dropout_p": 0.0, "is_causal": False, "scale": number(scale), "enable_gqa": enable_gqa, "causal_alignment": "top_left", "tile": None,
+        "deterministic": False, "allow_tf32": allow_tf32, "window": None, "softcap": number(softcap),
     }  # fmt: skip
-    plan = _Plan(Call(False, options), group, axis, query.shape[axis] // 2, lowest, highest, zigzag)
-    way = plan.chosen() if method is None else method
+    others: tuple[Any, ...] = _OTHERS
+    if packed:
+        count = 2 * torch.distributed.get_world_size(group)
+        offsets = (lengths(cu_seqlens) // count).to(torch.int32)
+        others = (*(None,) * 7, offsets, offsets, None)
+        longest = None if max_seqlen is None else number(max_seqlen) // count
+        options |= {"max_seqlen_q": longest, "max_seqlen_kv": longest}
+    else:
+        options |= {"layout": layout, "batch_first": True, "num_heads": None}
+    plan = _Plan(Call(packed, options), others, group, axis, query.shape[axis] // 2, lowest, highest, zigzag)
+    way = ("pass" if packed else plan.chosen()) if method is None else method
     out, lse = (_Gathered if way == "gather" else _Passed).apply(query, key, value, plan)
     return (out, lse) if return_lse else out
 
@@ -89,6 +111,7 @@ class _Plan:
 
     Attributes:
         call: of attention, to which each piece adds its mask.
+        others: its tensors besides query, key and value; of packed sequences the offsets of a chunk of all of them.
         group, rank, ranks: of torch.distributed.
         axis: of the sequence.
         length: of a chunk, of which each rank has two.
@@ -96,8 +119,10 @@ class _Plan:
         zigzag: see `shards.py`.
     """
 
-    def __init__(self, call: Call, group: Any, axis: int, length: int, lowest: Limit, highest: Limit, zigzag: bool) -> None:
-        self.call, self.group, self.axis, self.length, self.zigzag = call, group, axis, length, zigzag
+    def __init__(
+        self, call: Call, others: tuple[Any, ...], group: Any, axis: int, length: int, lowest: Limit, highest: Limit, zigzag: bool
+    ) -> None:
+        self.call, self.others, self.group, self.axis, self.length, self.zigzag = call, others, group, axis, length, zigzag
         self.rank, self.ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
         self.limits = lowest, highest
 
@@ -106,6 +131,8 @@ class _Plan:
 
     def pieces(self, of_queries: int, of_keys: int) -> list[Piece]:
         """Between the shards of two ranks."""
+        if self.call.packed:
+            return shards.packed_pieces(self.chunks(of_queries), self.chunks(of_keys), self.length, self.limits[1] == 0)
         return shards.pieces(self.chunks(of_queries), self.chunks(of_keys), self.length, *self.limits)
 
     def chosen(self) -> str:
@@ -176,11 +203,11 @@ class _Passed(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, plan: _Plan) -> tuple[Any, Any]:
-        layout = plan.call.options["layout"]
+        layout = plan.call.options.get("layout", "bshd")
         out: Any = None
         for rank, keys, values in _visits(plan, key, value):
             for piece in plan.pieces(plan.rank, rank):
-                tensors = (plan.slice(query, piece.queries), plan.slice(keys, piece.keys), plan.slice(values, piece.keys), *_OTHERS)
+                tensors = (plan.slice(query, piece.queries), plan.slice(keys, piece.keys), plan.slice(values, piece.keys), *plan.others)
                 part, part_lse = plan.masked(piece).forward(tensors, True)
                 if out is None:
                     out, lse = _nothing(plan, query, part, part_lse)
@@ -208,7 +235,7 @@ class _Passed(torch.autograd.Function):  # type: ignore[misc]
             of_rank = sums[1:] if rank == plan.rank else [torch.zeros_like(x) for x in sums[1:]]
             for piece in plan.pieces(plan.rank, rank):
                 rows = slice(*piece.queries)
-                tensors = (plan.slice(query, piece.queries), plan.slice(keys, piece.keys), plan.slice(values, piece.keys), *_OTHERS)
+                tensors = (plan.slice(query, piece.queries), plan.slice(keys, piece.keys), plan.slice(values, piece.keys), *plan.others)
                 grads = plan.masked(piece).backward(
                     tensors, plan.slice(out, piece.queries), lse[..., rows], plan.slice(grad_out, piece.queries),
                     None if grad_lse is None else grad_lse[..., rows], False,
@@ -241,7 +268,7 @@ class _Gathered(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, plan: _Plan) -> tuple[Any, Any]:
         keys, values = (shards.in_order(shards.all_shards(x, plan.group), plan.axis, plan.zigzag) for x in (key, value))
-        results = [call.forward((plan.slice(query, rows), plan.slice(keys, seen), plan.slice(values, seen), *_OTHERS), True)
+        results = [call.forward((plan.slice(query, rows), plan.slice(keys, seen), plan.slice(values, seen), *plan.others), True)
                    for rows, seen, call in _calls(plan)]  # fmt: skip
         out = torch.cat([out for out, _ in results], plan.axis)
         lse = torch.cat([lse for _, lse in results], -1)
@@ -260,7 +287,7 @@ class _Gathered(torch.autograd.Function):  # type: ignore[misc]
         sums = [torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (keys, values)]
         of_queries = []
         for rows, seen, call in _calls(plan):
-            tensors = (plan.slice(query, rows), plan.slice(keys, seen), plan.slice(values, seen), *_OTHERS)
+            tensors = (plan.slice(query, rows), plan.slice(keys, seen), plan.slice(values, seen), *plan.others)
             grads = call.backward(
                 tensors, plan.slice(out, rows), lse[..., slice(*rows)], plan.slice(grad_out, rows),
                 None if grad_lse is None else grad_lse[..., slice(*rows)], False,

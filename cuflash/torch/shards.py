@@ -1,7 +1,7 @@
 """Which part of a sequence each rank of a group has, and which pairs of parts see each other.
 
 A sequence of length S is cut into 2 W chunks of equal length for W ranks. Zigzag: rank r has the chunks r and 2 W − 1 − r, one behind the other, so that under a causal mask
-all have the same work. Else it has the chunks 2 r and 2 r + 1, which are neighbours.
+all have the same work. Else it has the chunks 2 r and 2 r + 1, which are neighbours. Of packed sequences each is cut so, and a chunk is that of all of them, one behind the other.
 """
 
 from __future__ import annotations
@@ -51,6 +51,16 @@ def pieces(of_queries: tuple[int, int], of_keys: tuple[int, int], length: int, l
     return _joined(_joined(found, 1), 0)
 
 
+def packed_pieces(of_queries: tuple[int, int], of_keys: tuple[int, int], length: int, is_causal: bool) -> list[Piece]:
+    """The same for packed sequences: chunks of all of them, `length` tokens, each of which sees the other whole, causally, or not at all."""
+    return [
+        Piece((q * length, (q + 1) * length), (k * length, (k + 1) * length), is_causal and key_chunk == query_chunk, None)
+        for q, query_chunk in enumerate(of_queries)
+        for k, key_chunk in enumerate(of_keys)
+        if not is_causal or key_chunk <= query_chunk
+    ]
+
+
 def _pair(first_q: int, first_k: int, shift: int, length: int, lowest: Limit, highest: Limit) -> Piece | None:
     """Two chunks, of which that of the keys begins `shift` positions behind that of the queries; `first_q`, `first_k` are where they lie in their shards.
 
@@ -93,41 +103,63 @@ def _joined(found: list[Piece], axis: int) -> list[Piece]:
     return result
 
 
-def shard_sequence(x: Any, *, dim: int, group: Any = None, zigzag: bool = True) -> Any:
+def shard_sequence(x: Any, *, dim: int, group: Any = None, zigzag: bool = True, cu_seqlens: Any = None) -> Any:
     """This rank's part of a tensor that all ranks of the group have.
 
     Args:
         x: any tensor whose extent along `dim` is a multiple of twice the number of ranks.
-        dim: that of the sequence.
+        dim: that of the sequence, or of the tokens of packed ones.
         group: of `torch.distributed`; None for all ranks.
         zigzag: as in `ring_attention`, which has to get the same.
+        cu_seqlens: offsets of packed sequences, the length of each a multiple of twice the number of ranks, which is checked where they are on the CPU.
 
     Returns:
         a tensor of x's extents, but for `dim`.
     """
     ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     extent = x.shape[dim]
+    hint = f"Pad it to a multiple of {2 * ranks}; with is_causal=True nothing sees padding behind the sequence."
     if extent % (2 * ranks):
-        hint = f"Pad it to a multiple of {2 * ranks}; with is_causal=True nothing sees padding behind the sequence."
         raise ShapeError("x", f"{extent} positions along dim {dim} for {ranks} ranks", "a multiple of twice the number of ranks", hint)
-    parts = x.chunk(2 * ranks, dim)
-    return torch.cat([parts[chunk] for chunk in chunks(rank, ranks, zigzag)], dim)
+    own = chunks(rank, ranks, zigzag)
+    if cu_seqlens is None:
+        parts = x.chunk(2 * ranks, dim)
+        return torch.cat([parts[chunk] for chunk in own], dim)
+    if not cu_seqlens.is_cuda and bool((cu_seqlens % (2 * ranks)).any()):
+        raise ShapeError(
+            "cu_seqlens", f"lengths {cu_seqlens.diff().tolist()} for {ranks} ranks", "multiples of twice the number of ranks", hint
+        )
+    return x.index_select(dim, torch.cat([_tokens(chunk, cu_seqlens, extent, 2 * ranks) for chunk in own]))
 
 
-def gather_sequence(x: Any, *, dim: int, group: Any = None, zigzag: bool = True) -> Any:
+def _tokens(chunk: int, cu_seqlens: Any, total: int, count: int) -> Any:
+    """Where the tokens of a chunk of each packed sequence lie, which are cut into `count` chunks; nothing of it is read on the host."""
+    starts = cu_seqlens.long()
+    position = torch.arange(total // count, device=starts.device)
+    sequence = torch.searchsorted(starts[1:] // count, position, right=True)
+    lengths = starts.diff() // count
+    return position - (starts // count)[sequence] + starts[sequence] + chunk * lengths[sequence]
+
+
+def gather_sequence(x: Any, *, dim: int, group: Any = None, zigzag: bool = True, cu_seqlens: Any = None) -> Any:
     """The whole tensor out of the parts of all ranks, in the order of the sequence: what `shard_sequence` has taken apart.
 
     Differentiable: the gradient of a part is the sum of what all ranks have for it.
     """
-    return _Gather.apply(x, dim, group, zigzag)
+    return _Gather.apply(x, dim, group, zigzag, cu_seqlens)
 
 
-def in_order(shards: list[Any], dim: int, zigzag: bool) -> Any:
+def in_order(shards: list[Any], dim: int, zigzag: bool, cu_seqlens: Any = None) -> Any:
     """Shards of the ranks 0, 1, … as one sequence."""
     by_chunk: dict[int, Any] = {}
     for rank, shard in enumerate(shards):
         by_chunk |= zip(chunks(rank, len(shards), zigzag), shard.chunk(2, dim), strict=True)
-    return torch.cat([by_chunk[chunk] for chunk in range(2 * len(shards))], dim)
+    count = 2 * len(shards)
+    in_chunks = torch.cat([by_chunk[chunk] for chunk in range(count)], dim)
+    if cu_seqlens is None:
+        return in_chunks
+    places = torch.cat([_tokens(chunk, cu_seqlens, in_chunks.shape[dim], count) for chunk in range(count)])
+    return torch.empty_like(in_chunks).index_copy_(dim, places, in_chunks)
 
 
 def all_shards(x: Any, group: Any) -> list[Any]:
@@ -137,13 +169,13 @@ def all_shards(x: Any, group: Any) -> list[Any]:
     return shards
 
 
-def sum_of_ranks(x: Any, dim: int, group: Any, zigzag: bool) -> Any:
+def sum_of_ranks(x: Any, dim: int, group: Any, zigzag: bool, cu_seqlens: Any = None) -> Any:
     """This rank's part of the sum of the whole tensors that all ranks have, which are in the order of the sequence."""
     ranks = torch.distributed.get_world_size(group)
-    if torch.distributed.get_backend(group) != "nccl":  # gloo adds up whole tensors only
+    if torch.distributed.get_backend(group) != "nccl" or cu_seqlens is not None:  # gloo adds up whole tensors only
         x = x.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(x, group=group)
-        return shard_sequence(x, dim=dim, group=group, zigzag=zigzag)
+        return shard_sequence(x, dim=dim, group=group, zigzag=zigzag, cu_seqlens=cu_seqlens)
     parts = x.chunk(2 * ranks, dim)
     of_ranks = [torch.cat([parts[chunk] for chunk in chunks(rank, ranks, zigzag)], dim) for rank in range(ranks)]
     own = torch.empty_like(of_ranks[0])
@@ -153,10 +185,10 @@ def sum_of_ranks(x: Any, dim: int, group: Any, zigzag: bool) -> Any:
 
 class _Gather(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, x: Any, dim: int, group: Any, zigzag: bool) -> Any:
-        ctx.dim, ctx.group, ctx.zigzag = dim, group, zigzag
-        return in_order(all_shards(x, group), dim, zigzag)
+    def forward(ctx: Any, x: Any, dim: int, group: Any, zigzag: bool, cu_seqlens: Any) -> Any:
+        ctx.dim, ctx.group, ctx.zigzag, ctx.cu_seqlens = dim, group, zigzag, cu_seqlens
+        return in_order(all_shards(x, group), dim, zigzag, cu_seqlens)
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple[Any, None, None, None]:
-        return sum_of_ranks(grad, ctx.dim, ctx.group, ctx.zigzag), None, None, None
+    def backward(ctx: Any, grad: Any) -> tuple[Any, None, None, None, None]:
+        return sum_of_ranks(grad, ctx.dim, ctx.group, ctx.zigzag, ctx.cu_seqlens), None, None, None, None

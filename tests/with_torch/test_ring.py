@@ -14,6 +14,7 @@ from written_out import assert_close, attention
 
 from cuflash.errors import OptionError, ShapeError
 from cuflash.torch import gather_sequence, ring_attention, shard_sequence
+from cuflash.torch.functions import Call
 from cuflash.torch.ring import _Plan
 from cuflash.torch.shards import chunks, in_order, pieces
 
@@ -108,6 +109,34 @@ def check(rank: int, ranks: int, case: dict[str, Any]) -> None:
     assert_close(again, wanted[0].transpose(1, 2) if layout == "bshd" else wanted[0], "gathered")
 
 
+def check_packed(rank: int, ranks: int, is_causal: bool) -> None:
+    """Three sequences of different lengths, one of them empty: each is cut for itself."""
+    generator = torch.Generator().manual_seed(7)
+    ends = [0, 4 * ranks, 4 * ranks, 32 * ranks]
+    offsets = torch.tensor(ends)
+    whole = [torch.randn(ends[-1], heads, DIM, generator=generator) for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)]
+    doubles = [x.double().requires_grad_() for x in whole[:3]]
+    parts = [attention(*(x[a:b].transpose(0, 1) for x in doubles), is_causal=is_causal) for a, b in itertools.pairwise(ends) if a < b]
+    wanted = torch.cat([out.transpose(0, 1) for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
+    wanted_grads = torch.autograd.grad(wanted[0], doubles, whole[3].double())
+
+    def part(x: Any, dim: int = 0) -> Any:
+        return shard_sequence(x, dim=dim, cu_seqlens=offsets)
+
+    inputs = [part(x).requires_grad_() for x in whole[:3]]
+    out, lse = ring_attention(*inputs, is_causal=is_causal, enable_gqa=True, cu_seqlens=offsets, max_seqlen=28 * ranks, return_lse=True)
+    assert_close(out, part(wanted[0]), "out")
+    assert_close(lse, part(wanted[1], 1), "lse")
+    for got, want in zip(torch.autograd.grad(out, inputs, part(whole[3])), wanted_grads, strict=True):
+        assert_close(got, part(want), "gradient")
+    again = gather_sequence(out, dim=0, cu_seqlens=offsets)
+    assert_close(again, wanted[0], "gathered")
+    with pytest.raises(OptionError, match=r"window: got .* with cu_seqlens"):
+        ring_attention(*inputs, cu_seqlens=offsets, window=(3, 0))
+    with pytest.raises(ShapeError, match=r"cu_seqlens: got lengths \[1, "):
+        shard_sequence(whole[0], dim=0, cu_seqlens=torch.tensor([0, 1, ends[-1]]))
+
+
 def check_gather(rank: int, ranks: int) -> None:
     """Its gradient is the sum over the ranks, and what cannot be shared out is refused."""
     x = torch.arange(4.0 * ranks, requires_grad=True)
@@ -120,7 +149,7 @@ def check_gather(rank: int, ranks: int) -> None:
         shard_sequence(torch.zeros(5), dim=0)
     with pytest.raises(OptionError, match="method: got 'ring'"):
         ring_attention(*[torch.zeros(1, 1, 4, 8)] * 3, method="ring")
-    plan = _Plan(None, None, 2, 16, -10, 0, zigzag=True)  # type: ignore[arg-type]  # no call is made
+    plan = _Plan(Call(False, {}), (), None, 2, 16, -10, 0, zigzag=True)
     assert plan.chosen() == ("pass" if ranks == 4 else "gather")
 
 
@@ -133,6 +162,8 @@ def work(rank: int, ranks: int, store: str) -> None:
             check(rank, ranks, case)
         except Exception as error:
             raise AssertionError(f"{name} on rank {rank} of {ranks}") from error
+    for is_causal in (True, False):
+        check_packed(rank, ranks, is_causal)
     torch.distributed.destroy_process_group()
 
 
