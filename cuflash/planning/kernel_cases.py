@@ -19,6 +19,8 @@ _SLICE_COLUMNS_FLOAT32 = 144
 
 _ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; with an additive mask 4 more for its log2_sum
 
+_MBARRIER_BYTES = 8
+
 
 @dataclass(frozen=True)
 class KernelCase:
@@ -124,6 +126,8 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
         statistics = _ROW_STATISTICS_BYTES + 4 * case.features.additive_mask
     if case.kernel.added_up:
         exchange += case.smem_itemsize(device) * tile.tile_q * tile.tile_kv
+    if case.kernel.maps_tensors:
+        exchange += _MBARRIER_BYTES * (1 + 4 * tile.num_stages)
     return kept * case.kept_rows(tile) + tile.num_stages * case.streamed_rows(tile) * (streamed + statistics) + exchange
 
 

@@ -29,8 +29,8 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
     longest = 16 if shortest else 32 if many_instructions else 128
     slices = case.head_slices(device)
     stages = (1,) if device.capability < 80 or shortest or case.slice_pieces(device) > 1 else (1, 2, 3)
-    for groups in (1, 2) if shortest and case.kernel.costs.small_blocks else (1, 2, 4, 8):
-        row_warps = groups * case.kernel.warps_per_product
+    few = (1, 2) if shortest and case.kernel.costs.small_blocks else (1, 2, 4, 8)
+    for row_warps in case.kernel.block_warps or few:
         num_warps = row_warps * slices
         for warp_rows in (16, 32):
             for streamed in (length for length in (16, 32, 48, 64, 80, 96, 112, 128) if length <= longest):

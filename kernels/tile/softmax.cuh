@@ -44,6 +44,18 @@ struct OnlineSoftmax {
   // Turns scores S into probabilities relative to the new reference and rescales O to it.
   template <int N, int N_O>
   DEVICE void update(float (&S)[M][N][4], float (&O)[M][N_O][4], float scale_log2) {
+    advance(S, scale_log2, [&](int m, int r, float rescale) {
+#pragma unroll
+      for (int n = 0; n < N_O; ++n) {
+        O[m][n][2 * r] *= rescale;
+        O[m][n][2 * r + 1] *= rescale;
+      }
+    });
+  }
+
+  // The same where O is not at hand: rescale_row(m, r, factor) is called for each row, with what O has to be multiplied by.
+  template <int N, typename RescaleRow>
+  DEVICE void advance(float (&S)[M][N][4], float scale_log2, const RescaleRow& rescale_row) {
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -59,11 +71,7 @@ struct OnlineSoftmax {
         }
         const float used = reference[m][r];
         const float rescale = ex2(in_log2(previous - used));
-#pragma unroll
-        for (int n = 0; n < N_O; ++n) {
-          O[m][n][2 * r] *= rescale;
-          O[m][n][2 * r + 1] *= rescale;
-        }
+        rescale_row(m, r, rescale);
 
         float factor = scale_log2, offset = used;
         if (!NATURAL && fabsf(used) > EXACT_REFERENCE_LIMIT) {
