@@ -179,7 +179,8 @@ class GroupRows {
     pin(S[0]);
     K.release(1);
     if (is_masked) hide_keys(S, 0);
-    softmax.advance(S, scale_log2, [](int, int, float) {});
+    float unused[1][2];
+    softmax.update(S, unused, scale_log2);
     pack_probabilities(S);
   }
 
@@ -192,8 +193,8 @@ class GroupRows {
     pin(S[0]);
     K.release(1);
     if constexpr (IS_MASKED) hide_keys(S, j * TILE_KV);
-    float rescale[2];
-    softmax.advance(S, scale_log2, [&](int, int r, float factor) { rescale[r] = factor; });
+    float rescale[1][2];
+    softmax.update(S, rescale, scale_log2);
     wgmma_wait<0>();
     pin(O[0]);
     pin(P);
@@ -201,7 +202,7 @@ class GroupRows {
 #pragma unroll
     for (int n = 0; n < DV_TILES; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) O[0][n][i] *= rescale[i / 2];
+      for (int i = 0; i < 4; ++i) O[0][n][i] *= rescale[0][i / 2];
     pack_probabilities(S);
   }
 };

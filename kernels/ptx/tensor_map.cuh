@@ -15,6 +15,3 @@ DEVICE void load_box(SmemAddress destination, const TensorMap& map, int column, 
       "l"(&map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(mbarrier)
       : "memory");
 }
-
-// Asks for the map's 128 bytes before the first copy needs them.
-DEVICE void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
