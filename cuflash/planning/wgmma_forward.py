@@ -62,7 +62,7 @@ def _why_unmapped(view: View, itemsize: int) -> str | None:
         return f"whose head_dim has a stride of {stride_dim}"
     if seqlen > 1 and stride_seqlen == 0:
         return "whose rows are all one"
-    for axis, extent, stride in zip(("batch", "rows", "heads"), view.shape, view.strides, strict=False):
+    for axis, extent, stride in zip(("batches", "rows", "heads"), view.shape, view.strides, strict=False):
         stride_bytes = stride * itemsize
         if extent > 1 and (stride_bytes % 16 or not 0 <= stride_bytes < _MAX_STRIDE_BYTES):
             return f"whose {axis} lie {stride_bytes} bytes apart, no multiple of 16 from 0 to 2^40"
