@@ -44,10 +44,11 @@ class Arguments:
             value = _value_at(values, path)
             if isinstance(value, TensorMap):
                 places[offset], maps[offset] = (value.name, _checked(scalar, TENSOR_MAP, path)), value
-            elif not isinstance(value, str):
+            elif isinstance(value, str):
+                if value in given:
+                    places[offset] = value, _checked(scalar, WORD, path)
+            elif scalar is not TENSOR_MAP or value:  # a map that is left out is zeros too
                 struct.pack_into("=" + scalar.format, image, offset, value)
-            elif value in given:
-                places[offset] = value, _checked(scalar, WORD, path)
         _check_names(layout, values)
         self.names = tuple(name for name, _ in places.values())
         self._maps = [(1 + 2 * list(places).index(offset), tensor_map) for offset, tensor_map in maps.items()]
