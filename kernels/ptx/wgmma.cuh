@@ -20,7 +20,7 @@ DEVICE void pin(uint32 (&a)[N][4]) {
   for (int n = 0; n < N; ++n) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
 }
 
-// Before the first product of registers that anything else has touched.
+// Before the first product of registers that anything else has touched. The assembler wants one behind every wait for a barrier, too (C7519).
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Products since the last one make up a group.
