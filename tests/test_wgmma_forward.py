@@ -201,7 +201,8 @@ def test_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(wgmma_forward.VARIABLE)
     plan = plan_of()
     assert names(plan) == ["forward"]
-    assert f'ask for it by tile={{"{NAME}": …}} or {wgmma_forward.VARIABLE}=1' in str(plan)
+    assert f'ask for it by tile={{"{NAME}": ...}} or {wgmma_forward.VARIABLE}=1' in str(plan)
+    assert str(plan).isascii()
     assert names(plan_of(tile={NAME: SHORT})) == [NAME]
 
 

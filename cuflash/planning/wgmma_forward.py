@@ -78,7 +78,7 @@ def explain(problem: Problem, device: Device, tile: Tiles) -> str:
         return f"{FORWARD.source}, not {FORWARD_WGMMA.source}: {reason}"
     if _is_asked_for(problem, device, tile):
         return f"{FORWARD_WGMMA.source}, as asked for; it has not run on a GPU yet"
-    how = f'tile={{"{FORWARD_WGMMA.name}": …}} or {VARIABLE}=1'
+    how = f'tile={{"{FORWARD_WGMMA.name}": ...}} or {VARIABLE}=1'
     return f"{FORWARD.source}; {FORWARD_WGMMA.source} can run too, but has not run on a GPU yet: ask for it by {how}"
 
 
