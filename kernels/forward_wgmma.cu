@@ -1,5 +1,5 @@
-// Forward attention on Hopper's warpgroup instructions: O = softmax(scale Q Kᵀ) V and the natural-log LSE of each row. sm_90a, 16-bit types, scale >
-// 0.
+// Forward attention on Hopper's warpgroup instructions: O = softmax(scale Q Kᵀ) V and the natural-log LSE of each row, for 16-bit types and
+// positive scales.
 //
 // One block computes TILE_Q rows of one head. A warpgroup is four warps. The first one copies: a single thread of it asks the TMA unit for Q and for
 // the tiles of K and V, NUM_STAGES of each ahead. Each of the others owns 64 rows, whose O, P and softmax state it keeps in registers, and to which
@@ -10,8 +10,8 @@
 //
 // so the tensor cores have work while exponentials are computed, and warpgroups that are out of step fill what gaps remain.
 //
-// Shared memory: Q [TILE_Q / 64][D / 64][64][64] | K [NUM_STAGES][D / 64][TILE_KV][64] | V [NUM_STAGES][DV / 64][TILE_KV][64] | mbarriers. At the end
-// each warp's part of O passes through its warpgroup's part of Q.
+// Shared memory: Q [TILE_Q / 64][⌈D / 64⌉][64][64] | K [NUM_STAGES][⌈D / 64⌉][TILE_KV][64] | V [NUM_STAGES][⌈DV / 64⌉][TILE_KV][64] | mbarriers. At
+// the end each warp's part of O passes through its warpgroup's part of Q.
 //
 // mbarriers: Q has landed; for each stage of K and of V, "full": the tile has landed, and "empty": every warpgroup is done with it.
 #include "tile/constants.cuh"
@@ -33,6 +33,7 @@ using RingK = SlabTile<TILE_KV, HEAD_DIM>;
 using RingV = SlabTile<TILE_KV, HEAD_DIM_V>;
 
 constexpr int Q_BYTES = GROUPS * GroupQ::BYTES;
+constexpr int O_COLUMNS = GroupQ::SLABS * SLAB_COLUMNS < 8 * DV_TILES ? GroupQ::SLABS * SLAB_COLUMNS : 8 * DV_TILES;  // that pass through Q at a time
 constexpr int NUM_BARRIERS = 1 + 4 * NUM_STAGES;
 
 // A block has 65536 registers, which setmaxnreg moves: with three warpgroups that compute 512 threads start with 128 each, with two 384 with 168.
@@ -41,7 +42,6 @@ constexpr int COMPUTING_REGISTERS = GROUPS == 3 ? 160 : 240;
 
 static_assert(GROUPS == 2 || GROUPS == 3, "num_warps must be 8 or 12");
 static_assert(TILE_Q == 16 * NUM_WARPS, "tile_q must be 16 rows for each warp");
-static_assert(HEAD_DIM_V <= HEAD_DIM, "O passes through the memory of Q");
 static_assert(Q_BYTES + NUM_STAGES * (RingK::BYTES + RingV::BYTES) + NUM_BARRIERS * MBARRIER_BYTES == Config::SHARED_BYTES,
               "shared memory differs from the plan's");
 
@@ -137,7 +137,7 @@ class GroupRows {
     const uint64 K_descriptor = RingK::descriptor(shared.K(K.stage));
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < HEAD_DIM / 16; ++k)
+    for (int k = 0; k < D_TILES / 2; ++k)
       Wgmma<Element, S_TILES>::from_shared(S[0], GroupQ::columns(Q_descriptor, k), RingK::columns(K_descriptor, k), k > 0);
     wgmma_commit();
   }
@@ -230,8 +230,8 @@ DEVICE void compute_rows(const ForwardWgmmaArguments& arguments, const Work& wor
     }
   }
   sync_warpgroup(group);  // no warp's products read Q any more
-  store_rows<Element, HEAD_DIM_V, HEAD_DIM_V, false>(rows.O, shared.Q(group) + warp_row * HEAD_DIM_V * 2, arguments.out, work.batch, work.head,
-                                                     first_row, geometry.seqlen_q);
+  store_rows<Element, HEAD_DIM_V, O_COLUMNS, false>(rows.O, shared.Q(group) + warp_row * O_COLUMNS * 2, arguments.out, work.batch, work.head,
+                                                    first_row, geometry.seqlen_q);
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1) forward_wgmma(const __grid_constant__ ForwardWgmmaArguments arguments) {

@@ -93,12 +93,14 @@ def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:
 def row_bytes(case: KernelCase, device: Device, slice_pieces: int = 0) -> tuple[int, int]:
     """Bytes of one row of a tile of Q or K and of V or dO in shared memory, one piece of each slice.
 
-    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh. `slice_pieces` instead of `case.slice_pieces` if it is not 0.
+    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh, and the slabs of kernels/tile/slab_tile.cuh. `slice_pieces` instead of `case.slice_pieces` if it is not 0.
     """
     itemsize, slices = case.smem_itemsize(device), case.head_slices(device)
 
     def pitch(columns: int) -> int:
         chunks = columns * itemsize // 16
+        if case.kernel.maps_tensors:
+            return ceil(chunks / 8) * 128
         return (ceil(chunks / 8) * 8 if itemsize == 4 else chunks) * 16
 
     piece, piece_v = _piece_columns(case, slices * (slice_pieces or case.slice_pieces(device)))

@@ -63,7 +63,14 @@ def measured_tile(case: KernelCase, device: Device) -> Tile | None:
 
 
 def known_tile(case: KernelCase, device: Device) -> Tile | None:
-    """The measured tile, of the fused backward kernel the one that the timing model found (`predicted_tiles`), else None."""
+    """The measured tile, of the fused backward kernel the one that the timing model found (`predicted_tiles`), else None.
+
+    The model knows nothing of wgmma, so its kernels take the tile of the next larger head_dim that was measured, which fits.
+    """
+    if case.kernel.implementation == "wgmma":
+        measured = [(d, tile) for (arch, name, d), tile in measured_tiles.TILES.items() if (arch, name) == (device.arch, case.kernel.name)]
+        wide = max(case.head_dim, case.head_dim_v)
+        return next((Tile(*tile) for d, tile in sorted(measured) if d >= wide), None)
     if case.kernel != BACKWARD_FUSED:
         return measured_tile(case, device)
     if case.dtype == "float32" or case.head_dim != case.head_dim_v or case.features != NO_FEATURES:

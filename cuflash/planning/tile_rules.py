@@ -16,7 +16,7 @@ REGISTERS_PER_BLOCK = 65536
 
 
 WGMMA_ARCH = "sm_90"
-WGMMA_HEAD_DIMS = (64, 128)
+WGMMA_MAX_HEAD_DIM = 256
 WGMMA_REGISTERS = {8: 240, 12: 160}
 """Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/forward_wgmma.cu."""
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
@@ -30,8 +30,8 @@ def lacking(case: KernelCase, device: Device) -> str | None:
         return f"its instructions are those of {WGMMA_ARCH}, and this is {device.arch}"
     if case.dtype == "float32":
         return "it takes 16-bit types, and this is float32"
-    if case.head_dim != case.head_dim_v or case.head_dim not in WGMMA_HEAD_DIMS:
-        return f"it takes a head_dim of {' or '.join(map(str, WGMMA_HEAD_DIMS))}, and this is {head_dims(case.head_dim, case.head_dim_v)}"
+    if case.head_dim % 8 or case.head_dim_v % 8 or max(case.head_dim, case.head_dim_v) > WGMMA_MAX_HEAD_DIM:
+        return f"it takes multiples of 8 up to {WGMMA_MAX_HEAD_DIM} for head_dim, and this is {head_dims(case.head_dim, case.head_dim_v)}"
     return None
 
 

@@ -1,5 +1,6 @@
-// A matrix of ROWS x COLUMNS 16-bit elements in shared memory as the TMA unit writes it and wgmma reads it: slabs of 64 columns one behind the other,
-// each with rows of 128 bytes, whose 16-byte chunks are exchanged as chunk ^ (row % 8). It starts on 1024 bytes.
+// A matrix of ROWS x COLUMNS 16-bit elements in shared memory as the TMA unit writes it and wgmma reads it: slabs of 64 columns one behind the
+// other, each with rows of 128 bytes, whose 16-byte chunks are exchanged as chunk ^ (row % 8). It starts on 1024 bytes. What a slab has beyond the
+// columns of the tensor is zero.
 #pragma once
 #include "ptx/tensor_map.cuh"
 #include "ptx/wgmma.cuh"
@@ -10,10 +11,10 @@ constexpr int SLAB_ALIGNMENT = 1024;  // of eight rows, after which the swizzle 
 template <int ROWS_, int COLUMNS_>
 struct SlabTile {
   static constexpr int ROWS = ROWS_;
-  static constexpr int SLABS = COLUMNS_ / SLAB_COLUMNS;
+  static constexpr int SLABS = ceil_div(COLUMNS_, SLAB_COLUMNS);
   static constexpr int SLAB_BYTES = ROWS * SLAB_COLUMNS * 2;
   static constexpr int BYTES = SLABS * SLAB_BYTES;
-  static_assert(COLUMNS_ % SLAB_COLUMNS == 0 && ROWS % 8 == 0, "a slab has 64 columns and a multiple of 8 rows");
+  static_assert(ROWS % 8 == 0, "the swizzle repeats after 8 rows");
 
   // Asks for the rows from `row` on. BYTES arrive at the mbarrier.
   DEVICE static void load(SmemAddress tile, const TensorMap& map, int row, int head, int batch, SmemAddress mbarrier) {
