@@ -65,6 +65,7 @@ struct ForwardWgmmaArguments {
   TensorView out;
   RowView lse;  // data null: not stored
   Geometry geometry;
+  FeatureArguments features;
 };
 
 // What the backward kernels need of a query row. With an additive mask also log2_sum (tile/probability.cuh), in an array of its own.

@@ -18,9 +18,10 @@
 #include "tile/epilogue.cuh"
 #include "tile/ring.cuh"
 #include "tile/schedule.cuh"
+#include "tile/score.cuh"
 #include "tile/slab_tile.cuh"
 #include "tile/softmax.cuh"
-#include "tile/causal.cuh"
+#include "tile/visibility.cuh"
 #include "ptx/warpgroup.cuh"
 
 constexpr int GROUP_ROWS = 64;  // of a warpgroup: those of a wgmma
@@ -62,8 +63,8 @@ DEVICE void load_rows(SmemAddress tile, const MappedTensor& tensor, int row, int
   Tile::load(tile, tensor.map, row, head * tensor.head_step, batch * tensor.batch_step, full);
 }
 
-// One thread: asks for Q, K of tile 0, V of tile 0, K of tile 1, … as they are used.
-DEVICE void copy_tiles(const ForwardWgmmaArguments& arguments, const Work& work, int num_tiles, const SharedMemory& shared) {
+// One thread: asks for Q, then for K and V of tiles begin .. end - 1 in the order in which they are used.
+DEVICE void copy_tiles(const ForwardWgmmaArguments& arguments, const Work& work, int begin, int end, const SharedMemory& shared) {
   const int head_kv = work.head / (arguments.geometry.num_heads_q / arguments.geometry.num_heads_kv);
   mbarrier_arrive_expect(shared.Q_full(), Q_BYTES);
 #pragma unroll
@@ -71,7 +72,7 @@ DEVICE void copy_tiles(const ForwardWgmmaArguments& arguments, const Work& work,
     load_rows<GroupQ>(shared.Q(group), arguments.query, work.tile * TILE_Q + group * GROUP_ROWS, work.head, work.batch, shared.Q_full());
   Ring<NUM_STAGES> K = shared.K_ring(), V = shared.V_ring();
 #pragma unroll 1
-  for (int j = 0; j < num_tiles; ++j) {
+  for (int j = begin; j < end; ++j) {
     K.wait_empty();
     mbarrier_arrive_expect(K.full(), RingK::BYTES);
     load_rows<RingK>(shared.K(K.stage), arguments.key, j * TILE_KV, head_kv, work.batch, K.full());
@@ -89,20 +90,32 @@ class GroupRows {
   float O[1][DV_TILES][4] = {};
   OnlineSoftmax<1, false, PROBABILITY_SHIFT> softmax;
 
-  // `first_q`: the first of the rows.
-  DEVICE GroupRows(const SharedMemory& shared, int group, int first_q, const Geometry& geometry)
-      : shared(shared), K(shared.K_ring()), V(shared.V_ring()), scale_log2(geometry.scale_log2), Q_descriptor(GroupQ::descriptor(shared.Q(group))) {
-    const int query = first_q + 16 * warp_of_warpgroup() + lane_index() / 4;
+  DEVICE GroupRows(const ForwardWgmmaArguments& arguments, const Work& work, const Visibility& visibility, const SharedMemory& shared, int group)
+      : first_row(work.tile * TILE_Q + group * GROUP_ROWS + 16 * warp_of_warpgroup()),
+        modifier(arguments.geometry, arguments.features, work.batch, work.head),
+        shared(shared),
+        K(shared.K_ring()),
+        V(shared.V_ring()),
+        Q_descriptor(GroupQ::descriptor(shared.Q(group))) {
+    const int column = lane_index() % 4 * 2;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) last_key[r] = last_visible_key<CAUSAL>(geometry, query + 8 * r) - lane_index() % 4 * 2;
+    for (int r = 0; r < 2; ++r) {
+      const int query = first_row + 8 * r + lane_index() / 4;
+      first_key[r] = visibility.first_key(query) - column;
+      end_key[r] = visibility.end_key(query, query + 1) - column;
+    }
   }
 
-  // O and the softmax state after tiles 0 .. end - 1, of which the first `unmasked` are visible to all rows.
-  DEVICE void walk(int unmasked, int end) {
-    first_step(unmasked == 0);
-    int j = 1;
+  // O and the softmax state after tiles begin .. end - 1, of which unmasked_begin .. unmasked_end - 1 are visible to all rows.
+  DEVICE void walk(int begin, int unmasked_begin, int unmasked_end, int end) {
+    first_step(begin, begin < unmasked_begin || begin >= unmasked_end);
+    int j = begin + 1;
+    if constexpr (WINDOW) {
 #pragma unroll 1
-    for (; j < unmasked; ++j) step<false>(j);
+      for (; j < min(unmasked_begin, end); ++j) step<true>(j);
+    }
+#pragma unroll 1
+    for (; j < unmasked_end; ++j) step<false>(j);
 #pragma unroll 1
     for (; j < end; ++j) step<true>(j);
     issue_outputs();
@@ -125,11 +138,12 @@ class GroupRows {
   }
 
  private:
+  const int first_row;  // of the warp
+  const ScoreModifier modifier;
   const SharedMemory shared;
   Ring<NUM_STAGES> K, V;
-  const float scale_log2;
   const uint64 Q_descriptor;
-  int last_key[2];  // that a row sees, less the column of the lane
+  int first_key[2], end_key[2];  // which keys a row sees, less the column of the lane
   uint32 P[P_STEPS][4];
 
   DEVICE void issue_scores(float (&S)[1][S_TILES][4]) {
@@ -151,12 +165,25 @@ class GroupRows {
     wgmma_commit();
   }
 
+  // Products -> probabilities of tile j, in place; O has to be multiplied by `rescale`.
+  DEVICE void make_probabilities(float (&S)[1][S_TILES][4], float (&rescale)[1][2], int j, bool is_masked) {
+    const int first_kv = j * TILE_KV;
+    if constexpr (MODIFIES_SCORES) {
+      ScoreSlope<1, S_TILES> unused;
+      modifier.apply<false>(S, unused, first_row, first_kv);
+    }
+    if (is_masked) hide_keys(S, first_kv);
+    softmax.update(S, rescale, modifier.factor());
+  }
+
   DEVICE void hide_keys(float (&S)[1][S_TILES][4], int first_kv) const {
 #pragma unroll
     for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (8 * n + i % 2 > last_key[i / 2] - first_kv) S[0][n][i] = -infinity();
+      for (int i = 0; i < 4; ++i) {
+        const int column = 8 * n + i % 2;
+        if (column >= end_key[i / 2] - first_kv || (WINDOW && column < first_key[i / 2] - first_kv)) S[0][n][i] = -infinity();
+      }
   }
 
   DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4]) {
@@ -172,29 +199,25 @@ class GroupRows {
   }
 
   // Nothing to multiply with V yet.
-  DEVICE void first_step(bool is_masked) {
-    float S[1][S_TILES][4];
+  DEVICE void first_step(int j, bool is_masked) {
+    float S[1][S_TILES][4], unused[1][2];
     issue_scores(S);
     wgmma_wait<0>();
     pin(S[0]);
     K.release(1);
-    if (is_masked) hide_keys(S, 0);
-    float unused[1][2];
-    softmax.update(S, unused, scale_log2);
+    make_probabilities(S, unused, j, is_masked);
     pack_probabilities(S);
   }
 
   template <bool IS_MASKED>
   DEVICE void step(int j) {
-    float S[1][S_TILES][4];
+    float S[1][S_TILES][4], rescale[1][2];
     issue_scores(S);
     issue_outputs();
     wgmma_wait<1>();
     pin(S[0]);
     K.release(1);
-    if constexpr (IS_MASKED) hide_keys(S, j * TILE_KV);
-    float rescale[1][2];
-    softmax.update(S, rescale, scale_log2);
+    make_probabilities(S, rescale, j, IS_MASKED);
     wgmma_wait<0>();
     pin(O[0]);
     pin(P);
@@ -207,19 +230,21 @@ class GroupRows {
   }
 };
 
-// What one of the computing warpgroups does; num_tiles: of the block.
-DEVICE void compute_rows(const ForwardWgmmaArguments& arguments, const Work& work, int num_tiles, const SharedMemory& shared, int group) {
+// What one of the computing warpgroups does with tiles begin .. end - 1 of the block.
+DEVICE void compute_rows(const ForwardWgmmaArguments& arguments, const Work& work, const Visibility& visibility, int begin, int end,
+                         const SharedMemory& shared, int group) {
   const Geometry& geometry = arguments.geometry;
   const int first_q = work.tile * TILE_Q + group * GROUP_ROWS;
-  const int last_q = min(first_q + GROUP_ROWS, geometry.seqlen_q) - 1;
-  const int end = first_q > last_q ? 0 : ceil_div(max(0, last_visible_key<CAUSAL>(geometry, last_q) + 1), TILE_KV);
-  const int unmasked = max(0, last_visible_key<CAUSAL>(geometry, first_q) + 1) / TILE_KV;
+  const int own_end = first_q < geometry.seqlen_q ? ceil_div(visibility.end_key(first_q, first_q + GROUP_ROWS), TILE_KV) : 0;
+  const int unmasked_begin = ceil_div(visibility.first_key(first_q + GROUP_ROWS - 1), TILE_KV);
+  const int unmasked_end = visibility.end_key(first_q, first_q + 1) / TILE_KV;
 
-  GroupRows rows(shared, group, first_q, geometry);
-  if (num_tiles > 0) mbarrier_wait(shared.Q_full(), 0);
-  if (end > 0) rows.walk(unmasked, end);
-  rows.pass(end, num_tiles);
+  GroupRows rows(arguments, work, visibility, shared, group);
+  if (begin < end) mbarrier_wait(shared.Q_full(), 0);
+  if (begin < own_end) rows.walk(begin, unmasked_begin, unmasked_end, own_end);
+  rows.pass(max(begin, own_end), end);
 
+  if constexpr (SINKS) rows.softmax.add_sink(rows.O, arguments.features.sinks.load(work.batch, work.head) * SCORE_UNIT);
   rows.softmax.finish(rows.O);
   const int warp_row = 16 * warp_of_warpgroup(), first_row = first_q + warp_row;
   if (arguments.lse.data != nullptr && lane_index() % 4 == 0) {
@@ -238,7 +263,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1) fo
   extern __shared__ __align__(SLAB_ALIGNMENT) uint8 memory[];
   const SharedMemory shared{smem_address(memory)};
   const Work work = work_longest_first<CAUSAL, true>(arguments.geometry, arguments.geometry.num_heads_q);
-  const int num_tiles = ceil_div(visible_keys<CAUSAL>(arguments.geometry, (work.tile + 1) * TILE_Q), TILE_KV);
+  const Visibility visibility(arguments.geometry, arguments.features, work.batch, work.head);
+  const int begin = visibility.first_key(work.tile * TILE_Q) / TILE_KV;
+  const int end = ceil_div(visibility.end_key(work.tile * TILE_Q, (work.tile + 1) * TILE_Q), TILE_KV);
   if (threadIdx.x == 0) {
     mbarrier_init(shared.Q_full(), 1);
     shared.K_ring().init(GROUPS);
@@ -249,9 +276,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1) fo
   const int warpgroup = warpgroup_index();
   if (warpgroup == 0) {
     give_registers<COPYING_REGISTERS>();
-    if (threadIdx.x == 0 && num_tiles > 0) copy_tiles(arguments, work, num_tiles, shared);
+    if (threadIdx.x == 0 && begin < end) copy_tiles(arguments, work, begin, end, shared);
   } else {
     take_registers<COMPUTING_REGISTERS>();
-    compute_rows(arguments, work, num_tiles, shared, warpgroup - 1);
+    compute_rows(arguments, work, visibility, begin, end, shared, warpgroup - 1);
   }
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 import pytest
-from conftest import Target
+from conftest import HAS_GPU, Target
 
 import cuflash
 from cuflash import Tile
@@ -17,7 +17,7 @@ from cuflash.hardware import device
 from cuflash.planning import measured_tiles, tile_choice, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import FORWARD_WGMMA
-from cuflash.simulator import check, record_launches
+from cuflash.simulator import check
 
 pytest.importorskip("cupy")
 
@@ -27,11 +27,19 @@ SHORT = Tile(128, 32, 8, 2)
 
 
 @pytest.fixture(autouse=True)
-def hopper(monkeypatch: pytest.MonkeyPatch) -> Target:
-    """The simulator as sm_90, with the kernel wherever it can run."""
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel wherever it can run, the simulator as sm_90."""
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
     monkeypatch.setenv(wgmma_forward.VARIABLE, "1")
-    return Target("sm_90")
+
+
+@pytest.fixture(params=["sm_90", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
+def hopper(request: pytest.FixtureRequest) -> Target:
+    """The simulator, and a GPU that has the instructions."""
+    target = Target(request.param)
+    if target.device.capability != 90:
+        pytest.skip("the GPU is no sm_90")
+    return target
 
 
 def inputs_of(
@@ -45,10 +53,13 @@ def inputs_of(
 
 def checked(on: Target, *inputs: Any, **options: Any) -> Any:
     """The results, judged, of this kernel and no other."""
-    with record_launches() as launches:
-        results = on.check(*inputs, backward=False, enable_gqa=True, **options)
-    assert [launch.kernel for launch in launches] == [NAME]
-    return results
+    planned = {name: option for name, option in options.items() if name != "out"}
+    assert names(cuflash.plan(*inputs, enable_gqa=True, **planned)) == [NAME]
+    return on.check(*inputs, backward=False, enable_gqa=True, **options)
+
+
+def names(plan: cuflash.Plan) -> list[str]:
+    return [kernel.name for kernel in plan.kernels]
 
 
 # --- Right --------------------------------------------------------------------------------------------------------------------------------
@@ -78,8 +89,43 @@ def test_batches_that_share_keys(hopper: Target, case: tuple[str, int]) -> None:
 
 def test_keys_and_values_that_are_broadcast_by_stride(hopper: Target) -> None:
     query, key, value = inputs_of(hopper, (70, 90), heads=(2, 1), batches=(2, 1))
-    key, value = (numpy.broadcast_to(x, (2, 90, 2, 64)) for x in (key, value))
+    if not hopper.is_gpu:
+        key, value = (numpy.broadcast_to(x, (2, 90, 2, 64)) for x in (key, value))
     checked(hopper, query, key, value)
+
+
+@pytest.mark.parametrize("case", [("bfloat16", 8), ("float16", 40), ("bfloat16", 96), ("float16", 192), ("bfloat16", 256)], ids=str)
+def test_head_dims(hopper: Target, case: tuple[str, int]) -> None:
+    """Of which slabs of 64 columns hold more than there is, and of which registers allow two warpgroups only."""
+    dtype, head_dim = case
+    checked(hopper, *inputs_of(hopper, (70, 190), head_dim, dtype=dtype), is_causal=True, causal_alignment="bottom_right")
+
+
+@pytest.mark.parametrize("dims", [(192, 128), (24, 200)], ids=str)
+def test_value_with_a_head_dim_of_its_own(hopper: Target, dims: tuple[int, int]) -> None:
+    """Also a wider one, which passes through the memory of Q in pieces."""
+    query, key, _ = inputs_of(hopper, (70, 90), dims[0])
+    checked(hopper, query, key, inputs_of(hopper, (70, 90), dims[1])[2])
+
+
+SLOPES, SINKS = numpy.array([0.3, 0.02], "float32"), numpy.array([1.5, -3.0], "float32")
+FEATURES: dict[str, dict[str, Any]] = {
+    "window": {"window": (40, 20)},
+    "narrow window": {"window": (9, 0), "tile": {NAME: Tile(192, 16, 12, 2)}},
+    "causal window": {"window": (70, None), "is_causal": True, "causal_alignment": "bottom_right"},
+    "softcap": {"softcap": 3.0, "is_causal": True},
+    "alibi": {"alibi_slopes": SLOPES, "is_causal": True, "causal_alignment": "bottom_right"},
+    "sinks": {"sinks": SINKS, "is_causal": True, "causal_alignment": "bottom_right"},
+    "all": {"window": (60, 30), "softcap": 9.0, "alibi_slopes": SLOPES, "sinks": SINKS},
+}
+
+
+@pytest.mark.parametrize("lengths", [(300, 250), (100, 333)], ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features(hopper: Target, feature: str, lengths: tuple[int, int]) -> None:
+    options = {name: hopper.place(x) if isinstance(x, numpy.ndarray) else x for name, x in FEATURES[feature].items()}
+    head_dim, dtype = (128, "float16") if len(feature) % 2 else (64, "bfloat16")
+    checked(hopper, *inputs_of(hopper, lengths, head_dim, heads=(2, 1), dtype=dtype), **options)
 
 
 TILES = {
@@ -102,17 +148,16 @@ def test_tiles(hopper: Target, case: str) -> None:
 def test_strides(hopper: Target, view: str) -> None:
     """Those that the TMA unit can take; `transposed` and others it cannot go to the other kernel."""
     inputs = inputs_of(hopper, (70, 90), heads=(2, 2), batches=(2, 2), view=view)
-    with record_launches() as launches:
-        hopper.check(*inputs, backward=False)
-    assert [launch.kernel for launch in launches] == ["forward_mma" if view == "transposed" else NAME]
+    assert names(cuflash.plan(*inputs)) == ["forward" if view == "transposed" else NAME]
+    hopper.check(*inputs, backward=False)
 
 
 def test_any_array_takes_the_output(hopper: Target) -> None:
     """Unaligned rows, elements apart: it is no business of the TMA unit."""
     inputs = inputs_of(hopper, (70, 90), heads=(2, 2), batches=(2, 2))
     for view in ("padded_rows", "strided_elements", "reversed_everywhere"):
-        out = hopper.restride(numpy.zeros((2, 70, 2, 64), inputs[0].dtype), view)
-        assert numpy.array_equal(checked(hopper, *inputs, out=out).out, checked(hopper, *inputs).out)
+        out = hopper.restride(hopper.empty_like(inputs[0]), view)
+        assert Target.bits(checked(hopper, *inputs, out=out).out) == Target.bits(checked(hopper, *inputs).out)
         assert hopper.surroundings_are_nan(out)
 
 
@@ -120,9 +165,9 @@ def test_other_orders_of_dimensions(hopper: Target) -> None:
     inputs = inputs_of(hopper, (70, 90), heads=(2, 2), batches=(2, 2))
     want, want_lse = cuflash.scaled_dot_product_attention(*inputs, return_lse=True)
     for layout, axes in (("bhsd", (0, 2, 1, 3)), ("sbhd", (1, 0, 2, 3))):
-        moved = [numpy.ascontiguousarray(x.transpose(axes)) for x in inputs]
+        moved = [x.transpose(axes).copy() for x in inputs]
         out, lse = cuflash.scaled_dot_product_attention(*moved, layout=layout, return_lse=True)
-        assert Target.bits(out.transpose(numpy.argsort(axes))) == Target.bits(want)
+        assert Target.bits(out.transpose(numpy.argsort(axes).tolist())) == Target.bits(want)
         assert Target.bits(lse) == Target.bits(want_lse)
 
 
@@ -133,7 +178,7 @@ def test_extreme_scores(hopper: Target, case: tuple[str, int, float]) -> None:
     query, key, value = inputs_of(hopper, (100, 150), head_dim, dtype=dtype)
     query[:, ::3] *= numpy.asarray(size, query.dtype)
     key *= numpy.asarray(size, key.dtype)
-    assert numpy.isfinite(checked(hopper, query, key, value, is_causal=True).lse).all()
+    assert numpy.isfinite(hopper.host(checked(hopper, query, key, value, is_causal=True).lse)).all()
 
 
 def test_one_key_outweighs_all_others(hopper: Target) -> None:
@@ -151,9 +196,7 @@ def test_scales(hopper: Target) -> None:
 
 def test_lse_is_left_out(hopper: Target) -> None:
     inputs = inputs_of(hopper, (70, 90))
-    with record_launches() as launches:
-        out = cuflash.scaled_dot_product_attention(*inputs)
-    assert [launch.kernel for launch in launches] == [NAME]
+    out = cuflash.scaled_dot_product_attention(*inputs)
     assert Target.bits(out) == Target.bits(cuflash.scaled_dot_product_attention(*inputs, return_lse=True)[0])
 
 
@@ -167,11 +210,11 @@ def test_keys_beyond_the_end_are_not_read(hopper: Target) -> None:
 
 
 @pytest.mark.parametrize("case", [("bfloat16", 64, 2, "causal"), ("float16", 128, 1, "bottom_right"), ("float16", 64, 3, "full")], ids=str)
-def test_every_schedule_gives_the_same_bits(hopper: Target, case: tuple[str, int, int, str], request: pytest.FixtureRequest) -> None:
+def test_every_schedule_gives_the_same_bits(case: tuple[str, int, int, str], request: pytest.FixtureRequest) -> None:
     """With warpgroups that stop at different tiles. Only a schedule finds a wait that never ends."""
     dtype, head_dim, stages, mask = case
     seeds = range(100 if request.config.getoption("--exhaustive") else 12)
-    inputs = inputs_of(hopper, (200, 230), head_dim, heads=(2, 1), dtype=dtype)
+    inputs = inputs_of(Target("sm_90"), (200, 230), head_dim, heads=(2, 1), dtype=dtype)
     tile = {NAME: Tile(192, 16, 12, stages)}
     options = {"enable_gqa": True, "return_lse": True, "tile": tile, **MASKS[mask]}
     report = check(functools.partial(cuflash.scaled_dot_product_attention, *inputs, **options), seeds=seeds)
@@ -187,10 +230,6 @@ def plan_of(head_dim: int = 64, dtype: str = "float16", head_dim_v: int = 0, vie
     x = on.random((2, 500, 4, head_dim), dtype, 1, view)
     value = on.random((2, 500, 4, head_dim_v), dtype, 1) if head_dim_v else x
     return cuflash.plan(x, x, value, **options)
-
-
-def names(plan: cuflash.Plan) -> list[str]:
-    return [kernel.name for kernel in plan.kernels]
 
 
 def test_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,9 +263,10 @@ def test_a_single_tile_is_for_whichever_takes_it() -> None:
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "float32": ({"dtype": "float32"}, "it takes 16-bit types, and this is float32"),
-    "head_dim": ({"head_dim": 80}, "it takes a head_dim of 64 or 128, and this is 80"),
-    "head_dim_v": ({"head_dim_v": 128}, "it takes a head_dim of 64 or 128, and this is 64/128"),
-    "window": ({"window": (100, 0)}, "it knows no window"),
+    "head_dim": ({"head_dim": 100}, "it takes multiples of 8 up to 256 for head_dim, and this is 100"),
+    "head_dim_v": ({"head_dim_v": 264}, "it takes multiples of 8 up to 256 for head_dim, and this is 64/264"),
+    "mask": ({"attn_mask": numpy.ones((500, 500), bool)}, "it knows no attn_mask"),
+    "dropout": ({"dropout_p": 0.5, "dropout_seed": 1}, "it knows no dropout"),
     "lengths": ({"seqlens_kv": numpy.array([500, 3], "int32")}, "it knows no lengths that are read on the device"),
     "scale": ({"scale": -0.5}, "it takes positive scales, and this one is -0.5"),
     "no scale": ({"scale": 0.0}, "it takes positive scales, and this one is 0"),
@@ -241,7 +281,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_the_plan_says_why_it_is_not_taken(case: str) -> None:
     options, reason = OTHERS[case]
     plan = plan_of(**options)
-    assert names(plan) == ["forward"]
+    assert names(plan)[-1] == "forward"
     assert f"choice     forward_mma.cu, not forward_wgmma.cu: {reason}" in str(plan)
     with pytest.raises(TileError, match=r"kernels that run: forward \(") as caught:
         plan_of(**options, tile={NAME: SHORT})
@@ -259,6 +299,20 @@ def test_other_architectures_have_no_choice(arch: str, monkeypatch: pytest.Monke
     plan = plan_of()
     assert (names(plan), plan.choice) == (["forward"], "")
     assert cuflash.legal_tiles(64, kernel=NAME, arch=arch) == ()
+
+
+def test_without_keys_there_is_nothing_to_copy() -> None:
+    query, key = numpy.zeros((1, 5, 2, 64), "float16"), numpy.zeros((1, 0, 2, 64), "float16")
+    plan = cuflash.plan(query, key, key, sinks=SINKS)
+    assert (names(plan), plan.choice.rpartition(": ")[2]) == (["forward"], "there are no keys to copy")
+
+
+@pytest.mark.parametrize(("head_dim", "tile"), [(8, (192, 128, 12, 2)), (72, (192, 80, 12, 2)), (136, (128, 80, 8, 2))])
+def test_other_head_dims_take_the_tile_of_a_larger_one(head_dim: int, tile: tuple[int, int, int, int]) -> None:
+    on = device.of_arch("sm_90", "gpu")
+    assert tile_choice.default_tile(KernelCase(FORWARD_WGMMA, "float16", head_dim), on) == Tile(*tile)
+    softcap = KernelCase(FORWARD_WGMMA, "float16", 64, features=cuflash.FeatureSet(softcap=True))
+    assert tile_choice.default_tile(softcap, on) == Tile(192, 96, 12, 2)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -15,6 +15,7 @@ from cuflash.planning import tile_choice
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import FORWARD_WGMMA
 from cuflash.planning.offline import offline_kernels
+from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.tile import Tile
 from cuflash.timing import sass
 from cuflash.timing.control_flow import find_loops
@@ -32,9 +33,14 @@ def default_tile(dtype: str, head_dim: int) -> Tile:
     return tile_choice.default_tile(KernelCase(FORWARD_WGMMA, dtype, head_dim), ON)
 
 
-def report_of(dtype: str, head_dim: int, is_causal: bool, tile: Tile | None = None) -> Report:
-    chosen = tile or default_tile(dtype, head_dim)
-    kernels = offline_kernels(ON, dtype=dtype, head_dim=head_dim, is_causal=is_causal, backward=False, tile={"forward_wgmma": chosen})
+def report_of(
+    dtype: str, head_dim: int, is_causal: bool, tile: Tile | None = None, features: FeatureSet = NO_FEATURES, head_dim_v: int = 0
+) -> Report:
+    case = KernelCase(FORWARD_WGMMA, dtype, head_dim, head_dim_v=head_dim_v, features=features)
+    kernels = offline_kernels(
+        ON, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v or None, is_causal=is_causal, backward=False, features=features,
+        tile={"forward_wgmma": tile or tile_choice.default_tile(case, ON)},
+    )  # fmt: skip
     (report,) = inspect_kernels((ON, kernel) for kernel in kernels)
     return report
 
@@ -61,6 +67,20 @@ def assert_as_meant(report: Report) -> None:
 @CASES
 def test_no_spills_no_serialised_products_and_quick(dtype: str, head_dim: int, is_causal: bool) -> None:
     report = report_of(dtype, head_dim, is_causal)
+    assert_as_meant(report)
+    assert is_quick(report), f"{named(report)}: {report.seconds:.2f} seconds"
+
+
+ALL = FeatureSet(window=True, softcap=True, alibi=True, sinks=True)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "features"),
+    [(256, 0, NO_FEATURES), (256, 0, FeatureSet(window=True)), (64, 0, ALL), (128, 0, ALL), (96, 0, FeatureSet(alibi=True)), (192, 128, FeatureSet(softcap=True))],
+    ids=str,
+)  # fmt: skip
+def test_other_head_dims_and_features_fit_the_registers(head_dim: int, head_dim_v: int, features: FeatureSet) -> None:
+    report = report_of("float16", head_dim, True, features=features, head_dim_v=head_dim_v)
     assert_as_meant(report)
     assert is_quick(report), f"{named(report)}: {report.seconds:.2f} seconds"
 

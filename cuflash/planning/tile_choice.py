@@ -63,20 +63,25 @@ def measured_tile(case: KernelCase, device: Device) -> Tile | None:
 
 
 def known_tile(case: KernelCase, device: Device) -> Tile | None:
-    """The measured tile, of the fused backward kernel the one that the timing model found (`predicted_tiles`), else None.
-
-    The model knows nothing of wgmma, so its kernels take the tile of the next larger head_dim that was measured, which fits.
-    """
+    """The measured tile, of the fused backward kernel the one that the timing model found (`predicted_tiles`), else None."""
     if case.kernel.implementation == "wgmma":
-        measured = [(d, tile) for (arch, name, d), tile in measured_tiles.TILES.items() if (arch, name) == (device.arch, case.kernel.name)]
-        wide = max(case.head_dim, case.head_dim_v)
-        return next((Tile(*tile) for d, tile in sorted(measured) if d >= wide), None)
+        return _wgmma_tile(case, device)
     if case.kernel != BACKWARD_FUSED:
         return measured_tile(case, device)
     if case.dtype == "float32" or case.head_dim != case.head_dim_v or case.features != NO_FEATURES:
         return None
     found = predicted_tiles.FUSED_BACKWARD.get((device.arch, case.head_dim))
     return None if found is None else Tile(*found)
+
+
+def _wgmma_tile(case: KernelCase, device: Device) -> Tile | None:
+    """That of the next larger head_dim that was measured, with fewer keys where a feature takes registers. The model knows nothing of wgmma."""
+    wide = max(case.head_dim, case.head_dim_v)
+    for (arch, name, head_dim), (tile_q, tile_kv, num_warps, num_stages) in sorted(measured_tiles.TILES.items()):
+        if (arch, name) == (device.arch, case.kernel.name) and head_dim >= wide:
+            shorter = (Tile(tile_q, count, num_warps, num_stages) for count in range(tile_kv, 0, -16))
+            return next((tile for tile in shorter if broken_rule(case, tile, device) is None), None)
+    return None
 
 
 def default_tile(case: KernelCase, device: Device) -> Tile:

@@ -20,6 +20,7 @@ WGMMA_MAX_HEAD_DIM = 256
 WGMMA_REGISTERS = {8: 240, 12: 160}
 """Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/forward_wgmma.cu."""
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
+_WGMMA_SOFTCAP_REGISTERS = 20
 
 
 def lacking(case: KernelCase, device: Device) -> str | None:
@@ -78,7 +79,7 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     needed = accumulator_registers(case, tile, device) + 24
     if case.kernel.implementation == "wgmma":  # P lives beside the next scores
         limit = WGMMA_REGISTERS[tile.num_warps]
-        needed += tile.tile_kv // 4 + _WGMMA_OTHER_REGISTERS - 24
+        needed += tile.tile_kv // 4 + _WGMMA_OTHER_REGISTERS + _WGMMA_SOFTCAP_REGISTERS * case.features.softcap - 24
     if needed > limit:
         return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"
     return None

@@ -13,7 +13,6 @@ from cuflash.hardware.device import Device
 from cuflash.planning import tile_rules
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA, KernelSpec
-from cuflash.problem.features import NO_FEATURES
 from cuflash.problem.layout import View
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
@@ -23,6 +22,7 @@ VARIABLE = "CUFLASH_FORWARD_WGMMA"
 
 _SMALLEST_SCALE = 2.0**-126  # the smallest normal float32
 _MAX_STRIDE_BYTES = 2**40
+_UNKNOWN_FEATURES = ("attn_mask", "dropout", "segments", "prefix")
 
 
 def kernels(problem: Problem, device: Device, tile: Tiles) -> tuple[KernelSpec, ...]:
@@ -40,11 +40,13 @@ def _is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
 
 def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
-    features = [name for name, value in vars(problem.features.kinds).items() if value]
     if (lacking := tile_rules.lacking(_case(problem), device)) is not None:
         return lacking
-    if features:
-        return f"it knows no {features[0]}"
+    for name in _UNKNOWN_FEATURES:
+        if getattr(problem.features.kinds, name):
+            return f"it knows no {name}"
+    if problem.seqlen_kv == 0:
+        return "there are no keys to copy"
     if problem.num_sequences is not None or problem.seqlens_kv:
         return "it knows no lengths that are read on the device"
     if not problem.scale >= _SMALLEST_SCALE:
@@ -83,4 +85,4 @@ def explain(problem: Problem, device: Device, tile: Tiles) -> str:
 
 
 def _case(problem: Problem) -> KernelCase:
-    return KernelCase(FORWARD_WGMMA, problem.dtype, problem.head_dim, head_dim_v=problem.head_dim_v, features=NO_FEATURES)
+    return KernelCase(FORWARD_WGMMA, problem.dtype, problem.head_dim, head_dim_v=problem.head_dim_v, features=problem.features.kinds)

@@ -27,9 +27,3 @@ template <bool CAUSAL>
 DEVICE bool is_visible(const Geometry& geometry, int query, int key) {
   return key < geometry.seqlen_kv && (!CAUSAL || key <= query + geometry.causal_offset);
 }
-
-// The last key that a query sees; -1 or less where it sees none.
-template <bool CAUSAL>
-DEVICE int last_visible_key(const Geometry& geometry, int query) {
-  return CAUSAL ? min(geometry.seqlen_kv - 1, query + geometry.causal_offset) : geometry.seqlen_kv - 1;
-}
