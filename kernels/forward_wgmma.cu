@@ -110,14 +110,16 @@ class GroupRows {
   DEVICE void walk(int begin, int unmasked_begin, int unmasked_end, int end) {
     first_step(begin, begin < unmasked_begin || begin >= unmasked_end);
     int j = begin + 1;
-    if constexpr (WINDOW) {
+    if constexpr (WINDOW) {  // masked tiles come before and behind the others, in one piece of code
 #pragma unroll 1
-      for (; j < min(unmasked_begin, end); ++j) step<true>(j);
+      for (int masked_end = min(unmasked_begin, end); j < end; masked_end = end) {
+        steps<true>(j, masked_end);
+        steps<false>(j, unmasked_end);
+      }
+    } else {
+      steps<false>(j, unmasked_end);
+      steps<true>(j, end);
     }
-#pragma unroll 1
-    for (; j < unmasked_end; ++j) step<false>(j);
-#pragma unroll 1
-    for (; j < end; ++j) step<true>(j);
     issue_outputs();
     wgmma_wait<0>();
     pin(O[0]);
@@ -207,6 +209,12 @@ class GroupRows {
     K.release(1);
     make_probabilities(S, unused, j, is_masked);
     pack_probabilities(S);
+  }
+
+  template <bool IS_MASKED>
+  DEVICE void steps(int& j, int end) {
+#pragma unroll 1
+    for (; j < end; ++j) step<IS_MASKED>(j);
   }
 
   template <bool IS_MASKED>

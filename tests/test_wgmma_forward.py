@@ -94,6 +94,7 @@ def test_keys_and_values_that_are_broadcast_by_stride(hopper: Target) -> None:
     checked(hopper, query, key, value)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", [("bfloat16", 8), ("float16", 40), ("bfloat16", 96), ("float16", 192), ("bfloat16", 256)], ids=str)
 def test_head_dims(hopper: Target, case: tuple[str, int]) -> None:
     """Of which slabs of 64 columns hold more than there is, and of which registers allow two warpgroups only."""
@@ -120,6 +121,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("lengths", [(300, 250), (100, 333)], ids=str)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features(hopper: Target, feature: str, lengths: tuple[int, int]) -> None:
@@ -136,6 +138,7 @@ TILES = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", TILES)
 def test_tiles(hopper: Target, case: str) -> None:
     head_dim, dtype, tile = TILES[case]

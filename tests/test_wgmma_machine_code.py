@@ -74,6 +74,7 @@ def test_no_spills_no_serialised_products_and_quick(dtype: str, head_dim: int, i
 ALL = FeatureSet(window=True, softcap=True, alibi=True, sinks=True)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("head_dim", "head_dim_v", "features"),
     [(256, 0, NO_FEATURES), (256, 0, FeatureSet(window=True)), (64, 0, ALL), (128, 0, ALL), (96, 0, FeatureSet(alibi=True)), (192, 128, FeatureSet(softcap=True))],
@@ -85,6 +86,7 @@ def test_other_head_dims_and_features_fit_the_registers(head_dim: int, head_dim_
     assert is_quick(report), f"{named(report)}: {report.seconds:.2f} seconds"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("num_warps", [8, 12])
 def test_the_longest_tiles_fit_the_registers(num_warps: int, head_dim: int) -> None:
