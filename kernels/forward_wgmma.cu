@@ -8,8 +8,8 @@
 //     S_j = Q K_jᵀ             issued first, waited for first
 //     O += P_{j-1} V_{j-1}     in flight while S_j becomes P_j
 //
-// so the tensor cores have work while the maximum is found, and while exponentials are computed they have that of warpgroups that are out of step. The
-// assembler moves the wait for O ahead of most exponentials; kernels in which it was held back were slower on an H100 (docs/hopper.md).
+// so the tensor cores have work while the maximum is found, and while exponentials are computed they have that of warpgroups that are out of step.
+// The assembler moves the wait for O ahead of most exponentials; kernels in which it was held back were slower on an H100 (docs/hopper.md).
 //
 // Shared memory: Q [TILE_Q / 64][⌈D / 64⌉][64][64] | K [NUM_STAGES][⌈D / 64⌉][TILE_KV][64] | V [NUM_STAGES][⌈DV / 64⌉][TILE_KV][64] | mbarriers. At
 // the end each warp's part of O passes through its warpgroup's part of Q.
