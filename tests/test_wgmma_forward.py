@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_lengths_and_grouped_heads(hopper: Target, case: tuple[str, int], length
     checked(hopper, *inputs_of(hopper, lengths, head_dim, heads=(2, 1), dtype=dtype), **MASKS[mask])
 
 
-@pytest.mark.parametrize("case", [("float16", 64), ("bfloat16", 128)], ids=str)
+@pytest.mark.parametrize("case", [("bfloat16", 64), ("float16", 128)], ids=str)
 def test_batches_that_share_keys(hopper: Target, case: tuple[str, int]) -> None:
     """Batch and heads of keys have one place in the map."""
     dtype, head_dim = case
@@ -94,7 +95,7 @@ def test_keys_and_values_that_are_broadcast_by_stride(hopper: Target) -> None:
     checked(hopper, query, key, value)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", [("bfloat16", 8), ("float16", 40), ("bfloat16", 96), ("float16", 192), ("bfloat16", 256)], ids=str)
 def test_head_dims(hopper: Target, case: tuple[str, int]) -> None:
     """Of which slabs of 64 columns hold more than there is, and of which registers allow two warpgroups only."""
@@ -102,6 +103,7 @@ def test_head_dims(hopper: Target, case: tuple[str, int]) -> None:
     checked(hopper, *inputs_of(hopper, (70, 190), head_dim, dtype=dtype), is_causal=True, causal_alignment="bottom_right")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dims", [(192, 128), (24, 200)], ids=str)
 def test_value_with_a_head_dim_of_its_own(hopper: Target, dims: tuple[int, int]) -> None:
     """Also a wider one, which passes through the memory of Q in pieces."""
@@ -121,7 +123,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("lengths", [(300, 250), (100, 333)], ids=str)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features(hopper: Target, feature: str, lengths: tuple[int, int]) -> None:
@@ -188,7 +190,18 @@ def test_one_key_outweighs_all_others(hopper: Target) -> None:
     """What many small probabilities add up to is not lost beside it."""
     query, key, value = inputs_of(hopper, (64, 1000))
     query[...], key[:, 1:], key[:, 0] = 1, 0, 2
-    checked(hopper, query, key, value, tile={NAME: SHORT})
+    checked(hopper, query, key, value)
+
+
+@pytest.mark.parametrize("case", [("bfloat16", 64), ("float16", 128)], ids=str)
+def test_probabilities_that_are_powers_of_two_add_up_exactly(hopper: Target, case: tuple[str, int]) -> None:
+    """A compiler that puts something else into registers of P while a product still reads them loses some of them."""
+    query, key, value = inputs_of(hopper, (200, 1000), case[1], dtype=case[0])
+    query[...], key[...], value[...] = 0, 0, 1
+    query[..., 0] = 1
+    key[..., 0] = hopper.place(-(numpy.arange(1000) * 7 % 9).astype(numpy.float32)).astype(key.dtype)[None, :, None]
+    out, _ = cuflash.scaled_dot_product_attention(query, key, value, scale=math.log(2), return_lse=True)
+    assert (hopper.host(out) == 1).all()
 
 
 def test_scales(hopper: Target) -> None:
