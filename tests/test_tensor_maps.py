@@ -24,16 +24,17 @@ SHAPE, STRIDES = (3, 500, 4, 64), (500 * 256, 256, 64, 1)
 
 
 class Driver:
-    """In the place of `cuTensorMapEncodeTiled`: keeps what it is given, and writes the address as the map.
+    """In the place of `cuTensorMapEncodeTiled`: keeps what it is given, and writes the address as the map, or a map of the simulator.
 
     Attributes:
         calls: (alignment of the map's place, type, address, extents, strides, box, steps, interleave, swizzle, promotion, fill) of each call.
         status: what it answers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, for_simulator: bool = False) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.status = 0
+        self._for_simulator = for_simulator
         pointer, number = ctypes.c_void_p, ctypes.c_uint32
         self.function = ctypes.CFUNCTYPE(ctypes.c_int, pointer, number, number, *[pointer] * 5, *[number] * 4)(self._encode)
 
@@ -46,7 +47,10 @@ class Driver:
         long, word = ctypes.c_uint64, ctypes.c_uint32
         lists = read(extents, rank, long), read(strides, rank - 1, long), read(box, rank, word), read(steps, rank, word)
         self.calls.append((place % 64, dtype, address, *lists, *modes))
-        ctypes.memmove(place, address.to_bytes(8, "little") * 16, 128)
+        made = address.to_bytes(8, "little") * 16
+        if self._for_simulator:
+            made = encode_tiled(address, {6: "float16", 9: "bfloat16"}[dtype], *lists[:3], swizzle="128B")
+        ctypes.memmove(place, made, 128)
         return self.status
 
 
