@@ -22,12 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(HERE))  # cuflash of this clone, whether it is installed or not
-
 from cuflash.jit import cache, disassembly
 from cuflash.jit.compiler import CompileRequest
 
+HERE = Path(__file__).resolve().parents[1]
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100")
 
 PLANNING = """
@@ -153,7 +151,10 @@ def rows_of(before: dict[Case, Code], after: dict[Case, Code], *, every: bool) -
         same = sum(old.instructions == new.instructions for old, new in pairs)
         tiles = sum(old.tile == new.tile for old, new in pairs)
         changed = [(old, new) for old, new in pairs if old.instructions != new.instructions]
-        columns = [_change([(getattr(old, name), getattr(new, name)) for old, new in changed]) for name in ("registers", "spills", "length", "loop")]
+        columns = [
+            _change([(getattr(old, name), getattr(new, name)) for old, new in changed])
+            for name in ("registers", "spills", "length", "loop")
+        ]
         rows.append(_row([*group, str(len(cases)), str(same), str(tiles), *columns]))
     for side, others in ((before, after), (after, before)):
         alone = sorted({case[-1] for case in side if case not in others})
