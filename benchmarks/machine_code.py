@@ -136,24 +136,22 @@ def _compiled(kernel: dict[str, Any], arch: str) -> Code:
 
 
 def rows_of(before: dict[Case, Code], after: dict[Case, Code], *, every: bool) -> list[str]:
-    """A table: a row for each kernel and architecture, or for `every` case that differs. Kernels of one checkout alone are named below it."""
+    """A table: a row for each kernel, with a causal mask and without, or for `every` one that differs. Kernels of one checkout alone are named below it."""
     groups: dict[tuple[str, ...], list[Case]] = {}
     for case in before:
         if case in after:
             arch, dtype, head_dim, is_causal, name = case
-            alone = (dtype, str(head_dim), "causal" if is_causal else "not causal") if every else ()
+            alone = (arch, dtype, str(head_dim)) if every else ()
             if not every or before[case].instructions != after[case].instructions:
-                groups.setdefault((name, arch, *alone), []).append(case)
-    heading = ["kernel", "arch", *(("dtype", "D", "mask") if every else ()), "kernels", "same", "same tile", "registers", "bytes spilled", "instructions", "in the loop"]  # fmt: skip
+                groups.setdefault((name, "causal" if is_causal else "none", *alone), []).append(case)
+    heading = ["kernel", "mask", *(("arch", "dtype", "D") if every else ()), "kernels", "the same", "with another tile", "registers", "bytes spilled", "instructions", "in the loop"]  # fmt: skip
     rows = [_row(heading), "|" + "---|" * len(heading)]
     for group, cases in sorted(groups.items()):
         pairs = [(before[case], after[case]) for case in cases]
         same = sum(old.instructions == new.instructions for old, new in pairs)
-        tiles = sum(old.tile == new.tile for old, new in pairs)
-        changed = [(old, new) for old, new in pairs if old.instructions != new.instructions]
+        tiles = sum(old.tile != new.tile for old, new in pairs)
         columns = [
-            _change([(getattr(old, name), getattr(new, name)) for old, new in changed])
-            for name in ("registers", "spills", "length", "loop")
+            _change([(getattr(old, name), getattr(new, name)) for old, new in pairs]) for name in ("registers", "spills", "length", "loop")
         ]
         rows.append(_row([*group, str(len(cases)), str(same), str(tiles), *columns]))
     for side, others in ((before, after), (after, before)):
@@ -164,15 +162,14 @@ def rows_of(before: dict[Case, Code], after: dict[Case, Code], *, every: bool) -
 
 
 def _change(pairs: list[tuple[int, int]]) -> str:
-    """One number before and after, or by how much several change."""
-    if len(pairs) == 1:
+    """One number before and after, or by how much several changed."""
+    if len(set(pairs)) == 1:
         old, new = pairs[0]
         return str(old) if old == new else f"{old} → {new}"
     changes = [new - old for old, new in pairs]
     if not any(changes):
-        return "same" if pairs else ""
-    low, high = min(changes), max(changes)
-    return f"{low:+d}" if low == high else f"{low:+d} to {high:+d}"
+        return "as many"
+    return f"{min(changes):+d} to {max(changes):+d}"
 
 
 def _row(cells: Iterable[str]) -> str:
