@@ -53,3 +53,9 @@ def test_functions_of_kernels_are_short_enough_to_be_read() -> None:
                 start = None
     assert len(lengths) > 50
     assert {name: length for name, length in lengths.items() if length > 130} == {}
+
+
+def test_every_file_is_in_the_order_of_reading() -> None:
+    """Of docs/kernels.md."""
+    page = (KERNELS.parent / "docs" / "kernels.md").read_text(encoding="utf-8").partition("## What a block does")[0]
+    assert [name for name in INCLUDES if not name.startswith("ptx/") and f"{Path(name).name}`" not in page] == []
