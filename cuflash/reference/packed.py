@@ -87,12 +87,12 @@ def varlen_attention_backward(
 
 
 def options_of_sequence(options: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """The options of sequence i as those of a batch of one."""
+    """The options of sequence i as those of a batch of one: `prefix_lengths`, and arrays of two axes, have sequences in the place of the batch."""
     own = {**options, "first_batch": i}
-    if own.get("prefix_lengths") is not None:
-        own["prefix_lengths"] = own["prefix_lengths"][i : i + 1]
-    if own.get("alibi_slopes") is not None and len(own["alibi_slopes"].shape) == 2:
-        own["alibi_slopes"] = own["alibi_slopes"][i : i + 1]
+    for name, option in options.items():
+        shape: tuple[int, ...] = getattr(option, "shape", ())
+        if len(shape) == 2 or (shape and name == "prefix_lengths"):
+            own[name] = option if shape[0] == 1 else option[i : i + 1]
     return own
 
 
