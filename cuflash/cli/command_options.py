@@ -13,14 +13,12 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cuflash.cli.counts import not_negative, positive
+from cuflash.cli.option_types import DTYPES, not_negative, positive
 from cuflash.errors import OptionError
 
 if TYPE_CHECKING:
     from cuflash.cli.sample_features import SampleFeatures
     from cuflash.cli.samples import Sample
-
-DTYPES = ("float16", "bfloat16", "float32")
 
 
 def add_cases(parser: argparse.ArgumentParser) -> None:

@@ -10,16 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-import numpy
-from numpy.typing import NDArray
-
-from cuflash import reference
-from cuflash.cli.counts import not_negative
+from cuflash.cli.option_types import DTYPES, not_negative
 from cuflash.errors import OptionError
-from cuflash.problem.features import MASK_DTYPES, FeatureSet, check_dropout_p, check_softcap, check_window
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a command that only prints its options needs no NumPy
+    import numpy
+    from numpy.typing import NDArray
+
     from cuflash.cli.samples import Sample
+    from cuflash.problem.features import FeatureSet
 
 DROPOUT_SEED = (20230717, 3)
 """Seed and offset of every sample with dropout."""
@@ -46,7 +45,7 @@ class SampleFeatures:
     """
 
     attn_mask: str | None = _option(
-        None, choices=MASK_DTYPES, help="a mask of this element type: bool hides keys, the others are added to the scores"
+        None, choices=("bool", *DTYPES), help="a mask of this element type: bool hides keys, the others are added to the scores"
     )
     mask_axes: str = "qk"
     need_attn_mask_grad: bool = _option(False, action="store_true", help="the backward pass also gives the gradient of --attn-mask")
@@ -70,6 +69,8 @@ class SampleFeatures:
         Raises:
             OptionError: a number outside its domain.
         """
+        from cuflash.problem.features import FeatureSet, check_dropout_p, check_softcap, check_window
+
         used: dict[str, Any] = {flag.name: getattr(self, flag.name) not in (None, False) for flag in fields(FeatureSet)}
         used |= {
             "attn_mask": self.attn_mask,
@@ -85,6 +86,8 @@ class SampleFeatures:
         Raises:
             OptionError: documents of packed sequences, or none.
         """
+        import numpy
+
         rng = numpy.random.default_rng((seed, 1))
         rows = sample.batch if sample.lengths_q is None else len(sample.lengths_q)
         made: dict[str, Any] = {name: value for name, value in (("window", self.window), ("softcap", self.softcap)) if value is not None}
@@ -112,6 +115,10 @@ class SampleFeatures:
 
     def _mask(self, shape: tuple[int, int, int, int], rng: numpy.random.Generator) -> NDArray[Any]:
         """A boolean mask that hides a quarter of the keys, of a mask without queries the last ones; or a normally distributed additive mask."""
+        import numpy
+
+        from cuflash import reference
+
         own = tuple(extent if axis in self.mask_axes else 1 for axis, extent in zip("bhqk", shape, strict=True))
         if self.attn_mask != "bool":
             values: NDArray[Any] = reference.round_to(rng.standard_normal(own, numpy.float32), str(self.attn_mask))

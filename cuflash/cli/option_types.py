@@ -1,8 +1,10 @@
-"""Counts among the options of commands, as types for `argparse`."""
+"""What options of commands take: element types, and counts as types for `argparse`."""
 
 from __future__ import annotations
 
 import argparse
+
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 def positive(text: str) -> int:
