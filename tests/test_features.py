@@ -12,6 +12,8 @@ from conftest import ELEMENTS, Target, rounded
 
 import cuflash
 from cuflash import reference
+from cuflash.cli.sample_features import ALONE, others_than
+from cuflash.cli.samples import Sample
 
 B, H, HK, SQ, SKV = 2, 4, 2, 70, 90
 """Two tiles of queries and of keys on every target, neither of them full."""
@@ -49,6 +51,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "causal": {"is_causal": True},
     "bottom_right": {"is_causal": True, "causal_alignment": "bottom_right"},
 }
+for name in others_than(*FEATURES):
+    FEATURES[name] = ALONE[name].arguments(Sample(B, SQ, SKV, H, HK))
 PAIRS = [
     pair for pair in itertools.combinations(FEATURES, 2) if pair not in {("boolean_mask", "additive_mask"), ("causal", "bottom_right")}
 ]
