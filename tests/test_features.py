@@ -108,7 +108,7 @@ def test_all_together(target: Target) -> None:
     target.check(*inputs_of(target, target.half), enable_gqa=True, **placed(target, together))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("head_dim", [8, 72, 128, 256])
 @pytest.mark.parametrize("feature", ["softcap", "boolean_mask", "additive_mask", "dropout"])
 def test_other_head_dims(simulator: Target, feature: str, head_dim: int) -> None:
@@ -214,7 +214,7 @@ def masked_rows(kind: str) -> dict[str, Any]:
     return {"segment_ids_q": ids, "segment_ids_kv": numpy.zeros((B, SKV), numpy.int32)}
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("others", [{}, {"is_causal": True}, {"softcap": 5.0}, {"dropout_p": 0.5, "dropout_seed": 3}], ids=str)
 @pytest.mark.parametrize("kind", ["boolean", "additive", "segments"])
 def test_rows_that_see_nothing(simulator: Target, kind: str, others: dict[str, Any]) -> None:

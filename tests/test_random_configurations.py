@@ -41,7 +41,7 @@ from cuflash.jit import cache
 from cuflash.runtime import calls, launch
 
 GROUPS = 27
-CALLS_PER_GROUP = 5
+CALLS_PER_GROUP = 3
 SHARES = 4
 """One call in so many is also judged with the out and lse of more keys than it sees."""
 LONGEST = [40, 40, 40, 200]
