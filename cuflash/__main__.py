@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import cuflash
 from cuflash.cli import terminal_tables
-from cuflash.cli.command_options import DTYPES, add_cases, add_features, check_writable, features_of, lengths_of, make_writable, positive
+from cuflash.cli.command_options import add_cases, add_features, check_writable, features_of, lengths_of, make_writable
+from cuflash.cli.option_types import DTYPES, positive
 from cuflash.cli.terminal_tables import Table
 from cuflash.errors import CuflashError, OptionError
 

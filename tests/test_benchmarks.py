@@ -22,7 +22,8 @@ from bench.machine import Machine
 from bench.operands import ALLOWED_ERROR, Operands
 from bench.timing import time_call
 from cuflash import reference
-from cuflash.cli.samples import Sample, SampleFeatures
+from cuflash.cli.sample_features import SampleFeatures
+from cuflash.cli.samples import Sample
 from cuflash.hardware import device
 from cuflash.planning.planner import make_plan
 from cuflash.problem.features import FeatureSet

@@ -15,7 +15,8 @@ from typing import Any
 import numpy
 
 from cuflash import reference
-from cuflash.cli.samples import Sample, SampleFeatures, stand_in
+from cuflash.cli.sample_features import ALONE, SampleFeatures, others_than
+from cuflash.cli.samples import Sample, stand_in
 from cuflash.hardware.device import Device
 from cuflash.planning.plan import Plan
 from cuflash.planning.planner import make_plan
@@ -156,6 +157,10 @@ def full_cases() -> list[Case]:
     return [*dict.fromkeys(quick_cases() + every), *feature_cases()]
 
 
+OF_THEIR_OWN_SIZE = ("window", "softcap", "alibi", "boolean_mask", "additive_mask", "dropout", "sinks", "segments")
+"""Features whose cases name their numbers, for long sequences."""
+
+
 def feature_cases() -> list[Case]:
     """One case for each feature, each kind of lengths and each unusual head dimension; bfloat16."""
     return _feature_cases(4, 4096, 16, 128)
@@ -181,6 +186,7 @@ def _feature_cases(batch: int, seqlen: int, heads: int, head_dim: int) -> list[C
         Case(having(causal, dropout=0.1), "dropout"),
         Case(having(causal, sinks=True), "sinks"),
         Case(having(causal, segments=8), "segments"),
+        *(Case(replace(causal, features=ALONE[name]), name) for name in others_than(*OF_THEIR_OWN_SIZE, "prefix")),
         Case(replace(causal, lengths_q=packed), "varlen"),
         Case(replace(full, lengths_kv=tuple(max(1, 3 * seqlen // 4 >> 2 * b) for b in range(batch))), "seqlens_kv"),
         Case(replace(causal, head_dim=192, head_dim_v=128), "head_dim_192_128"),

@@ -10,7 +10,8 @@ import numpy
 import cuflash
 from cuflash import reference
 from cuflash.arrays.borrowing import borrow
-from cuflash.cli.samples import DROPOUT_SEED, numpy_call
+from cuflash.cli.sample_features import DROPOUT_SEED
+from cuflash.cli.samples import numpy_call
 from cuflash.hardware import device
 from cuflash.planning.planner import make_plan
 from small_calls.cases import Case

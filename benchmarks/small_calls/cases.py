@@ -6,7 +6,8 @@ import functools
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cuflash.cli.samples import Sample, SampleFeatures
+from cuflash.cli.sample_features import ALONE, ONLY_PADDED, SampleFeatures, others_than, together
+from cuflash.cli.samples import Sample
 from cuflash.problem.tile import Tile, Tiles
 
 
@@ -94,12 +95,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 CAUSAL = {"is_causal": True}
 BOTTOM_RIGHT = {"is_causal": True, "causal_alignment": "bottom_right"}
 
-MANY = SampleFeatures(
-    attn_mask="bool", dropout=0.2, window=(60, 30), softcap=20.0, alibi=True, sinks=True, segments=2
-)  # fmt: skip
+MANY = together(others_than("additive_mask", "prefix"), dropout=0.2, window=(60, 30), softcap=20.0, segments=2)
 """All features that go together, with the kernels of visible tiles, sinks and dropout masks."""
 PACKED = {"lengths_q": (70, 0, 33, 5), "lengths_kv": (100, 20, 0, 7)}
-PACKED_FEATURES = SampleFeatures(dropout=0.2, window=(60, 30), softcap=20.0, alibi=True, sinks=True, prefix=9)
+PACKED_FEATURES = together(others_than(*ONLY_PADDED), dropout=0.2, window=(60, 30), softcap=20.0, prefix=9)
 
 
 def bias(dtype: str) -> SampleFeatures:
@@ -155,13 +154,10 @@ def check_cases() -> list[Case]:
 
 
 def lone_feature_cases() -> list[Case]:
-    """Every score feature alone."""
-    used = [
-        {"attn_mask": "bool"}, {"attn_mask": "bool", "mask_axes": "bk"}, {"dropout": 0.3}, {"window": (50, 20)}, {"softcap": 10.0}, {"alibi": True},
-        {"sinks": True}, {"segments": 4},
-    ]  # fmt: skip
-    cases = [Case.of("bfloat16", 64, 200, 333, 2, features=SampleFeatures(**one)) for one in used]  # type: ignore[arg-type]
-    return [*cases, Case.of("bfloat16", 64, 200, 333, 2, **CAUSAL, features=SampleFeatures(prefix=90))]
+    """Every score feature alone; additive masks are among the `combined_cases`."""
+    used = [ALONE[name] for name in others_than("additive_mask")]
+    used.append(SampleFeatures(attn_mask="bool", mask_axes="bk"))
+    return [Case.of("bfloat16", 64, 200, 333, 2, is_causal=one.prefix is not None, features=one) for one in used]
 
 
 def combined_cases(dtype: str) -> list[Case]:

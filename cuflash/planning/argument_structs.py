@@ -10,6 +10,8 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cuflash.problem.features import FEATURE_ARRAYS
+
 
 @dataclass(frozen=True)
 class Scalar:
@@ -128,10 +130,19 @@ MASK_VIEW = _struct(
 )
 HEAD_VIEW = _struct("HeadView", ("data", WORD), ("stride_batch", INT64), ("stride_head", INT64))
 SEQUENCE_VIEW = _struct("SequenceView", ("data", WORD), ("stride_batch", INT64), ("stride_position", INT64))
+
+
+def _feature_arrays() -> Iterator[tuple[str, Scalar | Struct]]:
+    """The fields of `FEATURE_ARRAYS`, each followed by the address of its gradient if it has one."""
+    for name, array in FEATURE_ARRAYS.items():
+        yield name, HEAD_VIEW if any("h" in axes for axes in array.axes) else SEQUENCE_VIEW
+        if array.has_gradient:
+            yield f"grad_{name}", WORD
+
+
 FEATURE_ARGUMENTS = _struct(
     "FeatureArguments",
-    ("attn_mask", MASK_VIEW), ("grad_attn_mask", MASK_VIEW), ("alibi_slopes", HEAD_VIEW), ("sinks", HEAD_VIEW), ("grad_sinks", WORD),
-    ("segment_ids_q", SEQUENCE_VIEW), ("segment_ids_kv", SEQUENCE_VIEW), ("prefix_lengths", SEQUENCE_VIEW), ("visible_tiles", WORD),
+    ("attn_mask", MASK_VIEW), ("grad_attn_mask", MASK_VIEW), *_feature_arrays(), ("visible_tiles", WORD),
     ("dropout_state", WORD), ("dropout_seed", WORD), ("dropout_offset", WORD), ("list_batches", INT), ("list_heads", INT),
     ("window_low", INT), ("window_high", INT), ("score_factor", FLOAT), ("softcap", FLOAT), ("dropout_limit", UINT32), ("dropout_scale", FLOAT),
     ("log2_sums", WORD),

@@ -17,7 +17,7 @@ WIDEST_NARROW_HEAD = 256  # wider heads are cut into slices (kernels/tile/slices
 _SLICE_COLUMNS = 288  # of the outputs, per group of warps
 _SLICE_COLUMNS_FLOAT32 = 144
 
-_ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; with an additive mask 4 more for its log2_sum
+ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; with an additive mask 4 more for its log2_sum
 
 _MBARRIER_BYTES = 8
 
@@ -125,7 +125,7 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
     exchange = 4 * slices * len(case.kernel.scores) * tile.tile_q * tile.tile_kv if slices > 1 else 0
     statistics = 0
     if case.kernel.statistics and device.capability >= 80:  # sm_75 reads them from global memory
-        statistics = _ROW_STATISTICS_BYTES + 4 * case.features.additive_mask
+        statistics = ROW_STATISTICS_BYTES + 4 * case.features.additive_mask
     if case.kernel.added_up:
         exchange += case.smem_itemsize(device) * tile.tile_q * tile.tile_kv
     if case.kernel.maps_tensors:

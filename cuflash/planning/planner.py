@@ -28,7 +28,6 @@ from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
 
 MAX_GRID = 2**31 - 1
-ROW_STATISTICS_BYTES = 8
 MAX_SHARED_SLICES = 5  # of a wide head, beyond which dK and dV take a kernel each
 
 
@@ -235,7 +234,7 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffe
     """What the kernels of a call hand on to each other."""
     rows = problem.batch * problem.num_heads_q * problem.seqlen_q
     buffers = (
-        Buffer("row_statistics", (rows, ROW_STATISTICS_BYTES // 4), "float32"),
+        Buffer("row_statistics", (rows, kernel_cases.ROW_STATISTICS_BYTES // 4), "float32"),
         Buffer("log2_sums", (rows if problem.features.kinds.additive_mask else 0,), "float32"),
         Buffer("visible_tiles", (max((_list_entries(kernel, problem) for kernel in kernels), default=0),), "int32"),
     )

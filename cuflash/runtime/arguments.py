@@ -13,7 +13,7 @@ from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
-from cuflash.planning.argument_structs import TENSOR_MAP, WORD, Scalar, Struct
+from cuflash.planning.argument_structs import FEATURE_ARGUMENTS, TENSOR_MAP, WORD, Scalar, Struct
 from cuflash.problem.features import Features
 from cuflash.problem.layout import View
 from cuflash.problem.problem import Problem
@@ -150,41 +150,30 @@ def lengths(problem: Problem) -> Values:
 def feature_values(
     features: Features, scale: float, list_extents: tuple[int, int] = (1, 1), grad_attn_mask_strides: tuple[int, ...] = (0, 0, 0, 0)
 ) -> Values:
-    """`FeatureArguments`."""
+    """`FeatureArguments`: an address is found by the name of its field, and a number that the kernels take as it is by the name that `Features` has for it."""
     mask_strides = (0, 0, 0, 0) if features.attn_mask is None else features.attn_mask.strides
+    strides: dict[str, tuple[int, ...]] = {
+        "attn_mask": mask_strides,
+        "grad_attn_mask": grad_attn_mask_strides,
+        **dict(features.array_strides),
+    }
     unit = 1.0 if features.kinds.additive_mask else _LOG2_E  # of scores, as in kernels/tile/score.cuh
-    return {
-        "attn_mask": _mask("attn_mask", mask_strides),
-        "grad_attn_mask": _mask("grad_attn_mask", grad_attn_mask_strides),
-        "alibi_slopes": _per_head("alibi_slopes", *features.alibi_strides),
-        "sinks": _per_head("sinks", 0, features.sinks_stride),
-        "grad_sinks": "grad_sinks",
-        "segment_ids_q": _per_position("segment_ids_q", *features.segment_ids_q_strides),
-        "segment_ids_kv": _per_position("segment_ids_kv", *features.segment_ids_kv_strides),
-        "prefix_lengths": _per_position("prefix_lengths", features.prefix_stride, 0),
-        "visible_tiles": "visible_tiles",
-        "dropout_state": "dropout_state",
-        "dropout_seed": "dropout_seed",
-        "dropout_offset": "dropout_offset",
+    values: dict[str, Value] = {
         "list_batches": list_extents[0],
         "list_heads": list_extents[1],
-        "window_low": features.window_low,
-        "window_high": features.window_high,
         "score_factor": scale * unit if features.softcap is None else scale / features.softcap,
         "softcap": (features.softcap or 0.0) * unit,
         "dropout_limit": max(math.ceil(features.dropout_p * 2.0**32) - 1, 0),
         "dropout_scale": 0.0 if features.dropout_p in (0.0, 1.0) else 1.0 / (1.0 - features.dropout_p),
-        "log2_sums": "log2_sums",
     }
+    for field in FEATURE_ARGUMENTS.fields:
+        if isinstance(field.type, Struct):
+            values[field.name] = _strided(field.name, field.type, strides.get(field.name, ()))
+        elif field.name not in values:
+            values[field.name] = field.name if field.type is WORD else getattr(features, field.name)
+    return values
 
 
-def _mask(name: str, strides: tuple[int, ...]) -> Values:
-    return {"data": name} | dict(zip(("stride_batch", "stride_head", "stride_query", "stride_key"), strides, strict=True))
-
-
-def _per_head(name: str, stride_batch: int, stride_head: int) -> Values:
-    return {"data": name, "stride_batch": stride_batch, "stride_head": stride_head}
-
-
-def _per_position(name: str, stride_batch: int, stride_position: int) -> Values:
-    return {"data": name, "stride_batch": stride_batch, "stride_position": stride_position}
+def _strided(name: str, view: Struct, strides: tuple[int, ...]) -> Values:
+    """A view of the array of this name: its address and then its strides."""
+    return {"data": name, **dict(zip(list(view.offsets)[1:], strides, strict=False))}

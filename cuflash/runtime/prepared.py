@@ -105,17 +105,17 @@ class PreparedCall:
         self,
         executables: Sequence[Executable],
         values: dict[str, Value],
-        given: set[str],
+        present: set[str],
         grad_attn_mask_strides: tuple[int, ...] = (0, 0, 0, 0),
     ) -> list[_Launch]:
-        """The loaded kernels of the plan with their arguments filled in but for the addresses of what is `given` and of what is allocated.
+        """The loaded kernels of the plan with their arguments filled in but for the addresses of what is `present` among the inputs and of what is allocated.
 
         A buffer of the workspace is found under its name by every struct that has such a field.
         """
         problem = self.problem
-        given = given | self.written
-        if problem.features.kinds.dropout and "dropout_state" not in given:
-            given |= {"dropout_seed", "dropout_offset"}
+        words = present | self.written
+        if problem.features.kinds.dropout and "dropout_state" not in present:
+            words |= {"dropout_seed", "dropout_offset"}
         values |= {buffer.name: buffer.name for buffer in self.plan.workspace}
         values["lengths"] = arguments.lengths(problem)
         if problem.features != NOTHING:
@@ -126,8 +126,8 @@ class PreparedCall:
                 "geometry": arguments.geometry(problem, kernel.num_tiles, kernel.section_heads),
                 "group_batch": kernel.group_batch, "group_heads": kernel.group_heads,
             }  # fmt: skip
-            layout = kernel.spec.arguments
-            launches.append(_Launch(loaded, kernel.shape, Arguments(layout, arguments.of_struct(layout, {**values, **own}), given)))
+            struct = kernel.spec.arguments
+            launches.append(_Launch(loaded, kernel.shape, Arguments(struct, arguments.of_struct(struct, {**values, **own}), words)))
         return launches
 
     def check_offsets(self, addresses: dict[str, int]) -> None:
