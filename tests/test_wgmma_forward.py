@@ -23,6 +23,7 @@ from cuflash.simulator import check
 pytest.importorskip("cupy")
 
 NAME = "forward_wgmma"
+HOST = Target("sm_90")
 SHORT = Tile(128, 32, 8, 2)
 """Many tiles of few keys."""
 
@@ -180,27 +181,28 @@ def test_other_orders_of_dimensions(hopper: Target) -> None:
 def test_extreme_scores(hopper: Target, case: tuple[str, int, float]) -> None:
     """Up to 10^13, where the last place of a maximum matters in an exponent; rows of one warp next to rows of ordinary scores."""
     dtype, head_dim, size = case
-    query, key, value = inputs_of(hopper, (100, 150), head_dim, dtype=dtype)
+    query, key, value = inputs_of(HOST, (100, 150), head_dim, dtype=dtype)
     query[:, ::3] *= numpy.asarray(size, query.dtype)
     key *= numpy.asarray(size, key.dtype)
-    assert numpy.isfinite(hopper.host(checked(hopper, query, key, value, is_causal=True).lse)).all()
+    inputs = map(hopper.place, (query, key, value))
+    assert numpy.isfinite(hopper.host(checked(hopper, *inputs, is_causal=True).lse)).all()
 
 
 def test_one_key_outweighs_all_others(hopper: Target) -> None:
     """What many small probabilities add up to is not lost beside it."""
-    query, key, value = inputs_of(hopper, (64, 1000))
+    query, key, value = inputs_of(HOST, (64, 1000))
     query[...], key[:, 1:], key[:, 0] = 1, 0, 2
-    checked(hopper, query, key, value)
+    checked(hopper, *map(hopper.place, (query, key, value)))
 
 
 @pytest.mark.parametrize("case", [("bfloat16", 64), ("float16", 128)], ids=str)
 def test_probabilities_that_are_powers_of_two_add_up_exactly(hopper: Target, case: tuple[str, int]) -> None:
     """A compiler that puts something else into registers of P while a product still reads them loses some of them."""
-    query, key, value = inputs_of(hopper, (200, 1000), case[1], dtype=case[0])
+    query, key, value = inputs_of(HOST, (200, 1000), case[1], dtype=case[0])
     query[...], key[...], value[...] = 0, 0, 1
     query[..., 0] = 1
-    key[..., 0] = hopper.place(-(numpy.arange(1000) * 7 % 9).astype(numpy.float32)).astype(key.dtype)[None, :, None]
-    out, _ = cuflash.scaled_dot_product_attention(query, key, value, scale=math.log(2), return_lse=True)
+    key[..., 0] = -(numpy.arange(1000) * 7 % 9)[None, :, None]
+    out = cuflash.scaled_dot_product_attention(*map(hopper.place, (query, key, value)), scale=math.log(2))
     assert (hopper.host(out) == 1).all()
 
 
