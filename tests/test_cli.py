@@ -125,6 +125,25 @@ def test_inspect_as_json(tmp_path: Path) -> None:
     assert bool(report["failures"]) == spills == (result.returncode == 1)
 
 
+def test_inspect_of_a_kernel_that_is_not_modelled(tmp_path: Path) -> None:
+    result = command(
+        "inspect",
+        "--arch",
+        "sm_90",
+        "--head-dim",
+        "64",
+        "--dtype",
+        "float16",
+        "--forward-only",
+        "--json",
+        directory=tmp_path,
+        CUFLASH_FORWARD_WGMMA="1",
+    )
+    assert result.returncode == 0, result.stderr
+    (report,) = json.loads(result.stdout)
+    assert (report["kernel"], report["blocks_per_sm"], report["predicted_matrix_share"]) == ("forward_wgmma", 1, None)
+
+
 KERNEL = ("--arch", "sm_80", "--head-dim", "64", "--dtype", "float16")
 
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy
 
-import cuflash
 from cuflash import reference
 from cuflash.cli.sample_features import ALONE, SampleFeatures, others_than
-from cuflash.cli.samples import Sample
+from cuflash.cli.samples import Sample, stand_in
 from cuflash.hardware.device import Device
 from cuflash.planning.plan import Plan
 from cuflash.planning.planner import make_plan
@@ -73,9 +72,9 @@ class Case:
         """What both passes compute, from arrays that no memory stands behind."""
         arguments = dict(self.arguments)
         if "attn_mask" in arguments:
-            arguments["attn_mask"] = _stand_in(arguments["attn_mask"].shape, str(self.sample.features.attn_mask))
+            arguments["attn_mask"] = stand_in(arguments["attn_mask"].shape, str(self.sample.features.attn_mask))
         shapes = self.sample.shapes()
-        inputs = {name: _stand_in(shapes[name], self.sample.dtype) for name in ("query", "key", "value")}
+        inputs = {name: stand_in(shapes[name], self.sample.dtype) for name in ("query", "key", "value")}
         plan: Plan = self.sample.plan(**inputs, **arguments, **self.sample.backward_options, return_lse=True, backward=True)
         return plan.problem
 
@@ -140,14 +139,6 @@ class Case:
 
 def _square(batch: int, seqlen: int, heads: int, **others: Any) -> Sample:
     return Sample(batch=batch, seqlen_q=seqlen, seqlen_kv=seqlen, num_heads_q=heads, num_heads_kv=heads, **others)
-
-
-def _stand_in(shape: tuple[int, ...], dtype: str) -> Any:
-    """An array of one element's memory that says it is larger: enough for a plan."""
-    one = numpy.zeros(1, numpy.uint16 if dtype == "bfloat16" else dtype)
-    strides = (*(0 for _ in shape[:-1]), one.itemsize)  # plans look at the stride of the last dimension
-    large = numpy.lib.stride_tricks.as_strided(one, shape, strides)
-    return cuflash.bfloat16(large) if dtype == "bfloat16" else large
 
 
 # --- Lists --------------------------------------------------------------------------------------------------------------------------------

@@ -143,20 +143,23 @@ def numpy_call(sample: Sample, seed: int = 0) -> tuple[dict[str, Any], dict[str,
 
 
 def plan_of(sample: Sample, *, backward: bool = False, tile: Tiles = None) -> Plan:
-    """The plan of a pass, made before the operands, which take gigabytes for long sequences: it gets arrays of their shapes that repeat one element.
+    """The plan of a pass, made before the operands, which take gigabytes for long sequences.
 
     Raises:
         CuflashError: what the call itself raises for these arguments.
     """
-    element = element_type(numpy.zeros(1, numpy.float32), sample.dtype)
-    is_tagged = isinstance(element, cuflash.BFloat16Bits)
-    operands: dict[str, Any] = {}
-    for name in ("query", "key", "value"):
-        shaped = numpy.broadcast_to(element.bits if is_tagged else element, sample.shapes()[name])
-        operands[name] = cuflash.bfloat16(shaped) if is_tagged else shaped
+    operands = {name: stand_in(sample.shapes()[name], sample.dtype) for name in ("query", "key", "value")}
     options = sample.backward_options if backward else {}
     planned: Plan = sample.plan(**operands, **_numpy_arguments(sample, 0), **options, backward=backward, tile=tile)
     return planned
+
+
+def stand_in(shape: tuple[int, ...], dtype: str) -> Any:
+    """A contiguous array that says it is as large as that, without its memory: for plans, which look at no element."""
+    aligned = numpy.zeros(1, numpy.uint16 if dtype == "bfloat16" else dtype)
+    strides = numpy.cumprod((aligned.itemsize, *shape[:0:-1]))[::-1]
+    large = numpy.lib.stride_tricks.as_strided(aligned, shape, strides.tolist(), writeable=False)
+    return cuflash.bfloat16(large) if dtype == "bfloat16" else large
 
 
 def _numpy_arguments(sample: Sample, seed: int) -> dict[str, Any]:

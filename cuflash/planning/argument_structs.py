@@ -1,7 +1,7 @@
 """The one by-value parameter of each kernel, as a list of typed fields: the structs of kernels/*arguments.cuh, field by field in their order.
 
 Sizes, offsets and padding follow from the list as C++ has them, and bytes are written by it (`arguments.py`); tests/test_argument_structs.py lets the compiler
-assert every one of them. A type of another size or alignment, such as the 128 bytes of a tensor map on a multiple of 64, is one more `Scalar`.
+assert every one of them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ INT64 = Scalar("q", 8, 8)
 INT = Scalar("i", 4, 4)
 UINT32 = Scalar("I", 4, 4)
 FLOAT = Scalar("f", 4, 4)
+TENSOR_MAP = Scalar("128s", 128, 64)
+"""What the TMA unit knows an array by: opaque, and another one for each address (cuflash/runtime/tensor_maps.py)."""
 
 
 @dataclass(frozen=True)
@@ -146,12 +148,19 @@ FEATURE_ARGUMENTS = _struct(
     ("log2_sums", WORD),
 )  # fmt: skip
 
+MAPPED_TENSOR = _struct("MappedTensor", ("map", TENSOR_MAP), ("head_step", INT), ("batch_step", INT))
+
 # --- Parameters of kernels ----------------------------------------------------------------------------------------------------------------
 
 FORWARD_ARGUMENTS = _struct(
     "ForwardArguments",
     ("query", TENSOR_VIEW), ("key", TENSOR_VIEW), ("value", TENSOR_VIEW), ("out", TENSOR_VIEW), ("lse", ROW_VIEW),
     ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS),
+)  # fmt: skip
+FORWARD_WGMMA_ARGUMENTS = _struct(
+    "ForwardWgmmaArguments",
+    ("query", MAPPED_TENSOR), ("key", MAPPED_TENSOR), ("value", MAPPED_TENSOR), ("out", TENSOR_VIEW), ("lse", ROW_VIEW), ("geometry", GEOMETRY),
+    ("features", FEATURE_ARGUMENTS),
 )  # fmt: skip
 BACKWARD_ARGUMENTS = _struct(
     "BackwardArguments",

@@ -19,6 +19,8 @@ _SLICE_COLUMNS_FLOAT32 = 144
 
 ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; with an additive mask 4 more for its log2_sum
 
+_MBARRIER_BYTES = 8
+
 
 @dataclass(frozen=True)
 class KernelCase:
@@ -91,12 +93,14 @@ def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:
 def row_bytes(case: KernelCase, device: Device, slice_pieces: int = 0) -> tuple[int, int]:
     """Bytes of one row of a tile of Q or K and of V or dO in shared memory, one piece of each slice.
 
-    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh. `slice_pieces` instead of `case.slice_pieces` if it is not 0.
+    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh, and the slabs of kernels/tile/slab_tile.cuh. `slice_pieces` instead of `case.slice_pieces` if it is not 0.
     """
     itemsize, slices = case.smem_itemsize(device), case.head_slices(device)
 
     def pitch(columns: int) -> int:
         chunks = columns * itemsize // 16
+        if case.kernel.maps_tensors:
+            return ceil(chunks / 8) * 128
         return (ceil(chunks / 8) * 8 if itemsize == 4 else chunks) * 16
 
     piece, piece_v = _piece_columns(case, slices * (slice_pieces or case.slice_pieces(device)))
@@ -124,6 +128,8 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
         statistics = ROW_STATISTICS_BYTES + 4 * case.features.additive_mask
     if case.kernel.added_up:
         exchange += case.smem_itemsize(device) * tile.tile_q * tile.tile_kv
+    if case.kernel.maps_tensors:
+        exchange += _MBARRIER_BYTES * (1 + 4 * tile.num_stages)
     return kept * case.kept_rows(tile) + tile.num_stages * case.streamed_rows(tile) * (streamed + statistics) + exchange
 
 

@@ -1,7 +1,8 @@
 """The bytes of a kernel's argument struct: filled in once for all calls of a kind, with places for what differs from call to call.
 
 Values are given field by field, as `argument_structs.py` lists them: a number is written, the text in the place of a 64-bit word is the name of an address (or
-of a word of dropout's seed) that each launch gives. Fields that are left out are zero. `Arguments.fill` writes the words of one launch.
+of a word of dropout's seed) that each launch gives, and a `TensorMap` is encoded for the address that each launch gives by its name. Fields that are left out are
+zero. `Arguments.fill` writes what belongs to one launch.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
-from cuflash.planning.argument_structs import FEATURE_ARGUMENTS, WORD, Scalar, Struct
+from cuflash.planning.argument_structs import FEATURE_ARGUMENTS, TENSOR_MAP, WORD, Scalar, Struct
 from cuflash.problem.features import Features
 from cuflash.problem.layout import View
 from cuflash.problem.problem import Problem
+from cuflash.runtime.tensor_maps import TensorMap
 
 Values: TypeAlias = Mapping[str, "Value"]
-Value: TypeAlias = int | float | str | Values | Sequence[Values]
+Value: TypeAlias = int | float | str | TensorMap | Values | Sequence[Values]
 
 Strides3 = tuple[int, int, int]
 """Strides of (batch, head, query), in elements."""
@@ -27,38 +29,48 @@ _LOG2_E = 1.4426950408889634
 
 
 class Arguments:
-    """One kernel's argument struct, filled in but for the words that each launch gives.
+    """One kernel's argument struct, filled in but for the words that each launch gives, and for maps.
 
     Attributes:
-        names: of these words, in the order of the struct.
+        names: of these words and of the addresses of maps, in the order of the struct.
     """
 
     def __init__(self, layout: Struct, values: Values, given: Container[str]) -> None:
         """Fill in `values`; a name that is not among the `given` ones stays null."""
-        image, words = bytearray(layout.size), {}
+        image = bytearray(layout.size)
+        places: dict[int, tuple[str, Scalar]] = {}  # offset -> name of the address, type
+        maps: dict[int, TensorMap] = {}
         for path, offset, scalar in layout.scalars():
             value = _value_at(values, path)
-            if not isinstance(value, str):
+            if isinstance(value, TensorMap):
+                places[offset], maps[offset] = (value.name, _checked(scalar, TENSOR_MAP, path)), value
+            elif isinstance(value, str):
+                if value in given:
+                    places[offset] = value, _checked(scalar, WORD, path)
+            elif scalar is not TENSOR_MAP or value:  # a map that is left out is zeros too
                 struct.pack_into("=" + scalar.format, image, offset, value)
-            elif value in given:
-                words[offset] = _checked_word(value, scalar)
         _check_names(layout, values)
-        self.names = tuple(words.values())
-        ends = [*words, layout.size]
-        gaps = [bytes(image[begin + 8 : end]) for begin, end in pairwise(ends)]
+        self.names = tuple(name for name, _ in places.values())
+        self._maps = [(1 + 2 * list(places).index(offset), tensor_map) for offset, tensor_map in maps.items()]
+        ends = [*places, layout.size]
         self._pieces: list[bytes | int] = [bytes(image[: ends[0]])]
-        for gap in gaps:
+        form = f"={ends[0]}s"
+        for (begin, end), (_, scalar) in zip(pairwise(ends), places.values(), strict=True):
+            gap = bytes(image[begin + scalar.size : end])
             self._pieces += (0, gap)
-        self._pack = struct.Struct(f"={ends[0]}s" + "".join(f"Q{len(gap)}s" for gap in gaps)).pack
+            form += f"{scalar.format}{len(gap)}s"
+        self._pack = struct.Struct(form).pack
 
     def fill(self, words: Mapping[str, int]) -> bytearray:
         """The struct for one launch."""
         pieces = self._pieces.copy()
         pieces[1::2] = [words[name] for name in self.names]
+        for index, tensor_map in self._maps:
+            pieces[index] = tensor_map.at(words[tensor_map.name])
         return bytearray(self._pack(*pieces))
 
 
-def _value_at(values: Value, path: str) -> int | float | str:
+def _value_at(values: Value, path: str) -> int | float | str | TensorMap:
     """What is given for the C++ expression `path`; 0 for what is left out."""
     for name in path.replace("]", "").replace("[", ".").split("."):
         if isinstance(values, Mapping):
@@ -67,13 +79,13 @@ def _value_at(values: Value, path: str) -> int | float | str:
             values = values[int(name)] if int(name) < len(values) else 0
         else:
             return 0  # the whole struct is left out
-    assert isinstance(values, (int, float, str)), path
+    assert isinstance(values, (int, float, str, TensorMap)), path
     return values
 
 
-def _checked_word(name: str, scalar: Scalar) -> str:
-    assert scalar is WORD, name
-    return name
+def _checked(scalar: Scalar, expected: Scalar, path: str) -> Scalar:
+    assert scalar is expected, path
+    return scalar
 
 
 def _check_names(layout: Struct, values: Values) -> None:
@@ -102,6 +114,11 @@ def tensor(name: str, view: View, vectorized: bool) -> Values:
     return {
         "data": name, "stride_batch": stride_b, "stride_seqlen": stride_s, "stride_head": stride_h, "stride_dim": stride_d, "vectorized": vectorized,
     }  # fmt: skip
+
+
+def mapped_tensor(tensor_map: TensorMap) -> Values:
+    """`MappedTensor` of the array of this map."""
+    return {"map": tensor_map, "head_step": tensor_map.head_step, "batch_step": tensor_map.batch_step}
 
 
 def rows(name: str, strides: Strides3) -> Values:
