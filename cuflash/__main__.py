@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import cuflash
 from cuflash.cli import terminal_tables
-from cuflash.cli.command_options import DTYPES, add_cases, add_features, check_writable, features_of, lengths_of, make_writable, positive
+from cuflash.cli.command_options import add_cases, add_features, check_writable, features_of, lengths_of, make_writable
+from cuflash.cli.option_types import DTYPES, positive
 from cuflash.cli.terminal_tables import Table
 from cuflash.errors import CuflashError, OptionError
 
@@ -234,12 +235,12 @@ def _save(options: argparse.Namespace, reports: Sequence[Report], kernels: Seque
 
 
 def _steady_state(report: Report, kernel: KernelPlan, causal: bool) -> KernelPrediction | None:
-    """The predicted steady state of a kernel that was inspected; None where there is no listing, no model of the architecture, or no loop over tiles."""
+    """The predicted steady state of a kernel that was inspected; None where there is no listing, no model of the architecture or of wgmma, or no loop over tiles."""
     from cuflash.timing import machine, prediction, sass
 
     if report.listing is None or report.subject.device.arch not in machine.MULTIPROCESSORS or not kernel.spec.is_tiled:
         return None
-    if report.occupancy.blocks == 0:
+    if report.occupancy.blocks == 0 or kernel.spec.implementation != "mma":
         return None
     function = sass.parse_listing(report.listing)[report.resources.entry]
     return prediction.predict_kernel(function, _description(report, kernel, causal), limits=False)

@@ -19,14 +19,14 @@ from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.kernel_specs import FORWARD, TILED_KERNELS
 from cuflash.planning.offline import offline_kernels
 from cuflash.planning.plan import Plan
-from cuflash.problem.features import MASK_DTYPES, NO_FEATURES, FeatureSet
+from cuflash.problem.features import FEATURE_OF, MASK_DTYPES, NO_FEATURES, FeatureSet
 from cuflash.problem.options import check_bool
 from cuflash.problem.other_names import explains_features
 from cuflash.problem.problem import DTYPES, MAX_HEAD_DIM
 from cuflash.problem.tile import Tile, Tiles
 
 
-@explains_features
+@explains_features(FEATURE_OF)
 def legal_tiles(
     head_dim: int,
     dtype: str = "bfloat16",
@@ -43,7 +43,7 @@ def legal_tiles(
         head_dim: of query and key, 1 … 576.
         dtype: "float16", "bfloat16" or "float32".
         head_dim_v: of value, default head_dim.
-        kernel: "forward", "backward_dkdv", "backward_dk", "backward_dv" or "backward_dq", with an additive mask also "backward_row_sums" and
+        kernel: "forward", on sm_90 "forward_wgmma", "backward_dkdv", "backward_dk", "backward_dv" or "backward_dq", with an additive mask also "backward_row_sums" and
             "backward_mask", as `print(plan)` names them.
         arch: "sm_80", "sm_90", …; None for the GPU of this machine, or the simulator without one.
         allow_tf32: as in the call.
@@ -67,7 +67,7 @@ def legal_tiles(
     return tile_choice.legal_tiles_for(case, target(arch))
 
 
-@explains_features
+@explains_features(FEATURE_OF)
 def warmup(
     head_dim: int | Iterable[int],
     dtype: str | Iterable[str] = "bfloat16",

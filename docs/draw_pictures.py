@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import io
 import itertools
 import re
 import sys
@@ -36,6 +37,7 @@ from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.kernel_specs import TILED_KERNELS
 from cuflash.planning.offline import offline_kernels
+from cuflash.problem.features import FeatureSet
 from cuflash.timing import prediction
 from cuflash.timing.control_flow import steady_trace, tile_loop
 from cuflash.timing.machine import Multiprocessor, multiprocessor
@@ -48,10 +50,14 @@ FOLDER = DOCS / "pictures"
 PACKAGE = Path(cuflash.__file__).parent
 KERNELS = DOCS.parent / "kernels"
 
-CASES = {
+ADDITIVE_MASK = FeatureSet(attn_mask="bfloat16")
+CASES: dict[str, dict[str, Any]] = {
     "forward": {"dtype": "bfloat16", "head_dim": 128},
     "backward_dkdv": {"dtype": "bfloat16", "head_dim": 128},
     "backward_dq": {"dtype": "bfloat16", "head_dim": 128},
+    "backward_fused": {"dtype": "bfloat16", "head_dim": 128},
+    "backward_row_sums": {"dtype": "bfloat16", "head_dim": 128, "features": ADDITIVE_MASK},
+    "backward_mask": {"dtype": "bfloat16", "head_dim": 128, "features": ADDITIVE_MASK},
 }
 """Kernel -> what it is compiled for; the architecture is the one whose clocks were measured (docs/timing.md)."""
 ARCH = "sm_90"
@@ -66,7 +72,14 @@ def fingerprint_of(lines: Sequence[str]) -> str:
 
 
 def save(figure: Any, path: Path, fingerprint: str) -> None:
-    figure.savefig(path, dpi=DPI, metadata={"Description": fingerprint, "Software": None}, pil_kwargs={"optimize": True})
+    """With few colours, which is a third of the bytes."""
+    from PIL import Image, PngImagePlugin
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Description", fingerprint)
+    Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True, pnginfo=text)
 
 
 def fingerprint_in(path: Path) -> str:
@@ -188,38 +201,65 @@ def draw_way_of_a_call(path: Path) -> None:
 # --- Pipelines ----------------------------------------------------------------------------------------------------------------------------
 
 REST, WAIT_BARRIER, WAIT_COPIES = "between the products", "waits for other warps", "waits for copies"
-_COLOURS = {"S": "#2b6cb0", "dP": "#9c36b5", "O": "#2f9e44", "dV": "#2f9e44", "dK": "#0c8599", "dQ": "#0c8599"}  # by what a product makes
-_FIXED = {REST: "#f2c14e", WAIT_BARRIER: "#d9d9d9", WAIT_COPIES: "#c92a2a"}
+ADDITIONS = "additions in global memory"
+_COLOURS = {
+    "S": "#2b6cb0",
+    "P": "#2b6cb0",
+    "dP": "#9c36b5",
+    "dS": "#9c36b5",
+    "O": "#2f9e44",
+    "dV": "#2f9e44",
+    "dK": "#0c8599",
+    "dQ": "#d6336c",
+}  # by what a product makes
+_FIXED = {REST: "#f2c14e", WAIT_BARRIER: "#d9d9d9", WAIT_COPIES: "#c92a2a", ADDITIONS: "#343a40"}
 _COPY = "#e8590c"
 _OPERATION = re.compile(
     r"multiply_rows\((?P<c>\w+), (?P<a>\w+), \w+, (?P<b>\w+)\)|multiply_accumulator\((?P<sum>\w+), (?P<p>\w+), (?P<by>\w+)\)"
-    r"|(?P<copied>\w+?)(?:_loader\.issue|_of\(step\)\.issue)\(|(?P<wait>wait_for_tiles|begin_step|end_step)\b"
+    r"|gemm_columns<.*?>\((?P<shared>\w+), \S+?\((?P<of>\w+)_smem,.*?\((?P<rows>\w+)_smem,|add_to_sums\((?P<added>\w+),"
+    r"|(?P<copied>\w+?)(?:_loader\.issue|_of\(step\)\.issue|\.load)\(|(?P<wait>wait_for_tiles|begin_step|end_step)\b"
 )
 
 
-def operation_of(line: str) -> str | None:
-    """What a line of a kernel's loop does, in the names of the code; None where it is neither a product nor a copy nor a wait."""
-    match = _OPERATION.search(line.partition("//")[0])
+def statements(source: str) -> list[str]:
+    """For each line of a file, without comments, the whole statement that it belongs to; one that ends in the middle of a line is that line."""
+    lines = [line.partition("//")[0].strip() for line in source.splitlines()]
+    found: list[str] = []
+    while len(found) < len(lines):
+        first = len(found)
+        last = next((i for i in range(first, len(lines)) if lines[i].endswith((";", "{", "}")) or not lines[i]), len(lines) - 1)
+        found += [" ".join(lines[first : last + 1])] * (last + 1 - first)
+    return found
+
+
+def operation_of(statement: str) -> str | None:
+    """What a statement of a kernel's loop does, in the names of the code; None where it is neither a product nor a copy nor a wait."""
+    match = _OPERATION.search(statement)
     if match is None:
         return None
     if match["c"]:
         return f"{match['c']} = {match['a']} {match['b']}ᵀ"
     if match["sum"]:
         return f"{match['sum']} += {match['p']} {match['by']}"
+    if match["shared"]:
+        return f"{match['shared']} = {match['of']} {match['rows']}"
+    if match["added"]:
+        return ADDITIONS
     return f"copy of {match['copied']}" if match["copied"] else match["wait"]
 
 
 def planned(name: str) -> KernelPlan:
     """The kernel with its default tile, which pins it where another way to the gradients is the faster one."""
     on, case = device.of_arch(ARCH, "gpu"), KernelCase(TILED_KERNELS[name], **CASES[name])
-    kernels = offline_kernels(on, **CASES[name], tile={name: tile_choice.default_tile(case, on)})
+    tile = {name: tile_choice.default_tile(case, on)}
+    kernels = offline_kernels(on, **CASES[name], tile=tile, need_attn_mask_grad=case.kernel.sums_scores)
     return next(kernel for kernel in kernels if kernel.name == name)
 
 
 def fingerprint_of_pipeline(name: str) -> str:
     kernel = planned(name)
-    source = (KERNELS / kernel.source).read_text(encoding="utf-8").splitlines()
-    return fingerprint_of([str(kernel.tile), *(found for line in source if (found := operation_of(line)))])
+    source = statements((KERNELS / kernel.source).read_text(encoding="utf-8"))
+    return fingerprint_of([str(kernel.tile), *(found for statement in source if (found := operation_of(statement)))])
 
 
 def main_lines(listing: str, entry: str, source: str) -> list[int]:
@@ -252,7 +292,7 @@ def traced(name: str) -> tuple[KernelPlan, int, tuple[Operation, ...], list[str]
     function: Function = parse_listing(listing)[kernel.entry]
     lines = main_lines(listing, kernel.entry, kernel.source)
     assert len(lines) == len(function)
-    source = ["", *(KERNELS / kernel.source).read_text(encoding="utf-8").splitlines()]
+    source = ["", *statements((KERNELS / kernel.source).read_text(encoding="utf-8"))]
     trace = steady_trace(function, tile_loop(function))
     machine = multiprocessor(ARCH)
     described = prediction.describe(kernel, artifact.resources_of(kernel.entry), request, causal=False)
@@ -358,17 +398,17 @@ def draw_pipeline(name: str, path: Path) -> None:
     units.set_xlim(0, end - begin)
     units.set_xlabel("clocks of the SM", fontsize=9)
     units.tick_params(axis="x", labelsize=8.5)
-    tile = kernel.tile
-    axes.set_title(
-        f"{kernel.source}, {CASES[name]['dtype']}, head_dim {CASES[name]['head_dim']}, tiles of {tile.tile_q} queries and {tile.tile_kv} keys, "
-        f"{warps} warps, {tile.num_stages} stage{'s' * (tile.num_stages > 1)}, on the model of an H100",
-        fontsize=10, pad=20,
-    )  # fmt: skip
-    legend = [Patch(color=colours[label], label=label) for label in (*products, REST, WAIT_BARRIER, WAIT_COPIES) if label in shown] + [
-        Patch(color=_COPY, label="copies: issued; on their way")
-    ]
-    figure.legend(handles=legend, loc="lower center", ncol=min(5, len(legend)), fontsize=8.5, frameon=False)
+    tile, mask = kernel.tile, ", additive mask" if kernel.case.features.additive_mask else ""
     height = figure.get_size_inches()[1]
+    figure.suptitle(
+        f"{kernel.source}, {CASES[name]['dtype']}, head_dim {CASES[name]['head_dim']}{mask}, tiles of {tile.tile_q} queries and {tile.tile_kv} keys, "
+        f"{warps} warps, {tile.num_stages} stage{'s' * (tile.num_stages > 1)}, on the model of an H100",
+        fontsize=9.5, y=1 - 0.14 / height,
+    )  # fmt: skip
+    legend = [
+        Patch(color=colours[label], label=label) for label in (*products, ADDITIONS, REST, WAIT_BARRIER, WAIT_COPIES) if label in shown
+    ] + [Patch(color=_COPY, label="copies: issued; on their way")]
+    figure.legend(handles=legend, loc="lower center", ncol=min(5, len(legend)), fontsize=8.5, frameon=False)
     figure.subplots_adjust(left=0.16, right=0.985, top=1 - 0.55 / height, bottom=0.95 / height, hspace=0.08)
     save(figure, path, fingerprint_of_pipeline(name))
     plt.close(figure)

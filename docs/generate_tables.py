@@ -16,6 +16,8 @@ import numpy
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # cuflash of this clone, whether it is installed or not
 
 import cuflash
+from cuflash.cli.sample_features import ALONE, others_than
+from cuflash.cli.samples import Sample
 from cuflash.errors import ArgumentError
 from cuflash.hardware import device
 from cuflash.planning.planner import make_plan
@@ -49,6 +51,9 @@ EXAMPLES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "prefix": (("prefix_lengths", "is_causal"), {"prefix_lengths": zeros(B, dtype="int32"), "is_causal": True}),
     "key lengths": (("seqlens_kv",), {"seqlens_kv": zeros(B, dtype="int32")}),
 }
+for name in others_than("boolean_mask", "additive_mask", "dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix"):
+    example = ALONE[name].arguments(Sample(B, S, S, H))
+    EXAMPLES[name] = (tuple(example), example)
 """Feature -> its arguments, and a call that uses it."""
 
 BAD_CALLS: list[dict[str, Any]] = [

@@ -115,7 +115,32 @@ def launch() -> list[str]:
     return rows
 
 
-STEPS = {"options": typed_call, "problem": problem_fields, "plan": plan_text, "config": config, "ptx": ptx, "sass": sass, "launch": launch}
+def backward() -> list[str]:
+    """The plan of the backward pass, and what its kernels have to do with each other."""
+    planned = make_plan(problem, plan.device, backward=True)
+    rows = [
+        "| kernel | its blocks own rows of | and keep | they stream | and compute | workspace that it writes or reads |",
+        "|---|---|---|---|---|---|",
+    ]
+    used = {buffer.name for buffer in planned.workspace}
+    for kernel in planned.kernels:
+        spec = kernel.spec
+        computed = (*spec.scores, *spec.outputs)
+        cells = (spec.kept, spec.streamed, computed, [name for name in spec.workspace if name in used])
+        rows.append(f"| `{spec.name}` | {spec.rows_of} | " + " | ".join(", ".join(cell) for cell in cells) + " |")
+    return [*_block("", str(planned)), "", *rows]
+
+
+STEPS = {
+    "options": typed_call,
+    "problem": problem_fields,
+    "plan": plan_text,
+    "config": config,
+    "ptx": ptx,
+    "sass": sass,
+    "launch": launch,
+    "backward": backward,
+}
 
 
 def compiler_version() -> str:

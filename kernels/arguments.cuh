@@ -4,6 +4,7 @@
 // size, head count or stride never compiles anything.
 #pragma once
 #include "feature_arguments.cuh"
+#include "ptx/tensor_map.cuh"
 #include "ptx/types.cuh"
 
 struct TensorView {  // (batch, seqlen, head, head_dim) in this order, whatever the caller's layout
@@ -49,6 +50,21 @@ struct ForwardArguments {
   RowView lse;  // data null: not stored
   Geometry geometry;
   SequenceLengths lengths;
+  FeatureArguments features;
+};
+
+// An array that the TMA unit reads: its map, of (head_dim, seqlen, heads, batch), and what the numbers of a head and of a batch are multiplied by to
+// have its coordinates: 1, or 0 along an axis that is broadcast, which the map has once.
+struct MappedTensor {
+  TensorMap map;
+  int head_step, batch_step;
+};
+
+struct ForwardWgmmaArguments {
+  MappedTensor query, key, value;
+  TensorView out;
+  RowView lse;  // data null: not stored
+  Geometry geometry;
   FeatureArguments features;
 };
 

@@ -91,6 +91,9 @@ BROADCAST_KEY = Inputs((2, 75, 2, 32), (1, 150, 1, 32), (2, 150, 2, 32), options
 BROADCAST_VALUE = Inputs((2, 75, 2, 32), (2, 150, 2, 32), (1, 150, 1, 32), options=(("enable_gqa", True),))
 BLIND_ROWS = Inputs((1, 170, 1, 32), (1, 75, 1, 32), (1, 75, 1, 32), options=(("causal_alignment", "bottom_right"),))
 FEW_QUERIES = Inputs((1, 20, 1, 32), (1, 150, 1, 32), (1, 150, 1, 32))
+SLABS = Inputs((1, 150, 1, 64), (1, 140, 1, 64), (1, 140, 1, 64))
+BLIND_SLABS = Inputs((1, 150, 1, 64), (1, 90, 1, 64), (1, 90, 1, 64), options=(("causal_alignment", "bottom_right"),))
+WINDOW_SLABS = Inputs((1, 150, 1, 64), (1, 300, 1, 64), (1, 300, 1, 64), options=(("window", (70, 60)),))
 WIDE = Inputs((1, 75, 1, 128), (1, 300, 1, 128), (1, 300, 1, 128))
 SLICED = Inputs((1, 70, 2, 288), (1, 75, 1, 288), (1, 75, 1, 288), options=(("enable_gqa", True),))
 SLICED_UNALIGNED = Inputs((1, 70, 1, 288), (1, 75, 1, 288), (1, 75, 1, 288), is_aligned=False)
@@ -202,6 +205,9 @@ def _variants() -> Iterator[Variant]:
             is_causal=True,
         )
     yield Variant("forward sm_90 bfloat16, 2 stages", "sm_90", "bfloat16", Tile(64, 32, 2, 2), both)
+    slabs = {"forward_wgmma": Tile(128, 16, 8, 2)}
+    yield Variant("forward sm_90 bfloat16 wgmma causal, 2 stages", "sm_90", "bfloat16", slabs, (SLABS, BLIND_SLABS), is_causal=True)
+    yield Variant("forward sm_90 float16 wgmma window, 2 stages", "sm_90", "float16", slabs, (WINDOW_SLABS,))
     yield Variant("forward sm_80 float32, 1 stage", "sm_80", "float32", Tile(32, 32, 2, 1), both)
     yield Variant("forward sm_80 float32, 2 stages", "sm_80", "float32", Tile(32, 32, 2, 2), both)
     yield Variant("forward sm_80 TF32, 2 stages", "sm_80", "float32", Tile(32, 32, 2, 2), both, allow_tf32=True)

@@ -2,7 +2,7 @@
 
 Compiling its kernels is most of what a case costs, on a machine that has compiled none. Of cases that need the same kernels each runs; of others
 
-- each runs on one simulated architecture only: the architectures take turns;
+- each runs on one simulated architecture only: the architectures take turns, and each file begins with another one;
 - where a test is marked `sample(n)`, n run.
 
 The choice is made of names alone, so that it is the same in every process and on every machine.
@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 _SAME_KERNELS = {
-    "at", "axis", "bad", "count", "fill", "gap", "given_out", "heads_kv", "heads_q", "key_shape", "layout", "lengths", "maxima", "offsets_q", "order",
-    "packing", "query_shape", "scale", "score", "seqlen", "seqlen_kv", "seqlen_q", "shapes", "shift", "sign", "size", "tokens", "view",
+    "alignment", "at", "axis", "bad", "count", "dropout_p", "fill", "gap", "given_out", "heads_kv", "heads_q", "key_shape", "layout", "lengths", "maxima", "offsets_q", "order",
+    "packing", "query_shape", "scale", "score", "seqlen", "seqlen_kv", "seqlen_q", "shapes", "shift", "sign", "size", "softcap", "tokens", "view",
 }  # fmt: skip
 """Parameters of tests that no kernel is compiled for: cases that differ in them alone share their kernels, if they share the architecture."""
 
@@ -41,7 +41,7 @@ def on_other_architectures(items: list[pytest.Item], architectures: Sequence[str
     return {
         item
         for test, kernels in of_kernels.items()
-        for turn, key in enumerate(sorted(kernels, key=_scrambled), _scrambled(test))  # else every third has the same type
+        for turn, key in enumerate(sorted(kernels, key=_scrambled), _scrambled(test.split("::")[0]))  # by file: its tests share kernels
         for item in kernels[key]
         if item.callspec.params["target"] != architectures[turn % len(architectures)]  # type: ignore[attr-defined]
     }

@@ -10,7 +10,7 @@ import pytest
 from cuflash.errors import CompileError
 from cuflash.jit import compiler
 from cuflash.jit.compiler import CompileRequest
-from cuflash.planning import argument_structs, planner
+from cuflash.planning import argument_structs, kernel_cases
 from cuflash.planning.argument_structs import FLOAT, INT, WORD, Field, Scalar, Struct
 from cuflash.planning.kernel_specs import KERNELS, KernelSpec
 
@@ -45,7 +45,7 @@ def test_sizes_and_offsets_are_those_of_the_kernels(tmp_path: Path, monkeypatch:
     """Mere order is not enough: C++ pads."""
     assert {kernel.arguments for kernel in KERNELS} <= set(STRUCTS)
     assertions = [assertion for struct in STRUCTS for assertion in assertions_of(struct)]
-    assertions += [f"sizeof(RowStatistics) == {planner.ROW_STATISTICS_BYTES}", f"LISTED_PARTS == {argument_structs.LISTED_PARTS}"]
+    assertions += [f"sizeof(RowStatistics) == {kernel_cases.ROW_STATISTICS_BYTES}", f"LISTED_PARTS == {argument_structs.LISTED_PARTS}"]
     assert len(assertions) > 500
     compile_assertions(tmp_path, monkeypatch, assertions)
 

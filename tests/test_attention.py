@@ -39,7 +39,7 @@ def lengths_of(dtype: str, head_dim: int, is_causal: bool) -> list[tuple[int, in
 # --- Element types, head dimensions, lengths ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(13)
+@pytest.mark.sample(12)
 @CAUSAL
 @pytest.mark.parametrize("head_dim", HEAD_DIMS, ids="D{}".format)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,8 +90,8 @@ def test_tf32_errs_by_its_mantissa_only(target: Target, head_dim: int) -> None:
 
 @pytest.mark.parametrize(("heads_q", "heads_kv"), [(2, 1), (4, 2), (6, 2), (8, 1), (5, 1), (7, 7)], ids=lambda heads: f"H{heads}")
 def test_grouped_queries(target: Target, heads_q: int, heads_kv: int) -> None:
-    query = target.random((2, 70, heads_q, 32), target.half, seed=1)
-    key, value = (target.random((2, 90, heads_kv, 32), target.half, seed) for seed in (2, 3))
+    query = target.random((2, 70, heads_q, 40), target.half, seed=1)
+    key, value = (target.random((2, 90, heads_kv, 40), target.half, seed) for seed in (2, 3))
     target.check(query, key, value, enable_gqa=True, is_causal=True)
 
 
@@ -111,20 +111,20 @@ def test_grouped_queries_equal_repeated_heads(target: Target, head_dim: int) -> 
 
 
 _BROADCASTS = {
-    "heads": ((2, 50, 1, 32), (2, 50, 1, 32)),
-    "batch": ((1, 50, 4, 32), (1, 50, 4, 32)),
-    "both": ((1, 50, 1, 32), (1, 50, 1, 32)),
-    "key_heads_value_full": ((2, 50, 1, 32), (2, 50, 4, 32)),
-    "key_batch_value_heads": ((1, 50, 4, 32), (2, 50, 1, 32)),
-    "key_full_value_both": ((2, 50, 4, 32), (1, 50, 1, 32)),
-    "key_grouped_value_heads": ((2, 50, 2, 32), (1, 50, 1, 32)),
-    "key_heads_value_grouped": ((1, 50, 1, 32), (2, 50, 2, 32)),
+    "heads": ((2, 50, 1, 40), (2, 50, 1, 40)),
+    "batch": ((1, 50, 4, 40), (1, 50, 4, 40)),
+    "both": ((1, 50, 1, 40), (1, 50, 1, 40)),
+    "key_heads_value_full": ((2, 50, 1, 40), (2, 50, 4, 40)),
+    "key_batch_value_heads": ((1, 50, 4, 40), (2, 50, 1, 40)),
+    "key_full_value_both": ((2, 50, 4, 40), (1, 50, 1, 40)),
+    "key_grouped_value_heads": ((2, 50, 2, 40), (1, 50, 1, 40)),
+    "key_heads_value_grouped": ((1, 50, 1, 40), (2, 50, 2, 40)),
 }
 
 
 @pytest.mark.parametrize("shapes", list(_BROADCASTS.values()), ids=list(_BROADCASTS))
 def test_broadcast_keys_and_values_sum_their_gradients(target: Target, shapes: tuple[Any, Any]) -> None:
-    query = target.random((2, 40, 4, 32), target.half, seed=1)
+    query = target.random((2, 40, 4, 40), target.half, seed=1)
     key, value = (target.random(shape, target.half, seed) for seed, shape in zip((2, 3), shapes, strict=True))
     results = target.check(query, key, value, enable_gqa=True)
     assert results.grads is not None
@@ -134,13 +134,13 @@ def test_broadcast_keys_and_values_sum_their_gradients(target: Target, shapes: t
 @pytest.mark.parametrize("axis", [0, 2], ids=["batch", "heads"])
 def test_stride_0_is_read_as_it_stands(target: Target, axis: int) -> None:
     """`expand`ed K and V have full extents: their gradients do too, one for each element of the view."""
-    shape = [2, 65, 2, 64]
-    query, grad_out = (target.random((2, 65, 2, 64), target.half, seed) for seed in (1, 4))
+    shape = [2, 65, 2, 40]
+    query, grad_out = (target.random((2, 65, 2, 40), target.half, seed) for seed in (1, 4))
     shape[axis] = 1
     small = [target.random(tuple(shape), target.half, seed) for seed in (2, 3)]
     strides = [tuple(0 if i == axis else stride for i, stride in enumerate(x.strides)) for x in small]
     views = [
-        numpy.lib.stride_tricks.as_strided(target.as_numpy(x), (2, 65, 2, 64), stride) for x, stride in zip(small, strides, strict=True)
+        numpy.lib.stride_tricks.as_strided(target.as_numpy(x), (2, 65, 2, 40), stride) for x, stride in zip(small, strides, strict=True)
     ]
     key, value = (target.place(x) for x in views)
     assert key.strides[axis] == 0
@@ -179,7 +179,7 @@ def test_layouts(target: Target, dtype: str, layout: str) -> None:
 
 
 def test_batch_first_false_is_hbsd(target: Target) -> None:
-    inputs = [target.random((3, 2, 20, 32), target.half, seed) for seed in (1, 2, 3)]
+    inputs = [target.random((3, 2, 20, 40), target.half, seed) for seed in (1, 2, 3)]
     assert target.run(*inputs, batch_first=False).bits() == target.run(*inputs, layout="hbsd").bits()
 
 
@@ -188,11 +188,11 @@ def test_packed_heads(target: Target, options: dict[str, Any]) -> None:
     """(batch, seqlen, heads * head_dim) and its transposition are views of four dimensions."""
     batch_second = bool(options)
     lead = (50, 2) if batch_second else (2, 50)
-    query = target.random((*lead, 4 * 32), target.half, seed=1)
-    key, value = (target.random((*lead, 2 * 32), target.half, seed) for seed in (2, 3))
+    query = target.random((*lead, 4 * 40), target.half, seed=1)
+    key, value = (target.random((*lead, 2 * 40), target.half, seed) for seed in (2, 3))
     got = target.run(query, key, value, num_heads=4, enable_gqa=True, **options)
-    unpacked = [x.reshape(*lead, -1, 32) for x in (query, key, value)]
-    grad_out = target.random(query.shape, target.half, seed=99).reshape(*lead, 4, 32)
+    unpacked = [x.reshape(*lead, -1, 40) for x in (query, key, value)]
+    grad_out = target.random(query.shape, target.half, seed=99).reshape(*lead, 4, 40)
     want = target.check(*unpacked, grad_out=grad_out, grad_lse=None, enable_gqa=True, layout="sbhd" if batch_second else "bshd")
     assert got.out.shape == query.shape
     assert got.grads is not None
@@ -215,7 +215,7 @@ def test_strides_of_inputs(target: Target, view: str, dtype: str) -> None:
 
 def test_strides_of_one_input_at_a_time(target: Target, view: str) -> None:
     """Key and value in different strides, and one operand vectorized while another is not."""
-    shape = (1, 65, 2, 64)
+    shape = (1, 65, 2, 40)
     plain = [target.random(shape, target.half, seed) for seed in (1, 2, 3)]
     want = target.run(*plain, is_causal=True).bits()
     for which in range(3):
@@ -226,8 +226,8 @@ def test_strides_of_one_input_at_a_time(target: Target, view: str) -> None:
 
 def test_strides_of_out_lse_and_their_gradients(target: Target, view: str) -> None:
     """What the backward pass gets from the forward pass may have been copied or sliced in between."""
-    inputs = [target.random((2, 65, 2, 64), target.half, seed) for seed in (1, 2, 3)]
-    grad_out, grad_lse = target.random((2, 65, 2, 64), target.half, 4), target.random((2, 2, 65), "float32", 5)
+    inputs = [target.random((2, 65, 2, 40), target.half, seed) for seed in (1, 2, 3)]
+    grad_out, grad_lse = target.random((2, 65, 2, 40), target.half, 4), target.random((2, 2, 65), "float32", 5)
     out, lse = cuflash.scaled_dot_product_attention(*inputs, return_lse=True)
     want = cuflash.scaled_dot_product_attention_backward(grad_out, *inputs, out, lse, grad_lse=grad_lse)
     moved = [target.restride(x, view) for x in (grad_out, out, lse, grad_lse)]
@@ -249,7 +249,7 @@ def test_out_in_any_strides(target: Target, view: str, dtype: str) -> None:
 
 
 def test_out_is_returned_beside_lse(target: Target) -> None:
-    inputs = [target.random((1, 20, 1, 32), target.half, seed) for seed in (1, 2, 3)]
+    inputs = [target.random((1, 20, 1, 40), target.half, seed) for seed in (1, 2, 3)]
     out = target.empty_like(inputs[0])
     got = cuflash.scaled_dot_product_attention(*inputs, return_lse=True, out=out)
     want = cuflash.scaled_dot_product_attention(*inputs, return_lse=True)
@@ -263,8 +263,8 @@ def test_out_is_returned_beside_lse(target: Target) -> None:
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
 @pytest.mark.parametrize(("seqlen_q", "seqlen_kv"), [(1, 130), (50, 200), (200, 50), (130, 1), (129, 128)])
 def test_causal_alignment(target: Target, seqlen_q: int, seqlen_kv: int, alignment: str) -> None:
-    query = target.random((1, seqlen_q, 2, 64), target.half, seed=1)
-    key, value = (target.random((1, seqlen_kv, 2, 64), target.half, seed) for seed in (2, 3))
+    query = target.random((1, seqlen_q, 2, 40), target.half, seed=1)
+    key, value = (target.random((1, seqlen_kv, 2, 40), target.half, seed) for seed in (2, 3))
     results = target.check(query, key, value, is_causal=True, causal_alignment=alignment)
     empty = max(0, seqlen_q - seqlen_kv) if alignment == "bottom_right" else 0
     assert numpy.isneginf(target.host(results.lse)).sum() == 2 * empty
@@ -274,12 +274,12 @@ def test_causal_alignment(target: Target, seqlen_q: int, seqlen_kv: int, alignme
 @pytest.mark.parametrize("scale", [None, 0.0, -0.3, 1, 0.01, 3.0], ids="scale={}".format)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scale(target: Target, dtype: str, scale: float | None) -> None:
-    query, key, value = (target.random((1, 70, 2, 64), dtype, seed) for seed in (1, 2, 3))
+    query, key, value = (target.random((1, 70, 2, 40), dtype, seed) for seed in (1, 2, 3))
     target.check(query, key, value, scale=scale, is_causal=True)
 
 
 def test_without_return_lse_the_output_alone_comes_back(target: Target) -> None:
-    inputs = [target.random((1, 70, 2, 64), target.half, seed) for seed in (1, 2, 3)]
+    inputs = [target.random((1, 70, 2, 40), target.half, seed) for seed in (1, 2, 3)]
     out, _ = cuflash.scaled_dot_product_attention(*inputs, return_lse=True)
     alone = cuflash.scaled_dot_product_attention(*inputs)
     assert type(alone) is type(inputs[0])
@@ -287,15 +287,15 @@ def test_without_return_lse_the_output_alone_comes_back(target: Target) -> None:
 
 
 def test_grad_lse_none_is_zero(target: Target) -> None:
-    inputs = [target.random((1, 70, 2, 64), target.half, seed) for seed in (1, 2, 3)]
+    inputs = [target.random((1, 70, 2, 40), target.half, seed) for seed in (1, 2, 3)]
     zeros = target.place(numpy.zeros((1, 2, 70), numpy.float32))
     assert target.run(*inputs).bits() == target.run(*inputs, grad_lse=zeros).bits()
 
 
 def test_gradient_of_lse_alone(target: Target) -> None:
     """dlse/dS = P, without any gradient of the output."""
-    inputs = [target.random((1, 70, 2, 64), target.half, seed) for seed in (1, 2, 3)]
-    results = target.check(*inputs, grad_out=target.place(numpy.zeros((1, 70, 2, 64), inputs[0].dtype)))
+    inputs = [target.random((1, 70, 2, 40), target.half, seed) for seed in (1, 2, 3)]
+    results = target.check(*inputs, grad_out=target.place(numpy.zeros((1, 70, 2, 40), inputs[0].dtype)))
     assert results.grads is not None
     assert not target.host(results.grads[2]).any()
     assert target.host(results.grads[0]).any()
@@ -320,16 +320,16 @@ def test_a_kept_call_sees_new_values_at_new_addresses(target: Target) -> None:
     """The second call of a kind goes another way through the code than the first."""
     for seed in (1, 4, 7):
         target.check(
-            *(target.random((1, 33, 2, 64), target.half, seed + i) for i in range(3)),
-            grad_out=target.random((1, 33, 2, 64), target.half, seed),
+            *(target.random((1, 33, 2, 40), target.half, seed + i) for i in range(3)),
+            grad_out=target.random((1, 33, 2, 40), target.half, seed),
         )
 
 
 def test_a_kept_call_is_not_taken_for_other_options_strides_or_alignment(target: Target) -> None:
     """One after the other in one process, each different from the one before in one thing only."""
-    inputs = [target.random((2, 40, 2, 64), target.half, seed) for seed in (1, 2, 3)]
-    other_strides = [target.random((2, 40, 2, 64), target.half, seed, "padded_rows") for seed in (1, 2, 3)]
-    unaligned = [target.random((2, 40, 2, 64), target.half, seed, "unaligned_base") for seed in (1, 2, 3)]
+    inputs = [target.random((2, 40, 2, 40), target.half, seed) for seed in (1, 2, 3)]
+    other_strides = [target.random((2, 40, 2, 40), target.half, seed, "padded_rows") for seed in (1, 2, 3)]
+    unaligned = [target.random((2, 40, 2, 40), target.half, seed, "unaligned_base") for seed in (1, 2, 3)]
     for _ in range(2):
         target.check(*inputs)
         target.check(*other_strides)

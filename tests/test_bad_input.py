@@ -22,6 +22,7 @@ from cuflash.arrays.borrowing import bfloat16, borrow
 from cuflash.errors import ArgumentError, CuflashError, DeviceError, DTypeError, KeywordError, OptionError, ShapeError, UnsupportedError
 from cuflash.problem import other_names
 from cuflash.problem.checks import check_backward, check_out, make_problem
+from cuflash.problem.features import FEATURE_OF
 from cuflash.problem.options import Options
 from cuflash.problem.problem import BackwardViews, Problem
 
@@ -418,8 +419,8 @@ def test_a_feature_set_is_still_a_class_of_values() -> None:
 
 
 def test_the_features_of_a_call_are_those_of_a_set() -> None:
-    assert {*other_names._FEATURE_OF.values()} == {field.name for field in fields(cuflash.FeatureSet)}
-    assert other_names._FEATURE_OF.keys() <= {*other_names._functions["scaled_dot_product_attention"]}
+    assert {*FEATURE_OF.values()} == {field.name for field in fields(cuflash.FeatureSet)}
+    assert FEATURE_OF.keys() <= {*other_names._functions["scaled_dot_product_attention"]}
 
 
 def test_other_names_are_not_ours() -> None:

@@ -22,7 +22,8 @@ from bench.machine import Machine
 from bench.operands import ALLOWED_ERROR, Operands
 from bench.timing import time_call
 from cuflash import reference
-from cuflash.cli.samples import Sample, SampleFeatures
+from cuflash.cli.sample_features import SampleFeatures
+from cuflash.cli.samples import Sample
 from cuflash.hardware import device
 from cuflash.planning.planner import make_plan
 from cuflash.problem.features import FeatureSet
@@ -356,7 +357,7 @@ def test_every_kernel_is_among_the_sanitizers_cases(listed: Any) -> None:
     for case in listed():
         problem = Case(case.sample).problem
         for backward in (False, True):
-            tile = case.backward_tile(90) if backward else None
+            tile = case.tile(90, backward=backward)
             found |= {kernel.source for kernel in make_plan(problem, device.of_arch("sm_90"), backward=backward, tile=tile).kernels}
         if case.sample.features.dropout and not case.sample.is_packed:
             found.add("dropout_mask.cu")  # which `small_calls.arrays.run` calls besides

@@ -12,6 +12,8 @@ import pytest
 
 import cuflash
 from cuflash import attention
+from cuflash.cli.sample_features import ALONE
+from cuflash.cli.samples import Sample
 from cuflash.planning import planner
 from cuflash.problem import checks, features, options, sequences
 from cuflash.problem.features import FeatureSet
@@ -59,6 +61,16 @@ def test_features_are_constants_of_their_own_names() -> None:
     for name in (flag.name for flag in fields(FeatureSet) if flag.name != "attn_mask"):
         constants = FeatureSet(**{name: True}).constants()
         assert [constant for constant, value in constants.items() if value is True] == [name.upper()]
+
+
+def test_each_feature_has_a_sample_and_its_arrays_are_operands() -> None:
+    """What benchmarks, tables and other tests make of `ALONE` leaves no feature out."""
+    names = {flag.name for flag in fields(FeatureSet)}
+    assert {name for sample in ALONE.values() for name in names if getattr(sample.kinds(), name)} == names
+    assert {array.feature for array in features.FEATURE_ARRAYS.values()} <= names
+    assert set(features.FEATURE_ARRAYS) <= set(Operands._fields)
+    made = {name for sample in ALONE.values() for name in sample.arguments(Sample())}
+    assert made == set(features.FEATURE_OF)
 
 
 @pytest.mark.parametrize("module", [attention, calls, checks, features, options, planner, sequences], ids=lambda module: module.__name__)

@@ -12,6 +12,8 @@ from conftest import ELEMENTS, Target, rounded
 
 import cuflash
 from cuflash import reference
+from cuflash.cli.sample_features import ALONE, others_than
+from cuflash.cli.samples import Sample
 
 B, H, HK, SQ, SKV = 2, 4, 2, 70, 90
 """Two tiles of queries and of keys on every target, neither of them full."""
@@ -49,6 +51,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "causal": {"is_causal": True},
     "bottom_right": {"is_causal": True, "causal_alignment": "bottom_right"},
 }
+for name in others_than(*FEATURES):
+    FEATURES[name] = ALONE[name].arguments(Sample(B, SQ, SKV, H, HK))
 PAIRS = [
     pair for pair in itertools.combinations(FEATURES, 2) if pair not in {("boolean_mask", "additive_mask"), ("causal", "bottom_right")}
 ]
@@ -104,7 +108,7 @@ def test_all_together(target: Target) -> None:
     target.check(*inputs_of(target, target.half), enable_gqa=True, **placed(target, together))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("head_dim", [8, 72, 128, 256])
 @pytest.mark.parametrize("feature", ["softcap", "boolean_mask", "additive_mask", "dropout"])
 def test_other_head_dims(simulator: Target, feature: str, head_dim: int) -> None:
@@ -210,7 +214,7 @@ def masked_rows(kind: str) -> dict[str, Any]:
     return {"segment_ids_q": ids, "segment_ids_kv": numpy.zeros((B, SKV), numpy.int32)}
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("others", [{}, {"is_causal": True}, {"softcap": 5.0}, {"dropout_p": 0.5, "dropout_seed": 3}], ids=str)
 @pytest.mark.parametrize("kind", ["boolean", "additive", "segments"])
 def test_rows_that_see_nothing(simulator: Target, kind: str, others: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,35 @@ def test_functions_of_kernels_are_short_enough_to_be_read() -> None:
                 start = None
     assert len(lengths) > 50
     assert {name: length for name, length in lengths.items() if length > 130} == {}
+
+
+def test_every_file_is_in_the_order_of_reading() -> None:
+    """Of docs/kernels.md."""
+    page = (KERNELS.parent / "docs" / "kernels.md").read_text(encoding="utf-8").partition("## What a block does")[0]
+    assert [name for name in INCLUDES if not name.startswith("ptx/") and f"{Path(name).name}`" not in page] == []
+
+
+LONGEST = 130
+"""Lines of a function."""
+
+
+def lengths(lines: list[str]) -> Iterator[int]:
+    """Of functions and of members of classes: as clang-format leaves them, what is not indented begins or ends something."""
+    begin = 0
+    for number, line in enumerate(lines):
+        if line and not line.startswith((" ", "}", "#", "//", "private", "public")):
+            begin = number
+        elif line.startswith("}"):
+            is_class = lines[begin].startswith(("class ", "struct "))
+            yield from lengths([inner[2:] for inner in lines[begin + 1 : number]]) if is_class else (number - begin + 1,)
+
+
+@pytest.mark.parametrize("name", INCLUDES)
+def test_no_function_is_longer_than_a_reader_remembers(name: str) -> None:
+    assert max(lengths((KERNELS / name).read_text(encoding="utf-8").splitlines()), default=0) <= LONGEST
+
+
+def test_lengths_are_those_of_functions() -> None:
+    kernels = [length for name in INCLUDES if name.endswith(".cu") for length in lengths((KERNELS / name).read_text().splitlines())]
+    assert max(kernels) > 100
+    assert list(lengths(["class A {", "  int f() {", "    x;", "  }", "};", "DEVICE int g(int a,", "             int b) {", "}"])) == [3, 3]

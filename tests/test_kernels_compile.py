@@ -111,7 +111,7 @@ def test_the_instructions_were_looked_at() -> None:
     assert reports_of(device.of_arch("sm_80", "gpu"), "float16", 64)[0].opcodes
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("head_dim", [1, 40, 72, 96, 160, 192], ids="D{}".format)
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
 def test_other_head_dims_do_not_spill(arch: str, head_dim: int) -> None:
@@ -122,7 +122,7 @@ def test_other_head_dims_do_not_spill(arch: str, head_dim: int) -> None:
         assert report.warnings == (), named(report)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dims", [(192, 128), (64, 256), (576, 512), (71, 33), (8, 512)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHS)
@@ -132,7 +132,7 @@ def test_two_head_dims_do_not_spill(arch: str, dtype: str, dims: tuple[int, int]
         assert report.warnings == (), named(report)
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("feature", [*FEATURES, *LENGTHS])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS, ids="D{}".format)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -166,7 +166,8 @@ def test_tf32_takes_a_third_of_the_matrix_instructions(is_causal: bool) -> None:
 def test_simulated_architectures_compile_to_ptx(arch: str, is_causal: bool) -> None:
     """What the simulator is given: text for the same virtual architecture, with the kernel's name as its entry."""
     on = device.of_arch(arch)
-    for kernel in offline_kernels(on, dtype="float16", head_dim=64, is_causal=is_causal):
+    dtype = "float16" if arch == "sm_75" else "bfloat16"
+    for kernel in offline_kernels(on, dtype=dtype, head_dim=40, is_causal=is_causal):
         artifact = cache.fetch(kernel.request(on))
         text = artifact.data.decode()
         assert f".target {on.compile_arch}\n" in text

@@ -22,6 +22,7 @@ SOME = (
     "forward sm_80 float16, 3 stages",
     "forward sm_80 float32, 2 stages",
     "forward sm_75 float16 causal",
+    "forward sm_90 bfloat16 wgmma causal, 2 stages",
     "backward sm_80 float16, 2 stages",
     "backward sm_80 float16 split, 1 stage",
     "backward sm_75 bfloat16",

@@ -14,7 +14,8 @@ import pytest
 
 from cuflash.cli import profiling
 from cuflash.cli.profiling import CallProfile, View, announced, estimate_seconds, profile_call
-from cuflash.cli.samples import Sample, SampleFeatures, numpy_call, plan_of
+from cuflash.cli.sample_features import SampleFeatures
+from cuflash.cli.samples import Sample, numpy_call, plan_of
 
 SAMPLE = Sample(batch=2, seqlen_q=128, seqlen_kv=128, num_heads_q=2, num_heads_kv=2, head_dim=64)
 

@@ -35,11 +35,13 @@ from test_features import NOT_DRAWN, PAIRS
 
 import cuflash
 from cuflash import reference
+from cuflash.cli.sample_features import ALONE, ONLY_PADDED, others_than
+from cuflash.cli.samples import Sample
 from cuflash.jit import cache
 from cuflash.runtime import calls, launch
 
 GROUPS = 27
-CALLS_PER_GROUP = 5
+CALLS_PER_GROUP = 3
 SHARES = 4
 """One call in so many is also judged with the out and lse of more keys than it sees."""
 LONGEST = [40, 40, 40, 200]
@@ -51,9 +53,9 @@ KINDS = [
 ]  # fmt: skip
 """Element types and head dimensions, of query and key and of value. Above 256 heads are cut into slices."""
 FEATURES = ("causal", "window", "softcap", "alibi", "boolean_mask", "additive_mask", "dropout", "sinks", "segments", "prefix")
+FEATURES += tuple(others_than(*FEATURES))
 SEQUENCES = ("equal", "seqlens_kv", "packed")
 """Whether all sequences of a call have the same lengths, rows of a batch numbers of keys of their own, or sequences lie packed behind each other."""
-ONLY_PADDED = ("boolean_mask", "additive_mask", "segments")
 
 
 class Kernels(NamedTuple):
@@ -236,7 +238,10 @@ def draw_feature(
         return dict(zip(("segment_ids_q", "segment_ids_kv"), (target.place(x.astype(numpy.int32)) for x in ids), strict=True))
     if name == "prefix":
         return {"prefix_lengths": target.place(numbers.integers(0, seqlen_kv + 5, batch).astype(numpy.int32))}
-    return {}
+    if name == "causal":
+        return {}
+    drawn = ALONE[name].arguments(Sample(batch, seqlen_q, seqlen_kv, heads), draw.getrandbits(32))
+    return {argument: target.place(value) if isinstance(value, numpy.ndarray) else value for argument, value in drawn.items()}
 
 
 def draw_mask(shape: tuple[int, ...], name: str, dtype: str, draw: random.Random, numbers: numpy.random.Generator) -> Any:

@@ -22,6 +22,7 @@ from cuflash.reference import (
     round_to,
     to_bfloat16_bits,
     to_float64,
+    varlen_attention,
 )
 
 Floats = NDArray[numpy.float64]
@@ -329,3 +330,12 @@ def test_unequal_bits_of_arrays_are_told_briefly() -> None:
         assert Target.bits(some) == Target.bits(others)
     assert "66560 bytes, sha256" in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+def test_slopes_of_packed_sequences_that_are_the_same_for_all() -> None:
+    x = numpy.random.default_rng(3).standard_normal((9, 2, 4))
+    offsets, slopes = numpy.array([0, 4, 9], numpy.int32), numpy.array([[0.1, 0.4]])
+    same = varlen_attention(x, x, x, offsets, offsets, alibi_slopes=slopes)
+    for others in (slopes[0], numpy.repeat(slopes, 2, axis=0)):
+        assert all(map(numpy.array_equal, same, varlen_attention(x, x, x, offsets, offsets, alibi_slopes=others)))
+    assert not numpy.array_equal(same[0], varlen_attention(x, x, x, offsets, offsets, alibi_slopes=slopes * [[1], [2]])[0])

@@ -37,7 +37,7 @@ MASKS = [*((LOWEST[dtype], dtype) for dtype in LOWEST), (-1e9, "float32"), (-1e9
 # --- Results ------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", ["half", "float32"])
 @pytest.mark.parametrize(("fill", "mask_dtype"), MASKS)
 def test_rows_in_which_every_key_is_padding(target: Target, fill: float, mask_dtype: str, dtype: str) -> None:
@@ -90,7 +90,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_with_another_feature(simulator: Target, name: str, dtype: str) -> None:
@@ -136,7 +136,7 @@ def test_broadcast_keys(simulator: Target, of: str) -> None:
 
 HEAD_DIMS = [
     ("sm_80", "bfloat16", 128, 128), ("sm_80", "float16", 256, 256), ("sm_90", "bfloat16", 512, 512), ("sm_80", "float32", 288, 72),
-    ("sm_80", "float16", 40, 264), ("sm_75", "float32", 520, 520),
+    ("sm_80", "float16", 40, 264), ("sm_75", "float16", 520, 520),
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from cuflash.errors import CompileError, OptionError, TileError
 from cuflash.hardware import device
 from cuflash.jit import cache
 from cuflash.jit.cache import Statistics
-from cuflash.planning import offline, tile_choice
+from cuflash.planning import offline, tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import TILED_KERNELS
 from cuflash.problem.tile import Tile
@@ -50,6 +50,9 @@ def test_legal_tiles_starts_with_the_default(arch: str, kernel: Any) -> None:
     on = device.of_arch(arch, "gpu")
     listed = cuflash.legal_tiles(64, "float16", kernel=kernel, arch=arch)
     case = KernelCase(TILED_KERNELS[kernel], "float16", 64)
+    if tile_rules.lacking(case, on) is not None:
+        assert listed == ()
+        return
     assert listed[0] == tile_choice.default_tile(case, on)
     assert len(listed) > 5
     for tile in listed:

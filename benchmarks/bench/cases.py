@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy
 
-import cuflash
 from cuflash import reference
-from cuflash.cli.samples import Sample, SampleFeatures
+from cuflash.cli.sample_features import ALONE, SampleFeatures, others_than
+from cuflash.cli.samples import Sample, stand_in
 from cuflash.hardware.device import Device
 from cuflash.planning.plan import Plan
 from cuflash.planning.planner import make_plan
@@ -72,9 +72,9 @@ class Case:
         """What both passes compute, from arrays that no memory stands behind."""
         arguments = dict(self.arguments)
         if "attn_mask" in arguments:
-            arguments["attn_mask"] = _stand_in(arguments["attn_mask"].shape, str(self.sample.features.attn_mask))
+            arguments["attn_mask"] = stand_in(arguments["attn_mask"].shape, str(self.sample.features.attn_mask))
         shapes = self.sample.shapes()
-        inputs = {name: _stand_in(shapes[name], self.sample.dtype) for name in ("query", "key", "value")}
+        inputs = {name: stand_in(shapes[name], self.sample.dtype) for name in ("query", "key", "value")}
         plan: Plan = self.sample.plan(**inputs, **arguments, **self.sample.backward_options, return_lse=True, backward=True)
         return plan.problem
 
@@ -141,14 +141,6 @@ def _square(batch: int, seqlen: int, heads: int, **others: Any) -> Sample:
     return Sample(batch=batch, seqlen_q=seqlen, seqlen_kv=seqlen, num_heads_q=heads, num_heads_kv=heads, **others)
 
 
-def _stand_in(shape: tuple[int, ...], dtype: str) -> Any:
-    """An array of one element's memory that says it is larger: enough for a plan."""
-    one = numpy.zeros(1, numpy.uint16 if dtype == "bfloat16" else dtype)
-    strides = (*(0 for _ in shape[:-1]), one.itemsize)  # plans look at the stride of the last dimension
-    large = numpy.lib.stride_tricks.as_strided(one, shape, strides)
-    return cuflash.bfloat16(large) if dtype == "bfloat16" else large
-
-
 # --- Lists --------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +155,10 @@ def quick_cases() -> list[Case]:
 def full_cases() -> list[Case]:
     every = [Case.plain(*shape, causal, s) for s in SEQLENS for shape in SHAPES for causal in (True, False)]
     return [*dict.fromkeys(quick_cases() + every), *feature_cases()]
+
+
+OF_THEIR_OWN_SIZE = ("window", "softcap", "alibi", "boolean_mask", "additive_mask", "dropout", "sinks", "segments")
+"""Features whose cases name their numbers, for long sequences."""
 
 
 def feature_cases() -> list[Case]:
@@ -190,6 +186,7 @@ def _feature_cases(batch: int, seqlen: int, heads: int, head_dim: int) -> list[C
         Case(having(causal, dropout=0.1), "dropout"),
         Case(having(causal, sinks=True), "sinks"),
         Case(having(causal, segments=8), "segments"),
+        *(Case(replace(causal, features=ALONE[name]), name) for name in others_than(*OF_THEIR_OWN_SIZE, "prefix")),
         Case(replace(causal, lengths_q=packed), "varlen"),
         Case(replace(full, lengths_kv=tuple(max(1, 3 * seqlen // 4 >> 2 * b) for b in range(batch))), "seqlens_kv"),
         Case(replace(causal, head_dim=192, head_dim_v=128), "head_dim_192_128"),

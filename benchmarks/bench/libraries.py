@@ -11,7 +11,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy
@@ -31,6 +31,8 @@ LONGEST_OF_MATH = 4096
 
 WORDS = {"alibi": "ALiBi", "varlen": "packed sequences", "seqlens_kv": "key lengths"}
 """What the reasons call features whose names are short."""
+KNOWN = ("attn_mask", "dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix", "varlen", "seqlens_kv")
+"""Features that each library is known to have or to lack; no library has another one."""
 
 
 class NotSupported(Exception):
@@ -105,16 +107,13 @@ def cuflash_calls(operands: Operands, forward_tile: Any = None, backward_tile: A
 
 
 def _refuse(case: Case, library: str, *lacking: str) -> None:
-    """Raise if the case uses anything that is `lacking`."""
+    """Raise if the case uses anything that is `lacking`, or not `KNOWN`."""
     sample = case.sample
-    used = {
-        name: True
-        for name in ("dropout", "softcap", "sinks", "alibi", "segments", "prefix", "window")
-        if getattr(sample.features.kinds(), name)
-    }
+    kinds = sample.features.kinds()
+    used = {flag.name: True for flag in fields(kinds) if flag.name != "attn_mask" and getattr(kinds, flag.name)}
     used |= {"attn_mask": sample.features.attn_mask is not None, "varlen": sample.is_packed}
     used["seqlens_kv"] = sample.lengths_kv is not None and not sample.is_packed
-    missing = [WORDS.get(name, name) for name in lacking if used.get(name)]
+    missing = [WORDS.get(name, name) for name in used if used[name] and (name in lacking or name not in KNOWN)]
     if missing:
         raise NotSupported(f"{library} has no {' and no '.join(missing)}")
 

@@ -21,7 +21,7 @@ from bench.report import TILE_COLUMNS, Table, one_line, shape_columns
 from bench.timing import time_call
 from cuflash.hardware import device
 from cuflash.jit import cache
-from cuflash.planning import fused_backward, tile_choice, tile_model, tile_rules
+from cuflash.planning import fused_backward, tile_choice, tile_model, tile_rules, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase
 
 
@@ -35,11 +35,11 @@ def chosen_tiles(case: KernelCase, on: device.Device, top: int, spread: int) -> 
 
 
 def tiled_kernels(case: Case, on: device.Device) -> list[KernelCase]:
-    """All of both passes; where one kernel makes all gradients, also those that it takes the place of."""
+    """All of both passes, those that are asked for and those in whose place they come."""
     found: dict[str, KernelCase] = {}
-    with environment_variable(fused_backward.VARIABLE):
+    with environment_variable(fused_backward.VARIABLE), environment_variable(wgmma_forward.VARIABLE):
         for value in ("1", "0"):
-            os.environ[fused_backward.VARIABLE] = value
+            os.environ[fused_backward.VARIABLE] = os.environ[wgmma_forward.VARIABLE] = value
             found |= {kernel.name: kernel.case for plan in plans_of(case, on) for kernel in plan.kernels if kernel.spec.is_tiled}
     return list(found.values())
 

@@ -10,7 +10,8 @@ import numpy
 import cuflash
 from cuflash import reference
 from cuflash.arrays.borrowing import borrow
-from cuflash.cli.samples import DROPOUT_SEED, numpy_call
+from cuflash.cli.sample_features import DROPOUT_SEED
+from cuflash.cli.samples import numpy_call
 from cuflash.hardware import device
 from cuflash.planning.planner import make_plan
 from small_calls.cases import Case
@@ -64,10 +65,18 @@ def run(case: Case, operands: dict[str, Any]) -> dict[str, Any]:
     """Both calls, the mask of dropout, and with sinks the result merged with itself; the results by name."""
     sample, inputs = case.sample, [operands[name] for name in ("query", "key", "value")]
     arguments = {name: operands.get(name, argument) for name, argument in case.arguments.items()}
-    tile = case.backward_tile(device.of_memory(*borrow(inputs[0], "query").device).capability)
-    out, lse = sample.forward(*inputs, return_lse=True, **arguments)
+    capability = device.of_memory(*borrow(inputs[0], "query").device).capability
+    tile, backward_tile = (case.tile(capability, backward=backward) for backward in (False, True))
+    out, lse = sample.forward(*inputs, return_lse=True, **arguments, tile=tile)
     gradients = sample.backward(
-        operands["grad_out"], *inputs, out, lse, grad_lse=operands.get("grad_lse"), **arguments, **sample.backward_options, tile=tile
+        operands["grad_out"],
+        *inputs,
+        out,
+        lse,
+        grad_lse=operands.get("grad_lse"),
+        **arguments,
+        **sample.backward_options,
+        tile=backward_tile,
     )
     results = dict(zip(NAMES, (out, lse, *gradients), strict=True))
     results |= {f"grad_{name}": x for name in ("attn_mask", "sinks") if (x := getattr(gradients, name)) is not None}
@@ -97,7 +106,7 @@ def requests_of(cases: list[Case], on: Any) -> list[Any]:
         del operands["grad_out"]
         problem = case.sample.plan(**operands, **arguments, **case.sample.backward_options, backward=True).problem
         for backward in (False, True):
-            tile = case.backward_tile(on.capability) if backward else None
+            tile = case.tile(on.capability, backward=backward)
             found |= dict.fromkeys(kernel.request(on) for kernel in make_plan(problem, on, backward=backward, tile=tile).kernels)
     return list(found)
 

@@ -6,7 +6,8 @@ import functools
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cuflash.cli.samples import Sample, SampleFeatures
+from cuflash.cli.sample_features import ALONE, ONLY_PADDED, SampleFeatures, others_than, together
+from cuflash.cli.samples import Sample
 from cuflash.problem.tile import Tile, Tiles
 
 
@@ -19,12 +20,14 @@ class Case:
         view: "aligned"; "odd", rows that do not start on 16 bytes; "bhsd", the other order of the middle dimensions in memory.
         with_grad_lse: a gradient also flows in through LSE.
         fused: one kernel makes all gradients, where a device has it.
+        wgmma: the forward kernel is that of wgmma, where a device has it.
     """
 
     sample: Sample
     view: str = "aligned"
     with_grad_lse: bool = False
     fused: bool = False
+    wgmma: bool = False
 
     @classmethod
     def of(
@@ -38,8 +41,8 @@ class Case:
         heads_kv: int = 0,
         **others: Any,
     ) -> Case:
-        """The usual case; `view`, `with_grad_lse` and `fused` are the case's, all others the sample's."""
-        own = {name: others.pop(name) for name in ("view", "with_grad_lse", "fused") if name in others}
+        """The usual case; `view`, `with_grad_lse`, `fused` and `wgmma` are the case's, all others the sample's."""
+        own = {name: others.pop(name) for name in ("view", "with_grad_lse", "fused", "wgmma") if name in others}
         shape = {"batch": batch, "seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv, "num_heads_q": heads, "num_heads_kv": heads_kv or heads}
         return cls(Sample(dtype=dtype, head_dim=head_dim, **shape, **others), **own)
 
@@ -48,9 +51,11 @@ class Case:
         """`Sample.arguments`, made once."""
         return self.sample.arguments()
 
-    def backward_tile(self, capability: int) -> Tiles:
-        """What pins the kernels of the backward pass on such a device; None for the default ones."""
-        return {"backward_fused": Tile(32, 64, 4, 2)} if self.fused and capability >= 80 else None
+    def tile(self, capability: int, *, backward: bool) -> Tiles:
+        """What pins the kernels of a pass on such a device; None for the default ones."""
+        if backward:
+            return {"backward_fused": Tile(32, 64, 4, 2)} if self.fused and capability >= 80 else None
+        return {"forward_wgmma": Tile(192, 80, 12, 2)} if self.wgmma and capability == 90 else None
 
     @property
     def is_plain(self) -> bool:
@@ -73,7 +78,12 @@ class Case:
             if sample.is_packed
             else [f"s{sample.seqlen_q}x{sample.seqlen_kv}", f"b{sample.batch}"]
         )
-        words += [heads, self.view] + (["grad_lse"] if self.with_grad_lse else []) + (["fused"] if self.fused else [])
+        words += (
+            [heads, self.view]
+            + (["grad_lse"] if self.with_grad_lse else [])
+            + (["fused"] if self.fused else [])
+            + (["wgmma"] if self.wgmma else [])
+        )
         options = {name: getattr(sample, name) for name in ("is_causal", "causal_alignment", "scale", "allow_tf32")} | {
             "lengths_kv": sample.lengths_kv
         }
@@ -85,12 +95,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 CAUSAL = {"is_causal": True}
 BOTTOM_RIGHT = {"is_causal": True, "causal_alignment": "bottom_right"}
 
-MANY = SampleFeatures(
-    attn_mask="bool", dropout=0.2, window=(60, 30), softcap=20.0, alibi=True, sinks=True, segments=2
-)  # fmt: skip
+MANY = together(others_than("additive_mask", "prefix"), dropout=0.2, window=(60, 30), softcap=20.0, segments=2)
 """All features that go together, with the kernels of visible tiles, sinks and dropout masks."""
 PACKED = {"lengths_q": (70, 0, 33, 5), "lengths_kv": (100, 20, 0, 7)}
-PACKED_FEATURES = SampleFeatures(dropout=0.2, window=(60, 30), softcap=20.0, alibi=True, sinks=True, prefix=9)
+PACKED_FEATURES = together(others_than(*ONLY_PADDED), dropout=0.2, window=(60, 30), softcap=20.0, prefix=9)
 
 
 def bias(dtype: str) -> SampleFeatures:
@@ -109,6 +117,7 @@ def tiny_cases() -> list[Case]:
         ]
     cases += [
         *(Case.of(dtype, 64, heads=2, heads_kv=1, **CAUSAL, fused=True) for dtype in ("bfloat16", "float16")),
+        *(Case.of(dtype, head_dim, heads=2, heads_kv=1, **CAUSAL, wgmma=True) for dtype, head_dim in (("bfloat16", 64), ("float16", 128))),
         *(Case.of(dtype, 64, batch=2, features=bias(dtype)) for dtype in ("bfloat16", "float32")),
         *(Case.of(dtype, 64, heads=2, **PACKED, **CAUSAL, features=PACKED_FEATURES) for dtype in ("bfloat16", "float32")),
         Case.of("bfloat16", 64, batch=2, **BOTTOM_RIGHT, lengths_kv=(100, 41), features=SampleFeatures(prefix=12, segments=2)),
@@ -132,6 +141,12 @@ def check_cases() -> list[Case]:
     return [
         *cases,
         *(Case.of(dtype, 64, 515, 515, 2, 4, 2, **causal, fused=True) for causal in ({}, CAUSAL) for dtype in ("bfloat16", "float16")),
+        *(
+            Case.of("bfloat16", head_dim, 515, 700, 2, 4, 2, **causal, wgmma=True)
+            for causal in ({}, CAUSAL, BOTTOM_RIGHT)
+            for head_dim in (64, 128)
+        ),
+        *(Case.of("float16", head_dim, 515, 300, 2, 4, 2, **BOTTOM_RIGHT, wgmma=True, view="bhsd") for head_dim in (64, 128)),
         *lone_feature_cases(),
         *(case for dtype in DTYPES for case in combined_cases(dtype)),
         Case.of("float32", 64, 515, 515, allow_tf32=True),
@@ -139,13 +154,10 @@ def check_cases() -> list[Case]:
 
 
 def lone_feature_cases() -> list[Case]:
-    """Every score feature alone."""
-    used = [
-        {"attn_mask": "bool"}, {"attn_mask": "bool", "mask_axes": "bk"}, {"dropout": 0.3}, {"window": (50, 20)}, {"softcap": 10.0}, {"alibi": True},
-        {"sinks": True}, {"segments": 4},
-    ]  # fmt: skip
-    cases = [Case.of("bfloat16", 64, 200, 333, 2, features=SampleFeatures(**one)) for one in used]  # type: ignore[arg-type]
-    return [*cases, Case.of("bfloat16", 64, 200, 333, 2, **CAUSAL, features=SampleFeatures(prefix=90))]
+    """Every score feature alone; additive masks are among the `combined_cases`."""
+    used = [ALONE[name] for name in others_than("additive_mask")]
+    used.append(SampleFeatures(attn_mask="bool", mask_axes="bk"))
+    return [Case.of("bfloat16", 64, 200, 333, 2, is_causal=one.prefix is not None, features=one) for one in used]
 
 
 def combined_cases(dtype: str) -> list[Case]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from cuflash import reference
-from cuflash.cli.samples import DROPOUT_SEED
+from cuflash.cli.sample_features import DROPOUT_SEED
 from cuflash.reference.features import dropout_mask
 from small_calls.arrays import MERGED_PARTS, NAMES, bits_of, operands_of, run, values_of
 from small_calls.cases import Case

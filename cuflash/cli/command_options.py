@@ -1,6 +1,6 @@
 """Options that several commands of `python -m cuflash` share: element types, head dimensions, and which score features, masks and lengths a call has.
 
-`add_features` gives a parser the options of features, which are named as the fields of `cuflash.FeatureSet` and the arguments of the calls; `features_of` and
+`add_features` gives a parser the options of features, which are the fields of `SampleFeatures` (`sample_features.py`), and those of lengths; `features_of` and
 `lengths_of` read what they hold, and refuse what would be without effect. Numbers make the arrays of a call that is profiled; for kernels that are compiled
 only, it matters whether an option is there.
 """
@@ -9,32 +9,16 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cuflash.cli.option_types import DTYPES, not_negative, positive
 from cuflash.errors import OptionError
 
 if TYPE_CHECKING:
-    from cuflash.cli.samples import Sample, SampleFeatures
-
-DTYPES = ("float16", "bfloat16", "float32")
-
-
-def positive(text: str) -> int:
-    """A number of at least 1."""
-    return _at_least(1, text, "a positive number")
-
-
-def not_negative(text: str) -> int:
-    """A number of at least 0."""
-    return _at_least(0, text, "a number of at least 0")
-
-
-def _at_least(least: int, text: str, expected: str) -> int:
-    number = int(text)
-    if not least <= number < 2**31:
-        raise argparse.ArgumentTypeError(f"got {number}; expected {expected if number < least else 'a number below 2**31'}")
-    return number
+    from cuflash.cli.sample_features import SampleFeatures
+    from cuflash.cli.samples import Sample
 
 
 def add_cases(parser: argparse.ArgumentParser) -> None:
@@ -50,30 +34,8 @@ def add_features(parser: argparse.ArgumentParser) -> None:
         "score features, masks and lengths", "Whatever is left out is not used; docs/features.md says what each does."
     )
     group.add_argument("--head-dim-v", type=positive, metavar="N", help="head dimension of value (default: that of query and key)")
-    group.add_argument(
-        "--attn-mask", choices=("bool", *DTYPES), help="a mask of this element type: bool hides keys, the others are added to the scores"
-    )
-    group.add_argument("--need-attn-mask-grad", action="store_true", help="the backward pass also gives the gradient of --attn-mask")
-    group.add_argument(
-        "--dropout", nargs="?", type=float, const=0.1, default=0.0, metavar="P", help="probability of dropping (0.1 if none is given)"
-    )
-    group.add_argument(
-        "--window", nargs=2, type=int, metavar=("LEFT", "RIGHT"), help="keys that a query sees before and after itself; -1 for no limit"
-    )
-    group.add_argument("--softcap", type=float, metavar="CAP", help="scores stay within ±CAP")
-    group.add_argument("--alibi", action="store_true", help="ALiBi's slopes")
-    group.add_argument("--sinks", action="store_true", help="a logit for each head that takes part in the softmax")
-    group.add_argument(
-        "--segments", nargs="?", type=int, const=2, metavar="N", help="documents that each sequence consists of (2 if none is given)"
-    )
-    group.add_argument(
-        "--prefix",
-        nargs="?",
-        type=not_negative,
-        const=64,
-        metavar="N",
-        help="keys that every query sees, with --causal (64 if none is given)",
-    )
+    for option in _feature_options():
+        group.add_argument("--" + option.name.replace("_", "-"), default=option.default, **option.metadata)
     lengths = group.add_mutually_exclusive_group()
     lengths.add_argument(
         "--seqlens-kv",
@@ -101,7 +63,7 @@ def features_of(options: argparse.Namespace, *, is_causal: bool) -> SampleFeatur
     Raises:
         OptionError: an option without the one that it needs.
     """
-    from cuflash.cli.samples import SampleFeatures
+    from cuflash.cli.sample_features import SampleFeatures
 
     if options.prefix is not None and not is_causal:
         raise OptionError(
@@ -117,17 +79,16 @@ def features_of(options: argparse.Namespace, *, is_causal: bool) -> SampleFeatur
         has_backward, way = options.direction == "backward", "Add --pass backward."
     if options.need_attn_mask_grad and not has_backward:
         raise OptionError("--need-attn-mask-grad", "it without the backward pass", "the backward pass, which gives it", way)
-    return SampleFeatures(
-        attn_mask=options.attn_mask,
-        need_attn_mask_grad=options.need_attn_mask_grad,
-        dropout=options.dropout,
-        window=None if options.window is None else tuple(options.window),
-        softcap=options.softcap,
-        alibi=options.alibi,
-        sinks=options.sinks,
-        segments=options.segments,
-        prefix=options.prefix,
-    )
+    named: dict[str, Any] = {option.name: getattr(options, option.name) for option in _feature_options()}
+    named = {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
+    return SampleFeatures(**named)
+
+
+def _feature_options() -> list[Field[Any]]:
+    """The fields of `SampleFeatures` that have options."""
+    from cuflash.cli.sample_features import SampleFeatures
+
+    return [field for field in fields(SampleFeatures) if field.metadata]
 
 
 def lengths_of(options: argparse.Namespace, batch: int, seqlen_q: int, seqlen_kv: int) -> Sample:

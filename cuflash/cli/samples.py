@@ -8,7 +8,7 @@ arrays that cuflash takes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -17,54 +17,12 @@ from numpy.typing import NDArray
 
 import cuflash
 from cuflash import reference
+from cuflash.cli.sample_features import SampleFeatures
 from cuflash.errors import OptionError
 from cuflash.planning.plan import Plan
-from cuflash.problem.features import FeatureSet, check_dropout_p, check_softcap, check_window
 from cuflash.problem.layout import CANONICAL
 from cuflash.problem.options import check_layout
 from cuflash.problem.tile import Tiles
-
-DROPOUT_SEED = (20230717, 3)
-"""Seed and offset of every sample with dropout."""
-
-
-@dataclass(frozen=True)
-class SampleFeatures:
-    """Score features and masks with the numbers from which their arrays are made.
-
-    Attributes:
-        attn_mask: element type of a mask: "bool", "float16", "bfloat16" or "float32"; None without.
-        mask_axes: which of the scores' axes (batch, head, query, key) the mask has; it is broadcast along the others.
-        need_attn_mask_grad: the backward pass also gives the gradient of the mask.
-        dropout: probability of dropping; 0.0 without.
-        window, softcap: as in `cuflash.scaled_dot_product_attention`.
-        alibi, sinks: whether there are slopes and sinks.
-        segments: how many documents of equal length each sequence consists of; None without.
-        prefix: length of every sequence's prefix; None without.
-    """
-
-    attn_mask: str | None = None
-    mask_axes: str = "qk"
-    need_attn_mask_grad: bool = False
-    dropout: float = 0.0
-    window: tuple[int | None, int | None] | None = None
-    softcap: float | None = None
-    alibi: bool = False
-    sinks: bool = False
-    segments: int | None = None
-    prefix: int | None = None
-
-    def kinds(self) -> FeatureSet:
-        """What kernels are compiled for.
-
-        Raises:
-            OptionError: a number outside its domain.
-        """
-        return FeatureSet(
-            attn_mask=self.attn_mask, dropout=check_dropout_p(self.dropout) > 0.0, window=check_window(self.window) != (None, None),
-            softcap=check_softcap(self.softcap, 1.0) is not None, alibi=self.alibi, sinks=self.sinks, segments=self.segments is not None,
-            prefix=self.prefix is not None,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,7 +54,7 @@ class Sample:
     allow_tf32: bool = False
     lengths_q: tuple[int, ...] | None = None
     lengths_kv: tuple[int, ...] | None = None
-    features: SampleFeatures = SampleFeatures()
+    features: SampleFeatures = field(default_factory=SampleFeatures)
 
     @property
     def is_packed(self) -> bool:
@@ -170,45 +128,7 @@ class Sample:
                 named[f"max_seqlen_{name}"] = max(lengths, default=0)
         elif self.lengths_kv is not None:
             named["seqlens_kv"] = numpy.array(self.lengths_kv, numpy.int32)
-        return {name: value for name, value in (named | self._feature_arguments(seed)).items() if value is not None}
-
-    def _feature_arguments(self, seed: int) -> dict[str, Any]:
-        features, rng = self.features, numpy.random.default_rng((seed, 1))
-        rows = len(self.lengths_q) if self.lengths_q is not None else self.batch
-        made: dict[str, Any] = {"window": features.window, "softcap": features.softcap}
-        if features.dropout:
-            made |= {"dropout_p": features.dropout, "dropout_seed": DROPOUT_SEED}
-        if features.attn_mask is not None:
-            made["attn_mask"] = self._mask(rng)
-        if features.alibi:  # the slopes of the paper, Press et al. 2022, arXiv 2108.12409
-            made["alibi_slopes"] = numpy.exp2(-8.0 * numpy.arange(1, self.num_heads_q + 1) / self.num_heads_q).astype(numpy.float32)
-        if features.sinks:
-            made["sinks"] = rng.standard_normal(self.num_heads_q, numpy.float32)
-        if features.segments is not None:
-            if self.is_packed:
-                hint = "Sequences that a call should cut further are sequences of their own."
-                raise OptionError("segments", f"{features.segments} with packed sequences", "a padded batch", hint)
-            if features.segments < 1:
-                raise OptionError(
-                    "segments", features.segments, "a positive number of documents", "1 makes all of a sequence one document."
-                )
-            for name, seqlen in (("q", self.seqlen_q), ("kv", self.seqlen_kv)):
-                ids = numpy.arange(seqlen) * features.segments // max(1, seqlen)
-                made[f"segment_ids_{name}"] = numpy.tile(ids.astype(numpy.int32), (rows, 1))
-        if features.prefix is not None:
-            made["prefix_lengths"] = numpy.full(rows, features.prefix, numpy.int32)
-        return made
-
-    def _mask(self, rng: numpy.random.Generator) -> NDArray[Any]:
-        """A boolean mask that hides a quarter of the keys, of a mask without queries the last ones; or a normally distributed additive mask."""
-        full = {"b": self.batch, "h": self.num_heads_q, "q": self.seqlen_q, "k": self.seqlen_kv}
-        shape = tuple(extent if axis in self.features.mask_axes else 1 for axis, extent in full.items())
-        if self.features.attn_mask != "bool":
-            values: NDArray[Any] = reference.round_to(rng.standard_normal(shape, numpy.float32), str(self.features.attn_mask))
-            return values
-        if "q" in self.features.mask_axes:
-            return numpy.asarray(rng.random(shape) < 0.75)
-        return numpy.array(numpy.broadcast_to(numpy.arange(shape[3]) < max(1, 3 * shape[3] // 4), shape))
+        return {name: value for name, value in (named | self.features.arguments(self, seed)).items() if value is not None}
 
 
 def element_type(values: NDArray[Any], dtype: str) -> Any:
@@ -223,20 +143,23 @@ def numpy_call(sample: Sample, seed: int = 0) -> tuple[dict[str, Any], dict[str,
 
 
 def plan_of(sample: Sample, *, backward: bool = False, tile: Tiles = None) -> Plan:
-    """The plan of a pass, made before the operands, which take gigabytes for long sequences: it gets arrays of their shapes that repeat one element.
+    """The plan of a pass, made before the operands, which take gigabytes for long sequences.
 
     Raises:
         CuflashError: what the call itself raises for these arguments.
     """
-    element = element_type(numpy.zeros(1, numpy.float32), sample.dtype)
-    is_tagged = isinstance(element, cuflash.BFloat16Bits)
-    operands: dict[str, Any] = {}
-    for name in ("query", "key", "value"):
-        shaped = numpy.broadcast_to(element.bits if is_tagged else element, sample.shapes()[name])
-        operands[name] = cuflash.bfloat16(shaped) if is_tagged else shaped
+    operands = {name: stand_in(sample.shapes()[name], sample.dtype) for name in ("query", "key", "value")}
     options = sample.backward_options if backward else {}
     planned: Plan = sample.plan(**operands, **_numpy_arguments(sample, 0), **options, backward=backward, tile=tile)
     return planned
+
+
+def stand_in(shape: tuple[int, ...], dtype: str) -> Any:
+    """A contiguous array that says it is as large as that, without its memory: for plans, which look at no element."""
+    aligned = numpy.zeros(1, numpy.uint16 if dtype == "bfloat16" else dtype)
+    strides = numpy.cumprod((aligned.itemsize, *shape[:0:-1]))[::-1]
+    large = numpy.lib.stride_tricks.as_strided(aligned, shape, strides.tolist(), writeable=False)
+    return cuflash.bfloat16(large) if dtype == "bfloat16" else large
 
 
 def _numpy_arguments(sample: Sample, seed: int) -> dict[str, Any]:

@@ -38,7 +38,7 @@ _OPCODES: dict[str, str] = {
 _CLASS_OF: dict[str, str] = {opcode: name for name, opcodes in _OPCODES.items() for opcode in opcodes.split()}
 
 _SECTION = re.compile(r"^\.text\.(\S+):$")
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)")
 
 
 def classify(opcode: str) -> str:

@@ -1,7 +1,7 @@
 """The one by-value parameter of each kernel, as a list of typed fields: the structs of kernels/*arguments.cuh, field by field in their order.
 
 Sizes, offsets and padding follow from the list as C++ has them, and bytes are written by it (`arguments.py`); tests/test_argument_structs.py lets the compiler
-assert every one of them. A type of another size or alignment, such as the 128 bytes of a tensor map on a multiple of 64, is one more `Scalar`.
+assert every one of them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from cuflash.problem.features import FEATURE_ARRAYS
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ INT64 = Scalar("q", 8, 8)
 INT = Scalar("i", 4, 4)
 UINT32 = Scalar("I", 4, 4)
 FLOAT = Scalar("f", 4, 4)
+TENSOR_MAP = Scalar("128s", 128, 64)
+"""What the TMA unit knows an array by: opaque, and another one for each address (cuflash/runtime/tensor_maps.py)."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +130,25 @@ MASK_VIEW = _struct(
 )
 HEAD_VIEW = _struct("HeadView", ("data", WORD), ("stride_batch", INT64), ("stride_head", INT64))
 SEQUENCE_VIEW = _struct("SequenceView", ("data", WORD), ("stride_batch", INT64), ("stride_position", INT64))
+
+
+def _feature_arrays() -> Iterator[tuple[str, Scalar | Struct]]:
+    """The fields of `FEATURE_ARRAYS`, each followed by the address of its gradient if it has one."""
+    for name, array in FEATURE_ARRAYS.items():
+        yield name, HEAD_VIEW if any("h" in axes for axes in array.axes) else SEQUENCE_VIEW
+        if array.has_gradient:
+            yield f"grad_{name}", WORD
+
+
 FEATURE_ARGUMENTS = _struct(
     "FeatureArguments",
-    ("attn_mask", MASK_VIEW), ("grad_attn_mask", MASK_VIEW), ("alibi_slopes", HEAD_VIEW), ("sinks", HEAD_VIEW), ("grad_sinks", WORD),
-    ("segment_ids_q", SEQUENCE_VIEW), ("segment_ids_kv", SEQUENCE_VIEW), ("prefix_lengths", SEQUENCE_VIEW), ("visible_tiles", WORD),
+    ("attn_mask", MASK_VIEW), ("grad_attn_mask", MASK_VIEW), *_feature_arrays(), ("visible_tiles", WORD),
     ("dropout_state", WORD), ("dropout_seed", WORD), ("dropout_offset", WORD), ("list_batches", INT), ("list_heads", INT),
     ("window_low", INT), ("window_high", INT), ("score_factor", FLOAT), ("softcap", FLOAT), ("dropout_limit", UINT32), ("dropout_scale", FLOAT),
     ("log2_sums", WORD),
 )  # fmt: skip
+
+MAPPED_TENSOR = _struct("MappedTensor", ("map", TENSOR_MAP), ("head_step", INT), ("batch_step", INT))
 
 # --- Parameters of kernels ----------------------------------------------------------------------------------------------------------------
 
@@ -141,6 +156,11 @@ FORWARD_ARGUMENTS = _struct(
     "ForwardArguments",
     ("query", TENSOR_VIEW), ("key", TENSOR_VIEW), ("value", TENSOR_VIEW), ("out", TENSOR_VIEW), ("lse", ROW_VIEW),
     ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS),
+)  # fmt: skip
+FORWARD_WGMMA_ARGUMENTS = _struct(
+    "ForwardWgmmaArguments",
+    ("query", MAPPED_TENSOR), ("key", MAPPED_TENSOR), ("value", MAPPED_TENSOR), ("out", TENSOR_VIEW), ("lse", ROW_VIEW), ("geometry", GEOMETRY),
+    ("features", FEATURE_ARGUMENTS),
 )  # fmt: skip
 BACKWARD_ARGUMENTS = _struct(
     "BackwardArguments",

@@ -14,7 +14,7 @@ from cuflash.problem.problem import Problem
 
 
 def describe(
-    problem: Problem, device: Device, kernels: Sequence[KernelPlan], *, backward: bool, output_bytes: int, workspace_bytes: int
+    problem: Problem, device: Device, kernels: Sequence[KernelPlan], *, backward: bool, output_bytes: int, workspace_bytes: int, choice: str
 ) -> str:
     """A few lines for people."""
     causal = f"causal ({problem.causal_alignment})" if problem.is_causal else "not causal"
@@ -28,6 +28,8 @@ def describe(
         lines.append(f"  features   {problem.features.describe()}")
     lines.append(f"  products   {_units(problem, device)}")
     lines += [f"  kernel     {_launch(kernel)}" for kernel in kernels] or ["  kernel     none: there is nothing to compute"]
+    if choice:
+        lines.append(f"  choice     {choice}")
     visits = [_visits(kernel, problem) for kernel in kernels if kernel.spec.is_tiled]
     ragged = problem.seqlens_kv or problem.num_sequences is not None
     if visits and (problem.is_causal or problem.features.kinds.hides_keys or ragged):

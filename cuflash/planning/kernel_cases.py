@@ -17,7 +17,9 @@ WIDEST_NARROW_HEAD = 256  # wider heads are cut into slices (kernels/tile/slices
 _SLICE_COLUMNS = 288  # of the outputs, per group of warps
 _SLICE_COLUMNS_FLOAT32 = 144
 
-_ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; with an additive mask 4 more for its log2_sum
+ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; with an additive mask 4 more for its log2_sum
+
+_MBARRIER_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,14 @@ def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:
 def row_bytes(case: KernelCase, device: Device, slice_pieces: int = 0) -> tuple[int, int]:
     """Bytes of one row of a tile of Q or K and of V or dO in shared memory, one piece of each slice.
 
-    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh. `slice_pieces` instead of `case.slice_pieces` if it is not 0.
+    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh, and the slabs of kernels/tile/slab_tile.cuh. `slice_pieces` instead of `case.slice_pieces` if it is not 0.
     """
     itemsize, slices = case.smem_itemsize(device), case.head_slices(device)
 
     def pitch(columns: int) -> int:
         chunks = columns * itemsize // 16
+        if case.kernel.maps_tensors:
+            return ceil(chunks / 8) * 128
         return (ceil(chunks / 8) * 8 if itemsize == 4 else chunks) * 16
 
     piece, piece_v = _piece_columns(case, slices * (slice_pieces or case.slice_pieces(device)))
@@ -121,9 +125,11 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
     exchange = 4 * slices * len(case.kernel.scores) * tile.tile_q * tile.tile_kv if slices > 1 else 0
     statistics = 0
     if case.kernel.statistics and device.capability >= 80:  # sm_75 reads them from global memory
-        statistics = _ROW_STATISTICS_BYTES + 4 * case.features.additive_mask
+        statistics = ROW_STATISTICS_BYTES + 4 * case.features.additive_mask
     if case.kernel.added_up:
         exchange += case.smem_itemsize(device) * tile.tile_q * tile.tile_kv
+    if case.kernel.maps_tensors:
+        exchange += _MBARRIER_BYTES * (1 + 4 * tile.num_stages)
     return kept * case.kept_rows(tile) + tile.num_stages * case.streamed_rows(tile) * (streamed + statistics) + exchange
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cuflash.planning import argument_structs
-from cuflash.planning.argument_structs import BACKWARD_ARGUMENTS, FORWARD_ARGUMENTS, MERGE_ARGUMENTS, Struct
+from cuflash.planning.argument_structs import BACKWARD_ARGUMENTS, FORWARD_ARGUMENTS, FORWARD_WGMMA_ARGUMENTS, MERGE_ARGUMENTS, Struct
 
 Operand = Literal["query", "key", "value", "grad_out"]
 Scores = Literal["S", "dP"]
@@ -19,6 +19,9 @@ Output = Literal["O", "dQ", "dK", "dV"]
 _WIDE_AS_VALUE = ("value", "grad_out", "dP", "O", "dV")
 """Operands and outputs with head_dim_v columns, and scores that are sums over them; the others have head_dim."""
 
+
+WARPGROUP_ROWS = 64
+"""Of a product of wgmma."""
 
 MAX_TILE = 2**20
 """Of anything in a tile; what is possible is far less."""
@@ -64,7 +67,7 @@ class KernelSpec:
         name: as plans and `tile={name: …}` have it.
         source: file in kernels/; its stem is the entry point.
         arguments: its one parameter.
-        implementation: the instructions of its products, "mma" for mma.sync, or "threads" where it has none.
+        implementation: the instructions of its products, "mma" for mma.sync, "wgmma", or "threads" where it has none.
         backward: belongs to the backward pass.
         workspace: memory besides inputs and outputs that it reads or writes, of `Plan.workspace`.
         num_warps: of a block, if that is fixed; of a tiled kernel its tile says it.
@@ -78,6 +81,8 @@ class KernelSpec:
         sums_scores: the sum has the form of scores, as the gradient of a mask has.
         online_softmax: the output is rescaled whenever a row finds a larger maximum.
         warps_per_product: that issue one matrix instruction together; 4 of wgmma, and a block has a multiple of them.
+        block_warps: how many warps a tile may have; empty for any number.
+        copying_warps: of a block, besides those of its tile: they do nothing but ask for copies.
         max_warp_rows: most rows that a warp may own, a multiple of 16.
         streamed_multiple: of rows of a streamed tile.
         max_stages: most streamed tiles in flight.
@@ -92,7 +97,7 @@ class KernelSpec:
     name: str
     source: str = field(compare=False)
     arguments: Struct = field(compare=False)
-    implementation: Literal["mma", "threads"] = "threads"
+    implementation: Literal["mma", "wgmma", "threads"] = "threads"
     backward: bool = field(default=False, compare=False)
     workspace: tuple[str, ...] = field(default=(), compare=False)
     num_warps: int = field(default=0, compare=False)
@@ -106,6 +111,8 @@ class KernelSpec:
     sums_scores: bool = field(default=False, compare=False)
     online_softmax: bool = field(default=False, compare=False)
     warps_per_product: int = field(default=1, compare=False)
+    block_warps: tuple[int, ...] = field(default=(), compare=False)
+    copying_warps: int = field(default=0, compare=False)
     max_warp_rows: int = field(default=MAX_TILE, compare=False)
     streamed_multiple: int = field(default=16, compare=False)
     max_stages: int = field(default=4, compare=False)
@@ -130,6 +137,11 @@ class KernelSpec:
     def is_tiled(self) -> bool:
         """It has matrix products and a tile of its own."""
         return bool(self.scores)
+
+    @property
+    def maps_tensors(self) -> bool:
+        """Its operands are copied by the TMA unit, which knows them by tensor maps."""
+        return self.implementation == "wgmma"
 
     @property
     def owns_keys(self) -> bool:
@@ -163,6 +175,13 @@ FORWARD = KernelSpec(
     "forward", "forward_mma.cu", FORWARD_ARGUMENTS, "mma",
     rows_of="query", kept=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, costs=_FORWARD_COSTS,
 )  # fmt: skip
+
+FORWARD_WGMMA = KernelSpec(
+    "forward_wgmma", "forward_wgmma.cu", FORWARD_WGMMA_ARGUMENTS, "wgmma",
+    rows_of="query", kept=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
+    block_warps=(8, 12), copying_warps=4, max_warp_rows=16, walks_lists=False, costs=_FORWARD_COSTS,
+)  # fmt: skip
+"""Hopper's own instructions; it is asked for (wgmma_forward.py)."""
 
 # --- Backward pass, in the order of a call ------------------------------------------------------------------------------------------------
 
@@ -225,7 +244,7 @@ MERGE_ATTENTION_BACKWARD = KernelSpec(
 MERGE_TABLE = KernelSpec("merge_table", "merge_table.cu", argument_structs.MERGE_TABLE_ARGUMENTS, num_warps=4)
 
 KERNELS: tuple[KernelSpec, ...] = (
-    FORWARD, BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ, BACKWARD_MASK, BACKWARD_SINKS, VISIBLE_TILES,
+    FORWARD, FORWARD_WGMMA, BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ, BACKWARD_MASK, BACKWARD_SINKS, VISIBLE_TILES,
     DROPOUT_MASK, MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE,
 )  # fmt: skip
 

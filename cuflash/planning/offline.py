@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from cuflash.hardware.device import Device
-from cuflash.planning import kernel_specs
+from cuflash.planning import kernel_specs, wgmma_forward
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.planner import backward_kernels, check_names, make_plan
 from cuflash.problem.features import NO_FEATURES, Features, FeatureSet, MaskLayout
@@ -32,7 +32,8 @@ def offline_kernels(
     problem = _representative(
         dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features, need_attn_mask_grad
     )
-    check_names(tile, (kernel_specs.FORWARD, *(backward_kernels(problem, device, tile) if backward else ())))
+    forward = wgmma_forward.kernels(problem, device, tile)
+    check_names(tile, (*forward, *(backward_kernels(problem, device, tile) if backward else ())))
     yield from make_plan(problem, device, tile=_of_pass(tile, backward=False)).kernels
     if backward:
         yield from make_plan(problem, device, backward=True, tile=_of_pass(tile, backward=True)).kernels

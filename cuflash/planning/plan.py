@@ -21,6 +21,7 @@ class Plan:
         kernels: launches in order; empty when there is nothing to compute.
         outputs: what the call returns.
         workspace: device memory beyond inputs and outputs. Lists of visible tiles of each kernel follow those of the one before in the same memory.
+        choice: which of two kernels runs, and why not the other; empty where there is no choice.
     """
 
     problem: Problem
@@ -29,6 +30,7 @@ class Plan:
     kernels: tuple[KernelPlan, ...]
     outputs: tuple[Buffer, ...]
     workspace: tuple[Buffer, ...]
+    choice: str = ""
 
     @property
     def output_bytes(self) -> int:
@@ -56,4 +58,5 @@ class Plan:
             backward=self.backward,
             output_bytes=self.output_bytes,
             workspace_bytes=self.workspace_bytes,
+            choice=self.choice,
         )

@@ -17,7 +17,7 @@ from math import ceil
 from cuflash.arrays.borrowing import describe
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.hardware.device import Device
-from cuflash.planning import block_order, fused_backward, kernel_cases, kernel_specs, tile_choice, tile_model, tile_rules
+from cuflash.planning import block_order, fused_backward, kernel_cases, kernel_specs, tile_choice, tile_model, tile_rules, wgmma_forward
 from cuflash.planning.codegen import config_text
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
@@ -28,7 +28,6 @@ from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
 
 MAX_GRID = 2**31 - 1
-ROW_STATISTICS_BYTES = 8
 MAX_SHARED_SLICES = 5  # of a wide head, beyond which dK and dV take a kernel each
 
 
@@ -41,16 +40,18 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         backward: gradients instead of the output.
         tile: None for the default tiles. For the backward pass a single tile is meant for the dK/dV kernel, and the dQ kernel takes it with tile_q
             and tile_kv exchanged, backward_row_sums not at all; a mapping pins kernels by name, such as {"backward_dq": Tile(...)}, and with them
-            which of the two ways to the gradients is taken (`fused_backward`).
+            which of the two ways to the gradients is taken (`fused_backward`), or which forward kernel (`wgmma_forward`).
 
     Raises:
         TileError: `tile` is not legal here, or names a kernel that does not run.
         UnsupportedError: more blocks than a grid can have.
     """
     kernels: tuple[KernelPlan, ...] = ()
+    choice = ""
     if not problem.is_empty:
-        tiled = backward_kernels(problem, device, tile) if backward else (kernel_specs.FORWARD,)
-        check_names(tile, tiled)
+        tiled = backward_kernels(problem, device, tile) if backward else wgmma_forward.kernels(problem, device, tile)
+        choice = "" if backward else wgmma_forward.explain(problem, device, tile)
+        check_names(tile, tiled, choice)
         planned = [kernel for kernel in (_tiled_kernel(spec, problem, device, tile) for spec in tiled) if kernel.num_blocks]
         if problem.features.kinds.lists_tiles:
             with_lists = [
@@ -69,7 +70,8 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         if kernel.num_blocks > MAX_GRID:
             hint = "Split the call along the batch."
             raise UnsupportedError("query", f"{kernel.num_blocks} tiles over batch and heads", f"at most {MAX_GRID}", hint)
-    return Plan(problem, device, backward, kernels, _gradients(problem) if backward else _results(problem), _workspace(problem, kernels))
+    outputs = _gradients(problem) if backward else _results(problem)
+    return Plan(problem, device, backward, kernels, outputs, _workspace(problem, kernels), choice)
 
 
 def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tuple[KernelSpec, ...]:
@@ -104,15 +106,15 @@ def splits_dkdv(case: KernelCase, device: Device) -> bool:
     )
 
 
-def check_names(tile: Tiles, kernels: tuple[KernelSpec, ...]) -> None:
-    """A mapping pins kernels that run, no others."""
+def check_names(tile: Tiles, kernels: tuple[KernelSpec, ...], choice: str = "") -> None:
+    """A mapping pins kernels that run, no others; `choice` says why they do."""
     names = [kernel.name for kernel in kernels]
     for name in tile if isinstance(tile, Mapping) else ():
         if name not in names:
             raise TileError(
                 "tile",
                 f"a tile for {describe(name)}",
-                "kernels that run: " + ", ".join(names),
+                "kernels that run: " + ", ".join(names) + (f" ({choice})" if choice else ""),
                 "Correct the name, or remove it; print(plan) lists the kernels.",
             )
 
@@ -156,8 +158,9 @@ def _tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Ti
     else:
         resident = tile_model.blocks_per_sm(case, tile, device) * device.num_sms
         section = block_order.section_heads(case, problem, device, pairs=batch * heads, resident_blocks=resident)
+    num_threads = 32 * (tile.num_warps + spec.copying_warps)
     return KernelPlan(
-        case, tile, config_text(problem.dtype, constants), LaunchShape(num_tiles * heads * batch, 32 * tile.num_warps, shared_bytes), num_tiles,
+        case, tile, config_text(problem.dtype, constants), LaunchShape(num_tiles * heads * batch, num_threads, shared_bytes), num_tiles,
         group_batch, group_heads, section,
     )  # fmt: skip
 
@@ -231,7 +234,7 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffe
     """What the kernels of a call hand on to each other."""
     rows = problem.batch * problem.num_heads_q * problem.seqlen_q
     buffers = (
-        Buffer("row_statistics", (rows, ROW_STATISTICS_BYTES // 4), "float32"),
+        Buffer("row_statistics", (rows, kernel_cases.ROW_STATISTICS_BYTES // 4), "float32"),
         Buffer("log2_sums", (rows if problem.features.kinds.additive_mask else 0,), "float32"),
         Buffer("visible_tiles", (max((_list_entries(kernel, problem) for kernel in kernels), default=0),), "int32"),
     )

@@ -29,8 +29,8 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
     longest = 16 if shortest else 32 if many_instructions else 128
     slices = case.head_slices(device)
     stages = (1,) if device.capability < 80 or shortest or case.slice_pieces(device) > 1 else (1, 2, 3)
-    for groups in (1, 2) if shortest and case.kernel.costs.small_blocks else (1, 2, 4, 8):
-        row_warps = groups * case.kernel.warps_per_product
+    few = (1, 2) if shortest and case.kernel.costs.small_blocks else (1, 2, 4, 8)
+    for row_warps in case.kernel.block_warps or few:
         num_warps = row_warps * slices
         for warp_rows in (16, 32):
             for streamed in (length for length in (16, 32, 48, 64, 80, 96, 112, 128) if length <= longest):
@@ -64,12 +64,24 @@ def measured_tile(case: KernelCase, device: Device) -> Tile | None:
 
 def known_tile(case: KernelCase, device: Device) -> Tile | None:
     """The measured tile, of the fused backward kernel the one that the timing model found (`predicted_tiles`), else None."""
+    if case.kernel.implementation == "wgmma":
+        return _wgmma_tile(case, device)
     if case.kernel != BACKWARD_FUSED:
         return measured_tile(case, device)
     if case.dtype == "float32" or case.head_dim != case.head_dim_v or case.features != NO_FEATURES:
         return None
     found = predicted_tiles.FUSED_BACKWARD.get((device.arch, case.head_dim))
     return None if found is None else Tile(*found)
+
+
+def _wgmma_tile(case: KernelCase, device: Device) -> Tile | None:
+    """That of the next larger head_dim that was measured, with fewer keys where a feature takes registers. The model knows nothing of wgmma."""
+    wide = max(case.head_dim, case.head_dim_v)
+    for (arch, name, head_dim), (tile_q, tile_kv, num_warps, num_stages) in sorted(measured_tiles.TILES.items()):
+        if (arch, name) == (device.arch, case.kernel.name) and head_dim >= wide:
+            shorter = (Tile(tile_q, count, num_warps, num_stages) for count in range(tile_kv, 0, -16))
+            return next((tile for tile in shorter if broken_rule(case, tile, device) is None), None)
+    return None
 
 
 def default_tile(case: KernelCase, device: Device) -> Tile:

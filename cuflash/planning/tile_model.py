@@ -120,5 +120,10 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
 def blocks_per_sm(case: KernelCase, tile: Tile, device: Device) -> int:
     """As many as the estimated registers and shared memory allow; at least one, since a kernel of too many registers spills them."""
     registers = min(MAX_REGISTERS, estimate_registers(case, tile, device))
-    held = occupancy(device, threads=32 * tile.num_warps, registers=registers, shared_bytes=shared_bytes(case, tile, device))
+    held = occupancy(
+        device,
+        threads=32 * (tile.num_warps + case.kernel.copying_warps),
+        registers=registers,
+        shared_bytes=shared_bytes(case, tile, device),
+    )
     return max(1, held.blocks)

@@ -6,13 +6,34 @@ from dataclasses import fields
 
 from cuflash.arrays.borrowing import describe
 from cuflash.hardware.device import Device
-from cuflash.planning.kernel_cases import KernelCase, accumulator_registers, shared_bytes
+from cuflash.planning.kernel_cases import KernelCase, accumulator_registers, head_dims, shared_bytes
 from cuflash.planning.kernel_specs import MAX_TILE
 from cuflash.problem.tile import Tile
 
 MAX_REGISTERS = 255
 MAX_WARPS = 16
 REGISTERS_PER_BLOCK = 65536
+
+
+WGMMA_ARCH = "sm_90"
+WGMMA_MAX_HEAD_DIM = 256
+WGMMA_REGISTERS = {8: 240, 12: 160}
+"""Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/forward_wgmma.cu."""
+_WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
+_WGMMA_SOFTCAP_REGISTERS = 20
+
+
+def lacking(case: KernelCase, device: Device) -> str | None:
+    """Why no tile of a kernel of wgmma fits, in words; None where some may."""
+    if case.kernel.implementation != "wgmma":
+        return None
+    if device.arch != WGMMA_ARCH:
+        return f"its instructions are those of {WGMMA_ARCH}, and this is {device.arch}"
+    if case.dtype == "float32":
+        return "it takes 16-bit types, and this is float32"
+    if case.head_dim % 8 or case.head_dim_v % 8 or max(case.head_dim, case.head_dim_v) > WGMMA_MAX_HEAD_DIM:
+        return f"it takes multiples of 8 up to {WGMMA_MAX_HEAD_DIM} for head_dim, and this is {head_dims(case.head_dim, case.head_dim_v)}"
+    return None
 
 
 def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
@@ -22,6 +43,10 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         if type(count) is not int or not 1 <= count <= MAX_TILE:
             return f"{field.name} must be a positive int, got {describe(count)}"
     kept, streamed = ("tile_kv", "tile_q") if case.kernel.owns_keys else ("tile_q", "tile_kv")
+    if (cannot := lacking(case, device)) is not None:
+        return cannot
+    if case.kernel.block_warps and tile.num_warps not in case.kernel.block_warps:
+        return f"num_warps must be {' or '.join(map(str, case.kernel.block_warps))}"
     if tile.num_warps > MAX_WARPS:
         return f"num_warps must be at most {MAX_WARPS}"
     slices = case.head_slices(device)
@@ -52,6 +77,9 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         return f"shared memory: {needed} bytes needed, {device.shared_memory_per_block} available on {device.arch}"
     limit = min(MAX_REGISTERS, REGISTERS_PER_BLOCK // (32 * tile.num_warps))
     needed = accumulator_registers(case, tile, device) + 24
+    if case.kernel.implementation == "wgmma":  # P lives beside the next scores
+        limit = WGMMA_REGISTERS[tile.num_warps]
+        needed += tile.tile_kv // 4 + _WGMMA_OTHER_REGISTERS + _WGMMA_SOFTCAP_REGISTERS * case.features.softcap - 24
     if needed > limit:
         return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"
     return None

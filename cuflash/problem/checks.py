@@ -97,6 +97,7 @@ def make_problem(arrays: Mapping[str, Array], given: Options) -> Problem:
         seqlens_kv=lengths.seqlens_kv,
         num_sequences=lengths.num_sequences,
         features=features,
+        aligned=all(array.pointer % 16 == 0 for array in inputs.values()),
     )
 
 

@@ -34,7 +34,42 @@ UNLIMITED = 2**31 - 1
 """What stands for no limit where kernels compare 32-bit differences of positions."""
 
 
-@explains_features
+@dataclass(frozen=True)
+class FeatureArray:
+    """What an array that belongs to a feature has to be. Kernels look its elements up by position.
+
+    Attributes:
+        feature: the field of `FeatureSet`.
+        dtype: of its elements.
+        axes: the forms that it may have, "batch", "head", "query" and "key" by their first letters; beside another axis the batch may be 1.
+        meaning: for messages.
+        has_gradient: the backward pass gives it.
+    """
+
+    feature: str
+    dtype: str
+    axes: tuple[str, ...]
+    meaning: str
+    has_gradient: bool = False
+
+
+FEATURE_ARRAYS = {
+    "alibi_slopes": FeatureArray("alibi", "float32", ("bh", "h"), "one slope for each query head, or for each batch and query head"),
+    "sinks": FeatureArray("sinks", "float32", ("h",), "one logit for each query head", has_gradient=True),
+    "segment_ids_q": FeatureArray("segments", "int32", ("bq",), "one id for each query, (batch, seqlen_q); a batch of 1 is broadcast"),
+    "segment_ids_kv": FeatureArray("segments", "int32", ("bk",), "one id for each key, (batch, seqlen_kv); a batch of 1 is broadcast"),
+    "prefix_lengths": FeatureArray("prefix", "int32", ("b",), "one length for each sequence of the batch"),
+}
+"""Argument of a call -> what is expected; in the order of the argument struct. Masks and seeds have rules of their own."""
+
+FEATURE_OF = {
+    "attn_mask": "attn_mask", "dropout_p": "dropout", "dropout_seed": "dropout", "window": "window", "softcap": "softcap",
+    **{name: array.feature for name, array in FEATURE_ARRAYS.items()},
+}  # fmt: skip
+"""Argument of a call -> the field of `FeatureSet` that its kernels are compiled for."""
+
+
+@explains_features(FEATURE_OF)
 @dataclass(frozen=True)
 class FeatureSet:
     """The features that kernels are compiled for; each is absent from the machine code of a kernel that does not have it.
@@ -77,16 +112,8 @@ class FeatureSet:
     def constants(self) -> dict[str, bool | str]:
         """What `struct Config` says of the features."""
         element = {None: "NoMask", "bool": "uint8", "float32": "float"}.get(self.attn_mask, self.attn_mask)
-        return {
-            "MaskElement": str(element),
-            "DROPOUT": self.dropout,
-            "WINDOW": self.window,
-            "SOFTCAP": self.softcap,
-            "ALIBI": self.alibi,
-            "SINKS": self.sinks,
-            "SEGMENTS": self.segments,
-            "PREFIX": self.prefix,
-        }
+        flags = {flag.name.upper(): bool(getattr(self, flag.name)) for flag in fields(self) if flag.name != "attn_mask"}
+        return {"MaskElement": str(element), **flags}
 
 
 NO_FEATURES = FeatureSet()
@@ -120,10 +147,7 @@ class Features:
         window_low, window_high: query i sees keys j with window_low <= j - i - shift <= window_high; ±UNLIMITED for no limit.
         softcap: or None.
         dropout_p: how likely a probability is dropped.
-        alibi_strides: of (batch, head), in elements.
-        sinks_stride: of the head, in elements.
-        segment_ids_q_strides, segment_ids_kv_strides: of (batch, position), in elements.
-        prefix_stride: of the batch, in elements.
+        array_strides: of each of `FEATURE_ARRAYS` that is there, by its name: of the batch and of the other axis, in elements, 0 where there is none.
     """
 
     kinds: FeatureSet = field(default_factory=FeatureSet)
@@ -133,11 +157,7 @@ class Features:
     window_high: int = UNLIMITED
     softcap: float | None = None
     dropout_p: float = 0.0
-    alibi_strides: Strides2 = (0, 0)
-    sinks_stride: int = 0
-    segment_ids_q_strides: Strides2 = (0, 0)
-    segment_ids_kv_strides: Strides2 = (0, 0)
-    prefix_stride: int = 0
+    array_strides: tuple[tuple[str, Strides2], ...] = ()
 
     def describe(self) -> str:
         """One line for people: the features that are used, with their numbers."""
@@ -151,7 +171,7 @@ class Features:
             words.append(f"softcap {self.softcap:g}")
         if self.kinds.dropout:
             words.append(f"dropout {self.dropout_p:g}")
-        words += [name for name in ("alibi", "sinks", "segments", "prefix") if getattr(self.kinds, name)]
+        words += dict.fromkeys(FEATURE_ARRAYS[name].feature for name, _ in self.array_strides)
         return ", ".join(words)
 
 
@@ -199,18 +219,7 @@ def check_features(extents: Extents, arrays: Mapping[str, Array], options: Optio
         hint = f"Pass {missing} too; for self-attention it is the same array."
         raise OptionError(missing, "None while the other one is given", "ids for queries and keys", hint)
 
-    batch, heads, seqlen_q, seqlen_kv = extents.batch, extents.num_heads_q, extents.seqlen_q, extents.seqlen_kv
-    strides = {
-        name: _strides(name, arrays[name], dtype, shapes, extents)
-        for name, dtype, shapes in (
-            ("alibi_slopes", "float32", ((batch, heads), (1, heads), (heads,))),
-            ("sinks", "float32", ((heads,),)),
-            ("segment_ids_q", "int32", ((batch, seqlen_q), (1, seqlen_q))),
-            ("segment_ids_kv", "int32", ((batch, seqlen_kv), (1, seqlen_kv))),
-            ("prefix_lengths", "int32", ((batch,),)),
-        )
-        if name in arrays
-    }
+    strides = tuple((name, _check_array(name, arrays[name], extents)) for name in FEATURE_ARRAYS if name in arrays)
     kinds = FeatureSet(
         attn_mask=None if mask is None else mask.dtype, dropout=dropout_p > 0.0, window=(left, right) != (None, None), softcap=cap is not None,
         alibi="alibi_slopes" in arrays, sinks="sinks" in arrays, segments="segment_ids_q" in arrays, prefix="prefix_lengths" in arrays,
@@ -223,17 +232,8 @@ def check_features(extents: Extents, arrays: Mapping[str, Array], options: Optio
         window_high=UNLIMITED if right is None else min(UNLIMITED, right),
         softcap=cap,
         dropout_p=dropout_p,
-        alibi_strides=_last_two(strides.get("alibi_slopes", ())),
-        sinks_stride=_last_two(strides.get("sinks", ()))[1],
-        segment_ids_q_strides=_last_two(strides.get("segment_ids_q", ())),
-        segment_ids_kv_strides=_last_two(strides.get("segment_ids_kv", ())),
-        prefix_stride=_last_two(strides.get("prefix_lengths", ()))[1],
+        array_strides=strides,
     )
-
-
-def _last_two(strides: tuple[int, ...]) -> Strides2:
-    """Of the last two axes; 0 for an axis that is not there."""
-    return (0, 0, *strides)[-2], (0, 0, *strides)[-1]
 
 
 # --- Scalars ------------------------------------------------------------------------------------------------------------------------------
@@ -356,21 +356,26 @@ def _check_kind(name: str, array: Array, extents: Extents) -> None:
         )
 
 
-def _strides(name: str, array: Array, dtype: str, shapes: tuple[tuple[int, ...], ...], extents: Extents) -> tuple[int, ...]:
+def _check_array(name: str, array: Array, extents: Extents) -> Strides2:
+    """Its strides of the batch and of the other axis, 0 for an axis that is broadcast or not there."""
+    rule = FEATURE_ARRAYS[name]
     _check_kind(name, array, extents)
-    if array.dtype != dtype:
-        raise DTypeError(name, array.dtype, dtype, f"Cast it to {dtype}.")
-    if array.shape not in shapes:
-        expected = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
-        meaning = {
-            "alibi_slopes": "one slope for each query head, or for each batch and query head",
-            "sinks": "one logit for each query head",
-            "segment_ids_q": "one id for each query, (batch, seqlen_q); a batch of 1 is broadcast",
-            "segment_ids_kv": "one id for each key, (batch, seqlen_kv); a batch of 1 is broadcast",
-            "prefix_lengths": "one length for each sequence of the batch",
-        }[name]
-        raise ShapeError(name, f"shape {array.shape}", expected, f"Pass {meaning}.")
-    return tuple(0 if extent == 1 else stride for extent, stride in zip(array.shape, array.strides, strict=True))
+    if array.dtype != rule.dtype:
+        raise DTypeError(name, array.dtype, rule.dtype, f"Cast it to {rule.dtype}.")
+    forms = {shape: axes for axes in rule.axes for shape in _shapes_of(axes, extents)}
+    if array.shape not in forms:
+        raise ShapeError(name, f"shape {array.shape}", " or ".join(map(str, forms)), f"Pass {rule.meaning}.")
+    by_axis = {
+        axis: 0 if extent == 1 else stride for axis, extent, stride in zip(forms[array.shape], array.shape, array.strides, strict=True)
+    }
+    return by_axis.pop("b", 0), next(iter(by_axis.values()), 0)
+
+
+def _shapes_of(axes: str, extents: Extents) -> list[tuple[int, ...]]:
+    """The shapes of an array with these axes."""
+    of = {"b": extents.batch, "h": extents.num_heads_q, "q": extents.seqlen_q, "k": extents.seqlen_kv}
+    full = tuple(of[axis] for axis in axes)
+    return [full, (1, *full[1:])] if axes[0] == "b" and len(axes) > 1 else [full]
 
 
 def check_dropout_state(array: Array, extents: Extents) -> None:

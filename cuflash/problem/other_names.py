@@ -10,7 +10,7 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 from cuflash.errors import KeywordError, shortened
@@ -166,12 +166,6 @@ _ONLY_PADDED = {
 }
 """What packed sequences have instead of some arguments of padded batches."""
 
-_FEATURE_OF = {
-    "attn_mask": "attn_mask", "dropout_p": "dropout", "dropout_seed": "dropout", "window": "window", "softcap": "softcap", "alibi_slopes": "alibi",
-    "sinks": "sinks", "segment_ids_q": "segments", "segment_ids_kv": "segments", "prefix_lengths": "prefix",
-}  # fmt: skip
-"""Argument of a call -> the field of `FeatureSet` that its kernels are compiled for."""
-
 _SIMILAR = 0.8
 """How alike a keyword and an argument have to be, of 1, for a slip of the pen: "is_casual" is one, "descale_q" for "scale" is not."""
 
@@ -183,34 +177,42 @@ def explains_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """The same call of attention; keywords that it does not have raise one KeywordError, which says what to write, instead of a bare TypeError."""
     known = tuple(inspect.signature(function).parameters)
     _functions.setdefault(function.__name__, known)  # cuflash.torch has functions of the same names
-    return _answering(function, function.__name__, known)
+    return _answering(function, function.__name__, known, {})
 
 
-def explains_features(target: T) -> T:
-    """The same for a function or class that takes the features of a call, not its arguments: `warmup` and `FeatureSet`."""
-    name, known = target.__name__, tuple(inspect.signature(target).parameters)
-    if not isinstance(target, type):
-        return cast(T, _answering(target, name, known))
-    target.__init__ = _answering(target.__init__, name, known)  # type: ignore[misc]
-    return target
+def explains_features(feature_of: Mapping[str, str]) -> Callable[[T], T]:
+    """The same for a function or class that takes the features of a call, not its arguments: `warmup` and `FeatureSet`.
+
+    Args:
+        feature_of: argument of a call -> its feature.
+    """
+
+    def explained(target: T) -> T:
+        name, known = target.__name__, tuple(inspect.signature(target).parameters)
+        if not isinstance(target, type):
+            return cast(T, _answering(target, name, known, feature_of))
+        target.__init__ = _answering(target.__init__, name, known, feature_of)  # type: ignore[misc]
+        return target
+
+    return explained
 
 
-def _answering(function: Callable[P, R], name: str, known: tuple[str, ...]) -> Callable[P, R]:
+def _answering(function: Callable[P, R], name: str, known: tuple[str, ...], feature_of: Mapping[str, str]) -> Callable[P, R]:
     taken = frozenset(known)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         unknown = [keyword for keyword in kwargs if keyword not in taken]
         if unknown:
-            raise _unknown(name, known, unknown)
+            raise _unknown(name, known, unknown, feature_of)
         return function(*args, **kwargs)
 
     return call
 
 
-def _unknown(function: str, known: tuple[str, ...], keywords: list[str]) -> KeywordError:
+def _unknown(function: str, known: tuple[str, ...], keywords: list[str], feature_of: Mapping[str, str]) -> KeywordError:
     """One error for all of them."""
-    answers = {shortened(keyword): _answer(function, known, keyword) for keyword in keywords}
+    answers = {shortened(keyword): _answer(function, known, keyword, feature_of) for keyword in keywords}
     if len(answers) == 1:
         ((keyword, answer),) = answers.items()
         return KeywordError(keyword, f"a keyword argument that {function} does not have", *answer)
@@ -219,12 +221,12 @@ def _unknown(function: str, known: tuple[str, ...], keywords: list[str]) -> Keyw
     return KeywordError(", ".join(answers), f"keyword arguments that {function} does not have", expected, hint)
 
 
-def _answer(function: str, known: tuple[str, ...], keyword: str) -> tuple[str, str]:
+def _answer(function: str, known: tuple[str, ...], keyword: str, feature_of: Mapping[str, str]) -> tuple[str, str]:
     """What is expected instead of a keyword, and what to mind."""
     row = _ROWS.get(keyword)
     ours = (keyword,) if row is None else row.ours
-    feature = next((_FEATURE_OF[name] for name in ours if name in _FEATURE_OF), keyword if keyword in _FEATURE_OF.values() else None)
-    if feature is not None and function not in _functions:
+    feature = next((feature_of[name] for name in ours if name in feature_of), keyword if keyword in feature_of.values() else None)
+    if feature is not None:
         used = f'{feature}="bool"' if feature == "attn_mask" else f"{feature}=True"
         return (feature if feature in known else "features"), f"Write {'' if feature in known else 'features='}cuflash.FeatureSet({used})."
     only_padded = next((name for name in ours if name in _ONLY_PADDED), None)

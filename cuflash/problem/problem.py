@@ -50,6 +50,7 @@ class Problem:
         num_sequences: packed sequences, whose offsets are read on the device; `batch` is 1 then and seqlen_q and seqlen_kv count all tokens.
             None for padded batches.
         features: score features and masks other than the causal one.
+        aligned: query, key and value start on 16 bytes, each of them.
     """
 
     dtype: str
@@ -78,6 +79,7 @@ class Problem:
     seqlens_kv: bool = False
     num_sequences: int | None = None
     features: Features = field(default_factory=Features)
+    aligned: bool = True
 
     @property
     def itemsize(self) -> int:

@@ -16,7 +16,8 @@ class Tile:
     Attributes:
         tile_q: query rows that a block holds at a time.
         tile_kv: key rows that a block holds at a time.
-        num_warps: warps of a block. In the forward and dQ kernels they share out tile_q, in kernels of dK and dV tile_kv, at least 16 rows each.
+        num_warps: warps of a block. In the forward and dQ kernels they share out tile_q, in kernels of dK and dV tile_kv, at least 16 rows each. Warps
+            of forward_wgmma that do nothing but copy come on top.
         num_stages: tiles of the streamed operands in flight in shared memory; 1 on sm_75, which has no asynchronous copies.
     """
 

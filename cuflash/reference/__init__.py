@@ -20,10 +20,8 @@ from cuflash.reference.formulas import (
     attention_backward,
     attention_naive,
     attention_naive_backward,
-    options_of_sequence,
-    varlen_attention,
-    varlen_attention_backward,
 )
+from cuflash.reference.packed import options_of_sequence, varlen_attention, varlen_attention_backward
 
 __all__ = [
     "EPSILON",

@@ -7,8 +7,7 @@
 of the inputs, as unfused operators do that store them. The error they make says how large an error is acceptable; `compare` asserts it.
 
 Score features and masks are defined in `features.py`. Nothing here is fast, and nothing is shared with the library under test: one sequence and one
-head at a time, NumPy only. A row that sees no
-key has O = 0, lse = -inf and no gradient. A masked key has no influence at all, even if it is NaN.
+head at a time, NumPy only. A row that sees no key has O = 0, lse = -inf and no gradient. A masked key has no influence at all, even if it is NaN.
 """
 
 from __future__ import annotations
@@ -122,98 +121,6 @@ def attention_backward(
         causal_alignment,
         features,
     )
-
-
-def varlen_attention(
-    query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_kv: Any, *, magnitudes: bool = False, precision: Precision | None = None,
-    **options: Any,
-) -> tuple[Float64, Float64]:  # fmt: skip
-    """Attention of packed sequences, one at a time.
-
-    Args:
-        query: (tokens_q, heads, head_dim).
-        key, value: (tokens_kv, heads, head_dim), as for `attention`.
-        cu_seqlens_q, cu_seqlens_kv: (sequences + 1,): where each sequence starts, and where the last one ends.
-        magnitudes: as for `attention`; in float64 only.
-        precision: None for the truth in float64, else that of `attention_naive`.
-        options: is_causal, scale, enable_gqa, causal_alignment and features as for `attention`, with sequences in the place of the batch; causal_alignment is
-            "bottom_right" by default.
-
-    Returns:
-        out: (tokens_q, heads, head_dim of value); 0 behind the last sequence.
-        lse: (heads, tokens_q); -inf there.
-    """
-    options = {"causal_alignment": "bottom_right", **options}
-    out = numpy.zeros((*query.shape[:2], value.shape[2]))
-    lse = numpy.full((query.shape[1], query.shape[0]), -numpy.inf)
-    for i, (queries, keys) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_kv)):
-        inputs = query[None, queries], key[None, keys], value[None, keys]
-        own = options_of_sequence(options, i)
-        found = attention(*inputs, magnitudes=magnitudes, **own) if precision is None else attention_naive(*inputs, precision, **own)
-        out[queries], lse[:, queries] = found[0][0], found[1][0]
-    return out, lse
-
-
-def varlen_attention_backward(
-    grad_out: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_kv: Any,
-    *,
-    out: Any = None,
-    lse: Any = None,
-    grad_lse: Any = None,
-    magnitudes: bool = False,
-    precision: Precision | None = None,
-    **options: Any,
-) -> Gradients:
-    """Gradients of `varlen_attention`, in the shapes of query, key and value, 0 behind the last sequence; and of sinks.
-
-    Args:
-        grad_out: (tokens_q, heads, head_dim of value).
-        out, lse: what the forward pass gave, or None, as for `attention_backward`.
-        grad_lse: (heads, tokens_q), or None for 0.
-        magnitudes: as for `attention_backward`; in float64 only.
-        precision: None for the truth in float64, else that of `attention_naive_backward`.
-        query, key, …: as for `varlen_attention`.
-    """
-    options = {"causal_alignment": "bottom_right", **options}
-    grads = Gradients(*(numpy.zeros(x.shape) for x in (query, key, value)))
-    grads.sinks = None if options.get("sinks") is None else numpy.zeros(query.shape[1])
-    for i, (queries, keys) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_kv)):
-        inputs = grad_out[None, queries], query[None, queries], key[None, keys], value[None, keys]
-        own = options_of_sequence(options, i)
-        own |= {"out": None if out is None else out[None, queries]}
-        own |= {name: None if rows is None else rows[None, :, queries] for name, rows in (("lse", lse), ("grad_lse", grad_lse))}
-        found = (
-            attention_backward(*inputs, magnitudes=magnitudes, **own)
-            if precision is None
-            else attention_naive_backward(*inputs, precision, **own)
-        )
-        for grad, rows, of_sequence in zip(grads, (queries, keys, keys), found, strict=True):
-            grad[rows] = of_sequence[0]
-        if grads.sinks is not None and found.sinks is not None:
-            grads.sinks += found.sinks
-    return grads
-
-
-def options_of_sequence(options: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """The options of sequence i as those of a batch of one."""
-    own = {**options, "first_batch": i}
-    if own.get("prefix_lengths") is not None:
-        own["prefix_lengths"] = own["prefix_lengths"][i : i + 1]
-    if own.get("alibi_slopes") is not None and len(own["alibi_slopes"].shape) == 2:
-        own["alibi_slopes"] = own["alibi_slopes"][i : i + 1]
-    return own
-
-
-def _sequences(cu_seqlens_q: Any, cu_seqlens_kv: Any) -> Iterator[tuple[slice, slice]]:
-    """Where each sequence lies among the queries and among the keys."""
-    ends_q, ends_kv = ([int(n) for n in to_numpy(offsets)] for offsets in (cu_seqlens_q, cu_seqlens_kv))
-    for i in range(len(ends_q) - 1):
-        yield slice(ends_q[i], ends_q[i + 1]), slice(ends_kv[i], ends_kv[i + 1])
 
 
 # --- The yardstick ----------------------------------------------------------------------------------------------------------------------

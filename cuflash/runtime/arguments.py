@@ -1,7 +1,8 @@
 """The bytes of a kernel's argument struct: filled in once for all calls of a kind, with places for what differs from call to call.
 
 Values are given field by field, as `argument_structs.py` lists them: a number is written, the text in the place of a 64-bit word is the name of an address (or
-of a word of dropout's seed) that each launch gives. Fields that are left out are zero. `Arguments.fill` writes the words of one launch.
+of a word of dropout's seed) that each launch gives, and a `TensorMap` is encoded for the address that each launch gives by its name. Fields that are left out are
+zero. `Arguments.fill` writes what belongs to one launch.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
-from cuflash.planning.argument_structs import WORD, Scalar, Struct
+from cuflash.planning.argument_structs import FEATURE_ARGUMENTS, TENSOR_MAP, WORD, Scalar, Struct
 from cuflash.problem.features import Features
 from cuflash.problem.layout import View
 from cuflash.problem.problem import Problem
+from cuflash.runtime.tensor_maps import TensorMap
 
 Values: TypeAlias = Mapping[str, "Value"]
-Value: TypeAlias = int | float | str | Values | Sequence[Values]
+Value: TypeAlias = int | float | str | TensorMap | Values | Sequence[Values]
 
 Strides3 = tuple[int, int, int]
 """Strides of (batch, head, query), in elements."""
@@ -27,38 +29,48 @@ _LOG2_E = 1.4426950408889634
 
 
 class Arguments:
-    """One kernel's argument struct, filled in but for the words that each launch gives.
+    """One kernel's argument struct, filled in but for the words that each launch gives, and for maps.
 
     Attributes:
-        names: of these words, in the order of the struct.
+        names: of these words and of the addresses of maps, in the order of the struct.
     """
 
     def __init__(self, layout: Struct, values: Values, given: Container[str]) -> None:
         """Fill in `values`; a name that is not among the `given` ones stays null."""
-        image, words = bytearray(layout.size), {}
+        image = bytearray(layout.size)
+        places: dict[int, tuple[str, Scalar]] = {}  # offset -> name of the address, type
+        maps: dict[int, TensorMap] = {}
         for path, offset, scalar in layout.scalars():
             value = _value_at(values, path)
-            if not isinstance(value, str):
+            if isinstance(value, TensorMap):
+                places[offset], maps[offset] = (value.name, _checked(scalar, TENSOR_MAP, path)), value
+            elif isinstance(value, str):
+                if value in given:
+                    places[offset] = value, _checked(scalar, WORD, path)
+            elif scalar is not TENSOR_MAP or value:  # a map that is left out is zeros too
                 struct.pack_into("=" + scalar.format, image, offset, value)
-            elif value in given:
-                words[offset] = _checked_word(value, scalar)
         _check_names(layout, values)
-        self.names = tuple(words.values())
-        ends = [*words, layout.size]
-        gaps = [bytes(image[begin + 8 : end]) for begin, end in pairwise(ends)]
+        self.names = tuple(name for name, _ in places.values())
+        self._maps = [(1 + 2 * list(places).index(offset), tensor_map) for offset, tensor_map in maps.items()]
+        ends = [*places, layout.size]
         self._pieces: list[bytes | int] = [bytes(image[: ends[0]])]
-        for gap in gaps:
+        form = f"={ends[0]}s"
+        for (begin, end), (_, scalar) in zip(pairwise(ends), places.values(), strict=True):
+            gap = bytes(image[begin + scalar.size : end])
             self._pieces += (0, gap)
-        self._pack = struct.Struct(f"={ends[0]}s" + "".join(f"Q{len(gap)}s" for gap in gaps)).pack
+            form += f"{scalar.format}{len(gap)}s"
+        self._pack = struct.Struct(form).pack
 
     def fill(self, words: Mapping[str, int]) -> bytearray:
         """The struct for one launch."""
         pieces = self._pieces.copy()
         pieces[1::2] = [words[name] for name in self.names]
+        for index, tensor_map in self._maps:
+            pieces[index] = tensor_map.at(words[tensor_map.name])
         return bytearray(self._pack(*pieces))
 
 
-def _value_at(values: Value, path: str) -> int | float | str:
+def _value_at(values: Value, path: str) -> int | float | str | TensorMap:
     """What is given for the C++ expression `path`; 0 for what is left out."""
     for name in path.replace("]", "").replace("[", ".").split("."):
         if isinstance(values, Mapping):
@@ -67,13 +79,13 @@ def _value_at(values: Value, path: str) -> int | float | str:
             values = values[int(name)] if int(name) < len(values) else 0
         else:
             return 0  # the whole struct is left out
-    assert isinstance(values, (int, float, str)), path
+    assert isinstance(values, (int, float, str, TensorMap)), path
     return values
 
 
-def _checked_word(name: str, scalar: Scalar) -> str:
-    assert scalar is WORD, name
-    return name
+def _checked(scalar: Scalar, expected: Scalar, path: str) -> Scalar:
+    assert scalar is expected, path
+    return scalar
 
 
 def _check_names(layout: Struct, values: Values) -> None:
@@ -102,6 +114,11 @@ def tensor(name: str, view: View, vectorized: bool) -> Values:
     return {
         "data": name, "stride_batch": stride_b, "stride_seqlen": stride_s, "stride_head": stride_h, "stride_dim": stride_d, "vectorized": vectorized,
     }  # fmt: skip
+
+
+def mapped_tensor(tensor_map: TensorMap) -> Values:
+    """`MappedTensor` of the array of this map."""
+    return {"map": tensor_map, "head_step": tensor_map.head_step, "batch_step": tensor_map.batch_step}
 
 
 def rows(name: str, strides: Strides3) -> Values:
@@ -133,41 +150,30 @@ def lengths(problem: Problem) -> Values:
 def feature_values(
     features: Features, scale: float, list_extents: tuple[int, int] = (1, 1), grad_attn_mask_strides: tuple[int, ...] = (0, 0, 0, 0)
 ) -> Values:
-    """`FeatureArguments`."""
+    """`FeatureArguments`: an address is found by the name of its field, and a number that the kernels take as it is by the name that `Features` has for it."""
     mask_strides = (0, 0, 0, 0) if features.attn_mask is None else features.attn_mask.strides
+    strides: dict[str, tuple[int, ...]] = {
+        "attn_mask": mask_strides,
+        "grad_attn_mask": grad_attn_mask_strides,
+        **dict(features.array_strides),
+    }
     unit = 1.0 if features.kinds.additive_mask else _LOG2_E  # of scores, as in kernels/tile/score.cuh
-    return {
-        "attn_mask": _mask("attn_mask", mask_strides),
-        "grad_attn_mask": _mask("grad_attn_mask", grad_attn_mask_strides),
-        "alibi_slopes": _per_head("alibi_slopes", *features.alibi_strides),
-        "sinks": _per_head("sinks", 0, features.sinks_stride),
-        "grad_sinks": "grad_sinks",
-        "segment_ids_q": _per_position("segment_ids_q", *features.segment_ids_q_strides),
-        "segment_ids_kv": _per_position("segment_ids_kv", *features.segment_ids_kv_strides),
-        "prefix_lengths": _per_position("prefix_lengths", features.prefix_stride, 0),
-        "visible_tiles": "visible_tiles",
-        "dropout_state": "dropout_state",
-        "dropout_seed": "dropout_seed",
-        "dropout_offset": "dropout_offset",
+    values: dict[str, Value] = {
         "list_batches": list_extents[0],
         "list_heads": list_extents[1],
-        "window_low": features.window_low,
-        "window_high": features.window_high,
         "score_factor": scale * unit if features.softcap is None else scale / features.softcap,
         "softcap": (features.softcap or 0.0) * unit,
         "dropout_limit": max(math.ceil(features.dropout_p * 2.0**32) - 1, 0),
         "dropout_scale": 0.0 if features.dropout_p in (0.0, 1.0) else 1.0 / (1.0 - features.dropout_p),
-        "log2_sums": "log2_sums",
     }
+    for field in FEATURE_ARGUMENTS.fields:
+        if isinstance(field.type, Struct):
+            values[field.name] = _strided(field.name, field.type, strides.get(field.name, ()))
+        elif field.name not in values:
+            values[field.name] = field.name if field.type is WORD else getattr(features, field.name)
+    return values
 
 
-def _mask(name: str, strides: tuple[int, ...]) -> Values:
-    return {"data": name} | dict(zip(("stride_batch", "stride_head", "stride_query", "stride_key"), strides, strict=True))
-
-
-def _per_head(name: str, stride_batch: int, stride_head: int) -> Values:
-    return {"data": name, "stride_batch": stride_batch, "stride_head": stride_head}
-
-
-def _per_position(name: str, stride_batch: int, stride_position: int) -> Values:
-    return {"data": name, "stride_batch": stride_batch, "stride_position": stride_position}
+def _strided(name: str, view: Struct, strides: tuple[int, ...]) -> Values:
+    """A view of the array of this name: its address and then its strides."""
+    return {"data": name, **dict(zip(list(view.offsets)[1:], strides, strict=False))}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cuflash.arrays.borrowing import Array, pointer
 from cuflash.arrays.frameworks import BFloat16Bits, Framework
 from cuflash.planning.kernel_plan import Buffer, LaunchShape
+from cuflash.planning.kernel_specs import WARPGROUP_ROWS
 from cuflash.planning.plan import Plan
 from cuflash.problem import sequences
 from cuflash.problem.features import Features
@@ -21,6 +22,7 @@ from cuflash.problem.problem import BackwardViews
 from cuflash.runtime import arguments
 from cuflash.runtime.arguments import Arguments, Value, Values
 from cuflash.runtime.launch import Executable, simulated_memory
+from cuflash.runtime.tensor_maps import TensorMap
 
 if TYPE_CHECKING:
     from cuflash import simulator
@@ -103,17 +105,17 @@ class PreparedCall:
         self,
         executables: Sequence[Executable],
         values: dict[str, Value],
-        given: set[str],
+        present: set[str],
         grad_attn_mask_strides: tuple[int, ...] = (0, 0, 0, 0),
     ) -> list[_Launch]:
-        """The loaded kernels of the plan with their arguments filled in but for the addresses of what is `given` and of what is allocated.
+        """The loaded kernels of the plan with their arguments filled in but for the addresses of what is `present` among the inputs and of what is allocated.
 
         A buffer of the workspace is found under its name by every struct that has such a field.
         """
         problem = self.problem
-        given = given | self.written
-        if problem.features.kinds.dropout and "dropout_state" not in given:
-            given |= {"dropout_seed", "dropout_offset"}
+        words = present | self.written
+        if problem.features.kinds.dropout and "dropout_state" not in present:
+            words |= {"dropout_seed", "dropout_offset"}
         values |= {buffer.name: buffer.name for buffer in self.plan.workspace}
         values["lengths"] = arguments.lengths(problem)
         if problem.features != NOTHING:
@@ -124,8 +126,8 @@ class PreparedCall:
                 "geometry": arguments.geometry(problem, kernel.num_tiles, kernel.section_heads),
                 "group_batch": kernel.group_batch, "group_heads": kernel.group_heads,
             }  # fmt: skip
-            layout = kernel.spec.arguments
-            launches.append(_Launch(loaded, kernel.shape, Arguments(layout, arguments.of_struct(layout, {**values, **own}), given)))
+            struct = kernel.spec.arguments
+            launches.append(_Launch(loaded, kernel.shape, Arguments(struct, arguments.of_struct(struct, {**values, **own}), words)))
         return launches
 
     def check_offsets(self, addresses: dict[str, int]) -> None:
@@ -165,7 +167,15 @@ class PreparedForward(PreparedCall):
         stride_batch = 0 if problem.layout.varlen else problem.num_heads_q * problem.seqlen_q
         values: dict[str, Value] = {name: arguments.tensor(name, view, vectorized[name]) for name, view in views.items()}
         values["lse"] = arguments.rows("lse", (stride_batch, problem.seqlen_q, 1))
+        for kernel in plan.kernels:
+            if kernel.spec.maps_tensors:
+                box_rows = {"query": WARPGROUP_ROWS, "key": kernel.tile.tile_kv, "value": kernel.tile.tile_kv}
+                values |= {name: self.mapped(name, views[name], count) for name, count in box_rows.items()}
         self.launches = self.fill_in(executables, values, set(inputs))
+
+    def mapped(self, name: str, view: View, box_rows: int) -> Value:
+        """An array that the TMA unit copies, so many rows at a time."""
+        return arguments.mapped_tensor(TensorMap(name, view, self.problem.dtype, box_rows, on_gpu=self.device.kind == "gpu"))
 
     def may_write(self, out: Any, addresses: dict[str, int]) -> bool:
         """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""

@@ -95,7 +95,7 @@ def decode_control(high: int) -> Control:
 
 _SECTION = re.compile(r"^\.text\.(\S+):$")
 _LABEL = re.compile(r"^(\.L\w+):")
-_FIRST_HALF = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/")
+_FIRST_HALF = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/")
 _SECOND_HALF = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
 _TARGET = re.compile(r"`\((\.L\w+)\)")
 

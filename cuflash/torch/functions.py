@@ -7,6 +7,7 @@ is missing where somebody differentiates it.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from cuflash.torch import forward_mode
 from cuflash.torch.inputs import TENSORS
 
 _COUNT = len(TENSORS)
+_OPERANDS_OF = operator.itemgetter(*(TENSORS.index(name) if name in TENSORS else _COUNT for name in Operands._fields))
+"""Of the tensors of a call and None behind them, what each operand is."""
 _BATCHED_DIMENSIONS = {"attn_mask": 4, "alibi_slopes": 2, "seqlens_kv": 1, "segment_ids_q": 2, "segment_ids_kv": 2, "prefix_lengths": 1}
 """Dimensions of each tensor when the batch is the first."""
 
@@ -56,13 +59,8 @@ class Call:
         return calls.backward(operands, Options(need_attn_mask_grad=need_attn_mask_grad, varlen=self.packed, **options))
 
     def _operands(self, tensors: Tensors) -> Operands:
-        query, key, value, attn_mask, sinks, alibi_slopes, seqlens_kv, ids_q, ids_kv, prefix_lengths, cu_seqlens_q, cu_seqlens_kv, state = (
-            tensors
-        )
-        seed = self.seed if state is None else state
-        return Operands(
-            query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, seed, None, seqlens_kv, ids_q, ids_kv, cu_seqlens_q, cu_seqlens_kv
-        )  # fmt: skip
+        *others, state = tensors
+        return Operands._make(_OPERANDS_OF((*others, self.seed if state is None else state, None)))
 
     def replaced(self, **options: Any) -> Call:
         """The same call with other options."""

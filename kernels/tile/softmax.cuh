@@ -48,40 +48,57 @@ struct OnlineSoftmax {
     for (int m = 0; m < M; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float row_max = fmaxf(S[m][0][2 * r], S[m][0][2 * r + 1]);
-#pragma unroll
-        for (int n = 1; n < N; ++n) row_max = fmaxf(row_max, fmaxf(S[m][n][2 * r], S[m][n][2 * r + 1]));
-        const float previous = reference[m][r];
-        if constexpr (NATURAL) {
-          reference[m][r] = fmaxf(previous, quad_max(row_max));
-        } else {
-          reference[m][r] = fmaxf(previous, fma_rm(quad_max(row_max), scale_log2, -float(SHIFT)));
-        }
-        const float used = reference[m][r];
-        const float rescale = ex2(in_log2(previous - used));
+        const float rescale = raise_reference(S[m], m, r, scale_log2);
 #pragma unroll
         for (int n = 0; n < N_O; ++n) {
           O[m][n][2 * r] *= rescale;
           O[m][n][2 * r + 1] *= rescale;
         }
-
-        float factor = scale_log2, offset = used;
-        if (!NATURAL && fabsf(used) > EXACT_REFERENCE_LIMIT) {
-#pragma unroll
-          for (int n = 0; n < N; ++n)
-#pragma unroll
-            for (int i = 2 * r; i < 2 * r + 2; ++i) S[m][n][i] = clamp_exponent(__fmaf_rn(S[m][n][i], scale_log2, -used), SHIFT);
+        float factor = scale_log2, offset = reference[m][r];
+        if (is_coarse(m, r)) {
+          subtract_reference(S[m], m, r, scale_log2);
           factor = 1.0f;
           offset = 0.0f;
         }
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-#pragma unroll
-          for (int i = 2 * r; i < 2 * r + 2; ++i)
-            S[m][n][i] = ex2(NATURAL ? __fmaf_rn(S[m][n][i] - used, LOG2_E, SHIFT) : __fmaf_rn(S[m][n][i], factor, -offset));
+        exponentiate(S[m], m, r, factor, offset);
         add_to_sum(m, r, rescale, row_sum<0, N>(S[m], r));
       }
     }
+  }
+
+  // The same for all rows at once, and where O is not at hand: it has to be multiplied by `rescale`. The branch is that of a warp, so that between
+  // two products all that is done for ordinary scores is two straight pieces of code.
+  template <int N>
+  DEVICE void update(float (&S)[M][N][4], float (&rescale)[M][2], float scale_log2) {
+    float factor[M][2], offset[M][2];
+    bool any_is_coarse = false;
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        rescale[m][r] = raise_reference(S[m], m, r, scale_log2);
+        factor[m][r] = scale_log2;
+        offset[m][r] = reference[m][r];
+        any_is_coarse |= is_coarse(m, r);
+      }
+    if (any_lane(any_is_coarse)) {
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          if (is_coarse(m, r)) {
+            subtract_reference(S[m], m, r, scale_log2);
+            factor[m][r] = 1.0f;
+            offset[m][r] = 0.0f;
+          }
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        exponentiate(S[m], m, r, factor[m][r], offset[m][r]);
+        add_to_sum(m, r, rescale[m][r], row_sum<0, N>(S[m], r));
+      }
   }
 
   // What turns numbers relative to an earlier reference of the row into such relative to the present one.
@@ -141,6 +158,42 @@ struct OnlineSoftmax {
 
  private:
   DEVICE static float in_log2(float difference) { return NATURAL ? difference * LOG2_E : difference; }
+
+  // Raises the reference of a row to what its scores ask for, and returns what turns numbers relative to the one before into such relative to it.
+  template <int N>
+  DEVICE float raise_reference(const float (&S)[N][4], int m, int r, float scale_log2) {
+    float row_max = fmaxf(S[0][2 * r], S[0][2 * r + 1]);
+#pragma unroll
+    for (int n = 1; n < N; ++n) row_max = fmaxf(row_max, fmaxf(S[n][2 * r], S[n][2 * r + 1]));
+    const float previous = reference[m][r];
+    if constexpr (NATURAL) {
+      reference[m][r] = fmaxf(previous, quad_max(row_max));
+    } else {
+      reference[m][r] = fmaxf(previous, fma_rm(quad_max(row_max), scale_log2, -float(SHIFT)));
+    }
+    return ex2(in_log2(previous - reference[m][r]));
+  }
+
+  // Whether the last place of a row's reference matters in an exponent.
+  DEVICE bool is_coarse(int m, int r) const { return !NATURAL && fabsf(reference[m][r]) > EXACT_REFERENCE_LIMIT; }
+
+  // Scores of a row whose reference is coarse -> exponents, clamped.
+  template <int N>
+  DEVICE void subtract_reference(float (&S)[N][4], int m, int r, float scale_log2) const {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 2 * r; i < 2 * r + 2; ++i) S[n][i] = clamp_exponent(__fmaf_rn(S[n][i], scale_log2, -reference[m][r]), SHIFT);
+  }
+
+  template <int N>
+  DEVICE void exponentiate(float (&S)[N][4], int m, int r, float factor, float offset) const {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 2 * r; i < 2 * r + 2; ++i)
+        S[n][i] = ex2(NATURAL ? __fmaf_rn(S[n][i] - reference[m][r], LOG2_E, SHIFT) : __fmaf_rn(S[n][i], factor, -offset));
+  }
 
   // This lane's columns of row r, tiles BEGIN .. END - 1, by halves.
   template <int BEGIN, int END, int N>

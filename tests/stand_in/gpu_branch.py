@@ -10,12 +10,14 @@ import cupy
 import ml_dtypes
 import numpy
 import pytest
+from test_tensor_maps import Driver
 
 import cuflash
 from cuflash import reference
 from cuflash.errors import DeviceError
 from cuflash.jit import cache
-from cuflash.runtime import calls, launch
+from cuflash.planning import wgmma_forward
+from cuflash.runtime import calls, launch, tensor_maps
 from cuflash.runtime.arguments import Arguments
 
 attention, attention_backward = cuflash.scaled_dot_product_attention, cuflash.scaled_dot_product_attention_backward
@@ -207,6 +209,25 @@ def test_no_memory_is_left_behind() -> None:
     before = len(cupy.cuda.live_memory())
     both(*arrays)
     assert len(cupy.cuda.live_memory()) == before
+
+
+@pytest.mark.parametrize("dtype", [numpy.float16, ml_dtypes.bfloat16])
+def test_tensor_maps_come_from_the_driver(dtype: Any, launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the arrays of each call, once for those that stay."""
+    driver = Driver(for_simulator=True)
+    monkeypatch.setattr(tensor_maps, "_driver_function", lambda: driver.function)
+    monkeypatch.setenv(wgmma_forward.VARIABLE, "1")
+    calls._calls.clear()
+    query, key, value = inputs(dtype, 70)
+    assert [kernel.name for kernel in cuflash.plan(query, key, value).kernels] == ["forward_wgmma"]
+    want = reference.attention(query, key, value)[0]
+    for _ in range(2):
+        numpy.testing.assert_allclose(attention(query, key, value).get().astype("float32"), want, atol=2e-2)
+    assert [address for _, _, address, *_ in driver.calls] == [x.data.ptr for x in (query, key, value)]
+    attention(query, key.copy(), value)
+    assert len(driver.calls) == 4
+    assert [launched.name for launched in launches] == ["forward_wgmma"] * 3
+    calls._calls.clear()
 
 
 def test_a_failing_launch_is_an_error_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,88 @@
+"""The forward kernel that uses Hopper's own instructions, TMA copies and wgmma, in the place of that of mma.sync.
+
+Until it has run on a GPU it is asked for: by `tile`, which names it, or by the environment variable CUFLASH_FORWARD_WGMMA=1, which takes it wherever it
+can run, unless `tile` names the other one. What it cannot do stays on the kernel of mma.sync, and the plan says why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from cuflash.hardware.device import Device
+from cuflash.planning import tile_rules
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA, KernelSpec
+from cuflash.problem.layout import View
+from cuflash.problem.problem import Problem
+from cuflash.problem.tile import Tile, Tiles
+
+VARIABLE = "CUFLASH_FORWARD_WGMMA"
+"""Environment variable; 1: the kernel wherever it can run. Looked at when a call is planned, so not by calls whose like was made before."""
+
+_SMALLEST_SCALE = 2.0**-126  # the smallest normal float32
+_MAX_STRIDE_BYTES = 2**40
+_UNKNOWN_FEATURES = ("attn_mask", "dropout", "segments", "prefix")
+
+
+def kernels(problem: Problem, device: Device, tile: Tiles) -> tuple[KernelSpec, ...]:
+    """The tiled kernel that makes the output."""
+    return (FORWARD_WGMMA,) if _is_asked_for(problem, device, tile) and why_not(problem, device) is None else (FORWARD,)
+
+
+def _is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
+    if isinstance(tile, Mapping) and (FORWARD_WGMMA.name in tile or FORWARD.name in tile):
+        return FORWARD_WGMMA.name in tile
+    if isinstance(tile, Tile) and tile_rules.broken_rule(_case(problem), tile, device) is not None:
+        return False
+    return os.environ.get(VARIABLE) == "1"
+
+
+def why_not(problem: Problem, device: Device) -> str | None:
+    """What of a call the kernel cannot do, in words; None where it can run."""
+    if (lacking := tile_rules.lacking(_case(problem), device)) is not None:
+        return lacking
+    for name in _UNKNOWN_FEATURES:
+        if getattr(problem.features.kinds, name):
+            return f"it knows no {name}"
+    if problem.seqlen_kv == 0:
+        return "there are no keys to copy"
+    if problem.num_sequences is not None or problem.seqlens_kv:
+        return "it knows no lengths that are read on the device"
+    if not problem.scale >= _SMALLEST_SCALE:
+        return f"it takes positive scales, and this one is {problem.scale:.6g}"
+    for name, view in (("query", problem.query), ("key", problem.key), ("value", problem.value)):
+        if (unmapped := _why_unmapped(view, problem.itemsize)) is not None:
+            return f"the TMA unit cannot copy {name}, {unmapped}"
+    return None if problem.aligned else "the TMA unit copies what starts on 16 bytes, and one of query, key and value does not"
+
+
+def _why_unmapped(view: View, itemsize: int) -> str | None:
+    """Why no tensor map describes an array; None where one does. Batch and heads may be broadcast."""
+    (_, seqlen, _, _), (_, stride_seqlen, _, stride_dim) = view.shape, view.strides
+    if stride_dim != 1:
+        return f"whose head_dim has a stride of {stride_dim}"
+    if seqlen > 1 and stride_seqlen == 0:
+        return "whose rows are all one"
+    for axis, extent, stride in zip(("batches", "rows", "heads"), view.shape, view.strides, strict=False):
+        stride_bytes = stride * itemsize
+        if extent > 1 and (stride_bytes % 16 or not 0 <= stride_bytes < _MAX_STRIDE_BYTES):
+            return f"whose {axis} lie {stride_bytes} bytes apart, no multiple of 16 from 0 to 2^40"
+    return None
+
+
+def explain(problem: Problem, device: Device, tile: Tiles) -> str:
+    """Which kernel runs, and why not the other; nothing where there is no choice."""
+    if device.capability != 90:
+        return ""
+    reason = why_not(problem, device)
+    if reason is not None:
+        return f"{FORWARD.source}, not {FORWARD_WGMMA.source}: {reason}"
+    if _is_asked_for(problem, device, tile):
+        return f"{FORWARD_WGMMA.source}, as asked for; it has not run on a GPU yet"
+    how = f'tile={{"{FORWARD_WGMMA.name}": ...}} or {VARIABLE}=1'
+    return f"{FORWARD.source}; {FORWARD_WGMMA.source} can run too, but has not run on a GPU yet: ask for it by {how}"
+
+
+def _case(problem: Problem) -> KernelCase:
+    return KernelCase(FORWARD_WGMMA, problem.dtype, problem.head_dim, head_dim_v=problem.head_dim_v, features=problem.features.kinds)

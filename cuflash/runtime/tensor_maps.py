@@ -1,0 +1,94 @@
+"""Tensor maps: the 128 bytes by which the TMA unit knows an array and the boxes that are copied from it.
+
+On a GPU the driver encodes them, on the CPU the simulator. A map holds an address, so it is encoded again when the array lies elsewhere, and only then.
+Encoding reads no memory of a GPU and waits for nothing; a CUDA graph captures the bytes with the launch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import TypeAlias
+
+from cuflash.errors import DeviceError, SetupError
+from cuflash.problem.layout import View
+from cuflash.problem.problem import DTYPES
+
+NBYTES = 128
+COLUMNS = 64
+"""Of a box: 128 bytes of a 16-bit type, which is what the swizzle spans."""
+
+_ALIGNMENT = 128
+_TYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
+_SWIZZLE_128B, _PROMOTION_256B = 3, 3  # CUtensorMapSwizzle, CUtensorMapL2promotion
+
+Encode: TypeAlias = Callable[[int, str, tuple[int, ...], tuple[int, ...], tuple[int, ...]], bytes]
+"""(address, dtype, extents, strides in bytes of all but the first, box), innermost dimension first -> the map."""
+
+
+class TensorMap:
+    """The map of one array, for boxes of 64 columns and some rows.
+
+    Attributes:
+        name: of the array's address among those of a launch.
+        head_step, batch_step: what a head or batch adds to its coordinate: 0 along an axis that is broadcast, of which the map has one place, else 1.
+    """
+
+    def __init__(self, name: str, view: View, dtype: str, box_rows: int, *, on_gpu: bool) -> None:
+        batch, seqlen, heads, head_dim = view.shape
+        stride_b, stride_s, stride_h, _ = view.strides
+        self.name = name
+        self.batch_step, self.head_step = int(stride_b != 0 and batch > 1), int(stride_h != 0 and heads > 1)
+        axes = ((seqlen, stride_s), (heads if self.head_step else 1, stride_h), (batch if self.batch_step else 1, stride_b))
+        self._dtype, self._box = dtype, (COLUMNS, box_rows, 1, 1)
+        self._extents = (head_dim, *(extent for extent, _ in axes))
+        self._strides = tuple(stride * DTYPES[dtype] if extent > 1 else 16 for extent, stride in axes)  # of one place any stride will do
+        self._encode: Encode = encode_on_gpu if on_gpu else _encode_for_simulator
+        self._last = (-1, b"")
+
+    def at(self, address: int) -> bytes:
+        """The map of the array at this address."""
+        last = self._last  # one tuple, so that threads see an address with its own map
+        if last[0] != address:
+            last = self._last = (address, self._encode(address, self._dtype, self._extents, self._strides, self._box))
+        return last[1]
+
+
+def _encode_for_simulator(address: int, dtype: str, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
+    from cuflash.simulator.tensor_map import encode_tiled
+
+    return encode_tiled(address, dtype, extents, strides, box, swizzle="128B", l2_promotion="256B")
+
+
+def encode_on_gpu(address: int, dtype: str, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
+    """The driver's `cuTensorMapEncodeTiled`.
+
+    Raises:
+        SetupError: a driver without it.
+        DeviceError: it refuses; the message has what it was given.
+    """
+    rank = len(extents)
+    room = ctypes.create_string_buffer(NBYTES + _ALIGNMENT)
+    begin = -ctypes.addressof(room) % _ALIGNMENT
+    status = _driver_function()(
+        ctypes.addressof(room) + begin, _TYPES[dtype], rank, address, (ctypes.c_uint64 * rank)(*extents), (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128B, _PROMOTION_256B, 0,
+    )  # fmt: skip
+    if status != 0:
+        got = f"a tensor at {address:#x} of extents {extents}, strides {strides} and box {box}, with error {status}"
+        raise DeviceError("device", got, "a tensor map from cuTensorMapEncodeTiled", "Report this; other kernels take the call meanwhile.")
+    return room.raw[begin : begin + NBYTES]
+
+
+@functools.cache
+def _driver_function() -> Callable[..., int]:
+    """`cuTensorMapEncodeTiled` of the library that CuPy has loaded, too."""
+    try:
+        function = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    except (OSError, AttributeError) as error:
+        raise SetupError(f"Tensor maps need a driver of CUDA 12 or newer ({error}).") from error
+    number, pointer = ctypes.c_uint32, ctypes.c_void_p
+    function.argtypes = (pointer, number, number, pointer, pointer, pointer, pointer, pointer, number, number, number, number)
+    function.restype = ctypes.c_int
+    return function

@@ -1,0 +1,33 @@
+// A matrix of ROWS x COLUMNS 16-bit elements in shared memory as the TMA unit writes it and wgmma reads it: slabs of 64 columns one behind the
+// other, each with rows of 128 bytes, whose 16-byte chunks are exchanged as chunk ^ (row % 8). It starts on 1024 bytes. What a slab has beyond the
+// columns of the tensor is zero.
+#pragma once
+#include "ptx/tensor_map.cuh"
+#include "ptx/wgmma.cuh"
+
+constexpr int SLAB_COLUMNS = 64;
+constexpr int SLAB_ALIGNMENT = 1024;  // of eight rows, after which the swizzle starts anew
+
+template <int ROWS_, int COLUMNS_>
+struct SlabTile {
+  static constexpr int ROWS = ROWS_;
+  static constexpr int SLABS = ceil_div(COLUMNS_, SLAB_COLUMNS);
+  static constexpr int SLAB_BYTES = ROWS * SLAB_COLUMNS * 2;
+  static constexpr int BYTES = SLABS * SLAB_BYTES;
+  static_assert(ROWS % 8 == 0, "the swizzle repeats after 8 rows");
+
+  // Asks for the rows from `row` on. BYTES arrive at the mbarrier.
+  DEVICE static void load(SmemAddress tile, const TensorMap& map, int row, int head, int batch, SmemAddress mbarrier) {
+#pragma unroll
+    for (int slab = 0; slab < SLABS; ++slab) load_box(tile + slab * SLAB_BYTES, map, slab * SLAB_COLUMNS, row, head, batch, mbarrier);
+  }
+
+  DEVICE static uint64 descriptor(SmemAddress tile) { return wgmma_descriptor(tile, SLAB_BYTES); }
+
+  // The descriptors of step k of a product, 16 deep, from that of the tile: with columns as depth, and with rows as depth.
+  DEVICE static uint64 columns(uint64 descriptor, int k) {
+    constexpr int STEPS = SLAB_COLUMNS / 16;
+    return descriptor + (k / STEPS * SLAB_BYTES + k % STEPS * 32) / DESCRIPTOR_UNIT;
+  }
+  DEVICE static uint64 rows(uint64 descriptor, int k) { return descriptor + k * (16 * SLAB_COLUMNS * 2) / DESCRIPTOR_UNIT; }
+};

@@ -1,0 +1,347 @@
+"""The forward kernel of wgmma and TMA: as exact as the other one, the same bits under every schedule, and chosen as the plan says."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from typing import Any
+
+import numpy
+import pytest
+from conftest import HAS_GPU, Target
+
+import cuflash
+from cuflash import Tile
+from cuflash.errors import TileError
+from cuflash.hardware import device
+from cuflash.planning import measured_tiles, tile_choice, wgmma_forward
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_specs import FORWARD_WGMMA
+from cuflash.simulator import check
+
+pytest.importorskip("cupy")
+
+NAME = "forward_wgmma"
+HOST = Target("sm_90")
+SHORT = Tile(128, 32, 8, 2)
+"""Many tiles of few keys."""
+
+
+@pytest.fixture(autouse=True)
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel wherever it can run, the simulator as sm_90."""
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
+    monkeypatch.setenv(wgmma_forward.VARIABLE, "1")
+
+
+@pytest.fixture(params=["sm_90", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
+def hopper(request: pytest.FixtureRequest) -> Target:
+    """The simulator, and a GPU that has the instructions."""
+    target = Target(request.param)
+    if target.device.capability != 90:
+        pytest.skip("the GPU is no sm_90")
+    return target
+
+
+def inputs_of(
+    on: Target, lengths: tuple[int, int] = (200, 150), head_dim: int = 64, heads: tuple[int, int] = (1, 1), batches: tuple[int, int] = (1, 1),
+    dtype: str = "bfloat16", view: str = "contiguous",
+) -> list[Any]:  # fmt: skip
+    query = (batches[0], lengths[0], heads[0], head_dim)
+    key = (batches[1], lengths[1], heads[1], head_dim)
+    return [on.random(shape, dtype, seed, view) for seed, shape in enumerate((query, key, key))]
+
+
+def checked(on: Target, *inputs: Any, **options: Any) -> Any:
+    """The results, judged, of this kernel and no other."""
+    planned = {name: option for name, option in options.items() if name != "out"}
+    assert names(cuflash.plan(*inputs, enable_gqa=True, **planned)) == [NAME]
+    return on.check(*inputs, backward=False, enable_gqa=True, **options)
+
+
+def names(plan: cuflash.Plan) -> list[str]:
+    return [kernel.name for kernel in plan.kernels]
+
+
+# --- Right --------------------------------------------------------------------------------------------------------------------------------
+
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"is_causal": True},
+    "bottom_right": {"is_causal": True, "causal_alignment": "bottom_right"},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("lengths", [(200, 300), (300, 130), (1, 1), (193, 65)], ids=str)
+@pytest.mark.parametrize("case", [("bfloat16", 64), ("float16", 128)], ids=str)
+def test_lengths_and_grouped_heads(hopper: Target, case: tuple[str, int], lengths: tuple[int, int], mask: str) -> None:
+    """Ends that no tile divides, warpgroups without queries, keys that no query sees, queries that see no key."""
+    dtype, head_dim = case
+    checked(hopper, *inputs_of(hopper, lengths, head_dim, heads=(2, 1), dtype=dtype), **MASKS[mask])
+
+
+@pytest.mark.parametrize("case", [("bfloat16", 64), ("float16", 128)], ids=str)
+def test_batches_that_share_keys(hopper: Target, case: tuple[str, int]) -> None:
+    """Batch and heads of keys have one place in the map."""
+    dtype, head_dim = case
+    checked(hopper, *inputs_of(hopper, (70, 90), head_dim, heads=(4, 1), batches=(2, 1), dtype=dtype), is_causal=True)
+
+
+def test_keys_and_values_that_are_broadcast_by_stride(hopper: Target) -> None:
+    query, key, value = inputs_of(hopper, (70, 90), heads=(2, 1), batches=(2, 1))
+    if not hopper.is_gpu:
+        key, value = (numpy.broadcast_to(x, (2, 90, 2, 64)) for x in (key, value))
+    checked(hopper, query, key, value)
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("case", [("bfloat16", 8), ("float16", 40), ("bfloat16", 96), ("float16", 192), ("bfloat16", 256)], ids=str)
+def test_head_dims(hopper: Target, case: tuple[str, int]) -> None:
+    """Of which slabs of 64 columns hold more than there is, and of which registers allow two warpgroups only."""
+    dtype, head_dim = case
+    checked(hopper, *inputs_of(hopper, (70, 190), head_dim, dtype=dtype), is_causal=True, causal_alignment="bottom_right")
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("dims", [(192, 128), (24, 200)], ids=str)
+def test_value_with_a_head_dim_of_its_own(hopper: Target, dims: tuple[int, int]) -> None:
+    """Also a wider one, which passes through the memory of Q in pieces."""
+    query, key, _ = inputs_of(hopper, (70, 90), dims[0])
+    checked(hopper, query, key, inputs_of(hopper, (70, 90), dims[1])[2])
+
+
+SLOPES, SINKS = numpy.array([0.3, 0.02], "float32"), numpy.array([1.5, -3.0], "float32")
+FEATURES: dict[str, dict[str, Any]] = {
+    "window": {"window": (40, 20)},
+    "narrow window": {"window": (9, 0), "tile": {NAME: Tile(192, 16, 12, 2)}},
+    "causal window": {"window": (70, None), "is_causal": True, "causal_alignment": "bottom_right"},
+    "softcap": {"softcap": 3.0, "is_causal": True},
+    "alibi": {"alibi_slopes": SLOPES, "is_causal": True, "causal_alignment": "bottom_right"},
+    "sinks": {"sinks": SINKS, "is_causal": True, "causal_alignment": "bottom_right"},
+    "all": {"window": (60, 30), "softcap": 9.0, "alibi_slopes": SLOPES, "sinks": SINKS},
+}
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("lengths", [(300, 250), (100, 333)], ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features(hopper: Target, feature: str, lengths: tuple[int, int]) -> None:
+    options = {name: hopper.place(x) if isinstance(x, numpy.ndarray) else x for name, x in FEATURES[feature].items()}
+    head_dim, dtype = (128, "float16") if len(feature) % 2 else (64, "bfloat16")
+    checked(hopper, *inputs_of(hopper, lengths, head_dim, heads=(2, 1), dtype=dtype), **options)
+
+
+TILES = {
+    "1 stage": (128, "float16", Tile(128, 48, 8, 1)),
+    "3 stages": (64, "bfloat16", Tile(192, 16, 12, 3)),
+    "many keys": (64, "float16", Tile(128, 240, 8, 2)),
+    "as many as registers hold": (128, "bfloat16", Tile(128, 176, 8, 2)),
+}
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("case", TILES)
+def test_tiles(hopper: Target, case: str) -> None:
+    head_dim, dtype, tile = TILES[case]
+    checked(
+        hopper, *inputs_of(hopper, (150, 500), head_dim, dtype=dtype), is_causal=True, causal_alignment="bottom_right", tile={NAME: tile}
+    )
+
+
+@pytest.mark.parametrize("view", ["contiguous", "transposed", "sliced"])
+def test_strides(hopper: Target, view: str) -> None:
+    """Those that the TMA unit can take; `transposed` and others it cannot go to the other kernel."""
+    inputs = inputs_of(hopper, (70, 90), heads=(2, 2), batches=(2, 2), view=view)
+    assert names(cuflash.plan(*inputs)) == ["forward" if view == "transposed" else NAME]
+    hopper.check(*inputs, backward=False)
+
+
+def test_any_array_takes_the_output(hopper: Target) -> None:
+    """Unaligned rows, elements apart: it is no business of the TMA unit."""
+    inputs = inputs_of(hopper, (70, 90), heads=(2, 2), batches=(2, 2))
+    for view in ("padded_rows", "strided_elements", "reversed_everywhere"):
+        out = hopper.restride(hopper.empty_like(inputs[0]), view)
+        assert Target.bits(checked(hopper, *inputs, out=out).out) == Target.bits(checked(hopper, *inputs).out)
+        assert hopper.surroundings_are_nan(out)
+
+
+def test_other_orders_of_dimensions(hopper: Target) -> None:
+    inputs = inputs_of(hopper, (70, 90), heads=(2, 2), batches=(2, 2))
+    want, want_lse = cuflash.scaled_dot_product_attention(*inputs, return_lse=True)
+    for layout, axes in (("bhsd", (0, 2, 1, 3)), ("sbhd", (1, 0, 2, 3))):
+        moved = [x.transpose(axes).copy() for x in inputs]
+        out, lse = cuflash.scaled_dot_product_attention(*moved, layout=layout, return_lse=True)
+        assert Target.bits(out.transpose(numpy.argsort(axes).tolist())) == Target.bits(want)
+        assert Target.bits(lse) == Target.bits(want_lse)
+
+
+@pytest.mark.parametrize("case", [("bfloat16", 64, 1e6), ("float16", 128, 200.0), ("bfloat16", 64, 1e-6)], ids=str)
+def test_extreme_scores(hopper: Target, case: tuple[str, int, float]) -> None:
+    """Up to 10^13, where the last place of a maximum matters in an exponent; rows of one warp next to rows of ordinary scores."""
+    dtype, head_dim, size = case
+    query, key, value = inputs_of(HOST, (100, 150), head_dim, dtype=dtype)
+    query[:, ::3] *= numpy.asarray(size, query.dtype)
+    key *= numpy.asarray(size, key.dtype)
+    inputs = map(hopper.place, (query, key, value))
+    assert numpy.isfinite(hopper.host(checked(hopper, *inputs, is_causal=True).lse)).all()
+
+
+def test_one_key_outweighs_all_others(hopper: Target) -> None:
+    """What many small probabilities add up to is not lost beside it."""
+    query, key, value = inputs_of(HOST, (64, 1000))
+    query[...], key[:, 1:], key[:, 0] = 1, 0, 2
+    checked(hopper, *map(hopper.place, (query, key, value)))
+
+
+@pytest.mark.parametrize("case", [("bfloat16", 64), ("float16", 128)], ids=str)
+def test_probabilities_that_are_powers_of_two_add_up_exactly(hopper: Target, case: tuple[str, int]) -> None:
+    """A compiler that puts something else into registers of P while a product still reads them loses some of them."""
+    query, key, value = inputs_of(HOST, (200, 1000), case[1], dtype=case[0])
+    query[...], key[...], value[...] = 0, 0, 1
+    query[..., 0] = 1
+    key[..., 0] = -(numpy.arange(1000) * 7 % 9)[None, :, None]
+    out = cuflash.scaled_dot_product_attention(*map(hopper.place, (query, key, value)), scale=math.log(2))
+    assert (hopper.host(out) == 1).all()
+
+
+def test_scales(hopper: Target) -> None:
+    inputs = inputs_of(hopper, (70, 90))
+    for scale in (1.0, 1e-30):
+        checked(hopper, *inputs, scale=scale)
+
+
+def test_lse_is_left_out(hopper: Target) -> None:
+    inputs = inputs_of(hopper, (70, 90))
+    out = cuflash.scaled_dot_product_attention(*inputs)
+    assert Target.bits(out) == Target.bits(cuflash.scaled_dot_product_attention(*inputs, return_lse=True)[0])
+
+
+def test_keys_beyond_the_end_are_not_read(hopper: Target) -> None:
+    """NaN behind the last key, and behind the last query."""
+    inputs = inputs_of(hopper, (70, 90), view="sliced")
+    assert numpy.isfinite(hopper.host(checked(hopper, *inputs).out)).all()
+
+
+# --- The same bits ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [("bfloat16", 64, 2, "causal"), ("float16", 128, 1, "bottom_right"), ("float16", 64, 3, "full")], ids=str)
+def test_every_schedule_gives_the_same_bits(case: tuple[str, int, int, str], request: pytest.FixtureRequest) -> None:
+    """With warpgroups that stop at different tiles. Only a schedule finds a wait that never ends."""
+    dtype, head_dim, stages, mask = case
+    seeds = range(100 if request.config.getoption("--exhaustive") else 12)
+    inputs = inputs_of(Target("sm_90"), (200, 230), head_dim, heads=(2, 1), dtype=dtype)
+    tile = {NAME: Tile(192, 16, 12, stages)}
+    options = {"enable_gqa": True, "return_lse": True, "tile": tile, **MASKS[mask]}
+    report = check(functools.partial(cuflash.scaled_dot_product_attention, *inputs, **options), seeds=seeds)
+    assert report.kernels == (NAME,)
+    assert len(report.runs) == 2 + len(seeds)
+
+
+# --- Chosen -------------------------------------------------------------------------------------------------------------------------------
+
+
+def plan_of(head_dim: int = 64, dtype: str = "float16", head_dim_v: int = 0, view: str = "contiguous", **options: Any) -> cuflash.Plan:
+    on = Target("sm_90")
+    x = on.random((2, 500, 4, head_dim), dtype, 1, view)
+    value = on.random((2, 500, 4, head_dim_v), dtype, 1) if head_dim_v else x
+    return cuflash.plan(x, x, value, **options)
+
+
+def test_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it has run on a GPU."""
+    plan = plan_of()
+    assert names(plan) == [NAME]
+    assert "choice     forward_wgmma.cu, as asked for; it has not run on a GPU yet" in str(plan)
+    monkeypatch.delenv(wgmma_forward.VARIABLE)
+    plan = plan_of()
+    assert names(plan) == ["forward"]
+    assert f'ask for it by tile={{"{NAME}": ...}} or {wgmma_forward.VARIABLE}=1' in str(plan)
+    assert str(plan).isascii()
+    assert names(plan_of(tile={NAME: SHORT})) == [NAME]
+
+
+def test_a_mapping_pins_either_kernel() -> None:
+    assert names(plan_of(tile={"forward": Tile(64, 64, 4, 2)})) == ["forward"]
+    assert names(plan_of(tile={NAME: SHORT})) == [NAME]
+    with pytest.raises(TileError, match="kernels that run: forward_wgmma"):
+        plan_of(tile={NAME: SHORT, "forward": Tile(64, 64, 4, 2)})
+    with pytest.raises(TileError, match="num_warps must be 8 or 12"):
+        plan_of(tile={NAME: Tile(64, 64, 4, 2)})
+    with pytest.raises(TileError, match="registers: at least 164 per thread needed, 160 available with 12 warps"):
+        plan_of(128, tile={NAME: Tile(192, 96, 12, 2)})
+
+
+def test_a_single_tile_is_for_whichever_takes_it() -> None:
+    assert names(plan_of(tile=SHORT)) == [NAME]
+    assert names(plan_of(tile=Tile(64, 64, 4, 2))) == ["forward"]
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "float32": ({"dtype": "float32"}, "it takes 16-bit types, and this is float32"),
+    "head_dim": ({"head_dim": 100}, "it takes multiples of 8 up to 256 for head_dim, and this is 100"),
+    "head_dim_v": ({"head_dim_v": 264}, "it takes multiples of 8 up to 256 for head_dim, and this is 64/264"),
+    "mask": ({"attn_mask": numpy.ones((500, 500), bool)}, "it knows no attn_mask"),
+    "dropout": ({"dropout_p": 0.5, "dropout_seed": 1}, "it knows no dropout"),
+    "lengths": ({"seqlens_kv": numpy.array([500, 3], "int32")}, "it knows no lengths that are read on the device"),
+    "scale": ({"scale": -0.5}, "it takes positive scales, and this one is -0.5"),
+    "no scale": ({"scale": 0.0}, "it takes positive scales, and this one is 0"),
+    "elements apart": ({"view": "strided_elements"}, "the TMA unit cannot copy query, whose head_dim has a stride of 3"),
+    "rows apart": ({"view": "padded_rows"}, "the TMA unit cannot copy query, whose rows lie 520 bytes apart, no multiple of 16 from 0 to 2^40"),
+    "backwards": ({"view": "reversed_rows"}, "the TMA unit cannot copy query, whose rows lie -512 bytes apart, no multiple of 16 from 0 to 2^40"),
+    "unaligned": ({"view": "unaligned_base"}, "the TMA unit copies what starts on 16 bytes, and one of query, key and value does not"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_the_plan_says_why_it_is_not_taken(case: str) -> None:
+    options, reason = OTHERS[case]
+    plan = plan_of(**options)
+    assert names(plan)[-1] == "forward"
+    assert f"choice     forward_mma.cu, not forward_wgmma.cu: {reason}" in str(plan)
+    with pytest.raises(TileError, match=r"kernels that run: forward \(") as caught:
+        plan_of(**options, tile={NAME: SHORT})
+    assert reason in str(caught.value)
+
+
+def test_rows_that_are_all_one_have_no_map() -> None:
+    x = numpy.broadcast_to(Target("sm_90").random((2, 1, 4, 64), "float16", 1), (2, 500, 4, 64))
+    assert "query, whose rows are all one" in cuflash.plan(x, x, x).choice
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
+def test_other_architectures_have_no_choice(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", arch)
+    plan = plan_of()
+    assert (names(plan), plan.choice) == (["forward"], "")
+    assert cuflash.legal_tiles(64, kernel=NAME, arch=arch) == ()
+
+
+def test_without_keys_there_is_nothing_to_copy() -> None:
+    query, key = numpy.zeros((1, 5, 2, 64), "float16"), numpy.zeros((1, 0, 2, 64), "float16")
+    plan = cuflash.plan(query, key, key, sinks=SINKS)
+    assert (names(plan), plan.choice.rpartition(": ")[2]) == (["forward"], "there are no keys to copy")
+
+
+@pytest.mark.parametrize(("head_dim", "tile"), [(8, (192, 128, 12, 2)), (72, (192, 80, 12, 2)), (136, (128, 80, 8, 2))])
+def test_other_head_dims_take_the_tile_of_a_larger_one(head_dim: int, tile: tuple[int, int, int, int]) -> None:
+    on = device.of_arch("sm_90", "gpu")
+    assert tile_choice.default_tile(KernelCase(FORWARD_WGMMA, "float16", head_dim), on) == Tile(*tile)
+    softcap = KernelCase(FORWARD_WGMMA, "float16", 64, features=cuflash.FeatureSet(softcap=True))
+    assert tile_choice.default_tile(softcap, on) == Tile(192, 96, 12, 2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_legal_tiles_fit_the_registers_that_warps_hand_each_other(head_dim: int) -> None:
+    on = device.of_arch("sm_90", "gpu")
+    legal = tile_choice.legal_tiles_for(KernelCase(FORWARD_WGMMA, "float16", head_dim), on)
+    assert legal[0] == Tile(*measured_tiles.TILES["sm_90", NAME, head_dim])
+    assert {tile.num_warps for tile in legal} == {8, 12}
+    for tile in legal:
+        assert tile.tile_q == 16 * tile.num_warps
+        assert head_dim // 2 + 3 * tile.tile_kv // 4 + 28 <= (240 if tile.num_warps == 8 else 160)
+    (kernel,) = plan_of(head_dim).kernels
+    assert (kernel.num_threads, kernel.num_blocks) == (512, 2 * 4 * 3)
+    assert re.search(r"forward_wgmma: forward_wgmma.cu, .* 24 blocks of 512 threads", str(plan_of(head_dim)))

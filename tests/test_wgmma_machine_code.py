@@ -1,0 +1,147 @@
+"""The machine code of the wgmma forward kernel: nothing spills, nothing is serialised, and products in flight have their registers to themselves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from test_kernels_compile import is_quick, named
+
+from cuflash.cli.inspection import Report, inspect_kernels
+from cuflash.hardware import device
+from cuflash.jit import cache
+from cuflash.planning import tile_choice
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_specs import FORWARD_WGMMA
+from cuflash.planning.offline import offline_kernels
+from cuflash.problem.features import NO_FEATURES, FeatureSet
+from cuflash.problem.tile import Tile
+from cuflash.timing import sass
+from cuflash.timing.control_flow import find_loops
+from cuflash.timing.sass import Function, Instruction
+
+pytest.importorskip("cupy")
+
+ON = device.of_arch("sm_90", "gpu")
+CASES = pytest.mark.parametrize(
+    ("dtype", "head_dim", "is_causal"), [("float16", 64, True), ("bfloat16", 64, False), ("float16", 128, False), ("bfloat16", 128, True)]
+)
+
+
+def default_tile(dtype: str, head_dim: int) -> Tile:
+    return tile_choice.default_tile(KernelCase(FORWARD_WGMMA, dtype, head_dim), ON)
+
+
+def report_of(
+    dtype: str, head_dim: int, is_causal: bool, tile: Tile | None = None, features: FeatureSet = NO_FEATURES, head_dim_v: int = 0
+) -> Report:
+    case = KernelCase(FORWARD_WGMMA, dtype, head_dim, head_dim_v=head_dim_v, features=features)
+    kernels = offline_kernels(
+        ON, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v or None, is_causal=is_causal, backward=False, features=features,
+        tile={"forward_wgmma": tile or tile_choice.default_tile(case, ON)},
+    )  # fmt: skip
+    (report,) = inspect_kernels((ON, kernel) for kernel in kernels)
+    return report
+
+
+def code_of(report: Report) -> Function:
+    pytest.importorskip("nvidia.cu13")  # nvdisasm
+    return sass.read_functions(cache.fetch(report.subject.request).data)["forward_wgmma"]
+
+
+def loops_of(function: Function) -> list[Function]:
+    """The code of loops, without branches from behind the end back to a wait that was in vain."""
+    loops = [function[loop.head : loop.last + 1] for loop in find_loops(function)]
+    return [loop for loop in loops if not any(i.base == "EXIT" for i in loop)]
+
+
+def assert_as_meant(report: Report) -> None:
+    resources = report.resources
+    assert (resources.spill_store_bytes, resources.spill_load_bytes, resources.stack_bytes) == (0, 0, 0), named(report)
+    assert report.warnings == (), named(report)  # C7510 to C7519 among them
+    assert resources.static_shared_bytes == 0
+    assert report.occupancy.blocks == 1
+
+
+@pytest.mark.sample(3)
+@CASES
+def test_no_spills_no_serialised_products_and_quick(dtype: str, head_dim: int, is_causal: bool) -> None:
+    report = report_of(dtype, head_dim, is_causal)
+    assert_as_meant(report)
+    assert is_quick(report), f"{named(report)}: {report.seconds:.2f} seconds"
+
+
+ALL = FeatureSet(window=True, softcap=True, alibi=True, sinks=True)
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "features"),
+    [(256, 0, NO_FEATURES), (256, 0, FeatureSet(window=True)), (64, 0, ALL), (128, 0, ALL), (96, 0, FeatureSet(alibi=True)), (192, 128, FeatureSet(softcap=True))],
+    ids=str,
+)  # fmt: skip
+def test_other_head_dims_and_features_fit_the_registers(head_dim: int, head_dim_v: int, features: FeatureSet) -> None:
+    report = report_of("float16", head_dim, True, features=features, head_dim_v=head_dim_v)
+    assert_as_meant(report)
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("num_warps", [8, 12])
+def test_the_longest_tiles_fit_the_registers(num_warps: int, head_dim: int) -> None:
+    """Those that the rules allow, of which there is none longer by 16 keys."""
+    legal = tile_choice.legal_tiles_for(KernelCase(FORWARD_WGMMA, "bfloat16", head_dim), ON)
+    tile = max((tile for tile in legal if tile.num_warps == num_warps), key=lambda tile: (tile.tile_kv, tile.num_stages))
+    assert_as_meant(report_of("bfloat16", head_dim, True, tile))
+
+
+@pytest.mark.sample(3)
+@CASES
+def test_hot_loops(dtype: str, head_dim: int, is_causal: bool) -> None:
+    """Products of both kinds, copies of boxes, and nobody touches the registers of products in flight.
+
+    Some assemblers put other things into the registers of an A that a product still reads (those of CUDA 12.8 and 12.9 are said to).
+    """
+    report = report_of(dtype, head_dim, is_causal)
+    function, tile = code_of(report), default_tile(dtype, head_dim)
+    kind = "F32" if dtype == "float16" else "F32.BF16"
+    scores, outputs = f"HGMMA.64x{tile.tile_kv}x16.{kind}", f"HGMMA.64x{head_dim}x16.{kind}"
+    loops = loops_of(function)
+    hot = [loop for loop in loops if {scores, outputs} <= {i.opcode for i in loop}]
+    assert len(hot) == 2, "tiles that all rows see, and the others"
+    for loop in hot:
+        opcodes = [i.opcode for i in loop]
+        assert opcodes.count(scores) == head_dim // 16 + (tile.tile_kv // 16 if scores == outputs else 0)
+        assert opcodes.count(outputs) == tile.tile_kv // 16 + (head_dim // 16 if scores == outputs else 0)
+        assert opcodes.count("WARPGROUP.DEPBAR.LE") == 2
+        assert sum(i.base == "MUFU" for i in loop) == tile.tile_kv // 2 + 2
+        assert not {"LDL", "STL", "LDS", "STS", "LDG", "STG"} & {i.base for i in loop}
+        busy_registers = [(instruction, busy) for instruction, busy in in_flight(loop) if busy]
+        assert busy_registers
+        assert [instruction for instruction, busy in busy_registers if registers_of(instruction) & busy] == []
+    assert sum(i.base == "UTMALDG" for loop in loops for i in loop) >= 2 * head_dim // 64
+
+
+def registers_of(instruction: Instruction) -> set[int]:
+    wide = 4 if ".128" in instruction.opcode else 2 if ".64" in instruction.opcode else 1
+    return {int(number) + i for number in re.findall(r"\bR(\d+)\b", instruction.operands) for i in range(wide)}
+
+
+def in_flight(code: Function) -> Iterator[tuple[Instruction, set[int]]]:
+    """Every instruction but products, from top to bottom, with the registers of D and A that products behind it may still use."""
+    groups: list[set[int]] = [set()]
+    for instruction in code:
+        if instruction.base == "HGMMA":
+            rows, columns = map(int, re.findall(r"\d+", instruction.opcode)[:2])
+            operands = [int(operand[1:]) for operand in re.findall(r"\bR\d+\b", instruction.operands)]
+            groups[-1] |= set(range(operands[0], operands[0] + rows * columns // 128))
+            if not instruction.operands.split(", ")[1].startswith("gdesc"):
+                groups[-1] |= set(range(operands[1], operands[1] + 4))
+            if "gsb0" in instruction.operands:
+                groups.append(set())
+            continue
+        if instruction.opcode == "WARPGROUP.DEPBAR.LE":
+            pending = int(instruction.operands.split(", ")[1], 16)
+            groups = groups[-1 - pending :]
+        yield instruction, set().union(*groups)
