@@ -139,7 +139,10 @@ def _find(direction: str, operands: Operands, options: Options) -> tuple[Hashabl
         kind = signature(operand)
         if kind is None:
             return None, None, addresses
-        address = addresses[name] = pointer(operand)
+        try:
+            address = addresses[name] = pointer(operand)
+        except DTypeError:  # no memory, which `borrow` says more about
+            return None, None, addresses
         seen += (kind, address & 15)
     key, call = kept(seen)
     return key, call, addresses

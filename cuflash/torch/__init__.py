@@ -7,8 +7,14 @@ Nothing of cuflash imports this package or torch: whoever imports `cuflash.torch
 | `attention.py`, `merging.py` | the public calls: signatures and docstrings |
 | `inputs.py` | what torch's users pass, brought into the form that cuflash takes |
 | `functions.py` | eager calls: autograd functions straight over cuflash's calls, with no operator in between |
+| `forward_mode.py` | forward-mode derivatives, by calls of the two passes |
 | `operators.py` | the same calls as registered operators, for tracing and for modes that look at operators |
+| `nested.py` | jagged nested tensors as packed sequences |
+| `ring.py`, `shards.py` | attention over a sequence whose parts lie on several ranks |
+| `registry.py` | cuflash in torch's registry of flash kernels |
 | `switch.py` | cuflash in the place of `torch.nn.functional.scaled_dot_product_attention` |
+| `modules.py` | torch's `MultiheadAttention` and `TransformerEncoderLayer` on cuflash |
+| `transformers.py` | cuflash as an attention of transformers |
 """
 
 from __future__ import annotations
@@ -20,8 +26,30 @@ try:
 except ImportError as error:
     raise SetupError("cuflash.torch needs torch: pip install torch.") from error
 
+from cuflash.torch import registry
 from cuflash.torch.attention import scaled_dot_product_attention, varlen_attention
 from cuflash.torch.merging import merge_attention
+from cuflash.torch.modules import MultiheadAttention, TransformerEncoderLayer
+from cuflash.torch.ring import ring_attention
+from cuflash.torch.shards import gather_sequence, shard_sequence
 from cuflash.torch.switch import Report, disable, enable, report, use
+from cuflash.torch.transformers import register_transformers
 
-__all__ = ["Report", "disable", "enable", "merge_attention", "report", "scaled_dot_product_attention", "use", "varlen_attention"]
+registry.register()
+
+__all__ = [
+    "MultiheadAttention",
+    "Report",
+    "TransformerEncoderLayer",
+    "disable",
+    "enable",
+    "gather_sequence",
+    "merge_attention",
+    "register_transformers",
+    "report",
+    "ring_attention",
+    "scaled_dot_product_attention",
+    "shard_sequence",
+    "use",
+    "varlen_attention",
+]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nested._internal.nested_tensor import NestedTensor
 from torch.nn.attention.bias import CausalBias
 
 from cuflash import attention as core
 from cuflash.problem.other_names import explains_keywords
-from cuflash.torch import functions, inputs, operators
+from cuflash.torch import functions, inputs, nested, operators
 from cuflash.torch.functions import Call
 from cuflash.torch.inputs import number
 
@@ -28,6 +29,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     layout: str = "bhsd",
+    attn_bias: Any = None,
     causal_alignment: str = "top_left",
     return_lse: bool = False,
     tile: Any = None,
@@ -50,9 +52,11 @@ def scaled_dot_product_attention(
     Args:
         query: `(batch, num_heads_q, seqlen_q, head_dim)`; float16, bfloat16 or float32; any strides, nothing is copied. As in torch's function, two dimensions
             are one sequence, of three the first are heads, and of more than four the first ones are batches that are broadcast. A batch or heads of 1 are
-            broadcast to those of key and value.
+            broadcast to those of key and value. Jagged nested tensors are taken too, all three then.
         key, value: `(batch, num_heads_kv, seqlen_kv, head_dim)`; value may have a head_dim of its own. A batch or heads of 1 are broadcast.
         attn_mask: boolean (True: attend) or additive, broadcast; or a `torch.nn.attention.bias.CausalBias`, which stands for is_causal and causal_alignment.
+        attn_bias: additive, beside a boolean attn_mask that hides keys of a row of the batch from all its queries and heads, `(batch, 1, 1, seqlen_kv)`: each is
+            broadcast for itself. Alone it is an additive attn_mask.
         dropout_p: applied whenever it is passed, as in torch's function: pass 0.0 in evaluation.
         layout: the order of dimensions where it is not torch's, of which there are four then.
         return_lse: return `(out, lse)`; lse is float32 `(batch, num_heads_q, seqlen_q)`, differentiable like out.
@@ -69,6 +73,13 @@ def scaled_dot_product_attention(
     Raises:
         As `cuflash.scaled_dot_product_attention`; a second derivative raises UnsupportedError.
     """
+    if type(query) is NestedTensor:
+        return nested.attention(varlen_attention, query, key, value, {
+            "attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa, "layout": layout,
+            "attn_bias": attn_bias, "causal_alignment": causal_alignment, "return_lse": return_lse, "tile": tile, "deterministic": deterministic,
+            "allow_tf32": allow_tf32, "seqlens_kv": seqlens_kv, "dropout_seed": dropout_seed, "window": window, "softcap": softcap,
+            "alibi_slopes": alibi_slopes, "sinks": sinks, "segment_ids_q": segment_ids_q, "segment_ids_kv": segment_ids_kv, "prefix_lengths": prefix_lengths,
+        })  # fmt: skip
     if type(attn_mask) is CausalBias:
         attn_mask, is_causal, causal_alignment = inputs.from_causal_bias(attn_mask, is_causal, query, key, layout)
     given = (
@@ -76,9 +87,14 @@ def scaled_dot_product_attention(
         dropout_seed if isinstance(dropout_seed, torch.Tensor) else None,
     )  # fmt: skip
     plain = inputs.check_tensors(given)
+    if attn_bias is not None:
+        inputs.check_tensor("attn_bias", attn_bias)
     restore = None
     if layout == "bhsd":
-        query, key, value, attn_mask, restore = inputs.four_dimensions(query, key, value, attn_mask)
+        query, key, value, (attn_mask, attn_bias), restore = inputs.four_dimensions(query, key, value, attn_mask, attn_bias)
+    if attn_bias is not None:
+        seqlen_q = query.shape[layout.index("s")]
+        attn_mask, segment_ids_q, segment_ids_kv = inputs.mask_beside_bias(attn_mask, attn_bias, seqlen_q, segment_ids_q, segment_ids_kv)
     query, key, value = inputs.autocast(query, key, value)
     options = {
         "dropout_p": number(dropout_p), "is_causal": is_causal, "scale": number(scale), "enable_gqa": enable_gqa, "layout": layout, "batch_first": True,

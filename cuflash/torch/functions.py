@@ -18,6 +18,7 @@ from cuflash.problem.operands import Operands
 from cuflash.problem.options import Options
 from cuflash.runtime import calls
 from cuflash.runtime.prepared import Gradients
+from cuflash.torch import forward_mode
 from cuflash.torch.inputs import TENSORS
 
 _COUNT = len(TENSORS)
@@ -61,6 +62,10 @@ class Call:
         *others, state = tensors
         return Operands._make(_OPERANDS_OF((*others, self.seed if state is None else state, None)))
 
+    def replaced(self, **options: Any) -> Call:
+        """The same call with other options."""
+        return Call(self.packed, {**self.options, **options}, self.seed)
+
     @property
     def dropout_p(self) -> float:
         return float(self.options["dropout_p"])
@@ -82,14 +87,6 @@ def _is_recorded(query: Any, key: Any, value: Any, attn_mask: Any, sinks: Any) -
     return inputs or (attn_mask is not None and attn_mask.requires_grad) or (sinks is not None and sinks.requires_grad)
 
 
-def no_forward_mode(function: str) -> UnsupportedError:
-    """What a tensor with a tangent is answered with, which would silently lose it."""
-    hint = (
-        "Use torch.func.vjp or autograd; or, for small shapes, torch's own attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-    )
-    return UnsupportedError(function, "a forward-mode derivative of it", "reverse-mode derivatives", hint)
-
-
 class Attention(torch.autograd.Function):  # type: ignore[misc]
     """(out, lse) of a call, differentiable in query, key, value, an additive attn_mask and sinks."""
 
@@ -100,6 +97,8 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def setup_context(ctx: Any, inputs: Tensors, output: tuple[Any, Any]) -> None:
         ctx.save_for_backward(*inputs[:_COUNT], *output)
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            ctx.save_for_forward(*inputs[:_COUNT], *output)
         ctx.call = inputs[_COUNT]
         ctx.set_materialize_grads(False)
 
@@ -114,8 +113,9 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
         return (*grads, *(None,) * (_COUNT - 4))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise no_forward_mode("attention")
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, Any]:
+        *tensors, out, lse = ctx.saved_tensors
+        return forward_mode.derivative(_results, _input_gradients, ctx.call, tuple(tensors), tangents[:_COUNT], out, lse)
 
     @staticmethod
     def vmap(info: Any, in_dims: Tensors, *arguments: Any) -> tuple[Any, Any]:
@@ -126,6 +126,16 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
             return _unfolded(results, info.batch_size)
         each = [Attention.apply(*_sample(tensors, dims, i), call) for i in range(info.batch_size)]
         return _stacked(each)
+
+
+def _results(call: Call, tensors: Tensors) -> tuple[Any, Any]:
+    out, lse = Attention.apply(*tensors, call)
+    return out, lse
+
+
+def _input_gradients(call: Call, tensors: Tensors, out: Any, lse: Any, grad_out: Any) -> Tensors:
+    grads: Tensors = AttentionBackward.apply(grad_out, None, *tensors, out, lse, call, False)
+    return grads
 
 
 # Without transforms of torch.func, `Attention.apply` does no more than this, after it has spent longer on the signature of `forward` than the call takes.

@@ -43,23 +43,24 @@ def check_tensors(tensors: tuple[Any, ...]) -> bool:
     if all([type(tensor) in _PLAIN for tensor in tensors]):  # noqa: C419  # a list is quicker, and traced by every version of Dynamo
         return True
     for name, tensor in zip(TENSORS, tensors, strict=True):
-        kind = type(tensor)
-        if kind in _PLAIN or isinstance(tensor, TRACED):
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise DTypeError(
-                name, describe(tensor), "a torch tensor", f"Convert it: torch.as_tensor({name}), or call cuflash's own functions."
-            )
-        if tensor.is_nested:
-            hint = f"Pad it, {name}.to_padded_tensor(0.0), with seqlens_kv; or call varlen_attention with {name}.values() and {name}.offsets()."
-            raise DTypeError(name, "a nested tensor", "a dense tensor", hint)
-        if not _computes_as_usual(kind):
-            got = f"a tensor of the subclass {kind.__module__}.{kind.__qualname__}"
-            hint = (
-                f"Its operators are its own, so that its memory need not hold its values: pass {name}.as_subclass(torch.Tensor) if it does."
-            )
-            raise DTypeError(name, got, "a plain torch tensor", hint)
+        check_tensor(name, tensor)
     return False
+
+
+def check_tensor(name: str, tensor: Any) -> None:
+    """As `check_tensors`, of one that may be None."""
+    kind = type(tensor)
+    if kind in _PLAIN or isinstance(tensor, TRACED):
+        return
+    if not isinstance(tensor, torch.Tensor):
+        raise DTypeError(name, describe(tensor), "a torch tensor", f"Convert it: torch.as_tensor({name}), or call cuflash's own functions.")
+    if tensor.is_nested:
+        hint = f"Pad it, {name}.to_padded_tensor(0.0), with seqlens_kv; or call varlen_attention with {name}.values() and {name}.offsets()."
+        raise DTypeError(name, "a nested tensor", "a dense tensor", hint)
+    if not _computes_as_usual(kind):
+        got = f"a tensor of the subclass {kind.__module__}.{kind.__qualname__}"
+        hint = f"Its operators are its own, so that its memory need not hold its values: pass {name}.as_subclass(torch.Tensor) if it does."
+        raise DTypeError(name, got, "a plain torch tensor", hint)
 
 
 def _computes_as_usual(kind: type) -> bool:
@@ -84,6 +85,36 @@ def from_causal_bias(bias: Any, is_causal: Any, query: Any, key: Any, layout: st
         got = f"a CausalBias for {bias.seq_len_q} queries and {bias.seq_len_kv} keys"
         raise ShapeError("attn_mask", got, f"one for {found[0]} and {found[1]}", "Make it of the lengths of query and key.")
     return None, True, "top_left" if bias.variant == CausalVariant.UPPER_LEFT else "bottom_right"
+
+
+def mask_beside_bias(attn_mask: Any, attn_bias: Any, seqlen_q: int, ids_q: Any, ids_kv: Any) -> tuple[Any, Any, Any]:
+    """A boolean attn_mask and an additive attn_bias as what kernels take: one additive mask, and segment ids for keys that the boolean one hides.
+
+    The two are broadcast apart: kernels have one mask, so that the boolean one has to say which keys of a sequence there are, the same for all queries and heads.
+
+    Returns:
+        attn_mask, segment_ids_q and segment_ids_kv.
+    """
+    if attn_bias.dtype == torch.bool:
+        raise DTypeError(
+            "attn_bias", "a boolean tensor", "one that is added to the scores", "Pass what says which pairs attend as attn_mask."
+        )
+    if attn_mask is None:
+        return attn_bias, ids_q, ids_kv
+    if attn_mask.dtype != torch.bool:
+        hint = "Add the two: attn_bias=attn_bias + attn_mask."
+        raise UnsupportedError("attn_mask", f"a tensor of {attn_mask.dtype} beside attn_bias", "a boolean one", hint)
+    if ids_q is not None or ids_kv is not None:
+        hint = "Put both into one: attn_mask=torch.where(attn_mask, attn_bias, -torch.inf)."
+        raise UnsupportedError("attn_mask", "a boolean mask beside attn_bias and segment ids", "two of the three", hint)
+    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    for axis in (1, 2):
+        if mask.shape[axis] != 1 and mask.stride(axis) != 0:
+            got = f"a boolean mask of shape {tuple(attn_mask.shape)} beside attn_bias"
+            hint = "Causal masks and windows have arguments of their own; else put both into one: attn_bias=torch.where(attn_mask, attn_bias, -torch.inf)."
+            raise UnsupportedError("attn_mask", got, "(batch, 1, 1, seqlen_kv), the same keys for all queries and heads", hint)
+    ids_kv = mask[:, 0, 0].to(torch.int32)
+    return attn_bias, ids_kv.new_ones(1, seqlen_q), ids_kv
 
 
 def number(x: Any) -> Any:
@@ -147,19 +178,19 @@ def dropout_source(dropout_p: Any, given: Any, device: Any) -> tuple[Any, Any]:
 Restore = Callable[[Any], Any]
 
 
-def four_dimensions(query: Any, key: Any, value: Any, attn_mask: Any) -> tuple[Any, Any, Any, Any, Restore | None]:
+def four_dimensions(query: Any, key: Any, value: Any, *masks: Any) -> tuple[Any, Any, Any, tuple[Any, ...], Restore | None]:
     """Torch's (…, heads, seqlen, head_dim) as (batch, heads, seqlen, head_dim), with query broadcast over batch and heads of the keys.
 
     Two dimensions are one sequence of one head; of three, the first are heads, since masks of three dimensions fit these. Of more than four, the first ones
     are broadcast to each other and become one, which copies those that cannot be viewed so.
 
     Returns:
-        the four tensors, and what brings out, or lse, into the caller's shape; None where that is theirs.
+        query, key, value, the masks, and what brings out, or lse, into the caller's shape; None where that is theirs.
     """
     if query.dim() == 4 and key.dim() == 4 and value.dim() == 4:
-        return _broadcast_query(query, key, value), key, value, attn_mask, None
-    query, key, value, attn_mask, restore = _of_other_ranks(query, key, value, attn_mask)
-    return _broadcast_query(query, key, value), key, value, attn_mask, restore
+        return _broadcast_query(query, key, value), key, value, masks, None
+    query, key, value, masks, restore = _of_other_ranks(query, key, value, masks)
+    return _broadcast_query(query, key, value), key, value, masks, restore
 
 
 def _broadcast_query(query: Any, key: Any, value: Any) -> Any:
@@ -172,7 +203,7 @@ def _broadcast_query(query: Any, key: Any, value: Any) -> Any:
     return query if wanted == (batch, heads) else query.expand(*wanted, -1, -1)
 
 
-def _of_other_ranks(query: Any, key: Any, value: Any, attn_mask: Any) -> tuple[Any, Any, Any, Any, Restore]:
+def _of_other_ranks(query: Any, key: Any, value: Any, masks: tuple[Any, ...]) -> tuple[Any, Any, Any, tuple[Any, ...], Restore]:
     """As `four_dimensions`, where not all have four."""
     ranks = (query.dim(), key.dim(), value.dim())
     if min(ranks) < 2:
@@ -182,9 +213,8 @@ def _of_other_ranks(query: Any, key: Any, value: Any, attn_mask: Any) -> tuple[A
     query, key, value = (x[(None,) * (4 - x.dim())] if x.dim() < 4 else x for x in (query, key, value))
     if max(ranks) <= 4:
         outer = (0,) * (4 - max(ranks))
-        return query, key, value, attn_mask, lambda x: x[outer]
+        return query, key, value, masks, lambda x: x[outer]
     leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     query, key, value = (x.expand(*leading, *x.shape[-3:]).flatten(0, -4) for x in (query, key, value))
-    if attn_mask is not None and attn_mask.dim() > 3:
-        attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, -4)
-    return query, key, value, attn_mask, lambda x: x.unflatten(0, leading)
+    folded = tuple([x if x is None or x.dim() <= 3 else x.expand(*leading, *x.shape[-3:]).flatten(0, -4) for x in masks])
+    return query, key, value, folded, lambda x: x.unflatten(0, leading)

@@ -10,7 +10,6 @@ from torch.autograd import forward_ad
 from cuflash import merging
 from cuflash.errors import UnsupportedError
 from cuflash.torch import operators
-from cuflash.torch.functions import no_forward_mode
 
 
 def merge_attention(outs: Any, lses: Any, *, layout: str = "bhsd") -> tuple[Any, Any]:
@@ -64,7 +63,8 @@ class _Merge(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise no_forward_mode("merge_attention")
+        hint = "Tangents of its parts come from attention itself: call it once over all keys, or use torch.func.vjp."
+        raise UnsupportedError("merge_attention", "a forward-mode derivative of it", "reverse-mode derivatives", hint)
 
 
 class _MergeBackward(torch.autograd.Function):  # type: ignore[misc]

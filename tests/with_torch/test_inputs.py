@@ -69,18 +69,66 @@ def test_unknown_subclasses_are_refused_by_name(device: Any) -> None:
 def test_nested_tensors_and_what_is_no_tensor(device: Any) -> None:
     query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
     nested = torch.nested.nested_tensor(list(query.transpose(1, 2)), layout=torch.jagged)
-    with pytest.raises(DTypeError, match=r"query: got a nested tensor.*varlen_attention"):
-        scaled_dot_product_attention(nested, key, value)
+    with pytest.raises(DTypeError, match=r"key: got a tensor that is not nested beside nested ones"):
+        scaled_dot_product_attention(nested.transpose(1, 2), key, value)
+    with pytest.raises(DTypeError, match=r"key: got a nested tensor.*varlen_attention"):
+        scaled_dot_product_attention(query, nested, value)
     with pytest.raises(DTypeError, match=r"key: got an object of type numpy\.ndarray; expected a torch tensor"):
         scaled_dot_product_attention(query, key.cpu().numpy(), value)
     with pytest.raises(DeviceError, match=r"key: got .* on meta"):
         scaled_dot_product_attention(query, key.to("meta"), value)
 
 
+def test_sparse_tensors_are_refused_by_name(device: Any) -> None:
+    query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
+    with pytest.raises(DTypeError, match=r"query: got a tensor of layout torch.sparse_coo.*query.to_dense\(\)"):
+        scaled_dot_product_attention(query.to_sparse(), key, value)
+    with pytest.raises(DTypeError, match=r"attn_mask: got a tensor of layout torch.sparse_coo"):
+        scaled_dot_product_attention(query, key, value, torch.eye(SEQLEN, device=device).to_sparse())
+
+
 def test_meta_tensors_have_shapes_alone(device: Any) -> None:
     query, key, value = (x.detach().to("meta") for x in leaves(device, *[SHAPE] * 3))
     out, lse = scaled_dot_product_attention(query, key, value, return_lse=True)
     assert (out.is_meta, out.shape, out.stride(), lse.shape, lse.dtype) == (True, query.shape, query.stride(), SHAPE[:3], torch.float32)
+
+
+# --- A boolean mask beside an additive bias ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_a_mask_beside_a_bias(device: Any, is_causal: bool) -> None:
+    """T5: a bias of heads that all rows of the batch share, and keys of each row that are padding; the bias has its gradient, summed over the batch."""
+    *inputs, bias = leaves(device, *[SHAPE] * 3, (1, HEADS, SEQLEN, SEQLEN))
+    mask = (torch.arange(SEQLEN, device=device) < torch.tensor([[SEQLEN], [20]], device=device))[:, None, None, :]
+    want = attention(*inputs, torch.where(mask, bias, float("-inf")), is_causal=is_causal)
+    for given in (mask, mask.expand(-1, -1, SEQLEN, -1)):
+        results = scaled_dot_product_attention(*inputs, given, attn_bias=bias, is_causal=is_causal, return_lse=True)
+        assert_close(results[0], want[0])
+    assert_same_gradients(results, want, [*inputs, bias])
+
+
+def test_a_bias_alone_is_an_additive_mask(device: Any) -> None:
+    *inputs, bias = leaves(device, (48, 32), (40, 32), (40, 32), (48, 40))
+    assert torch.equal(scaled_dot_product_attention(*inputs, attn_bias=bias), scaled_dot_product_attention(*inputs, bias))
+    mask = torch.arange(40, device=device) < 30
+    got = scaled_dot_product_attention(*inputs, mask, attn_bias=bias)
+    assert_close(got, attention(*inputs, torch.where(mask, bias, float("-inf")))[0])
+
+
+def test_masks_and_biases_that_cannot_be_taken_apart(device: Any) -> None:
+    query, key, value, bias = (x.detach() for x in leaves(device, *[SHAPE] * 3, (SEQLEN, SEQLEN)))
+    mask, ids = bias > 0, torch.zeros(1, SEQLEN, dtype=torch.int32, device=device)
+    for attn_mask, attn_bias, options, match in (
+        (mask, bias, {}, r"attn_mask: got a boolean mask of shape \(48, 48\) beside attn_bias.*torch.where"),
+        (bias, bias, {}, r"attn_mask: got a tensor of torch.float32 beside attn_bias"),
+        (None, mask, {}, r"attn_bias: got a boolean tensor"),
+        (mask[:1], bias, {"segment_ids_q": ids, "segment_ids_kv": ids}, r"attn_mask: got a boolean mask beside attn_bias and segment ids"),
+        (None, bias.to_sparse(), {}, r"attn_mask: got a tensor of layout torch.sparse_coo"),
+        (None, bias.as_subclass(Logged), {}, r"attn_bias: got a tensor of the subclass"),
+    ):
+        with pytest.raises((DTypeError, UnsupportedError), match=match):
+            scaled_dot_product_attention(query, key, value, attn_mask, attn_bias=attn_bias, **options)
 
 
 # --- Numbers ------------------------------------------------------------------------------------------------------------------------------

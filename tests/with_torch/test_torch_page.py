@@ -19,12 +19,27 @@ def examples(page: str) -> list[str]:
 
 
 def test_the_example_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = examples("docs/torch.md")
+    example = next(text for text in examples("docs/torch.md") if "cuflash.torch.report()" in text)
     made: dict[str, Any] = {}
     exec(example, made)
     assert made["query"].grad.abs().sum() > 0
     assert made["encoded"].shape == (2, 32, 64)
     assert capsys.readouterr().out.startswith("1 calls of attention on cuflash")
+
+
+def test_the_example_with_transformers() -> None:
+    pytest.importorskip("transformers")
+    import torch
+
+    made: dict[str, Any] = {}
+    exec(next(text for text in examples("docs/torch.md") if "register_transformers" in text), made)
+    assert made["model"](torch.arange(12)[None]).logits.shape == (1, 12, 100)
+
+
+def test_the_examples_with_arrays(capsys: pytest.CaptureFixture[str]) -> None:
+    """One after the other, as in one session."""
+    exec("".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cupy_and_torch.md").read_text(encoding="utf-8"), re.S)), {})
+    assert capsys.readouterr().out.startswith("key: got ")
 
 
 def test_the_example_of_the_readme() -> None:

@@ -1,0 +1,134 @@
+"""Forward-mode derivatives against those of attention written out in float64, in any combination of tangents and features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import jacfwd, jvp, vmap
+from written_out import SHAPE, assert_close, attention, leaves
+
+from cuflash.errors import UnsupportedError
+from cuflash.torch import forward_mode, scaled_dot_product_attention, varlen_attention
+from cuflash.torch.functions import Call
+
+BATCH, HEADS, SEQLEN, DIM = SHAPE
+
+
+def plain(device: Any, *shapes: tuple[int, ...], dtype: Any = torch.float32) -> list[Any]:
+    return [x.detach() for x in leaves(device, *shapes, dtype=dtype)]
+
+
+def compare(call: Any, wanted: Any, inputs: list[Any], tangents: list[Any]) -> None:
+    """(out, lse) and their tangents."""
+    got, got_dots = jvp(call, tuple(inputs), tuple(tangents))
+    want, want_dots = jvp(wanted, tuple(x.double() for x in inputs), tuple(x.double() for x in tangents))
+    for a, b in zip((*got, *got_dots), (*want, *want_dots), strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("of", [(0, 1, 2), (0,), (1,), (2,), (0, 2)], ids=str)
+def test_tangents_of_some_inputs(device: Any, of: tuple[int, ...]) -> None:
+    inputs = plain(device, *[SHAPE] * 3)
+
+    def with_given(function: Any) -> Any:
+        def call(*given: Any) -> Any:
+            all_inputs = [x.to(given[0].dtype) for x in inputs]
+            for i, x in zip(of, given, strict=True):
+                all_inputs[i] = x
+            return function(*all_inputs)
+
+        return call
+
+    compare(
+        with_given(lambda *x: scaled_dot_product_attention(*x, is_causal=True, return_lse=True)), with_given(lambda *x: attention(*x, is_causal=True)),
+        [inputs[i] for i in of], plain(device, *[SHAPE] * len(of)),
+    )  # fmt: skip
+
+
+def test_features_and_grouped_heads(device: Any) -> None:
+    """A mask, ALiBi, sinks, a window and a scale, with value of another head dimension."""
+    shapes = [(BATCH, 4, 40, DIM), (BATCH, HEADS, SEQLEN, DIM), (BATCH, HEADS, SEQLEN, 24)]
+    mask, slopes, sinks = torch.randn(4, 40, SEQLEN, device=device), torch.rand(4, device=device), torch.randn(4, device=device)
+    options: dict[str, Any] = {"scale": 0.3, "is_causal": True, "sinks": sinks, "window": (20, 3)}
+    compare(
+        lambda *x: scaled_dot_product_attention(*x, mask, enable_gqa=True, alibi_slopes=slopes, return_lse=True, **options),
+        lambda *x: attention(*x, mask, slopes=slopes, **options),
+        plain(device, *shapes), plain(device, *shapes),
+    )  # fmt: skip
+
+
+def test_another_layout_and_16_bits(device: Any) -> None:
+    shape = (BATCH, SEQLEN, HEADS, DIM)
+    inputs, tangents = plain(device, *[shape] * 3, dtype=torch.float16), plain(device, *[shape] * 3, dtype=torch.float16)
+
+    def wanted(*x: Any) -> Any:
+        out, lse = attention(*(y.transpose(1, 2) for y in x))
+        return out.transpose(1, 2), lse
+
+    def call(*x: Any) -> Any:
+        out, lse = scaled_dot_product_attention(*x, layout="bshd", return_lse=True)
+        return out, lse.half()  # to the bound of 16 bits
+
+    compare(call, wanted, inputs, tangents)
+
+
+def test_packed_sequences(device: Any) -> None:
+    inputs, tangents = plain(device, *[(SEQLEN, HEADS, DIM)] * 3), plain(device, *[(SEQLEN, HEADS, DIM)] * 3)
+    offsets = torch.tensor([0, 20, 48], dtype=torch.int32, device=device)
+
+    def wanted(*x: Any) -> Any:
+        parts = [attention(*(y[a:b].transpose(0, 1) for y in x), is_causal=True) for a, b in ((0, 20), (20, 48))]
+        return torch.cat([out.transpose(0, 1) for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
+
+    compare(lambda *x: varlen_attention(*x, offsets, offsets, 28, 28, is_causal=True, return_lse=True), wanted, inputs, tangents)
+
+
+def test_dual_tensors_and_gradients_beside_them(device: Any) -> None:
+    """Tensors that require grad and have tangents; gradients are those without."""
+    inputs, tangents = leaves(device, *[SHAPE] * 3), plain(device, *[SHAPE] * 3)
+    want, want_dot = jvp(scaled_dot_product_attention, tuple(x.detach() for x in inputs), tuple(tangents))
+    with forward_ad.dual_level():
+        dual = scaled_dot_product_attention(*(forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)))
+        out, tangent = forward_ad.unpack_dual(dual)
+    assert torch.equal(out, want)
+    assert torch.equal(tangent, want_dot)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    for a, b in zip(grads, torch.autograd.grad(scaled_dot_product_attention(*inputs).sum(), inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_vmap_of_tangents(device: Any) -> None:
+    """Several directions at one point, and the Jacobian by a number."""
+    inputs = plain(device, *[SHAPE] * 3)
+    directions = torch.randn(3, *SHAPE, device=device)
+    got = vmap(lambda t: jvp(lambda x: scaled_dot_product_attention(x, *inputs[1:]), (inputs[0],), (t,))[1])(directions)
+    for i in range(3):
+        assert_close(got[i], jvp(lambda x: attention(x, *inputs[1:])[0], (inputs[0].double(),), (directions[i].double(),))[1])
+    factor = torch.tensor(1.5, device=device)
+    got = jacfwd(lambda c: scaled_dot_product_attention(c * inputs[0], *inputs[1:]))(factor)
+    assert_close(got, jacfwd(lambda c: attention(c * inputs[0].double(), *inputs[1:])[0])(factor.double()))
+
+
+def test_what_has_no_forward_mode(device: Any) -> None:
+    """Refused by name, not silently zero."""
+    inputs = plain(device, *[SHAPE] * 3)
+    mask, sinks = torch.randn(SEQLEN, SEQLEN, device=device), torch.randn(HEADS, device=device)
+    for function, x, match in (
+        (
+            lambda q: scaled_dot_product_attention(q, *inputs[1:], dropout_p=0.2),
+            inputs[0],
+            "dropout_p: got 0.2 under a forward-mode derivative",
+        ),
+        (lambda q: scaled_dot_product_attention(q, *inputs[1:], softcap=5.0), inputs[0], "softcap: got 5.0 under"),
+        (lambda m: scaled_dot_product_attention(*inputs, m), mask, "attn_mask: got a forward-mode derivative by it"),
+        (lambda s: scaled_dot_product_attention(*inputs, sinks=s), sinks, "sinks: got a forward-mode derivative by it"),
+    ):
+        with pytest.raises(UnsupportedError, match=match):
+            jvp(function, (x,), (x,))
+    call = Call(True, {"dropout_p": 0.0, "softcap": None})
+    with pytest.raises(UnsupportedError, match="key: got head dimensions 300 and 8 under"):
+        forward_mode._check(call, (inputs[0], torch.zeros(4, 1, 300), torch.zeros(4, 1, 8), *(None,) * 10), (None,) * 13)

@@ -1,0 +1,136 @@
+"""Models of transformers, tiny and random, on cuflash: logits and gradients of eager attention, generation token by token. Skipped without transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cuflash.errors import OptionError, UnsupportedError
+from cuflash.torch import register_transformers, transformers
+
+hf = pytest.importorskip("transformers")
+
+SEQLEN, TOKENS = 24, 50
+_TEXT = {
+    "vocab_size": TOKENS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
+_ENCODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", _TEXT),
+    "mistral_window": ("MistralForCausalLM", "MistralConfig", {**_TEXT, "sliding_window": 8}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _TEXT),
+    "gemma2_softcap": (
+        "Gemma2ForCausalLM", "Gemma2Config", {**_TEXT, "sliding_window": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
+    ),
+    "gpt_oss_sinks": (
+        "GptOssForCausalLM", "GptOssConfig", {**_TEXT, "sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+    "bert": ("BertForMaskedLM", "BertConfig", {**_ENCODER, "vocab_size": TOKENS, "max_position_embeddings": 64}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", {
+        "vocab_size": TOKENS, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0, "decoder_start_token_id": 0,
+    }),
+    "vit": ("ViTForImageClassification", "ViTConfig", {**_ENCODER, "image_size": 16, "patch_size": 4, "num_labels": 5}),
+    "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", {
+        "vocab_size": TOKENS, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8, "max_source_positions": 24, "max_target_positions": 32, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None,
+    }),
+}  # fmt: skip
+GENERATING = [(kind, cache) for kind in ("llama", "mistral_window", "gemma2_softcap", "gpt_oss_sinks") for cache in ("dynamic", "static")]
+
+
+def make(kind: str, implementation: str, device: Any) -> Any:
+    """The same model whatever the implementation."""
+    model_name, config_name, sizes = MODELS[kind]
+    torch.manual_seed(1)
+    config = getattr(hf, config_name)(**sizes)
+    model = getattr(hf, model_name)._from_config(config, attn_implementation=implementation).to(device).float().eval()
+    for name, parameter in model.named_parameters():
+        if "sinks" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def tokens(device: Any) -> tuple[Any, Any]:
+    """Two rows, the second one padded at its beginning."""
+    ids = torch.randint(3, TOKENS, (2, SEQLEN), generator=torch.Generator().manual_seed(2)).to(device)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    return ids, mask
+
+
+def arguments(kind: str, device: Any) -> tuple[dict[str, Any], Any]:
+    """What the model takes, and which positions of its logits are looked at."""
+    ids, mask = tokens(device)
+    if kind == "vit":
+        return {"pixel_values": torch.randn(2, 3, 16, 16, device=device)}, torch.ones(2, dtype=torch.bool, device=device)
+    if kind == "whisper":
+        return {"input_features": torch.randn(2, 8, 48, device=device), "decoder_input_ids": ids}, torch.ones_like(ids, dtype=torch.bool)
+    if kind == "t5":
+        decoder_mask = mask.flip(1)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "decoder_input_ids": ids,
+            "decoder_attention_mask": decoder_mask,
+        }, decoder_mask.bool()
+    return {"input_ids": ids, "attention_mask": mask}, mask.bool()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_logits_and_gradients_are_those_of_eager_attention(device: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, looked_at = arguments(kind, device)
+    results = []
+    calls = []
+    run = transformers.scaled_dot_product_attention
+    monkeypatch.setattr(
+        transformers, "scaled_dot_product_attention", lambda *args, **options: calls.append(options) or run(*args, **options)
+    )
+    for implementation in ("eager", register_transformers()):
+        model = make(kind, implementation, device)
+        logits = model(**given).logits[looked_at]
+        logits.square().mean().backward()
+        results.append((logits.detach(), {name: x.grad for name, x in model.named_parameters() if x.grad is not None}))
+    assert len(calls) >= 2
+    (want, want_grads), (got, got_grads) = results
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert got_grads.keys() == want_grads.keys()
+    for name, grad in want_grads.items():
+        torch.testing.assert_close(
+            got_grads[name], grad, rtol=1e-3, atol=1e-5 * (1.0 + float(grad.abs().max())), msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize(("kind", "cache"), GENERATING)
+def test_generation_is_that_of_eager_attention(device: Any, kind: str, cache: str) -> None:
+    """Greedy, of a padded batch, past the window."""
+    ids, mask = tokens(device)
+    generated = []
+    for implementation in ("eager", register_transformers()):
+        model = make(kind, implementation, device)
+        model.generation_config.pad_token_id = 0
+        with torch.no_grad():
+            generated.append(
+                model.generate(
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=6,
+                    min_new_tokens=6,
+                    do_sample=False,
+                    cache_implementation=cache,
+                    disable_compile=True,
+                )
+            )
+    assert generated[0].shape[1] > SEQLEN
+    assert torch.equal(*generated)
+
+
+def test_a_name_that_transformers_takes_for_another_is_refused() -> None:
+    with pytest.raises(OptionError, match="name: got 'cuflash'"):
+        register_transformers("cuflash")
+    with pytest.raises(UnsupportedError, match="output_attentions: got True"):
+        transformers.attention(None, None, None, None, None, output_attentions=True)
