@@ -20,11 +20,11 @@ def test_sections_divide_the_heads() -> None:
 
 @pytest.mark.parametrize(("last_first", "expected"), [(True, [3, 3, 1, 1] * 2), (False, [1, 1, 3, 3] * 2)])
 def test_within_a_section_equal_tiles_come_together(last_first: bool, expected: list[int]) -> None:
-    assert list(block_order.in_order([1, 3], pairs=4, section=2, last_first=last_first)) == expected
+    assert list(block_order.in_order([[1, 3]] * 4, section=2, last_first=last_first)) == expected
 
 
 def test_the_last_section_may_have_fewer_heads() -> None:
-    assert list(block_order.in_order([1, 3], pairs=3, section=2, last_first=False)) == [1, 1, 3, 3, 1, 3]
+    assert list(block_order.in_order([[1, 3]] * 3, section=2, last_first=False)) == [1, 1, 3, 3, 1, 3]
 
 
 @pytest.mark.skipif(disassembly.find_nvdisasm() is None, reason=disassembly.NVDISASM_HINT)
