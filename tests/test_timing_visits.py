@@ -91,7 +91,7 @@ def test_tiles_that_data_leave(name: str) -> None:
             seen &= DIFFERENCE <= 0
         if "window" in options:
             left, _ = options["window"]
-            seen &= DIFFERENCE >= -left
+            seen &= -left <= DIFFERENCE
         if "seqlens_kv" in data:
             seen &= numpy.arange(COLUMNS)[None, :] < data["seqlens_kv"][batch]
         return seen

@@ -1,7 +1,8 @@
 """Tiles that were faster on a GPU than what `tile_model` prefers, of those that spill no register.
 
 `TILES` has what benchmarks/results/nvidia-h100-80gb-hbm3/tiles.csv says of bfloat16 at seqlen 4096, full and causal: the tile with the least sum of both
-times. The kernels of both 16-bit types are the same but for their conversions. Where nothing was timed, the model decides.
+times. The kernels of both 16-bit types are the same but for their conversions. A call with one of the features of `WITH_FEATURE` takes the same tile. Where nothing was
+timed, the model decides.
 """
 
 from __future__ import annotations
@@ -18,4 +19,17 @@ TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
     ("sm_90", "backward_dq", 128): (64, 64, 4, 2),
     ("sm_90", "backward_dq", 256): (64, 32, 4, 1),
 }
-"""(architecture, kernel, head_dim) -> tile_q, tile_kv, num_warps, num_stages; 16-bit types, value of the same head_dim, no score features."""
+"""(architecture, kernel, head_dim) -> tile_q, tile_kv, num_warps, num_stages; 16-bit types, value of the same head_dim."""
+
+_CHEAP = frozenset(("alibi", "sinks", "prefix"))
+_ALL = _CHEAP | frozenset(("window", "softcap", "dropout", "segments", "bool", "float16", "bfloat16"))
+WITH_FEATURE: dict[tuple[str, str, int], frozenset[str]] = {
+    ("sm_90", "forward", 64): _CHEAP | {"window", "softcap", "dropout"},
+    ("sm_90", "forward", 128): _ALL,
+    ("sm_90", "backward_dkdv", 64): _CHEAP,
+    ("sm_90", "backward_dkdv", 128): _ALL | {"float32"},
+    ("sm_90", "backward_dq", 64): _CHEAP | {"window", "dropout"},
+    ("sm_90", "backward_dq", 128): _ALL | {"float32"},
+}
+"""Score features, or element types of a mask, of which one leaves such a tile without spills (causal, bfloat16, NVRTC 12.9). They were not timed with it; the timing model
+predicts that it is faster than the model of tiles' choice (docs/performance.md, "What features cost")."""

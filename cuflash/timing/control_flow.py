@@ -6,7 +6,7 @@
 A loop is an interval of addresses from the target of a backward branch to that branch, as compilers lay loops out. Which way branches go is not
 known from the code. The steady state is taken to be the path with the most work (products, exponentials, copies, barriers, reads by matrix), and of
 those the shortest. So copies are made, masks are not applied, and slow paths for rare cases are left aside. Of a tile that a mask cuts (`masked`) it is the path
-with the most comparisons of integers and loads from global memory among those with the most work.
+that selects most scores by what is no comparison of floats, among those with the most work.
 
 Inner loops are run as often as their counter says, if it starts, steps and ends at constants. If it does not, the trips of the inner loops with matrix products are
 whatever makes up the number of products that the caller expects.
@@ -30,7 +30,6 @@ def opcodes(text: str) -> frozenset[str]:
 
 MATRIX = opcodes("HMMA IMMA DMMA BMMA HGMMA IGMMA QGMMA")
 _WORK = opcodes("LDGSTS LDSM BAR RED REDG ATOMG UTMALDG")
-_MASKS = opcodes("ISETP LDG")
 _ENDS = opcodes("BRA EXIT RET BRX JMP BREAK KILL")
 _COLD_LOOP = 500  # instructions that a loop without any work counts as, so that a path around it is taken
 
@@ -241,7 +240,7 @@ class _Node:
     Attributes:
         path: what is executed of it.
         work: how many instructions of it do work.
-        masks: how many look which pairs are visible, where that path is wanted.
+        masks: how many select by whether a pair is visible, where that path is wanted.
         cost: how long the path is, for the choice among paths with the same work.
     """
 
@@ -304,7 +303,8 @@ class _Paths:
 
     def _block(self, start: int, end: int) -> _Node:
         work = sum(_is_work(self.function[index]) for index in range(start, end))
-        masks = sum(self.function[index].base in _MASKS for index in range(start, end)) if self.masked else 0
+        bases = [self.function[index].base for index in range(start, end)]
+        masks = bases.count("FSEL") if self.masked and "FSETP" not in bases else 0  # those by comparing floats are clamps
         return _Node(start, end, tuple(range(start, end)), work, masks, end - start)
 
     def _inner(self, loop: Loop) -> _Node:
