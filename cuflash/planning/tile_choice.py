@@ -55,14 +55,15 @@ def legal_tiles_for(case: KernelCase, device: Device) -> tuple[Tile, ...]:
 
 
 def measured_tile(case: KernelCase, device: Device) -> Tile | None:
-    """The fastest tile where all were timed (`measured_tiles`), if the case has at most one feature that leaves it room, else None."""
+    """The fastest tile where all were timed (`measured_tiles`), with one feature the fastest that leaves room for it, else None."""
     if case.dtype == "float32" or case.head_dim != case.head_dim_v:
         return None
     key = device.arch, case.kernel.name, case.head_dim
-    features = _kinds(case.features)
-    if len(features) > 1 or not features <= measured_tiles.WITH_FEATURE.get(key, frozenset()):
-        return None
-    found = measured_tiles.TILES.get(key)
+    if case.features == NO_FEATURES:
+        found = measured_tiles.TILES.get(key)
+    else:
+        features, fitting = _kinds(case.features), measured_tiles.WITH_FEATURE.get(key, {})
+        found = next((tile for tile, alone in fitting.items() if len(features) == 1 and features <= alone), None)
     return None if found is None else Tile(*found)
 
 
