@@ -28,6 +28,7 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
     ("sm_90", "forward", 64): {
         (128, 96, 4, 1): _CHEAP | {"window", "softcap", "dropout"},
         (128, 64, 4, 2): frozenset(("segments", "float16", "bfloat16")),
+        (64, 128, 4, 1): frozenset(("bool",)),  # was not timed: with a boolean mask all that were spill
     },
     ("sm_90", "forward", 128): {(128, 128, 8, 1): _ALL - {"float32"}},
     ("sm_90", "backward_dkdv", 64): {(48, 128, 4, 2): _CHEAP, (32, 128, 4, 2): _MASKS | {"window", "softcap", "dropout"}},
@@ -38,5 +39,5 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
     },
     ("sm_90", "backward_dq", 128): {(64, 64, 4, 2): _ALL},
 }
-"""Tiles that were among the fastest without features, and the score features, or element types of a mask, of which one leaves each without spills (causal, bfloat16, NVRTC
+"""Tiles that were among the fastest without features (all but one), and the score features, or element types of a mask, of which one leaves each without spills (causal, bfloat16, NVRTC
 12.9). They were not timed with it; the timing model predicts that they are faster than the choice of `tile_model` (docs/performance.md, "What features cost")."""
