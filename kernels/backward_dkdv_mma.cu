@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
 #pragma unroll 1
     for (int j = steps.begin; j < steps.end; ++j) {
-      tiles.begin_step(j);
+      tiles.look_ahead(j);
       begin_step(j, issue, [&] {
         Q_loader.land(Q_smem);
         dO_loader.land(dO_smem);
@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
         slope.multiply(dS);
         multiply_accumulator(dK, dS, Q);
       }
-      tiles.end_step();
+      tiles.advance();
       end_step();
     }
   }

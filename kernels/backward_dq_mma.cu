@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
 
 #pragma unroll 1
   for (int j = begin; j < end; ++j) {
-    tiles.begin_step(j);
+    tiles.look_ahead(j);
     begin_step(j, issue, [&] {
       K_loader.land(K_smem);
       V_loader.land(V_smem);
@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
     slope.multiply(dS);
 
     multiply_accumulator(dQ, dS, K);
-    tiles.end_step();
+    tiles.advance();
     end_step();
   }
 

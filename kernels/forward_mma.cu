@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
                                             geometry.seqlen_q, first_column<TileV>(0));
 
   for (int j = begin; j < end; ++j) {
-    tiles.begin_step(j);
+    tiles.look_ahead(j);
     const SliceTile<TileK, HEAD_DIM> K{K_smem + slot_of(j) * TileK::BYTES, tiles.tile(j) * TILE_KV, K_rows};
     float S[M_TILES][S_TILES][4];
     if constexpr (SLICE_PIECES == 1) {
@@ -137,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     if constexpr (PARTIAL_OUTPUTS) {
       if ((j - begin) % PARTIAL_STEPS == PARTIAL_STEPS - 1) partial.put(O, softmax);
     }
-    tiles.end_step();
+    tiles.advance();
   }
   if constexpr (PARTIAL_OUTPUTS) partial.take(O, softmax);
 

@@ -35,9 +35,9 @@ class VisibleTiles {  // of the tile `tile` of (batch, head); nothing without li
 //
 //     VisibleTilesAhead<NUM_STAGES> tiles(...);  // at step 0
 //     for (int j = 0; j < tiles.count(); ++j) {
-//       tiles.begin_step(j);
+//       tiles.look_ahead(j);
 //       ...
-//       tiles.end_step();
+//       tiles.advance();
 //     }
 template <int AHEAD>
 class VisibleTilesAhead {
@@ -55,13 +55,13 @@ class VisibleTilesAhead {
   DEVICE int tile(int step) const { return TILE_LISTS ? entry(step) >> 1 : step; }
   DEVICE bool is_partial(int step) const { return TILE_LISTS && entry(step) % 2 != 0; }
 
-  DEVICE void begin_step(int step) {
+  DEVICE void look_ahead(int step) {
     if constexpr (TILE_LISTS) {
       present = step;
       entries[AHEAD + 1] = read(step + AHEAD + 1);
     }
   }
-  DEVICE void end_step() {
+  DEVICE void advance() {
     if constexpr (TILE_LISTS) {
 #pragma unroll
       for (int i = 0; i <= AHEAD; ++i) entries[i] = entries[i + 1];
