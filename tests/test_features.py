@@ -176,7 +176,8 @@ def test_masks_that_are_read_in_pairs_of_keys(simulator: Target, dtype: str, seq
     """Keys that are neighbours in memory are read two at a time, those of the other view one by one: right, and the same bits."""
     mask = boolean_mask(*seqlens) if dtype == "bool" else additive_mask(*seqlens, dtype=dtype)
     inputs = inputs_of(simulator, "float16", seqlens=seqlens)
-    got = simulator.check(*inputs, enable_gqa=True, attn_mask=mask, is_causal=is_causal)
+    simulator.check(*inputs, enable_gqa=True, attn_mask=mask, is_causal=is_causal)
+    got = simulator.run(*inputs, enable_gqa=True, attn_mask=mask, is_causal=is_causal)
     want = simulator.run(*inputs, enable_gqa=True, attn_mask=strided(mask, "reversed"), is_causal=is_causal)
     assert got.bits() == want.bits()
 
