@@ -30,6 +30,7 @@ from cuflash.errors import CuflashError, OptionError
 if TYPE_CHECKING:
     from cuflash.cli.environment import Section
     from cuflash.cli.inspection import Report
+    from cuflash.cli.samples import Sample
     from cuflash.hardware.device import Device
     from cuflash.jit.compiler import CompileRequest
     from cuflash.planning.kernel_plan import KernelPlan
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--cubin", nargs="+", type=Path, metavar="FILE", help="only the steady states of kernels that `inspect --save` wrote"
     )
+    add_features(predict)
     predict.set_defaults(run=_predict)
 
     profile = commands.add_parser("profile", help="what the kernels of a call do, line by line, counted by the simulator; needs no GPU")
@@ -288,23 +290,29 @@ def _predict(options: argparse.Namespace) -> int:
         return _predict_saved(options)
     arch = device.normalize_arch(options.arch)
     machine.multiprocessor(arch)
-    sample = samples.Sample(
-        batch=options.batch,
-        seqlen_q=options.seqlen,
-        seqlen_kv=options.seqlen_kv or options.seqlen,
-        num_heads_q=options.heads,
-        num_heads_kv=options.heads_kv or options.heads,
-        head_dim=options.head_dim,
-        dtype=options.dtype,
-        is_causal=options.causal,
-        allow_tf32=options.allow_tf32,
-    )
+    sample = _sample(options)
     problem = samples.plan_of(sample, backward=options.backward).problem
     tile = None if options.tile is None else cuflash.Tile(*options.tile)
     plan = planner.make_plan(problem, device.of_arch(arch, "gpu"), backward=options.backward, tile=tile)
-    predicted = prediction.predict_plan(plan, machine.CARDS[arch], limits=not options.fast)
+    data = sample.arguments() if problem.hides_by_data else {}
+    predicted = prediction.predict_plan(plan, machine.CARDS[arch], limits=not options.fast, data=data)
     print(json.dumps(report.to_json(predicted), indent=1) if options.json else "\n".join(report.lines(predicted)))
     return 0
+
+
+def _sample(options: argparse.Namespace) -> Sample:
+    """The call that the options of a command for one call describe."""
+    return dataclasses.replace(
+        lengths_of(options, options.batch, options.seqlen, options.seqlen_kv or options.seqlen),
+        num_heads_q=options.heads,
+        num_heads_kv=options.heads_kv or options.heads,
+        head_dim=options.head_dim,
+        head_dim_v=options.head_dim_v,
+        dtype=options.dtype,
+        is_causal=options.causal,
+        allow_tf32=options.allow_tf32,
+        features=features_of(options, is_causal=options.causal),
+    )
 
 
 def _predict_saved(options: argparse.Namespace) -> int:
@@ -331,20 +339,7 @@ def _profile(options: argparse.Namespace) -> int:
         os.environ["CUFLASH_SIMULATOR_ARCH"] = device.normalize_arch(options.arch)
     if options.json is not None:
         check_writable("--json", options.json)
-    extents = lengths_of(options, options.batch, options.seqlen, options.seqlen_kv or options.seqlen)
-    sample = dataclasses.replace(
-        extents,
-        num_heads_q=options.heads,
-        num_heads_kv=options.heads_kv or options.heads,
-        head_dim=options.head_dim,
-        head_dim_v=options.head_dim_v,
-        dtype=options.dtype,
-        is_causal=options.causal,
-        causal_alignment=options.causal_alignment,
-        layout=options.layout,
-        allow_tf32=options.allow_tf32,
-        features=features_of(options, is_causal=options.causal),
-    )
+    sample = dataclasses.replace(_sample(options), causal_alignment=options.causal_alignment, layout=options.layout)
     tile = None if options.tile is None else cuflash.Tile(*options.tile)
     with profiling.announced(profiling.estimate_seconds(sample, options.direction, tile=tile)):
         result = profiling.profile_call(sample, options.direction, tile=tile)

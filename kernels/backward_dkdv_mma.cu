@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     const int head = work.head * arguments.group_heads + member % arguments.group_heads;
     const auto& geometry = geometry_of(arguments, batch);
     const Visibility visibility(geometry, arguments.features, batch, head);
-    const VisibleTiles tiles(geometry, arguments.features, batch, head, work.tile, (geometry.seqlen_q + TILE_Q - 1) / TILE_Q);
+    VisibleTilesAhead<NUM_STAGES> tiles(geometry, arguments.features, batch, head, work.tile, (geometry.seqlen_q + TILE_Q - 1) / TILE_Q);
     const Steps steps = TILE_LISTS ? Steps{0, tiles.count()} : PER_HEAD_WALK ? query_steps(visibility, first_kv) : common_steps;
     const int num_keys = PER_HEAD_WALK ? visibility.end_key(0, geometry.seqlen_q) : common_keys;  // keys beyond are not even read
     if (PER_HEAD_WALK && steps.begin >= steps.end) continue;
@@ -116,6 +116,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
 #pragma unroll 1
     for (int j = steps.begin; j < steps.end; ++j) {
+      tiles.look_ahead(j);
       begin_step(j, issue, [&] {
         Q_loader.land(Q_smem);
         dO_loader.land(dO_smem);
@@ -127,36 +128,35 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
 
       float S[M_TILES][S_TILES][4];  // transposed: rows are keys
       clear(S);
+      MaskAhead<true, M_TILES, S_TILES> mask;
+      modifier.read_mask(mask, first_kv + warp_row, first_q);
       multiply_rows(S, K, warp_row, Q);
       publish_and_collect(S, S_exchange);
       ScoreSlope<M_TILES, S_TILES> slope;
-      modifier.apply<true>(S, slope, first_kv + warp_row, first_q);
+      modifier.apply<true>(S, slope, first_kv + warp_row, first_q, mask);
       const Statistics statistics = statistics_of(j);
       statistics.to_probabilities(S, modifier.factor());
       auto& P = S;  // in place
       hide<true>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
-      KeptElements<true, M_TILES, S_TILES> kept;
-      if constexpr (DROPOUT) kept.draw(dropout, batch, head, first_kv + warp_row, first_q);
-      if constexpr (COMPUTE_DV) {
-        if constexpr (DROPOUT) {
-          float kept_P[M_TILES][S_TILES][4];
-          kept.select(P, kept_P);
-          multiply_accumulator(dV, kept_P, dO);
-        } else {
-          multiply_accumulator(dV, P, dO);
-        }
+      if constexpr (DROPOUT) {
+        float kept_P[M_TILES][S_TILES][4];
+        drop_and_mark(P, kept_P, dropout, batch, head, first_kv + warp_row, first_q);
+        if constexpr (COMPUTE_DV) multiply_accumulator(dV, kept_P, dO);
+      } else if constexpr (COMPUTE_DV) {
+        multiply_accumulator(dV, P, dO);
       }
       if constexpr (COMPUTE_DK) {
         float dP[M_TILES][S_TILES][4];  // less delta
         statistics.begin_grad_products(dP);
         multiply_rows(dP, V, warp_row, dO);
         publish_and_collect(dP, dP_exchange);
-        if constexpr (DROPOUT) statistics.drop(dP, kept, arguments.features.dropout_scale);
+        if constexpr (DROPOUT) statistics.drop(dP, P, arguments.features.dropout_scale);
         multiply_all(dP, P);
         auto& dS = dP;  // in place
         slope.multiply(dS);
         multiply_accumulator(dK, dS, Q);
       }
+      tiles.advance();
       end_step();
     }
   }

@@ -53,8 +53,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
 
   const Visibility visibility(geometry, arguments.features, work.batch, work.head);
   const int num_keys = visibility.end_key(first_q, first_q + TILE_Q);  // keys beyond are not even read
-  const VisibleTiles tiles(arguments.geometry, arguments.features, work.batch, work.head, work.tile,
-                           (arguments.geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
+  VisibleTilesAhead<NUM_STAGES> tiles(arguments.geometry, arguments.features, work.batch, work.head, work.tile,
+                                      (arguments.geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
   const int begin = TILE_LISTS ? 0 : visibility.first_key(first_q) / TILE_KV;  // steps over key tiles
   const int end = TILE_LISTS ? tiles.count() : (num_keys + TILE_KV - 1) / TILE_KV;
 
@@ -88,6 +88,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
 
 #pragma unroll 1
   for (int j = begin; j < end; ++j) {
+    tiles.look_ahead(j);
     begin_step(j, issue, [&] {
       K_loader.land(K_smem);
       V_loader.land(V_smem);
@@ -98,10 +99,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
 
     float S[M_TILES][S_TILES][4];
     clear(S);
+    MaskAhead<false, M_TILES, S_TILES> mask;
+    modifier.read_mask(mask, first_q + warp_row, first_kv);
     multiply_rows(S, Q, warp_row, K);
     publish_and_collect(S, S_exchange);
     ScoreSlope<M_TILES, S_TILES> slope;
-    modifier.apply<false>(S, slope, first_q + warp_row, first_kv);
+    modifier.apply<false>(S, slope, first_q + warp_row, first_kv, mask);
     statistics.to_probabilities(S, modifier.factor());
     auto& P = S;  // in place
     hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
@@ -110,16 +113,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
     statistics.begin_grad_products(dP);
     multiply_rows(dP, dO, warp_row, V);
     publish_and_collect(dP, dP_exchange);
-    if constexpr (DROPOUT) {
-      KeptElements<false, M_TILES, S_TILES> kept;
-      kept.draw(dropout, work.batch, work.head, first_q + warp_row, first_kv);
-      statistics.drop(dP, kept, arguments.features.dropout_scale);
-    }
+    if constexpr (DROPOUT) statistics.drop(dP, dropout, work.batch, work.head, first_q + warp_row, first_kv, arguments.features.dropout_scale);
     multiply_all(dP, P);
     auto& dS = dP;  // in place
     slope.multiply(dS);
 
     multiply_accumulator(dQ, dS, K);
+    tiles.advance();
     end_step();
   }
 

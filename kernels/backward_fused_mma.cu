@@ -161,12 +161,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       const StatisticsOfColumns statistics = statistics_of(j);
       statistics.to_probabilities(P, modifier.factor());
       hide<true>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, false);
-      KeptElements<true, M_TILES, S_TILES> kept;
-      if constexpr (DROPOUT) kept.draw(dropout, batch, head, first_kv + warp_row, first_q);
-
       if constexpr (DROPOUT) {
         float kept_P[M_TILES][S_TILES][4];
-        kept.select(P, kept_P);
+        drop_and_mark(P, kept_P, dropout, batch, head, first_kv + warp_row, first_q);
         multiply_accumulator(dV, kept_P, dO);
       } else {
         multiply_accumulator(dV, P, dO);
@@ -174,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
       statistics.begin_grad_products(dS);
       multiply_rows(dS, V, warp_row, dO);
-      if constexpr (DROPOUT) statistics.drop(dS, kept, arguments.features.dropout_scale);
+      if constexpr (DROPOUT) statistics.drop(dS, P, arguments.features.dropout_scale);
       multiply_all(dS, P);
       slope.multiply(dS);
       share(dS, dS_smem, warp_row);

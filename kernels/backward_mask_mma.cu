@@ -177,11 +177,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
         statistics.begin_grad_products(dP);
         multiply_rows(dP, dO, warp_row, V);
         publish_and_collect(dP, dP_exchange);
-        if constexpr (DROPOUT) {
-          KeptElements<false, M_TILES, S_TILES> kept;
-          kept.draw(dropout, batch, head, first_q + warp_row, first_kv);
-          statistics.drop(dP, kept, arguments.features.dropout_scale);
-        }
+        if constexpr (DROPOUT) statistics.drop(dP, dropout, batch, head, first_q + warp_row, first_kv, arguments.features.dropout_scale);
         for_each_place<M_TILES, S_TILES>([&](int m, int n, int i, int, int) { total[m][n][i] += P[m][n][i] * dP[m][n][i]; });  // dS
       }
     }

@@ -18,11 +18,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) dropout_mask(const 
   const int groups = (geometry.seqlen_kv + 15) / 16 * 8;  // of one row: a group has keys k and k + 8
   for (int index = int(threadIdx.x); index < ROWS / 2 * groups; index += NUM_THREADS) {
     const int query = work.tile * ROWS + index / groups, key = index % groups / 8 * 16 + index % 8;
-    const uint32 kept = dropout.kept(work.batch, work.head, query, key);
+    const KeptGroup group = dropout.kept(work.batch, work.head, query, key);
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
       const int q = query + word / 2 * 8, k = key + word % 2 * 8;
-      if (q < geometry.seqlen_q && k < geometry.seqlen_kv) kept_rows[int64(q) * geometry.seqlen_kv + k] = uint8(kept >> word & 1u);
+      if (q < geometry.seqlen_q && k < geometry.seqlen_kv) kept_rows[int64(q) * geometry.seqlen_kv + k] = group.is_kept[word];
     }
   }
 }

@@ -67,8 +67,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   const Visibility visibility(geometry, arguments.features, work.batch, work.head);
   const int num_keys =  // keys beyond are not even read; asked of the geometry where it can be, as in `hide`
       ONLY_CAUSAL ? visible_keys<CAUSAL>(geometry, first_q + TILE_Q) : visibility.end_key(first_q, first_q + TILE_Q);
-  const VisibleTiles tiles(arguments.geometry, arguments.features, work.batch, work.head, work.tile,
-                           (arguments.geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
+  VisibleTilesAhead<NUM_STAGES> tiles(arguments.geometry, arguments.features, work.batch, work.head, work.tile,
+                                      (arguments.geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
   const int begin = TILE_LISTS ? 0 : visibility.first_key(first_q) / TILE_KV;  // steps over key tiles
   const int end = TILE_LISTS ? tiles.count() : (num_keys + TILE_KV - 1) / TILE_KV;
   const SliceRows<TileQ, HEAD_DIM> Q_rows{arguments.query, work.batch, work.head, geometry.seqlen_q, start_q};
@@ -105,6 +105,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
                                             geometry.seqlen_q, first_column<TileV>(0));
 
   for (int j = begin; j < end; ++j) {
+    tiles.look_ahead(j);
     const SliceTile<TileK, HEAD_DIM> K{K_smem + slot_of(j) * TileK::BYTES, tiles.tile(j) * TILE_KV, K_rows};
     float S[M_TILES][S_TILES][4];
     if constexpr (SLICE_PIECES == 1) {
@@ -112,6 +113,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
       issue_V(j + NUM_STAGES - 1);
     }
     clear(S);
+    MaskAhead<false, M_TILES, S_TILES> mask;
+    modifier.read_mask(mask, first_q + warp_row, tiles.tile(j) * TILE_KV);
     multiply_rows(S, Q, warp_row, K);
     publish(S, exchange);
     if constexpr (SLICE_PIECES == 1) {
@@ -124,20 +127,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 
     const int first_kv = tiles.tile(j) * TILE_KV;
     ScoreSlope<M_TILES, S_TILES> unused;
-    modifier.apply<false>(S, unused, first_q + warp_row, first_kv);
+    modifier.apply<false>(S, unused, first_q + warp_row, first_kv, mask);
     hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
     softmax.update(S, O, modifier.factor());
     auto& P = S;  // in place
-    if constexpr (DROPOUT) {
-      KeptElements<false, M_TILES, S_TILES> kept;
-      kept.draw(dropout, work.batch, work.head, first_q + warp_row, first_kv);
-      kept.select(P, P);
-    }
+    if constexpr (DROPOUT) drop(P, dropout, work.batch, work.head, first_q + warp_row, first_kv);
     const SliceTile<TileV, HEAD_DIM_V> V{V_smem + slot_of(j) * TileV::BYTES, first_kv, V_rows};
     multiply_accumulator(O, P, V);
     if constexpr (PARTIAL_OUTPUTS) {
       if ((j - begin) % PARTIAL_STEPS == PARTIAL_STEPS - 1) partial.put(O, softmax);
     }
+    tiles.advance();
   }
   if constexpr (PARTIAL_OUTPUTS) partial.take(O, softmax);
 

@@ -9,6 +9,8 @@ import pytest
 from conftest import Target
 
 import predicted_grids
+from cuflash.hardware import device
+from cuflash.hardware.architectures import architecture
 from cuflash.jit import disassembly
 from cuflash.planning import block_order, fused_backward
 from cuflash.runtime import calls
@@ -20,11 +22,11 @@ def test_sections_divide_the_heads() -> None:
 
 @pytest.mark.parametrize(("last_first", "expected"), [(True, [3, 3, 1, 1] * 2), (False, [1, 1, 3, 3] * 2)])
 def test_within_a_section_equal_tiles_come_together(last_first: bool, expected: list[int]) -> None:
-    assert list(block_order.in_order([1, 3], pairs=4, section=2, last_first=last_first)) == expected
+    assert list(block_order.in_order([[1, 3]] * 4, section=2, last_first=last_first)) == expected
 
 
 def test_the_last_section_may_have_fewer_heads() -> None:
-    assert list(block_order.in_order([1, 3], pairs=3, section=2, last_first=False)) == [1, 1, 3, 3, 1, 3]
+    assert list(block_order.in_order([[1, 3]] * 3, section=2, last_first=False)) == [1, 1, 3, 3, 1, 3]
 
 
 @pytest.mark.skipif(disassembly.find_nvdisasm() is None, reason=disassembly.NVDISASM_HINT)
@@ -36,6 +38,15 @@ def test_less_time_is_lost_than_head_by_head(monkeypatch: pytest.MonkeyPatch) ->
     head_by_head = predicted_grids.predict(predicted_grids.plan_of("sm_80", **call), steady)
     assert 0 <= in_sections.loss < 0.01 < head_by_head.loss < 0.08
     assert in_sections.milliseconds < head_by_head.milliseconds
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"])
+def test_sections_of_the_fused_kernel_follow_l2(arch: str) -> None:
+    """Heads of 4096 queries take two MiB of Q and dO and two of sums; five eighths of L2 hold so many, one at least."""
+    problem = predicted_grids.plan_of("sm_80", backward=True, head_dim=128, causal=True, seqlen=4096).problem
+    expected = max(1, architecture(arch).l2_bytes * 5 // 8 // (4 * 2**20))
+    assert fused_backward.section_heads(problem, device.of_arch(arch, "gpu"), 1) == expected
+    assert fused_backward.section_heads(problem, device.of_arch(arch, "gpu"), 4) == max(1, expected // 4)
 
 
 SECTIONS = (1, 2, 4)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -186,6 +187,33 @@ def test_a_call_is_predicted(tmp_path: Path) -> None:
     assert f"{short['predicted_tflops']:.4g} TFLOP/s" in text
 
 
+@needs_nvdisasm
+def test_a_call_with_features_is_predicted(tmp_path: Path) -> None:
+    """Documents leave a half of the tiles of a padded batch, and packed sequences of half the length as many; a boolean mask of pairs makes each tile longer."""
+    shape = ("--batch", "2", "--heads", "8", "--fast", "--json")
+
+    def predicted(*options: str) -> dict[str, Any]:
+        return dict(json.loads(command("predict", *KERNEL, *shape, *options, directory=tmp_path).stdout))
+
+    whole, segments, packed, masked = (
+        predicted("--seqlen", "2048"), predicted("--seqlen", "2048", "--segments", "2"),
+        predicted("--varlen", "1024", "1024", "1024", "1024"), predicted("--seqlen", "2048", "--attn-mask", "bool"),
+    )  # fmt: skip
+    assert [kernel["kernel"] for kernel in segments["kernels"]] == ["visible_tiles", "forward"]
+    assert (segments["features"], segments["predicted_tflops"]) == (["segments"], None)
+    forward = segments["kernels"][1]
+    area = {
+        name: of["tiles_visited"] * of["tile"]["tile_q"] * of["tile"]["tile_kv"]
+        for name, of in (("whole", whole["kernels"][0]), ("segments", forward))
+    }
+    assert area["segments"] == pytest.approx(area["whole"] / 2, rel=0.05)
+    assert packed["predicted_milliseconds"] < 0.7 * whole["predicted_milliseconds"]
+    assert masked["kernels"][1]["tiles_partial"] == masked["kernels"][1]["tiles_visited"] > 0
+    assert masked["predicted_milliseconds"] > whole["predicted_milliseconds"]
+    text = command("predict", *KERNEL, "--seqlen", "2048", "--segments", "2", "--fast", directory=tmp_path).stdout
+    assert re.search(r"not causal, segments: [\d.]+ ms\n", text), text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -193,6 +221,7 @@ def test_a_call_is_predicted(tmp_path: Path) -> None:
         (("--arch", "sm_1"), "arch: got 'sm_1'"),
         (("--tile", "64", "64", "3", "2"), "tile: got Tile(tile_q=64"),
         (("--cubin", "nowhere.cubin"), "cubin: got 'nowhere.cubin': No such file or directory"),
+        (("--attn-mask", "float32", "--need-attn-mask-grad"), "--need-attn-mask-grad: got it without the backward pass"),
     ],
 )
 def test_predict_names_what_it_cannot_use(tmp_path: Path, options: tuple[str, ...], message: str) -> None:

@@ -172,6 +172,20 @@ def test_masks_are_read_by_stride(target: Target, dtype: str, view: str) -> None
     assert got.bits() == want.bits()
 
 
+@pytest.mark.sample(8)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("seqlens", [(64, 64), (70, 66), (33, 98)], ids=str)
+@pytest.mark.parametrize("dtype", ["bool", "float16", "float32"])
+def test_masks_that_are_read_in_pairs_of_keys(simulator: Target, dtype: str, seqlens: tuple[int, int], is_causal: bool) -> None:
+    """Keys that are neighbours in memory are read two at a time, those of the other view one by one: right, and the same bits."""
+    mask = boolean_mask(*seqlens) if dtype == "bool" else additive_mask(*seqlens, dtype=dtype)
+    inputs = inputs_of(simulator, "float16", seqlens=seqlens)
+    simulator.check(*inputs, enable_gqa=True, attn_mask=mask, is_causal=is_causal)
+    got = simulator.run(*inputs, enable_gqa=True, attn_mask=mask, is_causal=is_causal)
+    want = simulator.run(*inputs, enable_gqa=True, attn_mask=strided(mask, "reversed"), is_causal=is_causal)
+    assert got.bits() == want.bits()
+
+
 @pytest.mark.parametrize("dtype", ["bool", "float16", "float32"])
 def test_mask_of_width_43_from_an_odd_address(target: Target, dtype: str) -> None:
     mask = boolean_mask(37, 43) if dtype == "bool" else additive_mask(37, 43, dtype=dtype)

@@ -14,10 +14,12 @@ import cuflash
 from cuflash.errors import TileError
 from cuflash.hardware import device
 from cuflash.hardware.device import ARCHITECTURES, Device
+from cuflash.jit import cache
 from cuflash.planning import kernel_cases, measured_tiles, tile_choice, tile_model, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import TILED_KERNELS
-from cuflash.problem.features import FeatureSet
+from cuflash.planning.offline import offline_kernels
+from cuflash.problem.features import MASK_DTYPES, FeatureSet
 from cuflash.problem.tile import Tile
 
 if TYPE_CHECKING:
@@ -342,10 +344,28 @@ def test_a_mapping_for_the_forward_pass_names_its_one_kernel(simulator: Target) 
 
 
 @pytest.mark.parametrize(("arch", "kernel", "head_dim"), measured_tiles.TILES, ids=str)
-def test_measured_tiles_are_defaults_of_16_bit_types_without_features(arch: str, kernel: Any, head_dim: int) -> None:
+def test_measured_tiles_are_defaults_of_16_bit_types(arch: str, kernel: Any, head_dim: int) -> None:
     device_, measured = on(arch), Tile(*measured_tiles.TILES[arch, kernel, head_dim])
     for dtype in ("float16", "bfloat16"):
         assert tile_choice.default_tile(case(kernel, dtype, head_dim), device_) == measured
     others = [case(kernel, "float32", head_dim), case(kernel, "float16", head_dim + 1)]
-    others.append(replace(case(kernel, "float16", head_dim), features=FeatureSet(window=True)))
+    others.append(replace(case(kernel, "float16", head_dim), features=FeatureSet(alibi=True, sinks=True)))
+    with_sinks = replace(case(kernel, "float16", head_dim), features=FeatureSet(sinks=True))
+    known = (arch, kernel, head_dim) in measured_tiles.WITH_FEATURE
+    assert tile_choice.measured_tile(with_sinks, device_) == (measured if known else None), "one feature that leaves it room"
     assert all(tile_choice.measured_tile(other, device_) is None for other in others)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("arch", "kernel", "head_dim"), measured_tiles.WITH_FEATURE, ids=str)
+def test_measured_tiles_leave_no_spills_with_a_feature(arch: str, kernel: Any, head_dim: int) -> None:
+    """Causal, as the table says."""
+    pytest.importorskip("cupy")
+    for tile, alone in measured_tiles.WITH_FEATURE[arch, kernel, head_dim].items():
+        for name in sorted(alone):
+            features = FeatureSet(attn_mask=name) if name in MASK_DTYPES else FeatureSet(**{name: True})
+            planned = offline_kernels(on(arch), dtype="bfloat16", head_dim=head_dim, is_causal=True, features=features)
+            (found,) = (of for of in planned if of.name == kernel)
+            assert found.tile == Tile(*tile)
+            request = replace(found.request(on(arch)), target="cubin")
+            assert cache.fetch(request).resources_of(found.entry).spill_store_bytes == 0, name

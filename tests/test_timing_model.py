@@ -149,7 +149,8 @@ def test_units(opcode: str, arch: str, unit: Unit | None, expected: float) -> No
 
 @pytest.mark.parametrize(
     ("opcode", "wavefronts", "l2_bytes"),
-    [("LDSM.16.M88.4", 4, 0), ("LDSM.16.MT88.2", 2, 0), ("LDS.128", 4, 0), ("STS", 1, 0), ("LDGSTS.E.BYPASS.LTC128B.128", 4, 512), ("LDL.64", 2, 0), ("LDG.E", 1, 128)],
+    [("LDSM.16.M88.4", 4, 0), ("LDSM.16.MT88.2", 2, 0), ("LDS.128", 4, 0), ("STS", 1, 0), ("LDGSTS.E.BYPASS.LTC128B.128", 4, 512), ("LDL.64", 2, 0), ("LDG.E", 1, 128),
+     ("LDG.E.U16", 1, 64), ("LDG.E.U8.CONSTANT", 1, 32), ("STG.E.128", 4, 512)],
 )  # fmt: skip
 def test_memory(opcode: str, wavefronts: int, l2_bytes: int) -> None:
     (operation,) = operations.operations([instruction(opcode)], A100)
@@ -211,6 +212,11 @@ def test_long_blocks_last_leave_a_tail() -> None:
     first, last = (grid.grid_clocks(order, num_sms=4, trip_clocks=(1.0,), overhead=0.0) for order in (rising[::-1], rising))
     assert first < last
     assert first >= sum(rising) / 4
+
+
+def test_blocks_without_trips_end_at_once() -> None:
+    assert grid.grid_clocks([10, 0, 0], num_sms=1, trip_clocks=(5.0,), overhead=7.0) == pytest.approx(50 + 3 * 7)
+    assert grid.grid_clocks([10, 0, 0], num_sms=1, trip_clocks=(5.0,), overhead=7.0, empty=2.0) == pytest.approx(50 + 7 + 2 * 2)
 
 
 def test_an_empty_grid_takes_no_time() -> None:

@@ -170,6 +170,17 @@ def test_the_steady_state_of_a_loop_over_tiles(functions: dict[str, Function]) -
     assert function[trace.indices[-1]].target == loop.head
 
 
+def test_a_masked_tile_takes_the_path_that_looks_at_pairs(functions: dict[str, Function]) -> None:
+    """The same work, and four comparisons more, or what selects by them; copies are made all the same."""
+    function = functions["tiles"]
+    loop = control_flow.tile_loop(function)
+    plain, masked = control_flow.steady_trace(function, loop), control_flow.steady_trace(function, loop, masked=True)
+    assert counts(masked)["ISETP"] >= counts(plain)["ISETP"] + 4
+    assert counts(masked)["FSEL"] >= 4
+    for base in ("HMMA", "MUFU", "LDSM", "LDGSTS", "BAR"):
+        assert counts(masked)[base] == counts(plain)[base], base
+
+
 def test_loops_that_are_counted(functions: dict[str, Function]) -> None:
     outer, inner = control_flow.find_loops(functions["counted"])[:2]
     assert (outer.trips, inner.trips) == (6, 4)

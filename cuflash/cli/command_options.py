@@ -75,6 +75,8 @@ def features_of(options: argparse.Namespace, *, is_causal: bool) -> SampleFeatur
         raise OptionError("--need-attn-mask-grad", got, "an additive --attn-mask: " + ", ".join(DTYPES), hint)
     if "forward_only" in options:
         has_backward, way = not options.forward_only, "Leave out --forward-only."
+    elif "backward" in options:
+        has_backward, way = options.backward, "Add --backward."
     else:
         has_backward, way = options.direction == "backward", "Add --pass backward."
     if options.need_attn_mask_grad and not has_backward:

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import isqrt, log
+from typing import TypeVar
 
 from cuflash.hardware.architectures import architecture
 from cuflash.hardware.device import Device
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import columns_of
 from cuflash.problem.problem import Problem
+
+T = TypeVar("T")
 
 L2_SHARE = 5 / 8
 """Of L2, for what blocks walk over; the rest is for what they own. On an H100 sections that fit 32 of 50 MB were fast (docs/hopper.md)."""
@@ -64,16 +67,16 @@ def nearest_divisor(number: int, wanted: int) -> int:
     return min((*small, *(number // divisor for divisor in small)), key=lambda divisor: (abs(log(divisor / wanted)), -divisor))
 
 
-def in_order(of_one_head: Sequence[int], *, pairs: int, section: int, last_first: bool) -> Iterator[int]:
+def in_order(of_heads: Sequence[Sequence[T]], *, section: int, last_first: bool) -> Iterator[T]:
     """What belongs to each block, in the order of launch.
 
     Args:
-        of_one_head: for each tile of a head.
-        pairs: (batch, head) pairs.
-        section: of them; the last section may have fewer.
+        of_heads: for each (batch, head) pair and each of its tiles.
+        section: of pairs; the last section may have fewer.
         last_first: the last tile of a head is the longest, as that of queries under a causal mask is.
     """
-    ordered = of_one_head[::-1] if last_first else of_one_head
-    for first in range(0, pairs, section):
-        for tile in ordered:
-            yield from [tile] * min(section, pairs - first)
+    for first in range(0, len(of_heads), section):
+        heads = of_heads[first : first + section]
+        tiles = range(max(map(len, heads), default=0))
+        for tile in reversed(tiles) if last_first else tiles:
+            yield from (head[tile] for head in heads)

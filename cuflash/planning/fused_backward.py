@@ -12,8 +12,10 @@ import os
 from collections.abc import Iterable, Mapping
 from math import ceil
 
+from cuflash.hardware.architectures import architecture
 from cuflash.hardware.device import Device
 from cuflash.planning import kernel_specs, tile_choice, tile_rules
+from cuflash.planning.block_order import L2_SHARE
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import Buffer, KernelPlan
 from cuflash.problem.problem import Problem
@@ -22,7 +24,6 @@ from cuflash.problem.tile import Tile, Tiles
 VARIABLE = "CUFLASH_FUSED_BACKWARD"
 """Environment variable; 1: the fused kernel wherever it is predicted to be faster. Looked at when a call is planned, so not by calls whose like was made before."""
 
-_SECTION_BYTES = 32 * 2**20  # of L2, docs/hopper.md
 _OTHER_WAY = (kernel_specs.BACKWARD_DKDV, kernel_specs.BACKWARD_DK, kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DQ)
 
 
@@ -63,9 +64,9 @@ def is_faster(case: KernelCase, device: Device) -> bool:
 
 
 def section_heads(problem: Problem, device: Device, group_heads: int) -> int:
-    """K/V heads whose queries, dO and sums of dQ fit L2 together."""
+    """K/V heads whose queries, dO and sums of dQ fit the part of L2 that is for what blocks walk over (`block_order.L2_SHARE`)."""
     of_head = group_heads * problem.max_seqlen_q * (problem.itemsize * (problem.head_dim + problem.head_dim_v) + 4 * problem.head_dim)
-    return max(1, _SECTION_BYTES // max(1, of_head))
+    return max(1, int(L2_SHARE * architecture(device.arch).l2_bytes) // max(1, of_head))
 
 
 def workspace(problem: Problem, kernels: Iterable[KernelPlan]) -> tuple[Buffer, ...]:

@@ -52,7 +52,7 @@ class Costs:
     small_blocks: bool
 
 
-_FORWARD_COSTS = Costs(74, 30, 0, True, 6, 2, 150, False)
+_FORWARD_COSTS = Costs(74, 44, 0, True, 6, 2, 150, False)
 _BACKWARD_COSTS = Costs(88, 0, 0, False, 9, 1, 400, True)
 _JOINT_COSTS = Costs(88, 0, 44, False, 9, 1, 400, True)
 

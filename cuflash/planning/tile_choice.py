@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 from cuflash.arrays.borrowing import describe
 from cuflash.errors import TileError
@@ -17,7 +17,7 @@ from cuflash.planning.kernel_cases import KernelCase, head_dims
 from cuflash.planning.kernel_specs import BACKWARD_FUSED, MAX_TILE
 from cuflash.planning.tile_model import estimate_cycles
 from cuflash.planning.tile_rules import broken_rule
-from cuflash.problem.features import NO_FEATURES
+from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.tile import Tile
 
 
@@ -55,11 +55,21 @@ def legal_tiles_for(case: KernelCase, device: Device) -> tuple[Tile, ...]:
 
 
 def measured_tile(case: KernelCase, device: Device) -> Tile | None:
-    """The fastest tile where all were timed (`measured_tiles`), else None."""
-    if case.dtype == "float32" or case.head_dim != case.head_dim_v or case.features != NO_FEATURES:
+    """The fastest tile where all were timed (`measured_tiles`), with one feature the fastest that leaves room for it, else None."""
+    if case.dtype == "float32" or case.head_dim != case.head_dim_v:
         return None
-    found = measured_tiles.TILES.get((device.arch, case.kernel.name, case.head_dim))
+    key = device.arch, case.kernel.name, case.head_dim
+    if case.features == NO_FEATURES:
+        found = measured_tiles.TILES.get(key)
+    else:
+        features, fitting = _kinds(case.features), measured_tiles.WITH_FEATURE.get(key, {})
+        found = next((tile for tile, alone in fitting.items() if len(features) == 1 and features <= alone), None)
     return None if found is None else Tile(*found)
+
+
+def _kinds(features: FeatureSet) -> frozenset[str]:
+    """The features that are used, a mask by its element type."""
+    return frozenset(str(value) if name == "attn_mask" else name for name, value in asdict(features).items() if value)
 
 
 def known_tile(case: KernelCase, device: Device) -> Tile | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil
 
+from cuflash.problem.features import UNLIMITED
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile
 
@@ -30,19 +32,51 @@ def visits_of_blocks(problem: Problem, tile: Tile, *, by_keys: bool) -> list[int
     kinds = problem.features.kinds
     if kinds.lists_tiles or kinds.prefix or problem.seqlens_kv or problem.num_sequences is not None:
         return None
-    low, high = problem.window
-    if problem.is_causal:
-        high = min(high, problem.causal_offset)
-    visited = []
+    return [len(walk) for walk in walks(band_of(problem), tile, by_keys=by_keys)]
+
+
+@dataclass(frozen=True)
+class Band:
+    """Which pairs the positions leave in one sequence: query i sees key j if low <= j - i <= high, and j - i <= causal or j < prefix.
+
+    Attributes:
+        seqlen_q, seqlen_kv: of the sequence.
+        low, high: of the window.
+        causal: of the causal mask; `UNLIMITED` without.
+        prefix: keys that the causal mask does not hide.
+    """
+
+    seqlen_q: int
+    seqlen_kv: int
+    low: int
+    high: int
+    causal: int
+    prefix: int = 0
+
+
+def band_of(problem: Problem, seqlen_q: int | None = None, seqlen_kv: int | None = None, prefix: int = 0) -> Band:
+    """The band of a sequence of these lengths; without them, of the arrays'."""
+    rows, columns = problem.seqlen_q if seqlen_q is None else seqlen_q, problem.seqlen_kv if seqlen_kv is None else seqlen_kv
+    offset = columns - rows if problem.causal_alignment == "bottom_right" else 0
+    low, high = problem.features.window_low, problem.features.window_high
+    return Band(
+        rows, columns, low if low == -UNLIMITED else low + offset, high if high == UNLIMITED else high + offset,
+        offset if problem.is_causal else UNLIMITED, min(prefix, columns),
+    )  # fmt: skip
+
+
+def walks(band: Band, tile: Tile, *, by_keys: bool) -> list[range]:
+    """For each tile that a block owns, the tiles between the first and the last one in which positions leave a pair."""
+    walked = []
     if by_keys:
-        for first_kv in range(0, problem.seqlen_kv, tile.tile_kv):
-            first_q = max(0, first_kv - high)
-            end_q = min(problem.seqlen_q, min(problem.seqlen_kv, first_kv + tile.tile_kv) - low)
-            visited.append(ceil(end_q / tile.tile_q) - first_q // tile.tile_q if first_q < end_q else 0)
-        return visited
-    for first_q in range(0, problem.seqlen_q, tile.tile_q):
-        end_q = min(problem.seqlen_q, first_q + tile.tile_q)
-        first_kv = max(0, first_q + low)
-        end_kv = min(problem.seqlen_kv, end_q + high)
-        visited.append(ceil(end_kv / tile.tile_kv) - first_kv // tile.tile_kv if first_kv < end_kv else 0)
-    return visited
+        for first_kv in range(0, band.seqlen_kv, tile.tile_kv):
+            first_q = max(0, first_kv - band.high, 0 if first_kv < band.prefix else first_kv - band.causal)
+            end_q = min(band.seqlen_q, min(band.seqlen_kv, first_kv + tile.tile_kv) - band.low)
+            walked.append(range(first_q // tile.tile_q, ceil(end_q / tile.tile_q)) if first_q < end_q else range(0))
+        return walked
+    for first_q in range(0, band.seqlen_q, tile.tile_q):
+        end_q = min(band.seqlen_q, first_q + tile.tile_q)
+        first_kv = max(0, first_q + band.low)
+        end_kv = min(band.seqlen_kv, end_q + band.high, max(end_q + band.causal, band.prefix))
+        walked.append(range(first_kv // tile.tile_kv, ceil(end_kv / tile.tile_kv)) if first_kv < end_kv else range(0))
+    return walked

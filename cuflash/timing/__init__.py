@@ -4,6 +4,7 @@
     control_flow.py   loops, and the steady-state trace of each
     operations.py     instruction -> unit, clocks, latency, what it waits for
     multiprocessor.py one SM that runs a trace
+    visits.py         how many tiles each block visits, by what the data say
     grid.py           all SMs: waves, unequal blocks, tails
     machine.py        the constants, each with its source
     description.py    what is known of a kernel besides its code; NAME.cubin and NAME.json

@@ -5,7 +5,8 @@
 
 A loop is an interval of addresses from the target of a backward branch to that branch, as compilers lay loops out. Which way branches go is not
 known from the code. The steady state is taken to be the path with the most work (products, exponentials, copies, barriers, reads by matrix), and of
-those the shortest. So copies are made, masks are not applied, and slow paths for rare cases are left aside.
+those the shortest. So copies are made, masks are not applied, and slow paths for rare cases are left aside. Of a tile that a mask cuts (`masked`) it is the path
+that selects most scores by what is no comparison of floats, among those with the most work.
 
 Inner loops are run as often as their counter says, if it starts, steps and ends at constants. If it does not, the trips of the inner loops with matrix products are
 whatever makes up the number of products that the caller expects.
@@ -211,23 +212,24 @@ def _of_halves(high: str, low: str) -> int | None:
 # --- The path through a loop --------------------------------------------------------------------------------------------------------------
 
 
-def steady_trace(function: Function, loop: Loop, expected_matrix: int | None = None) -> Trace:
+def steady_trace(function: Function, loop: Loop, expected_matrix: int | None = None, *, masked: bool = False) -> Trace:
     """The instructions of one trip.
 
     Args:
         function: the code.
         loop: of `find_loops`.
         expected_matrix: matrix instructions of a warp in one trip; decides how often inner loops run whose counters say nothing.
+        masked: of a tile in which some pair is hidden.
 
     Raises:
         UnsupportedError: no path leads back to the head.
     """
-    indices = _Paths(function, 1).through(loop)
+    indices = _Paths(function, 1, masked).through(loop)
     unknown = [inner for inner in find_loops(function) if loop.holds(inner) and inner.trips is None]
     inside = sum(is_matrix(function[i]) for i in indices if any(inner.head <= i <= inner.last for inner in unknown))
     if expected_matrix is not None and inside:
         outside = sum(is_matrix(function[i]) for i in indices) - inside
-        indices = _Paths(function, max(1, round((expected_matrix - outside) / inside))).through(loop)
+        indices = _Paths(function, max(1, round((expected_matrix - outside) / inside)), masked).through(loop)
     return Trace(loop, tuple(indices), tuple(function[index] for index in indices))
 
 
@@ -238,6 +240,7 @@ class _Node:
     Attributes:
         path: what is executed of it.
         work: how many instructions of it do work.
+        masks: how many select by whether a pair is visible, where that path is wanted.
         cost: how long the path is, for the choice among paths with the same work.
     """
 
@@ -245,27 +248,30 @@ class _Node:
     end: int
     path: tuple[int, ...]
     work: int
+    masks: int
     cost: int
 
 
 class _Paths:
-    """Finds paths through the loops of one function; `unknown_trips` is how often loops run whose counters say nothing."""
+    """Finds paths through the loops of one function; `unknown_trips` is how often loops run whose counters say nothing, `masked` is that of `steady_trace`."""
 
-    def __init__(self, function: Function, unknown_trips: int) -> None:
+    def __init__(self, function: Function, unknown_trips: int, masked: bool) -> None:
         self.function = function
         self.unknown_trips = unknown_trips
+        self.masked = masked
         self.loops = find_loops(function)
 
     def through(self, loop: Loop) -> list[int]:
         """The path from the loop's head back to it."""
         nodes = self._nodes(loop)
         at = {node.start: position for position, node in enumerate(nodes)}
-        best: dict[int, tuple[int, int]] = {0: (nodes[0].work, -nodes[0].cost)}
+        best: dict[int, tuple[int, int, int]] = {0: (nodes[0].work, nodes[0].masks, -nodes[0].cost)}
         before: dict[int, int] = {}
         for position, node in enumerate(nodes):
             for following in self._successors(node, at) if position in best else ():
-                value = (best[position][0] + nodes[following].work, best[position][1] - nodes[following].cost)
-                if following > position and value > best.get(following, (-1, 0)):
+                work, masks, cost = best[position]
+                value = (work + nodes[following].work, masks + nodes[following].masks, cost - nodes[following].cost)
+                if following > position and value > best.get(following, (-1, 0, 0)):
                     best[following], before[following] = value, position
         ends = [position for position in best if self._returns(loop, nodes[position])]
         if not ends:
@@ -297,14 +303,16 @@ class _Paths:
 
     def _block(self, start: int, end: int) -> _Node:
         work = sum(_is_work(self.function[index]) for index in range(start, end))
-        return _Node(start, end, tuple(range(start, end)), work, end - start)
+        bases = [self.function[index].base for index in range(start, end)]
+        masks = bases.count("FSEL") if self.masked and "FSETP" not in bases else 0  # those by comparing floats are clamps
+        return _Node(start, end, tuple(range(start, end)), work, masks, end - start)
 
     def _inner(self, loop: Loop) -> _Node:
         path = self.through(loop)
         trips = loop.trips or (self.unknown_trips if any(is_matrix(self.function[index]) for index in path) else 1)
         work = sum(_is_work(self.function[index]) for index in path) * trips
         cost = len(path) * trips + (0 if work else _COLD_LOOP)
-        return _Node(loop.head, loop.last + 1, tuple(path) * trips, work, cost)
+        return _Node(loop.head, loop.last + 1, tuple(path) * trips, work, 0, cost)
 
     def _successors(self, node: _Node, at: dict[int, int]) -> list[int]:
         last = self.function[node.end - 1]

@@ -1,6 +1,6 @@
 """A grid of blocks on all SMs: waves, blocks of unequal length, tails.
 
-`grid_clocks(blocks, num_sms=, rates=, overhead=)` hands out blocks in the order of their index, each to the first SM that has room, and returns the clocks until the
+`grid_clocks(blocks, num_sms=, trip_clocks=, overhead=)` hands out blocks in the order of their index, each to the first SM that has room, and returns the clocks until the
 last one ends. Blocks that share an SM slow each other down as the model of the SM says: an SM with few blocks left runs each of them faster, but seldom all
 of them together.
 """
@@ -11,7 +11,9 @@ import heapq
 from collections.abc import Iterable, Sequence
 
 
-def grid_clocks(blocks: Iterable[float], *, num_sms: int, trip_clocks: Sequence[float], overhead: float) -> float:
+def grid_clocks(
+    blocks: Iterable[float], *, num_sms: int, trip_clocks: Sequence[float], overhead: float, empty: float | None = None
+) -> float:
     """Clocks from the first block's begin to the last one's end.
 
     Args:
@@ -19,9 +21,10 @@ def grid_clocks(blocks: Iterable[float], *, num_sms: int, trip_clocks: Sequence[
         num_sms: of the card.
         trip_clocks: of an SM for one trip of each of its blocks, with 1, 2, … blocks on it; as many as it can hold.
         overhead: clocks of a block beside its trips, while others on its SM work.
+        empty: the same of a block without trips, which ends at once; None for as much.
     """
     waiting = iter(blocks)
-    sms = [_Sm(trip_clocks, overhead) for _ in range(num_sms)]
+    sms = [_Sm(trip_clocks, overhead, overhead if empty is None else empty) for _ in range(num_sms)]
     for _ in range(len(trip_clocks)):  # first every SM gets one block, then every SM gets a second one
         for sm in sms:
             if (trips := next(waiting, None)) is not None:
@@ -43,15 +46,15 @@ def grid_clocks(blocks: Iterable[float], *, num_sms: int, trip_clocks: Sequence[
 class _Sm:
     """The blocks of one SM. All of them progress alike, so each ends at a fixed number of trips that the SM has made since its begin."""
 
-    def __init__(self, trip_clocks: Sequence[float], overhead: float) -> None:
-        self.trip_clocks, self.overhead = trip_clocks, overhead
+    def __init__(self, trip_clocks: Sequence[float], overhead: float, empty: float) -> None:
+        self.trip_clocks, self.overhead, self.empty = trip_clocks, overhead, empty
         self.time = 0.0
         self.trips = 0.0
         self.ends: list[float] = []
 
     def add(self, trips: float) -> None:
         """Begin a block now."""
-        heapq.heappush(self.ends, self.trips + trips + self.overhead / self.trip_clocks[-1])
+        heapq.heappush(self.ends, self.trips + trips + (self.overhead if trips else self.empty) / self.trip_clocks[-1])
 
     def next_end(self) -> float:
         """When the next block ends, if none is added before."""

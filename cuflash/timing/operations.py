@@ -85,6 +85,7 @@ _MEMORY_KINDS = {
     "ATOMS": Kind.MEMORY, "REDUX": Kind.MEMORY,
 }  # fmt: skip
 _VECTOR = re.compile(r"x([24])\.")
+_NARROW = {"U8": 1, "S8": 1, "U16": 2, "S16": 2}
 _LOCAL = frozenset(("LDL", "STL"))  # spills, which the first-level cache answers
 _REDUCTIONS = frozenset(("RED", "REDG"))
 _NOT_MODELLED = opcodes("HGMMA IGMMA QGMMA BGMMA UTMALDG UTMASTG UBLKCP SYNCS")
@@ -175,6 +176,10 @@ def _matrix_clocks(opcode: str, machine: Multiprocessor) -> float:
 def _bytes_per_lane(instruction: Instruction) -> int:
     parts = instruction.opcode.split(".")
     vector = _VECTOR.match(instruction.operands)  # nvdisasm writes "REDG.E.ADD.F32 x4.FTZ…"
+    if instruction.base in ("LDG", "STG"):  # a sector that neighbours ask for too comes from the first-level cache the second time
+        narrow = next((_NARROW[part] for part in parts if part in _NARROW), None)
+        if narrow is not None:
+            return narrow
     return 16 if "128" in parts else 8 if "64" in parts else 4 * int(vector[1]) if vector else 4
 
 
@@ -186,7 +191,7 @@ def _wavefronts(instruction: Instruction) -> float:
         return 1.0
     if instruction.base == "REDUX":
         return 2.0
-    return _bytes_per_lane(instruction) / 4
+    return max(1.0, _bytes_per_lane(instruction) / 4)
 
 
 def _latency(instruction: Instruction, machine: Multiprocessor) -> float:

@@ -3,14 +3,16 @@
 `predict_kernel(function, description)` runs the hot loop of one kernel on the model of an SM: its share of the matrix rate, what binds, what it would be
 without each limit. `predict_plan(plan, card)` compiles the kernels of a call, predicts each and lays its grid out on the card: milliseconds and TFLOP/s.
 
-Kernels that walk over no tiles, such as `backward_delta`, take the time of their traffic from and to memory.
+Where data hide some pairs of a tile, the kernel takes another path through it (`masked`), which is predicted too; how many tiles are visited either way follows from
+the arrays of the call (`visits.py`). Kernels that walk over no tiles, such as `backward_delta`, take the time of their traffic from and to memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod
 
 from cuflash.errors import UnsupportedError
 from cuflash.hardware import device, occupancy
@@ -21,8 +23,8 @@ from cuflash.planning import kernel_specs
 from cuflash.planning.block_order import in_order
 from cuflash.planning.kernel_cases import KernelCase, multiply_adds
 from cuflash.planning.kernel_plan import KernelPlan
+from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.planning.plan import Plan
-from cuflash.planning.visits import visits_of_blocks
 from cuflash.problem.problem import Problem
 from cuflash.timing.control_flow import Trace, is_matrix, steady_trace, tile_loop
 from cuflash.timing.description import Description
@@ -31,6 +33,7 @@ from cuflash.timing.machine import Card, Multiprocessor, multiprocessor
 from cuflash.timing.multiprocessor import LIMITS, steady_clocks, without
 from cuflash.timing.operations import MULTIPLY_ADDS, Operation, busy_clocks, operations
 from cuflash.timing.sass import Function, read_functions
+from cuflash.timing.visits import NO_DATA, Data, visits_of_launch
 
 
 @dataclass(frozen=True)
@@ -68,20 +71,21 @@ class KernelPrediction:
         return max(of, key=lambda name: of[name])
 
 
-def predict_kernel(function: Function, description: Description, *, limits: bool = True) -> KernelPrediction:
+def predict_kernel(function: Function, description: Description, *, limits: bool = True, masked: bool = False) -> KernelPrediction:
     """Run a kernel's loop over tiles in its steady state.
 
     Args:
         function: its machine code.
         description: what it is.
         limits: also run it without each limit in turn, which takes several times as long.
+        masked: every tile has hidden pairs.
 
     Raises:
         OptionError: nothing is known of the architecture.
         UnsupportedError: the code has no loop, or instructions that are not modelled.
     """
     machine = multiprocessor(description.arch)
-    trace = _trace(function, description)
+    trace = _trace(function, description, masked=masked)
     translated = operations(trace.instructions, machine)
     warps, blocks = description.tile.num_warps, resident_blocks(description)
     clocks = steady_clocks(translated, machine, warps=warps, blocks=blocks)
@@ -113,18 +117,18 @@ def resident_blocks(description: Description) -> int:
     return resident.blocks
 
 
-def _trace(function: Function, description: Description) -> Trace:
+def _trace(function: Function, description: Description, *, masked: bool) -> Trace:
     loop = tile_loop(function)
     matrix = next((i for i in function[loop.head : loop.last] if is_matrix(i)), None)
     if matrix is None:
-        return steady_trace(function, loop)
+        return steady_trace(function, loop, masked=masked)
     per_instruction = next((MULTIPLY_ADDS[part] for part in matrix.opcode.split(".") if part in MULTIPLY_ADDS), 0)
     spec = kernel_specs.TILED_KERNELS[description.kernel]
     case = KernelCase(spec, description.dtype, description.head_dim, False, description.head_dim_v)
     of_block = multiply_adds(case, description.tile, device.of_arch(description.arch))
     known = per_instruction and description.dtype != "float32"  # of which a product is one instruction or three
     expected = of_block // (per_instruction * description.tile.num_warps) if known else None
-    return steady_trace(function, loop, expected)
+    return steady_trace(function, loop, expected, masked=masked)
 
 
 # --- A call -------------------------------------------------------------------------------------------------------------------------------
@@ -140,6 +144,8 @@ class Launch:
         kernel: its steady state; None for kernels that walk over no tiles.
         num_blocks: of its grid.
         tiles_visited: by all blocks together.
+        tiles_partial: of those, in which data hide some pair.
+        partial_cost: clocks of such a tile over those of the others.
         balance: the time that the tiles alone would take if all SMs were busy to the end, over the time that it takes.
         evenness: likewise, with each block's begin and end: what the order of blocks and waves leave of the time.
     """
@@ -151,6 +157,8 @@ class Launch:
     tiles_visited: int
     balance: float
     evenness: float
+    tiles_partial: int = 0
+    partial_cost: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -174,30 +182,36 @@ class Prediction:
 
     @property
     def tflops(self) -> float:
-        """By the products over visible pairs, as benchmarks count."""
+        """By the products over visible pairs, as benchmarks count; where data hide pairs, more than there are."""
         problem = self.plan.problem
         flops = problem.flops_backward if self.plan.backward else problem.flops_forward
         return flops / (self.milliseconds * 1e9) if self.launches else 0.0
 
 
-def predict_plan(plan: Plan, card: Card, *, limits: bool = True) -> Prediction:
+def predict_plan(plan: Plan, card: Card, *, limits: bool = True, data: Data = NO_DATA) -> Prediction:
     """Compile the kernels of a plan (through the cache) and predict the time of each.
 
+    Args:
+        plan: of the call.
+        card: where it would run.
+        limits: also predict each kernel without each limit.
+        data: the arrays of the call that decide which tiles are visible, as NumPy arrays by the names of the arguments (`visits.py`).
+
     Raises:
-        UnsupportedError: features or lengths whose visible tiles only the data know, or kernels that are not modelled.
+        UnsupportedError: such an array is missing, or a kernel is not modelled.
         SetupError: nvdisasm is missing.
     """
-    launches = []
-    for kernel in plan.kernels:
-        if kernel.spec in _OF_TRAFFIC:
-            launches.append(predict_traffic(kernel, plan.problem, card))
-        elif kernel.spec.is_tiled:
-            described, function = compiled(kernel, plan.device, causal=plan.problem.is_causal)
-            launches.append(lay_out(predict_kernel(function, described, limits=limits), kernel, plan.problem, card))
-        else:
-            hint = "Leave out the features that need it."
-            raise UnsupportedError("features", f"a call with the kernel {kernel.name}", "kernels that walk over all visible tiles", hint)
-    return Prediction(plan, card, tuple(launches))
+    return Prediction(plan, card, tuple(_predict_launch(kernel, plan, card, limits, data) for kernel in plan.kernels))
+
+
+def _predict_launch(kernel: KernelPlan, plan: Plan, card: Card, limits: bool, data: Data) -> Launch:
+    if not kernel.spec.is_tiled or kernel.spec == kernel_specs.BACKWARD_ROW_SUMS:
+        return predict_traffic(kernel, plan.problem, card)
+    described, function = compiled(kernel, plan.device, causal=plan.problem.is_causal)
+    predicted = predict_kernel(function, described, limits=limits)
+    lists = kernel.spec.walks_lists and plan.problem.features.kinds.lists_tiles
+    masked = predict_kernel(function, described, limits=False, masked=True) if lists else None
+    return lay_out(predicted, kernel, plan.problem, card, data=data, masked=masked)
 
 
 def compiled(kernel: KernelPlan, on: Device, *, causal: bool) -> tuple[Description, Function]:
@@ -225,37 +239,52 @@ def describe(kernel: KernelPlan, resources: KernelResources, request: CompileReq
     )
 
 
-def lay_out(predicted: KernelPrediction, kernel: KernelPlan, problem: Problem, card: Card) -> Launch:
+def lay_out(
+    predicted: KernelPrediction,
+    kernel: KernelPlan,
+    problem: Problem,
+    card: Card,
+    *,
+    data: Data = NO_DATA,
+    masked: KernelPrediction | None = None,
+) -> Launch:
     """The grid of a kernel on a card.
 
+    Args:
+        predicted: its steady state.
+        kernel: as it is planned.
+        problem: the call.
+        card: where.
+        data: as in `predict_plan`.
+        masked: its steady state in tiles in which data hide some pair; None for the same.
+
     Raises:
-        UnsupportedError: which tiles a block visits depends on data.
+        UnsupportedError: which tiles a block visits depends on data that are not there.
     """
-    by_keys = kernel.spec.owns_keys
-    visits = visits_of_blocks(problem, kernel.tile, by_keys=by_keys)
-    if visits is None:
-        hint = "Leave out masks, segments, prefixes and lengths."
-        raise UnsupportedError("features", "visible tiles that only the data know", "a call whose tiles are known before it runs", hint)
-    group = kernel.group_batch * kernel.group_heads
-    own = [group * tiles for tiles in visits]
+    visits = visits_of_launch(kernel, problem, data)
+    cost = 1.0 if masked is None else masked.clocks / predicted.clocks
+    weighed = {of: of.full + cost * of.partial for of in {of for head in visits for of in head}}
     machine = multiprocessor(predicted.description.arch)
-    heads = kernel.num_blocks // len(own)
     alone = steady_clocks(predicted.trace, machine, warps=kernel.tile.num_warps, blocks=1) if predicted.blocks > 1 else predicted.clocks
     trip_clocks = [
         alone + (predicted.clocks - alone) * index / max(1, predicted.blocks - 1) for index in range(predicted.blocks)
     ]  # between one block and all of them, as many clocks more for each
     overhead = _block_overhead(kernel, problem, machine, card)
-    section = min(heads, kernel.section_heads)
-    launched = in_order(own, pairs=heads, section=section, last_first=problem.is_causal and not by_keys)
-    clocks = grid_clocks(launched, num_sms=card.num_sms, trip_clocks=trip_clocks, overhead=overhead)
+    section = min(len(visits), kernel.section_heads)
+    launched = in_order(visits, section=section, last_first=problem.is_causal and not kernel.spec.owns_keys)
+    clocks = grid_clocks(
+        (weighed[of] for of in launched), num_sms=card.num_sms, trip_clocks=trip_clocks, overhead=overhead, empty=card.block_start
+    )
     if kernel.spec.added_up:  # blocks of one head that start together wait for each other to add to their first tile
-        together = min(len(own), ceil(card.num_sms * predicted.blocks / section))
+        together = min(len(visits[0]), ceil(card.num_sms * predicted.blocks / section))
         clocks += (together - 1) * predicted.clocks
-    total = heads * sum(own)
-    ideal = total * predicted.clocks / predicted.blocks / card.num_sms
-    even = ideal + kernel.num_blocks * overhead / predicted.blocks / card.num_sms
+    counted = Counter(of for head in visits for of in head)
+    total, partial = sum(of.total * count for of, count in counted.items()), sum(of.partial * count for of, count in counted.items())
+    working = sum(count for of, count in counted.items() if of.total)
+    ideal = (total + (cost - 1) * partial) * predicted.clocks / predicted.blocks / card.num_sms
+    even = ideal + (working * overhead + (kernel.num_blocks - working) * card.block_start) / predicted.blocks / card.num_sms
     seconds = max(clocks / (card.clock_ghz * 1e9), _least_traffic(kernel, problem) / card.memory_bytes_per_second)
-    return Launch(kernel.name, 1e3 * seconds, predicted, kernel.num_blocks, total, ideal / clocks, even / clocks)
+    return Launch(kernel.name, 1e3 * seconds, predicted, kernel.num_blocks, total, ideal / clocks, even / clocks, partial, cost)
 
 
 def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card) -> float:
@@ -279,14 +308,41 @@ def _least_traffic(kernel: KernelPlan, problem: Problem) -> float:
     return width / 2 * (of_queries * rows_q + (len(moved) - of_queries) * rows_kv) + sums
 
 
-_OF_TRAFFIC = (kernel_specs.BACKWARD_DELTA, kernel_specs.BACKWARD_DQ_CONVERT)
-
-
 def predict_traffic(kernel: KernelPlan, problem: Problem, card: Card) -> Launch:
-    """`backward_delta` reads the output and its gradient, and writes eight bytes for each row; `backward_dq_convert` reads float32 and writes dQ."""
-    rows = problem.batch * problem.num_heads_q * problem.seqlen_q
-    of_row = 2 * problem.itemsize * problem.head_dim_v + 8
-    if kernel.spec is kernel_specs.BACKWARD_DQ_CONVERT:
-        of_row = (4 + problem.itemsize) * problem.head_dim
-    seconds = rows * of_row / card.memory_bytes_per_second
+    """A kernel that takes the time of what it reads and writes.
+
+    Raises:
+        UnsupportedError: nothing is known of it.
+    """
+    if kernel.spec not in _TRAFFIC:
+        hint = "Leave out the features that need it."
+        raise UnsupportedError(
+            "features", f"a call with the kernel {kernel.name}", "kernels that walk over tiles or whose traffic is known", hint
+        )
+    seconds = _TRAFFIC[kernel.spec](problem) / card.memory_bytes_per_second
     return Launch(kernel.name, 1e3 * seconds, None, kernel.num_blocks, 0, 1.0, 1.0)
+
+
+def _rows(problem: Problem) -> int:
+    return problem.batch * problem.num_heads_q * problem.seqlen_q
+
+
+def _listed_bytes(problem: Problem) -> int:
+    """A boolean mask, and ids; the lists themselves are short."""
+    mask = problem.features.attn_mask
+    ids = 4 * problem.batch * (problem.seqlen_q + problem.seqlen_kv) if problem.features.kinds.segments else 0
+    return ids + (prod(mask.extents) if mask is not None and problem.features.kinds.attn_mask == "bool" else 0)
+
+
+_TRAFFIC: dict[KernelSpec, Callable[[Problem], int]] = {
+    # reads the output and its gradient, writes eight bytes for each row
+    kernel_specs.BACKWARD_DELTA: lambda problem: _rows(problem) * (2 * problem.itemsize * problem.head_dim_v + 8),
+    # reads float32, writes dQ
+    kernel_specs.BACKWARD_DQ_CONVERT: lambda problem: _rows(problem) * (4 + problem.itemsize) * problem.head_dim,
+    # where no row has huge scores: reads lse, writes the statistics' reference and log2 of the sum
+    kernel_specs.BACKWARD_ROW_SUMS: lambda problem: _rows(problem) * 12,
+    # reads lse and delta
+    kernel_specs.BACKWARD_SINKS: lambda problem: _rows(problem) * 8,
+    kernel_specs.VISIBLE_TILES: _listed_bytes,
+}
+"""Bytes from and to memory of kernels that walk over no tiles, or seldom."""

@@ -27,9 +27,11 @@ def lines(prediction: Prediction) -> list[str]:
     problem = plan.problem
     what = f"{'backward' if plan.backward else 'forward'}, {problem.dtype}, batch {problem.batch}, seqlen {problem.seqlen_q} x {problem.seqlen_kv}"
     heads = f"{problem.num_heads_q}/{problem.num_heads_kv} heads, head_dim {head_dims(problem.head_dim, problem.head_dim_v)}"
+    features = "".join(f", {name}" for name in problem.features.kinds.names())
+    rate = "" if problem.hides_by_data else f", {prediction.tflops:.4g} TFLOP/s"  # how many pairs are visible is not counted
     text = [
         f"predicted for {card.name} ({card.arch}, {card.num_sms} SMs, {card.clock_ghz} GHz); docs/timing.md says how far to trust it",
-        f"  {what}, {heads}, {'causal' if problem.is_causal else 'not causal'}: {prediction.milliseconds:.4g} ms, {prediction.tflops:.4g} TFLOP/s",
+        f"  {what}, {heads}, {'causal' if problem.is_causal else 'not causal'}{features}: {prediction.milliseconds:.4g} ms{rate}",
     ]
     for launch in prediction.launches:
         text += _launch_lines(launch)
@@ -59,6 +61,8 @@ def _launch_lines(launch: Launch) -> list[str]:
         f"  {launch.name}: {launch.milliseconds:.4g} ms; {tile.tile_q}x{tile.tile_kv} w{tile.num_warps} s{tile.num_stages}, {of.registers} registers, "
         f"{of.spill_bytes} bytes spilled; {_blocks(launch.num_blocks)}, {launch.tiles_visited} tiles, balance {launch.balance:.2f}"
     )
+    if launch.tiles_partial:
+        head += f"; {launch.tiles_partial} tiles with hidden pairs, {launch.partial_cost:.2f} times as long"
     return [head, *kernel_lines(launch.kernel)]
 
 
@@ -97,8 +101,9 @@ def to_json(prediction: Prediction) -> dict[str, Any]:
         "head_dim": problem.head_dim,
         "head_dim_v": problem.head_dim_v,
         "causal": problem.is_causal,
+        "features": list(problem.features.kinds.names()),
         "predicted_milliseconds": round(prediction.milliseconds, 6),
-        "predicted_tflops": round(prediction.tflops, 3),
+        "predicted_tflops": None if problem.hides_by_data else round(prediction.tflops, 3),
         "kernels": [_launch_json(launch) for launch in prediction.launches],
     }
 
@@ -107,4 +112,5 @@ def _launch_json(launch: Launch) -> dict[str, Any]:
     found = {"kernel": launch.name, "predicted_milliseconds": round(launch.milliseconds, 6), "num_blocks": launch.num_blocks}
     if launch.kernel is None:
         return found
-    return found | {"tiles_visited": launch.tiles_visited, "balance": round(launch.balance, 4)} | kernel_json(launch.kernel)
+    partial = {"tiles_partial": launch.tiles_partial, "partial_cost": round(launch.partial_cost, 4)}
+    return found | {"tiles_visited": launch.tiles_visited} | partial | {"balance": round(launch.balance, 4)} | kernel_json(launch.kernel)

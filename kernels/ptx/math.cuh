@@ -23,3 +23,14 @@ DEVICE float fma_rm(float x, float y, float z) {
   asm("fma.rm.f32 %0, %1, %2, %3;" : "=f"(w) : "f"(x), "f"(y), "f"(z));
   return w;
 }
+
+// max(x, y) that keeps NaN.
+DEVICE float max_nan(float x, float y) {
+#if __CUDA_ARCH__ >= 800
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+#else
+  return x < y ? y : x;  // of y it keeps none, which is never NaN here
+#endif
+}

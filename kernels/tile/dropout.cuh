@@ -27,6 +27,10 @@ DEVICE uint4 philox(uint4 counter, PhiloxKey key) {
   return counter;
 }
 
+struct KeptGroup {
+  bool is_kept[4];
+};
+
 class Dropout {
  public:
   // Seed and offset come from the device where they are there, so that a replayed CUDA graph draws afresh.
@@ -34,13 +38,13 @@ class Dropout {
     const uint64 seed = features.dropout_state ? features.dropout_state[0] : features.dropout_seed;
     const uint64 offset = features.dropout_state ? features.dropout_state[1] : features.dropout_offset;
     const uint4 words = philox(make_uint4(uint32(offset), uint32(offset >> 32), ~0u, ~0u), {uint32(seed), uint32(seed >> 32)});
-    key = {words.x, words.y};
+    key = {uniform(words.x), uniform(words.y)};  // so that the keys of all rounds are uniform registers, made once
   }
 
-  // The four elements (query, key), (query, key + 8), (query + 8, key), (query + 8, key + 8) of a group as bits 0 to 3; neither index has bit 3 set.
-  DEVICE uint32 kept(int batch, int head, int query, int key_position) const {
+  // Of the four elements (query, key), (query, key + 8), (query + 8, key), (query + 8, key + 8) of a group; neither index has bit 3 set.
+  DEVICE KeptGroup kept(int batch, int head, int query, int key_position) const {
     const uint4 words = philox(make_uint4(uint32(key_position), uint32(query), uint32(head), uint32(batch)), key);
-    return uint32(words.x > limit) | uint32(words.y > limit) << 1 | uint32(words.z > limit) << 2 | uint32(words.w > limit) << 3;
+    return {{words.x > limit, words.y > limit, words.z > limit, words.w > limit}};
   }
 
  private:
@@ -48,36 +52,40 @@ class Dropout {
   uint32 limit;
 };
 
-// The kept elements of an accumulator of scores, one bit each. Rows are queries, or with TRANSPOSED keys; both starts are multiples of 16.
-template <bool TRANSPOSED, int M, int N>
-struct KeptElements {
+// body(m, n, i, is_kept) for every place of an accumulator of scores. Rows are queries, or with TRANSPOSED keys; both starts are multiples of 16.
+template <bool TRANSPOSED, int M, int N, typename Body>
+DEVICE void for_each_drawn(const Dropout& dropout, int batch, int head, int first_row, int first_column, Body body) {
   static_assert(N % 2 == 0, "a group spans two neighbouring accumulator tiles");
-  uint32 groups[M][ceil_div(N, 8)];  // 4 bits for each column of each pair of tiles
-
-  DEVICE void draw(const Dropout& dropout, int batch, int head, int first_row, int first_column) {
-    const int row = first_row + lane_index() / 4, column = first_column + lane_index() % 4 * 2;
+  const int row = first_row + lane_index() / 4, column = first_column + lane_index() % 4 * 2;
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
+  for (int m = 0; m < M; ++m)
 #pragma unroll
-      for (int n = 0; n < N; n += 2) {
-        if (n % 8 == 0) groups[m][n / 8] = 0;
+    for (int n = 0; n < N; n += 2)
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int query = TRANSPOSED ? column + 8 * n + c : row + 16 * m, key = TRANSPOSED ? row + 16 * m : column + 8 * n + c;
-          groups[m][n / 8] |= dropout.kept(batch, head, query, key) << (n % 8 / 2 * 8 + c * 4);
-        }
+      for (int c = 0; c < 2; ++c) {
+        const int query = TRANSPOSED ? column + 8 * n + c : row + 16 * m, key = TRANSPOSED ? row + 16 * m : column + 8 * n + c;
+        const KeptGroup kept = dropout.kept(batch, head, query, key);
+        body(m, n, c, kept.is_kept[0]);
+        body(m, TRANSPOSED ? n : n + 1, TRANSPOSED ? 2 + c : c, kept.is_kept[1]);
+        body(m, TRANSPOSED ? n + 1 : n, TRANSPOSED ? c : 2 + c, kept.is_kept[2]);
+        body(m, n + 1, 2 + c, kept.is_kept[3]);
       }
-    }
-  }
+}
 
-  // The kept probabilities, 0 for the others. Their factor 1 / (1 - dropout_p) is that of all, and enters the sums that they are taken for.
-  DEVICE void select(const float (&all)[M][N][4], float (&selected)[M][N][4]) const {
-    for_each_place<M, N>([&](int m, int n, int i, int, int) { selected[m][n][i] = has(m, n, i) ? all[m][n][i] : 0.0f; });
-  }
+// The kept probabilities, 0 for the others. Their factor 1 / (1 - dropout_p) is that of all, and enters the sums that they are taken for.
+template <int M, int N>
+DEVICE void drop(float (&P)[M][N][4], const Dropout& dropout, int batch, int head, int first_row, int first_column) {
+  for_each_drawn<false, M, N>(dropout, batch, head, first_row, first_column,
+                              [&](int m, int n, int i, bool is_kept) { P[m][n][i] = is_kept ? P[m][n][i] : 0.0f; });
+}
 
-  DEVICE bool has(int m, int n, int i) const {
-    const int of_row = i / 2, of_column = n % 2;  // bit 3 of each
-    const int word = TRANSPOSED ? 2 * of_column + of_row : 2 * of_row + of_column;
-    return groups[m][n / 8] >> (n % 8 / 2 * 8 + i % 2 * 4 + word) & 1u;
-  }
-};
+// The same where all probabilities are needed once more: they stay, and the sign says which are dropped.
+template <int M, int N>
+DEVICE void drop_and_mark(float (&P)[M][N][4], float (&kept_P)[M][N][4], const Dropout& dropout, int batch, int head, int first_row,
+                          int first_column) {
+  for_each_drawn<true, M, N>(dropout, batch, head, first_row, first_column, [&](int m, int n, int i, bool is_kept) {
+    kept_P[m][n][i] = is_kept ? P[m][n][i] : 0.0f;
+    P[m][n][i] = is_kept ? P[m][n][i] : -P[m][n][i];
+  });
+}
+DEVICE bool is_marked(float probability) { return __float_as_int(probability) < 0; }

@@ -71,10 +71,12 @@ class StatisticsOfRows {
         for (int i = 0; i < 4; ++i) dP[m][n][i] = grad_product_start(statistics[m][i / 2].delta);
   }
 
+  // The warp's columns start at first_key.
   template <int N>
-  DEVICE void drop(float (&dP)[M][N][4], const KeptElements<false, M, N>& kept, float dropout_scale) const {
-    for_each_place<M, N>(
-        [&](int m, int n, int i, int, int) { dP[m][n][i] = (kept.has(m, n, i) ? dP[m][n][i] * dropout_scale : 0.0f) - statistics[m][i / 2].delta; });
+  DEVICE void drop(float (&dP)[M][N][4], const Dropout& dropout, int batch, int head, int first_query, int first_key, float dropout_scale) const {
+    for_each_drawn<false, M, N>(dropout, batch, head, first_query, first_key, [&](int m, int n, int i, bool is_kept) {
+      dP[m][n][i] = (is_kept ? dP[m][n][i] * dropout_scale : 0.0f) - statistics[m][i / 2].delta;
+    });
   }
 
  private:
@@ -132,15 +134,19 @@ class StatisticsOfColumns {
     }
   }
 
+  // Takes the marks off P (drop_and_mark).
   template <int M, int N>
-  DEVICE void drop(float (&dP)[M][N][4], const KeptElements<true, M, N>& kept, float dropout_scale) const {
+  DEVICE void drop(float (&dP)[M][N][4], float (&P)[M][N][4], float dropout_scale) const {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const float4 two = statistics(n);
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) dP[m][n][i] = (kept.has(m, n, i) ? dP[m][n][i] * dropout_scale : 0.0f) - (i % 2 ? two.w : two.y);
+        for (int i = 0; i < 4; ++i) {
+          dP[m][n][i] = (is_marked(P[m][n][i]) ? 0.0f : dP[m][n][i] * dropout_scale) - (i % 2 ? two.w : two.y);
+          P[m][n][i] = fabsf(P[m][n][i]);
+        }
     }
   }
 

@@ -12,6 +12,8 @@
 #pragma once
 #include "tile/features.cuh"
 #include "tile/fragment.cuh"
+#include "tile/mask.cuh"
+#include "ptx/math.cuh"
 
 constexpr bool SOFTCAP = Config::SOFTCAP;
 constexpr bool ALIBI = Config::ALIBI;
@@ -29,27 +31,52 @@ struct ScoreSlope {
   }
 };
 
+// The additive mask of a tile of scores, read while the scores are computed as far as registers allow, else where it is added.
+template <bool TRANSPOSED, int M, int N>
+struct MaskAhead {
+  static constexpr int REGISTERS = M * N * (TRANSPOSED ? 4 : MASK_BYTES);
+  static constexpr bool USED = ADDITIVE_MASK && REGISTERS <= 32;
+  MaskTile<TRANSPOSED, USED ? M : 1, USED ? N : 1> tile;
+  bool is_there = false;
+};
+
 class ScoreModifier {  // of one batch and query head
  public:
-  DEVICE ScoreModifier(const Geometry& geometry, const FeatureArguments& features, int batch, int head) : geometry(geometry), features(features) {
+  DEVICE ScoreModifier(const Geometry& geometry, const FeatureArguments& features, int batch, int head)
+      : geometry(geometry), features(features), batch(batch), head(head) {
     if constexpr (ALIBI) slope = features.alibi_slopes.load(batch, head) * SCORE_UNIT;
-    if constexpr (ADDITIVE_MASK)
-      mask =
-          static_cast<const MaskElement*>(features.attn_mask.data) + batch * features.attn_mask.stride_batch + head * features.attn_mask.stride_head;
   }
 
   // Products -> scores, in place, of which an exponent of 2 takes `factor` times. Rows are queries from first_row on and columns keys from
   // first_column on, or with TRANSPOSED the other way round.
   template <bool TRANSPOSED, int M, int N>
   DEVICE void apply(float (&S)[M][N][4], ScoreSlope<M, N>& derivative, int first_row, int first_column) const {
+    apply<TRANSPOSED>(S, derivative, first_row, first_column, MaskAhead<TRANSPOSED, M, N>());
+  }
+
+  // The same with the mask read ahead, by `read_mask`.
+  template <bool TRANSPOSED, int M, int N>
+  DEVICE void apply(float (&S)[M][N][4], ScoreSlope<M, N>& derivative, int first_row, int first_column,
+                    const MaskAhead<TRANSPOSED, M, N>& ahead) const {
     if constexpr (MODIFIES_SCORES) {
       for_each_place<M, N>([&](int m, int n, int i, int row, int column) {
         const int query = TRANSPOSED ? first_column + column : first_row + row;
         const int key = TRANSPOSED ? first_row + row : first_column + column;
         S[m][n][i] = score(S[m][n][i], query, key, derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i]);
       });
+      if constexpr (ADDITIVE_MASK) add_mask<TRANSPOSED>(S, first_row, first_column, ahead);
     } else {
       if (geometry.score_sign != 1.0f) multiply_all(S, geometry.score_sign);
+    }
+  }
+
+  template <bool TRANSPOSED, int M, int N>
+  DEVICE void read_mask(MaskAhead<TRANSPOSED, M, N>& ahead, int first_row, int first_column) const {
+    if constexpr (MaskAhead<TRANSPOSED, M, N>::USED) {
+      const MaskValues mask(geometry, features.attn_mask, batch, head);
+      const int limit = mask.limit<TRANSPOSED, M, N>(first_row, first_column);
+      ahead.is_there = limit > 0;
+      mask.read(ahead.tile, first_row, first_column, limit);
     }
   }
 
@@ -64,18 +91,37 @@ class ScoreModifier {  // of one batch and query head
       score = features.softcap * t;
     }
     if constexpr (ALIBI) score -= slope * float(abs(key - query - geometry.causal_offset));
-    if constexpr (ADDITIVE_MASK) {
-      const int q = min(query, geometry.seqlen_q - 1), k = min(key, geometry.seqlen_kv - 1);
-      const float bias = mask_bias(mask[q * features.attn_mask.stride_query + k * features.attn_mask.stride_key]);
-      const float lowest = fminf(bias, LOWEST);  // -inf where the mask is
-      score += bias;
-      if (score < lowest) score = lowest;  // NaN stays NaN
-    }
     return score;
+  }
+
+  template <bool TRANSPOSED, int M, int N>
+  DEVICE void add_mask(float (&S)[M][N][4], int first_row, int first_column, const MaskAhead<TRANSPOSED, M, N>& ahead) const {
+    const MaskValues mask(geometry, features.attn_mask, batch, head);
+    auto add = [&](int m, int n, int i, MaskElement element) {
+      const float bias = mask_bias(element);
+      S[m][n][i] = max_nan(S[m][n][i] + bias, fminf(bias, LOWEST));  // not below LOWEST, but -inf where the mask is
+    };
+    constexpr bool AHEAD = MaskAhead<TRANSPOSED, M, N>::USED;
+    const int limit = AHEAD ? 0 : mask.limit<TRANSPOSED, M, N>(first_row, first_column);
+    if (AHEAD ? ahead.is_there : limit > 0) {
+      if constexpr (AHEAD) {
+        MaskValues::for_each(ahead.tile, add);
+      } else {
+        MaskTile<TRANSPOSED, M, N> tile;
+        mask.read(tile, first_row, first_column, limit);
+        MaskValues::for_each(tile, add);
+      }
+    } else {
+      for_each_place<M, N>([&](int m, int n, int i, int row, int column) {
+        const int query = TRANSPOSED ? first_column + column : first_row + row;
+        const int key = TRANSPOSED ? first_row + row : first_column + column;
+        add(m, n, i, mask.at(query, key));
+      });
+    }
   }
 
   const Geometry& geometry;
   const FeatureArguments& features;
-  const MaskElement* mask = nullptr;
+  int batch, head;
   float slope = 0.0f;
 };

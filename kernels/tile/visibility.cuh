@@ -5,6 +5,7 @@
 #pragma once
 #include "tile/features.cuh"
 #include "tile/causal.cuh"
+#include "tile/mask.cuh"
 
 class Visibility {  // of one batch and query head
  public:
@@ -67,14 +68,12 @@ class Visibility {  // of one batch and query head
     if constexpr (SEGMENTS || BOOLEAN_MASK) {
       const int q = min(query, geometry.seqlen_q - 1), k = min(key, geometry.seqlen_kv - 1);
       if constexpr (SEGMENTS) visible &= features.segment_ids_q.load(batch, q) == features.segment_ids_kv.load(batch, k);
-      if constexpr (BOOLEAN_MASK) {
-        const MaskView& mask = features.attn_mask;
-        const MaskElement* row = static_cast<const MaskElement*>(mask.data) + batch * mask.stride_batch + head * mask.stride_head;
-        visible &= mask_attends(row[q * mask.stride_query + k * mask.stride_key]);
-      }
+      if constexpr (BOOLEAN_MASK) visible &= mask_attends(mask().at(q, k));
     }
     return visible;
   }
+
+  DEVICE MaskValues mask() const { return MaskValues(geometry, features.attn_mask, batch, head); }
 
  private:
   const Geometry& geometry;
@@ -101,6 +100,17 @@ DEVICE void hide(float (&c)[M][N][4], float hidden, const Geometry& geometry, co
   if (!(ONLY_CAUSAL ? hides_any<Config::CAUSAL>(geometry, first_q, first_kv + TILE_KV)
                     : is_partial || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)))
     return;
+  if constexpr (BOOLEAN_MASK && !SEGMENTS) {  // in most tiles nothing else hides a pair
+    const int first_row = (TRANSPOSED ? first_kv : first_q) + warp_row, first_column = TRANSPOSED ? first_q : first_kv;
+    const MaskValues mask = visibility.mask();
+    const int limit = mask.limit<TRANSPOSED, M, N>(first_row, first_column);
+    if (limit > 0 && !visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)) {
+      MaskTile<TRANSPOSED, M, N> tile;
+      mask.read(tile, first_row, first_column, limit);
+      MaskValues::for_each(tile, [&](int m, int n, int i, MaskElement element) { c[m][n][i] = mask_attends(element) ? c[m][n][i] : hidden; });
+      return;
+    }
+  }
   for_each_element(c, [&](int row, int column, float& element) {
     const int query = TRANSPOSED ? first_q + column : first_q + warp_row + row;
     const int key = TRANSPOSED ? first_kv + warp_row + row : first_kv + column;

@@ -29,3 +29,59 @@ class VisibleTiles {  // of the tile `tile` of (batch, head); nothing without li
  private:
   const int* list = nullptr;
 };
+
+// The same for a kernel whose copies run ahead of its products: entries are read into registers a step before one is wanted, so that no copy waits
+// for its entry. In step j those of steps j .. j + AHEAD are there.
+//
+//     VisibleTilesAhead<NUM_STAGES> tiles(...);  // at step 0
+//     for (int j = 0; j < tiles.count(); ++j) {
+//       tiles.look_ahead(j);
+//       ...
+//       tiles.advance();
+//     }
+template <int AHEAD>
+class VisibleTilesAhead {
+ public:
+  DEVICE VisibleTilesAhead(const Geometry& geometry, const FeatureArguments& features, int batch, int head, int tile, int num_columns) {
+    if constexpr (TILE_LISTS) {
+      list = visible_tiles_of(geometry, features, batch, head, tile, num_columns);
+      num_entries = list[0];
+#pragma unroll
+      for (int i = 0; i <= AHEAD; ++i) entries[i] = read(i);
+    }
+  }
+
+  DEVICE int count() const { return num_entries; }
+  DEVICE int tile(int step) const { return TILE_LISTS ? entry(step) >> 1 : step; }
+  DEVICE bool is_partial(int step) const { return TILE_LISTS && entry(step) % 2 != 0; }
+
+  DEVICE void look_ahead(int step) {
+    if constexpr (TILE_LISTS) {
+      present = step;
+      entries[AHEAD + 1] = read(step + AHEAD + 1);
+    }
+  }
+  DEVICE void advance() {
+    if constexpr (TILE_LISTS) {
+#pragma unroll
+      for (int i = 0; i <= AHEAD; ++i) entries[i] = entries[i + 1];
+    }
+  }
+
+ private:
+  const int* list = nullptr;
+  int num_entries = 0;
+  int present = 0;
+  int entries[TILE_LISTS ? AHEAD + 2 : 1];  // of steps present .. present + AHEAD + 1
+
+  DEVICE int read(int step) const { return step < num_entries ? list[1 + step] : 0; }
+
+  // Which one it is, is known at compile time: steps are asked for relative to the present one.
+  DEVICE int entry(int step) const {
+    int found = entries[0];
+#pragma unroll
+    for (int i = 1; i <= AHEAD; ++i)
+      if (step - present == i) found = entries[i];
+    return found;
+  }
+};

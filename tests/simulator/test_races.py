@@ -238,6 +238,42 @@ def test_copy_into_a_buffer_that_is_still_read(options: Options) -> None:
     run_cuda(source.replace("BARRIER", "__syncthreads();"), out, data, block=64, options=options)
 
 
+TURN = """extern "C" __global__ void k(int* data, int* turn, int* seen) {
+    if (threadIdx.x != 0) return;
+    if (blockIdx.x == 0) { data[0] = 7; __threadfence(); PASS; }
+    else { TAKE; __threadfence(); seen[blockIdx.x] = data[0]; }
+}"""
+PASSES = {
+    "red": 'asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" :: "l"(turn) : "memory")',
+    "atom": "atomicAdd(turn, 1)",
+    "store": "*(volatile int*)turn = 1",
+}
+
+
+@pytest.mark.parametrize("schedule", ["early", "late"])
+@pytest.mark.parametrize("passes", PASSES)
+def test_who_sees_a_flag_and_fences_is_ordered(passes: str, schedule: Any) -> None:
+    """However the flag was set. Blocks wait for earlier ones, so they start in order."""
+    options = Options(threads=1, schedule=schedule)
+    seen = np.zeros(3, np.int32)
+    source = TURN.replace("PASS", PASSES[passes]).replace("TAKE", "while (*(volatile int*)turn == 0)")
+    run_cuda(source, np.zeros(1, np.int32), np.zeros(1, np.int32), seen, grid=3, options=options)
+    assert list(seen) == [0, 7, 7]
+
+
+@pytest.mark.parametrize("schedule", ["early", "late"])
+def test_a_reduction_sees_nothing(schedule: Any) -> None:
+    """red has no result: a fence behind it orders nothing, while atom, whose result is the flag, is seen. One block after the other."""
+    take = 'int old; asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(old) : "l"(turn) : "memory")'
+    options = Options(threads=1, schedule=schedule)
+    arrays = [np.zeros(n, np.int32) for n in (1, 1, 2)]
+    run_cuda(TURN.replace("PASS", PASSES["red"]).replace("TAKE", take), *arrays, grid=2, options=options)
+    assert list(arrays[2]) == [0, 7]
+    arrays = [np.zeros(n, np.int32) for n in (1, 1, 2)]
+    text = report(TURN.replace("PASS", PASSES["red"]).replace("TAKE", PASSES["red"]), *arrays, grid=2, options=options)
+    assert "nothing orders the two blocks" in text
+
+
 def test_blocks_that_write_and_read_the_same_memory(options: Options) -> None:
     source = """extern "C" __global__ void k(int* out) {
         out[blockIdx.x * 32 + threadIdx.x] = out[(blockIdx.x * 32 + threadIdx.x + 4) % 128] + 1;

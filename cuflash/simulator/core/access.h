@@ -52,6 +52,7 @@ struct Use {
   const char* what;
   bool profiled = true;  // false: the caller tells the profile itself, as it does with Access::NONE
   const StoredValues* values = nullptr;  // of a store, where known
+  bool observed = true;                  // false: nobody sees the value that was there, as of red, which therefore orders nothing behind it
 };
 
 constexpr int WINDOW_SHIFT = 60;  // generic address = window << 60 | address; window 0 is global

@@ -25,8 +25,8 @@ template <class Word, class F, class G> const Record* atomic(Warp& warp, const R
   const auto in_global = [&](int lane) {
     return space == Space::GLOBAL || (space == Space::GENERIC && warp.row<u64>(in->a)[lane] >> WINDOW_SHIFT == 0);
   };
-  resolve(warp, in, space, mask, {in->a, (in->c & ADDRESS_64) != 0, offset_at(extra)}, {Access::ATOMIC, sizeof(Word), sizeof(Word), describe<Word>()},
-          at);
+  resolve(warp, in, space, mask, {in->a, (in->c & ADDRESS_64) != 0, offset_at(extra)},
+          {Access::ATOMIC, sizeof(Word), sizeof(Word), describe<Word>(), true, nullptr, (in->c & NO_RESULT) == 0}, at);
   const Storage* operand = warp.row<Storage>(extra[2]);
   const Storage* second = warp.row<Storage>(extra[3]);
   Storage* result = in->c & NO_RESULT ? nullptr : warp.row<Storage>(in->d);

@@ -44,7 +44,7 @@ Cluster::~Cluster() = default;
 
 void Cluster::reset(u64 number) {
   index = u32(number);
-  known_blocks.clear(), seen_flags.clear();
+  known_blocks.clear(), passed_on.reset(), seen_flags.clear();
   writes_fenced = true;
   random = Random(launch.seed * 0x100000001b3ull + number);
   std::fill(clocks_.begin(), clocks_.end(), 0);

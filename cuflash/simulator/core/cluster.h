@@ -6,6 +6,7 @@
 // asynchronous engine has work left, the cluster is stalled, which is always reported.
 #pragma once
 
+#include <memory>
 #include <unordered_set>
 
 #include "profile.h"
@@ -47,6 +48,7 @@ class Cluster {
   GlobalShadow* global;
   u32 index;                             // in the grid
   std::unordered_set<u32> known_blocks;  // whose accesses to global memory happened before, see global_shadow.h
+  std::shared_ptr<const std::unordered_set<u32>> passed_on;  // those and itself, as its strong writes pass them on; null until one does
   std::unordered_set<u64> seen_flags;    // addresses of flags in global memory that were read since the last fence
   bool writes_fenced;                    // a fence followed the last ordinary write to global memory
   u32 size;  // blocks

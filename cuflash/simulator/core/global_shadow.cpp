@@ -116,22 +116,35 @@ void GlobalShadow::touch_list(const Visit& visit, u64 key, u32 bytes, Trace mine
   traces.push_back(mine);
 }
 
+// A kernel that adds up in global memory makes a flag of every sum: what is passed on is shared by all that a block writes between two fences.
 void GlobalShadow::synchronize(const Visit& visit) {
-  std::lock_guard<std::mutex> lock(flags_lock_);
   Cluster& cluster = *visit.warp.cta->cluster;
-  std::unordered_set<u32>& flag = flags_[visit.address];
-  if (reads(visit.use.access)) cluster.seen_flags.insert(visit.address);
+  if (reads(visit.use.access) && visit.use.observed) cluster.seen_flags.insert(visit.address);
   if (!writes(visit.use.access) || !cluster.writes_fenced) return;
-  flag.insert(cluster.known_blocks.begin(), cluster.known_blocks.end());
-  flag.insert(visit.block);
+  if (!cluster.passed_on) {
+    auto known = std::make_shared<std::unordered_set<u32>>(cluster.known_blocks);
+    known->insert(visit.block);
+    cluster.passed_on = std::move(known);
+  }
+  std::lock_guard<std::mutex> lock(flags_lock_);
+  auto& flag = flags_[visit.address];
+  if (flag.empty() || flag.back() != cluster.passed_on) flag.push_back(cluster.passed_on);
 }
 
 // The flags are looked up only now: what a load returns may have been written after the load was reported here.
 void GlobalShadow::fence(Cluster& cluster) {
   cluster.writes_fenced = true;
-  std::lock_guard<std::mutex> lock(flags_lock_);
-  for (const u64 address : cluster.seen_flags) cluster.known_blocks.insert(flags_[address].begin(), flags_[address].end());
+  const size_t before = cluster.known_blocks.size();
+  {
+    std::lock_guard<std::mutex> lock(flags_lock_);
+    for (const u64 address : cluster.seen_flags) {
+      const auto flag = flags_.find(address);
+      if (flag == flags_.end()) continue;
+      for (const auto& known : flag->second) cluster.known_blocks.insert(known->begin(), known->end());
+    }
+  }
   cluster.seen_flags.clear();
+  if (cluster.known_blocks.size() != before) cluster.passed_on.reset();
 }
 
 void GlobalShadow::check_written(const Visit& visit, const Shadow& shadow) const {

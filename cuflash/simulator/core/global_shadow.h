@@ -6,6 +6,7 @@
 // after a fence, and those that they knew. State is kept per 16 bytes; cells whose bytes have different histories are kept as lists.
 #pragma once
 
+#include <memory>
 #include <mutex>
 #include <unordered_map>
 #include <unordered_set>
@@ -78,7 +79,7 @@ class GlobalShadow {
   std::mutex locks_[NUM_LOCKS];
   std::mutex lists_lock_, flags_lock_;
   std::unordered_map<u64, History> lists_;                    // by address of the cell
-  std::unordered_map<u64, std::unordered_set<u32>> flags_;   // by address: blocks known to those who wrote it
+  std::unordered_map<u64, std::vector<std::shared_ptr<const std::unordered_set<u32>>>> flags_;  // by address: blocks known to those who wrote it
 };
 
 }  // namespace sim
