@@ -12,12 +12,14 @@ from pathlib import Path
 
 WIDTH = 100
 DOCS = Path(__file__).resolve().parent
-PAGES = [path for path in sorted(DOCS.glob("*.md")) if path.name != "torch.md"]
+ELSEWHERE = ("measured.md", "mutations.md", "torch.md")
+"""Two pages that other scripts write as a whole, and one that keeps its lines."""
+PAGES = [path for path in sorted(DOCS.glob("*.md")) if path.name not in ELSEWHERE]
 
 _ITEM = re.compile(r"( *)([-*]|\d+\.) +")
 _GENERATED = re.compile(r"<!-- (generated|measured)\b")
 _END = re.compile(r"<!-- end of\b")
-_NOT_AT_THE_START = re.compile(r" (?=(?:[-+*>|=]|#+|\d+[.)])(?: |$))")
+_NOT_AT_THE_START = re.compile(r" (?=(?:[-+*>|=]|[-+*]=|#+|\d+[.)])(?: |$))")
 """The space before what would be markup at the start of a line."""
 _GLUED = "\x01"
 

@@ -72,6 +72,27 @@ def test_pictures_can_be_drawn(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
+WRAPPING = runpy.run_path(str(DOCS / "wrap_lines.py"))
+
+
+@pytest.mark.parametrize("path", WRAPPING["PAGES"], ids=lambda path: path.name)
+def test_lines_are_wrapped(path: Path) -> None:
+    """If this fails: python docs/wrap_lines.py."""
+    assert WRAPPING["long_lines"](path.read_text(encoding="utf-8")) == []
+
+
+def test_wrapping_leaves_markup_alone() -> None:
+    long = "word " * 30
+    kept = f"| {long}|\n\n```\n{long}\n```\n\n# {long}\n<!-- generated: x -->\n{long}\n<!-- end of x -->\n    {long}\n"
+    assert WRAPPING["filled"](kept) == kept
+    item = WRAPPING["filled"](f"- {long}\n  and `one span {long}` - 3 more\n- short\n").splitlines()
+    assert item[0].startswith("- word")
+    assert all(line.startswith("  ") for line in item[1:-1])
+    assert [line for line in item if "`" in line] == [line for line in item if line.count("`") == 2]
+    assert item[-1] == "- short"
+    assert not any(line.lstrip().startswith("-") for line in item[1:-1])
+
+
 PAGE = (DOCS / "coming-from.md").read_text()
 CALLS = re.findall(r"\| `(cuflash\.[^`]*)` \|", PAGE)
 RECIPES = re.findall(r"^\| `([^`]*)` \| `([^`]*)` \|$", PAGE.partition("## FlexAttention")[2].partition("\n## ")[0], re.M)
