@@ -25,24 +25,28 @@
 #include "tile/visibility.cuh"
 #include "ptx/warpgroup.cuh"
 
-constexpr int GROUP_ROWS = 64;  // of a warpgroup: those of a wgmma
-constexpr int GROUPS = TILE_Q / GROUP_ROWS;
+constexpr int WARPGROUP_ROWS = 64;  // those of a wgmma
+constexpr int WARPGROUPS = TILE_Q / WARPGROUP_ROWS;  // that compute
 constexpr int S_TILES = TILE_KV / 8;
 constexpr int P_STEPS = TILE_KV / 16;  // of the depth of P V
 
-using GroupQ = SlabTile<GROUP_ROWS, HEAD_DIM>;
+using WarpgroupQ = SlabTile<WARPGROUP_ROWS, HEAD_DIM>;
 using RingK = SlabTile<TILE_KV, HEAD_DIM>;
 using RingV = SlabTile<TILE_KV, HEAD_DIM_V>;
 
-constexpr int Q_BYTES = GROUPS * GroupQ::BYTES;
-constexpr int O_COLUMNS = GroupQ::SLABS * SLAB_COLUMNS < 8 * DV_TILES ? GroupQ::SLABS * SLAB_COLUMNS : 8 * DV_TILES;  // that pass through Q at a time
+constexpr int Q_BYTES = WARPGROUPS * WarpgroupQ::BYTES;
+constexpr int O_COLUMNS =
+    WarpgroupQ::SLABS * SLAB_COLUMNS < 8 * DV_TILES ? WarpgroupQ::SLABS * SLAB_COLUMNS : 8 * DV_TILES;  // that pass through Q at a time
 constexpr int NUM_BARRIERS = 1 + 4 * NUM_STAGES;
 
-// A block has 65536 registers, which setmaxnreg moves: with three warpgroups that compute 512 threads start with 128 each, with two 384 with 168.
-constexpr int COPYING_REGISTERS = GROUPS == 3 ? 32 : 24;
-constexpr int COMPUTING_REGISTERS = GROUPS == 3 ? 160 : 240;
+// setmaxnreg moves the registers of a block, which are what its threads start with: 512 threads with 128 each, 384 with 168.
+constexpr int FIRST_REGISTERS = WARPGROUPS == 3 ? 128 : 168;
+constexpr int COPYING_REGISTERS = WARPGROUPS == 3 ? 32 : 24;
+constexpr int COMPUTING_REGISTERS = WARPGROUPS == 3 ? 160 : 240;
 
-static_assert(GROUPS == 2 || GROUPS == 3, "num_warps must be 8 or 12");
+static_assert(WARPGROUPS == 2 || WARPGROUPS == 3, "num_warps must be 8 or 12");
+static_assert(COPYING_REGISTERS + WARPGROUPS * COMPUTING_REGISTERS <= (1 + WARPGROUPS) * FIRST_REGISTERS, "nobody could hand on so many registers");
+static_assert(TILE_KV <= 256, "tile_kv must be at most the columns of a wgmma");
 static_assert(TILE_Q == 16 * NUM_WARPS, "tile_q must be 16 rows for each warp");
 static_assert(Q_BYTES + NUM_STAGES * (RingK::BYTES + RingV::BYTES) + NUM_BARRIERS * MBARRIER_BYTES == Config::SHARED_BYTES,
               "shared memory differs from the plan's");
@@ -51,7 +55,7 @@ static_assert(Q_BYTES + NUM_STAGES * (RingK::BYTES + RingV::BYTES) + NUM_BARRIER
 struct SharedMemory {
   SmemAddress base;
 
-  DEVICE SmemAddress Q(int group) const { return base + group * GroupQ::BYTES; }
+  DEVICE SmemAddress Q(int warpgroup) const { return base + warpgroup * WarpgroupQ::BYTES; }
   DEVICE SmemAddress K(int stage) const { return base + Q_BYTES + stage * RingK::BYTES; }
   DEVICE SmemAddress V(int stage) const { return K(NUM_STAGES) + stage * RingV::BYTES; }
   DEVICE SmemAddress Q_full() const { return V(NUM_STAGES); }
@@ -69,8 +73,9 @@ DEVICE void copy_tiles(const ForwardWgmmaArguments& arguments, const Work& work,
   const int head_kv = work.head / (arguments.geometry.num_heads_q / arguments.geometry.num_heads_kv);
   mbarrier_arrive_expect(shared.Q_full(), Q_BYTES);
 #pragma unroll
-  for (int group = 0; group < GROUPS; ++group)
-    load_rows<GroupQ>(shared.Q(group), arguments.query, work.tile * TILE_Q + group * GROUP_ROWS, work.head, work.batch, shared.Q_full());
+  for (int warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup)
+    load_rows<WarpgroupQ>(shared.Q(warpgroup), arguments.query, work.tile * TILE_Q + warpgroup * WARPGROUP_ROWS, work.head, work.batch,
+                          shared.Q_full());
   Ring<NUM_STAGES> K = shared.K_ring(), V = shared.V_ring();
 #pragma unroll 1
   for (int j = begin; j < end; ++j) {
@@ -86,18 +91,19 @@ DEVICE void copy_tiles(const ForwardWgmmaArguments& arguments, const Work& work,
 }
 
 // A warpgroup's 64 rows.
-class GroupRows {
+class WarpgroupRows {
  public:
   float O[1][DV_TILES][4] = {};
   OnlineSoftmax<1, false, PROBABILITY_SHIFT> softmax;
 
-  DEVICE GroupRows(const ForwardWgmmaArguments& arguments, const Work& work, const Visibility& visibility, const SharedMemory& shared, int group)
-      : first_row(work.tile * TILE_Q + group * GROUP_ROWS + 16 * warp_of_warpgroup()),
+  DEVICE WarpgroupRows(const ForwardWgmmaArguments& arguments, const Work& work, const Visibility& visibility, const SharedMemory& shared,
+                       int warpgroup)
+      : first_row(work.tile * TILE_Q + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup()),
         modifier(arguments.geometry, arguments.features, work.batch, work.head),
         shared(shared),
         K(shared.K_ring()),
         V(shared.V_ring()),
-        Q_descriptor(GroupQ::descriptor(shared.Q(group))) {
+        Q_descriptor(WarpgroupQ::descriptor(shared.Q(warpgroup))) {
     const int column = lane_index() % 4 * 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -129,7 +135,7 @@ class GroupRows {
   }
 
   // Tiles that only other warpgroups see: this one says that it is done with them. One warp alone does, which no other can leave behind by a phase.
-  DEVICE void pass(int begin, int end) {
+  DEVICE void skip(int begin, int end) {
     if (warp_of_warpgroup() != 0) return;
 #pragma unroll 1
     for (int j = begin; j < end; ++j) {
@@ -155,7 +161,7 @@ class GroupRows {
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < D_TILES / 2; ++k)
-      Wgmma<Element, S_TILES>::from_shared(S[0], GroupQ::columns(Q_descriptor, k), RingK::columns(K_descriptor, k), k > 0);
+      Wgmma<Element, S_TILES>::from_shared(S[0], WarpgroupQ::columns(Q_descriptor, k), RingK::columns(K_descriptor, k), k > 0);
     wgmma_commit();
   }
 
@@ -241,17 +247,17 @@ class GroupRows {
 
 // What one of the computing warpgroups does with tiles begin .. end - 1 of the block.
 DEVICE void compute_rows(const ForwardWgmmaArguments& arguments, const Work& work, const Visibility& visibility, int begin, int end,
-                         const SharedMemory& shared, int group) {
+                         const SharedMemory& shared, int warpgroup) {
   const Geometry& geometry = arguments.geometry;
-  const int first_q = work.tile * TILE_Q + group * GROUP_ROWS;
-  const int own_end = first_q < geometry.seqlen_q ? ceil_div(visibility.end_key(first_q, first_q + GROUP_ROWS), TILE_KV) : 0;
-  const int unmasked_begin = ceil_div(visibility.first_key(first_q + GROUP_ROWS - 1), TILE_KV);
+  const int first_q = work.tile * TILE_Q + warpgroup * WARPGROUP_ROWS;
+  const int own_end = first_q < geometry.seqlen_q ? ceil_div(visibility.end_key(first_q, first_q + WARPGROUP_ROWS), TILE_KV) : 0;
+  const int unmasked_begin = ceil_div(visibility.first_key(first_q + WARPGROUP_ROWS - 1), TILE_KV);
   const int unmasked_end = visibility.end_key(first_q, first_q + 1) / TILE_KV;
 
-  GroupRows rows(arguments, work, visibility, shared, group);
+  WarpgroupRows rows(arguments, work, visibility, shared, warpgroup);
   if (begin < end) mbarrier_wait(shared.Q_full(), 0);
   if (begin < own_end) rows.walk(begin, unmasked_begin, unmasked_end, own_end);
-  rows.pass(max(begin, own_end), end);
+  rows.skip(max(begin, own_end), end);
 
   if constexpr (SINKS) rows.softmax.add_sink(rows.O, arguments.features.sinks.load(work.batch, work.head) * SCORE_UNIT);
   rows.softmax.finish(rows.O);
@@ -263,8 +269,8 @@ DEVICE void compute_rows(const ForwardWgmmaArguments& arguments, const Work& wor
       if (query < geometry.seqlen_q) *arguments.lse.pointer(work.batch, work.head, query) = rows.softmax.lse(0, r);
     }
   }
-  sync_warpgroup(group);  // no warp's products read Q any more
-  store_rows<Element, HEAD_DIM_V, O_COLUMNS, false>(rows.O, shared.Q(group) + warp_row * O_COLUMNS * 2, arguments.out, work.batch, work.head,
+  sync_warpgroup(1 + warpgroup);  // no warp's products read Q any more
+  store_rows<Element, HEAD_DIM_V, O_COLUMNS, false>(rows.O, shared.Q(warpgroup) + warp_row * O_COLUMNS * 2, arguments.out, work.batch, work.head,
                                                     first_row, geometry.seqlen_q);
 }
 
@@ -277,17 +283,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1) fo
   const int end = ceil_div(visibility.end_key(work.tile * TILE_Q, (work.tile + 1) * TILE_Q), TILE_KV);
   if (threadIdx.x == 0) {
     mbarrier_init(shared.Q_full(), 1);
-    shared.K_ring().init(GROUPS);
-    shared.V_ring().init(GROUPS);
+    shared.K_ring().init(WARPGROUPS);
+    shared.V_ring().init(WARPGROUPS);
     fence_mbarrier_init();
   }
   __syncthreads();
-  const int warpgroup = warpgroup_index();
-  if (warpgroup == 0) {
+  const int index = warpgroup_index();
+  if (index == 0) {
     give_registers<COPYING_REGISTERS>();
     if (threadIdx.x == 0 && begin < end) copy_tiles(arguments, work, begin, end, shared);
   } else {
     take_registers<COMPUTING_REGISTERS>();
-    compute_rows(arguments, work, visibility, begin, end, shared, warpgroup - 1);
+    compute_rows(arguments, work, visibility, begin, end, shared, index - 1);
   }
 }

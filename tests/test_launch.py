@@ -8,6 +8,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -263,10 +264,14 @@ def test_a_gpu_gets_the_bytes_that_were_fetched(shared_bytes: int, monkeypatch: 
 # --- Host cost ----------------------------------------------------------------------------------------------------------------------------
 
 
+YARDSTICK_MICROSECONDS = 22.0
+
+
 def test_a_warm_call_costs_microseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the launch, which does nothing here. benchmarks/bench_host_cost.py measures it; this keeps planning and checks out of the way.
 
-    A call that is prepared anew costs ten times as much as one that is kept; the bound is generous, since machines that test are busy.
+    A call that is prepared anew costs ten times as much as one that is kept; the bounds are generous, since machines that test are busy. They are those of a
+    machine that makes a dictionary of 200 numbers and their texts within 22 µs; one that is slower just now is given as much longer.
     """
 
     class Nothing:
@@ -278,13 +283,17 @@ def test_a_warm_call_costs_microseconds(monkeypatch: pytest.MonkeyPatch) -> None
     # Small arrays: for large ones NumPy asks the operating system for memory every time.
     query, key, value = (numpy.zeros((2, 16, 4, 64), numpy.float16) for _ in range(3))
     out, lse = cuflash.scaled_dot_product_attention(query, key, value, return_lse=True)
-    microseconds = {"forward": [0.0] * 500, "backward": [0.0] * 500}
-    for i in range(500):
+    least = {"forward": math.inf, "backward": math.inf, "yardstick": math.inf}
+
+    def timed(name: str, call: Callable[[], object]) -> None:
         start = time.perf_counter()
-        cuflash.scaled_dot_product_attention(query, key, value, return_lse=True)
-        half_way = time.perf_counter()
-        cuflash.scaled_dot_product_attention_backward(out, query, key, value, out, lse)
-        microseconds["forward"][i] = 1e6 * (half_way - start)
-        microseconds["backward"][i] = 1e6 * (time.perf_counter() - half_way)
-    assert min(microseconds["forward"]) <= 60
-    assert min(microseconds["backward"]) <= 120
+        call()
+        least[name] = min(least[name], 1e6 * (time.perf_counter() - start))
+
+    for _ in range(500):
+        timed("forward", lambda: cuflash.scaled_dot_product_attention(query, key, value, return_lse=True))
+        timed("backward", lambda: cuflash.scaled_dot_product_attention_backward(out, query, key, value, out, lse))
+        timed("yardstick", lambda: {i: str(i) for i in range(200)})
+    slowness = max(1.0, least["yardstick"] / YARDSTICK_MICROSECONDS)
+    assert least["forward"] <= 60 * slowness
+    assert least["backward"] <= 120 * slowness

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
@@ -29,14 +30,22 @@ class Driver:
     Attributes:
         calls: (alignment of the map's place, type, address, extents, strides, box, steps, interleave, swizzle, promotion, fill) of each call.
         status: what it answers.
+        has_context: whether this thread has a current context; as in a new one, not at first.
     """
 
     def __init__(self, for_simulator: bool = False) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.status = 0
+        self.has_context: Callable[[], bool] = lambda: False
         self._for_simulator = for_simulator
         pointer, number = ctypes.c_void_p, ctypes.c_uint32
         self.function = ctypes.CFUNCTYPE(ctypes.c_int, pointer, number, number, *[pointer] * 5, *[number] * 4)(self._encode)
+
+    @contextlib.contextmanager
+    def current(self, gpu: int) -> Iterator[None]:
+        before, self.has_context = self.has_context, lambda: True
+        yield
+        self.has_context = before
 
     def _encode(
         self, place: int, dtype: int, rank: int, address: int, extents: int, strides: int, box: int, steps: int, *modes: int
@@ -47,6 +56,8 @@ class Driver:
         long, word = ctypes.c_uint64, ctypes.c_uint32
         lists = read(extents, rank, long), read(strides, rank - 1, long), read(box, rank, word), read(steps, rank, word)
         self.calls.append((place % 64, dtype, address, *lists, *modes))
+        if not self.has_context():
+            return 201  # CUDA_ERROR_INVALID_CONTEXT
         made = address.to_bytes(8, "little") * 16
         if self._for_simulator:
             made = encode_tiled(address, {6: "float16", 9: "bfloat16"}[dtype], *lists[:3], swizzle="128B")
@@ -58,11 +69,12 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     made = Driver()
     monkeypatch.setattr(tensor_maps, "_driver_function", lambda: made.function)
+    monkeypatch.setattr(tensor_maps, "_current", made.current)
     return made
 
 
-def map_of(shape: Any = SHAPE, strides: Any = STRIDES, dtype: str = "bfloat16", on_gpu: bool = True) -> TensorMap:
-    return TensorMap("key", View(shape, strides), dtype, 80, on_gpu=on_gpu)
+def map_of(shape: Any = SHAPE, strides: Any = STRIDES, dtype: str = "bfloat16", gpu: int | None = 1) -> TensorMap:
+    return TensorMap("key", View(shape, strides), dtype, 80, gpu)
 
 
 def test_what_the_driver_is_told(driver: Driver) -> None:
@@ -82,15 +94,15 @@ def test_a_map_is_made_for_an_address_once(driver: Driver) -> None:
 @pytest.mark.parametrize(
     ("shape", "strides", "extents", "strides_bytes", "steps"),
     [
-        ((3, 500, 4, 64), (0, 64, 0, 1), (64, 500, 1, 1), (128, 16, 16), (0, 0)),
-        ((3, 500, 4, 64), (32000, 64, 0, 1), (64, 500, 1, 3), (128, 16, 64000), (0, 1)),
-        ((1, 500, 1, 64), (7, 64, 3, 1), (64, 500, 1, 1), (128, 16, 16), (0, 0)),
-        ((2, 1, 4, 64), (256, 5, 64, 1), (64, 1, 4, 2), (16, 128, 512), (1, 1)),
+        ((3, 500, 4, 64), (0, 64, 0, 1), (64, 500, 1, 1), (128, 128, 128), (0, 0)),
+        ((3, 500, 4, 64), (32000, 64, 0, 1), (64, 500, 1, 3), (128, 128, 64000), (0, 1)),
+        ((1, 500, 1, 64), (7, 64, 3, 1), (64, 500, 1, 1), (128, 128, 128), (0, 0)),
+        ((2, 1, 4, 64), (256, 5, 64, 1), (64, 1, 4, 2), (128, 128, 512), (1, 1)),
     ],
     ids=str,
 )
 def test_axes_of_one_place(driver: Driver, shape: Any, strides: Any, extents: Any, strides_bytes: Any, steps: tuple[int, int]) -> None:
-    """Whatever their stride says: broadcast ones are never multiplied by a coordinate, and the driver takes no stride of 0."""
+    """Whatever their stride says: broadcast ones are never multiplied by a coordinate, and the driver takes no stride that does not hold a row."""
     made = map_of(shape, strides)
     made.at(4096)
     assert driver.calls[0][3:5] == (extents, strides_bytes)
@@ -99,7 +111,7 @@ def test_axes_of_one_place(driver: Driver, shape: Any, strides: Any, extents: An
 
 def test_the_simulator_is_told_the_same() -> None:
     want = encode_tiled(4096, "bfloat16", (64, 500, 4, 3), (512, 128, 256000), (64, 80, 1, 1), swizzle="128B")
-    assert map_of(on_gpu=False).at(4096) == want
+    assert map_of(gpu=None).at(4096) == want
 
 
 def test_a_refusal_says_what_was_refused(driver: Driver) -> None:

@@ -270,6 +270,8 @@ def test_a_mapping_pins_either_kernel() -> None:
         plan_of(tile={NAME: SHORT, "forward": Tile(64, 64, 4, 2)})
     with pytest.raises(TileError, match="num_warps must be 8 or 12"):
         plan_of(tile={NAME: Tile(64, 64, 4, 2)})
+    with pytest.raises(TileError, match="tile_kv must be at most 256"):
+        plan_of(16, tile={NAME: Tile(128, 272, 8, 3)})
     with pytest.raises(TileError, match="registers: at least 164 per thread needed, 160 available with 12 warps"):
         plan_of(128, tile={NAME: Tile(192, 96, 12, 2)})
 
@@ -311,12 +313,20 @@ def test_rows_that_are_all_one_have_no_map() -> None:
     assert "query, whose rows are all one" in cuflash.plan(x, x, x).choice
 
 
+def test_rows_that_overlap_have_no_map() -> None:
+    x = Target("sm_90").random((2, 500, 4, 64), "float16", 1)
+    rows = numpy.lib.stride_tricks.as_strided(x, (2, 500, 1, 64), (x.strides[0], 64, 128, 2))
+    assert "query, whose rows overlap" in cuflash.plan(rows, rows, rows).choice
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
 def test_other_architectures_have_no_choice(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", arch)
     plan = plan_of()
     assert (names(plan), plan.choice) == (["forward"], "")
     assert cuflash.legal_tiles(64, kernel=NAME, arch=arch) == ()
+    with pytest.raises(TileError, match=rf"its instructions are those of sm_90, and this is {arch}"):
+        plan_of(tile={NAME: SHORT})
 
 
 def test_without_keys_there_is_nothing_to_copy() -> None:

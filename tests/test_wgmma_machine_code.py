@@ -61,6 +61,9 @@ def assert_as_meant(report: Report) -> None:
     assert (resources.spill_store_bytes, resources.spill_load_bytes, resources.stack_bytes) == (0, 0, 0), named(report)
     assert report.warnings == (), named(report)  # C7510 to C7519 among them
     assert resources.static_shared_bytes == 0
+    assert resources.registers == 65536 // report.subject.num_threads // 8 * 8, (
+        "of which setmaxnreg hands on all: with fewer it waits for ever"
+    )
     assert report.occupancy.blocks == 1
 
 

@@ -17,6 +17,7 @@ REGISTERS_PER_BLOCK = 65536
 
 WGMMA_ARCH = "sm_90"
 WGMMA_MAX_HEAD_DIM = 256
+WGMMA_MAX_COLUMNS = 256
 WGMMA_REGISTERS = {8: 240, 12: 160}
 """Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/forward_wgmma.cu."""
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
@@ -77,7 +78,10 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         return f"shared memory: {needed} bytes needed, {device.shared_memory_per_block} available on {device.arch}"
     limit = min(MAX_REGISTERS, REGISTERS_PER_BLOCK // (32 * tile.num_warps))
     needed = accumulator_registers(case, tile, device) + 24
-    if case.kernel.implementation == "wgmma":  # P lives beside the next scores
+    if case.kernel.implementation == "wgmma":
+        if tile.tile_kv > WGMMA_MAX_COLUMNS:
+            return f"tile_kv must be at most {WGMMA_MAX_COLUMNS}, the columns of a wgmma and the rows of a TMA box"
+        # P lives beside the next scores
         limit = WGMMA_REGISTERS[tile.num_warps]
         needed += tile.tile_kv // 4 + _WGMMA_OTHER_REGISTERS + _WGMMA_SOFTCAP_REGISTERS * case.features.softcap - 24
     if needed > limit:

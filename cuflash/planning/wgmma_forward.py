@@ -59,11 +59,13 @@ def why_not(problem: Problem, device: Device) -> str | None:
 
 def _why_unmapped(view: View, itemsize: int) -> str | None:
     """Why no tensor map describes an array; None where one does. Batch and heads may be broadcast."""
-    (_, seqlen, _, _), (_, stride_seqlen, _, stride_dim) = view.shape, view.strides
+    (_, seqlen, _, head_dim), (_, stride_seqlen, _, stride_dim) = view.shape, view.strides
     if stride_dim != 1:
         return f"whose head_dim has a stride of {stride_dim}"
     if seqlen > 1 and stride_seqlen == 0:
         return "whose rows are all one"
+    if seqlen > 1 and 0 < stride_seqlen < head_dim:
+        return "whose rows overlap"
     for axis, extent, stride in zip(("batches", "rows", "heads"), view.shape, view.strides, strict=False):
         stride_bytes = stride * itemsize
         if extent > 1 and (stride_bytes % 16 or not 0 <= stride_bytes < _MAX_STRIDE_BYTES):
@@ -73,9 +75,9 @@ def _why_unmapped(view: View, itemsize: int) -> str | None:
 
 def explain(problem: Problem, device: Device, tile: Tiles) -> str:
     """Which kernel runs, and why not the other; nothing where there is no choice."""
-    if device.capability != 90:
-        return ""
     reason = why_not(problem, device)
+    if device.capability != 90 and not (isinstance(tile, Mapping) and FORWARD_WGMMA.name in tile):
+        return ""
     if reason is not None:
         return f"{FORWARD.source}, not {FORWARD_WGMMA.source}: {reason}"
     if _is_asked_for(problem, device, tile):

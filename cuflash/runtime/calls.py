@@ -129,7 +129,8 @@ def _find(direction: str, operands: Operands, options: Options) -> tuple[Hashabl
     had cheaply. Types are part of it, those of what options hold too: True and 1 are not the same option, nor are the windows (1, 0) and (True, 0).
     """
     addresses, state = features.drawn_from(options.dropout_p, operands.dropout_seed)
-    seen: list[Hashable] = [direction, device.simulator_arch(), bool(addresses), options, _types_of(options)]
+    same = options._replace(tile=tuple(options.tile.items())) if type(options.tile) is dict else options  # type: ignore[arg-type]
+    seen: list[Hashable] = [direction, device.simulator_arch(), bool(addresses), same, _types_of(options)]
     if operands.dropout_seed is not None:
         operands = operands._replace(dropout_seed=state)
     for name, operand in zip(_NAMES, operands):  # noqa: B905 (they are of one length, and to look costs)
@@ -149,7 +150,7 @@ def _find(direction: str, operands: Operands, options: Options) -> tuple[Hashabl
 
 
 def kept(seen: list[Hashable]) -> tuple[Hashable | None, Any]:
-    """The key that a call with these properties is kept by, and the call; the key is None where an option cannot be hashed, such as a mapping of tiles."""
+    """The key that a call with these properties is kept by, and the call; the key is None where an option cannot be hashed, such as a list."""
     key = tuple(seen)
     try:
         return key, _calls.get(key)

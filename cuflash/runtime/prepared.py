@@ -175,7 +175,9 @@ class PreparedForward(PreparedCall):
 
     def mapped(self, name: str, view: View, box_rows: int) -> Value:
         """An array that the TMA unit copies, so many rows at a time."""
-        return arguments.mapped_tensor(TensorMap(name, view, self.problem.dtype, box_rows, on_gpu=self.device.kind == "gpu"))
+        return arguments.mapped_tensor(
+            TensorMap(name, view, self.problem.dtype, box_rows, self.device.index if self.device.kind == "gpu" else None)
+        )
 
     def may_write(self, out: Any, addresses: dict[str, int]) -> bool:
         """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""

@@ -6,9 +6,10 @@ Encoding reads no memory of a GPU and waits for nothing; a CUDA graph captures t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from cuflash.errors import DeviceError, SetupError
@@ -35,7 +36,8 @@ class TensorMap:
         head_step, batch_step: what a head or batch adds to its coordinate: 0 along an axis that is broadcast, of which the map has one place, else 1.
     """
 
-    def __init__(self, name: str, view: View, dtype: str, box_rows: int, *, on_gpu: bool) -> None:
+    def __init__(self, name: str, view: View, dtype: str, box_rows: int, gpu: int | None) -> None:
+        """`gpu` is the index of the device that the array lies on, None for the simulator's."""
         batch, seqlen, heads, head_dim = view.shape
         stride_b, stride_s, stride_h, _ = view.strides
         self.name = name
@@ -43,8 +45,9 @@ class TensorMap:
         axes = ((seqlen, stride_s), (heads if self.head_step else 1, stride_h), (batch if self.batch_step else 1, stride_b))
         self._dtype, self._box = dtype, (COLUMNS, box_rows, 1, 1)
         self._extents = (head_dim, *(extent for extent, _ in axes))
-        self._strides = tuple(stride * DTYPES[dtype] if extent > 1 else 16 for extent, stride in axes)  # of one place any stride will do
-        self._encode: Encode = encode_on_gpu if on_gpu else _encode_for_simulator
+        row = -(-head_dim * DTYPES[dtype] // 16) * 16  # an axis of one place may have any stride that holds a row
+        self._strides = tuple(stride * DTYPES[dtype] if extent > 1 else row for extent, stride in axes)
+        self._encode: Encode = _encode_for_simulator if gpu is None else functools.partial(encode_on_gpu, gpu)
         self._last = (-1, b"")
 
     def at(self, address: int) -> bytes:
@@ -61,8 +64,8 @@ def _encode_for_simulator(address: int, dtype: str, extents: tuple[int, ...], st
     return encode_tiled(address, dtype, extents, strides, box, swizzle="128B", l2_promotion="256B")
 
 
-def encode_on_gpu(address: int, dtype: str, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
-    """The driver's `cuTensorMapEncodeTiled`.
+def encode_on_gpu(gpu: int, address: int, dtype: str, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
+    """The driver's `cuTensorMapEncodeTiled`, with the context of the device current: a new thread has none.
 
     Raises:
         SetupError: a driver without it.
@@ -71,14 +74,31 @@ def encode_on_gpu(address: int, dtype: str, extents: tuple[int, ...], strides: t
     rank = len(extents)
     room = ctypes.create_string_buffer(NBYTES + _ALIGNMENT)
     begin = -ctypes.addressof(room) % _ALIGNMENT
-    status = _driver_function()(
-        ctypes.addressof(room) + begin, _TYPES[dtype], rank, address, (ctypes.c_uint64 * rank)(*extents), (ctypes.c_uint64 * (rank - 1))(*strides),
-        (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128B, _PROMOTION_256B, 0,
-    )  # fmt: skip
+    function = _driver_function()
+    with _current(gpu):
+        status = function(
+            ctypes.addressof(room) + begin, _TYPES[dtype], rank, address, (ctypes.c_uint64 * rank)(*extents), (ctypes.c_uint64 * (rank - 1))(*strides),
+            (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128B, _PROMOTION_256B, 0,
+        )  # fmt: skip
     if status != 0:
         got = f"a tensor at {address:#x} of extents {extents}, strides {strides} and box {box}, with error {status}"
-        raise DeviceError("device", got, "a tensor map from cuTensorMapEncodeTiled", "Report this; other kernels take the call meanwhile.")
+        way_out = "Report this. Unset CUFLASH_FORWARD_WGMMA, or leave forward_wgmma out of tile, and the kernel of mma.sync takes the call."
+        raise DeviceError("device", got, "a tensor map from cuTensorMapEncodeTiled", way_out)
     return room.raw[begin : begin + NBYTES]
+
+
+@contextlib.contextmanager
+def _current(gpu: int) -> Iterator[None]:
+    """Inside, the device's primary context is this thread's."""
+    from cupy.cuda import runtime
+
+    previous = runtime.getDevice()
+    runtime.setDevice(gpu)  # also where it is the same: this is what makes the context
+    try:
+        yield
+    finally:
+        if previous != gpu:
+            runtime.setDevice(previous)
 
 
 @functools.cache

@@ -20,5 +20,5 @@ DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// A barrier of this warpgroup alone; barrier 0 is the block's.
-DEVICE void sync_warpgroup(int warpgroup) { asm volatile("bar.sync %0, %1;" ::"r"(warpgroup + 1), "n"(WARPGROUP_SIZE) : "memory"); }
+// A barrier of this warpgroup alone, by a number of its own; barrier 0 is the block's.
+DEVICE void sync_warpgroup(int barrier) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(WARPGROUP_SIZE) : "memory"); }

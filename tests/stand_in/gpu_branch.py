@@ -215,6 +215,7 @@ def test_no_memory_is_left_behind() -> None:
 def test_tensor_maps_come_from_the_driver(dtype: Any, launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """For the arrays of each call, once for those that stay."""
     driver = Driver(for_simulator=True)
+    driver.has_context = lambda: cupy.cuda._here.has_context
     monkeypatch.setattr(tensor_maps, "_driver_function", lambda: driver.function)
     monkeypatch.setenv(wgmma_forward.VARIABLE, "1")
     calls._calls.clear()
@@ -224,8 +225,14 @@ def test_tensor_maps_come_from_the_driver(dtype: Any, launches: list[Any], monke
     for _ in range(2):
         numpy.testing.assert_allclose(attention(query, key, value).get().astype("float32"), want, atol=2e-2)
     assert [address for _, _, address, *_ in driver.calls] == [x.data.ptr for x in (query, key, value)]
-    attention(query, key.copy(), value)
-    assert len(driver.calls) == 4
+    others = query.copy(), key.copy(), value, cupy.empty_like(query)
+    new_thread = threading.Thread(
+        target=lambda: attention(*others[:3], out=others[3])
+    )  # has no context, and needs no memory that would give it one
+    new_thread.start()
+    new_thread.join()
+    numpy.testing.assert_allclose(others[3].get().astype("float32"), want, atol=2e-2)
+    assert len(driver.calls) == 6, "another kind of call, since out is given"
     assert [launched.name for launched in launches] == ["forward_wgmma"] * 3
     calls._calls.clear()
 
