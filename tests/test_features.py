@@ -172,7 +172,7 @@ def test_masks_are_read_by_stride(target: Target, dtype: str, view: str) -> None
     assert got.bits() == want.bits()
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("seqlens", [(64, 64), (70, 66), (33, 98)], ids=str)
 @pytest.mark.parametrize("dtype", ["bool", "float16", "float32"])
