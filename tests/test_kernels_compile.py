@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from cuflash.jit.compiler import CompileRequest
 from cuflash.planning.kernel_specs import TILED_KERNELS
 from cuflash.planning.offline import offline_kernels
 from cuflash.problem.features import NO_FEATURES, FeatureSet
+from cuflash.problem.tile import Tile
 
 pytest.importorskip("cupy")
 
@@ -174,3 +177,32 @@ def test_simulated_architectures_compile_to_ptx(arch: str, is_causal: bool) -> N
         assert f".visible .entry {kernel.entry}(" in text
         assert artifact.warnings == ()
         assert ".local" not in text, "an array that is indexed at run time"
+
+
+HIDES = "1348"
+"""Number of NVRTC's warning that a declaration hides another one."""
+
+
+def test_no_declaration_hides_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In kernels with every feature, and of every kind; and what is looked for is found where it is."""
+    on, everything = device.of_arch("sm_90"), FeatureSet("float16", *[True] * 7)
+    hopper = FeatureSet(window=True, softcap=True, alibi=True, sinks=True)
+    cases: list[dict[str, Any]] = [
+        {"features": everything, "need_attn_mask_grad": True}, {"tile": {"backward_fused": Tile(32, 32, 2, 2)}},
+        {"features": hopper, "tile": {"forward_wgmma": Tile(192, 16, 12, 2)}, "backward": False},
+    ]  # fmt: skip
+    requests: dict[str, CompileRequest] = {}
+    for case in cases:
+        for kernel in offline_kernels(on, dtype="bfloat16", head_dim=16, is_causal=True, **case):
+            requests.setdefault(kernel.source, kernel.request(on))
+    assert {"forward_mma.cu", "forward_wgmma.cu", "backward_fused_mma.cu", "backward_mask_mma.cu"} <= set(requests)
+    for source, request in requests.items():
+        assert hidden_in(request) == [], source
+    (tmp_path / "hides.cu").write_text('extern "C" __global__ void hides(int* x) { int y = *x; { int y = 3; *x = y; } *x += y; }')
+    monkeypatch.setenv("CUFLASH_KERNELS_DIR", str(tmp_path))
+    assert len(hidden_in(CompileRequest("hides.cu", "", "sm_90", "ptx"))) == 1
+
+
+def hidden_in(request: CompileRequest) -> list[str]:
+    log = compiler._compile(request, (*compiler.options(request), f"--diag-warn={HIDES}")).log
+    return [line for line in log.splitlines() if f"#{HIDES}-D" in line]
