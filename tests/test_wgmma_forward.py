@@ -258,7 +258,7 @@ def test_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(wgmma_forward.VARIABLE)
     plan = plan_of()
     assert names(plan) == ["forward"]
-    assert f'ask for it by tile={{"{NAME}": ...}} or {wgmma_forward.VARIABLE}=1' in str(plan)
+    assert f"ask for it by {wgmma_forward.VARIABLE}=1, or by a tile of {NAME}" in str(plan)
     assert str(plan).isascii()
     assert names(plan_of(tile={NAME: SHORT})) == [NAME]
 
@@ -320,13 +320,23 @@ def test_rows_that_overlap_have_no_map() -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
-def test_other_architectures_have_no_choice(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_architectures_say_so_if_it_is_asked_for(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", arch)
     plan = plan_of()
-    assert (names(plan), plan.choice) == (["forward"], "")
+    reason = f"its instructions are those of sm_90, and this is {arch}"
+    assert (names(plan), plan.choice) == (["forward"], f"forward_mma.cu, not forward_wgmma.cu: {reason}")
     assert cuflash.legal_tiles(64, kernel=NAME, arch=arch) == ()
-    with pytest.raises(TileError, match=rf"its instructions are those of sm_90, and this is {arch}"):
+    with pytest.raises(TileError, match=reason):
         plan_of(tile={NAME: SHORT})
+    monkeypatch.delenv(wgmma_forward.VARIABLE)
+    assert plan_of().choice == ""
+
+
+@pytest.mark.parametrize("value", ["yes", "2", " 1"])
+def test_a_value_of_the_variable_that_means_nothing_is_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(wgmma_forward.VARIABLE, value)
+    with pytest.raises(cuflash.OptionError, match=rf"CUFLASH_FORWARD_WGMMA: got '{value}'; expected '0' or '1'"):
+        plan_of()
 
 
 def test_without_keys_there_is_nothing_to_copy() -> None:

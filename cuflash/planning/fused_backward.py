@@ -8,7 +8,6 @@ names it, or by the environment variable CUFLASH_FUSED_BACKWARD=1, which takes i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from math import ceil
 
@@ -20,6 +19,7 @@ from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import Buffer, KernelPlan
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
+from cuflash.system import switches
 
 VARIABLE = "CUFLASH_FUSED_BACKWARD"
 """Environment variable; 1: the fused kernel wherever it is predicted to be faster. Looked at when a call is planned, so not by calls whose like was made before."""
@@ -44,7 +44,7 @@ def is_taken(case: KernelCase, device: Device, tile: Tiles, *, ragged: bool) -> 
         return False
     if isinstance(tile, Tile) and tile_rules.broken_rule(case, tile, device) is not None:
         return False
-    return os.environ.get(VARIABLE) == "1" and not ragged and is_faster(case, device)
+    return switches.is_on(VARIABLE) and not ragged and is_faster(case, device)
 
 
 def is_possible(case: KernelCase, device: Device) -> bool:

@@ -6,7 +6,6 @@ can run, unless `tile` names the other one. What it cannot do stays on the kerne
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 from cuflash.hardware.device import Device
@@ -16,6 +15,7 @@ from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA, KernelSpec
 from cuflash.problem.layout import View
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
+from cuflash.system import switches
 
 VARIABLE = "CUFLASH_FORWARD_WGMMA"
 """Environment variable; 1: the kernel wherever it can run. Looked at when a call is planned, so not by calls whose like was made before."""
@@ -33,9 +33,9 @@ def kernels(problem: Problem, device: Device, tile: Tiles) -> tuple[KernelSpec, 
 def _is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
     if isinstance(tile, Mapping) and (FORWARD_WGMMA.name in tile or FORWARD.name in tile):
         return FORWARD_WGMMA.name in tile
-    if isinstance(tile, Tile) and tile_rules.broken_rule(_case(problem), tile, device) is not None:
+    if isinstance(tile, Tile) and device.capability == 90 and tile_rules.broken_rule(_case(problem), tile, device) is not None:
         return False
-    return os.environ.get(VARIABLE) == "1"
+    return switches.is_on(VARIABLE)
 
 
 def why_not(problem: Problem, device: Device) -> str | None:
@@ -76,13 +76,13 @@ def _why_unmapped(view: View, itemsize: int) -> str | None:
 def explain(problem: Problem, device: Device, tile: Tiles) -> str:
     """Which kernel runs, and why not the other; nothing where there is no choice."""
     reason = why_not(problem, device)
-    if device.capability != 90 and not (isinstance(tile, Mapping) and FORWARD_WGMMA.name in tile):
+    if device.capability != 90 and not _is_asked_for(problem, device, tile):
         return ""
     if reason is not None:
         return f"{FORWARD.source}, not {FORWARD_WGMMA.source}: {reason}"
     if _is_asked_for(problem, device, tile):
         return f"{FORWARD_WGMMA.source}, as asked for; it has not run on a GPU yet"
-    how = f'tile={{"{FORWARD_WGMMA.name}": ...}} or {VARIABLE}=1'
+    how = f"{VARIABLE}=1, or by a tile of {FORWARD_WGMMA.name}, of which cuflash.legal_tiles has a list"
     return f"{FORWARD.source}; {FORWARD_WGMMA.source} can run too, but has not run on a GPU yet: ask for it by {how}"
 
 

@@ -93,8 +93,9 @@ def scaled_dot_product_attention(
     if layout == "bhsd":
         query, key, value, (attn_mask, attn_bias), restore = inputs.four_dimensions(query, key, value, attn_mask, attn_bias)
     if attn_bias is not None:
-        seqlen_q = query.shape[layout.index("s")]
-        attn_mask, segment_ids_q, segment_ids_kv = inputs.mask_beside_bias(attn_mask, attn_bias, seqlen_q, segment_ids_q, segment_ids_kv)
+        b, h, s = (layout.index(axis) for axis in "bhs")
+        extents = max(x.shape[b] for x in (query, key, value)), query.shape[h], query.shape[s], key.shape[s]
+        attn_mask, segment_ids_q, segment_ids_kv = inputs.mask_beside_bias(attn_mask, attn_bias, extents, segment_ids_q, segment_ids_kv)
     query, key, value = inputs.autocast(query, key, value)
     options = {
         "dropout_p": number(dropout_p), "is_causal": is_causal, "scale": number(scale), "enable_gqa": enable_gqa, "layout": layout, "batch_first": True,

@@ -41,6 +41,9 @@ def check_tensors(tensors: tuple[Any, ...]) -> bool:
         DTypeError: names the argument and its class.
     """
     if all([type(tensor) in _PLAIN for tensor in tensors]):  # noqa: C419  # a list is quicker, and traced by every version of Dynamo
+        if tensors[0].is_nested:  # torch's older nested tensors, which are of its plain type
+            hint = f"Make it with layout=torch.jagged; or pad it, {TENSORS[0]}.to_padded_tensor(0.0), with seqlens_kv."
+            raise DTypeError(TENSORS[0], "a nested tensor of the older layout", "a dense or a jagged tensor", hint)
         return True
     for name, tensor in zip(TENSORS, tensors, strict=True):
         check_tensor(name, tensor)
@@ -87,10 +90,13 @@ def from_causal_bias(bias: Any, is_causal: Any, query: Any, key: Any, layout: st
     return None, True, "top_left" if bias.variant == CausalVariant.UPPER_LEFT else "bottom_right"
 
 
-def mask_beside_bias(attn_mask: Any, attn_bias: Any, seqlen_q: int, ids_q: Any, ids_kv: Any) -> tuple[Any, Any, Any]:
+def mask_beside_bias(attn_mask: Any, attn_bias: Any, extents: tuple[int, int, int, int], ids_q: Any, ids_kv: Any) -> tuple[Any, Any, Any]:
     """A boolean attn_mask and an additive attn_bias as what kernels take: one additive mask, and segment ids for keys that the boolean one hides.
 
     The two are broadcast apart: kernels have one mask, so that the boolean one has to say which keys of a sequence there are, the same for all queries and heads.
+
+    Args:
+        extents: batch, heads of the query, seqlen_q and seqlen_kv.
 
     Returns:
         attn_mask, segment_ids_q and segment_ids_kv.
@@ -99,6 +105,11 @@ def mask_beside_bias(attn_mask: Any, attn_bias: Any, seqlen_q: int, ids_q: Any, 
         raise DTypeError(
             "attn_bias", "a boolean tensor", "one that is added to the scores", "Pass what says which pairs attend as attn_mask."
         )
+    if attn_bias.dim() > 4 or not all(
+        own in (1, extent) for own, extent in zip(reversed(attn_bias.shape), reversed(extents), strict=False)
+    ):
+        hint = "Its dimensions are those of (batch, heads, seqlen_q, seqlen_kv), or the last of them; each may be 1."
+        raise ShapeError("attn_bias", f"shape {tuple(attn_bias.shape)}", f"one that broadcasts to {extents}", hint)
     if attn_mask is None:
         return attn_bias, ids_q, ids_kv
     if attn_mask.dtype != torch.bool:
@@ -112,9 +123,11 @@ def mask_beside_bias(attn_mask: Any, attn_bias: Any, seqlen_q: int, ids_q: Any, 
         if mask.shape[axis] != 1 and mask.stride(axis) != 0:
             got = f"a boolean mask of shape {tuple(attn_mask.shape)} beside attn_bias"
             hint = "Causal masks and windows have arguments of their own; else put both into one: attn_bias=torch.where(attn_mask, attn_bias, -torch.inf)."
+            if attn_mask.dim() == 2:
+                hint = f"If it hides keys of a row of the batch, pass attn_mask[:, None, None, :]. {hint}"
             raise UnsupportedError("attn_mask", got, "(batch, 1, 1, seqlen_kv), the same keys for all queries and heads", hint)
     ids_kv = mask[:, 0, 0].to(torch.int32)
-    return attn_bias, ids_kv.new_ones(1, seqlen_q), ids_kv
+    return attn_bias, ids_kv.new_ones(1, extents[2]), ids_kv
 
 
 def number(x: Any) -> Any:

@@ -144,7 +144,8 @@ def _tokens(chunk: int, cu_seqlens: Any, total: int, count: int) -> Any:
 def gather_sequence(x: Any, *, dim: int, group: Any = None, zigzag: bool = True, cu_seqlens: Any = None) -> Any:
     """The whole tensor out of the parts of all ranks, in the order of the sequence: what `shard_sequence` has taken apart.
 
-    Differentiable: the gradient of a part is the sum of what all ranks have for it.
+    Differentiable: the gradient of a part is the sum of what all ranks have for it. A loss that every rank computes of the whole therefore counts once for each rank:
+    take it of the parts, or divide it by their number.
     """
     return _Gather.apply(x, dim, group, zigzag, cu_seqlens)
 

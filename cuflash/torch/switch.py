@@ -47,7 +47,7 @@ class Report:
         lines += [f"  {count} × {reason}" for reason, count in sorted(self.others.items(), key=lambda item: -item[1])]
         if self.fast_path:
             lines.append(
-                "torch's fast path for nn.MultiheadAttention and nn.TransformerEncoderLayer in evaluation, which bypasses attention, is switched off"
+                "torch's fast path for nn.MultiheadAttention and nn.TransformerEncoderLayer in evaluation, which bypasses attention, is off meanwhile"
             )
         return "\n".join(lines)
 

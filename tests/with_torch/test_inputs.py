@@ -122,12 +122,13 @@ def test_masks_and_biases_that_cannot_be_taken_apart(device: Any) -> None:
     for attn_mask, attn_bias, options, match in (
         (mask, bias, {}, r"attn_mask: got a boolean mask of shape \(48, 48\) beside attn_bias.*torch.where"),
         (bias, bias, {}, r"attn_mask: got a tensor of torch.float32 beside attn_bias"),
+        (None, bias[..., :5], {}, r"attn_bias: got shape .*5\); expected one that broadcasts to"),
         (None, mask, {}, r"attn_bias: got a boolean tensor"),
         (mask[:1], bias, {"segment_ids_q": ids, "segment_ids_kv": ids}, r"attn_mask: got a boolean mask beside attn_bias and segment ids"),
         (None, bias.to_sparse(), {}, r"attn_mask: got a tensor of layout torch.sparse_coo"),
         (None, bias.as_subclass(Logged), {}, r"attn_bias: got a tensor of the subclass"),
     ):
-        with pytest.raises((DTypeError, UnsupportedError), match=match):
+        with pytest.raises((DTypeError, ShapeError, UnsupportedError), match=match):
             scaled_dot_product_attention(query, key, value, attn_mask, attn_bias=attn_bias, **options)
 
 

@@ -24,6 +24,12 @@ def jagged(device: Any, lengths: tuple[int, ...] = LENGTHS, offsets: Any = None)
     return sequences, torch.nested.nested_tensor_from_jagged(torch.cat(sequences), offsets).transpose(1, 2)
 
 
+def test_nested_tensors_of_the_older_layout_are_named(device: Any) -> None:
+    query = torch.nested.nested_tensor([torch.zeros(HEADS, n, DIM, device=device) for n in LENGTHS])
+    with pytest.raises(DTypeError, match=r"query: got a nested tensor of the older layout; .* Make it with layout=torch.jagged"):
+        scaled_dot_product_attention(query, query, query)
+
+
 @pytest.mark.parametrize("case", ["self", "other_lengths"])
 def test_nested_tensors(device: Any, case: str) -> None:
     """Out, lse and gradients are those of each sequence for itself."""

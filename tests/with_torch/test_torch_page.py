@@ -36,6 +36,17 @@ def test_the_example_with_transformers() -> None:
     assert made["model"](torch.arange(12)[None]).logits.shape == (1, 12, 100)
 
 
+def test_the_example_with_several_ranks() -> None:
+    """Of which there is one here; tests/with_torch/test_ring.py has more."""
+    example = "import torch\nimport cuflash.torch\n" + next(text for text in examples("docs/torch.md") if "init_process_group" in text)
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", example + "print(whole.shape, query.grad.abs().sum() > 0)"],
+        capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **ranks}, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.startswith("torch.Size([1, 2, 64, 32]) tensor(True)"), done.stderr
+
+
 def test_the_examples_with_arrays(capsys: pytest.CaptureFixture[str]) -> None:
     """One after the other, as in one session."""
     exec("".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cupy_and_torch.md").read_text(encoding="utf-8"), re.S)), {})
