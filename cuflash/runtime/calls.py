@@ -129,8 +129,9 @@ def _find(direction: str, operands: Operands, options: Options) -> tuple[Hashabl
     had cheaply. Types are part of it, those of what options hold too: True and 1 are not the same option, nor are the windows (1, 0) and (True, 0).
     """
     addresses, state = features.drawn_from(options.dropout_p, operands.dropout_seed)
-    same = options._replace(tile=tuple(options.tile.items())) if type(options.tile) is dict else options  # type: ignore[arg-type]
-    seen: list[Hashable] = [direction, device.simulator_arch(), bool(addresses), same, _types_of(options)]
+    tiles = tuple(options.tile.items()) if type(options.tile) is dict else None  # a dict cannot be hashed
+    hashable = options if tiles is None else options._replace(tile=None)
+    seen: list[Hashable] = [direction, device.simulator_arch(), bool(addresses), hashable, tiles, _types_of(options)]
     if operands.dropout_seed is not None:
         operands = operands._replace(dropout_seed=state)
     for name, operand in zip(_NAMES, operands):  # noqa: B905 (they are of one length, and to look costs)

@@ -198,6 +198,31 @@ def _visits(plan: _Plan, key: Any, value: Any) -> Any:
             yield source, *arrived
 
 
+def _saved(ctx: Any, plan: _Plan, query: Any, keys: Any, values: Any, out: Any, lse: Any) -> tuple[Any, Any]:
+    """out and lse, with what the backward pass needs in `ctx`."""
+    ctx.save_for_backward(query, keys, values, out, lse)
+    ctx.plan = plan
+    ctx.set_materialize_grads(False)
+    return out, lse
+
+
+def _zeros(x: Any) -> Any:
+    """What gradients of x are added up in."""
+    return torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+def _gradients(
+    ctx: Any, call: Call, rows: tuple[int, int], seen: tuple[int, int], keys: Any, values: Any, grad_out: Any, grad_lse: Any
+) -> Any:
+    """Those of some queries and the keys that they see, with the out and lse of all keys; a missing gradient is zero."""
+    query, _, _, out, lse = ctx.saved_tensors
+    plan: _Plan = ctx.plan
+    tensors = (plan.slice(query, rows), plan.slice(keys, seen), plan.slice(values, seen), *plan.others)
+    own_out, own_lse = plan.slice(out, rows), lse[..., slice(*rows)]
+    own_grad = torch.zeros_like(own_out) if grad_out is None else plan.slice(grad_out, rows)
+    return call.backward(tensors, own_out, own_lse, own_grad, None if grad_lse is None else grad_lse[..., slice(*rows)], False)
+
+
 class _Passed(torch.autograd.Function):  # type: ignore[misc]
     """(out, lse) with keys and values that are passed from rank to rank."""
 
@@ -216,30 +241,19 @@ class _Passed(torch.autograd.Function):  # type: ignore[misc]
                 merged, merged_lse = merge_attention([rows, part.float()], [rows_lse, part_lse], layout=layout)
                 rows.copy_(merged)
                 rows_lse.copy_(merged_lse)
-        out = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.plan = plan
-        ctx.set_materialize_grads(False)
-        return out, lse
+        return _saved(ctx, plan, query, key, value, out.to(query.dtype), lse)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_out: Any, grad_lse: Any) -> tuple[Any, Any, Any, None]:
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, _, _ = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        sums = [torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (query, key, value)]
+        sums = [_zeros(x) for x in (query, key, value)]
         of_others: dict[int, list[Any]] = {}
         for rank, keys, values in _visits(plan, key, value):
             of_rank = sums[1:] if rank == plan.rank else [torch.zeros_like(x) for x in sums[1:]]
             for piece in plan.pieces(plan.rank, rank):
-                rows = slice(*piece.queries)
-                tensors = (plan.slice(query, piece.queries), plan.slice(keys, piece.keys), plan.slice(values, piece.keys), *plan.others)
-                grads = plan.masked(piece).backward(
-                    tensors, plan.slice(out, piece.queries), lse[..., rows], plan.slice(grad_out, piece.queries),
-                    None if grad_lse is None else grad_lse[..., rows], False,
-                )  # fmt: skip
+                grads = _gradients(ctx, plan.masked(piece), piece.queries, piece.keys, keys, values, grad_out, grad_lse)
                 plan.slice(sums[0], piece.queries).add_(grads.query)
                 for total, grad in zip(of_rank, (grads.key, grads.value), strict=True):
                     plan.slice(total, piece.keys).add_(grad)
@@ -272,26 +286,17 @@ class _Gathered(torch.autograd.Function):  # type: ignore[misc]
                    for rows, seen, call in _calls(plan)]  # fmt: skip
         out = torch.cat([out for out, _ in results], plan.axis)
         lse = torch.cat([lse for _, lse in results], -1)
-        ctx.save_for_backward(query, keys, values, out, lse)
-        ctx.plan = plan
-        ctx.set_materialize_grads(False)
-        return out, lse
+        return _saved(ctx, plan, query, keys, values, out, lse)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_out: Any, grad_lse: Any) -> tuple[Any, Any, Any, None]:
-        query, keys, values, out, lse = ctx.saved_tensors
+        _, keys, values, _, _ = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        sums = [torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (keys, values)]
+        sums = [_zeros(x) for x in (keys, values)]
         of_queries = []
         for rows, seen, call in _calls(plan):
-            tensors = (plan.slice(query, rows), plan.slice(keys, seen), plan.slice(values, seen), *plan.others)
-            grads = call.backward(
-                tensors, plan.slice(out, rows), lse[..., slice(*rows)], plan.slice(grad_out, rows),
-                None if grad_lse is None else grad_lse[..., slice(*rows)], False,
-            )  # fmt: skip
+            grads = _gradients(ctx, call, rows, seen, keys, values, grad_out, grad_lse)
             of_queries.append(grads.query)
             for total, grad in zip(sums, (grads.key, grads.value), strict=True):
                 plan.slice(total, seen).add_(grad)
