@@ -48,23 +48,23 @@ class Row:
     masked: bool = False
 
 
-def _row(name: str, goal: float | None, *, masked: bool = False, **features: object) -> Row:
-    return Row(name, replace(PLAIN, features=SampleFeatures(**features)), goal, masked)  # type: ignore[arg-type]
+def _row(name: str, goal: float, features: SampleFeatures, *, masked: bool = False) -> Row:
+    return Row(name, replace(PLAIN, features=features), goal, masked)
 
 
 PLAIN = Sample(batch=1, seqlen_q=1024, seqlen_kv=1024, dtype="float16")
 ROWS = (
-    _row("window", CHEAP, window=(512, 512)),
-    _row("alibi", CHEAP, alibi=True),
-    _row("sinks", CHEAP, sinks=True),
-    _row("boolean mask", CHEAP, attn_mask="bool"),
-    _row("boolean mask, some hidden", CHEAP, attn_mask="bool", masked=True),
-    _row("float16 mask", CHEAP, attn_mask="float16"),
-    _row("float32 mask", CHEAP, attn_mask="float32"),
-    _row("segments", CHEAP, segments=2),
-    _row("segments, some hidden", CHEAP, segments=2, masked=True),
-    _row("softcap", DEAR, softcap=30.0),
-    _row("dropout", DEAR, dropout=0.1),
+    _row("window", CHEAP, SampleFeatures(window=(512, 512))),
+    _row("alibi", CHEAP, SampleFeatures(alibi=True)),
+    _row("sinks", CHEAP, SampleFeatures(sinks=True)),
+    _row("boolean mask", CHEAP, SampleFeatures(attn_mask="bool")),
+    _row("boolean mask, some hidden", CHEAP, SampleFeatures(attn_mask="bool"), masked=True),
+    _row("float16 mask", CHEAP, SampleFeatures(attn_mask="float16")),
+    _row("float32 mask", CHEAP, SampleFeatures(attn_mask="float32")),
+    _row("segments", CHEAP, SampleFeatures(segments=2)),
+    _row("segments, some hidden", CHEAP, SampleFeatures(segments=2), masked=True),
+    _row("softcap", DEAR, SampleFeatures(softcap=30.0)),
+    _row("dropout", DEAR, SampleFeatures(dropout=0.1)),
     Row("packed sequences", replace(PLAIN, lengths_q=(1024,)), None),
     Row("seqlens_kv", replace(PLAIN, lengths_kv=(1024,)), None),
 )

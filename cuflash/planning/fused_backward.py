@@ -8,18 +8,17 @@ names it, or by the environment variable CUFLASH_FUSED_BACKWARD=1, which takes i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from math import ceil
 
 from cuflash.hardware.architectures import architecture
 from cuflash.hardware.device import Device
-from cuflash.planning import kernel_specs, tile_choice, tile_rules
+from cuflash.planning import asked_for, kernel_specs, tile_choice
 from cuflash.planning.block_order import L2_SHARE
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import Buffer, KernelPlan
 from cuflash.problem.problem import Problem
-from cuflash.problem.tile import Tile, Tiles
-from cuflash.system import switches
+from cuflash.problem.tile import Tiles
 
 VARIABLE = "CUFLASH_FUSED_BACKWARD"
 """Environment variable; 1: the fused kernel wherever it is predicted to be faster. Looked at when a call is planned, so not by calls whose like was made before."""
@@ -38,13 +37,8 @@ def is_taken(case: KernelCase, device: Device, tile: Tiles, *, ragged: bool) -> 
     """
     if not is_possible(case, device):
         return False
-    if isinstance(tile, Mapping) and kernel_specs.BACKWARD_FUSED.name in tile:
-        return True
-    if isinstance(tile, Mapping) and any(kernel.name in tile for kernel in _OTHER_WAY):
-        return False
-    if isinstance(tile, Tile) and tile_rules.broken_rule(case, tile, device) is not None:
-        return False
-    return switches.is_on(VARIABLE) and not ragged and is_faster(case, device)
+    asked_by = asked_for.asked_by(case, device, tile, VARIABLE, _OTHER_WAY)
+    return asked_by == "tile" or (asked_by == "variable" and not ragged and is_faster(case, device))
 
 
 def is_possible(case: KernelCase, device: Device) -> bool:

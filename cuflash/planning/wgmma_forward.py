@@ -6,16 +6,13 @@ can run, unless `tile` names the other one. What it cannot do stays on the kerne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from cuflash.hardware.device import Device
-from cuflash.planning import tile_rules
+from cuflash.planning import asked_for, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA, KernelSpec
 from cuflash.problem.layout import View
 from cuflash.problem.problem import Problem
-from cuflash.problem.tile import Tile, Tiles
-from cuflash.system import switches
+from cuflash.problem.tile import Tiles
 
 VARIABLE = "CUFLASH_FORWARD_WGMMA"
 """Environment variable; 1: the kernel wherever it can run. Looked at when a call is planned, so not by calls whose like was made before."""
@@ -31,11 +28,7 @@ def kernels(problem: Problem, device: Device, tile: Tiles) -> tuple[KernelSpec, 
 
 
 def _is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
-    if isinstance(tile, Mapping) and (FORWARD_WGMMA.name in tile or FORWARD.name in tile):
-        return FORWARD_WGMMA.name in tile
-    if isinstance(tile, Tile) and device.capability == 90 and tile_rules.broken_rule(_case(problem), tile, device) is not None:
-        return False
-    return switches.is_on(VARIABLE)
+    return asked_for.asked_by(_case(problem), device, tile, VARIABLE, (FORWARD,)) is not None
 
 
 def why_not(problem: Problem, device: Device) -> str | None:
