@@ -10,6 +10,7 @@ import numpy
 import pytest
 
 from cuflash import demo
+from cuflash.__main__ import main
 from cuflash.demo import training, verification
 from cuflash.demo.transformer import Shape, Transformer, narrow, operand, widen
 from cuflash.demo.verification import Case
@@ -59,24 +60,35 @@ def test_held_out_windows_are_not_trained_on() -> None:
 
 
 @pytest.fixture
-def short_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check against the float64 formula on a small case."""
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small model, and the check against the float64 formula on a small case."""
     shape = (1, 100, 2, 32)
     monkeypatch.setattr(demo, "CHECK_SHAPE", shape)
     monkeypatch.setattr(Case.__init__, "__defaults__", (shape,))
+    monkeypatch.setattr(demo, "Shape", lambda: Shape(seqlen=64, width=64, num_heads=2, num_layers=1))
 
 
-@pytest.mark.usefixtures("short_check")
+@pytest.mark.usefixtures("small_demo")
 def test_the_loss_falls_and_the_demo_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(demo, "LEARNED", 0.97)  # far below where training starts, in a tenth of its steps
-    status = demo.run(demo.Options(steps=30, output=tmp_path / "loss.png"))
+    monkeypatch.setattr(demo, "LEARNED", 0.95)  # far below where training starts, in a fifth of its steps
+    status = demo.run(demo.Options(steps=60, output=tmp_path / "loss.png"))
     printed = capsys.readouterr().out
     assert status == 0, printed
-    assert "step   30 of 30" in printed
+    assert "step   60 of 60" in printed
     assert (tmp_path / "loss.png").stat().st_size > 5000
 
 
-@pytest.mark.usefixtures("short_check")
+@pytest.mark.usefixtures("small_demo")
+def test_without_enough_steps_the_command_fails_with_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "loss.png"
+    assert main(("demo", "--steps", "2", "--output", str(picture), "--dtype", "bfloat16")) == 1
+    printed = capsys.readouterr().out
+    assert "The model did not learn enough" in printed
+    assert printed.count(" ok\n") == 5
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("small_demo")
 def test_a_wrong_result_fails_the_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     right = Case.run
 

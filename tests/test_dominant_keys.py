@@ -87,7 +87,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", FEATURES)
 def test_an_attention_sink_with_a_feature(simulator: Target, name: str) -> None:
     simulator.check(*sink_inputs(simulator, "float32", 2048, 17.0), scale=1.0, grad_lse=None, **FEATURES[name])

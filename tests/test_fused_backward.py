@@ -74,7 +74,7 @@ MASKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("batches", [(2, 2), (2, 1)], ids=str)
 @pytest.mark.parametrize("lengths", [(100, 130), (130, 60), (1, 33)], ids=str)
@@ -94,7 +94,7 @@ TILES = {
 }
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("case", TILES)
 def test_tiles(on: Target, case: str) -> None:
     head_dim, tile = TILES[case]
@@ -102,7 +102,7 @@ def test_tiles(on: Target, case: str) -> None:
     on.check(*inputs, is_causal=True, backward_tile={"backward_fused": tile})
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("head_dim", [1, 7, 72])
 def test_head_dims(on: Target, head_dim: int) -> None:
     on.check(*inputs_of(on, (70, 60), head_dim, heads=(1, 1), dtype="float16"), backward_tile=FUSED)
@@ -117,7 +117,7 @@ def test_strides(simulator: Target, view: str) -> None:
     simulator.check(*inputs_of(simulator, head_dim=33, view=view, heads=(2, 2)), is_causal=True, backward_tile=FUSED)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("feature", NOT_HIDDEN_BY_DATA)
 def test_features(simulator: Target, feature: str) -> None:
     from test_features import inputs_of as featured
@@ -126,7 +126,7 @@ def test_features(simulator: Target, feature: str) -> None:
     simulator.check(*inputs, enable_gqa=True, backward_tile=FUSED, **FEATURES[feature])
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("seed", range(12))
 def test_windows(simulator: Target, seed: int) -> None:
     """Which blocks add to a tile of queries follows from the window: a wrong place among them is a wrong sum, or a wait without end."""
@@ -150,7 +150,7 @@ def test_key_lengths(simulator: Target, batches: tuple[int, int], mask: str) -> 
     simulator.check(inputs[0], key, value, seqlens_kv=lengths, backward_tile=FUSED, **options)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mask", MASKS)
 def test_packed_sequences(on: Target, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some are empty, and the last tile of one is not the first of the next."""

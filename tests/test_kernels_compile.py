@@ -58,26 +58,27 @@ def named(report: Report) -> str:
 
 
 def processor_seconds(request: CompileRequest) -> float:
-    """The least time of two compilations, without what a busy machine adds: reports are measured by the clock on the wall."""
-    seconds = []
-    for _ in range(2):
-        start = time.thread_time()
-        compiler.compile_kernel(request)
-        seconds.append(time.thread_time() - start)
-    return min(seconds)
+    """Of a compilation, without what a busy machine adds: reports are measured by the clock on the wall."""
+    start = time.thread_time()
+    compiler.compile_kernel(request)
+    return time.thread_time() - start
+
+
+def yardstick_seconds() -> float:
+    """What the forward kernel of a head of 64 takes now: other work on the same core slows all compilations."""
+    on = device.of_arch("sm_80", "gpu")
+    return processor_seconds(next(iter(offline_kernels(on, dtype="float16", head_dim=64, is_causal=True))).request(on))
 
 
 def is_quick(report: Report) -> bool:
     """Whether it was compiled within `MAX_SECONDS`, or would be where the forward kernel of a head of 64 takes the usual `YARDSTICK_SECONDS`."""
     if report.seconds <= MAX_SECONDS:
         return True
-    on = device.of_arch("sm_80", "gpu")
-    yardstick = next(iter(offline_kernels(on, dtype="float16", head_dim=64, is_causal=True))).request(on)
-    slowness = max(1.0, processor_seconds(yardstick) / YARDSTICK_SECONDS)  # other work on the same core slows all compilations
-    return processor_seconds(report.subject.request) <= MAX_SECONDS * slowness
+    seconds = processor_seconds(report.subject.request)
+    return seconds <= MAX_SECONDS or seconds <= MAX_SECONDS * yardstick_seconds() / YARDSTICK_SECONDS
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS, ids="D{}".format)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -114,7 +115,7 @@ def test_the_instructions_were_looked_at() -> None:
     assert reports_of(device.of_arch("sm_80", "gpu"), "float16", 64)[0].opcodes
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("head_dim", [1, 40, 72, 96, 160, 192], ids="D{}".format)
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
 def test_other_head_dims_do_not_spill(arch: str, head_dim: int) -> None:
@@ -125,7 +126,7 @@ def test_other_head_dims_do_not_spill(arch: str, head_dim: int) -> None:
         assert report.warnings == (), named(report)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dims", [(192, 128), (64, 256), (576, 512), (71, 33), (8, 512)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHS)
@@ -135,7 +136,7 @@ def test_two_head_dims_do_not_spill(arch: str, dtype: str, dims: tuple[int, int]
         assert report.warnings == (), named(report)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("feature", [*FEATURES, *LENGTHS])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS, ids="D{}".format)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -25,7 +25,7 @@ PACKED = {name: options for name, options in FEATURES.items() if name not in ("b
 # --- Head dimensions ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dims", [(24, 40), (72, 33)], ids=str)
 @pytest.mark.parametrize("feature", ["softcap", "boolean_mask", "additive_mask", "dropout", "sinks"])
 def test_value_with_a_head_dim_of_its_own(simulator: Target, feature: str, dims: tuple[int, int]) -> None:
@@ -35,7 +35,7 @@ def test_value_with_a_head_dim_of_its_own(simulator: Target, feature: str, dims:
 WIDE = [("sm_80", "float16", 320, 272), ("sm_80", "float32", 40, 264), ("sm_75", "float16", 272, 16)]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", WIDE, ids=str)
 @pytest.mark.parametrize("feature", ["window", "softcap", "alibi", "boolean_mask", "additive_mask", "dropout", "sinks"])
 def test_wide_heads(case: tuple[str, str, int, int], feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_wide_heads_that_pass_through_shared_memory_in_steps(shape: tuple[int, i
 # --- Rows with numbers of keys of their own -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @ALIGNMENTS
 @pytest.mark.parametrize("feature", FEATURES)
 def test_rows_with_their_own_numbers_of_keys(simulator: Target, feature: str, alignment: str) -> None:
@@ -78,7 +78,7 @@ def test_rows_with_their_own_numbers_of_keys(simulator: Target, feature: str, al
         assert not simulator.host(grad)[0, LENGTHS[0] :].any()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("feature", ["window", "boolean_mask", "additive_mask", "segments", "sinks", "dropout"])
 def test_rows_without_keys(simulator: Target, feature: str) -> None:
     lengths = numpy.array([0, 65], numpy.int32)
@@ -109,7 +109,7 @@ def of_packed(options: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @ALIGNMENTS
 @pytest.mark.parametrize("feature", [*PACKED, "prefix"])
 def test_packed_sequences(simulator: Target, feature: str, alignment: str) -> None:

@@ -66,7 +66,7 @@ def halves(target: Target, dtype: str, first: dict[str, Any], second: dict[str, 
     return [([query, key, value], options[0]), ([query, *others], options[1])]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", ["half", "float32"])
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_chunks_of_keys_with_an_additive_mask(target: Target, shift: float, dtype: str) -> None:
@@ -75,7 +75,7 @@ def test_chunks_of_keys_with_an_additive_mask(target: Target, shift: float, dtyp
     check_chunks(target, halves(target, target.half if dtype == "half" else dtype, *chunks))
 
 
-@pytest.mark.sample(6)  # the others: test_random_configurations.py
+@pytest.mark.sample(4)  # the others: test_random_configurations.py
 @pytest.mark.parametrize("dtype", ["half", "float32"])
 @pytest.mark.parametrize(
     "feature", [None, "window", "softcap", "alibi", "boolean_mask", "dropout", "segments", "prefix", "causal", "bottom_right"]
@@ -94,14 +94,14 @@ def test_chunks_of_keys_with_large_products(target: Target, masked: bool, dtype:
     check_chunks(target, halves(target, target.half if dtype == "half" else dtype, *chunks))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("feature", ["window", "softcap", "alibi", "dropout", "segments", "prefix", "causal", "bottom_right"])
 def test_chunks_with_an_additive_mask_and_another_feature(simulator: Target, feature: str) -> None:
     chunks = [{"attn_mask": additive_mask(B, H, SQ, SKV, seed=seed) + numpy.float32(300), **FEATURES[feature]} for seed in (8, 21)]
     check_chunks(simulator, halves(simulator, "bfloat16", *chunks))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("shift", [None, *SHIFTS])
 def test_sinks_are_part_of_one_chunk(target: Target, shift: float | None) -> None:
     sinks = {"sinks": numpy.linspace(-1, 3, H).astype(numpy.float32) + numpy.float32(shift or 0)}

@@ -24,7 +24,7 @@ def profiles(arch: str, dtype: str, head_dim: int, monkeypatch: pytest.MonkeyPat
     return found
 
 
-@pytest.mark.sample(9)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize(("arch", "dtype"), [("sm_75", "float16"), ("sm_80", "float16"), ("sm_80", "bfloat16"), ("sm_90", "bfloat16")])
 def test_16_bit_tiles_have_no_bank_conflicts_and_whole_sectors(

@@ -37,7 +37,7 @@ MASKS = [*((LOWEST[dtype], dtype) for dtype in LOWEST), (-1e9, "float32"), (-1e9
 # --- Results ------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", ["half", "float32"])
 @pytest.mark.parametrize(("fill", "mask_dtype"), MASKS)
 def test_rows_in_which_every_key_is_padding(target: Target, fill: float, mask_dtype: str, dtype: str) -> None:
@@ -90,7 +90,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_with_another_feature(simulator: Target, name: str, dtype: str) -> None:
@@ -140,7 +140,7 @@ HEAD_DIMS = [
 ]  # fmt: skip
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", HEAD_DIMS, ids=str)
 def test_other_head_dims(case: tuple[str, str, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels of their own for dK and dV, slices, and heads that pass through shared memory in steps."""

@@ -53,7 +53,7 @@ def padded(target: Target, lengths: Any, dtype: str, dims: tuple[int, int] = (40
     return [query, target.place(key), target.place(value)]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @MASK
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_have_their_own_numbers_of_keys(target: Target, dtype: str, mask: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def test_key_lengths_out_of_range_are_clamped(target: Target) -> None:
     assert got.bits() == want.bits()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @MASK
 @pytest.mark.parametrize("dims", [(40, 40), (256, 256)], ids=str)
 def test_key_lengths_of_keys_that_the_batch_shares(target: Target, dims: tuple[int, int], mask: dict[str, Any]) -> None:
@@ -111,7 +111,7 @@ def test_key_lengths_of_keys_that_the_batch_shares(target: Target, dims: tuple[i
     target.check(query, key, value, seqlens_kv=int32(target, [80, 3, 0, 64]), enable_gqa=True, **mask)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("layout", ["bhsd", "sbhd"])
 def test_key_lengths_in_other_layouts_and_strides(target: Target, view: str, layout: str) -> None:
     order = ["bshd".index(letter) for letter in layout]
@@ -164,7 +164,7 @@ def packed(
 LENGTHS_Q, LENGTHS_KV = [10, 0, 70, 1, 128, 33], [20, 30, 0, 3, 64, 130]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @MASK
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_sequences(target: Target, dtype: str, mask: dict[str, Any]) -> None:
@@ -172,7 +172,7 @@ def test_packed_sequences(target: Target, dtype: str, mask: dict[str, Any]) -> N
     target.check_packed(packed(target, (sum(LENGTHS_Q), sum(LENGTHS_KV)), dtype), cu, (128, 130), **mask)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @MASK
 @pytest.mark.parametrize("dims", [(192, 128), (71, 33), (576, 512), (64, 256), (256, 8)], ids=str)
 def test_packed_sequences_with_other_head_dims(target: Target, dims: tuple[int, int], mask: dict[str, Any]) -> None:

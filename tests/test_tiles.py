@@ -162,7 +162,7 @@ def test_text() -> None:
 # --- Defaults and lists -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_supported_case_has_a_default(arch: str) -> None:
     """Every kernel, type and head dimension, on the smallest shared memory as well."""
@@ -261,7 +261,7 @@ def without_stages_on_turing(target: Target, tile: Tile) -> Tile:
     return tile if target.device.capability >= 80 else Tile(tile.tile_q, tile.tile_kv, tile.num_warps, 1)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("tile", FORWARD, ids=named)
 def test_pinned_forward_tile(target: Target, tile: Tile) -> None:
     """Every tile of a call is legal and used, one row of tiles after the other, masked and not."""
@@ -272,7 +272,7 @@ def test_pinned_forward_tile(target: Target, tile: Tile) -> None:
         target.check(query, key, value, backward=False, tile=tile, enable_gqa=True, **options)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("tile", BACKWARD, ids=named)
 def test_pinned_backward_tile(target: Target, tile: Tile) -> None:
     """One tile for all: the dQ kernel takes it transposed."""
@@ -283,7 +283,7 @@ def test_pinned_backward_tile(target: Target, tile: Tile) -> None:
         target.check(query, key, value, backward_tile=tile, enable_gqa=True, **options)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("tile", [Tile(32, 32, 2, 2), Tile(48, 16, 3, 1), Tile(16, 64, 1, 3), Tile(64, 48, 4, 2)], ids=named)
 def test_pinned_float32_tile(target: Target, tile: Tile) -> None:
     tile = without_stages_on_turing(target, tile)

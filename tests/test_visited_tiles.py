@@ -55,7 +55,7 @@ def kernels_of(options: dict[str, Any], seqlens: tuple[int, int]) -> tuple[Any, 
     return plans[0].problem, [kernel for plan in plans for kernel in plan.kernels if kernel.name != "backward_delta"]
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("seqlens", [(256, 256), (256, 100), (70, 256)], ids=str)
 @pytest.mark.parametrize(
     "options",
@@ -111,7 +111,7 @@ MASK_VIEWS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("view", MASK_VIEWS)
 @pytest.mark.parametrize("per_head", [False, True])
 def test_tiles_that_a_boolean_mask_empties_are_skipped(work: Any, per_head: bool, view: str) -> None:
@@ -126,7 +126,7 @@ def test_tiles_that_a_boolean_mask_empties_are_skipped(work: Any, per_head: bool
         assert count * 4 * 64 == full[name] * visible, name
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("shape", [(2, 1, 1, SEQLEN), (SEQLEN, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_masks_broadcast_along_an_axis_skip_tiles_too(work: Any, shape: tuple[int, ...], is_causal: bool) -> None:

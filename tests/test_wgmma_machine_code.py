@@ -67,7 +67,7 @@ def assert_as_meant(report: Report) -> None:
     assert report.occupancy.blocks == 1
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @CASES
 def test_no_spills_no_serialised_products_and_quick(dtype: str, head_dim: int, is_causal: bool) -> None:
     report = report_of(dtype, head_dim, is_causal)
@@ -99,7 +99,7 @@ def test_the_longest_tiles_fit_the_registers(num_warps: int, head_dim: int) -> N
     assert_as_meant(report_of("bfloat16", head_dim, True, tile))
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @CASES
 def test_hot_loops(dtype: str, head_dim: int, is_causal: bool) -> None:
     """Products of both kinds, copies of boxes, and nobody touches the registers of products in flight.
