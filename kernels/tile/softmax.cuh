@@ -21,9 +21,6 @@
 
 constexpr float EXACT_REFERENCE_LIMIT = 4194304.0f;  // 2^22
 
-// min(x, limit) that keeps NaN.
-DEVICE float clamp_exponent(float x, float limit = 0.0f) { return x > limit ? limit : x; }
-
 template <int M, bool NATURAL = false, int SHIFT = 0>
 struct OnlineSoftmax {
   float reference[M][2];  // rows g and g + 8 of each 16-row tile
@@ -54,13 +51,7 @@ struct OnlineSoftmax {
           O[m][n][2 * r] *= rescale;
           O[m][n][2 * r + 1] *= rescale;
         }
-        float factor = scale_log2, offset = reference[m][r];
-        if (is_coarse(m, r)) {
-          subtract_reference(S[m], m, r, scale_log2);
-          factor = 1.0f;
-          offset = 0.0f;
-        }
-        exponentiate(S[m], m, r, factor, offset);
+        exponentiate<!NATURAL>(S[m], m, r, scale_log2, reference[m][r]);
         add_to_sum(m, r, rescale, row_sum<0, N>(S[m], r));
       }
     }
@@ -96,7 +87,7 @@ struct OnlineSoftmax {
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        exponentiate(S[m], m, r, factor[m][r], offset[m][r]);
+        exponentiate<false>(S[m], m, r, factor[m][r], offset[m][r]);
         add_to_sum(m, r, rescale[m][r], row_sum<0, N>(S[m], r));
       }
   }
@@ -183,16 +174,19 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
-      for (int i = 2 * r; i < 2 * r + 2; ++i) S[n][i] = clamp_exponent(__fmaf_rn(S[n][i], scale_log2, -reference[m][r]), SHIFT);
+      for (int i = 2 * r; i < 2 * r + 2; ++i) S[n][i] = min_nan(__fmaf_rn(S[n][i], scale_log2, -reference[m][r]), SHIFT);
   }
 
-  template <int N>
+  // With CLAMP no branch is needed for coarse references: an exponent that is right is below SHIFT + 1 wherever a last place is less than 1.
+  template <bool CLAMP, int N>
   DEVICE void exponentiate(float (&S)[N][4], int m, int r, float factor, float offset) const {
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
-      for (int i = 2 * r; i < 2 * r + 2; ++i)
-        S[n][i] = ex2(NATURAL ? __fmaf_rn(S[n][i] - reference[m][r], LOG2_E, SHIFT) : __fmaf_rn(S[n][i], factor, -offset));
+      for (int i = 2 * r; i < 2 * r + 2; ++i) {
+        const float exponent = NATURAL ? __fmaf_rn(S[n][i] - reference[m][r], LOG2_E, SHIFT) : __fmaf_rn(S[n][i], factor, -offset);
+        S[n][i] = ex2(CLAMP ? min_nan(exponent, float(SHIFT + 1)) : exponent);
+      }
   }
 
   // This lane's columns of row r, tiles BEGIN .. END - 1, by halves.
