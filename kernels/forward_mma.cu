@@ -97,9 +97,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   }
 
   if (SLICE_PIECES == 1 && !MODIFIES_SCORES && geometry.score_sign != 1.0f && begin < end) {
-    wait_for_tiles<0>();
-    multiply_tile<TileQ, SLICE_THREADS>(Q_smem, geometry.score_sign);  // once, and not the scores of every tile
-    __syncthreads();
+    wait_for_tiles<PENDING>();  // Q is in the first group
+    multiply_tile<TileQ, SLICE_THREADS>(Q_smem, geometry.score_sign);  // once, and not the scores of every tile; barrier A orders it
   }
 
   float O[M_TILES][DV_TILES][4];
