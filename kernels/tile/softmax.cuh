@@ -3,7 +3,8 @@
 // Everything is in log2 units: p = 2^(S scale_log2 - reference), one FMA and one ex2 per score. The reference of a row is its running maximum
 // times scale_log2, less SHIFT, rounded down; since every use takes the same rounded number, the rounding cancels in the normalisation. It also is
 // at most one unit in the last place below the exact number, so exponents are below SHIFT + 2^-23 |reference|: only where |reference| passes 2^22 can
-// they become much larger, and there they are clamped to SHIFT (scores of 1e5 in bfloat16 stay finite).
+// they become much larger. They are clamped to SHIFT + 1 at any rate, which is one instruction for each score and no branch, or, where rows are
+// updated without O at hand, to SHIFT where that is so (scores of 1e5 in bfloat16 stay finite).
 //
 // With NATURAL scores are no log2 units and there is no scale_log2: p = 2^((S - reference) log2(e) + SHIFT), where the reference is the running
 // maximum itself. The difference of huge numbers is exact, and never above 0.
@@ -177,7 +178,7 @@ struct OnlineSoftmax {
       for (int i = 2 * r; i < 2 * r + 2; ++i) S[n][i] = min_nan(__fmaf_rn(S[n][i], scale_log2, -reference[m][r]), SHIFT);
   }
 
-  // With CLAMP no branch is needed for coarse references: an exponent that is right is below SHIFT + 1 wherever a last place is less than 1.
+  // An exponent that is right passes SHIFT + 1 only where the last place of the reference is larger than 1.
   template <bool CLAMP, int N>
   DEVICE void exponentiate(float (&S)[N][4], int m, int r, float factor, float offset) const {
 #pragma unroll
