@@ -97,11 +97,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     auto Q_loader = Q_rows.loader();
     auto dO_loader = dO_rows.loader();
     auto issue = [&](int step) {
-      if (step < steps.end) {
-        Q_loader.issue(Q_smem + slot_of(step) * TileQ::BYTES, tiles.tile(step) * TILE_Q, first_column<TileQ>(0));
-        dO_loader.issue(dO_smem + slot_of(step) * TileO::BYTES, tiles.tile(step) * TILE_Q, first_column<TileO>(0));
-        statistics_of(step).issue();
-      }
+      const bool enabled = step < steps.end;
+      Q_loader.issue(Q_smem + slot_of(step) * TileQ::BYTES, tiles.tile(step) * TILE_Q, first_column<TileQ>(0), enabled);
+      dO_loader.issue(dO_smem + slot_of(step) * TileO::BYTES, tiles.tile(step) * TILE_Q, first_column<TileO>(0), enabled);
+      statistics_of(step).issue(enabled);
       cp_async_commit_group();
     };
     if constexpr (NUM_STAGES > 1) __syncthreads();  // every warp is done with the tiles of the previous member; one stage ends with a barrier
@@ -135,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       ScoreSlope<M_TILES, S_TILES> slope;
       modifier.apply<true>(S, slope, first_kv + warp_row, first_q, mask);
       const Statistics statistics = statistics_of(j);
-      statistics.to_probabilities(S, modifier.factor());
+      statistics.to_probabilities(S, modifier.signed_factor());
       auto& P = S;  // in place
       hide<true>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
       if constexpr (DROPOUT) {

@@ -67,10 +67,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
   auto K_loader = K_rows.loader();
   auto V_loader = V_rows.loader();
   auto issue = [&](int step) {
-    if (step < end) {
-      K_loader.issue(K_smem + slot_of(step) * TileK::BYTES, tiles.tile(step) * TILE_KV, first_column<TileK>(0));
-      V_loader.issue(V_smem + slot_of(step) * TileV::BYTES, tiles.tile(step) * TILE_KV, first_column<TileV>(0));
-    }
+    K_loader.issue(K_smem + slot_of(step) * TileK::BYTES, tiles.tile(step) * TILE_KV, first_column<TileK>(0), step < end);
+    V_loader.issue(V_smem + slot_of(step) * TileV::BYTES, tiles.tile(step) * TILE_KV, first_column<TileV>(0), step < end);
     cp_async_commit_group();
   };
   if (SLICE_PIECES == 1 && begin < end) {
@@ -105,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
     publish_and_collect(S, S_exchange);
     ScoreSlope<M_TILES, S_TILES> slope;
     modifier.apply<false>(S, slope, first_q + warp_row, first_kv, mask);
-    statistics.to_probabilities(S, modifier.factor());
+    statistics.to_probabilities(S, modifier.signed_factor());
     auto& P = S;  // in place
     hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
 

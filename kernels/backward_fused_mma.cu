@@ -128,11 +128,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
     auto Q_loader = Q_rows.loader();
     auto dO_loader = dO_rows.loader();
     auto issue = [&](int step) {
-      if (step < steps.end) {
-        Q_loader.issue(Q_smem + slot_of(step) * TileQ::BYTES, tile_of(step) * TILE_Q);
-        dO_loader.issue(dO_smem + slot_of(step) * TileO::BYTES, tile_of(step) * TILE_Q);
-        statistics_of(step).issue();
-      }
+      const bool enabled = step < steps.end;
+      Q_loader.issue(Q_smem + slot_of(step) * TileQ::BYTES, tile_of(step) * TILE_Q, 0, enabled);
+      dO_loader.issue(dO_smem + slot_of(step) * TileO::BYTES, tile_of(step) * TILE_Q, 0, enabled);
+      statistics_of(step).issue(enabled);
       cp_async_commit_group();
     };
     if constexpr (NUM_STAGES > 1) __syncthreads();  // every warp is done with the tiles of the previous member; one stage ends with a barrier
@@ -159,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       ScoreSlope<M_TILES, S_TILES> slope;
       modifier.apply<true>(P, slope, first_kv + warp_row, first_q);
       const StatisticsOfColumns statistics = statistics_of(j);
-      statistics.to_probabilities(P, modifier.factor());
+      statistics.to_probabilities(P, modifier.signed_factor());
       hide<true>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, false);
       if constexpr (DROPOUT) {
         float kept_P[M_TILES][S_TILES][4];

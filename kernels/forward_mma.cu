@@ -79,11 +79,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   auto K_loader = K_rows.loader<true>();
   auto V_loader = V_rows.loader<true>();
   auto issue_K = [&](int step) {
-    if (step < end) K_loader.issue(K_smem + slot_of(step) * TileK::BYTES, tiles.tile(step) * TILE_KV, first_column<TileK>(0));
+    K_loader.issue(K_smem + slot_of(step) * TileK::BYTES, tiles.tile(step) * TILE_KV, first_column<TileK>(0), step < end);
     cp_async_commit_group();
   };
   auto issue_V = [&](int step) {
-    if (step < end) V_loader.issue(V_smem + slot_of(step) * TileV::BYTES, tiles.tile(step) * TILE_KV, first_column<TileV>(0));
+    V_loader.issue(V_smem + slot_of(step) * TileV::BYTES, tiles.tile(step) * TILE_KV, first_column<TileV>(0), step < end);
     cp_async_commit_group();
   };
   if constexpr (SLICE_PIECES == 1) {
@@ -94,6 +94,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
       issue_V(begin + ahead);
     }
     issue_K(begin + NUM_STAGES - 1);
+  }
+
+  if (SLICE_PIECES == 1 && !MODIFIES_SCORES && geometry.score_sign != 1.0f && begin < end) {
+    wait_for_tiles<PENDING>();  // Q is in the first group
+    multiply_tile<TileQ, SLICE_THREADS>(Q_smem, geometry.score_sign);  // once, and not the scores of every tile; barrier A orders it
   }
 
   float O[M_TILES][DV_TILES][4];
@@ -124,6 +129,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
       __syncthreads();
     }
     collect(S, exchange);
+    if constexpr (SLICE_PIECES > 1 && !MODIFIES_SCORES) multiply_all(S, geometry.score_sign);
 
     const int first_kv = tiles.tile(j) * TILE_KV;
     ScoreSlope<M_TILES, S_TILES> unused;

@@ -22,7 +22,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,12 +187,17 @@ class Variant:
         return list(found.values())
 
 
+def _negative(inputs: Inputs) -> Inputs:
+    """The same with a negative scale, which the forward kernel takes into Q."""
+    return replace(inputs, options=(*inputs.options, ("scale", -0.2)))
+
+
 def _stages(number: int) -> str:
     return f"{number} stage{'s' if number > 1 else ''}"
 
 
 def _variants() -> Iterator[Variant]:
-    both = (GROUPED, UNALIGNED)
+    both = (GROUPED, UNALIGNED, _negative(GROUPED))
     for stages in (1, 2, 3, 4):
         yield Variant(f"forward sm_80 float16, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 2, stages), both)
     for stages in (1, 2):
@@ -213,18 +218,26 @@ def _variants() -> Iterator[Variant]:
     yield Variant("forward sm_80 TF32, 2 stages", "sm_80", "float32", Tile(32, 32, 2, 2), both, allow_tf32=True)
     yield Variant("forward sm_75 float16", "sm_75", "float16", Tile(32, 32, 2, 1), both)
     yield Variant("forward sm_75 float16 causal", "sm_75", "float16", Tile(32, 32, 2, 1), (*both, BLIND_ROWS), is_causal=True)
-    yield Variant("forward sm_75 float16, not staged", "sm_75", "float16", Tile(32, 64, 2, 1), (WIDE,))
+    yield Variant("forward sm_75 float16, not staged", "sm_75", "float16", Tile(32, 64, 2, 1), (WIDE, _negative(WIDE)))
     yield Variant("forward sm_75 float32", "sm_75", "float32", Tile(32, 32, 2, 1), both)
     yield Variant("forward sm_75 bfloat16", "sm_75", "bfloat16", Tile(32, 32, 2, 1), both)
 
     for stages in (1, 2):
         yield Variant(
-            f"forward sm_80 float16 sliced, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 4, stages), (SLICED, SLICED_UNALIGNED)
+            f"forward sm_80 float16 sliced, {_stages(stages)}",
+            "sm_80",
+            "float16",
+            Tile(32, 32, 4, stages),
+            (SLICED, SLICED_UNALIGNED, _negative(SLICED)),
         )
     yield Variant("forward sm_75 float32 sliced, in steps", "sm_75", "float32", Tile(32, 16, 6, 1), (IN_STEPS,))
-    yield Variant("forward sm_80 float16, wider value, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (WIDER_VALUE,))
-    yield Variant("forward sm_80 float16 boolean mask, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), BOOLEAN_MASK)
-    yield Variant("forward sm_80 float16 lengths, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (LENGTHS,))
+    yield Variant(
+        "forward sm_80 float16, wider value, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (WIDER_VALUE, _negative(WIDER_VALUE))
+    )
+    yield Variant(
+        "forward sm_80 float16 boolean mask, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (*BOOLEAN_MASK, _negative(BOOLEAN_MASK[0]))
+    )
+    yield Variant("forward sm_80 float16 lengths, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (LENGTHS, _negative(LENGTHS)))
 
     sums = (GROUPED, UNALIGNED, BROADCAST)
     for stages in (1, 2, 3):

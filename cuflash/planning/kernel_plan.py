@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from cuflash.hardware.device import Device
 from cuflash.jit.compiler import CompileRequest
+from cuflash.planning import tile_choice
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.problem.problem import DTYPES
@@ -125,4 +126,7 @@ class KernelPlan:
 
     def request(self, device: Device) -> CompileRequest:
         """What to compile for `device`: a cubin for a GPU, PTX for the simulator."""
-        return CompileRequest(self.source, self.config, device.compile_arch, "ptx" if device.kind == "simulator" else "cubin")
+        if device.kind == "simulator":
+            return CompileRequest(self.source, self.config, device.compile_arch, "ptx")
+        tolerated = tile_choice.tolerated_spills(self.case, self.tile, device)
+        return CompileRequest(self.source, self.config, device.compile_arch, "cubin", tolerated)

@@ -52,7 +52,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         tiled = backward_kernels(problem, device, tile) if backward else wgmma_forward.kernels(problem, device, tile)
         choice = "" if backward else wgmma_forward.explain(problem, device, tile)
         check_names(tile, tiled, choice)
-        planned = [kernel for kernel in (_tiled_kernel(spec, problem, device, tile) for spec in tiled) if kernel.num_blocks]
+        planned = [kernel for kernel in (tiled_kernel(spec, problem, device, tile) for spec in tiled) if kernel.num_blocks]
         if problem.features.kinds.lists_tiles:
             with_lists = [
                 (_visible_tiles_kernel(kernel, problem, device), kernel) if kernel.spec.walks_lists else (kernel,) for kernel in planned
@@ -96,7 +96,7 @@ def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tu
 @functools.lru_cache(maxsize=4096)
 def splits_dkdv(case: KernelCase, device: Device) -> bool:
     """Whether no tile of the joint dK/dV kernel fits the registers with room to spare, or too many warps would compute the same exponentials."""
-    if tile_choice.measured_tile(case, device) is not None:
+    if tile_choice.known_tile(case, device) is not None:
         return False
     legal = tile_choice.legal_tiles_for(case, device)
     return (
@@ -127,7 +127,8 @@ def _case(spec: KernelSpec, problem: Problem) -> KernelCase:
     return KernelCase(spec, problem.dtype, problem.head_dim, allow_tf32, problem.head_dim_v, features)
 
 
-def _tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:
+def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:
+    """The launch of one kernel with matrix products, its tile as `pinned` says or the default."""
     case = _case(spec, problem)
     tile = _choose_tile(case, device, pinned)
     shared_bytes = kernel_cases.shared_bytes(case, tile, device)
@@ -288,7 +289,7 @@ def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> Kern
     }
     batches, num_tiles = problem.batch, ceil(problem.max_seqlen_q / tile.tile_q)
     if problem.num_sequences is not None:
-        batches, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # as `_tiled_kernel`
+        batches, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # as `tiled_kernel`
     return KernelPlan(
         KernelCase(spec, problem.dtype, problem.head_dim), tile, config_text(problem.dtype, constants),
         LaunchShape(num_tiles * problem.num_heads_q * batches, 32 * tile.num_warps, shared_bytes), num_tiles,

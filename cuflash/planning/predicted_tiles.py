@@ -1,10 +1,27 @@
-"""Tiles that the timing model finds best (docs/timing.md), of those that spill no register, and that were not timed on a GPU.
+"""Tiles that the timing model finds best (docs/timing.md), and that were not timed on a GPU.
 
-`FUSED_BACKWARD` has the cases in which the model predicts that the fused backward kernel takes at least 3 % less time than the kernels with seven products
+Those of `TILES` may spill a few bytes, which the model takes into account. `FUSED_BACKWARD` has the cases in which the model predicts that the fused backward kernel takes at least 3 % less time than the kernels with seven products
 (docs/performance.md): steady states, full and causal, without score features or lengths on the device.
 """
 
 from __future__ import annotations
+
+TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
+    ("sm_80", "forward", 64): (128, 96, 4, 1),
+    ("sm_80", "forward", 128): (128, 48, 4, 1),
+    ("sm_80", "forward", 256): (128, 64, 8, 1),
+    ("sm_80", "backward_dkdv", 64): (32, 128, 4, 2),
+    ("sm_80", "backward_dkdv", 128): (32, 64, 4, 2),
+    ("sm_80", "backward_dv", 256): (64, 128, 8, 1),
+    ("sm_80", "backward_dk", 256): (32, 128, 8, 1),
+    ("sm_80", "backward_dq", 64): (128, 64, 4, 2),
+    ("sm_80", "backward_dq", 128): (64, 32, 4, 2),
+    ("sm_80", "backward_dq", 256): (128, 32, 8, 1),
+    ("sm_86", "backward_dkdv", 128): (32, 128, 8, 2),
+    ("sm_89", "backward_dkdv", 128): (32, 128, 8, 2),
+}
+"""(architecture, kernel, head_dim) -> tile_q, tile_kv, num_warps, num_stages; what benchmarks/predicted_tile_sweep.py prints. 16-bit types, value of the same
+head_dim, no score features."""
 
 FUSED_BACKWARD: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("sm_80", 64): (64, 64, 4, 2),

@@ -24,6 +24,17 @@ DEVICE float fma_rm(float x, float y, float z) {
   return w;
 }
 
+// min(x, y) that keeps NaN.
+DEVICE float min_nan(float x, float y) {
+#if __CUDA_ARCH__ >= 800
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+#else
+  return x > y ? y : x;  // of y it keeps none, which is never NaN here
+#endif
+}
+
 // max(x, y) that keeps NaN.
 DEVICE float max_nan(float x, float y) {
 #if __CUDA_ARCH__ >= 800

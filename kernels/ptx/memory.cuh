@@ -71,13 +71,28 @@ DEVICE void store_shared(SmemAddress address, float4 four) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(four.x), "f"(four.y), "f"(four.z), "f"(four.w) : "memory");
 }
 
-// BYTES from global to shared, of which the first `valid_bytes` are read and the rest are zero-filled.
+// BYTES from global to shared, of which the first `valid_bytes` are read and the rest are zero-filled; nothing at all unless `enabled`. That is a
+// predicate of the instruction: a branch would cut the code around it into pieces that the assembler schedules one by one.
 template <int BYTES>
-DEVICE void cp_async(SmemAddress destination, const void* source, int valid_bytes) {
+DEVICE void cp_async(bool enabled, SmemAddress destination, const void* source, int valid_bytes) {
   if constexpr (BYTES == 16) {  // .cg: cached in L2 only
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid_bytes) : "memory");
+    asm volatile(
+        "{\n"
+        "  .reg .pred enabled;\n"
+        "  setp.ne.u32 enabled, %3, 0;\n"
+        "  @enabled cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n"
+        "}" ::"r"(destination),
+        "l"(source), "r"(valid_bytes), "r"(uint32(enabled))
+        : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(destination), "l"(source), "n"(BYTES), "r"(valid_bytes) : "memory");
+    asm volatile(
+        "{\n"
+        "  .reg .pred enabled;\n"
+        "  setp.ne.u32 enabled, %4, 0;\n"
+        "  @enabled cp.async.ca.shared.global [%0], [%1], %2, %3;\n"
+        "}" ::"r"(destination),
+        "l"(source), "n"(BYTES), "r"(valid_bytes), "r"(uint32(enabled))
+        : "memory");
   }
 }
 

@@ -54,11 +54,11 @@ struct TileLoader {
   DEVICE TileLoader(const TensorView& view, int batch, int head, int num_rows, int start = 0)
       : source(view.row_pointer<const Element>(batch, head, start)), view(view), num_rows(num_rows) {}
 
-  DEVICE void issue(SmemAddress tile, int first_row, int first_column = 0) {
-    if (!SAME_ELEMENT || !view.vectorized) {
-      gather(tile, first_row, first_column);
-      return;
-    }
+  // Nothing happens unless `enabled`.
+  DEVICE void issue(SmemAddress tile, int first_row, int first_column = 0, bool enabled = true) {
+    const bool vectorized = SAME_ELEMENT && view.vectorized;
+    if (enabled && !vectorized) gather(tile, first_row, first_column);
+    if (!ASYNC && !(enabled && vectorized)) return;
     if constexpr (SAME_ELEMENT) {
 #pragma unroll(ASYNC || STAGED ? CHUNK_ITERATIONS : 1)
       for (int j = 0; j < CHUNK_ITERATIONS; ++j) {
@@ -78,7 +78,7 @@ struct TileLoader {
           if (owns_row(row)) {
             const int valid = first_row + row < num_rows ? columns : 0;
             if constexpr (ASYNC) {
-              cp_async<16>(tile + Tile::offset(row, chunk), pointer, valid * int(sizeof(Element)));
+              cp_async<16>(enabled && vectorized, tile + Tile::offset(row, chunk), pointer, valid * int(sizeof(Element)));
             } else {
               const Chunk loaded =
                   valid == Tile::CHUNK_ELEMENTS ? *reinterpret_cast<const Chunk*>(pointer) : gather_chunk<SmemElement>(pointer, 1, valid);
@@ -110,9 +110,9 @@ struct TileLoader {
   }
 
  private:
-  DEVICE static int thread() { return HEAD_WIDTH ? int(threadIdx.x) % NUM_THREADS : int(threadIdx.x); }
-  DEVICE static int thread_row() { return thread() / THREADS_PER_ROW; }
-  DEVICE static int thread_chunk() { return thread() % THREADS_PER_ROW; }
+  DEVICE static uint32 thread() { return HEAD_WIDTH ? threadIdx.x % NUM_THREADS : threadIdx.x; }
+  DEVICE static int thread_row() { return int(thread() / THREADS_PER_ROW); }
+  DEVICE static int thread_chunk() { return int(thread() % THREADS_PER_ROW); }
   DEVICE static bool owns_row(int row) { return Tile::ROWS % ROW_STEP == 0 || row < Tile::ROWS; }
 
   // How many elements of the chunk at `column` of a row exist.
@@ -121,7 +121,7 @@ struct TileLoader {
   // The general path: complete when it returns. Loops stay rolled to keep its registers out of the fast path's way.
   DEVICE void gather(SmemAddress tile, int first_row, int first_column) {
 #pragma unroll 1
-    for (int index = thread(); index < Tile::ROWS * Tile::CHUNKS; index += NUM_THREADS) {
+    for (int index = int(thread()); index < Tile::ROWS * Tile::CHUNKS; index += NUM_THREADS) {
       const int row = index / Tile::CHUNKS, chunk = index % Tile::CHUNKS;
       const int column = first_column + chunk * Tile::CHUNK_ELEMENTS;
       const int valid = first_row + row < num_rows ? valid_columns(column) : 0;
@@ -130,3 +130,24 @@ struct TileLoader {
     }
   }
 };
+
+// Multiplies a tile in shared memory, by NUM_THREADS neighbouring threads.
+template <typename Tile, int NUM_THREADS>
+DEVICE void multiply_tile(SmemAddress tile, float factor) {
+#pragma unroll 1
+  for (int index = int(threadIdx.x) % NUM_THREADS; index < Tile::ROWS * Tile::CHUNKS; index += NUM_THREADS) {
+    const SmemAddress address = tile + Tile::offset(index / Tile::CHUNKS, index % Tile::CHUNKS);
+    Chunk chunk = load_shared(address);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(typename Tile::SmemElement) == 4) {
+        chunk.word[i] = __float_as_uint(__uint_as_float(chunk.word[i]) * factor);
+      } else {
+        using Element = typename Tile::SmemElement;
+        const float low = to_float(Element{uint16(chunk.word[i])}), high = to_float(Element{uint16(chunk.word[i] >> 16)});
+        chunk.word[i] = pack<Element>(low * factor, high * factor);
+      }
+    }
+    store_shared(address, chunk);
+  }
+}

@@ -18,6 +18,6 @@
 
 // The exponent is never above 0 but for rounding, which at scores of 1e9 is large: hence the clamp.
 DEVICE float probability(float score, float scale_log2, float reference, float log2_sum) {
-  if constexpr (ADDITIVE_MASK) return ex2(__fmaf_rn(clamp_exponent(score - reference), LOG2_E, -log2_sum));
-  return ex2(clamp_exponent(__fmaf_rn(score, scale_log2, -reference)));
+  if constexpr (ADDITIVE_MASK) return ex2(__fmaf_rn(min_nan(score - reference, 0.0f), LOG2_E, -log2_sum));
+  return ex2(min_nan(__fmaf_rn(score, scale_log2, -reference), 0.0f));
 }

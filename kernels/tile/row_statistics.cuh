@@ -95,15 +95,17 @@ class StatisticsOfColumns {
 
   DEVICE StatisticsOfColumns(SmemAddress tile, const StatisticsView& view, int first_q) : tile(tile), view(view), first_q(first_q) {}
 
-  // Starts the copies, which the caller commits with those of the tile. Past the end all is 0, and so is dO.
-  DEVICE void issue() const {
+  // Starts the copies if `enabled`, which the caller commits with those of the tile. Past the end all is 0, and so is dO.
+  DEVICE void issue(bool enabled = true) const {
     if constexpr (IN_SMEM) {
-      for (int row = int(threadIdx.x); row < TILE_Q; row += NUM_THREADS) {
-        const bool in_range = first_q + row < view.num_queries;
+#pragma unroll
+      for (int first = 0; first < TILE_Q; first += NUM_THREADS) {
+        const int row = first + int(threadIdx.x);
+        const bool has_row = enabled && row < TILE_Q, in_range = first_q + row < view.num_queries;
         const RowStatistics* source = in_range ? view.rows + first_q + row : view.rows;
-        cp_async<8>(tile + row * int(sizeof(RowStatistics)), source, in_range ? 8 : 0);
+        cp_async<8>(has_row, tile + row * int(sizeof(RowStatistics)), source, in_range ? 8 : 0);
         if constexpr (ADDITIVE_MASK)
-          cp_async<4>(tile + LOG2_SUMS_OFFSET + row * int(sizeof(float)), in_range ? view.log2_sums + first_q + row : view.log2_sums,
+          cp_async<4>(has_row, tile + LOG2_SUMS_OFFSET + row * int(sizeof(float)), in_range ? view.log2_sums + first_q + row : view.log2_sums,
                       in_range ? 4 : 0);
       }
     }

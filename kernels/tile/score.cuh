@@ -65,8 +65,6 @@ class ScoreModifier {  // of one batch and query head
         S[m][n][i] = score(S[m][n][i], query, key, derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i]);
       });
       if constexpr (ADDITIVE_MASK) add_mask<TRANSPOSED>(S, first_row, first_column, ahead);
-    } else {
-      if (geometry.score_sign != 1.0f) multiply_all(S, geometry.score_sign);
     }
   }
 
@@ -80,7 +78,9 @@ class ScoreModifier {  // of one batch and query head
     }
   }
 
+  // Where the larger product is not always the larger score, this with the sign of scale.
   DEVICE float factor() const { return MODIFIES_SCORES ? 1.0f : geometry.scale_log2; }
+  DEVICE float signed_factor() const { return MODIFIES_SCORES ? 1.0f : geometry.scale_log2 * geometry.score_sign; }
 
  private:
   DEVICE float score(float product, int query, int key, float& derivative) const {

@@ -3,7 +3,8 @@
 // Everything is in log2 units: p = 2^(S scale_log2 - reference), one FMA and one ex2 per score. The reference of a row is its running maximum
 // times scale_log2, less SHIFT, rounded down; since every use takes the same rounded number, the rounding cancels in the normalisation. It also is
 // at most one unit in the last place below the exact number, so exponents are below SHIFT + 2^-23 |reference|: only where |reference| passes 2^22 can
-// they become much larger, and there they are clamped to SHIFT (scores of 1e5 in bfloat16 stay finite).
+// they become much larger. They are clamped to SHIFT + 1 at any rate, which is one instruction for each score and no branch, or, where rows are
+// updated without O at hand, to SHIFT where that is so (scores of 1e5 in bfloat16 stay finite).
 //
 // With NATURAL scores are no log2 units and there is no scale_log2: p = 2^((S - reference) log2(e) + SHIFT), where the reference is the running
 // maximum itself. The difference of huge numbers is exact, and never above 0.
@@ -20,9 +21,6 @@
 #include "ptx/warp.cuh"
 
 constexpr float EXACT_REFERENCE_LIMIT = 4194304.0f;  // 2^22
-
-// min(x, limit) that keeps NaN.
-DEVICE float clamp_exponent(float x, float limit = 0.0f) { return x > limit ? limit : x; }
 
 template <int M, bool NATURAL = false, int SHIFT = 0>
 struct OnlineSoftmax {
@@ -54,13 +52,7 @@ struct OnlineSoftmax {
           O[m][n][2 * r] *= rescale;
           O[m][n][2 * r + 1] *= rescale;
         }
-        float factor = scale_log2, offset = reference[m][r];
-        if (is_coarse(m, r)) {
-          subtract_reference(S[m], m, r, scale_log2);
-          factor = 1.0f;
-          offset = 0.0f;
-        }
-        exponentiate(S[m], m, r, factor, offset);
+        exponentiate<!NATURAL>(S[m], m, r, scale_log2, reference[m][r]);
         add_to_sum(m, r, rescale, row_sum<0, N>(S[m], r));
       }
     }
@@ -96,7 +88,7 @@ struct OnlineSoftmax {
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        exponentiate(S[m], m, r, factor[m][r], offset[m][r]);
+        exponentiate<false>(S[m], m, r, factor[m][r], offset[m][r]);
         add_to_sum(m, r, rescale[m][r], row_sum<0, N>(S[m], r));
       }
   }
@@ -183,16 +175,19 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
-      for (int i = 2 * r; i < 2 * r + 2; ++i) S[n][i] = clamp_exponent(__fmaf_rn(S[n][i], scale_log2, -reference[m][r]), SHIFT);
+      for (int i = 2 * r; i < 2 * r + 2; ++i) S[n][i] = min_nan(__fmaf_rn(S[n][i], scale_log2, -reference[m][r]), SHIFT);
   }
 
-  template <int N>
+  // An exponent that is right passes SHIFT + 1 only where the last place of the reference is larger than 1.
+  template <bool CLAMP, int N>
   DEVICE void exponentiate(float (&S)[N][4], int m, int r, float factor, float offset) const {
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
-      for (int i = 2 * r; i < 2 * r + 2; ++i)
-        S[n][i] = ex2(NATURAL ? __fmaf_rn(S[n][i] - reference[m][r], LOG2_E, SHIFT) : __fmaf_rn(S[n][i], factor, -offset));
+      for (int i = 2 * r; i < 2 * r + 2; ++i) {
+        const float exponent = NATURAL ? __fmaf_rn(S[n][i] - reference[m][r], LOG2_E, SHIFT) : __fmaf_rn(S[n][i], factor, -offset);
+        S[n][i] = ex2(CLAMP ? min_nan(exponent, float(SHIFT + 1)) : exponent);
+      }
   }
 
   // This lane's columns of row r, tiles BEGIN .. END - 1, by halves.

@@ -1,0 +1,228 @@
+"""Predicted share of the matrix rate of both passes beside FlashAttention-2's: prints the table of docs/performance.md, and with --publish writes it there.
+
+    python benchmarks/predicted_attention.py                            # all architectures
+    python benchmarks/predicted_attention.py --arch sm_80 --head-dim 128 --kernels
+    python benchmarks/predicted_attention.py --publish
+    python benchmarks/predicted_attention.py --keep CHECKOUT            # the kernels of another checkout, as what was before
+
+A share is the time that the products of a pass would take at the matrix rate over what its kernels take in the steady state: two products forward, five backward. Kernels
+that compute seven or eight products for five are charged for it. float16, default tiles. FlashAttention-2's figures are those of
+benchmarks/flash_attention_2.py, by the same model. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cuflash.cli import samples
+from cuflash.hardware import device
+from cuflash.jit import cache
+from cuflash.jit.compiler import CompileRequest
+from cuflash.planning import fused_backward, kernel_specs, planner
+from cuflash.problem.tile import Tile
+from cuflash.timing import prediction, sass
+from cuflash.timing.description import Description
+from cuflash.timing.machine import CARDS, SUB_PARTITIONS, multiprocessor
+from cuflash.timing.prediction import KernelPrediction
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_120")
+HEAD_DIMS = (64, 128, 256)
+FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
+RESULTS = Path(__file__).resolve().parent / "results"
+BEFORE, FLASH_ATTENTION = RESULTS / "predicted_before.json", RESULTS / "flash_attention_2.json"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+BEGIN, END = "<!-- predicted: benchmarks/predicted_attention.py --publish -->", "<!-- end of predicted_attention.py -->"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pass of one call without features."""
+
+    arch: str
+    head_dim: int
+    causal: bool
+    backward: bool
+
+    @property
+    def key(self) -> str:
+        """Its name in files."""
+        return f"{self.arch} {self.head_dim} {'causal' if self.causal else 'full'} {'backward' if self.backward else 'forward'}"
+
+    def share(self, clocks_per_pair: float) -> float:
+        """Of the matrix rate, by the clocks of an SM for a pair of query and key."""
+        products = BACKWARD_PRODUCTS if self.backward else FORWARD_PRODUCTS
+        return products * self.head_dim / (SUB_PARTITIONS * multiprocessor(self.arch).matrix_rates["half"]) / clocks_per_pair
+
+
+def cells(archs: Sequence[str], head_dims: Sequence[int]) -> Iterator[Cell]:
+    """Row by row."""
+    for arch in archs:
+        for backward in (False, True):
+            for head_dim in head_dims:
+                for causal in (False, True):
+                    yield Cell(arch, head_dim, causal, backward)
+
+
+def kernels(cell: Cell, *, fused: bool = False) -> list[KernelPrediction]:
+    """Steady states of the kernels of a pass that walk over tiles; with `fused` as CUFLASH_FUSED_BACKWARD=1 has them."""
+    os.environ[fused_backward.VARIABLE] = "1" if fused else "0"
+    sample = samples.Sample(batch=1, seqlen_q=4096, seqlen_kv=4096, head_dim=cell.head_dim, dtype="float16", is_causal=cell.causal)
+    problem = samples.plan_of(sample, backward=cell.backward).problem
+    plan = planner.make_plan(problem, device.of_arch(cell.arch, "gpu"), backward=cell.backward)
+    found = []
+    for kernel in plan.kernels:
+        if kernel.spec.is_tiled:
+            described, function = prediction.compiled(kernel, plan.device, causal=cell.causal)
+            found.append(prediction.predict_kernel(function, described, limits=False))
+    return found
+
+
+def clocks_per_pair(found: Sequence[KernelPrediction]) -> float:
+    """Clocks of an SM for one pair of query and key of a head."""
+    return sum(of.clocks / of.blocks / (of.description.tile.tile_q * of.description.tile.tile_kv) for of in found)
+
+
+# --- What was before ----------------------------------------------------------------------------------------------------------------------
+
+PLANNING = """
+import json, sys
+import numpy, cuflash
+for head_dim, is_causal, backward in json.loads(sys.argv[1]):
+    x = numpy.broadcast_to(numpy.zeros(1, "float16"), (1, 4096, 4, head_dim))
+    for kernel in cuflash.plan(x, x, x, is_causal=is_causal, backward=backward).kernels:
+        tile = [kernel.tile.tile_q, kernel.tile.tile_kv, kernel.tile.num_warps, kernel.tile.num_stages]
+        print(json.dumps({"call": [head_dim, is_causal, backward], "name": kernel.name, "source": kernel.source, "config": kernel.config, "tile": tile}))
+"""
+"""What another checkout is asked, in a process of its own. It uses names only that every version has."""
+
+
+def keep(checkout: Path) -> None:
+    """Write the clocks of another checkout's default kernels, compiled and predicted by this one, to the file of what was before."""
+    calls = [(head_dim, causal, backward) for head_dim in HEAD_DIMS for causal in (False, True) for backward in (False, True)]
+    commit = subprocess.run(
+        ["git", "-C", checkout, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    clocks: dict[str, float] = {}
+    os.environ["CUFLASH_KERNELS_DIR"] = str(checkout / "kernels")
+    for arch in ARCHITECTURES:
+        environment = {**os.environ, "PYTHONPATH": str(checkout), "CUFLASH_SIMULATOR_ARCH": arch}
+        asked = subprocess.run(
+            [sys.executable, "-c", PLANNING, json.dumps(calls)], env=environment, cwd=checkout, capture_output=True, text=True, check=True
+        )
+        for line in asked.stdout.splitlines():
+            kernel = json.loads(line)
+            if kernel["name"] in kernel_specs.TILED_KERNELS:
+                head_dim, causal, backward = kernel["call"]
+                key = Cell(arch, head_dim, causal, backward).key
+                clocks[key] = clocks.get(key, 0.0) + clocks_per_pair([_predict_text(kernel, arch, head_dim, causal)])
+    kept = {key: round(value, 5) for key, value in clocks.items()}
+    BEFORE.write_text(json.dumps({"commit": commit, "clocks_per_pair": kept}, indent=1) + "\n")
+
+
+def _predict_text(kernel: dict[str, object], arch: str, head_dim: int, causal: bool) -> KernelPrediction:
+    request = CompileRequest(str(kernel["source"]), str(kernel["config"]), device.of_arch(arch).compile_arch, "cubin")
+    artifact = cache.fetch(request)
+    (resources,) = artifact.resources
+    shared = re.search(r"SHARED_BYTES = (\d+)", request.config)
+    assert shared is not None, "every version's Config says how much shared memory a kernel takes"
+    tile = Tile(*kernel["tile"])  # type: ignore[misc]
+    described = Description(
+        str(kernel["name"]), arch, "float16", head_dim, head_dim, causal, tile, resources.registers, resources.spill_store_bytes,
+        int(shared[1]) + resources.static_shared_bytes, resources.barriers,
+    )  # fmt: skip
+    return prediction.predict_kernel(sass.read_functions(artifact.data)[resources.entry], described, limits=False)
+
+
+# --- The table ----------------------------------------------------------------------------------------------------------------------------
+
+
+class Known:
+    """What is kept of other kernels: clocks for each pair of query and key."""
+
+    def __init__(self) -> None:
+        before, other = (json.loads(path.read_text(encoding="utf-8")) for path in (BEFORE, FLASH_ATTENTION))
+        self.before: dict[str, float] = before["clocks_per_pair"]
+        self.flash_attention: dict[str, float] = {
+            Cell(case["arch"], case["head_dim"], case["causal"], case["backward"]).key: case["clocks_per_pair"] for case in other["cases"]
+        }
+
+
+def lines(archs: Sequence[str], head_dims: Sequence[int], known: Known, *, show_kernels: bool) -> Iterator[str]:
+    """The table in Markdown; below the goal in bold."""
+    yield "| card | pass | head_dim | causal | before | now | asked for | FlashAttention-2 | now / FlashAttention-2 | tiles |"
+    yield "| --- " * 10 + "|"
+    for cell in cells(archs, head_dims):
+        found = kernels(cell)
+        now, other = cell.share(clocks_per_pair(found)), cell.share(known.flash_attention[cell.key])
+        asked = kernels(cell, fused=True) if cell.backward else found
+        fused = cell.share(clocks_per_pair(asked))
+        for of in [*found, *(asked if cell.backward and fused != now else ())] if show_kernels else ():
+            print(_of_kernel(cell, of), file=sys.stderr, flush=True)
+        goal = 1.0 if cell.backward else 1.05
+        ratio = f"{now / other:.2f}" if round(now / other, 2) >= goal else f"**{now / other:.2f}**"
+        if fused != now:
+            ratio += f", {fused / other:.2f}" if round(fused / other, 2) >= goal else f", **{fused / other:.2f}**"
+        columns = [
+            CARDS[cell.arch].name, "backward" if cell.backward else "forward", str(cell.head_dim), "yes" if cell.causal else "no",
+            f"{cell.share(known.before[cell.key]):.2f}", f"{now:.2f}", f"{fused:.2f}" if fused != now else "", f"{other:.2f}", ratio,
+            ", ".join(_tile(of) for of in found),
+        ]  # fmt: skip
+        yield f"| {' | '.join(columns)} |"
+
+
+def _tile(of: KernelPrediction) -> str:
+    tile = of.description.tile
+    return f"{tile.tile_q}x{tile.tile_kv} w{tile.num_warps} s{tile.num_stages}"
+
+
+def _of_kernel(cell: Cell, of: KernelPrediction) -> str:
+    busy = ", ".join(f"{name} {value:.2f}" for name, value in sorted(of.busy.items(), key=lambda item: -item[1])[:4])
+    return (
+        f"{cell.key}: {of.description.kernel} {_tile(of)} x{of.blocks}: {clocks_per_pair([of]):.4f} clocks per pair, "
+        f"{of.description.registers} registers, {of.description.spill_bytes} bytes spilled, "
+        f"{of.instructions / max(1, of.matrix):.2f} instructions per product; {busy}"
+    )
+
+
+def publish(table: str) -> None:
+    """Put the table between its marks in docs/performance.md."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print or publish the table, or keep what another checkout does."""
+    parser = argparse.ArgumentParser(description="Predicted share of the matrix rate beside FlashAttention-2's.")
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="may be repeated (default all)")
+    parser.add_argument("--head-dim", action="append", type=int, choices=HEAD_DIMS, help="may be repeated (default all)")
+    parser.add_argument("--kernels", action="store_true", help="also print each kernel")
+    parser.add_argument("--publish", action="store_true", help="write the whole table to docs/performance.md")
+    parser.add_argument(
+        "--keep", type=Path, metavar="CHECKOUT", help="predict the kernels of another checkout and keep them as what was before"
+    )
+    options = parser.parse_args(arguments)
+    if options.keep:
+        keep(options.keep.resolve())
+        return 0
+    if options.publish and (options.arch or options.head_dim):
+        parser.error("--publish writes the whole table: leave out --arch and --head-dim")
+    table = []
+    for line in lines(options.arch or ARCHITECTURES, options.head_dim or HEAD_DIMS, Known(), show_kernels=options.kernels):
+        print(line, flush=True)
+        table.append(line)
+    if options.publish:
+        publish("\n".join(table))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

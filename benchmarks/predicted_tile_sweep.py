@@ -1,0 +1,125 @@
+"""Which tiles the timing model finds best: prints, for cuflash/planning/predicted_tiles.py, the best of some tiles.
+
+    python benchmarks/predicted_tile_sweep.py --arch sm_80 sm_86 sm_120
+    python benchmarks/predicted_tile_sweep.py --arch sm_80 --kernel backward_dq --head-dim 128 --tile 128x32w4s2 64x64w4s2
+
+float16, no score features, steady states. Tiles are compared without a causal mask; the best ones are then predicted with it, and the least sum of both decides, since
+a kernel has one tile for both. Kernels are compiled at the assembler's highest level; of what they spill, `tile_choice.TOLERATED_SPILLS` is allowed. Needs no GPU, and about five seconds for a tile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cuflash.cli import samples
+from cuflash.errors import UnsupportedError
+from cuflash.hardware import device
+from cuflash.jit import cache
+from cuflash.planning import kernel_specs, planner, tile_choice, tile_rules
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.problem.tile import Tile
+from cuflash.timing import prediction, sass
+from cuflash.timing.machine import CARDS
+
+CANDIDATES: dict[tuple[str, int], str] = {
+    ("forward", 64): "128x64w4s1 128x64w4s2 128x80w4s2 128x96w4s1 128x128w4s1",
+    ("forward", 128): "64x64w4s1 128x32w4s2 128x48w4s1 128x64w4s1 128x64w8s2 128x128w8s1",
+    ("forward", 256): "64x32w4s1 64x32w4s2 64x64w4s1 128x32w8s1 128x32w8s2 128x48w8s1 128x64w8s1",
+    ("backward_dkdv", 64): "32x64w2s2 32x128w4s1 32x128w4s2 48x128w4s2 64x128w4s1",
+    ("backward_dkdv", 128): "32x64w4s1 32x64w4s2 48x64w4s1 64x64w4s1 32x128w8s1 32x128w8s2 64x128w8s1",
+    ("backward_dv", 256): "32x64w4s1 64x64w4s1 32x128w8s1 64x128w8s1",
+    ("backward_dk", 256): "16x64w4s1 32x64w4s1 32x128w8s1",
+    ("backward_dq", 64): "128x32w4s2 128x48w4s2 128x64w4s1 128x64w4s2",
+    ("backward_dq", 128): "64x32w2s2 64x32w4s2 64x64w4s2 128x32w4s1 128x32w4s2 128x64w8s1",
+    ("backward_dq", 256): "64x16w4s1 64x32w4s1 128x16w8s1 128x32w8s1",
+    ("backward_fused", 64): "32x64w4s2 64x64w4s2 32x128w4s2 64x128w8s1 64x128w8s2 128x128w8s1",
+    ("backward_fused", 128): "64x64w4s1 32x128w8s1 32x128w8s2 64x128w8s1 64x128w8s2",
+}
+"""Warps of 32 rows and of 16, as many keys or queries as registers may hold. The tile that is the default at the time is tried too."""
+
+FINALISTS = 3
+
+
+@dataclass(frozen=True)
+class Found:
+    """One tile's steady state: clocks of an SM for a pair of query and key, and bytes spilled."""
+
+    tile: Tile
+    clocks: float
+    spill_bytes: int
+
+
+def predict(arch: str, name: str, head_dim: int, tile: Tile, *, causal: bool) -> Found:
+    """One kernel with a tile."""
+    spec, on = kernel_specs.TILED_KERNELS[name], device.of_arch(arch, "gpu")
+    sample = samples.Sample(batch=1, seqlen_q=1024, seqlen_kv=1024, head_dim=head_dim, dtype="float16", is_causal=causal)
+    problem = samples.plan_of(sample, backward=spec.backward).problem
+    kernel = planner.tiled_kernel(spec, problem, on, {name: tile})
+    tolerated = 0 if spec == kernel_specs.BACKWARD_FUSED else tile_choice.TOLERATED_SPILLS
+    request = replace(kernel.request(on), tolerated_spills=tolerated)
+    artifact = cache.fetch(request)
+    described = prediction.describe(kernel, artifact.resources_of(kernel.entry), request, causal=causal)
+    found = prediction.predict_kernel(sass.read_functions(artifact.data)[kernel.entry], described, limits=False)
+    return Found(tile, found.clocks / found.blocks / (tile.tile_q * tile.tile_kv), described.spill_bytes)
+
+
+def best(arch: str, name: str, head_dim: int, candidates: Sequence[Tile]) -> Found | None:
+    """The best of some tiles by the sum of full and causal; None if all are illegal or spill too much."""
+    case = KernelCase(kernel_specs.TILED_KERNELS[name], "float16", head_dim, False, head_dim)
+    on = device.of_arch(arch, "gpu")
+    full = []
+    for tile in candidates:
+        if tile_rules.broken_rule(case, tile, on) is None:
+            try:
+                full.append(predict(arch, name, head_dim, tile, causal=False))
+            except UnsupportedError as error:  # more resources than an SM has
+                print(f"{arch} {name} {head_dim} {tile}: {error}", file=sys.stderr)
+                continue
+            print(f"{arch} {name} {head_dim} {full[-1]}", file=sys.stderr, flush=True)
+    most = tile_choice.TOLERATED_SPILLS
+    finalists = sorted((found for found in full if found.spill_bytes <= most), key=lambda found: found.clocks)[:FINALISTS]
+    both = []
+    for found in finalists:
+        causal = predict(arch, name, head_dim, found.tile, causal=True)
+        print(f"{arch} {name} {head_dim} causal {causal}", file=sys.stderr, flush=True)
+        if causal.spill_bytes <= most:
+            both.append(Found(found.tile, found.clocks + causal.clocks, 0))
+    return min(both, key=lambda found: found.clocks, default=None)
+
+
+def _tile(text: str) -> Tile:
+    match = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 128x64w4s2")
+    return Tile(*map(int, match.groups()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the best tiles as lines of predicted_tiles.py."""
+    parser = argparse.ArgumentParser(description="Which tiles the timing model finds best.")
+    parser.add_argument("--arch", nargs="+", required=True, choices=sorted(CARDS))
+    parser.add_argument("--kernel", nargs="+", choices=sorted({name for name, _ in CANDIDATES}))
+    parser.add_argument("--head-dim", nargs="+", type=int, choices=(64, 128, 256))
+    parser.add_argument("--tile", nargs="+", type=_tile, metavar="128x64w4s2", help="others than the usual candidates")
+    options = parser.parse_args(arguments)
+    for arch in options.arch:
+        for (name, head_dim), texts in CANDIDATES.items():
+            if name in (options.kernel or [name]) and head_dim in (options.head_dim or [head_dim]):
+                case = KernelCase(kernel_specs.TILED_KERNELS[name], "float16", head_dim, False, head_dim)
+                tiles = options.tile or [*map(_tile, texts.split()), tile_choice.default_tile(case, device.of_arch(arch, "gpu"))]
+                found = best(arch, name, head_dim, list(dict.fromkeys(tiles)))
+                if found is not None:
+                    tile = found.tile
+                    print(
+                        f'    ("{arch}", "{name}", {head_dim}): ({tile.tile_q}, {tile.tile_kv}, {tile.num_warps}, {tile.num_stages}),',
+                        flush=True,
+                    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
