@@ -74,8 +74,9 @@ struct SharedMemory {
 static_assert(SharedMemory::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
 // The key tiles that a block walks over for a tile of queries: steps begin .. end - 1. Those of lists are read a step ahead.
+using KeyTiles = VisibleTilesAhead<1>;
 struct Walk {
-  VisibleTilesAhead<0> tiles;
+  KeyTiles tiles;
   int begin, end;
 
   DEVICE Walk(const ForwardWgmmaArguments& arguments, const Work& work, const Visibility& visibility)
@@ -126,21 +127,27 @@ class Copier {
     Walk walk(arguments, work.at, visibility);
     if (walk.begin >= walk.end || work.is_behind(arguments)) return tell(work, false);
     const int head_kv = work.at.head / (geometry.num_heads_q / geometry.num_heads_kv);
+    walk.tiles.look_ahead(walk.begin);
+    copy_keys(work, walk.tiles, walk.begin, head_kv);
+    tell(work, true);
 #pragma unroll 1
     for (int j = walk.begin; j < walk.end; ++j) {
       walk.tiles.look_ahead(j);
       const int row = walk.tiles.tile(j) * TILE_KV;
-      if (asks) {
-        K.wait_empty();
-        if constexpr (TILE_LISTS) store_shared(shared.list_entry(K.stage), uint32(walk.tiles.tile(j) * 2 + walk.tiles.is_partial(j)));
-        mbarrier_arrive_expect(K.full(), RingK::BYTES);
-        load<RingK>(shared.K(K.stage), arguments.key, work.start_kv + row, head_kv, work.at.batch, K.full());
-      }
-      K.advance();
-      if (j == walk.begin) tell(work, true);
       copy_values(work, row, head_kv, RAGGED ? geometry.seqlen_kv - row : TILE_KV);
+      if (j + 1 < walk.end) copy_keys(work, walk.tiles, j + 1, head_kv);
       walk.tiles.advance();
     }
+  }
+
+  DEVICE void copy_keys(const TileWork& work, const KeyTiles& tiles, int step, int head_kv) {
+    if (asks) {
+      K.wait_empty();
+      if constexpr (TILE_LISTS) store_shared(shared.list_entry(K.stage), uint32(tiles.tile(step) * 2 + tiles.is_partial(step)));
+      mbarrier_arrive_expect(K.full(), RingK::BYTES);
+      load<RingK>(shared.K(K.stage), arguments.key, work.start_kv + tiles.tile(step) * TILE_KV, head_kv, work.at.batch, K.full());
+    }
+    K.advance();
   }
 
   // Which tile of queries comes next, and with `copies` its Q.

@@ -76,10 +76,16 @@ def clear_memory(device: Device, address: int, nbytes: int, stream: int) -> None
     if device.kind == "simulator":
         ctypes.memset(address, 0, nbytes)
         return
-    import cupy
+    from cupy.cuda import runtime
 
-    with cupy.cuda.Device(device.index):
-        cupy.cuda.runtime.memsetAsync(address, 0, nbytes, stream)
+    previous = runtime.getDevice()
+    if previous != device.index:
+        runtime.setDevice(device.index)
+    try:
+        runtime.memsetAsync(address, 0, nbytes, stream)
+    finally:
+        if previous != device.index:
+            runtime.setDevice(previous)
 
 
 def simulated_memory(extents: Mapping[str, tuple[int, int]], addresses: Mapping[str, int], written: Container[str]) -> list[Buffer]:
