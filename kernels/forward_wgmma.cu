@@ -198,15 +198,27 @@ class Copier {
 
 // --- The warpgroups that compute ----------------------------------------------------------------------------------------------------------
 
+// This warpgroup is done with a tile of K. With lists each warp has read the tile's entry, and says for itself that it has.
+DEVICE void release_keys(Ring<NUM_STAGES>& K, int warp) {
+  if constexpr (TILE_LISTS) {
+    K.release_by_each_warp();
+  } else {
+    K.release(warp);
+  }
+}
+
 // A warpgroup's 64 rows.
 class WarpgroupRows {
  public:
   float O[1][DV_TILES][4] = {};
-  OnlineSoftmax<1, false, PROBABILITY_SHIFT> softmax;
+  OnlineSoftmax<1, ADDITIVE_MASK, PROBABILITY_SHIFT> softmax;
 
   DEVICE WarpgroupRows(const Geometry& geometry, const FeatureArguments& features, const Work& work, const Visibility& visibility,
                        const SharedMemory& shared, SmemAddress Q, int warpgroup, Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V)
-      : first_row(work.tile * TILE_Q + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup()),
+      : first_q(work.tile * TILE_Q),
+        first_row(first_q + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup()),
+        geometry(geometry),
+        visibility(visibility),
         modifier(geometry, features, work.batch, work.head),
         shared(shared),
         K(K),
@@ -235,25 +247,37 @@ class WarpgroupRows {
       steps<false>(j, unmasked_end);
       steps<true>(j, end);
     }
-    issue_outputs();
-    wgmma_wait<0>();
-    pin(O[0]);
-    pin(P);
-    V.release(2);
+    finish();
   }
 
 
+  // The same after so many tiles of a list.
+  DEVICE void walk_list(int count) {
+    first_step(0, true);
+    int j = 1;
+    steps<true>(j, count);
+    finish();
+  }
+
  private:
+  const int first_q;    // of the block
   const int first_row;  // of the warp
+  const Geometry& geometry;
+  const Visibility& visibility;
   const ScoreModifier modifier;
   const SharedMemory shared;
   Ring<NUM_STAGES>&K, &V;
   const uint64 Q_descriptor;
-  int first_key[2], end_key[2];  // which keys a row sees, less the column of the lane
+  int first_key[2], end_key[2];  // which keys a row sees, less the column of the lane; with lists nobody asks
+  int entry = 0;                 // of the list, for the tile whose scores were issued last
   uint32 P[P_STEPS][4];
 
   DEVICE void issue_scores(float (&S)[1][S_TILES][4]) {
     K.wait_full();
+    if constexpr (TILE_LISTS) {
+      if (lane_index() == 0) entry = load_shared_int(shared.list_entry(K.stage));  // the lane that will say that it is done
+      entry = uniform(entry);
+    }
     const uint64 K_descriptor = RingK::descriptor(shared.K(K.stage));
     wgmma_fence();
 #pragma unroll
@@ -273,7 +297,7 @@ class WarpgroupRows {
 
   // Products -> probabilities of tile j, in place; O has to be multiplied by `rescale`.
   DEVICE void make_probabilities(float (&S)[1][S_TILES][4], float (&rescale)[1][2], int j, bool is_masked) {
-    const int first_kv = j * TILE_KV;
+    const int first_kv = (TILE_LISTS ? entry >> 1 : j) * TILE_KV;
     if constexpr (MODIFIES_SCORES) {
       ScoreSlope<1, S_TILES> unused;
       modifier.apply<false>(S, unused, first_row, first_kv);
@@ -283,6 +307,7 @@ class WarpgroupRows {
   }
 
   DEVICE void hide_keys(float (&S)[1][S_TILES][4], int first_kv) const {
+    if constexpr (TILE_LISTS) return hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, first_row - first_q, entry % 2 != 0);
 #pragma unroll
     for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
@@ -304,13 +329,21 @@ class WarpgroupRows {
     pin(O[0]);
   }
 
+  DEVICE void finish() {
+    issue_outputs();
+    wgmma_wait<0>();
+    pin(O[0]);
+    pin(P);
+    V.release(2);
+  }
+
   // Nothing to multiply with V yet.
   DEVICE void first_step(int j, bool is_masked) {
     float S[1][S_TILES][4], unused[1][2];
     issue_scores(S);
     wgmma_wait<0>();
     pin(S[0]);
-    K.release(1);
+    release_keys(K, 1);
     make_probabilities(S, unused, j, is_masked);
     pack_probabilities(S);
   }
@@ -328,7 +361,7 @@ class WarpgroupRows {
     issue_outputs();
     wgmma_wait<1>();
     pin(S[0]);
-    K.release(1);
+    release_keys(K, 1);
     make_probabilities(S, rescale, j, IS_MASKED);
     wgmma_wait<0>();
     pin(O[0]);
@@ -348,11 +381,9 @@ DEVICE void skip(Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V, int count, int barrie
   if (count <= 0) return;
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
-    if (warp_of_warpgroup() == 0) {
-      K.wait_full();
-      V.wait_full();
-    }
-    K.release(0);
+    if (TILE_LISTS || warp_of_warpgroup() == 0) K.wait_full();
+    release_keys(K, 0);
+    if (warp_of_warpgroup() == 0) V.wait_full();
     V.release(0);
   }
   sync_warpgroup(barrier);
@@ -365,12 +396,17 @@ DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork&
   const Visibility visibility(geometry, arguments.features, work.at.batch, work.at.head);
   const Walk walk(arguments, work.at, visibility);
   const int first_q = work.at.tile * TILE_Q + warpgroup * WARPGROUP_ROWS;
-  const int own_end = uniform(first_q < geometry.seqlen_q ? ceil_div(visibility.end_key(first_q, first_q + WARPGROUP_ROWS), TILE_KV) : 0);
-  const int unmasked_begin = uniform(ceil_div(visibility.first_key(first_q + WARPGROUP_ROWS - 1), TILE_KV));
-  const int unmasked_end = uniform(visibility.end_key(first_q, first_q + 1) / TILE_KV);
-
   WarpgroupRows rows(geometry, arguments.features, work.at, visibility, shared, Q, warpgroup, K, V);
-  if (walk.begin < own_end) rows.walk(walk.begin, unmasked_begin, unmasked_end, own_end);
+  int own_end = 0;  // of the tiles that this warpgroup sees
+  if constexpr (TILE_LISTS) {
+    if (first_q < geometry.seqlen_q) own_end = walk.end;
+    if (walk.begin < own_end) rows.walk_list(own_end);
+  } else {
+    own_end = uniform(first_q < geometry.seqlen_q ? ceil_div(visibility.end_key(first_q, first_q + WARPGROUP_ROWS), TILE_KV) : 0);
+    const int unmasked_begin = uniform(ceil_div(visibility.first_key(first_q + WARPGROUP_ROWS - 1), TILE_KV));
+    const int unmasked_end = uniform(visibility.end_key(first_q, first_q + 1) / TILE_KV);
+    if (walk.begin < own_end) rows.walk(walk.begin, unmasked_begin, unmasked_end, own_end);
+  }
 
   if constexpr (SINKS) rows.softmax.add_sink(rows.O, arguments.features.sinks.load(work.at.batch, work.at.head) * SCORE_UNIT);
   rows.softmax.finish(rows.O);
@@ -419,7 +455,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1) fo
   const SharedMemory shared{smem_address(memory)};
   if (threadIdx.x == 0) {
     shared.Q_ring().init(NUM_WARPS);
-    shared.K_ring().init(WARPGROUPS);
+    shared.K_ring().init(TILE_LISTS ? NUM_WARPS : WARPGROUPS);
     shared.V_ring().init(WARPGROUPS);
     mbarrier_init(shared.V_landed(), 1);
     fence_mbarrier_init();

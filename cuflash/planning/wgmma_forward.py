@@ -19,7 +19,7 @@ VARIABLE = "CUFLASH_FORWARD_WGMMA"
 
 _SMALLEST_SCALE = 2.0**-126  # the smallest normal float32
 _MAX_STRIDE_BYTES = 2**40
-_UNKNOWN_FEATURES = ("attn_mask", "dropout", "segments", "prefix")
+_UNKNOWN_FEATURES = ("dropout",)
 
 
 def kernels(problem: Problem, device: Device, tile: Tiles) -> tuple[KernelSpec, ...]:
@@ -40,8 +40,6 @@ def why_not(problem: Problem, device: Device) -> str | None:
             return f"it knows no {name}"
     if problem.seqlen_kv == 0:
         return "there are no keys to copy"
-    if problem.num_sequences is not None or problem.seqlens_kv:
-        return "it knows no lengths that are read on the device"
     if not problem.scale >= _SMALLEST_SCALE:
         return f"it takes positive scales, and this one is {problem.scale:.6g}"
     for name, view in (("query", problem.query), ("key", problem.key), ("value", problem.value)):
