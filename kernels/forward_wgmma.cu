@@ -1,10 +1,10 @@
-// Forward attention on Hopper's warpgroup instructions: O = softmax(scale Q Kᵀ) V and the natural-log LSE of each row, for 16-bit types and
-// positive scales.
+// Forward attention on Hopper's warpgroup instructions: O = softmax(scale Q Kᵀ) V and the natural-log LSE of each row, for 16-bit types.
+// Scales that are not positive numbers are a kernel of their own (ANY_SCALE), since the others need not look at the sign.
 //
 // Blocks stay: each computes one tile of TILE_Q rows of one head after the other (tile/work_queue.cuh). A warpgroup is four warps. Of the first, one
-// warp copies: it asks the TMA unit for Q and for the tiles of K and V, NUM_STAGES of each ahead, and goes on to the block's next tile while the others
-// finish this one. Each of the other warpgroups owns 64 rows, whose O, P and softmax state it keeps in registers, and to which the first hands most of
-// its own. Their products run while their threads go on (FlashAttention-3, Shah et al. 2024, arXiv 2407.08608, algorithm 2):
+// warp copies: it asks the TMA unit for Q and for the tiles of K and V, NUM_STAGES of each ahead, and goes on to the block's next tile while the
+// others finish this one. Each of the other warpgroups owns 64 rows, whose O, P and softmax state it keeps in registers, and to which the first hands
+// most of its own. Their products run while their threads go on (FlashAttention-3, Shah et al. 2024, arXiv 2407.08608, algorithm 2):
 //
 //     S_j = Q K_jᵀ             issued first, waited for first
 //     O += P_{j-1} V_{j-1}     in flight while S_j becomes P_j
@@ -17,7 +17,8 @@
 // through its warpgroup's part of Q.
 //
 // mbarriers, for each stage of Q, K and V: "full", the tile has landed, and "empty", every warpgroup is done with it, or with Q every warp. One more:
-// the last tile of V of a sequence has landed, of which rows that belong to the next one are set to zero before it is "full", since 0 times NaN is NaN.
+// the last tile of V of a sequence has landed, of which rows that belong to the next one are set to zero before it is "full", since 0 times NaN is
+// NaN.
 #include "tile/constants.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/ring.cuh"
@@ -43,10 +44,12 @@ using RingV = SlabTile<TILE_KV, HEAD_DIM_V>;
 constexpr int Q_BYTES = WARPGROUPS * WarpgroupQ::BYTES;
 constexpr int O_COLUMNS =
     WarpgroupQ::SLABS * SLAB_COLUMNS < 8 * DV_TILES ? WarpgroupQ::SLABS * SLAB_COLUMNS : 8 * DV_TILES;  // that pass through Q at a time
-// setmaxnreg moves the registers of a block, which are what its threads start with: 512 threads with 128 each, 384 with 168.
+// setmaxnreg moves the registers of a block, which are what its threads start with: 512 threads with 128 each, 384 with 168. Whoever copies needs
+// more of them where a sequence has a beginning and lengths of its own, or a list of tiles.
+constexpr bool COPIES_MUCH = RAGGED || TILE_LISTS;
 constexpr int FIRST_REGISTERS = WARPGROUPS == 3 ? 128 : 168;
-constexpr int COPYING_REGISTERS = WARPGROUPS == 3 ? 32 : 24;
-constexpr int COMPUTING_REGISTERS = WARPGROUPS == 3 ? 160 : 240;
+constexpr int COPYING_REGISTERS = WARPGROUPS == 3 ? 32 : COPIES_MUCH ? 40 : 24;
+constexpr int COMPUTING_REGISTERS = WARPGROUPS == 3 ? 160 : COPIES_MUCH ? 232 : 240;
 
 static_assert(WARPGROUPS == 2 || WARPGROUPS == 3, "num_warps must be 8 or 12");
 static_assert(COPYING_REGISTERS + WARPGROUPS * COMPUTING_REGISTERS <= (1 + WARPGROUPS) * FIRST_REGISTERS, "nobody could hand on so many registers");
@@ -250,7 +253,6 @@ class WarpgroupRows {
     finish();
   }
 
-
   // The same after so many tiles of a list.
   DEVICE void walk_list(int count) {
     first_step(0, true);
@@ -260,7 +262,7 @@ class WarpgroupRows {
   }
 
  private:
-  const int first_q;    // of the block
+  const int first_q;  // of the block
   const int first_row;  // of the warp
   const Geometry& geometry;
   const Visibility& visibility;
@@ -269,7 +271,7 @@ class WarpgroupRows {
   Ring<NUM_STAGES>&K, &V;
   const uint64 Q_descriptor;
   int first_key[2], end_key[2];  // which keys a row sees, less the column of the lane; with lists nobody asks
-  int entry = 0;                 // of the list, for the tile whose scores were issued last
+  int entry = 0;  // of the list, for the tile whose scores were issued last
   uint32 P[P_STEPS][4];
 
   DEVICE void issue_scores(float (&S)[1][S_TILES][4]) {
@@ -298,7 +300,7 @@ class WarpgroupRows {
   // Products -> probabilities of tile j, in place; O has to be multiplied by `rescale`.
   DEVICE void make_probabilities(float (&S)[1][S_TILES][4], float (&rescale)[1][2], int j, bool is_masked) {
     const int first_kv = (TILE_LISTS ? entry >> 1 : j) * TILE_KV;
-    if constexpr (MODIFIES_SCORES) {
+    if constexpr (MODIFIES_SCORES || Config::ANY_SCALE) {
       ScoreSlope<1, S_TILES> unused;
       modifier.apply<false>(S, unused, first_row, first_kv);
     }
@@ -307,14 +309,17 @@ class WarpgroupRows {
   }
 
   DEVICE void hide_keys(float (&S)[1][S_TILES][4], int first_kv) const {
-    if constexpr (TILE_LISTS) return hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, first_row - first_q, entry % 2 != 0);
+    if constexpr (TILE_LISTS) {
+      hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, first_row - first_q, entry % 2 != 0);
+    } else {
 #pragma unroll
-    for (int n = 0; n < S_TILES; ++n)
+      for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = 8 * n + i % 2;
-        if (column >= end_key[i / 2] - first_kv || (WINDOW && column < first_key[i / 2] - first_kv)) S[0][n][i] = -infinity();
-      }
+        for (int i = 0; i < 4; ++i) {
+          const int column = 8 * n + i % 2;
+          if (column >= end_key[i / 2] - first_kv || (WINDOW && column < first_key[i / 2] - first_kv)) S[0][n][i] = -infinity();
+        }
+    }
   }
 
   DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4]) {
@@ -389,14 +394,32 @@ DEVICE void skip(Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V, int count, int barrie
   sync_warpgroup(barrier);
 }
 
-// What one of the computing warpgroups does for a tile of queries.
-DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork& work, const SharedMemory& shared, SmemAddress Q, int warpgroup,
+// Writes what a warpgroup has computed. O passes through its part of Q.
+DEVICE void store_results(const ForwardWgmmaArguments& arguments, const TileWork& work, WarpgroupRows& rows, SmemAddress Q, int warpgroup) {
+  const int seqlen_q = work.geometry(arguments).seqlen_q;
+  if constexpr (SINKS) rows.softmax.add_sink(rows.O, arguments.features.sinks.load(work.at.batch, work.at.head) * SCORE_UNIT);
+  rows.softmax.finish(rows.O);
+  const int warp_row = 16 * warp_of_warpgroup(), first_row = work.at.tile * TILE_Q + warpgroup * WARPGROUP_ROWS + warp_row;
+  if (arguments.lse.data != nullptr && lane_index() % 4 == 0) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = first_row + 8 * r + lane_index() / 4;
+      if (query < seqlen_q) *arguments.lse.pointer(work.at.batch, work.at.head, work.start_q + query) = rows.softmax.lse(0, r);
+    }
+  }
+  sync_warpgroup(1 + warpgroup);  // no warp's products read Q any more
+  store_rows<Element, HEAD_DIM_V, O_COLUMNS, false>(rows.O, Q + warp_row * O_COLUMNS * 2, arguments.out, work.at.batch, work.at.head, first_row,
+                                                    seqlen_q, 0, work.start_q);
+}
+
+// What one of the computing warpgroups does for the tile of queries in a stage of Q.
+DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork& work, const SharedMemory& shared, int stage, int warpgroup,
                          Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V) {
   const auto& geometry = work.geometry(arguments);
   const Visibility visibility(geometry, arguments.features, work.at.batch, work.at.head);
   const Walk walk(arguments, work.at, visibility);
   const int first_q = work.at.tile * TILE_Q + warpgroup * WARPGROUP_ROWS;
-  WarpgroupRows rows(geometry, arguments.features, work.at, visibility, shared, Q, warpgroup, K, V);
+  WarpgroupRows rows(geometry, arguments.features, work.at, visibility, shared, shared.Q(stage, warpgroup), warpgroup, K, V);
   int own_end = 0;  // of the tiles that this warpgroup sees
   if constexpr (TILE_LISTS) {
     if (first_q < geometry.seqlen_q) own_end = walk.end;
@@ -407,26 +430,13 @@ DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork&
     const int unmasked_end = uniform(visibility.end_key(first_q, first_q + 1) / TILE_KV);
     if (walk.begin < own_end) rows.walk(walk.begin, unmasked_begin, unmasked_end, own_end);
   }
-
-  if constexpr (SINKS) rows.softmax.add_sink(rows.O, arguments.features.sinks.load(work.at.batch, work.at.head) * SCORE_UNIT);
-  rows.softmax.finish(rows.O);
-  const int warp_row = 16 * warp_of_warpgroup(), first_row = first_q + warp_row;
-  if (arguments.lse.data != nullptr && lane_index() % 4 == 0) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int query = first_row + 8 * r + lane_index() / 4;
-      if (query < geometry.seqlen_q) *arguments.lse.pointer(work.at.batch, work.at.head, work.start_q + query) = rows.softmax.lse(0, r);
-    }
-  }
-  const int barrier = 1 + warpgroup;
-  sync_warpgroup(barrier);  // no warp's products read Q any more
-  store_rows<Element, HEAD_DIM_V, O_COLUMNS, false>(rows.O, Q + warp_row * O_COLUMNS * 2, arguments.out, work.at.batch, work.at.head, first_row,
-                                                    geometry.seqlen_q, 0, work.start_q);
-  skip(K, V, walk.end - max(walk.begin, own_end), barrier);
+  // The same numbers as `work`, which would take registers in the meantime.
+  store_results(arguments, TileWork::load(shared.work(stage)), rows, shared.Q(stage, warpgroup), warpgroup);
+  skip(K, V, walk.end - max(walk.begin, own_end), 1 + warpgroup);
 }
 
 // What it does for all tiles of the block.
-DEVICE void compute_all(const ForwardWgmmaArguments& arguments, const SharedMemory& shared, int warpgroup) {
+DEVICE void compute_all(const ForwardWgmmaArguments& arguments, const SharedMemory& shared) {
   Ring<Q_STAGES> Q = shared.Q_ring();
   Ring<NUM_STAGES> K = shared.K_ring(), V = shared.V_ring();
 #pragma unroll 1
@@ -434,6 +444,7 @@ DEVICE void compute_all(const ForwardWgmmaArguments& arguments, const SharedMemo
     Q.wait_full();
     const TileWork work = TileWork::load(shared.work(Q.stage));
     if (work.at.tile < 0) return;
+    const int warpgroup = warpgroup_index() - 1;  // for each tile anew, so that it takes no register from one to the next
     bool has_rows = true;
     if constexpr (VARLEN) {
       if (work.is_behind(arguments) || work.at.tile == arguments.geometry.num_tiles - 1) {
@@ -443,7 +454,7 @@ DEVICE void compute_all(const ForwardWgmmaArguments& arguments, const SharedMemo
         has_rows = claim_rows<TILE_Q>(arguments, arguments.lengths.cu_seqlens_q, arguments.geometry.seqlen_q, work.at, clear);
       }
     }
-    if (has_rows) compute_tile(arguments, work, shared, shared.Q(Q.stage, warpgroup), warpgroup, K, V);
+    if (has_rows) compute_tile(arguments, work, shared, Q.stage, warpgroup, K, V);
     fence_proxy_async();  // O went through Q
     __syncwarp();
     Q.release_by_each_warp();
@@ -461,12 +472,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1) fo
     fence_mbarrier_init();
   }
   __syncthreads();
-  const int index = warpgroup_index();
-  if (index == 0) {
+  if (warpgroup_index() == 0) {
     give_registers<COPYING_REGISTERS>();
     if (warp_of_warpgroup() == 0) Copier(arguments, shared).copy_all();
   } else {
     take_registers<COMPUTING_REGISTERS>();
-    compute_all(arguments, shared, index - 1);
+    compute_all(arguments, shared);
   }
 }

@@ -46,7 +46,9 @@ def with_sms(monkeypatch: pytest.MonkeyPatch, num_sms: int) -> None:
     """Plans and calls on the simulator are made for so many from here on."""
     found = device.of_memory
     monkeypatch.setattr(
-        device, "of_memory", lambda kind, index: dataclasses.replace(found(kind, index), num_sms=num_sms) if kind == "cpu" else found(kind, index)
+        device,
+        "of_memory",
+        lambda kind, index: dataclasses.replace(found(kind, index), num_sms=num_sms) if kind == "cpu" else found(kind, index),
     )
     monkeypatch.setattr(calls, "_calls", {})  # those that were made for others
 
@@ -224,8 +226,9 @@ def test_probabilities_that_are_powers_of_two_add_up_exactly(hopper: Target, cas
 
 def test_scales(hopper: Target) -> None:
     inputs = inputs_of(hopper, (70, 90))
-    for scale in (1.0, 1e-30):
+    for scale in (1.0, 1e-30, -0.5, 0.0, 1e-45):
         checked(hopper, *inputs, scale=scale)
+    checked(hopper, *inputs, scale=-0.5, softcap=3.0)
 
 
 def test_lse_is_left_out(hopper: Target) -> None:
@@ -301,11 +304,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "float32": ({"dtype": "float32"}, "it takes 16-bit types, and this is float32"),
     "head_dim": ({"head_dim": 100}, "it takes multiples of 8 up to 256 for head_dim, and this is 100"),
     "head_dim_v": ({"head_dim_v": 264}, "it takes multiples of 8 up to 256 for head_dim, and this is 64/264"),
-    "mask": ({"attn_mask": numpy.ones((500, 500), bool)}, "it knows no attn_mask"),
     "dropout": ({"dropout_p": 0.5, "dropout_seed": 1}, "it knows no dropout"),
-    "lengths": ({"seqlens_kv": numpy.array([500, 3], "int32")}, "it knows no lengths that are read on the device"),
-    "scale": ({"scale": -0.5}, "it takes positive scales, and this one is -0.5"),
-    "no scale": ({"scale": 0.0}, "it takes positive scales, and this one is 0"),
     "elements apart": ({"view": "strided_elements"}, "the TMA unit cannot copy query, whose head_dim has a stride of 3"),
     "rows apart": ({"view": "padded_rows"}, "the TMA unit cannot copy query, whose rows lie 520 bytes apart, no multiple of 16 from 0 to 2^40"),
     "backwards": ({"view": "reversed_rows"}, "the TMA unit cannot copy query, whose rows lie -512 bytes apart, no multiple of 16 from 0 to 2^40"),
@@ -380,7 +379,9 @@ def test_legal_tiles_fit_the_registers_that_warps_hand_each_other(head_dim: int)
         assert head_dim // 2 + 3 * tile.tile_kv // 4 + 28 <= (240 if tile.num_warps == 8 else 160)
     (kernel,) = plan_of(head_dim).kernels
     assert (kernel.num_threads, kernel.num_blocks, kernel.num_work) == (512, NUM_SMS, 2 * 4 * 3)
-    assert re.search(r"forward_wgmma: forward_wgmma.cu, .* 2 blocks of 512 threads, which stay for 24 tiles of queries", str(plan_of(head_dim)))
+    assert re.search(
+        r"forward_wgmma: forward_wgmma.cu, .* 2 blocks of 512 threads, which stay for 24 tiles of queries", str(plan_of(head_dim))
+    )
 
 
 # --- Blocks that stay ---------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
 
 MAX_GRID = 2**31 - 1
+SMALLEST_SCALE = 2.0**-126  # that is positive and a normal float32
 MAX_SHARED_SLICES = 5  # of a wide head, beyond which dK and dV take a kernel each
 
 
@@ -69,7 +70,9 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
     for kernel in kernels:
         if max(kernel.num_blocks, kernel.num_work) > MAX_GRID:
             hint = "Split the call along the batch."
-            raise UnsupportedError("query", f"{max(kernel.num_blocks, kernel.num_work)} tiles over batch and heads", f"at most {MAX_GRID}", hint)
+            raise UnsupportedError(
+                "query", f"{max(kernel.num_blocks, kernel.num_work)} tiles over batch and heads", f"at most {MAX_GRID}", hint
+            )
     outputs = _gradients(problem) if backward else _results(problem)
     return Plan(problem, device, backward, kernels, outputs, _workspace(problem, kernels), choice)
 
@@ -151,6 +154,7 @@ def _tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Ti
     }
     if spec.stays:
         constants["Q_STAGES"] = kernel_cases.kept_stages(case, tile, device)
+        constants["ANY_SCALE"] = problem.scale < SMALLEST_SCALE
     batch, heads, num_tiles = _owned(case, tile, problem)
     group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
     if problem.num_sequences is not None:

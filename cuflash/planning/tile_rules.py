@@ -22,6 +22,9 @@ WGMMA_REGISTERS = {8: 240, 12: 160}
 """Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/forward_wgmma.cu."""
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
 _WGMMA_SOFTCAP_REGISTERS = 20
+_WGMMA_LIST_REGISTERS = {8: 28, 12: 0}  # with those that the warp which copies keeps
+_WGMMA_MASK_REGISTERS = {"bool": 1, "float16": 1, "bfloat16": 1, "float32": 2}
+"""Of a tile of the mask, for each two keys by types."""
 
 
 def lacking(case: KernelCase, device: Device) -> str | None:
@@ -84,6 +87,8 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         # P lives beside the next scores
         limit = WGMMA_REGISTERS[tile.num_warps]
         needed += tile.tile_kv // 4 + _WGMMA_OTHER_REGISTERS + _WGMMA_SOFTCAP_REGISTERS * case.features.softcap - 24
+        needed += _WGMMA_LIST_REGISTERS[tile.num_warps] * case.features.lists_tiles
+        needed += _WGMMA_MASK_REGISTERS.get(case.features.attn_mask or "", 0) * tile.tile_kv // 4
     if needed > limit:
         return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"
     return None
