@@ -21,6 +21,7 @@
 // NaN.
 #include "tile/constants.cuh"
 #include "tile/copier.cuh"
+#include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/score.cuh"
 #include "tile/softmax.cuh"
@@ -44,12 +45,14 @@ class WarpgroupRows {
   OnlineSoftmax<1, ADDITIVE_MASK, PROBABILITY_SHIFT> softmax;
 
   DEVICE WarpgroupRows(const Geometry& geometry, const FeatureArguments& features, const Work& work, const Visibility& visibility,
-                       const SharedMemory& shared, SmemAddress Q, int warpgroup, Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V)
+                       const Dropout& dropout, const SharedMemory& shared, SmemAddress Q, int warpgroup, Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V)
       : first_q(work.tile * TILE_Q),
         first_row(first_q + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup()),
         geometry(geometry),
         visibility(visibility),
         modifier(geometry, features, work.batch, work.head),
+        dropout(dropout),
+        work(work),
         shared(shared),
         K(K),
         V(V),
@@ -94,6 +97,8 @@ class WarpgroupRows {
   const Geometry& geometry;
   const Visibility& visibility;
   const ScoreModifier modifier;
+  const Dropout& dropout;
+  const Work& work;
   const SharedMemory shared;
   Ring<NUM_STAGES>&K, &V;
   const uint64 Q_descriptor;
@@ -133,6 +138,7 @@ class WarpgroupRows {
     }
     if (is_masked) hide_keys(S, first_kv);
     softmax.update(S, rescale, modifier.factor());
+    if constexpr (DROPOUT) drop(S, dropout, work.batch, work.head, first_row, first_kv);
   }
 
   DEVICE void hide_keys(float (&S)[1][S_TILES][4], int first_kv) const {
@@ -226,6 +232,7 @@ DEVICE void store_results(const ForwardWgmmaArguments& arguments, const TileWork
   const int seqlen_q = work.geometry(arguments).seqlen_q;
   if constexpr (SINKS) rows.softmax.add_sink(rows.O, arguments.features.sinks.load(work.at.batch, work.at.head) * SCORE_UNIT);
   rows.softmax.finish(rows.O);
+  if constexpr (DROPOUT) multiply_all(rows.O, arguments.features.dropout_scale);
   const int warp_row = 16 * warp_of_warpgroup(), first_row = work.at.tile * TILE_Q + warpgroup * WARPGROUP_ROWS + warp_row;
   if (arguments.lse.data != nullptr && lane_index() % 4 == 0) {
 #pragma unroll
@@ -240,13 +247,13 @@ DEVICE void store_results(const ForwardWgmmaArguments& arguments, const TileWork
 }
 
 // What one of the computing warpgroups does for the tile of queries in a stage of Q.
-DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork& work, const SharedMemory& shared, int stage, int warpgroup,
-                         Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V) {
+DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork& work, const Dropout& dropout, const SharedMemory& shared, int stage,
+                         int warpgroup, Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V) {
   const auto& geometry = work.geometry(arguments);
   const Visibility visibility(geometry, arguments.features, work.at.batch, work.at.head);
   const Walk walk(arguments, work.at, visibility);
   const int first_q = work.at.tile * TILE_Q + warpgroup * WARPGROUP_ROWS;
-  WarpgroupRows rows(geometry, arguments.features, work.at, visibility, shared, shared.Q(stage, warpgroup), warpgroup, K, V);
+  WarpgroupRows rows(geometry, arguments.features, work.at, visibility, dropout, shared, shared.Q(stage, warpgroup), warpgroup, K, V);
   int own_end = 0;  // of the tiles that this warpgroup sees
   if constexpr (TILE_LISTS) {
     if (first_q < geometry.seqlen_q) own_end = walk.end;
@@ -264,6 +271,7 @@ DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork&
 
 // What it does for all tiles of the block.
 DEVICE void compute_all(const ForwardWgmmaArguments& arguments, const SharedMemory& shared) {
+  const Dropout dropout(arguments.features);
   Ring<Q_STAGES> Q = shared.Q_ring();
   Ring<NUM_STAGES> K = shared.K_ring(), V = shared.V_ring();
 #pragma unroll 1
@@ -281,7 +289,7 @@ DEVICE void compute_all(const ForwardWgmmaArguments& arguments, const SharedMemo
         has_rows = claim_rows<TILE_Q>(arguments, arguments.lengths.cu_seqlens_q, arguments.geometry.seqlen_q, work.at, clear);
       }
     }
-    if (has_rows) compute_tile(arguments, work, shared, Q.stage, warpgroup, K, V);
+    if (has_rows) compute_tile(arguments, work, dropout, shared, Q.stage, warpgroup, K, V);
     fence_proxy_async();  // O went through Q
     __syncwarp();
     Q.release_by_each_warp();
@@ -295,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1) fo
     shared.Q_ring().init(NUM_WARPS);
     shared.K_ring().init(TILE_LISTS ? NUM_WARPS : WARPGROUPS);
     shared.V_ring().init(WARPGROUPS);
-    mbarrier_init(shared.V_landed(), 1);
+    if constexpr (RAGGED) mbarrier_init(shared.V_landed(), 1);
     fence_mbarrier_init();
   }
   __syncthreads();

@@ -116,6 +116,8 @@ DATA: dict[str, dict[str, Any]] = {
     "additive mask": {"attn_mask": RANDOM.standard_normal((200, 270)).astype("float32"), "is_causal": True},
     "additive mask, 16 bits": {"attn_mask": RANDOM.standard_normal((2, 1, 1, 270)).astype("float16")},
     "additive mask that hides": {"attn_mask": numpy.where(IN_BLOCKS, 0, -numpy.inf).astype("float32")},
+    "dropout": {"dropout_p": 0.3, "dropout_seed": 5, "is_causal": True},
+    "dropout and a boolean mask": {"dropout_p": 0.6, "dropout_seed": 1, "attn_mask": IN_BLOCKS},
     "additive mask of huge scores": {"attn_mask": numpy.where(IN_BLOCKS, 0, -1e9).astype("float32"), "sinks": numpy.array([0.5, -1.0], "float32")},
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ WGMMA_REGISTERS = {8: 240, 12: 160}
 """Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/forward_wgmma.cu."""
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
 _WGMMA_SOFTCAP_REGISTERS = 20
+_WGMMA_DROPOUT_REGISTERS = 24
 _WGMMA_MASK_REGISTERS = {None: 0, "bool": 1, "float16": 1, "bfloat16": 1, "float32": 2}
 """Of a tile of a mask, for each four keys."""
 
@@ -94,7 +95,7 @@ def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
     """Registers per thread of a kernel of wgmma besides accumulators, by what spilled and what did not; P lives beside the next scores."""
     features = case.features
     needed = tile.tile_kv // 4 * (1 + _WGMMA_MASK_REGISTERS[features.attn_mask])
-    needed += _WGMMA_OTHER_REGISTERS + _WGMMA_SOFTCAP_REGISTERS * features.softcap
+    needed += _WGMMA_OTHER_REGISTERS + _WGMMA_SOFTCAP_REGISTERS * features.softcap + _WGMMA_DROPOUT_REGISTERS * features.dropout
     if tile.num_warps == 8:  # wide outputs, and the warp that copies keeps more where there are lists
         needed += 28 * features.lists_tiles + 12 * features.segments + 8 * (features.attn_mask is not None)
     return needed

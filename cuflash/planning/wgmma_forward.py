@@ -33,8 +33,6 @@ def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
     if (lacking := tile_rules.lacking(_case(problem), device)) is not None:
         return lacking
-    if problem.features.kinds.dropout:
-        return "it knows no dropout"
     if problem.seqlen_kv == 0:
         return "there are no keys to copy"
     for name, view in (("query", problem.query), ("key", problem.key), ("value", problem.value)):
