@@ -95,12 +95,15 @@ FEW_QUERIES = Inputs((1, 20, 1, 32), (1, 150, 1, 32), (1, 150, 1, 32))
 SLABS = Inputs((1, 150, 3, 64), (1, 140, 1, 64), (1, 140, 1, 64), options=(("enable_gqa", True),))
 BLIND_SLABS = Inputs((1, 300, 2, 64), (1, 90, 2, 64), (1, 90, 2, 64), options=(("causal_alignment", "bottom_right"),))
 WINDOW_SLABS = Inputs((1, 150, 2, 64), (1, 300, 2, 64), (1, 300, 2, 64), options=(("window", (70, 60)),))
-LENGTHS_SLABS = Inputs(
-    (3, 150, 3, 64), (3, 90, 3, 64), (3, 90, 3, 64), options=(("seqlens_kv", np.array([90, 20, 70], np.int32)), ("window", (40, 60)))
-)
-MASKED_SLABS = Inputs(
-    (1, 150, 3, 64), (1, 90, 3, 64), (1, 90, 3, 64), options=(("attn_mask", np.random.default_rng(1).random((150, 90)) > 0.3),)
-)
+BLIND_WINDOW_SLABS = Inputs((1, 500, 2, 64), (1, 90, 2, 64), (1, 90, 2, 64), options=(("window", (100, 20)),))
+LENGTHS_SLABS = Inputs((4, 150, 2, 64), (4, 90, 2, 64), (4, 90, 2, 64), options=(("seqlens_kv", np.array([90, 20, 70, 0], np.int32)),))
+MASKED_SLABS, BLIND_MASKED_SLABS = (
+    Inputs(
+        (1, seqlen, 4, 64), (1, 90, 4, 64), (1, 90, 4, 64),
+        options=(("attn_mask", (np.random.default_rng(1).random((seqlen, 90)) > 0.3) & (np.arange(seqlen) < seeing)[:, None]),),
+    )
+    for seqlen, seeing in ((150, 150), (400, 128))
+)  # fmt: skip
 WIDE = Inputs((1, 75, 1, 128), (1, 300, 1, 128), (1, 300, 1, 128))
 SLICED = Inputs((1, 70, 2, 288), (1, 75, 1, 288), (1, 75, 1, 288), options=(("enable_gqa", True),))
 SLICED_UNALIGNED = Inputs((1, 70, 1, 288), (1, 75, 1, 288), (1, 75, 1, 288), is_aligned=False)
@@ -223,14 +226,14 @@ def _variants() -> Iterator[Variant]:
     yield Variant(
         "forward sm_90 bfloat16 wgmma causal, 2 stages", "sm_90", "bfloat16", slabs, (SLABS, BLIND_SLABS), is_causal=True, num_sms=1
     )
-    yield Variant("forward sm_90 float16 wgmma window, 2 stages", "sm_90", "float16", slabs, (WINDOW_SLABS,), num_sms=1)
+    yield Variant("forward sm_90 float16 wgmma window, 2 stages", "sm_90", "float16", slabs, (WINDOW_SLABS, BLIND_WINDOW_SLABS), num_sms=1)
     yield Variant("forward sm_90 float16 wgmma lengths, 2 stages", "sm_90", "float16", slabs, (LENGTHS_SLABS,), num_sms=1)
     yield Variant(
         "forward sm_90 bfloat16 wgmma boolean mask, 2 stages",
         "sm_90",
         "bfloat16",
         slabs,
-        (MASKED_SLABS,),
+        (MASKED_SLABS, BLIND_MASKED_SLABS),
         only="forward_wgmma.cu",
         num_sms=1,
     )

@@ -105,9 +105,10 @@ def test_lengths_fit_the_registers(lengths: str, head_dim: int) -> None:
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize(
-    "features", [FeatureSet(attn_mask=kind) for kind in ("bool", "bfloat16", "float32")] + [FeatureSet(segments=True), FeatureSet(prefix=True)], ids=str
+    "features",
+    [FeatureSet(attn_mask=kind) for kind in ("bool", "bfloat16", "float32")] + [FeatureSet(segments=True), FeatureSet(prefix=True), FeatureSet(dropout=True)], ids=str
 )  # fmt: skip
-def test_what_data_hide_fits_the_registers(features: FeatureSet, head_dim: int) -> None:
+def test_masks_and_dropout_fit_the_registers(features: FeatureSet, head_dim: int) -> None:
     assert_as_meant(report_of("float16", head_dim, True, features=features))
 
 
