@@ -65,7 +65,10 @@ struct ForwardWgmmaArguments {
   TensorView out;
   RowView lse;  // data null: not stored
   Geometry geometry;
+  SequenceLengths lengths;
   FeatureArguments features;
+  uint32* next_work;  // 0: how many tiles blocks have taken besides their first ones (tile/work_queue.cuh); null: at fixed strides
+  int num_work;       // tiles of all heads
 };
 
 // What the backward kernels need of a query row. With an additive mask also log2_sum (tile/probability.cuh), in an array of its own.

@@ -39,14 +39,6 @@ constexpr int SLICE_BYTES = TileQ::BYTES + NUM_STAGES * (TileK::BYTES + TileV::B
 static_assert(TILE_Q % (16 * ROW_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
 static_assert(HEAD_SLICES * SLICE_BYTES + EXCHANGE_BYTES<M_TILES, S_TILES> == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
-// Out 0 and LSE -inf for rows begin .. end - 1, shared out among `num_tiles` blocks.
-DEVICE void clear_queries(const ForwardArguments& arguments, int head, int begin, int end, int tile, int num_tiles) {
-  clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM_V>(arguments.out, head, begin, end, tile, num_tiles);
-  if (arguments.lse.data == nullptr) return;
-  for (int64 row = begin + int64(tile) * NUM_THREADS + threadIdx.x; row < end; row += int64(num_tiles) * NUM_THREADS)
-    *arguments.lse.pointer(0, head, int(row)) = -infinity();
-}
-
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const __grid_constant__ ForwardArguments arguments) {
   const Work work = work_longest_first<CAUSAL, true>(arguments.geometry, arguments.geometry.num_heads_q);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);

@@ -142,7 +142,7 @@ def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def empty(self: Any, shape: Any, dtype: str, like: Any, unset: Any = unset) -> Any:
             array = unset(self, shape, dtype, like)
-            array[...] = numpy.nan
+            array[...] = 0x7FFFFFFF if dtype == "int32" else numpy.nan
             return array
 
         monkeypatch.setattr(library, "empty", empty)

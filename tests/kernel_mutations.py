@@ -39,6 +39,7 @@ from cuflash.hardware import device
 from cuflash.jit import cache
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.problem.tile import Tiles
+from cuflash.runtime import calls as calls_of_cuflash
 from cuflash.runtime import launch
 from cuflash.simulator import Module, check, configure
 from cuflash.simulator.mutation import Mutant, mutants
@@ -91,9 +92,18 @@ BROADCAST_KEY = Inputs((2, 75, 2, 32), (1, 150, 1, 32), (2, 150, 2, 32), options
 BROADCAST_VALUE = Inputs((2, 75, 2, 32), (2, 150, 2, 32), (1, 150, 1, 32), options=(("enable_gqa", True),))
 BLIND_ROWS = Inputs((1, 170, 1, 32), (1, 75, 1, 32), (1, 75, 1, 32), options=(("causal_alignment", "bottom_right"),))
 FEW_QUERIES = Inputs((1, 20, 1, 32), (1, 150, 1, 32), (1, 150, 1, 32))
-SLABS = Inputs((1, 150, 1, 64), (1, 140, 1, 64), (1, 140, 1, 64))
-BLIND_SLABS = Inputs((1, 150, 1, 64), (1, 90, 1, 64), (1, 90, 1, 64), options=(("causal_alignment", "bottom_right"),))
-WINDOW_SLABS = Inputs((1, 150, 1, 64), (1, 300, 1, 64), (1, 300, 1, 64), options=(("window", (70, 60)),))
+SLABS = Inputs((1, 150, 3, 64), (1, 140, 1, 64), (1, 140, 1, 64), options=(("enable_gqa", True),))
+BLIND_SLABS = Inputs((1, 300, 2, 64), (1, 90, 2, 64), (1, 90, 2, 64), options=(("causal_alignment", "bottom_right"),))
+WINDOW_SLABS = Inputs((1, 150, 2, 64), (1, 300, 2, 64), (1, 300, 2, 64), options=(("window", (70, 60)),))
+BLIND_WINDOW_SLABS = Inputs((1, 500, 2, 64), (1, 90, 2, 64), (1, 90, 2, 64), options=(("window", (100, 20)),))
+LENGTHS_SLABS = Inputs((4, 150, 2, 64), (4, 90, 2, 64), (4, 90, 2, 64), options=(("seqlens_kv", np.array([90, 20, 70, 0], np.int32)),))
+MASKED_SLABS, BLIND_MASKED_SLABS = (
+    Inputs(
+        (1, seqlen, 4, 64), (1, 90, 4, 64), (1, 90, 4, 64),
+        options=(("attn_mask", (np.random.default_rng(1).random((seqlen, 90)) > 0.3) & (np.arange(seqlen) < seeing)[:, None]),),
+    )
+    for seqlen, seeing in ((150, 150), (400, 128))
+)  # fmt: skip
 WIDE = Inputs((1, 75, 1, 128), (1, 300, 1, 128), (1, 300, 1, 128))
 SLICED = Inputs((1, 70, 2, 288), (1, 75, 1, 288), (1, 75, 1, 288), options=(("enable_gqa", True),))
 SLICED_UNALIGNED = Inputs((1, 70, 1, 288), (1, 75, 1, 288), (1, 75, 1, 288), is_aligned=False)
@@ -146,7 +156,7 @@ class Variant:
     """One compilation of the kernels of a pass, and the calls that run it.
 
     A mutant survives a variant only if it survives all of its calls. Without a `tile` the calls choose theirs. `only` names the file of the one kernel
-    that is mutated, where the others are as in another variant.
+    that is mutated, where the others are as in another variant. `num_sms`: so many has the simulator, for blocks that stay.
     """
 
     name: str
@@ -158,6 +168,13 @@ class Variant:
     is_causal: bool = False
     allow_tf32: bool = False
     only: str | None = None
+    num_sms: int | None = None
+
+    @property
+    def device(self) -> device.Device:
+        """What the simulator poses as."""
+        on = device.of_arch(self.arch)
+        return on if self.num_sms is None else replace(on, num_sms=self.num_sms)
 
     def calls(self) -> list[Callable[[], Any]]:
         """The public calls, to be made while the simulator poses as `arch`."""
@@ -211,8 +228,20 @@ def _variants() -> Iterator[Variant]:
         )
     yield Variant("forward sm_90 bfloat16, 2 stages", "sm_90", "bfloat16", Tile(64, 32, 2, 2), both)
     slabs = {"forward_wgmma": Tile(128, 16, 8, 2)}
-    yield Variant("forward sm_90 bfloat16 wgmma causal, 2 stages", "sm_90", "bfloat16", slabs, (SLABS, BLIND_SLABS), is_causal=True)
-    yield Variant("forward sm_90 float16 wgmma window, 2 stages", "sm_90", "float16", slabs, (WINDOW_SLABS,))
+    yield Variant(
+        "forward sm_90 bfloat16 wgmma causal, 2 stages", "sm_90", "bfloat16", slabs, (SLABS, BLIND_SLABS), is_causal=True, num_sms=1
+    )
+    yield Variant("forward sm_90 float16 wgmma window, 2 stages", "sm_90", "float16", slabs, (WINDOW_SLABS, BLIND_WINDOW_SLABS), num_sms=1)
+    yield Variant("forward sm_90 float16 wgmma lengths, 2 stages", "sm_90", "float16", slabs, (LENGTHS_SLABS,), num_sms=1)
+    yield Variant(
+        "forward sm_90 bfloat16 wgmma boolean mask, 2 stages",
+        "sm_90",
+        "bfloat16",
+        slabs,
+        (MASKED_SLABS, BLIND_MASKED_SLABS),
+        only="forward_wgmma.cu",
+        num_sms=1,
+    )
     yield Variant("forward sm_80 float32, 1 stage", "sm_80", "float32", Tile(32, 32, 2, 1), both)
     yield Variant("forward sm_80 float32, 2 stages", "sm_80", "float32", Tile(32, 32, 2, 2), both)
     yield Variant("forward sm_80 TF32, 2 stages", "sm_80", "float32", Tile(32, 32, 2, 2), both, allow_tf32=True)
@@ -380,9 +409,11 @@ def run_variant(name: str) -> list[Outcome]:
         SimulatorError: the kernels as they are do not pass.
     """
     variant = VARIANTS[name]
-    previous = os.environ.get("CUFLASH_SIMULATOR_ARCH")
+    previous, found = os.environ.get("CUFLASH_SIMULATOR_ARCH"), device.of_memory
     os.environ["CUFLASH_SIMULATOR_ARCH"] = variant.arch
-    on = device.of_arch(variant.arch)
+    on = variant.device
+    device.of_memory = lambda kind, index: on
+    calls_of_cuflash._calls.clear()  # those that were made for another number of SMs
     outcomes = []
     try:
         calls = variant.calls()
@@ -397,6 +428,8 @@ def run_variant(name: str) -> list[Outcome]:
                 outcomes.append(Outcome(name, kernel.source, bare, caught, schedule))
         assert _catch(calls, want) == (SURVIVED, "")  # the original is back
     finally:
+        device.of_memory = found
+        calls_of_cuflash._calls.clear()
         if previous is None:
             del os.environ["CUFLASH_SIMULATOR_ARCH"]
         else:

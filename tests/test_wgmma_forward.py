@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -18,6 +19,7 @@ from cuflash.hardware import device
 from cuflash.planning import measured_tiles, tile_choice, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import FORWARD_WGMMA
+from cuflash.runtime import calls
 from cuflash.simulator import check
 
 pytest.importorskip("cupy")
@@ -28,11 +30,27 @@ SHORT = Tile(128, 32, 8, 2)
 """Many tiles of few keys."""
 
 
+NUM_SMS = 2
+"""Of the simulator, so that blocks have several tiles of queries."""
+
+
 @pytest.fixture(autouse=True)
 def asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel wherever it can run, the simulator as sm_90."""
+    """The kernel wherever it can run, the simulator as a small sm_90."""
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
     monkeypatch.setenv(wgmma_forward.VARIABLE, "1")
+    with_sms(monkeypatch, NUM_SMS)
+
+
+def with_sms(monkeypatch: pytest.MonkeyPatch, num_sms: int) -> None:
+    """Plans and calls on the simulator are made for so many from here on."""
+    found = device.of_memory
+    monkeypatch.setattr(
+        device,
+        "of_memory",
+        lambda kind, index: dataclasses.replace(found(kind, index), num_sms=num_sms) if kind == "cpu" else found(kind, index),
+    )
+    monkeypatch.setattr(calls, "_calls", {})  # those that were made for others
 
 
 @pytest.fixture(params=["sm_90", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
@@ -208,8 +226,9 @@ def test_probabilities_that_are_powers_of_two_add_up_exactly(hopper: Target, cas
 
 def test_scales(hopper: Target) -> None:
     inputs = inputs_of(hopper, (70, 90))
-    for scale in (1.0, 1e-30):
+    for scale in (1.0, 1e-30, -0.5, 0.0, 1e-45):
         checked(hopper, *inputs, scale=scale)
+    checked(hopper, *inputs, scale=-0.5, softcap=3.0)
 
 
 def test_lse_is_left_out(hopper: Target) -> None:
@@ -285,11 +304,6 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "float32": ({"dtype": "float32"}, "it takes 16-bit types, and this is float32"),
     "head_dim": ({"head_dim": 100}, "it takes multiples of 8 up to 256 for head_dim, and this is 100"),
     "head_dim_v": ({"head_dim_v": 264}, "it takes multiples of 8 up to 256 for head_dim, and this is 64/264"),
-    "mask": ({"attn_mask": numpy.ones((500, 500), bool)}, "it knows no attn_mask"),
-    "dropout": ({"dropout_p": 0.5, "dropout_seed": 1}, "it knows no dropout"),
-    "lengths": ({"seqlens_kv": numpy.array([500, 3], "int32")}, "it knows no lengths that are read on the device"),
-    "scale": ({"scale": -0.5}, "it takes positive scales, and this one is -0.5"),
-    "no scale": ({"scale": 0.0}, "it takes positive scales, and this one is 0"),
     "elements apart": ({"view": "strided_elements"}, "the TMA unit cannot copy query, whose head_dim has a stride of 3"),
     "rows apart": ({"view": "padded_rows"}, "the TMA unit cannot copy query, whose rows lie 520 bytes apart, no multiple of 16 from 0 to 2^40"),
     "backwards": ({"view": "reversed_rows"}, "the TMA unit cannot copy query, whose rows lie -512 bytes apart, no multiple of 16 from 0 to 2^40"),
@@ -363,5 +377,52 @@ def test_legal_tiles_fit_the_registers_that_warps_hand_each_other(head_dim: int)
         assert tile.tile_q == 16 * tile.num_warps
         assert head_dim // 2 + 3 * tile.tile_kv // 4 + 28 <= (240 if tile.num_warps == 8 else 160)
     (kernel,) = plan_of(head_dim).kernels
-    assert (kernel.num_threads, kernel.num_blocks) == (512, 2 * 4 * 3)
-    assert re.search(r"forward_wgmma: forward_wgmma.cu, .* 24 blocks of 512 threads", str(plan_of(head_dim)))
+    assert (kernel.num_threads, kernel.num_blocks, kernel.num_work) == (512, NUM_SMS, 2 * 4 * 3)
+    assert re.search(
+        r"forward_wgmma: forward_wgmma.cu, .* 2 blocks of 512 threads, which stay for 24 tiles of queries", str(plan_of(head_dim))
+    )
+
+
+# --- Blocks that stay ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_take_tiles_from_a_counter_where_these_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where there are more of them than blocks."""
+
+    def counts(**options: Any) -> bool:
+        plan = plan_of(**options)
+        assert [buffer.name for buffer in plan.workspace if buffer.is_zeroed] == ["next_work"] * plan.kernels[-1].counts_work
+        return plan.kernels[-1].counts_work
+
+    assert not counts()
+    assert counts(is_causal=True)
+    assert counts(window=(30, 0))
+    with_sms(monkeypatch, 23)
+    assert counts(is_causal=True)
+    with_sms(monkeypatch, 24)
+    assert not counts(is_causal=True)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_how_many_blocks_there_are_changes_no_bit(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = inputs_of(HOST, (300, 200), heads=(4, 2), batches=(2, 2))
+    options = {"enable_gqa": True, "return_lse": True, "tile": {NAME: SHORT}, **MASKS[mask]}
+    results = []
+    for num_sms in (1, 2, 5, 100):
+        with_sms(monkeypatch, num_sms)
+        results.append([Target.bits(x) for x in cuflash.scaled_dot_product_attention(*inputs, **options)])
+    assert results == results[:1] * 4
+
+
+def test_a_kept_call_counts_from_the_beginning_each_time() -> None:
+    inputs = inputs_of(HOST, (500, 50))
+    first = Target.bits(cuflash.scaled_dot_product_attention(*inputs, is_causal=True))
+    for _ in range(2):
+        assert Target.bits(cuflash.scaled_dot_product_attention(*inputs, is_causal=True)) == first
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_a_second_tile_of_queries_where_shared_memory_has_room(head_dim: int) -> None:
+    (kernel,) = plan_of(head_dim).kernels
+    assert ("Q_STAGES = 2" in kernel.config) == (head_dim == 64)
+    checked(HOST, *inputs_of(HOST, (270, 40), head_dim, heads=(2, 1)), is_causal=True)

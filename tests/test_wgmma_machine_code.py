@@ -34,14 +34,20 @@ def default_tile(dtype: str, head_dim: int) -> Tile:
 
 
 def report_of(
-    dtype: str, head_dim: int, is_causal: bool, tile: Tile | None = None, features: FeatureSet = NO_FEATURES, head_dim_v: int = 0
+    dtype: str,
+    head_dim: int,
+    is_causal: bool,
+    tile: Tile | None = None,
+    features: FeatureSet = NO_FEATURES,
+    head_dim_v: int = 0,
+    **lengths: bool,
 ) -> Report:
     case = KernelCase(FORWARD_WGMMA, dtype, head_dim, head_dim_v=head_dim_v, features=features)
     kernels = offline_kernels(
-        ON, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v or None, is_causal=is_causal, backward=False, features=features,
+        ON, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v or None, is_causal=is_causal, backward=False, features=features, **lengths,
         tile={"forward_wgmma": tile or tile_choice.default_tile(case, ON)},
     )  # fmt: skip
-    (report,) = inspect_kernels((ON, kernel) for kernel in kernels)
+    (report,) = inspect_kernels((ON, kernel) for kernel in kernels if kernel.name == "forward_wgmma")
     return report
 
 
@@ -87,6 +93,23 @@ ALL = FeatureSet(window=True, softcap=True, alibi=True, sinks=True)
 def test_other_head_dims_and_features_fit_the_registers(head_dim: int, head_dim_v: int, features: FeatureSet) -> None:
     report = report_of("float16", head_dim, True, features=features, head_dim_v=head_dim_v)
     assert_as_meant(report)
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("lengths", ["varlen", "seqlens_kv"])
+def test_lengths_fit_the_registers(lengths: str, head_dim: int) -> None:
+    assert_as_meant(report_of("bfloat16", head_dim, True, **{lengths: True}))
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize(
+    "features",
+    [FeatureSet(attn_mask=kind) for kind in ("bool", "bfloat16", "float32")] + [FeatureSet(segments=True), FeatureSet(prefix=True), FeatureSet(dropout=True)], ids=str
+)  # fmt: skip
+def test_masks_and_dropout_fit_the_registers(features: FeatureSet, head_dim: int) -> None:
+    assert_as_meant(report_of("float16", head_dim, True, features=features))
 
 
 @pytest.mark.sample(2)

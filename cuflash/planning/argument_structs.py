@@ -160,7 +160,7 @@ FORWARD_ARGUMENTS = _struct(
 FORWARD_WGMMA_ARGUMENTS = _struct(
     "ForwardWgmmaArguments",
     ("query", MAPPED_TENSOR), ("key", MAPPED_TENSOR), ("value", MAPPED_TENSOR), ("out", TENSOR_VIEW), ("lse", ROW_VIEW), ("geometry", GEOMETRY),
-    ("features", FEATURE_ARGUMENTS),
+    ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS), ("next_work", WORD), ("num_work", INT),
 )  # fmt: skip
 BACKWARD_ARGUMENTS = _struct(
     "BackwardArguments",

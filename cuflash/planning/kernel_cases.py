@@ -20,6 +20,7 @@ _SLICE_COLUMNS_FLOAT32 = 144
 ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; with an additive mask 4 more for its log2_sum
 
 _MBARRIER_BYTES = 8
+_TILE_WORK_BYTES, _LIST_ENTRY_BYTES = 32, 8  # of each stage of Q and of K in kernels/forward_wgmma.cu
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,16 @@ def operand_bytes(case: KernelCase, device: Device, slice_pieces: int = 0) -> tu
 
 def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
     """Dynamic shared memory of a block; the kernels assert the same number."""
-    return _shared_bytes(case, tile, device, case.slice_pieces(device))
+    return _shared_bytes(case, tile, device, case.slice_pieces(device), kept_stages(case, tile, device))
 
 
-def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: int) -> int:
+def kept_stages(case: KernelCase, tile: Tile, device: Device) -> int:
+    """How many tiles of what blocks own are in shared memory: 2 of a kernel whose blocks copy the next one ahead, where they fit, else 1."""
+    fits = case.kernel.stays and _shared_bytes(case, tile, device, case.slice_pieces(device), 2) <= device.shared_memory_per_block
+    return 2 if fits else 1
+
+
+def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: int, kept_stages: int = 1) -> int:
     kept, streamed = operand_bytes(case, device, slice_pieces)
     slices = case.head_slices(device)
     exchange = 4 * slices * len(case.kernel.scores) * tile.tile_q * tile.tile_kv if slices > 1 else 0
@@ -129,8 +136,9 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
     if case.kernel.added_up:
         exchange += case.smem_itemsize(device) * tile.tile_q * tile.tile_kv
     if case.kernel.maps_tensors:
-        exchange += _MBARRIER_BYTES * (1 + 4 * tile.num_stages)
-    return kept * case.kept_rows(tile) + tile.num_stages * case.streamed_rows(tile) * (streamed + statistics) + exchange
+        of_queries, of_keys = _TILE_WORK_BYTES + 2 * _MBARRIER_BYTES, _LIST_ENTRY_BYTES + 4 * _MBARRIER_BYTES
+        exchange += kept_stages * of_queries + tile.num_stages * of_keys + _MBARRIER_BYTES
+    return kept_stages * kept * case.kept_rows(tile) + tile.num_stages * case.streamed_rows(tile) * (streamed + statistics) + exchange
 
 
 def multiply_adds(case: KernelCase, tile: Tile, device: Device) -> int:

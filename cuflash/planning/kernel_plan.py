@@ -25,11 +25,13 @@ class Buffer:
         name: of its address in the argument structs.
         shape: of a result in the caller's form.
         dtype: element type.
+        is_zeroed: before the first kernel of each call.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    is_zeroed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +65,8 @@ class KernelPlan:
         num_tiles: tiles that one (batch, head) is cut into.
         group_batch, group_heads: batches and query heads summed into one K/V gradient; 1 elsewhere.
         section_heads: (batch, head) pairs whose blocks are launched together, the longest first (block_order.py), or of the fused kernel K/V heads.
+        num_work: tiles of all heads: a block for each, or blocks that stay and compute one after the other.
+        counts_work: those take the next one from a counter, not at fixed strides.
     """
 
     case: KernelCase
@@ -73,6 +77,8 @@ class KernelPlan:
     group_batch: int = 1
     group_heads: int = 1
     section_heads: int = 1
+    num_work: int = 0
+    counts_work: bool = False
 
     @property
     def spec(self) -> KernelSpec:

@@ -144,6 +144,11 @@ class KernelSpec:
         return self.implementation == "wgmma"
 
     @property
+    def stays(self) -> bool:
+        """Its blocks compute one tile after the other, as many blocks as run at one time."""
+        return self.implementation == "wgmma"
+
+    @property
     def owns_keys(self) -> bool:
         """Blocks own keys and stream queries; those of the others own queries and stream keys."""
         return self.rows_of in ("key", "value")
@@ -179,7 +184,7 @@ FORWARD = KernelSpec(
 FORWARD_WGMMA = KernelSpec(
     "forward_wgmma", "forward_wgmma.cu", FORWARD_WGMMA_ARGUMENTS, "wgmma",
     rows_of="query", kept=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
-    block_warps=(8, 12), copying_warps=4, max_warp_rows=16, walks_lists=False, costs=_FORWARD_COSTS,
+    block_warps=(8, 12), copying_warps=4, max_warp_rows=16, workspace=("next_work",), costs=_FORWARD_COSTS,
 )  # fmt: skip
 """Hopper's own instructions; it is asked for (wgmma_forward.py)."""
 

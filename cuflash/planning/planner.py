@@ -28,6 +28,7 @@ from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
 
 MAX_GRID = 2**31 - 1
+SMALLEST_SCALE = 2.0**-126  # that is positive and a normal float32
 MAX_SHARED_SLICES = 5  # of a wide head, beyond which dK and dV take a kernel each
 
 
@@ -67,9 +68,11 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
                 planned.append(_sinks_kernel(problem, device))
         kernels = tuple(planned)
     for kernel in kernels:
-        if kernel.num_blocks > MAX_GRID:
+        if max(kernel.num_blocks, kernel.num_work) > MAX_GRID:
             hint = "Split the call along the batch."
-            raise UnsupportedError("query", f"{kernel.num_blocks} tiles over batch and heads", f"at most {MAX_GRID}", hint)
+            raise UnsupportedError(
+                "query", f"{max(kernel.num_blocks, kernel.num_work)} tiles over batch and heads", f"at most {MAX_GRID}", hint
+            )
     outputs = _gradients(problem) if backward else _results(problem)
     return Plan(problem, device, backward, kernels, outputs, _workspace(problem, kernels), choice)
 
@@ -150,6 +153,9 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         **case.features.constants(),
         **dict(spec.constants),
     }
+    if spec.stays:
+        constants["Q_STAGES"] = kernel_cases.kept_stages(case, tile, device)
+        constants["ANY_SCALE"] = problem.scale < SMALLEST_SCALE
     batch, heads, num_tiles = _owned(case, tile, problem)
     group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
     if problem.num_sequences is not None:
@@ -160,10 +166,19 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         resident = tile_model.blocks_per_sm(case, tile, device) * device.num_sms
         section = block_order.section_heads(case, problem, device, pairs=batch * heads, resident_blocks=resident)
     num_threads = 32 * (tile.num_warps + spec.copying_warps)
+    num_work = num_tiles * heads * batch
+    num_blocks = min(num_work, device.num_sms) if spec.stays else num_work
     return KernelPlan(
-        case, tile, config_text(problem.dtype, constants), LaunchShape(num_tiles * heads * batch, num_threads, shared_bytes), num_tiles,
-        group_batch, group_heads, section,
+        case, tile, config_text(problem.dtype, constants), LaunchShape(num_blocks, num_threads, shared_bytes), num_tiles,
+        group_batch, group_heads, section, num_work, num_work > num_blocks and _works_differ(problem),
     )  # fmt: skip
+
+
+def _works_differ(problem: Problem) -> bool:
+    """Whether some tiles of queries see more keys than others."""
+    kinds = problem.features.kinds
+    hides = problem.is_causal or kinds.window or kinds.prefix or kinds.lists_tiles
+    return hides or problem.seqlens_kv or problem.num_sequences is not None
 
 
 def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, int]:
@@ -238,6 +253,7 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffe
         Buffer("row_statistics", (rows, kernel_cases.ROW_STATISTICS_BYTES // 4), "float32"),
         Buffer("log2_sums", (rows if problem.features.kinds.additive_mask else 0,), "float32"),
         Buffer("visible_tiles", (max((_list_entries(kernel, problem) for kernel in kernels), default=0),), "int32"),
+        Buffer("next_work", (sum(kernel.counts_work for kernel in kernels),), "int32", is_zeroed=True),
     )
     needed = {name for kernel in kernels for name in kernel.spec.workspace}
     return tuple(buffer for buffer in (*buffers, *fused_backward.workspace(problem, kernels)) if buffer.name in needed and buffer.nbytes)

@@ -22,6 +22,9 @@ WGMMA_REGISTERS = {8: 240, 12: 160}
 """Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/forward_wgmma.cu."""
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
 _WGMMA_SOFTCAP_REGISTERS = 20
+_WGMMA_DROPOUT_REGISTERS = 24
+_WGMMA_MASK_REGISTERS = {None: 0, "bool": 1, "float16": 1, "bfloat16": 1, "float32": 2}
+"""Of a tile of a mask, for each four keys."""
 
 
 def lacking(case: KernelCase, device: Device) -> str | None:
@@ -81,12 +84,21 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     if case.kernel.implementation == "wgmma":
         if tile.tile_kv > WGMMA_MAX_COLUMNS:
             return f"tile_kv must be at most {WGMMA_MAX_COLUMNS}, the columns of a wgmma and the rows of a TMA box"
-        # P lives beside the next scores
         limit = WGMMA_REGISTERS[tile.num_warps]
-        needed += tile.tile_kv // 4 + _WGMMA_OTHER_REGISTERS + _WGMMA_SOFTCAP_REGISTERS * case.features.softcap - 24
+        needed += _wgmma_registers(case, tile) - 24
     if needed > limit:
         return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"
     return None
+
+
+def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
+    """Registers per thread of a kernel of wgmma besides accumulators, by what spilled and what did not; P lives beside the next scores."""
+    features = case.features
+    needed = tile.tile_kv // 4 * (1 + _WGMMA_MASK_REGISTERS[features.attn_mask])
+    needed += _WGMMA_OTHER_REGISTERS + _WGMMA_SOFTCAP_REGISTERS * features.softcap + _WGMMA_DROPOUT_REGISTERS * features.dropout
+    if tile.num_warps == 8:  # wide outputs, and the warp that copies keeps more where there are lists
+        needed += 28 * features.lists_tiles + 12 * features.segments + 8 * (features.attn_mask is not None)
+    return needed
 
 
 def _shares_out(tile: Tile, columns: int) -> bool:

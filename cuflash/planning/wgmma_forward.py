@@ -17,9 +17,7 @@ from cuflash.problem.tile import Tiles
 VARIABLE = "CUFLASH_FORWARD_WGMMA"
 """Environment variable; 1: the kernel wherever it can run. Looked at when a call is planned, so not by calls whose like was made before."""
 
-_SMALLEST_SCALE = 2.0**-126  # the smallest normal float32
 _MAX_STRIDE_BYTES = 2**40
-_UNKNOWN_FEATURES = ("attn_mask", "dropout", "segments", "prefix")
 
 
 def kernels(problem: Problem, device: Device, tile: Tiles) -> tuple[KernelSpec, ...]:
@@ -35,15 +33,8 @@ def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
     if (lacking := tile_rules.lacking(_case(problem), device)) is not None:
         return lacking
-    for name in _UNKNOWN_FEATURES:
-        if getattr(problem.features.kinds, name):
-            return f"it knows no {name}"
     if problem.seqlen_kv == 0:
         return "there are no keys to copy"
-    if problem.num_sequences is not None or problem.seqlens_kv:
-        return "it knows no lengths that are read on the device"
-    if not problem.scale >= _SMALLEST_SCALE:
-        return f"it takes positive scales, and this one is {problem.scale:.6g}"
     for name, view in (("query", problem.query), ("key", problem.key), ("value", problem.value)):
         if (unmapped := _why_unmapped(view, problem.itemsize)) is not None:
             return f"the TMA unit cannot copy {name}, {unmapped}"

@@ -71,6 +71,23 @@ class _SimulatorExecutable:
         self._module.launch((shape.num_blocks, 1, 1), (shape.num_threads, 1, 1), shape.shared_bytes, arguments, buffers)
 
 
+def clear_memory(device: Device, address: int, nbytes: int, stream: int) -> None:
+    """Zeros in memory of the device, in the order of the stream; a CUDA graph captures it."""
+    if device.kind == "simulator":
+        ctypes.memset(address, 0, nbytes)
+        return
+    from cupy.cuda import runtime
+
+    previous = runtime.getDevice()
+    if previous != device.index:
+        runtime.setDevice(device.index)
+    try:
+        runtime.memsetAsync(address, 0, nbytes, stream)
+    finally:
+        if previous != device.index:
+            runtime.setDevice(previous)
+
+
 def simulated_memory(extents: Mapping[str, tuple[int, int]], addresses: Mapping[str, int], written: Container[str]) -> list[Buffer]:
     """What the kernels of a call may touch; reading what is in `written` before a kernel has written it is an error."""
     from cuflash.simulator import Buffer

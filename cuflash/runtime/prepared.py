@@ -21,7 +21,7 @@ from cuflash.problem.layout import View
 from cuflash.problem.problem import BackwardViews
 from cuflash.runtime import arguments
 from cuflash.runtime.arguments import Arguments, Value, Values
-from cuflash.runtime.launch import Executable, simulated_memory
+from cuflash.runtime.launch import Executable, clear_memory, simulated_memory
 from cuflash.runtime.tensor_maps import TensorMap
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class PreparedCall:
         self.launches: list[_Launch] = []
         made = (*plan.outputs, *plan.workspace)
         self.written = frozenset(buffer.name for buffer in made)  # what nothing but its kernels fills
+        self.zeroed = tuple(buffer for buffer in plan.workspace if buffer.is_zeroed)
         self.extents |= {buffer.name: (0, buffer.nbytes) for buffer in made}
         for name, array in inputs.items():
             self.add_extent(name, array)
@@ -97,7 +98,9 @@ class PreparedCall:
             stream = self.framework.current_stream(self.device.index)
         else:
             self.check_offsets(addresses)
-            buffers = simulated_memory(self.extents, addresses, self.written)
+            buffers = simulated_memory(self.extents, addresses, self.written.difference(buffer.name for buffer in self.zeroed))
+        for buffer in self.zeroed:
+            clear_memory(self.device, addresses[buffer.name], buffer.nbytes, stream)
         for executable, shape, struct in self.launches:
             executable.launch(shape, struct.fill(addresses), stream, buffers)
 
@@ -124,7 +127,7 @@ class PreparedCall:
         for kernel, loaded in zip(self.plan.kernels, executables, strict=True):
             own: Values = {
                 "geometry": arguments.geometry(problem, kernel.num_tiles, kernel.section_heads),
-                "group_batch": kernel.group_batch, "group_heads": kernel.group_heads,
+                "group_batch": kernel.group_batch, "group_heads": kernel.group_heads, "num_work": kernel.num_work,
             }  # fmt: skip
             struct = kernel.spec.arguments
             launches.append(_Launch(loaded, kernel.shape, Arguments(struct, arguments.of_struct(struct, {**values, **own}), words)))

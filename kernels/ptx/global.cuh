@@ -24,6 +24,12 @@ DEVICE int fetch_add_relaxed(int* address, int addend) {
   return value;
 }
 
+DEVICE uint32 fetch_add_relaxed(uint32* address, uint32 addend) {
+  uint32 value;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(value) : "l"(address), "r"(addend) : "memory");
+  return value;
+}
+
 DEVICE void add_relaxed(int* address, int addend) { asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(addend) : "memory"); }
 
 DEVICE void add_relaxed(float* address, float addend) {

@@ -19,6 +19,8 @@ DEVICE void mbarrier_arrive_expect(SmemAddress barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+DEVICE void mbarrier_arrive(SmemAddress barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+
 // Where `arrives` holds. A predicate of the instruction itself: a branch would cut the schedule of what lies around it.
 DEVICE void mbarrier_arrive_if(bool arrives, SmemAddress barrier) {
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %0, 0; @p mbarrier.arrive.shared::cta.b64 _, [%1]; }" ::"r"(int(arrives)), "r"(barrier) : "memory");

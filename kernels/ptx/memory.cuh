@@ -28,6 +28,12 @@ DEVICE void ldmatrix_x4_trans(uint32 (&frag)[4], SmemAddress address) {
                : "memory");
 }
 
+DEVICE int load_shared_int(SmemAddress address) {
+  int value;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
 DEVICE float load_shared_f32(SmemAddress address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
@@ -109,3 +115,6 @@ DEVICE void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 #endif
 }
+
+// Between ordinary accesses to shared memory and those of asynchronous units, TMA and wgmma, that come behind them. PTX ISA 9.7.13.6 "membar".
+DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

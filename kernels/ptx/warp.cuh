@@ -8,6 +8,7 @@ DEVICE float shfl(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane);
 
 // A number that is the same in all lanes, which the assembler cannot know: from here on it does.
 DEVICE uint32 uniform(uint32 x) { return __shfl_sync(0xffffffffu, x, 0); }
+DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 DEVICE bool all_lanes(bool x) { return __all_sync(0xffffffffu, x); }

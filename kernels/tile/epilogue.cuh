@@ -77,11 +77,20 @@ DEVICE void store_slice(const float (&c)[M][N][4], SmemAddress smem, int warp_ro
 // Zeros in rows begin .. end - 1, which no sequence's block computes (tile/sequence.cuh); this block does TILE_ROWS of them at a time, as its
 // tile says, and goes on at `num_tiles` tiles further.
 template <typename Element, int NUM_THREADS, int TILE_ROWS, int DIM>
-DEVICE void clear_rows(const TensorView& view, int head, int begin, int end, int tile, int num_tiles) {
+DEVICE void clear_rows(const TensorView& view, int head, int begin, int end, int tile, int num_tiles, int thread = int(threadIdx.x)) {
   Element* destination = view.row_pointer<Element>(0, head);
   for (int64 first = begin + int64(tile) * TILE_ROWS; first < end; first += int64(num_tiles) * TILE_ROWS) {
     const int rows = int(min(int64(TILE_ROWS), end - first));
-    for (int index = int(threadIdx.x); index < rows * DIM; index += NUM_THREADS)
+    for (int index = thread; index < rows * DIM; index += NUM_THREADS)
       destination[(first + index / DIM) * view.stride_seqlen + index % DIM * view.stride_dim] = from_float<Element>(0.0f);
   }
+}
+
+// The same of out, and LSE -inf: what a forward kernel leaves in rows that no query computes. `thread` is one of NUM_THREADS.
+template <typename Arguments>
+DEVICE void clear_queries(const Arguments& arguments, int head, int begin, int end, int tile, int num_tiles, int thread = int(threadIdx.x)) {
+  clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM_V>(arguments.out, head, begin, end, tile, num_tiles, thread);
+  if (arguments.lse.data == nullptr) return;
+  for (int64 row = begin + int64(tile) * NUM_THREADS + thread; row < end; row += int64(num_tiles) * NUM_THREADS)
+    *arguments.lse.pointer(0, head, int(row)) = -infinity();
 }

@@ -1,4 +1,4 @@
-// A ring of STAGES tiles in shared memory between one thread that asks for copies and warpgroups that compute: a place in it, and the mbarriers that
+// A ring of STAGES tiles in shared memory between one warp that asks for copies and warpgroups that compute: a place in it, and the mbarriers that
 // hand its tiles to and fro. Each side has a ring of its own and goes through the tiles in the same order.
 #pragma once
 #include "ptx/mbarrier.cuh"
@@ -9,15 +9,17 @@ class Ring {
  public:
   int stage = 0;  // of the tile whose turn it is
 
-  // `barriers`: 2 STAGES of them, all "full" ones first.
+  static constexpr int BYTES = 2 * STAGES * MBARRIER_BYTES;
+
+  // `barriers`: BYTES of them, all "full" ones first.
   DEVICE explicit Ring(SmemAddress barriers) : barriers(barriers) {}
 
-  // One thread, before any other looks at the barriers.
-  DEVICE void init(int warpgroups) const {
+  // One thread, before any other looks at the barriers. So many arrivals make a stage empty.
+  DEVICE void init(int arrivals) const {
 #pragma unroll
     for (int i = 0; i < STAGES; ++i) {
       mbarrier_init(barriers + i * MBARRIER_BYTES, 1);
-      mbarrier_init(barriers + (STAGES + i) * MBARRIER_BYTES, warpgroups);
+      mbarrier_init(barriers + (STAGES + i) * MBARRIER_BYTES, arrivals);
     }
   }
 
@@ -39,6 +41,12 @@ class Ring {
   // several rings, arrivals stay single instructions, while two of one thread would be made a branch.
   DEVICE void release(int warp) {
     mbarrier_arrive_if(threadIdx.x % WARPGROUP_SIZE == warp * WARP_SIZE, empty());
+    advance();
+  }
+
+  // The same where each warp says so for itself.
+  DEVICE void release_by_each_warp() {
+    mbarrier_arrive_if(threadIdx.x % WARP_SIZE == 0, empty());
     advance();
   }
 

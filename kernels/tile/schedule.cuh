@@ -7,8 +7,7 @@ struct Work {
 };
 
 // Head by head: tiles of one head are neighbours, so that they share K and V in L2.
-DEVICE Work work_of_block(int num_tiles, int num_heads) {
-  const int index = int(blockIdx.x);
+DEVICE Work work_of_block(int num_tiles, int num_heads, int index = int(blockIdx.x)) {
   const int tile = index % num_tiles;
   const int head = index / num_tiles % num_heads;
   return {tile, head, index / num_tiles / num_heads};
@@ -17,9 +16,8 @@ DEVICE Work work_of_block(int num_tiles, int num_heads) {
 // The same where blocks are equally long. Under a causal mask, by sections of section_heads (batch, head) pairs, and within each the longest tiles of
 // all its pairs first (cuflash/planning/block_order.py): of queries the last tile, which sees the most keys, of keys the first.
 template <bool CAUSAL, bool LAST_TILE_FIRST>
-DEVICE Work work_longest_first(const Geometry& geometry, int num_heads) {
-  if constexpr (!CAUSAL) return work_of_block(geometry.num_tiles, num_heads);
-  const int index = int(blockIdx.x);
+DEVICE Work work_longest_first(const Geometry& geometry, int num_heads, int index = int(blockIdx.x)) {
+  if constexpr (!CAUSAL) return work_of_block(geometry.num_tiles, num_heads, index);
   const int of_section = geometry.section_heads * geometry.num_tiles;
   const int section = index / of_section, within = index - section * of_section;
   const int tile = within / geometry.section_heads;

@@ -3,6 +3,7 @@
 // columns of the tensor is zero.
 #pragma once
 #include "ptx/tensor_map.cuh"
+#include "ptx/warp.cuh"
 #include "ptx/wgmma.cuh"
 
 constexpr int SLAB_COLUMNS = 64;
@@ -20,6 +21,14 @@ struct SlabTile {
   DEVICE static void load(SmemAddress tile, const TensorMap& map, int row, int head, int batch, SmemAddress mbarrier) {
 #pragma unroll
     for (int slab = 0; slab < SLABS; ++slab) load_box(tile + slab * SLAB_BYTES, map, slab * SLAB_COLUMNS, row, head, batch, mbarrier);
+  }
+
+  // Zeros in the rows from `row` on, by a whole warp. Chunks are exchanged within a row, so it is all of them.
+  DEVICE static void clear_from(SmemAddress tile, int row) {
+#pragma unroll
+    for (int slab = 0; slab < SLABS; ++slab)
+      for (int offset = row * SLAB_COLUMNS * 2 + lane_index() * 16; offset < SLAB_BYTES; offset += WARP_SIZE * 16)
+        store_shared(tile + slab * SLAB_BYTES + offset, Chunk{});
   }
 
   DEVICE static uint64 descriptor(SmemAddress tile) { return wgmma_descriptor(tile, SLAB_BYTES); }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from test_tensor_maps import Driver
 import cuflash
 from cuflash import reference
 from cuflash.errors import DeviceError
+from cuflash.hardware import device
 from cuflash.jit import cache
 from cuflash.planning import wgmma_forward
 from cuflash.runtime import calls, launch, tensor_maps
@@ -235,6 +237,28 @@ def test_tensor_maps_come_from_the_driver(dtype: Any, launches: list[Any], monke
     assert len(driver.calls) == 6, "another kind of call, since out is given"
     assert [launched.name for launched in launches] == ["forward_wgmma"] * 3
     calls._calls.clear()
+
+
+def test_blocks_that_stay_count_their_tiles_from_0_in_each_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counter is set to 0 in the stream, and by the graph, on the device of the arrays."""
+    driver = Driver(for_simulator=True)
+    driver.has_context = lambda: cupy.cuda._here.has_context
+    monkeypatch.setattr(tensor_maps, "_driver_function", lambda: driver.function)
+    monkeypatch.setenv(wgmma_forward.VARIABLE, "1")
+    monkeypatch.setattr(device, "of_memory", lambda kind, index: dataclasses.replace(device.gpu(index), num_sms=2))
+    monkeypatch.setattr(calls, "_calls", {})
+    with cupy.cuda.Device(1):
+        arrays, stream = inputs(seqlen=300), cupy.cuda.Stream(non_blocking=True)
+    assert cuflash.plan(*arrays, is_causal=True).kernels[0].counts_work
+    want = attention(*arrays, is_causal=True)
+    with cupy.cuda.Device(1), stream:
+        stream.begin_capture()
+        out = attention(*arrays, is_causal=True)
+        graph = stream.end_capture()
+        for _ in range(2):
+            out[...] = 0
+            graph.launch(stream)
+            assert same([out], [want])
 
 
 def test_a_failing_launch_is_an_error_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,8 +115,22 @@ class Device:
         check_alive()
 
 
+def _memset_async(address: int, value: int, size: int, stream: int) -> None:
+    check_alive()
+    on = _streams.get(stream)
+    if on is None or on.device not in (None, _here.device):
+        raise CUDARuntimeError("cudaErrorInvalidResourceHandle: invalid resource handle")
+    if not any(memory.ptr <= address and address + size <= memory.ptr + memory.size for memory in live_memory()):
+        raise CUDARuntimeError("cudaErrorInvalidValue: invalid argument")
+    if on.captured is None:
+        ctypes.memset(address, value, size)
+    else:
+        on.captured.append(lambda: ctypes.memset(address, value, size) and None)
+
+
 runtime = SimpleNamespace(
     CUDARuntimeError=CUDARuntimeError,
+    memsetAsync=_memset_async,
     getDevice=lambda: _here.device,
     setDevice=_set_device,
     getDeviceCount=lambda: DEVICES,

@@ -1,0 +1,68 @@
+// What both sides of a block of forward_wgmma.cu know, the warp that copies and the warpgroups that compute: tiles and registers, where everything
+// lies in shared memory, and over which key tiles the block walks.
+#pragma once
+#include "tile/constants.cuh"
+#include "tile/ring.cuh"
+#include "tile/slab_tile.cuh"
+#include "tile/visibility.cuh"
+#include "tile/visible_tiles.cuh"
+#include "tile/work_queue.cuh"
+
+constexpr int WARPGROUP_ROWS = 64;  // those of a wgmma
+constexpr int WARPGROUPS = TILE_Q / WARPGROUP_ROWS;  // that compute
+constexpr int S_TILES = TILE_KV / 8;
+constexpr int P_STEPS = TILE_KV / 16;  // of the depth of P V
+constexpr int Q_STAGES = Config::Q_STAGES;
+
+using WarpgroupQ = SlabTile<WARPGROUP_ROWS, HEAD_DIM>;
+using RingK = SlabTile<TILE_KV, HEAD_DIM>;
+using RingV = SlabTile<TILE_KV, HEAD_DIM_V>;
+
+constexpr int Q_BYTES = WARPGROUPS * WarpgroupQ::BYTES;
+constexpr int O_COLUMNS =
+    WarpgroupQ::SLABS * SLAB_COLUMNS < 8 * DV_TILES ? WarpgroupQ::SLABS * SLAB_COLUMNS : 8 * DV_TILES;  // that pass through Q at a time
+// setmaxnreg moves the registers of a block, which are what its threads start with: 512 threads with 128 each, 384 with 168. Whoever copies needs
+// more of them where a sequence has a beginning and lengths of its own, or a list of tiles.
+constexpr bool COPIES_MUCH = RAGGED || TILE_LISTS;
+constexpr int FIRST_REGISTERS = WARPGROUPS == 3 ? 128 : 168;
+constexpr int COPYING_REGISTERS = WARPGROUPS == 3 ? 32 : COPIES_MUCH ? 40 : 24;
+constexpr int COMPUTING_REGISTERS = WARPGROUPS == 3 ? 160 : COPIES_MUCH ? 232 : 240;
+
+static_assert(WARPGROUPS == 2 || WARPGROUPS == 3, "num_warps must be 8 or 12");
+static_assert(COPYING_REGISTERS + WARPGROUPS * COMPUTING_REGISTERS <= (1 + WARPGROUPS) * FIRST_REGISTERS, "nobody could hand on so many registers");
+static_assert(TILE_KV <= 256, "tile_kv must be at most the columns of a wgmma");
+static_assert(TILE_Q == 16 * NUM_WARPS, "tile_q must be 16 rows for each warp");
+
+// Where everything lies in shared memory.
+struct SharedMemory {
+  static constexpr int LIST_ENTRY_BYTES = 8;
+  static constexpr int BYTES = Q_STAGES * (Q_BYTES + TileWork::BYTES) + NUM_STAGES * (RingK::BYTES + RingV::BYTES + LIST_ENTRY_BYTES) +
+                               Ring<Q_STAGES>::BYTES + 2 * Ring<NUM_STAGES>::BYTES + MBARRIER_BYTES;
+  SmemAddress base;
+
+  DEVICE SmemAddress Q(int stage, int warpgroup) const { return base + stage * Q_BYTES + warpgroup * WarpgroupQ::BYTES; }
+  DEVICE SmemAddress K(int stage) const { return Q(Q_STAGES, 0) + stage * RingK::BYTES; }
+  DEVICE SmemAddress V(int stage) const { return K(NUM_STAGES) + stage * RingV::BYTES; }
+  DEVICE SmemAddress work(int Q_stage) const { return V(NUM_STAGES) + Q_stage * TileWork::BYTES; }
+  DEVICE SmemAddress list_entry(int K_stage) const { return work(Q_STAGES) + K_stage * LIST_ENTRY_BYTES; }
+  DEVICE Ring<Q_STAGES> Q_ring() const { return Ring<Q_STAGES>(list_entry(NUM_STAGES)); }
+  DEVICE Ring<NUM_STAGES> K_ring() const { return Ring<NUM_STAGES>(list_entry(NUM_STAGES) + Ring<Q_STAGES>::BYTES); }
+  DEVICE Ring<NUM_STAGES> V_ring() const { return Ring<NUM_STAGES>(V_landed() - Ring<NUM_STAGES>::BYTES); }
+  DEVICE SmemAddress V_landed() const { return base + BYTES - MBARRIER_BYTES; }
+};
+
+static_assert(SharedMemory::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
+
+// The key tiles that a block walks over for a tile of queries: steps begin .. end - 1. Those of lists are read a step ahead.
+using KeyTiles = VisibleTilesAhead<1>;
+struct Walk {
+  KeyTiles tiles;
+  int begin, end;
+
+  DEVICE Walk(const ForwardWgmmaArguments& arguments, const Work& work, const Visibility& visibility)
+      : tiles(arguments.geometry, arguments.features, work.batch, work.head, work.tile, ceil_div(arguments.geometry.seqlen_kv, TILE_KV)) {
+    const int first_q = work.tile * TILE_Q;
+    begin = TILE_LISTS ? 0 : uniform(visibility.first_key(first_q) / TILE_KV);
+    end = uniform(TILE_LISTS ? tiles.count() : ceil_div(visibility.end_key(first_q, first_q + TILE_Q), TILE_KV));
+  }
+};

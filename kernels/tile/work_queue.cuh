@@ -1,0 +1,94 @@
+// The tiles of queries that a persistent block computes, one after the other, and how the warp that finds the next one tells those that compute.
+//
+// There are as many blocks as run at one time. Each begins with the tile of its own number. Those behind it a block takes from a counter in global
+// memory where tiles take different times, so that no block waits for another one, and else every gridDim.x-th. Which block computes a tile changes
+// no bit of it. The counter is 0 before the launch.
+//
+// A tile of a sequence with lengths of its own (tile/sequence.cuh) comes with these, so that only one warp of a block waits for them.
+#pragma once
+#include "ptx/global.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/warp.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+
+struct TileWork {
+  Work at;  // tile -1: there is no more
+  int start_q = 0, start_kv = 0, seqlen_q = 0, seqlen_kv = 0;  // of the sequence; where lengths are the call's, nobody looks at them
+
+  static constexpr int BYTES = 32;  // in shared memory, on 16 bytes
+
+  DEVICE void store(SmemAddress address) const {
+    store_shared(address, Chunk{{uint32(at.tile), uint32(at.head), uint32(at.batch), 0}});
+    if constexpr (RAGGED) store_shared(address + 16, Chunk{{uint32(start_q), uint32(start_kv), uint32(seqlen_q), uint32(seqlen_kv)}});
+  }
+
+  // The same numbers in all lanes of the warp, and known to be.
+  DEVICE static TileWork load(SmemAddress address) {
+    const Chunk at = load_shared(address);
+    TileWork work{{uniform(at, 0), uniform(at, 1), uniform(at, 2)}};
+    if constexpr (RAGGED) {
+      const Chunk sequence = load_shared(address + 16);
+      work = {work.at, uniform(sequence, 0), uniform(sequence, 1), uniform(sequence, 2), uniform(sequence, 3)};
+    }
+    return work;
+  }
+
+  DEVICE static int uniform(const Chunk& chunk, int i) { return int(::uniform(chunk.word[i])); }
+
+  // What its sequence looks like, as `geometry_of` (tile/sequence.cuh).
+  template <typename Arguments>
+  DEVICE decltype(auto) geometry(const Arguments& arguments) const {
+    if constexpr (!RAGGED) {
+      return (arguments.geometry);
+    } else {
+      Geometry geometry = arguments.geometry;
+      geometry.seqlen_q = seqlen_q;
+      geometry.seqlen_kv = seqlen_kv;
+      geometry.causal_offset = arguments.lengths.bottom_right ? seqlen_kv - seqlen_q : 0;
+      return geometry;
+    }
+  }
+
+  // Whether this is no tile of a sequence, but rows behind the last one.
+  template <typename Arguments>
+  DEVICE bool is_behind(const Arguments& arguments) const {
+    return VARLEN && at.batch == arguments.lengths.num_sequences;
+  }
+};
+
+// For one whole warp.
+template <bool CAUSAL, typename Arguments>
+class WorkQueue {
+ public:
+  DEVICE explicit WorkQueue(const Arguments& arguments) : arguments(arguments), index(blockIdx.x) {}
+
+  DEVICE bool is_empty() const { return index >= uint32(arguments.num_work); }
+
+  // Takes the next tile while there is time: the counter answers late.
+  DEVICE void take_ahead() {
+    following = index + gridDim.x;
+    if (arguments.next_work != nullptr && lane_index() == 0) following = gridDim.x + fetch_add_relaxed(arguments.next_work, 1);
+  }
+  DEVICE void advance() { index = uniform(following); }
+
+  DEVICE TileWork work() const {
+    const Work at = work_longest_first<CAUSAL, true>(arguments.geometry, arguments.geometry.num_heads_q, int(index));
+    const Geometry& geometry = arguments.geometry;
+    TileWork work{at};
+    if constexpr (RAGGED) {
+      work.start_q = sequence_start(arguments.lengths.cu_seqlens_q, at.batch, geometry.seqlen_q);
+      if (!work.is_behind(arguments)) {
+        work.start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, at.batch, geometry.seqlen_kv);
+        const auto& own = geometry_of(arguments, at.batch);
+        work.seqlen_q = own.seqlen_q;
+        work.seqlen_kv = own.seqlen_kv;
+      }
+    }
+    return work;
+  }
+
+ private:
+  const Arguments& arguments;
+  uint32 index, following = 0;
+};

@@ -1,0 +1,151 @@
+"""The forward kernel of wgmma where data decide what a query sees: lengths of rows and of packed sequences, prefixes, segments, masks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy
+import pytest
+from conftest import Target, poison_new_memory
+from test_sequences import LENGTHS_KV, LENGTHS_Q, int32, offsets, packed, padded
+from test_wgmma_forward import HOST, MASKS, NAME, SHORT, asked_for, checked, hopper, inputs_of, names  # noqa: F401 (fixtures)
+
+import cuflash
+from cuflash import Tile, reference
+from cuflash.reference.comparison import compare
+from cuflash.simulator import check
+
+pytest.importorskip("cupy")
+
+SINGLE = Tile(128, 48, 8, 1)
+THREE = Tile(192, 32, 12, 2)
+
+
+# --- Numbers of keys ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("case", [("bfloat16", 64, SHORT), ("float16", 128, THREE)], ids=str)
+def test_rows_have_their_own_numbers_of_keys(hopper: Target, case: tuple[str, int, Tile], mask: str) -> None:  # noqa: F811
+    """NaN and infinity behind the last key of a row are of no consequence, in the middle of a tile too."""
+    dtype, head_dim, tile = case
+    lengths = [90, 33, 0, 64, 1]
+    inputs = padded(hopper, lengths, dtype, (head_dim, head_dim), heads=(1, 1))
+    checked(hopper, *inputs, seqlens_kv=int32(hopper, lengths), tile={NAME: tile}, **MASKS[mask])
+
+
+def checked_packed(on: Target, inputs: list[Any], cu: tuple[Any, Any], maxima: tuple[int, int], **options: Any) -> tuple[Any, Any]:
+    """The results, judged, of this kernel and no other."""
+    query, key, value, _ = inputs
+    out, lse = cuflash.varlen_attention(query, key, value, *cu, *maxima, return_lse=True, **options)
+    judged = {name: option for name, option in options.items() if name != "tile"}
+    attend = functools.partial(reference.varlen_attention, query, key, value, *cu, **judged)
+    want_out, want_lse = attend()
+    compare(out, want_out, attend(precision=str(query.dtype))[0], name="out")
+    compare(lse, want_lse, attend(precision="float32")[1], name="lse", dtype="float32", terms=lambda: attend(magnitudes=True)[1])
+    return out, lse
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("case", [("bfloat16", 64, SINGLE), ("float16", 96, THREE)], ids=str)
+def test_packed_sequences(hopper: Target, case: tuple[str, int, Tile], mask: str) -> None:  # noqa: F811
+    """Among them such without queries or without keys, and such of several tiles of queries."""
+    dtype, head_dim, tile = case
+    lengths_q = [*LENGTHS_Q, 300]
+    lengths_kv = [*LENGTHS_KV, 40]
+    inputs = packed(hopper, (sum(lengths_q), sum(lengths_kv)), dtype, (head_dim, head_dim), heads=(2, 1))
+    cu = offsets(hopper, lengths_q), offsets(hopper, lengths_kv)
+    checked_packed(hopper, inputs, cu, (300, 130), enable_gqa=True, tile={NAME: tile}, **MASKS[mask])
+
+
+def test_neighbours_never_leak(hopper: Target) -> None:  # noqa: F811
+    """NaN in one sequence stays there, though tiles that reach past its ends are copied."""
+    lengths_q, lengths_kv = [30, 45, 200], [50, 17, 40]
+    cu = offsets(hopper, lengths_q), offsets(hopper, lengths_kv)
+    inputs = packed(hopper, (sum(lengths_q), sum(lengths_kv)), "float16", (64, 128))
+    attend = functools.partial(cuflash.varlen_attention, is_causal=True, return_lse=True, tile={NAME: SHORT})
+    clean = attend(*inputs[:3], *cu)
+    for sequence in range(3):
+        dirty_inputs = [hopper.as_numpy(x).copy() for x in inputs[:3]]
+        for x, starts in zip(dirty_inputs, (cu[0], cu[1], cu[1]), strict=True):
+            x[int(starts[sequence]) : int(starts[sequence + 1])] = numpy.nan
+        dirty = attend(*map(hopper.place, dirty_inputs), *cu)
+        outside = [*range(int(cu[0][sequence])), *range(int(cu[0][sequence + 1]), sum(lengths_q))]
+        numpy.testing.assert_array_equal(hopper.host(dirty[0])[outside], hopper.host(clean[0])[outside])
+        numpy.testing.assert_array_equal(hopper.host(dirty[1])[:, outside], hopper.host(clean[1])[:, outside])
+        assert numpy.isnan(hopper.host(dirty[0])[int(cu[0][sequence + 1]) - 1]).all()
+
+
+def test_rows_that_no_sequence_computes_are_cleared(hopper: Target, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Tokens behind the last offset, and those beyond a max_seqlen that is too small, which only a device's offsets may be."""
+    poison_new_memory(monkeypatch)
+    query, key, value, _ = packed(hopper, (700, 100), "bfloat16", (64, 64), heads=(2, 1))
+    cu = offsets(hopper, [400, 30]), offsets(hopper, [60, 40])
+    monkeypatch.setattr("cuflash.problem.sequences.check_offsets", lambda *_: None)
+    out, lse = cuflash.varlen_attention(query, key, value, *cu, 200, 60, return_lse=True, enable_gqa=True, tile={NAME: SHORT})
+    computed = [*range(256), *range(400, 430)]  # of whole tiles
+    cleared = [*range(256, 400), *range(430, 700)]
+    assert numpy.isfinite(hopper.host(lse)[:, computed]).all()
+    assert numpy.isneginf(hopper.host(lse)[:, cleared]).all()
+    assert hopper.host(out)[computed].any(axis=(1, 2)).all()
+    assert (hopper.host(out)[cleared] == 0).all()
+
+
+# --- Prefixes, segments, masks ------------------------------------------------------------------------------------------------------------
+
+
+def segments(rows: int, count: int, length: int) -> Any:
+    """Ids of segments of this length, the same in each of so many rows."""
+    return numpy.tile((numpy.arange(count) // length).astype("int32"), (rows, 1))
+
+
+RANDOM = numpy.random.default_rng(3)
+IN_BLOCKS = numpy.kron(RANDOM.random((7, 9)) > 0.6, numpy.ones((32, 32))).astype(bool)[:200, :270]
+DATA: dict[str, dict[str, Any]] = {
+    "prefix": {"prefix_lengths": numpy.array([40, 270], "int32"), "is_causal": True},
+    "prefix and window": {"prefix_lengths": numpy.array([150, 0], "int32"), "is_causal": True, "window": (100, None)},
+    "segments": {"segment_ids_q": segments(2, 200, 45), "segment_ids_kv": segments(2, 270, 60)},
+    "segments, causal": {"segment_ids_q": segments(2, 200, 70), "segment_ids_kv": segments(2, 270, 70), "is_causal": True},
+    "boolean mask": {"attn_mask": RANDOM.random((2, 1, 200, 270)) > 0.5},
+    "boolean mask in blocks": {"attn_mask": IN_BLOCKS, "is_causal": True, "causal_alignment": "bottom_right"},
+    "boolean mask of each head": {"attn_mask": RANDOM.random((2, 2, 200, 1)) > 0.3, "softcap": 5.0},
+    "boolean mask and lengths": {"attn_mask": IN_BLOCKS, "seqlens_kv": numpy.array([270, 100], "int32")},
+    "additive mask": {"attn_mask": RANDOM.standard_normal((200, 270)).astype("float32"), "is_causal": True},
+    "additive mask, 16 bits": {"attn_mask": RANDOM.standard_normal((2, 1, 1, 270)).astype("float16")},
+    "additive mask that hides": {"attn_mask": numpy.where(IN_BLOCKS, 0, -numpy.inf).astype("float32")},
+    "dropout": {"dropout_p": 0.3, "dropout_seed": 5, "is_causal": True},
+    "dropout and a boolean mask": {"dropout_p": 0.6, "dropout_seed": 1, "attn_mask": IN_BLOCKS},
+    "additive mask of huge scores": {"attn_mask": numpy.where(IN_BLOCKS, 0, -1e9).astype("float32"), "sinks": numpy.array([0.5, -1.0], "float32")},
+}  # fmt: skip
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("tile", [SHORT, Tile(192, 48, 12, 2)], ids=str)
+@pytest.mark.parametrize("case", DATA)
+def test_what_data_hide(hopper: Target, case: str, tile: Tile) -> None:  # noqa: F811
+    options = {name: hopper.place(x) if isinstance(x, numpy.ndarray) else x for name, x in DATA[case].items()}
+    inputs = inputs_of(hopper, (200, 270), 64, heads=(2, 1), batches=(2, 2), dtype="float16" if len(case) % 2 else "bfloat16")
+    plan = cuflash.plan(*inputs, enable_gqa=True, tile={NAME: tile}, **options)
+    assert names(plan)[-1] == NAME
+    hopper.check(*inputs, backward=False, enable_gqa=True, tile={NAME: tile}, **options)
+
+
+@pytest.mark.parametrize("case", ["packed", "lengths", "segments, causal", "boolean mask"])
+def test_every_schedule_gives_the_same_bits(case: str, request: pytest.FixtureRequest) -> None:
+    """With warpgroups without rows, lists that end early, and tiles of V of which rows are cleared."""
+    seeds = range(100 if request.config.getoption("--exhaustive") else 6)
+    call: Any
+    if case == "packed":
+        inputs = packed(HOST, (350, 180), "float16", (64, 64))
+        cu = offsets(HOST, [210, 10, 130]), offsets(HOST, [50, 90, 40])
+        call = functools.partial(cuflash.varlen_attention, *inputs[:3], *cu, is_causal=True, return_lse=True, tile={NAME: THREE})
+    else:
+        options = {"seqlens_kv": numpy.array([70, 250], "int32"), "is_causal": True} if case == "lengths" else DATA[case]
+        inputs = inputs_of(HOST, (200, 270), 64, batches=(2, 2), dtype="float16")
+        call = functools.partial(cuflash.scaled_dot_product_attention, *inputs, return_lse=True, tile={NAME: SHORT}, **options)
+    report = check(call, seeds=seeds)
+    assert report.kernels[-1] == NAME
+    assert len(report.runs) == 2 + len(seeds)
