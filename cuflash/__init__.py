@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         varlen_attention_backward,
         varlen_plan,
     )
+    from cuflash.decoding import attention_with_kvcache
     from cuflash.dropout import dropout_mask
     from cuflash.errors import (
         ArgumentError,
@@ -52,6 +53,7 @@ _HOME = {
     "varlen_attention": "attention",
     "varlen_attention_backward": "attention",
     "varlen_plan": "attention",
+    "attention_with_kvcache": "decoding",
     "dropout_mask": "dropout",
     "ArgumentError": "errors",
     "CompileError": "errors",
@@ -95,6 +97,7 @@ __all__ = [
     "TileError",
     "UnsupportedError",
     "__version__",
+    "attention_with_kvcache",
     "bfloat16",
     "dropout_mask",
     "legal_tiles",

@@ -20,6 +20,7 @@ _SLICE_COLUMNS_FLOAT32 = 144
 ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; with an additive mask 4 more for its log2_sum
 
 _MBARRIER_BYTES = 8
+_STATE_BYTES = 8  # of a softmax: reference and sum of one row, float32 each
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,14 @@ class KernelCase:
         return tile.tile_q if self.kernel.owns_keys else tile.tile_kv
 
 
+    def warp_tile(self, tile: Tile, device: Device) -> tuple[int, int]:
+        """Kept and streamed rows whose scores a warp computes at a time."""
+        kept, streamed = self.kept_rows(tile), self.streamed_rows(tile)
+        if self.kernel.warps_share == "streamed":
+            return kept, streamed // tile.num_warps
+        return kept * self.head_slices(device) // tile.num_warps, streamed
+
+
 def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:
     return ceil(case.head_dim / pieces / 16) * 16, ceil(case.head_dim_v / pieces / 16) * 16
 
@@ -130,7 +139,12 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
         exchange += case.smem_itemsize(device) * tile.tile_q * tile.tile_kv
     if case.kernel.maps_tensors:
         exchange += _MBARRIER_BYTES * (1 + 4 * tile.num_stages)
-    return kept * case.kept_rows(tile) + tile.num_stages * case.streamed_rows(tile) * (streamed + statistics) + exchange
+    in_flight = tile.num_stages * case.streamed_rows(tile) * (streamed + statistics)
+    if case.kernel.warps_share == "streamed":  # outputs of all warps take the place of what they streamed (kernels/tile/warp_parts.cuh)
+        rows = tile.num_warps * case.kept_rows(tile)
+        in_flight = max(in_flight, rows * ceil(case.head_dim_v / 32) * 128)
+        exchange += rows * _STATE_BYTES
+    return kept * case.kept_rows(tile) + in_flight + exchange
 
 
 def multiply_adds(case: KernelCase, tile: Tile, device: Device) -> int:
@@ -155,9 +169,9 @@ def added_up_registers(case: KernelCase, tile: Tile, device: Device) -> int:
 
 def accumulator_registers(case: KernelCase, tile: Tile, device: Device) -> int:
     """Registers per thread that hold results of matrix products, all live at once."""
-    rows = case.kept_rows(tile) * case.head_slices(device) // tile.num_warps
+    rows, streamed = case.warp_tile(tile, device)
     outputs, scores = accumulated(case, device)
-    return rows * outputs // 32 + max(rows * scores * case.streamed_rows(tile) // 32, added_up_registers(case, tile, device))
+    return rows * outputs // 32 + max(rows * scores * streamed // 32, added_up_registers(case, tile, device))
 
 
 def head_dims(head_dim: int, head_dim_v: int) -> str:

@@ -50,6 +50,18 @@ class LaunchShape(NamedTuple):
     shared_bytes: int
 
 
+class Splits(NamedTuple):
+    """How keys are shared out among blocks.
+
+    Attributes:
+        count: blocks for each sequence, key head and tile of queries.
+        tiles: key tiles of each, counted from key 0; 0: a sequence's tiles are cut into `count` equal parts on the device.
+    """
+
+    count: int
+    tiles: int = 0
+
+
 @dataclass(frozen=True)
 class KernelPlan:
     """One kernel launch.
@@ -62,6 +74,7 @@ class KernelPlan:
         num_tiles: tiles that one (batch, head) is cut into.
         group_batch, group_heads: batches and query heads summed into one K/V gradient; 1 elsewhere.
         section_heads: (batch, head) pairs whose blocks are launched together, the longest first (block_order.py), or of the fused kernel K/V heads.
+        splits: of the keys among blocks.
     """
 
     case: KernelCase
@@ -72,6 +85,7 @@ class KernelPlan:
     group_batch: int = 1
     group_heads: int = 1
     section_heads: int = 1
+    splits: Splits = Splits(1)
 
     @property
     def spec(self) -> KernelSpec:

@@ -17,7 +17,18 @@ from math import ceil
 from cuflash.arrays.borrowing import describe
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.hardware.device import Device
-from cuflash.planning import block_order, fused_backward, kernel_cases, kernel_specs, tile_choice, tile_model, tile_rules, wgmma_forward
+from cuflash.planning import (
+    block_order,
+    cache_append,
+    fused_backward,
+    kernel_cases,
+    kernel_specs,
+    split_forward,
+    tile_choice,
+    tile_model,
+    tile_rules,
+    wgmma_forward,
+)
 from cuflash.planning.codegen import config_text
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
@@ -40,7 +51,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         backward: gradients instead of the output.
         tile: None for the default tiles. For the backward pass a single tile is meant for the dK/dV kernel, and the dQ kernel takes it with tile_q
             and tile_kv exchanged, backward_row_sums not at all; a mapping pins kernels by name, such as {"backward_dq": Tile(...)}, and with them
-            which of the two ways to the gradients is taken (`fused_backward`), or which forward kernel (`wgmma_forward`).
+            which of the two ways to the gradients is taken (`fused_backward`), or which forward kernel (`wgmma_forward`, `split_forward`).
 
     Raises:
         TileError: `tile` is not legal here, or names a kernel that does not run.
@@ -49,8 +60,8 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
     kernels: tuple[KernelPlan, ...] = ()
     choice = ""
     if not problem.is_empty:
-        tiled = backward_kernels(problem, device, tile) if backward else wgmma_forward.kernels(problem, device, tile)
-        choice = "" if backward else wgmma_forward.explain(problem, device, tile)
+        tiled = backward_kernels(problem, device, tile) if backward else forward_kernels(problem, device, tile)
+        choice = "" if backward else _explain_forward(problem, device, tile)
         check_names(tile, tiled, choice)
         planned = [kernel for kernel in (_tiled_kernel(spec, problem, device, tile) for spec in tiled) if kernel.num_blocks]
         if problem.features.kinds.lists_tiles:
@@ -65,6 +76,9 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
                 planned.insert(planned.index(fused) + 1, _convert_kernel(fused, problem, device))
             if problem.features.kinds.sinks:
                 planned.append(_sinks_kernel(problem, device))
+        elif kernel_specs.FORWARD_SPLIT in tiled:
+            planned[:0] = cache_append.kernels(problem, device)
+            planned += [merging for kernel in planned for merging in split_forward.merging_kernels(kernel, problem, device)]
         kernels = tuple(planned)
     for kernel in kernels:
         if kernel.num_blocks > MAX_GRID:
@@ -72,6 +86,22 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
             raise UnsupportedError("query", f"{kernel.num_blocks} tiles over batch and heads", f"at most {MAX_GRID}", hint)
     outputs = _gradients(problem) if backward else _results(problem)
     return Plan(problem, device, backward, kernels, outputs, _workspace(problem, kernels), choice)
+
+
+def forward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tuple[KernelSpec, ...]:
+    """The tiled kernel that makes the output."""
+    if split_forward.is_taken(problem, device, tile):
+        split_forward.check(problem, device)
+        return (kernel_specs.FORWARD_SPLIT,)
+    return wgmma_forward.kernels(problem, device, tile)
+
+
+def _explain_forward(problem: Problem, device: Device, tile: Tiles) -> str:
+    """Which forward kernel runs, and why not another; nothing where there is no choice."""
+    words = [split_forward.explain(problem, device, tile)]
+    if not split_forward.is_taken(problem, device, tile):
+        words.append(wgmma_forward.explain(problem, device, tile))
+    return "; ".join(filter(None, words))
 
 
 def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tuple[KernelSpec, ...]:
@@ -129,7 +159,8 @@ def _case(spec: KernelSpec, problem: Problem) -> KernelCase:
 
 def _tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:
     case = _case(spec, problem)
-    tile = _choose_tile(case, device, pinned)
+    splits_keys = spec == kernel_specs.FORWARD_SPLIT
+    tile = split_forward.tile_for(problem, device, pinned) if splits_keys else _choose_tile(case, device, pinned)
     shared_bytes = kernel_cases.shared_bytes(case, tile, device)
     constants: dict[str, int | bool | str] = {
         "CAPABILITY": device.capability,
@@ -149,6 +180,8 @@ def _tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Ti
         **case.features.constants(),
         **dict(spec.constants),
     }
+    if splits_keys:
+        return _split_kernel(case, tile, constants, problem, device)
     batch, heads, num_tiles = _owned(case, tile, problem)
     group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
     if problem.num_sequences is not None:
@@ -163,6 +196,15 @@ def _tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Ti
         case, tile, config_text(problem.dtype, constants), LaunchShape(num_tiles * heads * batch, num_threads, shared_bytes), num_tiles,
         group_batch, group_heads, section,
     )  # fmt: skip
+
+
+def _split_kernel(case: KernelCase, tile: Tile, constants: dict[str, int | bool | str], problem: Problem, device: Device) -> KernelPlan:
+    """The kernel that shares out keys among blocks, each of which has rows of all heads that share a key head."""
+    constants["PAGED"] = problem.cache is not None and problem.cache.page_size > 0
+    splits, num_tiles = split_forward.splits_of(problem, tile, device), split_forward.row_tiles(problem, tile)
+    num_blocks = num_tiles * problem.num_heads_kv * problem.batch * splits.count
+    shape = LaunchShape(num_blocks, 32 * tile.num_warps, kernel_cases.shared_bytes(case, tile, device))
+    return KernelPlan(case, tile, config_text(problem.dtype, constants), shape, num_tiles, splits=splits)
 
 
 def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, int]:
@@ -239,7 +281,7 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffe
         Buffer("visible_tiles", (max((_list_entries(kernel, problem) for kernel in kernels), default=0),), "int32"),
     )
     needed = {name for kernel in kernels for name in kernel.spec.workspace}
-    return tuple(buffer for buffer in (*buffers, *fused_backward.workspace(problem, kernels)) if buffer.name in needed and buffer.nbytes)
+    return tuple(buffer for buffer in (*buffers, *fused_backward.workspace(problem, kernels), *split_forward.workspace(problem, kernels), *cache_append.workspace(problem)) if buffer.name in needed and buffer.nbytes)
 
 
 def _list_entries(kernel: KernelPlan, problem: Problem) -> int:

@@ -6,6 +6,7 @@ The default is the measured tile where there is one, or that of the timing model
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 
@@ -14,14 +15,18 @@ from cuflash.errors import TileError
 from cuflash.hardware.device import Device
 from cuflash.planning import measured_tiles, predicted_tiles
 from cuflash.planning.kernel_cases import KernelCase, head_dims
-from cuflash.planning.kernel_specs import BACKWARD_FUSED, MAX_TILE
-from cuflash.planning.tile_model import estimate_cycles
+from cuflash.planning.kernel_specs import BACKWARD_FUSED, FORWARD_SPLIT, MAX_TILE
+from cuflash.planning.tile_model import blocks_per_sm, estimate_cycles
 from cuflash.planning.tile_rules import broken_rule
 from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.tile import Tile
 
 
 def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
+    if case.kernel.warps_share == "streamed":
+        for num_warps, rows, keys, stages in itertools.product((1, 2, 4, 8), (16, 32), (16, 32), (2, 3, 4)):
+            yield Tile(rows, keys * num_warps, num_warps, stages)
+        return
     # Split float32 products and products on the ordinary units are many instructions each: longer tiles take seconds to compile. From sm_100 on the
     # compiler spills registers for them unless tiles are shortest and single, in the backward pass also few warps.
     many_instructions = case.uses_simt(device) or (case.dtype == "float32" and not case.allow_tf32)
@@ -76,6 +81,8 @@ def known_tile(case: KernelCase, device: Device) -> Tile | None:
     """The measured tile, of the fused backward kernel the one that the timing model found (`predicted_tiles`), else None."""
     if case.kernel.implementation == "wgmma":
         return _wgmma_tile(case, device)
+    if case.kernel == FORWARD_SPLIT:
+        return _split_tile(case, device)
     if case.kernel != BACKWARD_FUSED:
         return measured_tile(case, device)
     if case.dtype == "float32" or case.head_dim != case.head_dim_v or case.features != NO_FEATURES:
@@ -91,6 +98,16 @@ def _wgmma_tile(case: KernelCase, device: Device) -> Tile | None:
         if (arch, name) == (device.arch, case.kernel.name) and head_dim >= wide:
             shorter = (Tile(tile_q, count, num_warps, num_stages) for count in range(tile_kv, 0, -16))
             return next((tile for tile in shorter if broken_rule(case, tile, device) is None), None)
+    return None
+
+
+def _split_tile(case: KernelCase, device: Device) -> Tile | None:
+    """As many warps as fit, up to four; of these the most stages of which an SM holds two blocks, so that one fetches while the other begins or ends."""
+    for num_warps in (4, 2, 1):
+        tiles = [Tile(16, 16 * num_warps, num_warps, stages) for stages in (4, 3, 2)]
+        fitting = [tile for tile in tiles if broken_rule(case, tile, device) is None]
+        if fitting:
+            return next((tile for tile in fitting if blocks_per_sm(case, tile, device) > 1), fitting[-1])
     return None
 
 
