@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         varlen_attention_backward,
         varlen_plan,
     )
-    from cuflash.decoding import attention_with_kvcache
+    from cuflash.decoding import attention_with_kvcache, kvcache_plan
     from cuflash.dropout import dropout_mask
     from cuflash.errors import (
         ArgumentError,
@@ -54,6 +54,7 @@ _HOME = {
     "varlen_attention_backward": "attention",
     "varlen_plan": "attention",
     "attention_with_kvcache": "decoding",
+    "kvcache_plan": "decoding",
     "dropout_mask": "dropout",
     "ArgumentError": "errors",
     "CompileError": "errors",
@@ -100,6 +101,7 @@ __all__ = [
     "attention_with_kvcache",
     "bfloat16",
     "dropout_mask",
+    "kvcache_plan",
     "legal_tiles",
     "merge_attention",
     "merge_attention_backward",

@@ -6,6 +6,7 @@ from typing import Any
 
 from cuflash.arrays.borrowing import AnyArray
 from cuflash.errors import CompilationForbiddenError
+from cuflash.planning.plan import Plan
 from cuflash.problem.cache_call import CacheOperands, CacheOptions
 from cuflash.problem.options import Window
 from cuflash.problem.other_names import explains_keywords
@@ -99,3 +100,42 @@ def attention_with_kvcache(
         return cache_calls.attend(operands, options)
     except CompilationForbiddenError as error:
         raise with_warmup(error, cache_calls.plan(operands, options), tile) from None
+
+
+@explains_keywords
+def kvcache_plan(
+    query: AnyArray,
+    key_cache: AnyArray,
+    value_cache: AnyArray,
+    key: AnyArray | None = None,
+    value: AnyArray | None = None,
+    *,
+    cache_seqlens: AnyArray,
+    page_table: AnyArray | None = None,
+    cache_batch_idx: AnyArray | None = None,
+    cache_leftpad: AnyArray | None = None,
+    rotary_cos: AnyArray | None = None,
+    rotary_sin: AnyArray | None = None,
+    rotary_interleaved: bool | None = None,
+    layout: str = "bshd",
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: AnyArray | None = None,
+    sinks: AnyArray | None = None,
+    attn_mask: AnyArray | None = None,
+    num_splits: int | None = None,
+    batch_invariant: bool = False,
+    return_lse: bool = False,
+    tile: Tiles = None,
+) -> Plan:
+    """Say what `attention_with_kvcache` would run with these arguments, as `plan` does."""
+    operands = CacheOperands(
+        query, key_cache, value_cache, key, value, cache_seqlens, page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin,
+        attn_mask, alibi_slopes, sinks, None,
+    )  # fmt: skip
+    options = CacheOptions(
+        is_causal, scale, window, softcap, layout, rotary_interleaved, num_splits, batch_invariant, return_lse, tile
+    )
+    return cache_calls.plan(operands, options)

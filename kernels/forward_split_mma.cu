@@ -6,7 +6,8 @@
 // With several splits O and LSE of each are parts, float32, for merge_attention.cu; a split without keys says LSE -inf and leaves its O as it is.
 //
 // A warp copies its keys and values for itself, into a ring of NUM_STAGES stages of its own, one copy group for each step, and never waits for another
-// warp until its last key: per step one wait for its own copies and one barrier of the warp, behind which the stage of the step before is free.
+// warp until its last key: per step one wait for its own copies and one barrier of the warp, behind which the stage of the step before is free. The
+// groups of the last steps are empty, so nothing travels any more when a warp is done.
 //
 // Shared memory: Q [TILE_Q][D] | for each warp NUM_STAGES times K [WARP_KEYS][D], V [WARP_KEYS][DV]; in its place, at the end, for each warp
 // O [TILE_Q][DV] in float32 | for each warp the state of its softmax (tile/warp_parts.cuh).
@@ -153,7 +154,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
     softmax.update(S, O, scores.factor());
     gemm_accumulator<Mma, WarpV::COLUMNS>(O, S, Mma::OperandBByRows<WarpV>(K_smem + WarpK::BYTES));
   }
-  cp_async_wait_group<0>();
 
   auto sink = [&](int row) {
     return has_sink ? arguments.features.sinks.load(work.batch, rows.head(first_row + row)) * SCORE_UNIT : -infinity();
