@@ -125,7 +125,7 @@ class CacheCall:
     # --- The judge ------------------------------------------------------------------------------------------------------------------------
 
     def rotated(self, x: Any, first: int, advances: bool = True) -> Any:
-        """(rows, heads, head_dim) of which the first row has this position, in float64 and rounded as it is kept."""
+        """(rows, heads, head_dim) of which the first row has this position, to float32 and then to what is kept: a number halfway between two goes either way."""
         if not self.rotary_dim:
             return x
         positions = first + (numpy.arange(len(x)) if advances else numpy.zeros(len(x), int))
@@ -134,9 +134,9 @@ class CacheCall:
         one = slice(0, self.rotary_dim, 2) if self.interleaved else slice(0, half)
         other = slice(1, self.rotary_dim, 2) if self.interleaved else slice(half, self.rotary_dim)
         result = y.copy()
-        result[..., one] = y[..., one] * cos - y[..., other] * sin
-        result[..., other] = y[..., one] * sin + y[..., other] * cos
-        return result.astype(x.dtype)
+        result[..., one] = y[..., one] * cos - (y[..., other] * sin).astype(numpy.float32)
+        result[..., other] = y[..., other] * cos + (y[..., one] * sin).astype(numpy.float32)
+        return result.astype(numpy.float32).astype(x.dtype)
 
     def appended(self, b: int) -> tuple[Any, Any]:
         """Keys and values of a sequence after the call, padding included."""

@@ -31,7 +31,7 @@ def attend(operands: CacheOperands, options: CacheOptions) -> Any:
 
 def _attend(operands: CacheOperands, options: CacheOptions) -> Any:
     key, call, addresses = _find(operands, options)
-    if call is not None and (operands.out is None or call.may_write(operands.out, addresses)):
+    if call is not None and call.may_append(operands, addresses) and (operands.out is None or call.may_write(operands.out, addresses)):
         return call.run(addresses, operands.out)
 
     arrays, planned = _planned(operands, options)
@@ -114,6 +114,20 @@ class PreparedCacheCall(PreparedForward):
                 "queries_advance": problem.is_causal or problem.features.kinds.window,
             }  # fmt: skip
         return values
+
+    def may_append(self, operands: CacheOperands, addresses: dict[str, int]) -> bool:
+        """Whether caches of the same signature are surely as good to write as those that were checked; if not, they have to be checked again."""
+        cache = self.problem.cache
+        if cache is None or cache.new is None:
+            return True
+        if not all(getattr(getattr(x, "flags", None), "writeable", True) for x in (operands.key_cache, operands.value_cache)):
+            return False
+        ranges = {name: (addresses[name] + low, addresses[name] + low + size) for name, (low, size) in self.extents.items() if name in addresses}
+        return not any(
+            ranges[written][0] < ranges[other][1] and ranges[other][0] < ranges[written][1]
+            for written in ("key_cache", "value_cache")
+            for other in ("query", "key", "value")
+        )
 
     def check_offsets(self, addresses: dict[str, int]) -> None:
         check_positions(self.problem, addresses)
