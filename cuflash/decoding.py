@@ -93,9 +93,7 @@ def attention_with_kvcache(
         query, key_cache, value_cache, key, value, cache_seqlens, page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin,
         attn_mask, alibi_slopes, sinks, out,
     )  # fmt: skip
-    options = CacheOptions(
-        is_causal, scale, window, softcap, layout, rotary_interleaved, num_splits, batch_invariant, return_lse, tile
-    )
+    options = CacheOptions(is_causal, scale, window, softcap, layout, rotary_interleaved, num_splits, batch_invariant, return_lse, tile)
     try:
         return cache_calls.attend(operands, options)
     except CompilationForbiddenError as error:
@@ -135,7 +133,5 @@ def kvcache_plan(
         query, key_cache, value_cache, key, value, cache_seqlens, page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin,
         attn_mask, alibi_slopes, sinks, None,
     )  # fmt: skip
-    options = CacheOptions(
-        is_causal, scale, window, softcap, layout, rotary_interleaved, num_splits, batch_invariant, return_lse, tile
-    )
+    options = CacheOptions(is_causal, scale, window, softcap, layout, rotary_interleaved, num_splits, batch_invariant, return_lse, tile)
     return cache_calls.plan(operands, options)

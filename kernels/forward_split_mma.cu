@@ -1,13 +1,13 @@
 // Forward attention of few queries: O = softmax(scale Q Kᵀ) V and the natural-log LSE of each row, at the speed at which K and V come from memory.
 //
-// The rows of a tile are the queries of all heads that share a key head (tile/packed_rows.cuh), so that K and V are read once for all of them. The keys
-// of a sequence are shared out twice: among blocks, each of which has one of `num_splits` ranges of key tiles (Flash-Decoding: Dao et al. 2023,
+// The rows of a tile are the queries of all heads that share a key head (tile/packed_rows.cuh), so that K and V are read once for all of them. The
+// keys of a sequence are shared out twice: among blocks, each of which has one of `num_splits` ranges of key tiles (Flash-Decoding: Dao et al. 2023,
 // crfm.stanford.edu/2023/10/12/flashdecoding.html), and within a tile of TILE_KV keys among warps, each of which has WARP_KEYS of them for all rows.
 // With several splits O and LSE of each are parts, float32, for merge_attention.cu; a split without keys says LSE -inf and leaves its O as it is.
 //
-// A warp copies its keys and values for itself, into a ring of NUM_STAGES stages of its own, one copy group for each step, and never waits for another
-// warp until its last key: per step one wait for its own copies and one barrier of the warp, behind which the stage of the step before is free. The
-// groups of the last steps are empty, so nothing travels any more when a warp is done.
+// A warp copies its keys and values for itself, into a ring of NUM_STAGES stages of its own, one copy group for each step, and never waits for
+// another warp until its last key: per step one wait for its own copies and one barrier of the warp, behind which the stage of the step before is
+// free. The groups of the last steps are empty, so nothing travels any more when a warp is done.
 //
 // Shared memory: Q [TILE_Q][D] | for each warp NUM_STAGES times K [WARP_KEYS][D], V [WARP_KEYS][DV]; in its place, at the end, for each warp
 // O [TILE_Q][DV] in float32 | for each warp the state of its softmax (tile/warp_parts.cuh).
@@ -49,7 +49,8 @@ DEVICE SplitWork work_of_split(const Geometry& geometry) {
 DEVICE void copy_queries(SmemAddress tile, const TensorView& view, int batch, const PackedRows& rows, int first_row) {
   for (int index = int(threadIdx.x); index < TILE_Q * TileQ::CHUNKS; index += NUM_THREADS) {
     const int row = index / TileQ::CHUNKS, chunk = index % TileQ::CHUNKS, column = chunk * TileQ::CHUNK_ELEMENTS;
-    const Element* source = view.row_pointer<const Element>(batch, rows.head(first_row + row), rows.query(first_row + row)) + column * view.stride_dim;
+    const Element* source =
+        view.row_pointer<const Element>(batch, rows.head(first_row + row), rows.query(first_row + row)) + column * view.stride_dim;
     const int valid = first_row + row < rows.count ? max(0, min(HEAD_DIM - column, TileQ::CHUNK_ELEMENTS)) : 0;
     if (view.vectorized) {
       cp_async<16>(tile + TileQ::offset(row, chunk), source, valid * int(sizeof(Element)));
@@ -155,9 +156,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
     gemm_accumulator<Mma, WarpV::COLUMNS>(O, S, Mma::OperandBByRows<WarpV>(K_smem + WarpK::BYTES));
   }
 
-  auto sink = [&](int row) {
-    return has_sink ? arguments.features.sinks.load(work.batch, rows.head(first_row + row)) * SCORE_UNIT : -infinity();
-  };
+  auto sink = [&](int row) { return has_sink ? arguments.features.sinks.load(work.batch, rows.head(first_row + row)) * SCORE_UNIT : -infinity(); };
   publish_state(softmax, states);
   __syncthreads();  // every warp's state is there, and no warp copies or reads keys any more
   publish_O(O, softmax, states, reused, sink);

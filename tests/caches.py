@@ -155,7 +155,9 @@ class CacheCall:
             own = dict(options)
             if "attn_mask" in own:
                 mask = own["attn_mask"]
-                own["attn_mask"] = mask[min(b, len(mask) - 1)][None, ..., self.leftpad[b] if self.leftpad else 0 : self.lengths[b] + self.new]
+                own["attn_mask"] = mask[min(b, len(mask) - 1)][
+                    None, ..., self.leftpad[b] if self.leftpad else 0 : self.lengths[b] + self.new
+                ]
             pad = self.leftpad[b] if self.leftpad else 0
             keys, values = self.appended(b)
             advances = bool(own.get("is_causal") or own.get("window"))
@@ -201,6 +203,8 @@ class CacheCall:
             if self.rotary_dim and at == 0:  # one rounding to 16 bits, of a number that float32 gives
                 assert numpy.array_equal(numpy.isfinite(got), numpy.isfinite(want))
                 finite = numpy.isfinite(want)
-                numpy.testing.assert_allclose(got[finite].astype(float), want[finite].astype(float), rtol=2 * reference.EPSILON[self.dtype], atol=1e-6)
+                numpy.testing.assert_allclose(
+                    got[finite].astype(float), want[finite].astype(float), rtol=2 * reference.EPSILON[self.dtype], atol=1e-6
+                )
             else:
                 assert Target.bits(got) == Target.bits(want)

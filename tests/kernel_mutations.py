@@ -203,7 +203,9 @@ class CacheVariant(Variant):
 
     def kernels(self) -> list[KernelPlan]:
         found = {
-            (kernel.source, kernel.config): kernel for arguments in self._arguments() for kernel in cuflash.kvcache_plan(**arguments).kernels
+            (kernel.source, kernel.config): kernel
+            for arguments in self._arguments()
+            for kernel in cuflash.kvcache_plan(**arguments).kernels
         }
         return list(found.values())
 

@@ -19,7 +19,11 @@ from cuflash.planning.split_forward import VARIABLE, fastest_split
 pytest.importorskip("cupy")
 
 SPLIT = {"forward_split": Tile(16, 64, 4, 2)}
-ODD_GROUP = {"query": (1, 7, 10, 32), "key": (1, 200, 2, 32), "value": (1, 200, 2, 32)}  # five query heads to a key head: tiles end within a query
+ODD_GROUP = {
+    "query": (1, 7, 10, 32),
+    "key": (1, 200, 2, 32),
+    "value": (1, 200, 2, 32),
+}  # five query heads to a key head: tiles end within a query
 
 
 def operands(target: Target, shapes: dict[str, tuple[int, ...]], dtype: str = "float16", view: str = "contiguous") -> tuple[Any, ...]:
@@ -96,7 +100,10 @@ def test_what_it_cannot_do_stays_where_it_was(simulator: Target, monkeypatch: py
     monkeypatch.setenv(VARIABLE, "1")
     shapes = {"query": (1, 4, 1, 32), "key": (1, 300, 1, 32), "value": (1, 300, 1, 32)}
     arrays = operands(simulator, shapes)
-    for options, reason in (({"dropout_p": 0.1, "dropout_seed": 1}, "knows no dropout"), ({"segment_ids_q": numpy.zeros((1, 4), "int32"), "segment_ids_kv": numpy.zeros((1, 300), "int32")}, "no segments")):
+    for options, reason in (
+        ({"dropout_p": 0.1, "dropout_seed": 1}, "knows no dropout"),
+        ({"segment_ids_q": numpy.zeros((1, 4), "int32"), "segment_ids_kv": numpy.zeros((1, 300), "int32")}, "no segments"),
+    ):
         planned = cuflash.plan(*arrays, **options)
         assert "forward" in [kernel.name for kernel in planned.kernels]
         assert reason in planned.choice
@@ -145,7 +152,10 @@ def test_splits_fill_the_device_and_no_more() -> None:
         for tiles in (64, 1000, 4096):
             count = fastest_split(blocks, tiles, 216)
             assert 1 <= count <= split_forward.MAX_SPLITS
-            assert blocks * count <= 2 * 216, (blocks, tiles, count)
+            waves = -(-blocks * count // 216)
+            assert waves <= 4, (blocks, tiles, count)
+            if blocks > 4 and tiles >= 1000:
+                assert blocks * count >= 0.85 * waves * 216, (blocks, tiles, count)
     assert 100 < fastest_split(blocks=1, tiles=4096, resident=216) < 216  # more would take longer to merge than they save
     assert fastest_split(blocks=40, tiles=1000, resident=216) == 5
 
@@ -154,5 +164,5 @@ def test_a_window_needs_fewer_splits(simulator: Target) -> None:
     query, key, value = operands(simulator, {"query": (1, 1, 1, 32), "key": (1, 60_000, 1, 32), "value": (1, 60_000, 1, 32)})
     options = {"tile": SPLIT, "causal_alignment": "bottom_right"}
     wide, narrow = (cuflash.plan(query, key, value, window=window, **options).kernels[0] for window in (None, (127, 0)))
-    assert wide.splits.count > 20
-    assert narrow.splits.count <= 2
+    assert wide.splits.number > 20
+    assert narrow.splits.number <= 2

@@ -38,4 +38,4 @@ def workspace(problem: Problem) -> tuple[Buffer, ...]:
     """The rotated queries."""
     if problem.cache is None or problem.cache.rotary is None:
         return ()
-    return (Buffer(*CACHE_APPEND.workspace, problem.query.shape, problem.dtype),)
+    return (Buffer(CACHE_APPEND.workspace[0], problem.query.shape, problem.dtype),)

@@ -86,7 +86,6 @@ class KernelCase:
         """Rows of each tile that the block walks over."""
         return tile.tile_q if self.kernel.owns_keys else tile.tile_kv
 
-
     def warp_tile(self, tile: Tile, device: Device) -> tuple[int, int]:
         """Kept and streamed rows whose scores a warp computes at a time."""
         kept, streamed = self.kept_rows(tile), self.streamed_rows(tile)

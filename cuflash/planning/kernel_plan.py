@@ -54,12 +54,15 @@ class Splits(NamedTuple):
     """How keys are shared out among blocks.
 
     Attributes:
-        count: blocks for each sequence, key head and tile of queries.
-        tiles: key tiles of each, counted from key 0; 0: a sequence's tiles are cut into `count` equal parts on the device.
+        number: blocks for each sequence, key head and tile of queries.
+        tiles: key tiles of each, counted from key 0; 0: a sequence's tiles are cut into `number` equal parts on the device.
     """
 
-    count: int
+    number: int
     tiles: int = 0
+
+
+UNSPLIT = Splits(1)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class KernelPlan:
     group_batch: int = 1
     group_heads: int = 1
     section_heads: int = 1
-    splits: Splits = Splits(1)
+    splits: Splits = UNSPLIT
 
     @property
     def spec(self) -> KernelSpec:

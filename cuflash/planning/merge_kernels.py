@@ -37,6 +37,10 @@ def merge_kernel(
         num_tiles, head_dim: blocks of one (batch, head) and columns of a row, for calls whose plan fills in the struct.
         part_dtype: of the parts, if it is another one.
     """
-    constants = {"CAPABILITY": on.capability, "NUM_WARPS": spec.num_warps, "PartElement": CPP_ELEMENTS[part_dtype or dtype]}
+    constants: dict[str, int | bool | str] = {
+        "CAPABILITY": on.capability,
+        "NUM_WARPS": spec.num_warps,
+        "PartElement": CPP_ELEMENTS[part_dtype or dtype],
+    }
     shape = LaunchShape(num_blocks, 32 * spec.num_warps, 0)
     return KernelPlan(KernelCase(spec, dtype, head_dim), Tile(1, 1, spec.num_warps, 1), config_text(dtype, constants), shape, num_tiles)

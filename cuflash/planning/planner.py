@@ -202,7 +202,7 @@ def _split_kernel(case: KernelCase, tile: Tile, constants: dict[str, int | bool 
     """The kernel that shares out keys among blocks, each of which has rows of all heads that share a key head."""
     constants["PAGED"] = problem.cache is not None and problem.cache.page_size > 0
     splits, num_tiles = split_forward.splits_of(problem, tile, device), split_forward.row_tiles(problem, tile)
-    num_blocks = num_tiles * problem.num_heads_kv * problem.batch * splits.count
+    num_blocks = num_tiles * problem.num_heads_kv * problem.batch * splits.number
     shape = LaunchShape(num_blocks, 32 * tile.num_warps, kernel_cases.shared_bytes(case, tile, device))
     return KernelPlan(case, tile, config_text(problem.dtype, constants), shape, num_tiles, splits=splits)
 
@@ -281,7 +281,16 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffe
         Buffer("visible_tiles", (max((_list_entries(kernel, problem) for kernel in kernels), default=0),), "int32"),
     )
     needed = {name for kernel in kernels for name in kernel.spec.workspace}
-    return tuple(buffer for buffer in (*buffers, *fused_backward.workspace(problem, kernels), *split_forward.workspace(problem, kernels), *cache_append.workspace(problem)) if buffer.name in needed and buffer.nbytes)
+    return tuple(
+        buffer
+        for buffer in (
+            *buffers,
+            *fused_backward.workspace(problem, kernels),
+            *split_forward.workspace(problem, kernels),
+            *cache_append.workspace(problem),
+        )
+        if buffer.name in needed and buffer.nbytes
+    )
 
 
 def _list_entries(kernel: KernelPlan, problem: Problem) -> int:

@@ -29,8 +29,8 @@ MAX_SPLITS = 256
 INVARIANT_KEYS = 1024
 """Of a split, where a row's bits must not depend on the batch."""
 
-# A block's beginning and end, and a split more for the kernel that merges them, in key tiles of one block: measured by others on a GH200 (facts of FlashInfer's
-# pull request 4904), not here.
+# A block's beginning and end, and a split more for the kernel that merges them, in key tiles of one block: fitted by others on a GH200 (FlashInfer,
+# pull request 4904), not measured here.
 _BLOCK_TILES = 10.0
 _SPLIT_TILES = 0.22
 
@@ -70,7 +70,9 @@ def check(problem: Problem, device: Device) -> None:
     """
     if (reason := why_not(problem, device)) is not None:
         hint = "Write new keys into the cache, and call scaled_dot_product_attention(query, key_cache, value_cache, seqlens_kv=…, causal_alignment='bottom_right')."
-        raise UnsupportedError("query", f"a call that the kernel for caches cannot do: {reason}", "float16 or bfloat16 on sm_80 or later", hint)
+        raise UnsupportedError(
+            "query", f"a call that the kernel for caches cannot do: {reason}", "float16 or bfloat16 on sm_80 or later", hint
+        )
 
 
 def explain(problem: Problem, device: Device, tile: Tiles) -> str:
@@ -78,7 +80,9 @@ def explain(problem: Problem, device: Device, tile: Tiles) -> str:
     if problem.cache is not None or not _is_asked_for(problem, device, tile):
         return ""
     reason = why_not(problem, device)
-    return f"{FORWARD_SPLIT.source}, as asked for; it has not run on a GPU yet" if reason is None else f"not {FORWARD_SPLIT.source}: {reason}"
+    return (
+        f"{FORWARD_SPLIT.source}, as asked for; it has not run on a GPU yet" if reason is None else f"not {FORWARD_SPLIT.source}: {reason}"
+    )
 
 
 def case_of(problem: Problem) -> KernelCase:
@@ -154,7 +158,7 @@ def _visible_keys(problem: Problem) -> int:
 
 def merging_kernels(split: KernelPlan, problem: Problem, device: Device) -> tuple[KernelPlan, ...]:
     """The kernel that merges the parts; none of a single one."""
-    if split.splits.count == 1:
+    if split.splits.number == 1:
         return ()
     num_tiles = merge_kernels.row_tiles(MERGE_ATTENTION, problem.seqlen_q, problem.head_dim_v)
     num_blocks = num_tiles * problem.num_heads_q * problem.batch
@@ -166,7 +170,7 @@ def merging_kernels(split: KernelPlan, problem: Problem, device: Device) -> tupl
 
 def workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
     """The parts."""
-    count = max((kernel.splits.count for kernel in kernels), default=1)
+    count = max((kernel.splits.number for kernel in kernels), default=1)
     if count == 1:
         return ()
     rows = (count, problem.batch, problem.num_heads_q, problem.seqlen_q)

@@ -24,8 +24,8 @@ from cuflash.problem.tile import Tile
 
 def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
     if case.kernel.warps_share == "streamed":
-        for num_warps, rows, keys, stages in itertools.product((1, 2, 4, 8), (16, 32), (16, 32), (2, 3, 4)):
-            yield Tile(rows, keys * num_warps, num_warps, stages)
+        for num_warps, rows, keys, num_stages in itertools.product((1, 2, 4, 8), (16, 32), (16, 32), (2, 3, 4)):
+            yield Tile(rows, keys * num_warps, num_warps, num_stages)
         return
     # Split float32 products and products on the ordinary units are many instructions each: longer tiles take seconds to compile. From sm_100 on the
     # compiler spills registers for them unless tiles are shortest and single, in the backward pass also few warps.
@@ -33,13 +33,13 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
     shortest = many_instructions and device.capability >= 100
     longest = 16 if shortest else 32 if many_instructions else 128
     slices = case.head_slices(device)
-    stages = (1,) if device.capability < 80 or shortest or case.slice_pieces(device) > 1 else (1, 2, 3)
+    stage_counts = (1,) if device.capability < 80 or shortest or case.slice_pieces(device) > 1 else (1, 2, 3)
     few = (1, 2) if shortest and case.kernel.costs.small_blocks else (1, 2, 4, 8)
     for row_warps in case.kernel.block_warps or few:
         num_warps = row_warps * slices
         for warp_rows in (16, 32):
             for streamed in (length for length in (16, 32, 48, 64, 80, 96, 112, 128) if length <= longest):
-                for num_stages in stages:
+                for num_stages in stage_counts:
                     rows = row_warps * warp_rows
                     if case.kernel.owns_keys:
                         yield Tile(streamed, rows, num_warps, num_stages)

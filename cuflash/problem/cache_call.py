@@ -153,12 +153,16 @@ def _views(arrays: Mapping[str, Array], form: Layout) -> dict[str, View]:
             continue
         shape = arrays[name].shape
         if len(shape) != 4:
-            hint = "One query for each sequence is query[:, None], which copies nothing." if name == "query" else "Reshape it; strided views are not copied."
+            hint = (
+                "One query for each sequence is query[:, None], which copies nothing."
+                if name == "query"
+                else "Reshape it; strided views are not copied."
+            )
             raise ShapeError(name, f"{len(shape)} dimensions, {shape}", f"4 dimensions {form.describe()}", hint)
         if max(shape) > MAX_EXTENT:
             raise UnsupportedError(name, f"shape {shape}", f"extents of at most {MAX_EXTENT}", "Split the call.")
         views[name] = form.view(arrays[name], form.to_canonical(shape)[3])
-    batch, seqlen_q, heads, head_dim = views["query"].shape
+    _, seqlen_q, heads, head_dim = views["query"].shape
     got = f"shape {arrays['query'].shape}, read as {form.describe()}"
     if not (seqlen_q and heads and head_dim):
         raise ShapeError("query", got, "at least one query, head and column", "Say how dimensions are read with layout=.")
@@ -174,9 +178,16 @@ def _check_caches(views: Mapping[str, View], form: Layout) -> None:
     hint = f"Dimensions are read as {form.describe()}, of a paged cache with pages in the place of the batch; say otherwise with layout=."
     shown = {name: form.from_canonical(view.shape) for name, view in views.items()}
     if head_dim_k != head_dim:
-        raise ShapeError("key_cache", f"head_dim {head_dim_k} in {shown['key_cache']}", f"head_dim {head_dim}, like query with {shown['query']}", hint)
+        raise ShapeError(
+            "key_cache", f"head_dim {head_dim_k} in {shown['key_cache']}", f"head_dim {head_dim}, like query with {shown['query']}", hint
+        )
     if heads_kv == 0 or heads % heads_kv:
-        raise ShapeError("key_cache", f"{heads_kv} heads in {shown['key_cache']}", f"a divisor of {heads}, the heads of query with {shown['query']}", hint)
+        raise ShapeError(
+            "key_cache",
+            f"{heads_kv} heads in {shown['key_cache']}",
+            f"a divisor of {heads}, the heads of query with {shown['query']}",
+            hint,
+        )
     if views["value_cache"].shape[:3] != (rows, length, heads_kv):
         expected = f"{form.from_canonical((rows, length, heads_kv, views['value_cache'].shape[3]))}, like key_cache but for head_dim"
         raise ShapeError("value_cache", f"shape {shown['value_cache']}", expected, "There has to be one value for each key.")
@@ -190,7 +201,9 @@ def _check_per_sequence(name: str, array: Array, batch: int, meaning: str) -> No
     if array.shape != (batch,):
         raise ShapeError(name, f"shape {array.shape}", f"({batch},), one for each sequence of query", f"Pass {meaning}.")
     if batch > 1 and array.strides != (1,):
-        raise ShapeError(name, f"a stride of {array.strides[0]}", "contiguous elements", f"Copy it: {name}.copy(), or .contiguous() for a tensor.")
+        raise ShapeError(
+            name, f"a stride of {array.strides[0]}", "contiguous elements", f"Copy it: {name}.copy(), or .contiguous() for a tensor."
+        )
 
 
 def _check_int32(name: str, array: Array) -> None:
@@ -218,7 +231,9 @@ def _check_places(arrays: Mapping[str, Array], views: Mapping[str, View], batch:
             hint = "Copy it: page_table.copy(), or .contiguous() for a tensor."
             raise ShapeError("page_table", f"a stride of {table.strides[1]} between pages", "contiguous rows", hint)
         if not (rows and length):
-            raise ShapeError("key_cache", f"shape {shape}", "at least one page of at least one key", "Pass (pages, page_size, heads, head_dim).")
+            raise ShapeError(
+                "key_cache", f"shape {shape}", "at least one page of at least one key", "Pass (pages, page_size, heads, head_dim)."
+            )
         capacity = table.shape[1] * length
         if capacity > MAX_EXTENT:
             got = f"{table.shape[1]} pages of {length} keys for a sequence"
@@ -250,7 +265,9 @@ def _check_new(arrays: Mapping[str, Array], views: Mapping[str, View], form: Lay
         cache = arrays[f"{name}_cache"]
         if cache.read_only:
             hint = "Pass a writable array, for a tensor .detach()."
-            raise ArgumentError(f"{name}_cache", "a read-only or immutable array, or a tensor that requires grad", "memory that may be written", hint)
+            raise ArgumentError(
+                f"{name}_cache", "a read-only or immutable array, or a tensor that requires grad", "memory that may be written", hint
+            )
         if overlaps_itself(cache):
             got = f"shape {cache.shape} with strides {cache.strides}, where elements share memory"
             raise ArgumentError(f"{name}_cache", got, "separate memory for each element that is written", "Pass a copy.")
@@ -259,7 +276,9 @@ def _check_new(arrays: Mapping[str, Array], views: Mapping[str, View], form: Lay
                 hint = "What is in the cache already is not appended: leave key and value out, and count it in cache_seqlens."
                 raise ArgumentError(other, f"an array that shares memory with {name}_cache", "memory that the cache does not use", hint)
     if count > capacity:
-        raise ShapeError("key", f"{count} new keys of a sequence", f"at most {capacity}, for which the cache has room", "Make the cache larger.")
+        raise ShapeError(
+            "key", f"{count} new keys of a sequence", f"at most {capacity}, for which the cache has room", "Make the cache larger."
+        )
     return NewRows(count, views["key"], views["value"]) if count else None
 
 
@@ -268,7 +287,9 @@ def _check_rotary(arrays: Mapping[str, Array], interleaved: object, head_dim: in
     tables = {name: arrays[name] for name in ("rotary_cos", "rotary_sin") if name in arrays}
     if not tables:
         if interleaved is not None:
-            raise OptionError("rotary_interleaved", describe(interleaved), "None without rotary_cos", "Pass rotary_cos and rotary_sin, or leave it out.")
+            raise OptionError(
+                "rotary_interleaved", describe(interleaved), "None without rotary_cos", "Pass rotary_cos and rotary_sin, or leave it out."
+            )
         return None
     if len(tables) == 1:
         missing = "rotary_sin" if "rotary_cos" in tables else "rotary_cos"
@@ -288,10 +309,16 @@ def _check_rotary(arrays: Mapping[str, Array], interleaved: object, head_dim: in
             expected = f"(positions, rotary_dim / 2), where rotary_dim is at most the head_dim of {head_dim}"
             raise ShapeError(name, f"shape {table.shape}", expected, "One row for each position of a sequence, one column for each pair.")
         if table.shape[1] > 1 and table.strides[1] != 1:
-            raise ShapeError(name, f"a stride of {table.strides[1]} between pairs", "contiguous rows", f"Copy it: {name}.copy(), or .contiguous().")
+            raise ShapeError(
+                name, f"a stride of {table.strides[1]} between pairs", "contiguous rows", f"Copy it: {name}.copy(), or .contiguous()."
+            )
     if (cos.shape, cos.dtype) != (sin.shape, sin.dtype):
-        raise ShapeError("rotary_sin", f"{sin.dtype} {sin.shape}", f"{cos.dtype} {cos.shape}, like rotary_cos", "Pass tables of the same positions.")
-    return Rotary(2 * cos.shape[1], cos.shape[0], cos.dtype, options.check_bool("rotary_interleaved", interleaved), (cos.strides[0], sin.strides[0]))
+        raise ShapeError(
+            "rotary_sin", f"{sin.dtype} {sin.shape}", f"{cos.dtype} {cos.shape}, like rotary_cos", "Pass tables of the same positions."
+        )
+    return Rotary(
+        2 * cos.shape[1], cos.shape[0], cos.dtype, options.check_bool("rotary_interleaved", interleaved), (cos.strides[0], sin.strides[0])
+    )
 
 
 def _check_num_splits(num_splits: object, batch_invariant: bool) -> int | None:
@@ -329,11 +356,18 @@ def check_positions(problem: Problem, addresses: Mapping[str, int]) -> None:
     if "cache_batch_idx" in addresses:
         _check_range("cache_batch_idx", _numbers(addresses["cache_batch_idx"], problem.batch), cache.num_rows, "rows of the cache")
     if "cache_leftpad" in addresses:
-        _check_range("cache_leftpad", _numbers(addresses["cache_leftpad"], problem.batch), problem.seqlen_kv + 1, "keys that there is room for")
+        _check_range(
+            "cache_leftpad", _numbers(addresses["cache_leftpad"], problem.batch), problem.seqlen_kv + 1, "keys that there is room for"
+        )
     if "page_table" in addresses:
         for i, length in enumerate(lengths):
             row = addresses["page_table"] + 4 * i * cache.stride_page_table
-            _check_range("page_table", _numbers(row, -(-(length + new) // cache.page_size)), cache.num_rows, f"pages, in the part that sequence {i} uses")
+            _check_range(
+                "page_table",
+                _numbers(row, -(-(length + new) // cache.page_size)),
+                cache.num_rows,
+                f"pages, in the part that sequence {i} uses",
+            )
 
 
 def _numbers(address: int, count: int) -> Iterator[int]:
@@ -344,5 +378,3 @@ def _check_range(name: str, indices: Iterator[int], end: int, meaning: str) -> N
     for i, index in enumerate(indices):
         if not 0 <= index < end:
             raise OptionError(name, f"{index} at {i}", f"0 to {end - 1}", f"There are {end} {meaning}.")
-
-

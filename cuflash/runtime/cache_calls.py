@@ -16,7 +16,7 @@ from cuflash.planning.planner import make_plan
 from cuflash.problem.cache_call import CacheOperands, CacheOptions, borrowed_operands, check_positions, make_cache_problem
 from cuflash.problem.checks import check_out
 from cuflash.problem.layout import View
-from cuflash.runtime import arguments, calls, launch
+from cuflash.runtime import calls, launch
 from cuflash.runtime.arguments import Value, Values
 from cuflash.runtime.prepared import PreparedForward
 
@@ -122,7 +122,9 @@ class PreparedCacheCall(PreparedForward):
             return True
         if not all(getattr(getattr(x, "flags", None), "writeable", True) for x in (operands.key_cache, operands.value_cache)):
             return False
-        ranges = {name: (addresses[name] + low, addresses[name] + low + size) for name, (low, size) in self.extents.items() if name in addresses}
+        ranges = {
+            name: (addresses[name] + low, addresses[name] + low + size) for name, (low, size) in self.extents.items() if name in addresses
+        }
         return not any(
             ranges[written][0] < ranges[other][1] and ranges[other][0] < ranges[written][1]
             for written in ("key_cache", "value_cache")

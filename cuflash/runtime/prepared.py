@@ -126,7 +126,7 @@ class PreparedCall:
             own: Values = {
                 "geometry": arguments.geometry(problem, kernel.num_tiles, kernel.section_heads),
                 "group_batch": kernel.group_batch, "group_heads": kernel.group_heads, "num_tiles": kernel.num_tiles, "head_dim": kernel.head_dim,
-                "num_splits": kernel.splits.count, "split_tiles": kernel.splits.tiles,
+                "num_splits": kernel.splits.number, "split_tiles": kernel.splits.tiles,
             }  # fmt: skip
             struct = kernel.spec.arguments
             launches.append(_Launch(loaded, kernel.shape, Arguments(struct, arguments.of_struct(struct, {**values, **own}), words)))

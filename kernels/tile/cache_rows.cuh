@@ -70,8 +70,8 @@ struct LaneKeys {
     }
   }
 
-  // Starts the copy of these rows of (batch or page, head) into a tile; zeros where there is no key, so that no NaN in memory that nobody sees reaches
-  // a product.
+  // Starts the copy of these rows of (batch or page, head) into a tile; zeros where there is no key, so that no NaN in memory that nobody sees
+  // reaches a product.
   template <typename Tile, typename Element>
   DEVICE void copy(SmemAddress tile, const TensorView& view, int head) const {
 #pragma unroll
@@ -87,8 +87,8 @@ struct LaneKeys {
       } else {
 #pragma unroll 1
         for (int chunk = lane_index() % LANES; chunk < Tile::CHUNKS; chunk += LANES)
-          store_shared(tile + Tile::offset(row, chunk), gather_chunk<Element>(source + chunk * Tile::CHUNK_ELEMENTS * view.stride_dim,
-                                                                              view.stride_dim, elements<Tile>(chunk, width)));
+          store_shared(tile + Tile::offset(row, chunk),
+                       gather_chunk<Element>(source + chunk * Tile::CHUNK_ELEMENTS * view.stride_dim, view.stride_dim, elements<Tile>(chunk, width)));
       }
     }
   }

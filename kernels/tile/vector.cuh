@@ -1,5 +1,5 @@
-// VECTOR neighbouring columns of a row in global memory, as float32 in registers: whole chunks where rows start on 16 bytes and columns are neighbours,
-// else one element at a time. Columns from head_dim on are read as 0 and not written.
+// VECTOR neighbouring columns of a row in global memory, as float32 in registers: whole chunks where rows start on 16 bytes and columns are
+// neighbours, else one element at a time. Columns from head_dim on are read as 0 and not written.
 #pragma once
 #include "ptx/convert.cuh"
 #include "ptx/types.cuh"

@@ -1,5 +1,5 @@
-// Rows whose keys were shared out among the warps of a block: each warp has a softmax and an O of all rows for its own keys, and the block adds them up
-// in shared memory.
+// Rows whose keys were shared out among the warps of a block: each warp has a softmax and an O of all rows for its own keys, and the block adds them
+// up in shared memory.
 //
 // What lies there: for each warp its O, rows of float32, relative to the largest reference of each row in any warp; and for each warp and row the
 // reference and the sum of its softmax.
