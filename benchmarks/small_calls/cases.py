@@ -63,10 +63,10 @@ class Case:
 
     @property
     def is_plain(self) -> bool:
-        """A padded batch without features, whose heads the usual kernels take."""
+        """A padded batch without features or cache, whose heads the usual kernels take."""
         sample = self.sample
         usual = sample.head_dim_v is None and sample.head_dim <= 256 and sample.lengths_q is None and sample.lengths_kv is None
-        return usual and sample.features == SampleFeatures()
+        return usual and not self.cached and sample.features == SampleFeatures()
 
     @property
     def longest(self) -> int:
