@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         TileError,
         UnsupportedError,
     )
+    from cuflash.kv_cache import KVCache
     from cuflash.merging import MergeGradients, merge_attention, merge_attention_backward
     from cuflash.planning.plan import Plan
     from cuflash.problem.features import FeatureSet
@@ -55,6 +56,7 @@ _HOME = {
     "varlen_plan": "attention",
     "attention_with_kvcache": "decoding",
     "kvcache_plan": "decoding",
+    "KVCache": "kv_cache",
     "dropout_mask": "dropout",
     "ArgumentError": "errors",
     "CompileError": "errors",
@@ -87,6 +89,7 @@ __all__ = [
     "DeviceError",
     "FeatureSet",
     "Gradients",
+    "KVCache",
     "KeywordError",
     "MergeGradients",
     "OptionError",

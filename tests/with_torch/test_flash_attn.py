@@ -181,7 +181,17 @@ def test_a_step_with_a_cache(device: Any, page_size: int | None) -> None:
     angles = torch.rand(64, DIM // 4, generator=generator).to(device)
     lengths = torch.tensor([40, 7], dtype=torch.int32, device=device)
     out, lse = flash_attn.flash_attn_with_kvcache(
-        q, *caches, k, v, angles.cos(), angles.sin(), cache_seqlens=lengths, block_table=table, causal=True, softmax_scale=0.2, return_softmax_lse=True
+        q,
+        *caches,
+        k,
+        v,
+        angles.cos(),
+        angles.sin(),
+        cache_seqlens=lengths,
+        block_table=table,
+        causal=True,
+        softmax_scale=0.2,
+        return_softmax_lse=True,
     )
     for b, length in enumerate([40, 7]):
         at = slice(length, length + 3)
