@@ -76,7 +76,7 @@ struct ForwardSplitArguments {
   FeatureArguments features;
   CacheArguments cache;
   int num_splits;
-  int split_tiles;  // key tiles of a split, counted from key 0; 0: a sequence's tiles are cut into num_splits equal parts
+  int split_tiles;  // key tiles of a split; 0: those that a sequence has are cut into num_splits equal parts
 };
 
 struct CacheAppendArguments {

@@ -103,10 +103,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
   const int end_key = visibility.end_key(first_q, end_q);  // what any row of the tile sees lies in first_key .. end_key - 1
   const int first_key = max(visibility.first_key(first_q), sequence.first_key);
   const int first_tile = first_key / TILE_KV, end_tile = max(first_tile, ceil_div(end_key, TILE_KV));
-  const bool is_fixed = arguments.split_tiles > 0;
-  const int split_tiles = is_fixed ? arguments.split_tiles : ceil_div(end_tile - first_tile, arguments.num_splits);
-  const int split_begin = (is_fixed ? 0 : first_tile) + work.split * split_tiles;
-  const int begin = max(first_tile, split_begin), end = min(end_tile, split_begin + split_tiles);  // steps over key tiles
+  const int split_tiles = arguments.split_tiles > 0 ? arguments.split_tiles : ceil_div(end_tile - first_tile, arguments.num_splits);
+  const int begin = min(end_tile, first_tile + work.split * split_tiles), end = min(end_tile, begin + split_tiles);  // steps over key tiles
   const bool has_sink = SINKS && work.split == 0;
   if (begin >= end && arguments.num_splits > 1 && !has_sink) {
     const int row = first_row + int(threadIdx.x);

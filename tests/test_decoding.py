@@ -14,7 +14,7 @@ from conftest import Target, poison_new_memory
 import cuflash
 from cuflash import Tile
 from cuflash.errors import ArgumentError, CuflashError, OptionError, UnsupportedError
-from cuflash.runtime import calls
+from cuflash.runtime import cache_calls, calls
 from cuflash.simulator import check
 
 pytest.importorskip("cupy")
@@ -113,6 +113,30 @@ def test_other_layouts_and_strides(simulator: Target) -> None:
         wide[..., :-1] = given[name]
         given[name] = wide[..., :-1]
     call.check_results(*cuflash.attention_with_kvcache(**given, return_lse=True))
+
+
+@pytest.mark.parametrize("form", ["rows", "picked", "page16"])
+def test_numbers_that_make_no_sense_never_leave_the_arrays(form: str, simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU nothing reads them before the kernels, which clamp: what is computed is not specified, but nothing else is touched."""
+    monkeypatch.setattr(cache_calls, "check_positions", lambda *_: None)
+    call = CacheCall(LENGTHS, 2, 3, room=280, leftpad=(0, 1, 70, 10), rotary_dim=8, options={"is_causal": True, "tile": TILE}, **FORMS[form])
+    senseless = numpy.array([2**31 - 1, -(2**31), 279, -1], "int32")
+    for name in ("cache_seqlens", "cache_leftpad", "cache_batch_idx", "page_table"):
+        given = call.arrays()
+        if name not in given:
+            continue
+        given[name] = numpy.ascontiguousarray(numpy.broadcast_to(senseless[:, None] if name == "page_table" else senseless, given[name].shape))
+        if name in ("cache_batch_idx", "page_table"):  # sequences that share a row or a page write it in any order
+            given = {key: x for key, x in given.items() if key not in ("key", "value") and not key.startswith("rotary")}
+        surroundings = {}
+        for cache in ("key_cache", "value_cache"):
+            memory = numpy.full((given[cache].shape[0] + 2, *given[cache].shape[1:]), 7, given[cache].dtype)
+            memory[1:-1] = 0
+            surroundings[cache], given[cache] = memory, memory[1:-1]
+        out = cuflash.attention_with_kvcache(**given)
+        assert numpy.isfinite(out).all()
+        for memory in surroundings.values():
+            assert (memory[[0, -1]] == 7).all()
 
 
 # --- Splits -------------------------------------------------------------------------------------------------------------------------------

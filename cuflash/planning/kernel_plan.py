@@ -55,7 +55,7 @@ class Splits(NamedTuple):
 
     Attributes:
         number: blocks for each sequence, key head and tile of queries.
-        tiles: key tiles of each, counted from key 0; 0: a sequence's tiles are cut into `number` equal parts on the device.
+        tiles: key tiles of each; 0: a sequence's tiles are cut into `number` equal parts on the device.
     """
 
     number: int
