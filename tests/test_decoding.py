@@ -120,7 +120,7 @@ def test_numbers_that_make_no_sense_never_leave_the_arrays(form: str, simulator:
     """On a GPU nothing reads them before the kernels, which clamp: what is computed is not specified, but nothing else is touched."""
     monkeypatch.setattr(cache_calls, "check_positions", lambda *_: None)
     call = CacheCall(LENGTHS, 2, 3, room=280, leftpad=(0, 1, 70, 10), rotary_dim=8, options={"is_causal": True, "tile": TILE}, **FORMS[form])
-    senseless = numpy.array([2**31 - 1, -(2**31), 279, -1], "int32")
+    senseless = numpy.array([2**31 - 1, -(2**31), -1, 279], "int32")
     for name in ("cache_seqlens", "cache_leftpad", "cache_batch_idx", "page_table"):
         given = call.arrays()
         if name not in given:
