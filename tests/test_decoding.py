@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -119,13 +120,17 @@ def test_other_layouts_and_strides(simulator: Target) -> None:
 def test_numbers_that_make_no_sense_never_leave_the_arrays(form: str, simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU nothing reads them before the kernels, which clamp: what is computed is not specified, but nothing else is touched."""
     monkeypatch.setattr(cache_calls, "check_positions", lambda *_: None)
-    call = CacheCall(LENGTHS, 2, 3, room=280, leftpad=(0, 1, 70, 10), rotary_dim=8, options={"is_causal": True, "tile": TILE}, **FORMS[form])
+    call = CacheCall(
+        LENGTHS, 2, 3, room=280, leftpad=(0, 1, 70, 10), rotary_dim=8, options={"is_causal": True, "tile": TILE}, **FORMS[form]
+    )
     senseless = numpy.array([2**31 - 1, -(2**31), -1, 279], "int32")
     for name in ("cache_seqlens", "cache_leftpad", "cache_batch_idx", "page_table"):
         given = call.arrays()
         if name not in given:
             continue
-        given[name] = numpy.ascontiguousarray(numpy.broadcast_to(senseless[:, None] if name == "page_table" else senseless, given[name].shape))
+        given[name] = numpy.ascontiguousarray(
+            numpy.broadcast_to(senseless[:, None] if name == "page_table" else senseless, given[name].shape)
+        )
         if name in ("cache_batch_idx", "page_table"):  # sequences that share a row or a page write it in any order
             given = {key: x for key, x in given.items() if key not in ("key", "value") and not key.startswith("rotary")}
         surroundings = {}
@@ -309,6 +314,7 @@ def test_the_plan_says_what_runs(simulator: Target) -> None:
     planned = cuflash.kvcache_plan(**given)
     assert [kernel.name for kernel in planned.kernels] == ["cache_append", "forward_split", "merge_attention"]
     assert [buffer.name for buffer in planned.workspace] == ["partial_out", "partial_lse", "rotated_query"]
-    assert "forward_split_mma.cu" in str(planned)
+    assert "seqlen 1 x 100032 in a cache, pages of 64, keys of each row up to its cache_seqlens and 1 new" in str(planned)
+    assert re.search(r"forward_split: forward_split_mma.cu, tile_q=16, .*, keys of a sequence in \d+ splits", str(planned))
     with pytest.raises(OptionError, match="window"):
         cuflash.kvcache_plan(**given, window=3)
