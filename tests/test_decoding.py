@@ -38,7 +38,7 @@ ROTARY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.sample(24)
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("rotary", list(ROTARY))
 @pytest.mark.parametrize("mask", list(MASKS))

@@ -185,7 +185,7 @@ HIDES = "1348"
 """Number of NVRTC's warning that a declaration hides another one."""
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "features", [NO_FEATURES, FeatureSet("float32", window=True, softcap=True, alibi=True, sinks=True)], ids=["plain", "features"]
 )

@@ -54,7 +54,7 @@ def test_features_with_heads_that_share_keys(name: str, simulator: Target) -> No
     simulator.check(query, key, value, backward=False, tile=SPLIT, enable_gqa=True, **options)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("tile", [Tile(16, 16, 1, 2), Tile(32, 64, 2, 3), Tile(48, 64, 4, 2), Tile(16, 256, 8, 2)], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 3), (2, 20, 1), (1, 5, 8)], ids=str)
 @pytest.mark.parametrize("dims", [(32, 32), (16, 72), (40, 24), (13, 13)], ids=str)
