@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import pytest
 from caches import CacheCall
-from conftest import Target, poison_new_memory
+from conftest import HAS_GPU, Target, poison_new_memory
 
 import cuflash
 from cuflash import Tile
@@ -38,6 +38,14 @@ ROTARY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(params=["sm_80", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """The devices that have the kernel: sm_75 does not."""
+    if request.param != "gpu":
+        monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", request.param)
+    return Target(request.param)
+
+
 @pytest.mark.sample(16)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("rotary", list(ROTARY))
@@ -47,7 +55,7 @@ ROTARY: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_calls_of_every_form(
-    shape: str, form: str, has_leftpad: bool, has_new: bool, mask: str, rotary: str, heads: tuple[int, int], simulator: Target
+    shape: str, form: str, has_leftpad: bool, has_new: bool, mask: str, rotary: str, heads: tuple[int, int], decoder: Target
 ) -> None:
     seqlen_q, room = SHAPES[shape]
     new = seqlen_q if has_new else 0
@@ -57,7 +65,7 @@ def test_calls_of_every_form(
     CacheCall(
         lengths, seqlen_q, new, *heads, room=room, leftpad=leftpad, options=MASKS[mask] | {"tile": TILE}, **FORMS[form],
         **(ROTARY[rotary] if has_new else {}),
-    ).check(simulator)  # fmt: skip
+    ).check(decoder)  # fmt: skip
 
 
 @pytest.mark.exhaustive
@@ -66,7 +74,7 @@ def test_calls_of_every_form(
 @pytest.mark.parametrize(
     "shape", [(1, 128), (1, 339), (3, 1024), (64, 800), (3, 799), (64, 2048), (16, 20000), (128, 128), (256, 512), (2048, 3577)], ids=str
 )
-def test_flash_attns_lengths(shape: tuple[int, int], page_size: int, dtype: str, simulator: Target) -> None:
+def test_flash_attns_lengths(shape: tuple[int, int], page_size: int, dtype: str, decoder: Target) -> None:
     seqlen_q, room = shape
     CacheCall(
         (room - seqlen_q, room // 3),
@@ -79,11 +87,11 @@ def test_flash_attns_lengths(shape: tuple[int, int], page_size: int, dtype: str,
         page_size=page_size,
         dtype=dtype,
         options={"is_causal": True},
-    ).check(simulator)
+    ).check(decoder)
 
 
 @pytest.mark.parametrize("features", ["alibi_sinks", "tree", "bias"])
-def test_features(features: str, simulator: Target) -> None:
+def test_features(features: str, decoder: Target) -> None:
     rng = numpy.random.default_rng(5)
     tree = numpy.tri(4, dtype=bool) & (rng.random((4, 4)) > 0.3) | numpy.eye(4, dtype=bool)
     mask = numpy.ones((len(LENGTHS), 1, 4, 300), bool)
@@ -94,11 +102,11 @@ def test_features(features: str, simulator: Target) -> None:
         "tree": {"attn_mask": mask},
         "bias": {"attn_mask": rng.standard_normal((1, 6, 4, 300)).astype("float32"), "is_causal": True},
     }[features]  # fmt: skip
-    CacheCall(LENGTHS, 4, 4, 6, 2, options=options | {"tile": TILE, "num_splits": 3}).check(simulator)
+    CacheCall(LENGTHS, 4, 4, 6, 2, options=options | {"tile": TILE, "num_splits": 3}).check(decoder)
 
 
-def test_value_with_a_head_dim_of_its_own(simulator: Target) -> None:
-    CacheCall(LENGTHS, 2, 1, head_dim=24, head_dim_v=40, page_size=7, dtype="bfloat16", options={"num_splits": 2}).check(simulator)
+def test_value_with_a_head_dim_of_its_own(decoder: Target) -> None:
+    CacheCall(LENGTHS, 2, 1, head_dim=24, head_dim_v=40, page_size=7, dtype="bfloat16", options={"num_splits": 2}).check(decoder)
 
 
 def test_other_layouts_and_strides(simulator: Target) -> None:
@@ -147,17 +155,17 @@ def test_numbers_that_make_no_sense_never_leave_the_arrays(form: str, simulator:
 # --- Splits -------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_number_of_splits(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_number_of_splits(decoder: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of them are empty; workspace comes full of NaN."""
     poison_new_memory(monkeypatch)
     for count in (1, 2, 3, 5, 7, 17, 32, 55, 97, 133, 256):
-        CacheCall((0, 1, 64, 65, 300), options={"num_splits": count, "tile": TILE}).check(simulator)
+        CacheCall((0, 1, 64, 65, 300), options={"num_splits": count, "tile": TILE}).check(decoder)
 
 
-def test_an_empty_split_says_so_and_sinks_count_once(simulator: Target) -> None:
+def test_an_empty_split_says_so_and_sinks_count_once(decoder: Target) -> None:
     sinks = numpy.array([0.5, 2.0], "float32")
     for count in (1, 4):
-        _, lse = CacheCall((0, 3, 250), options={"num_splits": count, "tile": TILE, "sinks": sinks, "window": (70, 0)}).check(simulator)
+        _, lse = CacheCall((0, 3, 250), options={"num_splits": count, "tile": TILE, "sinks": sinks, "window": (70, 0)}).check(decoder)
         numpy.testing.assert_allclose(lse[0, :, 0], sinks, rtol=1e-6)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy
 import pytest
-from conftest import Target
+from conftest import HAS_GPU, Target
 
 import cuflash
 from cuflash import Tile
@@ -24,6 +24,14 @@ ODD_GROUP = {
     "key": (1, 200, 2, 32),
     "value": (1, 200, 2, 32),
 }  # five query heads to a key head: tiles end within a query
+
+
+@pytest.fixture(params=["sm_80", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """The devices that have the kernel: sm_75 does not."""
+    if request.param != "gpu":
+        monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", request.param)
+    return Target(request.param)
 
 
 def operands(target: Target, shapes: dict[str, tuple[int, ...]], dtype: str = "float16", view: str = "contiguous") -> tuple[Any, ...]:
@@ -48,10 +56,10 @@ def features() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", list(features()))
-def test_features_with_heads_that_share_keys(name: str, simulator: Target) -> None:
-    options = {key: simulator.place(x) if isinstance(x, numpy.ndarray) else x for key, x in features()[name].items()}
-    query, key, value = operands(simulator, ODD_GROUP)
-    simulator.check(query, key, value, backward=False, tile=SPLIT, enable_gqa=True, **options)
+def test_features_with_heads_that_share_keys(name: str, decoder: Target) -> None:
+    options = {key: decoder.place(x) if isinstance(x, numpy.ndarray) else x for key, x in features()[name].items()}
+    query, key, value = operands(decoder, ODD_GROUP)
+    decoder.check(query, key, value, backward=False, tile=SPLIT, enable_gqa=True, **options)
 
 
 @pytest.mark.sample(4)
@@ -59,21 +67,21 @@ def test_features_with_heads_that_share_keys(name: str, simulator: Target) -> No
 @pytest.mark.parametrize("shape", [(1, 1, 3), (2, 20, 1), (1, 5, 8)], ids=str)
 @pytest.mark.parametrize("dims", [(32, 32), (16, 72), (40, 24), (13, 13)], ids=str)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_tiles_and_head_dims(tile: Tile, shape: tuple[int, int, int], dims: tuple[int, int], dtype: str, simulator: Target) -> None:
+def test_tiles_and_head_dims(tile: Tile, shape: tuple[int, int, int], dims: tuple[int, int], dtype: str, decoder: Target) -> None:
     batch, seqlen_q, heads = shape
     shapes = {"query": (batch, seqlen_q, heads, dims[0]), "key": (batch, 150, 1, dims[0]), "value": (batch, 150, 1, dims[1])}
-    simulator.check(*operands(simulator, shapes, dtype), backward=False, tile={"forward_split": tile}, enable_gqa=True)
+    decoder.check(*operands(decoder, shapes, dtype), backward=False, tile={"forward_split": tile}, enable_gqa=True)
 
 
-def test_any_strides(view: str, simulator: Target) -> None:
-    simulator.check(*operands(simulator, ODD_GROUP, view=view), backward=False, tile=SPLIT, enable_gqa=True)
+def test_any_strides(view: str, decoder: Target) -> None:
+    decoder.check(*operands(decoder, ODD_GROUP, view=view), backward=False, tile=SPLIT, enable_gqa=True)
 
 
-def test_lengths_of_rows(simulator: Target) -> None:
+def test_lengths_of_rows(decoder: Target) -> None:
     shapes = {"query": (5, 2, 2, 32), "key": (5, 200, 2, 32), "value": (5, 200, 2, 32)}
-    lengths = simulator.place(numpy.array([0, 1, 63, 64, 200], numpy.int32))
-    results = simulator.check(*operands(simulator, shapes), backward=False, tile=SPLIT, seqlens_kv=lengths)
-    assert numpy.isneginf(simulator.as_numpy(results.lse)[0]).all()
+    lengths = decoder.place(numpy.array([0, 1, 63, 64, 200], numpy.int32))
+    results = decoder.check(*operands(decoder, shapes), backward=False, tile=SPLIT, seqlens_kv=lengths)
+    assert numpy.isneginf(decoder.as_numpy(results.lse)[0]).all()
 
 
 # --- Where it runs ------------------------------------------------------------------------------------------------------------------------
