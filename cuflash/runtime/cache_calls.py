@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Hashable
 from math import prod
@@ -122,14 +123,22 @@ class PreparedCacheCall(PreparedForward):
             return True
         if not all(getattr(getattr(x, "flags", None), "writeable", True) for x in (operands.key_cache, operands.value_cache)):
             return False
-        ranges = {
-            name: (addresses[name] + low, addresses[name] + low + size) for name, (low, size) in self.extents.items() if name in addresses
-        }
-        return not any(
-            ranges[written][0] < ranges[other][1] and ranges[other][0] < ranges[written][1]
-            for written in ("key_cache", "value_cache")
-            for other in ("query", "key", "value")
-        )
+        for name, low, high in self._appended:
+            begin, end = addresses[name] + low, addresses[name] + high
+            for written, written_low, written_high in self._caches:
+                if addresses[written] + written_low < end and begin < addresses[written] + written_high:
+                    return False
+        return True
+
+    @functools.cached_property
+    def _caches(self) -> list[tuple[str, int, int]]:
+        """Name, first byte and end, relative to the address, of what a call writes into."""
+        return [(name, low, low + size) for name in ("key_cache", "value_cache") for low, size in (self.extents[name],)]
+
+    @functools.cached_property
+    def _appended(self) -> list[tuple[str, int, int]]:
+        """The same of what must not lie there."""
+        return [(name, low, low + size) for name in ("query", "key", "value") for low, size in (self.extents[name],)]
 
     def check_offsets(self, addresses: dict[str, int]) -> None:
         check_positions(self.problem, addresses)
