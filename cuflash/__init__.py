@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         varlen_attention_backward,
         varlen_plan,
     )
+    from cuflash.decoding import attention_with_kvcache, kvcache_plan
     from cuflash.dropout import dropout_mask
     from cuflash.errors import (
         ArgumentError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         TileError,
         UnsupportedError,
     )
+    from cuflash.kv_cache import KVCache
     from cuflash.merging import MergeGradients, merge_attention, merge_attention_backward
     from cuflash.planning.plan import Plan
     from cuflash.problem.features import FeatureSet
@@ -52,6 +54,9 @@ _HOME = {
     "varlen_attention": "attention",
     "varlen_attention_backward": "attention",
     "varlen_plan": "attention",
+    "attention_with_kvcache": "decoding",
+    "kvcache_plan": "decoding",
+    "KVCache": "kv_cache",
     "dropout_mask": "dropout",
     "ArgumentError": "errors",
     "CompileError": "errors",
@@ -84,6 +89,7 @@ __all__ = [
     "DeviceError",
     "FeatureSet",
     "Gradients",
+    "KVCache",
     "KeywordError",
     "MergeGradients",
     "OptionError",
@@ -95,8 +101,10 @@ __all__ = [
     "TileError",
     "UnsupportedError",
     "__version__",
+    "attention_with_kvcache",
     "bfloat16",
     "dropout_mask",
+    "kvcache_plan",
     "legal_tiles",
     "merge_attention",
     "merge_attention_backward",

@@ -77,7 +77,7 @@ def scaled_dot_product_attention(
         return_lse: return `(out, lse)`.
         out: array for the result; shape, dtype and kind of the result, any strides.
         tile: a `cuflash.Tile` instead of the default one, or a mapping from the name of the kernel to it, which also says which one runs: "forward" or, on
-            sm_90, "forward_wgmma". `print(cuflash.plan(...))` says which one would, and why not the other.
+            sm_90, "forward_wgmma", for few queries "forward_split". `print(cuflash.plan(...))` says which one would, and why not the other.
         deterministic: accepted for symmetry with the backward pass: every kernel gives the same bits on every run.
         allow_tf32: float32 products in TF32: faster, with 10 bits of mantissa.
         seqlens_kv: int32 `(batch,)`, on the device of query, where it is read: row b sees its first `seqlens_kv[b]` keys only, and whatever key and value

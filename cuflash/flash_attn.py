@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from cuflash.decoding import attention_with_kvcache
 from cuflash.dropout import dropout_mask
-from cuflash.errors import UnsupportedError
+from cuflash.errors import OptionError, UnsupportedError
 from cuflash.torch import scaled_dot_product_attention, varlen_attention
 from cuflash.torch.inputs import dropout_source, number, pair
 
@@ -23,6 +24,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
 
 Window = tuple[int, int]
@@ -132,7 +134,7 @@ def flash_attn_varlen_func(
         k, v: `(tokens_k, heads_k, head_dim)`.
         cu_seqlens_q, cu_seqlens_k: `(sequences + 1,)`, int32 or int64.
         max_seqlen_q, max_seqlen_k: no sequence is longer.
-        block_table: raises: there is no paged cache.
+        block_table: raises: pages are those of `flash_attn_with_kvcache`.
 
     Others are those of `flash_attn_func`.
 
@@ -141,7 +143,7 @@ def flash_attn_varlen_func(
         ends of a sequence, for which the offsets are read on the host.
     """
     if block_table is not None:
-        hint = "Gather the pages of each sequence: keys and values lie one behind the other."
+        hint = "Call flash_attn_with_kvcache for sequences padded to one length; or gather the pages, so that keys and values lie one behind the other."
         raise UnsupportedError("block_table", "a paged cache", "None", hint)
     options = _options(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     result = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_lse=return_attn_probs, **options)
@@ -205,6 +207,57 @@ def flash_attn_varlen_kvpacked_func(
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any = None,
+    v: Any = None,
+    rotary_cos: Any = None,
+    rotary_sin: Any = None,
+    cache_seqlens: Any = None,
+    cache_batch_idx: Any = None,
+    cache_leftpad: Any = None,
+    block_table: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Any = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """Append k and v to a cache, and attend to it, without gradients: `cuflash.attention_with_kvcache`, which says what is meant by each argument.
+
+    Args:
+        q: `(batch, seqlen, heads, head_dim)`, float16 or bfloat16.
+        k_cache, v_cache: `(rows, seqlen_cache, heads_k, head_dim)`, or with block_table `(pages, page_size, heads_k, head_dim)`, any page size. Written in place.
+        k, v: `(batch, seqlen_new, heads_k, head_dim)`, or None.
+        rotary_cos, rotary_sin: `(positions, rotary_dim / 2)`.
+        cache_seqlens: an int, or int32 `(batch,)`; None without k: the whole cache.
+        cache_batch_idx, cache_leftpad: int32 `(batch,)`.
+        block_table: int32 `(batch, pages of a sequence)`.
+        num_splits: 0 for as many as are predicted to be fastest.
+
+    Returns:
+        out; with `return_softmax_lse` also lse `(batch, heads, seqlen)`.
+    """
+    if cache_seqlens is None:
+        if k is not None:
+            raise OptionError("cache_seqlens", "None with k", "how many keys the cache has of each sequence", "Pass 0 for an empty cache.")
+        cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if not isinstance(cache_seqlens, torch.Tensor):
+        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+    window = pair(window_size)
+    return attention_with_kvcache(
+        q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, page_table=block_table, cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=None if rotary_cos is None else rotary_interleaved,
+        scale=number(softmax_scale), is_causal=causal, window=None if window == (-1, -1) else window, softcap=number(softcap) or None,
+        alibi_slopes=alibi_slopes, num_splits=num_splits or None, return_lse=return_softmax_lse,
     )  # fmt: skip
 
 

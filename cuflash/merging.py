@@ -9,30 +9,26 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import chain
-from math import ceil, prod
+from math import prod
 from typing import Any, NamedTuple
 
 from cuflash.arrays.borrowing import AnyArray, Array, borrow, describe, is_array, pointer, signature
 from cuflash.arrays.frameworks import BFloat16Bits
 from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
 from cuflash.hardware import device
-from cuflash.hardware.device import Device
 from cuflash.planning.argument_structs import LISTED_PARTS, MERGE_PART
-from cuflash.planning.codegen import config_text
-from cuflash.planning.kernel_cases import KernelCase
-from cuflash.planning.kernel_plan import KernelPlan, LaunchShape
-from cuflash.planning.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE, KernelSpec
+from cuflash.planning.kernel_plan import LaunchShape
+from cuflash.planning.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE
+from cuflash.planning.merge_kernels import merge_kernel, row_lanes, row_tiles
 from cuflash.planning.planner import MAX_GRID
 from cuflash.problem.checks import cast_to, check_dtypes, check_same_kind
 from cuflash.problem.layout import CANONICAL, Layout, Shape4
 from cuflash.problem.options import check_layout
 from cuflash.problem.other_names import explains_keywords
 from cuflash.problem.problem import MAX_EXTENT
-from cuflash.problem.tile import Tile
 from cuflash.runtime import arguments, calls, launch
 from cuflash.runtime.arguments import Arguments, Value, Values
 
-_VECTOR = 8  # columns that a thread takes at a time, as in kernels/tile/merge.cuh
 _TABLE_SHAPE = LaunchShape(1, LISTED_PARTS, 0)
 
 
@@ -305,8 +301,8 @@ class _Merge:
     def _prepare_kernels(self) -> None:
         batch, seqlen, heads, head_dim = self.shape
         self.spec = MERGE_ATTENTION_BACKWARD if self.is_backward else MERGE_ATTENTION
-        self.lanes = next(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes >= min(ceil(head_dim / _VECTOR), 32))
-        self.num_tiles = ceil(seqlen / (32 * self.spec.num_warps // self.lanes))
+        self.lanes = row_lanes(head_dim)
+        self.num_tiles = row_tiles(self.spec, seqlen, head_dim)
         self.launch_shape = LaunchShape(self.num_tiles * heads * batch, 32 * self.spec.num_warps, 0)
         num_blocks = self.launch_shape.num_blocks
         if num_blocks > MAX_GRID:
@@ -404,13 +400,6 @@ class _Merge:
         tagged = isinstance(gradients, BFloat16Bits)
         each = (BFloat16Bits(gradients.bits[i]) if tagged else gradients[i] for i in range(self.count))
         return tuple(self.framework.finish(gradient) for gradient in each)
-
-
-def merge_kernel(spec: KernelSpec, on: Device, dtype: str, num_blocks: int) -> KernelPlan:
-    """One of the three kernels, which depend on the element type alone: no head dimension or number of parts compiles anything."""
-    config = config_text(dtype, {"CAPABILITY": on.capability, "NUM_WARPS": spec.num_warps})
-    shape = LaunchShape(num_blocks, 32 * spec.num_warps, 0)
-    return KernelPlan(KernelCase(spec, dtype, 0), Tile(1, 1, spec.num_warps, 1), config, shape, num_blocks)
 
 
 def _contiguous(part: Array) -> Array:

@@ -53,6 +53,48 @@ struct ForwardArguments {
   FeatureArguments features;
 };
 
+// Where the keys and values of each sequence lie (tile/cache_rows.cuh). All zero where they are arrays of one row for each sequence.
+struct CacheArguments {
+  const int* page_table;     // [batch][pages of a sequence]: key p is row p % page_size of the page there; null: sequences have rows of the cache
+  const int* batch_indices;  // [batch]: which row of the cache is that of the sequence; null: its own
+  const int* leftpad;        // [batch]: keys before it are not seen; null: none
+  int64 stride_page_table;   // from sequence to sequence
+  int page_size;
+  int num_rows;  // rows of the cache, or pages
+  int new_keys;  // that came with this call, behind those that `seqlens_kv` counts
+  int reserved;
+};
+
+// Keys are shared out among blocks. With several splits results go to partial_*, which merge_attention makes `out` and `lse` of.
+struct ForwardSplitArguments {
+  TensorView query, key, value, out;
+  RowView lse;         // data null: not stored
+  float* partial_out;  // [num_splits][batch][num_heads_q][seqlen_q][head_dim_v]
+  float* partial_lse;  // [num_splits][batch][num_heads_q][seqlen_q]
+  Geometry geometry;   // num_tiles: tiles of packed rows (tile/packed_rows.cuh)
+  SequenceLengths lengths;
+  FeatureArguments features;
+  CacheArguments cache;
+  int num_splits;
+  int split_tiles;  // key tiles of a split; 0: those that a sequence has are cut into num_splits equal parts
+};
+
+struct CacheAppendArguments {
+  TensorView given_query, rotated_query;  // without rotary embedding neither is there
+  TensorView new_key, new_value, key, value;
+  const void* rotary_cos;  // [rotary_rows][rotary_dim / 2]
+  const void* rotary_sin;
+  int64 stride_cos, stride_sin;  // from position to position
+  Geometry geometry;  // seqlen_kv: the room that a sequence has
+  SequenceLengths lengths;
+  CacheArguments cache;
+  int head_dim, head_dim_v;
+  int rotary_dim;  // columns that are rotated; 0: none
+  int rotary_rows;
+  int rotary_interleaved;  // pairs are neighbours; otherwise rotary_dim / 2 apart
+  int queries_advance;  // query i has a position of its own, i behind that of the first
+};
+
 // An array that the TMA unit reads: its map, of (head_dim, seqlen, heads, batch), and what the numbers of a head and of a batch are multiplied by to
 // have its coordinates: 1, or 0 along an axis that is broadcast, which the map has once.
 struct MappedTensor {

@@ -29,7 +29,7 @@ struct MergeTableArguments {
 
 struct MergeArguments {
   TensorView out, grad_out, grad_outs;  // grad_outs: of the first part; forward: no gradients
-  RowView lse, grad_lse, grad_lses;  // grad_lse.data null: zero
+  RowView lse, grad_lse, grad_lses;  // grad_lse.data null: zero; forward, lse.data null: not stored
   int64 stride_grad_outs, stride_grad_lses;  // from part to part
   int seqlen_q, num_heads, head_dim;
   int num_tiles;  // blocks of one (batch, head)

@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) merge_attention(con
   const Row row(arguments);
   if (!row.exists) return;
   const Weights weights(parts, row);
-  if (row.lane == 0) *row.of(arguments.lse) = weights.lse();
+  if (row.lane == 0 && arguments.lse.data != nullptr) *row.of(arguments.lse) = weights.lse();
 
   for (int column = row.lane * VECTOR; column < arguments.head_dim; column += row.lanes * VECTOR) {
     float sum[VECTOR] = {};

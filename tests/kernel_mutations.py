@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 import ml_dtypes
 import numpy as np
+from caches import CacheCall
 
 import cuflash
 from cuflash import Tile
@@ -209,12 +210,54 @@ def _negative(inputs: Inputs) -> Inputs:
     return replace(inputs, options=(*inputs.options, ("scale", -0.2)))
 
 
+@dataclass(frozen=True)
+class CacheVariant(Variant):
+    """Calls with a cache; two splits of several steps each.
+
+    Attributes:
+        is_paged: the cache has pages.
+    """
+
+    is_paged: bool = False
+
+    def calls(self) -> list[Callable[[], Any]]:
+        return [functools.partial(cuflash.attention_with_kvcache, **arguments, return_lse=True) for arguments in self._arguments()]
+
+    def kernels(self) -> list[KernelPlan]:
+        found = {
+            (kernel.source, kernel.config): kernel
+            for arguments in self._arguments()
+            for kernel in cuflash.kvcache_plan(**arguments).kernels
+        }
+        return list(found.values())
+
+    def _arguments(self) -> Iterator[dict[str, Any]]:
+        call = CacheCall(
+            (260, 20), 3, 2, 6, 2, page_size=16 * self.is_paged, rotary_dim=16, dtype=self.dtype,
+            options={"is_causal": True, "num_splits": 2, "tile": self.tile},
+        )  # fmt: skip
+        arguments = call.arrays()
+        yield arguments
+        wider = np.zeros((*arguments["query"].shape[:-1], call.head_dim + 1), arguments["query"].dtype)
+        query, wider[..., :-1] = wider[..., :-1], arguments["query"]
+        caches = {}
+        for name in ("key_cache", "value_cache"):
+            rows = np.zeros((*arguments[name].shape[:-1], call.head_dim + 1), arguments[name].dtype)
+            rows[..., :-1] = arguments[name]
+            caches[name] = rows[..., :-1]
+        yield arguments | caches | {"query": query}  # rows that do not start on 16 bytes
+
+
 def _stages(number: int) -> str:
     return f"{number} stage{'s' if number > 1 else ''}"
 
 
 def _variants() -> Iterator[Variant]:
     both = (GROUPED, UNALIGNED, _negative(GROUPED))
+    for stages in (2, 3):
+        few = {"forward_split": Tile(16, 32, 2, stages)}
+        yield CacheVariant(f"cache sm_80 float16, {_stages(stages)}", "sm_80", "float16", few, ())
+        yield CacheVariant(f"cache sm_80 float16 paged, {_stages(stages)}", "sm_80", "float16", few, (), is_paged=True)
     for stages in (1, 2, 3, 4):
         yield Variant(f"forward sm_80 float16, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 2, stages), both)
     for stages in (1, 2):

@@ -510,13 +510,17 @@ def run_script(code: str, *arguments: str, directory: Path) -> str:
 def test_the_examples_of_the_readme_run(tmp_path: Path) -> None:
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     examples = [example for example in examples if "cuflash.torch" not in example]  # tests/with_torch runs that one
-    assert len(examples) == 2
+    assert len(examples) == 3
     assert "forward attention on" in run_script("".join(examples), directory=tmp_path)  # one after the other, as in one session
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "expected"),
-    [("quickstart", (), "gradient of value (1, 500, 2, 64) float16"), ("train_transformer", (str(ROOT / "LICENSE"), "3"), "held out: ")],
+    [
+        ("quickstart", (), "gradient of value (1, 500, 2, 64) float16"),
+        ("train_transformer", (str(ROOT / "LICENSE"), "3"), "held out: "),
+        ("generate", ("4",), "[19, 19]"),
+    ],
 )
 def test_examples_run(tmp_path: Path, name: str, arguments: tuple[str, ...], expected: str) -> None:
     assert expected in run_script((ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8"), *arguments, directory=tmp_path)

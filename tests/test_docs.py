@@ -117,7 +117,9 @@ def test_every_row_is_tried() -> None:
 @pytest.mark.parametrize("call", CALLS)
 def test_calls_for_those_who_come_from_elsewhere(call: str) -> None:
     """Each can be made, of arrays of four dimensions or of three."""
-    planned = SimpleNamespace(scaled_dot_product_attention=cuflash.plan, varlen_attention=cuflash.varlen_plan)
+    planned = SimpleNamespace(
+        scaled_dot_product_attention=cuflash.plan, varlen_attention=cuflash.varlen_plan, attention_with_kvcache=cuflash.kvcache_plan
+    )
     plans, errors = [], []
     for shape in ((2, 6, 6, 8), (6, 6, 8)):
         try:

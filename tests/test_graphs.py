@@ -112,3 +112,24 @@ def test_key_lengths_are_read_by_each_replay(gpu: Target) -> None:
     assert_same(got, both(*inputs, seqlens_kv=lengths))
     want, _ = reference.attention(*inputs, seqlens_kv=lengths)
     numpy.testing.assert_allclose(gpu.host(got[0]), want, atol=4e-3)
+
+
+def test_lengths_and_pages_of_a_cache_are_read_by_each_replay(gpu: Target) -> None:
+    """A captured step of decoding: with other lengths and pages it appends and attends elsewhere."""
+    query, key, value = (gpu.random((2, 1, heads, 32), "float16", seed) for seed, heads in enumerate((4, 2, 2)))
+    caches = [gpu.random((8, 16, 2, 32), "float16", seed) for seed in (8, 9)]
+    lengths, others = (gpu.place(numpy.array(each, numpy.int32)) for each in ([3, 40], [63, 0]))
+    table, turned = (gpu.place(numpy.array(each, numpy.int32).reshape(2, 4)) for each in ([*range(8)], [*reversed(range(8))]))
+
+    def call() -> tuple[Any, ...]:
+        options = {"cache_seqlens": lengths, "page_table": table, "num_splits": 3, "return_lse": True}
+        return cuflash.attention_with_kvcache(query, *caches, key, value, **options)  # type: ignore[no-any-return]
+
+    def change() -> None:
+        lengths[...] = others
+        table[...] = turned
+
+    got = replay(call, change)
+    assert_same(got, call())
+    assert Target.bits(caches[0][4, 15]) == Target.bits(key[0, 0])
+    assert Target.bits(caches[1][3, 0]) == Target.bits(value[1, 0])

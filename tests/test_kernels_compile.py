@@ -6,7 +6,7 @@ The simulator runs PTX, so registers and SASS are nowhere else looked at.
 from __future__ import annotations
 
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from cuflash.hardware import device
 from cuflash.hardware.device import ARCHITECTURES, Device
 from cuflash.jit import cache, compiler, disassembly
 from cuflash.jit.compiler import CompileRequest
+from cuflash.planning import tile_choice, tile_model, tile_rules
+from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import TILED_KERNELS
 from cuflash.planning.offline import offline_kernels
 from cuflash.problem.features import NO_FEATURES, FeatureSet
@@ -185,6 +187,33 @@ HIDES = "1348"
 """Number of NVRTC's warning that a declaration hides another one."""
 
 
+@pytest.mark.sample(2)
+@pytest.mark.parametrize(
+    "features", [NO_FEATURES, FeatureSet("float32", window=True, softcap=True, alibi=True, sinks=True)], ids=["plain", "features"]
+)
+@pytest.mark.parametrize(("arch", "head_dim"), [("sm_80", 128), ("sm_90", 256), ("sm_120", 64)])
+def test_few_queries_spill_nothing(arch: str, head_dim: int, features: FeatureSet) -> None:
+    """With the default tile, and with the taller one that more rows take where it is legal."""
+    on, case = device.of_arch(arch, "gpu"), KernelCase(TILED_KERNELS["forward_split"], "bfloat16", head_dim, features=features)
+    usual = tile_choice.default_tile(case, on)
+    tiles = [tile for tile in (usual, replace(usual, tile_q=32)) if tile_rules.broken_rule(case, tile, on) is None]
+    for tile in tiles:
+        kernels = offline_kernels(
+            on,
+            dtype="bfloat16",
+            head_dim=head_dim,
+            is_causal=True,
+            features=features,
+            seqlens_kv=True,
+            backward=False,
+            tile={"forward_split": tile},
+        )
+        (report,) = inspect_kernels((on, kernel) for kernel in kernels if kernel.spec.is_tiled)
+        resources = report.resources
+        assert (resources.spill_store_bytes, resources.stack_bytes, report.warnings) == (0, 0, ()), named(report)
+        assert report.occupancy.blocks >= tile_model.blocks_per_sm(case, tile, on), named(report)
+
+
 def test_no_declaration_hides_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In kernels with every feature, and of every kind; and what is looked for is found where it is."""
     on, everything = device.of_arch("sm_90"), FeatureSet("float16", *[True] * 7)
@@ -192,12 +221,13 @@ def test_no_declaration_hides_another(tmp_path: Path, monkeypatch: pytest.Monkey
     cases: list[dict[str, Any]] = [
         {"features": everything, "need_attn_mask_grad": True}, {"tile": {"backward_fused": Tile(32, 32, 2, 2)}},
         {"features": hopper, "tile": {"forward_wgmma": Tile(192, 16, 12, 2)}, "backward": False},
+        {"features": replace(hopper, attn_mask="float16"), "tile": {"forward_split": Tile(16, 32, 2, 2)}, "backward": False},
     ]  # fmt: skip
     requests: dict[str, CompileRequest] = {}
     for case in cases:
         for kernel in offline_kernels(on, dtype="bfloat16", head_dim=16, is_causal=True, **case):
             requests.setdefault(kernel.source, kernel.request(on))
-    assert {"forward_mma.cu", "forward_wgmma.cu", "backward_fused_mma.cu", "backward_mask_mma.cu"} <= set(requests)
+    assert {"forward_mma.cu", "forward_wgmma.cu", "forward_split_mma.cu", "backward_fused_mma.cu", "backward_mask_mma.cu"} <= set(requests)
     for source, request in requests.items():
         assert hidden_in(request) == [], source
     (tmp_path / "hides.cu").write_text('extern "C" __global__ void hides(int* x) { int y = *x; { int y = 3; *x = y; } *x += y; }')

@@ -32,12 +32,13 @@ SOME = (
     "backward sm_80 float16 lengths, 2 stages",
     "backward sm_80 float16 additive mask, 1 stage",
     "backward sm_80 float16 huge rows, 2 stages",
+    "cache sm_80 float16 paged, 3 stages",
 )
 
 outcomes = functools.cache(run_variant)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name", [name if name in SOME else pytest.param(name, marks=pytest.mark.exhaustive) for name in VARIANTS])
 def test_every_mutant_is_caught_or_explained(name: str) -> None:
     found = outcomes(name)

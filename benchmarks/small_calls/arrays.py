@@ -61,8 +61,28 @@ def operands_of(case: Case, values: dict[str, Any], xp: Any) -> dict[str, Any]:
     return placed
 
 
+PAGE_SIZE = 16
+
+
+def cached_call(case: Case, operands: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with a cache of pages, to which the last keys and values are appended, as many as there are queries."""
+    sample, new = case.sample, case.sample.seqlen_q
+    arguments: dict[str, Any] = {"query": operands["query"], "is_causal": True}
+    for name in ("key", "value"):
+        tagged = hasattr(operands[name], "bits")
+        rows = getattr(operands[name], "bits", operands[name])
+        cache, last = rows.copy(), rows[:, -new:].copy()
+        cache[:, -new:] = 0
+        cache = cache.reshape(-1, PAGE_SIZE, *rows.shape[2:])
+        arguments |= {name: cuflash.bfloat16(last) if tagged else last, f"{name}_cache": cuflash.bfloat16(cache) if tagged else cache}
+    xp = sys.modules[type(rows).__module__.partition(".")[0]]
+    lengths = xp.full(sample.batch, sample.seqlen_kv - new, "int32")
+    table = xp.arange(sample.batch * sample.seqlen_kv // PAGE_SIZE, dtype="int32").reshape(sample.batch, -1)
+    return arguments | {"cache_seqlens": lengths, "page_table": table}
+
+
 def run(case: Case, operands: dict[str, Any]) -> dict[str, Any]:
-    """Both calls, the mask of dropout, and with sinks the result merged with itself; the results by name."""
+    """Both calls, the mask of dropout, with sinks the result merged with itself, and the call with a cache; the results by name."""
     sample, inputs = case.sample, [operands[name] for name in ("query", "key", "value")]
     arguments = {name: operands.get(name, argument) for name, argument in case.arguments.items()}
     capability = device.of_memory(*borrow(inputs[0], "query").device).capability
@@ -88,6 +108,10 @@ def run(case: Case, operands: dict[str, Any]) -> dict[str, Any]:
         merged = cuflash.merge_attention(*parts)
         grad_part = cuflash.merge_attention_backward(operands["grad_out"], *parts, *merged).outs[-1]
         results |= {"merged_out": merged[0], "merged_lse": merged[1], "grad_part": grad_part}
+    if case.cached and capability >= 80:
+        results |= zip(
+            ("cached_out", "cached_lse"), cuflash.attention_with_kvcache(**cached_call(case, operands), return_lse=True), strict=True
+        )
     return results
 
 
@@ -103,6 +127,9 @@ def requests_of(cases: list[Case], on: Any) -> list[Any]:
     found: dict[Any, None] = {}
     for case in cases:
         operands, arguments = numpy_call(case.sample)
+        if case.cached and on.capability >= 80:
+            problem = cuflash.kvcache_plan(**cached_call(case, operands)).problem
+            found |= dict.fromkeys(kernel.request(on) for kernel in make_plan(problem, on).kernels)
         del operands["grad_out"]
         problem = case.sample.plan(**operands, **arguments, **case.sample.backward_options, backward=True).problem
         for backward in (False, True):

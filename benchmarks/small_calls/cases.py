@@ -21,6 +21,7 @@ class Case:
         with_grad_lse: a gradient also flows in through LSE.
         fused: one kernel makes all gradients, where a device has it.
         wgmma: the forward kernel is that of wgmma, where a device has it.
+        cached: the forward kernel is that of few queries, where a device has it, and a call with a paged cache appends as many keys as there are queries.
     """
 
     sample: Sample
@@ -28,6 +29,7 @@ class Case:
     with_grad_lse: bool = False
     fused: bool = False
     wgmma: bool = False
+    cached: bool = False
 
     @classmethod
     def of(
@@ -41,8 +43,8 @@ class Case:
         heads_kv: int = 0,
         **others: Any,
     ) -> Case:
-        """The usual case; `view`, `with_grad_lse`, `fused` and `wgmma` are the case's, all others the sample's."""
-        own = {name: others.pop(name) for name in ("view", "with_grad_lse", "fused", "wgmma") if name in others}
+        """The usual case; `view`, `with_grad_lse`, `fused`, `wgmma` and `cached` are the case's, all others the sample's."""
+        own = {name: others.pop(name) for name in ("view", "with_grad_lse", "fused", "wgmma", "cached") if name in others}
         shape = {"batch": batch, "seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv, "num_heads_q": heads, "num_heads_kv": heads_kv or heads}
         return cls(Sample(dtype=dtype, head_dim=head_dim, **shape, **others), **own)
 
@@ -55,14 +57,16 @@ class Case:
         """What pins the kernels of a pass on such a device; None for the default ones."""
         if backward:
             return {"backward_fused": Tile(32, 64, 4, 2)} if self.fused and capability >= 80 else None
+        if self.cached and capability >= 80:
+            return {"forward_split": Tile(16, 64, 4, 2)}
         return {"forward_wgmma": Tile(192, 80, 12, 2)} if self.wgmma and capability == 90 else None
 
     @property
     def is_plain(self) -> bool:
-        """A padded batch without features, whose heads the usual kernels take."""
+        """A padded batch without features or cache, whose heads the usual kernels take."""
         sample = self.sample
         usual = sample.head_dim_v is None and sample.head_dim <= 256 and sample.lengths_q is None and sample.lengths_kv is None
-        return usual and sample.features == SampleFeatures()
+        return usual and not self.cached and sample.features == SampleFeatures()
 
     @property
     def longest(self) -> int:
@@ -83,6 +87,7 @@ class Case:
             + (["grad_lse"] if self.with_grad_lse else [])
             + (["fused"] if self.fused else [])
             + (["wgmma"] if self.wgmma else [])
+            + (["cached"] if self.cached else [])
         )
         options = {name: getattr(sample, name) for name in ("is_causal", "causal_alignment", "scale", "allow_tf32")} | {
             "lengths_kv": sample.lengths_kv
@@ -118,6 +123,7 @@ def tiny_cases() -> list[Case]:
     cases += [
         *(Case.of(dtype, 64, heads=2, heads_kv=1, **CAUSAL, fused=True) for dtype in ("bfloat16", "float16")),
         *(Case.of(dtype, head_dim, heads=2, heads_kv=1, **CAUSAL, wgmma=True) for dtype, head_dim in (("bfloat16", 64), ("float16", 128))),
+        *(Case.of(dtype, 64, 5, 160, 2, 6, 2, **BOTTOM_RIGHT, cached=True) for dtype in ("bfloat16", "float16")),
         *(Case.of(dtype, 64, batch=2, features=bias(dtype)) for dtype in ("bfloat16", "float32")),
         *(Case.of(dtype, 64, heads=2, **PACKED, **CAUSAL, features=PACKED_FEATURES) for dtype in ("bfloat16", "float32")),
         Case.of("bfloat16", 64, batch=2, **BOTTOM_RIGHT, lengths_kv=(100, 41), features=SampleFeatures(prefix=12, segments=2)),
@@ -147,6 +153,11 @@ def check_cases() -> list[Case]:
             for head_dim in (64, 128)
         ),
         *(Case.of("float16", head_dim, 515, 300, 2, 4, 2, **BOTTOM_RIGHT, wgmma=True, view="bhsd") for head_dim in (64, 128)),
+        *(
+            Case.of(dtype, head_dim, 7, 640, 2, 10, 2, **BOTTOM_RIGHT, cached=True)
+            for dtype in ("bfloat16", "float16")
+            for head_dim in (64, 128, 256)
+        ),
         *lone_feature_cases(),
         *(case for dtype in DTYPES for case in combined_cases(dtype)),
         Case.of("float32", 64, 515, 515, allow_tf32=True),

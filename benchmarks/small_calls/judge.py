@@ -77,6 +77,8 @@ def expected(case: Case, values: dict[str, Any]) -> tuple[dict[str, Any], dict[s
             for b in range(sample.batch)
         ]
         both[0]["dropout_mask"] = both[1]["dropout_mask"] = numpy.array(masks, numpy.float64)
+    for results in both if case.cached else ():
+        results |= {"cached_out": results["out"], "cached_lse": results["lse"]}
     if sample.features.sinks:
         for results in both:
             sees = numpy.isfinite(results["lse"]).swapaxes(-1, -2)[..., None]  # the axes of out
@@ -103,7 +105,7 @@ def judge(case: Case, values: dict[str, Any], results: dict[str, Any]) -> tuple[
         try:
             with numpy.errstate(invalid="ignore"):
                 near = numpy.abs(got - want) <= noise
-            dtype = "float32" if name in ("lse", "dropout_mask", "merged_lse") else case.sample.dtype
+            dtype = "float32" if name in ("lse", "dropout_mask", "merged_lse", "cached_lse") else case.sample.dtype
             reference.compare(numpy.where(near, want, got), want, yardstick, name=name, dtype=dtype)
         except AssertionError as complaint:
             with numpy.errstate(invalid="ignore"):

@@ -30,7 +30,7 @@ def describe(
     lines += [f"  kernel     {_launch(kernel)}" for kernel in kernels] or ["  kernel     none: there is nothing to compute"]
     if choice:
         lines.append(f"  choice     {choice}")
-    visits = [_visits(kernel, problem) for kernel in kernels if kernel.spec.is_tiled]
+    visits = [_visits(kernel, problem) for kernel in kernels if kernel.spec.is_tiled and kernel.spec.warps_share == "kept"]
     ragged = problem.seqlens_kv or problem.num_sequences is not None
     if visits and (problem.is_causal or problem.features.kinds.hides_keys or ragged):
         lines.append(f"  tiles      {', '.join(visits)}")
@@ -51,7 +51,11 @@ def _extents(problem: Problem) -> str:
     if problem.num_sequences is not None:
         lengths = f"{_count(problem.num_sequences, 'packed sequence')} of {problem.seqlen_q} x {problem.seqlen_kv} tokens in all"
         lengths += f", each of at most {problem.max_seqlen_q} x {problem.max_seqlen_kv}"
-    if problem.seqlens_kv:
+    if problem.cache is not None:
+        pages = f", pages of {problem.cache.page_size}" if problem.cache.page_size else ""
+        new = 0 if problem.cache.new is None else problem.cache.new.count
+        lengths += f" in a cache{pages}, keys of each row up to its cache_seqlens" + (f" and {new} new" if new else "")
+    elif problem.seqlens_kv:
         lengths += ", keys of each row up to its seqlens_kv"
     return f"{lengths}, {heads}"
 
@@ -65,9 +69,10 @@ def _score_bytes(problem: Problem, backward: bool) -> int:
 def _launch(kernel: KernelPlan) -> str:
     tile = f"{kernel.tile}, " if kernel.spec.is_tiled or kernel.spec == kernel_specs.VISIBLE_TILES else ""
     stays = f"which stay for {_count(kernel.num_work, 'tile')} of queries, " if kernel.num_work > kernel.num_blocks else ""
+    splits = f", keys of a sequence in {kernel.splits.number} splits" if kernel.splits.number > 1 else ""
     return (
         f"{kernel.name}: {kernel.source}, {tile}{_count(kernel.num_blocks, 'block')} of {kernel.num_threads} threads, {stays}"
-        f"{kernel.shared_bytes} bytes of shared memory"
+        f"{kernel.shared_bytes} bytes of shared memory{splits}"
     )
 
 

@@ -21,6 +21,7 @@ ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; 
 
 _MBARRIER_BYTES = 8
 _TILE_WORK_BYTES, _LIST_ENTRY_BYTES = 32, 8  # of each stage of Q and of K in kernels/forward_wgmma.cu
+_STATE_BYTES = 8  # of a softmax: reference and sum of one row, float32 each
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,13 @@ class KernelCase:
         """Rows of each tile that the block walks over."""
         return tile.tile_q if self.kernel.owns_keys else tile.tile_kv
 
+    def warp_tile(self, tile: Tile, device: Device) -> tuple[int, int]:
+        """Kept and streamed rows whose scores a warp computes at a time."""
+        kept, streamed = self.kept_rows(tile), self.streamed_rows(tile)
+        if self.kernel.warps_share == "streamed":
+            return kept, streamed // tile.num_warps
+        return kept * self.head_slices(device) // tile.num_warps, streamed
+
 
 def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:
     return ceil(case.head_dim / pieces / 16) * 16, ceil(case.head_dim_v / pieces / 16) * 16
@@ -138,7 +146,12 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
     if case.kernel.maps_tensors:
         of_queries, of_keys = _TILE_WORK_BYTES + 2 * _MBARRIER_BYTES, _LIST_ENTRY_BYTES + 4 * _MBARRIER_BYTES
         exchange += kept_stages * of_queries + tile.num_stages * of_keys + _MBARRIER_BYTES
-    return kept_stages * kept * case.kept_rows(tile) + tile.num_stages * case.streamed_rows(tile) * (streamed + statistics) + exchange
+    in_flight = tile.num_stages * case.streamed_rows(tile) * (streamed + statistics)
+    if case.kernel.warps_share == "streamed":  # outputs of all warps take the place of what they streamed (kernels/tile/warp_parts.cuh)
+        rows = tile.num_warps * case.kept_rows(tile)
+        in_flight = max(in_flight, rows * ceil(case.head_dim_v / 32) * 128)
+        exchange += rows * _STATE_BYTES
+    return kept_stages * kept * case.kept_rows(tile) + in_flight + exchange
 
 
 def multiply_adds(case: KernelCase, tile: Tile, device: Device) -> int:
@@ -163,9 +176,9 @@ def added_up_registers(case: KernelCase, tile: Tile, device: Device) -> int:
 
 def accumulator_registers(case: KernelCase, tile: Tile, device: Device) -> int:
     """Registers per thread that hold results of matrix products, all live at once."""
-    rows = case.kept_rows(tile) * case.head_slices(device) // tile.num_warps
+    rows, streamed = case.warp_tile(tile, device)
     outputs, scores = accumulated(case, device)
-    return rows * outputs // 32 + max(rows * scores * case.streamed_rows(tile) // 32, added_up_registers(case, tile, device))
+    return rows * outputs // 32 + max(rows * scores * streamed // 32, added_up_registers(case, tile, device))
 
 
 def head_dims(head_dim: int, head_dim_v: int) -> str:

@@ -53,6 +53,21 @@ class LaunchShape(NamedTuple):
     shared_bytes: int
 
 
+class Splits(NamedTuple):
+    """How keys are shared out among blocks.
+
+    Attributes:
+        number: blocks for each sequence, key head and tile of queries.
+        tiles: key tiles of each; 0: a sequence's tiles are cut into `number` equal parts on the device.
+    """
+
+    number: int
+    tiles: int = 0
+
+
+UNSPLIT = Splits(1)
+
+
 @dataclass(frozen=True)
 class KernelPlan:
     """One kernel launch.
@@ -67,6 +82,7 @@ class KernelPlan:
         section_heads: (batch, head) pairs whose blocks are launched together, the longest first (block_order.py), or of the fused kernel K/V heads.
         num_work: tiles of all heads: a block for each, or blocks that stay and compute one after the other.
         counts_work: those take the next one from a counter, not at fixed strides.
+        splits: of the keys among blocks.
     """
 
     case: KernelCase
@@ -79,6 +95,7 @@ class KernelPlan:
     section_heads: int = 1
     num_work: int = 0
     counts_work: bool = False
+    splits: Splits = UNSPLIT
 
     @property
     def spec(self) -> KernelSpec:

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cuflash.planning import argument_structs
-from cuflash.planning.argument_structs import BACKWARD_ARGUMENTS, FORWARD_ARGUMENTS, FORWARD_WGMMA_ARGUMENTS, MERGE_ARGUMENTS, Struct
+from cuflash.planning.argument_structs import (
+    BACKWARD_ARGUMENTS,
+    FORWARD_ARGUMENTS,
+    FORWARD_SPLIT_ARGUMENTS,
+    FORWARD_WGMMA_ARGUMENTS,
+    MERGE_ARGUMENTS,
+    Struct,
+)
 
 Operand = Literal["query", "key", "value", "grad_out"]
 Scores = Literal["S", "dP"]
@@ -81,11 +88,13 @@ class KernelSpec:
         sums_scores: the sum has the form of scores, as the gradient of a mask has.
         online_softmax: the output is rescaled whenever a row finds a larger maximum.
         warps_per_product: that issue one matrix instruction together; 4 of wgmma, and a block has a multiple of them.
+        warps_share: rows that the warps of a block share out among themselves: those that it keeps, or those of each streamed tile, and then each warp has the
+            outputs of all kept rows, which are added up at the end.
         block_warps: how many warps a tile may have; empty for any number.
         copying_warps: of a block, besides those of its tile: they do nothing but ask for copies.
         max_warp_rows: most rows that a warp may own, a multiple of 16.
         streamed_multiple: of rows of a streamed tile.
-        max_stages: most streamed tiles in flight.
+        min_stages, max_stages: streamed tiles in flight.
         walks_lists: with features that hide tiles by data, blocks walk over lists of visible tiles. False where it is not worth making them: a kernel that
             seldom visits any tile, or one that adds up the tiles of many heads.
         drops: dropout means something to it.
@@ -111,10 +120,12 @@ class KernelSpec:
     sums_scores: bool = field(default=False, compare=False)
     online_softmax: bool = field(default=False, compare=False)
     warps_per_product: int = field(default=1, compare=False)
+    warps_share: Literal["kept", "streamed"] = field(default="kept", compare=False)
     block_warps: tuple[int, ...] = field(default=(), compare=False)
     copying_warps: int = field(default=0, compare=False)
     max_warp_rows: int = field(default=MAX_TILE, compare=False)
     streamed_multiple: int = field(default=16, compare=False)
+    min_stages: int = field(default=1, compare=False)
     max_stages: int = field(default=4, compare=False)
     walks_lists: bool = field(default=True, compare=False)
     drops: bool = field(default=True, compare=False)
@@ -188,6 +199,21 @@ FORWARD_WGMMA = KernelSpec(
 )  # fmt: skip
 """Hopper's own instructions; it is asked for (wgmma_forward.py)."""
 
+PARTS = ("partial_out", "partial_lse")
+"""What each range of the keys gives, where they are shared out among blocks."""
+
+FORWARD_SPLIT = KernelSpec(
+    "forward_split", "forward_split_mma.cu", FORWARD_SPLIT_ARGUMENTS, "mma", workspace=PARTS,
+    rows_of="query", kept=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_share="streamed",
+    min_stages=2, walks_lists=False, costs=_FORWARD_COSTS,
+)  # fmt: skip
+"""Few queries and many keys (split_forward.py)."""
+
+CACHE_APPEND = KernelSpec(
+    "cache_append", "cache_append.cu", argument_structs.CACHE_APPEND_ARGUMENTS, workspace=("rotated_query",), num_warps=4
+)
+"""New keys and values to a cache, with rotary embedding."""
+
 # --- Backward pass, in the order of a call ------------------------------------------------------------------------------------------------
 
 _ROWS = ("row_statistics", "log2_sums")
@@ -242,14 +268,14 @@ VISIBLE_TILES = KernelSpec(
 )
 """Lists, for the tiles that blocks of the next kernel own, the tiles that they have to visit."""
 DROPOUT_MASK = KernelSpec("dropout_mask", "dropout_mask.cu", argument_structs.DROPOUT_MASK_ARGUMENTS, num_warps=4)
-MERGE_ATTENTION = KernelSpec("merge_attention", "merge_attention.cu", MERGE_ARGUMENTS, num_warps=4)
+MERGE_ATTENTION = KernelSpec("merge_attention", "merge_attention.cu", MERGE_ARGUMENTS, workspace=PARTS, num_warps=4)
 MERGE_ATTENTION_BACKWARD = KernelSpec(
     "merge_attention_backward", "merge_attention_backward.cu", MERGE_ARGUMENTS, backward=True, num_warps=4
 )
 MERGE_TABLE = KernelSpec("merge_table", "merge_table.cu", argument_structs.MERGE_TABLE_ARGUMENTS, num_warps=4)
 
 KERNELS: tuple[KernelSpec, ...] = (
-    FORWARD, FORWARD_WGMMA, BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ, BACKWARD_MASK, BACKWARD_SINKS, VISIBLE_TILES,
+    FORWARD, FORWARD_WGMMA, FORWARD_SPLIT, CACHE_APPEND, BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ, BACKWARD_MASK, BACKWARD_SINKS, VISIBLE_TILES,
     DROPOUT_MASK, MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE,
 )  # fmt: skip
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from cuflash.hardware.device import Device
-from cuflash.planning import kernel_specs, wgmma_forward
+from cuflash.planning import kernel_specs
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.planner import backward_kernels, check_names, make_plan
+from cuflash.planning.planner import backward_kernels, check_names, forward_kernels, make_plan
 from cuflash.problem.features import NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tiles
@@ -32,7 +32,7 @@ def offline_kernels(
     problem = _representative(
         dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features, need_attn_mask_grad
     )
-    forward = wgmma_forward.kernels(problem, device, tile)
+    forward = forward_kernels(problem, device, tile)
     check_names(tile, (*forward, *(backward_kernels(problem, device, tile) if backward else ())))
     yield from make_plan(problem, device, tile=_of_pass(tile, backward=False)).kernels
     if backward:

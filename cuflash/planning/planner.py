@@ -17,7 +17,18 @@ from math import ceil
 from cuflash.arrays.borrowing import describe
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.hardware.device import Device
-from cuflash.planning import block_order, fused_backward, kernel_cases, kernel_specs, tile_choice, tile_model, tile_rules, wgmma_forward
+from cuflash.planning import (
+    block_order,
+    cache_append,
+    fused_backward,
+    kernel_cases,
+    kernel_specs,
+    split_forward,
+    tile_choice,
+    tile_model,
+    tile_rules,
+    wgmma_forward,
+)
 from cuflash.planning.codegen import config_text
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
@@ -41,7 +52,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         backward: gradients instead of the output.
         tile: None for the default tiles. For the backward pass a single tile is meant for the dK/dV kernel, and the dQ kernel takes it with tile_q
             and tile_kv exchanged, backward_row_sums not at all; a mapping pins kernels by name, such as {"backward_dq": Tile(...)}, and with them
-            which of the two ways to the gradients is taken (`fused_backward`), or which forward kernel (`wgmma_forward`).
+            which of the two ways to the gradients is taken (`fused_backward`), or which forward kernel (`wgmma_forward`, `split_forward`).
 
     Raises:
         TileError: `tile` is not legal here, or names a kernel that does not run.
@@ -50,8 +61,8 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
     kernels: tuple[KernelPlan, ...] = ()
     choice = ""
     if not problem.is_empty:
-        tiled = backward_kernels(problem, device, tile) if backward else wgmma_forward.kernels(problem, device, tile)
-        choice = "" if backward else wgmma_forward.explain(problem, device, tile)
+        tiled = backward_kernels(problem, device, tile) if backward else forward_kernels(problem, device, tile)
+        choice = "" if backward else _explain_forward(problem, device, tile)
         check_names(tile, tiled, choice)
         planned = [kernel for kernel in (tiled_kernel(spec, problem, device, tile) for spec in tiled) if kernel.num_blocks]
         if problem.features.kinds.lists_tiles:
@@ -66,6 +77,9 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
                 planned.insert(planned.index(fused) + 1, _convert_kernel(fused, problem, device))
             if problem.features.kinds.sinks:
                 planned.append(_sinks_kernel(problem, device))
+        elif kernel_specs.FORWARD_SPLIT in tiled:
+            planned[:0] = cache_append.kernels(problem, device)
+            planned += [merging for kernel in planned for merging in split_forward.merging_kernels(kernel, problem, device)]
         kernels = tuple(planned)
     for kernel in kernels:
         if max(kernel.num_blocks, kernel.num_work) > MAX_GRID:
@@ -75,6 +89,22 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
             )
     outputs = _gradients(problem) if backward else _results(problem)
     return Plan(problem, device, backward, kernels, outputs, _workspace(problem, kernels), choice)
+
+
+def forward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tuple[KernelSpec, ...]:
+    """The tiled kernel that makes the output."""
+    if split_forward.is_taken(problem, device, tile):
+        split_forward.check(problem, device)
+        return (kernel_specs.FORWARD_SPLIT,)
+    return wgmma_forward.kernels(problem, device, tile)
+
+
+def _explain_forward(problem: Problem, device: Device, tile: Tiles) -> str:
+    """Which forward kernel runs, and why not another; nothing where there is no choice."""
+    words = [split_forward.explain(problem, device, tile)]
+    if not split_forward.is_taken(problem, device, tile):
+        words.append(wgmma_forward.explain(problem, device, tile))
+    return "; ".join(filter(None, words))
 
 
 def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tuple[KernelSpec, ...]:
@@ -133,7 +163,8 @@ def _case(spec: KernelSpec, problem: Problem) -> KernelCase:
 def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:
     """The launch of one kernel with matrix products, its tile as `pinned` says or the default."""
     case = _case(spec, problem)
-    tile = _choose_tile(case, device, pinned)
+    splits_keys = spec == kernel_specs.FORWARD_SPLIT
+    tile = split_forward.tile_for(problem, device, pinned) if splits_keys else _choose_tile(case, device, pinned)
     shared_bytes = kernel_cases.shared_bytes(case, tile, device)
     constants: dict[str, int | bool | str] = {
         "CAPABILITY": device.capability,
@@ -156,6 +187,8 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     if spec.stays:
         constants["Q_STAGES"] = kernel_cases.kept_stages(case, tile, device)
         constants["ANY_SCALE"] = problem.scale < SMALLEST_SCALE
+    if splits_keys:
+        return _split_kernel(case, tile, constants, problem, device)
     batch, heads, num_tiles = _owned(case, tile, problem)
     group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
     if problem.num_sequences is not None:
@@ -179,6 +212,15 @@ def _works_differ(problem: Problem) -> bool:
     kinds = problem.features.kinds
     hides = problem.is_causal or kinds.window or kinds.prefix or kinds.lists_tiles
     return hides or problem.seqlens_kv or problem.num_sequences is not None
+
+
+def _split_kernel(case: KernelCase, tile: Tile, constants: dict[str, int | bool | str], problem: Problem, device: Device) -> KernelPlan:
+    """The kernel that shares out keys among blocks, each of which has rows of all heads that share a key head."""
+    constants["PAGED"] = problem.cache is not None and problem.cache.page_size > 0
+    splits, num_tiles = split_forward.splits_of(problem, tile, device), split_forward.row_tiles(problem, tile)
+    num_blocks = num_tiles * problem.num_heads_kv * problem.batch * splits.number
+    shape = LaunchShape(num_blocks, 32 * tile.num_warps, kernel_cases.shared_bytes(case, tile, device))
+    return KernelPlan(case, tile, config_text(problem.dtype, constants), shape, num_tiles, splits=splits)
 
 
 def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, int]:
@@ -256,7 +298,16 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffe
         Buffer("next_work", (sum(kernel.counts_work for kernel in kernels),), "int32", is_zeroed=True),
     )
     needed = {name for kernel in kernels for name in kernel.spec.workspace}
-    return tuple(buffer for buffer in (*buffers, *fused_backward.workspace(problem, kernels)) if buffer.name in needed and buffer.nbytes)
+    return tuple(
+        buffer
+        for buffer in (
+            *buffers,
+            *fused_backward.workspace(problem, kernels),
+            *split_forward.workspace(problem, kernels),
+            *cache_append.workspace(problem),
+        )
+        if buffer.name in needed and buffer.nbytes
+    )
 
 
 def _list_entries(kernel: KernelPlan, problem: Problem) -> int:

@@ -6,6 +6,7 @@ The default is the measured tile where there is one, or that of the timing model
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 
@@ -14,8 +15,8 @@ from cuflash.errors import TileError
 from cuflash.hardware.device import Device
 from cuflash.planning import measured_tiles, predicted_tiles
 from cuflash.planning.kernel_cases import KernelCase, head_dims
-from cuflash.planning.kernel_specs import BACKWARD_FUSED, MAX_TILE
-from cuflash.planning.tile_model import estimate_cycles
+from cuflash.planning.kernel_specs import BACKWARD_FUSED, FORWARD_SPLIT, MAX_TILE
+from cuflash.planning.tile_model import blocks_per_sm, estimate_cycles
 from cuflash.planning.tile_rules import broken_rule
 from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.tile import Tile
@@ -25,19 +26,23 @@ TOLERATED_SPILLS = 80
 
 
 def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
+    if case.kernel.warps_share == "streamed":
+        for num_warps, rows, keys, num_stages in itertools.product((1, 2, 4, 8), (16, 32), (16, 32), (2, 3, 4)):
+            yield Tile(rows, keys * num_warps, num_warps, num_stages)
+        return
     # Split float32 products and products on the ordinary units are many instructions each: longer tiles take seconds to compile. From sm_100 on the
     # compiler spills registers for them unless tiles are shortest and single, in the backward pass also few warps.
     many_instructions = case.uses_simt(device) or (case.dtype == "float32" and not case.allow_tf32)
     shortest = many_instructions and device.capability >= 100
     longest = 16 if shortest else 32 if many_instructions else 128
     slices = case.head_slices(device)
-    stages = (1,) if device.capability < 80 or shortest or case.slice_pieces(device) > 1 else (1, 2, 3)
+    stage_counts = (1,) if device.capability < 80 or shortest or case.slice_pieces(device) > 1 else (1, 2, 3)
     few = (1, 2) if shortest and case.kernel.costs.small_blocks else (1, 2, 4, 8)
     for row_warps in case.kernel.block_warps or few:
         num_warps = row_warps * slices
         for warp_rows in (16, 32):
             for streamed in (length for length in (16, 32, 48, 64, 80, 96, 112, 128) if length <= longest):
-                for num_stages in stages:
+                for num_stages in stage_counts:
                     rows = row_warps * warp_rows
                     if case.kernel.owns_keys:
                         yield Tile(streamed, rows, num_warps, num_stages)
@@ -79,6 +84,8 @@ def known_tile(case: KernelCase, device: Device) -> Tile | None:
     """The measured tile, else the one that the timing model found (`predicted_tiles`), else None."""
     if case.kernel.implementation == "wgmma":
         return _wgmma_tile(case, device)
+    if case.kernel == FORWARD_SPLIT:
+        return _split_tile(case, device)
     measured = measured_tile(case, device)
     if measured is not None or case.dtype == "float32" or case.head_dim != case.head_dim_v or case.features != NO_FEATURES:
         return measured
@@ -102,6 +109,16 @@ def _wgmma_tile(case: KernelCase, device: Device) -> Tile | None:
         if (arch, name) == (device.arch, case.kernel.name) and head_dim >= wide:
             shorter = (Tile(tile_q, count, num_warps, num_stages) for count in range(tile_kv, 0, -16))
             return next((tile for tile in shorter if broken_rule(case, tile, device) is None), None)
+    return None
+
+
+def _split_tile(case: KernelCase, device: Device) -> Tile | None:
+    """As many warps as fit, up to four; of these the most stages of which an SM holds two blocks, so that one fetches while the other begins or ends."""
+    for num_warps in (4, 2, 1):
+        tiles = [Tile(16, 16 * num_warps, num_warps, stages) for stages in (4, 3, 2)]
+        fitting = [tile for tile in tiles if broken_rule(case, tile, device) is None]
+        if fitting:
+            return next((tile for tile in fitting if blocks_per_sm(case, tile, device) > 1), fitting[-1])
     return None
 
 

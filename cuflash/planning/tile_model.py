@@ -19,9 +19,9 @@ def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
 
     Scores count half as much again, for they are converted to the next product's operand while they live.
     """
-    rows = case.kept_rows(tile) * case.head_slices(device) // tile.num_warps
+    rows, streamed = case.warp_tile(tile, device)
     outputs, scores = accumulated(case, device)
-    estimate = rows * (outputs + 3 * scores * case.streamed_rows(tile) // 2) // 32
+    estimate = rows * (outputs + 3 * scores * streamed // 2) // 32
     estimate = max(estimate, rows * outputs // 32 + added_up_registers(case, tile, device))
     estimate += rows // 4  # the A operand
     if case.uses_simt(device):
@@ -83,7 +83,8 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device) -> float:
     row, row_v = (pieces * nbytes for nbytes in row_bytes(case, device))
     kept_bytes, streamed_bytes = (pieces * nbytes for nbytes in operand_bytes(case, device))
     over_d, over_dv = kernel.products
-    traffic = tile.num_warps // slices * streamed * (over_d * row + over_dv * row_v) + rows * kept_bytes + streamed * streamed_bytes
+    readers = 1 if kernel.warps_share == "streamed" else tile.num_warps // slices
+    traffic = readers * streamed * (over_d * row + over_dv * row_v) + rows * kept_bytes + streamed * streamed_bytes
     if slices > 1:  # parts of scores are exchanged
         traffic += 4 * (slices + slices * slices) * len(kernel.scores) * rows * streamed
     smem = traffic / _SMEM_RATE

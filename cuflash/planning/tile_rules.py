@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from cuflash.arrays.borrowing import describe
 from cuflash.hardware.device import Device
-from cuflash.planning.kernel_cases import KernelCase, accumulator_registers, head_dims, shared_bytes
+from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, KernelCase, accumulator_registers, head_dims, shared_bytes
 from cuflash.planning.kernel_specs import MAX_TILE
 from cuflash.problem.tile import Tile
 
@@ -28,7 +28,14 @@ _WGMMA_MASK_REGISTERS = {None: 0, "bool": 1, "float16": 1, "bfloat16": 1, "float
 
 
 def lacking(case: KernelCase, device: Device) -> str | None:
-    """Why no tile of a kernel of wgmma fits, in words; None where some may."""
+    """Why no tile of a kernel fits that does not take every case, in words; None where some may."""
+    if case.kernel.warps_share == "streamed":
+        if device.capability < 80:
+            return f"it copies asynchronously, which sm_80 and later can, and this is {device.arch}"
+        if case.dtype == "float32":
+            return "it takes 16-bit types, and this is float32"
+        if max(case.head_dim, case.head_dim_v) > WIDEST_NARROW_HEAD:
+            return f"it takes a head_dim of at most {WIDEST_NARROW_HEAD}, and this is {head_dims(case.head_dim, case.head_dim_v)}"
     if case.kernel.implementation != "wgmma":
         return None
     if device.arch != WGMMA_ARCH:
@@ -59,7 +66,12 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     together = case.kernel.warps_per_product
     if tile.num_warps % (slices * together):
         return f"num_warps must be a multiple of {slices * together}, since {together} warps issue a product together"
-    if getattr(tile, kept) % (16 * tile.num_warps // slices):
+    if case.kernel.warps_share == "streamed":
+        if getattr(tile, kept) % 16:
+            return f"{kept} must be a multiple of 16"
+        if getattr(tile, streamed) not in (16 * tile.num_warps, 32 * tile.num_warps):
+            return f"{streamed} must be 16 or 32 rows for each warp, {16 * tile.num_warps} or {32 * tile.num_warps}"
+    elif getattr(tile, kept) % (16 * tile.num_warps // slices):
         of_a_slice = f" / {slices} slices of the head" if slices > 1 else ""
         return f"{kept} must be a multiple of 16 * num_warps{of_a_slice} = {16 * tile.num_warps // slices}"
     if getattr(tile, kept) * slices > case.kernel.max_warp_rows * tile.num_warps:
@@ -72,6 +84,8 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         return f"num_stages must be 1 on {device.arch}, whose shared memory this head passes through in pieces"
     if case.kernel.added_up and not _shares_out(tile, case.columns(device)[0]):
         return f"the warps must share out tile_q x {case.columns(device)[0]} of dQ: 16 or 32 rows each, and 16 columns or a power of two times as many"
+    if tile.num_stages < case.kernel.min_stages:
+        return f"num_stages must be at least {case.kernel.min_stages}: copies run ahead of what is multiplied"
     if tile.num_stages > case.kernel.max_stages:
         if case.kernel.max_stages == 1:
             return "num_stages must be 1: this kernel copies its operands when it needs them"

@@ -64,38 +64,32 @@ OTHER_NAMES = (
     OtherName(("max_seqlen_k",), "flash-attn", ("max_seqlen_kv",), "The same int."),
     OtherName(("max_seqlen",), "flash-attn", ("max_seqlen_q", "max_seqlen_kv"), "For self-attention pass the same int twice."),
     OtherName(
-        ("cache_seqlens", "seqused_k", "key_value_seq_lengths"), "flash-attn, JAX", ("seqlens_kv",),
-        "int32 (batch,), all keys that a row has, those of this step too.",
+        ("seqused_k", "key_value_seq_lengths"), "flash-attn, JAX", ("seqlens_kv", "cache_seqlens"),
+        "int32 (batch,), all keys that a row has, those of this step too; of a cache, those before this call.",
     ),
     OtherName(
         ("query_seq_lengths",), "JAX", (),
         "A query beyond its sequence gets a row of out that is not used: leave it out, or pack the sequences for varlen_attention.",
     ),
-    OtherName(
-        ("k_cache", "v_cache"), "flash-attn", ("key", "value"),
-        "The whole cache, with the keys of each row in seqlens_kv and causal_alignment=\"bottom_right\"; write those of this step into it before the call.",
-    ),
+    OtherName(("k_cache", "v_cache"), "flash-attn", ("key_cache", "value_cache"), "(batch, room, heads, head_dim), or of pages (pages, page_size, heads, head_dim), as there."),
     OtherName(
         ("past_key_value", "past_key_values", "layer_past"), "transformers", ("key", "value"),
-        "Pass the whole cache as key and value, with the keys of each row in seqlens_kv; the call writes into no cache.",
+        "Pass the whole cache as key and value, with the keys of each row in seqlens_kv; or call attention_with_kvcache, which appends to it.",
     ),
-    OtherName(("cache_batch_idx", "cache_batch_index"), "flash-attn", (), "Rows of the cache are not picked by the call: pass cache[rows] as key and value."),
-    OtherName(
-        ("cache_leftpad", "leftpad_k"), "flash-attn", (),
-        "The keys of a row start at 0: pad behind them, with their number in seqlens_kv; or hide padding before them with a boolean attn_mask.",
-    ),
+    OtherName(("cache_batch_index",), "flash-attn", ("cache_batch_idx",), "int32 (batch,): which row of the cache is that of each sequence."),
+    OtherName(("leftpad_k",), "flash-attn", ("cache_leftpad",), "int32 (batch,): how many keys at the beginning of each sequence are padding."),
     OtherName(
         ("qkv", "kv"), "flash-attn, others", ("query", "key", "value"),
         "Split it by strided views, which are not copied: qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], of packed sequences qkv[:, 0] and so on.",
     ),
     OtherName(("dqkv", "dq", "dk", "dv"), "flash-attn", (), "Gradients are returned, in arrays of their own."),
     OtherName(
-        ("rotary_cos", "rotary_sin", "rotary_interleaved", "rotary_seqlens", "rotary_emb"), "flash-attn, others", (),
-        "Positions are not encoded by the call: rotate query and key before it.",
+        ("rotary_seqlens", "rotary_emb"), "flash-attn, others", (),
+        "attention_with_kvcache rotates by the places of keys in the cache, with rotary_cos and rotary_sin; for other positions rotate query and key before the call.",
     ),
     OtherName(
-        ("num_splits", "pack_gqa", "sm_margin", "num_warps", "block_m", "block_n", "block_sizes", "block_q", "block_k"), "flash-attn, Pallas, others", ("tile",),
-        "How work is cut is said by tile=cuflash.Tile(...) alone; cuflash.legal_tiles lists those that fit. Keys of a row are never split over blocks.",
+        ("pack_gqa", "sm_margin", "num_warps", "block_m", "block_n", "block_sizes", "block_q", "block_k"), "flash-attn, Pallas, others", ("tile",),
+        "How work is cut is said by tile=cuflash.Tile(...) alone; cuflash.legal_tiles lists those that fit.",
     ),
     OtherName(
         ("descale_q", "descale_k", "descale_v", "q_descale", "k_descale", "v_descale"), "flash-attn", (),
@@ -103,7 +97,7 @@ OTHER_NAMES = (
     ),
     OtherName(("qv", "q_v"), "flash-attn", (), "Its products with value are scores of longer rows: concatenate qv to query, and value to key."),
     OtherName(("attention_chunk",), "flash-attn", ("segment_ids_q", "segment_ids_kv"), "Chunks are segments: ids numpy.arange(seqlen) // chunk, with is_causal=True."),
-    OtherName(("block_table", "page_table"), "flash-attn", (), "A paged cache is not supported: keys and values of a sequence lie in one array."),
+    OtherName(("block_table",), "flash-attn", ("page_table",), "int32 (batch, pages of a sequence), as there."),
     OtherName(("learnable_sink", "s_aux"), "flash-attn, transformers", ("sinks",), "float32 (num_heads_q,)."),
     OtherName(("logits_soft_cap", "attn_logits_soft_cap", "soft_cap"), "Pallas, Keras, others", ("softcap",), "The same number; None or 0.0 for none."),
     OtherName(
@@ -165,6 +159,25 @@ _ONLY_PADDED = {
     "need_attn_mask_grad": "Packed sequences take no attn_mask.",
 }
 """What packed sequences have instead of some arguments of padded batches."""
+
+_WHOLE_CACHE = (
+    "Call attention_with_kvcache; or scaled_dot_product_attention with the whole cache as key and value, the keys of each row in seqlens_kv, and "
+    'causal_alignment="bottom_right".'
+)
+_OF_CACHES = {
+    "key_cache": _WHOLE_CACHE,
+    "value_cache": _WHOLE_CACHE,
+    "cache_seqlens": "attention_with_kvcache has it. All keys of a row, those of this step too, are in seqlens_kv of scaled_dot_product_attention, and between cu_seqlens_kv of packed sequences.",
+    "page_table": "Caches of pages are those of attention_with_kvcache.",
+    "cache_batch_idx": "Rows of a cache are picked by attention_with_kvcache; or pass cache[rows], a copy, as key and value.",
+    "cache_leftpad": "attention_with_kvcache leaves padding before the keys out; in scaled_dot_product_attention hide it with a boolean attn_mask.",
+    "rotary_cos": "attention_with_kvcache rotates queries and new keys; rotate them before other calls.",
+    "rotary_sin": "attention_with_kvcache rotates queries and new keys; rotate them before other calls.",
+    "rotary_interleaved": "attention_with_kvcache rotates queries and new keys; rotate them before other calls.",
+    "num_splits": "Keys of a row are shared out among blocks by attention_with_kvcache.",
+    "batch_invariant": "Only attention_with_kvcache shares out keys in a way that depends on the batch; other calls have the same bits in any batch.",
+}
+"""Arguments of calls with a cache, and what to write in other calls."""
 
 _SIMILAR = 0.8
 """How alike a keyword and an argument have to be, of 1, for a slip of the pen: "is_casual" is one, "descale_q" for "scale" is not."""
@@ -229,6 +242,9 @@ def _answer(function: str, known: tuple[str, ...], keyword: str, feature_of: Map
     if feature is not None:
         used = f'{feature}="bool"' if feature == "attn_mask" else f"{feature}=True"
         return (feature if feature in known else "features"), f"Write {'' if feature in known else 'features='}cuflash.FeatureSet({used})."
+    of_caches = next((name for name in (keyword, *ours) if name in _OF_CACHES and name not in known), None)
+    if of_caches is not None and not any(name in known for name in ours):
+        return "no such argument here", _OF_CACHES[of_caches]
     only_padded = next((name for name in ours if name in _ONLY_PADDED), None)
     if only_padded is not None and "cu_seqlens_q" in known:
         return "no such argument for packed sequences", _ONLY_PADDED[only_padded]

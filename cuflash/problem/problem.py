@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cuflash.problem.cache import Cache
 from cuflash.problem.features import UNLIMITED, Features
 from cuflash.problem.layout import Layout, Shape4, View
 from cuflash.problem.options import CausalAlignment
@@ -51,6 +52,9 @@ class Problem:
             None for padded batches.
         features: score features and masks other than the causal one.
         aligned: query, key and value start on 16 bytes, each of them.
+        cache: where keys and values lie, if `key` and `value` are a cache: rows of it may belong to any sequence, or be pages. Lengths are in seqlens_kv then.
+        num_splits: into how many ranges keys are cut; None leaves that to the plan.
+        batch_invariant: a sequence's results have the same bits whatever else is in the batch.
     """
 
     dtype: str
@@ -80,6 +84,9 @@ class Problem:
     num_sequences: int | None = None
     features: Features = field(default_factory=Features)
     aligned: bool = True
+    cache: Cache | None = None
+    num_splits: int | None = None
+    batch_invariant: bool = False
 
     @property
     def itemsize(self) -> int:

@@ -131,7 +131,7 @@ def _find(direction: str, operands: Operands, options: Options) -> tuple[Hashabl
     addresses, state = features.drawn_from(options.dropout_p, operands.dropout_seed)
     tiles = tuple(options.tile.items()) if type(options.tile) is dict else None  # a dict cannot be hashed
     hashable = options if tiles is None else options._replace(tile=None)
-    seen: list[Hashable] = [direction, device.simulator_arch(), bool(addresses), hashable, tiles, _types_of(options)]
+    seen: list[Hashable] = [direction, device.simulator_arch(), bool(addresses), hashable, tiles, types_of(options)]
     if operands.dropout_seed is not None:
         operands = operands._replace(dropout_seed=state)
     for name, operand in zip(_NAMES, operands):  # noqa: B905 (they are of one length, and to look costs)
@@ -162,7 +162,7 @@ def kept(seen: list[Hashable]) -> tuple[Hashable | None, Any]:
 _SCALARS = frozenset((type(None), bool, int, float, str))
 
 
-def _types_of(values: Collection[Any]) -> tuple[Hashable, ...]:
+def types_of(values: Collection[Any]) -> tuple[Hashable, ...]:
     """The type of each value, and behind them the types of what they hold."""
     types = tuple(map(type, values))
     if _SCALARS.issuperset(types):
@@ -172,11 +172,11 @@ def _types_of(values: Collection[Any]) -> tuple[Hashable, ...]:
 
 def _types_within(value: object) -> tuple[Hashable, ...]:
     if isinstance(value, tuple):
-        return _types_of(value)
+        return types_of(value)
     if isinstance(value, Tile):
-        return _types_of(vars(value).values())
+        return types_of(vars(value).values())
     if isinstance(value, Mapping):
-        return (*_types_of(value), *_types_of(value.values()))
+        return (*types_of(value), *types_of(value.values()))
     return ()
 
 

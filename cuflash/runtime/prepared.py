@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cuflash.arrays.borrowing import Array, pointer
 from cuflash.arrays.frameworks import BFloat16Bits, Framework
 from cuflash.planning.kernel_plan import Buffer, LaunchShape
-from cuflash.planning.kernel_specs import WARPGROUP_ROWS
+from cuflash.planning.kernel_specs import MERGE_ATTENTION, PARTS, WARPGROUP_ROWS
+from cuflash.planning.merge_kernels import row_lanes
 from cuflash.planning.plan import Plan
 from cuflash.problem import sequences
 from cuflash.problem.features import Features
 from cuflash.problem.layout import View
-from cuflash.problem.problem import BackwardViews
+from cuflash.problem.problem import BackwardViews, Problem
 from cuflash.runtime import arguments
 from cuflash.runtime.arguments import Arguments, Value, Values
 from cuflash.runtime.launch import Executable, clear_memory, simulated_memory
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from cuflash import simulator
 
 NOTHING = Features()
+FLOAT_BYTES = 4
 
 
 class _InputGradients(NamedTuple):
@@ -119,15 +121,15 @@ class PreparedCall:
         words = present | self.written
         if problem.features.kinds.dropout and "dropout_state" not in present:
             words |= {"dropout_seed", "dropout_offset"}
-        values |= {buffer.name: buffer.name for buffer in self.plan.workspace}
-        values["lengths"] = arguments.lengths(problem)
+        values = {buffer.name: buffer.name for buffer in self.plan.workspace} | {"lengths": arguments.lengths(problem)} | values
         if problem.features != NOTHING:
             values["features"] = arguments.feature_values(problem.features, problem.scale, problem.list_extents, grad_attn_mask_strides)
         launches = []
         for kernel, loaded in zip(self.plan.kernels, executables, strict=True):
             own: Values = {
                 "geometry": arguments.geometry(problem, kernel.num_tiles, kernel.section_heads),
-                "group_batch": kernel.group_batch, "group_heads": kernel.group_heads, "num_work": kernel.num_work,
+                "group_batch": kernel.group_batch, "group_heads": kernel.group_heads, "num_work": kernel.num_work, "num_tiles": kernel.num_tiles,
+                "head_dim": kernel.head_dim, "num_splits": kernel.splits.number, "split_tiles": kernel.splits.tiles,
             }  # fmt: skip
             struct = kernel.spec.arguments
             launches.append(_Launch(loaded, kernel.shape, Arguments(struct, arguments.of_struct(struct, {**values, **own}), words)))
@@ -164,17 +166,46 @@ class PreparedForward(PreparedCall):
         view = given_view or self.view_of(plan.outputs[0], problem.head_dim_v)
         if given is not None:
             self.add_extent("out", given)
-        views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": view}
+        views = {**self.operands(), "out": ("out", view)}
         addresses = {name: array.pointer for name, array in inputs.items()} | {"out": given.pointer if given else 0}
-        vectorized = {name: views[name].aligned16(problem.itemsize) and addresses[name] % 16 == 0 for name in views}
         stride_batch = 0 if problem.layout.varlen else problem.num_heads_q * problem.seqlen_q
-        values: dict[str, Value] = {name: arguments.tensor(name, view, vectorized[name]) for name, view in views.items()}
+        values: dict[str, Value] = {
+            name: arguments.tensor(array, view, view.aligned16(problem.itemsize) and addresses.get(array, 0) % 16 == 0)
+            for name, (array, view) in views.items()
+        }
         values["lse"] = arguments.rows("lse", (stride_batch, problem.seqlen_q, 1))
         for kernel in plan.kernels:
             if kernel.spec.maps_tensors:
                 box_rows = {"query": WARPGROUP_ROWS, "key": kernel.tile.tile_kv, "value": kernel.tile.tile_kv}
-                values |= {name: self.mapped(name, views[name], count) for name, count in box_rows.items()}
-        self.launches = self.fill_in(executables, values, set(inputs))
+                values |= {name: self.mapped(*views[name], count) for name, count in box_rows.items()}
+            if kernel.spec == MERGE_ATTENTION:
+                values |= self.merged(problem)
+        self.launches = self.fill_in(executables, values | self.other_values(), set(inputs))
+
+    def operands(self) -> dict[str, tuple[str, View]]:
+        """Fields of the argument structs: which array each is, an input or one of the workspace, and its view."""
+        problem = self.problem
+        return {"query": ("query", problem.query), "key": ("key", problem.key), "value": ("value", problem.value)}
+
+    def other_values(self) -> dict[str, Value]:
+        """Values of the structs that only some calls have."""
+        return {}
+
+    def merged(self, problem: Problem) -> dict[str, Value]:
+        """What the kernel that merges the parts of a call whose keys are split is told of them."""
+        out, lse = (buffer for buffer in self.plan.workspace if buffer.name in PARTS)
+        count, batch, heads, seqlen, head_dim = out.shape
+        stride_head = seqlen * head_dim
+        view = View((batch, seqlen, heads, head_dim), (heads * stride_head, head_dim, stride_head, 1))
+        part = {
+            "out": arguments.tensor(out.name, view, view.aligned16(FLOAT_BYTES)),
+            "lse": arguments.rows(lse.name, (heads * seqlen, seqlen, 1)),
+        }
+        steps = {"stride_part_out": batch * heads * stride_head, "stride_part_lse": batch * heads * seqlen}
+        return {
+            "seqlen_q": seqlen, "num_heads": heads, "lanes": row_lanes(head_dim),
+            "parts": {**steps, "num_parts": count, "one_array": True, "listed": [part]},
+        }  # fmt: skip
 
     def mapped(self, name: str, view: View, box_rows: int) -> Value:
         """An array that the TMA unit copies, so many rows at a time."""

@@ -3,17 +3,15 @@
 // Neighbouring threads, `lanes` of them, share a row and take VECTOR columns of it in turn.
 #pragma once
 #include "merge_arguments.cuh"
-#include "ptx/convert.cuh"
 #include "ptx/math.cuh"
 #include "ptx/warp.cuh"
-#include "tile/load.cuh"
 #include "tile/schedule.cuh"
+#include "tile/vector.cuh"
 
 using Element = Config::Element;
+using PartElement = Config::PartElement;  // of the parts: float where they are sums that are not rounded yet
 
 constexpr int NUM_THREADS = Config::NUM_WARPS * WARP_SIZE;
-constexpr int VECTOR = 8;
-constexpr int CHUNK_ELEMENTS = 16 / int(sizeof(Element));
 
 struct Row {
   int batch, head, query;
@@ -41,7 +39,7 @@ struct Row {
 
 // This row of one part.
 struct PartRow {
-  const Element* out;
+  const PartElement* out;
   int64 stride_dim;
   bool vectorized;
 
@@ -61,57 +59,11 @@ struct PartRow {
 
  private:
   DEVICE void take(const MergePart& part, const Row& row) {
-    out = row.of(part.out);
+    out = part.out.row_pointer<PartElement>(row.batch, row.head) + row.query * part.out.stride_seqlen;
     stride_dim = part.out.stride_dim;
     vectorized = part.out.vectorized;
   }
 };
-
-template <typename T>
-DEVICE void load(float (&x)[VECTOR], const T* source, int64 stride_dim, bool vectorized, int column, int head_dim) {
-  if (vectorized && column + VECTOR <= head_dim) {
-#pragma unroll
-    for (int i = 0; i < VECTOR; i += CHUNK_ELEMENTS) {
-      const Chunk chunk = *reinterpret_cast<const Chunk*>(source + column + i);
-#pragma unroll
-      for (int j = 0; j < CHUNK_ELEMENTS; ++j) {
-        if constexpr (sizeof(T) == 4) {
-          x[i + j] = __uint_as_float(chunk.word[j]);
-        } else {
-          T element;
-          element.bits = uint16(chunk.word[j / 2] >> (16 * (j % 2)));
-          x[i + j] = to_float(element);
-        }
-      }
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i) x[i] = column + i < head_dim ? to_float(source[(column + i) * stride_dim]) : 0.0f;
-  }
-}
-
-template <typename T>
-DEVICE void store(const float (&x)[VECTOR], T* destination, int64 stride_dim, bool vectorized, int column, int head_dim) {
-  if (vectorized && column + VECTOR <= head_dim) {
-#pragma unroll
-    for (int i = 0; i < VECTOR; i += CHUNK_ELEMENTS) {
-      Chunk chunk;
-      if constexpr (sizeof(T) == 4) {
-#pragma unroll
-        for (int j = 0; j < CHUNK_ELEMENTS; ++j) chunk.word[j] = __float_as_uint(x[i + j]);
-      } else {
-#pragma unroll
-        for (int j = 0; j < CHUNK_ELEMENTS; j += 2)
-          chunk.word[j / 2] = uint32(from_float<T>(x[i + j]).bits) | uint32(from_float<T>(x[i + j + 1]).bits) << 16;
-      }
-      *reinterpret_cast<Chunk*>(destination + column + i) = chunk;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i)
-      if (column + i < head_dim) destination[(column + i) * stride_dim] = from_float<T>(x[i]);
-  }
-}
 
 // exp(lse - lse of all parts) of a row's parts, from their largest lse and the sum of exp(lse - largest): differences of huge numbers are exact.
 struct Weights {

@@ -40,6 +40,24 @@ struct MaskAhead {
   bool is_there = false;
 };
 
+// A product q·k -> its score but for a mask.
+DEVICE float score_of(float product, int query, int key, float slope, const Geometry& geometry, const FeatureArguments& features, float& derivative) {
+  float score = product * features.score_factor;
+  if constexpr (SOFTCAP) {
+    const float t = tanhf(score);
+    derivative = __fmaf_rn(-t, t, 1.0f);
+    score = features.softcap * t;
+  }
+  if constexpr (ALIBI) score -= slope * float(abs(key - query - geometry.causal_offset));
+  return score;
+}
+
+// A score with an element of an additive mask: not below LOWEST, but -inf where the mask is.
+DEVICE float masked_score(float score, MaskElement element) {
+  const float bias = mask_bias(element);
+  return max_nan(score + bias, fminf(bias, LOWEST));
+}
+
 class ScoreModifier {  // of one batch and query head
  public:
   DEVICE ScoreModifier(const Geometry& geometry, const FeatureArguments& features, int batch, int head)
@@ -84,23 +102,13 @@ class ScoreModifier {  // of one batch and query head
 
  private:
   DEVICE float score(float product, int query, int key, float& derivative) const {
-    float score = product * features.score_factor;
-    if constexpr (SOFTCAP) {
-      const float t = tanhf(score);
-      derivative = __fmaf_rn(-t, t, 1.0f);
-      score = features.softcap * t;
-    }
-    if constexpr (ALIBI) score -= slope * float(abs(key - query - geometry.causal_offset));
-    return score;
+    return score_of(product, query, key, slope, geometry, features, derivative);
   }
 
   template <bool TRANSPOSED, int M, int N>
   DEVICE void add_mask(float (&S)[M][N][4], int first_row, int first_column, const MaskAhead<TRANSPOSED, M, N>& ahead) const {
     const MaskValues mask(geometry, features.attn_mask, batch, head);
-    auto add = [&](int m, int n, int i, MaskElement element) {
-      const float bias = mask_bias(element);
-      S[m][n][i] = max_nan(S[m][n][i] + bias, fminf(bias, LOWEST));  // not below LOWEST, but -inf where the mask is
-    };
+    auto add = [&](int m, int n, int i, MaskElement element) { S[m][n][i] = masked_score(S[m][n][i], element); };
     constexpr bool AHEAD = MaskAhead<TRANSPOSED, M, N>::USED;
     const int limit = AHEAD ? 0 : mask.limit<TRANSPOSED, M, N>(first_row, first_column);
     if (AHEAD ? ahead.is_there : limit > 0) {

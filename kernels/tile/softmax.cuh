@@ -94,7 +94,8 @@ struct OnlineSoftmax {
   }
 
   // What turns numbers relative to an earlier reference of the row into such relative to the present one.
-  DEVICE float rescale_since(float earlier, int m, int r) const { return ex2(in_log2(earlier - reference[m][r])); }
+  DEVICE float rescale_since(float earlier, int m, int r) const { return rescale(earlier, reference[m][r]); }
+  DEVICE static float rescale(float earlier, float later) { return ex2(in_log2(earlier - later)); }
 
   // A logit in the denominator alone, without a key or a value: the sum of each row grows by exp(sink) (Xiao et al. 2024, arXiv 2309.17453). The
   // logit is in units of the scores.
@@ -107,13 +108,12 @@ struct OnlineSoftmax {
         const float previous = reference[m][r];
         reference[m][r] = fmaxf(previous, sink);
         const float used = reference[m][r];
-        const float rescale = ex2(in_log2(previous - used));
-        const float exponent = NATURAL ? __fmaf_rn(sink - used, LOG2_E, SHIFT) : sink - used;
-        add_to_sum(m, r, rescale, lane_index() % 4 == 0 ? ex2(exponent) : 0.0f);  // once per row: `finish` adds up the lanes of a quad
+        const float factor = rescale(previous, used);
+        add_to_sum(m, r, factor, lane_index() % 4 == 0 ? of_sink(sink, used) : 0.0f);  // once per row: `finish` adds up the lanes of a quad
 #pragma unroll
         for (int n = 0; n < N_O; ++n) {
-          O[m][n][2 * r] *= rescale;
-          O[m][n][2 * r + 1] *= rescale;
+          O[m][n][2 * r] *= factor;
+          O[m][n][2 * r + 1] *= factor;
         }
       }
   }
@@ -132,21 +132,25 @@ struct OnlineSoftmax {
           O[m][n][2 * r] *= inverse;
           O[m][n][2 * r + 1] *= inverse;
         }
-        const float log2_total = lg2(total * (1.0f / float(1 << SHIFT)));
-        if constexpr (NATURAL) {
-          reference[m][r] = __fmaf_rn(log2_total, LN_2, reference[m][r]);
-        } else if constexpr (SHIFT == 0) {
-          reference[m][r] = (reference[m][r] + log2_total) * LN_2;
-        } else {
-          const float unshifted = reference[m][r] + float(SHIFT);  // exact where keys were seen; a sink alone has not been shifted
-          const float lost = reference[m][r] - (unshifted - float(SHIFT));
-          reference[m][r] = ((unshifted + log2_total) + lost) * LN_2;
-        }
+        reference[m][r] = lse_of(reference[m][r], total);
       }
   }
 
   // The natural-log LSE of a row, once it is finished.
   DEVICE float lse(int m, int r) const { return reference[m][r]; }
+
+  // What a sink adds to the sum of a row with this reference.
+  DEVICE static float of_sink(float sink, float reference) { return ex2(NATURAL ? __fmaf_rn(sink - reference, LOG2_E, SHIFT) : sink - reference); }
+
+  // The natural-log LSE of a row with this reference and sum.
+  DEVICE static float lse_of(float reference, float sum) {
+    const float log2_sum = lg2(sum * (1.0f / float(1 << SHIFT)));
+    if constexpr (NATURAL) return __fmaf_rn(log2_sum, LN_2, reference);
+    if constexpr (SHIFT == 0) return (reference + log2_sum) * LN_2;
+    const float unshifted = reference + float(SHIFT);  // exact where keys were seen; a sink alone has not been shifted
+    const float lost = reference - (unshifted - float(SHIFT));
+    return ((unshifted + log2_sum) + lost) * LN_2;
+  }
 
  private:
   DEVICE static float in_log2(float difference) { return NATURAL ? difference * LOG2_E : difference; }

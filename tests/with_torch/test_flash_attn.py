@@ -11,7 +11,7 @@ import torch
 from written_out import assert_close, assert_same_gradients, attention, leaves
 
 from cuflash import flash_attn
-from cuflash.errors import UnsupportedError
+from cuflash.errors import OptionError, UnsupportedError
 
 TAIL = "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False"
 PACKED_HEAD = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
@@ -21,6 +21,11 @@ SIGNATURES = {
     "flash_attn_kvpacked_func": f"(q, kv, {TAIL})",
     "flash_attn_varlen_func": f"(q, k, v, {PACKED_HEAD}, {TAIL}, block_table=None)",
     "flash_attn_varlen_qkvpacked_func": f"(qkv, cu_seqlens, max_seqlen, {TAIL})",
+    "flash_attn_with_kvcache": (
+        "(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, "
+        "block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
+        "return_softmax_lse=False)"
+    ),
     "flash_attn_varlen_kvpacked_func": f"(q, kv, {PACKED_HEAD}, {TAIL})",
 }
 Q, K = 113, 203  # lengths of flash-attn's tests
@@ -153,3 +158,61 @@ def test_a_paged_cache_is_refused(device: Any) -> None:
 def test_16_bits(device: Any, dtype: Any) -> None:
     inputs = leaves(device, *[(2, Q, HEADS, DIM)] * 3, dtype=dtype)
     assert_same_gradients((flash_attn.flash_attn_func(*inputs, causal=True),), judged(*inputs, is_causal=True)[:1], inputs)
+
+
+# --- A cache ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_a_step_with_a_cache(device: Any, page_size: int | None) -> None:
+    """Lengths of each row, a number for all, or the whole cache; new keys are written into it, rotated as flash-attn rotates them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Any:
+        return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+
+    q, k, v = random(2, 3, HEADS, DIM), random(2, 3, 1, DIM), random(2, 3, 1, DIM)
+    rows = [random(2, 64, 1, DIM) for _ in range(2)]
+    table = None
+    caches = [x.clone() for x in rows]
+    if page_size is not None:
+        table = torch.arange(8, dtype=torch.int32, device=device).reshape(2, 4)
+        caches = [x.reshape(8, page_size, 1, DIM) for x in caches]
+    angles = torch.rand(64, DIM // 4, generator=generator).to(device)
+    lengths = torch.tensor([40, 7], dtype=torch.int32, device=device)
+    out, lse = flash_attn.flash_attn_with_kvcache(
+        q,
+        *caches,
+        k,
+        v,
+        angles.cos(),
+        angles.sin(),
+        cache_seqlens=lengths,
+        block_table=table,
+        causal=True,
+        softmax_scale=0.2,
+        return_softmax_lse=True,
+    )
+    for b, length in enumerate([40, 7]):
+        at = slice(length, length + 3)
+        new_q, new_k = (rotated(x[b].float(), angles[at]) for x in (q, k))
+        keys, values = (torch.cat([x[b, :length], new.to(x.dtype)])[None].float() for x, new in zip(rows, (new_k, v[b]), strict=True))
+        want, want_lse = judged(new_q[None].to(torch.bfloat16).float(), keys, values, is_causal=True, scale=0.2)
+        torch.testing.assert_close(out[b], want[0].to(torch.bfloat16), atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(lse[b], want_lse[0].to(torch.float32), atol=1e-3, rtol=1e-3)
+        for cache, new in zip(caches, (new_k, v[b]), strict=True):
+            torch.testing.assert_close(cache.reshape(2, 64, 1, DIM)[b, at], new.to(torch.bfloat16))
+    whole = flash_attn.flash_attn_with_kvcache(q, *caches, block_table=table)
+    assert torch.equal(whole, flash_attn.flash_attn_with_kvcache(q, *caches, cache_seqlens=64, block_table=table))
+    with pytest.raises(OptionError, match="cache_seqlens"):
+        flash_attn.flash_attn_with_kvcache(q, *caches, k, v, block_table=table)
+
+
+def rotated(x: Any, angles: Any) -> Any:
+    """(rows, heads, head_dim), of which pairs of neighbours turn by the angles of their row."""
+    result, width = x.clone(), 2 * angles.shape[1]
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    one, other = x[..., 0:width:2], x[..., 1:width:2]
+    result[..., 0:width:2] = one * cos - other * sin
+    result[..., 1:width:2] = one * sin + other * cos
+    return result

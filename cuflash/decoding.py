@@ -1,0 +1,137 @@
+"""Attention with a cache of keys and values, as in generation: signatures and what they mean; `cache_calls.py` runs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cuflash.arrays.borrowing import AnyArray
+from cuflash.errors import CompilationForbiddenError
+from cuflash.planning.plan import Plan
+from cuflash.problem.cache_call import CacheOperands, CacheOptions
+from cuflash.problem.options import Window
+from cuflash.problem.other_names import explains_keywords
+from cuflash.problem.tile import Tiles
+from cuflash.runtime import cache_calls
+from cuflash.tuning import with_warmup
+
+
+@explains_keywords
+def attention_with_kvcache(
+    query: AnyArray,
+    key_cache: AnyArray,
+    value_cache: AnyArray,
+    key: AnyArray | None = None,
+    value: AnyArray | None = None,
+    *,
+    cache_seqlens: AnyArray,
+    page_table: AnyArray | None = None,
+    cache_batch_idx: AnyArray | None = None,
+    cache_leftpad: AnyArray | None = None,
+    rotary_cos: AnyArray | None = None,
+    rotary_sin: AnyArray | None = None,
+    rotary_interleaved: bool | None = None,
+    layout: str = "bshd",
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: AnyArray | None = None,
+    sinks: AnyArray | None = None,
+    attn_mask: AnyArray | None = None,
+    num_splits: int | None = None,
+    batch_invariant: bool = False,
+    return_lse: bool = False,
+    out: AnyArray | None = None,
+    tile: Tiles = None,
+) -> Any:
+    """Append new keys and values to a cache, and compute exact attention of a few queries to all that each sequence has there.
+
+    Args:
+        query: `(batch, seqlen_q, num_heads_q, head_dim)` in the order that `layout` says, float16 or bfloat16; any strides; kinds of arrays as in
+            `scaled_dot_product_attention`. One query for each sequence, several of speculative decoding, or a chunk of a prompt.
+        key_cache: `(batch, room, num_heads_kv, head_dim)`; num_heads_kv divides num_heads_q, and consecutive query heads share a key head. With
+            `cache_batch_idx` it may have any number of rows. With `page_table` it is `(pages, page_size, num_heads_kv, head_dim)`, any page size from 1.
+        value_cache: like key_cache, with a head_dim of its own if need be.
+        key, value: `(batch, seqlen_new, num_heads_kv, head_dim)`: written into the cache behind the keys that are there, before queries look at it.
+        cache_seqlens: int32 `(batch,)`: keys that the cache has of each sequence, without those of this call. It stays on the device, as the tables below do: a
+            captured graph replays with other numbers. On a GPU, what makes no sense is clamped to the room that there is, and new keys without a place are
+            left out; on the CPU it raises. What lies behind a sequence's last key may hold anything, NaN too.
+        page_table: int32 `(batch, pages of a sequence)`: key p of a sequence is in row p % page_size of page `page_table[b, p // page_size]`. Entries behind a
+            sequence's last key may hold anything.
+        cache_batch_idx: int32 `(batch,)`: which row of the cache is that of each sequence. With new keys, no two the same.
+        cache_leftpad: int32 `(batch,)`: keys of each sequence before this one are padding, and are not seen. cache_seqlens counts them.
+        rotary_cos, rotary_sin: `(positions, rotary_dim / 2)`, float32 or the type of query: the first rotary_dim columns of new keys and of queries are rotated by
+            their positions, which are their places in the cache. Queries stand where the new keys do; if neither is_causal nor window asks for their order, all
+            of them at `cache_seqlens`, as in flash-attn. Keys in the cache are taken as they are.
+        rotary_interleaved: True: pairs are columns 2i and 2i + 1 (GPT-J; flash-attn's default); False: i and i + rotary_dim / 2 (GPT-NeoX, Llama). Required with
+            rotary_cos.
+        layout: as in `scaled_dot_product_attention`, for caches and new keys too; of a paged cache "b" is the page and "s" the place in it.
+        scale: multiplies Q Kᵀ; default `head_dim ** -0.5`.
+        is_causal: the last query sees all keys of its sequence, the one before it one less, and so on.
+        window, softcap, alibi_slopes, sinks: as in `scaled_dot_product_attention`; distances count from the last query and key.
+        attn_mask: as there, `(batch, num_heads_q, seqlen_q, keys)` or what broadcasts to it, where `keys` is the room that a sequence has; of a tree of
+            speculated tokens, the last ones of these.
+        num_splits: blocks that share out the keys of a sequence; None: as many as are predicted to be fastest with a full cache.
+        batch_invariant: the keys of a sequence are cut at fixed places, so that its results have the same bits whatever else is in the batch.
+        return_lse: return `(out, lse)`.
+        out: array for the result; shape, dtype and kind of the result, any strides.
+        tile: a `cuflash.Tile`, or a mapping from the kernel's name to it: {"forward_split": …}.
+
+    Returns:
+        out: `(batch, seqlen_q, num_heads_q, head_dim_v)` in the layout of query; 0 for queries that see no key.
+        lse: with `return_lse`, float32 `(batch, num_heads_q, seqlen_q)`; natural logarithm; -inf there, or the sink.
+
+    Raises:
+        As `scaled_dot_product_attention`. UnsupportedError: float32, a head_dim above 256, or sm_75.
+
+    Notes:
+        Up to three launches: new keys and rotation, attention, and where keys are split, merging.
+
+    Source: Dao et al. 2023, Flash-Decoding, crfm.stanford.edu/2023/10/12/flashdecoding.html.
+    """
+    operands = CacheOperands(
+        query, key_cache, value_cache, key, value, cache_seqlens, page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin,
+        attn_mask, alibi_slopes, sinks, out,
+    )  # fmt: skip
+    options = CacheOptions(is_causal, scale, window, softcap, layout, rotary_interleaved, num_splits, batch_invariant, return_lse, tile)
+    try:
+        return cache_calls.attend(operands, options)
+    except CompilationForbiddenError as error:
+        raise with_warmup(error, cache_calls.plan(operands, options), tile) from None
+
+
+@explains_keywords
+def kvcache_plan(
+    query: AnyArray,
+    key_cache: AnyArray,
+    value_cache: AnyArray,
+    key: AnyArray | None = None,
+    value: AnyArray | None = None,
+    *,
+    cache_seqlens: AnyArray,
+    page_table: AnyArray | None = None,
+    cache_batch_idx: AnyArray | None = None,
+    cache_leftpad: AnyArray | None = None,
+    rotary_cos: AnyArray | None = None,
+    rotary_sin: AnyArray | None = None,
+    rotary_interleaved: bool | None = None,
+    layout: str = "bshd",
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: AnyArray | None = None,
+    sinks: AnyArray | None = None,
+    attn_mask: AnyArray | None = None,
+    num_splits: int | None = None,
+    batch_invariant: bool = False,
+    return_lse: bool = False,
+    tile: Tiles = None,
+) -> Plan:
+    """Say what `attention_with_kvcache` would run with these arguments, as `plan` does."""
+    operands = CacheOperands(
+        query, key_cache, value_cache, key, value, cache_seqlens, page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin,
+        attn_mask, alibi_slopes, sinks, None,
+    )  # fmt: skip
+    options = CacheOptions(is_causal, scale, window, softcap, layout, rotary_interleaved, num_splits, batch_invariant, return_lse, tile)
+    return cache_calls.plan(operands, options)

@@ -1,0 +1,46 @@
+"""The kernels that merge attention over disjoint sets of keys, as launches."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from cuflash.hardware.device import Device
+from cuflash.planning.codegen import CPP_ELEMENTS, config_text
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_plan import KernelPlan, LaunchShape
+from cuflash.planning.kernel_specs import KernelSpec
+from cuflash.problem.tile import Tile
+
+_VECTOR = 8  # columns that a thread takes at a time, as in kernels/tile/vector.cuh
+
+
+def row_lanes(head_dim: int) -> int:
+    """Neighbouring threads that share a row: a power of two, at most a warp."""
+    return next(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes >= min(ceil(head_dim / _VECTOR), 32))
+
+
+def row_tiles(spec: KernelSpec, seqlen_q: int, head_dim: int) -> int:
+    """Blocks that the rows of one (batch, head) take."""
+    return ceil(seqlen_q / (32 * spec.num_warps // row_lanes(head_dim)))
+
+
+def merge_kernel(
+    spec: KernelSpec, on: Device, dtype: str, num_blocks: int, *, num_tiles: int = 0, head_dim: int = 0, part_dtype: str | None = None
+) -> KernelPlan:
+    """One of the kernels, which depend on element types alone: no head dimension or number of parts compiles anything.
+
+    Args:
+        spec: which.
+        on: where.
+        dtype: of what is merged into.
+        num_blocks: of the launch.
+        num_tiles, head_dim: blocks of one (batch, head) and columns of a row, for calls whose plan fills in the struct.
+        part_dtype: of the parts, if it is another one.
+    """
+    constants: dict[str, int | bool | str] = {
+        "CAPABILITY": on.capability,
+        "NUM_WARPS": spec.num_warps,
+        "PartElement": CPP_ELEMENTS[part_dtype or dtype],
+    }
+    shape = LaunchShape(num_blocks, 32 * spec.num_warps, 0)
+    return KernelPlan(KernelCase(spec, dtype, head_dim), Tile(1, 1, spec.num_warps, 1), config_text(dtype, constants), shape, num_tiles)

@@ -1,0 +1,177 @@
+"""The forward kernel for few queries, which shares out the keys of a sequence among blocks ("splits") and among the warps of a block.
+
+Calls with a cache (cuflash/decoding.py) take it always. Ordinary calls do where it is asked for, until it has run on a GPU: by `tile`, which names it, or by
+the environment variable CUFLASH_DECODE=1, which takes it for all calls of few queries. What it cannot do stays on the other forward kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import ceil
+
+from cuflash.errors import UnsupportedError
+from cuflash.hardware.device import Device
+from cuflash.planning import asked_for, merge_kernels, tile_choice, tile_model, tile_rules
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_plan import Buffer, KernelPlan, Splits
+from cuflash.planning.kernel_specs import FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, MERGE_ATTENTION, PARTS
+from cuflash.problem.features import UNLIMITED
+from cuflash.problem.problem import Problem
+from cuflash.problem.tile import Tile, Tiles
+
+VARIABLE = "CUFLASH_DECODE"
+"""Environment variable; 1: the kernel for calls of few queries. Looked at when a call is planned, so not by calls whose like was made before."""
+
+MAX_QUERIES = 16
+"""Of an ordinary call that takes the kernel by itself: with more, the others read keys less often."""
+MAX_SPLITS = 256
+INVARIANT_KEYS = 1024
+"""Of a split, where a row's bits must not depend on the batch."""
+
+# A block's beginning and end, and a split more for the kernel that merges them, in key tiles of one block: fitted by others on a GH200 (FlashInfer,
+# pull request 4904), not measured here.
+_BLOCK_TILES = 10.0
+_SPLIT_TILES = 0.22
+
+_UNKNOWN_FEATURES = ("dropout", "segments", "prefix")
+
+
+# --- Whether it runs ----------------------------------------------------------------------------------------------------------------------
+
+
+def is_taken(problem: Problem, device: Device, tile: Tiles) -> bool:
+    """Whether the kernel makes the output of a call."""
+    if problem.cache is not None:
+        return True
+    return _is_asked_for(problem, device, tile) and why_not(problem, device) is None
+
+
+def _is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
+    by = asked_for.asked_by(case_of(problem), device, tile, VARIABLE, (FORWARD, FORWARD_WGMMA))
+    return by == "tile" or (by == "variable" and problem.max_seqlen_q <= MAX_QUERIES)
+
+
+def why_not(problem: Problem, device: Device) -> str | None:
+    """What of a call the kernel cannot do, in words; None where it can run."""
+    if (lacking := tile_rules.lacking(case_of(problem), device)) is not None:
+        return lacking
+    for name in _UNKNOWN_FEATURES:
+        if getattr(problem.features.kinds, name):
+            return f"it knows no {name}"
+    return "it knows no packed sequences" if problem.num_sequences is not None else None
+
+
+def check(problem: Problem, device: Device) -> None:
+    """Raise where a call with a cache asks for what the kernel cannot do; other calls do not come here then.
+
+    Raises:
+        UnsupportedError: it cannot run.
+    """
+    if (reason := why_not(problem, device)) is not None:
+        hint = "Write new keys into the cache, and call scaled_dot_product_attention(query, key_cache, value_cache, seqlens_kv=…, causal_alignment='bottom_right')."
+        raise UnsupportedError(
+            "query", f"a call that the kernel for caches cannot do: {reason}", "float16 or bfloat16 on sm_80 or later", hint
+        )
+
+
+def explain(problem: Problem, device: Device, tile: Tiles) -> str:
+    """Why the kernel runs, or does not though it is asked for; nothing where nobody asks."""
+    if problem.cache is not None or not _is_asked_for(problem, device, tile):
+        return ""
+    reason = why_not(problem, device)
+    return (
+        f"{FORWARD_SPLIT.source}, as asked for; it has not run on a GPU yet" if reason is None else f"not {FORWARD_SPLIT.source}: {reason}"
+    )
+
+
+def case_of(problem: Problem) -> KernelCase:
+    """The kernel for a call."""
+    return KernelCase(FORWARD_SPLIT, problem.dtype, problem.head_dim, head_dim_v=problem.head_dim_v, features=problem.features.kinds)
+
+
+# --- How it runs --------------------------------------------------------------------------------------------------------------------------
+
+
+def tile_for(problem: Problem, device: Device, pinned: Tiles) -> Tile:
+    """The pinned tile; else the default one, with as many rows as there are, up to 32."""
+    case = case_of(problem)
+    if isinstance(pinned, Mapping):
+        pinned = pinned.get(FORWARD_SPLIT.name)
+    if pinned is not None:
+        return tile_choice.check_tile(case, pinned, device)
+    tile = tile_choice.default_tile(case, device)
+    taller = replace(tile, tile_q=32)
+    fits = _packed_rows(problem) > tile.tile_q and tile_rules.broken_rule(case, taller, device) is None
+    return taller if fits else tile
+
+
+def row_tiles(problem: Problem, tile: Tile) -> int:
+    """Tiles of packed rows of one key head."""
+    return ceil(_packed_rows(problem) / tile.tile_q)
+
+
+def _packed_rows(problem: Problem) -> int:
+    return problem.seqlen_q * problem.heads_per_kv
+
+
+def splits_of(problem: Problem, tile: Tile, device: Device) -> Splits:
+    """As the call says; or of fixed size where it wants the same bits in any batch; or as many as are fastest by a small model."""
+    tiles = max(1, ceil(_visible_keys(problem) / tile.tile_kv))
+    if problem.batch_invariant:
+        of_split = max(1, INVARIANT_KEYS // tile.tile_kv)
+        return Splits(max(1, ceil(problem.max_seqlen_kv / (of_split * tile.tile_kv))), of_split)
+    if problem.num_splits is not None:
+        return Splits(problem.num_splits)
+    blocks = row_tiles(problem, tile) * problem.num_heads_kv * problem.batch
+    resident = tile_model.blocks_per_sm(case_of(problem), tile, device) * device.num_sms
+    return Splits(fastest_split(blocks, tiles, resident))
+
+
+def fastest_split(blocks: int, tiles: int, resident: int) -> int:
+    """How many splits are fastest, the fewest of equally fast ones.
+
+    Args:
+        blocks: of one split.
+        tiles: of keys, in the longest sequence.
+        resident: blocks that the device holds at a time.
+    """
+
+    def cost(count: int) -> float:
+        waves = ceil(blocks * count / resident)
+        return waves * (ceil(tiles / count) + _BLOCK_TILES) + (_SPLIT_TILES * count if count > 1 else 0.0)
+
+    return min(range(1, min(tiles, MAX_SPLITS) + 1), key=cost)
+
+
+def _visible_keys(problem: Problem) -> int:
+    """Most keys that the queries of a sequence see."""
+    low, high = problem.features.window_low, problem.features.window_high
+    high = min(high, 0) if problem.is_causal else high
+    if low == -UNLIMITED or high == UNLIMITED:
+        return problem.max_seqlen_kv
+    return max(0, min(problem.max_seqlen_kv, high - low + problem.seqlen_q))
+
+
+# --- What comes after it ------------------------------------------------------------------------------------------------------------------
+
+
+def merging_kernels(split: KernelPlan, problem: Problem, device: Device) -> tuple[KernelPlan, ...]:
+    """The kernel that merges the parts; none of a single one."""
+    if split.splits.number == 1:
+        return ()
+    num_tiles = merge_kernels.row_tiles(MERGE_ATTENTION, problem.seqlen_q, problem.head_dim_v)
+    num_blocks = num_tiles * problem.num_heads_q * problem.batch
+    merging = merge_kernels.merge_kernel(
+        MERGE_ATTENTION, device, problem.dtype, num_blocks, num_tiles=num_tiles, head_dim=problem.head_dim_v, part_dtype="float32"
+    )
+    return (merging,)
+
+
+def workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
+    """The parts."""
+    count = max((kernel.splits.number for kernel in kernels), default=1)
+    if count == 1:
+        return ()
+    rows = (count, problem.batch, problem.num_heads_q, problem.seqlen_q)
+    return Buffer(PARTS[0], (*rows, problem.head_dim_v), "float32"), Buffer(PARTS[1], rows, "float32")

@@ -1,0 +1,59 @@
+"""What a problem keeps of a cache of keys and values that it attends to, and appends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cuflash.problem.layout import View
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """Keys and values that a call appends.
+
+    Attributes:
+        count: of each sequence.
+        key, value: (batch, count, num_heads_kv, head_dim), value with its own head_dim.
+    """
+
+    count: int
+    key: View
+    value: View
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary embedding of new keys and of queries.
+
+    Attributes:
+        dim: leading columns of a head that are rotated, an even number.
+        rows: positions that the tables have.
+        dtype: of the tables.
+        interleaved: pairs are neighbours; otherwise they lie dim / 2 apart.
+        strides: from position to position in the tables of cos and of sin, in elements.
+    """
+
+    dim: int
+    rows: int
+    dtype: str
+    interleaved: bool
+    strides: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where the keys of each sequence lie, and what is appended.
+
+    Attributes:
+        num_rows: rows of the cache, or pages.
+        page_size: keys of a page; 0 where each sequence has a row of the cache.
+        stride_page_table: from sequence to sequence, in elements.
+        new: None where nothing is appended.
+        rotary: None without.
+    """
+
+    num_rows: int
+    page_size: int = 0
+    stride_page_table: int = 0
+    new: NewRows | None = None
+    rotary: Rotary | None = None

@@ -1,0 +1,144 @@
+"""Run calls that attend to a cache, as `calls.py` runs the others: found by what was seen before, or checked, planned, and kept."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Hashable
+from math import prod
+from typing import Any
+
+from cuflash.arrays.borrowing import Array, borrow, pointer, signature
+from cuflash.errors import DTypeError
+from cuflash.hardware import device
+from cuflash.planning.kernel_specs import CACHE_APPEND
+from cuflash.planning.plan import Plan
+from cuflash.planning.planner import make_plan
+from cuflash.problem.cache_call import CacheOperands, CacheOptions, borrowed_operands, check_positions, make_cache_problem
+from cuflash.problem.checks import check_out
+from cuflash.problem.layout import View
+from cuflash.runtime import calls, launch
+from cuflash.runtime.arguments import Value, Values
+from cuflash.runtime.prepared import PreparedForward
+
+
+def attend(operands: CacheOperands, options: CacheOptions) -> Any:
+    """The output, or with `return_lse` the output and lse."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():  # as in calls.py
+        return torch._disable_dynamo(_attend)(operands, options)
+    return _attend(operands, options)
+
+
+def _attend(operands: CacheOperands, options: CacheOptions) -> Any:
+    key, call, addresses = _find(operands, options)
+    if call is not None and call.may_append(operands, addresses) and (operands.out is None or call.may_write(operands.out, addresses)):
+        return call.run(addresses, operands.out)
+
+    arrays, planned = _planned(operands, options)
+    calls.refuse_autograd(arrays, "scaled_dot_product_attention_backward, without a cache")
+    out = None if operands.out is None else borrow(operands.out, "out")
+    view = None if out is None else check_out(planned.problem, planned.problem.layout, out, arrays)
+    executables = [launch.executable(kernel, planned.device) for kernel in planned.kernels]
+    call = PreparedCacheCall(planned, executables, arrays, out, view)
+    calls.keep(key, call)
+    addresses |= {name: array.pointer for name, array in arrays.items()}
+    if out is not None:
+        addresses["out"] = out.pointer
+    return call.run(addresses, operands.out)
+
+
+def plan(operands: CacheOperands, options: CacheOptions) -> Plan:
+    """What the call would run."""
+    return _planned(operands, options)[1]
+
+
+def _planned(operands: CacheOperands, options: CacheOptions) -> tuple[dict[str, Array], Plan]:
+    arrays = borrowed_operands(operands)
+    problem = make_cache_problem(arrays, options)
+    return arrays, make_plan(problem, device.of_memory(*arrays["query"].device), tile=options.tile)
+
+
+def _find(operands: CacheOperands, options: CacheOptions) -> tuple[Hashable | None, Any, dict[str, int]]:
+    """The key of a call, what was prepared for it, and the addresses of its arrays, as `calls._find`."""
+    addresses: dict[str, int] = {}
+    tiles = tuple(options.tile.items()) if type(options.tile) is dict else None
+    hashable = options if tiles is None else options._replace(tile=None)
+    seen: list[Hashable] = [_find, device.simulator_arch(), hashable, tiles, calls.types_of(options)]
+    for name, operand in zip(CacheOperands._fields, operands):  # noqa: B905 (they are of one length, and to look costs)
+        if operand is None:
+            seen.append(None)
+            continue
+        kind = signature(operand)
+        if kind is None:
+            return None, None, addresses
+        try:
+            address = addresses[name] = pointer(operand)
+        except DTypeError:  # no memory, which `borrow` says more about
+            return None, None, addresses
+        seen += (kind, address & 15)
+    key, call = calls.kept(seen)
+    return key, call, addresses
+
+
+class PreparedCacheCall(PreparedForward):
+    """A call with everything but the addresses decided; arrays have the names of the arguments."""
+
+    def operands(self) -> dict[str, tuple[str, View]]:
+        problem, cache = self.problem, self.problem.cache
+        assert cache is not None
+        query = ("query", problem.query)
+        views = {"query": query, "key": ("key_cache", problem.key), "value": ("value_cache", problem.value)}
+        if cache.new is not None:
+            views |= {"new_key": ("key", cache.new.key), "new_value": ("value", cache.new.value)}
+        if cache.rotary is not None:
+            (rotated,) = CACHE_APPEND.workspace
+            shape = problem.query.shape
+            stride_batch, stride_seqlen, stride_head = (prod(shape[axis:]) for axis in (1, 2, 3))
+            of_workspace = (rotated, View(shape, (stride_batch, stride_seqlen, stride_head, 1)))
+            views |= {"given_query": query, rotated: of_workspace, "query": of_workspace}
+        return views
+
+    def other_values(self) -> dict[str, Value]:
+        problem, cache = self.problem, self.problem.cache
+        assert cache is not None
+        lengths: Values = {"seqlens_kv": "cache_seqlens", "bottom_right": True}
+        places: Values = {
+            "page_table": "page_table", "batch_indices": "cache_batch_idx", "leftpad": "cache_leftpad", "stride_page_table": cache.stride_page_table,
+            "page_size": cache.page_size, "num_rows": cache.num_rows, "new_keys": 0 if cache.new is None else cache.new.count,
+        }  # fmt: skip
+        values: dict[str, Value] = {"lengths": lengths, "cache": places, "head_dim_v": problem.head_dim_v}
+        if (rotary := cache.rotary) is not None:
+            values |= {
+                "rotary_cos": "rotary_cos", "rotary_sin": "rotary_sin", "stride_cos": rotary.strides[0], "stride_sin": rotary.strides[1],
+                "rotary_dim": rotary.dim, "rotary_rows": rotary.rows, "rotary_interleaved": rotary.interleaved,
+                "queries_advance": problem.is_causal or problem.features.kinds.window,
+            }  # fmt: skip
+        return values
+
+    def may_append(self, operands: CacheOperands, addresses: dict[str, int]) -> bool:
+        """Whether caches of the same signature are surely as good to write as those that were checked; if not, they have to be checked again."""
+        cache = self.problem.cache
+        if cache is None or cache.new is None:
+            return True
+        if not all(getattr(getattr(x, "flags", None), "writeable", True) for x in (operands.key_cache, operands.value_cache)):
+            return False
+        for name, low, high in self._appended:
+            begin, end = addresses[name] + low, addresses[name] + high
+            for written, written_low, written_high in self._caches:
+                if addresses[written] + written_low < end and begin < addresses[written] + written_high:
+                    return False
+        return True
+
+    @functools.cached_property
+    def _caches(self) -> list[tuple[str, int, int]]:
+        """Name, first byte and end, relative to the address, of what a call writes into."""
+        return [(name, low, low + size) for name in ("key_cache", "value_cache") for low, size in (self.extents[name],)]
+
+    @functools.cached_property
+    def _appended(self) -> list[tuple[str, int, int]]:
+        """The same of what must not lie there."""
+        return [(name, low, low + size) for name in ("query", "key", "value") for low, size in (self.extents[name],)]
+
+    def check_offsets(self, addresses: dict[str, int]) -> None:
+        check_positions(self.problem, addresses)

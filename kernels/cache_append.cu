@@ -1,0 +1,69 @@
+// Appends the new keys and values of a call to its cache, and rotates keys and queries by their positions (rotary embedding: Su et al. 2021, arXiv
+// 2104.09864), the queries into memory of their own.
+//
+// New key i of a sequence comes to position seqlens_kv + i of it; one that has no place in the cache is left out. Query i has that position too, or,
+// where neither a causal mask nor a window asks for the queries' order, seqlens_kv. A thread moves one element: a step of decoding has few of them.
+#include "ptx/convert.cuh"
+#include "tile/cache_rows.cuh"
+
+using Element = Config::Element;
+using RotaryElement = Config::RotaryElement;  // of the tables of cos and sin
+
+constexpr int NUM_THREADS = Config::NUM_WARPS * WARP_SIZE;
+
+struct Place {  // of an element of (batch, row, head, head_dim)
+  int batch, row, head, column;
+
+  DEVICE Place(int64 index, int rows, int heads, int columns) {
+    column = int(index % columns);
+    head = int(index / columns % heads);
+    row = int(index / columns / heads % rows);
+    batch = int(index / columns / heads / rows);
+  }
+
+  DEVICE Element* in(const TensorView& view) const { return view.row_pointer<Element>(batch, head, row); }
+};
+
+// The element there, rotated by a position.
+DEVICE float rotated(const CacheAppendArguments& arguments, const TensorView& view, const Place& place, int64 position) {
+  const Element* row = place.in(view);
+  const float x = to_float(row[place.column * view.stride_dim]);
+  if (place.column >= arguments.rotary_dim) return x;
+  const int half = arguments.rotary_dim / 2;
+  const bool is_first = arguments.rotary_interleaved ? place.column % 2 == 0 : place.column < half;
+  const int pair = arguments.rotary_interleaved ? place.column / 2 : place.column % half;
+  const int distance = arguments.rotary_interleaved ? 1 : half;
+  const float other = to_float(row[(place.column + (is_first ? distance : -distance)) * view.stride_dim]);
+  const int64 at = max(int64(0), min(position, int64(arguments.rotary_rows - 1)));
+  const float cos = to_float(static_cast<const RotaryElement*>(arguments.rotary_cos)[at * arguments.stride_cos + pair]);
+  const float sin = to_float(static_cast<const RotaryElement*>(arguments.rotary_sin)[at * arguments.stride_sin + pair]);
+  return __fmaf_rn(x, cos, is_first ? -other * sin : other * sin);
+}
+
+DEVICE void append(const CacheAppendArguments& arguments, const TensorView& cache, const Place& place, int64 position, float x) {
+  if (position < 0 || position >= arguments.geometry.seqlen_kv) return;
+  const KeyPlace key = SequenceInCache(arguments.cache, place.batch).place(int(position));
+  cache.row_pointer<Element>(key.page, place.head, key.row)[place.column * cache.stride_dim] = from_float<Element>(x);
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) cache_append(const __grid_constant__ CacheAppendArguments arguments) {
+  const Geometry& geometry = arguments.geometry;
+  const int64 new_rows = int64(geometry.batch) * arguments.cache.new_keys * geometry.num_heads_kv;
+  const int64 keys = new_rows * arguments.head_dim, values = new_rows * arguments.head_dim_v;
+  const int64 queries = arguments.rotary_dim > 0 ? int64(geometry.batch) * geometry.seqlen_q * geometry.num_heads_q * arguments.head_dim : 0;
+  const int64 index = int64(blockIdx.x) * NUM_THREADS + threadIdx.x;
+  if (index < keys) {
+    const Place place(index, arguments.cache.new_keys, geometry.num_heads_kv, arguments.head_dim);
+    const int64 position = int64(arguments.lengths.seqlens_kv[place.batch]) + place.row;
+    append(arguments, arguments.key, place, position, rotated(arguments, arguments.new_key, place, position));
+  } else if (index < keys + values) {
+    const Place place(index - keys, arguments.cache.new_keys, geometry.num_heads_kv, arguments.head_dim_v);
+    const int64 position = int64(arguments.lengths.seqlens_kv[place.batch]) + place.row;
+    append(arguments, arguments.value, place, position, to_float(place.in(arguments.new_value)[place.column * arguments.new_value.stride_dim]));
+  } else if (index < keys + values + queries) {
+    const Place place(index - keys - values, geometry.seqlen_q, geometry.num_heads_q, arguments.head_dim);
+    const int64 position = int64(arguments.lengths.seqlens_kv[place.batch]) + (arguments.queries_advance ? place.row : 0);
+    const float x = rotated(arguments, arguments.given_query, place, position);
+    place.in(arguments.rotated_query)[place.column * arguments.rotated_query.stride_dim] = from_float<Element>(x);
+  }
+}

@@ -1,0 +1,173 @@
+// Forward attention of few queries: O = softmax(scale Q Kᵀ) V and the natural-log LSE of each row, at the speed at which K and V come from memory.
+//
+// The rows of a tile are the queries of all heads that share a key head (tile/packed_rows.cuh), so that K and V are read once for all of them. The
+// keys of a sequence are shared out twice: among blocks, each of which has one of `num_splits` ranges of key tiles (Flash-Decoding: Dao et al. 2023,
+// crfm.stanford.edu/2023/10/12/flashdecoding.html), and within a tile of TILE_KV keys among warps, each of which has WARP_KEYS of them for all rows.
+// With several splits O and LSE of each are parts, float32, for merge_attention.cu; a split without keys says LSE -inf and leaves its O as it is.
+//
+// A warp copies its keys and values for itself, into a ring of NUM_STAGES stages of its own, one copy group for each step, and never waits for
+// another warp until its last key: per step one wait for its own copies and one barrier of the warp, behind which the stage of the step before is
+// free. The groups of the last steps are empty, so nothing travels any more when a warp is done.
+//
+// Shared memory: Q [TILE_Q][D] | for each warp NUM_STAGES times K [WARP_KEYS][D], V [WARP_KEYS][DV]; in its place, at the end, for each warp
+// O [TILE_Q][DV] in float32 | for each warp the state of its softmax (tile/warp_parts.cuh).
+#include "tile/constants.cuh"
+#include "tile/cache_rows.cuh"
+#include "tile/packed_rows.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/products.cuh"
+#include "tile/warp_parts.cuh"
+
+constexpr int M_TILES = TILE_Q / 16;
+constexpr int WARP_KEYS = TILE_KV / NUM_WARPS;
+constexpr int S_TILES = WARP_KEYS / 8;
+
+using WarpK = SmemTile<Mma::SmemElement, WARP_KEYS, HEAD_DIM>;
+using WarpV = SmemTile<Mma::SmemElement, WARP_KEYS, HEAD_DIM_V>;
+using Keys = LaneKeys<WARP_KEYS, gcd(gcd(WarpK::CHUNKS, WarpV::CHUNKS), 4)>;
+
+constexpr int STAGE_BYTES = WarpK::BYTES + WarpV::BYTES;
+constexpr int RINGS_BYTES = NUM_WARPS * NUM_STAGES * STAGE_BYTES;
+constexpr int PARTS_BYTES = NUM_WARPS * WarpO::BYTES;
+constexpr int REUSED_BYTES = RINGS_BYTES > PARTS_BYTES ? RINGS_BYTES : PARTS_BYTES;
+
+static_assert(TILE_KV == 16 * NUM_WARPS || TILE_KV == 32 * NUM_WARPS, "tile_kv must be 16 or 32 rows for each warp");
+static_assert(NUM_STAGES >= 2, "num_stages must be at least 2");
+static_assert(HEAD_SLICES == 1, "head_dim must be at most 256");
+static_assert(TileQ::BYTES + REUSED_BYTES + STATES_BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
+
+struct SplitWork {
+  int tile, head_kv, batch, split;
+};
+
+DEVICE SplitWork work_of_split(const Geometry& geometry) {
+  const int tile = int(blockIdx.x) % geometry.num_tiles, rest = int(blockIdx.x) / geometry.num_tiles;
+  return {tile, rest % geometry.num_heads_kv, rest / geometry.num_heads_kv % geometry.batch, rest / geometry.num_heads_kv / geometry.batch};
+}
+
+// Q of the packed rows from first_row on, zeros behind the last one. The caller commits and waits.
+DEVICE void copy_queries(SmemAddress tile, const TensorView& view, int batch, const PackedRows& rows, int first_row) {
+  for (int index = int(threadIdx.x); index < TILE_Q * TileQ::CHUNKS; index += NUM_THREADS) {
+    const int row = index / TileQ::CHUNKS, chunk = index % TileQ::CHUNKS, column = chunk * TileQ::CHUNK_ELEMENTS;
+    const Element* source =
+        view.row_pointer<const Element>(batch, rows.head(first_row + row), rows.query(first_row + row)) + column * view.stride_dim;
+    const int valid = first_row + row < rows.count ? max(0, min(HEAD_DIM - column, TileQ::CHUNK_ELEMENTS)) : 0;
+    if (view.vectorized) {
+      cp_async<16>(tile + TileQ::offset(row, chunk), source, valid * int(sizeof(Element)));
+    } else {
+      store_shared(tile + TileQ::offset(row, chunk), gather_chunk<Element>(source, view.stride_dim, valid));
+    }
+  }
+}
+
+// Where a row of the results goes: to `out` and `lse`, or to this split's part.
+struct RowOfResult {
+  const ForwardSplitArguments& arguments;
+  int batch, head, query;
+  int64 part;  // rows before this one among the parts
+
+  DEVICE RowOfResult(const ForwardSplitArguments& arguments, const SplitWork& work, const PackedRows& rows, int row)
+      : arguments(arguments), batch(work.batch), head(rows.head(row)), query(rows.query(row)) {
+    const Geometry& geometry = arguments.geometry;
+    part = ((int64(work.split) * geometry.batch + batch) * geometry.num_heads_q + head) * geometry.seqlen_q + query;
+  }
+
+  DEVICE bool is_part() const { return arguments.num_splits > 1; }
+
+  DEVICE void store_lse(float lse) const {
+    if (is_part()) {
+      arguments.partial_lse[part] = lse;
+    } else if (arguments.lse.data != nullptr) {
+      *arguments.lse.pointer(batch, head, query) = lse;
+    }
+  }
+
+  DEVICE void store_O(const float (&x)[VECTOR], int column) const {
+    if (is_part()) {
+      store(x, arguments.partial_out + part * HEAD_DIM_V, 1, HEAD_DIM_V % 4 == 0, column, HEAD_DIM_V);
+    } else {
+      const TensorView& out = arguments.out;
+      store(x, out.row_pointer<Element>(batch, head) + query * out.stride_seqlen, out.stride_dim, out.vectorized, column, HEAD_DIM_V);
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(const __grid_constant__ ForwardSplitArguments arguments) {
+  const SplitWork work = work_of_split(arguments.geometry);
+  const Geometry geometry = geometry_in_cache(arguments.geometry, arguments.lengths, arguments.cache.new_keys, work.batch);
+  const SequenceInCache sequence(arguments.cache, work.batch);
+  const PackedRows rows(geometry, work.head_kv);
+  const Visibility visibility(geometry, arguments.features, work.batch, rows.first_head);
+  const int first_row = work.tile * TILE_Q, first_q = rows.query(first_row), end_q = rows.query(first_row + TILE_Q - 1) + 1;
+
+  const int end_key = visibility.end_key(first_q, end_q);  // what any row of the tile sees lies in first_key .. end_key - 1
+  const int first_key = max(visibility.first_key(first_q), sequence.first_key);
+  const int first_tile = first_key / TILE_KV, end_tile = max(first_tile, ceil_div(end_key, TILE_KV));
+  const int split_tiles = arguments.split_tiles > 0 ? arguments.split_tiles : ceil_div(end_tile - first_tile, arguments.num_splits);
+  const int begin = min(end_tile, first_tile + work.split * split_tiles), end = min(end_tile, begin + split_tiles);  // steps over key tiles
+  const bool has_sink = SINKS && work.split == 0;
+  if (begin >= end && arguments.num_splits > 1 && !has_sink) {
+    const int row = first_row + int(threadIdx.x);
+    if (threadIdx.x < TILE_Q && row < rows.count) RowOfResult(arguments, work, rows, row).store_lse(-infinity());
+    return;
+  }
+
+  extern __shared__ __align__(128) uint8 shared[];
+  const SmemAddress Q_smem = smem_address(shared);
+  const SmemAddress reused = Q_smem + TileQ::BYTES, states = reused + REUSED_BYTES;
+  const SmemAddress ring = reused + warp_index() * NUM_STAGES * STAGE_BYTES;
+  const int warp_key = warp_index() * WARP_KEYS;  // of each tile
+
+  copy_queries(Q_smem, arguments.query, work.batch, rows, first_row);
+  cp_async_commit_group();
+  Keys keys;
+  auto issue = [&](int step) {  // what was looked up one step before
+    if (step < end) {
+      const SmemAddress K_smem = ring + slot_of(step) * STAGE_BYTES;
+      keys.copy<WarpK, Element>(K_smem, arguments.key, work.head_kv);
+      keys.copy<WarpV, Element>(K_smem + WarpK::BYTES, arguments.value, work.head_kv);
+      if (step + 1 < end) keys.look_up(sequence, (step + 1) * TILE_KV + warp_key, first_key, end_key);
+    }
+    cp_async_commit_group();
+  };
+  if (begin < end) keys.look_up(sequence, begin * TILE_KV + warp_key, first_key, end_key);
+  fill_pipeline(begin, issue);
+  wait_for_tiles<NUM_STAGES - 1>();  // Q, for all warps
+
+  float O[M_TILES][DV_TILES][4];
+  clear(O);
+  WarpSoftmax<M_TILES> softmax;
+  const PackedScores<M_TILES> scores(geometry, arguments.features, work.batch, rows, first_row);
+  for (int step = begin; step < end; ++step) {
+    cp_async_wait_group<NUM_STAGES - 2>();
+    __syncwarp();  // the warp's keys of this step have landed; every lane is done with those before, whose stage is next
+    issue(step + NUM_STAGES - 1);
+    const int first = step * TILE_KV + warp_key;
+    if (first >= end_key) continue;
+    const SmemAddress K_smem = ring + slot_of(step) * STAGE_BYTES;
+    float S[M_TILES][S_TILES][4];
+    clear(S);
+    gemm_rows<Mma, TileQ::COLUMNS>(S, Mma::OperandA<TileQ>(Q_smem, 0), Mma::OperandB<WarpK>(K_smem));
+    scores.apply(S, first);
+    if (BOOLEAN_MASK || first < first_key || visibility.hides_any(first_q, end_q, first, first + WARP_KEYS)) scores.hide(S, first, first_key);
+    softmax.update(S, O, scores.factor());
+    gemm_accumulator<Mma, WarpV::COLUMNS>(O, S, Mma::OperandBByRows<WarpV>(K_smem + WarpK::BYTES));
+  }
+
+  auto sink = [&](int row) { return has_sink ? arguments.features.sinks.load(work.batch, rows.head(first_row + row)) * SCORE_UNIT : -infinity(); };
+  publish_state(softmax, states);
+  __syncthreads();  // every warp's state is there, and no warp copies or reads keys any more
+  publish_O(O, softmax, states, reused, sink);
+  __syncthreads();
+  constexpr int VECTORS = ceil_div(HEAD_DIM_V, VECTOR);
+  for (int index = int(threadIdx.x); index < TILE_Q * VECTORS; index += NUM_THREADS) {
+    const int row = index / VECTORS, column = index % VECTORS * VECTOR;
+    if (first_row + row >= rows.count) break;
+    const WholeRow whole(states, row, sink(row));
+    const RowOfResult result(arguments, work, rows, first_row + row);
+    if (column == 0) result.store_lse(whole.lse());
+    float x[VECTOR];
+    collect_O(x, reused, row, column, whole.inverse());
+    result.store_O(x, column);
+  }
+}

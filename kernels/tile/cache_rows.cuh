@@ -1,0 +1,103 @@
+// Where the keys of a sequence lie: in one row of a cache, or in pages that a table lists; and the copies of tiles of them that a warp makes for
+// itself.
+//
+// Lengths, tables and indices are read here, on the device. Whatever they hold, no access leaves the arrays: numbers are clamped, and entries of keys
+// that nobody sees are not even read.
+#pragma once
+#include "arguments.cuh"
+#include "ptx/warp.cuh"
+#include "tile/load.cuh"
+#include "tile/smem_tile.cuh"
+
+constexpr bool PAGED = Config::PAGED;
+
+// The sequence's geometry: the call's, with the number of its own keys.
+DEVICE Geometry geometry_in_cache(const Geometry& of_call, const SequenceLengths& lengths, int new_keys, int sequence) {
+  Geometry geometry = of_call;
+  if constexpr (Config::SEQLENS_KV) {
+    const int64 length = int64(lengths.seqlens_kv[sequence]) + new_keys;
+    geometry.seqlen_kv = int(max(int64(0), min(length, int64(of_call.seqlen_kv))));
+    geometry.causal_offset = lengths.bottom_right ? geometry.seqlen_kv - geometry.seqlen_q : 0;
+  }
+  return geometry;
+}
+
+struct KeyPlace {  // `row` of `page`, or of a batch's row of the cache; row -1: no key
+  int page, row;
+};
+
+class SequenceInCache {
+ public:
+  DEVICE SequenceInCache(const CacheArguments& cache, int sequence) : cache(cache), own(sequence) {
+    if constexpr (PAGED) {
+      table = cache.page_table + sequence * cache.stride_page_table;
+    } else if (cache.batch_indices != nullptr) {
+      own = in_cache(cache.batch_indices[sequence]);
+    }
+    first_key = cache.leftpad == nullptr ? 0 : max(cache.leftpad[sequence], 0);
+  }
+
+  DEVICE KeyPlace place(int key) const {
+    if constexpr (!PAGED) return {own, key};
+    const int page = key / cache.page_size;
+    return {in_cache(table[page]), key - page * cache.page_size};
+  }
+
+  int first_key;  // keys before it are not seen
+
+ private:
+  const CacheArguments& cache;
+  const int* table = nullptr;
+  int own;
+
+  DEVICE int in_cache(int index) const { return max(0, min(index, cache.num_rows - 1)); }
+};
+
+// The rows of a tile of KEYS keys that a lane copies: every ROW_STEP-th, LANES neighbouring lanes to a row.
+template <int KEYS, int LANES>
+struct LaneKeys {
+  static constexpr int ROW_STEP = WARP_SIZE / LANES;
+  static constexpr int COUNT = ceil_div(KEYS, ROW_STEP);
+  KeyPlace places[COUNT];
+
+  // Of the tile that starts at first_key; keys outside of begin .. end - 1 are none.
+  DEVICE void look_up(const SequenceInCache& sequence, int first_key, int begin, int end) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const int row = lane_index() / LANES + i * ROW_STEP, key = first_key + row;
+      places[i] = {0, -1};
+      if (row < KEYS && key >= begin && key < end) places[i] = sequence.place(key);
+    }
+  }
+
+  // Starts the copy of these rows of (batch or page, head) into a tile; zeros where there is no key, so that no NaN in memory that nobody sees
+  // reaches a product.
+  template <typename Tile, typename Element>
+  DEVICE void copy(SmemAddress tile, const TensorView& view, int head) const {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const int row = lane_index() / LANES + i * ROW_STEP;
+      if (KEYS % ROW_STEP != 0 && row >= KEYS) continue;
+      const Element* source = view.row_pointer<const Element>(places[i].page, head, max(places[i].row, 0));
+      const int width = places[i].row < 0 ? 0 : Tile::WIDTH;
+      if (view.vectorized) {
+#pragma unroll
+        for (int chunk = lane_index() % LANES, j = 0; j < Tile::CHUNKS / LANES; ++j, chunk += LANES)
+          cp_async<16>(tile + Tile::offset(row, chunk), source + chunk * Tile::CHUNK_ELEMENTS, elements<Tile>(chunk, width) * int(sizeof(Element)));
+      } else {
+#pragma unroll 1
+        for (int chunk = lane_index() % LANES; chunk < Tile::CHUNKS; chunk += LANES)
+          store_shared(tile + Tile::offset(row, chunk),
+                       gather_chunk<Element>(source + chunk * Tile::CHUNK_ELEMENTS * view.stride_dim, view.stride_dim, elements<Tile>(chunk, width)));
+      }
+    }
+  }
+
+ private:
+  // How many elements of a chunk a row of so many columns has.
+  template <typename Tile>
+  DEVICE static int elements(int chunk, int width) {
+    if constexpr (Tile::WIDTH == Tile::COLUMNS) return width == 0 ? 0 : Tile::CHUNK_ELEMENTS;
+    return max(0, min(width - chunk * Tile::CHUNK_ELEMENTS, Tile::CHUNK_ELEMENTS));
+  }
+};

@@ -1,0 +1,210 @@
+"""Calls with a cache of keys and values, made at random, and what the judge says of them.
+
+A `CacheCall` knows the keys of each sequence as plain arrays; `arrays` puts them into a cache of any form, whose other bytes are NaN and infinity and whose
+other table entries are garbage.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+from conftest import ELEMENTS, Target, rounded
+
+import cuflash
+from cuflash import reference
+from cuflash.reference import compare
+
+GARBAGE = numpy.array([-(2**31), -1, 2**31 - 1, 12345], numpy.int32)
+
+
+@dataclass(frozen=True)
+class CacheCall:
+    """A call.
+
+    Attributes:
+        lengths: keys that the cache has of each sequence.
+        seqlen_q, new: queries and new keys of each.
+        heads_q, heads_kv, head_dim, head_dim_v: of the arrays; a head_dim_v of 0 stands for head_dim.
+        room: keys that a sequence has room for.
+        page_size: 0: not paged.
+        picks_rows: sequences have rows of a larger cache.
+        leftpad: keys of each sequence that are padding.
+        rotary_dim: 0: no rotary embedding.
+        interleaved: its pairs.
+        dtype: of the arrays.
+        options: further arguments.
+    """
+
+    lengths: tuple[int, ...]
+    seqlen_q: int = 1
+    new: int = 0
+    heads_q: int = 2
+    heads_kv: int = 1
+    head_dim: int = 32
+    head_dim_v: int = 0
+    room: int = 300
+    page_size: int = 0
+    picks_rows: bool = False
+    leftpad: tuple[int, ...] = ()
+    rotary_dim: int = 0
+    interleaved: bool = False
+    dtype: str = "float16"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @functools.cached_property
+    def _rng(self) -> numpy.random.Generator:
+        return numpy.random.default_rng(len(self.lengths) + sum(self.lengths))
+
+    def _random(self, *shape: int) -> Any:
+        return rounded(self._rng.standard_normal(shape), self.dtype)
+
+    @functools.cached_property
+    def plain(self) -> dict[str, Any]:
+        """Query, new keys and values, tables of the rotary embedding, and the keys and values of each sequence."""
+        widths = {"keys": self.head_dim, "values": self.head_dim_v or self.head_dim}
+        made = {"query": self._random(self.batch, self.seqlen_q, self.heads_q, self.head_dim)}
+        for name, width in widths.items():
+            made[name] = [self._random(length, self.heads_kv, width) for length in self.lengths]
+        if self.new:
+            made["key"] = self._random(self.batch, self.new, self.heads_kv, widths["keys"])
+            made["value"] = self._random(self.batch, self.new, self.heads_kv, widths["values"])
+        if self.rotary_dim:
+            angles = self._rng.uniform(0, 6, (self.room, self.rotary_dim // 2)).astype(numpy.float32)
+            made |= {"rotary_cos": numpy.cos(angles), "rotary_sin": numpy.sin(angles)}
+        return made
+
+    def arrays(self) -> dict[str, Any]:
+        """All arguments of the call, as NumPy arrays."""
+        plain = self.plain
+        given = {name: plain[name] for name in ("query", "key", "value", "rotary_cos", "rotary_sin") if name in plain}
+        given["cache_seqlens"] = numpy.array(self.lengths, numpy.int32)
+        if self.rotary_dim:
+            given["rotary_interleaved"] = self.interleaved
+        if self.leftpad:
+            given["cache_leftpad"] = numpy.array(self.leftpad, numpy.int32)
+        row_of = self._places(given)
+        for name, of in (("key_cache", "keys"), ("value_cache", "values")):
+            width = plain[of][0].shape[-1]
+            cache = numpy.full((*self._cache_shape(), self.heads_kv, width), numpy.nan, ELEMENTS[self.dtype])
+            cache[..., ::2] = numpy.inf
+            for b, rows in enumerate(plain[of]):
+                for position in range(self.leftpad[b] if self.leftpad else 0, len(rows)):
+                    cache[row_of(b, position)] = rows[position]
+            given[name] = cache
+        return given | self.options
+
+    def _cache_shape(self) -> tuple[int, int]:
+        if self.page_size:
+            return self.batch * -(-self.room // self.page_size) + 3, self.page_size
+        return (2 * self.batch + 1 if self.picks_rows else self.batch), self.room
+
+    def _places(self, given: dict[str, Any]) -> Any:
+        """(row or page, place in it) of each position of each sequence; puts the tables that say so into `given`."""
+        if self.page_size:
+            columns = -(-self.room // self.page_size)
+            pages = self._rng.permutation(self._cache_shape()[0])[: self.batch * columns].reshape(self.batch, columns).astype(numpy.int32)
+            table = pages.copy()
+            for b, length in enumerate(self.lengths):
+                used = -(-(length + self.new) // self.page_size)
+                table[b, used:] = numpy.resize(GARBAGE, columns - used)
+            given["page_table"] = table
+            return lambda b, position: (pages[b, position // self.page_size], position % self.page_size)
+        if self.picks_rows:
+            rows = self._rng.permutation(self._cache_shape()[0])[: self.batch].astype(numpy.int32)
+            given["cache_batch_idx"] = rows
+            return lambda b, position: (rows[b], position)
+        return lambda b, position: (b, position)
+
+    # --- The judge ------------------------------------------------------------------------------------------------------------------------
+
+    def rotated(self, x: Any, first: int, advances: bool = True) -> Any:
+        """(rows, heads, head_dim) of which the first row has this position, to float32 and then to what is kept: a number halfway between two goes either way."""
+        if not self.rotary_dim:
+            return x
+        positions = first + (numpy.arange(len(x)) if advances else numpy.zeros(len(x), int))
+        cos, sin = (self.plain[name][positions][:, None].astype(numpy.float64) for name in ("rotary_cos", "rotary_sin"))
+        y, half = x.astype(numpy.float64), self.rotary_dim // 2
+        one = slice(0, self.rotary_dim, 2) if self.interleaved else slice(0, half)
+        other = slice(1, self.rotary_dim, 2) if self.interleaved else slice(half, self.rotary_dim)
+        result = y.copy()
+        result[..., one] = y[..., one] * cos - (y[..., other] * sin).astype(numpy.float32)
+        result[..., other] = y[..., other] * cos + (y[..., one] * sin).astype(numpy.float32)
+        return result.astype(numpy.float32).astype(x.dtype)
+
+    def appended(self, b: int) -> tuple[Any, Any]:
+        """Keys and values of a sequence after the call, padding included."""
+        plain = self.plain
+        keys, values = plain["keys"][b], plain["values"][b]
+        if self.new:
+            keys = numpy.concatenate([keys, self.rotated(plain["key"][b], self.lengths[b])])
+            values = numpy.concatenate([values, plain["value"][b]])
+        return keys, values
+
+    def truth(self, judge: Any, *precision: str, **more: Any) -> tuple[Any, Any]:
+        """out and lse of all sequences by a function of `cuflash.reference`."""
+        outs, lses = [], []
+        options = {name: option for name, option in self.options.items() if name not in ("num_splits", "batch_invariant", "tile")}
+        for b in range(self.batch):
+            own = dict(options)
+            if "attn_mask" in own:
+                mask = own["attn_mask"]
+                own["attn_mask"] = mask[min(b, len(mask) - 1)][
+                    None, ..., self.leftpad[b] if self.leftpad else 0 : self.lengths[b] + self.new
+                ]
+            pad = self.leftpad[b] if self.leftpad else 0
+            keys, values = self.appended(b)
+            advances = bool(own.get("is_causal") or own.get("window"))
+            query = self.rotated(self.plain["query"][b], self.lengths[b], advances)
+            given = (query[None], keys[None, pad:], values[None, pad:])
+            out, lse = judge(*given, *precision, enable_gqa=True, causal_alignment="bottom_right", **own, **more)
+            outs.append(out)
+            lses.append(lse)
+        return numpy.concatenate(outs), numpy.concatenate(lses)
+
+    def check(self, target: Target) -> tuple[Any, Any]:
+        """Run the call, and assert that out, lse and what was appended are as exact as the naive formula."""
+        given = {name: target.place(x) if isinstance(x, numpy.ndarray) else x for name, x in self.arrays().items()}
+        before = {name: target.as_numpy(given[name]).copy() for name in ("key_cache", "value_cache")}
+        out, lse = cuflash.attention_with_kvcache(**given, return_lse=True)
+        self.check_results(out, lse)
+        self._check_caches(target, given, before)
+        return out, lse
+
+    def check_results(self, out: Any, lse: Any) -> None:
+        """Assert that both are as exact as the naive formula."""
+        want, want_lse = self.truth(reference.attention)
+        naive, _ = self.truth(reference.attention_naive, self.dtype)
+        _, naive_lse = self.truth(reference.attention_naive, "float32")
+        compare(out, want, naive, name="out")
+        compare(lse, want_lse, naive_lse, name="lse", dtype="float32", terms=lambda: self.truth(reference.attention, magnitudes=True)[1])
+
+    def _check_caches(self, target: Target, given: dict[str, Any], before: dict[str, Any]) -> None:
+        """Assert that new keys and values are in their places, and that nothing else has changed."""
+        tables = {name: target.as_numpy(given[name]) for name in ("page_table", "cache_batch_idx") if name in given}
+        for name, at in (("key_cache", 0), ("value_cache", 1)):
+            want = before[name]
+            for b, length in enumerate(self.lengths):
+                for i in range(self.new):
+                    position = length + i
+                    row = (b, position)
+                    if self.page_size:
+                        row = (tables["page_table"][b, position // self.page_size], position % self.page_size)
+                    elif self.picks_rows:
+                        row = (tables["cache_batch_idx"][b], position)
+                    want[row] = self.appended(b)[at][position]
+            got = target.as_numpy(given[name])
+            if self.rotary_dim and at == 0:  # one rounding to 16 bits, of a number that float32 gives
+                assert numpy.array_equal(numpy.isfinite(got), numpy.isfinite(want))
+                finite = numpy.isfinite(want)
+                numpy.testing.assert_allclose(
+                    got[finite].astype(float), want[finite].astype(float), rtol=2 * reference.EPSILON[self.dtype], atol=1e-6
+                )
+            else:
+                assert Target.bits(got) == Target.bits(want)

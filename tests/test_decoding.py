@@ -1,0 +1,328 @@
+"""`attention_with_kvcache`: caches of every form, appending, rotary embedding, lengths, splits. What no sequence uses of a cache is NaN and infinity."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy
+import pytest
+from caches import CacheCall
+from conftest import HAS_GPU, Target, poison_new_memory
+
+import cuflash
+from cuflash import Tile
+from cuflash.errors import ArgumentError, CuflashError, OptionError, UnsupportedError
+from cuflash.runtime import cache_calls, calls
+from cuflash.simulator import check
+
+pytest.importorskip("cupy")
+
+TILE = {"forward_split": Tile(16, 64, 4, 2)}
+LENGTHS = (0, 5, 130, 250)
+
+SHAPES = {  # queries, room: flash-attn's parametrisation, the longer ones shortened
+    "1x128": (1, 128), "1x339": (1, 339), "3x320": (3, 320), "12x300": (12, 300), "16x400": (16, 400), "33x64": (33, 64),
+}  # fmt: skip
+FORMS: dict[str, dict[str, Any]] = {
+    "rows": {}, "picked": {"picks_rows": True}, "page1": {"page_size": 1}, "page16": {"page_size": 16}, "page100": {"page_size": 100},
+}  # fmt: skip
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {}, "causal": {"is_causal": True}, "window": {"is_causal": True, "window": (60, 0)}, "local": {"window": (40, 7)},
+    "softcap": {"is_causal": True, "softcap": 3.0},
+}  # fmt: skip
+ROTARY: dict[str, dict[str, Any]] = {
+    "none": {}, "half": {"rotary_dim": 16, "interleaved": True}, "whole": {"rotary_dim": 32}, "odd": {"rotary_dim": 6},
+}  # fmt: skip
+
+
+@pytest.fixture(params=["sm_80", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """The devices that have the kernel: sm_75 does not."""
+    if request.param != "gpu":
+        monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", request.param)
+    return Target(request.param)
+
+
+@pytest.mark.sample(16)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("rotary", list(ROTARY))
+@pytest.mark.parametrize("mask", list(MASKS))
+@pytest.mark.parametrize("has_new", [False, True], ids=["kept", "new"])
+@pytest.mark.parametrize("has_leftpad", [False, True], ids=["", "leftpad"])
+@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_calls_of_every_form(
+    shape: str, form: str, has_leftpad: bool, has_new: bool, mask: str, rotary: str, heads: tuple[int, int], decoder: Target
+) -> None:
+    seqlen_q, room = SHAPES[shape]
+    new = seqlen_q if has_new else 0
+    rng = numpy.random.default_rng(len(shape + form + mask))
+    lengths = tuple(int(length) for length in (*rng.integers(min(seqlen_q, room - new), room - new + 1, 2), room - new, 0))
+    leftpad = tuple(int(rng.integers(0, length + 1)) for length in lengths) if has_leftpad else ()
+    CacheCall(
+        lengths, seqlen_q, new, *heads, room=room, leftpad=leftpad, options=MASKS[mask] | {"tile": TILE}, **FORMS[form],
+        **(ROTARY[rotary] if has_new else {}),
+    ).check(decoder)  # fmt: skip
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("page_size", [0, 4, 128])
+@pytest.mark.parametrize(
+    "shape", [(1, 128), (1, 339), (3, 1024), (64, 800), (3, 799), (64, 2048), (16, 20000), (128, 128), (256, 512), (2048, 3577)], ids=str
+)
+def test_flash_attns_lengths(shape: tuple[int, int], page_size: int, dtype: str, decoder: Target) -> None:
+    seqlen_q, room = shape
+    CacheCall(
+        (room - seqlen_q, room // 3),
+        seqlen_q,
+        min(seqlen_q, room // 2),
+        4,
+        2,
+        64,
+        room=room,
+        page_size=page_size,
+        dtype=dtype,
+        options={"is_causal": True},
+    ).check(decoder)
+
+
+@pytest.mark.parametrize("features", ["alibi_sinks", "tree", "bias"])
+def test_features(features: str, decoder: Target) -> None:
+    rng = numpy.random.default_rng(5)
+    tree = numpy.tri(4, dtype=bool) & (rng.random((4, 4)) > 0.3) | numpy.eye(4, dtype=bool)
+    mask = numpy.ones((len(LENGTHS), 1, 4, 300), bool)
+    for b, length in enumerate(LENGTHS):
+        mask[b, 0, :, length : length + 4] = tree
+    options: dict[str, Any] = {
+        "alibi_sinks": {"is_causal": True, "alibi_slopes": numpy.linspace(0.1, 1, 6, dtype="float32"), "sinks": numpy.linspace(-3, 3, 6, dtype="float32")},
+        "tree": {"attn_mask": mask},
+        "bias": {"attn_mask": rng.standard_normal((1, 6, 4, 300)).astype("float32"), "is_causal": True},
+    }[features]  # fmt: skip
+    CacheCall(LENGTHS, 4, 4, 6, 2, options=options | {"tile": TILE, "num_splits": 3}).check(decoder)
+
+
+def test_value_with_a_head_dim_of_its_own(decoder: Target) -> None:
+    CacheCall(LENGTHS, 2, 1, head_dim=24, head_dim_v=40, page_size=7, dtype="bfloat16", options={"num_splits": 2}).check(decoder)
+
+
+def test_other_layouts_and_strides(simulator: Target) -> None:
+    """Heads before positions, as pages of other libraries have them; views; rows that do not start on 16 bytes."""
+    call = CacheCall(LENGTHS, 3, 2, 6, 2, page_size=16, options={"is_causal": True})
+    given = call.arrays()
+    turned = {name: x.transpose(0, 2, 1, 3) if getattr(x, "ndim", 0) == 4 else x for name, x in given.items()}
+    out, lse = cuflash.attention_with_kvcache(**turned, layout="bhsd", return_lse=True)
+    call.check_results(out.transpose(0, 2, 1, 3), lse)
+    given = call.arrays()
+    for name in ("query", "key_cache", "value_cache", "key", "value"):
+        wide = numpy.zeros((*given[name].shape[:-1], 33), given[name].dtype)
+        wide[..., :-1] = given[name]
+        given[name] = wide[..., :-1]
+    call.check_results(*cuflash.attention_with_kvcache(**given, return_lse=True))
+
+
+@pytest.mark.parametrize("form", ["rows", "picked", "page16"])
+def test_numbers_that_make_no_sense_never_leave_the_arrays(form: str, simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU nothing reads them before the kernels, which clamp: what is computed is not specified, but nothing else is touched."""
+    monkeypatch.setattr(cache_calls, "check_positions", lambda *_: None)
+    call = CacheCall(
+        LENGTHS, 2, 3, room=280, leftpad=(0, 1, 70, 10), rotary_dim=8, options={"is_causal": True, "tile": TILE}, **FORMS[form]
+    )
+    senseless = numpy.array([2**31 - 1, -(2**31), -1, 279], "int32")
+    for name in ("cache_seqlens", "cache_leftpad", "cache_batch_idx", "page_table"):
+        given = call.arrays()
+        if name not in given:
+            continue
+        given[name] = numpy.ascontiguousarray(
+            numpy.broadcast_to(senseless[:, None] if name == "page_table" else senseless, given[name].shape)
+        )
+        if name in ("cache_batch_idx", "page_table"):  # sequences that share a row or a page write it in any order
+            given = {key: x for key, x in given.items() if key not in ("key", "value") and not key.startswith("rotary")}
+        surroundings = {}
+        for cache in ("key_cache", "value_cache"):
+            memory = numpy.full((given[cache].shape[0] + 2, *given[cache].shape[1:]), 7, given[cache].dtype)
+            memory[1:-1] = 0
+            surroundings[cache], given[cache] = memory, memory[1:-1]
+        out = cuflash.attention_with_kvcache(**given)
+        assert numpy.isfinite(out).all()
+        for memory in surroundings.values():
+            assert (memory[[0, -1]] == 7).all()
+
+
+# --- Splits -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_number_of_splits(decoder: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of them are empty; workspace comes full of NaN."""
+    poison_new_memory(monkeypatch)
+    for count in (1, 2, 3, 5, 7, 17, 32, 55, 97, 133, 256):
+        CacheCall((0, 1, 64, 65, 300), options={"num_splits": count, "tile": TILE}).check(decoder)
+
+
+def test_an_empty_split_says_so_and_sinks_count_once(decoder: Target) -> None:
+    sinks = numpy.array([0.5, 2.0], "float32")
+    for count in (1, 4):
+        _, lse = CacheCall((0, 3, 250), options={"num_splits": count, "tile": TILE, "sinks": sinks, "window": (70, 0)}).check(decoder)
+        numpy.testing.assert_allclose(lse[0, :, 0], sinks, rtol=1e-6)
+
+
+def test_a_sequence_has_the_same_bits_in_any_batch(simulator: Target) -> None:
+    options = {"batch_invariant": True, "tile": {"forward_split": Tile(16, 64, 4, 2)}}
+    call = CacheCall((2500, 40, 1024, 1025), room=3000, heads_q=6, heads_kv=2, options=options)
+    given = call.arrays()
+    out, lse = cuflash.attention_with_kvcache(**given, return_lse=True)
+    call.check_results(out, lse)
+    for chosen in ([0], [2, 0], [3, 3, 1, 0, 0]):
+        rows = numpy.array(chosen, numpy.int32)
+        some = given | {"query": given["query"][chosen], "cache_seqlens": given["cache_seqlens"][chosen], "cache_batch_idx": rows}
+        for room in (3000, 2600):  # not even the room matters
+            caches = {name: given[name][:, :room] for name in ("key_cache", "value_cache")}
+            own, own_lse = cuflash.attention_with_kvcache(**some | caches, return_lse=True)
+            assert Target.bits(own) == Target.bits(out[chosen])
+            assert Target.bits(own_lse) == Target.bits(lse[chosen])
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_no_schedule_changes_a_bit(page_size: int, simulator: Target, request: pytest.FixtureRequest) -> None:
+    seeds = range(20 if request.config.getoption("--exhaustive") else 2)
+    for stages in (2, 3):
+        tile = {"forward_split": Tile(16, 32, 2, stages)}
+        call = CacheCall(
+            LENGTHS, 3, 2, 6, 2, page_size=page_size, rotary_dim=16, options={"is_causal": True, "num_splits": 3, "tile": tile}
+        )
+        report = check(functools.partial(cuflash.attention_with_kvcache, **call.arrays(), return_lse=True), seeds=seeds)
+        assert report.kernels == ("cache_append", "forward_split_mma", "merge_attention")
+        assert len(report.compared) == 2
+
+
+# --- Calls that are kept ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_warm_call_reads_what_it_is_given_then(simulator: Target) -> None:
+    call = CacheCall(LENGTHS, 1, 1, page_size=16, options={"is_causal": True, "tile": TILE})
+    given = call.arrays()
+    first = cuflash.attention_with_kvcache(**given)
+    known = len(calls._calls)
+    given["cache_seqlens"] = given["cache_seqlens"] + 1  # one more step, with the key of the first one in the cache
+    longer = replace(call, lengths=tuple(length + 1 for length in LENGTHS))
+    del longer.plain["keys"], longer.plain["values"]
+    longer.plain.update(call.plain)
+    for name, at in (("keys", 0), ("values", 1)):
+        longer.plain[name] = [call.appended(b)[at] for b in range(call.batch)]
+    out = numpy.empty_like(first)
+    _, lse = cuflash.attention_with_kvcache(**given, out=out, return_lse=True)
+    longer.check_results(out, lse)
+    for _ in range(2):
+        cuflash.attention_with_kvcache(**given)
+    assert len(calls._calls) == known + 1  # that with `out` and lse
+
+
+def test_generation_step_by_step_is_one_causal_call(simulator: Target) -> None:
+    """Keys that come one by one, a chunk first, through pages in any order."""
+    rng = numpy.random.default_rng(0)
+    query, key, value = (rng.standard_normal((2, 40, heads, 32)).astype("float16") for heads in (4, 2, 2))
+    want = cuflash.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    caches = [numpy.full((14, 8, 2, 32), numpy.nan, "float16") for _ in range(2)]
+    table = rng.permutation(14)[:10].reshape(2, 5).astype("int32")
+    for begin, end in ((0, 30), *((i, i + 1) for i in range(30, 40))):
+        step = [x[:, begin:end] for x in (query, key, value)]
+        lengths = numpy.full(2, begin, "int32")
+        out = cuflash.attention_with_kvcache(
+            step[0], *caches, *step[1:], cache_seqlens=lengths, page_table=table, is_causal=True, tile=TILE
+        )
+        numpy.testing.assert_allclose(out.astype("float32"), want[:, begin:end].astype("float32"), atol=2e-3)
+
+
+def test_pages_far_apart(simulator: Target) -> None:
+    """A cache of more than 2^31 elements, of which next to nothing exists."""
+    call = CacheCall((150, 90), room=160, page_size=16, options={"tile": TILE})
+    given = call.arrays()
+    for name in ("key_cache", "value_cache"):
+        pages, *_ = given[name].shape
+        stride = 2**31 // (pages - 1) // 8 * 8 + 64
+        inner = [x // given[name].itemsize for x in given[name].strides[1:]]
+        given[name] = simulator.place_far(given[name], (stride, *inner), stride * pages)
+    call.check_results(*cuflash.attention_with_kvcache(**given, return_lse=True))
+
+
+# --- What cannot be used ------------------------------------------------------------------------------------------------------------------
+
+NEW = CacheCall((3, 4), 1, 1, room=32, rotary_dim=8)
+PAGES = CacheCall((3, 20), 1, 1, room=32, page_size=8)
+_BAD: list[tuple[str, CacheCall, dict[str, Any], str]] = [
+    ("no query", NEW, {"query": NEW.plain["query"][:, :0]}, "query"),
+    ("three dimensions", NEW, {"query": NEW.plain["query"][:, 0]}, r"query: .*query\[:, None\]"),
+    ("heads", NEW, {"query": numpy.zeros((2, 1, 3, 32), "float16"), "key_cache": numpy.zeros((2, 32, 2, 32), "float16")}, "key_cache: .*divisor of 3"),
+    ("head_dim", NEW, {"key_cache": numpy.zeros((2, 32, 1, 16), "float16")}, "key_cache: .*head_dim 16"),
+    ("value", NEW, {"value_cache": numpy.zeros((2, 31, 1, 32), "float16")}, "value_cache"),
+    ("int64", NEW, {"cache_seqlens": numpy.zeros(2, "int64")}, r"cache_seqlens: .*astype\('int32'\)"),
+    ("an int", NEW, {"cache_seqlens": 3}, "cache_seqlens"),
+    ("lengths", NEW, {"cache_seqlens": numpy.zeros(3, "int32")}, r"cache_seqlens: .*\(2,\)"),
+    ("too long", NEW, {"cache_seqlens": numpy.array([3, 32], "int32")}, "cache_seqlens: got 32 at 1; expected 0 to 31"),
+    ("negative", NEW, {"cache_seqlens": numpy.array([-1, 3], "int32")}, "cache_seqlens: got -1 at 0"),
+    ("value alone", NEW, {"key": None}, "key: got None while the other one is given"),
+    ("new heads", NEW, {"key": numpy.zeros((2, 1, 2, 32), "float16")}, "key: "),
+    ("new type", NEW, {"key": NEW.plain["key"].astype("float32")}, "key: got float32"),
+    ("one table", NEW, {"rotary_sin": None}, "rotary_sin: got None"),
+    ("which pairs", NEW, {"rotary_interleaved": None}, "rotary_interleaved: .*GPT-NeoX"),
+    ("wide tables", NEW, {"rotary_cos": numpy.zeros((32, 17), "float32")}, "rotary_cos: "),
+    ("short tables", NEW, {"rotary_cos": NEW.plain["rotary_cos"][:4], "rotary_sin": NEW.plain["rotary_sin"][:4]}, "rotary_cos: got 4 positions, while sequence 1 has 5"),
+    ("rotary without new", NEW, {"key": None, "value": None}, "rotary_cos: .*Rotate query"),
+    ("table rows", PAGES, {"page_table": numpy.zeros((1, 4), "int32")}, "page_table: "),
+    ("table type", PAGES, {"page_table": numpy.zeros((2, 4), "int64")}, "page_table: .*int32"),
+    ("page", PAGES, {"page_table": numpy.full((2, 4), 99, "int32")}, "page_table: got 99 at 0; expected 0 to 10"),
+    ("both", PAGES, {"cache_batch_idx": numpy.zeros(2, "int32")}, "cache_batch_idx: .*one of the two"),
+    ("row", NEW, {"cache_batch_idx": numpy.array([0, 2], "int32")}, "cache_batch_idx: got 2 at 1"),
+    ("pad", NEW, {"cache_leftpad": numpy.array([0, 33], "int32")}, "cache_leftpad: got 33 at 1"),
+    ("few rows", NEW, {name: numpy.zeros((1, 32, 1, 32), "float16") for name in ("key_cache", "value_cache")}, "key_cache: .*cache_batch_idx"),
+    ("splits", NEW, {"num_splits": 0}, "num_splits: got 0; .*flash-attn writes as 0"),
+    ("splits too", NEW, {"num_splits": 2, "batch_invariant": True}, "num_splits: "),
+    ("keyword", NEW, {"block_table": None}, "page_table"),
+    ("k_cache", NEW, {"k_cache": None}, "key_cache"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "changed", "message"), [pytest.param(*case, id=name) for name, *case in _BAD])
+def test_what_cannot_be_used_is_named(call: CacheCall, changed: dict[str, Any], message: str, simulator: Target) -> None:
+    given = call.arrays()
+    before = {name: given[name].tobytes() for name in ("key_cache", "value_cache")}
+    with pytest.raises((ArgumentError, CuflashError), match=message):
+        cuflash.attention_with_kvcache(**given | changed)
+    assert before == {name: given[name].tobytes() for name in before}
+
+
+def test_memory_that_must_not_be_written(simulator: Target) -> None:
+    given = NEW.arrays()
+    given["key_cache"].flags.writeable = False
+    with pytest.raises(ArgumentError, match=r"key_cache: .*read-only"):
+        cuflash.attention_with_kvcache(**given)
+    given = NEW.arrays()
+    with pytest.raises(ArgumentError, match=r"key: .*shares memory with key_cache"):
+        cuflash.attention_with_kvcache(**given | {"key": given["key_cache"][:, 3:4]})
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "reason"), [("float32", 32, "this is float32"), ("float16", 264, "head_dim of at most 256")])
+def test_what_there_is_no_kernel_for(dtype: str, head_dim: int, reason: str, simulator: Target) -> None:
+    given = replace(PAGES, head_dim=head_dim, dtype=dtype).arrays()
+    with pytest.raises(UnsupportedError, match=f"{reason}.*scaled_dot_product_attention"):
+        cuflash.attention_with_kvcache(**given)
+
+
+def test_turing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_75")
+    with pytest.raises(UnsupportedError, match="this is sm_75"):
+        cuflash.attention_with_kvcache(**NEW.arrays())
+
+
+def test_the_plan_says_what_runs(simulator: Target) -> None:
+    given = CacheCall((50,), 1, 1, room=100_000, rotary_dim=8, page_size=64).arrays()
+    planned = cuflash.kvcache_plan(**given)
+    assert [kernel.name for kernel in planned.kernels] == ["cache_append", "forward_split", "merge_attention"]
+    assert [buffer.name for buffer in planned.workspace] == ["partial_out", "partial_lse", "rotated_query"]
+    assert "seqlen 1 x 100032 in a cache, pages of 64, keys of each row up to its cache_seqlens and 1 new" in str(planned)
+    assert re.search(r"forward_split: forward_split_mma.cu, tile_q=16, .*, keys of a sequence in \d+ splits", str(planned))
+    with pytest.raises(OptionError, match="window"):
+        cuflash.kvcache_plan(**given, window=3)
