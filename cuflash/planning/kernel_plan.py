@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
@@ -62,6 +62,7 @@ class KernelPlan:
         num_tiles: tiles that one (batch, head) is cut into.
         group_batch, group_heads: batches and query heads summed into one K/V gradient; 1 elsewhere.
         section_heads: (batch, head) pairs whose blocks are launched together, the longest first (block_order.py), or of the fused kernel K/V heads.
+        tile_by: where the tile is from, in words: pinned, tuned, measured, predicted or by the model; empty of a kernel without matrix products.
     """
 
     case: KernelCase
@@ -72,6 +73,7 @@ class KernelPlan:
     group_batch: int = 1
     group_heads: int = 1
     section_heads: int = 1
+    tile_by: str = field(default="", compare=False)
 
     @property
     def spec(self) -> KernelSpec:

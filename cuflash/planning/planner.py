@@ -1,6 +1,7 @@
 """From a problem and a device to the kernels that will run: which, with which constants, in which grid, with how much memory.
 
-Pure: nothing here touches a GPU, CuPy or a compiler, so a plan can be made for any architecture anywhere, and printed.
+Pure but for tables of tuned tiles, which it reads: nothing here touches a GPU, CuPy or a compiler, so a plan can be made for any architecture anywhere, and
+printed.
 
 Memory beyond inputs and outputs is O(S): the forward pass needs none, the backward pass eight bytes per query row and head, with an additive mask
 twelve, and where one kernel makes all gradients (`fused_backward`) another four for each element of dQ. With a boolean mask or segments, the lists of
@@ -17,7 +18,17 @@ from math import ceil
 from cuflash.arrays.borrowing import describe
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.hardware.device import Device
-from cuflash.planning import block_order, fused_backward, kernel_cases, kernel_specs, tile_choice, tile_model, tile_rules, wgmma_forward
+from cuflash.planning import (
+    block_order,
+    fused_backward,
+    kernel_cases,
+    kernel_specs,
+    tile_choice,
+    tile_model,
+    tile_rules,
+    tuned_tiles,
+    wgmma_forward,
+)
 from cuflash.planning.codegen import config_text
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
@@ -129,7 +140,7 @@ def _case(spec: KernelSpec, problem: Problem) -> KernelCase:
 
 def _tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:
     case = _case(spec, problem)
-    tile = _choose_tile(case, device, pinned)
+    tile, tile_by = _choose_tile(case, problem, device, pinned)
     shared_bytes = kernel_cases.shared_bytes(case, tile, device)
     constants: dict[str, int | bool | str] = {
         "CAPABILITY": device.capability,
@@ -161,7 +172,7 @@ def _tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Ti
     num_threads = 32 * (tile.num_warps + spec.copying_warps)
     return KernelPlan(
         case, tile, config_text(problem.dtype, constants), LaunchShape(num_tiles * heads * batch, num_threads, shared_bytes), num_tiles,
-        group_batch, group_heads, section,
+        group_batch, group_heads, section, tile_by,
     )  # fmt: skip
 
 
@@ -177,14 +188,20 @@ def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, in
     return batch, heads, ceil(seqlen / case.kept_rows(tile))
 
 
-def _choose_tile(case: KernelCase, device: Device, pinned: Tiles) -> Tile:
+def _choose_tile(case: KernelCase, problem: Problem, device: Device, pinned: Tiles) -> tuple[Tile, str]:
+    """A tile, and where it is from: pinned, else tuned, else the default."""
     if isinstance(pinned, Mapping):
         pinned = pinned.get(case.kernel.name)
     elif case.kernel.takes_single_tile == "transposed" and isinstance(pinned, Tile):
         pinned = pinned.transposed()
     elif case.kernel.takes_single_tile == "not":
         pinned = None
-    return tile_choice.default_tile(case, device) if pinned is None else tile_choice.check_tile(case, pinned, device)
+    if pinned is not None:
+        return tile_choice.check_tile(case, pinned, device), "pinned"
+    tuned = tuned_tiles.tuned_tile(case, problem, device)
+    if tuned.tile is not None:
+        return tuned.tile, tuned.words
+    return tile_choice.default_tile(case, device), "; ".join(filter(None, (tile_choice.why_default(case, device), tuned.words)))
 
 
 def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> KernelPlan:

@@ -1,6 +1,7 @@
 """Tiles for every case: the legal ones in order, the default, and a check of one that a caller pins.
 
 The default is the measured tile where there is one, or that of the timing model, else the best by `tile_model`, so that any head dimension on any architecture has one.
+A tile that a caller pins comes before it, and one from a table that was tuned on the GPU (`tuned_tiles`).
 """
 
 from __future__ import annotations
@@ -102,6 +103,17 @@ def default_tile(case: KernelCase, device: Device) -> Tile:
             "tile", f"{case} on {device.name}", "a device whose shared memory holds the smallest tile", "Use a smaller head_dim."
         )
     return tiles[0]
+
+
+def why_default(case: KernelCase, device: Device) -> str:
+    """Where the default tile is from, in words."""
+    if known_tile(case, device) is None:
+        return f"the model of tiles, best of {len(legal_tiles_for(case, device))} legal ones"
+    if case.kernel == BACKWARD_FUSED:
+        return "predicted by the timing model (predicted_tiles.py)"
+    if case.kernel.implementation == "wgmma":
+        return "from experiments with Hopper's instructions (measured_tiles.py)"
+    return "measured on an H100 (measured_tiles.py)"
 
 
 def check_tile(case: KernelCase, tile: Tile, device: Device, argument: str = "tile") -> Tile:
