@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from cuflash.problem.features import FeatureSet
     from cuflash.problem.tile import Tile
     from cuflash.runtime.prepared import Gradients
+    from cuflash.tuner.api import Tuned, autotune
     from cuflash.tuning import legal_tiles, warmup
 
 _HOME = {
@@ -71,6 +72,8 @@ _HOME = {
     "merge_attention_backward": "merging",
     "Plan": "planning.plan",
     "Tile": "problem.tile",
+    "autotune": "tuner.api",
+    "Tuned": "tuner.api",
     "legal_tiles": "tuning",
     "warmup": "tuning",
 }
@@ -93,8 +96,10 @@ __all__ = [
     "SimulatorError",
     "Tile",
     "TileError",
+    "Tuned",
     "UnsupportedError",
     "__version__",
+    "autotune",
     "bfloat16",
     "dropout_mask",
     "legal_tiles",

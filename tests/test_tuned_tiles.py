@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,14 @@ FAST, OTHER = Tile(32, 16, 2, 1), Tile(16, 32, 1, 2)
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the user's tables are in these tests."""
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_80")
     monkeypatch.setattr(store, "own_path", lambda on: tmp_path / "own" / f"{store.slug(on.name)}.json")
     monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
     monkeypatch.delenv(store.VARIABLE, raising=False)
     store._said.clear()
-    yield tmp_path
+    return tmp_path
 
 
 def bucket(seqlen: int = 1024, **others: Any) -> Bucket:
@@ -128,7 +128,7 @@ def test_what_is_no_table_is_ignored_where_it_is_found_and_named_where_it_is_ask
     assert planned()[0] == DEFAULT
     assert "is ignored: it is no table of tuned tiles" in caplog.text
     monkeypatch.setenv(store.VARIABLE, str(path))
-    with pytest.raises(OptionError, match="CUFLASH_TUNING: got .* no table of tuned tiles"):
+    with pytest.raises(OptionError, match=r"CUFLASH_TUNING: got .* no table of tuned tiles"):
         planned()
     monkeypatch.delenv(store.VARIABLE)
     assert save_own(entry()) == path, "autotune replaces it"
@@ -137,7 +137,7 @@ def test_what_is_no_table_is_ignored_where_it_is_found_and_named_where_it_is_ask
 
 def test_a_file_of_the_users_that_is_no_table_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OptionError, match="output: got .*notes.txt"):
+    with pytest.raises(OptionError, match=r"output: got .*notes\.txt"):
         store.save(tmp_path / "notes.txt", ON, entry())
     assert (tmp_path / "notes.txt").read_text() == "mine"
     store.save(tmp_path / "a100.json", device.of_arch("sm_90"), entry())

@@ -55,6 +55,15 @@ def legal_tiles_for(case: KernelCase, device: Device) -> tuple[Tile, ...]:
     return tuple(sorted(legal, key=order))
 
 
+def worth_timing(case: KernelCase, device: Device) -> tuple[Tile, ...]:
+    """All legal tiles of the usual shapes in the order in which they are worth being timed, the default first.
+
+    It is that of `tile_model` without its punishment of tiles that may spill, which is right for a choice that nobody checks.
+    """
+    legal = legal_tiles_for(case, device)
+    return (*legal[:1], *sorted(legal[1:], key=lambda tile: estimate_cycles(case, tile, device, spills=False)))
+
+
 def measured_tile(case: KernelCase, device: Device) -> Tile | None:
     """The fastest tile where all were timed (`measured_tiles`), with one feature the fastest that leaves room for it, else None."""
     if case.dtype == "float32" or case.head_dim != case.head_dim_v:
