@@ -1,4 +1,4 @@
-"""The command line: `python -m cuflash demo | info | inspect | predict | profile | autotune | warmup | cache`.
+"""The command line: `python -m cuflash demo | info | inspect | predict | profile | explain | autotune | warmup | cache`.
 
 Exit status: 0 for success; 1 for a negative finding (the demo did not learn or a result was wrong; a default tile spills); 2 for wrong arguments or
 something that is missing, told in one message without a traceback.
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cuflash
-from cuflash.cli import terminal_tables
+from cuflash.cli import explanation, terminal_tables
 from cuflash.cli.command_options import add_call, add_cases, add_features, add_shape, check_writable, features_of, make_writable, sample_of
 from cuflash.cli.option_types import DTYPES, positive
 from cuflash.cli.terminal_tables import Table
@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     add_features(profile)
     profile.set_defaults(run=_profile)
 
+    explanation.add_parser(commands)
     tuner_command.add_parser(commands)
 
     warmup = commands.add_parser("warmup", help="compile kernels ahead, so that no call has to")

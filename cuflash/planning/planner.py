@@ -61,7 +61,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
     choice = ""
     if not problem.is_empty:
         tiled = backward_kernels(problem, device, tile) if backward else wgmma_forward.kernels(problem, device, tile)
-        choice = "" if backward else wgmma_forward.explain(problem, device, tile)
+        choice = _choice_of_backward(tiled, problem, device) if backward else wgmma_forward.explain(problem, device, tile)
         check_names(tile, tiled, choice)
         planned = [kernel for kernel in (_tiled_kernel(spec, problem, device, tile) for spec in tiled) if kernel.num_blocks]
         if problem.features.kinds.lists_tiles:
@@ -102,6 +102,31 @@ def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tu
         kernels += [kernel_specs.BACKWARD_DQ]
     kernels += [kernel_specs.BACKWARD_MASK] if problem.features.need_attn_mask_grad else []
     return tuple(kernels)
+
+
+def _choice_of_backward(kernels: tuple[KernelSpec, ...], problem: Problem, device: Device) -> str:
+    case = _case(kernel_specs.BACKWARD_FUSED, problem)
+    same_groups = problem.key_shape[:3] == problem.value_shape[:3]
+    return fused_backward.explain(case, device, taken=kernel_specs.BACKWARD_FUSED in kernels, same_groups=same_groups)
+
+
+def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, str]:
+    """Kernels that a call cannot have at all, and why; those that have to be asked for are in the plan's choice."""
+    if problem.is_empty:
+        return {}
+    found: dict[str, str | None]
+    if backward:
+        reason = fused_backward.why_not(_case(kernel_specs.BACKWARD_FUSED, problem), device)
+        if problem.key_shape[:3] != problem.value_shape[:3]:
+            reason = "key and value have gradients of different batches or heads"
+        found = {kernel_specs.BACKWARD_FUSED.name: reason}
+        if kernel_specs.BACKWARD_DKDV not in backward_kernels(problem, device) and reason is not None:
+            found[kernel_specs.BACKWARD_DKDV.name] = (
+                "the accumulators of dK and dV do not fit the registers together, or are summed over different heads"
+            )
+    else:
+        found = {kernel_specs.FORWARD_WGMMA.name: wgmma_forward.why_not(problem, device)}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
 @functools.lru_cache(maxsize=4096)

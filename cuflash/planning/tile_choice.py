@@ -7,6 +7,7 @@ A tile that a caller pins comes before it, and one from a table that was tuned o
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 
@@ -53,6 +54,12 @@ def legal_tiles_for(case: KernelCase, device: Device) -> tuple[Tile, ...]:
         return tile != first, estimate_cycles(case, tile, device), tile.tile_q, tile.tile_kv, tile.num_warps, tile.num_stages
 
     return tuple(sorted(legal, key=order))
+
+
+def refusals(case: KernelCase, device: Device) -> Counter[str]:
+    """How many tiles of the usual shapes each rule refuses, by what it is about: shared memory, registers, or the rule in words."""
+    rules = (broken_rule(case, tile, device) for tile in _candidates(case, device))
+    return Counter(rule.partition(":")[0] for rule in rules if rule is not None)
 
 
 def worth_timing(case: KernelCase, device: Device) -> tuple[Tile, ...]:
