@@ -1,8 +1,8 @@
-"""The loop of a tuning run: one task after the other, one candidate after the other, each kept in the table as soon as there is anything to keep.
+"""The loop of a tuning run: one task after the other, one candidate after the other, kept in the table as they come.
 
 Contract: `run` takes what times a candidate (`Evaluator`), a clock and a listener as they are given, so that it knows no GPU. A candidate that failed is noted and
-never tried again by a later run of the same kernels; one that was cut off by the end of the time is. After Ctrl-C, at the end of the budget, and after a crash
-of this process, the table has everything that was found, and the next run goes on behind it.
+never tried again by a later run of the same kernels. After Ctrl-C, at the end of the budget, and after an error, the table has everything that was found, and
+the next run goes on behind it; a process that is killed loses what it found since the last write, a few seconds.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from cuflash.tuner.tasks import Task
 
 HOPELESS = 1.3
 """A candidate that takes so many times longer than the best, in its first launches, is left."""
+
+WRITE_EVERY = 5.0
+"""Seconds. A table of a whole GPU has some hundred KiB."""
 
 
 class Evaluator(Protocol):
@@ -89,6 +92,8 @@ class Session:
             OptionError: it is that of another GPU.
         """
         self._deadline = None if self.seconds is None else self.clock() + self.seconds
+        self._unwritten: Entry | None = None
+        self._written_at = self.clock()
         entries = [self._begin(task) for task in tasks]
         self._left = sum(len(_untried(task, entry)) for task, entry in zip(tasks, entries, strict=True))
         self._begun_at, self._tried = self.clock(), 0
@@ -96,18 +101,23 @@ class Session:
         try:
             for index, task in enumerate(tasks):
                 self.listener.begun(task, len(entries[index].timings))
-                for tile in _untried(task, entries[index]):
+                untried = _untried(task, entries[index])
+                for tile in untried:
                     if self._deadline is not None and self.clock() >= self._deadline:
                         reason = "out of time"
                         break
                     entries[index] = self._try(task, tile, entries[index])
                 if reason != "done":
                     break
-                entries[index] = self._keep(replace(entries[index], is_complete=True))
+                if untried or not entries[index].is_complete:
+                    entries[index] = replace(entries[index], is_complete=True)
+                    self._keep(entries[index], now=True)
         except KeyboardInterrupt:
             reason = "interrupted"
         finally:
             self.evaluator.close()
+            if self._unwritten is not None:
+                self._keep(self._unwritten, now=True)
         self.listener.ended(reason)
         return [entry for entry in entries if entry.timings], reason
 
@@ -118,14 +128,18 @@ class Session:
             timer=self.evaluator.timer, **self.facts,
         )  # fmt: skip
         kept = store.read(self.path, self.device).entries.get(task.bucket)
-        return fresh if kept is None or self.again else fresh.merged(kept)
+        if kept is None or self.again:
+            return fresh
+        merged = fresh.merged(kept)
+        return kept if merged.timings and not _untried(task, merged) and kept.is_complete else merged
 
     def _try(self, task: Task, tile: Tile, entry: Entry) -> Entry:
         best = entry.best
         give_up_at = None if best is None or best.milliseconds is None else HOPELESS * best.milliseconds
         timing = self.evaluator.evaluate(task, tile, give_up_at)
         self._tried, self._left = self._tried + 1, self._left - 1
-        entry = self._keep(replace(entry, timings=(*entry.timings, timing)))
+        entry = replace(entry, timings=(*entry.timings, timing))
+        self._keep(entry, now=self.clock() - self._written_at >= WRITE_EVERY)
         each = (self.clock() - self._begun_at) / self._tried
         seconds_left = each * self._left
         if self._deadline is not None:
@@ -133,9 +147,12 @@ class Session:
         self.listener.tried(task, timing, entry, self._left, seconds_left)
         return entry
 
-    def _keep(self, entry: Entry) -> Entry:
-        store.save(self.path, self.device, entry)
-        return entry
+    def _keep(self, entry: Entry, *, now: bool) -> None:
+        """Write it, now or with what comes next."""
+        self._unwritten = entry
+        if now:
+            store.save(self.path, self.device, entry)
+            self._unwritten, self._written_at = None, self.clock()
 
 
 def _untried(task: Task, entry: Entry) -> list[Tile]:
