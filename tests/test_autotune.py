@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy
 import pytest
-from test_stand_in import on_stand_in
+from test_stand_in import environment, on_stand_in
 
 import cuflash
 from cuflash.__main__ import main
@@ -387,17 +388,17 @@ def test_what_is_missing_ends_the_run(monkeypatch: pytest.MonkeyPatch, workers: 
 
 @TIMED
 def test_a_call_is_tuned_and_the_next_one_takes_the_tile(own_table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`cuflash.autotune` in a process that has made the call before: of a transposed batch with a mask, dropout and bfloat16."""
+    """`cuflash.autotune` in a process that has made the call before: of a transposed batch with a mask in bfloat16."""
     monkeypatch.setitem(tasks.EFFORTS, "quick", 1)
     rng = numpy.random.default_rng(0)
     query, key, value = (cuflash.bfloat16(rng.integers(0, 2**14, (1, 1, 40, 16), numpy.uint16)) for _ in range(3))
-    options: dict[str, Any] = {"layout": "bhsd", "attn_mask": rng.random((40, 40)) < 0.7, "dropout_p": 0.1, "dropout_seed": 3}
+    options: dict[str, Any] = {"layout": "bhsd", "attn_mask": rng.random((40, 40)) < 0.7}
     before = cuflash.scaled_dot_product_attention(query, key, value, **options)
     found = cuflash.autotune(query, key, value, backward=False, effort="quick", verbose=False, **options)
     assert found.reason == "done"
     (entry,) = found.entries
     assert [timing.note for timing in entry.timings] == ["", ""]
-    assert entry.bucket.features == ("attn_mask of bool", "dropout")
+    assert entry.bucket.features == ("attn_mask of bool",)
     assert entry.timer == "model"
     assert len(calls._calls) == 0, "calls that were prepared with another tile are prepared again"
     after = cuflash.scaled_dot_product_attention(query, key, value, **options)
@@ -471,13 +472,14 @@ def command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, s
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tasks.EFFORTS, "quick", 1)
     table = tmp_path / "table.json"
-    like = "--seqlen 40 --head-dim 16 --causal --pass backward --window 5 5"
+    like = "--seqlen 40 --head-dim 16 --causal --window 5 5"
     status, out, err = command("autotune", "--like", like, "--effort", "quick", "--output", str(table), capsys=capsys)
     assert status == 0
     assert f"cuflash simulator (sm_80): 1 call, effort quick; writes {table}" in err
     assert out.splitlines()[0].split()[:4] == ["default", "ms", "best", "ms"]
     assert f"done; kept in {table}" in out
-    assert {entry["bucket"]["kernel"] for entry in json.loads(table.read_text())["entries"]} == {"backward_dkdv", "backward_dq"}
+    (entry,) = json.loads(table.read_text())["entries"]
+    assert (entry["bucket"]["kernel"], entry["bucket"]["features"], len(entry["timings"])) == ("forward", ["window"], 2)
     again, out, _ = command("autotune", "--like", like, "--effort", "quick", "--output", str(table), capsys=capsys)
     assert again == 0
 
@@ -514,6 +516,31 @@ def test_on_the_stand_in_of_a_gpu(tmp_path: Path) -> None:
     assert sum(note.startswith("crashed: ") for note in notes) == 1, notes
     assert all(entry["timer"] == "events" and entry["driver"] for entry in found["entries"])
     assert "not taken: backward_dkdv" in done.stdout
+
+
+def test_ctrl_c_of_a_real_run(tmp_path: Path) -> None:
+    """The signal of a terminal, to the process that tunes; its worker ends with it, and the next run goes on."""
+    table = tmp_path / "table.json"
+    like = "--batch 1 --heads 1 --seqlen 40 --head-dim 16"
+    tune = (
+        "import sys; from cuflash.__main__ import main; sys.exit(main(sys.argv[1:]))",
+        "autotune",
+        "--like",
+        like,
+        "--output",
+        str(table),
+    )
+    running = subprocess.Popen([sys.executable, "-c", *tune], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
+    assert running.stderr is not None
+    said = [next(running.stderr) for _ in range(4)]  # what is tuned, the bucket, two candidates
+    assert " left, about " in said[-1], said
+    running.send_signal(signal.SIGINT)
+    rest = running.stderr.read()
+    assert running.wait(60) == 130, [*said, rest]
+    assert "interrupted: what was found is kept" in rest
+    (entry,) = json.loads(table.read_text())["entries"]
+    assert 2 <= len(entry["timings"]) < 41
+    assert not entry["is_complete"]
 
 
 def test_calls_never_tune(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ class Bench:
             )
         if self.timer == "model":
             predicted = predicted_milliseconds(task, tile, self.device)
-            return Timing(tile, predicted, predicted, predicted, 1) if predicted is not None else Timing(tile, note="nothing to time it by")
+            return _timing(tile, [predicted], None) if predicted is not None else Timing(tile, note="nothing to time it by")
         return self._timed(candidate, task.kernel.name, tile, give_up_at)
 
     def _apart(self, got: Any, want: Any) -> float:
