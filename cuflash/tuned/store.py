@@ -12,6 +12,7 @@ planned already keeps its tile.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -131,8 +132,14 @@ def setting() -> tuple[Literal["usual", "off", "file"], Path | None]:
 
 def own_path(device: Device) -> Path | None:
     """The file of the user's own table of a GPU; None without a cache directory."""
-    folder = cache_directory.find(PART)
+    folder = _folder(tuple(os.environ.get(name) for name in (cache_directory.VARIABLE, "XDG_CACHE_HOME", "HOME")))
     return None if folder is None else folder / f"{slug(device.name)}.json"
+
+
+@functools.lru_cache(maxsize=16)
+def _folder(_variables: tuple[str | None, ...]) -> Path | None:
+    """The folder that these variables lead to, looked at once: that takes longer than the rest of a plan. Files in it are judged whenever they are read."""
+    return cache_directory.find(PART)
 
 
 def slug(name: str) -> str:
