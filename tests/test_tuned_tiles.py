@@ -14,6 +14,7 @@ import numpy
 import pytest
 
 import cuflash
+from cuflash.cli import environment
 from cuflash.errors import OptionError
 from cuflash.hardware import device
 from cuflash.planning import tile_choice, tuned_tiles
@@ -329,6 +330,17 @@ def test_the_users_table_must_be_the_users(tmp_path: Path) -> None:
     path = save_own(entry())
     path.chmod(0o666)
     assert planned()[0] == DEFAULT if os.name == "posix" else FAST
+
+
+def test_what_there_is_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.summary(ON) == "none: python -m cuflash autotune makes them"
+    save_own(entry(), entry(bucket(64)))
+    assert store.summary(ON) == "the user's table: 2 buckets"
+    monkeypatch.setenv(store.VARIABLE, str(tmp_path / "absent.json"))
+    assert store.summary(ON).startswith("CUFLASH_TUNING: got ")
+    monkeypatch.setenv(store.VARIABLE, "off")
+    assert store.summary(ON) == "none (CUFLASH_TUNING=off)"
+    assert ("tuned tiles", [(device.default().name, store.summary(device.default()))]) in environment.facts()
 
 
 def test_times_are_records_of_plain_values() -> None:

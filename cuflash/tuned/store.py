@@ -119,6 +119,17 @@ def _words(bucket: Bucket, entry: Entry, whose: str, *, exact: bool) -> str:
     return f"{how}{other} for seqlen up to {lengths}, the nearest there is ({whose})"
 
 
+def summary(device: Device) -> str:
+    """What tables there are for a device, for people; never raises."""
+    try:
+        tables = list(_tables(device))
+    except OptionError as error:
+        return str(error)
+    if not tables:
+        return f"none ({VARIABLE}=off)" if setting()[0] == "off" else "none: python -m cuflash autotune makes them"
+    return "; ".join(f"{whose}: {len(table.entries)} buckets" for whose, table in tables)
+
+
 # --- Where tables are ---------------------------------------------------------------------------------------------------------------------
 
 
