@@ -274,12 +274,13 @@ def test_a_table_without_the_default_or_with_nothing_faster_keeps_the_default() 
 
 
 def test_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [length_bucket(n) for n in (0, 1, 64, 65, 1000, 1024, 1025, 10**6)] == [64, 64, 64, 128, 1024, 1024, 2048, 65536]
+    assert [length_bucket(n) for n in (0, 1, 2, 3, 64, 65, 1000, 1024, 1025, 10**6)] == [1, 1, 2, 4, 64, 128, 1024, 1024, 2048, 65536]
     near = bucket(1024).distance
     assert near(bucket(1024)) == 0
     assert near(bucket(4096)) == 4
     assert near(bucket(512, dtype="bfloat16")) == 2.5, "the kernels of both 16-bit types are alike"
     assert near(bucket(8192)) is None
+    assert bucket(1024, seqlen_q=1).distance(bucket(1024, seqlen_q=64)) is None, "decoding"
     for change in (
         {"causal": True},
         {"features": ("window",)},
@@ -297,8 +298,8 @@ def test_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = cuflash.varlen_plan(numpy.zeros((50, 8, 64), numpy.float16), *[numpy.zeros((90, 8, 64), numpy.float16)] * 2,
         numpy.array([0, 20, 50], numpy.int32), numpy.array([0, 20, 90], numpy.int32), 30, 70).problem  # fmt: skip
     of = tuned_tiles.bucket_of(KernelCase(FORWARD, "float16", 64), packed, ON)
-    assert (of.lengths, of.seqlen_q, of.seqlen_kv) == ("varlen", 64, 128)
-    assert str(of) == "forward, float16, head_dim 64, seqlen up to 64 x 128, full, varlen, few blocks"
+    assert (of.lengths, of.seqlen_q, of.seqlen_kv) == ("varlen", 32, 128)
+    assert str(of) == "forward, float16, head_dim 64, seqlen up to 32 x 128, full, varlen, few blocks"
 
 
 def test_warmup_compiles_the_tiles_of_all_lengths() -> None:

@@ -197,7 +197,7 @@ def _tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Ti
     num_threads = 32 * (tile.num_warps + spec.copying_warps)
     return KernelPlan(
         case, tile, config_text(problem.dtype, constants), LaunchShape(num_tiles * heads * batch, num_threads, shared_bytes), num_tiles,
-        group_batch, group_heads, section, tile_by,
+        group_batch, group_heads, section, tile_by=tile_by,
     )  # fmt: skip
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from math import log2
 from typing import Literal
 
-SHORTEST, LONGEST = 64, 65536
-"""Lengths beyond these are counted as these."""
+SHORTEST, LONGEST = 1, 65536
+"""Lengths beyond these are counted as these. A call with one query, as in decoding, shares no tile with one of many."""
 
 MAX_DISTANCE = 4.0
 """Powers of two by which lengths, added up, may differ for a tile to be taken for a call."""
