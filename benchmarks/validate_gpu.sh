@@ -4,7 +4,7 @@
 #   benchmarks/validate_gpu.sh [options] [OUT_DIR] [step...]
 #
 #   --first         what is wrong and how fast it is, within 330 s: facts compile smoke streams simulator pytest constants bench
-#   --second        why, within 330 s: sanitize features tiles host profile figures
+#   --second        why, within 330 s: sanitize features tiles autotune host profile figures
 #   --seconds N     for all steps together; default 530. A step gets the smaller of its own limit and what is left
 #   --full          every case and library in `bench`, without a limit of its own
 #   --archive FILE  OUT_DIR as .tar.gz, renewed after every step; wrong results go to FILE.failures.tar.gz
@@ -32,14 +32,15 @@ pytest    110 + the tests of the GPU -> pytest.xml
 constants  60 - what the timing model needs to know -> constants.json
 bench     105 - libraries side by side -> attention.csv
 sanitize   90 - memcheck, racecheck, initcheck, synccheck, side by side
-features   60 - the same on a case of every score feature, kind of lengths and head dimension -> attention.csv
-tiles      60 - tiles beside the model's opinion -> tiles.csv
+features   50 - the same on a case of every score feature, kind of lengths and head dimension -> attention.csv
+tiles      40 - tiles beside the model's opinion -> tiles.csv
+autotune   60 - the tiles that calls on this GPU are to take -> tuning.json
 host       20 - microseconds of a warm call -> host.json
-profile    60 - Nsight Compute on the worst case and on a common one -> logs/profile-*.txt
+profile    45 - Nsight Compute on the worst case and on a common one -> logs/profile-*.txt
 figures    25 - tables and figures of all that
 "
 FIRST="facts compile smoke streams simulator pytest constants bench"
-SECOND="sanitize features tiles host profile figures"
+SECOND="sanitize features tiles autotune host profile figures"
 
 usage() { sed -n '2,/^set -u/{/^set -u/d;s/^# \{0,1\}//;p;}' "$0"; }
 
@@ -180,6 +181,16 @@ step_bench() {
 step_features() { "$python" -X faulthandler "$bench" $how --features --seconds $((limit - 10)) --output "$results"; }
 
 step_tiles() { "$python" -X faulthandler "$bench" $how --tiles --seconds $((limit - 8)) --output "$results"; }
+
+step_autotune() {
+  local what=(--effort quick) table="$results/tuning.json" code
+  [ -n "$dry$small" ] && what+=(--like "--batch 1 --heads 1 --seqlen 40 --head-dim 16")
+  "$python" -X faulthandler -m cuflash autotune "${what[@]}" --output "$table" --budget "$(awk "BEGIN { print ($limit - 15) / 60 }")"
+  code=$?
+  [ -f "$table" ] || return $code
+  say "SUMMARY: $(grep -c '"bucket"' "$table") kernels tuned, $(grep -c '"milliseconds": null' "$table") of $(grep -c '"milliseconds"' "$table") tiles failed"
+  return $code
+}
 
 step_host() { "$python" "$bench" $how --host --output "$results"; }
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from cuflash.problem.features import FeatureSet
     from cuflash.problem.tile import Tile
     from cuflash.runtime.prepared import Gradients
+    from cuflash.tuner.api import Tuned, autotune
     from cuflash.tuning import legal_tiles, warmup
 
 _HOME = {
@@ -76,6 +77,8 @@ _HOME = {
     "merge_attention_backward": "merging",
     "Plan": "planning.plan",
     "Tile": "problem.tile",
+    "autotune": "tuner.api",
+    "Tuned": "tuner.api",
     "legal_tiles": "tuning",
     "warmup": "tuning",
 }
@@ -99,9 +102,11 @@ __all__ = [
     "SimulatorError",
     "Tile",
     "TileError",
+    "Tuned",
     "UnsupportedError",
     "__version__",
     "attention_with_kvcache",
+    "autotune",
     "bfloat16",
     "dropout_mask",
     "kvcache_plan",

@@ -1,4 +1,4 @@
-"""The command line: `python -m cuflash demo | info | inspect | predict | profile | warmup | cache`.
+"""The command line: `python -m cuflash demo | info | inspect | predict | profile | explain | autotune | warmup | cache`.
 
 Exit status: 0 for success; 1 for a negative finding (the demo did not learn or a result was wrong; a default tile spills); 2 for wrong arguments or
 something that is missing, told in one message without a traceback.
@@ -7,7 +7,6 @@ something that is missing, told in one message without a traceback.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import errno
 import io
 import json
@@ -21,16 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cuflash
-from cuflash.cli import terminal_tables
-from cuflash.cli.command_options import add_cases, add_features, check_writable, features_of, lengths_of, make_writable
+from cuflash.cli import explanation, terminal_tables
+from cuflash.cli.command_options import add_call, add_cases, add_features, add_shape, check_writable, features_of, make_writable, sample_of
 from cuflash.cli.option_types import DTYPES, positive
 from cuflash.cli.terminal_tables import Table
 from cuflash.errors import CuflashError, OptionError
+from cuflash.tuner import command as tuner_command
 
 if TYPE_CHECKING:
     from cuflash.cli.environment import Section
     from cuflash.cli.inspection import Report
-    from cuflash.cli.samples import Sample
     from cuflash.hardware.device import Device
     from cuflash.jit.compiler import CompileRequest
     from cuflash.planning.kernel_plan import KernelPlan
@@ -90,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser(
         "predict", help="how long a call would take on a GPU by a model of it, and what holds it up; needs no GPU"
     )
-    _add_shape(predict)
+    add_shape(predict)
     predict.set_defaults(seqlen=4096, heads=16, batch=4)
     predict.add_argument("--arch", default="sm_80", help="(default sm_80)")
     predict.add_argument("--backward", action="store_true", help="the backward pass (default: forward)")
@@ -103,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.set_defaults(run=_predict)
 
     profile = commands.add_parser("profile", help="what the kernels of a call do, line by line, counted by the simulator; needs no GPU")
-    _add_call(profile)
+    add_call(profile)
     profile.add_argument("--arch", help="the architecture that the simulator poses as (default sm_80)")
     profile.add_argument("--top", type=positive, default=20, metavar="N", help="show the N lines with the most instructions (default 20)")
     profile.add_argument("--full", action="store_true", help="show every line of the sources instead")
@@ -111,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE")
     add_features(profile)
     profile.set_defaults(run=_profile)
+
+    explanation.add_parser(commands)
+    tuner_command.add_parser(commands)
 
     warmup = commands.add_parser("warmup", help="compile kernels ahead, so that no call has to")
     warmup.add_argument("--arch", help="the architecture to compile for (default: this machine's GPU, or the simulator)")
@@ -126,31 +128,6 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--clear", action="store_true", help="remove them")
     cache.set_defaults(run=_cache)
     return parser
-
-
-def _add_call(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pass", dest="direction", choices=("forward", "backward"), default="forward", help="(default forward)")
-    _add_shape(parser)
-    parser.add_argument(
-        "--causal-alignment",
-        choices=("top_left", "bottom_right"),
-        help="which corner of the scores the diagonal of --causal and --window starts from: bottom_right for decoding (default top_left)",
-    )
-    parser.add_argument("--layout", default="bshd", help="order of dimensions (default bshd)")
-
-
-def _add_shape(parser: argparse.ArgumentParser) -> None:
-    """Add extents, element type and tile of a call."""
-    parser.add_argument("--batch", type=positive, default=1, help="(default %(default)s)")
-    parser.add_argument("--seqlen", type=positive, default=256, help="of queries, and of keys unless told otherwise (default %(default)s)")
-    parser.add_argument("--seqlen-kv", type=positive, help="of keys and values")
-    parser.add_argument("--heads", type=positive, default=1, help="of queries, and of keys unless told otherwise (default %(default)s)")
-    parser.add_argument("--heads-kv", type=positive, help="of keys and values")
-    parser.add_argument("--head-dim", type=positive, default=64, help="(default 64)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="(default float16)")
-    parser.add_argument("--causal", action="store_true")
-    parser.add_argument("--allow-tf32", action="store_true", help="one TF32 product for float32 instead of three")
-    parser.add_argument("--tile", nargs=4, type=positive, metavar=("TILE_Q", "TILE_KV", "NUM_WARPS", "NUM_STAGES"))
 
 
 # --- Commands -----------------------------------------------------------------------------------------------------------------------------
@@ -290,7 +267,7 @@ def _predict(options: argparse.Namespace) -> int:
         return _predict_saved(options)
     arch = device.normalize_arch(options.arch)
     machine.multiprocessor(arch)
-    sample = _sample(options)
+    sample = sample_of(options)
     problem = samples.plan_of(sample, backward=options.backward).problem
     tile = None if options.tile is None else cuflash.Tile(*options.tile)
     plan = planner.make_plan(problem, device.of_arch(arch, "gpu"), backward=options.backward, tile=tile)
@@ -298,21 +275,6 @@ def _predict(options: argparse.Namespace) -> int:
     predicted = prediction.predict_plan(plan, machine.CARDS[arch], limits=not options.fast, data=data)
     print(json.dumps(report.to_json(predicted), indent=1) if options.json else "\n".join(report.lines(predicted)))
     return 0
-
-
-def _sample(options: argparse.Namespace) -> Sample:
-    """The call that the options of a command for one call describe."""
-    return dataclasses.replace(
-        lengths_of(options, options.batch, options.seqlen, options.seqlen_kv or options.seqlen),
-        num_heads_q=options.heads,
-        num_heads_kv=options.heads_kv or options.heads,
-        head_dim=options.head_dim,
-        head_dim_v=options.head_dim_v,
-        dtype=options.dtype,
-        is_causal=options.causal,
-        allow_tf32=options.allow_tf32,
-        features=features_of(options, is_causal=options.causal),
-    )
 
 
 def _predict_saved(options: argparse.Namespace) -> int:
@@ -339,7 +301,7 @@ def _profile(options: argparse.Namespace) -> int:
         os.environ["CUFLASH_SIMULATOR_ARCH"] = device.normalize_arch(options.arch)
     if options.json is not None:
         check_writable("--json", options.json)
-    sample = dataclasses.replace(_sample(options), causal_alignment=options.causal_alignment, layout=options.layout)
+    sample = sample_of(options)
     tile = None if options.tile is None else cuflash.Tile(*options.tile)
     with profiling.announced(profiling.estimate_seconds(sample, options.direction, tile=tile)):
         result = profiling.profile_call(sample, options.direction, tile=tile)

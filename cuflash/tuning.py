@@ -1,4 +1,4 @@
-"""What a user does about tiles and compilation ahead of a call: list legal tiles, warm the cache up."""
+"""What a user does about tiles and compilation ahead of a call: list legal tiles, warm the cache up. Tiles are timed by `cuflash.autotune` (tuner/)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def legal_tiles(
     allow_tf32: bool = False,
     features: FeatureSet = NO_FEATURES,
 ) -> tuple[Tile, ...]:
-    """List the tiles that fit a device, the default one first.
+    """List the tiles that fit a device, the default one first: what a call takes for which no table of tuned tiles has another (docs/tuning.md).
 
     Args:
         head_dim: of query and key, 1 … 576.

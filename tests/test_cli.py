@@ -53,7 +53,7 @@ def here(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
 def test_alone_it_prints_help(tmp_path: Path) -> None:
     result = command(directory=tmp_path)
     assert result.returncode == 0
-    for name in ("demo", "info", "inspect", "predict", "profile", "warmup", "cache"):
+    for name in ("demo", "info", "inspect", "predict", "profile", "explain", "autotune", "warmup", "cache"):
         assert re.search(rf"^ +{name} ", result.stdout, re.MULTILINE), name
 
 

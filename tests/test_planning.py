@@ -230,6 +230,7 @@ def test_plan_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         "  problem    float16, batch 2, seqlen 1000 x 500, 8/2 heads, head_dim 64, causal (bottom_right), scale 0.25",
         "  products   tensor cores, float16 with float32 sums",
         "  kernel     forward: forward_mma.cu, tile_q=64, tile_kv=32, num_warps=4, num_stages=2, 256 blocks of 128 threads, 24576 bytes of shared memory",
+        "  tile by    forward: pinned",
         "  tiles      forward visits 80 of 256 per head",
         "  memory     outputs 2.014 MiB, workspace 0 B; unfused attention would take 30.52 MiB more",
         "  work       0.513 GFLOP in matrix products over visible pairs; the same bits on every run",

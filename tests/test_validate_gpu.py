@@ -40,7 +40,7 @@ def summary(done: subprocess.CompletedProcess[str]) -> dict[str, tuple[str, str]
     ("preset", "steps"),
     [
         ("--first", "facts compile smoke streams simulator pytest constants bench"),
-        ("--second", "sanitize features tiles host profile figures"),
+        ("--second", "sanitize features tiles autotune host profile figures"),
     ],
     ids=["first", "second"],
 )
@@ -62,6 +62,15 @@ def test_a_rehearsal_on_the_simulator(tmp_path: Path) -> None:
     with tarfile.open(archive) as packed:
         names = set(packed.getnames())
     assert {"out/summary.txt", "out/facts.json", "out/logs/streams.log", "out/results/simulator/host.json"} <= names
+
+
+def test_autotune_writes_a_table_of_the_gpu(tmp_path: Path) -> None:
+    """On the stand-in; what is not done within the limit is left out."""
+    done = validate("--small", "--seconds", "26", tmp_path, "autotune", stand_in=True)
+    code, said = summary(done)["autotune"]
+    assert code == "0", done.stdout + done.stderr
+    assert re.fullmatch(r"1 kernels tuned, 0 of \d+ tiles failed", said)
+    assert json.loads((tmp_path / "results" / "gpu" / "tuning.json").read_text())["device"]["name"] == "Stand-in 0"
 
 
 def test_a_rehearsal_on_the_stand_in(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Options that several commands of `python -m cuflash` share: element types, head dimensions, and which score features, masks and lengths a call has.
+"""Options that several commands of `python -m cuflash` share: a call's extents, element types, head dimensions, score features, masks and lengths.
 
 `add_features` gives a parser the options of features, which are the fields of `SampleFeatures` (`sample_features.py`), and those of lengths; `features_of` and
 `lengths_of` read what they hold, and refuse what would be without effect. Numbers make the arrays of a call that is profiled; for kernels that are compiled
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,32 @@ def add_cases(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128], help="head dimensions (default 64 128)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="element types (default bfloat16)")
     parser.add_argument("--forward-only", action="store_true", help="leave out the backward pass")
+
+
+def add_call(parser: argparse.ArgumentParser) -> None:
+    """Add a pass, and everything about a call but features."""
+    parser.add_argument("--pass", dest="direction", choices=("forward", "backward"), default="forward", help="(default forward)")
+    add_shape(parser)
+    parser.add_argument(
+        "--causal-alignment",
+        choices=("top_left", "bottom_right"),
+        help="which corner of the scores the diagonal of --causal and --window starts from: bottom_right for decoding (default top_left)",
+    )
+    parser.add_argument("--layout", default="bshd", help="order of dimensions (default bshd)")
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Add extents, element type and tile of a call."""
+    parser.add_argument("--batch", type=positive, default=1, help="(default %(default)s)")
+    parser.add_argument("--seqlen", type=positive, default=256, help="of queries, and of keys unless told otherwise (default %(default)s)")
+    parser.add_argument("--seqlen-kv", type=positive, help="of keys and values")
+    parser.add_argument("--heads", type=positive, default=1, help="of queries, and of keys unless told otherwise (default %(default)s)")
+    parser.add_argument("--heads-kv", type=positive, help="of keys and values")
+    parser.add_argument("--head-dim", type=positive, default=64, help="(default 64)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="(default float16)")
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--allow-tf32", action="store_true", help="one TF32 product for float32 instead of three")
+    parser.add_argument("--tile", nargs=4, type=positive, metavar=("TILE_Q", "TILE_KV", "NUM_WARPS", "NUM_STAGES"))
 
 
 def add_features(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +137,24 @@ def lengths_of(options: argparse.Namespace, batch: int, seqlen_q: int, seqlen_kv
             hint = "Give the longest row's number of keys as --seqlen-kv."
             raise OptionError("--seqlens-kv", f"{max(lengths_kv)} of {seqlen_kv} keys", f"numbers from 0 to {seqlen_kv}", hint)
     return Sample(batch=batch, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, lengths_q=lengths_q, lengths_kv=lengths_kv)
+
+
+def sample_of(options: argparse.Namespace) -> Sample:
+    """The call that the options of a command for one call describe."""
+    made = replace(
+        lengths_of(options, options.batch, options.seqlen, options.seqlen_kv or options.seqlen),
+        num_heads_q=options.heads,
+        num_heads_kv=options.heads_kv or options.heads,
+        head_dim=options.head_dim,
+        head_dim_v=options.head_dim_v,
+        dtype=options.dtype,
+        is_causal=options.causal,
+        allow_tf32=options.allow_tf32,
+        features=features_of(options, is_causal=options.causal),
+    )
+    if "layout" not in options:
+        return made
+    return replace(made, causal_alignment=options.causal_alignment, layout=options.layout)
 
 
 def make_writable(option: str, folder: Path) -> None:

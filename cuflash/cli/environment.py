@@ -20,6 +20,7 @@ from cuflash.hardware.device import Device
 from cuflash.jit import cache, compiler, kernel_files
 from cuflash.planning.planner import make_plan
 from cuflash.system import cache_directory, cache_limit
+from cuflash.tuned import store
 
 Section = tuple[str, list[tuple[str, str]]]
 
@@ -41,8 +42,17 @@ def facts() -> list[Section]:
         ("GPU", _gpus()),
         ("compilers", [("NVRTC", _nvrtc()), ("C++ for the simulator", _cpp_compiler()), ("kernels", _kernels())]),
         ("cache", _cache()),
+        ("tuned tiles", [(on.name, store.summary(on)) for on in _devices()]),
         ("packages", [("numpy", numpy.__version__), *((name, _version(name, use)) for name, use in _OPTIONAL.items())]),
     ]
+
+
+def _devices() -> list[Device]:
+    """The one that calls without a GPU's arrays would run on."""
+    try:
+        return [device.default()]
+    except CuflashError:  # which the section of GPUs says
+        return []
 
 
 def sample_plan() -> str:

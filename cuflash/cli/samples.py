@@ -139,7 +139,7 @@ def element_type(values: NDArray[Any], dtype: str) -> Any:
 def numpy_call(sample: Sample, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
     """The operands and the keyword arguments of both passes as NumPy arrays of their element types."""
     operands = {name: element_type(values, sample.dtype) for name, values in sample.operands(seed).items()}
-    return operands, _numpy_arguments(sample, seed)
+    return operands, numpy_arguments(sample, seed)
 
 
 def plan_of(sample: Sample, *, backward: bool = False, tile: Tiles = None) -> Plan:
@@ -150,7 +150,7 @@ def plan_of(sample: Sample, *, backward: bool = False, tile: Tiles = None) -> Pl
     """
     operands = {name: stand_in(sample.shapes()[name], sample.dtype) for name in ("query", "key", "value")}
     options = sample.backward_options if backward else {}
-    planned: Plan = sample.plan(**operands, **_numpy_arguments(sample, 0), **options, backward=backward, tile=tile)
+    planned: Plan = sample.plan(**operands, **numpy_arguments(sample, 0), **options, backward=backward, tile=tile)
     return planned
 
 
@@ -162,7 +162,8 @@ def stand_in(shape: tuple[int, ...], dtype: str) -> Any:
     return cuflash.bfloat16(large) if dtype == "bfloat16" else large
 
 
-def _numpy_arguments(sample: Sample, seed: int) -> dict[str, Any]:
+def numpy_arguments(sample: Sample, seed: int = 0) -> dict[str, Any]:
+    """`Sample.arguments` with a mask in its own element type."""
     arguments = sample.arguments(seed)
     if sample.features.attn_mask is not None:
         arguments["attn_mask"] = element_type(arguments["attn_mask"], sample.features.attn_mask)

@@ -28,6 +28,7 @@ def describe(
         lines.append(f"  features   {problem.features.describe()}")
     lines.append(f"  products   {_units(problem, device)}")
     lines += [f"  kernel     {_launch(kernel)}" for kernel in kernels] or ["  kernel     none: there is nothing to compute"]
+    lines += [f"  tile by    {kernel.name}: {kernel.tile_by}" for kernel in kernels if kernel.tile_by]
     if choice:
         lines.append(f"  choice     {choice}")
     visits = [_visits(kernel, problem) for kernel in kernels if kernel.spec.is_tiled and kernel.spec.warps_share == "kept"]

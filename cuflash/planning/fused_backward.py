@@ -43,13 +43,31 @@ def is_taken(case: KernelCase, device: Device, tile: Tiles, *, ragged: bool) -> 
 
 def is_possible(case: KernelCase, device: Device) -> bool:
     """Whether the fused kernel can run at all."""
-    return (
-        device.capability >= 80
-        and case.dtype != "float32"
-        and case.head_slices(device) == 1
-        and not case.features.lists_tiles
-        and bool(tile_choice.legal_tiles_for(case, device))
-    )
+    return why_not(case, device) is None
+
+
+def why_not(case: KernelCase, device: Device) -> str | None:
+    """What of a case the fused kernel cannot do, in words; None where it can run."""
+    if device.capability < 80:
+        return f"it needs asynchronous copies, and this is {device.arch}"
+    if case.dtype == "float32":
+        return "it takes 16-bit types, and this is float32"
+    if case.head_slices(device) > 1:
+        return "it takes heads that are not cut into slices"
+    if case.features.lists_tiles:
+        return "it walks over no lists of visible tiles, which a boolean mask and segments need"
+    return None if tile_choice.legal_tiles_for(case, device) else "no tile fits the registers and the shared memory"
+
+
+def explain(case: KernelCase, device: Device, *, taken: bool, same_groups: bool) -> str:
+    """Which of the two ways is taken and why not the other, where there is a choice."""
+    if taken:
+        return f"{kernel_specs.BACKWARD_FUSED.name}, as asked for; it has not run on a GPU yet"
+    if not same_groups or not is_possible(case, device):
+        return ""
+    how = f"by a tile of {kernel_specs.BACKWARD_FUSED.name}, or where it is predicted to be faster by {VARIABLE}=1"
+    here = "which is so here" if is_faster(case, device) else "which is not so here"
+    return f"kernels of their own for dQ and for dK and dV; {kernel_specs.BACKWARD_FUSED.name} can run too, but has not run on a GPU yet: ask for it {how}, {here}"
 
 
 def is_faster(case: KernelCase, device: Device) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
@@ -83,6 +83,7 @@ class KernelPlan:
         num_work: tiles of all heads: a block for each, or blocks that stay and compute one after the other.
         counts_work: those take the next one from a counter, not at fixed strides.
         splits: of the keys among blocks.
+        tile_by: where the tile is from, in words: pinned, tuned, measured, predicted or by the model; empty of a kernel without matrix products.
     """
 
     case: KernelCase
@@ -96,6 +97,7 @@ class KernelPlan:
     num_work: int = 0
     counts_work: bool = False
     splits: Splits = UNSPLIT
+    tile_by: str = field(default="", compare=False)
 
     @property
     def spec(self) -> KernelSpec:

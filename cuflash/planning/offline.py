@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from cuflash.hardware.device import Device
-from cuflash.planning import kernel_specs
+from cuflash.planning import kernel_specs, tuned_tiles
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.planner import backward_kernels, check_names, forward_kernels, make_plan
 from cuflash.problem.features import NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.problem.problem import Problem
-from cuflash.problem.tile import Tiles
+from cuflash.problem.tile import Tile, Tiles
 
 
 def offline_kernels(
@@ -28,15 +28,34 @@ def offline_kernels(
     features: FeatureSet = NO_FEATURES,
     need_attn_mask_grad: bool = False,
 ) -> Iterable[KernelPlan]:
-    """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection."""
+    """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection.
+
+    Where tables of tuned tiles have several for different lengths, those of all lengths.
+    """
     problem = _representative(
         dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features, need_attn_mask_grad
     )
     forward = forward_kernels(problem, device, tile)
     check_names(tile, (*forward, *(backward_kernels(problem, device, tile) if backward else ())))
-    yield from make_plan(problem, device, tile=_of_pass(tile, backward=False)).kernels
-    if backward:
-        yield from make_plan(problem, device, backward=True, tile=_of_pass(tile, backward=True)).kernels
+    for of_gradients in (False, True) if backward else (False,):
+        pinned = _of_pass(tile, backward=of_gradients)
+        kernels = make_plan(problem, device, backward=of_gradients, tile=pinned).kernels
+        yield from kernels
+        if pinned is None or isinstance(pinned, Mapping):
+            yield from _tuned_kernels(problem, device, kernels, of_gradients, pinned or {})
+
+
+def _tuned_kernels(
+    problem: Problem, device: Device, kernels: Iterable[KernelPlan], backward: bool, pinned: Mapping[str, Tile]
+) -> Iterator[KernelPlan]:
+    """Those with the tiles that tables have for other lengths, and the kernels that they need beside them."""
+    for kernel in kernels:
+        if not kernel.spec.is_tiled or kernel.name in pinned:
+            continue
+        for tile in tuned_tiles.of_all_lengths(kernel.case, problem, device):
+            if tile != kernel.tile:
+                others = make_plan(problem, device, backward=backward, tile={**pinned, kernel.name: tile}).kernels
+                yield from (other for other in others if other not in kernels)
 
 
 def _of_pass(tile: Tiles, *, backward: bool) -> Tiles:

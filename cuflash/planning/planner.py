@@ -1,6 +1,7 @@
 """From a problem and a device to the kernels that will run: which, with which constants, in which grid, with how much memory.
 
-Pure: nothing here touches a GPU, CuPy or a compiler, so a plan can be made for any architecture anywhere, and printed.
+Pure but for tables of tuned tiles, which it reads: nothing here touches a GPU, CuPy or a compiler, so a plan can be made for any architecture anywhere, and
+printed.
 
 Memory beyond inputs and outputs is O(S): the forward pass needs none, the backward pass eight bytes per query row and head, with an additive mask
 twelve, and where one kernel makes all gradients (`fused_backward`) another four for each element of dQ. With a boolean mask or segments, the lists of
@@ -27,6 +28,7 @@ from cuflash.planning import (
     tile_choice,
     tile_model,
     tile_rules,
+    tuned_tiles,
     wgmma_forward,
 )
 from cuflash.planning.codegen import config_text
@@ -62,7 +64,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
     choice = ""
     if not problem.is_empty:
         tiled = backward_kernels(problem, device, tile) if backward else forward_kernels(problem, device, tile)
-        choice = "" if backward else _explain_forward(problem, device, tile)
+        choice = _choice_of_backward(tiled, problem, device) if backward else _explain_forward(problem, device, tile)
         check_names(tile, tiled, choice)
         planned = [kernel for kernel in (tiled_kernel(spec, problem, device, tile) for spec in tiled) if kernel.num_blocks]
         if problem.features.kinds.lists_tiles:
@@ -126,6 +128,31 @@ def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tu
     return tuple(kernels)
 
 
+def _choice_of_backward(kernels: tuple[KernelSpec, ...], problem: Problem, device: Device) -> str:
+    case = _case(kernel_specs.BACKWARD_FUSED, problem)
+    same_groups = problem.key_shape[:3] == problem.value_shape[:3]
+    return fused_backward.explain(case, device, taken=kernel_specs.BACKWARD_FUSED in kernels, same_groups=same_groups)
+
+
+def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, str]:
+    """Kernels that a call cannot have at all, and why; those that have to be asked for are in the plan's choice."""
+    if problem.is_empty:
+        return {}
+    found: dict[str, str | None]
+    if backward:
+        reason = fused_backward.why_not(_case(kernel_specs.BACKWARD_FUSED, problem), device)
+        if problem.key_shape[:3] != problem.value_shape[:3]:
+            reason = "key and value have gradients of different batches or heads"
+        found = {kernel_specs.BACKWARD_FUSED.name: reason}
+        if kernel_specs.BACKWARD_DKDV not in backward_kernels(problem, device) and reason is not None:
+            found[kernel_specs.BACKWARD_DKDV.name] = (
+                "the accumulators of dK and dV do not fit the registers together, or are summed over different heads"
+            )
+    else:
+        found = {kernel_specs.FORWARD_WGMMA.name: wgmma_forward.why_not(problem, device)}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
 @functools.lru_cache(maxsize=4096)
 def splits_dkdv(case: KernelCase, device: Device) -> bool:
     """Whether no tile of the joint dK/dV kernel fits the registers with room to spare, or too many warps would compute the same exponentials."""
@@ -164,7 +191,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     """The launch of one kernel with matrix products, its tile as `pinned` says or the default."""
     case = _case(spec, problem)
     splits_keys = spec == kernel_specs.FORWARD_SPLIT
-    tile = split_forward.tile_for(problem, device, pinned) if splits_keys else _choose_tile(case, device, pinned)
+    tile, tile_by = split_forward.tile_for(problem, device, pinned) if splits_keys else _choose_tile(case, problem, device, pinned)
     shared_bytes = kernel_cases.shared_bytes(case, tile, device)
     constants: dict[str, int | bool | str] = {
         "CAPABILITY": device.capability,
@@ -188,7 +215,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         constants["Q_STAGES"] = kernel_cases.kept_stages(case, tile, device)
         constants["ANY_SCALE"] = problem.scale < SMALLEST_SCALE
     if splits_keys:
-        return _split_kernel(case, tile, constants, problem, device)
+        return _split_kernel(case, tile, tile_by, constants, problem, device)
     batch, heads, num_tiles = _owned(case, tile, problem)
     group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
     if problem.num_sequences is not None:
@@ -203,7 +230,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     num_blocks = min(num_work, device.num_sms) if spec.stays else num_work
     return KernelPlan(
         case, tile, config_text(problem.dtype, constants), LaunchShape(num_blocks, num_threads, shared_bytes), num_tiles,
-        group_batch, group_heads, section, num_work, num_work > num_blocks and _works_differ(problem),
+        group_batch, group_heads, section, num_work, num_work > num_blocks and _works_differ(problem), tile_by=tile_by,
     )  # fmt: skip
 
 
@@ -214,13 +241,15 @@ def _works_differ(problem: Problem) -> bool:
     return hides or problem.seqlens_kv or problem.num_sequences is not None
 
 
-def _split_kernel(case: KernelCase, tile: Tile, constants: dict[str, int | bool | str], problem: Problem, device: Device) -> KernelPlan:
+def _split_kernel(
+    case: KernelCase, tile: Tile, tile_by: str, constants: dict[str, int | bool | str], problem: Problem, device: Device
+) -> KernelPlan:
     """The kernel that shares out keys among blocks, each of which has rows of all heads that share a key head."""
     constants["PAGED"] = problem.cache is not None and problem.cache.page_size > 0
     splits, num_tiles = split_forward.splits_of(problem, tile, device), split_forward.row_tiles(problem, tile)
     num_blocks = num_tiles * problem.num_heads_kv * problem.batch * splits.number
     shape = LaunchShape(num_blocks, 32 * tile.num_warps, kernel_cases.shared_bytes(case, tile, device))
-    return KernelPlan(case, tile, config_text(problem.dtype, constants), shape, num_tiles, splits=splits)
+    return KernelPlan(case, tile, config_text(problem.dtype, constants), shape, num_tiles, splits=splits, tile_by=tile_by)
 
 
 def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, int]:
@@ -235,14 +264,20 @@ def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, in
     return batch, heads, ceil(seqlen / case.kept_rows(tile))
 
 
-def _choose_tile(case: KernelCase, device: Device, pinned: Tiles) -> Tile:
+def _choose_tile(case: KernelCase, problem: Problem, device: Device, pinned: Tiles) -> tuple[Tile, str]:
+    """A tile, and where it is from: pinned, else tuned, else the default."""
     if isinstance(pinned, Mapping):
         pinned = pinned.get(case.kernel.name)
     elif case.kernel.takes_single_tile == "transposed" and isinstance(pinned, Tile):
         pinned = pinned.transposed()
     elif case.kernel.takes_single_tile == "not":
         pinned = None
-    return tile_choice.default_tile(case, device) if pinned is None else tile_choice.check_tile(case, pinned, device)
+    if pinned is not None:
+        return tile_choice.check_tile(case, pinned, device), "pinned"
+    tuned = tuned_tiles.tuned_tile(case, problem, device)
+    if tuned.tile is not None:
+        return tuned.tile, tuned.words
+    return tile_choice.default_tile(case, device), "; ".join(filter(None, (tile_choice.why_default(case, device), tuned.words)))
 
 
 def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> KernelPlan:

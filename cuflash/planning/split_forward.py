@@ -93,17 +93,17 @@ def case_of(problem: Problem) -> KernelCase:
 # --- How it runs --------------------------------------------------------------------------------------------------------------------------
 
 
-def tile_for(problem: Problem, device: Device, pinned: Tiles) -> Tile:
-    """The pinned tile; else the default one, with as many rows as there are, up to 32."""
+def tile_for(problem: Problem, device: Device, pinned: Tiles) -> tuple[Tile, str]:
+    """The pinned tile, else the default one, with as many rows as there are, up to 32; and where it is from, in words."""
     case = case_of(problem)
     if isinstance(pinned, Mapping):
         pinned = pinned.get(FORWARD_SPLIT.name)
     if pinned is not None:
-        return tile_choice.check_tile(case, pinned, device)
+        return tile_choice.check_tile(case, pinned, device), "pinned"
     tile = tile_choice.default_tile(case, device)
     taller = replace(tile, tile_q=32)
     fits = _packed_rows(problem) > tile.tile_q and tile_rules.broken_rule(case, taller, device) is None
-    return taller if fits else tile
+    return taller if fits else tile, tile_choice.why_default(case, device)
 
 
 def row_tiles(problem: Problem, tile: Tile) -> int:

@@ -1,12 +1,14 @@
 """Tiles for every case: the legal ones in order, the default, and a check of one that a caller pins.
 
 The default is the measured tile where there is one, or that of the timing model, else the best by `tile_model`, so that any head dimension on any architecture has one.
+A tile that a caller pins comes before it, and one from a table that was tuned on the GPU (`tuned_tiles`).
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 
@@ -60,6 +62,21 @@ def legal_tiles_for(case: KernelCase, device: Device) -> tuple[Tile, ...]:
         return tile != first, estimate_cycles(case, tile, device), tile.tile_q, tile.tile_kv, tile.num_warps, tile.num_stages
 
     return tuple(sorted(legal, key=order))
+
+
+def refusals(case: KernelCase, device: Device) -> Counter[str]:
+    """How many tiles of the usual shapes each rule refuses, by what it is about: shared memory, registers, or the rule in words."""
+    rules = (broken_rule(case, tile, device) for tile in _candidates(case, device))
+    return Counter(rule.partition(":")[0] for rule in rules if rule is not None)
+
+
+def worth_timing(case: KernelCase, device: Device) -> tuple[Tile, ...]:
+    """All legal tiles of the usual shapes in the order in which they are worth being timed, the default first.
+
+    It is that of `tile_model` without its punishment of tiles that may spill, which is right for a choice that nobody checks.
+    """
+    legal = legal_tiles_for(case, device)
+    return (*legal[:1], *sorted(legal[1:], key=lambda tile: estimate_cycles(case, tile, device, spills=False)))
 
 
 def measured_tile(case: KernelCase, device: Device) -> Tile | None:
@@ -130,6 +147,19 @@ def default_tile(case: KernelCase, device: Device) -> Tile:
             "tile", f"{case} on {device.name}", "a device whose shared memory holds the smallest tile", "Use a smaller head_dim."
         )
     return tiles[0]
+
+
+def why_default(case: KernelCase, device: Device) -> str:
+    """Where the default tile is from, in words."""
+    if known_tile(case, device) is None:
+        return f"the model of tiles, best of {len(legal_tiles_for(case, device))} legal ones"
+    if case.kernel == FORWARD_SPLIT:
+        return "as many warps and copies in flight as fit"
+    if case.kernel.implementation == "wgmma":
+        return "from experiments with Hopper's instructions (measured_tiles.py)"
+    if measured_tile(case, device) is not None:
+        return "measured on an H100 (measured_tiles.py)"
+    return "predicted by the timing model (predicted_tiles.py)"
 
 
 def check_tile(case: KernelCase, tile: Tile, device: Device, argument: str = "tile") -> Tile:

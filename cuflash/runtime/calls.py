@@ -187,3 +187,8 @@ def keep(key: Hashable | None, call: Any) -> None:
     if len(_calls) >= _MAX_CALLS:
         _calls.clear()
     _calls[key] = call
+
+
+def forget() -> None:
+    """Prepare every call anew: what they depend on besides their arguments, such as tables of tuned tiles, has changed."""
+    _calls.clear()

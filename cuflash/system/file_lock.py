@@ -72,6 +72,16 @@ class FileLock:
             time.sleep(_POLL)
         return look()
 
+    def is_current(self) -> bool:
+        """Whether a later process would wait for this lock; False if its file was removed by whoever held it before. True where nothing was locked."""
+        if not self._held or self._descriptor is None:
+            return True
+        try:
+            there, own = os.lstat(str(self.path)), os.fstat(self._descriptor)
+        except OSError:
+            return False
+        return (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
+
     def close(self) -> None:
         """Release the lock if it is held."""
         if self._descriptor is None:
@@ -79,8 +89,9 @@ class FileLock:
         if self._held:
             import fcntl
 
-            with contextlib.suppress(OSError):
-                os.unlink(str(self.path))
+            if self.is_current():  # else it is the file of a later lock, whose holder would lose it
+                with contextlib.suppress(OSError):
+                    os.unlink(str(self.path))
             with contextlib.suppress(OSError):
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a forked child may share the descriptor, so closing it is not enough
         os.close(self._descriptor)

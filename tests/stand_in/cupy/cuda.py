@@ -183,6 +183,10 @@ class MemoryPointer:
     def __add__(self, offset: int) -> MemoryPointer:
         return MemoryPointer(self.mem, self.ptr - self.mem.ptr + offset)
 
+    def memset_async(self, value: int, size: int, stream: Any = None) -> None:
+        check_alive()
+        ctypes.memset(self.ptr, value, size)
+
 
 class MemoryPool:
     """Counts what it gave. Nothing is used a second time: an address that is stale finds no memory."""

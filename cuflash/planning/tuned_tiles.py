@@ -1,0 +1,54 @@
+"""Tiles from tables that `cuflash.autotune` has written: which bucket a launch is in, and what the tables have for it (cuflash/tuned)."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from math import ceil
+
+from cuflash.hardware.device import Device
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.tile_rules import broken_rule
+from cuflash.problem.features import FeatureSet
+from cuflash.problem.problem import Problem
+from cuflash.problem.tile import Tile
+from cuflash.tuned import store
+from cuflash.tuned.buckets import Bucket, length_bucket
+
+_ROWS_OF_A_TILE = 64
+_TILES_PER_SM = 2
+
+
+def bucket_of(case: KernelCase, problem: Problem, device: Device) -> Bucket:
+    """The bucket of a kernel in a call."""
+    packed = problem.num_sequences is not None
+    sequences = problem.num_sequences if problem.num_sequences is not None else problem.batch
+    tiles = sequences * problem.num_heads_q * ceil(problem.max_seqlen_q / _ROWS_OF_A_TILE)
+    return Bucket(
+        kernel=case.kernel.name,
+        dtype=case.dtype,
+        head_dim=case.head_dim,
+        head_dim_v=case.head_dim_v,
+        allow_tf32=case.allow_tf32,
+        causal=problem.is_causal,
+        features=_names(case.features),
+        lengths="varlen" if packed else "seqlens_kv" if problem.seqlens_kv else "padded",
+        grid="few" if tiles < _TILES_PER_SM * device.num_sms else "full",
+        seqlen_q=length_bucket(problem.max_seqlen_q),
+        seqlen_kv=length_bucket(problem.max_seqlen_kv),
+    )
+
+
+def tuned_tile(case: KernelCase, problem: Problem, device: Device) -> store.Found:
+    """What the tables have for a kernel in a call."""
+    return store.look_up(bucket_of(case, problem, device), case.kernel.source, device, lambda tile: broken_rule(case, tile, device) is None)
+
+
+def of_all_lengths(case: KernelCase, problem: Problem, device: Device) -> tuple[Tile, ...]:
+    """All that `tuned_tile` may give a call that differs in lengths, batch and heads only."""
+    bucket = bucket_of(case, problem, device)
+    return store.tiles_of_all_lengths(bucket, case.kernel.source, device, lambda tile: broken_rule(case, tile, device) is None)
+
+
+def _names(features: FeatureSet) -> tuple[str, ...]:
+    used = {entry.name: getattr(features, entry.name) for entry in fields(features) if getattr(features, entry.name)}
+    return tuple(sorted(name if value is True else f"{name} of {value}" for name, value in used.items()))
