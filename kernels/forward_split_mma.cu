@@ -53,7 +53,7 @@ DEVICE void copy_queries(SmemAddress tile, const TensorView& view, int batch, co
         view.row_pointer<const Element>(batch, rows.head(first_row + row), rows.query(first_row + row)) + column * view.stride_dim;
     const int valid = first_row + row < rows.count ? max(0, min(HEAD_DIM - column, TileQ::CHUNK_ELEMENTS)) : 0;
     if (view.vectorized) {
-      cp_async<16>(tile + TileQ::offset(row, chunk), source, valid * int(sizeof(Element)));
+      cp_async<16>(true, tile + TileQ::offset(row, chunk), source, valid * int(sizeof(Element)));
     } else {
       store_shared(tile + TileQ::offset(row, chunk), gather_chunk<Element>(source, view.stride_dim, valid));
     }

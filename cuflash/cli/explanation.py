@@ -166,7 +166,7 @@ def _why(found: Explanation) -> list[str]:
         refused = ", ".join(f"{count} by {rule}" for rule, count in sorted(facts.refused.items(), key=lambda item: -item[1]))
         text.append(f"  {facts.kernel}: {facts.legal} tiles of the usual shapes are legal; refused: {refused or 'none'}")
         text.append(f"    others, best by the model of tiles first: {', '.join(facts.next_best) or 'none'}")
-    if any("model of tiles" in facts.tile_by for facts in found.tiles):
+    if any("model" in facts.tile_by for facts in found.tiles):  # that of tiles or of time
         text.append("  no timing of this GPU decides: python -m cuflash autotune makes one (docs/tuning.md)")
     if found.ruled_out:
         text.append("kernels that this call cannot have")

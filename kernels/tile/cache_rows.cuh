@@ -83,7 +83,8 @@ struct LaneKeys {
       if (view.vectorized) {
 #pragma unroll
         for (int chunk = lane_index() % LANES, j = 0; j < Tile::CHUNKS / LANES; ++j, chunk += LANES)
-          cp_async<16>(tile + Tile::offset(row, chunk), source + chunk * Tile::CHUNK_ELEMENTS, elements<Tile>(chunk, width) * int(sizeof(Element)));
+          cp_async<16>(true, tile + Tile::offset(row, chunk), source + chunk * Tile::CHUNK_ELEMENTS,
+                       elements<Tile>(chunk, width) * int(sizeof(Element)));
       } else {
 #pragma unroll 1
         for (int chunk = lane_index() % LANES; chunk < Tile::CHUNKS; chunk += LANES)
