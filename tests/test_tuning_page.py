@@ -72,7 +72,7 @@ def test_the_commands_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         assert run(command, monkeypatch) == 0, command
         outputs.append(capsys.readouterr().out)
     before, forward, backward, whole, compiled, shared, after = outputs
-    assert "tile by    forward: the model of tiles" in before
+    assert "tile by    forward: predicted by the timing model" in before
     assert re.search(r"^ +2 +1 +2\.00x +2 +0 .* forward, bfloat16, head_dim 128, seqlen up to 4096, causal$", forward, re.M), forward
     assert len(re.findall("backward_d.*, seqlen up to 4096, causal$", backward, re.M)) == 2
     assert len(re.findall(r"^ +2 +1 +2\.00x +2 ", whole, re.M)) == 2 * 3 * 4 * 3, "head dimensions, lengths, classes, kernels"
