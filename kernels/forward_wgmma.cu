@@ -305,7 +305,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1) fo
     shared.Q_ring().init(NUM_WARPS);
     shared.K_ring().init(TILE_LISTS ? NUM_WARPS : WARPGROUPS);
     shared.V_ring().init(WARPGROUPS);
-    if constexpr (RAGGED) mbarrier_init(shared.V_landed(), 1);
+    if constexpr (CUTS_VALUES) mbarrier_init(shared.V_landed(), 1);
     fence_mbarrier_init();
   }
   __syncthreads();

@@ -93,7 +93,7 @@ BROADCAST_KEY = Inputs((2, 75, 2, 32), (1, 150, 1, 32), (2, 150, 2, 32), options
 BROADCAST_VALUE = Inputs((2, 75, 2, 32), (2, 150, 2, 32), (1, 150, 1, 32), options=(("enable_gqa", True),))
 BLIND_ROWS = Inputs((1, 170, 1, 32), (1, 75, 1, 32), (1, 75, 1, 32), options=(("causal_alignment", "bottom_right"),))
 FEW_QUERIES = Inputs((1, 20, 1, 32), (1, 150, 1, 32), (1, 150, 1, 32))
-SLABS = Inputs((1, 150, 3, 64), (1, 140, 1, 64), (1, 140, 1, 64), options=(("enable_gqa", True),))
+SLABS = Inputs((1, 150, 3, 64), (1, 200, 1, 64), (1, 200, 1, 64), options=(("enable_gqa", True),))
 BLIND_SLABS = Inputs((1, 300, 2, 64), (1, 90, 2, 64), (1, 90, 2, 64), options=(("causal_alignment", "bottom_right"),))
 WINDOW_SLABS = Inputs((1, 150, 2, 64), (1, 300, 2, 64), (1, 300, 2, 64), options=(("window", (70, 60)),))
 BLIND_WINDOW_SLABS = Inputs((1, 500, 2, 64), (1, 90, 2, 64), (1, 90, 2, 64), options=(("window", (100, 20)),))

@@ -94,6 +94,17 @@ def test_rows_that_no_sequence_computes_are_cleared(hopper: Target, monkeypatch:
     assert (hopper.host(out)[cleared] == 0).all()
 
 
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"window": (20, 5)}], ids=str)
+def test_keys_that_no_query_sees_may_hold_anything(hopper: Target, options: dict[str, Any]) -> None:  # noqa: F811
+    """Behind the last visible key, in the same tile."""
+    query, key, value = inputs_of(HOST, (70, 200))
+    attend = functools.partial(cuflash.scaled_dot_product_attention, return_lse=True, tile={NAME: SHORT}, **options)
+    clean = attend(*map(hopper.place, (query, key, value)))
+    key[:, 75:], value[:, 75:] = numpy.nan, numpy.inf
+    dirty = attend(*map(hopper.place, (query, key, value)))
+    assert [Target.bits(x) for x in dirty] == [Target.bits(x) for x in clean]
+
+
 # --- Prefixes, segments, masks ------------------------------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,11 @@ class Copier {
     Walk walk(arguments, work.at, visibility);
     if (walk.begin >= walk.end || work.is_behind(arguments)) return tell(work, false);
     const int head_kv = work.at.head / (geometry.num_heads_q / geometry.num_heads_kv);
+    int num_keys = 0x7fffffff;  // from there on V may hold anything
+    if constexpr (CUTS_VALUES) {
+      const int end = visibility.end_key(0, geometry.seqlen_q);
+      if (RAGGED || end < geometry.seqlen_kv) num_keys = end;
+    }
     walk.tiles.look_ahead(walk.begin);
     copy_keys(work, walk.tiles, walk.begin, head_kv);
     tell(work, true);
@@ -51,7 +56,7 @@ class Copier {
     for (int j = walk.begin; j < walk.end; ++j) {
       walk.tiles.look_ahead(j);
       const int row = walk.tiles.tile(j) * TILE_KV;
-      copy_values(work, row, head_kv, RAGGED ? geometry.seqlen_kv - row : TILE_KV);
+      copy_values(work, row, head_kv, num_keys - row);
       if (j + 1 < walk.end) copy_keys(work, walk.tiles, j + 1, head_kv);
       walk.tiles.advance();
     }
@@ -87,7 +92,7 @@ class Copier {
 
   // V from `row` on, of which so many rows are the sequence's.
   DEVICE void copy_values(const TileWork& work, int row, int head_kv, int num_rows) {
-    const bool is_cut = RAGGED && num_rows < TILE_KV;
+    const bool is_cut = CUTS_VALUES && num_rows < TILE_KV;
     const SmemAddress tile = shared.V(V.stage);
     if (asks) {
       V.wait_empty();

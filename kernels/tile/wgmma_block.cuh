@@ -21,9 +21,11 @@ using RingV = SlabTile<TILE_KV, HEAD_DIM_V>;
 constexpr int Q_BYTES = WARPGROUPS * WarpgroupQ::BYTES;
 constexpr int O_COLUMNS =
     WarpgroupQ::SLABS * SLAB_COLUMNS < 8 * DV_TILES ? WarpgroupQ::SLABS * SLAB_COLUMNS : 8 * DV_TILES;  // that pass through Q at a time
+constexpr bool CUTS_VALUES = RAGGED || CAUSAL || WINDOW;  // there may be keys in memory that no query sees
+
 // setmaxnreg moves the registers of a block, which are what its threads start with: 512 threads with 128 each, 384 with 168. Whoever copies needs
-// more of them where a sequence has a beginning and lengths of its own, or a list of tiles.
-constexpr bool COPIES_MUCH = RAGGED || TILE_LISTS;
+// more of them where it cuts tiles of V or reads a list of tiles.
+constexpr bool COPIES_MUCH = CUTS_VALUES || TILE_LISTS;
 constexpr int FIRST_REGISTERS = WARPGROUPS == 3 ? 128 : 168;
 constexpr int COPYING_REGISTERS = WARPGROUPS == 3 ? 32 : COPIES_MUCH ? 40 : 24;
 constexpr int COMPUTING_REGISTERS = WARPGROUPS == 3 ? 160 : COPIES_MUCH ? 232 : 240;
