@@ -1,6 +1,6 @@
 """Attention over disjoint sets of keys, merged: `merge_attention` and its gradient.
 
-A call is checked once for each signature of its arrays and kept as a `_Merge`, which holds kernels and argument structs filled in but for the addresses;
+A call is checked once for each signature of its arrays and remembered as a `_Merge`, which holds kernels and argument structs filled in but for the addresses;
 a warm call looks it up, as those of attention do (`calls.py`).
 """
 
@@ -101,7 +101,7 @@ def merge_attention_backward(
     return MergeGradients(*call.run(addresses))
 
 
-# --- Calls that are kept ------------------------------------------------------------------------------------------------------------------
+# --- Calls that are remembered ------------------------------------------------------------------------------------------------------------
 
 
 def _find(is_backward: bool, layout: str, outs: Any, lses: Any, given: dict[str, Any]) -> tuple[_Merge, list[int]]:
@@ -116,7 +116,7 @@ def _find(is_backward: bool, layout: str, outs: Any, lses: Any, given: dict[str,
             break
         addresses.append(pointer(array))
         seen += (kind, addresses[-1] & 15)
-    key, call = calls.kept(seen) if len(addresses) == len(arrays) else (None, None)
+    key, call = calls.remembered(seen) if len(addresses) == len(arrays) else (None, None)
     if call is None:
         borrowed = {name: _borrow_parts(parts, name) for name, parts in (("outs", outs), ("lses", lses))}
         others = {name: borrow(array, name) for name, array in given.items()}

@@ -126,7 +126,7 @@ def backward() -> list[str]:
     for kernel in planned.kernels:
         spec = kernel.spec
         computed = (*spec.scores, *spec.outputs)
-        cells = (spec.kept, spec.streamed, computed, [name for name in spec.workspace if name in used])
+        cells = (spec.stationary, spec.streamed, computed, [name for name in spec.workspace if name in used])
         rows.append(f"| `{spec.name}` | {spec.rows_of} | " + " | ".join(", ".join(cell) for cell in cells) + " |")
     return [*_block("", str(planned)), "", *rows]
 

@@ -301,7 +301,7 @@ def test_gradient_of_lse_alone(target: Target) -> None:
     assert target.host(results.grads[0]).any()
 
 
-# --- Repetition, kept calls ---------------------------------------------------------------------------------------------------------------
+# --- Repetition, remembered calls ---------------------------------------------------------------------------------------------------------
 
 
 @CAUSAL

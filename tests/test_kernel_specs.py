@@ -78,11 +78,11 @@ def test_products_are_those_of_the_formulas(kernel: KernelSpec) -> None:
     assert kernel.products == (over.count(0), over.count(1))
     needs_dp = {"dQ", "dK"} & set(kernel.outputs) or kernel.sums_scores
     assert ("dP" in kernel.scores) == bool(needs_dp)
-    operands = {*kernel.kept, *kernel.streamed}
+    operands = {*kernel.stationary, *kernel.streamed}
     assert {"query", "key"} <= operands
     assert not ("dP" in kernel.scores and not {"value", "grad_out"} <= operands)
-    assert ({"key", "value"} & set(kernel.kept) != set()) == kernel.owns_keys
-    assert not set(kernel.kept) & set(kernel.streamed)
+    assert ({"key", "value"} & set(kernel.stationary) != set()) == kernel.owns_keys
+    assert not set(kernel.stationary) & set(kernel.streamed)
 
 
 def test_a_kernel_is_known_by_its_name_and_its_implementation() -> None:

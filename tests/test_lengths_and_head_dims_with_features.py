@@ -164,7 +164,7 @@ def test_packed_sequences_take_no_mask(simulator: Target) -> None:
         assert caught.value.argument == "attn_mask"
 
 
-def test_kept_calls_read_lengths_and_features_anew(simulator: Target) -> None:
+def test_remembered_calls_read_lengths_and_features_anew(simulator: Target) -> None:
     """A kept call sees another seed, and what arrays hold when its kernels run."""
     inputs = packed(simulator, (60, 60), "float16")
     cu, prefix = (offsets(simulator, [40, 20]), offsets(simulator, [20, 40])), numpy.array([3, 5], numpy.int32)

@@ -31,7 +31,7 @@ def describe(
     lines += [f"  tile by    {kernel.name}: {kernel.tile_by}" for kernel in kernels if kernel.tile_by]
     if choice:
         lines.append(f"  choice     {choice}")
-    visits = [_visits(kernel, problem) for kernel in kernels if kernel.spec.is_tiled and kernel.spec.warps_share == "kept"]
+    visits = [_visits(kernel, problem) for kernel in kernels if kernel.spec.is_tiled and kernel.spec.warps_share == "stationary"]
     ragged = problem.seqlens_kv or problem.num_sequences is not None
     if visits and (problem.is_causal or problem.features.kinds.hides_keys or ragged):
         lines.append(f"  tiles      {', '.join(visits)}")

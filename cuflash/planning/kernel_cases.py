@@ -79,7 +79,7 @@ class KernelCase:
         piece, piece_v = _piece_columns(self, pieces)
         return pieces * piece, pieces * piece_v
 
-    def kept_rows(self, tile: Tile) -> int:
+    def stationary_rows(self, tile: Tile) -> int:
         """Rows that the block keeps, shared out among its warps."""
         return tile.tile_kv if self.kernel.owns_keys else tile.tile_q
 
@@ -89,10 +89,10 @@ class KernelCase:
 
     def warp_tile(self, tile: Tile, device: Device) -> tuple[int, int]:
         """Kept and streamed rows whose scores a warp computes at a time."""
-        kept, streamed = self.kept_rows(tile), self.streamed_rows(tile)
+        stationary, streamed = self.stationary_rows(tile), self.streamed_rows(tile)
         if self.kernel.warps_share == "streamed":
-            return kept, streamed // tile.num_warps
-        return kept * self.head_slices(device) // tile.num_warps, streamed
+            return stationary, streamed // tile.num_warps
+        return stationary * self.head_slices(device) // tile.num_warps, streamed
 
 
 def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:
@@ -119,23 +119,23 @@ def row_bytes(case: KernelCase, device: Device, slice_pieces: int = 0) -> tuple[
 def operand_bytes(case: KernelCase, device: Device, slice_pieces: int = 0) -> tuple[int, int]:
     """Bytes of one row of what a block keeps, and of what it streams, one piece of each slice."""
     rows = row_bytes(case, device, slice_pieces)
-    kept, streamed = (sum(columns_of(name, *rows) for name in names) for names in (case.kernel.kept, case.kernel.streamed))
-    return kept, streamed
+    stationary, streamed = (sum(columns_of(name, *rows) for name in names) for names in (case.kernel.stationary, case.kernel.streamed))
+    return stationary, streamed
 
 
 def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
     """Dynamic shared memory of a block; the kernels assert the same number."""
-    return _shared_bytes(case, tile, device, case.slice_pieces(device), kept_stages(case, tile, device))
+    return _shared_bytes(case, tile, device, case.slice_pieces(device), stationary_stages(case, tile, device))
 
 
-def kept_stages(case: KernelCase, tile: Tile, device: Device) -> int:
+def stationary_stages(case: KernelCase, tile: Tile, device: Device) -> int:
     """How many tiles of what blocks own are in shared memory: 2 of a kernel whose blocks copy the next one ahead, where they fit, else 1."""
     fits = case.kernel.stays and _shared_bytes(case, tile, device, case.slice_pieces(device), 2) <= device.shared_memory_per_block
     return 2 if fits else 1
 
 
-def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: int, kept_stages: int = 1) -> int:
-    kept, streamed = operand_bytes(case, device, slice_pieces)
+def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: int, stationary_stages: int = 1) -> int:
+    stationary, streamed = operand_bytes(case, device, slice_pieces)
     slices = case.head_slices(device)
     exchange = 4 * slices * len(case.kernel.scores) * tile.tile_q * tile.tile_kv if slices > 1 else 0
     statistics = 0
@@ -145,13 +145,13 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
         exchange += case.smem_itemsize(device) * tile.tile_q * tile.tile_kv
     if case.kernel.maps_tensors:
         of_queries, of_keys = _TILE_WORK_BYTES + 2 * _MBARRIER_BYTES, _LIST_ENTRY_BYTES + 4 * _MBARRIER_BYTES
-        exchange += kept_stages * of_queries + tile.num_stages * of_keys + _MBARRIER_BYTES
+        exchange += stationary_stages * of_queries + tile.num_stages * of_keys + _MBARRIER_BYTES
     in_flight = tile.num_stages * case.streamed_rows(tile) * (streamed + statistics)
     if case.kernel.warps_share == "streamed":  # outputs of all warps take the place of what they streamed (kernels/tile/warp_parts.cuh)
-        rows = tile.num_warps * case.kept_rows(tile)
+        rows = tile.num_warps * case.stationary_rows(tile)
         in_flight = max(in_flight, rows * ceil(case.head_dim_v / 32) * 128)
         exchange += rows * _STATE_BYTES
-    return kept_stages * kept * case.kept_rows(tile) + in_flight + exchange
+    return stationary_stages * stationary * case.stationary_rows(tile) + in_flight + exchange
 
 
 def multiply_adds(case: KernelCase, tile: Tile, device: Device) -> int:

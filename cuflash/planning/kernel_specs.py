@@ -79,7 +79,7 @@ class KernelSpec:
         workspace: memory besides inputs and outputs that it reads or writes, of `Plan.workspace`.
         num_warps: of a block, if that is fixed; of a tiled kernel its tile says it.
         rows_of: the array whose batches, heads and rows the blocks divide among themselves; of a mask, tiles of rows and columns.
-        kept: operands of which a block holds the rows that it owns.
+        stationary: operands of which a block holds the rows that it owns.
         streamed: operands whose tiles pass through shared memory.
         statistics: row statistics pass through with them, from sm_80 on.
         scores: matrices of scores that are computed for each pair of tiles.
@@ -89,7 +89,7 @@ class KernelSpec:
         online_softmax: the output is rescaled whenever a row finds a larger maximum.
         warps_per_product: that issue one matrix instruction together; 4 of wgmma, and a block has a multiple of them.
         warps_share: rows that the warps of a block share out among themselves: those that it keeps, or those of each streamed tile, and then each warp has the
-            outputs of all kept rows, which are added up at the end.
+            outputs of all stationary rows, which are added up at the end.
         block_warps: how many warps a tile may have; empty for any number.
         copying_warps: of a block, besides those of its tile: they do nothing but ask for copies.
         max_warp_rows: most rows that a warp may own, a multiple of 16.
@@ -111,7 +111,7 @@ class KernelSpec:
     workspace: tuple[str, ...] = field(default=(), compare=False)
     num_warps: int = field(default=0, compare=False)
     rows_of: Literal["query", "key", "value", "attn_mask"] = field(default="query", compare=False)
-    kept: tuple[Operand, ...] = field(default=(), compare=False)
+    stationary: tuple[Operand, ...] = field(default=(), compare=False)
     streamed: tuple[Operand, ...] = field(default=(), compare=False)
     statistics: bool = field(default=False, compare=False)
     scores: tuple[Scores, ...] = field(default=(), compare=False)
@@ -120,7 +120,7 @@ class KernelSpec:
     sums_scores: bool = field(default=False, compare=False)
     online_softmax: bool = field(default=False, compare=False)
     warps_per_product: int = field(default=1, compare=False)
-    warps_share: Literal["kept", "streamed"] = field(default="kept", compare=False)
+    warps_share: Literal["stationary", "streamed"] = field(default="stationary", compare=False)
     block_warps: tuple[int, ...] = field(default=(), compare=False)
     copying_warps: int = field(default=0, compare=False)
     max_warp_rows: int = field(default=MAX_TILE, compare=False)
@@ -167,7 +167,7 @@ class KernelSpec:
     @property
     def reads_value(self) -> bool:
         """Anything in it has the columns of value."""
-        return any(name in _WIDE_AS_VALUE for name in (*self.kept, *self.streamed))
+        return any(name in _WIDE_AS_VALUE for name in (*self.stationary, *self.streamed))
 
     @property
     def products(self) -> tuple[int, int]:
@@ -189,12 +189,12 @@ def columns_of(name: Operand | Output, head_dim: int, head_dim_v: int) -> int:
 
 FORWARD = KernelSpec(
     "forward", "forward_mma.cu", FORWARD_ARGUMENTS, "mma",
-    rows_of="query", kept=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, costs=_FORWARD_COSTS,
+    rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, costs=_FORWARD_COSTS,
 )  # fmt: skip
 
 FORWARD_WGMMA = KernelSpec(
     "forward_wgmma", "forward_wgmma.cu", FORWARD_WGMMA_ARGUMENTS, "wgmma",
-    rows_of="query", kept=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
+    rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
     block_warps=(8, 12), copying_warps=4, max_warp_rows=16, workspace=("next_work",), costs=_FORWARD_COSTS,
 )  # fmt: skip
 """Hopper's own instructions; it is asked for (wgmma_forward.py)."""
@@ -204,7 +204,7 @@ PARTS = ("partial_out", "partial_lse")
 
 FORWARD_SPLIT = KernelSpec(
     "forward_split", "forward_split_mma.cu", FORWARD_SPLIT_ARGUMENTS, "mma", workspace=PARTS,
-    rows_of="query", kept=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_share="streamed",
+    rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_share="streamed",
     min_stages=2, walks_lists=False, costs=_FORWARD_COSTS,
 )  # fmt: skip
 """Few queries and many keys (split_forward.py)."""
@@ -227,37 +227,37 @@ BACKWARD_DELTA = KernelSpec(
 )
 BACKWARD_ROW_SUMS = KernelSpec(
     "backward_row_sums", "backward_row_sums_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
-    rows_of="query", kept=("query",), streamed=("key",), scores=("S",),
+    rows_of="query", stationary=("query",), streamed=("key",), scores=("S",),
     walks_lists=False, drops=False, takes_single_tile="not",
 )  # fmt: skip
 BACKWARD_FUSED = KernelSpec(
     "backward_fused", "backward_fused_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=(*_ROWS, *_SUMS),
-    rows_of="key", kept=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV", "dQ"),
+    rows_of="key", stationary=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV", "dQ"),
     added_up=("dQ",), costs=_JOINT_COSTS,
 )  # fmt: skip
 BACKWARD_DQ_CONVERT = KernelSpec("backward_dq_convert", "backward_dq_convert.cu", BACKWARD_ARGUMENTS, backward=True, workspace=_SUMS)
 BACKWARD_DKDV = KernelSpec(
     "backward_dkdv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
-    rows_of="key", kept=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV"),
+    rows_of="key", stationary=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV"),
     constants=(("COMPUTE_DK", True), ("COMPUTE_DV", True)), costs=_JOINT_COSTS,
 )  # fmt: skip
 BACKWARD_DV = KernelSpec(
     "backward_dv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
-    rows_of="value", kept=("key",), streamed=("query", "grad_out"), statistics=True, scores=("S",), outputs=("dV",),
+    rows_of="value", stationary=("key",), streamed=("query", "grad_out"), statistics=True, scores=("S",), outputs=("dV",),
     constants=(("COMPUTE_DK", False), ("COMPUTE_DV", True)),
 )  # fmt: skip
 BACKWARD_DK = KernelSpec(
     "backward_dk", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
-    rows_of="key", kept=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK",),
+    rows_of="key", stationary=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK",),
     constants=(("COMPUTE_DK", True), ("COMPUTE_DV", False)),
 )  # fmt: skip
 BACKWARD_DQ = KernelSpec(
     "backward_dq", "backward_dq_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
-    rows_of="query", kept=("query", "grad_out"), streamed=("key", "value"), scores=("S", "dP"), outputs=("dQ",), takes_single_tile="transposed",
+    rows_of="query", stationary=("query", "grad_out"), streamed=("key", "value"), scores=("S", "dP"), outputs=("dQ",), takes_single_tile="transposed",
 )  # fmt: skip
 BACKWARD_MASK = KernelSpec(
     "backward_mask", "backward_mask_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
-    rows_of="attn_mask", kept=("query", "grad_out"), streamed=("key", "value"), scores=("S", "dP"), sums_scores=True, max_stages=1, walks_lists=False,
+    rows_of="attn_mask", stationary=("query", "grad_out"), streamed=("key", "value"), scores=("S", "dP"), sums_scores=True, max_stages=1, walks_lists=False,
 )  # fmt: skip
 BACKWARD_SINKS = KernelSpec("backward_sinks", "backward_sinks.cu", BACKWARD_ARGUMENTS, backward=True, workspace=_ROWS, num_warps=8)
 

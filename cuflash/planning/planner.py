@@ -212,7 +212,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         **dict(spec.constants),
     }
     if spec.stays:
-        constants["Q_STAGES"] = kernel_cases.kept_stages(case, tile, device)
+        constants["Q_STAGES"] = kernel_cases.stationary_stages(case, tile, device)
         constants["ANY_SCALE"] = problem.scale < SMALLEST_SCALE
     if splits_keys:
         return _split_kernel(case, tile, tile_by, constants, problem, device)
@@ -261,7 +261,7 @@ def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, in
     shapes = {"query": problem.query.shape, "key": problem.key_shape, "value": problem.value_shape}
     batch, _, heads, _ = shapes[case.kernel.rows_of]
     seqlen = problem.max_seqlen_kv if case.kernel.owns_keys else problem.max_seqlen_q
-    return batch, heads, ceil(seqlen / case.kept_rows(tile))
+    return batch, heads, ceil(seqlen / case.stationary_rows(tile))
 
 
 def _choose_tile(case: KernelCase, problem: Problem, device: Device, pinned: Tiles) -> tuple[Tile, str]:

@@ -72,7 +72,7 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device, *, spills: boo
     overlap; barriers and uncovered loads do not. Tiles that by the register estimate would spill come last.
     """
     kernel, costs = case.kernel, case.kernel.costs
-    rows, streamed = case.kept_rows(tile), case.streamed_rows(tile)
+    rows, streamed = case.stationary_rows(tile), case.streamed_rows(tile)
 
     mma_rate = float(architecture(device.arch).mma_rate)
     if case.uses_simt(device):
@@ -81,13 +81,13 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device, *, spills: boo
         mma_rate /= 2 if case.allow_tf32 else 6
     mma = multiply_adds(case, tile, device) / mma_rate
 
-    # Per streamed tile: every warp reads each streamed operand of each product; kept operands are read again too; the copy writes once.
+    # Per streamed tile: every warp reads each streamed operand of each product; stationary operands are read again too; the copy writes once.
     slices, pieces = case.head_slices(device), case.slice_pieces(device)
     row, row_v = (pieces * nbytes for nbytes in row_bytes(case, device))
-    kept_bytes, streamed_bytes = (pieces * nbytes for nbytes in operand_bytes(case, device))
+    stationary_bytes, streamed_bytes = (pieces * nbytes for nbytes in operand_bytes(case, device))
     over_d, over_dv = kernel.products
     readers = 1 if kernel.warps_share == "streamed" else tile.num_warps // slices
-    traffic = readers * streamed * (over_d * row + over_dv * row_v) + rows * kept_bytes + streamed * streamed_bytes
+    traffic = readers * streamed * (over_d * row + over_dv * row_v) + rows * stationary_bytes + streamed * streamed_bytes
     if slices > 1:  # parts of scores are exchanged
         traffic += 4 * (slices + slices * slices) * len(kernel.scores) * rows * streamed
     smem = traffic / _SMEM_RATE

@@ -53,7 +53,7 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         count = getattr(tile, field.name)
         if type(count) is not int or not 1 <= count <= MAX_TILE:
             return f"{field.name} must be a positive int, got {describe(count)}"
-    kept, streamed = ("tile_kv", "tile_q") if case.kernel.owns_keys else ("tile_q", "tile_kv")
+    stationary, streamed = ("tile_kv", "tile_q") if case.kernel.owns_keys else ("tile_q", "tile_kv")
     if (cannot := lacking(case, device)) is not None:
         return cannot
     if case.kernel.block_warps and tile.num_warps not in case.kernel.block_warps:
@@ -67,15 +67,15 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     if tile.num_warps % (slices * together):
         return f"num_warps must be a multiple of {slices * together}, since {together} warps issue a product together"
     if case.kernel.warps_share == "streamed":
-        if getattr(tile, kept) % 16:
-            return f"{kept} must be a multiple of 16"
+        if getattr(tile, stationary) % 16:
+            return f"{stationary} must be a multiple of 16"
         if getattr(tile, streamed) not in (16 * tile.num_warps, 32 * tile.num_warps):
             return f"{streamed} must be 16 or 32 rows for each warp, {16 * tile.num_warps} or {32 * tile.num_warps}"
-    elif getattr(tile, kept) % (16 * tile.num_warps // slices):
+    elif getattr(tile, stationary) % (16 * tile.num_warps // slices):
         of_a_slice = f" / {slices} slices of the head" if slices > 1 else ""
-        return f"{kept} must be a multiple of 16 * num_warps{of_a_slice} = {16 * tile.num_warps // slices}"
-    if getattr(tile, kept) * slices > case.kernel.max_warp_rows * tile.num_warps:
-        return f"{kept} must be at most {case.kernel.max_warp_rows} rows for each warp"
+        return f"{stationary} must be a multiple of 16 * num_warps{of_a_slice} = {16 * tile.num_warps // slices}"
+    if getattr(tile, stationary) * slices > case.kernel.max_warp_rows * tile.num_warps:
+        return f"{stationary} must be at most {case.kernel.max_warp_rows} rows for each warp"
     if getattr(tile, streamed) % case.kernel.streamed_multiple:
         return f"{streamed} must be a multiple of {case.kernel.streamed_multiple}"
     if device.capability < 80 and tile.num_stages != 1:

@@ -1,4 +1,4 @@
-"""Run calls that attend to a cache, as `calls.py` runs the others: found by what was seen before, or checked, planned, and kept."""
+"""Run calls that attend to a cache, as `calls.py` runs the others: found by what was seen before, or checked, planned, and remembered."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _find(operands: CacheOperands, options: CacheOptions) -> tuple[Hashable | No
         except DTypeError:  # no memory, which `borrow` says more about
             return None, None, addresses
         seen += (kind, address & 15)
-    key, call = calls.kept(seen)
+    key, call = calls.remembered(seen)
     return key, call, addresses
 
 

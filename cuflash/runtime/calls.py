@@ -1,7 +1,7 @@
 """Run the public calls: a call whose like was seen before runs as it was prepared then; another one is checked and prepared first.
 
 A new call is a straight line: borrow the arrays, check them into a `Problem`, plan, load the kernels, prepare, run. All but the last step depends only on
-the options and on what `borrowing.signature` sees, so its result is kept as a `PreparedCall`, and a warm call looks it up and runs it.
+the options and on what `borrowing.signature` sees, so its result is remembered as a `PreparedCall`, and a warm call looks it up and runs it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def refuse_autograd(arrays: Mapping[str, Array], backward: str = "scaled_dot_pro
             raise UnsupportedError(name, "a tensor that requires grad", "a tensor outside of autograd", hint)
 
 
-# --- Calls that are kept ------------------------------------------------------------------------------------------------------------------
+# --- Calls that are remembered ------------------------------------------------------------------------------------------------------------
 
 _MAX_CALLS = 4096
 _calls: dict[Hashable, Any] = {}
@@ -146,12 +146,12 @@ def _find(direction: str, operands: Operands, options: Options) -> tuple[Hashabl
         except DTypeError:  # no memory, which `borrow` says more about
             return None, None, addresses
         seen += (kind, address & 15)
-    key, call = kept(seen)
+    key, call = remembered(seen)
     return key, call, addresses
 
 
-def kept(seen: list[Hashable]) -> tuple[Hashable | None, Any]:
-    """The key that a call with these properties is kept by, and the call; the key is None where an option cannot be hashed, such as a list."""
+def remembered(seen: list[Hashable]) -> tuple[Hashable | None, Any]:
+    """The key that a call with these properties is remembered by, and the call; the key is None where an option cannot be hashed, such as a list."""
     key = tuple(seen)
     try:
         return key, _calls.get(key)

@@ -302,7 +302,7 @@ def _least_traffic(kernel: KernelPlan, problem: Problem) -> float:
     rows_q = problem.batch * problem.num_heads_q * problem.seqlen_q
     rows_kv = problem.key_shape[0] * problem.num_heads_kv * problem.seqlen_kv
     width = problem.itemsize * (problem.head_dim + problem.head_dim_v)
-    moved = (*kernel.spec.kept, *kernel.spec.streamed, *kernel.spec.outputs)
+    moved = (*kernel.spec.stationary, *kernel.spec.streamed, *kernel.spec.outputs)
     of_queries = sum(name in ("query", "grad_out", "O", "dQ") for name in moved)
     sums = 4 * problem.head_dim * rows_q if kernel.spec.added_up else 0
     return width / 2 * (of_queries * rows_q + (len(moved) - of_queries) * rows_kv) + sums

@@ -1,4 +1,4 @@
-"""A call that is kept is found again by equal options of equal types: what a call refuses when it is new, it refuses after a call that is like it."""
+"""A call that is remembered is found again by equal options of equal types: what a call refuses when it is new, it refuses after a call that is like it."""
 
 from __future__ import annotations
 
