@@ -71,10 +71,10 @@ class _SimulatorExecutable:
         self._module.launch((shape.num_blocks, 1, 1), (shape.num_threads, 1, 1), shape.shared_bytes, arguments, buffers)
 
 
-def clear_memory(device: Device, address: int, nbytes: int, stream: int) -> None:
-    """Zeros in memory of the device, in the order of the stream; a CUDA graph captures it."""
+def fill_memory(device: Device, address: int, nbytes: int, stream: int, byte: int = 0) -> None:
+    """The same byte all over memory of the device, in the order of the stream; a CUDA graph captures it."""
     if device.kind == "simulator":
-        ctypes.memset(address, 0, nbytes)
+        ctypes.memset(address, byte, nbytes)
         return
     from cupy.cuda import runtime
 
@@ -82,7 +82,7 @@ def clear_memory(device: Device, address: int, nbytes: int, stream: int) -> None
     if previous != device.index:
         runtime.setDevice(device.index)
     try:
-        runtime.memsetAsync(address, 0, nbytes, stream)
+        runtime.memsetAsync(address, byte, nbytes, stream)
     finally:
         if previous != device.index:
             runtime.setDevice(previous)

@@ -81,6 +81,10 @@ class ndarray:
         cuda.check_alive()
         self._host[_host(key)] = _host(value)
 
+    def __abs__(self) -> ndarray:
+        cuda.check_alive()
+        return self._of(abs(self._host))
+
     def __len__(self) -> int:
         return len(self._host)
 
