@@ -34,7 +34,7 @@ from cuflash.problem.options import Options
 from cuflash.problem.tile import Tile
 from cuflash.runtime import launch
 from cuflash.runtime.prepared import PreparedBackward, PreparedCall, PreparedForward
-from cuflash.tuned.table import Timing
+from cuflash.tuned.table import UNTIMED, Timing
 from cuflash.tuner.comparing import ALLOWED, FLOOR, excess
 from cuflash.tuner.described_calls import Described, DescribedCall
 from cuflash.tuner.monitor import Monitor
@@ -65,7 +65,7 @@ class Bench:
     def __init__(self, call: DescribedCall, backward: bool, device: Device) -> None:
         self._call, self._backward, self.device = call, backward, device
         self.timer = "model" if device.kind == "simulator" else "events"
-        self._library: Any = _library_of(device)
+        self._library: Any = library_of(device)
         arrays = {name: self._random(described, seed) for seed, (name, described) in enumerate(call.operands.items())}
         arrays |= {name: self._placed(value) for name, value in call.arguments.items() if name in Operands._fields}
         self._operands, self._options = call.operands_and_options(arrays, return_lse=True)
@@ -121,7 +121,7 @@ class Bench:
             return Timing(tile, note=f"wrong: {times} times as far from the default tile's result as rounding explains")
         if self.timer == "model":
             predicted = predicted_milliseconds(task, tile, self.device)
-            return _timing(tile, [predicted], None) if predicted is not None else Timing(tile, note="nothing to time it by")
+            return _timing(tile, [predicted], None) if predicted is not None else Timing(tile, note=UNTIMED)
         return self._timed(candidate, task.kernel.name, tile, give_up_at)
 
     # --- Time -----------------------------------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ class Pass:
         launched.executable.launch(launched.shape, launched.struct.fill(self._addresses), 0, ())
 
 
-def _library_of(device: Device) -> Any:
+def library_of(device: Device) -> Any:
     """The library of the arrays.
 
     Raises:
