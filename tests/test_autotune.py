@@ -239,7 +239,9 @@ def test_what_may_be_the_machines_fault_is_tried_again(own_table: Path, note: st
     assert again.tried == [("forward", 1)]
 
 
-def test_nothing_is_recorded_where_no_tile_is_to_blame(own_table: Path) -> None:
+def test_nothing_is_recorded_where_no_tile_is_to_blame(own_table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(progress.Lines, "ended", lambda self, reason: ended.append(reason))
     for number, error in ((0, TuningError("no memory")), (0, SetupError("no CuPy"))):
         with pytest.raises(type(error)):
             run(small_tasks(), Fake(lambda task, index, n=number, e=error: e if index == n else 1.0), own_table)  # type: ignore[misc]
@@ -248,6 +250,7 @@ def test_nothing_is_recorded_where_no_tile_is_to_blame(own_table: Path) -> None:
         run(small_tasks(), Fake(lambda task, index: [2.0, 1.0, TuningError("no memory"), 1.0][index]), own_table)
     (entry,) = Table.from_text(own_table.read_text()).entries.values()
     assert len(entry.timings) == 2, "what was found before is kept"
+    assert ended == ["stopped"] * 3, "a bar is taken away"
 
 
 def test_an_error_before_the_first_candidate_ends_the_compiler_too(own_table: Path) -> None:

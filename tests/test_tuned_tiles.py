@@ -237,8 +237,10 @@ def test_a_later_plan_takes_the_same_tile_whatever_others_write(tmp_path: Path) 
     path.write_bytes(elsewhere.read_bytes())
     path.chmod(0o600)
     assert planned()[0] == DEFAULT, "another process has written it"
-    save_own(entry(bucket(64)))
-    assert planned()[0] == FAST, "this one has"
+    store.forget()
+    assert planned()[0] == FAST, "autotune asks anew"
+    save_own(entry(bucket(2048), OTHER, timings=(Timing(DEFAULT, 2.0), Timing(OTHER, 1.0))))
+    assert planned(2048)[0] == OTHER, "this process has written it"
 
 
 def test_plans_without_tables_are_so_in_one_thread_alone() -> None:

@@ -6,7 +6,7 @@
 
 `look_up` takes the entry of exactly the call's bucket, else the nearest; the user's own before shipped ones. Entries of other kernels or of another compiler are
 ignored, and the answer says so. A process reads each table once, so that two plans of one call in it never have two tiles, whatever other processes write meanwhile;
-what `save` writes is read again.
+what this one writes is read again, and all of them after `forget`, which `autotune` calls.
 """
 
 from __future__ import annotations
@@ -199,6 +199,11 @@ def _tables(device: Device) -> Iterator[tuple[str, Table]]:
 
 MISSING = "there is no such file"
 _read_before: dict[Path, Table | str] = {}
+
+
+def forget() -> None:
+    """Read tables anew: plans of this process see what others have written."""
+    _read_before.clear()
 
 
 def _kept(path: Path, *, private: bool) -> Table | str:

@@ -129,6 +129,7 @@ def tune(
     tasks, facts = distinct_tasks(wanted, device, passes=passes, effort=effort), _facts(device, effort)
     session = Session(device, path, Workers(device) if evaluator is None else evaluator, listener, facts, seconds, again)
     entries, reason = session.run(tasks)
+    store.forget()
     calls.forget()  # calls that were prepared with other tiles
     return Tuned(tuple(entries), path, reason)
 

@@ -78,7 +78,7 @@ class Listener(Protocol):
         """A candidate; so many are left in all tasks, for about so long."""
 
     def ended(self, reason: str) -> None:
-        """The run: "done", "out of time" or "interrupted"."""
+        """The run: "done", "out of time", "interrupted", or "stopped" by an error."""
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Session:
         self._unwritten: Entry | None = None
         self._written_at = self.clock()
         entries: list[Entry] = []
-        reason = "done"
+        reason = "stopped"
         try:
             entries += map(self._begin, tasks)
             candidates = [(task, tile) for task, entry in zip(tasks, entries, strict=True) for tile in _untried(task, entry)]
@@ -126,6 +126,7 @@ class Session:
                 self.listener.begun(task, len(entries[index].timings))
                 for entry in self._steps(task, entries[index]):
                     entries[index] = entry
+            reason = "done"
         except OutOfTime:
             reason = "out of time"
         except KeyboardInterrupt:
@@ -134,7 +135,7 @@ class Session:
             self.evaluator.close()
             if self._unwritten is not None:
                 self._keep(self._unwritten, now=True)
-        self.listener.ended(reason)
+            self.listener.ended(reason)
         return [entry for entry in entries if entry.timings], reason
 
     def _steps(self, task: Task, entry: Entry) -> Iterator[Entry]:
