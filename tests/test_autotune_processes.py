@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,32 @@ def test_the_process_has_a_group_but_no_session_of_its_own(workers: worker.Worke
     pid = workers._process.pid
     assert os.getpgid(pid) == pid
     assert os.getsid(pid) == os.getsid(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system has such a signal")
+def test_the_process_never_outlives_the_one_that_tunes() -> None:
+    """Even if it hangs, so that it does not see that nobody waits for its answer: here it is stopped."""
+    program = (
+        "import os, signal, test_autotune; from cuflash.tuner.worker import Workers\n"
+        "workers = Workers(test_autotune.ON, ahead=1); (task,) = test_autotune.small_tasks(count=1)\n"
+        "workers.evaluate(task, task.tiles[0], None); pid = workers._process.pid; os.kill(pid, signal.SIGSTOP); print(pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    variables = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=variables, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    status, deadline = Path("/proc") / done.stdout.strip() / "stat", time.monotonic() + 20
+
+    def is_alive() -> bool:
+        try:
+            return status.read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    while is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive()
 
 
 def test_what_is_missing_ends_the_run(monkeypatch: pytest.MonkeyPatch, workers: worker.Workers) -> None:
