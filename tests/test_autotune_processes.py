@@ -114,6 +114,8 @@ def answering(program: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> 
         made._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=(theirs.fileno(),), stderr=made._errors, cwd=ROOT)
         theirs.close()
         made._connection = ours
+        if "send(READY)" in program:
+            ours.poll(60)  # what starting takes is not what is waited for
         return ours
 
     monkeypatch.setattr(made, "_running", running)
@@ -153,8 +155,8 @@ def test_only_what_happens_after_the_default_is_a_candidates_fault(monkeypatch: 
 def test_a_candidate_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     (task,) = small_tasks(count=2)
     hang = "time.sleep(60)"
-    workers = answering(f"c = CONNECTION; c.send(READY); {hang}", monkeypatch, answer_timeout=1.0)
-    assert workers.evaluate(task, task.tiles[1], None).note == "hung: no answer for 1 s"
+    workers = answering(f"c = CONNECTION; c.send(READY); {hang}", monkeypatch, answer_timeout=0.1)
+    assert workers.evaluate(task, task.tiles[1], None).note == "hung: no answer for 0 s"
     assert workers._process is None
     workers = answering(f"c = CONNECTION; {hang}", monkeypatch, answer_timeout=0.1)
     with pytest.raises(TuningError, match="The default tile's result does not come: no answer for 0 s"):
