@@ -265,6 +265,7 @@ def test_inspect_of_packed_sequences_is_of_other_kernels(tmp_path: Path) -> None
     assert padded["instructions"] != packed["instructions"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("options", "operands"),
     [
