@@ -84,7 +84,7 @@ def test_no_spills_no_serialised_products_and_quick(dtype: str, head_dim: int, i
 ALL = FeatureSet(window=True, softcap=True, alibi=True, sinks=True)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("head_dim", "head_dim_v", "features"),
     [(256, 0, NO_FEATURES), (256, 0, FeatureSet(window=True)), (64, 0, ALL), (128, 0, ALL), (96, 0, FeatureSet(alibi=True)), (192, 128, FeatureSet(softcap=True))],
@@ -112,7 +112,7 @@ def test_masks_and_dropout_fit_the_registers(features: FeatureSet, head_dim: int
     assert_as_meant(report_of("float16", head_dim, True, features=features))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("num_warps", [8, 12])
 def test_the_longest_tiles_fit_the_registers(num_warps: int, head_dim: int) -> None:
@@ -122,7 +122,7 @@ def test_the_longest_tiles_fit_the_registers(num_warps: int, head_dim: int) -> N
     assert_as_meant(report_of("bfloat16", head_dim, True, tile))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @CASES
 def test_hot_loops(dtype: str, head_dim: int, is_causal: bool) -> None:
     """Products of both kinds, copies of boxes, and nobody touches the registers of products in flight.
