@@ -214,7 +214,9 @@ def _state(found: Explanation) -> list[str]:
     missing = [name for name, there in found.compiled.items() if not there]
     if not missing:
         return [f"compiled: all in the cache, {by}" if found.compiled else "compiled: nothing to compile"]
-    return [f"compiled: not yet {', '.join(missing)}, {by}; the first call takes about a second for each, python -m cuflash warmup does it ahead"]
+    return [
+        f"compiled: not yet {', '.join(missing)}, {by}; the first call takes about a second for each, python -m cuflash warmup does it ahead"
+    ]
 
 
 def to_json(found: Explanation) -> dict[str, Any]:

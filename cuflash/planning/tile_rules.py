@@ -24,7 +24,7 @@ _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles
 _WGMMA_CUT_REGISTERS = 8  # that the copying warp keeps of eight warps' 240 where something hides keys; a tile is legal whatever hides them
 _WGMMA_SOFTCAP_REGISTERS = 20
 _WGMMA_DROPOUT_REGISTERS = 24
-_WGMMA_SEGMENTS_REGISTERS = 20
+_WGMMA_SEGMENTS_REGISTERS = {8: 12, 12: 20}
 _WGMMA_MASK_REGISTERS = {None: 0, "bool": 1, "float16": 1, "bfloat16": 1, "float32": 2}
 """Of a tile of a mask, for each four keys."""
 
@@ -111,7 +111,7 @@ def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
     """Registers per thread of a kernel of wgmma besides accumulators, by what spilled and what did not; P lives beside the next scores."""
     features = case.features
     of_features = _WGMMA_SOFTCAP_REGISTERS * features.softcap + _WGMMA_DROPOUT_REGISTERS * features.dropout
-    of_features += _WGMMA_SEGMENTS_REGISTERS * features.segments
+    of_features += _WGMMA_SEGMENTS_REGISTERS[tile.num_warps] * features.segments
     if tile.num_warps == 8:  # wide outputs, and the warp that copies keeps more where there are lists
         of_features += 28 * features.lists_tiles + 8 * (features.attn_mask is not None)
         of_features = max(of_features, _WGMMA_CUT_REGISTERS * (2 if case.head_dim_v > 192 else 1))  # these were found with 232
