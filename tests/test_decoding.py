@@ -169,6 +169,30 @@ def test_an_empty_split_says_so_and_sinks_count_once(decoder: Target) -> None:
         numpy.testing.assert_allclose(lse[0, :, 0], sinks, rtol=1e-6)
 
 
+@pytest.mark.parametrize("lowest", [-1e9, float(numpy.finfo("float32").min)])
+@pytest.mark.parametrize(("length", "room", "options"), [(65, 70, {"num_splits": 2}), (1030, 1100, {"batch_invariant": True})], ids=["cut", "invariant"])
+def test_parts_keep_what_a_huge_mask_would_swallow(
+    length: int, room: int, options: dict[str, Any], lowest: float, decoder: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are one number for float32, so that each key counts as much as any other; the first part has all but a few."""
+    poison_new_memory(monkeypatch)
+    call = CacheCall((length, 3), room=room, options={"attn_mask": numpy.full((1, 1, 1, room), lowest, "float32"), "tile": TILE} | options)
+    given = {name: decoder.place(x) if isinstance(x, numpy.ndarray) else x for name, x in call.arrays().items()}
+    out, lse = cuflash.attention_with_kvcache(**given, return_lse=True)
+    want = numpy.stack([values.astype(float).mean(axis=0) for values in call.plain["values"]])
+    numpy.testing.assert_allclose(decoder.host(out)[:, 0], numpy.broadcast_to(want, (2, 2, 32)), atol=1e-3)
+    assert (decoder.host(lse) == numpy.float32(lowest)).all()
+
+
+def test_an_additive_mask_leaves_bits_the_same_in_any_room(simulator: Target) -> None:
+    """One part of two that has keys is the result."""
+    mask = numpy.random.default_rng(1).standard_normal((1, 2, 1, 1100)).astype("float32")
+    given = CacheCall((900,), room=1100, options={"batch_invariant": True, "tile": TILE, "attn_mask": mask}).arrays()
+    less = {name: given[name][:, :1000] for name in ("key_cache", "value_cache")} | {"attn_mask": mask[..., :1000]}
+    results = [cuflash.attention_with_kvcache(**given | changed, return_lse=True) for changed in ({}, less)]
+    assert len({(Target.bits(out), Target.bits(lse)) for out, lse in results}) == 1
+
+
 def test_a_sequence_has_the_same_bits_in_any_batch(simulator: Target) -> None:
     options = {"batch_invariant": True, "tile": {"forward_split": Tile(16, 64, 4, 2)}}
     call = CacheCall((2500, 40, 1024, 1025), room=3000, heads_q=6, heads_kv=2, options=options)

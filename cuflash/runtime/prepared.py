@@ -197,11 +197,12 @@ class PreparedForward(PreparedCall):
         count, batch, heads, seqlen, head_dim = out.shape
         stride_head = seqlen * head_dim
         view = View((batch, seqlen, heads, head_dim), (heads * stride_head, head_dim, stride_head, 1))
+        floats = prod(lse.shape[4:])  # of the LSE of a row
         part = {
             "out": arguments.tensor(out.name, view, view.aligned16(FLOAT_BYTES)),
-            "lse": arguments.rows(lse.name, (heads * seqlen, seqlen, 1)),
+            "lse": arguments.rows(lse.name, (heads * seqlen * floats, seqlen * floats, floats)),
         }
-        steps = {"stride_part_out": batch * heads * stride_head, "stride_part_lse": batch * heads * seqlen}
+        steps = {"stride_part_out": batch * heads * stride_head, "stride_part_lse": batch * heads * seqlen * floats}
         return {
             "seqlen_q": seqlen, "num_heads": heads, "lanes": row_lanes(head_dim),
             "parts": {**steps, "num_parts": count, "one_array": True, "listed": [part]},
