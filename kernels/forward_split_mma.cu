@@ -76,14 +76,12 @@ struct RowOfResult {
   DEVICE bool is_part() const { return arguments.num_splits > 1; }
 
   DEVICE void store_lse(const WholeRow& row) const {
+    const float lse = row.lse();
     if (is_part()) {
-      if constexpr (ADDITIVE_MASK) {
-        store_part(row.is_empty() ? -infinity() : row.reference, row.natural_sum());
-      } else {
-        store_part(row.lse(), 1.0f);
-      }
+      const bool has_sum = ADDITIVE_MASK && !row.is_empty();
+      store_part(has_sum ? row.reference : lse, row.natural_sum());
     } else if (arguments.lse.data != nullptr) {
-      *arguments.lse.pointer(batch, head, query) = row.lse();
+      *arguments.lse.pointer(batch, head, query) = lse;
     }
   }
 
@@ -122,9 +120,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
   const int begin = min(end_tile, first_tile + work.split * split_tiles), end = min(end_tile, begin + split_tiles);  // steps over key tiles
   const bool has_sink = SINKS && work.split == 0;
   if (begin >= end && arguments.num_splits > 1 && !has_sink) {
-    const int end_row = min(first_row + TILE_Q, rows.count);
-    for (int row = first_row + int(threadIdx.x); row < end_row; row += NUM_THREADS)
-      RowOfResult(arguments, work, rows, row).store_part(-infinity(), 0.0f);
+#pragma unroll
+    for (int i = 0; i < ceil_div(TILE_Q, NUM_THREADS); ++i) {
+      const int index = int(threadIdx.x) + i * NUM_THREADS, row = first_row + index;
+      if (index < TILE_Q && row < rows.count) RowOfResult(arguments, work, rows, row).store_part(-infinity(), 0.0f);
+    }
     return;
   }
 
