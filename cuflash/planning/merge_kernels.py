@@ -25,7 +25,14 @@ def row_tiles(spec: KernelSpec, seqlen_q: int, head_dim: int) -> int:
 
 
 def merge_kernel(
-    spec: KernelSpec, on: Device, dtype: str, num_blocks: int, *, num_tiles: int = 0, head_dim: int = 0, part_dtype: str | None = None,
+    spec: KernelSpec,
+    on: Device,
+    dtype: str,
+    num_blocks: int,
+    *,
+    num_tiles: int = 0,
+    head_dim: int = 0,
+    part_dtype: str | None = None,
     parts_have_sums: bool = False,
 ) -> KernelPlan:
     """One of the kernels, which depend on element types alone: no head dimension or number of parts compiles anything.
