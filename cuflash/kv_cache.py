@@ -143,10 +143,8 @@ class KVCache:
 
     def _table_up_to(self, rotary_cos: Any) -> Any:
         """The table, without columns that are spare and for whose keys the rotary embedding has no rows."""
-        if rotary_cos is None:
-            return self.page_table
-        page_size, rows = self.keys.shape[1], rotary_cos.shape[0] if len(rotary_cos.shape) else 0
-        return self.page_table[:, : max(rows // page_size, *map(len, self._pages), 1)]
+        shape = getattr(rotary_cos, "shape", ())
+        return self.page_table[:, : max(shape[0] // self.keys.shape[1], *map(len, self._pages), 1)] if shape else self.page_table
 
     def _doubled(self, pages: Any) -> Any:
         larger = self._xp.empty((2 * pages.shape[0], *pages.shape[1:]), pages.dtype)

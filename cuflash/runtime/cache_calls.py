@@ -19,7 +19,7 @@ from cuflash.problem.checks import check_out
 from cuflash.problem.layout import View
 from cuflash.runtime import calls, launch
 from cuflash.runtime.arguments import Value, Values
-from cuflash.runtime.prepared import PreparedForward
+from cuflash.runtime.prepared import PreparedForward, may_be_written
 
 
 def attend(operands: CacheOperands, options: CacheOptions) -> Any:
@@ -132,7 +132,7 @@ class PreparedCacheCall(PreparedForward):
         cache = self.problem.cache
         if cache is None or cache.new is None:
             return True
-        if not all(getattr(getattr(x, "flags", None), "writeable", True) for x in (operands.key_cache, operands.value_cache)):
+        if not (may_be_written(operands.key_cache) and may_be_written(operands.value_cache)):
             return False
         distance = addresses["value_cache"] - addresses["key_cache"]
         if distance != self._distance and self._may_share(distance):

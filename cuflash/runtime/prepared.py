@@ -216,8 +216,7 @@ class PreparedForward(PreparedCall):
 
     def may_write(self, out: Any, addresses: dict[str, int]) -> bool:
         """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""
-        flags = getattr(out, "flags", None)
-        if not getattr(flags, "writeable", True):
+        if not may_be_written(out):
             return False
         low, size = self.extents["out"]
         first = addresses["out"] + low
@@ -284,6 +283,11 @@ class PreparedBackward(PreparedCall):
         for buffer, gradient in zip(self.plan.outputs[3:], finished[3:], strict=True):
             setattr(of_inputs, buffer.name.removeprefix("grad_"), gradient)
         return of_inputs
+
+
+def may_be_written(array: Any) -> bool:
+    """Whether an array of a signature that was seen may be written, which signatures do not tell."""
+    return getattr(getattr(array, "flags", None), "writeable", True) and not getattr(array, "requires_grad", False)
 
 
 def _contiguous_or_broadcast(extents: tuple[int, ...]) -> tuple[int, ...]:
