@@ -85,8 +85,8 @@ struct RowOfResult {
     }
   }
 
-  // Of a part exp(LSE) is sum * exp(reference). With an additive mask both are kept, since scores may be so large that an LSE would swallow the sum;
-  // otherwise the sum is 1.
+  // With an additive mask exp(LSE) of a part is sum * exp(reference), and both are kept, since scores may be so large that an LSE would swallow the
+  // sum; otherwise the reference is LSE.
   DEVICE void store_part(float reference, float sum) const {
     if constexpr (ADDITIVE_MASK) {
       reinterpret_cast<float2*>(arguments.partial_lse)[part] = make_float2(reference, sum);
