@@ -63,11 +63,7 @@ struct PartRow {
   DEVICE static PartLse load_lse(const MergeParts& parts, const Row& row, int i) {
     const float* lse = parts.table != nullptr ? row.of(parts.table[i].lse) : row.of(parts.listed_part(i).lse);
     lse += i * parts.stride_part_lse;
-    if constexpr (PARTS_HAVE_SUMS) {
-      const float2 both = *reinterpret_cast<const float2*>(lse);
-      return {both.x, both.y};
-    }
-    return {*lse, 1.0f};
+    return {lse[0], PARTS_HAVE_SUMS ? lse[1] : 1.0f};
   }
 
  private:
