@@ -62,17 +62,21 @@ def attention_with_kvcache(
         cache_leftpad: int32 `(batch,)`: keys of each sequence before this one are padding, and are not seen. cache_seqlens counts them.
         rotary_cos, rotary_sin: `(positions, rotary_dim / 2)`, float32 or the type of query: the first rotary_dim columns of new keys and of queries are rotated by
             their positions, which are their places in the cache. Queries stand where the new keys do; if neither is_causal nor window asks for their order, all
-            of them at `cache_seqlens`, as in flash-attn. Keys in the cache are taken as they are.
+            of them at `cache_seqlens`, as in flash-attn. Keys in the cache are taken as they are. There is a position for each key that a sequence has room for;
+            where more queries come than new keys, those that stand behind the last position take it on a GPU, and raise on the CPU.
         rotary_interleaved: True: pairs are columns 2i and 2i + 1 (GPT-J; flash-attn's default); False: i and i + rotary_dim / 2 (GPT-NeoX, Llama). Required with
             rotary_cos.
         layout: as in `scaled_dot_product_attention`, for caches and new keys too; of a paged cache "b" is the page and "s" the place in it.
         scale: multiplies Q Kᵀ; default `head_dim ** -0.5`.
         is_causal: the last query sees all keys of its sequence, the one before it one less, and so on.
-        window, softcap, alibi_slopes, sinks: as in `scaled_dot_product_attention`; distances count from the last query and key.
+        window, softcap, alibi_slopes, sinks: as in `scaled_dot_product_attention`; distances count from the last query and key. A window that is wider than the
+            cache to both sides is none.
         attn_mask: as there, `(batch, num_heads_q, seqlen_q, keys)` or what broadcasts to it, where `keys` is the room that a sequence has; of a tree of
             speculated tokens, the last ones of these.
         num_splits: blocks that share out the keys of a sequence; None: as many as are predicted to be fastest with a full cache.
-        batch_invariant: the keys of a sequence are cut at fixed places, so that its results have the same bits whatever else is in the batch.
+        batch_invariant: the keys of a sequence are cut at fixed places, so that its results have the same bits whatever else is in the batch. For each 1024 keys
+            that a sequence has room for, a call then needs `batch * num_heads_q * seqlen_q * (head_dim_v + 1)` float32 of workspace: 1 GiB for a chunk of 512
+            queries of 32 heads of 128 in a cache of 131072 keys. Pass long prompts in short chunks.
         return_lse: return `(out, lse)`.
         out: array for the result; shape, dtype and kind of the result, any strides.
         tile: a `cuflash.Tile`, or a mapping from the kernel's name to it: {"forward_split": …}.

@@ -237,7 +237,7 @@ def flash_attn_with_kvcache(
         q: `(batch, seqlen, heads, head_dim)`, float16 or bfloat16.
         k_cache, v_cache: `(rows, seqlen_cache, heads_k, head_dim)`, or with block_table `(pages, page_size, heads_k, head_dim)`, any page size. Written in place.
         k, v: `(batch, seqlen_new, heads_k, head_dim)`, or None.
-        rotary_cos, rotary_sin: `(positions, rotary_dim / 2)`.
+        rotary_cos, rotary_sin: `(positions, rotary_dim / 2)`, with a position for each key that a sequence has room for.
         cache_seqlens: an int, or int32 `(batch,)`; None without k: the whole cache.
         cache_batch_idx, cache_leftpad: int32 `(batch,)`.
         block_table: int32 `(batch, pages of a sequence)`.

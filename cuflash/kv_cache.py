@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+import sys
+from types import ModuleType
 from typing import Any
 
 import numpy
@@ -9,6 +13,9 @@ import numpy
 from cuflash.arrays.borrowing import AnyArray, describe
 from cuflash.decoding import attention_with_kvcache
 from cuflash.errors import OptionError, ShapeError
+
+_OWN_OPTIONS = ("layout", "page_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad")
+"""Arguments of `attention_with_kvcache` that `KVCache.attend` does not take."""
 
 
 class KVCache:
@@ -45,12 +52,15 @@ class KVCache:
             dtype: of the arrays, as `xp` knows it.
             xp: numpy or cupy, which makes the arrays.
         """
-        for name, value in (("batch", batch), ("num_heads", num_heads), ("head_dim", head_dim), ("page_size", page_size)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise OptionError(name, describe(value), "an int of at least 1", "Pass how many there are.")
+        _check_library(xp)
+        batch, num_heads, head_dim, page_size = (
+            _count(name, value)
+            for name, value in (("batch", batch), ("num_heads", num_heads), ("head_dim", head_dim), ("page_size", page_size))
+        )
+        head_dim_v = head_dim if head_dim_v is None else _count("head_dim_v", head_dim_v)
         self.lengths = [0] * batch
         self.keys = xp.empty((batch, page_size, num_heads, head_dim), dtype)
-        self.values = xp.empty((batch, page_size, num_heads, head_dim_v or head_dim), dtype)
+        self.values = xp.empty((batch, page_size, num_heads, head_dim_v), dtype)
         self.seqlens = xp.zeros(batch, "int32")
         self.page_table = xp.zeros((batch, 1), "int32")
         self._xp = xp
@@ -64,11 +74,16 @@ class KVCache:
             query: `(batch, seqlen_q, num_heads_q, head_dim)`.
             key, value: `(batch, seqlen_new, num_heads, head_dim)`.
             is_causal: as in `attention_with_kvcache`, but True unless said otherwise.
-            options: its other arguments, such as `window` or `rotary_cos`.
+            options: its other arguments, such as `window` or `rotary_cos`; but not those that say where keys are, which the cache knows. Tables of the rotary
+                embedding have a row for each key of the pages that a sequence has.
 
         Returns:
             What it returns.
         """
+        for name in _OWN_OPTIONS:
+            if name in options:
+                hint = "Leave it out, or keep the arrays yourself and call attention_with_kvcache."
+                raise OptionError(name, describe(options[name]), "no such argument: the cache has its own", hint)
         if len(key.shape) != 4:
             raise ShapeError(
                 "key",
@@ -85,7 +100,7 @@ class KVCache:
             key,
             value,
             cache_seqlens=self.seqlens,
-            page_table=self.page_table,
+            page_table=self._table_up_to(options.get("rotary_cos")),
             is_causal=is_causal,
             **options,
         )
@@ -126,7 +141,28 @@ class KVCache:
             row[: len(pages)] = pages
         self.page_table = self._xp.asarray(table)
 
+    def _table_up_to(self, rotary_cos: Any) -> Any:
+        """The table, without columns that are spare and for whose keys the rotary embedding has no rows."""
+        shape = getattr(rotary_cos, "shape", ())
+        return self.page_table[:, : max(shape[0] // self.keys.shape[1], *map(len, self._pages), 1)] if shape else self.page_table
+
     def _doubled(self, pages: Any) -> Any:
         larger = self._xp.empty((2 * pages.shape[0], *pages.shape[1:]), pages.dtype)
         larger[: pages.shape[0]] = pages
         return larger
+
+
+def _count(name: str, value: object) -> int:
+    """An int of at least 1."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and operator.index(value) >= 1:
+        return operator.index(value)
+    raise OptionError(name, describe(value), "an int of at least 1", "Pass how many there are.")
+
+
+def _check_library(xp: object) -> None:
+    """NumPy or CuPy, whose functions the cache calls."""
+    if xp is numpy or xp is sys.modules.get("cupy"):
+        return
+    got = f"the module {xp.__name__}" if isinstance(xp, ModuleType) else describe(xp)
+    hint = "For tensors of torch keep the arrays yourself, and call cuflash.flash_attn.flash_attn_with_kvcache."
+    raise OptionError("xp", got, "numpy or cupy", hint)

@@ -262,7 +262,8 @@ class _Merge:
     def __init__(self, is_backward: bool, layout: str, outs: _Parts, lses: _Parts, others: dict[str, Array]) -> None:
         named = outs.named("outs") | lses.named("lses") | others
         check_same_kind(named)
-        calls.refuse_autograd(named, MERGE_ATTENTION_BACKWARD.name)
+        way = f"pass {{name}}.detach() and compute gradients with {MERGE_ATTENTION_BACKWARD.name}"
+        calls.refuse_autograd(named, f"Call cuflash.torch, which autograd records; or {way}.")
         self.form, self.shape = _check_parts(outs, lses, check_layout(layout, True))
         out, lse = outs.part(0), lses.part(0)
         for name, array in others.items():

@@ -30,7 +30,9 @@ embedding, to_logits = weights(VOCABULARY, WIDTH), weights(WIDTH, VOCABULARY)
 layers = [
     (weights(WIDTH, WIDTH + 2 * WIDTH_KV), weights(WIDTH, WIDTH), cuflash.KVCache(2, HEADS_KV, HEAD_DIM, xp=xp)) for _ in range(LAYERS)
 ]
-angles = numpy.arange(4096)[:, None] * 10000.0 ** (-numpy.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+steps = int(sys.argv[1]) if len(sys.argv) > 1 else 32
+positions = 16 + steps + 64  # of a prompt, what is said, and the rest of a page
+angles = numpy.arange(positions)[:, None] * 10000.0 ** (-numpy.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
 rotary = {"rotary_cos": xp.asarray(numpy.cos(angles).astype("float32")), "rotary_sin": xp.asarray(numpy.sin(angles).astype("float32"))}
 
 
@@ -45,7 +47,6 @@ def step(tokens):
     return (x[:, -1] @ to_logits).argmax(axis=1)[:, None]
 
 
-steps = int(sys.argv[1]) if len(sys.argv) > 1 else 32
 tokens = step(xp.asarray(numpy.frombuffer(b"Tell me a story.What is a page? ", "uint8").reshape(2, 16).astype("int32")))
 said, start = [tokens], time.perf_counter()
 for _ in range(steps - 1):

@@ -3,7 +3,8 @@
 // The rows of a tile are the queries of all heads that share a key head (tile/packed_rows.cuh), so that K and V are read once for all of them. The
 // keys of a sequence are shared out twice: among blocks, each of which has one of `num_splits` ranges of key tiles (Flash-Decoding: Dao et al. 2023,
 // crfm.stanford.edu/2023/10/12/flashdecoding.html), and within a tile of TILE_KV keys among warps, each of which has WARP_KEYS of them for all rows.
-// With several splits O and LSE of each are parts, float32, for merge_attention.cu; a split without keys says LSE -inf and leaves its O as it is.
+// With several splits O and LSE of each are parts, float32, for merge_attention.cu. A split without keys says LSE -inf and leaves its O as
+// it is; but the first one has the sink.
 //
 // A warp copies its keys and values for itself, into a ring of NUM_STAGES stages of its own, one copy group for each step, and never waits for
 // another warp until its last key: per step one wait for its own copies and one barrier of the warp, behind which the stage of the step before is
@@ -74,11 +75,23 @@ struct RowOfResult {
 
   DEVICE bool is_part() const { return arguments.num_splits > 1; }
 
-  DEVICE void store_lse(float lse) const {
+  DEVICE void store_lse(const WholeRow& row) const {
+    const float lse = row.lse();
     if (is_part()) {
-      arguments.partial_lse[part] = lse;
+      const bool has_sum = ADDITIVE_MASK && !row.is_empty();
+      store_part(has_sum ? row.reference : lse, row.natural_sum());
     } else if (arguments.lse.data != nullptr) {
       *arguments.lse.pointer(batch, head, query) = lse;
+    }
+  }
+
+  // With an additive mask exp(LSE) of a part is sum * exp(reference), and both are kept, since scores may be so large that an LSE would swallow the
+  // sum; otherwise the reference is LSE.
+  DEVICE void store_part(float reference, float sum) const {
+    if constexpr (ADDITIVE_MASK) {
+      reinterpret_cast<float2*>(arguments.partial_lse)[part] = make_float2(reference, sum);
+    } else {
+      arguments.partial_lse[part] = reference;
     }
   }
 
@@ -107,8 +120,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
   const int begin = min(end_tile, first_tile + work.split * split_tiles), end = min(end_tile, begin + split_tiles);  // steps over key tiles
   const bool has_sink = SINKS && work.split == 0;
   if (begin >= end && arguments.num_splits > 1 && !has_sink) {
-    const int row = first_row + int(threadIdx.x);
-    if (threadIdx.x < TILE_Q && row < rows.count) RowOfResult(arguments, work, rows, row).store_lse(-infinity());
+#pragma unroll
+    for (int i = 0; i < ceil_div(TILE_Q, NUM_THREADS); ++i) {
+      const int index = int(threadIdx.x) + i * NUM_THREADS, row = first_row + index;
+      if (index < TILE_Q && row < rows.count) RowOfResult(arguments, work, rows, row).store_part(-infinity(), 0.0f);
+    }
     return;
   }
 
@@ -165,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
     if (first_row + row >= rows.count) break;
     const WholeRow whole(states, row, sink(row));
     const RowOfResult result(arguments, work, rows, first_row + row);
-    if (column == 0) result.store_lse(whole.lse());
+    if (column == 0) result.store_lse(whole);
     float x[VECTOR];
     collect_O(x, reused, row, column, whole.inverse());
     result.store_O(x, column);

@@ -16,8 +16,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) merge_attention(con
   for (int column = row.lane * VECTOR; column < arguments.head_dim; column += row.lanes * VECTOR) {
     float sum[VECTOR] = {};
     for (int i = 0; i < parts.num_parts; ++i) {
-      const float lse = PartRow::load_lse(parts, row, i);
-      if (is_empty(lse)) continue;
+      const PartLse lse = PartRow::load_lse(parts, row, i);
+      if (lse.is_empty()) continue;
       const PartRow part(parts, row, i);
       const float weight = weights.of(lse);
       float x[VECTOR];

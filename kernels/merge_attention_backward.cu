@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) merge_attention_bac
 
   for (int i = 0; i < parts.num_parts; ++i) {
     float weight = 0.0f, dot = 0.0f;
-    const bool contributes = row.exists && !is_empty(PartRow::load_lse(parts, row, i));
+    const bool contributes = row.exists && !PartRow::load_lse(parts, row, i).is_empty();
     if (contributes) weight = weights.of(PartRow::load_lse(parts, row, i));
     Element* destination = row.of(arguments.grad_outs) + i * arguments.stride_grad_outs;
     for (int column = first; column < head_dim; column += step) {

@@ -76,7 +76,8 @@ class CacheCall:
             made["key"] = self._random(self.batch, self.new, self.heads_kv, widths["keys"])
             made["value"] = self._random(self.batch, self.new, self.heads_kv, widths["values"])
         if self.rotary_dim:
-            angles = self._rng.uniform(0, 6, (self.room, self.rotary_dim // 2)).astype(numpy.float32)
+            positions = -(-self.room // self.page_size) * self.page_size if self.page_size else self.room
+            angles = self._rng.uniform(0, 6, (positions, self.rotary_dim // 2)).astype(numpy.float32)
             made |= {"rotary_cos": numpy.cos(angles), "rotary_sin": numpy.sin(angles)}
         return made
 

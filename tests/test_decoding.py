@@ -169,6 +169,32 @@ def test_an_empty_split_says_so_and_sinks_count_once(decoder: Target) -> None:
         numpy.testing.assert_allclose(lse[0, :, 0], sinks, rtol=1e-6)
 
 
+@pytest.mark.parametrize("lowest", [-1e9, float(numpy.finfo("float32").min)])
+@pytest.mark.parametrize(
+    ("length", "room", "options"), [(65, 70, {"num_splits": 2}), (1030, 1100, {"batch_invariant": True})], ids=["cut", "invariant"]
+)
+def test_parts_keep_what_a_huge_mask_would_swallow(
+    length: int, room: int, options: dict[str, Any], lowest: float, decoder: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are one number for float32, so that each key counts as much as any other; the first part has all but a few."""
+    poison_new_memory(monkeypatch)
+    call = CacheCall((length, 3), room=room, options={"attn_mask": numpy.full((1, 1, 1, room), lowest, "float32"), "tile": TILE} | options)
+    given = {name: decoder.place(x) if isinstance(x, numpy.ndarray) else x for name, x in call.arrays().items()}
+    out, lse = cuflash.attention_with_kvcache(**given, return_lse=True)
+    want = numpy.stack([values.astype(float).mean(axis=0) for values in call.plain["values"]])
+    numpy.testing.assert_allclose(decoder.host(out)[:, 0], numpy.broadcast_to(want, (2, 2, 32)), atol=1e-3)
+    assert (decoder.host(lse) == numpy.float32(lowest)).all()
+
+
+def test_an_additive_mask_leaves_bits_the_same_in_any_room(simulator: Target) -> None:
+    """One part of two that has keys is the result."""
+    mask = numpy.random.default_rng(1).standard_normal((1, 2, 1, 1100)).astype("float32")
+    given = CacheCall((900,), room=1100, options={"batch_invariant": True, "tile": TILE, "attn_mask": mask}).arrays()
+    less = {name: given[name][:, :1000] for name in ("key_cache", "value_cache")} | {"attn_mask": mask[..., :1000]}
+    results = [cuflash.attention_with_kvcache(**given | changed, return_lse=True) for changed in ({}, less)]
+    assert len({(Target.bits(out), Target.bits(lse)) for out, lse in results}) == 1
+
+
 def test_a_sequence_has_the_same_bits_in_any_batch(simulator: Target) -> None:
     options = {"batch_invariant": True, "tile": {"forward_split": Tile(16, 64, 4, 2)}}
     call = CacheCall((2500, 40, 1024, 1025), room=3000, heads_q=6, heads_kv=2, options=options)
@@ -251,7 +277,9 @@ def test_pages_far_apart(simulator: Target) -> None:
 # --- What cannot be used ------------------------------------------------------------------------------------------------------------------
 
 NEW = CacheCall((3, 4), 1, 1, room=32, rotary_dim=8)
-PAGES = CacheCall((3, 20), 1, 1, room=32, page_size=8)
+NEW_PAGES = CacheCall((3, 20), 1, 1, room=32, page_size=8, rotary_dim=8)
+PAGES = replace(NEW_PAGES, rotary_dim=0)
+QUERIES = CacheCall((3, 30), 4, 1, room=32, rotary_dim=8, options={"is_causal": True})
 _BAD: list[tuple[str, CacheCall, dict[str, Any], str]] = [
     ("no query", NEW, {"query": NEW.plain["query"][:, :0]}, "query"),
     ("three dimensions", NEW, {"query": NEW.plain["query"][:, 0]}, r"query: .*query\[:, None\]"),
@@ -269,7 +297,11 @@ _BAD: list[tuple[str, CacheCall, dict[str, Any], str]] = [
     ("one table", NEW, {"rotary_sin": None}, "rotary_sin: got None"),
     ("which pairs", NEW, {"rotary_interleaved": None}, "rotary_interleaved: .*GPT-NeoX"),
     ("wide tables", NEW, {"rotary_cos": numpy.zeros((32, 17), "float32")}, "rotary_cos: "),
-    ("short tables", NEW, {"rotary_cos": NEW.plain["rotary_cos"][:4], "rotary_sin": NEW.plain["rotary_sin"][:4]}, "rotary_cos: got 4 positions, while sequence 1 has 5"),
+    ("short tables", NEW, {"rotary_cos": NEW.plain["rotary_cos"][:31], "rotary_sin": NEW.plain["rotary_sin"][:31]}, "rotary_cos: got 31 positions; expected at least 32"),
+    ("short for pages", NEW_PAGES, {"rotary_cos": NEW.plain["rotary_cos"][:31], "rotary_sin": NEW.plain["rotary_sin"][:31]}, "rotary_cos: .* columns of page_table"),
+    ("short for queries", QUERIES, {}, "rotary_cos: got 32 positions, while queries and new keys of sequence 1 stand at 30 to 33"),
+    ("a list", NEW, {"cache_seqlens": [3, 4]}, r"cache_seqlens: .*dtype=numpy.int32"),
+    ("a list of pages", PAGES, {"page_table": [[0], [1]]}, r"page_table: .*dtype=numpy.int32"),
     ("rotary without new", NEW, {"key": None, "value": None}, "rotary_cos: .*Rotate query"),
     ("table rows", PAGES, {"page_table": numpy.zeros((1, 4), "int32")}, "page_table: "),
     ("table type", PAGES, {"page_table": numpy.zeros((2, 4), "int64")}, "page_table: .*int32"),
@@ -302,6 +334,53 @@ def test_memory_that_must_not_be_written(simulator: Target) -> None:
     given = NEW.arrays()
     with pytest.raises(ArgumentError, match=r"key: .*shares memory with key_cache"):
         cuflash.attention_with_kvcache(**given | {"key": given["key_cache"][:, 3:4]})
+
+
+def test_caches_that_share_memory(simulator: Target) -> None:
+    """Halves of one array are caches, found in a warm call too; where new rows would fall on each other they are refused, in a warm call too."""
+    given = replace(NEW, rotary_dim=0).arrays()
+    memory = numpy.zeros((2, 40, 3, 1, 32), "float16")
+    halves = {"key_cache": memory[:, :32, 0], "value_cache": memory[:, :32, 1]}
+    for _ in range(2):
+        cuflash.attention_with_kvcache(**given | halves)
+    for value in (memory[:, :32, 0], memory[:, 8:, 0]):
+        with pytest.raises(ArgumentError, match=r"value_cache: .*shares memory with key_cache"):
+            cuflash.attention_with_kvcache(**given | halves | {"value_cache": value})
+    cuflash.attention_with_kvcache(**given | halves | {"value_cache": memory[:, :32, 2]})
+    cuflash.attention_with_kvcache(
+        **{name: x for name, x in given.items() if name not in ("key", "value")} | halves | {"value_cache": memory[:, :32, 0]}
+    )
+
+
+@pytest.mark.parametrize("name", ["key_cache", "value_cache", "out"])
+def test_read_only_bits_are_refused_in_a_warm_call_too(name: str, simulator: Target) -> None:
+    given = replace(NEW, rotary_dim=0).arrays()
+    tagged = {key: cuflash.bfloat16(x.view("uint16").copy()) if x.dtype == "float16" else x for key, x in given.items()}
+    tagged["out"] = cuflash.bfloat16(numpy.zeros((2, 1, 2, 32), "uint16"))
+    for operand in ("key_cache", "value_cache"):
+        tagged[operand].bits[...] = 0
+    cuflash.attention_with_kvcache(**tagged)
+    tagged[name].bits.flags.writeable = False
+    with pytest.raises(ArgumentError, match=f"{name}: .*read-only"):
+        cuflash.attention_with_kvcache(**tagged)
+
+
+def test_a_window_that_hides_nothing_is_none(simulator: Target) -> None:
+    """As in flash-attn, where queries stand at one place then."""
+    call = CacheCall((5, 9), 3, 3, room=40, rotary_dim=8, options={"tile": TILE})
+    for window in ((40, 40), (-1, 40), (100, None)):
+        given = call.arrays() | {"window": window}
+        call.check_results(*cuflash.attention_with_kvcache(**given, return_lse=True))
+    wide, narrow = (replace(call, options={"tile": TILE, "window": window}) for window in ((40, 39), (39, 40)))
+    for one in (wide, narrow):
+        one.check_results(*cuflash.attention_with_kvcache(**one.arrays(), return_lse=True))
+
+
+def test_more_rows_than_32_bits_count_are_refused(simulator: Target) -> None:
+    query = numpy.broadcast_to(numpy.float16(0), (1, 2**26, 32, 16))
+    cache = numpy.zeros((1, 8, 1, 16), "float16")
+    with pytest.raises(UnsupportedError, match="share a key head up to 2147482624, and these are 2147483648"):
+        cuflash.kvcache_plan(query, cache, cache, cache_seqlens=numpy.zeros(1, "int32"))
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "reason"), [("float32", 32, "this is float32"), ("float16", 264, "head_dim of at most 256")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy
@@ -58,9 +59,29 @@ def test_a_failed_call_takes_nothing_that_is_lost(simulator: Target) -> None:
     assert (cache.lengths, len(cache._pages[0])) == ([20], 3)
 
 
+def test_rotary_tables_that_end_with_the_pages(simulator: Target) -> None:
+    """Spare columns of the table, for whose keys there are no positions, are no room."""
+    cache = cuflash.KVCache(1, 1, 32, page_size=8)
+    x: Any = numpy.ones((1, 20, 1, 32), "float16")
+    tables = {name: numpy.ones((24, 4), "float32") for name in ("rotary_cos", "rotary_sin")} | {"rotary_interleaved": True}
+    assert cache.attend(x, x, x, **tables).shape == x.shape
+    assert cache.page_table.shape == (1, 4)
+    cache.attend(x[:, :4], x[:, :4], x[:, :4], **tables)
+    with pytest.raises(ShapeError, match="rotary_cos: got 24 positions; expected at least 32"):
+        cache.attend(x[:, :1], x[:, :1], x[:, :1], **tables)
+
+
 def test_what_cannot_be_used_is_named() -> None:
-    with pytest.raises(OptionError, match="page_size: got 0"):
-        cuflash.KVCache(1, 1, 32, page_size=0)
+    for name, value in (("page_size", 0), ("batch", True), ("head_dim", -1), ("head_dim_v", 0), ("head_dim_v", -3), ("num_heads", 2.0)):
+        with pytest.raises(OptionError, match=f"{name}: got {value}"):
+            cuflash.KVCache(**{"batch": 1, "num_heads": 1, "head_dim": 32, name: value})
+    assert cuflash.KVCache(numpy.int64(1), numpy.int32(2), 32, head_dim_v=numpy.int64(16)).values.shape == (1, 64, 2, 16)
+    with pytest.raises(OptionError, match=r"xp: got the module math; expected numpy or cupy.*flash_attn_with_kvcache"):
+        cuflash.KVCache(1, 1, 32, xp=math)
     cache = cuflash.KVCache(1, 1, 32)
+    x: Any = numpy.zeros((1, 1, 1, 32), "float16")
+    for name in ("layout", "page_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad"):
+        with pytest.raises(OptionError, match=f"{name}: got .*the cache has its own"):
+            cache.attend(x, x, x, **{name: "bhsd"})
     with pytest.raises(OptionError, match="length: got 1; expected 0 to 0"):
         cache.truncate(0, 1)

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy
 import pytest
-from conftest import HAS_GPU, Target
+from caches import CacheCall
+from conftest import HAS_GPU, Target, poison_new_memory
 
 import cuflash
 from cuflash import Tile
@@ -82,6 +83,26 @@ def test_lengths_of_rows(decoder: Target) -> None:
     lengths = decoder.place(numpy.array([0, 1, 63, 64, 200], numpy.int32))
     results = decoder.check(*operands(decoder, shapes), backward=False, tile=SPLIT, seqlens_kv=lengths)
     assert numpy.isneginf(decoder.as_numpy(results.lse)[0]).all()
+
+
+@pytest.mark.parametrize("tile", [Tile(48, 16, 1, 2), Tile(96, 32, 2, 2)], ids=str)
+def test_a_tile_may_have_more_rows_than_threads(tile: Tile, simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits without keys say so for all of them."""
+    poison_new_memory(monkeypatch)
+    call = CacheCall((tile.tile_kv,), seqlen_q=tile.tile_q, heads_q=1, options={"num_splits": 4, "tile": {"forward_split": tile}})
+    call.check(simulator)
+
+
+@pytest.mark.parametrize("lowest", [-1e9, float(numpy.finfo("float32").min)])
+def test_masks_so_large_that_an_lse_swallows_the_sum(lowest: float, decoder: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are one number for float32, and keys are split unequally: each counts as much as any other."""
+    monkeypatch.setenv(VARIABLE, "1")
+    shapes = {"query": (1, 2, 1, 32), "key": (1, 129, 1, 32), "value": (1, 129, 1, 32)}
+    mask = decoder.place(numpy.full((2, 129), lowest, numpy.float32))
+    query, key, value = operands(decoder, shapes)
+    assert kernels(query, key, value, attn_mask=mask) == ["forward_split", "merge_attention"]
+    out = decoder.host(cuflash.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+    numpy.testing.assert_allclose(out[0, :, 0], numpy.broadcast_to(decoder.host(value)[0, :, 0].mean(axis=0), (2, 32)), atol=1e-3)
 
 
 # --- Where it runs ------------------------------------------------------------------------------------------------------------------------

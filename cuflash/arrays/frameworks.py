@@ -37,6 +37,11 @@ class BFloat16Bits:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.bits.shape)
 
+    @property
+    def flags(self) -> Any:
+        """Of `bits`, such as whether they may be written."""
+        return self.bits.flags
+
     def to_float32(self) -> Any:
         """A new float32 array of the same shape and library with the same values: every bfloat16 is the upper half of a float32."""
         return (self.bits.astype("uint32") << 16).view("float32")

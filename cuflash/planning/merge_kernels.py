@@ -25,7 +25,15 @@ def row_tiles(spec: KernelSpec, seqlen_q: int, head_dim: int) -> int:
 
 
 def merge_kernel(
-    spec: KernelSpec, on: Device, dtype: str, num_blocks: int, *, num_tiles: int = 0, head_dim: int = 0, part_dtype: str | None = None
+    spec: KernelSpec,
+    on: Device,
+    dtype: str,
+    num_blocks: int,
+    *,
+    num_tiles: int = 0,
+    head_dim: int = 0,
+    part_dtype: str | None = None,
+    parts_have_sums: bool = False,
 ) -> KernelPlan:
     """One of the kernels, which depend on element types alone: no head dimension or number of parts compiles anything.
 
@@ -36,11 +44,13 @@ def merge_kernel(
         num_blocks: of the launch.
         num_tiles, head_dim: blocks of one (batch, head) and columns of a row, for calls whose plan fills in the struct.
         part_dtype: of the parts, if it is another one.
+        parts_have_sums: their LSE comes as reference and sum (kernels/tile/merge.cuh).
     """
     constants: dict[str, int | bool | str] = {
         "CAPABILITY": on.capability,
         "NUM_WARPS": spec.num_warps,
         "PartElement": CPP_ELEMENTS[part_dtype or dtype],
+        "PARTS_HAVE_SUMS": parts_have_sums,
     }
     shape = LaunchShape(num_blocks, 32 * spec.num_warps, 0)
     return KernelPlan(KernelCase(spec, dtype, head_dim), Tile(1, 1, spec.num_warps, 1), config_text(dtype, constants), shape, num_tiles)

@@ -26,6 +26,7 @@ VARIABLE = "CUFLASH_DECODE"
 MAX_QUERIES = 16
 """Of an ordinary call that takes the kernel by itself: with more, the others read keys less often."""
 MAX_SPLITS = 256
+_MAX_ROWS = 2**31 - 2**10  # packed; with the empty ones of the last tile they are 32-bit numbers
 INVARIANT_KEYS = 1024
 """Of a split, where a row's bits must not depend on the batch."""
 
@@ -56,6 +57,8 @@ def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
     if (lacking := tile_rules.lacking(case_of(problem), device)) is not None:
         return lacking
+    if (rows := _packed_rows(problem)) > _MAX_ROWS:
+        return f"it counts queries of all heads that share a key head up to {_MAX_ROWS}, and these are {rows}"
     for name in _UNKNOWN_FEATURES:
         if getattr(problem.features.kinds, name):
             return f"it knows no {name}"
@@ -69,9 +72,18 @@ def check(problem: Problem, device: Device) -> None:
         UnsupportedError: it cannot run.
     """
     if (reason := why_not(problem, device)) is not None:
-        hint = "Write new keys into the cache, and call scaled_dot_product_attention(query, key_cache, value_cache, seqlens_kv=…, causal_alignment='bottom_right')."
+        cache = problem.cache
+        assert cache is not None
+        steps = ["write new keys into the cache"] if cache.new is not None else []
+        steps += ["rotate query and new keys before"] if cache.rotary is not None else []
+        steps += ["gather the pages of each sequence into one row"] if cache.page_size else []
+        call = "call scaled_dot_product_attention(query, keys, values, seqlens_kv=…, causal_alignment='bottom_right', enable_gqa=True)"
+        hint = ", ".join([*steps, call])
         raise UnsupportedError(
-            "query", f"a call that the kernel for caches cannot do: {reason}", "float16 or bfloat16 on sm_80 or later", hint
+            "query",
+            f"a call that the kernel for caches cannot do: {reason}",
+            "float16 or bfloat16, a head_dim of at most 256, on sm_80 or later",
+            f"{hint[0].upper()}{hint[1:]}.",
         )
 
 
@@ -163,15 +175,17 @@ def merging_kernels(split: KernelPlan, problem: Problem, device: Device) -> tupl
     num_tiles = merge_kernels.row_tiles(MERGE_ATTENTION, problem.seqlen_q, problem.head_dim_v)
     num_blocks = num_tiles * problem.num_heads_q * problem.batch
     merging = merge_kernels.merge_kernel(
-        MERGE_ATTENTION, device, problem.dtype, num_blocks, num_tiles=num_tiles, head_dim=problem.head_dim_v, part_dtype="float32"
-    )
+        MERGE_ATTENTION, device, problem.dtype, num_blocks, num_tiles=num_tiles, head_dim=problem.head_dim_v, part_dtype="float32",
+        parts_have_sums=problem.features.kinds.additive_mask,
+    )  # fmt: skip
     return (merging,)
 
 
 def workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
-    """The parts."""
+    """The parts. With an additive mask, whose scores may be huge, LSE is reference and sum, one behind the other."""
     count = max((kernel.splits.number for kernel in kernels), default=1)
     if count == 1:
         return ()
     rows = (count, problem.batch, problem.num_heads_q, problem.seqlen_q)
-    return Buffer(PARTS[0], (*rows, problem.head_dim_v), "float32"), Buffer(PARTS[1], rows, "float32")
+    lse_shape = (*rows, 2) if problem.features.kinds.additive_mask else rows
+    return Buffer(PARTS[0], (*rows, problem.head_dim_v), "float32"), Buffer(PARTS[1], lse_shape, "float32")

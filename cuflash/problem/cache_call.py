@@ -17,7 +17,7 @@ from cuflash.errors import ArgumentError, DTypeError, OptionError, ShapeError, U
 from cuflash.problem import options
 from cuflash.problem.cache import Cache, NewRows, Rotary
 from cuflash.problem.checks import cast_to, check_dtypes, check_same_kind
-from cuflash.problem.features import Extents, check_features
+from cuflash.problem.features import Extents, check_features, check_window
 from cuflash.problem.layout import Layout, View, overlaps_itself, share_memory
 from cuflash.problem.options import Options, Window
 from cuflash.problem.problem import MAX_EXTENT, MAX_HEAD_DIM, Problem
@@ -101,12 +101,12 @@ def make_cache_problem(arrays: Mapping[str, Array], given: CacheOptions) -> Prob
     _check_per_sequence("cache_seqlens", arrays["cache_seqlens"], batch, "how many keys the cache has of each sequence")
     cache, capacity = _check_places(arrays, views, batch)
     new = _check_new(arrays, views, form, batch, capacity)
-    rotary = _check_rotary(arrays, given.rotary_interleaved, head_dim, has_new=new is not None)
+    rotary = _check_rotary(arrays, given.rotary_interleaved, head_dim, capacity, has_new=new is not None)
     chosen_scale = head_dim**-0.5 if scale is None else scale
     features = check_features(
         Extents(batch, num_heads_q, seqlen_q, capacity, query),
         arrays,
-        Options(is_causal=is_causal, window=given.window, softcap=given.softcap),
+        Options(is_causal=is_causal, window=_window_that_hides(given.window, capacity, seqlen_q), softcap=given.softcap),
         is_causal=is_causal,
         scale=chosen_scale,
     )
@@ -257,6 +257,9 @@ def _check_new(arrays: Mapping[str, Array], views: Mapping[str, View], form: Lay
     if "key" not in arrays:
         return None
     count = views["key"].shape[1]
+    if share_memory(arrays["key_cache"], arrays["value_cache"]):
+        hint = "Pass arrays of their own, or halves of one array, such as cache[:, :, 0] and cache[:, :, 1]."
+        raise ArgumentError("value_cache", "an array that shares memory with key_cache", "memory that key_cache does not use", hint)
     for name in ("key", "value"):
         expected = (batch, count, *views[f"{name}_cache"].shape[2:])
         if views[name].shape != expected:
@@ -282,8 +285,8 @@ def _check_new(arrays: Mapping[str, Array], views: Mapping[str, View], form: Lay
     return NewRows(count, views["key"], views["value"]) if count else None
 
 
-def _check_rotary(arrays: Mapping[str, Array], interleaved: object, head_dim: int, *, has_new: bool) -> Rotary | None:
-    """Tables of cos and sin: (positions, rotary_dim / 2), in the type of query or float32."""
+def _check_rotary(arrays: Mapping[str, Array], interleaved: object, head_dim: int, capacity: int, *, has_new: bool) -> Rotary | None:
+    """Tables of cos and sin: (positions, rotary_dim / 2), in the type of query or float32, with a position for each key that there is room for."""
     tables = {name: arrays[name] for name in ("rotary_cos", "rotary_sin") if name in arrays}
     if not tables:
         if interleaved is not None:
@@ -316,9 +319,19 @@ def _check_rotary(arrays: Mapping[str, Array], interleaved: object, head_dim: in
         raise ShapeError(
             "rotary_sin", f"{sin.dtype} {sin.shape}", f"{cos.dtype} {cos.shape}, like rotary_cos", "Pass tables of the same positions."
         )
+    if cos.shape[0] < capacity:
+        hint = "Make the tables longer" + ("; or pass fewer columns of page_table." if "page_table" in arrays else ".")
+        raise ShapeError("rotary_cos", f"{cos.shape[0]} positions", f"at least {capacity}, the keys that a sequence has room for", hint)
     return Rotary(
         2 * cos.shape[1], cos.shape[0], cos.dtype, options.check_bool("rotary_interleaved", interleaved), (cos.strides[0], sin.strides[0])
     )
+
+
+def _window_that_hides(window: Window, capacity: int, seqlen_q: int) -> Window:
+    """The window, or None where neither limit hides anything in a cache of this room, as in flash-attn."""
+    left, right = check_window(window)
+    hides_none = (left is None or left >= capacity) and (right is None or right >= max(capacity, seqlen_q))
+    return None if hides_none else window
 
 
 def _check_num_splits(num_splits: object, batch_invariant: bool) -> int | None:
@@ -345,13 +358,14 @@ def check_positions(problem: Problem, addresses: Mapping[str, int]) -> None:
     cache = problem.cache
     assert cache is not None
     new = 0 if cache.new is None else cache.new.count
+    positions = max(new, problem.seqlen_q if problem.queries_advance else 1)
     lengths = list(_numbers(addresses["cache_seqlens"], problem.batch))
     for i, length in enumerate(lengths):
         if not 0 <= length <= problem.seqlen_kv - new:
             room = f"room for {problem.seqlen_kv} keys" + (f", {new} of them new" if new else "")
             raise OptionError("cache_seqlens", f"{length} at {i}", f"0 to {problem.seqlen_kv - new}", f"The cache has {room}.")
-        if cache.rotary is not None and length + new > cache.rotary.rows:
-            got = f"{cache.rotary.rows} positions, while sequence {i} has {length + new} keys"
+        if cache.rotary is not None and length + positions > cache.rotary.rows:
+            got = f"{cache.rotary.rows} positions, while queries and new keys of sequence {i} stand at {length} to {length + positions - 1}"
             raise OptionError("rotary_cos", got, "a row for each position of a sequence", "Make the tables longer.")
     if "cache_batch_idx" in addresses:
         _check_range("cache_batch_idx", _numbers(addresses["cache_batch_idx"], problem.batch), cache.num_rows, "rows of the cache")

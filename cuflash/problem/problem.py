@@ -120,6 +120,11 @@ class Problem:
         return (low if low == -UNLIMITED else low + self.causal_offset), (high if high == UNLIMITED else high + self.causal_offset)
 
     @property
+    def queries_advance(self) -> bool:
+        """With rotary embedding queries stand one behind the other, since a causal mask or a window asks for their order; else all at the first place."""
+        return self.is_causal or self.features.kinds.window
+
+    @property
     def list_extents(self) -> tuple[int, int]:
         """For how many batches and heads the lists of visible tiles differ."""
         kinds, mask = self.features.kinds, self.features.attn_mask

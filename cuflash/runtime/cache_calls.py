@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -19,7 +19,7 @@ from cuflash.problem.checks import check_out
 from cuflash.problem.layout import View
 from cuflash.runtime import calls, launch
 from cuflash.runtime.arguments import Value, Values
-from cuflash.runtime.prepared import PreparedForward
+from cuflash.runtime.prepared import PreparedForward, may_be_written
 
 
 def attend(operands: CacheOperands, options: CacheOptions) -> Any:
@@ -36,7 +36,7 @@ def _attend(operands: CacheOperands, options: CacheOptions) -> Any:
         return call.run(addresses, operands.out)
 
     arrays, planned = _planned(operands, options)
-    calls.refuse_autograd(arrays, "scaled_dot_product_attention_backward, without a cache")
+    calls.refuse_autograd(arrays, "Caches have no gradients: call it within torch.no_grad(), or pass {name}.detach().")
     out = None if operands.out is None else borrow(operands.out, "out")
     view = None if out is None else check_out(planned.problem, planned.problem.layout, out, arrays)
     executables = [launch.executable(kernel, planned.device) for kernel in planned.kernels]
@@ -84,6 +84,17 @@ def _find(operands: CacheOperands, options: CacheOptions) -> tuple[Hashable | No
 class PreparedCacheCall(PreparedForward):
     """A call with everything but the addresses decided; arrays have the names of the arguments."""
 
+    def __init__(
+        self,
+        plan: Plan,
+        executables: Sequence[launch.Executable],
+        inputs: Mapping[str, Array],
+        given: Array | None,
+        given_view: View | None,
+    ) -> None:
+        super().__init__(plan, executables, inputs, given, given_view)
+        self._distance = inputs["value_cache"].pointer - inputs["key_cache"].pointer  # at which caches were found to share nothing
+
     def operands(self) -> dict[str, tuple[str, View]]:
         problem, cache = self.problem, self.problem.cache
         assert cache is not None
@@ -112,7 +123,7 @@ class PreparedCacheCall(PreparedForward):
             values |= {
                 "rotary_cos": "rotary_cos", "rotary_sin": "rotary_sin", "stride_cos": rotary.strides[0], "stride_sin": rotary.strides[1],
                 "rotary_dim": rotary.dim, "rotary_rows": rotary.rows, "rotary_interleaved": rotary.interleaved,
-                "queries_advance": problem.is_causal or problem.features.kinds.window,
+                "queries_advance": problem.queries_advance,
             }  # fmt: skip
         return values
 
@@ -121,7 +132,10 @@ class PreparedCacheCall(PreparedForward):
         cache = self.problem.cache
         if cache is None or cache.new is None:
             return True
-        if not all(getattr(getattr(x, "flags", None), "writeable", True) for x in (operands.key_cache, operands.value_cache)):
+        if not (may_be_written(operands.key_cache) and may_be_written(operands.value_cache)):
+            return False
+        distance = addresses["value_cache"] - addresses["key_cache"]
+        if distance != self._distance and self._may_share(distance):
             return False
         for name, low, high in self._appended:
             begin, end = addresses[name] + low, addresses[name] + high
@@ -129,6 +143,11 @@ class PreparedCacheCall(PreparedForward):
                 if addresses[written] + written_low < end and begin < addresses[written] + written_high:
                     return False
         return True
+
+    def _may_share(self, distance: int) -> bool:
+        """Whether the bytes between the ends of key and value cache overlap, so many bytes apart."""
+        (_, key_low, key_high), (_, value_low, value_high) = self._caches
+        return distance + value_low < key_high and key_low < distance + value_high
 
     @functools.cached_property
     def _caches(self) -> list[tuple[str, int, int]]:

@@ -103,15 +103,19 @@ def _by_argument(arrays: Mapping[str, Array]) -> dict[str, Array]:
     return {"dropout_seed" if name == "dropout_state" else name: array for name, array in arrays.items()}
 
 
-def refuse_autograd(arrays: Mapping[str, Array], backward: str = "scaled_dot_product_attention_backward") -> None:
-    """A tensor that autograd records would silently lose its gradient here; `backward` is the function that computes it."""
+_GRADIENTS = (
+    "Call cuflash.torch, which autograd records; or pass {name}.detach() and compute gradients with scaled_dot_product_attention_backward."
+)
+
+
+def refuse_autograd(arrays: Mapping[str, Array], hint: str = _GRADIENTS) -> None:
+    """A tensor that autograd records would silently lose its gradient here; `hint` says where it is to be had, of an argument {name}."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.is_grad_enabled():
         return
     for name, array in arrays.items():
         if attribute(array.owner, "requires_grad"):
-            hint = f"Call cuflash.torch, which autograd records; or pass {name}.detach() and compute gradients with {backward}."
-            raise UnsupportedError(name, "a tensor that requires grad", "a tensor outside of autograd", hint)
+            raise UnsupportedError(name, "a tensor that requires grad", "a tensor outside of autograd", hint.format(name=name))
 
 
 # --- Calls that are remembered ------------------------------------------------------------------------------------------------------------

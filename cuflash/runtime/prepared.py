@@ -201,11 +201,12 @@ class PreparedForward(PreparedCall):
         count, batch, heads, seqlen, head_dim = out.shape
         stride_head = seqlen * head_dim
         view = View((batch, seqlen, heads, head_dim), (heads * stride_head, head_dim, stride_head, 1))
+        floats = prod(lse.shape[4:])  # of the LSE of a row
         part = {
             "out": arguments.tensor(out.name, view, view.aligned16(FLOAT_BYTES)),
-            "lse": arguments.rows(lse.name, (heads * seqlen, seqlen, 1)),
+            "lse": arguments.rows(lse.name, (heads * seqlen * floats, seqlen * floats, floats)),
         }
-        steps = {"stride_part_out": batch * heads * stride_head, "stride_part_lse": batch * heads * seqlen}
+        steps = {"stride_part_out": batch * heads * stride_head, "stride_part_lse": batch * heads * seqlen * floats}
         return {
             "seqlen_q": seqlen, "num_heads": heads, "lanes": row_lanes(head_dim),
             "parts": {**steps, "num_parts": count, "one_array": True, "listed": [part]},
@@ -219,8 +220,7 @@ class PreparedForward(PreparedCall):
 
     def may_write(self, out: Any, addresses: dict[str, int]) -> bool:
         """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""
-        flags = getattr(out, "flags", None)
-        if not getattr(flags, "writeable", True):
+        if not may_be_written(out):
             return False
         low, size = self.extents["out"]
         first = addresses["out"] + low
@@ -287,6 +287,11 @@ class PreparedBackward(PreparedCall):
         for buffer, gradient in zip(self.plan.outputs[3:], finished[3:], strict=True):
             setattr(of_inputs, buffer.name.removeprefix("grad_"), gradient)
         return of_inputs
+
+
+def may_be_written(array: Any) -> bool:
+    """Whether an array of a signature that was seen may be written, which signatures do not tell."""
+    return getattr(getattr(array, "flags", None), "writeable", True) and not getattr(array, "requires_grad", False)
 
 
 def _contiguous_or_broadcast(extents: tuple[int, ...]) -> tuple[int, ...]:

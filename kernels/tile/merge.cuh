@@ -10,6 +10,7 @@
 
 using Element = Config::Element;
 using PartElement = Config::PartElement;  // of the parts: float where they are sums that are not rounded yet
+constexpr bool PARTS_HAVE_SUMS = Config::PARTS_HAVE_SUMS;  // behind each reference in memory
 
 constexpr int NUM_THREADS = Config::NUM_WARPS * WARP_SIZE;
 
@@ -37,6 +38,13 @@ struct Row {
   }
 };
 
+// exp(LSE) of a row of a part is sum * exp(reference). Parts without sums have LSE itself for a reference.
+struct PartLse {
+  float reference, sum;
+
+  DEVICE bool is_empty() const { return reference == -infinity(); }
+};
+
 // This row of one part.
 struct PartRow {
   const PartElement* out;
@@ -52,9 +60,10 @@ struct PartRow {
     out += i * parts.stride_part_out;
   }
 
-  DEVICE static float load_lse(const MergeParts& parts, const Row& row, int i) {
+  DEVICE static PartLse load_lse(const MergeParts& parts, const Row& row, int i) {
     const float* lse = parts.table != nullptr ? row.of(parts.table[i].lse) : row.of(parts.listed_part(i).lse);
-    return lse[i * parts.stride_part_lse];
+    lse += i * parts.stride_part_lse;
+    return {lse[0], PARTS_HAVE_SUMS ? lse[1] : 1.0f};
   }
 
  private:
@@ -65,27 +74,31 @@ struct PartRow {
   }
 };
 
-// exp(lse - lse of all parts) of a row's parts, from their largest lse and the sum of exp(lse - largest): differences of huge numbers are exact.
+// exp(lse - lse of all parts) of a row's parts, from their largest reference and the sum of exp(lse - it): differences of huge numbers are exact.
 struct Weights {
   float reference = 0.0f;  // 0 where all parts are empty
+  float sum = 0.0f;  // 0 there
   float log2_sum = -infinity();  // -inf there
 
   DEVICE Weights() {}
-  DEVICE explicit Weights(float lse) : reference(lse), log2_sum(0.0f) {}
+  DEVICE explicit Weights(float lse) : reference(lse), sum(1.0f), log2_sum(0.0f) {}
 
   DEVICE Weights(const MergeParts& parts, const Row& row) {
     float largest = -infinity();
-    for (int i = 0; i < parts.num_parts; ++i) largest = fmaxf(largest, PartRow::load_lse(parts, row, i));
+    for (int i = 0; i < parts.num_parts; ++i) largest = fmaxf(largest, PartRow::load_lse(parts, row, i).reference);
     reference = largest == -infinity() ? 0.0f : largest;
-    float sum = 0.0f;
-    for (int i = 0; i < parts.num_parts; ++i) sum += ex2((PartRow::load_lse(parts, row, i) - reference) * LOG2_E);
+    for (int i = 0; i < parts.num_parts; ++i) {
+      const PartLse part = PartRow::load_lse(parts, row, i);
+      sum += ex2((part.reference - reference) * LOG2_E) * part.sum;
+    }
     log2_sum = lg2(sum);
   }
 
   DEVICE float lse() const { return __fmaf_rn(log2_sum, LN_2, reference); }
 
   // Of a part that is not empty.
-  DEVICE float of(float lse) const { return ex2(__fmaf_rn(lse - reference, LOG2_E, -log2_sum)); }
+  DEVICE float of(const PartLse& part) const {
+    if constexpr (PARTS_HAVE_SUMS) return ex2((part.reference - reference) * LOG2_E) * (part.sum / sum);  // exactly 1 where others are empty
+    return ex2(__fmaf_rn(part.reference - reference, LOG2_E, -log2_sum));
+  }
 };
-
-DEVICE bool is_empty(float lse) { return lse == -infinity(); }

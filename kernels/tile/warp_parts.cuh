@@ -36,8 +36,10 @@ struct WholeRow {
     for (int warp = 0; warp < NUM_WARPS; ++warp) sum = __fmaf_rn(state[warp].y, WarpSoftmax<1>::rescale(state[warp].x, reference), sum);
   }
 
+  DEVICE bool is_empty() const { return sum == 0.0f; }
   DEVICE float lse() const { return WarpSoftmax<1>::lse_of(reference, sum); }
-  DEVICE float inverse() const { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+  DEVICE float natural_sum() const { return sum * (1.0f / float(1 << PROBABILITY_SHIFT)); }  // with an additive mask LSE = reference + log of it
+  DEVICE float inverse() const { return is_empty() ? 0.0f : 1.0f / sum; }
 };
 
 // The state of this warp's softmax, for all warps to see behind a barrier.

@@ -11,7 +11,7 @@ import torch
 from written_out import assert_close, assert_same_gradients, attention, leaves
 
 from cuflash import flash_attn
-from cuflash.errors import OptionError, UnsupportedError
+from cuflash.errors import ArgumentError, OptionError, ShapeError, UnsupportedError
 
 TAIL = "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False"
 PACKED_HEAD = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
@@ -206,6 +206,17 @@ def test_a_step_with_a_cache(device: Any, page_size: int | None) -> None:
     assert torch.equal(whole, flash_attn.flash_attn_with_kvcache(q, *caches, cache_seqlens=64, block_table=table))
     with pytest.raises(OptionError, match="cache_seqlens"):
         flash_attn.flash_attn_with_kvcache(q, *caches, k, v, block_table=table)
+    with pytest.raises(ShapeError, match="rotary_cos: got 63 positions; expected at least 64"):
+        flash_attn.flash_attn_with_kvcache(q, *caches, k, v, angles[:63], angles[:63], lengths, block_table=table)
+    recorded = q.clone().requires_grad_()
+    with pytest.raises(UnsupportedError, match=r"query: .*Caches have no gradients: .*torch.no_grad\(\), or pass query.detach\(\)"):
+        flash_attn.flash_attn_with_kvcache(recorded, *caches, block_table=table)
+    with torch.no_grad():
+        assert torch.equal(whole, flash_attn.flash_attn_with_kvcache(recorded, *caches, block_table=table))
+        flash_attn.flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths, block_table=table)
+        parameter = caches[1].clone().requires_grad_()
+        with pytest.raises(ArgumentError, match=r"value_cache: .*requires grad"):  # in a warm call too
+            flash_attn.flash_attn_with_kvcache(q, caches[0], parameter, k, v, cache_seqlens=lengths, block_table=table)
 
 
 def rotated(x: Any, angles: Any) -> Any:
