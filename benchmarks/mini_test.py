@@ -4,7 +4,8 @@
     python benchmarks/mini_test.py --small              # a tiny one, on the simulator without a GPU: whether this program works; its times mean nothing
 
 All ways start from the same parameters and see the same input and target; the loss is the mean squared error, the optimizer plain gradient descent. Without
-dropout their losses are the same to rounding, and the program says how far they are apart; with it each way draws masks of its own.
+dropout their losses are the same to rounding, and the program says how far they are apart; with it each way draws masks of its own. The loss is computed in
+float32 and scaled for the backward pass, the learning rate is divided by the same power of two: gradients of a mean over millions of numbers are subnormal in float16.
 
     standard      scores, softmax and dropout written out
     torch         torch.nn.MultiheadAttention
@@ -13,7 +14,7 @@ dropout their losses are the same to rounding, and the program says how far they
     cuflash       cuflash.torch.MultiheadAttention
     arrays        cuflash on CuPy arrays, on NumPy's without a GPU: no torch, gradients written out
 
-A way that cannot do a case has its reason in the table. Times are microseconds of all steps, by events on a GPU. One step goes before.
+A way that cannot do a case, or fails in it, has its reason in the table. Times are microseconds of all steps, by events on a GPU. One step goes before.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class Problem:
         hidden = torch.full((shape.seqlen, shape.seqlen), -math.inf).triu(1)
         self.mask = hidden.to(DEVICE, dtype) if case == "mask" else None
         self.dropout = DROPOUT if case == "dropout" else 0.0
+        # The largest power of two below an eighth of the number of errors: gradients of the output are an eighth to a quarter of an error.
+        self.loss_scale = 2.0 ** max(0, math.floor(math.log2(self.x.numel() / 8)))
 
 
 Attend = Callable[[Problem, Any, Any, Any], Any]
@@ -139,12 +142,12 @@ class OfTorch(nn.Module):
 
 def steps_in_torch(problem: Problem, model: nn.Module) -> Callable[[], Any]:
     """A step of training; it returns the loss."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE / problem.loss_scale)
 
     def step() -> Any:
         optimizer.zero_grad(set_to_none=True)
-        loss = F.mse_loss(model(problem.x), problem.target)
-        loss.backward()
+        loss = F.mse_loss(model(problem.x).float(), problem.target.float())
+        (problem.loss_scale * loss).backward()
         optimizer.step()
         return loss.detach()
 
@@ -176,11 +179,11 @@ def steps_on_arrays(problem: Problem) -> Callable[[], Any]:
         out, lse = cuflash.scaled_dot_product_attention(query, key, value, return_lse=True, **options)
         attended = out.reshape(x.shape)
         error = (attended @ own[3].T).astype("float32") - target.astype("float32")
-        grad = (error * (2 / error.size)).astype(dtype)
+        grad = (error * (2 * problem.loss_scale / error.size)).astype(dtype)
         grads = cuflash.scaled_dot_product_attention_backward((grad @ own[3]).reshape(heads), query, key, value, out, lse, **options)
         of_weights = [grad_of.reshape(x.shape).T @ x for grad_of in grads] + [grad.T @ attended]
         for weight, gradient in zip(weights, of_weights, strict=True):
-            weight -= RATE * gradient.astype("float32")
+            weight -= RATE / problem.loss_scale * gradient.astype("float32")
         return (error * error).mean()
 
     return step
@@ -205,16 +208,16 @@ def step_of(way: str, problem: Problem) -> Callable[[], Any]:
 
 
 def run(way: str, case: str, shape: Shape, dtype: torch.dtype, count: int) -> Result:
-    """Train for so many steps."""
+    """Train for so many steps; what one way fails at keeps no other from running."""
     torch.manual_seed(SEED)
     problem = Problem(shape, case, dtype)
     try:
         step = step_of(way, problem)
         losses = [step()]  # compiles
-    except (ImportError, NotImplementedError) as error:
+        microseconds = timed(lambda: losses.extend(step() for _ in range(count)))
+        return Result(way, case, shape, microseconds, tuple(map(float, losses)))
+    except (ImportError, RuntimeError, MemoryError) as error:  # it cannot do the case; or no memory, or a library's error
         return Result(way, case, shape, note=str(error).partition("\n")[0])
-    microseconds = timed(lambda: losses.extend(step() for _ in range(count)))
-    return Result(way, case, shape, microseconds, tuple(map(float, losses)))
 
 
 def timed(work: Callable[[], Any]) -> float:

@@ -31,10 +31,10 @@ simulator  60 + GPU against simulator, bit by bit -> simulator.json
 pytest    110 + the tests of the GPU -> pytest.xml
 constants  60 - what the timing model needs to know -> constants.json
 bench     105 - libraries side by side -> attention.csv
-sanitize   90 - memcheck, racecheck, initcheck, synccheck, side by side
+sanitize   80 - memcheck, racecheck, initcheck, synccheck, side by side
 features   50 - the same on a case of every score feature, kind of lengths and head dimension -> attention.csv
-tiles      40 - tiles beside the model's opinion -> tiles.csv
-autotune   60 - the tiles that calls on this GPU are to take -> tuning.json
+tiles      35 - tiles beside the model's opinion -> tiles.csv
+autotune   55 - the tiles that calls on this GPU are to take -> tuning.json
 host       20 - microseconds of a warm call -> host.json
 profile    45 - Nsight Compute on the worst case and on a common one -> logs/profile-*.txt
 figures    25 - tables and figures of all that

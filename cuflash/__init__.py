@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ShapeError,
         SimulatorError,
         TileError,
+        TuningError,
         UnsupportedError,
     )
     from cuflash.kv_cache import KVCache
@@ -70,6 +71,7 @@ _HOME = {
     "ShapeError": "errors",
     "SimulatorError": "errors",
     "TileError": "errors",
+    "TuningError": "errors",
     "UnsupportedError": "errors",
     "FeatureSet": "problem.features",
     "MergeGradients": "merging",
@@ -103,6 +105,7 @@ __all__ = [
     "Tile",
     "TileError",
     "Tuned",
+    "TuningError",
     "UnsupportedError",
     "__version__",
     "attention_with_kvcache",

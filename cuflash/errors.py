@@ -107,6 +107,10 @@ class CompilationForbiddenError(CompileError):
         return type(self), (self.missing, self.way_out)
 
 
+class TuningError(CuflashError, RuntimeError):
+    """A tuning run cannot go on, and no tile that it tried is to blame: no memory, no GPU, or a default tile that does not run."""
+
+
 class SimulatorError(CuflashError, RuntimeError):
     """The virtual machine stopped a kernel: an illegal access, a deadlock, an unknown instruction.
 

@@ -16,7 +16,8 @@
 // which tile of queries is in each stage of Q | which entry of its list is in each stage of K | mbarriers. At the end each warp's part of O passes
 // through its warpgroup's part of Q.
 //
-// mbarriers, for each stage of Q, K and V: "full", the tile has landed, and "empty", every warpgroup is done with it, or with Q every warp. One more:
+// mbarriers, for each stage of Q, K and V: "full", the tile has landed, and "empty", every warpgroup is done with it, of which one thread says so.
+// With Q, and with lists of tiles K, every warp says so for itself: each has read what lies beside the tile, and O of each goes through Q. One more:
 // the last tile of V of a sequence has landed, of which rows that belong to the next one are set to zero before it is "full", since 0 times NaN is
 // NaN.
 #include "tile/constants.cuh"

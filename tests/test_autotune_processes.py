@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +24,13 @@ from test_stand_in import environment, on_stand_in
 import cuflash
 from cuflash.__main__ import main
 from cuflash.cli.samples import numpy_call
-from cuflash.errors import OptionError, SetupError
+from cuflash.errors import OptionError, SetupError, TuningError
 from cuflash.jit import compiler, disassembly
 from cuflash.planning import tile_choice
 from cuflash.problem.tile import Tile
 from cuflash.runtime import calls
 from cuflash.tuned import store
-from cuflash.tuner import described_calls, tasks, worker
+from cuflash.tuner import described_calls, session, tasks, worker
 from cuflash.tuner.tasks import Task
 
 TIMED = pytest.mark.skipif(disassembly.find_nvdisasm() is None, reason="the timing model reads what nvdisasm says")
@@ -77,7 +81,7 @@ def test_wrong_crashing_and_uncompilable_candidates_are_caught(
     monkeypatch.setattr(tile_choice, "default_tile", lambda case, on: Tile(16, 16, 1, 1))
     (task,) = small_tasks()
     task = with_tiles(task, 80, 32, 48, 64, 96)
-    workers.compile_ahead([task])
+    workers.compile_ahead([(task, tile) for tile in task.tiles])
     found = [workers.evaluate(task, tile, None) for tile in task.tiles]
     assert found[0].milliseconds is not None
     assert found[1].note.startswith("wrong: ")
@@ -96,20 +100,120 @@ def test_a_process_that_dies_is_replaced(workers: worker.Workers) -> None:
     workers._process.kill()
     workers._process.wait()
     assert workers.evaluate(task, task.tiles[1], None).milliseconds is not None
-    process = workers._process
-    workers._connection.send("nothing that it knows")  # which ends it
-    crashed = workers.evaluate(task, task.tiles[1], None)
-    assert crashed.note.startswith("crashed: exit status ")
-    assert "AttributeError" in crashed.note
-    assert workers._process is not process
 
 
-def test_a_candidate_that_hangs_is_ended() -> None:
-    hasty = worker.Workers(ON, ahead=1, answer_timeout=0.01)
+def answering(program: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> worker.Workers:
+    """Workers whose process gets as far as a candidate and then runs a program."""
+    made = worker.Workers(ON, ahead=1, **options)
+    start = f"import os, signal, time; from multiprocessing.connection import Connection; from cuflash.tuner.worker import READY, Trouble; {program}"
+
+    def running() -> Any:
+        ours, theirs = worker.Pipe()
+        made._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        code = start.replace("CONNECTION", f"Connection({theirs.fileno()})")
+        made._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=(theirs.fileno(),), stderr=made._errors, cwd=ROOT)
+        theirs.close()
+        made._connection = ours
+        if "send(READY)" in program:
+            ours.poll(60)  # what starting takes is not what is waited for
+        return ours
+
+    monkeypatch.setattr(made, "_running", running)
+    return made
+
+
+def test_only_what_happens_after_the_default_is_a_candidates_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    (task,) = small_tasks(count=2)
+    default, other = task.tiles
+
+    def found(program: str, tile: Tile = other) -> str:
+        workers = answering(program, monkeypatch)
+        try:
+            return workers.evaluate(task, tile, None).note
+        finally:
+            workers.close()
+
+    assert found("c = CONNECTION; c.send(READY); os._exit(3)") == "crashed: exit status 3"
+    assert found("c = CONNECTION; c.send(READY); os.kill(os.getpid(), signal.SIGSEGV)") == "crashed: signal 11"
+    for program, words in (
+        ("os._exit(3)", "ended before the default tile's result: exit status 3"),
+        ("raise RuntimeError('no GPU')", "ended before the default tile's result: exit status 1; RuntimeError: no GPU"),
+        (
+            "c = CONNECTION; c.send(READY); os.kill(os.getpid(), signal.SIGKILL)",
+            "was ended by signal 9: by the system, if memory was short",
+        ),
+        ("c = CONNECTION; c.send(READY); c.send(Trouble('OutOfMemoryError: 3 GiB'))", "OutOfMemoryError: 3 GiB"),
+    ):
+        with pytest.raises(TuningError, match=re.escape(words)):
+            found(program)
+    with pytest.raises(TuningError, match=r"The default tile of forward, Tile\(.*\), cannot be timed: crashed: exit status 3"):
+        found("c = CONNECTION; c.send(READY); os._exit(3)", default)
+    with pytest.raises(SetupError, match="no CuPy"):
+        found("CONNECTION.send(Trouble('no CuPy', True))")
+
+
+def test_a_candidate_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    (task,) = small_tasks(count=2)
+    hang = "time.sleep(60)"
+    workers = answering(f"c = CONNECTION; c.send(READY); {hang}", monkeypatch, answer_timeout=0.1)
+    assert workers.evaluate(task, task.tiles[1], None).note == "hung: no answer for 0 s"
+    assert workers._process is None
+    workers = answering(f"c = CONNECTION; {hang}", monkeypatch, answer_timeout=0.1)
+    with pytest.raises(TuningError, match="The default tile's result does not come: no answer for 0 s"):
+        workers.evaluate(task, task.tiles[1], None)
+    monkeypatch.setattr(worker, "GRACE", 0.1)
+    workers = answering(f"c = CONNECTION; {hang}", monkeypatch)
+    with pytest.raises(session.OutOfTime):
+        workers.evaluate(task, task.tiles[1], None, 0.0)
+    workers.close()
+
+
+def test_a_compiler_that_takes_too_long_is_no_verdict(monkeypatch: pytest.MonkeyPatch, workers: worker.Workers) -> None:
+    (task,) = small_tasks(count=2)
+    monkeypatch.setattr(worker, "COMPILE_TIMEOUT", 0.0)
+    workers._compiled[task, task.tiles[1]] = [concurrent.futures.Future()]
+    assert workers.evaluate(task, task.tiles[1], None).note == "took long to compile: more than 0 s"
+    monkeypatch.setattr(worker, "GRACE", 0.0)
+    workers._compiled[task, task.tiles[1]] = [concurrent.futures.Future()]
+    with pytest.raises(session.OutOfTime):
+        workers.evaluate(task, task.tiles[1], None, 0.0)
+
+
+@TIMED
+def test_the_process_has_a_group_but_no_session_of_its_own(workers: worker.Workers) -> None:
+    """Ctrl-C reaches the tuner alone; whoever ends the tuner's session ends its process."""
     (task,) = small_tasks(count=1)
-    assert hasty.evaluate(task, task.tiles[0], None).note == "hung: no answer for 0 s"
-    assert hasty._process is None
-    hasty.close()
+    workers.evaluate(task, task.tiles[0], None)
+    assert workers._process is not None
+    pid = workers._process.pid
+    assert os.getpgid(pid) == pid
+    assert os.getsid(pid) == os.getsid(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system has such a signal")
+def test_the_process_never_outlives_the_one_that_tunes() -> None:
+    """Even if it hangs, so that it does not see that nobody waits for its answer: here it is stopped."""
+    program = (
+        "import os, signal, test_autotune; from cuflash.tuner.worker import Workers\n"
+        "workers = Workers(test_autotune.ON, ahead=1); (task,) = test_autotune.small_tasks(count=1)\n"
+        "workers.evaluate(task, task.tiles[0], None); pid = workers._process.pid; os.kill(pid, signal.SIGSTOP); print(pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    variables = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=variables, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    status, deadline = Path("/proc") / done.stdout.strip() / "stat", time.monotonic() + 20
+
+    def is_alive() -> bool:
+        try:
+            return status.read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    while is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive()
 
 
 def test_what_is_missing_ends_the_run(monkeypatch: pytest.MonkeyPatch, workers: worker.Workers) -> None:
@@ -120,7 +224,7 @@ def test_what_is_missing_ends_the_run(monkeypatch: pytest.MonkeyPatch, workers: 
 
     monkeypatch.setattr(worker.cache, "fetch", fetch)
     (task,) = small_tasks(count=1)
-    workers.compile_ahead([task])
+    workers.compile_ahead([(task, task.tiles[0])])
     with pytest.raises(SetupError, match="CuPy is missing"):
         workers.evaluate(task, task.tiles[0], None)
 
@@ -238,14 +342,14 @@ def test_candidates_are_compiled_ahead_for_a_gpu_that_is_absent(
 
 
 def test_on_the_stand_in_of_a_gpu(tmp_path: Path) -> None:
-    """Events, flushed caches, a process that loses its GPU with its twelfth launch, and a table that the next process takes."""
+    """Events, flushed caches, a process that loses its GPU with the first launch of a candidate, and a table that the next process takes."""
     table = tmp_path / "table.json"
     program = (
         "import sys; from cuflash.tuner import tasks, measuring; tasks.EFFORTS['quick'] = 2; measuring.MOST_LAUNCHES = 3\n"
         "from cuflash.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     options = ("--like", "--seqlen 40 --head-dim 16 --causal --pass backward", "--effort", "quick", "--output", str(table))
-    done = on_stand_in("-c", program, "autotune", *options, STAND_IN_LOSS=f"12 {tmp_path / 'lost'}")
+    done = on_stand_in("-c", program, "autotune", *options, STAND_IN_LOSS=f"kernel:6 {tmp_path / 'lost'}")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(table.read_text())
     assert found["device"]["name"] == "Stand-in 0"
@@ -255,6 +359,11 @@ def test_on_the_stand_in_of_a_gpu(tmp_path: Path) -> None:
     assert sum(note.startswith("crashed: ") for note in notes) == 1, notes
     assert all(entry["timer"] == "events" and entry["driver"] for entry in found["entries"])
     assert "not taken: backward_dkdv" in done.stdout
+    other = tmp_path / "other.json"
+    done = on_stand_in("-c", program, "autotune", *options[:-1], str(other), STAND_IN_LOSS=f"2 {tmp_path / 'lost too'}")
+    assert done.returncode != 0
+    assert "cudaErrorLaunchFailure" in done.stderr
+    assert not other.exists(), "the default tile's result is no candidate's to give"
 
 
 def test_ctrl_c_of_a_real_run(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from cuflash.cli import explanation
 from cuflash.cli.sample_features import SampleFeatures
 from cuflash.cli.samples import Sample
 from cuflash.hardware import device
-from cuflash.jit import disassembly
+from cuflash.jit import compiler, disassembly
 from cuflash.planning import planner
 from cuflash.problem.tile import Tile
 from cuflash.tuned import fingerprint, store
@@ -102,10 +102,11 @@ def test_whether_it_is_compiled(cold_cache: Path, monkeypatch: pytest.MonkeyPatc
     on, sample = device.of_arch("sm_80"), Sample(seqlen_q=20, seqlen_kv=20, head_dim=16)
     before = explanation.explain(sample, on, backward=False, predict=False)
     assert before.compiled == {"forward": False}
-    assert "compiled: not yet forward; " in explanation.lines(before)[-1]
+    by = "by NVRTC " + ".".join(map(str, compiler.nvrtc_version()))
+    assert f"compiled: not yet forward, {by}; " in explanation.lines(before)[-1]
     x = numpy.zeros((1, 20, 1, 16), numpy.float16)
     cuflash.scaled_dot_product_attention(x, x, x)
-    assert explanation.lines(explanation.explain(sample, on, backward=False, predict=False))[-1] == "compiled: all in the cache"
+    assert explanation.lines(explanation.explain(sample, on, backward=False, predict=False))[-1] == f"compiled: all in the cache, {by}"
     with_lists = replace(sample, features=SampleFeatures(attn_mask="bool"))
     assert explanation.explain(with_lists, on, backward=True, predict=False).compiled == dict.fromkeys(
         ("backward_delta", "visible_tiles", "backward_dkdv", "backward_dq"), False

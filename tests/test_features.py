@@ -177,6 +177,7 @@ def test_masks_that_are_read_in_pairs_of_keys(simulator: Target, dtype: str, seq
     assert got.bits() == want.bits()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", ["bool", "float16", "float32"])
 def test_mask_of_width_43_from_an_odd_address(target: Target, dtype: str) -> None:
     mask = boolean_mask(37, 43) if dtype == "bool" else additive_mask(37, 43, dtype=dtype)
@@ -195,6 +196,7 @@ def test_a_mask_far_apart(target: Target) -> None:
     numpy.testing.assert_allclose(target.host(out), want, atol=0.02)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
 def test_a_mask_wider_than_65536(simulator: Target, kind: str) -> None:
     """Only the last few keys are visible."""

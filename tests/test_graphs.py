@@ -69,6 +69,24 @@ def test_new_values_in_the_same_memory(gpu: Target) -> None:
     assert_same(got, both(*others, is_causal=True))
 
 
+def test_the_counter_of_tiles_is_zero_at_each_replay(gpu: Target) -> None:
+    """More tiles of queries than there are SMs, which see different numbers of keys: blocks of `forward_wgmma` take them from a counter."""
+    if gpu.device.capability != 90:
+        pytest.skip("the GPU is no sm_90")
+    shape = (8, 400, 12, 64)
+    inputs = [gpu.random(shape, "float16", seed) for seed in (1, 2, 3)]
+    others = [gpu.random(shape, "float16", seed) for seed in (4, 5, 6)]
+    options: dict[str, Any] = {"is_causal": True, "tile": {"forward_wgmma": cuflash.Tile(192, 128, 12, 2)}, "return_lse": True}
+    assert cuflash.plan(*inputs, **options).kernels[-1].counts_work
+
+    def change() -> None:
+        for array, other in zip(inputs, others, strict=True):
+            array[...] = other
+
+    got = replay(lambda: cuflash.scaled_dot_product_attention(*inputs, **options), change)
+    assert_same(got, cuflash.scaled_dot_product_attention(*others, **options))
+
+
 def test_a_replay_draws_another_dropout_mask(gpu: Target) -> None:
     inputs = [gpu.random((2, 130, 2, 64), "float16", seed) for seed in (1, 2, 3)]
     seed = gpu.place(numpy.array([7, 0], numpy.int64))

@@ -80,7 +80,7 @@ def is_quick(report: Report) -> bool:
     return seconds <= MAX_SECONDS or seconds <= MAX_SECONDS * yardstick_seconds() / YARDSTICK_SECONDS
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS, ids="D{}".format)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -18,13 +18,15 @@ import pytest
 from problems import checked
 
 import cuflash
+from cuflash.errors import CompileError
 from cuflash.hardware import device
-from cuflash.jit.compiler import Artifact
+from cuflash.jit.compiler import Artifact, KernelResources
 from cuflash.planning import planner
 from cuflash.planning.argument_structs import FORWARD_ARGUMENTS, MERGE_PARTS, ROW_VIEW, Struct
 from cuflash.planning.kernel_plan import LaunchShape
 from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.problem.problem import Problem
+from cuflash.problem.tile import Tile
 from cuflash.runtime import arguments, calls, launch
 from cuflash.runtime.arguments import Arguments
 
@@ -259,6 +261,28 @@ def test_a_gpu_gets_the_bytes_that_were_fetched(shared_bytes: int, monkeypatch: 
     setting = [("set", 77, 8, shared_bytes)] if shared_bytes > 48 * 1024 else []
     assert done == [("enter", 3), ("load", b"cubin"), ("function", kernel.entry), *setting, ("leave", 3)]
     assert (loaded._pointer, loaded._device) == (77, 3)
+
+
+SERIALIZED = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ... in the function 'forward_wgmma'"
+
+
+@pytest.mark.parametrize("tile", [Tile(192, 80, 12, 2), Tile(128, 80, 8, 2)], ids=str)
+@pytest.mark.parametrize("doctored", ["not", "fewer registers", "serialised"])
+def test_a_compilation_of_which_warps_would_wait_for_ever_is_not_run(doctored: str, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What setmaxnreg hands on are the registers that threads start with."""
+    on = device.of_arch("sm_90", "gpu")
+    query = numpy.zeros((1, 9, 1, 128), numpy.float16)
+    (kernel,) = planner.make_plan(checked(query, query, query), on, tile={"forward_wgmma": tile}).kernels
+    registers = {12: 128, 8: 168}[tile.num_warps] - 8 * (doctored == "fewer registers")
+    log = SERIALIZED if doctored == "serialised" else ""
+    artifact = Artifact(b"cubin", log, 0.0, (KernelResources("forward_wgmma", registers, 0, 0, 0, 0, 4),), "NVRTC 13.7")
+    if doctored == "not":
+        launch.refuse_what_would_hang(kernel, artifact)
+        return
+    monkeypatch.setattr(launch.cache, "fetch", lambda request: artifact)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())  # nothing is loaded
+    with pytest.raises(CompileError, match=r"NVRTC 13\.7 .* Another kernel takes the call: .* tile={'forward': …}"):
+        launch._GpuExecutable(kernel, on)
 
 
 # --- Host cost ----------------------------------------------------------------------------------------------------------------------------

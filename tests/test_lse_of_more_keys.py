@@ -86,6 +86,7 @@ def test_chunks_of_keys(target: Target, feature: str | None, dtype: str) -> None
     check_chunks(target, halves(target, target.half if dtype == "half" else dtype, options, options))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", ["half", "float32"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_chunks_of_keys_with_large_products(target: Target, masked: bool, dtype: str) -> None:
@@ -176,6 +177,7 @@ def test_gradients_of_chunks_add_up_to_those_of_all_keys(target: Target, shift: 
         numpy.testing.assert_allclose(got, getattr(want, name), **tolerance, err_msg=name)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("head_dims", [(128, 128), (512, 40)], ids=str)
 def test_other_head_dims(simulator: Target, head_dims: tuple[int, int]) -> None:
     """A kernel each for dK and dV, and slices."""

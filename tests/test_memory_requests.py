@@ -24,7 +24,7 @@ def profiles(arch: str, dtype: str, head_dim: int, monkeypatch: pytest.MonkeyPat
     return found
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize(("arch", "dtype"), [("sm_75", "float16"), ("sm_80", "float16"), ("sm_80", "bfloat16"), ("sm_90", "bfloat16")])
 def test_16_bit_tiles_have_no_bank_conflicts_and_whole_sectors(
@@ -45,6 +45,7 @@ def test_16_bit_tiles_have_no_bank_conflicts_and_whole_sectors(
                 assert operand.bytes_written == operand.sector_bytes_written == operand.size, name
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_float32_tiles_have_two_way_conflicts_in_the_epilogue_only(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, kernel in profiles("sm_80", "float32", head_dim, monkeypatch).items():
@@ -55,6 +56,7 @@ def test_float32_tiles_have_two_way_conflicts_in_the_epilogue_only(head_dim: int
         assert all(traffic.used == 2 * traffic.ideal for traffic in conflicts), name
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("head_dim", [40, 72, 200])
 def test_rows_that_are_no_whole_sectors_share_them_between_requests(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A piece of 32 bytes of a row that starts in the middle of a sector lies in two."""

@@ -25,6 +25,10 @@ class Terminal(io.StringIO):
         return True
 
 
+WHOLE_TILES = replace(SAMPLE, seqlen_q=384, seqlen_kv=384)
+"""What tiles of 64, 96 or 128 rows divide without a rest."""
+
+
 @pytest.fixture(scope="module")
 def forward() -> CallProfile:
     pytest.importorskip("cupy")
@@ -33,15 +37,15 @@ def forward() -> CallProfile:
 
 def test_an_estimate_grows_with_what_is_visited() -> None:
     """In proportion to batch and heads, by half with a causal mask, and to the band of a window; the backward pass comes after a forward pass."""
-    whole = estimate_seconds(SAMPLE)
-    assert estimate_seconds(replace(SAMPLE, batch=6, num_heads_q=4)) == pytest.approx(6 * whole)
-    long = replace(SAMPLE, seqlen_q=8192, seqlen_kv=8192)
+    whole = estimate_seconds(WHOLE_TILES)
+    assert estimate_seconds(replace(WHOLE_TILES, batch=6, num_heads_q=4)) == pytest.approx(6 * whole)
+    long = replace(WHOLE_TILES, seqlen_q=64 * 384, seqlen_kv=64 * 384)
     assert estimate_seconds(long) == pytest.approx(64**2 * whole)
     assert estimate_seconds(replace(long, is_causal=True)) == pytest.approx(estimate_seconds(long) / 2, rel=0.05)
     band = replace(long, features=SampleFeatures(window=(255, 256)))
-    assert estimate_seconds(band) == pytest.approx(estimate_seconds(long) * 512 / 8192, rel=0.5)
-    assert estimate_seconds(SAMPLE, "backward") == pytest.approx(4.5 * whole, rel=0.2)
-    assert estimate_seconds(replace(SAMPLE, dtype="float32")) > 2 * whole
+    assert estimate_seconds(band) == pytest.approx(estimate_seconds(long) * 512 / (64 * 384), rel=0.5)
+    assert estimate_seconds(WHOLE_TILES, "backward") == pytest.approx(4.5 * whole, rel=0.2)
+    assert estimate_seconds(replace(WHOLE_TILES, dtype="float32")) > 2 * whole
 
 
 def test_an_estimate_counts_threads_that_have_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,15 +58,15 @@ def test_an_estimate_counts_threads_that_have_blocks(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "sample",
     [
-        replace(SAMPLE, lengths_q=(128, 5)),
-        replace(SAMPLE, lengths_kv=(5, 128)),
-        replace(SAMPLE, features=SampleFeatures(segments=4)),
-        replace(SAMPLE, is_causal=True, features=SampleFeatures(prefix=100)),
+        replace(WHOLE_TILES, lengths_q=(384, 5)),
+        replace(WHOLE_TILES, lengths_kv=(5, 384)),
+        replace(WHOLE_TILES, features=SampleFeatures(segments=4)),
+        replace(WHOLE_TILES, is_causal=True, features=SampleFeatures(prefix=300)),
     ],
     ids=["packed", "seqlens_kv", "segments", "prefix"],
 )
 def test_an_estimate_takes_as_visited_what_data_may_hide(sample: Sample) -> None:
-    assert estimate_seconds(sample) == pytest.approx(estimate_seconds(SAMPLE))
+    assert estimate_seconds(sample) == pytest.approx(estimate_seconds(WHOLE_TILES))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -113,7 +117,9 @@ def rendered(result: CallProfile, view: View | None = None, stream: io.StringIO 
 def test_a_forward_call_of_whole_tiles(forward: CallProfile) -> None:
     (kernel,) = forward.kernels
     assert kernel.ctas == forward.plan.kernels[0].num_blocks
-    assert kernel.total.matrix_flops == forward.plan.problem.flops_forward
+    tile = forward.plan.kernels[0].tile
+    queries, keys = (ceil(128 / rows) * rows for rows in (tile.tile_q, tile.tile_kv))  # whole tiles are computed
+    assert kernel.total.matrix_flops * 128 * 128 == forward.plan.problem.flops_forward * queries * keys
     operands = {operand.name: operand for operand in kernel.operands}
     nbytes = 2 * 128 * 2 * 64 * 2
     assert {name: operand.size for name, operand in operands.items()} == dict.fromkeys(("query", "key", "value", "out"), nbytes)

@@ -88,7 +88,19 @@ def test_what_the_driver_is_told(driver: Driver) -> None:
 def test_a_map_is_made_for_an_address_once(driver: Driver) -> None:
     made = map_of()
     assert [made.at(address)[0:2] for address in (256, 256, 512, 512, 256)] == [b"\0\1", b"\0\1", b"\0\2", b"\0\2", b"\0\1"]
-    assert [call[2] for call in driver.calls] == [256, 512, 256]
+    assert [call[2] for call in driver.calls] == [256, 512]
+
+
+def test_maps_of_more_addresses_than_are_kept(driver: Driver) -> None:
+    made, most = map_of(), tensor_maps._MAX_MAPS
+    addresses = [256 * (1 + layer) for layer in range(most)]
+    for address in addresses * 2:
+        assert made.at(address)[:8] == address.to_bytes(8, "little")
+    assert len(driver.calls) == most
+    for address in (16, *addresses):
+        assert made.at(address)[:8] == address.to_bytes(8, "little")
+    assert len(driver.calls) == 2 * most + 1
+    assert len(made._maps) == 1
 
 
 @pytest.mark.parametrize(
@@ -164,6 +176,7 @@ def test_a_warm_call_finds_arrays_where_they_are(monkeypatch: pytest.MonkeyPatch
     second = cuflash.scaled_dot_product_attention(query, other, value)
     assert encoded[3:] == [other.ctypes.data]
     assert Target.bits(cuflash.scaled_dot_product_attention(query, other, value)) == Target.bits(second)
+    assert Target.bits(cuflash.scaled_dot_product_attention(query, key, value)) == Target.bits(first)
     assert len(encoded) == 4
     key[...] = other
     assert Target.bits(cuflash.scaled_dot_product_attention(query, key, value)) == Target.bits(second) != Target.bits(first)

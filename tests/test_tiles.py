@@ -261,7 +261,7 @@ def without_stages_on_turing(target: Target, tile: Tile) -> Tile:
     return tile if target.device.capability >= 80 else Tile(tile.tile_q, tile.tile_kv, tile.num_warps, 1)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("tile", FORWARD, ids=named)
 def test_pinned_forward_tile(target: Target, tile: Tile) -> None:
     """Every tile of a call is legal and used, one row of tiles after the other, masked and not."""
@@ -272,7 +272,7 @@ def test_pinned_forward_tile(target: Target, tile: Tile) -> None:
         target.check(query, key, value, backward=False, tile=tile, enable_gqa=True, **options)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tile", BACKWARD, ids=named)
 def test_pinned_backward_tile(target: Target, tile: Tile) -> None:
     """One tile for all: the dQ kernel takes it transposed."""

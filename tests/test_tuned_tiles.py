@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,30 @@ def test_the_order_of_the_look_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         planned(512)
 
 
+def test_a_later_plan_takes_the_same_tile_whatever_others_write(tmp_path: Path) -> None:
+    """So that bits do not change within a process."""
+    assert planned()[0] == DEFAULT
+    path, elsewhere = store.own_path(ON), tmp_path / "elsewhere.json"
+    assert path is not None
+    store.save(elsewhere, ON, entry())
+    path.parent.mkdir()
+    path.write_bytes(elsewhere.read_bytes())
+    path.chmod(0o600)
+    assert planned()[0] == DEFAULT, "another process has written it"
+    store.forget()
+    assert planned()[0] == FAST, "autotune asks anew"
+    save_own(entry(bucket(2048), OTHER, timings=(Timing(DEFAULT, 2.0), Timing(OTHER, 1.0))))
+    assert planned(2048)[0] == OTHER, "this process has written it"
+
+
+def test_plans_without_tables_are_so_in_one_thread_alone() -> None:
+    save_own(entry())
+    with ThreadPoolExecutor(1) as pool, store.untuned():
+        assert planned()[0] == DEFAULT
+        assert pool.submit(planned).result()[0] == FAST
+    assert planned()[0] == FAST
+
+
 def test_the_plan_prints_where_its_tile_is_from() -> None:
     save_own(entry())
     assert "  tile by    forward: timed for seqlen up to 1024 x 1024 (the user's table)" in str(cuflash.plan(*arrays())).splitlines()
@@ -281,7 +306,11 @@ def test_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert near(bucket(4096)) == 4
     assert near(bucket(512, dtype="bfloat16")) == 2.5, "the kernels of both 16-bit types are alike"
     assert near(bucket(8192)) is None
-    assert bucket(1024, seqlen_q=1).distance(bucket(1024, seqlen_q=64)) is None, "decoding"
+    for seqlen in (2, 16, 64):
+        assert bucket(1024, seqlen_q=1).distance(bucket(1024, seqlen_q=seqlen)) is None, "decoding"
+    windows = [bucket(1024, features=("window",), window=keys) for keys in (64, 128)]
+    assert windows[0].distance(windows[1]) == 1
+    assert str(windows[0]) == "forward, float16, head_dim 64, seqlen up to 1024, full, window up to 64"
     for change in (
         {"causal": True},
         {"features": ("window",)},
@@ -295,7 +324,9 @@ def test_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = numpy.zeros((100, 100), bool)
     problem = cuflash.plan(*x, attn_mask=mask, window=(5, 5), is_causal=True).problem
     case = KernelCase(FORWARD, "float16", 64, features=problem.features.kinds)
-    assert tuned_tiles.bucket_of(case, problem, ON) == bucket(128, causal=True, features=("attn_mask of bool", "window"), grid="few")
+    assert tuned_tiles.bucket_of(case, problem, ON) == bucket(
+        128, causal=True, features=("attn_mask of bool", "window"), grid="few", window=8
+    )
     packed = cuflash.varlen_plan(numpy.zeros((50, 8, 64), numpy.float16), *[numpy.zeros((90, 8, 64), numpy.float16)] * 2,
         numpy.array([0, 20, 50], numpy.int32), numpy.array([0, 20, 90], numpy.int32), 30, 70).problem  # fmt: skip
     of = tuned_tiles.bucket_of(KernelCase(FORWARD, "float16", 64), packed, ON)
@@ -316,7 +347,9 @@ def test_warmup_compiles_the_tiles_of_all_lengths() -> None:
     assert len(list(masked)) == 1
 
 
-def test_a_named_table_serves_another_card_of_the_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_table_serves_another_card_of_the_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """So that a machine without the GPU can compile ahead for it, and all ranks of a job can share one file."""
     card = replace(device.of_arch("sm_80", "gpu"), name="Card")
     store.save(tmp_path / "card.json", card, entry())
@@ -325,7 +358,14 @@ def test_a_named_table_serves_another_card_of_the_architecture(tmp_path: Path, m
     assert make_plan(problem, card).kernels[0].tile == FAST
     assert make_plan(problem, device.of_arch("sm_80", "gpu")).kernels[0].tile == FAST
     assert make_plan(problem, ON).kernels[0].tile == DEFAULT, "the simulator is no GPU"
-    assert make_plan(problem, device.of_arch("sm_86", "gpu")).kernels[0].tile != FAST
+    assert caplog.text.count("CUFLASH_TUNING names a table of Card (gpu, sm_80)") == 1
+    for _ in range(2):
+        assert make_plan(problem, device.of_arch("sm_86", "gpu")).kernels[0].tile != FAST
+    assert caplog.text.count("which has no tile for sm_86") == 1, "once"
+    store.save(tmp_path / "model.json", ON, entry())
+    monkeypatch.setenv(store.VARIABLE, str(tmp_path / "model.json"))
+    assert make_plan(problem, ON).kernels[0].tile == FAST
+    assert make_plan(problem, card).kernels[0].tile != FAST, "what a model predicted does not count on a GPU"
 
 
 def test_the_users_table_must_be_the_users(tmp_path: Path) -> None:

@@ -51,6 +51,15 @@ def test_presets_without_time_say_so(preset: str, steps: str, tmp_path: Path) ->
     assert done.stdout.endswith((tmp_path / "summary.txt").read_text())
 
 
+def test_the_second_preset_has_time_to_spare() -> None:
+    """Its steps run one after the other: limits that add up to the total would leave nothing for what starting and ending them takes."""
+    text = SCRIPT.read_text()
+    limits = {step: int(seconds) for step, seconds in re.findall(r"^(\w+) +(\d+) [-+] ", text, re.M)}
+    (total,) = re.findall(r"--second\) total=(\d+)", text)
+    (steps,) = re.findall(r'^SECOND="(.*)"$', text, re.M)
+    assert sum(limits[step] for step in steps.split()) <= int(total) - 20
+
+
 def test_a_rehearsal_on_the_simulator(tmp_path: Path) -> None:
     """Two steps that run alone and one that may have others beside it; the archive has what they wrote."""
     archive = tmp_path / "out.tar.gz"
@@ -95,6 +104,6 @@ def test_sanitizers_that_are_cut_off_count_what_there_was(tmp_path: Path) -> Non
         pytest.skip("this machine takes seconds to begin a step")
     counts = re.findall(r"(\w+) (\d+) \((\d+) of (\d+) cases\)", said)
     assert [tool for tool, *_ in counts] == ["memcheck", "racecheck", "initcheck", "synccheck"], done.stdout + done.stderr
-    assert {of for *_, of in counts} == {"7"}
-    assert all((status == "0") == (ran == "7") for _, status, ran, _ in counts), said
-    assert (code == "0") == all(ran == "7" for _, _, ran, _ in counts)
+    assert {of for *_, of in counts} == {"8"}
+    assert all((status == "0") == (ran == "8") for _, status, ran, _ in counts), said
+    assert (code == "0") == all(ran == "8" for _, _, ran, _ in counts)

@@ -31,25 +31,21 @@ SHORT = Tile(128, 32, 8, 2)
 
 
 NUM_SMS = 2
-"""Of the simulator, so that blocks have several tiles of queries."""
+"""That plans are made for, on a GPU too, so that blocks have several tiles of queries."""
 
 
 @pytest.fixture(autouse=True)
 def asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel wherever it can run, the simulator as a small sm_90."""
+    """The kernel wherever it can run, on a small sm_90."""
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
     monkeypatch.setenv(wgmma_forward.VARIABLE, "1")
     with_sms(monkeypatch, NUM_SMS)
 
 
 def with_sms(monkeypatch: pytest.MonkeyPatch, num_sms: int) -> None:
-    """Plans and calls on the simulator are made for so many from here on."""
+    """Plans and calls are made for so many from here on."""
     found = device.of_memory
-    monkeypatch.setattr(
-        device,
-        "of_memory",
-        lambda kind, index: dataclasses.replace(found(kind, index), num_sms=num_sms) if kind == "cpu" else found(kind, index),
-    )
+    monkeypatch.setattr(device, "of_memory", lambda kind, index: dataclasses.replace(found(kind, index), num_sms=num_sms))
     monkeypatch.setattr(calls, "_calls", {})  # those that were made for others
 
 
@@ -154,7 +150,7 @@ def test_features(hopper: Target, feature: str, lengths: tuple[int, int]) -> Non
 TILES = {
     "1 stage": (128, "float16", Tile(128, 48, 8, 1)),
     "3 stages": (64, "bfloat16", Tile(192, 16, 12, 3)),
-    "many keys": (64, "float16", Tile(128, 240, 8, 2)),
+    "many keys": (64, "float16", Tile(128, 224, 8, 2)),
     "as many as registers hold": (128, "bfloat16", Tile(128, 176, 8, 2)),
 }
 
@@ -213,14 +209,16 @@ def test_one_key_outweighs_all_others(hopper: Target) -> None:
     checked(hopper, *map(hopper.place, (query, key, value)))
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"seqlens_kv": 997}], ids=str)
 @pytest.mark.parametrize("case", [("bfloat16", 64), ("float16", 128)], ids=str)
-def test_probabilities_that_are_powers_of_two_add_up_exactly(hopper: Target, case: tuple[str, int]) -> None:
+def test_probabilities_that_are_powers_of_two_add_up_exactly(hopper: Target, case: tuple[str, int], options: dict[str, Any]) -> None:
     """A compiler that puts something else into registers of P while a product still reads them loses some of them."""
     query, key, value = inputs_of(HOST, (200, 1000), case[1], dtype=case[0])
     query[...], key[...], value[...] = 0, 0, 1
     query[..., 0] = 1
     key[..., 0] = -(numpy.arange(1000) * 7 % 9)[None, :, None]
-    out = cuflash.scaled_dot_product_attention(*map(hopper.place, (query, key, value)), scale=math.log(2))
+    options = {name: hopper.place(numpy.array([x], "int32")) if name == "seqlens_kv" else x for name, x in options.items()}
+    out = cuflash.scaled_dot_product_attention(*map(hopper.place, (query, key, value)), scale=math.log(2), **options)
     assert (hopper.host(out) == 1).all()
 
 
@@ -293,11 +291,26 @@ def test_a_mapping_pins_either_kernel() -> None:
         plan_of(16, tile={NAME: Tile(128, 272, 8, 3)})
     with pytest.raises(TileError, match="registers: at least 164 per thread needed, 160 available with 12 warps"):
         plan_of(128, tile={NAME: Tile(192, 96, 12, 2)})
+    for head_dim, tile in ((64, Tile(128, 240, 8, 2)), (128, Tile(128, 192, 8, 2)), (256, Tile(128, 96, 8, 1))):  # which spill if causal
+        with pytest.raises(TileError, match=r"registers: .* 240 available with 8 warps"):
+            plan_of(head_dim, tile={NAME: tile})
 
 
 def test_a_single_tile_is_for_whichever_takes_it() -> None:
     assert names(plan_of(tile=SHORT)) == [NAME]
     assert names(plan_of(tile=Tile(64, 64, 4, 2))) == ["forward"]
+
+
+@pytest.mark.parametrize("tile", [Tile(64, 64, 4, 2), {"forward": Tile(64, 64, 4, 2)}], ids=str)
+def test_the_plan_says_that_the_tile_is_for_the_other_kernel(tile: Any) -> None:
+    assert plan_of(tile=tile).choice == "forward_mma.cu, which the tile is for; forward_wgmma.cu can run too, but has not run on a GPU yet"
+
+
+def test_features_that_leave_no_room_for_a_tile_go_to_the_other_kernel() -> None:
+    options = {"softcap": 5.0, "dropout_p": 0.5, "dropout_seed": 1, "attn_mask": numpy.ones((500, 500), bool)}
+    assert "no tile leaves room in the registers" in plan_of(256, **options).choice
+    assert names(plan_of(256, **options))[-1] == "forward"
+    assert names(plan_of(192, **options))[-1] == NAME
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -404,8 +417,8 @@ def test_blocks_take_tiles_from_a_counter_where_these_differ(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("mask", ["full", "causal"])
-def test_how_many_blocks_there_are_changes_no_bit(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = inputs_of(HOST, (300, 200), heads=(4, 2), batches=(2, 2))
+def test_how_many_blocks_there_are_changes_no_bit(hopper: Target, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = inputs_of(hopper, (300, 200), heads=(4, 2), batches=(2, 2))
     options = {"enable_gqa": True, "return_lse": True, "tile": {NAME: SHORT}, **MASKS[mask]}
     results = []
     for num_sms in (1, 2, 5, 100):
@@ -414,15 +427,50 @@ def test_how_many_blocks_there_are_changes_no_bit(mask: str, monkeypatch: pytest
     assert results == results[:1] * 4
 
 
-def test_a_kept_call_counts_from_the_beginning_each_time() -> None:
-    inputs = inputs_of(HOST, (500, 50))
+def test_a_remembered_call_counts_from_the_beginning_each_time(hopper: Target) -> None:
+    inputs = inputs_of(hopper, (500, 50))
     first = Target.bits(cuflash.scaled_dot_product_attention(*inputs, is_causal=True))
     for _ in range(2):
         assert Target.bits(cuflash.scaled_dot_product_attention(*inputs, is_causal=True)) == first
 
 
 @pytest.mark.parametrize("head_dim", [64, 256])
-def test_a_second_tile_of_queries_where_shared_memory_has_room(head_dim: int) -> None:
+def test_a_second_tile_of_queries_where_shared_memory_has_room(hopper: Target, head_dim: int) -> None:
     (kernel,) = plan_of(head_dim).kernels
     assert ("Q_STAGES = 2" in kernel.config) == (head_dim == 64)
-    checked(HOST, *inputs_of(HOST, (270, 40), head_dim, heads=(2, 1)), is_causal=True)
+    checked(hopper, *inputs_of(hopper, (270, 40), head_dim, heads=(2, 1)), is_causal=True)
+
+
+MANY = {"two tiles of Q": 64, "one tile of Q": 256, "lists": 128}
+"""head_dim of each."""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="the simulator would take hours")
+@pytest.mark.parametrize("case", MANY)
+def test_many_tiles_for_each_block_of_a_whole_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_many_tiles(Target("gpu"), case, 12, 2000, monkeypatch)
+
+
+def check_many_tiles(on: Target, case: str, heads: int, seqlen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that race for the counter: the same bits each time, and those of a call with fewer heads, which float64 judges."""
+    if on.device.capability != 90:
+        pytest.skip("the GPU is no sm_90")
+    with_sms(monkeypatch, on.device.num_sms)
+    inputs = inputs_of(on, (seqlen, seqlen - 300), MANY[case], heads=(heads, heads), batches=(8, 8), dtype="float16")
+    options: dict[str, Any] = {"is_causal": True, "causal_alignment": "bottom_right"}
+    if case == "lists":
+        ids = numpy.tile((numpy.arange(seqlen) // 70).astype("int32"), (8, 1))
+        options |= {"segment_ids_q": on.place(ids), "segment_ids_kv": on.place(ids[:, : seqlen - 300].copy())}
+    kernel = cuflash.plan(*inputs, **options).kernels[-1]
+    assert (kernel.name, kernel.counts_work) == (NAME, True)
+    attend = functools.partial(cuflash.scaled_dot_product_attention, *inputs, return_lse=True, **options)
+    first = attend()
+    bits = [Target.bits(x) for x in first]
+    for _ in range(5):
+        assert [Target.bits(x) for x in attend()] == bits
+    few = [x[-1:, :, -1:].copy() for x in inputs]
+    options |= {name: ids[-1:].copy() for name, ids in options.items() if name.startswith("segment")}
+    judged = on.check(*few, backward=False, **options)
+    assert Target.bits(judged.out) == Target.bits(first[0][-1:, :, -1:])
+    assert Target.bits(judged.lse) == Target.bits(first[1][-1:, -1:])

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy
 import pytest
-from conftest import Target, poison_new_memory
+from conftest import HAS_GPU, Target, poison_new_memory
 from test_sequences import LENGTHS_KV, LENGTHS_Q, int32, offsets, packed, padded
-from test_wgmma_forward import HOST, MASKS, NAME, SHORT, asked_for, checked, hopper, inputs_of, names  # noqa: F401 (fixtures)
+from test_wgmma_forward import HOST, MASKS, NAME, SHORT, asked_for, checked, hopper, inputs_of, names, with_sms  # noqa: F401 (fixtures)
 
 import cuflash
 from cuflash import Tile, reference
@@ -103,6 +103,27 @@ def test_keys_that_no_query_sees_may_hold_anything(hopper: Target, options: dict
     key[:, 75:], value[:, 75:] = numpy.nan, numpy.inf
     dirty = attend(*map(hopper.place, (query, key, value)))
     assert [Target.bits(x) for x in dirty] == [Target.bits(x) for x in clean]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="the simulator would take hours")
+def test_many_packed_tiles_for_each_block_of_a_whole_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_many_packed_tiles(Target("gpu"), 100, monkeypatch)
+
+
+def check_many_packed_tiles(on: Target, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that race for the counter, which also counts tiles that most sequences do not have: the same bits each time."""
+    if on.device.capability != 90:
+        pytest.skip("the GPU is no sm_90")
+    with_sms(monkeypatch, on.device.num_sms)
+    lengths_q, lengths_kv = (numpy.random.default_rng(seed).integers(0, 500, count).tolist() for seed in (1, 2))
+    inputs = packed(on, (sum(lengths_q), sum(lengths_kv)), "bfloat16", (64, 64), heads=(6, 2))
+    cu = offsets(on, lengths_q), offsets(on, lengths_kv)
+    options = {"is_causal": True, "enable_gqa": True, "tile": {NAME: SHORT}}
+    first = [Target.bits(x) for x in checked_packed(on, inputs, cu, (500, 500), **options)]
+    for _ in range(5):
+        again = cuflash.varlen_attention(*inputs[:3], *cu, 500, 500, return_lse=True, **options)
+        assert [Target.bits(x) for x in again] == first
 
 
 # --- Prefixes, segments, masks ------------------------------------------------------------------------------------------------------------

@@ -71,6 +71,21 @@ def assert_as_meant(report: Report) -> None:
         "of which setmaxnreg hands on all: with fewer it waits for ever"
     )
     assert report.occupancy.blocks == 1
+    if report.listing is not None:
+        assert_left_alone(sass.parse_listing(report.listing)["forward_wgmma"])
+
+
+def assert_left_alone(function: Function) -> None:
+    """Nobody touches the registers of products in flight, in any loop.
+
+    Some assemblers put other things into the registers of an A that a product still reads (those of CUDA 12.8 and 12.9 are said to).
+    """
+    inner = [loop for loop in loops_of(function) if any(i.base == "HGMMA" for i in loop)]
+    assert inner
+    for loop in inner:
+        busy_registers = [(instruction, busy) for instruction, busy in in_flight(loop) if busy]
+        assert busy_registers
+        assert [instruction for instruction, busy in busy_registers if registers_of(instruction) & busy] == []
 
 
 @pytest.mark.sample(2)
@@ -81,10 +96,18 @@ def test_no_spills_no_serialised_products_and_quick(dtype: str, head_dim: int, i
     assert is_quick(report), f"{named(report)}: {report.seconds:.2f} seconds"
 
 
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("head_dim", [192, 256])
+@pytest.mark.parametrize("features", [NO_FEATURES, FeatureSet(attn_mask="float32"), FeatureSet(dropout=True)], ids=str)
+def test_two_warpgroups_with_most_registers(features: FeatureSet, head_dim: int) -> None:
+    """Nothing is cut and there are no lists, so the warp that copies has to do with 24."""
+    assert_as_meant(report_of("bfloat16", head_dim, False, features=features))
+
+
 ALL = FeatureSet(window=True, softcap=True, alibi=True, sinks=True)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("head_dim", "head_dim_v", "features"),
     [(256, 0, NO_FEATURES), (256, 0, FeatureSet(window=True)), (64, 0, ALL), (128, 0, ALL), (96, 0, FeatureSet(alibi=True)), (192, 128, FeatureSet(softcap=True))],
@@ -112,7 +135,7 @@ def test_masks_and_dropout_fit_the_registers(features: FeatureSet, head_dim: int
     assert_as_meant(report_of("float16", head_dim, True, features=features))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("num_warps", [8, 12])
 def test_the_longest_tiles_fit_the_registers(num_warps: int, head_dim: int) -> None:
@@ -122,13 +145,10 @@ def test_the_longest_tiles_fit_the_registers(num_warps: int, head_dim: int) -> N
     assert_as_meant(report_of("bfloat16", head_dim, True, tile))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @CASES
 def test_hot_loops(dtype: str, head_dim: int, is_causal: bool) -> None:
-    """Products of both kinds, copies of boxes, and nobody touches the registers of products in flight.
-
-    Some assemblers put other things into the registers of an A that a product still reads (those of CUDA 12.8 and 12.9 are said to).
-    """
+    """Products of both kinds, and copies of boxes."""
     report = report_of(dtype, head_dim, is_causal)
     function, tile = code_of(report), default_tile(dtype, head_dim)
     kind = "F32" if dtype == "float16" else "F32.BF16"
@@ -143,10 +163,17 @@ def test_hot_loops(dtype: str, head_dim: int, is_causal: bool) -> None:
         assert opcodes.count("WARPGROUP.DEPBAR.LE") == 2
         assert sum(i.base == "MUFU" for i in loop) == tile.tile_kv // 2 + 2
         assert not {"LDL", "STL", "LDS", "STS", "LDG", "STG"} & {i.base for i in loop}
-        busy_registers = [(instruction, busy) for instruction, busy in in_flight(loop) if busy]
-        assert busy_registers
-        assert [instruction for instruction, busy in busy_registers if registers_of(instruction) & busy] == []
     assert sum(i.base == "UTMALDG" for loop in loops for i in loop) >= 2 * head_dim // 64
+    if is_causal:
+        assert_counter_is_not_waited_for(function)
+
+
+def assert_counter_is_not_waited_for(function: Function) -> None:
+    """Q, K and V of a tile are asked for between the question which tile is next and the first look at the answer."""
+    asked = next(index for index, instruction in enumerate(function) if instruction.base == "ATOMG")
+    answered = function[asked].control.write_scoreboard
+    looked = next(index for index in range(asked + 1, len(function)) if answered in function[index].control.waits)
+    assert sum(instruction.base == "UTMALDG" for instruction in function[asked:looked]) >= 3
 
 
 def registers_of(instruction: Instruction) -> set[int]:

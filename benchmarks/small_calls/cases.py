@@ -59,7 +59,8 @@ class Case:
             return {"backward_fused": Tile(32, 64, 4, 2)} if self.fused and capability >= 80 else None
         if self.cached and capability >= 80:
             return {"forward_split": Tile(16, 64, 4, 2)}
-        return {"forward_wgmma": Tile(192, 80, 12, 2)} if self.wgmma and capability == 90 else None
+        wide = max(self.sample.head_dim, self.sample.head_dim_v or 0) > 128
+        return {"forward_wgmma": Tile(128, 80, 8, 2) if wide else Tile(192, 80, 12, 2)} if self.wgmma and capability == 90 else None
 
     @property
     def is_plain(self) -> bool:
@@ -153,6 +154,19 @@ def check_cases() -> list[Case]:
             for head_dim in (64, 128)
         ),
         *(Case.of("float16", head_dim, 515, 300, 2, 4, 2, **BOTTOM_RIGHT, wgmma=True, view="bhsd") for head_dim in (64, 128)),
+        # More tiles than an H100 has SMs, so that blocks take them from a counter.
+        *(Case.of("bfloat16", head_dim, 515, 200, 8, 8, 2, **CAUSAL, wgmma=True) for head_dim in (64, 256)),
+        Case.of("bfloat16", 64, 515, 200, 8, 8, 2, **CAUSAL, wgmma=True, features=SampleFeatures(segments=2)),
+        Case.of(
+            "bfloat16",
+            64,
+            heads=8,
+            heads_kv=2,
+            lengths_q=(350, 0, 165, 500, 5, 600),
+            lengths_kv=(200, 20, 0, 90, 7, 600),
+            **CAUSAL,
+            wgmma=True,
+        ),
         *(
             Case.of(dtype, head_dim, 7, 640, 2, 10, 2, **BOTTOM_RIGHT, cached=True)
             for dtype in ("bfloat16", "float16")

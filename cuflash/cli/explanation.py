@@ -208,10 +208,15 @@ def _binds(limit: str, speedups: Mapping[str, float]) -> str:
 def _state(found: Explanation) -> list[str]:
     if found.compiled is None:
         return ["compiled: not known without NVRTC"]
+    from cuflash.jit import compiler
+
+    by = f"by NVRTC {'.'.join(map(str, compiler.nvrtc_version()))}"
     missing = [name for name, there in found.compiled.items() if not there]
     if not missing:
-        return ["compiled: all in the cache" if found.compiled else "compiled: nothing to compile"]
-    return [f"compiled: not yet {', '.join(missing)}; the first call takes about a second for each, python -m cuflash warmup does it ahead"]
+        return [f"compiled: all in the cache, {by}" if found.compiled else "compiled: nothing to compile"]
+    return [
+        f"compiled: not yet {', '.join(missing)}, {by}; the first call takes about a second for each, python -m cuflash warmup does it ahead"
+    ]
 
 
 def to_json(found: Explanation) -> dict[str, Any]:

@@ -172,8 +172,8 @@ def _entry(path: Path) -> Entry | None:
     try:
         record = _read_record(path)
         request = CompileRequest(**record["request"])
-        if not all(isinstance(value, str) for value in asdict(request).values()):
-            raise TypeError("a request is text")
+        if not all(type(value) is (int if name == "tolerated_spills" else str) for name, value in asdict(request).items()):
+            raise TypeError("a request is text and a number")
         data = path.with_suffix("." + request.target)
         written = path.stat()
         return Entry(request, data, written.st_size + data.stat().st_size, max(0.0, time.time() - written.st_mtime), record["seconds"])

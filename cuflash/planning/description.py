@@ -69,7 +69,8 @@ def _score_bytes(problem: Problem, backward: bool) -> int:
 
 def _launch(kernel: KernelPlan) -> str:
     tile = f"{kernel.tile}, " if kernel.spec.is_tiled or kernel.spec == kernel_specs.VISIBLE_TILES else ""
-    stays = f"which stay for {_count(kernel.num_work, 'tile')} of queries, " if kernel.num_work > kernel.num_blocks else ""
+    stay = "stays" if kernel.num_blocks == 1 else "stay"
+    stays = f"which {stay} for {_count(kernel.num_work, 'tile')} of queries, " if kernel.num_work > kernel.num_blocks else ""
     splits = f", keys of a sequence in {kernel.splits.number} splits" if kernel.splits.number > 1 else ""
     return (
         f"{kernel.name}: {kernel.source}, {tile}{_count(kernel.num_blocks, 'block')} of {kernel.num_threads} threads, {stays}"

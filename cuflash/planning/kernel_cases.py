@@ -20,7 +20,7 @@ _SLICE_COLUMNS_FLOAT32 = 144
 ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; with an additive mask 4 more for its log2_sum
 
 _MBARRIER_BYTES = 8
-_TILE_WORK_BYTES, _LIST_ENTRY_BYTES = 32, 8  # of each stage of Q and of K in kernels/forward_wgmma.cu
+_TILE_WORK_BYTES, _LIST_ENTRY_BYTES = 32, 8  # of each stage of Q and of K: `SharedMemory` in kernels/tile/wgmma_block.cuh
 _STATE_BYTES = 8  # of a softmax: reference and sum of one row, float32 each
 
 

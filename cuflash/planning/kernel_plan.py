@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from cuflash.hardware.device import Device
 from cuflash.jit.compiler import CompileRequest
-from cuflash.planning import tile_choice
+from cuflash.planning import tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.problem.problem import DTYPES
@@ -148,6 +148,11 @@ class KernelPlan:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         return self.shape.shared_bytes
+
+    @property
+    def registers_at_launch(self) -> int:
+        """Per thread of a kernel that has an SM for itself: all that there are. Mirrors FIRST_REGISTERS in kernels/tile/wgmma_block.cuh."""
+        return tile_rules.REGISTERS_PER_BLOCK // self.num_threads // 8 * 8
 
     def request(self, device: Device) -> CompileRequest:
         """What to compile for `device`: a cubin for a GPU, PTX for the simulator."""

@@ -3,9 +3,10 @@
 Pure but for tables of tuned tiles, which it reads: nothing here touches a GPU, CuPy or a compiler, so a plan can be made for any architecture anywhere, and
 printed.
 
-Memory beyond inputs and outputs is O(S): the forward pass needs none, unless it splits keys (`split_forward`), the backward pass eight bytes per query
-row and head, with an additive mask twelve, and where one kernel makes all gradients (`fused_backward`) another four for each element of dQ. With a boolean
-mask or segments, the lists of visible tiles take four bytes for each pair of tiles.
+Memory beyond inputs and outputs is O(S): the forward pass needs none, but where blocks of `forward_wgmma` count their tiles four bytes, and where blocks
+share out keys (`split_forward`) their partial outputs; the backward pass eight bytes per query row and head, with an additive mask twelve, and where one
+kernel makes all gradients (`fused_backward`) another four for each element of dQ. With a boolean mask or segments, the lists of visible tiles take four
+bytes for each pair of tiles.
 """
 
 from __future__ import annotations

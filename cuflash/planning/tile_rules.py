@@ -19,10 +19,12 @@ WGMMA_ARCH = "sm_90"
 WGMMA_MAX_HEAD_DIM = 256
 WGMMA_MAX_COLUMNS = 256
 WGMMA_REGISTERS = {8: 240, 12: 160}
-"""Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/forward_wgmma.cu."""
+"""Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/tile/wgmma_block.cuh."""
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
+_WGMMA_CUT_REGISTERS = 8  # that the copying warp keeps of eight warps' 240 where something hides keys; a tile is legal whatever hides them
 _WGMMA_SOFTCAP_REGISTERS = 20
 _WGMMA_DROPOUT_REGISTERS = 24
+_WGMMA_SEGMENTS_REGISTERS = {8: 12, 12: 20}
 _WGMMA_MASK_REGISTERS = {None: 0, "bool": 1, "float16": 1, "bfloat16": 1, "float32": 2}
 """Of a tile of a mask, for each four keys."""
 
@@ -108,11 +110,12 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
 def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
     """Registers per thread of a kernel of wgmma besides accumulators, by what spilled and what did not; P lives beside the next scores."""
     features = case.features
-    needed = tile.tile_kv // 4 * (1 + _WGMMA_MASK_REGISTERS[features.attn_mask])
-    needed += _WGMMA_OTHER_REGISTERS + _WGMMA_SOFTCAP_REGISTERS * features.softcap + _WGMMA_DROPOUT_REGISTERS * features.dropout
+    of_features = _WGMMA_SOFTCAP_REGISTERS * features.softcap + _WGMMA_DROPOUT_REGISTERS * features.dropout
+    of_features += _WGMMA_SEGMENTS_REGISTERS[tile.num_warps] * features.segments
     if tile.num_warps == 8:  # wide outputs, and the warp that copies keeps more where there are lists
-        needed += 28 * features.lists_tiles + 12 * features.segments + 8 * (features.attn_mask is not None)
-    return needed
+        of_features += 28 * features.lists_tiles + 8 * (features.attn_mask is not None)
+        of_features = max(of_features, _WGMMA_CUT_REGISTERS * (2 if case.head_dim_v > 192 else 1))  # these were found with 232
+    return tile.tile_kv // 4 * (1 + _WGMMA_MASK_REGISTERS[features.attn_mask]) + _WGMMA_OTHER_REGISTERS + of_features
 
 
 def _shares_out(tile: Tile, columns: int) -> bool:

@@ -35,7 +35,14 @@ def bucket_of(case: KernelCase, problem: Problem, device: Device) -> Bucket:
         grid="few" if tiles < _TILES_PER_SM * device.num_sms else "full",
         seqlen_q=length_bucket(problem.max_seqlen_q),
         seqlen_kv=length_bucket(problem.max_seqlen_kv),
+        window=_window_bucket(problem) if case.features.window else 0,
     )
+
+
+def _window_bucket(problem: Problem) -> int:
+    low, high = problem.features.window_low, problem.features.window_high
+    visible = (min(high, 0) if problem.is_causal else high) - low + 1
+    return length_bucket(min(visible, problem.max_seqlen_kv))
 
 
 def tuned_tile(case: KernelCase, problem: Problem, device: Device) -> store.Found:

@@ -6,13 +6,15 @@ can run, unless `tile` names the other one. What it cannot do stays on the kerne
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, tile_rules
+from cuflash.planning import asked_for, tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA, KernelSpec
 from cuflash.problem.layout import View
 from cuflash.problem.problem import Problem
-from cuflash.problem.tile import Tiles
+from cuflash.problem.tile import Tile, Tiles
 
 VARIABLE = "CUFLASH_FORWARD_WGMMA"
 """Environment variable; 1: the kernel wherever it can run. Looked at when a call is planned, so not by calls whose like was made before."""
@@ -33,6 +35,8 @@ def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
     if (lacking := tile_rules.lacking(_case(problem), device)) is not None:
         return lacking
+    if not tile_choice.legal_tiles_for(_case(problem), device):
+        return "no tile leaves room in the registers for all of these features"
     if problem.seqlen_kv == 0:
         return "there are no keys to copy"
     for name, view in (("query", problem.query), ("key", problem.key), ("value", problem.value)):
@@ -66,8 +70,16 @@ def explain(problem: Problem, device: Device, tile: Tiles) -> str:
         return f"{FORWARD.source}, not {FORWARD_WGMMA.source}: {reason}"
     if _is_asked_for(problem, device, tile):
         return f"{FORWARD_WGMMA.source}, as asked for; it has not run on a GPU yet"
+    if _is_for_the_other(problem, device, tile):
+        return f"{FORWARD.source}, which the tile is for; {FORWARD_WGMMA.source} can run too, but has not run on a GPU yet"
     how = f"{VARIABLE}=1, or by a tile of {FORWARD_WGMMA.name}, of which cuflash.legal_tiles has a list"
     return f"{FORWARD.source}; {FORWARD_WGMMA.source} can run too, but has not run on a GPU yet: ask for it by {how}"
+
+
+def _is_for_the_other(problem: Problem, device: Device, tile: Tiles) -> bool:
+    if isinstance(tile, Mapping):
+        return FORWARD.name in tile
+    return isinstance(tile, Tile) and tile_rules.broken_rule(_case(problem), tile, device) is not None
 
 
 def _case(problem: Problem) -> KernelCase:

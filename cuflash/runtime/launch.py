@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy
 
+from cuflash.errors import CompileError
 from cuflash.hardware.device import Device
 from cuflash.jit import cache
+from cuflash.jit.compiler import Artifact
 from cuflash.planning.kernel_plan import KernelPlan, LaunchShape
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ class _GpuExecutable:
         import cupy
 
         artifact = cache.fetch(kernel.request(device))
+        if kernel.spec.stays:
+            refuse_what_would_hang(kernel, artifact)
         driver = cupy.cuda.driver
         with cupy.cuda.Device(device.index):  # whose context the module is loaded into
             module = cupy.cuda.function.Module()
@@ -60,6 +64,31 @@ class _GpuExecutable:
                 self._runtime.setDevice(previous)
 
 
+_SERIALIZED = "(C75"
+"""In the notes of ptxas on products that it had to serialise, such as C7510 and C7512."""
+
+
+def refuse_what_would_hang(kernel: KernelPlan, artifact: Artifact) -> None:
+    """Check what a kernel presumes whose warps hand registers to each other (`setmaxnreg`).
+
+    They are those of the block, and a warp waits for as many as it asks for: with fewer than its source presumes it would wait for ever.
+
+    Raises:
+        CompileError: another compiler gives each thread other registers, or serialises products, for which it puts waits elsewhere.
+    """
+    presumed = kernel.registers_at_launch
+    registers = artifact.resources_of(kernel.entry).registers
+    serialized = [line for line in artifact.warnings if _SERIALIZED in line]
+    if registers == presumed and not serialized:
+        return
+    got = (
+        f"has {registers} registers per thread, and it hands on what {presumed} are" if registers != presumed else "has serialised products"
+    )
+    way_out = "Another kernel takes the call: unset CUFLASH_FORWARD_WGMMA, leave forward_wgmma out of tile, or pin tile={'forward': …}."
+    message = f"{kernel.source} as {artifact.compiler} compiles it, with {kernel.num_threads} threads, {got}: it is not run. {way_out}"
+    raise CompileError(message, log="\n".join(serialized), config=kernel.config)
+
+
 class _SimulatorExecutable:
     def __init__(self, kernel: KernelPlan, device: Device) -> None:
         from cuflash import simulator
@@ -71,10 +100,10 @@ class _SimulatorExecutable:
         self._module.launch((shape.num_blocks, 1, 1), (shape.num_threads, 1, 1), shape.shared_bytes, arguments, buffers)
 
 
-def clear_memory(device: Device, address: int, nbytes: int, stream: int) -> None:
-    """Zeros in memory of the device, in the order of the stream; a CUDA graph captures it."""
+def fill_memory(device: Device, address: int, nbytes: int, stream: int, byte: int = 0) -> None:
+    """The same byte all over memory of the device, in the order of the stream; a CUDA graph captures it."""
     if device.kind == "simulator":
-        ctypes.memset(address, 0, nbytes)
+        ctypes.memset(address, byte, nbytes)
         return
     from cupy.cuda import runtime
 
@@ -82,7 +111,7 @@ def clear_memory(device: Device, address: int, nbytes: int, stream: int) -> None
     if previous != device.index:
         runtime.setDevice(device.index)
     try:
-        runtime.memsetAsync(address, 0, nbytes, stream)
+        runtime.memsetAsync(address, byte, nbytes, stream)
     finally:
         if previous != device.index:
             runtime.setDevice(previous)

@@ -22,7 +22,7 @@ from cuflash.problem.layout import View
 from cuflash.problem.problem import BackwardViews, Problem
 from cuflash.runtime import arguments
 from cuflash.runtime.arguments import Arguments, Value, Values
-from cuflash.runtime.launch import Executable, clear_memory, simulated_memory
+from cuflash.runtime.launch import Executable, fill_memory, simulated_memory
 from cuflash.runtime.tensor_maps import TensorMap
 
 if TYPE_CHECKING:
@@ -101,10 +101,14 @@ class PreparedCall:
         else:
             self.check_offsets(addresses)
             buffers = simulated_memory(self.extents, addresses, self.written.difference(buffer.name for buffer in self.zeroed))
-        for buffer in self.zeroed:
-            clear_memory(self.device, addresses[buffer.name], buffer.nbytes, stream)
+        self.clear_workspace(addresses, stream)
         for executable, shape, struct in self.launches:
             executable.launch(shape, struct.fill(addresses), stream, buffers)
+
+    def clear_workspace(self, addresses: Mapping[str, int], stream: int) -> None:
+        """Zeros where kernels count, before the first of them."""
+        for buffer in self.zeroed:
+            fill_memory(self.device, addresses[buffer.name], buffer.nbytes, stream)
 
     def fill_in(
         self,

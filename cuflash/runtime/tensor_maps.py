@@ -1,6 +1,6 @@
 """Tensor maps: the 128 bytes by which the TMA unit knows an array and the boxes that are copied from it.
 
-On a GPU the driver encodes them, on the CPU the simulator. A map holds an address, so it is encoded again when the array lies elsewhere, and only then.
+On a GPU the driver encodes them, on the CPU the simulator. A map holds an address, so each address where an array has lain has one, which is kept.
 Encoding reads no memory of a GPU and waits for nothing; a CUDA graph captures the bytes with the launch.
 """
 
@@ -21,6 +21,7 @@ COLUMNS = 64
 """Of a box: 128 bytes of a 16-bit type, which is what the swizzle spans."""
 
 _ALIGNMENT = 128
+_MAX_MAPS = 64  # of one array that lies here and there, such as in every layer of a model
 _TYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
 _SWIZZLE_128B, _PROMOTION_256B = 3, 3  # CUtensorMapSwizzle, CUtensorMapL2promotion
 
@@ -48,14 +49,17 @@ class TensorMap:
         row = -(-head_dim * DTYPES[dtype] // 16) * 16  # an axis of one place may have any stride that holds a row
         self._strides = tuple(stride * DTYPES[dtype] if extent > 1 else row for extent, stride in axes)
         self._encode: Encode = _encode_for_simulator if gpu is None else functools.partial(encode_on_gpu, gpu)
-        self._last = (-1, b"")
+        self._maps: dict[int, bytes] = {}
 
     def at(self, address: int) -> bytes:
         """The map of the array at this address."""
-        last = self._last  # one tuple, so that threads see an address with its own map
-        if last[0] != address:
-            last = self._last = (address, self._encode(address, self._dtype, self._extents, self._strides, self._box))
-        return last[1]
+        found = self._maps.get(address)
+        if found is None:
+            found = self._encode(address, self._dtype, self._extents, self._strides, self._box)
+            if len(self._maps) >= _MAX_MAPS:
+                self._maps.clear()
+            self._maps[address] = found
+        return found
 
 
 def _encode_for_simulator(address: int, dtype: str, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:

@@ -27,6 +27,7 @@ class Bucket:
         lengths: whether sequences are "padded" to one length, have "seqlens_kv", or are packed ("varlen").
         grid: "few" where the GPU is not filled: fewer than two tiles of 64 queries for each SM; else "full". A tile for the one is bad for the other.
         seqlen_q, seqlen_kv: of the longest sequence, rounded up to a power of two.
+        window: keys that a query sees through a sliding window, rounded up to a power of two; 0 without one.
     """
 
     kernel: str
@@ -40,27 +41,32 @@ class Bucket:
     grid: Literal["few", "full"]
     seqlen_q: int
     seqlen_kv: int
+    window: int = 0
 
     def distance(self, other: Bucket) -> float | None:
         """How far the other's lengths are, in powers of two; None where its tiles say nothing about this one."""
-        same = replace(other, seqlen_q=self.seqlen_q, seqlen_kv=self.seqlen_kv)
+        pairs = [(self.seqlen_q, other.seqlen_q), (self.seqlen_kv, other.seqlen_kv), (self.window, other.window)]
+        if (self.window == 0) != (other.window == 0) or (self.seqlen_q == 1) != (other.seqlen_q == 1):
+            return None
+        same = replace(other, seqlen_q=self.seqlen_q, seqlen_kv=self.seqlen_kv, window=self.window)
         other_type = 0.0
         if same.dtype != self.dtype and {same.dtype, self.dtype} == set(_SIXTEEN_BITS):
             same, other_type = replace(same, dtype=self.dtype), _OTHER_TYPE
         if same != self:
             return None
-        apart = abs(log2(self.seqlen_q / other.seqlen_q)) + abs(log2(self.seqlen_kv / other.seqlen_kv)) + other_type
+        apart = sum(abs(log2(own / others)) for own, others in pairs if own) + other_type
         return apart if apart <= MAX_DISTANCE else None
 
     def ignoring_lengths(self) -> Bucket:
-        """One bucket for all lengths and grids: what a kernel is compiled for."""
-        return replace(self, grid="full", seqlen_q=SHORTEST, seqlen_kv=SHORTEST)
+        """One bucket for all lengths, windows and grids: what a kernel is compiled for."""
+        return replace(self, grid="full", seqlen_q=SHORTEST, seqlen_kv=SHORTEST, window=min(SHORTEST, self.window))
 
     def __str__(self) -> str:
         head_dims = str(self.head_dim) if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
         lengths = str(self.seqlen_q) if self.seqlen_q == self.seqlen_kv else f"{self.seqlen_q} x {self.seqlen_kv}"
         words = [self.kernel, self.dtype, f"head_dim {head_dims}", f"seqlen up to {lengths}", "causal" if self.causal else "full"]
-        words += [*self.features, "TF32" if self.allow_tf32 else "", self.lengths if self.lengths != "padded" else ""]
+        words += [f"window up to {self.window}" if name == "window" else name for name in self.features]
+        words += ["TF32" if self.allow_tf32 else "", self.lengths if self.lengths != "padded" else ""]
         return ", ".join([word for word in words if word] + (["few blocks"] if self.grid == "few" else []))
 
 

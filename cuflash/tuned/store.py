@@ -5,13 +5,14 @@
     CUFLASH_TUNING   "off": none of them; else a FILE, which is the only one then
 
 `look_up` takes the entry of exactly the call's bucket, else the nearest; the user's own before shipped ones. Entries of other kernels or of another compiler are
-ignored, and the answer says so. A table is read again when its file has changed, so that a process sees what another one has found. A call that is
-planned already keeps its tile.
+ignored, and the answer says so. A process reads each table once, so that two plans of one call in it never have two tiles, whatever other processes write meanwhile;
+what this one writes is read again, and all of them after `forget`, which `autotune` calls.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import logging
 import os
@@ -58,6 +59,18 @@ class Found:
 
 
 NOTHING = Found()
+
+_is_untuned = contextvars.ContextVar("cuflash_is_untuned", default=False)
+
+
+@contextlib.contextmanager
+def untuned() -> Iterator[None]:
+    """Plans of this thread as if there were no tables."""
+    token = _is_untuned.set(True)
+    try:
+        yield
+    finally:
+        _is_untuned.reset(token)
 
 
 def look_up(bucket: Bucket, source: str, device: Device, is_legal: Callable[[Tile], bool]) -> Found:
@@ -134,8 +147,8 @@ def summary(device: Device) -> str:
 
 
 def setting() -> tuple[Literal["usual", "off", "file"], Path | None]:
-    """What CUFLASH_TUNING asks for."""
-    value = os.environ.get(VARIABLE) or ""
+    """What CUFLASH_TUNING asks for; "off" where plans are made `untuned`."""
+    value = "off" if _is_untuned.get() else os.environ.get(VARIABLE) or ""
     if value in ("", "off"):
         return ("off" if value else "usual"), None
     return "file", Path(value).expanduser()
@@ -164,10 +177,14 @@ def _tables(device: Device) -> Iterator[tuple[str, Table]]:
     if path is not None:
         table = _kept(path, private=False)
         if isinstance(table, str):
+            _read_before.pop(path, None)  # no plan came of it: it may be put right
             hint = "Name a file that `python -m cuflash autotune --output FILE` wrote, or 'off', or unset the environment variable."
             raise OptionError(VARIABLE, f"{str(path)!r}: {table}", "a table of tuned tiles", hint)
-        if table.is_of(device) or (device.kind == "gpu" and table.device["arch"] == device.arch):  # another card's, where a user says so
+        if all(table.device[name] == getattr(device, name) for name in ("kind", "arch")):  # another card's too, since a user says so
             yield VARIABLE, table
+        else:
+            of = f"{table.device['name']} ({table.device['kind']}, {table.device['arch']})"
+            _say_once(f"{VARIABLE} names a table of {of}, which has no tile for {device.name} ({device.kind}, {device.arch})")
     if kind != "usual":
         return
     own = own_path(device)
@@ -181,20 +198,20 @@ def _tables(device: Device) -> Iterator[tuple[str, Table]]:
 
 
 MISSING = "there is no such file"
-_read_before: dict[Path, tuple[tuple[int, int, int], Table | str]] = {}
+_read_before: dict[Path, Table | str] = {}
+
+
+def forget() -> None:
+    """Read tables anew: plans of this process see what others have written."""
+    _read_before.clear()
 
 
 def _kept(path: Path, *, private: bool) -> Table | str:
-    """The same as `_read`, which reads only what has changed."""
-    try:
-        status = path.stat()
-    except OSError:
-        return MISSING
-    stamp = status.st_mtime_ns, status.st_size, status.st_ino
-    known = _read_before.get(path)
-    if known is None or known[0] != stamp:
-        known = _read_before[path] = stamp, _read(path, private=private)
-    return known[1]
+    """The same as `_read`, as it was when this process first looked."""
+    found = _read_before.get(path)
+    if found is None:
+        found = _read_before.setdefault(path, _read(path, private=private))
+    return found
 
 
 def _read(path: Path, *, private: bool) -> Table | str:
@@ -255,6 +272,7 @@ def save(path: Path, device: Device, entry: Entry) -> None:
     private_files.make_directory(path.parent)
     with _locked(path.with_name(f"{path.name}.lock")):
         private_files.write(path, read(path, device).with_entry(entry).to_text().encode())
+    _read_before.pop(path, None)
 
 
 @contextlib.contextmanager

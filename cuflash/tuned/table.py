@@ -18,6 +18,12 @@ FORMAT = 1
 _MAX_ENTRIES = 100_000
 _TILE = tuple(entry.name for entry in fields(Tile))
 
+LEAST_GAIN = 1.01
+"""How many times faster than the default a tile has to be to be taken: less is noise."""
+
+HUNG, SLOW_TO_COMPILE, UNTIMED = "hung: ", "took long to compile: ", "nothing to time it by"
+"""How notes begin that say as much of the machine at that time as of the tile. They are never written, so that a later run tries the tile again."""
+
 Record = TypeVar("Record")
 
 
@@ -79,11 +85,12 @@ class Entry:
 
     @property
     def best(self) -> Timing | None:
-        """The fastest tile that is right, if the default was timed too; of equals the one that was tried first."""
-        good = [timing for timing in self.timings if timing.is_good]
-        if not any(timing.tile == self.default for timing in good):
+        """The fastest tile that is right, where it gains enough over the default, else the default; None if that was not timed."""
+        default = self.timing_of(self.default)
+        if default is None or default.milliseconds is None or not default.is_good:
             return None
-        return min(good, key=lambda timing: timing.milliseconds or 0.0)
+        fastest = min((timing for timing in self.timings if timing.is_good), key=_milliseconds)
+        return fastest if LEAST_GAIN * _milliseconds(fastest) <= default.milliseconds else default
 
     @property
     def gain(self) -> float | None:
@@ -92,6 +99,11 @@ class Entry:
         if best is None or default is None or not best.milliseconds or default.milliseconds is None:
             return None
         return default.milliseconds / best.milliseconds
+
+    def lasting(self) -> Entry:
+        """What is worth writing: without tiles that failed for what may have been the machine's fault."""
+        passing = (HUNG, SLOW_TO_COMPILE, UNTIMED)
+        return replace(self, timings=tuple(timing for timing in self.timings if not timing.note.startswith(passing)))
 
     def timing_of(self, tile: Tile) -> Timing | None:
         """What became of a tile; None if it was not tried."""
@@ -108,6 +120,11 @@ class Entry:
         tried = {timing.tile for timing in self.timings}
         more = tuple(timing for timing in older.timings if timing.tile not in tried)
         return replace(self, timings=self.timings + more)
+
+
+def _milliseconds(timing: Timing) -> float:
+    assert timing.milliseconds is not None
+    return timing.milliseconds
 
 
 @dataclass(frozen=True)

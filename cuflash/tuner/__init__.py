@@ -4,6 +4,7 @@
     tasks.py             which kernels of which calls are tuned, and their candidates in order
     session.py           the loop over candidates: budget, resuming, interruption, what is kept
     measuring.py         one call on arrays of this process: results compared, kernels timed
+    comparing.py         whether two results are the same but for rounding
     worker.py            the process that does so, which may crash
     progress.py          what a run says while it goes on, and its table of gains
     api.py               cuflash.autotune

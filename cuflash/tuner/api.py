@@ -21,10 +21,11 @@ from cuflash.problem.options import check_bool
 from cuflash.runtime import calls
 from cuflash.system import cache_directory
 from cuflash.tuned import store
+from cuflash.tuned.store import untuned
 from cuflash.tuned.table import Entry
 from cuflash.tuner import described_calls, progress
 from cuflash.tuner.session import Evaluator, Listener, Session
-from cuflash.tuner.tasks import EFFORTS, Effort, Task, tasks_of, untuned
+from cuflash.tuner.tasks import EFFORTS, Effort, Task, tasks_of
 from cuflash.tuner.worker import Workers
 
 
@@ -74,7 +75,7 @@ def autotune(
     simulator there is no time: the timing model gives one.
 
     Args:
-        query, key, value: as in the call; only shapes, strides and element types count.
+        query, key, value: as in the call; only shapes, the order of axes in memory and element types count.
         backward: also tune the backward pass.
         effort: "quick" tries 20 tiles of each kernel besides the default, "standard" 40, "full" all legal ones.
         budget: minutes after which to stop; the same call goes on from there.
@@ -89,6 +90,7 @@ def autotune(
     Raises:
         ArgumentError: as the call.
         OptionError: CUFLASH_TUNING=off, CUFLASH_COMPILE=forbid, a bad budget or effort, a file that is no table of this GPU.
+        TuningError, SetupError: what no tile is to blame for: no memory, CuPy is missing, the default tile fails. What was found before is kept.
     """
     backward = check_bool("backward", backward)
     plan_of = cuflash.varlen_plan if "cu_seqlens_q" in arguments else cuflash.plan
@@ -123,13 +125,11 @@ def tune(
     seconds = _seconds(budget)
     if (os.environ.get("CUFLASH_COMPILE") or "allow") == "forbid":
         raise OptionError("CUFLASH_COMPILE", "'forbid'", "'allow'", "Tuning compiles candidates: unset the environment variable.")
-    tasks = distinct_tasks(wanted, device, passes=passes, effort=effort)
-    if evaluator is None:
-        workers = Workers(device)
-        workers.compile_ahead(tasks)
-        evaluator = workers
-    session = Session(device, path, evaluator, listener, _facts(device, effort), seconds, check_bool("again", again))
+    again = check_bool("again", again)
+    tasks, facts = distinct_tasks(wanted, device, passes=passes, effort=effort), _facts(device, effort)
+    session = Session(device, path, Workers(device) if evaluator is None else evaluator, listener, facts, seconds, again)
     entries, reason = session.run(tasks)
+    store.forget()
     calls.forget()  # calls that were prepared with other tiles
     return Tuned(tuple(entries), path, reason)
 
@@ -196,7 +196,7 @@ def compiled_ahead(tasks: Sequence[Task], device: Device) -> tuple[int, list[str
     """Compile all candidates for a GPU that need not be here; how many kernels there are, and what went wrong."""
     workers = Workers(device)
     try:
-        count = workers.compile_ahead(list(tasks))
+        count = workers.compile_ahead([(task, tile) for task in tasks for tile in task.tiles])
         return count, workers.wait_for_compiled()
     finally:
         workers.close()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cuflash.cli.sample_features import ALONE
+from cuflash.cli.sample_features import ALONE, SampleFeatures
 from cuflash.cli.samples import Sample, plan_of
 from cuflash.errors import CuflashError, OptionError
 from cuflash.hardware.device import Device
@@ -18,8 +16,8 @@ from cuflash.planning.planner import make_plan
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile
 from cuflash.timing import machine, prediction
-from cuflash.tuned import store
 from cuflash.tuned.buckets import Bucket
+from cuflash.tuned.store import untuned
 from cuflash.tuner.described_calls import DescribedCall
 
 Effort = Literal["quick", "standard", "full"]
@@ -30,6 +28,9 @@ tile within 2 % of the fastest in 15, the first 40 in all."""
 
 CLASSES = ("plain", "causal", *ALONE, "varlen", "seqlens_kv")
 """Kinds of calls: without features, causal, causal with one feature, causal and packed, with lengths of keys."""
+
+USUAL_SEQLEN = 256
+"""That the numbers of `ALONE` suit."""
 
 TOKENS, HIDDEN = 16384, 2048
 """Of a call: batch x seqlen, and heads x head_dim, which fill any GPU."""
@@ -64,20 +65,6 @@ class Task:
         """All kernels of the pass with a tile for this one."""
         with untuned():
             return list(make_plan(self.problem, device, backward=self.backward, tile={self.kernel.name: tile}).kernels)
-
-
-@contextmanager
-def untuned() -> Iterator[None]:
-    """Plans as if there were no tables."""
-    before = os.environ.get(store.VARIABLE)
-    os.environ[store.VARIABLE] = "off"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[store.VARIABLE]
-        else:
-            os.environ[store.VARIABLE] = before
 
 
 def tasks_of(call: DescribedCall, problem: Problem, device: Device, *, passes: Sequence[str], effort: Effort) -> list[Task]:
@@ -144,7 +131,17 @@ def _sample(name: str, batch: int, seqlen: int, heads: int, head_dim: int, dtype
         return replace(base, lengths_q=(seqlen, *[max(1, seqlen // 2)] * (2 * batch - 2)))
     if name == "seqlens_kv":
         return replace(base, lengths_kv=tuple(max(1, seqlen - seqlen * row // (2 * batch)) for row in range(batch)))
-    return replace(base, features=ALONE[name]) if name in ALONE else base
+    return replace(base, features=_of_length(ALONE[name], seqlen)) if name in ALONE else base
+
+
+def _of_length(features: SampleFeatures, seqlen: int) -> SampleFeatures:
+    """Windows and prefixes that are as large a part of a sequence as those of the usual samples are of theirs."""
+
+    def scaled(number: int | None) -> int | None:
+        return None if number is None else max(1, number * seqlen // USUAL_SEQLEN)
+
+    window = None if features.window is None else (scaled(features.window[0]), scaled(features.window[1]))
+    return replace(features, window=window, prefix=scaled(features.prefix))
 
 
 def problem_of(sample: Sample, *, backward: bool) -> Problem:

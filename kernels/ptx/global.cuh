@@ -24,9 +24,11 @@ DEVICE int fetch_add_relaxed(int* address, int addend) {
   return value;
 }
 
-DEVICE uint32 fetch_add_relaxed(uint32* address, uint32 addend) {
+// The same with 1, below 2^32 - 1. ptxas sums up an `add` of the lanes of a warp and hands each its part, for which it waits at once. It takes an
+// `inc` of all 32 bits for one, and leaves this one alone.
+DEVICE uint32 fetch_increment_relaxed(uint32* address) {
   uint32 value;
-  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(value) : "l"(address), "r"(addend) : "memory");
+  asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(value) : "l"(address), "r"(0xfffffffeu) : "memory");
   return value;
 }
 

@@ -65,12 +65,12 @@ class WorkQueue {
 
   DEVICE bool is_empty() const { return index >= uint32(arguments.num_work); }
 
-  // Takes the next tile while there is time: the counter answers late.
+  // Takes the next tile while there is time: the counter answers late, and nothing is done with its answer before `advance`.
   DEVICE void take_ahead() {
-    following = index + gridDim.x;
-    if (arguments.next_work != nullptr && lane_index() == 0) following = gridDim.x + fetch_add_relaxed(arguments.next_work, 1);
+    taken = index;
+    if (arguments.next_work != nullptr && lane_index() == 0) taken = fetch_increment_relaxed(arguments.next_work);
   }
-  DEVICE void advance() { index = uniform(following); }
+  DEVICE void advance() { index = uniform(taken) + gridDim.x; }
 
   DEVICE TileWork work() const {
     const Work at = work_longest_first<CAUSAL, true>(arguments.geometry, arguments.geometry.num_heads_q, int(index));
@@ -90,5 +90,5 @@ class WorkQueue {
 
  private:
   const Arguments& arguments;
-  uint32 index, following = 0;
+  uint32 index, taken = 0;
 };

@@ -47,6 +47,23 @@ def test_what_a_way_cannot_do_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     assert results(tmp_path, "--ways", "arrays", "--cases", "plain", "--dtype", "bfloat16")["plain", "arrays"]["microseconds"] is None
 
 
+def test_a_way_that_fails_keeps_no_other_from_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: no kernel image\nand more")
+
+    monkeypatch.setattr(mini_test, "sdpa", failing)
+    found = results(tmp_path, "--ways", "sdpa", "standard", "--cases", "plain")
+    assert found["plain", "sdpa"]["note"] == "CUDA error: no kernel image"
+    assert found["plain", "standard"]["microseconds"] > 0
+
+
+@pytest.mark.parametrize("shape", [*mini_test.FULL, *mini_test.SMALL])
+def test_gradients_are_not_subnormal(shape: mini_test.Shape) -> None:
+    """Of the output, in float16, where an error is one: 2 * scale / number."""
+    scale, number = mini_test.Problem(shape, "plain", mini_test.torch.float16).loss_scale, shape.batch * shape.seqlen * shape.width
+    assert 2.0**-4 < 2 * scale / number <= 0.25
+
+
 def test_the_full_size_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     if mini_test.ON_GPU:
         pytest.skip("there is one")

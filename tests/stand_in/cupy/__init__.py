@@ -9,6 +9,7 @@ it returns, so a missing synchronisation goes unnoticed. Environment:
     STAND_IN_ARCH       architecture that it poses as; default sm_90
     STAND_IN_DEVICES    how many there are; default 2
     STAND_IN_LOSS       "N FILE": the N-th launch of a process loses the GPU, for the life of that process, if it can create FILE, which there must not be
+                        before; "kernel:N FILE": so does the first launch of its N-th kernel
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ class ndarray:
     def __setitem__(self, key: Any, value: Any) -> None:
         cuda.check_alive()
         self._host[_host(key)] = _host(value)
+
+    def __abs__(self) -> ndarray:
+        cuda.check_alive()
+        return self._of(abs(self._host))
 
     def __len__(self) -> int:
         return len(self._host)
