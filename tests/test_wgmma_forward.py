@@ -414,6 +414,8 @@ def test_blocks_take_tiles_from_a_counter_where_these_differ(monkeypatch: pytest
     assert counts(is_causal=True)
     with_sms(monkeypatch, 24)
     assert not counts(is_causal=True)
+    with_sms(monkeypatch, 1)
+    assert "1 block of 512 threads, which stays for 24 tiles of queries" in str(plan_of())
 
 
 @pytest.mark.parametrize("mask", ["full", "causal"])
