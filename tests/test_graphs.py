@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,10 @@ def test_the_counter_of_tiles_is_zero_at_each_replay(gpu: Target) -> None:
     """More tiles of queries than there are SMs, which see different numbers of keys: blocks of `forward_wgmma` take them from a counter."""
     if gpu.device.capability != 90:
         pytest.skip("the GPU is no sm_90")
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        pytest.skip("there is no driver to make tensor maps")
     shape = (8, 400, 12, 64)
     inputs = [gpu.random(shape, "float16", seed) for seed in (1, 2, 3)]
     others = [gpu.random(shape, "float16", seed) for seed in (4, 5, 6)]

@@ -153,8 +153,9 @@ class Workers:
             TuningError, SetupError, OutOfTime: see `session.Evaluator`.
         """
         connection, is_ready = self._running(), False
-        try:
+        with contextlib.suppress(OSError):  # it has ended: what it said before that is read below
             connection.send(question)
+        try:
             while True:
                 if not connection.poll(_seconds(self._answer_timeout, until)):
                     return self._hanging(question.tile, is_ready, until)
