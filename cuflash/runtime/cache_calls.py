@@ -8,8 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from math import prod
 from typing import Any
 
-from cuflash.arrays.borrowing import Array, borrow, pointer, signature
-from cuflash.errors import DTypeError
+from cuflash.arrays.borrowing import Array, borrow
 from cuflash.hardware import device
 from cuflash.planning.kernel_specs import CACHE_APPEND
 from cuflash.planning.plan import Plan
@@ -62,22 +61,9 @@ def _planned(operands: CacheOperands, options: CacheOptions) -> tuple[dict[str, 
 def _find(operands: CacheOperands, options: CacheOptions) -> tuple[Hashable | None, Any, dict[str, int]]:
     """The key of a call, what was prepared for it, and the addresses of its arrays, as `calls._find`."""
     addresses: dict[str, int] = {}
-    tiles = tuple(options.tile.items()) if type(options.tile) is dict else None
-    hashable = options if tiles is None else options._replace(tile=None)
-    seen: list[Hashable] = [_find, device.simulator_arch(), hashable, tiles, calls.types_of(options)]
-    for name, operand in zip(CacheOperands._fields, operands):  # noqa: B905 (they are of one length, and to look costs)
-        if operand is None:
-            seen.append(None)
-            continue
-        kind = signature(operand)
-        if kind is None:
-            return None, None, addresses
-        try:
-            address = addresses[name] = pointer(operand)
-        except DTypeError:  # no memory, which `borrow` says more about
-            return None, None, addresses
-        seen += (kind, address & 15)
-    key, call = calls.remembered(seen)
+    seen: list[Hashable] = [_find, device.simulator_arch(), *calls.hashable(options)]
+    is_known = calls.looked_at(CacheOperands._fields, operands, seen, addresses)
+    key, call = calls.remembered(seen) if is_known else (None, None)
     return key, call, addresses
 
 

@@ -7,7 +7,7 @@ the options and on what `borrowing.signature` sees, so its result is remembered 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 from cuflash.arrays.borrowing import Array, attribute, borrow, describe, pointer, signature
@@ -16,6 +16,7 @@ from cuflash.hardware import device
 from cuflash.planning.plan import Plan
 from cuflash.planning.planner import make_plan
 from cuflash.problem import features
+from cuflash.problem.cache_call import CacheOptions
 from cuflash.problem.checks import check_backward, check_out, make_problem
 from cuflash.problem.operands import Operands, borrowed
 from cuflash.problem.options import Options, check_bool
@@ -133,25 +134,34 @@ def _find(direction: str, operands: Operands, options: Options) -> tuple[Hashabl
     had cheaply. Types are part of it, those of what options hold too: True and 1 are not the same option, nor are the windows (1, 0) and (True, 0).
     """
     addresses, state = features.drawn_from(options.dropout_p, operands.dropout_seed)
-    tiles = tuple(options.tile.items()) if type(options.tile) is dict else None  # a dict cannot be hashed
-    hashable = options if tiles is None else options._replace(tile=None)
-    seen: list[Hashable] = [direction, device.simulator_arch(), bool(addresses), hashable, tiles, types_of(options)]
+    seen: list[Hashable] = [direction, device.simulator_arch(), bool(addresses), *hashable(options)]
     if operands.dropout_seed is not None:
         operands = operands._replace(dropout_seed=state)
-    for name, operand in zip(_NAMES, operands):  # noqa: B905 (they are of one length, and to look costs)
+    key, call = remembered(seen) if looked_at(_NAMES, operands, seen, addresses) else (None, None)
+    return key, call, addresses
+
+
+def hashable(options: Options | CacheOptions) -> tuple[Hashable, Hashable, Hashable]:
+    """What a key has of options: themselves, a dict of tiles, which cannot be hashed, as its items, and the types."""
+    tiles = tuple(options.tile.items()) if type(options.tile) is dict else None
+    return options if tiles is None else options._replace(tile=None), tiles, _types_of(options)
+
+
+def looked_at(names: Sequence[str], operands: Sequence[object], seen: list[Hashable], addresses: dict[str, int]) -> bool:
+    """Add what a call depends on of its arrays to `seen`, and where they lie to `addresses`; whether there is no array that only `borrow` can judge."""
+    for name, operand in zip(names, operands):  # noqa: B905 (they are of one length, and to look costs)
         if operand is None:
             seen.append(None)
             continue
         kind = signature(operand)
         if kind is None:
-            return None, None, addresses
+            return False
         try:
             address = addresses[name] = pointer(operand)
         except DTypeError:  # no memory, which `borrow` says more about
-            return None, None, addresses
+            return False
         seen += (kind, address & 15)
-    key, call = remembered(seen)
-    return key, call, addresses
+    return True
 
 
 def remembered(seen: list[Hashable]) -> tuple[Hashable | None, Any]:
@@ -166,7 +176,7 @@ def remembered(seen: list[Hashable]) -> tuple[Hashable | None, Any]:
 _SCALARS = frozenset((type(None), bool, int, float, str))
 
 
-def types_of(values: Collection[Any]) -> tuple[Hashable, ...]:
+def _types_of(values: Collection[Any]) -> tuple[Hashable, ...]:
     """The type of each value, and behind them the types of what they hold."""
     types = tuple(map(type, values))
     if _SCALARS.issuperset(types):
@@ -176,11 +186,11 @@ def types_of(values: Collection[Any]) -> tuple[Hashable, ...]:
 
 def _types_within(value: object) -> tuple[Hashable, ...]:
     if isinstance(value, tuple):
-        return types_of(value)
+        return _types_of(value)
     if isinstance(value, Tile):
-        return types_of(vars(value).values())
+        return _types_of(vars(value).values())
     if isinstance(value, Mapping):
-        return (*types_of(value), *types_of(value.values()))
+        return (*_types_of(value), *_types_of(value.values()))
     return ()
 
 
