@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from marked_pages import with_block
+
 Row = dict[str, str]
 Key = tuple[str, int, bool, int, str]
 """dtype, head_dim, causal, seqlen, pass."""
@@ -311,7 +313,7 @@ def draw_tiles(rows: list[Row], plt: Any, folder: Path) -> list[Path]:
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- measured: benchmarks/figures.py --publish -->\n", "<!-- end of what was measured -->\n"
+BEGIN, END = "<!-- measured: benchmarks/figures.py --publish -->", "<!-- end of what was measured -->"
 
 
 def results() -> list[Path]:
@@ -356,21 +358,13 @@ def readme_block() -> str:
             f"{gpu_of(folder)}, measured (batch · seqlen = 16384, heads · head_dim = 2048; protocol and all cells in [docs/measured.md](docs/measured.md)):"
         ]
         parts += speed_tables(found)
-    return "\n\n".join(parts) + "\n"
-
-
-def with_block(page: str, block: str) -> str:
-    """A page with the text between its two marks renewed."""
-    before, _, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert end, f"the page lacks the marks {BEGIN.strip()} and {END.strip()}"
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+    return "\n\n".join(parts)
 
 
 def published() -> dict[Path, str]:
     """The pages that depend on results, as they should be."""
     readme = ROOT / "README.md"
-    return {ROOT / "docs" / "measured.md": measured_page(), readme: with_block(readme.read_text(), readme_block())}
+    return {ROOT / "docs" / "measured.md": measured_page(), readme: with_block(readme.read_text(), BEGIN, readme_block(), END)}
 
 
 def main() -> int:

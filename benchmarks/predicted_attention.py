@@ -32,14 +32,13 @@ from cuflash.timing import prediction, sass
 from cuflash.timing.description import Description
 from cuflash.timing.machine import CARDS, SUB_PARTITIONS, multiprocessor
 from cuflash.timing.prediction import KernelPrediction
+from marked_pages import publish_prediction
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_120")
 HEAD_DIMS = (64, 128, 256)
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 RESULTS = Path(__file__).resolve().parent / "results"
 BEFORE, FLASH_ATTENTION = RESULTS / "predicted_before.json", RESULTS / "flash_attention_2.json"
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-BEGIN, END = "<!-- predicted: benchmarks/predicted_attention.py --publish -->", "<!-- end of predicted_attention.py -->"
 
 
 @dataclass(frozen=True)
@@ -192,13 +191,6 @@ def _of_kernel(cell: Cell, of: KernelPrediction) -> str:
     )
 
 
-def publish(table: str) -> None:
-    """Put the table between its marks in docs/performance.md."""
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print or publish the table, or keep what another checkout does."""
     parser = argparse.ArgumentParser(description="Predicted share of the matrix rate beside FlashAttention-2's.")
@@ -220,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line, flush=True)
         table.append(line)
     if options.publish:
-        publish("\n".join(table))
+        publish_prediction(Path(__file__).name, "\n".join(table))
     return 0
 
 

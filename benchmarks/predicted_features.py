@@ -23,12 +23,11 @@ from cuflash.planning import kernel_specs, planner
 from cuflash.timing import prediction
 from cuflash.timing.machine import CARDS
 from cuflash.timing.prediction import KernelPrediction
+from marked_pages import publish_prediction
 
 ARCHITECTURES = ("sm_80", "sm_90")
 HEAD_DIMS = (64, 128)
 CHEAP, DEAR = 1.15, 1.25
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-BEGIN, END = "<!-- predicted: benchmarks/predicted_features.py --publish -->", "<!-- end of predicted_features.py -->"
 
 
 @dataclass(frozen=True)
@@ -127,14 +126,6 @@ class Table:
             yield f"| {row.name} | {'–' if row.goal is None else f'{row.goal:g}'} | {' | '.join(shown)} |"
 
 
-def publish(table: str) -> None:
-    """Put the table between its marks in docs/performance.md."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print or publish the table."""
     names = list(dict.fromkeys(row.name.split(",")[0] for row in ROWS))
@@ -153,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line, flush=True)
         table.append(line)
     if options.publish:
-        publish("\n".join(table))
+        publish_prediction(Path(__file__).name, "\n".join(table))
     return 0
 
 

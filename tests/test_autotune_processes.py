@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy
 import pytest
-from test_autotune import ON, ROOT, SMALL, small_tasks
+from test_autotune import ON, ROOT, SMALL, own_table, small_tasks
 from test_stand_in import environment, on_stand_in
 
 import cuflash
@@ -36,15 +36,7 @@ from cuflash.tuner.tasks import Task
 TIMED = pytest.mark.skipif(disassembly.find_nvdisasm() is None, reason="the timing model reads what nvdisasm says")
 
 
-@pytest.fixture(autouse=True)
-def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's table in these tests."""
-    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_80")
-    monkeypatch.delenv(store.VARIABLE, raising=False)
-    monkeypatch.delenv("CUFLASH_COMPILE", raising=False)
-    monkeypatch.setattr(store, "own_path", lambda on: tmp_path / f"{store.slug(on.name)}.json")
-    calls.forget()
-    return tmp_path / "cuflash-simulator-sm-80.json"
+pytestmark = pytest.mark.usefixtures(own_table.__name__)
 
 
 # --- In real processes, on the simulator --------------------------------------------------------------------------------------------------

@@ -146,14 +146,15 @@ def test_inspect_of_a_kernel_that_is_not_modelled(tmp_path: Path) -> None:
 
 
 KERNEL = ("--arch", "sm_80", "--head-dim", "64", "--dtype", "float16")
+KERNEL_128 = ("--arch", "sm_80", "--head-dim", "128", "--dtype", "float16")
 
 
 @needs_nvdisasm
 def test_kernels_are_saved_and_predicted_from_files(tmp_path: Path) -> None:
-    result = here("inspect", *KERNEL, "--forward-only", "--save", "kept", directory=tmp_path)
+    result = here("inspect", *KERNEL_128, "--forward-only", "--save", "kept", directory=tmp_path)
     assert result.returncode in (0, 1), result.stderr
-    assert re.search(r"predicted sm_80 forward float16 64 full \d+x\d+ w\d s\d: 0\.\d\d of the matrix rate with", result.stdout)
-    (cubin,) = (tmp_path / "kept").glob("forward_sm_80_float16_d64_full_*.cubin")
+    assert re.search(r"predicted sm_80 forward float16 128 full \d+x\d+ w\d s\d: 0\.\d\d of the matrix rate with", result.stdout)
+    (cubin,) = (tmp_path / "kept").glob("forward_sm_80_float16_d128_full_*.cubin")
     fields = json.loads(cubin.with_suffix(".json").read_text())
     assert {"kernel", "arch", "dtype", "head_dim", "causal", "tile", "registers", "spill_bytes", "shared_bytes"} <= set(fields)
     (kernel,) = json.loads(here("predict", "--cubin", str(cubin), "--json", directory=tmp_path).stdout)
@@ -162,11 +163,9 @@ def test_kernels_are_saved_and_predicted_from_files(tmp_path: Path) -> None:
     assert kernel["busy"]["matrix"] == kernel["matrix_share"]
     assert (
         kernel["matrix_instructions_per_trip"]
-        == 2 * 64 * fields["tile"]["tile_q"] * fields["tile"]["tile_kv"] // 2048 // fields["tile"]["num_warps"]
+        == 2 * 128 * fields["tile"]["tile_q"] * fields["tile"]["tile_kv"] // 2048 // fields["tile"]["num_warps"]
     )
-    assert all(
-        gain > 0.85 for gain in kernel["speedup_without"].values()
-    )  # below 1: with less to wait for, warps take turns that suit them less
+    assert all(gain > 0.9 for gain in kernel["speedup_without"].values())
     assert kernel["binds"] in kernel["speedup_without"]
 
 
