@@ -146,7 +146,7 @@ def test_inspect_of_a_kernel_that_is_not_modelled(tmp_path: Path) -> None:
 
 
 KERNEL = ("--arch", "sm_80", "--head-dim", "64", "--dtype", "float16")
-KERNEL_128 = ("--arch", "sm_80", "--head-dim", "128", "--dtype", "float16")
+KERNEL_128 = ("--arch", "sm_80", "--head-dim", "128", "--dtype", "float16")  # docs/timing.md says what is odd about the one of 64
 
 
 @needs_nvdisasm
@@ -232,9 +232,9 @@ def test_predict_names_what_it_cannot_use(tmp_path: Path, options: tuple[str, ..
 
 
 def test_inspect_prints_a_table_of_both_passes(tmp_path: Path) -> None:
-    result = here("inspect", "--arch", "sm_90", "--head-dim", "32", "--dtype", "float16", "--causal", directory=tmp_path)
+    result = here("inspect", "--arch", "sm_75", "sm_90", "--head-dim", "16", "--dtype", "float16", "--causal", directory=tmp_path)
     assert result.returncode in (0, 1), result.stderr
-    for expected in ("sm_90 ", "forward", "backward_dq", "regs", "spill"):
+    for expected in ("sm_75", "sm_90 ", "forward", "backward_dq", "regs", "spill"):
         assert expected in result.stdout, expected
     assert "sm_90a" not in result.stdout, "architectures are named as --arch takes them"
     assert result.stdout.startswith("calls: causal; features: none\n")

@@ -60,10 +60,13 @@ def named(report: Report) -> str:
 
 
 def processor_seconds(request: CompileRequest) -> float:
-    """Of a compilation, without what a busy machine adds: reports are measured by the clock on the wall."""
-    start = time.thread_time()
-    compiler.compile_kernel(request)
-    return time.thread_time() - start
+    """The least time of two compilations, without what a busy machine adds: reports are measured by the clock on the wall."""
+    seconds = []
+    for _ in range(2):
+        start = time.thread_time()
+        compiler.compile_kernel(request)
+        seconds.append(time.thread_time() - start)
+    return min(seconds)
 
 
 def yardstick_seconds() -> float:
@@ -91,7 +94,10 @@ def test_no_spills_no_warnings_quick_and_on_tensor_cores(arch: str, dtype: str, 
     assert len(reports) in (4, 5)
     for report in reports:
         resources = report.resources
-        assert resources.spill_store_bytes <= report.subject.request.tolerated_spills, named(report)
+        tolerated = report.subject.request.tolerated_spills  # of tiles that were measured or predicted with their spills
+        assert resources.spill_store_bytes <= tolerated, named(report)
+        assert resources.spill_load_bytes <= 2 * tolerated, named(report)
+        assert resources.stack_bytes <= tolerated, named(report)
         if not resources.spill_store_bytes:
             assert (resources.spill_load_bytes, resources.stack_bytes) == (0, 0), named(report)
         assert resources.static_shared_bytes == 0, named(report)

@@ -37,7 +37,13 @@ def environment(**more: str) -> dict[str, str]:
 
 def on_stand_in(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, check=False, cwd=ROOT, env=environment(**more), timeout=600
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment(**more),
+        timeout=600,  # nothing but a hang takes that long, however busy the machine
     )
 
 

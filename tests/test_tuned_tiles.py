@@ -7,7 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -371,7 +371,7 @@ def test_a_named_table_serves_another_card_of_the_architecture(
 def test_the_users_table_must_be_the_users(tmp_path: Path) -> None:
     path = save_own(entry())
     path.chmod(0o666)
-    assert planned()[0] == DEFAULT if os.name == "posix" else FAST
+    assert planned()[0] == (DEFAULT if os.name == "posix" else FAST)
 
 
 def test_what_there_is_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +383,3 @@ def test_what_there_is_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(store.VARIABLE, "off")
     assert store.summary(ON) == "none (CUFLASH_TUNING=off)"
     assert ("tuned tiles", [(device.default().name, store.summary(device.default()))]) in environment.facts()
-
-
-def test_times_are_records_of_plain_values() -> None:
-    assert asdict(Timing(DEFAULT))["milliseconds"] is None
