@@ -339,7 +339,7 @@ def _warmup(options: argparse.Namespace) -> int:
     compiled = cache.statistics().compiles
     print(f"{count} kernels are in the cache, {compiled} compiled now, {time.perf_counter() - start:.1f} s; {cache.directory()}")
     if options.into is not None:
-        version = ".".join(map(str, compiler.nvrtc_version()))
+        version = compiler.nvrtc_text()
         print(
             f"A machine with NVRTC {version} and this cuflash finds them with CUFLASH_CACHE_DIR={options.into}; with another NVRTC it compiles its own."
         )

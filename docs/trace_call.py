@@ -145,7 +145,7 @@ STEPS = {
 
 def compiler_version() -> str:
     """Whose PTX and machine code the page shows."""
-    return "NVRTC {}.{}".format(*compiler.nvrtc_version())
+    return f"NVRTC {compiler.nvrtc_text()}"
 
 
 OF_THE_COMPILER = ("ptx", "sass")

@@ -38,7 +38,7 @@ def facts(machine: Machine, arguments: argparse.Namespace) -> int:
     for tool in ("nvcc", "compute-sanitizer", "ncu", "g++"):
         path = shutil.which(tool)
         found["tools"][tool] = output_of(tool, "--version").splitlines()[-1] if path else "not found"
-    found["nvrtc"] = ".".join(map(str, compiler.nvrtc_version()))
+    found["nvrtc"] = compiler.nvrtc_text()
     if not machine.dry:
         found["nvidia_smi"] = dict(
             zip(

@@ -113,7 +113,7 @@ def _cuda_version(number: int) -> str:
 
 def _nvrtc() -> str:
     try:
-        return ".".join(map(str, compiler.nvrtc_version()))
+        return compiler.nvrtc_text()
     except SetupError as error:
         return str(error)
 

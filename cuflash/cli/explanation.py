@@ -210,7 +210,7 @@ def _state(found: Explanation) -> list[str]:
         return ["compiled: not known without NVRTC"]
     from cuflash.jit import compiler
 
-    by = f"by NVRTC {'.'.join(map(str, compiler.nvrtc_version()))}"
+    by = f"by NVRTC {compiler.nvrtc_text()}"
     missing = [name for name, there in found.compiled.items() if not there]
     if not missing:
         return [f"compiled: all in the cache, {by}" if found.compiled else "compiled: nothing to compile"]

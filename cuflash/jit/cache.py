@@ -145,12 +145,21 @@ def _read_or_compile(request: CompileRequest) -> Artifact:
     return artifact
 
 
-def _check_compilation_allowed(request: CompileRequest) -> None:
-    cache_limit.limit_bytes()  # a bad value of its variable is an error before the work
+def is_compilation_forbidden() -> bool:
+    """By the environment.
+
+    Raises:
+        OptionError: CUFLASH_COMPILE has a value that says nothing.
+    """
     value = os.environ.get("CUFLASH_COMPILE") or "allow"
     if value not in ("allow", "forbid"):
         raise OptionError("CUFLASH_COMPILE", repr(value), "'allow' or 'forbid'", "Correct or unset the environment variable.")
-    if value == "forbid":
+    return value == "forbid"
+
+
+def _check_compilation_allowed(request: CompileRequest) -> None:
+    cache_limit.limit_bytes()  # a bad value of its variable is an error before the work
+    if is_compilation_forbidden():
         raise CompilationForbiddenError(f"{request.describe()} is not in the cache ({directory() or 'which has no directory'})")
 
 

@@ -126,6 +126,11 @@ def nvrtc_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def nvrtc_text() -> str:
+    """The same as people write it: "12.9"."""
+    return ".".join(map(str, nvrtc_version()))
+
+
 _first_use = threading.Lock()
 
 
@@ -223,7 +228,7 @@ def _compile(request: CompileRequest, flags: tuple[str, ...]) -> Artifact:
             with _compiling:
                 nvrtc.compileProgram(program, flags)
         except nvrtc.NVRTCError as error:
-            message = f"NVRTC {'.'.join(map(str, nvrtc_version()))} cannot compile {request.describe()}: {error}"
+            message = f"NVRTC {nvrtc_text()} cannot compile {request.describe()}: {error}"
             raise CompileError(message, log=nvrtc.getProgramLog(program), config=request.config) from None
         seconds = time.perf_counter() - start
         log = nvrtc.getProgramLog(program).strip("\0 \n")
@@ -231,7 +236,7 @@ def _compile(request: CompileRequest, flags: tuple[str, ...]) -> Artifact:
         data = _complete_elf(nvrtc.getCUBIN(program)) if is_cubin else _relative_line_info(nvrtc.getPTX(program), directory)
     finally:
         nvrtc.destroyProgram(program)
-    return Artifact(data, log, seconds, parse_resources(log) if is_cubin else (), f"NVRTC {'.'.join(map(str, nvrtc_version()))}")
+    return Artifact(data, log, seconds, parse_resources(log) if is_cubin else (), f"NVRTC {nvrtc_text()}")
 
 
 def options(request: CompileRequest) -> tuple[str, ...]:
@@ -260,7 +265,7 @@ def _machine(arch: str) -> str:
     known = _nvrtc().getSupportedArchs()
     if capability not in known:
         expected = "one of " + ", ".join(name for name in ARCHITECTURES if int(name.removeprefix("sm_")) in known)
-        hint = f"NVRTC {'.'.join(map(str, nvrtc_version()))} does not know it; install a newer one: {INSTALL_HINT}"
+        hint = f"NVRTC {nvrtc_text()} does not know it; install a newer one: {INSTALL_HINT}"
         raise OptionError("arch", repr(arch), expected, hint)
     return f"{capability}{suffix if capability >= 90 else ''}"
 

@@ -24,7 +24,7 @@ def kernels(problem: Problem, device: Device) -> tuple[KernelPlan, ...]:
     constants: dict[str, int | bool | str] = {
         "CAPABILITY": device.capability,
         "NUM_WARPS": CACHE_APPEND.num_warps,
-        "PAGED": cache.page_size > 0,
+        "PAGED": cache.is_paged,
         "SEQLENS_KV": True,
         "RotaryElement": CPP_ELEMENTS[problem.dtype if cache.rotary is None else cache.rotary.dtype],
     }

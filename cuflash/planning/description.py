@@ -32,8 +32,7 @@ def describe(
     if choice:
         lines.append(f"  choice     {choice}")
     visits = [_visits(kernel, problem) for kernel in kernels if kernel.spec.is_tiled and kernel.spec.warps_share == "stationary"]
-    ragged = problem.seqlens_kv or problem.num_sequences is not None
-    if visits and (problem.is_causal or problem.features.kinds.hides_keys or ragged):
+    if visits and (problem.is_causal or problem.features.kinds.hides_keys or problem.is_ragged):
         lines.append(f"  tiles      {', '.join(visits)}")
     at_most = "at most " if problem.hides_by_data else ""
     flops = problem.flops_backward if backward else problem.flops_forward
@@ -54,7 +53,7 @@ def _extents(problem: Problem) -> str:
         lengths += f", each of at most {problem.max_seqlen_q} x {problem.max_seqlen_kv}"
     if problem.cache is not None:
         pages = f", pages of {problem.cache.page_size}" if problem.cache.page_size else ""
-        new = 0 if problem.cache.new is None else problem.cache.new.count
+        new = problem.cache.new_keys
         lengths += f" in a cache{pages}, keys of each row up to its cache_seqlens" + (f" and {new} new" if new else "")
     elif problem.seqlens_kv:
         lengths += ", keys of each row up to its seqlens_kv"

@@ -5,12 +5,13 @@ Shared memory is what the kernels assert, registers are those of accumulators al
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from cuflash.hardware.device import Device
 from cuflash.planning.kernel_specs import KernelSpec, columns_of
 from cuflash.problem.features import NO_FEATURES, FeatureSet
+from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile
 
 WIDEST_NARROW_HEAD = 256  # wider heads are cut into slices (kernels/tile/slices.cuh)
@@ -93,6 +94,14 @@ class KernelCase:
         if self.kernel.warps_share == "streamed":
             return stationary, streamed // tile.num_warps
         return stationary * self.head_slices(device) // tile.num_warps, streamed
+
+
+def case_of(spec: KernelSpec, problem: Problem) -> KernelCase:
+    """A kernel for a call."""
+    features = problem.features.kinds if spec.drops else replace(problem.features.kinds, dropout=False)
+    return KernelCase(
+        spec, problem.dtype, problem.head_dim, problem.allow_tf32 and problem.dtype == "float32", problem.head_dim_v, features
+    )
 
 
 def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:

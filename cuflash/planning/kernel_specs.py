@@ -98,6 +98,8 @@ class KernelSpec:
         walks_lists: with features that hide tiles by data, blocks walk over lists of visible tiles. False where it is not worth making them: a kernel that
             seldom visits any tile, or one that adds up the tiles of many heads.
         drops: dropout means something to it.
+        splits_keys: blocks share out the keys of a sequence, and another kernel merges their parts.
+        is_tuned: autotune times its tiles. False of a kernel that seldom does anything, and of one whose workspace depends on its tile.
         takes_single_tile: how a pass takes the one tile that a caller pins for all of its kernels: as it is, with queries and keys exchanged, or not at all.
         constants: of `Config`, besides those of every tiled kernel.
         costs: see there.
@@ -129,6 +131,8 @@ class KernelSpec:
     max_stages: int = field(default=4, compare=False)
     walks_lists: bool = field(default=True, compare=False)
     drops: bool = field(default=True, compare=False)
+    splits_keys: bool = field(default=False, compare=False)
+    is_tuned: bool = field(default=True, compare=False)
     takes_single_tile: Literal["as_it_is", "transposed", "not"] = field(default="as_it_is", compare=False)
     constants: tuple[tuple[str, bool], ...] = field(default=(), compare=False)
     costs: Costs = field(default=_BACKWARD_COSTS, compare=False)
@@ -205,7 +209,7 @@ PARTS = ("partial_out", "partial_lse")
 FORWARD_SPLIT = KernelSpec(
     "forward_split", "forward_split_mma.cu", FORWARD_SPLIT_ARGUMENTS, "mma", workspace=PARTS,
     rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_share="streamed",
-    min_stages=2, walks_lists=False, costs=_FORWARD_COSTS,
+    min_stages=2, walks_lists=False, splits_keys=True, is_tuned=False, costs=_FORWARD_COSTS,
 )  # fmt: skip
 """Few queries and many keys (split_forward.py)."""
 
@@ -228,7 +232,7 @@ BACKWARD_DELTA = KernelSpec(
 BACKWARD_ROW_SUMS = KernelSpec(
     "backward_row_sums", "backward_row_sums_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
     rows_of="query", stationary=("query",), streamed=("key",), scores=("S",),
-    walks_lists=False, drops=False, takes_single_tile="not",
+    walks_lists=False, drops=False, is_tuned=False, takes_single_tile="not",
 )  # fmt: skip
 BACKWARD_FUSED = KernelSpec(
     "backward_fused", "backward_fused_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=(*_ROWS, *_SUMS),

@@ -33,7 +33,7 @@ from cuflash.planning import (
     wgmma_forward,
 )
 from cuflash.planning.codegen import config_text
-from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_cases import KernelCase, case_of
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
 from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.planning.plan import Plan
@@ -65,7 +65,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
     choice = ""
     if not problem.is_empty:
         tiled = backward_kernels(problem, device, tile) if backward else forward_kernels(problem, device, tile)
-        choice = _choice_of_backward(tiled, problem, device) if backward else _explain_forward(problem, device, tile)
+        choice = _choice_of_backward(tiled, problem, device) if backward else _explain_forward(tiled, problem, device, tile)
         check_names(tile, tiled, choice)
         planned = [kernel for kernel in (tiled_kernel(spec, problem, device, tile) for spec in tiled) if kernel.num_blocks]
         if problem.features.kinds.lists_tiles:
@@ -74,7 +74,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
             ]
             planned = [kernel for launched in with_lists for kernel in launched]
         if backward:
-            fused = next((kernel for kernel in planned if kernel.spec == kernel_specs.BACKWARD_FUSED), None)
+            fused = next((kernel for kernel in planned if kernel.spec.added_up), None)
             planned.insert(0, _delta_kernel(problem, device, clears_turns=fused is not None))
             if fused is not None:
                 planned.insert(planned.index(fused) + 1, _convert_kernel(fused, problem, device))
@@ -102,10 +102,10 @@ def forward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tup
     return wgmma_forward.kernels(problem, device, tile)
 
 
-def _explain_forward(problem: Problem, device: Device, tile: Tiles) -> str:
+def _explain_forward(kernels: tuple[KernelSpec, ...], problem: Problem, device: Device, tile: Tiles) -> str:
     """Which forward kernel runs, and why not another; nothing where there is no choice."""
     words = [split_forward.explain(problem, device, tile)]
-    if not split_forward.is_taken(problem, device, tile):
+    if kernel_specs.FORWARD_SPLIT not in kernels:
         words.append(wgmma_forward.explain(problem, device, tile))
     return "; ".join(filter(None, words))
 
@@ -116,13 +116,13 @@ def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tu
     All come from one kernel where that is asked for and possible (`fused_backward`). Otherwise dK and dV come from one kernel where the accumulators of both fit
     the registers and they are summed over the same heads and batches.
     """
-    same_groups = problem.key_shape[:3] == problem.value_shape[:3]
     kernels = [kernel_specs.BACKWARD_ROW_SUMS] if problem.features.kinds.additive_mask else []
-    ragged = problem.seqlens_kv or problem.num_sequences is not None
-    if same_groups and fused_backward.is_taken(_case(kernel_specs.BACKWARD_FUSED, problem), device, tile, ragged=ragged):
+    if problem.same_groups and fused_backward.is_taken(
+        case_of(kernel_specs.BACKWARD_FUSED, problem), device, tile, ragged=problem.is_ragged
+    ):
         kernels += [kernel_specs.BACKWARD_FUSED]
     else:
-        joint = same_groups and not splits_dkdv(_case(kernel_specs.BACKWARD_DKDV, problem), device)
+        joint = problem.same_groups and not splits_dkdv(case_of(kernel_specs.BACKWARD_DKDV, problem), device)
         kernels += [kernel_specs.BACKWARD_DKDV] if joint else [kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DK]
         kernels += [kernel_specs.BACKWARD_DQ]
     kernels += [kernel_specs.BACKWARD_MASK] if problem.features.need_attn_mask_grad else []
@@ -130,9 +130,8 @@ def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tu
 
 
 def _choice_of_backward(kernels: tuple[KernelSpec, ...], problem: Problem, device: Device) -> str:
-    case = _case(kernel_specs.BACKWARD_FUSED, problem)
-    same_groups = problem.key_shape[:3] == problem.value_shape[:3]
-    return fused_backward.explain(case, device, taken=kernel_specs.BACKWARD_FUSED in kernels, same_groups=same_groups)
+    case = case_of(kernel_specs.BACKWARD_FUSED, problem)
+    return fused_backward.explain(case, device, taken=kernel_specs.BACKWARD_FUSED in kernels, same_groups=problem.same_groups)
 
 
 def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, str]:
@@ -141,8 +140,8 @@ def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, 
         return {}
     found: dict[str, str | None]
     if backward:
-        reason = fused_backward.why_not(_case(kernel_specs.BACKWARD_FUSED, problem), device)
-        if problem.key_shape[:3] != problem.value_shape[:3]:
+        reason = fused_backward.why_not(case_of(kernel_specs.BACKWARD_FUSED, problem), device)
+        if not problem.same_groups:
             reason = "key and value have gradients of different batches or heads"
         found = {kernel_specs.BACKWARD_FUSED.name: reason}
         if kernel_specs.BACKWARD_DKDV not in backward_kernels(problem, device) and reason is not None:
@@ -180,19 +179,10 @@ def check_names(tile: Tiles, kernels: tuple[KernelSpec, ...], choice: str = "") 
             )
 
 
-def _case(spec: KernelSpec, problem: Problem) -> KernelCase:
-    allow_tf32 = problem.allow_tf32 and problem.dtype == "float32"
-    features = problem.features.kinds
-    if not spec.drops:
-        features = replace(features, dropout=False)
-    return KernelCase(spec, problem.dtype, problem.head_dim, allow_tf32, problem.head_dim_v, features)
-
-
 def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Tiles) -> KernelPlan:
     """The launch of one kernel with matrix products, its tile as `pinned` says or the default."""
-    case = _case(spec, problem)
-    splits_keys = spec == kernel_specs.FORWARD_SPLIT
-    tile, tile_by = split_forward.tile_for(problem, device, pinned) if splits_keys else _choose_tile(case, problem, device, pinned)
+    case = case_of(spec, problem)
+    tile, tile_by = _choose_tile(case, problem, device, pinned)
     shared_bytes = kernel_cases.shared_bytes(case, tile, device)
     constants: dict[str, int | bool | str] = {
         "CAPABILITY": device.capability,
@@ -215,7 +205,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     if spec.stays:
         constants["Q_STAGES"] = kernel_cases.stationary_stages(case, tile, device)
         constants["ANY_SCALE"] = problem.scale < SMALLEST_SCALE
-    if splits_keys:
+    if spec.splits_keys:
         return _split_kernel(case, tile, tile_by, constants, problem, device)
     batch, heads, num_tiles = _owned(case, tile, problem)
     group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
@@ -239,14 +229,14 @@ def _works_differ(problem: Problem) -> bool:
     """Whether some tiles of queries see more keys than others."""
     kinds = problem.features.kinds
     hides = problem.is_causal or kinds.window or kinds.prefix or kinds.lists_tiles
-    return hides or problem.seqlens_kv or problem.num_sequences is not None
+    return hides or problem.is_ragged
 
 
 def _split_kernel(
     case: KernelCase, tile: Tile, tile_by: str, constants: dict[str, int | bool | str], problem: Problem, device: Device
 ) -> KernelPlan:
     """The kernel that shares out keys among blocks, each of which has rows of all heads that share a key head."""
-    constants["PAGED"] = problem.cache is not None and problem.cache.page_size > 0
+    constants["PAGED"] = problem.cache is not None and problem.cache.is_paged
     splits, num_tiles = split_forward.splits_of(problem, tile, device), split_forward.row_tiles(problem, tile)
     num_blocks = num_tiles * problem.num_heads_kv * problem.batch * splits.number
     shape = LaunchShape(num_blocks, 32 * tile.num_warps, kernel_cases.shared_bytes(case, tile, device))
@@ -278,7 +268,8 @@ def _choose_tile(case: KernelCase, problem: Problem, device: Device, pinned: Til
     tuned = tuned_tiles.tuned_tile(case, problem, device)
     if tuned.tile is not None:
         return tuned.tile, tuned.words
-    return tile_choice.default_tile(case, device), "; ".join(filter(None, (tile_choice.why_default(case, device), tuned.words)))
+    default = split_forward.default_tile(problem, device) if case.kernel.splits_keys else tile_choice.default_tile(case, device)
+    return default, "; ".join(filter(None, (tile_choice.why_default(case, device), tuned.words)))
 
 
 def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> KernelPlan:

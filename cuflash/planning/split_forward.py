@@ -6,16 +6,16 @@ the environment variable CUFLASH_DECODE=1, which takes it for all calls of few q
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from math import ceil
 
 from cuflash.errors import UnsupportedError
 from cuflash.hardware.device import Device
 from cuflash.planning import asked_for, merge_kernels, tile_choice, tile_model, tile_rules
-from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, Splits
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, MERGE_ATTENTION, PARTS
+from cuflash.problem.cache_call import MAX_SPLITS
 from cuflash.problem.features import UNLIMITED
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
@@ -25,7 +25,6 @@ VARIABLE = "CUFLASH_DECODE"
 
 MAX_QUERIES = 16
 """Of an ordinary call that takes the kernel by itself: with more, the others read keys less often."""
-MAX_SPLITS = 256
 _MAX_ROWS = 2**31 - 2**10  # packed; with the empty ones of the last tile they are 32-bit numbers
 INVARIANT_KEYS = 1024
 """Of a split, where a row's bits must not depend on the batch."""
@@ -49,13 +48,13 @@ def is_taken(problem: Problem, device: Device, tile: Tiles) -> bool:
 
 
 def _is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
-    by = asked_for.asked_by(case_of(problem), device, tile, VARIABLE, (FORWARD, FORWARD_WGMMA))
+    by = asked_for.asked_by(case_of(FORWARD_SPLIT, problem), device, tile, VARIABLE, (FORWARD, FORWARD_WGMMA))
     return by == "tile" or (by == "variable" and problem.max_seqlen_q <= MAX_QUERIES)
 
 
 def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
-    if (lacking := tile_rules.lacking(case_of(problem), device)) is not None:
+    if (lacking := tile_rules.lacking(case_of(FORWARD_SPLIT, problem), device)) is not None:
         return lacking
     if (rows := _packed_rows(problem)) > _MAX_ROWS:
         return f"it counts queries of all heads that share a key head up to {_MAX_ROWS}, and these are {rows}"
@@ -97,25 +96,16 @@ def explain(problem: Problem, device: Device, tile: Tiles) -> str:
     )
 
 
-def case_of(problem: Problem) -> KernelCase:
-    """The kernel for a call."""
-    return KernelCase(FORWARD_SPLIT, problem.dtype, problem.head_dim, head_dim_v=problem.head_dim_v, features=problem.features.kinds)
-
-
 # --- How it runs --------------------------------------------------------------------------------------------------------------------------
 
 
-def tile_for(problem: Problem, device: Device, pinned: Tiles) -> tuple[Tile, str]:
-    """The pinned tile, else the default one, with as many rows as there are, up to 32; and where it is from, in words."""
-    case = case_of(problem)
-    if isinstance(pinned, Mapping):
-        pinned = pinned.get(FORWARD_SPLIT.name)
-    if pinned is not None:
-        return tile_choice.check_tile(case, pinned, device), "pinned"
+def default_tile(problem: Problem, device: Device) -> Tile:
+    """The default tile of the kernel, with as many rows as there are, up to 32."""
+    case = case_of(FORWARD_SPLIT, problem)
     tile = tile_choice.default_tile(case, device)
     taller = replace(tile, tile_q=32)
     fits = _packed_rows(problem) > tile.tile_q and tile_rules.broken_rule(case, taller, device) is None
-    return taller if fits else tile, tile_choice.why_default(case, device)
+    return taller if fits else tile
 
 
 def row_tiles(problem: Problem, tile: Tile) -> int:
@@ -136,7 +126,7 @@ def splits_of(problem: Problem, tile: Tile, device: Device) -> Splits:
     if problem.num_splits is not None:
         return Splits(problem.num_splits)
     blocks = row_tiles(problem, tile) * problem.num_heads_kv * problem.batch
-    resident = tile_model.blocks_per_sm(case_of(problem), tile, device) * device.num_sms
+    resident = tile_model.blocks_per_sm(case_of(FORWARD_SPLIT, problem), tile, device) * device.num_sms
     return Splits(fastest_split(blocks, tiles, resident))
 
 

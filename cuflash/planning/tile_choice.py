@@ -17,7 +17,7 @@ from cuflash.errors import TileError
 from cuflash.hardware.device import Device
 from cuflash.planning import measured_tiles, predicted_tiles
 from cuflash.planning.kernel_cases import KernelCase, head_dims
-from cuflash.planning.kernel_specs import BACKWARD_FUSED, FORWARD_SPLIT, MAX_TILE
+from cuflash.planning.kernel_specs import MAX_TILE
 from cuflash.planning.tile_model import blocks_per_sm, estimate_cycles
 from cuflash.planning.tile_rules import broken_rule
 from cuflash.problem.features import NO_FEATURES, FeatureSet
@@ -99,23 +99,28 @@ def _kinds(features: FeatureSet) -> frozenset[str]:
 
 def known_tile(case: KernelCase, device: Device) -> Tile | None:
     """The measured tile, else the one that the timing model found (`predicted_tiles`), else None."""
+    return _known(case, device)[0]
+
+
+def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
+    """The known tile, and where it is from, in words."""
     if case.kernel.implementation == "wgmma":
-        return _wgmma_tile(case, device)
-    if case.kernel == FORWARD_SPLIT:
-        return _split_tile(case, device)
+        return _wgmma_tile(case, device), "from experiments with Hopper's instructions (measured_tiles.py)"
+    if case.kernel.splits_keys:
+        return _split_tile(case, device), "as many warps and copies in flight as fit"
     measured = measured_tile(case, device)
     if measured is not None or case.dtype == "float32" or case.head_dim != case.head_dim_v or case.features != NO_FEATURES:
-        return measured
-    if case.kernel == BACKWARD_FUSED:
+        return measured, "measured on an H100 (measured_tiles.py)"
+    if case.kernel.added_up:
         found = predicted_tiles.FUSED_BACKWARD.get((device.arch, case.head_dim))
     else:
         found = predicted_tiles.TILES.get((device.arch, case.kernel.name, case.head_dim))
-    return None if found is None else Tile(*found)
+    return None if found is None else Tile(*found), "predicted by the timing model (predicted_tiles.py)"
 
 
 def tolerated_spills(case: KernelCase, tile: Tile, device: Device) -> int:
     """Bytes that the compiler may spill in each thread: some with tiles that were measured or predicted for calls without features, none with others."""
-    plain = case.features == NO_FEATURES and case.kernel.implementation == "mma" and case.kernel != BACKWARD_FUSED
+    plain = case.features == NO_FEATURES and case.kernel.implementation == "mma" and not case.kernel.added_up
     return TOLERATED_SPILLS if plain and tile == known_tile(case, device) else 0
 
 
@@ -151,15 +156,8 @@ def default_tile(case: KernelCase, device: Device) -> Tile:
 
 def why_default(case: KernelCase, device: Device) -> str:
     """Where the default tile is from, in words."""
-    if known_tile(case, device) is None:
-        return f"the model of tiles, best of {len(legal_tiles_for(case, device))} legal ones"
-    if case.kernel == FORWARD_SPLIT:
-        return "as many warps and copies in flight as fit"
-    if case.kernel.implementation == "wgmma":
-        return "from experiments with Hopper's instructions (measured_tiles.py)"
-    if measured_tile(case, device) is not None:
-        return "measured on an H100 (measured_tiles.py)"
-    return "predicted by the timing model (predicted_tiles.py)"
+    known, words = _known(case, device)
+    return f"the model of tiles, best of {len(legal_tiles_for(case, device))} legal ones" if known is None else words
 
 
 def check_tile(case: KernelCase, tile: Tile, device: Device, argument: str = "tile") -> Tile:

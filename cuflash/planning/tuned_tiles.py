@@ -47,6 +47,8 @@ def _window_bucket(problem: Problem) -> int:
 
 def tuned_tile(case: KernelCase, problem: Problem, device: Device) -> store.Found:
     """What the tables have for a kernel in a call."""
+    if not case.kernel.is_tuned:
+        return store.NOTHING
     return store.look_up(bucket_of(case, problem, device), case.kernel.source, device, lambda tile: broken_rule(case, tile, device) is None)
 
 

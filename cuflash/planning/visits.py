@@ -30,7 +30,7 @@ def visits_of_blocks(problem: Problem, tile: Tile, *, by_keys: bool) -> list[int
         by_keys: its blocks own keys and walk over queries, as those of the dK/dV kernel.
     """
     kinds = problem.features.kinds
-    if kinds.lists_tiles or kinds.prefix or problem.seqlens_kv or problem.num_sequences is not None:
+    if kinds.lists_tiles or kinds.prefix or problem.is_ragged:
         return None
     return [len(walk) for walk in walks(band_of(problem), tile, by_keys=by_keys)]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from cuflash.hardware.device import Device
 from cuflash.planning import asked_for, tile_choice, tile_rules
-from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA, KernelSpec
 from cuflash.problem.layout import View
 from cuflash.problem.problem import Problem
@@ -28,14 +28,14 @@ def kernels(problem: Problem, device: Device, tile: Tiles) -> tuple[KernelSpec, 
 
 
 def _is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
-    return asked_for.asked_by(_case(problem), device, tile, VARIABLE, (FORWARD,)) is not None
+    return asked_for.asked_by(case_of(FORWARD_WGMMA, problem), device, tile, VARIABLE, (FORWARD,)) is not None
 
 
 def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
-    if (lacking := tile_rules.lacking(_case(problem), device)) is not None:
+    if (lacking := tile_rules.lacking(case_of(FORWARD_WGMMA, problem), device)) is not None:
         return lacking
-    if not tile_choice.legal_tiles_for(_case(problem), device):
+    if not tile_choice.legal_tiles_for(case_of(FORWARD_WGMMA, problem), device):
         return "no tile leaves room in the registers for all of these features"
     if problem.seqlen_kv == 0:
         return "there are no keys to copy"
@@ -79,8 +79,4 @@ def explain(problem: Problem, device: Device, tile: Tiles) -> str:
 def _is_for_the_other(problem: Problem, device: Device, tile: Tiles) -> bool:
     if isinstance(tile, Mapping):
         return FORWARD.name in tile
-    return isinstance(tile, Tile) and tile_rules.broken_rule(_case(problem), tile, device) is not None
-
-
-def _case(problem: Problem) -> KernelCase:
-    return KernelCase(FORWARD_WGMMA, problem.dtype, problem.head_dim, head_dim_v=problem.head_dim_v, features=problem.features.kinds)
+    return isinstance(tile, Tile) and tile_rules.broken_rule(case_of(FORWARD_WGMMA, problem), tile, device) is not None

@@ -12,13 +12,16 @@ class NewRows:
     """Keys and values that a call appends.
 
     Attributes:
-        count: of each sequence.
         key, value: (batch, count, num_heads_kv, head_dim), value with its own head_dim.
     """
 
-    count: int
     key: View
     value: View
+
+    @property
+    def count(self) -> int:
+        """Of each sequence."""
+        return self.key.shape[1]
 
 
 @dataclass(frozen=True)
@@ -57,3 +60,12 @@ class Cache:
     stride_page_table: int = 0
     new: NewRows | None = None
     rotary: Rotary | None = None
+
+    @property
+    def is_paged(self) -> bool:
+        return self.page_size > 0
+
+    @property
+    def new_keys(self) -> int:
+        """Of each sequence; 0 where nothing is appended."""
+        return 0 if self.new is None else self.new.count

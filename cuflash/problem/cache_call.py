@@ -10,6 +10,7 @@ import ctypes
 import numbers
 import operator
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from cuflash.arrays.borrowing import AnyArray, Array, borrow, describe
@@ -136,7 +137,7 @@ def make_cache_problem(arrays: Mapping[str, Array], given: CacheOptions) -> Prob
         max_seqlen_kv=capacity,
         seqlens_kv=True,
         features=features,
-        cache=Cache(cache.num_rows, cache.page_size, cache.stride_page_table, new, rotary),
+        cache=replace(cache, new=new, rotary=rotary),
         num_splits=num_splits,
         batch_invariant=batch_invariant,
     )
@@ -282,7 +283,7 @@ def _check_new(arrays: Mapping[str, Array], views: Mapping[str, View], form: Lay
         raise ShapeError(
             "key", f"{count} new keys of a sequence", f"at most {capacity}, for which the cache has room", "Make the cache larger."
         )
-    return NewRows(count, views["key"], views["value"]) if count else None
+    return NewRows(views["key"], views["value"]) if count else None
 
 
 def _check_rotary(arrays: Mapping[str, Array], interleaved: object, head_dim: int, capacity: int, *, has_new: bool) -> Rotary | None:
@@ -357,7 +358,7 @@ def check_positions(problem: Problem, addresses: Mapping[str, int]) -> None:
     """
     cache = problem.cache
     assert cache is not None
-    new = 0 if cache.new is None else cache.new.count
+    new = cache.new_keys
     positions = max(new, problem.seqlen_q if problem.queries_advance else 1)
     lengths = list(_numbers(addresses["cache_seqlens"], problem.batch))
     for i, length in enumerate(lengths):

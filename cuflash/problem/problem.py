@@ -99,6 +99,16 @@ class Problem:
         return self.num_heads_q // self.num_heads_kv if self.num_heads_kv else 1
 
     @property
+    def same_groups(self) -> bool:
+        """Gradients of key and value are summed over the same batches and heads."""
+        return self.key_shape[:3] == self.value_shape[:3]
+
+    @property
+    def is_ragged(self) -> bool:
+        """Sequences have numbers of keys of their own: rows of a batch, or packed ones."""
+        return self.seqlens_kv or self.num_sequences is not None
+
+    @property
     def causal_offset(self) -> int:
         """Query i sees keys j <= i + causal_offset when causal: 0 for top_left, seqlen_kv - seqlen_q for bottom_right."""
         return self.seqlen_kv - self.seqlen_q if self.causal_alignment == "bottom_right" else 0
@@ -144,7 +154,7 @@ class Problem:
     def hides_by_data(self) -> bool:
         """Which pairs are visible depends on an array: a mask, ids, or lengths of prefixes, rows or packed sequences."""
         kinds = self.features.kinds
-        return kinds.attn_mask is not None or kinds.segments or kinds.prefix or self.seqlens_kv or self.num_sequences is not None
+        return kinds.attn_mask is not None or kinds.segments or kinds.prefix or self.is_ragged
 
     @property
     def visible_pairs(self) -> int:

@@ -102,7 +102,7 @@ class PreparedCacheCall(PreparedForward):
         lengths: Values = {"seqlens_kv": "cache_seqlens", "bottom_right": True}
         places: Values = {
             "page_table": "page_table", "batch_indices": "cache_batch_idx", "leftpad": "cache_leftpad", "stride_page_table": cache.stride_page_table,
-            "page_size": cache.page_size, "num_rows": cache.num_rows, "new_keys": 0 if cache.new is None else cache.new.count,
+            "page_size": cache.page_size, "num_rows": cache.num_rows, "new_keys": cache.new_keys,
         }  # fmt: skip
         values: dict[str, Value] = {"lengths": lengths, "cache": places, "head_dim_v": problem.head_dim_v}
         if (rotary := cache.rotary) is not None:

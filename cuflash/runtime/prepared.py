@@ -19,7 +19,7 @@ from cuflash.planning.plan import Plan
 from cuflash.problem import sequences
 from cuflash.problem.features import Features
 from cuflash.problem.layout import View
-from cuflash.problem.problem import BackwardViews, Problem
+from cuflash.problem.problem import BackwardViews
 from cuflash.runtime import arguments
 from cuflash.runtime.arguments import Arguments, Value, Values
 from cuflash.runtime.launch import Executable, fill_memory, simulated_memory
@@ -183,7 +183,7 @@ class PreparedForward(PreparedCall):
                 box_rows = {"query": WARPGROUP_ROWS, "key": kernel.tile.tile_kv, "value": kernel.tile.tile_kv}
                 values |= {name: self.mapped(*views[name], count) for name, count in box_rows.items()}
             if kernel.spec == MERGE_ATTENTION:
-                values |= self.merged(problem)
+                values |= self.merged()
         self.launches = self.fill_in(executables, values | self.other_values(), set(inputs))
 
     def operands(self) -> dict[str, tuple[str, View]]:
@@ -195,7 +195,7 @@ class PreparedForward(PreparedCall):
         """Values of the structs that only some calls have."""
         return {}
 
-    def merged(self, problem: Problem) -> dict[str, Value]:
+    def merged(self) -> dict[str, Value]:
         """What the kernel that merges the parts of a call whose keys are split is told of them."""
         out, lse = (buffer for buffer in self.plan.workspace if buffer.name in PARTS)
         count, batch, heads, seqlen, head_dim = out.shape

@@ -45,6 +45,8 @@ class Bucket:
 
     def distance(self, other: Bucket) -> float | None:
         """How far the other's lengths are, in powers of two; None where its tiles say nothing about this one."""
+        if other.kernel != self.kernel:
+            return None
         pairs = [(self.seqlen_q, other.seqlen_q), (self.seqlen_kv, other.seqlen_kv), (self.window, other.window)]
         if (self.window == 0) != (other.window == 0) or (self.seqlen_q == 1) != (other.seqlen_q == 1):
             return None

@@ -48,6 +48,6 @@ def _with_includes(folder: Path, source: str) -> list[str]:
 def of_compiler() -> str:
     """The version of NVRTC, such as "12.9"; empty without."""
     try:
-        return ".".join(map(str, compiler.nvrtc_version()))
+        return compiler.nvrtc_text()
     except SetupError:
         return ""

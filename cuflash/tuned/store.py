@@ -29,7 +29,7 @@ from cuflash.system import cache_directory, private_files
 from cuflash.system.file_lock import FileLock
 from cuflash.tuned import fingerprint
 from cuflash.tuned.buckets import Bucket
-from cuflash.tuned.table import Entry, Table, device_facts
+from cuflash.tuned.table import Entry, Table, Timing, device_facts
 
 VARIABLE = "CUFLASH_TUNING"
 """Environment variable. Looked at when a call is planned, so not by calls whose like was made before."""
@@ -85,20 +85,17 @@ def look_up(bucket: Bucket, source: str, device: Device, is_legal: Callable[[Til
     Raises:
         OptionError: CUFLASH_TUNING names no table.
     """
-    near: list[tuple[float, int, Entry, str]] = []
+    near: list[tuple[float, int, Entry, Timing, str]] = []
     for number, (whose, table) in enumerate(_tables(device)):
         for entry in table.entries.values():
             distance = bucket.distance(entry.bucket)
-            if distance is not None and entry.best is not None:
-                near.append((distance, number, entry, whose))
+            if distance is not None and (best := entry.best) is not None:
+                near.append((distance, number, entry, best, whose))
     if not near:
         return NOTHING
     sources, nvrtc = fingerprint.of_source(source), fingerprint.of_compiler()
     ignored = ""
-    for distance, _, entry, whose in sorted(near, key=lambda each: each[:2]):
-        best = entry.best
-        if best is None:
-            continue
+    for distance, _, entry, best, whose in sorted(near, key=lambda each: each[:2]):
         if not entry.is_of(sources, nvrtc):
             ignored = ignored or f"{whose} has a tile of {_what_differs(entry, sources)}, which is ignored: run autotune again"
         elif not is_legal(best.tile):

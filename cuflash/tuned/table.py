@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -83,7 +84,7 @@ class Entry:
     effort: str = ""
     is_complete: bool = False
 
-    @property
+    @functools.cached_property
     def best(self) -> Timing | None:
         """The fastest tile that is right, where it gains enough over the default, else the default; None if that was not timed."""
         default = self.timing_of(self.default)

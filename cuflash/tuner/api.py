@@ -123,7 +123,7 @@ def tune(
     path = table_path(device, output)
     check_effort(effort)
     seconds = _seconds(budget)
-    if (os.environ.get("CUFLASH_COMPILE") or "allow") == "forbid":
+    if cache.is_compilation_forbidden():
         raise OptionError("CUFLASH_COMPILE", "'forbid'", "'allow'", "Tuning compiles candidates: unset the environment variable.")
     again = check_bool("again", again)
     tasks, facts = distinct_tasks(wanted, device, passes=passes, effort=effort), _facts(device, effort)

@@ -107,7 +107,7 @@ def _about(seconds: float | None) -> str:
 
 
 def gains(entries: Sequence[Entry]) -> Table:
-    """A row for each bucket: the default tile, the best one, and how many times faster that is. Rows that gain 5 % or more are marked."""
+    """A row for each bucket: the default tile, the best one, and how many times faster that is."""
     header = ("default ms", "best ms", "faster", "tried", "failed", "best tile", "default tile", "for")
     rows = []
     for entry in entries:
@@ -117,7 +117,7 @@ def gains(entries: Sequence[Entry]) -> Table:
             _milliseconds(default), _milliseconds(best), "–" if entry.gain is None else f"{entry.gain:.2f}x", str(len(entry.timings)), str(failed),
             "–" if best is None else short(best.tile), short(entry.default), str(entry.bucket),
         ))  # fmt: skip
-    return Table(header, rows, num_left=3, marked=())
+    return Table(header, rows, num_left=3)
 
 
 def _milliseconds(timing: Timing | None) -> str:

@@ -10,7 +10,7 @@ from cuflash.cli.sample_features import ALONE, SampleFeatures
 from cuflash.cli.samples import Sample, plan_of
 from cuflash.errors import CuflashError, OptionError
 from cuflash.hardware.device import Device
-from cuflash.planning import kernel_specs, tile_choice, tuned_tiles
+from cuflash.planning import tile_choice, tuned_tiles
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.planner import make_plan
 from cuflash.problem.problem import Problem
@@ -68,13 +68,13 @@ class Task:
 
 
 def tasks_of(call: DescribedCall, problem: Problem, device: Device, *, passes: Sequence[str], effort: Effort) -> list[Task]:
-    """The tasks of a call; those of kernels that seldom do anything are left out, and the one for few queries, whose workspace depends on its tile."""
+    """The tasks of a call; those of kernels that are not tuned are left out."""
     found = []
     for backward in [name == "backward" for name in passes]:
         with untuned():
             kernels = make_plan(problem, device, backward=backward).kernels
         for kernel in kernels:
-            if not kernel.spec.is_tiled or kernel.spec in (kernel_specs.BACKWARD_ROW_SUMS, kernel_specs.FORWARD_SPLIT):
+            if not kernel.spec.is_tiled or not kernel.spec.is_tuned:
                 continue
             timed = EFFORTS[effort]
             others = [tile for tile in tile_choice.worth_timing(kernel.case, device) if tile != kernel.tile]

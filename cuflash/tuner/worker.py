@@ -32,7 +32,6 @@ from cuflash.jit.compiler import Artifact
 from cuflash.problem.tile import Tile
 from cuflash.tuned import store
 from cuflash.tuned.table import HUNG, SLOW_TO_COMPILE, UNTIMED, Timing
-from cuflash.tuner.described_calls import DescribedCall
 from cuflash.tuner.session import OutOfTime
 from cuflash.tuner.tasks import Task
 
@@ -60,7 +59,6 @@ _WORDS = 200  # of an error, in a table
 class Question:
     """One candidate, for the process."""
 
-    call: DescribedCall
     task: Task
     tile: Tile
     give_up_at: float | None
@@ -123,7 +121,7 @@ class Workers:
         """See `session.Evaluator`."""
         until = float("inf") if seconds_left is None else time.monotonic() + seconds_left + GRACE
         note = self._wait_for_compiler(task, tile, until)
-        timing = Timing(tile, note=note) if note else self._ask(Question(task.call, task, tile, give_up_at), until)
+        timing = Timing(tile, note=note) if note else self._ask(Question(task, tile, give_up_at), until)
         if tile == task.default and timing.milliseconds is None and timing.note != UNTIMED:
             raise TuningError(f"The default tile of {task.kernel.name}, Tile({tile}), cannot be timed: {timing.note}")
         return timing
@@ -314,14 +312,14 @@ class _Benches:
         """
         from cuflash.tuner.measuring import Bench, library_of
 
-        wanted = pickle.dumps(question.call), question.task.backward
+        wanted = pickle.dumps(question.task.call), question.task.backward
         if self._of != wanted:
             self._bench = self._of = None  # before the next one takes memory
             if self._device.kind == "simulator":
                 os.environ["CUFLASH_SIMULATOR_ARCH"] = self._device.arch
             else:
                 library_of(self._device).cuda.runtime.setDevice(self._device.index)
-            self._bench, self._of = Bench(question.call, question.task.backward, self._device), wanted
+            self._bench, self._of = Bench(question.task.call, question.task.backward, self._device), wanted
         if self._bench.wrong_default:
             raise TuningError(self._bench.wrong_default)
         return self._bench
