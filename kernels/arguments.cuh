@@ -31,7 +31,7 @@ struct Geometry {
   int causal_offset;  // query i sees keys 0 .. i + causal_offset
   float scale;        // multiplies the scores
   float scale_log2;   // |scale| log2(e), or 1 where scale is 0
-  float score_sign;   // the sign of scale: -1, 0 or 1; Q or a factor of the scores takes it
+  float score_sign;   // the sign of scale: -1, 0 or 1; Q, the scores, or a factor of theirs takes it
   int num_tiles;      // tiles that one (batch, head) is cut into
   int section_heads;  // (batch, head) pairs whose blocks are launched together, if the call is causal or the kernel fused (tile/schedule.cuh)
 };
@@ -109,7 +109,7 @@ struct ForwardWgmmaArguments {
   Geometry geometry;
   SequenceLengths lengths;
   FeatureArguments features;
-  uint32* next_work;  // 0: how many tiles blocks have taken besides their first ones (tile/work_queue.cuh); null: at fixed strides
+  uint32* next_work;  // 0 at the launch: how many tiles blocks have taken besides their first ones (tile/work_queue.cuh); null: at fixed strides
   int num_work;       // tiles of all heads
 };
 

@@ -42,8 +42,8 @@ struct SplitWork {
 };
 
 DEVICE SplitWork work_of_split(const Geometry& geometry) {
-  const int tile = int(blockIdx.x) % geometry.num_tiles, rest = int(blockIdx.x) / geometry.num_tiles;
-  return {tile, rest % geometry.num_heads_kv, rest / geometry.num_heads_kv % geometry.batch, rest / geometry.num_heads_kv / geometry.batch};
+  const Work work = work_of_block(geometry.num_tiles, geometry.num_heads_kv);
+  return {work.tile, work.head, work.batch % geometry.batch, work.batch / geometry.batch};
 }
 
 // Q of the packed rows from first_row on, zeros behind the last one. The caller commits and waits.

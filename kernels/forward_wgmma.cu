@@ -110,7 +110,7 @@ class WarpgroupRows {
   DEVICE void issue_scores(float (&S)[1][S_TILES][4]) {
     K.wait_full();
     if constexpr (TILE_LISTS) {
-      if (lane_index() == 0) entry = load_shared_int(shared.list_entry(K.stage));  // the lane that will say that it is done
+      if (lane_index() == 0) entry = load_shared_s32(shared.list_entry(K.stage));  // the lane that will say that it is done
       entry = uniform(entry);
     }
     const uint64 K_descriptor = RingK::descriptor(shared.K(K.stage));

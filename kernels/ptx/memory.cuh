@@ -28,7 +28,7 @@ DEVICE void ldmatrix_x4_trans(uint32 (&frag)[4], SmemAddress address) {
                : "memory");
 }
 
-DEVICE int load_shared_int(SmemAddress address) {
+DEVICE int load_shared_s32(SmemAddress address) {
   int value;
   asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
   return value;

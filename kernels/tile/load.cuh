@@ -130,24 +130,3 @@ struct TileLoader {
     }
   }
 };
-
-// Multiplies a tile in shared memory, by NUM_THREADS neighbouring threads.
-template <typename Tile, int NUM_THREADS>
-DEVICE void multiply_tile(SmemAddress tile, float factor) {
-#pragma unroll 1
-  for (int index = int(threadIdx.x) % NUM_THREADS; index < Tile::ROWS * Tile::CHUNKS; index += NUM_THREADS) {
-    const SmemAddress address = tile + Tile::offset(index / Tile::CHUNKS, index % Tile::CHUNKS);
-    Chunk chunk = load_shared(address);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(typename Tile::SmemElement) == 4) {
-        chunk.word[i] = __float_as_uint(__uint_as_float(chunk.word[i]) * factor);
-      } else {
-        using Element = typename Tile::SmemElement;
-        const float low = to_float(Element{uint16(chunk.word[i])}), high = to_float(Element{uint16(chunk.word[i] >> 16)});
-        chunk.word[i] = pack<Element>(low * factor, high * factor);
-      }
-    }
-    store_shared(address, chunk);
-  }
-}

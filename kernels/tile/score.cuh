@@ -80,7 +80,8 @@ class ScoreModifier {  // of one batch and query head
       for_each_place<M, N>([&](int m, int n, int i, int row, int column) {
         const int query = TRANSPOSED ? first_column + column : first_row + row;
         const int key = TRANSPOSED ? first_row + row : first_column + column;
-        S[m][n][i] = score(S[m][n][i], query, key, derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i]);
+        float& slope_of_score = derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i];
+        S[m][n][i] = score_of(S[m][n][i], query, key, slope, geometry, features, slope_of_score);
       });
       if constexpr (ADDITIVE_MASK) add_mask<TRANSPOSED>(S, first_row, first_column, ahead);
     }
@@ -96,15 +97,12 @@ class ScoreModifier {  // of one batch and query head
     }
   }
 
-  // Where the larger product is not always the larger score, this with the sign of scale.
+  // What an exponent of 2 takes scores times. The forward pass looks for the largest score and puts the sign of scale elsewhere; backward kernels
+  // look for none, so that their factor may carry it.
   DEVICE float factor() const { return MODIFIES_SCORES ? 1.0f : geometry.scale_log2; }
   DEVICE float signed_factor() const { return MODIFIES_SCORES ? 1.0f : geometry.scale_log2 * geometry.score_sign; }
 
  private:
-  DEVICE float score(float product, int query, int key, float& derivative) const {
-    return score_of(product, query, key, slope, geometry, features, derivative);
-  }
-
   template <bool TRANSPOSED, int M, int N>
   DEVICE void add_mask(float (&S)[M][N][4], int first_row, int first_column, const MaskAhead<TRANSPOSED, M, N>& ahead) const {
     const MaskValues mask(geometry, features.attn_mask, batch, head);

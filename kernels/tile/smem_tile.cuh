@@ -12,6 +12,7 @@
 // Columns past WIDTH up to a multiple of 16 are zero: they take part in the matrix products. A 32-bit tile is read by columns one word
 // at a time, which needs all eight slots: its pitch is a multiple of 8.
 #pragma once
+#include "ptx/convert.cuh"
 #include "ptx/memory.cuh"
 
 template <typename SmemElement_, int ROWS_, int WIDTH_>
@@ -39,3 +40,24 @@ struct SmemTile {
     return tile + ((lane_offset ^ ((chunk % SWIZZLE) * 16)) + (chunk / SWIZZLE) * (SWIZZLE * 16) + row * ROW_BYTES);
   }
 };
+
+// Multiplies a tile in shared memory, by NUM_THREADS neighbouring threads.
+template <typename Tile, int NUM_THREADS>
+DEVICE void multiply_tile(SmemAddress tile, float factor) {
+#pragma unroll 1
+  for (int index = int(threadIdx.x) % NUM_THREADS; index < Tile::ROWS * Tile::CHUNKS; index += NUM_THREADS) {
+    const SmemAddress address = tile + Tile::offset(index / Tile::CHUNKS, index % Tile::CHUNKS);
+    Chunk chunk = load_shared(address);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(typename Tile::SmemElement) == 4) {
+        chunk.word[i] = __float_as_uint(__uint_as_float(chunk.word[i]) * factor);
+      } else {
+        using Element = typename Tile::SmemElement;
+        const float low = to_float(Element{uint16(chunk.word[i])}), high = to_float(Element{uint16(chunk.word[i] >> 16)});
+        chunk.word[i] = pack<Element>(low * factor, high * factor);
+      }
+    }
+    store_shared(address, chunk);
+  }
+}

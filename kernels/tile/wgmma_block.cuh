@@ -37,7 +37,7 @@ static_assert(TILE_Q == 16 * NUM_WARPS, "tile_q must be 16 rows for each warp");
 
 // Where everything lies in shared memory.
 struct SharedMemory {
-  static constexpr int LIST_ENTRY_BYTES = 8;
+  static constexpr int LIST_ENTRY_BYTES = 8;  // of which the entry takes 4: mbarriers lie behind them
   static constexpr int BYTES = Q_STAGES * (Q_BYTES + TileWork::BYTES) + NUM_STAGES * (RingK::BYTES + RingV::BYTES + LIST_ENTRY_BYTES) +
                                Ring<Q_STAGES>::BYTES + 2 * Ring<NUM_STAGES>::BYTES + MBARRIER_BYTES;
   SmemAddress base;

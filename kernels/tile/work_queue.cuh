@@ -26,15 +26,15 @@ struct TileWork {
   // The same numbers in all lanes of the warp, and known to be.
   DEVICE static TileWork load(SmemAddress address) {
     const Chunk at = load_shared(address);
-    TileWork work{{uniform(at, 0), uniform(at, 1), uniform(at, 2)}};
+    TileWork work{{uniform_word(at, 0), uniform_word(at, 1), uniform_word(at, 2)}};
     if constexpr (RAGGED) {
       const Chunk sequence = load_shared(address + 16);
-      work = {work.at, uniform(sequence, 0), uniform(sequence, 1), uniform(sequence, 2), uniform(sequence, 3)};
+      work = {work.at, uniform_word(sequence, 0), uniform_word(sequence, 1), uniform_word(sequence, 2), uniform_word(sequence, 3)};
     }
     return work;
   }
 
-  DEVICE static int uniform(const Chunk& chunk, int i) { return int(::uniform(chunk.word[i])); }
+  DEVICE static int uniform_word(const Chunk& chunk, int i) { return int(uniform(chunk.word[i])); }
 
   // What its sequence looks like, as `geometry_of` (tile/sequence.cuh).
   template <typename Arguments>
