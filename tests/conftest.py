@@ -28,7 +28,11 @@ import cuflash
 from cuflash import reference
 from cuflash.arrays import frameworks
 from cuflash.hardware import device
+from cuflash.hardware.device import Device
 from cuflash.jit import cache
+from cuflash.planning import tile_choice
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.problem.tile import Tile
 from cuflash.reference import attention, attention_backward, attention_naive, attention_naive_backward, compare
 from cuflash.runtime import calls, launch
 
@@ -115,6 +119,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "sample(n): n of the cases, every value of every parameter about equally often; all with --exhaustive"
     )
+    config.addinivalue_line("markers", "small_tiles: on the simulator with small tiles in place of the default ones, which --exhaustive takes")
     config.addinivalue_line("markers", "exhaustive: all cases of something that the ordinary run tests some cases of; needs --exhaustive")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:  # the simulator's threads and pytest's processes share the cores
@@ -509,6 +514,30 @@ def share_simulator(folder: Path) -> None:
     (folder / "simulator").mkdir(parents=True, exist_ok=True)
     for path in (library, library.with_suffix(".sha256")):
         shutil.copy(path, folder / "simulator")
+
+
+@functools.lru_cache(maxsize=None)
+def small_tile(case: KernelCase, on: Device) -> Tile:
+    """A legal tile of about 32 rows and keys, two warps for each slice of a head, and two stages."""
+    warps = 2 * case.head_slices(on)
+    return min(
+        tile_choice.legal_tiles_for(case, on),
+        key=lambda tile: (abs(tile.num_warps - warps), abs(tile.tile_q - 32) + abs(tile.tile_kv - 32), abs(tile.num_stages - 2)),
+    )
+
+
+_calls_of_small_tiles: dict[Any, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests marked `small_tiles` take small default tiles on the simulator, unless all is tested."""
+    if request.node.get_closest_marker("small_tiles") is None or request.config.getoption("--exhaustive"):
+        return
+    if "target" in request.fixturenames and request.getfixturevalue("target").is_gpu:
+        return
+    monkeypatch.setattr(tile_choice, "default_tile", small_tile)
+    monkeypatch.setattr(calls, "_calls", _calls_of_small_tiles)
 
 
 @pytest.fixture

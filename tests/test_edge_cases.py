@@ -18,6 +18,8 @@ from cuflash.reference import attention, attention_backward
 if TYPE_CHECKING:
     from conftest import Target
 
+pytestmark = pytest.mark.small_tiles
+
 ALIGNMENTS = pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
 
 

@@ -22,6 +22,8 @@ from cuflash.problem import sequences
 from cuflash.reference import varlen_attention, varlen_attention_backward
 from cuflash.runtime import calls
 
+pytestmark = pytest.mark.small_tiles
+
 if TYPE_CHECKING:
     from conftest import Target
 
