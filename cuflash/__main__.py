@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--into", type=Path, metavar="DIR", help="keep them there, to be carried to another machine as its CUFLASH_CACHE_DIR"
     )
     warmup.add_argument("--causal", action="store_true", help="only the kernels of causal attention (default: causal and not)")
+    warmup.add_argument("--unaligned", action="store_true", help="also for arrays whose rows do not start on 16 bytes")
     add_cases(warmup)
     add_features(warmup)
     warmup.set_defaults(run=_warmup)
@@ -332,6 +333,7 @@ def _warmup(options: argparse.Namespace) -> int:
         seqlens_kv=options.seqlens_kv is not None,
         features=features_of(options, is_causal=True).kinds(),
         need_attn_mask_grad=options.need_attn_mask_grad,
+        vectorized=(True, False) if options.unaligned else True,
         progress=progress if sys.stderr.isatty() else None,
     )
     if sys.stderr.isatty():

@@ -357,7 +357,7 @@ class _Merge:
     def _tensor(self, name: str, array: Array, step: int = 0) -> Values:
         """`TensorView` of an array, or of the first of arrays that are `step` elements apart."""
         view = self.form.view(array, self.shape[3])
-        aligned = view.aligned16(array.itemsize) and array.pointer % 16 == 0 and step * array.itemsize % 16 == 0
+        aligned = view.vectorized(array.itemsize, array.pointer) and step * array.itemsize % 16 == 0
         return arguments.tensor(name, view, aligned)
 
     def _rows(self, name: str, array: Array) -> Values:

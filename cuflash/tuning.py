@@ -82,6 +82,7 @@ def warmup(
     seqlens_kv: bool = False,
     features: FeatureSet | Iterable[FeatureSet] = NO_FEATURES,
     need_attn_mask_grad: bool = False,
+    vectorized: bool | Iterable[bool] = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Compile ahead, in threads, every kernel of the given cases, so that later calls find them in the cache.
@@ -97,6 +98,8 @@ def warmup(
         seqlens_kv: kernels of calls with `seqlens_kv`.
         features: which score features and masks the calls use, such as `cuflash.FeatureSet(window=True, softcap=True)`; one or several sets.
         need_attn_mask_grad: also the kernel that gives the gradient of an additive mask.
+        vectorized: kernels of calls whose arrays have rows that start on 16 bytes and a contiguous head_dim; False for those of calls where one has not, and
+            (True, False) for both. They are the same where head_dim does not fill up 16 bytes.
         progress: called with (kernels done, kernels in all).
 
     Returns:
@@ -110,13 +113,15 @@ def warmup(
     head_dims, dtypes, causals, sets = _several(head_dim), _several(dtype), _several(is_causal), _several(features)
     _check_need_attn_mask_grad(need_attn_mask_grad, sets, backward)
     requests: dict[CompileRequest, None] = {}
-    for one_head_dim, one_dtype, causal, one_varlen, feature_set in product(head_dims, dtypes, causals, _several(varlen), sets):
+    for one_head_dim, one_dtype, causal, one_varlen, feature_set, in_chunks in product(
+        head_dims, dtypes, causals, _several(varlen), sets, _several(vectorized)
+    ):
         if causal is False and True in causals and isinstance(feature_set, FeatureSet) and feature_set.prefix:
             continue
         kernels = kernels_of_case(
             on, head_dim=one_head_dim, dtype=one_dtype, head_dim_v=head_dim_v, is_causal=causal, backward=backward, tile=tile,
             allow_tf32=allow_tf32, varlen=one_varlen, seqlens_kv=check_bool("seqlens_kv", seqlens_kv) and not one_varlen, features=feature_set,
-            need_attn_mask_grad=need_attn_mask_grad,
+            need_attn_mask_grad=need_attn_mask_grad, vectorized=in_chunks,
         )  # fmt: skip
         requests |= dict.fromkeys(kernel.request(on) for kernel in kernels)
     cache.fetch_many(list(requests), progress=None if progress is None else lambda done, total, _: progress(done, total))
@@ -143,6 +148,8 @@ def warmup_call(plan: Plan, tile: Tiles) -> str | None:
             case["backward"] = False
     allow_tf32, varlen = problem.allow_tf32 and problem.dtype == "float32", problem.num_sequences is not None
     case |= {name: True for name, used in (("allow_tf32", allow_tf32), ("varlen", varlen), ("seqlens_kv", problem.seqlens_kv)) if used}
+    if not problem.vectorized and problem.head_dim * problem.itemsize % 16 == 0 == problem.head_dim_v * problem.itemsize % 16:
+        case["vectorized"] = False
     if features != NO_FEATURES:
         case["features"] = features
     on = device.default()
@@ -188,6 +195,7 @@ def kernels_of_case(
     seqlens_kv: bool = False,
     features: object = NO_FEATURES,
     need_attn_mask_grad: bool = False,
+    vectorized: object = True,
 ) -> list[KernelPlan]:
     """Check one case as `warmup` takes several, and plan its kernels for `on`.
 
@@ -207,6 +215,7 @@ def kernels_of_case(
             seqlens_kv=seqlens_kv,
             features=_checked_features_of_case(features, causal, of_varlen),
             need_attn_mask_grad=need_attn_mask_grad,
+            vectorized=check_bool("vectorized", vectorized),
             backward=backward,
             tile=tile,
         )

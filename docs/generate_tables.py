@@ -88,7 +88,7 @@ BAD_CALLS: list[dict[str, Any]] = [
 def plan_of(options: dict[str, Any], backward: bool) -> Any:
     """The plan of a call of the shape above; with `cu_seqlens_q` its sequences are packed."""
     varlen = "cu_seqlens_q" in options
-    x = numpy.broadcast_to(numpy.zeros(1, "float16"), (B * S, H, D) if varlen else (B, S, H, D))
+    x = numpy.zeros((B * S, H, D) if varlen else (B, S, H, D), "float16")
     operands = Operands(x, x, x, **{name: value for name, value in options.items() if name in Operands._fields})
     others = Options(varlen=varlen, **{name: value for name, value in options.items() if name in Options._fields})
     return make_plan(make_problem(borrowed(operands, others), others), device.of_arch("sm_80", "gpu"), backward=backward)

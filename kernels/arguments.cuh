@@ -1,7 +1,7 @@
 // The one by-value parameter of each kernel. cuflash/planning/argument_structs.py lists the same fields in the same order with the same sizes.
 //
 // Strides are in elements. A broadcast axis has stride 0. Everything that changes from call to call is here, so a new length, batch
-// size, head count or stride never compiles anything.
+// size, head count or stride never compiles anything; but rows that all start on 16 bytes have kernels of their own (Config::VECTORIZED).
 #pragma once
 #include "feature_arguments.cuh"
 #include "ptx/tensor_map.cuh"
@@ -10,7 +10,7 @@
 struct TensorView {  // (batch, seqlen, head, head_dim) in this order, whatever the caller's layout
   void* data;
   int64 stride_batch, stride_seqlen, stride_head, stride_dim;
-  int vectorized;  // every row starts on 16 bytes and head_dim is contiguous: 16-byte copies; otherwise one element at a time
+  int vectorized;  // every row starts on 16 bytes and head_dim is contiguous: 16-byte copies; otherwise one element at a time (tile/load.cuh)
   int reserved;
 
   template <typename Element>

@@ -22,7 +22,7 @@ constexpr int LANES = CHUNKS <= 1 ? 1 : CHUNKS <= 2 ? 2 : CHUNKS <= 4 ? 4 : CHUN
 static_assert(Config::TILE_Q == NUM_THREADS / LANES, "rows of a block differ from the plan's");
 
 DEVICE Chunk load_chunk(const Element* pointer, const TensorView& view, int valid) {
-  if (view.vectorized && valid == CHUNK_ELEMENTS) return *reinterpret_cast<const Chunk*>(pointer);
+  if (is_vectorized(view) && valid == CHUNK_ELEMENTS) return *reinterpret_cast<const Chunk*>(pointer);
   return gather_chunk<Element>(pointer, view.stride_dim, valid);
 }
 

@@ -53,7 +53,7 @@ DEVICE void copy_queries(SmemAddress tile, const TensorView& view, int batch, co
     const Element* source =
         view.row_pointer<const Element>(batch, rows.head(first_row + row), rows.query(first_row + row)) + column * view.stride_dim;
     const int valid = first_row + row < rows.count ? max(0, min(HEAD_DIM - column, TileQ::CHUNK_ELEMENTS)) : 0;
-    if (view.vectorized) {
+    if (is_vectorized(view)) {
       cp_async<16>(true, tile + TileQ::offset(row, chunk), source, valid * int(sizeof(Element)));
     } else {
       store_shared(tile + TileQ::offset(row, chunk), gather_chunk<Element>(source, view.stride_dim, valid));
@@ -100,7 +100,7 @@ struct RowOfResult {
       store(x, arguments.partial_out + part * HEAD_DIM_V, 1, HEAD_DIM_V % 4 == 0, column, HEAD_DIM_V);
     } else {
       const TensorView& out = arguments.out;
-      store(x, out.row_pointer<Element>(batch, head) + query * out.stride_seqlen, out.stride_dim, out.vectorized, column, HEAD_DIM_V);
+      store(x, out.row_pointer<Element>(batch, head) + query * out.stride_seqlen, out.stride_dim, is_vectorized(out), column, HEAD_DIM_V);
     }
   }
 };

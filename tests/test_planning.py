@@ -1,4 +1,4 @@
-"""The room `cuflash.planning`: which kernels a problem takes, their grids, memory and text. Nothing here compiles or runs."""
+"""The room `cuflash.planning`: which kernels a problem takes, their grids, memory and text. Nothing here runs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 from problems import checked
 
 import cuflash
+from cuflash.cli.samples import stand_in
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.hardware import device
 from cuflash.hardware.device import ARCHITECTURES
+from cuflash.jit import cache
+from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import tile_choice
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import LaunchShape
@@ -36,9 +39,9 @@ SM_80 = device.of_arch("sm_80", "gpu")
 def problem_of(
     q: tuple[int, ...], k: tuple[int, ...] | None = None, v: tuple[int, ...] | None = None, dtype: str = "float16", **options: Any
 ) -> Problem:
-    """A problem of any size: the arrays are views of one element."""
+    """A problem of any size: the arrays say so without having the memory."""
     shapes = (q, k or q, v or k or q)
-    return checked(*(numpy.broadcast_to(numpy.zeros(1, dtype), shape) for shape in shapes), enable_gqa=True, **options)
+    return checked(*(stand_in(shape, dtype) for shape in shapes), enable_gqa=True, **options)
 
 
 def plan_of(*shapes: Any, backward: bool = False, tile: Any = None, arch: str = "sm_80", **options: Any) -> Plan:
@@ -145,6 +148,26 @@ def test_what_is_compiled_in_changes_the_request(change: dict[str, Any]) -> None
     assert request(**change) != request()
 
 
+def test_rows_on_16_bytes_have_kernels_of_their_own() -> None:
+    """Nothing of the copies element by element is in them."""
+    x = numpy.zeros((1, 40, 2, 32), "float16")
+    wide = numpy.zeros((1, 40, 2, 40), "float16")
+
+    def config(*arrays: Any) -> str:
+        plan = cuflash.plan(*arrays)
+        assert ("copies     element by element" in str(plan)) == ("VECTORIZED = false" in plan.kernels[0].config)
+        return plan.kernels[0].config
+
+    chunks, elements = config(x, x, x), config(wide[..., 1:33], x, x)
+    assert chunks.replace("VECTORIZED = true", "VECTORIZED = false") == elements != chunks
+    assert config(wide[..., 8:], wide[:, ::-1, :, :32], wide[..., :32]) == chunks
+    assert config(x, x, wide[..., 4:36]) == elements
+    assert config(x, x[:, :, :, ::-1], x) == elements
+    assert "VECTORIZED = false" in config(*[numpy.zeros((1, 40, 2, 36), "float16")] * 3)
+    texts = [cache.fetch(CompileRequest("forward_mma.cu", text, "sm_80", "ptx")).data.decode() for text in (chunks, elements)]
+    assert ["ld.global.u16" in text or "ld.global.nc.u16" in text for text in texts] == [False, True]
+
+
 def test_allow_tf32_matters_to_float32_alone() -> None:
     def configs(dtype: str) -> list[str]:
         return [plan_of((1, 5, 1, 64), dtype=dtype, allow_tf32=allow).kernels[0].config for allow in (False, True)]
@@ -163,7 +186,7 @@ def test_config_says_all_that_the_kernel_is_told() -> None:
         "  static constexpr int NUM_WARPS = 4;\n  static constexpr int NUM_STAGES = 2;\n"
         f"  static constexpr int SHARED_BYTES = {160 * (64 + 4 * 48)};\n"
         "  static constexpr bool CAUSAL = true;\n  static constexpr bool VARLEN = false;\n"
-        "  static constexpr bool SEQLENS_KV = false;\n  static constexpr bool ALLOW_TF32 = false;\n  using MaskElement = NoMask;\n"
+        "  static constexpr bool SEQLENS_KV = false;\n  static constexpr bool ALLOW_TF32 = false;\n  static constexpr bool VECTORIZED = true;\n  using MaskElement = NoMask;\n"
         + "".join(f"  static constexpr bool {name} = false;\n" for name in FEATURES)
         + "};\n"
     )

@@ -300,6 +300,7 @@ FORBIDDEN: dict[str, tuple[dict[str, Any], str]] = {
         {"softcap": 20.0, "attn_mask": numpy.zeros((16, 16), "float32"), "prefix_lengths": numpy.zeros(1, "int32"), "is_causal": True},
         'is_causal=True, features=cuflash.FeatureSet(attn_mask="float32", softcap=True, prefix=True)',
     ),
+    "rows off 16 bytes": ({}, "is_causal=False, vectorized=False"),
     "lengths": ({"seqlens_kv": numpy.array([9], "int32")}, "is_causal=False, seqlens_kv=True"),
     "tile": (
         {"tile": {"forward": Tile(32, 16, 2, 1)}},
@@ -316,6 +317,8 @@ def test_a_forbidden_compilation_shows_the_call_that_mends_it(
     """One line to paste, after which the call compiles nothing."""
     monkeypatch.setattr(device, "default", lambda: device.of_arch("sm_80"))
     x = [numpy.zeros((1, 16, 1, 24), "float16") for _ in range(3)]
+    if "vectorized" in written:
+        x[1] = numpy.zeros((1, 16, 1, 25), "float16")[..., 1:]
     monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
     with pytest.raises(CompileError) as caught:
         cuflash.scaled_dot_product_attention(*x, **options)

@@ -25,6 +25,7 @@ def kernels(problem: Problem, device: Device) -> tuple[KernelPlan, ...]:
         "CAPABILITY": device.capability,
         "NUM_WARPS": CACHE_APPEND.num_warps,
         "PAGED": cache.is_paged,
+        "VECTORIZED": False,
         "SEQLENS_KV": True,
         "RotaryElement": CPP_ELEMENTS[problem.dtype if cache.rotary is None else cache.rotary.dtype],
     }

@@ -9,7 +9,7 @@ from cuflash.planning import kernel_specs, tuned_tiles
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.planner import backward_kernels, check_names, forward_kernels, make_plan
 from cuflash.problem.features import NO_FEATURES, Features, FeatureSet, MaskLayout
-from cuflash.problem.problem import Problem
+from cuflash.problem.problem import DTYPES, Problem
 from cuflash.problem.tile import Tile, Tiles
 
 
@@ -27,13 +27,14 @@ def offline_kernels(
     tile: Tiles = None,
     features: FeatureSet = NO_FEATURES,
     need_attn_mask_grad: bool = False,
+    vectorized: bool = True,
 ) -> Iterable[KernelPlan]:
     """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection.
 
     Where tables of tuned tiles have several for different lengths, those of all lengths.
     """
     problem = _representative(
-        dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features, need_attn_mask_grad
+        dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features, need_attn_mask_grad, vectorized
     )
     forward = forward_kernels(problem, device, tile)
     check_names(tile, (*forward, *(backward_kernels(problem, device, tile) if backward else ())))
@@ -75,16 +76,19 @@ def _representative(
     seqlens_kv: bool,
     features: FeatureSet,
     need_attn_mask_grad: bool,
+    vectorized: bool,
 ) -> Problem:
     from cuflash.problem.layout import Layout, View
 
     view, view_v = (View((1, 1024, 1, dim), (1024 * dim, dim, dim, 1)) for dim in (head_dim, head_dim_v))
     mask = None if features.attn_mask is None else MaskLayout(features.attn_mask, (1024, 1024), (1, 1, 1024, 1024), (0, 0, 1024, 1))
+    itemsize = DTYPES[dtype]
     need_grad = need_attn_mask_grad and features.additive_mask
     return Problem(
         dtype=dtype, batch=1, seqlen_q=1024, seqlen_kv=1024, num_heads_q=1, num_heads_kv=1, batch_kv=1, head_dim=head_dim, scale=head_dim**-0.5,
         is_causal=is_causal, causal_alignment="top_left", deterministic=False, allow_tf32=allow_tf32, return_lse=True, query=view, key=view,
         value=view_v, key_shape=view.shape, value_shape=view_v.shape, layout=Layout(), head_dim_v=head_dim_v,
         max_seqlen_q=1024, max_seqlen_kv=1024, seqlens_kv=seqlens_kv, num_sequences=1 if varlen else None,
-        features=Features(features, mask, need_grad),
+        features=Features(features, mask, need_grad), aligned=vectorized,
+        vectorized=vectorized and view.aligned16(itemsize) and view_v.aligned16(itemsize),
     )  # fmt: skip

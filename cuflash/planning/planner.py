@@ -199,6 +199,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         "VARLEN": problem.num_sequences is not None,
         "SEQLENS_KV": problem.seqlens_kv,
         "ALLOW_TF32": case.allow_tf32,
+        "VECTORIZED": problem.vectorized and not spec.splits_keys,
         **case.features.constants(),
         **dict(spec.constants),
     }
@@ -380,6 +381,7 @@ def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> Kern
         "VARLEN": problem.num_sequences is not None,
         "SEQLENS_KV": False,
         "ALLOW_TF32": False,
+        "VECTORIZED": problem.vectorized,
     }
     batches, num_tiles = problem.batch, ceil(problem.max_seqlen_q / tile.tile_q)
     if problem.num_sequences is not None:
@@ -401,6 +403,7 @@ def _delta_kernel(problem: Problem, device: Device, *, clears_turns: bool) -> Ke
         "TILE_Q": rows,
         "NUM_WARPS": spec.num_warps,
         "CLEARS_TURNS": clears_turns,
+        "VECTORIZED": problem.vectorized,
     }
     num_tiles = ceil(problem.seqlen_q / rows)
     return KernelPlan(

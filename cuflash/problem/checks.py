@@ -98,6 +98,9 @@ def make_problem(arrays: Mapping[str, Array], given: Options) -> Problem:
         num_sequences=lengths.num_sequences,
         features=features,
         aligned=all(array.pointer % 16 == 0 for array in inputs.values()),
+        vectorized=form.order.endswith("d")  # contiguous rows in the output and the gradients, too
+        and head_dim * query.itemsize % 16 == 0 == head_dim_v * query.itemsize % 16
+        and all(views[name].vectorized(query.itemsize, array.pointer) for name, array in inputs.items()),
     )
 
 

@@ -33,6 +33,10 @@ class View:
         row_is_contiguous = last[1] == 1 or last[0] == 1
         return row_is_contiguous and all(stride * itemsize % 16 == 0 for extent, stride in outer if extent > 1)
 
+    def vectorized(self, itemsize: int, address: int) -> bool:
+        """Whether kernels copy rows 16 bytes at a time if the array is at this address."""
+        return address % 16 == 0 and self.aligned16(itemsize)
+
     def broadcast(self, batch: int, heads: int) -> View:
         """The view with these extents of batch and heads; where they were 1, the stride becomes 0."""
         (own_batch, seqlen, own_heads, head_dim), (stride_b, stride_s, stride_h, stride_d) = self.shape, self.strides

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cuflash.problem.cache import Cache
 from cuflash.problem.features import UNLIMITED, Features
@@ -52,6 +52,7 @@ class Problem:
             None for padded batches.
         features: score features and masks other than the causal one.
         aligned: query, key and value start on 16 bytes, each of them.
+        vectorized: so do all rows of all arrays of this element type that kernels read and write, and the head_dim of each is contiguous.
         cache: where keys and values lie, if `key` and `value` are a cache: rows of it may belong to any sequence, or be pages. Lengths are in seqlens_kv then.
         num_splits: into how many ranges keys are cut; None leaves that to the plan.
         batch_invariant: a sequence's results have the same bits whatever else is in the batch.
@@ -84,9 +85,14 @@ class Problem:
     num_sequences: int | None = None
     features: Features = field(default_factory=Features)
     aligned: bool = True
+    vectorized: bool = True
     cache: Cache | None = None
     num_splits: int | None = None
     batch_invariant: bool = False
+
+    def beside(self, view: View, address: int) -> Problem:
+        """The same problem with another array of its element type."""
+        return replace(self, vectorized=self.vectorized and view.vectorized(self.itemsize, address))
 
     @property
     def itemsize(self) -> int:

@@ -52,6 +52,8 @@ def _forward(operands: Operands, options: Options) -> Any:
     refuse_autograd(arrays)
     out = None if operands.out is None else borrow(operands.out, "out")
     view = None if out is None else check_out(problem, problem.layout, out, _by_argument(arrays))
+    if out is not None and view is not None:
+        problem = problem.beside(view, out.pointer)
     planned = make_plan(problem, device.of_memory(*arrays["query"].device), tile=options.tile)
     executables = [launch.executable(kernel, planned.device) for kernel in planned.kernels]
     call = PreparedForward(planned, executables, arrays, out, view)
@@ -70,6 +72,7 @@ def _backward(operands: Operands, options: Options) -> Gradients:
         problem = make_problem(arrays, options)
         refuse_autograd(arrays)
         views = check_backward(problem, problem.layout, arrays["grad_out"], arrays["out"], arrays["lse"], arrays.get("grad_lse"))
+        problem = problem.beside(views.grad_out, arrays["grad_out"].pointer).beside(views.out, arrays["out"].pointer)
         planned = make_plan(problem, device.of_memory(*arrays["query"].device), backward=True, tile=options.tile)
         executables = [launch.executable(kernel, planned.device) for kernel in planned.kernels]
         call = PreparedBackward(planned, executables, arrays, views)

@@ -93,6 +93,11 @@ class PreparedCall:
         stand_in = Array(0, result.shape, strides, like.dtype, like.itemsize, like.device, like.framework, None)
         return self.problem.layout.view(stand_in, head_dim)
 
+    def check_vectorized(self, arrays: Mapping[str, bool]) -> None:
+        """Kernels that copy all arrays 16 bytes at a time get only such: what was planned is what is there."""
+        others = [name for name, vectorized in arrays.items() if not vectorized]
+        assert not (self.problem.vectorized and others), f"planned as 16-byte copies, but not {others}"
+
     def launch_all(self, addresses: dict[str, int]) -> None:
         stream = 0
         buffers: Sequence[simulator.Buffer] = ()
@@ -173,10 +178,9 @@ class PreparedForward(PreparedCall):
         views = {**self.operands(), "out": ("out", view)}
         addresses = {name: array.pointer for name, array in inputs.items()} | {"out": given.pointer if given else 0}
         stride_batch = 0 if problem.layout.varlen else problem.num_heads_q * problem.seqlen_q
-        values: dict[str, Value] = {
-            name: arguments.tensor(array, view, view.aligned16(problem.itemsize) and addresses.get(array, 0) % 16 == 0)
-            for name, (array, view) in views.items()
-        }
+        vectorized = {name: view.vectorized(problem.itemsize, addresses.get(array, 0)) for name, (array, view) in views.items()}
+        self.check_vectorized(vectorized)
+        values: dict[str, Value] = {name: arguments.tensor(array, view, vectorized[name]) for name, (array, view) in views.items()}
         values["lse"] = arguments.rows("lse", (stride_batch, problem.seqlen_q, 1))
         for kernel in plan.kernels:
             if kernel.spec.maps_tensors:
@@ -257,7 +261,7 @@ class PreparedBackward(PreparedCall):
         super().__init__(plan, inputs)
         problem = self.problem
         views = {"query": problem.query, "key": problem.key, "value": problem.value, "out": others.out, "grad_out": others.grad_out}
-        vectorized = {name: view.aligned16(problem.itemsize) and inputs[name].pointer % 16 == 0 for name, view in views.items()}
+        vectorized = {name: view.vectorized(problem.itemsize, inputs[name].pointer) for name, view in views.items()}
         for buffer, head_dim in zip(self.plan.outputs, (problem.head_dim, problem.head_dim, problem.head_dim_v), strict=False):
             view = views[buffer.name] = self.view_of(buffer, head_dim)
             vectorized[buffer.name] = view.aligned16(problem.itemsize)
@@ -265,6 +269,7 @@ class PreparedBackward(PreparedCall):
         grad_attn_mask_strides: tuple[int, ...] = (0, 0, 0, 0)
         if problem.features.need_attn_mask_grad and mask is not None:
             grad_attn_mask_strides = _contiguous_or_broadcast(mask.extents)
+        self.check_vectorized(vectorized)
         values: dict[str, Value] = {name: arguments.tensor(name, view, vectorized[name]) for name, view in views.items()}
         values["lse"] = arguments.rows("lse", others.lse_strides)
         if others.grad_lse_strides is not None:

@@ -80,7 +80,7 @@ struct LaneKeys {
       if (KEYS % ROW_STEP != 0 && row >= KEYS) continue;
       const Element* source = view.row_pointer<const Element>(places[i].page, head, max(places[i].row, 0));
       const int width = places[i].row < 0 ? 0 : Tile::WIDTH;
-      if (view.vectorized) {
+      if (is_vectorized(view)) {
 #pragma unroll
         for (int chunk = lane_index() % LANES, j = 0; j < Tile::CHUNKS / LANES; ++j, chunk += LANES)
           cp_async<16>(true, tile + Tile::offset(row, chunk), source + chunk * Tile::CHUNK_ELEMENTS,

@@ -5,6 +5,7 @@
 #include "ptx/convert.cuh"
 #include "ptx/warp.cuh"
 #include "tile/constants.cuh"
+#include "tile/load.cuh"
 #include "tile/schedule.cuh"
 #include "tile/slices.cuh"
 #include "tile/smem_tile.cuh"
@@ -45,7 +46,7 @@ DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const Ten
     if (first_row + row >= num_rows || column >= end) continue;
     const Chunk chunk = load_shared(scratch + Tile::offset(row, index % Tile::CHUNKS));
     Element* row_start = destination + (first_row + row) * view.stride_seqlen;
-    if (view.vectorized && column + Tile::CHUNK_ELEMENTS <= HEAD_DIM) {
+    if (is_vectorized(view) && column + Tile::CHUNK_ELEMENTS <= HEAD_DIM) {
       *reinterpret_cast<Chunk*>(row_start + column) = chunk;
     } else {
 #pragma unroll

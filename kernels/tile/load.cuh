@@ -9,6 +9,10 @@
 #include "ptx/convert.cuh"
 #include "tile/smem_tile.cuh"
 
+// Whether rows of an array are copied 16 bytes at a time. Mostly all arrays of a call are such, and nothing else is compiled; in other calls each
+// array says so itself.
+DEVICE bool is_vectorized(const TensorView& view) { return Config::VECTORIZED || view.vectorized; }
+
 // One chunk of a row, element by element: any stride, any alignment, conversion to the tile's element.
 template <typename SmemElement, typename Element>
 DEVICE Chunk gather_chunk(const Element* source, int64 stride_dim, int valid_elements) {
@@ -56,7 +60,7 @@ struct TileLoader {
 
   // Nothing happens unless `enabled`.
   DEVICE void issue(SmemAddress tile, int first_row, int first_column = 0, bool enabled = true) {
-    const bool vectorized = SAME_ELEMENT && view.vectorized;
+    const bool vectorized = SAME_ELEMENT && is_vectorized(view);
     if (enabled && !vectorized) gather(tile, first_row, first_column);
     if (!ASYNC && !(enabled && vectorized)) return;
     if constexpr (SAME_ELEMENT) {
@@ -98,7 +102,7 @@ struct TileLoader {
 
   DEVICE void land(SmemAddress tile) {
     if constexpr (STAGED) {
-      if (!view.vectorized) return;
+      if (!is_vectorized(view)) return;
 #pragma unroll
       for (int j = 0; j < CHUNK_ITERATIONS; ++j)
 #pragma unroll
