@@ -392,7 +392,7 @@ def test_a_dry_run_of_features_and_its_tables(tmp_path: Path) -> None:
     assert {row["features"] for row in own if row["case"] == "bias"} == {"attn_mask bfloat16 (1, 2, 24, 24), with its gradient"}
     (reason,) = {row["note"] for row in rows if row["case"] == "varlen" and row["library"] != "cuflash"}
     assert reason.startswith("not supported: ")
-    tables = script("figures.py", str(tmp_path)).stdout
+    tables = script("report.py", str(tmp_path)).stdout
     assert f"varlen: {reason}" in tables
     assert "| window | window of keys at distances -11 to 0 | 64 | yes | 22 % |" in tables
     assert tables.count("### bfloat16, TFLOP/s forward / backward") == 1
