@@ -328,7 +328,7 @@ def tiles(results: Results, plt: Any) -> Iterator[Picture]:
         here = {key: group for key, group in groups.items() if key[0] == kernel}
         wide = min(4, len(here))
         high = -(-len(here) // wide)
-        figure, panels = plt.subplots(high, wide, figsize=(0.8 + 2.6 * wide, 0.7 + 2.3 * high), squeeze=False)
+        figure, panels = plt.subplots(high, wide, figsize=(max(5.5, 0.8 + 2.6 * wide), 0.7 + 2.3 * high), squeeze=False)
         for panel, ((_, dtype, head_dim, causal), group) in zip(panels.flat, here.items(), strict=False):
             _landscape(panel, group)
             panel.set_title(f"{dtype} {head_dim}{_causal(causal)}", fontsize=8)
