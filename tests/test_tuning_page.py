@@ -16,7 +16,8 @@ from cuflash.tuner import api, tasks
 from cuflash.tuner.tasks import Task
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^ *((?:\w+=\S+ )?python -m cuflash .*)$", PAGE, re.M)
+COMMANDS = [command for command in re.findall(r"^ *((?:\w+=\S+ )?python -m cuflash .*)$", PAGE, re.M) if "--fit" not in command]
+"""All but that of tests/test_fitting.py."""
 (EXAMPLE,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 NUMBERS = dict(tasks.EFFORTS)
