@@ -171,7 +171,7 @@ def observations(table: Table, left_out: dict[str, int]) -> list[Observation]:
 
 def _why_not(entry: Entry) -> str:
     bucket, spec = entry.bucket, TILED_KERNELS.get(entry.bucket.kernel)
-    if spec is None or spec.implementation != "mma":
+    if spec is None or spec.implementation != "mma" or spec.splits_keys:
         return "of kernels that the model does not know"
     if entry.timer != "events":
         return "not timed on a GPU"
