@@ -127,9 +127,10 @@ def naive_calls(operands: Operands, xp: Any) -> Calls:
     if sample.features.attn_mask not in (None, "bool"):
         raise NotSupported("additive masks are not written out here")
     group = sample.num_heads_q // sample.num_heads_kv
-    arrays = [xp.from_dlpack(operands.arrays[name]).swapaxes(1, 2) for name in ("query", "key", "value", "grad_out")]
+    own = (lambda x: x) if torch is None else xp.from_dlpack
+    arrays = [own(operands.arrays[name]).swapaxes(1, 2) for name in ("query", "key", "value", "grad_out")]
     arrays[1:3] = [xp.repeat(x, group, axis=1) if group > 1 else x for x in arrays[1:3]]
-    visible = xp.from_dlpack(operands.visible)
+    visible = own(operands.visible)
     naive = Naive(xp, arrays, case.problem.scale, None if bool(visible.all()) else ~visible)
     naive.forward()
 

@@ -14,7 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from cuflash.hardware import device
+from cuflash.hardware.architectures import architecture
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -155,11 +158,10 @@ def heat(machine: Machine) -> None:
 
 def fill_queue(machine: Machine) -> None:
     """Some 200 µs of writing, more than L2 holds: a call behind it finds none of its operands there, and the host has time to launch it."""
-    cupy = machine.cupy
     if machine.scratch is None:
-        machine.scratch = cupy.empty(4 * cupy.cuda.runtime.getDeviceProperties(0)["l2CacheSize"], "uint8")
+        machine.scratch = machine.cupy.empty(4 * architecture(machine.device.arch).l2_bytes, numpy.uint8)
     for _ in range(2):
-        machine.scratch.fill(0)
+        machine.scratch.data.memset_async(0, machine.scratch.nbytes)
 
 
 def usable(machine: Machine) -> bool:

@@ -8,6 +8,7 @@ skipped by name.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -29,14 +30,18 @@ ROUNDS = 20
 
 @functools.cache
 def machine() -> Machine:
-    """The GPU, or the simulator without one."""
+    """The GPU, or the simulator without one; CUFLASH_BENCH_SMALL=1 takes tiny shapes on a GPU too, to test this program."""
     try:
         import cupy
 
         here = cupy.is_available()
     except ImportError:
         here = False
-    return Machine(dry=not here)
+    return Machine(dry=not here, small=os.environ.get("CUFLASH_BENCH_SMALL") == "1")
+
+
+def _rounds() -> int:
+    return 1 if machine().dry else 2 if machine().small else ROUNDS
 
 
 @functools.cache
@@ -95,7 +100,7 @@ def run(benchmark: Any, case: Case, label: str, direction: str) -> None:
         clock = stopwatch()
         clock.wait = wait
         setup = None if place.dry or wait is not None else functools.partial(fill_queue, place)
-        benchmark.pedantic(call, setup=setup, rounds=1 if place.dry else ROUNDS, warmup_rounds=0 if place.dry else 3)
+        benchmark.pedantic(call, setup=setup, rounds=_rounds(), warmup_rounds=0 if place.small else 3)
         times = benchmark.stats.stats.data if benchmark.stats is not None else [float("nan")]  # --benchmark-disable
         return {
             **quantiles([1000 * x for x in times]),
