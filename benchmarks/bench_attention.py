@@ -10,6 +10,12 @@
     python benchmarks/bench_attention.py --one bfloat16 128 4096 causal forward         one call, for a profiler; a call before it warms up
     python benchmarks/bench_attention.py --worst OUT/attention.csv  the arguments of --one where cuflash is furthest behind
 
+    pytest benchmarks/bench_attention.py --benchmark-enable --benchmark-json=OUT/attention.json     every case, library and pass as a benchmark of its own
+
+pytest measures the same cases by the same libraries, and besides forward and backward pass together, first calls and what a call costs the host; `-k` chooses
+("d128 and s4096 and cuflash"). Each benchmark's `extra_info` has the columns of attention.csv and GB/s. Without a GPU it runs tiny shapes on the simulator, and says
+so: `"measured": false`. `benchmarks/report.py` reads both forms.
+
 Every library works on the same arrays, and its results are compared with float64 on one head before it is timed: a wrong result has no time, and a library
 that cannot do a case has its reason in the table. FLOP are those of the visible scores (bench/cases.py). Events around each call give median and
 quantiles; clocks are read while the GPU works. JAX works on streams of its own and is timed by the wall clock over many calls.
@@ -20,10 +26,12 @@ quantiles; clocks are read while the GPU works. JAX works on streams of its own 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # cuflash of this clone, whether it is installed or not
 
@@ -55,7 +63,9 @@ def main() -> int:
     parser.add_argument("--begin", type=int, default=0, help="leave out that many cases")
     parser.add_argument("--cases", default="", help="regular expression; only cases whose description it is found in")
     parser.add_argument(
-        "--libraries", default="", help="comma-separated: cuflash, flash, cudnn, efficient, math, varlen, flex, flash-attn, jax"
+        "--libraries",
+        default="",
+        help="comma-separated: cuflash, naive, flash, cudnn, efficient, math, varlen, flex, triton, flash-attn, flashinfer, jax",
     )
     parser.add_argument("--top", type=int, default=6, help="tiles to time, the model's best")
     parser.add_argument("--spread", type=int, default=6, help="tiles to time beyond those, evenly among the rest")
@@ -87,6 +97,75 @@ def main() -> int:
         if chosen:
             return action(machine, arguments)
     return compare_libraries(machine, arguments)
+
+
+# --- pytest -------------------------------------------------------------------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    """The lists are made only where pytest asks: they look for a GPU."""
+    from bench import suite
+
+    if metafunc.function is test_attention:
+        metafunc.parametrize("case", suite.cases(), ids=str)
+        metafunc.parametrize("library", suite.LABELS)
+        metafunc.parametrize("direction", suite.PASSES)
+        metafunc.definition.add_marker(_timed_by(suite.stopwatch()))
+    elif metafunc.function is test_host_overhead:
+        metafunc.parametrize("name", _host_calls(), ids=" ".join)
+
+
+def _timed_by(timer: Any) -> Any:
+    import pytest
+
+    return pytest.mark.benchmark(timer=timer)
+
+
+@functools.cache
+def _host_calls() -> dict[tuple[str, str], Any]:
+    from bench import suite
+    from bench.host import host_calls
+
+    return host_calls(suite.machine())
+
+
+def test_attention(benchmark: Any, case: Any, library: str, direction: str) -> None:
+    from bench import suite
+
+    warnings.simplefilter("ignore")
+    suite.run(benchmark, case, library, direction)
+
+
+def test_host_overhead(benchmark: Any, name: tuple[str, str]) -> None:
+    """A warm call on small arrays until it returns; on the simulator the kernels' work is in it."""
+    from bench import suite
+
+    machine, call = suite.machine(), _host_calls()[name]
+    benchmark.extra_info.update({**machine.head(), "arrays": name[0], "call": name[1], "timer": "wall", "measured": not machine.dry})
+    benchmark.pedantic(call, rounds=1 if machine.dry else 100, iterations=1 if machine.dry else 20, warmup_rounds=1)
+    machine.synchronize()
+
+
+def test_first_call_with_nothing_compiled(benchmark: Any, tmp_path: Path) -> None:
+    _first_call(benchmark, tmp_path, compiled=False)
+
+
+def test_first_call_with_kernels_in_the_cache(benchmark: Any, tmp_path: Path) -> None:
+    _first_call(benchmark, tmp_path, compiled=True)
+
+
+def _first_call(benchmark: Any, folder: Path, *, compiled: bool) -> None:
+    """A new process, from its start to the result of its first call."""
+    from bench import first_call, suite
+
+    machine = suite.machine()
+    cache = first_call.empty_cache(folder / "cache", machine)
+    if compiled:
+        first_call.first_call(cache, machine)
+    setup = None if compiled else lambda: first_call.empty_cache(folder / "cache", machine) and None
+    found = benchmark.pedantic(first_call.first_call, (cache, machine), setup=setup, rounds=1 if machine.dry else 5)
+    assert (found["kernels_compiled"] == 0) == compiled
+    benchmark.extra_info.update({**machine.head(), **found, "timer": "wall", "measured": not machine.dry})
 
 
 if __name__ == "__main__":

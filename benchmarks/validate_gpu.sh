@@ -37,7 +37,7 @@ tiles      35 - tiles beside the model's opinion -> tiles.csv
 autotune   55 - the tiles that calls on this GPU are to take -> tuning.json
 host       20 - microseconds of a warm call -> host.json
 profile    45 - Nsight Compute on the worst case and on a common one -> logs/profile-*.txt
-figures    25 - tables and figures of all that
+figures    25 - tables, figures and a page of all that -> report.html
 "
 FIRST="facts compile smoke streams simulator pytest constants bench"
 SECOND="sanitize features tiles autotune host profile figures"
@@ -222,7 +222,7 @@ step_figures() {
   local folder
   folder=$(results_folder)
   [ -n "$folder" ] || { say "SUMMARY: there are no results"; return 3; }
-  "$python" benchmarks/figures.py "$folder" --output "$folder" | tee "$folder/tables.md"
+  "$python" benchmarks/report.py "$folder" --output "$folder" | tee "$folder/tables.md"
   return "${PIPESTATUS[0]}"
 }
 

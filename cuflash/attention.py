@@ -181,7 +181,7 @@ def scaled_dot_product_attention_backward(
         `attn_mask` is the mask's gradient if asked for, `sinks` that of the sinks if there are any. Slopes of ALiBi have no gradient.
 
     Raises:
-        As the forward call.
+        CuflashError: as the forward call.
 
     Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 2, with a kernel of its own for dQ.
     """
@@ -300,7 +300,7 @@ def varlen_attention(
         lse: with `return_lse`, float32 `(num_heads_q, tokens_q)`; -inf there.
 
     Raises:
-        As `scaled_dot_product_attention`.
+        CuflashError: as `scaled_dot_product_attention`.
 
     Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 1.
     """
@@ -362,7 +362,7 @@ def varlen_attention_backward(
         Gradients(query, key, value), each like its input; 0 for tokens behind the last sequence.
 
     Raises:
-        As the forward call.
+        CuflashError: as the forward call.
 
     Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 2, with a kernel of its own for dQ.
     """

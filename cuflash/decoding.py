@@ -86,7 +86,7 @@ def attention_with_kvcache(
         lse: with `return_lse`, float32 `(batch, num_heads_q, seqlen_q)`; natural logarithm; -inf there, or the sink.
 
     Raises:
-        As `scaled_dot_product_attention`. UnsupportedError: float32, a head_dim above 256, or sm_75.
+        CuflashError: as `scaled_dot_product_attention`; UnsupportedError for float32, a head_dim above 256, or sm_75.
 
     Notes:
         Up to three launches: new keys and rotation, attention, and where keys are split, merging.

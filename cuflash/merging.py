@@ -94,7 +94,7 @@ def merge_attention_backward(
         where its lse is -inf.
 
     Raises:
-        As the forward call.
+        CuflashError: as the forward call.
     """
     given = {"grad_out": grad_out, "out": out, "lse": lse} | ({} if grad_lse is None else {"grad_lse": grad_lse})
     call, addresses = _find(True, layout, outs, lses, given)

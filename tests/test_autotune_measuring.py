@@ -123,3 +123,29 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(SetupError, match="CuPy cannot be imported"):
         Bench(described_calls.of_sample(SMALL), False, device.of_arch("sm_80", "gpu"))
+
+
+# --- Few queries --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_kernel_for_few_queries_is_timed_with_what_merges_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile decides how many parts there are, so its time is that of both kernels; each candidate has memory for its own parts."""
+    monkeypatch.setenv("CUFLASH_DECODE", "1")
+    sample = Sample(batch=1, seqlen_q=2, seqlen_kv=300, num_heads_q=4, num_heads_kv=2, head_dim=16)
+    call = described_calls.of_sample(sample)
+    (task,) = tasks_of(call, problem_of(sample, backward=False), ON, passes=("forward",), effort="quick")
+    assert (task.kernel.name, task.bucket.seqlen_q, task.bucket.grid) == ("forward_split", 4, "few")
+    bench = Bench(call, False, ON)
+    other = next(tile for tile in task.tiles if tile.tile_kv != task.default.tile_kv)
+    candidate = Pass(bench._operands, bench._options._replace(tile={task.kernel.name: other}), False, ON)
+    kernels = [kernel.name for kernel in candidate._plan.kernels]
+    assert kernels == ["forward_split", "merge_attention"]
+    assert candidate._plan.kernels[0].splits != task.kernel.splits
+    launched: list[Any] = []
+    monkeypatch.setattr(candidate, "_launch", launched.append)
+    candidate.launch_before("forward_split")
+    assert launched == []
+    candidate.launch("forward_split")
+    assert launched == list(candidate._prepared.launches)
+    monkeypatch.setattr(measuring, "predicted_milliseconds", lambda *of: 1.0)
+    assert bench.evaluate(task, other, None).note == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from typing import Any
 import numpy
 import pytest
 
-from bench import cases, comparison, libraries, report
+from bench import calls, cases, comparison, first_call, libraries, report, torch_libraries
+from bench.calls import Calls, Library, NotSupported, cuflash_calls
 from bench.cases import Case
 from bench.machine import Machine
 from bench.operands import ALLOWED_ERROR, Operands
-from bench.timing import time_call
+from bench.timing import Stopwatch, time_call
 from cuflash import reference
 from cuflash.cli.sample_features import SampleFeatures
 from cuflash.cli.samples import Sample
@@ -82,7 +84,11 @@ def test_flop_are_those_of_visible_scores(case: Case) -> None:
     head_dim_v = sample.head_dim_v or sample.head_dim
     assert case.flops("forward") == 2 * visible * sample.num_heads_q * (sample.head_dim + head_dim_v)
     assert case.flops("backward") == 2 * visible * sample.num_heads_q * (3 * sample.head_dim + 2 * head_dim_v)
-    total = sum(q * k for q, k in zip(*sample.packed_lengths, strict=True)) if sample.is_packed else sample.batch * sample.seqlen_q**2
+    total = (
+        sum(q * k for q, k in zip(*sample.packed_lengths, strict=True))
+        if sample.is_packed
+        else sample.batch * sample.seqlen_q * sample.seqlen_kv
+    )
     assert case.visible_share == visible / total
 
 
@@ -110,7 +116,17 @@ def test_every_feature_has_a_case() -> None:
     assert {case.sample.features.attn_mask for case in made} == {None, "bool", "bfloat16"}
     assert any(case.sample.is_packed for case in made)
     assert any("seqlens_kv" in case.arguments for case in made if case.name == "seqlens_kv")
-    assert {(case.sample.head_dim, case.head_dim_v) for case in made} == {(128, 128), (192, 128), (576, 512), (512, 512)}
+    assert {(case.sample.head_dim, case.head_dim_v) for case in made} == {
+        (128, 128),
+        (192, 128),
+        (576, 512),
+        (512, 512),
+        (72, 72),
+        (37, 37),
+    }
+    assert any(case.sample.num_heads_q != case.sample.num_heads_kv > 1 for case in made)
+    assert any(case.sample.seqlen_q != case.sample.seqlen_kv for case in made)
+    assert {case.sample.dtype for case in made} == {"bfloat16", "float32"}
     assert [case.name for case in made] == [case.name for case in DRY]
 
 
@@ -188,6 +204,27 @@ def test_events_surround_each_call_on_a_gpu(machine: Machine) -> None:
         assert time_call(machine, clock.call, 0.5)["repeats"] == repeats
 
 
+def test_a_stopwatch_reads_events_in_pairs(machine: Machine) -> None:
+    """The second reading less the first is what lay between; nothing is waited for at the first."""
+    clock = FakeClock(0.004, 0.002)
+    events = FakeEvents(clock)
+    waits: list[float] = []
+    events.deviceSynchronize = lambda: waits.append(clock())  # type: ignore[method-assign]
+    machine.dry, machine.cupy = False, events
+    stopwatch = Stopwatch(machine)
+    assert stopwatch.name == "events"
+    for seconds in (0.004, 0.002):
+        before, count = stopwatch(), len(waits)
+        clock.call()
+        assert stopwatch() - before == pytest.approx(seconds)
+        assert len(waits) == count + 1
+    ended: list[str] = []
+    stopwatch.wait = lambda: ended.append("waited for")
+    assert stopwatch.name == "wall"
+    assert stopwatch() < stopwatch()
+    assert ended == ["waited for"] * 2, "what a call started on a stream of its own ends before the clock is read"
+
+
 # --- Judging ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +250,7 @@ def test_the_truth_of_one_head_is_that_of_the_reference(case: Case, machine: Mac
 
 
 def test_a_wrong_result_is_wrong(machine: Machine) -> None:
-    library = libraries.Library("other", "other", "1", libraries.cuflash_calls)
+    library = Library("other", "other", "1", cuflash_calls)
     half, single = (Case(Sample(dtype=dtype)) for dtype in ("bfloat16", "float32"))
     assert comparison.judge(library, half, [1e-3, 1e-2]) == (1e-2, "")
     assert comparison.judge(library, half, [1e-3, 1e-1])[1] == "wrong"
@@ -221,7 +258,7 @@ def test_a_wrong_result_is_wrong(machine: Machine) -> None:
     assert comparison.judge(library, half, []) == (None, "not checked")
     tf32 = 20 * ALLOWED_ERROR["float32"]
     assert comparison.judge(library, single, [tf32])[1] == "less exact than float32"
-    assert comparison.judge(libraries.Library("cuflash", "cuflash", "1", libraries.cuflash_calls), single, [tf32])[1] == "wrong"
+    assert comparison.judge(Library("cuflash", "cuflash", "1", cuflash_calls), single, [tf32])[1] == "wrong"
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -231,20 +268,20 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def test_what_the_table_says_of_libraries_that_cannot(machine: Machine, tmp_path: Path) -> None:
     def unable(operands: Operands) -> Any:
-        raise libraries.NotSupported("has no such thing")
+        raise NotSupported("has no such thing")
 
     def falling(operands: Operands) -> Any:
         raise RuntimeError("No available\nkernel")
 
-    def wrong(operands: Operands) -> libraries.Calls:
+    def wrong(operands: Operands) -> Calls:
         arrays = operands.arrays
-        return libraries.Calls(lambda: arrays["query"], lambda: [arrays[name] for name in ("query", "key", "value")])
+        return Calls(lambda: arrays["query"], lambda: [arrays[name] for name in ("query", "key", "value")])
 
-    def other_mask(operands: Operands) -> libraries.Calls:
+    def other_mask(operands: Operands) -> Calls:
         return replace(wrong(operands), note="not checked: draws another dropout mask")
 
     others = {"unable": unable, "falling": falling, "wrong": wrong, "random": other_mask, "absent": unable}
-    made = [libraries.Library(name, name, "1", prepare) for name, prepare in others.items()]
+    made = [Library(name, name, "1", prepare) for name, prepare in others.items()]
     made[-1] = replace(made[-1], takes=lambda case: False)
     path = tmp_path / "attention.csv"
     assert list(comparison.time_case(cases.dry_cases()[0], made, machine, report.Table(path, report.COLUMNS), 0.001)) == []
@@ -260,13 +297,13 @@ def test_what_the_table_says_of_libraries_that_cannot(machine: Machine, tmp_path
 
 def test_a_feature_that_a_library_lacks_is_named() -> None:
     sample = Sample(features=SampleFeatures(softcap=3.0, sinks=True))
-    with pytest.raises(libraries.NotSupported, match=r"^it has no softcap and no sinks$"):
-        libraries._refuse(Case(sample), "it", "window", "softcap", "sinks", "varlen")
-    libraries._refuse(Case(Sample(lengths_kv=(3,))), "it", "softcap", "varlen")
-    with pytest.raises(libraries.NotSupported, match="no key lengths"):
-        libraries._refuse(Case(Sample(lengths_kv=(3,))), "it", "seqlens_kv")
-    with pytest.raises(libraries.NotSupported, match="no packed sequences"):
-        libraries._refuse(Case(Sample(lengths_q=(3,))), "it", "varlen")
+    with pytest.raises(NotSupported, match=r"^it has no softcap and no sinks$"):
+        calls.refuse(Case(sample), "it", "window", "softcap", "sinks", "varlen")
+    calls.refuse(Case(Sample(lengths_kv=(3,))), "it", "softcap", "varlen")
+    with pytest.raises(NotSupported, match="no key lengths"):
+        calls.refuse(Case(Sample(lengths_kv=(3,))), "it", "seqlens_kv")
+    with pytest.raises(NotSupported, match="no packed sequences"):
+        calls.refuse(Case(Sample(lengths_q=(3,))), "it", "varlen")
 
 
 @pytest.mark.parametrize("case", DRY, ids=str)
@@ -275,18 +312,60 @@ def test_torch_computes_the_same(case: Case, machine: Machine) -> None:
     pytest.importorskip("torch")
     operands = Operands(case, machine)
     if case.name in ("softcap", "sinks", "varlen"):
-        with pytest.raises(libraries.NotSupported):
-            libraries.sdpa_calls(operands, "MATH")
+        with pytest.raises(NotSupported):
+            torch_libraries.sdpa_calls(operands, "MATH")
         return
-    calls = libraries.sdpa_calls(operands, "MATH")
+    found = torch_libraries.sdpa_calls(operands, "MATH")
     for direction in ("forward", "backward"):
-        error, note = comparison.checked(libraries.Library("torch", "math", "", libraries.cuflash_calls), operands, calls, direction)
+        error, note = comparison.checked(Library("torch", "math", "", cuflash_calls), operands, found, direction)
         if case.name == "dropout":
             assert (error, note) == (None, "not checked: draws another dropout mask")
         else:
             assert error is not None
             assert error < ALLOWED_ERROR["bfloat16"]
             assert note == "" or note.startswith("by a mask of ")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "window", "key_padding", "segments", "seqlens_kv", "gqa", "cross", "head_dim_192_128", "odd_head_dim"]
+)
+def test_the_written_out_formula_computes_the_same(name: str, machine: Machine) -> None:
+    """What a user of CuPy writes, here on NumPy's arrays: against the truth of one head."""
+    of_any_type = [*cases.dry_cases(), *DRY]
+    case = next(case for case in of_any_type if case.name == name)
+    operands = Operands(Case(replace(case.sample, dtype="float32"), name), machine)
+    if operands.torch is not None:
+        pytest.skip("is written for arrays; the operands are tensors")
+    library = Library("numpy", "naive", "", cuflash_calls)
+    found = libraries.naive_calls(operands, numpy)
+    for direction in ("forward", "backward", "both"):
+        error, note = comparison.checked(library, operands, found, direction)
+        assert note == ""
+        assert error is not None
+        assert error < ALLOWED_ERROR["float32"]
+    assert found.of("forward_lse") is None
+
+
+def test_the_written_out_formula_says_what_it_lacks(machine: Machine) -> None:
+    reasons = {}
+    for case in DRY:
+        try:
+            libraries.naive_calls(Operands(Case(replace(case.sample, dtype="float32"), case.name), machine), numpy)
+        except NotSupported as error:
+            reasons[case.name] = str(error)
+    assert reasons["softcap"] == "the written-out formula has no softcap"
+    assert reasons["varlen"] == "the written-out formula has no packed sequences"
+    assert reasons["bias"] == "additive masks are not written out here"
+    with pytest.raises(NotSupported, match="numpy has no bfloat16"):
+        libraries.naive_calls(Operands(DRY[0], machine), numpy)
+
+
+def test_peers_that_are_not_here_are_named(machine: Machine) -> None:
+    here = {library.label for library in libraries.libraries(machine, list(libraries.NEEDED))}
+    missing = libraries.absent(machine)
+    assert here | set(missing) == set(libraries.NEEDED)
+    assert not here & set(missing)
+    assert missing["triton"] == "needs triton with torch on a GPU"
 
 
 # --- Whole runs ---------------------------------------------------------------------------------------------------------------------------
@@ -313,7 +392,7 @@ def test_a_dry_run_of_features_and_its_tables(tmp_path: Path) -> None:
     assert {row["features"] for row in own if row["case"] == "bias"} == {"attn_mask bfloat16 (1, 2, 24, 24), with its gradient"}
     (reason,) = {row["note"] for row in rows if row["case"] == "varlen" and row["library"] != "cuflash"}
     assert reason.startswith("not supported: ")
-    tables = script("figures.py", str(tmp_path)).stdout
+    tables = script("report.py", str(tmp_path)).stdout
     assert f"varlen: {reason}" in tables
     assert "| window | window of keys at distances -11 to 0 | 64 | yes | 22 % |" in tables
     assert tables.count("### bfloat16, TFLOP/s forward / backward") == 1
@@ -321,6 +400,41 @@ def test_a_dry_run_of_features_and_its_tables(tmp_path: Path) -> None:
     worst = script("bench_attention.py", "--worst", str(tmp_path / "attention.csv"))
     assert worst.stdout.split()[3] in ("causal", "full")
     assert worst.stdout.split()[2] in ("48", "32"), "a plain case, which --one can run"
+
+
+def test_pytest_measures_the_same(tmp_path: Path) -> None:
+    """Each pass of each library is a benchmark with the columns of the table; what runs on the simulator says that it was not measured."""
+    written = tmp_path / "attention.json"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-q", "benchmarks/bench_attention.py", "--benchmark-enable"]
+    chosen = "(s32 and float32 and (cuflash or naive or jax)) or (host and LSE)"
+    done = subprocess.run([*command, f"--benchmark-json={written}", "-k", chosen], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(written.read_text())["benchmarks"]
+    rows = {(row["library"], row["pass"]): row for row in (each["extra_info"] for each in found) if "pass" in row}
+    assert {direction for library, direction in rows if library == "cuflash"} == {"forward", "forward_lse", "backward", "both"}
+    for (library, direction), row in rows.items():
+        assert set(row) - set(report.COLUMNS) == {"measured", "gb_per_s"}
+        assert row["measured"] is False
+        assert row["gpu"] == "simulator"
+        assert row["tflops"] == pytest.approx(2 * 32 * 32 * 64 * {"backward": 5, "both": 7}.get(direction, 2) / row["milliseconds"] / 1e9)
+        assert row["relative_error"] < ALLOWED_ERROR["float32"]
+        assert library in ("cuflash", "numpy")
+    moved = 4 * 4 * 32 * 64  # query, key, value and out
+    assert rows["cuflash", "forward"]["gb_per_s"] == pytest.approx(moved / rows["cuflash", "forward"]["milliseconds"] / 1e6)
+    if "numpy" in {library for library, _ in rows}:
+        assert rows["cuflash", "forward"]["peak_memory_bytes"] >= 4 * 32 * 64
+        assert "jax is not here: needs jax" in done.stdout
+    assert all("simulator, not measured" in each["group"] for each in found if "pass" in each["extra_info"])
+    (host,) = (each["extra_info"] for each in found if "call" in each["extra_info"] and each["extra_info"]["arrays"] == "numpy")
+    assert (host["call"], host["measured"]) == ("cuflash forward with LSE", False)
+
+
+def test_the_first_call_compiles_once(tmp_path: Path, machine: Machine) -> None:
+    """With nothing compiled a new process compiles; the next one finds it."""
+    folder = first_call.empty_cache(tmp_path / "cache", machine)
+    cold, warm = (first_call.first_call(folder, machine) for _ in range(2))
+    assert cold["kernels_compiled"] > 0 == warm["kernels_compiled"]
+    assert all(found["call_seconds"] > 0 < found["import_seconds"] for found in (cold, warm))
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
+from PIL import Image
 
 import cuflash
 from cuflash.errors import ArgumentError
 from cuflash.jit import disassembly
 from cuflash.reference import attention, attention_backward
+from reporting import publishing
 
 if TYPE_CHECKING:
     from conftest import Target
@@ -154,10 +156,12 @@ def test_recipes_for_flex_attention(simulator: Target, function: str, arguments:
 
 
 def test_what_was_measured_is_published() -> None:
-    """If this fails: python benchmarks/figures.py --publish."""
-    figures = runpy.run_path(str(DOCS.parent / "benchmarks" / "figures.py"))
-    for path, text in figures["published"]().items():
+    """If this fails: python benchmarks/report.py --publish."""
+    for path, text in publishing.published().items():
         assert path.read_text() == text, path.name
+    for results in publishing.results():
+        with Image.open(publishing.picture(results)) as picture:
+            assert picture.text["Source"] == publishing.source_of(results), "drawn from other results"  # type: ignore[attr-defined]
 
 
 def test_the_example_of_chunks_of_keys(simulator: Target) -> None:

@@ -125,6 +125,21 @@ def test_libraries_are_timed_by_events(tmp_path: Path) -> None:
     assert ",events," in (tmp_path / "attention.csv").read_text()
 
 
+def test_pytest_times_by_events(tmp_path: Path) -> None:
+    """Each pass behind other work in the queue."""
+    written = tmp_path / "attention.json"
+    chosen = "s32 and float32 and cuflash and (forward or both)"
+    options = ("--benchmark-enable", f"--benchmark-json={written}", "-k", chosen, BENCHMARKS / "bench_attention.py")
+    done = pytest_on_stand_in(*options, CUFLASH_BENCH_SMALL="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {(row["library"], row["pass"]): row for row in (each["extra_info"] for each in json.loads(written.read_text())["benchmarks"])}
+    assert set(rows) == {("cuflash", direction) for direction in ("forward", "forward_lse", "both")}
+    for row in rows.values():
+        assert (row["gpu"], row["timer"], row["repeats"], row["measured"]) == ("Stand-in 0", "events", 2, True)
+        assert row["milliseconds"] > 0
+        assert row["relative_error"] < 2e-5
+
+
 @pytest.mark.parametrize("mode", [("--host",), ("--one", "float16", "64", "32", "causal", "backward")], ids=lambda mode: mode[0])
 def test_other_modes(mode: tuple[str, ...], tmp_path: Path) -> None:
     done = on_stand_in(BENCHMARKS / "bench_attention.py", "--small", *mode, "--output", tmp_path)

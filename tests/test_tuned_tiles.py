@@ -383,3 +383,33 @@ def test_what_there_is_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(store.VARIABLE, "off")
     assert store.summary(ON) == "none (CUFLASH_TUNING=off)"
     assert ("tuned tiles", [(device.default().name, store.summary(device.default()))]) in environment.facts()
+
+
+# --- Few queries --------------------------------------------------------------------------------------------------------------------------
+
+
+def cache_plan(seqlen: int = 2, **options: Any) -> cuflash.Plan:
+    query = numpy.zeros((3, seqlen, 8, 64), numpy.float16)
+    keys, values = numpy.zeros((2, 3, 900, 2, 64), numpy.float16)
+    return cuflash.kvcache_plan(query, keys, values, cache_seqlens=numpy.array([900, 5, 0], "int32"), **options)
+
+
+def test_a_call_with_a_cache_takes_a_tuned_tile(own_folder: Path) -> None:
+    """Of the kernel for few queries, whose rows are those of all heads that share a key head; how many splits there are follows from the tile."""
+    kernel = next(kernel for kernel in cache_plan().kernels if kernel.name == "forward_split")
+    found = tuned_tiles.bucket_of(kernel.case, cache_plan().problem, ON)
+    assert (found.kernel, found.lengths, found.seqlen_q, found.seqlen_kv, found.grid) == ("forward_split", "seqlens_kv", 8, 1024, "few")
+    tile = Tile(16, 128, 4, 2)
+    assert tile != kernel.tile
+    made = entry(found, tile, default=kernel.tile, sources=fingerprint.of_source("forward_split_mma.cu"))
+    made = replace(made, timings=(Timing(kernel.tile, 2.0, 2.0, 2.0, 9), Timing(tile, 1.0, 1.0, 1.0, 9)))
+    store.save(own_folder / "own" / f"{store.slug(ON.name)}.json", ON, made)
+    store.forget()
+    plan = cache_plan()
+    (taken,) = [kernel for kernel in plan.kernels if kernel.name == "forward_split"]
+    assert (taken.tile, taken.tile_by) == (tile, "timed for seqlen up to 8 x 1024 (the user's table)")
+    pinned = next(kernel for kernel in cache_plan(tile=tile).kernels if kernel.name == "forward_split")
+    assert (taken.splits, taken.num_blocks) == (pinned.splits, pinned.num_blocks)
+    assert plan.workspace == cache_plan(tile=tile).workspace
+    invariant = next(kernel for kernel in cache_plan(batch_invariant=True).kernels if kernel.name == "forward_split")
+    assert invariant.tile == kernel.tile, "bits of a row that must not depend on the batch"

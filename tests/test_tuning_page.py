@@ -16,7 +16,8 @@ from cuflash.tuner import api, tasks
 from cuflash.tuner.tasks import Task
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^ *((?:\w+=\S+ )?python -m cuflash .*)$", PAGE, re.M)
+COMMANDS = [command for command in re.findall(r"^ *((?:\w+=\S+ )?python -m cuflash .*)$", PAGE, re.M) if "--fit" not in command]
+"""All but that of tests/test_fitting.py."""
 (EXAMPLE,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 NUMBERS = dict(tasks.EFFORTS)
@@ -69,16 +70,17 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
 def test_the_commands_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In the order of the page, one after the other."""
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 8
     outputs = []
     for command in COMMANDS:
         assert run(command, monkeypatch) == 0, command
         outputs.append(capsys.readouterr().out)
-    before, forward, backward, whole, compiled, shared, after = outputs
+    before, forward, backward, few, whole, compiled, shared, after = outputs
     assert "tile by    forward: predicted by the timing model" in before
     assert re.search(r"^ +2 +1 +2\.00x +2 +0 .* forward, bfloat16, head_dim 128, seqlen up to 4096, causal$", forward, re.M), forward
     assert len(re.findall("backward_d.*, seqlen up to 4096, causal$", backward, re.M)) == 2
     assert len(re.findall(r"^ +2 +1 +2\.00x +2 ", whole, re.M)) == 2 * 3 * 4 * 3, "head dimensions, lengths, classes, kernels"
+    assert re.search(r" forward_split, bfloat16, head_dim 128, seqlen up to 4 x 8192, full, seqlens_kv, few blocks$", few, re.M), few
     assert re.search(r"\d+ kernels of 6 tasks for sm_90, 0 failed", compiled)
     assert "kept in " in shared
     assert re.search(r"tile by    forward: timed for seqlen up to 1024 x 1024 \(CUFLASH_TUNING\)", after), after

@@ -9,6 +9,7 @@ FLOP are counted from the scores that are visible: pairs of a query and a key th
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,9 +118,23 @@ class Case:
         return rules_of(shape, numpy.asarray, numpy.asarray, **{**defaults, **known}), b  # type: ignore[arg-type]
 
     def flops(self, direction: str) -> float:
+        if direction == "both":
+            return self.flops("forward") + self.flops("backward")
         dims = (self.sample.head_dim, self.head_dim_v)
         each = dims[0] + dims[1] if direction != "backward" else 3 * dims[0] + 2 * dims[1]
         return 2.0 * self.visible_scores * self.sample.num_heads_q * each
+
+    def traffic(self, direction: str) -> int:
+        """Bytes that have to cross memory at least: every operand and result once, masks left out."""
+        if direction == "both":
+            return self.traffic("forward_lse") + self.traffic("backward")
+        sample, width = self.sample, 4 if self.sample.dtype == "float32" else 2
+        sizes = {name: width * math.prod(shape) for name, shape in sample.shapes().items()}
+        rows = sum(sample.packed_lengths[0]) if sample.is_packed else sample.batch * sample.seqlen_q
+        lse, inputs = 4 * rows * sample.num_heads_q, sizes["query"] + sizes["key"] + sizes["value"]
+        if direction == "backward":
+            return 2 * inputs + 2 * sizes["grad_out"] + lse
+        return inputs + sizes["grad_out"] + (lse if direction == "forward_lse" else 0)
 
     def __str__(self) -> str:
         sample = self.sample
@@ -162,7 +177,7 @@ OF_THEIR_OWN_SIZE = ("window", "softcap", "alibi", "boolean_mask", "additive_mas
 
 
 def feature_cases() -> list[Case]:
-    """One case for each feature, each kind of lengths and each unusual head dimension; bfloat16."""
+    """One case for each feature, each kind of lengths and heads and each unusual head dimension; bfloat16 but for one."""
     return _feature_cases(4, 4096, 16, 128)
 
 
@@ -192,6 +207,11 @@ def _feature_cases(batch: int, seqlen: int, heads: int, head_dim: int) -> list[C
         Case(replace(causal, head_dim=192, head_dim_v=128), "head_dim_192_128"),
         Case(replace(causal, head_dim=576, head_dim_v=512, num_heads_kv=1), "head_dim_576_512"),
         Case(replace(causal, head_dim=512, num_heads_q=max(1, heads // 4), num_heads_kv=max(1, heads // 4)), "head_dim_512"),
+        Case(replace(causal, num_heads_kv=max(1, heads // 8)), "gqa"),
+        Case(replace(full, seqlen_q=seqlen // 4), "cross"),
+        Case(replace(causal, head_dim=head_dim // 2 + 8), "head_dim_of_8"),
+        Case(replace(causal, head_dim=head_dim // 4 + 5), "odd_head_dim"),
+        Case(replace(half, dtype="float32", is_causal=True), "float32"),
     ]
 
 

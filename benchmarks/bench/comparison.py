@@ -16,30 +16,18 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from bench.calls import Calls, Library, NotSupported
 from bench.cases import SEQLENS, Case, dry_cases, dry_feature_cases, feature_cases, full_cases, quick_cases
 from bench.compilation import prefetch
-from bench.libraries import Calls, Library, NotSupported, libraries
+from bench.libraries import absent, libraries
 from bench.machine import Machine, heat, usable
+from bench.memory import peak_memory
 from bench.operands import ALLOWED_ERROR, Operands
 from bench.report import COLUMNS, FLOP_LINE, Table, case_columns, one_line
 from bench.timing import time_call
 
 GRADIENTS = ("query", "key", "value", "attn_mask")
 PASSES = ("forward", "forward_lse", "backward")
-
-
-def peak_memory(operands: Operands, machine: Machine, call: Callable[[], Any], library: str) -> int | None:
-    """Bytes beyond what is there before the call, its results included."""
-    torch = operands.torch
-    if machine.dry or torch is None or library == "jax":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    del result
-    return int(torch.cuda.max_memory_allocated() - before)
 
 
 def judge(library: Library, case: Case, errors: list[float]) -> tuple[float | None, str]:
@@ -63,9 +51,9 @@ def checked(library: Library, operands: Operands, calls: Calls, direction: str) 
         calls.wait()
     if calls.note.startswith("not checked"):
         return None, calls.note
-    if direction != "backward":
+    if direction.startswith("forward"):
         results = [results]
-    names = ("out",) if direction != "backward" else GRADIENTS
+    names = ("out",) if direction.startswith("forward") else GRADIENTS
     named = {name: calls.as_operands(name, x) for name, x in zip(names, results, strict=False)}
     error, note = judge(library, operands.case, operands.errors(named))
     return error, note or calls.note
@@ -81,22 +69,47 @@ def require_gpu(machine: Machine, library: Library) -> None:
         raise GpuLost(library.label)
 
 
+def known_before(library: Library, case: Case, machine: Machine, direction: str) -> dict[str, Any]:
+    """The columns of a row of attention.csv that need no run."""
+    names = {"library": library.name, "version": library.version, "backend": library.backend}
+    return {**machine.head(), **names, **case_columns(case, machine.device), "pass": direction}
+
+
+def measure(
+    library: Library, operands: Operands, calls: Calls, direction: str, machine: Machine, timed: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
+    """Judge one pass and time it: the columns of attention.csv that `known_before` leaves open. A wrong result has no time.
+
+    Args:
+        timed: gives the columns about time of a call and what waits for it, `Calls.wait`.
+    """
+    call = calls.of(direction)
+    assert call is not None
+    error, note = checked(library, operands, calls, direction)
+    if note == "wrong":
+        return {"relative_error": error, "note": note}
+    memory = peak_memory(operands, machine, call, library.name)
+    times = timed(call, calls.wait)
+    rate = operands.case.flops(direction) / times["milliseconds"] / 1e9
+    return {**times, "tflops": rate, "peak_memory_bytes": memory, "relative_error": error, "note": note}
+
+
 def time_case(case: Case, libraries_: list[Library], machine: Machine, table: Table, seconds: float) -> Iterator[str]:
     """Time all libraries on one case; says what it found. Yields "wrong" for every wrong result of cuflash."""
     operands = Operands(case, machine)
-    fields = case_columns(case, machine.device)
     said: dict[str, list[str]] = {direction: [] for direction in PASSES}
     for library in libraries_:
         if not library.takes(case):
             continue
-        row = {**machine.head(), "library": library.name, "version": library.version, "backend": library.backend, **fields}
         own = library.name == "cuflash"
         try:
             calls = library.prepare(operands)
         except Exception as error:
             reason = str(error) if isinstance(error, NotSupported) else one_line(error)
             for direction in said:
-                table.add({**row, "pass": direction, "note": f"{'does not run' if own else 'not supported'}: {reason}"})
+                table.add(
+                    {**known_before(library, case, machine, direction), "note": f"{'does not run' if own else 'not supported'}: {reason}"}
+                )
                 said[direction].append(f"{library.label} –")
             if own:
                 traceback.print_exc()
@@ -105,23 +118,20 @@ def time_case(case: Case, libraries_: list[Library], machine: Machine, table: Ta
             continue
         with calls.context():
             for direction, words in said.items():
-                call = calls.of(direction)
-                if call is None:
+                if calls.of(direction) is None:
                     continue
-                row["pass"] = direction
+                row = known_before(library, case, machine, direction)
                 try:
-                    error, note = checked(library, operands, calls, direction)
-                    if note == "wrong":
-                        table.add({**row, "relative_error": error, "note": note})
-                        words.append(f"{library.label} WRONG ({error:.1e})")
+                    found = measure(
+                        library, operands, calls, direction, machine, lambda call, wait: time_call(machine, call, seconds, wait)
+                    )
+                    table.add({**row, **found})
+                    if found["note"] == "wrong":
+                        words.append(f"{library.label} WRONG ({found['relative_error']:.1e})")
                         if own:
                             yield "wrong"
                         continue
-                    memory = peak_memory(operands, machine, call, library.name)
-                    times = time_call(machine, call, seconds, calls.wait)
-                    rate = case.flops(direction) / times["milliseconds"] / 1e9
-                    table.add({**row, **times, "tflops": rate, "peak_memory_bytes": memory, "relative_error": error, "note": note})
-                    words.append(f"{library.label} {rate:.3g}")
+                    words.append(f"{library.label} {found['tflops']:.3g}")
                 except Exception as error:
                     table.add({**row, "note": f"does not run: {one_line(error)}"})
                     words.append(f"{library.label} –")
@@ -147,14 +157,15 @@ def compare_libraries(machine: Machine, arguments: argparse.Namespace) -> int:
     """Time all cases. Libraries that take long to start come last, with the cases that are left time for."""
     quick = not arguments.full
     cases = [case for case in _cases(machine, arguments) if re.search(arguments.cases, str(case))]
-    first = ["cuflash", "flash", "cudnn", "efficient", "formula", "varlen", "flash-attn"]
-    first += ["math"] if machine.dry or arguments.features or arguments.full else []
-    last = [] if arguments.libraries else (["jax", "flex"] if arguments.features or arguments.full else ["jax"])
+    first = ["cuflash", "flash", "cudnn", "efficient", "formula", "varlen", "flash-attn", "flashinfer"]
+    first += ["math", "naive"] if machine.dry or arguments.features or arguments.full else []
+    last = [] if arguments.libraries else (["jax", "triton", "flex"] if arguments.features or arguments.full else ["jax"])
     found = libraries(machine, arguments.libraries.split(",") if arguments.libraries else first)
     table = Table(arguments.output and arguments.output / "attention.csv", COLUMNS)
     deadline, wrong, done = time.monotonic() + arguments.seconds, 0, arguments.begin
     seconds = 0.06 if quick else 0.25
     print(f"{machine.gpu}, {', '.join(library.label for library in found)}; {len(cases)} cases. {FLOP_LINE}")
+    print("not here: " + "; ".join(f"{label} ({why})" for label, why in absent(machine).items()))
     prefetch(cases, machine)
     heat(machine)
     for case in cases[done:]:

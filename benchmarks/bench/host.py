@@ -13,24 +13,23 @@ import numpy
 
 import cuflash
 from bench.cases import Case
-from bench.libraries import sdpa_calls
 from bench.machine import Machine, the_torch
 from bench.operands import Operands
 from bench.report import one_line
+from bench.torch_libraries import sdpa_calls
 from cuflash.cli.samples import Sample
 
 
-def host_cost(machine: Machine, arguments: argparse.Namespace) -> int:
-    """`--host`: microseconds of a warm call on small arrays until it returns, the launch included and the GPU's work not."""
+def host_calls(machine: Machine) -> dict[tuple[str, str], Callable[[], Any]]:
+    """(kind of arrays, name of the call) -> a call on small arrays, of cuflash and, on a GPU, of torch."""
     seqlen = 32 if machine.small else 128
     sample = Sample(seqlen_q=seqlen, seqlen_kv=seqlen, num_heads_q=2, num_heads_kv=2, dtype="float16", is_causal=True)
     torch = the_torch()
-    rows: list[dict[str, Any]] = []
+    found: dict[tuple[str, str], Callable[[], Any]] = {}
     values = {name: x.astype(numpy.float16) for name, x in sample.operands().items()}
     kinds = {"numpy": values} if machine.dry else {"cupy": {name: machine.cupy.asarray(x) for name, x in values.items()}}
     if torch is not None:
         kinds["torch"] = {name: torch.as_tensor(x, device="cpu" if machine.dry else "cuda") for name, x in values.items()}
-    wrong = 0
     for kind, arrays in kinds.items():
         query, key, value, grad_out = (arrays[name] for name in ("query", "key", "value", "grad_out"))
         attention = functools.partial(cuflash.scaled_dot_product_attention, query, key, value, is_causal=True)
@@ -44,15 +43,23 @@ def host_cost(machine: Machine, arguments: argparse.Namespace) -> int:
         if kind == "torch" and not machine.dry:
             made = sdpa_calls(Operands(Case(sample), machine), "FLASH_ATTENTION")
             calls |= {"torch flash forward": made.forward, "torch flash backward with autograd": made.backward}
-        for name, call in calls.items():
-            try:
-                times = host_times(call, machine)
-            except Exception as error:
-                wrong += name.startswith("cuflash")
-                print(f"{kind:8} {name:36} {one_line(error)}")
-                continue
-            rows.append({**machine.head(), "arrays": kind, "call": name, **times})
-            print(f"{kind:8} {name:36} median {times['median']:7.1f} µs, 20 % {times['p20']:.1f}, 80 % {times['p80']:.1f}", flush=True)
+        found |= {(kind, name): call for name, call in calls.items()}
+    return found
+
+
+def host_cost(machine: Machine, arguments: argparse.Namespace) -> int:
+    """`--host`: microseconds of a warm call on small arrays until it returns, the launch included and the GPU's work not."""
+    rows: list[dict[str, Any]] = []
+    wrong = 0
+    for (kind, name), call in host_calls(machine).items():
+        try:
+            times = host_times(call, machine)
+        except Exception as error:
+            wrong += name.startswith("cuflash")
+            print(f"{kind:8} {name:36} {one_line(error)}")
+            continue
+        rows.append({**machine.head(), "arrays": kind, "call": name, **times})
+        print(f"{kind:8} {name:36} median {times['median']:7.1f} µs, 20 % {times['p20']:.1f}, 80 % {times['p80']:.1f}", flush=True)
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "host.json").write_text(json.dumps(rows, indent=1) + "\n")

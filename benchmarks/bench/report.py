@@ -65,6 +65,8 @@ def case_columns(case: Case, on: Device) -> dict[str, Any]:
         lengths = "packed sequences of " + " ".join(map(str, case.sample.packed_lengths[0]))
     elif case.sample.lengths_kv is not None:
         lengths = "seqlens_kv " + " ".join(map(str, case.sample.lengths_kv))
+    elif case.sample.seqlen_kv != case.sample.seqlen_q:
+        lengths = f"{case.sample.seqlen_kv} keys"
     return {
         **shape_columns(case), "case": case.name, "heads_kv": case.sample.num_heads_kv, "head_dim_v": case.head_dim_v,
         "features": case.problem.features.describe() or lengths, "visible_share": case.visible_share, "visited_share": case.visited_share(on),

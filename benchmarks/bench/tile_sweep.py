@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from bench.calls import cuflash_calls
 from bench.cases import Case, dry_cases
 from bench.compilation import plans_of
-from bench.libraries import cuflash_calls
 from bench.machine import Machine, heat, usable
 from bench.operands import ALLOWED_ERROR, Operands
 from bench.report import TILE_COLUMNS, Table, one_line, shape_columns

@@ -69,6 +69,44 @@ def _by_wall(machine: Machine, call: Callable[[], Any], seconds: float, wait: Ca
     return {**quantiles(times), "repeats": count * len(times), "timer": "wall", **clocks}
 
 
+class Stopwatch:
+    """A timer for pytest-benchmark: the second of two readings minus the first is what the device took in between.
+
+    On a GPU the first reading records an event and waits for nothing, so that work which is in the queue already hides the host's part of the call; the second
+    records another, waits for it, and is the seconds between the two. Where events do not see what a call starts, `wait` waits for it and the wall clock counts.
+
+    Attributes:
+        wait: of the call that is timed, `Calls.wait`.
+    """
+
+    __name__ = __qualname__ = "Stopwatch"
+
+    def __init__(self, machine: Machine, clock: Clock = time.perf_counter) -> None:
+        self.machine, self._clock = machine, clock
+        self.wait: Callable[[], None] | None = None
+        self._start: Any = None
+
+    @property
+    def name(self) -> str:
+        """As the column `timer` has it."""
+        return "wall" if self.machine.dry or self.wait is not None else "events"
+
+    def __call__(self) -> float:
+        if self.name == "wall":
+            if self.wait is not None:
+                self.wait()
+            return self._clock()
+        events = self.machine.cupy.cuda
+        event = events.Event()
+        event.record(events.Stream.null)
+        if self._start is None:
+            self._start = event
+            return 0.0
+        start, self._start = self._start, None
+        self.machine.synchronize()
+        return float(events.get_elapsed_time(start, event)) / 1000
+
+
 def quantiles(times: list[float]) -> dict[str, float]:
     p20, median, p80 = (float(x) for x in numpy.quantile(times, (0.2, 0.5, 0.8)))
     return {"milliseconds": median, "milliseconds_p20": p20, "milliseconds_p80": p80}

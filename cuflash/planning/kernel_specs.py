@@ -99,7 +99,7 @@ class KernelSpec:
             seldom visits any tile, or one that adds up the tiles of many heads.
         drops: dropout means something to it.
         splits_keys: blocks share out the keys of a sequence, and another kernel merges their parts.
-        is_tuned: autotune times its tiles. False of a kernel that seldom does anything, and of one whose workspace depends on its tile.
+        is_tuned: autotune times its tiles. False of a kernel that seldom does anything.
         takes_single_tile: how a pass takes the one tile that a caller pins for all of its kernels: as it is, with queries and keys exchanged, or not at all.
         constants: of `Config`, besides those of every tiled kernel.
         costs: see there.
@@ -209,7 +209,7 @@ PARTS = ("partial_out", "partial_lse")
 FORWARD_SPLIT = KernelSpec(
     "forward_split", "forward_split_mma.cu", FORWARD_SPLIT_ARGUMENTS, "mma", workspace=PARTS,
     rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_share="streamed",
-    min_stages=2, walks_lists=False, splits_keys=True, is_tuned=False, costs=_FORWARD_COSTS,
+    min_stages=2, walks_lists=False, splits_keys=True, costs=_FORWARD_COSTS,
 )  # fmt: skip
 """Few queries and many keys (split_forward.py)."""
 

@@ -22,7 +22,10 @@ def bucket_of(case: KernelCase, problem: Problem, device: Device) -> Bucket:
     """The bucket of a kernel in a call."""
     packed = problem.num_sequences is not None
     sequences = problem.num_sequences if problem.num_sequences is not None else problem.batch
-    tiles = sequences * problem.num_heads_q * ceil(problem.max_seqlen_q / _ROWS_OF_A_TILE)
+    rows, heads = problem.max_seqlen_q, problem.num_heads_q
+    if case.kernel.splits_keys:  # its rows are the queries of all heads that share a key head
+        rows, heads = rows * problem.heads_per_kv, problem.num_heads_kv
+    tiles = sequences * heads * ceil(rows / _ROWS_OF_A_TILE)
     return Bucket(
         kernel=case.kernel.name,
         dtype=case.dtype,
@@ -33,7 +36,7 @@ def bucket_of(case: KernelCase, problem: Problem, device: Device) -> Bucket:
         features=_names(case.features),
         lengths="varlen" if packed else "seqlens_kv" if problem.seqlens_kv else "padded",
         grid="few" if tiles < _TILES_PER_SM * device.num_sms else "full",
-        seqlen_q=length_bucket(problem.max_seqlen_q),
+        seqlen_q=length_bucket(rows),
         seqlen_kv=length_bucket(problem.max_seqlen_kv),
         window=_window_bucket(problem) if case.features.window else 0,
     )
@@ -46,8 +49,8 @@ def _window_bucket(problem: Problem) -> int:
 
 
 def tuned_tile(case: KernelCase, problem: Problem, device: Device) -> store.Found:
-    """What the tables have for a kernel in a call."""
-    if not case.kernel.is_tuned:
+    """What the tables have for a kernel in a call; nothing where a row's bits must not depend on the batch, of which a bucket does."""
+    if not case.kernel.is_tuned or problem.batch_invariant:
         return store.NOTHING
     return store.look_up(bucket_of(case, problem, device), case.kernel.source, device, lambda tile: broken_rule(case, tile, device) is None)
 

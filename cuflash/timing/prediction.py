@@ -71,7 +71,9 @@ class KernelPrediction:
         return max(of, key=lambda name: of[name])
 
 
-def predict_kernel(function: Function, description: Description, *, limits: bool = True, masked: bool = False) -> KernelPrediction:
+def predict_kernel(
+    function: Function, description: Description, *, limits: bool = True, masked: bool = False, machine: Multiprocessor | None = None
+) -> KernelPrediction:
     """Run a kernel's loop over tiles in its steady state.
 
     Args:
@@ -79,12 +81,13 @@ def predict_kernel(function: Function, description: Description, *, limits: bool
         description: what it is.
         limits: also run it without each limit in turn, which takes several times as long.
         masked: every tile has hidden pairs.
+        machine: the SM, in the place of what is known of the architecture's.
 
     Raises:
         OptionError: nothing is known of the architecture.
         UnsupportedError: the code has no loop, or instructions that are not modelled.
     """
-    machine = multiprocessor(description.arch)
+    machine = machine or multiprocessor(description.arch)
     trace = _trace(function, description, masked=masked)
     translated = operations(trace.instructions, machine)
     warps, blocks = description.tile.num_warps, resident_blocks(description)
@@ -247,6 +250,7 @@ def lay_out(
     *,
     data: Data = NO_DATA,
     masked: KernelPrediction | None = None,
+    machine: Multiprocessor | None = None,
 ) -> Launch:
     """The grid of a kernel on a card.
 
@@ -257,6 +261,7 @@ def lay_out(
         card: where.
         data: as in `predict_plan`.
         masked: its steady state in tiles in which data hide some pair; None for the same.
+        machine: the SM that `predicted` is of, in the place of what is known of the architecture's.
 
     Raises:
         UnsupportedError: which tiles a block visits depends on data that are not there.
@@ -264,7 +269,7 @@ def lay_out(
     visits = visits_of_launch(kernel, problem, data)
     cost = 1.0 if masked is None else masked.clocks / predicted.clocks
     weighed = {of: of.full + cost * of.partial for of in {of for head in visits for of in head}}
-    machine = multiprocessor(predicted.description.arch)
+    machine = machine or multiprocessor(predicted.description.arch)
     alone = steady_clocks(predicted.trace, machine, warps=kernel.tile.num_warps, blocks=1) if predicted.blocks > 1 else predicted.clocks
     trip_clocks = [
         alone + (predicted.clocks - alone) * index / max(1, predicted.blocks - 1) for index in range(predicted.blocks)

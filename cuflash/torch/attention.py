@@ -71,7 +71,7 @@ def scaled_dot_product_attention(
         out, with autograd's record of query, key, value, an additive attn_mask and sinks; with `return_lse` `(out, lse)`.
 
     Raises:
-        As `cuflash.scaled_dot_product_attention`; a second derivative raises UnsupportedError.
+        CuflashError: as `cuflash.scaled_dot_product_attention`; a second derivative raises UnsupportedError.
     """
     if type(query) is NestedTensor:
         return nested.attention(varlen_attention, query, key, value, {

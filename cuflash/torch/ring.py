@@ -61,7 +61,7 @@ def ring_attention(
         this rank's part of out, recorded by autograd, or with return_lse out and lse; the backward pass communicates too, so every rank has to take it.
 
     Raises:
-        As `scaled_dot_product_attention`.
+        CuflashError: as `scaled_dot_product_attention`.
     """
     check_tensors((query, key, value, *_OTHERS))
     if method not in (None, "pass", "gather"):

@@ -26,7 +26,7 @@ class Bucket:
         features: names of score features and masks, a mask with its element type, in alphabetical order.
         lengths: whether sequences are "padded" to one length, have "seqlens_kv", or are packed ("varlen").
         grid: "few" where the GPU is not filled: fewer than two tiles of 64 queries for each SM; else "full". A tile for the one is bad for the other.
-        seqlen_q, seqlen_kv: of the longest sequence, rounded up to a power of two.
+        seqlen_q, seqlen_kv: of the longest sequence, rounded up to a power of two; where a block takes the queries of all heads that share a key head, these together.
         window: keys that a query sees through a sliding window, rounded up to a power of two; 0 without one.
     """
 

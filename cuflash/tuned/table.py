@@ -65,7 +65,7 @@ class Entry:
         default: the tile that is taken without the table.
         timings: of every tile that was tried, in that order.
         sources, nvrtc: what the kernel was compiled from and with (`fingerprint`).
-        driver, cuflash, date: of the run, for people.
+        driver, cuflash, commit, date: of the run, for people; the commit is empty of an installed library, and in older tables.
         timer: "events" of a GPU; "model" where there was none.
         effort: how many tiles the run was to try.
         is_complete: it tried all of them.
@@ -79,6 +79,7 @@ class Entry:
     nvrtc: str
     driver: str = ""
     cuflash: str = ""
+    commit: str = ""
     date: str = ""
     timer: str = "events"
     effort: str = ""
@@ -185,7 +186,8 @@ def _entry_text(entry: Entry) -> str:
     values: dict[str, Any] = {"bucket": asdict(entry.bucket), "tile": None if best is None else _numbers(best.tile)}
     values |= {"gain": None if gain is None else round(gain, 4), "default": _numbers(entry.default)}
     values |= {
-        name: getattr(entry, name) for name in ("call", "sources", "nvrtc", "driver", "cuflash", "date", "timer", "effort", "is_complete")
+        name: getattr(entry, name)
+        for name in ("call", "sources", "nvrtc", "driver", "cuflash", "commit", "date", "timer", "effort", "is_complete")
     }
     lines = [f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
     timings = ",".join(f"\n    {json.dumps(asdict(timing) | {'tile': _numbers(timing.tile)})}" for timing in entry.timings)
@@ -200,6 +202,7 @@ def _entry(value: Mapping[str, Any]) -> Entry:
     bucket = dict(value["bucket"])
     bucket["features"] = tuple(bucket["features"])
     texts = {name: value[name] for name in ("call", "sources", "nvrtc", "driver", "cuflash", "date", "timer", "effort")}
+    texts["commit"] = value.get("commit", "")
     timings = tuple(_timing(timing) for timing in value["timings"])
     made = _checked(Bucket, bucket)
     if min(made.seqlen_q, made.seqlen_kv) < 1:

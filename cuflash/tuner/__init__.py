@@ -6,6 +6,8 @@
     measuring.py         one call on arrays of this process: results compared, kernels timed
     comparing.py         whether two results are the same but for rounding
     worker.py            the process that does so, which may crash
+    checkout.py          which commit the library is of
+    fitting.py           the timing model's constants from the times of tables
     progress.py          what a run says while it goes on, and its table of gains
     api.py               cuflash.autotune
     command.py           python -m cuflash autotune

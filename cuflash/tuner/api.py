@@ -23,7 +23,7 @@ from cuflash.system import cache_directory
 from cuflash.tuned import store
 from cuflash.tuned.store import untuned
 from cuflash.tuned.table import Entry
-from cuflash.tuner import described_calls, progress
+from cuflash.tuner import checkout, described_calls, progress
 from cuflash.tuner.session import Evaluator, Listener, Session
 from cuflash.tuner.tasks import EFFORTS, Effort, Task, tasks_of
 from cuflash.tuner.worker import Workers
@@ -180,7 +180,7 @@ def _seconds(budget: object) -> float | None:
 
 def _facts(device: Device, effort: str) -> dict[str, str]:
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {"driver": _driver(device), "cuflash": cuflash.__version__, "date": now, "effort": effort}
+    return {"driver": _driver(device), "cuflash": cuflash.__version__, "commit": checkout.commit(), "date": now, "effort": effort}
 
 
 def _driver(device: Device) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -54,6 +55,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="the table (default: the user's own in the cache directory)")
     parser.add_argument("--again", action="store_true", help="time anew what was timed before")
     parser.add_argument("--compile-only", action="store_true", help="compile the candidates and time none")
+    parser.add_argument(
+        "--fit",
+        nargs="+",
+        type=Path,
+        metavar="TABLE",
+        help="tune nothing: fit the timing model's constants to the times in these tables, of any GPUs; --output writes them as JSON",
+    )
     parser.add_argument("--arch", help="with --compile-only: for a GPU of this architecture, which need not be here")
     parser.set_defaults(run=run)
 
@@ -66,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
     if "help" in options.classes:
         print("\n".join(tasks.CLASSES))
         return 0
+    if options.fit:
+        return _fit(options.fit, options.output)
     if options.arch is not None and not options.compile_only:
         hint = "Tiles are timed on the GPU that is here; leave --arch out, or only compile."
         raise OptionError("--arch", options.arch, "--compile-only with it", hint)
@@ -122,6 +132,23 @@ def _compile(wanted: Any, on: Device) -> int:
         print(f"did not compile: {line}")
     print(f"{_count(count, 'kernel')} of {_count(len(wanted), 'task')} for {on.arch}, {len(failed)} failed; {api.cache_place()}")
     return int(bool(failed))
+
+
+def _fit(paths: list[Path], output: Path | None) -> int:
+    from cuflash.tuned.table import Table
+    from cuflash.tuner import fitting
+
+    tables = []
+    for path in paths:
+        try:
+            tables.append(Table.from_text(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise OptionError("--fit", f"{path}: {error}", "a table that autotune wrote", "Name JSON files of tuned tiles.") from error
+    fits = fitting.fit(tables, lambda words: print(words, file=sys.stderr, flush=True))
+    print("\n".join(map(str, fits)))
+    if output is not None:
+        output.write_text(json.dumps([found.to_json() for found in fits], indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 def _count(number: int, noun: str) -> str:

@@ -89,7 +89,7 @@ class Session:
         device: that is tuned.
         path: of the table.
         evaluator, listener: see there.
-        facts: of entries, for people: driver, cuflash, date, effort.
+        facts: of entries, for people: driver, cuflash, commit, date, effort.
         seconds: for all of it; None for no limit.
         again: forget what an earlier run has timed.
         clock: seconds.
