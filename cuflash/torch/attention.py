@@ -172,6 +172,6 @@ def varlen_attention(
 
 
 def _attend(call: Call, tensors: functions.Tensors, plain: bool, return_lse: bool) -> Any:
-    if operators.looked_at(tensors, plain):
+    if operators.looked_at(tensors, plain) and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()):
         return operators.attend(call, tensors, return_lse)
     return functions.attend(call, tensors, return_lse)
