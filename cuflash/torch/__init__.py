@@ -28,7 +28,7 @@ except ImportError as error:
     raise SetupError("cuflash.torch needs torch: pip install torch.") from error
 
 from cuflash.torch import registry
-from cuflash.torch.attention import scaled_dot_product_attention, varlen_attention
+from cuflash.torch.attention import plan, scaled_dot_product_attention, varlen_attention
 from cuflash.torch.merging import merge_attention
 from cuflash.torch.modules import MultiheadAttention, TransformerEncoderLayer
 from cuflash.torch.ring import ring_attention
@@ -46,6 +46,7 @@ __all__ = [
     "enable",
     "gather_sequence",
     "merge_attention",
+    "plan",
     "register_transformers",
     "report",
     "ring_attention",
