@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.autograd import forward_ad
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vmap
 from written_out import SHAPE, assert_close, assert_same_gradients, attention, leaves
 
 import cuflash
@@ -124,21 +123,6 @@ def test_a_second_derivative_raises_and_says_so(device: Any) -> None:
     (first,) = torch.autograd.grad(merged.square().sum(), query, create_graph=True)
     with pytest.raises(UnsupportedError, match="merge_attention: got a second derivative"):
         first.sum().backward()
-
-
-def test_forward_mode_of_merging_raises_and_says_so(device: Any) -> None:
-    """A tangent is not dropped silently, neither that of torch.func nor a dual tensor's."""
-    query, key = (x.detach() for x in leaves(device, *[SHAPE] * 2))
-
-    def merged(x: Any) -> Any:
-        return merge_attention([x, key], [x[..., 0], key[..., 0]])[0]
-
-    with pytest.raises(UnsupportedError, match=r"^merge_attention: got a forward-mode derivative"):
-        jvp(merged, (query,), (query,))
-    with forward_ad.dual_level(), pytest.raises(UnsupportedError, match=r"^merge_attention: got a forward-mode derivative"):
-        merged(forward_ad.make_dual(query, query))
-    with forward_ad.dual_level():
-        merged(query)
 
 
 def test_a_second_derivative_of_torch_func_raises(device: Any) -> None:
