@@ -75,7 +75,7 @@ def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         out, lse = Attention.apply(*tensors, call)
     elif torch.is_grad_enabled() and _is_recorded(*tensors[:5]):
-        out, lse = _apply_attention(*tensors, call)
+        out, lse = _apply_recorded(*tensors, call)
     else:
         return call.forward(tensors, return_lse)
     return (out, lse) if return_lse else out
@@ -142,8 +142,22 @@ def _input_gradients(call: Call, tensors: Tensors, out: Any, lse: Any, grad_out:
     return grads
 
 
-# Without transforms of torch.func, `Attention.apply` does no more than this, after it has spent longer on the signature of `forward` than the call takes.
-_apply_attention = super(torch.autograd.Function, Attention).apply
+class _Recorded(torch.autograd.Function):  # type: ignore[misc]
+    """`Attention` without transforms of torch.func: a function whose `setup_context` is apart has its signature looked at in each call, for longer than the call takes."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        call, tensors = arguments[_COUNT], arguments[:_COUNT]
+        results = call.forward(tensors, True)
+        ctx.save_for_backward(*tensors, *results)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return results
+
+    backward = staticmethod(Attention.backward)
+
+
+_apply_recorded = super(torch.autograd.Function, _Recorded).apply  # what `_Recorded.apply` does after it has looked for transforms
 
 
 class AttentionBackward(torch.autograd.Function):  # type: ignore[misc]
