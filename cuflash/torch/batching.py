@@ -53,6 +53,11 @@ def gradients(info: Any, dims: Tensors, given: Tensors, call: Any, needs_mask: b
     return _stacked([run(_sample(given, dims, i)) for i in range(size)])
 
 
+def one_by_one(info: Any, dims: Tensors, arguments: Tensors, run: Callable[..., Tensors]) -> tuple[Any, Any]:
+    """Results of a function that is run for each sample; what is no tensor is the same for all."""
+    return _stacked([run(*_sample(arguments, dims, i)) for i in range(info.batch_size)])
+
+
 def _check_randomness(info: Any, call: Any) -> None:
     if call.dropout_p and info.randomness == "error":
         raise UnsupportedError(
@@ -103,7 +108,7 @@ def _unfolded(results: Tensors, size: int) -> tuple[Any, Any]:
 
 
 def _sample(tensors: Tensors, dims: Tensors, i: int) -> Tensors:
-    return tuple(x if x is None or dim is None else x.select(dim, i) for x, dim in zip(tensors, dims, strict=True))
+    return tuple(x.select(dim, i) if isinstance(x, torch.Tensor) and dim is not None else x for x, dim in zip(tensors, dims, strict=True))
 
 
 def _stacked(each: list[Tensors]) -> tuple[Any, Any]:

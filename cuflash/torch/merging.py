@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from cuflash import merging
 from cuflash.errors import UnsupportedError
-from cuflash.torch import operators
+from cuflash.torch import batching, operators
 
 
 def merge_attention(outs: Any, lses: Any, *, layout: str = "bhsd") -> tuple[Any, Any]:
@@ -64,6 +64,10 @@ class _Merge(torch.autograd.Function):  # type: ignore[misc]
         return (None, None, *_MergeBackward.apply(ctx.order, ctx.forms, grad_out, grad_lse, *ctx.saved_tensors))
 
     @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        return batching.one_by_one(info, in_dims, arguments, _Merge.apply)
+
+    @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, Any]:
         """lsė = Σ wᵢ lsėᵢ and Ȯ = Σ wᵢ (Ȯᵢ + (lsėᵢ − lsė) Oᵢ), with wᵢ = exp(lseᵢ − lse)."""
         *parts, out, lse = ctx.saved_tensors
@@ -113,6 +117,10 @@ class _MergeBackward(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        return batching.one_by_one(info, in_dims, arguments, _MergeBackward.apply)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -246,6 +246,22 @@ def test_gradients_of_each_sample(device: Any, dims: tuple[int | None, ...]) -> 
             assert_close(a[i], b)
 
 
+def test_vmap_of_merging(device: Any) -> None:
+    """Outs of each sample, and lses that all share; with gradients of each sample."""
+    outs, lses = (x.detach() for x in leaves(device, (3, 2, *SHAPE), (2, *SHAPE[:3])))
+
+    def loss(outs: Any, lses: Any) -> Any:
+        out, lse = merge_attention(outs, lses)
+        return out.square().sum() + lse.sum(), out
+
+    got, merged = vmap(grad(loss, argnums=(0, 1), has_aux=True), (0, None))(outs, lses)
+    for i in range(3):
+        want, of_one = grad(loss, argnums=(0, 1), has_aux=True)(outs[i], lses)
+        assert torch.equal(merged[i], of_one)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a[i], b)
+
+
 def test_vmap_and_dropout(device: Any) -> None:
     """As torch's own random functions: refused, or a mask for all samples, or one for each."""
     query, key, value = (x.detach() for x in leaves(device, SHAPE, SHAPE, SHAPE))
