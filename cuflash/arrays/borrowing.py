@@ -135,6 +135,13 @@ def signature(x: object) -> Hashable | None:
     return reader(x) if reader else None
 
 
+def readers_of(x: object) -> tuple[Callable[[Any], Hashable | None], Callable[[Any], int]] | None:
+    """What `signature` and `pointer` do for an array of this library; None where there is no signature."""
+    library = _library_of(type(x)) or ""
+    reader = _signatures.get(library)
+    return None if reader is None else (reader, _pointers[library])
+
+
 def pointer(x: Any) -> int:
     """The address of element [0, …, 0] of an array for which `signature` returned a key.
 

@@ -122,11 +122,16 @@ class _Torch(Framework):
 
     def __init__(self, cuda: bool) -> None:
         self._cuda = cuda
+        self._kinds: dict[tuple[str, int], tuple[Any, Any]] = {}  # name of a type and index of a device -> torch's own
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Any:
         import torch
 
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=f"cuda:{like.device[1]}" if self._cuda else "cpu")
+        index = like.device[1]
+        kind = self._kinds.get((dtype, index))
+        if kind is None:
+            kind = self._kinds[dtype, index] = getattr(torch, dtype), torch.device("cuda", index) if self._cuda else torch.device("cpu")
+        return torch.empty(shape, dtype=kind[0], device=kind[1])
 
     def current_stream(self, device_index: int) -> int:
         if not self._cuda:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
-from cuflash.arrays.borrowing import Array, attribute, borrow, describe, pointer, signature
+from cuflash.arrays.borrowing import Array, attribute, borrow, describe, readers_of
 from cuflash.errors import DTypeError, OptionError, UnsupportedError
 from cuflash.hardware import device
 from cuflash.planning.plan import Plan
@@ -156,11 +156,12 @@ def looked_at(names: Sequence[str], operands: Sequence[object], seen: list[Hasha
         if operand is None:
             seen.append(None)
             continue
-        kind = signature(operand)
-        if kind is None:
+        readers = readers_of(operand)
+        kind = None if readers is None else readers[0](operand)
+        if readers is None or kind is None:
             return False
         try:
-            address = addresses[name] = pointer(operand)
+            address = addresses[name] = readers[1](operand)
         except DTypeError:  # no memory, which `borrow` says more about
             return False
         seen += (kind, address & 15)

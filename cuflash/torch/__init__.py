@@ -7,6 +7,7 @@ Nothing of cuflash imports this package or torch: whoever imports `cuflash.torch
 | `attention.py`, `merging.py` | the public calls: signatures and docstrings |
 | `inputs.py` | what torch's users pass, brought into the form that cuflash takes |
 | `functions.py` | eager calls: autograd functions straight over cuflash's calls, with no operator in between |
+| `batching.py` | both under `torch.func.vmap` |
 | `forward_mode.py` | forward-mode derivatives, by calls of the two passes |
 | `operators.py` | the same calls as registered operators, for tracing and for modes that look at operators |
 | `nested.py` | jagged nested tensors as packed sequences |
@@ -27,7 +28,7 @@ except ImportError as error:
     raise SetupError("cuflash.torch needs torch: pip install torch.") from error
 
 from cuflash.torch import registry
-from cuflash.torch.attention import scaled_dot_product_attention, varlen_attention
+from cuflash.torch.attention import plan, scaled_dot_product_attention, varlen_attention
 from cuflash.torch.merging import merge_attention
 from cuflash.torch.modules import MultiheadAttention, TransformerEncoderLayer
 from cuflash.torch.ring import ring_attention
@@ -45,6 +46,7 @@ __all__ = [
     "enable",
     "gather_sequence",
     "merge_attention",
+    "plan",
     "register_transformers",
     "report",
     "ring_attention",

@@ -9,6 +9,7 @@ from torch.nested._internal.nested_tensor import NestedTensor
 from torch.nn.attention.bias import CausalBias
 
 from cuflash import attention as core
+from cuflash.planning.plan import Plan
 from cuflash.problem.other_names import explains_keywords
 from cuflash.torch import functions, inputs, nested, operators
 from cuflash.torch.functions import Call
@@ -93,9 +94,9 @@ def scaled_dot_product_attention(
     if layout == "bhsd":
         query, key, value, (attn_mask, attn_bias), restore = inputs.four_dimensions(query, key, value, attn_mask, attn_bias)
     if attn_bias is not None:
-        b, h, s = (layout.index(axis) for axis in "bhs")
-        extents = max(x.shape[b] for x in (query, key, value)), query.shape[h], query.shape[s], key.shape[s]
-        attn_mask, segment_ids_q, segment_ids_kv = inputs.mask_beside_bias(attn_mask, attn_bias, extents, segment_ids_q, segment_ids_kv)
+        attn_mask, segment_ids_q, segment_ids_kv = _beside_bias(
+            query, key, value, attn_mask, attn_bias, segment_ids_q, segment_ids_kv, layout
+        )
     query, key, value = inputs.autocast(query, key, value)
     options = {
         "dropout_p": number(dropout_p), "is_causal": is_causal, "scale": number(scale), "enable_gqa": enable_gqa, "layout": layout, "batch_first": True,
@@ -171,7 +172,77 @@ def varlen_attention(
     return _attend(Call(True, options, seed), tensors, plain, return_lse)
 
 
+@explains_keywords
+def plan(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    layout: str = "bhsd",
+    attn_bias: Any = None,
+    causal_alignment: str = "top_left",
+    return_lse: bool = False,
+    tile: Any = None,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+    seqlens_kv: Any = None,
+    backward: bool = False,
+    dropout_seed: Any = None,
+    window: Any = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    segment_ids_q: Any = None,
+    segment_ids_kv: Any = None,
+    prefix_lengths: Any = None,
+) -> Plan:
+    """Say what `scaled_dot_product_attention` would run with these arguments, or with `backward` what its gradients would; `print` it.
+
+    Nothing is compiled, launched or recorded; tensors are dense. Where autograd records the call, the forward pass has `return_lse=True`.
+    """
+    if type(attn_mask) is CausalBias:
+        attn_mask, is_causal, causal_alignment = inputs.from_causal_bias(attn_mask, is_causal, query, key, layout)
+    state = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
+    inputs.check_tensors(
+        (query, key, value, attn_mask, sinks, alibi_slopes, seqlens_kv, segment_ids_q, segment_ids_kv, prefix_lengths, None, None, state)
+    )
+    if layout == "bhsd":
+        query, key, value, (attn_mask, attn_bias), _ = inputs.four_dimensions(query, key, value, attn_mask, attn_bias)
+    if attn_bias is not None:
+        inputs.check_tensor("attn_bias", attn_bias)
+        attn_mask, segment_ids_q, segment_ids_kv = _beside_bias(
+            query, key, value, attn_mask, attn_bias, segment_ids_q, segment_ids_kv, layout
+        )
+    query, key, value = inputs.autocast(query, key, value)
+    dropout_p = number(dropout_p)
+    with torch.no_grad():  # so that slopes may require grad
+        sinks, alibi_slopes = inputs.sinks_and_slopes(sinks, alibi_slopes)
+    if dropout_p and dropout_seed is None:
+        dropout_seed = 0  # a plan says nothing of it, and the generator stays where it is
+    return core.plan(
+        query, key, value, attn_mask, dropout_p, is_causal, number(scale), enable_gqa, layout=layout, causal_alignment=causal_alignment,
+        return_lse=return_lse, tile=tile, deterministic=deterministic, allow_tf32=allow_tf32, seqlens_kv=inputs.lengths(seqlens_kv), backward=backward,
+        dropout_seed=dropout_seed, window=inputs.pair(window), softcap=number(softcap), alibi_slopes=alibi_slopes, sinks=sinks,
+        segment_ids_q=segment_ids_q, segment_ids_kv=segment_ids_kv, prefix_lengths=inputs.lengths(prefix_lengths),
+        need_attn_mask_grad=bool(backward and attn_mask is not None and attn_mask.requires_grad),
+    )  # fmt: skip
+
+
+def _beside_bias(
+    query: Any, key: Any, value: Any, attn_mask: Any, attn_bias: Any, ids_q: Any, ids_kv: Any, layout: str
+) -> tuple[Any, Any, Any]:
+    """attn_mask, segment_ids_q and segment_ids_kv of a call that has an attn_bias."""
+    b, h, s = (layout.index(axis) for axis in "bhs")
+    extents = max(x.shape[b] for x in (query, key, value)), query.shape[h], query.shape[s], key.shape[s]
+    return inputs.mask_beside_bias(attn_mask, attn_bias, extents, ids_q, ids_kv)
+
+
 def _attend(call: Call, tensors: functions.Tensors, plain: bool, return_lse: bool) -> Any:
-    if operators.looked_at(tensors, plain):
+    if operators.looked_at(tensors, plain) and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()):
         return operators.attend(call, tensors, return_lse)
     return functions.attend(call, tensors, return_lse)

@@ -1,4 +1,4 @@
-"""Eager calls: autograd functions over cuflash's calls, and their rules under `torch.func.vmap`.
+"""Eager calls: autograd functions over cuflash's calls.
 
 A `Call` holds what a call has besides tensors. Tensors come in the order of `TENSORS`, None for those that a call does not have, so that every function has one
 signature. `Attention` is recorded by autograd; `AttentionBackward` is its gradient, a function of its own for the sake of vmap, and of an error that says what
@@ -7,6 +7,7 @@ is missing where somebody differentiates it.
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -18,14 +19,12 @@ from cuflash.problem.operands import Operands
 from cuflash.problem.options import Options
 from cuflash.runtime import calls
 from cuflash.runtime.prepared import Gradients
-from cuflash.torch import forward_mode
-from cuflash.torch.inputs import TENSORS
+from cuflash.torch import batching, forward_mode
+from cuflash.torch.inputs import TENSORS, TRACED
 
 _COUNT = len(TENSORS)
 _OPERANDS_OF = operator.itemgetter(*(TENSORS.index(name) if name in TENSORS else _COUNT for name in Operands._fields))
 """Of the tensors of a call and None behind them, what each operand is."""
-_BATCHED_DIMENSIONS = {"attn_mask": 4, "alibi_slopes": 2, "seqlens_kv": 1, "segment_ids_q": 2, "segment_ids_kv": 2, "prefix_lengths": 1}
-"""Dimensions of each tensor when the batch is the first."""
 
 Tensors = tuple[Any, ...]
 
@@ -76,7 +75,7 @@ def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         out, lse = Attention.apply(*tensors, call)
     elif torch.is_grad_enabled() and _is_recorded(*tensors[:5]):
-        out, lse = _apply_attention(*tensors, call)
+        out, lse = _apply_recorded(*tensors, call)
     else:
         return call.forward(tensors, return_lse)
     return (out, lse) if return_lse else out
@@ -87,12 +86,22 @@ def _is_recorded(query: Any, key: Any, value: Any, attn_mask: Any, sinks: Any) -
     return inputs or (attn_mask is not None and attn_mask.requires_grad) or (sinks is not None and sinks.requires_grad)
 
 
+def _is_watched(query: Any) -> bool:
+    """Whether a call is to be an operator below the transforms of torch.func, under which an operator with a gradient does not work."""
+    return torch._C._len_torch_dispatch_stack() > 0 or query.is_meta or isinstance(query, TRACED)
+
+
 class Attention(torch.autograd.Function):  # type: ignore[misc]
     """(out, lse) of a call, differentiable in query, key, value, an additive attn_mask and sinks."""
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        return arguments[_COUNT].forward(arguments[:_COUNT], True)
+        *tensors, call = arguments
+        if _is_watched(tensors[0]):
+            from cuflash.torch import operators
+
+            return operators.attend(call, tuple(tensors), True)
+        return call.forward(tensors, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Tensors, output: tuple[Any, Any]) -> None:
@@ -119,13 +128,8 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def vmap(info: Any, in_dims: Tensors, *arguments: Any) -> tuple[Any, Any]:
-        tensors, dims, call = arguments[:_COUNT], in_dims[:_COUNT], arguments[_COUNT]
-        _check_randomness(info, call)
-        if _foldable(dims, call, info):
-            results = Attention.apply(*_folded(tensors, dims, info.batch_size, shared=True), call)
-            return _unfolded(results, info.batch_size)
-        each = [Attention.apply(*_sample(tensors, dims, i), call) for i in range(info.batch_size)]
-        return _stacked(each)
+        call = arguments[_COUNT]
+        return batching.attention(info, in_dims[:_COUNT], arguments[:_COUNT], call, lambda tensors: Attention.apply(*tensors, call))
 
 
 def _results(call: Call, tensors: Tensors) -> tuple[Any, Any]:
@@ -138,8 +142,22 @@ def _input_gradients(call: Call, tensors: Tensors, out: Any, lse: Any, grad_out:
     return grads
 
 
-# Without transforms of torch.func, `Attention.apply` does no more than this, after it has spent longer on the signature of `forward` than the call takes.
-_apply_attention = super(torch.autograd.Function, Attention).apply
+class _Recorded(torch.autograd.Function):  # type: ignore[misc]
+    """`Attention` without transforms of torch.func: a function whose `setup_context` is apart has its signature looked at in each call, for longer than the call takes."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        call, tensors = arguments[_COUNT], arguments[:_COUNT]
+        results = call.forward(tensors, True)
+        ctx.save_for_backward(*tensors, *results)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return results
+
+    backward = staticmethod(Attention.backward)
+
+
+_apply_recorded = super(torch.autograd.Function, _Recorded).apply  # what `_Recorded.apply` does after it has looked for transforms
 
 
 class AttentionBackward(torch.autograd.Function):  # type: ignore[misc]
@@ -148,6 +166,10 @@ class AttentionBackward(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(*arguments: Any) -> Tensors:
         grad_out, grad_lse, *tensors, out, lse, call, needs_mask = arguments
+        if _is_watched(tensors[0]):
+            from cuflash.torch import operators
+
+            return operators.gradients(call, tuple(tensors), out, lse, grad_out, grad_lse, needs_mask)
         return _gradients(call, tuple(tensors), out, lse, grad_out, grad_lse, needs_mask)
 
     @staticmethod
@@ -162,85 +184,15 @@ class AttentionBackward(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def vmap(info: Any, in_dims: Tensors, *arguments: Any) -> tuple[Any, Any]:
         *given, call, needs_mask = arguments
-        dims = in_dims[:-2]
-        tensors, own = tuple(given[2 : 2 + _COUNT]), dims[2 : 2 + _COUNT]
-        one_batch = len({_extent(x, dim) for x, dim in zip(tensors[:3], own[:3], strict=True)}) == 1
-        if one_batch and not needs_mask and tensors[4] is None and _foldable(own, call, info):
-            size = info.batch_size
-            folded = _folded(tensors, own, size, shared=False)  # gradients of what samples share come for each of them
-            grad_out, grad_lse, out, lse = (
-                None if x is None else _first(x, dim, size).flatten(0, 1)
-                for x, dim in zip((*given[:2], *given[-2:]), (*dims[:2], *dims[-2:]), strict=True)
-            )
-            return _unfolded(AttentionBackward.apply(grad_out, grad_lse, *folded, out, lse, call, False), size)
-        each = [AttentionBackward.apply(*_sample(tuple(given), dims, i), call, needs_mask) for i in range(info.batch_size)]
-        return _stacked(each)
+        gradients = functools.partial(_apply_backward, call, needs_mask)
+        return batching.gradients(info, in_dims[:-2], tuple(given), call, needs_mask, gradients)
+
+
+def _apply_backward(call: Call, needs_mask: bool, given: Tensors) -> Tensors:
+    grads: Tensors = AttentionBackward.apply(*given, call, needs_mask)
+    return grads
 
 
 def _gradients(call: Call, tensors: Tensors, out: Any, lse: Any, grad_out: Any, grad_lse: Any, needs_mask: bool) -> Tensors:
     grads = call.backward(tensors, out, lse, grad_out, grad_lse, needs_mask)
     return (*grads, grads.attn_mask, grads.sinks)
-
-
-# --- vmap -------------------------------------------------------------------------------------------------------------------------------
-#
-# Samples become rows of the batch where every tensor of them can have a row of its own. Sinks cannot, packed sequences have no batch, and dropout that is to be
-# the same for all samples differs between rows: these run sample by sample.
-
-
-def _check_randomness(info: Any, call: Call) -> None:
-    if call.dropout_p and info.randomness == "error":
-        raise UnsupportedError(
-            "dropout_p",
-            f"{call.dropout_p} under vmap with randomness='error'",
-            "0.0, or a choice",
-            "Pass randomness='different' or 'same' to vmap.",
-        )
-
-
-def _foldable(dims: Tensors, call: Call, info: Any) -> bool:
-    same_dropout = call.dropout_p and (info.randomness == "same" or dims[12] is not None)
-    return not call.packed and call.options["layout"].startswith("b") and dims[4] is None and not same_dropout
-
-
-def _extent(x: Any, dim: int | None) -> int:
-    """The first extent of one sample."""
-    return int(x.shape[0 if dim is None or dim > 0 else 1])
-
-
-def _first(x: Any, dim: int | None, size: int) -> Any:
-    """The samples along the first axis."""
-    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-
-
-def _folded(tensors: Tensors, dims: Tensors, size: int, shared: bool) -> Tensors:
-    """Tensors whose batch are the rows of all samples; what has a batch of one for all samples stays as it is if it may be `shared`."""
-    batch = _extent(tensors[0], dims[0])
-    folded = []
-    for name, x, dim in zip(TENSORS, tensors, dims, strict=True):
-        is_input, ndim = name in TENSORS[:3], _BATCHED_DIMENSIONS.get(name, 4)
-        for_all = x is None or name in ("sinks", "dropout_seed")
-        if not for_all and dim is None:
-            for_all = (x.shape[0] == 1 and shared and name != "query") if is_input else (x.dim() < ndim or x.shape[0] == 1)
-        if for_all:
-            folded.append(x)
-            continue
-        samples = _first(x, dim, size)
-        while samples.dim() < ndim + 1:
-            samples = samples[:, None]
-        folded.append(samples.expand(size, batch, *samples.shape[2:]).flatten(0, 1))
-    return tuple(folded)
-
-
-def _unfolded(results: Tensors, size: int) -> tuple[Any, Any]:
-    outputs = tuple(None if x is None else x.unflatten(0, (size, -1)) for x in results)
-    return outputs, tuple(None if x is None else 0 for x in outputs)
-
-
-def _sample(tensors: Tensors, dims: Tensors, i: int) -> Tensors:
-    return tuple(x if x is None or dim is None else x.select(dim, i) for x, dim in zip(tensors, dims, strict=True))
-
-
-def _stacked(each: list[Tensors]) -> tuple[Any, Any]:
-    outputs = tuple(None if of_result[0] is None else torch.stack(of_result) for of_result in zip(*each, strict=True))
-    return outputs, tuple(None if x is None else 0 for x in outputs)

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from cuflash import merging
 from cuflash.errors import UnsupportedError
-from cuflash.torch import operators
+from cuflash.torch import batching, operators
 
 
 def merge_attention(outs: Any, lses: Any, *, layout: str = "bhsd") -> tuple[Any, Any]:
@@ -55,6 +55,8 @@ class _Merge(torch.autograd.Function):  # type: ignore[misc]
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.order, ctx.forms, *parts = inputs
         ctx.save_for_backward(*parts, *output)
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            ctx.save_for_forward(*parts, *output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -62,9 +64,43 @@ class _Merge(torch.autograd.Function):  # type: ignore[misc]
         return (None, None, *_MergeBackward.apply(ctx.order, ctx.forms, grad_out, grad_lse, *ctx.saved_tensors))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        hint = "Tangents of its parts come from attention itself: call it once over all keys, or use torch.func.vjp."
-        raise UnsupportedError("merge_attention", "a forward-mode derivative of it", "reverse-mode derivatives", hint)
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        return batching.one_by_one(info, in_dims, arguments, _Merge.apply)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, Any]:
+        """lsė = Σ wᵢ lsėᵢ and Ȯ = Σ wᵢ (Ȯᵢ + (lsėᵢ − lsė) Oᵢ), with wᵢ = exp(lseᵢ − lse)."""
+        *parts, out, lse = ctx.saved_tensors
+        count = ctx.forms[0] or len(parts[0])
+        outs, lses = _listed(ctx.forms, parts, count)
+        out_dots, lse_dots = _listed(ctx.forms, tangents[2:], count)
+        weights = [torch.exp(x - lse).where(lse > float("-inf"), 0.0) for x in lses]
+        lse_dot = torch.zeros_like(lse)
+        for weight, x in zip(weights, lse_dots, strict=True):
+            if x is not None:
+                lse_dot = lse_dot + torch.where(weight > 0.0, weight * x, 0.0)
+        out_dot = torch.zeros_like(out, dtype=torch.float32)
+        for weight, part, own_dot, own_lse_dot in zip(weights, outs, out_dots, lse_dots, strict=True):
+            moved = torch.where(weight > 0.0, weight * ((0.0 if own_lse_dot is None else own_lse_dot) - lse_dot), 0.0)
+            out_dot = out_dot + _beside_columns(moved, ctx.order) * part
+            if own_dot is not None:
+                out_dot = out_dot + _beside_columns(weight, ctx.order) * own_dot
+        return out_dot.to(out.dtype), lse_dot
+
+
+def _listed(forms: tuple[int | None, int | None], parts: Any, count: int) -> list[list[Any]]:
+    """outs and lses, or their tangents, as lists of as many parts; a tangent of all parts may be None."""
+    listed = []
+    for form, own in zip(forms, _in_forms(forms, tuple(parts)), strict=True):
+        listed.append(list(own) if form is not None else [None] * count if own is None else list(own.unbind(0)))
+    return listed
+
+
+def _beside_columns(x: Any, order: str) -> Any:
+    """A number for each row, in the order of lse, as one column of out."""
+    if x.dim() == 2:
+        return x.transpose(0, 1)[..., None]
+    return x.permute(["bhs".index(letter) for letter in order if letter != "d"]).unsqueeze(order.index("d"))
 
 
 class _MergeBackward(torch.autograd.Function):  # type: ignore[misc]
@@ -81,6 +117,10 @@ class _MergeBackward(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        return batching.one_by_one(info, in_dims, arguments, _MergeBackward.apply)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -15,6 +15,7 @@ from cuflash.errors import UnsupportedError
 from cuflash.merging import merge_attention as merge
 from cuflash.merging import merge_attention_backward as merge_backward
 from cuflash.problem.tile import Tile
+from cuflash.torch import batching
 from cuflash.torch.functions import Call, Tensors
 from cuflash.torch.inputs import TENSORS, TRACED
 
@@ -49,7 +50,7 @@ def looked_at(tensors: Sequence[Any], plain: bool) -> bool:
         tensors: of the call.
         plain: all of them are of torch's own types, or None.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or tensors[0].is_meta:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or tensors[0].is_meta or torch._C._is_tracing():
         return True
     return not plain and any(isinstance(x, TRACED) for x in tensors)
 
@@ -58,6 +59,12 @@ def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:
     """The call as an operator."""
     out, lse = _attention(*_with_seed(call, tensors), *_options_of(call))
     return (out, lse) if return_lse else out
+
+
+def gradients(call: Call, tensors: Tensors, out: Any, lse: Any, grad_out: Any, grad_lse: Any, needs_mask: bool) -> Tensors:
+    """Those of query, key, value, attn_mask and sinks as an operator, None for what has none."""
+    *grads, mask, sinks = _attention_backward(grad_out, grad_lse, *_with_seed(call, tensors), *_options_of(call), out, lse, needs_mask)
+    return (*grads, mask if needs_mask else None, None if tensors[4] is None else sinks)
 
 
 def merge_parts(outs: Sequence[Any], lses: Sequence[Any], layout: str) -> tuple[Any, Any]:
@@ -153,6 +160,24 @@ def _attention_gradients(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
     return (*grads, *optional, *(None,) * (_COUNT - 5 + len(ctx.options)))
 
 
+def _attention_batched(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    options = arguments[_COUNT:]
+    return batching.attention(info, in_dims[:_COUNT], arguments[:_COUNT], _call_of(options), lambda tensors: _attention(*tensors, *options))
+
+
+def _attention_backward_batched(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    given, needs_mask = (*arguments[: 2 + _COUNT], *arguments[-3:-1]), arguments[-1]
+    dims, options = (*in_dims[: 2 + _COUNT], *in_dims[-3:-1]), arguments[2 + _COUNT : -3]
+
+    def run(given: Tensors) -> Tensors:
+        *others, out, lse = given
+        *grads, mask, sinks = _attention_backward(*others, *options, out, lse, needs_mask)
+        return (*grads, mask if needs_mask else None, None if given[6] is None else sinks)
+
+    grads, found = batching.gradients(info, dims, given, _call_of(options), needs_mask, run)
+    return tuple(given[0].new_empty(0) if grad is None else grad for grad in grads), found
+
+
 # --- Merging -------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -198,5 +223,7 @@ for _name, _run, _shapes in (
     # Closed to Dynamo, which otherwise compiles what an operator of a compiled function runs.
     torch.library.impl(f"cuflash::{_name}", "CompositeExplicitAutograd", torch._disable_dynamo(_run))
     torch.library.register_fake(f"cuflash::{_name}", _shapes)
+torch.library.register_vmap("cuflash::attention", _attention_batched)
+torch.library.register_vmap("cuflash::attention_backward", _attention_backward_batched)
 torch.library.register_autograd("cuflash::attention", _attention_gradients, setup_context=_attention_context)
 torch.library.register_autograd("cuflash::merge", _merge_gradients, setup_context=_merge_context)

@@ -17,10 +17,8 @@ from cuflash.errors import OptionError, ShapeError
 from cuflash.merging import merge_attention
 from cuflash.torch import shards
 from cuflash.torch.functions import Call
-from cuflash.torch.inputs import TENSORS, autocast, check_tensors, lengths, number, pair
+from cuflash.torch.inputs import autocast, check_tensors, dropout_source, lengths, number, pair, sinks_and_slopes
 from cuflash.torch.shards import Limit, Piece
-
-_OTHERS = (None,) * (len(TENSORS) - 3)
 
 
 def ring_attention(
@@ -41,6 +39,10 @@ def ring_attention(
     max_seqlen: int | None = None,
     zigzag: bool = True,
     method: str | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
 ) -> Any:
     """Attention over the sequence of all ranks, of which each has a part: context parallelism.
 
@@ -56,6 +58,10 @@ def ring_attention(
         zigzag: whether parts are those of `shard_sequence(zigzag=True)`, which shares out the work of a causal mask evenly.
         method: "pass" or "gather"; None takes the one that moves less: gathering moves every part to every rank once, passing the parts that are seen, twice. Passing
             holds one part of another rank at a time, gathering holds all.
+        dropout_p, dropout_seed: as there. Each call of this rank draws a mask of its own, `offset + number of the call`, so that ranks may have the same seed; another number of
+            ranks or another method draws other masks.
+        alibi_slopes: the same on all ranks; with is_causal, and gathered.
+        sinks: the same on all ranks. Their gradient is this rank's part of it, to be added up over the ranks as that of every other parameter.
 
     Returns:
         this rank's part of out, recorded by autograd, or with return_lse out and lse; the backward pass communicates too, so every rank has to take it.
@@ -63,7 +69,8 @@ def ring_attention(
     Raises:
         CuflashError: as `scaled_dot_product_attention`.
     """
-    check_tensors((query, key, value, *_OTHERS))
+    state = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
+    check_tensors((query, key, value, None, sinks, alibi_slopes, *(None,) * 6, state))
     if method not in (None, "pass", "gather"):
         raise OptionError("method", describe(method), "'pass', 'gather' or None", "None takes the one that moves less.")
     query, key, value = autocast(query, key, value)
@@ -87,23 +94,48 @@ def ring_attention(
     highest: Limit = None if right in (None, -1) else right
     if is_causal:
         highest = 0 if highest is None else min(highest, 0)
+    if alibi_slopes is not None:
+        _check_alibi(highest, packed, method)
+        method = "gather"
+    state, seed = dropout_source(number(dropout_p), dropout_seed, query.device)
+    sinks, alibi_slopes = sinks_and_slopes(sinks, alibi_slopes)
     options = {
-        "dropout_p": 0.0, "is_causal": False, "scale": number(scale), "enable_gqa": enable_gqa, "causal_alignment": "top_left", "tile": None,
+        "dropout_p": number(dropout_p), "is_causal": False, "scale": number(scale), "enable_gqa": enable_gqa, "causal_alignment": "top_left", "tile": None,
         "deterministic": False, "allow_tf32": allow_tf32, "window": None, "softcap": number(softcap),
     }  # fmt: skip
-    others: tuple[Any, ...] = _OTHERS
+    others: tuple[Any, ...] = (None, None, alibi_slopes, *(None,) * 6, state)
     if packed:
         count = 2 * torch.distributed.get_world_size(group)
         offsets = (lengths(cu_seqlens) // count).to(torch.int32)
-        others = (*(None,) * 7, offsets, offsets, None)
+        others = (*(None,) * 7, offsets, offsets, state)
         longest = None if max_seqlen is None else number(max_seqlen) // count
         options |= {"max_seqlen_q": longest, "max_seqlen_kv": longest}
     else:
         options |= {"layout": layout, "batch_first": True, "num_heads": None}
-    plan = _Plan(Call(packed, options), others, group, axis, query.shape[axis] // 2, lowest, highest, zigzag)
+    plan = _Plan(Call(packed, options, seed), others, group, axis, query.shape[axis] // 2, lowest, highest, zigzag)
     way = ("pass" if packed else plan.chosen()) if method is None else method
     out, lse = (_Gathered if way == "gather" else _Passed).apply(query, key, value, plan)
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks, plan)
     return (out, lse) if return_lse else out
+
+
+def _check_alibi(highest: Limit, packed: bool, method: str | None) -> None:
+    """Kernels count the distances of ALiBi from their diagonal, which is that of positions where the last key is that of the last query."""
+    if highest != 0 or packed or method == "pass":
+        got = "slopes with cu_seqlens" if packed else "slopes with method='pass'" if method == "pass" else "slopes without is_causal"
+        raise OptionError(
+            "alibi_slopes", got, "slopes with is_causal=True, gathered", "Leave method and cu_seqlens out, and pass is_causal=True."
+        )
+
+
+def _with_sinks(out: Any, lse: Any, sinks: Any, plan: _Plan) -> tuple[Any, Any]:
+    """Attention with a logit for each head besides: its share of each row is taken off."""
+    with_sinks = torch.logaddexp(lse, sinks[:, None])
+    share = torch.exp(lse - with_sinks)  # (…, heads, queries)
+    layout = plan.call.options.get("layout", "shd")
+    order = ["bhs"[-lse.dim() :].index(letter) for letter in layout if letter != "d"]
+    return (out * share.permute(order).unsqueeze(layout.index("d"))).to(out.dtype), with_sinks
 
 
 class _Plan:
@@ -111,7 +143,7 @@ class _Plan:
 
     Attributes:
         call: of attention, to which each piece adds its mask.
-        others: its tensors besides query, key and value; of packed sequences the offsets of a chunk of all of them.
+        others: its tensors besides query, key and value; of packed sequences the offsets of a chunk of all of them. The last one is the state of its dropout.
         group, rank, ranks: of torch.distributed.
         axis: of the sequence.
         length: of a chunk, of which each rank has two.
@@ -159,6 +191,17 @@ class _Plan:
 
     def masked(self, piece: Piece) -> Call:
         return self.call.replaced(is_causal=piece.is_causal, window=piece.window)
+
+    def drawn(self, call: Call, rank: int, i: int) -> tuple[Call, tuple[Any, ...]]:
+        """A call and its other tensors, with a dropout of its own: that of the i-th call of this rank with keys of another, of which there are at most four."""
+        if not call.dropout_p:
+            return call, self.others
+        distance = 4 * (self.rank * self.ranks + rank) + i
+        *others, state = self.others
+        if state is not None:
+            return call, (*others, torch.stack((state[0], state[1] + distance)))
+        seed, offset = call.seed if isinstance(call.seed, tuple) else (call.seed, 0)
+        return Call(call.packed, call.options, (seed, offset + distance)), self.others
 
 
 def _exchange(plan: _Plan, to: int | None, source: int | None, sent: tuple[Any, ...]) -> tuple[list[Any], Any]:
@@ -212,15 +255,22 @@ def _zeros(x: Any) -> Any:
 
 
 def _gradients(
-    ctx: Any, call: Call, rows: tuple[int, int], seen: tuple[int, int], keys: Any, values: Any, grad_out: Any, grad_lse: Any
+    ctx: Any,
+    drawn: tuple[Call, tuple[Any, ...]],
+    rows: tuple[int, int],
+    seen: tuple[int, int],
+    keys: Any,
+    values: Any,
+    grad_out: Any,
+    grad_lse: Any,
 ) -> Any:
     """Those of some queries and the keys that they see, with the out and lse of all keys; a missing gradient is zero."""
     query, _, _, out, lse = ctx.saved_tensors
     plan: _Plan = ctx.plan
-    tensors = (plan.slice(query, rows), plan.slice(keys, seen), plan.slice(values, seen), *plan.others)
+    tensors = (plan.slice(query, rows), plan.slice(keys, seen), plan.slice(values, seen), *drawn[1])
     own_out, own_lse = plan.slice(out, rows), lse[..., slice(*rows)]
     own_grad = torch.zeros_like(own_out) if grad_out is None else plan.slice(grad_out, rows)
-    return call.backward(tensors, own_out, own_lse, own_grad, None if grad_lse is None else grad_lse[..., slice(*rows)], False)
+    return drawn[0].backward(tensors, own_out, own_lse, own_grad, None if grad_lse is None else grad_lse[..., slice(*rows)], False)
 
 
 class _Passed(torch.autograd.Function):  # type: ignore[misc]
@@ -231,9 +281,10 @@ class _Passed(torch.autograd.Function):  # type: ignore[misc]
         layout = plan.call.options.get("layout", "bshd")
         out: Any = None
         for rank, keys, values in _visits(plan, key, value):
-            for piece in plan.pieces(plan.rank, rank):
-                tensors = (plan.slice(query, piece.queries), plan.slice(keys, piece.keys), plan.slice(values, piece.keys), *plan.others)
-                part, part_lse = plan.masked(piece).forward(tensors, True)
+            for i, piece in enumerate(plan.pieces(plan.rank, rank)):
+                call, others = plan.drawn(plan.masked(piece), rank, i)
+                tensors = (plan.slice(query, piece.queries), plan.slice(keys, piece.keys), plan.slice(values, piece.keys), *others)
+                part, part_lse = call.forward(tensors, True)
                 if out is None:
                     out, lse = _nothing(plan, query, part, part_lse)
                 rows = plan.slice(out, piece.queries)
@@ -252,8 +303,10 @@ class _Passed(torch.autograd.Function):  # type: ignore[misc]
         of_others: dict[int, list[Any]] = {}
         for rank, keys, values in _visits(plan, key, value):
             of_rank = sums[1:] if rank == plan.rank else [torch.zeros_like(x) for x in sums[1:]]
-            for piece in plan.pieces(plan.rank, rank):
-                grads = _gradients(ctx, plan.masked(piece), piece.queries, piece.keys, keys, values, grad_out, grad_lse)
+            for i, piece in enumerate(plan.pieces(plan.rank, rank)):
+                grads = _gradients(
+                    ctx, plan.drawn(plan.masked(piece), rank, i), piece.queries, piece.keys, keys, values, grad_out, grad_lse
+                )
                 plan.slice(sums[0], piece.queries).add_(grads.query)
                 for total, grad in zip(of_rank, (grads.key, grads.value), strict=True):
                     plan.slice(total, piece.keys).add_(grad)
@@ -282,8 +335,10 @@ class _Gathered(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, plan: _Plan) -> tuple[Any, Any]:
         keys, values = (shards.in_order(shards.all_shards(x, plan.group), plan.axis, plan.zigzag) for x in (key, value))
-        results = [call.forward((plan.slice(query, rows), plan.slice(keys, seen), plan.slice(values, seen), *plan.others), True)
-                   for rows, seen, call in _calls(plan)]  # fmt: skip
+        results = []
+        for i, (rows, seen, call) in enumerate(_calls(plan)):
+            drawn, others = plan.drawn(call, plan.rank, i)
+            results.append(drawn.forward((plan.slice(query, rows), plan.slice(keys, seen), plan.slice(values, seen), *others), True))
         out = torch.cat([out for out, _ in results], plan.axis)
         lse = torch.cat([lse for _, lse in results], -1)
         return _saved(ctx, plan, query, keys, values, out, lse)
@@ -295,8 +350,8 @@ class _Gathered(torch.autograd.Function):  # type: ignore[misc]
         plan: _Plan = ctx.plan
         sums = [_zeros(x) for x in (keys, values)]
         of_queries = []
-        for rows, seen, call in _calls(plan):
-            grads = _gradients(ctx, call, rows, seen, keys, values, grad_out, grad_lse)
+        for i, (rows, seen, call) in enumerate(_calls(plan)):
+            grads = _gradients(ctx, plan.drawn(call, plan.rank, i), rows, seen, keys, values, grad_out, grad_lse)
             of_queries.append(grads.query)
             for total, grad in zip(sums, (grads.key, grads.value), strict=True):
                 plan.slice(total, seen).add_(grad)

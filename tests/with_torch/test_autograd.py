@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.autograd import forward_ad
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vmap
 from written_out import SHAPE, assert_close, assert_same_gradients, attention, leaves
 
 import cuflash
@@ -124,21 +123,6 @@ def test_a_second_derivative_raises_and_says_so(device: Any) -> None:
     (first,) = torch.autograd.grad(merged.square().sum(), query, create_graph=True)
     with pytest.raises(UnsupportedError, match="merge_attention: got a second derivative"):
         first.sum().backward()
-
-
-def test_forward_mode_of_merging_raises_and_says_so(device: Any) -> None:
-    """A tangent is not dropped silently, neither that of torch.func nor a dual tensor's."""
-    query, key = (x.detach() for x in leaves(device, *[SHAPE] * 2))
-
-    def merged(x: Any) -> Any:
-        return merge_attention([x, key], [x[..., 0], key[..., 0]])[0]
-
-    with pytest.raises(UnsupportedError, match=r"^merge_attention: got a forward-mode derivative"):
-        jvp(merged, (query,), (query,))
-    with forward_ad.dual_level(), pytest.raises(UnsupportedError, match=r"^merge_attention: got a forward-mode derivative"):
-        merged(forward_ad.make_dual(query, query))
-    with forward_ad.dual_level():
-        merged(query)
 
 
 def test_a_second_derivative_of_torch_func_raises(device: Any) -> None:
@@ -260,6 +244,22 @@ def test_gradients_of_each_sample(device: Any, dims: tuple[int | None, ...]) -> 
         want = torch.autograd.grad(attention(*sample, is_causal=True)[0].square().sum(), sample)
         for a, b in zip(got, want, strict=True):
             assert_close(a[i], b)
+
+
+def test_vmap_of_merging(device: Any) -> None:
+    """Outs of each sample, and lses that all share; with gradients of each sample."""
+    outs, lses = (x.detach() for x in leaves(device, (3, 2, *SHAPE), (2, *SHAPE[:3])))
+
+    def loss(outs: Any, lses: Any) -> Any:
+        out, lse = merge_attention(outs, lses)
+        return out.square().sum() + lse.sum(), out
+
+    got, merged = vmap(grad(loss, argnums=(0, 1), has_aux=True), (0, None))(outs, lses)
+    for i in range(3):
+        want, of_one = grad(loss, argnums=(0, 1), has_aux=True)(outs[i], lses)
+        assert torch.equal(merged[i], of_one)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a[i], b)
 
 
 def test_vmap_and_dropout(device: Any) -> None:

@@ -10,8 +10,9 @@ from torch.autograd import forward_ad
 from torch.func import jacfwd, jvp, vmap
 from written_out import SHAPE, assert_close, attention, leaves
 
+import cuflash
 from cuflash.errors import UnsupportedError
-from cuflash.torch import forward_mode, scaled_dot_product_attention, varlen_attention
+from cuflash.torch import forward_mode, merge_attention, scaled_dot_product_attention, varlen_attention
 from cuflash.torch.functions import Call
 
 BATCH, HEADS, SEQLEN, DIM = SHAPE
@@ -113,22 +114,77 @@ def test_vmap_of_tangents(device: Any) -> None:
     assert_close(got, jacfwd(lambda c: attention(c * inputs[0].double(), *inputs[1:])[0])(factor.double()))
 
 
+@pytest.mark.parametrize("with_dropout", [False, True], ids=["softcap", "dropout"])
+def test_softcap_dropout_and_sinks(device: Any, with_dropout: bool) -> None:
+    """Tangents of all inputs and of the sinks; dropout drops the same pairs in all of its calls, and nothing in lse."""
+    inputs, tangents = plain(device, *[SHAPE] * 3, (HEADS,)), plain(device, *[SHAPE] * 3, (HEADS,))
+    options: dict[str, Any] = {"softcap": 1.5}
+    judged: dict[str, Any] = {"softcap": 1.5}
+    if with_dropout:
+        options = {"dropout_p": 0.3, "dropout_seed": 7}
+        judged = {"dropout_p": 0.3, "kept": cuflash.dropout_mask((BATCH, HEADS, SEQLEN, SEQLEN), 0.3, 7, like=inputs[0])}
+
+    def call(query: Any, key: Any, value: Any, sinks: Any) -> Any:
+        return scaled_dot_product_attention(query, key, value, sinks=sinks, return_lse=True, **options)
+
+    def wanted(query: Any, key: Any, value: Any, sinks: Any) -> Any:
+        return attention(query, key, value, sinks=sinks, **judged)
+
+    compare(call, wanted, inputs, tangents)
+
+
+def test_tangents_of_sinks_alone(device: Any) -> None:
+    """In another layout, with rows that see no key but the sink, and a sink that has no share."""
+    shape = (BATCH, SEQLEN, HEADS, DIM)
+    inputs, sinks = plain(device, *[shape] * 3), torch.tensor([0.3, float("-inf")], device=device)
+    visible = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool, device=device)
+    visible[5] = False
+
+    def call(sinks: Any) -> Any:
+        return scaled_dot_product_attention(*inputs, visible, sinks=sinks, layout="bshd", return_lse=True)
+
+    (out, lse), (out_dot, lse_dot) = jvp(call, (sinks,), (torch.ones_like(sinks),))
+    share = torch.exp(sinks[:, None] - lse).nan_to_num()
+    assert (share[:, 0, 5] == 1).all()
+    assert_close(lse_dot, share)
+    assert_close(out_dot, -share.transpose(1, 2)[..., None] * out)
+
+
+def test_merging(device: Any) -> None:
+    """Tangents go through the merge of attention over two chunks of keys, and are those of one call; a row sees one chunk alone."""
+    inputs, tangents = plain(device, *[SHAPE] * 3), plain(device, *[SHAPE] * 3)
+    visible = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool, device=device)
+    visible[3, :24] = visible[4] = False
+
+    def call(query: Any, key: Any, value: Any) -> Any:
+        chunks = (slice(0, 24), slice(24, 48))
+        parts = [scaled_dot_product_attention(query, key[:, :, c], value[:, :, c], visible[:, c], return_lse=True) for c in chunks]
+        return merge_attention([out for out, _ in parts], [lse for _, lse in parts])
+
+    got, got_dots = jvp(call, tuple(inputs), tuple(tangents))
+    want, want_dots = jvp(lambda *x: scaled_dot_product_attention(*x, visible, return_lse=True), tuple(inputs), tuple(tangents))
+    for a, b in zip((*got, *got_dots), (*want, *want_dots), strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite())
+        assert_close(a.nan_to_num(neginf=0.0), b.nan_to_num(neginf=0.0))
+
+
+def test_merging_one_tensor_of_parts(device: Any) -> None:
+    """By the tangents of outs and lses, and of lses alone."""
+    outs, out_dots, lses, lse_dots = plain(device, *[(2, *SHAPE)] * 2, *[(2, *SHAPE[:3])] * 2)
+
+    def wanted(outs: Any, lses: Any) -> Any:
+        return (torch.softmax(lses, 0)[..., None] * outs).sum(0), torch.logsumexp(lses, 0)
+
+    compare(merge_attention, wanted, [outs, lses], [out_dots, lse_dots])
+    compare(lambda x: merge_attention(outs, x), lambda x: wanted(outs.double(), x), [lses], [lse_dots])
+
+
 def test_what_has_no_forward_mode(device: Any) -> None:
     """Refused by name, not silently zero."""
     inputs = plain(device, *[SHAPE] * 3)
-    mask, sinks = torch.randn(SEQLEN, SEQLEN, device=device), torch.randn(HEADS, device=device)
-    for function, x, match in (
-        (
-            lambda q: scaled_dot_product_attention(q, *inputs[1:], dropout_p=0.2),
-            inputs[0],
-            "dropout_p: got 0.2 under a forward-mode derivative",
-        ),
-        (lambda q: scaled_dot_product_attention(q, *inputs[1:], softcap=5.0), inputs[0], "softcap: got 5.0 under"),
-        (lambda m: scaled_dot_product_attention(*inputs, m), mask, "attn_mask: got a forward-mode derivative by it"),
-        (lambda s: scaled_dot_product_attention(*inputs, sinks=s), sinks, "sinks: got a forward-mode derivative by it"),
-    ):
-        with pytest.raises(UnsupportedError, match=match):
-            jvp(function, (x,), (x,))
+    mask = torch.randn(SEQLEN, SEQLEN, device=device)
+    with pytest.raises(UnsupportedError, match="attn_mask: got a forward-mode derivative by it"):
+        jvp(lambda m: scaled_dot_product_attention(*inputs, m), (mask,), (mask,))
     call = Call(True, {"dropout_p": 0.0, "softcap": None})
     with pytest.raises(UnsupportedError, match="key: got head dimensions 300 and 8 under"):
         forward_mode._check(call, (inputs[0], torch.zeros(4, 1, 300), torch.zeros(4, 1, 8), *(None,) * 10), (None,) * 13)

@@ -12,7 +12,8 @@ from written_out import SHAPE, assert_close, assert_same_gradients, attention, l
 
 import cuflash
 from cuflash.errors import DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
-from cuflash.torch import scaled_dot_product_attention, varlen_attention
+from cuflash.runtime import calls, launch, prepared
+from cuflash.torch import plan, scaled_dot_product_attention, varlen_attention
 
 BATCH, HEADS, SEQLEN, DIM = SHAPE
 SHORTER = (BATCH, HEADS, 40, DIM)
@@ -226,3 +227,33 @@ def test_another_layout(device: Any) -> None:
     assert_close(out, attention(*inputs, is_causal=True)[0].transpose(1, 2))
     bias = causal_lower_right(SEQLEN, SEQLEN)
     assert torch.equal(scaled_dot_product_attention(*transposed, bias, layout="bshd"), out)
+
+
+# --- Plans --------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_that_of_the_call(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch's terms, of tensors that require grad, forward and backward; nothing runs, and the generator stays where it is."""
+    *inputs, mask = leaves(device, *[SHAPE[1:]] * 3, (SEQLEN, SEQLEN))
+    given: list[dict[str, Any]] = [
+        {
+            "attn_mask": mask,
+            "seqlens_kv": torch.tensor([20], device=device),
+            "sinks": torch.zeros(HEADS, dtype=torch.bfloat16, device=device),
+        },
+        {"attn_mask": causal_lower_right(SEQLEN, SEQLEN), "dropout_p": 0.1, "scale": torch.tensor(0.5)},
+        {"attn_bias": mask, "attn_mask": torch.ones(SEQLEN, dtype=torch.bool, device=device), "window": torch.tensor([5, 0])},
+    ]
+    run: list[str] = []
+    monkeypatch.setattr(calls, "_calls", {})
+    monkeypatch.setattr(launch, "executable", lambda kernel, device: None)  # nothing is compiled
+    monkeypatch.setattr(prepared.PreparedCall, "launch_all", lambda self, addresses: run.append(str(self.plan)))
+    for options in given:
+        before = torch.get_rng_state()
+        plans = [str(plan(*inputs, return_lse=True, **options)), str(plan(*inputs, backward=True, **options))]
+        assert (run, torch.equal(torch.get_rng_state(), before)) == ([], True)
+        scaled_dot_product_attention(*inputs, **options).sum().backward()
+        assert run == plans
+        run.clear()
+    with pytest.raises(DTypeError, match="query: got float64"):
+        plan(*(x.double() for x in inputs))

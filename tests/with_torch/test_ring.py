@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 import torch.distributed
 from written_out import assert_close, attention
 
+import cuflash
 from cuflash.errors import OptionError, ShapeError
 from cuflash.torch import gather_sequence, ring_attention, shard_sequence
 from cuflash.torch.functions import Call
-from cuflash.torch.ring import _Plan
+from cuflash.torch.ring import _calls, _Plan
 from cuflash.torch.shards import chunks, in_order, pieces
 
 LIMITS = [(None, None), (None, 0), (-5, 0), (-5, 3), (None, 4), (-30, None), (0, 0), (-9, 0)]
@@ -73,6 +75,10 @@ CASES: dict[str, dict[str, Any]] = {
     "window_passed": {"window": (20, 5), "zigzag": False, "method": "pass"},
     "window_gathered": {"window": (20, 5), "method": "gather", "layout": "bshd"},
     "full_16_bits": {"dtype": torch.float16, "method": "pass", "layout": "bshd"},
+    "causal_alibi_sinks": {"is_causal": True, "alibi_slopes": torch.tensor([0.3, 0.1]), "sinks": torch.tensor([0.5, 1.0])},
+    "full_sinks": {"method": "pass", "layout": "bshd", "sinks": torch.tensor([0.5, 1.0])},
+    "causal_dropout_passed": {"is_causal": True, "method": "pass", "dropout_p": 0.3, "dropout_seed": (5, 6)},
+    "window_dropout_gathered": {"window": (20, 5), "method": "gather", "dropout_p": 0.3, "dropout_seed": torch.tensor([5, 6])},
 }
 
 
@@ -84,13 +90,51 @@ def whole(ranks: int, dtype: Any) -> list[Any]:
     return [*(torch.randn(shape, generator=generator).to(dtype) for shape in shapes), torch.randn(1, HEADS, seqlen, generator=generator)]
 
 
+def kept_by_rank(rank: int, ranks: int, case: dict[str, Any], zigzag: bool) -> Any:
+    """Which pairs of this rank's queries and all keys dropout keeps, a mask for each call of it; elsewhere what nobody looks at."""
+    seqlen = 2 * ranks * CHUNK
+    kept = torch.ones(1, HEADS, seqlen, seqlen, dtype=torch.bool)
+    left, right = case.get("window", (None, 0))
+    plan = _Plan(Call(False, {"causal_alignment": "top_left"}), (), None, 2, CHUNK, None if left is None else -left, right, zigzag)
+
+    def draw(rows: Any, columns: Any, of: int, i: int) -> None:
+        shape = (1, HEADS, len(rows), len(columns))
+        kept[0][:, rows[:, None], columns] = cuflash.dropout_mask(shape, 0.3, (5, 6 + 4 * (rank * ranks + of) + i), like=torch.zeros(1))[0]
+
+    def positions(of: int) -> Any:
+        return torch.cat([torch.arange(CHUNK) + chunk * CHUNK for chunk in chunks(of, ranks, zigzag)])
+
+    if case["method"] == "pass":
+        for other in range(ranks):
+            for i, piece in enumerate(plan.pieces(rank, other)):
+                draw(positions(rank)[slice(*piece.queries)], positions(other)[slice(*piece.keys)], other, i)
+    else:
+        for i, (rows, seen, _) in enumerate(_calls(plan)):
+            draw(positions(rank)[slice(*rows)], torch.arange(*seen), rank, i)
+    return kept
+
+
 def check(rank: int, ranks: int, case: dict[str, Any]) -> None:
     """One rank's part of out, lse and all gradients."""
     options = {"zigzag": True, "layout": "bhsd", "dtype": torch.float32, **case}
     zigzag, layout, dtype = options["zigzag"], options["layout"], options.pop("dtype")
     query, key, value, grad_out, grad_lse = whole(ranks, dtype)
     doubles = [x.double().requires_grad_() for x in (query, key, value)]
-    wanted = attention(*doubles, is_causal=case.get("is_causal", False), window=case.get("window", (-1, -1)))
+    judged: dict[str, Any] = {
+        "is_causal": case.get("is_causal", False),
+        "window": case.get("window", (-1, -1)),
+        "slopes": case.get("alibi_slopes"),
+    }
+    if "dropout_p" in case:
+        judged |= {"dropout_p": 0.3, "kept": kept_by_rank(rank, ranks, case, zigzag)}
+    if "sinks" in case:
+        options["sinks"] = case["sinks"].clone().requires_grad_()
+        judged["sinks"] = case["sinks"].double().requires_grad_()
+        doubles.append(judged["sinks"])
+    wanted = attention(*doubles[:3], **judged)
+    if "dropout_p" in case:  # masks of other ranks are others: the keys' gradients are compared of this rank's queries
+        check_dropped(rank, ranks, options, (query, key, value, grad_out, grad_lse), doubles, wanted)
+        return
     wanted_grads = torch.autograd.grad(wanted, doubles, [grad_out.double(), grad_lse.double()])
 
     def part(x: Any) -> Any:
@@ -101,12 +145,32 @@ def check(rank: int, ranks: int, case: dict[str, Any]) -> None:
     out, lse = ring_attention(*inputs, enable_gqa=True, return_lse=True, **options)
     assert_close(out, part(wanted[0]), "out")
     assert_close(lse, part(wanted[1]), "lse")
-    grads = torch.autograd.grad((out, lse), inputs, [part(grad_out), part(grad_lse)])
-    for got, want in zip(grads, wanted_grads, strict=True):
+    of_sinks = [options["sinks"]] if "sinks" in case else []
+    grads = torch.autograd.grad((out, lse), [*inputs, *of_sinks], [part(grad_out), part(grad_lse)])
+    for own in grads[3:]:
+        torch.distributed.all_reduce(own)
+        assert_close(own, wanted_grads[3], "gradient of the sinks")
+    for got, want in zip(grads[:3], wanted_grads[:3], strict=True):
         assert got.dtype == dtype
         assert_close(got, part(want), "gradient")
     again = gather_sequence(out, dim=layout.index("s"), zigzag=zigzag)
     assert_close(again, wanted[0].transpose(1, 2) if layout == "bshd" else wanted[0], "gathered")
+
+
+def check_dropped(rank: int, ranks: int, options: dict[str, Any], whole: Any, doubles: list[Any], wanted: Any) -> None:
+    """Out, lse and the query's gradient of this rank's rows; the other gradients where its rows are all that is in the loss, which all ranks take turns with."""
+    zigzag = options["zigzag"]
+    part = functools.partial(shard_sequence, dim=2, zigzag=zigzag)
+    inputs = [part(x).requires_grad_() for x in whole[:3]]
+    out, lse = ring_attention(*inputs, enable_gqa=True, return_lse=True, **options)
+    assert_close(out, part(wanted[0]), "out")
+    assert_close(lse, part(wanted[1]), "lse")
+    for turn in range(ranks):
+        grads = torch.autograd.grad((out, lse), inputs, [part(x) * (rank == turn) for x in whole[3:]], retain_graph=True)
+        of_turn = torch.autograd.grad((part(wanted[0]), part(wanted[1])), doubles, [part(x).double() for x in whole[3:]], retain_graph=True)
+        for got, want in zip(grads, of_turn, strict=True):
+            torch.distributed.broadcast(want, turn)
+            assert_close(got, part(want), f"gradient of rank {turn}")
 
 
 def check_packed(rank: int, ranks: int, is_causal: bool) -> None:
@@ -116,15 +180,19 @@ def check_packed(rank: int, ranks: int, is_causal: bool) -> None:
     offsets = torch.tensor(ends)
     whole = [torch.randn(ends[-1], heads, DIM, generator=generator) for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)]
     doubles = [x.double().requires_grad_() for x in whole[:3]]
-    parts = [attention(*(x[a:b].transpose(0, 1) for x in doubles), is_causal=is_causal) for a, b in itertools.pairwise(ends) if a < b]
+    given = {"is_causal": is_causal, "sinks": torch.tensor([0.5, 1.0])}
+    parts = [attention(*(x[a:b].transpose(0, 1) for x in doubles), **given) for a, b in itertools.pairwise(ends) if a < b]
     wanted = torch.cat([out.transpose(0, 1) for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
     wanted_grads = torch.autograd.grad(wanted[0], doubles, whole[3].double())
 
     def part(x: Any, dim: int = 0) -> Any:
         return shard_sequence(x, dim=dim, cu_seqlens=offsets)
 
+    sinks = torch.tensor([0.5, 1.0])
     inputs = [part(x).requires_grad_() for x in whole[:3]]
-    out, lse = ring_attention(*inputs, is_causal=is_causal, enable_gqa=True, cu_seqlens=offsets, max_seqlen=28 * ranks, return_lse=True)
+    out, lse = ring_attention(
+        *inputs, sinks=sinks, is_causal=is_causal, enable_gqa=True, cu_seqlens=offsets, max_seqlen=28 * ranks, return_lse=True
+    )
     assert_close(out, part(wanted[0]), "out")
     assert_close(lse, part(wanted[1], 1), "lse")
     for got, want in zip(torch.autograd.grad(out, inputs, part(whole[3])), wanted_grads, strict=True):
@@ -149,6 +217,12 @@ def check_gather(rank: int, ranks: int) -> None:
         shard_sequence(torch.zeros(5), dim=0)
     with pytest.raises(OptionError, match="method: got 'ring'"):
         ring_attention(*[torch.zeros(1, 1, 4, 8)] * 3, method="ring")
+    for options, match in (
+        ({}, "alibi_slopes: got slopes without is_causal"),
+        ({"is_causal": True, "method": "pass"}, "alibi_slopes: got slopes with method='pass'"),
+    ):
+        with pytest.raises(OptionError, match=match):
+            ring_attention(*[torch.zeros(1, 1, 4, 8)] * 3, alibi_slopes=torch.ones(1), **options)
     plan = _Plan(Call(False, {}), (), None, 2, 16, -10, 0, zigzag=True)
     assert plan.chosen() == ("pass" if ranks == 4 else "gather")
 

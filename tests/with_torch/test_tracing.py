@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -141,6 +142,45 @@ def test_compiled_merging(device: Any) -> None:
         return merge_attention([out for out, _ in halves], [lse for _, lse in halves])
 
     assert_same_gradients(torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs), attention(*inputs), inputs)
+
+
+@pytest.mark.parametrize("dims", [(0, 0, 0), (0, None, None)], ids=str)
+def test_vmap_of_traced_calls_is_one_call(device: Any, dims: tuple[int | None, ...]) -> None:
+    """Samples become rows of the batch, forward and backward, as in eager mode: the bits are the same."""
+    inputs = [x.detach() for x in leaves(device, *[SHAPE if dim is None else (3, *SHAPE) for dim in dims])]
+
+    def loss(*inputs: Any) -> Any:
+        return scaled_dot_product_attention(*inputs, is_causal=True).square().sum()
+
+    want = vmap(grad(loss, argnums=(0, 1, 2)), dims)(*inputs)
+    graph = make_fx(vmap(grad(loss, argnums=(0, 1, 2)), dims))(*inputs)
+    targets = [node.target for node in graph.graph.nodes]
+    assert [targets.count(x) for x in (OPERATOR, torch.ops.cuflash.attention_backward.default)] == [1, 1]
+    for a, b in zip(graph(*inputs), want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_vmap_of_traced_calls_with_sinks_and_masks(device: Any) -> None:
+    """Sample by sample where no row of the batch can have its own."""
+    query, key, value, sinks = (x.detach() for x in leaves(device, *[SHAPE] * 3, (3, HEADS)))
+    mask = torch.randn(3, SEQLEN, SEQLEN, device=device)
+
+    def function(sinks: Any, mask: Any) -> Any:
+        return grad(lambda *x: scaled_dot_product_attention(query, key, value, x[1], sinks=x[0]).square().sum(), argnums=(0, 1))(
+            sinks, mask
+        )
+
+    for a, b in zip(make_fx(vmap(function))(sinks, mask)(sinks, mask), vmap(function)(sinks, mask), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_jit_trace(device: Any) -> None:
+    """An operator too, whose result follows the lengths of later inputs."""
+    (query,) = (x.detach() for x in leaves(device, SHAPE))
+    traced = torch.jit.trace(lambda x: scaled_dot_product_attention(x, x, x, is_causal=True), query)
+    other = query[:, :, :40]
+    assert torch.equal(traced(other), scaled_dot_product_attention(other, other, other, is_causal=True))
 
 
 @pytest.mark.filterwarnings("ignore")

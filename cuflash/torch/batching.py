@@ -1,0 +1,116 @@
+"""What happens to a call under `torch.func.vmap`, eager or traced.
+
+Samples become rows of the batch where every tensor of them can have a row of its own. Sinks cannot, packed sequences have no batch, and dropout that is to be
+the same for all samples differs between rows: these run sample by sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cuflash.errors import UnsupportedError
+from cuflash.torch.inputs import TENSORS
+
+_COUNT = len(TENSORS)
+_BATCHED_DIMENSIONS = {"attn_mask": 4, "alibi_slopes": 2, "seqlens_kv": 1, "segment_ids_q": 2, "segment_ids_kv": 2, "prefix_lengths": 1}
+"""Dimensions of each tensor when the batch is the first."""
+
+Tensors = tuple[Any, ...]
+Run = Callable[[Tensors], Tensors]
+
+
+def attention(info: Any, dims: Tensors, tensors: Tensors, call: Any, attend: Run) -> tuple[Any, Any]:
+    """out and lse of all samples, and where their samples lie.
+
+    Args:
+        info: of vmap.
+        dims: of each tensor, where its samples lie, None for one that all samples share.
+        tensors: of the call, in the order of `TENSORS`.
+        call: its options.
+        attend: tensors -> out and lse.
+    """
+    _check_randomness(info, call)
+    if _foldable(dims, call, info):
+        return _unfolded(attend(_folded(tensors, dims, info.batch_size, shared=True)), info.batch_size)
+    return _stacked([attend(_sample(tensors, dims, i)) for i in range(info.batch_size)])
+
+
+def gradients(info: Any, dims: Tensors, given: Tensors, call: Any, needs_mask: bool, run: Run) -> tuple[Any, Any]:
+    """The same of gradients; `given` are those of out and lse, the tensors of the call, out and lse, which `run` takes."""
+    tensors, own = given[2 : 2 + _COUNT], dims[2 : 2 + _COUNT]
+    size = info.batch_size
+    one_batch = len({_extent(x, dim) for x, dim in zip(tensors[:3], own[:3], strict=True)}) == 1
+    if one_batch and not needs_mask and tensors[4] is None and _foldable(own, call, info):
+        folded = _folded(tensors, own, size, shared=False)  # gradients of what samples share come for each of them
+        grad_out, grad_lse, out, lse = (
+            None if x is None else _first(x, dim, size).flatten(0, 1)
+            for x, dim in zip((*given[:2], *given[-2:]), (*dims[:2], *dims[-2:]), strict=True)
+        )
+        return _unfolded(run((grad_out, grad_lse, *folded, out, lse)), size)
+    return _stacked([run(_sample(given, dims, i)) for i in range(size)])
+
+
+def one_by_one(info: Any, dims: Tensors, arguments: Tensors, run: Callable[..., Tensors]) -> tuple[Any, Any]:
+    """Results of a function that is run for each sample; what is no tensor is the same for all."""
+    return _stacked([run(*_sample(arguments, dims, i)) for i in range(info.batch_size)])
+
+
+def _check_randomness(info: Any, call: Any) -> None:
+    if call.dropout_p and info.randomness == "error":
+        raise UnsupportedError(
+            "dropout_p",
+            f"{call.dropout_p} under vmap with randomness='error'",
+            "0.0, or a choice",
+            "Pass randomness='different' or 'same' to vmap.",
+        )
+
+
+def _foldable(dims: Tensors, call: Any, info: Any) -> bool:
+    same_dropout = call.dropout_p and (info.randomness == "same" or dims[12] is not None)
+    return not call.packed and call.options["layout"].startswith("b") and dims[4] is None and not same_dropout
+
+
+def _extent(x: Any, dim: int | None) -> int:
+    """The first extent of one sample."""
+    return int(x.shape[0 if dim is None or dim > 0 else 1])
+
+
+def _first(x: Any, dim: int | None, size: int) -> Any:
+    """The samples along the first axis."""
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _folded(tensors: Tensors, dims: Tensors, size: int, shared: bool) -> Tensors:
+    """Tensors whose batch are the rows of all samples; what has a batch of one for all samples stays as it is if it may be `shared`."""
+    batch = _extent(tensors[0], dims[0])
+    folded = []
+    for name, x, dim in zip(TENSORS, tensors, dims, strict=True):
+        is_input, ndim = name in TENSORS[:3], _BATCHED_DIMENSIONS.get(name, 4)
+        for_all = x is None or name in ("sinks", "dropout_seed")
+        if not for_all and dim is None:
+            for_all = (x.shape[0] == 1 and shared and name != "query") if is_input else (x.dim() < ndim or x.shape[0] == 1)
+        if for_all:
+            folded.append(x)
+            continue
+        samples = _first(x, dim, size)
+        while samples.dim() < ndim + 1:
+            samples = samples[:, None]
+        folded.append(samples.expand(size, batch, *samples.shape[2:]).flatten(0, 1))
+    return tuple(folded)
+
+
+def _unfolded(results: Tensors, size: int) -> tuple[Any, Any]:
+    outputs = tuple(None if x is None else x.unflatten(0, (size, -1)) for x in results)
+    return outputs, tuple(None if x is None else 0 for x in outputs)
+
+
+def _sample(tensors: Tensors, dims: Tensors, i: int) -> Tensors:
+    return tuple(x.select(dim, i) if isinstance(x, torch.Tensor) and dim is not None else x for x, dim in zip(tensors, dims, strict=True))
+
+
+def _stacked(each: list[Tensors]) -> tuple[Any, Any]:
+    outputs = tuple(None if of_result[0] is None else torch.stack(of_result) for of_result in zip(*each, strict=True))
+    return outputs, tuple(None if x is None else 0 for x in outputs)
