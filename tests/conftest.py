@@ -516,7 +516,7 @@ def share_simulator(folder: Path) -> None:
         shutil.copy(path, folder / "simulator")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def small_tile(case: KernelCase, on: Device) -> Tile:
     """A legal tile of about 32 rows and keys, two warps for each slice of a head, and two stages."""
     warps = 2 * case.head_slices(on)
