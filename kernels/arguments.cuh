@@ -61,7 +61,7 @@ struct CacheArguments {
   int64 stride_page_table;   // from sequence to sequence
   int page_size;
   int num_rows;  // rows of the cache, or pages
-  int new_keys;  // that came with this call, behind those that `seqlens_kv` counts
+  int new_keys;  // that came with this call, behind those that `seqlens_kv` counts; of packed queries of all sequences, one for each query
   int reserved;
 };
 

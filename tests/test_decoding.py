@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy
 import pytest
-from caches import CacheCall
-from conftest import HAS_GPU, Target, poison_new_memory
+from caches import CacheCall, only_new_memory
+from conftest import HAS_GPU, Target
 
 import cuflash
 from cuflash import Tile
@@ -157,7 +157,7 @@ def test_numbers_that_make_no_sense_never_leave_the_arrays(form: str, simulator:
 
 def test_every_number_of_splits(decoder: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of them are empty; workspace comes full of NaN."""
-    poison_new_memory(monkeypatch)
+    only_new_memory(monkeypatch)
     for count in (1, 2, 3, 5, 7, 17, 32, 55, 97, 133, 256):
         CacheCall((0, 1, 64, 65, 300), options={"num_splits": count, "tile": TILE}).check(decoder)
 
@@ -177,7 +177,7 @@ def test_parts_keep_what_a_huge_mask_would_swallow(
     length: int, room: int, options: dict[str, Any], lowest: float, decoder: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores are one number for float32, so that each key counts as much as any other; the first part has all but a few."""
-    poison_new_memory(monkeypatch)
+    only_new_memory(monkeypatch)
     call = CacheCall((length, 3), room=room, options={"attn_mask": numpy.full((1, 1, 1, room), lowest, "float32"), "tile": TILE} | options)
     given = {name: decoder.place(x) if isinstance(x, numpy.ndarray) else x for name, x in call.arrays().items()}
     out, lse = cuflash.attention_with_kvcache(**given, return_lse=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy
 import pytest
-from caches import CacheCall
-from conftest import HAS_GPU, Target, poison_new_memory
+from caches import CacheCall, only_new_memory
+from conftest import HAS_GPU, Target
 
 import cuflash
 from cuflash import Tile
@@ -88,7 +88,7 @@ def test_lengths_of_rows(decoder: Target) -> None:
 @pytest.mark.parametrize("tile", [Tile(48, 16, 1, 2), Tile(96, 32, 2, 2)], ids=str)
 def test_a_tile_may_have_more_rows_than_threads(tile: Tile, simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits without keys say so for all of them."""
-    poison_new_memory(monkeypatch)
+    only_new_memory(monkeypatch)
     call = CacheCall((tile.tile_kv,), seqlen_q=tile.tile_q, heads_q=1, options={"num_splits": 4, "tile": {"forward_split": tile}})
     call.check(simulator)
 

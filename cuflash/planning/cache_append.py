@@ -26,6 +26,7 @@ def kernels(problem: Problem, device: Device) -> tuple[KernelPlan, ...]:
         "NUM_WARPS": CACHE_APPEND.num_warps,
         "PAGED": cache.is_paged,
         "SEQLENS_KV": True,
+        "VARLEN": problem.num_sequences is not None,
         "RotaryElement": CPP_ELEMENTS[problem.dtype if cache.rotary is None else cache.rotary.dtype],
     }
     num_threads = 32 * CACHE_APPEND.num_warps

@@ -238,9 +238,10 @@ def _split_kernel(
     """The kernel that shares out keys among blocks, each of which has rows of all heads that share a key head."""
     constants["PAGED"] = problem.cache is not None and problem.cache.is_paged
     splits, num_tiles = split_forward.splits_of(problem, tile, device), split_forward.row_tiles(problem, tile)
-    num_blocks = num_tiles * problem.num_heads_kv * problem.batch * splits.number
+    sequences = problem.sequences + (problem.num_sequences is not None)  # as `tiled_kernel`
+    num_blocks = max(1, num_tiles) * problem.num_heads_kv * sequences * splits.number
     shape = LaunchShape(num_blocks, 32 * tile.num_warps, kernel_cases.shared_bytes(case, tile, device))
-    return KernelPlan(case, tile, config_text(problem.dtype, constants), shape, num_tiles, splits=splits, tile_by=tile_by)
+    return KernelPlan(case, tile, config_text(problem.dtype, constants), shape, max(1, num_tiles), splits=splits, tile_by=tile_by)
 
 
 def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, int]:

@@ -56,12 +56,12 @@ def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
     if (lacking := tile_rules.lacking(case_of(FORWARD_SPLIT, problem), device)) is not None:
         return lacking
-    if (rows := _packed_rows(problem)) > _MAX_ROWS:
+    if (rows := problem.seqlen_q * problem.heads_per_kv) > _MAX_ROWS:
         return f"it counts queries of all heads that share a key head up to {_MAX_ROWS}, and these are {rows}"
     for name in _UNKNOWN_FEATURES:
         if getattr(problem.features.kinds, name):
             return f"it knows no {name}"
-    return "it knows no packed sequences" if problem.num_sequences is not None else None
+    return "it knows no packed sequences without a cache" if problem.num_sequences is not None and problem.cache is None else None
 
 
 def check(problem: Problem, device: Device) -> None:
@@ -114,7 +114,8 @@ def row_tiles(problem: Problem, tile: Tile) -> int:
 
 
 def _packed_rows(problem: Problem) -> int:
-    return problem.seqlen_q * problem.heads_per_kv
+    """Of a key head in the longest sequence."""
+    return problem.max_seqlen_q * problem.heads_per_kv
 
 
 def splits_of(problem: Problem, tile: Tile, device: Device) -> Splits:
@@ -125,7 +126,7 @@ def splits_of(problem: Problem, tile: Tile, device: Device) -> Splits:
         return Splits(max(1, ceil(problem.max_seqlen_kv / (of_split * tile.tile_kv))), of_split)
     if problem.num_splits is not None:
         return Splits(problem.num_splits)
-    blocks = row_tiles(problem, tile) * problem.num_heads_kv * problem.batch
+    blocks = row_tiles(problem, tile) * problem.num_heads_kv * problem.sequences
     resident = tile_model.blocks_per_sm(case_of(FORWARD_SPLIT, problem), tile, device) * device.num_sms
     return Splits(fastest_split(blocks, tiles, resident))
 
@@ -152,7 +153,7 @@ def _visible_keys(problem: Problem) -> int:
     high = min(high, 0) if problem.is_causal else high
     if low == -UNLIMITED or high == UNLIMITED:
         return problem.max_seqlen_kv
-    return max(0, min(problem.max_seqlen_kv, high - low + problem.seqlen_q))
+    return max(0, min(problem.max_seqlen_kv, high - low + problem.max_seqlen_q))
 
 
 # --- What comes after it ------------------------------------------------------------------------------------------------------------------

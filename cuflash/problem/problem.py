@@ -104,6 +104,11 @@ class Problem:
         return self.key_shape[:3] == self.value_shape[:3]
 
     @property
+    def sequences(self) -> int:
+        """How many there are, packed or not."""
+        return self.batch if self.num_sequences is None else self.num_sequences
+
+    @property
     def is_ragged(self) -> bool:
         """Sequences have numbers of keys of their own: rows of a batch, or packed ones."""
         return self.seqlens_kv or self.num_sequences is not None

@@ -71,7 +71,7 @@ def take(nbytes: int, like: Array, stream: int) -> tuple[Stream, Piece]:
     of = like.framework, like.device, stream
     found = _kept.pieces.pop(of, None)
     if found is None or found.nbytes < nbytes:
-        owner = like.framework.empty((nbytes,), "uint8", like)
+        owner = like.framework.empty((nbytes // 4,), "float32", like)
         found = Piece(pointer(owner), nbytes, owner)
     return of, found
 
