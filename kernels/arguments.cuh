@@ -40,7 +40,8 @@ struct Geometry {
 struct SequenceLengths {
   const int* cu_seqlens_q;   // [num_sequences + 1]: where each packed sequence of queries starts, and where the last one ends
   const int* cu_seqlens_kv;  // the same for keys
-  const int* seqlens_kv;     // [batch]: keys from there on are not seen
+  const int* seqlens_kv;     // [batch]: keys from there on are not seen; of packed sequences, keys of their places
+  const int* seqlens_q;      // [num_sequences]: queries of a packed sequence's place that are its own
   int num_sequences;         // packed sequences; Geometry then holds one batch, and all packed rows as its lengths
   int bottom_right;          // causal: the last query of each sequence sees all of its keys
 };

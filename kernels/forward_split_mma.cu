@@ -142,7 +142,7 @@ DEVICE bool claim_packed_rows(const ForwardSplitArguments& arguments, const Spli
     Geometry geometry = arguments.geometry;
     const bool is_behind = work.sequence == arguments.lengths.num_sequences;
     geometry.seqlen_q =
-        is_behind ? geometry.seqlen_q - work.start_q : sequence_length(arguments.lengths.cu_seqlens_q, work.sequence, geometry.seqlen_q);
+        is_behind ? geometry.seqlen_q - work.start_q : sequence_place(arguments.lengths.cu_seqlens_q, work.sequence, geometry.seqlen_q);
     const PackedRows rows(geometry, work.head_kv);
     const int end = geometry.num_tiles * TILE_Q;
     if (is_behind) clear_rows(arguments, work, rows, 0, work.tile, geometry.num_tiles);

@@ -510,7 +510,7 @@ _pointers: dict[str, Callable[[Any], int]] = {
 
 _INTEGERS = (
     "cu_seqlens_q", "cu_seqlens_kv", "seqlens_kv", "segment_ids_q", "segment_ids_kv", "prefix_lengths", "cache_seqlens", "page_table", "cache_batch_idx",
-    "cache_leftpad",
+    "cache_leftpad", "seqused_q", "seqused_kv",
 )  # fmt: skip
 """Arguments that are int32; others are floats, but for masks and seeds."""
 

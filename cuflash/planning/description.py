@@ -51,6 +51,7 @@ def _extents(problem: Problem) -> str:
     if problem.num_sequences is not None:
         lengths = f"{_count(problem.num_sequences, 'packed sequence')} of {problem.seqlen_q} x {problem.seqlen_kv} tokens in all"
         lengths += f", each of at most {problem.max_seqlen_q} x {problem.max_seqlen_kv}"
+        lengths += ", up to its seqused" if problem.in_places else ""
     if problem.cache is not None:
         pages = f", pages of {problem.cache.page_size}" if problem.cache.page_size else ""
         new = problem.cache.new_keys

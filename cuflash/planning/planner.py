@@ -197,7 +197,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         "SHARED_BYTES": shared_bytes,
         "CAUSAL": problem.is_causal,
         "VARLEN": problem.num_sequences is not None,
-        "SEQLENS_KV": problem.seqlens_kv,
+        "SEQLENS_KV": problem.seqlens_kv or problem.in_places,
         "ALLOW_TF32": case.allow_tf32,
         **case.features.constants(),
         **dict(spec.constants),
@@ -379,7 +379,7 @@ def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> Kern
         "SHARED_BYTES": shared_bytes,
         "CAUSAL": False,
         "VARLEN": problem.num_sequences is not None,
-        "SEQLENS_KV": False,
+        "SEQLENS_KV": problem.in_places,
         "ALLOW_TF32": False,
     }
     batches, num_tiles = problem.batch, ceil(problem.max_seqlen_q / tile.tile_q)

@@ -64,8 +64,8 @@ OTHER_NAMES = (
     OtherName(("max_seqlen_k",), "flash-attn", ("max_seqlen_kv",), "The same int."),
     OtherName(("max_seqlen",), "flash-attn", ("max_seqlen_q", "max_seqlen_kv"), "For self-attention pass the same int twice."),
     OtherName(
-        ("seqused_k", "key_value_seq_lengths"), "flash-attn, JAX", ("seqlens_kv", "cache_seqlens"),
-        "int32 (batch,), all keys that a row has, those of this step too; of a cache, those before this call.",
+        ("seqused_k", "key_value_seq_lengths"), "flash-attn, JAX", ("seqlens_kv", "cache_seqlens", "seqused_kv"),
+        "int32 (batch,), all keys that a row has, those of this step too; of a cache, those before this call; of packed sequences, those of their places.",
     ),
     OtherName(
         ("query_seq_lengths",), "JAX", (),

@@ -50,6 +50,7 @@ class Problem:
         seqlens_kv: rows of the batch have numbers of keys of their own, at most seqlen_kv, which are read on the device.
         num_sequences: packed sequences, whose offsets are read on the device; `batch` is 1 then and seqlen_q and seqlen_kv count all tokens.
             None for padded batches.
+        in_places: packed sequences may use less than their offsets give them, which is read on the device too.
         features: score features and masks other than the causal one.
         aligned: query, key and value start on 16 bytes, each of them.
         cache: where keys and values lie, if `key` and `value` are a cache: rows of it may belong to any sequence, or be pages. Lengths are in seqlens_kv then.
@@ -82,6 +83,7 @@ class Problem:
     max_seqlen_kv: int
     seqlens_kv: bool = False
     num_sequences: int | None = None
+    in_places: bool = False
     features: Features = field(default_factory=Features)
     aligned: bool = True
     cache: Cache | None = None

@@ -137,7 +137,8 @@ def geometry(problem: Problem, num_tiles: int, section_heads: int = 1) -> Values
 def lengths(problem: Problem) -> Values:
     """`SequenceLengths`."""
     return {
-        "cu_seqlens_q": "cu_seqlens_q", "cu_seqlens_kv": "cu_seqlens_kv", "seqlens_kv": "seqlens_kv",
+        "cu_seqlens_q": "cu_seqlens_q", "cu_seqlens_kv": "cu_seqlens_kv", "seqlens_q": "seqused_q",
+        "seqlens_kv": "seqlens_kv" if problem.num_sequences is None else "seqused_kv",
         "num_sequences": problem.num_sequences or 0, "bottom_right": problem.causal_alignment == "bottom_right",
     }  # fmt: skip
 

@@ -149,7 +149,9 @@ class PreparedCall:
         problem = self.problem
         if problem.num_sequences is not None:
             for which, tokens, longest in (("q", problem.seqlen_q, problem.max_seqlen_q), ("kv", problem.seqlen_kv, problem.max_seqlen_kv)):
-                sequences.check_offsets(which, addresses[f"cu_seqlens_{which}"], problem.num_sequences, tokens, longest)
+                sequences.check_offsets(
+                    which, addresses[f"cu_seqlens_{which}"], problem.num_sequences, tokens, longest, addresses.get(f"seqused_{which}", 0)
+                )
 
     def launch_with_workspace(self, addresses: dict[str, int]) -> None:
         """`launch_all` with memory that is given back when the launches are in the stream."""

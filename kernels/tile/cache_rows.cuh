@@ -17,7 +17,7 @@ DEVICE Geometry geometry_in_cache(const Geometry& of_call, const SequenceLengths
   Geometry geometry = of_call;
   if constexpr (SEQLENS_KV) {
     if constexpr (VARLEN) {
-      geometry.seqlen_q = sequence_length(lengths.cu_seqlens_q, sequence, of_call.seqlen_q);
+      geometry.seqlen_q = sequence_place(lengths.cu_seqlens_q, sequence, of_call.seqlen_q);
       new_keys = new_keys > 0 ? geometry.seqlen_q : 0;
     }
     const int64 length = int64(lengths.seqlens_kv[sequence]) + new_keys;
