@@ -28,10 +28,27 @@ DEVICE int sequence_place(const int* offsets, int sequence, int num_rows) {
   return max(sequence_start(offsets, sequence + 1, num_rows) - start, 0);
 }
 
-// Packed rows of a sequence: those of its place, or the first ones as `lengths` says, if it is there.
-DEVICE int sequence_length(const int* offsets, const int* lengths, int sequence, int num_rows) {
-  const int place = sequence_place(offsets, sequence, num_rows);
-  return IN_PLACES && lengths != nullptr ? min(max(lengths[sequence], 0), place) : place;
+// A packed array's rows: of how many each sequence has a place for, and how many it uses; null: all of them.
+struct PackedArray {
+  const int* offsets;
+  const int* lengths;
+  int num_rows;
+};
+
+template <typename Arguments>
+DEVICE PackedArray packed_queries(const Arguments& arguments) {
+  return {arguments.lengths.cu_seqlens_q, arguments.lengths.seqlens_q, arguments.geometry.seqlen_q};
+}
+
+template <typename Arguments>
+DEVICE PackedArray packed_keys(const Arguments& arguments) {
+  return {arguments.lengths.cu_seqlens_kv, arguments.lengths.seqlens_kv, arguments.geometry.seqlen_kv};
+}
+
+// Packed rows of a sequence: those of its place, or the first ones as its length says.
+DEVICE int sequence_length(const PackedArray& packed, int sequence) {
+  const int place = sequence_place(packed.offsets, sequence, packed.num_rows);
+  return IN_PLACES && packed.lengths != nullptr ? min(max(packed.lengths[sequence], 0), place) : place;
 }
 
 // What the block's sequence looks like: the call's geometry itself, or a copy with the lengths of this sequence.
@@ -43,8 +60,8 @@ DEVICE decltype(auto) geometry_of(const Arguments& arguments, int sequence) {
     const SequenceLengths& lengths = arguments.lengths;
     Geometry geometry = arguments.geometry;
     if constexpr (VARLEN) {
-      geometry.seqlen_q = sequence_length(lengths.cu_seqlens_q, lengths.seqlens_q, sequence, geometry.seqlen_q);
-      geometry.seqlen_kv = sequence_length(lengths.cu_seqlens_kv, lengths.seqlens_kv, sequence, geometry.seqlen_kv);
+      geometry.seqlen_q = sequence_length(packed_queries(arguments), sequence);
+      geometry.seqlen_kv = sequence_length(packed_keys(arguments), sequence);
     } else {
       geometry.seqlen_kv = min(max(lengths.seqlens_kv[sequence], 0), geometry.seqlen_kv);
     }
@@ -53,21 +70,20 @@ DEVICE decltype(auto) geometry_of(const Arguments& arguments, int sequence) {
   }
 }
 
-// Gives the block its rows: whether its tile of TILE_ROWS rows holds any. `offsets`, `lengths` and `num_rows` are those of the packed array of which
-// blocks own rows. Rows that no block owns are given to `clear(begin, end, tile, num_tiles)`, which fills the block's share of them, tile `tile` of
-// `num_tiles`.
+// Gives the block its rows: whether its tile of TILE_ROWS rows holds any. `packed` is the array of which blocks own rows. Rows that no block owns are
+// given to `clear(begin, end, tile, num_tiles)`, which fills the block's share of them, tile `tile` of `num_tiles`.
 template <int TILE_ROWS, typename Arguments, typename Clear>
-DEVICE bool claim_rows(const Arguments& arguments, const int* offsets, const int* lengths, int num_rows, const Work& work, const Clear& clear) {
+DEVICE bool claim_rows(const Arguments& arguments, const PackedArray& packed, const Work& work, const Clear& clear) {
   if constexpr (VARLEN) {
     const int num_tiles = arguments.geometry.num_tiles;
-    const int start = sequence_start(offsets, work.batch, num_rows);
+    const int start = sequence_start(packed.offsets, work.batch, packed.num_rows);
     if (work.batch == arguments.lengths.num_sequences) {  // behind the last sequence
-      clear(start, num_rows, work.tile, num_tiles);
+      clear(start, packed.num_rows, work.tile, num_tiles);
       return false;
     }
-    const int place = sequence_place(offsets, work.batch, num_rows), first = work.tile * TILE_ROWS;
+    const int place = sequence_place(packed.offsets, work.batch, packed.num_rows), first = work.tile * TILE_ROWS;
     if (work.tile == num_tiles - 1) clear(start + num_tiles * TILE_ROWS, start + place, 0, 1);  // longer than max_seqlen said
-    const int length = sequence_length(offsets, lengths, work.batch, num_rows);
+    const int length = sequence_length(packed, work.batch);
     if constexpr (IN_PLACES) clear(start + max(first, length), start + min(first + TILE_ROWS, place), 0, 1);
     return first < length;  // the grid is made for the longest sequence
   }
