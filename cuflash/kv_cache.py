@@ -207,7 +207,9 @@ class _Library:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         if not self._is_torch:
             return self._xp.empty(shape, dtype)
-        of_torch = getattr(self._xp, dtype, dtype) if isinstance(dtype, str) else dtype
+        of_torch = getattr(self._xp, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(of_torch, self._xp.dtype):
+            raise OptionError("dtype", describe(dtype), "a type of torch's, or its name", "Pass torch.float16 or torch.bfloat16.")
         return self._xp.empty(shape, dtype=of_torch, device=self._device)
 
     def int32(self, numbers: Any) -> Any:
