@@ -81,7 +81,7 @@ def attention_with_kvcache(
             speculated tokens, the last ones of these.
         num_splits: blocks that share out the keys of a sequence; None: as many as are predicted to be fastest with a full cache.
         batch_invariant: the keys of a sequence are cut at fixed places, so that its results have the same bits whatever else is in the batch. For each 1024 keys
-            that a sequence has room for, a call then needs `batch * num_heads_q * seqlen_q * (head_dim_v + 1)` float32 of workspace: 1 GiB for a chunk of 512
+            that a sequence has room for, a call then needs `batch * num_heads_q * seqlen_q * (head_dim_v + 2)` float32 of workspace: 1 GiB for a chunk of 512
             queries of 32 heads of 128 in a cache of 131072 keys. Pass long prompts in short chunks.
         return_lse: return `(out, lse)`.
         out: array for the result; shape, dtype and kind of the result, any strides.

@@ -71,7 +71,7 @@ struct ForwardSplitArguments {
   TensorView query, key, value, out;
   RowView lse;         // data null: not stored
   float* partial_out;  // [num_splits][batch][num_heads_q][seqlen_q][head_dim_v]
-  float* partial_lse;  // [num_splits][batch][num_heads_q][seqlen_q]; with an additive mask two floats for each: reference and sum (tile/merge.cuh)
+  float* partial_lse;  // [num_splits][batch][num_heads_q][seqlen_q][2]: reference and sum (tile/merge.cuh)
   Geometry geometry;   // num_tiles: tiles of packed rows (tile/packed_rows.cuh)
   SequenceLengths lengths;
   FeatureArguments features;

@@ -92,24 +92,15 @@ struct RowOfResult {
   }
 
   DEVICE void store_lse(const WholeRow& row) const {
-    const float lse = row.lse();
     if (is_part()) {
-      const bool has_sum = ADDITIVE_MASK && !row.is_empty();
-      store_part(has_sum ? row.reference : lse, row.natural_sum());
+      store_part(row.is_empty() ? -infinity() : row.reference, row.part_sum());
     } else if (arguments.lse.data != nullptr) {
-      *arguments.lse.pointer(batch, head, query) = lse;
+      *arguments.lse.pointer(batch, head, query) = row.lse();
     }
   }
 
-  // With an additive mask exp(LSE) of a part is sum * exp(reference), and both are kept, since scores may be so large that an LSE would swallow the
-  // sum; otherwise the reference is LSE.
-  DEVICE void store_part(float reference, float sum) const {
-    if constexpr (ADDITIVE_MASK) {
-      reinterpret_cast<float2*>(arguments.partial_lse)[part] = make_float2(reference, sum);
-    } else {
-      arguments.partial_lse[part] = reference;
-    }
-  }
+  // Both are kept, since scores may be so large that an LSE would swallow the sum.
+  DEVICE void store_part(float reference, float sum) const { reinterpret_cast<float2*>(arguments.partial_lse)[part] = make_float2(reference, sum); }
 
   DEVICE void store_O(const float (&x)[VECTOR], int column) const {
     if (is_part()) {

@@ -186,6 +186,22 @@ def test_parts_keep_what_a_huge_mask_would_swallow(
     assert (decoder.host(lse) == numpy.float32(lowest)).all()
 
 
+@pytest.mark.parametrize("scale", [1e3, -1e3, 1e30], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_parts_keep_what_a_huge_product_would_swallow(dtype: str, scale: float, decoder: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal products of 1e6 times a scale: each key counts as much as any other; the first part has all but one."""
+    only_new_memory(monkeypatch)
+    call = CacheCall((65, 3), room=70, dtype=dtype, options={"scale": scale, "num_splits": 2, "tile": TILE})
+    call.plain["query"][...] = 180
+    for keys in call.plain["keys"]:
+        keys[...] = 180
+    given = {name: decoder.place(x) if isinstance(x, numpy.ndarray) else x for name, x in call.arrays().items()}
+    out, lse = cuflash.attention_with_kvcache(**given, return_lse=True)
+    want = numpy.stack([values.astype(float).mean(axis=0) for values in call.plain["values"]])
+    numpy.testing.assert_allclose(decoder.host(out)[:, 0].astype(float), numpy.broadcast_to(want, (2, 2, 32)), atol=5e-3)
+    numpy.testing.assert_allclose(decoder.host(lse), 32 * 180.0**2 * scale, rtol=1e-6)
+
+
 def test_an_additive_mask_leaves_bits_the_same_in_any_room(simulator: Target) -> None:
     """One part of two that has keys is the result."""
     mask = numpy.random.default_rng(1).standard_normal((1, 2, 1, 1100)).astype("float32")

@@ -167,16 +167,15 @@ def merging_kernels(split: KernelPlan, problem: Problem, device: Device) -> tupl
     num_blocks = num_tiles * problem.num_heads_q * problem.batch
     merging = merge_kernels.merge_kernel(
         MERGE_ATTENTION, device, problem.dtype, num_blocks, num_tiles=num_tiles, head_dim=problem.head_dim_v, part_dtype="float32",
-        parts_have_sums=problem.features.kinds.additive_mask,
+        parts_have_sums=True, log2_parts=not problem.features.kinds.additive_mask,
     )  # fmt: skip
     return (merging,)
 
 
 def workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
-    """The parts. With an additive mask, whose scores may be huge, LSE is reference and sum, one behind the other."""
+    """The parts. The LSE of each is reference and sum, one behind the other, since scores may be huge."""
     count = max((kernel.splits.number for kernel in kernels), default=1)
     if count == 1:
         return ()
     rows = (count, problem.batch, problem.num_heads_q, problem.seqlen_q)
-    lse_shape = (*rows, 2) if problem.features.kinds.additive_mask else rows
-    return Buffer(PARTS[0], (*rows, problem.head_dim_v), "float32"), Buffer(PARTS[1], lse_shape, "float32")
+    return Buffer(PARTS[0], (*rows, problem.head_dim_v), "float32"), Buffer(PARTS[1], (*rows, 2), "float32")
