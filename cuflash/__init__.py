@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         varlen_attention_backward,
         varlen_plan,
     )
+    from cuflash.cascade import cascade_attention
     from cuflash.decoding import attention_with_kvcache, kvcache_plan
     from cuflash.dropout import dropout_mask
     from cuflash.errors import (
@@ -57,6 +58,7 @@ _HOME = {
     "varlen_attention_backward": "attention",
     "varlen_plan": "attention",
     "attention_with_kvcache": "decoding",
+    "cascade_attention": "cascade",
     "kvcache_plan": "decoding",
     "KVCache": "kv_cache",
     "dropout_mask": "dropout",
@@ -111,6 +113,7 @@ __all__ = [
     "attention_with_kvcache",
     "autotune",
     "bfloat16",
+    "cascade_attention",
     "dropout_mask",
     "kvcache_plan",
     "legal_tiles",
