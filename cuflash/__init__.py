@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from cuflash.problem.tile import Tile
     from cuflash.runtime.prepared import Gradients
     from cuflash.tuner.api import Tuned, autotune
-    from cuflash.tuning import legal_tiles, warmup
+    from cuflash.tuning import legal_tiles, warmup, warmup_plan
 
 _HOME = {
     "BFloat16Bits": "arrays.frameworks",
@@ -85,6 +85,7 @@ _HOME = {
     "Tuned": "tuner.api",
     "legal_tiles": "tuning",
     "warmup": "tuning",
+    "warmup_plan": "tuning",
 }
 
 __all__ = [
@@ -126,6 +127,7 @@ __all__ = [
     "varlen_attention_backward",
     "varlen_plan",
     "warmup",
+    "warmup_plan",
 ]
 
 
