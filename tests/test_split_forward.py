@@ -189,6 +189,19 @@ def test_splits_fill_the_device_and_no_more() -> None:
     assert fastest_split(blocks=40, tiles=1000, resident=216) == 5
 
 
+def test_a_plan_says_what_it_asks_of_memory() -> None:
+    """4 sequences of 8 heads of 4096 keys and values of 256 bytes; of a window of 128 keys what its queries see."""
+    caches, query = numpy.zeros((2, 1, 64, 8, 128), "float16"), numpy.zeros((4, 1, 32, 128), "float16")
+    given = {"cache_seqlens": numpy.zeros(4, "int32"), "page_table": numpy.zeros((4, 64), "int32")}
+    text = str(cuflash.kvcache_plan(query, *caches, **given))
+    assert (
+        "  keys       at most 64 MiB of keys and values to read, by 2 blocks of an SM at a time, in 1 wave, with 64 KiB in flight per SM"
+        in text
+    )
+    assert "at most 2 MiB of keys" in str(cuflash.kvcache_plan(query, *caches, **given, window=(127, 0)))
+    assert "  keys  " not in str(cuflash.plan(query, query, query))
+
+
 def test_a_window_needs_fewer_splits(simulator: Target) -> None:
     query, key, value = operands(simulator, {"query": (1, 1, 1, 32), "key": (1, 60_000, 1, 32), "value": (1, 60_000, 1, 32)})
     options = {"tile": SPLIT, "causal_alignment": "bottom_right"}

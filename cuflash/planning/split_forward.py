@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import ceil
+from typing import TYPE_CHECKING, NamedTuple
 
 from cuflash.errors import UnsupportedError
 from cuflash.hardware.device import Device
@@ -15,11 +16,13 @@ from cuflash.planning import asked_for, merge_kernels, tile_choice, tile_model, 
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, Splits
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, MERGE_ATTENTION, PARTS
-from cuflash.planning.plan import Plan
 from cuflash.problem.cache_call import MAX_SPLITS
 from cuflash.problem.features import UNLIMITED
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
+
+if TYPE_CHECKING:
+    from cuflash.planning.plan import Plan
 
 VARIABLE = "CUFLASH_DECODE"
 """Environment variable; 1: the kernel for calls of few queries. Looked at when a call is planned, so not by calls whose like was made before."""
@@ -171,6 +174,34 @@ def _visible_keys(problem: Problem) -> int:
     if low == -UNLIMITED or high == UNLIMITED:
         return problem.max_seqlen_kv
     return max(0, min(problem.max_seqlen_kv, high - low + problem.max_seqlen_q))
+
+
+class Traffic(NamedTuple):
+    """What a launch asks of memory.
+
+    Attributes:
+        key_bytes: of keys and values that queries see, each counted once, with sequences as long as they have room for.
+        resident: blocks that an SM holds at a time.
+        waves: of blocks.
+        bytes_in_flight: copies that the blocks of an SM wait for while each works on a stage.
+    """
+
+    key_bytes: int
+    resident: int
+    waves: int
+    bytes_in_flight: int
+
+
+def traffic(kernel: KernelPlan, problem: Problem, device: Device) -> Traffic:
+    """Of the planned kernel."""
+    columns = problem.itemsize * (problem.head_dim + problem.head_dim_v)  # bytes of a key and a value
+    resident = tile_model.blocks_per_sm(kernel.case, kernel.tile, device)
+    return Traffic(
+        problem.sequences * problem.num_heads_kv * _visible_keys(problem) * columns,
+        resident,
+        ceil(kernel.num_blocks / (resident * device.num_sms)),
+        resident * (kernel.tile.num_stages - 1) * kernel.tile.tile_kv * columns,
+    )
 
 
 # --- What comes after it ------------------------------------------------------------------------------------------------------------------
