@@ -155,10 +155,11 @@ def test_numbers_that_make_no_sense_never_leave_the_arrays(form: str, simulator:
 # --- Splits -------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_number_of_splits(decoder: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_number_of_splits(decoder: Target, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Most of them are empty; workspace comes full of NaN."""
     only_new_memory(monkeypatch)
-    for count in (1, 2, 3, 5, 7, 17, 32, 55, 97, 133, 256):
+    some, every = (1, 2, 3, 5, 7, 17, 32, 55, 97, 133, 256), (*range(1, 134), 256)
+    for count in every if request.config.getoption("--exhaustive") else some:
         CacheCall((0, 1, 64, 65, 300), options={"num_splits": count, "tile": TILE}).check(decoder)
 
 

@@ -189,6 +189,17 @@ def test_splits_fill_the_device_and_no_more() -> None:
     assert fastest_split(blocks=40, tiles=1000, resident=216) == 5
 
 
+def test_devices_with_odd_numbers_of_sms() -> None:
+    """A split has a tile at least, and no other number of them is faster by the model."""
+    for resident in (1, 13, 76, 133, 2 * 71, 3 * 47):
+        for blocks in (1, 3, 7, 64, 129):
+            for tiles in (1, 2, 5, 63, 1001):
+                count = fastest_split(blocks, tiles, resident)
+                assert 1 <= count <= min(tiles, split_forward.MAX_SPLITS)
+                costs = [split_forward._cost(blocks, tiles, resident, other) for other in range(1, min(tiles, 256) + 1)]
+                assert split_forward._cost(blocks, tiles, resident, count) == min(costs)
+
+
 def test_a_plan_says_what_it_asks_of_memory() -> None:
     """4 sequences of 8 heads of 4096 keys and values of 256 bytes; of a window of 128 keys what its queries see."""
     caches, query = numpy.zeros((2, 1, 64, 8, 128), "float16"), numpy.zeros((4, 1, 32, 128), "float16")
