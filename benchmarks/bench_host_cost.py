@@ -15,7 +15,7 @@ import numpy
 import pytest
 
 import cuflash
-from cuflash.runtime import calls, launch, prepared
+from cuflash.runtime import cache_calls, calls, launch, prepared
 
 SHAPE = (2, 128, 4, 64)
 
@@ -72,6 +72,26 @@ def test_backward(benchmark: Any, make: Any) -> None:
     inputs = make()
     out, lse = cuflash.scaled_dot_product_attention(*inputs, is_causal=True, return_lse=True)
     benchmark(cuflash.scaled_dot_product_attention_backward, out, *inputs, out, lse, is_causal=True)
+
+
+CONVERSIONS = {"numpy": "asarray", "torch": "from_numpy", "cupy": "asarray"}
+
+
+@pytest.mark.parametrize("library", list(CONVERSIONS))
+@pytest.mark.parametrize("rotary", [False, True], ids=["", "rotary"])
+def test_step_of_generation(benchmark: Any, library: str, rotary: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token for each sequence, appended to pages and attended from: seven to nine arrays, three kernels. What a GPU's tables hold nobody checks."""
+    convert = getattr(pytest.importorskip(library), CONVERSIONS[library])
+    if library == "cupy" and not pytest.importorskip("cupy").is_available():
+        pytest.skip("needs a GPU")
+    monkeypatch.setattr(cache_calls, "check_positions", lambda *arguments: None)
+    shapes = [(4, 1, 8, 64), (256, 16, 2, 64), (256, 16, 2, 64), (4, 1, 2, 64), (4, 1, 2, 64)]
+    arrays = [convert(numpy.zeros(shape, "float16")) for shape in shapes]
+    options = {"cache_seqlens": convert(numpy.zeros(4, "int32")), "page_table": convert(numpy.zeros((4, 64), "int32")), "is_causal": True}
+    if rotary:
+        cos, sin = (convert(numpy.zeros((1024, 32), "float32")) for _ in range(2))
+        options |= {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": False}
+    benchmark(cuflash.attention_with_kvcache, *arrays, **options)
 
 
 def test_forward_into_an_array(benchmark: Any) -> None:

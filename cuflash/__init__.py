@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         varlen_attention_backward,
         varlen_plan,
     )
+    from cuflash.cascade import cascade_attention
     from cuflash.decoding import attention_with_kvcache, kvcache_plan
     from cuflash.dropout import dropout_mask
     from cuflash.errors import (
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from cuflash.problem.tile import Tile
     from cuflash.runtime.prepared import Gradients
     from cuflash.tuner.api import Tuned, autotune
-    from cuflash.tuning import legal_tiles, warmup
+    from cuflash.tuning import legal_tiles, warmup, warmup_plan
 
 _HOME = {
     "BFloat16Bits": "arrays.frameworks",
@@ -57,6 +58,7 @@ _HOME = {
     "varlen_attention_backward": "attention",
     "varlen_plan": "attention",
     "attention_with_kvcache": "decoding",
+    "cascade_attention": "cascade",
     "kvcache_plan": "decoding",
     "KVCache": "kv_cache",
     "dropout_mask": "dropout",
@@ -83,6 +85,7 @@ _HOME = {
     "Tuned": "tuner.api",
     "legal_tiles": "tuning",
     "warmup": "tuning",
+    "warmup_plan": "tuning",
 }
 
 __all__ = [
@@ -111,6 +114,7 @@ __all__ = [
     "attention_with_kvcache",
     "autotune",
     "bfloat16",
+    "cascade_attention",
     "dropout_mask",
     "kvcache_plan",
     "legal_tiles",
@@ -123,6 +127,7 @@ __all__ = [
     "varlen_attention_backward",
     "varlen_plan",
     "warmup",
+    "warmup_plan",
 ]
 
 

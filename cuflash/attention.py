@@ -272,6 +272,8 @@ def varlen_attention(
     alibi_slopes: AnyArray | None = None,
     sinks: AnyArray | None = None,
     prefix_lengths: AnyArray | None = None,
+    seqused_q: AnyArray | None = None,
+    seqused_kv: AnyArray | None = None,
 ) -> Any:
     """Compute exact attention of sequences of different lengths, packed one behind the other without padding.
 
@@ -294,6 +296,9 @@ def varlen_attention(
         attn_mask: raises: scores of packed sequences have different shapes.
         dropout_p, dropout_seed, window, softcap, alibi_slopes, sinks, prefix_lengths: as in `scaled_dot_product_attention`, with sequences in the place of the
             batch: positions, also those that dropout counts, are those in the sequence.
+        seqused_q, seqused_kv: int32 `(sequences,)`, on the device of query: sequence i consists of the first `seqused_q[i]` queries and `seqused_kv[i]` keys of its
+            place only, so that padding between sequences needs no detour. What lies behind them may hold anything, NaN too: out is 0 and lse -inf there, and
+            so is every gradient 0. Numbers out of range are clamped. `max_seqlen_q` and `max_seqlen_kv` bound what is used.
 
     Returns:
         out: `(tokens_q, num_heads_q, head_dim_v)`; 0 for queries that see no key and for tokens behind the last sequence.
@@ -306,7 +311,7 @@ def varlen_attention(
     """
     operands = Operands(
         query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, dropout_seed, out, None, None, None, cu_seqlens_q,
-        cu_seqlens_kv,
+        cu_seqlens_kv, None, None, None, seqused_q, seqused_kv,
     )  # fmt: skip
     options = Options(
         is_causal, scale, enable_gqa, causal_alignment, return_lse, tile, deterministic, allow_tf32, dropout_p, window,
@@ -347,6 +352,8 @@ def varlen_attention_backward(
     alibi_slopes: AnyArray | None = None,
     sinks: AnyArray | None = None,
     prefix_lengths: AnyArray | None = None,
+    seqused_q: AnyArray | None = None,
+    seqused_kv: AnyArray | None = None,
 ) -> Gradients:
     """Compute the gradients of `varlen_attention`.
 
@@ -368,7 +375,7 @@ def varlen_attention_backward(
     """
     operands = Operands(
         query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, dropout_seed, out, None, None, None, cu_seqlens_q,
-        cu_seqlens_kv, grad_out, lse, grad_lse,
+        cu_seqlens_kv, grad_out, lse, grad_lse, seqused_q, seqused_kv,
     )  # fmt: skip
     options = Options(
         is_causal, scale, enable_gqa, causal_alignment, False, tile, deterministic, allow_tf32, dropout_p, window, softcap,
@@ -407,11 +414,13 @@ def varlen_plan(
     alibi_slopes: AnyArray | None = None,
     sinks: AnyArray | None = None,
     prefix_lengths: AnyArray | None = None,
+    seqused_q: AnyArray | None = None,
+    seqused_kv: AnyArray | None = None,
 ) -> Plan:
     """Say what `varlen_attention` (or with `backward` its gradient) would run with these arguments, as `plan` does."""
     operands = Operands(
         query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, dropout_seed, None, None, None, None, cu_seqlens_q,
-        cu_seqlens_kv,
+        cu_seqlens_kv, None, None, None, seqused_q, seqused_kv,
     )  # fmt: skip
     options = Options(
         is_causal, scale, enable_gqa, causal_alignment, return_lse, tile, deterministic, allow_tf32, dropout_p, window,

@@ -30,6 +30,8 @@ def attention_with_kvcache(
     rotary_cos: AnyArray | None = None,
     rotary_sin: AnyArray | None = None,
     rotary_interleaved: bool | None = None,
+    cu_seqlens_q: AnyArray | None = None,
+    max_seqlen_q: int | None = None,
     layout: str = "bshd",
     scale: float | None = None,
     is_causal: bool = False,
@@ -66,6 +68,10 @@ def attention_with_kvcache(
             where more queries come than new keys, those that stand behind the last position take it on a GPU, and raise on the CPU.
         rotary_interleaved: True: pairs are columns 2i and 2i + 1 (GPT-J; flash-attn's default); False: i and i + rotary_dim / 2 (GPT-NeoX, Llama). Required with
             rotary_cos.
+        cu_seqlens_q: int32 `(batch + 1,)`: queries are packed, `(tokens, num_heads_q, head_dim)`, and sequence i has those from `cu_seqlens_q[i]` up to, but not
+            including, `cu_seqlens_q[i + 1]`, as in `varlen_attention`: chunks of prompts beside steps of generation. New keys and values are packed likewise,
+            `(tokens, num_heads_kv, head_dim)`, one for each query. batch is then the number of sequences.
+        max_seqlen_q: with it, no sequence has more queries; None stands for all tokens, for which more blocks are started.
         layout: as in `scaled_dot_product_attention`, for caches and new keys too; of a paged cache "b" is the page and "s" the place in it.
         scale: multiplies Q Kᵀ; default `head_dim ** -0.5`.
         is_causal: the last query sees all keys of its sequence, the one before it one less, and so on.
@@ -75,7 +81,7 @@ def attention_with_kvcache(
             speculated tokens, the last ones of these.
         num_splits: blocks that share out the keys of a sequence; None: as many as are predicted to be fastest with a full cache.
         batch_invariant: the keys of a sequence are cut at fixed places, so that its results have the same bits whatever else is in the batch. For each 1024 keys
-            that a sequence has room for, a call then needs `batch * num_heads_q * seqlen_q * (head_dim_v + 1)` float32 of workspace: 1 GiB for a chunk of 512
+            that a sequence has room for, a call then needs `batch * num_heads_q * seqlen_q * (head_dim_v + 2)` float32 of workspace: 1 GiB for a chunk of 512
             queries of 32 heads of 128 in a cache of 131072 keys. Pass long prompts in short chunks.
         return_lse: return `(out, lse)`.
         out: array for the result; shape, dtype and kind of the result, any strides.
@@ -83,21 +89,25 @@ def attention_with_kvcache(
 
     Returns:
         out: `(batch, seqlen_q, num_heads_q, head_dim_v)` in the layout of query; 0 for queries that see no key.
-        lse: with `return_lse`, float32 `(batch, num_heads_q, seqlen_q)`; natural logarithm; -inf there, or the sink.
+            Packed, `(tokens, num_heads_q, head_dim_v)`.
+        lse: with `return_lse`, float32 `(batch, num_heads_q, seqlen_q)`, packed `(num_heads_q, tokens)`; natural logarithm; -inf there, or the sink.
 
     Raises:
         CuflashError: as `scaled_dot_product_attention`; UnsupportedError for float32, a head_dim above 256, or sm_75.
 
     Notes:
-        Up to three launches: new keys and rotation, attention, and where keys are split, merging.
+        Up to three launches: new keys and rotation, attention, and where keys are split, merging. A warm call allocates its result and nothing else; up to
+        32 MiB of workspace are kept for the next call of the thread in the same stream.
 
     Source: Dao et al. 2023, Flash-Decoding, crfm.stanford.edu/2023/10/12/flashdecoding.html.
     """
     operands = CacheOperands(
         query, key_cache, value_cache, key, value, cache_seqlens, page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin,
-        attn_mask, alibi_slopes, sinks, out,
+        attn_mask, alibi_slopes, sinks, out, cu_seqlens_q,
     )  # fmt: skip
-    options = CacheOptions(is_causal, scale, window, softcap, layout, rotary_interleaved, num_splits, batch_invariant, return_lse, tile)
+    options = CacheOptions(
+        is_causal, scale, window, softcap, layout, rotary_interleaved, num_splits, batch_invariant, return_lse, tile, max_seqlen_q,
+    )  # fmt: skip
     try:
         return cache_calls.attend(operands, options)
     except CompilationForbiddenError as error:
@@ -119,6 +129,8 @@ def kvcache_plan(
     rotary_cos: AnyArray | None = None,
     rotary_sin: AnyArray | None = None,
     rotary_interleaved: bool | None = None,
+    cu_seqlens_q: AnyArray | None = None,
+    max_seqlen_q: int | None = None,
     layout: str = "bshd",
     scale: float | None = None,
     is_causal: bool = False,
@@ -135,7 +147,9 @@ def kvcache_plan(
     """Say what `attention_with_kvcache` would run with these arguments, as `plan` does."""
     operands = CacheOperands(
         query, key_cache, value_cache, key, value, cache_seqlens, page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin,
-        attn_mask, alibi_slopes, sinks, None,
+        attn_mask, alibi_slopes, sinks, None, cu_seqlens_q,
     )  # fmt: skip
-    options = CacheOptions(is_causal, scale, window, softcap, layout, rotary_interleaved, num_splits, batch_invariant, return_lse, tile)
+    options = CacheOptions(
+        is_causal, scale, window, softcap, layout, rotary_interleaved, num_splits, batch_invariant, return_lse, tile, max_seqlen_q,
+    )  # fmt: skip
     return cache_calls.plan(operands, options)

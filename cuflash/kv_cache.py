@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy
 
-from cuflash.arrays.borrowing import AnyArray, describe
+from cuflash.arrays.borrowing import AnyArray, Pinned, describe
 from cuflash.decoding import attention_with_kvcache
 from cuflash.errors import OptionError, ShapeError
 
-_OWN_OPTIONS = ("layout", "page_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad")
+_OWN_OPTIONS = frozenset(("layout", "page_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad"))
 """Arguments of `attention_with_kvcache` that `KVCache.attend` does not take."""
 
 
@@ -22,13 +22,7 @@ class KVCache:
     """Keys and values of one layer, for a batch of sequences of any lengths.
 
     `attend` appends a step's keys and values and attends to all that there are. Lengths are known here, so nothing waits for a device; the arrays that kernels read
-    are `keys`, `values`, `seqlens` and `page_table`, as `cuflash.attention_with_kvcache` takes them.
-
-    Attributes:
-        lengths: keys of each sequence.
-        keys, values: `(pages, page_size, num_heads, head_dim)`; twice as large when all pages are taken.
-        seqlens: int32 `(batch,)`, `lengths` on the device.
-        page_table: int32 `(batch, pages of a sequence)`.
+    are `keys`, `values`, `seqlens` and `page_table`, as `cuflash.attention_with_kvcache` takes them. They are of NumPy, CuPy or torch.
     """
 
     def __init__(
@@ -41,6 +35,7 @@ class KVCache:
         dtype: Any = "float16",
         head_dim_v: int | None = None,
         xp: Any = numpy,
+        device: Any = None,
     ) -> None:
         """Make an empty cache.
 
@@ -49,23 +44,52 @@ class KVCache:
             num_heads: of keys and values.
             head_dim: of keys; of values too unless `head_dim_v` says otherwise.
             page_size: keys of a page.
-            dtype: of the arrays, as `xp` knows it.
-            xp: numpy or cupy, which makes the arrays.
+            dtype: of the arrays, as `xp` knows it, or its name.
+            xp: numpy, cupy or torch, which makes the arrays.
+            device: of torch's tensors, as torch knows it; CuPy's current one has its arrays.
         """
-        _check_library(xp)
+        self._library = _Library(xp, device)
         batch, num_heads, head_dim, page_size = (
             _count(name, value)
             for name, value in (("batch", batch), ("num_heads", num_heads), ("head_dim", head_dim), ("page_size", page_size))
         )
         head_dim_v = head_dim if head_dim_v is None else _count("head_dim_v", head_dim_v)
-        self.lengths = [0] * batch
-        self.keys = xp.empty((batch, page_size, num_heads, head_dim), dtype)
-        self.values = xp.empty((batch, page_size, num_heads, head_dim_v), dtype)
-        self.seqlens = xp.zeros(batch, "int32")
-        self.page_table = xp.zeros((batch, 1), "int32")
-        self._xp = xp
+        self._keys, self._values = (
+            Pinned(self._library.empty((batch, page_size, num_heads, width), dtype)) for width in (head_dim, head_dim_v)
+        )
+        self._seqlens = Pinned(self._library.int32(numpy.zeros(batch, "int32")))
+        self._page_table = Pinned(self._library.int32(numpy.zeros((batch, 1), "int32")))
+        self._shorter_table: tuple[int, Pinned] | None = None  # of so many columns
+        self._lengths = [0] * batch  # without those of the last steps, which all sequences have
+        self._of_steps = 0
+        self._spare = 0  # keys that each sequence has a page for at least
         self._pages: list[list[int]] = [[] for _ in range(batch)]  # of each sequence, in order
         self._free = list(reversed(range(batch)))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Keys of each sequence."""
+        return [length + self._of_steps for length in self._lengths]
+
+    @property
+    def keys(self) -> Any:
+        """`(pages, page_size, num_heads, head_dim)`; twice as large when all pages are taken."""
+        return self._keys.array
+
+    @property
+    def values(self) -> Any:
+        """Like `keys`."""
+        return self._values.array
+
+    @property
+    def seqlens(self) -> Any:
+        """int32 `(batch,)`, `lengths` on the device."""
+        return self._seqlens.array
+
+    @property
+    def page_table(self) -> Any:
+        """int32 `(batch, pages of a sequence)`."""
+        return self._page_table.array
 
     def attend(self, query: AnyArray, key: AnyArray, value: AnyArray, *, is_causal: bool = True, **options: Any) -> Any:
         """Append keys and values of all sequences and attend to what is there then.
@@ -80,10 +104,10 @@ class KVCache:
         Returns:
             What it returns.
         """
-        for name in _OWN_OPTIONS:
-            if name in options:
-                hint = "Leave it out, or keep the arrays yourself and call attention_with_kvcache."
-                raise OptionError(name, describe(options[name]), "no such argument: the cache has its own", hint)
+        if not _OWN_OPTIONS.isdisjoint(options):
+            name = next(name for name in options if name in _OWN_OPTIONS)
+            hint = "Leave it out, or keep the arrays yourself and call attention_with_kvcache."
+            raise OptionError(name, describe(options[name]), "no such argument: the cache has its own", hint)
         if len(key.shape) != 4:
             raise ShapeError(
                 "key",
@@ -92,20 +116,23 @@ class KVCache:
                 "One key is key[:, None].",
             )
         new = int(key.shape[1])
-        self._take_pages([length + new for length in self.lengths])
+        if new > self._spare:
+            self._take_pages([length + new for length in self.lengths])
         result = attention_with_kvcache(
             query,
-            self.keys,
-            self.values,
+            self._keys,
+            self._values,
             key,
             value,
-            cache_seqlens=self.seqlens,
-            page_table=self._table_up_to(options.get("rotary_cos")),
+            cache_seqlens=self._seqlens,
+            page_table=self._table_up_to(options["rotary_cos"]) if "rotary_cos" in options else self._page_table,
             is_causal=is_causal,
             **options,
         )
-        self.seqlens += new  # behind the kernels in the stream
-        self.lengths = [length + new for length in self.lengths]
+        seqlens = self._seqlens.array
+        seqlens += new  # behind the kernels in the stream, in place
+        self._of_steps += new
+        self._spare -= new
         return result
 
     def truncate(self, sequence: int, length: int = 0) -> None:
@@ -114,10 +141,12 @@ class KVCache:
             raise OptionError(
                 "length", describe(length), f"0 to {self.lengths[sequence]}, what sequence {sequence} has", "A cache grows by attend."
             )
-        kept = -(-length // self.keys.shape[1])
+        page_size = self.keys.shape[1]
+        kept = -(-length // page_size)
         self._free += reversed(self._pages[sequence][kept:])
         del self._pages[sequence][kept:]
-        self.lengths[sequence] = length
+        self._lengths[sequence] = length - self._of_steps
+        self._spare, self._shorter_table = min(self._spare, kept * page_size - length), None
         self.seqlens[sequence] = length
 
     def _take_pages(self, lengths: list[int]) -> None:
@@ -125,31 +154,69 @@ class KVCache:
         page_size = self.keys.shape[1]
         missing = [-(-length // page_size) - len(pages) for length, pages in zip(lengths, self._pages, strict=True)]
         wanted = sum(count for count in missing if count > 0)
-        if not wanted:
-            return
         while wanted > len(self._free):
             count = self.keys.shape[0]
-            self.keys, self.values = (self._doubled(pages) for pages in (self.keys, self.values))
+            self._keys, self._values = (Pinned(self._doubled(pages)) for pages in (self.keys, self.values))
             self._free = list(reversed(range(count, 2 * count))) + self._free
         for pages, count in zip(self._pages, missing, strict=True):
             pages += [self._free.pop() for _ in range(count)]
+        self._spare = min(len(pages) * page_size - length for length, pages in zip(self.lengths, self._pages, strict=True))
+        if not wanted:
+            return
         columns = self.page_table.shape[1]
         while columns < max(map(len, self._pages)):
             columns *= 2
         table = numpy.zeros((len(self._pages), columns), "int32")
         for row, pages in zip(table, self._pages, strict=True):
             row[: len(pages)] = pages
-        self.page_table = self._xp.asarray(table)
+        self._page_table, self._shorter_table = Pinned(self._library.int32(table)), None
 
-    def _table_up_to(self, rotary_cos: Any) -> Any:
+    def _table_up_to(self, rotary_cos: Any) -> Pinned:
         """The table, without columns that are spare and for whose keys the rotary embedding has no rows."""
-        shape = getattr(rotary_cos, "shape", ())
-        return self.page_table[:, : max(shape[0] // self.keys.shape[1], *map(len, self._pages), 1)] if shape else self.page_table
+        shape = tuple(getattr(rotary_cos, "shape", ()))
+        if not shape:
+            return self._page_table
+        rows = int(shape[0])
+        if self._shorter_table is None or self._shorter_table[0] != rows:
+            columns = max([rows // self.keys.shape[1], 1, *map(len, self._pages)])
+            self._shorter_table = rows, Pinned(self.page_table[:, :columns])
+        return self._shorter_table[1]
 
     def _doubled(self, pages: Any) -> Any:
-        larger = self._xp.empty((2 * pages.shape[0], *pages.shape[1:]), pages.dtype)
+        larger = self._library.empty((2 * pages.shape[0], *pages.shape[1:]), pages.dtype)
         larger[: pages.shape[0]] = pages
         return larger
+
+
+class _Library:
+    """What a cache asks of NumPy, CuPy or torch."""
+
+    def __init__(self, xp: Any, device: Any) -> None:
+        """Refuse other libraries."""
+        known = (numpy, sys.modules.get("cupy"), sys.modules.get("torch"))
+        if xp is None or not any(xp is library for library in known):
+            got = f"the module {xp.__name__}" if isinstance(xp, ModuleType) else describe(xp)
+            hint = "Keep arrays of others yourself, and call attention_with_kvcache."
+            raise OptionError("xp", got, "numpy, cupy or torch", hint)
+        self._is_torch = xp is not numpy and xp is sys.modules.get("torch")
+        if device is not None and not self._is_torch:
+            hint = "Leave it out; CuPy's arrays lie on its current device: with cupy.cuda.Device(1): …."
+            raise OptionError("device", describe(device), "None with NumPy and CuPy", hint)
+        self._xp, self._device = xp, device
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        if not self._is_torch:
+            return self._xp.empty(shape, dtype)
+        of_torch = getattr(self._xp, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(of_torch, self._xp.dtype):
+            raise OptionError("dtype", describe(dtype), "a type of torch's, or its name", "Pass torch.float16 or torch.bfloat16.")
+        return self._xp.empty(shape, dtype=of_torch, device=self._device)
+
+    def int32(self, numbers: Any) -> Any:
+        """A copy, which a GPU is not waited for."""
+        if not self._is_torch:
+            return self._xp.asarray(numbers)
+        return self._xp.from_numpy(numbers).to(self._device or self._xp.get_default_device(), non_blocking=True)
 
 
 def _count(name: str, value: object) -> int:
@@ -157,12 +224,3 @@ def _count(name: str, value: object) -> int:
     if isinstance(value, numbers.Integral) and not isinstance(value, bool) and operator.index(value) >= 1:
         return operator.index(value)
     raise OptionError(name, describe(value), "an int of at least 1", "Pass how many there are.")
-
-
-def _check_library(xp: object) -> None:
-    """NumPy or CuPy, whose functions the cache calls."""
-    if xp is numpy or xp is sys.modules.get("cupy"):
-        return
-    got = f"the module {xp.__name__}" if isinstance(xp, ModuleType) else describe(xp)
-    hint = "For tensors of torch keep the arrays yourself, and call cuflash.flash_attn.flash_attn_with_kvcache."
-    raise OptionError("xp", got, "numpy or cupy", hint)

@@ -128,6 +128,27 @@ def warmup(
     return len(requests)
 
 
+def warmup_plan(plan: Plan) -> int:
+    """Compile ahead the kernels of one plan, for calls that `warmup` has no case of: those with a cache, and others whose arrays there are already.
+
+    A step of generation and a chunk of a prompt may have other kernels, and so may caches with room for more keys, of which more are split: plan each of them.
+
+    Args:
+        plan: what `plan`, `varlen_plan` or `kvcache_plan` gives; for the device of the arrays that it was given.
+
+    Returns:
+        How many kernels are now in the cache that it needs.
+
+    Raises:
+        CompileError: the compiler refused a kernel.
+    """
+    if not isinstance(plan, Plan):
+        raise OptionError("plan", describe(plan), "a cuflash.Plan", "Pass cuflash.kvcache_plan(…) with the arguments of the call.")
+    requests = dict.fromkeys(kernel.request(plan.device) for kernel in plan.kernels)
+    cache.fetch_many(list(requests))
+    return len(requests)
+
+
 def warmup_call(plan: Plan, tile: Tiles) -> str | None:
     """The call of `warmup` on this machine that compiles the kernels of a plan, ready to be pasted.
 
@@ -165,7 +186,11 @@ def warmup_call(plan: Plan, tile: Tiles) -> str | None:
 
 def with_warmup(error: CompilationForbiddenError, plan: Plan, tile: Tiles) -> CompilationForbiddenError:
     """The same error of a call, which names the call of `warmup` that compiles its kernels, where there is one."""
-    call = warmup_call(plan, tile)
+    call = (
+        warmup_call(plan, tile)
+        if plan.problem.cache is None
+        else "cuflash.warmup_plan(cuflash.kvcache_plan(…)), with the arguments of this call"
+    )
     return error if call is None else CompilationForbiddenError(error.missing, f"Compile it beforehand: {call}")
 
 

@@ -40,7 +40,8 @@ struct Geometry {
 struct SequenceLengths {
   const int* cu_seqlens_q;   // [num_sequences + 1]: where each packed sequence of queries starts, and where the last one ends
   const int* cu_seqlens_kv;  // the same for keys
-  const int* seqlens_kv;     // [batch]: keys from there on are not seen
+  const int* seqlens_kv;     // [batch]: keys from there on are not seen; of packed sequences, keys of their places
+  const int* seqlens_q;      // [num_sequences]: queries of a packed sequence's place that are its own
   int num_sequences;         // packed sequences; Geometry then holds one batch, and all packed rows as its lengths
   int bottom_right;          // causal: the last query of each sequence sees all of its keys
 };
@@ -61,7 +62,7 @@ struct CacheArguments {
   int64 stride_page_table;   // from sequence to sequence
   int page_size;
   int num_rows;  // rows of the cache, or pages
-  int new_keys;  // that came with this call, behind those that `seqlens_kv` counts
+  int new_keys;  // that came with this call, behind those that `seqlens_kv` counts; of packed queries of all sequences, one for each query
   int reserved;
 };
 
@@ -70,7 +71,7 @@ struct ForwardSplitArguments {
   TensorView query, key, value, out;
   RowView lse;         // data null: not stored
   float* partial_out;  // [num_splits][batch][num_heads_q][seqlen_q][head_dim_v]
-  float* partial_lse;  // [num_splits][batch][num_heads_q][seqlen_q]; with an additive mask two floats for each: reference and sum (tile/merge.cuh)
+  float* partial_lse;  // [num_splits][batch][num_heads_q][seqlen_q][2]: reference and sum (tile/merge.cuh)
   Geometry geometry;   // num_tiles: tiles of packed rows (tile/packed_rows.cuh)
   SequenceLengths lengths;
   FeatureArguments features;

@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     if constexpr (COMPUTE_DK) clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, begin, end, tile, num_tiles);
     if constexpr (COMPUTE_DV) clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, tile, num_tiles);
   };
-  if (!claim_rows<TILE_KV>(arguments, arguments.lengths.cu_seqlens_kv, arguments.geometry.seqlen_kv, work, clear_gradients)) return;
+  if (!claim_rows<TILE_KV>(arguments, packed_keys(arguments), work, clear_gradients)) return;
   const int first_kv = work.tile * TILE_KV;
   const int warp_row = row_warp_index() * WARP_ROWS;
 
@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     }
   }
 
-  const int num_rows = sequence_length(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);  // that have gradients
+  const int num_rows = sequence_length(packed_keys(arguments), work.batch);  // that have gradients
   if constexpr (COMPUTE_DV) {
     if constexpr (DROPOUT) multiply_all(dV, arguments.features.dropout_scale);
     store_slice<HEAD_DIM_V, TileK>(dV, K_smem, warp_row, arguments.grad_value, work, first_kv, num_rows, start_kv);

@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_convert
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
     clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM>(arguments.grad_query, work.head, begin, end, tile, num_tiles);
   };
-  if (!claim_rows<TILE_Q>(arguments, arguments.lengths.cu_seqlens_q, arguments.geometry.seqlen_q, work, clear_gradients)) return;
+  if (!claim_rows<TILE_Q>(arguments, packed_queries(arguments), work, clear_gradients)) return;
   extern __shared__ __align__(128) uint8 shared[];
 
   float dQ[1][D_TILES][4];
@@ -29,6 +29,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_convert
     for (int n = 0; n < D_TILES; ++n) load_fragment(query_sum(arguments, slot, warp_index(), n), dQ[0][n]);
   }
   multiply_all(dQ, arguments.geometry.scale);
-  const int num_rows = sequence_length(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
+  const int num_rows = sequence_length(packed_queries(arguments), work.batch);
   store_slice<HEAD_DIM, TileQ>(dQ, smem_address(shared), 16 * warp_index(), arguments.grad_query, work, work.tile * TILE_Q, num_rows, start_q);
 }

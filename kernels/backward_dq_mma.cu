@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
     clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM>(arguments.grad_query, work.head, begin, end, tile, num_tiles);
   };
-  if (!claim_rows<TILE_Q>(arguments, arguments.lengths.cu_seqlens_q, arguments.geometry.seqlen_q, work, clear_gradients)) return;
+  if (!claim_rows<TILE_Q>(arguments, packed_queries(arguments), work, clear_gradients)) return;
   const auto& geometry = geometry_of(arguments, work.batch);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
   const int first_q = work.tile * TILE_Q;

@@ -3,6 +3,7 @@
 //
 // New key i of a sequence comes to position seqlens_kv + i of it; one that has no place in the cache is left out. Query i has that position too, or,
 // where neither a causal mask nor a window asks for the queries' order, seqlens_kv. A thread moves one element: a step of decoding has few of them.
+// Packed (VARLEN), queries and new keys have the same offsets.
 #include "ptx/convert.cuh"
 #include "tile/cache_rows.cuh"
 
@@ -24,6 +25,28 @@ struct Place {  // of an element of (batch, row, head, head_dim)
   DEVICE Element* in(const TensorView& view) const { return view.row_pointer<Element>(batch, head, row); }
 };
 
+struct Token {  // which one it is of which sequence; of nobody's sequence -1
+  int sequence, index;
+
+  DEVICE Token(const CacheAppendArguments& arguments, const Place& place) : sequence(place.batch), index(place.row) {
+    if constexpr (!VARLEN) return;
+    const SequenceLengths& lengths = arguments.lengths;
+    int low = 0, high = lengths.num_sequences;
+    if (place.row >= lengths.cu_seqlens_q[high]) low = high = -1;
+    while (high - low > 1) {
+      const int middle = low + (high - low) / 2;
+      (lengths.cu_seqlens_q[middle] <= place.row ? low : high) = middle;
+    }
+    sequence = low;
+    index = low < 0 ? 0 : place.row - lengths.cu_seqlens_q[low];
+  }
+
+  DEVICE int64 position(const CacheAppendArguments& arguments, bool advances = true) const {
+    if (VARLEN && sequence < 0) return -1;
+    return int64(arguments.lengths.seqlens_kv[sequence]) + (advances ? index : 0);
+  }
+};
+
 // The element there, rotated by a position.
 DEVICE float rotated(const CacheAppendArguments& arguments, const TensorView& view, const Place& place, int64 position) {
   const Element* row = place.in(view);
@@ -40,9 +63,9 @@ DEVICE float rotated(const CacheAppendArguments& arguments, const TensorView& vi
   return __fmaf_rn(x, cos, is_first ? -other * sin : other * sin);
 }
 
-DEVICE void append(const CacheAppendArguments& arguments, const TensorView& cache, const Place& place, int64 position, float x) {
+DEVICE void append(const CacheAppendArguments& arguments, const TensorView& cache, const Place& place, int sequence, int64 position, float x) {
   if (position < 0 || position >= arguments.geometry.seqlen_kv) return;
-  const KeyPlace key = SequenceInCache(arguments.cache, place.batch).place(int(position));
+  const KeyPlace key = SequenceInCache(arguments.cache, sequence).place(int(position));
   cache.row_pointer<Element>(key.page, place.head, key.row)[place.column * cache.stride_dim] = from_float<Element>(x);
 }
 
@@ -54,15 +77,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) cache_append(const 
   const int64 index = int64(blockIdx.x) * NUM_THREADS + threadIdx.x;
   if (index < keys) {
     const Place place(index, arguments.cache.new_keys, geometry.num_heads_kv, arguments.head_dim);
-    const int64 position = int64(arguments.lengths.seqlens_kv[place.batch]) + place.row;
-    append(arguments, arguments.key, place, position, rotated(arguments, arguments.new_key, place, position));
+    const Token token(arguments, place);
+    const int64 position = token.position(arguments);
+    append(arguments, arguments.key, place, token.sequence, position, rotated(arguments, arguments.new_key, place, position));
   } else if (index < keys + values) {
     const Place place(index - keys, arguments.cache.new_keys, geometry.num_heads_kv, arguments.head_dim_v);
-    const int64 position = int64(arguments.lengths.seqlens_kv[place.batch]) + place.row;
-    append(arguments, arguments.value, place, position, to_float(place.in(arguments.new_value)[place.column * arguments.new_value.stride_dim]));
+    const Token token(arguments, place);
+    append(arguments, arguments.value, place, token.sequence, token.position(arguments),
+           to_float(place.in(arguments.new_value)[place.column * arguments.new_value.stride_dim]));
   } else if (index < keys + values + queries) {
     const Place place(index - keys - values, geometry.seqlen_q, geometry.num_heads_q, arguments.head_dim);
-    const int64 position = int64(arguments.lengths.seqlens_kv[place.batch]) + (arguments.queries_advance ? place.row : 0);
+    const int64 position = Token(arguments, place).position(arguments, arguments.queries_advance);
     const float x = rotated(arguments, arguments.given_query, place, position);
     place.in(arguments.rotated_query)[place.column * arguments.rotated_query.stride_dim] = from_float<Element>(x);
   }

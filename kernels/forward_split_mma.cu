@@ -4,7 +4,7 @@
 // keys of a sequence are shared out twice: among blocks, each of which has one of `num_splits` ranges of key tiles (Flash-Decoding: Dao et al. 2023,
 // crfm.stanford.edu/2023/10/12/flashdecoding.html), and within a tile of TILE_KV keys among warps, each of which has WARP_KEYS of them for all rows.
 // With several splits O and LSE of each are parts, float32, for merge_attention.cu. A split without keys says LSE -inf and leaves its O as
-// it is; but the first one has the sink.
+// it is; but the first one has the sink. Queries may be packed (VARLEN): then parts are those of all tokens, in one batch.
 //
 // A warp copies its keys and values for itself, into a ring of NUM_STAGES stages of its own, one copy group for each step, and never waits for
 // another warp until its last key: per step one wait for its own copies and one barrier of the warp, behind which the stage of the step before is
@@ -38,20 +38,28 @@ static_assert(HEAD_SLICES == 1, "head_dim must be at most 256");
 static_assert(TileQ::BYTES + REUSED_BYTES + STATES_BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
 struct SplitWork {
-  int tile, head_kv, batch, split;
+  int tile, head_kv, sequence, split;
+  int batch, start_q;  // where the sequence's queries lie
 };
 
-DEVICE SplitWork work_of_split(const Geometry& geometry) {
+DEVICE SplitWork work_of_split(const Geometry& geometry, const SequenceLengths& lengths) {
   const Work work = work_of_block(geometry.num_tiles, geometry.num_heads_kv);
-  return {work.tile, work.head, work.batch % geometry.batch, work.batch / geometry.batch};
+  const int sequences = VARLEN ? lengths.num_sequences + 1 : geometry.batch;  // packed, those of the last have rows of nobody
+  const int sequence = work.batch % sequences;
+  return {work.tile,
+          work.head,
+          sequence,
+          work.batch / sequences,
+          VARLEN ? 0 : sequence,
+          sequence_start(lengths.cu_seqlens_q, sequence, geometry.seqlen_q)};
 }
 
 // Q of the packed rows from first_row on, zeros behind the last one. The caller commits and waits.
-DEVICE void copy_queries(SmemAddress tile, const TensorView& view, int batch, const PackedRows& rows, int first_row) {
+DEVICE void copy_queries(SmemAddress tile, const TensorView& view, const SplitWork& work, const PackedRows& rows, int first_row) {
   for (int index = int(threadIdx.x); index < TILE_Q * TileQ::CHUNKS; index += NUM_THREADS) {
     const int row = index / TileQ::CHUNKS, chunk = index % TileQ::CHUNKS, column = chunk * TileQ::CHUNK_ELEMENTS;
-    const Element* source =
-        view.row_pointer<const Element>(batch, rows.head(first_row + row), rows.query(first_row + row)) + column * view.stride_dim;
+    const Element* source = view.row_pointer<const Element>(work.batch, rows.head(first_row + row), work.start_q + rows.query(first_row + row)) +
+                            column * view.stride_dim;
     const int valid = first_row + row < rows.count ? max(0, min(HEAD_DIM - column, TileQ::CHUNK_ELEMENTS)) : 0;
     if (is_vectorized(view)) {
       cp_async<16>(true, tile + TileQ::offset(row, chunk), source, valid * int(sizeof(Element)));
@@ -68,32 +76,31 @@ struct RowOfResult {
   int64 part;  // rows before this one among the parts
 
   DEVICE RowOfResult(const ForwardSplitArguments& arguments, const SplitWork& work, const PackedRows& rows, int row)
-      : arguments(arguments), batch(work.batch), head(rows.head(row)), query(rows.query(row)) {
+      : arguments(arguments), batch(work.batch), head(rows.head(row)), query(work.start_q + rows.query(row)) {
     const Geometry& geometry = arguments.geometry;
     part = ((int64(work.split) * geometry.batch + batch) * geometry.num_heads_q + head) * geometry.seqlen_q + query;
   }
 
   DEVICE bool is_part() const { return arguments.num_splits > 1; }
 
-  DEVICE void store_lse(const WholeRow& row) const {
-    const float lse = row.lse();
+  DEVICE void store_empty_lse() const {
     if (is_part()) {
-      const bool has_sum = ADDITIVE_MASK && !row.is_empty();
-      store_part(has_sum ? row.reference : lse, row.natural_sum());
+      store_part(-infinity(), 0.0f);
     } else if (arguments.lse.data != nullptr) {
-      *arguments.lse.pointer(batch, head, query) = lse;
+      *arguments.lse.pointer(batch, head, query) = -infinity();
     }
   }
 
-  // With an additive mask exp(LSE) of a part is sum * exp(reference), and both are kept, since scores may be so large that an LSE would swallow the
-  // sum; otherwise the reference is LSE.
-  DEVICE void store_part(float reference, float sum) const {
-    if constexpr (ADDITIVE_MASK) {
-      reinterpret_cast<float2*>(arguments.partial_lse)[part] = make_float2(reference, sum);
-    } else {
-      arguments.partial_lse[part] = reference;
+  DEVICE void store_lse(const WholeRow& row) const {
+    if (is_part()) {
+      store_part(row.is_empty() ? -infinity() : row.reference, row.part_sum());
+    } else if (arguments.lse.data != nullptr) {
+      *arguments.lse.pointer(batch, head, query) = row.lse();
     }
   }
+
+  // Both are kept, since scores may be so large that an LSE would swallow the sum.
+  DEVICE void store_part(float reference, float sum) const { reinterpret_cast<float2*>(arguments.partial_lse)[part] = make_float2(reference, sum); }
 
   DEVICE void store_O(const float (&x)[VECTOR], int column) const {
     if (is_part()) {
@@ -105,12 +112,44 @@ struct RowOfResult {
   }
 };
 
+// Zeros and LSE -inf for packed rows from first_row on, the share of block `tile` of `num_tiles`.
+DEVICE void clear_rows(const ForwardSplitArguments& arguments, const SplitWork& work, const PackedRows& rows, int first_row, int tile,
+                       int num_tiles) {
+  constexpr int VECTORS = ceil_div(HEAD_DIM_V, VECTOR);
+  const int64 count = int64(rows.count - first_row) * VECTORS, step = int64(num_tiles) * NUM_THREADS;
+  for (int64 index = int64(tile) * NUM_THREADS + threadIdx.x; index < count; index += step) {
+    const RowOfResult result(arguments, work, rows, first_row + int(index / VECTORS));
+    const int column = int(index % VECTORS) * VECTOR;
+    if (column == 0) result.store_empty_lse();
+    const float zeros[VECTOR] = {};
+    if (!result.is_part()) result.store_O(zeros, column);
+  }
+}
+
+// Packed rows that are to be computed: whether the block's tile holds any. Those of nobody behind the last sequence are cleared, and by the block of
+// the last tile those of a sequence that is longer than the grid was made for.
+DEVICE bool claim_packed_rows(const ForwardSplitArguments& arguments, const SplitWork& work) {
+  if constexpr (VARLEN) {
+    Geometry geometry = arguments.geometry;
+    const bool is_behind = work.sequence == arguments.lengths.num_sequences;
+    geometry.seqlen_q =
+        is_behind ? geometry.seqlen_q - work.start_q : sequence_place(arguments.lengths.cu_seqlens_q, work.sequence, geometry.seqlen_q);
+    const PackedRows rows(geometry, work.head_kv);
+    const int end = geometry.num_tiles * TILE_Q;
+    if (is_behind) clear_rows(arguments, work, rows, 0, work.tile, geometry.num_tiles);
+    else if (work.tile == geometry.num_tiles - 1 && rows.count > end) clear_rows(arguments, work, rows, end, 0, 1);
+    return !is_behind && work.tile * TILE_Q < rows.count;
+  }
+  return true;
+}
+
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(const __grid_constant__ ForwardSplitArguments arguments) {
-  const SplitWork work = work_of_split(arguments.geometry);
-  const Geometry geometry = geometry_in_cache(arguments.geometry, arguments.lengths, arguments.cache.new_keys, work.batch);
-  const SequenceInCache sequence(arguments.cache, work.batch);
+  const SplitWork work = work_of_split(arguments.geometry, arguments.lengths);
+  if (!claim_packed_rows(arguments, work)) return;
+  const Geometry geometry = geometry_in_cache(arguments.geometry, arguments.lengths, arguments.cache.new_keys, work.sequence);
+  const SequenceInCache sequence(arguments.cache, work.sequence);
   const PackedRows rows(geometry, work.head_kv);
-  const Visibility visibility(geometry, arguments.features, work.batch, rows.first_head);
+  const Visibility visibility(geometry, arguments.features, work.sequence, rows.first_head);
   const int first_row = work.tile * TILE_Q, first_q = rows.query(first_row), end_q = rows.query(first_row + TILE_Q - 1) + 1;
 
   const int end_key = visibility.end_key(first_q, end_q);  // what any row of the tile sees lies in first_key .. end_key - 1
@@ -134,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
   const SmemAddress ring = reused + warp_index() * NUM_STAGES * STAGE_BYTES;
   const int warp_key = warp_index() * WARP_KEYS;  // of each tile
 
-  copy_queries(Q_smem, arguments.query, work.batch, rows, first_row);
+  copy_queries(Q_smem, arguments.query, work, rows, first_row);
   cp_async_commit_group();
   Keys keys;
   auto issue = [&](int step) {  // what was looked up one step before
@@ -153,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
   float O[M_TILES][DV_TILES][4];
   clear(O);
   WarpSoftmax<M_TILES> softmax;
-  const PackedScores<M_TILES> scores(geometry, arguments.features, work.batch, rows, first_row);
+  const PackedScores<M_TILES> scores(geometry, arguments.features, work.sequence, rows, first_row);
   for (int step = begin; step < end; ++step) {
     cp_async_wait_group<NUM_STAGES - 2>();
     __syncwarp();  // the warp's keys of this step have landed; every lane is done with those before, whose stage is next
@@ -170,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
     gemm_accumulator<Mma, WarpV::COLUMNS>(O, S, Mma::OperandBByRows<WarpV>(K_smem + WarpK::BYTES));
   }
 
-  auto sink = [&](int row) { return has_sink ? arguments.features.sinks.load(work.batch, rows.head(first_row + row)) * SCORE_UNIT : -infinity(); };
+  auto sink = [&](int row) { return has_sink ? arguments.features.sinks.load(work.sequence, rows.head(first_row + row)) * SCORE_UNIT : -infinity(); };
   publish_state(softmax, states);
   __syncthreads();  // every warp's state is there, and no warp copies or reads keys any more
   publish_O(O, softmax, states, reused, sink);

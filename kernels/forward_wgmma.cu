@@ -289,7 +289,7 @@ DEVICE void compute_all(const ForwardWgmmaArguments& arguments, const SharedMemo
         auto clear = [&](int begin, int end, int tile, int num_tiles) {
           clear_queries(arguments, work.at.head, begin, end, tile, num_tiles, int(threadIdx.x) - WARPGROUP_SIZE);
         };
-        has_rows = claim_rows<TILE_Q>(arguments, arguments.lengths.cu_seqlens_q, arguments.geometry.seqlen_q, work.at, clear);
+        has_rows = claim_rows<TILE_Q>(arguments, packed_queries(arguments), work.at, clear);
       }
     }
     if (has_rows) compute_tile(arguments, work, dropout, shared, Q.stage, warpgroup, K, V);

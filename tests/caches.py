@@ -11,11 +11,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
-from conftest import ELEMENTS, Target, rounded
+import pytest
+from conftest import ELEMENTS, Target, poison_new_memory, rounded
 
 import cuflash
 from cuflash import reference
 from cuflash.reference import compare
+from cuflash.runtime import kept_memory
+
+
+def only_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and workspace of later calls come full of NaN, and nothing is kept from call to call."""
+    poison_new_memory(monkeypatch)
+    monkeypatch.setattr(kept_memory, "_kept", kept_memory._OfThread())
+    monkeypatch.setattr(kept_memory, "give_back", lambda *_: None)
+
 
 GARBAGE = numpy.array([-(2**31), -1, 2**31 - 1, 12345], numpy.int32)
 

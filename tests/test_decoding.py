@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy
 import pytest
-from caches import CacheCall
-from conftest import HAS_GPU, Target, poison_new_memory
+from caches import CacheCall, only_new_memory
+from conftest import HAS_GPU, Target
 
 import cuflash
 from cuflash import Tile
@@ -155,10 +155,11 @@ def test_numbers_that_make_no_sense_never_leave_the_arrays(form: str, simulator:
 # --- Splits -------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_number_of_splits(decoder: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_number_of_splits(decoder: Target, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Most of them are empty; workspace comes full of NaN."""
-    poison_new_memory(monkeypatch)
-    for count in (1, 2, 3, 5, 7, 17, 32, 55, 97, 133, 256):
+    only_new_memory(monkeypatch)
+    some, every = (1, 2, 3, 5, 7, 17, 32, 55, 97, 133, 256), (*range(1, 134), 256)
+    for count in every if request.config.getoption("--exhaustive") else some:
         CacheCall((0, 1, 64, 65, 300), options={"num_splits": count, "tile": TILE}).check(decoder)
 
 
@@ -177,13 +178,29 @@ def test_parts_keep_what_a_huge_mask_would_swallow(
     length: int, room: int, options: dict[str, Any], lowest: float, decoder: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores are one number for float32, so that each key counts as much as any other; the first part has all but a few."""
-    poison_new_memory(monkeypatch)
+    only_new_memory(monkeypatch)
     call = CacheCall((length, 3), room=room, options={"attn_mask": numpy.full((1, 1, 1, room), lowest, "float32"), "tile": TILE} | options)
     given = {name: decoder.place(x) if isinstance(x, numpy.ndarray) else x for name, x in call.arrays().items()}
     out, lse = cuflash.attention_with_kvcache(**given, return_lse=True)
     want = numpy.stack([values.astype(float).mean(axis=0) for values in call.plain["values"]])
     numpy.testing.assert_allclose(decoder.host(out)[:, 0], numpy.broadcast_to(want, (2, 2, 32)), atol=1e-3)
     assert (decoder.host(lse) == numpy.float32(lowest)).all()
+
+
+@pytest.mark.parametrize("scale", [1e3, -1e3, 1e30], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_parts_keep_what_a_huge_product_would_swallow(dtype: str, scale: float, decoder: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal products of 1e6 times a scale: each key counts as much as any other; the first part has all but one."""
+    only_new_memory(monkeypatch)
+    call = CacheCall((65, 3), room=70, dtype=dtype, options={"scale": scale, "num_splits": 2, "tile": TILE})
+    call.plain["query"][...] = 180
+    for keys in call.plain["keys"]:
+        keys[...] = 180
+    given = {name: decoder.place(x) if isinstance(x, numpy.ndarray) else x for name, x in call.arrays().items()}
+    out, lse = cuflash.attention_with_kvcache(**given, return_lse=True)
+    want = numpy.stack([values.astype(float).mean(axis=0) for values in call.plain["values"]])
+    numpy.testing.assert_allclose(decoder.host(out)[:, 0].astype(float), numpy.broadcast_to(want, (2, 2, 32)), atol=5e-3)
+    numpy.testing.assert_allclose(decoder.host(lse), 32 * 180.0**2 * scale, rtol=1e-6)
 
 
 def test_an_additive_mask_leaves_bits_the_same_in_any_room(simulator: Target) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import pytest
 
 from cuflash import demo
 from cuflash.__main__ import main
-from cuflash.demo import training, verification
+from cuflash.demo import generation, training, verification
 from cuflash.demo.transformer import Shape, Transformer, narrow, operand, widen
 from cuflash.demo.verification import Case
 from cuflash.reference import round_to
 
-SMALL = Shape(seqlen=24, width=32, num_heads=2)
+SMALL = Shape(seqlen=32, width=32, num_heads=2)
 
 
 def test_gradients_of_the_model_are_those_of_its_loss() -> None:
@@ -41,6 +42,22 @@ def test_gradients_of_the_model_are_those_of_its_loss() -> None:
 def test_narrowing_rounds_to_nearest(dtype: str) -> None:
     x = numpy.random.default_rng(0).standard_normal((50, 8), dtype=numpy.float32)
     assert numpy.array_equal(widen(operand(narrow(x, dtype), dtype)), round_to(x, dtype))
+
+
+def test_writing_step_by_step_is_what_the_model_computes_at_once() -> None:
+    """A prompt, then byte for byte, over several pages of the caches."""
+    model = Transformer(SMALL, numpy, "float16", seed=1)
+    tokens = numpy.random.default_rng(2).integers(0, 256, SMALL.seqlen)
+    want, _ = model._forward(tokens[None])
+    writer = generation.Writer(model)
+    steps = [tokens[:7], *tokens[7:, None]]
+    got = numpy.concatenate([writer.logits(step) for step in steps])
+    assert writer.caches[0].lengths == [SMALL.seqlen]
+    assert numpy.abs(got - want).max() < 2e-2
+    assert numpy.abs(want).max() > 1
+    text = generation.write(model, b"def ", 12, seed=3)
+    assert (text[:4], len(text)) == (b"def ", 16)
+    assert text == generation.write(model, b"def ", 12, seed=3)
 
 
 def test_text_and_training_are_deterministic() -> None:
@@ -75,6 +92,7 @@ def test_the_loss_falls_and_the_demo_succeeds(tmp_path: Path, monkeypatch: pytes
     printed = capsys.readouterr().out
     assert status == 0, printed
     assert "step   60 of 60" in printed
+    assert re.search(r"It continues b'    return ', [1-9][0-9]* tokens per second", printed), printed
     assert (tmp_path / "loss.png").stat().st_size > 5000
 
 

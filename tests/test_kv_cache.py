@@ -76,8 +76,10 @@ def test_what_cannot_be_used_is_named() -> None:
         with pytest.raises(OptionError, match=f"{name}: got {value}"):
             cuflash.KVCache(**{"batch": 1, "num_heads": 1, "head_dim": 32, name: value})
     assert cuflash.KVCache(numpy.int64(1), numpy.int32(2), 32, head_dim_v=numpy.int64(16)).values.shape == (1, 64, 2, 16)
-    with pytest.raises(OptionError, match=r"xp: got the module math; expected numpy or cupy.*flash_attn_with_kvcache"):
+    with pytest.raises(OptionError, match=r"xp: got the module math; expected numpy, cupy or torch.*attention_with_kvcache"):
         cuflash.KVCache(1, 1, 32, xp=math)
+    with pytest.raises(OptionError, match="device: got 'cuda'; expected None with NumPy and CuPy"):
+        cuflash.KVCache(1, 1, 32, device="cuda")
     cache = cuflash.KVCache(1, 1, 32)
     x: Any = numpy.zeros((1, 1, 1, 32), "float16")
     for name in ("layout", "page_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad"):

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy
 import pytest
-from caches import CacheCall
-from conftest import HAS_GPU, Target, poison_new_memory
+from caches import CacheCall, only_new_memory
+from conftest import HAS_GPU, Target
 
 import cuflash
 from cuflash import Tile
@@ -88,7 +88,7 @@ def test_lengths_of_rows(decoder: Target) -> None:
 @pytest.mark.parametrize("tile", [Tile(48, 16, 1, 2), Tile(96, 32, 2, 2)], ids=str)
 def test_a_tile_may_have_more_rows_than_threads(tile: Tile, simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits without keys say so for all of them."""
-    poison_new_memory(monkeypatch)
+    only_new_memory(monkeypatch)
     call = CacheCall((tile.tile_kv,), seqlen_q=tile.tile_q, heads_q=1, options={"num_splits": 4, "tile": {"forward_split": tile}})
     call.check(simulator)
 
@@ -187,6 +187,30 @@ def test_splits_fill_the_device_and_no_more() -> None:
                 assert blocks * count >= 0.85 * waves * 216, (blocks, tiles, count)
     assert 100 < fastest_split(blocks=1, tiles=4096, resident=216) < 216  # more would take longer to merge than they save
     assert fastest_split(blocks=40, tiles=1000, resident=216) == 5
+
+
+def test_devices_with_odd_numbers_of_sms() -> None:
+    """A split has a tile at least, and no other number of them is faster by the model."""
+    for resident in (1, 13, 76, 133, 2 * 71, 3 * 47):
+        for blocks in (1, 3, 7, 64, 129):
+            for tiles in (1, 2, 5, 63, 1001):
+                count = fastest_split(blocks, tiles, resident)
+                assert 1 <= count <= min(tiles, split_forward.MAX_SPLITS)
+                costs = [split_forward._cost(blocks, tiles, resident, other) for other in range(1, min(tiles, 256) + 1)]
+                assert split_forward._cost(blocks, tiles, resident, count) == min(costs)
+
+
+def test_a_plan_says_what_it_asks_of_memory() -> None:
+    """4 sequences of 8 heads of 4096 keys and values of 256 bytes; of a window of 128 keys what its queries see."""
+    caches, query = numpy.zeros((2, 1, 64, 8, 128), "float16"), numpy.zeros((4, 1, 32, 128), "float16")
+    given = {"cache_seqlens": numpy.zeros(4, "int32"), "page_table": numpy.zeros((4, 64), "int32")}
+    text = str(cuflash.kvcache_plan(query, *caches, **given))
+    assert (
+        "  keys       at most 64 MiB of keys and values to read, by 2 blocks of an SM at a time, in 1 wave, with 64 KiB in flight per SM"
+        in text
+    )
+    assert "at most 2 MiB of keys" in str(cuflash.kvcache_plan(query, *caches, **given, window=(127, 0)))
+    assert "  keys  " not in str(cuflash.plan(query, query, query))
 
 
 def test_a_window_needs_fewer_splits(simulator: Target) -> None:

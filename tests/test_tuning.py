@@ -131,6 +131,21 @@ def test_after_warmup_a_call_compiles_nothing(target: Target, monkeypatch: pytes
     assert cache.statistics().compiles == 4
 
 
+def test_calls_with_a_cache_are_compiled_by_their_plan(cold_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, caches = numpy.ones((1, 1, 2, 16), "float16"), numpy.ones((2, 4, 16, 2, 16), "float16")
+    given = {"cache_seqlens": numpy.array([20], "int32"), "page_table": numpy.array([[2, 0, 3, 1]], "int32"), "num_splits": 2}
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    with pytest.raises(CompileError, match=r"cuflash.warmup_plan\(cuflash.kvcache_plan\(…\)\), with the arguments of this call"):
+        cuflash.attention_with_kvcache(query, *caches, query, query, **given)
+    monkeypatch.delenv("CUFLASH_COMPILE")
+    plan = cuflash.kvcache_plan(query, *caches, query, query, **given)
+    assert cuflash.warmup_plan(plan) == len(plan.kernels) == 3
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    assert cuflash.attention_with_kvcache(query, *caches, query, query, **given).shape == query.shape
+    with pytest.raises(OptionError, match=r"plan: got 3; expected a cuflash\.Plan"):
+        cuflash.warmup_plan(3)  # type: ignore[arg-type]
+
+
 @pytest.mark.usefixtures("cold_cache", "simulator")
 def test_warmup_takes_all_combinations_once() -> None:
     """Two types, two head dimensions, both masks; of the backward pass two kernels for each mask, and delta, which knows none."""

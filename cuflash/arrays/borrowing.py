@@ -9,6 +9,7 @@ CuPy and torch are looked up in `sys.modules` and never imported: an array of th
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import reprlib
 import sys
@@ -23,7 +24,21 @@ from cuflash.arrays.dlpack import ManagedTensor
 from cuflash.arrays.frameworks import BFloat16Bits, DLPackFramework, Framework
 from cuflash.errors import ArgumentError, CuflashError, DeviceError, DTypeError, ShapeError
 
-__all__ = ["CPU", "AnyArray", "Array", "BFloat16Bits", "Framework", "bfloat16", "borrow", "describe", "is_array", "pointer", "signature"]
+__all__ = [
+    "CPU",
+    "AnyArray",
+    "Array",
+    "BFloat16Bits",
+    "Framework",
+    "Pinned",
+    "bfloat16",
+    "borrow",
+    "describe",
+    "is_array",
+    "pointer",
+    "seen",
+    "signature",
+]
 
 CPU = ("cpu", 0)
 _MAX_DESCRIPTION = 200  # characters
@@ -135,13 +150,6 @@ def signature(x: object) -> Hashable | None:
     return reader(x) if reader else None
 
 
-def readers_of(x: object) -> tuple[Callable[[Any], Hashable | None], Callable[[Any], int]] | None:
-    """What `signature` and `pointer` do for an array of this library; None where there is no signature."""
-    library = _library_of(type(x)) or ""
-    reader = _signatures.get(library)
-    return None if reader is None else (reader, _pointers[library])
-
-
 def pointer(x: Any) -> int:
     """The address of element [0, …, 0] of an array for which `signature` returned a key.
 
@@ -149,6 +157,32 @@ def pointer(x: Any) -> int:
         DTypeError: a torch tensor that looks like any other, but is a wrapper without memory, as inside `torch.func.vmap`.
     """
     return _pointers[_library_of(type(x)) or ""](x)
+
+
+class Pinned:
+    """An array of ours that stays where it is and as it is: what calls look at of it is looked at once. They take it in the place of the array.
+
+    Attributes:
+        array: kept alive.
+        signature, pointer: of it.
+    """
+
+    __slots__ = ("array", "pointer", "signature")
+
+    def __init__(self, array: AnyArray) -> None:
+        self.array, self.signature, self.pointer = array, signature(array), pointer(array)
+
+
+def seen(x: object) -> tuple[Hashable, int] | None:
+    """`signature` and `pointer` of an array together, for calls that look at many; None where there is no signature.
+
+    Raises:
+        As `pointer`.
+    """
+    library = _library_of(type(x)) or ""
+    reader = _signatures.get(library)
+    found = reader(x) if reader else None
+    return None if found is None else (found, _pointers[library](x))
 
 
 def bfloat16(bits: Any) -> BFloat16Bits:
@@ -202,13 +236,13 @@ def describe(x: object) -> str:
 
 # --- One reader per library -------------------------------------------------------------------------------------------------------------
 
-_libraries: dict[type, str] = {BFloat16Bits: "bits", numpy.ndarray: "numpy"}
+_libraries: dict[type, str] = {BFloat16Bits: "bits", Pinned: "pinned", numpy.ndarray: "numpy"}
 _libraries_of_subclasses: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
 """Classes of the caller, which must not be kept alive here."""
 
 
 def _library_of(kind: type) -> str | None:
-    """Which library's arrays `kind` belongs to: "numpy", "cupy", "torch", "bits", or None for all others."""
+    """Which library's arrays `kind` belongs to: "numpy", "cupy", "torch", "bits", "pinned", or None for all others."""
     known = _libraries.get(kind) or _libraries_of_subclasses.get(kind)
     if known is not None:
         return known
@@ -427,7 +461,13 @@ def _signature_bits(x: BFloat16Bits) -> Hashable:
 
 
 def _pointer_numpy(x: Any) -> int:
-    return x.ctypes.data  # type: ignore[no-any-return]
+    try:
+        return _address_of(_first_byte_of(x))  # a third of the time, of contiguous memory that may be written
+    except (TypeError, ValueError, BufferError):
+        return x.ctypes.data  # type: ignore[no-any-return]
+
+
+_address_of, _first_byte_of = ctypes.addressof, ctypes.c_char.from_buffer
 
 
 def _pointer_cupy(x: Any) -> int:
@@ -450,24 +490,27 @@ _borrowers: dict[str, Callable[[Any, str], Array]] = {
     "cupy": _borrow_cupy,
     "torch": _borrow_torch,
     "bits": _borrow_bits,
+    "pinned": lambda x, name: borrow(x.array, name),
 }
 _signatures: dict[str, Callable[[Any], Hashable | None]] = {
     "numpy": _signature_numpy,
     "cupy": _signature_cupy,
     "torch": _signature_torch,
     "bits": _signature_bits,
+    "pinned": lambda x: x.signature,
 }
 _pointers: dict[str, Callable[[Any], int]] = {
     "numpy": _pointer_numpy,
     "cupy": _pointer_cupy,
     "torch": _pointer_torch,
     "bits": _pointer_bits,
+    "pinned": lambda x: x.pointer,
 }
 
 
 _INTEGERS = (
     "cu_seqlens_q", "cu_seqlens_kv", "seqlens_kv", "segment_ids_q", "segment_ids_kv", "prefix_lengths", "cache_seqlens", "page_table", "cache_batch_idx",
-    "cache_leftpad",
+    "cache_leftpad", "seqused_q", "seqused_kv",
 )  # fmt: skip
 """Arguments that are int32; others are floats, but for masks and seeds."""
 

@@ -2,7 +2,7 @@
 
 `run(options)` trains, compares attention with the float64 formula, shows the plan and the memory, and draws the loss. It returns the exit status: 0
 when the model learned and every result is right. Read next: `transformer.py`, the model and its gradients; `training.py`;
-`verification.py`.
+`verification.py`; `generation.py`, what it writes then.
 
 On a GPU all arrays are CuPy's; without one they are NumPy's and attention runs on the simulator, whose first use compiles its core.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy
 
+from cuflash.demo.generation import write
 from cuflash.demo.training import Text, held_out_loss, own_text, train
 from cuflash.demo.transformer import Shape, Transformer
 from cuflash.demo.verification import CHECK_SHAPE, Case
@@ -27,6 +28,7 @@ from cuflash.errors import OptionError
 from cuflash.hardware import device
 
 STEPS = 300
+PROMPT = b"    return "
 LEARNED = 0.75
 """The loss on held-out text has to be below this share of the unigram entropy."""
 
@@ -57,7 +59,8 @@ def run(options: Options) -> int:
     print("Compiling kernels (without a GPU also the simulator's core: a minute or two), unless they are cached", end=" … ", flush=True)
     case.run()
     print(f"{time.perf_counter() - start:.1f} s")
-    learned = _train(xp, options)
+    model, learned = _train(xp, options)
+    _write(model, options.seed)
     correct = _verify(case)
     print("\nWhat ran for the check:")
     for plan in case.plans():
@@ -79,8 +82,8 @@ def _array_library() -> Any:
 # --- Training -----------------------------------------------------------------------------------------------------------------------------
 
 
-def _train(xp: Any, options: Options) -> bool:
-    """Train, report and draw; whether the model learned."""
+def _train(xp: Any, options: Options) -> tuple[Transformer, bool]:
+    """Train, report and draw; the model, and whether it learned."""
     text, shape = own_text(), Shape()
     model = Transformer(shape, xp, options.dtype, options.seed)
     size = sum(parameter.size for parameter in model.parameters.values())
@@ -105,7 +108,21 @@ def _train(xp: Any, options: Options) -> bool:
         print(f"The model did not learn enough.{f' {STEPS} steps are meant to do.' if options.steps < STEPS else ''}")
     if options.output is not None:
         draw(losses, final, text, options.output)
-    return final < limit
+    return model, final < limit
+
+
+def _write(model: Transformer, seed: int) -> None:
+    """Let the model write, and say how fast it does."""
+    on = device.default()
+    if on.capability < 80:
+        print(f"It does not write: the kernel for caches needs sm_80 or later, and this is {on.arch}.")
+        return
+    write(model, PROMPT, 2, seed)  # compiles
+    count = model.shape.seqlen - len(PROMPT)
+    start = time.perf_counter()
+    text = write(model, PROMPT, count, seed)
+    rate = count / (time.perf_counter() - start)
+    print(f"It continues {PROMPT!r}, {rate:.0f} tokens per second through a cuflash.KVCache for each layer:\n  {text!r}")
 
 
 @contextmanager

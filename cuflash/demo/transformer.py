@@ -105,6 +105,21 @@ class Transformer:
             gradient /= targets.size
         return float(total) / targets.size, gradients
 
+    # --- Parts, for who has no gradients ---------------------------------------------------------------------------------------------------
+
+    @property
+    def rotation(self) -> tuple[Array, Array]:
+        """Cosines and sines of each position, `(seqlen, head_dim / 2)`."""
+        return self._cos[:, 0, 0], self._sin[:, 0, 0]
+
+    def normed(self, x: Array, name: str) -> Array:
+        """`x` as the part of this name takes it; as the embedding does, with no name."""
+        return self._rms_norm(x, self.parameters[f"{name}.norm".lstrip(".")])[0]
+
+    def transformed(self, x: Array, name: str) -> Array:
+        """What an MLP makes of x."""
+        return self._mlp(x, name)[0]
+
     # --- The whole ------------------------------------------------------------------------------------------------------------------------
 
     def _forward(self, tokens: Array) -> tuple[Array, dict[str, Any]]:

@@ -120,7 +120,7 @@ GEOMETRY = _struct(
 )  # fmt: skip
 SEQUENCE_LENGTHS = _struct(
     "SequenceLengths",
-    ("cu_seqlens_q", WORD), ("cu_seqlens_kv", WORD), ("seqlens_kv", WORD), ("num_sequences", INT), ("bottom_right", INT),
+    ("cu_seqlens_q", WORD), ("cu_seqlens_kv", WORD), ("seqlens_kv", WORD), ("seqlens_q", WORD), ("num_sequences", INT), ("bottom_right", INT),
 )  # fmt: skip
 
 # --- kernels/feature_arguments.cuh --------------------------------------------------------------------------------------------------------

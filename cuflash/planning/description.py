@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cuflash.hardware.device import Device
-from cuflash.planning import kernel_cases, kernel_specs
+from cuflash.planning import kernel_cases, kernel_specs, split_forward
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.visits import all_tiles, visited_tiles
@@ -31,6 +31,7 @@ def describe(
         lines.append("  copies     element by element, of arrays whose rows do not start on 16 bytes or whose head_dim is not contiguous")
     lines += [f"  kernel     {_launch(kernel)}" for kernel in kernels] or ["  kernel     none: there is nothing to compute"]
     lines += [f"  tile by    {kernel.name}: {kernel.tile_by}" for kernel in kernels if kernel.tile_by]
+    lines += [f"  keys       {_traffic(kernel, problem, device)}" for kernel in kernels if kernel.spec.splits_keys]
     if choice:
         lines.append(f"  choice     {choice}")
     visits = [_visits(kernel, problem) for kernel in kernels if kernel.spec.is_tiled and kernel.spec.warps_share == "stationary"]
@@ -53,6 +54,7 @@ def _extents(problem: Problem) -> str:
     if problem.num_sequences is not None:
         lengths = f"{_count(problem.num_sequences, 'packed sequence')} of {problem.seqlen_q} x {problem.seqlen_kv} tokens in all"
         lengths += f", each of at most {problem.max_seqlen_q} x {problem.max_seqlen_kv}"
+        lengths += ", up to its seqused" if problem.in_places else ""
     if problem.cache is not None:
         pages = f", pages of {problem.cache.page_size}" if problem.cache.page_size else ""
         new = problem.cache.new_keys
@@ -77,6 +79,12 @@ def _launch(kernel: KernelPlan) -> str:
         f"{kernel.name}: {kernel.source}, {tile}{_count(kernel.num_blocks, 'block')} of {kernel.num_threads} threads, {stays}"
         f"{kernel.shared_bytes} bytes of shared memory{splits}"
     )
+
+
+def _traffic(kernel: KernelPlan, problem: Problem, device: Device) -> str:
+    of = split_forward.traffic(kernel, problem, device)
+    blocks = f"{_count(of.resident, 'block')} of an SM at a time, in {_count(of.waves, 'wave')}"
+    return f"at most {_bytes(of.key_bytes)} of keys and values to read, by {blocks}, with {_bytes(of.bytes_in_flight)} in flight per SM"
 
 
 def _visits(kernel: KernelPlan, problem: Problem) -> str:

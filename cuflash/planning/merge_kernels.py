@@ -34,6 +34,7 @@ def merge_kernel(
     head_dim: int = 0,
     part_dtype: str | None = None,
     parts_have_sums: bool = False,
+    log2_parts: bool = False,
 ) -> KernelPlan:
     """One of the kernels, which depend on element types alone: no head dimension or number of parts compiles anything.
 
@@ -45,12 +46,14 @@ def merge_kernel(
         num_tiles, head_dim: blocks of one (batch, head) and columns of a row, for calls whose plan fills in the struct.
         part_dtype: of the parts, if it is another one.
         parts_have_sums: their LSE comes as reference and sum (kernels/tile/merge.cuh).
+        log2_parts: the reference in units of log2.
     """
     constants: dict[str, int | bool | str] = {
         "CAPABILITY": on.capability,
         "NUM_WARPS": spec.num_warps,
         "PartElement": CPP_ELEMENTS[part_dtype or dtype],
         "PARTS_HAVE_SUMS": parts_have_sums,
+        "LOG2_PARTS": log2_parts,
     }
     shape = LaunchShape(num_blocks, 32 * spec.num_warps, 0)
     return KernelPlan(KernelCase(spec, dtype, head_dim), Tile(1, 1, spec.num_warps, 1), config_text(dtype, constants), shape, num_tiles)

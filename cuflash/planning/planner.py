@@ -197,7 +197,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         "SHARED_BYTES": shared_bytes,
         "CAUSAL": problem.is_causal,
         "VARLEN": problem.num_sequences is not None,
-        "SEQLENS_KV": problem.seqlens_kv,
+        "SEQLENS_KV": problem.seqlens_kv or problem.in_places,
         "ALLOW_TF32": case.allow_tf32,
         "VECTORIZED": problem.vectorized and not spec.splits_keys,
         **case.features.constants(),
@@ -239,9 +239,10 @@ def _split_kernel(
     """The kernel that shares out keys among blocks, each of which has rows of all heads that share a key head."""
     constants["PAGED"] = problem.cache is not None and problem.cache.is_paged
     splits, num_tiles = split_forward.splits_of(problem, tile, device), split_forward.row_tiles(problem, tile)
-    num_blocks = num_tiles * problem.num_heads_kv * problem.batch * splits.number
+    sequences = problem.sequences + (problem.num_sequences is not None)  # as `tiled_kernel`
+    num_blocks = max(1, num_tiles) * problem.num_heads_kv * sequences * splits.number
     shape = LaunchShape(num_blocks, 32 * tile.num_warps, kernel_cases.shared_bytes(case, tile, device))
-    return KernelPlan(case, tile, config_text(problem.dtype, constants), shape, num_tiles, splits=splits, tile_by=tile_by)
+    return KernelPlan(case, tile, config_text(problem.dtype, constants), shape, max(1, num_tiles), splits=splits, tile_by=tile_by)
 
 
 def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, int]:
@@ -379,7 +380,7 @@ def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> Kern
         "SHARED_BYTES": shared_bytes,
         "CAUSAL": False,
         "VARLEN": problem.num_sequences is not None,
-        "SEQLENS_KV": False,
+        "SEQLENS_KV": problem.in_places,
         "ALLOW_TF32": False,
         "VECTORIZED": problem.vectorized,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import ceil
+from typing import TYPE_CHECKING, NamedTuple
 
 from cuflash.errors import UnsupportedError
 from cuflash.hardware.device import Device
@@ -19,6 +20,9 @@ from cuflash.problem.cache_call import MAX_SPLITS
 from cuflash.problem.features import UNLIMITED
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
+
+if TYPE_CHECKING:
+    from cuflash.planning.plan import Plan
 
 VARIABLE = "CUFLASH_DECODE"
 """Environment variable; 1: the kernel for calls of few queries. Looked at when a call is planned, so not by calls whose like was made before."""
@@ -33,6 +37,8 @@ INVARIANT_KEYS = 1024
 # pull request 4904), not measured here.
 _BLOCK_TILES = 10.0
 _SPLIT_TILES = 0.22
+LAUNCH_TILES = 1.0
+"""A launch more, in the same unit: 3 µs beside 32 KiB of keys and values of one of 216 blocks that share 2 TB/s."""
 
 _UNKNOWN_FEATURES = ("dropout", "segments", "prefix")
 
@@ -56,12 +62,12 @@ def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
     if (lacking := tile_rules.lacking(case_of(FORWARD_SPLIT, problem), device)) is not None:
         return lacking
-    if (rows := _packed_rows(problem)) > _MAX_ROWS:
+    if (rows := problem.seqlen_q * problem.heads_per_kv) > _MAX_ROWS:
         return f"it counts queries of all heads that share a key head up to {_MAX_ROWS}, and these are {rows}"
     for name in _UNKNOWN_FEATURES:
         if getattr(problem.features.kinds, name):
             return f"it knows no {name}"
-    return "it knows no packed sequences" if problem.num_sequences is not None else None
+    return "it knows no packed sequences without a cache" if problem.num_sequences is not None and problem.cache is None else None
 
 
 def check(problem: Problem, device: Device) -> None:
@@ -114,7 +120,8 @@ def row_tiles(problem: Problem, tile: Tile) -> int:
 
 
 def _packed_rows(problem: Problem) -> int:
-    return problem.seqlen_q * problem.heads_per_kv
+    """Of a key head in the longest sequence."""
+    return problem.max_seqlen_q * problem.heads_per_kv
 
 
 def splits_of(problem: Problem, tile: Tile, device: Device) -> Splits:
@@ -125,7 +132,7 @@ def splits_of(problem: Problem, tile: Tile, device: Device) -> Splits:
         return Splits(max(1, ceil(problem.max_seqlen_kv / (of_split * tile.tile_kv))), of_split)
     if problem.num_splits is not None:
         return Splits(problem.num_splits)
-    blocks = row_tiles(problem, tile) * problem.num_heads_kv * problem.batch
+    blocks = row_tiles(problem, tile) * problem.num_heads_kv * problem.sequences
     resident = tile_model.blocks_per_sm(case_of(FORWARD_SPLIT, problem), tile, device) * device.num_sms
     return Splits(fastest_split(blocks, tiles, resident))
 
@@ -139,11 +146,25 @@ def fastest_split(blocks: int, tiles: int, resident: int) -> int:
         resident: blocks that the device holds at a time.
     """
 
-    def cost(count: int) -> float:
-        waves = ceil(blocks * count / resident)
-        return waves * (ceil(tiles / count) + _BLOCK_TILES) + (_SPLIT_TILES * count if count > 1 else 0.0)
+    return min(range(1, min(tiles, MAX_SPLITS) + 1), key=lambda count: _cost(blocks, tiles, resident, count))
 
-    return min(range(1, min(tiles, MAX_SPLITS) + 1), key=cost)
+
+def _cost(blocks: int, tiles: int, resident: int, count: int) -> float:
+    """Time that so many splits take, in key tiles of one block."""
+    waves = ceil(blocks * count / resident)
+    return waves * (ceil(tiles / count) + _BLOCK_TILES) + (_SPLIT_TILES * count if count > 1 else 0.0)
+
+
+def predicted_cost(plan: Plan, skipped_keys: int = 0) -> float:
+    """The same of a planned call with a cache, with as many splits as would be fastest; so many keys of each sequence are not seen."""
+    problem, device = plan.problem, plan.device
+    kernel = next((kernel for kernel in plan.kernels if kernel.spec == FORWARD_SPLIT), None)
+    if kernel is None:
+        return 0.0
+    blocks = row_tiles(problem, kernel.tile) * problem.num_heads_kv * problem.sequences
+    tiles = max(1, ceil((_visible_keys(problem) - skipped_keys) / kernel.tile.tile_kv))
+    resident = tile_model.blocks_per_sm(kernel.case, kernel.tile, device) * device.num_sms
+    return _cost(blocks, tiles, resident, fastest_split(blocks, tiles, resident))
 
 
 def _visible_keys(problem: Problem) -> int:
@@ -152,7 +173,35 @@ def _visible_keys(problem: Problem) -> int:
     high = min(high, 0) if problem.is_causal else high
     if low == -UNLIMITED or high == UNLIMITED:
         return problem.max_seqlen_kv
-    return max(0, min(problem.max_seqlen_kv, high - low + problem.seqlen_q))
+    return max(0, min(problem.max_seqlen_kv, high - low + problem.max_seqlen_q))
+
+
+class Traffic(NamedTuple):
+    """What a launch asks of memory.
+
+    Attributes:
+        key_bytes: of keys and values that queries see, each counted once, with sequences as long as they have room for.
+        resident: blocks that an SM holds at a time.
+        waves: of blocks.
+        bytes_in_flight: copies that the blocks of an SM wait for while each works on a stage.
+    """
+
+    key_bytes: int
+    resident: int
+    waves: int
+    bytes_in_flight: int
+
+
+def traffic(kernel: KernelPlan, problem: Problem, device: Device) -> Traffic:
+    """Of the planned kernel."""
+    columns = problem.itemsize * (problem.head_dim + problem.head_dim_v)  # bytes of a key and a value
+    resident = tile_model.blocks_per_sm(kernel.case, kernel.tile, device)
+    return Traffic(
+        problem.sequences * problem.num_heads_kv * _visible_keys(problem) * columns,
+        resident,
+        ceil(kernel.num_blocks / (resident * device.num_sms)),
+        resident * (kernel.tile.num_stages - 1) * kernel.tile.tile_kv * columns,
+    )
 
 
 # --- What comes after it ------------------------------------------------------------------------------------------------------------------
@@ -166,16 +215,15 @@ def merging_kernels(split: KernelPlan, problem: Problem, device: Device) -> tupl
     num_blocks = num_tiles * problem.num_heads_q * problem.batch
     merging = merge_kernels.merge_kernel(
         MERGE_ATTENTION, device, problem.dtype, num_blocks, num_tiles=num_tiles, head_dim=problem.head_dim_v, part_dtype="float32",
-        parts_have_sums=problem.features.kinds.additive_mask,
+        parts_have_sums=True, log2_parts=not problem.features.kinds.additive_mask,
     )  # fmt: skip
     return (merging,)
 
 
 def workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
-    """The parts. With an additive mask, whose scores may be huge, LSE is reference and sum, one behind the other."""
+    """The parts. The LSE of each is reference and sum, one behind the other, since scores may be huge."""
     count = max((kernel.splits.number for kernel in kernels), default=1)
     if count == 1:
         return ()
     rows = (count, problem.batch, problem.num_heads_q, problem.seqlen_q)
-    lse_shape = (*rows, 2) if problem.features.kinds.additive_mask else rows
-    return Buffer(PARTS[0], (*rows, problem.head_dim_v), "float32"), Buffer(PARTS[1], lse_shape, "float32")
+    return Buffer(PARTS[0], (*rows, problem.head_dim_v), "float32"), Buffer(PARTS[1], (*rows, 2), "float32")

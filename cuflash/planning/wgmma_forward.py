@@ -37,6 +37,8 @@ def why_not(problem: Problem, device: Device) -> str | None:
         return lacking
     if not tile_choice.legal_tiles_for(case_of(FORWARD_WGMMA, problem), device):
         return "no tile leaves room in the registers for all of these features"
+    if problem.in_places:
+        return "it knows no packed sequences that use less than their offsets give them"
     if problem.seqlen_kv == 0:
         return "there are no keys to copy"
     for name, view in (("query", problem.query), ("key", problem.key), ("value", problem.value)):

@@ -7,6 +7,7 @@ GPU: there, kernels clamp what makes no sense. In the host's memory reading them
 from __future__ import annotations
 
 import ctypes
+import itertools
 import numbers
 import operator
 from collections.abc import Iterator, Mapping
@@ -22,9 +23,12 @@ from cuflash.problem.features import Extents, check_features, check_window
 from cuflash.problem.layout import Layout, View, overlaps_itself, share_memory
 from cuflash.problem.options import Options, Window
 from cuflash.problem.problem import MAX_EXTENT, MAX_HEAD_DIM, Problem
+from cuflash.problem.sequences import check_cu_seqlens, check_offsets
 from cuflash.problem.tile import Tiles
 
 MAX_SPLITS = 256
+PACKED = Layout(varlen=True)
+"""Of queries and new keys with `cu_seqlens_q`."""
 
 
 class CacheOperands(NamedTuple):
@@ -45,6 +49,7 @@ class CacheOperands(NamedTuple):
     alibi_slopes: AnyArray | None
     sinks: AnyArray | None
     out: AnyArray | None
+    cu_seqlens_q: AnyArray | None
 
 
 class CacheOptions(NamedTuple):
@@ -60,6 +65,7 @@ class CacheOptions(NamedTuple):
     batch_invariant: bool
     return_lse: bool
     tile: Tiles
+    max_seqlen_q: int | None
 
 
 _REQUIRED = ("query", "key_cache", "value_cache", "cache_seqlens")
@@ -96,18 +102,20 @@ def make_cache_problem(arrays: Mapping[str, Array], given: CacheOptions) -> Prob
     check_dtypes({name: arrays[name] for name in ("query", "key_cache", "value_cache", "key", "value") if name in arrays})
     views = _views(arrays, form)
     batch, seqlen_q, num_heads_q, head_dim = views["query"].shape
+    packed = _check_packed(arrays, given, seqlen_q)
+    sequences, longest = (batch, seqlen_q) if packed is None else packed
     _check_caches(views, form)
     num_heads_kv, head_dim_v = views["key_cache"].shape[2], views["value_cache"].shape[3]
 
-    _check_per_sequence("cache_seqlens", arrays["cache_seqlens"], batch, "how many keys the cache has of each sequence")
-    cache, capacity = _check_places(arrays, views, batch)
-    new = _check_new(arrays, views, form, batch, capacity)
+    _check_per_sequence("cache_seqlens", arrays["cache_seqlens"], sequences, "how many keys the cache has of each sequence")
+    cache, capacity = _check_places(arrays, views, sequences)
+    new = _check_new(arrays, views, form, capacity)
     rotary = _check_rotary(arrays, given.rotary_interleaved, head_dim, capacity, has_new=new is not None)
     chosen_scale = head_dim**-0.5 if scale is None else scale
     features = check_features(
-        Extents(batch, num_heads_q, seqlen_q, capacity, query),
+        Extents(sequences, num_heads_q, longest, capacity, query),
         arrays,
-        Options(is_causal=is_causal, window=_window_that_hides(given.window, capacity, seqlen_q), softcap=given.softcap),
+        Options(is_causal=is_causal, window=_window_that_hides(given.window, capacity, longest), softcap=given.softcap),
         is_causal=is_causal,
         scale=chosen_scale,
     )
@@ -118,7 +126,7 @@ def make_cache_problem(arrays: Mapping[str, Array], given: CacheOptions) -> Prob
         seqlen_kv=capacity,
         num_heads_q=num_heads_q,
         num_heads_kv=num_heads_kv,
-        batch_kv=batch,
+        batch_kv=sequences,
         head_dim=head_dim,
         scale=chosen_scale,
         is_causal=is_causal,
@@ -131,11 +139,12 @@ def make_cache_problem(arrays: Mapping[str, Array], given: CacheOptions) -> Prob
         value=views["value_cache"],
         key_shape=views["key_cache"].shape,
         value_shape=views["value_cache"].shape,
-        layout=form,
+        layout=form if packed is None else PACKED,
         head_dim_v=head_dim_v,
-        max_seqlen_q=seqlen_q,
+        max_seqlen_q=longest,
         max_seqlen_kv=capacity,
         seqlens_kv=True,
+        num_sequences=None if packed is None else sequences,
         features=features,
         cache=replace(cache, new=new, rotary=rotary),
         num_splits=num_splits,
@@ -147,12 +156,15 @@ def make_cache_problem(arrays: Mapping[str, Array], given: CacheOptions) -> Prob
 
 
 def _views(arrays: Mapping[str, Array], form: Layout) -> dict[str, View]:
-    """Query, caches and what is appended, in canonical order."""
-    views = {}
+    """Query, caches and what is appended, in canonical order; packed queries and new keys are a batch of one."""
+    views: dict[str, View] = {}
     for name in ("query", "key_cache", "value_cache", "key", "value"):
         if name not in arrays:
             continue
         shape = arrays[name].shape
+        if "cu_seqlens_q" in arrays and name in ("query", "key", "value"):
+            views[name] = _packed_view(name, arrays[name])
+            continue
         if len(shape) != 4:
             hint = (
                 "One query for each sequence is query[:, None], which copies nothing."
@@ -170,6 +182,31 @@ def _views(arrays: Mapping[str, Array], form: Layout) -> dict[str, View]:
     if head_dim > MAX_HEAD_DIM:
         raise UnsupportedError("query", got, f"a head_dim of at most {MAX_HEAD_DIM}", "Say how dimensions are read with layout=.")
     return views
+
+
+def _packed_view(name: str, array: Array) -> View:
+    if len(array.shape) != 3:
+        hint = f"Pack the sequences one behind the other, or leave cu_seqlens_q out for {Layout().describe()}."
+        raise ShapeError(name, f"{len(array.shape)} dimensions, {array.shape}", f"3 dimensions {PACKED.describe()} with cu_seqlens_q", hint)
+    if max(array.shape) > MAX_EXTENT:
+        raise UnsupportedError(name, f"shape {array.shape}", f"extents of at most {MAX_EXTENT}", "Split the call.")
+    return PACKED.view(array, array.shape[2])
+
+
+def _check_packed(arrays: Mapping[str, Array], given: CacheOptions, tokens: int) -> tuple[int, int] | None:
+    """How many packed sequences there are, and how many queries the longest has; None where queries are not packed."""
+    if "cu_seqlens_q" not in arrays:
+        if given.max_seqlen_q is not None:
+            hint = "Leave it out: queries that are not packed are as many for each sequence."
+            raise OptionError("max_seqlen_q", describe(given.max_seqlen_q), "None without cu_seqlens_q", hint)
+        return None
+    if "attn_mask" in arrays:
+        hint = "Use is_causal, window or alibi_slopes; or leave cu_seqlens_q out, and pad."
+        raise OptionError("attn_mask", "an array with cu_seqlens_q", "None: packed sequences have scores of different shapes", hint)
+    offsets = arrays["cu_seqlens_q"]
+    lengths = check_cu_seqlens((offsets, offsets), (given.max_seqlen_q, None), arrays["query"], (tokens, tokens))
+    assert lengths.num_sequences is not None
+    return lengths.num_sequences, lengths.max_seqlen_q
 
 
 def _check_caches(views: Mapping[str, View], form: Layout) -> None:
@@ -250,14 +287,17 @@ def _check_places(arrays: Mapping[str, Array], views: Mapping[str, View], batch:
     return Cache(rows), length
 
 
-def _check_new(arrays: Mapping[str, Array], views: Mapping[str, View], form: Layout, batch: int, capacity: int) -> NewRows | None:
-    """What is appended: key and value together, shaped like the cache but for their own length."""
+def _check_new(arrays: Mapping[str, Array], views: Mapping[str, View], form: Layout, capacity: int) -> NewRows | None:
+    """What is appended: key and value together, shaped like the cache but for their own length, which packed is that of the query."""
     if ("key" in arrays) != ("value" in arrays):
         missing = "value" if "key" in arrays else "key"
         raise OptionError(missing, "None while the other one is given", "new keys and values together", f"Pass {missing} too, or neither.")
     if "key" not in arrays:
         return None
-    count = views["key"].shape[1]
+    packed = "cu_seqlens_q" in arrays
+    form = PACKED if packed else form
+    batch, seqlen_q, _, _ = views["query"].shape
+    count = seqlen_q if packed else views["key"].shape[1]
     if share_memory(arrays["key_cache"], arrays["value_cache"]):
         hint = "Pass arrays of their own, or halves of one array, such as cache[:, :, 0] and cache[:, :, 1]."
         raise ArgumentError("value_cache", "an array that shares memory with key_cache", "memory that key_cache does not use", hint)
@@ -279,7 +319,7 @@ def _check_new(arrays: Mapping[str, Array], views: Mapping[str, View], form: Lay
             if share_memory(cache, arrays[other]):
                 hint = "What is in the cache already is not appended: leave key and value out, and count it in cache_seqlens."
                 raise ArgumentError(other, f"an array that shares memory with {name}_cache", "memory that the cache does not use", hint)
-    if count > capacity:
+    if count > capacity and not packed:
         raise ShapeError(
             "key", f"{count} new keys of a sequence", f"at most {capacity}, for which the cache has room", "Make the cache larger."
         )
@@ -358,10 +398,16 @@ def check_positions(problem: Problem, addresses: Mapping[str, int]) -> None:
     """
     cache = problem.cache
     assert cache is not None
-    new = cache.new_keys
-    positions = max(new, problem.seqlen_q if problem.queries_advance else 1)
-    lengths = list(_numbers(addresses["cache_seqlens"], problem.batch))
-    for i, length in enumerate(lengths):
+    sequences, queries = problem.sequences, [problem.seqlen_q] * problem.sequences
+    if problem.num_sequences is not None:
+        check_offsets("q", addresses["cu_seqlens_q"], sequences, problem.seqlen_q, problem.max_seqlen_q)
+        offsets = _numbers(addresses["cu_seqlens_q"], sequences + 1)
+        queries = [end - begin for begin, end in itertools.pairwise(offsets)]
+    lengths, appended = list(_numbers(addresses["cache_seqlens"], sequences)), []
+    for i, (length, own) in enumerate(zip(lengths, queries, strict=True)):
+        new = own if problem.num_sequences is not None and cache.new is not None else cache.new_keys
+        positions = max(new, own if problem.queries_advance else 1)
+        appended.append(length + new)
         if not 0 <= length <= problem.seqlen_kv - new:
             room = f"room for {problem.seqlen_kv} keys" + (f", {new} of them new" if new else "")
             raise OptionError("cache_seqlens", f"{length} at {i}", f"0 to {problem.seqlen_kv - new}", f"The cache has {room}.")
@@ -369,17 +415,15 @@ def check_positions(problem: Problem, addresses: Mapping[str, int]) -> None:
             got = f"{cache.rotary.rows} positions, while queries and new keys of sequence {i} stand at {length} to {length + positions - 1}"
             raise OptionError("rotary_cos", got, "a row for each position of a sequence", "Make the tables longer.")
     if "cache_batch_idx" in addresses:
-        _check_range("cache_batch_idx", _numbers(addresses["cache_batch_idx"], problem.batch), cache.num_rows, "rows of the cache")
+        _check_range("cache_batch_idx", _numbers(addresses["cache_batch_idx"], sequences), cache.num_rows, "rows of the cache")
     if "cache_leftpad" in addresses:
-        _check_range(
-            "cache_leftpad", _numbers(addresses["cache_leftpad"], problem.batch), problem.seqlen_kv + 1, "keys that there is room for"
-        )
+        _check_range("cache_leftpad", _numbers(addresses["cache_leftpad"], sequences), problem.seqlen_kv + 1, "keys that there is room for")
     if "page_table" in addresses:
-        for i, length in enumerate(lengths):
+        for i, length in enumerate(appended):
             row = addresses["page_table"] + 4 * i * cache.stride_page_table
             _check_range(
                 "page_table",
-                _numbers(row, -(-(length + new) // cache.page_size)),
+                _numbers(row, -(-length // cache.page_size)),
                 cache.num_rows,
                 f"pages, in the part that sequence {i} uses",
             )

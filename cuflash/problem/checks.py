@@ -53,7 +53,10 @@ def make_problem(arrays: Mapping[str, Array], given: Options) -> Problem:
 
     inputs = {name: arrays[name] for name in ("query", "key", "value")}
     query = inputs["query"]
-    check_same_kind(inputs | {name: arrays[name] for name in ("seqlens_kv", "cu_seqlens_q", "cu_seqlens_kv") if name in arrays})
+    check_same_kind(
+        inputs
+        | {name: arrays[name] for name in ("seqlens_kv", "cu_seqlens_q", "cu_seqlens_kv", "seqused_q", "seqused_kv") if name in arrays}
+    )
     check_dtypes(inputs)
     form = _varlen_form(inputs) if given.varlen else _form_of(inputs, order)
     head_dim = _head_dim_of(query, form, num_heads)
@@ -95,6 +98,7 @@ def make_problem(arrays: Mapping[str, Array], given: Options) -> Problem:
         max_seqlen_q=lengths.max_seqlen_q,
         max_seqlen_kv=lengths.max_seqlen_kv,
         seqlens_kv=lengths.seqlens_kv,
+        in_places=lengths.in_places,
         num_sequences=lengths.num_sequences,
         features=features,
         aligned=all(array.pointer % 16 == 0 for array in inputs.values()),
@@ -109,7 +113,9 @@ def _lengths(arrays: Mapping[str, Array], given: Options, batch: int, seqlen_q: 
     query = arrays["query"]
     if given.varlen:
         offsets, bounds = (arrays["cu_seqlens_q"], arrays["cu_seqlens_kv"]), (given.max_seqlen_q, given.max_seqlen_kv)
-        return sequences.check_cu_seqlens(offsets, bounds, query, (seqlen_q, seqlen_kv))
+        lengths = sequences.check_cu_seqlens(offsets, bounds, query, (seqlen_q, seqlen_kv))
+        assert lengths.num_sequences is not None
+        return lengths._replace(in_places=sequences.check_lengths_in_places(arrays, query, lengths.num_sequences))
     if "seqlens_kv" in arrays:
         sequences.check_seqlens("seqlens_kv", arrays["seqlens_kv"], query, batch)
     return Lengths(seqlen_q, seqlen_kv, seqlens_kv="seqlens_kv" in arrays)

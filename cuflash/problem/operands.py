@@ -30,6 +30,8 @@ class Operands(NamedTuple):
     grad_out: AnyArray | None = None
     lse: AnyArray | None = None
     grad_lse: AnyArray | None = None
+    seqused_q: AnyArray | None = None
+    seqused_kv: AnyArray | None = None
 
 
 _FORWARD = ("query", "key", "value")

@@ -64,8 +64,8 @@ OTHER_NAMES = (
     OtherName(("max_seqlen_k",), "flash-attn", ("max_seqlen_kv",), "The same int."),
     OtherName(("max_seqlen",), "flash-attn", ("max_seqlen_q", "max_seqlen_kv"), "For self-attention pass the same int twice."),
     OtherName(
-        ("seqused_k", "key_value_seq_lengths"), "flash-attn, JAX", ("seqlens_kv", "cache_seqlens"),
-        "int32 (batch,), all keys that a row has, those of this step too; of a cache, those before this call.",
+        ("seqused_k", "key_value_seq_lengths"), "flash-attn, JAX", ("seqlens_kv", "cache_seqlens", "seqused_kv"),
+        "int32 (batch,), all keys that a row has, those of this step too; of a cache, those before this call; of packed sequences, those of their places.",
     ),
     OtherName(
         ("query_seq_lengths",), "JAX", (),
@@ -246,11 +246,11 @@ def _answer(function: str, known: tuple[str, ...], keyword: str, feature_of: Map
     if of_caches is not None and not any(name in known for name in ours):
         return "no such argument here", _OF_CACHES[of_caches]
     only_padded = next((name for name in ours if name in _ONLY_PADDED), None)
-    if only_padded is not None and "cu_seqlens_q" in known:
+    if only_padded is not None and "cu_seqlens_kv" in known:
         return "no such argument for packed sequences", _ONLY_PADDED[only_padded]
     here = [name for name in ours if name in known]
     if row is not None and (here or not ours):
-        of_padded = [name for name in _ONLY_PADDED if "cu_seqlens_q" in known and re.search(rf"\b{name}\b", row.difference)]
+        of_padded = [name for name in _ONLY_PADDED if "cu_seqlens_kv" in known and re.search(rf"\b{name}\b", row.difference)]
         where = f" {' and '.join(of_padded)}: of scaled_dot_product_attention, not of packed sequences." if of_padded else ""
         return " and ".join(here) or "no such argument", row.difference + where
     elsewhere = ", ".join(other for other, names in _functions.items() if ours[0] in names)

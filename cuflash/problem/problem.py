@@ -50,6 +50,7 @@ class Problem:
         seqlens_kv: rows of the batch have numbers of keys of their own, at most seqlen_kv, which are read on the device.
         num_sequences: packed sequences, whose offsets are read on the device; `batch` is 1 then and seqlen_q and seqlen_kv count all tokens.
             None for padded batches.
+        in_places: packed sequences may use less than their offsets give them, which is read on the device too.
         features: score features and masks other than the causal one.
         aligned: query, key and value start on 16 bytes, each of them.
         vectorized: so do all rows of all arrays of this element type that kernels read and write, and the head_dim of each is contiguous.
@@ -83,6 +84,7 @@ class Problem:
     max_seqlen_kv: int
     seqlens_kv: bool = False
     num_sequences: int | None = None
+    in_places: bool = False
     features: Features = field(default_factory=Features)
     aligned: bool = True
     vectorized: bool = True
@@ -108,6 +110,11 @@ class Problem:
     def same_groups(self) -> bool:
         """Gradients of key and value are summed over the same batches and heads."""
         return self.key_shape[:3] == self.value_shape[:3]
+
+    @property
+    def sequences(self) -> int:
+        """How many there are, packed or not."""
+        return self.batch if self.num_sequences is None else self.num_sequences
 
     @property
     def is_ragged(self) -> bool:

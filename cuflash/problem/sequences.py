@@ -10,6 +10,7 @@ import ctypes
 import itertools
 import numbers
 import operator
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from cuflash.arrays.borrowing import Array, describe, is_array
@@ -23,12 +24,14 @@ class Lengths(NamedTuple):
         max_seqlen_q, max_seqlen_kv: no sequence is longer.
         seqlens_kv: rows of the batch have numbers of keys of their own.
         num_sequences: packed ones; None for padded batches.
+        in_places: these have lengths besides their offsets.
     """
 
     max_seqlen_q: int
     max_seqlen_kv: int
     seqlens_kv: bool = False
     num_sequences: int | None = None
+    in_places: bool = False
 
 
 def check_seqlens(name: str, lengths: Array, query: Array, expected: int) -> None:
@@ -81,7 +84,15 @@ def check_cu_seqlens(cu_seqlens: tuple[Array, Array], max_seqlens: tuple[object,
     )
 
 
-def check_offsets(which: str, address: int, num_sequences: int, tokens: int, longest: int) -> None:
+def check_lengths_in_places(arrays: Mapping[str, Array], query: Array, num_sequences: int) -> bool:
+    """Check how much packed sequences use of what their offsets give them, and say whether anything says so."""
+    names = [name for name in ("seqused_q", "seqused_kv") if name in arrays]
+    for name in names:
+        check_seqlens(name, arrays[name], query, num_sequences)
+    return bool(names)
+
+
+def check_offsets(which: str, address: int, num_sequences: int, tokens: int, longest: int, used: int = 0) -> None:
     """Check the values of packed offsets in the host's memory.
 
     What kernels do with others is not specified. Lengths in `seqlens_kv` and `prefix_lengths` have no such check: all of them mean something, since
@@ -92,6 +103,7 @@ def check_offsets(which: str, address: int, num_sequences: int, tokens: int, lon
         address: of `num_sequences + 1` contiguous int32.
         tokens: of the arrays that they divide.
         longest: the bound on the length of a sequence.
+        used: address of as many int32 as there are sequences, which use no more rows; 0 without.
 
     Raises:
         OptionError: offsets that do not start at 0, descend, or lie beyond the tokens; or a sequence is longer than its bound.
@@ -109,6 +121,9 @@ def check_offsets(which: str, address: int, num_sequences: int, tokens: int, lon
     if offsets[-1] > tokens:
         hint = "The last offset is the number of tokens of all sequences."
         raise OptionError(name, f"a last offset of {offsets[-1]}", f"at most {tokens}, the tokens that there are", hint)
+    if used:
+        limits = (ctypes.c_int32 * num_sequences).from_address(used)
+        lengths = [min(length, max(limit, 0)) for length, limit in zip(lengths, limits, strict=True)]
     if max(lengths, default=0) > longest:
         hint = f"Pass {bound}={max(lengths)}, or leave it out."
         raise OptionError(bound, longest, f"at least {max(lengths)}, the longest sequence in {name}", hint)

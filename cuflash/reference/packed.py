@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ def varlen_attention(
         magnitudes: as for `attention`; in float64 only.
         precision: None for the truth in float64, else that of `attention_naive`.
         options: is_causal, scale, enable_gqa, causal_alignment and features as for `attention`, with sequences in the place of the batch; causal_alignment is
-            "bottom_right" by default.
+            "bottom_right" by default. seqused_q, seqused_kv: (sequences,), of how many rows each sequence consists; the others of its place are nobody's.
 
     Returns:
         out: (tokens_q, heads, head_dim of value); 0 behind the last sequence.
@@ -33,7 +34,9 @@ def varlen_attention(
     options = {"causal_alignment": "bottom_right", **options}
     out = numpy.zeros((*query.shape[:2], value.shape[2]))
     lse = numpy.full((query.shape[1], query.shape[0]), -numpy.inf)
-    for i, (queries, keys) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_kv)):
+    for i, (queries, keys) in enumerate(
+        _sequences(cu_seqlens_q, cu_seqlens_kv, options.pop("seqused_q", None), options.pop("seqused_kv", None))
+    ):
         inputs = query[None, queries], key[None, keys], value[None, keys]
         own = options_of_sequence(options, i)
         found = attention(*inputs, magnitudes=magnitudes, **own) if precision is None else attention_naive(*inputs, precision, **own)
@@ -69,7 +72,9 @@ def varlen_attention_backward(
     options = {"causal_alignment": "bottom_right", **options}
     grads = Gradients(*(numpy.zeros(x.shape) for x in (query, key, value)))
     grads.sinks = None if options.get("sinks") is None else numpy.zeros(query.shape[1])
-    for i, (queries, keys) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_kv)):
+    for i, (queries, keys) in enumerate(
+        _sequences(cu_seqlens_q, cu_seqlens_kv, options.pop("seqused_q", None), options.pop("seqused_kv", None))
+    ):
         inputs = grad_out[None, queries], query[None, queries], key[None, keys], value[None, keys]
         own = options_of_sequence(options, i)
         own |= {"out": None if out is None else out[None, queries]}
@@ -96,8 +101,16 @@ def options_of_sequence(options: Mapping[str, Any], i: int) -> dict[str, Any]:
     return own
 
 
-def _sequences(cu_seqlens_q: Any, cu_seqlens_kv: Any) -> Iterator[tuple[slice, slice]]:
+def _sequences(cu_seqlens_q: Any, cu_seqlens_kv: Any, seqused_q: Any, seqused_kv: Any) -> Iterator[tuple[slice, slice]]:
     """Where each sequence lies among the queries and among the keys."""
-    ends_q, ends_kv = ([int(n) for n in to_numpy(offsets)] for offsets in (cu_seqlens_q, cu_seqlens_kv))
-    for i in range(len(ends_q) - 1):
-        yield slice(ends_q[i], ends_q[i + 1]), slice(ends_kv[i], ends_kv[i + 1])
+    rows = [_rows(*given) for given in ((cu_seqlens_q, seqused_q), (cu_seqlens_kv, seqused_kv))]
+    yield from zip(*rows, strict=True)
+
+
+def _rows(offsets: Any, used: Any) -> list[slice]:
+    starts = [int(n) for n in to_numpy(offsets)]
+    places = list(itertools.pairwise(starts))
+    lengths = [end - begin for begin, end in places]
+    if used is not None:
+        lengths = [min(length, max(int(n), 0)) for length, n in zip(lengths, to_numpy(used), strict=True)]
+    return [slice(begin, begin + length) for (begin, _), length in zip(places, lengths, strict=True)]

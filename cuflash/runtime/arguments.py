@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Container, Mapping, Sequence
-from itertools import pairwise
 from typing import TypeAlias
 
 from cuflash.planning.argument_structs import FEATURE_ARGUMENTS, TENSOR_MAP, WORD, Scalar, Struct
@@ -51,23 +50,19 @@ class Arguments:
                 struct.pack_into("=" + scalar.format, image, offset, value)
         _check_names(layout, values)
         self.names = tuple(name for name, _ in places.values())
-        self._maps = [(1 + 2 * list(places).index(offset), tensor_map) for offset, tensor_map in maps.items()]
-        ends = [*places, layout.size]
-        self._pieces: list[bytes | int] = [bytes(image[: ends[0]])]
-        form = f"={ends[0]}s"
-        for (begin, end), (_, scalar) in zip(pairwise(ends), places.values(), strict=True):
-            gap = bytes(image[begin + scalar.size : end])
-            self._pieces += (0, gap)
-            form += f"{scalar.format}{len(gap)}s"
-        self._pack = struct.Struct(form).pack
+        self._image = image
+        self._words = [(offset // WORD.size, name) for offset, (name, _) in places.items() if offset not in maps]
+        self._maps = list(maps.items())
 
     def fill(self, words: Mapping[str, int]) -> bytearray:
         """The struct for one launch."""
-        pieces = self._pieces.copy()
-        pieces[1::2] = [words[name] for name in self.names]
-        for index, tensor_map in self._maps:
-            pieces[index] = tensor_map.at(words[tensor_map.name])
-        return bytearray(self._pack(*pieces))
+        filled = self._image.copy()
+        as_words = memoryview(filled).cast("Q")  # as WORD
+        for index, name in self._words:
+            as_words[index] = words[name]
+        for offset, tensor_map in self._maps:
+            filled[offset : offset + TENSOR_MAP.size] = tensor_map.at(words[tensor_map.name])
+        return filled
 
 
 def _value_at(values: Value, path: str) -> int | float | str | TensorMap:
@@ -142,7 +137,8 @@ def geometry(problem: Problem, num_tiles: int, section_heads: int = 1) -> Values
 def lengths(problem: Problem) -> Values:
     """`SequenceLengths`."""
     return {
-        "cu_seqlens_q": "cu_seqlens_q", "cu_seqlens_kv": "cu_seqlens_kv", "seqlens_kv": "seqlens_kv",
+        "cu_seqlens_q": "cu_seqlens_q", "cu_seqlens_kv": "cu_seqlens_kv", "seqlens_q": "seqused_q",
+        "seqlens_kv": "seqlens_kv" if problem.num_sequences is None else "seqused_kv",
         "num_sequences": problem.num_sequences or 0, "bottom_right": problem.causal_alignment == "bottom_right",
     }  # fmt: skip
 

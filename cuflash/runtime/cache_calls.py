@@ -99,7 +99,9 @@ class PreparedCacheCall(PreparedForward):
     def other_values(self) -> dict[str, Value]:
         problem, cache = self.problem, self.problem.cache
         assert cache is not None
-        lengths: Values = {"seqlens_kv": "cache_seqlens", "bottom_right": True}
+        lengths: Values = {
+            "cu_seqlens_q": "cu_seqlens_q", "seqlens_kv": "cache_seqlens", "num_sequences": problem.num_sequences or 0, "bottom_right": True,
+        }  # fmt: skip
         places: Values = {
             "page_table": "page_table", "batch_indices": "cache_batch_idx", "leftpad": "cache_leftpad", "stride_page_table": cache.stride_page_table,
             "page_size": cache.page_size, "num_rows": cache.num_rows, "new_keys": cache.new_keys,

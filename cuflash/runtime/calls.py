@@ -10,7 +10,8 @@ import sys
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
-from cuflash.arrays.borrowing import Array, attribute, borrow, describe, readers_of
+from cuflash.arrays import borrowing
+from cuflash.arrays.borrowing import Array, attribute, borrow, describe
 from cuflash.errors import DTypeError, OptionError, UnsupportedError
 from cuflash.hardware import device
 from cuflash.planning.plan import Plan
@@ -156,14 +157,14 @@ def looked_at(names: Sequence[str], operands: Sequence[object], seen: list[Hasha
         if operand is None:
             seen.append(None)
             continue
-        readers = readers_of(operand)
-        kind = None if readers is None else readers[0](operand)
-        if readers is None or kind is None:
-            return False
         try:
-            address = addresses[name] = readers[1](operand)
+            look = borrowing.seen(operand)
         except DTypeError:  # no memory, which `borrow` says more about
             return False
+        if look is None:
+            return False
+        kind, address = look
+        addresses[name] = address
         seen += (kind, address & 15)
     return True
 

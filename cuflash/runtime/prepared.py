@@ -20,7 +20,7 @@ from cuflash.problem import sequences
 from cuflash.problem.features import Features
 from cuflash.problem.layout import View
 from cuflash.problem.problem import BackwardViews
-from cuflash.runtime import arguments
+from cuflash.runtime import arguments, kept_memory
 from cuflash.runtime.arguments import Arguments, Value, Values
 from cuflash.runtime.launch import Executable, fill_memory, simulated_memory
 from cuflash.runtime.tensor_maps import TensorMap
@@ -73,6 +73,8 @@ class PreparedCall:
         made = (*plan.outputs, *plan.workspace)
         self.written = frozenset(buffer.name for buffer in made)  # what nothing but its kernels fills
         self.zeroed = tuple(buffer for buffer in plan.workspace if buffer.is_zeroed)
+        self._places = kept_memory.Places(plan.workspace)
+        self.keeps_workspace = self._places.may_be_kept and any(kernel.spec.splits_keys for kernel in plan.kernels)  # steps of generation
         self.extents |= {buffer.name: (0, buffer.nbytes) for buffer in made}
         for name, array in inputs.items():
             self.add_extent(name, array)
@@ -98,17 +100,20 @@ class PreparedCall:
         others = [name for name, vectorized in arrays.items() if not vectorized]
         assert not (self.problem.vectorized and others), f"planned as 16-byte copies, but not {others}"
 
-    def launch_all(self, addresses: dict[str, int]) -> None:
-        stream = 0
+    def launch_all(self, addresses: dict[str, int], stream: int | None = None) -> None:
+        """Start all kernels on `stream`, or on the caller's."""
+        stream = self.stream() if stream is None else stream
         buffers: Sequence[simulator.Buffer] = ()
-        if self.device.kind == "gpu":
-            stream = self.framework.current_stream(self.device.index)
-        else:
+        if self.device.kind == "simulator":
             self.check_offsets(addresses)
             buffers = simulated_memory(self.extents, addresses, self.written.difference(buffer.name for buffer in self.zeroed))
         self.clear_workspace(addresses, stream)
         for executable, shape, struct in self.launches:
             executable.launch(shape, struct.fill(addresses), stream, buffers)
+
+    def stream(self) -> int:
+        """The caller's, at this moment."""
+        return self.framework.current_stream(self.device.index) if self.device.kind == "gpu" else 0
 
     def clear_workspace(self, addresses: Mapping[str, int], stream: int) -> None:
         """Zeros where kernels count, before the first of them."""
@@ -149,15 +154,29 @@ class PreparedCall:
         problem = self.problem
         if problem.num_sequences is not None:
             for which, tokens, longest in (("q", problem.seqlen_q, problem.max_seqlen_q), ("kv", problem.seqlen_kv, problem.max_seqlen_kv)):
-                sequences.check_offsets(which, addresses[f"cu_seqlens_{which}"], problem.num_sequences, tokens, longest)
+                sequences.check_offsets(
+                    which, addresses[f"cu_seqlens_{which}"], problem.num_sequences, tokens, longest, addresses.get(f"seqused_{which}", 0)
+                )
 
     def launch_with_workspace(self, addresses: dict[str, int]) -> None:
         """`launch_all` with memory that is given back when the launches are in the stream."""
+        if self.keeps_workspace:
+            stream = self.stream()
+            if not kept_memory.is_captured(self.device.kind, stream):
+                self._launch_with_kept(addresses, stream)
+                return
         held = []
         for buffer in self.plan.workspace:
             memory, addresses[buffer.name] = self.allocate(buffer)
             held.append(memory)
         self.launch_all(addresses)
+
+    def _launch_with_kept(self, addresses: dict[str, int], stream: int) -> None:
+        of, piece = kept_memory.take(self._places.nbytes, self.like, stream)
+        for name, offset in self._places.offsets:
+            addresses[name] = piece.address + offset
+        self.launch_all(addresses, stream)
+        kept_memory.give_back(of, piece)
 
     def run(self, addresses: dict[str, int], given: Any = None) -> Any:
         """Allocate the results, launch, and return them; `given` is an array for the output. Each pass has its own."""

@@ -122,10 +122,16 @@ class _Lookup:
         if problem.num_sequences is not None:
             if batch == problem.num_sequences:
                 return band_of(problem, 0, 0)  # behind the last sequence
-            return band_of(problem, *(int(numpy.diff(self._array(f"cu_seqlens_{of}"))[batch]) for of in ("q", "kv")))
+            return band_of(problem, *(self._length_of(batch, of) for of in ("q", "kv")))
         prefix = int(self._array("prefix_lengths")[batch]) if problem.features.kinds.prefix else 0
         keys = int(self._array("seqlens_kv")[batch]) if problem.seqlens_kv else None
         return band_of(problem, None, keys, prefix)
+
+    def _length_of(self, sequence: int, which: str) -> int:
+        """Of a packed sequence, in queries or keys."""
+        place = int(numpy.diff(self._array(f"cu_seqlens_{which}"))[sequence])
+        used = self.data.get(f"seqused_{which}") if self.problem.in_places else None
+        return place if used is None else min(place, max(int(used[sequence]), 0))
 
     def _hiding(self, batch: int, head: int) -> _Hiding:
         ids_q = ids_kv = mask = None

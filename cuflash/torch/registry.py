@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from cuflash.attention import varlen_attention
+from cuflash.decoding import attention_with_kvcache
 from cuflash.errors import UnsupportedError
 from cuflash.torch.functions import Call
 from cuflash.torch.inputs import dropout_source, lengths
@@ -77,14 +79,30 @@ def _tensors(
     return (query, key, value, None, None, slopes, lengths(seqlens_kv), None, None, None, *offsets, seed)
 
 
-def _refuse(return_debug_mask: bool, block_table: Any, seqused_k: Any, packed: bool) -> None:
+def _refuse(return_debug_mask: bool) -> None:
     hint = "torch.nn.attention.restore_flash_attention_impl() brings torch's kernels back."
     if return_debug_mask:
         raise UnsupportedError("return_debug_mask", "True", "False", hint)
-    if block_table is not None:
-        raise UnsupportedError("block_table", "a paged cache", "None", hint)
-    if packed and seqused_k is not None:
-        raise UnsupportedError("seqused_k", "lengths beside packed sequences", "None", hint)
+
+
+def _from_pages(
+    query: Any, keys: Any, values: Any, cum_seq_q: Any, max_q: Any, seqused_k: Any, block_table: Any, num_splits: Any, options: Any
+) -> Any:
+    """Packed queries, or a batch of them, and keys in pages, of which each sequence has `seqused_k`; torch has no gradients of it."""
+    packed = {"cu_seqlens_q": lengths(cum_seq_q), "max_seqlen_q": max_q} if query.dim() == 3 else {}
+    return attention_with_kvcache(
+        query, keys, values, cache_seqlens=lengths(seqused_k), page_table=lengths(block_table), return_lse=True, num_splits=num_splits or None,
+        **packed, **options,
+    )  # fmt: skip
+
+
+def _in_places(
+    query: Any, key: Any, value: Any, cum_seq_q: Any, cum_seq_k: Any, max_q: Any, max_k: Any, seqused_k: Any, options: Any
+) -> Any:
+    """Packed sequences of which each has `seqused_k` keys; torch has no gradients of it."""
+    return varlen_attention(
+        query, key, value, lengths(cum_seq_q), lengths(cum_seq_k), max_q, max_k, enable_gqa=True, return_lse=True, seqused_kv=lengths(seqused_k), **options,
+    )  # fmt: skip
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -93,8 +111,18 @@ def _forward(
     scale: float | None = None, window_size_left: Any = None, window_size_right: Any = None, seqused_k: Any = None, alibi_slopes: Any = None,
     block_table: Any = None, num_splits: Any = None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """`aten::_flash_attention_forward`; keys are never split, whatever num_splits says."""
-    _refuse(return_debug_mask, block_table, seqused_k, query.dim() == 3)
+    """`aten::_flash_attention_forward`; num_splits is that of keys in pages, others are not split."""
+    _refuse(return_debug_mask)
+    if dropout_p and (block_table is not None or seqused_k is not None):
+        raise UnsupportedError("dropout_p", dropout_p, "0.0 with seqused_k or block_table", "torch has no gradients of such a call either.")
+    window = tuple(None if limit in (None, -1) else limit for limit in (window_size_left, window_size_right))
+    plain = {"is_causal": is_causal, "scale": scale, "window": window, "alibi_slopes": alibi_slopes}
+    if block_table is not None:
+        out, lse = _from_pages(query, key, value, cum_seq_q, max_q, seqused_k, block_table, num_splits, plain)
+        return out, lse, *_auxiliary(query, None)
+    if seqused_k is not None and query.dim() == 3:
+        out, lse = _in_places(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, seqused_k, plain)
+        return out, lse, *_auxiliary(query, None)
     seed, _ = dropout_source(dropout_p, None, query.device)
     call = _call(query, dropout_p, is_causal, scale, max_q, max_k, (window_size_left, window_size_right))
     out, lse = call.forward(_tensors(query, key, value, cum_seq_q, cum_seq_k, seed, alibi_slopes, seqused_k), True)
@@ -131,7 +159,7 @@ def _padded_forward(
     query: Any, key: Any, value: Any, dropout_p: float = 0.0, is_causal: bool = False, return_debug_mask: bool = False, *, scale: float | None = None
 ) -> tuple[Any, ...]:  # fmt: skip
     """`aten::_scaled_dot_product_flash_attention`, in torch's order of dimensions."""
-    _refuse(return_debug_mask, None, None, False)
+    _refuse(return_debug_mask)
     seed, _ = dropout_source(dropout_p, None, query.device)
     call = _call(query, dropout_p, is_causal, scale, None, None, (None, None), "bhsd")
     out, lse = call.forward(_tensors(query, key, value, None, None, seed), True)

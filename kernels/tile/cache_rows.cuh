@@ -7,14 +7,19 @@
 #include "arguments.cuh"
 #include "ptx/warp.cuh"
 #include "tile/load.cuh"
+#include "tile/sequence.cuh"
 #include "tile/smem_tile.cuh"
 
 constexpr bool PAGED = Config::PAGED;
 
-// The sequence's geometry: the call's, with the number of its own keys.
+// The sequence's geometry: the call's, with the numbers of its own keys and queries. Each packed query came with a new key, if any are new.
 DEVICE Geometry geometry_in_cache(const Geometry& of_call, const SequenceLengths& lengths, int new_keys, int sequence) {
   Geometry geometry = of_call;
-  if constexpr (Config::SEQLENS_KV) {
+  if constexpr (SEQLENS_KV) {
+    if constexpr (VARLEN) {
+      geometry.seqlen_q = sequence_place(lengths.cu_seqlens_q, sequence, of_call.seqlen_q);
+      new_keys = new_keys > 0 ? geometry.seqlen_q : 0;
+    }
     const int64 length = int64(lengths.seqlens_kv[sequence]) + new_keys;
     geometry.seqlen_kv = int(max(int64(0), min(length, int64(of_call.seqlen_kv))));
     geometry.causal_offset = lengths.bottom_right ? geometry.seqlen_kv - geometry.seqlen_q : 0;

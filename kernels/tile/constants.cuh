@@ -2,6 +2,7 @@
 #pragma once
 #include "tile/operand.cuh"
 #include "tile/smem_tile.cuh"
+#include "tile/softmax.cuh"
 
 using Element = Config::Element;
 using Mma = SelectMma<Element, Config::CAPABILITY, Config::ALLOW_TF32>::type;
@@ -21,9 +22,7 @@ constexpr int SLICE_PIECES = Config::SLICE_PIECES;
 constexpr int ROW_WARPS = NUM_WARPS / HEAD_SLICES;  // warps that share out the rows of a block
 constexpr int SLICE_THREADS = ROW_WARPS * WARP_SIZE;
 
-// Probabilities are multiplied by 2^PROBABILITY_SHIFT until O is normalised (tile/softmax.cuh): float16 ends at 2^-24, and has
-// room up to 65504. More than 7 would round the exponents of the largest probabilities, and with them lse, more coarsely.
-constexpr int PROBABILITY_SHIFT = SameType<Element, float16>::value ? 7 : 0;
+constexpr int PROBABILITY_SHIFT = SHIFT_OF<Element>;  // probabilities are multiplied by 2^PROBABILITY_SHIFT until O is normalised
 
 constexpr int piece_of(int head_dim) { return HEAD_SLICES == 1 ? head_dim : round_up(ceil_div(head_dim, HEAD_SLICES * SLICE_PIECES), 16); }
 

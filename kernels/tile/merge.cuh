@@ -6,11 +6,13 @@
 #include "ptx/math.cuh"
 #include "ptx/warp.cuh"
 #include "tile/schedule.cuh"
+#include "tile/softmax.cuh"
 #include "tile/vector.cuh"
 
 using Element = Config::Element;
 using PartElement = Config::PartElement;  // of the parts: float where they are sums that are not rounded yet
 constexpr bool PARTS_HAVE_SUMS = Config::PARTS_HAVE_SUMS;  // behind each reference in memory
+constexpr bool LOG2_PARTS = Config::LOG2_PARTS;            // whose references are log2 units, as those of a softmax without an additive mask
 
 constexpr int NUM_THREADS = Config::NUM_WARPS * WARP_SIZE;
 
@@ -38,7 +40,7 @@ struct Row {
   }
 };
 
-// exp(LSE) of a row of a part is sum * exp(reference). Parts without sums have LSE itself for a reference.
+// exp(LSE) of a row of a part is sum * exp(reference), or sum * 2^reference. Parts without sums have LSE itself for a reference.
 struct PartLse {
   float reference, sum;
 
@@ -74,7 +76,8 @@ struct PartRow {
   }
 };
 
-// exp(lse - lse of all parts) of a row's parts, from their largest reference and the sum of exp(lse - it): differences of huge numbers are exact.
+// exp(lse - lse of all parts) of a row's parts, from their largest reference and the sum of exp(lse - it): differences of huge numbers are exact. The
+// LSE of parts that are splits is what their softmax would make of it, bit by bit.
 struct Weights {
   float reference = 0.0f;  // 0 where all parts are empty
   float sum = 0.0f;  // 0 there
@@ -89,16 +92,22 @@ struct Weights {
     reference = largest == -infinity() ? 0.0f : largest;
     for (int i = 0; i < parts.num_parts; ++i) {
       const PartLse part = PartRow::load_lse(parts, row, i);
-      sum += ex2((part.reference - reference) * LOG2_E) * part.sum;
+      sum += above(part) * part.sum;
     }
     log2_sum = lg2(sum);
   }
 
-  DEVICE float lse() const { return __fmaf_rn(log2_sum, LN_2, reference); }
+  DEVICE float lse() const {
+    if constexpr (LOG2_PARTS) return OnlineSoftmax<1, false, SHIFT_OF<Element>>::lse_of(reference, sum);
+    return __fmaf_rn(log2_sum, LN_2, reference);
+  }
 
   // Of a part that is not empty.
   DEVICE float of(const PartLse& part) const {
-    if constexpr (PARTS_HAVE_SUMS) return ex2((part.reference - reference) * LOG2_E) * (part.sum / sum);  // exactly 1 where others are empty
+    if constexpr (PARTS_HAVE_SUMS) return above(part) * (part.sum / sum);  // exactly 1 where others are empty
     return ex2(__fmaf_rn(part.reference - reference, LOG2_E, -log2_sum));
   }
+
+ private:
+  DEVICE float above(const PartLse& part) const { return ex2((part.reference - reference) * (LOG2_PARTS ? 1.0f : LOG2_E)); }
 };

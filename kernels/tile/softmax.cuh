@@ -18,7 +18,13 @@
 // A masked score is -inf, never a large finite number. A row that has seen no key keeps the lowest reference, sum = 0 and O = 0.
 #pragma once
 #include "ptx/math.cuh"
+#include "ptx/types.cuh"
 #include "ptx/warp.cuh"
+
+// SHIFT where P is rounded to Element: float16 ends at 2^-24, and has room up to 65504. More than 7 would round the exponents of the largest
+// probabilities, and with them lse, more coarsely.
+template <typename Element>
+constexpr int SHIFT_OF = SameType<Element, float16>::value ? 7 : 0;
 
 constexpr float EXACT_REFERENCE_LIMIT = 4194304.0f;  // 2^22
 

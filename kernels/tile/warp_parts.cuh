@@ -38,7 +38,8 @@ struct WholeRow {
 
   DEVICE bool is_empty() const { return sum == 0.0f; }
   DEVICE float lse() const { return WarpSoftmax<1>::lse_of(reference, sum); }
-  DEVICE float natural_sum() const { return sum * (1.0f / float(1 << PROBABILITY_SHIFT)); }  // with an additive mask LSE = reference + log of it
+  // What the reference's exponential takes times to be exp(LSE), as the merge of parts wants it (tile/merge.cuh).
+  DEVICE float part_sum() const { return ADDITIVE_MASK ? sum * (1.0f / float(1 << PROBABILITY_SHIFT)) : sum; }
   DEVICE float inverse() const { return is_empty() ? 0.0f : 1.0f / sum; }
 };
 

@@ -225,6 +225,37 @@ def test_a_cache_grows_on_the_device(launches: list[Any]) -> None:
     assert (cache.lengths, cache.seqlens.get().tolist(), cache.keys.shape) == ([45], [45], (4, 16, 2, 64))
 
 
+def test_a_captured_step_has_workspace_of_its_own() -> None:
+    """A graph writes to it at every replay, so it is not what other calls of the stream have kept; two streams have kept two."""
+    query, key, value = inputs(seqlen=45)
+    lengths, stream, other = cupy.asarray(numpy.array([45], "int32")), cupy.cuda.Stream(), cupy.cuda.Stream()
+    seen: list[set[int]] = []
+
+    def step() -> Any:
+        before = set(workspaces)
+        out = cuflash.attention_with_kvcache(query[:, :1], key, value, cache_seqlens=lengths, num_splits=2)
+        seen.append(set(workspaces) - before)
+        return out
+
+    workspaces: list[int] = []
+    fill = Arguments.fill
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Arguments, "fill", lambda self, words: workspaces.append(words["partial_out"]) or fill(self, words))
+        want = step().copy()
+        step()
+        with other:
+            step()
+        with stream:
+            step()
+            stream.begin_capture()
+            out = step()
+            graph = stream.end_capture()
+            graph.launch(stream)
+    assert not seen[1]
+    assert all(len(seen[i]) == 1 for i in (0, 2, 3, 4)), seen
+    assert same([out], [want])
+
+
 @pytest.mark.parametrize("dtype", [numpy.float16, ml_dtypes.bfloat16])
 def test_tensor_maps_come_from_the_driver(dtype: Any, launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """For the arrays of each call, once for those that stay."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -94,6 +95,32 @@ def test_packed_sequences_of_torchs_own_function(device: Any) -> None:
     out = varlen_attn(*inputs, offsets, offsets, 28, 28, window_size=(-1, 0))
     parts = [attention(*(x[a:b].transpose(0, 1) for x in inputs), is_causal=True)[0].transpose(0, 1) for a, b in ((0, 20), (20, 48))]
     assert_same_gradients((out,), (torch.cat(parts),), inputs)
+
+
+@needs_registry
+@pytest.mark.usefixtures("active")
+def test_lengths_and_pages_of_torchs_own_function(device: Any) -> None:
+    """`seqused_k` of packed keys, and keys in pages, whose other rows are NaN."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "seqused_k" not in inspect.signature(varlen_attn).parameters:
+        pytest.skip("an older function")
+    query = torch.randn(7, 2, 16, device=device).half()
+    keys, values = (torch.full((4, 16, 1, 16), torch.nan, device=device).half() for _ in range(2))
+    for pages, used in ((slice(0, 2), 20), (slice(2, 4), 9)):
+        for array in (keys, values):
+            array[pages].view(32, 1, 16)[:used] = torch.randn(used, 1, 16).half().to(device)
+    offsets, places, used = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 3, 7], [0, 32, 64], [20, 9]))
+    options = {"window_size": (-1, 0), "seqused_k": used, "enable_gqa": True}
+    with torch.no_grad():
+        out = varlen_attn(query, keys.view(64, 1, 16), values.view(64, 1, 16), offsets, places, 4, 32, **options)
+        table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32, device=device)
+        paged = varlen_attn(query, keys, values, offsets, None, 4, 32, **options, block_table=table, num_splits=2)
+    for begin, end, page, length in ((0, 3, 0, 20), (3, 7, 2, 9)):
+        own = (x[page : page + 2].view(32, 1, 16)[:length].transpose(0, 1) for x in (keys, values))
+        want = attention(query[begin:end].transpose(0, 1), *own, is_causal=True, bottom_right=True)[0]
+        for got in (out, paged):
+            assert_close(got[begin:end].transpose(0, 1), want)
 
 
 @needs_registry

@@ -82,6 +82,11 @@ class ndarray:
         cuda.check_alive()
         self._host[_host(key)] = _host(value)
 
+    def __iadd__(self, value: Any) -> ndarray:
+        cuda.check_alive()
+        self._host += _host(value)
+        return self
+
     def __abs__(self) -> ndarray:
         cuda.check_alive()
         return self._of(abs(self._host))

@@ -135,9 +135,15 @@ def _memset_async(address: int, value: int, size: int, stream: int) -> None:
         on.captured.append(lambda: ctypes.memset(address, value, size) and None)
 
 
+def _is_capturing(stream: int) -> bool:
+    check_alive()
+    return _streams[stream].captured is not None
+
+
 runtime = SimpleNamespace(
     CUDARuntimeError=CUDARuntimeError,
     memsetAsync=_memset_async,
+    streamIsCapturing=_is_capturing,
     getDevice=lambda: _here.device,
     setDevice=_set_device,
     getDeviceCount=lambda: DEVICES,

@@ -1,0 +1,143 @@
+"""`attention_with_kvcache` with packed queries: chunks of prompts, steps of generation and sequences without a query in one call."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy
+import pytest
+from caches import CacheCall
+from conftest import Target
+
+import cuflash
+from cuflash import Tile
+from cuflash.errors import OptionError, ShapeError, SimulatorError
+from cuflash.runtime import cache_calls
+
+pytest.importorskip("cupy")
+
+TILE = {"forward_split": Tile(16, 64, 4, 2)}
+BEHIND = 3
+"""Tokens that belong to no sequence."""
+QUERIES, LENGTHS = (1, 0, 13, 5, 1), (250, 9, 0, 77, 0)
+
+
+class PackedCall:
+    """Calls of one sequence each, put into one."""
+
+    def __init__(self, queries: tuple[int, ...], lengths: tuple[int, ...], *, new: bool = False, **call: Any) -> None:
+        own = [CacheCall((length,), max(count, 1), count if new else 0, **call) for count, length in zip(queries, lengths, strict=True)]
+        for other in own[1:]:
+            other.plain.update({name: table for name, table in own[0].plain.items() if name.startswith("rotary")})
+        self.calls, self.offsets = own, numpy.cumsum([0, *queries]).astype("int32")
+        self.given = [call.arrays() for call in own]
+
+    def arrays(self) -> dict[str, Any]:
+        """Of the whole call."""
+        together = dict(self.given[0]) | {"cu_seqlens_q": self.offsets}
+        for name in ("query", "key", "value"):
+            if name in together:
+                tokens = [given[name][0, : end - begin] for given, begin, end in self._each() if name in given]
+                nobodys = numpy.ones((BEHIND, *tokens[0].shape[1:]), tokens[0].dtype)
+                together[name] = numpy.concatenate([*tokens, nobodys])
+        for name in ("key_cache", "value_cache", "cache_seqlens", "cache_leftpad"):
+            if name in together:
+                together[name] = numpy.concatenate([given[name] for given in self.given])
+        for name in ("page_table", "cache_batch_idx"):
+            if name in together:
+                together[name] = numpy.concatenate(
+                    [given[name] + numpy.int32(i * len(given["key_cache"])) for i, given in enumerate(self.given)]
+                )
+        return together
+
+    def check(self, target: Target, **options: Any) -> Any:
+        """Run it; assert that each sequence has what a call of its own would give, and the cache what was appended."""
+        given = {name: target.place(x) if isinstance(x, numpy.ndarray) else x for name, x in self.arrays().items()}
+        out, lse = cuflash.attention_with_kvcache(**given, return_lse=True, **options)
+        out_there, lse_there = target.host(out), target.host(lse)
+        assert (lse_there.shape, out_there.shape) == ((given["query"].shape[1], len(given["query"])), given["query"].shape)
+        rows = 0
+        for call, (own, begin, end) in zip(self.calls, self._each(), strict=True):
+            if end > begin:
+                call.check_results(out_there[None, begin:end], lse_there[None, :, begin:end])
+            after = {name: given[name][rows : rows + len(own[name])] for name in ("key_cache", "value_cache")}
+            before = {name: own[name].copy() for name in after}
+            call._check_caches(target, own | after, before)
+            rows += len(own["key_cache"])
+        assert not out_there[self.offsets[-1] :].any()
+        assert numpy.isneginf(lse_there[:, self.offsets[-1] :]).all()
+        return out, lse
+
+    def _each(self) -> list[tuple[dict[str, Any], int, int]]:
+        return [(given, int(begin), int(end)) for given, begin, end in zip(self.given, self.offsets, self.offsets[1:], strict=False)]
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "rows": {"options": {"tile": TILE}},
+    "pages_split": {"page_size": 16, "options": {"is_causal": True, "num_splits": 3, "tile": TILE}},
+    "rotary": {"page_size": 100, "rotary_dim": 16, "options": {"is_causal": True, "num_splits": 2, "tile": TILE}},
+    "rotary_at_one_place": {"rotary_dim": 32, "interleaved": True, "options": {"tile": TILE}},
+    "window_sinks": {"options": {"window": (40, 7), "sinks": numpy.linspace(-1, 2, 6, dtype="float32"), "num_splits": 2, "tile": TILE}},
+    "alibi": {"picks_rows": True, "options": {"is_causal": True, "alibi_slopes": numpy.linspace(0.1, 1, 6, dtype="float32"), "tile": TILE}},
+}
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_each_sequence_has_what_a_call_of_its_own_gives(form: str, simulator: Target) -> None:
+    new = form not in ("rows", "window_sinks")
+    PackedCall(QUERIES, LENGTHS, new=new, heads_q=6, heads_kv=2, **FORMS[form]).check(simulator, max_seqlen_q=13)
+
+
+def test_padding_on_the_left(simulator: Target) -> None:
+    calls = PackedCall((2, 3), (40, 90), new=True, leftpad=(30,), options={"is_causal": True, "tile": TILE})
+    calls.check(simulator)
+
+
+def test_packed_and_padded_calls_have_the_same_bits(simulator: Target) -> None:
+    """Of sequences with equally many queries."""
+    given = CacheCall((5, 130, 250), 2, 2, 4, 2, page_size=16, options={"is_causal": True, "num_splits": 3, "tile": TILE}).arrays()
+    tokens = {name: given[name].reshape(-1, *given[name].shape[2:]) for name in ("query", "key", "value")}
+    offsets = numpy.arange(0, 7, 2, dtype="int32")
+    packed, packed_lse = cuflash.attention_with_kvcache(**given | tokens, cu_seqlens_q=offsets, max_seqlen_q=2, return_lse=True)
+    out, lse = cuflash.attention_with_kvcache(**given, return_lse=True)
+    assert Target.bits(packed) == Target.bits(out)
+    assert Target.bits(packed_lse.reshape(4, 3, 2).transpose(1, 0, 2)) == Target.bits(lse)
+
+
+def test_offsets_that_make_no_sense_never_leave_the_arrays(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU does not look at them before; sequences longer than max_seqlen_q have zeros behind it."""
+    monkeypatch.setattr(cache_calls, "check_positions", lambda *_: None)
+    given = PackedCall((4, 2, 7), (5, 60, 0), new=True, rotary_dim=8, options={"is_causal": True, "num_splits": 2, "tile": TILE}).arrays()
+    tokens = len(given["query"])
+    for offsets in ([0, tokens, tokens, tokens], [2**31 - 1, -(2**31), 3, 2], [5, 4, 3, 2], [0, 0, 0, 0]):
+        senseless = offsets[0] > 0  # of which the simulator says that blocks write the same rows in no order, or that nobody wrote some
+        with pytest.raises(SimulatorError, match=r"\[(race|uninitialized)\]") if senseless else contextlib.nullcontext():
+            out, lse = cuflash.attention_with_kvcache(
+                **given | {"cu_seqlens_q": numpy.array(offsets, "int32")}, max_seqlen_q=7, return_lse=True
+            )
+            if offsets[1] == tokens:  # one sequence with all tokens, of which rows of two heads fill one tile of 16
+                assert numpy.isfinite(lse[:, :8]).all()
+                assert numpy.isneginf(lse[:, 8:]).all()
+                assert not out[8:].any()
+            elif not any(offsets):
+                assert not out.any()
+
+
+def test_what_cannot_be_used_is_named(simulator: Target) -> None:
+    given = PackedCall((4, 2), (5, 60), new=True).arrays()
+
+    def refused(error: type[Exception], match: str, **changed: Any) -> None:
+        with pytest.raises(error, match=match):
+            cuflash.attention_with_kvcache(**given | changed)
+
+    refused(OptionError, r"max_seqlen_q: got 3; expected at least 4", max_seqlen_q=3)
+    refused(OptionError, r"cu_seqlens_q: got a last offset of 11; expected at most 9", cu_seqlens_q=numpy.array([0, 4, 11], "int32"))
+    refused(ShapeError, r"cache_seqlens: .*expected \(3,\)", cu_seqlens_q=numpy.array([0, 4, 5, 6], "int32"))
+    refused(ShapeError, r"query: got 4 dimensions.*3 dimensions \(tokens, heads, head_dim\) with cu_seqlens_q", query=given["query"][None])
+    refused(ShapeError, r"key: got shape \(8, 1, 32\).*expected \(9, 1, 32\)", key=given["key"][1:])
+    refused(OptionError, r"attn_mask: .*packed sequences have scores of different shapes", attn_mask=numpy.ones((1, 1), bool))
+    refused(OptionError, r"cache_seqlens: got 297 at 0; expected 0 to 296", cache_seqlens=numpy.array([297, 0], "int32"))
+    padded = CacheCall((5,)).arrays()
+    with pytest.raises(OptionError, match="max_seqlen_q: got 5; expected None without cu_seqlens_q"):
+        cuflash.attention_with_kvcache(**padded, max_seqlen_q=5)
