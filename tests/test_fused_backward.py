@@ -230,7 +230,9 @@ def test_taken_where_it_is_predicted_to_be_faster(arch: str, head_dim: int, monk
     assert names(plan) == FUSED_KERNELS
     assert plan.kernels[1].tile == Tile(*predicted_tiles.FUSED_BACKWARD[arch, head_dim])
     monkeypatch.setenv(fused_backward.VARIABLE, "0")
-    assert names(plan_of(arch, head_dim)) == (TWO_KERNELS if head_dim < 256 else ["backward_delta", "backward_dv", "backward_dk", "backward_dq"])
+    assert names(plan_of(arch, head_dim)) == (
+        TWO_KERNELS if head_dim < 256 else ["backward_delta", "backward_dv", "backward_dk", "backward_dq"]
+    )
     assert names(plan_of(arch, head_dim, tile={"backward_fused": plan.kernels[1].tile})) == FUSED_KERNELS
 
 
