@@ -9,26 +9,6 @@
 #include "tile/slices.cuh"
 #include "tile/smem_tile.cuh"
 
-// Stores the columns of a row from `column` on that a chunk has, of the first HEAD_DIM.
-template <int HEAD_DIM, typename Element>
-DEVICE void store_chunk(Element* row_start, const int& column, const Chunk& chunk, const TensorView& view) {
-  constexpr int CHUNK_ELEMENTS = 16 / int(sizeof(Element));
-  if (view.vectorized && column + CHUNK_ELEMENTS <= HEAD_DIM) {
-    *reinterpret_cast<Chunk*>(row_start + column) = chunk;
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < CHUNK_ELEMENTS; ++i) {
-    if (column + i < HEAD_DIM) {
-      if constexpr (sizeof(Element) == 4) {
-        row_start[(column + i) * view.stride_dim] = __uint_as_float(chunk.word[i]);
-      } else {
-        row_start[(column + i) * view.stride_dim].bits = uint16(chunk.word[i / 2] >> (16 * (i % 2)));
-      }
-    }
-  }
-}
-
 // Converts c and stores it to rows first_row .. (counted from `start`) of (batch, head), leaving out rows from num_rows on and columns from HEAD_DIM
 // on. With SLICE, c holds the columns from first_c on, and those behind it are others' to store. `scratch` is room for 16 M rows of SCRATCH_COLUMNS
 // elements in this warp's own part of shared memory; more columns go through it one piece after another.
@@ -65,7 +45,20 @@ DEVICE void store_rows(const float (&c)[M][N][4], SmemAddress scratch, const Ten
     if (first_row + row >= num_rows || column >= end) continue;
     const Chunk chunk = load_shared(scratch + Tile::offset(row, index % Tile::CHUNKS));
     Element* row_start = destination + (first_row + row) * view.stride_seqlen;
-    store_chunk<HEAD_DIM>(row_start, column, chunk, view);
+    if (view.vectorized && column + Tile::CHUNK_ELEMENTS <= HEAD_DIM) {
+      *reinterpret_cast<Chunk*>(row_start + column) = chunk;
+    } else {
+#pragma unroll
+      for (int i = 0; i < Tile::CHUNK_ELEMENTS; ++i) {
+        if (column + i < HEAD_DIM) {
+          if constexpr (sizeof(Element) == 4) {
+            row_start[(column + i) * view.stride_dim] = __uint_as_float(chunk.word[i]);
+          } else {
+            row_start[(column + i) * view.stride_dim].bits = uint16(chunk.word[i / 2] >> (16 * (i % 2)));
+          }
+        }
+      }
+    }
   }
   if constexpr (PIECE + PIECE_COLUMNS < 8 * N) {
     store_rows<Element, HEAD_DIM, SCRATCH_COLUMNS, SLICE, PIECE + PIECE_COLUMNS>(c, scratch, view, batch, head, first_row, num_rows, first_c, start);
@@ -79,6 +72,27 @@ DEVICE void store_slice(const float (&c)[M][N][4], SmemAddress smem, int warp_ro
                         int num_rows, int start) {
   store_rows<Element, HEAD_DIM, Scratch::COLUMNS, (HEAD_SLICES > 1)>(c, smem + warp_row * Scratch::ROW_BYTES, view, work.batch, work.head,
                                                                      first_row + warp_row, num_rows, slice_index() * 8 * N, start);
+}
+
+// Stores the columns of a row from `column` on that a chunk has, of the first HEAD_DIM. `store_rows` does the same in its
+// place: with a function it would be compiled to other code.
+template <int HEAD_DIM, typename Element>
+DEVICE void store_chunk(Element* row_start, const int& column, const Chunk& chunk, const TensorView& view) {
+  constexpr int CHUNK_ELEMENTS = 16 / int(sizeof(Element));
+  if (view.vectorized && column + CHUNK_ELEMENTS <= HEAD_DIM) {
+    *reinterpret_cast<Chunk*>(row_start + column) = chunk;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < CHUNK_ELEMENTS; ++i) {
+    if (column + i < HEAD_DIM) {
+      if constexpr (sizeof(Element) == 4) {
+        row_start[(column + i) * view.stride_dim] = __uint_as_float(chunk.word[i]);
+      } else {
+        row_start[(column + i) * view.stride_dim].bits = uint16(chunk.word[i / 2] >> (16 * (i % 2)));
+      }
+    }
+  }
 }
 
 // Puts a warp's rows of a result into a tile in shared memory, 16-bit elements: of its columns every STEP-th pair of eight, from pair `first` on.
