@@ -17,9 +17,9 @@ DEVICE void add(float (&c)[4], const float (&sum)[4]) {
   for (int i = 0; i < 4; ++i) c[i] += sum[i];
 }
 
-// c += A Bᵀ over the head dimension: both operands are rows of tiles in shared memory. Few depth steps are straight code, and eight where each has few
-// products, which alone would wait for their fragments. Of more of them unrolled the assembler fetches fragments so far ahead that accumulators spill
-// (docs/performance.md), unless the caller knows that there is room (STRAIGHT). Short sums are one depth step long.
+// c += A Bᵀ over the head dimension: both operands are rows of tiles in shared memory. Few depth steps are straight code, and eight where each has
+// few products, which alone would wait for their fragments. Of more of them unrolled the assembler fetches fragments so far ahead that accumulators
+// spill (docs/performance.md), unless the caller knows that there is room (STRAIGHT). Short sums are one depth step long.
 template <typename Mma, int COLUMNS, bool STRAIGHT = false, int M, int N, typename OperandA, typename OperandB>
 DEVICE void gemm_rows(float (&c)[M][N][4], const OperandA& operand_a, const OperandB& operand_b) {
   constexpr int K_STEPS = COLUMNS / Mma::K;
