@@ -2,23 +2,26 @@
 //
 // One block owns TILE_KV keys of one K/V head and walks over all queries that see them, as in backward_dkdv_mma.cu:
 //     Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dV += Pᵀ dO,   dK += dSᵀ Q
-// Each warp has its own keys of dS in registers; all of dS meets in shared memory for the fifth product, dS K, whose queries the warps share out. It
-// is added to sums in global memory in the order of the keys (tile/query_sums.cuh), and backward_dq_convert.cu makes dQ of them. The result is the
-// same bit for bit on every run. The kernels backward_dkdv_mma.cu and backward_dq_mma.cu together need seven products for the same.
+// P and dS meet in shared memory, and the warps share out each product as suits it. SHARING_WARPS of them have the same keys: of S and dP each has
+// some of the queries, of dV and dK some of the columns. So each has 32 keys where it can, and reads half of what it would read with 16. The queries
+// of the fifth product, dS K, the warps share out once more. It is added to sums in global memory in the order of the keys (tile/query_sums.cuh), and
+// backward_dq_convert.cu makes dQ of them. The result is the same bit for bit on every run. The kernels backward_dkdv_mma.cu and backward_dq_mma.cu
+// together need seven products for the same, or eight.
 //
 // Tiles of queries are walked over from the last to the first. So under a causal mask blocks of neighbouring keys, which start at about the same
 // time, begin with the same tile, and each finds it its turn when it comes there.
 //
 // Shared memory: K [TILE_KV][D] | V [TILE_KV][DV] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][DV] | row statistics [NUM_STAGES]
-// (StatisticsOfColumns) | dSᵀ [TILE_KV][TILE_Q]. One copy group per query tile. Two barriers for each tile: at the first its copies have landed, and
-// all warps are done with dSᵀ and the slot of the tile before; at the second dSᵀ is complete. One more where there is only one stage.
+// (StatisticsOfColumns) | Pᵀ [TILE_KV][TILE_Q] | dSᵀ [TILE_KV][TILE_Q]. One copy group per query tile. Two barriers for each tile: at the first its
+// copies have landed, and all warps are done with P, dS and the slot of the tile before; at the second P and dS are complete. Where there is only one
+// stage, there is one more before dS K: the slot is free, and the next tile travels during that product.
 //
-// Source: Dao 2023 (arXiv 2307.08691), algorithm 2, but for the order of the sums.
+// Sources: Dao 2023 (arXiv 2307.08691), algorithm 2, but for the order of the sums; his kernels share out products among warps in the same way.
 #include "tile/constants.cuh"
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
+#include "tile/gemm.cuh"
 #include "tile/pipeline.cuh"
-#include "tile/products.cuh"
 #include "tile/query_steps.cuh"
 #include "tile/query_sums.cuh"
 #include "tile/row_statistics.cuh"
@@ -28,12 +31,15 @@
 #include "tile/slices.cuh"
 #include "tile/visibility.cuh"
 
-constexpr int WARP_ROWS = TILE_KV / NUM_WARPS;
-constexpr int M_TILES = WARP_ROWS / 16;
-constexpr int S_TILES = TILE_Q / 8;
+constexpr int SHARING_WARPS = Config::SHARING_WARPS;
+constexpr int WARP_KEYS = TILE_KV * SHARING_WARPS / NUM_WARPS;
+constexpr int WARP_QUERIES = TILE_Q / SHARING_WARPS;
+constexpr int M_TILES = WARP_KEYS / 16;
+constexpr int S_TILES = WARP_QUERIES / 8;
 constexpr int COLUMN_TILES = D_TILES / COLUMN_GROUPS;  // of dQ, of one warp
+constexpr int STEPS_AHEAD = NUM_STAGES > 1 ? NUM_STAGES - 1 : 1;
 
-using TileS = SmemTile<Element, TILE_KV, TILE_Q>;  // dSᵀ
+using TileS = SmemTile<Element, TILE_KV, TILE_Q>;  // Pᵀ, dSᵀ
 
 constexpr int KEPT_BYTES = TileK::BYTES + TileV::BYTES;
 constexpr int STAGED_BYTES = NUM_STAGES * (TileQ::BYTES + TileO::BYTES + StatisticsOfColumns::BYTES);
@@ -41,19 +47,22 @@ constexpr int STAGED_BYTES = NUM_STAGES * (TileQ::BYTES + TileO::BYTES + Statist
 static_assert(HEAD_SLICES == 1, "wide heads are cut into slices, which this kernel does not know");
 static_assert(sizeof(Element) == 2 && HAS_CP_ASYNC, "16-bit elements and asynchronous copies are expected");
 static_assert(!TILE_LISTS, "the order of sums is not known where the tiles of a walk depend on data");
-static_assert(TILE_KV % (16 * NUM_WARPS) == 0, "tile_kv must be a multiple of 16 * num_warps");
-static_assert(KEPT_BYTES + STAGED_BYTES + TileS::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
+static_assert(WARP_KEYS % 16 == 0 && WARP_KEYS * NUM_WARPS == TILE_KV * SHARING_WARPS, "the keys of a warp must be a multiple of 16");
+static_assert(WARP_QUERIES % 16 == 0 && D_TILES / 2 % SHARING_WARPS == 0 && DV_TILES / 2 % SHARING_WARPS == 0,
+              "warps with the same keys must be able to share out queries and columns");
+static_assert((SHARING_WARPS & (SHARING_WARPS - 1)) == 0, "operands take every 2nd, 4th or 8th pair of columns");
+static_assert(KEPT_BYTES + STAGED_BYTES + 2 * TileS::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
-// Puts the warp's rows of dSᵀ where all warps find them, behind the next barrier.
-DEVICE void share(const float (&dS)[M_TILES][S_TILES][4], SmemAddress smem, int warp_row) {
+// Puts a warp's part of Pᵀ or dSᵀ where all warps find it, behind the next barrier.
+DEVICE void share(const float (&c)[M_TILES][S_TILES][4], SmemAddress tile, int warp_key, int warp_query) {
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = warp_row + 16 * m + 8 * r + lane_index() / 4;
+      const int row = warp_key + 16 * m + 8 * r + lane_index() / 4;
 #pragma unroll
       for (int n = 0; n < S_TILES; ++n)
-        store_shared(smem + TileS::offset(row, n) + lane_index() % 4 * 4, pack<Element>(dS[m][n][2 * r], dS[m][n][2 * r + 1]));
+        store_shared(tile + TileS::offset(row, warp_query / 8 + n) + lane_index() % 4 * 4, pack<Element>(c[m][n][2 * r], c[m][n][2 * r + 1]));
     }
 }
 
@@ -74,7 +83,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
   const SmemAddress Q_smem = K_smem + KEPT_BYTES;
   const SmemAddress dO_smem = Q_smem + NUM_STAGES * TileQ::BYTES;
   const SmemAddress statistics_smem = dO_smem + NUM_STAGES * TileO::BYTES;
-  const SmemAddress dS_smem = K_smem + KEPT_BYTES + STAGED_BYTES;
+  const SmemAddress P_smem = K_smem + KEPT_BYTES + STAGED_BYTES;
+  const SmemAddress dS_smem = P_smem + TileS::BYTES;
 
   const int heads_per_kv = arguments.geometry.num_heads_q / arguments.geometry.num_heads_kv;
   const Work work = work_of_ticket(take_ticket(arguments, dS_smem), arguments.geometry.num_tiles,
@@ -87,10 +97,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
   };
   if (!claim_rows<TILE_KV>(arguments, packed_keys(arguments), work, clear_gradients)) return;
   const int first_kv = work.tile * TILE_KV;
-  const int warp_row = warp_index() * WARP_ROWS;
+  const int warp_key = warp_index() / SHARING_WARPS * WARP_KEYS;
+  const int share_index = warp_index() % SHARING_WARPS;
+  const int warp_query = share_index * WARP_QUERIES;
 
-  float dK[M_TILES][D_TILES][4];
-  float dV[M_TILES][DV_TILES][4];
+  float dK[M_TILES][D_TILES / SHARING_WARPS][4];
+  float dV[M_TILES][DV_TILES / SHARING_WARPS][4];
   clear(dK);
   clear(dV);
   const Dropout dropout(arguments.features);
@@ -123,8 +135,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
     const SliceRows<TileV, HEAD_DIM_V> V_rows{arguments.value, batch, head / heads_per_kv, num_keys, start_kv};
     const SliceRows<TileQ, HEAD_DIM> Q_rows{arguments.query, batch, head, geometry.seqlen_q, start_q};
     const SliceRows<TileO, HEAD_DIM_V> dO_rows{arguments.grad_out, batch, head, geometry.seqlen_q, start_q};
-    const SliceTile<TileK, HEAD_DIM> K{K_smem, first_kv, K_rows};
-    const SliceTile<TileV, HEAD_DIM_V> V{V_smem, first_kv, V_rows};
     auto Q_loader = Q_rows.loader();
     auto dO_loader = dO_rows.loader();
     auto issue = [&](int step) {
@@ -134,53 +144,60 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       statistics_of(step).issue(enabled);
       cp_async_commit_group();
     };
-    if constexpr (NUM_STAGES > 1) __syncthreads();  // every warp is done with the tiles of the previous member; one stage ends with a barrier
+    __syncthreads();  // every warp is done with the tiles of the previous member
     const int kv = batch * geometry.num_heads_kv + head / heads_per_kv;
     // Another K/V head, or the first. Where members can be passed over, the one that is loaded has to be remembered.
     if (PER_HEAD_WALK ? kv != loaded_kv : head % heads_per_kv == 0 || member % arguments.group_heads == 0) {
       loaded_kv = kv;
-      K.load(0);
-      V.load(0);
+      K_rows.loader().issue(K_smem, first_kv);
+      V_rows.loader().issue(V_smem, first_kv);
     }
-    fill_pipeline(steps.begin, issue);
+    turns.look(slot + tile_of(steps.begin));
+#pragma unroll
+    for (int ahead = 0; ahead < STEPS_AHEAD; ++ahead) issue(steps.begin + ahead);
 
 #pragma unroll 1
     for (int j = steps.begin; j < steps.end; ++j) {
-      begin_step(j, issue, [] {});
+      wait_for_tiles<STEPS_AHEAD - 1>();  // the tiles have landed; every warp is done with those before
+      if constexpr (NUM_STAGES > 1) issue(j + STEPS_AHEAD);  // into their slot
+      turns.pass_on();
       const int first_q = tile_of(j) * TILE_Q;
-      turns.look(slot + tile_of(j));
-      const SliceTile<TileQ, HEAD_DIM> Q{Q_smem + slot_of(j) * TileQ::BYTES, first_q, Q_rows};
-      const SliceTile<TileO, HEAD_DIM_V> dO{dO_smem + slot_of(j) * TileO::BYTES, first_q, dO_rows};
+      const SmemAddress Q = Q_smem + slot_of(j) * TileQ::BYTES, dO = dO_smem + slot_of(j) * TileO::BYTES;
 
       float P[M_TILES][S_TILES][4];  // scores, then probabilities; rows are keys
       clear(P);
-      multiply_rows(P, K, warp_row, Q);
+      gemm_rows<Mma, TileK::COLUMNS, true>(P, Mma::OperandA<TileK>(K_smem, warp_key), Mma::OperandB<TileQ>(Q + warp_query * TileQ::ROW_BYTES));
       ScoreSlope<M_TILES, S_TILES> slope;
-      modifier.apply<true>(P, slope, first_kv + warp_row, first_q);
-      const StatisticsOfColumns statistics = statistics_of(j);
+      modifier.apply<true>(P, slope, first_kv + warp_key, first_q + warp_query);
+      const StatisticsOfColumns statistics(statistics_smem + slot_of(j) * StatisticsOfColumns::BYTES, view, first_q, warp_query);
       statistics.to_probabilities(P, modifier.signed_factor());
-      hide<true>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, false);
+      hide<true>(P, 0.0f, geometry, visibility, first_q + warp_query, first_kv, warp_key, false);
       if constexpr (DROPOUT) {
         float kept_P[M_TILES][S_TILES][4];
-        drop_and_mark(P, kept_P, dropout, batch, head, first_kv + warp_row, first_q);
-        multiply_accumulator(dV, kept_P, dO);
+        drop_and_mark(P, kept_P, dropout, batch, head, first_kv + warp_key, first_q + warp_query);
+        share(kept_P, P_smem, warp_key, warp_query);
       } else {
-        multiply_accumulator(dV, P, dO);
+        share(P, P_smem, warp_key, warp_query);
       }
       float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
       statistics.begin_grad_products(dS);
-      multiply_rows(dS, V, warp_row, dO);
+      gemm_rows<Mma, TileV::COLUMNS, true>(dS, Mma::OperandA<TileV>(V_smem, warp_key), Mma::OperandB<TileO>(dO + warp_query * TileO::ROW_BYTES));
       if constexpr (DROPOUT) statistics.drop(dS, P, arguments.features.dropout_scale);
       multiply_all(dS, P);
       slope.multiply(dS);
-      share(dS, dS_smem, warp_row);
-      multiply_accumulator(dK, dS, Q);
+      share(dS, dS_smem, warp_key, warp_query);
 
       const int place = work.tile - visibility.first_key(first_q) / TILE_KV;  // among the blocks that add to this tile
       turns.take(slot + tile_of(j), place);
-      __syncthreads();  // dSᵀ is complete, and it is the block's turn
+      __syncthreads();  // P and dS are complete, and it is the block's turn
+      gemm_by_rows<Mma, TILE_Q, SHARING_WARPS>(dV, Mma::OperandA<TileS>(P_smem, warp_key), Mma::OperandBByRows<TileO>(dO, 2 * share_index));
+      gemm_by_rows<Mma, TILE_Q, SHARING_WARPS>(dK, Mma::OperandA<TileS>(dS_smem, warp_key), Mma::OperandBByRows<TileQ>(Q, 2 * share_index));
+      if constexpr (NUM_STAGES == 1) {
+        __syncthreads();  // every warp is done with the only slot
+        issue(j + 1);
+      }
+      if (j + 1 < steps.end) turns.look(slot + tile_of(j + 1));  // before the additions, behind which the answer would have to wait
       add_query_gradients(arguments, slot + tile_of(j), place == 0, dS_smem, K_smem);
-      end_step();
     }
   }
   __syncthreads();  // every warp has added its last sum, and is done with K
@@ -188,7 +205,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
 
   const int num_rows = sequence_length(packed_keys(arguments), work.batch);  // that have gradients
   if constexpr (DROPOUT) multiply_all(dV, arguments.features.dropout_scale);
-  store_slice<HEAD_DIM_V, TileK>(dV, K_smem, warp_row, arguments.grad_value, work, first_kv, num_rows, start_kv);
   multiply_all(dK, arguments.geometry.scale);
-  store_slice<HEAD_DIM, TileK>(dK, K_smem, warp_row, arguments.grad_key, work, first_kv, num_rows, start_kv);
+  put_columns<TileV, SHARING_WARPS>(dV, V_smem, warp_key, share_index);
+  put_columns<TileK, SHARING_WARPS>(dK, K_smem, warp_key, share_index);
+  __syncthreads();  // the tiles are complete
+  store_tile<TileV, HEAD_DIM_V>(V_smem, arguments.grad_value, work, first_kv, num_rows, start_kv);
+  store_tile<TileK, HEAD_DIM>(K_smem, arguments.grad_key, work, first_kv, num_rows, start_kv);
 }

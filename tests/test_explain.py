@@ -66,7 +66,7 @@ def test_refusals_are_counted_by_rule() -> None:
             "sm_80",
             "it walks over no lists of visible tiles, which a boolean mask and segments need",
         ),
-        ({"head_dim": 256}, "sm_80", "no tile fits the registers and the shared memory"),
+        ({"head_dim": 256, "head_dim_v": 208}, "sm_80", "no tile fits the registers and the shared memory"),
     ],
 )
 def test_why_the_fused_backward_kernel_cannot_run(change: dict[str, Any], arch: str, reason: str) -> None:

@@ -17,7 +17,7 @@ from cuflash import FeatureSet, Tile
 from cuflash.errors import TileError
 from cuflash.hardware import device
 from cuflash.hardware.device import ARCHITECTURES, Device
-from cuflash.planning import fused_backward, predicted_tiles, tile_choice
+from cuflash.planning import fused_backward, predicted_tiles, tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import BACKWARD_FUSED
 from cuflash.simulator import SimulatorError, check
@@ -91,6 +91,7 @@ TILES = {
     "32 keys for each warp": (33, Tile(32, 64, 2, 2)),
     "8 warps": (128, Tile(64, 128, 8, 2)),
     "one column group for each warp": (64, Tile(16, 64, 4, 1)),
+    "4 warps have the same keys": (64, Tile(64, 32, 4, 1)),
 }
 
 
@@ -229,7 +230,9 @@ def test_taken_where_it_is_predicted_to_be_faster(arch: str, head_dim: int, monk
     assert names(plan) == FUSED_KERNELS
     assert plan.kernels[1].tile == Tile(*predicted_tiles.FUSED_BACKWARD[arch, head_dim])
     monkeypatch.setenv(fused_backward.VARIABLE, "0")
-    assert names(plan_of(arch, head_dim)) == TWO_KERNELS
+    assert names(plan_of(arch, head_dim)) == (
+        TWO_KERNELS if head_dim < 256 else ["backward_delta", "backward_dv", "backward_dk", "backward_dq"]
+    )
     assert names(plan_of(arch, head_dim, tile={"backward_fused": plan.kernels[1].tile})) == FUSED_KERNELS
 
 
@@ -283,14 +286,33 @@ def test_memory_grows_with_the_length() -> None:
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "sm_75"])
 def test_legal_tiles_are_those_that_warps_can_share_out(arch: str) -> None:
+    """Queries of dQ, and what belongs to keys that several warps have."""
     on: Device = device.of_arch(arch)
-    for head_dim in (16, 64, 80, 128):
-        tiles = tile_choice.legal_tiles_for(KernelCase(BACKWARD_FUSED, "float16", head_dim), on)
+    for head_dim in (16, 64, 80, 128, 256):
+        case = KernelCase(BACKWARD_FUSED, "float16", head_dim)
+        tiles = tile_choice.legal_tiles_for(case, on)
         assert tiles
         for tile in tiles:
             shared = [
                 tile.num_warps // (tile.tile_q // rows) for rows in (16, 32) if tile.tile_q % rows == 0 and tile.num_warps % (tile.tile_q // rows) == 0
             ]  # fmt: skip
             assert any(groups in (1, 2, 4, 8) and -(-head_dim // 16) % groups == 0 for groups in shared), tile
-    assert not tile_choice.legal_tiles_for(KernelCase(BACKWARD_FUSED, "float16", 256), on)
+            sharing = case.sharing_warps(tile, on)
+            assert tile.tile_kv * sharing % (16 * tile.num_warps) == tile.tile_q % (16 * sharing) == -(-head_dim // 16) % sharing == 0, tile
     assert not fused_backward.is_possible(KernelCase(BACKWARD_FUSED, "float16", 64, features=FeatureSet(segments=True)), on)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "tile", "sharing"),
+    [
+        (128, Tile(64, 128, 8, 2), 2), (128, Tile(64, 256, 8, 1), 1), (256, Tile(64, 64, 8, 1), 4), (256, Tile(32, 32, 4, 1), 2),
+        (48, Tile(64, 64, 4, 2), 1), (128, Tile(16, 64, 4, 2), 1), (64, Tile(64, 16, 8, 2), 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_warps_share_keys_until_each_has_32(head_dim: int, tile: Tile, sharing: int) -> None:
+    """As far as there are 16 queries and 16 columns for each of them; where there are too few keys even so, the tile is refused."""
+    case, on = KernelCase(BACKWARD_FUSED, "float16", head_dim), device.of_arch("sm_90")
+    assert case.sharing_warps(tile, on) == sharing
+    refused = tile_rules.broken_rule(case, tile, on)
+    assert (refused is not None and "tile_kv must be a multiple of 16 * num_warps = 128" in refused) == (tile.tile_kv == 16)

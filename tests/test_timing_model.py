@@ -94,6 +94,14 @@ def test_warps_wait_for_the_slowest_at_a_barrier() -> None:
     assert clocks(trace, blocks=2) < 2 * alone, "another block's products fill the wait"
 
 
+def test_a_fence_holds_up_the_one_warp_that_makes_it() -> None:
+    """What others of its sub-partition multiply meanwhile costs nothing; with nothing to do, they wait for it at the next barrier."""
+    fence = replace(PLAIN, kind=Kind.FENCE, stall=A100.fence)
+    barrier = A100.barrier_latency + 8 * A100.barrier_arrival
+    assert clocks([fence, *[PRODUCT] * 160, BARRIER], warps=8) == pytest.approx(2 * 160 * 8, rel=0.02)
+    assert clocks([BARRIER, fence] * 20, warps=8) == pytest.approx(20 * (A100.fence + barrier), rel=0.03)
+
+
 def test_copies_take_the_bandwidth_of_l2() -> None:
     trace = [COPY] * 8 + [replace(PLAIN, kind=Kind.COMMIT), replace(PLAIN, kind=Kind.WAIT, pending=1)]
     assert clocks(trace, warps=8) == pytest.approx(8 * 8 * 512 / A100.l2_bytes, rel=0.05)

@@ -93,7 +93,22 @@ class KernelCase:
         stationary, streamed = self.stationary_rows(tile), self.streamed_rows(tile)
         if self.kernel.warps_share == "streamed":
             return stationary, streamed // tile.num_warps
-        return stationary * self.head_slices(device) // tile.num_warps, streamed
+        sharing = self.sharing_warps(tile, device)
+        return stationary * sharing * self.head_slices(device) // tile.num_warps, streamed // sharing
+
+    def sharing_warps(self, tile: Tile, device: Device) -> int:
+        """Warps that have the same keys, where scores meet in shared memory: as few as have 32 keys together, or 16; 1 where keys are not shared.
+
+        They share out the queries of a tile, and the columns of outputs, 16 or more to each.
+        """
+        if not self.kernel.added_up:
+            return 1
+        keys = {}
+        for sharing in (1, 2, 4, 8):
+            rows, rest = divmod(tile.tile_kv * sharing, tile.num_warps)
+            if not (rest or rows % 16 or tile.tile_q % (16 * sharing) or any(columns // 16 % sharing for columns in self.columns(device))):
+                keys[sharing] = min(rows, 32)
+        return max(keys, key=lambda sharing: keys[sharing], default=1)
 
 
 def case_of(spec: KernelSpec, problem: Problem) -> KernelCase:
@@ -151,7 +166,7 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
     if case.kernel.statistics and device.capability >= 80:  # sm_75 reads them from global memory
         statistics = ROW_STATISTICS_BYTES + 4 * case.features.additive_mask
     if case.kernel.added_up:
-        exchange += case.smem_itemsize(device) * tile.tile_q * tile.tile_kv
+        exchange += case.smem_itemsize(device) * len(case.kernel.scores) * tile.tile_q * tile.tile_kv
     if case.kernel.maps_tensors:
         of_queries, of_keys = _TILE_WORK_BYTES + 2 * _MBARRIER_BYTES, _LIST_ENTRY_BYTES + 4 * _MBARRIER_BYTES
         exchange += stationary_stages * of_queries + tile.num_stages * of_keys + _MBARRIER_BYTES
@@ -187,7 +202,8 @@ def accumulator_registers(case: KernelCase, tile: Tile, device: Device) -> int:
     """Registers per thread that hold results of matrix products, all live at once."""
     rows, streamed = case.warp_tile(tile, device)
     outputs, scores = accumulated(case, device)
-    return rows * outputs // 32 + max(rows * scores * streamed // 32, added_up_registers(case, tile, device))
+    sharing = case.sharing_warps(tile, device)
+    return rows * outputs // sharing // 32 + max(rows * scores * streamed // 32, added_up_registers(case, tile, device))
 
 
 def head_dims(head_dim: int, head_dim_v: int) -> str:

@@ -203,6 +203,8 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         **case.features.constants(),
         **dict(spec.constants),
     }
+    if spec.added_up:
+        constants["SHARING_WARPS"] = case.sharing_warps(tile, device)
     if spec.stays:
         constants["Q_STAGES"] = kernel_cases.stationary_stages(case, tile, device)
         constants["ANY_SCALE"] = problem.scale < SMALLEST_SCALE

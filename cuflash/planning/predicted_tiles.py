@@ -24,13 +24,19 @@ TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
 head_dim, no score features."""
 
 FUSED_BACKWARD: dict[tuple[str, int], tuple[int, int, int, int]] = {
-    ("sm_80", 64): (64, 64, 4, 2),
+    ("sm_80", 64): (128, 128, 8, 2),
     ("sm_80", 128): (64, 128, 8, 2),
+    ("sm_80", 256): (64, 64, 8, 1),
     ("sm_86", 64): (64, 128, 8, 2),
     ("sm_86", 128): (32, 128, 8, 1),
+    ("sm_86", 256): (32, 32, 4, 1),
     ("sm_89", 64): (64, 128, 8, 2),
     ("sm_89", 128): (32, 128, 8, 1),
+    ("sm_89", 256): (32, 32, 4, 1),
+    ("sm_90", 128): (64, 64, 4, 2),
+    ("sm_90", 256): (64, 64, 8, 2),
     ("sm_120", 64): (64, 128, 8, 2),
     ("sm_120", 128): (32, 128, 8, 1),
+    ("sm_120", 256): (32, 32, 4, 1),
 }
 """(architecture, head_dim) -> tile_q, tile_kv, num_warps, num_stages; 16-bit types, value of the same head_dim, no score features."""

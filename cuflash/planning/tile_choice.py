@@ -42,10 +42,10 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
     few = (1, 2) if shortest and case.kernel.costs.small_blocks else (1, 2, 4, 8)
     for row_warps in case.kernel.block_warps or few:
         num_warps = row_warps * slices
-        for warp_rows in (16, 32):
+        of_few_keys = {32, 64} if case.kernel.added_up else set()  # which warps may share
+        for rows in sorted({16 * row_warps, 32 * row_warps} | of_few_keys):
             for streamed in (length for length in (16, 32, 48, 64, 80, 96, 112, 128) if length <= longest):
                 for num_stages in stage_counts:
-                    rows = row_warps * warp_rows
                     if case.kernel.owns_keys:
                         yield Tile(streamed, rows, num_warps, num_stages)
                     else:
@@ -120,7 +120,7 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
 
 def tolerated_spills(case: KernelCase, tile: Tile, device: Device) -> int:
     """Bytes that the compiler may spill in each thread: some with tiles that were measured or predicted for calls without features, none with others."""
-    plain = case.features == NO_FEATURES and case.kernel.implementation == "mma" and not case.kernel.added_up
+    plain = case.features == NO_FEATURES and case.kernel.implementation == "mma"
     return TOLERATED_SPILLS if plain and tile == known_tile(case, device) else 0
 
 

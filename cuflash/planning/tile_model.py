@@ -21,6 +21,7 @@ def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
     """
     rows, streamed = case.warp_tile(tile, device)
     outputs, scores = accumulated(case, device)
+    outputs //= case.sharing_warps(tile, device)
     estimate = rows * (outputs + 3 * scores * streamed // 2) // 32
     estimate = max(estimate, rows * outputs // 32 + added_up_registers(case, tile, device))
     estimate += rows // 4  # the A operand
@@ -86,7 +87,7 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device, *, spills: boo
     row, row_v = (pieces * nbytes for nbytes in row_bytes(case, device))
     stationary_bytes, streamed_bytes = (pieces * nbytes for nbytes in operand_bytes(case, device))
     over_d, over_dv = kernel.products
-    readers = 1 if kernel.warps_share == "streamed" else tile.num_warps // slices
+    readers = 1 if kernel.warps_share == "streamed" else tile.num_warps // slices // case.sharing_warps(tile, device)
     traffic = readers * streamed * (over_d * row + over_dv * row_v) + rows * stationary_bytes + streamed * streamed_bytes
     if slices > 1:  # parts of scores are exchanged
         traffic += 4 * (slices + slices * slices) * len(kernel.scores) * rows * streamed

@@ -73,7 +73,10 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
             return f"{stationary} must be a multiple of 16"
         if getattr(tile, streamed) not in (16 * tile.num_warps, 32 * tile.num_warps):
             return f"{streamed} must be 16 or 32 rows for each warp, {16 * tile.num_warps} or {32 * tile.num_warps}"
-    elif getattr(tile, stationary) % (16 * tile.num_warps // slices):
+    elif case.kernel.added_up and tile.tile_kv * case.sharing_warps(tile, device) % (16 * tile.num_warps):
+        shared = "or half, a quarter or an eighth of that where 2, 4 or 8 warps can share out tile_q and the columns, 16 or more to each"
+        return f"tile_kv must be a multiple of 16 * num_warps = {16 * tile.num_warps}, {shared}"
+    elif not case.kernel.added_up and getattr(tile, stationary) % (16 * tile.num_warps // slices):
         of_a_slice = f" / {slices} slices of the head" if slices > 1 else ""
         return f"{stationary} must be a multiple of 16 * num_warps{of_a_slice} = {16 * tile.num_warps // slices}"
     if getattr(tile, stationary) * slices > case.kernel.max_warp_rows * tile.num_warps:

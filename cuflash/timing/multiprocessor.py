@@ -217,7 +217,8 @@ class _Run:
             warp.position = 0
             warp.trips += 1
             self.fewest_trips[home] = min(other.trips for other in self.homes[home])
-        warp.ready = self._ready(warp, time + operation.stall)
+        held = kind is not Kind.FENCE or warp.index % self.warps_per_block == 0
+        warp.ready = self._ready(warp, time + (operation.stall if held else 1.0))
         if kind is Kind.BARRIER:
             self._arrive(warp, time)
         return completed

@@ -38,6 +38,7 @@ class Kind(Enum):
     COMMIT = 5  # closes a group of copies
     WAIT = 6  # until all but some groups of copies are complete
     BARRIER = 7
+    FENCE = 8  # of the GPU, made by one thread of a block, whose warp it holds up
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _operation(instruction: Instruction, after: Instruction | None, machine: Mul
         if base in _REDUCTIONS:
             l2_bytes *= machine.l2_bytes / machine.reduction_bytes
     elif base == "MEMBAR" and "GPU" in instruction.opcode.split("."):
-        stall = max(stall, machine.fence)
+        kind, stall = Kind.FENCE, max(stall, machine.fence)
     elif base == "LDGDEPBAR":
         kind = Kind.COMMIT
     elif base == "DEPBAR" and (waited := re.match(r"SB0, 0x([0-9a-f]+)", instruction.operands)):

@@ -75,6 +75,53 @@ DEVICE void store_slice(const float (&c)[M][N][4], SmemAddress smem, int warp_ro
                                                                      first_row + warp_row, num_rows, slice_index() * 8 * N, start);
 }
 
+// Stores the columns of a row from `column` on that a chunk has, of the first HEAD_DIM. `store_rows` does the same in its
+// place: with a function it would be compiled to other code.
+template <int HEAD_DIM, typename Element>
+DEVICE void store_chunk(Element* row_start, const int& column, const Chunk& chunk, const TensorView& view) {
+  constexpr int CHUNK_ELEMENTS = 16 / int(sizeof(Element));
+  if (view.vectorized && column + CHUNK_ELEMENTS <= HEAD_DIM) {
+    *reinterpret_cast<Chunk*>(row_start + column) = chunk;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < CHUNK_ELEMENTS; ++i) {
+    if (column + i < HEAD_DIM) {
+      if constexpr (sizeof(Element) == 4) {
+        row_start[(column + i) * view.stride_dim] = __uint_as_float(chunk.word[i]);
+      } else {
+        row_start[(column + i) * view.stride_dim].bits = uint16(chunk.word[i / 2] >> (16 * (i % 2)));
+      }
+    }
+  }
+}
+
+// Puts a warp's rows of a result into a tile in shared memory, 16-bit elements: of its columns every STEP-th pair of eight, from pair `first` on.
+template <typename Tile, int STEP, int M, int N>
+DEVICE void put_columns(const float (&c)[M][N][4], SmemAddress tile, int warp_row, int first) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const int row = warp_row + 16 * m + 8 * r + lane_index() / 4, chunk = 2 * (n / 2 * STEP + first) + n % 2;
+        store_shared(tile + Tile::offset(row, chunk) + lane_index() % 4 * 4, pack<Element>(c[m][n][2 * r], c[m][n][2 * r + 1]));
+      }
+}
+
+// Stores a tile that all warps have put together, but for rows from num_rows on; it starts at first_row, and rows count from `start`.
+template <typename Tile, int HEAD_DIM>
+DEVICE void store_tile(SmemAddress tile, const TensorView& view, const Work& work, int first_row, int num_rows, int start) {
+  Element* destination = view.row_pointer<Element>(work.batch, work.head, start);
+#pragma unroll 1
+  for (int index = int(threadIdx.x); index < Tile::ROWS * Tile::CHUNKS; index += NUM_THREADS) {
+    const int row = index / Tile::CHUNKS, chunk = index % Tile::CHUNKS, column = chunk * Tile::CHUNK_ELEMENTS;
+    if (first_row + row >= num_rows || column >= HEAD_DIM) continue;
+    store_chunk<HEAD_DIM>(destination + (first_row + row) * view.stride_seqlen, column, load_shared(tile + Tile::offset(row, chunk)), view);
+  }
+}
+
 // Zeros in rows begin .. end - 1, which no sequence's block computes (tile/sequence.cuh); this block does TILE_ROWS of them at a time, as its
 // tile says, and goes on at `num_tiles` tiles further.
 template <typename Element, int NUM_THREADS, int TILE_ROWS, int DIM>

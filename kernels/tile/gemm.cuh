@@ -17,12 +17,13 @@ DEVICE void add(float (&c)[4], const float (&sum)[4]) {
   for (int i = 0; i < 4; ++i) c[i] += sum[i];
 }
 
-// c += A Bᵀ over the head dimension: both operands are rows of tiles in shared memory. Few depth steps are straight code. Of more of them unrolled
-// the assembler fetches fragments so far ahead that accumulators spill (docs/performance.md). Short sums are one depth step long.
-template <typename Mma, int COLUMNS, int M, int N, typename OperandA, typename OperandB>
+// c += A Bᵀ over the head dimension: both operands are rows of tiles in shared memory. Few depth steps are straight code, and eight where each has
+// few products, which alone would wait for their fragments. Of more of them unrolled the assembler fetches fragments so far ahead that accumulators
+// spill (docs/performance.md), unless the caller knows that there is room (STRAIGHT). Short sums are one depth step long.
+template <typename Mma, int COLUMNS, bool STRAIGHT = false, int M, int N, typename OperandA, typename OperandB>
 DEVICE void gemm_rows(float (&c)[M][N][4], const OperandA& operand_a, const OperandB& operand_b) {
   constexpr int K_STEPS = COLUMNS / Mma::K;
-  constexpr int UNROLL = Mma::UNROLL > 1 && K_STEPS <= 4 ? K_STEPS : Mma::UNROLL;
+  constexpr int UNROLL = Mma::UNROLL > 1 && (STRAIGHT || K_STEPS <= (M * N <= 4 ? 8 : 4)) ? K_STEPS : Mma::UNROLL;
 #pragma unroll(UNROLL)
   for (int k = 0; k < K_STEPS; ++k) {
     typename Mma::A a[M];
@@ -99,11 +100,31 @@ DEVICE void gemm_accumulator(float (&c)[M][N_C][4], const float (&p)[M][N_P][4],
 // c += Aᵀ B: both operands have their rows as depth, of which there are DEPTH. A has columns 16 m, B every STEP-th pair of eight columns.
 template <typename Mma, int DEPTH, int STEP, int M, int N, typename OperandA, typename OperandB>
 DEVICE void gemm_columns(float (&c)[M][N][4], const OperandA& operand_a, const OperandB& operand_b) {
-#pragma unroll(Mma::UNROLL)
+#pragma unroll
   for (int k = 0; k < DEPTH / Mma::K; ++k) {
     typename Mma::A a[M];
 #pragma unroll
     for (int m = 0; m < M; ++m) a[m] = operand_a.load(k, 2 * m);
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      typename Mma::B b[2];
+      operand_b.load(b, k, n / 2 * STEP);
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) Mma::multiply(c[m][n + i], a[m], b[i]);
+    }
+  }
+}
+
+// c += A B: A has its columns as depth, of which there are DEPTH, B its rows. B has every STEP-th pair of eight columns.
+template <typename Mma, int DEPTH, int STEP, int M, int N, typename OperandA, typename OperandB>
+DEVICE void gemm_by_rows(float (&c)[M][N][4], const OperandA& operand_a, const OperandB& operand_b) {
+#pragma unroll
+  for (int k = 0; k < DEPTH / Mma::K; ++k) {
+    typename Mma::A a[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m) a[m] = operand_a.load(16 * m, k);
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
       typename Mma::B b[2];

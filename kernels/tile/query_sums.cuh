@@ -86,11 +86,16 @@ class TurnTaker {
     if (threadIdx.x == 0) seen = load_relaxed(turns + slot);
   }
 
-  // Before the barrier behind which the block adds; `place` blocks add before it. All additions of the step before are issued.
-  DEVICE void take(int slot, int place) {
+  // Behind the look and a barrier at which all additions of the step before were issued.
+  DEVICE void pass_on() {
     if (threadIdx.x != 0) return;
     fence_gpu();  // behind what the block has added and the look, before the turn is passed on and the block adds
-    pass_on();
+    add_turn();
+  }
+
+  // Before the barrier behind which the block adds; `place` blocks add before it.
+  DEVICE void take(int slot, int place) {
+    if (threadIdx.x != 0) return;
     if (seen < place) {
       do {
         seen = load_relaxed(turns + slot);
@@ -104,7 +109,7 @@ class TurnTaker {
   DEVICE void finish() {
     if (threadIdx.x != 0 || added_to < 0) return;
     fence_gpu();
-    pass_on();
+    add_turn();
   }
 
  private:
@@ -112,7 +117,7 @@ class TurnTaker {
   int seen = 0;
   int added_to = -1;  // what the block has added to last, whose turn it still holds
 
-  DEVICE void pass_on() {
+  DEVICE void add_turn() {
     if (added_to >= 0) add_relaxed(turns + added_to, 1);
   }
 };

@@ -93,7 +93,8 @@ class StatisticsOfColumns {
  public:
   static constexpr int BYTES = IN_SMEM ? LOG2_SUMS_OFFSET + (ADDITIVE_MASK ? TILE_Q * int(sizeof(float)) : 0) : 0;
 
-  DEVICE StatisticsOfColumns(SmemAddress tile, const StatisticsView& view, int first_q) : tile(tile), view(view), first_q(first_q) {}
+  DEVICE StatisticsOfColumns(SmemAddress tile, const StatisticsView& view, int first_q, int first_column = 0)
+      : tile(tile), view(view), first_q(first_q), first_column(first_column) {}
 
   // Starts the copies if `enabled`, which the caller commits with those of the tile. Past the end all is 0, and so is dO.
   DEVICE void issue(bool enabled = true) const {
@@ -156,10 +157,11 @@ class StatisticsOfColumns {
   SmemAddress tile;
   const StatisticsView& view;
   int first_q;
+  int first_column;  // of the warp
 
   // This lane's two columns of accumulator tile n: reference and delta of the first in x and y, of the second in z and w; 0 past the end.
   DEVICE float4 statistics(int n) const {
-    const int column = 8 * n + lane_index() % 4 * 2;
+    const int column = first_column + 8 * n + lane_index() % 4 * 2;
     if constexpr (IN_SMEM) {
       return load_shared_f32x4(tile + column * int(sizeof(RowStatistics)));
     } else {
@@ -172,7 +174,7 @@ class StatisticsOfColumns {
 
   // Their log2_sum.
   DEVICE float2 log2_sums(int n) const {
-    const int column = 8 * n + lane_index() % 4 * 2;
+    const int column = first_column + 8 * n + lane_index() % 4 * 2;
     if constexpr (!ADDITIVE_MASK) {
       return make_float2(0.0f, 0.0f);
     } else if constexpr (IN_SMEM) {
