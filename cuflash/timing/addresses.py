@@ -1,8 +1,9 @@
 """What an address is made of, as far as the code says it: the constants that are added up on the way to a register.
 
 Kernels of wgmma keep mbarriers in shared memory, each at a constant distance from its begin, a ring of them with a stage that varies. Which barrier an instruction means is
-told by the constant part of its address. `constants(code, position, operand)` follows a register back through additions, shifts and copies in the order of the code that is
-given: a path through a loop, behind what comes before the loop. What it does not know counts as 0. Where a selection decides, all possible constants are returned.
+told by the constant part of its address. `constants(code, position, operand, first)` follows a register back through additions, shifts and copies in the order of the code that
+is given: a path through a loop from `first` on, behind what comes before the loop. What it does not know counts as 0, and so does what one trip leaves to the next, such as a
+stage. Where a selection decides, all possible constants are returned.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ _WORD = 2**32
 Constants = frozenset[int]
 
 
-def constants(code: Sequence[Instruction], position: int, operand: str) -> Constants:
+def constants(code: Sequence[Instruction], position: int, operand: str, first: int = 0) -> Constants:
     """The constant parts that an operand of `code[position]` may have: a register, a number, or an address in brackets, of which the terms are added."""
-    return _Search(code).of_address(position, operand)
+    return _Search(code, first).of_address(position, operand)
 
 
 def operands_of(instruction: Instruction) -> list[str]:
@@ -38,8 +39,9 @@ def operands_of(instruction: Instruction) -> list[str]:
 class _Search:
     """Follows registers back through one piece of code."""
 
-    def __init__(self, code: Sequence[Instruction]) -> None:
-        self.code = code
+    def __init__(self, code: Sequence[Instruction], first: int) -> None:
+        self.code, self.first = code, first
+        self.changed = {result_of(instruction) for instruction in code[first:]} if first else set()
 
     def of_address(self, position: int, operand: str) -> Constants:
         terms = re.findall(r"-?U?R(?:Z|\d+)|-?0x[0-9a-f]+", operand)
@@ -52,6 +54,8 @@ class _Search:
             return frozenset((0,))
         sign, register = (-1, operand[1:]) if operand.startswith("-") else (1, operand)
         for before in range(position - 1, -1, -1):
+            if before < self.first <= position and register in self.changed:
+                break
             instruction = self.code[before]
             if result_of(instruction) == register:
                 found = self._result(before, instruction, depth - 1)

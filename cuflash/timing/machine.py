@@ -23,6 +23,33 @@ SHARED_BYTES_PER_CLOCK = 128
 
 
 @dataclass(frozen=True)
+class WarpgroupUnits:
+    """What Hopper's SM has beside the others: wgmma, bulk copies, mbarriers. Clocks.
+
+    Attributes:
+        multiply_adds: per clock and sub-partition of wgmma with 16-bit operands.
+        queue: products that the tensor unit holds, the one that it computes among them.
+        product_start: from the issue of a product to its computation, in an idle unit.
+        product_end: from the end of its computation until the warp that waits goes on.
+        phase_wait: of a wait for a phase that is over.
+        phase_hand_over: from an arrival that ends a phase until a warp that waits goes on.
+        named_barrier: from the last warp's arrival at a barrier whose number is in a register to the release.
+        bulk_copy: from the issue of a bulk copy of few bytes until a warp that waits goes on.
+        shared_l2_bytes: bytes per clock and SM that L2 delivers if all SMs ask for the same.
+    """
+
+    multiply_adds: float
+    queue: int
+    product_start: float
+    product_end: float
+    phase_wait: float
+    phase_hand_over: float
+    named_barrier: float
+    bulk_copy: float
+    shared_l2_bytes: float
+
+
+@dataclass(frozen=True)
 class Multiprocessor:
     """One SM. Clocks are those that a warp instruction occupies a unit of its sub-partition, latencies those until a dependent instruction may issue.
 
@@ -45,6 +72,7 @@ class Multiprocessor:
         l2_bytes: bytes per clock and SM that L2 delivers if all SMs ask.
         reduction_bytes: bytes per clock and SM of float32 that L2 adds up if all SMs ask.
         fence: clocks of a fence of the GPU for the warp that makes it.
+        warpgroups: wgmma and what goes with it; None where there is none.
     """
 
     arch: str
@@ -69,6 +97,7 @@ class Multiprocessor:
     l2_bytes: float
     reduction_bytes: float
     fence: float
+    warpgroups: WarpgroupUnits | None = None
 
 
 _H100 = Multiprocessor(
@@ -99,6 +128,17 @@ _H100 = Multiprocessor(
     l2_bytes=30.0,  # [M] each SM its own addresses; 86 where all ask for the same
     reduction_bytes=12.8,  # [M] red.add.v4.f32 of all SMs, a region of its own; scalar ones 12.6
     fence=600.0,  # [A] about two trips to L2
+    warpgroups=WarpgroupUnits(
+        multiply_adds=512.0,  # [M] m64nNk16 in N/2 clocks, on all four sub-partitions
+        queue=7,  # [M] for N of 64 to 256, two and three warpgroups
+        product_start=60.0,  # [M] 70 from the issue to a result that is there, less the next
+        product_end=10.0,  # [M] 1 to 15 clocks more than the seven products that a full unit has to compute
+        phase_wait=36.0,  # [M] 46.7 with the loop around it
+        phase_hand_over=53.3,  # [M]
+        named_barrier=25.3,  # [M] 33.3 for four warps, of which each takes 2
+        bulk_copy=336.0,  # [M] of 128 bytes
+        shared_l2_bytes=85.9,  # [M]
+    ),
 )
 
 # Multiply-adds per clock and sub-partition, [W]: A100 312 TFLOP/s of 108 SMs at 1.41 GHz; RTX 3090 71 (sums in float32) and 142 of 82 at 1.695 GHz.
@@ -107,6 +147,7 @@ _GEFORCE_RATES = {"half": 64.0, "half16": 128.0, "tf32": 32.0, "int8": 256.0}
 
 _A100 = replace(
     _H100,
+    warpgroups=None,
     arch="sm_80",
     matrix_rates=_A100_RATES,
     fma=2.0,  # [G] 64 results

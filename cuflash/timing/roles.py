@@ -85,7 +85,14 @@ def _awaited(function: Function, trace: Trace) -> frozenset[int]:
     code = _in_context(function, trace)
     first = len(code) - len(trace.instructions)
     waits = [first + of for of, i in enumerate(trace.instructions) if _act(i) is Act.WAIT and _changes(trace.instructions, of)]
-    return frozenset(barrier for wait in waits for barrier in _address(code, wait))
+    return frozenset(barrier for wait in waits for barrier in _address(code, wait, first))
+
+
+def announcements(function: Function, trace: Trace) -> list[tuple[int, Constants]]:
+    """The instructions of a trace that announce bytes, by their place in the function, and for which barriers they may."""
+    code = _in_context(function, trace)
+    first = len(code) - len(trace.instructions)
+    return [(trace.indices[of], _address(code, first + of, first)) for of, i in enumerate(trace.instructions) if _act(i) is Act.EXPECT]
 
 
 def _changes(code: Sequence[Instruction], position: int) -> bool:
@@ -108,10 +115,15 @@ def _in_context(function: Function, trace: Trace) -> tuple[Instruction, ...]:
     return (*function[: trace.loop.head], *trace.instructions)
 
 
-def _address(code: Sequence[Instruction], position: int) -> Constants:
+def _address(code: Sequence[Instruction], position: int, first: int = 0) -> Constants:
     """The barriers that an instruction may mean, by the constant parts of its address."""
     text = code[position].operands
-    return constants(code, position, text[text.index("[") : text.index("]")])
+    return constants(code, position, text[text.index("[") : text.index("]")], first)
+
+
+def is_arrival(instruction: Instruction) -> bool:
+    """Whether it arrives at an mbarrier."""
+    return _act(instruction) is Act.ARRIVE
 
 
 def _act(instruction: Instruction) -> Act | None:
@@ -178,7 +190,7 @@ class _Barriers:
                 act = _act(instruction)
                 if act is not None and (act is not Act.WAIT or _changes(trace.instructions, position)):
                     at = first + position
-                    possible = _address(code, at) & frozenset(self.known)
+                    possible = _address(code, at, first) & frozenset(self.known)
                     if not possible:
                         raise _unclear(instruction, "an mbarrier whose place the code does not say")
                     num_bytes = self._bytes(code, at) if act is Act.EXPECT else 0
