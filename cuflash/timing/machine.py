@@ -170,6 +170,15 @@ MULTIPROCESSORS: dict[str, Multiprocessor] = {machine.arch: machine for machine 
 
 
 @dataclass(frozen=True)
+class PowerLimit:
+    """A card at its limit of power lowers its clock, the more the more its tensor cores do: `clock_ghz` where they do `share` of what they can, else by a power law."""
+
+    share: float
+    clock_ghz: float
+    exponent: float
+
+
+@dataclass(frozen=True)
 class Card:
     """A GPU.
 
@@ -180,6 +189,7 @@ class Card:
         clock_ghz: under these kernels.
         memory_bytes_per_second: what a copy reaches.
         block_start: clocks from a block's place becoming free to the first instruction of the next block that has its arguments.
+        power: how the clock falls under matrix products; None where that is not known.
     """
 
     name: str
@@ -188,15 +198,24 @@ class Card:
     clock_ghz: float
     memory_bytes_per_second: float
     block_start: float = 600.0  # [A] about two trips to L2
+    power: PowerLimit | None = None
+
+    def clock_under(self, share: float) -> float:
+        """GHz while so much of what the tensor cores can do is done."""
+        limit = self.power
+        return self.clock_ghz if limit is None or share <= 0 else min(self.clock_ghz, limit.clock_ghz * (limit.share / share) ** limit.exponent)
 
 
 _COPY_SHARE = 3.008 / 3.352  # [M] what a copy reaches of an H100's 3352 GB/s; [A] elsewhere
+
+H100_POWER = PowerLimit(share=0.8, clock_ghz=1.56, exponent=0.35)
+"""Fitted: with it the model gives the medians of two kernels at seqlen 16384 that were measured, D 64 and 128 full without hand-overs (docs/timing.md)."""
 
 CARDS: dict[str, Card] = {
     "sm_80": Card("A100 SXM 80 GB", "sm_80", 108, 1.41, 2.039e12 * _COPY_SHARE),  # [W] boost clock
     "sm_86": Card("RTX 3090", "sm_86", 82, 1.695, 0.936e12 * _COPY_SHARE),  # [W]
     "sm_89": Card("RTX 4090", "sm_89", 128, 2.52, 1.008e12 * _COPY_SHARE),  # [W]
-    "sm_90": Card("H100 SXM", "sm_90", 132, 1.965, 3.008e12),  # [M] the clock that most cases of attention.csv ran at
+    "sm_90": Card("H100 SXM", "sm_90", 132, 1.965, 3.008e12, power=H100_POWER),  # [M] the clock that most cases of attention.csv ran at
     "sm_120": Card("RTX 5090", "sm_120", 170, 2.407, 1.792e12 * _COPY_SHARE),  # [W]
 }
 

@@ -211,9 +211,10 @@ class _Barriers:
         return any(use.barrier == barrier and use.act is not Act.WAIT for use in self.uses)
 
     def _initial(self, wait: _Use) -> int:
-        """Phases that are over in the beginning: of what a copying role waits for, as many as its smallest ring has stages."""
-        announced = [self.stages[use.barrier] for use in self.uses if use.role == wait.role and use.act is Act.EXPECT]
-        return min(announced, default=0)
+        """Phases that are over in the beginning: of what a copying role waits for, as many as there are stages for what it announces next."""
+        of_role = [use for use in self.uses if use.role == wait.role and use.act is Act.EXPECT and use.barrier in self.stages]
+        following = sorted(of_role, key=lambda use: (use.position < wait.position, use.position))
+        return min(self.stages[wait.barrier], self.stages[following[0].barrier]) if following else 0
 
     def _handed_on(self) -> dict[int, int]:
         """Barriers that a role's warpgroups hand something on by: under the name of the first."""
