@@ -85,7 +85,13 @@ def compiled(design: Design) -> tuple[bytes, compiler.KernelResources]:
     else:
         text = text.replace("//WGMMA", wgmma_text.forward(design.head_dim, design.streamed))
         split = int("_p1" in design.name)
-        defines = [f"HD={design.head_dim}", f"WG={design.warpgroups}", f"TN={design.streamed}", f"STAGES={design.stages}", f"TOKEN={design.token}"]
+        defines = [
+            f"HD={design.head_dim}",
+            f"WG={design.warpgroups}",
+            f"TN={design.streamed}",
+            f"STAGES={design.stages}",
+            f"TOKEN={design.token}",
+        ]
         defines += [f"SPLIT={split}", f"CAUSAL={int(design.causal)}"]
     program = nvrtc.createProgram(text, f"{design.name}.cu", (), ())
     flags = ("-arch=sm_90a", "-std=c++17", "-default-device", "--ptxas-options=-v", *(f"-D{define}" for define in defines))
@@ -102,7 +108,17 @@ def steady(design: Design) -> tuple[KernelPrediction, float]:
     tile = Tile(design.rows, design.streamed, 4 * design.warpgroups, design.stages)
     kernel = "backward_dkdv" if design.is_backward else "forward_wgmma"
     described = Description(
-        kernel, "sm_90", "bfloat16", design.head_dim, design.head_dim, design.causal, tile, resources.registers, 0, _shared_bytes(design), 16
+        kernel,
+        "sm_90",
+        "bfloat16",
+        design.head_dim,
+        design.head_dim,
+        design.causal,
+        tile,
+        resources.registers,
+        0,
+        _shared_bytes(design),
+        16,
     )
     found = predict_kernel(function, described, limits=False)
     return found, predict_kernel(function, described, limits=False, masked=True).clocks / found.clocks
@@ -154,7 +170,9 @@ def predict(design: Design, seqlen: int, variant: str) -> tuple[float, float]:
     between = found.between_tiles or 0.0
     start = CARD.block_start + 1000
     if design.is_backward:  # a block for each tile; its begin and end cannot hide
-        clocks = grid_clocks(reversed(tiles) if design.causal else tiles, num_sms=CARD.num_sms, trip_clocks=[found.clocks], overhead=2 * start)
+        clocks = grid_clocks(
+            reversed(tiles) if design.causal else tiles, num_sms=CARD.num_sms, trip_clocks=[found.clocks], overhead=2 * start
+        )
     else:
         clocks = start + max(_strided(tiles, found.clocks, between, snake=variant == "_snake"))
     flops = 4 * pairs * seqlen**2 * design.head_dim * (0.5 * (1 + 1 / seqlen) if design.causal else 1) * (2.5 if design.is_backward else 1)
@@ -202,7 +220,10 @@ TOKENS = ("none", "Q K done", "P V done")
 
 def summary(found: Sequence[Row]) -> list[str]:
     """For each pass, head dimension, mask and hand-over: mean ratio and spread."""
-    text = ["| pass | head_dim | causal | hand-over | timings | measured / predicted, seqlen 2048 to 16384 | 512 and 1024 |", "| --- " * 7 + "|"]
+    text = [
+        "| pass | head_dim | causal | hand-over | timings | measured / predicted, seqlen 2048 to 16384 | 512 and 1024 |",
+        "| --- " * 7 + "|",
+    ]
     groups: dict[tuple[bool, int, bool, int], list[Row]] = {}
     for row in found:
         of = row.design
@@ -220,7 +241,9 @@ def details(found: Sequence[Row], seqlens: Sequence[int]) -> list[str]:
     text = ["| kernel | seqlen | measured TFLOP/s | predicted | measured / predicted | predicted matrix share |", "| --- " * 6 + "|"]
     for row in sorted(found, key=lambda row: (row.variant, -row.seqlen)):
         if row.seqlen in seqlens:
-            text.append(f"| `{row.variant}` | {row.seqlen} | {row.measured:.0f} | {row.predicted:.0f} | {row.ratio:.2f} | {row.share:.2f} |")
+            text.append(
+                f"| `{row.variant}` | {row.seqlen} | {row.measured:.0f} | {row.predicted:.0f} | {row.ratio:.2f} | {row.share:.2f} |"
+            )
     return text
 
 

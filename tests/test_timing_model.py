@@ -169,7 +169,7 @@ def test_groups_of_copies_and_taken_branches() -> None:
     assert branch.stall == 1 + A100.branch
 
 
-@pytest.mark.parametrize("opcode", ["HGMMA.64x128x16.F32", "SYNCS.PHASECHK.TRANS64", "UTMALDG.4D", "HMMA.999.F32"])
+@pytest.mark.parametrize("opcode", ["QGMMA.64x128x32.F32", "HGMMA.64x128x8.F32.TF32", "UTMALDG.4D", "HMMA.999.F32"])
 def test_what_is_not_modelled_is_refused(opcode: str) -> None:
     with pytest.raises(UnsupportedError, match=opcode.split(".")[0]):
         operations.operations([instruction(opcode)], MULTIPROCESSORS["sm_90"])

@@ -107,7 +107,9 @@ def find_loops(function: Function) -> tuple[Loop, ...]:
         if _is_backward(function, index):
             head = function[index].target
             assert head is not None
-            if not any(head <= end < index for end in ends):  # code behind the end, such as waits that were in vain, goes back into the middle of loops
+            if not any(
+                head <= end < index for end in ends
+            ):  # code behind the end, such as waits that were in vain, goes back into the middle of loops
                 last[head] = max(index, last.get(head, 0))
     loops = [Loop(head, end, constant_trips(function, head, end)) for head, end in last.items()]
     return tuple(sorted(loops, key=lambda loop: (loop.head, -loop.last)))
@@ -222,7 +224,12 @@ def _of_halves(high: str, low: str) -> int | None:
 
 
 def steady_trace(
-    function: Function, loop: Loop, expected_matrix: int | None = None, *, masked: bool = False, avoided: frozenset[int] = frozenset(),
+    function: Function,
+    loop: Loop,
+    expected_matrix: int | None = None,
+    *,
+    masked: bool = False,
+    avoided: frozenset[int] = frozenset(),
     stores: bool = False,
 ) -> Trace:
     """The instructions of one trip.

@@ -203,7 +203,11 @@ class Card:
     def clock_under(self, share: float) -> float:
         """GHz while so much of what the tensor cores can do is done."""
         limit = self.power
-        return self.clock_ghz if limit is None or share <= 0 else min(self.clock_ghz, limit.clock_ghz * (limit.share / share) ** limit.exponent)
+        return (
+            self.clock_ghz
+            if limit is None or share <= 0
+            else min(self.clock_ghz, limit.clock_ghz * (limit.share / share) ** limit.exponent)
+        )
 
 
 _COPY_SHARE = 3.008 / 3.352  # [M] what a copy reaches of an H100's 3352 GB/s; [A] elsewhere

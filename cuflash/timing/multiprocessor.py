@@ -35,7 +35,7 @@ _NEVER = float("inf")
 _ISSUES = 24_000  # of a whole run, about: enough for a steady state, and tenths of a second
 _FEWEST_TRIPS = 3
 _MOST_TRIPS = 24
-_TRIPS_OF_ROLES = 8  # warps of different roles take some trips until they are in step, or out of it
+_TRIPS_OF_ROLES = 6  # warps of different roles take some trips until they are in step, or out of it
 _PIECE_WAVEFRONTS = 16  # 2 KB of a bulk copy
 _GOLDEN = 0.618034  # blocks begin at different places of the trace, which no two of them share
 
@@ -353,11 +353,19 @@ class _Run:
         if meeting.act is Act.COPY:
             self._copy_in_bulk(operation, meeting, self.meetings.of(warp.block, meeting), time)
         elif meeting.act is Act.ARRIVE:
-            phases = self.meetings.handed_to(warp.block, meeting, warp.role, warp.place) if meeting.turns else self.meetings.of(warp.block, meeting)
+            phases = (
+                self.meetings.handed_to(warp.block, meeting, warp.role, warp.place)
+                if meeting.turns
+                else self.meetings.of(warp.block, meeting)
+            )
             if phases.arrive(warp.index, time + units.phase_hand_over):
                 self._let_go(phases, time)
         elif meeting.act is Act.WAIT:
-            phases = self.meetings.handed_by(warp.block, meeting, warp.role, warp.place) if meeting.turns else self.meetings.of(warp.block, meeting)
+            phases = (
+                self.meetings.handed_by(warp.block, meeting, warp.role, warp.place)
+                if meeting.turns
+                else self.meetings.of(warp.block, meeting)
+            )
             if operation.write_scoreboard is not None:
                 phase = phases.next_wait(warp.index)
                 end = phases.end_of(phase)
@@ -428,7 +436,9 @@ class _Run:
             warp.ready = _NEVER
             return
         units = self.machine.warpgroups
-        release = self.barrier_free[key] + (units.named_barrier if operation.numbered and units is not None else self.machine.barrier_latency)
+        release = self.barrier_free[key] + (
+            units.named_barrier if operation.numbered and units is not None else self.machine.barrier_latency
+        )
         for waiting in self.arrived[key]:
             waiting.ready = self._ready(waiting, max(release, waiting.last_issue + 1))
         self.arrived[key].clear()

@@ -15,7 +15,7 @@ from cuflash.errors import UnsupportedError
 from cuflash.timing.addresses import operands_of
 from cuflash.timing.control_flow import is_matrix, opcodes
 from cuflash.timing.machine import SHARED_BYTES_PER_CLOCK, SUB_PARTITIONS, Multiprocessor
-from cuflash.timing.roles import Act, Meeting
+from cuflash.timing.roles import Act, Meeting, is_bulk_copy
 from cuflash.timing.sass import Instruction
 
 
@@ -104,7 +104,6 @@ WARPGROUP_ROWS = 64
 _NARROW = {"U8": 1, "S8": 1, "U16": 2, "S16": 2}
 _LOCAL = frozenset(("LDL", "STL"))  # spills, which the first-level cache answers
 _REDUCTIONS = frozenset(("RED", "REDG"))
-_BULK_STORES = opcodes("UTMASTG UTMAREDG UBLKRED")
 _MEETINGS: Mapping[int, Meeting] = {}
 
 
@@ -137,6 +136,9 @@ def _operation(instruction: Instruction, after: Instruction | None, machine: Mul
         return replace(operation, kind=Kind.PRODUCT, wavefronts=_operand_wavefronts(instruction), closes="gsb0" in instruction.operands)
     if meeting is not None:
         return _phase_operation(operation, meeting, machine)
+    if is_bulk_copy(instruction):
+        hint = "Copies in bulk are modelled where one warp announces their bytes at an mbarrier and others wait for them."
+        raise UnsupportedError("kernel", instruction.opcode, "a copy that ends the phase of a known mbarrier", hint)
     if base == "SYNCS":
         return replace(operation, latency=machine.constant_latency if machine.warpgroups is None else machine.warpgroups.phase_wait)
     if base == "MEMBAR" and "GPU" in instruction.opcode.split("."):
@@ -207,7 +209,9 @@ def _unit(instruction: Instruction, machine: Multiprocessor) -> tuple[Unit | Non
     if is_wgmma(instruction):
         rows, columns, depth = _shape(instruction)
         if machine.warpgroups is None:
-            raise UnsupportedError("kernel", instruction.opcode, f"instructions that {machine.arch} has", "Predict it for an architecture with wgmma.")
+            raise UnsupportedError(
+                "kernel", instruction.opcode, f"instructions that {machine.arch} has", "Predict it for an architecture with wgmma."
+            )
         return Unit.MATRIX, rows * columns * depth / SUB_PARTITIONS / machine.warpgroups.multiply_adds, 0.0
     if is_matrix(instruction):
         return Unit.MATRIX, _matrix_clocks(instruction.opcode, machine), 0.0

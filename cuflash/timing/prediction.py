@@ -37,7 +37,6 @@ from cuflash.timing.sass import Function, read_functions
 from cuflash.timing.staying import single_tile_traces
 from cuflash.timing.visits import NO_DATA, Data, visits_of_launch
 
-
 WARPGROUP_WARPS = 4
 
 
@@ -118,7 +117,9 @@ def predict_kernel(
         idle_cost = _idle_cost(roles, machine, clocks)
         of_single = _roles(function, single, description, machine)
         between = max(0.0, steady_clocks_of_roles(of_single, machine, blocks=blocks, in_turn=in_turn) - clocks)
-    return KernelPrediction(description, blocks, len(roles[0].trace), traces[0].num_matrix, clocks, busy, speedups, roles, between, idle_cost)
+    return KernelPrediction(
+        description, blocks, len(roles[0].trace), traces[0].num_matrix, clocks, busy, speedups, roles, between, idle_cost
+    )
 
 
 def _idle_cost(roles: Sequence[Role], machine: Multiprocessor, clocks: float) -> float:
@@ -332,7 +333,18 @@ def lay_out(
     even = ideal + (working * overhead + (tiles - working) * empty) / predicted.blocks / card.num_sms
     clock_ghz = card.clock_under(_share_of_peak(predicted, machine) * ideal / clocks)
     seconds = max(clocks / (clock_ghz * 1e9), _least_traffic(kernel, problem) / card.memory_bytes_per_second)
-    return Launch(kernel.name, 1e3 * seconds, predicted, kernel.num_blocks, round(total), ideal / clocks, even / clocks, round(partial), cost, clock_ghz)
+    return Launch(
+        kernel.name,
+        1e3 * seconds,
+        predicted,
+        kernel.num_blocks,
+        round(total),
+        ideal / clocks,
+        even / clocks,
+        round(partial),
+        cost,
+        clock_ghz,
+    )
 
 
 def _share_of_peak(predicted: KernelPrediction, machine: Multiprocessor) -> float:

@@ -197,7 +197,8 @@ class _Barriers:
                     open_uses.append((role, position, act, possible, num_bytes))
         awaited = {of for _, _, act, possible, _ in open_uses if act is Act.WAIT and len(possible) == 1 for of in possible}
         return [
-            _Use(role, position, act, min(possible & awaited or possible), num_bytes) for role, position, act, possible, num_bytes in open_uses
+            _Use(role, position, act, min(possible & awaited or possible), num_bytes)
+            for role, position, act, possible, num_bytes in open_uses
         ]
 
     @staticmethod
@@ -238,9 +239,7 @@ class _Barriers:
             if is_bulk_copy(instructions[position]):
                 copies.append(position)
         for position in copies:
-            found[position] = Meeting(
-                Act.COPY, use.barrier, num_bytes=use.num_bytes / len(copies), completes=position == copies[-1]
-            )
+            found[position] = Meeting(Act.COPY, use.barrier, num_bytes=use.num_bytes / len(copies), completes=position == copies[-1])
 
 
 def _unclear(instruction: Instruction, what: str) -> UnsupportedError:

@@ -35,7 +35,10 @@ def _other_tiles(function: Function, around: Loop) -> frozenset[int]:
     loops = [loop for loop in find_loops(function) if around.holds(loop)]
     bodies = [(loop, function[loop.head : loop.last + 1]) for loop in loops]
     return frozenset(
-        index for loop, body in bodies if any(map(is_matrix, body)) or any(map(is_arrival, body)) for index in range(loop.head, loop.last + 1)
+        index
+        for loop, body in bodies
+        if any(map(is_matrix, body)) or any(map(is_arrival, body))
+        for index in range(loop.head, loop.last + 1)
     )
 
 

@@ -59,7 +59,11 @@ def visits_of_launch(kernel: KernelPlan, problem: Problem, data: Data) -> list[l
     heads = problem.num_heads_q // group_heads
     known = visits_of_blocks(problem, tile, by_keys=by_keys)
     if known is not None:
-        own = _of_warpgroups(problem, tile) if kernel.spec.stays else [Visits(group_batch * group_heads * count) for count in known]
+        own = (
+            _of_warpgroups(problem, tile)
+            if kernel.spec.stays and not by_keys
+            else [Visits(group_batch * group_heads * count) for count in known]
+        )
         return [own] * (num_tiles // max(1, len(own)))
     lookup = _Lookup(problem, data, tile, by_keys)
     pairs = []
