@@ -10,6 +10,7 @@ those of its paper at 16384 (Shah et al. 2024, arXiv 2407.08608). Features: time
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -64,8 +65,8 @@ def kernel_of(of: Plan) -> KernelPlan:
 def steady(of: Plan, *, causal: bool, in_turn: bool = False) -> tuple[KernelPrediction, KernelPrediction]:
     """Steady states of whole and of masked tiles."""
     described, function = prediction.compiled(kernel_of(of), of.device, causal=causal)
-    whole, masked = (prediction.predict_kernel(function, described, limits=False, masked=kind, in_turn=in_turn) for kind in (False, True))
-    return whole, masked
+    whole = prediction.predict_kernel(function, described, limits=False, in_turn=in_turn)
+    return whole, prediction.predict_kernel(function, described, limits=False, masked=True, in_turn=in_turn, staying=False)
 
 
 def speeds(head_dim: int, causal: bool, *, in_turn: bool = False, tile: Tiles = None, seqlens: Sequence[int] = SEQLENS) -> list[float]:
@@ -114,8 +115,8 @@ def feature_lines(head_dims: Sequence[int] = (64, 128)) -> Iterator[str]:
 def clocks_per_pair(head_dim: int, features: SampleFeatures | None, pairwise: bool) -> float:
     """Clocks of an SM for a pair of query and key in the steady state; where the wgmma kernel cannot run, of the one that does."""
     of = plan(head_dim, False, 4096, features)
-    whole, masked = steady(of, causal=False)
-    found, tile = masked if pairwise else whole, kernel_of(of).tile
+    described, function = prediction.compiled(kernel_of(of), of.device, causal=False)
+    found, tile = prediction.predict_kernel(function, described, limits=False, masked=pairwise, staying=False), kernel_of(of).tile
     return found.clocks / found.blocks / (tile.tile_q * tile.tile_kv)
 
 
@@ -145,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(line, flush=True)
         return 0
     table = []
-    for line in (*speed_lines(), "", *feature_lines()):
+    for line in itertools.chain(speed_lines(), ("",), feature_lines()):
         print(line, flush=True)
         table.append(line)
     if options.publish:

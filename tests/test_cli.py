@@ -126,7 +126,7 @@ def test_inspect_as_json(tmp_path: Path) -> None:
     assert bool(report["failures"]) == spills == (result.returncode == 1)
 
 
-def test_inspect_of_a_kernel_that_is_not_modelled(tmp_path: Path) -> None:
+def test_inspect_of_a_kernel_of_wgmma(tmp_path: Path) -> None:
     result = command(
         "inspect",
         "--arch",

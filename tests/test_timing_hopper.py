@@ -16,8 +16,9 @@ from cuflash.planning.plan import Plan
 from cuflash.problem.tile import Tile
 from cuflash.timing import control_flow, prediction, sass
 from cuflash.timing.addresses import constants
+from cuflash.timing.limits import without
 from cuflash.timing.machine import CARDS, MULTIPROCESSORS
-from cuflash.timing.multiprocessor import steady_clocks_of_roles, without
+from cuflash.timing.multiprocessor import steady_clocks_of_roles
 from cuflash.timing.operations import Kind, Operation, Role, Unit, busy_clocks_of_block
 from cuflash.timing.roles import Act, Meeting, meeting_points, role_traces
 from cuflash.timing.staying import single_tile_traces

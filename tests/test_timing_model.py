@@ -12,9 +12,10 @@ import pytest
 
 from cuflash.errors import OptionError, UnsupportedError
 from cuflash.problem.tile import Tile
-from cuflash.timing import description, grid, machine, multiprocessor, operations, sass
+from cuflash.timing import description, grid, machine, operations, sass
+from cuflash.timing.limits import LIMITS, without
 from cuflash.timing.machine import CARDS, MULTIPROCESSORS
-from cuflash.timing.multiprocessor import record, steady_clocks, without
+from cuflash.timing.multiprocessor import record, steady_clocks
 from cuflash.timing.operations import Kind, Operation, Unit
 
 A100 = MULTIPROCESSORS["sm_80"]
@@ -117,7 +118,7 @@ def test_limits_are_lifted_one_at_a_time() -> None:
     assert without([PLAIN], "l2") == (PLAIN,)
     chain = [replace(LOAD, wavefronts=1.0), replace(PLAIN, waits=(0,), stall=9.0)]
     assert clocks(list(without(chain, "dependencies")), warps=1) == pytest.approx(2, rel=0.3)
-    assert set(multiprocessor.LIMITS) >= {"matrix", "shared memory", "l2", "barriers", "dependencies"}
+    assert set(LIMITS) >= {"matrix", "shared memory", "l2", "barriers", "dependencies"}
 
 
 def instruction(opcode: str, operands: str = "R0, R1", predicate: str = "", address: int = 0, **control: object) -> sass.Instruction:

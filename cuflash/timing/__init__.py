@@ -9,6 +9,7 @@
     tensor_unit.py    the unit that computes wgmma by itself
     phases.py         mbarriers while the model runs
     multiprocessor.py one SM that runs traces
+    limits.py         the same traces without one limit
     visits.py         how many tiles each block visits, by what the data say
     grid.py           all SMs: waves, unequal blocks, tails
     machine.py        the constants, each with its source

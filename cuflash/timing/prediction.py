@@ -29,8 +29,9 @@ from cuflash.problem.problem import Problem
 from cuflash.timing.control_flow import Trace, is_matrix, steady_trace, tile_loop
 from cuflash.timing.description import Description
 from cuflash.timing.grid import grid_clocks
+from cuflash.timing.limits import LIMITS, without
 from cuflash.timing.machine import Card, Multiprocessor, multiprocessor
-from cuflash.timing.multiprocessor import LIMITS, steady_clocks_of_roles, without
+from cuflash.timing.multiprocessor import steady_clocks_of_roles
 from cuflash.timing.operations import MULTIPLY_ADDS, Operation, Role, busy_clocks_of_block, is_wgmma, operations
 from cuflash.timing.roles import meeting_points, role_traces
 from cuflash.timing.sass import Function, read_functions
@@ -85,7 +86,7 @@ class KernelPrediction:
 
 
 def predict_kernel(
-    function: Function, description: Description, *, limits: bool = True, masked: bool = False, in_turn: bool = False
+    function: Function, description: Description, *, limits: bool = True, masked: bool = False, in_turn: bool = False, staying: bool = True
 ) -> KernelPrediction:
     """Run a kernel's loop over tiles in its steady state.
 
@@ -95,6 +96,7 @@ def predict_kernel(
         limits: also run it without each limit in turn, which takes several times as long.
         masked: every tile has hidden pairs.
         in_turn: the tensor unit serves warps in turn, which is not what was measured on an H100.
+        staying: also find out what `lay_out` needs of blocks that stay.
 
     Raises:
         OptionError: nothing is known of the architecture.
@@ -111,7 +113,7 @@ def predict_kernel(
         lifted = tuple(replace(role, trace=without(role.trace, limit)) for role in roles)
         if lifted != roles:
             speedups[limit] = clocks / steady_clocks_of_roles(lifted, machine, blocks=blocks, in_turn=in_turn)
-    single = single_tile_traces(function, traces) if len(roles) > 1 and not masked else None
+    single = single_tile_traces(function, traces) if len(roles) > 1 and staying else None
     between, idle_cost = None, 0.0
     if single is not None:
         idle_cost = _idle_cost(roles, machine, clocks)
@@ -256,7 +258,7 @@ def _predict_launch(kernel: KernelPlan, plan: Plan, card: Card, limits: bool, da
     predicted = predict_kernel(function, described, limits=limits, in_turn=in_turn)
     lists = kernel.spec.walks_lists and plan.problem.features.kinds.lists_tiles
     apart = lists or len(predicted.roles) > 1
-    masked = predict_kernel(function, described, limits=False, masked=True, in_turn=in_turn) if apart else None
+    masked = predict_kernel(function, described, limits=False, masked=True, in_turn=in_turn, staying=False) if apart else None
     return lay_out(predicted, kernel, plan.problem, card, data=data, masked=masked)
 
 
