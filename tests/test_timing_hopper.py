@@ -186,7 +186,9 @@ def test_constant_parts_of_addresses() -> None:
     assert constants(code, len(code), "[R77]") == {0}
     carried = [line("MOV", "R1, 0x30"), line("IADD3", "R2, R1, 0x8, RZ"), line("LOP3.LUT", "R1, R1, 0x1, RZ, 0x3c, !PT")]
     assert constants(carried, 1, "[R1]") == {0x30}
-    assert constants(carried, 1, "[R1]", first=1) == {0}, "what a trip leaves to the next is no constant"
+    assert constants(carried, 1, "[R1]", first=1) == {0}, "what goes from trip to trip is no constant"
+    renewed = [line("MOV", "R1, 0x30"), line("IADD3", "R2, R1, 0x8, RZ"), line("MOV", "R1, 0x40")]
+    assert constants(renewed, 1, "[R1]", first=1) == {0x40}, "what the end of a trip makes anew is"
 
 
 @pytest.fixture(scope="module")

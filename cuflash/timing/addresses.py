@@ -2,7 +2,7 @@
 
 Kernels of wgmma keep mbarriers in shared memory, each at a constant distance from its begin, a ring of them with a stage that varies. Which barrier an instruction means is
 told by the constant part of its address. `constants(code, position, operand, first)` follows a register back through additions, shifts and copies in the order of the code that
-is given: a path through a loop from `first` on, behind what comes before the loop. What it does not know counts as 0, and so does what one trip leaves to the next, such as a
+is given: a path through a loop from `first` on, behind what comes before the loop. What it does not know counts as 0, and so does what goes from trip to trip, such as a
 stage. Where a selection decides, all possible constants are returned.
 """
 
@@ -36,12 +36,17 @@ def operands_of(instruction: Instruction) -> list[str]:
     return [part for part in parts if not re.fullmatch(r"!?U?P[T\d]", part)]
 
 
+class _CarriedError(Exception):
+    """A register goes from trip to trip."""
+
+
 class _Search:
     """Follows registers back through one piece of code."""
 
     def __init__(self, code: Sequence[Instruction], first: int) -> None:
         self.code, self.first = code, first
-        self.changed = {result_of(instruction) for instruction in code[first:]} if first else set()
+        self.written_last = {result_of(code[at]): at for at in range(first, len(code))} if first else {}
+        self.looks_back = False
 
     def of_address(self, position: int, operand: str) -> Constants:
         terms = re.findall(r"-?U?R(?:Z|\d+)|-?0x[0-9a-f]+", operand)
@@ -54,8 +59,8 @@ class _Search:
             return frozenset((0,))
         sign, register = (-1, operand[1:]) if operand.startswith("-") else (1, operand)
         for before in range(position - 1, -1, -1):
-            if before < self.first <= position and register in self.changed:
-                break
+            if before < self.first <= position and register in self.written_last:
+                return frozenset(_signed(sign * value) for value in self._left_by_last_trip(register, depth - 1))
             instruction = self.code[before]
             if result_of(instruction) == register:
                 found = self._result(before, instruction, depth - 1)
@@ -63,6 +68,19 @@ class _Search:
                     found |= self._value(before, register, depth - 1)
                 return frozenset(_signed(sign * value) for value in list(found)[:_MOST])
         return frozenset((0,))
+
+    def _left_by_last_trip(self, register: str, depth: int) -> Constants:
+        """What a trip leaves in a register: 0 where that depends on the trip before, as a stage does."""
+        if self.looks_back:
+            raise _CarriedError
+        self.looks_back = True
+        try:
+            at = self.written_last[register]
+            return self._result(at, self.code[at], depth)
+        except _CarriedError:
+            return frozenset((0,))
+        finally:
+            self.looks_back = False
 
     def _result(self, position: int, instruction: Instruction, depth: int) -> Constants:
         base, parts = instruction.base, operands_of(instruction)[1:]
