@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-PERFORMANCE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PERFORMANCE, TIMING = DOCS / "performance.md", DOCS / "timing.md"
 
 
 def with_block(page: str, begin: str, block: str, end: str) -> str:
@@ -18,7 +19,7 @@ def with_block(page: str, begin: str, block: str, end: str) -> str:
     return f"{before}{begin}\n\n{block}\n\n{end}{after}"
 
 
-def publish_prediction(script: str, table: str) -> None:
-    """Put a table into docs/performance.md, between the marks of the script that predicts it."""
+def publish_prediction(script: str, table: str, page: Path = PERFORMANCE) -> None:
+    """Put a table into a page, between the marks of the script that predicts it."""
     begin, end = f"<!-- predicted: benchmarks/{script} --publish -->", f"<!-- end of {script} -->"
-    PERFORMANCE.write_text(with_block(PERFORMANCE.read_text(encoding="utf-8"), begin, table, end), encoding="utf-8")
+    page.write_text(with_block(page.read_text(encoding="utf-8"), begin, table, end), encoding="utf-8")

@@ -215,12 +215,12 @@ def _save(options: argparse.Namespace, reports: Sequence[Report], kernels: Seque
 
 
 def _steady_state(report: Report, kernel: KernelPlan, causal: bool) -> KernelPrediction | None:
-    """The predicted steady state of a kernel that was inspected; None where there is no listing, no model of the architecture or of wgmma, or no loop over tiles."""
+    """The predicted steady state of a kernel that was inspected; None where there is no listing, no model of the architecture or of its instructions, or no loop over tiles."""
     from cuflash.timing import machine, prediction, sass
 
     if report.listing is None or report.subject.device.arch not in machine.MULTIPROCESSORS or not kernel.spec.is_tiled:
         return None
-    if report.occupancy.blocks == 0 or kernel.spec.implementation != "mma":
+    if report.occupancy.blocks == 0 or kernel.spec.implementation not in ("mma", "wgmma"):
         return None
     function = sass.parse_listing(report.listing)[report.resources.entry]
     return prediction.predict_kernel(function, _description(report, kernel, causal), limits=False)

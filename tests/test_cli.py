@@ -126,7 +126,7 @@ def test_inspect_as_json(tmp_path: Path) -> None:
     assert bool(report["failures"]) == spills == (result.returncode == 1)
 
 
-def test_inspect_of_a_kernel_that_is_not_modelled(tmp_path: Path) -> None:
+def test_inspect_of_a_kernel_of_wgmma(tmp_path: Path) -> None:
     result = command(
         "inspect",
         "--arch",
@@ -142,7 +142,8 @@ def test_inspect_of_a_kernel_that_is_not_modelled(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     (report,) = json.loads(result.stdout)
-    assert (report["kernel"], report["blocks_per_sm"], report["predicted_matrix_share"]) == ("forward_wgmma", 1, None)
+    assert (report["kernel"], report["blocks_per_sm"]) == ("forward_wgmma", 1)
+    assert 0.2 < report["predicted_matrix_share"] < 1
 
 
 KERNEL = ("--arch", "sm_80", "--head-dim", "64", "--dtype", "float16")

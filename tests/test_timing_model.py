@@ -12,9 +12,10 @@ import pytest
 
 from cuflash.errors import OptionError, UnsupportedError
 from cuflash.problem.tile import Tile
-from cuflash.timing import description, grid, machine, multiprocessor, operations, sass
+from cuflash.timing import description, grid, machine, operations, sass
+from cuflash.timing.limits import LIMITS, without
 from cuflash.timing.machine import CARDS, MULTIPROCESSORS
-from cuflash.timing.multiprocessor import record, steady_clocks, without
+from cuflash.timing.multiprocessor import record, steady_clocks
 from cuflash.timing.operations import Kind, Operation, Unit
 
 A100 = MULTIPROCESSORS["sm_80"]
@@ -125,7 +126,7 @@ def test_limits_are_lifted_one_at_a_time() -> None:
     assert without([PLAIN], "l2") == (PLAIN,)
     chain = [replace(LOAD, wavefronts=1.0), replace(PLAIN, waits=(0,), stall=9.0)]
     assert clocks(list(without(chain, "dependencies")), warps=1) == pytest.approx(2, rel=0.3)
-    assert set(multiprocessor.LIMITS) >= {"matrix", "shared memory", "l2", "barriers", "dependencies"}
+    assert set(LIMITS) >= {"matrix", "shared memory", "l2", "barriers", "dependencies"}
 
 
 def instruction(opcode: str, operands: str = "R0, R1", predicate: str = "", address: int = 0, **control: object) -> sass.Instruction:
@@ -177,7 +178,7 @@ def test_groups_of_copies_and_taken_branches() -> None:
     assert branch.stall == 1 + A100.branch
 
 
-@pytest.mark.parametrize("opcode", ["HGMMA.64x128x16.F32", "SYNCS.PHASECHK.TRANS64", "UTMALDG.4D", "HMMA.999.F32"])
+@pytest.mark.parametrize("opcode", ["QGMMA.64x128x32.F32", "HGMMA.64x128x8.F32.TF32", "UTMALDG.4D", "HMMA.999.F32"])
 def test_what_is_not_modelled_is_refused(opcode: str) -> None:
     with pytest.raises(UnsupportedError, match=opcode.split(".")[0]):
         operations.operations([instruction(opcode)], MULTIPROCESSORS["sm_90"])

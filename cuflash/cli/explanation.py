@@ -79,7 +79,10 @@ class Explanation:
             return None
         problem = self.plan.problem
         kind = "tf32" if problem.dtype == "float32" else "half"
-        rate = machine.multiprocessor(self.card.arch).matrix_rates[kind] / (3 if kind == "tf32" and not problem.allow_tf32 else 1)
+        units = machine.multiprocessor(self.card.arch)
+        rate = units.matrix_rates[kind] / (3 if kind == "tf32" and not problem.allow_tf32 else 1)
+        if units.warpgroups is not None and any(kernel.spec.implementation == "wgmma" for kernel in self.plan.kernels):
+            rate = units.warpgroups.multiply_adds
         peak = 2 * rate * machine.SUB_PARTITIONS * self.card.num_sms * self.card.clock_ghz * 1e9
         return 1e3 * self.flops / peak, 1e3 * self.least_bytes / self.card.memory_bytes_per_second
 

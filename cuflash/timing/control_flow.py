@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,8 +30,9 @@ def opcodes(text: str) -> frozenset[str]:
 
 
 MATRIX = opcodes("HMMA IMMA DMMA BMMA HGMMA IGMMA QGMMA")
-_WORK = opcodes("LDGSTS LDSM BAR RED REDG ATOMG UTMALDG")
+_WORK = opcodes("LDGSTS LDSM BAR RED REDG ATOMG UTMALDG UBLKCP")
 _ENDS = opcodes("BRA EXIT RET BRX JMP BREAK KILL")
+_AVOIDED = 1000  # work that makes up for one instruction that is to be avoided
 _COLD_LOOP = 500  # instructions that a loop without any work counts as, so that a path around it is taken
 
 
@@ -87,6 +89,11 @@ def _is_work(instruction: Instruction) -> bool:
     return is_matrix(instruction) or is_exponential(instruction) or instruction.base in _WORK
 
 
+def _is_store(instruction: Instruction) -> bool:
+    parts = instruction.opcode.split(".")
+    return parts[0] in ("STS", "STSM", "UTMASTG") or (parts[0] == "STG" and "128" in parts)
+
+
 def _is_backward(function: Function, index: int) -> bool:
     instruction = function[index]
     return instruction.base == "BRA" and instruction.target is not None and instruction.target < index
@@ -95,18 +102,22 @@ def _is_backward(function: Function, index: int) -> bool:
 def find_loops(function: Function) -> tuple[Loop, ...]:
     """All loops, outer ones before those that they hold."""
     last: dict[int, int] = {}
+    ends = [index for index, instruction in enumerate(function) if instruction.base == "EXIT" and not instruction.predicate]
     for index in range(len(function)):
         if _is_backward(function, index):
             head = function[index].target
             assert head is not None
-            last[head] = max(index, last.get(head, 0))
+            if not any(
+                head <= end < index for end in ends
+            ):  # code behind the end, such as waits that were in vain, goes back into the middle of loops
+                last[head] = max(index, last.get(head, 0))
     loops = [Loop(head, end, constant_trips(function, head, end)) for head, end in last.items()]
     return tuple(sorted(loops, key=lambda loop: (loop.head, -loop.last)))
 
 
-def tile_loop(function: Function) -> Loop:
+def tile_loop(function: Function, *, masked: bool = False) -> Loop:
     """The loop over tiles: the innermost that has the kinds of work that the function's loops have, products and exponentials. Of several, say one for masked
-    tiles and one for the others, that with the fewest comparisons and selections.
+    tiles and one for the others, that with the fewest comparisons and selections, or with `masked` the most.
 
     Raises:
         UnsupportedError: the function has no loop.
@@ -116,7 +127,7 @@ def tile_loop(function: Function) -> Loop:
         able = [loop for loop in loops if all(any(map(kind, function[loop.head : loop.last + 1])) for kind in kinds)]
         inner = [loop for loop in able if not any(loop.holds(other) for other in able)]
         if inner:
-            return min(inner, key=lambda loop: _selections(function[loop.head : loop.last + 1]))
+            return (max if masked else min)(inner, key=lambda loop: _selections(function[loop.head : loop.last + 1]))
     raise UnsupportedError("kernel", "code without a loop", "a loop over tiles", "Only kernels that walk over tiles have a steady state.")
 
 
@@ -212,7 +223,15 @@ def _of_halves(high: str, low: str) -> int | None:
 # --- The path through a loop --------------------------------------------------------------------------------------------------------------
 
 
-def steady_trace(function: Function, loop: Loop, expected_matrix: int | None = None, *, masked: bool = False) -> Trace:
+def steady_trace(
+    function: Function,
+    loop: Loop,
+    expected_matrix: int | None = None,
+    *,
+    masked: bool = False,
+    avoided: frozenset[int] = frozenset(),
+    stores: bool = False,
+) -> Trace:
     """The instructions of one trip.
 
     Args:
@@ -220,16 +239,18 @@ def steady_trace(function: Function, loop: Loop, expected_matrix: int | None = N
         loop: of `find_loops`.
         expected_matrix: matrix instructions of a warp in one trip; decides how often inner loops run whose counters say nothing.
         masked: of a tile in which some pair is hidden.
+        avoided: instructions that do not belong to the steady state.
+        stores: results are stored on the way, in large pieces where there is a choice.
 
     Raises:
         UnsupportedError: no path leads back to the head.
     """
-    indices = _Paths(function, 1, masked).through(loop)
+    indices = _Paths(function, 1, masked, avoided, stores).through(loop)
     unknown = [inner for inner in find_loops(function) if loop.holds(inner) and inner.trips is None]
     inside = sum(is_matrix(function[i]) for i in indices if any(inner.head <= i <= inner.last for inner in unknown))
     if expected_matrix is not None and inside:
         outside = sum(is_matrix(function[i]) for i in indices) - inside
-        indices = _Paths(function, max(1, round((expected_matrix - outside) / inside)), masked).through(loop)
+        indices = _Paths(function, max(1, round((expected_matrix - outside) / inside)), masked, avoided, stores).through(loop)
     return Trace(loop, tuple(indices), tuple(function[index] for index in indices))
 
 
@@ -253,12 +274,14 @@ class _Node:
 
 
 class _Paths:
-    """Finds paths through the loops of one function; `unknown_trips` is how often loops run whose counters say nothing, `masked` is that of `steady_trace`."""
+    """Finds paths through the loops of one function; `unknown_trips` is how often loops run whose counters say nothing, the rest is that of `steady_trace`."""
 
-    def __init__(self, function: Function, unknown_trips: int, masked: bool) -> None:
+    def __init__(self, function: Function, unknown_trips: int, masked: bool, avoided: frozenset[int], stores: bool) -> None:
         self.function = function
         self.unknown_trips = unknown_trips
         self.masked = masked
+        self.avoided = avoided
+        self.stores = stores
         self.loops = find_loops(function)
 
     def through(self, loop: Loop) -> list[int]:
@@ -271,7 +294,7 @@ class _Paths:
             for following in self._successors(node, at) if position in best else ():
                 work, masks, cost = best[position]
                 value = (work + nodes[following].work, masks + nodes[following].masks, cost - nodes[following].cost)
-                if following > position and value > best.get(following, (-1, 0, 0)):
+                if following > position and value > best.get(following, (-sys.maxsize, 0, 0)):
                     best[following], before[following] = value, position
         ends = [position for position in best if self._returns(loop, nodes[position])]
         if not ends:
@@ -302,7 +325,7 @@ class _Paths:
         ]
 
     def _block(self, start: int, end: int) -> _Node:
-        work = sum(_is_work(self.function[index]) for index in range(start, end))
+        work = self._work(range(start, end))
         bases = [self.function[index].base for index in range(start, end)]
         masks = bases.count("FSEL") if self.masked and "FSETP" not in bases else 0  # those by comparing floats are clamps
         return _Node(start, end, tuple(range(start, end)), work, masks, end - start)
@@ -310,9 +333,13 @@ class _Paths:
     def _inner(self, loop: Loop) -> _Node:
         path = self.through(loop)
         trips = loop.trips or (self.unknown_trips if any(is_matrix(self.function[index]) for index in path) else 1)
-        work = sum(_is_work(self.function[index]) for index in path) * trips
+        work = self._work(path) * trips
         cost = len(path) * trips + (0 if work else _COLD_LOOP)
         return _Node(loop.head, loop.last + 1, tuple(path) * trips, work, 0, cost)
+
+    def _work(self, indices: Sequence[int]) -> int:
+        found = sum(_is_work(self.function[index]) or (self.stores and _is_store(self.function[index])) for index in indices)
+        return found - _AVOIDED * any(index in self.avoided for index in indices)
 
     def _successors(self, node: _Node, at: dict[int, int]) -> list[int]:
         last = self.function[node.end - 1]

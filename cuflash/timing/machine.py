@@ -23,6 +23,33 @@ SHARED_BYTES_PER_CLOCK = 128
 
 
 @dataclass(frozen=True)
+class WarpgroupUnits:
+    """What Hopper's SM has beside the others: wgmma, bulk copies, mbarriers. Clocks.
+
+    Attributes:
+        multiply_adds: per clock and sub-partition of wgmma with 16-bit operands.
+        queue: products that the tensor unit holds, the one that it computes among them.
+        product_start: from the issue of a product to its computation, in an idle unit.
+        product_end: from the end of its computation until the warp that waits goes on.
+        phase_wait: of a wait for a phase that is over.
+        phase_hand_over: from an arrival that ends a phase until a warp that waits goes on.
+        named_barrier: from the last warp's arrival at a barrier whose number is in a register to the release.
+        bulk_copy: from the issue of a bulk copy of few bytes until a warp that waits goes on.
+        shared_l2_bytes: bytes per clock and SM that L2 delivers if all SMs ask for the same.
+    """
+
+    multiply_adds: float
+    queue: int
+    product_start: float
+    product_end: float
+    phase_wait: float
+    phase_hand_over: float
+    named_barrier: float
+    bulk_copy: float
+    shared_l2_bytes: float
+
+
+@dataclass(frozen=True)
 class Multiprocessor:
     """One SM. Clocks are those that a warp instruction occupies a unit of its sub-partition, latencies those until a dependent instruction may issue.
 
@@ -45,6 +72,7 @@ class Multiprocessor:
         l2_bytes: bytes per clock and SM that L2 delivers if all SMs ask.
         reduction_bytes: bytes per clock and SM of float32 that L2 adds up if all SMs ask.
         fence: clocks of a fence of the GPU for the warp that makes it.
+        warpgroups: wgmma and what goes with it; None where there is none.
     """
 
     arch: str
@@ -69,6 +97,7 @@ class Multiprocessor:
     l2_bytes: float
     reduction_bytes: float
     fence: float
+    warpgroups: WarpgroupUnits | None = None
 
 
 _H100 = Multiprocessor(
@@ -99,6 +128,17 @@ _H100 = Multiprocessor(
     l2_bytes=30.0,  # [M] each SM its own addresses; 86 where all ask for the same
     reduction_bytes=12.8,  # [M] red.add.v4.f32 of all SMs, a region of its own; scalar ones 12.6
     fence=600.0,  # [A] about two trips to L2
+    warpgroups=WarpgroupUnits(
+        multiply_adds=512.0,  # [M] m64nNk16 in N/2 clocks, on all four sub-partitions
+        queue=7,  # [M] for N of 64 to 256, two and three warpgroups
+        product_start=60.0,  # [M] 70 from the issue to a result that is there, less the next
+        product_end=10.0,  # [M] 1 to 15 clocks more than the seven products that a full unit has to compute
+        phase_wait=36.0,  # [M] 46.7 with the loop around it
+        phase_hand_over=53.3,  # [M]
+        named_barrier=25.3,  # [M] 33.3 for four warps, of which each takes 2
+        bulk_copy=336.0,  # [M] of 128 bytes
+        shared_l2_bytes=85.9,  # [M]
+    ),
 )
 
 # Multiply-adds per clock and sub-partition, [W]: A100 312 TFLOP/s of 108 SMs at 1.41 GHz; RTX 3090 71 (sums in float32) and 142 of 82 at 1.695 GHz.
@@ -107,6 +147,7 @@ _GEFORCE_RATES = {"half": 64.0, "half16": 128.0, "tf32": 32.0, "int8": 256.0}
 
 _A100 = replace(
     _H100,
+    warpgroups=None,
     arch="sm_80",
     matrix_rates=_A100_RATES,
     fma=2.0,  # [G] 64 results
@@ -129,6 +170,15 @@ MULTIPROCESSORS: dict[str, Multiprocessor] = {machine.arch: machine for machine 
 
 
 @dataclass(frozen=True)
+class PowerLimit:
+    """A card at its limit of power lowers its clock, the more the more its tensor cores do: `clock_ghz` where they do `share` of what they can, else by a power law."""
+
+    share: float
+    clock_ghz: float
+    exponent: float
+
+
+@dataclass(frozen=True)
 class Card:
     """A GPU.
 
@@ -139,6 +189,7 @@ class Card:
         clock_ghz: under these kernels.
         memory_bytes_per_second: what a copy reaches.
         block_start: clocks from a block's place becoming free to the first instruction of the next block that has its arguments.
+        power: how the clock falls under matrix products; None where that is not known.
     """
 
     name: str
@@ -147,15 +198,28 @@ class Card:
     clock_ghz: float
     memory_bytes_per_second: float
     block_start: float = 600.0  # [A] about two trips to L2
+    power: PowerLimit | None = None
+
+    def clock_under(self, share: float) -> float:
+        """GHz while so much of what the tensor cores can do is done."""
+        limit = self.power
+        return (
+            self.clock_ghz
+            if limit is None or share <= 0
+            else min(self.clock_ghz, limit.clock_ghz * (limit.share / share) ** limit.exponent)
+        )
 
 
 _COPY_SHARE = 3.008 / 3.352  # [M] what a copy reaches of an H100's 3352 GB/s; [A] elsewhere
+
+H100_POWER = PowerLimit(share=0.8, clock_ghz=1.56, exponent=0.35)
+"""Fitted: with it the model comes within 7 % of the medians of two kernels that were measured at seqlen 16384, head_dim 64 and 128, full, without tokens (docs/timing.md)."""
 
 CARDS: dict[str, Card] = {
     "sm_80": Card("A100 SXM 80 GB", "sm_80", 108, 1.41, 2.039e12 * _COPY_SHARE),  # [W] boost clock
     "sm_86": Card("RTX 3090", "sm_86", 82, 1.695, 0.936e12 * _COPY_SHARE),  # [W]
     "sm_89": Card("RTX 4090", "sm_89", 128, 2.52, 1.008e12 * _COPY_SHARE),  # [W]
-    "sm_90": Card("H100 SXM", "sm_90", 132, 1.965, 3.008e12),  # [M] the clock that most cases of attention.csv ran at
+    "sm_90": Card("H100 SXM", "sm_90", 132, 1.965, 3.008e12, power=H100_POWER),  # [M] the clock that most cases of attention.csv ran at
     "sm_120": Card("RTX 5090", "sm_120", 170, 2.407, 1.792e12 * _COPY_SHARE),  # [W]
 }
 

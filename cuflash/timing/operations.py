@@ -7,13 +7,15 @@ occupies it: what would bind if nothing else did.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from cuflash.errors import UnsupportedError
+from cuflash.timing.addresses import operands_of
 from cuflash.timing.control_flow import is_matrix, opcodes
-from cuflash.timing.machine import SUB_PARTITIONS, Multiprocessor
+from cuflash.timing.machine import SHARED_BYTES_PER_CLOCK, SUB_PARTITIONS, Multiprocessor
+from cuflash.timing.roles import Act, Meeting, is_bulk_copy
 from cuflash.timing.sass import Instruction
 
 
@@ -38,7 +40,10 @@ class Kind(Enum):
     COMMIT = 5  # closes a group of copies
     WAIT = 6  # until all but some groups of copies are complete
     BARRIER = 7
-    FENCE = 8  # of the GPU, made by one thread of a block, whose warp it holds up
+    PRODUCT = 8  # wgmma: the tensor unit's, which computes it by itself
+    PRODUCTS_WAIT = 9  # until all but some groups of products are complete
+    PHASE = 10  # meets other warps and copies at an mbarrier
+    FENCE = 11  # of the GPU, made by one thread of a block, whose warp it holds up
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,12 @@ class Operation:
         l2_bytes: asked of L2.
         stall: clocks until the warp's next instruction.
         write_scoreboard, read_scoreboard, waits: as in `sass.Control`.
-        pending: of `WAIT`, how many groups of copies may be incomplete.
+        pending: of `WAIT` and `PRODUCTS_WAIT`, how many groups may be incomplete.
         matrix: whether it is a matrix product.
+        closes: of `PRODUCT`, whether it is the last one of its group.
+        meeting: of `PHASE`, what it does at which mbarrier.
+        threads: of `BARRIER`, that meet there; 0 for all of the block.
+        numbered: of `BARRIER`, whether a register says which one it is.
     """
 
     kind: Kind
@@ -70,6 +79,10 @@ class Operation:
     waits: tuple[int, ...]
     pending: int = 0
     matrix: bool = False
+    closes: bool = False
+    meeting: Meeting | None = None
+    threads: int = 0
+    numbered: bool = False
 
 
 _FMA = opcodes("FFMA FADD FMUL")
@@ -85,62 +98,122 @@ _MEMORY_KINDS = {
     "REDG": Kind.STORE, "ATOMG": Kind.LOAD, "LDS": Kind.MEMORY, "STS": Kind.MEMORY, "LDSM": Kind.MEMORY, "STSM": Kind.MEMORY, "SHFL": Kind.MEMORY,
     "ATOMS": Kind.MEMORY, "REDUX": Kind.MEMORY,
 }  # fmt: skip
-_VECTOR = re.compile(r"x([24])\.")
+_VECTOR = re.compile(r"F32 ?x([24])\.")
+_WGMMA_SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)\b")
+WGMMA = opcodes("HGMMA IGMMA QGMMA BGMMA")
+WARPGROUP_ROWS = 64
 _NARROW = {"U8": 1, "S8": 1, "U16": 2, "S16": 2}
 _LOCAL = frozenset(("LDL", "STL"))  # spills, which the first-level cache answers
 _REDUCTIONS = frozenset(("RED", "REDG"))
-_NOT_MODELLED = opcodes("HGMMA IGMMA QGMMA BGMMA UTMALDG UTMASTG UBLKCP SYNCS")
-"""What Hopper's warp-specialised kernels consist of. A model of them adds a tensor unit that runs by itself, copies in bulk and mbarriers; this is its place."""
+_MEETINGS: Mapping[int, Meeting] = {}
 
 
-def operations(trace: Iterable[Instruction], machine: Multiprocessor) -> tuple[Operation, ...]:
-    """Translate a trace.
+def operations(trace: Iterable[Instruction], machine: Multiprocessor, meetings: Mapping[int, Meeting] = _MEETINGS) -> tuple[Operation, ...]:
+    """Translate a trace; `meetings` says what its instructions do at mbarriers (`roles.meeting_points`).
 
     Raises:
         UnsupportedError: an instruction that this model has no place for.
     """
     instructions = tuple(trace)
     following = (*instructions[1:], None)
-    return tuple(_operation(instruction, after, machine) for instruction, after in zip(instructions, following, strict=True))
+    return tuple(
+        _operation(instruction, after, machine, meetings.get(position))
+        for position, (instruction, after) in enumerate(zip(instructions, following, strict=True))
+    )
 
 
-def _operation(instruction: Instruction, after: Instruction | None, machine: Multiprocessor) -> Operation:
+def _operation(instruction: Instruction, after: Instruction | None, machine: Multiprocessor, meeting: Meeting | None) -> Operation:
     base, control = instruction.base, instruction.control
-    if base in _NOT_MODELLED:
-        hint = "Kernels of wgmma, TMA and mbarriers are not modelled; those of mma.sync are."
-        raise UnsupportedError("kernel", instruction.opcode, "instructions of mma.sync kernels", hint)
-    kind, pending, wavefronts, l2_bytes = Kind.PLAIN, 0, 0.0, 0.0
     unit, clocks, latency = _unit(instruction, machine)
-    stall = float(max(1, control.stall))
-    if instruction.never_runs:
-        unit, clocks = None, 0.0
-    elif base in _MEMORY_KINDS:
-        kind = _MEMORY_KINDS[base]
-        wavefronts, latency = _wavefronts(instruction), _latency(instruction, machine)
-        l2_bytes = 0.0 if kind is Kind.MEMORY or base in _LOCAL else 32.0 * _bytes_per_lane(instruction)
-        if base in _LOCAL:
-            kind = Kind.MEMORY
-        if base in _REDUCTIONS:
-            l2_bytes *= machine.l2_bytes / machine.reduction_bytes
-    elif base == "MEMBAR" and "GPU" in instruction.opcode.split("."):
-        kind, stall = Kind.FENCE, max(stall, machine.fence)
-    elif base == "LDGDEPBAR":
-        kind = Kind.COMMIT
-    elif base == "DEPBAR" and (waited := re.match(r"SB0, 0x([0-9a-f]+)", instruction.operands)):
-        kind, pending = Kind.WAIT, int(waited[1], 16)
-    elif base == "BAR" and ".SYNC" in instruction.opcode:
-        kind = Kind.BARRIER
-    elif base in ("BRA", "BRX", "JMP") and (after is None or after.address != instruction.address + 16):
-        stall += machine.branch
-    return Operation(
-        kind, unit, clocks, latency, wavefronts, l2_bytes, stall, control.write_scoreboard, control.read_scoreboard, control.waits, pending,
-        is_matrix(instruction),
+    operation = Operation(
+        Kind.PLAIN, unit, clocks, latency, 0.0, 0.0, float(max(1, control.stall)), control.write_scoreboard, control.read_scoreboard, control.waits,
+        matrix=is_matrix(instruction),
     )  # fmt: skip
+    if instruction.never_runs:
+        return replace(operation, unit=None, clocks=0.0)
+    if base in _MEMORY_KINDS:
+        return _memory_operation(operation, instruction, machine)
+    if is_wgmma(instruction):
+        return replace(operation, kind=Kind.PRODUCT, wavefronts=_operand_wavefronts(instruction), closes="gsb0" in instruction.operands)
+    if meeting is not None:
+        return _phase_operation(operation, meeting, machine)
+    if is_bulk_copy(instruction):
+        hint = "Copies in bulk are modelled where one warp announces their bytes at an mbarrier and others wait for them."
+        raise UnsupportedError("kernel", instruction.opcode, "a copy that ends the phase of a known mbarrier", hint)
+    if base == "SYNCS":
+        return replace(operation, latency=machine.constant_latency if machine.warpgroups is None else machine.warpgroups.phase_wait)
+    if base == "MEMBAR" and "GPU" in instruction.opcode.split("."):
+        return replace(operation, kind=Kind.FENCE, stall=max(operation.stall, machine.fence))
+    if base == "LDGDEPBAR":
+        return replace(operation, kind=Kind.COMMIT)
+    if base == "DEPBAR" and (waited := re.match(r"SB0, 0x([0-9a-f]+)", instruction.operands)):
+        return replace(operation, kind=Kind.WAIT, pending=int(waited[1], 16))
+    if base == "WARPGROUP" and (waited := re.match(r"gsb0, 0x([0-9a-f]+)", instruction.operands)):
+        return replace(operation, kind=Kind.PRODUCTS_WAIT, pending=int(waited[1], 16))
+    if base == "BAR" and ".SYNC" in instruction.opcode:
+        threads = re.search(r", 0x([0-9a-f]+)$", instruction.operands)
+        return replace(
+            operation, kind=Kind.BARRIER, threads=int(threads[1], 16) if threads else 0, numbered=instruction.operands.startswith("R")
+        )
+    if base in ("BRA", "BRX", "JMP") and (after is None or after.address != instruction.address + 16):
+        return replace(operation, stall=operation.stall + machine.branch)
+    return operation
+
+
+def _memory_operation(operation: Operation, instruction: Instruction, machine: Multiprocessor) -> Operation:
+    base = instruction.base
+    kind = _MEMORY_KINDS[base]
+    l2_bytes = 0.0 if kind is Kind.MEMORY or base in _LOCAL else 32.0 * _bytes_per_lane(instruction)
+    if base in _REDUCTIONS:
+        l2_bytes *= machine.l2_bytes / machine.reduction_bytes
+    return replace(
+        operation, kind=Kind.MEMORY if base in _LOCAL else kind, wavefronts=_wavefronts(instruction), latency=_latency(instruction, machine), l2_bytes=l2_bytes
+    )  # fmt: skip
+
+
+def _phase_operation(operation: Operation, meeting: Meeting, machine: Multiprocessor) -> Operation:
+    """Of a copy the bytes count as what L2 delivers at the rate at which all SMs together read the same, since blocks of one head do."""
+    if machine.warpgroups is None:
+        raise UnsupportedError("kernel", "mbarriers", f"instructions that {machine.arch} has", "Predict it for an architecture with wgmma.")
+    operation = replace(operation, kind=Kind.PHASE, meeting=meeting)
+    if meeting.act is Act.COPY:
+        l2_bytes = meeting.num_bytes * machine.l2_bytes / machine.warpgroups.shared_l2_bytes
+        return replace(operation, l2_bytes=l2_bytes, wavefronts=meeting.num_bytes / SHARED_BYTES_PER_CLOCK)
+    return replace(operation, latency=machine.warpgroups.phase_wait)
+
+
+def is_wgmma(instruction: Instruction) -> bool:
+    """Whether it is a product of a warpgroup."""
+    return instruction.base in WGMMA
+
+
+def _operand_wavefronts(instruction: Instruction) -> float:
+    """Clocks of the memory pipe for a warp's quarter of a product: B, and A unless it is in registers, each read once for the warpgroup."""
+    _, columns, depth = _shape(instruction)
+    of_rows = 0 if operands_of(instruction)[1].startswith("R") else WARPGROUP_ROWS
+    return (of_rows + columns) * depth * 2 / SHARED_BYTES_PER_CLOCK / SUB_PARTITIONS
+
+
+def _shape(instruction: Instruction) -> tuple[int, int, int]:
+    """M, N and K of a wgmma."""
+    found = _WGMMA_SHAPE.search(instruction.opcode)
+    if instruction.base != "HGMMA" or found is None or "TF32" in instruction.opcode:
+        hint = "Kernels of wgmma with 16-bit operands are modelled."
+        raise UnsupportedError("kernel", instruction.opcode, "HGMMA of a known shape", hint)
+    rows, columns, depth = map(int, found.groups())
+    return rows, columns, depth
 
 
 def _unit(instruction: Instruction, machine: Multiprocessor) -> tuple[Unit | None, float, float]:
     """Unit, clocks for which it is taken, latency."""
     base = instruction.base
+    if is_wgmma(instruction):
+        rows, columns, depth = _shape(instruction)
+        if machine.warpgroups is None:
+            raise UnsupportedError(
+                "kernel", instruction.opcode, f"instructions that {machine.arch} has", "Predict it for an architecture with wgmma."
+            )
+        return Unit.MATRIX, rows * columns * depth / SUB_PARTITIONS / machine.warpgroups.multiply_adds, 0.0
     if is_matrix(instruction):
         return Unit.MATRIX, _matrix_clocks(instruction.opcode, machine), 0.0
     if base == "MUFU":
@@ -176,7 +249,7 @@ def _matrix_clocks(opcode: str, machine: Multiprocessor) -> float:
 
 def _bytes_per_lane(instruction: Instruction) -> int:
     parts = instruction.opcode.split(".")
-    vector = _VECTOR.match(instruction.operands)  # nvdisasm writes "REDG.E.ADD.F32 x4.FTZ…"
+    vector = _VECTOR.search(f"{instruction.opcode} {instruction.operands}")  # nvdisasm writes "REDG.E.ADD.F32x4.FTZ…", or a space before x4
     if instruction.base in ("LDG", "STG"):  # a sector that neighbours ask for too comes from the first-level cache the second time
         narrow = next((_NARROW[part] for part in parts if part in _NARROW), None)
         if narrow is not None:
@@ -203,6 +276,30 @@ def _latency(instruction: Instruction, machine: Multiprocessor) -> float:
 
 
 RESOURCES = ("matrix", "issue", "fma", "alu", "mufu", "half", "shared memory", "l2")
+
+
+@dataclass(frozen=True)
+class Role:
+    """Warps of a block that run the same code.
+
+    Attributes:
+        trace: one trip of one of them.
+        warps: how many.
+        first: the first one's place in the block.
+    """
+
+    trace: tuple[Operation, ...]
+    warps: int
+    first: int = 0
+
+
+def busy_clocks_of_block(roles: Sequence[Role], machine: Multiprocessor) -> dict[str, float]:
+    """`busy_clocks` of one trip of all warps of a block."""
+    busy = dict.fromkeys(RESOURCES, 0.0)
+    for role in roles:
+        for name, clocks in busy_clocks(role.trace, machine).items():
+            busy[name] += role.warps * clocks
+    return busy
 
 
 def busy_clocks(trace: Sequence[Operation], machine: Multiprocessor) -> dict[str, float]:

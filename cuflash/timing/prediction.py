@@ -10,7 +10,7 @@ the arrays of the call (`visits.py`). Kernels that walk over no tiles, such as `
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
@@ -29,11 +29,16 @@ from cuflash.problem.problem import Problem
 from cuflash.timing.control_flow import Trace, is_matrix, steady_trace, tile_loop
 from cuflash.timing.description import Description
 from cuflash.timing.grid import grid_clocks
+from cuflash.timing.limits import LIMITS, without
 from cuflash.timing.machine import Card, Multiprocessor, multiprocessor
-from cuflash.timing.multiprocessor import LIMITS, steady_clocks, without
-from cuflash.timing.operations import MULTIPLY_ADDS, Operation, busy_clocks, operations
+from cuflash.timing.multiprocessor import steady_clocks_of_roles
+from cuflash.timing.operations import MULTIPLY_ADDS, Operation, Role, busy_clocks_of_block, is_wgmma, operations
+from cuflash.timing.roles import meeting_points, role_traces
 from cuflash.timing.sass import Function, read_functions
+from cuflash.timing.staying import single_tile_traces
 from cuflash.timing.visits import NO_DATA, Data, visits_of_launch
+
+WARPGROUP_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ class KernelPrediction:
         clocks: of the SM for one trip of all its resident blocks.
         busy: share of the time for which each resource is busy, by name.
         speedups: how many times faster it would be without a limit, by the limit's name; empty if that was not asked for.
-        trace: the operations, for those who go on with them.
+        roles: the operations, for those who go on with them; first those of the warps that compute.
+        between_tiles: clocks that a tile of queries takes beside its trips, of a block that stays; None where blocks do not.
+        idle_cost: of such a block, what a trip in which a warpgroup has nothing to do costs, as a part of one in which all have.
     """
 
     description: Description
@@ -57,7 +64,14 @@ class KernelPrediction:
     clocks: float
     busy: Mapping[str, float]
     speedups: Mapping[str, float]
-    trace: tuple[Operation, ...]
+    roles: tuple[Role, ...]
+    between_tiles: float | None = None
+    idle_cost: float = 0.0
+
+    @property
+    def trace(self) -> tuple[Operation, ...]:
+        """One trip of a warp that computes."""
+        return self.roles[0].trace
 
     @property
     def matrix_share(self) -> float:
@@ -72,7 +86,14 @@ class KernelPrediction:
 
 
 def predict_kernel(
-    function: Function, description: Description, *, limits: bool = True, masked: bool = False, machine: Multiprocessor | None = None
+    function: Function,
+    description: Description,
+    *,
+    limits: bool = True,
+    masked: bool = False,
+    in_turn: bool = False,
+    staying: bool = True,
+    machine: Multiprocessor | None = None,
 ) -> KernelPrediction:
     """Run a kernel's loop over tiles in its steady state.
 
@@ -81,6 +102,8 @@ def predict_kernel(
         description: what it is.
         limits: also run it without each limit in turn, which takes several times as long.
         masked: every tile has hidden pairs.
+        in_turn: the tensor unit serves warps in turn, which is not what was measured on an H100.
+        staying: also find out what `lay_out` needs of blocks that stay.
         machine: the SM, in the place of what is known of the architecture's.
 
     Raises:
@@ -88,28 +111,52 @@ def predict_kernel(
         UnsupportedError: the code has no loop, or instructions that are not modelled.
     """
     machine = machine or multiprocessor(description.arch)
-    trace = _trace(function, description, masked=masked)
-    translated = operations(trace.instructions, machine)
-    warps, blocks = description.tile.num_warps, resident_blocks(description)
-    clocks = steady_clocks(translated, machine, warps=warps, blocks=blocks)
-    busy = {name: value * warps * blocks / clocks for name, value in busy_clocks(translated, machine).items()}
+    traces = role_traces(function, _trace(function, description, masked=masked))
+    roles = _roles(function, traces, description, machine)
+    blocks = resident_blocks(description, warps=max(role.first + role.warps for role in roles))
+    clocks = steady_clocks_of_roles(roles, machine, blocks=blocks, in_turn=in_turn)
+    busy = {name: value * blocks / clocks for name, value in busy_clocks_of_block(roles, machine).items()}
     speedups = {}
     for limit in LIMITS if limits else ():
-        lifted = without(translated, limit)
-        if lifted != translated:
-            speedups[limit] = clocks / steady_clocks(lifted, machine, warps=warps, blocks=blocks)
-    return KernelPrediction(description, blocks, len(translated), trace.num_matrix, clocks, busy, speedups, translated)
+        lifted = tuple(replace(role, trace=without(role.trace, limit)) for role in roles)
+        if lifted != roles:
+            speedups[limit] = clocks / steady_clocks_of_roles(lifted, machine, blocks=blocks, in_turn=in_turn)
+    single = single_tile_traces(function, traces) if len(roles) > 1 and staying else None
+    between, idle_cost = None, 0.0
+    if single is not None:
+        idle_cost = _idle_cost(roles, machine, clocks)
+        of_single = _roles(function, single, description, machine)
+        between = max(0.0, steady_clocks_of_roles(of_single, machine, blocks=blocks, in_turn=in_turn) - clocks)
+    return KernelPrediction(
+        description, blocks, len(roles[0].trace), traces[0].num_matrix, clocks, busy, speedups, roles, between, idle_cost
+    )
 
 
-def resident_blocks(description: Description) -> int:
-    """Blocks of the kernel that an SM holds.
+def _idle_cost(roles: Sequence[Role], machine: Multiprocessor, clocks: float) -> float:
+    """If the clocks of a trip grow evenly from one warpgroup to all of them: what those lose who have nothing to do, since others take longer than their share."""
+    warpgroups = roles[0].warps // WARPGROUP_WARPS
+    alone = steady_clocks_of_roles([replace(roles[0], warps=WARPGROUP_WARPS), *roles[1:]], machine, blocks=1)
+    return max(0.0, (warpgroups * alone / clocks - 1) / max(1, warpgroups - 1))
+
+
+def _roles(function: Function, traces: Sequence[Trace], description: Description, machine: Multiprocessor) -> tuple[Role, ...]:
+    """The warps of a block: those that compute, and in front of them a warpgroup of which one warp copies."""
+    if len(traces) == 1:
+        return (Role(operations(traces[0].instructions, machine), description.tile.num_warps),)
+    meetings = meeting_points(function, traces)
+    computing, copying = (operations(trace.instructions, machine, of) for trace, of in zip(traces, meetings, strict=True))
+    return Role(computing, description.tile.num_warps, WARPGROUP_WARPS), Role(copying, 1)
+
+
+def resident_blocks(description: Description, warps: int | None = None) -> int:
+    """Blocks of the kernel that an SM holds, whose warps are those of the tile, or `warps`.
 
     Raises:
         UnsupportedError: not one.
     """
     resident = occupancy.occupancy(
         device.of_arch(description.arch),
-        threads=32 * description.tile.num_warps,
+        threads=32 * (warps or description.tile.num_warps),
         registers=description.registers,
         shared_bytes=description.shared_bytes,
         barriers=description.barriers,
@@ -122,6 +169,8 @@ def resident_blocks(description: Description) -> int:
 
 def _trace(function: Function, description: Description, *, masked: bool) -> Trace:
     loop = tile_loop(function)
+    if masked and any(map(is_wgmma, function[loop.head : loop.last])):
+        loop = tile_loop(function, masked=True)  # masked tiles have a loop of their own
     matrix = next((i for i in function[loop.head : loop.last] if is_matrix(i)), None)
     if matrix is None:
         return steady_trace(function, loop, masked=masked)
@@ -149,6 +198,7 @@ class Launch:
         tiles_visited: by all blocks together.
         tiles_partial: of those, in which data hide some pair.
         partial_cost: clocks of such a tile over those of the others.
+        clock_ghz: that the card keeps under it.
         balance: the time that the tiles alone would take if all SMs were busy to the end, over the time that it takes.
         evenness: likewise, with each block's begin and end: what the order of blocks and waves leave of the time.
     """
@@ -162,6 +212,7 @@ class Launch:
     evenness: float
     tiles_partial: int = 0
     partial_cost: float = 1.0
+    clock_ghz: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -191,7 +242,7 @@ class Prediction:
         return flops / (self.milliseconds * 1e9) if self.launches else 0.0
 
 
-def predict_plan(plan: Plan, card: Card, *, limits: bool = True, data: Data = NO_DATA) -> Prediction:
+def predict_plan(plan: Plan, card: Card, *, limits: bool = True, data: Data = NO_DATA, in_turn: bool = False) -> Prediction:
     """Compile the kernels of a plan (through the cache) and predict the time of each.
 
     Args:
@@ -199,21 +250,23 @@ def predict_plan(plan: Plan, card: Card, *, limits: bool = True, data: Data = NO
         card: where it would run.
         limits: also predict each kernel without each limit.
         data: the arrays of the call that decide which tiles are visible, as NumPy arrays by the names of the arguments (`visits.py`).
+        in_turn: as in `predict_kernel`.
 
     Raises:
         UnsupportedError: such an array is missing, or a kernel is not modelled.
         SetupError: nvdisasm is missing.
     """
-    return Prediction(plan, card, tuple(_predict_launch(kernel, plan, card, limits, data) for kernel in plan.kernels))
+    return Prediction(plan, card, tuple(_predict_launch(kernel, plan, card, limits, data, in_turn) for kernel in plan.kernels))
 
 
-def _predict_launch(kernel: KernelPlan, plan: Plan, card: Card, limits: bool, data: Data) -> Launch:
+def _predict_launch(kernel: KernelPlan, plan: Plan, card: Card, limits: bool, data: Data, in_turn: bool) -> Launch:
     if not kernel.spec.is_tiled or kernel.spec == kernel_specs.BACKWARD_ROW_SUMS:
         return predict_traffic(kernel, plan.problem, card)
     described, function = compiled(kernel, plan.device, causal=plan.problem.is_causal)
-    predicted = predict_kernel(function, described, limits=limits)
+    predicted = predict_kernel(function, described, limits=limits, in_turn=in_turn)
     lists = kernel.spec.walks_lists and plan.problem.features.kinds.lists_tiles
-    masked = predict_kernel(function, described, limits=False, masked=True) if lists else None
+    apart = lists or len(predicted.roles) > 1
+    masked = predict_kernel(function, described, limits=False, masked=True, in_turn=in_turn, staying=False) if apart else None
     return lay_out(predicted, kernel, plan.problem, card, data=data, masked=masked)
 
 
@@ -268,28 +321,49 @@ def lay_out(
     """
     visits = visits_of_launch(kernel, problem, data)
     cost = 1.0 if masked is None else masked.clocks / predicted.clocks
-    weighed = {of: of.full + cost * of.partial for of in {of for head in visits for of in head}}
+    weighed = {of: of.full + cost * of.partial + predicted.idle_cost * of.idle for of in {of for head in visits for of in head}}
     machine = machine or multiprocessor(predicted.description.arch)
-    alone = steady_clocks(predicted.trace, machine, warps=kernel.tile.num_warps, blocks=1) if predicted.blocks > 1 else predicted.clocks
+    alone = steady_clocks_of_roles(predicted.roles, machine, blocks=1) if predicted.blocks > 1 else predicted.clocks
     trip_clocks = [
         alone + (predicted.clocks - alone) * index / max(1, predicted.blocks - 1) for index in range(predicted.blocks)
     ]  # between one block and all of them, as many clocks more for each
-    overhead = _block_overhead(kernel, problem, machine, card)
+    stays = predicted.between_tiles is not None
+    overhead = predicted.between_tiles if predicted.between_tiles is not None else _block_overhead(kernel, problem, machine, card)
+    empty = card.block_start if not stays else 0.0
     section = min(len(visits), kernel.section_heads)
     launched = in_order(visits, section=section, last_first=problem.is_causal and not kernel.spec.owns_keys)
-    clocks = grid_clocks(
-        (weighed[of] for of in launched), num_sms=card.num_sms, trip_clocks=trip_clocks, overhead=overhead, empty=card.block_start
-    )
+    clocks = grid_clocks((weighed[of] for of in launched), num_sms=card.num_sms, trip_clocks=trip_clocks, overhead=overhead, empty=empty)
+    if stays:  # each once
+        clocks += _block_overhead(kernel, problem, machine, card)
     if kernel.spec.added_up:  # blocks of one head that start together wait for each other to add to their first tile
         together = min(len(visits[0]), ceil(card.num_sms * predicted.blocks / section))
         clocks += (together - 1) * predicted.clocks
     counted = Counter(of for head in visits for of in head)
     total, partial = sum(of.total * count for of, count in counted.items()), sum(of.partial * count for of, count in counted.items())
-    working = sum(count for of, count in counted.items() if of.total)
+    working, tiles = sum(count for of, count in counted.items() if of.total), counted.total()
     ideal = (total + (cost - 1) * partial) * predicted.clocks / predicted.blocks / card.num_sms
-    even = ideal + (working * overhead + (kernel.num_blocks - working) * card.block_start) / predicted.blocks / card.num_sms
-    seconds = max(clocks / (card.clock_ghz * 1e9), _least_traffic(kernel, problem) / card.memory_bytes_per_second)
-    return Launch(kernel.name, 1e3 * seconds, predicted, kernel.num_blocks, total, ideal / clocks, even / clocks, partial, cost)
+    even = ideal + (working * overhead + (tiles - working) * empty) / predicted.blocks / card.num_sms
+    clock_ghz = card.clock_under(_share_of_peak(predicted, machine) * ideal / clocks)
+    seconds = max(clocks / (clock_ghz * 1e9), _least_traffic(kernel, problem) / card.memory_bytes_per_second)
+    return Launch(
+        kernel.name,
+        1e3 * seconds,
+        predicted,
+        kernel.num_blocks,
+        round(total),
+        ideal / clocks,
+        even / clocks,
+        round(partial),
+        cost,
+        clock_ghz,
+    )
+
+
+def _share_of_peak(predicted: KernelPrediction, machine: Multiprocessor) -> float:
+    """Of what the tensor cores can do at most, which products of mma.sync do not reach on an architecture with wgmma."""
+    if machine.warpgroups is None or len(predicted.roles) > 1:
+        return predicted.matrix_share
+    return predicted.matrix_share * machine.matrix_rates["half"] / machine.warpgroups.multiply_adds
 
 
 def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cuflash.planning.kernel_cases import head_dims
-from cuflash.timing.machine import multiprocessor
+from cuflash.timing.machine import CARDS, multiprocessor
 from cuflash.timing.prediction import KernelPrediction, Launch, Prediction
 
 
@@ -47,6 +47,8 @@ def kernel_lines(predicted: KernelPrediction) -> list[str]:
         f"    warp          {predicted.instructions} instructions per tile, {predicted.matrix} of them matrix products",
         f"    busy          {', '.join(f'{name} {share:.2f}' for name, share in busy if share >= 0.005)} (L2 at {machine.l2_bytes:g} bytes per clock)",
     ]
+    if predicted.between_tiles is not None:
+        text.append(f"    blocks stay   a tile of queries takes {predicted.between_tiles:.0f} clocks beside its trips")
     if predicted.speedups:
         gains = sorted(predicted.speedups.items(), key=lambda item: -item[1])
         text.append(f"    faster without {', '.join(f'{name} {gain:.2f}x' for name, gain in gains)}")
@@ -61,6 +63,8 @@ def _launch_lines(launch: Launch) -> list[str]:
         f"  {launch.name}: {launch.milliseconds:.4g} ms; {tile.tile_q}x{tile.tile_kv} w{tile.num_warps} s{tile.num_stages}, {of.registers} registers, "
         f"{of.spill_bytes} bytes spilled; {_blocks(launch.num_blocks)}, {launch.tiles_visited} tiles, balance {launch.balance:.2f}"
     )
+    if 0 < launch.clock_ghz < CARDS[of.arch].clock_ghz:
+        head += f"; at {launch.clock_ghz:.2f} GHz, to which power limits the card"
     if launch.tiles_partial:
         head += f"; {launch.tiles_partial} tiles with hidden pairs, {launch.partial_cost:.2f} times as long"
     return [head, *kernel_lines(launch.kernel)]
@@ -77,6 +81,7 @@ def kernel_json(predicted: KernelPrediction) -> dict[str, Any]:
         "matrix_share": round(predicted.matrix_share, 4),
         "binds": predicted.binds,
         "clocks_per_trip": round(predicted.clocks, 1),
+        "clocks_between_tiles": None if predicted.between_tiles is None else round(predicted.between_tiles, 1),
         "instructions_per_trip": predicted.instructions,
         "matrix_instructions_per_trip": predicted.matrix,
         "busy": {name: round(share, 4) for name, share in predicted.busy.items()},
@@ -112,5 +117,6 @@ def _launch_json(launch: Launch) -> dict[str, Any]:
     found = {"kernel": launch.name, "predicted_milliseconds": round(launch.milliseconds, 6), "num_blocks": launch.num_blocks}
     if launch.kernel is None:
         return found
+    found["clock_ghz"] = round(launch.clock_ghz, 3)
     partial = {"tiles_partial": launch.tiles_partial, "partial_cost": round(launch.partial_cost, 4)}
     return found | {"tiles_visited": launch.tiles_visited} | partial | {"balance": round(launch.balance, 4)} | kernel_json(launch.kernel)

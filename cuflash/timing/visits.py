@@ -8,7 +8,7 @@ are partial of which some pair is not. `data` has the arrays of the call by the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -31,14 +31,16 @@ class Visits:
 
     Attributes:
         full: without a hidden pair, as far as data hide it. A tile that positions alone cut counts as full: a few of each block.
-        partial: with one.
+        partial: with one. Of blocks that stay, also those that positions cut; both are means over the block's warpgroups.
+        idle: of those, that one warpgroup leaves to others of its block.
     """
 
-    full: int
-    partial: int = 0
+    full: float
+    partial: float = 0
+    idle: float = 0
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         """All of them."""
         return self.full + self.partial
 
@@ -53,20 +55,48 @@ def visits_of_launch(kernel: KernelPlan, problem: Problem, data: Data) -> list[l
         return [_of_mask_tiles(kernel, problem)]
     tile, by_keys = kernel.tile, kernel.spec.owns_keys
     group_batch, group_heads = kernel.group_batch, kernel.group_heads
+    num_tiles = kernel.num_work or kernel.num_blocks  # of blocks that stay each has several
     heads = problem.num_heads_q // group_heads
     known = visits_of_blocks(problem, tile, by_keys=by_keys)
     if known is not None:
-        own = [Visits(group_batch * group_heads * count) for count in known]
-        return [own] * (kernel.num_blocks // max(1, len(own)))
+        own = (
+            _of_warpgroups(problem, tile)
+            if kernel.spec.stays and not by_keys
+            else [Visits(group_batch * group_heads * count) for count in known]
+        )
+        return [own] * (num_tiles // max(1, len(own)))
     lookup = _Lookup(problem, data, tile, by_keys)
     pairs = []
-    for batch in range(kernel.num_blocks // max(1, kernel.num_tiles * heads)):
+    for batch in range(num_tiles // max(1, kernel.num_tiles * heads)):
         for head in range(heads):
             members = [
                 lookup.of_head(batch * group_batch + i, head * group_heads + j) for i in range(group_batch) for j in range(group_heads)
             ]
             pairs.append([_sum([member[index] for member in members if index < len(member)]) for index in range(kernel.num_tiles)])
     return pairs
+
+
+def _of_warpgroups(problem: Problem, tile: Tile) -> list[Visits]:
+    """Of kernels whose warpgroups walk each for itself: the mean of a block's warpgroups. Their tiles are masked where positions hide some pair."""
+    band, rows = band_of(problem), tile.tile_q * 4 // tile.num_warps
+    walked = walks(band, replace(tile, tile_q=rows), by_keys=False)
+    whole = [_whole_tiles(band, first_q, min(band.seqlen_q, first_q + rows) - 1, tile.tile_kv) for first_q in range(0, band.seqlen_q, rows)]
+    of_warpgroups = [(len(range(max(a.start, b.start), min(a.stop, b.stop))), len(a)) for a, b in zip(walked, whole, strict=True)]
+    warpgroups = tile.tile_q // rows
+    blocks = [of_warpgroups[first : first + warpgroups] for first in range(0, len(of_warpgroups), warpgroups)]
+    return [_mean(block, warpgroups) for block in blocks]
+
+
+def _mean(block: Sequence[tuple[int, int]], warpgroups: int) -> Visits:
+    """Of whole and of all tiles that each warpgroup of a block walks over; those behind the last one have none."""
+    whole, walked = sum(full for full, _ in block) / warpgroups, sum(of for _, of in block) / warpgroups
+    return Visits(whole, walked - whole, max(of for _, of in block) - walked)
+
+
+def _whole_tiles(band: Band, first_q: int, last_q: int, tile_kv: int) -> range:
+    """Tiles of keys that all of these queries see whole."""
+    begin, end = max(0, last_q + band.low), min(band.seqlen_kv, first_q + 1 + band.high, max(first_q + 1 + band.causal, band.prefix))
+    return range(-(-begin // tile_kv), max(0, end) // tile_kv)
 
 
 def _sum(visits: Sequence[Visits]) -> Visits:

@@ -1,0 +1,158 @@
+"""Predicted speed of the wgmma forward kernel beside FlashAttention-3's best published: prints the tables of docs/performance.md, and with --publish writes them there.
+
+    python benchmarks/predicted_hopper.py [--publish]
+    python benchmarks/predicted_hopper.py --tiles            # other tiles, steady states at 16384
+
+bfloat16, 16384 tokens, 2048 features, H100 SXM. `in turn`: as if the tensor unit served warpgroups in turn, which is not what was measured on one. FlashAttention-3's figures are
+those of its paper at 16384 (Shah et al. 2024, arXiv 2407.08608). Features: time of the steady state with the feature over that without. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cuflash.cli.sample_features import SampleFeatures
+from cuflash.cli.samples import Sample, plan_of
+from cuflash.errors import CuflashError
+from cuflash.hardware import device
+from cuflash.planning import planner, tile_choice, wgmma_forward
+from cuflash.planning.kernel_plan import KernelPlan
+from cuflash.planning.plan import Plan
+from cuflash.problem.tile import Tiles
+from cuflash.timing import prediction
+from cuflash.timing.machine import CARDS
+from cuflash.timing.prediction import KernelPrediction
+from marked_pages import publish_prediction
+
+CARD = CARDS["sm_90"]
+SEQLENS = (2048, 4096, 8192, 16384)
+FLASH_ATTENTION_3 = {(64, False): 497, (128, False): 648, (256, False): 756, (64, True): 473, (128, True): 616, (256, True): 642}
+"""TFLOP/s at seqlen 16384 by head dimension and mask."""
+GOALS = {(64, False): 522, (128, False): 694, (256, False): 756, (64, True): 497, (128, True): 693, (256, True): 706}
+FEATURES = {
+    "window": (SampleFeatures(window=(512, 512)), False, 1.15),
+    "alibi": (SampleFeatures(alibi=True), False, 1.15),
+    "sinks": (SampleFeatures(sinks=True), False, 1.15),
+    "boolean mask": (SampleFeatures(attn_mask="bool"), True, 1.15),
+    "bfloat16 mask": (SampleFeatures(attn_mask="bfloat16"), False, 1.15),
+    "segments": (SampleFeatures(segments=2), True, 1.15),
+    "softcap": (SampleFeatures(softcap=30.0), False, 1.3),
+    "dropout": (SampleFeatures(dropout=0.1), False, 1.3),
+}
+"""Options, whether each tile is looked at pair by pair, and how much dearer a call may be."""
+
+
+def plan(head_dim: int, causal: bool, seqlen: int, features: SampleFeatures | None = None, tile: Tiles = None) -> Plan:
+    """Of a call, on the wgmma kernel if it can run."""
+    os.environ[wgmma_forward.VARIABLE] = "1"
+    heads = 2048 // head_dim
+    sample = Sample(16384 // seqlen, seqlen, seqlen, heads, heads, head_dim, dtype="bfloat16", is_causal=causal)
+    problem = plan_of(sample if features is None else replace(sample, features=features)).problem
+    return planner.make_plan(problem, device.of_arch("sm_90", "gpu"), backward=False, tile=tile)
+
+
+def kernel_of(of: Plan) -> KernelPlan:
+    """The one that walks over tiles."""
+    return next(kernel for kernel in of.kernels if kernel.spec.is_tiled)
+
+
+def steady(of: Plan, *, causal: bool, in_turn: bool = False) -> tuple[KernelPrediction, KernelPrediction]:
+    """Steady states of whole and of masked tiles."""
+    described, function = prediction.compiled(kernel_of(of), of.device, causal=causal)
+    whole = prediction.predict_kernel(function, described, limits=False, in_turn=in_turn)
+    return whole, prediction.predict_kernel(function, described, limits=False, masked=True, in_turn=in_turn, staying=False)
+
+
+def speeds(head_dim: int, causal: bool, *, in_turn: bool = False, tile: Tiles = None, seqlens: Sequence[int] = SEQLENS) -> list[float]:
+    """TFLOP/s at each length."""
+    whole, masked = steady(plan(head_dim, causal, seqlens[0], tile=tile), causal=causal, in_turn=in_turn)
+    found = []
+    for seqlen in seqlens:
+        of = plan(head_dim, causal, seqlen, tile=tile)
+        launch = prediction.lay_out(whole, kernel_of(of), of.problem, CARD, masked=masked)
+        found.append(of.problem.flops_forward / launch.milliseconds / 1e9)
+    return found
+
+
+def speed_lines() -> Iterator[str]:
+    """The table of speeds."""
+    yield f"| head_dim | causal | service | {' | '.join(map(str, SEQLENS))} | FlashAttention-3 | goal | met at |"
+    yield "| --- " * (6 + len(SEQLENS)) + "|"
+    for (head_dim, causal), peer in FLASH_ATTENTION_3.items():
+        goal = GOALS[head_dim, causal]
+        for in_turn in (False, True):
+            found = speeds(head_dim, causal, in_turn=in_turn)
+            met = ", ".join(str(seqlen) for seqlen, speed in zip(SEQLENS, found, strict=True) if speed >= goal)
+            yield (
+                f"| {head_dim} | {'yes' if causal else 'no'} | {'in turn' if in_turn else 'in order of issue'} | {' | '.join(f'{of:.0f}' for of in found)} | "
+                f"{peer} | {goal} | {met or '–'} |"
+            )
+
+
+def feature_lines(head_dims: Sequence[int] = (64, 128)) -> Iterator[str]:
+    """The table of features; bold where a cost is above the goal."""
+    yield f"| feature | goal | {' | '.join(f'head_dim {head_dim}' for head_dim in head_dims)} |"
+    yield "| --- " * (2 + len(head_dims)) + "|"
+    plain = {head_dim: clocks_per_pair(head_dim, None, False) for head_dim in head_dims}
+    for name, (features, pairwise, goal) in FEATURES.items():
+        cells = []
+        for head_dim in head_dims:
+            try:
+                cost = clocks_per_pair(head_dim, features, pairwise) / plain[head_dim]
+            except CuflashError:  # it is not modelled
+                cells.append("–")
+                continue
+            cells.append(f"**{cost:.2f}**" if cost > goal + 0.005 else f"{cost:.2f}")
+        yield f"| {name} | {goal:g} | {' | '.join(cells)} |"
+
+
+def clocks_per_pair(head_dim: int, features: SampleFeatures | None, pairwise: bool) -> float:
+    """Clocks of an SM for a pair of query and key in the steady state; where the wgmma kernel cannot run, of the one that does."""
+    of = plan(head_dim, False, 4096, features)
+    described, function = prediction.compiled(kernel_of(of), of.device, causal=False)
+    found, tile = prediction.predict_kernel(function, described, limits=False, masked=pairwise, staying=False), kernel_of(of).tile
+    return found.clocks / found.blocks / (tile.tile_q * tile.tile_kv)
+
+
+def tile_lines() -> Iterator[str]:
+    """Other tiles."""
+    yield "| head_dim | causal | tile | matrix share | TFLOP/s at 2048 | at 16384 |"
+    yield "| --- " * 6 + "|"
+    for head_dim in (64, 128, 256):
+        for causal in (False, True):
+            first = kernel_of(plan(head_dim, causal, 4096))
+            for tile in tile_choice.legal_tiles_for(first.case, device.of_arch("sm_90", "gpu"))[:8]:
+                tiles = {"forward_wgmma": tile}
+                found = speeds(head_dim, causal, tile=tiles, seqlens=(2048, 16384))
+                whole, _ = steady(plan(head_dim, causal, 4096, tile=tiles), causal=causal)
+                shape = f"{tile.tile_q}x{tile.tile_kv} s{tile.num_stages}"
+                yield f"| {head_dim} | {'yes' if causal else 'no'} | {shape} | {whole.matrix_share:.2f} | {found[0]:.0f} | {found[1]:.0f} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print or publish the tables."""
+    parser = argparse.ArgumentParser(description="Predicted speed of the wgmma forward kernel.")
+    parser.add_argument("--publish", action="store_true", help="write the tables to docs/performance.md")
+    parser.add_argument("--tiles", action="store_true", help="other tiles instead")
+    options = parser.parse_args(arguments)
+    if options.tiles:
+        for line in tile_lines():
+            print(line, flush=True)
+        return 0
+    table = []
+    for line in itertools.chain(speed_lines(), ("",), feature_lines()):
+        print(line, flush=True)
+        table.append(line)
+    if options.publish:
+        publish_prediction(Path(__file__).name, "\n".join(table))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

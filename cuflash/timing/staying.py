@@ -1,0 +1,55 @@
+"""Blocks that stay: what a block does for a tile of queries beside the trips of its loop over tiles of keys.
+
+`single_tile_traces(function, traces)` returns, for each role, one trip through the loop around its loop: begin, the one tile of keys that no tile of queries can do without, end.
+On the model of an SM this takes, less a trip of the steady state, what a tile of queries costs beside its trips, with whatever the warps of one tile overlap with those of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cuflash.timing.control_flow import Loop, Trace, find_loops, is_matrix, steady_trace
+from cuflash.timing.roles import announcements, is_arrival
+from cuflash.timing.sass import Function
+
+
+def single_tile_traces(function: Function, traces: Sequence[Trace]) -> tuple[Trace, ...] | None:
+    """The traces of a tile of queries with one tile of keys; None where blocks do not stay."""
+    around = [_around(function, trace.loop) for trace in traces]
+    found = []
+    for role, (trace, loop) in enumerate(zip(traces, around, strict=True)):
+        if loop is None:
+            return None
+        avoided = _announced_twice(function, trace.loop, loop) if role else _other_tiles(function, loop)
+        found.append(steady_trace(function, loop, avoided=avoided, stores=not role))
+    return tuple(found)
+
+
+def _around(function: Function, inner: Loop) -> Loop | None:
+    """The outermost loop around another one."""
+    return next((loop for loop in find_loops(function) if loop.holds(inner)), None)
+
+
+def _other_tiles(function: Function, around: Loop) -> frozenset[int]:
+    """Loops over tiles of keys: those with products, of whole and of masked tiles, and those that say of tiles that they are done with them."""
+    loops = [loop for loop in find_loops(function) if around.holds(loop)]
+    bodies = [(loop, function[loop.head : loop.last + 1]) for loop in loops]
+    return frozenset(
+        index
+        for loop, body in bodies
+        if any(map(is_matrix, body)) or any(map(is_arrival, body))
+        for index in range(loop.head, loop.last + 1)
+    )
+
+
+def _announced_twice(function: Function, inner: Loop, around: Loop) -> frozenset[int]:
+    """Copies in the loop that stand before it, too: those for its next trip."""
+    path = steady_trace(function, around)
+    before: set[int] = set()
+    twice: set[int] = set()
+    for index, barriers in announcements(function, path):
+        if not inner.head <= index <= inner.last:
+            before |= barriers
+        elif barriers & before:
+            twice.add(index)
+    return frozenset(twice)

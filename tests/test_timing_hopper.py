@@ -1,0 +1,255 @@
+"""`cuflash.timing` on Hopper's own instructions: warps of several roles, the tensor unit's queue, bulk copies, mbarriers, and what is read of them out of a kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cuflash.cli.samples import Sample, plan_of
+from cuflash.errors import UnsupportedError
+from cuflash.hardware import device
+from cuflash.jit import disassembly
+from cuflash.planning import planner
+from cuflash.planning.kernel_plan import KernelPlan
+from cuflash.planning.plan import Plan
+from cuflash.problem.tile import Tile
+from cuflash.timing import control_flow, prediction, sass
+from cuflash.timing.addresses import constants
+from cuflash.timing.limits import without
+from cuflash.timing.machine import CARDS, MULTIPROCESSORS
+from cuflash.timing.multiprocessor import steady_clocks_of_roles
+from cuflash.timing.operations import Kind, Operation, Role, Unit, busy_clocks_of_block
+from cuflash.timing.roles import Act, Meeting, meeting_points, role_traces
+from cuflash.timing.staying import single_tile_traces
+from cuflash.timing.tensor_unit import Group, TensorUnit
+
+H100 = MULTIPROCESSORS["sm_90"]
+UNITS = H100.warpgroups
+assert UNITS is not None
+PLAIN = Operation(
+    Kind.PLAIN, None, clocks=0.0, latency=0.0, wavefronts=0.0, l2_bytes=0.0, stall=1.0, write_scoreboard=None, read_scoreboard=None, waits=()
+)  # fmt: skip
+PRODUCT = replace(PLAIN, kind=Kind.PRODUCT, unit=Unit.MATRIX, clocks=64.0, matrix=True)
+LAST = replace(PRODUCT, closes=True)
+PRODUCTS_WAIT = replace(PLAIN, kind=Kind.PRODUCTS_WAIT)
+FULL, EMPTY = 16, 32
+
+
+def wait(barrier: int, **of: object) -> list[Operation]:
+    """A wait for a phase, and what goes on behind it."""
+    meeting = Meeting(Act.WAIT, barrier, **of)  # type: ignore[arg-type]
+    return [replace(PLAIN, kind=Kind.PHASE, meeting=meeting, latency=UNITS.phase_wait, write_scoreboard=0), replace(PLAIN, waits=(0,))]
+
+
+def arrive(barrier: int, **of: object) -> Operation:
+    return replace(PLAIN, kind=Kind.PHASE, meeting=Meeting(Act.ARRIVE, barrier, **of))  # type: ignore[arg-type]
+
+
+def copier(num_bytes: int, stages: int) -> Role:
+    """One warp that fills a ring."""
+    meeting = Meeting(Act.COPY, FULL, num_bytes=num_bytes, completes=True)
+    l2_bytes = num_bytes * H100.l2_bytes / UNITS.shared_l2_bytes
+    copy = replace(PLAIN, kind=Kind.PHASE, meeting=meeting, l2_bytes=l2_bytes, wavefronts=num_bytes / 128)
+    announce = replace(PLAIN, kind=Kind.PHASE, meeting=Meeting(Act.EXPECT, FULL))
+    return Role((*wait(EMPTY, initial=stages), announce, copy), 1)
+
+
+def computing(trace: list[Operation], warpgroups: int = 1) -> Role:
+    return Role(tuple(trace), 4 * warpgroups, 4)
+
+
+def clocks(*roles: Role, in_turn: bool = False) -> float:
+    return steady_clocks_of_roles(roles, H100, blocks=1, in_turn=in_turn)
+
+
+# --- The tensor unit ----------------------------------------------------------------------------------------------------------------------
+
+
+def unit(*, in_turn: bool = False) -> TensorUnit:
+    return TensorUnit(UNITS, lambda time, wavefronts: time + wavefronts, in_turn=in_turn)
+
+
+def test_the_unit_holds_seven_products() -> None:
+    tensor = unit()
+    for _ in range(UNITS.queue):
+        assert tensor.admits(0, 0)
+        tensor.issue(0, 64, 0, Group(), 0)
+    assert not tensor.admits(0, 0)
+    tensor.advance(UNITS.product_start)
+    assert not tensor.admits(0, UNITS.product_start + 63), "the one that it computes counts"
+    tensor.advance(UNITS.product_start + 64)
+    assert tensor.admits(0, UNITS.product_start + 64)
+    assert tensor.free == UNITS.product_start + 128
+
+
+def test_free_entries_go_to_those_that_wait_in_turn() -> None:
+    tensor = unit()
+    for _ in range(UNITS.queue):
+        tensor.issue(0, 64, 0, Group(), 0)
+    assert not tensor.admits(0, 0)
+    assert not tensor.admits(1, 0)
+    begin = UNITS.product_start
+    tensor.advance(begin + 64)
+    tensor.waiting.popleft()  # an entry is free
+    assert not tensor.admits(1, begin + 65)
+    assert tensor.admits(0, begin + 65), "who asked first is first"
+
+
+@pytest.mark.parametrize(("in_turn", "served"), [(False, 4), (True, 2)])
+def test_the_order_of_service(in_turn: bool, served: int) -> None:
+    """One product of a second warp, issued behind three of the first: the fourth that is computed, or the second."""
+    tensor, other = unit(in_turn=in_turn), Group(closed=True)
+    for _ in range(3):
+        tensor.issue(0, 64, 0, Group(), 0)
+    tensor.issue(1, 64, 0, other, 0)
+    tensor.advance(1000)
+    assert other.known_end == UNITS.product_start + 64 * served + UNITS.product_end
+
+
+def test_operands_in_shared_memory_take_its_pipe() -> None:
+    """Products whose operands take longer than they do last as long as these."""
+    slow = replace(PRODUCT, wavefronts=20.0)  # of each of four sub-partitions
+    trace = [slow] * 7 + [replace(slow, closes=True), replace(PRODUCTS_WAIT, pending=1)]
+    assert clocks(computing(trace, 2)) == pytest.approx(2 * 8 * 80, rel=0.05)
+    assert clocks(computing(list(without(trace, "shared memory")), 2)) == pytest.approx(2 * 8 * 64, rel=0.05)
+
+
+def test_products_run_while_threads_go_on() -> None:
+    """Eight products and as much arithmetic take as long as either where the products of the trip before are waited for, and as both where their own are."""
+    arithmetic = [replace(PLAIN, stall=8.0)] * 64
+    products = [PRODUCT] * 7 + [LAST]
+    apart = clocks(computing([*products, PRODUCTS_WAIT, *arithmetic]))
+    together = clocks(computing([*products, replace(PRODUCTS_WAIT, pending=1), *arithmetic]))
+    latency = UNITS.product_start + UNITS.product_end
+    assert apart == pytest.approx(8 * 64 + latency + 512, rel=0.05)
+    assert together == pytest.approx(8 * 64 + latency, rel=0.15)
+    assert clocks(computing([*products, PRODUCTS_WAIT, *arithmetic], 3)) == pytest.approx(3 * 8 * 64, rel=0.12), (
+        "warpgroups fill each other's gaps"
+    )
+
+
+# --- Copies and mbarriers -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_ring_hides_the_latency_of_copies(stages: int) -> None:
+    """Small copies: a trip of the ring is a copy's latency and two hand-overs, in which as many tiles are computed as there are stages."""
+    roles = computing([*wait(FULL), arrive(EMPTY)]), copier(128, stages)
+    around = UNITS.bulk_copy + UNITS.phase_hand_over + 10
+    assert clocks(*roles) == pytest.approx(around / stages, rel=0.1)
+
+
+def test_large_copies_take_the_bandwidth_of_l2() -> None:
+    num_bytes = 32768
+    assert clocks(computing([*wait(FULL), arrive(EMPTY)], 2), copier(num_bytes, 4)) == pytest.approx(
+        num_bytes / UNITS.shared_l2_bytes, rel=0.05
+    )
+
+
+def test_all_warpgroups_say_that_a_tile_is_done() -> None:
+    """The slowest one decides, and the copying warp waits for it."""
+    slow = [*wait(FULL), *[replace(PLAIN, stall=15.0)] * 100, arrive(EMPTY)]
+    assert clocks(computing(slow, 3), copier(128, 1)) > 1500 + UNITS.bulk_copy
+
+
+def test_warpgroups_hand_on_their_turn() -> None:
+    """What is done between a wait for the turn and its hand-over is done by one warpgroup at a time."""
+    own = [*wait(64, turns=True), *[replace(PLAIN, stall=10.0)] * 30, arrive(64, turns=True)]
+    assert clocks(computing(own, 3), copier(128, 2)) == pytest.approx(3 * (300 + UNITS.phase_hand_over), rel=0.05)
+
+
+def test_a_barrier_of_so_many_threads_holds_only_these() -> None:
+    """Warpgroups with a barrier each do not wait for each other."""
+    barrier = replace(PLAIN, kind=Kind.BARRIER, threads=128, numbered=True)
+    expected = UNITS.named_barrier + 4 * H100.barrier_arrival
+    assert clocks(computing([barrier] * 10, 3), copier(128, 2)) == pytest.approx(10 * expected, rel=0.12)
+
+
+# --- What is read out of code -------------------------------------------------------------------------------------------------------------
+
+
+def line(opcode: str, operands: str, predicate: str = "") -> sass.Instruction:
+    return sass.Instruction(0, predicate, opcode, operands, None, sass.Control(1, False, None, None, (), 0))
+
+
+def test_constant_parts_of_addresses() -> None:
+    """A base, a stage of eight bytes each, and a place in the instruction; which of two barriers, a selection decides."""
+    code = [
+        line("UMOV", "UR5, 0x400"), line("S2UR", "UR4, SR_CgaCtaId"), line("ULEA", "UR5, UR4, UR5, 0x18"), line("ULEA", "UR6, UR11, UR5, 0x3"),
+        line("UIADD3", "UR7, UR6, -0x8, URZ"), line("IMAD.U32", "R3, RZ, RZ, UR7"), line("VIADD", "R4, R3, 0x20"), line("SEL", "R8, R3, R4, P0"),
+        line("IMAD", "R9, R2, 0x5000, R8"), line("SYNCS.ARRIVE.TRANS64", "RZ, [R9+URZ+0x50], R3"),
+    ]  # fmt: skip
+    assert constants(code, len(code), "[UR6+0x2c050]") == {0x400 + 0x2C050}
+    assert constants(code, len(code), "[UR7]") == {0x3F8}
+    assert constants(code, len(code) - 1, "[R9+URZ+0x50]") == {0x448, 0x468}
+    assert constants(code, len(code), "[R77]") == {0}
+    carried = [line("MOV", "R1, 0x30"), line("IADD3", "R2, R1, 0x8, RZ"), line("LOP3.LUT", "R1, R1, 0x1, RZ, 0x3c, !PT")]
+    assert constants(carried, 1, "[R1]") == {0x30}
+    assert constants(carried, 1, "[R1]", first=1) == {0}, "what goes from trip to trip is no constant"
+    renewed = [line("MOV", "R1, 0x30"), line("IADD3", "R2, R1, 0x8, RZ"), line("MOV", "R1, 0x40")]
+    assert constants(renewed, 1, "[R1]", first=1) == {0x40}, "what the end of a trip makes anew is"
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return planned(4096, is_causal=False)
+
+
+def planned(seqlen: int, *, is_causal: bool) -> Plan:
+    pytest.importorskip("cupy")
+    if disassembly.find_nvdisasm() is None:
+        pytest.skip(disassembly.NVDISASM_HINT)
+    sample = Sample(
+        batch=4, seqlen_q=seqlen, seqlen_kv=seqlen, num_heads_q=16, num_heads_kv=16, head_dim=64, dtype="bfloat16", is_causal=is_causal
+    )
+    tile = {"forward_wgmma": Tile(192, 128, 12, 2)}
+    return planner.make_plan(plan_of(sample).problem, device.of_arch("sm_90", "gpu"), backward=False, tile=tile)
+
+
+def wgmma_kernel(plan: Plan) -> KernelPlan:
+    (kernel,) = (kernel for kernel in plan.kernels if kernel.name == "forward_wgmma")
+    return kernel
+
+
+def test_roles_and_barriers_of_a_kernel(plan: Plan) -> None:
+    """Of the wgmma forward kernel: 4 products for scores and 8 for outputs in a trip; K and V are waited for and given back once each, and copied once each."""
+    described, function = prediction.compiled(wgmma_kernel(plan), plan.device, causal=False)
+    traces = role_traces(function, control_flow.steady_trace(function, control_flow.tile_loop(function)))
+    assert [trace.num_matrix for trace in traces] == [4 + 8, 0]
+    computes, copies = meeting_points(function, traces)
+    assert [of.act for of in computes.values()] == [Act.WAIT, Act.WAIT, Act.ARRIVE, Act.ARRIVE]
+    assert [of.act for of in copies.values()] == [Act.WAIT, Act.EXPECT, Act.COPY] * 2
+    assert {of.barrier for of in computes.values() if of.act is Act.WAIT} == {of.barrier for of in copies.values() if of.act is Act.COPY}
+    assert {of.barrier for of in computes.values() if of.act is Act.ARRIVE} == {of.barrier for of in copies.values() if of.act is Act.WAIT}
+    tile = described.tile
+    assert {of.initial for of in copies.values() if of.act is Act.WAIT} == {tile.num_stages}
+    assert {of.num_bytes for of in copies.values() if of.act is Act.COPY} == {tile.tile_kv * 64 * 2}
+    single = single_tile_traces(function, traces)
+    assert single is not None
+    assert single[0].num_matrix == 4 + 8
+    of_single = meeting_points(function, single)
+    assert [of.act for of in of_single[0].values()].count(Act.WAIT) == 3, "Q too"
+    assert sum(of.num_bytes for of in of_single[1].values()) == (tile.tile_q + 2 * tile.tile_kv) * 64 * 2
+
+
+def test_a_kernel_of_wgmma_is_predicted(plan: Plan) -> None:
+    """Shares add up, both orders of service are near each other, a causal call takes about half, and the clock is that of a card at its limit of power."""
+    full = prediction.predict_plan(plan, CARDS["sm_90"], limits=False)
+    in_turn = prediction.predict_plan(plan, CARDS["sm_90"], limits=False, in_turn=True)
+    causal = prediction.predict_plan(planned(4096, is_causal=True), CARDS["sm_90"], limits=False)
+    (launch,) = full.launches
+    assert launch.kernel is not None
+    assert launch.kernel.blocks == 1
+    assert launch.kernel.busy["matrix"] == busy_clocks_of_block(launch.kernel.roles, H100)["matrix"] / launch.kernel.clocks
+    assert 3 * (4 * 64 + 8 * 32) / launch.kernel.clocks == pytest.approx(launch.kernel.matrix_share)
+    assert 400 < full.tflops < 660
+    assert 0.8 < full.tflops / in_turn.tflops < 1.25
+    assert 0.48 < causal.milliseconds / full.milliseconds < 0.7
+    assert 1.4 < launch.clock_ghz < CARDS["sm_90"].clock_ghz
+
+
+def test_a_kernel_of_wgmma_needs_its_instructions(plan: Plan) -> None:
+    described, function = prediction.compiled(wgmma_kernel(plan), plan.device, causal=False)
+    with pytest.raises(UnsupportedError, match="sm_80"):
+        prediction.predict_kernel(function, replace(described, arch="sm_80"), limits=False)
