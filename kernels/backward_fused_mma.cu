@@ -20,6 +20,7 @@
 #include "tile/pipeline.cuh"
 #include "tile/products.cuh"
 #include "tile/query_steps.cuh"
+#include "tile/query_sum_parts.cuh"
 #include "tile/query_sums.cuh"
 #include "tile/row_statistics.cuh"
 #include "tile/schedule.cuh"

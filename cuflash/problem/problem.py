@@ -51,7 +51,8 @@ class Problem:
         num_sequences: packed sequences, whose offsets are read on the device; `batch` is 1 then and seqlen_q and seqlen_kv count all tokens.
             None for padded batches.
         features: score features and masks other than the causal one.
-        aligned: query, key and value start on 16 bytes, each of them.
+        aligned: query, key and value start on 16 bytes, each of them, and so does grad_out if it is given.
+        grad_out: the gradient of the output, canonical, where a backward call is given it; None stands for one that lies as the output does.
         cache: where keys and values lie, if `key` and `value` are a cache: rows of it may belong to any sequence, or be pages. Lengths are in seqlens_kv then.
         num_splits: into how many ranges keys are cut; None leaves that to the plan.
         batch_invariant: a sequence's results have the same bits whatever else is in the batch.
@@ -84,6 +85,7 @@ class Problem:
     num_sequences: int | None = None
     features: Features = field(default_factory=Features)
     aligned: bool = True
+    grad_out: View | None = None
     cache: Cache | None = None
     num_splits: int | None = None
     batch_invariant: bool = False

@@ -34,7 +34,7 @@ class _GpuExecutable:
         import cupy
 
         artifact = cache.fetch(kernel.request(device))
-        if kernel.spec.stays:
+        if kernel.spec.hands_on_registers:
             refuse_what_would_hang(kernel, artifact)
         driver = cupy.cuda.driver
         with cupy.cuda.Device(device.index):  # whose context the module is loaded into

@@ -22,7 +22,8 @@ struct StatisticsView {
   const float* log2_sums;  // null without an additive mask; there are no packed sequences with one
   int num_queries;
 
-  DEVICE StatisticsView(const BackwardArguments& arguments, int batch, int head, int start, int seqlen_q)
+  template <typename Arguments>
+  DEVICE StatisticsView(const Arguments& arguments, int batch, int head, int start, int seqlen_q)
       : rows(arguments.row_statistics + first_row(arguments.geometry, VARLEN ? 0 : batch, head) + start),
         log2_sums(ADDITIVE_MASK ? arguments.features.log2_sums + first_row(arguments.geometry, batch, head) : nullptr),
         num_queries(seqlen_q) {}
@@ -87,6 +88,7 @@ class StatisticsOfRows {
 // The statistics of one tile of queries, in shared memory from sm_80 on: statistics [TILE_Q], and with an additive mask log2_sum [TILE_Q]. sm_75 has
 // no bytes to spare at head_dim 256 and reads them from global memory.
 class StatisticsOfColumns {
+  friend class StatisticsAhead;
   static constexpr bool IN_SMEM = HAS_CP_ASYNC;
   static constexpr int LOG2_SUMS_OFFSET = TILE_Q * int(sizeof(RowStatistics));
 
@@ -136,6 +138,19 @@ class StatisticsOfColumns {
     }
   }
 
+  // dP of products that started at 0 -> dS = P (dP - delta).
+  template <int M, int N>
+  DEVICE void to_grad_scores(float (&dP)[M][N][4], const float (&P)[M][N][4]) const {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float4 two = statistics(n);
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dP[m][n][i] = P[m][n][i] * (dP[m][n][i] - (i % 2 ? two.w : two.y));
+    }
+  }
+
   // Takes the marks off P (drop_and_mark).
   template <int M, int N>
   DEVICE void drop(float (&dP)[M][N][4], float (&P)[M][N][4], float dropout_scale) const {
@@ -182,4 +197,35 @@ class StatisticsOfColumns {
       return make_float2(query < view.num_queries ? view.log2_sums[query] : 0.0f, query + 1 < view.num_queries ? view.log2_sums[query + 1] : 0.0f);
     }
   }
+};
+
+// The same for a tile whose turn in shared memory has not come: one warp reads them, and writes them when it has.
+class StatisticsAhead {
+  static constexpr int PER_LANE = ceil_div(TILE_Q, WARP_SIZE);
+
+ public:
+  // Of queries from first_q on. Past the end all is 0.
+  DEVICE void read(const StatisticsView& view, int first_q) {
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      const int query = first_q + i * WARP_SIZE + lane_index();
+      rows[i] = query < view.num_queries ? view.rows[query] : RowStatistics{0.0f, 0.0f};
+      if constexpr (ADDITIVE_MASK) log2_sums[i] = query < view.num_queries ? view.log2_sums[query] : 0.0f;
+    }
+  }
+
+  DEVICE void write(SmemAddress tile) const {
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      const int row = i * WARP_SIZE + lane_index();
+      if (TILE_Q % WARP_SIZE != 0 && row >= TILE_Q) continue;
+      store_shared(tile + row * int(sizeof(RowStatistics)), make_float2(rows[i].reference, rows[i].delta));
+      if constexpr (ADDITIVE_MASK)
+        store_shared(tile + StatisticsOfColumns::LOG2_SUMS_OFFSET + row * int(sizeof(float)), __float_as_uint(log2_sums[i]));
+    }
+  }
+
+ private:
+  RowStatistics rows[PER_LANE];
+  float log2_sums[ADDITIVE_MASK ? PER_LANE : 1];
 };

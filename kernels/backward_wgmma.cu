@@ -1,0 +1,311 @@
+// Gradients of Q, K and V on Hopper's warpgroup instructions: what backward_fused_mma.cu computes, for 16-bit types and head dimensions up to 128.
+//
+// One block owns TILE_KV = 128 keys of one K/V head, and walks over all queries that see them, tile by tile from the last to the first. A warpgroup is
+// four warps. Two of them own 64 keys each, whose dK and dV they keep in registers, and to which the first hands most of its own. A step is
+//
+//     Sᵀ = K Qᵀ, dPᵀ = V dOᵀ         issued together; while dPᵀ is in flight Sᵀ becomes Pᵀ
+//     dSᵀ = Pᵀ (dPᵀ - delta)         to shared memory once, where both warpgroups find all of it
+//     dV += Pᵀ dO, dQᵀ = Kᵀ dSᵀ, dK += dSᵀ Q
+//
+// Pᵀ and dSᵀ are operands of dV and dK from registers. Of dQᵀ a warpgroup computes 64 columns of the head for all keys of the block, or where that is
+// the whole head half of the queries, and adds them to sums in global memory from registers while dK is in flight. Blocks add in the order of their
+// keys (tile/query_sums.cuh), so that the result is the same bit for bit on every run. backward_dq_convert.cu makes dQ of the sums.
+//
+// Of the first warpgroup one warp asks the TMA unit for K, V and the tiles of Q and dO, NUM_STAGES of them ahead; one copies the row statistics; one
+// waits for the block's turn to add to each tile, and passes it on when all warps have added.
+//
+// Shared memory: K [2][⌈D / 64⌉][64][64] | V [2][⌈DV / 64⌉][64][64] | Q [NUM_STAGES][⌈D / 64⌉][TILE_Q][64] | dO [NUM_STAGES][⌈DV / 64⌉][TILE_Q][64] |
+// dS [2][2][TILE_Q][64] | row statistics [NUM_STAGES] (StatisticsOfColumns) | mbarriers | ticket. At the end dK and dV pass through K and V.
+//
+// mbarriers, for each stage: "full", both copies and the statistics have landed, and "empty", both warpgroups are done with them. K and V have landed.
+// It is the block's turn to add; all warps have added. One barrier of both warpgroups for each tile: behind it dS is complete, and the other buffer of
+// dS, which dQ of the tile before was computed from, is free.
+//
+// Source: Dao 2023 (arXiv 2307.08691), algorithm 2; Shah et al. 2024 (arXiv 2407.08608).
+#include "tile/constants.cuh"
+#include "tile/epilogue.cuh"
+#include "tile/fragment.cuh"
+#include "tile/query_sums.cuh"
+#include "tile/score.cuh"
+#include "tile/wgmma_backward_block.cuh"
+#include "tile/wgmma_products.cuh"
+#include "ptx/warpgroup.cuh"
+
+constexpr int COMPUTING_BARRIER = 1;  // of both warpgroups
+constexpr int NOBODY_SEES = 0x7fffffff;
+
+// --- The warps that copy and keep the turn ------------------------------------------------------------------------------------------------
+
+// Asks for everything that the block needs, in the order in which it is used. One thread.
+DEVICE void copy_tiles(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+  Ring<NUM_STAGES> ring = shared.ring();
+  bool is_first = true;
+  for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility&, const Steps& steps) {
+    for_each_tile(steps, [&](int tile) {
+      if (is_first) {
+        is_first = false;
+        const int head_kv = head / (geometry.num_heads_q / geometry.num_heads_kv);
+        mbarrier_arrive_expect(shared.keys_landed(), WARPGROUPS * (WarpgroupK::BYTES + WarpgroupV::BYTES));
+#pragma unroll
+        for (int warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup) {
+          const int row = work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS;
+          WarpgroupK::load(shared.K(warpgroup), arguments.key, row, head_kv, batch, shared.keys_landed());
+          WarpgroupV::load(shared.V(warpgroup), arguments.value, row, head_kv, batch, shared.keys_landed());
+        }
+      }
+      ring.wait_empty();
+      mbarrier_arrive_expect(ring.full(), RingQ::BYTES + RingO::BYTES);
+      RingQ::load(shared.Q(ring.stage), arguments.query, tile * TILE_Q, head, batch, ring.full());
+      RingO::load(shared.dO(ring.stage), arguments.grad_out, tile * TILE_Q, head, batch, ring.full());
+      ring.advance();
+    });
+  });
+}
+
+// Copies the row statistics of all tiles. One warp.
+DEVICE void copy_statistics(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+  Ring<NUM_STAGES> ring = shared.ring();
+  for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility&, const Steps& steps) {
+    const StatisticsView view(arguments, batch, head, 0, geometry.seqlen_q);
+    for_each_tile(steps, [&](int tile) {
+      StatisticsAhead ahead;
+      ahead.read(view, tile * TILE_Q);
+      ring.wait_empty();
+      ahead.write(shared.statistics(ring.stage));
+      __syncwarp();
+      mbarrier_arrive_if(lane_index() == 0, ring.full());
+      ring.advance();
+    });
+  });
+}
+
+// Waits for the block's turn to add to each tile, and passes it on. One thread.
+DEVICE void keep_turns(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+  uint32 parity = 0;
+  for_each_member(arguments, work, [&](int batch, int head, const Geometry&, const Visibility& visibility, const Steps& steps) {
+    int* turns = arguments.turns + 1 + first_slot(arguments, batch, head, 0);
+    for_each_tile(steps, [&](int tile) {
+      wait_for_turn(turns + tile, place_among_blocks(work, visibility, tile));
+      mbarrier_arrive(shared.may_add());
+      mbarrier_wait(shared.has_added(), parity);
+      parity ^= 1;
+      pass_turn_on(turns + tile);
+    });
+  });
+}
+
+// --- The warpgroups that compute ----------------------------------------------------------------------------------------------------------
+
+// A warpgroup's 64 keys.
+class WarpgroupKeys {
+ public:
+  float dK[1][D_TILES][4] = {};
+  float dV[1][DV_TILES][4] = {};
+
+  DEVICE WarpgroupKeys(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared, int warpgroup)
+      : arguments(arguments),
+        work(work),
+        shared(shared),
+        warpgroup(warpgroup),
+        ring(shared.ring()),
+        K_descriptor(WarpgroupK::descriptor(shared.K(warpgroup))),
+        V_descriptor(WarpgroupV::descriptor(shared.V(warpgroup))) {}
+
+  // Adds what the queries of one member give; those of tiles unmasked_begin .. unmasked_end - 1 see all keys of the block.
+  DEVICE void walk(int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& steps) {
+    const int first_kv = work.tile * TILE_KV, last_kv = first_kv + TILE_KV - 1;
+    int unmasked_begin = uniform(last_kv < geometry.seqlen_kv ? ceil_div(visibility.first_query(last_kv), TILE_Q) : steps.end);
+    unmasked_begin = max(unmasked_begin, steps.begin);
+    const Member member(arguments, geometry, visibility, batch, head, first_kv + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
+    int tile = steps.end;
+#pragma unroll 1
+    while (tile > unmasked_begin) step<false>(member, --tile);
+#pragma unroll 1
+    while (tile > steps.begin) step<true>(member, --tile);
+  }
+
+ private:
+  struct Member {
+    const Geometry& geometry;
+    const StatisticsView view;
+    const ScoreModifier modifier;
+    const int first_key;  // of the warp
+    float* sums;  // of the first tile
+    int first_query[2];  // that sees a key of this lane, less the column of the lane
+
+    DEVICE Member(const BackwardWgmmaArguments& arguments, const Geometry& geometry, const Visibility& visibility, int batch, int head, int first_key)
+        : geometry(geometry),
+          view(arguments, batch, head, 0, geometry.seqlen_q),
+          modifier(geometry, arguments.features, batch, head),
+          first_key(first_key),
+          sums(query_sum(arguments, first_slot(arguments, batch, head, 0), 0, 0)) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int key = first_key + 8 * r + lane_index() / 4;
+        first_query[r] = key < geometry.seqlen_kv ? visibility.first_query(key) - lane_index() % 4 * 2 : NOBODY_SEES;
+      }
+    }
+  };
+
+  const BackwardWgmmaArguments& arguments;
+  const Work& work;
+  const SharedMemory shared;
+  const int warpgroup;
+  Ring<NUM_STAGES> ring;
+  const uint64 K_descriptor, V_descriptor;
+  int buffer = 0;  // of dS
+  uint32 turn = 0;  // parity of the next one
+
+  template <bool IS_MASKED>
+  DEVICE void step(const Member& member, int tile) {
+    const int first_q = tile * TILE_Q;
+    ring.wait_full();
+    const uint64 Q_descriptor = RingQ::descriptor(shared.Q(ring.stage)), dO_descriptor = RingO::descriptor(shared.dO(ring.stage));
+    float P[1][S_TILES][4], dS[1][S_TILES][4];  // scores, then probabilities; dP, then dS; rows are keys
+    issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_descriptor, Q_descriptor);
+    issue_rows<WarpgroupV, RingO, DV_TILES / 2>(dS, V_descriptor, dO_descriptor);
+    wgmma_wait<1>();
+    pin(P[0]);
+    const StatisticsOfColumns statistics(shared.statistics(ring.stage), member.view, first_q);
+    statistics.to_probabilities(P, member.modifier.signed_factor());
+    if constexpr (IS_MASKED) hide_pairs(P, member, first_q);
+    mbarrier_wait(shared.keys_landed(), 0);  // they have: it keeps the assembler from moving the next wait up, before the exponentials
+    wgmma_wait<0>();
+    pin(dS[0]);
+    statistics.to_grad_scores(dS, P);
+    uint32 P_operand[P_STEPS][4], dS_operand[P_STEPS][4];
+    pack_accumulator(P_operand, P);
+    pack_accumulator(dS_operand, dS);
+    share(dS_operand);
+    pin(P_operand);
+    pin(dS_operand);
+    issue_accumulator<RingO>(dV, P_operand, dO_descriptor);
+    sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);
+    float dQ[1][DQ_TILES][4];
+    issue_query_gradients(dQ);
+    wgmma_wait<1>();
+    issue_accumulator<RingQ>(dK, dS_operand, Q_descriptor);
+    wgmma_wait<1>();
+    pin(dQ[0]);
+    add_query_gradients(dQ, member, tile);
+    wgmma_wait<0>();
+    pin(dV[0]);
+    pin(dK[0]);
+    pin(P_operand);
+    pin(dS_operand);
+    ring.release(1);
+    buffer ^= 1;
+  }
+
+  DEVICE void hide_pairs(float (&P)[1][S_TILES][4], const Member& member, int first_q) const {
+#pragma unroll
+    for (int n = 0; n < S_TILES; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (8 * n + i % 2 < member.first_query[i / 2] - first_q) P[0][n][i] = 0.0f;
+  }
+
+  // Puts the warp's rows of dSᵀ into the slab of its warpgroup, as columns.
+  DEVICE void share(const uint32 (&dS)[P_STEPS][4]) const {
+    const int query = lane_index() / 16 * 8 + lane_index() % 8, chunk = 2 * warp_of_warpgroup() + lane_index() / 8 % 2;
+    const SmemAddress rows = shared.dS(buffer) + warpgroup * GradScores::SLAB_BYTES + GradScores::offset(query, chunk);
+#pragma unroll
+    for (int k = 0; k < P_STEPS; ++k) stmatrix_x4_trans(rows + k * 16 * GradScores::ROW_BYTES, dS[k]);
+    fence_proxy_async();
+  }
+
+  // dQᵀ = Kᵀ dSᵀ over all keys of the block.
+  DEVICE void issue_query_gradients(float (&dQ)[1][DQ_TILES][4]) const {
+    const uint64 K = WarpgroupK::descriptor(shared.K(0) + (SHARES_QUERIES ? 0 : warpgroup * WarpgroupK::SLAB_BYTES));
+    const uint64 dS = GradScores::descriptor(shared.dS(buffer) + (SHARES_QUERIES ? warpgroup * DQ_TILES * 8 * GradScores::ROW_BYTES : 0));
+    constexpr int STEPS = WARPGROUP_ROWS / 16;
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < WARPGROUPS * STEPS; ++k)
+      Wgmma<Element, DQ_TILES>::from_shared_by_rows(dQ[0], WarpgroupK::rows(K + k / STEPS * (WarpgroupK::BYTES / DESCRIPTOR_UNIT), k % STEPS),
+                                                    GradScores::columns(dS, k), k > 0);
+    wgmma_commit();
+  }
+
+  // Adds them to the tile's sums, or stores them, when it is the block's turn.
+  DEVICE void add_query_gradients(const float (&dQ)[1][DQ_TILES][4], const Member& member, int tile) {
+    mbarrier_wait(shared.may_add(), turn);
+    turn ^= 1;
+    const int row_tile = (SHARES_QUERIES ? 0 : 4 * warpgroup) + warp_of_warpgroup();
+    if (row_tile < D_TILES / 2) {
+      float* sums = member.sums + int64(tile) * SLOT_FLOATS + (row_tile * SUM_COLUMN_TILES + (SHARES_QUERIES ? warpgroup * DQ_TILES : 0)) * FRAGMENT_FLOATS;
+      if (work.tile == 0) {
+#pragma unroll
+        for (int n = 0; n < DQ_TILES; ++n) store_fragment(sums + n * FRAGMENT_FLOATS, dQ[0][n]);
+      } else {
+#pragma unroll
+        for (int n = 0; n < DQ_TILES; ++n) add_fragment(sums + n * FRAGMENT_FLOATS, dQ[0][n]);
+      }
+    }
+    __syncwarp();
+    mbarrier_arrive_if(lane_index() == 0, shared.has_added());
+  }
+};
+
+// Zeros in a warpgroup's rows of K and V that no query sees: their probabilities are 0, but 0 times NaN is NaN.
+DEVICE void clear_hidden_keys(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared, int warpgroup) {
+  const Visibility visibility(arguments.geometry, arguments.features, 0, 0);
+  const int first_row = visibility.end_key(0, arguments.geometry.seqlen_q) - work.tile * TILE_KV - warpgroup * WARPGROUP_ROWS;
+  if (first_row >= WARPGROUP_ROWS) return;
+  if (warp_of_warpgroup() == 0) {
+    WarpgroupK::clear_from(shared.K(warpgroup), max(first_row, 0));
+    WarpgroupV::clear_from(shared.V(warpgroup), max(first_row, 0));
+    fence_proxy_async();
+  }
+  sync_warpgroup(COMPUTING_BARRIER + 1 + warpgroup);
+}
+
+// What a warpgroup of those that compute does.
+DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+  const int warpgroup = warpgroup_index() - 1;
+  WarpgroupKeys keys(arguments, work, shared, warpgroup);
+  bool has_keys = false;
+  for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& steps) {
+    if (steps.begin >= steps.end) return;
+    if (!has_keys) {
+      mbarrier_wait(shared.keys_landed(), 0);
+      if constexpr (CUTS_KEYS) clear_hidden_keys(arguments, work, shared, warpgroup);
+      has_keys = true;
+    }
+    keys.walk(batch, head, geometry, visibility, steps);
+  });
+  sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);  // no product reads K and V any more
+  const int warp_row = 16 * warp_of_warpgroup(), first_row = work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + warp_row;
+  const int num_rows = arguments.geometry.seqlen_kv;
+  store_rows<Element, HEAD_DIM_V, 8 * DV_TILES, false>(keys.dV, shared.V(warpgroup) + warp_row * 8 * DV_TILES * 2, arguments.grad_value, work.batch,
+                                                       work.head, first_row, num_rows);
+  multiply_all(keys.dK, arguments.geometry.scale);
+  store_rows<Element, HEAD_DIM, 8 * D_TILES, false>(keys.dK, shared.K(warpgroup) + warp_row * 8 * D_TILES * 2, arguments.grad_key, work.batch,
+                                                    work.head, first_row, num_rows);
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
+    backward_wgmma(const __grid_constant__ BackwardWgmmaArguments arguments) {
+  extern __shared__ __align__(SLAB_ALIGNMENT) uint8 memory[];
+  const SharedMemory shared{smem_address(memory)};
+  if (threadIdx.x == 0) {
+    shared.ring().init(WARPGROUPS, 2);
+    mbarrier_init(shared.keys_landed(), 1);
+    mbarrier_init(shared.may_add(), 1);
+    mbarrier_init(shared.has_added(), NUM_WARPS);
+    fence_mbarrier_init();
+  }
+  const int ticket = uniform(take_ticket(arguments, shared.ticket()));
+  const Work work = work_of_ticket(ticket, arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads,
+                                   arguments.geometry.section_heads);
+  if (warpgroup_index() == 0) {
+    give_registers<COPYING_REGISTERS>();
+    const int warp = warp_of_warpgroup();
+    if (warp == 0 && lane_index() == 0) copy_tiles(arguments, work, shared);
+    if (warp == 1) copy_statistics(arguments, work, shared);
+    if (warp == 2 && lane_index() == 0) keep_turns(arguments, work, shared);
+  } else {
+    take_registers<COMPUTING_REGISTERS>();
+    compute(arguments, work, shared);
+  }
+}
