@@ -1,4 +1,5 @@
-// Behind backward_fused_mma.cu or backward_wgmma.cu: dQ of the sums that its blocks have added up, scaled and converted. Tiles that no key has been added to are 0.
+// Behind backward_fused_mma.cu or backward_wgmma.cu: dQ of the sums that its blocks have added up, scaled and converted. Tiles that no key has been
+// added to are 0.
 //
 // A block has one tile of TILE_Q queries, each warp 16 of them. Shared memory: dQ [TILE_Q][D], through which rows leave whole.
 #include "tile/constants.cuh"

@@ -1,7 +1,7 @@
 // Gradients of Q, K and V on Hopper's warpgroup instructions: what backward_fused_mma.cu computes, for 16-bit types and head dimensions up to 128.
 //
-// One block owns TILE_KV = 128 keys of one K/V head, and walks over all queries that see them, tile by tile from the last to the first. A warpgroup is
-// four warps. Two of them own 64 keys each, whose dK and dV they keep in registers, and to which the first hands most of its own. A step is
+// One block owns TILE_KV = 128 keys of one K/V head, and walks over all queries that see them, tile by tile from the last to the first. A warpgroup
+// is four warps. Two of them own 64 keys each, whose dK and dV they keep in registers, and to which the first hands most of its own. A step is
 //
 //     Sᵀ = K Qᵀ, dPᵀ = V dOᵀ         issued together; while dPᵀ is in flight Sᵀ becomes Pᵀ
 //     dSᵀ = Pᵀ (dPᵀ - delta)         to shared memory once, where both warpgroups find all of it
@@ -11,15 +11,15 @@
 // the whole head half of the queries, and adds them to sums in global memory from registers while dK is in flight. Blocks add in the order of their
 // keys (tile/query_sums.cuh), so that the result is the same bit for bit on every run. backward_dq_convert.cu makes dQ of the sums.
 //
-// Of the first warpgroup one warp asks the TMA unit for K, V and the tiles of Q and dO, NUM_STAGES of them ahead; one copies the row statistics; one
-// waits for the block's turn to add to each tile, and passes it on when all warps have added.
+// Of the first warpgroup one warp copies: it asks the TMA unit for K, V and the tiles of Q and dO, NUM_STAGES of them ahead, and its lanes copy row
+// statistics. One thread of another waits for the block's turn to add to each tile, and passes it on when all warps have added.
 //
 // Shared memory: K [2][⌈D / 64⌉][64][64] | V [2][⌈DV / 64⌉][64][64] | Q [NUM_STAGES][⌈D / 64⌉][TILE_Q][64] | dO [NUM_STAGES][⌈DV / 64⌉][TILE_Q][64] |
 // dS [2][2][TILE_Q][64] | row statistics [NUM_STAGES] (StatisticsOfColumns) | mbarriers | ticket. At the end dK and dV pass through K and V.
 //
-// mbarriers, for each stage: "full", both copies and the statistics have landed, and "empty", both warpgroups are done with them. K and V have landed.
-// It is the block's turn to add; all warps have added. One barrier of both warpgroups for each tile: behind it dS is complete, and the other buffer of
-// dS, which dQ of the tile before was computed from, is free.
+// mbarriers, for each stage: "full", both copies and the statistics have landed, and "empty", both warpgroups are done with them. K and V have
+// landed. It is the block's turn to add; all warps have added. One barrier of both warpgroups for each tile: behind it dS is complete, and the other
+// buffer of dS, which dQ of the tile before was computed from, is free.
 //
 // Source: Dao 2023 (arXiv 2307.08691), algorithm 2; Shah et al. 2024 (arXiv 2407.08608).
 #include "tile/constants.cuh"
@@ -36,44 +36,35 @@ constexpr int NOBODY_SEES = 0x7fffffff;
 
 // --- The warps that copy and keep the turn ------------------------------------------------------------------------------------------------
 
-// Asks for everything that the block needs, in the order in which it is used. One thread.
-DEVICE void copy_tiles(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+// Asks for the block's rows of K and V. One thread.
+DEVICE void copy_keys(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared, int batch, int head) {
+  mbarrier_arrive_expect(shared.keys_landed(), WARPGROUPS * (WarpgroupK::BYTES + WarpgroupV::BYTES));
+#pragma unroll
+  for (int warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup) {
+    const int row = work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS;
+    WarpgroupK::load(shared.K(warpgroup), arguments.key, row, head, batch, shared.keys_landed());
+    WarpgroupV::load(shared.V(warpgroup), arguments.value, row, head, batch, shared.keys_landed());
+  }
+}
+
+// Asks for everything that the block needs, in the order in which it is used. One warp.
+DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+  const bool asks = lane_index() == 0;  // the TMA unit; row statistics are copied by all lanes
   Ring<NUM_STAGES> ring = shared.ring();
   bool is_first = true;
   for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility&, const Steps& steps) {
-    for_each_tile(steps, [&](int tile) {
-      if (is_first) {
-        is_first = false;
-        const int head_kv = head / (geometry.num_heads_q / geometry.num_heads_kv);
-        mbarrier_arrive_expect(shared.keys_landed(), WARPGROUPS * (WarpgroupK::BYTES + WarpgroupV::BYTES));
-#pragma unroll
-        for (int warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup) {
-          const int row = work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS;
-          WarpgroupK::load(shared.K(warpgroup), arguments.key, row, head_kv, batch, shared.keys_landed());
-          WarpgroupV::load(shared.V(warpgroup), arguments.value, row, head_kv, batch, shared.keys_landed());
-        }
-      }
-      ring.wait_empty();
-      mbarrier_arrive_expect(ring.full(), RingQ::BYTES + RingO::BYTES);
-      RingQ::load(shared.Q(ring.stage), arguments.query, tile * TILE_Q, head, batch, ring.full());
-      RingO::load(shared.dO(ring.stage), arguments.grad_out, tile * TILE_Q, head, batch, ring.full());
-      ring.advance();
-    });
-  });
-}
-
-// Copies the row statistics of all tiles. One warp.
-DEVICE void copy_statistics(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
-  Ring<NUM_STAGES> ring = shared.ring();
-  for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility&, const Steps& steps) {
     const StatisticsView view(arguments, batch, head, 0, geometry.seqlen_q);
     for_each_tile(steps, [&](int tile) {
-      StatisticsAhead ahead;
-      ahead.read(view, tile * TILE_Q);
+      if (asks && is_first) copy_keys(arguments, work, shared, batch, head / (geometry.num_heads_q / geometry.num_heads_kv));
+      is_first = false;
       ring.wait_empty();
-      ahead.write(shared.statistics(ring.stage));
-      __syncwarp();
-      mbarrier_arrive_if(lane_index() == 0, ring.full());
+      if (asks) {
+        mbarrier_arrive_expect(ring.full(), RingQ::BYTES + RingO::BYTES);
+        RingQ::load(shared.Q(ring.stage), arguments.query, tile * TILE_Q, head, batch, ring.full());
+        RingO::load(shared.dO(ring.stage), arguments.grad_out, tile * TILE_Q, head, batch, ring.full());
+      }
+      StatisticsOfColumns(shared.statistics(ring.stage), view, tile * TILE_Q).issue<WARP_SIZE>(true, lane_index());
+      mbarrier_arrive_behind_copies(ring.full());
       ring.advance();
     });
   });
@@ -233,7 +224,8 @@ class WarpgroupKeys {
     turn ^= 1;
     const int row_tile = (SHARES_QUERIES ? 0 : 4 * warpgroup) + warp_of_warpgroup();
     if (row_tile < D_TILES / 2) {
-      float* sums = member.sums + int64(tile) * SLOT_FLOATS + (row_tile * SUM_COLUMN_TILES + (SHARES_QUERIES ? warpgroup * DQ_TILES : 0)) * FRAGMENT_FLOATS;
+      float* sums =
+          member.sums + int64(tile) * SLOT_FLOATS + (row_tile * SUM_COLUMN_TILES + (SHARES_QUERIES ? warpgroup * DQ_TILES : 0)) * FRAGMENT_FLOATS;
       if (work.tile == 0) {
 #pragma unroll
         for (int n = 0; n < DQ_TILES; ++n) store_fragment(sums + n * FRAGMENT_FLOATS, dQ[0][n]);
@@ -289,21 +281,20 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
   extern __shared__ __align__(SLAB_ALIGNMENT) uint8 memory[];
   const SharedMemory shared{smem_address(memory)};
   if (threadIdx.x == 0) {
-    shared.ring().init(WARPGROUPS, 2);
+    shared.ring().init(WARPGROUPS, 1 + WARP_SIZE);
     mbarrier_init(shared.keys_landed(), 1);
     mbarrier_init(shared.may_add(), 1);
     mbarrier_init(shared.has_added(), NUM_WARPS);
     fence_mbarrier_init();
   }
   const int ticket = uniform(take_ticket(arguments, shared.ticket()));
-  const Work work = work_of_ticket(ticket, arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads,
-                                   arguments.geometry.section_heads);
+  const Work work =
+      work_of_ticket(ticket, arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads, arguments.geometry.section_heads);
   if (warpgroup_index() == 0) {
     give_registers<COPYING_REGISTERS>();
     const int warp = warp_of_warpgroup();
-    if (warp == 0 && lane_index() == 0) copy_tiles(arguments, work, shared);
-    if (warp == 1) copy_statistics(arguments, work, shared);
-    if (warp == 2 && lane_index() == 0) keep_turns(arguments, work, shared);
+    if (warp == 0) copy_all(arguments, work, shared);
+    if (warp == 1 && lane_index() == 0) keep_turns(arguments, work, shared);
   } else {
     take_registers<COMPUTING_REGISTERS>();
     compute(arguments, work, shared);

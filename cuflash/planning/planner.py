@@ -137,7 +137,7 @@ def _explain_backward(kernels: tuple[KernelSpec, ...], problem: Problem, device:
     words = [wgmma_backward.explain(problem, device, tile)]
     if kernel_specs.BACKWARD_WGMMA not in kernels:
         case, taken = case_of(kernel_specs.BACKWARD_FUSED, problem), kernel_specs.BACKWARD_FUSED in kernels
-        words.insert(0, fused_backward.explain(case, device, taken=taken, same_groups=problem.same_groups))
+        words.append(fused_backward.explain(case, device, taken=taken, same_groups=problem.same_groups))
     return "; ".join(filter(None, words))
 
 

@@ -55,7 +55,14 @@ def why_not(problem: Problem, device: Device) -> str | None:
 def _unknown_features(problem: Problem) -> str | None:
     """Of the features of a call, the first that the kernel does not know."""
     kinds = problem.features.kinds
-    names = {"window": "windows", "softcap": "softcap", "alibi": "ALiBi", "segments": "segments", "prefix": "prefixes", "dropout": "dropout"}
+    names = {
+        "window": "windows",
+        "softcap": "softcap",
+        "alibi": "ALiBi",
+        "segments": "segments",
+        "prefix": "prefixes",
+        "dropout": "dropout",
+    }
     if kinds.attn_mask is not None:
         return "masks"
     return next((words for name, words in names.items() if getattr(kinds, name)), None)

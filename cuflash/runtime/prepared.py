@@ -21,7 +21,7 @@ from cuflash.problem.features import Features
 from cuflash.problem.layout import View
 from cuflash.problem.problem import BackwardViews
 from cuflash.runtime import arguments
-from cuflash.runtime.arguments import Arguments, Value, Values
+from cuflash.runtime.arguments import Arguments, Value
 from cuflash.runtime.launch import Executable, fill_memory, simulated_memory
 from cuflash.runtime.tensor_maps import TensorMap
 

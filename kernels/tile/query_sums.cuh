@@ -37,11 +37,12 @@ DEVICE int first_slot(const Arguments& arguments, int batch, int head, int start
   return (batch * arguments.geometry.num_heads_q + head) * tiles;
 }
 
-// Where this lane's numbers of accumulator tile n of 16 rows, of dQ or of dQᵀ, are: four neighbours where they are added at once, else one for each quarter
-// of the fragment, so that every access of a warp is to neighbours.
+// Where this lane's numbers of accumulator tile n of 16 rows, of dQ or of dQᵀ, are: four neighbours where they are added at once, else one for each
+// quarter of the fragment, so that every access of a warp is to neighbours.
 template <typename Arguments>
 DEVICE float* query_sum(const Arguments& arguments, int slot, int row_tile, int n) {
-  return arguments.query_sums + int64(slot) * SLOT_FLOATS + (row_tile * SUM_COLUMN_TILES + n) * FRAGMENT_FLOATS + lane_index() * (HAS_VECTOR_RED ? 4 : 1);
+  return arguments.query_sums + int64(slot) * SLOT_FLOATS + (row_tile * SUM_COLUMN_TILES + n) * FRAGMENT_FLOATS +
+         lane_index() * (HAS_VECTOR_RED ? 4 : 1);
 }
 
 DEVICE void store_fragment(float* sum, const float (&c)[4]) {
@@ -108,8 +109,8 @@ DEVICE void pass_turn_on(int* turn) {
   add_relaxed(turn, 1);
 }
 
-// The part of one thread in the block's turns, where it computes, too. It looks for its turn early and comes back to it when the sum is wanted; it passes the turn on a step
-// after the block has added, when the additions have long arrived.
+// The part of one thread in the block's turns, where it computes, too. It looks for its turn early and comes back to it when the sum is wanted; it
+// passes the turn on a step after the block has added, when the additions have long arrived.
 class TurnTaker {
  public:
   DEVICE explicit TurnTaker(int* turns) : turns(turns + 1) {}

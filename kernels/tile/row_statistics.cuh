@@ -88,7 +88,6 @@ class StatisticsOfRows {
 // The statistics of one tile of queries, in shared memory from sm_80 on: statistics [TILE_Q], and with an additive mask log2_sum [TILE_Q]. sm_75 has
 // no bytes to spare at head_dim 256 and reads them from global memory.
 class StatisticsOfColumns {
-  friend class StatisticsAhead;
   static constexpr bool IN_SMEM = HAS_CP_ASYNC;
   static constexpr int LOG2_SUMS_OFFSET = TILE_Q * int(sizeof(RowStatistics));
 
@@ -97,12 +96,14 @@ class StatisticsOfColumns {
 
   DEVICE StatisticsOfColumns(SmemAddress tile, const StatisticsView& view, int first_q) : tile(tile), view(view), first_q(first_q) {}
 
-  // Starts the copies if `enabled`, which the caller commits with those of the tile. Past the end all is 0, and so is dO.
-  DEVICE void issue(bool enabled = true) const {
+  // Starts the copies if `enabled`, which the caller commits with those of the tile or lets arrive at its mbarrier. `thread` is one of THREADS. Past
+  // the end all is 0, and so is dO.
+  template <int THREADS = NUM_THREADS>
+  DEVICE void issue(bool enabled = true, int thread = int(threadIdx.x)) const {
     if constexpr (IN_SMEM) {
 #pragma unroll
-      for (int first = 0; first < TILE_Q; first += NUM_THREADS) {
-        const int row = first + int(threadIdx.x);
+      for (int first = 0; first < TILE_Q; first += THREADS) {
+        const int row = first + thread;
         const bool has_row = enabled && row < TILE_Q, in_range = first_q + row < view.num_queries;
         const RowStatistics* source = in_range ? view.rows + first_q + row : view.rows;
         cp_async<8>(has_row, tile + row * int(sizeof(RowStatistics)), source, in_range ? 8 : 0);
@@ -197,35 +198,4 @@ class StatisticsOfColumns {
       return make_float2(query < view.num_queries ? view.log2_sums[query] : 0.0f, query + 1 < view.num_queries ? view.log2_sums[query + 1] : 0.0f);
     }
   }
-};
-
-// The same for a tile whose turn in shared memory has not come: one warp reads them, and writes them when it has.
-class StatisticsAhead {
-  static constexpr int PER_LANE = ceil_div(TILE_Q, WARP_SIZE);
-
- public:
-  // Of queries from first_q on. Past the end all is 0.
-  DEVICE void read(const StatisticsView& view, int first_q) {
-#pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) {
-      const int query = first_q + i * WARP_SIZE + lane_index();
-      rows[i] = query < view.num_queries ? view.rows[query] : RowStatistics{0.0f, 0.0f};
-      if constexpr (ADDITIVE_MASK) log2_sums[i] = query < view.num_queries ? view.log2_sums[query] : 0.0f;
-    }
-  }
-
-  DEVICE void write(SmemAddress tile) const {
-#pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) {
-      const int row = i * WARP_SIZE + lane_index();
-      if (TILE_Q % WARP_SIZE != 0 && row >= TILE_Q) continue;
-      store_shared(tile + row * int(sizeof(RowStatistics)), make_float2(rows[i].reference, rows[i].delta));
-      if constexpr (ADDITIVE_MASK)
-        store_shared(tile + StatisticsOfColumns::LOG2_SUMS_OFFSET + row * int(sizeof(float)), __float_as_uint(log2_sums[i]));
-    }
-  }
-
- private:
-  RowStatistics rows[PER_LANE];
-  float log2_sums[ADDITIVE_MASK ? PER_LANE : 1];
 };
