@@ -174,7 +174,7 @@ class WarpgroupKeys {
     sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);
     float dQ[1][DQ_TILES][4];
     issue_query_gradients(dQ);
-    wgmma_wait<1>();
+    wgmma_wait<1>();  // dK comes behind dV
     issue_accumulator<RingQ>(dK, dS_operand, Q_descriptor);
     wgmma_wait<1>();
     pin(dQ[0]);
@@ -234,7 +234,7 @@ class WarpgroupKeys {
         for (int n = 0; n < DQ_TILES; ++n) add_fragment(sums + n * FRAGMENT_FLOATS, dQ[0][n]);
       }
     }
-    __syncwarp();
+    __syncwarp();  // all lanes of the warp have added
     mbarrier_arrive_if(lane_index() == 0, shared.has_added());
   }
 };
