@@ -23,6 +23,7 @@
 //
 // Source: Dao 2023 (arXiv 2307.08691), algorithm 2; Shah et al. 2024 (arXiv 2407.08608).
 #include "tile/constants.cuh"
+#include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/fragment.cuh"
 #include "tile/query_sums.cuh"
@@ -38,10 +39,11 @@ constexpr int NOBODY_SEES = 0x7fffffff;
 
 // Asks for the block's rows of K and V. One thread.
 DEVICE void copy_keys(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared, int batch, int head) {
+  const int start = Starts(arguments, work.batch).kv;
   mbarrier_arrive_expect(shared.keys_landed(), WARPGROUPS * (WarpgroupK::BYTES + WarpgroupV::BYTES));
 #pragma unroll
   for (int warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup) {
-    const int row = work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS;
+    const int row = start + work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS;
     WarpgroupK::load(shared.K(warpgroup), arguments.key, row, head, batch, shared.keys_landed());
     WarpgroupV::load(shared.V(warpgroup), arguments.value, row, head, batch, shared.keys_landed());
   }
@@ -52,16 +54,30 @@ DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const Work& work, 
   const bool asks = lane_index() == 0;  // the TMA unit; row statistics are copied by all lanes
   Ring<NUM_STAGES> ring = shared.ring();
   bool is_first = true;
+  uint32 landed = 0;  // parity of the next phase of cut_landed
+  const int start = Starts(arguments, work.batch).q;
   for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility&, const Steps& steps) {
-    const StatisticsView view(arguments, batch, head, 0, geometry.seqlen_q);
+    const StatisticsView view(arguments, batch, head, start, geometry.seqlen_q);
     for_each_tile(steps, [&](int tile) {
       if (asks && is_first) copy_keys(arguments, work, shared, batch, head / (geometry.num_heads_q / geometry.num_heads_kv));
       is_first = false;
       ring.wait_empty();
+      const int row = start + tile * TILE_Q, num_rows = geometry.seqlen_q - tile * TILE_Q;
+      const bool is_cut = VARLEN && num_rows < TILE_Q;
       if (asks) {
-        mbarrier_arrive_expect(ring.full(), RingQ::BYTES + RingO::BYTES);
-        RingQ::load(shared.Q(ring.stage), arguments.query, tile * TILE_Q, head, batch, ring.full());
-        RingO::load(shared.dO(ring.stage), arguments.grad_out, tile * TILE_Q, head, batch, ring.full());
+        const SmemAddress full = is_cut ? shared.cut_landed() : ring.full();
+        mbarrier_arrive_expect(full, RingQ::BYTES + RingO::BYTES);
+        RingQ::load(shared.Q(ring.stage), arguments.query, row, head, batch, full);
+        RingO::load(shared.dO(ring.stage), arguments.grad_out, row, head, batch, full);
+      }
+      if (is_cut) {  // rows of the next sequence, which may hold anything
+        mbarrier_wait(shared.cut_landed(), landed);
+        landed ^= 1;
+        RingQ::clear_from(shared.Q(ring.stage), num_rows);
+        RingO::clear_from(shared.dO(ring.stage), num_rows);
+        fence_proxy_async();
+        __syncwarp();
+        mbarrier_arrive_if(asks, ring.full());
       }
       StatisticsOfColumns(shared.statistics(ring.stage), view, tile * TILE_Q).issue<WARP_SIZE>(true, lane_index());
       mbarrier_arrive_behind_copies(ring.full());
@@ -73,8 +89,9 @@ DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const Work& work, 
 // Waits for the block's turn to add to each tile, and passes it on. One thread.
 DEVICE void keep_turns(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
   uint32 parity = 0;
+  const int start = Starts(arguments, work.batch).q;
   for_each_member(arguments, work, [&](int batch, int head, const Geometry&, const Visibility& visibility, const Steps& steps) {
-    int* turns = arguments.turns + 1 + first_slot(arguments, batch, head, 0);
+    int* turns = arguments.turns + 1 + first_slot(arguments, batch, head, start);
     for_each_tile(steps, [&](int tile) {
       wait_for_turn(turns + tile, place_among_blocks(work, visibility, tile));
       mbarrier_arrive(shared.may_add());
@@ -98,42 +115,46 @@ class WarpgroupKeys {
         work(work),
         shared(shared),
         warpgroup(warpgroup),
+        dropout(arguments.features),
         ring(shared.ring()),
         K_descriptor(WarpgroupK::descriptor(shared.K(warpgroup))),
         V_descriptor(WarpgroupV::descriptor(shared.V(warpgroup))) {}
 
-  // Adds what the queries of one member give; those of tiles unmasked_begin .. unmasked_end - 1 see all keys of the block.
+  // Adds what the queries of one member give.
   DEVICE void walk(int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& steps) {
-    const int first_kv = work.tile * TILE_KV, last_kv = first_kv + TILE_KV - 1;
-    int unmasked_begin = uniform(last_kv < geometry.seqlen_kv ? ceil_div(visibility.first_query(last_kv), TILE_Q) : steps.end);
-    unmasked_begin = max(unmasked_begin, steps.begin);
-    const Member member(arguments, geometry, visibility, batch, head, first_kv + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
+    const Member member(arguments, geometry, visibility, batch, head, work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
     int tile = steps.end;
-#pragma unroll 1
-    while (tile > unmasked_begin) step<false>(member, --tile);
-#pragma unroll 1
-    while (tile > steps.begin) step<true>(member, --tile);
+    if constexpr (!WINDOW) {  // with a window there are few tiles whose queries see all keys
+      const int last_kv = (work.tile + 1) * TILE_KV - 1;
+      const int unmasked_begin = uniform(last_kv < geometry.seqlen_kv ? ceil_div(visibility.first_query(last_kv), TILE_Q) : steps.end);
+      walk_down<false>(member, tile, max(unmasked_begin, steps.begin));
+    }
+    walk_down<true>(member, tile, steps.begin);
   }
 
  private:
   struct Member {
-    const Geometry& geometry;
+    const int batch, head;
     const StatisticsView view;
+    const Visibility& visibility;
     const ScoreModifier modifier;
     const int first_key;  // of the warp
     float* sums;  // of the first tile
-    int first_query[2];  // that sees a key of this lane, less the column of the lane
+    int first_query[2], end_query[2];  // which queries see a key of this lane, less the column of the lane
 
     DEVICE Member(const BackwardWgmmaArguments& arguments, const Geometry& geometry, const Visibility& visibility, int batch, int head, int first_key)
-        : geometry(geometry),
-          view(arguments, batch, head, 0, geometry.seqlen_q),
+        : batch(batch),
+          head(head),
+          view(arguments, batch, head, Starts(arguments, batch).q, geometry.seqlen_q),
+          visibility(visibility),
           modifier(geometry, arguments.features, batch, head),
           first_key(first_key),
-          sums(query_sum(arguments, first_slot(arguments, batch, head, 0), 0, 0)) {
+          sums(query_sum(arguments, first_slot(arguments, batch, head, Starts(arguments, batch).q), 0, 0)) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int key = first_key + 8 * r + lane_index() / 4;
         first_query[r] = key < geometry.seqlen_kv ? visibility.first_query(key) - lane_index() % 4 * 2 : NOBODY_SEES;
+        end_query[r] = visibility.end_query(key, key + 1) - lane_index() % 4 * 2;
       }
     }
   };
@@ -142,10 +163,17 @@ class WarpgroupKeys {
   const Work& work;
   const SharedMemory shared;
   const int warpgroup;
+  const Dropout dropout;
   Ring<NUM_STAGES> ring;
   const uint64 K_descriptor, V_descriptor;
   int buffer = 0;  // of dS
   uint32 turn = 0;  // parity of the next one
+
+  template <bool IS_MASKED>
+  DEVICE void walk_down(const Member& member, int& tile, int begin) {
+#pragma unroll 1
+    while (tile > begin) step<IS_MASKED>(member, --tile);
+  }
 
   template <bool IS_MASKED>
   DEVICE void step(const Member& member, int tile) {
@@ -153,19 +181,36 @@ class WarpgroupKeys {
     ring.wait_full();
     const uint64 Q_descriptor = RingQ::descriptor(shared.Q(ring.stage)), dO_descriptor = RingO::descriptor(shared.dO(ring.stage));
     float P[1][S_TILES][4], dS[1][S_TILES][4];  // scores, then probabilities; dP, then dS; rows are keys
+    if constexpr (DROPOUT) {  // else they are given what they held a step ago, behind the fence
+      pin(P[0]);
+      pin(dS[0]);
+    }
     issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_descriptor, Q_descriptor);
     issue_rows<WarpgroupV, RingO, DV_TILES / 2>(dS, V_descriptor, dO_descriptor);
     wgmma_wait<1>();
     pin(P[0]);
+    ScoreSlope<1, S_TILES> slope;
+    member.modifier.apply<true>(P, slope, member.first_key, first_q);
     const StatisticsOfColumns statistics(shared.statistics(ring.stage), member.view, first_q);
     statistics.to_probabilities(P, member.modifier.signed_factor());
     if constexpr (IS_MASKED) hide_pairs(P, member, first_q);
+    uint32 P_operand[P_STEPS][4], dS_operand[P_STEPS][4];
+    if constexpr (DROPOUT) {
+      float kept_P[1][S_TILES][4];
+      drop_and_mark(P, kept_P, dropout, member.batch, member.head, member.first_key, first_q);
+      pack_accumulator(P_operand, kept_P);
+    }
     mbarrier_wait(shared.keys_landed(), 0);  // they have: it keeps the assembler from moving the next wait up, before the exponentials
     wgmma_wait<0>();
     pin(dS[0]);
-    statistics.to_grad_scores(dS, P);
-    uint32 P_operand[P_STEPS][4], dS_operand[P_STEPS][4];
-    pack_accumulator(P_operand, P);
+    if constexpr (DROPOUT) {
+      statistics.drop(dS, P, arguments.features.dropout_scale);
+      multiply_all(dS, P);
+    } else {
+      statistics.to_grad_scores(dS, P);
+      pack_accumulator(P_operand, P);
+    }
+    slope.multiply(dS);
     pack_accumulator(dS_operand, dS);
     share(dS_operand);
     pin(P_operand);
@@ -192,8 +237,10 @@ class WarpgroupKeys {
 #pragma unroll
     for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (8 * n + i % 2 < member.first_query[i / 2] - first_q) P[0][n][i] = 0.0f;
+      for (int i = 0; i < 4; ++i) {
+        const int column = 8 * n + i % 2;
+        if (column < member.first_query[i / 2] - first_q || (WINDOW && column >= member.end_query[i / 2] - first_q)) P[0][n][i] = 0.0f;
+      }
   }
 
   // Puts the warp's rows of dSᵀ into the slab of its warpgroup, as columns.
@@ -226,7 +273,7 @@ class WarpgroupKeys {
     if (row_tile < D_TILES / 2) {
       float* sums =
           member.sums + int64(tile) * SLOT_FLOATS + (row_tile * SUM_COLUMN_TILES + (SHARES_QUERIES ? warpgroup * DQ_TILES : 0)) * FRAGMENT_FLOATS;
-      if (work.tile == 0) {
+      if (place_among_blocks(work, member.visibility, tile) == 0) {
 #pragma unroll
         for (int n = 0; n < DQ_TILES; ++n) store_fragment(sums + n * FRAGMENT_FLOATS, dQ[0][n]);
       } else {
@@ -240,9 +287,8 @@ class WarpgroupKeys {
 };
 
 // Zeros in a warpgroup's rows of K and V that no query sees: their probabilities are 0, but 0 times NaN is NaN.
-DEVICE void clear_hidden_keys(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared, int warpgroup) {
-  const Visibility visibility(arguments.geometry, arguments.features, 0, 0);
-  const int first_row = visibility.end_key(0, arguments.geometry.seqlen_q) - work.tile * TILE_KV - warpgroup * WARPGROUP_ROWS;
+DEVICE void clear_hidden_keys(const Geometry& geometry, const Visibility& visibility, const Work& work, const SharedMemory& shared, int warpgroup) {
+  const int first_row = visibility.end_key(0, geometry.seqlen_q) - work.tile * TILE_KV - warpgroup * WARPGROUP_ROWS;
   if (first_row >= WARPGROUP_ROWS) return;
   if (warp_of_warpgroup() == 0) {
     WarpgroupK::clear_from(shared.K(warpgroup), max(first_row, 0));
@@ -261,19 +307,21 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, c
     if (steps.begin >= steps.end) return;
     if (!has_keys) {
       mbarrier_wait(shared.keys_landed(), 0);
-      if constexpr (CUTS_KEYS) clear_hidden_keys(arguments, work, shared, warpgroup);
+      if constexpr (CUTS_KEYS) clear_hidden_keys(geometry, visibility, work, shared, warpgroup);
       has_keys = true;
     }
     keys.walk(batch, head, geometry, visibility, steps);
   });
   sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);  // no product reads K and V any more
   const int warp_row = 16 * warp_of_warpgroup(), first_row = work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + warp_row;
-  const int num_rows = arguments.geometry.seqlen_kv;
+  const int num_rows = sequence_length(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);  // that have gradients
+  const int start = Starts(arguments, work.batch).kv;
+  if constexpr (DROPOUT) multiply_all(keys.dV, arguments.features.dropout_scale);
   store_rows<Element, HEAD_DIM_V, 8 * DV_TILES, false>(keys.dV, shared.V(warpgroup) + warp_row * 8 * DV_TILES * 2, arguments.grad_value, work.batch,
-                                                       work.head, first_row, num_rows);
+                                                       work.head, first_row, num_rows, 0, start);
   multiply_all(keys.dK, arguments.geometry.scale);
   store_rows<Element, HEAD_DIM, 8 * D_TILES, false>(keys.dK, shared.K(warpgroup) + warp_row * 8 * D_TILES * 2, arguments.grad_key, work.batch,
-                                                    work.head, first_row, num_rows);
+                                                    work.head, first_row, num_rows, 0, start);
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
@@ -285,11 +333,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
     mbarrier_init(shared.keys_landed(), 1);
     mbarrier_init(shared.may_add(), 1);
     mbarrier_init(shared.has_added(), NUM_WARPS);
+    if constexpr (VARLEN) mbarrier_init(shared.cut_landed(), 1);
     fence_mbarrier_init();
   }
   const int ticket = uniform(take_ticket(arguments, shared.ticket()));
   const Work work =
       work_of_ticket(ticket, arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads, arguments.geometry.section_heads);
+  auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
+    clear_rows<Element, NUM_THREADS + WARPGROUP_SIZE, TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, begin, end, tile, num_tiles);
+    clear_rows<Element, NUM_THREADS + WARPGROUP_SIZE, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, tile, num_tiles);
+  };
+  if (!claim_rows<TILE_KV>(arguments, arguments.lengths.cu_seqlens_kv, arguments.geometry.seqlen_kv, work, clear_gradients)) return;
   if (warpgroup_index() == 0) {
     give_registers<COPYING_REGISTERS>();
     const int warp = warp_of_warpgroup();

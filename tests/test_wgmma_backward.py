@@ -209,7 +209,7 @@ REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "head_dim_v": ({"head_dim_v": 136}, "it takes multiples of 8 up to 128 for head_dim, and this is 64/136"),
     "elements apart": ({"view": "strided_elements"}, "the TMA unit cannot copy query, whose head_dim has a stride of 3"),
     "unaligned": ({"view": "unaligned_base"}, "the TMA unit copies what starts on 16 bytes, and one of query, key and value does not"),
-    "mask": ({"attn_mask": numpy.ones((500, 500), bool)}, "it does not know masks yet"),
+    "mask": ({"attn_mask": numpy.ones((500, 500), bool)}, "it walks over no lists of visible tiles, which a boolean mask and segments need"),
 }  # fmt: skip
 
 

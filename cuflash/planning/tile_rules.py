@@ -8,6 +8,7 @@ from cuflash.arrays.borrowing import describe
 from cuflash.hardware.device import Device
 from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, KernelCase, accumulator_registers, head_dims, shared_bytes
 from cuflash.planning.kernel_specs import MAX_TILE
+from cuflash.problem.features import FeatureSet
 from cuflash.problem.tile import Tile
 
 MAX_REGISTERS = 255
@@ -118,13 +119,19 @@ def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
     """Registers per thread of a kernel of wgmma besides accumulators, by what spilled and what did not; forward, P lives beside the next scores."""
     features = case.features
     if case.kernel.backward:
-        return _WGMMA_OTHER_REGISTERS
+        return _WGMMA_OTHER_REGISTERS + _wgmma_backward_registers(features, tile)
     of_features = _WGMMA_SOFTCAP_REGISTERS * features.softcap + _WGMMA_DROPOUT_REGISTERS * features.dropout
     of_features += _WGMMA_SEGMENTS_REGISTERS[tile.num_warps] * features.segments
     if tile.num_warps == 8:  # wide outputs, and the warp that copies keeps more where there are lists
         of_features += 28 * features.lists_tiles + 8 * (features.attn_mask is not None)
         of_features = max(of_features, _WGMMA_CUT_REGISTERS * (2 if case.head_dim_v > 192 else 1))  # these were found with 232
     return tile.tile_kv // 4 * (1 + _WGMMA_MASK_REGISTERS[features.attn_mask]) + _WGMMA_OTHER_REGISTERS + of_features
+
+
+def _wgmma_backward_registers(features: FeatureSet, tile: Tile) -> int:
+    """What features take of a thread of the backward kernel of wgmma: the slope of a softcap and a tile of an additive mask are as large as the scores."""
+    as_scores = features.softcap + features.additive_mask
+    return tile.tile_q // 2 * as_scores + _WGMMA_DROPOUT_REGISTERS * features.dropout
 
 
 def _shares_out(tile: Tile, columns: int) -> bool:

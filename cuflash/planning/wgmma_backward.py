@@ -38,10 +38,10 @@ def why_not(problem: Problem, device: Device) -> str | None:
         return lacking
     if not problem.same_groups:
         return "key and value have gradients of different batches or heads"
-    if problem.is_ragged:
-        return "it takes sequences of one length, and lengths are on the device here"
-    if (used := _unknown_features(problem)) is not None:
-        return f"it does not know {used} yet"
+    if case.features.lists_tiles:
+        return "it walks over no lists of visible tiles, which a boolean mask and segments need"
+    if problem.seqlens_kv and problem.key_shape[0] != problem.batch:
+        return "keys that batches share have one length there"
     if not tile_choice.legal_tiles_for(case, device):
         return "no tile leaves room in the registers for all of these features"
     if problem.seqlen_kv == 0:
@@ -50,22 +50,6 @@ def why_not(problem: Problem, device: Device) -> str | None:
     if problem.grad_out is not None:
         arrays.append(("grad_out", problem.grad_out))
     return mapped_arrays.why_not(arrays, problem.itemsize, aligned=problem.aligned)
-
-
-def _unknown_features(problem: Problem) -> str | None:
-    """Of the features of a call, the first that the kernel does not know."""
-    kinds = problem.features.kinds
-    names = {
-        "window": "windows",
-        "softcap": "softcap",
-        "alibi": "ALiBi",
-        "segments": "segments",
-        "prefix": "prefixes",
-        "dropout": "dropout",
-    }
-    if kinds.attn_mask is not None:
-        return "masks"
-    return next((words for name, words in names.items() if getattr(kinds, name)), None)
 
 
 def explain(problem: Problem, device: Device, tile: Tiles) -> str:
