@@ -244,8 +244,12 @@ def test_a_gradient_of_the_output_that_cannot_be_copied_takes_the_others(gradien
     on = Target("sm_90")
     inputs = inputs_of(on, (70, 90))
     out, lse = cuflash.scaled_dot_product_attention(*inputs, return_lse=True)
-    grad_out = on.random(out.shape, "bfloat16", 5, "unaligned_base") if gradient == "unaligned" else numpy.broadcast_to(out[:, :1], out.shape)
-    backward = functools.partial(cuflash.scaled_dot_product_attention_backward, query=inputs[0], key=inputs[1], value=inputs[2], out=out, lse=lse)
+    grad_out = (
+        on.random(out.shape, "bfloat16", 5, "unaligned_base") if gradient == "unaligned" else numpy.broadcast_to(out[:, :1], out.shape)
+    )
+    backward = functools.partial(
+        cuflash.scaled_dot_product_attention_backward, query=inputs[0], key=inputs[1], value=inputs[2], out=out, lse=lse
+    )
     given = backward(grad_out)
     copied = backward(grad_out.copy())
     assert planned[1:] == [OTHERS, WGMMA]

@@ -22,11 +22,12 @@ def default_tile(dtype: str, head_dim: int, features: FeatureSet = NO_FEATURES, 
 
 
 def report_of(
-    dtype: str, head_dim: int, is_causal: bool, features: FeatureSet = NO_FEATURES, head_dim_v: int = 0, tile: Tile | None = None
-) -> Report:
+    dtype: str, head_dim: int, is_causal: bool, features: FeatureSet = NO_FEATURES, head_dim_v: int = 0, tile: Tile | None = None,
+    **lengths: bool,
+) -> Report:  # fmt: skip
     tiles = {BACKWARD_WGMMA.name: tile or default_tile(dtype, head_dim, features, head_dim_v)}
     kernels = offline_kernels(
-        ON, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v or None, is_causal=is_causal, features=features, tile=tiles
+        ON, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v or None, is_causal=is_causal, features=features, tile=tiles, **lengths
     )
     (report,) = inspect_kernels((ON, kernel) for kernel in kernels if kernel.spec == BACKWARD_WGMMA)
     return report
@@ -44,6 +45,28 @@ def test_no_spills_no_serialised_products_and_quick(dtype: str, head_dim: int, i
 @pytest.mark.parametrize("dims", [(96, 0), (64, 128), (128, 64), (8, 0)], ids=str)
 def test_other_head_dims_fit_the_registers(dims: tuple[int, int]) -> None:
     assert_as_meant(report_of("float16", dims[0], True, head_dim_v=dims[1]))
+
+
+ALL = FeatureSet(window=True, softcap=True, alibi=True, dropout=True)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize(
+    "features",
+    [FeatureSet(window=True), FeatureSet(softcap=True), FeatureSet(alibi=True), FeatureSet(prefix=True), FeatureSet(dropout=True), ALL]
+    + [FeatureSet(attn_mask=kind) for kind in ("bfloat16", "float32")],
+    ids=str,
+)
+def test_features_fit_the_registers(features: FeatureSet, head_dim: int) -> None:
+    assert_as_meant(report_of("bfloat16", head_dim, True, features))
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("lengths", ["varlen", "seqlens_kv"])
+def test_lengths_fit_the_registers(lengths: str, head_dim: int) -> None:
+    assert_as_meant(report_of("float16", head_dim, True, **{lengths: True}))
 
 
 @pytest.mark.exhaustive
@@ -71,5 +94,7 @@ def test_hot_loops(dtype: str, head_dim: int, is_causal: bool) -> None:
         assert {scores, gradients, queries} <= set(opcodes)
         assert sum(i.base == "MUFU" for i in loop) == tile.tile_q // 2
         assert sum(i.base == "STSM" for i in loop) == tile.tile_q // 16
-        assert sum(opcode.startswith("REDG.E.ADD.F32x4") for opcode in opcodes) == (tile.tile_q // 8 if head_dim > 64 else tile.tile_q // 16)
+        assert sum(opcode.startswith("REDG.E.ADD.F32x4") for opcode in opcodes) == (
+            tile.tile_q // 8 if head_dim > 64 else tile.tile_q // 16
+        )
         assert not {"LDL", "STL", "LDG"} & {i.base for i in loop}
