@@ -286,9 +286,13 @@ class WarpgroupKeys {
   }
 };
 
-// Zeros in a warpgroup's rows of K and V that no query sees: their probabilities are 0, but 0 times NaN is NaN.
-DEVICE void clear_hidden_keys(const Geometry& geometry, const Visibility& visibility, const Work& work, const SharedMemory& shared, int warpgroup) {
-  const int first_row = visibility.end_key(0, geometry.seqlen_q) - work.tile * TILE_KV - warpgroup * WARPGROUP_ROWS;
+// Zeros in a warpgroup's rows of K and V that no query of any member sees: their probabilities are 0, but 0 times NaN is NaN.
+DEVICE void clear_hidden_keys(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared, int warpgroup) {
+  int end = 0;
+  for_each_member(arguments, work, [&](int, int, const Geometry& geometry, const Visibility& visibility, const Steps&) {
+    end = max(end, visibility.end_key(0, geometry.seqlen_q));
+  });
+  const int first_row = uniform(end) - work.tile * TILE_KV - warpgroup * WARPGROUP_ROWS;
   if (first_row >= WARPGROUP_ROWS) return;
   if (warp_of_warpgroup() == 0) {
     WarpgroupK::clear_from(shared.K(warpgroup), max(first_row, 0));
@@ -307,7 +311,7 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, c
     if (steps.begin >= steps.end) return;
     if (!has_keys) {
       mbarrier_wait(shared.keys_landed(), 0);
-      if constexpr (CUTS_KEYS) clear_hidden_keys(geometry, visibility, work, shared, warpgroup);
+      if constexpr (CUTS_KEYS) clear_hidden_keys(arguments, work, shared, warpgroup);
       has_keys = true;
     }
     keys.walk(batch, head, geometry, visibility, steps);

@@ -13,12 +13,13 @@ from test_wgmma_forward import MASKS, hopper, inputs_of, names  # noqa: F401 (a 
 
 import cuflash
 from cuflash import Tile
-from cuflash.errors import TileError
+from cuflash.errors import CompileError, TileError
 from cuflash.hardware import device
+from cuflash.jit.compiler import Artifact, KernelResources
 from cuflash.planning import measured_tiles, tile_choice, wgmma_backward
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import BACKWARD_WGMMA
-from cuflash.runtime import calls
+from cuflash.runtime import calls, launch
 from cuflash.simulator import check
 from cuflash.simulator.options import configure
 
@@ -255,6 +256,18 @@ def test_a_gradient_of_the_output_that_cannot_be_copied_takes_the_others(gradien
     assert planned[1:] == [OTHERS, WGMMA]
     for one, other in zip(given, copied, strict=True):
         numpy.testing.assert_allclose(on.host(one).astype("float64"), on.host(other).astype("float64"), atol=0.03, rtol=0.03)
+
+
+def test_a_compilation_of_which_warps_would_wait_for_ever_is_not_run() -> None:
+    """What setmaxnreg hands on are the registers that threads start with."""
+    kernel = plan_of(128).kernels[1]
+
+    def compiled(registers: int) -> Artifact:
+        return Artifact(b"cubin", "", 0.0, (KernelResources(NAME, registers, 0, 0, 0, 0, 4),), "NVRTC 13.7")
+
+    launch.refuse_what_would_hang(kernel, compiled(168))
+    with pytest.raises(CompileError, match=r"unset CUFLASH_BACKWARD_WGMMA, leave backward_wgmma out of tile, or pin tile={'backward_dq': …}"):
+        launch.refuse_what_would_hang(kernel, compiled(160))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])

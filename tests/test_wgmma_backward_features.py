@@ -32,6 +32,13 @@ def test_features(feature: str) -> None:
     checked(on, *featured(on, "float16" if len(feature) % 2 else "bfloat16", 64), backward_tile=SHORT, **FEATURES[feature])
 
 
+def test_prefixes_of_batches_that_share_keys() -> None:
+    """One of them lets queries see keys that no query of the other batch sees."""
+    on = Target("sm_90")
+    inputs = inputs_of(on, (40, 300), batches=(2, 1))
+    checked(on, *inputs, is_causal=True, prefix_lengths=int32(on, [10, 250]), backward_tile=SHORT)
+
+
 @pytest.mark.parametrize("feature", HIDDEN_BY_DATA)
 def test_what_is_hidden_by_data_is_done_by_others(feature: str) -> None:
     on = Target("sm_90")
