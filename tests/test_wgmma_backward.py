@@ -48,7 +48,7 @@ def checked(on: Target, *inputs: Any, backward_tile: Any = None, **options: Any)
 # --- Right --------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("lengths", [(200, 300), (300, 130), (1, 1), (65, 193)], ids=str)
 @pytest.mark.parametrize("case", [("bfloat16", 64), ("float16", 128)], ids=str)
@@ -58,14 +58,15 @@ def test_lengths_and_grouped_heads(hopper: Target, case: tuple[str, int], length
     checked(hopper, *inputs_of(hopper, lengths, head_dim, heads=(2, 1), dtype=dtype), **MASKS[mask])
 
 
-@pytest.mark.parametrize("mask", ["full", "bottom_right"])
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("mask", ["full", "causal"])
 def test_batches_that_share_keys(hopper: Target, mask: str) -> None:  # noqa: F811
     """Their gradients are summed in one block, over heads and batches."""
     inputs = inputs_of(hopper, (70, 190), heads=(4, 2), batches=(2, 1))
     checked(hopper, *inputs, backward_tile=SHORT, **MASKS[mask])
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", [("bfloat16", 8), ("float16", 40), ("bfloat16", 72), ("float16", 96), ("bfloat16", 120)], ids=str)
 def test_head_dims(hopper: Target, case: tuple[str, int]) -> None:  # noqa: F811
     """Of which slabs of 64 columns hold more than there is, and of which some warps have no columns of dQ."""
@@ -80,12 +81,13 @@ def test_value_with_a_head_dim_of_its_own(hopper: Target, dims: tuple[int, int])
     checked(hopper, query, key, inputs_of(hopper, (70, 90), dims[1])[2])
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("tile", [Tile(64, 128, 8, 1), Tile(96, 128, 8, 3), Tile(32, 128, 8, 3)], ids=str)
 def test_tiles(hopper: Target, tile: Tile) -> None:  # noqa: F811
     checked(hopper, *inputs_of(hopper, (200, 270)), is_causal=True, backward_tile={NAME: tile})
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", [{"scale": -0.5}, {"scale": 0.0, "is_causal": True}], ids=str)
 def test_scales(hopper: Target, options: dict[str, Any]) -> None:  # noqa: F811
     checked(hopper, *inputs_of(hopper, (70, 190)), backward_tile=SHORT, **options)
@@ -96,11 +98,6 @@ def test_scores_of_hundreds(hopper: Target) -> None:  # noqa: F811
     query, key, value = inputs_of(Target("sm_90"), (100, 150))
     query[...] *= numpy.asarray(30, query.dtype)
     checked(hopper, *map(hopper.place, (query, key, value)), is_causal=True, backward_tile=SHORT)
-
-
-def test_sinks(hopper: Target) -> None:  # noqa: F811
-    sinks = hopper.place(numpy.array([1.5, -3.0], "float32"))
-    checked(hopper, *inputs_of(hopper, (70, 190), heads=(2, 1)), sinks=sinks, backward_tile=SHORT)
 
 
 def test_rows_beyond_the_end_are_not_read(hopper: Target) -> None:  # noqa: F811
@@ -131,6 +128,7 @@ def backward_of(*inputs: Any, **options: Any) -> Any:
     return functools.partial(call, out, *inputs, out, lse)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", [("bfloat16", 64, 2, "causal"), ("float16", 128, 1, "bottom_right"), ("float16", 64, 3, "full")], ids=str)
 def test_every_schedule_gives_the_same_bits(case: tuple[str, int, int, str], request: pytest.FixtureRequest) -> None:
     """Those of dQ, too, which blocks add up. Only a schedule finds a wait that never ends."""
@@ -143,6 +141,7 @@ def test_every_schedule_gives_the_same_bits(case: tuple[str, int, int, str], req
     assert len(report.runs) == 2 + len(seeds)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("schedule", ["late", "random"])
 def test_blocks_that_run_side_by_side_wait_for_each_other(schedule: Any) -> None:
     inputs = inputs_of(Target("sm_90"), (100, 700))
@@ -230,6 +229,7 @@ def test_key_and_value_with_other_heads_take_kernels_of_their_own() -> None:
     assert "gradients of different batches or heads" in cuflash.plan(query, key, value, enable_gqa=True, backward=True).choice
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("gradient", ["expanded", "unaligned"])
 def test_a_gradient_of_the_output_that_cannot_be_copied_takes_the_others(gradient: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan of a call that is given one knows how it lies; the results are the same as of a copy of it."""
@@ -266,7 +266,9 @@ def test_a_compilation_of_which_warps_would_wait_for_ever_is_not_run() -> None:
         return Artifact(b"cubin", "", 0.0, (KernelResources(NAME, registers, 0, 0, 0, 0, 4),), "NVRTC 13.7")
 
     launch.refuse_what_would_hang(kernel, compiled(168))
-    with pytest.raises(CompileError, match=r"unset CUFLASH_BACKWARD_WGMMA, leave backward_wgmma out of tile, or pin tile={'backward_dq': …}"):
+    with pytest.raises(
+        CompileError, match=r"unset CUFLASH_BACKWARD_WGMMA, leave backward_wgmma out of tile, or pin tile={'backward_dq': …}"
+    ):
         launch.refuse_what_would_hang(kernel, compiled(160))
 
 

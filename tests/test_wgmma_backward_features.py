@@ -25,7 +25,7 @@ HIDDEN_BY_DATA = ("boolean_mask", "segments")
 TAKEN = [name for name in FEATURES if name not in HIDDEN_BY_DATA]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("feature", TAKEN)
 def test_features(feature: str) -> None:
     on = Target("sm_90")
@@ -47,7 +47,7 @@ def test_what_is_hidden_by_data_is_done_by_others(feature: str) -> None:
     assert "not backward_wgmma.cu: it walks over no lists of visible tiles" in plan.choice
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("seed", range(12))
 def test_windows(seed: int) -> None:
     """Which blocks add to a tile of queries follows from the window: a wrong place among them is a wrong sum, or a wait without end."""
@@ -117,7 +117,7 @@ def test_neighbours_never_leak() -> None:
             numpy.testing.assert_array_equal(after[outside], before[outside])
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("senseless", [[0, 100, 50, 150], [0, 150, 0, 150], [0, 400, -3, 150], [150, 0, 20, 150]], ids=str)
 def test_senseless_offsets_end(senseless: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences that lie upon each other share sums and turns: what they give is senseless, but nobody waits for ever."""

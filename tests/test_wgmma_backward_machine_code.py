@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from test_kernels_compile import is_quick, named
 from test_wgmma_machine_code import CASES, ON, assert_as_meant, code_of, loops_of
@@ -35,54 +37,11 @@ def report_of(
 
 @pytest.mark.sample(1)
 @CASES
-def test_no_spills_no_serialised_products_and_quick(dtype: str, head_dim: int, is_causal: bool) -> None:
+def test_calls_without_features(dtype: str, head_dim: int, is_causal: bool) -> None:
+    """Loops of five products and additions of four numbers."""
     report = report_of(dtype, head_dim, is_causal)
     assert_as_meant(report)
     assert is_quick(report), f"{named(report)}: {report.seconds:.2f} seconds"
-
-
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("dims", [(96, 0), (64, 128), (128, 64), (8, 0)], ids=str)
-def test_other_head_dims_fit_the_registers(dims: tuple[int, int]) -> None:
-    assert_as_meant(report_of("float16", dims[0], True, head_dim_v=dims[1]))
-
-
-ALL = FeatureSet(window=True, softcap=True, alibi=True, dropout=True)
-
-
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
-@pytest.mark.parametrize(
-    "features",
-    [FeatureSet(window=True), FeatureSet(softcap=True), FeatureSet(alibi=True), FeatureSet(prefix=True), FeatureSet(dropout=True), ALL]
-    + [FeatureSet(attn_mask=kind) for kind in ("bfloat16", "float32")],
-    ids=str,
-)
-def test_features_fit_the_registers(features: FeatureSet, head_dim: int) -> None:
-    assert_as_meant(report_of("bfloat16", head_dim, True, features))
-
-
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("lengths", ["varlen", "seqlens_kv"])
-def test_lengths_fit_the_registers(lengths: str, head_dim: int) -> None:
-    assert_as_meant(report_of("float16", head_dim, True, **{lengths: True}))
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
-def test_the_longest_tiles_fit_the_registers(head_dim: int) -> None:
-    """Those that the rules allow."""
-    legal = tile_choice.legal_tiles_for(KernelCase(BACKWARD_WGMMA, "bfloat16", head_dim), ON)
-    tile = max(legal, key=lambda tile: (tile.tile_q, tile.num_stages))
-    assert_as_meant(report_of("bfloat16", head_dim, True, tile=tile))
-
-
-@pytest.mark.sample(1)
-@CASES
-def test_hot_loops(dtype: str, head_dim: int, is_causal: bool) -> None:
-    """Five products, additions of four numbers, and most exponentials while dP is in flight."""
-    report = report_of(dtype, head_dim, is_causal)
     tile = default_tile(dtype, head_dim)
     kind = "F32" if dtype == "float16" else "F32.BF16"
     scores, gradients = f"HGMMA.64x{tile.tile_q}x16.{kind}", f"HGMMA.64x{head_dim}x16.{kind}"
@@ -98,3 +57,33 @@ def test_hot_loops(dtype: str, head_dim: int, is_causal: bool) -> None:
             tile.tile_q // 8 if head_dim > 64 else tile.tile_q // 16
         )
         assert not {"LDL", "STL", "LDG"} & {i.base for i in loop}
+
+
+ALL = FeatureSet(window=True, softcap=True, alibi=True, dropout=True)
+OTHERS: dict[str, dict[str, Any]] = {
+    **{f"values of {dims}": {"head_dim": dims[0], "head_dim_v": dims[1]} for dims in ((64, 128), (128, 64), (8, 8))},
+    **{
+        f"{features} at {head_dim}": {"head_dim": head_dim, "features": features}
+        for head_dim in (64, 96, 128)
+        for features in (
+            NO_FEATURES, FeatureSet(window=True), FeatureSet(softcap=True), FeatureSet(alibi=True), FeatureSet(prefix=True), FeatureSet(dropout=True), ALL,
+            FeatureSet(attn_mask="bfloat16"), FeatureSet(attn_mask="float32"),
+        )
+    },
+    **{f"{lengths} at {head_dim}": {"head_dim": head_dim, lengths: True} for head_dim in (64, 128) for lengths in ("varlen", "seqlens_kv")},
+}  # fmt: skip
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("case", OTHERS)
+def test_others_fit_the_registers(case: str) -> None:
+    assert_as_meant(report_of("bfloat16", is_causal=True, **OTHERS[case]))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_the_longest_tiles_fit_the_registers(head_dim: int) -> None:
+    """Those that the rules allow."""
+    legal = tile_choice.legal_tiles_for(KernelCase(BACKWARD_WGMMA, "bfloat16", head_dim), ON)
+    tile = max(legal, key=lambda tile: (tile.tile_q, tile.num_stages))
+    assert_as_meant(report_of("bfloat16", head_dim, True, tile=tile))

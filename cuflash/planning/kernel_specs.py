@@ -92,7 +92,7 @@ class KernelSpec:
         warps_share: rows that the warps of a block share out among themselves: those that it keeps, or those of each streamed tile, and then each warp has the
             outputs of all stationary rows, which are added up at the end.
         block_warps: how many warps a tile may have; empty for any number.
-        copying_warps: of a block, besides those of its tile: they do nothing but ask for copies.
+        copying_warps: of a block, besides those of its tile: they copy, or wait for other blocks, and compute nothing.
         stays: its blocks compute one tile after the other, as many blocks as run at one time.
         max_warp_rows: most rows that a warp may own, a multiple of 16.
         streamed_multiple: of rows of a streamed tile.

@@ -135,7 +135,7 @@ def _wgmma_backward_registers(features: FeatureSet, tile: Tile) -> int:
 
 
 def _shares_out(tile: Tile, columns: int) -> bool:
-    """Whether the warps can share out a tile of tile_q x columns: mirrors `column_groups` in kernels/tile/query_sums.cuh."""
+    """Whether the warps can share out a tile of tile_q x columns: mirrors `column_groups` in kernels/tile/query_sum_parts.cuh."""
     for rows in (32, 16):
         groups, rest = divmod(tile.num_warps * rows, tile.tile_q)
         if tile.tile_q % rows == rest == 0 and columns // 16 % max(groups, 1) == 0 and groups & (groups - 1) == 0 and groups:
