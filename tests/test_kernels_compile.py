@@ -234,7 +234,14 @@ def test_no_declaration_hides_another(tmp_path: Path, monkeypatch: pytest.Monkey
     for case in cases:
         for kernel in offline_kernels(on, dtype="bfloat16", head_dim=16, is_causal=True, **case):
             requests.setdefault(kernel.source, kernel.request(on))
-    named_here = {"forward_mma.cu", "forward_wgmma.cu", "forward_split_mma.cu", "backward_fused_mma.cu", "backward_wgmma.cu", "backward_mask_mma.cu"}
+    named_here = {
+        "forward_mma.cu",
+        "forward_wgmma.cu",
+        "forward_split_mma.cu",
+        "backward_fused_mma.cu",
+        "backward_wgmma.cu",
+        "backward_mask_mma.cu",
+    }
     assert named_here <= set(requests)
     for source, request in requests.items():
         assert hidden_in(request) == [], source

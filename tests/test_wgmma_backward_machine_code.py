@@ -74,7 +74,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.sample(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", OTHERS)
 def test_others_fit_the_registers(case: str) -> None:
     assert_as_meant(report_of("bfloat16", is_causal=True, **OTHERS[case]))
