@@ -170,7 +170,7 @@ def scaled_dot_product_attention_backward(
             is float32 and P = exp(S - lse) as exact as that is: off by |lse| · 2⁻²² at most. Rows that see nothing here have no gradient.
         grad_lse: gradient of that `lse`, float32 `(batch, num_heads_q, seqlen_q)`, or None for zero.
         tile: a `cuflash.Tile` as the kernel of dK and dV sees it (a dQ kernel of its own takes it with tile_q and tile_kv exchanged), or a mapping from the
-            names of kernels to tiles. Names also say which kernels run: {"backward_fused": …} one for all gradients, {"backward_dq": …} one for dQ.
+            names of kernels to tiles. Names also say which kernels run: {"backward_fused": …} or on sm_90 {"backward_wgmma": …} one for all gradients, {"backward_dq": …} one for dQ.
         deterministic: nothing changes: every kernel adds in a fixed order and gives the same bits on every run.
         need_attn_mask_grad: also give the gradient of an additive attn_mask, summed over the axes along which it is broadcast, by a kernel of its own.
 

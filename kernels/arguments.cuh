@@ -133,6 +133,18 @@ struct BackwardArguments {
   int num_turns;
 };
 
+struct BackwardWgmmaArguments {
+  MappedTensor query, key, value, grad_out;
+  TensorView grad_key, grad_value;
+  RowStatistics* row_statistics;  // as in BackwardArguments, and so are all that follow
+  Geometry geometry;
+  int group_batch, group_heads;
+  SequenceLengths lengths;
+  FeatureArguments features;
+  float* query_sums;
+  int* turns;
+};
+
 struct VisibleTilesArguments {
   Geometry geometry;  // num_tiles: tiles that the next kernel's blocks own
   SequenceLengths lengths;

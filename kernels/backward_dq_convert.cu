@@ -1,4 +1,5 @@
-// Behind backward_fused_mma.cu: dQ of the sums that its blocks have added up, scaled and converted. Tiles that no key has been added to are 0.
+// Behind backward_fused_mma.cu or backward_wgmma.cu: dQ of the sums that its blocks have added up, scaled and converted. Tiles that no key has been
+// added to are 0.
 //
 // A block has one tile of TILE_Q queries, each warp 16 of them. Shared memory: dQ [TILE_Q][D], through which rows leave whole.
 #include "tile/constants.cuh"
@@ -26,7 +27,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_convert
   const int slot = first_slot(arguments, work.batch, work.head, start_q) + work.tile;
   if (arguments.turns[1 + slot] != 0) {
 #pragma unroll
-    for (int n = 0; n < D_TILES; ++n) load_fragment(query_sum(arguments, slot, warp_index(), n), dQ[0][n]);
+    for (int n = 0; n < D_TILES; ++n) {
+      if constexpr (TRANSPOSED_SUMS) {
+        load_transposed_fragment(arguments, slot, warp_index(), n, dQ[0][n]);
+      } else {
+        load_fragment(query_sum(arguments, slot, warp_index(), n), dQ[0][n]);
+      }
+    }
   }
   multiply_all(dQ, arguments.geometry.scale);
   const int num_rows = sequence_length(packed_queries(arguments), work.batch);

@@ -23,6 +23,7 @@
 #include "tile/gemm.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/query_steps.cuh"
+#include "tile/query_sum_parts.cuh"
 #include "tile/query_sums.cuh"
 #include "tile/row_statistics.cuh"
 #include "tile/schedule.cuh"

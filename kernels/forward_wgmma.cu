@@ -28,6 +28,7 @@
 #include "tile/softmax.cuh"
 #include "tile/visibility.cuh"
 #include "tile/wgmma_block.cuh"
+#include "tile/wgmma_products.cuh"
 #include "ptx/warpgroup.cuh"
 
 // This warpgroup is done with a tile of K. With lists each warp has read the tile's entry, and says for itself that it has.
@@ -113,21 +114,12 @@ class WarpgroupRows {
       if (lane_index() == 0) entry = load_shared_s32(shared.list_entry(K.stage));  // the lane that will say that it is done
       entry = uniform(entry);
     }
-    const uint64 K_descriptor = RingK::descriptor(shared.K(K.stage));
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < D_TILES / 2; ++k)
-      Wgmma<Element, S_TILES>::from_shared(S[0], WarpgroupQ::columns(Q_descriptor, k), RingK::columns(K_descriptor, k), k > 0);
-    wgmma_commit();
+    issue_rows<WarpgroupQ, RingK, D_TILES / 2>(S, Q_descriptor, RingK::descriptor(shared.K(K.stage)));
   }
 
   DEVICE void issue_outputs() {
     V.wait_full();
-    const uint64 V_descriptor = RingV::descriptor(shared.V(V.stage));
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < P_STEPS; ++k) Wgmma<Element, DV_TILES>::from_registers(O[0], P[k], RingV::rows(V_descriptor, k));
-    wgmma_commit();
+    issue_accumulator<RingV>(O, P, RingV::descriptor(shared.V(V.stage)));
   }
 
   // Products -> probabilities of tile j, in place; O has to be multiplied by `rescale`.
@@ -159,13 +151,7 @@ class WarpgroupRows {
   }
 
   DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4]) {
-#pragma unroll
-    for (int k = 0; k < P_STEPS; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float (&tile)[4] = S[0][2 * k + i / 2];
-        P[k][i] = pack<Element>(tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
-      }
+    pack_accumulator(P, S);
     pin(P);
     pin(O[0]);
   }

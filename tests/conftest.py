@@ -119,7 +119,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "sample(n): n of the cases, every value of every parameter about equally often; all with --exhaustive"
     )
-    config.addinivalue_line("markers", "small_tiles: on the simulator with small tiles in place of the default ones, which --exhaustive takes")
+    config.addinivalue_line(
+        "markers", "small_tiles: on the simulator with small tiles in place of the default ones, which --exhaustive takes"
+    )
     config.addinivalue_line("markers", "exhaustive: all cases of something that the ordinary run tests some cases of; needs --exhaustive")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:  # the simulator's threads and pytest's processes share the cores

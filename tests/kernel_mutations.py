@@ -95,6 +95,7 @@ BLIND_ROWS = Inputs((1, 170, 1, 32), (1, 75, 1, 32), (1, 75, 1, 32), options=(("
 FEW_QUERIES = Inputs((1, 20, 1, 32), (1, 150, 1, 32), (1, 150, 1, 32))
 SLABS = Inputs((1, 150, 3, 64), (1, 200, 1, 64), (1, 200, 1, 64), options=(("enable_gqa", True),))
 BLIND_SLABS = Inputs((1, 300, 2, 64), (1, 90, 2, 64), (1, 90, 2, 64), options=(("causal_alignment", "bottom_right"),))
+KEY_SLABS = Inputs((1, 150, 2, 64), (1, 300, 1, 64), (1, 300, 1, 64), options=(("enable_gqa", True), ("causal_alignment", "bottom_right")))
 WINDOW_SLABS = Inputs((1, 150, 2, 64), (1, 300, 2, 64), (1, 300, 2, 64), options=(("window", (70, 60)),))
 BLIND_WINDOW_SLABS = Inputs((1, 500, 2, 64), (1, 90, 2, 64), (1, 90, 2, 64), options=(("window", (100, 20)),))
 LENGTHS_SLABS = Inputs((4, 150, 2, 64), (4, 90, 2, 64), (4, 90, 2, 64), options=(("seqlens_kv", np.array([90, 20, 70, 0], np.int32)),))
@@ -336,6 +337,11 @@ def _variants() -> Iterator[Variant]:
     yield Variant(
         "backward sm_90 bfloat16 fused, 2 stages", "sm_90", "bfloat16", {"backward_fused": Tile(32, 64, 4, 2)}, sums, backward=True
     )
+    slabs = {"backward_wgmma": Tile(32, 128, 8, 2)}
+    yield Variant(
+        "backward sm_90 bfloat16 wgmma causal, 2 stages", "sm_90", "bfloat16", slabs, (KEY_SLABS, BLIND_SLABS), backward=True, is_causal=True,
+        only="backward_wgmma.cu",
+    )  # fmt: skip
     yield Variant("backward sm_90 bfloat16, 2 stages", "sm_90", "bfloat16", Tile(32, 64, 2, 2), sums, backward=True)
     yield Variant("backward sm_75 float16", "sm_75", "float16", Tile(32, 32, 2, 1), sums, backward=True)
     yield Variant(

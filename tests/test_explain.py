@@ -77,7 +77,7 @@ def test_why_the_fused_backward_kernel_cannot_run(change: dict[str, Any], arch: 
 
 def test_where_it_can_run_the_plan_says_how_to_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = explained(backward=True)
-    assert found.ruled_out == {}
+    assert found.ruled_out == {"backward_wgmma": "its instructions are those of sm_90, and this is sm_80"}
     assert found.plan.choice.startswith("kernels of their own for dQ and for dK and dV; backward_fused can run too")
     assert found.plan.choice.endswith("CUFLASH_FUSED_BACKWARD=1, which is so here")
     assert explained(arch="sm_90", backward=True).plan.choice.endswith("which is not so here")

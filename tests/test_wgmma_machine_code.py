@@ -53,7 +53,7 @@ def report_of(
 
 def code_of(report: Report) -> Function:
     pytest.importorskip("nvidia.cu13")  # nvdisasm
-    return sass.read_functions(cache.fetch(report.subject.request).data)["forward_wgmma"]
+    return sass.read_functions(cache.fetch(report.subject.request).data)[report.resources.entry]
 
 
 def loops_of(function: Function) -> list[Function]:
@@ -73,7 +73,7 @@ def assert_as_meant(report: Report) -> None:
     assert report.occupancy.blocks == 1
     if disassembly.find_nvdisasm() is not None:
         assert report.listing is not None
-        assert_left_alone(sass.parse_listing(report.listing)["forward_wgmma"])
+        assert_left_alone(sass.parse_listing(report.listing)[report.resources.entry])
 
 
 def assert_left_alone(function: Function) -> None:

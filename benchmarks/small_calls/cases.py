@@ -20,7 +20,7 @@ class Case:
         view: "aligned"; "odd", rows that do not start on 16 bytes; "bhsd", the other order of the middle dimensions in memory.
         with_grad_lse: a gradient also flows in through LSE.
         fused: one kernel makes all gradients, where a device has it.
-        wgmma: the forward kernel is that of wgmma, where a device has it.
+        wgmma: the forward kernel is that of wgmma, where a device has it, and so is the backward kernel, where it takes the call.
         cached: the forward kernel is that of few queries, where a device has it, and a call with a paged cache appends as many keys as there are queries.
     """
 
@@ -55,12 +55,14 @@ class Case:
 
     def tile(self, capability: int, *, backward: bool) -> Tiles:
         """What pins the kernels of a pass on such a device; None for the default ones."""
+        widest = max(self.sample.head_dim, self.sample.head_dim_v or 0)
+        if backward and self.wgmma and capability == 90 and widest <= 128 and not self.sample.features.segments:
+            return {"backward_wgmma": Tile(64, 128, 8, 2)}
         if backward:
             return {"backward_fused": Tile(32, 64, 4, 2)} if self.fused and capability >= 80 else None
         if self.cached and capability >= 80:
             return {"forward_split": Tile(16, 64, 4, 2)}
-        wide = max(self.sample.head_dim, self.sample.head_dim_v or 0) > 128
-        return {"forward_wgmma": Tile(128, 80, 8, 2) if wide else Tile(192, 80, 12, 2)} if self.wgmma and capability == 90 else None
+        return {"forward_wgmma": Tile(128, 80, 8, 2) if widest > 128 else Tile(192, 80, 12, 2)} if self.wgmma and capability == 90 else None
 
     @property
     def is_plain(self) -> bool:

@@ -188,6 +188,12 @@ BACKWARD_ARGUMENTS = _struct(
     ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS),
     ("query_sums", WORD), ("turns", WORD), ("num_turns", INT),
 )  # fmt: skip
+BACKWARD_WGMMA_ARGUMENTS = _struct(
+    "BackwardWgmmaArguments",
+    ("query", MAPPED_TENSOR), ("key", MAPPED_TENSOR), ("value", MAPPED_TENSOR), ("grad_out", MAPPED_TENSOR), ("grad_key", TENSOR_VIEW),
+    ("grad_value", TENSOR_VIEW), ("row_statistics", WORD), ("geometry", GEOMETRY), ("group_batch", INT), ("group_heads", INT),
+    ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS), ("query_sums", WORD), ("turns", WORD),
+)  # fmt: skip
 VISIBLE_TILES_ARGUMENTS = _struct(
     "VisibleTilesArguments", ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS)
 )

@@ -82,9 +82,9 @@ def section_heads(problem: Problem, device: Device, group_heads: int) -> int:
 
 
 def workspace(problem: Problem, kernels: Iterable[KernelPlan]) -> tuple[Buffer, ...]:
-    """Sums of dQ and turns of the fused kernel, as kernels/tile/query_sums.cuh lays them out; nothing without it."""
+    """Sums of dQ and turns of a fused kernel, as kernels/tile/query_sums.cuh lays them out; nothing without it."""
     for kernel in kernels:
-        if kernel.spec == kernel_specs.BACKWARD_FUSED:
+        if kernel.spec.added_up:
             tiles = ceil(problem.seqlen_q / kernel.tile.tile_q)
             slots = problem.num_heads_q * (problem.batch * tiles if problem.num_sequences is None else tiles + problem.num_sequences)
             columns = ceil(kernel.head_dim / 16) * 16

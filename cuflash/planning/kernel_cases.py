@@ -22,6 +22,7 @@ ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; 
 
 _MBARRIER_BYTES = 8
 _TILE_WORK_BYTES, _LIST_ENTRY_BYTES = 32, 8  # of each stage of Q and of K: `SharedMemory` in kernels/tile/wgmma_block.cuh
+_WGMMA_DS_BUFFERS = 2  # as in kernels/tile/wgmma_backward_block.cuh
 _STATE_BYTES = 8  # of a softmax: reference and sum of one row, float32 each
 
 
@@ -97,11 +98,12 @@ class KernelCase:
         return stationary * sharing * self.head_slices(device) // tile.num_warps, streamed // sharing
 
     def sharing_warps(self, tile: Tile, device: Device) -> int:
-        """Warps that have the same keys, where scores meet in shared memory: as few as have 32 keys together, or 16; 1 where keys are not shared.
+        """Warps that have the same keys, where scores meet in shared memory: as few as have 32 keys together, or 16; 1 where keys are not shared,
+        and of a warpgroup, which computes a product together.
 
         They share out the queries of a tile, and the columns of outputs, 16 or more to each.
         """
-        if not self.kernel.added_up:
+        if not self.kernel.added_up or self.kernel.implementation == "wgmma":
             return 1
         keys = {}
         for sharing in (1, 2, 4, 8):
@@ -166,8 +168,11 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
     if case.kernel.statistics and device.capability >= 80:  # sm_75 reads them from global memory
         statistics = ROW_STATISTICS_BYTES + 4 * case.features.additive_mask
     if case.kernel.added_up:
-        exchange += case.smem_itemsize(device) * len(case.kernel.scores) * tile.tile_q * tile.tile_kv
-    if case.kernel.maps_tensors:
+        buffers = _WGMMA_DS_BUFFERS if case.kernel.maps_tensors else len(case.kernel.scores)
+        exchange += buffers * case.smem_itemsize(device) * tile.tile_q * tile.tile_kv
+    if case.kernel.added_up and case.kernel.maps_tensors:
+        exchange += (2 * tile.num_stages + 5) * _MBARRIER_BYTES
+    elif case.kernel.maps_tensors:
         of_queries, of_keys = _TILE_WORK_BYTES + 2 * _MBARRIER_BYTES, _LIST_ENTRY_BYTES + 4 * _MBARRIER_BYTES
         exchange += stationary_stages * of_queries + tile.num_stages * of_keys + _MBARRIER_BYTES
     in_flight = tile.num_stages * case.streamed_rows(tile) * (streamed + statistics)

@@ -10,7 +10,7 @@ from cuflash.hardware.device import Device
 from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
-from cuflash.planning.kernel_specs import KernelSpec
+from cuflash.planning.kernel_specs import WARPGROUP_ROWS, KernelSpec, Operand
 from cuflash.problem.problem import DTYPES
 from cuflash.problem.tile import Tile
 
@@ -153,6 +153,14 @@ class KernelPlan:
     def registers_at_launch(self) -> int:
         """Per thread of a kernel that has an SM for itself: all that there are. Mirrors FIRST_REGISTERS in kernels/tile/wgmma_block.cuh."""
         return tile_rules.REGISTERS_PER_BLOCK // self.num_threads // 8 * 8
+
+    @property
+    def box_rows(self) -> dict[Operand, int]:
+        """Of the operands that the TMA unit copies, how many rows at a time: those of a warpgroup of what a block owns, whole tiles of what it streams."""
+        if not self.spec.maps_tensors:
+            return {}
+        rows = dict.fromkeys(self.spec.stationary, WARPGROUP_ROWS)
+        return rows | dict.fromkeys(self.spec.streamed, self.case.streamed_rows(self.tile))
 
     def request(self, device: Device) -> CompileRequest:
         """What to compile for `device`: a cubin for a GPU, PTX for the simulator."""

@@ -12,6 +12,7 @@ from typing import Literal
 from cuflash.planning import argument_structs
 from cuflash.planning.argument_structs import (
     BACKWARD_ARGUMENTS,
+    BACKWARD_WGMMA_ARGUMENTS,
     FORWARD_ARGUMENTS,
     FORWARD_SPLIT_ARGUMENTS,
     FORWARD_WGMMA_ARGUMENTS,
@@ -91,7 +92,8 @@ class KernelSpec:
         warps_share: rows that the warps of a block share out among themselves: those that it keeps, or those of each streamed tile, and then each warp has the
             outputs of all stationary rows, which are added up at the end.
         block_warps: how many warps a tile may have; empty for any number.
-        copying_warps: of a block, besides those of its tile: they do nothing but ask for copies.
+        copying_warps: of a block, besides those of its tile: they copy, or wait for other blocks, and compute nothing.
+        stays: its blocks compute one tile after the other, as many blocks as run at one time.
         max_warp_rows: most rows that a warp may own, a multiple of 16.
         streamed_multiple: of rows of a streamed tile.
         min_stages, max_stages: streamed tiles in flight.
@@ -125,6 +127,7 @@ class KernelSpec:
     warps_share: Literal["stationary", "streamed"] = field(default="stationary", compare=False)
     block_warps: tuple[int, ...] = field(default=(), compare=False)
     copying_warps: int = field(default=0, compare=False)
+    stays: bool = field(default=False, compare=False)
     max_warp_rows: int = field(default=MAX_TILE, compare=False)
     streamed_multiple: int = field(default=16, compare=False)
     min_stages: int = field(default=1, compare=False)
@@ -159,9 +162,9 @@ class KernelSpec:
         return self.implementation == "wgmma"
 
     @property
-    def stays(self) -> bool:
-        """Its blocks compute one tile after the other, as many blocks as run at one time."""
-        return self.implementation == "wgmma"
+    def hands_on_registers(self) -> bool:
+        """Its warps that copy give theirs to the others."""
+        return self.copying_warps > 0
 
     @property
     def owns_keys(self) -> bool:
@@ -199,7 +202,7 @@ FORWARD = KernelSpec(
 FORWARD_WGMMA = KernelSpec(
     "forward_wgmma", "forward_wgmma.cu", FORWARD_WGMMA_ARGUMENTS, "wgmma",
     rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
-    block_warps=(8, 12), copying_warps=4, max_warp_rows=16, workspace=("next_work",), costs=_FORWARD_COSTS,
+    block_warps=(8, 12), copying_warps=4, stays=True, max_warp_rows=16, workspace=("next_work",), costs=_FORWARD_COSTS,
 )  # fmt: skip
 """Hopper's own instructions; it is asked for (wgmma_forward.py)."""
 
@@ -224,7 +227,7 @@ _ROWS = ("row_statistics", "log2_sums")
 """What backward kernels know of each query row; the second with an additive mask only."""
 
 _SUMS = ("query_sums", "turns")
-"""What is dQ once it is scaled and converted, and who may add to it next; of the fused kernel only."""
+"""What is dQ once it is scaled and converted, and who may add to it next; of the fused kernels only."""
 
 BACKWARD_DELTA = KernelSpec(
     "backward_delta", "backward_delta.cu", BACKWARD_ARGUMENTS, backward=True, workspace=(*_ROWS, "turns"), num_warps=4
@@ -237,8 +240,14 @@ BACKWARD_ROW_SUMS = KernelSpec(
 BACKWARD_FUSED = KernelSpec(
     "backward_fused", "backward_fused_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=(*_ROWS, *_SUMS),
     rows_of="key", stationary=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV", "dQ"),
-    added_up=("dQ",), costs=_JOINT_COSTS,
+    added_up=("dQ",), constants=(("TRANSPOSED_SUMS", False),), costs=_JOINT_COSTS,
 )  # fmt: skip
+BACKWARD_WGMMA = KernelSpec(
+    "backward_wgmma", "backward_wgmma.cu", BACKWARD_WGMMA_ARGUMENTS, "wgmma", backward=True, workspace=(*_ROWS, *_SUMS),
+    rows_of="key", stationary=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV", "dQ"),
+    added_up=("dQ",), warps_per_product=4, block_warps=(8,), copying_warps=4, max_warp_rows=16, constants=(("TRANSPOSED_SUMS", True),), costs=_JOINT_COSTS,
+)  # fmt: skip
+"""The fused kernel with Hopper's own instructions; it is asked for (wgmma_backward.py)."""
 BACKWARD_DQ_CONVERT = KernelSpec("backward_dq_convert", "backward_dq_convert.cu", BACKWARD_ARGUMENTS, backward=True, workspace=_SUMS)
 BACKWARD_DKDV = KernelSpec(
     "backward_dkdv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
@@ -279,7 +288,7 @@ MERGE_ATTENTION_BACKWARD = KernelSpec(
 MERGE_TABLE = KernelSpec("merge_table", "merge_table.cu", argument_structs.MERGE_TABLE_ARGUMENTS, num_warps=4)
 
 KERNELS: tuple[KernelSpec, ...] = (
-    FORWARD, FORWARD_WGMMA, FORWARD_SPLIT, CACHE_APPEND, BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ, BACKWARD_MASK, BACKWARD_SINKS, VISIBLE_TILES,
+    FORWARD, FORWARD_WGMMA, FORWARD_SPLIT, CACHE_APPEND, BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_WGMMA, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ, BACKWARD_MASK, BACKWARD_SINKS, VISIBLE_TILES,
     DROPOUT_MASK, MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE,
 )  # fmt: skip
 

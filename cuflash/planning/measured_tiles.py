@@ -15,6 +15,8 @@ TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
     ("sm_90", "forward_wgmma", 64): (192, 128, 12, 2),
     ("sm_90", "forward_wgmma", 128): (192, 80, 12, 2),
     ("sm_90", "forward_wgmma", 256): (128, 80, 8, 2),
+    ("sm_90", "backward_wgmma", 64): (128, 128, 8, 2),
+    ("sm_90", "backward_wgmma", 128): (80, 128, 8, 2),
     ("sm_90", "backward_dkdv", 64): (48, 128, 4, 2),
     ("sm_90", "backward_dkdv", 128): (32, 64, 4, 2),
     ("sm_90", "backward_dv", 256): (64, 64, 4, 1),

@@ -5,7 +5,7 @@ printed.
 
 Memory beyond inputs and outputs is O(S): the forward pass needs none, but where blocks of `forward_wgmma` count their tiles four bytes, and where blocks
 share out keys (`split_forward`) their partial outputs; the backward pass eight bytes per query row and head, with an additive mask twelve, and where one
-kernel makes all gradients (`fused_backward`) another four for each element of dQ. With a boolean mask or segments, the lists of visible tiles take four
+kernel makes all gradients (`fused_backward`, `wgmma_backward`) another four for each element of dQ. With a boolean mask or segments, the lists of visible tiles take four
 bytes for each pair of tiles.
 """
 
@@ -30,6 +30,7 @@ from cuflash.planning import (
     tile_model,
     tile_rules,
     tuned_tiles,
+    wgmma_backward,
     wgmma_forward,
 )
 from cuflash.planning.codegen import config_text
@@ -55,7 +56,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         backward: gradients instead of the output.
         tile: None for the default tiles. For the backward pass a single tile is meant for the dK/dV kernel, and the dQ kernel takes it with tile_q
             and tile_kv exchanged, backward_row_sums not at all; a mapping pins kernels by name, such as {"backward_dq": Tile(...)}, and with them
-            which of the two ways to the gradients is taken (`fused_backward`), or which forward kernel (`wgmma_forward`, `split_forward`).
+            which of the ways to the gradients is taken (`wgmma_backward`, `fused_backward`), or which forward kernel (`wgmma_forward`, `split_forward`).
 
     Raises:
         TileError: `tile` is not legal here, or names a kernel that does not run.
@@ -65,7 +66,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
     choice = ""
     if not problem.is_empty:
         tiled = backward_kernels(problem, device, tile) if backward else forward_kernels(problem, device, tile)
-        choice = _choice_of_backward(tiled, problem, device) if backward else _explain_forward(tiled, problem, device, tile)
+        choice = _explain_backward(tiled, problem, device, tile) if backward else _explain_forward(tiled, problem, device, tile)
         check_names(tile, tiled, choice)
         planned = [kernel for kernel in (tiled_kernel(spec, problem, device, tile) for spec in tiled) if kernel.num_blocks]
         if problem.features.kinds.lists_tiles:
@@ -113,11 +114,13 @@ def _explain_forward(kernels: tuple[KernelSpec, ...], problem: Problem, device: 
 def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tuple[KernelSpec, ...]:
     """The tiled kernels that make the gradients.
 
-    All come from one kernel where that is asked for and possible (`fused_backward`). Otherwise dK and dV come from one kernel where the accumulators of both fit
+    All come from one kernel where that is asked for and possible (`wgmma_backward`, `fused_backward`). Otherwise dK and dV come from one kernel where the accumulators of both fit
     the registers and they are summed over the same heads and batches.
     """
     kernels = [kernel_specs.BACKWARD_ROW_SUMS] if problem.features.kinds.additive_mask else []
-    if problem.same_groups and fused_backward.is_taken(
+    if wgmma_backward.is_taken(problem, device, tile):
+        kernels += [kernel_specs.BACKWARD_WGMMA]
+    elif problem.same_groups and fused_backward.is_taken(
         case_of(kernel_specs.BACKWARD_FUSED, problem), device, tile, ragged=problem.is_ragged
     ):
         kernels += [kernel_specs.BACKWARD_FUSED]
@@ -129,9 +132,13 @@ def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tu
     return tuple(kernels)
 
 
-def _choice_of_backward(kernels: tuple[KernelSpec, ...], problem: Problem, device: Device) -> str:
-    case = case_of(kernel_specs.BACKWARD_FUSED, problem)
-    return fused_backward.explain(case, device, taken=kernel_specs.BACKWARD_FUSED in kernels, same_groups=problem.same_groups)
+def _explain_backward(kernels: tuple[KernelSpec, ...], problem: Problem, device: Device, tile: Tiles) -> str:
+    """Which kernels make the gradients, and why not others; nothing where there is no choice."""
+    words = [wgmma_backward.explain(problem, device, tile)]
+    if kernel_specs.BACKWARD_WGMMA not in kernels:
+        case, taken = case_of(kernel_specs.BACKWARD_FUSED, problem), kernel_specs.BACKWARD_FUSED in kernels
+        words.append(fused_backward.explain(case, device, taken=taken, same_groups=problem.same_groups))
+    return "; ".join(filter(None, words))
 
 
 def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, str]:
@@ -143,7 +150,7 @@ def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, 
         reason = fused_backward.why_not(case_of(kernel_specs.BACKWARD_FUSED, problem), device)
         if not problem.same_groups:
             reason = "key and value have gradients of different batches or heads"
-        found = {kernel_specs.BACKWARD_FUSED.name: reason}
+        found = {kernel_specs.BACKWARD_WGMMA.name: wgmma_backward.why_not(problem, device), kernel_specs.BACKWARD_FUSED.name: reason}
         if kernel_specs.BACKWARD_DKDV not in backward_kernels(problem, device) and reason is not None:
             found[kernel_specs.BACKWARD_DKDV.name] = (
                 "the accumulators of dK and dV do not fit the registers together, or are summed over different heads"
@@ -203,7 +210,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         **case.features.constants(),
         **dict(spec.constants),
     }
-    if spec.added_up:
+    if spec.added_up and spec.implementation == "mma":
         constants["SHARING_WARPS"] = case.sharing_warps(tile, device)
     if spec.stays:
         constants["Q_STAGES"] = kernel_cases.stationary_stages(case, tile, device)
@@ -385,6 +392,7 @@ def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> Kern
         "SEQLENS_KV": problem.in_places,
         "ALLOW_TF32": False,
         "VECTORIZED": problem.vectorized,
+        **dict(fused.spec.constants),
     }
     batches, num_tiles = problem.batch, ceil(problem.max_seqlen_q / tile.tile_q)
     if problem.num_sequences is not None:

@@ -129,7 +129,10 @@ def _wgmma_tile(case: KernelCase, device: Device) -> Tile | None:
     wide = max(case.head_dim, case.head_dim_v)
     for (arch, name, head_dim), (tile_q, tile_kv, num_warps, num_stages) in sorted(measured_tiles.TILES.items()):
         if (arch, name) == (device.arch, case.kernel.name) and head_dim >= wide:
-            shorter = (Tile(tile_q, count, num_warps, num_stages) for count in range(tile_kv, 0, -16))
+            if case.kernel.owns_keys:
+                shorter = (Tile(count, tile_kv, num_warps, num_stages) for count in range(tile_q, 0, -16))
+            else:
+                shorter = (Tile(tile_q, count, num_warps, num_stages) for count in range(tile_kv, 0, -16))
             return next((tile for tile in shorter if broken_rule(case, tile, device) is None), None)
     return None
 

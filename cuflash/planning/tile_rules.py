@@ -8,6 +8,7 @@ from cuflash.arrays.borrowing import describe
 from cuflash.hardware.device import Device
 from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, KernelCase, accumulator_registers, head_dims, shared_bytes
 from cuflash.planning.kernel_specs import MAX_TILE
+from cuflash.problem.features import FeatureSet
 from cuflash.problem.tile import Tile
 
 MAX_REGISTERS = 255
@@ -17,7 +18,10 @@ REGISTERS_PER_BLOCK = 65536
 
 WGMMA_ARCH = "sm_90"
 WGMMA_MAX_HEAD_DIM = 256
+WGMMA_MAX_HEAD_DIM_BACKWARD = 128
 WGMMA_MAX_COLUMNS = 256
+WGMMA_SLAB = 64
+"""Columns of a tile that lie side by side in shared memory."""
 WGMMA_REGISTERS = {8: 240, 12: 160}
 """Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/tile/wgmma_block.cuh."""
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
@@ -44,8 +48,9 @@ def lacking(case: KernelCase, device: Device) -> str | None:
         return f"its instructions are those of {WGMMA_ARCH}, and this is {device.arch}"
     if case.dtype == "float32":
         return "it takes 16-bit types, and this is float32"
-    if case.head_dim % 8 or case.head_dim_v % 8 or max(case.head_dim, case.head_dim_v) > WGMMA_MAX_HEAD_DIM:
-        return f"it takes multiples of 8 up to {WGMMA_MAX_HEAD_DIM} for head_dim, and this is {head_dims(case.head_dim, case.head_dim_v)}"
+    widest = WGMMA_MAX_HEAD_DIM_BACKWARD if case.kernel.backward else WGMMA_MAX_HEAD_DIM
+    if case.head_dim % 8 or case.head_dim_v % 8 or max(case.head_dim, case.head_dim_v) > widest:
+        return f"it takes multiples of 8 up to {widest} for head_dim, and this is {head_dims(case.head_dim, case.head_dim_v)}"
     return None
 
 
@@ -87,7 +92,10 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         return f"num_stages must be 1 on {device.arch}, which has no asynchronous copies"
     if case.slice_pieces(device) > 1 and tile.num_stages != 1:
         return f"num_stages must be 1 on {device.arch}, whose shared memory this head passes through in pieces"
-    if case.kernel.added_up and not _shares_out(tile, case.columns(device)[0]):
+    if case.kernel.added_up and case.kernel.implementation == "wgmma":
+        if case.head_dim <= WGMMA_SLAB and tile.tile_q % 32:
+            return f"tile_q must be a multiple of 32 up to head_dim {WGMMA_SLAB}, where two warpgroups share out the queries of dQ"
+    elif case.kernel.added_up and not _shares_out(tile, case.columns(device)[0]):
         return f"the warps must share out tile_q x {case.columns(device)[0]} of dQ: 16 or 32 rows each, and 16 columns or a power of two times as many"
     if tile.num_stages < case.kernel.min_stages:
         return f"num_stages must be at least {case.kernel.min_stages}: copies run ahead of what is multiplied"
@@ -101,8 +109,8 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     limit = min(MAX_REGISTERS, REGISTERS_PER_BLOCK // (32 * tile.num_warps))
     needed = accumulator_registers(case, tile, device) + 24
     if case.kernel.implementation == "wgmma":
-        if tile.tile_kv > WGMMA_MAX_COLUMNS:
-            return f"tile_kv must be at most {WGMMA_MAX_COLUMNS}, the columns of a wgmma and the rows of a TMA box"
+        if getattr(tile, streamed) > WGMMA_MAX_COLUMNS:
+            return f"{streamed} must be at most {WGMMA_MAX_COLUMNS}, the columns of a wgmma and the rows of a TMA box"
         limit = WGMMA_REGISTERS[tile.num_warps]
         needed += _wgmma_registers(case, tile) - 24
     if needed > limit:
@@ -111,8 +119,10 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
 
 
 def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
-    """Registers per thread of a kernel of wgmma besides accumulators, by what spilled and what did not; P lives beside the next scores."""
+    """Registers per thread of a kernel of wgmma besides accumulators, by what spilled and what did not; forward, P lives beside the next scores."""
     features = case.features
+    if case.kernel.backward:
+        return _WGMMA_OTHER_REGISTERS + _wgmma_backward_registers(features, tile)
     of_features = _WGMMA_SOFTCAP_REGISTERS * features.softcap + _WGMMA_DROPOUT_REGISTERS * features.dropout
     of_features += _WGMMA_SEGMENTS_REGISTERS[tile.num_warps] * features.segments
     if tile.num_warps == 8:  # wide outputs, and the warp that copies keeps more where there are lists
@@ -121,8 +131,14 @@ def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
     return tile.tile_kv // 4 * (1 + _WGMMA_MASK_REGISTERS[features.attn_mask]) + _WGMMA_OTHER_REGISTERS + of_features
 
 
+def _wgmma_backward_registers(features: FeatureSet, tile: Tile) -> int:
+    """What features take of a thread of the backward kernel of wgmma: the slope of a softcap and a tile of an additive mask are as large as the scores."""
+    as_scores = features.softcap + features.additive_mask
+    return tile.tile_q // 2 * as_scores + _WGMMA_DROPOUT_REGISTERS * features.dropout
+
+
 def _shares_out(tile: Tile, columns: int) -> bool:
-    """Whether the warps can share out a tile of tile_q x columns: mirrors `column_groups` in kernels/tile/query_sums.cuh."""
+    """Whether the warps can share out a tile of tile_q x columns: mirrors `column_groups` in kernels/tile/query_sum_parts.cuh."""
     for rows in (32, 16):
         groups, rest = divmod(tile.num_warps * rows, tile.tile_q)
         if tile.tile_q % rows == rest == 0 and columns // 16 % max(groups, 1) == 0 and groups & (groups - 1) == 0 and groups:

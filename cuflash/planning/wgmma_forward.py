@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, tile_choice, tile_rules
+from cuflash.planning import asked_for, mapped_arrays, tile_choice, tile_rules
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA, KernelSpec
-from cuflash.problem.layout import View
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
 
 VARIABLE = "CUFLASH_FORWARD_WGMMA"
 """Environment variable; 1: the kernel wherever it can run. Looked at when a call is planned, so not by calls whose like was made before."""
-
-_MAX_STRIDE_BYTES = 2**40
 
 
 def kernels(problem: Problem, device: Device, tile: Tiles) -> tuple[KernelSpec, ...]:
@@ -41,26 +38,8 @@ def why_not(problem: Problem, device: Device) -> str | None:
         return "it knows no packed sequences that use less than their offsets give them"
     if problem.seqlen_kv == 0:
         return "there are no keys to copy"
-    for name, view in (("query", problem.query), ("key", problem.key), ("value", problem.value)):
-        if (unmapped := _why_unmapped(view, problem.itemsize)) is not None:
-            return f"the TMA unit cannot copy {name}, {unmapped}"
-    return None if problem.aligned else "the TMA unit copies what starts on 16 bytes, and one of query, key and value does not"
-
-
-def _why_unmapped(view: View, itemsize: int) -> str | None:
-    """Why no tensor map describes an array; None where one does. Batch and heads may be broadcast."""
-    (_, seqlen, _, head_dim), (_, stride_seqlen, _, stride_dim) = view.shape, view.strides
-    if stride_dim != 1:
-        return f"whose head_dim has a stride of {stride_dim}"
-    if seqlen > 1 and stride_seqlen == 0:
-        return "whose rows are all one"
-    if seqlen > 1 and 0 < stride_seqlen < head_dim:
-        return "whose rows overlap"
-    for axis, extent, stride in zip(("batches", "rows", "heads"), view.shape, view.strides, strict=False):
-        stride_bytes = stride * itemsize
-        if extent > 1 and (stride_bytes % 16 or not 0 <= stride_bytes < _MAX_STRIDE_BYTES):
-            return f"whose {axis} lie {stride_bytes} bytes apart, no multiple of 16 from 0 to 2^40"
-    return None
+    arrays = (("query", problem.query), ("key", problem.key), ("value", problem.value))
+    return mapped_arrays.why_not(arrays, problem.itemsize, aligned=problem.aligned)
 
 
 def explain(problem: Problem, device: Device, tile: Tiles) -> str:

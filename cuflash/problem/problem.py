@@ -52,8 +52,9 @@ class Problem:
             None for padded batches.
         in_places: packed sequences may use less than their offsets give them, which is read on the device too.
         features: score features and masks other than the causal one.
-        aligned: query, key and value start on 16 bytes, each of them.
+        aligned: query, key and value start on 16 bytes, each of them, and so does grad_out if it is given.
         vectorized: so do all rows of all arrays of this element type that kernels read and write, and the head_dim of each is contiguous.
+        grad_out: the gradient of the output, canonical, where a backward call is given it; None stands for one that lies as the output does.
         cache: where keys and values lie, if `key` and `value` are a cache: rows of it may belong to any sequence, or be pages. Lengths are in seqlens_kv then.
         num_splits: into how many ranges keys are cut; None leaves that to the plan.
         batch_invariant: a sequence's results have the same bits whatever else is in the batch.
@@ -88,6 +89,7 @@ class Problem:
     features: Features = field(default_factory=Features)
     aligned: bool = True
     vectorized: bool = True
+    grad_out: View | None = None
     cache: Cache | None = None
     num_splits: int | None = None
     batch_invariant: bool = False

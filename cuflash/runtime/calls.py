@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cuflash.arrays import borrowing
@@ -73,6 +74,8 @@ def _backward(operands: Operands, options: Options) -> Gradients:
         problem = make_problem(arrays, options)
         refuse_autograd(arrays)
         views = check_backward(problem, problem.layout, arrays["grad_out"], arrays["out"], arrays["lse"], arrays.get("grad_lse"))
+        aligned = problem.aligned and arrays["grad_out"].pointer % 16 == 0
+        problem = replace(problem, grad_out=views.grad_out, aligned=aligned)
         problem = problem.beside(views.grad_out, arrays["grad_out"].pointer).beside(views.out, arrays["out"].pointer)
         planned = make_plan(problem, device.of_memory(*arrays["query"].device), backward=True, tile=options.tile)
         executables = [launch.executable(kernel, planned.device) for kernel in planned.kernels]

@@ -17,6 +17,7 @@ from cuflash.hardware.device import Device
 from cuflash.jit import cache
 from cuflash.jit.compiler import Artifact
 from cuflash.planning.kernel_plan import KernelPlan, LaunchShape
+from cuflash.planning.kernel_specs import BACKWARD_DQ, FORWARD
 
 if TYPE_CHECKING:
     from cuflash.simulator import Buffer
@@ -34,7 +35,7 @@ class _GpuExecutable:
         import cupy
 
         artifact = cache.fetch(kernel.request(device))
-        if kernel.spec.stays:
+        if kernel.spec.hands_on_registers:
             refuse_what_would_hang(kernel, artifact)
         driver = cupy.cuda.driver
         with cupy.cuda.Device(device.index):  # whose context the module is loaded into
@@ -86,7 +87,8 @@ def refuse_what_would_hang(kernel: KernelPlan, artifact: Artifact) -> None:
     got = (
         f"has {registers} registers per thread, and it hands on what {presumed} are" if registers != presumed else "has serialised products"
     )
-    way_out = "Another kernel takes the call: unset CUFLASH_FORWARD_WGMMA, leave forward_wgmma out of tile, or pin tile={'forward': …}."
+    other = BACKWARD_DQ if kernel.spec.backward else FORWARD
+    way_out = f"Another kernel takes the call: unset CUFLASH_{kernel.name.upper()}, leave {kernel.name} out of tile, or pin tile={{'{other.name}': …}}."
     message = f"{kernel.source} as {artifact.compiler} compiles it, with {kernel.num_threads} threads, {got}: it is not run. {way_out}"
     raise CompileError(message, log="\n".join(serialized), config=kernel.config)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cuflash.arrays.borrowing import Array, pointer
 from cuflash.arrays.frameworks import BFloat16Bits, Framework
 from cuflash.planning.kernel_plan import Buffer, LaunchShape
-from cuflash.planning.kernel_specs import MERGE_ATTENTION, PARTS, WARPGROUP_ROWS
+from cuflash.planning.kernel_specs import MERGE_ATTENTION, PARTS
 from cuflash.planning.merge_kernels import row_lanes
 from cuflash.planning.plan import Plan
 from cuflash.problem import sequences
@@ -21,7 +21,7 @@ from cuflash.problem.features import Features
 from cuflash.problem.layout import View
 from cuflash.problem.problem import BackwardViews
 from cuflash.runtime import arguments, kept_memory
-from cuflash.runtime.arguments import Arguments, Value, Values
+from cuflash.runtime.arguments import Arguments, Value
 from cuflash.runtime.launch import Executable, fill_memory, simulated_memory
 from cuflash.runtime.tensor_maps import TensorMap
 
@@ -125,11 +125,13 @@ class PreparedCall:
         executables: Sequence[Executable],
         values: dict[str, Value],
         present: set[str],
+        views: Mapping[str, tuple[str, View]],
         grad_attn_mask_strides: tuple[int, ...] = (0, 0, 0, 0),
     ) -> list[_Launch]:
         """The loaded kernels of the plan with their arguments filled in but for the addresses of what is `present` among the inputs and of what is allocated.
 
-        A buffer of the workspace is found under its name by every struct that has such a field.
+        A buffer of the workspace is found under its name by every struct that has such a field. `views` has the operands that may be copied by maps: fields of the
+        structs, which array each is, and its view.
         """
         problem = self.problem
         words = present | self.written
@@ -140,14 +142,21 @@ class PreparedCall:
             values["features"] = arguments.feature_values(problem.features, problem.scale, problem.list_extents, grad_attn_mask_strides)
         launches = []
         for kernel, loaded in zip(self.plan.kernels, executables, strict=True):
-            own: Values = {
+            own: dict[str, Value] = {
                 "geometry": arguments.geometry(problem, kernel.num_tiles, kernel.section_heads),
                 "group_batch": kernel.group_batch, "group_heads": kernel.group_heads, "num_work": kernel.num_work, "num_tiles": kernel.num_tiles,
                 "head_dim": kernel.head_dim, "num_splits": kernel.splits.number, "split_tiles": kernel.splits.tiles,
             }  # fmt: skip
+            own |= {name: self.mapped(*views[name], count) for name, count in kernel.box_rows.items()}
             struct = kernel.spec.arguments
             launches.append(_Launch(loaded, kernel.shape, Arguments(struct, arguments.of_struct(struct, {**values, **own}), words)))
         return launches
+
+    def mapped(self, name: str, view: View, box_rows: int) -> Value:
+        """An array that the TMA unit copies, so many rows at a time."""
+        return arguments.mapped_tensor(
+            TensorMap(name, view, self.problem.dtype, box_rows, self.device.index if self.device.kind == "gpu" else None)
+        )
 
     def check_offsets(self, addresses: dict[str, int]) -> None:
         """Packed offsets in the host's memory, whose values may differ from call to call."""
@@ -201,13 +210,9 @@ class PreparedForward(PreparedCall):
         self.check_vectorized(vectorized)
         values: dict[str, Value] = {name: arguments.tensor(array, view, vectorized[name]) for name, (array, view) in views.items()}
         values["lse"] = arguments.rows("lse", (stride_batch, problem.seqlen_q, 1))
-        for kernel in plan.kernels:
-            if kernel.spec.maps_tensors:
-                box_rows = {"query": WARPGROUP_ROWS, "key": kernel.tile.tile_kv, "value": kernel.tile.tile_kv}
-                values |= {name: self.mapped(*views[name], count) for name, count in box_rows.items()}
-            if kernel.spec == MERGE_ATTENTION:
-                values |= self.merged()
-        self.launches = self.fill_in(executables, values | self.other_values(), set(inputs))
+        if any(kernel.spec == MERGE_ATTENTION for kernel in plan.kernels):
+            values |= self.merged()
+        self.launches = self.fill_in(executables, values | self.other_values(), set(inputs), views)
 
     def operands(self) -> dict[str, tuple[str, View]]:
         """Fields of the argument structs: which array each is, an input or one of the workspace, and its view."""
@@ -234,12 +239,6 @@ class PreparedForward(PreparedCall):
             "seqlen_q": seqlen, "num_heads": heads, "lanes": row_lanes(head_dim),
             "parts": {**steps, "num_parts": count, "one_array": True, "listed": [part]},
         }  # fmt: skip
-
-    def mapped(self, name: str, view: View, box_rows: int) -> Value:
-        """An array that the TMA unit copies, so many rows at a time."""
-        return arguments.mapped_tensor(
-            TensorMap(name, view, self.problem.dtype, box_rows, self.device.index if self.device.kind == "gpu" else None)
-        )
 
     def may_write(self, out: Any, addresses: dict[str, int]) -> bool:
         """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""
@@ -294,7 +293,8 @@ class PreparedBackward(PreparedCall):
         if others.grad_lse_strides is not None:
             values["grad_lse"] = arguments.rows("grad_lse", others.grad_lse_strides)
         values["num_turns"] = sum(buffer.shape[0] for buffer in self.plan.workspace if buffer.name == "turns")
-        self.launches = self.fill_in(executables, values, set(inputs), grad_attn_mask_strides)
+        operands = {name: (name, view) for name, view in views.items()}
+        self.launches = self.fill_in(executables, values, set(inputs), operands, grad_attn_mask_strides)
 
     def run(self, addresses: dict[str, int], given: Any = None) -> Gradients:
         gradients = []

@@ -86,7 +86,10 @@ def encode_on_gpu(gpu: int, address: int, dtype: str, extents: tuple[int, ...], 
         )  # fmt: skip
     if status != 0:
         got = f"a tensor at {address:#x} of extents {extents}, strides {strides} and box {box}, with error {status}"
-        way_out = "Report this. Unset CUFLASH_FORWARD_WGMMA, or leave forward_wgmma out of tile, and the kernel of mma.sync takes the call."
+        way_out = (
+            "Report this. Unset CUFLASH_FORWARD_WGMMA and CUFLASH_BACKWARD_WGMMA, or leave forward_wgmma and backward_wgmma out of tile, and kernels of mma.sync "
+            "take the call."
+        )
         raise DeviceError("device", got, "a tensor map from cuTensorMapEncodeTiled", way_out)
     return room.raw[begin : begin + NBYTES]
 

@@ -26,6 +26,11 @@ DEVICE void mbarrier_arrive_if(bool arrives, SmemAddress barrier) {
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %0, 0; @p mbarrier.arrive.shared::cta.b64 _, [%1]; }" ::"r"(int(arrives)), "r"(barrier) : "memory");
 }
 
+// Arrives when all copies that this thread has begun by cp.async are complete: one of the arrivals that the barrier was made for.
+DEVICE void mbarrier_arrive_behind_copies(SmemAddress barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // Returns when the phase of this parity has ended. Before a barrier's first phase, that of parity 1 has.
 DEVICE void mbarrier_wait(SmemAddress barrier, uint32 parity) {
   asm volatile("{ .reg .pred p;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra AGAIN;\n}" ::"r"(barrier), "r"(parity)

@@ -1,5 +1,5 @@
 // Shared-memory addresses, matrix loads and asynchronous copies.
-// PTX ISA 9.7.9.25 "cp.async", 9.7.14.5.15 "ldmatrix".
+// PTX ISA 9.7.9.25 "cp.async", 9.7.14.5.15 "ldmatrix", 9.7.14.5.16 "stmatrix".
 #pragma once
 #include "ptx/types.cuh"
 
@@ -25,6 +25,13 @@ DEVICE void ldmatrix_x4_trans(uint32 (&frag)[4], SmemAddress address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(frag[0]), "=r"(frag[1]), "=r"(frag[2]), "=r"(frag[3])
                : "r"(address)
+               : "memory");
+}
+
+// The other way round, each matrix transposed: lane l gives the address of row l % 8 of the transpose of matrix l / 8. From sm_90 on.
+DEVICE void stmatrix_x4_trans(SmemAddress address, const uint32 (&frag)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(frag[0]), "r"(frag[1]), "r"(frag[2]),
+               "r"(frag[3])
                : "memory");
 }
 

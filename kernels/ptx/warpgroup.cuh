@@ -20,5 +20,8 @@ DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
+// A barrier of so many threads, whole warps, by a number of its own; barrier 0 is the block's.
+DEVICE void sync_threads_of(int barrier, int num_threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory"); }
+
 // A barrier of this warpgroup alone, by a number of its own; barrier 0 is the block's.
 DEVICE void sync_warpgroup(int barrier) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(WARPGROUP_SIZE) : "memory"); }

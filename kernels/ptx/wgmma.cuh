@@ -8,6 +8,8 @@
 #pragma once
 #include "ptx/memory.cuh"
 
+constexpr int WARPGROUP_ROWS = 64;  // of D
+
 // Everything that is computed of these registers before this place is computed before it, everything behind it behind it.
 template <int N>
 DEVICE void pin(float (&c)[N][4]) {
@@ -41,8 +43,9 @@ DEVICE uint64 wgmma_descriptor(SmemAddress address, int slab_bytes) {
 }
 
 // The instructions of one element type and N = 8 TILES:
-//   from_shared     A from shared memory, with B's columns as depth; `adds` to D, or overwrites it
-//   from_registers  A from registers, with B's rows as depth; adds to D
+//   from_shared          A from shared memory, with B's columns as depth; `adds` to D, or overwrites it
+//   from_shared_by_rows  the same with A's rows as depth
+//   from_registers       A from registers, with B's rows as depth; adds to D
 template <typename Element, int TILES>
 struct Wgmma;
 
@@ -76,6 +79,12 @@ struct Wgmma;
     DEVICE static void from_shared(float (&d)[TILES][4], uint64 a, uint64 b, bool adds) {                                                           \
       asm volatile("{ .reg .pred p; setp.ne.b32 p, " I2 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " I0 \
                    ", " I1 ", p, 1, 1, 0, 0; }"                                                                                                     \
+                   : __VA_ARGS__                                                                                                                    \
+                   : "l"(a), "l"(b), "r"(int(adds)));                                                                                               \
+    }                                                                                                                                               \
+    DEVICE static void from_shared_by_rows(float (&d)[TILES][4], uint64 a, uint64 b, bool adds) {                                                   \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, " I2 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " I0 \
+                   ", " I1 ", p, 1, 1, 1, 0; }"                                                                                                     \
                    : __VA_ARGS__                                                                                                                    \
                    : "l"(a), "l"(b), "r"(int(adds)));                                                                                               \
     }                                                                                                                                               \

@@ -67,7 +67,7 @@ class Copier {
       K.wait_empty();
       if constexpr (TILE_LISTS) store_shared(shared.list_entry(K.stage), uint32(tiles.tile(step) * 2 + tiles.is_partial(step)));
       mbarrier_arrive_expect(K.full(), RingK::BYTES);
-      load<RingK>(shared.K(K.stage), arguments.key, work.start_kv + tiles.tile(step) * TILE_KV, head_kv, work.at.batch, K.full());
+      RingK::load(shared.K(K.stage), arguments.key, work.start_kv + tiles.tile(step) * TILE_KV, head_kv, work.at.batch, K.full());
     }
     K.advance();
   }
@@ -81,7 +81,7 @@ class Copier {
         mbarrier_arrive_expect(Q.full(), Q_BYTES);
 #pragma unroll
         for (int warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup)
-          load<WarpgroupQ>(shared.Q(Q.stage, warpgroup), arguments.query, work.start_q + work.at.tile * TILE_Q + warpgroup * WARPGROUP_ROWS,
+          WarpgroupQ::load(shared.Q(Q.stage, warpgroup), arguments.query, work.start_q + work.at.tile * TILE_Q + warpgroup * WARPGROUP_ROWS,
                            work.at.head, work.at.batch, Q.full());
       } else {
         mbarrier_arrive(Q.full());
@@ -98,7 +98,7 @@ class Copier {
       V.wait_empty();
       const SmemAddress full = is_cut ? shared.V_landed() : V.full();
       mbarrier_arrive_expect(full, RingV::BYTES);
-      load<RingV>(tile, arguments.value, work.start_kv + row, head_kv, work.at.batch, full);
+      RingV::load(tile, arguments.value, work.start_kv + row, head_kv, work.at.batch, full);
       if (is_cut) mbarrier_wait(full, landed);
     }
     if (is_cut) {
@@ -110,10 +110,5 @@ class Copier {
       landed ^= 1;
     }
     V.advance();
-  }
-
-  template <typename Tile>
-  DEVICE static void load(SmemAddress tile, const MappedTensor& tensor, int row, int head, int batch, SmemAddress full) {
-    Tile::load(tile, tensor.map, row, head * tensor.head_step, batch * tensor.batch_step, full);
   }
 };

@@ -12,6 +12,8 @@
 //     turns [1 + slots]: how many blocks have started, then the turns, 0 before the kernel starts (backward_delta.cu)
 //     query_sums [slots][TILE_Q / 16][D_TILES] accumulator tiles m16n8, each as it lies in registers: nothing but the kernels reads it
 //
+// backward_wgmma.cu computes Kᵀ dSᵀ: its tiles are those of dQᵀ (TRANSPOSED_SUMS), [slots][D_TILES / 2][TILE_Q / 8].
+//
 // Slots are [batch][head][tiles of TILE_Q queries], of packed sequences [head][tiles], where the tiles of a sequence start behind all that those
 // before it can have.
 #pragma once
@@ -22,20 +24,25 @@
 #include "tile/constants.cuh"
 #include "tile/sequence.cuh"
 
+constexpr bool TRANSPOSED_SUMS = Config::TRANSPOSED_SUMS;
+constexpr int SUM_COLUMN_TILES = TRANSPOSED_SUMS ? TILE_Q / 8 : D_TILES;  // side by side, of 8 queries or of 8 columns of the head
 constexpr int FRAGMENT_FLOATS = 128;
 constexpr int SLOT_FLOATS = TILE_Q / 16 * D_TILES * FRAGMENT_FLOATS;
 
 // The slot of the first tile of (batch, head), or of (sequence, head), whose queries start at row start_q of the packed ones.
-DEVICE int first_slot(const BackwardArguments& arguments, int batch, int head, int start_q) {
+template <typename Arguments>
+DEVICE int first_slot(const Arguments& arguments, int batch, int head, int start_q) {
   const int tiles = (arguments.geometry.seqlen_q + TILE_Q - 1) / TILE_Q;
   if constexpr (VARLEN) return head * (tiles + arguments.lengths.num_sequences) + start_q / TILE_Q + batch;
   return (batch * arguments.geometry.num_heads_q + head) * tiles;
 }
 
-// Where this lane's numbers of accumulator tile n of a tile of 16 rows are: four neighbours where they are added at once, else one for each quarter
-// of the fragment, so that every access of a warp is to neighbours.
-DEVICE float* query_sum(const BackwardArguments& arguments, int slot, int row_tile, int n) {
-  return arguments.query_sums + int64(slot) * SLOT_FLOATS + (row_tile * D_TILES + n) * FRAGMENT_FLOATS + lane_index() * (HAS_VECTOR_RED ? 4 : 1);
+// Where this lane's numbers of accumulator tile n of 16 rows, of dQ or of dQᵀ, are: four neighbours where they are added at once, else one for each
+// quarter of the fragment, so that every access of a warp is to neighbours.
+template <typename Arguments>
+DEVICE float* query_sum(const Arguments& arguments, int slot, int row_tile, int n) {
+  return arguments.query_sums + int64(slot) * SLOT_FLOATS + (row_tile * SUM_COLUMN_TILES + n) * FRAGMENT_FLOATS +
+         lane_index() * (HAS_VECTOR_RED ? 4 : 1);
 }
 
 DEVICE void store_fragment(float* sum, const float (&c)[4]) {
@@ -69,15 +76,41 @@ DEVICE void load_fragment(const float* sum, float (&c)[4]) {
 #endif
 }
 
+// The same numbers of accumulator tile n of 16 rows of dQ, from where those of dQᵀ lie.
+template <typename Arguments>
+DEVICE void load_transposed_fragment(const Arguments& arguments, int slot, int row_tile, int n, float (&c)[4]) {
+  const float* sums = arguments.query_sums + int64(slot) * SLOT_FLOATS;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int query = 16 * row_tile + i / 2 * 8 + lane_index() / 4, column = 8 * n + lane_index() % 4 * 2 + i % 2;
+    const int lane = column % 8 * 4 + query % 8 / 2, place = column % 16 / 8 * 2 + query % 2;  // that hold it
+    c[i] = sums[(column / 16 * SUM_COLUMN_TILES + query / 8) * FRAGMENT_FLOATS + lane * 4 + place];
+  }
+}
+
 // The number of this block among those that start. A barrier stands before the next use of `scratch`.
-DEVICE int take_ticket(const BackwardArguments& arguments, SmemAddress scratch) {
+template <typename Arguments>
+DEVICE int take_ticket(const Arguments& arguments, SmemAddress scratch) {
   if (threadIdx.x == 0) store_shared(scratch, uint32(fetch_add_relaxed(arguments.turns, 1)));
   __syncthreads();
   return int(__float_as_uint(load_shared_f32(scratch)));
 }
 
-// The part of one thread in the block's turns. It looks for its turn early and comes back to it when the sum is wanted; it passes the turn on a step
-// after the block has added, when the additions have long arrived.
+// For a thread that does nothing else: waits until `place` blocks have added to a tile, and after that all that this block adds comes behind them.
+DEVICE void wait_for_turn(const int* turn, int place) {
+  while (load_relaxed(turn) < place) {
+  }
+  fence_gpu();
+}
+
+// When it knows that all of the block's additions to the tile are issued.
+DEVICE void pass_turn_on(int* turn) {
+  fence_gpu();
+  add_relaxed(turn, 1);
+}
+
+// The part of one thread in the block's turns, where it computes, too. It looks for its turn early and comes back to it when the sum is wanted; it
+// passes the turn on a step after the block has added, when the additions have long arrived.
 class TurnTaker {
  public:
   DEVICE explicit TurnTaker(int* turns) : turns(turns + 1) {}
@@ -121,31 +154,3 @@ class TurnTaker {
     if (added_to >= 0) add_relaxed(turns + added_to, 1);
   }
 };
-
-// How the warps of a block share out a tile of dQ: 32 rows each, or 16, and every COLUMN_GROUPS-th pair of accumulator tiles.
-constexpr int column_groups(int rows) {
-  if (TILE_Q % rows != 0 || NUM_WARPS % (TILE_Q / rows) != 0) return 0;
-  const int groups = NUM_WARPS / (TILE_Q / rows);
-  return D_TILES / 2 % groups == 0 && (groups & (groups - 1)) == 0 ? groups : 0;
-}
-constexpr int QUERY_ROWS = column_groups(32) != 0 ? 32 : 16;
-constexpr int COLUMN_GROUPS = column_groups(QUERY_ROWS);
-static_assert(COLUMN_GROUPS != 0, "the warps cannot share out the tile of dQ");
-
-// Adds a warp's part of dQ to the tile's sums, or stores it if it is the first.
-template <int M, int N>
-DEVICE void add_to_sums(const float (&dQ)[M][N][4], const BackwardArguments& arguments, int slot, bool is_first) {
-  const int row_tile = warp_index() / COLUMN_GROUPS * M, first_pair = warp_index() % COLUMN_GROUPS;
-  float* sums = query_sum(arguments, slot, row_tile, 2 * first_pair);
-  auto for_each_fragment = [&](const auto& body) {
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int n = 0; n < N; ++n) body(sums + (m * D_TILES + n / 2 * 2 * COLUMN_GROUPS + n % 2) * FRAGMENT_FLOATS, dQ[m][n]);
-  };
-  if (is_first) {
-    for_each_fragment([](float* sum, const float (&c)[4]) { store_fragment(sum, c); });
-  } else {
-    for_each_fragment([](float* sum, const float (&c)[4]) { add_fragment(sum, c); });
-  }
-}

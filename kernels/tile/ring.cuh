@@ -14,11 +14,11 @@ class Ring {
   // `barriers`: BYTES of them, all "full" ones first.
   DEVICE explicit Ring(SmemAddress barriers) : barriers(barriers) {}
 
-  // One thread, before any other looks at the barriers. So many arrivals make a stage empty.
-  DEVICE void init(int arrivals) const {
+  // One thread, before any other looks at the barriers. So many arrivals make a stage empty, and so many full.
+  DEVICE void init(int arrivals, int full_arrivals = 1) const {
 #pragma unroll
     for (int i = 0; i < STAGES; ++i) {
-      mbarrier_init(barriers + i * MBARRIER_BYTES, 1);
+      mbarrier_init(barriers + i * MBARRIER_BYTES, full_arrivals);
       mbarrier_init(barriers + (STAGES + i) * MBARRIER_BYTES, arrivals);
     }
   }

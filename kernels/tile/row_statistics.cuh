@@ -22,7 +22,8 @@ struct StatisticsView {
   const float* log2_sums;  // null without an additive mask; there are no packed sequences with one
   int num_queries;
 
-  DEVICE StatisticsView(const BackwardArguments& arguments, int batch, int head, int start, int seqlen_q)
+  template <typename Arguments>
+  DEVICE StatisticsView(const Arguments& arguments, int batch, int head, int start, int seqlen_q)
       : rows(arguments.row_statistics + first_row(arguments.geometry, VARLEN ? 0 : batch, head) + start),
         log2_sums(ADDITIVE_MASK ? arguments.features.log2_sums + first_row(arguments.geometry, batch, head) : nullptr),
         num_queries(seqlen_q) {}
@@ -96,12 +97,14 @@ class StatisticsOfColumns {
   DEVICE StatisticsOfColumns(SmemAddress tile, const StatisticsView& view, int first_q, int first_column = 0)
       : tile(tile), view(view), first_q(first_q), first_column(first_column) {}
 
-  // Starts the copies if `enabled`, which the caller commits with those of the tile. Past the end all is 0, and so is dO.
-  DEVICE void issue(bool enabled = true) const {
+  // Starts the copies if `enabled`, which the caller commits with those of the tile or lets arrive at its mbarrier. `thread` is one of THREADS. Past
+  // the end all is 0, and so is dO.
+  template <int THREADS = NUM_THREADS>
+  DEVICE void issue(bool enabled = true, int thread = int(threadIdx.x)) const {
     if constexpr (IN_SMEM) {
 #pragma unroll
-      for (int first = 0; first < TILE_Q; first += NUM_THREADS) {
-        const int row = first + int(threadIdx.x);
+      for (int first = 0; first < TILE_Q; first += THREADS) {
+        const int row = first + thread;
         const bool has_row = enabled && row < TILE_Q, in_range = first_q + row < view.num_queries;
         const RowStatistics* source = in_range ? view.rows + first_q + row : view.rows;
         cp_async<8>(has_row, tile + row * int(sizeof(RowStatistics)), source, in_range ? 8 : 0);
@@ -134,6 +137,19 @@ class StatisticsOfColumns {
       for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i) dP[m][n][i] = grad_product_start(i % 2 ? two.w : two.y);
+    }
+  }
+
+  // dP of products that started at 0 -> dS = P (dP - delta).
+  template <int M, int N>
+  DEVICE void to_grad_scores(float (&dP)[M][N][4], const float (&P)[M][N][4]) const {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float4 two = statistics(n);
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dP[m][n][i] = P[m][n][i] * (dP[m][n][i] - (i % 2 ? two.w : two.y));
     }
   }
 

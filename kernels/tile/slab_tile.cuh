@@ -2,7 +2,7 @@
 // other, each with rows of 128 bytes, whose 16-byte chunks are exchanged as chunk ^ (row % 8). It starts on 1024 bytes. What a slab has beyond the
 // columns of the tensor is zero.
 #pragma once
-#include "ptx/tensor_map.cuh"
+#include "arguments.cuh"
 #include "ptx/warp.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -13,21 +13,26 @@ template <int ROWS_, int COLUMNS_>
 struct SlabTile {
   static constexpr int ROWS = ROWS_;
   static constexpr int SLABS = ceil_div(COLUMNS_, SLAB_COLUMNS);
-  static constexpr int SLAB_BYTES = ROWS * SLAB_COLUMNS * 2;
+  static constexpr int ROW_BYTES = SLAB_COLUMNS * 2;  // of a slab
+  static constexpr int SLAB_BYTES = ROWS * ROW_BYTES;
   static constexpr int BYTES = SLABS * SLAB_BYTES;
   static_assert(ROWS % 8 == 0, "the swizzle repeats after 8 rows");
 
   // Asks for the rows from `row` on. BYTES arrive at the mbarrier.
-  DEVICE static void load(SmemAddress tile, const TensorMap& map, int row, int head, int batch, SmemAddress mbarrier) {
+  DEVICE static void load(SmemAddress tile, const MappedTensor& tensor, int row, int head, int batch, SmemAddress mbarrier) {
 #pragma unroll
-    for (int slab = 0; slab < SLABS; ++slab) load_box(tile + slab * SLAB_BYTES, map, slab * SLAB_COLUMNS, row, head, batch, mbarrier);
+    for (int slab = 0; slab < SLABS; ++slab)
+      load_box(tile + slab * SLAB_BYTES, tensor.map, slab * SLAB_COLUMNS, row, head * tensor.head_step, batch * tensor.batch_step, mbarrier);
   }
+
+  // Where a chunk of 16 bytes of a row of the first slab lies.
+  DEVICE static int offset(int row, int chunk) { return row * ROW_BYTES + (chunk ^ row % 8) * 16; }
 
   // Zeros in the rows from `row` on, by a whole warp. Chunks are exchanged within a row, so it is all of them.
   DEVICE static void clear_from(SmemAddress tile, int row) {
 #pragma unroll
     for (int slab = 0; slab < SLABS; ++slab)
-      for (int offset = row * SLAB_COLUMNS * 2 + lane_index() * 16; offset < SLAB_BYTES; offset += WARP_SIZE * 16)
+      for (int offset = row * ROW_BYTES + lane_index() * 16; offset < SLAB_BYTES; offset += WARP_SIZE * 16)
         store_shared(tile + slab * SLAB_BYTES + offset, Chunk{});
   }
 
@@ -38,5 +43,5 @@ struct SlabTile {
     constexpr int STEPS = SLAB_COLUMNS / 16;
     return descriptor + (k / STEPS * SLAB_BYTES + k % STEPS * 32) / DESCRIPTOR_UNIT;
   }
-  DEVICE static uint64 rows(uint64 descriptor, int k) { return descriptor + k * (16 * SLAB_COLUMNS * 2) / DESCRIPTOR_UNIT; }
+  DEVICE static uint64 rows(uint64 descriptor, int k) { return descriptor + k * (16 * ROW_BYTES) / DESCRIPTOR_UNIT; }
 };

@@ -8,7 +8,6 @@
 #include "tile/visible_tiles.cuh"
 #include "tile/work_queue.cuh"
 
-constexpr int WARPGROUP_ROWS = 64;  // those of a wgmma
 constexpr int WARPGROUPS = TILE_Q / WARPGROUP_ROWS;  // that compute
 constexpr int S_TILES = TILE_KV / 8;
 constexpr int P_STEPS = TILE_KV / 16;  // of the depth of P V

@@ -18,7 +18,7 @@ from cuflash import reference
 from cuflash.errors import DeviceError
 from cuflash.hardware import device
 from cuflash.jit import cache
-from cuflash.planning import wgmma_forward
+from cuflash.planning import wgmma_backward, wgmma_forward
 from cuflash.runtime import calls, launch, tensor_maps
 from cuflash.runtime.arguments import Arguments
 
@@ -280,6 +280,21 @@ def test_tensor_maps_come_from_the_driver(dtype: Any, launches: list[Any], monke
     assert len(driver.calls) == 6, "another kind of call, since out is given"
     assert [launched.name for launched in launches] == ["forward_wgmma"] * 3
     calls._calls.clear()
+
+
+def test_tensor_maps_of_a_backward_call(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the output is copied by one, too."""
+    driver = Driver(for_simulator=True)
+    driver.has_context = lambda: cupy.cuda._here.has_context
+    monkeypatch.setattr(tensor_maps, "_driver_function", lambda: driver.function)
+    monkeypatch.setenv(wgmma_backward.VARIABLE, "1")
+    monkeypatch.setattr(calls, "_calls", {})
+    arrays = inputs(seqlen=70)
+    out, _, *grads = both(*arrays, is_causal=True)
+    assert [launched.name for launched in launches][1:] == ["backward_delta", "backward_wgmma", "backward_dq_convert"]
+    assert {address for _, _, address, *_ in driver.calls} == {x.data.ptr for x in (*arrays, out)}
+    for got, wanted in zip(grads, reference.attention_backward(out, *arrays, is_causal=True)[:3], strict=True):
+        numpy.testing.assert_allclose(got.get(), wanted, atol=8e-3)
 
 
 def test_blocks_that_stay_count_their_tiles_from_0_in_each_replay(monkeypatch: pytest.MonkeyPatch) -> None:

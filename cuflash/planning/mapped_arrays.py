@@ -1,0 +1,43 @@
+"""Which arrays the TMA unit can copy: those that a tensor map describes (runtime/tensor_maps.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cuflash.problem.layout import View
+
+_MAX_STRIDE_BYTES = 2**40
+
+
+def why_not(arrays: Iterable[tuple[str, View]], itemsize: int, *, aligned: bool) -> str | None:
+    """Why some of these arrays cannot be copied, in words; None where all can.
+
+    Args:
+        arrays: what they are called, and how they lie.
+        itemsize: bytes of an element.
+        aligned: all start on 16 bytes.
+    """
+    named = list(arrays)
+    for name, view in named:
+        if (reason := _why_unmapped(view, itemsize)) is not None:
+            return f"the TMA unit cannot copy {name}, {reason}"
+    if aligned:
+        return None
+    names = [name for name, _ in named]
+    return f"the TMA unit copies what starts on 16 bytes, and one of {', '.join(names[:-1])} and {names[-1]} does not"
+
+
+def _why_unmapped(view: View, itemsize: int) -> str | None:
+    """Why no tensor map describes an array; None where one does. Batch and heads may be broadcast."""
+    (_, seqlen, _, head_dim), (_, stride_seqlen, _, stride_dim) = view.shape, view.strides
+    if stride_dim != 1:
+        return f"whose head_dim has a stride of {stride_dim}"
+    if seqlen > 1 and stride_seqlen == 0:
+        return "whose rows are all one"
+    if seqlen > 1 and 0 < stride_seqlen < head_dim:
+        return "whose rows overlap"
+    for axis, extent, stride in zip(("batches", "rows", "heads"), view.shape, view.strides, strict=False):
+        stride_bytes = stride * itemsize
+        if extent > 1 and (stride_bytes % 16 or not 0 <= stride_bytes < _MAX_STRIDE_BYTES):
+            return f"whose {axis} lie {stride_bytes} bytes apart, no multiple of 16 from 0 to 2^40"
+    return None

@@ -1,0 +1,360 @@
+// Gradients of Q, K and V on Hopper's warpgroup instructions: what backward_fused_mma.cu computes, for 16-bit types and head dimensions up to 128.
+//
+// One block owns TILE_KV = 128 keys of one K/V head, and walks over all queries that see them, tile by tile from the last to the first. A warpgroup
+// is four warps. Two of them own 64 keys each, whose dK and dV they keep in registers, and to which the first hands most of its own. A step is
+//
+//     Sᵀ = K Qᵀ, dPᵀ = V dOᵀ         issued together; while dPᵀ is in flight Sᵀ becomes Pᵀ
+//     dSᵀ = Pᵀ (dPᵀ - delta)         to shared memory once, where both warpgroups find all of it
+//     dV += Pᵀ dO, dQᵀ = Kᵀ dSᵀ, dK += dSᵀ Q
+//
+// Pᵀ and dSᵀ are operands of dV and dK from registers. Of dQᵀ a warpgroup computes 64 columns of the head for all keys of the block, or where that is
+// the whole head half of the queries, and adds them to sums in global memory from registers while dK is in flight. Blocks add in the order of their
+// keys (tile/query_sums.cuh), so that the result is the same bit for bit on every run. backward_dq_convert.cu makes dQ of the sums.
+//
+// Of the first warpgroup one warp copies: it asks the TMA unit for K, V and the tiles of Q and dO, NUM_STAGES of them ahead, and its lanes copy row
+// statistics. One thread of another waits for the block's turn to add to each tile, and passes it on when all warps have added.
+//
+// Shared memory: K [2][⌈D / 64⌉][64][64] | V [2][⌈DV / 64⌉][64][64] | Q [NUM_STAGES][⌈D / 64⌉][TILE_Q][64] | dO [NUM_STAGES][⌈DV / 64⌉][TILE_Q][64] |
+// dS [2][2][TILE_Q][64] | row statistics [NUM_STAGES] (StatisticsOfColumns) | mbarriers | ticket. At the end dK and dV pass through K and V.
+//
+// mbarriers, for each stage: "full", both copies and the statistics have landed, and "empty", both warpgroups are done with them. K and V have
+// landed. It is the block's turn to add; all warps have added. One barrier of both warpgroups for each tile: behind it dS is complete, and the other
+// buffer of dS, which dQ of the tile before was computed from, is free.
+//
+// Source: Dao 2023 (arXiv 2307.08691), algorithm 2; Shah et al. 2024 (arXiv 2407.08608).
+#include "tile/constants.cuh"
+#include "tile/dropout.cuh"
+#include "tile/epilogue.cuh"
+#include "tile/fragment.cuh"
+#include "tile/query_sums.cuh"
+#include "tile/score.cuh"
+#include "tile/wgmma_backward_block.cuh"
+#include "tile/wgmma_products.cuh"
+#include "ptx/warpgroup.cuh"
+
+constexpr int COMPUTING_BARRIER = 1;  // of both warpgroups
+constexpr int NOBODY_SEES = 0x7fffffff;
+
+// --- The warps that copy and keep the turn ------------------------------------------------------------------------------------------------
+
+// Asks for the block's rows of K and V. One thread.
+DEVICE void copy_keys(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared, int batch, int head) {
+  const int start = Starts(arguments, work.batch).kv;
+  mbarrier_arrive_expect(shared.keys_landed(), WARPGROUPS * (WarpgroupK::BYTES + WarpgroupV::BYTES));
+#pragma unroll
+  for (int warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup) {
+    const int row = start + work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS;
+    WarpgroupK::load(shared.K(warpgroup), arguments.key, row, head, batch, shared.keys_landed());
+    WarpgroupV::load(shared.V(warpgroup), arguments.value, row, head, batch, shared.keys_landed());
+  }
+}
+
+// Asks for everything that the block needs, in the order in which it is used. One warp.
+DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+  const bool asks = lane_index() == 0;  // the TMA unit; row statistics are copied by all lanes
+  Ring<NUM_STAGES> ring = shared.ring();
+  bool is_first = true;
+  uint32 landed = 0;  // parity of the next phase of cut_landed
+  const int start = Starts(arguments, work.batch).q;
+  for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility&, const Steps& steps) {
+    const StatisticsView view(arguments, batch, head, start, geometry.seqlen_q);
+    for_each_tile(steps, [&](int tile) {
+      if (asks && is_first) copy_keys(arguments, work, shared, batch, head / (geometry.num_heads_q / geometry.num_heads_kv));
+      is_first = false;
+      ring.wait_empty();
+      const int row = start + tile * TILE_Q, num_rows = geometry.seqlen_q - tile * TILE_Q;
+      const bool is_cut = VARLEN && num_rows < TILE_Q;
+      if (asks) {
+        const SmemAddress full = is_cut ? shared.cut_landed() : ring.full();
+        mbarrier_arrive_expect(full, RingQ::BYTES + RingO::BYTES);
+        RingQ::load(shared.Q(ring.stage), arguments.query, row, head, batch, full);
+        RingO::load(shared.dO(ring.stage), arguments.grad_out, row, head, batch, full);
+      }
+      if (is_cut) {  // rows of the next sequence, which may hold anything
+        mbarrier_wait(shared.cut_landed(), landed);
+        landed ^= 1;
+        RingQ::clear_from(shared.Q(ring.stage), num_rows);
+        RingO::clear_from(shared.dO(ring.stage), num_rows);
+        fence_proxy_async();
+        __syncwarp();
+        mbarrier_arrive_if(asks, ring.full());
+      }
+      StatisticsOfColumns(shared.statistics(ring.stage), view, tile * TILE_Q).issue<WARP_SIZE>(true, lane_index());
+      mbarrier_arrive_behind_copies(ring.full());
+      ring.advance();
+    });
+  });
+}
+
+// Waits for the block's turn to add to each tile, and passes it on. One thread.
+DEVICE void keep_turns(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+  uint32 parity = 0;
+  const int start = Starts(arguments, work.batch).q;
+  for_each_member(arguments, work, [&](int batch, int head, const Geometry&, const Visibility& visibility, const Steps& steps) {
+    int* turns = arguments.turns + 1 + first_slot(arguments, batch, head, start);
+    for_each_tile(steps, [&](int tile) {
+      wait_for_turn(turns + tile, place_among_blocks(work, visibility, tile));
+      mbarrier_arrive(shared.may_add());
+      mbarrier_wait(shared.has_added(), parity);
+      parity ^= 1;
+      pass_turn_on(turns + tile);
+    });
+  });
+}
+
+// --- The warpgroups that compute ----------------------------------------------------------------------------------------------------------
+
+// A warpgroup's 64 keys.
+class WarpgroupKeys {
+ public:
+  float dK[1][D_TILES][4] = {};
+  float dV[1][DV_TILES][4] = {};
+
+  DEVICE WarpgroupKeys(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared, int warpgroup)
+      : arguments(arguments),
+        work(work),
+        shared(shared),
+        warpgroup(warpgroup),
+        dropout(arguments.features),
+        ring(shared.ring()),
+        K_descriptor(WarpgroupK::descriptor(shared.K(warpgroup))),
+        V_descriptor(WarpgroupV::descriptor(shared.V(warpgroup))) {}
+
+  // Adds what the queries of one member give.
+  DEVICE void walk(int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& steps) {
+    const Member member(arguments, geometry, visibility, batch, head, work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
+    int tile = steps.end;
+    if constexpr (!WINDOW) {  // with a window there are few tiles whose queries see all keys
+      const int last_kv = (work.tile + 1) * TILE_KV - 1;
+      const int unmasked_begin = uniform(last_kv < geometry.seqlen_kv ? ceil_div(visibility.first_query(last_kv), TILE_Q) : steps.end);
+      walk_down<false>(member, tile, max(unmasked_begin, steps.begin));
+    }
+    walk_down<true>(member, tile, steps.begin);
+  }
+
+ private:
+  struct Member {
+    const int batch, head;
+    const StatisticsView view;
+    const Visibility& visibility;
+    const ScoreModifier modifier;
+    const int first_key;  // of the warp
+    float* sums;  // of the first tile
+    int first_query[2], end_query[2];  // which queries see a key of this lane, less the column of the lane
+
+    DEVICE Member(const BackwardWgmmaArguments& arguments, const Geometry& geometry, const Visibility& visibility, int batch, int head, int first_key)
+        : batch(batch),
+          head(head),
+          view(arguments, batch, head, Starts(arguments, batch).q, geometry.seqlen_q),
+          visibility(visibility),
+          modifier(geometry, arguments.features, batch, head),
+          first_key(first_key),
+          sums(query_sum(arguments, first_slot(arguments, batch, head, Starts(arguments, batch).q), 0, 0)) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int key = first_key + 8 * r + lane_index() / 4;
+        first_query[r] = key < geometry.seqlen_kv ? visibility.first_query(key) - lane_index() % 4 * 2 : NOBODY_SEES;
+        end_query[r] = visibility.end_query(key, key + 1) - lane_index() % 4 * 2;
+      }
+    }
+  };
+
+  const BackwardWgmmaArguments& arguments;
+  const Work& work;
+  const SharedMemory shared;
+  const int warpgroup;
+  const Dropout dropout;
+  Ring<NUM_STAGES> ring;
+  const uint64 K_descriptor, V_descriptor;
+  int buffer = 0;  // of dS
+  uint32 turn = 0;  // parity of the next one
+
+  template <bool IS_MASKED>
+  DEVICE void walk_down(const Member& member, int& tile, int begin) {
+#pragma unroll 1
+    while (tile > begin) step<IS_MASKED>(member, --tile);
+  }
+
+  template <bool IS_MASKED>
+  DEVICE void step(const Member& member, int tile) {
+    const int first_q = tile * TILE_Q;
+    ring.wait_full();
+    const uint64 Q_descriptor = RingQ::descriptor(shared.Q(ring.stage)), dO_descriptor = RingO::descriptor(shared.dO(ring.stage));
+    float P[1][S_TILES][4], dS[1][S_TILES][4];  // scores, then probabilities; dP, then dS; rows are keys
+    if constexpr (DROPOUT) {  // else they are given what they held a step ago, behind the fence
+      pin(P[0]);
+      pin(dS[0]);
+    }
+    issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_descriptor, Q_descriptor);
+    issue_rows<WarpgroupV, RingO, DV_TILES / 2>(dS, V_descriptor, dO_descriptor);
+    wgmma_wait<1>();
+    pin(P[0]);
+    ScoreSlope<1, S_TILES> slope;
+    member.modifier.apply<true>(P, slope, member.first_key, first_q);
+    const StatisticsOfColumns statistics(shared.statistics(ring.stage), member.view, first_q);
+    statistics.to_probabilities(P, member.modifier.signed_factor());
+    if constexpr (IS_MASKED) hide_pairs(P, member, first_q);
+    uint32 P_operand[P_STEPS][4], dS_operand[P_STEPS][4];
+    if constexpr (DROPOUT) {
+      float kept_P[1][S_TILES][4];
+      drop_and_mark(P, kept_P, dropout, member.batch, member.head, member.first_key, first_q);
+      pack_accumulator(P_operand, kept_P);
+    }
+    mbarrier_wait(shared.keys_landed(), 0);  // they have: it keeps the assembler from moving the next wait up, before the exponentials
+    wgmma_wait<0>();
+    pin(dS[0]);
+    if constexpr (DROPOUT) {
+      statistics.drop(dS, P, arguments.features.dropout_scale);
+      multiply_all(dS, P);
+    } else {
+      statistics.to_grad_scores(dS, P);
+      pack_accumulator(P_operand, P);
+    }
+    slope.multiply(dS);
+    pack_accumulator(dS_operand, dS);
+    share(dS_operand);
+    pin(P_operand);
+    pin(dS_operand);
+    issue_accumulator<RingO>(dV, P_operand, dO_descriptor);
+    sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);
+    float dQ[1][DQ_TILES][4];
+    issue_query_gradients(dQ);
+    wgmma_wait<1>();  // dK comes behind dV
+    issue_accumulator<RingQ>(dK, dS_operand, Q_descriptor);
+    wgmma_wait<1>();
+    pin(dQ[0]);
+    add_query_gradients(dQ, member, tile);
+    wgmma_wait<0>();
+    pin(dV[0]);
+    pin(dK[0]);
+    pin(P_operand);
+    pin(dS_operand);
+    ring.release(1);
+    buffer ^= 1;
+  }
+
+  DEVICE void hide_pairs(float (&P)[1][S_TILES][4], const Member& member, int first_q) const {
+#pragma unroll
+    for (int n = 0; n < S_TILES; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = 8 * n + i % 2;
+        if (column < member.first_query[i / 2] - first_q || (WINDOW && column >= member.end_query[i / 2] - first_q)) P[0][n][i] = 0.0f;
+      }
+  }
+
+  // Puts the warp's rows of dSᵀ into the slab of its warpgroup, as columns.
+  DEVICE void share(const uint32 (&dS)[P_STEPS][4]) const {
+    const int query = lane_index() / 16 * 8 + lane_index() % 8, chunk = 2 * warp_of_warpgroup() + lane_index() / 8 % 2;
+    const SmemAddress rows = shared.dS(buffer) + warpgroup * GradScores::SLAB_BYTES + GradScores::offset(query, chunk);
+#pragma unroll
+    for (int k = 0; k < P_STEPS; ++k) stmatrix_x4_trans(rows + k * 16 * GradScores::ROW_BYTES, dS[k]);
+    fence_proxy_async();
+  }
+
+  // dQᵀ = Kᵀ dSᵀ over all keys of the block.
+  DEVICE void issue_query_gradients(float (&dQ)[1][DQ_TILES][4]) const {
+    const uint64 K = WarpgroupK::descriptor(shared.K(0) + (SHARES_QUERIES ? 0 : warpgroup * WarpgroupK::SLAB_BYTES));
+    const uint64 dS = GradScores::descriptor(shared.dS(buffer) + (SHARES_QUERIES ? warpgroup * DQ_TILES * 8 * GradScores::ROW_BYTES : 0));
+    constexpr int STEPS = WARPGROUP_ROWS / 16;
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < WARPGROUPS * STEPS; ++k)
+      Wgmma<Element, DQ_TILES>::from_shared_by_rows(dQ[0], WarpgroupK::rows(K + k / STEPS * (WarpgroupK::BYTES / DESCRIPTOR_UNIT), k % STEPS),
+                                                    GradScores::columns(dS, k), k > 0);
+    wgmma_commit();
+  }
+
+  // Adds them to the tile's sums, or stores them, when it is the block's turn.
+  DEVICE void add_query_gradients(const float (&dQ)[1][DQ_TILES][4], const Member& member, int tile) {
+    mbarrier_wait(shared.may_add(), turn);
+    turn ^= 1;
+    const int row_tile = (SHARES_QUERIES ? 0 : 4 * warpgroup) + warp_of_warpgroup();
+    if (row_tile < D_TILES / 2) {
+      float* sums =
+          member.sums + int64(tile) * SLOT_FLOATS + (row_tile * SUM_COLUMN_TILES + (SHARES_QUERIES ? warpgroup * DQ_TILES : 0)) * FRAGMENT_FLOATS;
+      if (place_among_blocks(work, member.visibility, tile) == 0) {
+#pragma unroll
+        for (int n = 0; n < DQ_TILES; ++n) store_fragment(sums + n * FRAGMENT_FLOATS, dQ[0][n]);
+      } else {
+#pragma unroll
+        for (int n = 0; n < DQ_TILES; ++n) add_fragment(sums + n * FRAGMENT_FLOATS, dQ[0][n]);
+      }
+    }
+    __syncwarp();  // all lanes of the warp have added
+    mbarrier_arrive_if(lane_index() == 0, shared.has_added());
+  }
+};
+
+// Zeros in a warpgroup's rows of K and V that no query of any member sees: their probabilities are 0, but 0 times NaN is NaN.
+DEVICE void clear_hidden_keys(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared, int warpgroup) {
+  int end = 0;
+  for_each_member(arguments, work, [&](int, int, const Geometry& geometry, const Visibility& visibility, const Steps&) {
+    end = max(end, visibility.end_key(0, geometry.seqlen_q));
+  });
+  const int first_row = uniform(end) - work.tile * TILE_KV - warpgroup * WARPGROUP_ROWS;
+  if (first_row >= WARPGROUP_ROWS) return;
+  if (warp_of_warpgroup() == 0) {
+    WarpgroupK::clear_from(shared.K(warpgroup), max(first_row, 0));
+    WarpgroupV::clear_from(shared.V(warpgroup), max(first_row, 0));
+    fence_proxy_async();
+  }
+  sync_warpgroup(COMPUTING_BARRIER + 1 + warpgroup);
+}
+
+// What a warpgroup of those that compute does.
+DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+  const int warpgroup = warpgroup_index() - 1;
+  WarpgroupKeys keys(arguments, work, shared, warpgroup);
+  bool has_keys = false;
+  for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& steps) {
+    if (steps.begin >= steps.end) return;
+    if (!has_keys) {
+      mbarrier_wait(shared.keys_landed(), 0);
+      if constexpr (CUTS_KEYS) clear_hidden_keys(arguments, work, shared, warpgroup);
+      has_keys = true;
+    }
+    keys.walk(batch, head, geometry, visibility, steps);
+  });
+  sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);  // no product reads K and V any more
+  const int warp_row = 16 * warp_of_warpgroup(), first_row = work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + warp_row;
+  const int num_rows = sequence_length(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);  // that have gradients
+  const int start = Starts(arguments, work.batch).kv;
+  if constexpr (DROPOUT) multiply_all(keys.dV, arguments.features.dropout_scale);
+  store_rows<Element, HEAD_DIM_V, 8 * DV_TILES, false>(keys.dV, shared.V(warpgroup) + warp_row * 8 * DV_TILES * 2, arguments.grad_value, work.batch,
+                                                       work.head, first_row, num_rows, 0, start);
+  multiply_all(keys.dK, arguments.geometry.scale);
+  store_rows<Element, HEAD_DIM, 8 * D_TILES, false>(keys.dK, shared.K(warpgroup) + warp_row * 8 * D_TILES * 2, arguments.grad_key, work.batch,
+                                                    work.head, first_row, num_rows, 0, start);
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
+    backward_wgmma(const __grid_constant__ BackwardWgmmaArguments arguments) {
+  extern __shared__ __align__(SLAB_ALIGNMENT) uint8 memory[];
+  const SharedMemory shared{smem_address(memory)};
+  if (threadIdx.x == 0) {
+    shared.ring().init(WARPGROUPS, 1 + WARP_SIZE);
+    mbarrier_init(shared.keys_landed(), 1);
+    mbarrier_init(shared.may_add(), 1);
+    mbarrier_init(shared.has_added(), NUM_WARPS);
+    if constexpr (VARLEN) mbarrier_init(shared.cut_landed(), 1);
+    fence_mbarrier_init();
+  }
+  const int ticket = uniform(take_ticket(arguments, shared.ticket()));
+  const Work work =
+      work_of_ticket(ticket, arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads, arguments.geometry.section_heads);
+  auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
+    clear_rows<Element, NUM_THREADS + WARPGROUP_SIZE, TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, begin, end, tile, num_tiles);
+    clear_rows<Element, NUM_THREADS + WARPGROUP_SIZE, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, tile, num_tiles);
+  };
+  if (!claim_rows<TILE_KV>(arguments, arguments.lengths.cu_seqlens_kv, arguments.geometry.seqlen_kv, work, clear_gradients)) return;
+  if (warpgroup_index() == 0) {
+    give_registers<COPYING_REGISTERS>();
+    const int warp = warp_of_warpgroup();
+    if (warp == 0) copy_all(arguments, work, shared);
+    if (warp == 1 && lane_index() == 0) keep_turns(arguments, work, shared);
+  } else {
+    take_registers<COMPUTING_REGISTERS>();
+    compute(arguments, work, shared);
+  }
+}

@@ -1,0 +1,96 @@
+// What all warps of a block of backward_wgmma.cu know, those that copy and those that compute: tiles and registers, where everything lies in shared
+// memory, and the steps of the block in their order.
+#pragma once
+#include "tile/constants.cuh"
+#include "tile/query_steps.cuh"
+#include "tile/ring.cuh"
+#include "tile/row_statistics.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+#include "tile/slab_tile.cuh"
+#include "tile/visibility.cuh"
+
+constexpr int WARPGROUPS = TILE_KV / WARPGROUP_ROWS;  // that compute
+constexpr int S_TILES = TILE_Q / 8;
+constexpr int P_STEPS = TILE_Q / 16;  // of the depth of Pᵀ dO and dSᵀ Q
+
+using WarpgroupK = SlabTile<WARPGROUP_ROWS, HEAD_DIM>;
+using WarpgroupV = SlabTile<WARPGROUP_ROWS, HEAD_DIM_V>;
+using RingQ = SlabTile<TILE_Q, HEAD_DIM>;
+using RingO = SlabTile<TILE_Q, HEAD_DIM_V>;  // of dO
+using GradScores = SlabTile<TILE_Q, TILE_KV>;  // dS, of which a warpgroup writes its slab
+
+// dQᵀ of a tile: a warpgroup has a slab of columns of the head, or half of the queries where there is one slab.
+constexpr bool SHARES_QUERIES = WarpgroupK::SLABS == 1;
+constexpr int DQ_TILES = SHARES_QUERIES ? S_TILES / WARPGROUPS : S_TILES;
+
+constexpr int STAGE_BYTES = RingQ::BYTES + RingO::BYTES + StatisticsOfColumns::BYTES;
+constexpr int DS_BUFFERS = 2;
+constexpr bool CUTS_KEYS = RAGGED || CAUSAL || WINDOW;  // there may be keys in memory that no query sees
+
+// setmaxnreg: 384 threads begin with 168 registers each (tile/wgmma_block.cuh).
+constexpr int COPYING_REGISTERS = 24;
+constexpr int COMPUTING_REGISTERS = 240;
+
+static_assert(WARPGROUPS == 2 && TILE_KV == 16 * NUM_WARPS, "num_warps must be 8, and tile_kv 16 rows for each");
+static_assert(WarpgroupK::SLABS <= 2 && WarpgroupV::SLABS <= 2, "head_dim must be at most 128");
+static_assert(TILE_Q <= 256, "tile_q must be at most the columns of a wgmma");
+static_assert(!SHARES_QUERIES || TILE_Q % 32 == 0, "tile_q must be a multiple of 32 where warpgroups share out queries");
+static_assert(!TILE_LISTS, "the order of sums is not known where the tiles of a walk depend on data");
+
+// Where everything lies in shared memory.
+struct SharedMemory {
+  static constexpr int BYTES = WARPGROUPS * (WarpgroupK::BYTES + WarpgroupV::BYTES) + NUM_STAGES * STAGE_BYTES + DS_BUFFERS * GradScores::BYTES +
+                               Ring<NUM_STAGES>::BYTES + 5 * MBARRIER_BYTES;
+  SmemAddress base;
+
+  DEVICE SmemAddress K(int warpgroup) const { return base + warpgroup * WarpgroupK::BYTES; }
+  DEVICE SmemAddress V(int warpgroup) const { return K(WARPGROUPS) + warpgroup * WarpgroupV::BYTES; }
+  DEVICE SmemAddress Q(int stage) const { return V(WARPGROUPS) + stage * RingQ::BYTES; }
+  DEVICE SmemAddress dO(int stage) const { return Q(NUM_STAGES) + stage * RingO::BYTES; }
+  DEVICE SmemAddress dS(int buffer) const { return dO(NUM_STAGES) + buffer * GradScores::BYTES; }
+  DEVICE SmemAddress statistics(int stage) const { return dS(DS_BUFFERS) + stage * StatisticsOfColumns::BYTES; }
+  DEVICE Ring<NUM_STAGES> ring() const { return Ring<NUM_STAGES>(statistics(NUM_STAGES)); }
+  DEVICE SmemAddress keys_landed() const { return base + BYTES - 5 * MBARRIER_BYTES; }
+  DEVICE SmemAddress may_add() const { return keys_landed() + MBARRIER_BYTES; }
+  DEVICE SmemAddress has_added() const { return keys_landed() + 2 * MBARRIER_BYTES; }
+  DEVICE SmemAddress cut_landed() const { return keys_landed() + 3 * MBARRIER_BYTES; }
+  DEVICE SmemAddress ticket() const { return keys_landed() + 4 * MBARRIER_BYTES; }
+};
+
+static_assert(SharedMemory::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
+
+// Where the block's sequence starts in packed arrays; 0 where nothing is packed.
+struct Starts {
+  int q, kv;
+
+  DEVICE Starts(const BackwardWgmmaArguments& arguments, int sequence)
+      : q(sequence_start(arguments.lengths.cu_seqlens_q, sequence, arguments.geometry.seqlen_q)),
+        kv(sequence_start(arguments.lengths.cu_seqlens_kv, sequence, arguments.geometry.seqlen_kv)) {}
+};
+
+// body(batch, head, geometry, visibility, steps) for every batch and query head whose gradients the block sums up.
+template <typename Body>
+DEVICE void for_each_member(const BackwardWgmmaArguments& arguments, const Work& work, const Body& body) {
+  const int num_members = arguments.group_batch * arguments.group_heads;
+#pragma unroll 1
+  for (int member = 0; member < num_members; ++member) {
+    const int batch = work.batch * arguments.group_batch + member / arguments.group_heads;
+    const int head = work.head * arguments.group_heads + member % arguments.group_heads;
+    const auto& geometry = geometry_of(arguments, batch);
+    const Visibility visibility(geometry, arguments.features, batch, head);
+    body(batch, head, geometry, visibility, query_steps(visibility, work.tile * TILE_KV));
+  }
+}
+
+// body(tile) for the tiles of queries of one of them, the last one first.
+template <typename Body>
+DEVICE void for_each_tile(const Steps& steps, const Body& body) {
+#pragma unroll 1
+  for (int tile = steps.end - 1; tile >= steps.begin; --tile) body(tile);
+}
+
+// How many blocks add to a tile of queries before this one.
+DEVICE int place_among_blocks(const Work& work, const Visibility& visibility, int tile) {
+  return work.tile - visibility.first_key(tile * TILE_Q) / TILE_KV;
+}

@@ -1,0 +1,89 @@
+"""The machine code of the wgmma backward kernel: nothing spills, nothing is serialised, and products in flight have their registers to themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from test_kernels_compile import is_quick, named
+from test_wgmma_machine_code import CASES, ON, assert_as_meant, code_of, loops_of
+
+from cuflash.cli.inspection import Report, inspect_kernels
+from cuflash.planning import tile_choice
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_specs import BACKWARD_WGMMA
+from cuflash.planning.offline import offline_kernels
+from cuflash.problem.features import NO_FEATURES, FeatureSet
+from cuflash.problem.tile import Tile
+
+pytest.importorskip("cupy")
+
+
+def default_tile(dtype: str, head_dim: int, features: FeatureSet = NO_FEATURES, head_dim_v: int = 0) -> Tile:
+    return tile_choice.default_tile(KernelCase(BACKWARD_WGMMA, dtype, head_dim, head_dim_v=head_dim_v, features=features), ON)
+
+
+def report_of(
+    dtype: str, head_dim: int, is_causal: bool, features: FeatureSet = NO_FEATURES, head_dim_v: int = 0, tile: Tile | None = None,
+    **lengths: bool,
+) -> Report:  # fmt: skip
+    tiles = {BACKWARD_WGMMA.name: tile or default_tile(dtype, head_dim, features, head_dim_v)}
+    kernels = offline_kernels(
+        ON, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v or None, is_causal=is_causal, features=features, tile=tiles, **lengths
+    )
+    (report,) = inspect_kernels((ON, kernel) for kernel in kernels if kernel.spec == BACKWARD_WGMMA)
+    return report
+
+
+@pytest.mark.sample(1)
+@CASES
+def test_calls_without_features(dtype: str, head_dim: int, is_causal: bool) -> None:
+    """Loops of five products and additions of four numbers."""
+    report = report_of(dtype, head_dim, is_causal)
+    assert_as_meant(report)
+    assert is_quick(report), f"{named(report)}: {report.seconds:.2f} seconds"
+    tile = default_tile(dtype, head_dim)
+    kind = "F32" if dtype == "float16" else "F32.BF16"
+    scores, gradients = f"HGMMA.64x{tile.tile_q}x16.{kind}", f"HGMMA.64x{head_dim}x16.{kind}"
+    queries = f"HGMMA.64x{tile.tile_q if head_dim > 64 else tile.tile_q // 2}x16.{kind}"
+    hot = [loop for loop in loops_of(code_of(report)) if sum(i.base == "HGMMA" for i in loop) == head_dim // 8 + tile.tile_q // 8 + 8]
+    assert len(hot) == 2, "tiles whose queries see all keys, and the others"
+    for loop in hot:
+        opcodes = [i.opcode for i in loop]
+        assert {scores, gradients, queries} <= set(opcodes)
+        assert sum(i.base == "MUFU" for i in loop) == tile.tile_q // 2
+        assert sum(i.base == "STSM" for i in loop) == tile.tile_q // 16
+        assert sum(opcode.startswith("REDG.E.ADD.F32x4") for opcode in opcodes) == (
+            tile.tile_q // 8 if head_dim > 64 else tile.tile_q // 16
+        )
+        assert not {"LDL", "STL", "LDG"} & {i.base for i in loop}
+
+
+ALL = FeatureSet(window=True, softcap=True, alibi=True, dropout=True)
+OTHERS: dict[str, dict[str, Any]] = {
+    **{f"values of {dims}": {"head_dim": dims[0], "head_dim_v": dims[1]} for dims in ((64, 128), (128, 64), (8, 8))},
+    **{
+        f"{features} at {head_dim}": {"head_dim": head_dim, "features": features}
+        for head_dim in (64, 96, 128)
+        for features in (
+            NO_FEATURES, FeatureSet(window=True), FeatureSet(softcap=True), FeatureSet(alibi=True), FeatureSet(prefix=True), FeatureSet(dropout=True), ALL,
+            FeatureSet(attn_mask="bfloat16"), FeatureSet(attn_mask="float32"),
+        )
+    },
+    **{f"{lengths} at {head_dim}": {"head_dim": head_dim, lengths: True} for head_dim in (64, 128) for lengths in ("varlen", "seqlens_kv")},
+}  # fmt: skip
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", OTHERS)
+def test_others_fit_the_registers(case: str) -> None:
+    assert_as_meant(report_of("bfloat16", is_causal=True, **OTHERS[case]))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_the_longest_tiles_fit_the_registers(head_dim: int) -> None:
+    """Those that the rules allow."""
+    legal = tile_choice.legal_tiles_for(KernelCase(BACKWARD_WGMMA, "bfloat16", head_dim), ON)
+    tile = max(legal, key=lambda tile: (tile.tile_q, tile.num_stages))
+    assert_as_meant(report_of("bfloat16", head_dim, True, tile=tile))
