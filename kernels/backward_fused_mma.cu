@@ -77,6 +77,21 @@ DEVICE void add_query_gradients(const BackwardArguments& arguments, int slot, bo
   add_to_sums(dQ, arguments, slot, is_first);
 }
 
+// dK and dV, through the tiles that held K and V.
+DEVICE void store_gradients(float (&dK)[M_TILES][D_TILES / SHARING_WARPS][4], float (&dV)[M_TILES][DV_TILES / SHARING_WARPS][4],
+                            const BackwardArguments& arguments, const Work& work, SmemAddress K_smem, SmemAddress V_smem, int start_kv) {
+  const int warp_key = warp_index() / SHARING_WARPS * WARP_KEYS, share_index = warp_index() % SHARING_WARPS;
+  if constexpr (DROPOUT) multiply_all(dV, arguments.features.dropout_scale);
+  multiply_all(dK, arguments.geometry.scale);
+  put_columns<TileV, SHARING_WARPS>(dV, V_smem, warp_key, share_index);
+  put_columns<TileK, SHARING_WARPS>(dK, K_smem, warp_key, share_index);
+  __syncthreads();  // the tiles are complete
+  const int first_kv = work.tile * TILE_KV;
+  const int num_rows = sequence_length(packed_keys(arguments), work.batch);  // that have gradients
+  store_tile<TileV, HEAD_DIM_V>(V_smem, arguments.grad_value, work, first_kv, num_rows, start_kv);
+  store_tile<TileK, HEAD_DIM>(K_smem, arguments.grad_key, work, first_kv, num_rows, start_kv);
+}
+
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(const __grid_constant__ BackwardArguments arguments) {
   extern __shared__ __align__(128) uint8 shared[];
   const SmemAddress K_smem = smem_address(shared);
@@ -204,12 +219,5 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
   __syncthreads();  // every warp has added its last sum, and is done with K
   turns.finish();
 
-  const int num_rows = sequence_length(packed_keys(arguments), work.batch);  // that have gradients
-  if constexpr (DROPOUT) multiply_all(dV, arguments.features.dropout_scale);
-  multiply_all(dK, arguments.geometry.scale);
-  put_columns<TileV, SHARING_WARPS>(dV, V_smem, warp_key, share_index);
-  put_columns<TileK, SHARING_WARPS>(dK, K_smem, warp_key, share_index);
-  __syncthreads();  // the tiles are complete
-  store_tile<TileV, HEAD_DIM_V>(V_smem, arguments.grad_value, work, first_kv, num_rows, start_kv);
-  store_tile<TileK, HEAD_DIM>(K_smem, arguments.grad_key, work, first_kv, num_rows, start_kv);
+  store_gradients(dK, dV, arguments, work, K_smem, V_smem, start_kv);
 }

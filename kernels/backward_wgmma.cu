@@ -318,7 +318,7 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, c
   });
   sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);  // no product reads K and V any more
   const int warp_row = 16 * warp_of_warpgroup(), first_row = work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + warp_row;
-  const int num_rows = sequence_length(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);  // that have gradients
+  const int num_rows = sequence_length(packed_keys(arguments), work.batch);  // that have gradients
   const int start = Starts(arguments, work.batch).kv;
   if constexpr (DROPOUT) multiply_all(keys.dV, arguments.features.dropout_scale);
   store_rows<Element, HEAD_DIM_V, 8 * DV_TILES, false>(keys.dV, shared.V(warpgroup) + warp_row * 8 * DV_TILES * 2, arguments.grad_value, work.batch,
@@ -347,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
     clear_rows<Element, NUM_THREADS + WARPGROUP_SIZE, TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, begin, end, tile, num_tiles);
     clear_rows<Element, NUM_THREADS + WARPGROUP_SIZE, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, tile, num_tiles);
   };
-  if (!claim_rows<TILE_KV>(arguments, arguments.lengths.cu_seqlens_kv, arguments.geometry.seqlen_kv, work, clear_gradients)) return;
+  if (!claim_rows<TILE_KV>(arguments, packed_keys(arguments), work, clear_gradients)) return;
   if (warpgroup_index() == 0) {
     give_registers<COPYING_REGISTERS>();
     const int warp = warp_of_warpgroup();
