@@ -63,7 +63,7 @@ class Inputs:
 
     Attributes:
         query, key, value: shapes, (batch, seqlen, heads, head_dim).
-        is_aligned: rows start on 16 bytes; otherwise their pitch is odd, and kernels take their slow path.
+        off: names of arrays whose rows do not start on 16 bytes, since their pitch is odd; kernels copy these element by element.
         options: further arguments of both calls.
         backward_options: further arguments of the backward call.
     """
@@ -71,7 +71,7 @@ class Inputs:
     query: Shape
     key: Shape
     value: Shape
-    is_aligned: bool = True
+    off: tuple[str, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
     backward_options: tuple[tuple[str, Any], ...] = ()
 
@@ -79,15 +79,18 @@ class Inputs:
         """Query, key, value and a gradient of the output, always the same numbers."""
         rng = np.random.default_rng(0)
         made = []
-        for shape in (self.query, self.key, self.value, (*self.query[:3], self.value[3])):
-            pitch = shape[-1] if self.is_aligned else shape[-1] + 1
+        shapes = {"query": self.query, "key": self.key, "value": self.value, "grad_out": (*self.query[:3], self.value[3])}
+        for name, shape in shapes.items():
+            pitch = shape[-1] + (name in self.off)
             rows = rng.standard_normal((*shape[:-1], pitch)).astype(np.float32).astype(ELEMENTS[dtype])
             made.append(rows[..., : shape[-1]])
         return made
 
 
 GROUPED = Inputs((1, 75, 2, 32), (1, 150, 1, 32), (1, 150, 1, 32), options=(("enable_gqa", True),))
-UNALIGNED = Inputs((1, 75, 2, 32), (1, 150, 2, 32), (1, 150, 2, 32), is_aligned=False)
+UNALIGNED = Inputs((1, 75, 2, 32), (1, 150, 2, 32), (1, 150, 2, 32), off=("query", "key", "value", "grad_out"))
+QUERIES_OFF, KEYS_OFF = replace(GROUPED, off=("query", "grad_out")), replace(GROUPED, off=("key", "value"))
+OFF = (UNALIGNED, QUERIES_OFF, KEYS_OFF)
 BROADCAST = Inputs((2, 75, 2, 32), (1, 150, 1, 32), (1, 150, 1, 32), options=(("enable_gqa", True),))
 BROADCAST_KEY = Inputs((2, 75, 2, 32), (1, 150, 1, 32), (2, 150, 2, 32), options=(("enable_gqa", True),))
 BROADCAST_VALUE = Inputs((2, 75, 2, 32), (2, 150, 2, 32), (1, 150, 1, 32), options=(("enable_gqa", True),))
@@ -108,7 +111,7 @@ MASKED_SLABS, BLIND_MASKED_SLABS = (
 )  # fmt: skip
 WIDE = Inputs((1, 75, 1, 128), (1, 300, 1, 128), (1, 300, 1, 128))
 SLICED = Inputs((1, 70, 2, 288), (1, 75, 1, 288), (1, 75, 1, 288), options=(("enable_gqa", True),))
-SLICED_UNALIGNED = Inputs((1, 70, 1, 288), (1, 75, 1, 288), (1, 75, 1, 288), is_aligned=False)
+SLICED_OFF = (replace(SLICED, off=("query", "grad_out")), replace(SLICED, off=("key", "value")), replace(SLICED, off=UNALIGNED.off))
 IN_STEPS = Inputs((1, 40, 2, 304), (1, 37, 1, 304), (1, 37, 1, 304), options=(("enable_gqa", True),))
 IN_STEPS_520 = Inputs((1, 37, 2, 520), (1, 40, 1, 520), (1, 40, 1, 520), options=(("enable_gqa", True),))
 WIDER_VALUE = Inputs((1, 75, 2, 32), (1, 150, 1, 32), (1, 150, 1, 72), options=(("enable_gqa", True),))
@@ -150,7 +153,7 @@ MASKED_IN_STEPS = Inputs(
 def _with_huge_rows(inputs: Inputs) -> Inputs:
     """The same with a mask that makes the scores of the last queries huge."""
     mask = np.where(np.arange(inputs.query[1]) < inputs.query[1] // 2, 0, -1e9).astype(np.float32)[:, None]
-    return Inputs(inputs.query, inputs.key, inputs.value, inputs.is_aligned, (*inputs.options, ("attn_mask", mask)))
+    return replace(inputs, options=(*inputs.options, ("attn_mask", mask)))
 
 
 @dataclass(frozen=True)
@@ -254,7 +257,7 @@ def _stages(number: int) -> str:
 
 
 def _variants() -> Iterator[Variant]:
-    both = (GROUPED, UNALIGNED, _negative(GROUPED))
+    both = (GROUPED, _negative(GROUPED))
     for stages in (2, 3):
         few = {"forward_split": Tile(16, 32, 2, stages)}
         yield CacheVariant(f"cache sm_80 float16, {_stages(stages)}", "sm_80", "float16", few, ())
@@ -301,7 +304,7 @@ def _variants() -> Iterator[Variant]:
             "sm_80",
             "float16",
             Tile(32, 32, 4, stages),
-            (SLICED, SLICED_UNALIGNED, _negative(SLICED)),
+            (SLICED, _negative(SLICED)),
         )
     yield Variant("forward sm_75 float32 sliced, in steps", "sm_75", "float32", Tile(32, 16, 6, 1), (IN_STEPS,))
     yield Variant(
@@ -312,7 +315,7 @@ def _variants() -> Iterator[Variant]:
     )
     yield Variant("forward sm_80 float16 lengths, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (LENGTHS, _negative(LENGTHS)))
 
-    sums = (GROUPED, UNALIGNED, BROADCAST)
+    sums = (GROUPED, BROADCAST)
     for stages in (1, 2, 3):
         yield Variant(f"backward sm_80 float16, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 2, stages), sums, backward=True)
     for stages in (1, 2):
@@ -352,7 +355,7 @@ def _variants() -> Iterator[Variant]:
     yield Variant("backward sm_75 bfloat16", "sm_75", "bfloat16", Tile(32, 32, 2, 1), sums, backward=True)
     for stages in (1, 2):
         yield Variant(
-            f"backward sm_80 float16 sliced, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 4, stages), (SLICED, SLICED_UNALIGNED), backward=True
+            f"backward sm_80 float16 sliced, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 4, stages), (SLICED,), backward=True
         )  # fmt: skip
         yield Variant(
             f"backward sm_80 float16 lengths, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 2, stages), (LENGTHS,), backward=True
@@ -381,12 +384,32 @@ def _variants() -> Iterator[Variant]:
         )  # fmt: skip
         yield Variant(
             f"backward sm_80 float16 sliced, huge rows, {_stages(stages)}", "sm_80", "float16",
-            {"backward_row_sums": sliced}, tuple(map(_with_huge_rows, (SLICED, SLICED_UNALIGNED))), backward=True, only=row_sums,
+            {"backward_row_sums": sliced}, (_with_huge_rows(SLICED),), backward=True, only=row_sums,
         )  # fmt: skip
     in_steps = {"backward_row_sums": Tile(32, 16, 4, 1)}
     for arch, dtype, tile, inputs in (("sm_75", "float16", {}, sums), ("sm_75", "float32", in_steps, (IN_STEPS_520,))):
         name = f"backward {arch} {dtype} {'sliced, huge rows, in steps' if tile else 'huge rows'}"
         yield Variant(name, arch, dtype, tile, tuple(map(_with_huge_rows, inputs)), backward=True, only=row_sums)
+    # Kernels in which each array says whether its rows start on 16 bytes.
+    narrow, sliced = Tile(32, 32, 2, 2), Tile(32, 32, 4, 2)
+    yield Variant("forward sm_80 float16 off 16 bytes, 2 stages", "sm_80", "float16", narrow, (*OFF, _negative(KEYS_OFF)))
+    yield Variant("forward sm_75 float16 off 16 bytes", "sm_75", "float16", Tile(32, 32, 2, 1), (*OFF, _negative(KEYS_OFF)))
+    yield Variant(
+        "forward sm_80 float16 sliced, off 16 bytes, 2 stages", "sm_80", "float16", sliced, (*SLICED_OFF, *map(_negative, SLICED_OFF))
+    )
+    for stages in (1, 2):
+        yield Variant(
+            f"backward sm_80 float16 off 16 bytes, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 2, stages), OFF, backward=True
+        )
+    yield Variant("backward sm_75 float16 off 16 bytes", "sm_75", "float16", Tile(32, 32, 2, 1), OFF, backward=True)
+    yield Variant(
+        "backward sm_80 float16 fused, off 16 bytes, 2 stages", "sm_80", "float16", {"backward_fused": narrow}, OFF, backward=True
+    )
+    yield Variant("backward sm_80 float16 sliced, off 16 bytes, 2 stages", "sm_80", "float16", sliced, SLICED_OFF, backward=True)
+    yield Variant(
+        "backward sm_80 float16 huge rows, off 16 bytes, 2 stages", "sm_80", "float16", {"backward_row_sums": narrow},
+        tuple(map(_with_huge_rows, OFF)), backward=True, only=row_sums,
+    )  # fmt: skip
     yield Variant("backward sm_80 float16 sinks, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (SINKS,), backward=True)
 
 

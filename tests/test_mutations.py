@@ -32,6 +32,7 @@ SOME = (
     "backward sm_80 float16 lengths, 2 stages",
     "backward sm_80 float16 additive mask, 1 stage",
     "backward sm_80 float16 huge rows, 2 stages",
+    "backward sm_80 float16 off 16 bytes, 2 stages",
     "cache sm_80 float16 paged, 3 stages",
 )
 

@@ -27,7 +27,7 @@ def describe(
     if problem.features.kinds != NO_FEATURES:
         lines.append(f"  features   {problem.features.describe()}")
     lines.append(f"  products   {_units(problem, device)}")
-    if not problem.vectorized:
+    if not problem.vectorized and problem.cache is None:
         lines.append("  copies     element by element, of arrays whose rows do not start on 16 bytes or whose head_dim is not contiguous")
     lines += [f"  kernel     {_launch(kernel)}" for kernel in kernels] or ["  kernel     none: there is nothing to compute"]
     lines += [f"  tile by    {kernel.name}: {kernel.tile_by}" for kernel in kernels if kernel.tile_by]

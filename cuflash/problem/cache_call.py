@@ -146,6 +146,7 @@ def make_cache_problem(arrays: Mapping[str, Array], given: CacheOptions) -> Prob
         seqlens_kv=True,
         num_sequences=None if packed is None else sequences,
         features=features,
+        vectorized=False,  # each array says so itself: one kernel is for all of them
         cache=replace(cache, new=new, rotary=rotary),
         num_splits=num_splits,
         batch_invariant=batch_invariant,
