@@ -349,6 +349,23 @@ def test_tiles_that_were_fastest_on_an_h100_are_among_the_first() -> None:
     assert missed == {"quick": 1, "standard": 0}
 
 
+FLASH_ATTENTION_2 = {
+    ("sm_80", 64): (128, 128, 4), ("sm_80", 96): (128, 64, 4), ("sm_80", 128): (128, 64, 4), ("sm_80", 192): (128, 64, 8), ("sm_80", 256): (128, 64, 8),
+    ("sm_86", 64): (128, 128, 4), ("sm_86", 128): (128, 32, 4), ("sm_86", 256): (64, 64, 4), ("sm_90", 64): (128, 128, 4), ("sm_90", 128): (128, 64, 4),
+}  # fmt: skip
+"""Queries, keys and warps of its forward kernels without dropout (flash_fwd_launch_template.h), which its authors timed."""
+
+
+@pytest.mark.parametrize(("arch", "head_dim"), FLASH_ATTENTION_2)
+def test_tiles_of_flash_attention_2_are_among_the_first(arch: str, head_dim: int) -> None:
+    """Already of the candidates of quick effort; how many stages they have is ours to choose."""
+    count = tasks.EFFORTS["quick"]
+    assert count is not None
+    case = KernelCase(TILED_KERNELS["forward"], "float16", head_dim)
+    first = tile_choice.worth_timing(case, device.of_arch(arch, "gpu"))[:count]
+    assert FLASH_ATTENTION_2[arch, head_dim] in {(tile.tile_q, tile.tile_kv, tile.num_warps) for tile in first}
+
+
 def test_every_class_of_calls_has_tasks() -> None:
     for sample, name in zip(
         tasks.samples(ON, dtypes=["float16"], head_dims=[16], seqlens=[64], classes=tasks.CLASSES), tasks.CLASSES, strict=True
