@@ -48,6 +48,7 @@ constexpr int STAGED_BYTES = NUM_STAGES * (TileQ::BYTES + TileO::BYTES + Statist
 static_assert(HEAD_SLICES == 1, "wide heads are cut into slices, which this kernel does not know");
 static_assert(sizeof(Element) == 2 && HAS_CP_ASYNC, "16-bit elements and asynchronous copies are expected");
 static_assert(!TILE_LISTS, "the order of sums is not known where the tiles of a walk depend on data");
+static_assert(NUM_WARPS % SHARING_WARPS == 0, "warps that share keys must be whole groups");
 static_assert(WARP_KEYS % 16 == 0 && WARP_KEYS * NUM_WARPS == TILE_KV * SHARING_WARPS, "the keys of a warp must be a multiple of 16");
 static_assert(WARP_QUERIES % 16 == 0 && D_TILES / 2 % SHARING_WARPS == 0 && DV_TILES / 2 % SHARING_WARPS == 0,
               "warps with the same keys must be able to share out queries and columns");

@@ -84,6 +84,8 @@ DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const Work& work, 
       ring.advance();
     });
   });
+  cp_async_commit_group();
+  cp_async_wait_group<0>();  // PTX does not say what becomes of the copies of a thread that has ended, and of the arrivals behind them
 }
 
 // Waits for the block's turn to add to each tile, and passes it on. One thread.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import numpy
@@ -101,6 +102,24 @@ def test_tiles(on: Target, case: str) -> None:
     head_dim, tile = TILES[case]
     inputs = inputs_of(on, (100, 150), head_dim, heads=(1, 1), batches=(1, 1), dtype="float16")
     on.check(*inputs, is_causal=True, backward_tile={"backward_fused": tile})
+
+
+@pytest.mark.parametrize("tile", [Tile(32, 16, 1, 1), Tile(64, 16, 2, 1), Tile(96, 48, 3, 1)], ids=str)
+def test_warps_that_share_keys_are_whole_groups(tile: Tile) -> None:
+    """There were more of them than warps, or a rest; the planner and the kernel divided."""
+    on = Target("sm_80")
+    case = KernelCase(BACKWARD_FUSED, "float16", 64)
+    assert tile.num_warps % case.sharing_warps(tile, on.device) == 0
+    on.check(*inputs_of(on, (100, 70), 64, heads=(1, 1), batches=(1, 1), dtype="float16"), backward_tile={"backward_fused": tile})
+
+
+def test_every_legal_tile_has_whole_groups() -> None:
+    for arch, head_dim in itertools.product(("sm_80", "sm_86", "sm_90"), (16, 32, 64, 96, 128, 256)):
+        case, on = KernelCase(BACKWARD_FUSED, "float16", head_dim), device.of_arch(arch, "gpu")
+        for tile in tile_choice.legal_tiles_for(case, on):
+            sharing = case.sharing_warps(tile, on)
+            assert tile.num_warps % sharing == 0, tile
+            assert tile.tile_kv % (tile.num_warps // sharing * 16) == 0 == tile.tile_q % (16 * sharing), tile
 
 
 @pytest.mark.sample(2)

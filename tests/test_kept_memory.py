@@ -97,6 +97,15 @@ def test_few_streams_are_remembered(allocated: list[tuple[int, ...]]) -> None:
     assert [stream for _, _, stream in kept_memory._kept.pieces] == [*range(12, 20)]
 
 
+def test_who_keeps_nothing() -> None:
+    """torch's graphs want their pools back, a CuPy stream's handle may come back as another's, and a library's framework is made for each array."""
+    assert LIKE.framework.keeps_memory(0)
+    assert frameworks._Torch(cuda=False).keeps_memory(0)
+    assert not frameworks._Torch(cuda=True).keeps_memory(0)
+    assert [frameworks._CuPy(bits=False).keeps_memory(stream) for stream in (0, 1, 2, 0x7F00_0000)] == [True, True, True, False]
+    assert not frameworks.DLPackFramework("jax", None, cuda=True).keeps_memory(0)
+
+
 def test_buffers_neither_touch_nor_share() -> None:
     """An access behind the end of one hits nothing, which the simulator reports."""
     places = Places([Buffer("a", (64,), "float32"), Buffer("b", (1,), "int32"), Buffer("c", (100,), "float16")])

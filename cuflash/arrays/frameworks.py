@@ -85,6 +85,11 @@ class Framework:
         """Turn what `empty` gave, once it is filled, into the caller's kind of array, without a copy where the library allows it."""
         return result
 
+    def keeps_memory(self, stream: int) -> bool:
+        """Whether memory for work in this stream may be held beyond a call, to be used by the next one in the stream. Not where a stream's handle may come
+        back as another stream's, where the library may be allocating from a pool of a graph, or where nobody would find it again."""
+        return False
+
     def current_stream(self, device_index: int) -> int:
         """The raw CUDA stream that the caller's library works on at the moment; 0, the default stream, for arrays on the CPU."""
         return 0
@@ -100,6 +105,12 @@ class _NumPy(Framework):
         element = _element_type(dtype, self._bits)
         return BFloat16Bits(numpy.empty(shape, numpy.uint16)) if element is None else numpy.empty(shape, element)
 
+    def keeps_memory(self, stream: int) -> bool:
+        return True
+
+
+_DEFAULT_STREAMS = (0, 1, 2)  # the default stream, the legacy one, and that of the thread, which never end
+
 
 class _CuPy(Framework):
     name = library = "cupy"
@@ -112,6 +123,9 @@ class _CuPy(Framework):
         element = _element_type(dtype, self._bits)
         with cupy.cuda.Device(like.device[1]):
             return BFloat16Bits(cupy.empty(shape, numpy.uint16)) if element is None else cupy.empty(shape, element)
+
+    def keeps_memory(self, stream: int) -> bool:
+        return stream in _DEFAULT_STREAMS
 
     def current_stream(self, device_index: int) -> int:
         return int(_import_cupy().cuda.get_current_stream(device_index).ptr)
@@ -132,6 +146,9 @@ class _Torch(Framework):
         if kind is None:
             kind = self._kinds[dtype, index] = getattr(torch, dtype), torch.device("cuda", index) if self._cuda else torch.device("cpu")
         return torch.empty(shape, dtype=kind[0], device=kind[1])
+
+    def keeps_memory(self, stream: int) -> bool:
+        return not self._cuda  # torch.compile warms graphs up in a pool that it wants back whole, and torch's allocator is quick
 
     def current_stream(self, device_index: int) -> int:
         if not self._cuda:

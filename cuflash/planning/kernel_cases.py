@@ -108,7 +108,13 @@ class KernelCase:
         keys = {}
         for sharing in (1, 2, 4, 8):
             rows, rest = divmod(tile.tile_kv * sharing, tile.num_warps)
-            if not (rest or rows % 16 or tile.tile_q % (16 * sharing) or any(columns // 16 % sharing for columns in self.columns(device))):
+            if not (
+                rest
+                or rows % 16
+                or tile.num_warps % sharing
+                or tile.tile_q % (16 * sharing)
+                or any(columns // 16 % sharing for columns in self.columns(device))
+            ):
                 keys[sharing] = min(rows, 32)
         return max(keys, key=lambda sharing: keys[sharing], default=1)
 

@@ -77,14 +77,20 @@ class Layout:
         return (*ordered[:2], ordered[2] * ordered[3]) if self.flat else ordered
 
     def view(self, array: Array, head_dim: int) -> View:
-        """The canonical view of an array in this layout; `head_dim` says where a flat dimension is cut, and has to divide it."""
+        """The canonical view of an array in this layout; `head_dim` says where a flat dimension is cut, and has to divide it.
+
+        Where an extent is 1 the array's stride says nothing, and 0 stands for it: no address that a kernel makes up is less aligned than the elements.
+        """
         shape, strides = array.shape, array.strides
         if self.varlen:
-            return View((1, *shape), (0, *strides))  # type: ignore[arg-type]
-        if self.flat:
-            shape = (*shape[:2], shape[2] // head_dim, head_dim)
-            strides = (*strides[:2], strides[2] * head_dim, strides[2])
-        return View(self.to_canonical(shape), self.to_canonical(strides))
+            shape, strides = (1, *shape), (0, *strides)
+        elif self.flat:
+            shape = self.to_canonical((*shape[:2], shape[2] // head_dim, head_dim))
+            strides = self.to_canonical((*strides[:2], strides[2] * head_dim, strides[2]))
+        else:
+            shape, strides = self.to_canonical(shape), self.to_canonical(strides)
+        meaningful = tuple(0 if extent == 1 else stride for extent, stride in zip(shape, strides, strict=True))
+        return View(shape, meaningful)  # type: ignore[arg-type]
 
     def describe(self) -> str:
         """The shape in words, such as "(batch, seqlen, heads, head_dim)"."""

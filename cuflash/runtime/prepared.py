@@ -98,7 +98,8 @@ class PreparedCall:
     def check_vectorized(self, arrays: Mapping[str, bool]) -> None:
         """Kernels that copy all arrays 16 bytes at a time get only such: what was planned is what is there."""
         others = [name for name, vectorized in arrays.items() if not vectorized]
-        assert not (self.problem.vectorized and others), f"planned as 16-byte copies, but not {others}"
+        if self.problem.vectorized and others:
+            raise RuntimeError(f"cuflash: planned as copies of 16 bytes, but not {', '.join(others)}: please report it")
 
     def launch_all(self, addresses: dict[str, int], stream: int | None = None) -> None:
         """Start all kernels on `stream`, or on the caller's."""
@@ -171,7 +172,7 @@ class PreparedCall:
         """`launch_all` with memory that is given back when the launches are in the stream."""
         if self.keeps_workspace:
             stream = self.stream()
-            if not kept_memory.is_captured(self.device.kind, stream):
+            if self.framework.keeps_memory(stream) and not kept_memory.is_captured(self.device.kind, stream):
                 self._launch_with_kept(addresses, stream)
                 return
         held = []

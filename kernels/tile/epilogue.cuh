@@ -76,11 +76,11 @@ DEVICE void store_slice(const float (&c)[M][N][4], SmemAddress smem, int warp_ro
 }
 
 // Stores the columns of a row from `column` on that a chunk has, of the first HEAD_DIM. `store_rows` does the same in its
-// place: with a function it would be compiled to other code.
+// place: with a function, and with a column by value here, it would be compiled to other code.
 template <int HEAD_DIM, typename Element>
 DEVICE void store_chunk(Element* row_start, const int& column, const Chunk& chunk, const TensorView& view) {
   constexpr int CHUNK_ELEMENTS = 16 / int(sizeof(Element));
-  if (view.vectorized && column + CHUNK_ELEMENTS <= HEAD_DIM) {
+  if (is_vectorized(view) && column + CHUNK_ELEMENTS <= HEAD_DIM) {
     *reinterpret_cast<Chunk*>(row_start + column) = chunk;
     return;
   }

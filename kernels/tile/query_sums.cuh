@@ -79,6 +79,7 @@ DEVICE void load_fragment(const float* sum, float (&c)[4]) {
 // The same numbers of accumulator tile n of 16 rows of dQ, from where those of dQᵀ lie.
 template <typename Arguments>
 DEVICE void load_transposed_fragment(const Arguments& arguments, int slot, int row_tile, int n, float (&c)[4]) {
+  static_assert(!TRANSPOSED_SUMS || HAS_VECTOR_RED, "four neighbours of a fragment lie together");
   const float* sums = arguments.query_sums + int64(slot) * SLOT_FLOATS;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

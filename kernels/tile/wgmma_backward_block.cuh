@@ -31,6 +31,7 @@ constexpr bool CUTS_KEYS = RAGGED || CAUSAL || WINDOW;  // there may be keys in 
 // setmaxnreg: 384 threads begin with 168 registers each (tile/wgmma_block.cuh).
 constexpr int COPYING_REGISTERS = 24;
 constexpr int COMPUTING_REGISTERS = 240;
+static_assert(COPYING_REGISTERS + WARPGROUPS * COMPUTING_REGISTERS <= (1 + WARPGROUPS) * 168, "more registers than the block began with");
 
 static_assert(WARPGROUPS == 2 && TILE_KV == 16 * NUM_WARPS, "num_warps must be 8, and tile_kv 16 rows for each");
 static_assert(WarpgroupK::SLABS <= 2 && WarpgroupV::SLABS <= 2, "head_dim must be at most 128");
