@@ -5,6 +5,7 @@ Contract: the rest of a page is left as it is; a page without its marks is an er
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -19,7 +20,12 @@ def with_block(page: str, begin: str, block: str, end: str) -> str:
     return f"{before}{begin}\n\n{block}\n\n{end}{after}"
 
 
-def publish_prediction(script: str, table: str, page: Path = PERFORMANCE) -> None:
-    """Put a table into a page, between the marks of the script that predicts it."""
-    begin, end = f"<!-- predicted: benchmarks/{script} --publish -->", f"<!-- end of {script} -->"
-    page.write_text(with_block(page.read_text(encoding="utf-8"), begin, table, end), encoding="utf-8")
+def print_prediction(script: str, lines: Iterable[str], *, publish: bool, page: Path = PERFORMANCE) -> None:
+    """Print a table line by line, as it is made; with `publish` put it into a page, too, between the marks of the script that predicts it."""
+    table = []
+    for line in lines:
+        print(line, flush=True)
+        table.append(line)
+    if publish:
+        begin, end = f"<!-- predicted: benchmarks/{script} --publish -->", f"<!-- end of {script} -->"
+        page.write_text(with_block(page.read_text(encoding="utf-8"), begin, "\n".join(table), end), encoding="utf-8")

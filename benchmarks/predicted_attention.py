@@ -32,7 +32,7 @@ from cuflash.timing import prediction, sass
 from cuflash.timing.description import Description
 from cuflash.timing.machine import CARDS, SUB_PARTITIONS, multiprocessor
 from cuflash.timing.prediction import KernelPrediction
-from marked_pages import publish_prediction
+from marked_pages import print_prediction
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_120")
 HEAD_DIMS = (64, 128, 256)
@@ -207,12 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.publish and (options.arch or options.head_dim):
         parser.error("--publish writes the whole table: leave out --arch and --head-dim")
-    table = []
-    for line in lines(options.arch or ARCHITECTURES, options.head_dim or HEAD_DIMS, Known(), show_kernels=options.kernels):
-        print(line, flush=True)
-        table.append(line)
-    if options.publish:
-        publish_prediction(Path(__file__).name, "\n".join(table))
+    table = lines(options.arch or ARCHITECTURES, options.head_dim or HEAD_DIMS, Known(), show_kernels=options.kernels)
+    print_prediction(Path(__file__).name, table, publish=options.publish)
     return 0
 
 

@@ -23,7 +23,7 @@ from cuflash.planning import kernel_specs, planner
 from cuflash.timing import prediction
 from cuflash.timing.machine import CARDS
 from cuflash.timing.prediction import KernelPrediction
-from marked_pages import publish_prediction
+from marked_pages import print_prediction
 
 ARCHITECTURES = ("sm_80", "sm_90")
 HEAD_DIMS = (64, 128)
@@ -139,12 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.publish and (options.arch or options.head_dim or options.feature):
         parser.error("--publish writes the whole table: leave out --arch, --head-dim and --feature")
     rows = [row for row in ROWS if row.name.split(",")[0] in (options.feature or names)]
-    table = []
-    for line in Table(options.kernels).lines(options.arch or ARCHITECTURES, options.head_dim or HEAD_DIMS, rows):
-        print(line, flush=True)
-        table.append(line)
-    if options.publish:
-        publish_prediction(Path(__file__).name, "\n".join(table))
+    table = Table(options.kernels).lines(options.arch or ARCHITECTURES, options.head_dim or HEAD_DIMS, rows)
+    print_prediction(Path(__file__).name, table, publish=options.publish)
     return 0
 
 

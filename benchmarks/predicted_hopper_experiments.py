@@ -27,7 +27,7 @@ from cuflash.timing.grid import grid_clocks
 from cuflash.timing.machine import CARDS
 from cuflash.timing.prediction import KernelPrediction, predict_kernel
 from cuflash.timing.sass import read_functions
-from marked_pages import TIMING, publish_prediction
+from marked_pages import TIMING, print_prediction
 
 FOLDER = Path(__file__).resolve().parent / "results" / "nvidia-h100-80gb-hbm3" / "hopper-experiments"
 CARD = CARDS["sm_90"]
@@ -254,9 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     found = list(rows())
     table = [*summary(found), "", *details(found, (16384, 2048))]
-    print("\n".join(table))
-    if options.publish:
-        publish_prediction(Path(__file__).name, "\n".join(table), TIMING)
+    print_prediction(Path(__file__).name, table, publish=options.publish, page=TIMING)
     return 0
 
 

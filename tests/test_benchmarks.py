@@ -18,6 +18,7 @@ import numpy
 import pytest
 
 from bench import calls, cases, comparison, first_call, libraries, report, torch_libraries
+from bench import machine as bench_machine
 from bench.calls import Calls, Library, NotSupported, cuflash_calls
 from bench.cases import Case
 from bench.machine import Machine
@@ -29,6 +30,7 @@ from cuflash.cli.samples import Sample
 from cuflash.hardware import device
 from cuflash.planning.planner import make_plan
 from cuflash.problem.features import FeatureSet
+from cuflash.tuner import checkout
 from small_calls import judge as judging
 from small_calls import streams
 from small_calls.arrays import operands_of, run, values_of
@@ -54,6 +56,15 @@ def machine() -> Machine:
 def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+def test_results_name_the_commit_or_the_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit as tables of tiles name it."""
+    for found, said in (("0123456789ab+", "0123456789ab+"), ("", f"tree-{bench_machine.tree_hash()}")):
+        monkeypatch.setattr(checkout, "commit", lambda found=found: found)
+        bench_machine.commit.cache_clear()
+        assert bench_machine.commit() == said
+    bench_machine.commit.cache_clear()
 
 
 # --- What is timed ------------------------------------------------------------------------------------------------------------------------

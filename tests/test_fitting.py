@@ -166,6 +166,26 @@ def test_times_give_the_constants_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not decided by these times: barrier_latency" in words
 
 
+def test_each_architecture_says_what_was_left_out_of_its_own_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one of which nothing is left to fit."""
+
+    def made(found: Table, left_out: dict[str, int]) -> list[Any]:
+        arch = str(found.device["arch"])
+        left_out[f"a reason of {arch}"] = 1
+        return [] if arch == "sm_86" else [arch]
+
+    def fitted(arch: str, *_: Any) -> fitting.Fit:
+        return fitting.Fit(arch, {}, {}, (1.0,), (1.0,))
+
+    monkeypatch.setattr(fitting, "observations", made)
+    monkeypatch.setattr(fitting, "_fitted", fitted)
+    tables = [replace(table([1.0]), device=device_facts(replace(CARD, arch=arch))) for arch in ("sm_80", "sm_90", "sm_86")]
+    said: list[str] = []
+    fits = fitting.fit(tables, said.append)
+    assert {fit.arch: dict(fit.left_out) for fit in fits} == {arch: {f"a reason of {arch}": 1} for arch in ("sm_80", "sm_90")}
+    assert said == ["sm_86: nothing to fit: 1 a reason of sm_86"]
+
+
 def test_noise_moves_nothing_far(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few and noisy times: what is found lies within three of the deviations that the fit gives."""
     arithmetic(monkeypatch, 9, noise=0.04)

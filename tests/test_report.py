@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,22 @@ def test_predictions_are_drawn_as_predictions(drawn: dict[str, pictures.Picture]
     assert "predicted, ms" in words(drawn["predicted"])
     commits = {row["commit"] for row in found.predicted}
     assert all(commit in drawn["predicted"].caption for commit in commits)
+    assert f"cuflash's kernels as of commit {', '.join(commits)}" in speed.caption
+
+
+def test_only_what_is_predicted_is_called_so(found: Results) -> None:
+    """By the heading of README.md's picture and the captions of the report's."""
+    plt = pictures.pyplot()
+    alone = replace(found, predicted=[])
+    for results_of, heading in ((found, "causal, measured and predicted, NVIDIA"), (alone, "causal, measured, NVIDIA")):
+        picture = pictures.overview(results_of, plt)
+        assert heading in picture.figure.get_suptitle()
+        plt.close(picture.figure)
+    drawn_alone = list(pictures.speed(alone, plt))
+    for picture in drawn_alone:
+        assert "Dotted" not in picture.caption
+        plt.close(picture.figure)
+    assert drawn_alone
 
 
 def test_no_rate_is_above_the_roof(found: Results) -> None:

@@ -41,6 +41,7 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert told == PAGE.count("```text") >= 7
     calls.forget()
     assert len(names["found"].entries) == 1
+    assert len(names["legal"]) > 100
     assert "the user's table" in str(names["tuned"])
     assert (tmp_path / "own.json").exists()
     assert numpy.isfinite(names["theirs"].astype(float)).all()

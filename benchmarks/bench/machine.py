@@ -18,6 +18,7 @@ import numpy
 
 from cuflash.hardware import device
 from cuflash.hardware.architectures import architecture
+from cuflash.tuner import checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,10 +68,7 @@ def output_of(*command: str) -> str:
 @functools.cache
 def commit() -> str:
     """The commit and whether files differ from it; in a copy without history a hash of library and kernels."""
-    found = output_of("git", "rev-parse", "--short=12", "HEAD")
-    if re.fullmatch("[0-9a-f]{12}", found):
-        return found + ("+" if output_of("git", "status", "--porcelain", "--untracked-files=no", "cuflash", "kernels") else "")
-    return f"tree-{tree_hash()}"
+    return checkout.commit() or f"tree-{tree_hash()}"
 
 
 @functools.cache

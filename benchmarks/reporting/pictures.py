@@ -96,8 +96,15 @@ def speed(results: Results, plt: Any) -> Iterator[Picture]:
         yield Picture(
             f"speed-{dtype}-{direction}", "speed", f"TFLOP/s against length: {dtype}, {direction}",
             "Rates count the scores that are visible. Dashed: what the card's matrix units can do with each kind of instruction, and a large matrix product "
-            "measured on the same card. Dotted with open circles: the timing model's prediction for cuflash's kernels as they are now.", figure,
+            f"measured on the same card.{_dotted(results)}", figure,
         )  # fmt: skip
+
+
+def _dotted(results: Results) -> str:
+    """What a caption says of predictions, if there are any."""
+    if not results.expected:
+        return ""
+    return f" Dotted with open circles: the timing model's prediction for cuflash's kernels as of commit {', '.join(results.predicted_at)}."
 
 
 def overview(results: Results, plt: Any, dtype: str = "bfloat16") -> Picture:
@@ -110,7 +117,8 @@ def overview(results: Results, plt: Any, dtype: str = "bfloat16") -> Picture:
         for column, head_dim in enumerate(head_dims):
             _speed_panel(panels[line][column], results, here, (dtype, head_dim, True, direction))
             panels[line][column].set_title(f"{direction}, head_dim {head_dim}")
-    _finish(figure, panels, "seqlen", "TFLOP/s", _heading(results, f"{dtype}, causal, measured"))
+    drawn = "measured and predicted" if any(key[0] == dtype and key[2] for key in results.expected) else "measured"
+    _finish(figure, panels, "seqlen", "TFLOP/s", _heading(results, f"{dtype}, causal, {drawn}"))
     return Picture("overview", "speed", f"{dtype}, causal", "", figure)
 
 
@@ -313,10 +321,9 @@ def predictions(results: Results, plt: Any) -> Iterator[Picture]:
     figure.suptitle(_heading(results, "predicted against measured"), fontsize=10)
     figure.tight_layout()
     measured_at = ", ".join(sorted({found[key]["cuflash"]["commit"] for key in pairs}))
-    predicted_at = ", ".join(sorted({row["commit"] for row in expected.values()}))
     yield Picture(
         "predicted", "model", "Predicted against measured",
-        f"Predicted: the timing model, kernels of commit {predicted_at}. Measured: kernels of commit {measured_at}; where they changed in between, both differ. "
+        f"Predicted: the timing model, kernels of commit {', '.join(results.predicted_at)}. Measured: kernels of commit {measured_at}; where they changed in between, both differ. "
         "Above the line the model is too slow, below it too fast.", figure,
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """What the timing model expects of the plain cases of a folder of results: predicted.csv beside attention.csv.
 
-Contract: every row is of the kernels as they are now, of the card that stands in the row, and was never run. Needs CuPy's NVRTC and nvdisasm, no GPU; a minute
+Contract: every row is of the kernels as of the commit that stands in the row, of the card that does, and was never run. Needs CuPy's NVRTC and nvdisasm, no GPU; a minute
 for each element type.
 """
 

@@ -117,3 +117,8 @@ class Results:
     def expected(self) -> dict[Key, Row]:
         """What the timing model predicts, by plain case."""
         return {(row["dtype"], int(row["head_dim"]), row["causal"] == "1", int(row["seqlen"]), row["pass"]): row for row in self.predicted}
+
+    @property
+    def predicted_at(self) -> list[str]:
+        """The commits of the kernels that were predicted."""
+        return sorted({row["commit"] for row in self.expected.values()})

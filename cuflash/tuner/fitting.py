@@ -224,20 +224,28 @@ def fit(tables: Sequence[Table], say: Say = lambda words: None) -> list[Fit]:
     Raises:
         OptionError: nothing in the tables can be predicted again, or one is not of a GPU.
     """
-    fits, left_out = [], dict[str, int]()
+    fits: list[Fit] = []
     by_arch: dict[str, list[Observation]] = {}
+    left_out: dict[str, dict[str, int]] = {}
     for table in tables:
-        for observation in observations(table, left_out):
-            by_arch.setdefault(observation.card.arch, []).append(observation)
-    if not by_arch:
-        reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.items()) or "they are empty"
+        arch = str(table.device["arch"])
+        by_arch.setdefault(arch, []).extend(observations(table, left_out.setdefault(arch, {})))
+    if not any(by_arch.values()):
+        reasons = "; ".join(map(_reasons, filter(None, left_out.values()))) or "they are empty"
         hint = "Run `python -m cuflash autotune` on the card, with these kernels, for plain or causal calls."
         raise OptionError("fit", f"tables with nothing to fit: {reasons}", "times of the present kernels", hint)
     for arch, found in by_arch.items():
+        if not found:
+            say(f"{arch}: nothing to fit: {_reasons(left_out[arch]) or 'its tables are empty'}")
+            continue
         held = found[2::3] if len(found) >= 6 else []
         seen = [observation for observation in found if all(observation is not other for other in held)]
-        fits.append(replace(_fitted(arch, seen, held, say), left_out=left_out))
+        fits.append(replace(_fitted(arch, seen, held, say), left_out=left_out[arch]))
     return fits
+
+
+def _reasons(left_out: Mapping[str, int]) -> str:
+    return "; ".join(f"{count} {reason}" for reason, count in left_out.items())
 
 
 def _fitted(arch: str, seen: Sequence[Observation], held: Sequence[Observation], say: Say) -> Fit:
