@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import numbers
 import operator
 from collections.abc import Hashable
@@ -11,9 +10,10 @@ from typing import Any
 
 from cuflash.arrays.borrowing import CPU, AnyArray, Array, BFloat16Bits, borrow, describe, signature
 from cuflash.decoding import attention_with_kvcache, kvcache_plan
-from cuflash.errors import OptionError, ShapeError
+from cuflash.errors import DTypeError, OptionError, ShapeError
 from cuflash.merging import merge_attention
 from cuflash.planning import split_forward
+from cuflash.problem.options import check_bool
 from cuflash.problem.other_names import explains_keywords
 
 _LAUNCHES = 3
@@ -46,29 +46,37 @@ def cascade_attention(
         prefix_length: keys that all sequences have in common: `page_table` has the same pages for them in each row, of which the first row is read. A multiple of
             the page size. Every sequence has at least so many keys; on the CPU it raises if not.
         cascade: True: attention over the prefix for the queries of all sequences together, over its own keys for each, and `merge_attention`; False: one call; None:
-            as is predicted to be faster (`pays`).
+            as is predicted to be faster. One call in any case where a causal mask may hide keys of the prefix: with is_causal and at least two queries more than
+            new keys.
 
     Returns:
         What `attention_with_kvcache` returns.
 
     Source: Ye et al. 2024, Cascade Inference, flashinfer.ai/2024/02/02/cascade-inference.html.
     """
-    _check_dimensions(query=(query, 4), key_cache=(key_cache, 4), page_table=(page_table, 2), cache_seqlens=(cache_seqlens, 1))
+    operands: dict[str, tuple[Any, int]] = {
+        "query": (query, 4), "key_cache": (key_cache, 4), "page_table": (page_table, 2), "cache_seqlens": (cache_seqlens, 1),
+    }  # fmt: skip
+    arrays = _borrowed(operands | ({} if key is None else {"key": (key, 4)}))
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "return_lse": True}
     own = {"cache_seqlens": cache_seqlens, "page_table": page_table, "is_causal": is_causal, "sinks": sinks, **options}
-    pages = _check_prefix(prefix_length, key_cache, page_table)
-    table, lengths = borrow(page_table, "page_table"), borrow(cache_seqlens, "cache_seqlens")
-    _check_lengths(lengths, prefix_length)
-    if cascade is None:
-        cascade = pays(query, key_cache, value_cache, cache_seqlens=cache_seqlens, page_table=page_table, prefix_length=prefix_length)
-    if not (cascade and prefix_length):
+    pages = _check_prefix(prefix_length, arrays["key_cache"], arrays["page_table"])
+    _check_lengths(arrays["cache_seqlens"], prefix_length)
+    batch, seqlen_q, heads, head_dim = arrays["query"].shape
+    new = arrays["key"].shape[1] if key is not None else 0
+    all_see_the_prefix = not (check_bool("is_causal", is_causal) and seqlen_q > new + 1)
+    cut = {"query": query, "page_table": page_table, "cache_seqlens": cache_seqlens}
+    wanted = _can_be_cut(cut) if cascade is None else check_bool("cascade", cascade) and _check_can_be_cut(cut)
+    wanted = wanted and all_see_the_prefix and batch > 0 and prefix_length > 0
+    if wanted and cascade is None:
+        wanted = pays(query, key_cache, value_cache, cache_seqlens=cache_seqlens, page_table=page_table, prefix_length=prefix_length)
+    if not wanted:
         return attention_with_kvcache(query, key_cache, value_cache, key, value, **own | {"return_lse": return_lse})
-    batch, seqlen_q, heads, head_dim = query.shape
-    padding = _filled(table, batch, prefix_length)
-    out, lse = attention_with_kvcache(query, key_cache, value_cache, key, value, cache_leftpad=padding, **own)
+    prefix = _filled(arrays["page_table"], batch, prefix_length)
+    out, lse = attention_with_kvcache(query, key_cache, value_cache, key, value, cache_leftpad=prefix, **own)
     together = _reshaped(query, (1, batch * seqlen_q, heads, head_dim))
     of_prefix, lse_of_prefix = attention_with_kvcache(
-        together, key_cache, value_cache, cache_seqlens=_filled(table, 1, prefix_length), page_table=page_table[:1, :pages], **options
+        together, key_cache, value_cache, cache_seqlens=prefix[:1], page_table=page_table[:1, :pages], **options
     )
     parts = [_reshaped(of_prefix, out.shape), out]
     lses = [lse_of_prefix.reshape(heads, batch, seqlen_q).swapaxes(0, 1), lse]
@@ -81,9 +89,11 @@ def pays(
 ) -> bool:
     """Whether a cascade is predicted to be faster than one call, with sequences as long as they have room for: by the small model that also says how many splits
     are fastest (planning/split_forward.py), and three launches more. It is not measured."""
-    pages = _check_prefix(prefix_length, key_cache, page_table)
+    pages = _check_prefix(prefix_length, borrow(key_cache, "key_cache"), borrow(page_table, "page_table"))
     arrays = (query, key_cache, value_cache, cache_seqlens, page_table)
     key = (prefix_length, *map(signature, arrays))
+    if None in key:  # of another library, whose arrays nothing else tells apart
+        return prefix_length > 0 and _costs_less(*arrays, prefix_length, pages)
     if key not in _known:
         if len(_known) >= _MAX_KNOWN:
             _known.clear()
@@ -105,19 +115,34 @@ def _costs_less(query: Any, key_cache: Any, value_cache: Any, cache_seqlens: Any
     return costs[0] + costs[1] + _LAUNCHES * split_forward.LAUNCH_TILES < split_forward.predicted_cost(whole)
 
 
-def _check_dimensions(**given: tuple[Any, int]) -> None:
-    """Those of arrays whose shapes are looked at before the calls that check all else."""
-    for name, (operand, count) in given.items():
-        shape = borrow(operand, name).shape
+def _borrowed(operands: dict[str, tuple[Any, int]]) -> dict[str, Array]:
+    """Arrays whose shapes are looked at before the calls that check all else, each of so many dimensions."""
+    arrays = {name: borrow(operand, name) for name, (operand, _) in operands.items()}
+    for name, (_, count) in operands.items():
+        shape = arrays[name].shape
         if len(shape) != count:
             raise ShapeError(
                 name, f"{len(shape)} dimensions, {shape}", f"{count} dimensions", "As in attention_with_kvcache, with a page_table."
             )
+    return arrays
 
 
-def _check_prefix(prefix_length: object, key_cache: Any, page_table: Any) -> int:
+def _can_be_cut(operands: dict[str, Any]) -> bool:
+    """A cascade takes parts of arrays, or puts them into another shape, which DLPack alone does not do."""
+    return all(isinstance(x, BFloat16Bits) or (hasattr(x, "reshape") and hasattr(x, "__getitem__")) for x in operands.values())
+
+
+def _check_can_be_cut(operands: dict[str, Any]) -> bool:
+    for name, operand in operands.items():
+        if not _can_be_cut({name: operand}):
+            expected = "an array that can be reshaped and sliced, for a cascade"
+            raise DTypeError(name, describe(operand), expected, f"Pass numpy.from_dlpack({name}) or its like, or leave cascade out.")
+    return True
+
+
+def _check_prefix(prefix_length: object, key_cache: Array, page_table: Array) -> int:
     """How many pages the prefix has."""
-    page_size, pages = int(key_cache.shape[1]), int(page_table.shape[-1])
+    page_size, pages = key_cache.shape[1], page_table.shape[-1]
     hint = "Keys behind the last whole page that all sequences share are keys of each sequence's own."
     if isinstance(prefix_length, numbers.Integral) and not isinstance(prefix_length, bool):
         count, rest = divmod(operator.index(prefix_length), page_size or 1)
@@ -138,17 +163,11 @@ def _check_lengths(lengths: Array, prefix_length: int) -> None:
         raise OptionError("cache_seqlens", f"{shortest} keys", f"at least {prefix_length}, the prefix_length", hint)
 
 
-@functools.lru_cache(maxsize=64)
-def _made(framework: Any, device: tuple[str, int], count: int, number: int) -> Any:
-    stand_in = Array(0, (), (), "int32", 4, device, framework, None)
-    made = framework.empty((count,), "int32", stand_in)
-    made[...] = number
-    return framework.finish(made)
-
-
 def _filled(like: Array, count: int, number: int) -> Any:
-    """An int32 array of one number, made once."""
-    return _made(like.framework, like.device, count, number)
+    """An int32 array of one number, new for each call: it is filled in the order of the caller's stream, which a graph captures."""
+    made = like.framework.empty((count,), "int32", like)
+    made[...] = number
+    return like.framework.finish(made)
 
 
 def _reshaped(array: Any, shape: tuple[int, ...]) -> Any:

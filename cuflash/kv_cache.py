@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import operator
 import sys
@@ -10,11 +11,11 @@ from typing import Any
 
 import numpy
 
-from cuflash.arrays.borrowing import AnyArray, Pinned, describe
+from cuflash.arrays.borrowing import AnyArray, Pinned, borrow, describe
 from cuflash.decoding import attention_with_kvcache
 from cuflash.errors import OptionError, ShapeError
 
-_OWN_OPTIONS = frozenset(("layout", "page_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad"))
+_OWN_OPTIONS = frozenset(("layout", "page_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q", "max_seqlen_q"))
 """Arguments of `attention_with_kvcache` that `KVCache.attend` does not take."""
 
 
@@ -108,14 +109,15 @@ class KVCache:
             name = next(name for name in options if name in _OWN_OPTIONS)
             hint = "Leave it out, or keep the arrays yourself and call attention_with_kvcache."
             raise OptionError(name, describe(options[name]), "no such argument: the cache has its own", hint)
-        if len(key.shape) != 4:
+        shape = key.shape if hasattr(key, "shape") else borrow(key, "key").shape
+        if len(shape) != 4:
             raise ShapeError(
                 "key",
-                f"{len(key.shape)} dimensions, {tuple(key.shape)}",
+                f"{len(shape)} dimensions, {tuple(shape)}",
                 "4 dimensions (batch, seqlen, heads, head_dim)",
                 "One key is key[:, None].",
             )
-        new = int(key.shape[1])
+        new = int(shape[1])
         if new > self._spare:
             self._take_pages([length + new for length in self.lengths])
         result = attention_with_kvcache(
@@ -137,10 +139,10 @@ class KVCache:
 
     def truncate(self, sequence: int, length: int = 0) -> None:
         """Forget the keys of a sequence from `length` on, as of tokens that were speculated wrongly, or all of them; their pages are free for others."""
-        if not 0 <= length <= self.lengths[sequence]:
-            raise OptionError(
-                "length", describe(length), f"0 to {self.lengths[sequence]}, what sequence {sequence} has", "A cache grows by attend."
-            )
+        last = len(self._lengths) - 1
+        sequence = _index("sequence", sequence, last, f"an int from 0 to {last}", "Sequences are counted as rows of the batch.")
+        there = self._lengths[sequence] + self._of_steps
+        length = _index("length", length, there, f"an int from 0 to {there}, what sequence {sequence} has", "A cache grows by attend.")
         page_size = self.keys.shape[1]
         kept = -(-length // page_size)
         self._free += reversed(self._pages[sequence][kept:])
@@ -210,13 +212,27 @@ class _Library:
         of_torch = getattr(self._xp, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(of_torch, self._xp.dtype):
             raise OptionError("dtype", describe(dtype), "a type of torch's, or its name", "Pass torch.float16 or torch.bfloat16.")
-        return self._xp.empty(shape, dtype=of_torch, device=self._device)
+        with self._plain():
+            return self._xp.empty(shape, dtype=of_torch, device=self._device)
 
     def int32(self, numbers: Any) -> Any:
         """A copy, which a GPU is not waited for."""
         if not self._is_torch:
             return self._xp.asarray(numbers)
-        return self._xp.from_numpy(numbers).to(self._device or self._xp.get_default_device(), non_blocking=True)
+        with self._plain():
+            return self._xp.from_numpy(numbers).to(self._device or self._xp.get_default_device(), non_blocking=True)
+
+    def _plain(self) -> contextlib.AbstractContextManager[object]:
+        """Tensors that are made under torch.inference_mode() could not be changed outside of it."""
+        mode: contextlib.AbstractContextManager[object] = self._xp.inference_mode(False)
+        return mode
+
+
+def _index(name: str, value: object, last: int, expected: str, hint: str) -> int:
+    """An int from 0 to the last one."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= operator.index(value) <= last:
+        return operator.index(value)
+    raise OptionError(name, describe(value), expected, hint)
 
 
 def _count(name: str, value: object) -> int:

@@ -11,7 +11,7 @@ from conftest import Target
 
 import cuflash
 from cuflash import cascade
-from cuflash.errors import KeywordError, OptionError, ShapeError
+from cuflash.errors import DTypeError, KeywordError, OptionError, ShapeError
 
 pytest.importorskip("cupy")
 
@@ -58,6 +58,42 @@ def test_a_cascade_is_as_exact_as_one_call(options: dict[str, Any], simulator: T
         assert Target.bits(given["key_cache"][row, 200 % PAGE]) == Target.bits(made.plain["key"][2, 0]), "appended"
 
 
+@pytest.mark.parametrize(
+    ("seqlen_q", "new", "calls"), [(3, 0, 1), (3, 1, 1), (3, 2, 2), (1, 0, 2)], ids=["no new keys", "one", "two", "one query"]
+)
+def test_a_causal_mask_that_hides_keys_of_the_prefix(
+    seqlen_q: int, new: int, calls: int, simulator: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the first queries end within it, there is one call: the one over the prefix has no mask."""
+    made, seen = CacheCall((64, 70), seqlen_q, new, 6, 2, room=128, page_size=PAGE, options={"is_causal": True}), []
+    for name in ("keys", "values"):
+        made.plain[name][1][:PREFIX] = made.plain[name][0][:PREFIX]
+    attend = cascade.attention_with_kvcache
+    monkeypatch.setattr(
+        cascade, "attention_with_kvcache", lambda *operands, **more: seen.append(operands[0].shape) or attend(*operands, **more)
+    )
+    made.check_results(*cuflash.cascade_attention(**arrays_of(made), prefix_length=PREFIX, cascade=True, return_lse=True))
+    assert len(seen) == calls
+
+
+def test_no_sequences(simulator: Target) -> None:
+    given = arrays_of(call())
+    empty = {name: given[name][:0] for name in ("query", "key", "value", "cache_seqlens", "page_table")}
+    for chosen in (True, False, None):
+        assert cuflash.cascade_attention(**given | empty, prefix_length=PREFIX, cascade=chosen).shape == (0, 2, 6, 32)
+
+
+def test_arrays_of_one_number_are_filled_in_each_call(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of its own stream, which may be captured; nothing that an earlier call has filled is read."""
+    fill, made = cascade._filled, []
+    monkeypatch.setattr(cascade, "_filled", lambda *given: made.append(fill(*given)) or made[-1])
+    for _ in range(2):
+        cuflash.cascade_attention(**arrays_of(call()), prefix_length=PREFIX, cascade=True)
+    first, second = made
+    assert first is not second
+    assert not numpy.shares_memory(first, second)
+
+
 def test_without_a_prefix_it_is_one_call(simulator: Target) -> None:
     made = call(is_causal=True)
     out = cuflash.cascade_attention(**arrays_of(made), prefix_length=0, cascade=True)
@@ -95,3 +131,36 @@ def test_what_cannot_be_used_is_named(simulator: Target) -> None:
         cuflash.cascade_attention(**given | {"query": given["query"][:, 0]}, prefix_length=16)
     with pytest.raises(KeywordError, match="window"):
         cuflash.cascade_attention(**given, prefix_length=16, window=(1, 0))
+    for wrong in ("x", 2, 1):
+        with pytest.raises(OptionError, match=f"cascade: got {wrong!r}; expected True or False"):
+            cuflash.cascade_attention(**given, prefix_length=16, cascade=wrong)
+    with pytest.raises(ShapeError, match=r"key: got 3 dimensions, \(3, 2, 32\); expected 4"):
+        cuflash.cascade_attention(**given | {"key": given["key"][:, 0]}, prefix_length=16)
+
+
+class OnlyDLPack:
+    """An array that has no shape and cannot be sliced."""
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.x.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.x.__dlpack_device__()
+
+
+def test_arrays_with_nothing_but_dlpack(simulator: Target) -> None:
+    """One call takes them; a cascade, which has to cut them, says what it needs."""
+    made = call(is_causal=True)
+    want = cuflash.cascade_attention(**arrays_of(made), prefix_length=PREFIX, cascade=False)
+    names = ("query", "key_cache", "value_cache", "key", "value", "cache_seqlens", "page_table")
+    given = arrays_of(made)
+    wrapped = given | {name: OnlyDLPack(given[name]) for name in names}
+    for chosen in (False, None):
+        out = cuflash.cascade_attention(**wrapped, prefix_length=PREFIX, cascade=chosen)
+        assert Target.bits(numpy.from_dlpack(out)) == Target.bits(want)
+    for name in ("query", "cache_seqlens", "page_table"):
+        with pytest.raises(DTypeError, match=rf"{name}: got an object of type .*OnlyDLPack; .*sliced.*from_dlpack\({name}\)"):
+            cuflash.cascade_attention(**given | {name: OnlyDLPack(given[name])}, prefix_length=PREFIX, cascade=True)

@@ -422,3 +422,15 @@ def test_the_plan_says_what_runs(simulator: Target) -> None:
     assert re.search(r"forward_split: forward_split_mma.cu, tile_q=16, .*, keys of a sequence in \d+ splits", str(planned))
     with pytest.raises(OptionError, match="window"):
         cuflash.kvcache_plan(**given, window=3)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_table_of_no_sequences(order: Any, simulator: Target) -> None:
+    """Its strides mean nothing."""
+    given = PAGES.arrays()
+    empty = {name: given[name][:0] for name in ("query", "cache_seqlens")} | {"page_table": numpy.zeros((0, 4), "int32", order)}
+    for name in ("key", "value", "cache_leftpad", "attn_mask"):
+        if name in given:
+            empty[name] = given[name][:0]
+    out = cuflash.attention_with_kvcache(**given | empty)
+    assert out.shape == empty["query"].shape

@@ -10,7 +10,7 @@ import pytest
 from conftest import Target
 
 import cuflash
-from cuflash.errors import OptionError, ShapeError
+from cuflash.errors import DTypeError, OptionError, ShapeError
 
 pytest.importorskip("cupy")
 
@@ -82,8 +82,41 @@ def test_what_cannot_be_used_is_named() -> None:
         cuflash.KVCache(1, 1, 32, device="cuda")
     cache = cuflash.KVCache(1, 1, 32)
     x: Any = numpy.zeros((1, 1, 1, 32), "float16")
-    for name in ("layout", "page_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad"):
+    for name in ("layout", "page_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q", "max_seqlen_q"):
         with pytest.raises(OptionError, match=f"{name}: got .*the cache has its own"):
             cache.attend(x, x, x, **{name: "bhsd"})
-    with pytest.raises(OptionError, match="length: got 1; expected 0 to 0"):
+    with pytest.raises(OptionError, match="length: got 1; expected an int from 0 to 0, what sequence 0 has"):
         cache.truncate(0, 1)
+    with pytest.raises(OptionError, match=r"cu_seqlens_q: got .*the cache has its own"):
+        cache.attend(x[0], x[0], x[0], cu_seqlens_q=numpy.array([0, 1], "int32"))
+    for key in ([[[[0.0]]]], None):
+        with pytest.raises(DTypeError, match=r"key: got .*NumPy array"):
+            cache.attend(x, key, x)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((0, 1.0), r"length: got 1.0; expected an int from 0 to 3, what sequence 0 has.*grows by attend"),
+        ((0, None), "length: got None"),
+        ((0, True), "length: got True"),
+        ((0, -1), "length: got -1"),
+        ((0, 4), "length: got 4"),
+        ((5, 0), "sequence: got 5; expected an int from 0 to 1"),
+        ((-1, 0), "sequence: got -1"),
+        ((0.0, 1), "sequence: got 0.0"),
+        ((False, 1), "sequence: got False"),
+        ((None,), "sequence: got None"),
+    ],
+    ids=str,
+)
+def test_what_truncate_cannot_use_is_named(given: Any, message: str, simulator: Target) -> None:
+    cache = cuflash.KVCache(2, 1, 32, page_size=8)
+    x: Any = numpy.ones((2, 3, 1, 32), "float16")
+    cache.attend(x, x, x)
+    with pytest.raises(OptionError, match=message):
+        cache.truncate(*given)
+    assert cache.lengths == [3, 3] == cache.seqlens.tolist()
+    cache.truncate(numpy.int64(1), numpy.int32(2))
+    assert cache.lengths == [3, 2] == cache.seqlens.tolist()
+    assert all(type(length) is int for length in cache.lengths)

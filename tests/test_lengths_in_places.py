@@ -123,8 +123,12 @@ def test_the_kernel_of_wgmma_leaves_them_to_another(monkeypatch: pytest.MonkeyPa
 def test_what_cannot_be_used_is_named(simulator: Target) -> None:
     (_, *inputs), *_ = given("both")
     inputs[0], offsets = inputs[0][:, :2], (int32(OFFSETS_Q), int32(OFFSETS_KV))
-    with pytest.raises(ShapeError, match=r"seqused_q: got shape \(3,\)"):
-        cuflash.varlen_attention(*inputs, *offsets, seqused_q=int32([1, 2, 3]))
+    for name, counted in (("seqused_q", "queries"), ("seqused_kv", "keys")):
+        message = rf"{name}: got shape \(3,\); expected \(4,\), a length for each packed sequence\. Pass the number of {counted} of each"
+        with pytest.raises(ShapeError, match=message):
+            cuflash.varlen_attention(*inputs, *offsets, **{name: int32([1, 2, 3])})
+    with pytest.raises(OptionError, match=r"max_seqlen_q: got 2; expected at least 3, the longest sequence in seqused_q"):
+        cuflash.varlen_attention(*inputs, *offsets, 2, 99, seqused_q=int32([3, 1, 1, 1]))
     with pytest.raises(DTypeError, match="seqused_kv: got int64; expected int32"):
         cuflash.varlen_attention(*inputs, *offsets, seqused_kv=numpy.array([1, 2, 3, 4]))
     with pytest.raises(DTypeError, match=r"seqused_q: .*Make an array of it first"):

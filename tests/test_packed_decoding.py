@@ -124,6 +124,31 @@ def test_offsets_that_make_no_sense_never_leave_the_arrays(simulator: Target, mo
                 assert not out.any()
 
 
+def test_no_tokens(simulator: Target) -> None:
+    """Nothing is computed and nothing appended, as in `varlen_attention`."""
+    given = PackedCall((0, 0), (5, 60), new=True, heads_q=2, heads_kv=1, rotary_dim=8, page_size=16, options={"is_causal": True}).arrays()
+    given |= {name: numpy.zeros((0, heads, 32), "float16") for name, heads in (("query", 2), ("key", 1), ("value", 1))}
+    before = {name: given[name].copy() for name in ("key_cache", "value_cache")}
+    of_no_sequences = {
+        "cu_seqlens_q": given["cu_seqlens_q"][:1],
+        "cache_seqlens": given["cache_seqlens"][:0],
+        "page_table": given["page_table"][:0],
+    }
+    rotary = ("rotary_cos", "rotary_sin", "rotary_interleaved")
+    for changed in (
+        {},
+        {"key": None, "value": None} | dict.fromkeys(rotary),
+        dict.fromkeys(rotary) | {"max_seqlen_q": 4},
+        of_no_sequences,
+    ):
+        for _ in range(2):
+            out, lse = cuflash.attention_with_kvcache(**given | changed, return_lse=True)
+            assert (out.shape, lse.shape) == ((0, 2, 32), (2, 0))
+    assert "nothing to compute" in str(cuflash.kvcache_plan(**given))
+    for name, cache in before.items():
+        assert Target.bits(given[name]) == Target.bits(cache)
+
+
 def test_what_cannot_be_used_is_named(simulator: Target) -> None:
     given = PackedCall((4, 2), (5, 60), new=True).arrays()
 
@@ -135,6 +160,11 @@ def test_what_cannot_be_used_is_named(simulator: Target) -> None:
     refused(OptionError, r"cu_seqlens_q: got a last offset of 11; expected at most 9", cu_seqlens_q=numpy.array([0, 4, 11], "int32"))
     refused(ShapeError, r"cache_seqlens: .*expected \(3,\)", cu_seqlens_q=numpy.array([0, 4, 5, 6], "int32"))
     refused(ShapeError, r"query: got 4 dimensions.*3 dimensions \(tokens, heads, head_dim\) with cu_seqlens_q", query=given["query"][None])
+    refused(
+        ShapeError,
+        r"query: got shape \(9, 0, 32\), read as \(tokens, heads, head_dim\); .*one head and column",
+        query=given["query"][:, :0],
+    )
     refused(ShapeError, r"key: got shape \(8, 1, 32\).*expected \(9, 1, 32\)", key=given["key"][1:])
     refused(OptionError, r"attn_mask: .*packed sequences have scores of different shapes", attn_mask=numpy.ones((1, 1), bool))
     refused(OptionError, r"cache_seqlens: got 297 at 0; expected 0 to 296", cache_seqlens=numpy.array([297, 0], "int32"))

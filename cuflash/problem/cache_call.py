@@ -110,7 +110,8 @@ def make_cache_problem(arrays: Mapping[str, Array], given: CacheOptions) -> Prob
     _check_per_sequence("cache_seqlens", arrays["cache_seqlens"], sequences, "how many keys the cache has of each sequence")
     cache, capacity = _check_places(arrays, views, sequences)
     new = _check_new(arrays, views, form, capacity)
-    rotary = _check_rotary(arrays, given.rotary_interleaved, head_dim, capacity, has_new=new is not None)
+    no_tokens = packed is not None and seqlen_q == 0
+    rotary = _check_rotary(arrays, given.rotary_interleaved, head_dim, capacity, has_new=new is not None or (no_tokens and "key" in arrays))
     chosen_scale = head_dim**-0.5 if scale is None else scale
     features = check_features(
         Extents(sequences, num_heads_q, longest, capacity, query),
@@ -177,11 +178,13 @@ def _views(arrays: Mapping[str, Array], form: Layout) -> dict[str, View]:
             raise UnsupportedError(name, f"shape {shape}", f"extents of at most {MAX_EXTENT}", "Split the call.")
         views[name] = form.view(arrays[name], form.to_canonical(shape)[3])
     _, seqlen_q, heads, head_dim = views["query"].shape
-    got = f"shape {arrays['query'].shape}, read as {form.describe()}"
-    if not (seqlen_q and heads and head_dim):
-        raise ShapeError("query", got, "at least one query, head and column", "Say how dimensions are read with layout=.")
+    packed = "cu_seqlens_q" in arrays
+    got = f"shape {arrays['query'].shape}, read as {(PACKED if packed else form).describe()}"
+    hint = "Packed queries have the dimensions (tokens, heads, head_dim)." if packed else "Say how dimensions are read with layout=."
+    if not ((seqlen_q or packed) and heads and head_dim):
+        raise ShapeError("query", got, f"at least one {'' if packed else 'query, '}head and column", hint)
     if head_dim > MAX_HEAD_DIM:
-        raise UnsupportedError("query", got, f"a head_dim of at most {MAX_HEAD_DIM}", "Say how dimensions are read with layout=.")
+        raise UnsupportedError("query", got, f"a head_dim of at most {MAX_HEAD_DIM}", hint)
     return views
 
 
@@ -266,7 +269,7 @@ def _check_places(arrays: Mapping[str, Array], views: Mapping[str, View], batch:
         if len(table.shape) != 2 or table.shape[0] != batch:
             hint = "Pass the pages of each sequence in their order; what lies behind its last key may be anything."
             raise ShapeError("page_table", f"shape {table.shape}", f"({batch}, pages of a sequence)", hint)
-        if table.shape[1] > 1 and table.strides[1] != 1:
+        if table.shape[0] and table.shape[1] > 1 and table.strides[1] != 1:
             hint = "Copy it: page_table.copy(), or .contiguous() for a tensor."
             raise ShapeError("page_table", f"a stride of {table.strides[1]} between pages", "contiguous rows", hint)
         if not (rows and length):

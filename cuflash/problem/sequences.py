@@ -44,12 +44,11 @@ def check_seqlens(name: str, lengths: Array, query: Array, expected: int) -> Non
         cast = f"{name}.to(torch.int32)" if query.framework.library == "torch" else f"{name}.astype('int32')"
         raise DTypeError(name, lengths.dtype, "int32", f"Cast it: {cast}.")
     if len(lengths.shape) != 1 or (expected >= 0 and lengths.shape[0] != expected):
-        shape = f"({expected},), a length for each row of the batch" if expected >= 0 else "one dimension, (sequences + 1,)"
-        hint = (
-            "Pass the number of keys of each sequence."
-            if expected >= 0
-            else "Pass where each sequence starts, and where the last one ends."
-        )
+        shape, hint = "one dimension, (sequences + 1,)", "Pass where each sequence starts, and where the last one ends."
+        if expected >= 0:
+            of = "packed sequence" if name.startswith("seqused") else "row of the batch"
+            shape = f"({expected},), a length for each {of}"
+            hint = f"Pass the number of {'queries' if name.endswith('_q') else 'keys'} of each sequence."
         raise ShapeError(name, f"shape {lengths.shape}", shape, hint)
     if lengths.shape[0] > 1 and lengths.strides[0] != 1:
         raise ShapeError(
@@ -126,7 +125,8 @@ def check_offsets(which: str, address: int, num_sequences: int, tokens: int, lon
         lengths = [min(length, max(limit, 0)) for length, limit in zip(lengths, limits, strict=True)]
     if max(lengths, default=0) > longest:
         hint = f"Pass {bound}={max(lengths)}, or leave it out."
-        raise OptionError(bound, longest, f"at least {max(lengths)}, the longest sequence in {name}", hint)
+        says = f"seqused_{which}" if used else name
+        raise OptionError(bound, longest, f"at least {max(lengths)}, the longest sequence in {says}", hint)
 
 
 def refuse_mask(attn_mask: object) -> None:

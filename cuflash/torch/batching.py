@@ -34,8 +34,8 @@ def attention(info: Any, dims: Tensors, tensors: Tensors, call: Any, attend: Run
     """
     _check_randomness(info, call)
     if _foldable(dims, call, info):
-        return _unfolded(attend(_folded(tensors, dims, info.batch_size, shared=True)), info.batch_size)
-    return _stacked([attend(_sample(tensors, dims, i)) for i in range(info.batch_size)])
+        return _unfolded(attend(_folded(tensors, dims, info.batch_size, shared=True)), info.batch_size, _extent(tensors[0], dims[0]))
+    return _stacked(attend, tensors, dims, info.batch_size)
 
 
 def gradients(info: Any, dims: Tensors, given: Tensors, call: Any, needs_mask: bool, run: Run) -> tuple[Any, Any]:
@@ -49,13 +49,13 @@ def gradients(info: Any, dims: Tensors, given: Tensors, call: Any, needs_mask: b
             None if x is None else _first(x, dim, size).flatten(0, 1)
             for x, dim in zip((*given[:2], *given[-2:]), (*dims[:2], *dims[-2:]), strict=True)
         )
-        return _unfolded(run((grad_out, grad_lse, *folded, out, lse)), size)
-    return _stacked([run(_sample(given, dims, i)) for i in range(size)])
+        return _unfolded(run((grad_out, grad_lse, *folded, out, lse)), size, _extent(tensors[0], own[0]))
+    return _stacked(run, given, dims, size)
 
 
 def one_by_one(info: Any, dims: Tensors, arguments: Tensors, run: Callable[..., Tensors]) -> tuple[Any, Any]:
     """Results of a function that is run for each sample; what is no tensor is the same for all."""
-    return _stacked([run(*_sample(arguments, dims, i)) for i in range(info.batch_size)])
+    return _stacked(lambda given: run(*given), arguments, dims, info.batch_size)
 
 
 def _check_randomness(info: Any, call: Any) -> None:
@@ -102,8 +102,8 @@ def _folded(tensors: Tensors, dims: Tensors, size: int, shared: bool) -> Tensors
     return tuple(folded)
 
 
-def _unfolded(results: Tensors, size: int) -> tuple[Any, Any]:
-    outputs = tuple(None if x is None else x.unflatten(0, (size, -1)) for x in results)
+def _unfolded(results: Tensors, size: int, batch: int) -> tuple[Any, Any]:
+    outputs = tuple(None if x is None else x.unflatten(0, (size, batch)) for x in results)
     return outputs, tuple(None if x is None else 0 for x in outputs)
 
 
@@ -111,6 +111,17 @@ def _sample(tensors: Tensors, dims: Tensors, i: int) -> Tensors:
     return tuple(x.select(dim, i) if isinstance(x, torch.Tensor) and dim is not None else x for x, dim in zip(tensors, dims, strict=True))
 
 
-def _stacked(each: list[Tensors]) -> tuple[Any, Any]:
-    outputs = tuple(None if of_result[0] is None else torch.stack(of_result) for of_result in zip(*each, strict=True))
+def _zeros(tensors: Tensors, dims: Tensors) -> Tensors:
+    """What a sample looks like."""
+    samples = []
+    for x, dim in zip(tensors, dims, strict=True):
+        is_sampled = isinstance(x, torch.Tensor) and dim is not None
+        samples.append(x.new_zeros([*x.shape[:dim], *x.shape[dim + 1 :]]) if is_sampled else x)
+    return tuple(samples)
+
+
+def _stacked(run: Run, tensors: Tensors, dims: Tensors, size: int) -> tuple[Any, Any]:
+    """Results of all samples, run one by one; where there are none, those of zeros say which shapes they have."""
+    each = [run(_sample(tensors, dims, i)) for i in range(size)] or [run(_zeros(tensors, dims))]
+    outputs = tuple(None if of_result[0] is None else torch.stack(of_result)[:size] for of_result in zip(*each, strict=True))
     return outputs, tuple(None if x is None else 0 for x in outputs)

@@ -181,6 +181,8 @@ class AttentionBackward(torch.autograd.Function):  # type: ignore[misc]
         hint = "Use create_graph=False; or, for small shapes, torch's own attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
         raise UnsupportedError("attention", "a second derivative of it", "first derivatives", hint)
 
+    jvp = backward
+
     @staticmethod
     def vmap(info: Any, in_dims: Tensors, *arguments: Any) -> tuple[Any, Any]:
         *given, call, needs_mask = arguments

@@ -126,6 +126,8 @@ class _MergeBackward(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *grads: Any) -> Any:
         raise UnsupportedError("merge_attention", "a second derivative of it", "first derivatives", "Use create_graph=False.")
 
+    jvp = backward
+
 
 def _in_forms(forms: tuple[int | None, int | None], parts: tuple[Any, ...]) -> tuple[Any, Any]:
     """outs and lses, each a list or one tensor."""

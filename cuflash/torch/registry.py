@@ -13,7 +13,7 @@ import torch
 
 from cuflash.attention import varlen_attention
 from cuflash.decoding import attention_with_kvcache
-from cuflash.errors import UnsupportedError
+from cuflash.errors import OptionError, UnsupportedError
 from cuflash.torch.functions import Call
 from cuflash.torch.inputs import dropout_source, lengths
 
@@ -89,6 +89,9 @@ def _from_pages(
     query: Any, keys: Any, values: Any, cum_seq_q: Any, max_q: Any, seqused_k: Any, block_table: Any, num_splits: Any, options: Any
 ) -> Any:
     """Packed queries, or a batch of them, and keys in pages, of which each sequence has `seqused_k`; torch has no gradients of it."""
+    if seqused_k is None:
+        hint = "Pass how many keys each sequence has in its pages."
+        raise OptionError("seqused_k", "None beside block_table", "int32 (batch,)", hint)
     packed = {"cu_seqlens_q": lengths(cum_seq_q), "max_seqlen_q": max_q} if query.dim() == 3 else {}
     return attention_with_kvcache(
         query, keys, values, cache_seqlens=lengths(seqused_k), page_table=lengths(block_table), return_lse=True, num_splits=num_splits or None,

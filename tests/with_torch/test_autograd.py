@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.func import grad, vmap
+from torch.func import grad, jvp, vmap
 from written_out import SHAPE, assert_close, assert_same_gradients, attention, leaves
 
 import cuflash
@@ -130,6 +130,17 @@ def test_a_second_derivative_of_torch_func_raises(device: Any) -> None:
     first = grad(lambda x: scaled_dot_product_attention(x, key, value).square().sum())
     with pytest.raises(UnsupportedError, match="second derivative"):
         grad(lambda x: first(x).sum())(query)
+
+
+def test_a_tangent_of_a_gradient_raises(device: Any) -> None:
+    """Forward mode over reverse mode, as in `torch.func.hessian`."""
+    query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
+    first = grad(lambda x: scaled_dot_product_attention(x, key, value).square().sum())
+    with pytest.raises(UnsupportedError, match="attention: got a second derivative"):
+        jvp(first, (query,), (query,))
+    first = grad(lambda x: merge_attention([x, key], [query[..., 0], key[..., 0]])[0].square().sum())
+    with pytest.raises(UnsupportedError, match="merge_attention: got a second derivative"):
+        jvp(first, (query,), (query,))
 
 
 def test_what_was_saved_must_not_be_changed(device: Any) -> None:
@@ -260,6 +271,24 @@ def test_vmap_of_merging(device: Any) -> None:
         assert torch.equal(merged[i], of_one)
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a[i], b)
+
+
+def test_vmap_of_no_samples(device: Any) -> None:
+    """Results and gradients have the shapes that they have with samples: of rows of one batch, and of samples one by one."""
+    query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
+    none, sinks, lses = query.new_zeros(0, *SHAPE), query.new_zeros(0, HEADS), query.new_zeros(0, 2, *SHAPE[:3])
+
+    def loss(query: Any, key: Any, value: Any, sinks: Any = None) -> Any:
+        return scaled_dot_product_attention(query, key, value, sinks=sinks).square().sum()
+
+    assert vmap(scaled_dot_product_attention)(none, none, none).shape == (0, *SHAPE)
+    assert vmap(scaled_dot_product_attention, (0, None, None))(none, key, value).shape == (0, *SHAPE)
+    assert vmap(lambda s: scaled_dot_product_attention(query, key, value, sinks=s))(sinks).shape == (0, *SHAPE)
+    for dims, given in (((0, None, None), (none, key, value)), ((0, 0, 0, 0), (none, none, none, sinks))):
+        grads = vmap(grad(loss, argnums=tuple(range(len(dims)))), dims)(*given)
+        assert [x.shape for x in grads] == [(0, *(x.shape if dim is None else x.shape[1:])) for x, dim in zip(given, dims, strict=True)]
+    out, lse = vmap(merge_attention)(none.new_zeros(0, 2, *SHAPE), lses)
+    assert (out.shape, lse.shape) == ((0, *SHAPE), (0, *SHAPE[:3]))
 
 
 def test_vmap_and_dropout(device: Any) -> None:

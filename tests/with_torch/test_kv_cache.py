@@ -41,3 +41,23 @@ def test_names_of_types(device: Any) -> None:
     assert cuflash.KVCache(1, 1, 32, dtype="bfloat16", xp=torch, device=device).values.dtype == torch.bfloat16
     with pytest.raises(OptionError, match="dtype: got 'float17'"):
         cuflash.KVCache(1, 1, 32, dtype="float17", xp=torch)
+
+
+@pytest.mark.parametrize("attends_within", [True, False], ids=["pages are taken in it too", "only made in it"])
+def test_a_cache_made_in_inference_mode_works_outside(device: Any, attends_within: bool) -> None:
+    """And the reverse: steps within and without may take turns."""
+    if device.type == "cuda":
+        pytest.importorskip("cupy")
+    x = torch.randn(2, 20, 1, 32, device=device).half()
+    with torch.inference_mode():
+        cache = cuflash.KVCache(2, 1, 32, page_size=8, dtype=torch.float16, xp=torch, device=device)
+        if attends_within:
+            cache.attend(x, x, x)
+    for _ in range(2):
+        cache.attend(x, x, x)
+    cache.truncate(1, 7)
+    with torch.inference_mode():
+        cache.attend(x, x, x)
+    cache.truncate(0, 3)
+    assert cache.lengths == cache.seqlens.tolist() == [3, 27]
+    assert not any(array.is_inference() for array in (cache.keys, cache.values, cache.seqlens, cache.page_table))

@@ -10,7 +10,7 @@ import torch
 from torch.nested._internal.nested_tensor import NestedTensor
 from written_out import assert_close, assert_same_gradients, attention, leaves
 
-from cuflash.errors import DTypeError, ShapeError, UnsupportedError
+from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
 from cuflash.torch import registry, scaled_dot_product_attention
 
 HEADS, DIM = 2, 32
@@ -150,3 +150,9 @@ def test_what_the_operators_ask_for_and_cuflash_has_not(device: Any) -> None:
     x = torch.randn(1, 4, 1, 8, device=device)
     with pytest.raises(UnsupportedError, match=r"return_debug_mask: got True.*restore_flash_attention_impl"):
         torch.ops.aten._flash_attention_forward(x, x, x, None, None, 4, 4, 0.0, False, True)
+
+
+def test_pages_without_lengths_are_named_as_torch_names_them(device: Any) -> None:
+    pages, table = torch.zeros(4, 16, 1, 16, device=device).half(), torch.zeros(1, 2, dtype=torch.int32, device=device)
+    with pytest.raises(OptionError, match="seqused_k: got None beside block_table"):
+        registry._forward(pages[:1, :2], pages, pages, None, None, 2, 32, 0.0, False, False, block_table=table)
