@@ -19,7 +19,7 @@ from cuflash.hardware import device
 from cuflash.planning.argument_structs import LISTED_PARTS, MERGE_PART
 from cuflash.planning.kernel_plan import LaunchShape
 from cuflash.planning.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE
-from cuflash.planning.merge_kernels import merge_kernel, row_lanes, row_tiles
+from cuflash.planning.merge_kernels import merge_blocks, merge_kernel, row_lanes
 from cuflash.planning.planner import MAX_GRID
 from cuflash.problem.checks import cast_to, check_dtypes, check_same_kind
 from cuflash.problem.layout import CANONICAL, Layout, Shape4
@@ -303,7 +303,7 @@ class _Merge:
         batch, seqlen, heads, head_dim = self.shape
         self.spec = MERGE_ATTENTION_BACKWARD if self.is_backward else MERGE_ATTENTION
         self.lanes = row_lanes(head_dim)
-        self.num_tiles = row_tiles(self.spec, seqlen, head_dim)
+        self.num_tiles = merge_blocks(self.spec, seqlen, head_dim)
         self.launch_shape = LaunchShape(self.num_tiles * heads * batch, 32 * self.spec.num_warps, 0)
         num_blocks = self.launch_shape.num_blocks
         if num_blocks > MAX_GRID:

@@ -72,7 +72,7 @@ struct ForwardSplitArguments {
   RowView lse;         // data null: not stored
   float* partial_out;  // [num_splits][batch][num_heads_q][seqlen_q][head_dim_v]
   float* partial_lse;  // [num_splits][batch][num_heads_q][seqlen_q][2]: reference and sum (tile/merge.cuh)
-  Geometry geometry;   // num_tiles: tiles of packed rows (tile/packed_rows.cuh)
+  Geometry geometry;   // num_tiles: tiles of grouped rows (tile/grouped_rows.cuh)
   SequenceLengths lengths;
   FeatureArguments features;
   CacheArguments cache;

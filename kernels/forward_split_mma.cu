@@ -1,6 +1,6 @@
 // Forward attention of few queries: O = softmax(scale Q Kᵀ) V and the natural-log LSE of each row, at the speed at which K and V come from memory.
 //
-// The rows of a tile are the queries of all heads that share a key head (tile/packed_rows.cuh), so that K and V are read once for all of them. The
+// The rows of a tile are the queries of all heads that share a key head (tile/grouped_rows.cuh), so that K and V are read once for all of them. The
 // keys of a sequence are shared out twice: among blocks, each of which has one of `num_splits` ranges of key tiles (Flash-Decoding: Dao et al. 2023,
 // crfm.stanford.edu/2023/10/12/flashdecoding.html), and within a tile of TILE_KV keys among warps, each of which has WARP_KEYS of them for all rows.
 // With several splits O and LSE of each are parts, float32, for merge_attention.cu. A split without keys says LSE -inf and leaves its O as
@@ -14,7 +14,7 @@
 // O [TILE_Q][DV] in float32 | for each warp the state of its softmax (tile/warp_parts.cuh).
 #include "tile/constants.cuh"
 #include "tile/cache_rows.cuh"
-#include "tile/packed_rows.cuh"
+#include "tile/grouped_rows.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/products.cuh"
 #include "tile/warp_parts.cuh"
@@ -54,8 +54,8 @@ DEVICE SplitWork work_of_split(const Geometry& geometry, const SequenceLengths& 
           sequence_start(lengths.cu_seqlens_q, sequence, geometry.seqlen_q)};
 }
 
-// Q of the packed rows from first_row on, zeros behind the last one. The caller commits and waits.
-DEVICE void copy_queries(SmemAddress tile, const TensorView& view, const SplitWork& work, const PackedRows& rows, int first_row) {
+// Q of the grouped rows from first_row on, zeros behind the last one. The caller commits and waits.
+DEVICE void copy_queries(SmemAddress tile, const TensorView& view, const SplitWork& work, const GroupedRows& rows, int first_row) {
   for (int index = int(threadIdx.x); index < TILE_Q * TileQ::CHUNKS; index += NUM_THREADS) {
     const int row = index / TileQ::CHUNKS, chunk = index % TileQ::CHUNKS, column = chunk * TileQ::CHUNK_ELEMENTS;
     const Element* source = view.row_pointer<const Element>(work.batch, rows.head(first_row + row), work.start_q + rows.query(first_row + row)) +
@@ -75,7 +75,7 @@ struct RowOfResult {
   int batch, head, query;
   int64 part;  // rows before this one among the parts
 
-  DEVICE RowOfResult(const ForwardSplitArguments& arguments, const SplitWork& work, const PackedRows& rows, int row)
+  DEVICE RowOfResult(const ForwardSplitArguments& arguments, const SplitWork& work, const GroupedRows& rows, int row)
       : arguments(arguments), batch(work.batch), head(rows.head(row)), query(work.start_q + rows.query(row)) {
     const Geometry& geometry = arguments.geometry;
     part = ((int64(work.split) * geometry.batch + batch) * geometry.num_heads_q + head) * geometry.seqlen_q + query;
@@ -112,9 +112,9 @@ struct RowOfResult {
   }
 };
 
-// Zeros and LSE -inf for packed rows from first_row on, the share of block `tile` of `num_tiles`.
-DEVICE void clear_rows(const ForwardSplitArguments& arguments, const SplitWork& work, const PackedRows& rows, int first_row, int tile,
-                       int num_tiles) {
+// Zeros and LSE -inf for grouped rows from first_row on, the share of block `tile` of `num_tiles`.
+DEVICE void clear_results(const ForwardSplitArguments& arguments, const SplitWork& work, const GroupedRows& rows, int first_row, int tile,
+                          int num_tiles) {
   constexpr int VECTORS = ceil_div(HEAD_DIM_V, VECTOR);
   const int64 count = int64(rows.count - first_row) * VECTORS, step = int64(num_tiles) * NUM_THREADS;
   for (int64 index = int64(tile) * NUM_THREADS + threadIdx.x; index < count; index += step) {
@@ -126,18 +126,18 @@ DEVICE void clear_rows(const ForwardSplitArguments& arguments, const SplitWork& 
   }
 }
 
-// Packed rows that are to be computed: whether the block's tile holds any. Those of nobody behind the last sequence are cleared, and by the block of
+// Grouped rows that are to be computed: whether the block's tile holds any. Those of nobody behind the last sequence are cleared, and by the block of
 // the last tile those of a sequence that is longer than the grid was made for.
-DEVICE bool claim_packed_rows(const ForwardSplitArguments& arguments, const SplitWork& work) {
+DEVICE bool claim_grouped_rows(const ForwardSplitArguments& arguments, const SplitWork& work) {
   if constexpr (VARLEN) {
     Geometry geometry = arguments.geometry;
     const bool is_behind = work.sequence == arguments.lengths.num_sequences;
     geometry.seqlen_q =
         is_behind ? geometry.seqlen_q - work.start_q : sequence_place(arguments.lengths.cu_seqlens_q, work.sequence, geometry.seqlen_q);
-    const PackedRows rows(geometry, work.head_kv);
+    const GroupedRows rows(geometry, work.head_kv);
     const int end = geometry.num_tiles * TILE_Q;
-    if (is_behind) clear_rows(arguments, work, rows, 0, work.tile, geometry.num_tiles);
-    else if (work.tile == geometry.num_tiles - 1 && rows.count > end) clear_rows(arguments, work, rows, end, 0, 1);
+    if (is_behind) clear_results(arguments, work, rows, 0, work.tile, geometry.num_tiles);
+    else if (work.tile == geometry.num_tiles - 1 && rows.count > end) clear_results(arguments, work, rows, end, 0, 1);
     return !is_behind && work.tile * TILE_Q < rows.count;
   }
   return true;
@@ -145,10 +145,10 @@ DEVICE bool claim_packed_rows(const ForwardSplitArguments& arguments, const Spli
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(const __grid_constant__ ForwardSplitArguments arguments) {
   const SplitWork work = work_of_split(arguments.geometry, arguments.lengths);
-  if (!claim_packed_rows(arguments, work)) return;
+  if (!claim_grouped_rows(arguments, work)) return;
   const Geometry geometry = geometry_in_cache(arguments.geometry, arguments.lengths, arguments.cache.new_keys, work.sequence);
   const SequenceInCache sequence(arguments.cache, work.sequence);
-  const PackedRows rows(geometry, work.head_kv);
+  const GroupedRows rows(geometry, work.head_kv);
   const Visibility visibility(geometry, arguments.features, work.sequence, rows.first_head);
   const int first_row = work.tile * TILE_Q, first_q = rows.query(first_row), end_q = rows.query(first_row + TILE_Q - 1) + 1;
 
@@ -192,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
   float O[M_TILES][DV_TILES][4];
   clear(O);
   WarpSoftmax<M_TILES> softmax;
-  const PackedScores<M_TILES> scores(geometry, arguments.features, work.sequence, rows, first_row);
+  const GroupedScores<M_TILES> scores(geometry, arguments.features, work.sequence, rows, first_row);
   for (int step = begin; step < end; ++step) {
     cp_async_wait_group<NUM_STAGES - 2>();
     __syncwarp();  // the warp's keys of this step have landed; every lane is done with those before, whose stage is next

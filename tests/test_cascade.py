@@ -8,6 +8,7 @@ import numpy
 import pytest
 from caches import CacheCall
 from conftest import Target
+from test_torch_and_dlpack import Exported
 
 import cuflash
 from cuflash import cascade
@@ -138,29 +139,16 @@ def test_what_cannot_be_used_is_named(simulator: Target) -> None:
         cuflash.cascade_attention(**given | {"key": given["key"][:, 0]}, prefix_length=16)
 
 
-class OnlyDLPack:
-    """An array that has no shape and cannot be sliced."""
-
-    def __init__(self, x: Any) -> None:
-        self.x = x
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self.x.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> Any:
-        return self.x.__dlpack_device__()
-
-
 def test_arrays_with_nothing_but_dlpack(simulator: Target) -> None:
     """One call takes them; a cascade, which has to cut them, says what it needs."""
     made = call(is_causal=True)
     want = cuflash.cascade_attention(**arrays_of(made), prefix_length=PREFIX, cascade=False)
     names = ("query", "key_cache", "value_cache", "key", "value", "cache_seqlens", "page_table")
     given = arrays_of(made)
-    wrapped = given | {name: OnlyDLPack(given[name]) for name in names}
+    wrapped = given | {name: Exported(given[name]) for name in names}
     for chosen in (False, None):
         out = cuflash.cascade_attention(**wrapped, prefix_length=PREFIX, cascade=chosen)
         assert Target.bits(numpy.from_dlpack(out)) == Target.bits(want)
     for name in ("query", "cache_seqlens", "page_table"):
-        with pytest.raises(DTypeError, match=rf"{name}: got an object of type .*OnlyDLPack; .*sliced.*from_dlpack\({name}\)"):
-            cuflash.cascade_attention(**given | {name: OnlyDLPack(given[name])}, prefix_length=PREFIX, cascade=True)
+        with pytest.raises(DTypeError, match=rf"{name}: got an object of type .*Exported; .*sliced.*from_dlpack\({name}\)"):
+            cuflash.cascade_attention(**given | {name: Exported(given[name])}, prefix_length=PREFIX, cascade=True)

@@ -19,7 +19,7 @@ def row_lanes(head_dim: int) -> int:
     return next(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes >= min(ceil(head_dim / _VECTOR), 32))
 
 
-def row_tiles(spec: KernelSpec, seqlen_q: int, head_dim: int) -> int:
+def merge_blocks(spec: KernelSpec, seqlen_q: int, head_dim: int) -> int:
     """Blocks that the rows of one (batch, head) take."""
     return ceil(seqlen_q / (32 * spec.num_warps // row_lanes(head_dim)))
 

@@ -29,7 +29,7 @@ VARIABLE = "CUFLASH_DECODE"
 
 MAX_QUERIES = 16
 """Of an ordinary call that takes the kernel by itself: with more, the others read keys less often."""
-_MAX_ROWS = 2**31 - 2**10  # packed; with the empty ones of the last tile they are 32-bit numbers
+_MAX_ROWS = 2**31 - 2**10  # grouped; with the empty ones of the last tile they are 32-bit numbers
 INVARIANT_KEYS = 1024
 """Of a split, where a row's bits must not depend on the batch."""
 
@@ -110,16 +110,16 @@ def default_tile(problem: Problem, device: Device) -> Tile:
     case = case_of(FORWARD_SPLIT, problem)
     tile = tile_choice.default_tile(case, device)
     taller = replace(tile, tile_q=32)
-    fits = _packed_rows(problem) > tile.tile_q and tile_rules.broken_rule(case, taller, device) is None
+    fits = _grouped_rows(problem) > tile.tile_q and tile_rules.broken_rule(case, taller, device) is None
     return taller if fits else tile
 
 
 def row_tiles(problem: Problem, tile: Tile) -> int:
-    """Tiles of packed rows of one key head."""
-    return ceil(_packed_rows(problem) / tile.tile_q)
+    """Tiles of grouped rows of one key head."""
+    return ceil(_grouped_rows(problem) / tile.tile_q)
 
 
-def _packed_rows(problem: Problem) -> int:
+def _grouped_rows(problem: Problem) -> int:
     """Of a key head in the longest sequence."""
     return problem.max_seqlen_q * problem.heads_per_kv
 
@@ -211,7 +211,7 @@ def merging_kernels(split: KernelPlan, problem: Problem, device: Device) -> tupl
     """The kernel that merges the parts; none of a single one."""
     if split.splits.number == 1:
         return ()
-    num_tiles = merge_kernels.row_tiles(MERGE_ATTENTION, problem.seqlen_q, problem.head_dim_v)
+    num_tiles = merge_kernels.merge_blocks(MERGE_ATTENTION, problem.seqlen_q, problem.head_dim_v)
     num_blocks = num_tiles * problem.num_heads_q * problem.batch
     merging = merge_kernels.merge_kernel(
         MERGE_ATTENTION, device, problem.dtype, num_blocks, num_tiles=num_tiles, head_dim=problem.head_dim_v, part_dtype="float32",

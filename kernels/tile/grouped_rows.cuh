@@ -5,10 +5,10 @@
 #include "tile/score.cuh"
 #include "tile/visibility.cuh"
 
-struct PackedRows {  // of one batch and key head
+struct GroupedRows {  // of one batch and key head
   int first_head, group, count;
 
-  DEVICE PackedRows(const Geometry& geometry, int head_kv) {
+  DEVICE GroupedRows(const Geometry& geometry, int head_kv) {
     group = geometry.num_heads_q / geometry.num_heads_kv;
     first_head = head_kv * group;
     count = geometry.seqlen_q * group;
@@ -19,11 +19,11 @@ struct PackedRows {  // of one batch and key head
   DEVICE int head(int row) const { return first_head + min(row, count - 1) % group; }
 };
 
-// Scores and visibility of a warp's accumulators, whose rows are packed, 16 M of them from first_row on, and whose columns are keys.
+// Scores and visibility of a warp's accumulators, whose rows are grouped, 16 M of them from first_row on, and whose columns are keys.
 template <int M>
-class PackedScores {
+class GroupedScores {
  public:
-  DEVICE PackedScores(const Geometry& geometry, const FeatureArguments& features, int batch, const PackedRows& rows, int first_row)
+  DEVICE GroupedScores(const Geometry& geometry, const FeatureArguments& features, int batch, const GroupedRows& rows, int first_row)
       : geometry(geometry), features(features), batch(batch) {
 #pragma unroll
     for (int m = 0; m < M; ++m)
