@@ -97,7 +97,7 @@ def attention_with_kvcache(
 
     Notes:
         Up to three launches: new keys and rotation, attention, and where keys are split, merging. A warm call allocates its result and nothing else; up to
-        32 MiB of workspace are kept for the next call of the thread in the same stream.
+        32 MiB of workspace are kept for the next call of the thread, on a GPU for CuPy arrays in a default stream.
 
     Source: Dao et al. 2023, Flash-Decoding, crfm.stanford.edu/2023/10/12/flashdecoding.html.
     """

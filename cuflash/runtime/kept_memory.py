@@ -2,7 +2,7 @@
 
 What a thread launches into a stream runs in order, so its calls there can have the same bytes one after the other. Each thread has a piece of memory for each
 stream and kind of array, as large as the largest call has asked for. With too many streams, that of the one used longest ago goes back to its library, which
-keeps it for later work of that stream. While a graph is captured nothing kept is given out: its replays write to what it had, whatever else runs then.
+keeps it for later work of that stream. Which streams of which library that is safe in `Framework.keeps_memory` says: NumPy's, CuPy's default streams. While a graph is captured nothing kept is given out: its replays write to what it had, whatever else runs then.
 """
 
 from __future__ import annotations
