@@ -96,8 +96,8 @@ def attention_with_kvcache(
         CuflashError: as `scaled_dot_product_attention`; UnsupportedError for float32, a head_dim above 256, or sm_75.
 
     Notes:
-        Up to three launches: new keys and rotation, attention, and where keys are split, merging. A warm call allocates its result and nothing else; up to
-        32 MiB of workspace are kept for the next call of the thread, on a GPU for CuPy arrays in a default stream.
+        Up to three launches: new keys and rotation, attention, and where keys are split, merging. A warm call allocates its result, and nothing else where
+        workspace of up to 32 MiB is kept for the next call of the thread: for NumPy arrays, and on a GPU for CuPy arrays in a default stream.
 
     Source: Dao et al. 2023, Flash-Decoding, crfm.stanford.edu/2023/10/12/flashdecoding.html.
     """
