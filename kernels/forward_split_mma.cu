@@ -206,7 +206,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
     scores.apply(S, first);
     if (BOOLEAN_MASK || first < first_key || visibility.hides_any(first_q, end_q, first, first + WARP_KEYS)) scores.hide(S, first, first_key);
     softmax.update(S, O, scores.factor());
-    gemm_accumulator<Mma, WarpV::COLUMNS>(O, S, Mma::OperandBByRows<WarpV>(K_smem + WarpK::BYTES));
+    auto& P = S;  // in place
+    const SmemAddress V_smem = K_smem + WarpK::BYTES;
+    gemm_accumulator<Mma, WarpV::COLUMNS>(O, P, Mma::OperandBByRows<WarpV>(V_smem));
   }
 
   auto sink = [&](int row) { return has_sink ? arguments.features.sinks.load(work.sequence, rows.head(first_row + row)) * SCORE_UNIT : -infinity(); };

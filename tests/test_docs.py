@@ -15,6 +15,7 @@ from PIL import Image
 import cuflash
 from cuflash.errors import ArgumentError
 from cuflash.jit import disassembly
+from cuflash.planning.kernel_specs import TILED_KERNELS
 from cuflash.reference import attention, attention_backward
 from reporting import publishing
 
@@ -45,6 +46,7 @@ def test_the_trace_of_a_call_is_what_is_seen() -> None:
 
 
 PICTURES = runpy.run_path(str(DOCS / "draw_pictures.py"))
+PIPELINES = runpy.run_path(str(DOCS / "pipeline_pictures.py"))
 
 
 @pytest.mark.parametrize("name", PICTURES["PICTURES"])
@@ -58,6 +60,26 @@ def test_pictures_are_of_the_present_code_and_shown(name: str) -> None:
 def test_there_are_no_other_pictures() -> None:
     assert {path.stem for path in PICTURES["FOLDER"].iterdir()} == set(PICTURES["PICTURES"])
     assert sum(path.stat().st_size for path in PICTURES["FOLDER"].iterdir()) < 300_000
+
+
+@pytest.mark.parametrize("name", PIPELINES["CASES"])
+def test_pictures_of_pipelines_name_all_products_and_copies(name: str) -> None:
+    """As the kernel's specification has them: what the patterns do not find would look like time between the products."""
+    kernel = PIPELINES["planned"](name)
+    sources = PIPELINES["sources_of"](kernel).values()
+    found = {PIPELINES["operation_of"](statement) for source in sources for statement in source} - {None}
+    made = {label.split()[0] for label in found if PIPELINES["is_product"](label)}
+    assert made >= {*kernel.spec.scores, *kernel.spec.outputs}
+    assert made <= set(PIPELINES["_COLOURS"])
+    letters = {"query": "Q", "key": "K", "value": "V", "grad_out": "dO"}
+    assert found >= {f"copy of {letters[operand]}" for operand in kernel.spec.streamed}
+
+
+def test_every_kernel_with_a_walk_of_its_own_has_a_picture() -> None:
+    drawn = {TILED_KERNELS[name].source for name in PIPELINES["CASES"]}
+    assert drawn == {kernel.source for kernel in TILED_KERNELS.values()} - {
+        "backward_wgmma.cu"
+    }  # whose mbarriers the model cannot tell apart
 
 
 @pytest.mark.parametrize("name", ["way_of_a_call", "backward_dq"])

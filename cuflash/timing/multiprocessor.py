@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from cuflash.timing.machine import SUB_PARTITIONS, Multiprocessor
@@ -80,13 +80,15 @@ class Issue:
         trip: of that warp, from 0.
         position: of the instruction in the trace.
         clock: when it issued.
-        done: when a copy is complete; the same as `clock` for all others.
+        begun: when the tensor unit begins with a product; the same as `clock` for all others.
+        done: when a copy is complete, or a product of the tensor unit; infinite if the run ends before, and the same as `clock` for all others.
     """
 
     warp: int
     trip: int
     position: int
     clock: float
+    begun: float
     done: float
 
 
@@ -99,7 +101,7 @@ def record_roles(roles: Sequence[Role], machine: Multiprocessor, *, blocks: int,
     """The same of warps in several roles; warps are counted role by role, block by block."""
     run = _RecordedRun(roles, machine, blocks, trips, False)
     run.clocks()
-    return run.issues
+    return run.recorded()
 
 
 @dataclass
@@ -426,10 +428,26 @@ class _RecordedRun(_Run):
     def __init__(self, roles: Sequence[Role], machine: Multiprocessor, blocks: int, trips: int, in_turn: bool) -> None:
         super().__init__(roles, machine, blocks, trips, in_turn)
         self.issues: list[Issue] = []
+        for unit in self.tensor:
+            unit.services = defaultdict(deque)
 
     def _issue(self, warp: _Warp, home: int, time: float) -> bool:
-        trip, position = warp.trips, warp.position
+        trip, position, operation = warp.trips, warp.position, warp.trace[warp.position]
         completed = super()._issue(warp, home, time)
-        done = warp.copied if warp.trace[position].kind is Kind.COPY else time
-        self.issues.append(Issue(warp.index, trip, position, time, done))
+        done = warp.copied if operation.kind is Kind.COPY else time
+        if operation.meeting is not None and operation.meeting.act is Act.COPY and self.machine.warpgroups is not None:
+            done = self.l2_free + self.machine.warpgroups.bulk_copy
+        self.issues.append(Issue(warp.index, trip, position, time, time, done))
         return completed
+
+    def recorded(self) -> list[Issue]:
+        """All of them, now that it is known when the tensor units served which product: those of a warp in the order of their issue."""
+        found = []
+        for issue in self.issues:
+            warp = self.warps[issue.warp]
+            if warp.trace[issue.position].kind is Kind.PRODUCT:
+                services = self.tensor[warp.home].services
+                begun, done = services[warp.index].popleft() if services and services[warp.index] else (_NEVER, _NEVER)
+                issue = replace(issue, begun=begun, done=done)
+            found.append(issue)
+        return found

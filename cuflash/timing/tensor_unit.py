@@ -7,7 +7,7 @@ memory pipe while a product runs, which therefore lasts longer where the pipe is
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,6 +54,9 @@ class TensorUnit:
         self.waiting: deque[_Product] = deque()
         self.free = 0.0
         self.line: deque[int] = deque()  # warps that wait to issue, the first one next
+        self.services: defaultdict[int, deque[tuple[float, float]]] | None = (
+            None  # of each warp's products, begin and end; where they are recorded
+        )
         self._served = -1
 
     def is_full(self, time: float) -> bool:
@@ -87,6 +90,8 @@ class TensorUnit:
             self.waiting.remove(product)
             self.free = max(begin + product.clocks, self.read(begin, product.wavefronts))
             self._served = product.warp
+            if self.services is not None:
+                self.services[product.warp].append((begin, self.free))
             group = product.group
             group.left -= 1
             group.done = max(group.done, self.free + self.units.product_end)

@@ -1,0 +1,444 @@
+"""Draw the pipeline of a kernel: what its warps do in two steps of their walk, by the clock.
+
+It is a run of the model of an SM (cuflash/timing): the machine code of the kernel's loop, instruction by instruction, and where a warp copies for the others,
+that of its loop too. What an instruction is for is said by the line of the kernel that the assembler notes for it, so that names in a picture are those of the
+code; but for scores, whose accumulators some kernels call by what they become.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from picture_files import DOCS, fingerprint_of, save
+
+from cuflash.hardware import device
+from cuflash.jit import compiler, disassembly
+from cuflash.planning import tile_choice
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_plan import KernelPlan
+from cuflash.planning.kernel_specs import TILED_KERNELS
+from cuflash.planning.offline import offline_kernels
+from cuflash.problem.features import FeatureSet
+from cuflash.timing import prediction
+from cuflash.timing.control_flow import Trace, steady_trace, tile_loop
+from cuflash.timing.machine import SUB_PARTITIONS, Multiprocessor, multiprocessor
+from cuflash.timing.multiprocessor import Issue, record_roles
+from cuflash.timing.operations import Kind, Operation, Role, Unit, operations
+from cuflash.timing.roles import Act, role_traces
+from cuflash.timing.sass import Function, parse_listing
+
+KERNELS = DOCS.parent / "kernels"
+ADDITIVE_MASK = FeatureSet(attn_mask="bfloat16")
+CASES: dict[str, dict[str, Any]] = {
+    "forward": {"dtype": "bfloat16", "head_dim": 128},
+    "forward_split": {"dtype": "bfloat16", "head_dim": 128},
+    "forward_wgmma": {"dtype": "bfloat16", "head_dim": 128},
+    "backward_dkdv": {"dtype": "bfloat16", "head_dim": 128},
+    "backward_dq": {"dtype": "bfloat16", "head_dim": 128},
+    "backward_fused": {"dtype": "bfloat16", "head_dim": 128},
+    "backward_row_sums": {"dtype": "bfloat16", "head_dim": 128, "features": ADDITIVE_MASK},
+    "backward_mask": {"dtype": "bfloat16", "head_dim": 128, "features": ADDITIVE_MASK},
+}
+"""Kernel -> what it is compiled for; the architecture is the one whose clocks were measured (docs/timing.md)."""
+ARCH = "sm_90"
+SOURCES_BESIDE = {"forward_wgmma": ("tile/copier.cuh",)}
+"""Kernel -> files beside its own in which its roles are written."""
+WARPGROUP_WARPS = 4
+
+# --- What an instruction is for -----------------------------------------------------------------------------------------------------------
+
+REST, WAIT_BARRIER, WAIT_COPIES = "between the products", "waits for other warps", "waits for copies"
+WAIT_STAGE, WAIT_PRODUCTS, ADDITIONS = "waits for an empty stage", "waits for products", "additions in global memory"
+_COLOURS = {
+    "S": "#2b6cb0",
+    "dP": "#9c36b5",
+    "O": "#2f9e44",
+    "dV": "#2f9e44",
+    "dK": "#0c8599",
+    "dQ": "#d6336c",
+}  # by what a product makes
+_FIXED = {
+    REST: "#f2c14e", WAIT_BARRIER: "#d9d9d9", WAIT_COPIES: "#c92a2a", WAIT_STAGE: "#e9ecef", WAIT_PRODUCTS: "#adb5bd", ADDITIONS: "#343a40",
+}  # fmt: skip
+_COPY = "#e8590c"
+_BECOME = {"P": "S", "dS": "dP"}
+"""Accumulators that are called by what they become: what the product along the head makes of them."""
+
+_SCORES = (
+    r"multiply_rows\((?P<c>\w+), (?P<a>\w+), \w+, (?P<b>\w+)\)",
+    r"gemm_rows<.*?>\((?P<c>\w+), Mma::OperandA<\w+>\((?P<a>\w+).*?Mma::OperandB<\w+>\((?P<b>\w+)",
+    r"issue_rows<.*?>\((?P<c>\w+), (?P<a>\w+), (?:\w+::descriptor\(shared\.)?(?P<b>\w+)",
+)
+_SUMS = (
+    r"multiply_accumulator\((?P<c>\w+), (?P<a>\w+), (?P<b>\w+)\)",
+    r"gemm_(?:by_rows|accumulator)<.*?>\((?P<c>\w+), (?:Mma::OperandA<\w+>\()?(?P<a>\w+).*?Mma::OperandBByRows<\w+>\((?P<b>\w+)",
+    r"issue_accumulator<.*?>\((?P<c>\w+), (?P<a>\w+), (?:\w+::descriptor\(shared\.)?(?P<b>\w+)",
+)
+_QUERY_GRADIENTS = (
+    r"gemm_columns<.*?>\((?P<c>\w+), \S+?\((?P<a>\w+)_smem,.*?\((?P<b>\w+)_smem,",
+    r"from_shared_by_rows\((?P<c>\w+)\[0\], Warpgroup(?P<b>\w+)::rows\(.*GradScores::columns\((?P<a>\w+),",
+)
+_COPIES = (
+    r"Ring\w+::load\(shared\.(\w+)\(",
+    r"Ring(\w+)::load\(tile,",
+    r"keys\.copy<Warp(\w+), ",
+    r"(\w+?)(?:_loader\.issue|_of\(step\)\.issue|\.load)\(",
+)
+_WAIT = re.compile(r"wait_for_tiles|begin_step|end_step|cp_async_wait_group|wait_full|wait_empty|wgmma_wait|mbarrier_wait")
+WAIT = "a wait"
+
+
+def statements(source: str) -> list[str]:
+    """For each line of a file, without comments, the whole statement that it belongs to; one that ends in the middle of a line is that line."""
+    lines = [line.partition("//")[0].strip() for line in source.splitlines()]
+    found: list[str] = []
+    while len(found) < len(lines):
+        first = len(found)
+        last = next((i for i in range(first, len(lines)) if lines[i].endswith((";", "{", "}")) or not lines[i]), len(lines) - 1)
+        found += [" ".join(lines[first : last + 1])] * (last + 1 - first)
+    return found
+
+
+def operation_of(statement: str) -> str | None:
+    """What a statement of a kernel's loop does, in the names of the code; None where it is neither a product nor a copy nor a wait."""
+    for patterns, form in ((_SCORES, "{c} = {a} {b}ᵀ"), (_SUMS, "{c} += {a} {b}"), (_QUERY_GRADIENTS, "{c} = {a} {b}")):
+        for match in filter(None, (re.search(pattern, statement) for pattern in patterns)):
+            names = {key: re.sub(r"_(smem|descriptor|operand)$", "", name) for key, name in match.groupdict().items()}
+            if patterns is _SCORES:
+                names["c"] = _BECOME.get(names["c"], names["c"])
+            return form.format(**names)
+    if "add_to_sums(" in statement or "add_fragment(" in statement:
+        return ADDITIONS
+    copied = next(filter(None, (re.search(pattern, statement) for pattern in _COPIES)), None)
+    if copied is not None:
+        return f"copy of {copied[1]}"
+    return WAIT if _WAIT.search(statement) else None
+
+
+def is_product(label: str) -> bool:
+    return "=" in label
+
+
+def sources_of(kernel: KernelPlan) -> dict[str, list[str]]:
+    """Name of a file -> the statement of each of its lines, which count from 1."""
+    paths = [KERNELS / name for name in (kernel.source, *SOURCES_BESIDE.get(kernel.name, ()))]
+    return {path.name: ["", *statements(path.read_text(encoding="utf-8"))] for path in paths}
+
+
+def planned(name: str) -> KernelPlan:
+    """The kernel with its default tile, which pins it where another one is the default."""
+    on, case = device.of_arch(ARCH, "gpu"), KernelCase(TILED_KERNELS[name], **CASES[name])
+    tile = {name: tile_choice.default_tile(case, on)}
+    kernels = offline_kernels(on, **CASES[name], tile=tile, need_attn_mask_grad=case.kernel.sums_scores)
+    return next(kernel for kernel in kernels if kernel.name == name)
+
+
+def fingerprint_of_pipeline(name: str) -> str:
+    kernel = planned(name)
+    found = (operation_of(statement) for source in sources_of(kernel).values() for statement in source)
+    return fingerprint_of([str(kernel.tile), *filter(None, found)])
+
+
+# --- The run ------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is drawn.
+
+    Attributes:
+        kernel: as it is planned.
+        blocks: resident on the SM.
+        roles: of a block's warps; first those that compute.
+        labels: for each role and each instruction of its trip, what that is for.
+        machine: the SM.
+    """
+
+    kernel: KernelPlan
+    blocks: int
+    roles: tuple[Role, ...]
+    labels: tuple[list[str], ...]
+    machine: Multiprocessor
+
+    def of_warp(self, warp: int) -> tuple[int, int]:
+        """Block and role of a warp; they are counted role by role, block by block."""
+        of_block = [number for number, role in enumerate(self.roles) for _ in range(role.warps)]
+        return warp // len(of_block), of_block[warp % len(of_block)]
+
+    def operation(self, issue: Issue) -> Operation:
+        return self.roles[self.of_warp(issue.warp)[1]].trace[issue.position]
+
+    def label(self, issue: Issue) -> str:
+        return self.labels[self.of_warp(issue.warp)[1]][issue.position]
+
+
+def main_lines(listing: str, entry: str, sources: Sequence[str]) -> list[tuple[str, int]]:
+    """For each instruction of a function, the innermost line of these files that it comes from, 0 for none."""
+    lines: list[tuple[str, int]] = []
+    inside, fresh, line = False, True, ("", 0)
+    for text in listing.splitlines():
+        if text.startswith(".text."):
+            inside = text == f".text.{entry}:"
+        elif not inside:
+            continue
+        elif place := re.match(r'\s*//## File "([^"]*)", line (\d+)', text):
+            if fresh:
+                fresh, line = False, ("", 0)
+            if not line[1] and Path(place[1]).name in sources:
+                line = Path(place[1]).name, int(place[2])
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/", text):
+            fresh = True
+            lines.append(line)
+    return lines
+
+
+def traced(name: str) -> Run:
+    """A kernel's machine code as the model of an SM runs it."""
+    kernel = planned(name)
+    request = replace(kernel.request(device.of_arch(ARCH, "gpu")), target="cubin")
+    artifact = compiler.compile_kernel(request)  # and not from the cache, whose lines may be those of other comments
+    listing = disassembly.disassemble(artifact.data, source_lines=True)
+    assert listing is not None, "nvdisasm is missing: pip install 'cuflash[inspect]'"
+    function: Function = parse_listing(listing)[kernel.entry]
+    sources = sources_of(kernel)
+    lines = main_lines(listing, kernel.entry, list(sources))
+    assert len(lines) == len(function)
+    machine = multiprocessor(ARCH)
+    described = prediction.describe(kernel, artifact.resources_of(kernel.entry), request, causal=False)
+    traces: tuple[Trace, ...] = role_traces(function, steady_trace(function, tile_loop(function)))
+    if len(traces) == 1:
+        blocks, roles = prediction.resident_blocks(described), (Role(operations(traces[0].instructions, machine), kernel.tile.num_warps),)
+    else:
+        predicted = prediction.predict_kernel(function, described, limits=False, staying=False)
+        blocks, roles = predicted.blocks, predicted.roles
+    labels = []
+    for role, trace in zip(roles, traces, strict=True):
+        places = (lines[of] for of in trace.indices)
+        of_trace = [(operation_of(sources[file][line]) if line else None) or REST for file, line in places]
+        name_groups(role.trace, of_trace)
+        join_copies(role.trace, of_trace, list(sources.values()))
+        labels.append(of_trace)
+    for role, labelled in zip(roles, labels, strict=True):
+        assert len(role.trace) == len(labelled)
+        assert all(is_product(label) for operation, label in zip(role.trace, labelled, strict=True) if operation.matrix), (
+            f"{name}: products without a name"
+        )
+    return Run(kernel, blocks, roles, tuple(labels), machine)
+
+
+def name_groups(trace: Sequence[Operation], labels: list[str]) -> None:
+    """Give all products of a group that a warpgroup issues the name that some of them have: the assembler notes the lines of what it has put between them."""
+    first = 0
+    for position, operation in enumerate(trace):
+        if operation.closes:
+            group = [of for of in range(first, position + 1) if trace[of].kind is Kind.PRODUCT]
+            (label,) = {labels[of] for of in group if is_product(labels[of])}
+            for of in group:
+                labels[of] = label
+            first = position + 1
+
+
+def is_copy(operation: Operation) -> bool:
+    return operation.kind is Kind.COPY or (operation.meeting is not None and operation.meeting.act is Act.COPY)
+
+
+def join_copies(trace: Sequence[Operation], labels: list[str], sources: Sequence[Sequence[str]]) -> None:
+    """Where copies stand side by side, the assembler may note one line for all: that of which it notes no copy joins the one before it."""
+    made = {label for operation, label in zip(trace, labels, strict=True) if is_copy(operation)}
+    noted = {label for label in labels if label.startswith("copy")}
+    before, joined = "", dict[str, str]()
+    for label in dict.fromkeys(operation_of(statement) or "" for source in sources for statement in source):
+        if label in made:
+            before = label
+        elif label in noted and before:
+            joined[before] = f"{joined.get(before, before)} and {label.removeprefix('copy of ')}"
+    for position, operation in enumerate(trace):
+        if is_copy(operation):
+            labels[position] = joined.get(labels[position], labels[position])
+
+
+Span = tuple[float, float, str]
+
+
+def spans_of(issues: Sequence[Issue], run: Run) -> Iterator[Span]:
+    """What one warp does, clock by clock: an instruction until it lets the next one go, and then what the next one waits for."""
+    awaited: dict[int, str] = {}  # scoreboard -> what is waited for by it
+    copies = issues and run.of_warp(issues[0].warp)[1] > 0
+    for issue, after in itertools.pairwise(issues):
+        own, following = run.operation(issue), run.operation(after)
+        if own.write_scoreboard is not None:
+            phase = own.meeting is not None and own.meeting.act is Act.WAIT
+            awaited[own.write_scoreboard] = (WAIT_STAGE if copies else WAIT_COPIES) if phase else ""
+        if own.kind is Kind.BARRIER:
+            yield issue.clock, after.clock, WAIT_BARRIER
+            continue
+        label, later = (REST if text == WAIT else text for text in (run.label(issue), run.label(after)))
+        end = min(after.clock, issue.clock + max(own.stall, own.clocks if own.kind is not Kind.PRODUCT else 0.0))
+        yield issue.clock, end, label
+        if after.clock > end:
+            by_phase = next((awaited[board] for board in following.waits if awaited.get(board)), "")
+            kinds = {Kind.WAIT: WAIT_COPIES, Kind.PRODUCTS_WAIT: WAIT_PRODUCTS}
+            yield end, after.clock, kinds.get(following.kind) or by_phase or later
+
+
+def binned(spans: Sequence[Span], begin: float, end: float, bins: int) -> list[Span]:
+    """The same in coarse steps: each shows what took most of it."""
+    step = (end - begin) / bins
+    shares: list[Counter[str]] = [Counter() for _ in range(bins)]
+    for start, stop, label in spans:
+        for index in range(max(0, int((start - begin) / step)), min(bins, int((stop - begin) / step) + 1)):
+            low = begin + index * step
+            shares[index][label] += max(0.0, min(stop, low + step) - max(start, low))  # type: ignore[assignment]
+    merged: list[Span] = []
+    for index, share in enumerate(shares):
+        label = max(share, key=lambda name: share[name]) if share else REST
+        low = begin + index * step
+        if merged and merged[-1][2] == label:
+            merged[-1] = (merged[-1][0], low + step, label)
+        else:
+            merged.append((low, low + step, label))
+    return merged
+
+
+def busy_shares(issues: Sequence[Issue], run: Run, begin: float, end: float, bins: int) -> dict[str, list[float]]:
+    """For each product, what share of the matrix units it takes, in coarse steps."""
+    step = (end - begin) / bins
+    shares: dict[str, list[float]] = {}
+    for issue in issues:
+        operation = run.operation(issue)
+        if operation.unit is not Unit.MATRIX or issue.begun >= end:
+            continue
+        stop = issue.done if operation.kind is Kind.PRODUCT else issue.clock + operation.clocks
+        of_product = shares.setdefault(run.label(issue), [0.0] * bins)
+        for index in range(max(0, int((issue.begun - begin) / step)), min(bins, int((stop - begin) / step) + 1)):
+            low = begin + index * step
+            of_product[index] += max(0.0, min(stop, low + step) - max(issue.begun, low)) / step / SUB_PARTITIONS
+    return shares
+
+
+# --- The picture --------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """Warps that are drawn one below the other under one name."""
+
+    name: str
+    warps: tuple[int, ...]
+    height: float
+    gap: float = 0.0  # above it
+
+
+def rows_of(run: Run) -> list[Row]:
+    """A row for each warp; of a kernel of several roles for each warpgroup, the thin rows of its warps."""
+    of_block = sum(role.warps for role in run.roles)
+    if len(run.roles) == 1:
+        named = "block {0}, warp {1}" if run.blocks > 1 else "warp {1}"
+        return [
+            Row(named.format(*divmod(warp, of_block)), (warp,), 1.0, 0.4 * (warp % of_block == 0 < warp))
+            for warp in range(run.blocks * of_block)
+        ]
+    computing = run.roles[0].warps
+    rows = [Row(f"warpgroup 0, warp {run.roles[number].first}", (computing + number - 1,), 1.0) for number in range(1, len(run.roles))]
+    for first in range(0, computing, WARPGROUP_WARPS):
+        rows.append(Row(f"warpgroup {first // WARPGROUP_WARPS + 1}", tuple(range(first, first + WARPGROUP_WARPS)), 1.7, 0.2))
+    return rows
+
+
+def title(run: Run, name: str) -> str:
+    kernel, tile = run.kernel, run.kernel.tile
+    mask = ", additive mask" if kernel.case.features.additive_mask else ""
+    rows = "grouped rows" if kernel.spec.splits_keys else "queries"
+    warps = f"{tile.num_warps} warps" if len(run.roles) == 1 else f"{tile.num_warps // WARPGROUP_WARPS} warpgroups that compute"
+    text = (
+        f"{kernel.source}, {CASES[name]['dtype']}, head_dim {CASES[name]['head_dim']}{mask}, tiles of {tile.tile_q} {rows} and {tile.tile_kv} keys, "
+        f"{warps}, {tile.num_stages} stage{'s' * (tile.num_stages > 1)}, on the model of an H100"
+    )
+    return text if len(text) < 150 else text.replace(f", {warps}", f",\n{warps}")
+
+
+def draw_pipeline(name: str, path: Path) -> None:
+    """Two steps of the walk: what each warp of the resident blocks does; below, the copies of the first block and the matrix units."""
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+
+    run = traced(name)
+    first, trips = (4, 8) if len(run.roles) == 1 else (11, 15)  # from which on steps of warpgroups take equally long
+    issues = record_roles(run.roles, run.machine, blocks=run.blocks, trips=trips)
+    heads = {issue.trip: issue.clock for issue in issues if issue.warp == 0 and issue.position == 0}
+    begin, end = heads[first], heads[first + 2]
+    products = list(dict.fromkeys(label for label in run.labels[0] if is_product(label)))
+    copies = list(dict.fromkeys(run.label(i) for i in issues if is_copy(run.operation(i))))
+    colours = {**_FIXED, **{label: _COLOURS[label.split()[0]] for label in products}}
+
+    rows = rows_of(run)
+    units = sum(row.height + row.gap for row in rows) + len(copies) + 1
+    figure, (axes, busy) = plt.subplots(2, 1, figsize=(11, 2.5 + 0.27 * units), height_ratios=(units, 2.2), sharex=True)
+    height = figure.get_size_inches()[1]
+    ticks: list[tuple[float, str]] = []
+    shown: set[str] = set()
+    top = 0.5
+    for row in rows:
+        top -= row.gap
+        ticks.append((top - row.height / 2, row.name))
+        each = row.height / len(row.warps)
+        for place, warp in enumerate(row.warps):
+            y = top - (place + 0.5) * each
+            for start, stop, label in binned(list(spans_of([i for i in issues if i.warp == warp], run)), begin, end, 500):
+                colour = _COPY if label.startswith("copy") else colours[label]
+                axes.broken_barh([(start - begin, stop - start)], (y - 0.42 * each, 0.84 * each), color=colour, lw=0)
+                shown.add(label)
+        top -= row.height
+    for copy in copies:
+        top -= 1.0
+        ticks.append((top, f"block 0, {copy}" if run.blocks > 1 else copy))
+        each = 0.7 / run.kernel.tile.num_stages
+        for trip, start, stop in travels(issues, run, copy):  # those into one stage in one line
+            bottom = top + 0.35 - (trip % run.kernel.tile.num_stages + 1) * each
+            axes.broken_barh([(start - begin, stop - start)], (bottom, each), facecolor=_COPY, edgecolor="white", lw=0.7)
+    for clock in (heads[first], heads[first + 1], heads[first + 2]):
+        axes.axvline(clock - begin, color="black", lw=0.8, ls=":")
+    of_whom = " of warpgroup 1" if len(run.roles) > 1 else ""
+    for step, trip in ((f"step j{of_whom}", first), (f"step j + 1{of_whom}", first + 1)):
+        axes.text((heads[trip] + heads[trip + 1]) / 2 - begin, 0.75, step, ha="center", va="bottom", fontsize=9)
+    axes.set_ylim(top - 0.7, 0.7)
+    axes.set_yticks([y for y, _ in ticks], [text for _, text in ticks], fontsize=8.5)
+    axes.tick_params(axis="x", length=0)
+
+    bins = 160
+    shares = busy_shares(issues, run, begin, end, bins)
+    clocks = [(index + 0.5) * (end - begin) / bins for index in range(bins)]
+    below = [0.0] * bins
+    for product in products:
+        above = [min(1.0, low + share) for low, share in zip(below, shares.get(product, below), strict=True)]
+        busy.fill_between(clocks, below, above, step="mid", color=colours[product], lw=0)
+        below = above
+    busy.set_ylim(0, 1)
+    busy.set_yticks([0, 1], ["idle", "matrix units busy"], fontsize=8.5)
+    busy.set_xlim(0, end - begin)
+    busy.set_xlabel("clocks of the SM", fontsize=9)
+    busy.tick_params(axis="x", labelsize=8.5)
+    text = title(run, name)
+    figure.suptitle(text, fontsize=9.5, y=1 - 0.1 / height, va="top")
+    labels = [*products, *(label for label in (ADDITIONS, REST, WAIT_PRODUCTS, WAIT_BARRIER, WAIT_COPIES, WAIT_STAGE) if label in shown)]
+    legend = [Patch(color=colours[label], label=label) for label in labels] + [Patch(color=_COPY, label="copies: issued; on their way")]
+    figure.legend(handles=legend, loc="lower center", ncol=min(5, len(legend)), fontsize=8.5, frameon=False)
+    figure.subplots_adjust(left=0.16, right=0.985, top=1 - (0.55 + 0.16 * text.count("\n")) / height, bottom=0.95 / height, hspace=0.08)
+    save(figure, path, fingerprint_of_pipeline(name))
+    plt.close(figure)
+
+
+def travels(issues: Sequence[Issue], run: Run, copy: str) -> Iterator[tuple[int, float, float]]:
+    """In which trip and from when to when each copy of the first block is on its way."""
+    of_trip: dict[int, list[Issue]] = {}
+    for issue in issues:
+        if run.of_warp(issue.warp)[0] == 0 and run.label(issue) == copy and is_copy(run.operation(issue)):
+            of_trip.setdefault(issue.trip, []).append(issue)
+    for trip, travelling in of_trip.items():
+        yield trip, min(issue.clock for issue in travelling), max(issue.done for issue in travelling)
