@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,13 @@ ARCH = "sm_90"
 SOURCES_BESIDE = {"forward_wgmma": ("tile/copier.cuh",)}
 """Kernel -> files beside its own in which its roles are written."""
 WARPGROUP_WARPS = 4
+LEGEND_COLUMNS = 5
 
 # --- What an instruction is for -----------------------------------------------------------------------------------------------------------
 
-REST, WAIT_BARRIER, WAIT_COPIES = "between the products", "waits for other warps", "waits for copies"
-WAIT_STAGE, WAIT_PRODUCTS, ADDITIONS = "waits for an empty stage", "waits for products", "additions in global memory"
+REST, OTHER_WORK = "between the products", "other work"  # of warps that compute, and of others
+WAIT_BARRIER, WAIT_COPIES, WAIT_PRODUCTS, WAIT_PHASE = "waits for other warps", "waits for copies", "waits for products", "waits at an mbarrier"
+ADDITIONS, TURNS = "additions in global memory", "turns in global memory"
 _COLOURS = {
     "S": "#2b6cb0",
     "dP": "#9c36b5",
@@ -64,7 +67,8 @@ _COLOURS = {
     "dQ": "#d6336c",
 }  # by what a product makes
 _FIXED = {
-    REST: "#f2c14e", WAIT_BARRIER: "#d9d9d9", WAIT_COPIES: "#c92a2a", WAIT_STAGE: "#e9ecef", WAIT_PRODUCTS: "#adb5bd", ADDITIONS: "#343a40",
+    ADDITIONS: "#343a40", REST: "#f2c14e", WAIT_PRODUCTS: "#adb5bd", WAIT_BARRIER: "#d9d9d9", WAIT_COPIES: "#c92a2a",
+    TURNS: "#8d6e63", OTHER_WORK: "#fbe6a6", WAIT_PHASE: "#e9ecef",
 }  # fmt: skip
 _COPY = "#e8590c"
 _BECOME = {"P": "S", "dS": "dP"}
@@ -87,6 +91,7 @@ _QUERY_GRADIENTS = (
 _COPIES = (
     r"Ring\w+::load\(shared\.(\w+)\(",
     r"Ring(\w+)::load\(tile,",
+    r"StatisticsOfColumns\(shared\.(\w+)\(.*\)\.issue",
     r"keys\.copy<Warp(\w+), ",
     r"(\w+?)(?:_loader\.issue|_of\(step\)\.issue|\.load)\(",
 )
@@ -113,8 +118,10 @@ def operation_of(statement: str) -> str | None:
             if patterns is _SCORES:
                 names["c"] = _BECOME.get(names["c"], names["c"])
             return form.format(**names)
-    if "add_to_sums(" in statement or "add_fragment(" in statement:
+    if re.search(r"add_to_sums\(|add_fragment\(", statement):
         return ADDITIONS
+    if re.search(r"\b(wait_for_turn|pass_turn_on)\(", statement):
+        return TURNS
     copied = next(filter(None, (re.search(pattern, statement) for pattern in _COPIES)), None)
     if copied is not None:
         return f"copy of {copied[1]}"
@@ -269,16 +276,17 @@ Span = tuple[float, float, str]
 def spans_of(issues: Sequence[Issue], run: Run) -> Iterator[Span]:
     """What one warp does, clock by clock: an instruction until it lets the next one go, and then what the next one waits for."""
     awaited: dict[int, str] = {}  # scoreboard -> what is waited for by it
-    copies = issues and run.of_warp(issues[0].warp)[1] > 0
+    computes = not run.of_warp(issues[0].warp)[1]
+    rest = REST if computes else OTHER_WORK
     for issue, after in itertools.pairwise(issues):
         own, following = run.operation(issue), run.operation(after)
         if own.write_scoreboard is not None:
             phase = own.meeting is not None and own.meeting.act is Act.WAIT
-            awaited[own.write_scoreboard] = (WAIT_STAGE if copies else WAIT_COPIES) if phase else ""
+            awaited[own.write_scoreboard] = (WAIT_COPIES if computes else WAIT_PHASE) if phase else ""
         if own.kind is Kind.BARRIER:
             yield issue.clock, after.clock, WAIT_BARRIER
             continue
-        label, later = (REST if text == WAIT else text for text in (run.label(issue), run.label(after)))
+        label, later = (rest if text in (WAIT, REST) else text for text in (run.label(issue), run.label(after)))
         end = min(after.clock, issue.clock + max(own.stall, own.clocks if own.kind is not Kind.PRODUCT else 0.0))
         yield issue.clock, end, label
         if after.clock > end:
@@ -426,10 +434,11 @@ def draw_pipeline(name: str, path: Path) -> None:
     busy.tick_params(axis="x", labelsize=8.5)
     text = title(run, name)
     figure.suptitle(text, fontsize=9.5, y=1 - 0.1 / height, va="top")
-    labels = [*products, *(label for label in (ADDITIONS, REST, WAIT_PRODUCTS, WAIT_BARRIER, WAIT_COPIES, WAIT_STAGE) if label in shown)]
-    legend = [Patch(color=colours[label], label=label) for label in labels] + [Patch(color=_COPY, label="copies: issued; on their way")]
-    figure.legend(handles=legend, loc="lower center", ncol=min(5, len(legend)), fontsize=8.5, frameon=False)
-    figure.subplots_adjust(left=0.16, right=0.985, top=1 - (0.55 + 0.16 * text.count("\n")) / height, bottom=0.95 / height, hspace=0.08)
+    legend = [Patch(color=colours[label], label=label) for label in (*products, *(label for label in _FIXED if label in shown))]
+    legend.append(Patch(color=_COPY, label="copies: issued; on their way"))
+    figure.legend(handles=legend, loc="lower center", ncol=LEGEND_COLUMNS, fontsize=8.5, frameon=False)
+    lines, top_lines = ceil(len(legend) / LEGEND_COLUMNS), text.count("\n")
+    figure.subplots_adjust(left=0.16, right=0.985, top=1 - (0.55 + 0.16 * top_lines) / height, bottom=(0.55 + 0.2 * lines) / height, hspace=0.08)
     save(figure, path, fingerprint_of_pipeline(name))
     plt.close(figure)
 
