@@ -56,7 +56,12 @@ LEGEND_COLUMNS = 5
 # --- What an instruction is for -----------------------------------------------------------------------------------------------------------
 
 REST, OTHER_WORK = "between the products", "other work"  # of warps that compute, and of others
-WAIT_BARRIER, WAIT_COPIES, WAIT_PRODUCTS, WAIT_PHASE = "waits for other warps", "waits for copies", "waits for products", "waits at an mbarrier"
+WAIT_BARRIER, WAIT_COPIES, WAIT_PRODUCTS, WAIT_PHASE = (
+    "waits for other warps",
+    "waits for copies",
+    "waits for products",
+    "waits at an mbarrier",
+)
 ADDITIONS, TURNS = "additions in global memory", "turns in global memory"
 _COLOURS = {
     "S": "#2b6cb0",
@@ -438,7 +443,9 @@ def draw_pipeline(name: str, path: Path) -> None:
     legend.append(Patch(color=_COPY, label="copies: issued; on their way"))
     figure.legend(handles=legend, loc="lower center", ncol=LEGEND_COLUMNS, fontsize=8.5, frameon=False)
     lines, top_lines = ceil(len(legend) / LEGEND_COLUMNS), text.count("\n")
-    figure.subplots_adjust(left=0.16, right=0.985, top=1 - (0.55 + 0.16 * top_lines) / height, bottom=(0.55 + 0.2 * lines) / height, hspace=0.08)
+    figure.subplots_adjust(
+        left=0.16, right=0.985, top=1 - (0.55 + 0.16 * top_lines) / height, bottom=(0.55 + 0.2 * lines) / height, hspace=0.08
+    )
     save(figure, path, fingerprint_of_pipeline(name))
     plt.close(figure)
 

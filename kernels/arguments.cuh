@@ -100,7 +100,7 @@ struct CacheAppendArguments {
 // have its coordinates: 1, or 0 along an axis that is broadcast, which the map has once.
 struct MappedTensor {
   TensorMap map;
-  int head_step, batch_step;
+  int head_factor, batch_factor;
 };
 
 struct ForwardWgmmaArguments {

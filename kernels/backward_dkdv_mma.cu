@@ -33,8 +33,8 @@ constexpr bool COMPUTE_DV = Config::COMPUTE_DV;
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_Q / 8;
 using Statistics = StatisticsOfColumns;
-constexpr int KEPT_BYTES = TileK::BYTES + (COMPUTE_DK ? TileV::BYTES : 0);
-constexpr int SLICE_BYTES = KEPT_BYTES + NUM_STAGES * (TileQ::BYTES + TileO::BYTES);
+constexpr int STATIONARY_BYTES = TileK::BYTES + (COMPUTE_DK ? TileV::BYTES : 0);
+constexpr int SLICE_BYTES = STATIONARY_BYTES + NUM_STAGES * (TileQ::BYTES + TileO::BYTES);
 
 static_assert(TILE_KV % (16 * ROW_WARPS) == 0, "tile_kv must be a multiple of 16 * num_warps");
 static_assert(HEAD_SLICES * SLICE_BYTES + NUM_STAGES * StatisticsOfColumns::BYTES + (COMPUTE_DK ? 2 : 1) * EXCHANGE_BYTES<M_TILES, S_TILES> ==
@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   extern __shared__ __align__(128) uint8 shared[];
   const SmemAddress K_smem = smem_address(shared) + slice_index() * SLICE_BYTES;
   const SmemAddress V_smem = K_smem + TileK::BYTES;
-  const SmemAddress Q_smem = K_smem + KEPT_BYTES;
+  const SmemAddress Q_smem = K_smem + STATIONARY_BYTES;
   const SmemAddress dO_smem = Q_smem + NUM_STAGES * TileQ::BYTES;
   const SmemAddress statistics_smem = smem_address(shared) + HEAD_SLICES * SLICE_BYTES;
   const SmemAddress S_exchange = statistics_smem + NUM_STAGES * Statistics::BYTES;
@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     if (PER_HEAD_WALK && steps.begin >= steps.end) continue;
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
     const StatisticsView view(arguments, batch, head, start_q, geometry.seqlen_q);
-    auto statistics_of = [&](int step) { return Statistics(statistics_smem + slot_of(step) * Statistics::BYTES, view, tiles.tile(step) * TILE_Q); };
+    auto statistics_of = [&](int step) { return Statistics(statistics_smem + stage_of(step) * Statistics::BYTES, view, tiles.tile(step) * TILE_Q); };
     const SliceRows<TileK, HEAD_DIM> K_rows{arguments.key, batch, head / heads_per_kv, num_keys, start_kv};
     const SliceRows<TileV, HEAD_DIM_V> V_rows{arguments.value, batch, head / heads_per_kv, num_keys, start_kv};
     const SliceRows<TileQ, HEAD_DIM> Q_rows{arguments.query, batch, head, geometry.seqlen_q, start_q};
@@ -98,8 +98,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     auto dO_loader = dO_rows.loader();
     auto issue = [&](int step) {
       const bool enabled = step < steps.end;
-      Q_loader.issue(Q_smem + slot_of(step) * TileQ::BYTES, tiles.tile(step) * TILE_Q, first_column<TileQ>(0), enabled);
-      dO_loader.issue(dO_smem + slot_of(step) * TileO::BYTES, tiles.tile(step) * TILE_Q, first_column<TileO>(0), enabled);
+      Q_loader.issue(Q_smem + stage_of(step) * TileQ::BYTES, tiles.tile(step) * TILE_Q, first_column<TileQ>(0), enabled);
+      dO_loader.issue(dO_smem + stage_of(step) * TileO::BYTES, tiles.tile(step) * TILE_Q, first_column<TileO>(0), enabled);
       statistics_of(step).issue(enabled);
       cp_async_commit_group();
     };
@@ -121,8 +121,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
         dO_loader.land(dO_smem);
       });
       const int first_q = tiles.tile(j) * TILE_Q;
-      const SliceTile<TileQ, HEAD_DIM> Q{Q_smem + slot_of(j) * TileQ::BYTES, first_q, Q_rows};
-      const SliceTile<TileO, HEAD_DIM_V> dO{dO_smem + slot_of(j) * TileO::BYTES, first_q, dO_rows};
+      const SliceTile<TileQ, HEAD_DIM> Q{Q_smem + stage_of(j) * TileQ::BYTES, first_q, Q_rows};
+      const SliceTile<TileO, HEAD_DIM_V> dO{dO_smem + stage_of(j) * TileO::BYTES, first_q, dO_rows};
       if constexpr (SLICE_PIECES > 1) statistics_of(j).issue();  // with the first pieces
 
       float S[M_TILES][S_TILES][4];  // transposed: rows are keys
@@ -131,8 +131,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       modifier.read_mask(mask, first_kv + warp_row, first_q);
       multiply_rows(S, K, warp_row, Q);
       publish_and_collect(S, S_exchange);
-      ScoreSlope<M_TILES, S_TILES> slope;
-      modifier.apply<true>(S, slope, first_kv + warp_row, first_q, mask);
+      ScoreDerivative<M_TILES, S_TILES> derivative;
+      modifier.apply<true>(S, derivative, first_kv + warp_row, first_q, mask);
       const Statistics statistics = statistics_of(j);
       statistics.to_probabilities(S, modifier.signed_factor());
       auto& P = S;  // in place
@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
         if constexpr (DROPOUT) statistics.drop(dP, P, arguments.features.dropout_scale);
         multiply_all(dP, P);
         auto& dS = dP;  // in place
-        slope.multiply(dS);
+        derivative.multiply(dS);
         multiply_accumulator(dK, dS, Q);
       }
       tiles.advance();

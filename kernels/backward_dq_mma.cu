@@ -67,8 +67,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
   auto K_loader = K_rows.loader();
   auto V_loader = V_rows.loader();
   auto issue = [&](int step) {
-    K_loader.issue(K_smem + slot_of(step) * TileK::BYTES, tiles.tile(step) * TILE_KV, first_column<TileK>(0), step < end);
-    V_loader.issue(V_smem + slot_of(step) * TileV::BYTES, tiles.tile(step) * TILE_KV, first_column<TileV>(0), step < end);
+    K_loader.issue(K_smem + stage_of(step) * TileK::BYTES, tiles.tile(step) * TILE_KV, first_column<TileK>(0), step < end);
+    V_loader.issue(V_smem + stage_of(step) * TileV::BYTES, tiles.tile(step) * TILE_KV, first_column<TileV>(0), step < end);
     cp_async_commit_group();
   };
   if (SLICE_PIECES == 1 && begin < end) {
@@ -92,8 +92,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
       V_loader.land(V_smem);
     });
     const int first_kv = tiles.tile(j) * TILE_KV;
-    const SliceTile<TileK, HEAD_DIM> K{K_smem + slot_of(j) * TileK::BYTES, first_kv, K_rows};
-    const SliceTile<TileV, HEAD_DIM_V> V{V_smem + slot_of(j) * TileV::BYTES, first_kv, V_rows};
+    const SliceTile<TileK, HEAD_DIM> K{K_smem + stage_of(j) * TileK::BYTES, first_kv, K_rows};
+    const SliceTile<TileV, HEAD_DIM_V> V{V_smem + stage_of(j) * TileV::BYTES, first_kv, V_rows};
 
     float S[M_TILES][S_TILES][4];
     clear(S);
@@ -101,8 +101,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
     modifier.read_mask(mask, first_q + warp_row, first_kv);
     multiply_rows(S, Q, warp_row, K);
     publish_and_collect(S, S_exchange);
-    ScoreSlope<M_TILES, S_TILES> slope;
-    modifier.apply<false>(S, slope, first_q + warp_row, first_kv, mask);
+    ScoreDerivative<M_TILES, S_TILES> derivative;
+    modifier.apply<false>(S, derivative, first_q + warp_row, first_kv, mask);
     statistics.to_probabilities(S, modifier.signed_factor());
     auto& P = S;  // in place
     hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
     if constexpr (DROPOUT) statistics.drop(dP, dropout, work.batch, work.head, first_q + warp_row, first_kv, arguments.features.dropout_scale);
     multiply_all(dP, P);
     auto& dS = dP;  // in place
-    slope.multiply(dS);
+    derivative.multiply(dS);
 
     multiply_accumulator(dQ, dS, K);
     tiles.advance();

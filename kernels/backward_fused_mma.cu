@@ -13,8 +13,8 @@
 //
 // Shared memory: K [TILE_KV][D] | V [TILE_KV][DV] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][DV] | row statistics [NUM_STAGES]
 // (StatisticsOfColumns) | Pᵀ [TILE_KV][TILE_Q] | dSᵀ [TILE_KV][TILE_Q]. One copy group per query tile. Two barriers for each tile: at the first its
-// copies have landed, and all warps are done with P, dS and the slot of the tile before; at the second P and dS are complete. Where there is only one
-// stage, there is one more before dS K: the slot is free, and the next tile travels during that product.
+// copies have landed, and all warps are done with P, dS and the stage of the tile before; at the second P and dS are complete. Where there is only
+// one stage, there is one more before dS K: the stage is free, and the next tile travels during that product.
 //
 // Sources: Dao 2023 (arXiv 2307.08691), algorithm 2, but for the order of the sums; his kernels share out products among warps in the same way.
 #include "tile/constants.cuh"
@@ -42,7 +42,7 @@ constexpr int STEPS_AHEAD = NUM_STAGES > 1 ? NUM_STAGES - 1 : 1;
 
 using TileS = SmemTile<Element, TILE_KV, TILE_Q>;  // Pᵀ, dSᵀ
 
-constexpr int KEPT_BYTES = TileK::BYTES + TileV::BYTES;
+constexpr int STATIONARY_BYTES = TileK::BYTES + TileV::BYTES;
 constexpr int STAGED_BYTES = NUM_STAGES * (TileQ::BYTES + TileO::BYTES + StatisticsOfColumns::BYTES);
 
 static_assert(HEAD_SLICES == 1, "wide heads are cut into slices, which this kernel does not know");
@@ -53,7 +53,7 @@ static_assert(WARP_KEYS % 16 == 0 && WARP_KEYS * NUM_WARPS == TILE_KV * SHARING_
 static_assert(WARP_QUERIES % 16 == 0 && D_TILES / 2 % SHARING_WARPS == 0 && DV_TILES / 2 % SHARING_WARPS == 0,
               "warps with the same keys must be able to share out queries and columns");
 static_assert((SHARING_WARPS & (SHARING_WARPS - 1)) == 0, "operands take every 2nd, 4th or 8th pair of columns");
-static_assert(KEPT_BYTES + STAGED_BYTES + 2 * TileS::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
+static_assert(STATIONARY_BYTES + STAGED_BYTES + 2 * TileS::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
 // Puts a warp's part of Pᵀ or dSᵀ where all warps find it, behind the next barrier.
 DEVICE void share(const float (&c)[M_TILES][S_TILES][4], SmemAddress tile, int warp_key, int warp_query) {
@@ -97,10 +97,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
   extern __shared__ __align__(128) uint8 shared[];
   const SmemAddress K_smem = smem_address(shared);
   const SmemAddress V_smem = K_smem + TileK::BYTES;
-  const SmemAddress Q_smem = K_smem + KEPT_BYTES;
+  const SmemAddress Q_smem = K_smem + STATIONARY_BYTES;
   const SmemAddress dO_smem = Q_smem + NUM_STAGES * TileQ::BYTES;
   const SmemAddress statistics_smem = dO_smem + NUM_STAGES * TileO::BYTES;
-  const SmemAddress P_smem = K_smem + KEPT_BYTES + STAGED_BYTES;
+  const SmemAddress P_smem = K_smem + STATIONARY_BYTES + STAGED_BYTES;
   const SmemAddress dS_smem = P_smem + TileS::BYTES;
 
   const int heads_per_kv = arguments.geometry.num_heads_q / arguments.geometry.num_heads_kv;
@@ -145,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
     const int slot = first_slot(arguments, batch, head, start_q);
     auto tile_of = [&](int step) { return steps.begin + steps.end - 1 - step; };  // the last one first
     auto statistics_of = [&](int step) {
-      return StatisticsOfColumns(statistics_smem + slot_of(step) * StatisticsOfColumns::BYTES, view, tile_of(step) * TILE_Q);
+      return StatisticsOfColumns(statistics_smem + stage_of(step) * StatisticsOfColumns::BYTES, view, tile_of(step) * TILE_Q);
     };
 
     const SliceRows<TileK, HEAD_DIM> K_rows{arguments.key, batch, head / heads_per_kv, num_keys, start_kv};
@@ -156,8 +156,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
     auto dO_loader = dO_rows.loader();
     auto issue = [&](int step) {
       const bool enabled = step < steps.end;
-      Q_loader.issue(Q_smem + slot_of(step) * TileQ::BYTES, tile_of(step) * TILE_Q, 0, enabled);
-      dO_loader.issue(dO_smem + slot_of(step) * TileO::BYTES, tile_of(step) * TILE_Q, 0, enabled);
+      Q_loader.issue(Q_smem + stage_of(step) * TileQ::BYTES, tile_of(step) * TILE_Q, 0, enabled);
+      dO_loader.issue(dO_smem + stage_of(step) * TileO::BYTES, tile_of(step) * TILE_Q, 0, enabled);
       statistics_of(step).issue(enabled);
       cp_async_commit_group();
     };
@@ -176,17 +176,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
 #pragma unroll 1
     for (int j = steps.begin; j < steps.end; ++j) {
       wait_for_tiles<STEPS_AHEAD - 1>();  // the tiles have landed; every warp is done with those before
-      if constexpr (NUM_STAGES > 1) issue(j + STEPS_AHEAD);  // into their slot
+      if constexpr (NUM_STAGES > 1) issue(j + STEPS_AHEAD);  // into their stage
       turns.pass_on();
       const int first_q = tile_of(j) * TILE_Q;
-      const SmemAddress Q = Q_smem + slot_of(j) * TileQ::BYTES, dO = dO_smem + slot_of(j) * TileO::BYTES;
+      const SmemAddress Q = Q_smem + stage_of(j) * TileQ::BYTES, dO = dO_smem + stage_of(j) * TileO::BYTES;
 
       float P[M_TILES][S_TILES][4];  // scores, then probabilities; rows are keys
       clear(P);
       gemm_rows<Mma, TileK::COLUMNS, true>(P, Mma::OperandA<TileK>(K_smem, warp_key), Mma::OperandB<TileQ>(Q + warp_query * TileQ::ROW_BYTES));
-      ScoreSlope<M_TILES, S_TILES> slope;
-      modifier.apply<true>(P, slope, first_kv + warp_key, first_q + warp_query);
-      const StatisticsOfColumns statistics(statistics_smem + slot_of(j) * StatisticsOfColumns::BYTES, view, first_q, warp_query);
+      ScoreDerivative<M_TILES, S_TILES> derivative;
+      modifier.apply<true>(P, derivative, first_kv + warp_key, first_q + warp_query);
+      const StatisticsOfColumns statistics(statistics_smem + stage_of(j) * StatisticsOfColumns::BYTES, view, first_q, warp_query);
       statistics.to_probabilities(P, modifier.signed_factor());
       hide<true>(P, 0.0f, geometry, visibility, first_q + warp_query, first_kv, warp_key, false);
       if constexpr (DROPOUT) {
@@ -201,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       gemm_rows<Mma, TileV::COLUMNS, true>(dS, Mma::OperandA<TileV>(V_smem, warp_key), Mma::OperandB<TileO>(dO + warp_query * TileO::ROW_BYTES));
       if constexpr (DROPOUT) statistics.drop(dS, P, arguments.features.dropout_scale);
       multiply_all(dS, P);
-      slope.multiply(dS);
+      derivative.multiply(dS);
       share(dS, dS_smem, warp_key, warp_query);
 
       const int place = work.tile - visibility.first_key(first_q) / TILE_KV;  // among the blocks that add to this tile
@@ -210,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       gemm_by_rows<Mma, TILE_Q, SHARING_WARPS>(dV, Mma::OperandA<TileS>(P_smem, warp_key), Mma::OperandBByRows<TileO>(dO, 2 * share_index));
       gemm_by_rows<Mma, TILE_Q, SHARING_WARPS>(dK, Mma::OperandA<TileS>(dS_smem, warp_key), Mma::OperandBByRows<TileQ>(Q, 2 * share_index));
       if constexpr (NUM_STAGES == 1) {
-        __syncthreads();  // every warp is done with the only slot
+        __syncthreads();  // every warp is done with the only stage
         issue(j + 1);
       }
       if (j + 1 < steps.end) turns.look(slot + tile_of(j + 1));  // before the additions, behind which the answer would have to wait

@@ -167,8 +167,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
         clear(S);
         multiply_rows(S, Q, warp_row, K);
         publish_and_collect(S, S_exchange);
-        ScoreSlope<M_TILES, S_TILES> unused;
-        modifier.apply<false>(S, unused, first_q + warp_row, first_kv);
+        modifier.apply<false>(S, first_q + warp_row, first_kv);
         statistics.to_probabilities(S, modifier.signed_factor());
         auto& P = S;  // in place
         hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, TILE_LISTS);

@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_row_sums_m
   const SliceTile<TileQ, HEAD_DIM> Q{Q_smem, first_q, Q_rows};
   auto K_loader = K_rows.loader();
   auto issue = [&](int tile) {
-    if (tile < end) K_loader.issue(K_smem + slot_of(tile) * TileK::BYTES, tile * TILE_KV, first_column<TileK>(0));
+    if (tile < end) K_loader.issue(K_smem + stage_of(tile) * TileK::BYTES, tile * TILE_KV, first_column<TileK>(0));
     cp_async_commit_group();
   };
   if (SLICE_PIECES == 1 && begin < end) Q.load(0);
@@ -95,14 +95,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_row_sums_m
   for (int j = begin; j < end; ++j) {
     begin_step(j, issue, [&] { K_loader.land(K_smem); });
     const int first_kv = j * TILE_KV;
-    const SliceTile<TileK, HEAD_DIM> K{K_smem + slot_of(j) * TileK::BYTES, first_kv, K_rows};
+    const SliceTile<TileK, HEAD_DIM> K{K_smem + stage_of(j) * TileK::BYTES, first_kv, K_rows};
 
     float S[M_TILES][S_TILES][4];
     clear(S);
     multiply_rows(S, Q, warp_row, K);
     publish_and_collect(S, exchange);
-    ScoreSlope<M_TILES, S_TILES> unused;
-    modifier.apply<false>(S, unused, first_q + warp_row, first_kv);
+    modifier.apply<false>(S, first_q + warp_row, first_kv);
     hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, TILE_LISTS);
     softmax.update(S, no_output, modifier.factor());
     if constexpr (HEAD_SLICES == 1) end_step();  // slices have exchanged parts since K was read

@@ -191,8 +191,8 @@ class WarpgroupKeys {
     issue_rows<WarpgroupV, RingO, DV_TILES / 2>(dS, V_descriptor, dO_descriptor);
     wgmma_wait<1>();
     pin(P[0]);
-    ScoreSlope<1, S_TILES> slope;
-    member.modifier.apply<true>(P, slope, member.first_key, first_q);
+    ScoreDerivative<1, S_TILES> derivative;
+    member.modifier.apply<true>(P, derivative, member.first_key, first_q);
     const StatisticsOfColumns statistics(shared.statistics(ring.stage), member.view, first_q);
     statistics.to_probabilities(P, member.modifier.signed_factor());
     if constexpr (IS_MASKED) hide_pairs(P, member, first_q);
@@ -212,7 +212,7 @@ class WarpgroupKeys {
       statistics.to_grad_scores(dS, P);
       pack_accumulator(P_operand, P);
     }
-    slope.multiply(dS);
+    derivative.multiply(dS);
     pack_accumulator(dS_operand, dS);
     share(dS_operand);
     pin(P_operand);

@@ -10,8 +10,8 @@
 // that the slices exchange.
 //
 // Copies are committed in the order K0 V0 K1 V1 ..., one group each. In step j two barriers each do two jobs:
-//   A  K_j has landed; every warp is done with V_{j-1}   ->  V_{j+NUM_STAGES-1} may be issued into its slot
-//   B  V_j has landed; every warp is done with K_j       ->  K_{j+NUM_STAGES} may be issued into its slot
+//   A  K_j has landed; every warp is done with V_{j-1}   ->  V_{j+NUM_STAGES-1} may be issued into its stage
+//   B  V_j has landed; every warp is done with K_j       ->  K_{j+NUM_STAGES} may be issued into its stage
 // so at either barrier 2 (NUM_STAGES - 1) younger groups may still be in flight. With one stage, V_j travels during Q Kᵀ and K_{j+1} during the
 // softmax and P V.
 #include "tile/constants.cuh"
@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 
   const Visibility visibility(geometry, arguments.features, work.batch, work.head);
   const int num_keys =  // keys beyond are not even read; asked of the geometry where it can be, as in `hide`
-      ONLY_CAUSAL ? visible_keys<CAUSAL>(geometry, first_q + TILE_Q) : visibility.end_key(first_q, first_q + TILE_Q);
+      ONLY_CAUSAL ? causal_end_key<CAUSAL>(geometry, first_q + TILE_Q) : visibility.end_key(first_q, first_q + TILE_Q);
   VisibleTilesAhead<NUM_STAGES> tiles(arguments.geometry, arguments.features, work.batch, work.head, work.tile,
                                       (arguments.geometry.seqlen_kv + TILE_KV - 1) / TILE_KV);
   const int begin = TILE_LISTS ? 0 : visibility.first_key(first_q) / TILE_KV;  // steps over key tiles
@@ -71,11 +71,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   auto K_loader = K_rows.loader<true>();
   auto V_loader = V_rows.loader<true>();
   auto issue_K = [&](int step) {
-    K_loader.issue(K_smem + slot_of(step) * TileK::BYTES, tiles.tile(step) * TILE_KV, first_column<TileK>(0), step < end);
+    K_loader.issue(K_smem + stage_of(step) * TileK::BYTES, tiles.tile(step) * TILE_KV, first_column<TileK>(0), step < end);
     cp_async_commit_group();
   };
   auto issue_V = [&](int step) {
-    V_loader.issue(V_smem + slot_of(step) * TileV::BYTES, tiles.tile(step) * TILE_KV, first_column<TileV>(0), step < end);
+    V_loader.issue(V_smem + stage_of(step) * TileV::BYTES, tiles.tile(step) * TILE_KV, first_column<TileV>(0), step < end);
     cp_async_commit_group();
   };
   if constexpr (SLICE_PIECES == 1) {
@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 
   for (int j = begin; j < end; ++j) {
     tiles.look_ahead(j);
-    const SliceTile<TileK, HEAD_DIM> K{K_smem + slot_of(j) * TileK::BYTES, tiles.tile(j) * TILE_KV, K_rows};
+    const SliceTile<TileK, HEAD_DIM> K{K_smem + stage_of(j) * TileK::BYTES, tiles.tile(j) * TILE_KV, K_rows};
     float S[M_TILES][S_TILES][4];
     if constexpr (SLICE_PIECES == 1) {
       wait_for_tiles<PENDING>([&] { K_loader.land(K_smem); });  // barrier A
@@ -124,13 +124,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     if constexpr (SLICE_PIECES > 1 && !MODIFIES_SCORES) multiply_all(S, geometry.score_sign);
 
     const int first_kv = tiles.tile(j) * TILE_KV;
-    ScoreSlope<M_TILES, S_TILES> unused;
-    modifier.apply<false>(S, unused, first_q + warp_row, first_kv, mask);
+    modifier.apply<false>(S, first_q + warp_row, first_kv, mask);
     hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
     softmax.update(S, O, modifier.factor());
     auto& P = S;  // in place
     if constexpr (DROPOUT) drop(P, dropout, work.batch, work.head, first_q + warp_row, first_kv);
-    const SliceTile<TileV, HEAD_DIM_V> V{V_smem + slot_of(j) * TileV::BYTES, first_kv, V_rows};
+    const SliceTile<TileV, HEAD_DIM_V> V{V_smem + stage_of(j) * TileV::BYTES, first_kv, V_rows};
     multiply_accumulator(O, P, V);
     if constexpr (PARTIAL_OUTPUTS) {
       if ((j - begin) % PARTIAL_STEPS == PARTIAL_STEPS - 1) partial.put(O, softmax);

@@ -178,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
   Keys keys;
   auto issue = [&](int step) {  // what was looked up one step before
     if (step < end) {
-      const SmemAddress K_smem = ring + slot_of(step) * STAGE_BYTES;
+      const SmemAddress K_smem = ring + stage_of(step) * STAGE_BYTES;
       keys.copy<WarpK, Element>(K_smem, arguments.key, work.head_kv);
       keys.copy<WarpV, Element>(K_smem + WarpK::BYTES, arguments.value, work.head_kv);
       if (step + 1 < end) keys.look_up(sequence, (step + 1) * TILE_KV + warp_key, first_key, end_key);
@@ -199,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
     issue(step + NUM_STAGES - 1);
     const int first = step * TILE_KV + warp_key;
     if (first >= end_key) continue;
-    const SmemAddress K_smem = ring + slot_of(step) * STAGE_BYTES;
+    const SmemAddress K_smem = ring + stage_of(step) * STAGE_BYTES;
     float S[M_TILES][S_TILES][4];
     clear(S);
     gemm_rows<Mma, TileQ::COLUMNS>(S, Mma::OperandA<TileQ>(Q_smem, 0), Mma::OperandB<WarpK>(K_smem));

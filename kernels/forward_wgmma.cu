@@ -126,8 +126,7 @@ class WarpgroupRows {
   DEVICE void make_probabilities(float (&S)[1][S_TILES][4], float (&rescale)[1][2], int j, bool is_masked) {
     const int first_kv = (TILE_LISTS ? entry >> 1 : j) * TILE_KV;
     if constexpr (MODIFIES_SCORES) {
-      ScoreSlope<1, S_TILES> unused;
-      modifier.apply<false>(S, unused, first_row, first_kv);
+      modifier.apply<false>(S, first_row, first_kv);
     } else if constexpr (Config::ANY_SCALE) {
       multiply_all(S, geometry.score_sign);
     }

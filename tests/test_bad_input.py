@@ -43,7 +43,7 @@ def forward(call: dict[str, Any]) -> Problem:
     inputs = {name: borrow(call[name], name) for name in ("query", "key", "value")}
     problem = checked(**{name: call[name] for name in inputs}, **options)
     if "out" in call:
-        check_out(problem, problem.layout, borrow(call["out"], "out"), inputs)
+        check_out(problem, borrow(call["out"], "out"), inputs)
     return problem
 
 
@@ -56,7 +56,7 @@ def backward(call: dict[str, Any]) -> BackwardViews:
     problem = forward({name: argument for name, argument in call.items() if name not in ("grad_out", "out", "lse", "grad_lse")})
     others = {name: borrow(call[name], name) for name in ("grad_out", "out", "lse")}
     grad_lse = borrow(call["grad_lse"], "grad_lse") if "grad_lse" in call else None
-    return check_backward(problem, problem.layout, **others, grad_lse=grad_lse)
+    return check_backward(problem, **others, grad_lse=grad_lse)
 
 
 def error_of(call: dict[str, Any], check: Callable[[dict[str, Any]], object] = forward) -> ArgumentError:

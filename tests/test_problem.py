@@ -142,7 +142,7 @@ def test_every_layout_is_the_same_problem(case: tuple[str, Any, Any]) -> None:
     assert p.layout.from_canonical(p.output_shape) == held.shape
     assert p.layout.to_canonical(held.shape) == canonical.shape
     out = numpy.empty(held.shape, numpy.float32)
-    view = check_out(p, p.layout, borrow(out, "out"), {"query": borrow(held, "query")})
+    view = check_out(p, borrow(out, "out"), {"query": borrow(held, "query")})
     assert view.shape == canonical.shape
 
 
@@ -263,14 +263,14 @@ def test_out_beside_the_inputs_in_one_buffer() -> None:
     buffer = numpy.zeros((2, 5, 4, 3, 8), numpy.float16)
     inputs = [borrow(buffer[:, :, i], "x") for i in range(3)]
     p = checked(*(x.owner for x in inputs))
-    view = check_out(p, p.layout, borrow(buffer[:, :, 3], "out"), dict(zip(("query", "key", "value"), inputs, strict=True)))
+    view = check_out(p, borrow(buffer[:, :, 3], "out"), dict(zip(("query", "key", "value"), inputs, strict=True)))
     assert view == View((2, 5, 3, 8), (480, 96, 8, 1))
 
 
 def test_out_in_three_dimensions_and_reversed() -> None:
     x = array(2, 5, 12)
     p = checked(*[x.owner] * 3, num_heads=3)
-    assert check_out(p, p.layout, borrow(numpy.zeros((2, 5, 12), numpy.float16)[:, ::-1], "out"), {"query": x}).strides == (60, -12, 4, 1)
+    assert check_out(p, borrow(numpy.zeros((2, 5, 12), numpy.float16)[:, ::-1], "out"), {"query": x}).strides == (60, -12, 4, 1)
 
 
 def test_backward_views() -> None:
@@ -278,14 +278,14 @@ def test_backward_views() -> None:
     p = checked(q.owner, k.owner, k.owner, layout="bhsd")
     lse = array(2, 4, 5, dtype="float32")
     grad_out = borrow(numpy.broadcast_to(numpy.float16(1), (2, 4, 5, 8)), "grad_out")
-    views = check_backward(p, p.layout, grad_out, q, lse, None)
+    views = check_backward(p, grad_out, q, lse, None)
     assert views.grad_out == View((2, 5, 4, 8), (0, 0, 0, 0))
     assert views.out == p.query
     assert views.lse_strides == (20, 5, 1)
     assert views.grad_lse_strides is None
     assert hash(views)
     grad_lse = borrow(numpy.zeros((5, 4, 2), numpy.float32).T, "grad_lse")
-    assert check_backward(p, p.layout, grad_out, q, lse, grad_lse).grad_lse_strides == (1, 2, 8)
+    assert check_backward(p, grad_out, q, lse, grad_lse).grad_lse_strides == (1, 2, 8)
 
 
 def test_default_scale_of_every_head_dim() -> None:

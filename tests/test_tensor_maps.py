@@ -118,7 +118,7 @@ def test_axes_of_one_place(driver: Driver, shape: Any, strides: Any, extents: An
     made = map_of(shape, strides)
     made.at(4096)
     assert driver.calls[0][3:5] == (extents, strides_bytes)
-    assert (made.head_step, made.batch_step) == steps
+    assert (made.head_factor, made.batch_factor) == steps
 
 
 def test_the_simulator_is_told_the_same() -> None:

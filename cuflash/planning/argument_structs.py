@@ -153,7 +153,7 @@ CACHE_ARGUMENTS = _struct(
     ("page_table", WORD), ("batch_indices", WORD), ("leftpad", WORD), ("stride_page_table", INT64), ("page_size", INT), ("num_rows", INT),
     ("new_keys", INT), ("reserved", INT),
 )  # fmt: skip
-MAPPED_TENSOR = _struct("MappedTensor", ("map", TENSOR_MAP), ("head_step", INT), ("batch_step", INT))
+MAPPED_TENSOR = _struct("MappedTensor", ("map", TENSOR_MAP), ("head_factor", INT), ("batch_factor", INT))
 
 # --- Parameters of kernels ----------------------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ def kernels(problem: Problem, device: Device) -> tuple[KernelPlan, ...]:
         "PAGED": cache.is_paged,
         "VECTORIZED": False,
         "SEQLENS_KV": True,
+        "IN_PLACES": False,
         "VARLEN": problem.num_sequences is not None,
         "RotaryElement": CPP_ELEMENTS[problem.dtype if cache.rotary is None else cache.rotary.dtype],
     }

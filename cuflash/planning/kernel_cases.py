@@ -90,7 +90,7 @@ class KernelCase:
         return tile.tile_q if self.kernel.owns_keys else tile.tile_kv
 
     def warp_tile(self, tile: Tile, device: Device) -> tuple[int, int]:
-        """Kept and streamed rows whose scores a warp computes at a time."""
+        """Stationary and streamed rows whose scores a warp computes at a time."""
         stationary, streamed = self.stationary_rows(tile), self.streamed_rows(tile)
         if self.kernel.warps_share == "streamed":
             return stationary, streamed // tile.num_warps

@@ -42,7 +42,7 @@ class Costs:
     Attributes:
         registers: per thread, besides accumulators and operands of 16-bit or TF32 products.
         boolean_mask_registers: more with a boolean mask.
-        split_dropout_registers: more with dropout where float32 products are three of TF32.
+        float32_dropout_registers: more with dropout where float32 products are three of TF32 each.
         streams_through_registers: where there are no asynchronous copies, the next streamed tile waits in registers.
         instructions: of each score, besides products.
         barriers: of each streamed tile.
@@ -52,7 +52,7 @@ class Costs:
 
     registers: int
     boolean_mask_registers: int
-    split_dropout_registers: int
+    float32_dropout_registers: int
     streams_through_registers: bool
     instructions: int
     barriers: int
@@ -288,8 +288,10 @@ MERGE_ATTENTION_BACKWARD = KernelSpec(
 MERGE_TABLE = KernelSpec("merge_table", "merge_table.cu", argument_structs.MERGE_TABLE_ARGUMENTS, num_warps=4)
 
 KERNELS: tuple[KernelSpec, ...] = (
-    FORWARD, FORWARD_WGMMA, FORWARD_SPLIT, CACHE_APPEND, BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_WGMMA, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ, BACKWARD_MASK, BACKWARD_SINKS, VISIBLE_TILES,
-    DROPOUT_MASK, MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE,
+    FORWARD, FORWARD_WGMMA, FORWARD_SPLIT, CACHE_APPEND,
+    BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_WGMMA, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ,
+    BACKWARD_MASK, BACKWARD_SINKS,
+    VISIBLE_TILES, DROPOUT_MASK, MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE,
 )  # fmt: skip
 
 TILED_KERNELS: dict[str, KernelSpec] = {kernel.name: kernel for kernel in KERNELS if kernel.is_tiled}

@@ -125,7 +125,7 @@ def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tu
     ):
         kernels += [kernel_specs.BACKWARD_FUSED]
     else:
-        joint = problem.same_groups and not splits_dkdv(case_of(kernel_specs.BACKWARD_DKDV, problem), device)
+        joint = problem.same_groups and not separates_dkdv(case_of(kernel_specs.BACKWARD_DKDV, problem), device)
         kernels += [kernel_specs.BACKWARD_DKDV] if joint else [kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DK]
         kernels += [kernel_specs.BACKWARD_DQ]
     kernels += [kernel_specs.BACKWARD_MASK] if problem.features.need_attn_mask_grad else []
@@ -161,7 +161,7 @@ def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, 
 
 
 @functools.lru_cache(maxsize=4096)
-def splits_dkdv(case: KernelCase, device: Device) -> bool:
+def separates_dkdv(case: KernelCase, device: Device) -> bool:
     """Whether no tile of the joint dK/dV kernel fits the registers with room to spare, or too many warps would compute the same exponentials."""
     if tile_choice.known_tile(case, device) is not None:
         return False
@@ -205,6 +205,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         "CAUSAL": problem.is_causal,
         "VARLEN": problem.num_sequences is not None,
         "SEQLENS_KV": problem.seqlens_kv or problem.in_places,
+        "IN_PLACES": problem.in_places,
         "ALLOW_TF32": case.allow_tf32,
         "VECTORIZED": problem.vectorized and not spec.splits_keys,
         **case.features.constants(),
@@ -301,6 +302,7 @@ def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> K
         "CAUSAL": problem.is_causal,
         "VARLEN": False,
         "SEQLENS_KV": problem.seqlens_kv,
+        "IN_PLACES": False,
         **kinds.constants(),
     }
     batches, heads = problem.list_extents
@@ -390,6 +392,7 @@ def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> Kern
         "CAUSAL": False,
         "VARLEN": problem.num_sequences is not None,
         "SEQLENS_KV": problem.in_places,
+        "IN_PLACES": problem.in_places,
         "ALLOW_TF32": False,
         "VECTORIZED": problem.vectorized,
         **dict(fused.spec.constants),

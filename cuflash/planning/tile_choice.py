@@ -32,7 +32,7 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
         for num_warps, rows, keys, num_stages in itertools.product((1, 2, 4, 8), (16, 32), (16, 32), (2, 3, 4)):
             yield Tile(rows, keys * num_warps, num_warps, num_stages)
         return
-    # Split float32 products and products on the ordinary units are many instructions each: longer tiles take seconds to compile. From sm_100 on the
+    # float32 products that are three of TF32 each and products on the ordinary units are many instructions each: longer tiles take seconds to compile. From sm_100 on the
     # compiler spills registers for them unless tiles are shortest and single, in the backward pass also few warps.
     many_instructions = case.uses_simt(device) or (case.dtype == "float32" and not case.allow_tf32)
     shortest = many_instructions and device.capability >= 100

@@ -51,7 +51,7 @@ def _feature_registers(case: KernelCase) -> int:
     if case.features.attn_mask == "bool":
         estimate += costs.boolean_mask_registers
     if case.features.dropout and case.dtype == "float32" and not case.allow_tf32:
-        estimate += costs.split_dropout_registers
+        estimate += costs.float32_dropout_registers
     return estimate
 
 

@@ -121,13 +121,12 @@ def _lengths(arrays: Mapping[str, Array], given: Options, batch: int, seqlen_q: 
     return Lengths(seqlen_q, seqlen_kv, seqlens_kv="seqlens_kv" in arrays)
 
 
-def check_out(problem: Problem, layout: Layout, out: Array, inputs: Mapping[str, Array]) -> View:
+def check_out(problem: Problem, out: Array, inputs: Mapping[str, Array]) -> View:
     """Check the caller's array for the output and return its canonical view.
 
     Args:
         problem: the call.
-        layout: `problem.layout`.
-        out: has the output's shape in that layout, its dtype, library and device; any strides.
+        out: has the output's shape in the call's layout, its dtype, library and device; any strides.
         inputs: query and the other arrays that the kernels read, by name.
 
     Raises:
@@ -135,7 +134,7 @@ def check_out(problem: Problem, layout: Layout, out: Array, inputs: Mapping[str,
         ArgumentError: `out` must not be written, some of its elements share memory, or it shares memory with an input.
     """
     check_same_kind({"query": inputs["query"], "out": out})
-    _check_like_output("out", out, problem, layout)
+    _check_like_output("out", out, problem)
     if out.read_only:
         got = "a tensor that requires grad" if out.framework.name == "torch" else "a read-only or immutable array"
         hint = "Pass out.detach(), or leave out= away." if out.framework.name == "torch" else "Pass a writable array, or leave out= away."
@@ -147,15 +146,14 @@ def check_out(problem: Problem, layout: Layout, out: Array, inputs: Mapping[str,
         if share_memory(out, array):
             hint = "Pass an array with memory of its own, or leave out= away."
             raise ArgumentError("out", f"an array that shares memory with {name}", f"memory that {name} does not use", hint)
-    return layout.view(out, problem.head_dim_v)
+    return problem.layout.view(out, problem.head_dim_v)
 
 
-def check_backward(problem: Problem, layout: Layout, grad_out: Array, out: Array, lse: Array, grad_lse: Array | None) -> BackwardViews:
+def check_backward(problem: Problem, grad_out: Array, out: Array, lse: Array, grad_lse: Array | None) -> BackwardViews:
     """Check what the backward pass gets besides query, key and value.
 
     Args:
         problem: the call.
-        layout: `problem.layout`.
         grad_out: gradient of the output; the output's shape, dtype, library and device; any strides.
         out: the forward pass's output.
         lse: the forward pass's log-sum-exp, float32, (batch, num_heads_q, seqlen_q), any strides.
@@ -169,11 +167,11 @@ def check_backward(problem: Problem, layout: Layout, grad_out: Array, out: Array
     if len(lse.shape) > len(out.shape):
         got, expected = f"shape {lse.shape} beside out of {out.shape}", "lse, which has no head_dim"
         raise ShapeError("lse", got, expected, "out and lse are exchanged: out comes first.")
-    _check_like_output("out", out, problem, layout)
-    _check_like_output("grad_out", grad_out, problem, layout)
+    _check_like_output("out", out, problem)
+    _check_like_output("grad_out", grad_out, problem)
     return BackwardViews(
-        layout.view(grad_out, problem.head_dim_v),
-        layout.view(out, problem.head_dim_v),
+        problem.layout.view(grad_out, problem.head_dim_v),
+        problem.layout.view(out, problem.head_dim_v),
         _lse_strides("lse", lse, problem),
         None if grad_lse is None else _lse_strides("grad_lse", grad_lse, problem),
     )
@@ -370,14 +368,14 @@ class _Extents:
 # --- Arrays besides the inputs ------------------------------------------------------------------------------------------------------------
 
 
-def _check_like_output(name: str, array: Array, problem: Problem, layout: Layout) -> None:
+def _check_like_output(name: str, array: Array, problem: Problem) -> None:
     """`array` has the output's dtype and shape."""
     if array.dtype != problem.dtype:
         hint = "Pass an array of that type." if name == "out" else f"Cast it: {cast_to(name, array, problem.dtype)}."
         raise DTypeError(name, array.dtype, f"{problem.dtype}, like query", hint)
-    expected = layout.from_canonical(problem.output_shape)
+    expected = problem.layout.from_canonical(problem.output_shape)
     if array.shape != expected:
-        hint = f"The output has the form of query, {layout.describe()}."
+        hint = f"The output has the form of query, {problem.layout.describe()}."
         raise ShapeError(name, f"shape {array.shape}", f"{expected}, the shape of the output", hint)
 
 

@@ -98,6 +98,11 @@ class Problem:
         """The same problem with another array of its element type."""
         return replace(self, vectorized=self.vectorized and view.vectorized(self.itemsize, address))
 
+    def of_gradients(self, views: BackwardViews, grad_out: int, out: int) -> Problem:
+        """The same problem with what a backward call is given besides, at these addresses."""
+        beside = self.beside(views.grad_out, grad_out).beside(views.out, out)
+        return replace(beside, grad_out=views.grad_out, aligned=self.aligned and grad_out % 16 == 0)
+
     @property
     def itemsize(self) -> int:
         """Bytes per element of query, key, value and the output."""

@@ -34,8 +34,8 @@ class Arguments:
         names: of these words and of the addresses of maps, in the order of the struct.
     """
 
-    def __init__(self, layout: Struct, values: Values, given: Container[str]) -> None:
-        """Fill in `values`; a name that is not among the `given` ones stays null."""
+    def __init__(self, layout: Struct, values: Values, words: Container[str]) -> None:
+        """Fill in `values`; a name that is not among the `words` that launches give stays null."""
         image = bytearray(layout.size)
         places: dict[int, tuple[str, Scalar]] = {}  # offset -> name of the address, type
         maps: dict[int, TensorMap] = {}
@@ -44,7 +44,7 @@ class Arguments:
             if isinstance(value, TensorMap):
                 places[offset], maps[offset] = (value.name, _checked(scalar, TENSOR_MAP, path)), value
             elif isinstance(value, str):
-                if value in given:
+                if value in words:
                     places[offset] = value, _checked(scalar, WORD, path)
             elif scalar is not TENSOR_MAP or value:  # a map that is left out is zeros too
                 struct.pack_into("=" + scalar.format, image, offset, value)
@@ -113,7 +113,7 @@ def tensor(name: str, view: View, vectorized: bool) -> Values:
 
 def mapped_tensor(tensor_map: TensorMap) -> Values:
     """`MappedTensor` of the array of this map."""
-    return {"map": tensor_map, "head_step": tensor_map.head_step, "batch_step": tensor_map.batch_step}
+    return {"map": tensor_map, "head_factor": tensor_map.head_factor, "batch_factor": tensor_map.batch_factor}
 
 
 def rows(name: str, strides: Strides3) -> Values:

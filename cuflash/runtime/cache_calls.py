@@ -37,7 +37,7 @@ def _attend(operands: CacheOperands, options: CacheOptions) -> Any:
     arrays, planned = _planned(operands, options)
     calls.refuse_autograd(arrays, "Caches have no gradients: call it within torch.no_grad(), or pass {name}.detach().")
     out = None if operands.out is None else borrow(operands.out, "out")
-    view = None if out is None else check_out(planned.problem, planned.problem.layout, out, arrays)
+    view = None if out is None else check_out(planned.problem, out, arrays)
     executables = [launch.executable(kernel, planned.device) for kernel in planned.kernels]
     call = PreparedCacheCall(planned, executables, arrays, out, view)
     calls.keep(key, call)

@@ -1,14 +1,13 @@
 """Run the public calls: a call whose like was seen before runs as it was prepared then; another one is checked and prepared first.
 
 A new call is a straight line: borrow the arrays, check them into a `Problem`, plan, load the kernels, prepare, run. All but the last step depends only on
-the options and on what `borrowing.signature` sees, so its result is remembered as a `PreparedCall`, and a warm call looks it up and runs it.
+the options and on what `borrowing.seen` sees but addresses, so its result is remembered as a `PreparedCall`, and a warm call looks it up and runs it.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from cuflash.arrays import borrowing
@@ -53,7 +52,7 @@ def _forward(operands: Operands, options: Options) -> Any:
     problem = make_problem(arrays, options)
     refuse_autograd(arrays)
     out = None if operands.out is None else borrow(operands.out, "out")
-    view = None if out is None else check_out(problem, problem.layout, out, _by_argument(arrays))
+    view = None if out is None else check_out(problem, out, _by_argument(arrays))
     if out is not None and view is not None:
         problem = problem.beside(view, out.pointer)
     planned = make_plan(problem, device.of_memory(*arrays["query"].device), tile=options.tile)
@@ -73,10 +72,8 @@ def _backward(operands: Operands, options: Options) -> Gradients:
         arrays = borrowed(operands, options, backward=True)
         problem = make_problem(arrays, options)
         refuse_autograd(arrays)
-        views = check_backward(problem, problem.layout, arrays["grad_out"], arrays["out"], arrays["lse"], arrays.get("grad_lse"))
-        aligned = problem.aligned and arrays["grad_out"].pointer % 16 == 0
-        problem = replace(problem, grad_out=views.grad_out, aligned=aligned)
-        problem = problem.beside(views.grad_out, arrays["grad_out"].pointer).beside(views.out, arrays["out"].pointer)
+        views = check_backward(problem, arrays["grad_out"], arrays["out"], arrays["lse"], arrays.get("grad_lse"))
+        problem = problem.of_gradients(views, arrays["grad_out"].pointer, arrays["out"].pointer)
         planned = make_plan(problem, device.of_memory(*arrays["query"].device), backward=True, tile=options.tile)
         executables = [launch.executable(kernel, planned.device) for kernel in planned.kernels]
         call = PreparedBackward(planned, executables, arrays, views)

@@ -108,7 +108,7 @@ class PreparedCall:
         if self.device.kind == "simulator":
             self.check_offsets(addresses)
             buffers = simulated_memory(self.extents, addresses, self.written.difference(buffer.name for buffer in self.zeroed))
-        self.clear_workspace(addresses, stream)
+        self.clear_counters(addresses, stream)
         for executable, shape, struct in self.launches:
             executable.launch(shape, struct.fill(addresses), stream, buffers)
 
@@ -116,7 +116,7 @@ class PreparedCall:
         """The caller's, at this moment."""
         return self.framework.current_stream(self.device.index) if self.device.kind == "gpu" else 0
 
-    def clear_workspace(self, addresses: Mapping[str, int], stream: int) -> None:
+    def clear_counters(self, addresses: Mapping[str, int], stream: int) -> None:
         """Zeros where kernels count, before the first of them."""
         for buffer in self.zeroed:
             fill_memory(self.device, addresses[buffer.name], buffer.nbytes, stream)
@@ -131,7 +131,8 @@ class PreparedCall:
     ) -> list[_Launch]:
         """The loaded kernels of the plan with their arguments filled in but for the addresses of what is `present` among the inputs and of what is allocated.
 
-        A buffer of the workspace is found under its name by every struct that has such a field. `views` has the operands that may be copied by maps: fields of the
+        Of `values`, a text stands for the address of that name (`arguments.py`): a buffer of the workspace is found under its own by every struct that has such a
+        field. `views` has the operands that may be copied by maps: fields of the
         structs, which array each is, and its view.
         """
         problem = self.problem
@@ -235,10 +236,10 @@ class PreparedForward(PreparedCall):
             "out": arguments.tensor(out.name, view, view.aligned16(FLOAT_BYTES)),
             "lse": arguments.rows(lse.name, (heads * seqlen * floats, seqlen * floats, floats)),
         }
-        steps = {"stride_part_out": batch * heads * stride_head, "stride_part_lse": batch * heads * seqlen * floats}
+        strides = {"stride_part_out": batch * heads * stride_head, "stride_part_lse": batch * heads * seqlen * floats}
         return {
             "seqlen_q": seqlen, "num_heads": heads, "lanes": row_lanes(head_dim),
-            "parts": {**steps, "num_parts": count, "one_array": True, "listed": [part]},
+            "parts": {**strides, "num_parts": count, "one_array": True, "listed": [part]},
         }  # fmt: skip
 
     def may_write(self, out: Any, addresses: dict[str, int]) -> bool:

@@ -34,7 +34,7 @@ class TensorMap:
 
     Attributes:
         name: of the array's address among those of a launch.
-        head_step, batch_step: what a head or batch adds to its coordinate: 0 along an axis that is broadcast, of which the map has one place, else 1.
+        head_factor, batch_factor: what the number of a head or batch is multiplied by to have its coordinate: 0 along an axis that is broadcast, of which the map has one place, else 1.
     """
 
     def __init__(self, name: str, view: View, dtype: str, box_rows: int, gpu: int | None) -> None:
@@ -42,8 +42,8 @@ class TensorMap:
         batch, seqlen, heads, head_dim = view.shape
         stride_b, stride_s, stride_h, _ = view.strides
         self.name = name
-        self.batch_step, self.head_step = int(stride_b != 0 and batch > 1), int(stride_h != 0 and heads > 1)
-        axes = ((seqlen, stride_s), (heads if self.head_step else 1, stride_h), (batch if self.batch_step else 1, stride_b))
+        self.batch_factor, self.head_factor = int(stride_b != 0 and batch > 1), int(stride_h != 0 and heads > 1)
+        axes = ((seqlen, stride_s), (heads if self.head_factor else 1, stride_h), (batch if self.batch_factor else 1, stride_b))
         self._dtype, self._box = dtype, (COLUMNS, box_rows, 1, 1)
         self._extents = (head_dim, *(extent for extent, _ in axes))
         row = -(-head_dim * DTYPES[dtype] // 16) * 16  # an axis of one place may have any stride that holds a row

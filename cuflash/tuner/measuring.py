@@ -217,7 +217,7 @@ class Pass:
 
     def launch_before(self, kernel: str) -> None:
         """Clear what each call clears, and run the kernels without matrix products that the named one comes behind."""
-        self._prepared.clear_workspace(self._addresses, 0)
+        self._prepared.clear_counters(self._addresses, 0)
         for planned, launched in zip(self._plan.kernels, self._prepared.launches, strict=True):
             if planned.name == kernel:
                 return
@@ -252,5 +252,5 @@ def _prepare(plan: Plan, executables: Sequence[launch.Executable], arrays: Mappi
     if not backward:
         return PreparedForward(plan, executables, arrays, None, None)
     problem = plan.problem
-    views = check_backward(problem, problem.layout, arrays["grad_out"], arrays["out"], arrays["lse"], arrays.get("grad_lse"))
+    views = check_backward(problem, arrays["grad_out"], arrays["out"], arrays["lse"], arrays.get("grad_lse"))
     return PreparedBackward(plan, executables, arrays, views)

@@ -6,14 +6,14 @@
 
 // One past the last key that any query below `end_q` sees.
 template <bool CAUSAL>
-DEVICE int visible_keys(const Geometry& geometry, int end_q) {
+DEVICE int causal_end_key(const Geometry& geometry, int end_q) {
   const int all = geometry.seqlen_kv;
   return CAUSAL ? max(0, min(all, min(end_q, geometry.seqlen_q) + geometry.causal_offset)) : all;
 }
 
 // The first query that sees any key from `first_kv` on.
 template <bool CAUSAL>
-DEVICE int first_visible_query(const Geometry& geometry, int first_kv) {
+DEVICE int causal_first_query(const Geometry& geometry, int first_kv) {
   return CAUSAL ? max(0, first_kv - geometry.causal_offset) : 0;
 }
 

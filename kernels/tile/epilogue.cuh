@@ -96,8 +96,8 @@ DEVICE void store_chunk(Element* row_start, const int& column, const Chunk& chun
   }
 }
 
-// Puts a warp's rows of a result into a tile in shared memory, 16-bit elements: of its columns every STEP-th pair of eight, from pair `first` on.
-template <typename Tile, int STEP, int M, int N>
+// Puts a warp's rows of a result into a tile in shared memory, 16-bit elements: of its columns every STRIDE-th pair of eight, from pair `first` on.
+template <typename Tile, int STRIDE, int M, int N>
 DEVICE void put_columns(const float (&c)[M][N][4], SmemAddress tile, int warp_row, int first) {
 #pragma unroll
   for (int m = 0; m < M; ++m)
@@ -105,7 +105,7 @@ DEVICE void put_columns(const float (&c)[M][N][4], SmemAddress tile, int warp_ro
     for (int r = 0; r < 2; ++r)
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        const int row = warp_row + 16 * m + 8 * r + lane_index() / 4, chunk = 2 * (n / 2 * STEP + first) + n % 2;
+        const int row = warp_row + 16 * m + 8 * r + lane_index() / 4, chunk = 2 * (n / 2 * STRIDE + first) + n % 2;
         store_shared(tile + Tile::offset(row, chunk) + lane_index() % 4 * 4, pack<Element>(c[m][n][2 * r], c[m][n][2 * r + 1]));
       }
 }

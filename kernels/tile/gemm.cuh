@@ -97,13 +97,13 @@ DEVICE void gemm_accumulator(float (&c)[M][N_C][4], const float (&p)[M][N_P][4],
   }
 }
 
-// One depth step of c += A B, where B has its rows as depth, and every STEP-th pair of eight columns.
-template <typename Mma, int STEP, int M, int N, typename OperandB>
+// One depth step of c += A B, where B has its rows as depth, and every STRIDE-th pair of eight columns.
+template <typename Mma, int STRIDE, int M, int N, typename OperandB>
 DEVICE void multiply_by_rows(float (&c)[M][N][4], const typename Mma::A (&a)[M], const OperandB& operand_b, int k) {
 #pragma unroll
   for (int n = 0; n < N; n += 2) {
     typename Mma::B b[2];
-    operand_b.load(b, k, n / 2 * STEP);
+    operand_b.load(b, k, n / 2 * STRIDE);
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -111,26 +111,26 @@ DEVICE void multiply_by_rows(float (&c)[M][N][4], const typename Mma::A (&a)[M],
   }
 }
 
-// c += Aᵀ B: both operands have their rows as depth, of which there are DEPTH. A has columns 16 m, B every STEP-th pair of eight columns.
-template <typename Mma, int DEPTH, int STEP, int M, int N, typename OperandA, typename OperandB>
+// c += Aᵀ B: both operands have their rows as depth, of which there are DEPTH. A has columns 16 m, B every STRIDE-th pair of eight columns.
+template <typename Mma, int DEPTH, int STRIDE, int M, int N, typename OperandA, typename OperandB>
 DEVICE void gemm_columns(float (&c)[M][N][4], const OperandA& operand_a, const OperandB& operand_b) {
 #pragma unroll
   for (int k = 0; k < DEPTH / Mma::K; ++k) {
     typename Mma::A a[M];
 #pragma unroll
     for (int m = 0; m < M; ++m) a[m] = operand_a.load(k, 2 * m);
-    multiply_by_rows<Mma, STEP>(c, a, operand_b, k);
+    multiply_by_rows<Mma, STRIDE>(c, a, operand_b, k);
   }
 }
 
-// c += A B: A has its columns as depth, of which there are DEPTH, B its rows. B has every STEP-th pair of eight columns.
-template <typename Mma, int DEPTH, int STEP, int M, int N, typename OperandA, typename OperandB>
+// c += A B: A has its columns as depth, of which there are DEPTH, B its rows. B has every STRIDE-th pair of eight columns.
+template <typename Mma, int DEPTH, int STRIDE, int M, int N, typename OperandA, typename OperandB>
 DEVICE void gemm_by_rows(float (&c)[M][N][4], const OperandA& operand_a, const OperandB& operand_b) {
 #pragma unroll
   for (int k = 0; k < DEPTH / Mma::K; ++k) {
     typename Mma::A a[M];
 #pragma unroll
     for (int m = 0; m < M; ++m) a[m] = operand_a.load(16 * m, k);
-    multiply_by_rows<Mma, STEP>(c, a, operand_b, k);
+    multiply_by_rows<Mma, STRIDE>(c, a, operand_b, k);
   }
 }

@@ -121,15 +121,15 @@ struct MmaTf32 {
   using SmemElement = float;
   static constexpr int K = 8;
   static constexpr int UNROLL = 1;
-  static constexpr bool SPLIT = PRODUCTS == 3;
-  static constexpr bool SHORT_SUMS = SPLIT;
+  static constexpr bool HAS_LOW = PRODUCTS == 3;
+  static constexpr bool SHORT_SUMS = HAS_LOW;
   template <int REGISTERS>
   struct Fragment {
     uint32 high[REGISTERS];
-    uint32 low[SPLIT ? REGISTERS : 1];
+    uint32 low[HAS_LOW ? REGISTERS : 1];
     DEVICE void set(int i, float x) {
       high[i] = to_tf32(x);
-      if constexpr (SPLIT) low[i] = to_tf32(x - __uint_as_float(high[i]));
+      if constexpr (HAS_LOW) low[i] = to_tf32(x - __uint_as_float(high[i]));
     }
   };
   using A = Fragment<4>;
@@ -191,7 +191,7 @@ struct MmaTf32 {
   }
 
   DEVICE static void multiply(float (&c)[4], const A& a, const B& b) {
-    if constexpr (SPLIT) {  // small terms first
+    if constexpr (HAS_LOW) {  // small terms first
       mma_m16n8k8_tf32(c, a.low, b.high);
       mma_m16n8k8_tf32(c, a.high, b.low);
     }

@@ -51,14 +51,14 @@ class PartialOutputs {
       for (int r = 0; r < 2; ++r) {
         const int row = first_row + 16 * m + 8 * r + lane_index() / 4;
         if (row >= num_rows) continue;
-        const int64 step = view.stride_dim;
-        float* in_memory = destination + row * view.stride_seqlen + (first_column + lane_index() % 4 * 2) * step;
+        const int64 stride = view.stride_dim;
+        float* in_memory = destination + row * view.stride_seqlen + (first_column + lane_index() % 4 * 2) * stride;
 #pragma unroll
         for (int n = 0; n < N; ++n) {
           const int column = first_column + 8 * n + lane_index() % 4 * 2;
           if (column < HEAD_DIM_V) body(in_memory[0], O[m][n][2 * r], m, r);
-          if (column + 1 < HEAD_DIM_V) body(in_memory[step], O[m][n][2 * r + 1], m, r);
-          in_memory += 8 * step;
+          if (column + 1 < HEAD_DIM_V) body(in_memory[stride], O[m][n][2 * r + 1], m, r);
+          in_memory += 8 * stride;
           if (n % 4 == 3) asm volatile("" ::: "memory");  // all loads at once would take as many registers as O
         }
       }

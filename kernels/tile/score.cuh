@@ -23,7 +23,7 @@ constexpr float SCORE_UNIT = ADDITIVE_MASK ? 1.0f : LOG2_E;
 
 // d score / d (scale q·k) = 1 - tanh², for each element of a tile; empty without softcap.
 template <int M, int N>
-struct ScoreSlope {
+struct ScoreDerivative {
   float value[SOFTCAP ? M : 1][SOFTCAP ? N : 1][4];
 
   DEVICE void multiply(float (&dS)[M][N][4]) const {
@@ -66,25 +66,26 @@ class ScoreModifier {  // of one batch and query head
   }
 
   // Products -> scores, in place, of which an exponent of 2 takes `factor` times. Rows are queries from first_row on and columns keys from
-  // first_column on, or with TRANSPOSED the other way round.
+  // first_column on, or with TRANSPOSED the other way round. `ahead` is the mask if `read_mask` has read it.
   template <bool TRANSPOSED, int M, int N>
-  DEVICE void apply(float (&S)[M][N][4], ScoreSlope<M, N>& derivative, int first_row, int first_column) const {
-    apply<TRANSPOSED>(S, derivative, first_row, first_column, MaskAhead<TRANSPOSED, M, N>());
-  }
-
-  // The same with the mask read ahead, by `read_mask`.
-  template <bool TRANSPOSED, int M, int N>
-  DEVICE void apply(float (&S)[M][N][4], ScoreSlope<M, N>& derivative, int first_row, int first_column,
-                    const MaskAhead<TRANSPOSED, M, N>& ahead) const {
+  DEVICE void apply(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, int first_row, int first_column,
+                    const MaskAhead<TRANSPOSED, M, N>& ahead = MaskAhead<TRANSPOSED, M, N>()) const {
     if constexpr (MODIFIES_SCORES) {
       for_each_place<M, N>([&](int m, int n, int i, int row, int column) {
         const int query = TRANSPOSED ? first_column + column : first_row + row;
         const int key = TRANSPOSED ? first_row + row : first_column + column;
-        float& slope_of_score = derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i];
-        S[m][n][i] = score_of(S[m][n][i], query, key, slope, geometry, features, slope_of_score);
+        float& of_score = derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i];
+        S[m][n][i] = score_of(S[m][n][i], query, key, slope, geometry, features, of_score);
       });
       if constexpr (ADDITIVE_MASK) add_mask<TRANSPOSED>(S, first_row, first_column, ahead);
     }
+  }
+
+  // The same where nobody asks for derivatives. `ahead` is nothing or the mask.
+  template <bool TRANSPOSED, int M, int N, typename... Mask>
+  DEVICE void apply(float (&S)[M][N][4], int first_row, int first_column, const Mask&... ahead) const {
+    ScoreDerivative<M, N> unused;
+    apply<TRANSPOSED>(S, unused, first_row, first_column, ahead...);
   }
 
   template <bool TRANSPOSED, int M, int N>

@@ -1,5 +1,5 @@
 // Sequences whose lengths only the device knows: rows of a batch with fewer keys than it has room for (SEQLENS_KV), sequences of any length packed
-// one behind the other (VARLEN), and sequences that use the first rows only of their places among those (both).
+// one behind the other (VARLEN), and sequences that use the first rows only of their places among those (IN_PLACES).
 //
 // A block looks its sequence up once and then works as if it were alone: with a Geometry of its own, whose rows start at `start_q` and `start_kv`
 // of the packed arrays, which have a batch stride of 0. Offsets that make no sense are clamped: whatever they say, no access leaves the arrays.
@@ -14,9 +14,12 @@
 #include "tile/schedule.cuh"
 
 constexpr bool VARLEN = Config::VARLEN;          // packed sequences
-constexpr bool SEQLENS_KV = Config::SEQLENS_KV;  // rows of a batch have key lengths of their own
+constexpr bool SEQLENS_KV =
+    Config::SEQLENS_KV;  // sequences have key lengths besides their places: rows of a batch, a cache, or packed ones in places
 constexpr bool RAGGED = VARLEN || SEQLENS_KV;
-constexpr bool IN_PLACES = VARLEN && SEQLENS_KV;  // packed sequences have lengths besides their offsets
+constexpr bool IN_PLACES = Config::IN_PLACES;  // packed sequences have lengths besides their offsets, of queries and of keys
+
+static_assert(!IN_PLACES || (VARLEN && SEQLENS_KV), "places are those of packed sequences");
 
 // The first packed row of a sequence; of the one behind the last, the first row that belongs to nobody.
 DEVICE int sequence_start(const int* offsets, int sequence, int num_rows) { return VARLEN ? min(max(offsets[sequence], 0), num_rows) : 0; }

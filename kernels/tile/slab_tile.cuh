@@ -22,7 +22,7 @@ struct SlabTile {
   DEVICE static void load(SmemAddress tile, const MappedTensor& tensor, int row, int head, int batch, SmemAddress mbarrier) {
 #pragma unroll
     for (int slab = 0; slab < SLABS; ++slab)
-      load_box(tile + slab * SLAB_BYTES, tensor.map, slab * SLAB_COLUMNS, row, head * tensor.head_step, batch * tensor.batch_step, mbarrier);
+      load_box(tile + slab * SLAB_BYTES, tensor.map, slab * SLAB_COLUMNS, row, head * tensor.head_factor, batch * tensor.batch_factor, mbarrier);
   }
 
   // Where a chunk of 16 bytes of a row of the first slab lies.

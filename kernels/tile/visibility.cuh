@@ -26,7 +26,7 @@ class Visibility {  // of one batch and query head
 
   // One past the last key that any query of first_q .. end_q - 1 sees; 0 where they see none.
   DEVICE int end_key(int first_q, int end_q) const {
-    int end = visible_keys<Config::CAUSAL>(geometry, end_q);
+    int end = causal_end_key<Config::CAUSAL>(geometry, end_q);
     if constexpr (PREFIX) end = max(end, prefix);
     if constexpr (WINDOW) {
       end = int(max(int64(0), min(int64(end), int64(min(end_q, geometry.seqlen_q)) + window_high)));
@@ -37,7 +37,7 @@ class Visibility {  // of one batch and query head
 
   // The first query that sees any key from `first_kv` on.
   DEVICE int first_query(int first_kv) const {
-    int first = PREFIX && first_kv < prefix ? 0 : first_visible_query<Config::CAUSAL>(geometry, first_kv);
+    int first = PREFIX && first_kv < prefix ? 0 : causal_first_query<Config::CAUSAL>(geometry, first_kv);
     if constexpr (WINDOW) first = int(max(int64(first), min(int64(geometry.seqlen_q), int64(first_kv) - window_high)));
     return first;
   }
