@@ -81,12 +81,12 @@ _BECOME = {"P": "S", "dS": "dP"}
 
 _SCORES = (
     r"multiply_rows\((?P<c>\w+), (?P<a>\w+), \w+, (?P<b>\w+)\)",
-    r"gemm_rows<.*?>\((?P<c>\w+), Mma::OperandA<\w+>\((?P<a>\w+).*?Mma::OperandB<\w+>\((?P<b>\w+)",
+    r"gemm_rows<.*?>\((?P<c>\w+), \w*Mma::OperandA<\w+>\((?P<a>\w+).*?Mma::OperandB<\w+>\((?P<b>\w+)",
     r"issue_rows<.*?>\((?P<c>\w+), (?P<a>\w+), (?:\w+::descriptor\(shared\.)?(?P<b>\w+)",
 )
 _SUMS = (
     r"multiply_accumulator\((?P<c>\w+), (?P<a>\w+), (?P<b>\w+)\)",
-    r"gemm_(?:by_rows|accumulator)<.*?>\((?P<c>\w+), (?:Mma::OperandA<\w+>\()?(?P<a>\w+).*?Mma::OperandBByRows<\w+>\((?P<b>\w+)",
+    r"gemm_(?:by_rows|accumulator)<.*?>\((?P<c>\w+), (?:\w*Mma::OperandA<\w+>\()?(?P<a>\w+).*?Mma::OperandBByRows<\w+>\((?P<b>\w+)",
     r"issue_accumulator<.*?>\((?P<c>\w+), (?P<a>\w+), (?:\w+::descriptor\(shared\.)?(?P<b>\w+)",
 )
 _QUERY_GRADIENTS = (

@@ -40,22 +40,6 @@ def test_no_file_is_reached_from_itself() -> None:
     assert set(INCLUDES) - below == set()
 
 
-def test_functions_of_kernels_are_short_enough_to_be_read() -> None:
-    """A function starts at the left margin and ends with a brace there."""
-    lengths = {}
-    for name in INCLUDES:
-        lines = (KERNELS / name).read_text().splitlines()
-        start = None
-        for number, line in enumerate(lines):
-            if re.match(r"(DEVICE|extern) .*", line):
-                start = number
-            elif line == "}" and start is not None:
-                lengths[f"{name}: {lines[start][:60]}"] = number - start + 1
-                start = None
-    assert len(lengths) > 50
-    assert {name: length for name, length in lengths.items() if length > 130} == {}
-
-
 def test_every_file_is_in_the_order_of_reading() -> None:
     """Of docs/kernels.md."""
     page = (KERNELS.parent / "docs" / "kernels.md").read_text(encoding="utf-8").partition("## What a block does")[0]

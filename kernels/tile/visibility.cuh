@@ -96,15 +96,14 @@ class Visibility {  // of one batch and query head
 template <bool TRANSPOSED, int M, int N>
 DEVICE void hide(float (&c)[M][N][4], float hidden, const Geometry& geometry, const Visibility& visibility, const int& first_q, const int& first_kv,
                  const int& warp_row, bool is_partial) {
-  constexpr int TILE_Q = Config::TILE_Q, TILE_KV = Config::TILE_KV;
-  if (!(ONLY_CAUSAL ? hides_any<Config::CAUSAL>(geometry, first_q, first_kv + TILE_KV)
-                    : is_partial || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)))
+  if (!(ONLY_CAUSAL ? hides_any<Config::CAUSAL>(geometry, first_q, first_kv + Config::TILE_KV)
+                    : is_partial || visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV)))
     return;
   if constexpr (BOOLEAN_MASK && !SEGMENTS) {  // in most tiles nothing else hides a pair
     const int first_row = (TRANSPOSED ? first_kv : first_q) + warp_row, first_column = TRANSPOSED ? first_q : first_kv;
     const MaskValues mask = visibility.mask();
     const int limit = mask.limit<TRANSPOSED, M, N>(first_row, first_column);
-    if (limit > 0 && !visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)) {
+    if (limit > 0 && !visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV)) {
       MaskTile<TRANSPOSED, M, N> tile;
       mask.read(tile, first_row, first_column, limit);
       MaskValues::for_each(tile, [&](int m, int n, int i, MaskElement element) { c[m][n][i] = mask_attends(element) ? c[m][n][i] : hidden; });
