@@ -114,44 +114,48 @@ def _explain_forward(kernels: tuple[KernelSpec, ...], problem: Problem, device: 
 def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tuple[KernelSpec, ...]:
     """The tiled kernels that make the gradients.
 
-    All come from one kernel where that is asked for and possible (`wgmma_backward`, `fused_backward`). Otherwise dK and dV come from one kernel where the accumulators of both fit
-    the registers and they are summed over the same heads and batches.
+    All come from one kernel where that is asked for and possible (`wgmma_backward`), or faster (`fused_backward`). Otherwise dK and dV come from one kernel
+    where the accumulators of both fit the registers and they are summed over the same heads and batches.
     """
     kernels = [kernel_specs.BACKWARD_ROW_SUMS] if problem.features.kinds.additive_mask else []
     if wgmma_backward.is_taken(problem, device, tile):
         kernels += [kernel_specs.BACKWARD_WGMMA]
-    elif problem.same_groups and fused_backward.is_taken(
-        case_of(kernel_specs.BACKWARD_FUSED, problem), device, tile, ragged=problem.is_ragged
-    ):
+    elif backward_choice(problem, device, tile).is_fused:
         kernels += [kernel_specs.BACKWARD_FUSED]
     else:
-        joint = problem.same_groups and not splits_dkdv(case_of(kernel_specs.BACKWARD_DKDV, problem), device)
-        kernels += [kernel_specs.BACKWARD_DKDV] if joint else [kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DK]
-        kernels += [kernel_specs.BACKWARD_DQ]
+        kernels += _kernels_of_their_own(problem, device)
     kernels += [kernel_specs.BACKWARD_MASK] if problem.features.need_attn_mask_grad else []
     return tuple(kernels)
+
+
+def backward_choice(problem: Problem, device: Device, tile: Tiles = None) -> fused_backward.Choice:
+    """Between one kernel of mma.sync for all gradients and kernels of their own."""
+    return fused_backward.choose(problem, device, tile, _kernels_of_their_own(problem, device))
+
+
+def _kernels_of_their_own(problem: Problem, device: Device) -> tuple[KernelSpec, ...]:
+    if problem.same_groups and not splits_dkdv(case_of(kernel_specs.BACKWARD_DKDV, problem), device):
+        return kernel_specs.BACKWARD_DKDV, kernel_specs.BACKWARD_DQ
+    return kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DK, kernel_specs.BACKWARD_DQ
 
 
 def _explain_backward(kernels: tuple[KernelSpec, ...], problem: Problem, device: Device, tile: Tiles) -> str:
     """Which kernels make the gradients, and why not others; nothing where there is no choice."""
     words = [wgmma_backward.explain(problem, device, tile)]
     if kernel_specs.BACKWARD_WGMMA not in kernels:
-        case, taken = case_of(kernel_specs.BACKWARD_FUSED, problem), kernel_specs.BACKWARD_FUSED in kernels
-        words.append(fused_backward.explain(case, device, taken=taken, same_groups=problem.same_groups))
+        words.append(backward_choice(problem, device, tile).why)
     return "; ".join(filter(None, words))
 
 
 def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, str]:
-    """Kernels that a call cannot have at all, and why; those that have to be asked for are in the plan's choice."""
+    """Kernels that a call cannot have at all, and why; those that it only does not take are in the plan's choice."""
     if problem.is_empty:
         return {}
     found: dict[str, str | None]
     if backward:
-        reason = fused_backward.why_not(case_of(kernel_specs.BACKWARD_FUSED, problem), device)
-        if not problem.same_groups:
-            reason = "key and value have gradients of different batches or heads"
+        reason = fused_backward.why_not(problem, device)
         found = {kernel_specs.BACKWARD_WGMMA.name: wgmma_backward.why_not(problem, device), kernel_specs.BACKWARD_FUSED.name: reason}
-        if kernel_specs.BACKWARD_DKDV not in backward_kernels(problem, device) and reason is not None:
+        if kernel_specs.BACKWARD_DKDV not in _kernels_of_their_own(problem, device) and reason is not None:
             found[kernel_specs.BACKWARD_DKDV.name] = (
                 "the accumulators of dK and dV do not fit the registers together, or are summed over different heads"
             )

@@ -39,4 +39,9 @@ FUSED_BACKWARD: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("sm_120", 128): (32, 128, 8, 1),
     ("sm_120", 256): (32, 32, 4, 1),
 }
-"""(architecture, head_dim) -> tile_q, tile_kv, num_warps, num_stages; 16-bit types, value of the same head_dim, no score features."""
+"""(architecture, head_dim) -> tile_q, tile_kv, num_warps, num_stages; 16-bit types, value of the same head_dim."""
+
+FUSED_WITH_FEATURE: dict[tuple[str, int], frozenset[str]] = {
+    ("sm_80", 128): frozenset(("window", "alibi", "dropout")),
+}
+"""The score features, or element types of a mask, of which one leaves that tile as few spills, and with which it is predicted to be faster, too."""
