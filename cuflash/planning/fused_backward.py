@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from cuflash.hardware.architectures import architecture
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, predicted_backward, tile_choice, tuned_tiles
+from cuflash.planning import asked_for, predicted_backward, predicted_tiles, tile_choice, tuned_tiles
 from cuflash.planning.block_order import L2_SHARE
 from cuflash.planning.kernel_cases import KernelCase, case_of
 from cuflash.planning.kernel_plan import Buffer, KernelPlan
@@ -82,9 +82,10 @@ def _predicted(problem: Problem, device: Device, others: Sequence[KernelCase], o
     """By the timing model."""
     case = case_of(BACKWARD_FUSED, problem)
     pin = f'pin it by tile={{"{case.kernel.name}": …}}'
-    if tile_choice.known_tile(case, device) is None or not all(
-        predicted_backward.is_known(of.kernel, problem, device) for of in (case, *others)
-    ):
+    lengths = "varlen" if problem.num_sequences is not None else "seqlens_kv"
+    known_lengths = not problem.is_ragged or lengths in predicted_tiles.FUSED_WITH_FEATURE.get((device.arch, case.head_dim), ())
+    known = known_lengths and tile_choice.known_tile(case, device) is not None
+    if not known or not all(predicted_backward.is_known(of.kernel, problem, device) for of in (case, *others)):
         return Choice(False, f"{own}; {case.kernel.name} can run too, but nothing is predicted of it here: {pin}")
     fused = tile_choice.default_tile(case, device)
     needed, arrays = sums_bytes(problem, fused, case.head_dim), 4 * problem.itemsize * _rows(problem) * problem.head_dim

@@ -65,7 +65,7 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
             other = BACKWARD_DQ if choice.is_fused else BACKWARD_FUSED
             yield problem, {other.name: tile_choice.default_tile(case_of(other, problem), device)}
     else:
-        few = replace(problem, seqlen_kv=MANY_KEYS, max_seqlen_kv=MANY_KEYS)
+        few = replace(problem, seqlen_q=1, max_seqlen_q=1, seqlen_kv=MANY_KEYS, max_seqlen_kv=MANY_KEYS)
         for tile in split_forward.tiles_of_few_queries(problem, device, pinned):
             yield few, {FORWARD_SPLIT.name: tile}
 

@@ -7,7 +7,8 @@ block; here it takes microseconds and no compiler.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
 
@@ -170,13 +171,20 @@ def clocks(case: KernelCase, tile: Tile, grid: Grid, problem: Problem, device: D
     waves, rest = divmod(number, steady.blocks * sms)
     if min(grid.trips) == longest:
         found = (longest + beside) * (waves * trip(steady.blocks) + (trip(ceil(rest / sms)) if rest else 0.0))
-    else:  # the longest come first
+    else:
         even = grid.heads * sum(count + beside for count in grid.trips) / sms / steady.blocks * trip(steady.blocks)
-        found = max(even, (longest + beside) * trip(min(steady.blocks, ceil(number / sms))))
+        found = max(even, _first_sm(grid, beside, min(steady.blocks, ceil(number / sms)), sms, trip))
     if grid.section:  # blocks of one head that start together add to their first tile one after the other
         together = min(len(grid.trips), ceil(sms * steady.blocks / grid.section))
         found += (together - 1) * trip(steady.blocks)
     return max(found, _least_bytes(case, problem) / traffic.memory / sms)
+
+
+def _first_sm(grid: Grid, beside: float, blocks: int, sms: int, trip: Callable[[int], float]) -> float:
+    """Clocks of the SM with the longest block, the longest of those left after each SM has one, and so on, until all have ended; the fewer are left, the faster."""
+    longest_first = sorted(grid.trips, reverse=True)
+    lengths = [*(longest_first[place * sms // grid.heads] + beside for place in range(blocks)), 0.0]
+    return sum((length - shorter) * trip(place + 1) for place, (length, shorter) in enumerate(pairwise(lengths)))
 
 
 def conversion_clocks(problem: Problem, device: Device) -> float:

@@ -42,6 +42,9 @@ FUSED_BACKWARD: dict[tuple[str, int], tuple[int, int, int, int]] = {
 """(architecture, head_dim) -> tile_q, tile_kv, num_warps, num_stages; 16-bit types, value of the same head_dim."""
 
 FUSED_WITH_FEATURE: dict[tuple[str, int], frozenset[str]] = {
-    ("sm_80", 128): frozenset(("window", "alibi", "dropout")),
+    ("sm_80", 64): frozenset(("window", "alibi", "float16", "bfloat16", "varlen", "seqlens_kv")),
+    ("sm_80", 128): frozenset(("window", "alibi", "dropout", "varlen", "seqlens_kv")),
+    ("sm_90", 128): frozenset(("window", "dropout")),
 }
-"""The score features, or element types of a mask, of which one leaves that tile as few spills, and with which it is predicted to be faster, too."""
+"""Score features, element types of a mask and kinds of lengths that only the device knows, of which one leaves that tile with few spills, and with which it is predicted
+to be faster, too."""
