@@ -78,6 +78,11 @@ def choose(problem: Problem, device: Device, tile: Tiles, others: Sequence[Kerne
     return _predicted(problem, device, cases, own)
 
 
+def may_choose(problem: Problem, device: Device) -> bool:
+    """Whether both ways can run, and nobody has ruled one out."""
+    return why_not(problem, device) is None and switches.setting(VARIABLE) is not False
+
+
 def _predicted(problem: Problem, device: Device, others: Sequence[KernelCase], own: str) -> Choice:
     """By the timing model."""
     case = case_of(BACKWARD_FUSED, problem)

@@ -139,6 +139,20 @@ def _kernels_of_their_own(problem: Problem, device: Device) -> tuple[KernelSpec,
     return kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DK, kernel_specs.BACKWARD_DQ
 
 
+def other_way(problem: Problem, device: Device, *, backward: bool) -> dict[str, Tile]:
+    """A tile that pins other kernels for a call than it takes by itself, where there is a choice that tables of tuned tiles may make; else nothing."""
+    if backward:
+        if kernel_specs.BACKWARD_WGMMA in backward_kernels(problem, device) or not fused_backward.may_choose(problem, device):
+            return {}
+        other = kernel_specs.BACKWARD_DQ if backward_choice(problem, device).is_fused else kernel_specs.BACKWARD_FUSED
+    else:
+        if not split_forward.may_choose(problem, device):
+            return {}
+        other = kernel_specs.FORWARD if kernel_specs.FORWARD_SPLIT in forward_kernels(problem, device) else kernel_specs.FORWARD_SPLIT
+    case = case_of(other, problem)
+    return {other.name: split_forward.default_tile(problem, device) if other.splits_keys else tile_choice.default_tile(case, device)}
+
+
 def _explain_backward(kernels: tuple[KernelSpec, ...], problem: Problem, device: Device, tile: Tiles) -> str:
     """Which kernels make the gradients, and why not others; nothing where there is no choice."""
     words = [wgmma_backward.explain(problem, device, tile)]

@@ -119,6 +119,12 @@ def explain(problem: Problem, device: Device, tile: Tiles) -> str:
     return "" if problem.cache is not None else _choose(problem, device, tile)[1]
 
 
+def may_choose(problem: Problem, device: Device) -> bool:
+    """Whether an ordinary call has few queries, the kernel can run, and nobody has ruled it out."""
+    few = problem.cache is None and problem.max_seqlen_q <= MAX_QUERIES
+    return few and why_not(problem, device) is None and switches.setting(VARIABLE) is not False
+
+
 def tiles_of_few_queries(problem: Problem, device: Device, tile: Tiles) -> tuple[Tile, ...]:
     """Default tiles that calls of this kind take where they have few queries, for one query and for more; none where such calls take other kernels."""
     few = replace(problem, max_seqlen_q=1)
