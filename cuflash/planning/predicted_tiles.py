@@ -46,11 +46,13 @@ _ALL = _LENGTHS | frozenset(("window", "softcap", "alibi", "dropout", "float16",
 FUSED_WITH_FEATURE: dict[tuple[str, int], frozenset[str]] = {
     ("sm_80", 64): _LENGTHS | {"window", "alibi", "float16", "bfloat16"},
     ("sm_80", 128): _LENGTHS | {"window", "alibi", "dropout"},
+    ("sm_80", 256): frozenset(("window", "softcap", "alibi", "dropout")),
     ("sm_86", 64): _ALL,
     ("sm_86", 128): _ALL,
     ("sm_89", 64): _ALL,
     ("sm_89", 128): _ALL,
     ("sm_90", 128): frozenset(("window", "dropout")),
+    ("sm_120", 128): _ALL,
 }
 """Score features, element types of a mask and kinds of lengths that only the device knows, of which one leaves that tile with few spills, and with which it is predicted
 to be faster, too (docs/performance.md)."""
