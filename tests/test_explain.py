@@ -78,9 +78,12 @@ def test_why_the_fused_backward_kernel_cannot_run(change: dict[str, Any], arch: 
 def test_the_plan_says_which_way_to_the_gradients_is_taken_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     found, own = explained(backward=True), "backward_dkdv and backward_dq"
     assert found.ruled_out == {"backward_wgmma": "its instructions are those of sm_90, and this is sm_80"}
-    assert re.fullmatch(f"backward_fused, predicted to take 0.8\\d of the time of {own}; it has run on the simulator only", found.plan.choice)
+    assert re.fullmatch(
+        f"backward_fused, predicted to take 0.8\\d of the time of {own}; it has run on the simulator only", found.plan.choice
+    )
     few = explained(replace(LARGE, batch=1, seqlen_q=512, seqlen_kv=512, num_heads_q=2, num_heads_kv=2), backward=True)
-    assert few.plan.choice.startswith(f"{own}; backward_fused is predicted to take 1.") and "pin it by tile=" in few.plan.choice
+    assert few.plan.choice.startswith(f"{own}; backward_fused is predicted to take 1.")
+    assert "pin it by tile=" in few.plan.choice
     unknown = explained(replace(LARGE, head_dim=96), backward=True)
     assert unknown.plan.choice.startswith(f"{own}; backward_fused can run too, but nothing is predicted of it here")
     monkeypatch.setenv("CUFLASH_FUSED_BACKWARD", "0")

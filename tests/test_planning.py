@@ -208,10 +208,19 @@ def test_offline_kernels_are_those_of_a_call(arch: str) -> None:
     for head_dim in (64, 256, 512):
         calls_ = [
             problem_of((batch, seqlen_q, heads, head_dim), (batch, seqlen_kv, 2, head_dim), is_causal=True)
-            for batch, heads, seqlen_q, seqlen_kv in ((1, 2, 1, 40_000), (1, 4, 16, 40_000), (1, 2, 500, 500), (3, 2, 4000, 4000), (64, 2, 4000, 4000))
+            for batch, heads, seqlen_q, seqlen_kv in (
+                (1, 2, 1, 40_000),
+                (1, 4, 16, 40_000),
+                (1, 2, 500, 500),
+                (3, 2, 4000, 4000),
+                (64, 2, 4000, 4000),
+            )
         ]
         of_calls = {
-            kernel.request(on) for problem in calls_ for backward in (False, True) for kernel in make_plan(problem, on, backward=backward).kernels
+            kernel.request(on)
+            for problem in calls_
+            for backward in (False, True)
+            for kernel in make_plan(problem, on, backward=backward).kernels
         }
         offline = [kernel.request(on) for kernel in offline_kernels(on, dtype="float16", head_dim=head_dim, is_causal=True)]
         assert set(offline) == of_calls

@@ -114,7 +114,9 @@ def kernels(query: Any, key: Any, value: Any, **options: Any) -> list[str]:
 def test_few_queries_take_it_by_themselves(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = operands(simulator, {"query": (1, 16, 1, 32), "key": (1, 4096, 1, 32), "value": (1, 4096, 1, 32)})
     assert kernels(query, key, value) == ["forward_split", "merge_attention"]
-    assert "since a tile of the others has rows for more than 16 queries; it has run on the simulator only" in str(cuflash.plan(query, key, value))
+    assert "since a tile of the others has rows for more than 16 queries; it has run on the simulator only" in str(
+        cuflash.plan(query, key, value)
+    )
     assert kernels(query[:, :1], key[:, :64], value[:, :64]) == ["forward_split"]  # one split is merged with nothing
     assert kernels(query, key, value, tile={"forward": Tile(16, 32, 1, 2)}) == ["forward"]
     assert kernels(query, key, value, tile=Tile(16, 64, 1, 2)) == ["forward"]  # as before there were two

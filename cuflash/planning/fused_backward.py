@@ -96,7 +96,9 @@ def _predicted(problem: Problem, device: Device, others: Sequence[KernelCase], o
     needed, arrays = sums_bytes(problem, fused, case.head_dim), 4 * problem.itemsize * _rows(problem) * problem.head_dim
     if needed > arrays:
         return Choice(
-            False, f"{own}; the sums of {case.kernel.name} would take {needed / arrays:.3g} times the memory of Q, out, dO and dQ: {pin}", True
+            False,
+            f"{own}; the sums of {case.kernel.name} would take {needed / arrays:.3g} times the memory of Q, out, dO and dQ: {pin}",
+            True,
         )
     ratio = time_ratio(problem, device, others)
     if ratio * predicted_backward.LEAST_GAIN <= 1.0:

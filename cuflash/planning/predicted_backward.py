@@ -203,4 +203,6 @@ def _least_bytes(case: KernelCase, problem: Problem) -> int:
     of_queries = sum(name in ("query", "grad_out", "dQ") and name not in kernel.added_up for name in moved)
     of_keys = sum(name in ("key", "value", "dK", "dV") for name in moved)
     keys = problem.key_shape[0] * problem.key_shape[1] * problem.key_shape[2]
-    return problem.head_dim * (_rows(problem) * (problem.itemsize * of_queries + 4 * len(kernel.added_up)) + problem.itemsize * keys * of_keys)
+    return problem.head_dim * (
+        _rows(problem) * (problem.itemsize * of_queries + 4 * len(kernel.added_up)) + problem.itemsize * keys * of_keys
+    )

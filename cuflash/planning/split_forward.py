@@ -2,7 +2,8 @@
 
 Calls with a cache (cuflash/decoding.py) take it always. Other calls take it if they have at most `MAX_QUERIES` queries: then a tile of the other forward kernels has
 several times as many rows as there are queries, and each key head's keys are fetched no more often by this one. A mapping of tiles that names a forward kernel,
-a single tile, which is for the others, CUFLASH_DECODE=0, or tables of tuned tiles, where both were timed on one call, come before. What it cannot do stays on the other forward kernels.
+a single tile, which is for the others, CUFLASH_DECODE=0, CUFLASH_FORWARD_WGMMA=1 without CUFLASH_DECODE=1, or tables of tuned tiles, where both were timed on one
+call, come before. What it cannot do stays on the other forward kernels.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cuflash.errors import UnsupportedError
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, merge_kernels, tile_choice, tile_model, tile_rules, tuned_tiles
+from cuflash.planning import asked_for, merge_kernels, tile_choice, tile_model, tile_rules, tuned_tiles, wgmma_forward
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, Splits
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, MERGE_ATTENTION, PARTS
@@ -71,8 +72,10 @@ def _choose(problem: Problem, device: Device, tile: Tiles) -> tuple[bool, str]:
         return True, f"{name}, which the tile is for; {SIMULATED}"
     if isinstance(tile, Tile):
         return False, f"not {name}: a single tile is for kernels of many queries; a mapping may name {FORWARD_SPLIT.name}"
-    if switches.setting(VARIABLE) is False:
+    if (wanted := switches.setting(VARIABLE)) is False:
         return False, f"not {name}, by {VARIABLE}=0"
+    if wanted is None and wgmma_forward.is_asked_for(problem, device, tile) and wgmma_forward.why_not(problem, device) is None:
+        return False, f"not {name}, by {wgmma_forward.VARIABLE}=1"
     timed = tuned_tiles.faster_way([[case_of(kernel, problem)] for kernel in (FORWARD_SPLIT, FORWARD)], problem, device)
     if timed is not None:
         number, part, how = timed
