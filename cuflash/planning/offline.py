@@ -35,10 +35,12 @@ def offline_kernels(
     features: FeatureSet = NO_FEATURES,
     need_attn_mask_grad: bool = False,
     vectorized: bool = True,
+    every_way: bool = False,
 ) -> Iterable[KernelPlan]:
     """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection, each once.
 
-    Those of all lengths: where lengths, batch and heads decide which kernels are faster, and where tables of tuned tiles have several for different lengths.
+    They are those of a call with one head of 1024 queries and keys; with `every_way` also the others that calls of such a kind take where lengths, batch and
+    heads decide which are faster. Where tables of tuned tiles have several for different lengths, those of all lengths.
     """
     problem = _representative(
         dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features, need_attn_mask_grad, vectorized
@@ -48,7 +50,8 @@ def offline_kernels(
     found: dict[CompileRequest, KernelPlan] = {}
     for of_gradients in (False, True) if backward else (False,):
         pinned = _of_pass(tile, backward=of_gradients)
-        for of_a_kind, way in _ways(problem, device, pinned, backward=of_gradients):
+        ways = _ways(problem, device, pinned, backward=of_gradients) if every_way else ((problem, pinned),)
+        for of_a_kind, way in ways:
             kernels = make_plan(of_a_kind, device, backward=of_gradients, tile=way).kernels
             if way is None or isinstance(way, Mapping):
                 kernels += tuple(_tuned_kernels(of_a_kind, device, kernels, of_gradients, way or {}))

@@ -55,7 +55,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         device: where.
         backward: gradients instead of the output.
         tile: None for the default tiles. For the backward pass a single tile is meant for the dK/dV kernel, and the dQ kernel takes it with tile_q
-            and tile_kv exchanged, backward_row_sums not at all; a mapping pins kernels by name, such as {"backward_dq": Tile(...)}, and with them
+            and tile_kv exchanged, backward_row_sums not at all; for the forward pass it is not for few queries; a mapping pins kernels by name, such as {"backward_dq": Tile(...)}, and with them
             which of the ways to the gradients is taken (`wgmma_backward`, `fused_backward`), or which forward kernel (`wgmma_forward`, `split_forward`).
 
     Raises:
