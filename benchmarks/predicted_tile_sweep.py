@@ -1,6 +1,7 @@
 """Which tiles the timing model finds best: prints, for cuflash/planning/predicted_tiles.py, the best of some tiles.
 
     python benchmarks/predicted_tile_sweep.py --arch sm_80 sm_86 sm_120
+    python benchmarks/predicted_tile_sweep.py --arch sm_80 --steady          # lines of cuflash/planning/predicted_backward.py
     python benchmarks/predicted_tile_sweep.py --arch sm_80 --kernel backward_dq --head-dim 128 --tile 128x32w4s2 64x64w4s2
 
 float16, no score features, steady states. Tiles are compared without a causal mask; the best ones are then predicted with it, and the least sum of both decides, since
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cuflash.cli import samples
@@ -23,7 +24,8 @@ from cuflash.planning import kernel_specs, planner, tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.problem.tile import Tile
 from cuflash.timing import prediction, sass
-from cuflash.timing.machine import CARDS
+from cuflash.timing.machine import CARDS, multiprocessor
+from cuflash.timing.multiprocessor import steady_clocks_of_roles
 
 CANDIDATES: dict[tuple[str, int], str] = {
     ("forward", 64): "128x64w4s1 128x64w4s2 128x80w4s2 128x96w4s1 128x128w4s1",
@@ -91,6 +93,32 @@ def best(arch: str, name: str, head_dim: int, candidates: Sequence[Tile]) -> Fou
     return min(both, key=lambda found: found.clocks, default=None)
 
 
+def steady(arch: str, head_dim: int) -> Iterator[str]:
+    """Lines of predicted_backward.STEADY: the loops of both ways to the gradients with their default tiles, alone on an SM and with as many blocks as it holds."""
+    on = device.of_arch(arch, "gpu")
+    problems = [
+        samples.plan_of(
+            samples.Sample(seqlen_q=1024, seqlen_kv=1024, head_dim=head_dim, dtype="float16", is_causal=causal), backward=True
+        ).problem
+        for causal in (False, True)
+    ]
+    names = [kernel_specs.BACKWARD_FUSED.name, kernel_specs.BACKWARD_DQ.name]  # of either way
+    pins = [{name: tile_choice.default_tile(KernelCase(kernel_specs.TILED_KERNELS[name], "float16", head_dim), on)} for name in names]
+    for pinned in pins:
+        found: dict[str, list[tuple[int, float, float]]] = {}
+        for problem in problems:
+            for kernel in planner.make_plan(problem, on, backward=True, tile=pinned).kernels:
+                if kernel.spec.is_tiled:
+                    described, function = prediction.compiled(kernel, on, causal=problem.is_causal)
+                    of = prediction.predict_kernel(function, described, limits=False)
+                    alone = steady_clocks_of_roles(of.roles, multiprocessor(arch), blocks=1)
+                    pairs = kernel.tile.tile_q * kernel.tile.tile_kv
+                    found.setdefault(kernel.name, []).append((of.blocks, alone / pairs, of.clocks / of.blocks / pairs))
+        for name, ((blocks, *full), (_, *causal)) in found.items():
+            alone, together = ((a + b) / 2 for a, b in zip(full, causal, strict=True))
+            yield f'    ("{arch}", "{name}", {head_dim}): Steady({blocks}, {alone:.3f}, {together:.3f}),'
+
+
 def _tile(text: str) -> Tile:
     match = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)", text)
     if match is None:
@@ -105,8 +133,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", nargs="+", choices=sorted({name for name, _ in CANDIDATES}))
     parser.add_argument("--head-dim", nargs="+", type=int, choices=(64, 128, 256))
     parser.add_argument("--tile", nargs="+", type=_tile, metavar="128x64w4s2", help="others than the usual candidates")
+    parser.add_argument(
+        "--steady", action="store_true", help="print the loops of both ways to the gradients instead, for predicted_backward.py"
+    )
     options = parser.parse_args(arguments)
-    for arch in options.arch:
+    for arch in options.arch if options.steady else ():
+        for head_dim in options.head_dim or (64, 128, 256):
+            print("\n".join(steady(arch, head_dim)), flush=True)
+    for arch in () if options.steady else options.arch:
         for (name, head_dim), texts in CANDIDATES.items():
             if name in (options.kernel or [name]) and head_dim in (options.head_dim or [head_dim]):
                 case = KernelCase(kernel_specs.TILED_KERNELS[name], "float16", head_dim, False, head_dim)

@@ -76,8 +76,9 @@ def scaled_dot_product_attention(
             shift moves windows and ALiBi too.
         return_lse: return `(out, lse)`.
         out: array for the result; shape, dtype and kind of the result, any strides.
-        tile: a `cuflash.Tile` instead of the default one, or a mapping from the name of the kernel to it, which also says which one runs: "forward" or, on
-            sm_90, "forward_wgmma", for few queries "forward_split". `print(cuflash.plan(...))` says which one would, and why not the other.
+        tile: a `cuflash.Tile` instead of the default one, which is not for the kernel of few queries, or a mapping from the name of the kernel to it, which also
+            says which one runs: "forward" or, on sm_90, "forward_wgmma", or "forward_split", which calls of at most 16 queries take by themselves.
+            `print(cuflash.plan(...))` says which one would, and why not the other.
         deterministic: accepted for symmetry with the backward pass: every kernel gives the same bits on every run.
         allow_tf32: float32 products in TF32: faster, with 10 bits of mantissa.
         seqlens_kv: int32 `(batch,)`, on the device of query, where it is read: row b sees its first `seqlens_kv[b]` keys only, and whatever key and value
@@ -169,8 +170,8 @@ def scaled_dot_product_attention_backward(
             without: the gradients then are this call's share, and those of all chunks of keys add up to the gradients of one call (docs/context_parallelism.md). lse
             is float32 and P = exp(S - lse) as exact as that is: off by |lse| · 2⁻²² at most. Rows that see nothing here have no gradient.
         grad_lse: gradient of that `lse`, float32 `(batch, num_heads_q, seqlen_q)`, or None for zero.
-        tile: a `cuflash.Tile` as the kernel of dK and dV sees it (a dQ kernel of its own takes it with tile_q and tile_kv exchanged), or a mapping from the
-            names of kernels to tiles. Names also say which kernels run: {"backward_fused": …} or on sm_90 {"backward_wgmma": …} one for all gradients, {"backward_dq": …} one for dQ.
+        tile: a `cuflash.Tile` as the kernel of dK and dV sees it (that of dQ takes it with tile_q and tile_kv exchanged), or a mapping from the
+            names of kernels to tiles. Without it the faster of two ways is taken, by prediction. Names also say which kernels run: {"backward_fused": …} or on sm_90 {"backward_wgmma": …} one for all gradients, {"backward_dq": …} one for dQ.
         deterministic: nothing changes: every kernel adds in a fixed order and gives the same bits on every run.
         need_attn_mask_grad: also give the gradient of an additive attn_mask, summed over the axes along which it is broadcast, by a kernel of its own.
 

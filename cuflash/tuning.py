@@ -122,7 +122,7 @@ def warmup(
         kernels = kernels_of_case(
             on, head_dim=one_head_dim, dtype=one_dtype, head_dim_v=head_dim_v, is_causal=causal, backward=backward, tile=tile,
             allow_tf32=allow_tf32, varlen=one_varlen, seqlens_kv=check_bool("seqlens_kv", seqlens_kv) and not one_varlen, features=feature_set,
-            need_attn_mask_grad=need_attn_mask_grad, vectorized=in_chunks,
+            need_attn_mask_grad=need_attn_mask_grad, vectorized=in_chunks, every_way=True,
         )  # fmt: skip
         requests |= dict.fromkeys(kernel.request(on) for kernel in kernels)
     cache.fetch_many(list(requests), progress=None if progress is None else lambda done, total, _: progress(done, total))
@@ -176,7 +176,7 @@ def warmup_call(plan: Plan, tile: Tiles) -> str | None:
         case["features"] = features
     on = device.default()
     try:
-        kernels = kernels_of_case(on, head_dim=problem.head_dim, dtype=problem.dtype, **case)
+        kernels = kernels_of_case(on, head_dim=problem.head_dim, dtype=problem.dtype, every_way=True, **case)
     except ArgumentError:  # the tile of a backward pass that the forward pass cannot have
         return None
     if not {kernel.request(plan.device) for kernel in plan.kernels} <= {kernel.request(on) for kernel in kernels}:
@@ -222,8 +222,9 @@ def kernels_of_case(
     features: object = NO_FEATURES,
     need_attn_mask_grad: bool = False,
     vectorized: object = True,
+    every_way: bool = False,
 ) -> list[KernelPlan]:
-    """Check one case as `warmup` takes several, and plan its kernels for `on`.
+    """Check one case as `warmup` takes several, and plan its kernels for `on`, with `every_way` those of all lengths.
 
     Raises:
         OptionError, TileError: as the call.
@@ -242,6 +243,7 @@ def kernels_of_case(
             features=_checked_features_of_case(features, causal, of_varlen),
             need_attn_mask_grad=need_attn_mask_grad,
             vectorized=check_bool("vectorized", vectorized),
+            every_way=every_way,
             backward=backward,
             tile=tile,
         )

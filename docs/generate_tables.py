@@ -20,6 +20,7 @@ from cuflash.cli.sample_features import ALONE, others_than
 from cuflash.cli.samples import Sample
 from cuflash.errors import ArgumentError
 from cuflash.hardware import device
+from cuflash.planning.kernel_specs import BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_DQ_CONVERT, BACKWARD_FUSED
 from cuflash.planning.planner import make_plan
 from cuflash.problem.checks import make_problem
 from cuflash.problem.operands import Operands, borrowed
@@ -109,8 +110,8 @@ def documented_arguments() -> dict[str, str]:
 def feature_table() -> list[str]:
     arguments = documented_arguments()
     rows = ["| feature | arguments | kernels besides the usual ones | tiles of the forward pass |", "|---|---|---|---|"]
-    ways: tuple[dict[str, Any], ...] = ({}, {"softcap": 1.0})  # one kernel for all gradients, and dQ from one of its own
-    usual = {kernel.name for options in ways for backward in (False, True) for kernel in plan_of(options, backward).kernels}
+    usual = {kernel.name for backward in (False, True) for kernel in plan_of({}, backward).kernels}
+    usual |= {kernel.name for kernel in (BACKWARD_FUSED, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DQ)}  # both ways to the gradients
     for feature, (names, options) in EXAMPLES.items():
         by_text: dict[str, list[str]] = {}
         for name in names:

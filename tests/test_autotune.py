@@ -135,7 +135,7 @@ def test_each_kernel_of_a_pass_is_tuned_by_itself(own_table: Path) -> None:
     fake = Fake(lambda task, number: [2.0, 1.0, 3.0, 4.0][number] if task.kernel.name == "backward_dq" else [2.0, 3.0, 4.0, 1.0][number])
     entries, _, _ = run(small_tasks(backward=True), fake, own_table)
     found = {entry.bucket.kernel: [timing.tile for timing in entry.timings].index(entry.best.tile) for entry in entries if entry.best}
-    assert found == {"backward_dkdv": 3, "backward_dq": 1}
+    assert found == {"backward_dkdv": 3, "backward_dq": 1, "backward_fused": 3}
     assert fake.limits[:4] == [None, *[2.0 * session.HOPELESS] * 3], "what is slower than that is left early"
 
 
@@ -171,15 +171,16 @@ def test_a_run_goes_on_where_the_last_one_ended(own_table: Path) -> None:
     second = Fake(lambda task, number: 1.0)
     entries, reason, said = run(wanted, second, own_table)
     assert reason == "done"
-    assert second.tried == second.compiled == [("backward_dkdv", 3), *[("backward_dq", number) for number in range(4)]]
+    others = [(name, number) for name in ("backward_dq", "backward_fused") for number in range(4)]
+    assert second.tried == second.compiled == [("backward_dkdv", 3), *others]
     assert "backward_dkdv, float16, head_dim 16, seqlen up to 64, full, few blocks (4 tiles, 3 tried before)" in said
-    assert [len(entry.timings) for entry in entries] == [4, 4]
+    assert [len(entry.timings) for entry in entries] == [4, 4, 4]
     third = Fake(lambda task, number: 1.0)
     assert run(wanted, third, own_table)[1] == "done"
     assert third.tried == []
     again = Fake(lambda task, number: 3.0)
-    (first, _), _, _ = run(wanted, again, own_table, again=True)
-    assert len(again.tried) == 8
+    (first, *_), _, _ = run(wanted, again, own_table, again=True)
+    assert len(again.tried) == 12
     assert {timing.milliseconds for timing in first.timings} == {3.0}
 
 
@@ -374,7 +375,8 @@ def test_every_class_of_calls_has_tasks() -> None:
             described_calls.of_sample(sample), problem_of(sample, backward=True), ON, passes=("forward", "backward"), effort="quick"
         )
         kernels = [task.kernel.name for task in found]
-        assert kernels == ["forward", "backward_dkdv", "backward_dq", *(["backward_mask"] if name == "additive_mask" else [])], name
+        fused = [] if name in ("boolean_mask", "segments") else ["backward_fused"]
+        assert kernels == ["forward", "backward_dkdv", "backward_dq", *(["backward_mask"] if name == "additive_mask" else []), *fused], name
         assert all(task.tiles[0] == task.kernel.tile and len(set(task.tiles)) == len(task.tiles) == 21 for task in found[:3]), name
         assert found[0].bucket.causal == (name not in ("plain", "seqlens_kv"))
     windows = [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,10 @@ from cuflash import reference
 from cuflash.cli.samples import Sample
 from cuflash.errors import SetupError
 from cuflash.hardware import device
+from cuflash.planning.planner import make_plan
 from cuflash.runtime import launch
+from cuflash.tuned import fingerprint, store
+from cuflash.tuned.table import Entry, Timing
 from cuflash.tuner import described_calls, measuring
 from cuflash.tuner.comparing import ALLOWED, excess
 from cuflash.tuner.measuring import Bench, Pass
@@ -130,10 +135,10 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_kernel_for_few_queries_is_timed_with_what_merges_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile decides how many parts there are, so its time is that of both kernels; each candidate has memory for its own parts."""
-    monkeypatch.setenv("CUFLASH_DECODE", "1")
     sample = Sample(batch=1, seqlen_q=2, seqlen_kv=300, num_heads_q=4, num_heads_kv=2, head_dim=16)
     call = described_calls.of_sample(sample)
-    (task,) = tasks_of(call, problem_of(sample, backward=False), ON, passes=("forward",), effort="quick")
+    task, other_kernel = tasks_of(call, problem_of(sample, backward=False), ON, passes=("forward",), effort="quick")
+    assert other_kernel.kernel.name == "forward"
     assert (task.kernel.name, task.bucket.seqlen_q, task.bucket.grid) == ("forward_split", 4, "few")
     bench = Bench(call, False, ON)
     other = next(tile for tile in task.tiles if tile.tile_kv != task.default.tile_kv)
@@ -149,3 +154,37 @@ def test_the_kernel_for_few_queries_is_timed_with_what_merges_its_parts(monkeypa
     assert launched == list(candidate._prepared.launches)
     monkeypatch.setattr(measuring, "predicted_milliseconds", lambda *of: 1.0)
     assert bench.evaluate(task, other, None).note == ""
+
+
+# --- Two ways to the same results ---------------------------------------------------------------------------------------------------------
+
+
+def test_both_ways_to_the_gradients_are_tuned_and_the_faster_one_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all kernels of both were timed on the same call, their sums decide; the time of one kernel for all gradients has the conversion of its sums in it."""
+    sample = replace(SMALL, head_dim=32)
+    call, problem = described_calls.of_sample(sample), problem_of(sample, backward=True)
+    assert "backward_dq" in [kernel.name for kernel in make_plan(problem, ON, backward=True).kernels]
+    tasks = tasks_of(call, problem, ON, passes=("backward",), effort="quick")
+    assert [task.kernel.name for task in tasks] == ["backward_dkdv", "backward_dq", "backward_fused"]
+    fused = tasks[-1]
+    bench = Bench(call, True, ON)
+    candidate = Pass(bench._operands, bench._options._replace(tile={"backward_fused": fused.default}), True, ON)
+    launched: list[Any] = []
+    monkeypatch.setattr(candidate, "_launch", launched.append)
+    candidate.launch("backward_fused")
+    assert launched == list(candidate._prepared.launches)[1:]
+
+    def chosen(milliseconds: float, *, of_call: str = "the same") -> tuple[str, str]:
+        path = tmp_path / f"{milliseconds}{of_call}.json"
+        for task in tasks:
+            timing = Timing(task.default, *3 * [milliseconds if task is fused else 1.0], 3, None)
+            sources, nvrtc = fingerprint.of_source(task.kernel.source), fingerprint.of_compiler()
+            where = of_call if task is fused else "the same"
+            store.save(path, ON, Entry(task.bucket, where, task.default, (timing,), sources, nvrtc))
+        monkeypatch.setenv(store.VARIABLE, str(path))
+        plan = make_plan(problem, ON, backward=True)
+        return plan.kernels[1].name, plan.choice
+
+    assert chosen(1.5) == ("backward_fused", "backward_fused, timed to take 0.75 of the time of backward_dkdv and backward_dq")
+    assert chosen(2.5) == ("backward_dkdv", "backward_dkdv and backward_dq, timed to take 0.80 of the time of backward_fused")
+    assert "nothing is predicted of it" in chosen(1.5, of_call="another")[1]

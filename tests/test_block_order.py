@@ -13,6 +13,7 @@ from cuflash.hardware import device
 from cuflash.hardware.architectures import architecture
 from cuflash.jit import disassembly
 from cuflash.planning import block_order, fused_backward
+from cuflash.problem.tile import Tile
 from cuflash.runtime import calls
 
 
@@ -63,15 +64,16 @@ def _in_every_order(monkeypatch: pytest.MonkeyPatch, run: Any) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("fused", ["0", "1"])
+@pytest.mark.parametrize("tile", [None, {"backward_fused": Tile(32, 32, 2, 2)}], ids=["of their own", "fused"])
 @pytest.mark.parametrize(
     "options", [{}, {"window": (40, 0)}, {"seqlens_kv": numpy.array([150, 70], numpy.int32)}], ids=["causal", "window", "seqlens_kv"]
 )
-def test_every_order_gives_the_same_bits(simulator: Target, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], fused: str) -> None:
-    monkeypatch.setenv(fused_backward.VARIABLE, fused)
+def test_every_order_gives_the_same_bits(simulator: Target, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], tile: Any) -> None:
     query = simulator.random((2, 150, 4, 32), "bfloat16", 1)
     key, value = (simulator.random((2, 150, 2, 32), "bfloat16", seed) for seed in (2, 3))
-    bits = _in_every_order(monkeypatch, lambda: simulator.run(query, key, value, is_causal=True, enable_gqa=True, **options).bits())
+    bits = _in_every_order(
+        monkeypatch, lambda: simulator.run(query, key, value, is_causal=True, enable_gqa=True, backward_tile=tile, **options).bits()
+    )
     assert len(set(bits)) == 1
 
 

@@ -75,14 +75,19 @@ def test_why_the_fused_backward_kernel_cannot_run(change: dict[str, Any], arch: 
     assert found.plan.choice == ""
 
 
-def test_where_it_can_run_the_plan_says_how_to_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = explained(backward=True)
+def test_the_plan_says_which_way_to_the_gradients_is_taken_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, own = explained(backward=True), "backward_dkdv and backward_dq"
     assert found.ruled_out == {"backward_wgmma": "its instructions are those of sm_90, and this is sm_80"}
-    assert found.plan.choice.startswith("kernels of their own for dQ and for dK and dV; backward_fused can run too")
-    assert found.plan.choice.endswith("CUFLASH_FUSED_BACKWARD=1, which is so here")
-    assert explained(arch="sm_90", backward=True).plan.choice.endswith("which is not so here")
-    monkeypatch.setenv("CUFLASH_FUSED_BACKWARD", "1")
-    assert explained(backward=True).plan.choice == "backward_fused, as asked for; it has not run on a GPU yet"
+    assert re.fullmatch(
+        f"backward_fused, predicted to take 0.8\\d of the time of {own}; it has run on the simulator only", found.plan.choice
+    )
+    few = explained(replace(LARGE, batch=1, seqlen_q=512, seqlen_kv=512, num_heads_q=2, num_heads_kv=2), backward=True)
+    assert few.plan.choice.startswith(f"{own}; backward_fused is predicted to take 1.")
+    assert "pin it by tile=" in few.plan.choice
+    unknown = explained(replace(LARGE, head_dim=96), backward=True)
+    assert unknown.plan.choice.startswith(f"{own}; backward_fused can run too, but nothing is predicted of it here")
+    monkeypatch.setenv("CUFLASH_FUSED_BACKWARD", "0")
+    assert explained(backward=True).plan.choice == f"{own}, not backward_fused, by CUFLASH_FUSED_BACKWARD=0"
 
 
 def test_bytes_and_bounds() -> None:

@@ -10,19 +10,23 @@ import numpy
 import pytest
 from conftest import Target
 from kernel_mutations import BROADCAST_KEY
+from problems import checked
 from test_features import FEATURES
 from test_sequences import offsets, packed
 
 import cuflash
-from cuflash import FeatureSet, Tile
+from cuflash import Tile
+from cuflash.cli.samples import stand_in
 from cuflash.errors import TileError
 from cuflash.hardware import device
 from cuflash.hardware.device import ARCHITECTURES, Device
-from cuflash.planning import fused_backward, predicted_tiles, tile_choice, tile_rules
+from cuflash.planning import fused_backward, planner, predicted_backward, predicted_tiles, tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
-from cuflash.planning.kernel_specs import BACKWARD_FUSED
+from cuflash.planning.kernel_specs import BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_FUSED
 from cuflash.simulator import SimulatorError, check
 from cuflash.simulator.options import configure
+from cuflash.timing.grid import grid_clocks
+from cuflash.timing.machine import CARDS, multiprocessor
 
 pytest.importorskip("cupy")
 
@@ -46,17 +50,6 @@ def inputs_of(
         (batches[1], lengths[1], heads[1], head_dim_v or head_dim),
     )
     return [target.random(shape, dtype, seed, view) for seed, shape in enumerate(shapes)]
-
-
-@pytest.fixture(autouse=True)
-def wherever_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(fused_backward.VARIABLE, "1")
-
-
-def test_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until it has run on a GPU."""
-    monkeypatch.delenv(fused_backward.VARIABLE)
-    assert names(plan_of("sm_80", 64)) == TWO_KERNELS
 
 
 @pytest.fixture(params=["sm_80", "sm_90"])
@@ -232,11 +225,15 @@ def test_blocks_that_run_side_by_side_wait_for_each_other(simulator: Target, sch
 # --- Chosen -------------------------------------------------------------------------------------------------------------------------------
 
 
-def plan_of(arch: str = "sm_80", head_dim: int = 128, dtype: str = "float16", **options: Any) -> cuflash.Plan:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUFLASH_SIMULATOR_ARCH", arch)
-        x = Target(arch).random((2, 500, 4, head_dim), dtype, 1)
-        return cuflash.plan(x, x, x, backward=True, **options)
+def plan_of(
+    arch: str = "sm_80", head_dim: int = 128, dtype: str = "float16", batch: int = 4, seqlen: int = 4000, heads: int = 16, heads_kv: int = 0,
+    tile: Any = None, **options: Any,
+) -> cuflash.Plan:  # fmt: skip
+    """Of a call of any size, which needs no memory."""
+    query, key = (stand_in((batch, seqlen, count, head_dim), dtype) for count in (heads, heads_kv or heads))
+    arrays = {name: options.pop(name) for name in [*options] if isinstance(options[name], numpy.ndarray)}
+    problem = checked(query, key, key, enable_gqa=True, **arrays, **options)
+    return planner.make_plan(problem, device.of_arch(arch, "gpu"), backward=True, tile=tile)
 
 
 FUSED_KERNELS = ["backward_delta", "backward_fused", "backward_dq_convert"]
@@ -248,6 +245,8 @@ def test_taken_where_it_is_predicted_to_be_faster(arch: str, head_dim: int, monk
     plan = plan_of(arch, head_dim)
     assert names(plan) == FUSED_KERNELS
     assert plan.kernels[1].tile == Tile(*predicted_tiles.FUSED_BACKWARD[arch, head_dim])
+    monkeypatch.setenv(fused_backward.VARIABLE, "1")
+    assert names(plan_of(arch, head_dim)) == FUSED_KERNELS
     monkeypatch.setenv(fused_backward.VARIABLE, "0")
     assert names(plan_of(arch, head_dim)) == (
         TWO_KERNELS if head_dim < 256 else ["backward_delta", "backward_dv", "backward_dk", "backward_dq"]
@@ -255,24 +254,101 @@ def test_taken_where_it_is_predicted_to_be_faster(arch: str, head_dim: int, monk
     assert names(plan_of(arch, head_dim, tile={"backward_fused": plan.kernels[1].tile})) == FUSED_KERNELS
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ({"batch": 1, "seqlen": 512, "heads": 1}, TWO_KERNELS),  # four blocks, each a tile behind the one before
+        ({"batch": 1, "seqlen": 4000, "heads": 1}, TWO_KERNELS),
+        ({"batch": 32, "seqlen": 512, "heads": 16}, FUSED_KERNELS),
+        ({"batch": 1, "seqlen": 4000, "heads": 32, "heads_kv": 1}, TWO_KERNELS),  # 32 blocks for 108 SMs
+        ({"batch": 8, "seqlen": 4000, "heads": 32, "heads_kv": 8}, FUSED_KERNELS),
+        ({"batch": 4096, "seqlen": 20, "heads": 16}, TWO_KERNELS),  # of a tile of 64 queries 20 would be sums
+    ],
+)
+def test_the_grid_decides(shape: dict[str, Any], expected: list[str], is_causal: bool) -> None:
+    assert names(plan_of(**shape, is_causal=is_causal)) == expected
+
+
+def test_other_calls_keep_their_kernels() -> None:
+    """No prediction, no change: another head_dim, an architecture of which nothing is known, a feature that spills, two features."""
+    slopes = numpy.zeros(16, numpy.float32)
+    for options in ({"head_dim": 96}, {"arch": "sm_100"}, {"softcap": 2.0}, {"window": (500, 0), "alibi_slopes": slopes}):
+        plan = plan_of(**options)
+        assert names(plan) == TWO_KERNELS, options
+        assert "nothing is predicted of it here" in plan.choice
+
+
+@pytest.mark.parametrize(("arch", "head_dim"), list(predicted_tiles.FUSED_WITH_FEATURE), ids=str)
+def test_features_of_which_it_is_predicted(arch: str, head_dim: int) -> None:
+    given = {
+        "window": {"window": (1000, 0)}, "alibi": {"alibi_slopes": numpy.zeros(16, numpy.float32)},
+        "dropout": {"dropout_p": 0.1, "dropout_seed": 1}, "softcap": {"softcap": 2.0},
+        "float16": {"attn_mask": stand_in((4000, 4000), "float16")}, "seqlens_kv": {"seqlens_kv": numpy.zeros(4, numpy.int32)},
+    }  # fmt: skip
+    for feature in predicted_tiles.FUSED_WITH_FEATURE[arch, head_dim] & set(given):
+        plan = plan_of(arch, head_dim, **given[feature])
+        (fused,) = [kernel for kernel in plan.kernels if kernel.spec == BACKWARD_FUSED]
+        assert fused.tile == Tile(*predicted_tiles.FUSED_BACKWARD[arch, head_dim]), feature
+
+
+def test_predictions_are_those_of_the_model_of_grids() -> None:
+    """Which hands out block by block; here are sums and maxima, in microseconds."""
+    rng = numpy.random.default_rng(1)
+    for case in range(60):
+        arch = ("sm_80", "sm_86", "sm_90")[case % 3]
+        on, spec = device.of_arch(arch, "gpu"), (BACKWARD_FUSED, BACKWARD_DKDV, BACKWARD_DQ)[case // 3 % 3]
+        shape = (int(rng.integers(1, 9)), int(2 ** rng.uniform(6, 12)), int(rng.integers(1, 9)), 128)
+        problem = checked(*3 * [stand_in(shape, "float16")], is_causal=bool(case % 2))
+        of = KernelCase(spec, "float16", 128)
+        tile = tile_choice.default_tile(of, on)
+        grid, steady = predicted_backward.grid_of(of, tile, problem), predicted_backward.STEADY[arch, spec.name, 128]
+        last, pairs = steady.blocks * steady.full, tile.tile_q * tile.tile_kv
+        trip = [pairs * (steady.alone + (last - steady.alone) * n / max(1, steady.blocks - 1)) for n in range(steady.blocks)]
+        width = 2 * 2 * 128
+        beside = 936 + (tile.tile_q + tile.tile_kv + of.stationary_rows(tile)) * width / predicted_backward.TRAFFIC[arch].l2
+        blocks = sorted(grid.heads * list(grid.trips), reverse=True)
+        exact = grid_clocks(blocks, num_sms=on.num_sms, trip_clocks=trip, overhead=beside)
+        assert predicted_backward.clocks(of, tile, grid, problem, on) == pytest.approx(exact, rel=0.25), (arch, spec, shape)
+
+
+def test_what_predictions_assume_is_what_the_timing_model_does() -> None:
+    for arch, traffic in predicted_backward.TRAFFIC.items():
+        machine, card = multiprocessor(arch), CARDS[arch]
+        assert traffic.l2 == machine.l2_bytes
+        assert traffic.memory == pytest.approx(card.memory_bytes_per_second / card.clock_ghz / 1e9 / card.num_sms, rel=0.02)
+        assert machine.copy_latency + card.block_start == predicted_backward._BLOCK_CLOCKS
+
+
 def test_a_mapping_pins_either_way() -> None:
-    assert names(plan_of(head_dim=32)) == TWO_KERNELS
     assert names(plan_of(head_dim=32, tile=FUSED)) == FUSED_KERNELS
-    assert names(plan_of(tile={"backward_dq": Tile(64, 64, 4, 2)})) == TWO_KERNELS
+    pinned = plan_of(tile={"backward_dq": Tile(64, 64, 4, 2)})
+    assert names(pinned) == TWO_KERNELS
+    assert pinned.choice == "backward_dkdv and backward_dq, which the tile is for"
     with pytest.raises(TileError, match="kernels that run: backward_fused"):
         plan_of(tile={**FUSED, "backward_dq": Tile(64, 64, 4, 2)})
 
 
-def test_a_single_tile_is_for_whichever_takes_it() -> None:
-    assert names(plan_of(tile=Tile(32, 64, 4, 2))) == FUSED_KERNELS
-    assert names(plan_of(tile=Tile(48, 64, 4, 2))) == TWO_KERNELS  # the warps could not share out 48 rows of dQ
+def test_a_single_tile_is_for_kernels_of_their_own() -> None:
+    assert names(plan_of(tile=Tile(32, 64, 4, 2))) == TWO_KERNELS
+
+
+def test_without_keys_there_are_no_blocks_to_add_up() -> None:
+    """With sinks such a call has something to do; dQ was left as the memory was."""
+    query, key = numpy.ones((1, 40, 2, 64), numpy.float16), numpy.zeros((1, 0, 2, 64), numpy.float16)
+    sinks = numpy.ones(2, numpy.float32)
+    out, lse = cuflash.scaled_dot_product_attention(query, key, key, sinks=sinks, return_lse=True)
+    gradients = cuflash.scaled_dot_product_attention_backward(query, query, key, key, out, lse, sinks=sinks)
+    assert not gradients.query.any()
+    with pytest.raises(TileError, match="kernels that run"):
+        cuflash.plan(query, key, key, sinks=sinks, backward=True, tile=FUSED)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"arch": "sm_75"}, {"dtype": "float32"}, {"head_dim": 320}, {"attn_mask": numpy.ones((500, 500), bool)},
-        {"segment_ids_q": numpy.zeros((2, 500), numpy.int32), "segment_ids_kv": numpy.zeros((2, 500), numpy.int32)},
+        {"arch": "sm_75"}, {"dtype": "float32"}, {"head_dim": 320}, {"attn_mask": stand_in((4000, 4000), "bool")},
+        {"segment_ids_q": numpy.zeros((4, 4000), numpy.int32), "segment_ids_kv": numpy.zeros((4, 4000), numpy.int32)},
     ],
     ids=lambda options: next(iter(options)),
 )  # fmt: skip
@@ -295,9 +371,9 @@ def test_memory_grows_with_the_length() -> None:
     """Four bytes for each element of dQ, a turn for each tile, the row statistics."""
     plan = plan_of()
     tile_q = plan.kernels[1].tile.tile_q
-    tiles = 2 * 4 * -(-500 // tile_q)
+    tiles = 4 * 16 * -(-4000 // tile_q)
     assert {buffer.name: buffer.nbytes for buffer in plan.workspace} == {
-        "row_statistics": 8 * 2 * 4 * 500, "query_sums": 4 * tiles * tile_q * 128, "turns": 4 * (1 + tiles),
+        "row_statistics": 8 * 4 * 16 * 4000, "query_sums": 4 * tiles * tile_q * 128, "turns": 4 * (1 + tiles),
     }  # fmt: skip
     assert plan.workspace_bytes == sum(buffer.nbytes for buffer in plan.workspace)
     assert "backward_fused: backward_fused_mma.cu" in str(plan)
@@ -318,7 +394,6 @@ def test_legal_tiles_are_those_that_warps_can_share_out(arch: str) -> None:
             assert any(groups in (1, 2, 4, 8) and -(-head_dim // 16) % groups == 0 for groups in shared), tile
             sharing = case.sharing_warps(tile, on)
             assert tile.tile_kv * sharing % (16 * tile.num_warps) == tile.tile_q % (16 * sharing) == -(-head_dim // 16) % sharing == 0, tile
-    assert not fused_backward.is_possible(KernelCase(BACKWARD_FUSED, "float16", 64, features=FeatureSet(segments=True)), on)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ OTHER_MEANINGS = {
     "timing/report.py": {"forward"},
     "planning/measured_tiles.py": NAMES,  # a table by kernel
     "planning/predicted_tiles.py": NAMES,  # likewise
+    "planning/predicted_backward.py": NAMES,  # likewise
     "dropout.py": {"dropout_mask"},  # memory
     "planning/argument_structs.py": {"visible_tiles"},  # a field
     "runtime/calls.py": {"forward"},

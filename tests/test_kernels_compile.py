@@ -157,8 +157,9 @@ def test_no_spills_with_a_feature(arch: str, dtype: str, head_dim: int, feature:
         known = (
             dtype == "float32" and report.subject.label in BY_KEYS and (feature == "varlen" or (feature == "window" and head_dim == 512))
         )
-        assert report.resources.spill_store_bytes <= (64 if known else 0), f"{dtype} {head_dim}: {named(report)}"
-        assert known or not report.spills, f"{dtype} {head_dim}: {named(report)}"
+        tolerated = report.subject.request.tolerated_spills  # of tiles that were measured or predicted with their spills
+        assert report.resources.spill_store_bytes <= max(tolerated, 64 if known else 0), f"{dtype} {head_dim}: {named(report)}"
+        assert known or tolerated or not report.spills, f"{dtype} {head_dim}: {named(report)}"
         assert report.warnings == (), named(report)
 
 

@@ -11,7 +11,7 @@ from conftest import HAS_GPU, Target
 
 import cuflash
 from cuflash import Tile
-from cuflash.errors import TileError
+from cuflash.errors import OptionError, TileError
 from cuflash.hardware import device
 from cuflash.planning import kernel_specs, split_forward, tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
@@ -94,9 +94,8 @@ def test_a_tile_may_have_more_rows_than_threads(tile: Tile, simulator: Target, m
 
 
 @pytest.mark.parametrize("lowest", [-1e9, float(numpy.finfo("float32").min)])
-def test_masks_so_large_that_an_lse_swallows_the_sum(lowest: float, decoder: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_so_large_that_an_lse_swallows_the_sum(lowest: float, decoder: Target) -> None:
     """Scores are one number for float32, and keys are split unequally: each counts as much as any other."""
-    monkeypatch.setenv(VARIABLE, "1")
     shapes = {"query": (1, 2, 1, 32), "key": (1, 129, 1, 32), "value": (1, 129, 1, 32)}
     mask = decoder.place(numpy.full((2, 129), lowest, numpy.float32))
     query, key, value = operands(decoder, shapes)
@@ -112,21 +111,28 @@ def kernels(query: Any, key: Any, value: Any, **options: Any) -> list[str]:
     return [kernel.name for kernel in cuflash.plan(query, key, value, **options).kernels]
 
 
-def test_few_queries_take_it_where_it_is_asked_for(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_queries_take_it_by_themselves(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = operands(simulator, {"query": (1, 16, 1, 32), "key": (1, 4096, 1, 32), "value": (1, 4096, 1, 32)})
-    assert kernels(query, key, value) == ["forward"]
-    monkeypatch.setenv(VARIABLE, "1")
     assert kernels(query, key, value) == ["forward_split", "merge_attention"]
-    assert "as asked for; it has not run on a GPU yet" in str(cuflash.plan(query, key, value))
+    assert "since a tile of the others has rows for more than 16 queries; it has run on the simulator only" in str(
+        cuflash.plan(query, key, value)
+    )
     assert kernels(query[:, :1], key[:, :64], value[:, :64]) == ["forward_split"]  # one split is merged with nothing
     assert kernels(query, key, value, tile={"forward": Tile(16, 32, 1, 2)}) == ["forward"]
+    assert kernels(query, key, value, tile=Tile(16, 64, 1, 2)) == ["forward"]  # as before there were two
     longer = simulator.random((1, 17, 1, 32), "float16", 0)
     assert kernels(longer, key, value) == ["forward"]
     assert kernels(longer, key, value, tile=SPLIT) == ["forward_split", "merge_attention"]
+    monkeypatch.setenv(VARIABLE, "0")
+    assert kernels(query, key, value) == ["forward"]
+    assert cuflash.plan(query, key, value).choice == "not forward_split_mma.cu, by CUFLASH_DECODE=0"
+    assert kernels(query, key, value, tile=SPLIT) == ["forward_split", "merge_attention"]
+    monkeypatch.setenv(VARIABLE, "yes")
+    with pytest.raises(OptionError, match="expected '0' or '1'"):
+        cuflash.plan(query, key, value)
 
 
 def test_what_it_cannot_do_stays_where_it_was(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "1")
     shapes = {"query": (1, 4, 1, 32), "key": (1, 300, 1, 32), "value": (1, 300, 1, 32)}
     arrays = operands(simulator, shapes)
     for options, reason in (
@@ -210,7 +216,8 @@ def test_a_plan_says_what_it_asks_of_memory() -> None:
         in text
     )
     assert "at most 2 MiB of keys" in str(cuflash.kvcache_plan(query, *caches, **given, window=(127, 0)))
-    assert "  keys  " not in str(cuflash.plan(query, query, query))
+    many = numpy.zeros((4, 17, 32, 128), "float16")
+    assert "  keys  " not in str(cuflash.plan(many, many, many))
 
 
 def test_a_window_needs_fewer_splits(simulator: Target) -> None:

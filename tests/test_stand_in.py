@@ -79,7 +79,7 @@ def test_kernels_compiled_ahead_are_found(tmp_path: Path) -> None:
     """`warmup --into` on one machine, a call that must not compile on another."""
     share_simulator(tmp_path)
     options = ("--arch", "sm_90", "--head-dim", "32", "--dtype", "float16", "--causal", "--forward-only")
-    made = on_stand_in("-m", "cuflash", "warmup", *options, "--into", tmp_path)
+    made = on_stand_in("-m", "cuflash", "warmup", *options, "--into", tmp_path, CUFLASH_DECODE="0")
     assert "1 kernels are in the cache, 1 compiled now" in made.stdout, made.stderr
     program = (
         "import cupy, cuflash; x = cupy.zeros((1, 20, 2, 32), 'float16')\n"

@@ -21,7 +21,7 @@ from bench.report import TILE_COLUMNS, Table, one_line, shape_columns
 from bench.timing import time_call
 from cuflash.hardware import device
 from cuflash.jit import cache
-from cuflash.planning import fused_backward, tile_choice, tile_model, tile_rules, wgmma_forward
+from cuflash.planning import planner, tile_choice, tile_model, tile_rules, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase
 
 
@@ -35,13 +35,18 @@ def chosen_tiles(case: KernelCase, on: device.Device, top: int, spread: int) -> 
 
 
 def tiled_kernels(case: Case, on: device.Device) -> list[KernelCase]:
-    """All of both passes, those that are asked for and those in whose place they come."""
-    found: dict[str, KernelCase] = {}
-    with environment_variable(fused_backward.VARIABLE), environment_variable(wgmma_forward.VARIABLE):
-        for value in ("1", "0"):
-            os.environ[fused_backward.VARIABLE] = os.environ[wgmma_forward.VARIABLE] = value
-            found |= {kernel.name: kernel.case for plan in plans_of(case, on) for kernel in plan.kernels if kernel.spec.is_tiled}
-    return list(found.values())
+    """All of both passes, those of either way to the same results."""
+    plans = [*plans_of(case, on), *(plan for backward in (False, True) for plan in _other_ways(case, on, backward))]
+    with environment_variable(wgmma_forward.VARIABLE):
+        os.environ[wgmma_forward.VARIABLE] = "1"
+        plans += plans_of(case, on)
+    return list({kernel.name: kernel.case for plan in plans for kernel in plan.kernels if kernel.spec.is_tiled}.values())
+
+
+def _other_ways(case: Case, on: device.Device, backward: bool) -> list[Any]:
+    (plan,) = plans_of(case, on, None, backward)
+    pinned = planner.other_way(plan.problem, on, backward=backward)
+    return plans_of(case, on, pinned, backward) if pinned else []
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Kernels that run where they are asked for, until they have run on a GPU: by a mapping of tiles that names them, or by an environment variable."""
+"""Who decides between kernels that can take each other's place: a tile that the caller pins, or an environment variable."""
 
 from __future__ import annotations
 
@@ -13,19 +13,27 @@ from cuflash.problem.tile import Tile, Tiles
 from cuflash.system import switches
 
 
+def named(kernel: KernelSpec, tile: Tiles, instead: Iterable[KernelSpec]) -> bool | None:
+    """Whether a mapping of tiles names a kernel (True) or one of those that run `instead` of it (False); None if it leaves that open."""
+    if isinstance(tile, Mapping):
+        if kernel.name in tile:
+            return True
+        if any(other.name in tile for other in instead):
+            return False
+    return None
+
+
 def asked_by(
     case: KernelCase, device: Device, tile: Tiles, variable: str, instead: Iterable[KernelSpec]
 ) -> Literal["tile", "variable"] | None:
-    """How the kernel of `case` is asked for; None if it is not, because the tile is for one of those that run `instead` of it, or nobody asks.
+    """How a kernel is asked for that runs only then, until it has run on a GPU; None if it is not, because the tile is for another one, or nobody asks.
 
     Raises:
         OptionError: a value of the variable that is neither 0 nor 1.
     """
-    if isinstance(tile, Mapping):
-        if case.kernel.name in tile:
-            return "tile"
-        if any(kernel.name in tile for kernel in instead):
-            return None
+    by_name = named(case.kernel, tile, instead)
+    if by_name is not None:
+        return "tile" if by_name else None
     if isinstance(tile, Tile) and tile_rules.broken_rule(case, tile, device) is not None:
         return None
-    return "variable" if switches.is_on(variable) else None
+    return "variable" if switches.setting(variable) else None

@@ -1,53 +1,130 @@
 """The two ways to the gradients: one kernel with five products for dQ, dK and dV, or kernels of their own with seven or eight.
 
 The fused kernel adds dQ up in global memory in a fixed order (kernels/tile/query_sums.cuh), so both ways give the same bits on every run. It takes 16-bit
-types from sm_80 on, heads that are not cut into slices, and no features that hide tiles by data. Until it has run on a GPU it is asked for: by `tile`, which
-names it, or by the environment variable CUFLASH_FUSED_BACKWARD=1, which takes it in the cases in which the timing model predicts that it is faster
-(`predicted_tiles`), unless `tile` names kernels of the other way.
+types from sm_80 on, heads that are not cut into slices, and no features that hide tiles by data.
+
+Which way a call takes, the first of these decides: a mapping of tiles that names a kernel of either way; a single tile, which is for those of their own;
+CUFLASH_FUSED_BACKWARD=0; tables of tuned tiles, where both ways were timed on one call (`tuned_tiles.faster_way`); the timing model's prediction
+(`predicted_backward`), if it knows both ways on this architecture, with this head_dim and these features; else the kernels of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import ceil
+from typing import NamedTuple
 
 from cuflash.hardware.architectures import architecture
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, kernel_specs, tile_choice
+from cuflash.planning import asked_for, predicted_backward, predicted_tiles, tile_choice, tuned_tiles
 from cuflash.planning.block_order import L2_SHARE
-from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_cases import KernelCase, case_of
 from cuflash.planning.kernel_plan import Buffer, KernelPlan
+from cuflash.planning.kernel_specs import BACKWARD_DK, BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_DV, BACKWARD_FUSED, KernelSpec
 from cuflash.problem.problem import Problem
-from cuflash.problem.tile import Tiles
+from cuflash.problem.tile import Tile, Tiles
+from cuflash.system import switches
 
 VARIABLE = "CUFLASH_FUSED_BACKWARD"
-"""Environment variable; 1: the fused kernel wherever it is predicted to be faster. Looked at when a call is planned, so not by calls whose like was made before."""
+"""Environment variable; 0: never. Looked at when a call is planned, so not by calls whose like was made before."""
 
-_OTHER_WAY = (kernel_specs.BACKWARD_DKDV, kernel_specs.BACKWARD_DK, kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DQ)
+OF_THEIR_OWN = (BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ)
+"""Kernels of the other way."""
+
+SIMULATED = "it has run on the simulator only"
 
 
-def is_taken(case: KernelCase, device: Device, tile: Tiles, *, ragged: bool) -> bool:
-    """Whether the fused kernel runs.
+class Choice(NamedTuple):
+    """Which way a call takes.
+
+    Attributes:
+        is_fused: the one kernel for all gradients.
+        why: in words; empty where there is no choice.
+        depends_on_lengths: another call of the same kind may take the other way, for it has other lengths, another batch or other heads.
+    """
+
+    is_fused: bool
+    why: str = ""
+    depends_on_lengths: bool = False
+
+
+def choose(problem: Problem, device: Device, tile: Tiles, others: Sequence[KernelSpec]) -> Choice:
+    """Decide.
 
     Args:
-        case: of the fused kernel.
+        problem: the call.
         device: where.
         tile: as the caller pins it.
-        ragged: sequences have lengths that only the device knows, whose kernels are not predicted.
+        others: the kernels of the other way that would run.
+
+    Raises:
+        OptionError: a value of the variable that is neither 0 nor 1.
     """
-    if not is_possible(case, device):
-        return False
-    asked_by = asked_for.asked_by(case, device, tile, VARIABLE, _OTHER_WAY)
-    return asked_by == "tile" or (asked_by == "variable" and not ragged and is_faster(case, device))
+    if why_not(problem, device) is not None:
+        return Choice(False)
+    own, fused = " and ".join(kernel.name for kernel in others), BACKWARD_FUSED.name
+    by_name = asked_for.named(BACKWARD_FUSED, tile, OF_THEIR_OWN)
+    if by_name is not None:
+        return Choice(by_name, f"{fused}, which the tile is for; {SIMULATED}" if by_name else f"{own}, which the tile is for")
+    if isinstance(tile, Tile):
+        return Choice(False, f"{own}, which a single tile is for; a mapping may name {fused}")
+    if switches.setting(VARIABLE) is False:
+        return Choice(False, f"{own}, not {fused}, by {VARIABLE}=0")
+    cases = [case_of(kernel, problem) for kernel in others]
+    timed = tuned_tiles.faster_way(((case_of(BACKWARD_FUSED, problem),), cases), problem, device)
+    if timed is not None:
+        number, part, how = timed
+        return Choice(number == 0, f"{(fused, own)[number]}, {how} to take {part:.2f} of the time of {(own, fused)[number]}", True)
+    return _predicted(problem, device, cases, own)
 
 
-def is_possible(case: KernelCase, device: Device) -> bool:
-    """Whether the fused kernel can run at all."""
-    return why_not(case, device) is None
+def may_choose(problem: Problem, device: Device) -> bool:
+    """Whether both ways can run, and nobody has ruled one out."""
+    return why_not(problem, device) is None and switches.setting(VARIABLE) is not False
 
 
-def why_not(case: KernelCase, device: Device) -> str | None:
-    """What of a case the fused kernel cannot do, in words; None where it can run."""
+def _predicted(problem: Problem, device: Device, others: Sequence[KernelCase], own: str) -> Choice:
+    """By the timing model."""
+    case = case_of(BACKWARD_FUSED, problem)
+    pin = f'pin it by tile={{"{case.kernel.name}": …}}'
+    lengths = "varlen" if problem.num_sequences is not None else "seqlens_kv"
+    known_lengths = not problem.is_ragged or lengths in predicted_tiles.FUSED_WITH_FEATURE.get((device.arch, case.head_dim), ())
+    known = known_lengths and tile_choice.known_tile(case, device) is not None
+    if not known or not all(predicted_backward.is_known(of.kernel, problem, device) for of in (case, *others)):
+        return Choice(False, f"{own}; {case.kernel.name} can run too, but nothing is predicted of it here: {pin}")
+    fused = tile_choice.default_tile(case, device)
+    needed, arrays = sums_bytes(problem, fused, case.head_dim), 4 * problem.itemsize * _rows(problem) * problem.head_dim
+    if needed > arrays:
+        return Choice(
+            False,
+            f"{own}; the sums of {case.kernel.name} would take {needed / arrays:.3g} times the memory of Q, out, dO and dQ: {pin}",
+            True,
+        )
+    ratio = time_ratio(problem, device, others)
+    if ratio * predicted_backward.LEAST_GAIN <= 1.0:
+        return Choice(True, f"{case.kernel.name}, predicted to take {ratio:.2f} of the time of {own}; {SIMULATED}", True)
+    return Choice(False, f"{own}; {case.kernel.name} is predicted to take {ratio:.2f} of their time here: {pin}", True)
+
+
+def time_ratio(problem: Problem, device: Device, others: Sequence[KernelCase]) -> float:
+    """Predicted time of the fused kernel and the conversion of its sums over that of the kernels of their own."""
+    case = case_of(BACKWARD_FUSED, problem)
+    batch, _, heads, _ = problem.key_shape
+    group = problem.num_heads_q // heads
+    pairs = heads * (batch if problem.num_sequences is None else problem.sequences)
+    section = min(pairs, section_heads(problem, device, group))
+    fused = predicted_backward.conversion_clocks(problem, device) + _clocks(case, problem, device, section)
+    return fused / max(1.0, sum(_clocks(of, problem, device) for of in others))
+
+
+def _clocks(case: KernelCase, problem: Problem, device: Device, section: int = 0) -> float:
+    tile = tile_choice.default_tile(case, device)
+    return predicted_backward.clocks(case, tile, predicted_backward.grid_of(case, tile, problem, section), problem, device)
+
+
+def why_not(problem: Problem, device: Device) -> str | None:
+    """What of a call the fused kernel cannot do, in words; None where it can run."""
+    case = case_of(BACKWARD_FUSED, problem)
     if device.capability < 80:
         return f"it needs asynchronous copies, and this is {device.arch}"
     if case.dtype == "float32":
@@ -56,23 +133,11 @@ def why_not(case: KernelCase, device: Device) -> str | None:
         return "it takes heads that are not cut into slices"
     if case.features.lists_tiles:
         return "it walks over no lists of visible tiles, which a boolean mask and segments need"
+    if not problem.same_groups:
+        return "key and value have gradients of different batches or heads"
+    if problem.seqlen_kv == 0:
+        return "there are no keys, whose blocks would add up dQ"
     return None if tile_choice.legal_tiles_for(case, device) else "no tile fits the registers and the shared memory"
-
-
-def explain(case: KernelCase, device: Device, *, taken: bool, same_groups: bool) -> str:
-    """Which of the two ways is taken and why not the other, where there is a choice."""
-    if taken:
-        return f"{kernel_specs.BACKWARD_FUSED.name}, as asked for; it has not run on a GPU yet"
-    if not same_groups or not is_possible(case, device):
-        return ""
-    how = f"by a tile of {kernel_specs.BACKWARD_FUSED.name}, or where it is predicted to be faster by {VARIABLE}=1"
-    here = "which is so here" if is_faster(case, device) else "which is not so here"
-    return f"kernels of their own for dQ and for dK and dV; {kernel_specs.BACKWARD_FUSED.name} can run too, but has not run on a GPU yet: ask for it {how}, {here}"
-
-
-def is_faster(case: KernelCase, device: Device) -> bool:
-    """Whether the timing model says so by 3 % at least (docs/performance.md)."""
-    return tile_choice.known_tile(case, device) is not None
 
 
 def section_heads(problem: Problem, device: Device, group_heads: int) -> int:
@@ -85,11 +150,22 @@ def workspace(problem: Problem, kernels: Iterable[KernelPlan]) -> tuple[Buffer, 
     """Sums of dQ and turns of a fused kernel, as kernels/tile/query_sums.cuh lays them out; nothing without it."""
     for kernel in kernels:
         if kernel.spec.added_up:
-            tiles = ceil(problem.seqlen_q / kernel.tile.tile_q)
-            slots = problem.num_heads_q * (problem.batch * tiles if problem.num_sequences is None else tiles + problem.num_sequences)
-            columns = ceil(kernel.head_dim / 16) * 16
             return (
-                Buffer("query_sums", (slots * kernel.tile.tile_q * columns,), "float32"),
-                Buffer("turns", (1 + slots,), "int32"),
+                Buffer("query_sums", (sums_bytes(problem, kernel.tile, kernel.head_dim) // 4,), "float32"),
+                Buffer("turns", (1 + _slots(problem, kernel.tile),), "int32"),
             )
     return ()
+
+
+def sums_bytes(problem: Problem, tile: Tile, head_dim: int) -> int:
+    """Of dQ in float32, tiles and columns rounded up."""
+    return 4 * _slots(problem, tile) * tile.tile_q * ceil(head_dim / 16) * 16
+
+
+def _slots(problem: Problem, tile: Tile) -> int:
+    tiles = ceil(problem.seqlen_q / tile.tile_q)
+    return problem.num_heads_q * (problem.batch * tiles if problem.num_sequences is None else tiles + problem.num_sequences)
+
+
+def _rows(problem: Problem) -> int:
+    return problem.batch * problem.num_heads_q * problem.seqlen_q

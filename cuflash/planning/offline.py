@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from cuflash.hardware.device import Device
-from cuflash.planning import kernel_specs, tuned_tiles
+from cuflash.jit.compiler import CompileRequest
+from cuflash.planning import kernel_specs, split_forward, tile_choice, tuned_tiles
+from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.planner import backward_kernels, check_names, forward_kernels, make_plan
+from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, BACKWARD_WGMMA, FORWARD_SPLIT
+from cuflash.planning.planner import backward_choice, backward_kernels, check_names, forward_kernels, make_plan
 from cuflash.problem.features import NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.problem.problem import DTYPES, Problem
 from cuflash.problem.tile import Tile, Tiles
+
+MANY_KEYS = 2**20
+"""Of which there are splits to merge."""
 
 
 def offline_kernels(
@@ -28,22 +35,42 @@ def offline_kernels(
     features: FeatureSet = NO_FEATURES,
     need_attn_mask_grad: bool = False,
     vectorized: bool = True,
+    every_way: bool = False,
 ) -> Iterable[KernelPlan]:
-    """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection.
+    """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection, each once.
 
-    Where tables of tuned tiles have several for different lengths, those of all lengths.
+    They are those of a call with one head of 1024 queries and keys; with `every_way` also the others that calls of such a kind take where lengths, batch and
+    heads decide which are faster. Where tables of tuned tiles have several for different lengths, those of all lengths.
     """
     problem = _representative(
         dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features, need_attn_mask_grad, vectorized
     )
     forward = forward_kernels(problem, device, tile)
     check_names(tile, (*forward, *(backward_kernels(problem, device, tile) if backward else ())))
+    found: dict[CompileRequest, KernelPlan] = {}
     for of_gradients in (False, True) if backward else (False,):
         pinned = _of_pass(tile, backward=of_gradients)
-        kernels = make_plan(problem, device, backward=of_gradients, tile=pinned).kernels
-        yield from kernels
-        if pinned is None or isinstance(pinned, Mapping):
-            yield from _tuned_kernels(problem, device, kernels, of_gradients, pinned or {})
+        ways = _ways(problem, device, pinned, backward=of_gradients) if every_way else ((problem, pinned),)
+        for of_a_kind, way in ways:
+            kernels = make_plan(of_a_kind, device, backward=of_gradients, tile=way).kernels
+            if way is None or isinstance(way, Mapping):
+                kernels += tuple(_tuned_kernels(of_a_kind, device, kernels, of_gradients, way or {}))
+            found |= {kernel.request(device): kernel for kernel in kernels if kernel.request(device) not in found}
+    return list(found.values())
+
+
+def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) -> Iterator[tuple[Problem, Tiles]]:
+    """What calls of a kind may differ in that decides which kernels they take: calls, and tiles that pin kernels."""
+    yield problem, pinned
+    if backward:
+        choice = backward_choice(problem, device, pinned)
+        if choice.depends_on_lengths and BACKWARD_WGMMA not in backward_kernels(problem, device, pinned):
+            other = BACKWARD_DQ if choice.is_fused else BACKWARD_FUSED
+            yield problem, {other.name: tile_choice.default_tile(case_of(other, problem), device)}
+    else:
+        few = replace(problem, seqlen_q=1, max_seqlen_q=1, seqlen_kv=MANY_KEYS, max_seqlen_kv=MANY_KEYS)
+        for tile in split_forward.tiles_of_few_queries(problem, device, pinned):
+            yield few, {FORWARD_SPLIT.name: tile}
 
 
 def _tuned_kernels(

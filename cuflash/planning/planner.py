@@ -55,7 +55,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         device: where.
         backward: gradients instead of the output.
         tile: None for the default tiles. For the backward pass a single tile is meant for the dK/dV kernel, and the dQ kernel takes it with tile_q
-            and tile_kv exchanged, backward_row_sums not at all; a mapping pins kernels by name, such as {"backward_dq": Tile(...)}, and with them
+            and tile_kv exchanged, backward_row_sums not at all; for the forward pass it is not for few queries; a mapping pins kernels by name, such as {"backward_dq": Tile(...)}, and with them
             which of the ways to the gradients is taken (`wgmma_backward`, `fused_backward`), or which forward kernel (`wgmma_forward`, `split_forward`).
 
     Raises:
@@ -114,44 +114,62 @@ def _explain_forward(kernels: tuple[KernelSpec, ...], problem: Problem, device: 
 def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tuple[KernelSpec, ...]:
     """The tiled kernels that make the gradients.
 
-    All come from one kernel where that is asked for and possible (`wgmma_backward`, `fused_backward`). Otherwise dK and dV come from one kernel where the accumulators of both fit
-    the registers and they are summed over the same heads and batches.
+    All come from one kernel where that is asked for and possible (`wgmma_backward`), or faster (`fused_backward`). Otherwise dK and dV come from one kernel
+    where the accumulators of both fit the registers and they are summed over the same heads and batches.
     """
     kernels = [kernel_specs.BACKWARD_ROW_SUMS] if problem.features.kinds.additive_mask else []
     if wgmma_backward.is_taken(problem, device, tile):
         kernels += [kernel_specs.BACKWARD_WGMMA]
-    elif problem.same_groups and fused_backward.is_taken(
-        case_of(kernel_specs.BACKWARD_FUSED, problem), device, tile, ragged=problem.is_ragged
-    ):
+    elif backward_choice(problem, device, tile).is_fused:
         kernels += [kernel_specs.BACKWARD_FUSED]
     else:
-        joint = problem.same_groups and not separates_dkdv(case_of(kernel_specs.BACKWARD_DKDV, problem), device)
-        kernels += [kernel_specs.BACKWARD_DKDV] if joint else [kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DK]
-        kernels += [kernel_specs.BACKWARD_DQ]
+        kernels += _kernels_of_their_own(problem, device)
     kernels += [kernel_specs.BACKWARD_MASK] if problem.features.need_attn_mask_grad else []
     return tuple(kernels)
+
+
+def backward_choice(problem: Problem, device: Device, tile: Tiles = None) -> fused_backward.Choice:
+    """Between one kernel of mma.sync for all gradients and kernels of their own."""
+    return fused_backward.choose(problem, device, tile, _kernels_of_their_own(problem, device))
+
+
+def _kernels_of_their_own(problem: Problem, device: Device) -> tuple[KernelSpec, ...]:
+    if problem.same_groups and not separates_dkdv(case_of(kernel_specs.BACKWARD_DKDV, problem), device):
+        return kernel_specs.BACKWARD_DKDV, kernel_specs.BACKWARD_DQ
+    return kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DK, kernel_specs.BACKWARD_DQ
+
+
+def other_way(problem: Problem, device: Device, *, backward: bool) -> dict[str, Tile]:
+    """A tile that pins other kernels for a call than it takes by itself, where there is a choice that tables of tuned tiles may make; else nothing."""
+    if backward:
+        if kernel_specs.BACKWARD_WGMMA in backward_kernels(problem, device) or not fused_backward.may_choose(problem, device):
+            return {}
+        other = kernel_specs.BACKWARD_DQ if backward_choice(problem, device).is_fused else kernel_specs.BACKWARD_FUSED
+    else:
+        if not split_forward.may_choose(problem, device):
+            return {}
+        other = kernel_specs.FORWARD if kernel_specs.FORWARD_SPLIT in forward_kernels(problem, device) else kernel_specs.FORWARD_SPLIT
+    case = case_of(other, problem)
+    return {other.name: split_forward.default_tile(problem, device) if other.splits_keys else tile_choice.default_tile(case, device)}
 
 
 def _explain_backward(kernels: tuple[KernelSpec, ...], problem: Problem, device: Device, tile: Tiles) -> str:
     """Which kernels make the gradients, and why not others; nothing where there is no choice."""
     words = [wgmma_backward.explain(problem, device, tile)]
     if kernel_specs.BACKWARD_WGMMA not in kernels:
-        case, taken = case_of(kernel_specs.BACKWARD_FUSED, problem), kernel_specs.BACKWARD_FUSED in kernels
-        words.append(fused_backward.explain(case, device, taken=taken, same_groups=problem.same_groups))
+        words.append(backward_choice(problem, device, tile).why)
     return "; ".join(filter(None, words))
 
 
 def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, str]:
-    """Kernels that a call cannot have at all, and why; those that have to be asked for are in the plan's choice."""
+    """Kernels that a call cannot have at all, and why; those that it only does not take are in the plan's choice."""
     if problem.is_empty:
         return {}
     found: dict[str, str | None]
     if backward:
-        reason = fused_backward.why_not(case_of(kernel_specs.BACKWARD_FUSED, problem), device)
-        if not problem.same_groups:
-            reason = "key and value have gradients of different batches or heads"
+        reason = fused_backward.why_not(problem, device)
         found = {kernel_specs.BACKWARD_WGMMA.name: wgmma_backward.why_not(problem, device), kernel_specs.BACKWARD_FUSED.name: reason}
-        if kernel_specs.BACKWARD_DKDV not in backward_kernels(problem, device) and reason is not None:
+        if kernel_specs.BACKWARD_DKDV not in _kernels_of_their_own(problem, device) and reason is not None:
             found[kernel_specs.BACKWARD_DKDV.name] = (
                 "the accumulators of dK and dV do not fit the registers together, or are summed over different heads"
             )

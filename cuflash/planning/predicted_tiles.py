@@ -39,4 +39,20 @@ FUSED_BACKWARD: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("sm_120", 128): (32, 128, 8, 1),
     ("sm_120", 256): (32, 32, 4, 1),
 }
-"""(architecture, head_dim) -> tile_q, tile_kv, num_warps, num_stages; 16-bit types, value of the same head_dim, no score features."""
+"""(architecture, head_dim) -> tile_q, tile_kv, num_warps, num_stages; 16-bit types, value of the same head_dim."""
+
+_LENGTHS = frozenset(("varlen", "seqlens_kv"))
+_ALL = _LENGTHS | frozenset(("window", "softcap", "alibi", "dropout", "float16", "bfloat16"))
+FUSED_WITH_FEATURE: dict[tuple[str, int], frozenset[str]] = {
+    ("sm_80", 64): _LENGTHS | {"window", "alibi", "float16", "bfloat16"},
+    ("sm_80", 128): _LENGTHS | {"window", "alibi", "dropout"},
+    ("sm_80", 256): frozenset(("window", "softcap", "alibi", "dropout")),
+    ("sm_86", 64): _ALL,
+    ("sm_86", 128): _ALL,
+    ("sm_89", 64): _ALL,
+    ("sm_89", 128): _ALL,
+    ("sm_90", 128): frozenset(("window", "dropout")),
+    ("sm_120", 128): _ALL,
+}
+"""Score features, element types of a mask and kinds of lengths that only the device knows, of which one leaves that tile with few spills, and with which it is predicted
+to be faster, too (docs/performance.md)."""

@@ -1,7 +1,9 @@
 """The forward kernel for few queries, which shares out the keys of a sequence among blocks ("splits") and among the warps of a block.
 
-Calls with a cache (cuflash/decoding.py) take it always. Ordinary calls do where it is asked for, until it has run on a GPU: by `tile`, which names it, or by
-the environment variable CUFLASH_DECODE=1, which takes it for all calls of few queries. What it cannot do stays on the other forward kernels.
+Calls with a cache (cuflash/decoding.py) take it always. Other calls take it if they have at most `MAX_QUERIES` queries: then a tile of the other forward kernels has
+several times as many rows as there are queries, and each key head's keys are fetched no more often by this one. A mapping of tiles that names a forward kernel,
+a single tile, which is for the others, CUFLASH_DECODE=0, CUFLASH_FORWARD_WGMMA=1 without CUFLASH_DECODE=1, or tables of tuned tiles, where both were timed on one
+call, come before. What it cannot do stays on the other forward kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cuflash.errors import UnsupportedError
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, merge_kernels, tile_choice, tile_model, tile_rules
+from cuflash.planning import asked_for, merge_kernels, tile_choice, tile_model, tile_rules, tuned_tiles, wgmma_forward
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, Splits
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, MERGE_ATTENTION, PARTS
@@ -20,12 +22,15 @@ from cuflash.problem.cache_call import MAX_SPLITS
 from cuflash.problem.features import UNLIMITED
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
+from cuflash.system import switches
 
 if TYPE_CHECKING:
     from cuflash.planning.plan import Plan
 
 VARIABLE = "CUFLASH_DECODE"
-"""Environment variable; 1: the kernel for calls of few queries. Looked at when a call is planned, so not by calls whose like was made before."""
+"""Environment variable; 0: calls with a cache alone have the kernel, and those that pin it. Looked at when a call is planned, so not by calls whose like was made before."""
+
+SIMULATED = "it has run on the simulator only"
 
 MAX_QUERIES = 16
 """Of an ordinary call that takes the kernel by itself: with more, the others read keys less often."""
@@ -48,14 +53,34 @@ _UNKNOWN_FEATURES = ("dropout", "segments", "prefix")
 
 def is_taken(problem: Problem, device: Device, tile: Tiles) -> bool:
     """Whether the kernel makes the output of a call."""
-    if problem.cache is not None:
-        return True
-    return _is_asked_for(problem, device, tile) and why_not(problem, device) is None
+    return problem.cache is not None or _choose(problem, device, tile)[0]
 
 
-def _is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
-    by = asked_for.asked_by(case_of(FORWARD_SPLIT, problem), device, tile, VARIABLE, (FORWARD, FORWARD_WGMMA))
-    return by == "tile" or (by == "variable" and problem.max_seqlen_q <= MAX_QUERIES)
+def _choose(problem: Problem, device: Device, tile: Tiles) -> tuple[bool, str]:
+    """Whether a call without a cache takes the kernel, and why or why not; no words where there is no choice.
+
+    Raises:
+        OptionError: a value of the variable that is neither 0 nor 1.
+    """
+    by_name = asked_for.named(FORWARD_SPLIT, tile, (FORWARD, FORWARD_WGMMA))
+    few, name = problem.max_seqlen_q <= MAX_QUERIES, FORWARD_SPLIT.source
+    if by_name is False or not (few or by_name):
+        return False, ""
+    if (reason := why_not(problem, device)) is not None:
+        return False, f"not {name}: {reason}"
+    if by_name:
+        return True, f"{name}, which the tile is for; {SIMULATED}"
+    if isinstance(tile, Tile):
+        return False, f"not {name}: a single tile is for kernels of many queries; a mapping may name {FORWARD_SPLIT.name}"
+    if (wanted := switches.setting(VARIABLE)) is False:
+        return False, f"not {name}, by {VARIABLE}=0"
+    if wanted is None and wgmma_forward.is_asked_for(problem, device, tile) and wgmma_forward.why_not(problem, device) is None:
+        return False, f"not {name}, by {wgmma_forward.VARIABLE}=1"
+    timed = tuned_tiles.faster_way([[case_of(kernel, problem)] for kernel in (FORWARD_SPLIT, FORWARD)], problem, device)
+    if timed is not None:
+        number, part, how = timed
+        return number == 0, f"{'' if number == 0 else 'not '}{name}, by tables {how} to take {part:.2f} times as long as {FORWARD.source}"
+    return True, f"{name}, since a tile of the others has rows for more than {MAX_QUERIES} queries; {SIMULATED}"
 
 
 def why_not(problem: Problem, device: Device) -> str | None:
@@ -93,13 +118,22 @@ def check(problem: Problem, device: Device) -> None:
 
 
 def explain(problem: Problem, device: Device, tile: Tiles) -> str:
-    """Why the kernel runs, or does not though it is asked for; nothing where nobody asks."""
-    if problem.cache is not None or not _is_asked_for(problem, device, tile):
-        return ""
-    reason = why_not(problem, device)
-    return (
-        f"{FORWARD_SPLIT.source}, as asked for; it has not run on a GPU yet" if reason is None else f"not {FORWARD_SPLIT.source}: {reason}"
-    )
+    """Why the kernel runs, or does not though there are few queries; nothing where it always does, or there are many."""
+    return "" if problem.cache is not None else _choose(problem, device, tile)[1]
+
+
+def may_choose(problem: Problem, device: Device) -> bool:
+    """Whether an ordinary call has few queries, the kernel can run, and nobody has ruled it out."""
+    few = problem.cache is None and problem.max_seqlen_q <= MAX_QUERIES
+    return few and why_not(problem, device) is None and switches.setting(VARIABLE) is not False
+
+
+def tiles_of_few_queries(problem: Problem, device: Device, tile: Tiles) -> tuple[Tile, ...]:
+    """Default tiles that calls of this kind take where they have few queries, for one query and for more; none where such calls take other kernels."""
+    few = replace(problem, max_seqlen_q=1)
+    if problem.cache is not None or not is_taken(few, device, tile):
+        return ()
+    return tuple(dict.fromkeys((default_tile(few, device), default_tile(replace(problem, max_seqlen_q=2 * MAX_QUERIES), device))))
 
 
 # --- How it runs --------------------------------------------------------------------------------------------------------------------------

@@ -108,19 +108,18 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
         return _wgmma_tile(case, device), "from experiments with Hopper's instructions (measured_tiles.py)"
     if case.kernel.splits_keys:
         return _split_tile(case, device), "as many warps and copies in flight as fit"
+    if case.kernel.added_up:
+        return _fused_tile(case, device), "predicted by the timing model (predicted_tiles.py)"
     measured = measured_tile(case, device)
     if measured is not None or case.dtype == "float32" or case.head_dim != case.head_dim_v or case.features != NO_FEATURES:
         return measured, "measured on an H100 (measured_tiles.py)"
-    if case.kernel.added_up:
-        found = predicted_tiles.FUSED_BACKWARD.get((device.arch, case.head_dim))
-    else:
-        found = predicted_tiles.TILES.get((device.arch, case.kernel.name, case.head_dim))
+    found = predicted_tiles.TILES.get((device.arch, case.kernel.name, case.head_dim))
     return None if found is None else Tile(*found), "predicted by the timing model (predicted_tiles.py)"
 
 
 def tolerated_spills(case: KernelCase, tile: Tile, device: Device) -> int:
-    """Bytes that the compiler may spill in each thread: some with tiles that were measured or predicted for calls without features, none with others."""
-    plain = case.features == NO_FEATURES and case.kernel.implementation == "mma"
+    """Bytes that the compiler may spill in each thread: some with tiles that were measured or predicted for such calls, none with others."""
+    plain = (case.features == NO_FEATURES or bool(case.kernel.added_up)) and case.kernel.implementation == "mma"
     return TOLERATED_SPILLS if plain and tile == known_tile(case, device) else 0
 
 
@@ -135,6 +134,16 @@ def _wgmma_tile(case: KernelCase, device: Device) -> Tile | None:
                 shorter = (Tile(tile_q, count, num_warps, num_stages) for count in range(tile_kv, 0, -16))
             return next((tile for tile in shorter if broken_rule(case, tile, device) is None), None)
     return None
+
+
+def _fused_tile(case: KernelCase, device: Device) -> Tile | None:
+    """The predicted one without features, and with one of those with which it is predicted to be faster than the kernels in whose place it comes."""
+    found = predicted_tiles.FUSED_BACKWARD.get((device.arch, case.head_dim))
+    if found is None or case.dtype == "float32" or case.head_dim != case.head_dim_v:
+        return None
+    features, tile = _kinds(case.features), Tile(*found)
+    fits = len(features) <= 1 and features <= predicted_tiles.FUSED_WITH_FEATURE.get((device.arch, case.head_dim), frozenset())
+    return tile if fits and broken_rule(case, tile, device) is None else None
 
 
 def _split_tile(case: KernelCase, device: Device) -> Tile | None:

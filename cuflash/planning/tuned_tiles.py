@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from math import ceil
 
@@ -40,6 +41,25 @@ def bucket_of(case: KernelCase, problem: Problem, device: Device) -> Bucket:
         seqlen_kv=length_bucket(problem.max_seqlen_kv),
         window=_window_bucket(problem) if case.features.window else 0,
     )
+
+
+def faster_way(ways: Sequence[Sequence[KernelCase]], problem: Problem, device: Device) -> tuple[int, float, str] | None:
+    """Which of two ways to the same results tables say to be faster.
+
+    Args:
+        ways: the kernels of each.
+        problem: the call.
+        device: where.
+
+    Returns:
+        Its number, the part of the other one's time that it takes, and "timed" or "predicted"; None where not all kernels of both were timed on the same call.
+    """
+    found = [[tuned_tile(case, problem, device) for case in way] for way in ways]
+    if len({(of.call, of.timer) for way in found for of in way}) != 1 or not found[0][0].milliseconds:
+        return None
+    times = [sum(of.milliseconds for of in way) for way in found]
+    number = times.index(min(times))
+    return number, times[number] / max(times), "predicted" if found[0][0].timer == "model" else "timed"
 
 
 def _window_bucket(problem: Problem) -> int:

@@ -21,10 +21,11 @@ VARIABLE = "CUFLASH_FORWARD_WGMMA"
 
 def kernels(problem: Problem, device: Device, tile: Tiles) -> tuple[KernelSpec, ...]:
     """The tiled kernel that makes the output."""
-    return (FORWARD_WGMMA,) if _is_asked_for(problem, device, tile) and why_not(problem, device) is None else (FORWARD,)
+    return (FORWARD_WGMMA,) if is_asked_for(problem, device, tile) and why_not(problem, device) is None else (FORWARD,)
 
 
-def _is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
+def is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
+    """Whether a tile or the variable asks for the kernel of wgmma."""
     return asked_for.asked_by(case_of(FORWARD_WGMMA, problem), device, tile, VARIABLE, (FORWARD,)) is not None
 
 
@@ -45,11 +46,11 @@ def why_not(problem: Problem, device: Device) -> str | None:
 def explain(problem: Problem, device: Device, tile: Tiles) -> str:
     """Which kernel runs, and why not the other; nothing where there is no choice."""
     reason = why_not(problem, device)
-    if device.capability != 90 and not _is_asked_for(problem, device, tile):
+    if device.capability != 90 and not is_asked_for(problem, device, tile):
         return ""
     if reason is not None:
         return f"{FORWARD.source}, not {FORWARD_WGMMA.source}: {reason}"
-    if _is_asked_for(problem, device, tile):
+    if is_asked_for(problem, device, tile):
         return f"{FORWARD_WGMMA.source}, as asked for; it has not run on a GPU yet"
     if _is_for_the_other(problem, device, tile):
         return f"{FORWARD.source}, which the tile is for; {FORWARD_WGMMA.source} can run too, but has not run on a GPU yet"

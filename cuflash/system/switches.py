@@ -1,4 +1,4 @@
-"""Environment variables that are on or off."""
+"""Environment variables that are on, off, or leave it to the program."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 from cuflash.errors import OptionError
 
 
-def is_on(name: str) -> bool:
-    """Whether the variable is 1; unset, empty and 0 are off.
+def setting(name: str) -> bool | None:
+    """What the variable says: True of 1, False of 0; None if it is unset or empty.
 
     Raises:
         OptionError: another value.
     """
-    value = os.environ.get(name) or "0"
-    if value not in ("0", "1"):
+    value = os.environ.get(name) or None
+    if value not in (None, "0", "1"):
         raise OptionError(name, repr(value), "'0' or '1'", "Correct or unset the environment variable.")
-    return value == "1"
+    return None if value is None else value == "1"

@@ -52,10 +52,15 @@ class Found:
     Attributes:
         tile: to take; None where there is none.
         words: where the tile is from; or why one that there was is ignored; empty where there was none.
+        milliseconds: that it took; 0.0 where there is none.
+        call, timer: that it took them of, and by what.
     """
 
     tile: Tile | None = None
     words: str = ""
+    milliseconds: float = 0.0
+    call: str = ""
+    timer: str = ""
 
 
 NOTHING = Found()
@@ -101,7 +106,7 @@ def look_up(bucket: Bucket, source: str, device: Device, is_legal: Callable[[Til
         elif not is_legal(best.tile):
             ignored = ignored or f"{whose} has Tile({best.tile}), which is not legal here and is ignored"
         else:
-            return Found(best.tile, _words(bucket, entry, whose, exact=distance == 0))
+            return Found(best.tile, _words(bucket, entry, whose, exact=distance == 0), best.milliseconds or 0.0, entry.call, entry.timer)
     _say_once(ignored)
     return Found(None, ignored)
 

@@ -12,7 +12,8 @@ from cuflash.errors import CuflashError, OptionError
 from cuflash.hardware.device import Device
 from cuflash.planning import tile_choice, tuned_tiles
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.planner import make_plan
+from cuflash.planning.kernel_specs import BACKWARD_DQ_CONVERT
+from cuflash.planning.planner import make_plan, other_way
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile
 from cuflash.timing import machine, prediction
@@ -68,12 +69,13 @@ class Task:
 
 
 def tasks_of(call: DescribedCall, problem: Problem, device: Device, *, passes: Sequence[str], effort: Effort) -> list[Task]:
-    """The tasks of a call; those of kernels that are not tuned are left out."""
+    """The tasks of a call; those of kernels that are not tuned are left out. Where there are two ways to the same results, those of both: the faster one is taken."""
     found = []
     for backward in [name == "backward" for name in passes]:
         with untuned():
-            kernels = make_plan(problem, device, backward=backward).kernels
-        for kernel in kernels:
+            other = other_way(problem, device, backward=backward)
+            plans = [make_plan(problem, device, backward=backward, tile=way) for way in ([None, other] if other else [None])]
+        for kernel in {kernel.name: kernel for plan in plans for kernel in plan.kernels}.values():
             if not kernel.spec.is_tiled or not kernel.spec.is_tuned:
                 continue
             timed = EFFORTS[effort]
@@ -88,13 +90,15 @@ def predicted_milliseconds(task: Task, tile: Tile, device: Device) -> float | No
     card = machine.CARDS.get(device.arch)
     if card is None or task.kernel.spec.implementation != "mma":
         return None
-    kernel = next(kernel for kernel in task.planned(tile, device) if kernel.name == task.kernel.name)
+    planned = task.planned(tile, device)
+    kernel = next(kernel for kernel in planned if kernel.name == task.kernel.name)
     try:
         description, function = prediction.compiled(kernel, device, causal=task.problem.is_causal)
         steady = prediction.predict_kernel(function, description, limits=False)
         if task.problem.hides_by_data:  # how many tiles are visited is the same for all tiles, nearly
             return steady.clocks / steady.blocks / (tile.tile_q * tile.tile_kv)
-        return prediction.lay_out(steady, kernel, task.problem, card).milliseconds
+        beside = [prediction.predict_traffic(of, task.problem, card) for of in planned if of.spec == BACKWARD_DQ_CONVERT]
+        return prediction.lay_out(steady, kernel, task.problem, card).milliseconds + sum(launch.milliseconds for launch in beside)
     except CuflashError:  # nvdisasm is missing, the kernel has no loop that the model knows, or does not compile
         return None
 
