@@ -206,6 +206,14 @@ def test_ctrl_c_keeps_what_is_found(own_table: Path) -> None:
     assert (len(entry.timings), entry.best.tile, entry.is_complete) == (2, wanted[0].tiles[1], False)
 
 
+def test_a_run_that_found_nothing_says_so(own_table: Path) -> None:
+    entries, reason, said = run(small_tasks(), Fake(lambda task, number: KeyboardInterrupt()), own_table)
+    assert said.endswith("interrupted before a candidate was timed; the same command begins again\n")
+    text = str(api.Tuned(tuple(entries), own_table, reason))
+    assert text == "nothing was timed\ninterrupted; nothing to keep"
+    assert not own_table.exists()
+
+
 def test_a_crash_of_the_tuner_itself_loses_nothing(own_table: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         run(small_tasks(), Fake(lambda task, number: [2.0, 1.0, ZeroDivisionError()][number]), own_table)

@@ -30,7 +30,7 @@ from cuflash.planning import tile_choice
 from cuflash.problem.tile import Tile
 from cuflash.runtime import calls
 from cuflash.tuned import store
-from cuflash.tuner import described_calls, session, tasks, worker
+from cuflash.tuner import api, described_calls, session, tasks, worker
 from cuflash.tuner.tasks import Task
 
 TIMED = pytest.mark.skipif(disassembly.find_nvdisasm() is None, reason="the timing model reads what nvdisasm says")
@@ -317,6 +317,31 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert (entry["bucket"]["kernel"], entry["bucket"]["features"], len(entry["timings"])) == ("forward", ["window"], 2)
     again, out, _ = command("autotune", "--like", like, "--effort", "quick", "--output", str(table), capsys=capsys)
     assert again == 0
+
+
+def test_options_that_cannot_be_are_named_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "Session", None)
+    (tmp_path / "notes.txt").write_text("mine")
+    for options, words in (
+        (("--budget", "0"), "budget: got 0.0; expected a positive number of minutes"),
+        (("--output", str(tmp_path / "notes.txt")), "is no table of tuned tiles"),
+        (("--like", "--seqlen 40", "--seqlen", "64", "--classes", "causal"), "--like: got --seqlen, --classes beside it; expected"),
+    ):
+        status, out, err = command("autotune", *options, capsys=capsys)
+        assert (status, out) == (2, "")
+        assert err.startswith("cuflash: "), "one line, and none that says what will be tuned"
+        assert words in err
+
+
+def test_both_passes_of_one_call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    passes: list[Any] = []
+    monkeypatch.setattr(api, "tune", lambda wanted, on, **options: passes.append(options["passes"]) or api.Tuned((), Path("x"), "done"))
+    like = "--seqlen 40 --head-dim 16"
+    for options in (("--like", like), ("--like", f"{like} --pass backward"), ("--like", like, "--pass", "forward", "backward")):
+        assert command("autotune", *options, capsys=capsys)[0] == 0
+    assert passes == [["forward"], ["backward"], ["forward", "backward"]]
 
 
 def test_candidates_are_compiled_ahead_for_a_gpu_that_is_absent(

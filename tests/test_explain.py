@@ -143,8 +143,25 @@ def test_what_is_predicted_and_what_binds(capsys: pytest.CaptureFixture[str]) ->
     assert found["kernels"][0]["compiled"] is True
 
 
+@pytest.mark.skipif(disassembly.find_nvdisasm() is None, reason=disassembly.NVDISASM_HINT)
+def test_memory_binds_where_nothing_can_be_faster(capsys: pytest.CaptureFixture[str]) -> None:
+    """A window of few keys leaves less to do than there is to move, which the steady state does not know."""
+    shape = ("--seqlen", "8192", "--head-dim", "16", "--batch", "8", "--window", "0", "0", "--tile", "16", "16", "1", "1")
+    text = said("--arch", "sm_89", "--fast", *shape, capsys=capsys)
+    assert re.search(r"^    forward: [\d.e-]+ ms, memory binds$", text, re.M), text
+    found = json.loads(said("--arch", "sm_89", "--fast", "--json", *shape, capsys=capsys))
+    assert found["prediction"]["kernels"][0]["binds"] == "memory"
+
+
+def test_a_very_short_time_can_be_read() -> None:
+    tiny = Sample(batch=1, seqlen_q=64, seqlen_kv=64, num_heads_q=1, num_heads_kv=1, head_dim=16)
+    assert re.search(r"products by mma\.sync 0\.00\d+ µs, memory 0\.00\d+ µs;", "\n".join(explanation.lines(explained(tiny))))
+
+
 def test_what_the_model_does_not_know_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     text = said("--arch", "sm_75", "--dtype", "bfloat16", capsys=capsys)
     assert "not predicted: the timing model knows sm_80, sm_86, sm_89, sm_90, sm_120, and this is sm_75" in text
     assert main(("explain", "--arch", "sm_70")) == 2
     assert "arch: got 'sm_70'" in capsys.readouterr().err
+    assert main(("explain", "--arch", "A100")) == 2
+    assert "sm_80 for an A100" in capsys.readouterr().err

@@ -416,7 +416,7 @@ def test_an_unlimited_window_is_none(simulator: Target) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 100.0], ids="scale={}".format)
-@pytest.mark.parametrize("softcap", [0.5, 30.0, 1e4])
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 63.0, 175.0, 1e4])
 def test_softcap(target: Target, softcap: float, scale: float) -> None:
     target.check(*inputs_of(target, target.half), enable_gqa=True, softcap=softcap, scale=scale)
 

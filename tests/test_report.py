@@ -226,6 +226,7 @@ def test_what_the_simulator_timed_says_so(tmp_path: Path) -> None:
     assert {picture.section for picture in made} == {"losses", "speed"}
     assert all(any("SIMULATOR, NOT MEASURED" in word for word in words(picture)) for picture in made)
     assert pictures.ceilings(found, "float16") == [], "the simulator has no roof"
+    assert "SIMULATOR, NOT MEASURED" in tables.tables(found)[0], "the tables in Markdown too"
     text = page.html(found, made)
     assert "Nothing on this page was measured on a GPU." in text
     assert "rehearsal on the simulator" in text

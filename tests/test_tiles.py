@@ -361,7 +361,6 @@ def test_measured_tiles_are_defaults_of_16_bit_types(arch: str, kernel: Any, hea
     for dtype in ("float16", "bfloat16"):
         assert tile_choice.default_tile(case(kernel, dtype, head_dim), device_) == measured
     others = [case(kernel, "float32", head_dim), case(kernel, "float16", head_dim + 1)]
-    others.append(replace(case(kernel, "float16", head_dim), features=FeatureSet(alibi=True, sinks=True)))
     with_sinks = replace(case(kernel, "float16", head_dim), features=FeatureSet(sinks=True))
     fitting = [Tile(*tile) for tile, alone in measured_tiles.WITH_FEATURE.get((arch, kernel, head_dim), {}).items() if "sinks" in alone]
     assert tile_choice.measured_tile(with_sinks, device_) == (fitting[0] if fitting else None), "one feature that leaves it room"
@@ -375,21 +374,55 @@ def test_predicted_tiles_are_defaults_where_nothing_was_measured(arch: str, kern
     plain = case(kernel, "float16", head_dim)
     assert tile_choice.default_tile(plain, device_) == predicted
     assert tile_choice.tolerated_spills(plain, predicted, device_) == tile_choice.TOLERATED_SPILLS
-    others = [case(kernel, "float32", head_dim), replace(plain, features=FeatureSet(alibi=True))]
-    assert [tile_choice.tolerated_spills(other, predicted, device_) for other in others] == [0, 0]
+    assert tile_choice.tolerated_spills(case(kernel, "float32", head_dim), predicted, device_) == 0
     assert tile_choice.tolerated_spills(plain, Tile(16, 16, 1, 1), device_) == 0
 
 
+@pytest.mark.parametrize(("arch", "kernel", "head_dim"), {**measured_tiles.WITH_FEATURE, **predicted_tiles.WITH_FEATURE}, ids=str)
+def test_tiles_of_calls_with_features(arch: str, kernel: Any, head_dim: int) -> None:
+    """Every feature has at most one tile, and calls with several take the last of theirs, which leaves most room."""
+    table = {**measured_tiles.WITH_FEATURE, **predicted_tiles.WITH_FEATURE}[arch, kernel, head_dim]
+    device_, plain = on(arch), case(kernel, "float16", head_dim)
+
+    def chosen(*names: str) -> Tile:
+        mask = next((name for name in names if name in MASK_DTYPES), None)
+        return tile_choice.default_tile(
+            replace(plain, features=FeatureSet(mask, **{name: True for name in names if name != mask})), device_
+        )
+
+    placed = [(place, name) for place, alone in enumerate(table.values()) for name in sorted(alone)]
+    assert len({name for _, name in placed}) == len(placed)
+    tiles = [Tile(*tile) for tile in table]
+    for place, name in placed:
+        assert chosen(name) == tiles[place]
+        assert (
+            tile_choice.tolerated_spills(replace(plain, features=FeatureSet(alibi=True)), chosen("alibi"), device_)
+            == tile_choice.TOLERATED_SPILLS
+        )
+        for other_place, other in placed:
+            if name not in MASK_DTYPES and other not in (name, *MASK_DTYPES):
+                assert chosen(name, other) == tiles[max(place, other_place)]
+
+
+def test_a_feature_without_a_tile_leaves_the_choice_to_the_model() -> None:
+    plain, device_ = case("forward", "float16", 64), on("sm_90")
+    for features in (FeatureSet("float32"), FeatureSet("float32", window=True)):
+        assert tile_choice.known_tile(replace(plain, features=features), device_) is None
+        assert tile_choice.tolerated_spills(replace(plain, features=features), Tile(128, 96, 4, 1), device_) == 0
+
+
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("arch", "kernel", "head_dim"), measured_tiles.WITH_FEATURE, ids=str)
-def test_measured_tiles_leave_no_spills_with_a_feature(arch: str, kernel: Any, head_dim: int) -> None:
-    """Causal, as the table says."""
+@pytest.mark.parametrize(("arch", "kernel", "head_dim"), {**measured_tiles.WITH_FEATURE, **predicted_tiles.WITH_FEATURE}, ids=str)
+def test_tiles_leave_room_for_a_feature(arch: str, kernel: Any, head_dim: int) -> None:
+    """Causal, which takes more registers than full; measured ones spill nothing, as their table says."""
     pytest.importorskip("cupy")
-    for tile, alone in measured_tiles.WITH_FEATURE[arch, kernel, head_dim].items():
+    measured = measured_tiles.WITH_FEATURE.get((arch, kernel, head_dim), {})
+    for tile, alone in (measured or predicted_tiles.WITH_FEATURE[arch, kernel, head_dim]).items():
         for name in sorted(alone):
             features = FeatureSet(attn_mask=name) if name in MASK_DTYPES else FeatureSet(**{name: True})
             planned = offline_kernels(on(arch), dtype="bfloat16", head_dim=head_dim, is_causal=True, features=features)
             (found,) = (of for of in planned if of.name == kernel)
             assert found.tile == Tile(*tile)
             request = replace(found.request(on(arch)), target="cubin")
-            assert cache.fetch(request).resources_of(found.entry).spill_store_bytes == 0, name
+            spilled = cache.fetch(request).resources_of(found.entry).spill_store_bytes
+            assert spilled <= (0 if measured else tile_choice.TOLERATED_SPILLS), name

@@ -133,6 +133,8 @@ def test_what_is_no_table_is_ignored_where_it_is_found_and_named_where_it_is_ask
     with pytest.raises(OptionError, match=r"CUFLASH_TUNING: got .* no table of tuned tiles"):
         planned()
     monkeypatch.delenv(store.VARIABLE)
+    assert store.read(path, ON).entries == {}
+    assert f"{path} is replaced: it is no table of tuned tiles" in caplog.text
     assert save_own(entry()) == path, "autotune replaces it"
     assert planned()[0] == FAST
 

@@ -70,15 +70,15 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
 def test_the_commands_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In the order of the page, one after the other."""
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 7
     outputs = []
     for command in COMMANDS:
         assert run(command, monkeypatch) == 0, command
         outputs.append(capsys.readouterr().out)
-    before, forward, backward, few, whole, compiled, shared, after = outputs
+    before, both, few, whole, compiled, shared, after = outputs
     assert "tile by    forward: predicted by the timing model" in before
-    assert re.search(r"^ +2 +1 +2\.00x +2 +0 .* forward, bfloat16, head_dim 128, seqlen up to 4096, causal$", forward, re.M), forward
-    assert len(re.findall("backward_d.*, seqlen up to 4096, causal$", backward, re.M)) == 2
+    assert re.search(r"^ +2 +1 +2\.00x +2 +0 .* forward, bfloat16, head_dim 128, seqlen up to 4096, causal$", both, re.M), both
+    assert len(re.findall("backward_d.*, seqlen up to 4096, causal$", both, re.M)) == 2
     assert len(re.findall(r"^ +2 +1 +2\.00x +2 ", whole, re.M)) == 2 * 3 * 4 * 3, "head dimensions, lengths, classes, kernels"
     assert re.search(r" forward_split, bfloat16, head_dim 128, seqlen up to 4 x 8192, full, seqlens_kv, few blocks$", few, re.M), few
     assert re.search(r"\d+ kernels of 6 tasks for sm_90, 0 failed", compiled)

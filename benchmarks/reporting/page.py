@@ -82,6 +82,8 @@ def _losses(results: Results) -> str:
     kept = sorted((entry for entry in entries if entry[0] >= 1), reverse=True)
     what = "" if results.measured else " (on the simulator, which says nothing of a GPU)"
     text = f"cuflash is slower than the fastest other library in {len(lost)} of {len(entries)} cases{what}."
+    if not entries:
+        text = "No other library was timed on the same cases."
     header = "".join(f"<th>{name}</th>" for name in ("case", "pass", "cuflash TFLOP/s", "fastest other", "its TFLOP/s", "cuflash over it"))
     worst = [line for *_, line in [*lost, *kept]]
 

@@ -86,9 +86,11 @@ def speed(results: Results, plt: Any) -> Iterator[Picture]:
     for dtype, direction in dict.fromkeys((key[0], key[4]) for key in found if key[4] in PASSES):
         here = {key: group for key, group in found.items() if (key[0], key[4]) == (dtype, direction)}
         head_dims = sorted({key[1] for key in here})
-        figure, panels = plt.subplots(2, len(head_dims), figsize=(1.2 + 3.2 * len(head_dims), 5.4), sharex=True, sharey=True, squeeze=False)
+        causals = sorted({key[2] for key in here})
+        size = 1.2 + 3.2 * len(head_dims), 1.0 + 2.2 * len(causals)
+        figure, panels = plt.subplots(len(causals), len(head_dims), figsize=size, sharex=True, sharey=True, squeeze=False)
         for column, head_dim in enumerate(head_dims):
-            for line, causal in enumerate((False, True)):
+            for line, causal in enumerate(causals):
                 panel = panels[line][column]
                 _speed_panel(panel, results, here, (dtype, head_dim, causal, direction))
                 panel.set_title(f"head_dim {head_dim}{_causal(causal)}")

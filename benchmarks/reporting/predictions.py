@@ -41,7 +41,7 @@ class Model:
         return {
             "commit": commit(), "card": self.card.name, "dtype": sample.dtype, "head_dim": sample.head_dim, "causal": int(sample.is_causal),
             "seqlen": case.seqlen, "pass": direction, "milliseconds": f"{milliseconds:.6g}",
-            "tflops": f"{case.flops(direction) / milliseconds / 1e9:.6g}", "binds": longest.kernel.binds if longest.kernel is not None else "memory",
+            "tflops": f"{case.flops(direction) / milliseconds / 1e9:.6g}", "binds": longest.binds,
         }  # fmt: skip
 
     def _launch(self, kernel: KernelPlan, plan: Plan) -> prediction.Launch:

@@ -1,4 +1,4 @@
-"""Tables in Markdown. Only what was measured is in them: no row, no cell."""
+"""Tables in Markdown. Only what was timed is in them: no row, no cell. Those of the simulator's times begin by saying so."""
 
 from __future__ import annotations
 
@@ -170,6 +170,7 @@ def facts_line(results: Results) -> str:
 def tables(results: Results) -> list[str]:
     """All tables of a folder of results."""
     rows, found = results.rows, results.found
-    parts = [facts_line(results), verdict(found), *speed_tables(found), memory_table(found), *feature_tables(rows)]
+    what = "" if results.measured else "**SIMULATOR, NOT MEASURED: rehearsed at tiny sizes; the times say nothing of a GPU.**"
+    parts = [what, facts_line(results), verdict(found), *speed_tables(found), memory_table(found), *feature_tables(rows)]
     parts += [tile_table(results.tiles), host_table(results.folder / "host.json")]
     return [part for part in parts if part]

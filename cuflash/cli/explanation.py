@@ -190,17 +190,21 @@ def _cost(found: Explanation) -> list[str]:
         products, memory = bounds
         larger = "the matrix units" if products >= memory else "memory"
         text.append(
-            f"  at the peaks of {found.card.name}: products by mma.sync {products:.4g} ms, memory {memory:.4g} ms; {larger} would bind"
+            f"  at the peaks of {found.card.name}: products by mma.sync {_time(products)}, memory {_time(memory)}; {larger} would bind"
         )
     if found.prediction is None:
         return [*text, f"  not predicted: {found.not_predicted}"]
     text += report.lines(found.prediction)[:2]
     for launch in found.prediction.launches:
         if launch.kernel is not None:
-            text.append(f"    {launch.name}: {launch.milliseconds:.4g} ms, {_binds(launch.kernel.binds, launch.kernel.speedups)}")
+            text.append(f"    {launch.name}: {launch.milliseconds:.4g} ms, {_binds(launch.binds, launch.kernel.speedups)}")
         else:
             text.append(f"    {launch.name}: {launch.milliseconds:.4g} ms, by its traffic")
     return text
+
+
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds:.4g} ms" if milliseconds >= 1e-3 else f"{1e3 * milliseconds:.4f} µs"
 
 
 def _binds(limit: str, speedups: Mapping[str, float]) -> str:

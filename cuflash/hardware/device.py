@@ -49,11 +49,14 @@ class Device:
         return self.arch + ("a" if self.capability >= 90 else "")
 
 
+_HINT = "Name a supported architecture, such as sm_80 for an A100, sm_89 for an RTX 4090, sm_90 for an H100."
+
+
 def normalize_arch(arch: object, argument: str = "arch") -> str:
     """Return `arch` without an `a`/`f` suffix, or raise with the list of supported ones; `argument` is what the caller knows it by."""
     plain = arch[:-1] if isinstance(arch, str) and arch[-1:] in ("a", "f") else arch
     if not isinstance(plain, str) or plain not in TABLE:
-        raise OptionError(argument, describe(arch), "one of " + ", ".join(ARCHITECTURES), "Name a supported architecture.")
+        raise OptionError(argument, describe(arch), "one of " + ", ".join(ARCHITECTURES), _HINT)
     return plain
 
 

@@ -27,23 +27,25 @@ TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
 }
 """(architecture, kernel, head_dim) -> tile_q, tile_kv, num_warps, num_stages; 16-bit types, value of the same head_dim."""
 
-_CHEAP = frozenset(("alibi", "sinks", "prefix"))
-_MASKS = frozenset(("float16", "bfloat16", "float32"))
-_ALL = _CHEAP | _MASKS | frozenset(("window", "softcap", "dropout", "segments", "bool"))
+CHEAP = frozenset(("alibi", "sinks", "prefix"))
+MASKS = frozenset(("float16", "bfloat16", "float32"))
+ALL = CHEAP | MASKS | frozenset(("window", "softcap", "dropout", "segments", "bool"))
+"""Features, a mask by its element type: those that take few registers, additive masks, and all."""
+
 WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozenset[str]]] = {
     ("sm_90", "forward", 64): {
-        (128, 96, 4, 1): _CHEAP | {"window", "softcap", "dropout"},
+        (128, 96, 4, 1): CHEAP | {"window", "softcap", "dropout"},
         (128, 64, 4, 2): frozenset(("segments", "float16", "bfloat16")),
         (64, 128, 4, 1): frozenset(("bool",)),  # was not timed: with a boolean mask all that were spill
     },
-    ("sm_90", "forward", 128): {(128, 128, 8, 1): _ALL - {"float32"}},
-    ("sm_90", "backward_dkdv", 64): {(48, 128, 4, 2): _CHEAP, (32, 128, 4, 2): _MASKS | {"window", "softcap", "dropout"}},
-    ("sm_90", "backward_dkdv", 128): {(32, 64, 4, 2): _ALL},
+    ("sm_90", "forward", 128): {(128, 128, 8, 1): ALL - {"float32"}},
+    ("sm_90", "backward_dkdv", 64): {(48, 128, 4, 2): CHEAP, (32, 128, 4, 2): MASKS | {"window", "softcap", "dropout"}},
+    ("sm_90", "backward_dkdv", 128): {(32, 64, 4, 2): ALL},
     ("sm_90", "backward_dq", 64): {
-        (128, 64, 4, 2): _CHEAP | {"window", "dropout"},
-        (128, 32, 4, 2): _MASKS | {"bool", "segments", "softcap"},
+        (128, 64, 4, 2): CHEAP | {"window", "dropout"},
+        (128, 32, 4, 2): MASKS | {"bool", "segments", "softcap"},
     },
-    ("sm_90", "backward_dq", 128): {(64, 64, 4, 2): _ALL},
+    ("sm_90", "backward_dq", 128): {(64, 64, 4, 2): ALL},
 }
 """Tiles that were among the fastest without features (all but one), and the score features, or element types of a mask, of which one leaves each without spills (causal, bfloat16, NVRTC
 12.9). They were not timed with it; the timing model predicts that they are faster than the choice of `tile_model` (docs/performance.md, "What features cost")."""

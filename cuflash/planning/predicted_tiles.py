@@ -1,10 +1,12 @@
 """Tiles that the timing model finds best (docs/timing.md), and that were not timed on a GPU.
 
-Those of `TILES` may spill a few bytes, which the model takes into account. `FUSED_BACKWARD` has the cases in which the model predicts that the fused backward kernel takes at least 3 % less time than the kernels with seven products
+Those of `TILES` and `WITH_FEATURE` may spill a few bytes, which the model takes into account. `FUSED_BACKWARD` has the cases in which the model predicts that the fused backward kernel takes at least 3 % less time than the kernels with seven products
 (docs/performance.md): steady states, full and causal, without score features or lengths on the device.
 """
 
 from __future__ import annotations
+
+from cuflash.planning.measured_tiles import ALL
 
 TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
     ("sm_80", "forward", 64): (128, 96, 4, 1),
@@ -22,6 +24,29 @@ TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
 }
 """(architecture, kernel, head_dim) -> tile_q, tile_kv, num_warps, num_stages; what benchmarks/predicted_tile_sweep.py prints. 16-bit types, value of the same
 head_dim, no score features."""
+
+_HALF_MASKS = frozenset(("float16", "bfloat16"))
+WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozenset[str]]] = {
+    ("sm_80", "forward", 64): {
+        (128, 96, 4, 1): frozenset(("sinks", "segments", "softcap")),
+        (128, 64, 4, 1): _HALF_MASKS | {"window", "alibi", "prefix", "bool"},
+        (128, 64, 4, 2): frozenset(("dropout", "float32")),
+    },
+    ("sm_80", "forward", 128): {
+        (128, 48, 4, 1): frozenset(("window", "sinks", "segments", "bool", "softcap", "dropout", "prefix")),
+        (128, 128, 8, 1): _HALF_MASKS,
+        (128, 32, 4, 2): frozenset(("alibi", "float32")),
+    },
+    ("sm_80", "backward_dkdv", 64): {(32, 128, 4, 2): ALL - {"softcap"}, (16, 128, 4, 2): frozenset(("softcap",))},
+    ("sm_80", "backward_dkdv", 128): {(32, 64, 4, 2): ALL},
+    ("sm_80", "backward_dq", 64): {
+        (128, 64, 4, 2): ALL - {"float32", "softcap"},
+        (128, 32, 4, 2): frozenset(("float32", "softcap")),
+    },
+    ("sm_80", "backward_dq", 128): {(64, 32, 4, 2): ALL},
+}
+"""(architecture, kernel, head_dim) -> tiles, from the largest to the smallest, and the features with which each is the best of those that spill at most
+`tile_choice.TOLERATED_SPILLS`, full and causal. Found with one feature at a time, full, float16; calls with several take the smallest of their tiles."""
 
 FUSED_BACKWARD: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("sm_80", 64): (128, 128, 8, 2),

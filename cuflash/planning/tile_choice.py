@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 
 from cuflash.arrays.borrowing import describe
@@ -17,11 +17,19 @@ from cuflash.errors import TileError
 from cuflash.hardware.device import Device
 from cuflash.planning import measured_tiles, predicted_tiles
 from cuflash.planning.kernel_cases import KernelCase, head_dims
-from cuflash.planning.kernel_specs import MAX_TILE
+from cuflash.planning.kernel_specs import BACKWARD_FUSED, MAX_TILE
 from cuflash.planning.tile_model import blocks_per_sm, estimate_cycles
 from cuflash.planning.tile_rules import broken_rule
 from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.tile import Tile
+
+_Key = tuple[str, str, int]
+_Numbers = tuple[int, int, int, int]
+_WithFeature = Mapping[_Numbers, frozenset[str]]
+
+_PREDICTED = predicted_tiles.TILES | {
+    (arch, BACKWARD_FUSED.name, head_dim): tile for (arch, head_dim), tile in predicted_tiles.FUSED_BACKWARD.items()
+}
 
 TOLERATED_SPILLS = 80
 """Where tiles are known: on an H100 those that spill as much were as fast or faster, and the timing model takes spills into account."""
@@ -80,16 +88,23 @@ def worth_timing(case: KernelCase, device: Device) -> tuple[Tile, ...]:
 
 
 def measured_tile(case: KernelCase, device: Device) -> Tile | None:
-    """The fastest tile where all were timed (`measured_tiles`), with one feature the fastest that leaves room for it, else None."""
+    """The fastest tile where all were timed (`measured_tiles`), with features the fastest that leaves room for them, else None."""
+    return _of_tables(measured_tiles.TILES, measured_tiles.WITH_FEATURE, case, device)
+
+
+def _of_tables(plain: Mapping[_Key, _Numbers], with_feature: Mapping[_Key, _WithFeature], case: KernelCase, device: Device) -> Tile | None:
+    """The tile of a case in a pair of tables. Tiles with features stand from the largest to the smallest; of those of several features it is the last."""
     if case.dtype == "float32" or case.head_dim != case.head_dim_v:
         return None
     key = device.arch, case.kernel.name, case.head_dim
     if case.features == NO_FEATURES:
-        found = measured_tiles.TILES.get(key)
-    else:
-        features, fitting = _kinds(case.features), measured_tiles.WITH_FEATURE.get(key, {})
-        found = next((tile for tile, alone in fitting.items() if len(features) == 1 and features <= alone), None)
-    return None if found is None else Tile(*found)
+        found = plain.get(key)
+        return None if found is None else Tile(*found)
+    fitting, kinds = with_feature.get(key, {}), _kinds(case.features)
+    if not all(any(kind in alone for alone in fitting.values()) for kind in kinds):
+        return None
+    first = (next(tile for tile, alone in fitting.items() if kind in alone) for kind in kinds)
+    return Tile(*max(first, key=list(fitting).index))
 
 
 def _kinds(features: FeatureSet) -> frozenset[str]:
@@ -111,16 +126,15 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
     if case.kernel.added_up:
         return _fused_tile(case, device), "predicted by the timing model (predicted_tiles.py)"
     measured = measured_tile(case, device)
-    if measured is not None or case.dtype == "float32" or case.head_dim != case.head_dim_v or case.features != NO_FEATURES:
+    if measured is not None:
         return measured, "measured on an H100 (measured_tiles.py)"
-    found = predicted_tiles.TILES.get((device.arch, case.kernel.name, case.head_dim))
-    return None if found is None else Tile(*found), "predicted by the timing model (predicted_tiles.py)"
+    predicted = _of_tables(_PREDICTED, predicted_tiles.WITH_FEATURE, case, device)
+    return predicted, "predicted by the timing model (predicted_tiles.py)"
 
 
 def tolerated_spills(case: KernelCase, tile: Tile, device: Device) -> int:
-    """Bytes that the compiler may spill in each thread: some with tiles that were measured or predicted for such calls, none with others."""
-    plain = (case.features == NO_FEATURES or bool(case.kernel.added_up)) and case.kernel.implementation == "mma"
-    return TOLERATED_SPILLS if plain and tile == known_tile(case, device) else 0
+    """Bytes that the compiler may spill in each thread: some with tiles that were measured or predicted, none with others."""
+    return TOLERATED_SPILLS if case.kernel.implementation == "mma" and tile == known_tile(case, device) else 0
 
 
 def _wgmma_tile(case: KernelCase, device: Device) -> Tile | None:

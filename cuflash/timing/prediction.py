@@ -199,6 +199,7 @@ class Launch:
         tiles_partial: of those, in which data hide some pair.
         partial_cost: clocks of such a tile over those of the others.
         clock_ghz: that the card keeps under it.
+        memory_binds: its operands and results take longer to and from memory than all else.
         balance: the time that the tiles alone would take if all SMs were busy to the end, over the time that it takes.
         evenness: likewise, with each block's begin and end: what the order of blocks and waves leave of the time.
     """
@@ -213,6 +214,12 @@ class Launch:
     tiles_partial: int = 0
     partial_cost: float = 1.0
     clock_ghz: float = 0.0
+    memory_binds: bool = False
+
+    @property
+    def binds(self) -> str:
+        """Memory, or what binds its steady state."""
+        return "memory" if self.kernel is None or self.memory_binds else self.kernel.binds
 
 
 @dataclass(frozen=True)
@@ -344,10 +351,10 @@ def lay_out(
     ideal = (total + (cost - 1) * partial) * predicted.clocks / predicted.blocks / card.num_sms
     even = ideal + (working * overhead + (tiles - working) * empty) / predicted.blocks / card.num_sms
     clock_ghz = card.clock_under(_share_of_peak(predicted, machine) * ideal / clocks)
-    seconds = max(clocks / (clock_ghz * 1e9), _least_traffic(kernel, problem) / card.memory_bytes_per_second)
+    seconds, of_traffic = clocks / (clock_ghz * 1e9), _least_traffic(kernel, problem) / card.memory_bytes_per_second
     return Launch(
         kernel.name,
-        1e3 * seconds,
+        1e3 * max(seconds, of_traffic),
         predicted,
         kernel.num_blocks,
         round(total),
@@ -356,6 +363,7 @@ def lay_out(
         round(partial),
         cost,
         clock_ghz,
+        memory_binds=of_traffic > seconds,
     )
 
 

@@ -65,6 +65,8 @@ def _launch_lines(launch: Launch) -> list[str]:
     )
     if 0 < launch.clock_ghz < CARDS[of.arch].clock_ghz:
         head += f"; at {launch.clock_ghz:.2f} GHz, to which power limits the card"
+    if launch.memory_binds:
+        head += "; as long as its operands and results take to and from memory"
     if launch.tiles_partial:
         head += f"; {launch.tiles_partial} tiles with hidden pairs, {launch.partial_cost:.2f} times as long"
     return [head, *kernel_lines(launch.kernel)]
@@ -119,4 +121,5 @@ def _launch_json(launch: Launch) -> dict[str, Any]:
         return found
     found["clock_ghz"] = round(launch.clock_ghz, 3)
     partial = {"tiles_partial": launch.tiles_partial, "partial_cost": round(launch.partial_cost, 4)}
-    return found | {"tiles_visited": launch.tiles_visited} | partial | {"balance": round(launch.balance, 4)} | kernel_json(launch.kernel)
+    steady = kernel_json(launch.kernel) | {"binds": launch.binds}
+    return found | {"tiles_visited": launch.tiles_visited} | partial | {"balance": round(launch.balance, 4)} | steady

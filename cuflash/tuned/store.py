@@ -142,7 +142,7 @@ def summary(device: Device) -> str:
         return str(error)
     if not tables:
         return f"none ({VARIABLE}=off)" if setting()[0] == "off" else "none: python -m cuflash autotune makes them"
-    return "; ".join(f"{whose}: {len(table.entries)} buckets" for whose, table in tables)
+    return "; ".join(f"{whose}: {len(table.entries)} {'bucket' if len(table.entries) == 1 else 'buckets'}" for whose, table in tables)
 
 
 # --- Where tables are ---------------------------------------------------------------------------------------------------------------------
@@ -258,6 +258,8 @@ def read(path: Path, device: Device) -> Table:
     if isinstance(found, str):
         if found != MISSING and path != own_path(device):
             raise OptionError("output", f"{str(path)!r}: {found}", "a new file, or a table of tuned tiles", "Name another file.")
+        if found != MISSING:
+            _say_once(f"{path} is replaced: {found}")
         return Table(device_facts(device))
     if not found.is_of(device):
         raise OptionError("output", f"a table of {found.device['name']}", f"one of {device.name}", "Name another file.")

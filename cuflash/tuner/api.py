@@ -49,7 +49,7 @@ class Tuned:
             lines.append("These are predictions of the timing model: there is no GPU here, and nothing was timed.")
         failed = progress.failures(self.entries)
         lines += [f"not taken: {line}" for line in failed]
-        return "\n".join([*lines, f"{self.reason}; kept in {self.path}"])
+        return "\n".join([*lines, f"{self.reason}; " + (f"kept in {self.path}" if self.entries else "nothing to keep")])
 
     def __repr__(self) -> str:
         return f"<Tuned {len(self.entries)} buckets, {self.reason}; print it for the gains>"
@@ -122,7 +122,7 @@ def tune(
     """Tune calls, each with its checked problem; what was said of a bucket twice is tuned once."""
     path = table_path(device, output)
     check_effort(effort)
-    seconds = _seconds(budget)
+    seconds = seconds_of(budget)
     if cache.is_compilation_forbidden():
         raise OptionError("CUFLASH_COMPILE", "'forbid'", "'allow'", "Tuning compiles candidates: unset the environment variable.")
     again = check_bool("again", again)
@@ -170,7 +170,8 @@ def table_path(device: Device, output: str | os.PathLike[str] | None) -> Path:
     return path
 
 
-def _seconds(budget: object) -> float | None:
+def seconds_of(budget: object) -> float | None:
+    """Of a budget in minutes; None for no limit."""
     if budget is None:
         return None
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < float("inf"):

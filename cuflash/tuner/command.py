@@ -39,18 +39,19 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop after that time (default: when all is done)")
     parser.add_argument("--head-dim", nargs="+", type=positive, help="head dimensions (default 128 64)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="(default bfloat16, which float16 shares)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="(default bfloat16, which float16 shares)")
     parser.add_argument("--seqlen", nargs="+", type=positive, help="lengths, whose neighbours share their tile (default 4096 1024)")
-    parser.add_argument("--pass", dest="passes", nargs="+", choices=("forward", "backward"), default=["forward", "backward"], help="(both)")
+    parser.add_argument("--pass", dest="passes", nargs="+", choices=("forward", "backward"), help="(default both; with --like its own)")
     parser.add_argument(
         "--classes",
         nargs="+",
-        default=["plain", "causal"],
         metavar="CLASS",
         help="kinds of calls (default plain causal; --classes help lists them)",
     )
     parser.add_argument(
-        "--like", metavar="'OPTIONS'", help="tune what one call needs instead: options of `python -m cuflash profile`, as one word"
+        "--like",
+        metavar="'OPTIONS'",
+        help="tune what one call needs instead: options of `python -m cuflash explain`, as one word; --pass forward backward beside it for both passes",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="the table (default: the user's own in the cache directory)")
     parser.add_argument("--again", action="store_true", help="time anew what was timed before")
@@ -69,9 +70,10 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Tune, or compile ahead; the exit status."""
     from cuflash.hardware import device
+    from cuflash.tuned import store
     from cuflash.tuner import api, described_calls, progress, tasks
 
-    if "help" in options.classes:
+    if "help" in (options.classes or ()):
         print("\n".join(tasks.CLASSES))
         return 0
     if options.fit:
@@ -80,12 +82,14 @@ def run(options: argparse.Namespace) -> int:
         hint = "Tiles are timed on the GPU that is here; leave --arch out, or only compile."
         raise OptionError("--arch", options.arch, "--compile-only with it", hint)
     on = device.default() if options.arch is None else device.of_arch(options.arch, "gpu")
-    passes = options.passes if options.like is None else [_parsed(options.like).direction]
+    passes = options.passes or (["forward", "backward"] if options.like is None else [_parsed(options.like).direction])
     samples = _samples(options, on)
     wanted = [(described_calls.of_sample(sample), tasks.problem_of(sample, backward="backward" in passes)) for sample in samples]
     if options.compile_only:
         return _compile(api.distinct_tasks(wanted, on, passes=passes, effort=options.effort), on)
     path = api.table_path(on, options.output)
+    store.read(path, on)  # what is wrong with it, or with the budget, is said before the run begins
+    api.seconds_of(options.budget)
     listener = progress.listener_for(sys.stderr)
     listener.say(f"{on.name}: {_count(len(samples), 'call')}, effort {options.effort}; writes {path}")
     found = api.tune(
@@ -106,13 +110,18 @@ def _samples(options: argparse.Namespace, on: Device) -> list[Sample]:
     from cuflash.tuner import tasks
 
     if options.like is not None:
+        others = {"--dtype": options.dtype, "--head-dim": options.head_dim, "--seqlen": options.seqlen, "--classes": options.classes}
+        given = [name for name, value in others.items() if value is not None]
+        if given:
+            hint = "Write what belongs to the call into the option itself."
+            raise OptionError("--like", f"{', '.join(given)} beside it", "one call, or a list of calls", hint)
         return [sample_of(_parsed(options.like))]
     return tasks.samples(
         on,
-        dtypes=options.dtype,
+        dtypes=options.dtype or ["bfloat16"],
         head_dims=options.head_dim or HEAD_DIMS[on.kind],
         seqlens=options.seqlen or SEQLENS[on.kind],
-        classes=options.classes,
+        classes=options.classes or ["plain", "causal"],
     )
 
 

@@ -30,19 +30,24 @@ class Lines(Silent):
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._has_any = False
 
     def begun(self, task: Task, done: int) -> None:
+        self._has_any |= done > 0
         before = f", {done} tried before" if done else ""
         self.say(f"{task.bucket} ({len(task.tiles)} tiles{before})")
 
     def tried(self, task: Task, timing: Timing, entry: Entry, left: int, seconds_left: float | None) -> None:
+        self._has_any = True
         best = entry.best
         found = "" if best is None else f"; best {best.milliseconds:.4g} ms {short(best.tile)}"
         self.say(f"  {short(timing.tile):16} {outcome(timing)}{found}; {left} left{_about(seconds_left)}")
 
     def ended(self, reason: str) -> None:
-        if reason != "done":
+        if reason != "done" and self._has_any:
             self.say(f"{reason}: what was found is kept, and the same command goes on from here")
+        elif reason != "done":
+            self.say(f"{reason} before a candidate was timed; the same command begins again")
 
     def say(self, line: str) -> None:
         """One line, at once."""
@@ -61,7 +66,7 @@ class Bar(Lines):
         self._done = 0
 
     def tried(self, task: Task, timing: Timing, entry: Entry, left: int, seconds_left: float | None) -> None:
-        self._done += 1
+        self._done, self._has_any = self._done + 1, True
         best = entry.best
         words = f"{task.kernel.name} {short(timing.tile)}: {outcome(timing)}"
         words += "" if best is None else f"; best {best.milliseconds:.4g} ms"

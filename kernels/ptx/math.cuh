@@ -17,6 +17,13 @@ DEVICE float lg2(float x) {
   return y;
 }
 
+// 1 / x. rcp.approx: at most 1 ulp; infinity gives 0, NaN stays NaN.
+DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // x * y + z rounded towards minus infinity.
 DEVICE float fma_rm(float x, float y, float z) {
   float w;
