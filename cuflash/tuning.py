@@ -130,7 +130,7 @@ def warmup(
 
 
 def warmup_plan(plan: Plan) -> int:
-    """Compile ahead the kernels of one plan, for calls that `warmup` has no case of: those with a cache, and others whose arrays there are already.
+    """Compile ahead the kernels of one plan, for calls that `warmup` has no case of: those with a cache or of tangents, and others whose arrays there are already.
 
     A step of generation and a chunk of a prompt may have other kernels, and so may caches with room for more keys, of which more are split: plan each of them.
 
@@ -187,11 +187,11 @@ def warmup_call(plan: Plan, tile: Tiles) -> str | None:
 
 def with_warmup(error: CompilationForbiddenError, plan: Plan, tile: Tiles) -> CompilationForbiddenError:
     """The same error of a call, which names the call of `warmup` that compiles its kernels, where there is one."""
-    call = (
-        warmup_call(plan, tile)
-        if plan.problem.cache is None
-        else "cuflash.warmup_plan(cuflash.kvcache_plan(…)), with the arguments of this call"
-    )
+    if plan.problem.cache is not None or plan.problem.of_tangents:
+        of = "kvcache_plan(…)" if plan.problem.cache is not None else f"{'varlen_' if plan.problem.layout.varlen else ''}plan(…, jvp=True)"
+        call: str | None = f"cuflash.warmup_plan(cuflash.{of}), with the arguments of this call"
+    else:
+        call = warmup_call(plan, tile)
     return error if call is None else CompilationForbiddenError(error.missing, f"Compile it beforehand: {call}")
 
 

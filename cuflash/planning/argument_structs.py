@@ -194,6 +194,12 @@ BACKWARD_WGMMA_ARGUMENTS = _struct(
     ("grad_value", TENSOR_VIEW), ("row_statistics", WORD), ("geometry", GEOMETRY), ("group_batch", INT), ("group_heads", INT),
     ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS), ("query_sums", WORD), ("turns", WORD),
 )  # fmt: skip
+FORWARD_JVP_ARGUMENTS = _struct(
+    "ForwardJvpArguments",
+    ("query", TENSOR_VIEW), ("key", TENSOR_VIEW), ("value", TENSOR_VIEW), ("out", TENSOR_VIEW),
+    ("query_dot", TENSOR_VIEW), ("key_dot", TENSOR_VIEW), ("value_dot", TENSOR_VIEW), ("out_dot", TENSOR_VIEW), ("lse", ROW_VIEW), ("lse_dot", ROW_VIEW),
+    ("sinks_dot", HEAD_VIEW), ("row_statistics", WORD), ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS),
+)  # fmt: skip
 VISIBLE_TILES_ARGUMENTS = _struct(
     "VisibleTilesArguments", ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS)
 )

@@ -166,17 +166,27 @@ def check_backward(problem: Problem, layout: Layout, grad_out: Array, out: Array
     """
     others = {"out": out, "grad_out": grad_out, "lse": lse}
     check_same_kind(others if grad_lse is None else {**others, "grad_lse": grad_lse})
+    out_view, lse_strides = check_results(problem, layout, out, lse)
+    _check_like_output("grad_out", grad_out, problem, layout)
+    return BackwardViews(
+        layout.view(grad_out, problem.head_dim_v),
+        out_view,
+        lse_strides,
+        None if grad_lse is None else _lse_strides("grad_lse", grad_lse, problem),
+    )
+
+
+def check_results(problem: Problem, layout: Layout, out: Array, lse: Array) -> tuple[View, Shape3]:
+    """Check what the forward pass gave, which another call is given: the view of `out`, and the strides of `lse`.
+
+    Raises:
+        DTypeError, ShapeError: as `check_backward`.
+    """
     if len(lse.shape) > len(out.shape):
         got, expected = f"shape {lse.shape} beside out of {out.shape}", "lse, which has no head_dim"
         raise ShapeError("lse", got, expected, "out and lse are exchanged: out comes first.")
     _check_like_output("out", out, problem, layout)
-    _check_like_output("grad_out", grad_out, problem, layout)
-    return BackwardViews(
-        layout.view(grad_out, problem.head_dim_v),
-        layout.view(out, problem.head_dim_v),
-        _lse_strides("lse", lse, problem),
-        None if grad_lse is None else _lse_strides("grad_lse", grad_lse, problem),
-    )
+    return layout.view(out, problem.head_dim_v), _lse_strides("lse", lse, problem)
 
 
 # --- Kinds, element types, ranks --------------------------------------------------------------------------------------------------------
