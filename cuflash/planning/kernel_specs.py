@@ -224,6 +224,7 @@ FORWARD_SPLIT = KernelSpec(
 FORWARD_JVP = KernelSpec(
     "forward_jvp", "forward_jvp_mma.cu", FORWARD_JVP_ARGUMENTS, "mma",
     rows_of="query", stationary=("query", "query_dot"), streamed=("key", "key_dot", "value", "value_dot"), scores=("S", "S_dot"), outputs=("O_dot",),
+    costs=_JOINT_COSTS,
 )  # fmt: skip
 """Tangents of the output and of lse (cuflash/jvp.py)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from cuflash.hardware.device import Device
 from cuflash.planning import kernel_specs, tuned_tiles
@@ -28,14 +29,17 @@ def offline_kernels(
     features: FeatureSet = NO_FEATURES,
     need_attn_mask_grad: bool = False,
     vectorized: bool = True,
+    jvp: bool = False,
 ) -> Iterable[KernelPlan]:
-    """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection.
+    """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection; with `jvp` those of tangents instead.
 
     Where tables of tuned tiles have several for different lengths, those of all lengths.
     """
     problem = _representative(
         dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features, need_attn_mask_grad, vectorized
     )
+    if jvp:
+        problem, backward = replace(problem, of_tangents=True), False
     forward = forward_kernels(problem, device, tile)
     check_names(tile, (*forward, *(backward_kernels(problem, device, tile) if backward else ())))
     for of_gradients in (False, True) if backward else (False,):
