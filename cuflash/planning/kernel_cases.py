@@ -69,9 +69,10 @@ class KernelCase:
 
     def _fits_narrow(self, device: Device) -> bool:
         """Whether 16 rows of each operand of a narrow head fit the shared memory, rounded up to what chunks are exchanged within."""
-        columns = sum(columns_of(name, self.head_dim, self.head_dim_v) for name in (*self.kernel.stationary, *self.kernel.streamed))
-        operands = len(self.kernel.stationary) + len(self.kernel.streamed)
-        return operands <= 4 or 16 * self.smem_itemsize(device) * (columns + 31 * operands) <= device.shared_memory_per_block
+        d, dv = (ceil(columns / 32) * 32 for columns in (self.head_dim, self.head_dim_v))
+        operands = (*self.kernel.stationary, *self.kernel.streamed)
+        nbytes = 16 * self.smem_itemsize(device) * sum(columns_of(name, d, dv) for name in operands)
+        return len(operands) <= 4 or nbytes <= device.shared_memory_per_block
 
     def slice_pieces(self, device: Device) -> int:
         """Pieces into which each slice is cut, so that the smallest tile fits the shared memory; 1 where it does anyway."""
