@@ -3,11 +3,12 @@
 //     Ṡ = scale (Q̇ Kᵀ + Q K̇ᵀ)        μ = rowsum(P ∘ Ṡ)        Ȯ = (P ∘ Ṡ) V + P V̇ - μ ∘ O        LSĖ = μ
 //
 // O and LSE are those of the forward call, so that P comes from LSE as in the backward pass: nothing is rescaled, and the products with V and with V̇
-// add to one accumulator. One block owns TILE_Q queries of one head, each warp TILE_Q / NUM_WARPS of them, and walks once over all keys that they see.
+// add to one accumulator. One block owns TILE_Q queries of one head, each warp TILE_Q / NUM_WARPS of them, and walks once over all keys that they
+// see.
 //
 // A tangent whose address is null is zero: it is not copied, and its product is left out, by branches that the whole grid takes alike. The slope of a
-// softcap multiplies Ṡ. Dropout drops what V and V̇ are multiplied by, and nothing in μ. A sink, whose share of a row is p, adds p times its tangent to μ.
-// With an additive mask backward_row_sums_mma.cu has run before (tile/probability.cuh).
+// softcap multiplies Ṡ. Dropout drops what V and V̇ are multiplied by, and nothing in μ. A sink, whose share of a row is p, adds p times its tangent
+// to μ. With an additive mask backward_row_sums_mma.cu has run before (tile/probability.cuh).
 //
 // Shared memory: Q [TILE_Q][D] | Q̇ [TILE_Q][D] | K [NUM_STAGES][TILE_KV][D] | K̇ the same | V [NUM_STAGES][TILE_KV][DV] | V̇ the same. One copy group
 // per key tile. For a wide head this for each slice, then the parts of S and of Ṡ that the slices exchange.
@@ -71,7 +72,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_jvp_mma(con
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);
   const int first_q = work.tile * TILE_Q;
   const int warp_row = row_warp_index() * WARP_ROWS;
-  const bool moves_Q = arguments.query_dot.data != nullptr, moves_K = arguments.key_dot.data != nullptr, moves_V = arguments.value_dot.data != nullptr;
+  const bool moves_Q = arguments.query_dot.data != nullptr, moves_K = arguments.key_dot.data != nullptr,
+             moves_V = arguments.value_dot.data != nullptr;
 
   extern __shared__ __align__(128) uint8 shared[];
   const SmemAddress S_exchange = smem_address(shared) + HEAD_SLICES * SLICE_BYTES;

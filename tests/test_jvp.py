@@ -83,7 +83,9 @@ def results_of(target: Target, inputs: list[Any], options: dict[str, Any]) -> tu
     return target.place(out.astype(target.as_numpy(inputs[0]).dtype)), target.place(lse.astype(numpy.float32))
 
 
-def check(target: Target, inputs: list[Any], tangents: list[Any], sinks_dot: Any = None, tile: Any = None, **options: Any) -> tuple[Any, Any]:
+def check(
+    target: Target, inputs: list[Any], tangents: list[Any], sinks_dot: Any = None, tile: Any = None, **options: Any
+) -> tuple[Any, Any]:
     """Assert that both tangents are as exact as the naive formula in the same precision."""
     dtype = str(inputs[0].dtype)
     out, lse = results_of(target, inputs, options)
@@ -229,7 +231,9 @@ def test_packed_sequences(simulator: Target, in_places: bool, monkeypatch: pytes
     poison_new_memory(monkeypatch)
     inputs, tangents = random_inputs(simulator, "float16", [(75, HEADS, DIM)] * 3)
     cu = [numpy.array(offsets, numpy.int32) for offsets in ([0, 20, 20, 50, 60], [0, 30, 40, 70, 70])]
-    used = {"seqused_q": numpy.array([20, 0, 11, 5], numpy.int32), "seqused_kv": numpy.array([7, 0, 30, 0], numpy.int32)} if in_places else {}
+    used = (
+        {"seqused_q": numpy.array([20, 0, 11, 5], numpy.int32), "seqused_kv": numpy.array([7, 0, 30, 0], numpy.int32)} if in_places else {}
+    )
     options: dict[str, Any] = {"is_causal": True, "sinks": numpy.array([0.4, -1.0], numpy.float32)}
     sinks_dot = numpy.array([0.3, 0.7], numpy.float32)
     out, lse = (numpy.asarray(x) for x in reference.varlen_attention(*inputs, *cu, **options, **used))
@@ -344,4 +348,9 @@ def test_a_common_head_does_not_spill() -> None:
 @pytest.mark.parametrize("feature", ["", "boolean_mask", "attn_mask", "softcap", "dropout", "window", "sinks"])
 def test_no_spills(arch: str, dtype: str, head_dim: int, feature: str) -> None:
     masks = {"boolean_mask": "bool", "attn_mask": "float32"}
-    check_no_spills(arch, dtype, head_dim, FeatureSet(attn_mask=masks[feature]) if feature in masks else FeatureSet(**({feature: True} if feature else {})))
+    check_no_spills(
+        arch,
+        dtype,
+        head_dim,
+        FeatureSet(attn_mask=masks[feature]) if feature in masks else FeatureSet(**({feature: True} if feature else {})),
+    )

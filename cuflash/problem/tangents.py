@@ -63,7 +63,9 @@ def check_tangents(problem: Problem, arrays: Mapping[str, Array]) -> TangentView
         hint = "Pass the tangent of an input; without any, those of out and lse are zero."
         raise OptionError(OF_INPUTS[0], "None, and so are all other tangents", "at least one tangent", hint)
     if "sinks_dot" in given and "sinks" not in arrays:
-        raise OptionError("sinks_dot", "an array without sinks", "sinks with it", "Pass the sinks of the forward call, or leave sinks_dot out.")
+        raise OptionError(
+            "sinks_dot", "an array without sinks", "sinks with it", "Pass the sinks of the forward call, or leave sinks_dot out."
+        )
     for name in given:
         _check_like(name, arrays[name], arrays[name.removesuffix("_dot")])
     check_same_kind({name: arrays[name] for name in ("query", "out", "lse")})

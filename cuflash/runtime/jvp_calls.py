@@ -33,7 +33,12 @@ def _jvp(tangents: Tangents, operands: Operands, options: Options) -> tuple[Any,
     key, call, addresses = calls.find("jvp", operands, options, tangents)
     if call is None:
         calls.refuse_pairs(operands, options)
-        arrays = {**borrowed(operands, options), "out": borrow(operands.out, "out"), "lse": borrow(operands.lse, "lse"), **borrowed_tangents(tangents)}
+        arrays = {
+            **borrowed(operands, options),
+            "out": borrow(operands.out, "out"),
+            "lse": borrow(operands.lse, "lse"),
+            **borrowed_tangents(tangents),
+        }
         problem = replace(make_problem(arrays, options), of_tangents=True)
         calls.refuse_autograd(arrays, "Call cuflash.torch under torch.func.jvp; or pass {name}.detach().")
         views = check_tangents(problem, arrays)

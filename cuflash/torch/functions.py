@@ -64,7 +64,9 @@ class Call:
     def jvp(self, tensors: Tensors, out: Any, lse: Any, tangents: Tensors) -> tuple[Any, Any]:
         """Tangents of out and lse along those of query, key, value and sinks."""
         options = {**self.options, "tile": None}
-        return jvp_calls.jvp(Tangents(*tangents), self._operands(tensors)._replace(out=out, lse=lse), Options(varlen=self.packed, **options))
+        return jvp_calls.jvp(
+            Tangents(*tangents), self._operands(tensors)._replace(out=out, lse=lse), Options(varlen=self.packed, **options)
+        )
 
     def _operands(self, tensors: Tensors) -> Operands:
         *others, state = tensors
@@ -134,7 +136,11 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, Any]:
         *tensors, out, lse = ctx.saved_tensors
         *of_inputs, of_sinks = _tangents(tangents)
-        if (of_inputs[0], of_inputs[1], of_sinks) == (None, None, None):  # P stays: attention over another value, which has derivatives of its own
+        if (of_inputs[0], of_inputs[1], of_sinks) == (
+            None,
+            None,
+            None,
+        ):  # P stays: attention over another value, which has derivatives of its own
             value_dot = of_inputs[2]
             out_dot = torch.zeros_like(out) if value_dot is None else Attention.apply(*tensors[:2], value_dot, *tensors[3:], ctx.call)[0]
             return out_dot, torch.zeros_like(lse)
@@ -151,7 +157,12 @@ def _tangents(tangents: Tensors) -> Tensors:
     """Of all tangents in the order of `TENSORS`, those of query, key, value and sinks; there are no others."""
     for name, tangent in zip(TENSORS[3:], tangents[3:_COUNT], strict=True):
         if tangent is not None and name != "sinks":
-            raise UnsupportedError(name, "a forward-mode derivative by it", "derivatives by query, key, value and sinks", f"Use torch.func.vjp or autograd; or {_WITHOUT_US}")
+            raise UnsupportedError(
+                name,
+                "a forward-mode derivative by it",
+                "derivatives by query, key, value and sinks",
+                f"Use torch.func.vjp or autograd; or {_WITHOUT_US}",
+            )
     return (*tangents[:3], tangents[TENSORS.index("sinks")])
 
 

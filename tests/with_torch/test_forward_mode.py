@@ -185,6 +185,7 @@ def test_what_has_no_forward_mode(device: Any) -> None:
     mask = torch.randn(SEQLEN, SEQLEN, device=device)
     with pytest.raises(UnsupportedError, match="attn_mask: got a forward-mode derivative by it"):
         jvp(lambda m: scaled_dot_product_attention(*inputs, m), (mask,), (mask,))
+
     def tangent(query: Any) -> Any:
         return jvp(lambda x: scaled_dot_product_attention(x, *inputs[1:]), (query,), (torch.ones_like(query),))[1].sum()
 
