@@ -19,7 +19,7 @@ from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.kernel_specs import FORWARD, TILED_KERNELS
 from cuflash.planning.offline import offline_kernels
 from cuflash.planning.plan import Plan
-from cuflash.problem.features import FEATURE_OF, MASK_DTYPES, NO_FEATURES, FeatureSet
+from cuflash.problem.features import FEATURE_OF, MASK_KINDS, NO_FEATURES, FeatureSet
 from cuflash.problem.options import check_bool
 from cuflash.problem.other_names import explains_features
 from cuflash.problem.problem import DTYPES, MAX_HEAD_DIM
@@ -280,9 +280,9 @@ def _check_need_attn_mask_grad(wanted: object, sets: list[object], backward: boo
 def _checked_features(features: object) -> FeatureSet:
     if not isinstance(features, FeatureSet):
         raise OptionError("features", describe(features), "a cuflash.FeatureSet", "Write cuflash.FeatureSet(window=True).")
-    if features.attn_mask not in (None, *MASK_DTYPES):
+    if features.attn_mask not in (None, *MASK_KINDS):
         raise OptionError(
-            "features", describe(features.attn_mask), "a mask of " + " or ".join(MASK_DTYPES), "Pass the name of the mask's element type."
+            "features", describe(features.attn_mask), "a mask of " + " or ".join(MASK_KINDS), "Pass the name of the mask's element type."
         )
     return features
 

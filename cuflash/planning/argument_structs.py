@@ -145,7 +145,7 @@ FEATURE_ARGUMENTS = _struct(
     ("attn_mask", MASK_VIEW), ("grad_attn_mask", MASK_VIEW), *_feature_arrays(), ("visible_tiles", WORD),
     ("dropout_state", WORD), ("dropout_seed", WORD), ("dropout_offset", WORD), ("list_batches", INT), ("list_heads", INT),
     ("window_low", INT), ("window_high", INT), ("score_factor", FLOAT), ("softcap", FLOAT), ("dropout_limit", UINT32), ("dropout_scale", FLOAT),
-    ("log2_sums", WORD),
+    ("log2_sums", WORD), ("pair_mask", MASK_VIEW),
 )  # fmt: skip
 
 CACHE_ARGUMENTS = _struct(

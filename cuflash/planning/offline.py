@@ -9,7 +9,7 @@ from cuflash.hardware.device import Device
 from cuflash.planning import kernel_specs, tuned_tiles
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.planner import backward_kernels, check_names, forward_kernels, make_plan
-from cuflash.problem.features import NO_FEATURES, Features, FeatureSet, MaskLayout
+from cuflash.problem.features import BESIDE, NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.problem.problem import DTYPES, Problem
 from cuflash.problem.tile import Tile, Tiles
 
@@ -85,7 +85,11 @@ def _representative(
     from cuflash.problem.layout import Layout, View
 
     view, view_v = (View((1, 1024, 1, dim), (1024 * dim, dim, dim, 1)) for dim in (head_dim, head_dim_v))
-    mask = None if features.attn_mask is None else MaskLayout(features.attn_mask, (1024, 1024), (1, 1, 1024, 1024), (0, 0, 1024, 1))
+    mask = (
+        None
+        if features.attn_mask is None
+        else MaskLayout(features.attn_mask.removeprefix(BESIDE), (1024, 1024), (1, 1, 1024, 1024), (0, 0, 1024, 1))
+    )
     itemsize = DTYPES[dtype]
     need_grad = need_attn_mask_grad and features.additive_mask
     return Problem(

@@ -88,7 +88,7 @@ def _check_randomness(info: Any, call: Any) -> None:
 
 
 def _foldable(dims: Tensors, call: Any, info: Any) -> bool:
-    same_dropout = call.dropout_p and (info.randomness == "same" or dims[12] is not None)
+    same_dropout = call.dropout_p and (info.randomness == "same" or dims[TENSORS.index("dropout_seed")] is not None)
     return not call.packed and call.options["layout"].startswith("b") and dims[4] is None and not same_dropout
 
 
