@@ -57,7 +57,7 @@ class Call:
         """Gradients of all tensors that have one; those of out and lse may be None for zero."""
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        operands = self._operands(tensors)._replace(out=out, lse=lse, grad_out=grad_out, grad_lse=grad_lse)
+        operands = self._operands(tensors)._replace(out=out, lse=lse, grad_out=_written_out(grad_out), grad_lse=grad_lse)
         options = {**self.options, "tile": None}  # what fits the forward kernel need not fit these
         return calls.backward(operands, Options(need_attn_mask_grad=need_attn_mask_grad, varlen=self.packed, **options))
 
@@ -65,7 +65,9 @@ class Call:
         """Tangents of out and lse along those of query, key, value and sinks."""
         options = {**self.options, "tile": None}
         return jvp_calls.jvp(
-            Tangents(*tangents), self._operands(tensors)._replace(out=out, lse=lse), Options(varlen=self.packed, **options)
+            Tangents(*map(_written_out, tangents)),
+            self._operands(tensors)._replace(out=out, lse=lse),
+            Options(varlen=self.packed, **options),
         )
 
     def _operands(self, tensors: Tensors) -> Operands:
@@ -79,6 +81,12 @@ class Call:
     @property
     def dropout_p(self) -> float:
         return float(self.options["dropout_p"])
+
+
+def _written_out(x: Any) -> Any:
+    """A gradient or tangent whose rows are one number each, as `.sum().backward()` gives it, as rows in memory: of such rows kernels copy elements one by one,
+    and are compiled once more for it. Anything else as it is."""
+    return x.contiguous() if x is not None and x.stride(-1) == 0 and x.shape[-1] > 1 else x
 
 
 def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:
@@ -239,7 +247,12 @@ class AttentionJvp(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def vmap(info: Any, in_dims: Tensors, *arguments: Any) -> tuple[Any, Any]:
         call = arguments[-1]
-        return batching.tangents(info, in_dims[:-1], arguments[:-1], call, lambda given: AttentionJvp.apply(*given, call))
+        return batching.tangents(info, in_dims[:-1], arguments[:-1], call, functools.partial(_apply_jvp, call))
+
+
+def _apply_jvp(call: Call, given: Tensors) -> Tensors:
+    tangents: Tensors = AttentionJvp.apply(*given, call)
+    return tangents
 
 
 def _apply_backward(call: Call, needs_mask: bool, given: Tensors) -> Tensors:

@@ -11,7 +11,7 @@ from written_out import SHAPE, assert_close, assert_same_gradients, attention, l
 
 import cuflash
 from cuflash.errors import KeywordError, UnsupportedError
-from cuflash.runtime import calls, prepared
+from cuflash.runtime import calls, launch, prepared
 from cuflash.torch import merge_attention, scaled_dot_product_attention, varlen_attention
 
 BATCH, HEADS, SEQLEN, DIM = SHAPE
@@ -42,6 +42,17 @@ def test_gradients_are_bit_for_bit_those_of_the_plain_calls(device: Any) -> None
     wanted = cuflash.scaled_dot_product_attention_backward(grad_out, *plain, want, lse, **options)
     for got, plain_grad in zip(torch.autograd.grad(out, inputs, grad_out), wanted, strict=True):
         assert torch.equal(got, plain_grad)
+
+
+def test_the_gradient_of_a_sum_compiles_nothing_of_its_own(device: Any) -> None:
+    """One number, expanded: it is written out once, and the kernels are those of any other gradient."""
+    inputs = leaves(device, SHAPE, SHAPE, SHAPE)
+    out = scaled_dot_product_attention(*inputs)
+    want = torch.autograd.grad(out, inputs, torch.full_like(out, 1.0), retain_graph=True)
+    known = dict(launch._executables)
+    for got, grad_input in zip(torch.autograd.grad(out.sum(), inputs), want, strict=True):
+        assert torch.equal(got, grad_input)
+    assert launch._executables == known
 
 
 def test_mask_and_sinks_have_gradients(device: Any) -> None:
