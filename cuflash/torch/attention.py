@@ -248,6 +248,10 @@ def _beside_bias(
 
 
 def _attend(call: Call, tensors: functions.Tensors, plain: bool, return_lse: bool) -> Any:
-    if operators.looked_at(tensors, plain) and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()):
-        return operators.attend(call, tensors, return_lse)
+    if operators.looked_at(tensors, plain):
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling and operators.breaks_graph():  # the graph ends here, and the call runs as outside of it
+            return torch._disable_dynamo(functions.attend)(call, tensors, return_lse)
+        if is_compiling or not torch._C._are_functorch_transforms_active():
+            return operators.attend(call, tensors, return_lse)
     return functions.attend(call, tensors, return_lse)

@@ -43,16 +43,22 @@ def gradients(info: Any, dims: Tensors, given: Tensors, call: Any, needs_mask: b
     """The same of gradients; `given` are those of out and lse, the tensors of the call, out and lse, which `run` takes."""
     tensors, own = given[2 : 2 + _COUNT], dims[2 : 2 + _COUNT]
     size = info.batch_size
-    one_batch = len({_extent(x, dim) for x, dim in zip(tensors[:3], own[:3], strict=True)}) == 1
-    if one_batch and not needs_mask and tensors[4] is None and _foldable(own, call, info):
-        batch = _extent(tensors[0], own[0])
-        folded = _folded(tensors, own, size, batch, shared=False)  # gradients of what samples share come for each of them
-        grad_out, grad_lse, out, lse = (
-            None if x is None else _first(x, dim, size).flatten(0, 1)
-            for x, dim in zip((*given[:2], *given[-2:]), (*dims[:2], *dims[-2:]), strict=True)
-        )
-        return _unfolded(run((grad_out, grad_lse, *folded, out, lse)), size, batch)
-    return _stacked(run, given, dims, size)
+    batches = [_extent(x, dim) for x, dim in zip(tensors[:3], own[:3], strict=True)]
+    one_batch = len(set(batches)) == 1
+    if tensors[4] is not None or not _foldable(own, call, info) or not (call.dropout_p or (one_batch and not needs_mask)):
+        return _stacked(run, given, dims, size)
+    if needs_mask:  # of the rows of the forward call, whose dropout each has its own
+        hint = "Pass randomness='same' to vmap."
+        raise UnsupportedError("attn_mask", "its gradient under vmap, with dropout that differs between samples", "one of the two", hint)
+    batch = batches[0]
+    folded = _folded(tensors, own, size, batch, shared=False)  # gradients of what samples share come for each of them
+    grad_out, grad_lse, out, lse = (
+        None if x is None else _first(x, dim, size).flatten(0, 1)
+        for x, dim in zip((*given[:2], *given[-2:]), (*dims[:2], *dims[-2:]), strict=True)
+    )
+    grads, found = _unfolded(run((grad_out, grad_lse, *folded, out, lse)), size, batch)
+    of_inputs = (grad if own == batch else grad.sum(1, keepdim=True) for grad, own in zip(grads, batches, strict=False))
+    return (*of_inputs, *grads[3:]), found
 
 
 def tangents(info: Any, dims: Tensors, given: Tensors, call: Any, run: Run) -> tuple[Any, Any]:

@@ -231,7 +231,8 @@ class AttentionJvp(torch.autograd.Function):  # type: ignore[misc]
             from cuflash.torch import operators
 
             return operators.tangents(call, tuple(tensors), out, lse, tangents)
-        return call.jvp(tuple(tensors), out, lse, tangents)
+        of_results: Tensors = call.jvp(tuple(tensors), out, lse, tangents)
+        return of_results
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Tensors, output: Tensors) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._C._functorch import TransformType
 
 from cuflash.errors import UnsupportedError
 from cuflash.merging import merge_attention as merge
@@ -58,6 +59,18 @@ def looked_at(tensors: Sequence[Any], plain: bool) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or tensors[0].is_meta or torch._C._is_tracing():
         return True
     return not plain and any(isinstance(x, TRACED) for x in tensors)
+
+
+_GRAD_IN_GRAPHS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+"""Whether operators with a registered gradient have one under `torch.func.grad`; older versions look for a `setup_context` that their own function lacks."""
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def breaks_graph() -> bool:
+    """Whether a call that Dynamo traces is under a transform of `torch.func` in which registered operators have no derivative."""
+    kinds = {interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()}
+    without = {TransformType.Jvp} if _GRAD_IN_GRAPHS else {TransformType.Jvp, TransformType.Grad}
+    return not kinds.isdisjoint(without)
 
 
 def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.func import grad, jvp, vmap
+from torch.func import grad, grad_and_value, jvp, vmap
 from written_out import SHAPE, assert_close, assert_same_gradients, attention, leaves
 
 import cuflash
@@ -53,6 +53,26 @@ def test_the_gradient_of_a_sum_compiles_nothing_of_its_own(device: Any) -> None:
     for got, grad_input in zip(torch.autograd.grad(out.sum(), inputs), want, strict=True):
         assert torch.equal(got, grad_input)
     assert launch._executables == known
+
+
+@pytest.mark.parametrize("randomness", ["different", "same"])
+def test_gradients_under_vmap_drop_what_was_dropped(device: Any, randomness: str) -> None:
+    """Attention is linear in value, so that value times its gradient is the loss; the keys of a sample have a batch of one, and are broadcast."""
+    query, key, value = (x.detach() for x in leaves(device, (2, *SHAPE), *[(2, 1, *SHAPE[1:])] * 2))
+
+    def loss(value: Any, query: Any, key: Any) -> Any:
+        return scaled_dot_product_attention(query, key, value, dropout_p=0.5, dropout_seed=3).sum()
+
+    grads, losses = vmap(grad_and_value(loss), randomness=randomness)(value, query, key)
+    assert grads.shape == value.shape
+    assert_close((grads * value).flatten(1).sum(1), losses.double())
+    if randomness == "different":
+
+        def of_mask(mask: Any, query: Any) -> Any:
+            return scaled_dot_product_attention(query, query, query, mask, 0.5, dropout_seed=3).sum()
+
+        with pytest.raises(UnsupportedError, match="attn_mask: got its gradient under vmap"):
+            vmap(grad(of_mask), (None, 0), randomness=randomness)(torch.zeros(SEQLEN, SEQLEN, device=device), query)
 
 
 def test_mask_and_sinks_have_gradients(device: Any) -> None:

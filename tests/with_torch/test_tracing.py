@@ -69,7 +69,9 @@ def test_opcheck_of_merging(device: Any) -> None:
 
 
 def test_opcheck_of_tangents(device: Any) -> None:
-    query, key, value, query_dot, key_dot, mask, sinks = (x.detach() for x in leaves(device, *[SHAPE] * 5, (1, HEADS, SEQLEN, SEQLEN), (HEADS,)))
+    query, key, value, query_dot, key_dot, mask, sinks = (
+        x.detach() for x in leaves(device, *[SHAPE] * 5, (1, HEADS, SEQLEN, SEQLEN), (HEADS,))
+    )
     pairs = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool, device=device).tril()
     tensors = {"query": permuted(query).detach(), "key": key, "value": value, "attn_mask": mask, "pair_mask": pairs, "sinks": sinks}
     arguments = operator_arguments(False, tensors)
@@ -92,6 +94,18 @@ def test_traced_forward_mode_is_an_operator(device: Any) -> None:
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_compiled_transforms(device: Any, transform: str) -> None:
+    """Where operators have no derivative under a transform, the graph ends at the call."""
+    query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
+
+    def loss(query: Any) -> Any:
+        return scaled_dot_product_attention(query, key, value, is_causal=True).square().sum()
+
+    function = grad(loss) if transform == "grad" else lambda x: jvp(loss, (x,), (x.cos(),))[1]
+    assert_close(torch.compile(function, backend="aot_eager")(query), function(query).double())
 
 
 def test_one_compilation_for_all_lengths(device: Any) -> None:
