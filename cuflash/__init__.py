@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         TuningError,
         UnsupportedError,
     )
+    from cuflash.jvp import scaled_dot_product_attention_jvp, varlen_attention_jvp
     from cuflash.kv_cache import KVCache
     from cuflash.merging import MergeGradients, merge_attention, merge_attention_backward
     from cuflash.planning.plan import Plan
@@ -54,8 +55,10 @@ _HOME = {
     "plan": "attention",
     "scaled_dot_product_attention": "attention",
     "scaled_dot_product_attention_backward": "attention",
+    "scaled_dot_product_attention_jvp": "jvp",
     "varlen_attention": "attention",
     "varlen_attention_backward": "attention",
+    "varlen_attention_jvp": "jvp",
     "varlen_plan": "attention",
     "attention_with_kvcache": "decoding",
     "cascade_attention": "cascade",
@@ -123,8 +126,10 @@ __all__ = [
     "plan",
     "scaled_dot_product_attention",
     "scaled_dot_product_attention_backward",
+    "scaled_dot_product_attention_jvp",
     "varlen_attention",
     "varlen_attention_backward",
+    "varlen_attention_jvp",
     "varlen_plan",
     "warmup",
     "warmup_plan",

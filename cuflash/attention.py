@@ -221,6 +221,7 @@ def plan(
     allow_tf32: bool = False,
     seqlens_kv: AnyArray | None = None,
     backward: bool = False,
+    jvp: bool = False,
     dropout_seed: Seed = None,
     window: Window = None,
     softcap: float | None = None,
@@ -231,7 +232,7 @@ def plan(
     prefix_lengths: AnyArray | None = None,
     need_attn_mask_grad: bool = False,
 ) -> Plan:
-    """Say what `scaled_dot_product_attention` (or with `backward` its gradient) would run with these arguments; `print` it.
+    """Say what `scaled_dot_product_attention` (or with `backward` its gradient, with `jvp` its tangent) would run with these arguments; `print` it.
 
     Nothing is compiled or launched. Arguments and errors are those of the call.
     """
@@ -243,7 +244,7 @@ def plan(
         is_causal, scale, enable_gqa, causal_alignment, return_lse, tile, deterministic, allow_tf32, dropout_p, window,
         softcap, layout, batch_first, num_heads, need_attn_mask_grad,
     )  # fmt: skip
-    return calls.plan(operands, options, backward)
+    return calls.plan(operands, options, backward, jvp)
 
 
 @explains_keywords
@@ -407,6 +408,7 @@ def varlen_plan(
     deterministic: bool = False,
     allow_tf32: bool = False,
     backward: bool = False,
+    jvp: bool = False,
     attn_mask: None = None,
     dropout_p: float = 0.0,
     dropout_seed: Seed = None,
@@ -418,7 +420,7 @@ def varlen_plan(
     seqused_q: AnyArray | None = None,
     seqused_kv: AnyArray | None = None,
 ) -> Plan:
-    """Say what `varlen_attention` (or with `backward` its gradient) would run with these arguments, as `plan` does."""
+    """Say what `varlen_attention` (or with `backward` its gradient, with `jvp` its tangent) would run with these arguments, as `plan` does."""
     operands = Operands(
         query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, dropout_seed, None, None, None, None, cu_seqlens_q,
         cu_seqlens_kv, None, None, None, seqused_q, seqused_kv,
@@ -427,4 +429,4 @@ def varlen_plan(
         is_causal, scale, enable_gqa, causal_alignment, return_lse, tile, deterministic, allow_tf32, dropout_p, window,
         softcap, CANONICAL, True, None, False, max_seqlen_q, max_seqlen_kv, True,
     )  # fmt: skip
-    return calls.plan(operands, options, backward)
+    return calls.plan(operands, options, backward, jvp)

@@ -19,7 +19,7 @@ from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.kernel_specs import FORWARD, TILED_KERNELS
 from cuflash.planning.offline import offline_kernels
 from cuflash.planning.plan import Plan
-from cuflash.problem.features import FEATURE_OF, MASK_DTYPES, NO_FEATURES, FeatureSet
+from cuflash.problem.features import FEATURE_OF, MASK_KINDS, NO_FEATURES, FeatureSet
 from cuflash.problem.options import check_bool
 from cuflash.problem.other_names import explains_features
 from cuflash.problem.problem import DTYPES, MAX_HEAD_DIM
@@ -130,7 +130,7 @@ def warmup(
 
 
 def warmup_plan(plan: Plan) -> int:
-    """Compile ahead the kernels of one plan, for calls that `warmup` has no case of: those with a cache, and others whose arrays there are already.
+    """Compile ahead the kernels of one plan, for calls that `warmup` has no case of: those with a cache or of tangents, and others whose arrays there are already.
 
     A step of generation and a chunk of a prompt may have other kernels, and so may caches with room for more keys, of which more are split: plan each of them.
 
@@ -187,11 +187,11 @@ def warmup_call(plan: Plan, tile: Tiles) -> str | None:
 
 def with_warmup(error: CompilationForbiddenError, plan: Plan, tile: Tiles) -> CompilationForbiddenError:
     """The same error of a call, which names the call of `warmup` that compiles its kernels, where there is one."""
-    call = (
-        warmup_call(plan, tile)
-        if plan.problem.cache is None
-        else "cuflash.warmup_plan(cuflash.kvcache_plan(…)), with the arguments of this call"
-    )
+    if plan.problem.cache is not None or plan.problem.of_tangents:
+        of = "kvcache_plan(…)" if plan.problem.cache is not None else f"{'varlen_' if plan.problem.layout.varlen else ''}plan(…, jvp=True)"
+        call: str | None = f"cuflash.warmup_plan(cuflash.{of}), with the arguments of this call"
+    else:
+        call = warmup_call(plan, tile)
     return error if call is None else CompilationForbiddenError(error.missing, f"Compile it beforehand: {call}")
 
 
@@ -282,9 +282,9 @@ def _check_need_attn_mask_grad(wanted: object, sets: list[object], backward: boo
 def _checked_features(features: object) -> FeatureSet:
     if not isinstance(features, FeatureSet):
         raise OptionError("features", describe(features), "a cuflash.FeatureSet", "Write cuflash.FeatureSet(window=True).")
-    if features.attn_mask not in (None, *MASK_DTYPES):
+    if features.attn_mask not in (None, *MASK_KINDS):
         raise OptionError(
-            "features", describe(features.attn_mask), "a mask of " + " or ".join(MASK_DTYPES), "Pass the name of the mask's element type."
+            "features", describe(features.attn_mask), "a mask of " + " or ".join(MASK_KINDS), "Pass the name of the mask's element type."
         )
     return features
 

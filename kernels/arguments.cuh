@@ -145,6 +145,18 @@ struct BackwardWgmmaArguments {
   int* turns;
 };
 
+// Tangents, and what the forward call gave. A tangent that is not there has no address, and is zero.
+struct ForwardJvpArguments {
+  TensorView query, key, value, out;
+  TensorView query_dot, key_dot, value_dot, out_dot;
+  RowView lse, lse_dot;
+  HeadView sinks_dot;             // stride_batch 0
+  RowStatistics* row_statistics;  // with an additive mask only: references (backward_row_sums_mma.cu)
+  Geometry geometry;
+  SequenceLengths lengths;
+  FeatureArguments features;
+};
+
 struct VisibleTilesArguments {
   Geometry geometry;  // num_tiles: tiles that the next kernel's blocks own
   SequenceLengths lengths;

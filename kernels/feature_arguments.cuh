@@ -45,4 +45,5 @@ struct FeatureArguments {
   uint32 dropout_limit;  // an element is kept where its random word is above this
   float dropout_scale;  // 1 / (1 - dropout_p), 0 where dropout_p is 1
   float* log2_sums;  // [batch][num_heads_q][seqlen_q], next to RowStatistics
+  MaskView pair_mask;  // boolean, beside an additive attn_mask
 };

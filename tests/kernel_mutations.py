@@ -252,6 +252,27 @@ class CacheVariant(Variant):
         yield arguments | caches | {"query": query}  # rows that do not start on 16 bytes
 
 
+@dataclass(frozen=True)
+class JvpVariant(Variant):
+    """Calls of tangents, of all inputs and of the query and value alone."""
+
+    def _call(self, inputs: Inputs) -> Callable[[], Any]:
+        query, key, value, _ = inputs.arrays(self.dtype)
+        options = {"is_causal": self.is_causal, **dict(inputs.options)}
+        out, lse = cuflash.scaled_dot_product_attention(query, key, value, return_lse=True, **options)
+        tangents = [np.flip(x, 1) for x in (query, key, value)]  # other numbers, with strides of their own
+        call = functools.partial(cuflash.scaled_dot_product_attention_jvp, tile=self.tile, **options)
+        return lambda: (*call(*tangents, query, key, value, out, lse), *call(tangents[0], None, tangents[2], query, key, value, out, lse))
+
+    def kernels(self) -> list[KernelPlan]:
+        found = {}
+        for inputs in self.inputs:
+            options = {"is_causal": self.is_causal, "tile": self.tile, **dict(inputs.options)}
+            for kernel in cuflash.plan(*inputs.arrays(self.dtype)[:3], jvp=True, **options).kernels:
+                found[kernel.source, kernel.config] = kernel
+        return list(found.values())
+
+
 def _stages(number: int) -> str:
     return f"{number} stage{'s' if number > 1 else ''}"
 
@@ -411,6 +432,13 @@ def _variants() -> Iterator[Variant]:
         tuple(map(_with_huge_rows, OFF)), backward=True, only=row_sums,
     )  # fmt: skip
     yield Variant("backward sm_80 float16 sinks, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (SINKS,), backward=True)
+    for stages in (1, 2, 3):
+        yield JvpVariant(f"jvp sm_80 float16, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 2, stages), (GROUPED, SINKS))
+    yield JvpVariant("jvp sm_80 float16 causal, 2 stages", "sm_80", "float16", narrow, (GROUPED, BLIND_ROWS), is_causal=True)
+    yield JvpVariant("jvp sm_80 float16 off 16 bytes, 2 stages", "sm_80", "float16", narrow, OFF)
+    yield JvpVariant("jvp sm_80 float16 sliced, 1 stage", "sm_80", "float16", Tile(32, 32, 4, 1), (SLICED,))
+    yield JvpVariant("jvp sm_75 float16", "sm_75", "float16", Tile(32, 32, 2, 1), (GROUPED,))
+    yield JvpVariant("jvp sm_75 float32 sliced, in steps", "sm_75", "float32", Tile(32, 16, 6, 1), (IN_STEPS,))
 
 
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _variants()}

@@ -19,7 +19,8 @@ from cuflash.problem import checks, features, options, sequences
 from cuflash.problem.features import FeatureSet
 from cuflash.problem.operands import Operands
 from cuflash.problem.options import Options
-from cuflash.runtime import calls
+from cuflash.problem.tangents import Tangents
+from cuflash.runtime import calls, jvp_calls
 
 FUNCTIONS = {
     "scaled_dot_product_attention": "forward",
@@ -28,6 +29,8 @@ FUNCTIONS = {
     "varlen_attention": "forward",
     "varlen_attention_backward": "backward",
     "varlen_plan": "plan",
+    "scaled_dot_product_attention_jvp": "jvp",
+    "varlen_attention_jvp": "jvp",
 }
 
 
@@ -35,16 +38,22 @@ FUNCTIONS = {
 def test_every_argument_arrives_in_the_field_of_its_name(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arrived: dict[str, Any] = {}
 
-    def take(operands: Operands, options: Options, backward: object = False) -> None:
-        arrived.update(operands._asdict(), **options._asdict(), backward=backward)
+    def take(operands: Operands, options: Options, backward: object = False, jvp: object = False) -> None:
+        arrived.update(operands._asdict(), **options._asdict(), backward=backward, jvp=jvp)
 
-    monkeypatch.setattr(calls, FUNCTIONS[function], take)
+    def take_tangents(tangents: Tangents, operands: Operands, options: Options) -> None:
+        arrived.update(tangents._asdict(), **operands._asdict(), **options._asdict())
+
+    if FUNCTIONS[function] == "jvp":
+        monkeypatch.setattr(jvp_calls, "jvp", take_tangents)
+    else:
+        monkeypatch.setattr(calls, FUNCTIONS[function], take)
     signature = inspect.signature(getattr(cuflash, function))
     given = {name: object() for name in signature.parameters}
     getattr(cuflash, function)(**given)
     assert {name: arrived[name] for name in given} == given
     varlen = function.startswith("varlen")
-    defaults = {**Operands(None, None, None)._asdict(), **Options()._asdict(), "backward": False}
+    defaults = {**Operands(None, None, None)._asdict(), **Options()._asdict(), "backward": False, "jvp": False}
     others = {name: value for name, value in arrived.items() if name not in given}
     assert others == {name: varlen if name == "varlen" else defaults[name] for name in others}
 

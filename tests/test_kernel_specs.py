@@ -74,8 +74,17 @@ def test_names_are_unique() -> None:
 @pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel.is_tiled], ids=str)
 def test_products_are_those_of_the_formulas(kernel: KernelSpec) -> None:
     """S and dP for what a kernel recomputes; each output is one product more, over the operands that it needs."""
-    columns = {"S": 0, "dP": 1, "O": 1, "dV": 1, "dQ": 0, "dK": 0}
-    over = [columns[name] for name in (*kernel.scores, *kernel.outputs)]
+    columns = {
+        "S": (0,),
+        "dP": (1,),
+        "O": (1,),
+        "dV": (1,),
+        "dQ": (0,),
+        "dK": (0,),
+        "S_dot": (0, 0),
+        "O_dot": (1, 1),
+    }  # tangents have two terms
+    over = [product for name in (*kernel.scores, *kernel.outputs) for product in columns[name]]
     assert kernel.products == (over.count(0), over.count(1))
     needs_dp = {"dQ", "dK"} & set(kernel.outputs) or kernel.sums_scores
     assert ("dP" in kernel.scores) == bool(needs_dp)

@@ -145,7 +145,7 @@ FEATURE_ARGUMENTS = _struct(
     ("attn_mask", MASK_VIEW), ("grad_attn_mask", MASK_VIEW), *_feature_arrays(), ("visible_tiles", WORD),
     ("dropout_state", WORD), ("dropout_seed", WORD), ("dropout_offset", WORD), ("list_batches", INT), ("list_heads", INT),
     ("window_low", INT), ("window_high", INT), ("score_factor", FLOAT), ("softcap", FLOAT), ("dropout_limit", UINT32), ("dropout_scale", FLOAT),
-    ("log2_sums", WORD),
+    ("log2_sums", WORD), ("pair_mask", MASK_VIEW),
 )  # fmt: skip
 
 CACHE_ARGUMENTS = _struct(
@@ -193,6 +193,12 @@ BACKWARD_WGMMA_ARGUMENTS = _struct(
     ("query", MAPPED_TENSOR), ("key", MAPPED_TENSOR), ("value", MAPPED_TENSOR), ("grad_out", MAPPED_TENSOR), ("grad_key", TENSOR_VIEW),
     ("grad_value", TENSOR_VIEW), ("row_statistics", WORD), ("geometry", GEOMETRY), ("group_batch", INT), ("group_heads", INT),
     ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS), ("query_sums", WORD), ("turns", WORD),
+)  # fmt: skip
+FORWARD_JVP_ARGUMENTS = _struct(
+    "ForwardJvpArguments",
+    ("query", TENSOR_VIEW), ("key", TENSOR_VIEW), ("value", TENSOR_VIEW), ("out", TENSOR_VIEW),
+    ("query_dot", TENSOR_VIEW), ("key_dot", TENSOR_VIEW), ("value_dot", TENSOR_VIEW), ("out_dot", TENSOR_VIEW), ("lse", ROW_VIEW), ("lse_dot", ROW_VIEW),
+    ("sinks_dot", HEAD_VIEW), ("row_statistics", WORD), ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS),
 )  # fmt: skip
 VISIBLE_TILES_ARGUMENTS = _struct(
     "VisibleTilesArguments", ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS)

@@ -20,7 +20,7 @@ def describe(
     causal = f"causal ({problem.causal_alignment})" if problem.is_causal else "not causal"
     where = device.name if device.arch in device.name else f"{device.name}, {device.arch}"
     lines = [
-        f"{'backward' if backward else 'forward'} attention on {where}",
+        f"{'backward' if backward else 'tangents of' if problem.of_tangents else 'forward'} attention on {where}",
         f"  problem    {problem.dtype}, {_extents(problem)}, "
         f"head_dim {kernel_cases.head_dims(problem.head_dim, problem.head_dim_v)}, {causal}, scale {problem.scale:.6g}",
     ]
@@ -38,7 +38,7 @@ def describe(
     if visits and (problem.is_causal or problem.features.kinds.hides_keys or problem.is_ragged):
         lines.append(f"  tiles      {', '.join(visits)}")
     at_most = "at most " if problem.hides_by_data else ""
-    flops = problem.flops_backward if backward else problem.flops_forward
+    flops = problem.flops_backward if backward or problem.of_tangents else problem.flops_forward
     lines += [
         f"  memory     outputs {_bytes(output_bytes)}, workspace {_bytes(workspace_bytes)}; unfused attention would take {_bytes(_score_bytes(problem, backward))} more",
         f"  work       {at_most}{flops / 1e9:.4g} GFLOP in matrix products over visible pairs; the same bits on every run",

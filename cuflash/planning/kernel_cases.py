@@ -59,12 +59,20 @@ class KernelCase:
         return 4 if self.dtype == "float32" or self.uses_simt(device) else 2
 
     def head_slices(self, device: Device) -> int:
-        """Groups of warps that share out the columns of a wide head, so that their accumulators fit the registers; 1 for a narrow head."""
-        if max(self.head_dim, self.head_dim_v) <= WIDEST_NARROW_HEAD:
+        """Groups of warps that share out the columns of a wide head, so that their accumulators fit the registers; 1 for a narrow head, unless the shared memory
+        does not hold the smallest tiles of all operands of a kernel that has many."""
+        if max(self.head_dim, self.head_dim_v) <= WIDEST_NARROW_HEAD and self._fits_narrow(device):
             return 1
         many_instructions = self.uses_simt(device) or self.dtype == "float32"
         columns = self.kernel.output_columns(self.head_dim, self.head_dim_v)
         return max(2, ceil(columns / (_SLICE_COLUMNS_FLOAT32 if many_instructions else _SLICE_COLUMNS)))
+
+    def _fits_narrow(self, device: Device) -> bool:
+        """Whether 16 rows of each operand of a narrow head fit the shared memory, rounded up to what chunks are exchanged within."""
+        d, dv = (ceil(columns / 32) * 32 for columns in (self.head_dim, self.head_dim_v))
+        operands = (*self.kernel.stationary, *self.kernel.streamed)
+        nbytes = 16 * self.smem_itemsize(device) * sum(columns_of(name, d, dv) for name in operands)
+        return len(operands) <= 4 or nbytes <= device.shared_memory_per_block
 
     def slice_pieces(self, device: Device) -> int:
         """Pieces into which each slice is cut, so that the smallest tile fits the shared memory; 1 where it does anyway."""

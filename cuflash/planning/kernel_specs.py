@@ -14,18 +14,22 @@ from cuflash.planning.argument_structs import (
     BACKWARD_ARGUMENTS,
     BACKWARD_WGMMA_ARGUMENTS,
     FORWARD_ARGUMENTS,
+    FORWARD_JVP_ARGUMENTS,
     FORWARD_SPLIT_ARGUMENTS,
     FORWARD_WGMMA_ARGUMENTS,
     MERGE_ARGUMENTS,
     Struct,
 )
 
-Operand = Literal["query", "key", "value", "grad_out"]
-Scores = Literal["S", "dP"]
-Output = Literal["O", "dQ", "dK", "dV"]
+Operand = Literal["query", "key", "value", "grad_out", "query_dot", "key_dot", "value_dot"]
+Scores = Literal["S", "dP", "S_dot"]
+Output = Literal["O", "dQ", "dK", "dV", "O_dot"]
 
-_WIDE_AS_VALUE = ("value", "grad_out", "dP", "O", "dV")
+_WIDE_AS_VALUE = ("value", "grad_out", "value_dot", "dP", "O", "dV", "O_dot")
 """Operands and outputs with head_dim_v columns, and scores that are sums over them; the others have head_dim."""
+
+_TANGENTS = ("S_dot", "O_dot")
+"""Of a product by its two factors' tangents: a sum of two products."""
 
 
 WARPGROUP_ROWS = 64
@@ -179,8 +183,9 @@ class KernelSpec:
     @property
     def products(self) -> tuple[int, int]:
         """How many matrix products run over columns of query and key, and how many over those of value and output."""
-        over_value = sum(name in _WIDE_AS_VALUE for name in (*self.scores, *self.outputs))
-        return len(self.scores) + len(self.outputs) - over_value, over_value
+        of = [name for made in (*self.scores, *self.outputs) for name in ((made, made) if made in _TANGENTS else (made,))]
+        over_value = sum(name in _WIDE_AS_VALUE for name in of)
+        return len(of) - over_value, over_value
 
     def output_columns(self, head_dim: int, head_dim_v: int) -> int:
         """Columns of the outputs that a block sums up by itself, of heads with these columns."""
@@ -215,6 +220,13 @@ FORWARD_SPLIT = KernelSpec(
     min_stages=2, walks_lists=False, splits_keys=True, costs=_FORWARD_COSTS,
 )  # fmt: skip
 """Few queries and many keys (split_forward.py)."""
+
+FORWARD_JVP = KernelSpec(
+    "forward_jvp", "forward_jvp_mma.cu", FORWARD_JVP_ARGUMENTS, "mma",
+    rows_of="query", stationary=("query", "query_dot"), streamed=("key", "key_dot", "value", "value_dot"), scores=("S", "S_dot"), outputs=("O_dot",),
+    costs=_JOINT_COSTS,
+)  # fmt: skip
+"""Tangents of the output and of lse (cuflash/jvp.py)."""
 
 CACHE_APPEND = KernelSpec(
     "cache_append", "cache_append.cu", argument_structs.CACHE_APPEND_ARGUMENTS, workspace=("rotated_query",), num_warps=4
@@ -288,7 +300,7 @@ MERGE_ATTENTION_BACKWARD = KernelSpec(
 MERGE_TABLE = KernelSpec("merge_table", "merge_table.cu", argument_structs.MERGE_TABLE_ARGUMENTS, num_warps=4)
 
 KERNELS: tuple[KernelSpec, ...] = (
-    FORWARD, FORWARD_WGMMA, FORWARD_SPLIT, CACHE_APPEND,
+    FORWARD, FORWARD_WGMMA, FORWARD_SPLIT, FORWARD_JVP, CACHE_APPEND,
     BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_WGMMA, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ,
     BACKWARD_MASK, BACKWARD_SINKS,
     VISIBLE_TILES, DROPOUT_MASK, MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE,

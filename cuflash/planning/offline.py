@@ -12,7 +12,7 @@ from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, BACKWARD_WGMMA, FORWARD_SPLIT
 from cuflash.planning.planner import backward_choice, backward_kernels, check_names, forward_kernels, make_plan
-from cuflash.problem.features import NO_FEATURES, Features, FeatureSet, MaskLayout
+from cuflash.problem.features import BESIDE, NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.problem.problem import DTYPES, Problem
 from cuflash.problem.tile import Tile, Tiles
 
@@ -36,8 +36,11 @@ def offline_kernels(
     need_attn_mask_grad: bool = False,
     vectorized: bool = True,
     every_way: bool = False,
+    jvp: bool = False,
 ) -> Iterable[KernelPlan]:
     """The kernels of the forward and, unless told otherwise, backward pass on `device`, for compiling ahead and for inspection, each once.
+
+    With `jvp` those of tangents instead.
 
     They are those of a call with one head of 1024 queries and keys; with `every_way` also the others that calls of such a kind take where lengths, batch and
     heads decide which are faster. Where tables of tuned tiles have several for different lengths, those of all lengths.
@@ -45,6 +48,8 @@ def offline_kernels(
     problem = _representative(
         dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features, need_attn_mask_grad, vectorized
     )
+    if jvp:
+        problem, backward = replace(problem, of_tangents=True), False
     forward = forward_kernels(problem, device, tile)
     check_names(tile, (*forward, *(backward_kernels(problem, device, tile) if backward else ())))
     found: dict[CompileRequest, KernelPlan] = {}
@@ -108,7 +113,11 @@ def _representative(
     from cuflash.problem.layout import Layout, View
 
     view, view_v = (View((1, 1024, 1, dim), (1024 * dim, dim, dim, 1)) for dim in (head_dim, head_dim_v))
-    mask = None if features.attn_mask is None else MaskLayout(features.attn_mask, (1024, 1024), (1, 1, 1024, 1024), (0, 0, 1024, 1))
+    mask = (
+        None
+        if features.attn_mask is None
+        else MaskLayout(features.attn_mask.removeprefix(BESIDE), (1024, 1024), (1, 1, 1024, 1024), (0, 0, 1024, 1))
+    )
     itemsize = DTYPES[dtype]
     need_grad = need_attn_mask_grad and features.additive_mask
     return Problem(

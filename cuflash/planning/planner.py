@@ -96,7 +96,10 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
 
 
 def forward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tuple[KernelSpec, ...]:
-    """The tiled kernel that makes the output."""
+    """The tiled kernel that makes the output; or its tangent, with an additive mask after the kernel that makes sums of rows of huge scores."""
+    if problem.of_tangents:
+        rows = (kernel_specs.BACKWARD_ROW_SUMS,) if problem.features.kinds.additive_mask else ()
+        return (*rows, kernel_specs.FORWARD_JVP)
     if split_forward.is_taken(problem, device, tile):
         split_forward.check(problem, device)
         return (kernel_specs.FORWARD_SPLIT,)
@@ -105,6 +108,8 @@ def forward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tup
 
 def _explain_forward(kernels: tuple[KernelSpec, ...], problem: Problem, device: Device, tile: Tiles) -> str:
     """Which forward kernel runs, and why not another; nothing where there is no choice."""
+    if problem.of_tangents:
+        return ""
     words = [split_forward.explain(problem, device, tile)]
     if kernel_specs.FORWARD_SPLIT not in kernels:
         words.append(wgmma_forward.explain(problem, device, tile))
@@ -332,6 +337,8 @@ def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> K
 
 def _results(problem: Problem) -> tuple[Buffer, ...]:
     out = Buffer("out", problem.layout.from_canonical(problem.output_shape), problem.dtype)
+    if problem.of_tangents:
+        return replace(out, name="out_dot"), Buffer("lse_dot", problem.lse_shape, "float32")
     return (out, Buffer("lse", problem.lse_shape, "float32")) if problem.return_lse else (out,)
 
 

@@ -48,7 +48,7 @@ def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
 def _feature_registers(case: KernelCase) -> int:
     """What score features and masks take beyond the rest, where tiles that fit without them spilled with them."""
     costs, estimate = case.kernel.costs, 0
-    if case.features.attn_mask == "bool":
+    if case.features.attn_mask == "bool" or case.features.pair_mask:
         estimate += costs.boolean_mask_registers
     if case.features.dropout and case.dtype == "float32" and not case.allow_tf32:
         estimate += costs.float32_dropout_registers

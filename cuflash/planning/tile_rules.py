@@ -35,6 +35,8 @@ _WGMMA_MASK_REGISTERS = {None: 0, "bool": 1, "float16": 1, "bfloat16": 1, "float
 
 def lacking(case: KernelCase, device: Device) -> str | None:
     """Why no tile of a kernel fits that does not take every case, in words; None where some may."""
+    if case.features.pair_mask and (case.kernel.warps_share == "streamed" or case.kernel.implementation == "wgmma"):
+        return "it knows one mask, and there is a boolean one beside an additive one"
     if case.kernel.warps_share == "streamed":
         if device.capability < 80:
             return f"it copies asynchronously, which sm_80 and later can, and this is {device.arch}"

@@ -164,17 +164,27 @@ def check_backward(problem: Problem, grad_out: Array, out: Array, lse: Array, gr
     """
     others = {"out": out, "grad_out": grad_out, "lse": lse}
     check_same_kind(others if grad_lse is None else {**others, "grad_lse": grad_lse})
+    out_view, lse_strides = check_results(problem, out, lse)
+    _check_like_output("grad_out", grad_out, problem)
+    return BackwardViews(
+        problem.layout.view(grad_out, problem.head_dim_v),
+        out_view,
+        lse_strides,
+        None if grad_lse is None else _lse_strides("grad_lse", grad_lse, problem),
+    )
+
+
+def check_results(problem: Problem, out: Array, lse: Array) -> tuple[View, Shape3]:
+    """Check what the forward pass gave, which another call is given: the view of `out`, and the strides of `lse`.
+
+    Raises:
+        DTypeError, ShapeError: as `check_backward`.
+    """
     if len(lse.shape) > len(out.shape):
         got, expected = f"shape {lse.shape} beside out of {out.shape}", "lse, which has no head_dim"
         raise ShapeError("lse", got, expected, "out and lse are exchanged: out comes first.")
     _check_like_output("out", out, problem)
-    _check_like_output("grad_out", grad_out, problem)
-    return BackwardViews(
-        problem.layout.view(grad_out, problem.head_dim_v),
-        problem.layout.view(out, problem.head_dim_v),
-        _lse_strides("lse", lse, problem),
-        None if grad_lse is None else _lse_strides("grad_lse", grad_lse, problem),
-    )
+    return problem.layout.view(out, problem.head_dim_v), _lse_strides("lse", lse, problem)
 
 
 # --- Kinds, element types, ranks --------------------------------------------------------------------------------------------------------

@@ -28,6 +28,9 @@ Shape4 = tuple[int, int, int, int]
 Strides2 = tuple[int, int]
 
 MASK_DTYPES = ("bool", "float16", "bfloat16", "float32")
+BESIDE = "bool+"
+MASK_KINDS = (*MASK_DTYPES, *(BESIDE + dtype for dtype in MASK_DTYPES[1:]))
+"""What masks kernels are compiled for: one of these element types, or a boolean mask beside an additive one."""
 Seed: TypeAlias = int | tuple[int, int] | AnyArray | None
 
 UNLIMITED = 2**31 - 1
@@ -75,7 +78,8 @@ class FeatureSet:
     """The features that kernels are compiled for; each is absent from the machine code of a kernel that does not have it.
 
     Attributes:
-        attn_mask: element type of the mask, "bool", "float16", "bfloat16" or "float32"; None without.
+        attn_mask: element type of the mask, "bool", "float16", "bfloat16" or "float32"; None without. "bool+float32" and the like: an additive mask of
+            that type with a boolean one beside it, as `cuflash.torch` takes by attn_bias.
         dropout, window, softcap, alibi, sinks, segments, prefix: whether the feature is used.
     """
 
@@ -99,21 +103,28 @@ class FeatureSet:
         return self.attn_mask not in (None, "bool")
 
     @property
+    def pair_mask(self) -> bool:
+        """A boolean mask stands beside the additive one."""
+        return self.attn_mask is not None and self.attn_mask.startswith(BESIDE)
+
+    @property
     def hides_keys(self) -> bool:
         """Any of them masks keys."""
-        return self.lists_tiles or self.window or self.prefix
+        return self.lists_tiles or self.pair_mask or self.window or self.prefix
 
     def names(self) -> tuple[str, ...]:
         """The features that are used, for people and for the model of registers."""
         flags = (flag.name for flag in fields(self) if flag.name != "attn_mask")
-        mask = () if self.attn_mask is None else ("boolean mask" if self.attn_mask == "bool" else "additive mask",)
+        additive = "additive mask beside a boolean one" if self.pair_mask else "additive mask"
+        mask = () if self.attn_mask is None else ("boolean mask" if self.attn_mask == "bool" else additive,)
         return (*mask, *(name for name in flags if getattr(self, name)))
 
     def constants(self) -> dict[str, bool | str]:
         """What `struct Config` says of the features."""
-        element = {None: "NoMask", "bool": "uint8", "float32": "float"}.get(self.attn_mask, self.attn_mask)
+        of_mask = None if self.attn_mask is None else self.attn_mask.removeprefix(BESIDE)
+        element = {None: "NoMask", "bool": "uint8", "float32": "float"}.get(of_mask, of_mask)
         flags = {flag.name.upper(): bool(getattr(self, flag.name)) for flag in fields(self) if flag.name != "attn_mask"}
-        return {"MaskElement": str(element), **flags}
+        return {"MaskElement": str(element), "PAIR_MASK": self.pair_mask, **flags}
 
 
 NO_FEATURES = FeatureSet()
@@ -143,6 +154,7 @@ class Features:
     Attributes:
         kinds: what kernels are compiled for.
         attn_mask: layout of the mask, or None.
+        pair_mask: of the boolean mask beside an additive one, or None.
         need_attn_mask_grad: the backward pass also gives the gradient of an additive mask.
         window_low, window_high: query i sees keys j with window_low <= j - i - shift <= window_high; ±UNLIMITED for no limit.
         softcap: or None.
@@ -158,6 +170,7 @@ class Features:
     softcap: float | None = None
     dropout_p: float = 0.0
     array_strides: tuple[tuple[str, Strides2], ...] = ()
+    pair_mask: MaskLayout | None = None
 
     def describe(self) -> str:
         """One line for people: the features that are used, with their numbers."""
@@ -165,6 +178,8 @@ class Features:
         if self.attn_mask is not None:
             gradient = ", with its gradient" if self.need_attn_mask_grad else ""
             words.append(f"attn_mask {self.attn_mask.dtype} {self.attn_mask.shape}{gradient}")
+        if self.pair_mask is not None:
+            words.append(f"a boolean mask {self.pair_mask.shape} beside it")
         if self.kinds.window:
             words.append(f"window of keys at distances {_limit(self.window_low, '-infinity')} to {_limit(self.window_high, 'infinity')}")
         if self.softcap is not None:
@@ -210,6 +225,8 @@ def check_features(extents: Extents, arrays: Mapping[str, Array], options: Optio
     left, right = check_window(options.window)
     cap = check_softcap(options.softcap, scale)
     mask = _check_mask(arrays["attn_mask"], extents) if "attn_mask" in arrays else None
+    pair_mask = _check_mask(arrays["pair_mask"], extents) if "pair_mask" in arrays else None
+    assert pair_mask is None or (pair_mask.dtype == "bool" and mask is not None and mask.dtype != "bool"), "cuflash.torch sorts masks"
     need_grad = _check_need_grad(options.need_attn_mask_grad, mask)
     if "prefix_lengths" in arrays and not is_causal:
         hint = "Pass is_causal=True: keys of the prefix are visible to all queries, the others causally."
@@ -221,7 +238,7 @@ def check_features(extents: Extents, arrays: Mapping[str, Array], options: Optio
 
     strides = tuple((name, _check_array(name, arrays[name], extents)) for name in FEATURE_ARRAYS if name in arrays)
     kinds = FeatureSet(
-        attn_mask=None if mask is None else mask.dtype, dropout=dropout_p > 0.0, window=(left, right) != (None, None), softcap=cap is not None,
+        attn_mask=None if mask is None else mask.dtype if pair_mask is None else BESIDE + mask.dtype, dropout=dropout_p > 0.0, window=(left, right) != (None, None), softcap=cap is not None,
         alibi="alibi_slopes" in arrays, sinks="sinks" in arrays, segments="segment_ids_q" in arrays, prefix="prefix_lengths" in arrays,
     )  # fmt: skip
     return Features(
@@ -233,6 +250,7 @@ def check_features(extents: Extents, arrays: Mapping[str, Array], options: Optio
         softcap=cap,
         dropout_p=dropout_p,
         array_strides=strides,
+        pair_mask=pair_mask,
     )
 
 

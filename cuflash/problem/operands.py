@@ -11,7 +11,10 @@ from cuflash.problem.sequences import refuse_mask
 
 
 class Operands(NamedTuple):
-    """What a public function was given besides options (`options.py`). The fields are its arguments; a function that lacks one has None."""
+    """What a public function was given besides options (`options.py`). The fields are its arguments; a function that lacks one has None.
+
+    `pair_mask` is the boolean attn_mask where an additive one is given beside it, which then is `attn_mask` here.
+    """
 
     query: AnyArray
     key: AnyArray
@@ -32,6 +35,7 @@ class Operands(NamedTuple):
     grad_lse: AnyArray | None = None
     seqused_q: AnyArray | None = None
     seqused_kv: AnyArray | None = None
+    pair_mask: AnyArray | None = None
 
 
 _FORWARD = ("query", "key", "value")

@@ -58,6 +58,7 @@ class Problem:
         cache: where keys and values lie, if `key` and `value` are a cache: rows of it may belong to any sequence, or be pages. Lengths are in seqlens_kv then.
         num_splits: into how many ranges keys are cut; None leaves that to the plan.
         batch_invariant: a sequence's results have the same bits whatever else is in the batch.
+        of_tangents: the results are the tangents of the output and of lse, not these.
     """
 
     dtype: str
@@ -93,6 +94,7 @@ class Problem:
     cache: Cache | None = None
     num_splits: int | None = None
     batch_invariant: bool = False
+    of_tangents: bool = False
 
     def beside(self, view: View, address: int) -> Problem:
         """The same problem with another array of its element type."""
@@ -200,7 +202,7 @@ class Problem:
 
     @property
     def flops_backward(self) -> int:
-        """The same for the five products of the backward pass, which computes S again."""
+        """The same for the five products of the backward pass, which computes S again; and for those of tangents, which are as many."""
         return 2 * self.batch * self.num_heads_q * (3 * self.head_dim + 2 * self.head_dim_v) * self.visible_pairs
 
 

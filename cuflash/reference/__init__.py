@@ -22,6 +22,7 @@ from cuflash.reference.formulas import (
     attention_naive_backward,
 )
 from cuflash.reference.packed import options_of_sequence, varlen_attention, varlen_attention_backward
+from cuflash.reference.tangents import attention_jvp
 
 __all__ = [
     "EPSILON",
@@ -31,6 +32,7 @@ __all__ = [
     "Round",
     "attention",
     "attention_backward",
+    "attention_jvp",
     "attention_naive",
     "attention_naive_backward",
     "compare",

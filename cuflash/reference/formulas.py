@@ -207,21 +207,21 @@ def _forward(
     alignment: str,
     features: Mapping[str, Any],
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    q, k, v = (_to_bhsd(x, layout, work) for x in (query, key, value))
+    q, k, v = (to_bhsd(x, layout, work) for x in (query, key, value))
     factor = q.shape[3] ** -0.5 if scale is None else scale
-    rules = _rules(q, k, is_causal, alignment, features)
+    rules = rules_of_call(q, k, is_causal, alignment, features)
     out = numpy.zeros((*q.shape[:3], v.shape[3]), work)
     lse = numpy.zeros(q.shape[:3], work)
-    for b, h, at_k, at_v in _heads(q, k, v, gqa):
+    for b, h, at_k, at_v in each_head(q, k, v, gqa):
         visible = rules.visible(b, h)
-        scores, _ = _scores(q[b, h], k[at_k], factor, rules, b, h, rounded)
-        weights, lse[b, h] = _softmax(scores, visible, rounded, _sink(rules, h, work))
-        out[b, h] = rounded(_matmul(_dropped(weights, rules, b, h, rounded), numpy.abs(v[at_v]) if magnitudes else v[at_v], visible))
+        scores, _ = scores_of_head(q[b, h], k[at_k], factor, rules, b, h, rounded)
+        weights, lse[b, h] = softmax(scores, visible, rounded, sink_of(rules, h, work))
+        out[b, h] = rounded(product_of(dropped(weights, rules, b, h, rounded), numpy.abs(v[at_v]) if magnitudes else v[at_v], visible))
         if magnitudes:
             with numpy.errstate(invalid="ignore"):
                 products = abs(factor) * (numpy.abs(q[b, h]) @ numpy.abs(k[at_k]).T)
             lse[b, h] = numpy.where(visible, products, 0).max(axis=1, initial=0.0)
-    return _from_bhsd(out, layout), lse
+    return from_bhsd(out, layout), lse
 
 
 def _backward(
@@ -242,28 +242,28 @@ def _backward(
     alignment: str,
     features: Mapping[str, Any],
 ) -> Gradients:
-    grad, q, k, v = (_to_bhsd(x, layout, work) for x in (grad_out, query, key, value))
+    grad, q, k, v = (to_bhsd(x, layout, work) for x in (grad_out, query, key, value))
     factor = q.shape[3] ** -0.5 if scale is None else scale
-    rules = _rules(q, k, is_causal, alignment, features)
+    rules = rules_of_call(q, k, is_causal, alignment, features)
     given_lse = None if lse is None else to_float64(lse).astype(work)
     grad_rows = numpy.zeros(q.shape[:3], work) if grad_lse is None else to_float64(grad_lse).astype(work)
-    products = None if out is None else grad * _to_bhsd(out, layout, work)
+    products = None if out is None else grad * to_bhsd(out, layout, work)
     sized: Round = numpy.abs if magnitudes else exact  # a factor of a product whose terms are added up
     minus = work(1 if magnitudes else -1)
     grad_q, grad_k, grad_v = (numpy.zeros(x.shape, work) for x in (q, k, v))
     wants_mask = rules.attn_mask is not None and rules.attn_mask.dtype != numpy.bool_
     grad_masked = numpy.zeros(rules.shape if wants_mask else (0,), work)
     grad_sinks = numpy.zeros(q.shape[1], work)
-    for b, h, at_k, at_v in _heads(q, k, v, gqa):
+    for b, h, at_k, at_v in each_head(q, k, v, gqa):
         visible = rules.visible(b, h)
-        scores, slope = _scores(q[b, h], k[at_k], factor, rules, b, h, rounded)
-        weights, row_lse = _softmax(scores, visible, rounded, _sink(rules, h, work))
+        scores, slope = scores_of_head(q[b, h], k[at_k], factor, rules, b, h, rounded)
+        weights, row_lse = softmax(scores, visible, rounded, sink_of(rules, h, work))
         if given_lse is not None:
             weights, row_lse = rounded(weights * _share(row_lse, given_lse[b, h])[:, None]), given_lse[b, h]
         if magnitudes:
             weights = weights * numpy.where(visible & (numpy.abs(scores) < 2.0**20), 1 + numpy.abs(scores), 1)
         with numpy.errstate(invalid="ignore"):
-            grad_weights = _dropped(numpy.where(visible, rounded(sized(grad[b, h]) @ sized(v[at_v].T)), 0), rules, b, h, exact)
+            grad_weights = dropped(numpy.where(visible, rounded(sized(grad[b, h]) @ sized(v[at_v].T)), 0), rules, b, h, exact)
             row_sums = (weights * grad_weights if products is None else sized(products[b, h])).sum(axis=1, keepdims=True)
             delta = row_sums + minus * sized(grad_rows[b, h][:, None])
             grad_scores = rounded(numpy.where(visible, weights * (grad_weights + minus * delta), 0))
@@ -275,10 +275,10 @@ def _backward(
                 )
             grad_scores = rounded(numpy.where(visible, grad_scores * slope, 0)) if rules.softcap else grad_scores
         scaling = sized(work(factor))
-        grad_q[b, h] = rounded(scaling * _matmul(grad_scores, sized(k[at_k]), visible))
-        grad_k[at_k] += rounded(scaling * _matmul(grad_scores.T, sized(q[b, h]), visible.T))
-        grad_v[at_v] += rounded(_matmul(_dropped(weights, rules, b, h, rounded).T, sized(grad[b, h]), visible.T))
-    gradients = Gradients(*(_from_bhsd(rounded(x), layout) for x in (grad_q, grad_k, grad_v)))
+        grad_q[b, h] = rounded(scaling * product_of(grad_scores, sized(k[at_k]), visible))
+        grad_k[at_k] += rounded(scaling * product_of(grad_scores.T, sized(q[b, h]), visible.T))
+        grad_v[at_v] += rounded(product_of(dropped(weights, rules, b, h, rounded).T, sized(grad[b, h]), visible.T))
+    gradients = Gradients(*(from_bhsd(rounded(x), layout) for x in (grad_q, grad_k, grad_v)))
     if wants_mask:
         gradients.attn_mask = rules.reduce_mask_grad(grad_masked)
     if rules.sinks is not None:
@@ -286,7 +286,7 @@ def _backward(
     return gradients
 
 
-def _heads(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], gqa: bool) -> Iterator[tuple[int, int, tuple[int, int], tuple[int, int]]]:
+def each_head(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], gqa: bool) -> Iterator[tuple[int, int, tuple[int, int], tuple[int, int]]]:
     """Each (batch, head) of the query with the (batch, head) of the key and of the value that it attends to."""
     batch, heads = q.shape[:2]
     for x in (k, v):
@@ -302,13 +302,13 @@ def _heads(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], gqa: bool) -> Iter
             yield b, h, shared(k, b, h), shared(v, b, h)
 
 
-def _rules(q: NDArray[Any], k: NDArray[Any], is_causal: bool, alignment: str, features: Mapping[str, Any]) -> Rules:
+def rules_of_call(q: NDArray[Any], k: NDArray[Any], is_causal: bool, alignment: str, features: Mapping[str, Any]) -> Rules:
     """Masks and score features of a call with inputs in the order batch, heads, seqlen, head_dim."""
     shape = (*q.shape[:3], k.shape[2])
     return rules_of(shape, to_numpy, to_float64, is_causal=is_causal, causal_alignment=alignment, **features)
 
 
-def _scores(
+def scores_of_head(
     q: NDArray[Any], k: NDArray[Any], factor: float, rules: Rules, b: int, h: int, rounded: Round
 ) -> tuple[NDArray[Any], NDArray[Any] | float]:
     """Scores of one head, and their derivative by scale · q·k."""
@@ -325,11 +325,11 @@ def _scores(
     return scores, slope
 
 
-def _sink(rules: Rules, h: int, work: Any) -> float:
+def sink_of(rules: Rules, h: int, work: Any) -> float:
     return work(-numpy.inf if rules.sinks is None else rules.sinks[h])  # type: ignore[no-any-return]
 
 
-def _dropped(weights: NDArray[Any], rules: Rules, b: int, h: int, rounded: Round) -> NDArray[Any]:
+def dropped(weights: NDArray[Any], rules: Rules, b: int, h: int, rounded: Round) -> NDArray[Any]:
     """What dropout leaves of the probabilities, or of the gradient that flows back to them."""
     kept = rules.kept(b, h)
     if kept is None:
@@ -337,7 +337,7 @@ def _dropped(weights: NDArray[Any], rules: Rules, b: int, h: int, rounded: Round
     return rounded(numpy.where(kept, weights * weights.dtype.type(rules.kept_factor), 0))
 
 
-def _softmax(scores: NDArray[Any], visible: NDArray[numpy.bool_], rounded: Round, sink: float) -> tuple[NDArray[Any], NDArray[Any]]:
+def softmax(scores: NDArray[Any], visible: NDArray[numpy.bool_], rounded: Round, sink: float) -> tuple[NDArray[Any], NDArray[Any]]:
     """P and the logarithm of each row's sum, which the sink is part of; a row with neither a visible key nor a sink gives zeros and -inf."""
     if scores.shape[1] == 0:
         return scores, numpy.full(scores.shape[0], sink, scores.dtype)
@@ -358,7 +358,7 @@ def _share(lse: NDArray[Any], of_all: NDArray[Any]) -> NDArray[Any]:
     return numpy.exp(lse - numpy.where(numpy.isneginf(of_all), 0, of_all))  # type: ignore[no-any-return]
 
 
-def _matmul(weights: NDArray[Any], x: NDArray[Any], visible: NDArray[numpy.bool_]) -> NDArray[Any]:
+def product_of(weights: NDArray[Any], x: NDArray[Any], visible: NDArray[numpy.bool_]) -> NDArray[Any]:
     """`weights @ x`, where an invisible row of `x` adds nothing even if it is not finite."""
     if numpy.isfinite(x).all():
         return numpy.asarray(weights @ x)
@@ -370,11 +370,11 @@ def _matmul(weights: NDArray[Any], x: NDArray[Any], visible: NDArray[numpy.bool_
     return numpy.asarray(product)
 
 
-def _to_bhsd(x: Any, layout: str, work: Any) -> NDArray[Any]:
+def to_bhsd(x: Any, layout: str, work: Any) -> NDArray[Any]:
     if sorted(layout) != sorted("bhsd"):
         raise ValueError(f"layout {layout!r} is not an order of b, s, h, d")
     return numpy.asarray(to_float64(x).astype(work).transpose([layout.index(letter) for letter in "bhsd"]))
 
 
-def _from_bhsd(x: NDArray[Any], layout: str) -> NDArray[Any]:
+def from_bhsd(x: NDArray[Any], layout: str) -> NDArray[Any]:
     return numpy.asarray(x.transpose(["bhsd".index(letter) for letter in layout]))

@@ -151,6 +151,7 @@ def feature_values(
     strides: dict[str, tuple[int, ...]] = {
         "attn_mask": mask_strides,
         "grad_attn_mask": grad_attn_mask_strides,
+        "pair_mask": (0, 0, 0, 0) if features.pair_mask is None else features.pair_mask.strides,
         **dict(features.array_strides),
     }
     unit = 1.0 if features.kinds.additive_mask else _LOG2_E  # of scores, as in kernels/tile/score.cuh

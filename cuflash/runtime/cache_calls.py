@@ -59,7 +59,7 @@ def _planned(operands: CacheOperands, options: CacheOptions) -> tuple[dict[str, 
 
 
 def _find(operands: CacheOperands, options: CacheOptions) -> tuple[Hashable | None, Any, dict[str, int]]:
-    """The key of a call, what was prepared for it, and the addresses of its arrays, as `calls._find`."""
+    """The key of a call, what was prepared for it, and the addresses of its arrays, as `calls.find`."""
     addresses: dict[str, int] = {}
     seen: list[Hashable] = [_find, device.simulator_arch(), *calls.hashable(options)]
     is_known = calls.looked_at(CacheOperands._fields, operands, seen, addresses)

@@ -21,6 +21,7 @@ from cuflash.problem.cache_call import CacheOptions
 from cuflash.problem.checks import check_backward, check_out, make_problem
 from cuflash.problem.operands import Operands, borrowed
 from cuflash.problem.options import Options, check_bool
+from cuflash.problem.tangents import Tangents
 from cuflash.problem.tile import Tile
 from cuflash.runtime import launch
 from cuflash.runtime.prepared import Gradients, PreparedBackward, PreparedForward
@@ -44,7 +45,7 @@ def backward(operands: Operands, options: Options) -> Gradients:
 
 
 def _forward(operands: Operands, options: Options) -> Any:
-    key, call, addresses = _find("forward", operands, options)
+    key, call, addresses = find("forward", operands, options)
     if call is not None and (operands.out is None or call.may_write(operands.out, addresses)):
         return call.run(addresses, operands.out)
 
@@ -66,9 +67,9 @@ def _forward(operands: Operands, options: Options) -> Any:
 
 
 def _backward(operands: Operands, options: Options) -> Gradients:
-    key, call, addresses = _find("backward", operands, options)
+    key, call, addresses = find("backward", operands, options)
     if call is None:
-        _refuse_pairs(operands, options)
+        refuse_pairs(operands, options)
         arrays = borrowed(operands, options, backward=True)
         problem = make_problem(arrays, options)
         refuse_autograd(arrays)
@@ -83,18 +84,20 @@ def _backward(operands: Operands, options: Options) -> Gradients:
     return gradients
 
 
-def plan(operands: Operands, options: Options, backward: object = False) -> Plan:
-    """What the call would run; of the backward pass without looking at what only that is given."""
-    of_gradients = check_bool("backward", backward)
+def plan(operands: Operands, options: Options, backward: object = False, jvp: object = False) -> Plan:
+    """What the call would run; of the backward pass and of tangents without looking at what only these are given."""
+    of_gradients, of_tangents = check_bool("backward", backward), check_bool("jvp", jvp)
+    if of_gradients and of_tangents:
+        raise OptionError("jvp", "True with backward=True", "one of the two", "Make two plans: gradients and tangents come from two calls.")
     if check_bool("need_attn_mask_grad", options.need_attn_mask_grad) and not of_gradients:
         hint = "Pass backward=True too; the forward pass is the same with and without."
         raise OptionError("need_attn_mask_grad", "True with backward=False", "backward=True with it", hint)
     arrays = borrowed(operands, options)
-    problem = make_problem(arrays, options)
+    problem = replace(make_problem(arrays, options), of_tangents=of_tangents)
     return make_plan(problem, device.of_memory(*arrays["query"].device), backward=of_gradients, tile=options.tile)
 
 
-def _refuse_pairs(operands: Operands, options: Options) -> None:
+def refuse_pairs(operands: Operands, options: Options) -> None:
     """`out` and `lse` come from the forward call together, and are easily mixed up."""
     for name, operand in (("out", operands.out), ("lse", operands.lse)):
         if operand is None or isinstance(operand, tuple):
@@ -131,7 +134,9 @@ _calls: dict[Hashable, Any] = {}
 _NAMES = tuple("dropout_state" if name == "dropout_seed" else name for name in Operands._fields)
 
 
-def _find(direction: str, operands: Operands, options: Options) -> tuple[Hashable | None, Any, dict[str, int]]:
+def find(
+    direction: str, operands: Operands, options: Options, tangents: Tangents | None = None
+) -> tuple[Hashable | None, Any, dict[str, int]]:
     """The key of a call, what was prepared for it, and what is written into its argument structs: addresses, and the words of a seed.
 
     The key is all that the preparation depends on; on addresses it depends for their alignment only, and on seeds not at all. It is None where it cannot be
@@ -141,7 +146,10 @@ def _find(direction: str, operands: Operands, options: Options) -> tuple[Hashabl
     seen: list[Hashable] = [direction, device.simulator_arch(), bool(addresses), *hashable(options)]
     if operands.dropout_seed is not None:
         operands = operands._replace(dropout_seed=state)
-    key, call = remembered(seen) if looked_at(_NAMES, operands, seen, addresses) else (None, None)
+    is_known = looked_at(_NAMES, operands, seen, addresses)
+    if tangents is not None:
+        is_known = is_known and looked_at(Tangents._fields, tangents, seen, addresses)
+    key, call = remembered(seen) if is_known else (None, None)
     return key, call, addresses
 
 

@@ -266,9 +266,9 @@ class PreparedForward(PreparedCall):
         if self.launches:
             self.launch_with_workspace(addresses)
         else:
-            _fill(out, 0.0)
+            fill(out, 0.0)
             if lse is not None:
-                _fill(lse, float("-inf"))
+                fill(lse, float("-inf"))
         if given is None:
             out = self.framework.finish(out)
         return (out, self.framework.finish(lse)) if self.problem.return_lse else out
@@ -307,7 +307,7 @@ class PreparedBackward(PreparedCall):
             self.launch_with_workspace(addresses)
         else:
             for gradient in gradients:
-                _fill(gradient, 0.0)
+                fill(gradient, 0.0)
         finished = [self.framework.finish(gradient) for gradient in gradients]
         of_inputs = Gradients(*finished[:3])
         for buffer, gradient in zip(self.plan.outputs[3:], finished[3:], strict=True):
@@ -329,7 +329,8 @@ def _contiguous_or_broadcast(extents: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _fill(array: Any, number: float) -> None:
+def fill(array: Any, number: float) -> None:
+    """Give all elements of a result the same number."""
     if isinstance(array, BFloat16Bits):
         array.bits[...] = 0
     else:

@@ -245,7 +245,7 @@ class Prediction:
     def tflops(self) -> float:
         """By the products over visible pairs, as benchmarks count; where data hide pairs, more than there are."""
         problem = self.plan.problem
-        flops = problem.flops_backward if self.plan.backward else problem.flops_forward
+        flops = problem.flops_backward if self.plan.backward or problem.of_tangents else problem.flops_forward
         return flops / (self.milliseconds * 1e9) if self.launches else 0.0
 
 
@@ -390,7 +390,7 @@ def _least_traffic(kernel: KernelPlan, problem: Problem) -> float:
     rows_kv = problem.key_shape[0] * problem.num_heads_kv * problem.seqlen_kv
     width = problem.itemsize * (problem.head_dim + problem.head_dim_v)
     moved = (*kernel.spec.stationary, *kernel.spec.streamed, *kernel.spec.outputs)
-    of_queries = sum(name in ("query", "grad_out", "O", "dQ") for name in moved)
+    of_queries = sum(name in ("query", "query_dot", "grad_out", "O", "O_dot", "dQ") for name in moved)
     sums = 4 * problem.head_dim * rows_q if kernel.spec.added_up else 0
     return width / 2 * (of_queries * rows_q + (len(moved) - of_queries) * rows_kv) + sums
 

@@ -8,7 +8,6 @@ Nothing of cuflash imports this package or torch: whoever imports `cuflash.torch
 | `inputs.py` | what torch's users pass, brought into the form that cuflash takes |
 | `functions.py` | eager calls: autograd functions straight over cuflash's calls, with no operator in between |
 | `batching.py` | both under `torch.func.vmap` |
-| `forward_mode.py` | forward-mode derivatives, by calls of the two passes |
 | `operators.py` | the same calls as registered operators, for tracing and for modes that look at operators |
 | `nested.py` | jagged nested tensors as packed sequences |
 | `ring.py`, `shards.py` | attention over a sequence whose parts lie on several ranks |

@@ -10,7 +10,10 @@ from torch.nn.attention.bias import CausalBias
 
 from cuflash import attention as core
 from cuflash.planning.plan import Plan
+from cuflash.problem.operands import Operands
+from cuflash.problem.options import Options
 from cuflash.problem.other_names import explains_keywords
+from cuflash.runtime import calls
 from cuflash.torch import functions, inputs, nested, operators
 from cuflash.torch.functions import Call
 from cuflash.torch.inputs import number
@@ -56,8 +59,7 @@ def scaled_dot_product_attention(
             broadcast to those of key and value. Jagged nested tensors are taken too, all three then.
         key, value: `(batch, num_heads_kv, seqlen_kv, head_dim)`; value may have a head_dim of its own. A batch or heads of 1 are broadcast.
         attn_mask: boolean (True: attend) or additive, broadcast; or a `torch.nn.attention.bias.CausalBias`, which stands for is_causal and causal_alignment.
-        attn_bias: additive, beside a boolean attn_mask that hides keys of a row of the batch from all its queries and heads, `(batch, 1, 1, seqlen_kv)`: each is
-            broadcast for itself. Alone it is an additive attn_mask.
+        attn_bias: additive, beside a boolean attn_mask: each is broadcast for itself and none is copied. Alone it is an additive attn_mask.
         dropout_p: applied whenever it is passed, as in torch's function: pass 0.0 in evaluation.
         layout: the order of dimensions where it is not torch's, of which there are four then.
         return_lse: return `(out, lse)`; lse is float32 `(batch, num_heads_q, seqlen_q)`, differentiable like out.
@@ -84,17 +86,17 @@ def scaled_dot_product_attention(
     if type(attn_mask) is CausalBias:
         attn_mask, is_causal, causal_alignment = inputs.from_causal_bias(attn_mask, is_causal, query, key, layout)
     given = (
-        query, key, value, attn_mask, sinks, alibi_slopes, seqlens_kv, segment_ids_q, segment_ids_kv, prefix_lengths, None, None,
+        query, key, value, attn_mask, sinks, alibi_slopes, seqlens_kv, segment_ids_q, segment_ids_kv, prefix_lengths, None, None, None,
         dropout_seed if isinstance(dropout_seed, torch.Tensor) else None,
     )  # fmt: skip
     plain = inputs.check_tensors(given)
     if attn_bias is not None:
         inputs.check_tensor("attn_bias", attn_bias)
-    restore = None
+    restore = pair_mask = None
     if layout == "bhsd":
         query, key, value, (attn_mask, attn_bias), restore = inputs.four_dimensions(query, key, value, attn_mask, attn_bias)
     if attn_bias is not None:
-        attn_mask, segment_ids_q, segment_ids_kv = _beside_bias(
+        attn_mask, pair_mask, segment_ids_q, segment_ids_kv = _beside_bias(
             query, key, value, attn_mask, attn_bias, segment_ids_q, segment_ids_kv, layout
         )
     query, key, value = inputs.autocast(query, key, value)
@@ -107,7 +109,7 @@ def scaled_dot_product_attention(
     sinks, alibi_slopes = inputs.sinks_and_slopes(sinks, alibi_slopes)
     tensors = (
         query, key, value, attn_mask, sinks, alibi_slopes, inputs.lengths(seqlens_kv), segment_ids_q, segment_ids_kv, inputs.lengths(prefix_lengths),
-        None, None, state,
+        None, None, pair_mask, state,
     )  # fmt: skip
     result = _attend(Call(False, options, seed), tensors, plain, return_lse)
     if restore is None:
@@ -155,7 +157,7 @@ def varlen_attention(
         out `(tokens, heads, head_dim_v)`, or with `return_lse` out and lse `(heads, tokens)`, both differentiable.
     """
     state = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
-    given = (query, key, value, attn_mask, sinks, alibi_slopes, None, None, None, prefix_lengths, cu_seqlens_q, cu_seqlens_kv, state)
+    given = (query, key, value, attn_mask, sinks, alibi_slopes, None, None, None, prefix_lengths, cu_seqlens_q, cu_seqlens_kv, None, state)
     plain = inputs.check_tensors(given)
     query, key, value = inputs.autocast(query, key, value)
     options = {
@@ -167,7 +169,7 @@ def varlen_attention(
     sinks, alibi_slopes = inputs.sinks_and_slopes(sinks, alibi_slopes)
     tensors = (
         query, key, value, attn_mask, sinks, alibi_slopes, None, None, None, inputs.lengths(prefix_lengths), inputs.lengths(cu_seqlens_q),
-        inputs.lengths(cu_seqlens_kv), state,
+        inputs.lengths(cu_seqlens_kv), None, state,
     )  # fmt: skip
     return _attend(Call(True, options, seed), tensors, plain, return_lse)
 
@@ -192,6 +194,7 @@ def plan(
     allow_tf32: bool = False,
     seqlens_kv: Any = None,
     backward: bool = False,
+    jvp: bool = False,
     dropout_seed: Any = None,
     window: Any = None,
     softcap: float | None = None,
@@ -201,21 +204,21 @@ def plan(
     segment_ids_kv: Any = None,
     prefix_lengths: Any = None,
 ) -> Plan:
-    """Say what `scaled_dot_product_attention` would run with these arguments, or with `backward` what its gradients would; `print` it.
+    """Say what `scaled_dot_product_attention` would run with these arguments, or with `backward` what its gradients would, with `jvp` its tangents; `print` it.
 
     Nothing is compiled, launched or recorded; tensors are dense. Where autograd records the call, the forward pass has `return_lse=True`.
     """
     if type(attn_mask) is CausalBias:
         attn_mask, is_causal, causal_alignment = inputs.from_causal_bias(attn_mask, is_causal, query, key, layout)
     state = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
-    inputs.check_tensors(
-        (query, key, value, attn_mask, sinks, alibi_slopes, seqlens_kv, segment_ids_q, segment_ids_kv, prefix_lengths, None, None, state)
-    )
+    given = (query, key, value, attn_mask, sinks, alibi_slopes, seqlens_kv, segment_ids_q, segment_ids_kv, prefix_lengths)
+    inputs.check_tensors((*given, None, None, None, state))
+    pair_mask = None
     if layout == "bhsd":
         query, key, value, (attn_mask, attn_bias), _ = inputs.four_dimensions(query, key, value, attn_mask, attn_bias)
     if attn_bias is not None:
         inputs.check_tensor("attn_bias", attn_bias)
-        attn_mask, segment_ids_q, segment_ids_kv = _beside_bias(
+        attn_mask, pair_mask, segment_ids_q, segment_ids_kv = _beside_bias(
             query, key, value, attn_mask, attn_bias, segment_ids_q, segment_ids_kv, layout
         )
     query, key, value = inputs.autocast(query, key, value)
@@ -224,25 +227,31 @@ def plan(
         sinks, alibi_slopes = inputs.sinks_and_slopes(sinks, alibi_slopes)
     if dropout_p and dropout_seed is None:
         dropout_seed = 0  # a plan says nothing of it, and the generator stays where it is
-    return core.plan(
-        query, key, value, attn_mask, dropout_p, is_causal, number(scale), enable_gqa, layout=layout, causal_alignment=causal_alignment,
-        return_lse=return_lse, tile=tile, deterministic=deterministic, allow_tf32=allow_tf32, seqlens_kv=inputs.lengths(seqlens_kv), backward=backward,
-        dropout_seed=dropout_seed, window=inputs.pair(window), softcap=number(softcap), alibi_slopes=alibi_slopes, sinks=sinks,
-        segment_ids_q=segment_ids_q, segment_ids_kv=segment_ids_kv, prefix_lengths=inputs.lengths(prefix_lengths),
-        need_attn_mask_grad=bool(backward and attn_mask is not None and attn_mask.requires_grad),
+    operands = Operands(
+        query, key, value, attn_mask, alibi_slopes, sinks, inputs.lengths(prefix_lengths), dropout_seed, None, inputs.lengths(seqlens_kv), segment_ids_q,
+        segment_ids_kv, pair_mask=pair_mask,
     )  # fmt: skip
+    options = Options(
+        is_causal, number(scale), enable_gqa, causal_alignment, return_lse, tile, deterministic, allow_tf32, dropout_p, inputs.pair(window),
+        number(softcap), layout, need_attn_mask_grad=bool(backward and attn_mask is not None and attn_mask.requires_grad),
+    )  # fmt: skip
+    return calls.plan(operands, options, backward, jvp)
 
 
 def _beside_bias(
     query: Any, key: Any, value: Any, attn_mask: Any, attn_bias: Any, ids_q: Any, ids_kv: Any, layout: str
-) -> tuple[Any, Any, Any]:
-    """attn_mask, segment_ids_q and segment_ids_kv of a call that has an attn_bias."""
+) -> tuple[Any, Any, Any, Any]:
+    """attn_mask, pair_mask, segment_ids_q and segment_ids_kv of a call that has an attn_bias."""
     b, h, s = (layout.index(axis) for axis in "bhs")
     extents = max(x.shape[b] for x in (query, key, value)), query.shape[h], query.shape[s], key.shape[s]
     return inputs.mask_beside_bias(attn_mask, attn_bias, extents, ids_q, ids_kv)
 
 
 def _attend(call: Call, tensors: functions.Tensors, plain: bool, return_lse: bool) -> Any:
-    if operators.looked_at(tensors, plain) and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()):
-        return operators.attend(call, tensors, return_lse)
+    if operators.looked_at(tensors, plain):
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling and operators.breaks_graph():  # the graph ends here, and the call runs as outside of it
+            return torch._disable_dynamo(functions.attend)(call, tensors, return_lse)
+        if is_compiling or not torch._C._are_functorch_transforms_active():
+            return operators.attend(call, tensors, return_lse)
     return functions.attend(call, tensors, return_lse)

@@ -34,7 +34,8 @@ def attention(info: Any, dims: Tensors, tensors: Tensors, call: Any, attend: Run
     """
     _check_randomness(info, call)
     if _foldable(dims, call, info):
-        return _unfolded(attend(_folded(tensors, dims, info.batch_size, shared=True)), info.batch_size, _extent(tensors[0], dims[0]))
+        batch = _extent(tensors[0], dims[0])
+        return _unfolded(attend(_folded(tensors, dims, info.batch_size, batch, shared=True)), info.batch_size, batch)
     return _stacked(attend, tensors, dims, info.batch_size)
 
 
@@ -42,15 +43,39 @@ def gradients(info: Any, dims: Tensors, given: Tensors, call: Any, needs_mask: b
     """The same of gradients; `given` are those of out and lse, the tensors of the call, out and lse, which `run` takes."""
     tensors, own = given[2 : 2 + _COUNT], dims[2 : 2 + _COUNT]
     size = info.batch_size
-    one_batch = len({_extent(x, dim) for x, dim in zip(tensors[:3], own[:3], strict=True)}) == 1
-    if one_batch and not needs_mask and tensors[4] is None and _foldable(own, call, info):
-        folded = _folded(tensors, own, size, shared=False)  # gradients of what samples share come for each of them
-        grad_out, grad_lse, out, lse = (
-            None if x is None else _first(x, dim, size).flatten(0, 1)
-            for x, dim in zip((*given[:2], *given[-2:]), (*dims[:2], *dims[-2:]), strict=True)
-        )
-        return _unfolded(run((grad_out, grad_lse, *folded, out, lse)), size, _extent(tensors[0], own[0]))
-    return _stacked(run, given, dims, size)
+    batches = [_extent(x, dim) for x, dim in zip(tensors[:3], own[:3], strict=True)]
+    one_batch = len(set(batches)) == 1
+    if tensors[4] is not None or not _foldable(own, call, info) or not (call.dropout_p or (one_batch and not needs_mask)):
+        return _stacked(run, given, dims, size)
+    if needs_mask:  # of the rows of the forward call, whose dropout each has its own
+        hint = "Pass randomness='same' to vmap."
+        raise UnsupportedError("attn_mask", "its gradient under vmap, with dropout that differs between samples", "one of the two", hint)
+    batch = batches[0]
+    folded = _folded(tensors, own, size, batch, shared=False)  # gradients of what samples share come for each of them
+    grad_out, grad_lse, out, lse = (
+        None if x is None else _first(x, dim, size).flatten(0, 1)
+        for x, dim in zip((*given[:2], *given[-2:]), (*dims[:2], *dims[-2:]), strict=True)
+    )
+    grads, found = _unfolded(run((grad_out, grad_lse, *folded, out, lse)), size, batch)
+    of_inputs = (grad if own == batch else grad.sum(1, keepdim=True) for grad, own in zip(grads, batches, strict=False))
+    return (*of_inputs, *grads[3:]), found
+
+
+def tangents(info: Any, dims: Tensors, given: Tensors, call: Any, run: Run) -> tuple[Any, Any]:
+    """The same of the tangents of out and lse; `given` are those of query, key, value and sinks, the tensors of the call, out and lse, which `run` takes.
+
+    Several tangents at one point run one by one: as rows of a batch each would want the tensors of the point once more.
+    """
+    first = len(given) - _COUNT - 2
+    tensors, own = given[first : first + _COUNT], dims[first : first + _COUNT]
+    size = info.batch_size
+    if dims[-2] is None or given[first - 1] is not None or not _foldable(own, call, info):
+        return _stacked(run, given, dims, size)
+    batch = _extent(tensors[0], own[0])
+    no_others = (None,) * (_COUNT - 3)
+    folded = _folded((*given[:3], *no_others), (*dims[:3], *no_others), size, batch, shared=False)[:3]
+    results = (_first(x, dim, size).flatten(0, 1) for x, dim in zip(given[-2:], dims[-2:], strict=True))
+    return _unfolded(run((*folded, None, *_folded(tensors, own, size, batch, shared=False), *results)), size, batch)
 
 
 def one_by_one(info: Any, dims: Tensors, arguments: Tensors, run: Callable[..., Tensors]) -> tuple[Any, Any]:
@@ -69,7 +94,7 @@ def _check_randomness(info: Any, call: Any) -> None:
 
 
 def _foldable(dims: Tensors, call: Any, info: Any) -> bool:
-    same_dropout = call.dropout_p and (info.randomness == "same" or dims[12] is not None)
+    same_dropout = call.dropout_p and (info.randomness == "same" or dims[TENSORS.index("dropout_seed")] is not None)
     return not call.packed and call.options["layout"].startswith("b") and dims[4] is None and not same_dropout
 
 
@@ -83,9 +108,8 @@ def _first(x: Any, dim: int | None, size: int) -> Any:
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-def _folded(tensors: Tensors, dims: Tensors, size: int, shared: bool) -> Tensors:
-    """Tensors whose batch are the rows of all samples; what has a batch of one for all samples stays as it is if it may be `shared`."""
-    batch = _extent(tensors[0], dims[0])
+def _folded(tensors: Tensors, dims: Tensors, size: int, batch: int, shared: bool) -> Tensors:
+    """Tensors whose batch are the rows of all samples, `batch` of each; what has a batch of one for all samples stays as it is if it may be `shared`."""
     folded = []
     for name, x, dim in zip(TENSORS, tensors, dims, strict=True):
         is_input, ndim = name in TENSORS[:3], _BATCHED_DIMENSIONS.get(name, 4)

@@ -17,14 +17,18 @@ from torch.autograd import forward_ad
 from cuflash.errors import UnsupportedError
 from cuflash.problem.operands import Operands
 from cuflash.problem.options import Options
-from cuflash.runtime import calls
+from cuflash.problem.tangents import Tangents
+from cuflash.runtime import calls, jvp_calls
 from cuflash.runtime.prepared import Gradients
-from cuflash.torch import batching, forward_mode
+from cuflash.torch import batching
 from cuflash.torch.inputs import TENSORS, TRACED
 
 _COUNT = len(TENSORS)
+_TANGENTS = len(Tangents._fields)
 _OPERANDS_OF = operator.itemgetter(*(TENSORS.index(name) if name in TENSORS else _COUNT for name in Operands._fields))
 """Of the tensors of a call and None behind them, what each operand is."""
+
+_WITHOUT_US = "for small shapes, call torch's own attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
 
 Tensors = tuple[Any, ...]
 
@@ -53,9 +57,18 @@ class Call:
         """Gradients of all tensors that have one; those of out and lse may be None for zero."""
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        operands = self._operands(tensors)._replace(out=out, lse=lse, grad_out=grad_out, grad_lse=grad_lse)
+        operands = self._operands(tensors)._replace(out=out, lse=lse, grad_out=_written_out(grad_out), grad_lse=grad_lse)
         options = {**self.options, "tile": None}  # what fits the forward kernel need not fit these
         return calls.backward(operands, Options(need_attn_mask_grad=need_attn_mask_grad, varlen=self.packed, **options))
+
+    def jvp(self, tensors: Tensors, out: Any, lse: Any, tangents: Tensors) -> tuple[Any, Any]:
+        """Tangents of out and lse along those of query, key, value and sinks."""
+        options = {**self.options, "tile": None}
+        return jvp_calls.jvp(
+            Tangents(*map(_written_out, tangents)),
+            self._operands(tensors)._replace(out=out, lse=lse),
+            Options(varlen=self.packed, **options),
+        )
 
     def _operands(self, tensors: Tensors) -> Operands:
         *others, state = tensors
@@ -68,6 +81,12 @@ class Call:
     @property
     def dropout_p(self) -> float:
         return float(self.options["dropout_p"])
+
+
+def _written_out(x: Any) -> Any:
+    """A gradient or tangent whose rows are one number each, as `.sum().backward()` gives it, as rows in memory: of such rows kernels copy elements one by one,
+    and are compiled once more for it. Anything else as it is."""
+    return x.contiguous() if x is not None and x.stride(-1) == 0 and x.shape[-1] > 1 else x
 
 
 def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:
@@ -124,7 +143,17 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, Any]:
         *tensors, out, lse = ctx.saved_tensors
-        return forward_mode.derivative(_results, _input_gradients, ctx.call, tuple(tensors), tangents[:_COUNT], out, lse)
+        *of_inputs, of_sinks = _tangents(tangents)
+        if (of_inputs[0], of_inputs[1], of_sinks) == (
+            None,
+            None,
+            None,
+        ):  # P stays: attention over another value, which has derivatives of its own
+            value_dot = of_inputs[2]
+            out_dot = torch.zeros_like(out) if value_dot is None else Attention.apply(*tensors[:2], value_dot, *tensors[3:], ctx.call)[0]
+            return out_dot, torch.zeros_like(lse)
+        out_dot, lse_dot = AttentionJvp.apply(*of_inputs, of_sinks, *tensors, out, lse, ctx.call)
+        return out_dot, lse_dot
 
     @staticmethod
     def vmap(info: Any, in_dims: Tensors, *arguments: Any) -> tuple[Any, Any]:
@@ -132,14 +161,17 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
         return batching.attention(info, in_dims[:_COUNT], arguments[:_COUNT], call, lambda tensors: Attention.apply(*tensors, call))
 
 
-def _results(call: Call, tensors: Tensors) -> tuple[Any, Any]:
-    out, lse = Attention.apply(*tensors, call)
-    return out, lse
-
-
-def _input_gradients(call: Call, tensors: Tensors, out: Any, lse: Any, grad_out: Any) -> Tensors:
-    grads: Tensors = AttentionBackward.apply(grad_out, None, *tensors, out, lse, call, False)
-    return grads
+def _tangents(tangents: Tensors) -> Tensors:
+    """Of all tangents in the order of `TENSORS`, those of query, key, value and sinks; there are no others."""
+    for name, tangent in zip(TENSORS[3:], tangents[3:_COUNT], strict=True):
+        if tangent is not None and name != "sinks":
+            raise UnsupportedError(
+                name,
+                "a forward-mode derivative by it",
+                "derivatives by query, key, value and sinks",
+                f"Use torch.func.vjp or autograd; or {_WITHOUT_US}",
+            )
+    return (*tangents[:3], tangents[TENSORS.index("sinks")])
 
 
 class _Recorded(torch.autograd.Function):  # type: ignore[misc]
@@ -178,8 +210,7 @@ class AttentionBackward(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        hint = "Use create_graph=False; or, for small shapes, torch's own attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-        raise UnsupportedError("attention", "a second derivative of it", "first derivatives", hint)
+        raise UnsupportedError("attention", "a second derivative of it", "first derivatives", f"Use create_graph=False; or {_WITHOUT_US}")
 
     jvp = backward
 
@@ -188,6 +219,41 @@ class AttentionBackward(torch.autograd.Function):  # type: ignore[misc]
         *given, call, needs_mask = arguments
         gradients = functools.partial(_apply_backward, call, needs_mask)
         return batching.gradients(info, in_dims[:-2], tuple(given), call, needs_mask, gradients)
+
+
+class AttentionJvp(torch.autograd.Function):  # type: ignore[misc]
+    """The tangents of `Attention`, which have no derivative of their own; arguments are those of query, key, value and sinks, the tensors, out, lse and the call."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensors:
+        tangents, (*tensors, out, lse, call) = arguments[:_TANGENTS], arguments[_TANGENTS:]
+        if _is_watched(tensors[0]):
+            from cuflash.torch import operators
+
+            return operators.tangents(call, tuple(tensors), out, lse, tangents)
+        of_results: Tensors = call.jvp(tuple(tensors), out, lse, tangents)
+        return of_results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Tensors, output: Tensors) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        hint = f"Detach the tangent, as losses of flow models do; or {_WITHOUT_US}"
+        raise UnsupportedError("attention", "a derivative of its forward-mode derivative", "first derivatives", hint)
+
+    jvp = backward
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Tensors, *arguments: Any) -> tuple[Any, Any]:
+        call = arguments[-1]
+        return batching.tangents(info, in_dims[:-1], arguments[:-1], call, functools.partial(_apply_jvp, call))
+
+
+def _apply_jvp(call: Call, given: Tensors) -> Tensors:
+    tangents: Tensors = AttentionJvp.apply(*given, call)
+    return tangents
 
 
 def _apply_backward(call: Call, needs_mask: bool, given: Tensors) -> Tensors:

@@ -19,7 +19,7 @@ from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
 
 TENSORS = (
     "query", "key", "value", "attn_mask", "sinks", "alibi_slopes", "seqlens_kv", "segment_ids_q", "segment_ids_kv", "prefix_lengths", "cu_seqlens_q",
-    "cu_seqlens_kv", "dropout_seed",
+    "cu_seqlens_kv", "pair_mask", "dropout_seed",
 )  # fmt: skip
 """The tensors of a call, in the order in which all functions of this package take them, None for those that it does not have."""
 
@@ -90,44 +90,42 @@ def from_causal_bias(bias: Any, is_causal: Any, query: Any, key: Any, layout: st
     return None, True, "top_left" if bias.variant == CausalVariant.UPPER_LEFT else "bottom_right"
 
 
-def mask_beside_bias(attn_mask: Any, attn_bias: Any, extents: tuple[int, int, int, int], ids_q: Any, ids_kv: Any) -> tuple[Any, Any, Any]:
-    """A boolean attn_mask and an additive attn_bias as what kernels take: one additive mask, and segment ids for keys that the boolean one hides.
+def mask_beside_bias(
+    attn_mask: Any, attn_bias: Any, extents: tuple[int, int, int, int], ids_q: Any, ids_kv: Any
+) -> tuple[Any, Any, Any, Any]:
+    """A boolean attn_mask and an additive attn_bias as what kernels take, each broadcast for itself and none copied.
 
-    The two are broadcast apart: kernels have one mask, so that the boolean one has to say which keys of a sequence there are, the same for all queries and heads.
+    A boolean mask that hides the same keys from all queries and heads of a row becomes segment ids, by which whole tiles are passed over. Another one stands
+    beside the additive one.
 
     Args:
         extents: batch, heads of the query, seqlen_q and seqlen_kv.
 
     Returns:
-        attn_mask, segment_ids_q and segment_ids_kv.
+        The additive mask, the boolean one beside it, segment_ids_q and segment_ids_kv.
     """
     if attn_bias.dtype == torch.bool:
         raise DTypeError(
             "attn_bias", "a boolean tensor", "one that is added to the scores", "Pass what says which pairs attend as attn_mask."
         )
-    if attn_bias.dim() > 4 or not all(
-        own in (1, extent) for own, extent in zip(reversed(attn_bias.shape), reversed(extents), strict=False)
-    ):
-        hint = "Its dimensions are those of (batch, heads, seqlen_q, seqlen_kv), or the last of them; each may be 1."
-        raise ShapeError("attn_bias", f"shape {tuple(attn_bias.shape)}", f"one that broadcasts to {extents}", hint)
     if attn_mask is None:
-        return attn_bias, ids_q, ids_kv
+        return _broadcastable("attn_bias", attn_bias, extents), None, ids_q, ids_kv
     if attn_mask.dtype != torch.bool:
         hint = "Add the two: attn_bias=attn_bias + attn_mask."
         raise UnsupportedError("attn_mask", f"a tensor of {attn_mask.dtype} beside attn_bias", "a boolean one", hint)
-    if ids_q is not None or ids_kv is not None:
-        hint = "Put both into one: attn_mask=torch.where(attn_mask, attn_bias, -torch.inf)."
-        raise UnsupportedError("attn_mask", "a boolean mask beside attn_bias and segment ids", "two of the three", hint)
-    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    for axis in (1, 2):
-        if mask.shape[axis] != 1 and mask.stride(axis) != 0:
-            got = f"a boolean mask of shape {tuple(attn_mask.shape)} beside attn_bias"
-            hint = "Causal masks and windows have arguments of their own; else put both into one: attn_bias=torch.where(attn_mask, attn_bias, -torch.inf)."
-            if attn_mask.dim() == 2:
-                hint = f"If it hides keys of a row of the batch, pass attn_mask[:, None, None, :]. {hint}"
-            raise UnsupportedError("attn_mask", got, "(batch, 1, 1, seqlen_kv), the same keys for all queries and heads", hint)
-    ids_kv = mask[:, 0, 0].to(torch.int32)
-    return attn_bias, ids_kv.new_ones(1, extents[2]), ids_kv
+    bias, mask = _broadcastable("attn_bias", attn_bias, extents), _broadcastable("attn_mask", attn_mask, extents)
+    of_pairs = mask[(None,) * (4 - mask.dim())]
+    if ids_q is not None or ids_kv is not None or any(of_pairs.shape[axis] != 1 and of_pairs.stride(axis) != 0 for axis in (1, 2)):
+        return bias, mask, ids_q, ids_kv
+    ids_kv = of_pairs[:, 0, 0].expand(-1, extents[3]).to(torch.int32)
+    return bias, None, ids_kv.new_ones(1, extents[2]), ids_kv
+
+
+def _broadcastable(name: str, mask: Any, extents: tuple[int, int, int, int]) -> Any:
+    if mask.dim() > 4 or not all(own in (1, extent) for own, extent in zip(reversed(mask.shape), reversed(extents), strict=False)):
+        hint = "Its dimensions are those of (batch, heads, seqlen_q, seqlen_kv), or the last of them; each may be 1."
+        raise ShapeError(name, f"shape {tuple(mask.shape)}", f"one that broadcasts to {extents}", hint)
+    return mask
 
 
 def number(x: Any) -> Any:

@@ -121,8 +121,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):  # type: ignore[misc]
         pairs = ~attn_mask if attn_mask is not None and attn_mask.dtype == torch.bool else None
         additive = [x for x in (padding, attn_mask) if x is not None and x.dtype != torch.bool]
         bias = sum(additive[1:], additive[0]) if additive else None
-        if bias is not None and pairs is not None:
-            bias, pairs = torch.where(pairs, bias, float("-inf")), None
         return _Masks(keys, pairs, bias, is_causal)
 
 

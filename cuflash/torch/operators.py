@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._C._functorch import TransformType
 
 from cuflash.errors import UnsupportedError
 from cuflash.merging import merge_attention as merge
 from cuflash.merging import merge_attention_backward as merge_backward
+from cuflash.problem.tangents import Tangents
 from cuflash.problem.tile import Tile
 from cuflash.torch import batching
 from cuflash.torch.functions import Call, Tensors
@@ -25,12 +27,15 @@ _OPTIONS = (
 )
 _INPUTS = "Tensor query, Tensor key, Tensor value, " + ", ".join(f"Tensor? {name}" for name in TENSORS[3:])
 _COUNT = len(TENSORS)
+_TANGENTS = len(Tangents._fields)
 _UNLIMITED = -1
 
 _SCHEMAS = {
     "attention": f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
     "attention_backward": f"(Tensor? grad_out, Tensor? grad_lse, {_INPUTS}, {_OPTIONS}, Tensor out, Tensor lse, bool need_attn_mask_grad) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "attention_jvp": "(Tensor? query_dot, Tensor? key_dot, Tensor? value_dot, Tensor? sinks_dot, "
+    f"{_INPUTS}, {_OPTIONS}, Tensor out, Tensor lse) -> (Tensor, Tensor)",
     "merge": "(Tensor[] outs, Tensor[] lses, str layout) -> (Tensor, Tensor)",
     "merge_backward": "(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor out, Tensor lse, str layout) -> (Tensor, Tensor)",
 }
@@ -39,6 +44,7 @@ for _name, _schema in _SCHEMAS.items():
 
 _attention = torch.ops.cuflash.attention.default
 _attention_backward = torch.ops.cuflash.attention_backward.default
+_attention_jvp = torch.ops.cuflash.attention_jvp.default
 _merge = torch.ops.cuflash.merge.default
 _merge_backward = torch.ops.cuflash.merge_backward.default
 
@@ -55,6 +61,18 @@ def looked_at(tensors: Sequence[Any], plain: bool) -> bool:
     return not plain and any(isinstance(x, TRACED) for x in tensors)
 
 
+_GRAD_IN_GRAPHS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+"""Whether operators with a registered gradient have one under `torch.func.grad`; older versions look for a `setup_context` that their own function lacks."""
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def breaks_graph() -> bool:
+    """Whether a call that Dynamo traces is under a transform of `torch.func` in which registered operators have no derivative."""
+    kinds = {interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()}
+    without = {TransformType.Jvp} if _GRAD_IN_GRAPHS else {TransformType.Jvp, TransformType.Grad}
+    return not kinds.isdisjoint(without)
+
+
 def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:
     """The call as an operator."""
     out, lse = _attention(*_with_seed(call, tensors), *_options_of(call))
@@ -65,6 +83,12 @@ def gradients(call: Call, tensors: Tensors, out: Any, lse: Any, grad_out: Any, g
     """Those of query, key, value, attn_mask and sinks as an operator, None for what has none."""
     *grads, mask, sinks = _attention_backward(grad_out, grad_lse, *_with_seed(call, tensors), *_options_of(call), out, lse, needs_mask)
     return (*grads, mask if needs_mask else None, None if tensors[4] is None else sinks)
+
+
+def tangents(call: Call, tensors: Tensors, out: Any, lse: Any, of_inputs: Tensors) -> tuple[Any, Any]:
+    """Those of out and lse as an operator."""
+    out_dot, lse_dot = _attention_jvp(*of_inputs, *_with_seed(call, tensors), *_options_of(call), out, lse)
+    return out_dot, lse_dot
 
 
 def merge_parts(outs: Sequence[Any], lses: Sequence[Any], layout: str) -> tuple[Any, Any]:
@@ -146,6 +170,16 @@ def _attention_backward_fake(grad_out: Any, grad_lse: Any, *arguments: Any) -> A
     return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (query, key, value, mask, sinks))
 
 
+def _attention_jvp_impl(*arguments: Any) -> Any:
+    tangents, (*others, out, lse) = arguments[:_TANGENTS], arguments[_TANGENTS:]
+    return _call_of(others[_COUNT:]).jvp(tuple(others[:_COUNT]), out, lse, tangents)
+
+
+def _attention_jvp_fake(*arguments: Any) -> Any:
+    *_, out, lse = arguments
+    return out.new_empty(out.shape), lse.new_empty(lse.shape)
+
+
 def _attention_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs[:_COUNT], *output)
     ctx.options = inputs[_COUNT:]
@@ -176,6 +210,19 @@ def _attention_backward_batched(info: Any, in_dims: Any, *arguments: Any) -> Any
 
     grads, found = batching.gradients(info, dims, given, _call_of(options), needs_mask, run)
     return tuple(given[0].new_empty(0) if grad is None else grad for grad in grads), found
+
+
+def _attention_jvp_batched(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    first, behind = _TANGENTS + _COUNT, len(arguments) - 2
+    options = arguments[first:behind]
+
+    def run(given: Tensors) -> Tensors:
+        *others, out, lse = given
+        found: Tensors = _attention_jvp(*others, *options, out, lse)
+        return found
+
+    given, dims = ((*x[:first], *x[behind:]) for x in (arguments, in_dims))
+    return batching.tangents(info, dims, given, _call_of(options), run)
 
 
 # --- Merging -------------------------------------------------------------------------------------------------------------------------------
@@ -217,6 +264,7 @@ def _merge_gradients(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
 for _name, _run, _shapes in (
     ("attention", _attention_impl, _attention_fake),
     ("attention_backward", _attention_backward_impl, _attention_backward_fake),
+    ("attention_jvp", _attention_jvp_impl, _attention_jvp_fake),
     ("merge", _merge_impl, _merge_fake),
     ("merge_backward", _merge_backward_impl, _merge_backward_fake),
 ):
@@ -225,5 +273,6 @@ for _name, _run, _shapes in (
     torch.library.register_fake(f"cuflash::{_name}", _shapes)
 torch.library.register_vmap("cuflash::attention", _attention_batched)
 torch.library.register_vmap("cuflash::attention_backward", _attention_backward_batched)
+torch.library.register_vmap("cuflash::attention_jvp", _attention_jvp_batched)
 torch.library.register_autograd("cuflash::attention", _attention_gradients, setup_context=_attention_context)
 torch.library.register_autograd("cuflash::merge", _merge_gradients, setup_context=_merge_context)

@@ -70,7 +70,7 @@ def ring_attention(
         CuflashError: as `scaled_dot_product_attention`.
     """
     state = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
-    check_tensors((query, key, value, None, sinks, alibi_slopes, *(None,) * 6, state))
+    check_tensors((query, key, value, None, sinks, alibi_slopes, *(None,) * 7, state))
     if method not in (None, "pass", "gather"):
         raise OptionError("method", describe(method), "'pass', 'gather' or None", "None takes the one that moves less.")
     query, key, value = autocast(query, key, value)
@@ -103,11 +103,11 @@ def ring_attention(
         "dropout_p": number(dropout_p), "is_causal": False, "scale": number(scale), "enable_gqa": enable_gqa, "causal_alignment": "top_left", "tile": None,
         "deterministic": False, "allow_tf32": allow_tf32, "window": None, "softcap": number(softcap),
     }  # fmt: skip
-    others: tuple[Any, ...] = (None, None, alibi_slopes, *(None,) * 6, state)
+    others: tuple[Any, ...] = (None, None, alibi_slopes, *(None,) * 7, state)
     if packed:
         count = 2 * torch.distributed.get_world_size(group)
         offsets = (lengths(cu_seqlens) // count).to(torch.int32)
-        others = (*(None,) * 7, offsets, offsets, state)
+        others = (*(None,) * 7, offsets, offsets, None, state)
         longest = None if max_seqlen is None else number(max_seqlen) // count
         options |= {"max_seqlen_q": longest, "max_seqlen_kv": longest}
     else:

@@ -86,11 +86,7 @@ def attention(
 
 
 def _mask_and_bias(mask: Any, bias: Any) -> tuple[Any, Any]:
-    """A mask and a bias in a form that the call takes: apart where the mask says which keys there are, else in one tensor, which is a copy of the bias for each row."""
+    """A mask and a bias in a form that the call takes: apart, but for a mask that is added, too."""
     if mask is None:
         return None, bias
-    if mask.dtype != torch.bool:
-        return None, bias + mask
-    if all(mask.shape[axis] == 1 or mask.stride(axis) == 0 for axis in (1, 2)):
-        return mask, bias
-    return None, torch.where(mask, bias, float("-inf"))
+    return (mask, bias) if mask.dtype == torch.bool else (None, bias + mask)

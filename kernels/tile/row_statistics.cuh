@@ -52,6 +52,28 @@ class StatisticsOfRows {
       }
   }
 
+  // The same of a kernel that needs no delta, from lse itself; with an additive mask of what became of it (backward_row_sums_mma.cu).
+  template <typename Arguments>
+  DEVICE StatisticsOfRows(const Arguments& arguments, const RowView& lse, int batch, int head, int start, int first_query, int num_queries) {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int query = first_query + 16 * m + 8 * r + lane_index() / 4;
+        statistics[m][r] = {infinity(), 0.0f};
+        log2_sums[m][r] = 0.0f;
+        if (query >= num_queries) continue;
+        if constexpr (ADDITIVE_MASK) {
+          const StatisticsView view(arguments, batch, head, start, num_queries);
+          statistics[m][r].reference = view.rows[query].reference;
+          log2_sums[m][r] = view.log2_sums[query];
+        } else {
+          const float of_row = *lse.pointer(batch, head, start + query);
+          if (of_row != -infinity()) statistics[m][r].reference = of_row * LOG2_E;
+        }
+      }
+  }
+
   template <int N>
   DEVICE void to_probabilities(float (&S)[M][N][4], float scale_log2) const {
 #pragma unroll

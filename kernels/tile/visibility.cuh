@@ -1,5 +1,6 @@
 // Which keys a query may see, all masks taken together: the end of the arrays and the causal diagonal (tile/causal.cuh), the window, the causal
-// diagonal lifted for the keys of a prefix, equal segment ids, and a boolean mask. Query q sees key k where all of them allow it.
+// diagonal lifted for the keys of a prefix, equal segment ids, and a boolean mask, alone or beside an additive one. Query q sees key k where all of
+// them allow it. A boolean mask beside an additive one is looked at in every tile; nobody lists tiles for it.
 //
 // Values of the mask and segment ids are read where they are needed, by stride, at indices clamped into the arrays.
 #pragma once
@@ -55,6 +56,7 @@ class Visibility {  // of one batch and query head
 
   // Whether some pair of the tile (queries first_q .. end_q - 1, keys first_kv .. end_kv - 1) is hidden, as far as that does not depend on data.
   DEVICE bool hides_any(int first_q, int end_q, int first_kv, int end_kv) const {
+    if constexpr (PAIR_MASK) return true;
     bool hides = PREFIX ? end_kv > geometry.seqlen_kv || (end_kv > prefix && ::hides_any<true>(geometry, first_q, end_kv))
                         : ::hides_any<Config::CAUSAL>(geometry, first_q, end_kv);
     if constexpr (WINDOW) hides |= end_kv - 1 - first_q > window_high || first_kv - (end_q - 1) < window_low;
@@ -65,10 +67,15 @@ class Visibility {  // of one batch and query head
     bool visible = is_visible<Config::CAUSAL>(geometry, query, key);
     if constexpr (PREFIX) visible |= key < prefix;
     if constexpr (WINDOW) visible &= key - query >= window_low && key - query <= window_high;
-    if constexpr (SEGMENTS || BOOLEAN_MASK) {
+    if constexpr (SEGMENTS || BOOLEAN_MASK || PAIR_MASK) {
       const int q = min(query, geometry.seqlen_q - 1), k = min(key, geometry.seqlen_kv - 1);
       if constexpr (SEGMENTS) visible &= features.segment_ids_q.load(batch, q) == features.segment_ids_kv.load(batch, k);
       if constexpr (BOOLEAN_MASK) visible &= mask_attends(mask().at(q, k));
+      if constexpr (PAIR_MASK) {
+        const MaskView& view = features.pair_mask;
+        visible &= static_cast<const uint8*>(
+                       view.data)[batch * view.stride_batch + head * view.stride_head + q * view.stride_query + k * view.stride_key] != 0;
+      }
     }
     return visible;
   }

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.func import grad, jvp, vmap
+from torch.func import grad, grad_and_value, jvp, vmap
 from written_out import SHAPE, assert_close, assert_same_gradients, attention, leaves
 
 import cuflash
 from cuflash.errors import KeywordError, UnsupportedError
-from cuflash.runtime import calls, prepared
+from cuflash.runtime import calls, launch, prepared
 from cuflash.torch import merge_attention, scaled_dot_product_attention, varlen_attention
 
 BATCH, HEADS, SEQLEN, DIM = SHAPE
@@ -42,6 +42,37 @@ def test_gradients_are_bit_for_bit_those_of_the_plain_calls(device: Any) -> None
     wanted = cuflash.scaled_dot_product_attention_backward(grad_out, *plain, want, lse, **options)
     for got, plain_grad in zip(torch.autograd.grad(out, inputs, grad_out), wanted, strict=True):
         assert torch.equal(got, plain_grad)
+
+
+def test_the_gradient_of_a_sum_compiles_nothing_of_its_own(device: Any) -> None:
+    """One number, expanded: it is written out once, and the kernels are those of any other gradient."""
+    inputs = leaves(device, SHAPE, SHAPE, SHAPE)
+    out = scaled_dot_product_attention(*inputs)
+    want = torch.autograd.grad(out, inputs, torch.full_like(out, 1.0), retain_graph=True)
+    known = dict(launch._executables)
+    for got, grad_input in zip(torch.autograd.grad(out.sum(), inputs), want, strict=True):
+        assert torch.equal(got, grad_input)
+    assert launch._executables == known
+
+
+@pytest.mark.parametrize("randomness", ["different", "same"])
+def test_gradients_under_vmap_drop_what_was_dropped(device: Any, randomness: str) -> None:
+    """Attention is linear in value, so that value times its gradient is the loss; the keys of a sample have a batch of one, and are broadcast."""
+    query, key, value = (x.detach() for x in leaves(device, (2, *SHAPE), *[(2, 1, *SHAPE[1:])] * 2))
+
+    def loss(value: Any, query: Any, key: Any) -> Any:
+        return scaled_dot_product_attention(query, key, value, dropout_p=0.5, dropout_seed=3).sum()
+
+    grads, losses = vmap(grad_and_value(loss), randomness=randomness)(value, query, key)
+    assert grads.shape == value.shape
+    assert_close((grads * value).flatten(1).sum(1), losses.double())
+    if randomness == "different":
+
+        def of_mask(mask: Any, query: Any) -> Any:
+            return scaled_dot_product_attention(query, query, query, mask, 0.5, dropout_seed=3).sum()
+
+        with pytest.raises(UnsupportedError, match="attn_mask: got its gradient under vmap"):
+            vmap(grad(of_mask), (None, 0), randomness=randomness)(torch.zeros(SEQLEN, SEQLEN, device=device), query)
 
 
 def test_mask_and_sinks_have_gradients(device: Any) -> None:

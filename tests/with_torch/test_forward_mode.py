@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import jacfwd, jvp, vmap
+from torch.func import grad, jacfwd, jvp, vmap
 from written_out import SHAPE, assert_close, attention, leaves
 
 import cuflash
 from cuflash.errors import UnsupportedError
-from cuflash.torch import forward_mode, merge_attention, scaled_dot_product_attention, varlen_attention
-from cuflash.torch.functions import Call
+from cuflash.runtime import jvp_calls
+from cuflash.torch import merge_attention, scaled_dot_product_attention, varlen_attention
 
 BATCH, HEADS, SEQLEN, DIM = SHAPE
 
@@ -185,6 +185,54 @@ def test_what_has_no_forward_mode(device: Any) -> None:
     mask = torch.randn(SEQLEN, SEQLEN, device=device)
     with pytest.raises(UnsupportedError, match="attn_mask: got a forward-mode derivative by it"):
         jvp(lambda m: scaled_dot_product_attention(*inputs, m), (mask,), (mask,))
-    call = Call(True, {"dropout_p": 0.0, "softcap": None})
-    with pytest.raises(UnsupportedError, match="key: got head dimensions 300 and 8 under"):
-        forward_mode._check(call, (inputs[0], torch.zeros(4, 1, 300), torch.zeros(4, 1, 8), *(None,) * 10), (None,) * 13)
+
+    def tangent(query: Any) -> Any:
+        return jvp(lambda x: scaled_dot_product_attention(x, *inputs[1:]), (query,), (torch.ones_like(query),))[1].sum()
+
+    with pytest.raises(UnsupportedError, match="attention: got a derivative of its forward-mode derivative"):
+        grad(tangent)(inputs[0])
+
+
+def test_one_kernel_makes_both_tangents(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From what the forward call gave; no operand is copied."""
+    inputs, tangents = plain(device, *[SHAPE] * 3), plain(device, *[SHAPE] * 3)
+    run, seen = jvp_calls.PreparedJvp.run, []
+
+    def recorded(call: Any, addresses: dict[str, int], given: Any = None) -> Any:
+        seen.append(([kernel.name for kernel in call.plan.kernels], dict(addresses)))
+        return run(call, addresses, given)
+
+    monkeypatch.setattr(jvp_calls.PreparedJvp, "run", recorded)
+    jvp(scaled_dot_product_attention, tuple(inputs), tuple(tangents))
+    ((kernels, addresses),) = seen
+    assert kernels == ["forward_jvp"]
+    given = dict(zip(("query", "key", "value", "query_dot", "key_dot", "value_dot"), (*inputs, *tangents), strict=True))
+    assert {name: addresses[name] for name in given} == {name: x.data_ptr() for name, x in given.items()}
+
+
+def test_a_tangent_of_value_has_derivatives(device: Any) -> None:
+    """It is attention over another value."""
+    inputs, (value_dot,) = plain(device, *[SHAPE] * 3), plain(device, SHAPE)
+
+    def tangent(query: Any) -> Any:
+        return jvp(lambda x: scaled_dot_product_attention(query, inputs[1], x), (inputs[2],), (value_dot,))[1].square().sum()
+
+    want = grad(lambda query: attention(query, *(x.double() for x in (inputs[1], value_dot)))[0].square().sum())(inputs[0].double())
+    assert_close(grad(tangent)(inputs[0]), want)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["each", "one_key"])
+def test_vmap_of_points_and_tangents(device: Any, shared: bool) -> None:
+    """Samples are rows of one call; a key that all share may have a batch of one."""
+    inputs, tangents = plain(device, *[(3, *SHAPE)] * 3), plain(device, *[(3, *SHAPE)] * 3)
+    if shared:
+        inputs[1], tangents[1] = plain(device, *[(1, *SHAPE[1:])] * 2)
+    dims = (0, None if shared else 0, 0)
+
+    def both(query: Any, key: Any, value: Any, *dots: Any) -> Any:
+        return jvp(lambda *x: scaled_dot_product_attention(*x, is_causal=True), (query, key, value), dots)[1]
+
+    got = vmap(both, in_dims=dims * 2)(*inputs, *tangents)
+    for i in range(3):
+        own = [x if dim is None else x[i] for x, dim in zip((*inputs, *tangents), dims * 2, strict=True)]
+        assert_close(got[i], both(*own))

@@ -117,20 +117,44 @@ def test_a_bias_alone_is_an_additive_mask(device: Any) -> None:
     assert_close(got, attention(*inputs, torch.where(mask, bias, float("-inf")))[0])
 
 
+def test_a_mask_of_pairs_beside_a_bias(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in its own shape and with its own strides, beside a mask of keys: nothing is copied, in either pass, and the bias has its gradient."""
+    *inputs, bias = leaves(device, *[SHAPE] * 3, (1, HEADS, SEQLEN, SEQLEN))
+    pairs = torch.rand(BATCH, 1, SEQLEN, SEQLEN, device=device) < 0.7
+    pairs[..., 0] = True
+    pairs = pairs.transpose(2, 3).contiguous().transpose(2, 3)
+    ids = (torch.arange(SEQLEN, device=device) < torch.tensor([[SEQLEN], [20]], device=device)).int()
+    seen: list[dict[str, int]] = []
+    for kind in (prepared.PreparedForward, prepared.PreparedBackward):
+        run = kind.run
+        monkeypatch.setattr(
+            kind, "run", lambda call, addresses, given=None, run=run: seen.append(dict(addresses)) or run(call, addresses, given)
+        )
+    options: dict[str, Any] = {"segment_ids_q": torch.ones_like(ids), "segment_ids_kv": ids}
+    results = scaled_dot_product_attention(*inputs, pairs, attn_bias=bias, return_lse=True, **options)
+    visible = pairs & ids[:, None, None, :].bool()
+    want = attention(*inputs, torch.where(visible, bias, float("-inf")))
+    assert_same_gradients(results, want, [*inputs, bias])
+    assert len(seen) == 2
+    for addresses in seen:
+        assert (addresses["attn_mask"], addresses["pair_mask"]) == (bias.data_ptr(), pairs.data_ptr())
+    planned = plan(*(x.detach() for x in inputs), pairs, attn_bias=bias.detach())
+    assert "a boolean mask (2, 1, 48, 48) beside it" in str(planned)
+
+
 def test_masks_and_biases_that_cannot_be_taken_apart(device: Any) -> None:
     query, key, value, bias = (x.detach() for x in leaves(device, *[SHAPE] * 3, (SEQLEN, SEQLEN)))
-    mask, ids = bias > 0, torch.zeros(1, SEQLEN, dtype=torch.int32, device=device)
-    for attn_mask, attn_bias, options, match in (
-        (mask, bias, {}, r"attn_mask: got a boolean mask of shape \(48, 48\) beside attn_bias.*torch.where"),
-        (bias, bias, {}, r"attn_mask: got a tensor of torch.float32 beside attn_bias"),
-        (None, bias[..., :5], {}, r"attn_bias: got shape .*5\); expected one that broadcasts to"),
-        (None, mask, {}, r"attn_bias: got a boolean tensor"),
-        (mask[:1], bias, {"segment_ids_q": ids, "segment_ids_kv": ids}, r"attn_mask: got a boolean mask beside attn_bias and segment ids"),
-        (None, bias.to_sparse(), {}, r"attn_mask: got a tensor of layout torch.sparse_coo"),
-        (None, bias.as_subclass(Logged), {}, r"attn_bias: got a tensor of the subclass"),
+    mask = bias > 0
+    for attn_mask, attn_bias, match in (
+        (mask[:5], bias, r"attn_mask: got shape \(5, 48\); expected one that broadcasts to"),
+        (bias, bias, r"attn_mask: got a tensor of torch.float32 beside attn_bias"),
+        (None, bias[..., :5], r"attn_bias: got shape .*5\); expected one that broadcasts to"),
+        (None, mask, r"attn_bias: got a boolean tensor"),
+        (None, bias.to_sparse(), r"attn_mask: got a tensor of layout torch.sparse_coo"),
+        (None, bias.as_subclass(Logged), r"attn_bias: got a tensor of the subclass"),
     ):
         with pytest.raises((DTypeError, ShapeError, UnsupportedError), match=match):
-            scaled_dot_product_attention(query, key, value, attn_mask, attn_bias=attn_bias, **options)
+            scaled_dot_product_attention(query, key, value, attn_mask, attn_bias=attn_bias)
 
 
 # --- Numbers ------------------------------------------------------------------------------------------------------------------------------

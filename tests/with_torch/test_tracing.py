@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.func import grad, vmap
+from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -68,7 +68,44 @@ def test_opcheck_of_merging(device: Any) -> None:
     opcheck(torch.ops.cuflash.merge.default, (outs, lses, "bhsd"))
 
 
+def test_opcheck_of_tangents(device: Any) -> None:
+    query, key, value, query_dot, key_dot, mask, sinks = (
+        x.detach() for x in leaves(device, *[SHAPE] * 5, (1, HEADS, SEQLEN, SEQLEN), (HEADS,))
+    )
+    pairs = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool, device=device).tril()
+    tensors = {"query": permuted(query).detach(), "key": key, "value": value, "attn_mask": mask, "pair_mask": pairs, "sinks": sinks}
+    arguments = operator_arguments(False, tensors)
+    out, lse = OPERATOR(*arguments)
+    opcheck(torch.ops.cuflash.attention_jvp.default, (query_dot, key_dot, None, sinks, *arguments, out, lse))
+
+
+def test_traced_forward_mode_is_an_operator(device: Any) -> None:
+    """A graph of jvp, and of vmap of it."""
+    inputs, tangents = ([x.detach() for x in leaves(device, *[SHAPE] * 3)] for _ in range(2))
+
+    def call(*given: Any) -> Any:
+        return jvp(lambda *x: scaled_dot_product_attention(*x, is_causal=True), given[:3], given[3:])[1]
+
+    graph = make_fx(call)(*inputs, *tangents)
+    assert [node.target for node in graph.graph.nodes].count(torch.ops.cuflash.attention_jvp.default) == 1
+    assert torch.equal(graph(*inputs, *tangents), call(*inputs, *tangents))
+    several = [x.unsqueeze(0) for x in (*inputs, *tangents)]
+    assert torch.equal(make_fx(vmap(call))(*several)(*several)[0], call(*inputs, *tangents))
+
+
 # --- torch.compile ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_compiled_transforms(device: Any, transform: str) -> None:
+    """Where operators have no derivative under a transform, the graph ends at the call."""
+    query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
+
+    def loss(query: Any) -> Any:
+        return scaled_dot_product_attention(query, key, value, is_causal=True).square().sum()
+
+    function = grad(loss) if transform == "grad" else lambda x: jvp(loss, (x,), (x.cos(),))[1]
+    assert_close(torch.compile(function, backend="aot_eager")(query), function(query).double())
 
 
 def test_one_compilation_for_all_lengths(device: Any) -> None:
