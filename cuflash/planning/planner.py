@@ -33,7 +33,7 @@ from cuflash.planning import (
     wgmma_backward,
     wgmma_forward,
 )
-from cuflash.planning.codegen import config_text
+from cuflash.planning.codegen import CPP_ELEMENTS, config_text
 from cuflash.planning.kernel_cases import KernelCase, case_of
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
 from cuflash.planning.kernel_specs import KernelSpec
@@ -247,6 +247,7 @@ def _split_kernel(
 ) -> KernelPlan:
     """The kernel that shares out keys among blocks, each of which has rows of all heads that share a key head."""
     constants["PAGED"] = problem.cache is not None and problem.cache.is_paged
+    constants["CacheElement"] = CPP_ELEMENTS[problem.kv_dtype]
     splits, num_tiles = split_forward.splits_of(problem, tile, device), split_forward.row_tiles(problem, tile)
     sequences = problem.sequences + (problem.num_sequences is not None)  # as `tiled_kernel`
     num_blocks = max(1, num_tiles) * problem.num_heads_kv * sequences * splits.number

@@ -194,7 +194,7 @@ class Traffic(NamedTuple):
 
 def traffic(kernel: KernelPlan, problem: Problem, device: Device) -> Traffic:
     """Of the planned kernel."""
-    columns = problem.itemsize * (problem.head_dim + problem.head_dim_v)  # bytes of a key and a value
+    columns = problem.kv_itemsize * (problem.head_dim + problem.head_dim_v)  # bytes of a key and a value
     resident = tile_model.blocks_per_sm(kernel.case, kernel.tile, device)
     return Traffic(
         problem.sequences * problem.num_heads_kv * _visible_keys(problem) * columns,

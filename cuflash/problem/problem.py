@@ -12,6 +12,9 @@ from cuflash.problem.options import CausalAlignment
 DTYPES: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Supported element types and their size in bytes."""
 
+KV_DTYPES: dict[str, int] = {**DTYPES, "float8_e4m3fn": 1}
+"""Those of keys and values; the last one in a cache only."""
+
 MAX_HEAD_DIM = 576
 MAX_EXTENT = 2**31 - 2**13
 """Kernels count rows in 32 bits and add up to a few tiles."""
@@ -102,6 +105,16 @@ class Problem:
     def itemsize(self) -> int:
         """Bytes per element of query, key, value and the output."""
         return DTYPES[self.dtype]
+
+    @property
+    def kv_dtype(self) -> str:
+        """Element type of key and value."""
+        return self.cache.dtype if self.cache is not None and self.cache.dtype else self.dtype
+
+    @property
+    def kv_itemsize(self) -> int:
+        """Bytes per element of key and value."""
+        return KV_DTYPES[self.kv_dtype]
 
     @property
     def heads_per_kv(self) -> int:
