@@ -129,11 +129,14 @@ class PreparedCacheCall(PreparedForward):
         distance = addresses["value_cache"] - addresses["key_cache"]
         if distance != self._distance and self._may_share(distance):
             return False
+        (_, key_low, key_high), (_, value_low, value_high) = self._caches
+        keys, values = addresses["key_cache"], addresses["value_cache"]
+        key_begin, key_end, value_begin, value_end = keys + key_low, keys + key_high, values + value_low, values + value_high
         for name, low, high in self._appended:
-            begin, end = addresses[name] + low, addresses[name] + high
-            for written, written_low, written_high in self._caches:
-                if addresses[written] + written_low < end and begin < addresses[written] + written_high:
-                    return False
+            address = addresses[name]
+            begin, end = address + low, address + high
+            if (key_begin < end and begin < key_end) or (value_begin < end and begin < value_end):
+                return False
         return True
 
     def _may_share(self, distance: int) -> bool:

@@ -108,7 +108,8 @@ class PreparedCall:
         if self.device.kind == "simulator":
             self.check_offsets(addresses)
             buffers = simulated_memory(self.extents, addresses, self.written.difference(buffer.name for buffer in self.zeroed))
-        self.clear_workspace(addresses, stream)
+        if self.zeroed:
+            self.clear_workspace(addresses, stream)
         for executable, shape, struct in self.launches:
             executable.launch(shape, struct.fill(addresses), stream, buffers)
 
