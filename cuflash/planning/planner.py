@@ -263,7 +263,7 @@ def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, in
         return batch, heads, ceil(rows / tile.tile_q) * ceil(columns / tile.tile_kv)
     shapes = {"query": problem.query.shape, "key": problem.key_shape, "value": problem.value_shape}
     batch, _, heads, _ = shapes[case.kernel.rows_of]
-    seqlen = problem.max_seqlen_kv if case.kernel.owns_keys else problem.max_seqlen_q
+    seqlen = problem.owned_keys if case.kernel.owns_keys else problem.owned_queries
     return batch, heads, ceil(seqlen / case.stationary_rows(tile))
 
 
@@ -395,7 +395,7 @@ def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> Kern
         "VECTORIZED": problem.vectorized,
         **dict(fused.spec.constants),
     }
-    batches, num_tiles = problem.batch, ceil(problem.max_seqlen_q / tile.tile_q)
+    batches, num_tiles = problem.batch, ceil(problem.owned_queries / tile.tile_q)
     if problem.num_sequences is not None:
         batches, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # as `tiled_kernel`
     return KernelPlan(

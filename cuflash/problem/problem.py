@@ -117,6 +117,20 @@ class Problem:
         return KV_DTYPES[self.kv_dtype]
 
     @property
+    def owned_queries(self) -> int:
+        """Queries of each sequence that there are blocks for."""
+        return self._owned(self.seqlen_q, self.max_seqlen_q)
+
+    @property
+    def owned_keys(self) -> int:
+        """Keys of each sequence that there are blocks for."""
+        return self._owned(self.seqlen_kv, self.max_seqlen_kv)
+
+    def _owned(self, tokens: int, longest: int) -> int:
+        """As many as the longest sequence has; but as the average place, if that is longer than what sequences use of theirs: the rest has to be filled with zeros."""
+        return max(longest, -(-tokens // self.num_sequences)) if self.in_places and self.num_sequences else longest
+
+    @property
     def heads_per_kv(self) -> int:
         """How many consecutive query heads share a key head."""
         return self.num_heads_q // self.num_heads_kv if self.num_heads_kv else 1
