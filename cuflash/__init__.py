@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from cuflash.kv_cache import KVCache
+    from cuflash.runtime.kept_memory import clear_workspace
     from cuflash.merging import MergeGradients, merge_attention, merge_attention_backward
     from cuflash.planning.plan import Plan
     from cuflash.problem.features import FeatureSet
@@ -59,6 +60,7 @@ _HOME = {
     "varlen_plan": "attention",
     "attention_with_kvcache": "decoding",
     "cascade_attention": "cascade",
+    "clear_workspace": "runtime.kept_memory",
     "kvcache_plan": "decoding",
     "KVCache": "kv_cache",
     "dropout_mask": "dropout",
@@ -115,6 +117,7 @@ __all__ = [
     "autotune",
     "bfloat16",
     "cascade_attention",
+    "clear_workspace",
     "dropout_mask",
     "kvcache_plan",
     "legal_tiles",

@@ -103,6 +103,7 @@ def attention_with_kvcache(
     Notes:
         Up to three launches: new keys and rotation, attention, and where keys are split, merging. A warm call allocates its result, and nothing else where
         workspace of up to 32 MiB is kept for the next call of the thread: for NumPy arrays, and on a GPU for CuPy arrays in a default stream.
+        `cuflash.clear_workspace()` gives it back.
 
     Source: Dao et al. 2023, Flash-Decoding, crfm.stanford.edu/2023/10/12/flashdecoding.html.
     """
