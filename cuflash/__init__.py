@@ -39,11 +39,11 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from cuflash.kv_cache import KVCache
-    from cuflash.runtime.kept_memory import clear_workspace
     from cuflash.merging import MergeGradients, merge_attention, merge_attention_backward
     from cuflash.planning.plan import Plan
     from cuflash.problem.features import FeatureSet
     from cuflash.problem.tile import Tile
+    from cuflash.runtime.kept_memory import clear_workspace
     from cuflash.runtime.prepared import Gradients
     from cuflash.tuner.api import Tuned, autotune
     from cuflash.tuning import legal_tiles, warmup, warmup_plan

@@ -167,6 +167,19 @@ def predicted_cost(plan: Plan, skipped_keys: int = 0) -> float:
     return _cost(blocks, tiles, resident, fastest_split(blocks, tiles, resident))
 
 
+def predicted_share(plan: Plan) -> float | None:
+    """Of the bandwidth of memory that the kernel has by the same model, with the splits of the plan and full caches: 1 where all blocks that the device holds
+    copy keys all the time. None of a plan without the kernel."""
+    problem, device = plan.problem, plan.device
+    kernel = next((kernel for kernel in plan.kernels if kernel.spec == FORWARD_SPLIT), None)
+    if kernel is None:
+        return None
+    blocks = row_tiles(problem, kernel.tile) * problem.num_heads_kv * problem.sequences
+    tiles = max(1, ceil(_visible_keys(problem) / kernel.tile.tile_kv))
+    resident = tile_model.blocks_per_sm(kernel.case, kernel.tile, device) * device.num_sms
+    return blocks * tiles / resident / _cost(blocks, tiles, resident, kernel.splits.number)
+
+
 def _visible_keys(problem: Problem) -> int:
     """Most keys that the queries of a sequence see."""
     low, high = problem.features.window_low, problem.features.window_high
