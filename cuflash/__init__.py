@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from cuflash.planning.plan import Plan
     from cuflash.problem.features import FeatureSet
     from cuflash.problem.tile import Tile
+    from cuflash.runtime.kept_memory import clear_workspace
     from cuflash.runtime.prepared import Gradients
     from cuflash.tuner.api import Tuned, autotune
     from cuflash.tuning import legal_tiles, warmup, warmup_plan
@@ -62,6 +63,7 @@ _HOME = {
     "varlen_plan": "attention",
     "attention_with_kvcache": "decoding",
     "cascade_attention": "cascade",
+    "clear_workspace": "runtime.kept_memory",
     "kvcache_plan": "decoding",
     "KVCache": "kv_cache",
     "dropout_mask": "dropout",
@@ -118,6 +120,7 @@ __all__ = [
     "autotune",
     "bfloat16",
     "cascade_attention",
+    "clear_workspace",
     "dropout_mask",
     "kvcache_plan",
     "legal_tiles",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import cuflash
 from cuflash.cli import explanation, terminal_tables
+from cuflash.cli.cached_calls import add_cache, cache_of, warmup_caches
 from cuflash.cli.command_options import add_call, add_cases, add_features, add_shape, check_writable, features_of, make_writable, sample_of
 from cuflash.cli.option_types import DTYPES, positive
 from cuflash.cli.terminal_tables import Table
@@ -123,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     warmup.add_argument("--unaligned", action="store_true", help="also for arrays whose rows do not start on 16 bytes")
     add_cases(warmup)
     add_features(warmup)
+    add_cache(warmup)
     warmup.set_defaults(run=_warmup)
 
     cache = commands.add_parser("cache", help="list the compiled kernels that are kept")
@@ -313,8 +315,6 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _warmup(options: argparse.Namespace) -> int:
-    from cuflash.jit import cache, compiler
-
     if options.into is not None:
         _use_cache("--into", options.into)
     start = time.perf_counter()
@@ -322,6 +322,8 @@ def _warmup(options: argparse.Namespace) -> int:
     def progress(done: int, total: int, *_: object) -> None:
         print(f"\r{done} of {total} kernels", end="", file=sys.stderr, flush=True)
 
+    if (cached := cache_of(options)) is not None:
+        return _say_warm(options, warmup_caches(options, cached), start)
     count = cuflash.warmup(
         options.head_dim,
         options.dtype,
@@ -338,6 +340,12 @@ def _warmup(options: argparse.Namespace) -> int:
     )
     if sys.stderr.isatty():
         print(file=sys.stderr)
+    return _say_warm(options, count, start)
+
+
+def _say_warm(options: argparse.Namespace, count: int, start: float) -> int:
+    from cuflash.jit import cache, compiler
+
     compiled = cache.statistics().compiles
     print(f"{count} kernels are in the cache, {compiled} compiled now, {time.perf_counter() - start:.1f} s; {cache.directory()}")
     if options.into is not None:

@@ -36,6 +36,8 @@ def cascade_attention(
     is_causal: bool = False,
     softcap: float | None = None,
     sinks: AnyArray | None = None,
+    key_scale: AnyArray | None = None,
+    value_scale: AnyArray | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Compute `attention_with_kvcache` of sequences whose first keys are in the same pages, and read these once for many sequences.
@@ -43,6 +45,7 @@ def cascade_attention(
     Args:
         query, key_cache, value_cache, key, value, cache_seqlens, page_table, scale, is_causal, softcap, sinks, return_lse: as in `attention_with_kvcache`. There is
             no rotary embedding (rotate before), no window, bias or mask.
+        key_scale, value_scale: as there, `(num_heads_kv,)`: sequences that share pages share what their numbers mean.
         prefix_length: keys that all sequences have in common: `page_table` has the same pages for them in each row, of which the first row is read. A multiple of
             the page size. Every sequence has at least so many keys; on the CPU it raises if not.
         cascade: True: attention over the prefix for the queries of all sequences together, over its own keys for each, and `merge_attention`; False: one call; None:
@@ -58,7 +61,9 @@ def cascade_attention(
         "query": (query, 4), "key_cache": (key_cache, 4), "page_table": (page_table, 2), "cache_seqlens": (cache_seqlens, 1),
     }  # fmt: skip
     arrays = _borrowed(operands | ({} if key is None else {"key": (key, 4)}))
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "return_lse": True}
+    scales = {"key_scale": key_scale, "value_scale": value_scale}
+    _borrowed({name: (array, 1) for name, array in scales.items() if array is not None})
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "return_lse": True, **scales}
     own = {"cache_seqlens": cache_seqlens, "page_table": page_table, "is_causal": is_causal, "sinks": sinks, **options}
     pages = _check_prefix(prefix_length, arrays["key_cache"], arrays["page_table"])
     _check_lengths(arrays["cache_seqlens"], prefix_length)

@@ -30,6 +30,8 @@ def attention_with_kvcache(
     rotary_cos: AnyArray | None = None,
     rotary_sin: AnyArray | None = None,
     rotary_interleaved: bool | None = None,
+    key_scale: AnyArray | None = None,
+    value_scale: AnyArray | None = None,
     cu_seqlens_q: AnyArray | None = None,
     max_seqlen_q: int | None = None,
     layout: str = "bshd",
@@ -52,7 +54,8 @@ def attention_with_kvcache(
         query: `(batch, seqlen_q, num_heads_q, head_dim)` in the order that `layout` says, float16 or bfloat16; any strides; kinds of arrays as in
             `scaled_dot_product_attention`. One query for each sequence, several of speculative decoding, or a chunk of a prompt.
         key_cache: `(batch, room, num_heads_kv, head_dim)`; num_heads_kv divides num_heads_q, and consecutive query heads share a key head. With
-            `cache_batch_idx` it may have any number of rows. With `page_table` it is `(pages, page_size, num_heads_kv, head_dim)`, any page size from 1.
+            `cache_batch_idx` it may have any number of rows. With `page_table` it is `(pages, page_size, num_heads_kv, head_dim)`, any page size from 1. Its
+            element type is that of query, or float8_e4m3fn, of `ml_dtypes` or torch; uint8 is taken for the bits of that.
         value_cache: like key_cache, with a head_dim of its own if need be.
         key, value: `(batch, seqlen_new, num_heads_kv, head_dim)`: written into the cache behind the keys that are there, before queries look at it.
         cache_seqlens: int32 `(batch,)`: keys that the cache has of each sequence, without those of this call. It stays on the device, as the tables below do: a
@@ -68,6 +71,8 @@ def attention_with_kvcache(
             where more queries come than new keys, those that stand behind the last position take it on a GPU, and raise on the CPU.
         rotary_interleaved: True: pairs are columns 2i and 2i + 1 (GPT-J; flash-attn's default); False: i and i + rotary_dim / 2 (GPT-NeoX, Llama). Required with
             rotary_cos.
+        key_scale, value_scale: float32 `(num_heads_kv,)` or `(batch, num_heads_kv)`, of caches in float8_e4m3fn: a key is `key_scale` times what the cache has, and new
+            ones are divided by it, and rounded, the largest number standing for larger ones. What is stored enters products exactly. None stands for 1.
         cu_seqlens_q: int32 `(batch + 1,)`: queries are packed, `(tokens, num_heads_q, head_dim)`, and sequence i has those from `cu_seqlens_q[i]` up to, but not
             including, `cu_seqlens_q[i + 1]`, as in `varlen_attention`: chunks of prompts beside steps of generation. New keys and values are packed likewise,
             `(tokens, num_heads_kv, head_dim)`, one for each query. batch is then the number of sequences.
@@ -98,12 +103,13 @@ def attention_with_kvcache(
     Notes:
         Up to three launches: new keys and rotation, attention, and where keys are split, merging. A warm call allocates its result, and nothing else where
         workspace of up to 32 MiB is kept for the next call of the thread: for NumPy arrays, and on a GPU for CuPy arrays in a default stream.
+        `cuflash.clear_workspace()` gives it back.
 
     Source: Dao et al. 2023, Flash-Decoding, crfm.stanford.edu/2023/10/12/flashdecoding.html.
     """
     operands = CacheOperands(
         query, key_cache, value_cache, key, value, cache_seqlens, page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin,
-        attn_mask, alibi_slopes, sinks, out, cu_seqlens_q,
+        attn_mask, alibi_slopes, sinks, out, cu_seqlens_q, key_scale, value_scale,
     )  # fmt: skip
     options = CacheOptions(
         is_causal, scale, window, softcap, layout, rotary_interleaved, num_splits, batch_invariant, return_lse, tile, max_seqlen_q,
@@ -129,6 +135,8 @@ def kvcache_plan(
     rotary_cos: AnyArray | None = None,
     rotary_sin: AnyArray | None = None,
     rotary_interleaved: bool | None = None,
+    key_scale: AnyArray | None = None,
+    value_scale: AnyArray | None = None,
     cu_seqlens_q: AnyArray | None = None,
     max_seqlen_q: int | None = None,
     layout: str = "bshd",
@@ -147,7 +155,7 @@ def kvcache_plan(
     """Say what `attention_with_kvcache` would run with these arguments, as `plan` does."""
     operands = CacheOperands(
         query, key_cache, value_cache, key, value, cache_seqlens, page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin,
-        attn_mask, alibi_slopes, sinks, None, cu_seqlens_q,
+        attn_mask, alibi_slopes, sinks, None, cu_seqlens_q, key_scale, value_scale,
     )  # fmt: skip
     options = CacheOptions(
         is_causal, scale, window, softcap, layout, rotary_interleaved, num_splits, batch_invariant, return_lse, tile, max_seqlen_q,

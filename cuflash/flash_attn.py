@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from cuflash.attention import varlen_attention as varlen_attention_of_arrays
 from cuflash.decoding import attention_with_kvcache
 from cuflash.dropout import dropout_mask
 from cuflash.errors import OptionError, UnsupportedError
 from cuflash.torch import scaled_dot_product_attention, varlen_attention
-from cuflash.torch.inputs import dropout_source, number, pair
+from cuflash.torch.inputs import dropout_source, lengths, number, pair
 
 import torch  # isort: skip  # after cuflash.torch, which says what to install
 
@@ -125,7 +126,8 @@ def flash_attn_varlen_func(
     alibi_slopes: Any = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-    block_table: None = None,
+    block_table: Any = None,
+    seqused_k: Any = None,
 ) -> Any:
     """Attention of packed sequences.
 
@@ -134,7 +136,10 @@ def flash_attn_varlen_func(
         k, v: `(tokens_k, heads_k, head_dim)`.
         cu_seqlens_q, cu_seqlens_k: `(sequences + 1,)`, int32 or int64.
         max_seqlen_q, max_seqlen_k: no sequence is longer.
-        block_table: raises: pages are those of `flash_attn_with_kvcache`.
+        block_table: int32 `(sequences, pages of a sequence)`: k and v are `(pages, page_size, heads_k, head_dim)`, and cu_seqlens_k says how many keys each sequence
+            has there. Without dropout and gradients.
+        seqused_k: int32 `(sequences,)`: how many these are, or of its place between two offsets of cu_seqlens_k; cu_seqlens_k may be None with block_table. Without
+            dropout and gradients.
 
     Others are those of `flash_attn_func`.
 
@@ -142,10 +147,11 @@ def flash_attn_varlen_func(
         out; with `return_attn_probs` also lse `(heads, tokens)`, and with dropout the probabilities `(sequences, heads, max_seqlen_q, max_seqlen_k)`, 0 beyond the
         ends of a sequence, for which the offsets are read on the host.
     """
-    if block_table is not None:
-        hint = "Call flash_attn_with_kvcache for sequences padded to one length; or gather the pages, so that keys and values lie one behind the other."
-        raise UnsupportedError("block_table", "a paged cache", "None", hint)
     options = _options(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    if block_table is not None or seqused_k is not None:
+        offsets = lengths(cu_seqlens_q), lengths(cu_seqlens_k)
+        found = _read_only(q, k, v, *offsets, max_seqlen_q, max_seqlen_k, block_table, lengths(seqused_k), return_attn_probs, options)
+        return (*found, None) if return_attn_probs else found
     result = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_lse=return_attn_probs, **options)
     if not return_attn_probs:
         return result
@@ -163,6 +169,29 @@ def flash_attn_varlen_func(
             probabilities[i, :, : end_q - begin_q, : end_k - begin_k] = block[0]
         probabilities = _signed(probabilities, kept)
     return (*result, probabilities)
+
+
+def _read_only(
+    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any, max_seqlen_k: Any, block_table: Any, seqused_k: Any, return_lse: bool,
+    options: dict[str, Any],
+) -> Any:  # fmt: skip
+    """Packed queries and keys of which each sequence has as many as `seqused_k` says, in pages or in its place."""
+    if options["dropout_p"]:
+        name = "block_table" if block_table is not None else "seqused_k"
+        raise UnsupportedError("dropout_p", options["dropout_p"], f"0.0 with {name}", "Such a call has no gradients: pass dropout_p=0.0.")
+    shared = {name: options[name] for name in ("is_causal", "scale", "window", "softcap", "alibi_slopes")} | {"return_lse": return_lse}
+    if block_table is None:
+        return varlen_attention_of_arrays(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, enable_gqa=True, seqused_kv=seqused_k, **shared
+        )
+    if seqused_k is None:
+        if cu_seqlens_k is None:
+            hint = "Pass how many keys each sequence has in its pages, or their offsets as cu_seqlens_k."
+            raise OptionError("seqused_k", "None beside block_table and without cu_seqlens_k", "int32 (sequences,)", hint)
+        seqused_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
+    return attention_with_kvcache(
+        q, k, v, cache_seqlens=seqused_k, page_table=lengths(block_table), cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, **shared
+    )
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -230,6 +259,8 @@ def flash_attn_with_kvcache(
     alibi_slopes: Any = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    k_descale: Any = None,
+    v_descale: Any = None,
 ) -> Any:
     """Append k and v to a cache, and attend to it, without gradients: `cuflash.attention_with_kvcache`, which says what is meant by each argument.
 
@@ -242,6 +273,7 @@ def flash_attn_with_kvcache(
         cache_batch_idx, cache_leftpad: int32 `(batch,)`.
         block_table: int32 `(batch, pages of a sequence)`.
         num_splits: 0 for as many as are predicted to be fastest.
+        k_descale, v_descale: flash-attn 3's, of caches in float8_e4m3fn: float32 `(batch, heads_k)` or `(heads_k,)`. q, and k and v, have 16 bits there too.
 
     Returns:
         out; with `return_softmax_lse` also lse `(batch, heads, seqlen)`.
@@ -258,6 +290,7 @@ def flash_attn_with_kvcache(
         cache_leftpad=cache_leftpad, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=None if rotary_cos is None else rotary_interleaved,
         scale=number(softmax_scale), is_causal=causal, window=None if window == (-1, -1) else window, softcap=number(softcap) or None,
         alibi_slopes=alibi_slopes, num_splits=num_splits or None, return_lse=return_softmax_lse,
+        key_scale=k_descale, value_scale=v_descale,
     )  # fmt: skip
 
 

@@ -14,8 +14,21 @@ import numpy
 from cuflash.arrays.borrowing import AnyArray, Pinned, borrow, describe
 from cuflash.decoding import attention_with_kvcache
 from cuflash.errors import OptionError, ShapeError
+from cuflash.problem.cache_scales import E4M3
 
-_OWN_OPTIONS = frozenset(("layout", "page_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q", "max_seqlen_q"))
+_OWN_OPTIONS = frozenset(
+    (
+        "layout",
+        "page_table",
+        "cache_seqlens",
+        "cache_batch_idx",
+        "cache_leftpad",
+        "cu_seqlens_q",
+        "max_seqlen_q",
+        "key_scale",
+        "value_scale",
+    )
+)
 """Arguments of `attention_with_kvcache` that `KVCache.attend` does not take."""
 
 
@@ -35,6 +48,8 @@ class KVCache:
         page_size: int = 64,
         dtype: Any = "float16",
         head_dim_v: int | None = None,
+        key_scale: AnyArray | None = None,
+        value_scale: AnyArray | None = None,
         xp: Any = numpy,
         device: Any = None,
     ) -> None:
@@ -45,7 +60,9 @@ class KVCache:
             num_heads: of keys and values.
             head_dim: of keys; of values too unless `head_dim_v` says otherwise.
             page_size: keys of a page.
-            dtype: of the arrays, as `xp` knows it, or its name.
+            dtype: of the arrays, as `xp` knows it, or its name. "float8_e4m3fn" takes half the memory of 16 bits; arrays of CuPy, and of NumPy without `ml_dtypes`, are
+                uint8 then.
+            key_scale, value_scale: of keys and values in float8_e4m3fn, as in `attention_with_kvcache`: largest magnitude divided by 448.
             xp: numpy, cupy or torch, which makes the arrays.
             device: of torch's tensors, as torch knows it; CuPy's current one has its arrays.
         """
@@ -58,6 +75,9 @@ class KVCache:
         self._keys, self._values = (
             Pinned(self._library.empty((batch, page_size, num_heads, width), dtype)) for width in (head_dim, head_dim_v)
         )
+        self._scales: dict[str, Any] = {
+            name: Pinned(scale) for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)) if scale is not None
+        }
         self._seqlens = Pinned(self._library.int32(numpy.zeros(batch, "int32")))
         self._page_table = Pinned(self._library.int32(numpy.zeros((batch, 1), "int32")))
         self._shorter_table: tuple[int, Pinned] | None = None  # of so many columns
@@ -129,6 +149,7 @@ class KVCache:
             cache_seqlens=self._seqlens,
             page_table=self._table_up_to(options["rotary_cos"]) if "rotary_cos" in options else self._page_table,
             is_causal=is_causal,
+            **self._scales,
             **options,
         )
         seqlens = self._seqlens.array
@@ -208,12 +229,23 @@ class _Library:
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         if not self._is_torch:
-            return self._xp.empty(shape, dtype)
+            return self._xp.empty(shape, self._element(dtype))
         of_torch = getattr(self._xp, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(of_torch, self._xp.dtype):
             raise OptionError("dtype", describe(dtype), "a type of torch's, or its name", "Pass torch.float16 or torch.bfloat16.")
         with self._plain():
             return self._xp.empty(shape, dtype=of_torch, device=self._device)
+
+    def _element(self, dtype: Any) -> Any:
+        """A type of NumPy's or CuPy's, which know that of 8-bit caches by its bits, or through `ml_dtypes`."""
+        if dtype != E4M3:
+            return dtype
+        if self._xp is numpy:
+            with contextlib.suppress(ImportError):
+                import ml_dtypes
+
+                return ml_dtypes.float8_e4m3fn
+        return "uint8"
 
     def int32(self, numbers: Any) -> Any:
         """A copy, which a GPU is not waited for."""

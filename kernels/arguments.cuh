@@ -66,6 +66,11 @@ struct CacheArguments {
   int reserved;
 };
 
+// What the numbers of an 8-bit cache are multiplied by, for each sequence and key head. Data null: 1.
+struct CacheScales {
+  HeadView key, value;
+};
+
 // Keys are shared out among blocks. With several splits results go to partial_*, which merge_attention makes `out` and `lse` of.
 struct ForwardSplitArguments {
   TensorView query, key, value, out;
@@ -78,6 +83,7 @@ struct ForwardSplitArguments {
   CacheArguments cache;
   int num_splits;
   int split_tiles;  // key tiles of a split; 0: those that a sequence has are cut into num_splits equal parts
+  CacheScales scales;
 };
 
 struct CacheAppendArguments {
@@ -94,6 +100,7 @@ struct CacheAppendArguments {
   int rotary_rows;
   int rotary_interleaved;  // pairs are neighbours; otherwise rotary_dim / 2 apart
   int queries_advance;  // query i has a position of its own, i behind that of the first
+  CacheScales scales;
 };
 
 // An array that the TMA unit reads: its map, of (head_dim, seqlen, heads, batch), and what the numbers of a head and of a batch are multiplied by to

@@ -3,11 +3,12 @@
 //
 // New key i of a sequence comes to position seqlens_kv + i of it; one that has no place in the cache is left out. Query i has that position too, or,
 // where neither a causal mask nor a window asks for the queries' order, seqlens_kv. A thread moves one element: a step of decoding has few of them.
-// Packed (VARLEN), queries and new keys have the same offsets.
-#include "ptx/convert.cuh"
+// Packed (VARLEN), queries and new keys have the same offsets. An 8-bit cache gets what is new divided by the scale of its sequence and head.
+#include "ptx/e4m3.cuh"
 #include "tile/cache_rows.cuh"
 
 using Element = Config::Element;
+using CacheElement = Config::CacheElement;
 using RotaryElement = Config::RotaryElement;  // of the tables of cos and sin
 
 constexpr int NUM_THREADS = Config::NUM_WARPS * WARP_SIZE;
@@ -63,10 +64,12 @@ DEVICE float rotated(const CacheAppendArguments& arguments, const TensorView& vi
   return __fmaf_rn(x, cos, is_first ? -other * sin : other * sin);
 }
 
-DEVICE void append(const CacheAppendArguments& arguments, const TensorView& cache, const Place& place, int sequence, int64 position, float x) {
+DEVICE void append(const CacheAppendArguments& arguments, const TensorView& cache, const HeadView& scales, const Place& place, int sequence,
+                   int64 position, float x) {
   if (position < 0 || position >= arguments.geometry.seqlen_kv) return;
   const KeyPlace key = SequenceInCache(arguments.cache, sequence).place(int(position));
-  cache.row_pointer<Element>(key.page, place.head, key.row)[place.column * cache.stride_dim] = from_float<Element>(x);
+  if constexpr (sizeof(CacheElement) == 1) x = __fdiv_rn(x, scales.load_or_1(sequence, place.head));
+  cache.row_pointer<CacheElement>(key.page, place.head, key.row)[place.column * cache.stride_dim] = from_float<CacheElement>(x);
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) cache_append(const __grid_constant__ CacheAppendArguments arguments) {
@@ -79,12 +82,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) cache_append(const 
     const Place place(index, arguments.cache.new_keys, geometry.num_heads_kv, arguments.head_dim);
     const Token token(arguments, place);
     const int64 position = token.position(arguments);
-    append(arguments, arguments.key, place, token.sequence, position, rotated(arguments, arguments.new_key, place, position));
+    const float x = rotated(arguments, arguments.new_key, place, position);
+    append(arguments, arguments.key, arguments.scales.key, place, token.sequence, position, x);
   } else if (index < keys + values) {
     const Place place(index - keys, arguments.cache.new_keys, geometry.num_heads_kv, arguments.head_dim_v);
     const Token token(arguments, place);
-    append(arguments, arguments.value, place, token.sequence, token.position(arguments),
-           to_float(place.in(arguments.new_value)[place.column * arguments.new_value.stride_dim]));
+    const float x = to_float(place.in(arguments.new_value)[place.column * arguments.new_value.stride_dim]);
+    append(arguments, arguments.value, arguments.scales.value, place, token.sequence, token.position(arguments), x);
   } else if (index < keys + values + queries) {
     const Place place(index - keys - values, geometry.seqlen_q, geometry.num_heads_q, arguments.head_dim);
     const int64 position = Token(arguments, place).position(arguments, arguments.queries_advance);

@@ -16,6 +16,7 @@ struct HeadView {  // one float32 for each (batch, head)
   int64 stride_batch, stride_head;
 
   DEVICE float load(int batch, int head) const { return data[batch * stride_batch + head * stride_head]; }
+  DEVICE float load_or_1(int batch, int head) const { return data == nullptr ? 1.0f : load(batch, head); }
 };
 
 struct SequenceView {  // one int32 for each (batch, position)

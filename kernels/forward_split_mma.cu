@@ -13,6 +13,7 @@
 // Shared memory: Q [TILE_Q][D] | for each warp NUM_STAGES times K [WARP_KEYS][D], V [WARP_KEYS][DV]; in its place, at the end, for each warp
 // O [TILE_Q][DV] in float32 | for each warp the state of its softmax (tile/warp_parts.cuh).
 #include "tile/constants.cuh"
+#include "tile/cache_operand.cuh"
 #include "tile/cache_rows.cuh"
 #include "tile/grouped_rows.cuh"
 #include "tile/pipeline.cuh"
@@ -23,9 +24,13 @@ constexpr int M_TILES = TILE_Q / 16;
 constexpr int WARP_KEYS = TILE_KV / NUM_WARPS;
 constexpr int S_TILES = WARP_KEYS / 8;
 
-using WarpK = SmemTile<Mma::SmemElement, WARP_KEYS, HEAD_DIM>;
-using WarpV = SmemTile<Mma::SmemElement, WARP_KEYS, HEAD_DIM_V>;
+using CacheElement = Config::CacheElement;  // of K and V
+using CacheMma = SelectCacheMma<Mma, Element, CacheElement>::type;
+using WarpK = SmemTile<CacheElement, WARP_KEYS, HEAD_DIM>;
+using WarpV = SmemTile<CacheElement, WARP_KEYS, HEAD_DIM_V>;
 using Keys = LaneKeys<WARP_KEYS, gcd(gcd(WarpK::CHUNKS, WarpV::CHUNKS), 4)>;
+
+constexpr bool WIDENS = sizeof(CacheElement) == 1;
 
 constexpr int STAGE_BYTES = WarpK::BYTES + WarpV::BYTES;
 constexpr int RINGS_BYTES = NUM_WARPS * NUM_STAGES * STAGE_BYTES;
@@ -66,6 +71,26 @@ DEVICE void copy_queries(SmemAddress tile, const TensorView& view, const SplitWo
     } else {
       store_shared(tile + TileQ::offset(row, chunk), gather_chunk<Element>(source, view.stride_dim, valid));
     }
+  }
+}
+
+// The same where columns have another order (tile/cache_operand.cuh).
+DEVICE void copy_queries_for_e4m3(SmemAddress tile, const TensorView& view, const SplitWork& work, const GroupedRows& rows, int first_row) {
+  for (int index = int(threadIdx.x); index < TILE_Q * TileQ::CHUNKS / 2; index += NUM_THREADS) {
+    const int row = index / (TileQ::CHUNKS / 2), first = index % (TileQ::CHUNKS / 2) * 2;
+    const Element* source = view.row_pointer<const Element>(work.batch, rows.head(first_row + row), work.start_q + rows.query(first_row + row));
+    Chunk chunks[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = (first + i) * TileQ::CHUNK_ELEMENTS;
+      const int valid = first_row + row < rows.count ? max(0, min(HEAD_DIM - column, TileQ::CHUNK_ELEMENTS)) : 0;
+      const bool is_whole = is_vectorized(view) && valid == TileQ::CHUNK_ELEMENTS;
+      chunks[i] = is_whole ? *reinterpret_cast<const Chunk*>(source + column)
+                           : gather_chunk<Element>(source + column * view.stride_dim, view.stride_dim, valid);
+    }
+    order_as_e4m3(chunks[0], chunks[1]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) store_shared(tile + TileQ::offset(row, first + i), chunks[i]);
   }
 }
 
@@ -173,14 +198,15 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
   const SmemAddress ring = reused + warp_index() * NUM_STAGES * STAGE_BYTES;
   const int warp_key = warp_index() * WARP_KEYS;  // of each tile
 
-  copy_queries(Q_smem, arguments.query, work, rows, first_row);
+  if constexpr (WIDENS) copy_queries_for_e4m3(Q_smem, arguments.query, work, rows, first_row);
+  else copy_queries(Q_smem, arguments.query, work, rows, first_row);
   cp_async_commit_group();
   Keys keys;
   auto issue = [&](int step) {  // what was looked up one step before
     if (step < end) {
       const SmemAddress K_smem = ring + stage_of(step) * STAGE_BYTES;
-      keys.copy<WarpK, Element>(K_smem, arguments.key, work.head_kv);
-      keys.copy<WarpV, Element>(K_smem + WarpK::BYTES, arguments.value, work.head_kv);
+      keys.copy<WarpK, CacheElement>(K_smem, arguments.key, work.head_kv);
+      keys.copy<WarpV, CacheElement>(K_smem + WarpK::BYTES, arguments.value, work.head_kv);
       if (step + 1 < end) keys.look_up(sequence, (step + 1) * TILE_KV + warp_key, first_key, end_key);
     }
     cp_async_commit_group();
@@ -193,6 +219,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
   clear(O);
   WarpSoftmax<M_TILES> softmax;
   const GroupedScores<M_TILES> scores(geometry, arguments.features, work.sequence, rows, first_row);
+  const float key_scale = WIDENS ? arguments.scales.key.load_or_1(work.sequence, work.head_kv) : 1.0f;
   for (int step = begin; step < end; ++step) {
     cp_async_wait_group<NUM_STAGES - 2>();
     __syncwarp();  // the warp's keys of this step have landed; every lane is done with those before, whose stage is next
@@ -202,20 +229,22 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
     const SmemAddress K_smem = ring + stage_of(step) * STAGE_BYTES;
     float S[M_TILES][S_TILES][4];
     clear(S);
-    gemm_rows<Mma, TileQ::COLUMNS>(S, Mma::OperandA<TileQ>(Q_smem, 0), Mma::OperandB<WarpK>(K_smem));
+    gemm_rows<CacheMma, TileQ::COLUMNS>(S, CacheMma::OperandA<TileQ>(Q_smem, 0), CacheMma::OperandB<WarpK>(K_smem));
+    if constexpr (WIDENS) multiply_all(S, key_scale);
     scores.apply(S, first);
     if (BOOLEAN_MASK || first < first_key || visibility.hides_any(first_q, end_q, first, first + WARP_KEYS)) scores.hide(S, first, first_key);
     softmax.update(S, O, scores.factor());
     auto& P = S;  // in place
     const SmemAddress V_smem = K_smem + WarpK::BYTES;
-    gemm_accumulator<Mma, WarpV::COLUMNS>(O, P, Mma::OperandBByRows<WarpV>(V_smem));
+    gemm_accumulator<CacheMma, WarpV::COLUMNS>(O, P, CacheMma::OperandBByRows<WarpV>(V_smem));
   }
 
   auto sink = [&](int row) { return has_sink ? arguments.features.sinks.load(work.sequence, rows.head(first_row + row)) * SCORE_UNIT : -infinity(); };
   publish_state(softmax, states);
   __syncthreads();  // every warp's state is there, and no warp copies or reads keys any more
-  publish_O(O, softmax, states, reused, sink);
+  publish_O<WIDENS>(O, softmax, states, reused, sink);
   __syncthreads();
+  const float value_scale = WIDENS ? arguments.scales.value.load_or_1(work.sequence, work.head_kv) : 1.0f;
   constexpr int VECTORS = ceil_div(HEAD_DIM_V, VECTOR);
   for (int index = int(threadIdx.x); index < TILE_Q * VECTORS; index += NUM_THREADS) {
     const int row = index / VECTORS, column = index % VECTORS * VECTOR;
@@ -224,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
     const RowOfResult result(arguments, work, rows, first_row + row);
     if (column == 0) result.store_lse(whole);
     float x[VECTOR];
-    collect_O(x, reused, row, column, whole.inverse());
+    collect_O(x, reused, row, column, WIDENS ? whole.inverse() * value_scale : whole.inverse());
     result.store_O(x, column);
   }
 }

@@ -10,6 +10,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy
 import pytest
 from conftest import ELEMENTS, Target, poison_new_memory, rounded
@@ -45,6 +46,7 @@ class CacheCall:
         rotary_dim: 0: no rotary embedding.
         interleaved: its pairs.
         dtype: of the arrays.
+        scales: of a cache in e4m3: "heads" of each head, "sequences" of each sequence and head, "none" for a cache without; "": a cache like the other arrays.
         options: further arguments.
     """
 
@@ -62,6 +64,7 @@ class CacheCall:
     rotary_dim: int = 0
     interleaved: bool = False
     dtype: str = "float16"
+    scales: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -81,10 +84,13 @@ class CacheCall:
         widths = {"keys": self.head_dim, "values": self.head_dim_v or self.head_dim}
         made = {"query": self._random(self.batch, self.seqlen_q, self.heads_q, self.head_dim)}
         for name, width in widths.items():
-            made[name] = [self._random(length, self.heads_kv, width) for length in self.lengths]
+            made[name] = [self.stored(self._random(length, self.heads_kv, width)) for length in self.lengths]
         if self.new:
             made["key"] = self._random(self.batch, self.new, self.heads_kv, widths["keys"])
             made["value"] = self._random(self.batch, self.new, self.heads_kv, widths["values"])
+        if self.scales in ("heads", "sequences"):
+            shape = (self.heads_kv,) if self.scales == "heads" else (self.batch, self.heads_kv)
+            made |= {name: self._rng.uniform(0.01, 2.0, shape).astype(numpy.float32) for name in ("key_scale", "value_scale")}
         if self.rotary_dim:
             positions = -(-self.room // self.page_size) * self.page_size if self.page_size else self.room
             angles = self._rng.uniform(0, 6, (positions, self.rotary_dim // 2)).astype(numpy.float32)
@@ -94,7 +100,8 @@ class CacheCall:
     def arrays(self) -> dict[str, Any]:
         """All arguments of the call, as NumPy arrays."""
         plain = self.plain
-        given = {name: plain[name] for name in ("query", "key", "value", "rotary_cos", "rotary_sin") if name in plain}
+        names = ("query", "key", "value", "rotary_cos", "rotary_sin", "key_scale", "value_scale")
+        given = {name: plain[name] for name in names if name in plain}
         given["cache_seqlens"] = numpy.array(self.lengths, numpy.int32)
         if self.rotary_dim:
             given["rotary_interleaved"] = self.interleaved
@@ -103,8 +110,10 @@ class CacheCall:
         row_of = self._places(given)
         for name, of in (("key_cache", "keys"), ("value_cache", "values")):
             width = plain[of][0].shape[-1]
-            cache = numpy.full((*self._cache_shape(), self.heads_kv, width), numpy.nan, ELEMENTS[self.dtype])
-            cache[..., ::2] = numpy.inf
+            element = ml_dtypes.float8_e4m3fn if self.scales else ELEMENTS[self.dtype]
+            cache = numpy.full((*self._cache_shape(), self.heads_kv, width), numpy.nan, element)
+            if not self.scales:
+                cache[..., ::2] = numpy.inf
             for b, rows in enumerate(plain[of]):
                 for position in range(self.leftpad[b] if self.leftpad else 0, len(rows)):
                     cache[row_of(b, position)] = rows[position]
@@ -135,7 +144,7 @@ class CacheCall:
 
     # --- The judge ------------------------------------------------------------------------------------------------------------------------
 
-    def rotated(self, x: Any, first: int, advances: bool = True) -> Any:
+    def rotated(self, x: Any, first: int, advances: bool = True, dtype: Any = None) -> Any:
         """(rows, heads, head_dim) of which the first row has this position, to float32 and then to what is kept: a number halfway between two goes either way."""
         if not self.rotary_dim:
             return x
@@ -147,15 +156,30 @@ class CacheCall:
         result = y.copy()
         result[..., one] = y[..., one] * cos - (y[..., other] * sin).astype(numpy.float32)
         result[..., other] = y[..., other] * cos + (y[..., one] * sin).astype(numpy.float32)
-        return result.astype(numpy.float32).astype(x.dtype)
+        return result.astype(numpy.float32).astype(dtype or x.dtype)
+
+    def stored(self, x: Any, name: str = "", b: int = 0) -> Any:
+        """(rows, heads, head_dim) as a cache has it: in e4m3, the largest number for what is larger, divided by the scale of this name."""
+        if not self.scales:
+            return x
+        divided = x.astype(numpy.float32) / self._scale(name, b)
+        return numpy.clip(divided, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+
+    def _scale(self, name: str, b: int) -> Any:
+        """Of each head of a sequence, to multiply (rows, heads, head_dim) by."""
+        scale = self.plain[name] if name and self.scales != "none" else numpy.float32(1)
+        return (scale[b] if scale.ndim == 2 else scale)[..., None]
 
     def appended(self, b: int) -> tuple[Any, Any]:
-        """Keys and values of a sequence after the call, padding included."""
+        """Keys and values of a sequence after the call as the cache has them, padding included."""
         plain = self.plain
         keys, values = plain["keys"][b], plain["values"][b]
         if self.new:
-            keys = numpy.concatenate([keys, self.rotated(plain["key"][b], self.lengths[b])])
-            values = numpy.concatenate([values, plain["value"][b]])
+            new_keys = self.stored(
+                self.rotated(plain["key"][b], self.lengths[b], dtype=numpy.float32 if self.scales else None), "key_scale", b
+            )
+            keys = numpy.concatenate([keys, new_keys])
+            values = numpy.concatenate([values, self.stored(plain["value"][b], "value_scale", b)])
         return keys, values
 
     def truth(self, judge: Any, *precision: str, **more: Any) -> tuple[Any, Any]:
@@ -171,6 +195,8 @@ class CacheCall:
                 ]
             pad = self.leftpad[b] if self.leftpad else 0
             keys, values = self.appended(b)
+            if self.scales:
+                keys, values = keys.astype(float) * self._scale("key_scale", b), values.astype(float) * self._scale("value_scale", b)
             advances = bool(own.get("is_causal") or own.get("window"))
             query = self.rotated(self.plain["query"][b], self.lengths[b], advances)
             given = (query[None], keys[None, pad:], values[None, pad:])

@@ -114,3 +114,27 @@ def test_buffers_neither_touch_nor_share() -> None:
     assert places.may_be_kept
     assert not Places([]).may_be_kept
     assert not Places([Buffer("a", (kept_memory.MAX_BYTES,), "float32")]).may_be_kept
+
+
+def test_what_is_kept_is_given_back_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all threads, those that have ended aside, and not what a call is using."""
+    monkeypatch.setattr(kept_memory, "_kept", kept_memory._OfThread())
+    cuflash.clear_workspace()
+    of, piece = take(4096, LIKE, 0)
+    assert cuflash.clear_workspace() == 0
+    give_back(of, piece)
+    waits, ends = threading.Event(), threading.Event()
+
+    def other() -> None:
+        give_back(*take(8192, LIKE, 0))
+        waits.set()
+        ends.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert waits.wait(10)
+    assert cuflash.clear_workspace() == 4096 + 8192
+    assert cuflash.clear_workspace() == 0
+    ends.set()
+    thread.join()
+    assert take(4096, LIKE, 0)[1].address

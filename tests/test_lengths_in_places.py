@@ -13,6 +13,7 @@ import cuflash
 from cuflash import Tile
 from cuflash.errors import DTypeError, OptionError, ShapeError
 from cuflash.reference import compare, varlen_attention, varlen_attention_backward
+from cuflash.simulator import configure as simulator_options
 
 pytest.importorskip("cupy")
 
@@ -109,6 +110,25 @@ def test_bounds_are_those_of_what_is_used(simulator: Target) -> None:
     with pytest.raises(OptionError, match="max_seqlen_q: got 32; expected at least 33"):
         cuflash.varlen_attention(*inputs, *offsets, 32, 70, **options)
     assert "up to its seqused" in str(cuflash.varlen_plan(*inputs, *offsets, 33, 70, **options))
+
+
+def test_no_block_fills_a_long_place_alone(simulator: Target) -> None:
+    """Of three sequences that use little of their places one has nearly all: no warp has much more to do than for places of average length."""
+    tokens, offsets, used = 9000, int32([0, 40, 80, 9000]), int32([20, 9, 30])
+    query, grad_out = (numpy.full((tokens, 1, 16), numpy.nan, "float16") for _ in range(2))
+    for x in (query, grad_out):
+        for start, count in zip((0, 40, 80), used.tolist(), strict=True):
+            x[start : start + count] = 1
+    inputs, bounds = (query, query, query, offsets, offsets), (30, 30)
+    lengths = {"seqused_q": used, "seqused_kv": used}
+    with simulator_options(max_instructions=12_000):  # of a warp
+        out, lse = cuflash.varlen_attention(*inputs, *bounds, **lengths, return_lse=True)
+        grads = cuflash.varlen_attention_backward(grad_out, *inputs[:3], out, lse, *inputs[3:], *bounds, **lengths)
+    nobody = numpy.isnan(query[:, 0, 0])
+    assert not out[nobody].any()
+    assert numpy.isneginf(lse[:, nobody]).all()
+    for x in grads:
+        assert not x[nobody].any()
 
 
 def test_the_kernel_of_wgmma_leaves_them_to_another(monkeypatch: pytest.MonkeyPatch) -> None:

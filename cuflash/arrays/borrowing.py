@@ -167,10 +167,11 @@ class Pinned:
         signature, pointer: of it.
     """
 
-    __slots__ = ("array", "pointer", "signature")
+    __slots__ = ("array", "pointer", "seen", "signature")
 
     def __init__(self, array: AnyArray) -> None:
         self.array, self.signature, self.pointer = array, signature(array), pointer(array)
+        self.seen = self.signature, self.pointer
 
 
 def seen(x: object) -> tuple[Hashable, int] | None:
@@ -179,6 +180,9 @@ def seen(x: object) -> tuple[Hashable, int] | None:
     Raises:
         As `pointer`.
     """
+    both = _seen.get(type(x))
+    if both is not None:
+        return both(x)
     library = _library_of(type(x)) or ""
     reader = _signatures.get(library)
     found = reader(x) if reader else None
@@ -251,6 +255,7 @@ def _library_of(kind: type) -> str | None:
         if isinstance(array_type, type) and issubclass(kind, array_type):
             if kind is array_type:
                 _libraries[kind] = library
+                _seen[kind] = _seen_of[library]
             else:
                 _libraries_of_subclasses[kind] = library
             return library
@@ -470,6 +475,28 @@ def _pointer_numpy(x: Any) -> int:
 _address_of, _first_byte_of = ctypes.addressof, ctypes.c_char.from_buffer
 
 
+def _seen_numpy(x: Any) -> tuple[Hashable, int]:
+    try:
+        address = _address_of(_first_byte_of(x))
+    except (TypeError, ValueError, BufferError):
+        address = x.ctypes.data
+    return (numpy.ndarray, x.dtype, x.shape, x.strides), address
+
+
+def _seen_cupy(x: Any) -> tuple[Hashable, int]:
+    data = x.data
+    return (type(x), x.dtype, x.shape, x.strides, data.device_id), data.ptr
+
+
+def _seen_torch(x: Any) -> tuple[Hashable, int] | None:
+    try:
+        recorded = x.requires_grad and sys.modules["torch"].is_grad_enabled()
+        found = type(x), x.dtype, x.shape, x.stride(), x.device, x.is_neg(), recorded
+    except RuntimeError:
+        return None
+    return found, _pointer_torch(x)
+
+
 def _pointer_cupy(x: Any) -> int:
     return x.data.ptr  # type: ignore[no-any-return]
 
@@ -506,6 +533,11 @@ _pointers: dict[str, Callable[[Any], int]] = {
     "bits": _pointer_bits,
     "pinned": lambda x: x.pointer,
 }
+
+
+_seen_of: dict[str, Callable[[Any], tuple[Hashable, int] | None]] = {"numpy": _seen_numpy, "cupy": _seen_cupy, "torch": _seen_torch}
+"""Both at once, for arrays of exactly the library's own class: the least that a warm call does for each of its arrays."""
+_seen: dict[type, Callable[[Any], tuple[Hashable, int] | None]] = {numpy.ndarray: _seen_numpy, Pinned: lambda x: x.seen}
 
 
 _INTEGERS = (

@@ -13,6 +13,7 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cuflash.cli.cached_calls import cache_of
 from cuflash.cli.option_types import DTYPES, not_negative, positive
 from cuflash.errors import OptionError
 
@@ -151,6 +152,7 @@ def sample_of(options: argparse.Namespace) -> Sample:
         is_causal=options.causal,
         allow_tf32=options.allow_tf32,
         features=features_of(options, is_causal=options.causal),
+        cache=cache_of(options),
     )
     if "layout" not in options:
         return made

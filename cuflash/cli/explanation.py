@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from cuflash.cli.cached_calls import add_cache
 from cuflash.cli.command_options import add_call, add_features, sample_of
 
 if TYPE_CHECKING:
@@ -96,16 +97,20 @@ def explain(
         CuflashError: what the call itself raises.
     """
     from cuflash.cli import samples
-    from cuflash.errors import CuflashError
+    from cuflash.errors import CuflashError, OptionError
     from cuflash.planning import planner
     from cuflash.timing import machine, prediction
 
-    problem = samples.plan_of(sample, backward=backward).problem
+    if sample.cache is not None and backward:
+        raise OptionError("--pass", "backward with --cache", "forward", "Caches have no gradients: leave one of both out.")
+    problem = samples.plan_of(sample, backward=backward).problem if sample.cache is None else sample.cache.problem(sample)
     plan = planner.make_plan(problem, device, backward=backward, tile=tile)
     card, predicted, reason = machine.CARDS.get(device.arch), None, ""
     compiled = _compiled(plan)  # before the prediction compiles
     if not predict:
         reason = "not asked for"
+    elif sample.cache is not None:
+        reason = "the timing model does not know the kernels of caches"
     elif card is None:
         reason = f"the timing model knows {', '.join(machine.CARDS)}, and this is {device.arch}"
     else:
@@ -131,7 +136,9 @@ def _tile_facts(kernel: KernelPlan, device: Device) -> TileFacts:
 def _least_bytes(plan: Plan) -> int:
     problem = plan.problem
     rows, columns = prod(problem.query.shape), prod(problem.key_shape) + prod(problem.value_shape)
-    moved = problem.itemsize * (rows + columns) + plan.output_bytes
+    if problem.cache is not None:  # pages may be of other sequences
+        columns = problem.sequences * problem.seqlen_kv * problem.num_heads_kv * (problem.head_dim + problem.head_dim_v)
+    moved = problem.itemsize * rows + problem.kv_itemsize * columns + plan.output_bytes
     if plan.backward:  # out and its gradient, lse
         moved += 2 * problem.itemsize * prod(problem.output_shape) + 4 * prod(problem.lse_shape)
     mask = problem.features.attn_mask
@@ -178,6 +185,7 @@ def _why(found: Explanation) -> list[str]:
 
 
 def _cost(found: Explanation) -> list[str]:
+    from cuflash.planning import split_forward
     from cuflash.timing import report
 
     per_byte = found.flops / max(1, found.least_bytes)
@@ -192,6 +200,9 @@ def _cost(found: Explanation) -> list[str]:
         text.append(
             f"  at the peaks of {found.card.name}: products by mma.sync {_time(products)}, memory {_time(memory)}; {larger} would bind"
         )
+    share = split_forward.predicted_share(found.plan)
+    if share is not None:
+        text.append(f"  by the model of splits, forward_split takes keys from memory at {share:.0%} of its bandwidth, with full caches")
     if found.prediction is None:
         return [*text, f"  not predicted: {found.not_predicted}"]
     text += report.lines(found.prediction)[:2]
@@ -228,6 +239,7 @@ def _state(found: Explanation) -> list[str]:
 
 def to_json(found: Explanation) -> dict[str, Any]:
     """The same for programs."""
+    from cuflash.planning import split_forward
     from cuflash.timing import report
 
     plan = found.plan
@@ -250,6 +262,7 @@ def to_json(found: Explanation) -> dict[str, Any]:
         "workspace_bytes": plan.workspace_bytes,
         "prediction": None if found.prediction is None else report.to_json(found.prediction),
         "not_predicted": found.not_predicted,
+        "share_of_bandwidth": split_forward.predicted_share(plan),
     }  # fmt: skip
 
 
@@ -267,6 +280,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--no-predict", action="store_true", help="leave out the prediction, which compiles")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_features(parser)
+    add_cache(parser)
     parser.set_defaults(seqlen=4096, heads=16, batch=4, run=run)
 
 

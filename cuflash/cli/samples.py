@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 import cuflash
 from cuflash import reference
+from cuflash.cli.cached_calls import CachedCall
 from cuflash.cli.sample_features import SampleFeatures
 from cuflash.errors import OptionError
 from cuflash.planning.plan import Plan
@@ -37,6 +38,7 @@ class Sample:
         lengths_q: numbers of queries of packed sequences; None for a padded batch.
         lengths_kv: numbers of keys: of packed sequences, None for those of queries; or those of `seqlens_kv` of a padded batch, None without.
         features: see there.
+        cache: where keys and values lie in a cache; None for arrays of their own. Of such a sample there are plans alone.
     """
 
     batch: int = 1
@@ -55,6 +57,7 @@ class Sample:
     lengths_q: tuple[int, ...] | None = None
     lengths_kv: tuple[int, ...] | None = None
     features: SampleFeatures = field(default_factory=SampleFeatures)
+    cache: CachedCall | None = None
 
     @property
     def is_packed(self) -> bool:

@@ -153,6 +153,7 @@ CACHE_ARGUMENTS = _struct(
     ("page_table", WORD), ("batch_indices", WORD), ("leftpad", WORD), ("stride_page_table", INT64), ("page_size", INT), ("num_rows", INT),
     ("new_keys", INT), ("reserved", INT),
 )  # fmt: skip
+CACHE_SCALES = _struct("CacheScales", ("key", HEAD_VIEW), ("value", HEAD_VIEW))
 MAPPED_TENSOR = _struct("MappedTensor", ("map", TENSOR_MAP), ("head_factor", INT), ("batch_factor", INT))
 
 # --- Parameters of kernels ----------------------------------------------------------------------------------------------------------------
@@ -166,14 +167,14 @@ FORWARD_SPLIT_ARGUMENTS = _struct(
     "ForwardSplitArguments",
     ("query", TENSOR_VIEW), ("key", TENSOR_VIEW), ("value", TENSOR_VIEW), ("out", TENSOR_VIEW), ("lse", ROW_VIEW),
     ("partial_out", WORD), ("partial_lse", WORD), ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS),
-    ("cache", CACHE_ARGUMENTS), ("num_splits", INT), ("split_tiles", INT),
+    ("cache", CACHE_ARGUMENTS), ("num_splits", INT), ("split_tiles", INT), ("scales", CACHE_SCALES),
 )  # fmt: skip
 CACHE_APPEND_ARGUMENTS = _struct(
     "CacheAppendArguments",
     ("given_query", TENSOR_VIEW), ("rotated_query", TENSOR_VIEW), ("new_key", TENSOR_VIEW), ("new_value", TENSOR_VIEW), ("key", TENSOR_VIEW),
     ("value", TENSOR_VIEW), ("rotary_cos", WORD), ("rotary_sin", WORD), ("stride_cos", INT64), ("stride_sin", INT64),
     ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("cache", CACHE_ARGUMENTS), ("head_dim", INT), ("head_dim_v", INT), ("rotary_dim", INT),
-    ("rotary_rows", INT), ("rotary_interleaved", INT), ("queries_advance", INT),
+    ("rotary_rows", INT), ("rotary_interleaved", INT), ("queries_advance", INT), ("scales", CACHE_SCALES),
 )  # fmt: skip
 FORWARD_WGMMA_ARGUMENTS = _struct(
     "ForwardWgmmaArguments",

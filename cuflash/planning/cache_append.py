@@ -29,6 +29,7 @@ def kernels(problem: Problem, device: Device) -> tuple[KernelPlan, ...]:
         "SEQLENS_KV": True,
         "IN_PLACES": False,
         "VARLEN": problem.num_sequences is not None,
+        "CacheElement": CPP_ELEMENTS[problem.kv_dtype],
         "RotaryElement": CPP_ELEMENTS[problem.dtype if cache.rotary is None else cache.rotary.dtype],
     }
     num_threads = 32 * CACHE_APPEND.num_warps

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-CPP_ELEMENTS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float"}
+CPP_ELEMENTS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float8_e4m3fn": "float8_e4m3fn"}
 
 
 def config_text(element: str, constants: Mapping[str, int | bool | str]) -> str:

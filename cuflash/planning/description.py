@@ -58,7 +58,8 @@ def _extents(problem: Problem) -> str:
     if problem.cache is not None:
         pages = f", pages of {problem.cache.page_size}" if problem.cache.page_size else ""
         new = problem.cache.new_keys
-        lengths += f" in a cache{pages}, keys of each row up to its cache_seqlens" + (f" and {new} new" if new else "")
+        kept = f" of {problem.kv_dtype}" if problem.kv_dtype != problem.dtype else ""
+        lengths += f" in a cache{kept}{pages}, keys of each row up to its cache_seqlens" + (f" and {new} new" if new else "")
     elif problem.seqlens_kv:
         lengths += ", keys of each row up to its seqlens_kv"
     return f"{lengths}, {heads}"

@@ -11,7 +11,7 @@ from math import ceil
 from cuflash.hardware.device import Device
 from cuflash.planning.kernel_specs import KernelSpec, columns_of
 from cuflash.problem.features import NO_FEATURES, FeatureSet
-from cuflash.problem.problem import Problem
+from cuflash.problem.problem import KV_DTYPES, Problem
 from cuflash.problem.tile import Tile
 
 WIDEST_NARROW_HEAD = 256  # wider heads are cut into slices (kernels/tile/slices.cuh)
@@ -37,6 +37,7 @@ class KernelCase:
         allow_tf32: one TF32 product instead of three for float32.
         head_dim_v: of value and output, 1 … 576; 0 stands for head_dim, and so does whatever is given for a tiled kernel that reads neither.
         features: score features and masks, some of which take registers.
+        kv_dtype: of key and value; empty: dtype too.
     """
 
     kernel: KernelSpec
@@ -45,6 +46,7 @@ class KernelCase:
     allow_tf32: bool = False
     head_dim_v: int = 0
     features: FeatureSet = NO_FEATURES
+    kv_dtype: str = ""
 
     def __post_init__(self) -> None:
         if self.kernel.is_tiled and not (self.head_dim_v and self.kernel.reads_value):
@@ -57,6 +59,10 @@ class KernelCase:
     def smem_itemsize(self, device: Device) -> int:
         """Bytes per element in shared memory."""
         return 4 if self.dtype == "float32" or self.uses_simt(device) else 2
+
+    def streamed_itemsize(self, device: Device) -> int:
+        """The same of what is streamed."""
+        return KV_DTYPES[self.kv_dtype] if self.kv_dtype else self.smem_itemsize(device)
 
     def head_slices(self, device: Device) -> int:
         """Groups of warps that share out the columns of a wide head, so that their accumulators fit the registers; 1 for a narrow head, unless the shared memory
@@ -131,20 +137,22 @@ def case_of(spec: KernelSpec, problem: Problem) -> KernelCase:
     """A kernel for a call."""
     features = problem.features.kinds if spec.drops else replace(problem.features.kinds, dropout=False)
     return KernelCase(
-        spec, problem.dtype, problem.head_dim, problem.allow_tf32 and problem.dtype == "float32", problem.head_dim_v, features
-    )
+        spec, problem.dtype, problem.head_dim, problem.allow_tf32 and problem.dtype == "float32", problem.head_dim_v, features,
+        problem.kv_dtype if problem.kv_dtype != problem.dtype else "",
+    )  # fmt: skip
 
 
 def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:
     return ceil(case.head_dim / pieces / 16) * 16, ceil(case.head_dim_v / pieces / 16) * 16
 
 
-def row_bytes(case: KernelCase, device: Device, slice_pieces: int = 0) -> tuple[int, int]:
+def row_bytes(case: KernelCase, device: Device, slice_pieces: int = 0, itemsize: int = 0) -> tuple[int, int]:
     """Bytes of one row of a tile of Q or K and of V or dO in shared memory, one piece of each slice.
 
-    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh, and the slabs of kernels/tile/slab_tile.cuh. `slice_pieces` instead of `case.slice_pieces` if it is not 0.
+    Mirrors `SmemTile::ROW_BYTES` in kernels/tile/smem_tile.cuh, and the slabs of kernels/tile/slab_tile.cuh. `slice_pieces` and `itemsize` instead of the case's if they
+    are not 0.
     """
-    itemsize, slices = case.smem_itemsize(device), case.head_slices(device)
+    itemsize, slices = itemsize or case.smem_itemsize(device), case.head_slices(device)
 
     def pitch(columns: int) -> int:
         chunks = columns * itemsize // 16
@@ -158,9 +166,9 @@ def row_bytes(case: KernelCase, device: Device, slice_pieces: int = 0) -> tuple[
 
 def operand_bytes(case: KernelCase, device: Device, slice_pieces: int = 0) -> tuple[int, int]:
     """Bytes of one row of what a block keeps, and of what it streams, one piece of each slice."""
-    rows = row_bytes(case, device, slice_pieces)
-    stationary, streamed = (sum(columns_of(name, *rows) for name in names) for names in (case.kernel.stationary, case.kernel.streamed))
-    return stationary, streamed
+    kept, passing = row_bytes(case, device, slice_pieces), row_bytes(case, device, slice_pieces, case.streamed_itemsize(device))
+    stationary = sum(columns_of(name, *kept) for name in case.kernel.stationary)
+    return stationary, sum(columns_of(name, *passing) for name in case.kernel.streamed)
 
 
 def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:

@@ -33,7 +33,7 @@ from cuflash.planning import (
     wgmma_backward,
     wgmma_forward,
 )
-from cuflash.planning.codegen import config_text
+from cuflash.planning.codegen import CPP_ELEMENTS, config_text
 from cuflash.planning.kernel_cases import KernelCase, case_of
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
 from cuflash.planning.kernel_specs import KernelSpec
@@ -271,6 +271,7 @@ def _split_kernel(
 ) -> KernelPlan:
     """The kernel that shares out keys among blocks, each of which has rows of all heads that share a key head."""
     constants["PAGED"] = problem.cache is not None and problem.cache.is_paged
+    constants["CacheElement"] = CPP_ELEMENTS[problem.kv_dtype]
     splits, num_tiles = split_forward.splits_of(problem, tile, device), split_forward.row_tiles(problem, tile)
     sequences = problem.sequences + (problem.num_sequences is not None)  # as `tiled_kernel`
     num_blocks = max(1, num_tiles) * problem.num_heads_kv * sequences * splits.number
@@ -286,7 +287,7 @@ def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, in
         return batch, heads, ceil(rows / tile.tile_q) * ceil(columns / tile.tile_kv)
     shapes = {"query": problem.query.shape, "key": problem.key_shape, "value": problem.value_shape}
     batch, _, heads, _ = shapes[case.kernel.rows_of]
-    seqlen = problem.max_seqlen_kv if case.kernel.owns_keys else problem.max_seqlen_q
+    seqlen = problem.owned_keys if case.kernel.owns_keys else problem.owned_queries
     return batch, heads, ceil(seqlen / case.stationary_rows(tile))
 
 
@@ -422,7 +423,7 @@ def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> Kern
         "VECTORIZED": problem.vectorized,
         **dict(fused.spec.constants),
     }
-    batches, num_tiles = problem.batch, ceil(problem.max_seqlen_q / tile.tile_q)
+    batches, num_tiles = problem.batch, ceil(problem.owned_queries / tile.tile_q)
     if problem.num_sequences is not None:
         batches, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # as `tiled_kernel`
     return KernelPlan(

@@ -201,6 +201,19 @@ def predicted_cost(plan: Plan, skipped_keys: int = 0) -> float:
     return _cost(blocks, tiles, resident, fastest_split(blocks, tiles, resident))
 
 
+def predicted_share(plan: Plan) -> float | None:
+    """Of the bandwidth of memory that the kernel has by the same model, with the splits of the plan and full caches: 1 where all blocks that the device holds
+    copy keys all the time. None of a plan without the kernel."""
+    problem, device = plan.problem, plan.device
+    kernel = next((kernel for kernel in plan.kernels if kernel.spec == FORWARD_SPLIT), None)
+    if kernel is None:
+        return None
+    blocks = row_tiles(problem, kernel.tile) * problem.num_heads_kv * problem.sequences
+    tiles = max(1, ceil(_visible_keys(problem) / kernel.tile.tile_kv))
+    resident = tile_model.blocks_per_sm(kernel.case, kernel.tile, device) * device.num_sms
+    return blocks * tiles / resident / _cost(blocks, tiles, resident, kernel.splits.number)
+
+
 def _visible_keys(problem: Problem) -> int:
     """Most keys that the queries of a sequence see."""
     low, high = problem.features.window_low, problem.features.window_high
@@ -228,7 +241,7 @@ class Traffic(NamedTuple):
 
 def traffic(kernel: KernelPlan, problem: Problem, device: Device) -> Traffic:
     """Of the planned kernel."""
-    columns = problem.itemsize * (problem.head_dim + problem.head_dim_v)  # bytes of a key and a value
+    columns = problem.kv_itemsize * (problem.head_dim + problem.head_dim_v)  # bytes of a key and a value
     resident = tile_model.blocks_per_sm(kernel.case, kernel.tile, device)
     return Traffic(
         problem.sequences * problem.num_heads_kv * _visible_keys(problem) * columns,

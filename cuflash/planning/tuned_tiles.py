@@ -29,7 +29,7 @@ def bucket_of(case: KernelCase, problem: Problem, device: Device) -> Bucket:
     tiles = sequences * heads * ceil(rows / _ROWS_OF_A_TILE)
     return Bucket(
         kernel=case.kernel.name,
-        dtype=case.dtype,
+        dtype=f"{case.dtype} with {case.kv_dtype}" if case.kv_dtype else case.dtype,
         head_dim=case.head_dim,
         head_dim_v=case.head_dim_v,
         allow_tf32=case.allow_tf32,

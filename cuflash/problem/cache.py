@@ -44,6 +44,18 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class Scales:
+    """What the numbers of an 8-bit cache are multiplied by.
+
+    Attributes:
+        key, value: strides of the scales from sequence to sequence and from head to head, in elements; 0 where they are not given, and stand for 1.
+    """
+
+    key: tuple[int, int] = (0, 0)
+    value: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
 class Cache:
     """Where the keys of each sequence lie, and what is appended.
 
@@ -53,6 +65,8 @@ class Cache:
         stride_page_table: from sequence to sequence, in elements.
         new: None where nothing is appended.
         rotary: None without.
+        dtype: of keys and values there; empty: as query.
+        scales: of keys and values in 8 bits.
     """
 
     num_rows: int
@@ -60,6 +74,8 @@ class Cache:
     stride_page_table: int = 0
     new: NewRows | None = None
     rotary: Rotary | None = None
+    dtype: str = ""
+    scales: Scales = Scales()
 
     @property
     def is_paged(self) -> bool:

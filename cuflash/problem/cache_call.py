@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from cuflash.arrays.borrowing import AnyArray, Array, borrow, describe
 from cuflash.errors import ArgumentError, DTypeError, OptionError, ShapeError, UnsupportedError
-from cuflash.problem import options
+from cuflash.problem import cache_scales, options
 from cuflash.problem.cache import Cache, NewRows, Rotary
-from cuflash.problem.checks import cast_to, check_dtypes, check_same_kind
+from cuflash.problem.checks import cast_to, check_same_kind
 from cuflash.problem.features import Extents, check_features, check_window
 from cuflash.problem.layout import Layout, View, overlaps_itself, share_memory
 from cuflash.problem.options import Options, Window
@@ -50,6 +50,8 @@ class CacheOperands(NamedTuple):
     sinks: AnyArray | None
     out: AnyArray | None
     cu_seqlens_q: AnyArray | None
+    key_scale: AnyArray | None
+    value_scale: AnyArray | None
 
 
 class CacheOptions(NamedTuple):
@@ -99,7 +101,7 @@ def make_cache_problem(arrays: Mapping[str, Array], given: CacheOptions) -> Prob
 
     query = arrays["query"]
     check_same_kind(dict(arrays))
-    check_dtypes({name: arrays[name] for name in ("query", "key_cache", "value_cache", "key", "value") if name in arrays})
+    kv_dtype = cache_scales.check_types(arrays)
     views = _views(arrays, form)
     batch, seqlen_q, num_heads_q, head_dim = views["query"].shape
     packed = _check_packed(arrays, given, seqlen_q)
@@ -109,6 +111,7 @@ def make_cache_problem(arrays: Mapping[str, Array], given: CacheOptions) -> Prob
 
     _check_per_sequence("cache_seqlens", arrays["cache_seqlens"], sequences, "how many keys the cache has of each sequence")
     cache, capacity = _check_places(arrays, views, sequences)
+    scales = cache_scales.check_scales(arrays, kv_dtype, sequences, num_heads_kv)
     new = _check_new(arrays, views, form, capacity)
     no_tokens = packed is not None and seqlen_q == 0
     rotary = _check_rotary(arrays, given.rotary_interleaved, head_dim, capacity, has_new=new is not None or (no_tokens and "key" in arrays))
@@ -148,7 +151,7 @@ def make_cache_problem(arrays: Mapping[str, Array], given: CacheOptions) -> Prob
         num_sequences=None if packed is None else sequences,
         features=features,
         vectorized=False,  # each array says so itself: one kernel is for all of them
-        cache=replace(cache, new=new, rotary=rotary),
+        cache=replace(cache, new=new, rotary=rotary, dtype=kv_dtype, scales=scales),
         num_splits=num_splits,
         batch_invariant=batch_invariant,
     )
@@ -402,6 +405,7 @@ def check_positions(problem: Problem, addresses: Mapping[str, int]) -> None:
     """
     cache = problem.cache
     assert cache is not None
+    cache_scales.check_values(problem, addresses)
     sequences, queries = problem.sequences, [problem.seqlen_q] * problem.sequences
     if problem.num_sequences is not None:
         check_offsets("q", addresses["cu_seqlens_q"], sequences, problem.seqlen_q, problem.max_seqlen_q)

@@ -92,9 +92,10 @@ OTHER_NAMES = (
         "How work is cut is said by tile=cuflash.Tile(...) alone; cuflash.legal_tiles lists those that fit.",
     ),
     OtherName(
-        ("descale_q", "descale_k", "descale_v", "q_descale", "k_descale", "v_descale"), "flash-attn", (),
-        "There are no FP8 kernels: pass float16, bfloat16 or float32.",
+        ("descale_k", "descale_v", "k_descale", "v_descale"), "flash-attn", ("key_scale", "value_scale"),
+        "float32 (heads,) or (batch, heads), of the caches of attention_with_kvcache in float8_e4m3fn; no other call takes FP8.",
     ),
+    OtherName(("descale_q", "q_descale"), "flash-attn", (), "There is no FP8 query: pass float16 or bfloat16, to caches in FP8 too."),
     OtherName(("qv", "q_v"), "flash-attn", (), "Its products with value are scores of longer rows: concatenate qv to query, and value to key."),
     OtherName(("attention_chunk",), "flash-attn", ("segment_ids_q", "segment_ids_kv"), "Chunks are segments: ids numpy.arange(seqlen) // chunk, with is_causal=True."),
     OtherName(("block_table",), "flash-attn", ("page_table",), "int32 (batch, pages of a sequence), as there."),
@@ -215,8 +216,8 @@ def _answering(function: Callable[P, R], name: str, known: tuple[str, ...], feat
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        unknown = [keyword for keyword in kwargs if keyword not in taken]
-        if unknown:
+        if not taken.issuperset(kwargs):
+            unknown = [keyword for keyword in kwargs if keyword not in taken]
             raise _unknown(name, known, unknown, feature_of)
         return function(*args, **kwargs)
 

@@ -12,6 +12,9 @@ from cuflash.problem.options import CausalAlignment
 DTYPES: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Supported element types and their size in bytes."""
 
+KV_DTYPES: dict[str, int] = {**DTYPES, "float8_e4m3fn": 1}
+"""Those of keys and values; the last one in a cache only."""
+
 MAX_HEAD_DIM = 576
 MAX_EXTENT = 2**31 - 2**13
 """Kernels count rows in 32 bits and add up to a few tiles."""
@@ -109,6 +112,30 @@ class Problem:
     def itemsize(self) -> int:
         """Bytes per element of query, key, value and the output."""
         return DTYPES[self.dtype]
+
+    @property
+    def kv_dtype(self) -> str:
+        """Element type of key and value."""
+        return self.cache.dtype if self.cache is not None and self.cache.dtype else self.dtype
+
+    @property
+    def kv_itemsize(self) -> int:
+        """Bytes per element of key and value."""
+        return KV_DTYPES[self.kv_dtype]
+
+    @property
+    def owned_queries(self) -> int:
+        """Queries of each sequence that there are blocks for."""
+        return self._owned(self.seqlen_q, self.max_seqlen_q)
+
+    @property
+    def owned_keys(self) -> int:
+        """Keys of each sequence that there are blocks for."""
+        return self._owned(self.seqlen_kv, self.max_seqlen_kv)
+
+    def _owned(self, tokens: int, longest: int) -> int:
+        """As many as the longest sequence has; but as the average place, if that is longer than what sequences use of theirs: the rest has to be filled with zeros."""
+        return max(longest, -(-tokens // self.num_sequences)) if self.in_places and self.num_sequences else longest
 
     @property
     def heads_per_kv(self) -> int:

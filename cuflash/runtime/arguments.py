@@ -60,8 +60,9 @@ class Arguments:
         as_words = memoryview(filled).cast("Q")  # as WORD
         for index, name in self._words:
             as_words[index] = words[name]
-        for offset, tensor_map in self._maps:
-            filled[offset : offset + TENSOR_MAP.size] = tensor_map.at(words[tensor_map.name])
+        if self._maps:
+            for offset, tensor_map in self._maps:
+                filled[offset : offset + TENSOR_MAP.size] = tensor_map.at(words[tensor_map.name])
         return filled
 
 

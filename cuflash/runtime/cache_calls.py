@@ -81,6 +81,9 @@ class PreparedCacheCall(PreparedForward):
         super().__init__(plan, executables, inputs, given, given_view)
         self._distance = inputs["value_cache"].pointer - inputs["key_cache"].pointer  # at which caches were found to share nothing
 
+    def itemsize_of(self, array: str) -> int:
+        return self.problem.kv_itemsize if array in ("key_cache", "value_cache") else self.problem.itemsize
+
     def operands(self) -> dict[str, tuple[str, View]]:
         problem, cache = self.problem, self.problem.cache
         assert cache is not None
@@ -106,7 +109,8 @@ class PreparedCacheCall(PreparedForward):
             "page_table": "page_table", "batch_indices": "cache_batch_idx", "leftpad": "cache_leftpad", "stride_page_table": cache.stride_page_table,
             "page_size": cache.page_size, "num_rows": cache.num_rows, "new_keys": cache.new_keys,
         }  # fmt: skip
-        values: dict[str, Value] = {"lengths": lengths, "cache": places, "head_dim_v": problem.head_dim_v}
+        scales: Values = {"key": _scale("key_scale", cache.scales.key), "value": _scale("value_scale", cache.scales.value)}
+        values: dict[str, Value] = {"lengths": lengths, "cache": places, "scales": scales, "head_dim_v": problem.head_dim_v}
         if (rotary := cache.rotary) is not None:
             values |= {
                 "rotary_cos": "rotary_cos", "rotary_sin": "rotary_sin", "stride_cos": rotary.strides[0], "stride_sin": rotary.strides[1],
@@ -125,11 +129,14 @@ class PreparedCacheCall(PreparedForward):
         distance = addresses["value_cache"] - addresses["key_cache"]
         if distance != self._distance and self._may_share(distance):
             return False
+        (_, key_low, key_high), (_, value_low, value_high) = self._caches
+        keys, values = addresses["key_cache"], addresses["value_cache"]
+        key_begin, key_end, value_begin, value_end = keys + key_low, keys + key_high, values + value_low, values + value_high
         for name, low, high in self._appended:
-            begin, end = addresses[name] + low, addresses[name] + high
-            for written, written_low, written_high in self._caches:
-                if addresses[written] + written_low < end and begin < addresses[written] + written_high:
-                    return False
+            address = addresses[name]
+            begin, end = address + low, address + high
+            if (key_begin < end and begin < key_end) or (value_begin < end and begin < value_end):
+                return False
         return True
 
     def _may_share(self, distance: int) -> bool:
@@ -149,3 +156,8 @@ class PreparedCacheCall(PreparedForward):
 
     def check_offsets(self, addresses: dict[str, int]) -> None:
         check_positions(self.problem, addresses)
+
+
+def _scale(name: str, strides: tuple[int, int]) -> Values:
+    """`HeadView` of the array of this name."""
+    return {"data": name, "stride_batch": strides[0], "stride_head": strides[1]}

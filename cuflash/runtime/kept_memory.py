@@ -8,6 +8,7 @@ keeps it for later work of that stream. Which streams of which library that is s
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -55,12 +56,38 @@ class Places:
         return 0 < self.nbytes <= MAX_BYTES
 
 
+class _Pieces(dict[Stream, Piece]):
+    """Of a thread; that of the stream used last is the last. Unlike other dicts it can be found without being kept alive."""
+
+
 class _OfThread(threading.local):
     def __init__(self) -> None:
-        self.pieces: dict[Stream, Piece] = {}  # that of the stream used last is the last
+        self.pieces = _Pieces()
+        _of_all_threads[id(self.pieces)] = self.pieces
 
 
+_of_all_threads: weakref.WeakValueDictionary[int, _Pieces] = weakref.WeakValueDictionary()
 _kept = _OfThread()
+
+
+def clear_workspace() -> int:
+    """Give back the workspace that is kept for the next calls, of all threads: where generation has ended, and others want the memory.
+
+    Calls that are running keep theirs, and the next call of a kind allocates it anew. The memory goes to the library that made it: with CuPy, to the pool of its
+    device.
+
+    Returns:
+        How many bytes that were.
+    """
+    given_back = 0
+    for pieces in list(_of_all_threads.values()):
+        while pieces:
+            try:
+                _, piece = pieces.popitem()
+            except KeyError:  # its thread has just taken the last one
+                break
+            given_back += piece.nbytes
+    return given_back
 
 
 def take(nbytes: int, like: Array, stream: int) -> tuple[Stream, Piece]:

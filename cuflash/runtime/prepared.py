@@ -108,7 +108,8 @@ class PreparedCall:
         if self.device.kind == "simulator":
             self.check_offsets(addresses)
             buffers = simulated_memory(self.extents, addresses, self.written.difference(buffer.name for buffer in self.zeroed))
-        self.clear_counters(addresses, stream)
+        if self.zeroed:
+            self.clear_counters(addresses, stream)
         for executable, shape, struct in self.launches:
             executable.launch(shape, struct.fill(addresses), stream, buffers)
 
@@ -208,13 +209,17 @@ class PreparedForward(PreparedCall):
         views = {**self.operands(), "out": ("out", view)}
         addresses = {name: array.pointer for name, array in inputs.items()} | {"out": given.pointer if given else 0}
         stride_batch = 0 if problem.layout.varlen else problem.num_heads_q * problem.seqlen_q
-        vectorized = {name: view.vectorized(problem.itemsize, addresses.get(array, 0)) for name, (array, view) in views.items()}
+        vectorized = {name: view.vectorized(self.itemsize_of(array), addresses.get(array, 0)) for name, (array, view) in views.items()}
         self.check_vectorized(vectorized)
         values: dict[str, Value] = {name: arguments.tensor(array, view, vectorized[name]) for name, (array, view) in views.items()}
         values["lse"] = arguments.rows("lse", (stride_batch, problem.seqlen_q, 1))
         if any(kernel.spec == MERGE_ATTENTION for kernel in plan.kernels):
             values |= self.merged()
         self.launches = self.fill_in(executables, values | self.other_values(), set(inputs), views)
+
+    def itemsize_of(self, array: str) -> int:
+        """Bytes per element of an array that `operands` names."""
+        return self.problem.itemsize
 
     def operands(self) -> dict[str, tuple[str, View]]:
         """Fields of the argument structs: which array each is, an input or one of the workspace, and its view."""

@@ -1,11 +1,13 @@
 """cuflash as an attention of Hugging Face's transformers: `attn_implementation=cuflash.torch.register_transformers()`.
 
 Masks are those that transformers makes for torch's function: none where the causal or full pattern says all, else boolean ones, which hold padding, windows, chunks and
-packed documents, and whose empty tiles the kernels skip. Imported only when asked for; transformers with an `AttentionInterface` is needed then.
+packed documents, and whose empty tiles the kernels skip. A static cache is read as far as its mask shows any key. Imported only when asked for; transformers with an
+`AttentionInterface` is needed then.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from cuflash.errors import OptionError, SetupError, UnsupportedError
 from cuflash.torch.attention import scaled_dot_product_attention
 
 NAME = "cufl"
+_FEW_QUERIES = 16
+"""As few as a step of generation has: the kernel for more walks over lists of what a mask shows."""
 
 
 def register_transformers(name: str = NAME) -> str:
@@ -80,9 +84,30 @@ def attention(
         attention_mask, position_bias = _mask_and_bias(attention_mask, position_bias)
     out = scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attention_mask, dropout, causal, scaling, True, layout="bshd",
-        attn_bias=position_bias, softcap=softcap, sinks=s_aux,
+        attn_bias=position_bias, softcap=softcap, sinks=s_aux, seqlens_kv=_shown_lengths(attention_mask, query, key),
     )  # fmt: skip
     return out, None
+
+
+_latest: tuple[Any, int, Any] = (None, 0, None)
+"""A mask, by a weak reference, its version, and what it shows: each layer of a step has the same one."""
+
+
+def _shown_lengths(mask: Any, query: Any, key: Any) -> Any:
+    """Keys of each row up to the last one that a mask shows to any query, int32 on the device; None where it is not worth knowing, or not known to hold."""
+    global _latest
+    batch, _, seqlen_kv, _ = key.shape
+    if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[3] != seqlen_kv or query.shape[2] > _FEW_QUERIES:
+        return None
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(mask) is not torch.Tensor:
+        return None
+    version = -1 if mask.is_inference() else mask._version  # how often it was written to, which no other tensor tells
+    known, known_version, lengths = _latest
+    if known is None or known() is not mask or version != known_version or version < 0:
+        ends = torch.arange(1, seqlen_kv + 1, dtype=torch.int32, device=mask.device)
+        lengths = torch.where(mask.any(1).any(1), ends, 0).amax(1).to(torch.int32)
+        _latest = weakref.ref(mask), version, lengths
+    return lengths.expand(batch).contiguous()
 
 
 def _mask_and_bias(mask: Any, bias: Any) -> tuple[Any, Any]:

@@ -17,6 +17,9 @@ struct float16 {
 struct bfloat16 {
   uint16 bits;
 };
+struct float8_e4m3fn {  // sign, 4 bits of exponent, 3 of mantissa; up to 448, and no infinity
+  uint8 bits;
+};
 
 struct NoMask {};  // stands for the element type of a mask that is not there
 

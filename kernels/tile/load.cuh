@@ -24,6 +24,8 @@ DEVICE Chunk gather_chunk(const Element* source, int64 stride_dim, int valid_ele
       const Element element = source[i * stride_dim];
       if constexpr (sizeof(SmemElement) == 4) {
         chunk.word[i] = __float_as_uint(to_float(element));
+      } else if constexpr (sizeof(SmemElement) == 1) {
+        chunk.word[i / 4] |= uint32(element.bits) << (8 * (i % 4));
       } else {
         chunk.word[i / 2] |= uint32(element.bits) << (16 * (i % 2));
       }

@@ -6,7 +6,7 @@
 //
 // Packed rows behind the last sequence belong to nobody. Blocks of one sequence more than there are fill them with zeros. The grid is made for
 // max_seqlen; rows of a sequence that is longer all the same are filled with zeros by the block of its last tile. Rows of a sequence's place that it
-// does not use are filled by the blocks of their tiles.
+// does not use are filled by the blocks of their tiles, and those beyond the last tile by all blocks of the sequence.
 //
 // With neither feature, everything in this file is nothing.
 #pragma once
@@ -85,9 +85,13 @@ DEVICE bool claim_rows(const Arguments& arguments, const PackedArray& packed, co
       return false;
     }
     const int place = sequence_place(packed.offsets, work.batch, packed.num_rows), first = work.tile * TILE_ROWS;
-    if (work.tile == num_tiles - 1) clear(start + num_tiles * TILE_ROWS, start + place, 0, 1);  // longer than max_seqlen said
-    const int length = sequence_length(packed, work.batch);
-    if constexpr (IN_PLACES) clear(start + max(first, length), start + min(first + TILE_ROWS, place), 0, 1);
+    const int length = sequence_length(packed, work.batch), end = num_tiles * TILE_ROWS;  // the last row that max_seqlen has blocks for
+    if constexpr (IN_PLACES) {
+      clear(start + max(first, length), start + min(first + TILE_ROWS, place), 0, 1);
+      clear(start + end, start + place, work.tile, num_tiles);  // places may be much longer than what sequences use
+    } else {
+      if (work.tile == num_tiles - 1) clear(start + end, start + place, 0, 1);  // longer than max_seqlen said
+    }
     return first < length;  // the grid is made for the longest sequence
   }
   return true;

@@ -57,8 +57,9 @@ DEVICE void publish_state(const WarpSoftmax<M>& softmax, SmemAddress states) {
     }
 }
 
-// This warp's O, relative to the whole rows. `sink(row)` is that of a row.
-template <int M, int N, typename Sink>
+// This warp's O, relative to the whole rows. `sink(row)` is that of a row. With PAIRED tiles, each two neighbours have the even and the odd ones of
+// their columns (tile/cache_operand.cuh).
+template <bool PAIRED, int M, int N, typename Sink>
 DEVICE void publish_O(const float (&O)[M][N][4], const WarpSoftmax<M>& softmax, SmemAddress states, SmemAddress parts, const Sink& sink) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   const SmemAddress own = parts + warp_index() * WarpO::BYTES;
@@ -69,8 +70,15 @@ DEVICE void publish_O(const float (&O)[M][N][4], const WarpSoftmax<M>& softmax, 
       const int row = 16 * m + 8 * r + g;
       const float factor = WarpSoftmax<M>::rescale(softmax.reference[m][r], WholeRow(states, row, sink(row)).reference);
 #pragma unroll
-      for (int n = 0; n < N; ++n)
-        store_shared(own + WarpO::offset(row, 2 * n + t / 2) + t % 2 * 8, make_float2(O[m][n][2 * r] * factor, O[m][n][2 * r + 1] * factor));
+      for (int n = 0; n < N; n += PAIRED ? 2 : 1) {
+        if constexpr (PAIRED) {
+          const float (&even)[4] = O[m][n], (&odd)[4] = O[m][n + 1];
+          store_shared(own + WarpO::offset(row, 2 * n + t),
+                       make_float4(even[2 * r] * factor, odd[2 * r] * factor, even[2 * r + 1] * factor, odd[2 * r + 1] * factor));
+        } else {
+          store_shared(own + WarpO::offset(row, 2 * n + t / 2) + t % 2 * 8, make_float2(O[m][n][2 * r] * factor, O[m][n][2 * r + 1] * factor));
+        }
+      }
     }
 }
 

@@ -263,6 +263,15 @@ def test_comparison_with_boolean(boolean: str) -> None:
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("constant", ["-1", "0", "1"])
+@pytest.mark.parametrize("boolean", ["and", "or", "xor"])
+def test_boolean_with_a_constant(boolean: str, constant: str) -> None:
+    a, b = operands("s32", 2)
+    combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[boolean]
+    asm = f"setp.lt.s32 %q, %a, %b; {boolean}.pred %w, %q, {constant}; selp.u32 %d, 1, 0, %w;"
+    np.testing.assert_array_equal(run_instruction(asm, np.uint32, a, b), combine(a < b, constant != "0"))
+
+
 def test_set() -> None:
     a, b = operands("s32", 2)
     np.testing.assert_array_equal(run_instruction("set.lt.u32.s32 %d, %a, %b;", np.int32, a, b), -(a < b).astype(np.int32))

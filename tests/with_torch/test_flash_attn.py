@@ -19,12 +19,12 @@ SIGNATURES = {
     "flash_attn_func": f"(q, k, v, {TAIL})",
     "flash_attn_qkvpacked_func": f"(qkv, {TAIL})",
     "flash_attn_kvpacked_func": f"(q, kv, {TAIL})",
-    "flash_attn_varlen_func": f"(q, k, v, {PACKED_HEAD}, {TAIL}, block_table=None)",
+    "flash_attn_varlen_func": f"(q, k, v, {PACKED_HEAD}, {TAIL}, block_table=None, seqused_k=None)",
     "flash_attn_varlen_qkvpacked_func": f"(qkv, cu_seqlens, max_seqlen, {TAIL})",
     "flash_attn_with_kvcache": (
         "(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, "
         "block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
-        "return_softmax_lse=False)"
+        "return_softmax_lse=False, k_descale=None, v_descale=None)"
     ),
     "flash_attn_varlen_kvpacked_func": f"(q, kv, {PACKED_HEAD}, {TAIL})",
 }
@@ -33,6 +33,7 @@ HEADS, DIM = 2, 32
 
 
 def test_signatures_are_those_of_flash_attn_2() -> None:
+    """And behind them what flash-attn 3 and vLLM add for caches."""
     assert set(SIGNATURES) == set(flash_attn.__all__)
     for name, signature in SIGNATURES.items():
         found = inspect.signature(getattr(flash_attn, name))
@@ -147,13 +148,6 @@ def test_dropped_probabilities_of_packed_sequences(device: Any) -> None:
         assert_close(out[begin:end].transpose(0, 1), kept @ v[begin:end].transpose(0, 1))
 
 
-def test_a_paged_cache_is_refused(device: Any) -> None:
-    q, k, v = leaves(device, *[(Q, HEADS, DIM)] * 3)
-    offsets = torch.tensor([0, Q], device=device)
-    with pytest.raises(UnsupportedError, match="block_table"):
-        flash_attn.flash_attn_varlen_func(q, k, v, offsets, offsets, Q, Q, block_table=offsets)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bits(device: Any, dtype: Any) -> None:
     inputs = leaves(device, *[(2, Q, HEADS, DIM)] * 3, dtype=dtype)
@@ -217,6 +211,55 @@ def test_a_step_with_a_cache(device: Any, page_size: int | None) -> None:
         parameter = caches[1].clone().requires_grad_()
         with pytest.raises(ArgumentError, match=r"value_cache: .*requires grad"):  # in a warm call too
             flash_attn.flash_attn_with_kvcache(q, caches[0], parameter, k, v, cache_seqlens=lengths, block_table=table)
+
+
+def test_packed_queries_and_keys_in_pages(device: Any) -> None:
+    """Lengths from offsets or as they are, of pages or of places; what lies behind is NaN."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(5, HEADS, DIM, generator=generator).to(device, torch.bfloat16)
+    k, v = (torch.full((8, 16, 1, DIM), float("nan")) for _ in range(2))
+    table = torch.randperm(8, generator=generator).reshape(2, 4)
+    rows = [torch.randn(2, count, DIM, generator=generator).bfloat16().float() for count in (40, 7)]
+    for b, both in enumerate(rows):
+        for x, own in zip((k, v), both, strict=True):
+            for position, row in enumerate(own):
+                x[table[b, position // 16], position % 16, 0] = row
+    k, v, table = k.to(device, torch.bfloat16), v.to(device, torch.bfloat16), table.to(device)
+    starts, counts = (torch.tensor(numbers, device=device) for numbers in ([0, 3, 5], [40, 7]))
+    offsets = torch.tensor([0, 40, 47], device=device)
+    out, lse, _ = flash_attn.flash_attn_varlen_func(q, k, v, starts, offsets, 3, 40, causal=True, block_table=table, return_attn_probs=True)
+    for b, (begin, end) in enumerate(((0, 3), (3, 5))):
+        keys, values = (x[None, :, None].to(device) for x in rows[b])
+        want, want_lse = judged(q[None, begin:end].float(), keys, values, is_causal=True)
+        torch.testing.assert_close(out[begin:end].float(), want[0].float(), atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(lse[:, begin:end], want_lse[0].float(), atol=1e-3, rtol=1e-3)
+    given = {"causal": True, "block_table": table, "seqused_k": counts}
+    assert torch.equal(flash_attn.flash_attn_varlen_func(q, k, v, starts, None, 3, 40, **given), out)
+
+    places = [torch.full((64, 1, DIM), float("nan"), device=device, dtype=torch.bfloat16) for _ in range(2)]
+    for i, place in enumerate(places):
+        place[:40, 0], place[50:57, 0] = (own[i].to(device, torch.bfloat16) for own in rows)
+    begins = torch.tensor([0, 50, 64], device=device)
+    in_places = flash_attn.flash_attn_varlen_func(q, *places, starts, begins, 3, 50, causal=True, seqused_k=counts)
+    torch.testing.assert_close(in_places, out, atol=2e-2, rtol=2e-2)
+    with pytest.raises(OptionError, match="seqused_k: got None beside block_table"):
+        flash_attn.flash_attn_varlen_func(q, k, v, starts, None, 3, 40, block_table=table)
+    for given in ({"block_table": table}, {"seqused_k": counts}):
+        with pytest.raises(UnsupportedError, match=f"dropout_p: got 0.5; expected 0.0 with {next(iter(given))}"):
+            flash_attn.flash_attn_varlen_func(q, k, v, starts, offsets, 3, 40, 0.5, **given)
+
+
+def test_a_cache_in_8_bits(device: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 1, heads, 16, generator=generator).half().to(device) for heads in (2, 1, 1))
+    caches = [torch.randn(2, 32, 1, 16, generator=generator).to(device, torch.float8_e4m3fn) for _ in range(2)]
+    scales = [torch.full((2, 1), number, device=device) for number in (0.5, 2.0)]
+    lengths = torch.tensor([20, 3], dtype=torch.int32, device=device)
+    out = flash_attn.flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths, k_descale=scales[0], v_descale=scales[1])
+    for b, length in enumerate((20, 3)):
+        torch.testing.assert_close(caches[0][b, length].float(), (k[b, 0].float() / 0.5).to(torch.float8_e4m3fn).float())
+        keys, values = (x[None, b, : length + 1].float() * scale[b, 0] for x, scale in zip(caches, scales, strict=True))
+        torch.testing.assert_close(out[b].float(), judged(q[None, b].float(), keys, values)[0][0].float(), atol=2e-3, rtol=2e-3)
 
 
 def rotated(x: Any, angles: Any) -> Any:

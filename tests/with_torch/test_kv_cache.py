@@ -37,6 +37,22 @@ def test_a_cache_of_tensors_gives_what_one_of_arrays_does(device: Any) -> None:
     assert torch.equal(tensors.page_table.cpu(), torch.from_numpy(arrays.page_table))
 
 
+def test_a_cache_in_8_bits_gives_what_one_of_arrays_does(device: Any) -> None:
+    if device.type == "cuda":
+        pytest.importorskip("cupy")
+    rng = numpy.random.default_rng(0)
+    query, key, value = (rng.standard_normal((2, 20, heads, 16)).astype("float16") for heads in (2, 1, 1))
+    scale = numpy.float32([0.01])
+    arrays = cuflash.KVCache(2, 1, 16, page_size=8, dtype="float8_e4m3fn", key_scale=scale)
+    on_device = torch.from_numpy(scale).to(device)
+    tensors = cuflash.KVCache(2, 1, 16, page_size=8, dtype="float8_e4m3fn", key_scale=on_device, xp=torch, device=device)
+    for begin, end in ((0, 5), (5, 20)):  # its pages are doubled in between
+        step = [x[:, begin:end] for x in (query, key, value)]
+        want, got = arrays.attend(*step), tensors.attend(*(torch.from_numpy(x).to(device) for x in step))
+        assert torch.equal(got.cpu(), torch.from_numpy(want))
+    assert tensors.keys.dtype == torch.float8_e4m3fn
+
+
 def test_names_of_types(device: Any) -> None:
     assert cuflash.KVCache(1, 1, 32, dtype="bfloat16", xp=torch, device=device).values.dtype == torch.bfloat16
     with pytest.raises(OptionError, match="dtype: got 'float17'"):

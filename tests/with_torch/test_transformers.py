@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from cuflash.errors import OptionError, UnsupportedError
+from cuflash.planning.planner import make_plan
+from cuflash.runtime import calls
 from cuflash.torch import register_transformers, transformers
 
 hf = pytest.importorskip("transformers")
@@ -127,6 +129,57 @@ def test_generation_is_that_of_eager_attention(device: Any, kind: str, cache: st
             )
     assert generated[0].shape[1] > SEQLEN
     assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_steps_of_16_bits_take_the_kernel_for_few_queries(device: Any, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token by token as eager attention; a static cache is read as far as its mask shows a key, which is looked for once for all layers."""
+    monkeypatch.setenv("CUFLASH_DECODE", "1")
+    if device.type == "cpu":
+        monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_80")
+    ids, mask = tokens(device)
+    planned: list[Any] = []
+    monkeypatch.setattr(calls, "make_plan", lambda *args, **options: planned.append(make_plan(*args, **options)) or planned[-1])
+    calls.forget()
+    run, lengths = transformers.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        transformers,
+        "scaled_dot_product_attention",
+        lambda *args, **options: lengths.append(options["seqlens_kv"]) or run(*args, **options),
+    )
+    generated = []
+    for implementation in ("eager", register_transformers()):
+        model = make("llama", implementation, device).half()
+        with torch.no_grad():
+            generated.append(
+                model.generate(
+                    ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False, cache_implementation=cache, disable_compile=True,
+                )
+            )  # fmt: skip
+    assert torch.equal(*generated)
+    steps = [plan for plan in planned if plan.problem.seqlen_q == 1]
+    assert steps
+    assert all("forward_split" in [kernel.name for kernel in plan.kernels] for plan in steps)
+    shown = [x.tolist() for x in lengths if x is not None]
+    assert shown == [[SEQLEN + step] * 2 for step in (1, 2, 3) for _layer in range(2)]
+
+
+def test_what_a_mask_shows_is_looked_for_again_when_it_is_written_to() -> None:
+    query, key = torch.zeros(2, 2, 1, 16), torch.zeros(2, 1, 6, 16)
+    mask = torch.zeros(2, 1, 1, 6, dtype=torch.bool)
+    with torch.no_grad():
+        for end in (0, 4):
+            mask[1, ..., :end] = True
+            assert transformers._shown_lengths(mask, query, key).tolist() == [0, end]
+        assert transformers._shown_lengths(mask[1:], query, key).tolist() == [4, 4]
+        for other in (None, mask.float(), mask[..., :5]):
+            assert transformers._shown_lengths(other, query, key) is None
+    assert transformers._shown_lengths(mask, query, key) is None  # gradients may be wanted
+    with torch.inference_mode():
+        fresh = mask.clone()
+        for end in (5, 6):  # writes to it are not counted
+            fresh[0, ..., :end] = True
+            assert transformers._shown_lengths(fresh, query, key).tolist() == [end, 4]
 
 
 def test_a_name_that_transformers_takes_for_another_is_refused() -> None:

@@ -41,12 +41,23 @@ def decode_mov(encoder: Encoder, statement: Statement, operands: list[str]) -> N
 
 
 def _predicate(encoder: Encoder, text: str) -> str:
-    """A predicate operand, which may be written `!p`."""
+    """A predicate operand, which may be written `!p`, or be a constant."""
+    if encoder.width(text) is None and text.lstrip("-").isdigit():
+        constant = encoder.new_register(1)
+        encoder.emit("constant.pred", constant, "1" if int(text) else "0")
+        return constant
     if not text.startswith("!"):
         return text
     negated = encoder.new_register(1)
     encoder.emit("not.pred", negated, text[1:].strip())
     return negated
+
+
+@decodes("and.pred", "or.pred", "xor.pred")
+def decode_boolean(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """Of two predicates: `xor.pred p, q, -1` is how a compiler writes that p is not q."""
+    target, a, b = operands
+    encoder.emit(statement.opcode, target, _predicate(encoder, a), _predicate(encoder, b))
 
 
 def _emit_comparison(encoder: Encoder, name: str, target: str, complement: str | None, a: str, b: str) -> None:

@@ -1,0 +1,54 @@
+"""What share of a GPU's bandwidth a step of generation is predicted to have, as the table of docs/performance.md.
+
+    python benchmarks/decoding_shares.py
+
+Nothing is measured or compiled. Two models say it. That of splits (cuflash/planning/split_forward.py) counts waves, the beginning and end of blocks, and merging,
+with constants that others fitted to their kernel. The other counts the bytes that are on their way at a time, of which a latency of a microsecond needs as many
+as memory gives in it; it knows nothing of beginnings and ends.
+"""
+
+from __future__ import annotations
+
+from cuflash.cli.cached_calls import CachedCall
+from cuflash.cli.samples import Sample
+from cuflash.hardware import device
+from cuflash.planning import kernel_specs, split_forward
+from cuflash.planning.planner import make_plan
+from cuflash.timing import machine
+
+ROOMS = (1024, 32768, 262144)
+PAIRS = (1, 4, 8, 32, 64, 128, 256)
+LATENCY = 1e-6
+HEAD_DIM, GROUP = 128, 4
+
+
+def row(arch: str, pairs: int) -> str:
+    """Of so many pairs of sequence and key head: splits and both shares for each room."""
+    on, card = device.of_arch(arch, "gpu"), machine.CARDS[arch]
+    cells = []
+    for room in ROOMS:
+        sample = Sample(
+            batch=pairs, seqlen_q=1, seqlen_kv=room, num_heads_q=GROUP, num_heads_kv=1, head_dim=HEAD_DIM, dtype="bfloat16", cache=CachedCall(64)
+        )  # fmt: skip
+        assert sample.cache is not None
+        plan = make_plan(sample.cache.problem(sample), on)
+        kernel = next(kernel for kernel in plan.kernels if kernel.spec == kernel_specs.FORWARD_SPLIT)
+        traffic = split_forward.traffic(kernel, plan.problem, on)
+        at_a_time = min(kernel.num_blocks, traffic.resident * on.num_sms) / traffic.resident * traffic.bytes_in_flight
+        in_flight = min(1.0, at_a_time / (card.memory_bytes_per_second * LATENCY))
+        cells.append(f"{kernel.splits.number}: {split_forward.predicted_share(plan):.0%}, {in_flight:.0%}")
+    return f"| {pairs} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Print a table for each card."""
+    for arch in ("sm_80", "sm_90"):
+        print(f"| {machine.CARDS[arch].name}: batch · key heads | " + " | ".join(f"{room} keys" for room in ROOMS) + " |")
+        print("| --- " * (1 + len(ROOMS)) + "|")
+        for pairs in PAIRS:
+            print(row(arch, pairs))
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Calls with a cache on the command line: `explain` plans what the call itself does, and `warmup` compiles it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from caches import CacheCall
+
+import cuflash
+from cuflash.__main__ import main
+from cuflash.cli.cached_calls import CachedCall, requests_of
+from cuflash.cli.samples import Sample
+from cuflash.hardware import device
+from cuflash.planning import split_forward
+from cuflash.planning.planner import make_plan
+
+CALL = ["--cache", "--batch", "3", "--seqlen", "2", "--seqlen-kv", "4000", "--heads", "12", "--heads-kv", "2", "--head-dim", "64"]
+
+
+def explained(capsys: Any, *arguments: str) -> str:
+    assert main(["explain", *CALL, *arguments, "--no-predict"]) == 0
+    return str(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("scales", ["", "heads"])
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_the_plan_is_that_of_the_call(page_size: int, scales: str, capsys: Any) -> None:
+    call = CacheCall(
+        (9, 9, 9), 2, 2, 12, 2, 64, room=4000, page_size=page_size, scales=scales, options={"is_causal": True, "window": (100, 0)}
+    )
+    options = [
+        "--causal",
+        "--window",
+        "100",
+        "0",
+        *(["--page-size", "16"] if page_size else []),
+        *(["--kv-dtype", "float8_e4m3fn"] if scales else []),
+    ]
+    text = explained(capsys, *options)
+    assert str(cuflash.kvcache_plan(**call.arrays())) in text
+    assert "of its bandwidth, with full caches" in text
+    bound = 3 * 4000 * 2 * 128 * (1 if scales else 2)
+    assert bound < json.loads(explained(capsys, *options, "--json"))["least_bytes"] < 1.1 * bound
+
+
+@pytest.mark.parametrize("cached", [CachedCall(), CachedCall(16, "float8_e4m3fn", rotary="float32")], ids=["rows", "pages"])
+def test_what_is_compiled_ahead_is_what_calls_of_any_shape_need(cached: CachedCall) -> None:
+    on = device.of_arch("sm_90", "gpu")
+    sample = Sample(head_dim=64, dtype="bfloat16", is_causal=True, cache=cached)
+    ahead = set(requests_of(sample, on))
+    for batch, seqlen_q, heads, room in ((1, 1, 4, 100), (64, 1, 8, 70000), (2, 40, 4, 4000)):
+        call = Sample(batch, seqlen_q, room, heads, 4, 64, dtype="bfloat16", is_causal=True, cache=cached)
+        plan = make_plan(cached.problem(call), on)
+        assert {kernel.request(on) for kernel in plan.kernels} <= ahead
+
+
+def test_the_command_compiles_them(tmp_path: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cupy")
+    monkeypatch.setenv("CUFLASH_CACHE_DIR", "")  # is put back
+    given = ["--cache", "--head-dim", "16", "--dtype", "float16", "--causal", "--kv-dtype", "float8_e4m3fn", "--into", str(tmp_path)]
+    assert main(["warmup", *given]) == 0
+    assert capsys.readouterr().out.startswith("4 kernels are in the cache")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--page-size", "16"], "--page-size: got 16 without --cache"),
+        (["--cache", "--pass", "backward"], "--pass: got backward with --cache"),
+        (["--cache", "--dropout", "0.5"], "--dropout: got it with --cache"),
+        (["--cache", "--varlen"], "--varlen: got it with --cache"),
+        (["--cache", "--kv-dtype", "bfloat16"], "key_cache: got bfloat16"),
+        (["--cache", "--num-splits", "999"], "num_splits: got 999"),
+    ],
+)
+def test_what_cannot_be_used_is_named(arguments: list[str], message: str, capsys: Any) -> None:
+    assert main(["explain", "--no-predict", "--seqlen", "1", "--seqlen-kv", "64", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_shares_grow_with_keys_and_stay_below_one() -> None:
+    on, cached = device.of_arch("sm_80", "gpu"), CachedCall(64)
+    shares = []
+    for room in (256, 4096, 2**18):
+        plan = make_plan(cached.problem(Sample(8, 1, room, 4, 1, 128, dtype="bfloat16", cache=cached)), on)
+        shares.append(split_forward.predicted_share(plan))
+    assert 0 < shares[0] < shares[1] < shares[2] < 1
+    assert shares[2] > 0.85
