@@ -16,7 +16,7 @@ import cuflash
 from cuflash import Tile
 from cuflash.errors import TileError
 from cuflash.hardware import device
-from cuflash.planning import measured_tiles, tile_choice, wgmma_forward
+from cuflash.planning import measured_tiles, predicted_tiles, tile_choice, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import FORWARD_WGMMA
 from cuflash.runtime import calls
@@ -393,7 +393,9 @@ def test_other_head_dims_take_the_tile_of_a_larger_one(head_dim: int, tile: tupl
     on = device.of_arch("sm_90", "gpu")
     assert tile_choice.default_tile(KernelCase(FORWARD_WGMMA, "float16", head_dim), on) == Tile(*tile)
     softcap = KernelCase(FORWARD_WGMMA, "float16", 64, features=cuflash.FeatureSet(softcap=True))
-    assert tile_choice.default_tile(softcap, on) == Tile(192, 96, 12, 2)
+    assert tile_choice.default_tile(softcap, on) == Tile(192, 112, 12, 2)
+    dropout = KernelCase(FORWARD_WGMMA, "float16", 128, features=cuflash.FeatureSet(dropout=True))
+    assert tile_choice.default_tile(dropout, on) == Tile(*predicted_tiles.WGMMA_WITH_FEATURE[NAME, 128, "dropout"])
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

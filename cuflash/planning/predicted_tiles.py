@@ -23,6 +23,12 @@ TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
 """(architecture, kernel, head_dim) -> tile_q, tile_kv, num_warps, num_stages; what benchmarks/predicted_tile_sweep.py prints. 16-bit types, value of the same
 head_dim, no score features."""
 
+WGMMA_WITH_FEATURE: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
+    ("forward_wgmma", 128, "dropout"): (128, 128, 8, 2),
+}
+"""(kernel, head_dim, the only feature) -> tile_q, tile_kv, num_warps, num_stages, where it is not the tile without the feature with fewer keys: of three warpgroups
+each has too few registers for more than 64 keys."""
+
 FUSED_BACKWARD: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("sm_80", 64): (128, 128, 8, 2),
     ("sm_80", 128): (64, 128, 8, 2),
