@@ -29,7 +29,7 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
 
     Args:
         shape: `(batch, num_heads_q, seqlen_q, seqlen_kv)` of the probabilities.
-        dropout_p: how likely a probability is dropped, 0 to 1.
+        dropout_p: how likely a probability is dropped, 0 to 1; rounded up to a multiple of 2**-16.
         dropout_seed: an int, a pair `(seed, offset)`, or an array of two (u)int64 of the kind and on the device of `like`.
         like: an array that says of which kind and on which device the result is, such as the query.
 
@@ -39,7 +39,7 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, dropout_see
     Raises:
         ShapeError, OptionError, DTypeError, DeviceError: an argument that cannot be used.
 
-    Source: Salmon et al. 2011, Philox 4x32-10, doi 10.1145/2063384.2063405, counted by the coordinates of the element (kernels/tile/dropout.cuh).
+    Source: Salmon et al. 2011, Philox 4x32-7, doi 10.1145/2063384.2063405, counted by the coordinates of the element (kernels/tile/dropout.cuh).
     """
     dropout_p = check_dropout_p(dropout_p)
     if dropout_p > 0.0:

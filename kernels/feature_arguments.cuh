@@ -43,7 +43,7 @@ struct FeatureArguments {
   int window_low, window_high;  // query i sees keys with window_low <= key - i - causal_offset <= window_high; ±UNLIMITED: all on that side
   float score_factor;  // what multiplies Q Kᵀ: scale in units of the scores (tile/score.cuh), or scale / softcap
   float softcap;  // in units of the scores
-  uint32 dropout_limit;  // an element is kept where its random word is above this
+  uint32 dropout_limit;  // an element is kept where its random half of a word, as the upper one, is above this
   float dropout_scale;  // 1 / (1 - dropout_p), 0 where dropout_p is 1
   float* log2_sums;  // [batch][num_heads_q][seqlen_q], next to RowStatistics
   MaskView pair_mask;  // boolean, beside an additive attn_mask

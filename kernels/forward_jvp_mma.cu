@@ -105,11 +105,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_jvp_mma(con
   auto V_loader = V_rows.loader();
   auto V_dot_loader = V_dot_rows.loader();
   auto issue = [&](int step) {
-    const int slot = slot_of(step), first_kv = tiles.tile(step) * TILE_KV;
-    K_loader.issue(K_smem + slot * TileK::BYTES, first_kv, first_column<TileK>(0), step < end);
-    K_dot_loader.issue(K_dot_smem + slot * TileK::BYTES, first_kv, first_column<TileK>(0), step < end && moves_K);
-    V_loader.issue(V_smem + slot * TileV::BYTES, first_kv, first_column<TileV>(0), step < end);
-    V_dot_loader.issue(V_dot_smem + slot * TileV::BYTES, first_kv, first_column<TileV>(0), step < end && moves_V);
+    const int stage = stage_of(step), first_kv = tiles.tile(step) * TILE_KV;
+    K_loader.issue(K_smem + stage * TileK::BYTES, first_kv, first_column<TileK>(0), step < end);
+    K_dot_loader.issue(K_dot_smem + stage * TileK::BYTES, first_kv, first_column<TileK>(0), step < end && moves_K);
+    V_loader.issue(V_smem + stage * TileV::BYTES, first_kv, first_column<TileV>(0), step < end);
+    V_dot_loader.issue(V_dot_smem + stage * TileV::BYTES, first_kv, first_column<TileV>(0), step < end && moves_V);
     cp_async_commit_group();
   };
   if (SLICE_PIECES == 1 && begin < end) {
@@ -130,11 +130,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_jvp_mma(con
   for (int j = begin; j < end; ++j) {
     tiles.look_ahead(j);
     begin_step(j, issue, [] {});
-    const int slot = slot_of(j), first_kv = tiles.tile(j) * TILE_KV;
-    const SliceTile<TileK, HEAD_DIM> K{K_smem + slot * TileK::BYTES, first_kv, K_rows};
-    const SliceTile<TileK, HEAD_DIM> K_dot{K_dot_smem + slot * TileK::BYTES, first_kv, K_dot_rows};
-    const SliceTile<TileV, HEAD_DIM_V> V{V_smem + slot * TileV::BYTES, first_kv, V_rows};
-    const SliceTile<TileV, HEAD_DIM_V> V_dot{V_dot_smem + slot * TileV::BYTES, first_kv, V_dot_rows};
+    const int stage = stage_of(j), first_kv = tiles.tile(j) * TILE_KV;
+    const SliceTile<TileK, HEAD_DIM> K{K_smem + stage * TileK::BYTES, first_kv, K_rows};
+    const SliceTile<TileK, HEAD_DIM> K_dot{K_dot_smem + stage * TileK::BYTES, first_kv, K_dot_rows};
+    const SliceTile<TileV, HEAD_DIM_V> V{V_smem + stage * TileV::BYTES, first_kv, V_rows};
+    const SliceTile<TileV, HEAD_DIM_V> V_dot{V_dot_smem + stage * TileV::BYTES, first_kv, V_dot_rows};
 
     float S[M_TILES][S_TILES][4];
     clear(S);

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy
 import pytest
-from conftest import HAS_GPU, Target
+from conftest import ELEMENTS, HAS_GPU, Target
 
 import cuflash
 from cuflash import Tile
 from cuflash.errors import TileError
 from cuflash.hardware import device
-from cuflash.planning import measured_tiles, tile_choice, wgmma_forward
+from cuflash.planning import measured_tiles, predicted_tiles, tile_choice, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import FORWARD_WGMMA
 from cuflash.runtime import calls
@@ -94,6 +94,22 @@ def test_lengths_and_grouped_heads(hopper: Target, case: tuple[str, int], length
     """Ends that no tile divides, warpgroups without queries, keys that no query sees, queries that see no key."""
     dtype, head_dim = case
     checked(hopper, *inputs_of(hopper, lengths, head_dim, heads=(2, 1), dtype=dtype), **MASKS[mask])
+
+
+def test_probabilities_that_are_powers_of_two_give_exact_sums(hopper: Target) -> None:
+    """Of integers. One wrong probability in a register that a product still reads, which some assemblers put something else into, would show."""
+    query, key, value = (numpy.zeros((1, length, 1, 64), "float32") for length in (384, 300, 300))
+    random = numpy.random.default_rng(7)
+    query[..., 0] = numpy.arange(384)[None, :, None] % 4
+    key[..., 0] = -random.integers(0, 4, (1, 300, 1))
+    value[:] = random.integers(-8, 9, value.shape)
+    inputs = [hopper.place(x.astype(ELEMENTS["bfloat16"])) for x in (query, key, value)]
+    assert names(cuflash.plan(*inputs, scale=math.log(2.0))) == [NAME]
+    out = hopper.host(cuflash.scaled_dot_product_attention(*inputs, scale=math.log(2.0)))
+    weights = numpy.exp2(query[0, :, 0].astype(float) @ key[0, :, 0].T.astype(float))
+    want = weights @ value[0, :, 0].astype(float) / weights.sum(axis=1, keepdims=True)
+    last_place = 2.0 ** (numpy.frexp(want)[1] - 8)
+    assert (abs(out[0, :, 0] - want) <= 0.501 * last_place).all()
 
 
 @pytest.mark.parametrize("case", [("bfloat16", 64), ("float16", 128)], ids=str)
@@ -377,7 +393,9 @@ def test_other_head_dims_take_the_tile_of_a_larger_one(head_dim: int, tile: tupl
     on = device.of_arch("sm_90", "gpu")
     assert tile_choice.default_tile(KernelCase(FORWARD_WGMMA, "float16", head_dim), on) == Tile(*tile)
     softcap = KernelCase(FORWARD_WGMMA, "float16", 64, features=cuflash.FeatureSet(softcap=True))
-    assert tile_choice.default_tile(softcap, on) == Tile(192, 96, 12, 2)
+    assert tile_choice.default_tile(softcap, on) == Tile(192, 112, 12, 2)
+    dropout = KernelCase(FORWARD_WGMMA, "float16", 128, features=cuflash.FeatureSet(dropout=True))
+    assert tile_choice.default_tile(dropout, on) == Tile(*predicted_tiles.WGMMA_WITH_FEATURE[NAME, 128, "dropout"])
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -48,6 +48,12 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
 """(architecture, kernel, head_dim) -> tiles, from the largest to the smallest, and the features with which each is the best of those that spill at most
 `tile_choice.TOLERATED_SPILLS`, full and causal. Found with one feature at a time, full, float16; calls with several take the smallest of their tiles."""
 
+WGMMA_WITH_FEATURE: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
+    ("forward_wgmma", 128, "dropout"): (128, 128, 8, 2),
+}
+"""(kernel, head_dim, the only feature) -> tile_q, tile_kv, num_warps, num_stages, where it is not the tile without the feature with fewer keys: of three warpgroups
+each has too few registers for more than 64 keys."""
+
 FUSED_BACKWARD: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("sm_80", 64): (128, 128, 8, 2),
     ("sm_80", 128): (64, 128, 8, 2),

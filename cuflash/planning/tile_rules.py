@@ -26,8 +26,9 @@ WGMMA_REGISTERS = {8: 240, 12: 160}
 """Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/tile/wgmma_block.cuh."""
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
 _WGMMA_CUT_REGISTERS = 8  # that the copying warp keeps of eight warps' 240 where something hides keys; a tile is legal whatever hides them
-_WGMMA_SOFTCAP_REGISTERS = 20
-_WGMMA_DROPOUT_REGISTERS = 24
+_WGMMA_SOFTCAP_REGISTERS = {8: 28, 12: 16}
+_WGMMA_DROPOUT_REGISTERS = {8: 28, 12: 16}
+_WGMMA_BACKWARD_DROPOUT_REGISTERS = 24
 _WGMMA_SEGMENTS_REGISTERS = {8: 12, 12: 20}
 _WGMMA_MASK_REGISTERS = {None: 0, "bool": 1, "float16": 1, "bfloat16": 1, "float32": 2}
 """Of a tile of a mask, for each four keys."""
@@ -125,7 +126,7 @@ def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
     features = case.features
     if case.kernel.backward:
         return _WGMMA_OTHER_REGISTERS + _wgmma_backward_registers(features, tile)
-    of_features = _WGMMA_SOFTCAP_REGISTERS * features.softcap + _WGMMA_DROPOUT_REGISTERS * features.dropout
+    of_features = _WGMMA_SOFTCAP_REGISTERS[tile.num_warps] * features.softcap + _WGMMA_DROPOUT_REGISTERS[tile.num_warps] * features.dropout
     of_features += _WGMMA_SEGMENTS_REGISTERS[tile.num_warps] * features.segments
     if tile.num_warps == 8:  # wide outputs, and the warp that copies keeps more where there are lists
         of_features += 28 * features.lists_tiles + 8 * (features.attn_mask is not None)
@@ -136,7 +137,7 @@ def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
 def _wgmma_backward_registers(features: FeatureSet, tile: Tile) -> int:
     """What features take of a thread of the backward kernel of wgmma: the slope of a softcap and a tile of an additive mask are as large as the scores."""
     as_scores = features.softcap + features.additive_mask
-    return tile.tile_q // 2 * as_scores + _WGMMA_DROPOUT_REGISTERS * features.dropout
+    return tile.tile_q // 2 * as_scores + _WGMMA_BACKWARD_DROPOUT_REGISTERS * features.dropout
 
 
 def _shares_out(tile: Tile, columns: int) -> bool:

@@ -167,10 +167,10 @@ def rules_of(
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[NDArray[numpy.uint64], ...]:
-    """Philox 4x32-10: four words for each counter; counters are arrays or numbers below 2**32, and broadcast."""
+    """Philox 4x32-7: four words for each counter; counters are arrays or numbers below 2**32, and broadcast."""
     words = [numpy.asarray(word, numpy.uint64) for word in counter]
     low, high = key
-    for _ in range(10):
+    for _ in range(7):
         first, second = words[0] * numpy.uint64(0xD2511F53), words[2] * numpy.uint64(0xCD9E8D57)
         words = [
             (second >> numpy.uint64(32)) ^ words[1] ^ numpy.uint64(low),
@@ -188,7 +188,8 @@ def dropout_mask(at: tuple[int, int], lengths: tuple[int, int], dropout_p: float
     words = philox((offset & _MASK_32, offset >> 32, _MASK_32, _MASK_32), (seed & _MASK_32, seed >> 32))
     key = (int(words[0]), int(words[1]))
     query, position = numpy.arange(lengths[0])[:, None], numpy.arange(lengths[1])[None, :]
-    of_group = philox((position & ~8, query & ~8, at[1], at[0]), key)
+    of_group = philox((position & ~9, query & ~8, at[1], at[0]), key)
     which = (query >> 3 & 1) * 2 + (position >> 3 & 1)
     word = numpy.choose(which, [numpy.broadcast_to(one, which.shape) for one in of_group])
-    return numpy.asarray(word >= math.ceil(dropout_p * 2.0**32))
+    half = word >> (position & 1).astype(numpy.uint64) * numpy.uint64(16) & numpy.uint64(0xFFFF)
+    return numpy.asarray(half >= math.ceil(dropout_p * 2.0**16))

@@ -161,7 +161,7 @@ def feature_values(
         "list_heads": list_extents[1],
         "score_factor": scale * unit if features.softcap is None else scale / features.softcap,
         "softcap": (features.softcap or 0.0) * unit,
-        "dropout_limit": max(math.ceil(features.dropout_p * 2.0**32) - 1, 0),
+        "dropout_limit": max(math.ceil(features.dropout_p * 2.0**16) * 2**16 - 1, 0),
         "dropout_scale": 0.0 if features.dropout_p in (0.0, 1.0) else 1.0 / (1.0 - features.dropout_p),
     }
     for field in FEATURE_ARGUMENTS.fields:

@@ -1,12 +1,14 @@
-// Which probabilities dropout keeps: Philox 4x32-10, Salmon et al. 2011 (doi 10.1145/2063384.2063405), counted by the coordinates of the element, so
-// that every kernel draws the same mask whatever its tiles.
+// Which probabilities dropout keeps: Philox 4x32-7, Salmon et al. 2011 (doi 10.1145/2063384.2063405), counted by the coordinates of the element, so that
+// every kernel draws the same mask whatever its tiles. Seven rounds are the fewest that pass all of the paper's tests.
 //
 //     key      = words 0 and 1 of philox(counter = {offset low, offset high, ~0, ~0}, key = {seed low, seed high})
-//     word     = philox(counter = {key position without bit 3, query position without bit 3, head, batch}, key)[2 (bit 3 of query) + (bit 3 of key)]
-//     kept    <=> word > dropout_limit = ceil(dropout_p 2^32) - 1
+//     word     = philox(counter = {key position without bits 0 and 3, query position without bit 3, head, batch}, key)
+//                    [2 (bit 3 of query) + (bit 3 of key)]
+//     half     = the lower 16 bits of the word for an even key position, the upper ones for an odd one
+//     kept    <=> half >= ceil(dropout_p 2^16)
 //
-// Bit 3 of query and key are the bits that change between the registers of a lane both in a tile of scores and in a transposed one, so that one call
-// gives all four words to the lane that needs them.
+// Bit 3 of query and key are the bits that change between the registers of a lane both in a tile of scores and in a transposed one, bit 0 of the key in
+// the former, so there one call draws for eight elements of a lane, and in the latter for four.
 #pragma once
 #include "feature_arguments.cuh"
 #include "tile/fragment.cuh"
@@ -17,7 +19,7 @@ struct PhiloxKey {
 
 DEVICE uint4 philox(uint4 counter, PhiloxKey key) {
 #pragma unroll
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     const uint64 product0 = uint64(0xD2511F53u) * counter.x, product1 = uint64(0xCD9E8D57u) * counter.z;
     counter =
         make_uint4(uint32(product1 >> 32) ^ counter.y ^ key.low, uint32(product1), uint32(product0 >> 32) ^ counter.w ^ key.high, uint32(product0));
@@ -27,8 +29,8 @@ DEVICE uint4 philox(uint4 counter, PhiloxKey key) {
   return counter;
 }
 
-struct KeptGroup {
-  bool is_kept[4];
+struct DrawnGroup {
+  uint32 word[4];
 };
 
 class Dropout {
@@ -41,15 +43,19 @@ class Dropout {
     key = {uniform(words.x), uniform(words.y)};  // so that the keys of all rounds are uniform registers, made once
   }
 
-  // Of the four elements (query, key), (query, key + 8), (query + 8, key), (query + 8, key + 8) of a group; neither index has bit 3 set.
-  DEVICE KeptGroup kept(int batch, int head, int query, int key_position) const {
+  // For the elements (query, key), (query, key + 8), (query + 8, key), (query + 8, key + 8) and those of the next key. Neither index has bit 3 set, and
+  // the key is even.
+  DEVICE DrawnGroup draw(int batch, int head, int query, int key_position) const {
     const uint4 words = philox(make_uint4(uint32(key_position), uint32(query), uint32(head), uint32(batch)), key);
-    return {{words.x > limit, words.y > limit, words.z > limit, words.w > limit}};
+    return {{words.x, words.y, words.z, words.w}};
   }
+
+  // What a word says of the element with a key of this parity.
+  DEVICE bool keeps(uint32 word, int key_parity) const { return word << (16 - 16 * key_parity) > limit; }
 
  private:
   PhiloxKey key;
-  uint32 limit;
+  uint32 limit;  // ceil(dropout_p 2^16) 2^16 - 1
 };
 
 // body(m, n, i, is_kept) for every place of an accumulator of scores. Rows are queries, or with TRANSPOSED keys; both starts are multiples of 16.
@@ -60,16 +66,23 @@ DEVICE void for_each_drawn(const Dropout& dropout, int batch, int head, int firs
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
-    for (int n = 0; n < N; n += 2)
+    for (int n = 0; n < N; n += 2) {
+      if constexpr (TRANSPOSED) {
+        const int key = row + 16 * m;
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int query = TRANSPOSED ? column + 8 * n + c : row + 16 * m, key = TRANSPOSED ? row + 16 * m : column + 8 * n + c;
-        const KeptGroup kept = dropout.kept(batch, head, query, key);
-        body(m, n, c, kept.is_kept[0]);
-        body(m, TRANSPOSED ? n : n + 1, TRANSPOSED ? 2 + c : c, kept.is_kept[1]);
-        body(m, TRANSPOSED ? n + 1 : n, TRANSPOSED ? c : 2 + c, kept.is_kept[2]);
-        body(m, n + 1, 2 + c, kept.is_kept[3]);
+        for (int c = 0; c < 2; ++c) {
+          const DrawnGroup drawn = dropout.draw(batch, head, column + 8 * n + c, key & ~1);
+#pragma unroll
+          for (int word = 0; word < 4; ++word) body(m, n + word / 2, 2 * (word % 2) + c, dropout.keeps(drawn.word[word], key % 2));
+        }
+      } else {
+        const DrawnGroup drawn = dropout.draw(batch, head, row + 16 * m, column + 8 * n);
+#pragma unroll
+        for (int word = 0; word < 4; ++word)
+#pragma unroll
+          for (int c = 0; c < 2; ++c) body(m, n + word % 2, 2 * (word / 2) + c, dropout.keeps(drawn.word[word], c));
       }
+    }
 }
 
 // The kept probabilities, 0 for the others. Their factor 1 / (1 - dropout_p) is that of all, and enters the sums that they are taken for.

@@ -40,21 +40,20 @@ struct MaskAhead {
   bool is_there = false;
 };
 
-// tanh x = 1 - 2 / (exp(2x) + 1): five instructions where tanhf has 17. It is off by up to 4e-7, also for small x, where tanhf is nearer. Usual caps
-// are 20 to 50; times a cap up to this one that is far less than what a probability of 16 bits is rounded by, and what float32 sums lose.
-constexpr bool HAS_SHORT_TANH = SOFTCAP && sizeof(Element) == 2;
-constexpr float SHORT_TANH_CAP = 64.0f * SCORE_UNIT;
+// tanh(x). For 16-bit types by two special functions: 1 - 2 / (1 + e^2x) is wrong by 2^-23 at most, which is little of what it is beside, but much of a
+// small one, for which there are three terms of its series.
+DEVICE float tanh_of(float x) {
+  if constexpr (SameType<Element, float>::value) return tanhf(x);
+  const float far = __fmaf_rn(-2.0f, reciprocal(1.0f + ex2(x * (2.0f * LOG2_E))), 1.0f);
+  const float square = x * x, near = x * __fmaf_rn(square, __fmaf_rn(square, 2.0f / 15.0f, -1.0f / 3.0f), 1.0f);
+  return fabsf(x) < 0.1f ? near : far;
+}
 
 // A product q·k -> its score but for a mask.
-template <bool SHORT_TANH = false>
 DEVICE float score_of(float product, int query, int key, float slope, const Geometry& geometry, const FeatureArguments& features, float& derivative) {
   float score = product * features.score_factor;
-  if constexpr (SHORT_TANH) {
-    const float r = reciprocal(ex2(product * (2.0f * LOG2_E * features.score_factor)) + 1.0f);
-    derivative = 4.0f * __fmaf_rn(-r, r, r);
-    score = __fmaf_rn(-2.0f * features.softcap, r, features.softcap);
-  } else if constexpr (SOFTCAP) {
-    const float t = tanhf(score);
+  if constexpr (SOFTCAP) {
+    const float t = tanh_of(score);
     derivative = __fmaf_rn(-t, t, 1.0f);
     score = features.softcap * t;
   }
@@ -81,11 +80,12 @@ class ScoreModifier {  // of one batch and query head
   DEVICE void apply(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, int first_row, int first_column,
                     const MaskAhead<TRANSPOSED, M, N>& ahead = MaskAhead<TRANSPOSED, M, N>()) const {
     if constexpr (MODIFIES_SCORES) {
-      if (HAS_SHORT_TANH && features.softcap <= SHORT_TANH_CAP) {
-        modify<TRANSPOSED, HAS_SHORT_TANH>(S, derivative, first_row, first_column);
-      } else {
-        modify<TRANSPOSED, false>(S, derivative, first_row, first_column);
-      }
+      for_each_place<M, N>([&](int m, int n, int i, int row, int column) {
+        const int query = TRANSPOSED ? first_column + column : first_row + row;
+        const int key = TRANSPOSED ? first_row + row : first_column + column;
+        float& of_score = derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i];
+        S[m][n][i] = score_of(S[m][n][i], query, key, slope, geometry, features, of_score);
+      });
       if constexpr (ADDITIVE_MASK) add_mask<TRANSPOSED>(S, first_row, first_column, ahead);
     }
   }
@@ -113,16 +113,6 @@ class ScoreModifier {  // of one batch and query head
   DEVICE float signed_factor() const { return MODIFIES_SCORES ? 1.0f : geometry.scale_log2 * geometry.score_sign; }
 
  private:
-  template <bool TRANSPOSED, bool SHORT_TANH, int M, int N>
-  DEVICE void modify(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, int first_row, int first_column) const {
-    for_each_place<M, N>([&](int m, int n, int i, int row, int column) {
-      const int query = TRANSPOSED ? first_column + column : first_row + row;
-      const int key = TRANSPOSED ? first_row + row : first_column + column;
-      float& of_score = derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i];
-      S[m][n][i] = score_of<SHORT_TANH>(S[m][n][i], query, key, slope, geometry, features, of_score);
-    });
-  }
-
   template <bool TRANSPOSED, int M, int N>
   DEVICE void add_mask(float (&S)[M][N][4], int first_row, int first_column, const MaskAhead<TRANSPOSED, M, N>& ahead) const {
     const MaskValues mask(geometry, features.attn_mask, batch, head);

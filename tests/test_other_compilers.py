@@ -1,0 +1,93 @@
+"""Kernels as other versions of NVRTC compile them, of which CUFLASH_TEST_NVRTC names libraries: the machine code is as meant, and their PTX runs on the simulator.
+
+    CUFLASH_TEST_NVRTC=/usr/local/cuda-13.0:/usr/local/cuda-13.5 python -m pytest tests/test_other_compilers.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_wgmma_backward_machine_code as backward
+import test_wgmma_machine_code as forward
+from conftest import Target
+from nvrtc_library import NvrtcLibrary, libraries
+from test_kernels_compile import is_quick, named, reports_of
+
+import cuflash
+from cuflash.hardware import device
+from cuflash.jit import cache, compiler
+from cuflash.problem.features import NO_FEATURES, FeatureSet
+from cuflash.runtime import calls
+
+pytest.importorskip("cupy")
+
+FEATURES = [NO_FEATURES, FeatureSet(window=True, softcap=True, alibi=True, sinks=True), FeatureSet(dropout=True), FeatureSet(attn_mask="float32")]
+
+
+def name_of(path: Path) -> str:
+    return "{}.{}".format(*NvrtcLibrary(path).getVersion())
+
+
+@pytest.fixture(autouse=True, params=libraries(), ids=name_of)
+def other_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This NVRTC in the place of CuPy's, with no kernel or call at hand that another one made."""
+    library = NvrtcLibrary(request.param)
+    monkeypatch.setattr(compiler, "_nvrtc", lambda: library)
+    monkeypatch.setattr(calls, "_calls", {})
+    cache.reset_memory()
+    yield
+    cache.reset_memory()
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_forward_wgmma(head_dim: int, features: FeatureSet, is_causal: bool) -> None:
+    report = forward.report_of("bfloat16", head_dim, is_causal, features=features)
+    forward.assert_as_meant(report)
+    assert features != NO_FEATURES or is_quick(report), f"{named(report)}: {report.seconds:.2f} seconds"
+
+
+def test_loops_of_forward_wgmma() -> None:
+    forward.test_hot_loops("bfloat16", 128, True)
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("features", FEATURES[:3], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_backward_wgmma(head_dim: int, features: FeatureSet, is_causal: bool) -> None:
+    report = backward.report_of("bfloat16", head_dim, is_causal, features)
+    forward.assert_as_meant(report)
+    assert features != NO_FEATURES or is_quick(report), f"{named(report)}: {report.seconds:.2f} seconds"
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_89", "sm_90", "sm_120"])
+def test_kernels_of_mma(arch: str, dtype: str, head_dim: int) -> None:
+    for report in reports_of(device.of_arch(arch, "gpu"), dtype, head_dim):
+        tolerated = report.subject.request.tolerated_spills
+        assert report.resources.spill_store_bytes <= tolerated, named(report)
+        assert report.resources.spill_load_bytes <= 2 * tolerated, named(report)
+        assert report.warnings == (), named(report)
+        assert is_quick(report), f"{named(report)}: {report.seconds:.2f} seconds"
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("wgmma", [False, True], ids=["mma", "wgmma"])
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"dropout_p": 0.3, "dropout_seed": 5, "softcap": 2.0, "window": (40, 20)}], ids=str)
+def test_results_on_the_simulator(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], wgmma: bool) -> None:
+    """Their PTX is of another version of its language, and may have other instructions."""
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
+    for name in ("CUFLASH_FORWARD_WGMMA", "CUFLASH_BACKWARD_WGMMA"):
+        monkeypatch.setenv(name, str(int(wgmma)))
+    host = Target("sm_90")
+    query, key, value = (host.random((1, 150, 1, 64), "bfloat16", seed) for seed in range(3))
+    assert any("wgmma" in kernel.name for kernel in cuflash.plan(query, key, value, **options).kernels) == wgmma
+    host.check(query, key, value, **options)
