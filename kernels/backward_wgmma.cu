@@ -12,13 +12,14 @@
 // keys (tile/query_sums.cuh), so that the result is the same bit for bit on every run. backward_dq_convert.cu makes dQ of the sums.
 //
 // Of the first warpgroup one warp copies: it asks the TMA unit for K, V and the tiles of Q and dO, NUM_STAGES of them ahead, and its lanes copy row
-// statistics. One thread of another waits for the block's turn to add to each tile, and passes it on when all warps have added.
+// statistics. One thread of another waits for the block's turn to add to each tile, TURNS of them ahead, since that takes two trips to L2 and more where
+// additions stand before it. One thread of a third passes the turn on when all warps have added.
 //
 // Shared memory: K [2][⌈D / 64⌉][64][64] | V [2][⌈DV / 64⌉][64][64] | Q [NUM_STAGES][⌈D / 64⌉][TILE_Q][64] | dO [NUM_STAGES][⌈DV / 64⌉][TILE_Q][64] |
 // dS [2][2][TILE_Q][64] | row statistics [NUM_STAGES] (StatisticsOfColumns) | mbarriers | ticket. At the end dK and dV pass through K and V.
 //
-// mbarriers, for each stage: "full", both copies and the statistics have landed, and "empty", both warpgroups are done with them. K and V have
-// landed. It is the block's turn to add; all warps have added. One barrier of both warpgroups for each tile: behind it dS is complete, and the other
+// mbarriers, for each stage: "full", both copies and the statistics have landed, and "empty", both warpgroups are done with them. For each of TURNS:
+// it is the block's turn to add, all warps have added, and the turn is passed on. K and V have landed. One barrier of both warpgroups for each tile: behind it dS is complete, and the other
 // buffer of dS, which dQ of the tile before was computed from, is free.
 //
 // Source: Dao 2023 (arXiv 2307.08691), algorithm 2; Shah et al. 2024 (arXiv 2407.08608).
@@ -88,19 +89,34 @@ DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const Work& work, 
   cp_async_wait_group<0>();  // PTX does not say what becomes of the copies of a thread that has ended, and of the arrivals behind them
 }
 
-// Waits for the block's turn to add to each tile, and passes it on. One thread.
-DEVICE void keep_turns(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
-  uint32 parity = 0;
+// body(turn, place) for each tile to which the block adds: the tile's turn, and the block's place among those that add to it.
+template <typename Body>
+DEVICE void for_each_turn(const BackwardWgmmaArguments& arguments, const Work& work, const Body& body) {
   const int start = Starts(arguments, work.batch).q;
   for_each_member(arguments, work, [&](int batch, int head, const Geometry&, const Visibility& visibility, const Steps& steps) {
     int* turns = arguments.turns + 1 + first_slot(arguments, batch, head, start);
-    for_each_tile(steps, [&](int tile) {
-      wait_for_turn(turns + tile, place_among_blocks(work, visibility, tile));
-      mbarrier_arrive(shared.may_add());
-      mbarrier_wait(shared.has_added(), parity);
-      parity ^= 1;
-      pass_turn_on(turns + tile);
-    });
+    for_each_tile(steps, [&](int tile) { body(turns + tile, place_among_blocks(work, visibility, tile)); });
+  });
+}
+
+// Waits for the block's turn to add to each tile, up to TURNS tiles ahead, and says so to the warpgroups. One thread.
+DEVICE void wait_for_turns(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+  Ring<TURNS> ring = shared.turns();
+  for_each_turn(arguments, work, [&](const int* turn, int place) {
+    ring.wait_empty();
+    wait_for_turn(turn, place);
+    mbarrier_arrive(ring.full());
+    ring.advance();
+  });
+}
+
+// Passes each turn on when the warpgroups have added. One thread, lane 0 of warp 2.
+DEVICE void pass_turns_on(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+  Ring<TURNS> ring = shared.turns();
+  for_each_turn(arguments, work, [&](int* turn, int) {
+    ring.wait_at(shared.has_added());
+    pass_turn_on(turn);
+    ring.release(2);
   });
 }
 
@@ -119,6 +135,7 @@ class WarpgroupKeys {
         warpgroup(warpgroup),
         dropout(arguments.features),
         ring(shared.ring()),
+        turns(shared.turns()),
         K_descriptor(WarpgroupK::descriptor(shared.K(warpgroup))),
         V_descriptor(WarpgroupV::descriptor(shared.V(warpgroup))) {}
 
@@ -167,9 +184,9 @@ class WarpgroupKeys {
   const int warpgroup;
   const Dropout dropout;
   Ring<NUM_STAGES> ring;
+  Ring<TURNS> turns;
   const uint64 K_descriptor, V_descriptor;
   int buffer = 0;  // of dS
-  uint32 turn = 0;  // parity of the next one
 
   template <bool IS_MASKED>
   DEVICE void walk_down(const Member& member, int& tile, int begin) {
@@ -269,8 +286,7 @@ class WarpgroupKeys {
 
   // Adds them to the tile's sums, or stores them, when it is the block's turn.
   DEVICE void add_query_gradients(const float (&dQ)[1][DQ_TILES][4], const Member& member, int tile) {
-    mbarrier_wait(shared.may_add(), turn);
-    turn ^= 1;
+    turns.wait_full();
     const int row_tile = (SHARES_QUERIES ? 0 : 4 * warpgroup) + warp_of_warpgroup();
     if (row_tile < D_TILES / 2) {
       float* sums =
@@ -284,7 +300,8 @@ class WarpgroupKeys {
       }
     }
     __syncwarp();  // all lanes of the warp have added
-    mbarrier_arrive_if(lane_index() == 0, shared.has_added());
+    mbarrier_arrive_if(lane_index() == 0, shared.has_added() + turns.stage * MBARRIER_BYTES);
+    turns.advance();
   }
 };
 
@@ -337,8 +354,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
   if (threadIdx.x == 0) {
     shared.ring().init(WARPGROUPS, 1 + WARP_SIZE);
     mbarrier_init(shared.keys_landed(), 1);
-    mbarrier_init(shared.may_add(), 1);
-    mbarrier_init(shared.has_added(), NUM_WARPS);
+    shared.turns().init(1);
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) mbarrier_init(shared.has_added() + i * MBARRIER_BYTES, NUM_WARPS);
     if constexpr (VARLEN) mbarrier_init(shared.cut_landed(), 1);
     fence_mbarrier_init();
   }
@@ -354,7 +372,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
     give_registers<COPYING_REGISTERS>();
     const int warp = warp_of_warpgroup();
     if (warp == 0) copy_all(arguments, work, shared);
-    if (warp == 1 && lane_index() == 0) keep_turns(arguments, work, shared);
+    if (warp == 1 && lane_index() == 0) wait_for_turns(arguments, work, shared);
+    if (warp == 2 && lane_index() == 0) pass_turns_on(arguments, work, shared);
   } else {
     take_registers<COMPUTING_REGISTERS>();
     compute(arguments, work, shared);

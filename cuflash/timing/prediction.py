@@ -121,7 +121,8 @@ def predict_kernel(
         lifted = tuple(replace(role, trace=without(role.trace, limit)) for role in roles)
         if lifted != roles:
             speedups[limit] = clocks / steady_clocks_of_roles(lifted, machine, blocks=blocks, in_turn=in_turn)
-    single = single_tile_traces(function, traces) if len(roles) > 1 and staying else None
+    stays = staying and kernel_specs.TILED_KERNELS[description.kernel].stays
+    single = single_tile_traces(function, traces) if len(roles) > 1 and stays else None
     between, idle_cost = None, 0.0
     if single is not None:
         idle_cost = _idle_cost(roles, machine, clocks)
@@ -140,12 +141,12 @@ def _idle_cost(roles: Sequence[Role], machine: Multiprocessor, clocks: float) ->
 
 
 def _roles(function: Function, traces: Sequence[Trace], description: Description, machine: Multiprocessor) -> tuple[Role, ...]:
-    """The warps of a block: those that compute, and in front of them a warpgroup of which one warp copies."""
+    """The warps of a block: those that compute, and in front of them a warpgroup of which one warp copies and others keep watch."""
     if len(traces) == 1:
         return (Role(operations(traces[0].instructions, machine), description.tile.num_warps),)
     meetings = meeting_points(function, traces)
-    computing, copying = (operations(trace.instructions, machine, of) for trace, of in zip(traces, meetings, strict=True))
-    return Role(computing, description.tile.num_warps, WARPGROUP_WARPS), Role(copying, 1)
+    computing, *others = (operations(trace.instructions, machine, of) for trace, of in zip(traces, meetings, strict=True))
+    return Role(computing, description.tile.num_warps, WARPGROUP_WARPS), *(Role(trace, 1, place) for place, trace in enumerate(others))
 
 
 def resident_blocks(description: Description, warps: int | None = None) -> int:
