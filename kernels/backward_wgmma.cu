@@ -3,8 +3,8 @@
 // One block owns TILE_KV = 128 keys of one K/V head, and walks over all queries that see them, tile by tile from the last to the first. A warpgroup
 // is four warps. Two of them own 64 keys each, whose dK and dV they keep in registers, and to which the first hands most of its own. A step is
 //
-//     Sᵀ = K Qᵀ, dPᵀ = V dOᵀ         issued together; while dPᵀ is in flight Sᵀ becomes Pᵀ
-//     dSᵀ = Pᵀ (dPᵀ - delta)         to shared memory once, where both warpgroups find all of it
+//     Sᵀ = K Qᵀ, dPᵀ = V dOᵀ - delta issued together; while dPᵀ is in flight Sᵀ becomes Pᵀ
+//     dSᵀ = Pᵀ dPᵀ                   to shared memory once, where both warpgroups find all of it
 //     dV += Pᵀ dO, dQᵀ = Kᵀ dSᵀ, dK += dSᵀ Q
 //
 // Pᵀ and dSᵀ are operands of dV and dK from registers. Of dQᵀ a warpgroup computes 64 columns of the head for all keys of the block, or where that is
@@ -200,17 +200,15 @@ class WarpgroupKeys {
     ring.wait_full();
     const uint64 Q_descriptor = RingQ::descriptor(shared.Q(ring.stage)), dO_descriptor = RingO::descriptor(shared.dO(ring.stage));
     float P[1][S_TILES][4], dS[1][S_TILES][4];  // scores, then probabilities; dP, then dS; rows are keys
-    if constexpr (DROPOUT) {  // else they are given what they held a step ago, behind the fence
-      pin(P[0]);
-      pin(dS[0]);
-    }
+    if constexpr (DROPOUT) pin(P[0]);  // else it is given what it held a step ago, behind the fence
+    const StatisticsOfColumns statistics(shared.statistics(ring.stage), member.view, first_q);
+    statistics.begin_grad_products(dS);
     issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_descriptor, Q_descriptor);
-    issue_rows<WarpgroupV, RingO, DV_TILES / 2>(dS, V_descriptor, dO_descriptor);
+    issue_rows<WarpgroupV, RingO, DV_TILES / 2, true>(dS, V_descriptor, dO_descriptor);
     wgmma_wait<1>();
     pin(P[0]);
     ScoreSlope<1, S_TILES> slope;
     member.modifier.apply<true>(P, slope, member.first_key, first_q);
-    const StatisticsOfColumns statistics(shared.statistics(ring.stage), member.view, first_q);
     statistics.to_probabilities(P, member.modifier.signed_factor());
     if constexpr (IS_MASKED) hide_pairs(P, member, first_q);
     uint32 P_operand[P_STEPS][4], dS_operand[P_STEPS][4];
@@ -226,7 +224,7 @@ class WarpgroupKeys {
       statistics.drop(dS, P, arguments.features.dropout_scale);
       multiply_all(dS, P);
     } else {
-      statistics.to_grad_scores(dS, P);
+      multiply_all(dS, P);
       pack_accumulator(P_operand, P);
     }
     slope.multiply(dS);
