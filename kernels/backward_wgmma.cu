@@ -203,6 +203,7 @@ class WarpgroupKeys {
     if constexpr (DROPOUT) pin(P[0]);  // else it is given what it held a step ago, behind the fence
     const StatisticsOfColumns statistics(shared.statistics(ring.stage), member.view, first_q);
     statistics.begin_grad_products(dS);
+    pin(dS[0]);
     issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_descriptor, Q_descriptor);
     issue_rows<WarpgroupV, RingO, DV_TILES / 2, true>(dS, V_descriptor, dO_descriptor);
     wgmma_wait<1>();
