@@ -33,6 +33,9 @@ OF_THEIR_OWN = (BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ)
 
 SIMULATED = "it has run on the simulator only"
 
+_SLACK = 1.1
+"""With it sections on an H100 are those that were fast there, of 32 MiB (docs/hopper.md)."""
+
 
 class Choice(NamedTuple):
     """Which way a call takes.
@@ -112,7 +115,7 @@ def time_ratio(problem: Problem, device: Device, others: Sequence[KernelCase]) -
     batch, _, heads, _ = problem.key_shape
     group = problem.num_heads_q // heads
     pairs = heads * (batch if problem.num_sequences is None else problem.sequences)
-    section = min(pairs, section_heads(problem, device, group))
+    section = min(pairs, section_heads(problem, device, group, pairs=pairs))
     fused = predicted_backward.conversion_clocks(problem, device) + _clocks(case, problem, device, section)
     return fused / max(1.0, sum(_clocks(of, problem, device) for of in others))
 
@@ -140,10 +143,15 @@ def why_not(problem: Problem, device: Device) -> str | None:
     return None if tile_choice.legal_tiles_for(case, device) else "no tile fits the registers and the shared memory"
 
 
-def section_heads(problem: Problem, device: Device, group_heads: int) -> int:
-    """K/V heads whose queries, dO and sums of dQ fit the part of L2 that is for what blocks walk over (`block_order.L2_SHARE`)."""
+def section_heads(problem: Problem, device: Device, group_heads: int, *, pairs: int) -> int:
+    """K/V heads whose queries, dO and sums of dQ fit the part of L2 that is for what blocks walk over (`block_order.L2_SHARE`), or a little more.
+
+    A divisor of all `pairs` that is near enough: else the last section is a small one, whose long blocks start when there are no short ones left to fill the SMs beside them.
+    """
     of_head = group_heads * problem.max_seqlen_q * (problem.itemsize * (problem.head_dim + problem.head_dim_v) + 4 * problem.head_dim)
-    return max(1, int(L2_SHARE * architecture(device.arch).l2_bytes) // max(1, of_head))
+    most = max(1, int(_SLACK * L2_SHARE * architecture(device.arch).l2_bytes) // max(1, of_head))
+    dividing = next(heads for heads in range(min(most, max(1, pairs)), 0, -1) if pairs % heads == 0)
+    return dividing if 2 * dividing > most else most
 
 
 def workspace(problem: Problem, kernels: Iterable[KernelPlan]) -> tuple[Buffer, ...]:

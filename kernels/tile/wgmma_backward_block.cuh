@@ -20,12 +20,13 @@ using RingQ = SlabTile<TILE_Q, HEAD_DIM>;
 using RingO = SlabTile<TILE_Q, HEAD_DIM_V>;  // of dO
 using GradScores = SlabTile<TILE_Q, TILE_KV>;  // dS, of which a warpgroup writes its slab
 
-// dQᵀ of a tile: a warpgroup has a slab of columns of the head, or half of the queries where there is one slab.
-constexpr bool SHARES_QUERIES = WarpgroupK::SLABS == 1;
-constexpr int DQ_TILES = SHARES_QUERIES ? S_TILES / WARPGROUPS : S_TILES;
+// dQᵀ of a tile: a warpgroup has a slab of columns of the head of its own, and where their number is odd half of the queries of the last one.
+constexpr bool OWNS_SLAB = WarpgroupK::SLABS >= 2, SHARES_SLAB = WarpgroupK::SLABS % 2 == 1;
+constexpr int OWN_TILES = OWNS_SLAB ? S_TILES : 1, SHARED_TILES = SHARES_SLAB ? S_TILES / WARPGROUPS : 1;
 
 constexpr int STAGE_BYTES = RingQ::BYTES + RingO::BYTES + StatisticsOfColumns::BYTES;
 constexpr int DS_BUFFERS = 2;
+constexpr int TURNS = 2;  // that are waited for ahead of the one at which the block adds
 constexpr bool CUTS_KEYS = RAGGED || CAUSAL || WINDOW;  // there may be keys in memory that no query sees
 
 // setmaxnreg: 384 threads begin with 168 registers each (tile/wgmma_block.cuh).
@@ -34,15 +35,15 @@ constexpr int COMPUTING_REGISTERS = 240;
 static_assert(COPYING_REGISTERS + WARPGROUPS * COMPUTING_REGISTERS <= (1 + WARPGROUPS) * 168, "more registers than the block began with");
 
 static_assert(WARPGROUPS == 2 && TILE_KV == 16 * NUM_WARPS, "num_warps must be 8, and tile_kv 16 rows for each");
-static_assert(WarpgroupK::SLABS <= 2 && WarpgroupV::SLABS <= 2, "head_dim must be at most 128");
+static_assert(WarpgroupK::SLABS <= 3 && WarpgroupV::SLABS <= 2, "head_dim must be at most 192, and that of value 128");
 static_assert(TILE_Q <= 256, "tile_q must be at most the columns of a wgmma");
-static_assert(!SHARES_QUERIES || TILE_Q % 32 == 0, "tile_q must be a multiple of 32 where warpgroups share out queries");
+static_assert(!SHARES_SLAB || TILE_Q % 32 == 0, "tile_q must be a multiple of 32 where warpgroups share out queries");
 static_assert(!TILE_LISTS, "the order of sums is not known where the tiles of a walk depend on data");
 
 // Where everything lies in shared memory.
 struct SharedMemory {
   static constexpr int BYTES = WARPGROUPS * (WarpgroupK::BYTES + WarpgroupV::BYTES) + NUM_STAGES * STAGE_BYTES + DS_BUFFERS * GradScores::BYTES +
-                               Ring<NUM_STAGES>::BYTES + 5 * MBARRIER_BYTES;
+                               Ring<NUM_STAGES>::BYTES + Ring<TURNS>::BYTES + (TURNS + 3) * MBARRIER_BYTES;
   SmemAddress base;
 
   DEVICE SmemAddress K(int warpgroup) const { return base + warpgroup * WarpgroupK::BYTES; }
@@ -52,11 +53,12 @@ struct SharedMemory {
   DEVICE SmemAddress dS(int buffer) const { return dO(NUM_STAGES) + buffer * GradScores::BYTES; }
   DEVICE SmemAddress statistics(int stage) const { return dS(DS_BUFFERS) + stage * StatisticsOfColumns::BYTES; }
   DEVICE Ring<NUM_STAGES> ring() const { return Ring<NUM_STAGES>(statistics(NUM_STAGES)); }
-  DEVICE SmemAddress keys_landed() const { return base + BYTES - 5 * MBARRIER_BYTES; }
-  DEVICE SmemAddress may_add() const { return keys_landed() + MBARRIER_BYTES; }
-  DEVICE SmemAddress has_added() const { return keys_landed() + 2 * MBARRIER_BYTES; }
-  DEVICE SmemAddress cut_landed() const { return keys_landed() + 3 * MBARRIER_BYTES; }
-  DEVICE SmemAddress ticket() const { return keys_landed() + 4 * MBARRIER_BYTES; }
+  // Full: it is the block's turn to add; empty: that has been passed on.
+  DEVICE Ring<TURNS> turns() const { return Ring<TURNS>(statistics(NUM_STAGES) + Ring<NUM_STAGES>::BYTES); }
+  DEVICE SmemAddress has_added() const { return keys_landed() - TURNS * MBARRIER_BYTES; }  // one for each stage of turns
+  DEVICE SmemAddress keys_landed() const { return base + BYTES - 3 * MBARRIER_BYTES; }
+  DEVICE SmemAddress cut_landed() const { return keys_landed() + MBARRIER_BYTES; }
+  DEVICE SmemAddress ticket() const { return keys_landed() + 2 * MBARRIER_BYTES; }
 };
 
 static_assert(SharedMemory::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
