@@ -29,7 +29,8 @@ from cuflash import reference
 from cuflash.arrays import frameworks
 from cuflash.hardware import device
 from cuflash.hardware.device import Device
-from cuflash.jit import cache
+from cuflash.jit import cache, compiler, disassembly
+from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import tile_choice
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.problem.tile import Tile
@@ -38,6 +39,9 @@ from cuflash.runtime import calls, launch
 
 SIMULATED = ("sm_75", "sm_80", "sm_90")
 """float16 only on tensor cores, staged copies; cp.async and all types on tensor cores; the same with more shared memory."""
+
+USUAL = "sm_80"
+"""Which one the simulator poses as in tests that do not depend on the device."""
 
 ELEMENTS: dict[str, Any] = {"float16": numpy.float16, "bfloat16": ml_dtypes.bfloat16, "float32": numpy.float32}
 
@@ -66,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--exhaustive"):
         return
     left_out = {item for item in items if item.get_closest_marker("exhaustive")}
-    left_out |= sampling.on_other_architectures([item for item in items if item not in left_out], SIMULATED)
+    left_out |= sampling.on_other_architectures([item for item in items if item not in left_out], SIMULATED, USUAL)
     left_out |= sampling.beyond_samples([item for item in items if item not in left_out])
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
@@ -496,16 +500,38 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
 
 @pytest.fixture
 def simulator(monkeypatch: pytest.MonkeyPatch) -> Target:
-    """The simulator posing as sm_80, for what does not depend on the device."""
+    """The simulator posing as the usual architecture, for what does not depend on the device."""
     pytest.importorskip("cupy")
-    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_80")
-    return Target("sm_80")
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", USUAL)
+    return Target(USUAL)
 
 
 @pytest.fixture(params=list(VIEWS))
 def view(request: pytest.FixtureRequest) -> str:
     """The name of each memory layout of `VIEWS`."""
     return str(request.param)
+
+
+@pytest.fixture
+def no_disassembly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without nvdisasm, which takes as long as the compiler: for tests of what ptxas says."""
+    monkeypatch.setattr(disassembly, "disassemble", lambda cubin: None)
+
+
+@pytest.fixture
+def compilation_seconds(monkeypatch: pytest.MonkeyPatch) -> dict[CompileRequest, float]:
+    """Processor time of each compilation of the test, in the thread that compiled. By the clock on the wall it takes longer on a busy machine."""
+    seconds: dict[CompileRequest, float] = {}
+    compile_kernel = compiler.compile_kernel
+
+    def timed(request: CompileRequest) -> compiler.Artifact:
+        start = time.thread_time()
+        artifact = compile_kernel(request)
+        seconds[request] = time.thread_time() - start
+        return artifact
+
+    monkeypatch.setattr(compiler, "compile_kernel", timed)
+    return seconds
 
 
 def share_simulator(folder: Path) -> None:
