@@ -196,7 +196,10 @@ def test_a_mapping_pins_either_way() -> None:
     wrong = {
         (64, Tile(64, 64, 4, 2)): "num_warps must be 8",
         (64, Tile(32, 256, 8, 2)): "tile_kv must be at most 16 rows for each warp",
-        (64, Tile(80, 128, 8, 2)): "tile_q must be a multiple of 32 where two warpgroups share out the queries of the last 64 columns of dQ",
+        (
+            64,
+            Tile(80, 128, 8, 2),
+        ): "tile_q must be a multiple of 32 where two warpgroups share out the queries of the last 64 columns of dQ",
         (64, Tile(160, 128, 8, 1)): "registers: at least 252 per thread needed, 240 available with 8 warps",
         (128, Tile(96, 128, 8, 1)): "registers: at least 252 per thread needed, 240 available with 8 warps",
     }

@@ -10,13 +10,6 @@ DEVICE float ex2(float x) {
   return y;
 }
 
-// 1 / x. rcp.approx: at most 1 ulp; of infinity 0.
-DEVICE float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // log2(x). lg2.approx; 0 gives -inf.
 DEVICE float lg2(float x) {
   float y;

@@ -40,8 +40,8 @@ struct MaskAhead {
   bool is_there = false;
 };
 
-// tanh(x). For 16-bit types by two special functions: 1 - 2 / (1 + e^2x) is wrong by 2^-23 at most, which is little of what it is beside, but much of a
-// small one, for which there are three terms of its series.
+// tanh(x). For 16-bit types by two special functions: 1 - 2 / (1 + e^2x) is wrong by 2^-23 at most, which is little of what it is beside, but much of
+// a small one, for which there are three terms of its series.
 DEVICE float tanh_of(float x) {
   if constexpr (SameType<Element, float>::value) return tanhf(x);
   const float far = __fmaf_rn(-2.0f, reciprocal(1.0f + ex2(x * (2.0f * LOG2_E))), 1.0f);
