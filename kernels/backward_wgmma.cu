@@ -3,8 +3,8 @@
 // One block owns TILE_KV = 128 keys of one K/V head, and walks over all queries that see them, tile by tile from the last to the first. A warpgroup
 // is four warps. Two of them own 64 keys each, whose dK and dV they keep in registers, and to which the first hands most of its own. A step is
 //
-//     Sᵀ = K Qᵀ, dPᵀ = V dOᵀ         issued together; while dPᵀ is in flight Sᵀ becomes Pᵀ
-//     dSᵀ = Pᵀ (dPᵀ - delta)         to shared memory once, where both warpgroups find all of it
+//     Sᵀ = K Qᵀ, dPᵀ = V dOᵀ - delta issued together; while dPᵀ is in flight Sᵀ becomes Pᵀ
+//     dSᵀ = Pᵀ dPᵀ                   to shared memory once, where both warpgroups find all of it
 //     dV += Pᵀ dO, dQᵀ = Kᵀ dSᵀ, dK += dSᵀ Q
 //
 // Pᵀ and dSᵀ are operands of dV and dK from registers. Of dQᵀ a warpgroup computes 64 columns of the head for all keys of the block, or where that is
@@ -12,13 +12,14 @@
 // keys (tile/query_sums.cuh), so that the result is the same bit for bit on every run. backward_dq_convert.cu makes dQ of the sums.
 //
 // Of the first warpgroup one warp copies: it asks the TMA unit for K, V and the tiles of Q and dO, NUM_STAGES of them ahead, and its lanes copy row
-// statistics. One thread of another waits for the block's turn to add to each tile, and passes it on when all warps have added.
+// statistics. One thread of another waits for the block's turn to add to each tile, TURNS of them ahead, since that takes two trips to L2 and more where
+// additions stand before it. One thread of a third passes the turn on when all warps have added.
 //
 // Shared memory: K [2][⌈D / 64⌉][64][64] | V [2][⌈DV / 64⌉][64][64] | Q [NUM_STAGES][⌈D / 64⌉][TILE_Q][64] | dO [NUM_STAGES][⌈DV / 64⌉][TILE_Q][64] |
 // dS [2][2][TILE_Q][64] | row statistics [NUM_STAGES] (StatisticsOfColumns) | mbarriers | ticket. At the end dK and dV pass through K and V.
 //
-// mbarriers, for each stage: "full", both copies and the statistics have landed, and "empty", both warpgroups are done with them. K and V have
-// landed. It is the block's turn to add; all warps have added. One barrier of both warpgroups for each tile: behind it dS is complete, and the other
+// mbarriers, for each stage: "full", both copies and the statistics have landed, and "empty", both warpgroups are done with them. For each of TURNS:
+// it is the block's turn to add, all warps have added, and the turn is passed on. K and V have landed. One barrier of both warpgroups for each tile: behind it dS is complete, and the other
 // buffer of dS, which dQ of the tile before was computed from, is free.
 //
 // Source: Dao 2023 (arXiv 2307.08691), algorithm 2; Shah et al. 2024 (arXiv 2407.08608).
@@ -88,19 +89,34 @@ DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const Work& work, 
   cp_async_wait_group<0>();  // PTX does not say what becomes of the copies of a thread that has ended, and of the arrivals behind them
 }
 
-// Waits for the block's turn to add to each tile, and passes it on. One thread.
-DEVICE void keep_turns(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
-  uint32 parity = 0;
+// body(turn, place) for each tile to which the block adds: the tile's turn, and the block's place among those that add to it.
+template <typename Body>
+DEVICE void for_each_turn(const BackwardWgmmaArguments& arguments, const Work& work, const Body& body) {
   const int start = Starts(arguments, work.batch).q;
   for_each_member(arguments, work, [&](int batch, int head, const Geometry&, const Visibility& visibility, const Steps& steps) {
     int* turns = arguments.turns + 1 + first_slot(arguments, batch, head, start);
-    for_each_tile(steps, [&](int tile) {
-      wait_for_turn(turns + tile, place_among_blocks(work, visibility, tile));
-      mbarrier_arrive(shared.may_add());
-      mbarrier_wait(shared.has_added(), parity);
-      parity ^= 1;
-      pass_turn_on(turns + tile);
-    });
+    for_each_tile(steps, [&](int tile) { body(turns + tile, place_among_blocks(work, visibility, tile)); });
+  });
+}
+
+// Waits for the block's turn to add to each tile, up to TURNS tiles ahead, and says so to the warpgroups. One thread.
+DEVICE void wait_for_turns(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+  Ring<TURNS> ring = shared.turns();
+  for_each_turn(arguments, work, [&](const int* turn, int place) {
+    ring.wait_empty();
+    wait_for_turn(turn, place);
+    mbarrier_arrive(ring.full());
+    ring.advance();
+  });
+}
+
+// Passes each turn on when the warpgroups have added. One thread, lane 0 of warp 2.
+DEVICE void pass_turns_on(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+  Ring<TURNS> ring = shared.turns();
+  for_each_turn(arguments, work, [&](int* turn, int) {
+    ring.wait_at(shared.has_added());
+    pass_turn_on(turn);
+    ring.release(2);
   });
 }
 
@@ -119,6 +135,7 @@ class WarpgroupKeys {
         warpgroup(warpgroup),
         dropout(arguments.features),
         ring(shared.ring()),
+        turns(shared.turns()),
         K_descriptor(WarpgroupK::descriptor(shared.K(warpgroup))),
         V_descriptor(WarpgroupV::descriptor(shared.V(warpgroup))) {}
 
@@ -167,9 +184,9 @@ class WarpgroupKeys {
   const int warpgroup;
   const Dropout dropout;
   Ring<NUM_STAGES> ring;
+  Ring<TURNS> turns;
   const uint64 K_descriptor, V_descriptor;
   int buffer = 0;  // of dS
-  uint32 turn = 0;  // parity of the next one
 
   template <bool IS_MASKED>
   DEVICE void walk_down(const Member& member, int& tile, int begin) {
@@ -183,17 +200,16 @@ class WarpgroupKeys {
     ring.wait_full();
     const uint64 Q_descriptor = RingQ::descriptor(shared.Q(ring.stage)), dO_descriptor = RingO::descriptor(shared.dO(ring.stage));
     float P[1][S_TILES][4], dS[1][S_TILES][4];  // scores, then probabilities; dP, then dS; rows are keys
-    if constexpr (DROPOUT) {  // else they are given what they held a step ago, behind the fence
-      pin(P[0]);
-      pin(dS[0]);
-    }
+    if constexpr (DROPOUT) pin(P[0]);  // else it is given what it held a step ago, behind the fence
+    const StatisticsOfColumns statistics(shared.statistics(ring.stage), member.view, first_q);
+    statistics.begin_grad_products(dS);
+    pin(dS[0]);
     issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_descriptor, Q_descriptor);
-    issue_rows<WarpgroupV, RingO, DV_TILES / 2>(dS, V_descriptor, dO_descriptor);
+    issue_rows<WarpgroupV, RingO, DV_TILES / 2, true>(dS, V_descriptor, dO_descriptor);
     wgmma_wait<1>();
     pin(P[0]);
     ScoreDerivative<1, S_TILES> derivative;
     member.modifier.apply<true>(P, derivative, member.first_key, first_q);
-    const StatisticsOfColumns statistics(shared.statistics(ring.stage), member.view, first_q);
     statistics.to_probabilities(P, member.modifier.signed_factor());
     if constexpr (IS_MASKED) hide_pairs(P, member, first_q);
     uint32 P_operand[P_STEPS][4], dS_operand[P_STEPS][4];
@@ -209,7 +225,7 @@ class WarpgroupKeys {
       statistics.drop(dS, P, arguments.features.dropout_scale);
       multiply_all(dS, P);
     } else {
-      statistics.to_grad_scores(dS, P);
+      multiply_all(dS, P);
       pack_accumulator(P_operand, P);
     }
     derivative.multiply(dS);
@@ -269,8 +285,7 @@ class WarpgroupKeys {
 
   // Adds them to the tile's sums, or stores them, when it is the block's turn.
   DEVICE void add_query_gradients(const float (&dQ)[1][DQ_TILES][4], const Member& member, int tile) {
-    mbarrier_wait(shared.may_add(), turn);
-    turn ^= 1;
+    turns.wait_full();
     const int row_tile = (SHARES_QUERIES ? 0 : 4 * warpgroup) + warp_of_warpgroup();
     if (row_tile < D_TILES / 2) {
       float* sums =
@@ -284,7 +299,8 @@ class WarpgroupKeys {
       }
     }
     __syncwarp();  // all lanes of the warp have added
-    mbarrier_arrive_if(lane_index() == 0, shared.has_added());
+    mbarrier_arrive_if(lane_index() == 0, shared.has_added() + turns.stage * MBARRIER_BYTES);
+    turns.advance();
   }
 };
 
@@ -337,8 +353,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
   if (threadIdx.x == 0) {
     shared.ring().init(WARPGROUPS, 1 + WARP_SIZE);
     mbarrier_init(shared.keys_landed(), 1);
-    mbarrier_init(shared.may_add(), 1);
-    mbarrier_init(shared.has_added(), NUM_WARPS);
+    shared.turns().init(1);
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) mbarrier_init(shared.has_added() + i * MBARRIER_BYTES, NUM_WARPS);
     if constexpr (VARLEN) mbarrier_init(shared.cut_landed(), 1);
     fence_mbarrier_init();
   }
@@ -354,7 +371,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
     give_registers<COPYING_REGISTERS>();
     const int warp = warp_of_warpgroup();
     if (warp == 0) copy_all(arguments, work, shared);
-    if (warp == 1 && lane_index() == 0) keep_turns(arguments, work, shared);
+    if (warp == 1 && lane_index() == 0) wait_for_turns(arguments, work, shared);
+    if (warp == 2 && lane_index() == 0) pass_turns_on(arguments, work, shared);
   } else {
     take_registers<COMPUTING_REGISTERS>();
     compute(arguments, work, shared);

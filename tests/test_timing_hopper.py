@@ -153,6 +153,36 @@ def test_all_warpgroups_say_that_a_tile_is_done() -> None:
     assert clocks(computing(slow, 3), copier(128, 1)) > 1500 + UNITS.bulk_copy
 
 
+def test_a_stage_is_full_when_bulk_copies_and_those_of_a_warp_have_landed() -> None:
+    """Whichever lands last: here those of the warp, which come one after the other."""
+    copy = replace(PLAIN, kind=Kind.COPY, latency=H100.copy_latency, wavefronts=1.0, l2_bytes=4096.0)
+    behind = replace(PLAIN, kind=Kind.PHASE, meeting=Meeting(Act.ARRIVE_BEHIND_COPIES, FULL))
+    bulk = copier(128, 1)
+    both = Role((*bulk.trace, *[copy] * 8, behind), 1)
+    computes = computing([*wait(FULL), arrive(EMPTY)])
+    slow = 8 * 4096 / H100.l2_bytes
+    assert clocks(computes, both) == pytest.approx(slow + H100.copy_latency + 2 * UNITS.phase_hand_over, rel=0.1)
+    assert clocks(computes, bulk) < clocks(computes, both) / 2
+
+
+def test_others_wait_ahead_for_what_lets_warps_go_on() -> None:
+    """A warp that takes longer than a trip to say so holds the others up; one that is so many stages ahead only where it is slower than them."""
+    turn, added, passed = 64, 80, 96
+    slow = [replace(PLAIN, stall=15.0)] * 40
+    trip = [*wait(FULL), *[replace(PLAIN, stall=10.0)] * 80, *wait(turn), arrive(added), arrive(EMPTY)]
+    keeps = Role((*slow, arrive(turn), *wait(added)), 1, 1)
+    waits, passes = Role((*wait(passed, initial=2), *slow, arrive(turn)), 1, 1), Role((*wait(added), *slow, arrive(passed)), 1, 2)
+    assert clocks(computing(trip), copier(128, 2), waits, passes) == pytest.approx(800 + 2 * UNITS.phase_wait, rel=0.1)
+    assert clocks(computing(trip), copier(128, 2), keeps) == pytest.approx(800, rel=0.2)
+    twice = replace(keeps, trace=(*slow, *keeps.trace))
+    assert clocks(computing(trip), copier(128, 2), twice) > 1200
+
+
+def test_a_barrier_of_several_warpgroups_is_theirs_wherever_they_stand_in_the_block() -> None:
+    barrier = replace(PLAIN, kind=Kind.BARRIER, threads=256)
+    assert clocks(computing([barrier] * 10, 2), copier(128, 2)) == pytest.approx(10 * (H100.barrier_latency + 8 * H100.barrier_arrival), rel=0.15)
+
+
 def test_warpgroups_hand_on_their_turn() -> None:
     """What is done between a wait for the turn and its hand-over is done by one warpgroup at a time."""
     own = [*wait(64, turns=True), *[replace(PLAIN, stall=10.0)] * 30, arrive(64, turns=True)]
@@ -196,19 +226,19 @@ def plan() -> Plan:
     return planned(4096, is_causal=False)
 
 
-def planned(seqlen: int, *, is_causal: bool) -> Plan:
+def planned(seqlen: int, *, is_causal: bool, backward: bool = False) -> Plan:
     pytest.importorskip("cupy")
     if disassembly.find_nvdisasm() is None:
         pytest.skip(disassembly.NVDISASM_HINT)
     sample = Sample(
         batch=4, seqlen_q=seqlen, seqlen_kv=seqlen, num_heads_q=16, num_heads_kv=16, head_dim=64, dtype="bfloat16", is_causal=is_causal
     )
-    tile = {"forward_wgmma": Tile(192, 128, 12, 2)}
-    return planner.make_plan(plan_of(sample).problem, device.of_arch("sm_90", "gpu"), backward=False, tile=tile)
+    tile = {"backward_wgmma": Tile(128, 128, 8, 2)} if backward else {"forward_wgmma": Tile(192, 128, 12, 2)}
+    return planner.make_plan(plan_of(sample).problem, device.of_arch("sm_90", "gpu"), backward=backward, tile=tile)
 
 
 def wgmma_kernel(plan: Plan) -> KernelPlan:
-    (kernel,) = (kernel for kernel in plan.kernels if kernel.name == "forward_wgmma")
+    (kernel,) = (kernel for kernel in plan.kernels if kernel.spec.maps_tensors)
     return kernel
 
 
@@ -253,3 +283,40 @@ def test_a_kernel_of_wgmma_needs_its_instructions(plan: Plan) -> None:
     described, function = prediction.compiled(wgmma_kernel(plan), plan.device, causal=False)
     with pytest.raises(UnsupportedError, match="sm_80"):
         prediction.predict_kernel(function, replace(described, arch="sm_80"), limits=False)
+
+
+@pytest.fixture(scope="module")
+def backward_plan() -> Plan:
+    return planned(4096, is_causal=True, backward=True)
+
+
+def test_roles_and_barriers_of_a_backward_kernel(backward_plan: Plan) -> None:
+    """One warp copies, one waits for turns to add, and one passes them on. Tiles come by bulk copies and row statistics by those of the warp, at one barrier."""
+    described, function = prediction.compiled(wgmma_kernel(backward_plan), backward_plan.device, causal=True)
+    traces = role_traces(function, control_flow.steady_trace(function, control_flow.tile_loop(function)))
+    assert [trace.num_matrix for trace in traces] == [4 + 4 + 8 + 8 + 8, 0, 0, 0]
+    computes, copies, waits, passes = (list(of.values()) for of in meeting_points(function, traces))
+    assert [of.act for of in computes] == [Act.WAIT, Act.WAIT, Act.ARRIVE, Act.ARRIVE]
+    assert [of.act for of in copies] == [Act.WAIT, Act.EXPECT, Act.COPY, Act.COPY, Act.ARRIVE_BEHIND_COPIES]
+    assert [of.act for of in waits] == [of.act for of in passes] == [Act.WAIT, Act.ARRIVE]
+    full, turn, added, empty = (of.barrier for of in computes)
+    assert [of.barrier for of in copies] == [empty, full, full, full, full]
+    assert [of.barrier for of in (waits[1], passes[0])] == [turn, added]
+    assert waits[0].barrier == passes[1].barrier
+    assert [of.initial for of in (computes[0], computes[1], copies[0], waits[0], passes[0])] == [0, 0, described.tile.num_stages, 2, 0]
+    assert sum(of.num_bytes for of in copies) == 2 * described.tile.tile_q * 64 * 2
+
+
+def test_a_backward_kernel_of_wgmma_is_predicted(backward_plan: Plan) -> None:
+    """A fixed order costs its loop nothing; tiles that the diagonal cuts are told from others."""
+    found = prediction.predict_plan(backward_plan, CARDS["sm_90"], limits=False)
+    main = next(launch for launch in found.launches if launch.kernel is not None)
+    assert main.kernel is not None
+    assert main.kernel.between_tiles is None
+    assert 0.65 < main.kernel.matrix_share < 0.95
+    assert main.tiles_partial == 4 * 16 * 32, "one of 128 queries for each 128 keys"
+    assert main.tiles_visited == 4 * 16 * (32 * 33 // 2)
+    free = [replace(o, stall=1.0) if o.kind is Kind.FENCE else o for role in main.kernel.roles[2:] for o in role.trace]
+    lengths = [len(role.trace) for role in main.kernel.roles[2:]]
+    instant = (*main.kernel.roles[:2], *(replace(role, trace=tuple(free[: lengths[0]] if i == 0 else free[lengths[0] :])) for i, role in enumerate(main.kernel.roles[2:])))
+    assert main.kernel.clocks / clocks(*instant) < 1.05

@@ -10,6 +10,8 @@ import pytest
 from conftest import Target
 from test_features import FEATURES
 from test_features import inputs_of as featured
+from test_lengths_in_places import OFFSETS_KV, OFFSETS_Q
+from test_lengths_in_places import given as given_in_places
 from test_sequences import int32, offsets, packed, padded
 from test_wgmma_backward import KERNELS, NAME, SHORT, WGMMA, asked_for, backward_of, checked, plan_of  # noqa: F401 (a fixture)
 from test_wgmma_forward import MASKS, hopper, inputs_of, names  # noqa: F401 (a fixture)
@@ -91,6 +93,27 @@ def test_packed_sequences(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = packed(on, (sum(lengths_q), sum(lengths_kv)), "float16", (64, 64), heads=(2, 1))
     with_tile(monkeypatch)
     on.check_packed(inputs, (offsets(on, lengths_q), offsets(on, lengths_kv)), enable_gqa=True, **MASKS[mask])
+
+
+@pytest.mark.parametrize("name", ["both", "window"])
+def test_rows_of_nobody_take_part_in_nothing(name: str) -> None:
+    """Of sequences that use less than their places, with NaN and infinity behind: the same bits as of sequences that lie one behind the other, and zeros."""
+    given, options, *rows = given_in_places(name)
+    of_arrays = rows[0], rows[0], rows[1], rows[1]
+    backward = functools.partial(cuflash.varlen_attention_backward, tile=SHORT)
+
+    def gradients(arrays: Any, offsets: Any, **options: Any) -> Any:
+        out, lse = cuflash.varlen_attention(*arrays[1:], *offsets, return_lse=True, **options)
+        assert NAME in names(cuflash.varlen_plan(*arrays[1:], *offsets, 40, 80, backward=True, **options))
+        return backward(*arrays, out, lse, *offsets, **options)
+
+    in_places = gradients(given, (int32(Target("sm_90"), OFFSETS_Q), int32(Target("sm_90"), OFFSETS_KV)), **options)
+    used = {option: options.pop(option) for option in ("seqused_q", "seqused_kv")}
+    starts = [int32(Target("sm_90"), numpy.cumsum([0, *lengths]).tolist()) for lengths in used.values()]
+    packed_alone = gradients([array[own] for array, own in zip(given, of_arrays, strict=True)], starts, **options)
+    for got, want, own in zip(in_places[:3], packed_alone[:3], of_arrays[1:], strict=True):
+        assert Target.bits(got[own]) == Target.bits(want)
+        assert not numpy.delete(got, own, axis=0).any()
 
 
 def test_neighbours_never_leak() -> None:

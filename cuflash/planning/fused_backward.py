@@ -23,6 +23,9 @@ from cuflash.problem.tile import Tiles
 VARIABLE = "CUFLASH_FUSED_BACKWARD"
 """Environment variable; 1: the fused kernel wherever it is predicted to be faster. Looked at when a call is planned, so not by calls whose like was made before."""
 
+_SLACK = 1.1
+"""With it sections on an H100 are those that were fast there, of 32 MiB (docs/hopper.md)."""
+
 _OTHER_WAY = (kernel_specs.BACKWARD_DKDV, kernel_specs.BACKWARD_DK, kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DQ)
 
 
@@ -75,10 +78,15 @@ def is_faster(case: KernelCase, device: Device) -> bool:
     return tile_choice.known_tile(case, device) is not None
 
 
-def section_heads(problem: Problem, device: Device, group_heads: int) -> int:
-    """K/V heads whose queries, dO and sums of dQ fit the part of L2 that is for what blocks walk over (`block_order.L2_SHARE`)."""
+def section_heads(problem: Problem, device: Device, group_heads: int, *, pairs: int) -> int:
+    """K/V heads whose queries, dO and sums of dQ fit the part of L2 that is for what blocks walk over (`block_order.L2_SHARE`), or a little more.
+
+    A divisor of all `pairs` that is near enough: else the last section is a small one, whose long blocks start when there are no short ones left to fill the SMs beside them.
+    """
     of_head = group_heads * problem.max_seqlen_q * (problem.itemsize * (problem.head_dim + problem.head_dim_v) + 4 * problem.head_dim)
-    return max(1, int(L2_SHARE * architecture(device.arch).l2_bytes) // max(1, of_head))
+    most = max(1, int(_SLACK * L2_SHARE * architecture(device.arch).l2_bytes) // max(1, of_head))
+    dividing = next(heads for heads in range(min(most, max(1, pairs)), 0, -1) if pairs % heads == 0)
+    return dividing if 2 * dividing > most else most
 
 
 def workspace(problem: Problem, kernels: Iterable[KernelPlan]) -> tuple[Buffer, ...]:

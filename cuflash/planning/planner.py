@@ -223,7 +223,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     if problem.num_sequences is not None:
         batch, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # blocks of one more fill what lies behind the last
     if spec.added_up:
-        section = fused_backward.section_heads(problem, device, group_heads)
+        section = fused_backward.section_heads(problem, device, group_heads, pairs=batch * heads)
     else:
         resident = tile_model.blocks_per_sm(case, tile, device) * device.num_sms
         section = block_order.section_heads(case, problem, device, pairs=batch * heads, resident_blocks=resident)

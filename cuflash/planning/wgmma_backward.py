@@ -44,8 +44,6 @@ def why_not(problem: Problem, device: Device) -> str | None:
         return "keys that batches share have one length there"
     if not tile_choice.legal_tiles_for(case, device):
         return "no tile leaves room in the registers for all of these features"
-    if problem.in_places:
-        return "it knows no packed sequences that use less than their offsets give them"
     if problem.seqlen_kv == 0:
         return "there are no keys to copy"
     arrays = [("query", problem.query), ("key", problem.key), ("value", problem.value)]

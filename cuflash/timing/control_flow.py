@@ -115,6 +115,18 @@ def find_loops(function: Function) -> tuple[Loop, ...]:
     return tuple(sorted(loops, key=lambda loop: (loop.head, -loop.last)))
 
 
+def leading_to(function: Function, loop: Loop) -> Function:
+    """The instructions before a loop from which it can be reached, in their order: not those of warps that went another way."""
+    reaching = {loop.head}
+    for index in reversed(range(loop.head)):
+        instruction = function[index]
+        falls_through = instruction.base not in _ENDS or bool(instruction.predicate)
+        branches = instruction.base in _ENDS and instruction.target in reaching
+        if branches or (falls_through and index + 1 in reaching):
+            reaching.add(index)
+    return tuple(function[index] for index in sorted(reaching - {loop.head}))
+
+
 def tile_loop(function: Function, *, masked: bool = False) -> Loop:
     """The loop over tiles: the innermost that has the kinds of work that the function's loops have, products and exponentials. Of several, say one for masked
     tiles and one for the others, that with the fewest comparisons and selections, or with `masked` the most.

@@ -26,7 +26,7 @@ from heapq import heappop, heappush
 
 from cuflash.timing.machine import SUB_PARTITIONS, Multiprocessor
 from cuflash.timing.operations import Kind, Operation, Role, Unit
-from cuflash.timing.phases import Meetings, Phases
+from cuflash.timing.phases import COPIES, Meetings, Phases
 from cuflash.timing.roles import Act, Meeting
 from cuflash.timing.sass import NUM_SCOREBOARDS
 from cuflash.timing.tensor_unit import Group, TensorUnit
@@ -289,7 +289,7 @@ class _Run:
             warp.position = 0
             warp.trips += 1
             self.fewest_trips[home] = min(other.trips for other in self.homes[home])
-        held = kind is not Kind.FENCE or warp.index % self.warps_per_block == 0
+        held = kind is not Kind.FENCE or warp.place == self.roles[warp.role].first
         warp.ready = self._ready(warp, time + (operation.stall if held else 1.0))
         if kind is Kind.BARRIER:
             self._arrive(warp, operation, time)
@@ -328,13 +328,14 @@ class _Run:
             warp.scoreboards[operation.read_scoreboard] = max(warp.scoreboards[operation.read_scoreboard], time + operation.latency)
         if meeting.act is Act.COPY:
             self._copy_in_bulk(operation, meeting, self.meetings.of(warp.block, meeting), time)
-        elif meeting.act is Act.ARRIVE:
+        elif meeting.act in (Act.ARRIVE, Act.ARRIVE_BEHIND_COPIES):
             phases = (
                 self.meetings.handed_to(warp.block, meeting, warp.role, warp.place)
                 if meeting.turns
                 else self.meetings.of(warp.block, meeting)
             )
-            if phases.arrive(warp.index, time + units.phase_hand_over):
+            arrived = max(time, warp.copied) if meeting.act is Act.ARRIVE_BEHIND_COPIES else time
+            if phases.arrive(warp.index, arrived + units.phase_hand_over):
                 self._let_go(phases, time)
         elif meeting.act is Act.WAIT:
             phases = (
@@ -363,8 +364,7 @@ class _Run:
     def _land(self) -> None:
         time, _, wavefronts, phases = heappop(self.landings)
         end = self._read(time, wavefronts)
-        if phases is not None:
-            phases.end(end)
+        if phases is not None and phases.arrive(COPIES, end):
             self._let_go(phases, time)
 
     def _let_go(self, phases: Phases, time: float) -> None:
@@ -405,7 +405,7 @@ class _Run:
     def _arrive(self, warp: _Warp, operation: Operation, time: float) -> None:
         """Hold the warp until all of its block have arrived, or as many neighbours as the barrier is for."""
         meeting = operation.threads // 32 or self.warps_per_block
-        key = (warp.block, meeting, warp.place // meeting)
+        key = (warp.block, meeting, (warp.place - self.roles[warp.role].first) // meeting)
         self.barrier_free[key] = max(self.barrier_free[key], time) + self.machine.barrier_arrival
         self.arrived[key].append(warp)
         if len(self.arrived[key]) < meeting:

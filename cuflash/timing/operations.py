@@ -144,6 +144,9 @@ def _operation(instruction: Instruction, after: Instruction | None, machine: Mul
         return replace(operation, latency=machine.constant_latency if machine.warpgroups is None else machine.warpgroups.phase_wait)
     if base == "MEMBAR" and "GPU" in instruction.opcode.split("."):
         return replace(operation, kind=Kind.FENCE, stall=max(operation.stall, machine.fence))
+    if base == "ARRIVES":
+        hint = "Such arrivals are modelled where other warps wait for them."
+        raise UnsupportedError("kernel", instruction.opcode, "an arrival at a known mbarrier", hint)
     if base == "LDGDEPBAR":
         return replace(operation, kind=Kind.COMMIT)
     if base == "DEPBAR" and (waited := re.match(r"SB0, 0x([0-9a-f]+)", instruction.operands)):

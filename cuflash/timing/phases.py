@@ -12,6 +12,8 @@ from cuflash.timing.operations import Role
 from cuflash.timing.roles import Act, Meeting
 
 NEVER = float("inf")
+COPIES = -1
+"""Who arrives when copies in bulk have landed."""
 _WARPGROUP_WARPS = 4
 
 
@@ -19,7 +21,7 @@ class Phases:
     """The phases of one barrier, or of a ring of them.
 
     Attributes:
-        arrivals: that end a phase; 0 where copies do.
+        arrivals: that end a phase; those of copies in bulk count as one.
         ends: when each phase that is over was known to be over by those who wait.
         waiting: warp, scoreboard and phase of those who wait for one that is not over.
     """
@@ -33,6 +35,7 @@ class Phases:
         self._arrived: Counter[int] = Counter()
         self._waits: Counter[int] = Counter()
         self._latest: Counter[int] = Counter()
+        self._ends: dict[int, float] = {}
 
     def next_wait(self, warp: int) -> int:
         """The phase that a warp waits for next; each wait is for another one."""
@@ -44,19 +47,16 @@ class Phases:
         return self.ends[phase] if phase < len(self.ends) else NEVER
 
     def arrive(self, warp: int, time: float) -> bool:
-        """A warp arrives, each time in the next phase; whether that ends a phase."""
+        """A warp arrives, or `COPIES` do, each time in the next phase; whether that ends a phase."""
         phase = self._initial + self._latest[warp]
         self._latest[warp] += 1
         self._arrived[phase] += 1
+        self._ends[phase] = max(self._ends.get(phase, 0.0), time)
         if self._arrived[phase] < self.arrivals:
             return False
         del self._arrived[phase]
-        self.end(time)
+        self.ends.append(self._ends.pop(phase))
         return True
-
-    def end(self, time: float) -> None:
-        """The next phase is over."""
-        self.ends.append(time)
 
 
 class Meetings:
@@ -70,8 +70,11 @@ class Meetings:
                 self._phases[block, barrier, -1] = Phases(self._arrivals(barrier), self._initial(barrier))
 
     def _arrivals(self, barrier: int) -> int:
-        """Warps that arrive there; each does once in a phase."""
-        return sum(role.warps for role in self.roles if any(_is(o.meeting, Act.ARRIVE, barrier) for o in role.trace))
+        """Warps that arrive there, each once in a phase, and the copies."""
+        of_warps = sum(
+            role.warps for role in self.roles for act in (Act.ARRIVE, Act.ARRIVE_BEHIND_COPIES) if any(_is(o.meeting, act, barrier) for o in role.trace)
+        )
+        return of_warps + any(_is(o.meeting, Act.COPY, barrier) for role in self.roles for o in role.trace)
 
     def _initial(self, barrier: int) -> int:
         waits = (o.meeting for role in self.roles for o in role.trace if _is(o.meeting, Act.WAIT, barrier))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from math import prod
 
 from cuflash.errors import UnsupportedError
 from cuflash.hardware import device, occupancy
@@ -121,7 +121,8 @@ def predict_kernel(
         lifted = tuple(replace(role, trace=without(role.trace, limit)) for role in roles)
         if lifted != roles:
             speedups[limit] = clocks / steady_clocks_of_roles(lifted, machine, blocks=blocks, in_turn=in_turn)
-    single = single_tile_traces(function, traces) if len(roles) > 1 and staying else None
+    stays = staying and kernel_specs.TILED_KERNELS[description.kernel].stays
+    single = single_tile_traces(function, traces) if len(roles) > 1 and stays else None
     between, idle_cost = None, 0.0
     if single is not None:
         idle_cost = _idle_cost(roles, machine, clocks)
@@ -140,12 +141,12 @@ def _idle_cost(roles: Sequence[Role], machine: Multiprocessor, clocks: float) ->
 
 
 def _roles(function: Function, traces: Sequence[Trace], description: Description, machine: Multiprocessor) -> tuple[Role, ...]:
-    """The warps of a block: those that compute, and in front of them a warpgroup of which one warp copies."""
+    """The warps of a block: those that compute, and in front of them a warpgroup of which one warp copies and others keep watch."""
     if len(traces) == 1:
         return (Role(operations(traces[0].instructions, machine), description.tile.num_warps),)
     meetings = meeting_points(function, traces)
-    computing, copying = (operations(trace.instructions, machine, of) for trace, of in zip(traces, meetings, strict=True))
-    return Role(computing, description.tile.num_warps, WARPGROUP_WARPS), Role(copying, 1)
+    computing, *others = (operations(trace.instructions, machine, of) for trace, of in zip(traces, meetings, strict=True))
+    return Role(computing, description.tile.num_warps, WARPGROUP_WARPS), *(Role(trace, 1, place) for place, trace in enumerate(others))
 
 
 def resident_blocks(description: Description, warps: int | None = None) -> int:
@@ -332,12 +333,12 @@ def lay_out(
     empty = card.block_start if not stays else 0.0
     section = min(len(visits), kernel.section_heads)
     launched = in_order(visits, section=section, last_first=problem.is_causal and not kernel.spec.owns_keys)
-    clocks = grid_clocks((weighed[of] for of in launched), num_sms=card.num_sms, trip_clocks=trip_clocks, overhead=overhead, empty=empty)
+    trips = [weighed[of] for of in launched]
+    if kernel.spec.added_up:
+        _wait_for_each_other(trips, together=card.num_sms * predicted.blocks, section=section, tiles=len(visits[0]))
+    clocks = grid_clocks(trips, num_sms=card.num_sms, trip_clocks=trip_clocks, overhead=overhead, empty=empty)
     if stays:  # each once
         clocks += _block_overhead(kernel, problem, machine, card)
-    if kernel.spec.added_up:  # blocks of one head that start together wait for each other to add to their first tile
-        together = min(len(visits[0]), ceil(card.num_sms * predicted.blocks / section))
-        clocks += (together - 1) * predicted.clocks
     counted = Counter(of for head in visits for of in head)
     total, partial = sum(of.total * count for of, count in counted.items()), sum(of.partial * count for of, count in counted.items())
     working, tiles = sum(count for of, count in counted.items() if of.total), counted.total()
@@ -357,6 +358,13 @@ def lay_out(
         cost,
         clock_ghz,
     )
+
+
+def _wait_for_each_other(trips: list[float], *, together: int, section: int, tiles: int) -> None:
+    """Blocks of one head that start together add to their first tile one after the other, a trip apart. Later ones start so."""
+    for index in range(min(together, len(trips))):
+        if trips[index]:
+            trips[index] += index // section % tiles
 
 
 def _share_of_peak(predicted: KernelPrediction, machine: Multiprocessor) -> float:

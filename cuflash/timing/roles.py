@@ -1,12 +1,12 @@
 """Warp-specialised kernels: which loops the warps of a block run, and which mbarriers each instruction of theirs means.
 
-`role_traces(function, computing)` finds beside the loop that computes the one that copies, if there is one. `meeting_points(function, traces)` says of each instruction of the traces
+`role_traces(function, computing)` finds beside the loop that computes the one that copies, and those that say at mbarriers when others may go on. `meeting_points(function, traces)` says of each instruction of the traces
 at which mbarriers its warp waits or arrives, and which bytes it has copied where. Rules:
 
 - A barrier is known by the constant part of its address (`addresses.py`); those that the kernel makes in the beginning (SYNCS.EXCH) are all that there are. An instruction
   that may mean several means one that another role waits for.
-- Copies belong to the barrier to which their bytes were announced last. They end the phase when all of them have landed.
-- Other phases end when all warps whose traces arrive have arrived. Of those that a copying role waits for, as many as the ring has stages are over in the beginning.
+- Copies belong to the barrier to which their bytes were announced last. They have arrived when all of them have landed; of copies by threads (ARRIVES) when the warp's have.
+- A phase ends when all warps whose traces arrive have arrived, and its copies. Of those that a role waits for before it lets the warps that compute go on, as many as the ring has stages are over in the beginning.
 - Where a role waits for what nobody says, and says what nobody waits for, its warpgroups hand something on in turn.
 - Whatever else nobody says has been said before the loop.
 """
@@ -14,13 +14,13 @@ at which mbarriers its warp waits or arrives, and which bytes it has copied wher
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from cuflash.errors import UnsupportedError
 from cuflash.timing.addresses import Constants, constants, operands_of, result_of
-from cuflash.timing.control_flow import Loop, Trace, find_loops, is_matrix, opcodes, steady_trace
+from cuflash.timing.control_flow import Loop, Trace, find_loops, is_matrix, leading_to, opcodes, steady_trace
 from cuflash.timing.sass import Function, Instruction
 
 BULK_COPIES = opcodes("UTMALDG UBLKCP")
@@ -32,6 +32,7 @@ class Act(Enum):
 
     WAIT = "wait"
     ARRIVE = "arrive"
+    ARRIVE_BEHIND_COPIES = "arrive behind copies"  # when all that the warp has copied is there
     EXPECT = "expect"  # arrives, and announces bytes
     COPY = "copy"  # lands bytes
 
@@ -63,21 +64,52 @@ def is_bulk_copy(instruction: Instruction) -> bool:
 
 
 def role_traces(function: Function, computing: Trace) -> tuple[Trace, ...]:
-    """The trace of the warps that compute, and behind it that of the warp that copies for them, if there is one."""
-    loops = [loop for loop in find_loops(function) if _copies(function, loop)]
-    inner = [loop for loop in loops if not any(loop.holds(other) for other in loops)]
+    """The traces of the warps that compute, of the warp that copies for them, if there is one, and of those that do nothing else than to let them go on."""
+    inner = _innermost(function, _copies)
     awaited = _awaited(function, computing)
     if not inner or not awaited:
         return (computing,)
     chosen = max(inner, key=lambda loop: sum(map(is_bulk_copy, function[loop.head : loop.last])))
-    announced = (index for index in range(chosen.head, chosen.last) if _act(function[index]) is Act.EXPECT)
-    once = frozenset(index for index in announced if not awaited & _address(function, index))
-    return computing, steady_trace(function, chosen, avoided=once)
+    once = frozenset(index for index in range(chosen.head, chosen.last) if _is(function[index], Act.EXPECT) and not awaited & _barriers(function, chosen, index))
+    return computing, steady_trace(function, chosen, avoided=once), *_letting_go(function, awaited)
 
 
-def _copies(function: Function, loop: Loop) -> bool:
-    body = function[loop.head : loop.last + 1]
-    return any(map(is_bulk_copy, body)) and any(_act(instruction) is Act.EXPECT for instruction in body) and not any(map(is_matrix, body))
+def _letting_go(function: Function, awaited: Constants) -> list[Trace]:
+    """The traces of those that arrive where others wait, in the order of their code: where the warps that compute do, or those that let them go on."""
+    traces: list[Trace] = []
+    open_loops = {loop: steady_trace(function, loop) for loop in _innermost(function, _waits_and_arrives)}
+    while found := [loop for loop, trace in open_loops.items() if awaited & _met(function, trace, Act.ARRIVE)]:
+        traces += [open_loops.pop(loop) for loop in found]
+        awaited |= frozenset(of for trace in traces for of in _awaited(function, trace))
+    return sorted(traces, key=lambda trace: trace.loop.head)
+
+
+def _met(function: Function, trace: Trace, act: Act) -> Constants:
+    """Barriers at which a trace's instructions act so."""
+    code = _in_context(function, trace)
+    first = len(code) - len(trace.instructions)
+    return frozenset(barrier for of, i in enumerate(trace.instructions) if _act(i) is act for barrier in _address(code, first + of, first))
+
+
+def _innermost(function: Function, kind: Callable[[Sequence[Instruction]], bool]) -> list[Loop]:
+    """Loops of a kind that hold no others of it."""
+    loops = [loop for loop in find_loops(function) if kind(function[loop.head : loop.last + 1])]
+    return [loop for loop in loops if not any(loop.holds(other) for other in loops)]
+
+
+def _copies(body: Sequence[Instruction]) -> bool:
+    return any(map(is_bulk_copy, body)) and any(_is(i, Act.EXPECT) for i in body) and not any(map(is_matrix, body))
+
+
+def _waits_and_arrives(body: Sequence[Instruction]) -> bool:
+    acts = set(map(_act, body))
+    return {Act.WAIT, Act.ARRIVE} <= acts and Act.EXPECT not in acts and not any(map(is_matrix, body))
+
+
+def _barriers(function: Function, loop: Loop, index: int) -> Constants:
+    """The barriers that an instruction in a loop may mean."""
+    before = leading_to(function, loop)
+    return _address((*before, *function[loop.head : loop.last + 1]), len(before) + index - loop.head)
 
 
 def _awaited(function: Function, trace: Trace) -> frozenset[int]:
@@ -111,8 +143,8 @@ def _changes(code: Sequence[Instruction], position: int) -> bool:
 
 
 def _in_context(function: Function, trace: Trace) -> tuple[Instruction, ...]:
-    """The code that a trace's registers come from: what stands before its loop, and the trace."""
-    return (*function[: trace.loop.head], *trace.instructions)
+    """The code that a trace's registers come from: what leads to its loop, and the trace."""
+    return (*leading_to(function, trace.loop), *trace.instructions)
 
 
 def _address(code: Sequence[Instruction], position: int, first: int = 0) -> Constants:
@@ -123,12 +155,20 @@ def _address(code: Sequence[Instruction], position: int, first: int = 0) -> Cons
 
 def is_arrival(instruction: Instruction) -> bool:
     """Whether it arrives at an mbarrier."""
-    return _act(instruction) is Act.ARRIVE
+    return _is(instruction, Act.ARRIVE)
+
+
+def _is(instruction: Instruction, act: Act) -> bool:
+    return _act(instruction) is act
 
 
 def _act(instruction: Instruction) -> Act | None:
     parts = instruction.opcode.split(".")
-    if parts[0] != "SYNCS" or instruction.never_runs:
+    if instruction.never_runs:
+        return None
+    if parts[0] == "ARRIVES":
+        return Act.ARRIVE_BEHIND_COPIES
+    if parts[0] != "SYNCS":
         return None
     if "PHASECHK" in parts:
         return Act.WAIT
@@ -212,10 +252,16 @@ class _Barriers:
         return any(use.barrier == barrier and use.act is not Act.WAIT for use in self.uses)
 
     def _initial(self, wait: _Use) -> int:
-        """Phases that are over in the beginning: of what a copying role waits for, as many as there are stages for what it announces next."""
+        """Phases that are over in the beginning: of what a role waits for that lets the first one go on, as many as there are stages for what it announces or says next."""
         of_role = [use for use in self.uses if use.role == wait.role and use.act is Act.EXPECT and use.barrier in self.stages]
-        following = sorted(of_role, key=lambda use: (use.position < wait.position, use.position))
+        following = sorted(of_role, key=lambda use: (use.position < wait.position, use.position)) or self._lets_go(wait)
         return min(self.stages[wait.barrier], self.stages[following[0].barrier]) if following else 0
+
+    def _lets_go(self, wait: _Use) -> list[_Use]:
+        """Arrivals behind a wait of another role at what the first one waits for."""
+        awaited = {use.barrier for use in self.uses if use.role == 0 and use.act is Act.WAIT}
+        behind = (use for use in self.uses if 0 < use.role == wait.role and use.position > wait.position)
+        return [use for use in behind if use.act is Act.ARRIVE and use.barrier in awaited and use.barrier in self.stages]
 
     def _handed_on(self) -> dict[int, int]:
         """Barriers that a role's warpgroups hand something on by: under the name of the first."""

@@ -31,7 +31,7 @@ class Visits:
 
     Attributes:
         full: without a hidden pair, as far as data hide it. A tile that positions alone cut counts as full: a few of each block.
-        partial: with one. Of blocks that stay, also those that positions cut; both are means over the block's warpgroups.
+        partial: with one. Of kernels of wgmma, also those that positions cut; of blocks that stay both are means over the block's warpgroups.
         idle: of those, that one warpgroup leaves to others of its block.
     """
 
@@ -59,11 +59,12 @@ def visits_of_launch(kernel: KernelPlan, problem: Problem, data: Data) -> list[l
     heads = problem.num_heads_q // group_heads
     known = visits_of_blocks(problem, tile, by_keys=by_keys)
     if known is not None:
-        own = (
-            _of_warpgroups(problem, tile)
-            if kernel.spec.stays and not by_keys
-            else [Visits(group_batch * group_heads * count) for count in known]
-        )
+        if kernel.spec.stays and not by_keys:
+            own = _of_warpgroups(problem, tile)
+        elif kernel.spec.maps_tensors and by_keys:
+            own = _of_key_blocks(problem, tile, members=group_batch * group_heads)
+        else:
+            own = [Visits(group_batch * group_heads * count) for count in known]
         return [own] * (num_tiles // max(1, len(own)))
     lookup = _Lookup(problem, data, tile, by_keys)
     pairs = []
@@ -85,6 +86,17 @@ def _of_warpgroups(problem: Problem, tile: Tile) -> list[Visits]:
     warpgroups = tile.tile_q // rows
     blocks = [of_warpgroups[first : first + warpgroups] for first in range(0, len(of_warpgroups), warpgroups)]
     return [_mean(block, warpgroups) for block in blocks]
+
+
+def _of_key_blocks(problem: Problem, tile: Tile, *, members: int) -> list[Visits]:
+    """Of kernels whose blocks own keys, and have a loop without masks for tiles of queries that see all of them."""
+    band, found = band_of(problem), []
+    for index, walk in enumerate(walks(band, tile, by_keys=True)):
+        last_kv = (index + 1) * tile.tile_kv - 1
+        first_whole = -(-max(0, last_kv - band.causal) // tile.tile_q) if last_kv < band.seqlen_kv else walk.stop
+        whole = max(0, walk.stop - max(walk.start, first_whole))
+        found.append(Visits(members * whole, members * (len(walk) - whole)))
+    return found
 
 
 def _mean(block: Sequence[tuple[int, int]], warpgroups: int) -> Visits:

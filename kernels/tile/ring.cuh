@@ -27,6 +27,9 @@ class Ring {
 
   DEVICE void wait_full() const { mbarrier_wait(full(), parity); }
 
+  // The same of a barrier besides, of which there is one for each stage.
+  DEVICE void wait_at(SmemAddress barriers) const { mbarrier_wait(barriers + stage * MBARRIER_BYTES, parity); }
+
   // At first every stage is empty.
   DEVICE void wait_empty() const { mbarrier_wait(empty(), parity ^ 1); }
 

@@ -140,19 +140,6 @@ class StatisticsOfColumns {
     }
   }
 
-  // dP of products that started at 0 -> dS = P (dP - delta).
-  template <int M, int N>
-  DEVICE void to_grad_scores(float (&dP)[M][N][4], const float (&P)[M][N][4]) const {
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const float4 two = statistics(n);
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) dP[m][n][i] = P[m][n][i] * (dP[m][n][i] - (i % 2 ? two.w : two.y));
-    }
-  }
-
   // Takes the marks off P (drop_and_mark).
   template <int M, int N>
   DEVICE void drop(float (&dP)[M][N][4], float (&P)[M][N][4], float dropout_scale) const {

@@ -26,6 +26,7 @@ constexpr int DQ_TILES = SHARES_QUERIES ? S_TILES / WARPGROUPS : S_TILES;
 
 constexpr int STAGE_BYTES = RingQ::BYTES + RingO::BYTES + StatisticsOfColumns::BYTES;
 constexpr int DS_BUFFERS = 2;
+constexpr int TURNS = 2;  // that are waited for ahead of the one at which the block adds
 constexpr bool CUTS_KEYS = RAGGED || CAUSAL || WINDOW;  // there may be keys in memory that no query sees
 
 // setmaxnreg: 384 threads begin with 168 registers each (tile/wgmma_block.cuh).
@@ -42,7 +43,7 @@ static_assert(!TILE_LISTS, "the order of sums is not known where the tiles of a 
 // Where everything lies in shared memory.
 struct SharedMemory {
   static constexpr int BYTES = WARPGROUPS * (WarpgroupK::BYTES + WarpgroupV::BYTES) + NUM_STAGES * STAGE_BYTES + DS_BUFFERS * GradScores::BYTES +
-                               Ring<NUM_STAGES>::BYTES + 5 * MBARRIER_BYTES;
+                               Ring<NUM_STAGES>::BYTES + Ring<TURNS>::BYTES + (TURNS + 3) * MBARRIER_BYTES;
   SmemAddress base;
 
   DEVICE SmemAddress K(int warpgroup) const { return base + warpgroup * WarpgroupK::BYTES; }
@@ -52,11 +53,11 @@ struct SharedMemory {
   DEVICE SmemAddress dS(int buffer) const { return dO(NUM_STAGES) + buffer * GradScores::BYTES; }
   DEVICE SmemAddress statistics(int stage) const { return dS(DS_BUFFERS) + stage * StatisticsOfColumns::BYTES; }
   DEVICE Ring<NUM_STAGES> ring() const { return Ring<NUM_STAGES>(statistics(NUM_STAGES)); }
-  DEVICE SmemAddress keys_landed() const { return base + BYTES - 5 * MBARRIER_BYTES; }
-  DEVICE SmemAddress may_add() const { return keys_landed() + MBARRIER_BYTES; }
-  DEVICE SmemAddress has_added() const { return keys_landed() + 2 * MBARRIER_BYTES; }
-  DEVICE SmemAddress cut_landed() const { return keys_landed() + 3 * MBARRIER_BYTES; }
-  DEVICE SmemAddress ticket() const { return keys_landed() + 4 * MBARRIER_BYTES; }
+  DEVICE Ring<TURNS> turns() const { return Ring<TURNS>(statistics(NUM_STAGES) + Ring<NUM_STAGES>::BYTES); }  // full: it is the block's; empty: passed on
+  DEVICE SmemAddress has_added() const { return keys_landed() - TURNS * MBARRIER_BYTES; }  // one for each stage of turns
+  DEVICE SmemAddress keys_landed() const { return base + BYTES - 3 * MBARRIER_BYTES; }
+  DEVICE SmemAddress cut_landed() const { return keys_landed() + MBARRIER_BYTES; }
+  DEVICE SmemAddress ticket() const { return keys_landed() + 2 * MBARRIER_BYTES; }
 };
 
 static_assert(SharedMemory::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");

@@ -4,12 +4,12 @@
 #include "tile/constants.cuh"
 #include "tile/slab_tile.cuh"
 
-// C = A Bᵀ over STEPS steps of 16 columns. A and B are descriptors of a TileA and a TileB; a warpgroup has 64 rows of A.
-template <typename TileA, typename TileB, int STEPS, int N>
+// C = A Bᵀ over STEPS steps of 16 columns, or C += A Bᵀ. A and B are descriptors of a TileA and a TileB; a warpgroup has 64 rows of A.
+template <typename TileA, typename TileB, int STEPS, bool ADDS = false, int N>
 DEVICE void issue_rows(float (&c)[1][N][4], uint64 a, uint64 b) {
   wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < STEPS; ++k) Wgmma<Element, N>::from_shared(c[0], TileA::columns(a, k), TileB::columns(b, k), k > 0);
+  for (int k = 0; k < STEPS; ++k) Wgmma<Element, N>::from_shared(c[0], TileA::columns(a, k), TileB::columns(b, k), ADDS || k > 0);
   wgmma_commit();
 }
 
