@@ -7,6 +7,7 @@ code; but for scores, whose accumulators some kernels call by what they become.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections import Counter
@@ -16,6 +17,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from kernel_statements import ADDITIONS, TURNS, WAIT, is_product, operation_of, statements
 from picture_files import DOCS, fingerprint_of, save
 
 from cuflash.hardware import device
@@ -54,7 +56,7 @@ SOURCES_BESIDE = {"forward_wgmma": ("tile/copier.cuh",)}
 WARPGROUP_WARPS = 4
 LEGEND_COLUMNS = 5
 
-# --- What an instruction is for -----------------------------------------------------------------------------------------------------------
+# --- Colours ------------------------------------------------------------------------------------------------------------------------------
 
 REST, OTHER_WORK = "between the products", "other work"  # of warps that compute, and of others
 WAIT_BARRIER, WAIT_COPIES, WAIT_PRODUCTS, WAIT_PHASE = (
@@ -63,7 +65,6 @@ WAIT_BARRIER, WAIT_COPIES, WAIT_PRODUCTS, WAIT_PHASE = (
     "waits for products",
     "waits at an mbarrier",
 )
-ADDITIONS, TURNS = "additions in global memory", "turns in global memory"
 _COLOURS = {
     "S": "#2b6cb0",
     "dP": "#9c36b5",
@@ -77,65 +78,6 @@ _FIXED = {
     TURNS: "#8d6e63", OTHER_WORK: "#fbe6a6", WAIT_PHASE: "#e9ecef",
 }  # fmt: skip
 _COPY = "#e8590c"
-_BECOME = {"P": "S", "dS": "dP"}
-"""Accumulators that are called by what they become: what the product along the head makes of them."""
-
-_SCORES = (
-    r"multiply_rows\((?P<c>\w+), (?P<a>\w+), \w+, (?P<b>\w+)\)",
-    r"gemm_rows<.*?>\((?P<c>\w+), \w*Mma::OperandA<\w+>\((?P<a>\w+).*?Mma::OperandB<\w+>\((?P<b>\w+)",
-    r"issue_rows<.*?>\((?P<c>\w+), (?P<a>\w+), (?:\w+::descriptor\(shared\.)?(?P<b>\w+)",
-)
-_SUMS = (
-    r"multiply_accumulator\((?P<c>\w+), (?P<a>\w+), (?P<b>\w+)\)",
-    r"gemm_(?:by_rows|accumulator)<.*?>\((?P<c>\w+), (?:\w*Mma::OperandA<\w+>\()?(?P<a>\w+).*?Mma::OperandBByRows<\w+>\((?P<b>\w+)",
-    r"issue_accumulator<.*?>\((?P<c>\w+), (?P<a>\w+), (?:\w+::descriptor\(shared\.)?(?P<b>\w+)",
-)
-_QUERY_GRADIENTS = (
-    r"gemm_columns<.*?>\((?P<c>\w+), \S+?\((?P<a>\w+)_smem,.*?\((?P<b>\w+)_smem,",
-    r"from_shared_by_rows\((?P<c>\w+)\[0\], Warpgroup(?P<b>\w+)::rows\(.*GradScores::columns\((?P<a>\w+),",
-)
-_COPIES = (
-    r"Ring\w+::load\(shared\.(\w+)\(",
-    r"Ring(\w+)::load\(tile,",
-    r"StatisticsOfColumns\(shared\.(\w+)\(.*\)\.issue",
-    r"keys\.copy<Warp(\w+), ",
-    r"(\w+?)(?:_loader\.issue|_of\(step\)\.issue|\.load)\(",
-)
-_WAIT = re.compile(r"wait_for_tiles|begin_step|end_step|cp_async_wait_group|wait_full|wait_empty|wgmma_wait|mbarrier_wait")
-WAIT = "a wait"
-
-
-def statements(source: str) -> list[str]:
-    """For each line of a file, without comments, the whole statement that it belongs to; one that ends in the middle of a line is that line."""
-    lines = [line.partition("//")[0].strip() for line in source.splitlines()]
-    found: list[str] = []
-    while len(found) < len(lines):
-        first = len(found)
-        last = next((i for i in range(first, len(lines)) if lines[i].endswith((";", "{", "}")) or not lines[i]), len(lines) - 1)
-        found += [" ".join(lines[first : last + 1])] * (last + 1 - first)
-    return found
-
-
-def operation_of(statement: str) -> str | None:
-    """What a statement of a kernel's loop does, in the names of the code; None where it is neither a product nor a copy nor a wait."""
-    for patterns, form in ((_SCORES, "{c} = {a} {b}ᵀ"), (_SUMS, "{c} += {a} {b}"), (_QUERY_GRADIENTS, "{c} = {a} {b}")):
-        for match in filter(None, (re.search(pattern, statement) for pattern in patterns)):
-            names = {key: re.sub(r"_(smem|descriptor|operand)$", "", name) for key, name in match.groupdict().items()}
-            if patterns is _SCORES:
-                names["c"] = _BECOME.get(names["c"], names["c"])
-            return form.format(**names)
-    if re.search(r"add_to_sums\(|add_fragment\(", statement):
-        return ADDITIONS
-    if re.search(r"\b(wait_for_turn|pass_turn_on)\(", statement):
-        return TURNS
-    copied = next(filter(None, (re.search(pattern, statement) for pattern in _COPIES)), None)
-    if copied is not None:
-        return f"copy of {copied[1]}"
-    return WAIT if _WAIT.search(statement) else None
-
-
-def is_product(label: str) -> bool:
-    return "=" in label
 
 
 def sources_of(kernel: KernelPlan) -> dict[str, list[str]]:
@@ -179,16 +121,16 @@ class Run:
     labels: tuple[list[str], ...]
     machine: Multiprocessor
 
-    def of_warp(self, warp: int) -> tuple[int, int]:
-        """Block and role of a warp; they are counted role by role, block by block."""
-        of_block = [number for number, role in enumerate(self.roles) for _ in range(role.warps)]
-        return warp // len(of_block), of_block[warp % len(of_block)]
+    @functools.cached_property
+    def of_warp(self) -> tuple[tuple[int, int], ...]:
+        """Block and role of each warp; they are counted role by role, block by block."""
+        return tuple((block, number) for block in range(self.blocks) for number, role in enumerate(self.roles) for _ in range(role.warps))
 
     def operation(self, issue: Issue) -> Operation:
-        return self.roles[self.of_warp(issue.warp)[1]].trace[issue.position]
+        return self.roles[self.of_warp[issue.warp][1]].trace[issue.position]
 
     def label(self, issue: Issue) -> str:
-        return self.labels[self.of_warp(issue.warp)[1]][issue.position]
+        return self.labels[self.of_warp[issue.warp][1]][issue.position]
 
 
 def main_lines(listing: str, entry: str, sources: Sequence[str]) -> list[tuple[str, int]]:
@@ -282,7 +224,7 @@ Span = tuple[float, float, str]
 def spans_of(issues: Sequence[Issue], run: Run) -> Iterator[Span]:
     """What one warp does, clock by clock: an instruction until it lets the next one go, and then what the next one waits for."""
     awaited: dict[int, str] = {}  # scoreboard -> what is waited for by it
-    computes = not run.of_warp(issues[0].warp)[1]
+    computes = not run.of_warp[issues[0].warp][1]
     rest = REST if computes else OTHER_WORK
     for issue, after in itertools.pairwise(issues):
         own, following = run.operation(issue), run.operation(after)
@@ -404,10 +346,13 @@ def draw_pipeline(name: str, path: Path) -> None:
         each = row.height / len(row.warps)
         for place, warp in enumerate(row.warps):
             y = top - (place + 0.5) * each
+            of_label: dict[str, list[tuple[float, float]]] = {}  # each drawn at once, which is quicker than span by span
             for start, stop, label in binned(list(spans_of([i for i in issues if i.warp == warp], run)), begin, end, 500):
+                of_label.setdefault(label, []).append((start - begin, stop - start))
+            for label, spans in of_label.items():
                 colour = _COPY if label.startswith("copy") else colours[label]
-                axes.broken_barh([(start - begin, stop - start)], (y - 0.42 * each, 0.84 * each), color=colour, lw=0)
-                shown.add(label)
+                axes.broken_barh(spans, (y - 0.42 * each, 0.84 * each), color=colour, lw=0)
+            shown |= of_label.keys()
         top -= row.height
     for copy in copies:
         top -= 1.0
@@ -455,7 +400,7 @@ def travels(issues: Sequence[Issue], run: Run, copy: str) -> Iterator[tuple[int,
     """In which trip and from when to when each copy of the first block is on its way."""
     of_trip: dict[int, list[Issue]] = {}
     for issue in issues:
-        if run.of_warp(issue.warp)[0] == 0 and run.label(issue) == copy and is_copy(run.operation(issue)):
+        if run.of_warp[issue.warp][0] == 0 and run.label(issue) == copy and is_copy(run.operation(issue)):
             of_trip.setdefault(issue.trip, []).append(issue)
     for trip, travelling in of_trip.items():
         yield trip, min(issue.clock for issue in travelling), max(issue.done for issue in travelling)
