@@ -3,7 +3,7 @@
     python benchmarks/predicted_hopper_backward.py [--publish]
     python benchmarks/predicted_hopper_backward.py --tiles            # other tiles
 
-bfloat16, 16384 tokens, 2048 features, H100 SXM; times are those of whole backward calls. FlashAttention-3's figures are those of its paper (Shah et al. 2024, arXiv 2407.08608).
+bfloat16, 16384 tokens, 2048 features, H100 SXM. "in turn": the share if the tensor unit served warpgroups in turn. FlashAttention-3's figures are those of its paper (Shah et al. 2024, arXiv 2407.08608).
 Needs no GPU.
 """
 
@@ -24,7 +24,7 @@ from cuflash.planning.plan import Plan
 from cuflash.problem.tile import Tiles
 from cuflash.timing import prediction
 from cuflash.timing.machine import CARDS
-from cuflash.timing.prediction import Launch
+from cuflash.timing.prediction import KernelPrediction, Launch
 from marked_pages import print_prediction
 
 CARD = CARDS["sm_90"]
@@ -70,6 +70,12 @@ def launches(head_dim: int, causal: bool, tile: Tiles = None, seqlens: Sequence[
         )
 
 
+def steady(of: Plan, *, in_turn: bool = False) -> KernelPrediction:
+    """The steady state of tiles without a mask; `in_turn`: as if the tensor unit served warpgroups in turn."""
+    described, function = prediction.compiled(kernel_of(of), of.device, causal=of.problem.is_causal)
+    return prediction.predict_kernel(function, described, limits=False, in_turn=in_turn)
+
+
 def speed(of: Plan, found: Sequence[Launch]) -> float:
     """TFLOP/s of a call."""
     return of.problem.flops_backward / sum(launch.milliseconds for launch in found) / 1e9
@@ -77,16 +83,17 @@ def speed(of: Plan, found: Sequence[Launch]) -> float:
 
 def speed_lines() -> Iterator[str]:
     """The table of speeds."""
-    yield "| head_dim | causal | seqlen | matrix share | binds | kernel alone | whole call | after the bias | FlashAttention-3 | ratio |"
-    yield "| --- " * 10 + "|"
+    yield "| head_dim | causal | seqlen | matrix share | in turn | binds | kernel alone | whole call | after the bias | FlashAttention-3 | ratio |"
+    yield "| --- " * 11 + "|"
     for head_dim, causal in itertools.product(HEAD_DIMS, (False, True)):
+        in_turn = steady(plan(head_dim, causal, SEQLENS[0]), in_turn=True).matrix_share
         for (of, found), seqlen in zip(launches(head_dim, causal), SEQLENS, strict=True):
             main = next(launch for launch in found if launch.kernel is not None)
             assert main.kernel is not None
             published = PUBLISHED.get((head_dim, causal, seqlen))
             expected = BIAS[causal] * speed(of, found)
             yield (
-                f"| {head_dim} | {'yes' if causal else 'no'} | {seqlen} | {main.kernel.matrix_share:.2f} | {main.kernel.binds} | {speed(of, [main]):.0f} | {speed(of, found):.0f} | "
+                f"| {head_dim} | {'yes' if causal else 'no'} | {seqlen} | {main.kernel.matrix_share:.2f} | {in_turn:.2f} | {main.kernel.binds} | {speed(of, [main]):.0f} | {speed(of, found):.0f} | "
                 f"{expected:.0f} | {published or '–'} | {_ratio(expected, published)} |"
             )
 

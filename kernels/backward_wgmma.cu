@@ -12,15 +12,15 @@
 // keys (tile/query_sums.cuh), so that the result is the same bit for bit on every run. backward_dq_convert.cu makes dQ of the sums.
 //
 // Of the first warpgroup one warp copies: it asks the TMA unit for K, V and the tiles of Q and dO, NUM_STAGES of them ahead, and its lanes copy row
-// statistics. One thread of another waits for the block's turn to add to each tile, TURNS of them ahead, since that takes two trips to L2 and more where
-// additions stand before it. One thread of a third passes the turn on when all warps have added.
+// statistics. One thread of another waits for the block's turn to add to each tile, TURNS of them ahead, since that takes two trips to L2 and more
+// where additions stand before it. One thread of a third passes the turn on when all warps have added.
 //
 // Shared memory: K [2][⌈D / 64⌉][64][64] | V [2][⌈DV / 64⌉][64][64] | Q [NUM_STAGES][⌈D / 64⌉][TILE_Q][64] | dO [NUM_STAGES][⌈DV / 64⌉][TILE_Q][64] |
 // dS [2][2][TILE_Q][64] | row statistics [NUM_STAGES] (StatisticsOfColumns) | mbarriers | ticket. At the end dK and dV pass through K and V.
 //
 // mbarriers, for each stage: "full", both copies and the statistics have landed, and "empty", both warpgroups are done with them. For each of TURNS:
-// it is the block's turn to add, all warps have added, and the turn is passed on. K and V have landed. One barrier of both warpgroups for each tile: behind it dS is complete, and the other
-// buffer of dS, which dQ of the tile before was computed from, is free.
+// it is the block's turn to add, all warps have added, and the turn is passed on. K and V have landed. One barrier of both warpgroups for each tile:
+// behind it dS is complete, and the other buffer of dS, which dQ of the tile before was computed from, is free.
 //
 // Source: Dao 2023 (arXiv 2307.08691), algorithm 2; Shah et al. 2024 (arXiv 2407.08608).
 #include "tile/constants.cuh"

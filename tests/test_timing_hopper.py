@@ -180,7 +180,9 @@ def test_others_wait_ahead_for_what_lets_warps_go_on() -> None:
 
 def test_a_barrier_of_several_warpgroups_is_theirs_wherever_they_stand_in_the_block() -> None:
     barrier = replace(PLAIN, kind=Kind.BARRIER, threads=256)
-    assert clocks(computing([barrier] * 10, 2), copier(128, 2)) == pytest.approx(10 * (H100.barrier_latency + 8 * H100.barrier_arrival), rel=0.15)
+    assert clocks(computing([barrier] * 10, 2), copier(128, 2)) == pytest.approx(
+        10 * (H100.barrier_latency + 8 * H100.barrier_arrival), rel=0.15
+    )
 
 
 def test_warpgroups_hand_on_their_turn() -> None:
@@ -318,5 +320,8 @@ def test_a_backward_kernel_of_wgmma_is_predicted(backward_plan: Plan) -> None:
     assert main.tiles_visited == 4 * 16 * (32 * 33 // 2)
     free = [replace(o, stall=1.0) if o.kind is Kind.FENCE else o for role in main.kernel.roles[2:] for o in role.trace]
     lengths = [len(role.trace) for role in main.kernel.roles[2:]]
-    instant = (*main.kernel.roles[:2], *(replace(role, trace=tuple(free[: lengths[0]] if i == 0 else free[lengths[0] :])) for i, role in enumerate(main.kernel.roles[2:])))
+    instant = (
+        *main.kernel.roles[:2],
+        *(replace(role, trace=tuple(free[: lengths[0]] if i == 0 else free[lengths[0] :])) for i, role in enumerate(main.kernel.roles[2:])),
+    )
     assert main.kernel.clocks / clocks(*instant) < 1.05

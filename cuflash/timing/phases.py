@@ -72,7 +72,10 @@ class Meetings:
     def _arrivals(self, barrier: int) -> int:
         """Warps that arrive there, each once in a phase, and the copies."""
         of_warps = sum(
-            role.warps for role in self.roles for act in (Act.ARRIVE, Act.ARRIVE_BEHIND_COPIES) if any(_is(o.meeting, act, barrier) for o in role.trace)
+            role.warps
+            for role in self.roles
+            for act in (Act.ARRIVE, Act.ARRIVE_BEHIND_COPIES)
+            if any(_is(o.meeting, act, barrier) for o in role.trace)
         )
         return of_warps + any(_is(o.meeting, Act.COPY, barrier) for role in self.roles for o in role.trace)
 

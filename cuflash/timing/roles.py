@@ -70,7 +70,11 @@ def role_traces(function: Function, computing: Trace) -> tuple[Trace, ...]:
     if not inner or not awaited:
         return (computing,)
     chosen = max(inner, key=lambda loop: sum(map(is_bulk_copy, function[loop.head : loop.last])))
-    once = frozenset(index for index in range(chosen.head, chosen.last) if _is(function[index], Act.EXPECT) and not awaited & _barriers(function, chosen, index))
+    once = frozenset(
+        index
+        for index in range(chosen.head, chosen.last)
+        if _is(function[index], Act.EXPECT) and not awaited & _barriers(function, chosen, index)
+    )
     return computing, steady_trace(function, chosen, avoided=once), *_letting_go(function, awaited)
 
 

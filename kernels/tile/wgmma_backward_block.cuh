@@ -53,7 +53,8 @@ struct SharedMemory {
   DEVICE SmemAddress dS(int buffer) const { return dO(NUM_STAGES) + buffer * GradScores::BYTES; }
   DEVICE SmemAddress statistics(int stage) const { return dS(DS_BUFFERS) + stage * StatisticsOfColumns::BYTES; }
   DEVICE Ring<NUM_STAGES> ring() const { return Ring<NUM_STAGES>(statistics(NUM_STAGES)); }
-  DEVICE Ring<TURNS> turns() const { return Ring<TURNS>(statistics(NUM_STAGES) + Ring<NUM_STAGES>::BYTES); }  // full: it is the block's; empty: passed on
+  // Full: it is the block's turn to add; empty: that has been passed on.
+  DEVICE Ring<TURNS> turns() const { return Ring<TURNS>(statistics(NUM_STAGES) + Ring<NUM_STAGES>::BYTES); }
   DEVICE SmemAddress has_added() const { return keys_landed() - TURNS * MBARRIER_BYTES; }  // one for each stage of turns
   DEVICE SmemAddress keys_landed() const { return base + BYTES - 3 * MBARRIER_BYTES; }
   DEVICE SmemAddress cut_landed() const { return keys_landed() + MBARRIER_BYTES; }
