@@ -1,4 +1,5 @@
-// Gradients of Q, K and V on Hopper's warpgroup instructions: what backward_fused_mma.cu computes, for 16-bit types and head dimensions up to 128.
+// Gradients of Q, K and V on Hopper's warpgroup instructions: what backward_fused_mma.cu computes, for 16-bit types, head dimensions up to 192 and
+// those of value up to 128.
 //
 // One block owns TILE_KV = 128 keys of one K/V head, and walks over all queries that see them, tile by tile from the last to the first. A warpgroup
 // is four warps. Two of them own 64 keys each, whose dK and dV they keep in registers, and to which the first hands most of its own. A step is
@@ -7,9 +8,9 @@
 //     dSᵀ = Pᵀ dPᵀ                   to shared memory once, where both warpgroups find all of it
 //     dV += Pᵀ dO, dQᵀ = Kᵀ dSᵀ, dK += dSᵀ Q
 //
-// Pᵀ and dSᵀ are operands of dV and dK from registers. Of dQᵀ a warpgroup computes 64 columns of the head for all keys of the block, or where that is
-// the whole head half of the queries, and adds them to sums in global memory from registers while dK is in flight. Blocks add in the order of their
-// keys (tile/query_sums.cuh), so that the result is the same bit for bit on every run. backward_dq_convert.cu makes dQ of the sums.
+// Pᵀ and dSᵀ are operands of dV and dK from registers. Of dQᵀ a warpgroup computes 64 columns of the head for all keys of the block, and of columns
+// that are left over half of the queries, and adds them to sums in global memory from registers while dK is in flight. Blocks add in the order of
+// their keys (tile/query_sums.cuh), so that the result is the same bit for bit on every run. backward_dq_convert.cu makes dQ of the sums.
 //
 // Of the first warpgroup one warp copies: it asks the TMA unit for K, V and the tiles of Q and dO, NUM_STAGES of them ahead, and its lanes copy row
 // statistics. One thread of another waits for the block's turn to add to each tile, TURNS of them ahead, since that takes two trips to L2 and more
@@ -178,6 +179,11 @@ class WarpgroupKeys {
     }
   };
 
+  // A warpgroup's part of dQᵀ of a tile.
+  struct QueryGradients {
+    float own[1][OWN_TILES][4], shared[1][SHARED_TILES][4];
+  };
+
   const BackwardWgmmaArguments& arguments;
   const Work& work;
   const SharedMemory shared;
@@ -235,12 +241,13 @@ class WarpgroupKeys {
     pin(dS_operand);
     issue_accumulator<RingO>(dV, P_operand, dO_descriptor);
     sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);
-    float dQ[1][DQ_TILES][4];
+    QueryGradients dQ;
     issue_query_gradients(dQ);
     wgmma_wait<1>();  // dK comes behind dV
     issue_accumulator<RingQ>(dK, dS_operand, Q_descriptor);
     wgmma_wait<1>();
-    pin(dQ[0]);
+    if constexpr (OWNS_SLAB) pin(dQ.own[0]);
+    if constexpr (SHARES_SLAB) pin(dQ.shared[0]);
     add_query_gradients(dQ, member, tile);
     wgmma_wait<0>();
     pin(dV[0]);
@@ -271,36 +278,49 @@ class WarpgroupKeys {
   }
 
   // dQᵀ = Kᵀ dSᵀ over all keys of the block.
-  DEVICE void issue_query_gradients(float (&dQ)[1][DQ_TILES][4]) const {
-    const uint64 K = WarpgroupK::descriptor(shared.K(0) + (SHARES_QUERIES ? 0 : warpgroup * WarpgroupK::SLAB_BYTES));
-    const uint64 dS = GradScores::descriptor(shared.dS(buffer) + (SHARES_QUERIES ? warpgroup * DQ_TILES * 8 * GradScores::ROW_BYTES : 0));
-    constexpr int STEPS = WARPGROUP_ROWS / 16;
+  DEVICE void issue_query_gradients(QueryGradients& dQ) const {
     wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < WARPGROUPS * STEPS; ++k)
-      Wgmma<Element, DQ_TILES>::from_shared_by_rows(dQ[0], WarpgroupK::rows(K + k / STEPS * (WarpgroupK::BYTES / DESCRIPTOR_UNIT), k % STEPS),
-                                                    GradScores::columns(dS, k), k > 0);
+    if constexpr (OWNS_SLAB) multiply_slab(dQ.own[0], warpgroup, 0);
+    if constexpr (SHARES_SLAB) multiply_slab(dQ.shared[0], WarpgroupK::SLABS - 1, warpgroup * SHARED_TILES);
     wgmma_commit();
   }
 
+  // Of one slab of columns, and queries from first_tile * 8 on.
+  template <int TILES>
+  DEVICE void multiply_slab(float (&dQ)[TILES][4], int slab, int first_tile) const {
+    const uint64 K = WarpgroupK::descriptor(shared.K(0) + slab * WarpgroupK::SLAB_BYTES);
+    const uint64 dS = GradScores::descriptor(shared.dS(buffer) + first_tile * 8 * GradScores::ROW_BYTES);
+    constexpr int STEPS = WARPGROUP_ROWS / 16;
+#pragma unroll
+    for (int k = 0; k < WARPGROUPS * STEPS; ++k)
+      Wgmma<Element, TILES>::from_shared_by_rows(dQ, WarpgroupK::rows(K + k / STEPS * (WarpgroupK::BYTES / DESCRIPTOR_UNIT), k % STEPS),
+                                                 GradScores::columns(dS, k), k > 0);
+  }
+
   // Adds them to the tile's sums, or stores them, when it is the block's turn.
-  DEVICE void add_query_gradients(const float (&dQ)[1][DQ_TILES][4], const Member& member, int tile) {
+  DEVICE void add_query_gradients(const QueryGradients& dQ, const Member& member, int tile) {
     turns.wait_full();
-    const int row_tile = (SHARES_QUERIES ? 0 : 4 * warpgroup) + warp_of_warpgroup();
-    if (row_tile < D_TILES / 2) {
-      float* sums =
-          member.sums + int64(tile) * SLOT_FLOATS + (row_tile * SUM_COLUMN_TILES + (SHARES_QUERIES ? warpgroup * DQ_TILES : 0)) * FRAGMENT_FLOATS;
-      if (place_among_blocks(work, member.visibility, tile) == 0) {
-#pragma unroll
-        for (int n = 0; n < DQ_TILES; ++n) store_fragment(sums + n * FRAGMENT_FLOATS, dQ[0][n]);
-      } else {
-#pragma unroll
-        for (int n = 0; n < DQ_TILES; ++n) add_fragment(sums + n * FRAGMENT_FLOATS, dQ[0][n]);
-      }
-    }
+    const bool is_first = place_among_blocks(work, member.visibility, tile) == 0;
+    float* sums = member.sums + int64(tile) * SLOT_FLOATS;
+    if constexpr (OWNS_SLAB) add_slab(sums, dQ.own[0], warpgroup, 0, is_first);
+    if constexpr (SHARES_SLAB) add_slab(sums, dQ.shared[0], WarpgroupK::SLABS - 1, warpgroup * SHARED_TILES, is_first);
     __syncwarp();  // all lanes of the warp have added
     mbarrier_arrive_if(lane_index() == 0, shared.has_added() + turns.stage * MBARRIER_BYTES);
     turns.advance();
+  }
+
+  template <int TILES>
+  DEVICE void add_slab(float* sums, const float (&dQ)[TILES][4], int slab, int first_tile, bool is_first) const {
+    const int row_tile = 4 * slab + warp_of_warpgroup();
+    if (row_tile >= D_TILES / 2) return;
+    sums += (row_tile * SUM_COLUMN_TILES + first_tile) * FRAGMENT_FLOATS;
+    if (is_first) {
+#pragma unroll
+      for (int n = 0; n < TILES; ++n) store_fragment(sums + n * FRAGMENT_FLOATS, dQ[n]);
+    } else {
+#pragma unroll
+      for (int n = 0; n < TILES; ++n) add_fragment(sums + n * FRAGMENT_FLOATS, dQ[n]);
+    }
   }
 };
 

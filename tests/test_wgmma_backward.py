@@ -73,6 +73,8 @@ HEAD_DIMS = [
     ("float16", 96, 96),
     ("bfloat16", 64, 128),
     ("float16", 104, 24),
+    ("bfloat16", 192, 128),
+    ("float16", 136, 128),
 ]
 
 
@@ -194,7 +196,7 @@ def test_a_mapping_pins_either_way() -> None:
     wrong = {
         (64, Tile(64, 64, 4, 2)): "num_warps must be 8",
         (64, Tile(32, 256, 8, 2)): "tile_kv must be at most 16 rows for each warp",
-        (64, Tile(80, 128, 8, 2)): "tile_q must be a multiple of 32 up to head_dim 64, where two warpgroups share out the queries of dQ",
+        (64, Tile(80, 128, 8, 2)): "tile_q must be a multiple of 32 where two warpgroups share out the queries of the last 64 columns of dQ",
         (64, Tile(160, 128, 8, 1)): "registers: at least 252 per thread needed, 240 available with 8 warps",
         (128, Tile(96, 128, 8, 1)): "registers: at least 252 per thread needed, 240 available with 8 warps",
     }
@@ -210,8 +212,8 @@ def test_a_single_tile_is_for_whichever_takes_it() -> None:
 
 REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "float32": ({"dtype": "float32"}, "it takes 16-bit types, and this is float32"),
-    "head_dim": ({"head_dim": 100}, "it takes multiples of 8 up to 128 for head_dim, and this is 100"),
-    "head_dim_v": ({"head_dim_v": 136}, "it takes multiples of 8 up to 128 for head_dim, and this is 64/136"),
+    "head_dim": ({"head_dim": 100}, "it takes multiples of 8 up to 192 for head_dim, 128 for value's, and this is 100"),
+    "head_dim_v": ({"head_dim_v": 136}, "it takes multiples of 8 up to 192 for head_dim, 128 for value's, and this is 64/136"),
     "elements apart": ({"view": "strided_elements"}, "the TMA unit cannot copy query, whose head_dim has a stride of 3"),
     "unaligned": ({"view": "unaligned_base"}, "the TMA unit copies what starts on 16 bytes, and one of query, key and value does not"),
     "mask": ({"attn_mask": numpy.ones((500, 500), bool)}, "it walks over no lists of visible tiles, which a boolean mask and segments need"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from math import ceil
 
 from cuflash.arrays.borrowing import describe
 from cuflash.hardware.device import Device
@@ -18,7 +19,8 @@ REGISTERS_PER_BLOCK = 65536
 
 WGMMA_ARCH = "sm_90"
 WGMMA_MAX_HEAD_DIM = 256
-WGMMA_MAX_HEAD_DIM_BACKWARD = 128
+WGMMA_MAX_HEAD_DIMS_BACKWARD = 192, 128
+"""Of query and key, and of value."""
 WGMMA_MAX_COLUMNS = 256
 WGMMA_SLAB = 64
 """Columns of a tile that lie side by side in shared memory."""
@@ -48,9 +50,10 @@ def lacking(case: KernelCase, device: Device) -> str | None:
         return f"its instructions are those of {WGMMA_ARCH}, and this is {device.arch}"
     if case.dtype == "float32":
         return "it takes 16-bit types, and this is float32"
-    widest = WGMMA_MAX_HEAD_DIM_BACKWARD if case.kernel.backward else WGMMA_MAX_HEAD_DIM
-    if case.head_dim % 8 or case.head_dim_v % 8 or max(case.head_dim, case.head_dim_v) > widest:
-        return f"it takes multiples of 8 up to {widest} for head_dim, and this is {head_dims(case.head_dim, case.head_dim_v)}"
+    widest, widest_v = WGMMA_MAX_HEAD_DIMS_BACKWARD if case.kernel.backward else (WGMMA_MAX_HEAD_DIM, WGMMA_MAX_HEAD_DIM)
+    if case.head_dim % 8 or case.head_dim_v % 8 or case.head_dim > widest or case.head_dim_v > widest_v:
+        of_value = f", {widest_v} for value's" if widest_v != widest else ""
+        return f"it takes multiples of 8 up to {widest} for head_dim{of_value}, and this is {head_dims(case.head_dim, case.head_dim_v)}"
     return None
 
 
@@ -93,8 +96,8 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     if case.slice_pieces(device) > 1 and tile.num_stages != 1:
         return f"num_stages must be 1 on {device.arch}, whose shared memory this head passes through in pieces"
     if case.kernel.added_up and case.kernel.implementation == "wgmma":
-        if case.head_dim <= WGMMA_SLAB and tile.tile_q % 32:
-            return f"tile_q must be a multiple of 32 up to head_dim {WGMMA_SLAB}, where two warpgroups share out the queries of dQ"
+        if ceil(case.head_dim / WGMMA_SLAB) % 2 and tile.tile_q % 32:
+            return f"tile_q must be a multiple of 32 where two warpgroups share out the queries of the last {WGMMA_SLAB} columns of dQ"
     elif case.kernel.added_up and not _shares_out(tile, case.columns(device)[0]):
         return f"the warps must share out tile_q x {case.columns(device)[0]} of dQ: 16 or 32 rows each, and 16 columns or a power of two times as many"
     if tile.num_stages < case.kernel.min_stages:

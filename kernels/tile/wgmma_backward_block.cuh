@@ -20,9 +20,9 @@ using RingQ = SlabTile<TILE_Q, HEAD_DIM>;
 using RingO = SlabTile<TILE_Q, HEAD_DIM_V>;  // of dO
 using GradScores = SlabTile<TILE_Q, TILE_KV>;  // dS, of which a warpgroup writes its slab
 
-// dQᵀ of a tile: a warpgroup has a slab of columns of the head, or half of the queries where there is one slab.
-constexpr bool SHARES_QUERIES = WarpgroupK::SLABS == 1;
-constexpr int DQ_TILES = SHARES_QUERIES ? S_TILES / WARPGROUPS : S_TILES;
+// dQᵀ of a tile: a warpgroup has a slab of columns of the head of its own, and where their number is odd half of the queries of the last one.
+constexpr bool OWNS_SLAB = WarpgroupK::SLABS >= 2, SHARES_SLAB = WarpgroupK::SLABS % 2 == 1;
+constexpr int OWN_TILES = OWNS_SLAB ? S_TILES : 1, SHARED_TILES = SHARES_SLAB ? S_TILES / WARPGROUPS : 1;
 
 constexpr int STAGE_BYTES = RingQ::BYTES + RingO::BYTES + StatisticsOfColumns::BYTES;
 constexpr int DS_BUFFERS = 2;
@@ -35,9 +35,9 @@ constexpr int COMPUTING_REGISTERS = 240;
 static_assert(COPYING_REGISTERS + WARPGROUPS * COMPUTING_REGISTERS <= (1 + WARPGROUPS) * 168, "more registers than the block began with");
 
 static_assert(WARPGROUPS == 2 && TILE_KV == 16 * NUM_WARPS, "num_warps must be 8, and tile_kv 16 rows for each");
-static_assert(WarpgroupK::SLABS <= 2 && WarpgroupV::SLABS <= 2, "head_dim must be at most 128");
+static_assert(WarpgroupK::SLABS <= 3 && WarpgroupV::SLABS <= 2, "head_dim must be at most 192, and that of value 128");
 static_assert(TILE_Q <= 256, "tile_q must be at most the columns of a wgmma");
-static_assert(!SHARES_QUERIES || TILE_Q % 32 == 0, "tile_q must be a multiple of 32 where warpgroups share out queries");
+static_assert(!SHARES_SLAB || TILE_Q % 32 == 0, "tile_q must be a multiple of 32 where warpgroups share out queries");
 static_assert(!TILE_LISTS, "the order of sums is not known where the tiles of a walk depend on data");
 
 // Where everything lies in shared memory.
