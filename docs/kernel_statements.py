@@ -20,7 +20,7 @@ _SUMS = (
 )
 _QUERY_GRADIENTS = (
     r"gemm_columns<.*?>\((?P<c>\w+), \S+?\((?P<a>\w+)_smem,.*?\((?P<b>\w+)_smem,",
-    r"from_shared_by_rows\((?P<c>\w+)\[0\], Warpgroup(?P<b>\w+)::rows\(.*GradScores::columns\((?P<a>\w+),",
+    r"from_shared_by_rows\((?P<c>\w+)(?:\[0\])?, Warpgroup(?P<b>\w+)::rows\(.*GradScores::columns\((?P<a>\w+),",
 )
 _COPIES = (
     r"Ring\w+::load\(shared\.(\w+)\(",
