@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "backward_dkdv": {"dtype": "bfloat16", "head_dim": 128},
     "backward_dq": {"dtype": "bfloat16", "head_dim": 128},
     "backward_fused": {"dtype": "bfloat16", "head_dim": 128},
+    "backward_wgmma": {"dtype": "bfloat16", "head_dim": 128},
     "backward_row_sums": {"dtype": "bfloat16", "head_dim": 128, "features": ADDITIVE_MASK},
     "backward_mask": {"dtype": "bfloat16", "head_dim": 128, "features": ADDITIVE_MASK},
 }
