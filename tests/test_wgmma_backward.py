@@ -138,7 +138,12 @@ def backward_of(*inputs: Any, **options: Any) -> Any:
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "case",
-    [("bfloat16", 64, 64, 2, "causal"), ("float16", 128, 128, 1, "bottom_right"), ("float16", 64, 64, 3, "full"), ("bfloat16", 192, 128, 2, "causal")],
+    [
+        ("bfloat16", 64, 64, 2, "causal"),
+        ("float16", 128, 128, 1, "bottom_right"),
+        ("float16", 64, 64, 3, "full"),
+        ("bfloat16", 192, 128, 2, "causal"),
+    ],
     ids=str,
 )
 def test_every_schedule_gives_the_same_bits(case: tuple[str, int, int, int, str], request: pytest.FixtureRequest) -> None:
@@ -146,7 +151,10 @@ def test_every_schedule_gives_the_same_bits(case: tuple[str, int, int, int, str]
     dtype, head_dim, head_dim_v, stages, mask = case
     seeds = range(100 if request.config.getoption("--exhaustive") else 6)
     on = Target("sm_90")
-    inputs = inputs_of(on, (100, 300), head_dim, heads=(2, 1), dtype=dtype)[:2] + inputs_of(on, (100, 300), head_dim_v, heads=(2, 1), dtype=dtype)[2:]
+    inputs = (
+        inputs_of(on, (100, 300), head_dim, heads=(2, 1), dtype=dtype)[:2]
+        + inputs_of(on, (100, 300), head_dim_v, heads=(2, 1), dtype=dtype)[2:]
+    )
     call = functools.partial(backward_of(*inputs, **MASKS[mask]), tile={NAME: Tile(32, 128, 8, stages)})
     report = check(call, seeds=seeds)
     assert report.kernels == KERNELS
@@ -201,7 +209,10 @@ def test_a_mapping_pins_either_way() -> None:
     wrong = {
         (64, Tile(64, 64, 4, 2)): "num_warps must be 8",
         (64, Tile(32, 256, 8, 2)): "tile_kv must be at most 16 rows for each warp",
-        (64, Tile(80, 128, 8, 2)): "tile_q must be a multiple of 32 where two warpgroups share out the queries of the last 64 columns of dQ",
+        (
+            64,
+            Tile(80, 128, 8, 2),
+        ): "tile_q must be a multiple of 32 where two warpgroups share out the queries of the last 64 columns of dQ",
         (64, Tile(160, 128, 8, 1)): "registers: at least 252 per thread needed, 240 available with 8 warps",
         (128, Tile(96, 128, 8, 1)): "registers: at least 252 per thread needed, 240 available with 8 warps",
     }
