@@ -136,12 +136,25 @@ def backward_of(*inputs: Any, **options: Any) -> Any:
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("case", [("bfloat16", 64, 2, "causal"), ("float16", 128, 1, "bottom_right"), ("float16", 64, 3, "full")], ids=str)
-def test_every_schedule_gives_the_same_bits(case: tuple[str, int, int, str], request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("bfloat16", 64, 64, 2, "causal"),
+        ("float16", 128, 128, 1, "bottom_right"),
+        ("float16", 64, 64, 3, "full"),
+        ("bfloat16", 192, 128, 2, "causal"),
+    ],
+    ids=str,
+)
+def test_every_schedule_gives_the_same_bits(case: tuple[str, int, int, int, str], request: pytest.FixtureRequest) -> None:
     """Those of dQ, too, which blocks add up. Only a schedule finds a wait that never ends."""
-    dtype, head_dim, stages, mask = case
+    dtype, head_dim, head_dim_v, stages, mask = case
     seeds = range(100 if request.config.getoption("--exhaustive") else 6)
-    inputs = inputs_of(Target("sm_90"), (100, 300), head_dim, heads=(2, 1), dtype=dtype)
+    on = Target("sm_90")
+    inputs = (
+        inputs_of(on, (100, 300), head_dim, heads=(2, 1), dtype=dtype)[:2]
+        + inputs_of(on, (100, 300), head_dim_v, heads=(2, 1), dtype=dtype)[2:]
+    )
     call = functools.partial(backward_of(*inputs, **MASKS[mask]), tile={NAME: Tile(32, 128, 8, stages)})
     report = check(call, seeds=seeds)
     assert report.kernels == KERNELS

@@ -62,7 +62,7 @@ def test_calls_without_features(dtype: str, head_dim: int, is_causal: bool, comp
 
 ALL = FeatureSet(window=True, softcap=True, alibi=True, dropout=True)
 OTHERS: dict[str, dict[str, Any]] = {
-    **{f"values of {dims}": {"head_dim": dims[0], "head_dim_v": dims[1]} for dims in ((64, 128), (128, 64), (8, 8))},
+    **{f"values of {dims}": {"head_dim": dims[0], "head_dim_v": dims[1]} for dims in ((64, 128), (128, 64), (8, 8), (136, 128), (192, 64), (192, 128))},
     **{
         f"{features} at {head_dim}": {"head_dim": head_dim, "features": features}
         for head_dim in (64, 96, 128)
@@ -70,6 +70,10 @@ OTHERS: dict[str, dict[str, Any]] = {
             NO_FEATURES, FeatureSet(window=True), FeatureSet(softcap=True), FeatureSet(alibi=True), FeatureSet(prefix=True), FeatureSet(dropout=True), ALL,
             FeatureSet(attn_mask="bfloat16"), FeatureSet(attn_mask="float32"),
         )
+    },
+    **{
+        f"{features} at 192/128": {"head_dim": 192, "head_dim_v": 128, "features": features}
+        for features in (FeatureSet(window=True), FeatureSet(softcap=True), FeatureSet(alibi=True), FeatureSet(prefix=True), FeatureSet(attn_mask="float32"))
     },
     **{f"{lengths} at {head_dim}": {"head_dim": head_dim, lengths: True} for head_dim in (64, 128) for lengths in ("varlen", "seqlens_kv")},
 }  # fmt: skip

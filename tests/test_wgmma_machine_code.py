@@ -181,8 +181,10 @@ def assert_counter_is_not_waited_for(function: Function) -> None:
 
 
 def registers_of(instruction: Instruction) -> set[int]:
+    """Of an address one, or two where it says so; of what is moved as many as the instruction says."""
     wide = 4 if ".128" in instruction.opcode else 2 if ".64" in instruction.opcode else 1
-    return {int(number) + i for number in re.findall(r"\bR(\d+)\b", instruction.operands) for i in range(wide)}
+    found = re.findall(r"(\[)?\bR(\d+)\b(\.64)?", instruction.operands)
+    return {int(number) + i for address, number, is_pair in found for i in range((2 if is_pair else 1) if address else wide)}
 
 
 def in_flight(code: Function) -> Iterator[tuple[Instruction, set[int]]]:
