@@ -82,7 +82,7 @@ FUSED_WITH_FEATURE: dict[tuple[str, int], frozenset[str]] = {
     ("sm_86", 128): _ALL,
     ("sm_89", 64): _ALL,
     ("sm_89", 128): _ALL,
-    ("sm_90", 128): frozenset(("window", "dropout")),
+    ("sm_90", 128): frozenset(("dropout",)),
     ("sm_120", 128): _ALL,
 }
 """Score features, element types of a mask and kinds of lengths that only the device knows, of which one leaves that tile with few spills, and with which it is predicted
