@@ -391,15 +391,13 @@ def test_tiles_of_calls_with_features(arch: str, kernel: Any, head_dim: int) -> 
             replace(plain, features=FeatureSet(mask, **{name: True for name in names if name != mask})), device_
         )
 
+    tolerated = tile_choice.tolerated_spills(replace(plain, features=FeatureSet(alibi=True)), chosen("alibi"), device_)
+    assert tolerated == (0 if arch == "sm_90" else tile_choice.TOLERATED_SPILLS), "those of an H100 were not timed with features"
     placed = [(place, name) for place, alone in enumerate(table.values()) for name in sorted(alone)]
     assert len({name for _, name in placed}) == len(placed)
     tiles = [Tile(*tile) for tile in table]
     for place, name in placed:
         assert chosen(name) == tiles[place]
-        assert (
-            tile_choice.tolerated_spills(replace(plain, features=FeatureSet(alibi=True)), chosen("alibi"), device_)
-            == tile_choice.TOLERATED_SPILLS
-        )
         for other_place, other in placed:
             if name not in MASK_DTYPES and other not in (name, *MASK_DTYPES):
                 assert chosen(name, other) == tiles[max(place, other_place)]

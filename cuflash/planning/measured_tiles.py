@@ -1,8 +1,8 @@
 """Tiles that were faster on a GPU than what `tile_model` prefers, of those that spill at most a few registers (`tile_choice.TOLERATED_SPILLS`).
 
 `TILES` has what benchmarks/results/nvidia-h100-80gb-hbm3/tiles.csv says of bfloat16 at seqlen 4096, full and causal: the tile with the least sum of both
-times. The kernels of both 16-bit types are the same but for their conversions. For calls with one feature `WITH_FEATURE` has the fastest of those tiles that
-leave room for it. Where nothing was timed, the model decides. Tiles of `forward_wgmma` are those of the experiments in docs/hopper.md that were fastest at most
+times. The kernels of both 16-bit types are the same but for their conversions. For calls with a feature `WITH_FEATURE` has the fastest of those tiles that
+leave room for it, from the largest to the smallest. Where nothing was timed, the model decides. Tiles of `forward_wgmma` are those of the experiments in docs/hopper.md that were fastest at most
 lengths; the kernel itself has not been timed.
 """
 
@@ -39,7 +39,11 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
         (64, 128, 4, 1): frozenset(("bool",)),  # was not timed: with a boolean mask all that were spill
     },
     ("sm_90", "forward", 128): {(128, 128, 8, 1): ALL - {"float32"}},
-    ("sm_90", "backward_dkdv", 64): {(48, 128, 4, 2): CHEAP, (32, 128, 4, 2): MASKS | {"window", "softcap", "dropout"}},
+    ("sm_90", "backward_dkdv", 64): {
+        (48, 128, 4, 2): CHEAP,
+        (32, 128, 4, 2): MASKS | {"window", "dropout"},
+        (16, 128, 4, 2): frozenset(("softcap",)),  # was not timed: with a softcap the others spill
+    },
     ("sm_90", "backward_dkdv", 128): {(32, 64, 4, 2): ALL},
     ("sm_90", "backward_dq", 64): {
         (128, 64, 4, 2): CHEAP | {"window", "dropout"},

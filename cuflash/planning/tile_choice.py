@@ -137,8 +137,9 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
 
 
 def tolerated_spills(case: KernelCase, tile: Tile, device: Device) -> int:
-    """Bytes that the compiler may spill in each thread: some with tiles that were measured or predicted, none with others."""
-    return TOLERATED_SPILLS if case.kernel.implementation == "mma" and tile == known_tile(case, device) else 0
+    """Bytes that the compiler may spill in each thread: some with tiles that were measured without features or predicted, none with others."""
+    untimed = case.features != NO_FEATURES and measured_tile(case, device) is not None
+    return TOLERATED_SPILLS if case.kernel.implementation == "mma" and not untimed and tile == known_tile(case, device) else 0
 
 
 def _wgmma_tile(case: KernelCase, device: Device) -> Tile | None:
