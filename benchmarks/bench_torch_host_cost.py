@@ -83,7 +83,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "forward and backward: torch": both(lambda *x: theirs(*x, is_causal=True), tiny, grad_tiny),
         "forward and backward: an autograd function that does nothing": both(lambda *x: Nothing.apply(*x)[0], recorded, grad_out),
         "backward: cuflash": lambda: cuflash.scaled_dot_product_attention_backward(grad_out, *plain, out, lse, **options),
-        "part: checks of the inputs": lambda: (inputs.check_tensors((*plain, *(None,) * 10)), inputs.four_dimensions(*plain, None), inputs.autocast(*plain)),
+        "part: checks of the inputs": lambda: (inputs.check_tensors((*plain, *(None,) * 11)), inputs.four_dimensions(*plain, None), inputs.autocast(*plain)),
         "part: one torch.empty": lambda: torch.empty(SHAPE, dtype=torch.float16, device="cpu"),
     }  # fmt: skip
 

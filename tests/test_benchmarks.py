@@ -492,6 +492,8 @@ def test_every_kernel_is_among_the_sanitizers_cases(listed: Any) -> None:
             found |= {kernel.source for kernel in make_plan(problem, device.of_arch("sm_90"), backward=backward, tile=tile).kernels}
         if case.sample.features.dropout and not case.sample.is_packed:
             found.add("dropout_mask.cu")  # which `small_calls.arrays.run` calls besides
+        if case.has_tangents:
+            found.add("forward_jvp_mma.cu")
         if case.cached:
             found.add("cache_append.cu")
         if case.sample.features.sinks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -82,7 +83,7 @@ def cached_call(case: Case, operands: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(case: Case, operands: dict[str, Any]) -> dict[str, Any]:
-    """Both calls, the mask of dropout, with sinks the result merged with itself, and the call with a cache; the results by name."""
+    """Both calls, the mask of dropout, with sinks the result merged with itself and tangents along the inputs, and the call with a cache; the results by name."""
     sample, inputs = case.sample, [operands[name] for name in ("query", "key", "value")]
     arguments = {name: operands.get(name, argument) for name, argument in case.arguments.items()}
     capability = device.of_memory(*borrow(inputs[0], "query").device).capability
@@ -108,6 +109,12 @@ def run(case: Case, operands: dict[str, Any]) -> dict[str, Any]:
         merged = cuflash.merge_attention(*parts)
         grad_part = cuflash.merge_attention_backward(operands["grad_out"], *parts, *merged).outs[-1]
         results |= {"merged_out": merged[0], "merged_lse": merged[1], "grad_part": grad_part}
+    if case.has_tangents:
+        results |= zip(
+            ("out_dot", "lse_dot"),
+            cuflash.scaled_dot_product_attention_jvp(*inputs, *inputs, out, lse, sinks_dot=operands["sinks"], **arguments),
+            strict=True,
+        )
     if case.cached and capability >= 80:
         results |= zip(
             ("cached_out", "cached_lse"), cuflash.attention_with_kvcache(**cached_call(case, operands), return_lse=True), strict=True
@@ -135,6 +142,8 @@ def requests_of(cases: list[Case], on: Any) -> list[Any]:
         for backward in (False, True):
             tile = case.tile(on.capability, backward=backward)
             found |= dict.fromkeys(kernel.request(on) for kernel in make_plan(problem, on, backward=backward, tile=tile).kernels)
+        if case.has_tangents:
+            found |= dict.fromkeys(kernel.request(on) for kernel in make_plan(replace(problem, of_tangents=True), on).kernels)
     return list(found)
 
 

@@ -72,6 +72,11 @@ class Case:
         return usual and not self.cached and sample.features == SampleFeatures()
 
     @property
+    def has_tangents(self) -> bool:
+        """Tangents are computed too, by a kernel that knows all features."""
+        return self.sample.features.sinks and not self.sample.is_packed
+
+    @property
     def longest(self) -> int:
         """Queries of the longest sequence."""
         return max(self.sample.packed_lengths[0]) if self.sample.is_packed else self.sample.seqlen_q

@@ -77,6 +77,11 @@ def expected(case: Case, values: dict[str, Any]) -> tuple[dict[str, Any], dict[s
             for b in range(sample.batch)
         ]
         both[0]["dropout_mask"] = both[1]["dropout_mask"] = numpy.array(masks, numpy.float64)
+    if case.has_tangents:
+        tangents = (*operands, *operands, values["sinks"])
+        both[0] |= zip(("out_dot", "lse_dot"), reference.attention_jvp(*tangents, **options), strict=True)
+        both[1]["out_dot"] = reference.attention_jvp(*tangents, precision=precise, **options)[0]
+        both[1]["lse_dot"] = reference.attention_jvp(*tangents, precision="float32", **options)[1]
     for results in both if case.cached else ():
         results |= {"cached_out": results["out"], "cached_lse": results["lse"]}
     if sample.features.sinks:
@@ -105,7 +110,7 @@ def judge(case: Case, values: dict[str, Any], results: dict[str, Any]) -> tuple[
         try:
             with numpy.errstate(invalid="ignore"):
                 near = numpy.abs(got - want) <= noise
-            dtype = "float32" if name in ("lse", "dropout_mask", "merged_lse", "cached_lse") else case.sample.dtype
+            dtype = "float32" if name in ("lse", "lse_dot", "dropout_mask", "merged_lse", "cached_lse") else case.sample.dtype
             reference.compare(numpy.where(near, want, got), want, yardstick, name=name, dtype=dtype)
         except AssertionError as complaint:
             with numpy.errstate(invalid="ignore"):
