@@ -198,9 +198,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
   const SmemAddress ring = reused + warp_index() * NUM_STAGES * STAGE_BYTES;
   const int warp_key = warp_index() * WARP_KEYS;  // of each tile
 
-  if constexpr (WIDENS) copy_queries_for_e4m3(Q_smem, arguments.query, work, rows, first_row);
-  else copy_queries(Q_smem, arguments.query, work, rows, first_row);
-  cp_async_commit_group();
+  if constexpr (WIDENS) {
+    copy_queries_for_e4m3(Q_smem, arguments.query, work, rows, first_row);
+  } else {
+    copy_queries(Q_smem, arguments.query, work, rows, first_row);
+    cp_async_commit_group();
+  }
   Keys keys;
   auto issue = [&](int step) {  // what was looked up one step before
     if (step < end) {
@@ -213,7 +216,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
   };
   if (begin < end) keys.look_up(sequence, begin * TILE_KV + warp_key, first_key, end_key);
   fill_pipeline(begin, issue);
-  wait_for_tiles<NUM_STAGES - 1>();  // Q, for all warps
+  if constexpr (WIDENS) __syncthreads();  // Q is there, for all warps
+  else wait_for_tiles<NUM_STAGES - 1>();
 
   float O[M_TILES][DV_TILES][4];
   clear(O);

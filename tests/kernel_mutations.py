@@ -220,9 +220,11 @@ class CacheVariant(Variant):
 
     Attributes:
         is_paged: the cache has pages.
+        scales: of a cache in e4m3, as `CacheCall` has them.
     """
 
     is_paged: bool = False
+    scales: str = ""
 
     def calls(self) -> list[Callable[[], Any]]:
         return [functools.partial(cuflash.attention_with_kvcache, **arguments, return_lse=True) for arguments in self._arguments()]
@@ -237,7 +239,7 @@ class CacheVariant(Variant):
 
     def _arguments(self) -> Iterator[dict[str, Any]]:
         call = CacheCall(
-            (260, 20), 3, 2, 6, 2, page_size=16 * self.is_paged, rotary_dim=16, dtype=self.dtype,
+            (260, 20), 3, 2, 6, 2, page_size=16 * self.is_paged, rotary_dim=16, dtype=self.dtype, scales=self.scales,
             options={"is_causal": True, "num_splits": 2, "tile": self.tile},
         )  # fmt: skip
         arguments = call.arrays()
@@ -283,6 +285,9 @@ def _variants() -> Iterator[Variant]:
         few = {"forward_split": Tile(16, 32, 2, stages)}
         yield CacheVariant(f"cache sm_80 float16, {_stages(stages)}", "sm_80", "float16", few, ())
         yield CacheVariant(f"cache sm_80 float16 paged, {_stages(stages)}", "sm_80", "float16", few, (), is_paged=True)
+    yield CacheVariant(
+        "cache sm_90 float16 in e4m3, 3 stages", "sm_90", "float16", {"forward_split": Tile(16, 32, 2, 3)}, (), scales="heads"
+    )
     for stages in (1, 2, 3, 4):
         yield Variant(f"forward sm_80 float16, {_stages(stages)}", "sm_80", "float16", Tile(32, 32, 2, stages), both)
     for stages in (1, 2):
