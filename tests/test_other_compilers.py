@@ -1,6 +1,6 @@
 """Kernels as other versions of NVRTC compile them, of which CUFLASH_TEST_NVRTC names libraries: the machine code is as meant, and their PTX runs on the simulator.
 
-    CUFLASH_TEST_NVRTC=/usr/local/cuda-13.0:/usr/local/cuda-13.5 python -m pytest tests/test_other_compilers.py
+CUFLASH_TEST_NVRTC=/usr/local/cuda-13.0:/usr/local/cuda-13.5 python -m pytest tests/test_other_compilers.py
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ from cuflash.runtime import calls
 
 pytest.importorskip("cupy")
 
-FEATURES = [NO_FEATURES, FeatureSet(window=True, softcap=True, alibi=True, sinks=True), FeatureSet(dropout=True), FeatureSet(attn_mask="float32")]
+FEATURES = [
+    NO_FEATURES,
+    FeatureSet(window=True, softcap=True, alibi=True, sinks=True),
+    FeatureSet(dropout=True),
+    FeatureSet(attn_mask="float32"),
+]
 
 
 def name_of(path: Path) -> str:
@@ -81,7 +86,9 @@ def test_kernels_of_mma(arch: str, dtype: str, head_dim: int) -> None:
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("wgmma", [False, True], ids=["mma", "wgmma"])
-@pytest.mark.parametrize("options", [{"is_causal": True}, {"dropout_p": 0.3, "dropout_seed": 5, "softcap": 2.0, "window": (40, 20)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"dropout_p": 0.3, "dropout_seed": 5, "softcap": 2.0, "window": (40, 20)}], ids=str
+)
 def test_results_on_the_simulator(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], wgmma: bool) -> None:
     """Their PTX is of another version of its language, and may have other instructions."""
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")

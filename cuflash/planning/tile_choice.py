@@ -107,7 +107,7 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
     if case.kernel.implementation == "wgmma":
         features = _kinds(case.features)
         for (name, head_dim, feature), predicted in predicted_tiles.WGMMA_WITH_FEATURE.items():
-            if (name, head_dim, {feature}) == (case.kernel.name, max(case.head_dim, case.head_dim_v), features):
+            if (name, head_dim, frozenset((feature,))) == (case.kernel.name, max(case.head_dim, case.head_dim_v), features):
                 return Tile(*predicted), "predicted by the timing model (predicted_tiles.py)"
         return _wgmma_tile(case, device), "from experiments with Hopper's instructions (measured_tiles.py)"
     if case.kernel.splits_keys:
