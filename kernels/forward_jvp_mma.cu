@@ -142,8 +142,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_jvp_mma(con
     modifier.read_mask(mask, first_q + warp_row, first_kv);
     multiply_rows(S, Q, warp_row, K);
     publish_and_collect(S, S_exchange);
-    ScoreSlope<M_TILES, S_TILES> slope;
-    modifier.apply<false>(S, slope, first_q + warp_row, first_kv, mask);
+    ScoreDerivative<M_TILES, S_TILES> derivative;
+    modifier.apply<false>(S, derivative, first_q + warp_row, first_kv, mask);
     statistics.to_probabilities(S, modifier.signed_factor());
     auto& P = S;  // in place
     hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_jvp_mma(con
     if (moves_Q) multiply_rows(S_dot, Q_dot, warp_row, K);
     if (moves_K) multiply_rows(S_dot, Q, warp_row, K_dot);
     publish_and_collect(S_dot, S_dot_exchange);
-    slope.multiply(S_dot);
+    derivative.multiply(S_dot);
     weigh(S_dot, P, geometry.scale, mu);
     if constexpr (DROPOUT)
       for_each_drawn<false, M_TILES, S_TILES>(dropout, work.batch, work.head, first_q + warp_row, first_kv, [&](int m, int n, int i, bool is_kept) {

@@ -3,8 +3,8 @@
     score = [softcap · tanh](scale · q·k [/ softcap]) + attn_mask - alibi_slope · |i + shift - j|
     i sees j  ⇔  causal or j < prefix_length,  and -left <= j - i - shift <= right,  and equal segment ids,  and attn_mask is True or above -inf
 
-`shift` is 0, or for causal_alignment="bottom_right" the row's number of keys - seqlen_q. Dropout keeps an element where its word of Philox 4x32-10 (Salmon et al. 2011,
-doi 10.1145/2063384.2063405) is at least ceil(dropout_p · 2³²); how elements are counted is said in kernels/tile/dropout.cuh, and written out again here.
+`shift` is 0, or for causal_alignment="bottom_right" the row's number of keys - seqlen_q. Dropout keeps an element where its half of a word of Philox 4x32-7 (Salmon et al. 2011,
+doi 10.1145/2063384.2063405) is at least ceil(dropout_p · 2¹⁶); how elements are counted is said in kernels/tile/dropout.cuh, and written out again here.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-// Which probabilities dropout keeps: Philox 4x32-7, Salmon et al. 2011 (doi 10.1145/2063384.2063405), counted by the coordinates of the element, so that
-// every kernel draws the same mask whatever its tiles. Seven rounds are the fewest that pass all of the paper's tests.
+// Which probabilities dropout keeps: Philox 4x32-7, Salmon et al. 2011 (doi 10.1145/2063384.2063405), counted by the coordinates of the element, so
+// that every kernel draws the same mask whatever its tiles. Seven rounds are the fewest that pass all of the paper's tests.
 //
 //     key      = words 0 and 1 of philox(counter = {offset low, offset high, ~0, ~0}, key = {seed low, seed high})
 //     word     = philox(counter = {key position without bits 0 and 3, query position without bit 3, head, batch}, key)
@@ -7,8 +7,8 @@
 //     half     = the lower 16 bits of the word for an even key position, the upper ones for an odd one
 //     kept    <=> half >= ceil(dropout_p 2^16)
 //
-// Bit 3 of query and key are the bits that change between the registers of a lane both in a tile of scores and in a transposed one, bit 0 of the key in
-// the former, so there one call draws for eight elements of a lane, and in the latter for four.
+// Bit 3 of query and key are the bits that change between the registers of a lane both in a tile of scores and in a transposed one, bit 0 of the key
+// in the former, so there one call draws for eight elements of a lane, and in the latter for four.
 #pragma once
 #include "feature_arguments.cuh"
 #include "tile/fragment.cuh"
@@ -43,8 +43,8 @@ class Dropout {
     key = {uniform(words.x), uniform(words.y)};  // so that the keys of all rounds are uniform registers, made once
   }
 
-  // For the elements (query, key), (query, key + 8), (query + 8, key), (query + 8, key + 8) and those of the next key. Neither index has bit 3 set, and
-  // the key is even.
+  // For the elements (query, key), (query, key + 8), (query + 8, key), (query + 8, key + 8) and those of the next key. Neither index has bit 3 set,
+  // and the key is even.
   DEVICE DrawnGroup draw(int batch, int head, int query, int key_position) const {
     const uint4 words = philox(make_uint4(uint32(key_position), uint32(query), uint32(head), uint32(batch)), key);
     return {{words.x, words.y, words.z, words.w}};

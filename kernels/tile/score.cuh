@@ -40,20 +40,24 @@ struct MaskAhead {
   bool is_there = false;
 };
 
-// tanh(x). For 16-bit types by two special functions: 1 - 2 / (1 + e^2x) is wrong by 2^-23 at most, which is little of what it is beside, but much of
-// a small one, for which there are three terms of its series.
+// tanh(x). QUICK: 1 - 2 / (1 + e^2x), wrong by about 2^-22 at most, which is little beside a large one; for small ones there are three terms of the
+// series.
+template <bool QUICK>
 DEVICE float tanh_of(float x) {
-  if constexpr (SameType<Element, float>::value) return tanhf(x);
+  if constexpr (!QUICK) return tanhf(x);
   const float far = __fmaf_rn(-2.0f, reciprocal(1.0f + ex2(x * (2.0f * LOG2_E))), 1.0f);
   const float square = x * x, near = x * __fmaf_rn(square, __fmaf_rn(square, 2.0f / 15.0f, -1.0f / 3.0f), 1.0f);
   return fabsf(x) < 0.1f ? near : far;
 }
 
-// A product q·k -> its score but for a mask.
+// A product q·k -> its score but for a mask. The quick tanh is for 16-bit types where rows are queries; the registers of kernels whose rows are keys
+// were not looked at with it.
+template <bool TRANSPOSED>
 DEVICE float score_of(float product, int query, int key, float slope, const Geometry& geometry, const FeatureArguments& features, float& derivative) {
   float score = product * features.score_factor;
   if constexpr (SOFTCAP) {
-    const float t = tanh_of(score);
+    constexpr bool QUICK = !(TRANSPOSED || SameType<Element, float>::value);
+    const float t = tanh_of<QUICK>(score);
     derivative = __fmaf_rn(-t, t, 1.0f);
     score = features.softcap * t;
   }
@@ -84,7 +88,7 @@ class ScoreModifier {  // of one batch and query head
         const int query = TRANSPOSED ? first_column + column : first_row + row;
         const int key = TRANSPOSED ? first_row + row : first_column + column;
         float& of_score = derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i];
-        S[m][n][i] = score_of(S[m][n][i], query, key, slope, geometry, features, of_score);
+        S[m][n][i] = score_of<TRANSPOSED>(S[m][n][i], query, key, slope, geometry, features, of_score);
       });
       if constexpr (ADDITIVE_MASK) add_mask<TRANSPOSED>(S, first_row, first_column, ahead);
     }
