@@ -39,6 +39,9 @@ from cuflash.runtime import calls, launch
 SIMULATED = ("sm_75", "sm_80", "sm_90")
 """float16 only on tensor cores, staged copies; cp.async and all types on tensor cores; the same with more shared memory."""
 
+USUAL = "sm_80"
+"""Which one the simulator poses as in tests that do not depend on the device."""
+
 ELEMENTS: dict[str, Any] = {"float16": numpy.float16, "bfloat16": ml_dtypes.bfloat16, "float32": numpy.float32}
 
 settings.register_profile("cuflash", deadline=None)  # a first example may compile
@@ -66,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--exhaustive"):
         return
     left_out = {item for item in items if item.get_closest_marker("exhaustive")}
-    left_out |= sampling.on_other_architectures([item for item in items if item not in left_out], SIMULATED)
+    left_out |= sampling.on_other_architectures([item for item in items if item not in left_out], SIMULATED, USUAL)
     left_out |= sampling.beyond_samples([item for item in items if item not in left_out])
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
@@ -496,10 +499,10 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
 
 @pytest.fixture
 def simulator(monkeypatch: pytest.MonkeyPatch) -> Target:
-    """The simulator posing as sm_80, for what does not depend on the device."""
+    """The simulator posing as the usual architecture, for what does not depend on the device."""
     pytest.importorskip("cupy")
-    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_80")
-    return Target("sm_80")
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", USUAL)
+    return Target(USUAL)
 
 
 @pytest.fixture(params=list(VIEWS))

@@ -2,7 +2,8 @@
 
 Compiling its kernels is most of what a case costs, on a machine that has compiled none. Of cases that need the same kernels each runs; of others
 
-- each runs on one simulated architecture only: the architectures take turns, and each file begins with another one;
+- each runs on one simulated architecture only: the architectures take turns, and each file begins with another one. Where a test has fewer sets of kernels than
+  there are architectures, all run on the usual one, which tests that ask for no architecture take: they share kernels with those;
 - where a test is marked `sample(n)`, n run.
 
 The choice is made of names alone, so that it is the same in every process and on every machine.
@@ -25,7 +26,7 @@ _SAME_KERNELS = {
 """Parameters of tests that no kernel is compiled for: cases that differ in them alone share their kernels, if they share the architecture."""
 
 
-def on_other_architectures(items: list[pytest.Item], architectures: Sequence[str]) -> set[pytest.Item]:
+def on_other_architectures(items: list[pytest.Item], architectures: Sequence[str], usual: str) -> set[pytest.Item]:
     """Of tests that take `target`: the items whose kernels have their turn on another simulated architecture."""
     of_kernels: dict[str, dict[tuple[tuple[str, int], ...], list[pytest.Item]]] = {}
     numbers: dict[tuple[str, str], dict[int, int]] = {}  # of a parameter's values, as they appear: the same in every process
@@ -41,9 +42,10 @@ def on_other_architectures(items: list[pytest.Item], architectures: Sequence[str
     return {
         item
         for test, kernels in of_kernels.items()
+        for turns in [architectures if len(kernels) >= len(architectures) else [usual]]
         for turn, key in enumerate(sorted(kernels, key=_scrambled), _scrambled(test.split("::")[0]))  # by file: its tests share kernels
         for item in kernels[key]
-        if item.callspec.params["target"] != architectures[turn % len(architectures)]  # type: ignore[attr-defined]
+        if item.callspec.params["target"] != turns[turn % len(turns)]  # type: ignore[attr-defined]
     }
 
 
@@ -60,19 +62,12 @@ def beyond_samples(items: list[pytest.Item]) -> set[pytest.Item]:
 def _sample(cases: list[pytest.Item], count: int) -> set[pytest.Item]:
     """So many of a test's cases, in which the values of each parameter appear about equally often, and so do pairs of them."""
     taken: Counter[tuple[Any, ...]] = Counter()
-    number_of_values: dict[str, int] = {}
-
-    def values(item: pytest.Item) -> list[tuple[str, int]]:
-        return [(name, id(value)) for name, value in item.callspec.params.items()]  # type: ignore[attr-defined]
-
-    for name, _ in {value for item in cases for value in values(item)}:
-        number_of_values[name] = number_of_values.get(name, 0) + 1
+    values = {item: [(name, id(value)) for name, value in item.callspec.params.items()] for item in cases}  # type: ignore[attr-defined]
+    pairs = {item: list(itertools.combinations(values[item], 2)) for item in cases}
+    number_of_values = Counter(name for name, _ in {value for of_item in values.values() for value in of_item})
 
     def repeats(item: pytest.Item) -> tuple[int, int]:
-        return (
-            sum(taken[value] * number_of_values[value[0]] for value in values(item)),
-            sum(taken[pair] for pair in itertools.combinations(values(item), 2)),
-        )
+        return sum([taken[value] * number_of_values[value[0]] for value in values[item]]), sum([taken[pair] for pair in pairs[item]])
 
     chosen: set[pytest.Item] = set()
     rest = sorted(cases, key=lambda item: _scrambled(item.name))
@@ -80,8 +75,8 @@ def _sample(cases: list[pytest.Item], count: int) -> set[pytest.Item]:
         item = min(rest, key=repeats)
         rest.remove(item)
         chosen.add(item)
-        taken.update(values(item))
-        taken.update(itertools.combinations(values(item), 2))
+        taken.update(values[item])
+        taken.update(pairs[item])
     return chosen
 
 

@@ -170,7 +170,7 @@ def test_masks_are_read_by_stride(target: Target, dtype: str, view: str) -> None
 def test_masks_that_are_read_in_pairs_of_keys(simulator: Target, dtype: str, seqlens: tuple[int, int], is_causal: bool) -> None:
     """Keys that are neighbours in memory are read two at a time, those of the other view one by one: right, and the same bits."""
     mask = boolean_mask(*seqlens) if dtype == "bool" else additive_mask(*seqlens, dtype=dtype)
-    inputs = inputs_of(simulator, "float16", seqlens=seqlens)
+    inputs = inputs_of(simulator, "bfloat16", seqlens=seqlens)
     simulator.check(*inputs, enable_gqa=True, attn_mask=mask, is_causal=is_causal)
     got = simulator.run(*inputs, enable_gqa=True, attn_mask=mask, is_causal=is_causal)
     want = simulator.run(*inputs, enable_gqa=True, attn_mask=strided(mask, "reversed"), is_causal=is_causal)
