@@ -29,7 +29,8 @@ from cuflash import reference
 from cuflash.arrays import frameworks
 from cuflash.hardware import device
 from cuflash.hardware.device import Device
-from cuflash.jit import cache
+from cuflash.jit import cache, compiler, disassembly
+from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import tile_choice
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.problem.tile import Tile
@@ -509,6 +510,28 @@ def simulator(monkeypatch: pytest.MonkeyPatch) -> Target:
 def view(request: pytest.FixtureRequest) -> str:
     """The name of each memory layout of `VIEWS`."""
     return str(request.param)
+
+
+@pytest.fixture
+def no_disassembly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without nvdisasm, which takes as long as the compiler: for tests of what ptxas says."""
+    monkeypatch.setattr(disassembly, "disassemble", lambda cubin: None)
+
+
+@pytest.fixture
+def compilation_seconds(monkeypatch: pytest.MonkeyPatch) -> dict[CompileRequest, float]:
+    """Processor time of each compilation of the test, in the thread that compiled. By the clock on the wall it takes longer on a busy machine."""
+    seconds: dict[CompileRequest, float] = {}
+    compile_kernel = compiler.compile_kernel
+
+    def timed(request: CompileRequest) -> compiler.Artifact:
+        start = time.thread_time()
+        artifact = compile_kernel(request)
+        seconds[request] = time.thread_time() - start
+        return artifact
+
+    monkeypatch.setattr(compiler, "compile_kernel", timed)
+    return seconds
 
 
 def share_simulator(folder: Path) -> None:

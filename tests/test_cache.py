@@ -394,8 +394,8 @@ def test_child_forked_during_a_compilation_is_not_stuck(monkeypatch: pytest.Monk
 # -------------------------------------------------------------------------------------------------------------------------------- processes
 
 
-def test_eight_processes_on_an_empty_cache_compile_each_kernel_once() -> None:
-    children = [start_child(OTHERS, delay=0.2) for _ in range(8)]
+def test_four_processes_on_an_empty_cache_compile_each_kernel_once() -> None:
+    children = [start_child(OTHERS, delay=0.2) for _ in range(4)]
     for child in children:
         await_ready(child)
     for child in children:
@@ -403,7 +403,7 @@ def test_eight_processes_on_an_empty_cache_compile_each_kernel_once() -> None:
     counts = [tuple(map(int, child.communicate(timeout=60)[0].split())) for child in children]
     assert all(child.returncode == 0 for child in children)
     assert sum(compiles for compiles, _ in counts) == len(OTHERS)
-    assert sum(hits for _, hits in counts) == 7 * len(OTHERS)
+    assert sum(hits for _, hits in counts) == 3 * len(OTHERS)
     assert entry_files(".lock") == entry_files(".tmp") == []
     late = start_child(OTHERS, delay=0)
     assert late.communicate("\n", timeout=60)[0].split() == ["ready", "0", "3"], "a later process compiles nothing"

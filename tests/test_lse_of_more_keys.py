@@ -75,7 +75,7 @@ def test_chunks_of_keys_with_an_additive_mask(target: Target, shift: float, dtyp
     check_chunks(target, halves(target, target.half if dtype == "half" else dtype, *chunks))
 
 
-@pytest.mark.sample(4)  # the others: test_random_configurations.py
+@pytest.mark.sample(2)  # the others: test_random_configurations.py
 @pytest.mark.parametrize("dtype", ["half", "float32"])
 @pytest.mark.parametrize(
     "feature", [None, "window", "softcap", "alibi", "boolean_mask", "dropout", "segments", "prefix", "causal", "bottom_right"]

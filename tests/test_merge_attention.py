@@ -485,6 +485,7 @@ def test_bad_results(simulator: Target, name: str, given: Any, error: type[Argum
 # --- Kernels -------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_disassembly")
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", list(ELEMENTS))
 @pytest.mark.parametrize("arch", ARCHITECTURES)

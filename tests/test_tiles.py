@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cuflash
@@ -167,7 +167,7 @@ def test_text() -> None:
 def test_every_supported_case_has_a_default(arch: str) -> None:
     """Every kernel, type and head dimension, on the smallest shared memory as well."""
     for dtype in DTYPES:
-        for head_dim in (1, 16, 17, *range(24, 577, 24), 128, 256, 512, 576):
+        for head_dim in (1, 16, 17, *range(24, 577, 48), 128, 256, 512, 576):
             for kernel in ("forward", "backward_dk", "backward_dv", "backward_dq"):
                 kernel_case = case(kernel, dtype, head_dim)
                 tile = tile_choice.default_tile(kernel_case, on(arch))
@@ -175,6 +175,7 @@ def test_every_supported_case_has_a_default(arch: str) -> None:
                 assert tile == tile_choice.legal_tiles_for(kernel_case, on(arch))[0]
 
 
+@settings(max_examples=40)
 @given(st.sampled_from(DTYPES), st.integers(1, 576), st.integers(1, 576), st.sampled_from(ARCHITECTURES))
 def test_every_pair_of_head_dims_has_a_default(dtype: str, head_dim: int, head_dim_v: int, arch: str) -> None:
     for kernel in ("forward", "backward_dk", "backward_dv", "backward_dq"):

@@ -22,6 +22,9 @@ SEQLEN = 256
 Work = dict[str, int]
 """Matrix instructions of each kernel."""
 
+_of_whole_calls: dict[tuple[int, int], Work] = {}
+"""Lengths -> what a call with nothing to leave out takes, which most tests compare with."""
+
 
 @pytest.fixture
 def work(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -35,6 +38,8 @@ def work(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(launch._SimulatorExecutable, "launch", launch_and_count)
 
     def run(seqlens: tuple[int, int] = (SEQLEN, SEQLEN), **options: Any) -> Work:
+        if not options and seqlens in _of_whole_calls:
+            return _of_whole_calls[seqlens]
         shapes = [(2, seqlens[0], 2, 32), (2, seqlens[1], 2, 32), (2, seqlens[1], 2, 32)]
         inputs = [simulator.random(shape, "bfloat16", seed) for seed, shape in enumerate(shapes)]
         plans = [cuflash.plan(*inputs, tile=TILE, backward=backward, **options) for backward in (False, True)]
@@ -44,7 +49,10 @@ def work(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> Any:
         else:
             simulator.run(*inputs, tile=TILE, backward_tile=TILE)
         kernels = [kernel.name for plan in plans for kernel in plan.kernels]
-        return {name: count for name, count in zip(kernels, counted, strict=True) if name not in ("backward_delta", "visible_tiles")}
+        found = {name: count for name, count in zip(kernels, counted, strict=True) if name not in ("backward_delta", "visible_tiles")}
+        if not options:
+            _of_whole_calls[seqlens] = found
+        return found
 
     return run
 

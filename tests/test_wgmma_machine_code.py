@@ -11,6 +11,7 @@ from test_kernels_compile import is_quick, named
 from cuflash.cli.inspection import Report, inspect_kernels
 from cuflash.hardware import device
 from cuflash.jit import cache, disassembly
+from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import tile_choice
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import FORWARD_WGMMA
@@ -91,13 +92,15 @@ def assert_left_alone(function: Function) -> None:
 
 @pytest.mark.sample(2)
 @CASES
-def test_no_spills_no_serialised_products_and_quick(dtype: str, head_dim: int, is_causal: bool) -> None:
+def test_no_spills_no_serialised_products_and_quick(
+    dtype: str, head_dim: int, is_causal: bool, compilation_seconds: dict[CompileRequest, float]
+) -> None:
     report = report_of(dtype, head_dim, is_causal)
     assert_as_meant(report)
-    assert is_quick(report), f"{named(report)}: {report.seconds:.2f} seconds"
+    assert is_quick(report, compilation_seconds), f"{named(report)}: {report.seconds:.2f} seconds"
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("head_dim", [192, 256])
 @pytest.mark.parametrize("features", [NO_FEATURES, FeatureSet(attn_mask="float32"), FeatureSet(dropout=True)], ids=str)
 def test_two_warpgroups_with_most_registers(features: FeatureSet, head_dim: int) -> None:
