@@ -123,7 +123,13 @@ def test_legal_tiles_refuses(call: dict[str, Any], argument: str) -> None:
 # --- warmup -------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("cold_cache")
+@pytest.fixture
+def no_few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the kernels that calls of few queries take: tests/test_planning.py has which ones warmup compiles."""
+    monkeypatch.setenv("CUFLASH_DECODE", "0")
+
+
+@pytest.mark.usefixtures("cold_cache", "no_few_queries")
 def test_after_warmup_a_call_compiles_nothing(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the compiler forbidden, as in a service that must not stall."""
     kernels = cuflash.warmup(8, target.half, is_causal=True)
@@ -151,12 +157,6 @@ def test_calls_with_a_cache_are_compiled_by_their_plan(cold_cache: Path, monkeyp
     assert cuflash.attention_with_kvcache(query, *caches, query, query, **given).shape == query.shape
     with pytest.raises(OptionError, match=r"plan: got 3; expected a cuflash\.Plan"):
         cuflash.warmup_plan(3)  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def no_few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the kernels that calls of few queries take: tests/test_planning.py has which ones warmup compiles."""
-    monkeypatch.setenv("CUFLASH_DECODE", "0")
 
 
 @pytest.mark.usefixtures("cold_cache", "simulator", "no_few_queries", "compiles_in_no_time")
