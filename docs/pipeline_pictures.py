@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "forward": {"dtype": "bfloat16", "head_dim": 128},
     "forward_split": {"dtype": "bfloat16", "head_dim": 128},
     "forward_wgmma": {"dtype": "bfloat16", "head_dim": 128},
+    "forward_jvp": {"dtype": "bfloat16", "head_dim": 128},
     "backward_dkdv": {"dtype": "bfloat16", "head_dim": 128},
     "backward_dq": {"dtype": "bfloat16", "head_dim": 128},
     "backward_fused": {"dtype": "bfloat16", "head_dim": 128},
@@ -67,8 +68,10 @@ WAIT_BARRIER, WAIT_COPIES, WAIT_PRODUCTS, WAIT_PHASE = (
 )
 _COLOURS = {
     "S": "#2b6cb0",
+    "S_dot": "#9c36b5",
     "dP": "#9c36b5",
     "O": "#2f9e44",
+    "O_dot": "#2f9e44",
     "dV": "#2f9e44",
     "dK": "#0c8599",
     "dQ": "#d6336c",
@@ -90,7 +93,7 @@ def planned(name: str) -> KernelPlan:
     """The kernel with its default tile, which pins it where another one is the default."""
     on, case = device.of_arch(ARCH, "gpu"), KernelCase(TILED_KERNELS[name], **CASES[name])
     tile = {name: tile_choice.default_tile(case, on)}
-    kernels = offline_kernels(on, **CASES[name], tile=tile, need_attn_mask_grad=case.kernel.sums_scores)
+    kernels = offline_kernels(on, **CASES[name], tile=tile, need_attn_mask_grad=case.kernel.sums_scores, jvp=name == "forward_jvp")
     return next(kernel for kernel in kernels if kernel.name == name)
 
 

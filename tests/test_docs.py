@@ -71,7 +71,7 @@ def test_pictures_of_pipelines_name_all_products_and_copies(name: str) -> None:
     made = {label.split()[0] for label in found if PIPELINES["is_product"](label)}
     assert made >= {*kernel.spec.scores, *kernel.spec.outputs}
     assert made <= set(PIPELINES["_COLOURS"])
-    letters = {"query": "Q", "key": "K", "value": "V", "grad_out": "dO"}
+    letters = {"query": "Q", "key": "K", "value": "V", "grad_out": "dO", "key_dot": "K_dot", "value_dot": "V_dot"}
     assert found >= {f"copy of {letters[operand]}" for operand in kernel.spec.streamed}
 
 
