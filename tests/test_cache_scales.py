@@ -133,6 +133,8 @@ def test_a_cascade_and_a_cache_that_grows(simulator: Target) -> None:
 
     table = numpy.array([[0, 1, 2], [0, 1, 3]], "int32")
     given = {"cache_seqlens": numpy.array([20, 24], "int32"), "page_table": table, "prefix_length": 16, **scales}
+    with pytest.raises(ArgumentError, match=r"key_scale: got shape \(2, 2\); expected \(num_heads_kv,\)"):
+        cuflash.cascade_attention(query[:, :1], cache.keys, cache.values, **given | {"key_scale": numpy.ones((2, 2), "float32")})
     outs = [cuflash.cascade_attention(query[:, :1], cache.keys, cache.values, cascade=cascade, **given) for cascade in (False, True)]
     numpy.testing.assert_allclose(*(x.astype("float32") for x in outs), atol=2e-3)
 
