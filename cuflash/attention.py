@@ -106,8 +106,8 @@ def scaled_dot_product_attention(
         SetupError: a package is missing.
 
     Notes:
-        Asynchronous on a GPU: nothing waits for the device. The first call of a kind compiles (about a second), never for another length, batch size, number
-        of heads or stride.
+        Asynchronous on a GPU: nothing waits for the device. The first call of a kind compiles (about a second for each kernel). Lengths, batch size and number of
+        heads are no constants of a kernel; they may decide which of two kernels is faster, and `cuflash.warmup` compiles both.
 
     Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 1.
     """

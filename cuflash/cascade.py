@@ -62,7 +62,10 @@ def cascade_attention(
     }  # fmt: skip
     arrays = _borrowed(operands | ({} if key is None else {"key": (key, 4)}))
     scales = {"key_scale": key_scale, "value_scale": value_scale}
-    _borrowed({name: (array, 1) for name, array in scales.items() if array is not None})
+    for name, array in scales.items():
+        if array is not None and len(shape := borrow(array, name).shape) != 1:
+            hint = "Sequences that share pages share what their numbers mean: pass one scale for each key head."
+            raise ShapeError(name, f"shape {shape}", "(num_heads_kv,)", hint)
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "return_lse": True, **scales}
     own = {"cache_seqlens": cache_seqlens, "page_table": page_table, "is_causal": is_causal, "sinks": sinks, **options}
     pages = _check_prefix(prefix_length, arrays["key_cache"], arrays["page_table"])

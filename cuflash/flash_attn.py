@@ -14,7 +14,7 @@ from cuflash.decoding import attention_with_kvcache
 from cuflash.dropout import dropout_mask
 from cuflash.errors import OptionError, UnsupportedError
 from cuflash.torch import scaled_dot_product_attention, varlen_attention
-from cuflash.torch.inputs import dropout_source, lengths, number, pair
+from cuflash.torch.inputs import check_tensor, dropout_source, lengths, number, pair
 
 import torch  # isort: skip  # after cuflash.torch, which says what to install
 
@@ -149,6 +149,9 @@ def flash_attn_varlen_func(
     """
     options = _options(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     if block_table is not None or seqused_k is not None:
+        given = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "block_table": block_table, "seqused_k": seqused_k}
+        for name, x in given.items():
+            check_tensor(name, x)
         offsets = lengths(cu_seqlens_q), lengths(cu_seqlens_k)
         found = _read_only(q, k, v, *offsets, max_seqlen_q, max_seqlen_k, block_table, lengths(seqused_k), return_attn_probs, options)
         return (*found, None) if return_attn_probs else found
@@ -278,6 +281,7 @@ def flash_attn_with_kvcache(
     Returns:
         out; with `return_softmax_lse` also lse `(batch, heads, seqlen)`.
     """
+    check_tensor("block_table", block_table)
     if cache_seqlens is None:
         if k is not None:
             raise OptionError("cache_seqlens", "None with k", "how many keys the cache has of each sequence", "Pass 0 for an empty cache.")

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy
 
-from cuflash.arrays.borrowing import AnyArray, Pinned, borrow, describe
+from cuflash.arrays.borrowing import AnyArray, Pinned, borrow, describe, signature
 from cuflash.decoding import attention_with_kvcache
-from cuflash.errors import OptionError, ShapeError
-from cuflash.problem.cache_scales import E4M3
+from cuflash.errors import DTypeError, OptionError, ShapeError
+from cuflash.problem import cache_scales
+from cuflash.problem.cache_scales import E4M3, TYPES
+from cuflash.problem.checks import check_same_kind
 
 _OWN_OPTIONS = frozenset(
     (
@@ -75,9 +77,13 @@ class KVCache:
         self._keys, self._values = (
             Pinned(self._library.empty((batch, page_size, num_heads, width), dtype)) for width in (head_dim, head_dim_v)
         )
-        self._scales: dict[str, Any] = {
-            name: Pinned(scale) for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)) if scale is not None
-        }
+        given = {name: scale for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)) if scale is not None}
+        arrays = {name: borrow(x, name) for name, x in {"key_cache": self.keys, "value_cache": self.values, **given}.items()}
+        check_same_kind(arrays)
+        if not (cache_scales.is_in_8_bits(arrays["key_cache"]) or arrays["key_cache"].dtype in ("float16", "bfloat16")):
+            raise DTypeError("dtype", arrays["key_cache"].dtype, TYPES, "Calls with a cache take no other types.")
+        cache_scales.check_scales(arrays, E4M3 if cache_scales.is_in_8_bits(arrays["key_cache"]) else "", batch, num_heads)
+        self._scales: dict[str, Any] = {name: scale if signature(scale) is None else Pinned(scale) for name, scale in given.items()}
         self._seqlens = Pinned(self._library.int32(numpy.zeros(batch, "int32")))
         self._page_table = Pinned(self._library.int32(numpy.zeros((batch, 1), "int32")))
         self._shorter_table: tuple[int, Pinned] | None = None  # of so many columns
@@ -229,7 +235,16 @@ class _Library:
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         if not self._is_torch:
-            return self._xp.empty(shape, self._element(dtype))
+            element = self._element(dtype)
+            try:
+                return self._xp.empty(shape, element)
+            except (TypeError, ValueError):
+                hint = (
+                    "NumPy knows bfloat16 through the package ml_dtypes: pip install ml_dtypes."
+                    if element == "bfloat16"
+                    else f"Pass {TYPES}."
+                )
+                raise OptionError("dtype", describe(dtype), f"a type of {self._xp.__name__}'s, or its name", hint) from None
         of_torch = getattr(self._xp, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(of_torch, self._xp.dtype):
             raise OptionError("dtype", describe(dtype), "a type of torch's, or its name", "Pass torch.float16 or torch.bfloat16.")
@@ -238,14 +253,12 @@ class _Library:
 
     def _element(self, dtype: Any) -> Any:
         """A type of NumPy's or CuPy's, which know that of 8-bit caches by its bits, or through `ml_dtypes`."""
-        if dtype != E4M3:
-            return dtype
-        if self._xp is numpy:
+        if isinstance(dtype, str) and dtype in (E4M3, "bfloat16") and self._xp is numpy:
             with contextlib.suppress(ImportError):
                 import ml_dtypes
 
-                return ml_dtypes.float8_e4m3fn
-        return "uint8"
+                return getattr(ml_dtypes, dtype)
+        return "uint8" if isinstance(dtype, str) and dtype == E4M3 else dtype
 
     def int32(self, numbers: Any) -> Any:
         """A copy, which a GPU is not waited for."""

@@ -189,7 +189,8 @@ def with_warmup(error: CompilationForbiddenError, plan: Plan, tile: Tiles) -> Co
     """The same error of a call, which names the call of `warmup` that compiles its kernels, where there is one."""
     if plan.problem.cache is not None or plan.problem.of_tangents:
         of = "kvcache_plan(…)" if plan.problem.cache is not None else f"{'varlen_' if plan.problem.layout.varlen else ''}plan(…, jvp=True)"
-        call: str | None = f"cuflash.warmup_plan(cuflash.{of}), with the arguments of this call"
+        tangents = "; a tangent whose rows do not all start on 16 bytes takes the place of its input" if plan.problem.of_tangents else ""
+        call: str | None = f"cuflash.warmup_plan(cuflash.{of}), with the arguments of this call{tangents}"
     else:
         call = warmup_call(plan, tile)
     return error if call is None else CompilationForbiddenError(error.missing, f"Compile it beforehand: {call}")

@@ -133,6 +133,8 @@ def test_a_cascade_and_a_cache_that_grows(simulator: Target) -> None:
 
     table = numpy.array([[0, 1, 2], [0, 1, 3]], "int32")
     given = {"cache_seqlens": numpy.array([20, 24], "int32"), "page_table": table, "prefix_length": 16, **scales}
+    with pytest.raises(ArgumentError, match=r"key_scale: got shape \(2, 2\); expected \(num_heads_kv,\)"):
+        cuflash.cascade_attention(query[:, :1], cache.keys, cache.values, **given | {"key_scale": numpy.ones((2, 2), "float32")})
     outs = [cuflash.cascade_attention(query[:, :1], cache.keys, cache.values, cascade=cascade, **given) for cascade in (False, True)]
     numpy.testing.assert_allclose(*(x.astype("float32") for x in outs), atol=2e-3)
 
@@ -153,7 +155,8 @@ def test_half_the_bytes_are_asked_for() -> None:
 _GIVEN = CALLS["rows"].arrays()
 _BAD: list[tuple[str, dict[str, Any], type[ArgumentError], str]] = [
     ("one cache", {"value_cache": _GIVEN["value_cache"].astype("float16")}, DTypeError, "value_cache: got float16; expected float8_e4m3fn, like key_cache.*key_scale"),
-    ("another type", {"key_cache": _GIVEN["key_cache"].view(ml_dtypes.float8_e5m2)}, DTypeError, "key_cache: got float8_e5m2"),
+    ("another type", {"key_cache": _GIVEN["key_cache"].view(ml_dtypes.float8_e5m2)}, DTypeError, "key_cache: got float8_e5m2; expected float8_e4m3fn, like value_cache"),
+    ("other types", {name: _GIVEN[name].view(ml_dtypes.float8_e5m2) for name in ("key_cache", "value_cache")}, DTypeError, "key_cache: got float8_e5m2; expected float16, bfloat16 or float8_e4m3fn"),
     ("query", {"query": _GIVEN["query"].astype(E4M3)}, DTypeError, "query: got float8_e4m3fn"),
     ("new keys", {"key": _GIVEN["key"].astype(E4M3)}, DTypeError, "key: got float8_e4m3fn"),
     ("16 bits", {name: _GIVEN[name].astype("float16") for name in ("key_cache", "value_cache")}, OptionError, "key_scale: got an array with a key_cache of float16"),
@@ -170,3 +173,22 @@ _BAD: list[tuple[str, dict[str, Any], type[ArgumentError], str]] = [
 def test_what_cannot_be_used_is_named(changed: dict[str, Any], error: type[ArgumentError], message: str, simulator: Target) -> None:
     with pytest.raises(error, match=message):
         cuflash.attention_with_kvcache(**_GIVEN | changed)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"key_scale": 0.5}, DTypeError, "key_scale: got 0.5; expected a NumPy array"),
+        ({"key_scale": [0.5, 0.5]}, DTypeError, "key_scale: got an object of type list"),
+        ({"value_scale": numpy.ones(2)}, DTypeError, "value_scale: got float64; expected float32"),
+        ({"key_scale": numpy.ones(3, "float32")}, ArgumentError, r"key_scale: got shape \(3,\); expected \(2,\), or \(4, 2\)"),
+        ({"key_scale": numpy.ones(2, "float32"), "dtype": "float16"}, OptionError, "key_scale: got an array with a key_cache of float16"),
+        ({"dtype": "fp8"}, OptionError, "dtype: got 'fp8'; expected a type of numpy's.*float8_e4m3fn"),
+        ({"dtype": 3}, OptionError, "dtype: got 3; expected a type of numpy's"),
+        ({"dtype": None}, DTypeError, "dtype: got float64; expected float16, bfloat16 or float8_e4m3fn"),
+        ({"dtype": ml_dtypes.float8_e5m2}, DTypeError, "dtype: got float8_e5m2"),
+    ],
+)
+def test_a_cache_is_made_of_what_calls_take(given: dict[str, Any], error: type[ArgumentError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cuflash.KVCache(4, 2, 32, **{"dtype": "float8_e4m3fn", **given})

@@ -88,3 +88,10 @@ def test_shares_grow_with_keys_and_stay_below_one() -> None:
         shares.append(split_forward.predicted_share(plan))
     assert 0 < shares[0] < shares[1] < shares[2] < 1
     assert shares[2] > 0.85
+
+
+def test_predict_says_why_it_cannot_and_what_to_do(capsys: Any) -> None:
+    pytest.importorskip("cupy")
+    assert main(["predict", "--arch", "sm_80", "--fast", "--seqlen", "1", "--seqlen-kv", "8192", "--head-dim", "64"]) == 2
+    assert "query: got few queries, whose keys are shared out among blocks" in (said := capsys.readouterr().err)
+    assert "CUFLASH_DECODE=0" in said

@@ -325,6 +325,21 @@ def test_a_call_that_may_not_compile_names_the_way_out(simulator: Target, cold_c
         cuflash.scaled_dot_product_attention_jvp(*tangents, *inputs, *results_of(simulator, inputs, {}))
 
 
+def test_the_way_out_compiles_for_a_tangent_of_any_stride(simulator: Target, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan sees no tangents; one whose rows do not start on 16 bytes is planned in the place of its input."""
+    query = numpy.zeros((1, 8, 1, 16), "float16")
+    tangent = numpy.zeros((1, 8, 1, 17), "float16")[..., :16]
+    out, lse = cuflash.scaled_dot_product_attention(query, query, query, return_lse=True)
+    monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    with pytest.raises(CompilationForbiddenError, match="a tangent whose rows do not all start on 16 bytes takes the place of its input"):
+        cuflash.scaled_dot_product_attention_jvp(tangent, None, None, query, query, query, out, lse)
+    monkeypatch.delenv("CUFLASH_COMPILE")
+    cuflash.warmup_plan(cuflash.plan(tangent, query, query, jvp=True))
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    assert cuflash.scaled_dot_product_attention_jvp(tangent, None, None, query, query, query, out, lse)[0].shape == query.shape
+
+
 # --- Machine code -------------------------------------------------------------------------------------------------------------------------
 
 

@@ -10,12 +10,14 @@ from cuflash.arrays.borrowing import Array
 from cuflash.errors import DTypeError, OptionError, ShapeError
 from cuflash.problem.cache import Scales
 from cuflash.problem.checks import cast_to, check_dtypes
-from cuflash.problem.problem import Problem
+from cuflash.problem.problem import DTYPES, Problem
 
 E4M3 = "float8_e4m3fn"
 _BITS = "uint8"
 """Taken for e4m3: NumPy and CuPy have no type of their own for it."""
 _CACHES = ("key_cache", "value_cache")
+TYPES = f"float16, bfloat16 or {E4M3}"
+"""What a cache may hold."""
 
 
 def check_types(arrays: Mapping[str, Array]) -> str:
@@ -24,15 +26,24 @@ def check_types(arrays: Mapping[str, Array]) -> str:
     Returns:
         The element type of the caches where it is another one; else "".
     """
-    if not any(arrays[name].dtype in (E4M3, _BITS) for name in _CACHES):
+    if not any(is_in_8_bits(arrays[name]) for name in _CACHES):
+        for name in _CACHES:
+            if arrays["query"].dtype in DTYPES and arrays[name].dtype not in (*DTYPES, "uint16"):
+                hint = f"Make the caches of the type of query, or of {E4M3}; uint8 is taken for the bits of that."
+                raise DTypeError(name, arrays[name].dtype, TYPES, hint)
         check_dtypes({name: arrays[name] for name in ("query", *_CACHES, "key", "value") if name in arrays})
         return ""
     check_dtypes({name: arrays[name] for name in ("query", "key", "value") if name in arrays})
     for name, other in (_CACHES, _CACHES[::-1]):
-        if arrays[name].dtype not in (E4M3, _BITS):
+        if not is_in_8_bits(arrays[name]):
             got, expected = arrays[name].dtype, f"{arrays[other].dtype}, like {other}"
             raise DTypeError(name, got, expected, f"Keep both caches in one type; numbers in 8 bits have {other.partition('_')[0]}_scale.")
     return E4M3
+
+
+def is_in_8_bits(cache: Array) -> bool:
+    """Whether its numbers are of e4m3, or the bits of such."""
+    return cache.dtype in (E4M3, _BITS)
 
 
 def check_scales(arrays: Mapping[str, Array], dtype: str, sequences: int, heads_kv: int) -> Scales:

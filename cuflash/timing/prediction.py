@@ -409,6 +409,13 @@ def predict_traffic(kernel: KernelPlan, problem: Problem, card: Card) -> Launch:
     Raises:
         UnsupportedError: nothing is known of it.
     """
+    if kernel.spec is kernel_specs.MERGE_ATTENTION:
+        hint = (
+            "`python -m cuflash explain` says what the model of splits expects; CUFLASH_DECODE=0 predicts the kernel made for many queries."
+        )
+        raise UnsupportedError(
+            "query", "few queries, whose keys are shared out among blocks", "a call whose blocks walk over all keys", hint
+        )
     if kernel.spec not in _TRAFFIC:
         hint = "Leave out the features that need it."
         raise UnsupportedError(

@@ -11,7 +11,7 @@ import torch
 from written_out import assert_close, assert_same_gradients, attention, leaves
 
 from cuflash import flash_attn
-from cuflash.errors import ArgumentError, OptionError, ShapeError, UnsupportedError
+from cuflash.errors import ArgumentError, DTypeError, OptionError, ShapeError, UnsupportedError
 
 TAIL = "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False"
 PACKED_HEAD = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
@@ -244,6 +244,11 @@ def test_packed_queries_and_keys_in_pages(device: Any) -> None:
     torch.testing.assert_close(in_places, out, atol=2e-2, rtol=2e-2)
     with pytest.raises(OptionError, match="seqused_k: got None beside block_table"):
         flash_attn.flash_attn_varlen_func(q, k, v, starts, None, 3, 40, block_table=table)
+    for given in ({"block_table": table.tolist()}, {"seqused_k": counts.tolist()}):
+        with pytest.raises(DTypeError, match=f"{next(iter(given))}: got an object of type list; expected a torch tensor"):
+            flash_attn.flash_attn_varlen_func(q, k, v, starts, offsets, 3, 40, **given)
+    with pytest.raises(DTypeError, match="block_table: got an object of type list"):
+        flash_attn.flash_attn_with_kvcache(q[:2, None], k, v, block_table=table.tolist())
     for given in ({"block_table": table}, {"seqused_k": counts}):
         with pytest.raises(UnsupportedError, match=f"dropout_p: got 0.5; expected 0.0 with {next(iter(given))}"):
             flash_attn.flash_attn_varlen_func(q, k, v, starts, offsets, 3, 40, 0.5, **given)
