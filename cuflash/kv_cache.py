@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 
-from cuflash.arrays.borrowing import AnyArray, Pinned, borrow, describe
+from cuflash.arrays.borrowing import AnyArray, Pinned, borrow, describe, signature
 from cuflash.decoding import attention_with_kvcache
 from cuflash.errors import OptionError, ShapeError
 from cuflash.problem.cache_scales import E4M3
@@ -76,7 +76,7 @@ class KVCache:
             Pinned(self._library.empty((batch, page_size, num_heads, width), dtype)) for width in (head_dim, head_dim_v)
         )
         self._scales: dict[str, Any] = {
-            name: Pinned(scale) for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)) if scale is not None
+            name: _pinned(name, scale) for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)) if scale is not None
         }
         self._seqlens = Pinned(self._library.int32(numpy.zeros(batch, "int32")))
         self._page_table = Pinned(self._library.int32(numpy.zeros((batch, 1), "int32")))
@@ -229,10 +229,16 @@ class _Library:
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         if not self._is_torch:
-            return self._xp.empty(shape, self._element(dtype))
+            try:
+                return self._xp.empty(shape, self._element(dtype))
+            except TypeError:
+                expected, hint = f"a type of {self._xp.__name__}'s, or its name", "Pass 'float16', ml_dtypes.bfloat16 or 'float8_e4m3fn'."
+                raise OptionError("dtype", describe(dtype), expected, hint) from None
         of_torch = getattr(self._xp, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(of_torch, self._xp.dtype):
-            raise OptionError("dtype", describe(dtype), "a type of torch's, or its name", "Pass torch.float16 or torch.bfloat16.")
+            raise OptionError(
+                "dtype", describe(dtype), "a type of torch's, or its name", "Pass torch.float16, torch.bfloat16 or torch.float8_e4m3fn."
+            )
         with self._plain():
             return self._xp.empty(shape, dtype=of_torch, device=self._device)
 
@@ -258,6 +264,12 @@ class _Library:
         """Tensors that are made under torch.inference_mode() could not be changed outside of it."""
         mode: contextlib.AbstractContextManager[object] = self._xp.inference_mode(False)
         return mode
+
+
+def _pinned(name: str, scale: AnyArray) -> Any:
+    """The array with what calls look at, where that can be told without borrowing it each time."""
+    borrow(scale, name)
+    return scale if signature(scale) is None else Pinned(scale)
 
 
 def _index(name: str, value: object, last: int, expected: str, hint: str) -> int:

@@ -154,6 +154,7 @@ _GIVEN = CALLS["rows"].arrays()
 _BAD: list[tuple[str, dict[str, Any], type[ArgumentError], str]] = [
     ("one cache", {"value_cache": _GIVEN["value_cache"].astype("float16")}, DTypeError, "value_cache: got float16; expected float8_e4m3fn, like key_cache.*key_scale"),
     ("another type", {"key_cache": _GIVEN["key_cache"].view(ml_dtypes.float8_e5m2)}, DTypeError, "key_cache: got float8_e5m2"),
+    ("another type of both", {name: _GIVEN[name].view(ml_dtypes.float8_e5m2) for name in ("key_cache", "value_cache")}, DTypeError, "key_cache: got float8_e5m2; expected float16, bfloat16 or float8_e4m3fn"),
     ("query", {"query": _GIVEN["query"].astype(E4M3)}, DTypeError, "query: got float8_e4m3fn"),
     ("new keys", {"key": _GIVEN["key"].astype(E4M3)}, DTypeError, "key: got float8_e4m3fn"),
     ("16 bits", {name: _GIVEN[name].astype("float16") for name in ("key_cache", "value_cache")}, OptionError, "key_scale: got an array with a key_cache of float16"),

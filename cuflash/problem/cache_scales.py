@@ -10,7 +10,7 @@ from cuflash.arrays.borrowing import Array
 from cuflash.errors import DTypeError, OptionError, ShapeError
 from cuflash.problem.cache import Scales
 from cuflash.problem.checks import cast_to, check_dtypes
-from cuflash.problem.problem import Problem
+from cuflash.problem.problem import DTYPES, Problem
 
 E4M3 = "float8_e4m3fn"
 _BITS = "uint8"
@@ -25,6 +25,10 @@ def check_types(arrays: Mapping[str, Array]) -> str:
         The element type of the caches where it is another one; else "".
     """
     if not any(arrays[name].dtype in (E4M3, _BITS) for name in _CACHES):
+        for name in _CACHES:
+            if arrays[name].dtype not in (*DTYPES, "uint16"):
+                hint = f"Cast it: {cast_to(name, arrays[name], 'float16')}."
+                raise DTypeError(name, arrays[name].dtype, f"float16, bfloat16 or {E4M3}", hint)
         check_dtypes({name: arrays[name] for name in ("query", *_CACHES, "key", "value") if name in arrays})
         return ""
     check_dtypes({name: arrays[name] for name in ("query", "key", "value") if name in arrays})
