@@ -247,7 +247,9 @@ class _Library:
                 raise OptionError("dtype", describe(dtype), f"a type of {self._xp.__name__}'s, or its name", hint) from None
         of_torch = getattr(self._xp, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(of_torch, self._xp.dtype):
-            raise OptionError("dtype", describe(dtype), "a type of torch's, or its name", "Pass torch.float16 or torch.bfloat16.")
+            raise OptionError(
+                "dtype", describe(dtype), "a type of torch's, or its name", "Pass torch.float16, torch.bfloat16 or torch.float8_e4m3fn."
+            )
         with self._plain():
             return self._xp.empty(shape, dtype=of_torch, device=self._device)
 
@@ -271,6 +273,12 @@ class _Library:
         """Tensors that are made under torch.inference_mode() could not be changed outside of it."""
         mode: contextlib.AbstractContextManager[object] = self._xp.inference_mode(False)
         return mode
+
+
+def _pinned(name: str, scale: AnyArray) -> Any:
+    """The array with what calls look at, where that can be told without borrowing it each time."""
+    borrow(scale, name)
+    return scale if signature(scale) is None else Pinned(scale)
 
 
 def _index(name: str, value: object, last: int, expected: str, hint: str) -> int:

@@ -328,6 +328,10 @@ def test_options_that_cannot_be_are_named_before_anything_runs(
         (("--budget", "0"), "budget: got 0.0; expected a positive number of minutes"),
         (("--output", str(tmp_path / "notes.txt")), "is no table of tuned tiles"),
         (("--like", "--seqlen 40", "--seqlen", "64", "--classes", "causal"), "--like: got --seqlen, --classes beside it; expected"),
+        (
+            ("--like", "--seqlen 1 --cache --page-size 16"),
+            "--like: got --cache; expected a call without a cache. Calls with a cache take the tile of",
+        ),
     ):
         status, out, err = command("autotune", *options, capsys=capsys)
         assert (status, out) == (2, "")

@@ -80,6 +80,11 @@ def test_what_cannot_be_used_is_named() -> None:
         cuflash.KVCache(1, 1, 32, xp=math)
     with pytest.raises(OptionError, match="device: got 'cuda'; expected None with NumPy and CuPy"):
         cuflash.KVCache(1, 1, 32, device="cuda")
+    with pytest.raises(OptionError, match=r"dtype: got 'fp8'; expected a type of numpy's, or its name.*float8_e4m3fn"):
+        cuflash.KVCache(1, 1, 32, dtype="fp8")
+    for scale in (0.5, [0.5]):
+        with pytest.raises(DTypeError, match=r"value_scale: got .*NumPy array"):
+            cuflash.KVCache(1, 1, 32, dtype="float8_e4m3fn", value_scale=scale)
     cache = cuflash.KVCache(1, 1, 32)
     x: Any = numpy.zeros((1, 1, 1, 32), "float16")
     for name in ("layout", "page_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q", "max_seqlen_q"):

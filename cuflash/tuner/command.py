@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--like",
         metavar="'OPTIONS'",
-        help="tune what one call needs instead: options of `python -m cuflash explain`, as one word; --pass forward backward beside it for both passes",
+        help="tune what one call needs instead: options of `python -m cuflash explain` that describe a call without a cache, as one word; --pass forward backward beside it for both passes",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="the table (default: the user's own in the cache directory)")
     parser.add_argument("--again", action="store_true", help="time anew what was timed before")
@@ -126,11 +126,18 @@ def _samples(options: argparse.Namespace, on: Device) -> list[Sample]:
 
 
 def _parsed(text: str) -> argparse.Namespace:
-    """The options of one call."""
+    """The options of one call.
+
+    Raises:
+        OptionError: a call with a cache, which is not timed itself.
+    """
+    if "--cache" in (words := shlex.split(text)):
+        hint = "Calls with a cache take the tile of ordinary calls of few queries: --seqlen 1 --seqlen-kv N --seqlens-kv (docs/tuning.md)."
+        raise OptionError("--like", "--cache", "a call without a cache", hint)
     parser = argparse.ArgumentParser(prog="--like", add_help=False)
     add_call(parser)
     add_features(parser)
-    return parser.parse_args(shlex.split(text))
+    return parser.parse_args(words)
 
 
 def _compile(wanted: Any, on: Device) -> int:
