@@ -55,11 +55,10 @@ DEVICE void weigh(float (&S_dot)[M_TILES][S_TILES][4], const float (&P)[M_TILES]
       }
 }
 
-// What a sink adds to μ of a row with this lse.
-DEVICE float sink_tangent(const ForwardJvpArguments& arguments, const Work& work, float lse) {
-  if (!SINKS || arguments.sinks_dot.data == nullptr || lse == -infinity()) return 0.0f;
-  const float sink = arguments.features.sinks.load(work.batch, work.head);
-  return ex2((sink - lse) * LOG2_E) * arguments.sinks_dot.load(work.batch, work.head);
+// What a sink adds to μ of row r of 16-row tile m.
+DEVICE float sink_tangent(const ForwardJvpArguments& arguments, const Work& work, const StatisticsOfRows<M_TILES>& statistics, int m, int r) {
+  if (!SINKS || arguments.sinks_dot.data == nullptr) return 0.0f;
+  return statistics.share_of_sink(arguments.features.sinks.load(work.batch, work.head), m, r) * arguments.sinks_dot.load(work.batch, work.head);
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_jvp_mma(const __grid_constant__ ForwardJvpArguments arguments) {
@@ -118,8 +117,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_jvp_mma(con
   }
   fill_pipeline(begin, issue);
 
-  const RowView& lse = arguments.lse;
-  const StatisticsOfRows<M_TILES> statistics(arguments, lse, work.batch, work.head, start_q, first_q + warp_row, geometry.seqlen_q);
+  const StatisticsOfRows<M_TILES> statistics(arguments, arguments.lse, work.batch, work.head, start_q, first_q + warp_row, geometry.seqlen_q);
   float O_dot[M_TILES][DV_TILES][4];
   clear(O_dot);
   float mu[M_TILES][2] = {};  // of this lane's columns, until they are added up
@@ -175,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_jvp_mma(con
       const int query = first_q + warp_row + 16 * m + 8 * r + lane_index() / 4;
       const float sum = quad_sum(mu[m][r]);  // by all lanes
       if (query >= geometry.seqlen_q) continue;
-      const float lse_dot = sum + sink_tangent(arguments, work, *lse.pointer(work.batch, work.head, start_q + query));
+      const float lse_dot = sum + sink_tangent(arguments, work, statistics, m, r);
       if (slice_index() == 0 && lane_index() % 4 == 0) *arguments.lse_dot.pointer(work.batch, work.head, start_q + query) = lse_dot;
       const TensorView& out = arguments.out;
       const Element* O_row = out.row_pointer<const Element>(work.batch, work.head, start_q) + query * out.stride_seqlen;

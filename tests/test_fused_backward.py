@@ -293,7 +293,7 @@ def test_features_of_which_it_is_predicted(arch: str, head_dim: int) -> None:
 
 
 def test_predictions_are_those_of_the_model_of_grids() -> None:
-    """Which hands out block by block; here are sums and maxima, in microseconds."""
+    """Which hands out block by block; here are sums and maxima."""
     rng = numpy.random.default_rng(1)
     for case in range(60):
         arch = ("sm_80", "sm_86", "sm_90")[case % 3]
@@ -310,6 +310,22 @@ def test_predictions_are_those_of_the_model_of_grids() -> None:
         blocks = sorted(grid.heads * list(grid.trips), reverse=True)
         exact = grid_clocks(blocks, num_sms=on.num_sms, trip_clocks=trip, overhead=beside)
         assert predicted_backward.clocks(of, tile, grid, problem, on) == pytest.approx(exact, rel=0.25), (arch, spec, shape)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (5000, 0)}], ids=str)
+def test_few_blocks_stand_for_those_of_a_million_tokens(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    on, shape = device.of_arch("sm_80", "gpu"), (1, 2**20 + 77, 2, 128)
+    problem = checked(*3 * [stand_in(shape, "float16")], **options)
+    for spec in (BACKWARD_FUSED, BACKWARD_DKDV, BACKWARD_DQ):
+        of = KernelCase(spec, "float16", 128)
+        tile = tile_choice.default_tile(of, on)
+        grids = [predicted_backward.grid_of(of, tile, problem)]
+        with monkeypatch.context() as patched:
+            patched.setattr(predicted_backward, "_MOST_TRIPS", 2**20)
+            grids.append(predicted_backward.grid_of(of, tile, problem))
+        few, every = (predicted_backward.clocks(of, tile, grid, problem, on) for grid in grids)
+        assert few == pytest.approx(every, rel=0.002)
+        assert len(grids[0].trips) <= 1024 < len(grids[1].trips)
 
 
 def test_what_predictions_assume_is_what_the_timing_model_does() -> None:

@@ -225,6 +225,21 @@ def test_rows_of_huge_scores_with_a_mask(simulator: Target) -> None:
     assert [kernel.name for kernel in kernels] == ["backward_row_sums", "forward_jvp"]
 
 
+def test_the_share_of_a_sink_as_huge_as_the_scores(simulator: Target) -> None:
+    """What the sink's own gradient is made of: it is not lse, which has no bits left for it, that says how large the share is."""
+    inputs, _ = random_inputs(simulator, "float32")
+    inputs[0][...] = 0
+    mask = numpy.repeat([-1e3, -1e9, 1e6, -3e38], [QUERIES - 30, 10, 10, 10]).astype(numpy.float32)[:, None]
+    mask = numpy.ascontiguousarray(numpy.broadcast_to(mask, (QUERIES, KEYS)))
+    for huge in (-1e9, 1e6, -3e38):
+        options = {"attn_mask": mask, "sinks": numpy.full(HEADS, huge, numpy.float32)}
+        out, lse = cuflash.scaled_dot_product_attention(*inputs, return_lse=True, **options)
+        sinks_dot = numpy.array([1.0, 2.0], numpy.float32)
+        _, lse_dot = cuflash.scaled_dot_product_attention_jvp(None, None, None, *inputs, out, lse, sinks_dot=sinks_dot, **options)
+        as_huge = mask[:, 0] == numpy.float32(huge)
+        numpy.testing.assert_allclose(lse_dot[:, :, as_huge] / sinks_dot[:, None], 1 / (KEYS + 1), rtol=1e-5)
+
+
 @pytest.mark.parametrize("in_places", [False, True])
 def test_packed_sequences(simulator: Target, in_places: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty one, one without keys, tokens behind the last one, and sequences that use less than their places."""

@@ -11,7 +11,7 @@ import pytest
 from cuflash.hardware import device
 from cuflash.planning import tile_choice
 from cuflash.planning.kernel_cases import KernelCase
-from cuflash.planning.kernel_specs import BACKWARD_MASK, FORWARD_SPLIT, TILED_KERNELS
+from cuflash.planning.kernel_specs import BACKWARD_MASK, FORWARD_JVP, FORWARD_SPLIT, TILED_KERNELS
 from cuflash.planning.offline import offline_kernels
 from cuflash.problem.features import FeatureSet
 
@@ -40,7 +40,9 @@ def test_no_name_hides_another(name: str) -> None:
     if name in ("backward_dk", "backward_dv"):
         pytest.skip("the file of backward_dkdv")
     pinned = {name: tile} if spec.takes_single_tile != "not" else None
-    kernels = offline_kernels(ON, dtype="float16", head_dim=64, features=features, tile=pinned, need_attn_mask_grad=spec == BACKWARD_MASK)
+    kernels = offline_kernels(
+        ON, dtype="float16", head_dim=64, features=features, tile=pinned, need_attn_mask_grad=spec == BACKWARD_MASK, jvp=spec == FORWARD_JVP
+    )
     kernel = next(kernel for kernel in kernels if kernel.name == name)
     assert warnings(kernel.config, kernel.source) == []
 

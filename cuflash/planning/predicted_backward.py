@@ -2,7 +2,7 @@
 
 `STEADY` has what the model finds for the loops of both with their default tiles (docs/timing.md). From it, and from how many blocks a call has, how long they are, and
 how long blocks wait for their turn to add to dQ, follows about how long each way takes. `timing/prediction.py` does the same with the kernels at hand, block by
-block; here it takes microseconds and no compiler.
+block; here it takes milliseconds, of calls of a million tokens too, and no compiler.
 """
 
 from __future__ import annotations
@@ -104,6 +104,9 @@ TRAFFIC: dict[str, Traffic] = {
 }
 """Those of timing/machine.py."""
 
+_MOST_TRIPS = 1024
+"""Of blocks of one head that are counted; neighbours of more are taken to be alike, so that calls of a million tokens are planned as fast as others."""
+
 _BLOCK_CLOCKS = 936.0
 """Of a block before its loop: it starts, and waits for its first copies; timing/machine.py's `block_start` and `copy_latency`."""
 
@@ -119,7 +122,7 @@ class Grid(NamedTuple):
 
     Attributes:
         heads: (batch, head) pairs whose rows blocks own.
-        trips: of each block of one of them through its loop.
+        trips: of each block of one of them through its loop; of more blocks than `_MOST_TRIPS` those of every second, third, …, one, and so many times the pairs.
         section: pairs whose blocks start together, of kernels whose blocks wait for each other; 0 of others.
     """
 
@@ -144,13 +147,14 @@ def grid_of(case: KernelCase, tile: Tile, problem: Problem, section: int = 0) ->
             min(longest, ceil(tokens / sequences))
             for tokens, longest in ((problem.seqlen_q, problem.max_seqlen_q), (problem.seqlen_kv, problem.max_seqlen_kv))
         )
-    trips = [len(walk) for walk in walks(band_of(problem, rows, keys), tile, by_keys=case.kernel.owns_keys)]
+    every = max(1, ceil((keys if case.kernel.owns_keys else rows) / case.stationary_rows(tile) / _MOST_TRIPS))
+    trips = [len(walk) for walk in walks(band_of(problem, rows, keys), tile, by_keys=case.kernel.owns_keys, every=every)]
     if not case.kernel.owns_keys:
-        return Grid(sequences * problem.num_heads_q, trips)
+        return Grid(every * sequences * problem.num_heads_q, trips)
     batch, _, heads, _ = problem.key_shape
     batch = batch if problem.num_sequences is None else sequences
     members = problem.num_heads_q // heads * (sequences // batch)  # whose queries a block walks over
-    return Grid(batch * heads, [members * count for count in trips], section)
+    return Grid(every * batch * heads, [members * count for count in trips], section)
 
 
 def clocks(case: KernelCase, tile: Tile, grid: Grid, problem: Problem, device: Device) -> float:

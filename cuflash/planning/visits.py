@@ -65,16 +65,16 @@ def band_of(problem: Problem, seqlen_q: int | None = None, seqlen_kv: int | None
     )  # fmt: skip
 
 
-def walks(band: Band, tile: Tile, *, by_keys: bool) -> list[range]:
-    """For each tile that a block owns, the tiles between the first and the last one in which positions leave a pair."""
+def walks(band: Band, tile: Tile, *, by_keys: bool, every: int = 1) -> list[range]:
+    """For each tile that a block owns, or the first of so many of them, the tiles between the first and the last one in which positions leave a pair."""
     walked = []
     if by_keys:
-        for first_kv in range(0, band.seqlen_kv, tile.tile_kv):
+        for first_kv in range(0, band.seqlen_kv, every * tile.tile_kv):
             first_q = max(0, first_kv - band.high, 0 if first_kv < band.prefix else first_kv - band.causal)
             end_q = min(band.seqlen_q, min(band.seqlen_kv, first_kv + tile.tile_kv) - band.low)
             walked.append(range(first_q // tile.tile_q, ceil(end_q / tile.tile_q)) if first_q < end_q else range(0))
         return walked
-    for first_q in range(0, band.seqlen_q, tile.tile_q):
+    for first_q in range(0, band.seqlen_q, every * tile.tile_q):
         end_q = min(band.seqlen_q, first_q + tile.tile_q)
         first_kv = max(0, first_q + band.low)
         end_kv = min(band.seqlen_kv, end_q + band.high, max(end_q + band.causal, band.prefix))

@@ -84,6 +84,9 @@ class StatisticsOfRows {
         for (int i = 0; i < 4; ++i) S[m][n][i] = probability(S[m][n][i], scale_log2, statistics[m][i / 2].reference, log2_sums[m][i / 2]);
   }
 
+  // Of the probabilities of a row, 8 r rows below the lane's first one of 16-row tile m: that of a sink, which is a logit.
+  DEVICE float share_of_sink(float sink, int m, int r) const { return probability(sink, LOG2_E, statistics[m][r].reference, log2_sums[m][r]); }
+
   template <int N>
   DEVICE void begin_grad_products(float (&dP)[M][N][4]) const {
 #pragma unroll
