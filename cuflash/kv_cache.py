@@ -275,12 +275,6 @@ class _Library:
         return mode
 
 
-def _pinned(name: str, scale: AnyArray) -> Any:
-    """The array with what calls look at, where that can be told without borrowing it each time."""
-    borrow(scale, name)
-    return scale if signature(scale) is None else Pinned(scale)
-
-
 def _index(name: str, value: object, last: int, expected: str, hint: str) -> int:
     """An int from 0 to the last one."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= operator.index(value) <= last:

@@ -79,7 +79,7 @@ def test_the_commands_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert "tile by    forward: predicted by the timing model" in before
     assert re.search(r"^ +2 +1 +2\.00x +2 +0 .* forward, bfloat16, head_dim 128, seqlen up to 4096, causal$", both, re.M), both
     assert len(re.findall("backward_d.*, seqlen up to 4096, causal$", both, re.M)) == 2
-    assert len(re.findall(r"^ +2 +1 +2\.00x +2 ", whole, re.M)) == 2 * 3 * 4 * 3, "head dimensions, lengths, classes, kernels"
+    assert len(re.findall(r"^ +2 +1 +2\.00x +2 ", whole, re.M)) == 2 * 3 * 4 * 4, "head dimensions, lengths, classes, kernels"
     assert re.search(r" forward_split, bfloat16, head_dim 128, seqlen up to 4 x 8192, full, seqlens_kv, few blocks$", few, re.M), few
     assert re.search(r"\d+ kernels of 6 tasks for sm_90, 0 failed", compiled)
     assert "kept in " in shared

@@ -89,7 +89,7 @@ def may_choose(problem: Problem, device: Device) -> bool:
 def _predicted(problem: Problem, device: Device, others: Sequence[KernelCase], own: str) -> Choice:
     """By the timing model."""
     case = case_of(BACKWARD_FUSED, problem)
-    pin = f'pin it by tile={{"{case.kernel.name}": …}}'
+    pin = f'pin it by tile={{"{case.kernel.name}": ...}}'
     lengths = "varlen" if problem.num_sequences is not None else "seqlens_kv"
     known_lengths = not problem.is_ragged or lengths in predicted_tiles.FUSED_WITH_FEATURE.get((device.arch, case.head_dim), ())
     known = known_lengths and tile_choice.known_tile(case, device) is not None
