@@ -1,4 +1,4 @@
-"""Wrap the prose of docs/*.md at 100 characters. Only paragraphs with a longer line are touched; tables, code, headings and what a script fills in stay.
+"""Wrap the prose of docs/*.md, README.md and CHANGELOG.md at 100 characters. Only paragraphs with a longer line are touched; tables, code, headings and what a script fills in stay.
 
 python docs/wrap_lines.py          # rewrites the pages; tests/test_docs.py looks for long lines
 """
@@ -12,9 +12,13 @@ from pathlib import Path
 
 WIDTH = 100
 DOCS = Path(__file__).resolve().parent
-ELSEWHERE = ("measured.md", "mutations.md", "torch.md")
-"""Two pages that other scripts write as a whole, and one that keeps its lines."""
-PAGES = [path for path in sorted(DOCS.glob("*.md")) if path.name not in ELSEWHERE]
+ELSEWHERE = ("measured.md", "mutations.md")
+"""Pages that other scripts write as a whole."""
+PAGES = [
+    *(path for path in sorted(DOCS.glob("*.md")) if path.name not in ELSEWHERE),
+    DOCS.parent / "README.md",
+    DOCS.parent / "CHANGELOG.md",
+]
 
 _ITEM = re.compile(r"( *)([-*]|\d+\.) +")
 _GENERATED = re.compile(r"<!-- (generated|measured)\b")
