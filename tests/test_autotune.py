@@ -335,7 +335,7 @@ def test_a_bar_says_the_same() -> None:
 
 
 def test_tiles_that_were_fastest_on_an_h100_are_among_the_first() -> None:
-    """In every sweep that was timed, the candidates of standard effort hold one that is within 2 % of the fastest, without knowing it; quick misses one sweep."""
+    """In every sweep that was timed, the candidates of quick effort hold one that is within 2 % of the fastest, without knowing it."""
     on, sweeps = device.of_arch("sm_90", "gpu"), dict[tuple[Any, ...], dict[Tile, float]]()
     with (ROOT / "benchmarks/results/nvidia-h100-80gb-hbm3/tiles.csv").open(newline="") as file:
         for row in csv.DictReader(file):
@@ -343,7 +343,7 @@ def test_tiles_that_were_fastest_on_an_h100_are_among_the_first() -> None:
                 tile = Tile(*(int(row[name]) for name in ("tile_q", "tile_kv", "num_warps", "num_stages")))
                 sweeps.setdefault((row["kernel"], row["dtype"], int(row["head_dim"]), row["causal"]), {})[tile] = float(row["milliseconds"])
     assert len(sweeps) == 16
-    missed = {"quick": 0, "standard": 0}
+    count = tasks.EFFORTS["quick"]
     for (kernel, dtype, head_dim, _), times in sweeps.items():
         case = KernelCase(TILED_KERNELS[kernel], dtype, head_dim)
         default, *others = tile_choice.worth_timing(case, on)
@@ -351,11 +351,7 @@ def test_tiles_that_were_fastest_on_an_h100_are_among_the_first() -> None:
         listed = sorted([default, *others], key=lambda tile, case=case: tile_model.estimate_cycles(case, tile, on, spills=False))
         assert [tile for tile in listed if tile != default] == others
         good = {tile for tile, milliseconds in times.items() if milliseconds <= 1.02 * min(times.values())}
-        for effort in missed:
-            count = tasks.EFFORTS[effort]  # type: ignore[index]
-            assert count is not None
-            missed[effort] += not good & set(listed[:count])
-    assert missed == {"quick": 1, "standard": 0}
+        assert good & set(listed[:count]), (kernel, dtype, head_dim)
 
 
 FLASH_ATTENTION_2 = {
@@ -385,7 +381,7 @@ def test_every_class_of_calls_has_tasks() -> None:
         kernels = [task.kernel.name for task in found]
         fused = [] if name in ("boolean_mask", "segments") else ["backward_fused"]
         assert kernels == ["forward", "backward_dkdv", "backward_dq", *(["backward_mask"] if name == "additive_mask" else []), *fused], name
-        assert all(task.tiles[0] == task.kernel.tile and len(set(task.tiles)) == len(task.tiles) == 21 for task in found[:3]), name
+        assert all(task.tiles[0] == task.kernel.tile and len(set(task.tiles)) == len(task.tiles) == 29 for task in found[:3]), name
         assert found[0].bucket.causal == (name not in ("plain", "seqlens_kv"))
     windows = [
         tasks.samples(device.of_arch("sm_80", "gpu"), dtypes=["float16"], head_dims=[64], seqlens=[n], classes=["window"])

@@ -77,7 +77,7 @@ def autotune(
     Args:
         query, key, value: as in the call; only shapes, the order of axes in memory and element types count.
         backward: also tune the backward pass.
-        effort: "quick" tries 20 tiles of each kernel besides the default, "standard" 40, "full" all legal ones.
+        effort: "quick" tries 28 tiles of each kernel besides the default, "standard" 40, "full" all legal ones.
         budget: minutes after which to stop; the same call goes on from there.
         output: file of the table instead of the user's own in the cache directory; `CUFLASH_TUNING` then names it to later calls.
         again: time anew what an earlier run has timed.

@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
         "--effort",
         choices=("quick", "standard", "full"),
         default="standard",
-        help="tiles of each kernel besides the default: 20, 40 or all (default standard)",
+        help="tiles of each kernel besides the default: 28, 40 or all (default standard)",
     )
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop after that time (default: when all is done)")
     parser.add_argument("--head-dim", nargs="+", type=positive, help="head dimensions (default 128 64)")

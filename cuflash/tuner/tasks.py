@@ -23,9 +23,9 @@ from cuflash.tuner.described_calls import DescribedCall
 
 Effort = Literal["quick", "standard", "full"]
 
-EFFORTS: dict[Effort, int | None] = {"quick": 20, "standard": 40, "full": None}
-"""How many candidates are tried besides the default; None for all legal ones, some 60 to 190. Of the 16 sweeps that were timed on an H100, the first 20 have a
-tile within 2 % of the fastest in 15, the first 40 in all."""
+EFFORTS: dict[Effort, int | None] = {"quick": 28, "standard": 40, "full": None}
+"""How many candidates are tried besides the default; None for all legal ones, some 60 to 190. In each of the 16 sweeps that were timed on an H100 the first 28
+have a tile within 2 % of the fastest; in 15 the first 20 have one."""
 
 CLASSES = ("plain", "causal", *ALONE, "varlen", "seqlens_kv")
 """Kinds of calls: without features, causal, causal with one feature, causal and packed, with lengths of keys."""
