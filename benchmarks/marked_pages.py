@@ -5,7 +5,8 @@ Contract: the rest of a page is left as it is; a page without its marks is an er
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -29,3 +30,19 @@ def print_prediction(script: str, lines: Iterable[str], *, publish: bool, page: 
     if publish:
         begin, end = f"<!-- predicted: benchmarks/{script} --publish -->", f"<!-- end of {script} -->"
         page.write_text(with_block(page.read_text(encoding="utf-8"), begin, "\n".join(table), end), encoding="utf-8")
+
+
+def predict_or_publish(
+    arguments: Sequence[str] | None, script: str, kernel: str, tables: Callable[[], Iterable[str]], tiles: Callable[[], Iterator[str]]
+) -> int:
+    """The command line of a script that predicts one kernel: its tables, with --publish into their page, too; or with --tiles what other tiles would do."""
+    parser = argparse.ArgumentParser(description=f"Predicted speed of {kernel}.")
+    parser.add_argument("--publish", action="store_true", help=f"write the tables to docs/{PERFORMANCE.name}")
+    parser.add_argument("--tiles", action="store_true", help="other tiles instead")
+    options = parser.parse_args(arguments)
+    if options.tiles:
+        for line in tiles():
+            print(line, flush=True)
+    else:
+        print_prediction(script, tables(), publish=options.publish)
+    return 0

@@ -9,7 +9,6 @@ Needs no GPU.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import sys
@@ -25,7 +24,7 @@ from cuflash.problem.tile import Tiles
 from cuflash.timing import prediction
 from cuflash.timing.machine import CARDS
 from cuflash.timing.prediction import KernelPrediction, Launch
-from marked_pages import print_prediction
+from marked_pages import predict_or_publish
 
 CARD = CARDS["sm_90"]
 SEQLENS = (2048, 4096, 8192, 16384)
@@ -121,16 +120,7 @@ def tile_lines() -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print or publish the tables."""
-    parser = argparse.ArgumentParser(description="Predicted speed of the wgmma backward kernel.")
-    parser.add_argument("--publish", action="store_true", help="write the table to docs/performance.md")
-    parser.add_argument("--tiles", action="store_true", help="other tiles instead")
-    options = parser.parse_args(arguments)
-    if options.tiles:
-        for line in tile_lines():
-            print(line, flush=True)
-        return 0
-    print_prediction(Path(__file__).name, speed_lines(), publish=options.publish)
-    return 0
+    return predict_or_publish(arguments, Path(__file__).name, "the wgmma backward kernel", speed_lines, tile_lines)
 
 
 if __name__ == "__main__":

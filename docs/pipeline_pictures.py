@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -249,11 +249,11 @@ def spans_of(issues: Sequence[Issue], run: Run) -> Iterator[Span]:
 def binned(spans: Sequence[Span], begin: float, end: float, bins: int) -> list[Span]:
     """The same in coarse steps: each shows what took most of it."""
     step = (end - begin) / bins
-    shares: list[Counter[str]] = [Counter() for _ in range(bins)]
+    shares: list[defaultdict[str, float]] = [defaultdict(float) for _ in range(bins)]
     for start, stop, label in spans:
         for index in range(max(0, int((start - begin) / step)), min(bins, int((stop - begin) / step) + 1)):
             low = begin + index * step
-            shares[index][label] += max(0.0, min(stop, low + step) - max(start, low))  # type: ignore[assignment]
+            shares[index][label] += max(0.0, min(stop, low + step) - max(start, low))
     merged: list[Span] = []
     for index, share in enumerate(shares):
         label = max(share, key=lambda name: share[name]) if share else REST

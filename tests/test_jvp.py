@@ -331,6 +331,8 @@ def test_plans(simulator: Target) -> None:
     assert "tangents of attention" in str(plan)
     with pytest.raises(OptionError, match="jvp: got True with backward=True"):
         cuflash.plan(*inputs, jvp=True, backward=True)
+    with pytest.raises(OptionError, match="need_attn_mask_grad.*Leave it out: a mask has no tangent"):
+        cuflash.plan(*inputs, jvp=True, need_attn_mask_grad=True)
 
 
 def test_a_call_that_may_not_compile_names_the_way_out(simulator: Target, cold_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:

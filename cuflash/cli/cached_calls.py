@@ -141,7 +141,7 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
         "--cache", action="store_true", help="keys and values lie in a cache, with room for --seqlen-kv keys of each sequence"
     )
     group.add_argument("--page-size", type=positive, metavar="N", help="keys of a page (default: no pages, a row for each sequence)")
-    group.add_argument("--kv-dtype", choices=(*DTYPES, E4M3), help="element type of the cache (default: that of the query)")
+    group.add_argument("--kv-dtype", choices=("float16", "bfloat16", E4M3), help="element type of the cache (default: that of the query)")
     group.add_argument(
         "--num-splits", type=positive, metavar="N", help="blocks that share out keys (default: as many as are predicted to be fastest)"
     )

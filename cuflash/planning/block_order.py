@@ -57,7 +57,7 @@ def _walked_bytes(case: KernelCase, problem: Problem, pairs: int) -> int:
     """What the blocks of one head walk over: K and V of its keys, or Q and dO of all queries that share its keys. Of packed sequences, the mean."""
     width = problem.itemsize * sum(columns_of(name, case.head_dim, case.head_dim_v) for name in case.kernel.streamed)
     if case.kernel.owns_keys:
-        return problem.batch * problem.num_heads_q * problem.seqlen_q * width // max(1, pairs)
+        return problem.query_rows * width // max(1, pairs)
     return problem.seqlen_kv * width // (problem.num_sequences or 1)
 
 

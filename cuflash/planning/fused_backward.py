@@ -96,7 +96,7 @@ def _predicted(problem: Problem, device: Device, others: Sequence[KernelCase], o
     if not known or not all(predicted_backward.is_known(of.kernel, problem, device) for of in (case, *others)):
         return Choice(False, f"{own}; {case.kernel.name} can run too, but nothing is predicted of it here: {pin}")
     fused = tile_choice.default_tile(case, device)
-    needed, arrays = sums_bytes(problem, fused, case.head_dim), 4 * problem.itemsize * _rows(problem) * problem.head_dim
+    needed, arrays = sums_bytes(problem, fused, case.head_dim), 4 * problem.itemsize * problem.query_rows * problem.head_dim
     if needed > arrays:
         return Choice(
             False,
@@ -173,7 +173,3 @@ def sums_bytes(problem: Problem, tile: Tile, head_dim: int) -> int:
 def _slots(problem: Problem, tile: Tile) -> int:
     tiles = ceil(problem.seqlen_q / tile.tile_q)
     return problem.num_heads_q * (problem.batch * tiles if problem.num_sequences is None else tiles + problem.num_sequences)
-
-
-def _rows(problem: Problem) -> int:
-    return problem.batch * problem.num_heads_q * problem.seqlen_q

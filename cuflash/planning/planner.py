@@ -65,8 +65,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
     kernels: tuple[KernelPlan, ...] = ()
     choice = ""
     if not problem.is_empty:
-        tiled = backward_kernels(problem, device, tile) if backward else forward_kernels(problem, device, tile)
-        choice = _explain_backward(tiled, problem, device, tile) if backward else _explain_forward(tiled, problem, device, tile)
+        tiled, choice = (_explained_backward if backward else _explained_forward)(problem, device, tile)
         check_names(tile, tiled, choice)
         planned = [kernel for kernel in (tiled_kernel(spec, problem, device, tile) for spec in tiled) if kernel.num_blocks]
         if problem.features.kinds.lists_tiles:
@@ -106,14 +105,15 @@ def forward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tup
     return wgmma_forward.kernels(problem, device, tile)
 
 
-def _explain_forward(kernels: tuple[KernelSpec, ...], problem: Problem, device: Device, tile: Tiles) -> str:
-    """Which forward kernel runs, and why not another; nothing where there is no choice."""
+def _explained_forward(problem: Problem, device: Device, tile: Tiles) -> tuple[tuple[KernelSpec, ...], str]:
+    """The same, and why that kernel and not another; nothing where there is no choice."""
+    kernels = forward_kernels(problem, device, tile)
     if problem.of_tangents:
-        return ""
+        return kernels, ""
     words = [split_forward.explain(problem, device, tile)]
     if kernel_specs.FORWARD_SPLIT not in kernels:
         words.append(wgmma_forward.explain(problem, device, tile))
-    return "; ".join(filter(None, words))
+    return kernels, "; ".join(filter(None, words))
 
 
 def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tuple[KernelSpec, ...]:
@@ -122,15 +122,21 @@ def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tu
     All come from one kernel where that is asked for and possible (`wgmma_backward`), or faster (`fused_backward`). Otherwise dK and dV come from one kernel
     where the accumulators of both fit the registers and they are summed over the same heads and batches.
     """
-    kernels = [kernel_specs.BACKWARD_ROW_SUMS] if problem.features.kinds.additive_mask else []
+    return _explained_backward(problem, device, tile)[0]
+
+
+def _explained_backward(problem: Problem, device: Device, tile: Tiles) -> tuple[tuple[KernelSpec, ...], str]:
+    """The same, and why these and not others; nothing where there is no choice."""
+    words = [wgmma_backward.explain(problem, device, tile)]
     if wgmma_backward.is_taken(problem, device, tile):
-        kernels += [kernel_specs.BACKWARD_WGMMA]
-    elif backward_choice(problem, device, tile).is_fused:
-        kernels += [kernel_specs.BACKWARD_FUSED]
+        gradients: tuple[KernelSpec, ...] = (kernel_specs.BACKWARD_WGMMA,)
     else:
-        kernels += _kernels_of_their_own(problem, device)
-    kernels += [kernel_specs.BACKWARD_MASK] if problem.features.need_attn_mask_grad else []
-    return tuple(kernels)
+        choice = backward_choice(problem, device, tile)
+        gradients = (kernel_specs.BACKWARD_FUSED,) if choice.is_fused else _kernels_of_their_own(problem, device)
+        words.append(choice.why)
+    before = (kernel_specs.BACKWARD_ROW_SUMS,) if problem.features.kinds.additive_mask else ()
+    after = (kernel_specs.BACKWARD_MASK,) if problem.features.need_attn_mask_grad else ()
+    return (*before, *gradients, *after), "; ".join(filter(None, words))
 
 
 def backward_choice(problem: Problem, device: Device, tile: Tiles = None) -> fused_backward.Choice:
@@ -156,14 +162,6 @@ def other_way(problem: Problem, device: Device, *, backward: bool) -> dict[str, 
         other = kernel_specs.FORWARD if kernel_specs.FORWARD_SPLIT in forward_kernels(problem, device) else kernel_specs.FORWARD_SPLIT
     case = case_of(other, problem)
     return {other.name: split_forward.default_tile(problem, device) if other.splits_keys else tile_choice.default_tile(case, device)}
-
-
-def _explain_backward(kernels: tuple[KernelSpec, ...], problem: Problem, device: Device, tile: Tiles) -> str:
-    """Which kernels make the gradients, and why not others; nothing where there is no choice."""
-    words = [wgmma_backward.explain(problem, device, tile)]
-    if kernel_specs.BACKWARD_WGMMA not in kernels:
-        words.append(backward_choice(problem, device, tile).why)
-    return "; ".join(filter(None, words))
 
 
 def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, str]:
@@ -356,7 +354,7 @@ def _gradients(problem: Problem) -> tuple[Buffer, ...]:
 
 def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
     """What the kernels of a call hand on to each other."""
-    rows = problem.batch * problem.num_heads_q * problem.seqlen_q
+    rows = problem.query_rows
     buffers = (
         Buffer("row_statistics", (rows, kernel_cases.ROW_STATISTICS_BYTES // 4), "float32"),
         Buffer("log2_sums", (rows if problem.features.kinds.additive_mask else 0,), "float32"),

@@ -65,16 +65,6 @@ STEADY: dict[tuple[str, str, int], Steady] = {
     ("sm_86", "backward_dk", 256): Steady(1, 4.026, 4.026),
     ("sm_86", "backward_dq", 256): Steady(1, 3.938, 3.938),
     ("sm_86", "backward_fused", 256): Steady(1, 6.506, 6.506),
-    ("sm_89", "backward_dkdv", 64): Steady(1, 1.069, 1.069),
-    ("sm_89", "backward_dq", 64): Steady(4, 1.022, 0.759),
-    ("sm_89", "backward_fused", 64): Steady(1, 1.340, 1.340),
-    ("sm_89", "backward_dkdv", 128): Steady(1, 2.106, 2.106),
-    ("sm_89", "backward_dq", 128): Steady(1, 1.597, 1.597),
-    ("sm_89", "backward_fused", 128): Steady(1, 2.636, 2.636),
-    ("sm_89", "backward_dv", 256): Steady(1, 2.202, 2.202),
-    ("sm_89", "backward_dk", 256): Steady(1, 4.026, 4.026),
-    ("sm_89", "backward_dq", 256): Steady(1, 3.938, 3.938),
-    ("sm_89", "backward_fused", 256): Steady(1, 6.506, 6.506),
     ("sm_90", "backward_dkdv", 128): Steady(2, 0.921, 0.731),
     ("sm_90", "backward_dq", 128): Steady(2, 0.713, 0.525),
     ("sm_90", "backward_fused", 128): Steady(2, 1.141, 0.889),
@@ -94,6 +84,9 @@ STEADY: dict[tuple[str, str, int], Steady] = {
     ("sm_120", "backward_fused", 256): Steady(1, 6.501, 6.501),
 }
 """(architecture, kernel, head_dim) -> its loop; what benchmarks/predicted_tile_sweep.py --steady prints: float16, default tiles, the mean of full and causal."""
+STEADY |= {
+    ("sm_89", kernel, head_dim): steady for (arch, kernel, head_dim), steady in STEADY.items() if arch == "sm_86"
+}  # the same SM to the model
 
 TRAFFIC: dict[str, Traffic] = {
     "sm_80": Traffic(36.0, 12.0),
@@ -193,11 +186,7 @@ def _first_sm(grid: Grid, beside: float, blocks: int, sms: int, trip: Callable[[
 
 def conversion_clocks(problem: Problem, device: Device) -> float:
     """Of making dQ of float32 sums."""
-    return _rows(problem) * problem.head_dim * (4 + problem.itemsize) / TRAFFIC[device.arch].memory / device.num_sms
-
-
-def _rows(problem: Problem) -> int:
-    return problem.batch * problem.num_heads_q * problem.seqlen_q
+    return problem.query_rows * problem.head_dim * (4 + problem.itemsize) / TRAFFIC[device.arch].memory / device.num_sms
 
 
 def _least_bytes(case: KernelCase, problem: Problem) -> int:
@@ -208,5 +197,5 @@ def _least_bytes(case: KernelCase, problem: Problem) -> int:
     of_keys = sum(name in ("key", "value", "dK", "dV") for name in moved)
     keys = problem.key_shape[0] * problem.key_shape[1] * problem.key_shape[2]
     return problem.head_dim * (
-        _rows(problem) * (problem.itemsize * of_queries + 4 * len(kernel.added_up)) + problem.itemsize * keys * of_keys
+        problem.query_rows * (problem.itemsize * of_queries + 4 * len(kernel.added_up)) + problem.itemsize * keys * of_keys
     )

@@ -114,6 +114,11 @@ class Problem:
         return DTYPES[self.dtype]
 
     @property
+    def query_rows(self) -> int:
+        """Rows of all query heads: of lse, and of what backward kernels know of each."""
+        return self.batch * self.num_heads_q * self.seqlen_q
+
+    @property
     def kv_dtype(self) -> str:
         """Element type of key and value."""
         return self.cache.dtype if self.cache is not None and self.cache.dtype else self.dtype

@@ -91,7 +91,11 @@ def plan(operands: Operands, options: Options, backward: object = False, jvp: ob
     if of_gradients and of_tangents:
         raise OptionError("jvp", "True with backward=True", "one of the two", "Make two plans: gradients and tangents come from two calls.")
     if check_bool("need_attn_mask_grad", options.need_attn_mask_grad) and not of_gradients:
-        hint = "Pass backward=True too; the forward pass is the same with and without."
+        hint = (
+            "Leave it out: a mask has no tangent."
+            if of_tangents
+            else "Pass backward=True too; the forward pass is the same with and without."
+        )
         raise OptionError("need_attn_mask_grad", "True with backward=False", "backward=True with it", hint)
     arrays = borrowed(operands, options)
     problem = replace(make_problem(arrays, options), of_tangents=of_tangents)

@@ -394,7 +394,7 @@ def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocesso
 
 def _least_traffic(kernel: KernelPlan, problem: Problem) -> float:
     """Bytes of the operands and results of a kernel, each moved once."""
-    rows_q = problem.batch * problem.num_heads_q * problem.seqlen_q
+    rows_q = problem.query_rows
     rows_kv = problem.key_shape[0] * problem.num_heads_kv * problem.seqlen_kv
     width = problem.itemsize * (problem.head_dim + problem.head_dim_v)
     moved = (*kernel.spec.stationary, *kernel.spec.streamed, *kernel.spec.outputs)
@@ -425,10 +425,6 @@ def predict_traffic(kernel: KernelPlan, problem: Problem, card: Card) -> Launch:
     return Launch(kernel.name, 1e3 * seconds, None, kernel.num_blocks, 0, 1.0, 1.0)
 
 
-def _rows(problem: Problem) -> int:
-    return problem.batch * problem.num_heads_q * problem.seqlen_q
-
-
 def _listed_bytes(problem: Problem) -> int:
     """A boolean mask, and ids; the lists themselves are short."""
     mask = problem.features.attn_mask
@@ -438,13 +434,13 @@ def _listed_bytes(problem: Problem) -> int:
 
 _TRAFFIC: dict[KernelSpec, Callable[[Problem], int]] = {
     # reads the output and its gradient, writes eight bytes for each row
-    kernel_specs.BACKWARD_DELTA: lambda problem: _rows(problem) * (2 * problem.itemsize * problem.head_dim_v + 8),
+    kernel_specs.BACKWARD_DELTA: lambda problem: problem.query_rows * (2 * problem.itemsize * problem.head_dim_v + 8),
     # reads float32, writes dQ
-    kernel_specs.BACKWARD_DQ_CONVERT: lambda problem: _rows(problem) * (4 + problem.itemsize) * problem.head_dim,
+    kernel_specs.BACKWARD_DQ_CONVERT: lambda problem: problem.query_rows * (4 + problem.itemsize) * problem.head_dim,
     # where no row has huge scores: reads lse, writes the statistics' reference and log2 of the sum
-    kernel_specs.BACKWARD_ROW_SUMS: lambda problem: _rows(problem) * 12,
+    kernel_specs.BACKWARD_ROW_SUMS: lambda problem: problem.query_rows * 12,
     # reads lse and delta
-    kernel_specs.BACKWARD_SINKS: lambda problem: _rows(problem) * 8,
+    kernel_specs.BACKWARD_SINKS: lambda problem: problem.query_rows * 8,
     kernel_specs.VISIBLE_TILES: _listed_bytes,
 }
 """Bytes from and to memory of kernels that walk over no tiles, or seldom."""
