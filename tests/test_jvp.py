@@ -331,7 +331,7 @@ def test_plans(simulator: Target) -> None:
     assert "tangents of attention" in str(plan)
     with pytest.raises(OptionError, match="jvp: got True with backward=True"):
         cuflash.plan(*inputs, jvp=True, backward=True)
-    with pytest.raises(OptionError, match="need_attn_mask_grad.*Leave it out: a mask has no tangent"):
+    with pytest.raises(OptionError, match=r"need_attn_mask_grad.*Leave it out: a mask has no tangent"):
         cuflash.plan(*inputs, jvp=True, need_attn_mask_grad=True)
 
 
