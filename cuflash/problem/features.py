@@ -123,8 +123,17 @@ class FeatureSet:
         """What `struct Config` says of the features."""
         of_mask = None if self.attn_mask is None else self.attn_mask.removeprefix(BESIDE)
         element = {None: "NoMask", "bool": "uint8", "float32": "float"}.get(of_mask, of_mask)
-        flags = {flag.name.upper(): bool(getattr(self, flag.name)) for flag in fields(self) if flag.name != "attn_mask"}
-        return {"MaskElement": str(element), "PAIR_MASK": self.pair_mask, **flags}
+        return {
+            "MaskElement": str(element),
+            "PAIR_MASK": self.pair_mask,
+            "DROPOUT": bool(self.dropout),
+            "WINDOW": bool(self.window),
+            "SOFTCAP": bool(self.softcap),
+            "ALIBI": bool(self.alibi),
+            "SINKS": bool(self.sinks),
+            "SEGMENTS": bool(self.segments),
+            "PREFIX": bool(self.prefix),
+        }
 
 
 NO_FEATURES = FeatureSet()
