@@ -1,10 +1,10 @@
-"""What share of a GPU's bandwidth a step of generation is predicted to have, as the table of docs/performance.md.
+"""What share of a GPU's bandwidth a step of generation is predicted to have, and how long it takes, as the table of docs/performance.md.
 
     python benchmarks/decoding_shares.py
 
-Nothing is measured or compiled. Two models say it. That of splits (cuflash/planning/split_forward.py) counts waves, the beginning and end of blocks, and merging,
-with constants that others fitted to their kernel. The other counts the bytes that are on their way at a time, of which a latency of a microsecond needs as many
-as memory gives in it; it knows nothing of beginnings and ends.
+Nothing is measured. Two models say it. That of splits (cuflash/planning/split_forward.py), by which the number of splits is chosen, counts waves, the beginning and
+end of blocks, and merging, with constants that others fitted to their kernel. The timing model (cuflash/timing/splits.py) runs the machine code of the kernel's loop
+with keys from memory, and adds the kernels that append new keys and merge the splits.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from cuflash.cli.samples import Sample
 from cuflash.hardware import device
 from cuflash.planning import kernel_specs, split_forward
 from cuflash.planning.planner import make_plan
-from cuflash.timing import machine
+from cuflash.timing import machine, prediction
 
 ROOMS = (1024, 32768, 262144)
 PAIRS = (1, 4, 8, 32, 64, 128, 256)
-LATENCY = 1e-6
 HEAD_DIM, GROUP = 128, 4
 
 
 def row(arch: str, pairs: int) -> str:
-    """Of so many pairs of sequence and key head: splits and both shares for each room."""
+    """Of so many pairs of sequence and key head: for each room splits, share by the model of splits, share and time of all kernels by the timing model."""
     on, card = device.of_arch(arch, "gpu"), machine.CARDS[arch]
     cells = []
     for room in ROOMS:
@@ -33,10 +32,9 @@ def row(arch: str, pairs: int) -> str:
         assert sample.cache is not None
         plan = make_plan(sample.cache.problem(sample), on)
         kernel = next(kernel for kernel in plan.kernels if kernel.spec == kernel_specs.FORWARD_SPLIT)
-        traffic = split_forward.traffic(kernel, plan.problem, on)
-        at_a_time = min(kernel.num_blocks, traffic.resident * on.num_sms) / traffic.resident * traffic.bytes_in_flight
-        in_flight = min(1.0, at_a_time / (card.memory_bytes_per_second * LATENCY))
-        cells.append(f"{kernel.splits.number}: {split_forward.predicted_share(plan):.0%}, {in_flight:.0%}")
+        microseconds = 1e3 * prediction.predict_plan(plan, card, limits=False).milliseconds
+        share = 1e6 * split_forward.traffic(kernel, plan.problem, on).key_bytes / card.memory_bytes_per_second / microseconds
+        cells.append(f"{kernel.splits.number}: {split_forward.predicted_share(plan):.0%}, {share:.0%}, {microseconds:.1f} µs")
     return f"| {pairs} | " + " | ".join(cells) + " |"
 
 

@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cubin", nargs="+", type=Path, metavar="FILE", help="only the steady states of kernels that `inspect --save` wrote"
     )
     add_features(predict)
+    add_cache(predict)
     predict.set_defaults(run=_predict)
 
     profile = commands.add_parser("profile", help="what the kernels of a call do, line by line, counted by the simulator; needs no GPU")
@@ -271,10 +272,10 @@ def _predict(options: argparse.Namespace) -> int:
     arch = device.normalize_arch(options.arch)
     machine.multiprocessor(arch)
     sample = sample_of(options)
-    problem = samples.plan_of(sample, backward=options.backward).problem
+    problem = samples.problem_of(sample, backward=options.backward)
     tile = None if options.tile is None else cuflash.Tile(*options.tile)
     plan = planner.make_plan(problem, device.of_arch(arch, "gpu"), backward=options.backward, tile=tile)
-    data = sample.arguments() if problem.hides_by_data else {}
+    data = sample.arguments() if problem.hides_by_data and sample.cache is None else {}
     predicted = prediction.predict_plan(plan, machine.CARDS[arch], limits=not options.fast, data=data)
     print(json.dumps(report.to_json(predicted), indent=1) if options.json else "\n".join(report.lines(predicted)))
     return 0

@@ -19,7 +19,7 @@ from cuflash.hardware import device
 from cuflash.planning.argument_structs import LISTED_PARTS, MERGE_PART
 from cuflash.planning.kernel_plan import LaunchShape
 from cuflash.planning.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE
-from cuflash.planning.merge_kernels import merge_blocks, merge_kernel, row_lanes
+from cuflash.planning.merge_kernels import merge_blocks, merge_kernel, row_groups, row_lanes
 from cuflash.planning.planner import MAX_GRID
 from cuflash.problem.checks import cast_to, check_dtypes, check_same_kind
 from cuflash.problem.layout import CANONICAL, Layout, Shape4
@@ -302,7 +302,7 @@ class _Merge:
     def _prepare_kernels(self) -> None:
         batch, seqlen, heads, head_dim = self.shape
         self.spec = MERGE_ATTENTION_BACKWARD if self.is_backward else MERGE_ATTENTION
-        self.lanes = row_lanes(head_dim)
+        self.lanes, self.groups = row_lanes(head_dim), row_groups(self.spec, seqlen, head_dim, self.count)
         self.num_tiles = merge_blocks(self.spec, seqlen, head_dim)
         self.launch_shape = LaunchShape(self.num_tiles * heads * batch, 32 * self.spec.num_warps, 0)
         num_blocks = self.launch_shape.num_blocks
@@ -337,7 +337,14 @@ class _Merge:
 
     def _sizes(self) -> dict[str, Value]:
         _, seqlen, heads, head_dim = self.shape
-        return {"seqlen_q": seqlen, "num_heads": heads, "head_dim": head_dim, "num_tiles": self.num_tiles, "lanes": self.lanes}
+        return {
+            "seqlen_q": seqlen,
+            "num_heads": heads,
+            "head_dim": head_dim,
+            "num_tiles": self.num_tiles,
+            "lanes": self.lanes,
+            "groups": self.groups,
+        }
 
     def _groups(self, outs: _Parts, lses: _Parts) -> list[Values]:
         """`MergeParts` for each group of parts that fit it; parts of one array are one."""

@@ -33,7 +33,7 @@ struct MergeArguments {
   int64 stride_grad_outs, stride_grad_lses;  // from part to part
   int seqlen_q, num_heads, head_dim;
   int num_tiles;  // blocks of one (batch, head)
-  int lanes;  // neighbouring threads that share a row: a power of two, at most a warp
-  int reserved;
+  int lanes;  // neighbouring threads that share the columns of a row: a power of two, at most a warp
+  int groups;  // of so many lanes, which share out the parts of a row: a power of two, and 1 where there are more rows than threads; backward: 1
   MergeParts parts;
 };

@@ -6,25 +6,61 @@
 // the row NaN, and so does +inf.
 #include "tile/merge.cuh"
 
-extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) merge_attention(const __grid_constant__ MergeArguments arguments) {
-  const MergeParts& parts = arguments.parts;
-  const Row row(arguments);
-  if (!row.exists) return;
-  const Weights weights(parts, row);
-  if (row.lane == 0 && arguments.lse.data != nullptr) *row.of(arguments.lse) = weights.lse();
+constexpr int PARTS_AHEAD = 4;  // whose rows travel at a time
+constexpr float EMPTY = -1.0f;  // in the place of a weight, which is never negative
 
-  for (int column = row.lane * VECTOR; column < arguments.head_dim; column += row.lanes * VECTOR) {
-    float sum[VECTOR] = {};
-    for (int i = 0; i < parts.num_parts; ++i) {
-      const PartLse lse = PartRow::load_lse(parts, row, i);
-      if (lse.is_empty()) continue;
-      const PartRow part(parts, row, i);
-      const float weight = weights.of(lse);
-      float x[VECTOR];
-      load(x, part.out, part.stride_dim, part.vectorized, column, arguments.head_dim);
-#pragma unroll
-      for (int j = 0; j < VECTOR; ++j) sum[j] = __fmaf_rn(weight, x[j], sum[j]);
+// Adds the parts of the thread's group to columns of the row. Each lane finds the weight of one of `lanes` parts for the others.
+DEVICE void add_parts(float (&sum)[VECTOR], const MergeArguments& arguments, const Row& row, const Weights& weights, int column) {
+  const MergeParts& parts = arguments.parts;
+  const int num_parts = row.exists ? parts.num_parts : 0, first_lane = lane_index() - row.lane;
+  for (int before = 0; before < parts.num_parts; before += row.lanes * row.groups) {
+    const int base = before + row.group, own = base + row.lane * row.groups;
+    float own_weight = EMPTY;
+    if (own < num_parts) {
+      const PartLse lse = PartRow::load_lse(parts, row, own);
+      if (!lse.is_empty()) own_weight = weights.of(lse);
     }
-    store(sum, row.of(arguments.out), arguments.out.stride_dim, arguments.out.vectorized, column, arguments.head_dim);
+    for (int lane = 0; lane < row.lanes; lane += PARTS_AHEAD) {
+      float weight[PARTS_AHEAD], x[PARTS_AHEAD][VECTOR];
+#pragma unroll
+      for (int i = 0; i < PARTS_AHEAD; ++i) {
+        weight[i] = shfl(own_weight, first_lane + (lane + i) % row.lanes);
+        if (lane + i >= row.lanes) weight[i] = EMPTY;
+        if (weight[i] == EMPTY) continue;
+        const PartRow part(parts, row, base + (lane + i) * row.groups);
+        load(x[i], part.out, part.stride_dim, part.vectorized, column, arguments.head_dim);
+      }
+#pragma unroll
+      for (int i = 0; i < PARTS_AHEAD; ++i)
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j)
+          if (weight[i] != EMPTY) sum[j] = __fmaf_rn(weight[i], x[i][j], sum[j]);
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) merge_attention(const __grid_constant__ MergeArguments arguments) {
+  __shared__ float sums[NUM_THREADS][VECTOR];
+  const Row row(arguments);
+  const Weights weights(arguments.parts, row);
+  const bool writes = row.exists && row.group == 0;
+  if (writes && row.lane == 0 && arguments.lse.data != nullptr) *row.of(arguments.lse) = weights.lse();
+
+  const int step = row.lanes * VECTOR;
+  for (int first = 0; first < arguments.head_dim; first += step) {
+    const int column = first + row.lane * VECTOR;
+    float sum[VECTOR] = {};
+    add_parts(sum, arguments, row, weights, column);
+    if (row.groups > 1) {
+      if (first > 0) __syncthreads();  // those of the columns before have been read
+#pragma unroll
+      for (int j = 0; j < VECTOR; ++j) sums[threadIdx.x][j] = sum[j];
+      __syncthreads();
+      for (int i = 1; writes && i < row.groups; ++i)
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) sum[j] += sums[threadIdx.x + i * row.lanes][j];
+    }
+    if (writes && column < arguments.head_dim)
+      store(sum, row.of(arguments.out), arguments.out.stride_dim, arguments.out.vectorized, column, arguments.head_dim);
   }
 }

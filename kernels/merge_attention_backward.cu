@@ -25,12 +25,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) merge_attention_bac
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) delta = __fmaf_rn(dO[j], O[j], delta);
   }
-  delta = row.sum(delta);
+  delta = row.sum_of_lanes(delta);
 
-  Weights weights;
+  Weights weights(parts, row);
   if (row.exists) {
     if (arguments.grad_lse.data != nullptr) delta -= *row.of(arguments.grad_lse);
-    weights = Weights(parts, row);
     const float lse = *row.of(arguments.lse);
     if (is_of_more(lse, weights.lse())) weights = Weights(lse);
   }
@@ -55,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) merge_attention_bac
       }
       store(gradient, destination, arguments.grad_outs.stride_dim, arguments.grad_outs.vectorized, column, head_dim);
     }
-    dot = row.sum(dot);
+    dot = row.sum_of_lanes(dot);
     if (row.exists && row.lane == 0) row.of(arguments.grad_lses)[i * arguments.stride_grad_lses] = contributes ? weight * (dot - delta) : 0.0f;
   }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from cuflash.cli.samples import Sample
 from cuflash.hardware import device
 from cuflash.planning import split_forward
 from cuflash.planning.planner import make_plan
+from cuflash.timing import machine, splits
 
 CALL = ["--cache", "--batch", "3", "--seqlen", "2", "--seqlen-kv", "4000", "--heads", "12", "--heads-kv", "2", "--head-dim", "64"]
 
@@ -68,7 +70,7 @@ def test_the_command_compiles_them(tmp_path: Any, capsys: Any, monkeypatch: pyte
     ("arguments", "message"),
     [
         (["--page-size", "16"], "--page-size: got 16 without --cache"),
-        (["--cache", "--pass", "backward"], "--pass: got backward with --cache"),
+        (["--cache", "--pass", "backward"], "--cache: got it with the backward pass"),
         (["--cache", "--dropout", "0.5"], "--dropout: got it with --cache"),
         (["--cache", "--varlen"], "--varlen: got it with --cache"),
         (["--cache", "--kv-dtype", "bfloat16"], "key_cache: got bfloat16"),
@@ -90,8 +92,45 @@ def test_shares_grow_with_keys_and_stay_below_one() -> None:
     assert shares[2] > 0.85
 
 
-def test_predict_says_why_it_cannot_and_what_to_do(capsys: Any) -> None:
+def test_predict_knows_the_kernels_of_caches(capsys: Any) -> None:
     pytest.importorskip("cupy")
-    assert main(["predict", "--arch", "sm_80", "--fast", "--seqlen", "1", "--seqlen-kv", "8192", "--head-dim", "64"]) == 2
-    assert "query: got few queries, whose keys are shared out among blocks" in (said := capsys.readouterr().err)
-    assert "CUFLASH_DECODE=0" in said
+    call = [
+        "--arch",
+        "sm_90",
+        "--fast",
+        "--seqlen",
+        "1",
+        "--head-dim",
+        "128",
+        "--dtype",
+        "bfloat16",
+        "--heads",
+        "32",
+        "--heads-kv",
+        "8",
+        "--json",
+    ]
+    found = {}
+    for batch, room in ((1, 1024), (4, 262144)):
+        assert main(["predict", *call, "--cache", "--page-size", "64", "--batch", str(batch), "--seqlen-kv", str(room)]) == 0
+        found[room] = json.loads(capsys.readouterr().out)
+    assert [of["kernel"] for of in found[1024]["kernels"]] == ["cache_append", "forward_split", "merge_attention"]
+    assert 0.005 < found[1024]["predicted_milliseconds"] < 0.01
+    memory = 1e3 * 4 * 8 * 262144 * 512 / machine.CARDS["sm_90"].memory_bytes_per_second
+    assert memory <= found[262144]["predicted_milliseconds"] < memory / 0.85
+
+
+def test_a_cache_has_no_gradients_to_predict(capsys: Any) -> None:
+    assert main(["predict", "--cache", "--backward", "--seqlen", "1", "--seqlen-kv", "64"]) == 2
+    assert "--cache: got it with the backward pass" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [1, 7, 64, 256])
+def test_splits_walk_over_all_tiles(given: int) -> None:
+    on, cached = device.of_arch("sm_90", "gpu"), CachedCall(64, num_splits=given)
+    plan = make_plan(cached.problem(Sample(3, 1, 5000, 8, 2, 128, dtype="bfloat16", cache=cached)), on)
+    kernel = next(kernel for kernel in plan.kernels if kernel.spec.splits_keys)
+    trips = splits.trips_of_blocks(kernel, plan.problem)
+    assert len(trips) == kernel.num_blocks == 3 * 2 * given
+    assert sum(trips) == 3 * 2 * -(-5000 // kernel.tile.tile_kv)
+    assert max(trips) == math.ceil(math.ceil(5000 / kernel.tile.tile_kv) / given)

@@ -97,25 +97,21 @@ def explain(
         CuflashError: what the call itself raises.
     """
     from cuflash.cli import samples
-    from cuflash.errors import CuflashError, OptionError
+    from cuflash.errors import CuflashError
     from cuflash.planning import planner
     from cuflash.timing import machine, prediction
 
-    if sample.cache is not None and backward:
-        raise OptionError("--pass", "backward with --cache", "forward", "Caches have no gradients: leave one of both out.")
-    problem = samples.plan_of(sample, backward=backward).problem if sample.cache is None else sample.cache.problem(sample)
+    problem = samples.problem_of(sample, backward=backward)
     plan = planner.make_plan(problem, device, backward=backward, tile=tile)
     card, predicted, reason = machine.CARDS.get(device.arch), None, ""
     compiled = _compiled(plan)  # before the prediction compiles
     if not predict:
         reason = "not asked for"
-    elif sample.cache is not None:
-        reason = "the timing model does not know the kernels of caches"
     elif card is None:
         reason = f"the timing model knows {', '.join(machine.CARDS)}, and this is {device.arch}"
     else:
         try:
-            data = sample.arguments() if problem.hides_by_data else {}
+            data = sample.arguments() if problem.hides_by_data and sample.cache is None else {}
             predicted = prediction.predict_plan(plan, card, limits=limits, data=data)
         except CuflashError as error:
             reason = str(error).partition("\n")[0]

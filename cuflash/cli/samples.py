@@ -23,6 +23,7 @@ from cuflash.errors import OptionError
 from cuflash.planning.plan import Plan
 from cuflash.problem.layout import CANONICAL
 from cuflash.problem.options import check_layout
+from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tiles
 
 
@@ -155,6 +156,19 @@ def plan_of(sample: Sample, *, backward: bool = False, tile: Tiles = None) -> Pl
     options = sample.backward_options if backward else {}
     planned: Plan = sample.plan(**operands, **numpy_arguments(sample, 0), **options, backward=backward, tile=tile)
     return planned
+
+
+def problem_of(sample: Sample, *, backward: bool) -> Problem:
+    """What a pass is planned from, with a cache or without.
+
+    Raises:
+        CuflashError: what the call itself raises for these arguments; of the gradients of a call with a cache.
+    """
+    if sample.cache is None:
+        return plan_of(sample, backward=backward).problem
+    if backward:
+        raise OptionError("--cache", "it with the backward pass", "the forward pass", "Caches have no gradients: leave one of both out.")
+    return sample.cache.problem(sample)
 
 
 def stand_in(shape: tuple[int, ...], dtype: str) -> Any:

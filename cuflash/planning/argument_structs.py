@@ -220,5 +220,5 @@ MERGE_ARGUMENTS = _struct(
     "MergeArguments",
     ("out", TENSOR_VIEW), ("grad_out", TENSOR_VIEW), ("grad_outs", TENSOR_VIEW), ("lse", ROW_VIEW), ("grad_lse", ROW_VIEW), ("grad_lses", ROW_VIEW),
     ("stride_grad_outs", INT64), ("stride_grad_lses", INT64), ("seqlen_q", INT), ("num_heads", INT), ("head_dim", INT), ("num_tiles", INT), ("lanes", INT),
-    ("reserved", INT), ("parts", MERGE_PARTS),
+    ("groups", INT), ("parts", MERGE_PARTS),
 )  # fmt: skip

@@ -19,6 +19,14 @@ def row_lanes(head_dim: int) -> int:
     return next(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes >= min(ceil(head_dim / _VECTOR), 32))
 
 
+def row_groups(spec: KernelSpec, seqlen_q: int, head_dim: int, num_parts: int) -> int:
+    """Groups of such threads that share out the parts of a row: as many as a block has threads for, if one holds all rows of a (batch, head); a power of two."""
+    if spec.backward:
+        return 1
+    most = min(num_parts, 32 * spec.num_warps // row_lanes(head_dim) // max(1, seqlen_q))
+    return 1 << max(0, most.bit_length() - 1)
+
+
 def merge_blocks(spec: KernelSpec, seqlen_q: int, head_dim: int) -> int:
     """Blocks that the rows of one (batch, head) take."""
     return ceil(seqlen_q / (32 * spec.num_warps // row_lanes(head_dim)))

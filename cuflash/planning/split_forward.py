@@ -153,6 +153,11 @@ def row_tiles(problem: Problem, tile: Tile) -> int:
     return ceil(_grouped_rows(problem) / tile.tile_q)
 
 
+def key_tiles(problem: Problem, tile: Tile, skipped_keys: int = 0) -> int:
+    """Tiles of the longest sequence's keys that its queries see, but for so many keys."""
+    return max(1, ceil((_visible_keys(problem) - skipped_keys) / tile.tile_kv))
+
+
 def _grouped_rows(problem: Problem) -> int:
     """Of a key head in the longest sequence."""
     return problem.max_seqlen_q * problem.heads_per_kv
@@ -160,7 +165,7 @@ def _grouped_rows(problem: Problem) -> int:
 
 def splits_of(problem: Problem, tile: Tile, device: Device) -> Splits:
     """As the call says; or of fixed size where it wants the same bits in any batch; or as many as are fastest by a small model."""
-    tiles = max(1, ceil(_visible_keys(problem) / tile.tile_kv))
+    tiles = key_tiles(problem, tile)
     if problem.batch_invariant:
         of_split = max(1, INVARIANT_KEYS // tile.tile_kv)
         return Splits(max(1, ceil(problem.max_seqlen_kv / (of_split * tile.tile_kv))), of_split)
@@ -196,7 +201,7 @@ def predicted_cost(plan: Plan, skipped_keys: int = 0) -> float:
     if kernel is None:
         return 0.0
     blocks = row_tiles(problem, kernel.tile) * problem.num_heads_kv * problem.sequences
-    tiles = max(1, ceil((_visible_keys(problem) - skipped_keys) / kernel.tile.tile_kv))
+    tiles = key_tiles(problem, kernel.tile, skipped_keys)
     resident = tile_model.blocks_per_sm(kernel.case, kernel.tile, device) * device.num_sms
     return _cost(blocks, tiles, resident, fastest_split(blocks, tiles, resident))
 
@@ -209,7 +214,7 @@ def predicted_share(plan: Plan) -> float | None:
     if kernel is None:
         return None
     blocks = row_tiles(problem, kernel.tile) * problem.num_heads_kv * problem.sequences
-    tiles = max(1, ceil(_visible_keys(problem) / kernel.tile.tile_kv))
+    tiles = key_tiles(problem, kernel.tile)
     resident = tile_model.blocks_per_sm(kernel.case, kernel.tile, device) * device.num_sms
     return blocks * tiles / resident / _cost(blocks, tiles, resident, kernel.splits.number)
 

@@ -14,7 +14,7 @@ from cuflash.arrays.borrowing import Array, pointer
 from cuflash.arrays.frameworks import BFloat16Bits, Framework
 from cuflash.planning.kernel_plan import Buffer, LaunchShape
 from cuflash.planning.kernel_specs import MERGE_ATTENTION, PARTS
-from cuflash.planning.merge_kernels import row_lanes
+from cuflash.planning.merge_kernels import row_groups, row_lanes
 from cuflash.planning.plan import Plan
 from cuflash.problem import sequences
 from cuflash.problem.features import Features
@@ -243,7 +243,7 @@ class PreparedForward(PreparedCall):
         }
         strides = {"stride_part_out": batch * heads * stride_head, "stride_part_lse": batch * heads * seqlen * floats}
         return {
-            "seqlen_q": seqlen, "num_heads": heads, "lanes": row_lanes(head_dim),
+            "seqlen_q": seqlen, "num_heads": heads, "lanes": row_lanes(head_dim), "groups": row_groups(MERGE_ATTENTION, seqlen, head_dim, count),
             "parts": {**strides, "num_parts": count, "one_array": True, "listed": [part]},
         }  # fmt: skip
 

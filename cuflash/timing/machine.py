@@ -188,6 +188,8 @@ class Card:
         num_sms: of them.
         clock_ghz: under these kernels.
         memory_bytes_per_second: what a copy reaches.
+        memory_latency: seconds until a copy from memory is there while others come from there, too.
+        kernel_start: seconds from the end of a kernel to the first blocks of the next one in its stream.
         block_start: clocks from a block's place becoming free to the first instruction of the next block that has its arguments.
         power: how the clock falls under matrix products; None where that is not known.
     """
@@ -197,6 +199,8 @@ class Card:
     num_sms: int
     clock_ghz: float
     memory_bytes_per_second: float
+    memory_latency: float = 1e-6  # [A]
+    kernel_start: float = 1e-6  # [A]
     block_start: float = 600.0  # [A] about two trips to L2
     power: PowerLimit | None = None
 

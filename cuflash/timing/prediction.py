@@ -10,9 +10,8 @@ the arrays of the call (`visits.py`). Kernels that walk over no tiles, such as `
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 from cuflash.errors import UnsupportedError
 from cuflash.hardware import device, occupancy
@@ -23,9 +22,9 @@ from cuflash.planning import kernel_specs
 from cuflash.planning.block_order import in_order
 from cuflash.planning.kernel_cases import KernelCase, multiply_adds
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.planning.plan import Plan
 from cuflash.problem.problem import Problem
+from cuflash.timing import splits, traffic
 from cuflash.timing.control_flow import Trace, is_matrix, steady_trace, tile_loop
 from cuflash.timing.description import Description
 from cuflash.timing.grid import grid_clocks
@@ -53,6 +52,7 @@ class KernelPrediction:
         busy: share of the time for which each resource is busy, by name.
         speedups: how many times faster it would be without a limit, by the limit's name; empty if that was not asked for.
         roles: the operations, for those who go on with them; first those of the warps that compute.
+        l2_bytes: per clock and SM, which "l2" is a share of.
         between_tiles: clocks that a tile of queries takes beside its trips, of a block that stays; None where blocks do not.
         idle_cost: of such a block, what a trip in which a warpgroup has nothing to do costs, as a part of one in which all have.
     """
@@ -65,6 +65,7 @@ class KernelPrediction:
     busy: Mapping[str, float]
     speedups: Mapping[str, float]
     roles: tuple[Role, ...]
+    l2_bytes: float
     between_tiles: float | None = None
     idle_cost: float = 0.0
 
@@ -129,7 +130,7 @@ def predict_kernel(
         of_single = _roles(function, single, description, machine)
         between = max(0.0, steady_clocks_of_roles(of_single, machine, blocks=blocks, in_turn=in_turn) - clocks)
     return KernelPrediction(
-        description, blocks, len(roles[0].trace), traces[0].num_matrix, clocks, busy, speedups, roles, between, idle_cost
+        description, blocks, len(roles[0].trace), traces[0].num_matrix, clocks, busy, speedups, roles, machine.l2_bytes, between, idle_cost
     )
 
 
@@ -268,6 +269,13 @@ def predict_plan(plan: Plan, card: Card, *, limits: bool = True, data: Data = NO
 
 
 def _predict_launch(kernel: KernelPlan, plan: Plan, card: Card, limits: bool, data: Data, in_turn: bool) -> Launch:
+    if kernel.spec.splits_keys:
+        return _predict_split(kernel, plan, card, limits)
+    if kernel.spec == kernel_specs.MERGE_ATTENTION:
+        number = next(of.splits.number for of in plan.kernels if of.spec.splits_keys)
+        return _short_launch(kernel, card, splits.clocks_of_merge(kernel, plan.problem, multiprocessor(card.arch), card, number))
+    if kernel.spec == kernel_specs.CACHE_APPEND:
+        return _short_launch(kernel, card, splits.clocks_of_append(kernel, plan.problem, multiprocessor(card.arch), card))
     if not kernel.spec.is_tiled or kernel.spec == kernel_specs.BACKWARD_ROW_SUMS:
         return predict_traffic(kernel, plan.problem, card)
     described, function = compiled(kernel, plan.device, causal=plan.problem.is_causal)
@@ -276,6 +284,45 @@ def _predict_launch(kernel: KernelPlan, plan: Plan, card: Card, limits: bool, da
     apart = lists or len(predicted.roles) > 1
     masked = predict_kernel(function, described, limits=False, masked=True, in_turn=in_turn, staying=False) if apart else None
     return lay_out(predicted, kernel, plan.problem, card, data=data, masked=masked)
+
+
+def _predict_split(kernel: KernelPlan, plan: Plan, card: Card, limits: bool) -> Launch:
+    """Keys of a full cache, from memory (`splits.py`)."""
+    problem = plan.problem
+    described, function = compiled(kernel, plan.device, causal=problem.is_causal)
+    resident = resident_blocks(described)
+    together = min(kernel.num_blocks, resident * card.num_sms)
+    machines = [splits.memory_machine(multiprocessor(card.arch), card, blocks, together) for blocks in range(1, resident + 1)]
+    predicted = _sustained(predict_kernel(function, described, limits=limits, machine=machines[-1]))
+    trip_clocks = [steady_clocks_of_roles(predicted.roles, machine, blocks=blocks) for blocks, machine in enumerate(machines[:-1], 1)]
+    trips, overhead = splits.trips_of_blocks(kernel, problem), splits.block_overhead(kernel, problem, machines[0], card)
+    clocks = grid_clocks(
+        trips, num_sms=card.num_sms, trip_clocks=[*trip_clocks, predicted.clocks], overhead=overhead, empty=card.block_start
+    )
+    ideal = sum(trips) * predicted.clocks / predicted.blocks / card.num_sms
+    even = ideal + overhead * sum(map(bool, trips)) / predicted.blocks / card.num_sms
+    seconds = card.kernel_start + clocks / (card.clock_ghz * 1e9)
+    return Launch(
+        kernel.name, 1e3 * seconds, predicted, kernel.num_blocks, sum(trips), min(1.0, ideal / clocks), min(1.0, even / clocks), clock_ghz=card.clock_ghz,
+        memory_binds=predicted.binds == "l2",
+    )  # fmt: skip
+
+
+def _sustained(predicted: KernelPrediction) -> KernelPrediction:
+    """The same where no resource does more than it can: within few trips copies from memory may have begun that have not ended."""
+    most = max(1.0, *predicted.busy.values())
+    return replace(predicted, clocks=predicted.clocks * most, busy={name: share / most for name, share in predicted.busy.items()})
+
+
+def _short_launch(kernel: KernelPlan, card: Card, clocks: float) -> Launch:
+    """A kernel whose begin and end are most of it."""
+    return Launch(kernel.name, 1e3 * (card.kernel_start + clocks / (card.clock_ghz * 1e9)), None, kernel.num_blocks, 0, 1.0, 1.0)
+
+
+def _trip_clocks(predicted: KernelPrediction, machine: Multiprocessor) -> list[float]:
+    """Of an SM for one trip of each of its blocks, with 1, 2, … of them: between one block and all of them, as many clocks more for each."""
+    alone = steady_clocks_of_roles(predicted.roles, machine, blocks=1) if predicted.blocks > 1 else predicted.clocks
+    return [alone + (predicted.clocks - alone) * index / max(1, predicted.blocks - 1) for index in range(predicted.blocks)]
 
 
 def compiled(kernel: KernelPlan, on: Device, *, causal: bool) -> tuple[Description, Function]:
@@ -331,10 +378,6 @@ def lay_out(
     cost = 1.0 if masked is None else masked.clocks / predicted.clocks
     weighed = {of: of.full + cost * of.partial + predicted.idle_cost * of.idle for of in {of for head in visits for of in head}}
     machine = machine or multiprocessor(predicted.description.arch)
-    alone = steady_clocks_of_roles(predicted.roles, machine, blocks=1) if predicted.blocks > 1 else predicted.clocks
-    trip_clocks = [
-        alone + (predicted.clocks - alone) * index / max(1, predicted.blocks - 1) for index in range(predicted.blocks)
-    ]  # between one block and all of them, as many clocks more for each
     stays = predicted.between_tiles is not None
     overhead = predicted.between_tiles if predicted.between_tiles is not None else _block_overhead(kernel, problem, machine, card)
     empty = card.block_start if not stays else 0.0
@@ -343,7 +386,7 @@ def lay_out(
     trips = [weighed[of] for of in launched]
     if kernel.spec.added_up:
         _wait_for_each_other(trips, together=card.num_sms * predicted.blocks, section=section, tiles=len(visits[0]))
-    clocks = grid_clocks(trips, num_sms=card.num_sms, trip_clocks=trip_clocks, overhead=overhead, empty=empty)
+    clocks = grid_clocks(trips, num_sms=card.num_sms, trip_clocks=_trip_clocks(predicted, machine), overhead=overhead, empty=empty)
     if stays:  # each once
         clocks += _block_overhead(kernel, problem, machine, card)
     counted = Counter(of for head in visits for of in head)
@@ -352,7 +395,7 @@ def lay_out(
     ideal = (total + (cost - 1) * partial) * predicted.clocks / predicted.blocks / card.num_sms
     even = ideal + (working * overhead + (tiles - working) * empty) / predicted.blocks / card.num_sms
     clock_ghz = card.clock_under(_share_of_peak(predicted, machine) * ideal / clocks)
-    seconds, of_traffic = clocks / (clock_ghz * 1e9), _least_traffic(kernel, problem) / card.memory_bytes_per_second
+    seconds, of_traffic = clocks / (clock_ghz * 1e9), traffic.least_bytes(kernel, problem) / card.memory_bytes_per_second
     return Launch(
         kernel.name,
         1e3 * max(seconds, of_traffic),
@@ -392,55 +435,11 @@ def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocesso
     return card.block_start + machine.copy_latency + (first + stored) / machine.l2_bytes
 
 
-def _least_traffic(kernel: KernelPlan, problem: Problem) -> float:
-    """Bytes of the operands and results of a kernel, each moved once."""
-    rows_q = problem.query_rows
-    rows_kv = problem.key_shape[0] * problem.num_heads_kv * problem.seqlen_kv
-    width = problem.itemsize * (problem.head_dim + problem.head_dim_v)
-    moved = (*kernel.spec.stationary, *kernel.spec.streamed, *kernel.spec.outputs)
-    of_queries = sum(name in ("query", "query_dot", "grad_out", "O", "O_dot", "dQ") for name in moved)
-    sums = 4 * problem.head_dim * rows_q if kernel.spec.added_up else 0
-    return width / 2 * (of_queries * rows_q + (len(moved) - of_queries) * rows_kv) + sums
-
-
 def predict_traffic(kernel: KernelPlan, problem: Problem, card: Card) -> Launch:
     """A kernel that takes the time of what it reads and writes.
 
     Raises:
         UnsupportedError: nothing is known of it.
     """
-    if kernel.spec is kernel_specs.MERGE_ATTENTION:
-        hint = (
-            "`python -m cuflash explain` says what the model of splits expects; CUFLASH_DECODE=0 predicts the kernel made for many queries."
-        )
-        raise UnsupportedError(
-            "query", "few queries, whose keys are shared out among blocks", "a call whose blocks walk over all keys", hint
-        )
-    if kernel.spec not in _TRAFFIC:
-        hint = "Leave out the features that need it."
-        raise UnsupportedError(
-            "features", f"a call with the kernel {kernel.name}", "kernels that walk over tiles or whose traffic is known", hint
-        )
-    seconds = _TRAFFIC[kernel.spec](problem) / card.memory_bytes_per_second
+    seconds = traffic.bytes_of(kernel, problem) / card.memory_bytes_per_second
     return Launch(kernel.name, 1e3 * seconds, None, kernel.num_blocks, 0, 1.0, 1.0)
-
-
-def _listed_bytes(problem: Problem) -> int:
-    """A boolean mask, and ids; the lists themselves are short."""
-    mask = problem.features.attn_mask
-    ids = 4 * problem.batch * (problem.seqlen_q + problem.seqlen_kv) if problem.features.kinds.segments else 0
-    return ids + (prod(mask.extents) if mask is not None and problem.features.kinds.attn_mask == "bool" else 0)
-
-
-_TRAFFIC: dict[KernelSpec, Callable[[Problem], int]] = {
-    # reads the output and its gradient, writes eight bytes for each row
-    kernel_specs.BACKWARD_DELTA: lambda problem: problem.query_rows * (2 * problem.itemsize * problem.head_dim_v + 8),
-    # reads float32, writes dQ
-    kernel_specs.BACKWARD_DQ_CONVERT: lambda problem: problem.query_rows * (4 + problem.itemsize) * problem.head_dim,
-    # where no row has huge scores: reads lse, writes the statistics' reference and log2 of the sum
-    kernel_specs.BACKWARD_ROW_SUMS: lambda problem: problem.query_rows * 12,
-    # reads lse and delta
-    kernel_specs.BACKWARD_SINKS: lambda problem: problem.query_rows * 8,
-    kernel_specs.VISIBLE_TILES: _listed_bytes,
-}
-"""Bytes from and to memory of kernels that walk over no tiles, or seldom."""

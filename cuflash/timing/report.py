@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cuflash.planning.kernel_cases import head_dims
-from cuflash.timing.machine import CARDS, multiprocessor
+from cuflash.planning.kernel_specs import TILED_KERNELS
+from cuflash.timing.machine import CARDS
 from cuflash.timing.prediction import KernelPrediction, Launch, Prediction
 
 
@@ -40,12 +41,12 @@ def lines(prediction: Prediction) -> list[str]:
 
 def kernel_lines(predicted: KernelPrediction) -> list[str]:
     """The steady state of one kernel in words."""
-    machine = multiprocessor(predicted.description.arch)
+    where = "memory" if TILED_KERNELS[predicted.description.kernel].splits_keys else "L2"
     busy = sorted(predicted.busy.items(), key=lambda item: -item[1])
     text = [
         f"    steady state  {predicted.matrix_share:.3f} of the matrix rate: {predicted.clocks:.0f} clocks for one tile of each of {_blocks(predicted.blocks)} per SM",
         f"    warp          {predicted.instructions} instructions per tile, {predicted.matrix} of them matrix products",
-        f"    busy          {', '.join(f'{name} {share:.2f}' for name, share in busy if share >= 0.005)} (L2 at {machine.l2_bytes:g} bytes per clock)",
+        f"    busy          {', '.join(f'{name} {share:.2f}' for name, share in busy if share >= 0.005)} ({where} at {predicted.l2_bytes:.3g} bytes per clock)",
     ]
     if predicted.between_tiles is not None:
         text.append(f"    blocks stay   a tile of queries takes {predicted.between_tiles:.0f} clocks beside its trips")

@@ -1,6 +1,7 @@
 // What the two kernels that merge attention over disjoint sets of keys share: rows, their parts, and the sum over the lses of a row.
 //
-// Neighbouring threads, `lanes` of them, share a row and take VECTOR columns of it in turn.
+// Neighbouring threads, `lanes` of them, share a row and take VECTOR columns of it in turn. Where rows are few, as of a step of generation, several
+// such groups share a row, and each has some of its parts: what they wait for is not bandwidth but the trips to memory that depend on each other.
 #pragma once
 #include "merge_arguments.cuh"
 #include "ptx/math.cuh"
@@ -18,24 +19,55 @@ constexpr int NUM_THREADS = Config::NUM_WARPS * WARP_SIZE;
 
 struct Row {
   int batch, head, query;
-  int lane, lanes;
+  int lane, lanes, group, groups;
   bool exists;
 
-  DEVICE explicit Row(const MergeArguments& arguments) : lanes(arguments.lanes) {
+  DEVICE explicit Row(const MergeArguments& arguments) : lanes(arguments.lanes), groups(arguments.groups) {
     const Work work = work_of_block(arguments.num_tiles, arguments.num_heads);
+    const int threads = lanes * groups;
     batch = work.batch;
     head = work.head;
-    query = work.tile * (NUM_THREADS / lanes) + int(threadIdx.x) / lanes;
+    query = work.tile * (NUM_THREADS / threads) + int(threadIdx.x) / threads;
     lane = int(threadIdx.x) % lanes;
+    group = int(threadIdx.x) % threads / lanes;
     exists = query < arguments.seqlen_q;
   }
 
   DEVICE float* of(const RowView& view) const { return view.pointer(batch, head, query); }
   DEVICE Element* of(const TensorView& view) const { return view.row_pointer<Element>(batch, head) + query * view.stride_seqlen; }
 
-  // The sum over the lanes of the row, for all of them. Every thread of the warp takes part.
-  DEVICE float sum(float x) const {
+  // Over the lanes of the thread's group, for all of them. Every thread of the warp takes part.
+  DEVICE float sum_of_lanes(float x) const {
     for (int lane_mask = lanes / 2; lane_mask > 0; lane_mask /= 2) x += shfl_xor(x, lane_mask);
+    return x;
+  }
+  DEVICE float max_of_lanes(float x) const {
+    for (int lane_mask = lanes / 2; lane_mask > 0; lane_mask /= 2) x = fmaxf(x, shfl_xor(x, lane_mask));
+    return x;
+  }
+
+  // One number of each group of the row, behind a barrier of the block, which there is none of where a row has one group: the number of group `i` is
+  // `numbers[first_thread() + i * lanes]`.
+  DEVICE void publish(float (&numbers)[NUM_THREADS], float x) const {
+    if (lane == 0) numbers[threadIdx.x] = x;
+    __syncthreads();
+  }
+  DEVICE int first_thread() const { return int(threadIdx.x) / (lanes * groups) * (lanes * groups); }
+
+  // Over all of the row's threads, for all of them; `numbers` is not used again.
+  DEVICE float sum(float x, float (&numbers)[NUM_THREADS]) const {
+    x = sum_of_lanes(x);
+    if (groups == 1) return x;
+    publish(numbers, x);
+    x = 0.0f;
+    for (int i = 0; i < groups; ++i) x += numbers[first_thread() + i * lanes];
+    return x;
+  }
+  DEVICE float max(float x, float (&numbers)[NUM_THREADS]) const {
+    x = max_of_lanes(x);
+    if (groups == 1) return x;
+    publish(numbers, x);
+    for (int i = 0; i < groups; ++i) x = fmaxf(x, numbers[first_thread() + i * lanes]);
     return x;
   }
 };
@@ -77,23 +109,29 @@ struct PartRow {
 };
 
 // exp(lse - lse of all parts) of a row's parts, from their largest reference and the sum of exp(lse - it): differences of huge numbers are exact. The
-// LSE of parts that are splits is what their softmax would make of it, bit by bit.
+// LSE of parts that are splits is what their softmax would make of it, bit by bit. The threads of a row share out its parts; those of a row that does
+// not exist come along.
 struct Weights {
   float reference = 0.0f;  // 0 where all parts are empty
   float sum = 0.0f;  // 0 there
   float log2_sum = -infinity();  // -inf there
 
-  DEVICE Weights() {}
   DEVICE explicit Weights(float lse) : reference(lse), sum(1.0f), log2_sum(0.0f) {}
 
   DEVICE Weights(const MergeParts& parts, const Row& row) {
+    __shared__ float largest_of_groups[NUM_THREADS], sums_of_groups[NUM_THREADS];
+    const int first = row.lane * row.groups + row.group, step = row.lanes * row.groups, num_parts = row.exists ? parts.num_parts : 0;
     float largest = -infinity();
-    for (int i = 0; i < parts.num_parts; ++i) largest = fmaxf(largest, PartRow::load_lse(parts, row, i).reference);
+#pragma unroll 1
+    for (int i = first; i < num_parts; i += step) largest = fmaxf(largest, PartRow::load_lse(parts, row, i).reference);
+    largest = row.max(largest, largest_of_groups);
     reference = largest == -infinity() ? 0.0f : largest;
-    for (int i = 0; i < parts.num_parts; ++i) {
+#pragma unroll 1
+    for (int i = first; i < num_parts; i += step) {
       const PartLse part = PartRow::load_lse(parts, row, i);
       sum += above(part) * part.sum;
     }
+    sum = row.sum(sum, sums_of_groups);
     log2_sum = lg2(sum);
   }
 

@@ -1,0 +1,64 @@
+"""What a step of generation takes: keys that are shared out among blocks come from memory, once, and the kernels beside are short.
+
+`memory_machine` is an SM whose copies come from memory in the place of L2. `trips_of_blocks` says how many key tiles each block of `forward_split` walks over,
+`block_overhead` what it takes beside them. `clocks_of_merge` and `clocks_of_append` are the kernels behind and before it, which walk over no tiles.
+
+Caches are taken to be full, and to lie in memory: between two steps a model reads its weights. Nothing here was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cuflash.planning import split_forward
+from cuflash.planning.kernel_plan import KernelPlan
+from cuflash.problem.problem import Problem
+from cuflash.timing.machine import SHARED_BYTES_PER_CLOCK, Card, Multiprocessor
+
+_FLOAT = 4
+_PART_STATE = 2 * _FLOAT  # reference and sum of a row in a part
+_LOOKUPS = 2  # of a block before its first copy, one behind the other: its sequence's length, and the page of its first key
+_MERGE_TRIPS = 3  # of a row, one behind the other: the states for the largest, the states for the sum, and the rows
+
+
+def memory_machine(machine: Multiprocessor, card: Card, blocks: int, together: int) -> Multiprocessor:
+    """An SM with so many blocks of `together` on the whole card, where copies come from memory: each block gets as much of its bandwidth as any other, but an SM no
+    more than L2 hands on."""
+    of_memory = card.memory_bytes_per_second / (card.clock_ghz * 1e9) * blocks / max(1, together)
+    return replace(machine, copy_latency=card.memory_latency * card.clock_ghz * 1e9, l2_bytes=min(machine.l2_bytes, of_memory))
+
+
+def trips_of_blocks(kernel: KernelPlan, problem: Problem) -> list[int]:
+    """Key tiles of each block, in the order of launch: those of the first split come first."""
+    tiles = split_forward.key_tiles(problem, kernel.tile)
+    of_split = kernel.splits.tiles or -(-tiles // kernel.splits.number)
+    blocks = split_forward.row_tiles(problem, kernel.tile) * problem.num_heads_kv * problem.sequences
+    return [max(0, min(of_split, tiles - split * of_split)) for split in range(kernel.splits.number) for _ in range(blocks)]
+
+
+def block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card) -> float:
+    """Clocks of a block beside its trips: it starts, looks up where its keys are, waits for the first of them, merges its warps' O in shared memory, and writes.
+
+    `machine` is that of `memory_machine`.
+    """
+    tile, columns = kernel.tile, problem.head_dim_v
+    of_warps = tile.num_warps * tile.tile_q * columns * _FLOAT
+    stored = tile.tile_q * (columns * _FLOAT + _PART_STATE if kernel.splits.number > 1 else columns * problem.itemsize)
+    merged = 2 * of_warps / SHARED_BYTES_PER_CLOCK + 2 * (machine.barrier_latency + machine.barrier_arrival * tile.num_warps)
+    return card.block_start + _LOOKUPS * machine.global_latency + machine.copy_latency + merged + stored / machine.l2_bytes
+
+
+def clocks_of_merge(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card, splits: int) -> float:
+    """Of the kernel that merges the parts, which L2 still has. `machine` is that of the architecture."""
+    rows = problem.query_rows
+    moved = rows * (splits * (problem.head_dim_v * _FLOAT + 2 * _PART_STATE) + problem.head_dim_v * problem.itemsize)
+    at_a_time = min(card.num_sms, kernel.num_blocks)
+    return card.block_start + _MERGE_TRIPS * machine.global_latency + moved / (at_a_time * machine.l2_bytes)
+
+
+def clocks_of_append(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card) -> float:
+    """Of the kernel that writes new keys and values into the cache. `machine` is that of the architecture."""
+    rows = problem.batch * problem.num_heads_kv * problem.seqlen_q
+    moved = rows * (problem.head_dim + problem.head_dim_v) * (problem.itemsize + problem.kv_itemsize)
+    at_a_time = min(card.num_sms, kernel.num_blocks)
+    return card.block_start + _LOOKUPS * machine.global_latency + moved / (at_a_time * machine.l2_bytes)
