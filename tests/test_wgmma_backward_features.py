@@ -23,12 +23,9 @@ from cuflash.simulator.options import configure
 
 pytest.importorskip("cupy")
 
-HIDDEN_BY_DATA = ("boolean_mask", "segments")
-TAKEN = [name for name in FEATURES if name not in HIDDEN_BY_DATA]
-
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("feature", TAKEN)
+@pytest.mark.parametrize("feature", FEATURES)
 def test_features(feature: str) -> None:
     on = Target("sm_90")
     checked(on, *featured(on, "float16" if len(feature) % 2 else "bfloat16", 64), backward_tile=SHORT, **FEATURES[feature])
@@ -39,14 +36,6 @@ def test_prefixes_of_batches_that_share_keys() -> None:
     on = Target("sm_90")
     inputs = inputs_of(on, (40, 300), batches=(2, 1))
     checked(on, *inputs, is_causal=True, prefix_lengths=int32(on, [10, 250]), backward_tile=SHORT)
-
-
-@pytest.mark.parametrize("feature", HIDDEN_BY_DATA)
-def test_what_is_hidden_by_data_is_done_by_others(feature: str) -> None:
-    on = Target("sm_90")
-    plan = cuflash.plan(*featured(on, "bfloat16", 64), enable_gqa=True, backward=True, **FEATURES[feature])
-    assert NAME not in names(plan)
-    assert "not backward_wgmma.cu: it walks over no lists of visible tiles" in plan.choice
 
 
 @pytest.mark.sample(1)

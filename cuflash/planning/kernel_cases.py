@@ -193,7 +193,7 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
         buffers = _WGMMA_DS_BUFFERS if case.kernel.maps_tensors else len(case.kernel.scores)
         exchange += buffers * case.smem_itemsize(device) * tile.tile_q * tile.tile_kv
     if case.kernel.added_up and case.kernel.maps_tensors:
-        exchange += (2 * tile.num_stages + 9) * _MBARRIER_BYTES
+        exchange += (2 * tile.num_stages + 9) * _MBARRIER_BYTES + tile.num_stages * _LIST_ENTRY_BYTES * case.features.lists_tiles
     elif case.kernel.maps_tensors:
         of_queries, of_keys = _TILE_WORK_BYTES + 2 * _MBARRIER_BYTES, _LIST_ENTRY_BYTES + 4 * _MBARRIER_BYTES
         exchange += stationary_stages * of_queries + tile.num_stages * of_keys + _MBARRIER_BYTES

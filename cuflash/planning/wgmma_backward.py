@@ -38,8 +38,6 @@ def why_not(problem: Problem, device: Device) -> str | None:
         return lacking
     if not problem.same_groups:
         return "key and value have gradients of different batches or heads"
-    if case.features.lists_tiles:
-        return "it walks over no lists of visible tiles, which a boolean mask and segments need"
     if problem.seqlens_kv and problem.key_shape[0] != problem.batch:
         return "keys that batches share have one length there"
     if not tile_choice.legal_tiles_for(case, device):
