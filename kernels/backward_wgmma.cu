@@ -104,6 +104,33 @@ DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const Work& work, 
   cp_async_wait_group<0>();  // PTX does not say what becomes of the copies of a thread that has ended, and of the arrivals behind them
 }
 
+// Copies what a mask and segments need of each tile, beside those that `copy_all` asks for. One warp. Of lists only tiles with a hidden pair need it.
+DEVICE void copy_masks(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+  Ring<NUM_STAGES> ring = shared.ring();
+  auto say_copied = [&] {
+    mbarrier_arrive_behind_copies(ring.full());
+    __syncwarp();
+    mbarrier_arrive_if(lane_index() == 0, ring.full());  // behind what lanes have stored themselves
+    ring.advance();
+  };
+  for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& steps) {
+    for_each_tile(arguments, work, batch, head, visibility, steps, [&](int tile, int, bool is_partial) {
+      ring.wait_empty();
+      const StagedMask staged(shared.mask(ring.stage));
+      const int first_q = tile * TILE_Q, first_kv = work.tile * TILE_KV;
+      if (SEGMENTS && is_partial) staged.copy_ids(arguments.features, batch, first_q, first_kv, geometry);
+      if (ADDITIVE_MASK || (BOOLEAN_MASK && is_partial)) staged.copy(arguments.features.attn_mask, batch, head, first_q, first_kv, geometry);
+      say_copied();
+    });
+    if (TILE_LISTS && steps.begin < steps.end) {  // the end of the list
+      ring.wait_empty();
+      say_copied();
+    }
+  });
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
+}
+
 // body(turn, place) for each tile to which the block adds: the tile's turn, and the block's place among those that add to it. With lists a whole warp.
 template <typename Body>
 DEVICE void for_each_turn(const BackwardWgmmaArguments& arguments, const Work& work, const Body& body) {
@@ -188,7 +215,6 @@ class WarpgroupKeys {
   struct Member {
     const int batch, head;
     const StatisticsView view;
-    const Geometry& geometry;
     const Visibility& visibility;
     const ScoreModifier modifier;
     const int first_key;  // of the warp
@@ -199,7 +225,6 @@ class WarpgroupKeys {
         : batch(batch),
           head(head),
           view(arguments, batch, head, Starts(arguments, batch).q, geometry.seqlen_q),
-          geometry(geometry),
           visibility(visibility),
           modifier(geometry, arguments.features, batch, head),
           first_key(first_key),
@@ -228,6 +253,8 @@ class WarpgroupKeys {
   const uint64 K_descriptor, V_descriptor;
   int buffer = 0;  // of dS
 
+  DEVICE int warp_key() const { return warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup(); }  // of the block's
+
   template <bool IS_MASKED>
   DEVICE void walk_down(const Member& member, int& tile, int begin) {
 #pragma unroll 1
@@ -249,11 +276,16 @@ class WarpgroupKeys {
     wgmma_wait<1>();
     pin(P[0]);
     ScoreDerivative<1, S_TILES> derivative;
-    member.modifier.apply<true>(P, derivative, member.first_key, first_q);
+    member.modifier.apply_all_but_mask<true>(P, derivative, member.first_key, first_q);
+    const StagedMask staged(shared.mask(ring.stage));
+    if constexpr (ADDITIVE_MASK) staged.add(P, warp_key());
     statistics.to_probabilities(P, member.modifier.signed_factor());
     if constexpr (TILE_LISTS) {
-      if (listed.is_partial())
-        hide<true>(P, 0.0f, member.geometry, member.visibility, first_q, work.tile * TILE_KV, member.first_key - work.tile * TILE_KV, true);
+      if (listed.is_partial()) {
+        hide_pairs(P, member, first_q);
+        if constexpr (SEGMENTS) staged.hide_by_ids(P, warp_key());
+        if constexpr (BOOLEAN_MASK) staged.hide_by_mask(P, warp_key());
+      }
     } else if constexpr (IS_MASKED) {
       hide_pairs(P, member, first_q);
     }
@@ -414,7 +446,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
   extern __shared__ __align__(SLAB_ALIGNMENT) uint8 memory[];
   const SharedMemory shared{smem_address(memory)};
   if (threadIdx.x == 0) {
-    shared.ring().init(WARPGROUPS, 1 + WARP_SIZE);
+    shared.ring().init(WARPGROUPS, (StagedMask::USED ? 2 : 1) * (1 + WARP_SIZE));
     mbarrier_init(shared.keys_landed(), 1);
     shared.turns().init(1);
 #pragma unroll
@@ -437,6 +469,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
     const bool takes_part = TILE_LISTS || lane_index() == 0;
     if (warp == 1 && takes_part) wait_for_turns(arguments, work, shared);
     if (warp == 2 && takes_part) pass_turns_on(arguments, work, shared);
+    if (StagedMask::USED && warp == 3) copy_masks(arguments, work, shared);
   } else {
     take_registers<COMPUTING_REGISTERS>();
     compute(arguments, work, shared);

@@ -8,6 +8,7 @@
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
 #include "tile/slab_tile.cuh"
+#include "tile/staged_mask.cuh"
 #include "tile/visibility.cuh"
 #include "tile/visible_tiles.cuh"
 
@@ -26,12 +27,12 @@ constexpr bool OWNS_SLAB = WarpgroupK::SLABS >= 2, SHARES_SLAB = WarpgroupK::SLA
 constexpr int OWN_TILES = OWNS_SLAB ? S_TILES : 1, SHARED_TILES = SHARES_SLAB ? S_TILES / WARPGROUPS : 1;
 
 constexpr int LISTED_TILE_BYTES = TILE_LISTS ? 8 : 0;  // of which `ListedTile` takes 4: mbarriers lie behind them
-constexpr int STAGE_BYTES = RingQ::BYTES + RingO::BYTES + StatisticsOfColumns::BYTES + LISTED_TILE_BYTES;
+constexpr int STAGE_BYTES = RingQ::BYTES + RingO::BYTES + StagedMask::BYTES + StatisticsOfColumns::BYTES + LISTED_TILE_BYTES;
 constexpr int DS_BUFFERS = 2;
 constexpr int TURNS = 2;  // that are waited for ahead of the one at which the block adds
 constexpr bool CUTS_KEYS = RAGGED || CAUSAL || WINDOW;  // there may be keys in memory that no query sees
 
-// setmaxnreg: 384 threads begin with 168 registers each (tile/wgmma_block.cuh).
+// setmaxnreg: 384 threads begin with 168 registers each (tile/wgmma_block.cuh). Whoever copies masks or walks over lists needs more of them.
 constexpr int COPYING_REGISTERS = 24;
 constexpr int COMPUTING_REGISTERS = 240;
 static_assert(COPYING_REGISTERS + WARPGROUPS * COMPUTING_REGISTERS <= (1 + WARPGROUPS) * 168, "more registers than the block began with");
@@ -52,7 +53,8 @@ struct SharedMemory {
   DEVICE SmemAddress Q(int stage) const { return V(WARPGROUPS) + stage * RingQ::BYTES; }
   DEVICE SmemAddress dO(int stage) const { return Q(NUM_STAGES) + stage * RingO::BYTES; }
   DEVICE SmemAddress dS(int buffer) const { return dO(NUM_STAGES) + buffer * GradScores::BYTES; }
-  DEVICE SmemAddress statistics(int stage) const { return dS(DS_BUFFERS) + stage * StatisticsOfColumns::BYTES; }
+  DEVICE SmemAddress mask(int stage) const { return dS(DS_BUFFERS) + stage * StagedMask::BYTES; }
+  DEVICE SmemAddress statistics(int stage) const { return mask(NUM_STAGES) + stage * StatisticsOfColumns::BYTES; }
   DEVICE SmemAddress listed_tile(int stage) const { return statistics(NUM_STAGES) + stage * LISTED_TILE_BYTES; }
   DEVICE Ring<NUM_STAGES> ring() const { return Ring<NUM_STAGES>(listed_tile(NUM_STAGES)); }
   // Full: it is the block's turn to add; empty: that has been passed on.
@@ -101,19 +103,13 @@ DEVICE void for_each_tile(const BackwardWgmmaArguments& arguments, const Work& w
   if constexpr (TILE_LISTS) {
     const int num_tiles = ceil_div(arguments.geometry.seqlen_q, TILE_Q);
     const int* entries = places_of_tiles(arguments.features, batch, head, arguments.geometry.num_tiles, work.tile, num_tiles);
-    auto read = [&](int end) {
-      const int tile = end - 1 - lane_index();
-      return tile >= steps.begin ? entries[tile] : NOTHING_VISIBLE;
-    };
-    int next_entry = read(steps.end);
 #pragma unroll 1
-    for (int end = steps.end; end > steps.begin; end -= WARP_SIZE) {
-      const int entry = next_entry;
-      next_entry = read(end - WARP_SIZE);
+    for (int last = steps.end - 1; last >= steps.begin; last -= WARP_SIZE) {
+      const int own = last - lane_index(), entry = own >= steps.begin ? entries[own] : NOTHING_VISIBLE;
 #pragma unroll 1
       for (uint32 left = lanes_with(entry != NOTHING_VISIBLE); left != 0; left &= left - 1) {
         const int lane = __ffs(int(left)) - 1, listed = shfl(entry, lane);
-        body(end - 1 - lane, listed / 2, listed % 2 != 0);
+        body(last - lane, listed / 2, listed % 2 != 0);
       }
     }
   } else {
