@@ -107,24 +107,26 @@ DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const Work& work, 
 // Copies what a mask and segments need of each tile, beside those that `copy_all` asks for. One warp. Of lists only tiles with a hidden pair need it.
 DEVICE void copy_masks(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
   Ring<NUM_STAGES> ring = shared.ring();
-  auto say_copied = [&] {
-    mbarrier_arrive_behind_copies(ring.full());
-    __syncwarp();
-    mbarrier_arrive_if(lane_index() == 0, ring.full());  // behind what lanes have stored themselves
-    ring.advance();
-  };
   for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& steps) {
     for_each_tile(arguments, work, batch, head, visibility, steps, [&](int tile, int, bool is_partial) {
       ring.wait_empty();
       const StagedMask staged(shared.mask(ring.stage));
       const int first_q = tile * TILE_Q, first_kv = work.tile * TILE_KV;
       if (SEGMENTS && is_partial) staged.copy_ids(arguments.features, batch, first_q, first_kv, geometry);
-      if (ADDITIVE_MASK || (BOOLEAN_MASK && is_partial)) staged.copy(arguments.features.attn_mask, batch, head, first_q, first_kv, geometry);
-      say_copied();
+      const bool copies_mask = ADDITIVE_MASK || (BOOLEAN_MASK && is_partial);
+      if (!copies_mask || staged.copy(arguments.features.attn_mask, batch, head, first_q, first_kv, geometry)) {
+        mbarrier_arrive_behind_copies(ring.full());
+      } else {
+        cp_async_commit_group();
+        cp_async_wait_group<0>();
+        mbarrier_arrive(ring.full());
+      }
+      ring.advance();
     });
     if (TILE_LISTS && steps.begin < steps.end) {  // the end of the list
       ring.wait_empty();
-      say_copied();
+      mbarrier_arrive_behind_copies(ring.full());
+      ring.advance();
     }
   });
   cp_async_commit_group();
@@ -446,7 +448,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
   extern __shared__ __align__(SLAB_ALIGNMENT) uint8 memory[];
   const SharedMemory shared{smem_address(memory)};
   if (threadIdx.x == 0) {
-    shared.ring().init(WARPGROUPS, (StagedMask::USED ? 2 : 1) * (1 + WARP_SIZE));
+    shared.ring().init(WARPGROUPS, 1 + (StagedMask::USED ? 2 : 1) * WARP_SIZE);
     mbarrier_init(shared.keys_landed(), 1);
     shared.turns().init(1);
 #pragma unroll

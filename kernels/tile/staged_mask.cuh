@@ -27,15 +27,16 @@ class StagedMask {
 
   DEVICE explicit StagedMask(SmemAddress stage) : stage(stage) {}
 
-  // Copies the mask, or starts to. A whole warp. What lies behind the last query or key is 0.
-  DEVICE void copy(const MaskView& view, int batch, int head, int first_q, int first_kv, const Geometry& geometry) const {
+  // Copies the mask. A whole warp. What lies behind the last query or key is 0. True: copies are under way; false: lanes have stored it.
+  DEVICE bool copy(const MaskView& view, int batch, int head, int first_q, int first_kv, const Geometry& geometry) const {
     const auto* data = static_cast<const MaskElement*>(view.data) + batch * view.stride_batch + head * view.stride_head;
     const uint64 starts = reinterpret_cast<uint64>(data) | uint64(view.stride_query) * MASK_BYTES;
     if (view.stride_key == 1 && starts % 16 == 0) {
       copy_chunks(data, view.stride_query, first_q, first_kv, geometry);
-    } else {
-      copy_elements(data, view, first_q, first_kv, geometry);
+      return true;
     }
+    copy_elements(data, view, first_q, first_kv, geometry);
+    return false;
   }
 
   // Starts the copies of segment ids.
@@ -117,7 +118,7 @@ class StagedMask {
     const int first_row = lane_index() / CHUNKS, key = lane_index() % CHUNKS * CHUNK_KEYS, num_queries = geometry.seqlen_q - first_q;
     const int valid_bytes = min(max(geometry.seqlen_kv - first_kv - key, 0), CHUNK_KEYS) * MASK_BYTES;
     const auto* source = data + (first_row < num_queries ? first_q + first_row : 0) * stride_query + (valid_bytes > 0 ? first_kv + key : 0);
-#pragma unroll 2
+#pragma unroll 1
     for (int row = first_row; row < TILE_Q; row += ROWS) {
       cp_async<16>(true, address(row, key), source, row < num_queries ? valid_bytes : 0);
       if (row + ROWS < num_queries) source += ROWS * stride_query;
