@@ -146,7 +146,11 @@ def tile_lines() -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print or publish the tables."""
     return predict_or_publish(
-        arguments, Path(__file__).name, "the wgmma backward kernel", lambda: itertools.chain(speed_lines(), ("",), feature_lines()), tile_lines
+        arguments,
+        Path(__file__).name,
+        "the wgmma backward kernel",
+        lambda: itertools.chain(speed_lines(), ("",), feature_lines()),
+        tile_lines,
     )
 
 

@@ -133,7 +133,8 @@ DEVICE void copy_masks(const BackwardWgmmaArguments& arguments, const Work& work
   cp_async_wait_group<0>();
 }
 
-// body(turn, place) for each tile to which the block adds: the tile's turn, and the block's place among those that add to it. With lists a whole warp.
+// body(turn, place) for each tile to which the block adds: the tile's turn, and the block's place among those that add to it. With lists a whole
+// warp.
 template <typename Body>
 DEVICE void for_each_turn(const BackwardWgmmaArguments& arguments, const Work& work, const Body& body) {
   const int start = Starts(arguments, work.batch).q;

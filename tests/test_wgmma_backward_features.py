@@ -25,9 +25,9 @@ pytest.importorskip("cupy")
 
 
 def in_rows_of_16_bytes(mask: Any) -> Any:
-    """The same mask, each row of which starts on 16 bytes, with NaN or True between them."""
+    """The same mask, each row of which starts on 16 bytes, with ones between them."""
     padding = [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % 16)]
-    filled = numpy.pad(mask, padding, constant_values=True if mask.dtype == bool else numpy.asarray(0x7FFF, "uint16").view(mask.dtype) if mask.itemsize == 2 else numpy.nan)
+    filled = numpy.pad(mask, padding, constant_values=1)
     return filled[..., : mask.shape[-1]]
 
 
@@ -54,7 +54,11 @@ HIDING: dict[str, dict[str, Any]] = {
     "causal documents": {"segment_ids_q": IDS_Q, "segment_ids_kv": IDS_KV, "is_causal": True, "causal_alignment": "bottom_right"},
     "mask of each head": {"attn_mask": BLOCKS},
     "mask of all": {"attn_mask": BLOCKS[0, 0], "window": (300, 20)},
-    "additive mask of documents": {"attn_mask": numpy.linspace(-2, 2, 400, dtype=numpy.float16), "segment_ids_q": IDS_Q, "segment_ids_kv": IDS_KV},
+    "additive mask of documents": {
+        "attn_mask": numpy.linspace(-2, 2, 400, dtype=numpy.float16),
+        "segment_ids_q": IDS_Q,
+        "segment_ids_kv": IDS_KV,
+    },
     "nothing is visible": {"attn_mask": numpy.zeros(LENGTHS, bool)},
 }
 
@@ -215,7 +219,7 @@ def test_every_schedule_gives_the_same_bits(case: str, request: pytest.FixtureRe
         "dropout": {"dropout_p": 0.3, "dropout_seed": 5},
         "additive mask": {"attn_mask": numpy.linspace(-1, 1, 270, dtype=numpy.float32)},
         "documents": {"segment_ids_q": IDS_Q[:, :100], "segment_ids_kv": IDS_KV[:, :270], "is_causal": True},
-        "boolean mask": {"attn_mask": in_rows_of_16_bytes(BLOCKS[..., :100, :270])},
+        "boolean mask": {"attn_mask": in_rows_of_16_bytes(BLOCKS[:, :1, :100, :270])},
         "lengths": {"seqlens_kv": numpy.array([70, 250], "int32"), "is_causal": True},
     }.get(case, {})
     if case == "packed":

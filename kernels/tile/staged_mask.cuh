@@ -2,8 +2,8 @@
 // keys: a warp copies them ahead, and the others read them as they lie in their accumulators. Where rows start on 16 bytes they are copied in chunks
 // of that, else element by element.
 //
-// The mask lies in slabs of TILE_Q rows of 128 bytes, whose chunks are exchanged as chunk ^ (row % 8): the lanes of a warp, which have four queries and
-// eight keys, read from different banks. Ids lie behind it, those of the keys first.
+// The mask lies in slabs of TILE_Q rows of 128 bytes, whose chunks are exchanged as chunk ^ (row % 8): the lanes of a warp, which have four queries
+// and eight keys, read from different banks. Ids lie behind it, those of the keys first.
 #pragma once
 #include "arguments.cuh"
 #include "ptx/memory.cuh"
@@ -64,9 +64,8 @@ class StagedMask {
           }
       }
     } else {
-      for_each(S, first_key, [&](float& score, SmemAddress at) {
-        score = masked_score(score, mask_element(__float_as_uint(load_shared_f32(at)), MaskElement{}));
-      });
+      for_each(S, first_key,
+               [&](float& score, SmemAddress at) { score = masked_score(score, mask_element(__float_as_uint(load_shared_f32(at)), MaskElement{})); });
     }
   }
 
@@ -100,6 +99,7 @@ class StagedMask {
 
   template <int COUNT>
   DEVICE static void copy_ids(SmemAddress destination, const SequenceView& view, int batch, int first, int length) {
+#pragma unroll 1
     for (int i = lane_index(); i < COUNT; i += WARP_SIZE) {
       const bool is_there = first + i < length;
       const int* source = view.data + batch * view.stride_batch + (is_there ? first + i : 0) * view.stride_position;

@@ -7,8 +7,8 @@
 //
 // A step of a walk is the index of an entry. Without such masks nothing is listed, visible tiles are neighbours, and a step is the index of a tile.
 //
-// Where blocks own keys and add to tiles of queries in turn (tile/query_sums.cuh), a block has to know how many add to a tile before it. A table takes
-// the place of the lists then:
+// Where blocks own keys and add to tiles of queries in turn (tile/query_sums.cuh), a block has to know how many add to a tile before it. A table
+// takes the place of the lists then:
 //
 //     visible_tiles[list_batches][list_heads][tiles of keys][tiles of queries]: place * 2 + (1 if some pair of the two is hidden), or NOTHING_VISIBLE
 //

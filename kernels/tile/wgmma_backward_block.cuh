@@ -95,8 +95,8 @@ DEVICE int place_among_blocks(const Work& work, const Visibility& visibility, in
   return work.tile - visibility.first_key(tile * TILE_Q) / TILE_KV;
 }
 
-// body(tile, place, is_partial) for the tiles of queries of one of them, the last one first: how many blocks add to it before this one, and with lists
-// whether data hide some pair of it. With lists a whole warp calls, of which each lane reads one of 32 neighbouring entries.
+// body(tile, place, is_partial) for the tiles of queries of one of them, the last one first: how many blocks add to it before this one, and with
+// lists whether data hide some pair of it. With lists a whole warp calls, of which each lane reads one of 32 neighbouring entries.
 template <typename Body>
 DEVICE void for_each_tile(const BackwardWgmmaArguments& arguments, const Work& work, int batch, int head, const Visibility& visibility,
                           const Steps& steps, const Body& body) {
