@@ -4,7 +4,7 @@
     python benchmarks/predicted_hopper_backward.py --tiles            # other tiles
 
 bfloat16, 16384 tokens, 2048 features, H100 SXM. "in turn": the share if the tensor unit served warpgroups in turn. FlashAttention-3's figures are those of its paper (Shah et al. 2024, arXiv 2407.08608).
-Needs no GPU.
+Features: time of the steady state with the feature over that without; of a boolean mask and of segments, in tiles without and with a hidden pair. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from cuflash.cli.sample_features import SampleFeatures
 from cuflash.cli.samples import Sample, plan_of
 from cuflash.hardware import device
 from cuflash.planning import planner, tile_choice, wgmma_backward
@@ -25,6 +27,7 @@ from cuflash.timing import prediction
 from cuflash.timing.machine import CARDS
 from cuflash.timing.prediction import KernelPrediction, Launch
 from marked_pages import predict_or_publish
+from predicted_hopper import FEATURES
 
 CARD = CARDS["sm_90"]
 SEQLENS = (2048, 4096, 8192, 16384)
@@ -37,12 +40,13 @@ BIAS = {False: 0.88, True: 0.84}
 """Measured over predicted speed of the backward kernels that were tried on an H100, without and with a causal mask (docs/timing.md)."""
 
 
-def plan(head_dim: int, causal: bool, seqlen: int, tile: Tiles = None) -> Plan:
+def plan(head_dim: int, causal: bool, seqlen: int, tile: Tiles = None, features: SampleFeatures | None = None) -> Plan:
     """Of a call, on the wgmma kernel."""
     os.environ[wgmma_backward.VARIABLE] = "1"
     heads = 2048 // head_dim
     sample = Sample(16384 // seqlen, seqlen, seqlen, heads, heads, head_dim, dtype="bfloat16", is_causal=causal)
-    return planner.make_plan(plan_of(sample).problem, device.of_arch("sm_90", "gpu"), backward=True, tile=tile)
+    problem = plan_of(sample if features is None else replace(sample, features=features)).problem
+    return planner.make_plan(problem, device.of_arch("sm_90", "gpu"), backward=True, tile=tile)
 
 
 def kernel_of(of: Plan) -> KernelPlan:
@@ -105,6 +109,27 @@ def _ratio(expected: float, published: int | None) -> str:
     return f"{ratio:.2f}" if ratio >= GOAL else f"**{ratio:.2f}**"
 
 
+def feature_lines() -> Iterator[str]:
+    """The table of features; bold where a cost is above the goal."""
+    yield f"| feature | goal | {' | '.join(f'head_dim {head_dim}' for head_dim in HEAD_DIMS)} |"
+    yield "| --- " * (2 + len(HEAD_DIMS)) + "|"
+    plain = {head_dim: clocks_per_pair(head_dim, None, masked=False) for head_dim in HEAD_DIMS}
+    for name, (features, hides_pairs, goal) in FEATURES.items():
+        cells = []
+        for head_dim in HEAD_DIMS:
+            costs = [clocks_per_pair(head_dim, features, masked=masked) / plain[head_dim] for masked in (False, True)[: 1 + hides_pairs]]
+            cells.append(" / ".join(f"**{cost:.2f}**" if cost > goal + 0.005 else f"{cost:.2f}" for cost in costs))
+        yield f"| {name} | {goal:g} | {' | '.join(cells)} |"
+
+
+def clocks_per_pair(head_dim: int, features: SampleFeatures | None, *, masked: bool) -> float:
+    """Clocks of an SM for a pair of query and key in the steady state; `masked`: in tiles in which data hide some pair."""
+    of = plan(head_dim, False, 4096, features=features)
+    described, function = prediction.compiled(kernel_of(of), of.device, causal=False)
+    found, tile = prediction.predict_kernel(function, described, limits=False, masked=masked), kernel_of(of).tile
+    return found.clocks / found.blocks / (tile.tile_q * tile.tile_kv)
+
+
 def tile_lines() -> Iterator[str]:
     """Other tiles."""
     yield "| head_dim | causal | tile | matrix share | TFLOP/s at 2048 | at 16384 |"
@@ -120,7 +145,13 @@ def tile_lines() -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print or publish the tables."""
-    return predict_or_publish(arguments, Path(__file__).name, "the wgmma backward kernel", speed_lines, tile_lines)
+    return predict_or_publish(
+        arguments,
+        Path(__file__).name,
+        "the wgmma backward kernel",
+        lambda: itertools.chain(speed_lines(), ("",), feature_lines()),
+        tile_lines,
+    )
 
 
 if __name__ == "__main__":

@@ -58,16 +58,21 @@ DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const Work& work, 
   bool is_first = true;
   uint32 landed = 0;  // parity of the next phase of cut_landed
   const int start = Starts(arguments, work.batch).q;
-  for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility&, const Steps& steps) {
+  for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& steps) {
     const StatisticsView view(arguments, batch, head, start, geometry.seqlen_q);
-    for_each_tile(steps, [&](int tile) {
+    auto copy_keys_once = [&] {
       if (asks && is_first) copy_keys(arguments, work, shared, batch, head / (geometry.num_heads_q / geometry.num_heads_kv));
       is_first = false;
+    };
+    if (TILE_LISTS && steps.begin < steps.end) copy_keys_once();
+    for_each_tile(arguments, work, batch, head, visibility, steps, [&](int tile, int place, bool is_partial) {
+      if constexpr (!TILE_LISTS) copy_keys_once();
       ring.wait_empty();
       const int row = start + tile * TILE_Q, num_rows = geometry.seqlen_q - tile * TILE_Q;
       const bool is_cut = VARLEN && num_rows < TILE_Q;
       if (asks) {
         const SmemAddress full = is_cut ? shared.cut_landed() : ring.full();
+        if constexpr (TILE_LISTS) ListedTile::of(tile, place == 0, is_partial).store(shared.listed_tile(ring.stage));
         mbarrier_arrive_expect(full, RingQ::BYTES + RingO::BYTES);
         RingQ::load(shared.Q(ring.stage), arguments.query, row, head, batch, full);
         RingO::load(shared.dO(ring.stage), arguments.grad_out, row, head, batch, full);
@@ -85,38 +90,81 @@ DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const Work& work, 
       mbarrier_arrive_behind_copies(ring.full());
       ring.advance();
     });
+    if (TILE_LISTS && steps.begin < steps.end) {
+      ring.wait_empty();
+      if (asks) {
+        ListedTile{ListedTile::NONE}.store(shared.listed_tile(ring.stage));
+        mbarrier_arrive(ring.full());
+      }
+      mbarrier_arrive_behind_copies(ring.full());
+      ring.advance();
+    }
   });
   cp_async_commit_group();
   cp_async_wait_group<0>();  // PTX does not say what becomes of the copies of a thread that has ended, and of the arrivals behind them
 }
 
-// body(turn, place) for each tile to which the block adds: the tile's turn, and the block's place among those that add to it.
+// Copies what a mask and segments need of each tile, beside those that `copy_all` asks for. One warp. Of lists only tiles with a hidden pair need it.
+DEVICE void copy_masks(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+  Ring<NUM_STAGES> ring = shared.ring();
+  for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& steps) {
+    for_each_tile(arguments, work, batch, head, visibility, steps, [&](int tile, int, bool is_partial) {
+      ring.wait_empty();
+      const StagedMask staged(shared.mask(ring.stage));
+      const int first_q = tile * TILE_Q, first_kv = work.tile * TILE_KV;
+      if (SEGMENTS && is_partial) staged.copy_ids(arguments.features, batch, first_q, first_kv, geometry);
+      const bool copies_mask = ADDITIVE_MASK || (BOOLEAN_MASK && is_partial);
+      if (!copies_mask || staged.copy(arguments.features.attn_mask, batch, head, first_q, first_kv, geometry)) {
+        mbarrier_arrive_behind_copies(ring.full());
+      } else {
+        cp_async_commit_group();
+        cp_async_wait_group<0>();
+        mbarrier_arrive(ring.full());
+      }
+      ring.advance();
+    });
+    if (TILE_LISTS && steps.begin < steps.end) {  // the end of the list
+      ring.wait_empty();
+      mbarrier_arrive_behind_copies(ring.full());
+      ring.advance();
+    }
+  });
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
+}
+
+// body(turn, place) for each tile to which the block adds: the tile's turn, and the block's place among those that add to it. With lists a whole
+// warp.
 template <typename Body>
 DEVICE void for_each_turn(const BackwardWgmmaArguments& arguments, const Work& work, const Body& body) {
   const int start = Starts(arguments, work.batch).q;
   for_each_member(arguments, work, [&](int batch, int head, const Geometry&, const Visibility& visibility, const Steps& steps) {
     int* turns = arguments.turns + 1 + first_slot(arguments, batch, head, start);
-    for_each_tile(steps, [&](int tile) { body(turns + tile, place_among_blocks(work, visibility, tile)); });
+    for_each_tile(arguments, work, batch, head, visibility, steps, [&](int tile, int place, bool) { body(turns + tile, place); });
   });
 }
 
-// Waits for the block's turn to add to each tile, up to TURNS tiles ahead, and says so to the warpgroups. One thread.
+// Waits for the block's turn to add to each tile, up to TURNS tiles ahead, and says so to the warpgroups. One thread, with lists of a whole warp.
 DEVICE void wait_for_turns(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
   Ring<TURNS> ring = shared.turns();
   for_each_turn(arguments, work, [&](const int* turn, int place) {
-    ring.wait_empty();
-    wait_for_turn(turn, place);
-    mbarrier_arrive(ring.full());
+    if (!TILE_LISTS || lane_index() == 0) {
+      ring.wait_empty();
+      wait_for_turn(turn, place);
+      mbarrier_arrive(ring.full());
+    }
     ring.advance();
   });
 }
 
-// Passes each turn on when the warpgroups have added. One thread, lane 0 of warp 2.
+// Passes each turn on when the warpgroups have added. One thread, lane 0 of warp 2, with lists of the whole warp.
 DEVICE void pass_turns_on(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
   Ring<TURNS> ring = shared.turns();
   for_each_turn(arguments, work, [&](int* turn, int) {
-    ring.wait_at(shared.has_added());
-    pass_turn_on(turn);
+    if (!TILE_LISTS || lane_index() == 0) {
+      ring.wait_at(shared.has_added());
+      pass_turn_on(turn);
+    }
     ring.release(2);
   });
 }
@@ -150,6 +198,20 @@ class WarpgroupKeys {
       walk_down<false>(member, tile, max(unmasked_begin, steps.begin));
     }
     walk_down<true>(member, tile, steps.begin);
+  }
+
+  // The same over the tiles that the copying warp says.
+  DEVICE void walk_list(int batch, int head, const Geometry& geometry, const Visibility& visibility) {
+    const Member member(arguments, geometry, visibility, batch, head, work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
+#pragma unroll 1
+    while (true) {
+      ring.wait_full();
+      const auto listed = ListedTile::load(shared.listed_tile(ring.stage));
+      if (!listed.is_there()) break;
+      step<true>(member, listed.tile(), listed);
+    }
+    sync_warpgroup(COMPUTING_BARRIER + 1 + warpgroup);  // all warps have read it
+    ring.release(1);
   }
 
  private:
@@ -194,6 +256,8 @@ class WarpgroupKeys {
   const uint64 K_descriptor, V_descriptor;
   int buffer = 0;  // of dS
 
+  DEVICE int warp_key() const { return warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup(); }  // of the block's
+
   template <bool IS_MASKED>
   DEVICE void walk_down(const Member& member, int& tile, int begin) {
 #pragma unroll 1
@@ -201,9 +265,9 @@ class WarpgroupKeys {
   }
 
   template <bool IS_MASKED>
-  DEVICE void step(const Member& member, int tile) {
+  DEVICE void step(const Member& member, int tile, ListedTile listed = {}) {
     const int first_q = tile * TILE_Q;
-    ring.wait_full();
+    if constexpr (!TILE_LISTS) ring.wait_full();
     const uint64 Q_descriptor = RingQ::descriptor(shared.Q(ring.stage)), dO_descriptor = RingO::descriptor(shared.dO(ring.stage));
     float P[1][S_TILES][4], dS[1][S_TILES][4];  // scores, then probabilities; dP, then dS; rows are keys
     if constexpr (DROPOUT) pin(P[0]);  // else it is given what it held a step ago, behind the fence
@@ -215,9 +279,19 @@ class WarpgroupKeys {
     wgmma_wait<1>();
     pin(P[0]);
     ScoreDerivative<1, S_TILES> derivative;
-    member.modifier.apply<true>(P, derivative, member.first_key, first_q);
+    member.modifier.apply_all_but_mask<true>(P, derivative, member.first_key, first_q);
+    const StagedMask staged(shared.mask(ring.stage));
+    if constexpr (ADDITIVE_MASK) staged.add(P, warp_key());
     statistics.to_probabilities(P, member.modifier.signed_factor());
-    if constexpr (IS_MASKED) hide_pairs(P, member, first_q);
+    if constexpr (TILE_LISTS) {
+      if (listed.is_partial()) {
+        hide_pairs(P, member, first_q);
+        if constexpr (SEGMENTS) staged.hide_by_ids(P, warp_key());
+        if constexpr (BOOLEAN_MASK) staged.hide_by_mask(P, warp_key());
+      }
+    } else if constexpr (IS_MASKED) {
+      hide_pairs(P, member, first_q);
+    }
     uint32 P_operand[P_STEPS][4], dS_operand[P_STEPS][4];
     if constexpr (DROPOUT) {
       float kept_P[1][S_TILES][4];
@@ -248,7 +322,7 @@ class WarpgroupKeys {
     wgmma_wait<1>();
     if constexpr (OWNS_SLAB) pin(dQ.own[0]);
     if constexpr (SHARES_SLAB) pin(dQ.shared[0]);
-    add_query_gradients(dQ, member, tile);
+    add_query_gradients(dQ, member, tile, listed);
     wgmma_wait<0>();
     pin(dV[0]);
     pin(dK[0]);
@@ -298,9 +372,9 @@ class WarpgroupKeys {
   }
 
   // Adds them to the tile's sums, or stores them, when it is the block's turn.
-  DEVICE void add_query_gradients(const QueryGradients& dQ, const Member& member, int tile) {
+  DEVICE void add_query_gradients(const QueryGradients& dQ, const Member& member, int tile, ListedTile listed) {
     turns.wait_full();
-    const bool is_first = place_among_blocks(work, member.visibility, tile) == 0;
+    const bool is_first = TILE_LISTS ? listed.is_first() : place_among_blocks(work, member.visibility, tile) == 0;
     float* sums = member.sums + int64(tile) * SLOT_FLOATS;
     if constexpr (OWNS_SLAB) add_slab(sums, dQ.own[0], warpgroup, 0, is_first);
     if constexpr (SHARES_SLAB) add_slab(sums, dQ.shared[0], WarpgroupK::SLABS - 1, warpgroup * SHARED_TILES, is_first);
@@ -352,7 +426,11 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, c
       if constexpr (CUTS_KEYS) clear_hidden_keys(arguments, work, shared, warpgroup);
       has_keys = true;
     }
-    keys.walk(batch, head, geometry, visibility, steps);
+    if constexpr (TILE_LISTS) {
+      keys.walk_list(batch, head, geometry, visibility);
+    } else {
+      keys.walk(batch, head, geometry, visibility, steps);
+    }
   });
   sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);  // no product reads K and V any more
   const int warp_row = 16 * warp_of_warpgroup(), first_row = work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + warp_row;
@@ -371,7 +449,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
   extern __shared__ __align__(SLAB_ALIGNMENT) uint8 memory[];
   const SharedMemory shared{smem_address(memory)};
   if (threadIdx.x == 0) {
-    shared.ring().init(WARPGROUPS, 1 + WARP_SIZE);
+    shared.ring().init(WARPGROUPS, 1 + (StagedMask::USED ? 2 : 1) * WARP_SIZE);
     mbarrier_init(shared.keys_landed(), 1);
     shared.turns().init(1);
 #pragma unroll
@@ -391,8 +469,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
     give_registers<COPYING_REGISTERS>();
     const int warp = warp_of_warpgroup();
     if (warp == 0) copy_all(arguments, work, shared);
-    if (warp == 1 && lane_index() == 0) wait_for_turns(arguments, work, shared);
-    if (warp == 2 && lane_index() == 0) pass_turns_on(arguments, work, shared);
+    const bool takes_part = TILE_LISTS || lane_index() == 0;
+    if (warp == 1 && takes_part) wait_for_turns(arguments, work, shared);
+    if (warp == 2 && takes_part) pass_turns_on(arguments, work, shared);
+    if (StagedMask::USED && warp == 3) copy_masks(arguments, work, shared);
   } else {
     take_registers<COMPUTING_REGISTERS>();
     compute(arguments, work, shared);

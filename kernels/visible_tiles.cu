@@ -1,5 +1,6 @@
 // Which tiles of scores have any visible pair, and which of those have a masked one: lists in the format of tile/visible_tiles.cuh, for the tiles
-// that the blocks of the next kernel own. Those are tiles of queries, or with BY_KEYS of keys.
+// that the blocks of the next kernel own. Those are tiles of queries, or with BY_KEYS of keys. With PLACES it makes a table for a kernel whose blocks
+// add to tiles of queries in turn: each block has a tile of queries, and counts the tiles of keys that they see.
 //
 // One block makes one list. Its warps look at neighbouring tiles at the same time, and what they find is listed in the order of the tiles. Where
 // neither mask, segments, prefixes nor lengths differ between heads or batches, a list is shared by all of them.
@@ -18,7 +19,9 @@ constexpr int TILE_KV = Config::TILE_KV;
 constexpr bool BY_KEYS = Config::BY_KEYS;
 constexpr int NUM_WARPS = Config::NUM_WARPS;
 constexpr int NUM_THREADS = NUM_WARPS * WARP_SIZE;
-constexpr int NOTHING_VISIBLE = -1;  // in the place of an entry
+constexpr bool PLACES = Config::PLACES;
+
+static_assert(!PLACES || !BY_KEYS, "the tiles of keys of one tile of queries are counted by one block");
 
 struct Seen {  // of the pairs of a tile, as far as one lane has looked
   bool any = false, all = true;
@@ -152,7 +155,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) visible_tiles(const
   };
 
   extern __shared__ int found[];  // [NUM_WARPS]
-  int* list = visible_tiles_of(geometry, features, work.batch, work.head, work.tile, num_columns);
+  int* list = PLACES ? nullptr : visible_tiles_of(geometry, features, work.batch, work.head, work.tile, num_columns);
+  auto entry_of = [&](int column) -> int& {  // in the table
+    return places_of_tiles(features, work.batch, work.head, num_columns, column, geometry.num_tiles)[work.tile];
+  };
+  if constexpr (PLACES) {
+    for (int column = int(threadIdx.x); column < num_columns; column += NUM_THREADS)
+      if (column < begin || column >= end) entry_of(column) = NOTHING_VISIBLE;
+  }
   int count = 0;
 #pragma unroll 1
   for (int first = begin; first < end; first += NUM_WARPS) {
@@ -162,10 +172,16 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) visible_tiles(const
     __syncthreads();
     if (threadIdx.x == 0) {
 #pragma unroll
-      for (int warp = 0; warp < NUM_WARPS; ++warp)
-        if (found[warp] != NOTHING_VISIBLE) list[++count] = found[warp];
+      for (int warp = 0; warp < NUM_WARPS; ++warp) {
+        const bool is_visible = found[warp] != NOTHING_VISIBLE;
+        if constexpr (PLACES) {
+          if (first + warp < end) entry_of(first + warp) = is_visible ? count++ * 2 + found[warp] % 2 : NOTHING_VISIBLE;
+        } else {
+          if (is_visible) list[++count] = found[warp];
+        }
+      }
     }
     __syncthreads();
   }
-  if (threadIdx.x == 0) list[0] = count;
+  if (!PLACES && threadIdx.x == 0) list[0] = count;
 }

@@ -31,6 +31,8 @@ int __syncthreads_or(int);
 void __syncwarp(unsigned = ~0u);
 int __any_sync(unsigned, int);
 int __all_sync(unsigned, int);
+unsigned __ballot_sync(unsigned, int);
+int __ffs(int);
 template <typename T>
 T __shfl_sync(unsigned, T, int, int = 32);
 template <typename T>

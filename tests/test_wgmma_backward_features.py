@@ -23,15 +23,68 @@ from cuflash.simulator.options import configure
 
 pytest.importorskip("cupy")
 
-HIDDEN_BY_DATA = ("boolean_mask", "segments")
-TAKEN = [name for name in FEATURES if name not in HIDDEN_BY_DATA]
+
+def in_rows_of_16_bytes(mask: Any) -> Any:
+    """The same mask, each row of which starts on 16 bytes, with ones between them."""
+    padding = [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % 16)]
+    filled = numpy.pad(mask, padding, constant_values=1)
+    return filled[..., : mask.shape[-1]]
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("feature", TAKEN)
+@pytest.mark.parametrize("feature", FEATURES)
 def test_features(feature: str) -> None:
     on = Target("sm_90")
-    checked(on, *featured(on, "float16" if len(feature) % 2 else "bfloat16", 64), backward_tile=SHORT, **FEATURES[feature])
+    options = dict(FEATURES[feature])
+    if "attn_mask" in options:
+        options["attn_mask"] = in_rows_of_16_bytes(options["attn_mask"])
+    checked(on, *featured(on, "float16" if len(feature) % 2 else "bfloat16", 64), backward_tile=SHORT, **options)
+
+
+# --- Masks of data ------------------------------------------------------------------------------------------------------------------------
+
+LENGTHS = (150, 400)
+RNG = numpy.random.default_rng(3)
+IDS_Q = numpy.repeat(numpy.array([[5, 1, 2, 7, 3], [1, 1, 1, 4, 4]], numpy.int32), 30, axis=1)
+IDS_KV = numpy.repeat(numpy.array([[1, 6, 2, 3], [4, 8, 8, 1]], numpy.int32), 100, axis=1)
+"""Of two sequences: some queries and some keys have ids of nobody else, and tiles between others are hidden."""
+BLOCKS = numpy.kron(RNG.random((2, 2, 5, 4)) < 0.4, numpy.ones((30, 100))).astype(bool) & (RNG.random((2, 2, *LENGTHS)) < 0.9)
+HIDING: dict[str, dict[str, Any]] = {
+    "documents": {"segment_ids_q": IDS_Q, "segment_ids_kv": IDS_KV},
+    "causal documents": {"segment_ids_q": IDS_Q, "segment_ids_kv": IDS_KV, "is_causal": True, "causal_alignment": "bottom_right"},
+    "mask of each head": {"attn_mask": BLOCKS},
+    "mask of all": {"attn_mask": BLOCKS[0, 0], "window": (300, 20)},
+    "additive mask of documents": {
+        "attn_mask": numpy.linspace(-2, 2, 400, dtype=numpy.float16),
+        "segment_ids_q": IDS_Q,
+        "segment_ids_kv": IDS_KV,
+    },
+    "nothing is visible": {"attn_mask": numpy.zeros(LENGTHS, bool)},
+}
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("case", HIDING)
+def test_tiles_that_data_hide(case: str) -> None:
+    """A wrong place among the blocks that add to a tile of queries is a wrong sum, or a wait without end."""
+    on = Target("sm_90")
+    checked(on, *inputs_of(on, LENGTHS, heads=(2, 1), batches=(2, 2), dtype="bfloat16"), backward_tile=SHORT, **HIDING[case])
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("dtype", ["bool", "float16", "float32"])
+def test_masks_that_start_anywhere(dtype: str) -> None:
+    """Rows lie 16 bytes apart, but none starts there: they are copied element by element."""
+    on = Target("sm_90")
+    values = numpy.random.default_rng(4).standard_normal((70, 208))
+    mask = (values > 0 if dtype == "bool" else values.astype(dtype))[:, 1:191]
+    checked(on, *inputs_of(on, (70, 190)), attn_mask=mask, backward_tile=SHORT)
+
+
+def test_masks_whose_rows_lie_anywhere_are_for_others() -> None:
+    on = Target("sm_90")
+    plan = cuflash.plan(*inputs_of(on, (70, 190)), attn_mask=numpy.ones((70, 190), bool), backward=True)
+    assert "not backward_wgmma.cu: rows of attn_mask do not start 16 bytes apart" in plan.choice
 
 
 def test_prefixes_of_batches_that_share_keys() -> None:
@@ -39,14 +92,6 @@ def test_prefixes_of_batches_that_share_keys() -> None:
     on = Target("sm_90")
     inputs = inputs_of(on, (40, 300), batches=(2, 1))
     checked(on, *inputs, is_causal=True, prefix_lengths=int32(on, [10, 250]), backward_tile=SHORT)
-
-
-@pytest.mark.parametrize("feature", HIDDEN_BY_DATA)
-def test_what_is_hidden_by_data_is_done_by_others(feature: str) -> None:
-    on = Target("sm_90")
-    plan = cuflash.plan(*featured(on, "bfloat16", 64), enable_gqa=True, backward=True, **FEATURES[feature])
-    assert NAME not in names(plan)
-    assert "not backward_wgmma.cu: it walks over no lists of visible tiles" in plan.choice
 
 
 @pytest.mark.sample(1)
@@ -165,7 +210,7 @@ def test_senseless_offsets_end(senseless: list[int], monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("case", ["window", "dropout", "additive mask", "lengths", "packed"])
+@pytest.mark.parametrize("case", ["window", "dropout", "additive mask", "documents", "boolean mask", "lengths", "packed"])
 def test_every_schedule_gives_the_same_bits(case: str, request: pytest.FixtureRequest) -> None:
     seeds = range(100 if request.config.getoption("--exhaustive") else 4)
     on = Target("sm_90")
@@ -173,6 +218,8 @@ def test_every_schedule_gives_the_same_bits(case: str, request: pytest.FixtureRe
         "window": {"window": (70, 20)},
         "dropout": {"dropout_p": 0.3, "dropout_seed": 5},
         "additive mask": {"attn_mask": numpy.linspace(-1, 1, 270, dtype=numpy.float32)},
+        "documents": {"segment_ids_q": IDS_Q[:, :100], "segment_ids_kv": IDS_KV[:, :270], "is_causal": True},
+        "boolean mask": {"attn_mask": in_rows_of_16_bytes(BLOCKS[:, :1, :100, :270])},
         "lengths": {"seqlens_kv": numpy.array([70, 250], "int32"), "is_causal": True},
     }.get(case, {})
     if case == "packed":

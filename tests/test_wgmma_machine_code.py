@@ -63,9 +63,11 @@ def loops_of(function: Function) -> list[Function]:
     return [loop for loop in loops if not any(i.base == "EXIT" for i in loop)]
 
 
-def assert_as_meant(report: Report) -> None:
+def assert_as_meant(report: Report, spilled: int = 0) -> None:
+    """At most so many bytes are spilled."""
     resources = report.resources
-    assert (resources.spill_store_bytes, resources.spill_load_bytes, resources.stack_bytes) == (0, 0, 0), named(report)
+    assert resources.spill_store_bytes <= spilled, named(report)
+    assert spilled or resources.spill_load_bytes == resources.stack_bytes == 0, named(report)
     assert report.warnings == (), named(report)  # C7510 to C7519 among them
     assert resources.static_shared_bytes == 0
     assert resources.registers == 65536 // report.subject.num_threads // 8 * 8, (

@@ -193,7 +193,7 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
         buffers = _WGMMA_DS_BUFFERS if case.kernel.maps_tensors else len(case.kernel.scores)
         exchange += buffers * case.smem_itemsize(device) * tile.tile_q * tile.tile_kv
     if case.kernel.added_up and case.kernel.maps_tensors:
-        exchange += (2 * tile.num_stages + 9) * _MBARRIER_BYTES
+        exchange += (2 * tile.num_stages + 9) * _MBARRIER_BYTES + tile.num_stages * _staged_mask_bytes(case, tile)
     elif case.kernel.maps_tensors:
         of_queries, of_keys = _TILE_WORK_BYTES + 2 * _MBARRIER_BYTES, _LIST_ENTRY_BYTES + 4 * _MBARRIER_BYTES
         exchange += stationary_stages * of_queries + tile.num_stages * of_keys + _MBARRIER_BYTES
@@ -203,6 +203,14 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
         in_flight = max(in_flight, rows * ceil(case.head_dim_v / 32) * 128)
         exchange += rows * _STATE_BYTES
     return stationary_stages * stationary * case.stationary_rows(tile) + in_flight + exchange
+
+
+def _staged_mask_bytes(case: KernelCase, tile: Tile) -> int:
+    """What each stage of the backward kernel of wgmma holds of a mask, segment ids and an entry of a list: mirrors kernels/tile/staged_mask.cuh."""
+    features = case.features
+    element = {None: 0, "bool": 1, "float32": 4}.get(features.attn_mask, 2)
+    ids = 4 * (tile.tile_q + tile.tile_kv) * features.segments
+    return element * tile.tile_q * tile.tile_kv + ids + _LIST_ENTRY_BYTES * features.lists_tiles
 
 
 def multiply_adds(case: KernelCase, tile: Tile, device: Device) -> int:

@@ -138,9 +138,8 @@ def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
 
 
 def _wgmma_backward_registers(features: FeatureSet, tile: Tile) -> int:
-    """What features take of a thread of the backward kernel of wgmma: the slope of a softcap and a tile of an additive mask are as large as the scores."""
-    as_scores = features.softcap + features.additive_mask
-    return tile.tile_q // 2 * as_scores + _WGMMA_BACKWARD_DROPOUT_REGISTERS * features.dropout
+    """What features take of a thread of the backward kernel of wgmma: the slope of a softcap is as large as the scores."""
+    return tile.tile_q // 2 * features.softcap + _WGMMA_BACKWARD_DROPOUT_REGISTERS * features.dropout
 
 
 def _shares_out(tile: Tile, columns: int) -> bool:

@@ -13,7 +13,8 @@ from cuflash.hardware.device import Device
 from cuflash.planning import asked_for, mapped_arrays, tile_choice, tile_rules
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_specs import BACKWARD_DK, BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_DV, BACKWARD_FUSED, BACKWARD_WGMMA
-from cuflash.problem.problem import Problem
+from cuflash.problem.features import MaskLayout
+from cuflash.problem.problem import DTYPES, Problem
 from cuflash.problem.tile import Tiles
 
 VARIABLE = "CUFLASH_BACKWARD_WGMMA"
@@ -38,18 +39,23 @@ def why_not(problem: Problem, device: Device) -> str | None:
         return lacking
     if not problem.same_groups:
         return "key and value have gradients of different batches or heads"
-    if case.features.lists_tiles:
-        return "it walks over no lists of visible tiles, which a boolean mask and segments need"
     if problem.seqlens_kv and problem.key_shape[0] != problem.batch:
         return "keys that batches share have one length there"
     if not tile_choice.legal_tiles_for(case, device):
         return "no tile leaves room in the registers for all of these features"
     if problem.seqlen_kv == 0:
         return "there are no keys to copy"
+    if (mask := problem.features.attn_mask) is not None and not _rows_start_on_16_bytes(mask):
+        return "rows of attn_mask do not start 16 bytes apart, and would be copied element by element"
     arrays = [("query", problem.query), ("key", problem.key), ("value", problem.value)]
     if problem.grad_out is not None:
         arrays.append(("grad_out", problem.grad_out))
     return mapped_arrays.why_not(arrays, problem.itemsize, aligned=problem.aligned)
+
+
+def _rows_start_on_16_bytes(mask: MaskLayout) -> bool:
+    *_, stride_query, stride_key = mask.strides
+    return stride_key == 1 and stride_query * (1 if mask.dtype == "bool" else DTYPES[mask.dtype]) % 16 == 0
 
 
 def explain(problem: Problem, device: Device, tile: Tiles) -> str:

@@ -44,6 +44,12 @@ DEVICE void stmatrix_x4_trans(SmemAddress address, const uint32 (&frag)[4]) {
                : "memory");
 }
 
+DEVICE uint32 load_shared_u8(SmemAddress address) {
+  uint32 value;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
 DEVICE int load_shared_s32(SmemAddress address) {
   int value;
   asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
@@ -83,6 +89,8 @@ DEVICE void store_shared(SmemAddress address, const Chunk& chunk) {
                : "memory");
 }
 
+DEVICE void store_shared(SmemAddress address, uint8 byte) { asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(uint32(byte)) : "memory"); }
+DEVICE void store_shared(SmemAddress address, uint16 half) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(half) : "memory"); }
 DEVICE void store_shared(SmemAddress address, uint32 word) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory"); }
 
 DEVICE void store_shared(SmemAddress address, float2 pair) {

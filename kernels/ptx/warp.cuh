@@ -5,11 +5,13 @@
 DEVICE float shfl_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
 DEVICE int shfl_xor(int x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
 DEVICE float shfl(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+DEVICE int shfl(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
 // A number that is the same in all lanes, which the assembler cannot know: from here on it does.
 DEVICE uint32 uniform(uint32 x) { return __shfl_sync(0xffffffffu, x, 0); }
 DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
+DEVICE uint32 lanes_with(bool x) { return __ballot_sync(0xffffffffu, x); }  // bit i: of lane i
 DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 DEVICE bool all_lanes(bool x) { return __all_sync(0xffffffffu, x); }
 

@@ -83,6 +83,12 @@ class ScoreModifier {  // of one batch and query head
   template <bool TRANSPOSED, int M, int N>
   DEVICE void apply(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, int first_row, int first_column,
                     const MaskAhead<TRANSPOSED, M, N>& ahead = MaskAhead<TRANSPOSED, M, N>()) const {
+    apply_all_but_mask<TRANSPOSED>(S, derivative, first_row, first_column);
+    if constexpr (ADDITIVE_MASK) add_mask<TRANSPOSED>(S, first_row, first_column, ahead);
+  }
+
+  template <bool TRANSPOSED, int M, int N>
+  DEVICE void apply_all_but_mask(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, int first_row, int first_column) const {
     if constexpr (MODIFIES_SCORES) {
       for_each_place<M, N>([&](int m, int n, int i, int row, int column) {
         const int query = TRANSPOSED ? first_column + column : first_row + row;
@@ -90,7 +96,6 @@ class ScoreModifier {  // of one batch and query head
         float& of_score = derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i];
         S[m][n][i] = score_of<TRANSPOSED>(S[m][n][i], query, key, slope, geometry, features, of_score);
       });
-      if constexpr (ADDITIVE_MASK) add_mask<TRANSPOSED>(S, first_row, first_column, ahead);
     }
   }
 

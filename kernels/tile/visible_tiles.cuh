@@ -6,8 +6,24 @@
 //     visible_tiles[list_batches][list_heads][num_tiles][1 + num_columns]: count, then entries tile * 2 + (1 if some pair of the tile is hidden)
 //
 // A step of a walk is the index of an entry. Without such masks nothing is listed, visible tiles are neighbours, and a step is the index of a tile.
+//
+// Where blocks own keys and add to tiles of queries in turn (tile/query_sums.cuh), a block has to know how many add to a tile before it. A table
+// takes the place of the lists then:
+//
+//     visible_tiles[list_batches][list_heads][tiles of keys][tiles of queries]: place * 2 + (1 if some pair of the two is hidden), or NOTHING_VISIBLE
+//
+// The place of a tile of keys is the number of earlier ones of which some query of the tile sees a key.
 #pragma once
 #include "tile/features.cuh"
+
+constexpr int NOTHING_VISIBLE = -1;  // in the place of an entry
+
+// The row of a tile of keys in the table, with an entry for each tile of queries.
+DEVICE int* places_of_tiles(const FeatureArguments& features, int batch, int head, int num_tiles_kv, int tile_kv, int num_tiles_q) {
+  const int list_batch = features.list_batches == 1 ? 0 : batch;
+  const int list_head = features.list_heads == 1 ? 0 : head;
+  return features.visible_tiles + ((int64(list_batch) * features.list_heads + list_head) * num_tiles_kv + tile_kv) * num_tiles_q;
+}
 
 DEVICE int* visible_tiles_of(const Geometry& geometry, const FeatureArguments& features, int batch, int head, int tile, int num_columns) {
   const int list_batch = features.list_batches == 1 ? 0 : batch;

@@ -8,7 +8,9 @@
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
 #include "tile/slab_tile.cuh"
+#include "tile/staged_mask.cuh"
 #include "tile/visibility.cuh"
+#include "tile/visible_tiles.cuh"
 
 constexpr int WARPGROUPS = TILE_KV / WARPGROUP_ROWS;  // that compute
 constexpr int S_TILES = TILE_Q / 8;
@@ -24,12 +26,13 @@ using GradScores = SlabTile<TILE_Q, TILE_KV>;  // dS, of which a warpgroup write
 constexpr bool OWNS_SLAB = WarpgroupK::SLABS >= 2, SHARES_SLAB = WarpgroupK::SLABS % 2 == 1;
 constexpr int OWN_TILES = OWNS_SLAB ? S_TILES : 1, SHARED_TILES = SHARES_SLAB ? S_TILES / WARPGROUPS : 1;
 
-constexpr int STAGE_BYTES = RingQ::BYTES + RingO::BYTES + StatisticsOfColumns::BYTES;
+constexpr int LISTED_TILE_BYTES = TILE_LISTS ? 8 : 0;  // of which `ListedTile` takes 4: mbarriers lie behind them
+constexpr int STAGE_BYTES = RingQ::BYTES + RingO::BYTES + StagedMask::BYTES + StatisticsOfColumns::BYTES + LISTED_TILE_BYTES;
 constexpr int DS_BUFFERS = 2;
 constexpr int TURNS = 2;  // that are waited for ahead of the one at which the block adds
 constexpr bool CUTS_KEYS = RAGGED || CAUSAL || WINDOW;  // there may be keys in memory that no query sees
 
-// setmaxnreg: 384 threads begin with 168 registers each (tile/wgmma_block.cuh).
+// setmaxnreg: 384 threads begin with 168 registers each (tile/wgmma_block.cuh). Whoever copies masks or walks over lists needs more of them.
 constexpr int COPYING_REGISTERS = 24;
 constexpr int COMPUTING_REGISTERS = 240;
 static_assert(COPYING_REGISTERS + WARPGROUPS * COMPUTING_REGISTERS <= (1 + WARPGROUPS) * 168, "more registers than the block began with");
@@ -38,7 +41,6 @@ static_assert(WARPGROUPS == 2 && TILE_KV == 16 * NUM_WARPS, "num_warps must be 8
 static_assert(WarpgroupK::SLABS <= 3 && WarpgroupV::SLABS <= 2, "head_dim must be at most 192, and that of value 128");
 static_assert(TILE_Q <= 256, "tile_q must be at most the columns of a wgmma");
 static_assert(!SHARES_SLAB || TILE_Q % 32 == 0, "tile_q must be a multiple of 32 where warpgroups share out queries");
-static_assert(!TILE_LISTS, "the order of sums is not known where the tiles of a walk depend on data");
 
 // Where everything lies in shared memory.
 struct SharedMemory {
@@ -51,10 +53,12 @@ struct SharedMemory {
   DEVICE SmemAddress Q(int stage) const { return V(WARPGROUPS) + stage * RingQ::BYTES; }
   DEVICE SmemAddress dO(int stage) const { return Q(NUM_STAGES) + stage * RingO::BYTES; }
   DEVICE SmemAddress dS(int buffer) const { return dO(NUM_STAGES) + buffer * GradScores::BYTES; }
-  DEVICE SmemAddress statistics(int stage) const { return dS(DS_BUFFERS) + stage * StatisticsOfColumns::BYTES; }
-  DEVICE Ring<NUM_STAGES> ring() const { return Ring<NUM_STAGES>(statistics(NUM_STAGES)); }
+  DEVICE SmemAddress mask(int stage) const { return dS(DS_BUFFERS) + stage * StagedMask::BYTES; }
+  DEVICE SmemAddress statistics(int stage) const { return mask(NUM_STAGES) + stage * StatisticsOfColumns::BYTES; }
+  DEVICE SmemAddress listed_tile(int stage) const { return statistics(NUM_STAGES) + stage * LISTED_TILE_BYTES; }
+  DEVICE Ring<NUM_STAGES> ring() const { return Ring<NUM_STAGES>(listed_tile(NUM_STAGES)); }
   // Full: it is the block's turn to add; empty: that has been passed on.
-  DEVICE Ring<TURNS> turns() const { return Ring<TURNS>(statistics(NUM_STAGES) + Ring<NUM_STAGES>::BYTES); }
+  DEVICE Ring<TURNS> turns() const { return Ring<TURNS>(listed_tile(NUM_STAGES) + Ring<NUM_STAGES>::BYTES); }
   DEVICE SmemAddress has_added() const { return keys_landed() - TURNS * MBARRIER_BYTES; }  // one for each stage of turns
   DEVICE SmemAddress keys_landed() const { return base + BYTES - 3 * MBARRIER_BYTES; }
   DEVICE SmemAddress cut_landed() const { return keys_landed() + MBARRIER_BYTES; }
@@ -86,14 +90,46 @@ DEVICE void for_each_member(const BackwardWgmmaArguments& arguments, const Work&
   }
 }
 
-// body(tile) for the tiles of queries of one of them, the last one first.
-template <typename Body>
-DEVICE void for_each_tile(const Steps& steps, const Body& body) {
-#pragma unroll 1
-  for (int tile = steps.end - 1; tile >= steps.begin; --tile) body(tile);
-}
-
-// How many blocks add to a tile of queries before this one.
+// How many blocks add to a tile of queries before this one, where that does not depend on data.
 DEVICE int place_among_blocks(const Work& work, const Visibility& visibility, int tile) {
   return work.tile - visibility.first_key(tile * TILE_Q) / TILE_KV;
 }
+
+// body(tile, place, is_partial) for the tiles of queries of one of them, the last one first: how many blocks add to it before this one, and with
+// lists whether data hide some pair of it. With lists a whole warp calls, of which each lane reads one of 32 neighbouring entries.
+template <typename Body>
+DEVICE void for_each_tile(const BackwardWgmmaArguments& arguments, const Work& work, int batch, int head, const Visibility& visibility,
+                          const Steps& steps, const Body& body) {
+  if constexpr (TILE_LISTS) {
+    const int num_tiles = ceil_div(arguments.geometry.seqlen_q, TILE_Q);
+    const int* entries = places_of_tiles(arguments.features, batch, head, arguments.geometry.num_tiles, work.tile, num_tiles);
+#pragma unroll 1
+    for (int last = steps.end - 1; last >= steps.begin; last -= WARP_SIZE) {
+      const int own = last - lane_index(), entry = own >= steps.begin ? entries[own] : NOTHING_VISIBLE;
+#pragma unroll 1
+      for (uint32 left = lanes_with(entry != NOTHING_VISIBLE); left != 0; left &= left - 1) {
+        const int lane = __ffs(int(left)) - 1, listed = shfl(entry, lane);
+        body(last - lane, listed / 2, listed % 2 != 0);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int tile = steps.end - 1; tile >= steps.begin; --tile) body(tile, place_among_blocks(work, visibility, tile), false);
+  }
+}
+
+// What the copying warp says of a listed tile to those that compute.
+struct ListedTile {
+  int bits;
+
+  static constexpr int NONE = -1;  // the last one of a (batch, head) was before
+
+  DEVICE static ListedTile of(int tile, bool is_first, bool is_partial) { return {tile * 4 + is_first * 2 + is_partial}; }
+  DEVICE static ListedTile load(SmemAddress address) { return {uniform(load_shared_s32(address))}; }
+  DEVICE void store(SmemAddress address) const { store_shared(address, uint32(bits)); }
+
+  DEVICE bool is_there() const { return bits != NONE; }
+  DEVICE int tile() const { return bits >> 2; }
+  DEVICE bool is_first() const { return bits & 2; }  // no block adds to it before this one
+  DEVICE bool is_partial() const { return bits & 1; }
+};

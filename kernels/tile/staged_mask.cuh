@@ -1,0 +1,155 @@
+// The elements of a mask and the segment ids of one tile of queries and one of keys, in a stage of shared memory, where the rows of accumulators are
+// keys: a warp copies them ahead, and the others read them as they lie in their accumulators. Where rows start on 16 bytes they are copied in chunks
+// of that, else element by element.
+//
+// The mask lies in slabs of TILE_Q rows of 128 bytes, whose chunks are exchanged as chunk ^ (row % 8): the lanes of a warp, which have four queries
+// and eight keys, read from different banks. Ids lie behind it, those of the keys first.
+#pragma once
+#include "arguments.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/warp.cuh"
+#include "tile/constants.cuh"
+#include "tile/features.cuh"
+#include "tile/mask.cuh"
+#include "tile/score.cuh"
+
+class StagedMask {
+  static constexpr bool HAS_MASK = BOOLEAN_MASK || ADDITIVE_MASK;
+  static constexpr int ROW_BYTES = 128;
+  static constexpr int SLAB_KEYS = ROW_BYTES / MASK_BYTES, SLAB_BYTES = TILE_Q * ROW_BYTES;
+  static constexpr int CHUNK_KEYS = 16 / MASK_BYTES;
+  static constexpr int ELEMENTS_BYTES = HAS_MASK ? TILE_KV / SLAB_KEYS * SLAB_BYTES : 0;
+  static_assert(!HAS_MASK || (TILE_KV % SLAB_KEYS == 0 && WARP_SIZE % (TILE_KV / CHUNK_KEYS) == 0), "a warp copies whole rows of whole slabs");
+
+ public:
+  static constexpr bool USED = HAS_MASK || SEGMENTS;
+  static constexpr int BYTES = ELEMENTS_BYTES + (SEGMENTS ? (TILE_KV + TILE_Q) * int(sizeof(int)) : 0);
+
+  DEVICE explicit StagedMask(SmemAddress stage) : stage(stage) {}
+
+  // Copies the mask. A whole warp. What lies behind the last query or key is 0. True: copies are under way; false: lanes have stored it.
+  DEVICE bool copy(const MaskView& view, int batch, int head, int first_q, int first_kv, const Geometry& geometry) const {
+    const auto* data = static_cast<const MaskElement*>(view.data) + batch * view.stride_batch + head * view.stride_head;
+    const uint64 starts = reinterpret_cast<uint64>(data) | uint64(view.stride_query) * MASK_BYTES;
+    if (view.stride_key == 1 && starts % 16 == 0) {
+      copy_chunks(data, view.stride_query, first_q, first_kv, geometry);
+      return true;
+    }
+    copy_elements(data, view, first_q, first_kv, geometry);
+    return false;
+  }
+
+  // Starts the copies of segment ids.
+  DEVICE void copy_ids(const FeatureArguments& features, int batch, int first_q, int first_kv, const Geometry& geometry) const {
+    copy_ids<TILE_KV>(ids(), features.segment_ids_kv, batch, first_kv, geometry.seqlen_kv);
+    copy_ids<TILE_Q>(ids() + TILE_KV * int(sizeof(int)), features.segment_ids_q, batch, first_q, geometry.seqlen_q);
+  }
+
+  // Adds an additive mask to a warp's scores, whose keys start at first_key of the tile.
+  template <int N>
+  DEVICE void add(float (&S)[1][N][4], int first_key) const {
+    if constexpr (MASK_BYTES == 2) {
+      const int query = lane_index() / 16 * 8 + lane_index() % 8, chunk = first_key / CHUNK_KEYS + lane_index() / 8 % 2;
+      const SmemAddress rows = stage + chunk / 8 * SLAB_BYTES + query * ROW_BYTES + (chunk % 8 ^ query % 8) * 16;
+#pragma unroll
+      for (int k = 0; k < N / 2; ++k) {
+        uint32 pair[4];
+        ldmatrix_x4_trans(pair, rows + k * 16 * ROW_BYTES);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float& score = S[0][2 * k + j / 2][j % 2 * 2 + half];
+            score = masked_score(score, mask_element(MaskBits(pair[j] >> half * 16), MaskElement{}));
+          }
+      }
+    } else {
+      for_each(S, first_key,
+               [&](float& score, SmemAddress at) { score = masked_score(score, mask_element(__float_as_uint(load_shared_f32(at)), MaskElement{})); });
+    }
+  }
+
+  // Zeros in the place of what a boolean mask hides.
+  template <int N>
+  DEVICE void hide_by_mask(float (&P)[1][N][4], int first_key) const {
+    for_each(P, first_key, [&](float& probability, SmemAddress at) {
+      if (load_shared_u8(at) == 0) probability = 0.0f;
+    });
+  }
+
+  // Zeros where ids differ.
+  template <int N>
+  DEVICE void hide_by_ids(float (&P)[1][N][4], int first_key) const {
+    const int first_row = first_key + lane_index() / 4;
+    const SmemAddress of_queries = ids() + (TILE_KV + lane_index() % 4 * 2) * int(sizeof(int));
+    const int of_keys[2] = {load_shared_s32(ids() + first_row * int(sizeof(int))), load_shared_s32(ids() + (first_row + 8) * int(sizeof(int)))};
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float2 two = load_shared_f32x2(of_queries + n * 8 * int(sizeof(int)));
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (int(__float_as_uint(i % 2 ? two.y : two.x)) != of_keys[i / 2]) P[0][n][i] = 0.0f;
+    }
+  }
+
+ private:
+  SmemAddress stage;
+
+  DEVICE SmemAddress ids() const { return stage + ELEMENTS_BYTES; }
+
+  template <int COUNT>
+  DEVICE static void copy_ids(SmemAddress destination, const SequenceView& view, int batch, int first, int length) {
+#pragma unroll 1
+    for (int i = lane_index(); i < COUNT; i += WARP_SIZE) {
+      const bool is_there = first + i < length;
+      const int* source = view.data + batch * view.stride_batch + (is_there ? first + i : 0) * view.stride_position;
+      cp_async<4>(true, destination + i * int(sizeof(int)), source, is_there ? 4 : 0);
+    }
+  }
+
+  DEVICE SmemAddress address(int query, int key) const {
+    const int chunk = key / CHUNK_KEYS;
+    return stage + chunk / 8 * SLAB_BYTES + query * ROW_BYTES + (chunk % 8 ^ query % 8) * 16 + key % CHUNK_KEYS * MASK_BYTES;
+  }
+
+  // A lane has the same chunk of several queries.
+  DEVICE void copy_chunks(const MaskElement* data, int64 stride_query, int first_q, int first_kv, const Geometry& geometry) const {
+    constexpr int CHUNKS = TILE_KV / CHUNK_KEYS, ROWS = WARP_SIZE / CHUNKS;
+    const int first_row = lane_index() / CHUNKS, key = lane_index() % CHUNKS * CHUNK_KEYS, num_queries = geometry.seqlen_q - first_q;
+    const int valid_bytes = min(max(geometry.seqlen_kv - first_kv - key, 0), CHUNK_KEYS) * MASK_BYTES;
+    const auto* source = data + (first_row < num_queries ? first_q + first_row : 0) * stride_query + (valid_bytes > 0 ? first_kv + key : 0);
+#pragma unroll 1
+    for (int row = first_row; row < TILE_Q; row += ROWS) {
+      cp_async<16>(true, address(row, key), source, row < num_queries ? valid_bytes : 0);
+      if (row + ROWS < num_queries) source += ROWS * stride_query;
+    }
+  }
+
+  DEVICE static void store(SmemAddress, NoMask) {}
+  DEVICE static void store(SmemAddress at, uint8 element) { store_shared(at, element); }
+  DEVICE static void store(SmemAddress at, float16 element) { store_shared(at, element.bits); }
+  DEVICE static void store(SmemAddress at, bfloat16 element) { store_shared(at, element.bits); }
+  DEVICE static void store(SmemAddress at, float element) { store_shared(at, __float_as_uint(element)); }
+
+  DEVICE void copy_elements(const MaskElement* data, const MaskView& view, int first_q, int first_kv, const Geometry& geometry) const {
+#pragma unroll 1
+    for (int i = lane_index(); i < TILE_Q * TILE_KV; i += WARP_SIZE) {
+      const int query = i / TILE_KV, key = i % TILE_KV;
+      MaskElement element{};
+      if (first_q + query < geometry.seqlen_q && first_kv + key < geometry.seqlen_kv)
+        element = data[(first_q + query) * view.stride_query + (first_kv + key) * view.stride_key];
+      store(address(query, key), element);
+    }
+  }
+
+  // body(element, address of its mask) for a lane's accumulators.
+  template <int N, typename Body>
+  DEVICE void for_each(float (&c)[1][N][4], int first_key, const Body& body) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const SmemAddress at = address(lane_index() % 4 * 2 + i % 2, first_key + lane_index() / 4 + i / 2 * 8);
+#pragma unroll
+      for (int n = 0; n < N; ++n) body(c[0][n][i], at + n * 8 * ROW_BYTES);
+    }
+  }
+};
