@@ -31,9 +31,9 @@
 #include "tile/wgmma_products.cuh"
 #include "ptx/warpgroup.cuh"
 
-// This warpgroup is done with a tile of K. With lists each warp has read the tile's entry, and says for itself that it has.
+// This warpgroup is done with a tile of K. Where each warp has read what lies beside it, it says so for itself.
 DEVICE void release_keys(Ring<NUM_STAGES>& K, int warp) {
-  if constexpr (TILE_LISTS) {
+  if constexpr (TILE_LISTS || MAPS_MASK) {
     K.release_by_each_warp();
   } else {
     K.release(warp);
@@ -122,10 +122,19 @@ class WarpgroupRows {
     issue_accumulator<RingV>(O, P, RingV::descriptor(shared.V(V.stage)));
   }
 
-  // Products -> probabilities of tile j, in place; O has to be multiplied by `rescale`.
+  // Products -> probabilities of tile j, in place; O has to be multiplied by `rescale`. SHARES: all keys are visible to all rows.
+  template <bool SHARES>
   DEVICE void make_probabilities(float (&S)[1][S_TILES][4], float (&rescale)[1][2], int j, bool is_masked) {
+    if constexpr (!MAPS_MASK) release_keys(K, 1);
     const int first_kv = (TILE_LISTS ? entry >> 1 : j) * TILE_KV;
-    if constexpr (MODIFIES_SCORES) {
+    if constexpr (MODIFIES_SCORES && (MAPS_MASK || !ADDITIVE_MASK)) {
+      modifier.apply_to_rows<SHARES>(S, first_row, first_kv);
+      if constexpr (MAPS_MASK) {
+        modifier.add_copied_mask<RingMask>(S, shared.mask(K.stage), first_row - first_q);
+        __syncwarp();
+        release_keys(K, 1);
+      }
+    } else if constexpr (MODIFIES_SCORES) {
       modifier.apply<false>(S, first_row, first_kv);
     } else if constexpr (Config::ANY_SCALE) {
       multiply_all(S, geometry.score_sign);
@@ -169,8 +178,7 @@ class WarpgroupRows {
     issue_scores(S);
     wgmma_wait<0>();
     pin(S[0]);
-    release_keys(K, 1);
-    make_probabilities(S, unused, j, is_masked);
+    make_probabilities<false>(S, unused, j, is_masked);
     pack_probabilities(S);
   }
 
@@ -187,8 +195,7 @@ class WarpgroupRows {
     issue_outputs();
     wgmma_wait<1>();
     pin(S[0]);
-    release_keys(K, 1);
-    make_probabilities(S, rescale, j, IS_MASKED);
+    make_probabilities<!IS_MASKED>(S, rescale, j, IS_MASKED);
     wgmma_wait<0>();
     pin(O[0]);
     pin(P);
@@ -207,7 +214,7 @@ DEVICE void skip(Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V, int count, int barrie
   if (count <= 0) return;
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
-    if (TILE_LISTS || warp_of_warpgroup() == 0) K.wait_full();
+    if (TILE_LISTS || MAPS_MASK || warp_of_warpgroup() == 0) K.wait_full();
     release_keys(K, 0);
     if (warp_of_warpgroup() == 0) V.wait_full();
     V.release(0);
@@ -289,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1) fo
   const SharedMemory shared{smem_address(memory)};
   if (threadIdx.x == 0) {
     shared.Q_ring().init(NUM_WARPS);
-    shared.K_ring().init(TILE_LISTS ? NUM_WARPS : WARPGROUPS);
+    shared.K_ring().init(TILE_LISTS || MAPS_MASK ? NUM_WARPS : WARPGROUPS);
     shared.V_ring().init(WARPGROUPS);
     if constexpr (CUTS_VALUES) mbarrier_init(shared.V_landed(), 1);
     fence_mbarrier_init();

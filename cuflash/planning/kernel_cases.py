@@ -9,11 +9,14 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from cuflash.hardware.device import Device
+from cuflash.planning import mapped_arrays
 from cuflash.planning.kernel_specs import KernelSpec, columns_of
 from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.problem import KV_DTYPES, Problem
 from cuflash.problem.tile import Tile
 
+MAPPED_MASKS = ("float16", "bfloat16")
+"""Element types of masks that the TMA unit copies."""
 WIDEST_NARROW_HEAD = 256  # wider heads are cut into slices (kernels/tile/slices.cuh)
 _SLICE_COLUMNS = 288  # of the outputs, per group of warps
 _SLICE_COLUMNS_FLOAT32 = 144
@@ -38,6 +41,7 @@ class KernelCase:
         head_dim_v: of value and output, 1 … 576; 0 stands for head_dim, and so does whatever is given for a tiled kernel that reads neither.
         features: score features and masks, some of which take registers.
         kv_dtype: of key and value; empty: dtype too.
+        maps_mask: the TMA unit copies the mask, which only some kernels and masks let it (`mapped_arrays`).
     """
 
     kernel: KernelSpec
@@ -47,8 +51,10 @@ class KernelCase:
     head_dim_v: int = 0
     features: FeatureSet = NO_FEATURES
     kv_dtype: str = ""
+    maps_mask: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "maps_mask", self.maps_mask and self.kernel.maps_masks and self.features.attn_mask in MAPPED_MASKS)
         if self.kernel.is_tiled and not (self.head_dim_v and self.kernel.reads_value):
             object.__setattr__(self, "head_dim_v", self.head_dim)
 
@@ -138,7 +144,7 @@ def case_of(spec: KernelSpec, problem: Problem) -> KernelCase:
     features = problem.features.kinds if spec.drops else replace(problem.features.kinds, dropout=False)
     return KernelCase(
         spec, problem.dtype, problem.head_dim, problem.allow_tf32 and problem.dtype == "float32", problem.head_dim_v, features,
-        problem.kv_dtype if problem.kv_dtype != problem.dtype else "",
+        problem.kv_dtype if problem.kv_dtype != problem.dtype else "", mapped_arrays.maps_mask(problem),
     )  # fmt: skip
 
 
@@ -197,6 +203,8 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
     elif case.kernel.maps_tensors:
         of_queries, of_keys = _TILE_WORK_BYTES + 2 * _MBARRIER_BYTES, _LIST_ENTRY_BYTES + 4 * _MBARRIER_BYTES
         exchange += stationary_stages * of_queries + tile.num_stages * of_keys + _MBARRIER_BYTES
+        if case.maps_mask:
+            exchange += tile.num_stages * tile.tile_q * ceil(tile.tile_kv / 64) * 128
     in_flight = tile.num_stages * case.streamed_rows(tile) * (streamed + statistics)
     if case.kernel.warps_share == "streamed":  # outputs of all warps take the place of what they streamed (kernels/tile/warp_parts.cuh)
         rows = tile.num_warps * case.stationary_rows(tile)

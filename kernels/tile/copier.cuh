@@ -66,8 +66,11 @@ class Copier {
     if (asks) {
       K.wait_empty();
       if constexpr (TILE_LISTS) store_shared(shared.list_entry(K.stage), uint32(tiles.tile(step) * 2 + tiles.is_partial(step)));
-      mbarrier_arrive_expect(K.full(), RingK::BYTES);
+      mbarrier_arrive_expect(K.full(), RingK::BYTES + SharedMemory::MASK_TILE_BYTES);
       RingK::load(shared.K(K.stage), arguments.key, work.start_kv + tiles.tile(step) * TILE_KV, head_kv, work.at.batch, K.full());
+      if constexpr (MAPS_MASK)
+        RingMask::load(shared.mask(K.stage), arguments.attn_mask, work.at.tile * TILE_Q, work.at.head, work.at.batch, K.full(),
+                       tiles.tile(step) * TILE_KV);
     }
     K.advance();
   }
