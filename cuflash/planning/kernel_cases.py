@@ -15,8 +15,6 @@ from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.problem import KV_DTYPES, Problem
 from cuflash.problem.tile import Tile
 
-MAPPED_MASKS = ("float16", "bfloat16")
-"""Element types of masks that the TMA unit copies."""
 WIDEST_NARROW_HEAD = 256  # wider heads are cut into slices (kernels/tile/slices.cuh)
 _SLICE_COLUMNS = 288  # of the outputs, per group of warps
 _SLICE_COLUMNS_FLOAT32 = 144
@@ -25,6 +23,7 @@ ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; 
 
 _MBARRIER_BYTES = 8
 _TILE_WORK_BYTES, _LIST_ENTRY_BYTES = 32, 8  # of each stage of Q and of K: `SharedMemory` in kernels/tile/wgmma_block.cuh
+_MASK_PLACE_BYTES = 16  # likewise
 _WGMMA_DS_BUFFERS = 2  # as in kernels/tile/wgmma_backward_block.cuh
 _STATE_BYTES = 8  # of a softmax: reference and sum of one row, float32 each
 
@@ -54,7 +53,9 @@ class KernelCase:
     maps_mask: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "maps_mask", self.maps_mask and self.kernel.maps_masks and self.features.attn_mask in MAPPED_MASKS)
+        of_mask = mapped_arrays.MASK_BYTES.get(self.features.attn_mask or "", 0)
+        is_mapped = self.maps_mask and self.kernel.maps_masks and of_mask > 0 and not (of_mask == 1 and self.features.segments)
+        object.__setattr__(self, "maps_mask", is_mapped)
         if self.kernel.is_tiled and not (self.head_dim_v and self.kernel.reads_value):
             object.__setattr__(self, "head_dim_v", self.head_dim)
 
@@ -204,7 +205,8 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
         of_queries, of_keys = _TILE_WORK_BYTES + 2 * _MBARRIER_BYTES, _LIST_ENTRY_BYTES + 4 * _MBARRIER_BYTES
         exchange += stationary_stages * of_queries + tile.num_stages * of_keys + _MBARRIER_BYTES
         if case.maps_mask:
-            exchange += tile.num_stages * tile.tile_q * ceil(tile.tile_kv / 64) * 128
+            row = ceil(tile.tile_kv * mapped_arrays.MASK_BYTES[case.features.attn_mask or ""] / 128) * 128
+            exchange += tile.num_stages * tile.tile_q * row + _MASK_PLACE_BYTES
     in_flight = tile.num_stages * case.streamed_rows(tile) * (streamed + statistics)
     if case.kernel.warps_share == "streamed":  # outputs of all warps take the place of what they streamed (kernels/tile/warp_parts.cuh)
         rows = tile.num_warps * case.stationary_rows(tile)

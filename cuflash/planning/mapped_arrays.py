@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cuflash.problem.layout import View
-from cuflash.problem.problem import DTYPES, Problem
+from cuflash.problem.problem import Problem
+
+MASK_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2}
+"""Bytes of an element of masks that the TMA unit copies, by type."""
 
 _MAX_STRIDE_BYTES = 2**40
 
@@ -55,6 +58,6 @@ def mask_view(problem: Problem) -> View:
 def maps_mask(problem: Problem) -> bool:
     """Whether a tensor map describes the mask of a call, if it is of a type of which there are maps."""
     mask = problem.features.attn_mask
-    if mask is None or mask.dtype not in DTYPES or mask.extents[2:] != (problem.seqlen_q, problem.seqlen_kv):
+    if mask is None or mask.dtype not in MASK_BYTES or mask.extents[2:] != (problem.seqlen_q, problem.seqlen_kv):
         return False
-    return mask.aligned and _why_unmapped(mask_view(problem), DTYPES[mask.dtype]) is None
+    return mask.aligned and _why_unmapped(mask_view(problem), MASK_BYTES[mask.dtype]) is None

@@ -160,7 +160,7 @@ class PreparedCall:
         """An array that the TMA unit copies, so many rows at a time, for a field of a struct."""
         mask = self.problem.features.attn_mask
         if field == "attn_mask" and mask is not None:
-            name, view, dtype = field, mask_view(self.problem), mask.dtype
+            name, view, dtype = field, mask_view(self.problem), "uint8" if mask.dtype == "bool" else mask.dtype
         else:
             (name, view), dtype = views[field], self.problem.dtype
         return arguments.mapped_tensor(TensorMap(name, view, dtype, box_rows, self.device.index if self.device.kind == "gpu" else None))

@@ -19,10 +19,11 @@ struct SlabTile {
   static_assert(ROWS % 8 == 0, "the swizzle repeats after 8 rows");
 
   // Asks for the rows from `row` on, from `column` on. BYTES arrive at the mbarrier.
+  template <int ELEMENT_BYTES = 2>
   DEVICE static void load(SmemAddress tile, const MappedTensor& tensor, int row, int head, int batch, SmemAddress mbarrier, int column = 0) {
 #pragma unroll
     for (int slab = 0; slab < SLABS; ++slab)
-      load_box(tile + slab * SLAB_BYTES, tensor.map, column + slab * SLAB_COLUMNS, row, head * tensor.head_factor, batch * tensor.batch_factor,
+      load_box(tile + slab * SLAB_BYTES, tensor.map, column + slab * (ROW_BYTES / ELEMENT_BYTES), row, head * tensor.head_factor, batch * tensor.batch_factor,
                mbarrier);
   }
 
