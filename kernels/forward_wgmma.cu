@@ -41,7 +41,7 @@ DEVICE void release_keys(Ring<NUM_STAGES>& K, int warp) {
 }
 
 constexpr bool KNOWS_SEGMENTS = SEGMENTS && !BOOLEAN_MASK;  // of rows and keys, in registers
-constexpr int KEY_SEGMENTS = ceil_div(TILE_KV, WARP_SIZE);    // of a lane
+constexpr int KEY_SEGMENTS = ceil_div(TILE_KV, WARP_SIZE);  // of a lane
 
 // A warpgroup's 64 rows.
 class WarpgroupRows {
@@ -109,7 +109,7 @@ class WarpgroupRows {
   Ring<NUM_STAGES>&K, &V;
   const uint64 Q_descriptor;
   int first_key[2], end_key[2];  // which keys a row sees, less the column of the lane; with lists they are found when they are wanted
-  int segment[2];                // of a row
+  int segment[2];  // of a row
   int key_segments[KNOWS_SEGMENTS ? KEY_SEGMENTS : 1];
   int entry = 0;  // of the list, for the tile whose scores were issued last
   uint32 P[P_STEPS][4];

@@ -10,7 +10,7 @@ from cuflash.hardware.device import Device
 from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
-from cuflash.planning.kernel_specs import WARPGROUP_ROWS, KernelSpec, Operand
+from cuflash.planning.kernel_specs import WARPGROUP_ROWS, KernelSpec
 from cuflash.problem.problem import DTYPES
 from cuflash.problem.tile import Tile
 

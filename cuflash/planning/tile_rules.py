@@ -31,7 +31,7 @@ _WGMMA_CUT_REGISTERS = 8  # that the copying warp keeps of eight warps' 240 wher
 _WGMMA_SOFTCAP_REGISTERS = {8: 28, 12: 16}
 _WGMMA_DROPOUT_REGISTERS = {8: 28, 12: 16}
 _WGMMA_BACKWARD_DROPOUT_REGISTERS = 24
-_WGMMA_SEGMENTS_REGISTERS = {8: 12, 12: 20}
+_WGMMA_SEGMENTS_REGISTERS = {8: 12, 12: 8}
 _WGMMA_MASK_REGISTERS = {None: 0, "bool": 1, "float16": 1, "bfloat16": 1, "float32": 2}
 """Of a tile of a mask, for each four keys, unless the TMA unit copies it."""
 

@@ -124,8 +124,8 @@ class ScoreModifier {  // of one batch and query head
     });
   }
 
-  // Adds a mask of 16 bits whose tile lies in shared memory, of which `row` is the first of 16. Sums are not held above LOWEST: with such an element one
-  // overflows only where a score is below -10^36.
+  // Adds a mask of 16 bits whose tile lies in shared memory, of which `row` is the first of 16. Sums are not held above LOWEST: with such an element
+  // one overflows only where a score is below -10^36.
   template <typename Tile, int N>
   DEVICE void add_copied_mask(float (&S)[1][N][4], SmemAddress tile, int row) const {
     const int lane_offset = Tile::offset(row + lane_index() % 16, lane_index() / 16);
@@ -134,8 +134,7 @@ class ScoreModifier {  // of one batch and query head
       uint32 pairs[4];
       ldmatrix_x4(pairs, tile + Tile::at(lane_offset, n));
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        S[0][n + i / 4][i % 4] += mask_bias(mask_element(MaskBits(pairs[i / 2] >> (i % 2 * 16)), MaskElement{}));
+      for (int i = 0; i < 8; ++i) S[0][n + i / 4][i % 4] += mask_bias(mask_element(MaskBits(pairs[i / 2] >> (i % 2 * 16)), MaskElement{}));
     }
   }
 

@@ -23,8 +23,8 @@ struct SlabTile {
   DEVICE static void load(SmemAddress tile, const MappedTensor& tensor, int row, int head, int batch, SmemAddress mbarrier, int column = 0) {
 #pragma unroll
     for (int slab = 0; slab < SLABS; ++slab)
-      load_box(tile + slab * SLAB_BYTES, tensor.map, column + slab * (ROW_BYTES / ELEMENT_BYTES), row, head * tensor.head_factor, batch * tensor.batch_factor,
-               mbarrier);
+      load_box(tile + slab * SLAB_BYTES, tensor.map, column + slab * (ROW_BYTES / ELEMENT_BYTES), row, head * tensor.head_factor,
+               batch * tensor.batch_factor, mbarrier);
   }
 
   // Where a chunk of 16 bytes of a row of the first slab lies.

@@ -42,8 +42,9 @@ struct SharedMemory {
   static constexpr int LIST_ENTRY_BYTES = 8;  // of which the entry takes 4: mbarriers lie behind them
   static constexpr int MASK_TILE_BYTES = MAPS_MASK ? RingMask::BYTES : 0;
   static constexpr int MASK_PLACE_BYTES = MAPS_MASK ? 16 : 0;
-  static constexpr int BYTES = MASK_PLACE_BYTES + Q_STAGES * (Q_BYTES + TileWork::BYTES) + NUM_STAGES * (RingK::BYTES + RingV::BYTES + MASK_TILE_BYTES + LIST_ENTRY_BYTES) +
-                               Ring<Q_STAGES>::BYTES + 2 * Ring<NUM_STAGES>::BYTES + MBARRIER_BYTES;
+  static constexpr int BYTES = MASK_PLACE_BYTES + Q_STAGES * (Q_BYTES + TileWork::BYTES) +
+                               NUM_STAGES * (RingK::BYTES + RingV::BYTES + MASK_TILE_BYTES + LIST_ENTRY_BYTES) + Ring<Q_STAGES>::BYTES +
+                               2 * Ring<NUM_STAGES>::BYTES + MBARRIER_BYTES;
   SmemAddress base;
 
   DEVICE SmemAddress Q(int stage, int warpgroup) const { return base + stage * Q_BYTES + warpgroup * WarpgroupQ::BYTES; }
