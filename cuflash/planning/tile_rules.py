@@ -28,7 +28,7 @@ WGMMA_REGISTERS = {8: 240, 12: 160}
 """Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/tile/wgmma_block.cuh."""
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
 _WGMMA_CUT_REGISTERS = 8  # that the copying warp keeps of eight warps' 240 where something hides keys; a tile is legal whatever hides them
-_WGMMA_SOFTCAP_REGISTERS = {8: 28, 12: 16}
+_WGMMA_SOFTCAP_REGISTERS = {8: 28, 12: 8}
 _WGMMA_DROPOUT_REGISTERS = {8: 28, 12: 16}
 _WGMMA_BACKWARD_DROPOUT_REGISTERS = 24
 _WGMMA_SEGMENTS_REGISTERS = {8: 12, 12: 8}
@@ -134,6 +134,8 @@ def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
     if tile.num_warps == 8:  # wide outputs, and the warp that copies keeps more where there are lists
         of_features += 28 * features.lists_tiles + 8 * (features.attn_mask is not None)
         of_features = max(of_features, _WGMMA_CUT_REGISTERS * (2 if case.head_dim_v > 192 else 1))  # these were found with 232
+    if tile.num_warps == 12 and features.softcap and features != FeatureSet(softcap=True):
+        of_features += 8  # with a second feature
     if case.maps_mask and features.segments:
         of_features += 12
     of_mask = 0 if case.maps_mask else _WGMMA_MASK_REGISTERS[features.attn_mask]
