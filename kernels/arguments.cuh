@@ -119,6 +119,7 @@ struct ForwardWgmmaArguments {
   FeatureArguments features;
   uint32* next_work;  // 0 at the launch: how many tiles blocks have taken besides their first ones (tile/work_queue.cuh); null: at fixed strides
   int num_work;       // tiles of all heads
+  MappedTensor attn_mask;  // of (key, query, heads, batch), where it is copied
 };
 
 // What the backward kernels need of a query row. With an additive mask also log2_sum (tile/probability.cuh), in an array of its own.

@@ -31,14 +31,17 @@
 #include "tile/wgmma_products.cuh"
 #include "ptx/warpgroup.cuh"
 
-// This warpgroup is done with a tile of K. With lists each warp has read the tile's entry, and says for itself that it has.
+// This warpgroup is done with a tile of K. Where each warp has read what lies beside it, it says so for itself.
 DEVICE void release_keys(Ring<NUM_STAGES>& K, int warp) {
-  if constexpr (TILE_LISTS) {
+  if constexpr (TILE_LISTS || MAPS_MASK) {
     K.release_by_each_warp();
   } else {
     K.release(warp);
   }
 }
+
+constexpr bool KNOWS_SEGMENTS = SEGMENTS && !BOOLEAN_MASK;  // of rows and keys, in registers
+constexpr int KEY_SEGMENTS = ceil_div(TILE_KV, WARP_SIZE);  // of a lane
 
 // A warpgroup's 64 rows.
 class WarpgroupRows {
@@ -51,6 +54,7 @@ class WarpgroupRows {
       : first_q(work.tile * TILE_Q),
         first_row(first_q + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup()),
         geometry(geometry),
+        features(features),
         visibility(visibility),
         modifier(geometry, features, work.batch, work.head),
         dropout(dropout),
@@ -59,12 +63,11 @@ class WarpgroupRows {
         K(K),
         V(V),
         Q_descriptor(WarpgroupQ::descriptor(Q)) {
-    const int column = lane_index() % 4 * 2;
+    if constexpr (!TILE_LISTS) find_visible_keys(first_key, end_key);
+    if constexpr (KNOWS_SEGMENTS) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int query = first_row + 8 * r + lane_index() / 4;
-      first_key[r] = visibility.first_key(query) - column;
-      end_key[r] = visibility.end_key(query, query + 1) - column;
+      for (int r = 0; r < 2; ++r)
+        segment[r] = features.segment_ids_q.load(work.batch, min(first_row + 8 * r + lane_index() / 4, geometry.seqlen_q - 1));
     }
   }
 
@@ -97,6 +100,7 @@ class WarpgroupRows {
   const int first_q;  // of the block
   const int first_row;  // of the warp
   const Geometry& geometry;
+  const FeatureArguments& features;
   const Visibility& visibility;
   const ScoreModifier modifier;
   const Dropout& dropout;
@@ -104,7 +108,9 @@ class WarpgroupRows {
   const SharedMemory shared;
   Ring<NUM_STAGES>&K, &V;
   const uint64 Q_descriptor;
-  int first_key[2], end_key[2];  // which keys a row sees, less the column of the lane; with lists nobody asks
+  int first_key[2], end_key[2];  // which keys a row sees, less the column of the lane; with lists they are found when they are wanted
+  int segment[2];  // of a row
+  int key_segments[KNOWS_SEGMENTS ? KEY_SEGMENTS : 1];
   int entry = 0;  // of the list, for the tile whose scores were issued last
   uint32 P[P_STEPS][4];
 
@@ -113,6 +119,7 @@ class WarpgroupRows {
     if constexpr (TILE_LISTS) {
       if (lane_index() == 0) entry = load_shared_s32(shared.list_entry(K.stage));  // the lane that will say that it is done
       entry = uniform(entry);
+      if constexpr (KNOWS_SEGMENTS) read_key_segments();
     }
     issue_rows<WarpgroupQ, RingK, D_TILES / 2>(S, Q_descriptor, RingK::descriptor(shared.K(K.stage)));
   }
@@ -122,31 +129,89 @@ class WarpgroupRows {
     issue_accumulator<RingV>(O, P, RingV::descriptor(shared.V(V.stage)));
   }
 
-  // Products -> probabilities of tile j, in place; O has to be multiplied by `rescale`.
+  // Products -> probabilities of tile j, in place; O has to be multiplied by `rescale`. SHARES: all keys are visible to all rows.
+  template <bool SHARES>
   DEVICE void make_probabilities(float (&S)[1][S_TILES][4], float (&rescale)[1][2], int j, bool is_masked) {
+    if constexpr (!MAPS_MASK) release_keys(K, 1);
     const int first_kv = (TILE_LISTS ? entry >> 1 : j) * TILE_KV;
-    if constexpr (MODIFIES_SCORES) {
+    if constexpr (MODIFIES_SCORES && (MAPS_MASK || !ADDITIVE_MASK)) {
+      modifier.apply_to_rows<SHARES>(S, first_row, first_kv);
+      if constexpr (MAPS_MASK) modifier.add_copied_mask<RingMask>(S, shared.mask(K.stage), first_row - first_q);
+    } else if constexpr (MODIFIES_SCORES) {
       modifier.apply<false>(S, first_row, first_kv);
     } else if constexpr (Config::ANY_SCALE) {
       multiply_all(S, geometry.score_sign);
     }
     if (is_masked) hide_keys(S, first_kv);
+    if constexpr (MAPS_MASK) {
+      __syncwarp();
+      release_keys(K, 1);
+    }
     softmax.update(S, rescale, modifier.factor());
     if constexpr (DROPOUT) drop(S, dropout, work.batch, work.head, first_row, first_kv);
   }
 
   DEVICE void hide_keys(float (&S)[1][S_TILES][4], int first_kv) const {
-    if constexpr (TILE_LISTS) {
+    if constexpr (TILE_LISTS && !MAPS_MASK && !KNOWS_SEGMENTS) {
       hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, first_row - first_q, entry % 2 != 0);
     } else {
-#pragma unroll
-      for (int n = 0; n < S_TILES; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int column = 8 * n + i % 2;
-          if (column >= end_key[i / 2] - first_kv || (WINDOW && column < first_key[i / 2] - first_kv)) S[0][n][i] = -infinity();
+      if constexpr (!TILE_LISTS) {
+        hide_by_position(S, first_key, end_key, first_kv);
+      } else if (KNOWS_SEGMENTS || CUTS_VALUES) {  // else a mask that is copied is False behind the last key
+        if (visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)) {
+          int first_key[2], end_key[2];
+          find_visible_keys(first_key, end_key);
+          hide_by_position(S, first_key, end_key, first_kv);
         }
+      }
+      if (TILE_LISTS && entry % 2 != 0) {  // data hide some pair of the tile
+        if constexpr (KNOWS_SEGMENTS) hide_other_segments(S);
+        if constexpr (MAPS_MASK && BOOLEAN_MASK) hide_by_copied_mask<RingMask>(S, shared.mask(K.stage), first_row - first_q);
+      }
     }
+  }
+
+  // Which keys each row sees, less the column of the lane.
+  DEVICE void find_visible_keys(int (&first_key)[2], int (&end_key)[2]) const {
+    const int column = lane_index() % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = first_row + 8 * r + lane_index() / 4;
+      first_key[r] = visibility.first_key(query) - column;
+      end_key[r] = visibility.end_key(query, query + 1) - column;
+    }
+  }
+
+  DEVICE static void hide_by_position(float (&S)[1][S_TILES][4], const int (&first_key)[2], const int (&end_key)[2], int first_kv) {
+#pragma unroll
+    for (int n = 0; n < S_TILES; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = 8 * n + i % 2;
+        if (column >= end_key[i / 2] - first_kv || (WINDOW && column < first_key[i / 2] - first_kv)) S[0][n][i] = -infinity();
+      }
+  }
+
+  // Segments of the keys of the tile whose scores are issued: lane i has those of keys i, i + 32, ...
+  DEVICE void read_key_segments() {
+#pragma unroll
+    for (int i = 0; i < KEY_SEGMENTS; ++i) {
+      const int key = (entry >> 1) * TILE_KV + i * WARP_SIZE + lane_index();
+      if (entry % 2 != 0) key_segments[i] = features.segment_ids_kv.load(work.batch, min(key, geometry.seqlen_kv - 1));
+    }
+  }
+
+  // Keys whose segment is not that of the row.
+  DEVICE void hide_other_segments(float (&S)[1][S_TILES][4]) const {
+#pragma unroll
+    for (int n = 0; n < S_TILES; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int of_key = shfl(key_segments[n / 4], n % 4 * 8 + lane_index() % 4 * 2 + c);
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          if (of_key != segment[r]) S[0][n][2 * r + c] = -infinity();
+      }
   }
 
   DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4]) {
@@ -169,8 +234,7 @@ class WarpgroupRows {
     issue_scores(S);
     wgmma_wait<0>();
     pin(S[0]);
-    release_keys(K, 1);
-    make_probabilities(S, unused, j, is_masked);
+    make_probabilities<false>(S, unused, j, is_masked);
     pack_probabilities(S);
   }
 
@@ -187,8 +251,7 @@ class WarpgroupRows {
     issue_outputs();
     wgmma_wait<1>();
     pin(S[0]);
-    release_keys(K, 1);
-    make_probabilities(S, rescale, j, IS_MASKED);
+    make_probabilities<!IS_MASKED>(S, rescale, j, IS_MASKED);
     wgmma_wait<0>();
     pin(O[0]);
     pin(P);
@@ -207,7 +270,7 @@ DEVICE void skip(Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V, int count, int barrie
   if (count <= 0) return;
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
-    if (TILE_LISTS || warp_of_warpgroup() == 0) K.wait_full();
+    if (TILE_LISTS || MAPS_MASK || warp_of_warpgroup() == 0) K.wait_full();
     release_keys(K, 0);
     if (warp_of_warpgroup() == 0) V.wait_full();
     V.release(0);
@@ -289,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1) fo
   const SharedMemory shared{smem_address(memory)};
   if (threadIdx.x == 0) {
     shared.Q_ring().init(NUM_WARPS);
-    shared.K_ring().init(TILE_LISTS ? NUM_WARPS : WARPGROUPS);
+    shared.K_ring().init(TILE_LISTS || MAPS_MASK ? NUM_WARPS : WARPGROUPS);
     shared.V_ring().init(WARPGROUPS);
     if constexpr (CUTS_VALUES) mbarrier_init(shared.V_landed(), 1);
     fence_mbarrier_init();

@@ -163,6 +163,15 @@ def test_features(hopper: Target, feature: str, lengths: tuple[int, int]) -> Non
     checked(hopper, *inputs_of(hopper, lengths, head_dim, heads=(2, 1), dtype=dtype), **options)
 
 
+def test_a_nan_stays_in_its_row_and_one_that_is_hidden_does_not_matter(hopper: Target) -> None:
+    """With a softcap four keys of a row share a division."""
+    query, key, value = inputs_of(HOST, (300, 300), dtype="float16")
+    query[:, 290], key[:, 295:] = math.nan, math.nan
+    inputs = map(hopper.place, (query, key, value))
+    out = hopper.host(cuflash.scaled_dot_product_attention(*inputs, softcap=3.0, is_causal=True, tile={NAME: SHORT}))
+    assert [*numpy.flatnonzero(numpy.isnan(out).any(axis=(0, 2, 3)))] == [290, 295, 296, 297, 298, 299]
+
+
 TILES = {
     "1 stage": (128, "float16", Tile(128, 48, 8, 1)),
     "3 stages": (64, "bfloat16", Tile(192, 16, 12, 3)),

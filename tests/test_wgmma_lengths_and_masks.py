@@ -165,7 +165,53 @@ def test_what_data_hide(hopper: Target, case: str, tile: Tile) -> None:  # noqa:
     hopper.check(*inputs, backward=False, enable_gqa=True, tile={NAME: tile}, **options)
 
 
-@pytest.mark.parametrize("case", ["packed", "lengths", "segments, causal", "boolean mask"])
+HIDING = numpy.where(
+    RANDOM.random((200, 272)) > 0.7, RANDOM.choice([-numpy.inf, -6e4], (200, 272)), RANDOM.standard_normal((200, 272))
+).astype("float16")
+COPIED: dict[str, dict[str, Any]] = {
+    "rows of a wider array": {"attn_mask": HIDING[:, :270]},
+    "of each head, causal": {
+        "attn_mask": numpy.stack((HIDING, HIDING + 1))[:, :, :270],
+        "is_causal": True,
+        "causal_alignment": "bottom_right",
+    },
+    "of each batch, fewer keys": {
+        "attn_mask": numpy.stack((HIDING - 1, HIDING))[:, None, :, :270],
+        "seqlens_kv": numpy.array([270, 33], "int32"),
+    },
+}
+"""Masks that the TMA unit copies."""
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("case", COPIED)
+def test_masks_that_are_copied(hopper: Target, case: str) -> None:  # noqa: F811
+    """With elements of -inf, and of numbers that stand for it."""
+    inputs = inputs_of(hopper, (200, 270), 64, heads=(2, 1), batches=(2, 2), dtype="bfloat16")
+    options = {name: hopper.place(x) if isinstance(x, numpy.ndarray) else x for name, x in COPIED[case].items()}
+    assert "MAPS_MASK = true" in cuflash.plan(*inputs, enable_gqa=True, tile={NAME: THREE}, **options).kernels[0].config
+    hopper.check(*inputs, backward=False, enable_gqa=True, tile={NAME: THREE}, **options)
+
+
+UNMAPPED: dict[str, Any] = {
+    "rows not on 16 bytes": numpy.zeros((200, 270), "float16"),
+    "not on 16 bytes": numpy.zeros((200, 280), "float16")[:, 4:274],
+    "one row for all": numpy.zeros((2, 1, 1, 270), "float16"),
+    "keys apart": numpy.zeros((270, 208), "float16").T[:200],
+    "float32": numpy.zeros((200, 272), "float32")[:, :270],
+}
+
+
+@pytest.mark.parametrize("case", UNMAPPED)
+def test_masks_that_are_read_where_they_lie(case: str) -> None:
+    """What no tensor map describes."""
+    inputs = inputs_of(HOST, (200, 270), 64, batches=(2, 2))
+    plan = cuflash.plan(*inputs, attn_mask=UNMAPPED[case])
+    assert names(plan) == [NAME]
+    assert "MAPS_MASK = false" in plan.kernels[0].config
+
+
+@pytest.mark.parametrize("case", ["packed", "lengths", "segments, causal", "boolean mask", "copied mask"])
 def test_every_schedule_gives_the_same_bits(case: str, request: pytest.FixtureRequest) -> None:
     """With warpgroups without rows, lists that end early, and tiles of V of which rows are cleared."""
     seeds = range(100 if request.config.getoption("--exhaustive") else 6)
@@ -175,8 +221,12 @@ def test_every_schedule_gives_the_same_bits(case: str, request: pytest.FixtureRe
         cu = offsets(HOST, [210, 10, 130]), offsets(HOST, [50, 90, 40])
         call = functools.partial(cuflash.varlen_attention, *inputs[:3], *cu, is_causal=True, return_lse=True, tile={NAME: THREE})
     else:
-        options = {"seqlens_kv": numpy.array([70, 250], "int32"), "is_causal": True} if case == "lengths" else DATA[case]
-        inputs = inputs_of(HOST, (200, 270), 64, batches=(2, 2), dtype="float16")
+        options = (
+            {"seqlens_kv": numpy.array([70, 250], "int32"), "is_causal": True}
+            if case == "lengths"
+            else {**DATA, "copied mask": COPIED["of each head, causal"]}[case]
+        )
+        inputs = inputs_of(HOST, (200, 270), 64, heads=(2, 2) if case == "copied mask" else (1, 1), batches=(2, 2), dtype="float16")
         call = functools.partial(cuflash.scaled_dot_product_attention, *inputs, return_lse=True, tile={NAME: SHORT}, **options)
     report = check(call, seeds=seeds)
     assert report.kernels[-1] == NAME

@@ -180,6 +180,7 @@ FORWARD_WGMMA_ARGUMENTS = _struct(
     "ForwardWgmmaArguments",
     ("query", MAPPED_TENSOR), ("key", MAPPED_TENSOR), ("value", MAPPED_TENSOR), ("out", TENSOR_VIEW), ("lse", ROW_VIEW), ("geometry", GEOMETRY),
     ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS), ("next_work", WORD), ("num_work", INT),
+    ("attn_mask", MAPPED_TENSOR),
 )  # fmt: skip
 BACKWARD_ARGUMENTS = _struct(
     "BackwardArguments",

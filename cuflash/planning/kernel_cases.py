@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from cuflash.hardware.device import Device
+from cuflash.planning import mapped_arrays
 from cuflash.planning.kernel_specs import KernelSpec, columns_of
 from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.problem import KV_DTYPES, Problem
@@ -22,6 +23,7 @@ ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; 
 
 _MBARRIER_BYTES = 8
 _TILE_WORK_BYTES, _LIST_ENTRY_BYTES = 32, 8  # of each stage of Q and of K: `SharedMemory` in kernels/tile/wgmma_block.cuh
+_MASK_PLACE_BYTES = 16  # likewise
 _WGMMA_DS_BUFFERS = 2  # as in kernels/tile/wgmma_backward_block.cuh
 _STATE_BYTES = 8  # of a softmax: reference and sum of one row, float32 each
 
@@ -38,6 +40,7 @@ class KernelCase:
         head_dim_v: of value and output, 1 … 576; 0 stands for head_dim, and so does whatever is given for a tiled kernel that reads neither.
         features: score features and masks, some of which take registers.
         kv_dtype: of key and value; empty: dtype too.
+        maps_mask: the TMA unit copies the mask, which only some kernels and masks let it (`mapped_arrays`).
     """
 
     kernel: KernelSpec
@@ -47,8 +50,12 @@ class KernelCase:
     head_dim_v: int = 0
     features: FeatureSet = NO_FEATURES
     kv_dtype: str = ""
+    maps_mask: bool = True
 
     def __post_init__(self) -> None:
+        of_mask = mapped_arrays.MASK_BYTES.get(self.features.attn_mask or "", 0)
+        is_mapped = self.maps_mask and self.kernel.maps_masks and of_mask > 0 and not (of_mask == 1 and self.features.segments)
+        object.__setattr__(self, "maps_mask", is_mapped)
         if self.kernel.is_tiled and not (self.head_dim_v and self.kernel.reads_value):
             object.__setattr__(self, "head_dim_v", self.head_dim)
 
@@ -138,7 +145,7 @@ def case_of(spec: KernelSpec, problem: Problem) -> KernelCase:
     features = problem.features.kinds if spec.drops else replace(problem.features.kinds, dropout=False)
     return KernelCase(
         spec, problem.dtype, problem.head_dim, problem.allow_tf32 and problem.dtype == "float32", problem.head_dim_v, features,
-        problem.kv_dtype if problem.kv_dtype != problem.dtype else "",
+        problem.kv_dtype if problem.kv_dtype != problem.dtype else "", mapped_arrays.maps_mask(problem),
     )  # fmt: skip
 
 
@@ -197,6 +204,9 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
     elif case.kernel.maps_tensors:
         of_queries, of_keys = _TILE_WORK_BYTES + 2 * _MBARRIER_BYTES, _LIST_ENTRY_BYTES + 4 * _MBARRIER_BYTES
         exchange += stationary_stages * of_queries + tile.num_stages * of_keys + _MBARRIER_BYTES
+        if case.maps_mask:
+            row = ceil(tile.tile_kv * mapped_arrays.MASK_BYTES[case.features.attn_mask or ""] / 128) * 128
+            exchange += tile.num_stages * tile.tile_q * row + _MASK_PLACE_BYTES
     in_flight = tile.num_stages * case.streamed_rows(tile) * (streamed + statistics)
     if case.kernel.warps_share == "streamed":  # outputs of all warps take the place of what they streamed (kernels/tile/warp_parts.cuh)
         rows = tile.num_warps * case.stationary_rows(tile)

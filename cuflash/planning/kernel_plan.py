@@ -10,7 +10,7 @@ from cuflash.hardware.device import Device
 from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
-from cuflash.planning.kernel_specs import WARPGROUP_ROWS, KernelSpec, Operand
+from cuflash.planning.kernel_specs import WARPGROUP_ROWS, KernelSpec
 from cuflash.problem.problem import DTYPES
 from cuflash.problem.tile import Tile
 
@@ -155,12 +155,13 @@ class KernelPlan:
         return tile_rules.REGISTERS_PER_BLOCK // self.num_threads // 8 * 8
 
     @property
-    def box_rows(self) -> dict[Operand, int]:
-        """Of the operands that the TMA unit copies, how many rows at a time: those of a warpgroup of what a block owns, whole tiles of what it streams."""
+    def box_rows(self) -> dict[str, int]:
+        """Of the arrays that the TMA unit copies, how many rows at a time: those of a warpgroup of what a block owns, whole tiles of what it streams and of a mask."""
         if not self.spec.maps_tensors:
             return {}
-        rows = dict.fromkeys(self.spec.stationary, WARPGROUP_ROWS)
-        return rows | dict.fromkeys(self.spec.streamed, self.case.streamed_rows(self.tile))
+        rows: dict[str, int] = dict.fromkeys(self.spec.stationary, WARPGROUP_ROWS)
+        rows |= dict.fromkeys(self.spec.streamed, self.case.streamed_rows(self.tile))
+        return rows | ({"attn_mask": self.tile.tile_q} if self.case.maps_mask else {})
 
     def request(self, device: Device) -> CompileRequest:
         """What to compile for `device`: a cubin for a GPU, PTX for the simulator."""

@@ -98,6 +98,7 @@ class KernelSpec:
         block_warps: how many warps a tile may have; empty for any number.
         copying_warps: of a block, besides those of its tile: they copy, or wait for other blocks, and compute nothing.
         stays: its blocks compute one tile after the other, as many blocks as run at one time.
+        maps_masks: the TMA unit copies masks where it can.
         max_warp_rows: most rows that a warp may own, a multiple of 16.
         streamed_multiple: of rows of a streamed tile.
         min_stages, max_stages: streamed tiles in flight.
@@ -132,6 +133,7 @@ class KernelSpec:
     block_warps: tuple[int, ...] = field(default=(), compare=False)
     copying_warps: int = field(default=0, compare=False)
     stays: bool = field(default=False, compare=False)
+    maps_masks: bool = field(default=False, compare=False)
     max_warp_rows: int = field(default=MAX_TILE, compare=False)
     streamed_multiple: int = field(default=16, compare=False)
     min_stages: int = field(default=1, compare=False)
@@ -207,7 +209,7 @@ FORWARD = KernelSpec(
 FORWARD_WGMMA = KernelSpec(
     "forward_wgmma", "forward_wgmma.cu", FORWARD_WGMMA_ARGUMENTS, "wgmma",
     rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
-    block_warps=(8, 12), copying_warps=4, stays=True, max_warp_rows=16, workspace=("next_work",), costs=_FORWARD_COSTS,
+    block_warps=(8, 12), copying_warps=4, stays=True, max_warp_rows=16, workspace=("next_work",), maps_masks=True, costs=_FORWARD_COSTS,
 )  # fmt: skip
 """Hopper's own instructions; it is asked for (wgmma_forward.py)."""
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cuflash.problem.layout import View
+from cuflash.problem.problem import Problem
+
+MASK_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2}
+"""Bytes of an element of masks that the TMA unit copies, by type."""
 
 _MAX_STRIDE_BYTES = 2**40
 
@@ -41,3 +45,19 @@ def _why_unmapped(view: View, itemsize: int) -> str | None:
         if extent > 1 and (stride_bytes % 16 or not 0 <= stride_bytes < _MAX_STRIDE_BYTES):
             return f"whose {axis} lie {stride_bytes} bytes apart, no multiple of 16 from 0 to 2^40"
     return None
+
+
+def mask_view(problem: Problem) -> View:
+    """The mask of a call as an array of (batch, query, heads, key)."""
+    mask = problem.features.attn_mask
+    assert mask is not None
+    (batch, heads, queries, keys), (stride_b, stride_h, stride_q, stride_k) = mask.extents, mask.strides
+    return View((batch, queries, heads, keys), (stride_b, stride_q, stride_h, stride_k))
+
+
+def maps_mask(problem: Problem) -> bool:
+    """Whether a tensor map describes the mask of a call, if it is of a type of which there are maps."""
+    mask = problem.features.attn_mask
+    if mask is None or mask.dtype not in MASK_BYTES or mask.extents[2:] != (problem.seqlen_q, problem.seqlen_kv):
+        return False
+    return mask.aligned and _why_unmapped(mask_view(problem), MASK_BYTES[mask.dtype]) is None

@@ -237,6 +237,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     if spec.stays:
         constants["Q_STAGES"] = kernel_cases.stationary_stages(case, tile, device)
         constants["ANY_SCALE"] = problem.scale < SMALLEST_SCALE
+        constants["MAPS_MASK"] = case.maps_mask
     if spec.splits_keys:
         return _split_kernel(case, tile, tile_by, constants, problem, device)
     batch, heads, num_tiles = _owned(case, tile, problem)

@@ -49,10 +49,11 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
 `tile_choice.TOLERATED_SPILLS`, full and causal. Found with one feature at a time, full, float16; calls with several take the smallest of their tiles."""
 
 WGMMA_WITH_FEATURE: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
+    ("forward_wgmma", 64, "alibi"): (192, 112, 12, 2),
     ("forward_wgmma", 128, "dropout"): (128, 128, 8, 2),
 }
-"""(kernel, head_dim, the only feature) -> tile_q, tile_kv, num_warps, num_stages, where it is not the tile without the feature with fewer keys: of three warpgroups
-each has too few registers for more than 64 keys."""
+"""(kernel, head_dim, the only feature) -> tile_q, tile_kv, num_warps, num_stages, where it is not the tile without the feature, or that with as many keys as fit: with
+dropout each of three warpgroups has too few registers for more than 64 keys; with ALiBi 112 keys are predicted to be faster than 128."""
 
 FUSED_BACKWARD: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("sm_80", 64): (128, 128, 8, 2),

@@ -28,12 +28,12 @@ WGMMA_REGISTERS = {8: 240, 12: 160}
 """Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/tile/wgmma_block.cuh."""
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
 _WGMMA_CUT_REGISTERS = 8  # that the copying warp keeps of eight warps' 240 where something hides keys; a tile is legal whatever hides them
-_WGMMA_SOFTCAP_REGISTERS = {8: 28, 12: 16}
+_WGMMA_SOFTCAP_REGISTERS = {8: 28, 12: 8}
 _WGMMA_DROPOUT_REGISTERS = {8: 28, 12: 16}
 _WGMMA_BACKWARD_DROPOUT_REGISTERS = 24
-_WGMMA_SEGMENTS_REGISTERS = {8: 12, 12: 20}
+_WGMMA_SEGMENTS_REGISTERS = {8: 12, 12: 8}
 _WGMMA_MASK_REGISTERS = {None: 0, "bool": 1, "float16": 1, "bfloat16": 1, "float32": 2}
-"""Of a tile of a mask, for each four keys."""
+"""Of a tile of a mask, for each four keys, unless the TMA unit copies it."""
 
 
 def lacking(case: KernelCase, device: Device) -> str | None:
@@ -134,7 +134,12 @@ def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
     if tile.num_warps == 8:  # wide outputs, and the warp that copies keeps more where there are lists
         of_features += 28 * features.lists_tiles + 8 * (features.attn_mask is not None)
         of_features = max(of_features, _WGMMA_CUT_REGISTERS * (2 if case.head_dim_v > 192 else 1))  # these were found with 232
-    return tile.tile_kv // 4 * (1 + _WGMMA_MASK_REGISTERS[features.attn_mask]) + _WGMMA_OTHER_REGISTERS + of_features
+    if tile.num_warps == 12 and features.softcap and features != FeatureSet(softcap=True):
+        of_features += 8  # with a second feature
+    if case.maps_mask and features.segments:
+        of_features += 12
+    of_mask = 0 if case.maps_mask else _WGMMA_MASK_REGISTERS[features.attn_mask]
+    return tile.tile_kv // 4 * (1 + of_mask) + _WGMMA_OTHER_REGISTERS + of_features
 
 
 def _wgmma_backward_registers(features: FeatureSet, tile: Tile) -> int:

@@ -148,12 +148,14 @@ class MaskLayout:
         shape: as the caller has it, one to four dimensions; the shape of its gradient.
         extents: (batch, num_heads_q, seqlen_q, seqlen_kv), 1 where it is broadcast.
         strides: of the same axes in elements, 0 where it is broadcast.
+        aligned: it starts on 16 bytes.
     """
 
     dtype: str
     shape: tuple[int, ...]
     extents: Shape4
     strides: Shape4
+    aligned: bool = True
 
 
 @dataclass(frozen=True)
@@ -434,7 +436,7 @@ def _check_mask(mask: Array, extents: Extents) -> MaskLayout:
     b, h, q, k = (1,) * (4 - ndim) + mask.shape
     strides = [0 if extent == 1 else stride for extent, stride in zip(mask.shape, mask.strides, strict=True)]
     stride_b, stride_h, stride_q, stride_k = [0] * (4 - ndim) + strides
-    return MaskLayout(mask.dtype, mask.shape, (b, h, q, k), (stride_b, stride_h, stride_q, stride_k))
+    return MaskLayout(mask.dtype, mask.shape, (b, h, q, k), (stride_b, stride_h, stride_q, stride_k), mask.pointer % 16 == 0)
 
 
 def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:

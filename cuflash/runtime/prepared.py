@@ -14,6 +14,7 @@ from cuflash.arrays.borrowing import Array, pointer
 from cuflash.arrays.frameworks import BFloat16Bits, Framework
 from cuflash.planning.kernel_plan import Buffer, LaunchShape
 from cuflash.planning.kernel_specs import MERGE_ATTENTION, PARTS
+from cuflash.planning.mapped_arrays import mask_view
 from cuflash.planning.merge_kernels import row_groups, row_lanes
 from cuflash.planning.plan import Plan
 from cuflash.problem import sequences
@@ -150,16 +151,19 @@ class PreparedCall:
                 "group_batch": kernel.group_batch, "group_heads": kernel.group_heads, "num_work": kernel.num_work, "num_tiles": kernel.num_tiles,
                 "head_dim": kernel.head_dim, "num_splits": kernel.splits.number, "split_tiles": kernel.splits.tiles,
             }  # fmt: skip
-            own |= {name: self.mapped(*views[name], count) for name, count in kernel.box_rows.items()}
+            own |= {name: self.mapped(name, views, count) for name, count in kernel.box_rows.items()}
             struct = kernel.spec.arguments
             launches.append(_Launch(loaded, kernel.shape, Arguments(struct, arguments.of_struct(struct, {**values, **own}), words)))
         return launches
 
-    def mapped(self, name: str, view: View, box_rows: int) -> Value:
-        """An array that the TMA unit copies, so many rows at a time."""
-        return arguments.mapped_tensor(
-            TensorMap(name, view, self.problem.dtype, box_rows, self.device.index if self.device.kind == "gpu" else None)
-        )
+    def mapped(self, field: str, views: Mapping[str, tuple[str, View]], box_rows: int) -> Value:
+        """An array that the TMA unit copies, so many rows at a time, for a field of a struct."""
+        mask = self.problem.features.attn_mask
+        if field == "attn_mask" and mask is not None:
+            name, view, dtype = field, mask_view(self.problem), "uint8" if mask.dtype == "bool" else mask.dtype
+        else:
+            (name, view), dtype = views[field], self.problem.dtype
+        return arguments.mapped_tensor(TensorMap(name, view, dtype, box_rows, self.device.index if self.device.kind == "gpu" else None))
 
     def check_offsets(self, addresses: dict[str, int]) -> None:
         """Packed offsets in the host's memory, whose values may differ from call to call."""

@@ -14,15 +14,15 @@ from typing import TypeAlias
 
 from cuflash.errors import DeviceError, SetupError
 from cuflash.problem.layout import View
-from cuflash.problem.problem import DTYPES
 
 NBYTES = 128
-COLUMNS = 64
-"""Of a box: 128 bytes of a 16-bit type, which is what the swizzle spans."""
+ROW_BYTES = 128
+"""Of a box, which is what the swizzle spans."""
 
 _ALIGNMENT = 128
 _MAX_MAPS = 64  # of one array that lies here and there, such as in every layer of a model
-_TYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
+_TYPES = {"uint8": 0, "float16": 6, "bfloat16": 9}  # CUtensorMapDataType
+_ITEMSIZES = {"uint8": 1, "float16": 2, "bfloat16": 2}
 _SWIZZLE_128B, _PROMOTION_256B = 3, 3  # CUtensorMapSwizzle, CUtensorMapL2promotion
 
 Encode: TypeAlias = Callable[[int, str, tuple[int, ...], tuple[int, ...], tuple[int, ...]], bytes]
@@ -30,7 +30,7 @@ Encode: TypeAlias = Callable[[int, str, tuple[int, ...], tuple[int, ...], tuple[
 
 
 class TensorMap:
-    """The map of one array, for boxes of 64 columns and some rows.
+    """The map of one array, for boxes of 128 bytes of columns and some rows.
 
     Attributes:
         name: of the array's address among those of a launch.
@@ -44,10 +44,11 @@ class TensorMap:
         self.name = name
         self.batch_factor, self.head_factor = int(stride_b != 0 and batch > 1), int(stride_h != 0 and heads > 1)
         axes = ((seqlen, stride_s), (heads if self.head_factor else 1, stride_h), (batch if self.batch_factor else 1, stride_b))
-        self._dtype, self._box = dtype, (COLUMNS, box_rows, 1, 1)
+        itemsize = _ITEMSIZES[dtype]
+        self._dtype, self._box = dtype, (ROW_BYTES // itemsize, box_rows, 1, 1)
         self._extents = (head_dim, *(extent for extent, _ in axes))
-        row = -(-head_dim * DTYPES[dtype] // 16) * 16  # an axis of one place may have any stride that holds a row
-        self._strides = tuple(stride * DTYPES[dtype] if extent > 1 else row for extent, stride in axes)
+        row = -(-head_dim * itemsize // 16) * 16  # an axis of one place may have any stride that holds a row
+        self._strides = tuple(stride * itemsize if extent > 1 else row for extent, stride in axes)
         self._encode: Encode = _encode_for_simulator if gpu is None else functools.partial(encode_on_gpu, gpu)
         self._maps: dict[int, bytes] = {}
 

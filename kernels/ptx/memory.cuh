@@ -56,6 +56,12 @@ DEVICE int load_shared_s32(SmemAddress address) {
   return value;
 }
 
+DEVICE uint16 load_shared_u16(SmemAddress address) {
+  uint16 value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
+  return value;
+}
+
 DEVICE float load_shared_f32(SmemAddress address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");

@@ -49,6 +49,7 @@ class Copier {
       const int end = visibility.end_key(0, geometry.seqlen_q);
       if (RAGGED || end < geometry.seqlen_kv) num_keys = end;
     }
+    if (MAPS_MASK && asks) store_shared(shared.mask_place(), Chunk{{uint32(work.at.tile * TILE_Q), uint32(work.at.head), uint32(work.at.batch), 0}});
     walk.tiles.look_ahead(walk.begin);
     copy_keys(work, walk.tiles, walk.begin, head_kv);
     tell(work, true);
@@ -66,8 +67,13 @@ class Copier {
     if (asks) {
       K.wait_empty();
       if constexpr (TILE_LISTS) store_shared(shared.list_entry(K.stage), uint32(tiles.tile(step) * 2 + tiles.is_partial(step)));
-      mbarrier_arrive_expect(K.full(), RingK::BYTES);
+      mbarrier_arrive_expect(K.full(), RingK::BYTES + SharedMemory::MASK_TILE_BYTES);
       RingK::load(shared.K(K.stage), arguments.key, work.start_kv + tiles.tile(step) * TILE_KV, head_kv, work.at.batch, K.full());
+      if constexpr (MAPS_MASK) {  // where in the mask lies in shared memory, and not in registers, of which this thread has too few
+        const Chunk place = load_shared(shared.mask_place());
+        RingMask::load<MASK_BYTES>(shared.mask(K.stage), arguments.attn_mask, int(place.word[0]), int(place.word[1]), int(place.word[2]), K.full(),
+                                   tiles.tile(step) * TILE_KV);
+      }
     }
     K.advance();
   }

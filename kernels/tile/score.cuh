@@ -14,6 +14,7 @@
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 #include "ptx/math.cuh"
+#include "ptx/memory.cuh"
 
 constexpr bool SOFTCAP = Config::SOFTCAP;
 constexpr bool ALIBI = Config::ALIBI;
@@ -49,6 +50,9 @@ DEVICE float tanh_of(float x) {
   const float square = x * x, near = x * __fmaf_rn(square, __fmaf_rn(square, 2.0f / 15.0f, -1.0f / 3.0f), 1.0f);
   return fabsf(x) < 0.1f ? near : far;
 }
+
+// Largest cap, in units of the scores, of which tanh may be wrong by 2^-22 however small it is.
+constexpr float MOST_OF_SHARED_TANH = 128.0f;
 
 // A product q·k -> its score but for a mask. The quick tanh is for 16-bit types where rows are queries; the registers of kernels whose rows are keys
 // were not looked at with it.
@@ -106,6 +110,39 @@ class ScoreModifier {  // of one batch and query head
     apply<TRANSPOSED>(S, unused, first_row, first_column, ahead...);
   }
 
+  // The same for 16 rows of queries, with fewer instructions, but for a mask. SHARES: a NaN may make NaN of other scores of its row.
+  template <bool SHARES, int N>
+  DEVICE void apply_to_rows(float (&S)[1][N][4], int first_row, int first_column) const {
+    if constexpr (SOFTCAP) {
+      if (SHARES && features.softcap <= MOST_OF_SHARED_TANH) {
+        cap_in_fours(S);
+      } else {
+        for_each_place<1, N>([&](int, int n, int i, int, int) { S[0][n][i] = features.softcap * tanh_of<true>(S[0][n][i] * features.score_factor); });
+      }
+    }
+    const float distance = float(first_column + lane_index() % 4 * 2 - first_row - lane_index() / 4 - geometry.causal_offset);
+    const float factor = SOFTCAP ? 1.0f : features.score_factor;
+    for_each_place<1, N>([&](int, int n, int i, int, int) {
+      // Eight rows and eight columns further the distance is the same, so that the compiler has half as many to compute.
+      const float penalty = ALIBI ? slope * fabsf(distance + float(8 * (n - i / 2) + i % 2)) : 0.0f;
+      S[0][n][i] = ALIBI ? __fmaf_rn(S[0][n][i], factor, -penalty) : S[0][n][i] * factor;
+    });
+  }
+
+  // Adds a mask of 16 bits whose tile lies in shared memory, of which `row` is the first of 16. Sums are not held above LOWEST: with such an element
+  // one overflows only where a score is below -10^36.
+  template <typename Tile, int N>
+  DEVICE void add_copied_mask(float (&S)[1][N][4], SmemAddress tile, int row) const {
+    const int lane_offset = Tile::offset(row + lane_index() % 16, lane_index() / 16);
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      uint32 pairs[4];
+      ldmatrix_x4(pairs, tile + Tile::at(lane_offset, n));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) S[0][n + i / 4][i % 4] += mask_bias(mask_element(MaskBits(pairs[i / 2] >> (i % 2 * 16)), MaskElement{}));
+    }
+  }
+
   template <bool TRANSPOSED, int M, int N>
   DEVICE void read_mask(MaskAhead<TRANSPOSED, M, N>& ahead, int first_row, int first_column) const {
     if constexpr (MaskAhead<TRANSPOSED, M, N>::USED) {
@@ -122,6 +159,27 @@ class ScoreModifier {  // of one batch and query head
   DEVICE float signed_factor() const { return MODIFIES_SCORES ? 1.0f : geometry.scale_log2 * geometry.score_sign; }
 
  private:
+  // softcap tanh(x) = softcap (1 - 2 / (1 + e^2x)), where four neighbours of a row share a division: 1 / a = b / (a b). Exponentials are held below
+  // 2^30, where tanh is 1, so that the product of four is finite.
+  template <int N>
+  DEVICE void cap_in_fours(float (&S)[1][N][4]) const {
+    const float factor = features.score_factor * (2.0f * LOG2_E), cap = features.softcap;
+#pragma unroll
+    for (int n = 0; n < N; n += 2)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float sum[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[i] = 1.0f + ex2(min_nan(S[0][n + i / 2][2 * r + i % 2] * factor, 30.0f));
+        const float low = sum[0] * sum[1], high = sum[2] * sum[3], inverse = -2.0f * cap * reciprocal(low * high);
+        const float of_low = inverse * high, of_high = inverse * low;
+        S[0][n][2 * r] = __fmaf_rn(of_low, sum[1], cap);
+        S[0][n][2 * r + 1] = __fmaf_rn(of_low, sum[0], cap);
+        S[0][n + 1][2 * r] = __fmaf_rn(of_high, sum[3], cap);
+        S[0][n + 1][2 * r + 1] = __fmaf_rn(of_high, sum[2], cap);
+      }
+  }
+
   template <bool TRANSPOSED, int M, int N>
   DEVICE void add_mask(float (&S)[M][N][4], int first_row, int first_column, const MaskAhead<TRANSPOSED, M, N>& ahead) const {
     const MaskValues mask(geometry, features.attn_mask, batch, head);

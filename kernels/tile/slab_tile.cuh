@@ -18,15 +18,23 @@ struct SlabTile {
   static constexpr int BYTES = SLABS * SLAB_BYTES;
   static_assert(ROWS % 8 == 0, "the swizzle repeats after 8 rows");
 
-  // Asks for the rows from `row` on. BYTES arrive at the mbarrier.
-  DEVICE static void load(SmemAddress tile, const MappedTensor& tensor, int row, int head, int batch, SmemAddress mbarrier) {
+  // Asks for the rows from `row` on, from `column` on. BYTES arrive at the mbarrier.
+  template <int ELEMENT_BYTES = 2>
+  DEVICE static void load(SmemAddress tile, const MappedTensor& tensor, int row, int head, int batch, SmemAddress mbarrier, int column = 0) {
 #pragma unroll
     for (int slab = 0; slab < SLABS; ++slab)
-      load_box(tile + slab * SLAB_BYTES, tensor.map, slab * SLAB_COLUMNS, row, head * tensor.head_factor, batch * tensor.batch_factor, mbarrier);
+      load_box(tile + slab * SLAB_BYTES, tensor.map, column + slab * (ROW_BYTES / ELEMENT_BYTES), row, head * tensor.head_factor,
+               batch * tensor.batch_factor, mbarrier);
   }
 
   // Where a chunk of 16 bytes of a row of the first slab lies.
   DEVICE static int offset(int row, int chunk) { return row * ROW_BYTES + (chunk ^ row % 8) * 16; }
+
+  // Where the chunk is that lies `chunk` chunks (even) behind a lane's place `lane_offset` = offset(lane_row, 0 or 1).
+  DEVICE static int at(int lane_offset, int chunk) {
+    constexpr int CHUNKS = SLAB_COLUMNS / 8;
+    return chunk / CHUNKS * SLAB_BYTES + (lane_offset ^ chunk % CHUNKS * 16);
+  }
 
   // Zeros in the rows from `row` on, by a whole warp. Chunks are exchanged within a row, so it is all of them.
   DEVICE static void clear_from(SmemAddress tile, int row) {

@@ -16,6 +16,9 @@ constexpr int Q_STAGES = Config::Q_STAGES;
 using WarpgroupQ = SlabTile<WARPGROUP_ROWS, HEAD_DIM>;
 using RingK = SlabTile<TILE_KV, HEAD_DIM>;
 using RingV = SlabTile<TILE_KV, HEAD_DIM_V>;
+using RingMask = SlabTile<TILE_Q, TILE_KV * MASK_BYTES / 2>;  // of a boolean mask a column is two keys
+
+constexpr bool MAPS_MASK = Config::MAPS_MASK;  // tiles of a mask of 8 or 16 bits are copied with those of K; other masks are read where they lie
 
 constexpr int Q_BYTES = WARPGROUPS * WarpgroupQ::BYTES;
 constexpr int O_COLUMNS =
@@ -37,14 +40,19 @@ static_assert(TILE_Q == 16 * NUM_WARPS, "tile_q must be 16 rows for each warp");
 // Where everything lies in shared memory.
 struct SharedMemory {
   static constexpr int LIST_ENTRY_BYTES = 8;  // of which the entry takes 4: mbarriers lie behind them
-  static constexpr int BYTES = Q_STAGES * (Q_BYTES + TileWork::BYTES) + NUM_STAGES * (RingK::BYTES + RingV::BYTES + LIST_ENTRY_BYTES) +
-                               Ring<Q_STAGES>::BYTES + 2 * Ring<NUM_STAGES>::BYTES + MBARRIER_BYTES;
+  static constexpr int MASK_TILE_BYTES = MAPS_MASK ? RingMask::BYTES : 0;
+  static constexpr int MASK_PLACE_BYTES = MAPS_MASK ? 16 : 0;
+  static constexpr int BYTES = MASK_PLACE_BYTES + Q_STAGES * (Q_BYTES + TileWork::BYTES) +
+                               NUM_STAGES * (RingK::BYTES + RingV::BYTES + MASK_TILE_BYTES + LIST_ENTRY_BYTES) + Ring<Q_STAGES>::BYTES +
+                               2 * Ring<NUM_STAGES>::BYTES + MBARRIER_BYTES;
   SmemAddress base;
 
   DEVICE SmemAddress Q(int stage, int warpgroup) const { return base + stage * Q_BYTES + warpgroup * WarpgroupQ::BYTES; }
   DEVICE SmemAddress K(int stage) const { return Q(Q_STAGES, 0) + stage * RingK::BYTES; }
   DEVICE SmemAddress V(int stage) const { return K(NUM_STAGES) + stage * RingV::BYTES; }
-  DEVICE SmemAddress work(int Q_stage) const { return V(NUM_STAGES) + Q_stage * TileWork::BYTES; }
+  DEVICE SmemAddress mask(int K_stage) const { return V(NUM_STAGES) + K_stage * MASK_TILE_BYTES; }
+  DEVICE SmemAddress mask_place() const { return mask(NUM_STAGES); }
+  DEVICE SmemAddress work(int Q_stage) const { return mask_place() + MASK_PLACE_BYTES + Q_stage * TileWork::BYTES; }
   DEVICE SmemAddress list_entry(int K_stage) const { return work(Q_STAGES) + K_stage * LIST_ENTRY_BYTES; }
   DEVICE Ring<Q_STAGES> Q_ring() const { return Ring<Q_STAGES>(list_entry(NUM_STAGES)); }
   DEVICE Ring<NUM_STAGES> K_ring() const { return Ring<NUM_STAGES>(list_entry(NUM_STAGES) + Ring<Q_STAGES>::BYTES); }
