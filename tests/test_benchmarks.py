@@ -455,7 +455,14 @@ def test_the_first_call_compiles_once(tmp_path: Path, machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    "mode", [("--host",), ("--facts",), ("--compile",), ("--one", "float16", "64", "32", "full", "backward")], ids=lambda mode: mode[0]
+    "mode",
+    [
+        pytest.param(("--host",), marks=pytest.mark.exhaustive),  # these two: tests/test_validate_gpu.py
+        pytest.param(("--facts",), marks=pytest.mark.exhaustive),
+        ("--compile",),
+        ("--one", "float16", "64", "32", "full", "backward"),
+    ],
+    ids=lambda mode: mode[0],
 )
 def test_dry_runs_of_the_other_modes(mode: tuple[str, ...], tmp_path: Path) -> None:
     done = script("bench_attention.py", *mode, "--dry-run", "--output", str(tmp_path))
