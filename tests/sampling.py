@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import pytest
 
 _SAME_KERNELS = {
@@ -61,23 +62,29 @@ def beyond_samples(items: list[pytest.Item]) -> set[pytest.Item]:
 
 def _sample(cases: list[pytest.Item], count: int) -> set[pytest.Item]:
     """So many of a test's cases, in which the values of each parameter appear about equally often, and so do pairs of them."""
-    taken: Counter[tuple[Any, ...]] = Counter()
-    values = {item: [(name, id(value)) for name, value in item.callspec.params.items()] for item in cases}  # type: ignore[attr-defined]
-    pairs = {item: list(itertools.combinations(values[item], 2)) for item in cases}
-    number_of_values = Counter(name for name, _ in {value for of_item in values.values() for value in of_item})
+    cases = sorted(cases, key=lambda item: _scrambled(item.name))
+    of_cases = [[(name, id(value)) for name, value in item.callspec.params.items()] for item in cases]  # type: ignore[attr-defined]
+    values, number_of_value = _numbered(of_cases)
+    pairs, number_of_pair = _numbered([list(itertools.combinations(of_case, 2)) for of_case in of_cases])
+    number_of_values = Counter(name for name, _ in number_of_value)
+    weights = numpy.array([number_of_values[name] for name, _ in number_of_value])
+    taken_values, taken_pairs = numpy.zeros(len(number_of_value), int), numpy.zeros(len(number_of_pair), int)
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(cases)):
+        repeats = (taken_values * weights)[values].sum(axis=1)
+        repeats[chosen] = numpy.iinfo(int).max
+        best = int(numpy.lexsort((taken_pairs[pairs].sum(axis=1), repeats))[0])  # the first of equals
+        chosen.append(best)
+        taken_values[values[best]] += 1
+        taken_pairs[pairs[best]] += 1
+    return {cases[number] for number in chosen}
 
-    def repeats(item: pytest.Item) -> tuple[int, int]:
-        return sum([taken[value] * number_of_values[value[0]] for value in values[item]]), sum([taken[pair] for pair in pairs[item]])
 
-    chosen: set[pytest.Item] = set()
-    rest = sorted(cases, key=lambda item: _scrambled(item.name))
-    while rest and len(chosen) < count:
-        item = min(rest, key=repeats)
-        rest.remove(item)
-        chosen.add(item)
-        taken.update(values[item])
-        taken.update(pairs[item])
-    return chosen
+def _numbered(of_cases: list[list[Any]]) -> tuple[Any, dict[Any, int]]:
+    """What each case has, as numbers in a matrix with a row for each, and the number of everything that any has."""
+    numbers: dict[Any, int] = {}
+    rows = [[numbers.setdefault(each, len(numbers)) for each in of_case] for of_case in of_cases]
+    return numpy.array(rows, int).reshape(len(rows), -1), numbers
 
 
 def _test_of(item: pytest.Item) -> str:

@@ -220,6 +220,7 @@ def test_predict_names_what_it_cannot_use(tmp_path: Path, options: tuple[str, ..
     assert result.stderr.startswith(f"cuflash: {message}"), result.stderr
 
 
+@pytest.mark.usefixtures("no_disassembly")
 def test_inspect_prints_a_table_of_both_passes(tmp_path: Path) -> None:
     options = ("--head-dim", "16", "--dtype", "float16", "--causal", "--sinks")
     result = here("inspect", "--arch", "sm_75", "sm_90", *options, directory=tmp_path)
@@ -233,6 +234,7 @@ def test_inspect_prints_a_table_of_both_passes(tmp_path: Path) -> None:
 FEATURES = ("--causal", "--window", "20", "-1", "--softcap", "30", "--alibi", "--sinks", "--dropout", "--head-dim-v", "32")
 
 
+@pytest.mark.usefixtures("no_disassembly")
 def test_inspect_knows_features_and_lengths(tmp_path: Path) -> None:
     call = ("--arch", "sm_80", "--head-dim", "16", "--dtype", "float16", "--attn-mask", "bool", "--segments", "--seqlens-kv")
     reports = json.loads(here("inspect", *call, *FEATURES, "--forward-only", "--json", directory=tmp_path).stdout)

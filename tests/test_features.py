@@ -15,6 +15,8 @@ from cuflash import reference
 from cuflash.cli.sample_features import ALONE, others_than
 from cuflash.cli.samples import Sample
 
+pytestmark = pytest.mark.small_tiles
+
 B, H, HK, SQ, SKV = 2, 4, 2, 70, 90
 """Two tiles of queries and of keys on every target, neither of them full."""
 
@@ -123,7 +125,7 @@ MASK_SHAPES = [
 ]
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ["bool", "float16", "bfloat16", "float32"])
 def test_masks_of_all_shapes_and_types(simulator: Target, dtype: str, shape: tuple[int, ...]) -> None:
@@ -394,7 +396,7 @@ def test_everything_dropped(target: Target) -> None:
 # --- Windows, softcap, ALiBi, sinks, prefixes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(16)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
 @pytest.mark.parametrize("window", [(0, 0), (None, 0), (3, None), (-1, 70), (500, 500), (0, None), (33, 1), (2**40, 2)], ids=str)
 @pytest.mark.parametrize("seqlens", [(70, 200), (200, 70), (1, 130), (130, 1)], ids=str)

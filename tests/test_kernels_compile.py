@@ -213,7 +213,7 @@ HIDES = "1348"
 
 
 @pytest.mark.usefixtures("no_disassembly")
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "features", [NO_FEATURES, FeatureSet("float32", window=True, softcap=True, alibi=True, sinks=True)], ids=["plain", "features"]
 )

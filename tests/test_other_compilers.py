@@ -58,7 +58,7 @@ def test_forward_wgmma(head_dim: int, features: FeatureSet, is_causal: bool) -> 
 
 
 def test_loops_of_forward_wgmma() -> None:
-    forward.test_hot_loops("bfloat16", 128, True)
+    forward.assert_hot_loops(forward.report_of("bfloat16", 128, True), "bfloat16", 128, True)
 
 
 @pytest.mark.sample(2)

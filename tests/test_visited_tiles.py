@@ -63,7 +63,7 @@ def kernels_of(options: dict[str, Any], seqlens: tuple[int, int]) -> tuple[Any, 
     return plans[0].problem, [kernel for plan in plans for kernel in plan.kernels if kernel.name != "backward_delta"]
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("seqlens", [(256, 256), (256, 100), (70, 256)], ids=str)
 @pytest.mark.parametrize(
     "options",

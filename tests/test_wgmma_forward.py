@@ -87,6 +87,7 @@ MASKS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("lengths", [(200, 300), (300, 130), (1, 1), (193, 65)], ids=str)
 @pytest.mark.parametrize("case", [("bfloat16", 64), ("float16", 128)], ids=str)

@@ -94,12 +94,14 @@ def assert_left_alone(function: Function) -> None:
 
 @pytest.mark.sample(2)
 @CASES
-def test_no_spills_no_serialised_products_and_quick(
+def test_no_spills_no_serialised_products_quick_and_hot_loops(
     dtype: str, head_dim: int, is_causal: bool, compilation_seconds: dict[CompileRequest, float]
 ) -> None:
     report = report_of(dtype, head_dim, is_causal)
     assert_as_meant(report)
     assert is_quick(report, compilation_seconds), f"{named(report)}: {report.seconds:.2f} seconds"
+    if disassembly.find_nvdisasm() is not None:
+        assert_hot_loops(report, dtype, head_dim, is_causal)
 
 
 @pytest.mark.sample(1)
@@ -151,11 +153,8 @@ def test_the_longest_tiles_fit_the_registers(num_warps: int, head_dim: int) -> N
     assert_as_meant(report_of("bfloat16", head_dim, True, tile))
 
 
-@pytest.mark.sample(1)
-@CASES
-def test_hot_loops(dtype: str, head_dim: int, is_causal: bool) -> None:
+def assert_hot_loops(report: Report, dtype: str, head_dim: int, is_causal: bool) -> None:
     """Products of both kinds, and copies of boxes."""
-    report = report_of(dtype, head_dim, is_causal)
     function, tile = code_of(report), default_tile(dtype, head_dim)
     kind = "F32" if dtype == "float16" else "F32.BF16"
     scores, outputs = f"HGMMA.64x{tile.tile_kv}x16.{kind}", f"HGMMA.64x{head_dim}x16.{kind}"

@@ -128,6 +128,7 @@ def test_anything_in_place_of_any_argument(name: str, monkeypatch: pytest.Monkey
             assert error is None or len(str(error)) < LONGEST_MESSAGE, place
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in ("bfloat16", "Tile")])
 def test_a_keyword_of_a_megabyte(name: str) -> None:
     function, valid = CALLS[name]

@@ -5,8 +5,11 @@ Shared memory is what the kernels assert, registers are those of accumulators al
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import TypeVar
 
 from cuflash.hardware.device import Device
 from cuflash.planning import mapped_arrays
@@ -26,6 +29,25 @@ _TILE_WORK_BYTES, _LIST_ENTRY_BYTES = 32, 8  # of each stage of Q and of K: `Sha
 _MASK_PLACE_BYTES = 16  # likewise
 _WGMMA_DS_BUFFERS = 2  # as in kernels/tile/wgmma_backward_block.cuh
 _STATE_BYTES = 8  # of a softmax: reference and sum of one row, float32 each
+
+
+_Found = TypeVar("_Found")
+
+
+def _found_once(method: Callable[[KernelCase, Device], _Found]) -> Callable[[KernelCase, Device], _Found]:
+    """The result for each device is kept with the case: a choice among a few hundred tiles asks thousands of times."""
+    name = f"_{method.__name__}"
+
+    @functools.wraps(method)
+    def found(self: KernelCase, device: Device) -> _Found:
+        kept: dict[Device, _Found] = self.__dict__.setdefault(name, {})
+        try:
+            return kept[device]
+        except KeyError:
+            kept[device] = method(self, device)
+            return kept[device]
+
+    return found
 
 
 @dataclass(frozen=True)
@@ -71,6 +93,7 @@ class KernelCase:
         """The same of what is streamed."""
         return KV_DTYPES[self.kv_dtype] if self.kv_dtype else self.smem_itemsize(device)
 
+    @_found_once
     def head_slices(self, device: Device) -> int:
         """Groups of warps that share out the columns of a wide head, so that their accumulators fit the registers; 1 for a narrow head, unless the shared memory
         does not hold the smallest tiles of all operands of a kernel that has many."""
@@ -87,6 +110,7 @@ class KernelCase:
         nbytes = 16 * self.smem_itemsize(device) * sum(columns_of(name, d, dv) for name in operands)
         return len(operands) <= 4 or nbytes <= device.shared_memory_per_block
 
+    @_found_once
     def slice_pieces(self, device: Device) -> int:
         """Pieces into which each slice is cut, so that the smallest tile fits the shared memory; 1 where it does anyway."""
         slices = self.head_slices(device)
@@ -96,6 +120,7 @@ class KernelCase:
                 return pieces
         return 8 if slices > 1 else 1
 
+    @_found_once
     def columns(self, device: Device) -> tuple[int, int]:
         """head_dim and head_dim_v as the kernel computes them: pieces are rounded up to what the matrix instructions take."""
         pieces = self.head_slices(device) * self.slice_pieces(device)

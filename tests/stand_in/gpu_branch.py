@@ -22,6 +22,8 @@ from cuflash.planning import wgmma_backward, wgmma_forward
 from cuflash.runtime import calls, launch, tensor_maps
 from cuflash.runtime.arguments import Arguments
 
+pytestmark = pytest.mark.small_tiles
+
 attention, attention_backward = cuflash.scaled_dot_product_attention, cuflash.scaled_dot_product_attention_backward
 
 
