@@ -173,7 +173,7 @@ class FirstWarpgroup {
   uint32 P[P_STEPS][4];
 
   DEVICE void issue_scores(float (&S)[1][S_TILES][4]) {
-    const uint64 Q = BlockQ::descriptor(shared.Q());
+    const uint64 Q = BlockQ::descriptor(uniform(shared.Q()));  // found anew: as many descriptors as steps would take registers from tile to tile
     keys.wait_full();
     if constexpr (VALUE_IN_KEY) {
       constexpr int FIRST_STEPS = FIRST_COLUMNS / 16, ALL_STEPS = ceil_div(HEAD_DIM, 16);
@@ -207,18 +207,22 @@ class FirstWarpgroup {
     softmax.update(S, rescale, scores.factor());
   }
 
-  // Probabilities, for this warpgroup's product and for the second one's.
-  DEVICE void hand_on(uint32 (&packed)[P_STEPS][4], const float (&S)[1][S_TILES][4], const float (&rescale)[2]) {
-    pack_accumulator(packed, S);
-    wait_until_taken();
+  // Probabilities and `factor` of the lane's rows to the second warpgroup. This one packs them again when its product reads P no more.
+  DEVICE void hand_on(float (&S)[1][S_TILES][4], const float (&factor)[2]) {
 #pragma unroll
-    for (int k = 0; k < P_STEPS; ++k)
+    for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = own_row + i % 2 * 8 + lane_index() / 4, chunk = 2 * k + i / 2;
-        store_shared(shared.P() + chunk / 8 * BlockP::SLAB_BYTES + BlockP::offset(row, chunk % 8) + lane_index() % 4 * 4, packed[k][i]);
-      }
-    publish(rescale);
+      for (int r = 0; r < 2; ++r)
+        store_shared(shared.P() + n / 8 * BlockP::SLAB_BYTES + BlockP::offset(own_row + 8 * r + lane_index() / 4, n % 8) + lane_index() % 4 * 4,
+                     pack<Element>(S[0][n][2 * r], S[0][n][2 * r + 1]));
+    publish(factor);
+    pin(S[0]);
+  }
+
+  DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4]) {
+    pack_accumulator(P, S);
+    pin(P);
+    pin(O[0]);
   }
 
   // Nothing to multiply with V yet.
@@ -230,32 +234,26 @@ class FirstWarpgroup {
     keys.release(1);
     make_probabilities(S, unused, walk.begin);
     const float nothing_yet[2] = {1.0f, 1.0f};
-    hand_on(P, S, nothing_yet);
-    pin(P);
-    pin(O[0]);
+    hand_on(S, nothing_yet);
+    pack_probabilities(S);
   }
 
   DEVICE void step(int j) {
     float S[1][S_TILES][4], rescale[1][2];
-    uint32 next_P[P_STEPS][4];
     issue_scores(S);
+    wait_until_taken();  // here, since a wait while P is read would have the assembler serialise the products
     issue_outputs();
     wgmma_wait<1>();
     pin(S[0]);
     keys.release(1);
     make_probabilities(S, rescale, j);
-    hand_on(next_P, S, rescale[0]);
+    hand_on(S, rescale[0]);
     wgmma_wait<0>();
     pin(O[0]);
     pin(P);
     values.release(2);
     multiply_rows(O, rescale[0]);
-#pragma unroll
-    for (int k = 0; k < P_STEPS; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) P[k][i] = next_P[k][i];
-    pin(P);
-    pin(O[0]);
+    pack_probabilities(S);
   }
 };
 
