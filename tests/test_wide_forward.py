@@ -172,7 +172,7 @@ def test_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of()
     assert names(plan) == ["forward"]
     assert f"ask for it by {wgmma_forward.VARIABLE}=1, or by a tile of {NAME}" in str(plan)
-    assert names(plan_of(tile=SHORT))[0] == NAME
+    assert names(plan_of(tile={NAME: Tile(64, 16, 8, 2)}))[0] == NAME
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {

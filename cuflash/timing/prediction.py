@@ -33,7 +33,7 @@ from cuflash.timing.limits import LIMITS, without
 from cuflash.timing.machine import Card, Multiprocessor, multiprocessor
 from cuflash.timing.multiprocessor import steady_clocks_of_roles
 from cuflash.timing.operations import MULTIPLY_ADDS, Operation, Role, busy_clocks_of_block, is_wgmma, operations
-from cuflash.timing.roles import meeting_points, role_traces
+from cuflash.timing.roles import helps, meeting_points, role_traces
 from cuflash.timing.sass import Function, read_functions
 from cuflash.timing.staying import single_tile_traces
 from cuflash.timing.visits import NO_DATA, Data, visits_of_launch
@@ -145,8 +145,13 @@ def _roles(function: Function, traces: Sequence[Trace], description: Description
     if len(traces) == 1:
         return (Role(operations(traces[0].instructions, machine), description.tile.num_warps),)
     meetings = meeting_points(function, traces)
+    helping = [helps(trace) for trace in traces]
     computing, *others = (operations(trace.instructions, machine, of) for trace, of in zip(traces, meetings, strict=True))
-    return Role(computing, description.tile.num_warps, WARPGROUP_WARPS), *(Role(trace, 1, place) for place, trace in enumerate(others))
+    own_warps = description.tile.num_warps // (1 + sum(helping))
+    watching = [Role(trace, 1, place) for place, trace in enumerate(trace for trace, of in zip(others, helping[1:], strict=True) if not of)]
+    first = WARPGROUP_WARPS + own_warps
+    helped = [Role(trace, own_warps, first) for trace, of in zip(others, helping[1:], strict=True) if of]
+    return Role(computing, own_warps, WARPGROUP_WARPS), *watching, *helped
 
 
 def resident_blocks(description: Description, warps: int | None = None) -> int:

@@ -64,16 +64,20 @@ class WideCopier {
     const SmemAddress full = is_cut ? shared.landed() : ring.full();
     int bytes = Tile::BYTES;
     if constexpr (BOXES > 1) bytes = __popc(__ballot_sync(0xffffffffu, place.row >= 0)) * (Tile::BYTES / BOXES);
+    auto copy_box = [&](int first) {
+#pragma unroll
+      for (int slab = 0; slab < Tile::SLABS; ++slab)
+        load_box(tile + slab * Tile::SLAB_BYTES + first * Tile::ROW_BYTES, tensor.map, column + slab * SLAB_COLUMNS, place.row,
+                 head_kv * tensor.head_factor, place.page * tensor.batch_factor, full);
+    };
     if (asks) {
       ring.wait_empty();
       mbarrier_arrive_expect(full, bytes);
+      if constexpr (BOXES == 1) copy_box(0);
     }
-    if constexpr (BOXES > 1) __syncwarp();
-    if (place.row >= 0) {
-#pragma unroll
-      for (int slab = 0; slab < Tile::SLABS; ++slab)
-        load_box(tile + slab * Tile::SLAB_BYTES + lane_index() * BOX_ROWS * Tile::ROW_BYTES, tensor.map, column + slab * SLAB_COLUMNS, place.row,
-                 head_kv * tensor.head_factor, place.page * tensor.batch_factor, full);
+    if constexpr (BOXES > 1) {
+      __syncwarp();
+      if (place.row >= 0) copy_box(lane_index() * BOX_ROWS);
     }
     if (is_cut) {
       if (asks) mbarrier_wait(full, landed);
