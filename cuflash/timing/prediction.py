@@ -273,6 +273,9 @@ def predict_plan(plan: Plan, card: Card, *, limits: bool = True, data: Data = NO
 
 
 def _predict_launch(kernel: KernelPlan, plan: Plan, card: Card, limits: bool, data: Data, in_turn: bool) -> Launch:
+    if kernel.spec == kernel_specs.MERGE_ATTENTION and any(of.spec.maps_tensors for of in plan.kernels):
+        nbytes = plan.workspace_bytes + plan.output_bytes
+        return Launch(kernel.name, 1e3 * nbytes / card.memory_bytes_per_second, None, kernel.num_blocks, 0, 1.0, 1.0)
     if not kernel.spec.is_tiled or kernel.spec == kernel_specs.BACKWARD_ROW_SUMS:
         return predict_traffic(kernel, plan.problem, card)
     described, function = compiled(kernel, plan.device, causal=plan.problem.is_causal)
@@ -405,6 +408,11 @@ def _least_traffic(kernel: KernelPlan, problem: Problem) -> float:
     moved = (*kernel.spec.stationary, *kernel.spec.streamed, *kernel.spec.outputs)
     of_queries = sum(name in ("query", "query_dot", "grad_out", "O", "O_dot", "dQ") for name in moved)
     sums = 4 * problem.head_dim * rows_q if kernel.spec.added_up else 0
+    if kernel.spec.splits_keys:
+        parts = 8 * kernel.splits.number * rows_q * problem.head_dim_v if kernel.splits.number > 1 else 0
+        columns = problem.head_dim if kernel.case.value_in_key else problem.head_dim + problem.head_dim_v
+        rows = problem.sequences * problem.num_heads_kv * problem.max_seqlen_kv
+        return problem.itemsize * (rows * columns + rows_q * problem.head_dim) + parts / 2
     return width / 2 * (of_queries * rows_q + (len(moved) - of_queries) * rows_kv) + sums
 
 

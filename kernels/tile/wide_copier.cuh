@@ -20,20 +20,21 @@ class WideCopier {
         keys(shared.keys_ring()) {}
 
   DEVICE void copy_all() {
-    if (walk.begin >= walk.end) return;
-    KeyPlace place = look_up(walk.begin);
-    if constexpr (!VALUE_IN_KEY) copy<Keys>(keys, shared.keys(keys.stage), arguments.key, 0, place, walk.begin);
+    KeyPlace place = look_up(walk.begin), previous = place;
 #pragma unroll 1
-    for (int j = walk.begin; j < walk.end; ++j) {
+    for (int j = walk.begin; j < walk.end + !VALUE_IN_KEY; ++j) {
       const KeyPlace next = look_up(j + 1);
       if constexpr (VALUE_IN_KEY) {
         copy<Second>(second, shared.second(second.stage), arguments.key, FIRST_COLUMNS, place, j);
         copy<First>(first, shared.first(first.stage), arguments.key, 0, place, j);
       } else {
-        copy<First>(first, shared.first(first.stage), arguments.value, 0, place, j);
-        copy<Second>(second, shared.second(second.stage), arguments.value, FIRST_COLUMNS, place, j);
-        if (j + 1 < walk.end) copy<Keys>(keys, shared.keys(keys.stage), arguments.key, 0, next, j + 1);
+        if (j < walk.end) copy<Keys>(keys, shared.keys(keys.stage), arguments.key, 0, place, j);
+        if (j > walk.begin) {
+          copy<First>(first, shared.first(first.stage), arguments.value, 0, previous, j - 1);
+          copy<Second>(second, shared.second(second.stage), arguments.value, FIRST_COLUMNS, previous, j - 1);
+        }
       }
+      previous = place;
       place = next;
     }
   }
