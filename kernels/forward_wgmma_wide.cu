@@ -177,18 +177,23 @@ class FirstWarpgroup {
     keys.wait_full();
     if constexpr (VALUE_IN_KEY) {
       constexpr int FIRST_STEPS = FIRST_COLUMNS / 16, ALL_STEPS = ceil_div(HEAD_DIM, 16);
-      issue_rows<BlockQ, Second, ALL_STEPS - FIRST_STEPS>(S, BlockQ::columns(Q, FIRST_STEPS), Second::descriptor(shared.second(keys.stage)));
+      const uint64 Q_operand = BlockQ::columns(Q, FIRST_STEPS);
+      uint64 K_operand = Second::descriptor(shared.second(keys.stage));
+      issue_rows<BlockQ, Second, ALL_STEPS - FIRST_STEPS>(S, Q_operand, K_operand);
       first.wait_full();
-      issue_rows<BlockQ, First, FIRST_STEPS, true>(S, Q, First::descriptor(shared.first(first.stage)));
+      K_operand = First::descriptor(shared.first(first.stage));
+      issue_rows<BlockQ, First, FIRST_STEPS, true>(S, Q, K_operand);
       first.advance();
     } else {
-      issue_rows<BlockQ, Keys, ceil_div(HEAD_DIM, 16)>(S, Q, Keys::descriptor(shared.keys(keys.stage)));
+      const uint64 K_operand = Keys::descriptor(shared.keys(keys.stage));
+      issue_rows<BlockQ, Keys, ceil_div(HEAD_DIM, 16)>(S, Q, K_operand);
     }
   }
 
   DEVICE void issue_outputs() {
     if constexpr (!VALUE_IN_KEY) values.wait_full();
-    issue_accumulator<First>(O, P, First::descriptor(shared.first(values.stage)));
+    const uint64 V_operand = First::descriptor(shared.first(values.stage));
+    issue_accumulator<First>(O, P, V_operand);
   }
 
   // Products -> probabilities of tile j, in place; O has to be multiplied by `rescale`.
@@ -271,7 +276,8 @@ class SecondWarpgroup {
       take_factors();
       pin(O[0]);
       values.wait_full();
-      issue_shared<BlockP, Second, P_STEPS>(O, BlockP::descriptor(shared.P()), Second::descriptor(shared.second(values.stage)));
+      const uint64 P_operand = BlockP::descriptor(shared.P()), V_operand = Second::descriptor(shared.second(values.stage));
+      issue_shared<BlockP, Second, P_STEPS>(O, P_operand, V_operand);
       wgmma_wait<0>();
       pin(O[0]);
       __syncwarp();  // every lane has read its factors
