@@ -46,7 +46,9 @@ def main() -> None:
             nbytes = batch * 2 * (length * 576 + given.queries * given.heads * (576 + 512)) + plan.workspace_bytes
             bound, predicted = nbytes / card.memory_bytes_per_second * 1e3, launch.milliseconds + merging
             rate = plan.problem.flops_forward / predicted / 1e9
-            print(f"{batch:>6} {length:>6} {kernel.splits.number:>6} {1e3 * predicted:>9.1f} {1e3 * bound:>9.1f} {bound / predicted:>8.2f} {rate:>8.0f}")
+            print(
+                f"{batch:>6} {length:>6} {kernel.splits.number:>6} {1e3 * predicted:>9.1f} {1e3 * bound:>9.1f} {bound / predicted:>8.2f} {rate:>8.0f}"
+            )
 
 
 if __name__ == "__main__":

@@ -309,7 +309,12 @@ def rows_of(run: Run) -> list[Row]:
     ends = list(itertools.accumulate(role.warps for role in run.roles))
     alone = [Row(f"warpgroup 0, warp {role.first}", (end - 1,), 1.0) for role, end in zip(run.roles, ends, strict=True) if role.warps == 1]
     together = [
-        Row(f"warpgroup {(role.first + first) // WARPGROUP_WARPS}", tuple(end - role.warps + first + warp for warp in range(WARPGROUP_WARPS)), 1.7, 0.2)
+        Row(
+            f"warpgroup {(role.first + first) // WARPGROUP_WARPS}",
+            tuple(end - role.warps + first + warp for warp in range(WARPGROUP_WARPS)),
+            1.7,
+            0.2,
+        )
         for role, end in zip(run.roles, ends, strict=True)
         for first in range(0, role.warps - 1, WARPGROUP_WARPS)
     ]

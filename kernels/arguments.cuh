@@ -121,7 +121,8 @@ struct ForwardWgmmaArguments {
   int num_work;       // tiles of all heads
 };
 
-// As ForwardSplitArguments, but that keys and values are copied by the TMA unit. Where values are the first columns of their keys, `value` is not there.
+// As ForwardSplitArguments, but that keys and values are copied by the TMA unit. Where values are the first columns of their keys, `value` is not
+// there.
 struct ForwardWgmmaWideArguments {
   MappedTensor key, value;
   TensorView query, out;

@@ -79,7 +79,8 @@ DEVICE void copy_queries_for_e4m3(SmemAddress tile, const TensorView& view, cons
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(const __grid_constant__ ForwardSplitArguments arguments) {
-  const SplitWork work = work_of_split(arguments.geometry, arguments.lengths, work_of_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_kv));
+  const SplitWork work =
+      work_of_split(arguments.geometry, arguments.lengths, work_of_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_kv));
   if (!claim_grouped_rows(arguments, work)) return;
   const Geometry geometry = geometry_in_cache(arguments.geometry, arguments.lengths, arguments.cache.new_keys, work.sequence);
   const SequenceInCache sequence(arguments.cache, work.sequence);

@@ -1,5 +1,5 @@
-// Forward attention of wide heads on Hopper's warpgroup instructions: O = softmax(scale Q Kᵀ) V and the natural-log LSE of each row, for 16-bit types,
-// where O of 64 rows is more than the registers of one warpgroup hold.
+// Forward attention of wide heads on Hopper's warpgroup instructions: O = softmax(scale Q Kᵀ) V and the natural-log LSE of each row, for 16-bit
+// types, where O of 64 rows is more than the registers of one warpgroup hold.
 //
 // A block has 64 rows, which are the queries of all heads that share a key head (tile/grouped_rows.cuh), and one of `num_splits` ranges of the keys
 // (tile/split_rows.cuh). Two warpgroups compute, and share out the columns of O. The first one makes the probabilities, and hands them to the second
@@ -13,8 +13,8 @@
 // parts are free at different times: the columns that are the first warpgroup's of V, and the others.
 //
 // Shared memory: Q [⌈D / 64⌉][64][64] | first columns of V [NUM_STAGES][..][TILE_KV][64] | second columns of V, or of K all others, the same |
-// K, unless it is there already, the same | P [⌈TILE_KV / 64⌉][64][64] | a factor for each row | mbarriers. At the end O passes through the first slab
-// of Q and of P.
+// K, unless it is there already, the same | P [⌈TILE_KV / 64⌉][64][64] | a factor for each row | mbarriers. At the end O passes through the first
+// slab of Q and of P.
 //
 // mbarriers, for each stage: "full", the tile has landed, and "empty", whoever reads it is done with it. Two more say that P is there and free, and
 // one that a tile has landed of which rows are set to zero before it is full.

@@ -48,7 +48,13 @@ def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
 
 
 def inputs_of(
-    on: Target, lengths: tuple[int, int], heads: tuple[int, int], head_dims: tuple[int, int], dtype: str = "float16", *, shared: bool = False
+    on: Target,
+    lengths: tuple[int, int],
+    heads: tuple[int, int],
+    head_dims: tuple[int, int],
+    dtype: str = "float16",
+    *,
+    shared: bool = False,
 ) -> list[Any]:
     head_dim, head_dim_v = head_dims
     query, key = on.random((2, lengths[0], heads[0], head_dim), dtype, 1), on.random((2, lengths[1], heads[1], head_dim), dtype, 2)

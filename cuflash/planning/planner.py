@@ -321,7 +321,9 @@ def _choose_tile(case: KernelCase, problem: Problem, device: Device, pinned: Til
     tuned = tuned_tiles.tuned_tile(case, problem, device)
     if tuned.tile is not None:
         return tuned.tile, tuned.words
-    default = split_forward.default_tile(problem, device) if case.kernel == kernel_specs.FORWARD_SPLIT else tile_choice.default_tile(case, device)
+    default = (
+        split_forward.default_tile(problem, device) if case.kernel == kernel_specs.FORWARD_SPLIT else tile_choice.default_tile(case, device)
+    )
     return default, "; ".join(filter(None, (tile_choice.why_default(case, device), tuned.words)))
 
 

@@ -228,7 +228,9 @@ def predicted_share(plan: Plan) -> float | None:
     blocks = row_tiles(problem, kernel.tile) * problem.num_heads_kv * problem.sequences
     tiles = max(1, ceil(_visible_keys(problem) / kernel.tile.tile_kv))
     resident = tile_model.blocks_per_sm(kernel.case, kernel.tile, device) * device.num_sms
-    return blocks * tiles / resident / _cost(blocks, tiles, resident, kernel.splits.number, *_tiles_of_block(kernel.case, kernel.tile, device))
+    return (
+        blocks * tiles / resident / _cost(blocks, tiles, resident, kernel.splits.number, *_tiles_of_block(kernel.case, kernel.tile, device))
+    )
 
 
 def _visible_keys(problem: Problem) -> int:

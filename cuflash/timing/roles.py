@@ -268,7 +268,9 @@ class _Barriers:
 
     def _initial(self, wait: _Use) -> int:
         """Phases that are over in the beginning: of what a role waits for that lets the first one go on, as many as there are stages for what it announces or says next."""
-        if wait.role == 0 and any(use.barrier == wait.barrier and helps(self.traces[use.role]) for use in self.uses if use.act is Act.ARRIVE):
+        if wait.role == 0 and any(
+            use.barrier == wait.barrier and helps(self.traces[use.role]) for use in self.uses if use.act is Act.ARRIVE
+        ):
             return self.stages[wait.barrier]  # what a warpgroup that helps has taken, of which there was none at first
         of_role = [use for use in self.uses if use.role == wait.role and use.act is Act.EXPECT and use.barrier in self.stages]
         following = sorted(of_role, key=lambda use: (use.position < wait.position, use.position)) or self._lets_go(wait)

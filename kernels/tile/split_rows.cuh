@@ -1,8 +1,8 @@
-// Rows of a block that has one of the ranges ("splits") into which the keys of a sequence are cut: which block it is, and where its results go. Rows are
-// the queries of all heads that share a key head (tile/grouped_rows.cuh).
+// Rows of a block that has one of the ranges ("splits") into which the keys of a sequence are cut: which block it is, and where its results go. Rows
+// are the queries of all heads that share a key head (tile/grouped_rows.cuh).
 //
-// With several splits O and LSE of each are parts, float32, for merge_attention.cu. Queries may be packed (VARLEN): then parts are those of all tokens,
-// in one batch.
+// With several splits O and LSE of each are parts, float32, for merge_attention.cu. Queries may be packed (VARLEN): then parts are those of all
+// tokens, in one batch.
 #pragma once
 #include "tile/constants.cuh"
 #include "tile/grouped_rows.cuh"
@@ -86,8 +86,7 @@ struct RowOfResult {
 
 // Zeros and LSE -inf for grouped rows from first_row on, the share of block `tile` of `num_tiles`, which has so many THREADS.
 template <int THREADS, typename Arguments>
-DEVICE void clear_results(const Arguments& arguments, const SplitWork& work, const GroupedRows& rows, int first_row, int tile,
-                          int num_tiles) {
+DEVICE void clear_results(const Arguments& arguments, const SplitWork& work, const GroupedRows& rows, int first_row, int tile, int num_tiles) {
   constexpr int VECTORS = ceil_div(HEAD_DIM_V, VECTOR);
   const int64 count = int64(rows.count - first_row) * VECTORS, step = int64(num_tiles) * THREADS;
   for (int64 index = int64(tile) * THREADS + threadIdx.x; index < count; index += step) {

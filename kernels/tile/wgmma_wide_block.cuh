@@ -36,8 +36,8 @@ struct SharedMemory {
   static constexpr int STAGE_BYTES = (VALUE_IN_KEY ? 0 : Keys::BYTES) + First::BYTES + Second::BYTES;
   static constexpr int FACTORS_BYTES = WARPGROUP_ROWS * int(sizeof(float));
   static constexpr int RINGS = VALUE_IN_KEY ? 2 : 3;
-  static constexpr int BYTES = BlockQ::BYTES + NUM_STAGES * STAGE_BYTES + BlockP::BYTES + FACTORS_BYTES + RINGS * Ring<NUM_STAGES>::BYTES +
-                               Ring<1>::BYTES + MBARRIER_BYTES;
+  static constexpr int BYTES =
+      BlockQ::BYTES + NUM_STAGES * STAGE_BYTES + BlockP::BYTES + FACTORS_BYTES + RINGS * Ring<NUM_STAGES>::BYTES + Ring<1>::BYTES + MBARRIER_BYTES;
   SmemAddress base;
 
   DEVICE SmemAddress Q() const { return base; }
