@@ -27,7 +27,7 @@ _COPIES = (
     r"Ring(\w+)::load\(tile,",
     r"StatisticsOfColumns\(shared\.(\w+)\(.*\)\.issue",
     r"keys\.copy<Warp(\w+), ",
-    r"load_box\((tile) ",
+    r"copier\.copy_([KV])<",
     r"(\w+?)(?:_loader\.issue|_of\(step\)\.issue|\.load)\(",
 )
 _WAIT = re.compile(r"wait_for_tiles|begin_step|end_step|cp_async_wait_group|wait_full|wait_empty|wgmma_wait|mbarrier_wait")

@@ -24,6 +24,28 @@
 #include "tile/wide_copier.cuh"
 #include "ptx/warpgroup.cuh"
 
+// What the warp that copies does: tiles of K and V in the order in which they are used, as far ahead as there are stages.
+DEVICE void copy_all(WideCopier copier, const SharedMemory& shared, const SplitWalk& walk) {
+  Ring<NUM_STAGES> first = shared.first_ring(), second = shared.second_ring(), keys = shared.keys_ring();
+  KeyPlace place = copier.look_up(walk.begin), previous = place;
+#pragma unroll 1
+  for (int j = walk.begin; j < walk.end + !VALUE_IN_KEY; ++j) {
+    const KeyPlace next = copier.look_up(j + 1);
+    if constexpr (VALUE_IN_KEY) {
+      copier.copy_K<Second>(second, shared.second(second.stage), FIRST_COLUMNS, place, j);
+      copier.copy_K<First>(first, shared.first(first.stage), 0, place, j);
+    } else {
+      if (j < walk.end) copier.copy_K<Keys>(keys, shared.keys(keys.stage), 0, place, j);
+      if (j > walk.begin) {
+        copier.copy_V<First>(first, shared.first(first.stage), 0, previous, j - 1);
+        copier.copy_V<Second>(second, shared.second(second.stage), FIRST_COLUMNS, previous, j - 1);
+      }
+    }
+    previous = place;
+    place = next;
+  }
+}
+
 // Copies Q of the block's rows, zeros behind the last one, by both warpgroups that compute.
 DEVICE void copy_queries(SmemAddress tile, const TensorView& view, const SplitWork& work, const GroupedRows& rows, int first_row) {
   constexpr int CHUNKS = BlockQ::SLABS * 8;  // of 8 elements, of a row
@@ -365,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
   const int warpgroup = warpgroup_index();
   if (warpgroup == 0) {
     give_registers<COPYING_REGISTERS>();
-    if (warp_of_warpgroup() == 0) WideCopier(arguments, shared, sequence, walk, work.head_kv).copy_all();
+    if (warp_of_warpgroup() == 0) copy_all(WideCopier(arguments, shared, sequence, walk, work.head_kv), shared, walk);
     return;
   }
   take_registers<COMPUTING_REGISTERS>();

@@ -1,5 +1,4 @@
-// The warp of a block of forward_wgmma_wide.cu that copies: it asks the TMA unit for the tiles of K and V in the order in which they are used, as far
-// ahead as there are stages.
+// A tile of K or V as the warp of a block of forward_wgmma_wide.cu that copies asks the TMA unit for it: in one box, or in one for each page.
 //
 // Of tiles at an edge, rows that no query of the block sees may hold anything, and pages of which none is seen are not even looked up. Probabilities
 // there are 0, but 0 times NaN is NaN: when such a tile has landed, the warp sets these rows to zero before it says that the tile is full.
@@ -10,43 +9,7 @@ class WideCopier {
  public:
   DEVICE WideCopier(const ForwardWgmmaWideArguments& arguments, const SharedMemory& shared, const SequenceInCache& sequence, const SplitWalk& walk,
                     int head_kv)
-      : arguments(arguments),
-        shared(shared),
-        sequence(sequence),
-        walk(walk),
-        head_kv(head_kv),
-        first(shared.first_ring()),
-        second(shared.second_ring()),
-        keys(shared.keys_ring()) {}
-
-  DEVICE void copy_all() {
-    KeyPlace place = look_up(walk.begin), previous = place;
-#pragma unroll 1
-    for (int j = walk.begin; j < walk.end + !VALUE_IN_KEY; ++j) {
-      const KeyPlace next = look_up(j + 1);
-      if constexpr (VALUE_IN_KEY) {
-        copy<Second>(second, shared.second(second.stage), arguments.key, FIRST_COLUMNS, place, j);
-        copy<First>(first, shared.first(first.stage), arguments.key, 0, place, j);
-      } else {
-        if (j < walk.end) copy<Keys>(keys, shared.keys(keys.stage), arguments.key, 0, place, j);
-        if (j > walk.begin) {
-          copy<First>(first, shared.first(first.stage), arguments.value, 0, previous, j - 1);
-          copy<Second>(second, shared.second(second.stage), arguments.value, FIRST_COLUMNS, previous, j - 1);
-        }
-      }
-      previous = place;
-      place = next;
-    }
-  }
-
- private:
-  const ForwardWgmmaWideArguments& arguments;
-  const SharedMemory shared;
-  const SequenceInCache& sequence;
-  const SplitWalk& walk;
-  const int head_kv;
-  Ring<NUM_STAGES> first, second, keys;
-  uint32 landed = 0;  // parity of the next phase of shared.landed()
+      : arguments(arguments), shared(shared), sequence(sequence), walk(walk), head_kv(head_kv) {}
 
   // Where the lane's box of tile j lies; row -1 where the lane has none, or nobody sees any of its keys.
   DEVICE KeyPlace look_up(int j) const {
@@ -56,7 +19,26 @@ class WideCopier {
     return sequence.place(key);
   }
 
-  // The columns of tile j from `column` on.
+  // The columns of tile j of keys from `column` on.
+  template <typename Tile>
+  DEVICE void copy_K(Ring<NUM_STAGES>& ring, SmemAddress tile, int column, const KeyPlace& place, int j) {
+    copy<Tile>(ring, tile, arguments.key, column, place, j);
+  }
+
+  // The same of values.
+  template <typename Tile>
+  DEVICE void copy_V(Ring<NUM_STAGES>& ring, SmemAddress tile, int column, const KeyPlace& place, int j) {
+    copy<Tile>(ring, tile, arguments.value, column, place, j);
+  }
+
+ private:
+  const ForwardWgmmaWideArguments& arguments;
+  const SharedMemory shared;
+  const SequenceInCache& sequence;
+  const SplitWalk& walk;
+  const int head_kv;
+  uint32 landed = 0;  // parity of the next phase of shared.landed()
+
   template <typename Tile>
   DEVICE void copy(Ring<NUM_STAGES>& ring, SmemAddress tile, const MappedTensor& tensor, int column, const KeyPlace& place, int j) {
     const bool asks = lane_index() == 0;
