@@ -88,7 +88,7 @@ DEVICE void store_columns(const float (&O)[1][N][4], const ForwardWgmmaWideArgum
   const TensorView& out = arguments.out;
 #pragma unroll
   for (int piece = 0; piece < N; piece += 8) {
-    __syncwarp();
+    if (piece > 0) __syncwarp();  // the piece before has been read
 #pragma unroll
     for (int n = piece; n < min(piece + 8, N); ++n)
 #pragma unroll
@@ -151,7 +151,6 @@ class FirstWarpgroup {
     wgmma_wait<0>();
     pin(O[0]);
     pin(P);
-    values.release(2);
   }
 
   // A row's sum, with a sink in units of the scores where there is one, and what O has to be multiplied by.
@@ -173,7 +172,6 @@ class FirstWarpgroup {
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       if (lane_index() % 4 == 0) store_shared(shared.factors() + (own_row + 8 * r + lane_index() / 4) * 4, __float_as_uint(factor[r]));
-    fence_proxy_async();
     __syncwarp();
     mbarrier_arrive_if(lane_index() == 0, P_out.full());
     P_out.advance();
@@ -242,6 +240,7 @@ class FirstWarpgroup {
       for (int r = 0; r < 2; ++r)
         store_shared(shared.P() + n / 8 * BlockP::SLAB_BYTES + BlockP::offset(own_row + 8 * r + lane_index() / 4, n % 8) + lane_index() % 4 * 4,
                      pack<Element>(S[0][n][2 * r], S[0][n][2 * r + 1]));
+    fence_proxy_async();
     publish(factor);
     pin(S[0]);
   }
