@@ -98,7 +98,8 @@ def attention_with_kvcache(
         lse: with `return_lse`, float32 `(batch, num_heads_q, seqlen_q)`, packed `(num_heads_q, tokens)`; natural logarithm; -inf there, or the sink.
 
     Raises:
-        CuflashError: as `scaled_dot_product_attention`; UnsupportedError for float32, a head_dim above 256, or sm_75.
+        CuflashError: as `scaled_dot_product_attention`; UnsupportedError for float32, sm_75, or a head_dim above 256, but on sm_90 up to 576 and 512 of
+            value with CUFLASH_FORWARD_WGMMA=1 (and pages of multiples of 8).
 
     Notes:
         Up to three launches: new keys and rotation, attention, and where keys are split, merging. A warm call allocates its result, and nothing else where

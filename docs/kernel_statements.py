@@ -16,7 +16,7 @@ _SCORES = (
 _SUMS = (
     r"multiply_accumulator\((?P<c>\w+), (?P<a>\w+), (?P<b>\w+)\)",
     r"gemm_(?:by_rows|accumulator)<.*?>\((?P<c>\w+), (?:\w*Mma::OperandA<\w+>\()?(?P<a>\w+).*?Mma::OperandBByRows<\w+>\((?P<b>\w+)",
-    r"issue_accumulator<.*?>\((?P<c>\w+), (?P<a>\w+), (?:\w+::descriptor\(shared\.)?(?P<b>\w+)",
+    r"issue_(?:accumulator|shared)<.*?>\((?P<c>\w+), (?P<a>\w+), (?:\w+::descriptor\(shared\.)?(?P<b>\w+)",
 )
 _QUERY_GRADIENTS = (
     r"gemm_columns<.*?>\((?P<c>\w+), \S+?\((?P<a>\w+)_smem,.*?\((?P<b>\w+)_smem,",
@@ -27,6 +27,7 @@ _COPIES = (
     r"Ring(\w+)::load\(tile,",
     r"StatisticsOfColumns\(shared\.(\w+)\(.*\)\.issue",
     r"keys\.copy<Warp(\w+), ",
+    r"copier\.copy_([KV])<",
     r"(\w+?)(?:_loader\.issue|_of\(step\)\.issue|\.load)\(",
 )
 _WAIT = re.compile(r"wait_for_tiles|begin_step|end_step|cp_async_wait_group|wait_full|wait_empty|wgmma_wait|mbarrier_wait")

@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "forward": {"dtype": "bfloat16", "head_dim": 128},
     "forward_split": {"dtype": "bfloat16", "head_dim": 128},
     "forward_wgmma": {"dtype": "bfloat16", "head_dim": 128},
+    "forward_wgmma_wide": {"dtype": "bfloat16", "head_dim": 512},
     "forward_jvp": {"dtype": "bfloat16", "head_dim": 128},
     "backward_dkdv": {"dtype": "bfloat16", "head_dim": 128},
     "backward_dq": {"dtype": "bfloat16", "head_dim": 128},
@@ -175,11 +176,12 @@ def traced(name: str) -> Run:
     else:
         predicted = prediction.predict_kernel(function, described, limits=False, staying=False)
         blocks, roles = predicted.blocks, predicted.roles
+    last_product = [of for source in sources.values() for of in map(operation_of, source) if of is not None and is_product(of)][-1]
     labels = []
     for role, trace in zip(roles, traces, strict=True):
         places = (lines[of] for of in trace.indices)
         of_trace = [(operation_of(sources[file][line]) if line else None) or REST for file, line in places]
-        name_groups(role.trace, of_trace)
+        name_groups(role.trace, of_trace, last_product)
         join_copies(role.trace, of_trace, list(sources.values()))
         labels.append(of_trace)
     for role, labelled in zip(roles, labels, strict=True):
@@ -190,13 +192,14 @@ def traced(name: str) -> Run:
     return Run(kernel, blocks, roles, tuple(labels), machine)
 
 
-def name_groups(trace: Sequence[Operation], labels: list[str]) -> None:
-    """Give all products of a group that a warpgroup issues the name that some of them have: the assembler notes the lines of what it has put between them."""
+def name_groups(trace: Sequence[Operation], labels: list[str], last: str) -> None:
+    """Give all products of a group that a warpgroup issues the name that some of them have: the assembler notes the lines of what it has put between them.
+    Where it notes none, they are the last products of the kernel."""
     first = 0
     for position, operation in enumerate(trace):
         if operation.closes:
             group = [of for of in range(first, position + 1) if trace[of].kind is Kind.PRODUCT]
-            (label,) = {labels[of] for of in group if is_product(labels[of])}
+            (label,) = {labels[of] for of in group if is_product(labels[of])} or {last}
             for of in group:
                 labels[of] = label
             first = position + 1
@@ -227,7 +230,7 @@ Span = tuple[float, float, str]
 def spans_of(issues: Sequence[Issue], run: Run) -> Iterator[Span]:
     """What one warp does, clock by clock: an instruction until it lets the next one go, and then what the next one waits for."""
     awaited: dict[int, str] = {}  # scoreboard -> what is waited for by it
-    computes = not run.of_warp[issues[0].warp][1]
+    computes = run.roles[run.of_warp[issues[0].warp][1]].warps > 1
     rest = REST if computes else OTHER_WORK
     for issue, after in itertools.pairwise(issues):
         own, following = run.operation(issue), run.operation(after)
@@ -303,11 +306,19 @@ def rows_of(run: Run) -> list[Row]:
             Row(named.format(*divmod(warp, of_block)), (warp,), 1.0, 0.4 * (warp % of_block == 0 < warp))
             for warp in range(run.blocks * of_block)
         ]
-    computing = run.roles[0].warps
-    rows = [Row(f"warpgroup 0, warp {run.roles[number].first}", (computing + number - 1,), 1.0) for number in range(1, len(run.roles))]
-    for first in range(0, computing, WARPGROUP_WARPS):
-        rows.append(Row(f"warpgroup {first // WARPGROUP_WARPS + 1}", tuple(range(first, first + WARPGROUP_WARPS)), 1.7, 0.2))
-    return rows
+    ends = list(itertools.accumulate(role.warps for role in run.roles))
+    alone = [Row(f"warpgroup 0, warp {role.first}", (end - 1,), 1.0) for role, end in zip(run.roles, ends, strict=True) if role.warps == 1]
+    together = [
+        Row(
+            f"warpgroup {(role.first + first) // WARPGROUP_WARPS}",
+            tuple(end - role.warps + first + warp for warp in range(WARPGROUP_WARPS)),
+            1.7,
+            0.2,
+        )
+        for role, end in zip(run.roles, ends, strict=True)
+        for first in range(0, role.warps - 1, WARPGROUP_WARPS)
+    ]
+    return alone + together
 
 
 def title(run: Run, name: str) -> str:

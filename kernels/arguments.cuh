@@ -122,6 +122,22 @@ struct ForwardWgmmaArguments {
   MappedTensor attn_mask;  // of (key, query, heads, batch), where it is copied
 };
 
+// As ForwardSplitArguments, but that keys and values are copied by the TMA unit. Where values are the first columns of their keys, `value` is not
+// there.
+struct ForwardWgmmaWideArguments {
+  MappedTensor key, value;
+  TensorView query, out;
+  RowView lse;
+  float* partial_out;
+  float* partial_lse;
+  Geometry geometry;
+  SequenceLengths lengths;
+  FeatureArguments features;
+  CacheArguments cache;
+  int num_splits;
+  int split_tiles;
+};
+
 // What the backward kernels need of a query row. With an additive mask also log2_sum (tile/probability.cuh), in an array of its own.
 struct alignas(8) RowStatistics {
   float reference;  // lse in units of the scores (tile/score.cuh); +inf for a row that sees no key, so that P is 0

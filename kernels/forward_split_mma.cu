@@ -18,6 +18,7 @@
 #include "tile/grouped_rows.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/products.cuh"
+#include "tile/split_rows.cuh"
 #include "tile/warp_parts.cuh"
 
 constexpr int M_TILES = TILE_Q / 16;
@@ -41,23 +42,6 @@ static_assert(TILE_KV == 16 * NUM_WARPS || TILE_KV == 32 * NUM_WARPS, "tile_kv m
 static_assert(NUM_STAGES >= 2, "num_stages must be at least 2");
 static_assert(HEAD_SLICES == 1, "head_dim must be at most 256");
 static_assert(TileQ::BYTES + REUSED_BYTES + STATES_BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
-
-struct SplitWork {
-  int tile, head_kv, sequence, split;
-  int batch, start_q;  // where the sequence's queries lie
-};
-
-DEVICE SplitWork work_of_split(const Geometry& geometry, const SequenceLengths& lengths) {
-  const Work work = work_of_block(geometry.num_tiles, geometry.num_heads_kv);
-  const int sequences = VARLEN ? lengths.num_sequences + 1 : geometry.batch;  // packed, those of the last have rows of nobody
-  const int sequence = work.batch % sequences;
-  return {work.tile,
-          work.head,
-          sequence,
-          work.batch / sequences,
-          VARLEN ? 0 : sequence,
-          sequence_start(lengths.cu_seqlens_q, sequence, geometry.seqlen_q)};
-}
 
 // Q of the grouped rows from first_row on, zeros behind the last one. The caller commits and waits.
 DEVICE void copy_queries(SmemAddress tile, const TensorView& view, const SplitWork& work, const GroupedRows& rows, int first_row) {
@@ -94,82 +78,9 @@ DEVICE void copy_queries_for_e4m3(SmemAddress tile, const TensorView& view, cons
   }
 }
 
-// Where a row of the results goes: to `out` and `lse`, or to this split's part.
-struct RowOfResult {
-  const ForwardSplitArguments& arguments;
-  int batch, head, query;
-  int64 part;  // rows before this one among the parts
-
-  DEVICE RowOfResult(const ForwardSplitArguments& arguments, const SplitWork& work, const GroupedRows& rows, int row)
-      : arguments(arguments), batch(work.batch), head(rows.head(row)), query(work.start_q + rows.query(row)) {
-    const Geometry& geometry = arguments.geometry;
-    part = ((int64(work.split) * geometry.batch + batch) * geometry.num_heads_q + head) * geometry.seqlen_q + query;
-  }
-
-  DEVICE bool is_part() const { return arguments.num_splits > 1; }
-
-  DEVICE void store_empty_lse() const {
-    if (is_part()) {
-      store_part(-infinity(), 0.0f);
-    } else if (arguments.lse.data != nullptr) {
-      *arguments.lse.pointer(batch, head, query) = -infinity();
-    }
-  }
-
-  DEVICE void store_lse(const WholeRow& row) const {
-    if (is_part()) {
-      store_part(row.is_empty() ? -infinity() : row.reference, row.part_sum());
-    } else if (arguments.lse.data != nullptr) {
-      *arguments.lse.pointer(batch, head, query) = row.lse();
-    }
-  }
-
-  // Both are kept, since scores may be so large that an LSE would swallow the sum.
-  DEVICE void store_part(float reference, float sum) const { reinterpret_cast<float2*>(arguments.partial_lse)[part] = make_float2(reference, sum); }
-
-  DEVICE void store_O(const float (&x)[VECTOR], int column) const {
-    if (is_part()) {
-      store(x, arguments.partial_out + part * HEAD_DIM_V, 1, HEAD_DIM_V % 4 == 0, column, HEAD_DIM_V);
-    } else {
-      const TensorView& out = arguments.out;
-      store(x, out.row_pointer<Element>(batch, head) + query * out.stride_seqlen, out.stride_dim, is_vectorized(out), column, HEAD_DIM_V);
-    }
-  }
-};
-
-// Zeros and LSE -inf for grouped rows from first_row on, the share of block `tile` of `num_tiles`.
-DEVICE void clear_results(const ForwardSplitArguments& arguments, const SplitWork& work, const GroupedRows& rows, int first_row, int tile,
-                          int num_tiles) {
-  constexpr int VECTORS = ceil_div(HEAD_DIM_V, VECTOR);
-  const int64 count = int64(rows.count - first_row) * VECTORS, step = int64(num_tiles) * NUM_THREADS;
-  for (int64 index = int64(tile) * NUM_THREADS + threadIdx.x; index < count; index += step) {
-    const RowOfResult result(arguments, work, rows, first_row + int(index / VECTORS));
-    const int column = int(index % VECTORS) * VECTOR;
-    if (column == 0) result.store_empty_lse();
-    const float zeros[VECTOR] = {};
-    if (!result.is_part()) result.store_O(zeros, column);
-  }
-}
-
-// Grouped rows that are to be computed: whether the block's tile holds any. Those of nobody behind the last sequence are cleared, and by the block of
-// the last tile those of a sequence that is longer than the grid was made for.
-DEVICE bool claim_grouped_rows(const ForwardSplitArguments& arguments, const SplitWork& work) {
-  if constexpr (VARLEN) {
-    Geometry geometry = arguments.geometry;
-    const bool is_behind = work.sequence == arguments.lengths.num_sequences;
-    geometry.seqlen_q =
-        is_behind ? geometry.seqlen_q - work.start_q : sequence_place(arguments.lengths.cu_seqlens_q, work.sequence, geometry.seqlen_q);
-    const GroupedRows rows(geometry, work.head_kv);
-    const int end = geometry.num_tiles * TILE_Q;
-    if (is_behind) clear_results(arguments, work, rows, 0, work.tile, geometry.num_tiles);
-    else if (work.tile == geometry.num_tiles - 1 && rows.count > end) clear_results(arguments, work, rows, end, 0, 1);
-    return !is_behind && work.tile * TILE_Q < rows.count;
-  }
-  return true;
-}
-
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(const __grid_constant__ ForwardSplitArguments arguments) {
-  const SplitWork work = work_of_split(arguments.geometry, arguments.lengths);
+  const SplitWork work =
+      work_of_split(arguments.geometry, arguments.lengths, work_of_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_kv));
   if (!claim_grouped_rows(arguments, work)) return;
   const Geometry geometry = geometry_in_cache(arguments.geometry, arguments.lengths, arguments.cache.new_keys, work.sequence);
   const SequenceInCache sequence(arguments.cache, work.sequence);

@@ -47,6 +47,7 @@ class CacheCall:
         interleaved: its pairs.
         dtype: of the arrays.
         scales: of a cache in e4m3: "heads" of each head, "sequences" of each sequence and head, "none" for a cache without; "": a cache like the other arrays.
+        shares_columns: values are the first columns of their keys, in the same memory.
         options: further arguments.
     """
 
@@ -65,6 +66,7 @@ class CacheCall:
     interleaved: bool = False
     dtype: str = "float16"
     scales: str = ""
+    shares_columns: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,6 +87,8 @@ class CacheCall:
         made = {"query": self._random(self.batch, self.seqlen_q, self.heads_q, self.head_dim)}
         for name, width in widths.items():
             made[name] = [self.stored(self._random(length, self.heads_kv, width)) for length in self.lengths]
+        if self.shares_columns:
+            made["values"] = [keys[..., : widths["values"]] for keys in made["keys"]]
         if self.new:
             made["key"] = self._random(self.batch, self.new, self.heads_kv, widths["keys"])
             made["value"] = self._random(self.batch, self.new, self.heads_kv, widths["values"])
@@ -208,6 +212,8 @@ class CacheCall:
     def check(self, target: Target) -> tuple[Any, Any]:
         """Run the call, and assert that out, lse and what was appended are as exact as the naive formula."""
         given = {name: target.place(x) if isinstance(x, numpy.ndarray) else x for name, x in self.arrays().items()}
+        if self.shares_columns:
+            given["value_cache"] = given["key_cache"][..., : self.head_dim_v]
         before = {name: target.as_numpy(given[name]).copy() for name in ("key_cache", "value_cache")}
         out, lse = cuflash.attention_with_kvcache(**given, return_lse=True)
         self.check_results(out, lse)

@@ -101,6 +101,10 @@ BLIND_SLABS = Inputs((1, 300, 2, 64), (1, 90, 2, 64), (1, 90, 2, 64), options=((
 KEY_SLABS = Inputs((1, 150, 2, 64), (1, 300, 1, 64), (1, 300, 1, 64), options=(("enable_gqa", True), ("causal_alignment", "bottom_right")))
 WINDOW_SLABS = Inputs((1, 150, 2, 64), (1, 300, 2, 64), (1, 300, 2, 64), options=(("window", (70, 60)),))
 BLIND_WINDOW_SLABS = Inputs((1, 500, 2, 64), (1, 90, 2, 64), (1, 90, 2, 64), options=(("window", (100, 20)),))
+WIDE_SLABS = Inputs((1, 50, 3, 264), (1, 90, 1, 264), (1, 90, 1, 264), options=(("enable_gqa", True), ("causal_alignment", "bottom_right")))
+WIDE_LENGTHS_SLABS = Inputs(
+    (2, 3, 4, 512), (2, 90, 2, 512), (2, 90, 2, 200), options=(("enable_gqa", True), ("seqlens_kv", np.array([90, 33], np.int32)))
+)
 LENGTHS_SLABS = Inputs((4, 150, 2, 64), (4, 90, 2, 64), (4, 90, 2, 64), options=(("seqlens_kv", np.array([90, 20, 70, 0], np.int32)),))
 MASKED_SLABS, BLIND_MASKED_SLABS = (
     Inputs(
@@ -315,6 +319,9 @@ def _variants() -> Iterator[Variant]:
         only="forward_wgmma.cu",
         num_sms=1,
     )
+    wide = {"forward_wgmma_wide": Tile(64, 16, 8, 2)}
+    yield Variant("forward sm_90 float16 wgmma wide causal, 2 stages", "sm_90", "float16", wide, (WIDE_SLABS,), is_causal=True)
+    yield Variant("forward sm_90 bfloat16 wgmma wide lengths, 2 stages", "sm_90", "bfloat16", wide, (WIDE_LENGTHS_SLABS,))
     yield Variant("forward sm_80 float32, 1 stage", "sm_80", "float32", Tile(32, 32, 2, 1), both)
     yield Variant("forward sm_80 float32, 2 stages", "sm_80", "float32", Tile(32, 32, 2, 2), both)
     yield Variant("forward sm_80 TF32, 2 stages", "sm_80", "float32", Tile(32, 32, 2, 2), both, allow_tf32=True)

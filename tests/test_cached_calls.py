@@ -16,7 +16,8 @@ from cuflash.cli.samples import Sample
 from cuflash.hardware import device
 from cuflash.planning import split_forward
 from cuflash.planning.planner import make_plan
-from cuflash.timing import machine, splits
+from cuflash.timing import machine
+from cuflash.timing.visits import NO_DATA, visits_of_launch
 
 CALL = ["--cache", "--batch", "3", "--seqlen", "2", "--seqlen-kv", "4000", "--heads", "12", "--heads-kv", "2", "--head-dim", "64"]
 
@@ -130,7 +131,7 @@ def test_splits_walk_over_all_tiles(given: int) -> None:
     on, cached = device.of_arch("sm_90", "gpu"), CachedCall(64, num_splits=given)
     plan = make_plan(cached.problem(Sample(3, 1, 5000, 8, 2, 128, dtype="bfloat16", cache=cached)), on)
     kernel = next(kernel for kernel in plan.kernels if kernel.spec.splits_keys)
-    trips = splits.trips_of_blocks(kernel, plan.problem)
+    trips = [of.total for head in visits_of_launch(kernel, plan.problem, NO_DATA) for of in head]
     assert len(trips) == kernel.num_blocks == 3 * 2 * given
     assert sum(trips) == 3 * 2 * -(-5000 // kernel.tile.tile_kv)
     assert max(trips) == math.ceil(math.ceil(5000 / kernel.tile.tile_kv) / given)

@@ -35,8 +35,10 @@ def warnings(config: str, source: str) -> list[str]:
 @pytest.mark.parametrize("name", TILED_KERNELS)
 def test_no_name_hides_another(name: str) -> None:
     spec = TILED_KERNELS[name]
-    features = FeatureSet(attn_mask="float16", sinks=True, dropout=spec != FORWARD_SPLIT and spec.drops)
-    tile = tile_choice.default_tile(KernelCase(spec, "float16", 64, features=features), ON)
+    features, head_dim = FeatureSet(attn_mask="float16", sinks=True, dropout=spec != FORWARD_SPLIT and spec.drops), 64
+    if spec.column_groups > 1:
+        features, head_dim = FeatureSet(softcap=True, sinks=True), 512
+    tile = tile_choice.default_tile(KernelCase(spec, "float16", head_dim, features=features), ON)
     if name in ("backward_dk", "backward_dv"):
         pytest.skip("the file of backward_dkdv")
     pinned = {name: tile} if spec.takes_single_tile != "not" else None

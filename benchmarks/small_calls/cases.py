@@ -62,6 +62,8 @@ class Case:
             return {"backward_fused": Tile(32, 64, 4, 2)} if self.fused and capability >= 80 else None
         if self.cached and capability >= 80:
             return {"forward_split": Tile(16, 64, 4, 2)}
+        if self.wgmma and capability == 90 and widest > 256:
+            return {"forward_wgmma_wide": Tile(64, 32, 8, 2)}
         return {"forward_wgmma": Tile(128, 80, 8, 2) if widest > 128 else Tile(192, 80, 12, 2)} if self.wgmma and capability == 90 else None
 
     @property
@@ -131,6 +133,7 @@ def tiny_cases() -> list[Case]:
     cases += [
         *(Case.of(dtype, 64, heads=2, heads_kv=1, **CAUSAL, fused=True) for dtype in ("bfloat16", "float16")),
         *(Case.of(dtype, head_dim, heads=2, heads_kv=1, **CAUSAL, wgmma=True) for dtype, head_dim in (("bfloat16", 64), ("float16", 128))),
+        Case.of("bfloat16", 512, heads=2, heads_kv=1, **CAUSAL, wgmma=True),
         *(Case.of(dtype, 64, 5, 160, 2, 6, 2, **BOTTOM_RIGHT, cached=True) for dtype in ("bfloat16", "float16")),
         *(Case.of(dtype, 64, batch=2, features=bias(dtype)) for dtype in ("bfloat16", "float32")),
         *(Case.of(dtype, 64, heads=2, **PACKED, **CAUSAL, features=PACKED_FEATURES) for dtype in ("bfloat16", "float32")),
@@ -161,6 +164,7 @@ def check_cases() -> list[Case]:
             for head_dim in (64, 128)
         ),
         *(Case.of("float16", head_dim, 515, 300, 2, 4, 2, **BOTTOM_RIGHT, wgmma=True, view="bhsd") for head_dim in (64, 128)),
+        Case.of("bfloat16", 512, 130, 300, 2, 4, 2, **BOTTOM_RIGHT, wgmma=True),
         # More tiles than an H100 has SMs, so that blocks take them from a counter.
         *(Case.of("bfloat16", head_dim, 515, 200, 8, 8, 2, **CAUSAL, wgmma=True) for head_dim in (64, 256)),
         Case.of("bfloat16", 64, 515, 200, 8, 8, 2, **CAUSAL, wgmma=True, features=SampleFeatures(segments=2)),

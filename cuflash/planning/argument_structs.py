@@ -182,6 +182,12 @@ FORWARD_WGMMA_ARGUMENTS = _struct(
     ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS), ("next_work", WORD), ("num_work", INT),
     ("attn_mask", MAPPED_TENSOR),
 )  # fmt: skip
+FORWARD_WGMMA_WIDE_ARGUMENTS = _struct(
+    "ForwardWgmmaWideArguments",
+    ("key", MAPPED_TENSOR), ("value", MAPPED_TENSOR), ("query", TENSOR_VIEW), ("out", TENSOR_VIEW), ("lse", ROW_VIEW), ("partial_out", WORD),
+    ("partial_lse", WORD), ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS), ("cache", CACHE_ARGUMENTS),
+    ("num_splits", INT), ("split_tiles", INT),
+)  # fmt: skip
 BACKWARD_ARGUMENTS = _struct(
     "BackwardArguments",
     ("query", TENSOR_VIEW), ("key", TENSOR_VIEW), ("value", TENSOR_VIEW), ("out", TENSOR_VIEW), ("grad_out", TENSOR_VIEW),

@@ -63,6 +63,7 @@ class KernelCase:
         features: score features and masks, some of which take registers.
         kv_dtype: of key and value; empty: dtype too.
         maps_mask: the TMA unit copies the mask, which only some kernels and masks let it (`mapped_arrays`).
+        value_in_key: value is the first columns of key, and not streamed; of kernels whose warps share out columns only.
     """
 
     kernel: KernelSpec
@@ -73,6 +74,7 @@ class KernelCase:
     features: FeatureSet = NO_FEATURES
     kv_dtype: str = ""
     maps_mask: bool = True
+    value_in_key: bool = False
 
     def __post_init__(self) -> None:
         of_mask = mapped_arrays.MASK_BYTES.get(self.features.attn_mask or "", 0)
@@ -97,6 +99,8 @@ class KernelCase:
     def head_slices(self, device: Device) -> int:
         """Groups of warps that share out the columns of a wide head, so that their accumulators fit the registers; 1 for a narrow head, unless the shared memory
         does not hold the smallest tiles of all operands of a kernel that has many."""
+        if self.kernel.column_groups > 1:  # another way to the same
+            return 1
         if max(self.head_dim, self.head_dim_v) <= WIDEST_NARROW_HEAD and self._fits_narrow(device):
             return 1
         many_instructions = self.uses_simt(device) or self.dtype == "float32"
@@ -141,7 +145,7 @@ class KernelCase:
         if self.kernel.warps_share == "streamed":
             return stationary, streamed // tile.num_warps
         sharing = self.sharing_warps(tile, device)
-        return stationary * sharing * self.head_slices(device) // tile.num_warps, streamed // sharing
+        return stationary * sharing * self.kernel.column_groups * self.head_slices(device) // tile.num_warps, streamed // sharing
 
     def sharing_warps(self, tile: Tile, device: Device) -> int:
         """Warps that have the same keys, where scores meet in shared memory: as few as have 32 keys together, or 16; 1 where keys are not shared,
@@ -170,7 +174,7 @@ def case_of(spec: KernelSpec, problem: Problem) -> KernelCase:
     features = problem.features.kinds if spec.drops else replace(problem.features.kinds, dropout=False)
     return KernelCase(
         spec, problem.dtype, problem.head_dim, problem.allow_tf32 and problem.dtype == "float32", problem.head_dim_v, features,
-        problem.kv_dtype if problem.kv_dtype != problem.dtype else "", mapped_arrays.maps_mask(problem),
+        problem.kv_dtype if problem.kv_dtype != problem.dtype else "", mapped_arrays.maps_mask(problem), problem.value_in_key and spec.column_groups > 1,
     )  # fmt: skip
 
 
@@ -200,7 +204,7 @@ def operand_bytes(case: KernelCase, device: Device, slice_pieces: int = 0) -> tu
     """Bytes of one row of what a block keeps, and of what it streams, one piece of each slice."""
     kept, passing = row_bytes(case, device, slice_pieces), row_bytes(case, device, slice_pieces, case.streamed_itemsize(device))
     stationary = sum(columns_of(name, *kept) for name in case.kernel.stationary)
-    return stationary, sum(columns_of(name, *passing) for name in case.kernel.streamed)
+    return stationary, sum(columns_of(name, *passing) for name in case.kernel.streamed if not (name == "value" and case.value_in_key))
 
 
 def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
@@ -226,6 +230,9 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
         exchange += buffers * case.smem_itemsize(device) * tile.tile_q * tile.tile_kv
     if case.kernel.added_up and case.kernel.maps_tensors:
         exchange += (2 * tile.num_stages + 9) * _MBARRIER_BYTES + tile.num_stages * _staged_mask_bytes(case, tile)
+    elif case.kernel.column_groups > 1:  # `SharedMemory` in kernels/tile/wgmma_wide_block.cuh
+        rings = (2 if case.value_in_key else 3) * 2 * tile.num_stages + 3
+        exchange += tile.tile_q * (ceil(tile.tile_kv / 64) * 128 + 4) + rings * _MBARRIER_BYTES
     elif case.kernel.maps_tensors:
         of_queries, of_keys = _TILE_WORK_BYTES + 2 * _MBARRIER_BYTES, _LIST_ENTRY_BYTES + 4 * _MBARRIER_BYTES
         exchange += stationary_stages * of_queries + tile.num_stages * of_keys + _MBARRIER_BYTES
@@ -259,7 +266,7 @@ def accumulated(case: KernelCase, device: Device) -> tuple[int, int]:
     """Columns of the outputs, and how many score matrices, that a warp accumulates at a time."""
     slices = case.head_slices(device)
     d, dv = (columns // slices for columns in case.columns(device))
-    return case.kernel.output_columns(d, dv), len(case.kernel.scores) + case.kernel.sums_scores
+    return case.kernel.output_columns(d, dv) // case.kernel.column_groups, len(case.kernel.scores) + case.kernel.sums_scores
 
 
 def added_up_registers(case: KernelCase, tile: Tile, device: Device) -> int:

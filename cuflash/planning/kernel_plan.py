@@ -83,6 +83,7 @@ class KernelPlan:
         num_work: tiles of all heads: a block for each, or blocks that stay and compute one after the other.
         counts_work: those take the next one from a counter, not at fixed strides.
         splits: of the keys among blocks.
+        box_keys: keys of a streamed tile that the TMA unit copies at a time; 0: all.
         tile_by: where the tile is from, in words: pinned, tuned, measured, predicted or by the model; empty of a kernel without matrix products.
     """
 
@@ -97,6 +98,7 @@ class KernelPlan:
     num_work: int = 0
     counts_work: bool = False
     splits: Splits = UNSPLIT
+    box_keys: int = 0
     tile_by: str = field(default="", compare=False)
 
     @property
@@ -156,11 +158,14 @@ class KernelPlan:
 
     @property
     def box_rows(self) -> dict[str, int]:
-        """Of the arrays that the TMA unit copies, how many rows at a time: those of a warpgroup of what a block owns, whole tiles of what it streams and of a mask."""
+        """Of the arrays that the TMA unit copies, how many rows at a time: those of a warpgroup of what a block owns, whole tiles of what it streams and of a mask;
+        0: none, they are others' columns."""
         if not self.spec.maps_tensors:
             return {}
-        rows: dict[str, int] = dict.fromkeys(self.spec.stationary, WARPGROUP_ROWS)
-        rows |= dict.fromkeys(self.spec.streamed, self.case.streamed_rows(self.tile))
+        rows: dict[str, int] = dict.fromkeys(self.spec.streamed, self.box_keys or self.case.streamed_rows(self.tile))
+        if self.spec.splits_keys:  # its rows are of several heads
+            return {**rows, "value": 0} if self.case.value_in_key else rows
+        rows |= dict.fromkeys(self.spec.stationary, WARPGROUP_ROWS)
         return rows | ({"attn_mask": self.tile.tile_q} if self.case.maps_mask else {})
 
     def request(self, device: Device) -> CompileRequest:

@@ -17,6 +17,7 @@ from cuflash.planning.argument_structs import (
     FORWARD_JVP_ARGUMENTS,
     FORWARD_SPLIT_ARGUMENTS,
     FORWARD_WGMMA_ARGUMENTS,
+    FORWARD_WGMMA_WIDE_ARGUMENTS,
     MERGE_ARGUMENTS,
     Struct,
 )
@@ -95,6 +96,7 @@ class KernelSpec:
         warps_per_product: that issue one matrix instruction together; 4 of wgmma, and a block has a multiple of them.
         warps_share: rows that the warps of a block share out among themselves: those that it keeps, or those of each streamed tile, and then each warp has the
             outputs of all stationary rows, which are added up at the end.
+        column_groups: groups of warps that have the same rows, and share out the columns of the outputs.
         block_warps: how many warps a tile may have; empty for any number.
         copying_warps: of a block, besides those of its tile: they copy, or wait for other blocks, and compute nothing.
         stays: its blocks compute one tile after the other, as many blocks as run at one time.
@@ -130,6 +132,7 @@ class KernelSpec:
     online_softmax: bool = field(default=False, compare=False)
     warps_per_product: int = field(default=1, compare=False)
     warps_share: Literal["stationary", "streamed"] = field(default="stationary", compare=False)
+    column_groups: int = field(default=1, compare=False)
     block_warps: tuple[int, ...] = field(default=(), compare=False)
     copying_warps: int = field(default=0, compare=False)
     stays: bool = field(default=False, compare=False)
@@ -215,6 +218,13 @@ FORWARD_WGMMA = KernelSpec(
 
 PARTS = ("partial_out", "partial_lse")
 """What each range of the keys gives, where they are shared out among blocks."""
+
+FORWARD_WGMMA_WIDE = KernelSpec(
+    "forward_wgmma_wide", "forward_wgmma_wide.cu", FORWARD_WGMMA_WIDE_ARGUMENTS, "wgmma", workspace=PARTS,
+    rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
+    column_groups=2, block_warps=(8,), copying_warps=4, max_warp_rows=16, min_stages=2, walks_lists=False, splits_keys=True, costs=_FORWARD_COSTS,
+)  # fmt: skip
+"""Hopper's own instructions for heads above 256 columns; it is asked for (wide_forward.py)."""
 
 FORWARD_SPLIT = KernelSpec(
     "forward_split", "forward_split_mma.cu", FORWARD_SPLIT_ARGUMENTS, "mma", workspace=PARTS,
@@ -302,7 +312,7 @@ MERGE_ATTENTION_BACKWARD = KernelSpec(
 MERGE_TABLE = KernelSpec("merge_table", "merge_table.cu", argument_structs.MERGE_TABLE_ARGUMENTS, num_warps=4)
 
 KERNELS: tuple[KernelSpec, ...] = (
-    FORWARD, FORWARD_WGMMA, FORWARD_SPLIT, FORWARD_JVP, CACHE_APPEND,
+    FORWARD, FORWARD_WGMMA, FORWARD_WGMMA_WIDE, FORWARD_SPLIT, FORWARD_JVP, CACHE_APPEND,
     BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_WGMMA, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ,
     BACKWARD_MASK, BACKWARD_SINKS,
     VISIBLE_TILES, DROPOUT_MASK, MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE,

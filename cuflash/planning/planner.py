@@ -32,6 +32,7 @@ from cuflash.planning import (
     tuned_tiles,
     wgmma_backward,
     wgmma_forward,
+    wide_forward,
 )
 from cuflash.planning.codegen import CPP_ELEMENTS, config_text
 from cuflash.planning.kernel_cases import KernelCase, case_of
@@ -80,7 +81,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
                 planned.insert(planned.index(fused) + 1, _convert_kernel(fused, problem, device))
             if problem.features.kinds.sinks:
                 planned.append(_sinks_kernel(problem, device))
-        elif kernel_specs.FORWARD_SPLIT in tiled:
+        elif any(spec.splits_keys for spec in tiled):
             planned[:0] = cache_append.kernels(problem, device)
             planned += [merging for kernel in planned for merging in split_forward.merging_kernels(kernel, problem, device)]
         kernels = tuple(planned)
@@ -99,6 +100,8 @@ def forward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tup
     if problem.of_tangents:
         rows = (kernel_specs.BACKWARD_ROW_SUMS,) if problem.features.kinds.additive_mask else ()
         return (*rows, kernel_specs.FORWARD_JVP)
+    if wide_forward.is_taken(problem, device, tile):
+        return (kernel_specs.FORWARD_WGMMA_WIDE,)
     if split_forward.is_taken(problem, device, tile):
         split_forward.check(problem, device)
         return (kernel_specs.FORWARD_SPLIT,)
@@ -110,6 +113,8 @@ def _explained_forward(problem: Problem, device: Device, tile: Tiles) -> tuple[t
     kernels = forward_kernels(problem, device, tile)
     if problem.of_tangents:
         return kernels, ""
+    if (of_wide := wide_forward.explain(problem, device, tile)) is not None:
+        return kernels, of_wide
     words = [split_forward.explain(problem, device, tile)]
     if kernel_specs.FORWARD_SPLIT not in kernels:
         words.append(wgmma_forward.explain(problem, device, tile))
@@ -177,7 +182,10 @@ def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, 
                 "the accumulators of dK and dV do not fit the registers together, or are summed over different heads"
             )
     else:
-        found = {kernel_specs.FORWARD_WGMMA.name: wgmma_forward.why_not(problem, device)}
+        found = {
+            kernel_specs.FORWARD_WGMMA.name: wgmma_forward.why_not(problem, device),
+            kernel_specs.FORWARD_WGMMA_WIDE.name: wide_forward.why_not(problem, device),
+        }
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
@@ -270,12 +278,23 @@ def _split_kernel(
 ) -> KernelPlan:
     """The kernel that shares out keys among blocks, each of which has rows of all heads that share a key head."""
     constants["PAGED"] = problem.cache is not None and problem.cache.is_paged
-    constants["CacheElement"] = CPP_ELEMENTS[problem.kv_dtype]
-    splits, num_tiles = split_forward.splits_of(problem, tile, device), split_forward.row_tiles(problem, tile)
+    box_keys = section = 0
+    if case.kernel.maps_tensors:
+        box_keys = wide_forward.box_keys(problem, tile)
+        constants |= {"VALUE_IN_KEY": case.value_in_key, "BOX_ROWS": box_keys}
+    else:
+        constants["CacheElement"] = CPP_ELEMENTS[problem.kv_dtype]
+    splits, num_tiles = split_forward.splits_of(case, problem, tile, device), split_forward.row_tiles(problem, tile)
     sequences = problem.sequences + (problem.num_sequences is not None)  # as `tiled_kernel`
     num_blocks = max(1, num_tiles) * problem.num_heads_kv * sequences * splits.number
-    shape = LaunchShape(num_blocks, 32 * tile.num_warps, kernel_cases.shared_bytes(case, tile, device))
-    return KernelPlan(case, tile, config_text(problem.dtype, constants), shape, max(1, num_tiles), splits=splits, tile_by=tile_by)
+    if case.kernel.maps_tensors and splits.number == 1:
+        pairs = problem.num_heads_kv * sequences
+        section = block_order.section_heads(case, problem, device, pairs=pairs, resident_blocks=device.num_sms)
+    shape = LaunchShape(num_blocks, 32 * (tile.num_warps + case.kernel.copying_warps), kernel_cases.shared_bytes(case, tile, device))
+    return KernelPlan(
+        case, tile, config_text(problem.dtype, constants), shape, max(1, num_tiles), section_heads=max(1, section), splits=splits, box_keys=box_keys,
+        tile_by=tile_by,
+    )  # fmt: skip
 
 
 def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, int]:
@@ -303,7 +322,9 @@ def _choose_tile(case: KernelCase, problem: Problem, device: Device, pinned: Til
     tuned = tuned_tiles.tuned_tile(case, problem, device)
     if tuned.tile is not None:
         return tuned.tile, tuned.words
-    default = split_forward.default_tile(problem, device) if case.kernel.splits_keys else tile_choice.default_tile(case, device)
+    default = (
+        split_forward.default_tile(problem, device) if case.kernel == kernel_specs.FORWARD_SPLIT else tile_choice.default_tile(case, device)
+    )
     return default, "; ".join(filter(None, (tile_choice.why_default(case, device), tuned.words)))
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cuflash.errors import UnsupportedError
 from cuflash.hardware.device import Device
 from cuflash.planning import asked_for, merge_kernels, tile_choice, tile_model, tile_rules, tuned_tiles, wgmma_forward
-from cuflash.planning.kernel_cases import case_of
+from cuflash.planning.kernel_cases import KernelCase, case_of, operand_bytes
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, Splits
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, MERGE_ATTENTION, PARTS
 from cuflash.problem.cache_call import MAX_SPLITS
@@ -42,6 +42,8 @@ INVARIANT_KEYS = 1024
 # pull request 4904), not measured here.
 _BLOCK_TILES = 10.0
 _SPLIT_TILES = 0.22
+_FITTED_BYTES = 2**15
+"""Of such a tile: 64 keys and values of 128 columns."""
 LAUNCH_TILES = 1.0
 """A launch more, in the same unit: 3 µs beside 32 KiB of keys and values of one of 216 blocks that share 2 TB/s."""
 
@@ -87,6 +89,11 @@ def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
     if (lacking := tile_rules.lacking(case_of(FORWARD_SPLIT, problem), device)) is not None:
         return lacking
+    return why_not_grouped(problem)
+
+
+def why_not_grouped(problem: Problem) -> str | None:
+    """What no kernel can do whose rows are the queries of all heads that share a key head, in words."""
     if (rows := problem.seqlen_q * problem.heads_per_kv) > _MAX_ROWS:
         return f"it counts queries of all heads that share a key head up to {_MAX_ROWS}, and these are {rows}"
     for name in _UNKNOWN_FEATURES:
@@ -112,7 +119,7 @@ def check(problem: Problem, device: Device) -> None:
         raise UnsupportedError(
             "query",
             f"a call that the kernel for caches cannot do: {reason}",
-            "float16 or bfloat16, a head_dim of at most 256, on sm_80 or later",
+            "float16 or bfloat16, a head_dim of at most 256, on sm_80 or later; wider ones on sm_90 with CUFLASH_FORWARD_WGMMA=1",
             f"{hint[0].upper()}{hint[1:]}.",
         )
 
@@ -163,7 +170,7 @@ def _grouped_rows(problem: Problem) -> int:
     return problem.max_seqlen_q * problem.heads_per_kv
 
 
-def splits_of(problem: Problem, tile: Tile, device: Device) -> Splits:
+def splits_of(case: KernelCase, problem: Problem, tile: Tile, device: Device) -> Splits:
     """As the call says; or of fixed size where it wants the same bits in any batch; or as many as are fastest by a small model."""
     tiles = key_tiles(problem, tile)
     if problem.batch_invariant:
@@ -172,26 +179,36 @@ def splits_of(problem: Problem, tile: Tile, device: Device) -> Splits:
     if problem.num_splits is not None:
         return Splits(problem.num_splits)
     blocks = row_tiles(problem, tile) * problem.num_heads_kv * problem.sequences
-    resident = tile_model.blocks_per_sm(case_of(FORWARD_SPLIT, problem), tile, device) * device.num_sms
-    return Splits(fastest_split(blocks, tiles, resident))
+    resident = tile_model.blocks_per_sm(case, tile, device) * device.num_sms
+    return Splits(fastest_split(blocks, tiles, resident, *_tiles_of_block(case, tile, device)))
 
 
-def fastest_split(blocks: int, tiles: int, resident: int) -> int:
+def _tiles_of_block(case: KernelCase, tile: Tile, device: Device) -> tuple[float, float]:
+    """What a block takes besides its key tiles, and what the parts of each take where there are several splits, in key tiles."""
+    if case.kernel == FORWARD_SPLIT:
+        return _BLOCK_TILES, 0.0
+    tile_bytes = tile.tile_kv * operand_bytes(case, device)[1]
+    return _BLOCK_TILES * _FITTED_BYTES / tile_bytes, 8.0 * tile.tile_q * case.head_dim_v / tile_bytes  # float32, written and read
+
+
+def fastest_split(blocks: int, tiles: int, resident: int, block_tiles: float = _BLOCK_TILES, part_tiles: float = 0.0) -> int:
     """How many splits are fastest, the fewest of equally fast ones.
 
     Args:
         blocks: of one split.
         tiles: of keys, in the longest sequence.
         resident: blocks that the device holds at a time.
+        block_tiles, part_tiles: what a block takes besides its key tiles, and its parts where there are several splits, in key tiles.
     """
 
-    return min(range(1, min(tiles, MAX_SPLITS) + 1), key=lambda count: _cost(blocks, tiles, resident, count))
+    return min(range(1, min(tiles, MAX_SPLITS) + 1), key=lambda count: _cost(blocks, tiles, resident, count, block_tiles, part_tiles))
 
 
-def _cost(blocks: int, tiles: int, resident: int, count: int) -> float:
+def _cost(blocks: int, tiles: int, resident: int, count: int, block_tiles: float = _BLOCK_TILES, part_tiles: float = 0.0) -> float:
     """Time that so many splits take, in key tiles of one block."""
     waves = ceil(blocks * count / resident)
-    return waves * (ceil(tiles / count) + _BLOCK_TILES) + (_SPLIT_TILES * count if count > 1 else 0.0)
+    several = count > 1
+    return waves * (ceil(tiles / count) + block_tiles + part_tiles * several) + _SPLIT_TILES * count * several
 
 
 def predicted_cost(plan: Plan, skipped_keys: int = 0) -> float:
@@ -210,13 +227,15 @@ def predicted_share(plan: Plan) -> float | None:
     """Of the bandwidth of memory that the kernel has by the same model, with the splits of the plan and full caches: 1 where all blocks that the device holds
     copy keys all the time. None of a plan without the kernel."""
     problem, device = plan.problem, plan.device
-    kernel = next((kernel for kernel in plan.kernels if kernel.spec == FORWARD_SPLIT), None)
+    kernel = next((kernel for kernel in plan.kernels if kernel.spec.splits_keys), None)
     if kernel is None:
         return None
     blocks = row_tiles(problem, kernel.tile) * problem.num_heads_kv * problem.sequences
     tiles = key_tiles(problem, kernel.tile)
     resident = tile_model.blocks_per_sm(kernel.case, kernel.tile, device) * device.num_sms
-    return blocks * tiles / resident / _cost(blocks, tiles, resident, kernel.splits.number)
+    return (
+        blocks * tiles / resident / _cost(blocks, tiles, resident, kernel.splits.number, *_tiles_of_block(kernel.case, kernel.tile, device))
+    )
 
 
 def _visible_keys(problem: Problem) -> int:

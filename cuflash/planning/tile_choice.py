@@ -17,7 +17,7 @@ from cuflash.errors import TileError
 from cuflash.hardware.device import Device
 from cuflash.planning import measured_tiles, predicted_tiles
 from cuflash.planning.kernel_cases import KernelCase, head_dims
-from cuflash.planning.kernel_specs import BACKWARD_FUSED, MAX_TILE
+from cuflash.planning.kernel_specs import BACKWARD_FUSED, MAX_TILE, WARPGROUP_ROWS
 from cuflash.planning.tile_model import blocks_per_sm, estimate_cycles
 from cuflash.planning.tile_rules import broken_rule
 from cuflash.problem.features import NO_FEATURES, FeatureSet
@@ -50,6 +50,7 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
     few = (1, 2) if shortest and case.kernel.costs.small_blocks else (1, 2, 4, 8)
     for row_warps in case.kernel.block_warps or few:
         num_warps = row_warps * slices
+        row_warps //= case.kernel.column_groups
         of_few_keys = {32, 64} if case.kernel.added_up else set()  # which warps may share
         for rows in sorted({16 * row_warps, 32 * row_warps} | of_few_keys):
             for streamed in (length for length in (16, 32, 48, 64, 80, 96, 112, 128) if length <= longest):
@@ -119,6 +120,8 @@ def known_tile(case: KernelCase, device: Device) -> Tile | None:
 
 def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
     """The known tile, and where it is from, in words."""
+    if case.kernel.column_groups > 1:
+        return _wide_tile(case, device), "as many keys as fit twice"
     if case.kernel.implementation == "wgmma":
         features = _kinds(case.features)
         for (name, head_dim, feature), numbers in predicted_tiles.WGMMA_WITH_FEATURE.items():
@@ -153,6 +156,12 @@ def _wgmma_tile(case: KernelCase, device: Device) -> Tile | None:
                 shorter = (Tile(tile_q, count, num_warps, num_stages) for count in range(tile_kv, 0, -16))
             return next((tile for tile in shorter if broken_rule(case, tile, device) is None), None)
     return None
+
+
+def _wide_tile(case: KernelCase, device: Device) -> Tile | None:
+    """The most keys of which two tiles fit."""
+    tiles = (Tile(WARPGROUP_ROWS, keys, 8, 2) for keys in (64, 48, 32, 16))
+    return next((tile for tile in tiles if broken_rule(case, tile, device) is None), None)
 
 
 def _fused_tile(case: KernelCase, device: Device) -> Tile | None:

@@ -21,6 +21,8 @@ WGMMA_ARCH = "sm_90"
 WGMMA_MAX_HEAD_DIM = 256
 WGMMA_MAX_HEAD_DIMS_BACKWARD = 192, 128
 """Of query and key, and of value."""
+WGMMA_WIDE_MAX_HEAD_DIMS = 576, 512
+"""The same of the forward kernel of wide heads."""
 WGMMA_MAX_COLUMNS = 256
 WGMMA_SLAB = 64
 """Columns of a tile that lie side by side in shared memory."""
@@ -38,6 +40,15 @@ _WGMMA_MASK_REGISTERS = {None: 0, "bool": 1, "float16": 1, "bfloat16": 1, "float
 
 def lacking(case: KernelCase, device: Device) -> str | None:
     """Why no tile of a kernel fits that does not take every case, in words; None where some may."""
+    if case.kernel.column_groups > 1:
+        if case.features.lists_tiles or case.features.additive_mask or case.features.dropout or case.features.prefix:
+            return "it knows no masks, segments, prefixes or dropout"
+        if case.kv_dtype:
+            return f"its keys and values have the type of queries, and these are {case.kv_dtype}"
+        if max(case.head_dim, case.head_dim_v) <= WIDEST_NARROW_HEAD:
+            return f"it is for heads above {WIDEST_NARROW_HEAD} columns, and this has {head_dims(case.head_dim, case.head_dim_v)}"
+        if case.head_dim_v <= WGMMA_SLAB:
+            return f"its warpgroups share out value's columns, more than {WGMMA_SLAB}, and these are {case.head_dim_v}"
     if case.features.pair_mask and (case.kernel.warps_share == "streamed" or case.kernel.implementation == "wgmma"):
         return "it knows one mask, and there is a boolean one beside an additive one"
     if case.kernel.warps_share == "streamed":
@@ -54,6 +65,8 @@ def lacking(case: KernelCase, device: Device) -> str | None:
     if case.dtype == "float32":
         return "it takes 16-bit types, and this is float32"
     widest, widest_v = WGMMA_MAX_HEAD_DIMS_BACKWARD if case.kernel.backward else (WGMMA_MAX_HEAD_DIM, WGMMA_MAX_HEAD_DIM)
+    if case.kernel.column_groups > 1:
+        widest, widest_v = WGMMA_WIDE_MAX_HEAD_DIMS
     if case.head_dim % 8 or case.head_dim_v % 8 or case.head_dim > widest or case.head_dim_v > widest_v:
         of_value = f", {widest_v} for value's" if widest_v != widest else ""
         return f"it takes multiples of 8 up to {widest} for head_dim{of_value}, and this is {head_dims(case.head_dim, case.head_dim_v)}"
@@ -73,7 +86,7 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         return f"num_warps must be {' or '.join(map(str, case.kernel.block_warps))}"
     if tile.num_warps > MAX_WARPS:
         return f"num_warps must be at most {MAX_WARPS}"
-    slices = case.head_slices(device)
+    slices = case.head_slices(device) * case.kernel.column_groups
     if tile.num_warps % slices:
         return f"num_warps must be a multiple of {slices}, the slices of the head"
     together = case.kernel.warps_per_product

@@ -20,7 +20,7 @@ from cuflash.problem import cache_scales, options
 from cuflash.problem.cache import Cache, NewRows, Rotary
 from cuflash.problem.checks import cast_to, check_same_kind
 from cuflash.problem.features import Extents, check_features, check_window
-from cuflash.problem.layout import Layout, View, overlaps_itself, share_memory
+from cuflash.problem.layout import Layout, View, is_first_columns, overlaps_itself, share_memory
 from cuflash.problem.options import Options, Window
 from cuflash.problem.problem import MAX_EXTENT, MAX_HEAD_DIM, Problem
 from cuflash.problem.sequences import check_cu_seqlens, check_offsets
@@ -150,6 +150,8 @@ def make_cache_problem(arrays: Mapping[str, Array], given: CacheOptions) -> Prob
         seqlens_kv=True,
         num_sequences=None if packed is None else sequences,
         features=features,
+        aligned=all(arrays[name].pointer % 16 == 0 for name in ("key_cache", "value_cache")),
+        value_in_key=is_first_columns(arrays["value_cache"], views["value_cache"], arrays["key_cache"], views["key_cache"]),
         vectorized=False,  # each array says so itself: one kernel is for all of them
         cache=replace(cache, new=new, rotary=rotary, dtype=kv_dtype, scales=scales),
         num_splits=num_splits,

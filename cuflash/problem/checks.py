@@ -16,7 +16,7 @@ from cuflash.arrays.borrowing import Array
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
 from cuflash.problem import options, sequences
 from cuflash.problem.features import Extents, check_features
-from cuflash.problem.layout import CANONICAL, Layout, View, overlaps_itself, share_memory
+from cuflash.problem.layout import CANONICAL, Layout, View, is_first_columns, overlaps_itself, share_memory
 from cuflash.problem.options import Options
 from cuflash.problem.problem import DTYPES, MAX_EXTENT, MAX_HEAD_DIM, BackwardViews, Problem, Shape3
 from cuflash.problem.sequences import Lengths
@@ -105,6 +105,7 @@ def make_problem(arrays: Mapping[str, Array], given: Options) -> Problem:
         vectorized=form.order.endswith("d")  # contiguous rows in the output and the gradients, too
         and head_dim * query.itemsize % 16 == 0 == head_dim_v * query.itemsize % 16
         and all(views[name].vectorized(query.itemsize, array.pointer) for name, array in inputs.items()),
+        value_in_key=is_first_columns(inputs["value"], views["value"], inputs["key"], views["key"]),
     )
 
 

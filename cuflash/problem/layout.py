@@ -112,6 +112,12 @@ def overlaps_itself(array: Array) -> bool:
     return False
 
 
+def is_first_columns(of: Array, view: View, other: Array, other_view: View) -> bool:
+    """Whether an array is the first columns of another one, in the same memory."""
+    same = (of.pointer, of.dtype, view.shape[:3], view.strides) == (other.pointer, other.dtype, other_view.shape[:3], other_view.strides)
+    return same and view.shape[3] <= other_view.shape[3]
+
+
 def share_memory(left: Array, right: Array) -> bool:
     """Whether any element of `left` lies in memory of `right`; interleaved views of one buffer do not share.
 

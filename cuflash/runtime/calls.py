@@ -144,7 +144,7 @@ def find(
 ) -> tuple[Hashable | None, Any, dict[str, int]]:
     """The key of a call, what was prepared for it, and what is written into its argument structs: addresses, and the words of a seed.
 
-    The key is all that the preparation depends on; on addresses it depends for their alignment only, and on seeds not at all. It is None where it cannot be
+    The key is all that the preparation depends on; on addresses it depends for their alignment, and whether values begin where keys do; on seeds not at all. It is None where it cannot be
     had cheaply. Types are part of it, those of what options hold too: True and 1 are not the same option, nor are the windows (1, 0) and (True, 0).
     """
     addresses, state = features.drawn_from(options.dropout_p, operands.dropout_seed)
@@ -179,6 +179,7 @@ def looked_at(names: Sequence[str], operands: Sequence[object], seen: list[Hasha
         kind, address = look
         addresses[name] = address
         seen += (kind, address & 15)
+    seen.append(addresses.get(names[1]) == addresses.get(names[2]))  # keys and values
     return True
 
 

@@ -151,7 +151,7 @@ class PreparedCall:
                 "group_batch": kernel.group_batch, "group_heads": kernel.group_heads, "num_work": kernel.num_work, "num_tiles": kernel.num_tiles,
                 "head_dim": kernel.head_dim, "num_splits": kernel.splits.number, "split_tiles": kernel.splits.tiles,
             }  # fmt: skip
-            own |= {name: self.mapped(name, views, count) for name, count in kernel.box_rows.items()}
+            own |= {name: self.mapped(name, views, count) if count else {} for name, count in kernel.box_rows.items()}
             struct = kernel.spec.arguments
             launches.append(_Launch(loaded, kernel.shape, Arguments(struct, arguments.of_struct(struct, {**values, **own}), words)))
         return launches

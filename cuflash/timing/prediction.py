@@ -32,7 +32,7 @@ from cuflash.timing.limits import LIMITS, without
 from cuflash.timing.machine import Card, Multiprocessor, multiprocessor
 from cuflash.timing.multiprocessor import steady_clocks_of_roles
 from cuflash.timing.operations import MULTIPLY_ADDS, Operation, Role, busy_clocks_of_block, is_wgmma, operations
-from cuflash.timing.roles import meeting_points, role_traces
+from cuflash.timing.roles import helps, meeting_points, role_traces
 from cuflash.timing.sass import Function, read_functions
 from cuflash.timing.staying import single_tile_traces
 from cuflash.timing.visits import NO_DATA, Data, visits_of_launch
@@ -146,8 +146,13 @@ def _roles(function: Function, traces: Sequence[Trace], description: Description
     if len(traces) == 1:
         return (Role(operations(traces[0].instructions, machine), description.tile.num_warps),)
     meetings = meeting_points(function, traces)
+    helping = [helps(trace) for trace in traces]
     computing, *others = (operations(trace.instructions, machine, of) for trace, of in zip(traces, meetings, strict=True))
-    return Role(computing, description.tile.num_warps, WARPGROUP_WARPS), *(Role(trace, 1, place) for place, trace in enumerate(others))
+    own_warps = description.tile.num_warps // (1 + sum(helping))
+    watching = [Role(trace, 1, place) for place, trace in enumerate(trace for trace, of in zip(others, helping[1:], strict=True) if not of)]
+    first = WARPGROUP_WARPS + own_warps
+    helped = [Role(trace, own_warps, first) for trace, of in zip(others, helping[1:], strict=True) if of]
+    return Role(computing, own_warps, WARPGROUP_WARPS), *watching, *helped
 
 
 def resident_blocks(description: Description, warps: int | None = None) -> int:
@@ -269,7 +274,7 @@ def predict_plan(plan: Plan, card: Card, *, limits: bool = True, data: Data = NO
 
 
 def _predict_launch(kernel: KernelPlan, plan: Plan, card: Card, limits: bool, data: Data, in_turn: bool) -> Launch:
-    if kernel.spec.splits_keys:
+    if kernel.spec == kernel_specs.FORWARD_SPLIT:
         return _predict_split(kernel, plan, card, limits)
     if kernel.spec == kernel_specs.MERGE_ATTENTION:
         number = next(of.splits.number for of in plan.kernels if of.spec.splits_keys)
@@ -295,7 +300,8 @@ def _predict_split(kernel: KernelPlan, plan: Plan, card: Card, limits: bool) -> 
     machines = [splits.memory_machine(multiprocessor(card.arch), card, blocks, together) for blocks in range(1, resident + 1)]
     predicted = _sustained(predict_kernel(function, described, limits=limits, machine=machines[-1]))
     trip_clocks = [steady_clocks_of_roles(predicted.roles, machine, blocks=blocks) for blocks, machine in enumerate(machines[:-1], 1)]
-    trips, overhead = splits.trips_of_blocks(kernel, problem), splits.block_overhead(kernel, problem, machines[0], card)
+    trips = [of.total for head in visits_of_launch(kernel, problem, NO_DATA) for of in head]
+    overhead = splits.block_overhead(kernel, problem, machines[0], card)
     clocks = grid_clocks(
         trips, num_sms=card.num_sms, trip_clocks=[*trip_clocks, predicted.clocks], overhead=overhead, empty=card.block_start
     )
@@ -303,7 +309,7 @@ def _predict_split(kernel: KernelPlan, plan: Plan, card: Card, limits: bool) -> 
     even = ideal + overhead * sum(map(bool, trips)) / predicted.blocks / card.num_sms
     seconds = card.kernel_start + clocks / (card.clock_ghz * 1e9)
     return Launch(
-        kernel.name, 1e3 * seconds, predicted, kernel.num_blocks, sum(trips), min(1.0, ideal / clocks), min(1.0, even / clocks), clock_ghz=card.clock_ghz,
+        kernel.name, 1e3 * seconds, predicted, kernel.num_blocks, round(sum(trips)), min(1.0, ideal / clocks), min(1.0, even / clocks), clock_ghz=card.clock_ghz,
         memory_binds=predicted.binds == "l2",
     )  # fmt: skip
 

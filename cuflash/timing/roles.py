@@ -1,6 +1,6 @@
 """Warp-specialised kernels: which loops the warps of a block run, and which mbarriers each instruction of theirs means.
 
-`role_traces(function, computing)` finds beside the loop that computes the one that copies, and those that say at mbarriers when others may go on. `meeting_points(function, traces)` says of each instruction of the traces
+`role_traces(function, computing)` finds beside the loop that computes the one of warps that compute something else, the one that copies, and those that say at mbarriers when others may go on. `meeting_points(function, traces)` says of each instruction of the traces
 at which mbarriers its warp waits or arrives, and which bytes it has copied where. Rules:
 
 - A barrier is known by the constant part of its address (`addresses.py`); those that the kernel makes in the beginning (SYNCS.EXCH) are all that there are. An instruction
@@ -20,7 +20,7 @@ from enum import Enum
 
 from cuflash.errors import UnsupportedError
 from cuflash.timing.addresses import Constants, constants, operands_of, result_of
-from cuflash.timing.control_flow import Loop, Trace, find_loops, is_matrix, leading_to, opcodes, steady_trace
+from cuflash.timing.control_flow import Loop, Trace, find_loops, is_exponential, is_matrix, leading_to, opcodes, steady_trace
 from cuflash.timing.sass import Function, Instruction
 
 BULK_COPIES = opcodes("UTMALDG UBLKCP")
@@ -69,13 +69,24 @@ def role_traces(function: Function, computing: Trace) -> tuple[Trace, ...]:
     awaited = _awaited(function, computing)
     if not inner or not awaited:
         return (computing,)
+    helping = [steady_trace(function, loop) for loop in _innermost(function, _helps)]
+    awaited = awaited.union(*(_awaited(function, trace) for trace in helping))
     chosen = max(inner, key=lambda loop: sum(map(is_bulk_copy, function[loop.head : loop.last])))
     once = frozenset(
         index
         for index in range(chosen.head, chosen.last)
         if _is(function[index], Act.EXPECT) and not awaited & _barriers(function, chosen, index)
     )
-    return computing, steady_trace(function, chosen, avoided=once), *_letting_go(function, awaited)
+    return computing, steady_trace(function, chosen, avoided=once), *_letting_go(function, awaited), *helping
+
+
+def helps(trace: Trace) -> bool:
+    """Whether warps of a trace compute what others make them the operands of: products, but no exponentials."""
+    return _helps(trace.instructions)
+
+
+def _helps(body: Sequence[Instruction]) -> bool:
+    return any(map(is_matrix, body)) and not any(map(is_exponential, body)) and Act.WAIT in set(map(_act, body))
 
 
 def _letting_go(function: Function, awaited: Constants) -> list[Trace]:
@@ -257,6 +268,10 @@ class _Barriers:
 
     def _initial(self, wait: _Use) -> int:
         """Phases that are over in the beginning: of what a role waits for that lets the first one go on, as many as there are stages for what it announces or says next."""
+        if wait.role == 0 and any(
+            use.barrier == wait.barrier and helps(self.traces[use.role]) for use in self.uses if use.act is Act.ARRIVE
+        ):
+            return self.stages[wait.barrier]  # what a warpgroup that helps has taken, of which there was none at first
         of_role = [use for use in self.uses if use.role == wait.role and use.act is Act.EXPECT and use.barrier in self.stages]
         following = sorted(of_role, key=lambda use: (use.position < wait.position, use.position)) or self._lets_go(wait)
         return min(self.stages[wait.barrier], self.stages[following[0].barrier]) if following else 0

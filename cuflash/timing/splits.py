@@ -1,7 +1,7 @@
 """What a step of generation takes: keys that are shared out among blocks come from memory, once, and the kernels beside are short.
 
-`memory_machine` is an SM whose copies come from memory in the place of L2. `trips_of_blocks` says how many key tiles each block of `forward_split` walks over,
-`block_overhead` what it takes beside them. `clocks_of_merge` and `clocks_of_append` are the kernels behind and before it, which walk over no tiles.
+`memory_machine` is an SM whose copies come from memory in the place of L2. `block_overhead` is what a block of `forward_split`
+takes beside its trips. `clocks_of_merge` and `clocks_of_append` are the kernels behind and before it, which walk over no tiles.
 
 Caches are taken to be full, and to lie in memory: between two steps a model reads its weights. Nothing here was measured.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cuflash.planning import split_forward
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.problem.problem import Problem
 from cuflash.timing.machine import SHARED_BYTES_PER_CLOCK, Card, Multiprocessor
@@ -26,14 +25,6 @@ def memory_machine(machine: Multiprocessor, card: Card, blocks: int, together: i
     more than L2 hands on."""
     of_memory = card.memory_bytes_per_second / (card.clock_ghz * 1e9) * blocks / max(1, together)
     return replace(machine, copy_latency=card.memory_latency * card.clock_ghz * 1e9, l2_bytes=min(machine.l2_bytes, of_memory))
-
-
-def trips_of_blocks(kernel: KernelPlan, problem: Problem) -> list[int]:
-    """Key tiles of each block, in the order of launch: those of the first split come first."""
-    tiles = split_forward.key_tiles(problem, kernel.tile)
-    of_split = kernel.splits.tiles or -(-tiles // kernel.splits.number)
-    blocks = split_forward.row_tiles(problem, kernel.tile) * problem.num_heads_kv * problem.sequences
-    return [max(0, min(of_split, tiles - split * of_split)) for split in range(kernel.splits.number) for _ in range(blocks)]
 
 
 def block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card) -> float:

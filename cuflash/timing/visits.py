@@ -58,6 +58,8 @@ def visits_of_launch(kernel: KernelPlan, problem: Problem, data: Data) -> list[l
     num_tiles = kernel.num_work or kernel.num_blocks  # of blocks that stay each has several
     heads = problem.num_heads_q // group_heads
     known = visits_of_blocks(problem, tile, by_keys=by_keys)
+    if kernel.spec.splits_keys:
+        return _of_splits(kernel, problem, data)
     if known is not None:
         if kernel.spec.stays and not by_keys:
             own = _of_warpgroups(problem, tile)
@@ -86,6 +88,29 @@ def _of_warpgroups(problem: Problem, tile: Tile) -> list[Visits]:
     warpgroups = tile.tile_q // rows
     blocks = [of_warpgroups[first : first + warpgroups] for first in range(0, len(of_warpgroups), warpgroups)]
     return [_mean(block, warpgroups) for block in blocks]
+
+
+def _of_splits(kernel: KernelPlan, problem: Problem, data: Data) -> list[list[Visits]]:
+    """Of blocks with the queries of all heads that share a key head, which share out keys: a cache is full where `data` does not have its lengths."""
+    sequences, tile, group = problem.sequences, kernel.tile, problem.heads_per_kv
+    lengths = [int(of) for of in data["seqlens_kv"]] if "seqlens_kv" in data else [problem.max_seqlen_kv] * sequences
+    pairs = []
+    for keys in lengths:
+        band = band_of(problem, problem.max_seqlen_q, keys)
+        rows = range(0, problem.max_seqlen_q * group, tile.tile_q)
+        ends = [(first // group, min(problem.max_seqlen_q - 1, (first + tile.tile_q - 1) // group)) for first in rows]
+        walked = [_walked_tiles(band, first_q, last_q, tile.tile_kv) for first_q, last_q in ends]
+        splits = [kernel.splits.tiles or -(-count // kernel.splits.number) for count in walked]
+        for split in range(kernel.splits.number):
+            own = [Visits(max(0, min(count - split * of, of))) for count, of in zip(walked, splits, strict=True)]
+            pairs += [own] * problem.num_heads_kv
+    return pairs
+
+
+def _walked_tiles(band: Band, first_q: int, last_q: int, tile_kv: int) -> int:
+    """Tiles of keys that any of these queries sees."""
+    begin, end = max(0, first_q + band.low), min(band.seqlen_kv, last_q + 1 + band.high, last_q + 1 + band.causal)
+    return -(-end // tile_kv) - begin // tile_kv if begin < end else 0
 
 
 def _of_key_blocks(problem: Problem, tile: Tile, *, members: int) -> list[Visits]:

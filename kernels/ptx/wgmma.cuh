@@ -45,6 +45,7 @@ DEVICE uint64 wgmma_descriptor(SmemAddress address, int slab_bytes) {
 // The instructions of one element type and N = 8 TILES:
 //   from_shared          A from shared memory, with B's columns as depth; `adds` to D, or overwrites it
 //   from_shared_by_rows  the same with A's rows as depth
+//   from_shared_over_rows  A from shared memory, its columns and B's rows as depth; adds to D
 //   from_registers       A from registers, with B's rows as depth; adds to D
 template <typename Element, int TILES>
 struct Wgmma;
@@ -87,6 +88,12 @@ struct Wgmma;
                    ", " I1 ", p, 1, 1, 1, 0; }"                                                                                                     \
                    : __VA_ARGS__                                                                                                                    \
                    : "l"(a), "l"(b), "r"(int(adds)));                                                                                               \
+    }                                                                                                                                               \
+    DEVICE static void from_shared_over_rows(float (&d)[TILES][4], uint64 a, uint64 b) {                                                            \
+      asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " I0      \
+                   ", " I1 ", p, 1, 1, 0, 1; }"                                                                                                     \
+                   : __VA_ARGS__                                                                                                                    \
+                   : "l"(a), "l"(b));                                                                                                               \
     }                                                                                                                                               \
     DEVICE static void from_registers(float (&d)[TILES][4], const uint32 (&a)[4], uint64 b) {                                                       \
       asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" I0     \

@@ -44,6 +44,14 @@ struct SlabTile {
         store_shared(tile + slab * SLAB_BYTES + offset, Chunk{});
   }
 
+  // The same in the rows before `row`.
+  DEVICE static void clear_until(SmemAddress tile, int row) {
+#pragma unroll
+    for (int slab = 0; slab < SLABS; ++slab)
+      for (int offset = lane_index() * 16; offset < row * ROW_BYTES; offset += WARP_SIZE * 16)
+        store_shared(tile + slab * SLAB_BYTES + offset, Chunk{});
+  }
+
   DEVICE static uint64 descriptor(SmemAddress tile) { return wgmma_descriptor(tile, SLAB_BYTES); }
 
   // The descriptors of step k of a product, 16 deep, from that of the tile: with columns as depth, and with rows as depth.

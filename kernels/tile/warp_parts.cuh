@@ -9,6 +9,7 @@
 #include "tile/fragment.cuh"
 #include "tile/score.cuh"
 #include "tile/softmax.cuh"
+#include "tile/split_rows.cuh"
 #include "tile/vector.cuh"
 
 template <int M>
@@ -18,10 +19,8 @@ using WarpO = SmemTile<float, TILE_Q, HEAD_DIM_V>;
 constexpr int STATES_BYTES = NUM_WARPS * TILE_Q * int(sizeof(float2));
 
 // A row in all warps together; with SINKS a logit more, -inf for none.
-struct WholeRow {
-  float reference, sum;
-
-  DEVICE WholeRow(SmemAddress states, int row, float sink) : reference(LOWEST), sum(0.0f) {
+struct WholeRow : RowTotal {
+  DEVICE WholeRow(SmemAddress states, int row, float sink) : RowTotal{LOWEST, 0.0f} {
     float2 state[NUM_WARPS];
 #pragma unroll
     for (int warp = 0; warp < NUM_WARPS; ++warp) {
@@ -35,12 +34,6 @@ struct WholeRow {
 #pragma unroll
     for (int warp = 0; warp < NUM_WARPS; ++warp) sum = __fmaf_rn(state[warp].y, WarpSoftmax<1>::rescale(state[warp].x, reference), sum);
   }
-
-  DEVICE bool is_empty() const { return sum == 0.0f; }
-  DEVICE float lse() const { return WarpSoftmax<1>::lse_of(reference, sum); }
-  // What the reference's exponential takes times to be exp(LSE), as the merge of parts wants it (tile/merge.cuh).
-  DEVICE float part_sum() const { return ADDITIVE_MASK ? sum * (1.0f / float(1 << PROBABILITY_SHIFT)) : sum; }
-  DEVICE float inverse() const { return is_empty() ? 0.0f : 1.0f / sum; }
 };
 
 // The state of this warp's softmax, for all warps to see behind a barrier.

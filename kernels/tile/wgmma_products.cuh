@@ -22,6 +22,15 @@ DEVICE void issue_accumulator(float (&c)[1][N][4], const uint32 (&a)[STEPS][4], 
   wgmma_commit();
 }
 
+// C += A B over all rows of B, A a TileA in shared memory.
+template <typename TileA, typename TileB, int STEPS, int N>
+DEVICE void issue_shared(float (&c)[1][N][4], uint64 a, uint64 b) {
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < STEPS; ++k) Wgmma<Element, N>::from_shared_over_rows(c[0], TileA::columns(a, k), TileB::rows(b, k));
+  wgmma_commit();
+}
+
 // Scores as the A operand of the next product.
 template <int N>
 DEVICE void pack_accumulator(uint32 (&a)[N / 2][4], const float (&c)[1][N][4]) {

@@ -1,0 +1,226 @@
+"""The forward kernel of wgmma for heads above 256 columns: exact, the same bits under every schedule, left alone by the assembler, and chosen as the plan says."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import numpy
+import pytest
+from caches import CacheCall, only_new_memory
+from conftest import HAS_GPU, Target
+from test_wgmma_machine_code import assert_as_meant
+
+import cuflash
+from cuflash import Tile
+from cuflash.cli.inspection import inspect_kernels
+from cuflash.errors import TileError, UnsupportedError
+from cuflash.hardware import device
+from cuflash.planning import wgmma_forward
+from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_specs import FORWARD_WGMMA_WIDE
+from cuflash.planning.tile_choice import default_tile
+from cuflash.simulator import check
+
+pytest.importorskip("cupy")
+
+NAME = FORWARD_WGMMA_WIDE.name
+ON = device.of_arch("sm_90", "gpu")
+SHORT = {NAME: Tile(64, 32, 8, 3)}
+
+
+@pytest.fixture(autouse=True)
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel wherever it can run."""
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
+    monkeypatch.setenv(wgmma_forward.VARIABLE, "1")
+
+
+@pytest.fixture(params=["sm_90", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
+def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """The simulator, and a GPU that has the instructions."""
+    target = Target(request.param)
+    if target.device.capability != 90:
+        pytest.skip("the GPU is no sm_90")
+    only_new_memory(monkeypatch)
+    return target
+
+
+def inputs_of(
+    on: Target,
+    lengths: tuple[int, int],
+    heads: tuple[int, int],
+    head_dims: tuple[int, int],
+    dtype: str = "float16",
+    *,
+    shared: bool = False,
+) -> list[Any]:
+    head_dim, head_dim_v = head_dims
+    query, key = on.random((2, lengths[0], heads[0], head_dim), dtype, 1), on.random((2, lengths[1], heads[1], head_dim), dtype, 2)
+    value = key[..., :head_dim_v] if shared else on.random((2, lengths[1], heads[1], head_dim_v), dtype, 3)
+    return [query, key, value]
+
+
+def checked(on: Target, inputs: list[Any], **options: Any) -> None:
+    plan = cuflash.plan(*inputs, enable_gqa=True, **options)
+    assert names(plan)[0] == NAME
+    on.check(*inputs, backward=False, enable_gqa=True, **options)
+
+
+def names(plan: cuflash.Plan) -> list[str]:
+    return [kernel.name for kernel in plan.kernels]
+
+
+# --- Right --------------------------------------------------------------------------------------------------------------------------------
+
+LATENT = (576, 512)
+"""head_dim of query and key, and of value, of multi-head latent attention."""
+
+
+@pytest.mark.parametrize(("lengths", "heads"), [((1, 150), (70, 1)), ((20, 90), (4, 2)), ((1, 1), (1, 1))], ids=str)
+def test_values_that_are_columns_of_their_keys(hopper: Target, lengths: tuple[int, int], heads: tuple[int, int]) -> None:
+    """Rows of several heads in a tile, a tile of one row, ends that no tile divides."""
+    inputs = inputs_of(hopper, lengths, heads, LATENT, shared=True)
+    assert "VALUE_IN_KEY = true" in cuflash.plan(*inputs, enable_gqa=True).kernels[0].config
+    checked(hopper, inputs)
+
+
+@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
+def test_causal_with_queries_that_see_no_key(hopper: Target, alignment: Any) -> None:
+    """Tiles of queries that begin within a query, whose blocks end at keys of their own."""
+    checked(hopper, inputs_of(hopper, (70, 60), (3, 1), (512, 512)), is_causal=True, causal_alignment=alignment)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("head_dims", [(64, 512), (264, 264), (320, 72), (512, 200), (576, 512)], ids=str)
+def test_head_dims_that_slabs_do_not_divide(hopper: Target, head_dims: tuple[int, int]) -> None:
+    checked(hopper, inputs_of(hopper, (30, 100), (2, 1), head_dims, "bfloat16"), scale=-0.05)
+
+
+def test_values_beside_their_keys_are_no_columns_of_them(hopper: Target) -> None:
+    """The same shapes and strides at another address: the next call is planned anew."""
+    query, key, value = inputs_of(hopper, (1, 70), (4, 1), LATENT, shared=True)
+    checked(hopper, [query, key, value])
+    checked(hopper, [query, key, key[..., 64:]])
+    checked(hopper, [query, key, value])
+
+
+@pytest.mark.sample(1)
+def test_score_features(hopper: Target) -> None:
+    inputs = inputs_of(hopper, (40, 200), (4, 2), LATENT, shared=True)
+    sinks, slopes = (hopper.random((4,), "float32", seed) for seed in (4, 5))
+    checked(
+        hopper, inputs, is_causal=True, causal_alignment="bottom_right", window=(70, None), softcap=3.0, sinks=sinks, alibi_slopes=slopes, tile=SHORT
+    )  # fmt: skip
+
+
+CACHES = {
+    "contiguous, three splits": CacheCall((200, 0, 77), 2, 0, 40, options={"num_splits": 3, "is_causal": True}),
+    "rows of others, padding": CacheCall((200, 100), 1, 0, 16, picks_rows=True, leftpad=(70, 3)),
+    "pages of a tile": CacheCall((200, 77), 2, 0, 16, page_size=64, options={"is_causal": True}),
+    "small pages": CacheCall((200, 77), 1, 0, 8, page_size=16, leftpad=(70, 3), dtype="bfloat16", options={"num_splits": 2}),
+}
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("case", CACHES)
+def test_caches_whose_unused_bytes_are_nan(hopper: Target, case: str) -> None:
+    call = replace(CACHES[case], head_dim=576, head_dim_v=512, shares_columns=True, room=320)
+    call.check(hopper)
+
+
+@pytest.mark.exhaustive
+def test_a_cache_of_keys_and_values_that_appends(hopper: Target) -> None:
+    CacheCall((200, 77), 3, 3, 4, page_size=32, head_dim=512, room=320, options={"is_causal": True}).check(hopper)
+
+
+# --- The same bits ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("case", [("latent", LATENT, True), ("apart", (264, 264), False)], ids=lambda case: case[0])
+def test_every_schedule_gives_the_same_bits(case: tuple[str, tuple[int, int], bool], request: pytest.FixtureRequest) -> None:
+    """Only a schedule finds a wait that never ends."""
+    _, head_dims, shared = case
+    seeds = range(100 if request.config.getoption("--exhaustive") else 12)
+    inputs = inputs_of(Target("sm_90"), (3, 200), (3, 1), head_dims, shared=shared)
+    options = {"enable_gqa": True, "return_lse": True, "tile": SHORT, "is_causal": True, "causal_alignment": "bottom_right"}
+    report = check(functools.partial(cuflash.scaled_dot_product_attention, *inputs, **options), seeds=seeds)
+    assert report.kernels[0] == NAME
+    assert len(report.runs) == 2 + len(seeds)
+
+
+# --- Machine code -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("case", [(*LATENT, True), (512, 512, False), (64, 512, False), (576, 264, True)], ids=str)
+@pytest.mark.parametrize("features", [{}, {"window": (100, 0), "softcap": 3.0}], ids=["plain", "features"])
+def test_no_spills_and_no_serialised_products(case: tuple[int, int, bool], features: dict[str, Any]) -> None:
+    head_dim, head_dim_v, shared = case
+    inputs = inputs_of(Target("sm_90"), (100, 100), (2, 1), (head_dim, head_dim_v), "bfloat16", shared=shared)
+    plan = cuflash.plan(*inputs, enable_gqa=True, is_causal=True, **features)
+    (report,) = inspect_kernels([(ON, plan.kernels[0])])
+    assert_as_meant(report)
+
+
+# --- Chosen -------------------------------------------------------------------------------------------------------------------------------
+
+
+def plan_of(head_dims: tuple[int, int] = LATENT, dtype: str = "float16", **options: Any) -> cuflash.Plan:
+    return cuflash.plan(*inputs_of(Target("sm_90"), (1, 300), (16, 1), head_dims, dtype), enable_gqa=True, **options)
+
+
+def test_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "forward_wgmma_wide.cu, as asked for; it has not run on a GPU yet" in str(plan_of())
+    monkeypatch.delenv(wgmma_forward.VARIABLE)
+    plan = plan_of()
+    assert names(plan) == ["forward"]
+    assert f"ask for it by {wgmma_forward.VARIABLE}=1, or by a tile of {NAME}" in str(plan)
+    assert names(plan_of(tile={NAME: Tile(64, 16, 8, 2)}))[0] == NAME
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "float32": ({"dtype": "float32"}, "it takes 16-bit types, and this is float32"),
+    "head_dim": ({"head_dims": (300, 512)}, "it takes multiples of 8 up to 576 for head_dim, 512 for value's, and this is 300/512"),
+    "wide values": ({"head_dims": (576, 576)}, "it takes multiples of 8 up to 576 for head_dim, 512 for value's, and this is 576"),
+    "narrow values": ({"head_dims": (512, 64)}, "its warpgroups share out value's columns, more than 64, and these are 64"),
+    "dropout": ({"dropout_p": 0.5, "dropout_seed": 1}, "it knows no masks, segments, prefixes or dropout"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_the_plan_says_why_it_is_not_taken(case: str) -> None:
+    options, reason = OTHERS[case]
+    plan = plan_of(**options)
+    assert names(plan)[-1] == "forward"
+    assert f"choice     forward_mma.cu, not forward_wgmma_wide.cu: {reason}" in str(plan)
+    with pytest.raises(TileError, match=r"kernels that run: forward \(") as caught:
+        plan_of(**options, tile=SHORT)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("page_size", [0, 12])
+def test_a_cache_that_no_kernel_takes_is_refused(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not page_size:
+        monkeypatch.delenv(wgmma_forward.VARIABLE)
+    given = CacheCall((200,), head_dim=576, head_dim_v=512, page_size=page_size).arrays()
+    with pytest.raises(UnsupportedError, match="wider ones on sm_90 with CUFLASH_FORWARD_WGMMA=1"):
+        cuflash.attention_with_kvcache(**given)
+
+
+def test_default_tiles_hold_as_many_keys_as_fit_twice() -> None:
+    def keys(head_dim: int, head_dim_v: int, *, shared: bool = False) -> int:
+        tile = default_tile(KernelCase(FORWARD_WGMMA_WIDE, "float16", head_dim, head_dim_v=head_dim_v, value_in_key=shared), ON)
+        assert (tile.tile_q, tile.num_warps, tile.num_stages) == (64, 8, 2)
+        return tile.tile_kv
+
+    assert (keys(*LATENT, shared=True), keys(*LATENT), keys(512, 512), keys(64, 512)) == (64, 32, 32, 64)
+
+
+def test_splits_fill_the_sms() -> None:
+    query, key = (numpy.zeros((1, length, heads, 576), "float16") for length, heads in ((1, 128), (4096, 1)))
+    (kernel, _) = cuflash.plan(query, key, key[..., :512], enable_gqa=True).kernels
+    assert kernel.num_blocks == 2 * kernel.splits.number
+    assert 8 <= kernel.splits.number <= 66
