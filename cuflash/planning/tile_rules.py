@@ -19,8 +19,8 @@ REGISTERS_PER_BLOCK = 65536
 
 WGMMA_ARCH = "sm_90"
 WGMMA_MAX_HEAD_DIM = 256
-WGMMA_MAX_HEAD_DIMS_BACKWARD = 192, 128
-"""Of query and key, and of value."""
+WGMMA_MAX_HEAD_DIMS_TOGETHER = 192, 128
+"""Of query and key, and of value, where one block has dK and dV."""
 WGMMA_MAX_COLUMNS = 256
 WGMMA_SLAB = 64
 """Columns of a tile that lie side by side in shared memory."""
@@ -53,7 +53,8 @@ def lacking(case: KernelCase, device: Device) -> str | None:
         return f"its instructions are those of {WGMMA_ARCH}, and this is {device.arch}"
     if case.dtype == "float32":
         return "it takes 16-bit types, and this is float32"
-    widest, widest_v = WGMMA_MAX_HEAD_DIMS_BACKWARD if case.kernel.backward else (WGMMA_MAX_HEAD_DIM, WGMMA_MAX_HEAD_DIM)
+    together = {"dK", "dV"} <= set(case.kernel.outputs)
+    widest, widest_v = WGMMA_MAX_HEAD_DIMS_TOGETHER if together else (WGMMA_MAX_HEAD_DIM, WGMMA_MAX_HEAD_DIM)
     if case.head_dim % 8 or case.head_dim_v % 8 or case.head_dim > widest or case.head_dim_v > widest_v:
         of_value = f", {widest_v} for value's" if widest_v != widest else ""
         return f"it takes multiples of 8 up to {widest} for head_dim{of_value}, and this is {head_dims(case.head_dim, case.head_dim_v)}"
