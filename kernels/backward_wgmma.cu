@@ -251,7 +251,8 @@ class WarpgroupKeys {
     wgmma_wait<0>();
     pin(dV[0]);
     pin(P_operand);
-    ring.release_by_each_warp();  // each has read row statistics; with dQ a barrier stands behind those reads
+    __syncwarp();  // all lanes of the warp have read row statistics; with dQ a barrier of all stands behind those reads
+    ring.release_by_each_warp();
   }
 
   template <bool IS_MASKED>
@@ -438,13 +439,14 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, c
 
 // Which keys are the block's. Where blocks add up dQ, in the order in which they start; it ends with a barrier of the block.
 DEVICE Work work_of(const BackwardWgmmaArguments& arguments, const SharedMemory& shared) {
-  const int num_heads = arguments.geometry.num_heads_q / arguments.group_heads;
+  const Geometry& geometry = arguments.geometry;
   if constexpr (COMPUTE_DK) {
     const int ticket = uniform(take_ticket(arguments, shared.ticket()));
-    return work_of_ticket(ticket, arguments.geometry.num_tiles, num_heads, arguments.geometry.section_heads);
+    return work_of_ticket(ticket, geometry.num_tiles, geometry.num_heads_q / arguments.group_heads, geometry.section_heads);
+  } else {
+    __syncthreads();
+    return work_longest_first<CAUSAL, false>(geometry, geometry.num_heads_q / arguments.group_heads);
   }
-  __syncthreads();
-  return work_longest_first<CAUSAL, false>(arguments.geometry, num_heads);
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)

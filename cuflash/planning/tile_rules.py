@@ -26,6 +26,7 @@ WGMMA_SLAB = 64
 """Columns of a tile that lie side by side in shared memory."""
 WGMMA_REGISTERS = {8: 240, 12: 160}
 """Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/tile/wgmma_block.cuh."""
+_WGMMA_ORDER_REGISTERS = 8  # that each warp which copies or keeps the order of dQ has more of where dV is made elsewhere, of each that computes
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
 _WGMMA_CUT_REGISTERS = 8  # that the copying warp keeps of eight warps' 240 where something hides keys; a tile is legal whatever hides them
 _WGMMA_SOFTCAP_REGISTERS = {8: 28, 12: 16}
@@ -118,7 +119,7 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     if case.kernel.implementation == "wgmma":
         if getattr(tile, streamed) > WGMMA_MAX_COLUMNS:
             return f"{streamed} must be at most {WGMMA_MAX_COLUMNS}, the columns of a wgmma and the rows of a TMA box"
-        limit = WGMMA_REGISTERS[tile.num_warps]
+        limit = WGMMA_REGISTERS[tile.num_warps] - _WGMMA_ORDER_REGISTERS * (case.kernel.added_up and "dV" not in case.kernel.outputs)
         needed += _wgmma_registers(case, tile) - 24
     if needed > limit:
         return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"

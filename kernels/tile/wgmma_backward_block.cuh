@@ -25,7 +25,7 @@ using GradScores = SlabTile<TILE_Q, TILE_KV>;  // dS, of which a warpgroup write
 
 // dQᵀ of a tile: a warpgroup has slabs of columns of the head of its own, and where their number is odd half of the queries of the last one.
 constexpr int OWN_SLABS = WarpgroupK::SLABS / WARPGROUPS;
-constexpr bool SHARES_SLAB = WarpgroupK::SLABS % 2 == 1;
+constexpr bool SHARES_SLAB = COMPUTE_DK && WarpgroupK::SLABS % 2 == 1;
 constexpr int SHARED_TILES = SHARES_SLAB ? S_TILES / WARPGROUPS : 1;
 
 constexpr int V_BYTES = COMPUTE_DK ? WarpgroupV::BYTES : 0;  // of a warpgroup: dV alone needs no dP
@@ -39,8 +39,8 @@ constexpr int TURNS = 2;  // that are waited for ahead of the one at which the b
 constexpr bool CUTS_KEYS = RAGGED || CAUSAL || WINDOW;  // there may be keys in memory that no query sees
 
 // setmaxnreg: 384 threads begin with 168 registers each (tile/wgmma_block.cuh).
-constexpr int COPYING_REGISTERS = 24;
-constexpr int COMPUTING_REGISTERS = 240;
+constexpr int COPYING_REGISTERS = COMPUTE_DV ? 24 : 40;
+constexpr int COMPUTING_REGISTERS = COMPUTE_DV ? 240 : 232;
 static_assert(COPYING_REGISTERS + WARPGROUPS * COMPUTING_REGISTERS <= (1 + WARPGROUPS) * 168, "more registers than the block began with");
 
 static_assert(WARPGROUPS == 2 && TILE_KV == 16 * NUM_WARPS, "num_warps must be 8, and tile_kv 16 rows for each");
