@@ -119,7 +119,7 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     if case.kernel.implementation == "wgmma":
         if getattr(tile, streamed) > WGMMA_MAX_COLUMNS:
             return f"{streamed} must be at most {WGMMA_MAX_COLUMNS}, the columns of a wgmma and the rows of a TMA box"
-        limit = WGMMA_REGISTERS[tile.num_warps] - _WGMMA_ORDER_REGISTERS * (case.kernel.added_up and "dV" not in case.kernel.outputs)
+        limit = WGMMA_REGISTERS[tile.num_warps] - _WGMMA_ORDER_REGISTERS * ("dQ" in case.kernel.outputs and "dV" not in case.kernel.outputs)
         needed += _wgmma_registers(case, tile) - 24
     if needed > limit:
         return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"
