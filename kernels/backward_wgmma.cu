@@ -17,7 +17,7 @@
 // statistics. One thread of another waits for the block's turn to add to each tile, TURNS of them ahead, since that takes two trips to L2 and more
 // where additions stand before it. One thread of a third passes the turn on when all warps have added.
 //
-// Shared memory: K [2][⌈D / 64⌉][64][64] | V [2][⌈DV / 64⌉][64][64] | Q [NUM_STAGES][⌈D / 64⌉][TILE_Q][64] | dO [NUM_STAGES][⌈DV / 64⌉][TILE_Q][64] |
+// Shared memory: K [2][⌈D / 64⌉][64][64] | V [2][⌈DV / 64⌉][64][64] | Q [NUM_STAGES][⌈D / 64⌉][TILE_Q][64] | dO [GRAD_OUT_STAGES][⌈DV / 64⌉][TILE_Q][64] |
 // dS [2][2][TILE_Q][64] | row statistics [NUM_STAGES] (StatisticsOfColumns) | mbarriers | ticket. At the end dK and dV pass through K and V.
 //
 // mbarriers, for each stage: "full", both copies and the statistics have landed, and "empty", both warpgroups are done with them. For each of TURNS:
@@ -467,8 +467,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
     constexpr int THREADS = NUM_THREADS + WARPGROUP_SIZE;
     if constexpr (COMPUTE_DK) clear_rows<Element, THREADS, TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, begin, end, tile, num_tiles);
-    if constexpr (COMPUTE_DV)
-      clear_rows<Element, THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, tile, num_tiles);
+    if constexpr (COMPUTE_DV) clear_rows<Element, THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, tile, num_tiles);
   };
   if (!claim_rows<TILE_KV>(arguments, packed_keys(arguments), work, clear_gradients)) return;
   if (warpgroup_index() == 0) {

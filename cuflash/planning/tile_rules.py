@@ -26,7 +26,9 @@ WGMMA_SLAB = 64
 """Columns of a tile that lie side by side in shared memory."""
 WGMMA_REGISTERS = {8: 240, 12: 160}
 """Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/tile/wgmma_block.cuh."""
-_WGMMA_ORDER_REGISTERS = 8  # that each warp which copies or keeps the order of dQ has more of where dV is made elsewhere, of each that computes
+_WGMMA_ORDER_REGISTERS = (
+    8  # that each warp which copies or keeps the order of dQ has more of where dV is made elsewhere, of each that computes
+)
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
 _WGMMA_CUT_REGISTERS = 8  # that the copying warp keeps of eight warps' 240 where something hides keys; a tile is legal whatever hides them
 _WGMMA_SOFTCAP_REGISTERS = {8: 28, 12: 16}

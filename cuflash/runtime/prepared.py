@@ -151,7 +151,9 @@ class PreparedCall:
                 "group_batch": kernel.group_batch, "group_heads": kernel.group_heads, "num_work": kernel.num_work, "num_tiles": kernel.num_tiles,
                 "head_dim": kernel.head_dim, "num_splits": kernel.splits.number, "split_tiles": kernel.splits.tiles,
             }  # fmt: skip
-            own |= {field.name: {} for field in kernel.spec.arguments.fields if field.type is MAPPED_TENSOR}  # left out where it copies nothing of it
+            own |= {
+                field.name: {} for field in kernel.spec.arguments.fields if field.type is MAPPED_TENSOR
+            }  # left out where it copies nothing of it
             own |= {name: self.mapped(*views[name], count) for name, count in kernel.box_rows.items()}
             struct = kernel.spec.arguments
             launches.append(_Launch(loaded, kernel.shape, Arguments(struct, arguments.of_struct(struct, {**values, **own}), words)))
