@@ -17,8 +17,9 @@
 // statistics. One thread of another waits for the block's turn to add to each tile, TURNS of them ahead, since that takes two trips to L2 and more
 // where additions stand before it. One thread of a third passes the turn on when all warps have added.
 //
-// Shared memory: K [2][⌈D / 64⌉][64][64] | V [2][⌈DV / 64⌉][64][64] | Q [NUM_STAGES][⌈D / 64⌉][TILE_Q][64] | dO [GRAD_OUT_STAGES][⌈DV / 64⌉][TILE_Q][64] |
-// dS [2][2][TILE_Q][64] | row statistics [NUM_STAGES] (StatisticsOfColumns) | mbarriers | ticket. At the end dK and dV pass through K and V.
+// Shared memory: K [2][⌈D / 64⌉][64][64] | V [2][⌈DV / 64⌉][64][64] | Q [NUM_STAGES][⌈D / 64⌉][TILE_Q][64] | dO [GRAD_OUT_STAGES][⌈DV /
+// 64⌉][TILE_Q][64] | dS [2][2][TILE_Q][64] | row statistics [NUM_STAGES] (StatisticsOfColumns) | mbarriers | ticket. At the end dK and dV pass
+// through K and V.
 //
 // mbarriers, for each stage: "full", both copies and the statistics have landed, and "empty", both warpgroups are done with them. For each of TURNS:
 // it is the block's turn to add, all warps have added, and the turn is passed on. K and V have landed. One barrier of both warpgroups for each tile:
