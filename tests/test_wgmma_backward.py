@@ -100,8 +100,8 @@ def test_wide_heads_in_two_kernels(hopper: Target, case: tuple[str, int, int], m
     """With dO in a ring of its own and in that of Q, with values that are wider than the keys in whose place they leave, and by the same bits under each schedule."""
     dtype, head_dim, head_dim_v = case
     inputs = (
-        *inputs_of(hopper, (110, 190), head_dim, heads=(2, 1), dtype=dtype)[:2],
-        inputs_of(hopper, (110, 190), head_dim_v, heads=(2, 1), dtype=dtype)[2],
+        *inputs_of(hopper, (200, 190), head_dim, heads=(2, 1), dtype=dtype)[:2],
+        inputs_of(hopper, (200, 190), head_dim_v, heads=(2, 1), dtype=dtype)[2],
     )
     assert names(cuflash.plan(*inputs, enable_gqa=True, backward=True, **MASKS[mask])) == list(WIDE_KERNELS)
     hopper.check(*inputs, enable_gqa=True, **MASKS[mask])
