@@ -1,5 +1,6 @@
-// Gradients of Q, K and V on Hopper's warpgroup instructions: what backward_fused_mma.cu computes, for 16-bit types, head dimensions up to 192 and
-// those of value up to 128.
+// Gradients of Q, K and V on Hopper's warpgroup instructions: what backward_fused_mma.cu computes, for 16-bit types and head dimensions up to 256.
+// COMPUTE_DK and COMPUTE_DV say what is accumulated: both, or above 192 columns of K or 128 of V one in each of two launches, since both together
+// would not fit the registers. dQ comes with dK.
 //
 // One block owns TILE_KV = 128 keys of one K/V head, and walks over all queries that see them, tile by tile from the last to the first. A warpgroup
 // is four warps. Two of them own 64 keys each, whose dK and dV they keep in registers, and to which the first hands most of its own. A step is
@@ -16,8 +17,9 @@
 // statistics. One thread of another waits for the block's turn to add to each tile, TURNS of them ahead, since that takes two trips to L2 and more
 // where additions stand before it. One thread of a third passes the turn on when all warps have added.
 //
-// Shared memory: K [2][⌈D / 64⌉][64][64] | V [2][⌈DV / 64⌉][64][64] | Q [NUM_STAGES][⌈D / 64⌉][TILE_Q][64] | dO [NUM_STAGES][⌈DV / 64⌉][TILE_Q][64] |
-// dS [2][2][TILE_Q][64] | row statistics [NUM_STAGES] (StatisticsOfColumns) | mbarriers | ticket. At the end dK and dV pass through K and V.
+// Shared memory: K [2][⌈D / 64⌉][64][64] | V [2][⌈DV / 64⌉][64][64] | Q [NUM_STAGES][⌈D / 64⌉][TILE_Q][64] | dO [GRAD_OUT_STAGES][⌈DV /
+// 64⌉][TILE_Q][64] | dS [2][2][TILE_Q][64] | row statistics [NUM_STAGES] (StatisticsOfColumns) | mbarriers | ticket. At the end dK and dV pass
+// through K and V.
 //
 // mbarriers, for each stage: "full", both copies and the statistics have landed, and "empty", both warpgroups are done with them. For each of TURNS:
 // it is the block's turn to add, all warps have added, and the turn is passed on. K and V have landed. One barrier of both warpgroups for each tile:
@@ -42,12 +44,12 @@ constexpr int NOBODY_SEES = 0x7fffffff;
 // Asks for the block's rows of K and V. One thread.
 DEVICE void copy_keys(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared, int batch, int head) {
   const int start = Starts(arguments, work.batch).kv;
-  mbarrier_arrive_expect(shared.keys_landed(), WARPGROUPS * (WarpgroupK::BYTES + WarpgroupV::BYTES));
+  mbarrier_arrive_expect(shared.keys_landed(), WARPGROUPS * (WarpgroupK::BYTES + V_BYTES));
 #pragma unroll
   for (int warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup) {
     const int row = start + work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS;
     WarpgroupK::load(shared.K(warpgroup), arguments.key, row, head, batch, shared.keys_landed());
-    WarpgroupV::load(shared.V(warpgroup), arguments.value, row, head, batch, shared.keys_landed());
+    if constexpr (COMPUTE_DK) WarpgroupV::load(shared.V(warpgroup), arguments.value, row, head, batch, shared.keys_landed());
   }
 }
 
@@ -55,6 +57,7 @@ DEVICE void copy_keys(const BackwardWgmmaArguments& arguments, const Work& work,
 DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
   const bool asks = lane_index() == 0;  // the TMA unit; row statistics are copied by all lanes
   Ring<NUM_STAGES> ring = shared.ring();
+  Ring<GRAD_OUT_STAGES> out_ring = shared.out_ring();
   bool is_first = true;
   uint32 landed = 0;  // parity of the next phase of cut_landed
   const int start = Starts(arguments, work.batch).q;
@@ -70,25 +73,37 @@ DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const Work& work, 
       ring.wait_empty();
       const int row = start + tile * TILE_Q, num_rows = geometry.seqlen_q - tile * TILE_Q;
       const bool is_cut = VARLEN && num_rows < TILE_Q;
+      const bool is_with_Q = !HAS_OUT_RING || is_cut;  // dO arrives at the same mbarrier
+      const int out_stage = HAS_OUT_RING ? out_ring.stage : ring.stage;
+      if (HAS_OUT_RING && is_cut) out_ring.wait_empty();
       if (asks) {
         const SmemAddress full = is_cut ? shared.cut_landed() : ring.full();
         if constexpr (TILE_LISTS) ListedTile::of(tile, place == 0, is_partial).store(shared.listed_tile(ring.stage));
-        mbarrier_arrive_expect(full, RingQ::BYTES + RingO::BYTES);
+        mbarrier_arrive_expect(full, RingQ::BYTES + (is_with_Q ? RingO::BYTES : 0));
         RingQ::load(shared.Q(ring.stage), arguments.query, row, head, batch, full);
-        RingO::load(shared.dO(ring.stage), arguments.grad_out, row, head, batch, full);
+        if (is_with_Q) RingO::load(shared.dO(out_stage), arguments.grad_out, row, head, batch, full);
       }
       if (is_cut) {  // rows of the next sequence, which may hold anything
         mbarrier_wait(shared.cut_landed(), landed);
         landed ^= 1;
         RingQ::clear_from(shared.Q(ring.stage), num_rows);
-        RingO::clear_from(shared.dO(ring.stage), num_rows);
+        RingO::clear_from(shared.dO(out_stage), num_rows);
         fence_proxy_async();
         __syncwarp();
         mbarrier_arrive_if(asks, ring.full());
+        if constexpr (HAS_OUT_RING) mbarrier_arrive_if(asks, out_ring.full());
       }
       StatisticsOfColumns(shared.statistics(ring.stage), view, tile * TILE_Q).issue<WARP_SIZE>(true, lane_index());
       mbarrier_arrive_behind_copies(ring.full());
+      if (!is_with_Q) {
+        out_ring.wait_empty();
+        if (asks) {
+          mbarrier_arrive_expect(out_ring.full(), RingO::BYTES);
+          RingO::load(shared.dO(out_stage), arguments.grad_out, row, head, batch, out_ring.full());
+        }
+      }
       ring.advance();
+      out_ring.advance();
     });
     if (TILE_LISTS && steps.begin < steps.end) {
       ring.wait_empty();
@@ -174,8 +189,8 @@ DEVICE void pass_turns_on(const BackwardWgmmaArguments& arguments, const Work& w
 // A warpgroup's 64 keys.
 class WarpgroupKeys {
  public:
-  float dK[1][D_TILES][4] = {};
-  float dV[1][DV_TILES][4] = {};
+  float dK[1][COMPUTE_DK ? D_TILES : 1][4] = {};
+  float dV[1][COMPUTE_DV ? DV_TILES : 1][4] = {};
 
   DEVICE WarpgroupKeys(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared, int warpgroup)
       : arguments(arguments),
@@ -184,6 +199,7 @@ class WarpgroupKeys {
         warpgroup(warpgroup),
         dropout(arguments.features),
         ring(shared.ring()),
+        out_ring(shared.out_ring()),
         turns(shared.turns()),
         K_descriptor(WarpgroupK::descriptor(shared.K(warpgroup))),
         V_descriptor(WarpgroupV::descriptor(shared.V(warpgroup))) {}
@@ -208,7 +224,7 @@ class WarpgroupKeys {
       ring.wait_full();
       const auto listed = ListedTile::load(shared.listed_tile(ring.stage));
       if (!listed.is_there()) break;
-      step<true>(member, listed.tile(), listed);
+      if constexpr (TILE_LISTS) step<true>(member, listed.tile(), listed);
     }
     sync_warpgroup(COMPUTING_BARRIER + 1 + warpgroup);  // all warps have read it
     ring.release(1);
@@ -243,7 +259,7 @@ class WarpgroupKeys {
 
   // A warpgroup's part of dQᵀ of a tile.
   struct QueryGradients {
-    float own[1][OWN_TILES][4], shared[1][SHARED_TILES][4];
+    float own[OWN_SLABS > 0 ? OWN_SLABS : 1][S_TILES][4], shared[1][SHARED_TILES][4];
   };
 
   const BackwardWgmmaArguments& arguments;
@@ -252,6 +268,7 @@ class WarpgroupKeys {
   const int warpgroup;
   const Dropout dropout;
   Ring<NUM_STAGES> ring;
+  Ring<GRAD_OUT_STAGES> out_ring;
   Ring<TURNS> turns;
   const uint64 K_descriptor, V_descriptor;
   int buffer = 0;  // of dS
@@ -261,20 +278,62 @@ class WarpgroupKeys {
   template <bool IS_MASKED>
   DEVICE void walk_down(const Member& member, int& tile, int begin) {
 #pragma unroll 1
-    while (tile > begin) step<IS_MASKED>(member, --tile);
+    while (tile > begin) {
+      if constexpr (COMPUTE_DK) {
+        step<IS_MASKED>(member, --tile);
+      } else {
+        step_of_values<IS_MASKED>(member, --tile);
+      }
+    }
+  }
+
+  // dV alone.
+  template <bool IS_MASKED>
+  DEVICE void step_of_values(const Member& member, int tile) {
+    const int first_q = tile * TILE_Q;
+    ring.wait_full();
+    float P[1][S_TILES][4];  // scores, then probabilities; rows are keys
+    pin(P[0]);
+    issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_descriptor, RingQ::descriptor(shared.Q(ring.stage)));
+    wgmma_wait<0>();
+    pin(P[0]);
+    const StatisticsOfColumns statistics(shared.statistics(ring.stage), member.view, first_q);
+    ScoreDerivative<1, S_TILES> derivative;
+    member.modifier.apply_all_but_mask<true>(P, derivative, member.first_key, first_q);
+    if constexpr (ADDITIVE_MASK) StagedMask(shared.mask(ring.stage)).add(P, warp_key());
+    statistics.to_probabilities(P, member.modifier.signed_factor());
+    if constexpr (IS_MASKED) hide_pairs(P, member, first_q);
+    uint32 P_operand[P_STEPS][4];
+    if constexpr (DROPOUT) {
+      float kept_P[1][S_TILES][4];
+      drop_and_mark(P, kept_P, dropout, member.batch, member.head, member.first_key, first_q);
+      pack_accumulator(P_operand, kept_P);
+    } else {
+      pack_accumulator(P_operand, P);
+    }
+    pin(P_operand);
+    pin(dV[0]);
+    issue_accumulator<RingO>(dV, P_operand, RingO::descriptor(shared.dO(ring.stage)));
+    wgmma_wait<0>();
+    pin(dV[0]);
+    pin(P_operand);
+    __syncwarp();  // all lanes of the warp have read row statistics; with dQ a barrier of all stands behind those reads
+    ring.release_by_each_warp();
   }
 
   template <bool IS_MASKED>
   DEVICE void step(const Member& member, int tile, ListedTile listed = {}) {
     const int first_q = tile * TILE_Q;
     if constexpr (!TILE_LISTS) ring.wait_full();
-    const uint64 Q_descriptor = RingQ::descriptor(shared.Q(ring.stage)), dO_descriptor = RingO::descriptor(shared.dO(ring.stage));
+    const uint64 Q_descriptor = RingQ::descriptor(shared.Q(ring.stage));
+    const uint64 dO_descriptor = RingO::descriptor(shared.dO(HAS_OUT_RING ? out_ring.stage : ring.stage));
     float P[1][S_TILES][4], dS[1][S_TILES][4];  // scores, then probabilities; dP, then dS; rows are keys
     if constexpr (DROPOUT) pin(P[0]);  // else it is given what it held a step ago, behind the fence
     const StatisticsOfColumns statistics(shared.statistics(ring.stage), member.view, first_q);
     statistics.begin_grad_products(dS);
     pin(dS[0]);
     issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_descriptor, Q_descriptor);
+    if constexpr (HAS_OUT_RING) out_ring.wait_full();
     issue_rows<WarpgroupV, RingO, DV_TILES / 2, true>(dS, V_descriptor, dO_descriptor);
     wgmma_wait<1>();
     pin(P[0]);
@@ -301,6 +360,7 @@ class WarpgroupKeys {
     mbarrier_wait(shared.keys_landed(), 0);  // they have: it keeps the assembler from moving the next wait up, before the exponentials
     wgmma_wait<0>();
     pin(dS[0]);
+    if constexpr (HAS_OUT_RING) out_ring.release(2);
     if constexpr (DROPOUT) {
       statistics.drop(dS, P, arguments.features.dropout_scale);
       multiply_all(dS, P);
@@ -311,22 +371,22 @@ class WarpgroupKeys {
     derivative.multiply(dS);
     pack_accumulator(dS_operand, dS);
     share(dS_operand);
-    pin(P_operand);
+    if constexpr (COMPUTE_DV) pin(P_operand);
     pin(dS_operand);
-    issue_accumulator<RingO>(dV, P_operand, dO_descriptor);
+    if constexpr (COMPUTE_DV) issue_accumulator<RingO>(dV, P_operand, dO_descriptor);
     sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);
     QueryGradients dQ;
     issue_query_gradients(dQ);
-    wgmma_wait<1>();  // dK comes behind dV
+    if constexpr (COMPUTE_DV) wgmma_wait<1>();  // dK comes behind dV
     issue_accumulator<RingQ>(dK, dS_operand, Q_descriptor);
     wgmma_wait<1>();
-    if constexpr (OWNS_SLAB) pin(dQ.own[0]);
+    for_each_own([&](int i, int) { pin(dQ.own[i]); });
     if constexpr (SHARES_SLAB) pin(dQ.shared[0]);
     add_query_gradients(dQ, member, tile, listed);
     wgmma_wait<0>();
-    pin(dV[0]);
+    if constexpr (COMPUTE_DV) pin(dV[0]);
     pin(dK[0]);
-    pin(P_operand);
+    if constexpr (COMPUTE_DV) pin(P_operand);
     pin(dS_operand);
     ring.release(1);
     buffer ^= 1;
@@ -351,10 +411,17 @@ class WarpgroupKeys {
     fence_proxy_async();
   }
 
+  // body(i, slab) for the slabs of columns of dQᵀ that are the warpgroup's own.
+  template <typename Body>
+  DEVICE void for_each_own(const Body& body) const {
+#pragma unroll
+    for (int i = 0; i < OWN_SLABS; ++i) body(i, warpgroup * OWN_SLABS + i);
+  }
+
   // dQᵀ = Kᵀ dSᵀ over all keys of the block.
   DEVICE void issue_query_gradients(QueryGradients& dQ) const {
     wgmma_fence();
-    if constexpr (OWNS_SLAB) multiply_slab(dQ.own[0], warpgroup, 0);
+    for_each_own([&](int i, int slab) { multiply_slab(dQ.own[i], slab, 0); });
     if constexpr (SHARES_SLAB) multiply_slab(dQ.shared[0], WarpgroupK::SLABS - 1, warpgroup * SHARED_TILES);
     wgmma_commit();
   }
@@ -376,7 +443,7 @@ class WarpgroupKeys {
     turns.wait_full();
     const bool is_first = TILE_LISTS ? listed.is_first() : place_among_blocks(work, member.visibility, tile) == 0;
     float* sums = member.sums + int64(tile) * SLOT_FLOATS;
-    if constexpr (OWNS_SLAB) add_slab(sums, dQ.own[0], warpgroup, 0, is_first);
+    for_each_own([&](int i, int slab) { add_slab(sums, dQ.own[i], slab, 0, is_first); });
     if constexpr (SHARES_SLAB) add_slab(sums, dQ.shared[0], WarpgroupK::SLABS - 1, warpgroup * SHARED_TILES, is_first);
     __syncwarp();  // all lanes of the warp have added
     mbarrier_arrive_if(lane_index() == 0, shared.has_added() + turns.stage * MBARRIER_BYTES);
@@ -408,7 +475,7 @@ DEVICE void clear_hidden_keys(const BackwardWgmmaArguments& arguments, const Wor
   if (first_row >= WARPGROUP_ROWS) return;
   if (warp_of_warpgroup() == 0) {
     WarpgroupK::clear_from(shared.K(warpgroup), max(first_row, 0));
-    WarpgroupV::clear_from(shared.V(warpgroup), max(first_row, 0));
+    if constexpr (COMPUTE_DK) WarpgroupV::clear_from(shared.V(warpgroup), max(first_row, 0));
     fence_proxy_async();
   }
   sync_warpgroup(COMPUTING_BARRIER + 1 + warpgroup);
@@ -436,12 +503,30 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, c
   const int warp_row = 16 * warp_of_warpgroup(), first_row = work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + warp_row;
   const int num_rows = sequence_length(packed_keys(arguments), work.batch);  // that have gradients
   const int start = Starts(arguments, work.batch).kv;
-  if constexpr (DROPOUT) multiply_all(keys.dV, arguments.features.dropout_scale);
-  store_rows<Element, HEAD_DIM_V, 8 * DV_TILES, false>(keys.dV, shared.V(warpgroup) + warp_row * 8 * DV_TILES * 2, arguments.grad_value, work.batch,
-                                                       work.head, first_row, num_rows, 0, start);
-  multiply_all(keys.dK, arguments.geometry.scale);
-  store_rows<Element, HEAD_DIM, 8 * D_TILES, false>(keys.dK, shared.K(warpgroup) + warp_row * 8 * D_TILES * 2, arguments.grad_key, work.batch,
-                                                    work.head, first_row, num_rows, 0, start);
+  if constexpr (COMPUTE_DV) {
+    if constexpr (DROPOUT) multiply_all(keys.dV, arguments.features.dropout_scale);
+    constexpr int COLUMNS = 8 * (COMPUTE_DK || DV_TILES < D_TILES ? DV_TILES : D_TILES);  // that the tile has room for whose place dV takes
+    const SmemAddress room = COMPUTE_DK ? shared.V(warpgroup) : shared.K(warpgroup);
+    store_rows<Element, HEAD_DIM_V, COLUMNS, false>(keys.dV, room + warp_row * COLUMNS * 2, arguments.grad_value, work.batch, work.head, first_row,
+                                                    num_rows, 0, start);
+  }
+  if constexpr (COMPUTE_DK) {
+    multiply_all(keys.dK, arguments.geometry.scale);
+    store_rows<Element, HEAD_DIM, 8 * D_TILES, false>(keys.dK, shared.K(warpgroup) + warp_row * 8 * D_TILES * 2, arguments.grad_key, work.batch,
+                                                      work.head, first_row, num_rows, 0, start);
+  }
+}
+
+// Which keys are the block's. Where blocks add up dQ, in the order in which they start; it ends with a barrier of the block.
+DEVICE Work work_of(const BackwardWgmmaArguments& arguments, const SharedMemory& shared) {
+  const Geometry& geometry = arguments.geometry;
+  if constexpr (COMPUTE_DK) {
+    const int ticket = uniform(take_ticket(arguments, shared.ticket()));
+    return work_of_ticket(ticket, geometry.num_tiles, geometry.num_heads_q / arguments.group_heads, geometry.section_heads);
+  } else {
+    __syncthreads();
+    return work_longest_first<CAUSAL, false>(geometry, geometry.num_heads_q / arguments.group_heads);
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
@@ -449,7 +534,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
   extern __shared__ __align__(SLAB_ALIGNMENT) uint8 memory[];
   const SharedMemory shared{smem_address(memory)};
   if (threadIdx.x == 0) {
-    shared.ring().init(WARPGROUPS, 1 + (StagedMask::USED ? 2 : 1) * WARP_SIZE);
+    shared.ring().init(COMPUTE_DK ? WARPGROUPS : NUM_WARPS, 1 + (StagedMask::USED ? 2 : 1) * WARP_SIZE);
+    if constexpr (HAS_OUT_RING) shared.out_ring().init(WARPGROUPS);
     mbarrier_init(shared.keys_landed(), 1);
     shared.turns().init(1);
 #pragma unroll
@@ -457,12 +543,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
     if constexpr (VARLEN) mbarrier_init(shared.cut_landed(), 1);
     fence_mbarrier_init();
   }
-  const int ticket = uniform(take_ticket(arguments, shared.ticket()));
-  const Work work =
-      work_of_ticket(ticket, arguments.geometry.num_tiles, arguments.geometry.num_heads_q / arguments.group_heads, arguments.geometry.section_heads);
+  const Work work = work_of(arguments, shared);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
-    clear_rows<Element, NUM_THREADS + WARPGROUP_SIZE, TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, begin, end, tile, num_tiles);
-    clear_rows<Element, NUM_THREADS + WARPGROUP_SIZE, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, tile, num_tiles);
+    constexpr int THREADS = NUM_THREADS + WARPGROUP_SIZE;
+    if constexpr (COMPUTE_DK) clear_rows<Element, THREADS, TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, begin, end, tile, num_tiles);
+    if constexpr (COMPUTE_DV) clear_rows<Element, THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, tile, num_tiles);
   };
   if (!claim_rows<TILE_KV>(arguments, packed_keys(arguments), work, clear_gradients)) return;
   if (warpgroup_index() == 0) {
@@ -470,8 +555,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
     const int warp = warp_of_warpgroup();
     if (warp == 0) copy_all(arguments, work, shared);
     const bool takes_part = TILE_LISTS || lane_index() == 0;
-    if (warp == 1 && takes_part) wait_for_turns(arguments, work, shared);
-    if (warp == 2 && takes_part) pass_turns_on(arguments, work, shared);
+    if (COMPUTE_DK && warp == 1 && takes_part) wait_for_turns(arguments, work, shared);
+    if (COMPUTE_DK && warp == 2 && takes_part) pass_turns_on(arguments, work, shared);
     if (StagedMask::USED && warp == 3) copy_masks(arguments, work, shared);
   } else {
     take_registers<COMPUTING_REGISTERS>();

@@ -32,6 +32,7 @@ void __syncwarp(unsigned = ~0u);
 int __any_sync(unsigned, int);
 int __all_sync(unsigned, int);
 unsigned __ballot_sync(unsigned, int);
+int __popc(unsigned);
 int __ffs(int);
 template <typename T>
 T __shfl_sync(unsigned, T, int, int = 32);

@@ -9,6 +9,7 @@ import numpy
 import pytest
 from conftest import Target
 from kernel_mutations import BROADCAST_KEY
+from test_sequences import offsets, packed
 from test_wgmma_forward import MASKS, hopper, inputs_of, names  # noqa: F401 (a fixture)
 
 import cuflash
@@ -86,6 +87,44 @@ def test_head_dims(hopper: Target, case: tuple[str, int, int]) -> None:  # noqa:
     query, key, _ = inputs_of(hopper, (70, 190), head_dim, dtype=dtype)
     value = inputs_of(hopper, (70, 190), head_dim_v, dtype=dtype)[2]
     checked(hopper, query, key, value, is_causal=True, causal_alignment="bottom_right")
+
+
+WIDE_HEADS = [("bfloat16", 256, 256), ("float16", 200, 136), ("bfloat16", 128, 256), ("float16", 256, 64), ("bfloat16", 8, 160)]
+WIDE_KERNELS = ("backward_delta", "backward_wgmma_dv", "backward_wgmma_dkdq", "backward_dq_convert")
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("mask", ["full", "bottom_right"])
+@pytest.mark.parametrize("case", WIDE_HEADS, ids=str)
+def test_wide_heads_in_two_kernels(hopper: Target, case: tuple[str, int, int], mask: str) -> None:  # noqa: F811
+    """With dO in a ring of its own and in that of Q, with values that are wider than the keys in whose place they leave, and by the same bits under each schedule."""
+    dtype, head_dim, head_dim_v = case
+    inputs = (
+        *inputs_of(hopper, (200, 190), head_dim, heads=(2, 1), dtype=dtype)[:2],
+        inputs_of(hopper, (200, 190), head_dim_v, heads=(2, 1), dtype=dtype)[2],
+    )
+    assert names(cuflash.plan(*inputs, enable_gqa=True, backward=True, **MASKS[mask])) == list(WIDE_KERNELS)
+    hopper.check(*inputs, enable_gqa=True, **MASKS[mask])
+    report = check(backward_of(*inputs, **MASKS[mask]), seeds=range(3))
+    assert len(report.runs) == 5
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("feature", ["window", "softcap", "alibi", "dropout", "float mask", "packed"])
+def test_wide_heads_with_features(feature: str) -> None:
+    on = Target("sm_90")
+    if feature == "packed":
+        lengths_q, lengths_kv = [40, 0, 70, 5], [60, 20, 200, 100]
+        inputs = packed(on, (sum(lengths_q), sum(lengths_kv)), "float16", (256, 256), heads=(2, 1))
+        on.check_packed(inputs, (offsets(on, lengths_q), offsets(on, lengths_kv)), enable_gqa=True, is_causal=True)
+        return
+    options: dict[str, Any] = {
+        "window": {"window": (70, 20)}, "softcap": {"softcap": 5.0}, "alibi": {"alibi_slopes": numpy.array([0.5], "float32")},
+        "dropout": {"dropout_p": 0.3, "dropout_seed": 5}, "float mask": {"attn_mask": numpy.linspace(-1, 1, 190, dtype=numpy.float32)},
+    }[feature]  # fmt: skip
+    inputs = inputs_of(on, (110, 190), 256)
+    assert names(cuflash.plan(*inputs, backward=True, **options))[-3:] == list(WIDE_KERNELS[1:])
+    on.check(*inputs, **options)
 
 
 @pytest.mark.exhaustive
@@ -229,10 +268,11 @@ def test_a_single_tile_is_for_whichever_takes_it() -> None:
 REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "float32": ({"dtype": "float32"}, "it takes 16-bit types, and this is float32"),
     "head_dim": ({"head_dim": 100}, "it takes multiples of 8 up to 192 for head_dim, 128 for value's, and this is 100"),
-    "head_dim_v": ({"head_dim_v": 136}, "it takes multiples of 8 up to 192 for head_dim, 128 for value's, and this is 64/136"),
+    "head_dim_v": ({"head_dim_v": 264}, "it takes multiples of 8 up to 256 for head_dim, and this is 64/264"),
     "elements apart": ({"view": "strided_elements"}, "the TMA unit cannot copy query, whose head_dim has a stride of 3"),
     "unaligned": ({"view": "unaligned_base"}, "the TMA unit copies what starts on 16 bytes, and one of query, key and value does not"),
-    "mask": ({"attn_mask": numpy.ones((500, 500), bool)}, "it walks over no lists of visible tiles, which a boolean mask and segments need"),
+    "mask": ({"attn_mask": numpy.ones((500, 500), bool)}, "rows of attn_mask do not start 16 bytes apart, and would be copied element by element"),
+    "mask of wide heads": ({"attn_mask": numpy.ones((500, 512), bool)[:, :500], "head_dim": 256}, "of wide heads it walks over no lists of visible tiles"),
 }  # fmt: skip
 
 

@@ -10,9 +10,9 @@ from test_wgmma_machine_code import CASES, ON, assert_as_meant, code_of, loops_o
 
 from cuflash.cli.inspection import Report, inspect_kernels
 from cuflash.jit.compiler import CompileRequest
-from cuflash.planning import tile_choice
+from cuflash.planning import tile_choice, wgmma_backward
 from cuflash.planning.kernel_cases import KernelCase
-from cuflash.planning.kernel_specs import BACKWARD_WGMMA
+from cuflash.planning.kernel_specs import BACKWARD_WGMMA, BACKWARD_WGMMA_DKDQ, BACKWARD_WGMMA_DV
 from cuflash.planning.offline import offline_kernels
 from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.tile import Tile
@@ -34,6 +34,32 @@ def report_of(
     )
     (report,) = inspect_kernels((ON, kernel) for kernel in kernels if kernel.spec == BACKWARD_WGMMA)
     return report
+
+
+WIDE: dict[str, dict[str, Any]] = {
+    "256": {}, "200/136": {"head_dim": 200, "head_dim_v": 136}, "128/256": {"head_dim": 128, "head_dim_v": 256}, "256/64": {"head_dim_v": 64},
+    "packed": {"varlen": True}, "lengths": {"seqlens_kv": True},
+    **{
+        str(features): {"features": features}
+        for features in (
+            FeatureSet(window=True), FeatureSet(softcap=True), FeatureSet(alibi=True), FeatureSet(dropout=True), FeatureSet(attn_mask="float32"),
+            FeatureSet(window=True, softcap=True, alibi=True, dropout=True),
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("case", WIDE)
+def test_wide_heads_in_two_kernels(case: str, monkeypatch: pytest.MonkeyPatch, compilation_seconds: dict[CompileRequest, float]) -> None:
+    """Two products in one of them, four in the other."""
+    monkeypatch.setenv(wgmma_backward.VARIABLE, "1")
+    kernels = offline_kernels(ON, **{"dtype": "bfloat16", "head_dim": 256, "is_causal": True, **WIDE[case]})
+    of_wgmma = [kernel for kernel in kernels if kernel.spec in (BACKWARD_WGMMA_DV, BACKWARD_WGMMA_DKDQ)]
+    assert len(of_wgmma) == 2
+    for report in inspect_kernels((ON, kernel) for kernel in of_wgmma):
+        assert_as_meant(report)
+        assert is_quick(report, compilation_seconds) or "features" in WIDE[case], f"{named(report)}: {report.seconds:.2f} seconds"
 
 
 @pytest.mark.sample(1)

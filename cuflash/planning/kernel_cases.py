@@ -209,13 +209,24 @@ def operand_bytes(case: KernelCase, device: Device, slice_pieces: int = 0) -> tu
 
 def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
     """Dynamic shared memory of a block; the kernels assert the same number."""
-    return _shared_bytes(case, tile, device, case.slice_pieces(device), stationary_stages(case, tile, device))
+    nbytes = _shared_bytes(case, tile, device, case.slice_pieces(device), stationary_stages(case, tile, device))
+    of_grad_out = grad_out_stages(case, tile, device)
+    if of_grad_out < tile.num_stages:  # and mbarriers of its own
+        nbytes -= (tile.num_stages - of_grad_out) * tile.tile_q * row_bytes(case, device)[1] - 2 * of_grad_out * _MBARRIER_BYTES
+    return nbytes
 
 
 def stationary_stages(case: KernelCase, tile: Tile, device: Device) -> int:
     """How many tiles of what blocks own are in shared memory: 2 of a kernel whose blocks copy the next one ahead, where they fit, else 1."""
     fits = case.kernel.stays and _shared_bytes(case, tile, device, case.slice_pieces(device), 2) <= device.shared_memory_per_block
     return 2 if fits else 1
+
+
+def grad_out_stages(case: KernelCase, tile: Tile, device: Device) -> int:
+    """How many tiles of dO are in shared memory of a backward kernel of wgmma: as many as of Q. One that is done with dO early, since it makes no dV, has a single one
+    where there is no room for more."""
+    needs_all = "dV" in case.kernel.outputs or not (case.kernel.maps_tensors and case.kernel.owns_keys)
+    return tile.num_stages if needs_all or _shared_bytes(case, tile, device, 1) <= device.shared_memory_per_block else 1
 
 
 def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: int, stationary_stages: int = 1) -> int:
@@ -228,7 +239,7 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
     if case.kernel.added_up:
         buffers = _WGMMA_DS_BUFFERS if case.kernel.maps_tensors else len(case.kernel.scores)
         exchange += buffers * case.smem_itemsize(device) * tile.tile_q * tile.tile_kv
-    if case.kernel.added_up and case.kernel.maps_tensors:
+    if case.kernel.owns_keys and case.kernel.maps_tensors:
         exchange += (2 * tile.num_stages + 9) * _MBARRIER_BYTES + tile.num_stages * _staged_mask_bytes(case, tile)
     elif case.kernel.column_groups > 1:  # `SharedMemory` in kernels/tile/wgmma_wide_block.cuh
         rings = (2 if case.value_in_key else 3) * 2 * tile.num_stages + 3

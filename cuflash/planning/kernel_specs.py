@@ -269,9 +269,21 @@ BACKWARD_FUSED = KernelSpec(
 BACKWARD_WGMMA = KernelSpec(
     "backward_wgmma", "backward_wgmma.cu", BACKWARD_WGMMA_ARGUMENTS, "wgmma", backward=True, workspace=(*_ROWS, *_SUMS),
     rows_of="key", stationary=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV", "dQ"),
-    added_up=("dQ",), warps_per_product=4, block_warps=(8,), copying_warps=4, max_warp_rows=16, constants=(("TRANSPOSED_SUMS", True),), costs=_JOINT_COSTS,
+    added_up=("dQ",), warps_per_product=4, block_warps=(8,), copying_warps=4, max_warp_rows=16, constants=(("TRANSPOSED_SUMS", True), ("COMPUTE_DK", True), ("COMPUTE_DV", True)), costs=_JOINT_COSTS,
 )  # fmt: skip
 """The fused kernel with Hopper's own instructions; it is asked for (wgmma_backward.py)."""
+BACKWARD_WGMMA_DV = KernelSpec(
+    "backward_wgmma_dv", "backward_wgmma.cu", BACKWARD_WGMMA_ARGUMENTS, "wgmma", backward=True, workspace=_ROWS,
+    rows_of="value", stationary=("key",), streamed=("query", "grad_out"), statistics=True, scores=("S",), outputs=("dV",),
+    warps_per_product=4, block_warps=(8,), copying_warps=4, max_warp_rows=16, constants=(("TRANSPOSED_SUMS", True), ("COMPUTE_DK", False), ("COMPUTE_DV", True)),
+)  # fmt: skip
+BACKWARD_WGMMA_DKDQ = KernelSpec(
+    "backward_wgmma_dkdq", "backward_wgmma.cu", BACKWARD_WGMMA_ARGUMENTS, "wgmma", backward=True, workspace=(*_ROWS, *_SUMS),
+    rows_of="key", stationary=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dQ"),
+    added_up=("dQ",), warps_per_product=4, block_warps=(8,), copying_warps=4, max_warp_rows=16,
+    constants=(("TRANSPOSED_SUMS", True), ("COMPUTE_DK", True), ("COMPUTE_DV", False)), costs=_JOINT_COSTS,
+)  # fmt: skip
+"""The same in two kernels, for heads whose dK and dV do not fit the registers together."""
 BACKWARD_DQ_CONVERT = KernelSpec("backward_dq_convert", "backward_dq_convert.cu", BACKWARD_ARGUMENTS, backward=True, workspace=_SUMS)
 BACKWARD_DKDV = KernelSpec(
     "backward_dkdv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
@@ -313,7 +325,7 @@ MERGE_TABLE = KernelSpec("merge_table", "merge_table.cu", argument_structs.MERGE
 
 KERNELS: tuple[KernelSpec, ...] = (
     FORWARD, FORWARD_WGMMA, FORWARD_WGMMA_WIDE, FORWARD_SPLIT, FORWARD_JVP, CACHE_APPEND,
-    BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_WGMMA, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ,
+    BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_WGMMA, BACKWARD_WGMMA_DV, BACKWARD_WGMMA_DKDQ, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ,
     BACKWARD_MASK, BACKWARD_SINKS,
     VISIBLE_TILES, DROPOUT_MASK, MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE,
 )  # fmt: skip

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from cuflash.hardware.device import Device
 from cuflash.jit.compiler import CompileRequest
-from cuflash.planning import kernel_specs, split_forward, tile_choice, tuned_tiles
+from cuflash.planning import kernel_specs, split_forward, tile_choice, tuned_tiles, wgmma_backward
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, BACKWARD_WGMMA, FORWARD_SPLIT
+from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, FORWARD_SPLIT
 from cuflash.planning.planner import backward_choice, backward_kernels, check_names, forward_kernels, make_plan
 from cuflash.problem.features import BESIDE, NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.problem.problem import DTYPES, Problem
@@ -69,7 +69,7 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
     yield problem, pinned
     if backward:
         choice = backward_choice(problem, device, pinned)
-        if choice.depends_on_lengths and BACKWARD_WGMMA not in backward_kernels(problem, device, pinned):
+        if choice.depends_on_lengths and not wgmma_backward.is_taken(problem, device, pinned):
             other = BACKWARD_DQ if choice.is_fused else BACKWARD_FUSED
             yield problem, {other.name: tile_choice.default_tile(case_of(other, problem), device)}
     else:

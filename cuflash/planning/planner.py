@@ -134,7 +134,7 @@ def _explained_backward(problem: Problem, device: Device, tile: Tiles) -> tuple[
     """The same, and why these and not others; nothing where there is no choice."""
     words = [wgmma_backward.explain(problem, device, tile)]
     if wgmma_backward.is_taken(problem, device, tile):
-        gradients: tuple[KernelSpec, ...] = (kernel_specs.BACKWARD_WGMMA,)
+        gradients = wgmma_backward.kernels(problem)
     else:
         choice = backward_choice(problem, device, tile)
         gradients = (kernel_specs.BACKWARD_FUSED,) if choice.is_fused else _kernels_of_their_own(problem, device)
@@ -158,7 +158,7 @@ def _kernels_of_their_own(problem: Problem, device: Device) -> tuple[KernelSpec,
 def other_way(problem: Problem, device: Device, *, backward: bool) -> dict[str, Tile]:
     """A tile that pins other kernels for a call than it takes by itself, where there is a choice that tables of tuned tiles may make; else nothing."""
     if backward:
-        if kernel_specs.BACKWARD_WGMMA in backward_kernels(problem, device) or not fused_backward.may_choose(problem, device):
+        if wgmma_backward.is_taken(problem, device, None) or not fused_backward.may_choose(problem, device):
             return {}
         other = kernel_specs.BACKWARD_DQ if backward_choice(problem, device).is_fused else kernel_specs.BACKWARD_FUSED
     else:
@@ -176,7 +176,8 @@ def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, 
     found: dict[str, str | None]
     if backward:
         reason = fused_backward.why_not(problem, device)
-        found = {kernel_specs.BACKWARD_WGMMA.name: wgmma_backward.why_not(problem, device), kernel_specs.BACKWARD_FUSED.name: reason}
+        of_wgmma = {kernel.name: wgmma_backward.why_not(problem, device) for kernel in wgmma_backward.kernels(problem)}
+        found = {**of_wgmma, kernel_specs.BACKWARD_FUSED.name: reason}
         if kernel_specs.BACKWARD_DKDV not in _kernels_of_their_own(problem, device) and reason is not None:
             found[kernel_specs.BACKWARD_DKDV.name] = (
                 "the accumulators of dK and dV do not fit the registers together, or are summed over different heads"
@@ -240,6 +241,8 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         **case.features.constants(),
         **dict(spec.constants),
     }
+    if spec.owns_keys and spec.implementation == "wgmma":
+        constants["GRAD_OUT_STAGES"] = kernel_cases.grad_out_stages(case, tile, device)
     if spec.added_up and spec.implementation == "mma":
         constants["SHARING_WARPS"] = case.sharing_warps(tile, device)
     if spec.stays:

@@ -48,6 +48,12 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
 """(architecture, kernel, head_dim) -> tiles, from the largest to the smallest, and the features with which each is the best of those that spill at most
 `tile_choice.TOLERATED_SPILLS`, full and causal. Found with one feature at a time, full, float16; calls with several take the smallest of their tiles."""
 
+WGMMA: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
+    ("sm_90", "backward_wgmma_dv", 256): (80, 128, 8, 2),
+    ("sm_90", "backward_wgmma_dkdq", 256): (48, 128, 8, 2),
+}
+"""(architecture, kernel, head_dim) -> tile_q, tile_kv, num_warps, num_stages; heads of fewer columns take them, too, and features fewer queries where they need registers."""
+
 WGMMA_WITH_FEATURE: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("forward_wgmma", 64, "alibi"): (192, 112, 12, 2),
     ("forward_wgmma", 128, "dropout"): (128, 128, 8, 2),

@@ -127,7 +127,9 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
         for (name, head_dim, feature), numbers in predicted_tiles.WGMMA_WITH_FEATURE.items():
             if (name, head_dim, frozenset((feature,))) == (case.kernel.name, max(case.head_dim, case.head_dim_v), features):
                 return Tile(*numbers), "predicted by the timing model (predicted_tiles.py)"
-        return _wgmma_tile(case, device), "from experiments with Hopper's instructions (measured_tiles.py)"
+        if (predicted := _wgmma_tile(predicted_tiles.WGMMA, case, device)) is not None:
+            return predicted, "predicted by the timing model (predicted_tiles.py)"
+        return _wgmma_tile(measured_tiles.TILES, case, device), "from experiments with Hopper's instructions (measured_tiles.py)"
     if case.kernel.splits_keys:
         return _split_tile(case, device), "as many warps and copies in flight as fit"
     if case.kernel.added_up:
@@ -145,10 +147,10 @@ def tolerated_spills(case: KernelCase, tile: Tile, device: Device) -> int:
     return TOLERATED_SPILLS if case.kernel.implementation == "mma" and not untimed and tile == known_tile(case, device) else 0
 
 
-def _wgmma_tile(case: KernelCase, device: Device) -> Tile | None:
-    """That of the next larger head_dim that was measured, with fewer keys where a feature takes registers. The model knows nothing of wgmma."""
+def _wgmma_tile(of_kernels: Mapping[_Key, _Numbers], case: KernelCase, device: Device) -> Tile | None:
+    """That of the next larger head_dim in a table, with fewer keys where a feature takes registers. The model knows nothing of wgmma."""
     wide = max(case.head_dim, case.head_dim_v)
-    for (arch, name, head_dim), (tile_q, tile_kv, num_warps, num_stages) in sorted(measured_tiles.TILES.items()):
+    for (arch, name, head_dim), (tile_q, tile_kv, num_warps, num_stages) in sorted(of_kernels.items()):
         if (arch, name) == (device.arch, case.kernel.name) and head_dim >= wide:
             if case.kernel.owns_keys:
                 shorter = (Tile(count, tile_kv, num_warps, num_stages) for count in range(tile_q, 0, -16))

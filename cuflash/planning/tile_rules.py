@@ -19,8 +19,8 @@ REGISTERS_PER_BLOCK = 65536
 
 WGMMA_ARCH = "sm_90"
 WGMMA_MAX_HEAD_DIM = 256
-WGMMA_MAX_HEAD_DIMS_BACKWARD = 192, 128
-"""Of query and key, and of value."""
+WGMMA_MAX_HEAD_DIMS_TOGETHER = 192, 128
+"""Of query and key, and of value, where one block has dK and dV."""
 WGMMA_WIDE_MAX_HEAD_DIMS = 576, 512
 """The same of the forward kernel of wide heads."""
 WGMMA_MAX_COLUMNS = 256
@@ -28,6 +28,9 @@ WGMMA_SLAB = 64
 """Columns of a tile that lie side by side in shared memory."""
 WGMMA_REGISTERS = {8: 240, 12: 160}
 """Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/tile/wgmma_block.cuh."""
+_WGMMA_ORDER_REGISTERS = (
+    8  # that each warp which copies or keeps the order of dQ has more of where dV is made elsewhere, of each that computes
+)
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
 _WGMMA_CUT_REGISTERS = 8  # that the copying warp keeps of eight warps' 240 where something hides keys; a tile is legal whatever hides them
 _WGMMA_SOFTCAP_REGISTERS = {8: 28, 12: 8}
@@ -64,7 +67,8 @@ def lacking(case: KernelCase, device: Device) -> str | None:
         return f"its instructions are those of {WGMMA_ARCH}, and this is {device.arch}"
     if case.dtype == "float32":
         return "it takes 16-bit types, and this is float32"
-    widest, widest_v = WGMMA_MAX_HEAD_DIMS_BACKWARD if case.kernel.backward else (WGMMA_MAX_HEAD_DIM, WGMMA_MAX_HEAD_DIM)
+    together = {"dK", "dV"} <= set(case.kernel.outputs)
+    widest, widest_v = WGMMA_MAX_HEAD_DIMS_TOGETHER if together else (WGMMA_MAX_HEAD_DIM, WGMMA_MAX_HEAD_DIM)
     if case.kernel.column_groups > 1:
         widest, widest_v = WGMMA_WIDE_MAX_HEAD_DIMS
     if case.head_dim % 8 or case.head_dim_v % 8 or case.head_dim > widest or case.head_dim_v > widest_v:
@@ -130,7 +134,7 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     if case.kernel.implementation == "wgmma":
         if getattr(tile, streamed) > WGMMA_MAX_COLUMNS:
             return f"{streamed} must be at most {WGMMA_MAX_COLUMNS}, the columns of a wgmma and the rows of a TMA box"
-        limit = WGMMA_REGISTERS[tile.num_warps]
+        limit = WGMMA_REGISTERS[tile.num_warps] - _WGMMA_ORDER_REGISTERS * ("dQ" in case.kernel.outputs and "dV" not in case.kernel.outputs)
         needed += _wgmma_registers(case, tile) - 24
     if needed > limit:
         return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"

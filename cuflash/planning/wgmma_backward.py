@@ -1,6 +1,7 @@
 """The backward kernel that uses Hopper's own instructions, TMA copies and wgmma, in the place of those of mma.sync.
 
-It makes all gradients, as the fused kernel of mma.sync does (`fused_backward`), whose sums of dQ and turns it shares. Until it has run on a GPU it is asked
+It makes all gradients, as the fused kernel of mma.sync does (`fused_backward`), whose sums of dQ and turns it shares; of heads whose dK and dV do not fit the registers
+together it is compiled twice, for dV and for dK and dQ. Until it has run on a GPU it is asked
 for: by `tile`, which names it, or by the environment variable CUFLASH_BACKWARD_WGMMA=1, which takes it wherever it can run, unless `tile` names others. What it
 cannot do stays on the kernels of mma.sync, and the plan says why.
 """
@@ -12,7 +13,17 @@ from collections.abc import Mapping
 from cuflash.hardware.device import Device
 from cuflash.planning import asked_for, mapped_arrays, tile_choice, tile_rules
 from cuflash.planning.kernel_cases import case_of
-from cuflash.planning.kernel_specs import BACKWARD_DK, BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_DV, BACKWARD_FUSED, BACKWARD_WGMMA
+from cuflash.planning.kernel_specs import (
+    BACKWARD_DK,
+    BACKWARD_DKDV,
+    BACKWARD_DQ,
+    BACKWARD_DV,
+    BACKWARD_FUSED,
+    BACKWARD_WGMMA,
+    BACKWARD_WGMMA_DKDQ,
+    BACKWARD_WGMMA_DV,
+    KernelSpec,
+)
 from cuflash.problem.features import MaskLayout
 from cuflash.problem.problem import DTYPES, Problem
 from cuflash.problem.tile import Tiles
@@ -23,25 +34,36 @@ VARIABLE = "CUFLASH_BACKWARD_WGMMA"
 _OTHERS = (BACKWARD_FUSED, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ)
 
 
+def kernels(problem: Problem) -> tuple[KernelSpec, ...]:
+    """That make the gradients of a call: one, or two where a block cannot have dK and dV of the head."""
+    widest, widest_v = tile_rules.WGMMA_MAX_HEAD_DIMS_TOGETHER
+    together = problem.head_dim <= widest and problem.head_dim_v <= widest_v
+    return (BACKWARD_WGMMA,) if together else (BACKWARD_WGMMA_DV, BACKWARD_WGMMA_DKDQ)
+
+
 def is_taken(problem: Problem, device: Device, tile: Tiles) -> bool:
     """Whether it makes the gradients."""
     return _is_asked_for(problem, device, tile) and why_not(problem, device) is None
 
 
 def _is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
-    return asked_for.asked_by(case_of(BACKWARD_WGMMA, problem), device, tile, VARIABLE, _OTHERS) is not None
+    by = {asked_for.asked_by(case_of(kernel, problem), device, tile, VARIABLE, _OTHERS) for kernel in kernels(problem)}
+    return "tile" in by or None not in by
 
 
 def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
-    case = case_of(BACKWARD_WGMMA, problem)
-    if (lacking := tile_rules.lacking(case, device)) is not None:
-        return lacking
+    cases = [case_of(kernel, problem) for kernel in kernels(problem)]
+    for case in cases:
+        if (lacking := tile_rules.lacking(case, device)) is not None:
+            return lacking
     if not problem.same_groups:
         return "key and value have gradients of different batches or heads"
+    if problem.features.kinds.lists_tiles and len(cases) > 1:
+        return "of wide heads it walks over no lists of visible tiles, which a boolean mask and segments need"
     if problem.seqlens_kv and problem.key_shape[0] != problem.batch:
         return "keys that batches share have one length there"
-    if not tile_choice.legal_tiles_for(case, device):
+    if not all(tile_choice.legal_tiles_for(case, device) for case in cases):
         return "no tile leaves room in the registers for all of these features"
     if problem.seqlen_kv == 0:
         return "there are no keys to copy"
@@ -68,4 +90,4 @@ def explain(problem: Problem, device: Device, tile: Tiles) -> str:
     words = f"{BACKWARD_WGMMA.source} can run too, but has not run on a GPU yet"
     if isinstance(tile, Mapping) and any(kernel.name in tile for kernel in _OTHERS):
         return words
-    return f"{words}: ask for it by {VARIABLE}=1, or by a tile of {BACKWARD_WGMMA.name}, of which cuflash.legal_tiles has a list"
+    return f"{words}: ask for it by {VARIABLE}=1, or by a tile of {kernels(problem)[0].name}, of which cuflash.legal_tiles has a list"

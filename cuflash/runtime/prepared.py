@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cuflash.arrays.borrowing import Array, pointer
 from cuflash.arrays.frameworks import BFloat16Bits, Framework
+from cuflash.planning.argument_structs import MAPPED_TENSOR
 from cuflash.planning.kernel_plan import Buffer, LaunchShape
 from cuflash.planning.kernel_specs import MERGE_ATTENTION, PARTS
 from cuflash.planning.mapped_arrays import mask_view
@@ -151,7 +152,10 @@ class PreparedCall:
                 "group_batch": kernel.group_batch, "group_heads": kernel.group_heads, "num_work": kernel.num_work, "num_tiles": kernel.num_tiles,
                 "head_dim": kernel.head_dim, "num_splits": kernel.splits.number, "split_tiles": kernel.splits.tiles,
             }  # fmt: skip
-            own |= {name: self.mapped(name, views, count) if count else {} for name, count in kernel.box_rows.items()}
+            own |= {
+                field.name: {} for field in kernel.spec.arguments.fields if field.type is MAPPED_TENSOR
+            }  # left out where it copies nothing of it
+            own |= {name: self.mapped(name, views, count) for name, count in kernel.box_rows.items() if count}
             struct = kernel.spec.arguments
             launches.append(_Launch(loaded, kernel.shape, Arguments(struct, arguments.of_struct(struct, {**values, **own}), words)))
         return launches

@@ -4,7 +4,6 @@
 
 DEVICE float shfl_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
 DEVICE int shfl_xor(int x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
-DEVICE int shfl(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE float shfl(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE int shfl(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 

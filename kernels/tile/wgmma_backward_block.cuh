@@ -12,6 +12,9 @@
 #include "tile/visibility.cuh"
 #include "tile/visible_tiles.cuh"
 
+constexpr bool COMPUTE_DK = Config::COMPUTE_DK;  // and dQ
+constexpr bool COMPUTE_DV = Config::COMPUTE_DV;
+
 constexpr int WARPGROUPS = TILE_KV / WARPGROUP_ROWS;  // that compute
 constexpr int S_TILES = TILE_Q / 8;
 constexpr int P_STEPS = TILE_Q / 16;  // of the depth of Pᵀ dO and dSᵀ Q
@@ -22,43 +25,56 @@ using RingQ = SlabTile<TILE_Q, HEAD_DIM>;
 using RingO = SlabTile<TILE_Q, HEAD_DIM_V>;  // of dO
 using GradScores = SlabTile<TILE_Q, TILE_KV>;  // dS, of which a warpgroup writes its slab
 
-// dQᵀ of a tile: a warpgroup has a slab of columns of the head of its own, and where their number is odd half of the queries of the last one.
-constexpr bool OWNS_SLAB = WarpgroupK::SLABS >= 2, SHARES_SLAB = WarpgroupK::SLABS % 2 == 1;
-constexpr int OWN_TILES = OWNS_SLAB ? S_TILES : 1, SHARED_TILES = SHARES_SLAB ? S_TILES / WARPGROUPS : 1;
+// dQᵀ of a tile: a warpgroup has slabs of columns of the head of its own, and where their number is odd half of the queries of the last one.
+constexpr int OWN_SLABS = WarpgroupK::SLABS / WARPGROUPS;
+constexpr bool SHARES_SLAB = COMPUTE_DK && WarpgroupK::SLABS % 2 == 1;
+constexpr int SHARED_TILES = SHARES_SLAB ? S_TILES / WARPGROUPS : 1;
 
 constexpr int LISTED_TILE_BYTES = TILE_LISTS ? 8 : 0;  // of which `ListedTile` takes 4: mbarriers lie behind them
-constexpr int STAGE_BYTES = RingQ::BYTES + RingO::BYTES + StagedMask::BYTES + StatisticsOfColumns::BYTES + LISTED_TILE_BYTES;
-constexpr int DS_BUFFERS = 2;
+constexpr int STAGE_BYTES = RingQ::BYTES + StagedMask::BYTES + StatisticsOfColumns::BYTES + LISTED_TILE_BYTES;
+constexpr int V_BYTES = COMPUTE_DK ? WarpgroupV::BYTES : 0;  // of a warpgroup: dV alone needs no dP
+constexpr int DS_BUFFERS = COMPUTE_DK ? 2 : 0;
+
+// Where shared memory holds fewer tiles of dO than of Q, dO has a ring of its own; else both share one.
+constexpr int GRAD_OUT_STAGES = Config::GRAD_OUT_STAGES;
+constexpr bool HAS_OUT_RING = GRAD_OUT_STAGES != NUM_STAGES;
+constexpr int RINGS_BYTES = Ring<NUM_STAGES>::BYTES + (HAS_OUT_RING ? Ring<GRAD_OUT_STAGES>::BYTES : 0);
 constexpr int TURNS = 2;  // that are waited for ahead of the one at which the block adds
 constexpr bool CUTS_KEYS = RAGGED || CAUSAL || WINDOW;  // there may be keys in memory that no query sees
 
-// setmaxnreg: 384 threads begin with 168 registers each (tile/wgmma_block.cuh). Whoever copies masks or walks over lists needs more of them.
-constexpr int COPYING_REGISTERS = 24;
-constexpr int COMPUTING_REGISTERS = 240;
+// setmaxnreg: 384 threads begin with 168 registers each (tile/wgmma_block.cuh).
+constexpr int COPYING_REGISTERS = COMPUTE_DV ? 24 : 40;
+constexpr int COMPUTING_REGISTERS = COMPUTE_DV ? 240 : 232;
 static_assert(COPYING_REGISTERS + WARPGROUPS * COMPUTING_REGISTERS <= (1 + WARPGROUPS) * 168, "more registers than the block began with");
 
 static_assert(WARPGROUPS == 2 && TILE_KV == 16 * NUM_WARPS, "num_warps must be 8, and tile_kv 16 rows for each");
-static_assert(WarpgroupK::SLABS <= 3 && WarpgroupV::SLABS <= 2, "head_dim must be at most 192, and that of value 128");
+static_assert(!(COMPUTE_DK && COMPUTE_DV) || (WarpgroupK::SLABS <= 3 && WarpgroupV::SLABS <= 2), "dK and dV of wider heads take a kernel each");
+static_assert(WarpgroupK::SLABS <= 4 && WarpgroupV::SLABS <= 4, "head_dim and that of value must be at most 256");
+static_assert(!TILE_LISTS || (COMPUTE_DK && COMPUTE_DV), "lists are of kernels that make both");
+static_assert(!HAS_OUT_RING || !COMPUTE_DV, "dO must be there as long as Q where dV is computed");
 static_assert(TILE_Q <= 256, "tile_q must be at most the columns of a wgmma");
 static_assert(!SHARES_SLAB || TILE_Q % 32 == 0, "tile_q must be a multiple of 32 where warpgroups share out queries");
 
 // Where everything lies in shared memory.
 struct SharedMemory {
-  static constexpr int BYTES = WARPGROUPS * (WarpgroupK::BYTES + WarpgroupV::BYTES) + NUM_STAGES * STAGE_BYTES + DS_BUFFERS * GradScores::BYTES +
-                               Ring<NUM_STAGES>::BYTES + Ring<TURNS>::BYTES + (TURNS + 3) * MBARRIER_BYTES;
+  static constexpr int BYTES = WARPGROUPS * (WarpgroupK::BYTES + V_BYTES) + NUM_STAGES * STAGE_BYTES + GRAD_OUT_STAGES * RingO::BYTES +
+                               DS_BUFFERS * GradScores::BYTES + RINGS_BYTES + Ring<TURNS>::BYTES + (TURNS + 3) * MBARRIER_BYTES;
   SmemAddress base;
 
   DEVICE SmemAddress K(int warpgroup) const { return base + warpgroup * WarpgroupK::BYTES; }
-  DEVICE SmemAddress V(int warpgroup) const { return K(WARPGROUPS) + warpgroup * WarpgroupV::BYTES; }
+  DEVICE SmemAddress V(int warpgroup) const { return K(WARPGROUPS) + warpgroup * V_BYTES; }
   DEVICE SmemAddress Q(int stage) const { return V(WARPGROUPS) + stage * RingQ::BYTES; }
   DEVICE SmemAddress dO(int stage) const { return Q(NUM_STAGES) + stage * RingO::BYTES; }
-  DEVICE SmemAddress dS(int buffer) const { return dO(NUM_STAGES) + buffer * GradScores::BYTES; }
+  DEVICE SmemAddress dS(int buffer) const { return dO(GRAD_OUT_STAGES) + buffer * GradScores::BYTES; }
   DEVICE SmemAddress mask(int stage) const { return dS(DS_BUFFERS) + stage * StagedMask::BYTES; }
   DEVICE SmemAddress statistics(int stage) const { return mask(NUM_STAGES) + stage * StatisticsOfColumns::BYTES; }
   DEVICE SmemAddress listed_tile(int stage) const { return statistics(NUM_STAGES) + stage * LISTED_TILE_BYTES; }
   DEVICE Ring<NUM_STAGES> ring() const { return Ring<NUM_STAGES>(listed_tile(NUM_STAGES)); }
+  DEVICE Ring<GRAD_OUT_STAGES> out_ring() const {
+    return Ring<GRAD_OUT_STAGES>(listed_tile(NUM_STAGES) + (RINGS_BYTES - Ring<GRAD_OUT_STAGES>::BYTES));
+  }
   // Full: it is the block's turn to add; empty: that has been passed on.
-  DEVICE Ring<TURNS> turns() const { return Ring<TURNS>(listed_tile(NUM_STAGES) + Ring<NUM_STAGES>::BYTES); }
+  DEVICE Ring<TURNS> turns() const { return Ring<TURNS>(listed_tile(NUM_STAGES) + RINGS_BYTES); }
   DEVICE SmemAddress has_added() const { return keys_landed() - TURNS * MBARRIER_BYTES; }  // one for each stage of turns
   DEVICE SmemAddress keys_landed() const { return base + BYTES - 3 * MBARRIER_BYTES; }
   DEVICE SmemAddress cut_landed() const { return keys_landed() + MBARRIER_BYTES; }
