@@ -305,6 +305,7 @@ class _Paths:
         for position, node in enumerate(nodes):
             for following in self._successors(node, at) if position in best else ():
                 work, masks, cost = best[position]
+                work -= _AVOIDED * self._is_rare(node, nodes[following])
                 value = (work + nodes[following].work, masks + nodes[following].masks, cost - nodes[following].cost)
                 if following > position and value > best.get(following, (-sys.maxsize, 0, 0)):
                     best[following], before[following] = value, position
@@ -359,6 +360,18 @@ class _Paths:
         if not (last.base in _ENDS and _always(last)):
             targets.add(node.end)
         return [at[target] for target in sorted(targets) if target in at and target > node.start]
+
+    def _is_rare(self, node: _Node, following: _Node) -> bool:
+        """Whether a branch goes there where any lane of the warp asks for it, which is how kernels leave the straight code for rows that few tiles have."""
+        branch = self.function[node.end - 1]
+        voted = (
+            _writer(self.function[node.start : node.end], branch.predicate.lstrip("!"))
+            if branch.base == "BRA" and branch.predicate
+            else None
+        )
+        if voted is None or self.function[node.start + voted].opcode != "VOTE.ANY" or branch.target == node.end:
+            return False
+        return (following.start == branch.target) != branch.predicate.startswith("!")
 
     def _returns(self, loop: Loop, node: _Node) -> bool:
         last = self.function[node.end - 1]
