@@ -29,7 +29,9 @@ constexpr int SHIFT_OF = SameType<Element, float16>::value ? 7 : 0;
 
 // SLACK where it is. In 16 bits exponents stay below 8 at any rate; in float32 the largest one stays 0, whose rounding would show in lse.
 template <typename Element>
-constexpr int SLACK_OF = SameType<Element, float>::value ? 0 : SHIFT_OF<Element> == 0 ? 7 : 1;
+constexpr int SLACK_OF = SameType<Element, float>::value ? 0
+                         : SHIFT_OF<Element> == 0        ? 7
+                                                         : 1;
 
 constexpr float EXACT_REFERENCE_LIMIT = 4194304.0f;  // 2^22
 
