@@ -393,7 +393,8 @@ def test_tiles_of_calls_with_features(arch: str, kernel: Any, head_dim: int) -> 
         )
 
     tolerated = tile_choice.tolerated_spills(replace(plain, features=FeatureSet(alibi=True)), chosen("alibi"), device_)
-    assert tolerated == (0 if arch == "sm_90" else tile_choice.TOLERATED_SPILLS), "those of an H100 were not timed with features"
+    timed = (arch, kernel, head_dim) in measured_tiles.WITH_FEATURE
+    assert tolerated == (0 if timed else tile_choice.TOLERATED_SPILLS), "those of an H100 were not timed with features"
     placed = [(place, name) for place, alone in enumerate(table.values()) for name in sorted(alone)]
     assert len({name for _, name in placed}) == len(placed)
     tiles = [Tile(*tile) for tile in table]

@@ -64,6 +64,22 @@ extern "C" __global__ void __launch_bounds__(128) tiles(float* out, const float*
     for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = c[i] + d[i];
 }
 
+// 4 products and an exponential in each trip, and 4 exponentials more where any lane asks for them.
+extern "C" __global__ void rarely(float* out, int count, float limit) {
+    float c[4] = {}, d[4] = {};
+    unsigned a[4] = {1, 2, 3, 4};
+#pragma unroll 1
+    for (int j = 0; j < count; ++j) {
+        __syncthreads();
+        for (int i = 0; i < 4; ++i) product(c, a, j + i);
+        if (__any_sync(0xffffffffu, c[0] > limit)) {
+            for (int i = 0; i < 4; ++i) d[i] = exponential(c[i]) + d[i] * c[i];
+        }
+        d[0] += exponential(c[1]);
+    }
+    for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = c[i] + d[i];
+}
+
 extern "C" __global__ void straight(float* out) { out[threadIdx.x] *= 2.0f; }
 
 // 6 trips of an outer loop, each with 4 of an inner one that multiplies and adds once.
@@ -179,6 +195,14 @@ def test_a_masked_tile_takes_the_path_that_looks_at_pairs(functions: dict[str, F
     assert counts(masked)["FSEL"] >= 4
     for base in ("HMMA", "MUFU", "LDSM", "LDGSTS", "BAR"):
         assert counts(masked)[base] == counts(plain)[base], base
+
+
+def test_what_any_lane_of_a_warp_may_ask_for_is_rare(functions: dict[str, Function]) -> None:
+    """It has most exponentials, but stands behind a vote."""
+    function = functions["rarely"]
+    trace = control_flow.steady_trace(function, control_flow.tile_loop(function))
+    assert sum(instruction.base == "MUFU" for instruction in function) == 5
+    assert (counts(trace)["HMMA"], counts(trace)["MUFU"], counts(trace)["VOTE"]) == (4, 1, 1)
 
 
 def test_loops_that_are_counted(functions: dict[str, Function]) -> None:

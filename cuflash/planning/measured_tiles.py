@@ -1,7 +1,8 @@
 """Tiles that were faster on a GPU than what `tile_model` prefers, of those that spill at most a few registers (`tile_choice.TOLERATED_SPILLS`).
 
 `TILES` has what benchmarks/results/nvidia-h100-80gb-hbm3/tiles.csv says of bfloat16 at seqlen 4096, full and causal: the tile with the least sum of both
-times. The kernels of both 16-bit types are the same but for their conversions. For calls with a feature `WITH_FEATURE` has the fastest of those tiles that
+times. The kernels of both 16-bit types are the same but for their conversions. Forward tiles of head_dim 64 and 128 are in `predicted_tiles`: the loop that
+was timed rescaled O and clamped exponents in every tile, and no longer does. For calls with a feature `WITH_FEATURE` has the fastest of those tiles that
 leave room for it, from the largest to the smallest. Where nothing was timed, the model decides. Tiles of `forward_wgmma` are those of the experiments in docs/hopper.md that were fastest at most
 lengths; the kernel itself has not been timed.
 """
@@ -9,8 +10,6 @@ lengths; the kernel itself has not been timed.
 from __future__ import annotations
 
 TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
-    ("sm_90", "forward", 64): (128, 96, 4, 1),
-    ("sm_90", "forward", 128): (128, 64, 4, 1),
     ("sm_90", "forward", 256): (64, 64, 4, 1),
     ("sm_90", "forward_wgmma", 64): (192, 128, 12, 2),
     ("sm_90", "forward_wgmma", 128): (192, 80, 12, 2),
@@ -33,12 +32,6 @@ ALL = CHEAP | MASKS | frozenset(("window", "softcap", "dropout", "segments", "bo
 """Features, a mask by its element type: those that take few registers, additive masks, and all."""
 
 WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozenset[str]]] = {
-    ("sm_90", "forward", 64): {
-        (128, 96, 4, 1): CHEAP | {"window", "softcap", "dropout"},
-        (128, 64, 4, 2): frozenset(("segments", "float16", "bfloat16")),
-        (64, 128, 4, 1): frozenset(("bool",)),  # was not timed: with a boolean mask all that were spill
-    },
-    ("sm_90", "forward", 128): {(128, 128, 8, 1): ALL - {"float32"}},
     ("sm_90", "backward_dkdv", 64): {
         (48, 128, 4, 2): CHEAP,
         (32, 128, 4, 2): MASKS | {"window", "dropout"},

@@ -21,6 +21,8 @@ TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
     ("sm_80", "backward_dq", 256): (128, 32, 8, 1),
     ("sm_86", "backward_dkdv", 128): (32, 128, 8, 2),
     ("sm_89", "backward_dkdv", 128): (32, 128, 8, 2),
+    ("sm_90", "forward", 64): (128, 112, 4, 1),
+    ("sm_90", "forward", 128): (128, 48, 4, 1),
 }
 """(architecture, kernel, head_dim) -> tile_q, tile_kv, num_warps, num_stages; what benchmarks/predicted_tile_sweep.py prints. 16-bit types, value of the same
 head_dim, no score features."""
@@ -35,7 +37,8 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
     ("sm_80", "forward", 128): {
         (128, 48, 4, 1): frozenset(("window", "sinks", "segments", "bool", "softcap", "dropout", "prefix")),
         (128, 128, 8, 1): _HALF_MASKS,
-        (128, 32, 4, 2): frozenset(("alibi", "float32")),
+        (128, 32, 4, 2): frozenset(("alibi",)),
+        (64, 64, 4, 1): frozenset(("float32",)),
     },
     ("sm_80", "backward_dkdv", 64): {(32, 128, 4, 2): ALL - {"softcap"}, (16, 128, 4, 2): frozenset(("softcap",))},
     ("sm_80", "backward_dkdv", 128): {(32, 64, 4, 2): ALL},
@@ -44,6 +47,15 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
         (128, 32, 4, 2): frozenset(("float32", "softcap")),
     },
     ("sm_80", "backward_dq", 128): {(64, 32, 4, 2): ALL},
+    ("sm_90", "forward", 64): {
+        (128, 96, 4, 1): frozenset(("alibi", "softcap", "dropout", "prefix")),
+        (128, 64, 4, 2): frozenset(("segments",)),
+        (128, 64, 4, 1): _HALF_MASKS | {"window", "sinks", "bool"},
+    },
+    ("sm_90", "forward", 128): {
+        (128, 48, 4, 1): frozenset(("window", "alibi", "sinks", "segments", "bool", "softcap", "dropout", "prefix")),
+        (128, 32, 4, 2): _HALF_MASKS | {"float32"},
+    },
 }
 """(architecture, kernel, head_dim) -> tiles, from the largest to the smallest, and the features with which each is the best of those that spill at most
 `tile_choice.TOLERATED_SPILLS`, full and causal. Found with one feature at a time, full, float16; calls with several take the smallest of their tiles."""

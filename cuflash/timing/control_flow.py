@@ -5,7 +5,7 @@
 
 A loop is an interval of addresses from the target of a backward branch to that branch, as compilers lay loops out. Which way branches go is not
 known from the code. The steady state is taken to be the path with the most work (products, exponentials, copies, barriers, reads by matrix), and of
-those the shortest. So copies are made, masks are not applied, and slow paths for rare cases are left aside. Of a tile that a mask cuts (`masked`) it is the path
+those the shortest; where a warp votes, it is that of warps of which no lane asks for the other. So copies are made, masks are not applied, and slow paths for rare cases are left aside. Of a tile that a mask cuts (`masked`) it is the path
 that selects most scores by what is no comparison of floats, among those with the most work.
 
 Inner loops are run as often as their counter says, if it starts, steps and ends at constants. If it does not, the trips of the inner loops with matrix products are
@@ -305,6 +305,7 @@ class _Paths:
         for position, node in enumerate(nodes):
             for following in self._successors(node, at) if position in best else ():
                 work, masks, cost = best[position]
+                work -= _AVOIDED * self._is_rare(node, nodes[following])
                 value = (work + nodes[following].work, masks + nodes[following].masks, cost - nodes[following].cost)
                 if following > position and value > best.get(following, (-sys.maxsize, 0, 0)):
                     best[following], before[following] = value, position
@@ -359,6 +360,16 @@ class _Paths:
         if not (last.base in _ENDS and _always(last)):
             targets.add(node.end)
         return [at[target] for target in sorted(targets) if target in at and target > node.start]
+
+    def _is_rare(self, node: _Node, following: _Node) -> bool:
+        """Whether a branch goes there where any lane of the warp asks for it, which is how kernels leave the straight code for rows that few tiles have."""
+        code = self.function[node.start : node.end]
+        branch = code[-1]
+        if branch.base != "BRA" or not branch.predicate or branch.target == node.end:
+            return False
+        voted = _writer(code, branch.predicate.lstrip("!"))
+        is_asked_for = (following.start == branch.target) != branch.predicate.startswith("!")
+        return voted is not None and code[voted].opcode == "VOTE.ANY" and is_asked_for
 
     def _returns(self, loop: Loop, node: _Node) -> bool:
         last = self.function[node.end - 1]

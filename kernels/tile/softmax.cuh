@@ -1,10 +1,11 @@
 // Online softmax over the key tiles of a query tile: Milakov and Gimelshein 2018 (arXiv 1805.02867); Dao et al. 2022 (arXiv 2205.14135), algorithm 1.
 //
-// Everything is in log2 units: p = 2^(S scale_log2 - reference), one FMA and one ex2 per score. The reference of a row is its running maximum
-// times scale_log2, less SHIFT, rounded down; since every use takes the same rounded number, the rounding cancels in the normalisation. It also is
-// at most one unit in the last place below the exact number, so exponents are below SHIFT + 2^-23 |reference|: only where |reference| passes 2^22 can
-// they become much larger. They are clamped to SHIFT + 1 at any rate, which is one instruction for each score and no branch, or, where rows are
-// updated without O at hand, to SHIFT where that is so (scores of 1e5 in bfloat16 stay finite).
+// Everything is in log2 units: p = 2^(S scale_log2 - reference), one FMA and one ex2 per score. The reference of a row is the maximum of its first
+// scores times scale_log2, less SHIFT, rounded down; since every use takes the same rounded number, the rounding cancels in the normalisation. It
+// rises to the running maximum where that has come to lie more than SLACK above it, and O is multiplied only then: most tiles raise no reference.
+// Exponents are below SHIFT + SLACK + 2^-23 |reference|, which is much more only where |reference| passes 2^22. Rows where it does are coarse, and
+// their exponents are clamped to SHIFT (scores of 1e5 in bfloat16 stay finite). Both are done where a warp finds a row that asks for it, so that
+// other tiles have neither multiplications of O nor a clamp.
 //
 // With NATURAL scores are no log2 units and there is no scale_log2: p = 2^((S - reference) log2(e) + SHIFT), where the reference is the running
 // maximum itself. The difference of huge numbers is exact, and never above 0.
@@ -26,9 +27,15 @@
 template <typename Element>
 constexpr int SHIFT_OF = SameType<Element, float16>::value ? 7 : 0;
 
+// SLACK where it is. In 16 bits exponents stay below 8 at any rate; in float32 the largest one stays 0, whose rounding would show in lse.
+template <typename Element>
+constexpr int SLACK_OF = SameType<Element, float>::value ? 0
+                         : SHIFT_OF<Element> == 0        ? 7
+                                                         : 1;
+
 constexpr float EXACT_REFERENCE_LIMIT = 4194304.0f;  // 2^22
 
-template <int M, bool NATURAL = false, int SHIFT = 0>
+template <int M, bool NATURAL = false, int SHIFT = 0, int SLACK = 0>
 struct OnlineSoftmax {
   float reference[M][2];  // rows g and g + 8 of each 16-row tile
   float sum[M][2];  // this lane's columns only, until `finish`
@@ -45,27 +52,39 @@ struct OnlineSoftmax {
       }
   }
 
-  // Turns scores S into probabilities relative to the new reference and rescales O to it.
+  // Turns scores S into probabilities relative to the reference. The branch is that of a warp, and stands where all scores have to be known anyway.
   template <int N, int N_O>
   DEVICE void update(float (&S)[M][N][4], float (&O)[M][N_O][4], float scale_log2) {
+    float highest[M][2], offset[M][2];
+    bool is_rare = false;
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float rescale = raise_reference(S[m], m, r, scale_log2);
-#pragma unroll
-        for (int n = 0; n < N_O; ++n) {
-          O[m][n][2 * r] *= rescale;
-          O[m][n][2 * r + 1] *= rescale;
-        }
-        exponentiate<!NATURAL>(S[m], m, r, scale_log2, reference[m][r]);
-        add_to_sum(m, r, rescale, row_sum<0, N>(S[m], r));
+        highest[m][r] = row_max(S[m], r);
+        offset[m][r] = reference[m][r];
+        is_rare |= reference_of(highest[m][r], scale_log2, SLACK) > reference[m][r] || is_coarse(m, r);
       }
+    if (any_lane(is_rare)) {
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          raise(O[m], highest[m][r], m, r, scale_log2);
+          offset[m][r] = is_coarse(m, r) ? 0.0f : reference[m][r];
+          if (is_coarse(m, r)) subtract_reference(S[m], m, r, scale_log2, 1.0f / scale_log2);
+        }
     }
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        exponentiate(S[m], m, r, scale_log2, offset[m][r]);
+        add_to_sum(m, r, row_sum<0, N>(S[m], r));
+      }
   }
 
-  // The same for all rows at once, and where O is not at hand: it has to be multiplied by `rescale`. The branch is that of a warp, so that between
-  // two products all that is done for ordinary scores is two straight pieces of code.
+  // The same where O is not at hand: it has to be multiplied by `rescale`. References rise with the maximum, and the branch is for coarse rows.
   template <int N>
   DEVICE void update(float (&S)[M][N][4], float (&rescale)[M][2], float scale_log2) {
     float factor[M][2], offset[M][2];
@@ -74,7 +93,7 @@ struct OnlineSoftmax {
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        rescale[m][r] = raise_reference(S[m], m, r, scale_log2);
+        rescale[m][r] = raise_reference(row_max(S[m], r), m, r, scale_log2);
         factor[m][r] = scale_log2;
         offset[m][r] = reference[m][r];
         any_is_coarse |= is_coarse(m, r);
@@ -94,7 +113,7 @@ struct OnlineSoftmax {
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        exponentiate<false>(S[m], m, r, factor[m][r], offset[m][r]);
+        exponentiate(S[m], m, r, factor[m][r], offset[m][r]);
         add_to_sum(m, r, rescale[m][r], row_sum<0, N>(S[m], r));
       }
   }
@@ -161,43 +180,59 @@ struct OnlineSoftmax {
  private:
   DEVICE static float in_log2(float difference) { return NATURAL ? difference * LOG2_E : difference; }
 
-  // Raises the reference of a row to what its scores ask for, and returns what turns numbers relative to the one before into such relative to it.
+  // The largest score of row r.
   template <int N>
-  DEVICE float raise_reference(const float (&S)[N][4], int m, int r, float scale_log2) {
-    float row_max = fmaxf(S[0][2 * r], S[0][2 * r + 1]);
+  DEVICE static float row_max(const float (&S)[N][4], int r) {
+    float highest = fmaxf(S[0][2 * r], S[0][2 * r + 1]);
 #pragma unroll
-    for (int n = 1; n < N; ++n) row_max = fmaxf(row_max, fmaxf(S[n][2 * r], S[n][2 * r + 1]));
+    for (int n = 1; n < N; ++n) highest = fmaxf(highest, fmaxf(S[n][2 * r], S[n][2 * r + 1]));
+    return quad_max(highest);
+  }
+
+  // The reference that a row with this largest score asks for, less `slack`.
+  DEVICE static float reference_of(float highest, float scale_log2, int slack) {
+    return NATURAL ? highest - float(slack) * LN_2 : fma_rm(highest, scale_log2, -float(SHIFT + slack));
+  }
+
+  // Raises the reference of a row to what its largest score asks for, and returns what turns numbers relative to the one before into such relative
+  // to it.
+  DEVICE float raise_reference(float highest, int m, int r, float scale_log2) {
     const float previous = reference[m][r];
-    if constexpr (NATURAL) {
-      reference[m][r] = fmaxf(previous, quad_max(row_max));
-    } else {
-      reference[m][r] = fmaxf(previous, fma_rm(quad_max(row_max), scale_log2, -float(SHIFT)));
+    reference[m][r] = fmaxf(previous, reference_of(highest, scale_log2, 0));
+    return rescale(previous, reference[m][r]);
+  }
+
+  // The same, and the sum and O with it.
+  template <int N_O>
+  DEVICE void raise(float (&O)[N_O][4], float highest, int m, int r, float scale_log2) {
+    const float factor = raise_reference(highest, m, r, scale_log2);
+    add_to_sum(m, r, factor, 0.0f);
+#pragma unroll
+    for (int n = 0; n < N_O; ++n) {
+      O[n][2 * r] *= factor;
+      O[n][2 * r + 1] *= factor;
     }
-    return ex2(in_log2(previous - reference[m][r]));
   }
 
   // Whether the last place of a row's reference matters in an exponent.
   DEVICE bool is_coarse(int m, int r) const { return !NATURAL && fabsf(reference[m][r]) > EXACT_REFERENCE_LIMIT; }
 
-  // Scores of a row whose reference is coarse -> exponents, clamped.
+  // Scores of a row whose reference is coarse -> exponents, clamped, times `factor`.
   template <int N>
-  DEVICE void subtract_reference(float (&S)[N][4], int m, int r, float scale_log2) const {
+  DEVICE void subtract_reference(float (&S)[N][4], int m, int r, float scale_log2, float factor = 1.0f) const {
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
-      for (int i = 2 * r; i < 2 * r + 2; ++i) S[n][i] = min_nan(__fmaf_rn(S[n][i], scale_log2, -reference[m][r]), SHIFT);
+      for (int i = 2 * r; i < 2 * r + 2; ++i) S[n][i] = min_nan(__fmaf_rn(S[n][i], scale_log2, -reference[m][r]), SHIFT) * factor;
   }
 
-  // An exponent that is right passes SHIFT + 1 only where the last place of the reference is larger than 1.
-  template <bool CLAMP, int N>
+  template <int N>
   DEVICE void exponentiate(float (&S)[N][4], int m, int r, float factor, float offset) const {
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
-      for (int i = 2 * r; i < 2 * r + 2; ++i) {
-        const float exponent = NATURAL ? __fmaf_rn(S[n][i] - reference[m][r], LOG2_E, SHIFT) : __fmaf_rn(S[n][i], factor, -offset);
-        S[n][i] = ex2(CLAMP ? min_nan(exponent, float(SHIFT + 1)) : exponent);
-      }
+      for (int i = 2 * r; i < 2 * r + 2; ++i)
+        S[n][i] = ex2(NATURAL ? __fmaf_rn(S[n][i] - reference[m][r], LOG2_E, SHIFT) : __fmaf_rn(S[n][i], factor, -offset));
   }
 
   // This lane's columns of row r, tiles BEGIN .. END - 1, by halves.
@@ -209,6 +244,14 @@ struct OnlineSoftmax {
       constexpr int MIDDLE = (BEGIN + END) / 2;
       return row_sum<BEGIN, MIDDLE>(p, r) + row_sum<MIDDLE, END>(p, r);
     }
+  }
+
+  // sum += x
+  DEVICE void add_to_sum(int m, int r, float x) {
+    const float missing = rest[m][r] + x;
+    const float rounded = sum[m][r] + missing;
+    rest[m][r] = (sum[m][r] - rounded) + missing;
+    sum[m][r] = rounded;
   }
 
   // sum = rescale sum + x

@@ -13,7 +13,7 @@
 #include "tile/vector.cuh"
 
 template <int M>
-using WarpSoftmax = OnlineSoftmax<M, ADDITIVE_MASK, PROBABILITY_SHIFT>;
+using WarpSoftmax = OnlineSoftmax<M, ADDITIVE_MASK, PROBABILITY_SHIFT, SLACK_OF<Element>>;
 
 using WarpO = SmemTile<float, TILE_Q, HEAD_DIM_V>;
 constexpr int STATES_BYTES = NUM_WARPS * TILE_Q * int(sizeof(float2));
