@@ -8,7 +8,9 @@ NumPy and CuPy have no bfloat16 of their own. With `ml_dtypes` installed its `bf
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from math import prod
 from typing import Any, Protocol
 
 import numpy
@@ -102,6 +104,8 @@ class _NumPy(Framework):
         self._bits = bits  # the caller holds bfloat16 as tagged uint16
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Any:
+        if dtype != "bfloat16":
+            return numpy.empty(shape, dtype)
         element = _element_type(dtype, self._bits)
         return BFloat16Bits(numpy.empty(shape, numpy.uint16)) if element is None else numpy.empty(shape, element)
 
@@ -136,16 +140,17 @@ class _Torch(Framework):
 
     def __init__(self, cuda: bool) -> None:
         self._cuda = cuda
-        self._kinds: dict[tuple[str, int], tuple[Any, Any]] = {}  # name of a type and index of a device -> torch's own
+        self._kinds: dict[tuple[str, int], Callable[..., Any]] = {}  # name of a type and index of a device -> makes such tensors
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Any:
-        import torch
-
         index = like.device[1]
         kind = self._kinds.get((dtype, index))
         if kind is None:
-            kind = self._kinds[dtype, index] = getattr(torch, dtype), torch.device("cuda", index) if self._cuda else torch.device("cpu")
-        return torch.empty(shape, dtype=kind[0], device=kind[1])
+            import torch
+
+            device = torch.device("cuda", index) if self._cuda else torch.device("cpu")
+            kind = self._kinds[dtype, index] = functools.partial(torch.empty_strided, dtype=getattr(torch, dtype), device=device)
+        return kind(shape, _contiguous(shape))  # with strides it takes two thirds of the time of torch.empty
 
     def keeps_memory(self, stream: int) -> bool:
         return not self._cuda  # torch.compile warms graphs up in a pool that it wants back whole, and torch's allocator is quick
@@ -156,6 +161,12 @@ class _Torch(Framework):
         import torch
 
         return int(torch.cuda.current_stream(device_index).cuda_stream)
+
+
+@functools.lru_cache(maxsize=4096)
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of rows one behind the other, of extents of 0 as if of 1, as torch has them."""
+    return tuple(prod(max(extent, 1) for extent in shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 class DLPackFramework(Framework):

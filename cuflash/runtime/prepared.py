@@ -59,12 +59,19 @@ class _Launch(NamedTuple):
 
 
 class PreparedCall:
-    """One call with everything but the addresses decided."""
+    """One call with everything but the addresses decided.
+
+    Attributes:
+        writes: arguments of the caller's that kernels write into.
+    """
+
+    writes: tuple[str, ...] = ()
 
     def __init__(self, plan: Plan, inputs: Mapping[str, Array]) -> None:
         self.plan = plan
         self.problem = plan.problem
         self.device = plan.device
+        self._is_simulated = plan.device.kind == "simulator"
         like = inputs["query"]
         self.framework: Framework = like.framework
         self.like = Array(0, (), (), like.dtype, like.itemsize, like.device, like.framework, None)  # does not keep the caller's array alive
@@ -73,6 +80,7 @@ class PreparedCall:
         made = (*plan.outputs, *plan.workspace)
         self.written = frozenset(buffer.name for buffer in made)  # what nothing but its kernels fills
         self.zeroed = tuple(buffer for buffer in plan.workspace if buffer.is_zeroed)
+        self._unwritten = self.written.difference(buffer.name for buffer in self.zeroed)
         self._places = kept_memory.Places(plan.workspace)
         self.keeps_workspace = self._places.may_be_kept and any(kernel.spec.splits_keys for kernel in plan.kernels)  # steps of generation
         self.extents |= {buffer.name: (0, buffer.nbytes) for buffer in made}
@@ -86,7 +94,7 @@ class PreparedCall:
     def allocate(self, buffer: Buffer) -> tuple[Any, int]:
         """A new array of the caller's kind and its address."""
         made = self.framework.empty(buffer.shape, buffer.dtype, self.like)
-        return made, pointer(made)
+        return made, pointer(made)  # of the library's own class
 
     def view_of(self, result: Buffer, head_dim: int) -> View:
         """The canonical view of a C-contiguous result."""
@@ -103,11 +111,13 @@ class PreparedCall:
 
     def launch_all(self, addresses: dict[str, int], stream: int | None = None) -> None:
         """Start all kernels on `stream`, or on the caller's."""
-        stream = self.stream() if stream is None else stream
         buffers: Sequence[simulator.Buffer] = ()
-        if self.device.kind == "simulator":
+        if self._is_simulated:
+            stream = 0
             self.check_offsets(addresses)
-            buffers = simulated_memory(self.extents, addresses, self.written.difference(buffer.name for buffer in self.zeroed))
+            buffers = simulated_memory(self.extents, addresses, self._unwritten)
+        elif stream is None:
+            stream = self.stream()
         if self.zeroed:
             self.clear_counters(addresses, stream)
         for executable, shape, struct in self.launches:
@@ -115,7 +125,7 @@ class PreparedCall:
 
     def stream(self) -> int:
         """The caller's, at this moment."""
-        return self.framework.current_stream(self.device.index) if self.device.kind == "gpu" else 0
+        return 0 if self._is_simulated else self.framework.current_stream(self.device.index)
 
     def clear_counters(self, addresses: Mapping[str, int], stream: int) -> None:
         """Zeros where kernels count, before the first of them."""
@@ -177,18 +187,21 @@ class PreparedCall:
             if self.framework.keeps_memory(stream) and not kept_memory.is_captured(self.device.kind, stream):
                 self._launch_with_kept(addresses, stream)
                 return
-        held = []
-        for buffer in self.plan.workspace:
-            memory, addresses[buffer.name] = self.allocate(buffer)
-            held.append(memory)
+        if self.plan.workspace:
+            held = self.framework.empty((self._places.nbytes // FLOAT_BYTES,), "float32", self.like)
+            self._places.write(addresses, pointer(held))
         self.launch_all(addresses)
 
     def _launch_with_kept(self, addresses: dict[str, int], stream: int) -> None:
         of, piece = kept_memory.take(self._places.nbytes, self.like, stream)
-        for name, offset in self._places.offsets:
-            addresses[name] = piece.address + offset
+        self._places.write(addresses, piece.address)
         self.launch_all(addresses, stream)
         kept_memory.give_back(of, piece)
+
+    def may_write(self, given: Mapping[str, Any], addresses: dict[str, int]) -> bool:
+        """Whether those of the arrays that are written are surely as good as the ones that were checked, which had the same signatures; if not, they have to be
+        checked again."""
+        raise NotImplementedError
 
     def run(self, addresses: dict[str, int], given: Any = None) -> Any:
         """Allocate the results, launch, and return them; `given` is an array for the output. Each pass has its own."""
@@ -205,6 +218,7 @@ class PreparedForward(PreparedCall):
         problem = self.problem
         view = given_view or self.view_of(plan.outputs[0], problem.head_dim_v)
         if given is not None:
+            self.writes = ("out",)
             self.add_extent("out", given)
         views = {**self.operands(), "out": ("out", view)}
         addresses = {name: array.pointer for name, array in inputs.items()} | {"out": given.pointer if given else 0}
@@ -247,9 +261,8 @@ class PreparedForward(PreparedCall):
             "parts": {**strides, "num_parts": count, "one_array": True, "listed": [part]},
         }  # fmt: skip
 
-    def may_write(self, out: Any, addresses: dict[str, int]) -> bool:
-        """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""
-        if not may_be_written(out):
+    def may_write(self, given: Mapping[str, Any], addresses: dict[str, int]) -> bool:
+        if not may_be_written(given["out"]):
             return False
         low, size = self.extents["out"]
         first = addresses["out"] + low
