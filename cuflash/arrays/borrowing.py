@@ -37,6 +37,7 @@ __all__ = [
     "describe",
     "is_array",
     "pointer",
+    "pointer_of_results",
     "readers",
     "seen",
     "signature",
@@ -159,6 +160,11 @@ def pointer(x: Any) -> int:
         DTypeError: a torch tensor that looks like any other, but is a wrapper without memory, as inside `torch.func.vmap`.
     """
     return _pointers[_libraries.get(type(x)) or _library_of(type(x)) or ""](x)
+
+
+def pointer_of_results(framework: Framework) -> Callable[[Any], int]:
+    """`pointer` of what a framework makes."""
+    return operator.methodcaller("data_ptr") if framework.name == "torch" else pointer
 
 
 class _Known:

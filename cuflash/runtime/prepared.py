@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cuflash.arrays.borrowing import Array, pointer
+from cuflash.arrays.borrowing import Array, pointer, pointer_of_results
 from cuflash.arrays.frameworks import BFloat16Bits, Framework
 from cuflash.planning.kernel_plan import Buffer, LaunchShape
 from cuflash.planning.kernel_specs import MERGE_ATTENTION, PARTS
@@ -82,6 +82,9 @@ class PreparedCall:
         self.zeroed = tuple(buffer for buffer in plan.workspace if buffer.is_zeroed)
         self._unwritten = self.written.difference(buffer.name for buffer in self.zeroed)
         self._places = kept_memory.Places(plan.workspace)
+        self.results = [(buffer.name, self.framework.maker(buffer.shape, buffer.dtype, self.like)) for buffer in plan.outputs]
+        self._make_workspace = self.framework.maker((self._places.nbytes // FLOAT_BYTES,), "float32", self.like)
+        self._pointer = pointer_of_results(self.framework)
         self.keeps_workspace = self._places.may_be_kept and any(kernel.spec.splits_keys for kernel in plan.kernels)  # steps of generation
         self.extents |= {buffer.name: (0, buffer.nbytes) for buffer in made}
         for name, array in inputs.items():
@@ -94,7 +97,7 @@ class PreparedCall:
     def allocate(self, buffer: Buffer) -> tuple[Any, int]:
         """A new array of the caller's kind and its address."""
         made = self.framework.empty(buffer.shape, buffer.dtype, self.like)
-        return made, pointer(made)  # of the library's own class
+        return made, pointer(made)
 
     def view_of(self, result: Buffer, head_dim: int) -> View:
         """The canonical view of a C-contiguous result."""
@@ -188,8 +191,8 @@ class PreparedCall:
                 self._launch_with_kept(addresses, stream)
                 return
         if self.plan.workspace:
-            held = self.framework.empty((self._places.nbytes // FLOAT_BYTES,), "float32", self.like)
-            self._places.write(addresses, pointer(held))
+            held = self._make_workspace()
+            self._places.write(addresses, self._pointer(held))
         self.launch_all(addresses)
 
     def _launch_with_kept(self, addresses: dict[str, int], stream: int) -> None:
@@ -275,21 +278,23 @@ class PreparedForward(PreparedCall):
         return True
 
     def run(self, addresses: dict[str, int], given: Any = None) -> Any:
-        out = given
-        if given is None:
-            out, addresses["out"] = self.allocate(self.plan.outputs[0])
-        lse = None
-        if self.problem.return_lse:
-            lse, addresses["lse"] = self.allocate(self.plan.outputs[1])
+        out, lse = given, None
+        for name, make in self.results:
+            if name == "lse":
+                lse = make()
+                addresses[name] = self._pointer(lse)
+            elif given is None:
+                out = make()
+                addresses[name] = self._pointer(out)
         if self.launches:
             self.launch_with_workspace(addresses)
         else:
             fill(out, 0.0)
             if lse is not None:
                 fill(lse, float("-inf"))
-        if given is None:
-            out = self.framework.finish(out)
-        return (out, self.framework.finish(lse)) if self.problem.return_lse else out
+        if self.framework.hands_over:
+            out, lse = (out if given is not None else self.framework.finish(out)), (None if lse is None else self.framework.finish(lse))
+        return out if lse is None else (out, lse)
 
 
 class PreparedBackward(PreparedCall):
@@ -317,20 +322,25 @@ class PreparedBackward(PreparedCall):
         self.launches = self.fill_in(executables, values, set(inputs), operands, grad_attn_mask_strides)
 
     def run(self, addresses: dict[str, int], given: Any = None) -> Gradients:
+        gradients = self.gradients(addresses)
+        of_inputs = Gradients(*gradients[:3])
+        for (name, _), gradient in zip(self.results[3:], gradients[3:], strict=True):
+            setattr(of_inputs, name.removeprefix("grad_"), gradient)
+        return of_inputs
+
+    def gradients(self, addresses: dict[str, int]) -> list[Any]:
+        """Allocate and launch, as `run`; the gradients in the order of `results`."""
         gradients = []
-        for buffer in self.plan.outputs:
-            gradient, addresses[buffer.name] = self.allocate(buffer)
+        for name, make in self.results:
+            gradient = make()
+            addresses[name] = self._pointer(gradient)
             gradients.append(gradient)
         if self.launches:
             self.launch_with_workspace(addresses)
         else:
             for gradient in gradients:
                 fill(gradient, 0.0)
-        finished = [self.framework.finish(gradient) for gradient in gradients]
-        of_inputs = Gradients(*finished[:3])
-        for buffer, gradient in zip(self.plan.outputs[3:], finished[3:], strict=True):
-            setattr(of_inputs, buffer.name.removeprefix("grad_"), gradient)
-        return of_inputs
+        return [self.framework.finish(gradient) for gradient in gradients] if self.framework.hands_over else gradients
 
 
 def may_be_written(array: Any) -> bool:

@@ -78,9 +78,7 @@ def find(function: object, given: Mapping[str, Any], addresses: dict[str, int]) 
     if "dropout_seed" in given or given.get("dropout_p"):
         return None, None
     seen: list[Hashable] = [function, device.simulator_setting()]
-    if not look(given, seen, addresses):
-        return None, None
-    return calls.remembered(seen)
+    return calls.remembered(seen) if look(given, seen, addresses) else (None, None)
 
 
 def look(given: Mapping[str, Any], seen: list[Hashable], addresses: dict[str, int]) -> bool:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.autograd import forward_ad
 
-from cuflash.problem.operands import Operands
+from cuflash.arrays.borrowing import readers
 from cuflash.problem.options import Options
 from cuflash.runtime import calls, warm_calls
-from cuflash.runtime.prepared import PreparedForward
+from cuflash.runtime.prepared import PreparedBackward, PreparedForward
 from cuflash.torch.functions import Call, Tensors, gradients
 from cuflash.torch.inputs import TENSORS
 
@@ -46,31 +46,48 @@ class Known:
         self.forward, self.is_recorded, self.return_lse = forward, is_recorded, arguments["return_lse"]
         self.tensors = operator.itemgetter(*names)
         self._names = names
-        self._saved = (*names, "out", "lse", "grad_out")
+        self._saved = (*names, "out", "lse")
         self._packed = packed
         self._options = {name: arguments[name] for name in Options._fields if name in arguments and name not in _NO_OPTIONS}
         mask = arguments["attn_mask"]
         self._needs_mask = is_recorded and mask is not None and mask.requires_grad
+        self._forms: list[Hashable] = []  # of what is saved, once gradients were computed
 
-    def gradients(self, saved: Tensors, grad_out: Any, grad_lse: Any) -> Tensors:
-        """Those of the tensors of the call, of what its forward pass has saved."""
+    def gradients(self, saved: Tensors, addresses: dict[str, int], grad_out: Any, grad_lse: Any) -> Sequence[Any]:
+        """Those of the tensors of the call.
+
+        Args:
+            saved: what the forward pass has saved. Hooks may have made other tensors of it.
+            addresses: where that lay.
+        """
         if torch.is_grad_enabled() or _is_transformed() or torch.compiler.is_compiling():
             return self._new_gradients(saved, grad_out, grad_lse)
-        given = dict(zip(self._saved, (*saved, grad_out)))  # noqa: B905 (they are of one length)
-        if grad_lse is not None:
-            given["grad_lse"] = grad_lse
-        addresses: dict[str, int] = {}
+        own: dict[str, int] = {}
         seen: list[Hashable] = [self]
-        key, prepared = calls.remembered(seen) if warm_calls.look(given, seen, addresses) else (None, None)
-        if prepared is None:
-            grads = self._new_gradients(saved, grad_out, grad_lse)
-            if key is not None:
-                call = calls.recall("backward", {**self._options, **given, "tile": None, "need_attn_mask_grad": self._needs_mask}, self._packed)
-                if call is not None:
-                    calls.keep(key, call)
-            return grads
-        found = prepared.run(addresses)
-        return tuple(found) if self._names == _INPUTS else tuple([getattr(found, name, None) for name in self._names])
+        if not warm_calls.look({"grad_out": grad_out, "grad_lse": grad_lse}, seen, own):
+            return self._new_gradients(saved, grad_out, grad_lse)
+        forms: list[Hashable] = []
+        for name, x in zip(self._saved, saved):  # noqa: B905 (they are of one length)
+            if type(x) not in readers or x.data_ptr() != addresses[name]:
+                return self._new_gradients(saved, grad_out, grad_lse)
+            own[name] = addresses[name]
+            forms += x.dtype, x.stride()
+        seen.append((own["out"] | own["lse"]) & 15)
+        key, prepared = calls.remembered(seen)
+        if prepared is not None and forms == self._forms:
+            found = prepared.gradients(own)
+            return found if self._names == _INPUTS else self._by_name(prepared, found)
+        grads = self._new_gradients(saved, grad_out, grad_lse)
+        given = {**dict(zip(self._saved, saved, strict=True)), "grad_out": grad_out, "grad_lse": grad_lse}
+        call = calls.recall("backward", {**self._options, **given, "tile": None, "need_attn_mask_grad": self._needs_mask}, self._packed)
+        if call is not None:
+            self._forms = forms
+            calls.keep(key, call)
+        return grads
+
+    def _by_name(self, prepared: PreparedBackward, gradients: Sequence[Any]) -> list[Any]:
+        named = {name: gradient for (name, _), gradient in zip(prepared.results, gradients, strict=True)}
+        return [named.get(f"grad_{name}") for name in self._names]
 
     def _new_gradients(self, saved: Tensors, grad_out: Any, grad_lse: Any) -> Tensors:
         *tensors, out, lse = saved
@@ -88,13 +105,13 @@ class _Warm(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, known: Known, addresses: dict[str, int], *tensors: Any) -> Any:
         out, lse = known.forward.run(addresses)
         ctx.save_for_backward(*tensors, out, lse)
-        ctx.known = known
+        ctx.known, ctx.addresses = known, addresses
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Any, grad_lse: Any) -> Tensors:
-        return (None, None, *ctx.known.gradients(ctx.saved_tensors, grad_out, grad_lse))
+        return (None, None, *ctx.known.gradients(ctx.saved_tensors, ctx.addresses, grad_out, grad_lse))
 
 
 _apply = super(torch.autograd.Function, _Warm).apply  # as in functions.py
