@@ -139,7 +139,12 @@ def test_what_lies_elsewhere_or_otherwise_is_another_call(launcher: Launcher, mo
     assert call_of(*arrays, scale=None, is_causal=False) is usual
     strided = numpy.zeros((2, 4, 16, 64), numpy.float16).transpose(0, 2, 1, 3)
     shifted = numpy.zeros(strided.size + 1, numpy.float16)[1:].reshape(SHAPE)
-    others = [call_of(strided, *arrays[1:]), call_of(shifted, *arrays[1:]), call_of(*inputs(numpy.float32)), call_of(*arrays, is_causal=True)]
+    others = [
+        call_of(strided, *arrays[1:]),
+        call_of(shifted, *arrays[1:]),
+        call_of(*inputs(numpy.float32)),
+        call_of(*arrays, is_causal=True),
+    ]
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
     others.append(call_of(*arrays))
     assert len({usual, *others}) == 6

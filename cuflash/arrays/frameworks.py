@@ -155,7 +155,9 @@ class _Torch(Framework):
 
         device = torch.device("cuda", like.device[1]) if self._cuda else torch.device("cpu")
         strides = tuple(prod(max(extent, 1) for extent in shape[axis + 1 :]) for axis in range(len(shape)))  # of an extent of 0 as of 1
-        return functools.partial(torch.empty_strided, shape, strides, dtype=getattr(torch, dtype), device=device)  # quicker than torch.empty
+        return functools.partial(
+            torch.empty_strided, shape, strides, dtype=getattr(torch, dtype), device=device
+        )  # quicker than torch.empty
 
     def keeps_memory(self, stream: int) -> bool:
         return not self._cuda  # torch.compile warms graphs up in a pool that it wants back whole, and torch's allocator is quick

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cuflash.arrays.borrowing import Array, pointer, pointer_of_results
+from cuflash.arrays.borrowing import Array, Pinned, pointer, pointer_of_results
 from cuflash.arrays.frameworks import BFloat16Bits, Framework
 from cuflash.planning.kernel_plan import Buffer, LaunchShape
 from cuflash.planning.kernel_specs import MERGE_ATTENTION, PARTS
@@ -190,7 +190,7 @@ class PreparedCall:
             if self.framework.keeps_memory(stream) and not kept_memory.is_captured(self.device.kind, stream):
                 self._launch_with_kept(addresses, stream)
                 return
-        if self.plan.workspace:
+        if self._places.nbytes:
             held = self._make_workspace()
             self._places.write(addresses, self._pointer(held))
         self.launch_all(addresses)
@@ -345,6 +345,8 @@ class PreparedBackward(PreparedCall):
 
 def may_be_written(array: Any) -> bool:
     """Whether an array of a signature that was seen may be written, which signatures do not tell."""
+    if type(array) is Pinned:  # ours
+        return True
     return getattr(getattr(array, "flags", None), "writeable", True) and not getattr(array, "requires_grad", False)
 
 

@@ -95,7 +95,7 @@ def look(given: Mapping[str, Any], seen: list[Hashable], addresses: dict[str, in
                 addresses[name] = address
                 seen += name, signature, address & 15
             elif kind in calls.SCALARS:
-                seen += name, kind, x
+                seen += name, kind, x  # type: ignore[arg-type]
             elif (kind is tuple and calls.SCALARS.issuperset(map(type, x))) or kind is Tile:
                 seen += name, calls.types_within(x), x
             else:

@@ -15,7 +15,6 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch.autograd import forward_ad
 
-from cuflash.arrays.borrowing import readers
 from cuflash.problem.options import Options
 from cuflash.runtime import calls, warm_calls
 from cuflash.runtime.prepared import PreparedBackward, PreparedForward
@@ -28,7 +27,11 @@ R = TypeVar("R")
 _INPUTS = ("query", "key", "value")
 _NO_OPTIONS = frozenset((*TENSORS, "return_lse"))
 
-_is_transformed, _num_modes, _is_traced = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack, torch._C._is_tracing
+_is_transformed, _num_modes, _is_traced = (
+    torch._C._are_functorch_transforms_active,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._is_tracing,
+)
 _is_cast = torch._C._is_any_autocast_enabled
 
 
@@ -40,9 +43,12 @@ class Known:
         is_recorded: whether it does.
         return_lse: whether the caller wants it.
         tensors: those of the call, of the arguments by name.
+        forms: class, type and strides of each tensor that is saved, once one of these calls was recorded.
     """
 
-    def __init__(self, packed: bool, arguments: Mapping[str, Any], names: tuple[str, ...], is_recorded: bool, forward: PreparedForward) -> None:
+    def __init__(
+        self, packed: bool, arguments: Mapping[str, Any], names: tuple[str, ...], is_recorded: bool, forward: PreparedForward
+    ) -> None:
         self.forward, self.is_recorded, self.return_lse = forward, is_recorded, arguments["return_lse"]
         self.tensors = operator.itemgetter(*names)
         self._names = names
@@ -51,7 +57,7 @@ class Known:
         self._options = {name: arguments[name] for name in Options._fields if name in arguments and name not in _NO_OPTIONS}
         mask = arguments["attn_mask"]
         self._needs_mask = is_recorded and mask is not None and mask.requires_grad
-        self._forms: list[Hashable] = []  # of what is saved, once gradients were computed
+        self.forms: list[tuple[type, torch.dtype, tuple[int, ...]]] = []
 
     def gradients(self, saved: Tensors, addresses: dict[str, int], grad_out: Any, grad_lse: Any) -> Sequence[Any]:
         """Those of the tensors of the call.
@@ -62,26 +68,31 @@ class Known:
         """
         if torch.is_grad_enabled() or _is_transformed() or torch.compiler.is_compiling():
             return self._new_gradients(saved, grad_out, grad_lse)
-        own: dict[str, int] = {}
-        seen: list[Hashable] = [self]
-        if not warm_calls.look({"grad_out": grad_out, "grad_lse": grad_lse}, seen, own):
+        own = addresses.copy()
+        seen: list[Hashable] = [self, (addresses["out"] | addresses["lse"]) & 15]
+        if not warm_calls.look({"grad_out": grad_out} if grad_lse is None else {"grad_out": grad_out, "grad_lse": grad_lse}, seen, own):
             return self._new_gradients(saved, grad_out, grad_lse)
-        forms: list[Hashable] = []
-        for name, x in zip(self._saved, saved):  # noqa: B905 (they are of one length)
-            if type(x) not in readers or x.data_ptr() != addresses[name]:
-                return self._new_gradients(saved, grad_out, grad_lse)
-            own[name] = addresses[name]
-            forms += x.dtype, x.stride()
-        seen.append((own["out"] | own["lse"]) & 15)
         key, prepared = calls.remembered(seen)
-        if prepared is not None and forms == self._forms:
-            found = prepared.gradients(own)
-            return found if self._names == _INPUTS else self._by_name(prepared, found)
+        if not self._is_as_saved(saved, addresses):
+            return self._new_gradients(saved, grad_out, grad_lse)
+        if prepared is None:
+            return self._learned_gradients(key, saved, grad_out, grad_lse)
+        found: Sequence[Any] = prepared.gradients(own)
+        return found if self._names == _INPUTS else self._by_name(prepared, found)
+
+    def _is_as_saved(self, saved: Tensors, addresses: dict[str, int]) -> bool:
+        """Whether tensors lie where they were saved, in the form that those of such calls have."""
+        for name, x, form in zip(self._saved, saved, self.forms):  # noqa: B905 (they are of one length)
+            if form != (type(x), x.dtype, x.stride()) or addresses[name] != x.data_ptr():
+                return False
+        return True
+
+    def _learned_gradients(self, key: Hashable, saved: Tensors, grad_out: Any, grad_lse: Any) -> Sequence[Any]:
+        """Those of a call whose like has not run."""
         grads = self._new_gradients(saved, grad_out, grad_lse)
         given = {**dict(zip(self._saved, saved, strict=True)), "grad_out": grad_out, "grad_lse": grad_lse}
         call = calls.recall("backward", {**self._options, **given, "tile": None, "need_attn_mask_grad": self._needs_mask}, self._packed)
         if call is not None:
-            self._forms = forms
             calls.keep(key, call)
         return grads
 
@@ -105,6 +116,8 @@ class _Warm(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, known: Known, addresses: dict[str, int], *tensors: Any) -> Any:
         out, lse = known.forward.run(addresses)
         ctx.save_for_backward(*tensors, out, lse)
+        if not known.forms:
+            known.forms = [(type(x), x.dtype, x.stride()) for x in (*tensors, out, lse)]
         ctx.known, ctx.addresses = known, addresses
         ctx.set_materialize_grads(False)
         return out, lse
@@ -130,7 +143,14 @@ def remembers(packed: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> Any:
-            if torch.compiler.is_compiling() or _is_transformed() or _num_modes() or _is_cast() or _is_traced() or forward_ad._current_level >= 0:
+            if (
+                torch.compiler.is_compiling()
+                or _is_transformed()
+                or _num_modes()
+                or _is_cast()
+                or _is_traced()
+                or forward_ad._current_level >= 0
+            ):
                 return function(*args, **kwargs)
             given = dict(zip(names, args))  # noqa: B905 (of too many the function says so)
             given.update(kwargs)
