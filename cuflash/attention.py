@@ -22,7 +22,7 @@ from cuflash.runtime.prepared import Gradients
 from cuflash.tuning import with_warmup
 
 
-@warm_calls.remembers(functools.partial(calls.recall, "forward"))
+@warm_calls.remembers(functools.partial(warm_calls.recall, "forward"))
 @explains_keywords
 def scaled_dot_product_attention(
     query: AnyArray,
@@ -127,7 +127,7 @@ def scaled_dot_product_attention(
         raise with_warmup(error, calls.plan(operands, options), tile) from None
 
 
-@warm_calls.remembers(functools.partial(calls.recall, "backward"))
+@warm_calls.remembers(functools.partial(warm_calls.recall, "backward"))
 @explains_keywords
 def scaled_dot_product_attention_backward(
     grad_out: AnyArray,
@@ -250,7 +250,7 @@ def plan(
     return calls.plan(operands, options, backward, jvp)
 
 
-@warm_calls.remembers(functools.partial(calls.recall, "forward", varlen=True))
+@warm_calls.remembers(functools.partial(warm_calls.recall, "forward", varlen=True))
 @explains_keywords
 def varlen_attention(
     query: AnyArray,
@@ -329,7 +329,7 @@ def varlen_attention(
         raise with_warmup(error, calls.plan(operands, options), tile) from None
 
 
-@warm_calls.remembers(functools.partial(calls.recall, "backward", varlen=True))
+@warm_calls.remembers(functools.partial(warm_calls.recall, "backward", varlen=True))
 @explains_keywords
 def varlen_attention_backward(
     grad_out: AnyArray,

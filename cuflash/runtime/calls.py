@@ -158,16 +158,6 @@ def find(
     return key, call, addresses
 
 
-def recall(direction: str, arguments: Mapping[str, Any], varlen: bool = False) -> Any | None:
-    """What is prepared for a public call of these arguments by name, if its like has run; not of one with dropout."""
-    if arguments["dropout_p"] or arguments.get("dropout_seed") is not None:
-        return None
-    operands = Operands(*[arguments.get(name) for name in Operands._fields])
-    options = Options(**{name: arguments[name] for name in Options._fields if name in arguments}, varlen=varlen)
-    _, call, _ = find(direction, operands, options)
-    return call
-
-
 def hashable(options: Options | CacheOptions) -> tuple[Hashable, Hashable, Hashable]:
     """What a key has of options: themselves, a dict of tiles, which cannot be hashed, as its items, and the types."""
     tiles = tuple(options.tile.items()) if type(options.tile) is dict else None

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 from cuflash.arrays.borrowing import readers
 from cuflash.errors import DTypeError
 from cuflash.hardware import device
+from cuflash.problem.operands import Operands
+from cuflash.problem.options import Options
 from cuflash.problem.tile import Tile
 from cuflash.runtime import calls
 from cuflash.runtime.prepared import PreparedCall
@@ -112,3 +114,13 @@ def learn(key: Hashable, recall: Recall, signature: inspect.Signature, given: Ma
     call = recall(arguments.arguments)
     if call is not None:
         calls.keep(key, Known(call))
+
+
+def recall(direction: str, arguments: Mapping[str, Any], varlen: bool = False) -> Any | None:
+    """What `calls.py` has prepared for a public call of these arguments by name, if its like has run; not of one with dropout."""
+    if arguments["dropout_p"] or arguments.get("dropout_seed") is not None:
+        return None
+    operands = Operands(*[arguments.get(name) for name in Operands._fields])
+    options = Options(**{name: arguments[name] for name in Options._fields if name in arguments}, varlen=varlen)
+    _, call, _ = calls.find(direction, operands, options)
+    return call

@@ -91,7 +91,9 @@ class Known:
         """Those of a call whose like has not run."""
         grads = self._new_gradients(saved, grad_out, grad_lse)
         given = {**dict(zip(self._saved, saved, strict=True)), "grad_out": grad_out, "grad_lse": grad_lse}
-        call = calls.recall("backward", {**self._options, **given, "tile": None, "need_attn_mask_grad": self._needs_mask}, self._packed)
+        call = warm_calls.recall(
+            "backward", {**self._options, **given, "tile": None, "need_attn_mask_grad": self._needs_mask}, self._packed
+        )
         if call is not None:
             calls.keep(key, call)
         return grads
@@ -183,6 +185,6 @@ def _learn(key: Hashable, packed: bool, signature: inspect.Signature, given: Map
         return
     is_recorded = torch.is_grad_enabled() and any(given[name].requires_grad for name in names)
     with torch.no_grad():  # as under autograd's functions
-        call = calls.recall("forward", {**arguments, "return_lse": is_recorded or arguments["return_lse"]}, packed)
+        call = warm_calls.recall("forward", {**arguments, "return_lse": is_recorded or arguments["return_lse"]}, packed)
     if call is not None:
         calls.keep(key, Known(packed, arguments, names, is_recorded, call))
