@@ -347,7 +347,8 @@ def may_be_written(array: Any) -> bool:
     """Whether an array of a signature that was seen may be written, which signatures do not tell."""
     if type(array) is Pinned:  # ours
         return True
-    return getattr(getattr(array, "flags", None), "writeable", True) and not getattr(array, "requires_grad", False)
+    is_recorded = getattr(array, "requires_grad", None)  # of a tensor, which has no flags
+    return getattr(getattr(array, "flags", None), "writeable", True) if is_recorded is None else not is_recorded
 
 
 def _contiguous_or_broadcast(extents: tuple[int, ...]) -> tuple[int, ...]:
