@@ -77,7 +77,8 @@ def positional_names(signature: inspect.Signature) -> tuple[str, ...]:
 
 def find(function: object, given: Mapping[str, Any], addresses: dict[str, int]) -> tuple[Hashable | None, Any]:
     """The key of a call and what is known of it; where its arrays lie is added to `addresses`. The key is None where the call is none for the door."""
-    if "dropout_seed" in given or given.get("dropout_p"):
+    dropout_p = given.get("dropout_p", 0.0)
+    if "dropout_seed" in given or type(dropout_p) not in calls.SCALARS or dropout_p:
         return None, None
     seen: list[Hashable] = [function, device.simulator_setting()]
     return calls.remembered(seen) if look(given, seen, addresses) else (None, None)
