@@ -63,7 +63,9 @@ def cases() -> dict[str, Callable[[], Any]]:
         def backward(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
             return tuple(torch.empty(SHAPE, dtype=torch.float16) for _ in range(3))
 
-    compiled = torch.compile(lambda *x: ours(*x, is_causal=True), fullgraph=True, backend="aot_eager")
+    compiled, compiled_torch = (
+        torch.compile(lambda *x, f=f: f(*x, is_causal=True), fullgraph=True, backend="aot_eager") for f in (ours, theirs)
+    )
 
     def without_grad(call: Callable[..., Any], *arguments: Any) -> Any:
         return lambda: call(*arguments, is_causal=True)
@@ -81,6 +83,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "forward and backward: cuflash.torch": both(lambda *x: ours(*x, is_causal=True), recorded, grad_out),
         "forward and backward: cuflash.torch, compiled": both(compiled, recorded, grad_out),
         "forward and backward: torch": both(lambda *x: theirs(*x, is_causal=True), tiny, grad_tiny),
+        "forward and backward: torch, compiled": both(compiled_torch, tiny, grad_tiny),
         "forward and backward: an autograd function that does nothing": both(lambda *x: Nothing.apply(*x)[0], recorded, grad_out),
         "backward: cuflash": lambda: cuflash.scaled_dot_product_attention_backward(grad_out, *plain, out, lse, **options),
         "part: checks of the inputs": lambda: (inputs.check_tensors((*plain, *(None,) * 11)), inputs.four_dimensions(*plain, None), inputs.autocast(*plain)),

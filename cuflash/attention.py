@@ -5,6 +5,7 @@ Here are signatures and what they mean; each body sorts its arguments into opera
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from cuflash.arrays.borrowing import AnyArray
@@ -16,11 +17,12 @@ from cuflash.problem.operands import Operands
 from cuflash.problem.options import Options, Window
 from cuflash.problem.other_names import explains_keywords
 from cuflash.problem.tile import Tiles
-from cuflash.runtime import calls
+from cuflash.runtime import calls, warm_calls
 from cuflash.runtime.prepared import Gradients
 from cuflash.tuning import with_warmup
 
 
+@warm_calls.remembers(functools.partial(warm_calls.recall, "forward"))
 @explains_keywords
 def scaled_dot_product_attention(
     query: AnyArray,
@@ -125,6 +127,7 @@ def scaled_dot_product_attention(
         raise with_warmup(error, calls.plan(operands, options), tile) from None
 
 
+@warm_calls.remembers(functools.partial(warm_calls.recall, "backward"))
 @explains_keywords
 def scaled_dot_product_attention_backward(
     grad_out: AnyArray,
@@ -247,6 +250,7 @@ def plan(
     return calls.plan(operands, options, backward, jvp)
 
 
+@warm_calls.remembers(functools.partial(warm_calls.recall, "forward", varlen=True))
 @explains_keywords
 def varlen_attention(
     query: AnyArray,
@@ -325,6 +329,7 @@ def varlen_attention(
         raise with_warmup(error, calls.plan(operands, options), tile) from None
 
 
+@warm_calls.remembers(functools.partial(warm_calls.recall, "backward", varlen=True))
 @explains_keywords
 def varlen_attention_backward(
     grad_out: AnyArray,

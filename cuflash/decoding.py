@@ -11,10 +11,11 @@ from cuflash.problem.cache_call import CacheOperands, CacheOptions
 from cuflash.problem.options import Window
 from cuflash.problem.other_names import explains_keywords
 from cuflash.problem.tile import Tiles
-from cuflash.runtime import cache_calls
+from cuflash.runtime import cache_calls, warm_calls
 from cuflash.tuning import with_warmup
 
 
+@warm_calls.remembers(cache_calls.recall)
 @explains_keywords
 def attention_with_kvcache(
     query: AnyArray,

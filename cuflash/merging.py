@@ -108,7 +108,7 @@ def _find(is_backward: bool, layout: str, outs: Any, lses: Any, given: dict[str,
     """What is prepared for a call, and the addresses of its arrays: the parts of outs, those of lses, and the others."""
     listed = isinstance(outs, (list, tuple)), isinstance(lses, (list, tuple))
     arrays = [*(outs if listed[0] else (outs,)), *(lses if listed[1] else (lses,)), *given.values()]
-    seen: list[Hashable] = [_find, is_backward, device.simulator_arch(), layout, listed, len(outs) if listed[0] else 1, tuple(given)]
+    seen: list[Hashable] = [_find, is_backward, device.simulator_setting(), layout, listed, len(outs) if listed[0] else 1, tuple(given)]
     addresses = []
     for array in arrays:
         kind = signature(array)

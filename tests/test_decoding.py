@@ -11,11 +11,12 @@ import numpy
 import pytest
 from caches import CacheCall, only_new_memory
 from conftest import HAS_GPU, Target
+from problems import num_prepared
 
 import cuflash
 from cuflash import Tile
 from cuflash.errors import ArgumentError, OptionError, UnsupportedError
-from cuflash.runtime import cache_calls, calls
+from cuflash.runtime import cache_calls
 from cuflash.simulator import check
 
 pytest.importorskip("cupy")
@@ -248,7 +249,7 @@ def test_a_warm_call_reads_what_it_is_given_then(simulator: Target) -> None:
     call = CacheCall(LENGTHS, 1, 1, page_size=16, options={"is_causal": True, "tile": TILE})
     given = call.arrays()
     first = cuflash.attention_with_kvcache(**given)
-    known = len(calls._calls)
+    known = num_prepared()
     given["cache_seqlens"] = given["cache_seqlens"] + 1  # one more step, with the key of the first one in the cache
     longer = replace(call, lengths=tuple(length + 1 for length in LENGTHS))
     del longer.plain["keys"], longer.plain["values"]
@@ -260,7 +261,7 @@ def test_a_warm_call_reads_what_it_is_given_then(simulator: Target) -> None:
     longer.check_results(out, lse)
     for _ in range(2):
         cuflash.attention_with_kvcache(**given)
-    assert len(calls._calls) == known + 1  # that with `out` and lse
+    assert num_prepared() == known + 1  # that with `out` and lse
 
 
 def test_generation_step_by_step_is_one_causal_call(simulator: Target) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 import pytest
 from conftest import ELEMENTS, Target, rounded
+from problems import num_prepared
 
 import cuflash
 from cuflash import reference
@@ -368,16 +369,15 @@ def test_a_seed_without_dropout_is_not_looked_at(simulator: Target) -> None:
 
 def test_seeds_do_not_make_new_calls(simulator: Target) -> None:
     """What is kept of a call does not depend on the seed."""
-    from cuflash.runtime import calls
 
     inputs = inputs_of(simulator, "bfloat16")
     cuflash.scaled_dot_product_attention(*inputs, enable_gqa=True, dropout_p=0.25, dropout_seed=1)
-    before = len(calls._calls)
+    before = num_prepared()
     outs = {
         simulator.bits(cuflash.scaled_dot_product_attention(*inputs, enable_gqa=True, dropout_p=0.25, dropout_seed=seed))
         for seed in range(5)
     }
-    assert len(calls._calls) == before
+    assert num_prepared() == before
     assert len(outs) == 5
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import pytest
 from conftest import poison_new_memory
+from problems import num_prepared
 
 import cuflash
 from cuflash import Tile, reference
@@ -20,7 +21,6 @@ from cuflash.hardware import device
 from cuflash.planning.offline import offline_kernels
 from cuflash.problem import sequences
 from cuflash.reference import varlen_attention, varlen_attention_backward
-from cuflash.runtime import calls
 
 pytestmark = pytest.mark.small_tiles
 
@@ -129,10 +129,10 @@ def test_key_lengths_are_read_when_the_kernels_run(target: Target) -> None:
     """A kept call, as a captured graph, sees what the array holds by then, and nothing is prepared anew."""
     inputs, lengths = padded(target, [90, 90], target.half), int32(target, [90, 20])
     first = target.run(*inputs, seqlens_kv=lengths)
-    kept = len(calls._calls)
+    kept = num_prepared()
     lengths[...] = int32(target, [5, 90])
     second = target.run(*inputs, seqlens_kv=lengths)
-    assert len(calls._calls) == kept
+    assert num_prepared() == kept
     assert second.bits() != first.bits()
     assert second.bits() == target.run(*inputs, seqlens_kv=int32(target, [5, 90])).bits()
 
@@ -397,14 +397,14 @@ def test_offsets_are_read_when_the_kernels_run(target: Target) -> None:
     """A kept call, as a captured graph, sees the lengths that the arrays hold by then, up to the bounds it was made for."""
     inputs, cu = packed(target, (100, 100), target.half), (offsets(target, [60, 40]), offsets(target, [10, 90]))
     target.run_packed(inputs, cu, (100, 100), is_causal=True)
-    kept = len(calls._calls)
+    kept = num_prepared()
     for lengths in ([0, 100], [1, 2], [100, 0], [50, 50]):
         cu[0][...], cu[1][...] = offsets(target, lengths), offsets(target, lengths)
         got = target.run_packed(inputs, cu, (100, 100), is_causal=True)
         want = target.check_packed(inputs, (offsets(target, lengths), offsets(target, lengths)), (100, 100), is_causal=True)
         assert target.bits(got[0]) == target.bits(want[0])
         assert target.bits(got[1]) == target.bits(want[1])
-    assert len(calls._calls) == kept + 1, "one more with a gradient of lse"
+    assert num_prepared() == kept + 1, "one more with a gradient of lse"
 
 
 def test_packed_sequences_give_the_same_bits_on_every_run(target: Target) -> None:

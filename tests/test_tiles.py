@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import num_prepared
 
 import cuflash
 from cuflash.errors import TileError
@@ -22,7 +23,6 @@ from cuflash.planning.kernel_specs import TILED_KERNELS
 from cuflash.planning.offline import offline_kernels
 from cuflash.problem.features import MASK_DTYPES, FeatureSet
 from cuflash.problem.tile import Tile
-from cuflash.runtime import calls
 
 if TYPE_CHECKING:
     from conftest import Target
@@ -311,9 +311,9 @@ def test_calls_with_tiles_by_kernel_are_kept(simulator: Target) -> None:
     """By what the mapping holds, types included."""
     inputs = [simulator.random((1, 30, 1, 40), simulator.half, seed) for seed in (1, 2, 3)]
     for pinned, more in ((Tile(32, 32, 2, 1), 1), (Tile(32, 32, 2, 1), 0), (Tile(32, 16, 2, 1), 1), (Tile(32, 32, 2, 1), 0)):
-        before = len(calls._calls)
+        before = num_prepared()
         cuflash.scaled_dot_product_attention(*inputs, tile={"forward": pinned})
-        assert len(calls._calls) == before + more
+        assert num_prepared() == before + more
     with pytest.raises(TileError):
         cuflash.scaled_dot_product_attention(*inputs, tile={"forward": Tile(32.0, 32, 2, 1)})  # type: ignore[arg-type]
 

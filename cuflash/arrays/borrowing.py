@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 import reprlib
 import sys
 import weakref
@@ -36,6 +37,8 @@ __all__ = [
     "describe",
     "is_array",
     "pointer",
+    "pointer_of_results",
+    "readers",
     "seen",
     "signature",
 ]
@@ -156,7 +159,21 @@ def pointer(x: Any) -> int:
     Raises:
         DTypeError: a torch tensor that looks like any other, but is a wrapper without memory, as inside `torch.func.vmap`.
     """
-    return _pointers[_library_of(type(x)) or ""](x)
+    return _pointers[_libraries.get(type(x)) or _library_of(type(x)) or ""](x)
+
+
+def pointer_of_results(framework: Framework) -> Callable[[Any], int]:
+    """`pointer` of what a framework makes."""
+    return operator.methodcaller("data_ptr") if framework.name == "torch" else pointer
+
+
+class _Known:
+    """Stands for equal signatures, and is hashed and compared by identity, which takes no time."""
+
+    __slots__ = ("__weakref__",)
+
+
+_known: weakref.WeakValueDictionary[Hashable, _Known] = weakref.WeakValueDictionary()
 
 
 class Pinned:
@@ -164,13 +181,14 @@ class Pinned:
 
     Attributes:
         array: kept alive.
-        signature, pointer: of it.
+        signature: equal for those whose arrays have equal ones.
+        pointer: of the array.
     """
 
     __slots__ = ("array", "pointer", "seen", "signature")
 
     def __init__(self, array: AnyArray) -> None:
-        self.array, self.signature, self.pointer = array, signature(array), pointer(array)
+        self.array, self.signature, self.pointer = array, _known.setdefault(signature(array), _Known()), pointer(array)
         self.seen = self.signature, self.pointer
 
 
@@ -180,7 +198,7 @@ def seen(x: object) -> tuple[Hashable, int] | None:
     Raises:
         As `pointer`.
     """
-    both = _seen.get(type(x))
+    both = readers.get(type(x))
     if both is not None:
         return both(x)
     library = _library_of(type(x)) or ""
@@ -253,9 +271,9 @@ def _library_of(kind: type) -> str | None:
     for library, base in (("numpy", "ndarray"), ("cupy", "ndarray"), ("torch", "Tensor")):
         array_type = getattr(sys.modules.get(library), base, None)
         if isinstance(array_type, type) and issubclass(kind, array_type):
-            if kind is array_type:
+            if kind is array_type or kind is getattr(getattr(sys.modules[library], "nn", None), "Parameter", None):
                 _libraries[kind] = library
-                _seen[kind] = _seen_of[library]
+                readers[kind] = _readers_of[library]
             else:
                 _libraries_of_subclasses[kind] = library
             return library
@@ -490,11 +508,14 @@ def _seen_cupy(x: Any) -> tuple[Hashable, int]:
 
 def _seen_torch(x: Any) -> tuple[Hashable, int] | None:
     try:
-        recorded = x.requires_grad and sys.modules["torch"].is_grad_enabled()
-        found = type(x), x.dtype, x.shape, x.stride(), x.device, x.is_neg(), recorded
+        found = type(x), x.dtype, x.shape, x.stride(), x.device, x.is_neg(), x.requires_grad and sys.modules["torch"].is_grad_enabled()
     except RuntimeError:
         return None
-    return found, _pointer_torch(x)
+    try:
+        address = x.data_ptr()
+    except RuntimeError as error:
+        raise _no_torch_memory("tensor", x, error) from error
+    return (found, address) if address or not x.numel() else None  # without memory: zeros that torch does not write down
 
 
 def _pointer_cupy(x: Any) -> int:
@@ -535,9 +556,16 @@ _pointers: dict[str, Callable[[Any], int]] = {
 }
 
 
-_seen_of: dict[str, Callable[[Any], tuple[Hashable, int] | None]] = {"numpy": _seen_numpy, "cupy": _seen_cupy, "torch": _seen_torch}
-"""Both at once, for arrays of exactly the library's own class: the least that a warm call does for each of its arrays."""
-_seen: dict[type, Callable[[Any], tuple[Hashable, int] | None]] = {numpy.ndarray: _seen_numpy, Pinned: lambda x: x.seen}
+def _seen_bits(x: BFloat16Bits) -> tuple[Hashable, int] | None:
+    look = seen(x.bits)
+    return None if look is None else ((BFloat16Bits, look[0]), look[1])
+
+
+Reader: TypeAlias = Callable[[Any], tuple[Hashable, int] | None]
+
+_readers_of: dict[str, Reader] = {"numpy": _seen_numpy, "cupy": _seen_cupy, "torch": _seen_torch}
+readers: dict[type, Reader] = {numpy.ndarray: _seen_numpy, BFloat16Bits: _seen_bits, Pinned: operator.attrgetter("seen")}
+"""`seen` of arrays of exactly a library's own class: the least that a warm call does for each of its arrays."""
 
 
 _INTEGERS = (

@@ -8,7 +8,9 @@ NumPy and CuPy have no bfloat16 of their own. With `ml_dtypes` installed its `bf
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from math import prod
 from typing import Any, Protocol
 
 import numpy
@@ -72,14 +74,20 @@ class Framework:
     Attributes:
         name: "numpy", "cupy", "torch" or "dlpack".
         library: the same, except that DLPack arrays give the name of their library, such as "jax".
+        hands_over: whether `finish` makes something else of a result.
     """
 
     name: str
     library: str
+    hands_over = False
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Any:
         """A new C-contiguous array with unset values, on the device of `like`; for a "dlpack" library a stand-in until `finish`."""
         raise NotImplementedError
+
+    def maker(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Callable[[], Any]:
+        """What makes such arrays again and again."""
+        return lambda: self.empty(shape, dtype, like)
 
     def finish(self, result: Any) -> Any:
         """Turn what `empty` gave, once it is filled, into the caller's kind of array, without a copy where the library allows it."""
@@ -102,6 +110,8 @@ class _NumPy(Framework):
         self._bits = bits  # the caller holds bfloat16 as tagged uint16
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Any:
+        if dtype != "bfloat16":
+            return numpy.empty(shape, dtype)
         element = _element_type(dtype, self._bits)
         return BFloat16Bits(numpy.empty(shape, numpy.uint16)) if element is None else numpy.empty(shape, element)
 
@@ -136,16 +146,18 @@ class _Torch(Framework):
 
     def __init__(self, cuda: bool) -> None:
         self._cuda = cuda
-        self._kinds: dict[tuple[str, int], tuple[Any, Any]] = {}  # name of a type and index of a device -> torch's own
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Any:
+        return self.maker(shape, dtype, like)()
+
+    def maker(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Callable[[], Any]:
         import torch
 
-        index = like.device[1]
-        kind = self._kinds.get((dtype, index))
-        if kind is None:
-            kind = self._kinds[dtype, index] = getattr(torch, dtype), torch.device("cuda", index) if self._cuda else torch.device("cpu")
-        return torch.empty(shape, dtype=kind[0], device=kind[1])
+        device = torch.device("cuda", like.device[1]) if self._cuda else torch.device("cpu")
+        strides = tuple(prod(max(extent, 1) for extent in shape[axis + 1 :]) for axis in range(len(shape)))  # of an extent of 0 as of 1
+        return functools.partial(
+            torch.empty_strided, shape, strides, dtype=getattr(torch, dtype), device=device
+        )  # quicker than torch.empty
 
     def keeps_memory(self, stream: int) -> bool:
         return not self._cuda  # torch.compile warms graphs up in a pool that it wants back whole, and torch's allocator is quick
@@ -162,6 +174,7 @@ class DLPackFramework(Framework):
     """Any other library: results are allocated with NumPy or CuPy and handed over through the library's own `from_dlpack`."""
 
     name = "dlpack"
+    hands_over = True
 
     def __init__(self, library: str, from_dlpack: Callable[[Any], Any] | None, cuda: bool) -> None:
         self.library = library

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +73,14 @@ def of_arch(arch: str, kind: Literal["gpu", "simulator"] = "simulator") -> Devic
 def simulator_arch() -> str:
     """The architecture that the simulator poses as: `CUFLASH_SIMULATOR_ARCH`, else sm_80."""
     return normalize_arch(os.environ.get("CUFLASH_SIMULATOR_ARCH") or "sm_80", "CUFLASH_SIMULATOR_ARCH")
+
+
+_ENVIRONMENT: Mapping[bytes, bytes] = vars(os.environ).get("_data", os.environb)  # what lies below it, a tenth of the time away
+
+
+def simulator_setting() -> bytes | None:
+    """`CUFLASH_SIMULATOR_ARCH` as it stands there, unchecked: a part of what warm calls are found by."""
+    return _ENVIRONMENT.get(b"CUFLASH_SIMULATOR_ARCH")
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Hashable, Mapping, Sequence
 from math import prod
@@ -31,7 +30,7 @@ def attend(operands: CacheOperands, options: CacheOptions) -> Any:
 
 def _attend(operands: CacheOperands, options: CacheOptions) -> Any:
     key, call, addresses = _find(operands, options)
-    if call is not None and call.may_append(operands, addresses) and (operands.out is None or call.may_write(operands.out, addresses)):
+    if call is not None and call.may_write(operands._asdict(), addresses):
         return call.run(addresses, operands.out)
 
     arrays, planned = _planned(operands, options)
@@ -61,10 +60,17 @@ def _planned(operands: CacheOperands, options: CacheOptions) -> tuple[dict[str, 
 def _find(operands: CacheOperands, options: CacheOptions) -> tuple[Hashable | None, Any, dict[str, int]]:
     """The key of a call, what was prepared for it, and the addresses of its arrays, as `calls.find`."""
     addresses: dict[str, int] = {}
-    seen: list[Hashable] = [_find, device.simulator_arch(), *calls.hashable(options)]
+    seen: list[Hashable] = [_find, device.simulator_setting(), *calls.hashable(options)]
     is_known = calls.looked_at(CacheOperands._fields, operands, seen, addresses)
     key, call = calls.remembered(seen) if is_known else (None, None)
     return key, call, addresses
+
+
+def recall(arguments: Mapping[str, Any]) -> Any | None:
+    """What is prepared for a call of these arguments, if its like has run."""
+    operands = CacheOperands(*[arguments[name] for name in CacheOperands._fields])
+    _, call, _ = _find(operands, CacheOptions(*[arguments[name] for name in CacheOptions._fields]))
+    return call
 
 
 class PreparedCacheCall(PreparedForward):
@@ -79,7 +85,16 @@ class PreparedCacheCall(PreparedForward):
         given_view: View | None,
     ) -> None:
         super().__init__(plan, executables, inputs, given, given_view)
+        if "key" in inputs:
+            self.writes = ("key_cache", "value_cache", *self.writes)
+        # First byte and end, relative to the address, of what a call writes into, and with its name of what must not lie there.
+        self._caches = [self._span(name) for name in ("key_cache", "value_cache")]
+        self._appended = [(name, *self._span(name)) for name in ("query", "key", "value") if name in inputs]
         self._distance = inputs["value_cache"].pointer - inputs["key_cache"].pointer  # at which caches were found to share nothing
+
+    def _span(self, name: str) -> tuple[int, int]:
+        low, size = self.extents[name]
+        return low, low + size
 
     def itemsize_of(self, array: str) -> int:
         return self.problem.kv_itemsize if array in ("key_cache", "value_cache") else self.problem.itemsize
@@ -119,18 +134,20 @@ class PreparedCacheCall(PreparedForward):
             }  # fmt: skip
         return values
 
-    def may_append(self, operands: CacheOperands, addresses: dict[str, int]) -> bool:
-        """Whether caches of the same signature are surely as good to write as those that were checked; if not, they have to be checked again."""
+    def may_write(self, given: Mapping[str, Any], addresses: dict[str, int]) -> bool:
+        """Whether caches and `out` of the same signature are surely as good to write as those that were checked; if not, they have to be checked again."""
         cache = self.problem.cache
-        if cache is None or cache.new is None:
-            return True
-        if not (may_be_written(operands.key_cache) and may_be_written(operands.value_cache)):
+        if cache is not None and cache.new is not None and not self._may_append(given, addresses):
             return False
-        distance = addresses["value_cache"] - addresses["key_cache"]
-        if distance != self._distance and self._may_share(distance):
+        return given.get("out") is None or super().may_write(given, addresses)
+
+    def _may_append(self, given: Mapping[str, Any], addresses: dict[str, int]) -> bool:
+        if not (may_be_written(given["key_cache"]) and may_be_written(given["value_cache"])):
             return False
-        (_, key_low, key_high), (_, value_low, value_high) = self._caches
         keys, values = addresses["key_cache"], addresses["value_cache"]
+        (key_low, key_high), (value_low, value_high) = self._caches
+        if values - keys != self._distance and self._share(values - keys):
+            return False
         key_begin, key_end, value_begin, value_end = keys + key_low, keys + key_high, values + value_low, values + value_high
         for name, low, high in self._appended:
             address = addresses[name]
@@ -139,20 +156,10 @@ class PreparedCacheCall(PreparedForward):
                 return False
         return True
 
-    def _may_share(self, distance: int) -> bool:
+    def _share(self, distance: int) -> bool:
         """Whether the bytes between the ends of key and value cache overlap, so many bytes apart."""
-        (_, key_low, key_high), (_, value_low, value_high) = self._caches
+        (key_low, key_high), (value_low, value_high) = self._caches
         return distance + value_low < key_high and key_low < distance + value_high
-
-    @functools.cached_property
-    def _caches(self) -> list[tuple[str, int, int]]:
-        """Name, first byte and end, relative to the address, of what a call writes into."""
-        return [(name, low, low + size) for name in ("key_cache", "value_cache") for low, size in (self.extents[name],)]
-
-    @functools.cached_property
-    def _appended(self) -> list[tuple[str, int, int]]:
-        """The same of what must not lie there."""
-        return [(name, low, low + size) for name in ("query", "key", "value") for low, size in (self.extents[name],)]
 
     def check_offsets(self, addresses: dict[str, int]) -> None:
         check_positions(self.problem, addresses)

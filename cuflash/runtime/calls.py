@@ -47,7 +47,7 @@ def backward(operands: Operands, options: Options) -> Gradients:
 
 def _forward(operands: Operands, options: Options) -> Any:
     key, call, addresses = find("forward", operands, options)
-    if call is not None and (operands.out is None or call.may_write(operands.out, addresses)):
+    if call is not None and (operands.out is None or call.may_write({"out": operands.out}, addresses)):
         return call.run(addresses, operands.out)
 
     arrays = borrowed(operands, options)
@@ -148,7 +148,7 @@ def find(
     had cheaply. Types are part of it, those of what options hold too: True and 1 are not the same option, nor are the windows (1, 0) and (True, 0).
     """
     addresses, state = features.drawn_from(options.dropout_p, operands.dropout_seed)
-    seen: list[Hashable] = [direction, device.simulator_arch(), bool(addresses), *hashable(options)]
+    seen: list[Hashable] = [direction, device.simulator_setting(), bool(addresses), *hashable(options)]
     if operands.dropout_seed is not None:
         operands = operands._replace(dropout_seed=state)
     is_known = looked_at(_NAMES, operands, seen, addresses)
@@ -192,18 +192,20 @@ def remembered(seen: list[Hashable]) -> tuple[Hashable | None, Any]:
         return None, None
 
 
-_SCALARS = frozenset((type(None), bool, int, float, str))
+SCALARS = frozenset((type(None), bool, int, float, str))
+"""Types of options that hold nothing else."""
 
 
 def _types_of(values: Collection[Any]) -> tuple[Hashable, ...]:
     """The type of each value, and behind them the types of what they hold."""
     types = tuple(map(type, values))
-    if _SCALARS.issuperset(types):
+    if SCALARS.issuperset(types):
         return types
-    return types + tuple([_types_within(value) for value in values if type(value) not in _SCALARS])
+    return types + tuple([types_within(value) for value in values if type(value) not in SCALARS])
 
 
-def _types_within(value: object) -> tuple[Hashable, ...]:
+def types_within(value: object) -> tuple[Hashable, ...]:
+    """The types of what an option holds."""
     if isinstance(value, tuple):
         return _types_of(value)
     if isinstance(value, Tile):

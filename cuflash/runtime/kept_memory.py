@@ -51,6 +51,11 @@ class Places:
             self.offsets.append((buffer.name, self.nbytes))
             self.nbytes += (buffer.nbytes // _ALIGNMENT + 1) * _ALIGNMENT
 
+    def write(self, addresses: dict[str, int], begin: int) -> None:
+        """Add those of the buffers, of a piece that begins there."""
+        for name, offset in self.offsets:
+            addresses[name] = begin + offset
+
     @property
     def may_be_kept(self) -> bool:
         return 0 < self.nbytes <= MAX_BYTES

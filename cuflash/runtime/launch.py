@@ -30,6 +30,9 @@ class Executable(Protocol):
         """Start the kernel on `stream`; on the simulator, run it to its end within `buffers`."""
 
 
+_OneParameter = ctypes.c_void_p * 1
+
+
 class _GpuExecutable:
     def __init__(self, kernel: KernelPlan, device: Device) -> None:
         import cupy
@@ -51,8 +54,8 @@ class _GpuExecutable:
         self._thread = threading.local()
 
     def launch(self, shape: LaunchShape, arguments: bytearray, stream: int, buffers: Sequence[Buffer]) -> None:
-        block = (ctypes.c_char * len(arguments)).from_buffer(arguments)
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(block))
+        block = ctypes.c_char.from_buffer(arguments)  # the first byte of the struct, which is kept alive by it
+        parameters = _OneParameter(ctypes.addressof(block))
         num_blocks, num_threads, shared_bytes = shape
         previous = self._runtime.getDevice()
         if previous != self._device or not getattr(self._thread, "ready", False):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cuflash.arrays.borrowing import Array, pointer
+from cuflash.arrays.borrowing import Array, Pinned, pointer, pointer_of_results
 from cuflash.arrays.frameworks import BFloat16Bits, Framework
 from cuflash.planning.argument_structs import MAPPED_TENSOR
 from cuflash.planning.kernel_plan import Buffer, LaunchShape
@@ -61,12 +61,19 @@ class _Launch(NamedTuple):
 
 
 class PreparedCall:
-    """One call with everything but the addresses decided."""
+    """One call with everything but the addresses decided.
+
+    Attributes:
+        writes: arguments of the caller's that kernels write into.
+    """
+
+    writes: tuple[str, ...] = ()
 
     def __init__(self, plan: Plan, inputs: Mapping[str, Array]) -> None:
         self.plan = plan
         self.problem = plan.problem
         self.device = plan.device
+        self._is_simulated = plan.device.kind == "simulator"
         like = inputs["query"]
         self.framework: Framework = like.framework
         self.like = Array(0, (), (), like.dtype, like.itemsize, like.device, like.framework, None)  # does not keep the caller's array alive
@@ -75,7 +82,11 @@ class PreparedCall:
         made = (*plan.outputs, *plan.workspace)
         self.written = frozenset(buffer.name for buffer in made)  # what nothing but its kernels fills
         self.zeroed = tuple(buffer for buffer in plan.workspace if buffer.is_zeroed)
+        self._unwritten = self.written.difference(buffer.name for buffer in self.zeroed)
         self._places = kept_memory.Places(plan.workspace)
+        self.results = [(buffer.name, self.framework.maker(buffer.shape, buffer.dtype, self.like)) for buffer in plan.outputs]
+        self._make_workspace = self.framework.maker((self._places.nbytes // FLOAT_BYTES,), "float32", self.like)
+        self._pointer = pointer_of_results(self.framework)
         self.keeps_workspace = self._places.may_be_kept and any(kernel.spec.splits_keys for kernel in plan.kernels)  # steps of generation
         self.extents |= {buffer.name: (0, buffer.nbytes) for buffer in made}
         for name, array in inputs.items():
@@ -105,11 +116,13 @@ class PreparedCall:
 
     def launch_all(self, addresses: dict[str, int], stream: int | None = None) -> None:
         """Start all kernels on `stream`, or on the caller's."""
-        stream = self.stream() if stream is None else stream
         buffers: Sequence[simulator.Buffer] = ()
-        if self.device.kind == "simulator":
+        if self._is_simulated:
+            stream = 0
             self.check_offsets(addresses)
-            buffers = simulated_memory(self.extents, addresses, self.written.difference(buffer.name for buffer in self.zeroed))
+            buffers = simulated_memory(self.extents, addresses, self._unwritten)
+        elif stream is None:
+            stream = self.stream()
         if self.zeroed:
             self.clear_counters(addresses, stream)
         for executable, shape, struct in self.launches:
@@ -117,7 +130,7 @@ class PreparedCall:
 
     def stream(self) -> int:
         """The caller's, at this moment."""
-        return self.framework.current_stream(self.device.index) if self.device.kind == "gpu" else 0
+        return 0 if self._is_simulated else self.framework.current_stream(self.device.index)
 
     def clear_counters(self, addresses: Mapping[str, int], stream: int) -> None:
         """Zeros where kernels count, before the first of them."""
@@ -185,18 +198,21 @@ class PreparedCall:
             if self.framework.keeps_memory(stream) and not kept_memory.is_captured(self.device.kind, stream):
                 self._launch_with_kept(addresses, stream)
                 return
-        held = []
-        for buffer in self.plan.workspace:
-            memory, addresses[buffer.name] = self.allocate(buffer)
-            held.append(memory)
+        if self._places.nbytes:
+            held = self._make_workspace()
+            self._places.write(addresses, self._pointer(held))
         self.launch_all(addresses)
 
     def _launch_with_kept(self, addresses: dict[str, int], stream: int) -> None:
         of, piece = kept_memory.take(self._places.nbytes, self.like, stream)
-        for name, offset in self._places.offsets:
-            addresses[name] = piece.address + offset
+        self._places.write(addresses, piece.address)
         self.launch_all(addresses, stream)
         kept_memory.give_back(of, piece)
+
+    def may_write(self, given: Mapping[str, Any], addresses: dict[str, int]) -> bool:
+        """Whether those of the arrays that are written are surely as good as the ones that were checked, which had the same signatures; if not, they have to be
+        checked again."""
+        raise NotImplementedError
 
     def run(self, addresses: dict[str, int], given: Any = None) -> Any:
         """Allocate the results, launch, and return them; `given` is an array for the output. Each pass has its own."""
@@ -213,6 +229,7 @@ class PreparedForward(PreparedCall):
         problem = self.problem
         view = given_view or self.view_of(plan.outputs[0], problem.head_dim_v)
         if given is not None:
+            self.writes = ("out",)
             self.add_extent("out", given)
         views = {**self.operands(), "out": ("out", view)}
         addresses = {name: array.pointer for name, array in inputs.items()} | {"out": given.pointer if given else 0}
@@ -255,9 +272,8 @@ class PreparedForward(PreparedCall):
             "parts": {**strides, "num_parts": count, "one_array": True, "listed": [part]},
         }  # fmt: skip
 
-    def may_write(self, out: Any, addresses: dict[str, int]) -> bool:
-        """Whether a given `out` of the same signature is surely as good as the one that was checked; if not, it has to be checked again."""
-        if not may_be_written(out):
+    def may_write(self, given: Mapping[str, Any], addresses: dict[str, int]) -> bool:
+        if not may_be_written(given["out"]):
             return False
         low, size = self.extents["out"]
         first = addresses["out"] + low
@@ -270,21 +286,23 @@ class PreparedForward(PreparedCall):
         return True
 
     def run(self, addresses: dict[str, int], given: Any = None) -> Any:
-        out = given
-        if given is None:
-            out, addresses["out"] = self.allocate(self.plan.outputs[0])
-        lse = None
-        if self.problem.return_lse:
-            lse, addresses["lse"] = self.allocate(self.plan.outputs[1])
+        out, lse = given, None
+        for name, make in self.results:
+            if name == "lse":
+                lse = make()
+                addresses[name] = self._pointer(lse)
+            elif given is None:
+                out = make()
+                addresses[name] = self._pointer(out)
         if self.launches:
             self.launch_with_workspace(addresses)
         else:
             fill(out, 0.0)
             if lse is not None:
                 fill(lse, float("-inf"))
-        if given is None:
-            out = self.framework.finish(out)
-        return (out, self.framework.finish(lse)) if self.problem.return_lse else out
+        if self.framework.hands_over:
+            out, lse = (out if given is not None else self.framework.finish(out)), (None if lse is None else self.framework.finish(lse))
+        return out if lse is None else (out, lse)
 
 
 class PreparedBackward(PreparedCall):
@@ -312,25 +330,33 @@ class PreparedBackward(PreparedCall):
         self.launches = self.fill_in(executables, values, set(inputs), operands, grad_attn_mask_strides)
 
     def run(self, addresses: dict[str, int], given: Any = None) -> Gradients:
+        gradients = self.gradients(addresses)
+        of_inputs = Gradients(*gradients[:3])
+        for (name, _), gradient in zip(self.results[3:], gradients[3:], strict=True):
+            setattr(of_inputs, name.removeprefix("grad_"), gradient)
+        return of_inputs
+
+    def gradients(self, addresses: dict[str, int]) -> list[Any]:
+        """Allocate and launch, as `run`; the gradients in the order of `results`."""
         gradients = []
-        for buffer in self.plan.outputs:
-            gradient, addresses[buffer.name] = self.allocate(buffer)
+        for name, make in self.results:
+            gradient = make()
+            addresses[name] = self._pointer(gradient)
             gradients.append(gradient)
         if self.launches:
             self.launch_with_workspace(addresses)
         else:
             for gradient in gradients:
                 fill(gradient, 0.0)
-        finished = [self.framework.finish(gradient) for gradient in gradients]
-        of_inputs = Gradients(*finished[:3])
-        for buffer, gradient in zip(self.plan.outputs[3:], finished[3:], strict=True):
-            setattr(of_inputs, buffer.name.removeprefix("grad_"), gradient)
-        return of_inputs
+        return [self.framework.finish(gradient) for gradient in gradients] if self.framework.hands_over else gradients
 
 
 def may_be_written(array: Any) -> bool:
     """Whether an array of a signature that was seen may be written, which signatures do not tell."""
-    return getattr(getattr(array, "flags", None), "writeable", True) and not getattr(array, "requires_grad", False)
+    if type(array) is Pinned:  # ours
+        return True
+    is_recorded = getattr(array, "requires_grad", None)  # of a tensor, which has no flags
+    return getattr(getattr(array, "flags", None), "writeable", True) if is_recorded is None else not is_recorded
 
 
 def _contiguous_or_broadcast(extents: tuple[int, ...]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ Nothing of cuflash imports this package or torch: whoever imports `cuflash.torch
 | `attention.py`, `merging.py` | the public calls: signatures and docstrings |
 | `inputs.py` | what torch's users pass, brought into the form that cuflash takes |
 | `functions.py` | eager calls: autograd functions straight over cuflash's calls, with no operator in between |
+| `warm_calls.py` | the door of eager calls: those whose like was seen before |
 | `batching.py` | both under `torch.func.vmap` |
 | `operators.py` | the same calls as registered operators, for tracing and for modes that look at operators |
 | `nested.py` | jagged nested tensors as packed sequences |

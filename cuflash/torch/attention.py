@@ -14,13 +14,14 @@ from cuflash.problem.operands import Operands
 from cuflash.problem.options import Options
 from cuflash.problem.other_names import explains_keywords
 from cuflash.runtime import calls
-from cuflash.torch import functions, inputs, nested, operators
+from cuflash.torch import functions, inputs, nested, operators, warm_calls
 from cuflash.torch.functions import Call
 from cuflash.torch.inputs import number
 
 assert core  # imported first: a wrong keyword is answered with what cuflash's own calls have too
 
 
+@warm_calls.remembers(packed=False)
 @explains_keywords
 def scaled_dot_product_attention(
     query: Any,
@@ -117,6 +118,7 @@ def scaled_dot_product_attention(
     return tuple(map(restore, result)) if return_lse else restore(result)
 
 
+@warm_calls.remembers(packed=True)
 @explains_keywords
 def varlen_attention(
     query: Any,

@@ -133,11 +133,7 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, grad_out: Any, grad_lse: Any) -> Tensors:
         *tensors, out, lse = ctx.saved_tensors
-        needs_mask = ctx.needs_input_grad[3]
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            grads = AttentionBackward.apply(grad_out, grad_lse, *tensors, out, lse, ctx.call, needs_mask)
-        else:
-            grads = _gradients(ctx.call, tuple(tensors), out, lse, grad_out, grad_lse, needs_mask)
+        grads = gradients(ctx.call, tuple(tensors), out, lse, grad_out, grad_lse, ctx.needs_input_grad[3])
         return (*grads, *(None,) * (_COUNT - 4))
 
     @staticmethod
@@ -259,6 +255,14 @@ def _apply_jvp(call: Call, given: Tensors) -> Tensors:
 def _apply_backward(call: Call, needs_mask: bool, given: Tensors) -> Tensors:
     grads: Tensors = AttentionBackward.apply(*given, call, needs_mask)
     return grads
+
+
+def gradients(call: Call, tensors: Tensors, out: Any, lse: Any, grad_out: Any, grad_lse: Any, needs_mask: bool) -> Tensors:
+    """Those of query, key, value, attn_mask and sinks, recorded where somebody wants derivatives of them."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        grads: Tensors = AttentionBackward.apply(grad_out, grad_lse, *tensors, out, lse, call, needs_mask)
+        return grads
+    return _gradients(call, tensors, out, lse, grad_out, grad_lse, needs_mask)
 
 
 def _gradients(call: Call, tensors: Tensors, out: Any, lse: Any, grad_out: Any, grad_lse: Any, needs_mask: bool) -> Tensors:

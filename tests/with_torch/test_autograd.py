@@ -11,7 +11,8 @@ from written_out import SHAPE, assert_close, assert_same_gradients, attention, l
 
 import cuflash
 from cuflash.errors import KeywordError, UnsupportedError
-from cuflash.runtime import calls, launch, prepared
+from cuflash.runtime import launch, prepared
+from cuflash.runtime.prepared import PreparedForward
 from cuflash.torch import merge_attention, scaled_dot_product_attention, varlen_attention
 
 BATCH, HEADS, SEQLEN, DIM = SHAPE
@@ -113,8 +114,8 @@ def test_only_some_inputs_require_grad(device: Any) -> None:
 
 def test_without_gradients_nothing_is_recorded_and_no_lse_computed(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    forward = calls.forward
-    monkeypatch.setattr(calls, "forward", lambda operands, options: seen.append(options.return_lse) or forward(operands, options))
+    run = PreparedForward.run
+    monkeypatch.setattr(PreparedForward, "run", lambda call, *given: seen.append(call.problem.return_lse) or run(call, *given))
     inputs = leaves(device, SHAPE, SHAPE, SHAPE)
     with torch.no_grad():
         assert not scaled_dot_product_attention(*inputs).requires_grad

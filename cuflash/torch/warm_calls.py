@@ -1,0 +1,190 @@
+"""The door of cuflash's calls in torch's terms, as `runtime/warm_calls.py` is that of cuflash's own.
+
+A call whose like was seen before runs as it was prepared then, and is recorded by an autograd function of the tensors that it has, whose backward pass finds what
+was prepared for it in the same way. Whatever traces, watches, transforms or casts sends a call on to the function behind the door.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch.autograd import forward_ad
+
+from cuflash.problem.options import Options
+from cuflash.runtime import calls, warm_calls
+from cuflash.runtime.prepared import PreparedBackward, PreparedForward
+from cuflash.torch.functions import Call, Tensors, gradients
+from cuflash.torch.inputs import TENSORS
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_INPUTS = ("query", "key", "value")
+_NO_OPTIONS = frozenset((*TENSORS, "return_lse"))
+
+_is_transformed, _num_modes, _is_traced = (
+    torch._C._are_functorch_transforms_active,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._is_tracing,
+)
+_is_cast = torch._C._is_any_autocast_enabled
+
+
+class Known:
+    """What the door has for a call.
+
+    Attributes:
+        forward: the prepared call, with lse where autograd records it.
+        is_recorded: whether it does.
+        return_lse: whether the caller wants it.
+        tensors: those of the call, of the arguments by name.
+        forms: class, type and strides of each tensor that is saved, once one of these calls was recorded.
+    """
+
+    def __init__(
+        self, packed: bool, arguments: Mapping[str, Any], names: tuple[str, ...], is_recorded: bool, forward: PreparedForward
+    ) -> None:
+        self.forward, self.is_recorded, self.return_lse = forward, is_recorded, arguments["return_lse"]
+        self.tensors = operator.itemgetter(*names)
+        self._names = names
+        self._saved = (*names, "out", "lse")
+        self._packed = packed
+        self._options = {name: arguments[name] for name in Options._fields if name in arguments and name not in _NO_OPTIONS}
+        mask = arguments["attn_mask"]
+        self._needs_mask = is_recorded and mask is not None and mask.requires_grad
+        self.forms: list[tuple[type, torch.dtype, tuple[int, ...]]] = []
+
+    def gradients(self, saved: Tensors, addresses: dict[str, int], grad_out: Any, grad_lse: Any) -> Sequence[Any]:
+        """Those of the tensors of the call.
+
+        Args:
+            saved: what the forward pass has saved. Hooks may have made other tensors of it.
+            addresses: where that lay.
+        """
+        if torch.is_grad_enabled() or _is_transformed() or torch.compiler.is_compiling():
+            return self._new_gradients(saved, grad_out, grad_lse)
+        own = addresses.copy()
+        seen: list[Hashable] = [self, (addresses["out"] | addresses["lse"]) & 15]
+        if not warm_calls.look({"grad_out": grad_out} if grad_lse is None else {"grad_out": grad_out, "grad_lse": grad_lse}, seen, own):
+            return self._new_gradients(saved, grad_out, grad_lse)
+        key, prepared = calls.remembered(seen)
+        if not self._is_as_saved(saved, addresses):
+            return self._new_gradients(saved, grad_out, grad_lse)
+        if prepared is None:
+            return self._learned_gradients(key, saved, grad_out, grad_lse)
+        found: Sequence[Any] = prepared.gradients(own)
+        return found if self._names == _INPUTS else self._by_name(prepared, found)
+
+    def _is_as_saved(self, saved: Tensors, addresses: dict[str, int]) -> bool:
+        """Whether tensors lie where they were saved, in the form that those of such calls have."""
+        for name, x, form in zip(self._saved, saved, self.forms):  # noqa: B905 (they are of one length)
+            if form != (type(x), x.dtype, x.stride()) or addresses[name] != x.data_ptr():
+                return False
+        return True
+
+    def _learned_gradients(self, key: Hashable, saved: Tensors, grad_out: Any, grad_lse: Any) -> Sequence[Any]:
+        """Those of a call whose like has not run."""
+        grads = self._new_gradients(saved, grad_out, grad_lse)
+        given = {**dict(zip(self._saved, saved, strict=True)), "grad_out": grad_out, "grad_lse": grad_lse}
+        call = warm_calls.recall(
+            "backward", {**self._options, **given, "tile": None, "need_attn_mask_grad": self._needs_mask}, self._packed
+        )
+        if call is not None:
+            calls.keep(key, call)
+        return grads
+
+    def _by_name(self, prepared: PreparedBackward, gradients: Sequence[Any]) -> list[Any]:
+        named = {name: gradient for (name, _), gradient in zip(prepared.results, gradients, strict=True)}
+        return [named.get(f"grad_{name}") for name in self._names]
+
+    def _new_gradients(self, saved: Tensors, grad_out: Any, grad_lse: Any) -> Tensors:
+        *tensors, out, lse = saved
+        by_name = dict(zip(self._names, tensors, strict=True))
+        options = self._options if self._packed else {**self._options, "batch_first": True, "num_heads": None}
+        found = gradients(Call(self._packed, options), tuple(map(by_name.get, TENSORS)), out, lse, grad_out, grad_lse, self._needs_mask)
+        named = dict(zip(TENSORS[: len(found)], found, strict=True))
+        return tuple(map(named.get, self._names))
+
+
+class _Warm(torch.autograd.Function):  # type: ignore[misc]
+    """A known call that is recorded."""
+
+    @staticmethod
+    def forward(ctx: Any, known: Known, addresses: dict[str, int], *tensors: Any) -> Any:
+        out, lse = known.forward.run(addresses)
+        ctx.save_for_backward(*tensors, out, lse)
+        if not known.forms:
+            known.forms = [(type(x), x.dtype, x.stride()) for x in (*tensors, out, lse)]
+        ctx.known, ctx.addresses = known, addresses
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Any, grad_lse: Any) -> Tensors:
+        return (None, None, *ctx.known.gradients(ctx.saved_tensors, ctx.addresses, grad_out, grad_lse))
+
+
+_apply = super(torch.autograd.Function, _Warm).apply  # as in functions.py
+
+
+def remembers(packed: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """The same public function, whose warm calls are run at the door.
+
+    Args:
+        packed: as `Call` has it.
+    """
+
+    def remembering(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        names = warm_calls.positional_names(signature)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> Any:
+            if (
+                torch.compiler.is_compiling()
+                or _is_transformed()
+                or _num_modes()
+                or _is_cast()
+                or _is_traced()
+                or forward_ad._current_level >= 0
+            ):
+                return function(*args, **kwargs)
+            given = dict(zip(names, args))  # noqa: B905 (of too many the function says so)
+            given.update(kwargs)
+            if len(given) != len(args) + len(kwargs):
+                return function(*args, **kwargs)
+            addresses: dict[str, int] = {}
+            key, known = warm_calls.find(function, given, addresses)
+            if known is None:
+                result = function(*args, **kwargs)
+                if key is not None:
+                    _learn(key, packed, signature, given)
+                return result
+            if not known.is_recorded:
+                return known.forward.run(addresses)
+            out, lse = _apply(known, addresses, *known.tensors(given))
+            return (out, lse) if known.return_lse else out
+
+        return call
+
+    return remembering
+
+
+def _learn(key: Hashable, packed: bool, signature: inspect.Signature, given: Mapping[str, Any]) -> None:
+    """Know a call from now on, if cuflash ran it on the very tensors that it was given."""
+    bound = signature.bind(**given)
+    bound.apply_defaults()
+    arguments = bound.arguments
+    names = tuple(name for name, x in given.items() if isinstance(x, torch.Tensor))
+    if not set(names).issubset(TENSORS):  # numbers in tensors, and what was made into something else
+        return
+    is_recorded = torch.is_grad_enabled() and any(given[name].requires_grad for name in names)
+    with torch.no_grad():  # as under autograd's functions
+        call = warm_calls.recall("forward", {**arguments, "return_lse": is_recorded or arguments["return_lse"]}, packed)
+    if call is not None:
+        calls.keep(key, Known(packed, arguments, names, is_recorded, call))

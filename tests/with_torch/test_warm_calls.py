@@ -1,0 +1,155 @@
+"""The door of `cuflash.torch`: warm calls, recorded or not, are a few functions, and everything that changes a call goes past it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from written_out import SHAPE, assert_close, leaves
+
+from cuflash.errors import CuflashError, UnsupportedError
+from cuflash.runtime import calls, launch, prepared
+from cuflash.torch import scaled_dot_product_attention
+from cuflash.torch.warm_calls import Known
+
+
+class NoLauncher:
+    """A kernel that does nothing."""
+
+    def launch(self, *arguments: Any) -> None:
+        pass
+
+
+def num_calls(call: Callable[[], object]) -> int:
+    """Functions in Python that run in a warm call, those of torch included."""
+    for _ in range(3):
+        call()
+    count = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+class Nothing(torch.autograd.Function):  # type: ignore[misc]
+    """A function of three tensors that does nothing: what torch itself takes."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
+        ctx.save_for_backward(query, key, value)
+        return torch.empty(SHAPE)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Any) -> Any:
+        return ctx.saved_tensors
+
+
+def test_a_warm_call_is_a_few_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond an autograd function that does nothing; the long way is three times as many."""
+    monkeypatch.setattr(launch, "executable", lambda kernel, on: NoLauncher())
+    monkeypatch.setattr(prepared, "simulated_memory", lambda *arguments: ())
+    monkeypatch.setattr(calls, "_calls", {})
+    inputs, grad_out = [torch.zeros(SHAPE, requires_grad=True) for _ in range(3)], torch.zeros(SHAPE)
+    plain = [x.detach() for x in inputs]
+    of_torch = num_calls(lambda: torch.autograd.grad(Nothing.apply(*inputs), inputs, grad_out))
+    assert num_calls(lambda: scaled_dot_product_attention(*plain, is_causal=True)) <= 20
+    assert num_calls(lambda: scaled_dot_product_attention(*inputs, is_causal=True)) <= 23
+    assert num_calls(lambda: torch.autograd.grad(scaled_dot_product_attention(*inputs, is_causal=True), inputs, grad_out)) <= of_torch + 40
+    assert any(isinstance(known, Known) for known in calls._calls.values())
+
+
+def warm(inputs: Any, **options: Any) -> list[Any]:
+    """out and gradients of a call whose like has run twice."""
+    grad_out = torch.linspace(-1.0, 1.0, inputs[0].numel(), device=inputs[0].device).reshape(inputs[0].shape).to(inputs[0].dtype)
+    for _ in range(3):
+        out = scaled_dot_product_attention(*inputs, **options)
+        grads = torch.autograd.grad(out, inputs, grad_out.to(out.dtype))
+    return [out, *grads]
+
+
+def test_what_hooks_make_of_saved_tensors_is_looked_at_anew(device: Any) -> None:
+    """A view of other strides is saved, and what comes back is contiguous, as from the CPU's memory."""
+    inputs = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in leaves(device, SHAPE, SHAPE, SHAPE)]
+    wanted = warm(inputs)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(memory_format=torch.contiguous_format), lambda x: x):
+        got = warm(inputs)
+    again = warm(inputs)
+    for want, *others in zip(wanted, got, again, strict=True):
+        for other in others:
+            assert torch.equal(other, want)
+
+
+def test_saved_tensors_of_other_strides_at_the_same_address(device: Any) -> None:
+    """What memory that was freed and allocated again may look like: the values are the same, in another order."""
+    inputs = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in leaves(device, SHAPE, SHAPE, SHAPE)]
+    wanted = warm(inputs)
+
+    def rewritten(x: Any) -> Any:
+        values = x.detach().clone(memory_format=torch.contiguous_format)
+        return torch.as_strided(x.detach(), x.shape, values.stride()).copy_(values)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, rewritten):
+        out = scaled_dot_product_attention(*inputs)
+    grad_out = torch.linspace(-1.0, 1.0, out.numel(), device=device).reshape(out.shape)
+    for got, want in zip(torch.autograd.grad(out, inputs, grad_out), wanted[1:], strict=True):
+        assert torch.equal(got, want)
+
+
+def test_gradients_twice_and_gradients_of_some(device: Any) -> None:
+    inputs = leaves(device, SHAPE, SHAPE, SHAPE)
+    wanted = warm(inputs)
+    out = scaled_dot_product_attention(*inputs)
+    grad_out = torch.linspace(-1.0, 1.0, out.numel(), device=device).reshape(out.shape)
+    for _ in range(2):
+        for got, want in zip(torch.autograd.grad(out, inputs, grad_out, retain_graph=True), wanted[1:], strict=True):
+            assert torch.equal(got, want)
+    (got,) = torch.autograd.grad(out, inputs[1:2], grad_out)
+    assert torch.equal(got, wanted[2])
+    query, key, value = inputs[0], inputs[1].detach(), inputs[2]
+    for _ in range(3):
+        got, _ = torch.autograd.grad(scaled_dot_product_attention(query, value=value, key=key), (query, value), grad_out)
+        assert torch.equal(got, wanted[1])
+
+
+def test_what_transforms_casts_or_differentiates_twice_goes_past_the_door(device: Any) -> None:
+    inputs = leaves(device, SHAPE, SHAPE, SHAPE)
+    out, *_ = warm(inputs)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert scaled_dot_product_attention(*inputs).dtype == torch.bfloat16
+    assert scaled_dot_product_attention(*inputs).dtype == inputs[0].dtype
+    plain = [x.detach() for x in inputs]
+    for _ in range(3):
+        assert not scaled_dot_product_attention(*plain).requires_grad
+    assert_close(torch.func.vmap(scaled_dot_product_attention)(*(x[None] for x in plain))[0], out)
+    first, *_ = torch.autograd.grad(scaled_dot_product_attention(*inputs).sum(), inputs, create_graph=True)
+    with pytest.raises(UnsupportedError, match="second derivative"):
+        first.sum().backward()
+
+
+def test_a_version_that_changed_is_refused(device: Any) -> None:
+    inputs = leaves(device, SHAPE, SHAPE, SHAPE)
+    warm(inputs)
+    out = scaled_dot_product_attention(*inputs)
+    with torch.no_grad():
+        inputs[0].add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_zeros_without_memory_are_refused_warm(device: Any) -> None:
+    plain = [x.detach() for x in leaves(device, SHAPE, SHAPE, SHAPE)]
+    for _ in range(3):
+        scaled_dot_product_attention(*plain)
+    with pytest.raises(CuflashError, match="memory"):
+        scaled_dot_product_attention(torch._efficientzerotensor(SHAPE, device=device), *plain[1:])
