@@ -112,7 +112,7 @@ def keys(options: argparse.Namespace) -> Iterator[Key]:
 
 
 def write(table: dict[Key, Steady]) -> None:
-    """The file, in order; `:g` leaves out ends of numbers that are whole."""
+    """The file, in order."""
     with predicted_loops.PATH.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow((*Key._fields, *Steady._fields))

@@ -102,7 +102,7 @@ def may_choose(problem: Problem, device: Device) -> bool:
 def _others_cost(problem: Problem, device: Device, others: Sequence[KernelSpec]) -> str:
     section = fused_backward.heads_together(problem, device)
     found = predicted_wgmma.others_milliseconds([case_of(kernel, problem) for kernel in others], problem, device, section)
-    return "" if found is None else f"; the others are predicted to take {found:.3g} ms"
+    return "" if not found else f"; the others are predicted to take {found:.3g} ms"
 
 
 def _is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:

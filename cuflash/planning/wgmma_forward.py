@@ -72,7 +72,7 @@ def may_choose(problem: Problem, device: Device) -> bool:
 
 def _others_cost(problem: Problem, device: Device) -> str:
     found = predicted_wgmma.others_milliseconds([case_of(FORWARD, problem)], problem, device)
-    return "" if found is None else f"; predicted to take {found:.3g} ms"
+    return "" if not found else f"; predicted to take {found:.3g} ms"
 
 
 def is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
