@@ -6,6 +6,8 @@ import itertools
 from typing import Any
 
 import pytest
+from conftest import Target
+from test_wgmma_forward import with_sms
 
 import cuflash
 from cuflash import Tile
@@ -26,6 +28,7 @@ from cuflash.planning import (
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_specs import BACKWARD_WGMMA, FORWARD_WGMMA, TILED_KERNELS
 from cuflash.planning.plan import Plan
+from cuflash.simulator import check
 from cuflash.timing import machine, prediction
 from cuflash.tuned.store import Found
 
@@ -35,6 +38,7 @@ import predicted_loops as benchmark
 
 ON = device.of_arch("sm_90", "gpu")
 WGMMA = "forward_wgmma", "backward_wgmma"
+LINES = sorted(key for key in predicted_loops.read() if "wgmma" in key.kernel)[::13]
 VARIABLES = wgmma_forward.VARIABLE, wgmma_backward.VARIABLE
 
 
@@ -176,6 +180,17 @@ def test_warmup_compiles_all_ways() -> None:
     assert ways == [{"forward"}, {"backward_fused"}, {"backward_dq"}]
 
 
+def test_a_call_runs_what_its_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card of two SMs, which little fills."""
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
+    with_sms(monkeypatch, 2)
+    host = Target("sm_90")
+    query, key, value = (host.random((1, 512, 2, 64), "bfloat16", seed) for seed in range(3))
+    assert cuflash.plan(query, key, value).kernels[0].name == FORWARD_WGMMA.name
+    report = check(lambda: cuflash.scaled_dot_product_attention(query, key, value), seeds=())
+    assert report.kernels == (FORWARD_WGMMA.name,)
+
+
 def test_other_architectures_are_not_asked() -> None:
     for arch, backward in itertools.product(("sm_80", "sm_100"), (False, True)):
         on = device.of_arch(arch, "gpu")
@@ -186,7 +201,7 @@ def test_other_architectures_are_not_asked() -> None:
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("key", sorted(predicted_loops.read()), ids=lambda key: "-".join(map(str, key)))
+@pytest.mark.parametrize("key", LINES, ids=lambda key: "-".join(map(str, key)))
 def test_the_model_finds_what_the_table_has(key: predicted_loops.Key) -> None:
     """Nearly: machine code of another version of the compiler may differ."""
     found, line = benchmark.loop_of(key), predicted_loops.table()[key]

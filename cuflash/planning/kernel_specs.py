@@ -209,7 +209,7 @@ FORWARD_WGMMA = KernelSpec(
     rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
     block_warps=(8, 12), copying_warps=4, stays=True, max_warp_rows=16, workspace=("next_work",), costs=_FORWARD_COSTS,
 )  # fmt: skip
-"""Hopper's own instructions; it is asked for (wgmma_forward.py)."""
+"""Hopper's own instructions (wgmma_forward.py)."""
 
 PARTS = ("partial_out", "partial_lse")
 """What each range of the keys gives, where they are shared out among blocks."""
@@ -259,7 +259,7 @@ BACKWARD_WGMMA = KernelSpec(
     rows_of="key", stationary=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV", "dQ"),
     added_up=("dQ",), warps_per_product=4, block_warps=(8,), copying_warps=4, max_warp_rows=16, constants=(("TRANSPOSED_SUMS", True),), costs=_JOINT_COSTS,
 )  # fmt: skip
-"""The fused kernel with Hopper's own instructions; it is asked for (wgmma_backward.py)."""
+"""The fused kernel with Hopper's own instructions (wgmma_backward.py)."""
 BACKWARD_DQ_CONVERT = KernelSpec("backward_dq_convert", "backward_dq_convert.cu", BACKWARD_ARGUMENTS, backward=True, workspace=_SUMS)
 BACKWARD_DKDV = KernelSpec(
     "backward_dkdv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
