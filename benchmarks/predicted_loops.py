@@ -93,6 +93,8 @@ def kernel_of(key: Key) -> KernelPlan | None:
     with untuned():
         if not tile_choice.legal_tiles_for(case_of(spec, problem), ON):
             return None
+        if spec.implementation == "wgmma" and (wgmma_backward if spec.backward else wgmma_forward).why_not(problem, ON) is not None:
+            return None
         if spec.added_up and spec.implementation == "mma" and tile_choice.known_tile(case_of(spec, problem), ON) is None:
             return None
         if spec.name in ("backward_dkdv", "backward_dv", "backward_dk") and spec not in planner.kernels_of_their_own(problem, ON):
