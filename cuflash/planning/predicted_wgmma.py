@@ -79,7 +79,7 @@ def compare(wgmma: KernelCase, others: Sequence[KernelCase], problem: Problem, d
     for all_masked in (False, True) if by_data else (False,):  # how many tiles data cut is not known: what is worse for wgmma counts
         first, *rest = (milliseconds(case, loop, problem, device, section, all_masked) for case, loop in zip(cases, loops, strict=True))
         others_ms = sum(rest) * measured_mma(wgmma)
-        compared.append(Compared(first / measured(wgmma, problem) / max(others_ms, 1e-9), others_ms))
+        compared.append(Compared(first / measured(wgmma, problem) / others_ms if others_ms else 1.0, others_ms))
     return max(compared)
 
 
