@@ -37,7 +37,7 @@ from cuflash.planning import (
 )
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.kernel_specs import BACKWARD_FUSED, BACKWARD_WGMMA, FORWARD_WGMMA, TILED_KERNELS
+from cuflash.planning.kernel_specs import BACKWARD_FUSED, FORWARD_WGMMA, TILED_KERNELS
 from cuflash.planning.predicted_loops import ARCH, Key
 from cuflash.planning.predicted_time import Steady
 from cuflash.problem.problem import Problem
@@ -151,8 +151,10 @@ def ratio(sample: Sample, *, backward: bool) -> str:
         section = fused_backward.heads_together(problem, ON)
     else:
         others, section = (kernel_specs.FORWARD,), 0
-    of = BACKWARD_WGMMA if backward else FORWARD_WGMMA
-    found = predicted_wgmma.compare(case_of(of, problem), [case_of(other, problem) for other in others], problem, ON, section)
+    of = wgmma_backward.kernels(problem) if backward else (FORWARD_WGMMA,)
+    found = predicted_wgmma.compare(
+        [case_of(kernel, problem) for kernel in of], [case_of(other, problem) for other in others], problem, ON, section
+    )
     if found is None:
         return "–"
     return f"{found.ratio:.2f}" if found.gains else f"**{found.ratio:.2f}**"

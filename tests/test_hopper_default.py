@@ -90,7 +90,7 @@ def test_a_fixed_order_of_one_wave_costs() -> None:
         problem = plan_of(sample, backward=True).problem
         others = [case_of(kernel, problem) for kernel in planner.kernels_of_their_own(problem, ON)]
         section = wgmma_backward.fused_backward.heads_together(problem, ON)
-        found = predicted_wgmma.compare(case_of(BACKWARD_WGMMA, problem), others, problem, ON, section)
+        found = predicted_wgmma.compare([case_of(BACKWARD_WGMMA, problem)], others, problem, ON, section)
         assert found is not None
         return found.ratio
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from cuflash.hardware.device import Device
 from cuflash.jit.compiler import CompileRequest
-from cuflash.planning import kernel_specs, split_forward, tile_choice, tuned_tiles, wgmma_forward
+from cuflash.planning import kernel_specs, split_forward, tile_choice, tuned_tiles, wgmma_backward, wgmma_forward
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, BACKWARD_WGMMA, FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, KernelSpec
+from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, KernelSpec
 from cuflash.planning.planner import backward_choices, backward_kernels, check_names, forward_kernels, make_plan
 from cuflash.problem.features import BESIDE, NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.problem.problem import DTYPES, Problem
@@ -72,7 +72,7 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
         present = backward_kernels(problem, device, pinned)
         fused, wgmma = backward_choices(problem, device, pinned)
         if wgmma.depends_on_lengths:
-            specs += [BACKWARD_WGMMA, BACKWARD_FUSED if fused.is_taken else BACKWARD_DQ]
+            specs += [wgmma_backward.kernels(problem)[0], BACKWARD_FUSED if fused.is_taken else BACKWARD_DQ]
         if fused.depends_on_lengths and (wgmma.depends_on_lengths or not wgmma.is_taken):
             specs += [BACKWARD_FUSED, BACKWARD_DQ]
     else:

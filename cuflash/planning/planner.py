@@ -127,7 +127,7 @@ def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tu
 def _explained_backward(problem: Problem, device: Device, tile: Tiles) -> tuple[tuple[KernelSpec, ...], str]:
     """The same, and why these and not others; nothing where there is no choice."""
     fused, wgmma = backward_choices(problem, device, tile)
-    gradients: tuple[KernelSpec, ...] = (kernel_specs.BACKWARD_WGMMA,)
+    gradients = wgmma_backward.kernels(problem)
     if not wgmma.is_taken:
         gradients = (kernel_specs.BACKWARD_FUSED,) if fused.is_taken else kernels_of_their_own(problem, device)
     words = [wgmma.why] if wgmma.is_taken else [wgmma.why, fused.why]
@@ -154,10 +154,10 @@ def other_ways(problem: Problem, device: Device, *, backward: bool) -> tuple[dic
     """Tiles that pin other kernels for a call than it takes by itself, where there are choices that tables of tuned tiles may make; of each other way one."""
     if backward:
         present = backward_kernels(problem, device)
-        others = [kernel_specs.BACKWARD_WGMMA] if wgmma_backward.may_choose(problem, device) else []
+        others = [wgmma_backward.kernels(problem)[0]] if wgmma_backward.may_choose(problem, device) else []
         others += [kernel_specs.BACKWARD_FUSED] if fused_backward.may_choose(problem, device) else []
         others += [kernel_specs.BACKWARD_DQ] if others else []
-        if kernel_specs.BACKWARD_WGMMA in present and switches.setting(wgmma_backward.VARIABLE):
+        if wgmma_backward.kernels(problem)[0] in present and switches.setting(wgmma_backward.VARIABLE):
             others = []
     else:
         present = forward_kernels(problem, device)

@@ -60,26 +60,29 @@ class Compared(NamedTuple):
         return self.ratio * LEAST_GAIN <= 1.0
 
 
-def compare(wgmma: KernelCase, others: Sequence[KernelCase], problem: Problem, device: Device, section: int = 0) -> Compared | None:
+def compare(
+    wgmma: Sequence[KernelCase], others: Sequence[KernelCase], problem: Problem, device: Device, section: int = 0
+) -> Compared | None:
     """Of kernels that take each other's place, each with its default tile; None where the model was not asked about one of them.
 
     Args:
-        wgmma: the kernel of wgmma.
+        wgmma: the kernels of wgmma.
         others: those of mma.sync.
         problem: the call.
         device: where.
         section: as in `predicted_time.Grid`, of kernels that add up dQ.
     """
-    cases = [wgmma, *others]
+    cases = [*wgmma, *others]
     loops = predicted_loops.loops_of([case.kernel.name for case in cases], problem)
     if device.arch != predicted_loops.ARCH or loops is None:
         return None
     by_data = bool(predicted_loops.features_of(problem) & predicted_loops.BY_DATA)
     compared = []
     for all_masked in (False, True) if by_data else (False,):  # how many tiles data cut is not known: what is worse for wgmma counts
-        first, *rest = (milliseconds(case, loop, problem, device, section, all_masked) for case, loop in zip(cases, loops, strict=True))
-        others_ms = sum(rest) * measured_mma(wgmma)
-        compared.append(Compared(first / measured(wgmma, problem) / others_ms if others_ms else 1.0, others_ms))
+        times = [milliseconds(case, loop, problem, device, section, all_masked) for case, loop in zip(cases, loops, strict=True)]
+        wgmma_ms = sum(times[: len(wgmma)]) / measured(wgmma[0], problem)
+        others_ms = sum(times[len(wgmma) :]) * measured_mma(others[0])
+        compared.append(Compared(wgmma_ms / others_ms if others_ms else 1.0, others_ms))
     return max(compared)
 
 

@@ -44,6 +44,11 @@ SIMULATED = "it has run on the simulator only"
 _OTHERS = (BACKWARD_FUSED, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ)
 
 
+def kernels(problem: Problem) -> tuple[KernelSpec, ...]:
+    """That make the gradients of a call."""
+    return (BACKWARD_WGMMA,)
+
+
 def choose(problem: Problem, device: Device, tile: Tiles, others: Sequence[KernelSpec]) -> Choice:
     """Decide.
 
@@ -76,18 +81,19 @@ def choose(problem: Problem, device: Device, tile: Tiles, others: Sequence[Kerne
 
 def _faster(problem: Problem, device: Device, others: Sequence[KernelSpec]) -> Choice:
     """By tables of tuned tiles, or by the timing model."""
-    case, of_others = case_of(BACKWARD_WGMMA, problem), [case_of(kernel, problem) for kernel in others]
+    cases, of_others = [case_of(kernel, problem) for kernel in kernels(problem)], [case_of(kernel, problem) for kernel in others]
     name, other = BACKWARD_WGMMA.source, " and ".join(kernel.source for kernel in others)
-    timed = tuned_tiles.faster_way(([case], of_others), problem, device)
+    timed = tuned_tiles.faster_way((cases, of_others), problem, device)
     if timed is not None:
         number, part, how = timed
         return Choice(number == 0, f"{(name, other)[number]}, {how} to take {part:.2f} of the time of {(other, name)[number]}", True)
-    pin = f'pin it by tile={{"{BACKWARD_WGMMA.name}": ...}}'
-    found = predicted_wgmma.compare(case, of_others, problem, device, fused_backward.heads_together(problem, device))
+    pin = f'pin it by tile={{"{cases[0].kernel.name}": ...}}'
+    found = predicted_wgmma.compare(cases, of_others, problem, device, fused_backward.heads_together(problem, device))
     if found is None:
         return Choice(False, f"not {name}: it can run, but nothing is predicted of it here: {pin}")
-    if (much := fused_backward.too_much_memory(case, problem, tile_choice.default_tile(case, device))) is not None:
-        return Choice(False, f"not {name}: {much}: {pin}", True)
+    for case in (case for case in cases if case.kernel.added_up):
+        if (much := fused_backward.too_much_memory(case, problem, tile_choice.default_tile(case, device))) is not None:
+            return Choice(False, f"not {name}: {much}: {pin}", True)
     if found.gains:
         return Choice(True, f"{name}, predicted to take {found.ratio:.2f} of the time of {other}; {SIMULATED}", True)
     return Choice(False, f"not {name}, which is predicted to take {found.ratio:.2f} of the time of {other}: {pin}", True)

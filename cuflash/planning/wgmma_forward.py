@@ -56,7 +56,7 @@ def _faster(problem: Problem, device: Device) -> Choice:
         number, part, how = timed
         return Choice(number == 0, f"{(name, other)[number]}, {how} to take {part:.2f} of the time of {(other, name)[number]}", True)
     pin = f'pin it by tile={{"{FORWARD_WGMMA.name}": ...}}'
-    found = predicted_wgmma.compare(cases[0], cases[1:], problem, device)
+    found = predicted_wgmma.compare(cases[:1], cases[1:], problem, device)
     if found is None:
         return Choice(False, f"{other}; {name} can run too, but nothing is predicted of it here: {pin}")
     if found.gains:
