@@ -20,6 +20,7 @@ from cuflash.cli.profiling import profile_call
 from cuflash.cli.samples import Sample
 from cuflash.planning import fused_backward
 from cuflash.simulator import KernelProfile
+from kernels_of_mma import rule_out_wgmma
 
 SEQLEN = 256
 COLUMNS = ("forward", "backward_delta", "backward_dkdv", "backward_dq")
@@ -57,6 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["CUFLASH_SIMULATOR_ARCH"] = options.arch
     os.environ[fused_backward.VARIABLE] = "0"  # the columns are of kernels of their own
+    rule_out_wgmma()
     print(f"| {options.arch} | head_dim |", " | ".join(COLUMNS), "|")
     print("|---" * (len(COLUMNS) + 2) + "|")
     for dtype in options.dtype:

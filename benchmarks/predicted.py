@@ -30,6 +30,7 @@ from cuflash.problem.tile import Tile, Tiles
 from cuflash.timing import description, prediction, sass
 from cuflash.timing.machine import CARDS
 from cuflash.timing.prediction import KernelPrediction
+from kernels_of_mma import rule_out_wgmma
 
 RESULTS = Path(__file__).resolve().parent / "results" / "nvidia-h100-80gb-hbm3"
 ARCH = "sm_90"
@@ -147,6 +148,7 @@ def timed_calls(path: Path, kernels: Kernels) -> Iterable[Timed]:
         if plain and row["pass"] in ("forward", "backward") and row["heads_kv"] == row["heads"] and row["head_dim_v"] == row["head_dim"]:
             last[tuple(row[name] for name in ("pass", "batch", "heads", "seqlen", "head_dim", "causal"))] = row
     os.environ[fused_backward.VARIABLE] = "0"  # those calls were timed before there was a kernel for all gradients
+    rule_out_wgmma()
     for row in sorted(last.values(), key=lambda row: (row["pass"] == "backward", int(row["head_dim"]), row["causal"], int(row["seqlen"]))):
         plan = plan_of(row, row["pass"] == "backward", None)
         found = predicted_milliseconds(plan, kernels, next(kernel.name for kernel in plan.kernels if kernel.name != "backward_delta"))

@@ -32,6 +32,7 @@ from cuflash.timing import prediction, sass
 from cuflash.timing.description import Description
 from cuflash.timing.machine import CARDS, SUB_PARTITIONS, multiprocessor
 from cuflash.timing.prediction import KernelPrediction
+from kernels_of_mma import rule_out_wgmma
 from marked_pages import print_prediction
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_120")
@@ -206,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--keep", type=Path, metavar="CHECKOUT", help="predict the kernels of another checkout and keep them as what was before"
     )
     options = parser.parse_args(arguments)
+    rule_out_wgmma()
     if options.keep:
         keep(options.keep.resolve())
         return 0

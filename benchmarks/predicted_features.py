@@ -23,6 +23,7 @@ from cuflash.planning import kernel_specs, planner
 from cuflash.timing import prediction
 from cuflash.timing.machine import CARDS
 from cuflash.timing.prediction import KernelPrediction
+from kernels_of_mma import rule_out_wgmma
 from marked_pages import print_prediction
 
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -136,6 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernels", action="store_true", help="also print each kernel")
     parser.add_argument("--publish", action="store_true", help="write the whole table to docs/performance.md")
     options = parser.parse_args(arguments)
+    rule_out_wgmma()
     if options.publish and (options.arch or options.head_dim or options.feature):
         parser.error("--publish writes the whole table: leave out --arch, --head-dim and --feature")
     rows = [row for row in ROWS if row.name.split(",")[0] in (options.feature or names)]

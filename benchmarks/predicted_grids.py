@@ -23,6 +23,7 @@ from cuflash.planning.plan import Plan
 from cuflash.timing import prediction
 from cuflash.timing.machine import CARDS
 from cuflash.timing.prediction import KernelPrediction
+from kernels_of_mma import rule_out_wgmma
 
 TOKENS, HIDDEN = 16384, 2048
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -110,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", action="append", choices=sorted(CARDS), help=f"may be repeated (default {' '.join(ARCHITECTURES)})")
     parser.add_argument("--worst", type=float, default=100.0, metavar="PERCENT", help="fail if a cell beyond seqlen 512 loses more")
     options = parser.parse_args(arguments)
+    rule_out_wgmma()
     steady = Steady()
     found = [cell for arch in options.arch or ARCHITECTURES for cell in cells(arch, steady)]
     print_table(found)

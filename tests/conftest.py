@@ -32,7 +32,7 @@ from cuflash.hardware import device
 from cuflash.hardware.device import Device
 from cuflash.jit import cache, compiler, disassembly
 from cuflash.jit.compiler import CompileRequest
-from cuflash.planning import tile_choice
+from cuflash.planning import tile_choice, wgmma_backward, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.problem.tile import Tile
 from cuflash.reference import attention, attention_backward, attention_naive, attention_naive_backward, compare
@@ -137,6 +137,11 @@ def _gpu_answers() -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for variable in (
+        wgmma_forward.VARIABLE,
+        wgmma_backward.VARIABLE,
+    ):  # on sm_90 tests are of the kernels that all architectures have, unless they say otherwise
+        os.environ.setdefault(variable, "0")
     config.addinivalue_line("markers", "gpu: needs a GPU; everything else also runs on the simulator")
     config.addinivalue_line("markers", "xdist_group(name): tests of pytest-xdist that run in one process under --dist loadgroup")
     config.addinivalue_line(

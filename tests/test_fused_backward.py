@@ -20,7 +20,7 @@ from cuflash.cli.samples import stand_in
 from cuflash.errors import TileError
 from cuflash.hardware import device
 from cuflash.hardware.device import ARCHITECTURES, Device
-from cuflash.planning import fused_backward, planner, predicted_backward, predicted_tiles, tile_choice, tile_rules
+from cuflash.planning import fused_backward, planner, predicted_backward, predicted_tiles, predicted_time, tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_FUSED
 from cuflash.simulator import SimulatorError, check
@@ -304,14 +304,14 @@ def test_predictions_are_those_of_the_model_of_grids() -> None:
         problem = checked(*3 * [stand_in(shape, "float16")], is_causal=bool(case % 2))
         of = KernelCase(spec, "float16", 128)
         tile = tile_choice.default_tile(of, on)
-        grid, steady = predicted_backward.grid_of(of, tile, problem), predicted_backward.STEADY[arch, spec.name, 128]
+        grid, steady = predicted_time.grid_of(of, tile, problem), predicted_backward.STEADY[arch, spec.name, 128]
         last, pairs = steady.blocks * steady.full, tile.tile_q * tile.tile_kv
         trip = [pairs * (steady.alone + (last - steady.alone) * n / max(1, steady.blocks - 1)) for n in range(steady.blocks)]
         width = 2 * 2 * 128
-        beside = 936 + (tile.tile_q + tile.tile_kv + of.stationary_rows(tile)) * width / predicted_backward.TRAFFIC[arch].l2
+        beside = 936 + (tile.tile_q + tile.tile_kv + of.stationary_rows(tile)) * width / predicted_time.TRAFFIC[arch].l2
         blocks = sorted(grid.heads * list(grid.trips), reverse=True)
         exact = grid_clocks(blocks, num_sms=on.num_sms, trip_clocks=trip, overhead=beside)
-        assert predicted_backward.clocks(of, tile, grid, problem, on) == pytest.approx(exact, rel=0.25), (arch, spec, shape)
+        assert predicted_time.clocks(steady, of, tile, grid, problem, on) == pytest.approx(exact, rel=0.25), (arch, spec, shape)
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (5000, 0)}], ids=str)
@@ -321,21 +321,22 @@ def test_few_blocks_stand_for_those_of_a_million_tokens(options: dict[str, Any],
     for spec in (BACKWARD_FUSED, BACKWARD_DKDV, BACKWARD_DQ):
         of = KernelCase(spec, "float16", 128)
         tile = tile_choice.default_tile(of, on)
-        grids = [predicted_backward.grid_of(of, tile, problem)]
+        grids = [predicted_time.grid_of(of, tile, problem)]
         with monkeypatch.context() as patched:
-            patched.setattr(predicted_backward, "_MOST_TRIPS", 2**20)
-            grids.append(predicted_backward.grid_of(of, tile, problem))
-        few, every = (predicted_backward.clocks(of, tile, grid, problem, on) for grid in grids)
+            patched.setattr(predicted_time, "_MOST_TRIPS", 2**20)
+            grids.append(predicted_time.grid_of(of, tile, problem))
+        steady = predicted_backward.STEADY["sm_80", spec.name, 128]
+        few, every = (predicted_time.clocks(steady, of, tile, grid, problem, on) for grid in grids)
         assert few == pytest.approx(every, rel=0.002)
         assert len(grids[0].trips) <= 1024 < len(grids[1].trips)
 
 
 def test_what_predictions_assume_is_what_the_timing_model_does() -> None:
-    for arch, traffic in predicted_backward.TRAFFIC.items():
+    for arch, traffic in predicted_time.TRAFFIC.items():
         machine, card = multiprocessor(arch), CARDS[arch]
         assert traffic.l2 == machine.l2_bytes
         assert traffic.memory == pytest.approx(card.memory_bytes_per_second / card.clock_ghz / 1e9 / card.num_sms, rel=0.02)
-        assert machine.copy_latency + card.block_start == predicted_backward._BLOCK_CLOCKS
+        assert machine.copy_latency + card.block_start == predicted_time._BLOCK_CLOCKS
 
 
 def test_a_mapping_pins_either_way() -> None:

@@ -21,7 +21,7 @@ from bench.report import TILE_COLUMNS, Table, one_line, shape_columns
 from bench.timing import time_call
 from cuflash.hardware import device
 from cuflash.jit import cache
-from cuflash.planning import planner, tile_choice, tile_model, tile_rules, wgmma_forward
+from cuflash.planning import planner, tile_choice, tile_model, tile_rules, wgmma_backward, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase
 
 
@@ -35,30 +35,26 @@ def chosen_tiles(case: KernelCase, on: device.Device, top: int, spread: int) -> 
 
 
 def tiled_kernels(case: Case, on: device.Device) -> list[KernelCase]:
-    """All of both passes, those of either way to the same results."""
-    plans = [*plans_of(case, on), *(plan for backward in (False, True) for plan in _other_ways(case, on, backward))]
-    with environment_variable(wgmma_forward.VARIABLE):
-        os.environ[wgmma_forward.VARIABLE] = "1"
-        plans += plans_of(case, on)
+    """All of both passes, those of every way to the same results, whatever variables rule out or ask for."""
+    with unset(wgmma_forward.VARIABLE, wgmma_backward.VARIABLE):
+        plans = [*plans_of(case, on), *(plan for backward in (False, True) for plan in _other_ways(case, on, backward))]
     return list({kernel.name: kernel.case for plan in plans for kernel in plan.kernels if kernel.spec.is_tiled}.values())
 
 
 def _other_ways(case: Case, on: device.Device, backward: bool) -> list[Any]:
     (plan,) = plans_of(case, on, None, backward)
-    pinned = planner.other_way(plan.problem, on, backward=backward)
-    return plans_of(case, on, pinned, backward) if pinned else []
+    ways = planner.other_ways(plan.problem, on, backward=backward)
+    return [of for pinned in ways for of in plans_of(case, on, pinned, backward)]
 
 
 @contextlib.contextmanager
-def environment_variable(name: str) -> Iterator[None]:
-    """Put it back in the end."""
-    before = os.environ.get(name)
+def unset(*names: str) -> Iterator[None]:
+    """Environment variables that are put back in the end."""
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        os.environ.pop(name, None)
-        if before is not None:
-            os.environ[name] = before
+        os.environ.update(before)
 
 
 def sweep_tiles(machine: Machine, arguments: argparse.Namespace) -> int:

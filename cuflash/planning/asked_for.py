@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cuflash.hardware.device import Device
 from cuflash.planning import tile_rules
@@ -11,6 +11,20 @@ from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.problem.tile import Tile, Tiles
 from cuflash.system import switches
+
+
+class Choice(NamedTuple):
+    """Whether a call takes a kernel that may come in the place of others.
+
+    Attributes:
+        is_taken: it runs.
+        why: or why it does not, in words; empty where there is no choice.
+        depends_on_lengths: another call of the same kind may take the other way, for it has other lengths, another batch or other heads.
+    """
+
+    is_taken: bool
+    why: str = ""
+    depends_on_lengths: bool = False
 
 
 def named(kernel: KernelSpec, tile: Tiles, instead: Iterable[KernelSpec]) -> bool | None:
@@ -26,7 +40,7 @@ def named(kernel: KernelSpec, tile: Tiles, instead: Iterable[KernelSpec]) -> boo
 def asked_by(
     case: KernelCase, device: Device, tile: Tiles, variable: str, instead: Iterable[KernelSpec]
 ) -> Literal["tile", "variable"] | None:
-    """How a kernel is asked for that runs only then, until it has run on a GPU; None if it is not, because the tile is for another one, or nobody asks.
+    """How a kernel is asked for; None if it is not, because the tile is for another one, or nobody asks.
 
     Raises:
         OptionError: a value of the variable that is neither 0 nor 1.

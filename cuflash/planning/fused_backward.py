@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import ceil
-from typing import NamedTuple
 
 from cuflash.hardware.architectures import architecture
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, predicted_backward, predicted_tiles, tile_choice, tuned_tiles
+from cuflash.planning import asked_for, predicted_backward, predicted_tiles, predicted_time, tile_choice, tuned_tiles
+from cuflash.planning.asked_for import Choice
 from cuflash.planning.block_order import L2_SHARE
 from cuflash.planning.kernel_cases import KernelCase, case_of
 from cuflash.planning.kernel_plan import Buffer, KernelPlan
@@ -35,20 +35,6 @@ SIMULATED = "it has run on the simulator only"
 
 _SLACK = 1.1
 """With it sections on an H100 are those that were fast there, of 32 MiB (docs/hopper.md)."""
-
-
-class Choice(NamedTuple):
-    """Which way a call takes.
-
-    Attributes:
-        is_fused: the one kernel for all gradients.
-        why: in words; empty where there is no choice.
-        depends_on_lengths: another call of the same kind may take the other way, for it has other lengths, another batch or other heads.
-    """
-
-    is_fused: bool
-    why: str = ""
-    depends_on_lengths: bool = False
 
 
 def choose(problem: Problem, device: Device, tile: Tiles, others: Sequence[KernelSpec]) -> Choice:
@@ -96,33 +82,35 @@ def _predicted(problem: Problem, device: Device, others: Sequence[KernelCase], o
     if not known or not all(predicted_backward.is_known(of.kernel, problem, device) for of in (case, *others)):
         return Choice(False, f"{own}; {case.kernel.name} can run too, but nothing is predicted of it here: {pin}")
     fused = tile_choice.default_tile(case, device)
-    needed, arrays = sums_bytes(problem, fused, case.head_dim), 4 * problem.itemsize * problem.query_rows * problem.head_dim
-    if needed > arrays:
-        return Choice(
-            False,
-            f"{own}; the sums of {case.kernel.name} would take {needed / arrays:.3g} times the memory of Q, out, dO and dQ: {pin}",
-            True,
-        )
+    if (much := too_much_memory(case, problem, fused)) is not None:
+        return Choice(False, f"{own}; {much}: {pin}", True)
     ratio = time_ratio(problem, device, others)
     if ratio * predicted_backward.LEAST_GAIN <= 1.0:
         return Choice(True, f"{case.kernel.name}, predicted to take {ratio:.2f} of the time of {own}; {SIMULATED}", True)
     return Choice(False, f"{own}; {case.kernel.name} is predicted to take {ratio:.2f} of their time here: {pin}", True)
 
 
+def too_much_memory(case: KernelCase, problem: Problem, tile: Tile) -> str | None:
+    """That the sums of dQ would take more memory than Q, out, dO and dQ together, in words; None where they do not."""
+    needed = sums_bytes(problem, tile, case.head_dim)
+    arrays = 2 * problem.itemsize * problem.query_rows * (problem.head_dim + problem.head_dim_v)
+    return (
+        None
+        if needed <= arrays
+        else f"the sums of {case.kernel.name} would take {needed / arrays:.3g} times the memory of Q, out, dO and dQ"
+    )
+
+
 def time_ratio(problem: Problem, device: Device, others: Sequence[KernelCase]) -> float:
     """Predicted time of the fused kernel and the conversion of its sums over that of the kernels of their own."""
     case = case_of(BACKWARD_FUSED, problem)
-    batch, _, heads, _ = problem.key_shape
-    group = problem.num_heads_q // heads
-    pairs = heads * (batch if problem.num_sequences is None else problem.sequences)
-    section = min(pairs, section_heads(problem, device, group, pairs=pairs))
-    fused = predicted_backward.conversion_clocks(problem, device) + _clocks(case, problem, device, section)
+    fused = predicted_time.conversion_clocks(problem, device) + _clocks(case, problem, device, heads_together(problem, device))
     return fused / max(1.0, sum(_clocks(of, problem, device) for of in others))
 
 
 def _clocks(case: KernelCase, problem: Problem, device: Device, section: int = 0) -> float:
     tile = tile_choice.default_tile(case, device)
-    return predicted_backward.clocks(case, tile, predicted_backward.grid_of(case, tile, problem, section), problem, device)
+    return predicted_backward.clocks(case, tile, problem, device, section)
 
 
 def why_not(problem: Problem, device: Device) -> str | None:
@@ -152,6 +140,13 @@ def section_heads(problem: Problem, device: Device, group_heads: int, *, pairs: 
     most = max(1, int(_SLACK * L2_SHARE * architecture(device.arch).l2_bytes) // max(1, of_head))
     dividing = next(heads for heads in range(min(most, max(1, pairs)), 0, -1) if pairs % heads == 0)
     return dividing if 2 * dividing > most else most
+
+
+def heads_together(problem: Problem, device: Device) -> int:
+    """K/V heads of a section, no more than there are."""
+    batch, _, heads, _ = problem.key_shape
+    pairs = heads * (batch if problem.num_sequences is None else problem.sequences)
+    return min(pairs, section_heads(problem, device, problem.num_heads_q // heads, pairs=pairs))
 
 
 def workspace(problem: Problem, kernels: Iterable[KernelPlan]) -> tuple[Buffer, ...]:

@@ -214,7 +214,7 @@ FORWARD_WGMMA = KernelSpec(
     rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
     block_warps=(8, 12), copying_warps=4, stays=True, max_warp_rows=16, workspace=("next_work",), maps_masks=True, costs=_FORWARD_COSTS,
 )  # fmt: skip
-"""Hopper's own instructions; it is asked for (wgmma_forward.py)."""
+"""Hopper's own instructions (wgmma_forward.py)."""
 
 PARTS = ("partial_out", "partial_lse")
 """What each range of the keys gives, where they are shared out among blocks."""
@@ -271,7 +271,7 @@ BACKWARD_WGMMA = KernelSpec(
     rows_of="key", stationary=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV", "dQ"),
     added_up=("dQ",), warps_per_product=4, block_warps=(8,), copying_warps=4, max_warp_rows=16, constants=(("TRANSPOSED_SUMS", True), ("COMPUTE_DK", True), ("COMPUTE_DV", True)), costs=_JOINT_COSTS,
 )  # fmt: skip
-"""The fused kernel with Hopper's own instructions; it is asked for (wgmma_backward.py)."""
+"""The fused kernel with Hopper's own instructions (wgmma_backward.py)."""
 BACKWARD_WGMMA_DV = KernelSpec(
     "backward_wgmma_dv", "backward_wgmma.cu", BACKWARD_WGMMA_ARGUMENTS, "wgmma", backward=True, workspace=_ROWS,
     rows_of="value", stationary=("key",), streamed=("query", "grad_out"), statistics=True, scores=("S",), outputs=("dV",),

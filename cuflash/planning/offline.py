@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from cuflash.hardware.device import Device
 from cuflash.jit.compiler import CompileRequest
-from cuflash.planning import kernel_specs, split_forward, tile_choice, tuned_tiles, wgmma_backward
+from cuflash.planning import kernel_specs, split_forward, tile_choice, tuned_tiles, wgmma_backward, wgmma_forward
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, FORWARD_SPLIT
-from cuflash.planning.planner import backward_choice, backward_kernels, check_names, forward_kernels, make_plan
+from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, KernelSpec
+from cuflash.planning.planner import backward_choices, backward_kernels, check_names, forward_kernels, make_plan
 from cuflash.problem.features import BESIDE, NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.problem.problem import DTYPES, Problem
 from cuflash.problem.tile import Tile, Tiles
@@ -67,15 +67,24 @@ def offline_kernels(
 def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) -> Iterator[tuple[Problem, Tiles]]:
     """What calls of a kind may differ in that decides which kernels they take: calls, and tiles that pin kernels."""
     yield problem, pinned
+    specs: list[KernelSpec] = []
     if backward:
-        choice = backward_choice(problem, device, pinned)
-        if choice.depends_on_lengths and not wgmma_backward.is_taken(problem, device, pinned):
-            other = BACKWARD_DQ if choice.is_fused else BACKWARD_FUSED
-            yield problem, {other.name: tile_choice.default_tile(case_of(other, problem), device)}
+        present = backward_kernels(problem, device, pinned)
+        fused, wgmma = backward_choices(problem, device, pinned)
+        if wgmma.depends_on_lengths:
+            specs += [wgmma_backward.kernels(problem)[0], BACKWARD_FUSED if fused.is_taken else BACKWARD_DQ]
+        if fused.depends_on_lengths and (wgmma.depends_on_lengths or not wgmma.is_taken):
+            specs += [BACKWARD_FUSED, BACKWARD_DQ]
     else:
+        present = forward_kernels(problem, device, pinned)
+        if wgmma_forward.choose(problem, device, pinned).depends_on_lengths:
+            specs += [FORWARD_WGMMA, FORWARD]
         few = replace(problem, seqlen_q=1, max_seqlen_q=1, seqlen_kv=MANY_KEYS, max_seqlen_kv=MANY_KEYS)
         for tile in split_forward.tiles_of_few_queries(problem, device, pinned):
             yield few, {FORWARD_SPLIT.name: tile}
+    for spec in dict.fromkeys(specs):
+        if spec not in present:
+            yield problem, {spec.name: tile_choice.default_tile(case_of(spec, problem), device)}
 
 
 def _tuned_kernels(

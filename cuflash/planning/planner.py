@@ -34,6 +34,7 @@ from cuflash.planning import (
     wgmma_forward,
     wide_forward,
 )
+from cuflash.planning.asked_for import Choice
 from cuflash.planning.codegen import CPP_ELEMENTS, config_text
 from cuflash.planning.kernel_cases import KernelCase, case_of
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
@@ -42,6 +43,7 @@ from cuflash.planning.plan import Plan
 from cuflash.problem.features import NO_FEATURES
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
+from cuflash.system import switches
 
 MAX_GRID = 2**31 - 1
 SMALLEST_SCALE = 2.0**-126  # that is positive and a normal float32
@@ -97,34 +99,31 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
 
 def forward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tuple[KernelSpec, ...]:
     """The tiled kernel that makes the output; or its tangent, with an additive mask after the kernel that makes sums of rows of huge scores."""
-    if problem.of_tangents:
-        rows = (kernel_specs.BACKWARD_ROW_SUMS,) if problem.features.kinds.additive_mask else ()
-        return (*rows, kernel_specs.FORWARD_JVP)
-    if wide_forward.is_taken(problem, device, tile):
-        return (kernel_specs.FORWARD_WGMMA_WIDE,)
-    if split_forward.is_taken(problem, device, tile):
-        split_forward.check(problem, device)
-        return (kernel_specs.FORWARD_SPLIT,)
-    return wgmma_forward.kernels(problem, device, tile)
+    return _explained_forward(problem, device, tile)[0]
 
 
 def _explained_forward(problem: Problem, device: Device, tile: Tiles) -> tuple[tuple[KernelSpec, ...], str]:
     """The same, and why that kernel and not another; nothing where there is no choice."""
-    kernels = forward_kernels(problem, device, tile)
     if problem.of_tangents:
-        return kernels, ""
+        rows = (kernel_specs.BACKWARD_ROW_SUMS,) if problem.features.kinds.additive_mask else ()
+        return (*rows, kernel_specs.FORWARD_JVP), ""
+    if wide_forward.is_taken(problem, device, tile):
+        return (kernel_specs.FORWARD_WGMMA_WIDE,), wide_forward.explain(problem, device, tile) or ""
+    words = split_forward.explain(problem, device, tile)
+    if split_forward.is_taken(problem, device, tile):
+        split_forward.check(problem, device)
+        return (kernel_specs.FORWARD_SPLIT,), words
     if (of_wide := wide_forward.explain(problem, device, tile)) is not None:
-        return kernels, of_wide
-    words = [split_forward.explain(problem, device, tile)]
-    if kernel_specs.FORWARD_SPLIT not in kernels:
-        words.append(wgmma_forward.explain(problem, device, tile))
-    return kernels, "; ".join(filter(None, words))
+        return (kernel_specs.FORWARD,), "; ".join(filter(None, (words, of_wide)))
+    choice = wgmma_forward.choose(problem, device, tile)
+    kernel = kernel_specs.FORWARD_WGMMA if choice.is_taken else kernel_specs.FORWARD
+    return (kernel,), "; ".join(filter(None, (words, choice.why)))
 
 
 def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tuple[KernelSpec, ...]:
     """The tiled kernels that make the gradients.
 
-    All come from one kernel where that is asked for and possible (`wgmma_backward`), or faster (`fused_backward`). Otherwise dK and dV come from one kernel
+    All come from one kernel where that is possible and faster (`wgmma_backward`, `fused_backward`), or asked for. Otherwise dK and dV come from one kernel
     where the accumulators of both fit the registers and they are summed over the same heads and batches.
     """
     return _explained_backward(problem, device, tile)[0]
@@ -132,41 +131,51 @@ def backward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tu
 
 def _explained_backward(problem: Problem, device: Device, tile: Tiles) -> tuple[tuple[KernelSpec, ...], str]:
     """The same, and why these and not others; nothing where there is no choice."""
-    words = [wgmma_backward.explain(problem, device, tile)]
-    if wgmma_backward.is_taken(problem, device, tile):
-        gradients = wgmma_backward.kernels(problem)
-    else:
-        choice = backward_choice(problem, device, tile)
-        gradients = (kernel_specs.BACKWARD_FUSED,) if choice.is_fused else _kernels_of_their_own(problem, device)
-        words.append(choice.why)
+    fused, wgmma = backward_choices(problem, device, tile)
+    gradients = wgmma_backward.kernels(problem)
+    if not wgmma.is_taken:
+        gradients = (kernel_specs.BACKWARD_FUSED,) if fused.is_taken else kernels_of_their_own(problem, device)
+    words = [wgmma.why] if wgmma.is_taken else [wgmma.why, fused.why]
     before = (kernel_specs.BACKWARD_ROW_SUMS,) if problem.features.kinds.additive_mask else ()
     after = (kernel_specs.BACKWARD_MASK,) if problem.features.need_attn_mask_grad else ()
     return (*before, *gradients, *after), "; ".join(filter(None, words))
 
 
-def backward_choice(problem: Problem, device: Device, tile: Tiles = None) -> fused_backward.Choice:
-    """Between one kernel of mma.sync for all gradients and kernels of their own."""
-    return fused_backward.choose(problem, device, tile, _kernels_of_their_own(problem, device))
+def backward_choices(problem: Problem, device: Device, tile: Tiles = None) -> tuple[Choice, Choice]:
+    """Between one kernel of mma.sync for all gradients and kernels of their own, and between one of wgmma and what that gives."""
+    own = kernels_of_their_own(problem, device)
+    fused = fused_backward.choose(problem, device, tile, own)
+    others = (kernel_specs.BACKWARD_FUSED,) if fused.is_taken else own
+    return fused, wgmma_backward.choose(problem, device, tile, others)
 
 
-def _kernels_of_their_own(problem: Problem, device: Device) -> tuple[KernelSpec, ...]:
+def kernels_of_their_own(problem: Problem, device: Device) -> tuple[KernelSpec, ...]:
     if problem.same_groups and not separates_dkdv(case_of(kernel_specs.BACKWARD_DKDV, problem), device):
         return kernel_specs.BACKWARD_DKDV, kernel_specs.BACKWARD_DQ
     return kernel_specs.BACKWARD_DV, kernel_specs.BACKWARD_DK, kernel_specs.BACKWARD_DQ
 
 
-def other_way(problem: Problem, device: Device, *, backward: bool) -> dict[str, Tile]:
-    """A tile that pins other kernels for a call than it takes by itself, where there is a choice that tables of tuned tiles may make; else nothing."""
+def other_ways(problem: Problem, device: Device, *, backward: bool) -> tuple[dict[str, Tile], ...]:
+    """Tiles that pin other kernels for a call than it takes by itself, where there are choices that tables of tuned tiles may make; of each other way one."""
     if backward:
-        if wgmma_backward.is_taken(problem, device, None) or not fused_backward.may_choose(problem, device):
-            return {}
-        other = kernel_specs.BACKWARD_DQ if backward_choice(problem, device).is_fused else kernel_specs.BACKWARD_FUSED
+        present = backward_kernels(problem, device)
+        others = [wgmma_backward.kernels(problem)[0]] if wgmma_backward.may_choose(problem, device) else []
+        others += [kernel_specs.BACKWARD_FUSED] if fused_backward.may_choose(problem, device) else []
+        others += [kernel_specs.BACKWARD_DQ] if others else []
+        if wgmma_backward.kernels(problem)[0] in present and switches.setting(wgmma_backward.VARIABLE):
+            others = []
     else:
-        if not split_forward.may_choose(problem, device):
-            return {}
-        other = kernel_specs.FORWARD if kernel_specs.FORWARD_SPLIT in forward_kernels(problem, device) else kernel_specs.FORWARD_SPLIT
-    case = case_of(other, problem)
-    return {other.name: split_forward.default_tile(problem, device) if other.splits_keys else tile_choice.default_tile(case, device)}
+        present = forward_kernels(problem, device)
+        others = [kernel_specs.FORWARD_WGMMA] if wgmma_forward.may_choose(problem, device) else []
+        others += [kernel_specs.FORWARD_SPLIT] if split_forward.may_choose(problem, device) else []
+        others += [kernel_specs.FORWARD] if others else []
+    ways = []
+    for spec in (spec for spec in others if spec not in present):
+        case = case_of(spec, problem)
+        ways.append(
+            {spec.name: split_forward.default_tile(problem, device) if spec.splits_keys else tile_choice.default_tile(case, device)}
+        )
+    return tuple(ways)
 
 
 def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, str]:
@@ -178,7 +187,7 @@ def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, 
         reason = fused_backward.why_not(problem, device)
         of_wgmma = {kernel.name: wgmma_backward.why_not(problem, device) for kernel in wgmma_backward.kernels(problem)}
         found = {**of_wgmma, kernel_specs.BACKWARD_FUSED.name: reason}
-        if kernel_specs.BACKWARD_DKDV not in _kernels_of_their_own(problem, device) and reason is not None:
+        if kernel_specs.BACKWARD_DKDV not in kernels_of_their_own(problem, device) and reason is not None:
             found[kernel_specs.BACKWARD_DKDV.name] = (
                 "the accumulators of dK and dV do not fit the registers together, or are summed over different heads"
             )

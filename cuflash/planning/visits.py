@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import ceil
 
 from cuflash.problem.features import UNLIMITED
@@ -80,3 +81,57 @@ def walks(band: Band, tile: Tile, *, by_keys: bool, every: int = 1) -> list[rang
         end_kv = min(band.seqlen_kv, end_q + band.high, max(end_q + band.causal, band.prefix))
         walked.append(range(first_kv // tile.tile_kv, ceil(end_kv / tile.tile_kv)) if first_kv < end_kv else range(0))
     return walked
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Tiles that one block visits.
+
+    Attributes:
+        full: without a hidden pair, as far as data hide it. A tile that positions alone cut counts as full: a few of each block.
+        partial: with one. Of kernels of wgmma, also those that positions cut; of blocks that stay both are means over the block's warpgroups.
+        idle: of those, that one warpgroup leaves to others of its block.
+    """
+
+    full: float
+    partial: float = 0
+    idle: float = 0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.full + self.partial
+
+
+def visits_of_warpgroups(band: Band, tile: Tile) -> list[Visits]:
+    """Of kernels whose warpgroups walk each for itself: the mean of a block's warpgroups. Their tiles are masked where positions hide some pair."""
+    rows = tile.tile_q * 4 // tile.num_warps
+    walked = walks(band, replace(tile, tile_q=rows), by_keys=False)
+    whole = [_whole_tiles(band, first_q, min(band.seqlen_q, first_q + rows) - 1, tile.tile_kv) for first_q in range(0, band.seqlen_q, rows)]
+    of_warpgroups = [(len(range(max(a.start, b.start), min(a.stop, b.stop))), len(a)) for a, b in zip(walked, whole, strict=True)]
+    warpgroups = tile.tile_q // rows
+    blocks = [of_warpgroups[first : first + warpgroups] for first in range(0, len(of_warpgroups), warpgroups)]
+    return [_mean(block, warpgroups) for block in blocks]
+
+
+def visits_of_key_blocks(band: Band, tile: Tile, members: int = 1) -> list[Visits]:
+    """Of kernels whose blocks own keys, and have a loop without masks for tiles of queries that see all of them."""
+    found = []
+    for index, walk in enumerate(walks(band, tile, by_keys=True)):
+        last_kv = (index + 1) * tile.tile_kv - 1
+        first_whole = -(-max(0, last_kv - band.causal) // tile.tile_q) if last_kv < band.seqlen_kv else walk.stop
+        whole = max(0, walk.stop - max(walk.start, first_whole))
+        found.append(Visits(members * whole, members * (len(walk) - whole)))
+    return found
+
+
+def _mean(block: Sequence[tuple[int, int]], warpgroups: int) -> Visits:
+    """Of whole and of all tiles that each warpgroup of a block walks over; those behind the last one have none."""
+    whole, walked = sum(full for full, _ in block) / warpgroups, sum(of for _, of in block) / warpgroups
+    return Visits(whole, walked - whole, max(of for _, of in block) - walked)
+
+
+def _whole_tiles(band: Band, first_q: int, last_q: int, tile_kv: int) -> range:
+    """Tiles of keys that all of these queries see whole."""
+    begin, end = max(0, last_q + band.low), min(band.seqlen_kv, first_q + 1 + band.high, max(first_q + 1 + band.causal, band.prefix))
+    return range(-(-begin // tile_kv), max(0, end) // tile_kv)

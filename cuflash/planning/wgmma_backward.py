@@ -1,17 +1,28 @@
 """The backward kernel that uses Hopper's own instructions, TMA copies and wgmma, in the place of those of mma.sync.
 
 It makes all gradients, as the fused kernel of mma.sync does (`fused_backward`), whose sums of dQ and turns it shares; of heads whose dK and dV do not fit the registers
-together it is compiled twice, for dV and for dK and dQ. Until it has run on a GPU it is asked
-for: by `tile`, which names it, or by the environment variable CUFLASH_BACKWARD_WGMMA=1, which takes it wherever it can run, unless `tile` names others. What it
-cannot do stays on the kernels of mma.sync, and the plan says why.
+together it is compiled twice, for dV and for dK and dQ. Which way a call takes, the first of these decides: what the kernel
+cannot do (`why_not`); a mapping of tiles that names it or others; CUFLASH_BACKWARD_WGMMA=1, which takes it wherever it can run, a single tile too if it fits; a single tile, which is for
+dK and dV; CUFLASH_BACKWARD_WGMMA=0; a version of NVRTC that is not trusted (`compiler_versions`); tables of tuned tiles, where both ways were timed on one call; sums of dQ that would take
+more memory than the arrays; the timing model's prediction (`predicted_wgmma`), if it knows both ways with these features; else the kernels of mma.sync.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, mapped_arrays, tile_choice, tile_rules
+from cuflash.planning import (
+    asked_for,
+    compiler_versions,
+    fused_backward,
+    mapped_arrays,
+    predicted_wgmma,
+    tile_choice,
+    tile_rules,
+    tuned_tiles,
+)
+from cuflash.planning.asked_for import Choice
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_specs import (
     BACKWARD_DK,
@@ -26,10 +37,13 @@ from cuflash.planning.kernel_specs import (
 )
 from cuflash.problem.features import MaskLayout
 from cuflash.problem.problem import DTYPES, Problem
-from cuflash.problem.tile import Tiles
+from cuflash.problem.tile import Tile, Tiles
+from cuflash.system import switches
 
 VARIABLE = "CUFLASH_BACKWARD_WGMMA"
-"""Environment variable; 1: the kernel wherever it can run. Looked at when a call is planned, so not by calls whose like was made before."""
+"""Environment variable; 0: never, 1: the kernel wherever it can run. Looked at when a call is planned, so not by calls whose like was made before."""
+
+SIMULATED = "it has run on the simulator only"
 
 _OTHERS = (BACKWARD_FUSED, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ)
 
@@ -41,9 +55,66 @@ def kernels(problem: Problem) -> tuple[KernelSpec, ...]:
     return (BACKWARD_WGMMA,) if together else (BACKWARD_WGMMA_DV, BACKWARD_WGMMA_DKDQ)
 
 
-def is_taken(problem: Problem, device: Device, tile: Tiles) -> bool:
-    """Whether it makes the gradients."""
-    return _is_asked_for(problem, device, tile) and why_not(problem, device) is None
+def choose(problem: Problem, device: Device, tile: Tiles, others: Sequence[KernelSpec]) -> Choice:
+    """Decide.
+
+    Args:
+        problem: the call.
+        device: where.
+        tile: as the caller pins it.
+        others: the kernels of mma.sync that would run.
+
+    Raises:
+        OptionError: a value of the variable that is neither 0 nor 1.
+    """
+    name, is_asked = BACKWARD_WGMMA.source, _is_asked_for(problem, device, tile)
+    if device.capability != 90 and not is_asked:
+        return Choice(False)
+    if (reason := why_not(problem, device)) is not None:
+        return Choice(False, f"not {name}: {reason}{_others_cost(problem, device, others)}")
+    if is_asked:
+        return Choice(True, f"{name}, as asked for; {SIMULATED}")
+    if asked_for.named(BACKWARD_WGMMA, tile, _OTHERS) is False:
+        return Choice(False, f"not {name}, since the tile is for others")
+    if isinstance(tile, Tile):
+        return Choice(False, f"not {name}: a single tile is for dK and dV; a mapping may name {BACKWARD_WGMMA.name}")
+    if switches.setting(VARIABLE) is False:
+        return Choice(False, f"not {name}, by {VARIABLE}=0")
+    if (untrusted := compiler_versions.why_not()) is not None:
+        return Choice(False, f"not {name}: {untrusted}; {VARIABLE}=1 takes it all the same")
+    return _faster(problem, device, others)
+
+
+def _faster(problem: Problem, device: Device, others: Sequence[KernelSpec]) -> Choice:
+    """By tables of tuned tiles, or by the timing model."""
+    cases, of_others = [case_of(kernel, problem) for kernel in kernels(problem)], [case_of(kernel, problem) for kernel in others]
+    name, other = BACKWARD_WGMMA.source, " and ".join(kernel.source for kernel in others)
+    timed = tuned_tiles.faster_way((cases, of_others), problem, device)
+    if timed is not None:
+        number, part, how = timed
+        return Choice(number == 0, f"{(name, other)[number]}, {how} to take {part:.2f} of the time of {(other, name)[number]}", True)
+    pin = f'pin it by tile={{"{cases[0].kernel.name}": ...}}'
+    found = predicted_wgmma.compare(cases, of_others, problem, device, fused_backward.heads_together(problem, device))
+    if found is None:
+        return Choice(False, f"not {name}: it can run, but nothing is predicted of it here: {pin}")
+    for case in (case for case in cases if case.kernel.added_up):
+        if (much := fused_backward.too_much_memory(case, problem, tile_choice.default_tile(case, device))) is not None:
+            return Choice(False, f"not {name}: {much}: {pin}", True)
+    if found.gains:
+        return Choice(True, f"{name}, predicted to take {found.ratio:.2f} of the time of {other}; {SIMULATED}", True)
+    return Choice(False, f"not {name}, which is predicted to take {found.ratio:.2f} of the time of {other}: {pin}", True)
+
+
+def may_choose(problem: Problem, device: Device) -> bool:
+    """Whether it can run beside others, and nobody has ruled it out or asked for it."""
+    can_run = device.capability == 90 and why_not(problem, device) is None
+    return can_run and switches.setting(VARIABLE) is None and compiler_versions.why_not() is None
+
+
+def _others_cost(problem: Problem, device: Device, others: Sequence[KernelSpec]) -> str:
+    section = fused_backward.heads_together(problem, device)
+    found = predicted_wgmma.others_milliseconds([case_of(kernel, problem) for kernel in others], problem, device, section)
+    return "" if not found else f"; the others are predicted to take {found:.3g} ms"
 
 
 def _is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
@@ -78,16 +149,3 @@ def why_not(problem: Problem, device: Device) -> str | None:
 def _rows_start_on_16_bytes(mask: MaskLayout) -> bool:
     *_, stride_query, stride_key = mask.strides
     return stride_key == 1 and stride_query * (1 if mask.dtype == "bool" else DTYPES[mask.dtype]) % 16 == 0
-
-
-def explain(problem: Problem, device: Device, tile: Tiles) -> str:
-    """Whether it runs, and why not; nothing where nobody asks and there is no choice."""
-    asked, reason = _is_asked_for(problem, device, tile), why_not(problem, device)
-    if asked and reason is None:
-        return f"{BACKWARD_WGMMA.source}, as asked for; it has not run on a GPU yet"
-    if reason is not None:
-        return f"not {BACKWARD_WGMMA.source}: {reason}" if asked or device.capability == 90 else ""
-    words = f"{BACKWARD_WGMMA.source} can run too, but has not run on a GPU yet"
-    if isinstance(tile, Mapping) and any(kernel.name in tile for kernel in _OTHERS):
-        return words
-    return f"{words}: ask for it by {VARIABLE}=1, or by a tile of {kernels(problem)[0].name}, of which cuflash.legal_tiles has a list"

@@ -1,27 +1,78 @@
 """The forward kernel that uses Hopper's own instructions, TMA copies and wgmma, in the place of that of mma.sync.
 
-Until it has run on a GPU it is asked for: by `tile`, which names it, or by the environment variable CUFLASH_FORWARD_WGMMA=1, which takes it wherever it
-can run, unless `tile` names the other one. What it cannot do stays on the kernel of mma.sync, and the plan says why.
+Which of the two a call takes, the first of these decides: what the kernel cannot do (`why_not`); a mapping of tiles that names one of them; CUFLASH_FORWARD_WGMMA=1, which takes it
+wherever it can run, a single tile too if it fits; a single tile, which is for the other; CUFLASH_FORWARD_WGMMA=0; a version of NVRTC that is not trusted (`compiler_versions`); tables of tuned
+tiles, where both were timed on one call (`tuned_tiles.faster_way`); the timing model's prediction (`predicted_wgmma`), if it knows both with these features; else the other kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, mapped_arrays, tile_choice, tile_rules
+from cuflash.planning import asked_for, compiler_versions, mapped_arrays, predicted_wgmma, tile_choice, tile_rules, tuned_tiles
+from cuflash.planning.asked_for import Choice
 from cuflash.planning.kernel_cases import case_of
-from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA, KernelSpec
+from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
+from cuflash.system import switches
 
 VARIABLE = "CUFLASH_FORWARD_WGMMA"
-"""Environment variable; 1: the kernel wherever it can run. Looked at when a call is planned, so not by calls whose like was made before."""
+"""Environment variable; 0: never, 1: the kernel wherever it can run. Looked at when a call is planned, so not by calls whose like was made before."""
+
+SIMULATED = "it has run on the simulator only"
 
 
-def kernels(problem: Problem, device: Device, tile: Tiles) -> tuple[KernelSpec, ...]:
-    """The tiled kernel that makes the output."""
-    return (FORWARD_WGMMA,) if is_asked_for(problem, device, tile) and why_not(problem, device) is None else (FORWARD,)
+def choose(problem: Problem, device: Device, tile: Tiles) -> Choice:
+    """Decide.
+
+    Raises:
+        OptionError: a value of the variable that is neither 0 nor 1.
+    """
+    name, other = FORWARD_WGMMA.source, FORWARD.source
+    is_asked = is_asked_for(problem, device, tile)
+    if device.capability != 90 and not is_asked:
+        return Choice(False)
+    if (reason := why_not(problem, device)) is not None:
+        return Choice(False, f"{other}, not {name}: {reason}{_others_cost(problem, device)}")
+    if is_asked:
+        return Choice(True, f"{name}, as asked for; {SIMULATED}")
+    if asked_for.named(FORWARD_WGMMA, tile, (FORWARD,)) is False:
+        return Choice(False, f"{other}, which the tile is for")
+    if isinstance(tile, Tile):
+        return Choice(False, f"{other}, which a single tile is for; a mapping may name {FORWARD_WGMMA.name}")
+    if switches.setting(VARIABLE) is False:
+        return Choice(False, f"{other}, not {name}, by {VARIABLE}=0")
+    if (untrusted := compiler_versions.why_not()) is not None:
+        return Choice(False, f"{other}, not {name}: {untrusted}; {VARIABLE}=1 takes it all the same")
+    return _faster(problem, device)
+
+
+def _faster(problem: Problem, device: Device) -> Choice:
+    """By tables of tuned tiles, or by the timing model."""
+    cases = case_of(FORWARD_WGMMA, problem), case_of(FORWARD, problem)
+    name, other = FORWARD_WGMMA.source, FORWARD.source
+    timed = tuned_tiles.faster_way([[case] for case in cases], problem, device)
+    if timed is not None:
+        number, part, how = timed
+        return Choice(number == 0, f"{(name, other)[number]}, {how} to take {part:.2f} of the time of {(other, name)[number]}", True)
+    pin = f'pin it by tile={{"{FORWARD_WGMMA.name}": ...}}'
+    found = predicted_wgmma.compare(cases[:1], cases[1:], problem, device)
+    if found is None:
+        return Choice(False, f"{other}; {name} can run too, but nothing is predicted of it here: {pin}")
+    if found.gains:
+        return Choice(True, f"{name}, predicted to take {found.ratio:.2f} of the time of {other}; {SIMULATED}", True)
+    return Choice(False, f"{other}; {name} is predicted to take {found.ratio:.2f} of its time here: {pin}", True)
+
+
+def may_choose(problem: Problem, device: Device) -> bool:
+    """Whether both kernels can run, and nobody has ruled one out."""
+    can_run = device.capability == 90 and why_not(problem, device) is None
+    return can_run and switches.setting(VARIABLE) is None and compiler_versions.why_not() is None
+
+
+def _others_cost(problem: Problem, device: Device) -> str:
+    found = predicted_wgmma.others_milliseconds([case_of(FORWARD, problem)], problem, device)
+    return "" if not found else f"; predicted to take {found:.3g} ms"
 
 
 def is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
@@ -41,24 +92,3 @@ def why_not(problem: Problem, device: Device) -> str | None:
         return "there are no keys to copy"
     arrays = (("query", problem.query), ("key", problem.key), ("value", problem.value))
     return mapped_arrays.why_not(arrays, problem.itemsize, aligned=problem.aligned)
-
-
-def explain(problem: Problem, device: Device, tile: Tiles) -> str:
-    """Which kernel runs, and why not the other; nothing where there is no choice."""
-    reason = why_not(problem, device)
-    if device.capability != 90 and not is_asked_for(problem, device, tile):
-        return ""
-    if reason is not None:
-        return f"{FORWARD.source}, not {FORWARD_WGMMA.source}: {reason}"
-    if is_asked_for(problem, device, tile):
-        return f"{FORWARD_WGMMA.source}, as asked for; it has not run on a GPU yet"
-    if _is_for_the_other(problem, device, tile):
-        return f"{FORWARD.source}, which the tile is for; {FORWARD_WGMMA.source} can run too, but has not run on a GPU yet"
-    how = f"{VARIABLE}=1, or by a tile of {FORWARD_WGMMA.name}, of which cuflash.legal_tiles has a list"
-    return f"{FORWARD.source}; {FORWARD_WGMMA.source} can run too, but has not run on a GPU yet: ask for it by {how}"
-
-
-def _is_for_the_other(problem: Problem, device: Device, tile: Tiles) -> bool:
-    if isinstance(tile, Mapping):
-        return FORWARD.name in tile
-    return isinstance(tile, Tile) and tile_rules.broken_rule(case_of(FORWARD_WGMMA, problem), tile, device) is not None

@@ -91,7 +91,7 @@ def refuse_what_would_hang(kernel: KernelPlan, artifact: Artifact) -> None:
         f"has {registers} registers per thread, and it hands on what {presumed} are" if registers != presumed else "has serialised products"
     )
     other = BACKWARD_DQ if kernel.spec.backward else FORWARD
-    way_out = f"Another kernel takes the call: unset CUFLASH_{kernel.name.upper()}, leave {kernel.name} out of tile, or pin tile={{'{other.name}': …}}."
+    way_out = f"Another kernel takes the call: set CUFLASH_{kernel.name.upper()}=0, leave {kernel.name} out of tile, or pin tile={{'{other.name}': …}}."
     message = f"{kernel.source} as {artifact.compiler} compiles it, with {kernel.num_threads} threads, {got}: it is not run. {way_out}"
     raise CompileError(message, log="\n".join(serialized), config=kernel.config)
 

@@ -8,7 +8,7 @@ are partial of which some pair is not. `data` has the arrays of the call by the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -16,33 +16,13 @@ from numpy.typing import NDArray
 
 from cuflash.errors import UnsupportedError
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.visits import Band, band_of, visits_of_blocks, walks
+from cuflash.planning.visits import Band, Visits, band_of, visits_of_blocks, visits_of_key_blocks, visits_of_warpgroups, walks
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile
 
 Data = Mapping[str, Any]
 
 NO_DATA: Data = {}
-
-
-@dataclass(frozen=True)
-class Visits:
-    """Tiles that one block visits.
-
-    Attributes:
-        full: without a hidden pair, as far as data hide it. A tile that positions alone cut counts as full: a few of each block.
-        partial: with one. Of kernels of wgmma, also those that positions cut; of blocks that stay both are means over the block's warpgroups.
-        idle: of those, that one warpgroup leaves to others of its block.
-    """
-
-    full: float
-    partial: float = 0
-    idle: float = 0
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.full + self.partial
 
 
 def visits_of_launch(kernel: KernelPlan, problem: Problem, data: Data) -> list[list[Visits]]:
@@ -62,9 +42,9 @@ def visits_of_launch(kernel: KernelPlan, problem: Problem, data: Data) -> list[l
         return _of_splits(kernel, problem, data)
     if known is not None:
         if kernel.spec.stays and not by_keys:
-            own = _of_warpgroups(problem, tile)
+            own = visits_of_warpgroups(band_of(problem), tile)
         elif kernel.spec.maps_tensors and by_keys:
-            own = _of_key_blocks(problem, tile, members=group_batch * group_heads)
+            own = visits_of_key_blocks(band_of(problem), tile, members=group_batch * group_heads)
         else:
             own = [Visits(group_batch * group_heads * count) for count in known]
         return [own] * (num_tiles // max(1, len(own)))
@@ -77,17 +57,6 @@ def visits_of_launch(kernel: KernelPlan, problem: Problem, data: Data) -> list[l
             ]
             pairs.append([_sum([member[index] for member in members if index < len(member)]) for index in range(kernel.num_tiles)])
     return pairs
-
-
-def _of_warpgroups(problem: Problem, tile: Tile) -> list[Visits]:
-    """Of kernels whose warpgroups walk each for itself: the mean of a block's warpgroups. Their tiles are masked where positions hide some pair."""
-    band, rows = band_of(problem), tile.tile_q * 4 // tile.num_warps
-    walked = walks(band, replace(tile, tile_q=rows), by_keys=False)
-    whole = [_whole_tiles(band, first_q, min(band.seqlen_q, first_q + rows) - 1, tile.tile_kv) for first_q in range(0, band.seqlen_q, rows)]
-    of_warpgroups = [(len(range(max(a.start, b.start), min(a.stop, b.stop))), len(a)) for a, b in zip(walked, whole, strict=True)]
-    warpgroups = tile.tile_q // rows
-    blocks = [of_warpgroups[first : first + warpgroups] for first in range(0, len(of_warpgroups), warpgroups)]
-    return [_mean(block, warpgroups) for block in blocks]
 
 
 def _of_splits(kernel: KernelPlan, problem: Problem, data: Data) -> list[list[Visits]]:
@@ -111,29 +80,6 @@ def _walked_tiles(band: Band, first_q: int, last_q: int, tile_kv: int) -> int:
     """Tiles of keys that any of these queries sees."""
     begin, end = max(0, first_q + band.low), min(band.seqlen_kv, last_q + 1 + band.high, last_q + 1 + band.causal)
     return -(-end // tile_kv) - begin // tile_kv if begin < end else 0
-
-
-def _of_key_blocks(problem: Problem, tile: Tile, *, members: int) -> list[Visits]:
-    """Of kernels whose blocks own keys, and have a loop without masks for tiles of queries that see all of them."""
-    band, found = band_of(problem), []
-    for index, walk in enumerate(walks(band, tile, by_keys=True)):
-        last_kv = (index + 1) * tile.tile_kv - 1
-        first_whole = -(-max(0, last_kv - band.causal) // tile.tile_q) if last_kv < band.seqlen_kv else walk.stop
-        whole = max(0, walk.stop - max(walk.start, first_whole))
-        found.append(Visits(members * whole, members * (len(walk) - whole)))
-    return found
-
-
-def _mean(block: Sequence[tuple[int, int]], warpgroups: int) -> Visits:
-    """Of whole and of all tiles that each warpgroup of a block walks over; those behind the last one have none."""
-    whole, walked = sum(full for full, _ in block) / warpgroups, sum(of for _, of in block) / warpgroups
-    return Visits(whole, walked - whole, max(of for _, of in block) - walked)
-
-
-def _whole_tiles(band: Band, first_q: int, last_q: int, tile_kv: int) -> range:
-    """Tiles of keys that all of these queries see whole."""
-    begin, end = max(0, last_q + band.low), min(band.seqlen_kv, first_q + 1 + band.high, max(first_q + 1 + band.causal, band.prefix))
-    return range(-(-begin // tile_kv), max(0, end) // tile_kv)
 
 
 def _sum(visits: Sequence[Visits]) -> Visits:

@@ -13,7 +13,7 @@ from cuflash.hardware.device import Device
 from cuflash.planning import tile_choice, tuned_tiles
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.kernel_specs import BACKWARD_DQ_CONVERT
-from cuflash.planning.planner import make_plan, other_way
+from cuflash.planning.planner import make_plan, other_ways
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile
 from cuflash.timing import machine, prediction
@@ -69,12 +69,12 @@ class Task:
 
 
 def tasks_of(call: DescribedCall, problem: Problem, device: Device, *, passes: Sequence[str], effort: Effort) -> list[Task]:
-    """The tasks of a call; those of kernels that are not tuned are left out. Where there are two ways to the same results, those of both: the faster one is taken."""
+    """The tasks of a call; those of kernels that are not tuned are left out. Where there are several ways to the same results, those of all: the fastest one is taken."""
     found = []
     for backward in [name == "backward" for name in passes]:
         with untuned():
-            other = other_way(problem, device, backward=backward)
-            plans = [make_plan(problem, device, backward=backward, tile=way) for way in ([None, other] if other else [None])]
+            ways = (None, *other_ways(problem, device, backward=backward))
+            plans = [make_plan(problem, device, backward=backward, tile=way) for way in ways]
         for kernel in {kernel.name: kernel for plan in plans for kernel in plan.kernels}.values():
             if not kernel.spec.is_tiled or not kernel.spec.is_tuned:
                 continue
