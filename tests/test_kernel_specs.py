@@ -31,6 +31,8 @@ OTHER_MEANINGS = {
     "dropout.py": {"dropout_mask"},  # memory
     "planning/argument_structs.py": {"visible_tiles"},  # a field
     "runtime/calls.py": {"forward"},
+    "attention.py": {"forward"},
+    "torch/warm_calls.py": {"forward"},
     "runtime/arguments.py": {"visible_tiles"},
     "planning/description.py": {"forward"},
     "planning/planner.py": {"visible_tiles"},  # memory

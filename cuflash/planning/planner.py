@@ -114,7 +114,7 @@ def _explained_forward(problem: Problem, device: Device, tile: Tiles) -> tuple[t
         split_forward.check(problem, device)
         return (kernel_specs.FORWARD_SPLIT,), words
     if (of_wide := wide_forward.explain(problem, device, tile)) is not None:
-        return (kernel_specs.FORWARD,), "; ".join(filter(None, (words, of_wide)))
+        return (kernel_specs.FORWARD,), of_wide
     choice = wgmma_forward.choose(problem, device, tile)
     kernel = kernel_specs.FORWARD_WGMMA if choice.is_taken else kernel_specs.FORWARD
     return (kernel,), "; ".join(filter(None, (words, choice.why)))

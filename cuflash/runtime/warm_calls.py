@@ -29,6 +29,10 @@ Recall: TypeAlias = Callable[[Mapping[str, Any]], PreparedCall | None]
 """Arguments by name, with their defaults -> what `calls.py` has prepared for such a call."""
 
 
+_SAME_MEMORY = (("key", "value"), ("key_cache", "value_cache"))
+"""Values that begin where their keys do may be columns of these."""
+
+
 class Known(NamedTuple):
     """What the door has for a call."""
 
@@ -105,6 +109,7 @@ def look(given: Mapping[str, Any], seen: list[Hashable], addresses: dict[str, in
                 return False
     except DTypeError:  # no memory, which `borrow` says more about
         return False
+    seen += [addresses.get(key) == addresses.get(value) for key, value in _SAME_MEMORY]
     return True
 
 
