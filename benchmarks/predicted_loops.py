@@ -50,7 +50,16 @@ from marked_pages import PERFORMANCE, print_prediction
 ON = device.of_arch(ARCH, "gpu")
 FORWARD, BACKWARD = (
     ("forward", "forward_wgmma"),
-    ("backward_dkdv", "backward_dv", "backward_dk", "backward_dq", "backward_fused", "backward_wgmma"),
+    (
+        "backward_dkdv",
+        "backward_dv",
+        "backward_dk",
+        "backward_dq",
+        "backward_fused",
+        "backward_wgmma",
+        "backward_wgmma_dv",
+        "backward_wgmma_dkdq",
+    ),
 )
 KERNELS = (*FORWARD, *BACKWARD)
 HEAD_DIMS = ((64, 64), (128, 128), (256, 256), (96, 96), (192, 128), (192, 192))
@@ -94,6 +103,8 @@ def kernel_of(key: Key) -> KernelPlan | None:
         if not tile_choice.legal_tiles_for(case_of(spec, problem), ON):
             return None
         if spec.implementation == "wgmma" and (wgmma_backward if spec.backward else wgmma_forward).why_not(problem, ON) is not None:
+            return None
+        if spec.implementation == "wgmma" and spec.backward and spec not in wgmma_backward.kernels(problem):
             return None
         if spec.added_up and spec.implementation == "mma" and tile_choice.known_tile(case_of(spec, problem), ON) is None:
             return None
