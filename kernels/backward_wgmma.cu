@@ -15,13 +15,15 @@
 //
 // Of the first warpgroup one warp copies: it asks the TMA unit for K, V and the tiles of Q and dO, NUM_STAGES of them ahead, and its lanes copy row
 // statistics. One thread of another waits for the block's turn to add to each tile, TURNS of them ahead, since that takes two trips to L2 and more
-// where additions stand before it. One thread of a third passes the turn on when all warps have added.
+// where additions stand before it. One thread of a third passes the turn on when all warps have added. The fourth copies masks and segment ids
+// (tile/staged_mask.cuh). Where a boolean mask or segments hide tiles, these warps go through the table of tile/visible_tiles.cuh, the first says in
+// the stage which tile it is, and tiles without a visible pair take neither a stage nor a turn.
 //
 // Shared memory: K [2][⌈D / 64⌉][64][64] | V [2][⌈DV / 64⌉][64][64] | Q [NUM_STAGES][⌈D / 64⌉][TILE_Q][64] | dO [GRAD_OUT_STAGES][⌈DV /
-// 64⌉][TILE_Q][64] | dS [2][2][TILE_Q][64] | row statistics [NUM_STAGES] (StatisticsOfColumns) | mbarriers | ticket. At the end dK and dV pass
-// through K and V.
+// 64⌉][TILE_Q][64] | dS [2][2][TILE_Q][64] | masks and ids [NUM_STAGES] (StagedMask) | row statistics [NUM_STAGES] (StatisticsOfColumns) | which tile
+// of a table [NUM_STAGES] | mbarriers | ticket. At the end dK and dV pass through K and V.
 //
-// mbarriers, for each stage: "full", both copies and the statistics have landed, and "empty", both warpgroups are done with them. For each of TURNS:
+// mbarriers, for each stage: "full", all copies have landed, and "empty", both warpgroups are done with them. For each of TURNS:
 // it is the block's turn to add, all warps have added, and the turn is passed on. K and V have landed. One barrier of both warpgroups for each tile:
 // behind it dS is complete, and the other buffer of dS, which dQ of the tile before was computed from, is free.
 //

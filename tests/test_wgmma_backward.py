@@ -17,7 +17,7 @@ from cuflash import Tile
 from cuflash.errors import CompileError, TileError
 from cuflash.hardware import device
 from cuflash.jit.compiler import Artifact, KernelResources
-from cuflash.planning import measured_tiles, tile_choice, wgmma_backward
+from cuflash.planning import kernel_specs, measured_tiles, tile_choice, wgmma_backward
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import BACKWARD_WGMMA
 from cuflash.runtime import calls, launch
@@ -281,6 +281,15 @@ def test_the_plan_says_why_it_is_not_taken(case: str) -> None:
     assert reason in str(caught.value)
 
 
+@pytest.mark.parametrize(("head_dim", "named"), [(64, "backward_wgmma"), (256, "backward_wgmma_dv")])
+def test_the_plan_names_kernels_that_a_mapping_may_pin(head_dim: int, named: str) -> None:
+    for_others = Tile(64, 64, 4, 2)
+    choice = plan_of(head_dim, tile=for_others).choice
+    assert f"not backward_wgmma.cu: a single tile is for dK and dV; a mapping may name {named};" in choice
+    tile = tile_choice.default_tile(KernelCase(kernel_specs.TILED_KERNELS[named], "float16", head_dim), device.of_arch("sm_90", "gpu"))
+    assert named in names(plan_of(head_dim, tile={named: tile}))
+
+
 def test_key_and_value_with_other_heads_take_kernels_of_their_own() -> None:
     query, key, value, _ = BROADCAST_KEY.arrays("float16")
     assert "gradients of different batches or heads" in cuflash.plan(query, key, value, enable_gqa=True, backward=True).choice
@@ -315,16 +324,17 @@ def test_a_gradient_of_the_output_that_cannot_be_copied_takes_the_others(gradien
         numpy.testing.assert_allclose(on.host(one).astype("float64"), on.host(other).astype("float64"), atol=0.03, rtol=0.03)
 
 
-def test_a_compilation_of_which_warps_would_wait_for_ever_is_not_run() -> None:
+@pytest.mark.parametrize(("head_dim", "name"), [(128, "backward_wgmma"), (256, "backward_wgmma_dv")])
+def test_a_compilation_of_which_warps_would_wait_for_ever_is_not_run(head_dim: int, name: str) -> None:
     """What setmaxnreg hands on are the registers that threads start with."""
-    kernel = plan_of(128).kernels[1]
+    kernel = plan_of(head_dim).kernels[1]
 
     def compiled(registers: int) -> Artifact:
-        return Artifact(b"cubin", "", 0.0, (KernelResources(NAME, registers, 0, 0, 0, 0, 4),), "NVRTC 13.7")
+        return Artifact(b"cubin", "", 0.0, (KernelResources(kernel.entry, registers, 0, 0, 0, 0, 4),), "NVRTC 13.7")
 
     launch.refuse_what_would_hang(kernel, compiled(168))
     with pytest.raises(
-        CompileError, match=r"set CUFLASH_BACKWARD_WGMMA=0, leave backward_wgmma out of tile, or pin tile={'backward_dq': …}"
+        CompileError, match=rf"set {wgmma_backward.VARIABLE}=0, leave {name} out of tile, or pin tile={{'backward_dq': …}}"
     ):
         launch.refuse_what_would_hang(kernel, compiled(160))
 

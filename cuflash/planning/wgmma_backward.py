@@ -1,10 +1,11 @@
 """The backward kernel that uses Hopper's own instructions, TMA copies and wgmma, in the place of those of mma.sync.
 
-It makes all gradients, as the fused kernel of mma.sync does (`fused_backward`), whose sums of dQ and turns it shares; of heads whose dK and dV do not fit the registers
-together it is compiled twice, for dV and for dK and dQ. Which way a call takes, the first of these decides: what the kernel
-cannot do (`why_not`); a mapping of tiles that names it or others; CUFLASH_BACKWARD_WGMMA=1, which takes it wherever it can run, a single tile too if it fits; a single tile, which is for
-dK and dV; CUFLASH_BACKWARD_WGMMA=0; a version of NVRTC that is not trusted (`compiler_versions`); tables of tuned tiles, where both ways were timed on one call; sums of dQ that would take
-more memory than the arrays; the timing model's prediction (`predicted_wgmma`), if it knows both ways with these features; else the kernels of mma.sync.
+It makes all gradients, as the fused kernel of mma.sync does (`fused_backward`), whose sums of dQ and turns it shares; of heads whose dK and dV do not fit the
+registers together it is compiled twice, for dV and for dK and dQ. Which way a call takes, the first of these decides: what the kernel cannot do (`why_not`); a
+mapping of tiles that names it or others; CUFLASH_BACKWARD_WGMMA=1, which takes it wherever it can run, a single tile too if it fits; a single tile, which is for
+dK and dV; CUFLASH_BACKWARD_WGMMA=0; a version of NVRTC that is not trusted (`compiler_versions`); tables of tuned tiles, where both ways were timed on one call;
+a kernel or feature that the timing model was not asked about (`predicted_loops`), with which calls stay on mma.sync; sums of dQ that would take more memory than
+the arrays; the model's prediction (`predicted_wgmma`).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def choose(problem: Problem, device: Device, tile: Tiles, others: Sequence[Kerne
     if asked_for.named(BACKWARD_WGMMA, tile, _OTHERS) is False:
         return Choice(False, f"not {name}, since the tile is for others")
     if isinstance(tile, Tile):
-        return Choice(False, f"not {name}: a single tile is for dK and dV; a mapping may name {BACKWARD_WGMMA.name}")
+        return Choice(False, f"not {name}: a single tile is for dK and dV; a mapping may name {kernels(problem)[0].name}")
     if switches.setting(VARIABLE) is False:
         return Choice(False, f"not {name}, by {VARIABLE}=0")
     if (untrusted := compiler_versions.why_not()) is not None:

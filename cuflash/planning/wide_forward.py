@@ -1,7 +1,7 @@
 """The forward kernel of Hopper's own instructions for heads above 256 columns, those of multi-head latent attention among them.
 
-Until it has run on a GPU it is asked for as the one for narrower heads is (`wgmma_forward`): by `tile`, which names it, or by CUFLASH_FORWARD_WGMMA=1. What
-it cannot do stays on the kernel of mma.sync; calls with a cache of such heads have no other.
+Until it has run on a GPU no call takes it by itself, unlike the one for narrower heads (`wgmma_forward`): it is asked for by `tile`, which names it, or by
+CUFLASH_FORWARD_WGMMA=1. What it cannot do stays on the kernel of mma.sync; calls with a cache of such heads have no other.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from cuflash.errors import CompileError
 from cuflash.hardware.device import Device
 from cuflash.jit import cache
 from cuflash.jit.compiler import Artifact
+from cuflash.planning import wgmma_backward, wgmma_forward
 from cuflash.planning.kernel_plan import KernelPlan, LaunchShape
 from cuflash.planning.kernel_specs import BACKWARD_DQ, FORWARD
 
@@ -90,8 +91,8 @@ def refuse_what_would_hang(kernel: KernelPlan, artifact: Artifact) -> None:
     got = (
         f"has {registers} registers per thread, and it hands on what {presumed} are" if registers != presumed else "has serialised products"
     )
-    other = BACKWARD_DQ if kernel.spec.backward else FORWARD
-    way_out = f"Another kernel takes the call: set CUFLASH_{kernel.name.upper()}=0, leave {kernel.name} out of tile, or pin tile={{'{other.name}': …}}."
+    variable, other = (wgmma_backward.VARIABLE, BACKWARD_DQ) if kernel.spec.backward else (wgmma_forward.VARIABLE, FORWARD)
+    way_out = f"Another kernel takes the call: set {variable}=0, leave {kernel.name} out of tile, or pin tile={{'{other.name}': …}}."
     message = f"{kernel.source} as {artifact.compiler} compiles it, with {kernel.num_threads} threads, {got}: it is not run. {way_out}"
     raise CompileError(message, log="\n".join(serialized), config=kernel.config)
 
