@@ -177,6 +177,19 @@ def test_warmup_compiles_all_ways() -> None:
     assert ways == [{"forward"}, {"backward_fused"}, {"backward_dq"}]
 
 
+@pytest.mark.parametrize("predicted", [True, False], ids=["predicted", "not predicted"])
+def test_warmup_compiles_what_tables_have_for_other_lengths(predicted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a kernel that the call without a table does not take, too."""
+    tiles = {WGMMA[0]: Tile(128, 64, 8, 2), WGMMA[1]: Tile(64, 128, 8, 2), "backward_fused": Tile(32, 64, 4, 2)}
+    monkeypatch.setattr(
+        tuned_tiles, "of_all_lengths", lambda case, *_: (tiles[case.kernel.name],) if case.kernel.name in tiles else ()
+    )
+    if not predicted:
+        monkeypatch.setattr(predicted_loops, "table", dict)
+    kernels = offline.offline_kernels(ON, dtype="float16", head_dim=128, every_way=True)
+    assert tiles.items() <= {(kernel.name, kernel.tile) for kernel in kernels}
+
+
 def test_a_call_runs_what_its_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a card of two SMs, which little fills."""
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")

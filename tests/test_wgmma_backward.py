@@ -333,9 +333,7 @@ def test_a_compilation_of_which_warps_would_wait_for_ever_is_not_run(head_dim: i
         return Artifact(b"cubin", "", 0.0, (KernelResources(kernel.entry, registers, 0, 0, 0, 0, 4),), "NVRTC 13.7")
 
     launch.refuse_what_would_hang(kernel, compiled(168))
-    with pytest.raises(
-        CompileError, match=rf"set {wgmma_backward.VARIABLE}=0, leave {name} out of tile, or pin tile={{'backward_dq': …}}"
-    ):
+    with pytest.raises(CompileError, match=rf"set {wgmma_backward.VARIABLE}=0, leave {name} out of tile, or pin tile={{'backward_dq': …}}"):
         launch.refuse_what_would_hang(kernel, compiled(160))
 
 

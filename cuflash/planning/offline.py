@@ -56,10 +56,11 @@ def offline_kernels(
     for of_gradients in (False, True) if backward else (False,):
         pinned = _of_pass(tile, backward=of_gradients)
         ways = _ways(problem, device, pinned, backward=of_gradients) if every_way else ((problem, pinned),)
+        by_caller = pinned if isinstance(pinned, Mapping) else {}
         for of_a_kind, way in ways:
             kernels = make_plan(of_a_kind, device, backward=of_gradients, tile=way).kernels
             if way is None or isinstance(way, Mapping):
-                kernels += tuple(_tuned_kernels(of_a_kind, device, kernels, of_gradients, way or {}))
+                kernels += tuple(_tuned_kernels(of_a_kind, device, kernels, of_gradients, way or {}, by_caller))
             found |= {kernel.request(device): kernel for kernel in kernels if kernel.request(device) not in found}
     return list(found.values())
 
@@ -88,15 +89,15 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
 
 
 def _tuned_kernels(
-    problem: Problem, device: Device, kernels: Iterable[KernelPlan], backward: bool, pinned: Mapping[str, Tile]
+    problem: Problem, device: Device, kernels: Iterable[KernelPlan], backward: bool, way: Mapping[str, Tile], by_caller: Mapping[str, Tile]
 ) -> Iterator[KernelPlan]:
-    """Those with the tiles that tables have for other lengths, and the kernels that they need beside them."""
+    """Those with the tiles that tables have for other lengths, unless the caller pins them, and the kernels that they need beside them."""
     for kernel in kernels:
-        if not kernel.spec.is_tiled or kernel.name in pinned:
+        if not kernel.spec.is_tiled or kernel.name in by_caller:
             continue
         for tile in tuned_tiles.of_all_lengths(kernel.case, problem, device):
             if tile != kernel.tile:
-                others = make_plan(problem, device, backward=backward, tile={**pinned, kernel.name: tile}).kernels
+                others = make_plan(problem, device, backward=backward, tile={**way, kernel.name: tile}).kernels
                 yield from (other for other in others if other not in kernels)
 
 

@@ -97,7 +97,8 @@ def _faster(problem: Problem, device: Device, others: Sequence[KernelSpec]) -> C
     pin = f'pin it by tile={{"{cases[0].kernel.name}": ...}}'
     found = predicted_wgmma.compare(cases, of_others, problem, device, fused_backward.heads_together(problem, device))
     if found is None:
-        return Choice(False, f"not {name}: it can run, but nothing is predicted of it here: {pin}")
+        of_other_lengths = any(tuned_tiles.of_all_lengths(case, problem, device) for case in cases)
+        return Choice(False, f"not {name}: it can run, but nothing is predicted of it here: {pin}", of_other_lengths)
     for case in (case for case in cases if case.kernel.added_up):
         if (much := fused_backward.too_much_memory(case, problem, tile_choice.default_tile(case, device))) is not None:
             return Choice(False, f"not {name}: {much}: {pin}", True)

@@ -58,7 +58,8 @@ def _faster(problem: Problem, device: Device) -> Choice:
     pin = f'pin it by tile={{"{FORWARD_WGMMA.name}": ...}}'
     found = predicted_wgmma.compare(cases[:1], cases[1:], problem, device)
     if found is None:
-        return Choice(False, f"{other}; {name} can run too, but nothing is predicted of it here: {pin}")
+        of_other_lengths = any(tuned_tiles.of_all_lengths(case, problem, device) for case in cases[:1])
+        return Choice(False, f"{other}; {name} can run too, but nothing is predicted of it here: {pin}", of_other_lengths)
     if found.gains:
         return Choice(True, f"{name}, predicted to take {found.ratio:.2f} of the time of {other}; {SIMULATED}", True)
     return Choice(False, f"{other}; {name} is predicted to take {found.ratio:.2f} of its time here: {pin}", True)

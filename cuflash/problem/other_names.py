@@ -176,7 +176,7 @@ _OF_CACHES = {
     "rotary_sin": "attention_with_kvcache rotates queries and new keys; rotate them before other calls.",
     "rotary_interleaved": "attention_with_kvcache rotates queries and new keys; rotate them before other calls.",
     "num_splits": "Keys of a row are shared out among blocks by attention_with_kvcache.",
-    "batch_invariant": "Only attention_with_kvcache shares out keys in a way that depends on the batch; other calls have the same bits in any batch, unless another way to the same results is faster there (README, \"Determinism\", says which variables keep one).",
+    "batch_invariant": 'Only attention_with_kvcache shares out keys in a way that depends on the batch; other calls have the same bits in any batch, unless another way to the same results is faster there (README, "Determinism", says which variables keep one).',
 }
 """Arguments of calls with a cache, and what to write in other calls."""
 

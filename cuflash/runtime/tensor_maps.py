@@ -87,9 +87,7 @@ def encode_on_gpu(gpu: int, address: int, dtype: str, extents: tuple[int, ...], 
         )  # fmt: skip
     if status != 0:
         got = f"a tensor at {address:#x} of extents {extents}, strides {strides} and box {box}, with error {status}"
-        way_out = (
-            "Report this. Set CUFLASH_FORWARD_WGMMA=0 and CUFLASH_BACKWARD_WGMMA=0, and leave kernels of wgmma out of tile, and those of mma.sync take the call."
-        )
+        way_out = "Report this. Set CUFLASH_FORWARD_WGMMA=0 and CUFLASH_BACKWARD_WGMMA=0, and leave kernels of wgmma out of tile, and those of mma.sync take the call."
         raise DeviceError("device", got, "a tensor map from cuTensorMapEncodeTiled", way_out)
     return room.raw[begin : begin + NBYTES]
 
