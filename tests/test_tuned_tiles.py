@@ -198,8 +198,9 @@ def test_two_runs_of_one_bucket_are_one_entry() -> None:
 def test_without_tables_the_plan_says_what_chose() -> None:
     tile, words = planned()
     assert (tile, words) == (DEFAULT, "predicted by the timing model (predicted_tiles.py)")
-    on, x = device.of_arch("sm_90", "gpu"), cuflash.plan(*arrays()).problem
-    assert make_plan(x, on).kernels[0].tile_by == "measured on an H100 (measured_tiles.py)"
+    on, x = device.of_arch("sm_90", "gpu"), cuflash.plan(*arrays(), backward=True).problem
+    assert make_plan(x, on, backward=True).kernels[-1].tile_by == "measured on an H100 (measured_tiles.py)"
+    x = cuflash.plan(*arrays()).problem
     assert make_plan(x, device.of_arch("sm_75", "gpu")).kernels[0].tile_by.startswith("the model of tiles, best of ")
     assert planned(tile=FAST) == (FAST, "pinned")
 
