@@ -181,9 +181,7 @@ def test_warmup_compiles_all_ways() -> None:
 def test_warmup_compiles_what_tables_have_for_other_lengths(predicted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a kernel that the call without a table does not take, too."""
     tiles = {WGMMA[0]: Tile(128, 64, 8, 2), WGMMA[1]: Tile(64, 128, 8, 2), "backward_fused": Tile(32, 64, 4, 2)}
-    monkeypatch.setattr(
-        tuned_tiles, "of_all_lengths", lambda case, *_: (tiles[case.kernel.name],) if case.kernel.name in tiles else ()
-    )
+    monkeypatch.setattr(tuned_tiles, "of_all_lengths", lambda case, *_: (tiles[case.kernel.name],) if case.kernel.name in tiles else ())
     if not predicted:
         monkeypatch.setattr(predicted_loops, "table", dict)
     kernels = offline.offline_kernels(ON, dtype="float16", head_dim=128, every_way=True)
@@ -273,4 +271,4 @@ def _stand_in(line: Any, kernel: Any) -> prediction.KernelPrediction:
     pairs = kernel.tile.tile_q * kernel.tile.tile_kv
     share = predicted_wgmma.multiply_adds(kernel.case, kernel.tile, ON) / (line.full * pairs * predicted_wgmma._PEAK)
     between = line.between if kernel.spec.stays else None
-    return prediction.KernelPrediction(described, 1, 0, 0, line.full * pairs, {"matrix": share}, {}, (None, None), between)  # type: ignore[arg-type]
+    return prediction.KernelPrediction(described, 1, 0, 0, line.full * pairs, {"matrix": share}, {}, (None, None), 0.0, between)  # type: ignore[arg-type]
