@@ -258,7 +258,9 @@ class _Barriers:
 
     @staticmethod
     def _bytes(code: Sequence[Instruction], position: int) -> int:
-        last = max(constants(code, position, code[position].operands.split(",")[-1].strip()), default=0)  # of tiles that are cut, all at once
+        last = max(
+            constants(code, position, code[position].operands.split(",")[-1].strip()), default=0
+        )  # of tiles that are cut, all at once
         if last <= 0:
             raise _unclear(code[position], "bytes whose number the code does not say")
         return last
