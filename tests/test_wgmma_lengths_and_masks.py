@@ -13,6 +13,8 @@ from test_wgmma_forward import HOST, MASKS, NAME, SHORT, asked_for, checked, hop
 
 import cuflash
 from cuflash import Tile, reference
+from cuflash.hardware import device
+from cuflash.jit import cache
 from cuflash.reference.comparison import compare
 from cuflash.simulator import check
 
@@ -209,6 +211,16 @@ def test_masks_that_are_read_where_they_lie(case: str) -> None:
     plan = cuflash.plan(*inputs, attn_mask=UNMAPPED[case])
     assert names(plan) == [NAME]
     assert "MAPS_MASK = false" in plan.kernels[0].config
+
+
+def test_a_boolean_mask_that_is_copied_is_not_read_as_numbers_too() -> None:
+    """With a softcap its tile, which has one byte for each key, was read like one of 16 bits, beyond its end where it has many keys."""
+    inputs, mask = inputs_of(HOST, (200, 272), 64), numpy.ones((200, 272), bool)
+    on = device.of_memory("cpu", 0)
+    for attn_mask, is_read in ((mask, False), (mask.astype("float16"), True)):
+        kernel = cuflash.plan(*inputs, attn_mask=attn_mask, softcap=3.0, tile={NAME: SHORT}).kernels[-1]
+        assert "MAPS_MASK = true" in kernel.config
+        assert ("ldmatrix" in cache.fetch(kernel.request(on)).data.decode()) == is_read
 
 
 @pytest.mark.parametrize("case", ["packed", "lengths", "segments, causal", "boolean mask", "copied mask"])

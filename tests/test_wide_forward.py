@@ -20,7 +20,8 @@ from cuflash.hardware import device
 from cuflash.planning import wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import FORWARD_WGMMA_WIDE
-from cuflash.planning.tile_choice import default_tile
+from cuflash.planning.tile_choice import default_tile, legal_tiles_for
+from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.simulator import check
 
 pytest.importorskip("cupy")
@@ -173,7 +174,7 @@ def plan_of(head_dims: tuple[int, int] = LATENT, dtype: str = "float16", **optio
 
 
 def test_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "forward_wgmma_wide.cu, as asked for; it has not run on a GPU yet" in str(plan_of())
+    assert "forward_wgmma_wide.cu, as asked for; it has run on the simulator only" in str(plan_of())
     monkeypatch.delenv(wgmma_forward.VARIABLE)
     plan = plan_of()
     assert names(plan) == ["forward"]
@@ -201,6 +202,14 @@ def test_the_plan_says_why_it_is_not_taken(case: str) -> None:
     assert reason in str(caught.value)
 
 
+def test_a_query_off_16_bytes_is_named() -> None:
+    """Though the kernel would take it: the others start on 16 bytes."""
+    query, key, value = inputs_of(Target("sm_90"), (20, 40), (1, 1), (272, 72))
+    unaligned = numpy.zeros((2, 20, 1, 280), "float16")[..., 1:273]
+    assert "starts on 16 bytes, and one of query, key and value does not" in str(cuflash.plan(unaligned, key, value))
+    assert names(cuflash.plan(query, key, value)) == [NAME]
+
+
 @pytest.mark.parametrize("page_size", [0, 12])
 def test_a_cache_that_no_kernel_takes_is_refused(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if not page_size:
@@ -217,6 +226,29 @@ def test_default_tiles_hold_as_many_keys_as_fit_twice() -> None:
         return tile.tile_kv
 
     assert (keys(*LATENT, shared=True), keys(*LATENT), keys(512, 512), keys(64, 512)) == (64, 32, 32, 64)
+
+
+def test_registers_are_counted_for_the_warpgroup_that_has_most_columns() -> None:
+    """Whole slabs: 192 of 264 columns of O are the first one's. These tiles of 128 and 112 keys spilled."""
+    softcap, alibi = FeatureSet(softcap=True, window=True), FeatureSet(alibi=True, window=True)
+    most = {NO_FEATURES: 128, softcap: 128, alibi: 112, replace(alibi, softcap=True): 96}
+    for features, tile_kv in most.items():
+        case = KernelCase(FORWARD_WGMMA_WIDE, "float16", 264, head_dim_v=264, features=features, value_in_key=True)
+        assert max(tile.tile_kv for tile in legal_tiles_for(case, ON)) == tile_kv
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "case", [(264, 128, {"softcap": 3.0}), (264, 112, {"alibi_slopes": True}), (264, 96, {"softcap": 3.0, "alibi_slopes": True})], ids=str
+)
+def test_the_largest_tiles_do_not_spill(case: tuple[int, int, dict[str, Any]]) -> None:
+    head_dim, tile_kv, options = case
+    features = {name: numpy.ones(2, "float32") if name == "alibi_slopes" else x for name, x in options.items()}
+    inputs = inputs_of(Target("sm_90"), (100, 200), (2, 1), (head_dim, head_dim), shared=True)
+    tile = {NAME: Tile(64, tile_kv, 8, 2)}
+    plan = cuflash.plan(*inputs, enable_gqa=True, is_causal=True, window=(100, 0), tile=tile, **features)
+    (report,) = inspect_kernels([(ON, plan.kernels[0])])
+    assert_as_meant(report)
 
 
 def test_splits_fill_the_sms() -> None:

@@ -12,6 +12,8 @@ from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.problem.tile import Tile, Tiles
 from cuflash.system import switches
 
+SIMULATED = "it has run on the simulator only"
+
 
 class Choice(NamedTuple):
     """Whether a call takes a kernel that may come in the place of others.

@@ -31,8 +31,6 @@ VARIABLE = "CUFLASH_FUSED_BACKWARD"
 OF_THEIR_OWN = (BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ)
 """Kernels of the other way."""
 
-SIMULATED = "it has run on the simulator only"
-
 _SLACK = 1.1
 """With it sections on an H100 are those that were fast there, of 32 MiB (docs/hopper.md)."""
 
@@ -54,7 +52,7 @@ def choose(problem: Problem, device: Device, tile: Tiles, others: Sequence[Kerne
     own, fused = " and ".join(kernel.name for kernel in others), BACKWARD_FUSED.name
     by_name = asked_for.named(BACKWARD_FUSED, tile, OF_THEIR_OWN)
     if by_name is not None:
-        return Choice(by_name, f"{fused}, which the tile is for; {SIMULATED}" if by_name else f"{own}, which the tile is for")
+        return Choice(by_name, f"{fused}, which the tile is for; {asked_for.SIMULATED}" if by_name else f"{own}, which the tile is for")
     if isinstance(tile, Tile):
         return Choice(False, f"{own}, which a single tile is for; a mapping may name {fused}")
     if switches.setting(VARIABLE) is False:
@@ -86,7 +84,7 @@ def _predicted(problem: Problem, device: Device, others: Sequence[KernelCase], o
         return Choice(False, f"{own}; {much}: {pin}", True)
     ratio = time_ratio(problem, device, others)
     if ratio * predicted_backward.LEAST_GAIN <= 1.0:
-        return Choice(True, f"{case.kernel.name}, predicted to take {ratio:.2f} of the time of {own}; {SIMULATED}", True)
+        return Choice(True, f"{case.kernel.name}, predicted to take {ratio:.2f} of the time of {own}; {asked_for.SIMULATED}", True)
     return Choice(False, f"{own}; {case.kernel.name} is predicted to take {ratio:.2f} of their time here: {pin}", True)
 
 

@@ -277,7 +277,10 @@ def accumulated(case: KernelCase, device: Device) -> tuple[int, int]:
     """Columns of the outputs, and how many score matrices, that a warp accumulates at a time."""
     slices = case.head_slices(device)
     d, dv = (columns // slices for columns in case.columns(device))
-    return case.kernel.output_columns(d, dv) // case.kernel.column_groups, len(case.kernel.scores) + case.kernel.sums_scores
+    outputs = case.kernel.output_columns(d, dv)
+    if case.kernel.column_groups > 1:  # whole slabs of the first group: FIRST_COLUMNS in kernels/tile/wgmma_wide_block.cuh
+        outputs = ceil(outputs / 64 / case.kernel.column_groups) * 64
+    return outputs, len(case.kernel.scores) + case.kernel.sums_scores
 
 
 def added_up_registers(case: KernelCase, tile: Tile, device: Device) -> int:

@@ -13,13 +13,14 @@ MASK_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2}
 _MAX_STRIDE_BYTES = 2**40
 
 
-def why_not(arrays: Iterable[tuple[str, View]], itemsize: int, *, aligned: bool) -> str | None:
+def why_not(arrays: Iterable[tuple[str, View]], itemsize: int, *, aligned: bool, aligned_with: Iterable[str] = ()) -> str | None:
     """Why some of these arrays cannot be copied, in words; None where all can.
 
     Args:
         arrays: what they are called, and how they lie.
         itemsize: bytes of an element.
         aligned: all start on 16 bytes.
+        aligned_with: others that `aligned` is about, too.
     """
     named = list(arrays)
     for name, view in named:
@@ -27,7 +28,7 @@ def why_not(arrays: Iterable[tuple[str, View]], itemsize: int, *, aligned: bool)
             return f"the TMA unit cannot copy {name}, {reason}"
     if aligned:
         return None
-    names = [name for name, _ in named]
+    names = [*aligned_with, *(name for name, _ in named)]
     return f"the TMA unit copies what starts on 16 bytes, and one of {', '.join(names[:-1])} and {names[-1]} does not"
 
 

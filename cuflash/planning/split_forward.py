@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 VARIABLE = "CUFLASH_DECODE"
 """Environment variable; 0: calls with a cache alone have the kernel, and those that pin it. Looked at when a call is planned, so not by calls whose like was made before."""
 
-SIMULATED = "it has run on the simulator only"
-
 MAX_QUERIES = 16
 """Of an ordinary call that takes the kernel by itself: with more, the others read keys less often."""
 _MAX_ROWS = 2**31 - 2**10  # grouped; with the empty ones of the last tile they are 32-bit numbers
@@ -71,7 +69,7 @@ def _choose(problem: Problem, device: Device, tile: Tiles) -> tuple[bool, str]:
     if (reason := why_not(problem, device)) is not None:
         return False, f"not {name}: {reason}"
     if by_name:
-        return True, f"{name}, which the tile is for; {SIMULATED}"
+        return True, f"{name}, which the tile is for; {asked_for.SIMULATED}"
     if isinstance(tile, Tile):
         return False, f"not {name}: a single tile is for kernels of many queries; a mapping may name {FORWARD_SPLIT.name}"
     if (wanted := switches.setting(VARIABLE)) is False:
@@ -82,7 +80,7 @@ def _choose(problem: Problem, device: Device, tile: Tiles) -> tuple[bool, str]:
     if timed is not None:
         number, part, how = timed
         return number == 0, f"{'' if number == 0 else 'not '}{name}, by tables {how} to take {part:.2f} times as long as {FORWARD.source}"
-    return True, f"{name}, since a tile of the others has rows for more than {MAX_QUERIES} queries; {SIMULATED}"
+    return True, f"{name}, since a tile of the others has rows for more than {MAX_QUERIES} queries; {asked_for.SIMULATED}"
 
 
 def why_not(problem: Problem, device: Device) -> str | None:

@@ -28,6 +28,8 @@ WGMMA_SLAB = 64
 """Columns of a tile that lie side by side in shared memory."""
 WGMMA_REGISTERS = {8: 240, 12: 160}
 """Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/tile/wgmma_block.cuh."""
+_WGMMA_WIDE_REGISTERS = 232
+"""The same of the forward kernel of wide heads: mirrors kernels/tile/wgmma_wide_block.cuh."""
 _WGMMA_ORDER_REGISTERS = (
     8  # that each warp which copies or keeps the order of dQ has more of where dV is made elsewhere, of each that computes
 )
@@ -37,6 +39,7 @@ _WGMMA_SOFTCAP_REGISTERS = {8: 28, 12: 8}
 _WGMMA_DROPOUT_REGISTERS = {8: 28, 12: 16}
 _WGMMA_BACKWARD_DROPOUT_REGISTERS = 24
 _WGMMA_SEGMENTS_REGISTERS = {8: 12, 12: 8}
+_WGMMA_WIDE_SOFTCAP_REGISTERS, _WGMMA_WIDE_ALIBI_REGISTERS = 12, 16
 _WGMMA_MASK_REGISTERS = {None: 0, "bool": 1, "float16": 1, "bfloat16": 1, "float32": 2}
 """Of a tile of a mask, for each four keys, unless the TMA unit copies it."""
 
@@ -134,7 +137,8 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     if case.kernel.implementation == "wgmma":
         if getattr(tile, streamed) > WGMMA_MAX_COLUMNS:
             return f"{streamed} must be at most {WGMMA_MAX_COLUMNS}, the columns of a wgmma and the rows of a TMA box"
-        limit = WGMMA_REGISTERS[tile.num_warps] - _WGMMA_ORDER_REGISTERS * ("dQ" in case.kernel.outputs and "dV" not in case.kernel.outputs)
+        limit = _WGMMA_WIDE_REGISTERS if case.kernel.column_groups > 1 else WGMMA_REGISTERS[tile.num_warps]
+        limit -= _WGMMA_ORDER_REGISTERS * ("dQ" in case.kernel.outputs and "dV" not in case.kernel.outputs)
         needed += _wgmma_registers(case, tile) - 24
     if needed > limit:
         return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"
@@ -146,6 +150,9 @@ def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
     features = case.features
     if case.kernel.backward:
         return _WGMMA_OTHER_REGISTERS + _wgmma_backward_registers(features, tile)
+    if case.kernel.column_groups > 1:
+        of_features = _WGMMA_WIDE_SOFTCAP_REGISTERS * features.softcap + _WGMMA_WIDE_ALIBI_REGISTERS * features.alibi
+        return tile.tile_kv // 4 + _WGMMA_OTHER_REGISTERS + of_features
     of_features = _WGMMA_SOFTCAP_REGISTERS[tile.num_warps] * features.softcap + _WGMMA_DROPOUT_REGISTERS[tile.num_warps] * features.dropout
     of_features += _WGMMA_SEGMENTS_REGISTERS[tile.num_warps] * features.segments
     if tile.num_warps == 8:  # wide outputs, and the warp that copies keeps more where there are lists

@@ -44,8 +44,6 @@ from cuflash.system import switches
 VARIABLE = "CUFLASH_BACKWARD_WGMMA"
 """Environment variable; 0: never, 1: the kernel wherever it can run. Looked at when a call is planned, so not by calls whose like was made before."""
 
-SIMULATED = "it has run on the simulator only"
-
 _OTHERS = (BACKWARD_FUSED, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ)
 
 
@@ -74,7 +72,7 @@ def choose(problem: Problem, device: Device, tile: Tiles, others: Sequence[Kerne
     if (reason := why_not(problem, device)) is not None:
         return Choice(False, f"not {name}: {reason}{_others_cost(problem, device, others)}")
     if is_asked:
-        return Choice(True, f"{name}, as asked for; {SIMULATED}")
+        return Choice(True, f"{name}, as asked for; {asked_for.SIMULATED}")
     if asked_for.named(BACKWARD_WGMMA, tile, _OTHERS) is False:
         return Choice(False, f"not {name}, since the tile is for others")
     if isinstance(tile, Tile):
@@ -103,7 +101,7 @@ def _faster(problem: Problem, device: Device, others: Sequence[KernelSpec]) -> C
         if (much := fused_backward.too_much_memory(case, problem, tile_choice.default_tile(case, device))) is not None:
             return Choice(False, f"not {name}: {much}: {pin}", True)
     if found.gains:
-        return Choice(True, f"{name}, predicted to take {found.ratio:.2f} of the time of {other}; {SIMULATED}", True)
+        return Choice(True, f"{name}, predicted to take {found.ratio:.2f} of the time of {other}; {asked_for.SIMULATED}", True)
     return Choice(False, f"not {name}, which is predicted to take {found.ratio:.2f} of the time of {other}: {pin}", True)
 
 

@@ -19,8 +19,6 @@ from cuflash.system import switches
 VARIABLE = "CUFLASH_FORWARD_WGMMA"
 """Environment variable; 0: never, 1: the kernel wherever it can run. Looked at when a call is planned, so not by calls whose like was made before."""
 
-SIMULATED = "it has run on the simulator only"
-
 
 def choose(problem: Problem, device: Device, tile: Tiles) -> Choice:
     """Decide.
@@ -35,7 +33,7 @@ def choose(problem: Problem, device: Device, tile: Tiles) -> Choice:
     if (reason := why_not(problem, device)) is not None:
         return Choice(False, f"{other}, not {name}: {reason}{_others_cost(problem, device)}")
     if is_asked:
-        return Choice(True, f"{name}, as asked for; {SIMULATED}")
+        return Choice(True, f"{name}, as asked for; {asked_for.SIMULATED}")
     if asked_for.named(FORWARD_WGMMA, tile, (FORWARD,)) is False:
         return Choice(False, f"{other}, which the tile is for")
     if isinstance(tile, Tile):
@@ -61,7 +59,7 @@ def _faster(problem: Problem, device: Device) -> Choice:
         of_other_lengths = any(tuned_tiles.of_all_lengths(case, problem, device) for case in cases[:1])
         return Choice(False, f"{other}; {name} can run too, but nothing is predicted of it here: {pin}", of_other_lengths)
     if found.gains:
-        return Choice(True, f"{name}, predicted to take {found.ratio:.2f} of the time of {other}; {SIMULATED}", True)
+        return Choice(True, f"{name}, predicted to take {found.ratio:.2f} of the time of {other}; {asked_for.SIMULATED}", True)
     return Choice(False, f"{other}; {name} is predicted to take {found.ratio:.2f} of its time here: {pin}", True)
 
 

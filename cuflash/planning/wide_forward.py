@@ -42,7 +42,8 @@ def why_not(problem: Problem, device: Device) -> str | None:
     if problem.cache is not None and problem.cache.page_size % _ROWS_OF_SWIZZLE:
         return f"the TMA unit copies {_ROWS_OF_SWIZZLE} rows of a page at a time, and pages have {problem.cache.page_size}"
     arrays = (("key", problem.key), ("value", problem.value))
-    return mapped_arrays.why_not(arrays, problem.itemsize, aligned=problem.aligned)
+    of_calls = ("query",) if problem.cache is None else ()
+    return mapped_arrays.why_not(arrays, problem.itemsize, aligned=problem.aligned, aligned_with=of_calls)
 
 
 def box_keys(problem: Problem, tile: Tile) -> int:
@@ -59,6 +60,6 @@ def explain(problem: Problem, device: Device, tile: Tiles) -> str | None:
     if (reason := why_not(problem, device)) is not None:
         return f"{FORWARD.source}, not {name}: {reason}"
     if asked:
-        return f"{name}, as asked for; it has not run on a GPU yet"
+        return f"{name}, as asked for; {asked_for.SIMULATED}"
     how = f"{VARIABLE}=1, or by a tile of {FORWARD_WGMMA_WIDE.name}, of which cuflash.legal_tiles has a list"
     return f"{FORWARD.source}; {name} can run too, but has not run on a GPU yet: ask for it by {how}"
