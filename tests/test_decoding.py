@@ -229,6 +229,21 @@ def test_a_sequence_has_the_same_bits_in_any_batch(simulator: Target) -> None:
             assert Target.bits(own_lse) == Target.bits(lse[chosen])
 
 
+def test_a_sequence_has_the_same_bits_whatever_number_of_parts_its_room_makes(simulator: Target) -> None:
+    """The values of its three parts cancel, so that the order in which they are added up is seen."""
+    options = {"batch_invariant": True, "tile": {"forward_split": Tile(16, 64, 4, 2)}}
+    call = CacheCall((3072,), room=4200, dtype="bfloat16", options=options)
+    call.plain["query"][...] = 0
+    values = call.plain["values"][0]
+    values[:1024] = numpy.arange(32) % 7 + 1
+    values[1024:2048] = numpy.arange(32) % 5 + 1
+    values[2048:] = -(numpy.arange(32) % 7 + numpy.arange(32) % 5 + 2)
+    given = call.arrays()
+    less = {name: given[name][:, :3072] for name in ("key_cache", "value_cache")}
+    results = [cuflash.attention_with_kvcache(**given | changed, return_lse=True) for changed in ({}, less)]
+    assert len({(Target.bits(out), Target.bits(lse)) for out, lse in results}) == 1
+
+
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_no_schedule_changes_a_bit(page_size: int, simulator: Target, request: pytest.FixtureRequest) -> None:
     seeds = range(20 if request.config.getoption("--exhaustive") else 2)

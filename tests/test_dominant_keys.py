@@ -158,6 +158,18 @@ def test_huge_scores_in_float16(target: Target, score: float) -> None:
     target.check(query, key, value, scale=score / 16, backward=False)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("largest", [1500.0, 3000.0])
+def test_differences_of_huge_scores(target: Target, dtype: str, largest: float) -> None:
+    """Where the last place of the reference is up to 1, the largest score may lie above it, and keeps its weight beside those below."""
+    query, key = numpy.zeros((1, 16, 1, 16)), numpy.zeros((1, 64, 1, 16))
+    query[..., :2] = 2048, 1
+    key[..., 0] = largest
+    key[0, :, 0, 1] = numpy.arange(64) * 5 % 64 / 2  # scores are float32 numbers
+    inputs = [target.place(rounded(x, dtype)) for x in (query, key)]
+    target.check(*inputs, target.random((1, 64, 1, 16), dtype, 3), scale=1.0, backward=False)
+
+
 # --- Where it ends (docs/features.md, "What is promised") ----------------------------------------------------------------------------------
 
 

@@ -267,8 +267,10 @@ class PreparedForward(PreparedCall):
             "lse": arguments.rows(lse.name, (heads * seqlen * floats, seqlen * floats, floats)),
         }
         strides = {"stride_part_out": batch * heads * stride_head, "stride_part_lse": batch * heads * seqlen * floats}
+        # The order of a sum depends on the number of groups, and that on the room of the caches and the queries of the batch.
+        groups = 1 if self.plan.problem.batch_invariant else row_groups(MERGE_ATTENTION, seqlen, head_dim, count)
         return {
-            "seqlen_q": seqlen, "num_heads": heads, "lanes": row_lanes(head_dim), "groups": row_groups(MERGE_ATTENTION, seqlen, head_dim, count),
+            "seqlen_q": seqlen, "num_heads": heads, "lanes": row_lanes(head_dim), "groups": groups,
             "parts": {**strides, "num_parts": count, "one_array": True, "listed": [part]},
         }  # fmt: skip
 

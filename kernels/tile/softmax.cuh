@@ -4,11 +4,11 @@
 // scores times scale_log2, less SHIFT, rounded down; since every use takes the same rounded number, the rounding cancels in the normalisation. It
 // rises to the running maximum where that has come to lie more than SLACK above it, and O is multiplied only then: most tiles raise no reference.
 // Exponents are below SHIFT + SLACK + 2^-23 |reference|, which is much more only where |reference| passes 2^22. Rows where it does are coarse, and
-// their exponents are clamped to SHIFT (scores of 1e5 in bfloat16 stay finite). Both are done where a warp finds a row that asks for it, so that
-// other tiles have neither multiplications of O nor a clamp.
+// their exponents are clamped to SHIFT + 1 (scores of 1e5 in bfloat16 stay finite), which those that are right pass only where |reference| is above
+// 2^24. Both are done where a warp finds a row that asks for it, so that other tiles have neither multiplications of O nor a clamp.
 //
 // With NATURAL scores are no log2 units and there is no scale_log2: p = 2^((S - reference) log2(e) + SHIFT), where the reference is the running
-// maximum itself. The difference of huge numbers is exact, and never above 0.
+// maximum itself, or lies at most SLACK in log2 units below it, but for the rounding of huge scores. The difference of huge numbers is exact.
 //
 // SHIFT scales all probabilities of a row by 2^SHIFT, and so its sum and O, which the normalisation takes out again: room for small ones in the type
 // that P is rounded to.
@@ -223,7 +223,7 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
-      for (int i = 2 * r; i < 2 * r + 2; ++i) S[n][i] = min_nan(__fmaf_rn(S[n][i], scale_log2, -reference[m][r]), SHIFT) * factor;
+      for (int i = 2 * r; i < 2 * r + 2; ++i) S[n][i] = min_nan(__fmaf_rn(S[n][i], scale_log2, -reference[m][r]), float(SHIFT + 1)) * factor;
   }
 
   template <int N>
