@@ -12,7 +12,7 @@ from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
-from cuflash.arrays.borrowing import AnyArray, Array, borrow, describe, is_array, pointer, signature
+from cuflash.arrays.borrowing import AnyArray, Array, borrow, describe, is_array, pointer, refuse_without_memory, signature
 from cuflash.arrays.frameworks import BFloat16Bits
 from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
 from cuflash.hardware import device
@@ -382,7 +382,7 @@ class _Merge:
             for name, array, offset in self.derived:
                 named_addresses[name] = named_addresses[array] + offset
             for result, memory in zip(self.results, made, strict=True):
-                named_addresses[result.name] = pointer(memory)
+                named_addresses[result.name] = pointer(memory) or refuse_without_memory(memory, result.name)
             self._launch(named_addresses)
         if not self.is_backward:
             return self.framework.finish(made[0]), self.framework.finish(made[1])

@@ -39,6 +39,7 @@ __all__ = [
     "pointer",
     "pointer_of_results",
     "readers",
+    "refuse_without_memory",
     "seen",
     "signature",
 ]
@@ -165,6 +166,18 @@ def pointer(x: Any) -> int:
 def pointer_of_results(framework: Framework) -> Callable[[Any], int]:
     """`pointer` of what a framework makes."""
     return operator.methodcaller("data_ptr") if framework.name == "torch" else pointer
+
+
+def refuse_without_memory(result: Any, name: str) -> int:
+    """The address of a result that `pointer_of_results` gave as 0, which only an empty one may have.
+
+    Raises:
+        DTypeError: a mode of torch has made a tensor without memory, such as `FakeTensorMode` around a call on plain tensors.
+    """
+    if 0 in result.shape:
+        return 0
+    hint = "A mode of torch makes tensors without memory here: call cuflash.torch, which knows such modes, or leave the mode for this call."
+    raise DTypeError(name, describe(result), "a result with memory of its own", hint)
 
 
 class _Known:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cuflash.arrays.borrowing import Array, Pinned, pointer, pointer_of_results
+from cuflash.arrays.borrowing import Array, Pinned, pointer, pointer_of_results, refuse_without_memory
 from cuflash.arrays.frameworks import BFloat16Bits, Framework
 from cuflash.planning.argument_structs import MAPPED_TENSOR
 from cuflash.planning.kernel_plan import Buffer, LaunchShape
@@ -99,7 +99,7 @@ class PreparedCall:
     def allocate(self, buffer: Buffer) -> tuple[Any, int]:
         """A new array of the caller's kind and its address."""
         made = self.framework.empty(buffer.shape, buffer.dtype, self.like)
-        return made, pointer(made)
+        return made, pointer(made) or refuse_without_memory(made, buffer.name)
 
     def view_of(self, result: Buffer, head_dim: int) -> View:
         """The canonical view of a C-contiguous result."""
@@ -292,10 +292,10 @@ class PreparedForward(PreparedCall):
         for name, make in self.results:
             if name == "lse":
                 lse = make()
-                addresses[name] = self._pointer(lse)
+                addresses[name] = self._pointer(lse) or refuse_without_memory(lse, name)
             elif given is None:
                 out = make()
-                addresses[name] = self._pointer(out)
+                addresses[name] = self._pointer(out) or refuse_without_memory(out, name)
         if self.launches:
             self.launch_with_workspace(addresses)
         else:
@@ -343,7 +343,7 @@ class PreparedBackward(PreparedCall):
         gradients = []
         for name, make in self.results:
             gradient = make()
-            addresses[name] = self._pointer(gradient)
+            addresses[name] = self._pointer(gradient) or refuse_without_memory(gradient, name)
             gradients.append(gradient)
         if self.launches:
             self.launch_with_workspace(addresses)

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch.autograd import forward_ad
 
+from cuflash.hardware import device
 from cuflash.problem.options import Options
 from cuflash.runtime import calls, warm_calls
 from cuflash.runtime.prepared import PreparedBackward, PreparedForward
@@ -69,7 +70,7 @@ class Known:
         if torch.is_grad_enabled() or _is_transformed() or torch.compiler.is_compiling():
             return self._new_gradients(saved, grad_out, grad_lse)
         own = addresses.copy()
-        seen: list[Hashable] = [self, (addresses["out"] | addresses["lse"]) & 15]
+        seen: list[Hashable] = [self, device.simulator_setting(), addresses["out"] & 15, addresses["lse"] & 15]
         if not warm_calls.look({"grad_out": grad_out} if grad_lse is None else {"grad_out": grad_out, "grad_lse": grad_lse}, seen, own):
             return self._new_gradients(saved, grad_out, grad_lse)
         key, prepared = calls.remembered(seen)
@@ -180,9 +181,10 @@ def _learn(key: Hashable, packed: bool, signature: inspect.Signature, given: Map
     bound = signature.bind(**given)
     bound.apply_defaults()
     arguments = bound.arguments
-    names = tuple(name for name, x in given.items() if isinstance(x, torch.Tensor))
-    if not set(names).issubset(TENSORS):  # numbers in tensors, and what was made into something else
+    given_tensors = {name for name, x in given.items() if isinstance(x, torch.Tensor)}
+    if not given_tensors.issubset(TENSORS):  # numbers in tensors, and what was made into something else
         return
+    names = tuple(name for name in TENSORS if name in given_tensors)  # in the order in which autograd adds up the gradients of one tensor
     is_recorded = torch.is_grad_enabled() and any(given[name].requires_grad for name in names)
     with torch.no_grad():  # as under autograd's functions
         call = warm_calls.recall("forward", {**arguments, "return_lse": is_recorded or arguments["return_lse"]}, packed)

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from written_out import SHAPE, assert_close, leaves
 
+import cuflash
 from cuflash.errors import CuflashError, UnsupportedError
 from cuflash.runtime import calls, launch, prepared
 from cuflash.torch import scaled_dot_product_attention
@@ -135,6 +137,51 @@ def test_what_transforms_casts_or_differentiates_twice_goes_past_the_door(device
     first, *_ = torch.autograd.grad(scaled_dot_product_attention(*inputs).sum(), inputs, create_graph=True)
     with pytest.raises(UnsupportedError, match="second derivative"):
         first.sum().backward()
+
+
+def test_gradients_of_one_tensor_are_added_in_one_order(device: Any) -> None:
+    """A sum of three depends on it: keywords in another order change nothing."""
+    (x,) = leaves(device, SHAPE)
+    (wanted,) = warm_gradients(x, lambda: scaled_dot_product_attention(x, x, x))
+    (got,) = warm_gradients(x, lambda: scaled_dot_product_attention(value=x, key=x, query=x))
+    assert torch.equal(got, wanted)
+
+
+def warm_gradients(x: Any, call: Callable[[], Any]) -> Any:
+    for _ in range(3):
+        out = call()
+        grads = torch.autograd.grad(out, x, torch.linspace(-1.0, 1.0, out.numel(), device=x.device).reshape(out.shape).to(out.dtype))
+    return grads
+
+
+def test_another_architecture_for_the_backward_pass_is_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "executable", lambda kernel, on: NoLauncher())
+    monkeypatch.setattr(prepared, "simulated_memory", lambda *arguments: ())
+    monkeypatch.setattr(calls, "_calls", {})
+    inputs, grad_out, archs = [torch.zeros(SHAPE, requires_grad=True) for _ in range(3)], torch.zeros(SHAPE), []
+    of_prepared = prepared.PreparedBackward.gradients
+
+    def recording(call: Any, addresses: dict[str, int]) -> Any:
+        archs.append(call.device.arch)
+        return of_prepared(call, addresses)
+
+    monkeypatch.setattr(prepared.PreparedBackward, "gradients", recording)
+    for arch in ("sm_80", "sm_80", "sm_80", "sm_90", "sm_90", "sm_80"):
+        monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_80")
+        out = scaled_dot_product_attention(*inputs)
+        monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", arch)
+        torch.autograd.grad(out, inputs, grad_out)
+    assert archs == ["sm_80", "sm_80", "sm_80", "sm_90", "sm_90", "sm_80"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_results_without_memory_are_refused(device: Any) -> None:
+    """A mode makes them of plain tensors: kernels would write to address 0."""
+    query, key, value = (x.detach().transpose(1, 2) for x in leaves(device, SHAPE, SHAPE, SHAPE))
+    for _ in range(3):
+        cuflash.scaled_dot_product_attention(query, key, value)
+        with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises((CuflashError, RuntimeError), match=r"memory|data pointer"):
+            cuflash.scaled_dot_product_attention(query, key, value)
 
 
 def test_a_version_that_changed_is_refused(device: Any) -> None:
