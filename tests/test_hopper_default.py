@@ -193,7 +193,7 @@ def test_a_call_runs_what_its_plan_says(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
     with_sms(monkeypatch, 2)
     host = Target("sm_90")
-    query, key, value = (host.random((1, 512, 2, 64), "bfloat16", seed) for seed in range(3))
+    query, key, value = (host.random((1, 512, 2, 96), "bfloat16", seed) for seed in range(3))
     assert cuflash.plan(query, key, value).kernels[0].name == FORWARD_WGMMA.name
     report = check(lambda: cuflash.scaled_dot_product_attention(query, key, value), seeds=())
     assert report.kernels == (FORWARD_WGMMA.name,)
@@ -249,8 +249,10 @@ def test_the_clock_is_that_of_the_timing_model() -> None:
     assert 4 * units.multiply_adds == predicted_wgmma._PEAK
 
 
-def test_times_are_those_of_the_model_of_grids() -> None:
+def test_times_are_those_of_the_model_of_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which lays out block by block."""
+    for variable in (wgmma_forward.VARIABLE, wgmma_backward.VARIABLE):
+        monkeypatch.setenv(variable, "1")
     for backward, seqlen, is_causal in itertools.product((False, True), (1024, 4096), (False, True)):
         plan = planned(backward, seqlen, is_causal=is_causal, tile=None)
         kernel = next(kernel for kernel in plan.kernels if kernel.name == WGMMA[backward])
