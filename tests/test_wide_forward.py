@@ -17,7 +17,7 @@ from cuflash import Tile
 from cuflash.cli.inspection import inspect_kernels
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.hardware import device
-from cuflash.planning import wgmma_forward
+from cuflash.planning import compiler_versions, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import FORWARD_WGMMA_WIDE
 from cuflash.planning.tile_choice import default_tile, legal_tiles_for
@@ -213,10 +213,22 @@ def test_a_query_off_16_bytes_is_named() -> None:
 @pytest.mark.parametrize("page_size", [0, 12])
 def test_a_cache_that_no_kernel_takes_is_refused(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if not page_size:
-        monkeypatch.delenv(wgmma_forward.VARIABLE)
+        monkeypatch.setenv(wgmma_forward.VARIABLE, "0")
     given = CacheCall((200,), head_dim=576, head_dim_v=512, page_size=page_size).arrays()
-    with pytest.raises(UnsupportedError, match="wider ones on sm_90 with CUFLASH_FORWARD_WGMMA=1"):
+    with pytest.raises(UnsupportedError, match="wider ones on sm_90 without CUFLASH_FORWARD_WGMMA=0"):
         cuflash.attention_with_kvcache(**given)
+
+
+def test_a_cache_of_wide_heads_takes_it_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(wgmma_forward.VARIABLE)
+    given = CacheCall((200,), head_dim=576, head_dim_v=512, page_size=8).arrays()
+    plan = cuflash.kvcache_plan(**given)
+    assert NAME in names(plan)
+    assert "forward_wgmma_wide.cu, which alone takes caches of such heads; it has run on the simulator only" in str(plan)
+    monkeypatch.setattr(compiler_versions, "READ", frozenset())
+    monkeypatch.setattr(compiler_versions, "FIXED", (99, 0))
+    with pytest.raises(UnsupportedError, match="wider ones on sm_90"):
+        cuflash.kvcache_plan(**given)
 
 
 def test_default_tiles_hold_as_many_keys_as_fit_twice() -> None:

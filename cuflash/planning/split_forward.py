@@ -117,7 +117,7 @@ def check(problem: Problem, device: Device) -> None:
         raise UnsupportedError(
             "query",
             f"a call that the kernel for caches cannot do: {reason}",
-            "float16 or bfloat16, a head_dim of at most 256, on sm_80 or later; wider ones on sm_90 with CUFLASH_FORWARD_WGMMA=1",
+            "float16 or bfloat16, a head_dim of at most 256, on sm_80 or later; wider ones on sm_90 without CUFLASH_FORWARD_WGMMA=0",
             f"{hint[0].upper()}{hint[1:]}.",
         )
 

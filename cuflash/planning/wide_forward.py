@@ -1,7 +1,8 @@
 """The forward kernel of Hopper's own instructions for heads above 256 columns, those of multi-head latent attention among them.
 
-Until it has run on a GPU no call takes it by itself, unlike the one for narrower heads (`wgmma_forward`): it is asked for by `tile`, which names it, or by
-CUFLASH_FORWARD_WGMMA=1. What it cannot do stays on the kernel of mma.sync; calls with a cache of such heads have no other.
+Calls with a cache of such heads take it wherever it can run, unless CUFLASH_FORWARD_WGMMA=0 or the version of NVRTC is not trusted (`compiler_versions`), since they have no
+other kernel. Until it has run on a GPU no other call takes it by itself, unlike the one for narrower heads (`wgmma_forward`): it is asked for by `tile`, which names it, or by
+CUFLASH_FORWARD_WGMMA=1. What it cannot do stays on the kernel of mma.sync.
 """
 
 from __future__ import annotations
@@ -9,19 +10,27 @@ from __future__ import annotations
 from math import gcd
 
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, mapped_arrays, split_forward, tile_choice, tile_rules
+from cuflash.planning import asked_for, compiler_versions, mapped_arrays, split_forward, tile_choice, tile_rules
 from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, case_of
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA_WIDE
 from cuflash.planning.wgmma_forward import VARIABLE
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
+from cuflash.system import switches
 
 _ROWS_OF_SWIZZLE = 8
 
 
 def is_taken(problem: Problem, device: Device, tile: Tiles) -> bool:
     """Whether the kernel makes the output of a call."""
-    return is_asked_for(problem, device, tile) and why_not(problem, device) is None
+    wanted = is_asked_for(problem, device, tile) or _is_alone(problem)
+    return wanted and why_not(problem, device) is None
+
+
+def _is_alone(problem: Problem) -> bool:
+    """Whether no other kernel takes the call, and nobody has ruled this one out."""
+    is_wide = max(problem.head_dim, problem.head_dim_v) > WIDEST_NARROW_HEAD
+    return problem.cache is not None and is_wide and switches.setting(VARIABLE) is not False and compiler_versions.why_not() is None
 
 
 def is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
@@ -61,5 +70,7 @@ def explain(problem: Problem, device: Device, tile: Tiles) -> str | None:
         return f"{FORWARD.source}, not {name}: {reason}"
     if asked:
         return f"{name}, as asked for; {asked_for.SIMULATED}"
+    if _is_alone(problem):
+        return f"{name}, which alone takes caches of such heads; {asked_for.SIMULATED}"
     how = f"{VARIABLE}=1, or by a tile of {FORWARD_WGMMA_WIDE.name}, of which cuflash.legal_tiles has a list"
     return f"{FORWARD.source}; {name} can run too, but has not run on a GPU yet: ask for it by {how}"
