@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy
 import pytest
+from python_calls import num_calls
 
 import cuflash
 from cuflash.planning.argument_structs import FORWARD_ARGUMENTS
@@ -45,25 +44,6 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
 
 def inputs(dtype: Any = numpy.float16) -> list[Any]:
     return [numpy.zeros(SHAPE, dtype) for _ in range(3)]
-
-
-def num_calls(call: Callable[[], object]) -> int:
-    """Functions in Python that run in a warm call."""
-    for _ in range(3):
-        call()
-    count = 0
-
-    def profile(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        call()
-    finally:
-        sys.setprofile(before)
-    return count
 
 
 def test_a_warm_call_is_a_few_functions(launcher: Launcher) -> None:

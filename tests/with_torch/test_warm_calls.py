@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from python_calls import num_calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 from written_out import SHAPE, assert_close, leaves
 
@@ -23,25 +23,6 @@ class NoLauncher:
 
     def launch(self, *arguments: Any) -> None:
         pass
-
-
-def num_calls(call: Callable[[], object]) -> int:
-    """Functions in Python that run in a warm call, those of torch included."""
-    for _ in range(3):
-        call()
-    count = 0
-
-    def profile(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        call()
-    finally:
-        sys.setprofile(before)
-    return count
 
 
 class Nothing(torch.autograd.Function):  # type: ignore[misc]
