@@ -165,6 +165,22 @@ def test_packed_sequences(target: Target, dtype: str) -> None:
     check(target, *parts_of(target, dtype, 3, (S, H, D), "shd"), dtype, "shd")
 
 
+@pytest.mark.parametrize("head_dim", [8, 72, 264])
+def test_few_rows_share_out_their_parts_among_more_threads(target: Target, head_dim: int) -> None:
+    rng = numpy.random.default_rng(head_dim)
+    for seqlen, count in ((1, 2), (1, 33), (3, 33), (2, 150)):
+        outs = rng.standard_normal((count, 2, seqlen, 3, head_dim), "f4")
+        lses = 5 * rng.standard_normal((count, 2, 3, seqlen), "f4")
+        empty = rng.random(lses.shape) < 0.3
+        empty[:, 0, 0, 0] = True
+        lses[empty] = -numpy.inf
+        outs[numpy.moveaxis(empty, 2, 3)] = numpy.nan
+        out, lse = (target.as_numpy(x) for x in cuflash.merge_attention(target.place(outs), target.place(lses)))
+        wanted, wanted_lse = expected(outs, lses)
+        numpy.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-6)
+        numpy.testing.assert_allclose(lse, wanted_lse, rtol=1e-6)
+
+
 def test_any_strides(target: Target, view: str) -> None:
     outs, lses = parts_of(target, target.half, 3)
     check(target, [target.restride(x, view) for x in outs], [target.restride(x, view) for x in lses], target.half)
