@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from cuflash.hardware.device import Device
-from cuflash.planning import tile_rules
+from cuflash.planning import compiler_versions, tile_rules, tuned_tiles
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import KernelSpec
+from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
 from cuflash.system import switches
 
@@ -53,3 +54,18 @@ def asked_by(
     if isinstance(tile, Tile) and tile_rules.broken_rule(case, tile, device) is not None:
         return None
     return "variable" if switches.setting(variable) else None
+
+
+def is_open(variable: str) -> bool:
+    """Whether neither the variable nor a version of NVRTC that is not trusted decides about kernels of wgmma."""
+    return switches.setting(variable) is None and compiler_versions.why_not() is None
+
+
+def by_tables(ways: tuple[Sequence[KernelCase], Sequence[KernelCase]], problem: Problem, device: Device) -> Choice | None:
+    """Between the kernels of wgmma and those in whose place they come, by tables of tuned tiles in which both were timed on one call; None without."""
+    timed = tuned_tiles.faster_way(ways, problem, device)
+    if timed is None:
+        return None
+    number, part, how = timed
+    names = [" and ".join(dict.fromkeys(case.kernel.source for case in way)) for way in ways]
+    return Choice(number == 0, f"{names[number]}, {how} to take {part:.2f} of the time of {names[1 - number]}", True)

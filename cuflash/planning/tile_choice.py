@@ -15,7 +15,7 @@ from dataclasses import asdict, fields
 from cuflash.arrays.borrowing import describe
 from cuflash.errors import TileError
 from cuflash.hardware.device import Device
-from cuflash.planning import measured_tiles, predicted_tiles
+from cuflash.planning import measured_tiles, predicted_tiles, tile_rules
 from cuflash.planning.kernel_cases import KernelCase, head_dims
 from cuflash.planning.kernel_specs import BACKWARD_FUSED, MAX_TILE, WARPGROUP_ROWS
 from cuflash.planning.tile_model import blocks_per_sm, estimate_cycles
@@ -59,6 +59,13 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
                         yield Tile(streamed, rows, num_warps, num_stages)
                     else:
                         yield Tile(rows, streamed, num_warps, num_stages)
+
+
+def why_none(case: KernelCase, device: Device) -> str | None:
+    """Why a kernel has no legal tile for a case, in words; None where it has one."""
+    if (lacking := tile_rules.lacking(case, device)) is not None:
+        return lacking
+    return None if legal_tiles_for(case, device) else "no tile leaves room in the registers for all of these features"
 
 
 @functools.lru_cache(maxsize=4096)

@@ -88,10 +88,8 @@ def _faster(problem: Problem, device: Device, others: Sequence[KernelSpec]) -> C
     """By tables of tuned tiles, or by the timing model."""
     cases, of_others = [case_of(kernel, problem) for kernel in kernels(problem)], [case_of(kernel, problem) for kernel in others]
     name, other = BACKWARD_WGMMA.source, " and ".join(kernel.source for kernel in others)
-    timed = tuned_tiles.faster_way((cases, of_others), problem, device)
-    if timed is not None:
-        number, part, how = timed
-        return Choice(number == 0, f"{(name, other)[number]}, {how} to take {part:.2f} of the time of {(other, name)[number]}", True)
+    if (timed := asked_for.by_tables((cases, of_others), problem, device)) is not None:
+        return timed
     pin = f'pin it by tile={{"{cases[0].kernel.name}": ...}}'
     found = predicted_wgmma.compare(cases, of_others, problem, device, fused_backward.heads_together(problem, device))
     if found is None:
@@ -107,8 +105,7 @@ def _faster(problem: Problem, device: Device, others: Sequence[KernelSpec]) -> C
 
 def may_choose(problem: Problem, device: Device) -> bool:
     """Whether it can run beside others, and nobody has ruled it out or asked for it."""
-    can_run = device.capability == 90 and why_not(problem, device) is None
-    return can_run and switches.setting(VARIABLE) is None and compiler_versions.why_not() is None
+    return device.capability == 90 and why_not(problem, device) is None and asked_for.is_open(VARIABLE)
 
 
 def _others_cost(problem: Problem, device: Device, others: Sequence[KernelSpec]) -> str:
@@ -126,16 +123,14 @@ def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
     cases = [case_of(kernel, problem) for kernel in kernels(problem)]
     for case in cases:
-        if (lacking := tile_rules.lacking(case, device)) is not None:
-            return lacking
+        if (reason := tile_choice.why_none(case, device)) is not None:
+            return reason
     if not problem.same_groups:
         return "key and value have gradients of different batches or heads"
     if problem.features.kinds.lists_tiles and len(cases) > 1:
         return "of wide heads it walks over no lists of visible tiles, which a boolean mask and segments need"
     if problem.seqlens_kv and problem.key_shape[0] != problem.batch:
         return "keys that batches share have one length there"
-    if not all(tile_choice.legal_tiles_for(case, device) for case in cases):
-        return "no tile leaves room in the registers for all of these features"
     if problem.seqlen_kv == 0:
         return "there are no keys to copy"
     if (mask := problem.features.attn_mask) is not None and not _rows_start_on_16_bytes(mask):

@@ -8,7 +8,7 @@ tiles, where both were timed on one call (`tuned_tiles.faster_way`); the timing 
 from __future__ import annotations
 
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, compiler_versions, mapped_arrays, predicted_wgmma, tile_choice, tile_rules, tuned_tiles
+from cuflash.planning import asked_for, compiler_versions, mapped_arrays, predicted_wgmma, tile_choice, tuned_tiles
 from cuflash.planning.asked_for import Choice
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA
@@ -49,10 +49,8 @@ def _faster(problem: Problem, device: Device) -> Choice:
     """By tables of tuned tiles, or by the timing model."""
     cases = case_of(FORWARD_WGMMA, problem), case_of(FORWARD, problem)
     name, other = FORWARD_WGMMA.source, FORWARD.source
-    timed = tuned_tiles.faster_way([[case] for case in cases], problem, device)
-    if timed is not None:
-        number, part, how = timed
-        return Choice(number == 0, f"{(name, other)[number]}, {how} to take {part:.2f} of the time of {(other, name)[number]}", True)
+    if (timed := asked_for.by_tables(([cases[0]], [cases[1]]), problem, device)) is not None:
+        return timed
     pin = f'pin it by tile={{"{FORWARD_WGMMA.name}": ...}}'
     found = predicted_wgmma.compare(cases[:1], cases[1:], problem, device)
     if found is None:
@@ -65,8 +63,7 @@ def _faster(problem: Problem, device: Device) -> Choice:
 
 def may_choose(problem: Problem, device: Device) -> bool:
     """Whether both kernels can run, and nobody has ruled one out."""
-    can_run = device.capability == 90 and why_not(problem, device) is None
-    return can_run and switches.setting(VARIABLE) is None and compiler_versions.why_not() is None
+    return device.capability == 90 and why_not(problem, device) is None and asked_for.is_open(VARIABLE)
 
 
 def _others_cost(problem: Problem, device: Device) -> str:
@@ -81,10 +78,8 @@ def is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
 
 def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
-    if (lacking := tile_rules.lacking(case_of(FORWARD_WGMMA, problem), device)) is not None:
-        return lacking
-    if not tile_choice.legal_tiles_for(case_of(FORWARD_WGMMA, problem), device):
-        return "no tile leaves room in the registers for all of these features"
+    if (reason := tile_choice.why_none(case_of(FORWARD_WGMMA, problem), device)) is not None:
+        return reason
     if problem.in_places:
         return "it knows no packed sequences that use less than their offsets give them"
     if problem.seqlen_kv == 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import gcd
 
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, compiler_versions, mapped_arrays, split_forward, tile_choice, tile_rules
+from cuflash.planning import asked_for, compiler_versions, mapped_arrays, split_forward, tile_choice
 from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, case_of
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA_WIDE
 from cuflash.planning.wgmma_forward import VARIABLE
@@ -40,10 +40,8 @@ def is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
 
 def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
-    if (lacking := tile_rules.lacking(case_of(FORWARD_WGMMA_WIDE, problem), device)) is not None:
-        return lacking
-    if not tile_choice.legal_tiles_for(case_of(FORWARD_WGMMA_WIDE, problem), device):
-        return "no tile leaves room in the registers for all of these features"
+    if (reason := tile_choice.why_none(case_of(FORWARD_WGMMA_WIDE, problem), device)) is not None:
+        return reason
     if (reason := split_forward.why_not_grouped(problem)) is not None:
         return reason
     if problem.seqlen_kv == 0:
