@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Kernel -> what it is compiled for; the architecture is the one whose clocks were measured (docs/timing.md)."""
 ARCH = "sm_90"
-SOURCES_BESIDE = {"forward_wgmma": ("tile/copier.cuh",)}
+SOURCES_BESIDE = {"forward_wgmma": ("tile/copier.cuh",), "backward_wgmma": ("tile/wgmma_backward_copier.cuh",)}
 """Kernel -> files beside its own in which its roles are written."""
 WARPGROUP_WARPS = 4
 LEGEND_COLUMNS = 5
