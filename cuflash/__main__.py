@@ -82,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], help="architectures (default sm_80 sm_90)")
     add_cases(inspect)
     inspect.add_argument("--causal", action="store_true", help="the kernels of causal attention")
+    inspect.add_argument(
+        "--every-length",
+        action="store_true",
+        help="all kernels that some lengths, batches and heads take (default: those of one head of 1024 keys)",
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.add_argument("--save", type=Path, metavar="DIR", help="also write each kernel to DIR, as NAME.cubin and NAME.json")
     add_features(inspect)
@@ -173,7 +178,7 @@ def _inspect(options: argparse.Namespace) -> int:
                 kernels = tuning.kernels_of_case(
                     on, head_dim=head_dim, dtype=dtype, head_dim_v=options.head_dim_v, is_causal=options.causal,
                     backward=not options.forward_only, varlen=options.varlen is not None, seqlens_kv=options.seqlens_kv is not None, features=features,
-                    need_attn_mask_grad=options.need_attn_mask_grad,
+                    need_attn_mask_grad=options.need_attn_mask_grad, every_way=options.every_length,
                 )  # fmt: skip
                 plans |= {kernel.request(on): (on, kernel) for kernel in kernels}  # several kernels may have the same list of visible tiles
     reports = inspection.inspect_kernels(plans.values())

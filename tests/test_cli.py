@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from conftest import share_simulator
 
 import cuflash
 from cuflash.__main__ import main
+from cuflash.cli import inspection
 from cuflash.jit import compiler, disassembly
+from cuflash.planning.kernel_plan import KernelPlan
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_nvdisasm = pytest.mark.skipif(disassembly.find_nvdisasm() is None, reason=disassembly.NVDISASM_HINT)
@@ -132,6 +135,26 @@ def test_inspect_of_a_kernel_of_wgmma(tmp_path: Path, monkeypatch: pytest.Monkey
     (report,) = json.loads(result.stdout)
     assert (report["kernel"], report["blocks_per_sm"]) == ("forward_wgmma", 1)
     assert 0.2 < report["predicted_matrix_share"] < 1
+
+
+class _Planned(Exception):
+    """Ends a command before it compiles."""
+
+
+def test_inspect_shows_the_kernels_of_every_length_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_FORWARD_WGMMA", "")
+
+    def stop(plans: Iterable[tuple[object, KernelPlan]]) -> None:
+        raise _Planned([kernel.name for _, kernel in plans])
+
+    monkeypatch.setattr(inspection, "inspect_kernels", stop)
+    options = ("inspect", "--arch", "sm_90", "--head-dim", "128", "--dtype", "float16", "--forward-only")
+    with pytest.raises(_Planned) as of_one_length:
+        here(*options, directory=tmp_path)
+    with pytest.raises(_Planned) as of_every_length:
+        here(*options, "--every-length", directory=tmp_path)
+    assert of_one_length.value.args[0] == ["forward_wgmma"]
+    assert set(of_every_length.value.args[0]) == {"forward_wgmma", "forward", "forward_split", "merge_attention"}
 
 
 KERNEL = ("--arch", "sm_80", "--head-dim", "64", "--dtype", "float16")
