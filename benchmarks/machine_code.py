@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cuflash.hardware import device
 from cuflash.jit import cache, disassembly
 from cuflash.jit.compiler import CompileRequest
 
@@ -122,7 +123,7 @@ def codes_of(checkout: Path, archs: Iterable[str], calls: Sequence[tuple[str, in
 
 
 def _compiled(kernel: dict[str, Any], arch: str) -> Code:
-    artifact = cache.fetch(CompileRequest(kernel["source"], kernel["config"], arch, "cubin"))
+    artifact = cache.fetch(CompileRequest(kernel["source"], kernel["config"], device.of_arch(arch, "gpu").compile_arch, "cubin"))
     (resources,) = artifact.resources
     listing = disassembly.disassemble(bytes(artifact.data))
     if listing is None:
