@@ -204,14 +204,14 @@ step_profile() {
   [ -n "$dry" ] && cases=("bfloat16 64 32 causal forward")
   for case in "${cases[@]}"; do
     number=$((number + 1))
-    local command=("$ncu" --clock-control none --kernel-name "regex:(forward_mma|backward_)" --launch-skip 1 --launch-count 4
+    local command=("$ncu" --clock-control none --kernel-name "regex:(forward_|backward_)" --launch-skip 1 --launch-count 4
       --section SpeedOfLight --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis --section WarpStateStats --section SchedulerStats
       --section Occupancy --section LaunchStats --section InstructionStats "$python")
     [ -n "$dry" ] && command=("$python")
     # shellcheck disable=SC2086
     timeout -k 5 $(((limit - 6) / ${#cases[@]})) "${command[@]}" "$bench" $how --one $case >"$out/logs/profile-$number.txt" 2>&1 || code=1
     say "=== profile-$number.txt: $case"
-    grep -E '^ +(forward_mma|backward_)|Duration|Throughput|Registers Per|Achieved Occ|Theoretical Occ|No Eligible|Issued Warp|Bank|bank|Stall|stall|Error|error' \
+    grep -E '^ +(forward_|backward_)|Duration|Throughput|Registers Per|Achieved Occ|Theoretical Occ|No Eligible|Issued Warp|Bank|bank|Stall|stall|Error|error' \
       "$out/logs/profile-$number.txt" | head -n 60
   done
   say "SUMMARY: $number cases profiled: ${cases[*]}"

@@ -56,15 +56,22 @@ class Case:
     def tile(self, capability: int, *, backward: bool) -> Tiles:
         """What pins the kernels of a pass on such a device; None for the default ones."""
         widest = max(self.sample.head_dim, self.sample.head_dim_v or 0)
-        if backward and self.wgmma and capability == 90 and widest <= 128 and not self.sample.features.segments:
-            return {"backward_wgmma": Tile(64, 128, 8, 2)}
+        if self.wgmma and capability == 90:
+            return self._tile_of_wgmma(widest, backward=backward)
         if backward:
             return {"backward_fused": Tile(32, 64, 4, 2)} if self.fused and capability >= 80 else None
-        if self.cached and capability >= 80:
-            return {"forward_split": Tile(16, 64, 4, 2)}
-        if self.wgmma and capability == 90 and widest > 256:
+        return {"forward_split": Tile(16, 64, 4, 2)} if self.cached and capability >= 80 else None
+
+    def _tile_of_wgmma(self, widest: int, *, backward: bool) -> Tiles:
+        """With features smaller ones, whose registers suffice for all of them."""
+        featured = self.sample.features != SampleFeatures()
+        if backward and widest <= 128:
+            return {"backward_wgmma": Tile(32 if featured else 64, 128, 8, 2)}
+        if backward:
+            return {"backward_wgmma_dv": Tile(80, 128, 8, 2), "backward_wgmma_dkdq": Tile(48, 128, 8, 2)} if widest <= 256 else None
+        if widest > 256:
             return {"forward_wgmma_wide": Tile(64, 32, 8, 2)}
-        return {"forward_wgmma": Tile(128, 80, 8, 2) if widest > 128 else Tile(192, 80, 12, 2)} if self.wgmma and capability == 90 else None
+        return {"forward_wgmma": Tile(128, 32 if featured else 80, 8, 2) if featured or widest > 128 else Tile(192, 80, 12, 2)}
 
     @property
     def is_plain(self) -> bool:
@@ -121,6 +128,16 @@ def bias(dtype: str) -> SampleFeatures:
     return SampleFeatures(attn_mask=dtype, mask_axes="hqk", need_attn_mask_grad=True)
 
 
+WGMMA_FEATURES = {
+    "bool_mask": SampleFeatures(attn_mask="bool", mask_axes="bqk"),
+    "additive_mask": SampleFeatures(attn_mask="bfloat16", mask_axes="hqk"),
+    "segments": SampleFeatures(segments=3),
+    "scores": SampleFeatures(window=(200, 30), softcap=20.0, alibi=True, sinks=True, dropout=0.2),
+    "all": together(others_than("additive_mask", "prefix"), dropout=0.2, window=(200, 30), softcap=20.0, segments=2),
+}
+"""What the kernels of wgmma copy by tensor maps, look up in tables of visible tiles, or compute beside products. Rows of masks start 16 bytes apart if their keys are a multiple of 16."""
+
+
 def tiny_cases() -> list[Case]:
     """For tools that slow a kernel down a thousandfold."""
     cases = [Case.of(dtype, head_dim, **CAUSAL) for head_dim in (64, 128, 256) for dtype in DTYPES]
@@ -133,7 +150,8 @@ def tiny_cases() -> list[Case]:
     cases += [
         *(Case.of(dtype, 64, heads=2, heads_kv=1, **CAUSAL, fused=True) for dtype in ("bfloat16", "float16")),
         *(Case.of(dtype, head_dim, heads=2, heads_kv=1, **CAUSAL, wgmma=True) for dtype, head_dim in (("bfloat16", 64), ("float16", 128))),
-        Case.of("bfloat16", 512, heads=2, heads_kv=1, **CAUSAL, wgmma=True),
+        *(Case.of("bfloat16", head_dim, heads=2, heads_kv=1, **CAUSAL, wgmma=True) for head_dim in (256, 512)),
+        Case.of("bfloat16", 64, 200, 208, wgmma=True, features=WGMMA_FEATURES["all"]),
         *(Case.of(dtype, 64, 5, 160, 2, 6, 2, **BOTTOM_RIGHT, cached=True) for dtype in ("bfloat16", "float16")),
         *(Case.of(dtype, 64, batch=2, features=bias(dtype)) for dtype in ("bfloat16", "float32")),
         *(Case.of(dtype, 64, heads=2, **PACKED, **CAUSAL, features=PACKED_FEATURES) for dtype in ("bfloat16", "float32")),
@@ -168,6 +186,11 @@ def check_cases() -> list[Case]:
         # More tiles than an H100 has SMs, so that blocks take them from a counter.
         *(Case.of("bfloat16", head_dim, 515, 200, 8, 8, 2, **CAUSAL, wgmma=True) for head_dim in (64, 256)),
         Case.of("bfloat16", 64, 515, 200, 8, 8, 2, **CAUSAL, wgmma=True, features=SampleFeatures(segments=2)),
+        *(
+            Case.of("bfloat16", head_dim, 515, 704, 2, 2, wgmma=True, features=features)
+            for head_dim in (64, 128)
+            for features in WGMMA_FEATURES.values()
+        ),
         Case.of(
             "bfloat16",
             64,
@@ -220,6 +243,12 @@ def simulator_cases() -> list[Case]:
         Case.of("bfloat16", 64, 200, 200, **CAUSAL, fused=True),
     ]
     cases += [Case.of("bfloat16", 64, 100, 200, features=MANY), Case.of("bfloat16", 64, 100, 200, features=bias("bfloat16"))]
+    cases += [Case.of("bfloat16", head_dim, 200, 208, **CAUSAL, wgmma=True) for head_dim in (64, 128, 256)]
+    cases += [Case.of("bfloat16", 64, 200, 208, wgmma=True, features=features) for features in WGMMA_FEATURES.values()]
+    cases += [
+        Case.of("bfloat16", 512, 70, 100, **CAUSAL, wgmma=True),
+        Case.of("bfloat16", 64, 5, 160, 2, 6, 2, **BOTTOM_RIGHT, cached=True),
+    ]
     return [
         *cases,
         Case.of("bfloat16", 64, **PACKED, **CAUSAL, features=PACKED_FEATURES),
