@@ -96,6 +96,19 @@ def test_rows_that_no_sequence_computes_are_cleared(hopper: Target, monkeypatch:
     assert (hopper.host(out)[cleared] == 0).all()
 
 
+def test_rows_behind_the_last_sequence_look_nothing_up(hopper: Target) -> None:  # noqa: F811
+    """They have no prefix and no slopes: both arrays end with the last sequence."""
+    query, key, value, _ = packed(hopper, (230, 80), "bfloat16", (64, 64), heads=(2, 1))
+    cu = offsets(hopper, [100, 30]), offsets(hopper, [50, 30])
+    options = {"prefix_lengths": numpy.array([7, 12], numpy.int32), "alibi_slopes": numpy.array([[0.1, 0.2], [0.3, 0.0]], numpy.float32)}
+    attend = functools.partial(cuflash.varlen_attention, return_lse=True, enable_gqa=True, is_causal=True, tile={NAME: SHORT}, **options)
+    out, lse = attend(query, key, value, *cu)
+    assert (hopper.host(out)[130:] == 0).all()
+    assert numpy.isneginf(hopper.host(lse)[:, 130:]).all()
+    alone = attend(query[:130], key, value, *cu)
+    assert (hopper.host(out)[:130] == hopper.host(alone[0])).all()
+
+
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"window": (20, 5)}], ids=str)
 def test_keys_that_no_query_sees_may_hold_anything(hopper: Target, options: dict[str, Any]) -> None:  # noqa: F811
     """Behind the last visible key, in the same tile."""
