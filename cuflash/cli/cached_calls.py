@@ -34,13 +34,13 @@ class CachedCall:
     Attributes:
         page_size: keys of a page; None for a row of each sequence.
         kv_dtype: of the cache; None for that of the query.
-        num_splits: None for as many as are predicted to be fastest.
+        num_splits: "stream-K" for equal shares of all keys; None for what is predicted to be fastest.
         rotary: element type of the tables of a rotary embedding over the whole head; None without.
     """
 
     page_size: int | None = None
     kv_dtype: str | None = None
-    num_splits: int | None = None
+    num_splits: int | str | None = None
     rotary: str | None = None
 
     def problem(self, sample: Sample) -> Problem:

@@ -180,15 +180,20 @@ def splits_of(case: KernelCase, problem: Problem, tile: Tile, device: Device) ->
         return Splits(max(1, ceil(problem.max_seqlen_kv / (of_split * tile.tile_kv))), of_split)
     if problem.num_splits is not None:
         return Splits(problem.num_splits)
-    of_rows = row_tiles(problem, tile)
-    blocks, resident = of_rows * problem.num_heads_kv * problem.sequences, resident_blocks(case, tile, device)
-    number = 1 if problem.stream_k else fastest_split(blocks, tiles, resident, *_tiles_of_block(case, tile, device))
-    reason = stream_k.why_not(case.kernel, problem, of_rows, tiles)
+    number, output_tiles = fastest_number(case, problem, tile, device), row_tiles(problem, tile) * problem.num_heads_kv * problem.sequences
+    reason = stream_k.why_not(case.kernel, problem, row_tiles(problem, tile), tiles)
     if problem.stream_k and reason is not None:
         raise OptionError("num_splits", STREAM_K, f"None or a number, since {reason}", "Leave it out.")
-    if problem.stream_k or (reason is None and stream_k.is_faster(blocks, problem.sequences, tiles, resident, number)):
+    resident = resident_blocks(case, tile, device)
+    if problem.stream_k or (reason is None and stream_k.is_faster(output_tiles, problem.sequences, tiles, resident, number)):
         return Splits(1, stream_k=True)
     return Splits(number)
+
+
+def fastest_number(case: KernelCase, problem: Problem, tile: Tile, device: Device) -> int:
+    """Of splits of full caches."""
+    blocks = row_tiles(problem, tile) * problem.num_heads_kv * problem.sequences
+    return fastest_split(blocks, key_tiles(problem, tile), resident_blocks(case, tile, device), *_tiles_of_block(case, tile, device))
 
 
 def num_blocks(splits: Splits, problem: Problem, case: KernelCase, tile: Tile, device: Device) -> int:
@@ -247,10 +252,10 @@ def predicted_cost(plan: Plan, skipped_keys: int = 0) -> float:
 
 def predicted_share(plan: Plan) -> float | None:
     """Of the bandwidth of memory that the kernel has by the same model, with the splits of the plan and full caches: 1 where all blocks that the device holds
-    copy keys all the time. None of a plan without the kernel."""
+    copy keys all the time. None of a plan without the kernel, and of stream-K, of which the model knows nothing."""
     problem, device = plan.problem, plan.device
     kernel = next((kernel for kernel in plan.kernels if kernel.spec.splits_keys), None)
-    if kernel is None:
+    if kernel is None or kernel.splits.stream_k:
         return None
     blocks = row_tiles(problem, kernel.tile) * problem.num_heads_kv * problem.sequences
     tiles = key_tiles(problem, kernel.tile)
