@@ -183,7 +183,7 @@ def splits_of(case: KernelCase, problem: Problem, tile: Tile, device: Device) ->
     number, output_tiles = fastest_number(case, problem, tile, device), row_tiles(problem, tile) * problem.num_heads_kv * problem.sequences
     reason = stream_k.why_not(case.kernel, problem, row_tiles(problem, tile), tiles)
     if problem.stream_k and reason is not None:
-        raise OptionError("num_splits", STREAM_K, f"None or a number, since {reason}", "Leave it out.")
+        raise OptionError("num_splits", repr(STREAM_K), f"None or a number, since {reason}", "Leave it out.")
     resident = resident_blocks(case, tile, device)
     if problem.stream_k or (reason is None and stream_k.is_faster(output_tiles, problem.sequences, tiles, resident, number)):
         return Splits(1, stream_k=True)
@@ -202,7 +202,9 @@ def num_blocks(splits: Splits, problem: Problem, case: KernelCase, tile: Tile, d
     if splits.stream_k:
         most = tiles * problem.sequences * (key_tiles(problem, tile) + stream_k.BEGIN_TILES)
         return min(most, resident_blocks(case, tile, device))
-    return tiles * (problem.sequences + (problem.num_sequences is not None)) * splits.number  # packed, one more fills what lies behind the last
+    return (
+        tiles * (problem.sequences + (problem.num_sequences is not None)) * splits.number
+    )  # packed, one more fills what lies behind the last
 
 
 def resident_blocks(case: KernelCase, tile: Tile, device: Device) -> int:
@@ -252,14 +254,17 @@ def predicted_cost(plan: Plan, skipped_keys: int = 0) -> float:
 
 def predicted_share(plan: Plan) -> float | None:
     """Of the bandwidth of memory that the kernel has by the same model, with the splits of the plan and full caches: 1 where all blocks that the device holds
-    copy keys all the time. None of a plan without the kernel, and of stream-K, of which the model knows nothing."""
+    copy keys all the time. None of a plan without the kernel."""
     problem, device = plan.problem, plan.device
     kernel = next((kernel for kernel in plan.kernels if kernel.spec.splits_keys), None)
-    if kernel is None or kernel.splits.stream_k:
+    if kernel is None:
         return None
     blocks = row_tiles(problem, kernel.tile) * problem.num_heads_kv * problem.sequences
     tiles = key_tiles(problem, kernel.tile)
     resident = resident_blocks(kernel.case, kernel.tile, device)
+    if kernel.splits.stream_k:
+        share = ceil(blocks * tiles / resident)
+        return blocks * tiles / resident / (share + _BLOCK_TILES + _SPLIT_TILES * ceil(tiles / share))
     return (
         blocks * tiles / resident / _cost(blocks, tiles, resident, kernel.splits.number, *_tiles_of_block(kernel.case, kernel.tile, device))
     )

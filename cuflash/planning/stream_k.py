@@ -40,8 +40,8 @@ def why_not(spec: KernelSpec, problem: Problem, row_tiles: int, key_tiles: int) 
         return f"{spec} knows no stream-K"
     if problem.num_sequences is not None:
         return "packed queries have no stream-K"
-    if not problem.seqlens_kv:
-        return "all sequences have the same number of keys"
+    if problem.cache is None:
+        return "calls without a cache have no stream-K"
     if problem.sequences * row_tiles > MAX_ITEMS:
         return f"every block counts the keys of at most {MAX_ITEMS} sequences times tiles of rows"
     if problem.sequences * row_tiles * problem.num_heads_kv * (key_tiles + BEGIN_TILES) > _MAX_POSITIONS:
@@ -87,7 +87,7 @@ def _cost_of_splits(tiles: Sequence[int], of_sequence: int, blocks: int, splits:
 
 def share_of_block(positions: int, longest: int, blocks: int) -> int:
     """Positions of a block: an equal share of all of them; not fewer than where the parts of the longest output tile cost more in merging than they save."""
-    return max(ceil(positions / blocks), ceil(sqrt(PART_TILES * longest)))
+    return max(ceil(positions / blocks), int(sqrt(PART_TILES * longest)) + 1)
 
 
 def shares(tiles: Sequence[int], blocks: int) -> list[list[int]]:

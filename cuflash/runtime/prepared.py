@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cuflash.arrays.borrowing import Array, Pinned, pointer, pointer_of_results, refuse_without_memory
 from cuflash.arrays.frameworks import BFloat16Bits, Framework
-from cuflash.planning.argument_structs import MAPPED_TENSOR
 from cuflash.planning import stream_k
+from cuflash.planning.argument_structs import MAPPED_TENSOR
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
 from cuflash.planning.kernel_specs import MERGE_ATTENTION, PART_TABLE, PARTS
 from cuflash.planning.mapped_arrays import mask_view

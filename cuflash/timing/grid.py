@@ -66,16 +66,15 @@ def clocks_of_memory_grid(
 
     def begin(place: tuple[int, int]) -> None:
         """The next walk of the block there, or the next block."""
-        left = walks.get(place)
-        if not left:
-            left = walks[place] = next(waiting, None)  # type: ignore[assignment]
-            if left is None:
-                del walks[place]
+        if not walks.get(place):
+            if (block := next(waiting, None)) is None:
+                walks.pop(place, None)
                 return
-            if not left:
+            walks[place] = block
+            if not block:
                 latency[place] = empty
                 return
-        trips[place], latency[place] = left.pop(0), overhead
+        trips[place], latency[place] = walks[place].pop(0), overhead
 
     for slot in range(len(trip_clocks)):
         for sm in range(num_sms):

@@ -43,12 +43,12 @@ def memory_clocks(kernel: KernelPlan, problem: Problem, card: Card) -> float:
     return tile_bytes / (card.memory_bytes_per_second / (card.clock_ghz * 1e9))
 
 
-def walks_of_blocks(kernel: KernelPlan, problem: Problem, data: Data) -> list[list[int]]:
+def walks_of_blocks(kernel: KernelPlan, problem: Problem, data: Data) -> list[list[float]]:
     """Key tiles that each block visits, of one output tile after the other; sequences are as long as `data` says, or as they have room for."""
     if not kernel.splits.stream_k:
         return [[of.total] for head in visits_of_launch(kernel, problem, data) for of in head]
     tiles = [count for sequence in tiles_of_sequences(kernel, problem, data) for count in sequence for _ in range(problem.num_heads_kv)]
-    return stream_k.shares(tiles, kernel.num_blocks)
+    return [list(share) for share in stream_k.shares(tiles, kernel.num_blocks)]
 
 
 def block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card) -> float:

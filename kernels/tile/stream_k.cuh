@@ -93,5 +93,5 @@ class KeyTileStream {
   DEVICE int positions_of(int key_tiles) const { return arguments.geometry.num_heads_kv * (arguments.begin_tiles + key_tiles); }
 
   // That where a smaller one would cost more in merging the longest output tile than it saves.
-  DEVICE int shortest_share(int longest) const { return int(ceilf(__fsqrt_rn(arguments.part_tiles * float(longest)))); }
+  DEVICE int shortest_share(int longest) const { return int(square_root(arguments.part_tiles * float(longest))) + 1; }
 };
