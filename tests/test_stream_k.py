@@ -19,7 +19,7 @@ from cuflash.cli.cached_calls import CachedCall
 from cuflash.cli.samples import Sample
 from cuflash.errors import OptionError
 from cuflash.hardware import device
-from cuflash.planning import split_forward, stream_k
+from cuflash.planning import kernel_specs, split_forward, stream_k
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.plan import Plan
 from cuflash.planning.planner import make_plan
@@ -200,6 +200,10 @@ def test_what_cannot_have_it(simulator: Target) -> None:
         cuflash.attention_with_kvcache(**given, batch_invariant=True)
     with pytest.raises(OptionError, match="from 1 to 256, 'stream-K', or None"):
         cuflash.attention_with_kvcache(**given | {"num_splits": "stream_k"})
+    wide = stream_k.why_not(kernel_specs.FORWARD_WGMMA_WIDE, plan_of(4, 4096).problem, 1, 64)
+    assert wide == "forward_wgmma_wide knows no stream-K"
+    with pytest.raises(OptionError, match="at most 1024 sequences times tiles of rows"):
+        plan_of(1025, 64, "stream-K")
 
 
 # --- What it is predicted to take ---------------------------------------------------------------------------------------------------------
