@@ -23,9 +23,13 @@ struct RowTotal {
   DEVICE float inverse() const { return is_empty() ? 0.0f : 1.0f / sum; }
 };
 
+constexpr bool STREAM_K = Config::STREAM_K;  // blocks have equal shares of all key tiles (tile/stream_k.cuh)
+
 struct SplitWork {
   int tile, head_kv, sequence, split;
   int batch, start_q;  // where the sequence's queries lie
+  int begin, end;      // STREAM_K: its key tiles, counted from the first that the rows see
+  int part;            // STREAM_K: where its part goes; -1: it has all keys
 };
 
 // `work`: tile, key head and, sequence by sequence for one split after the other, what is called its batch.
@@ -37,7 +41,10 @@ DEVICE SplitWork work_of_split(const Geometry& geometry, const SequenceLengths& 
           sequence,
           work.batch / sequences,
           VARLEN ? 0 : sequence,
-          sequence_start(lengths.cu_seqlens_q, sequence, geometry.seqlen_q)};
+          sequence_start(lengths.cu_seqlens_q, sequence, geometry.seqlen_q),
+          0,
+          0,
+          -1};
 }
 
 // Where a row of the results goes: to `out` and `lse`, or to this split's part.
@@ -45,18 +52,23 @@ template <typename Arguments>
 struct RowOfResult {
   const Arguments& arguments;
   int batch, head, query;
+  bool is_part;
   int64 part;  // rows before this one among the parts
 
   DEVICE RowOfResult(const Arguments& arguments, const SplitWork& work, const GroupedRows& rows, int row)
       : arguments(arguments), batch(work.batch), head(rows.head(row)), query(work.start_q + rows.query(row)) {
-    const Geometry& geometry = arguments.geometry;
-    part = ((int64(work.split) * geometry.batch + batch) * geometry.num_heads_q + head) * geometry.seqlen_q + query;
+    if constexpr (STREAM_K) {
+      is_part = work.part >= 0;
+      part = int64(work.part) * TILE_Q + row % TILE_Q;
+    } else {
+      const Geometry& geometry = arguments.geometry;
+      is_part = arguments.num_splits > 1;
+      part = ((int64(work.split) * geometry.batch + batch) * geometry.num_heads_q + head) * geometry.seqlen_q + query;
+    }
   }
 
-  DEVICE bool is_part() const { return arguments.num_splits > 1; }
-
   DEVICE void store_empty_lse() const {
-    if (is_part()) {
+    if (is_part) {
       store_part(-infinity(), 0.0f);
     } else if (arguments.lse.data != nullptr) {
       *arguments.lse.pointer(batch, head, query) = -infinity();
@@ -64,7 +76,7 @@ struct RowOfResult {
   }
 
   DEVICE void store_lse(const RowTotal& row) const {
-    if (is_part()) {
+    if (is_part) {
       store_part(row.is_empty() ? -infinity() : row.reference, row.part_sum());
     } else if (arguments.lse.data != nullptr) {
       *arguments.lse.pointer(batch, head, query) = row.lse();
@@ -75,7 +87,7 @@ struct RowOfResult {
   DEVICE void store_part(float reference, float sum) const { reinterpret_cast<float2*>(arguments.partial_lse)[part] = make_float2(reference, sum); }
 
   DEVICE void store_O(const float (&x)[VECTOR], int column) const {
-    if (is_part()) {
+    if (is_part) {
       store(x, arguments.partial_out + part * HEAD_DIM_V, 1, HEAD_DIM_V % 4 == 0, column, HEAD_DIM_V);
     } else {
       const TensorView& out = arguments.out;
@@ -94,7 +106,7 @@ DEVICE void clear_results(const Arguments& arguments, const SplitWork& work, con
     const int column = int(index % VECTORS) * VECTOR;
     if (column == 0) result.store_empty_lse();
     const float zeros[VECTOR] = {};
-    if (!result.is_part()) result.store_O(zeros, column);
+    if (!result.is_part) result.store_O(zeros, column);
   }
 }
 
