@@ -4,7 +4,7 @@
 // keys of a sequence are shared out twice: among blocks, each of which has one of `num_splits` ranges of key tiles (Flash-Decoding: Dao et al. 2023,
 // crfm.stanford.edu/2023/10/12/flashdecoding.html), and within a tile of TILE_KV keys among warps, each of which has WARP_KEYS of them for all rows.
 // With several splits O and LSE of each are parts, float32, for merge_attention.cu. A split without keys says LSE -inf and leaves its O as
-// it is; but the first one has the sink. Queries may be packed (VARLEN): then parts are those of all tokens, in one batch.
+// it is; but the first one has the sink. Queries may be packed (VARLEN), and keys with them or not: then parts are those of all tokens, in one batch.
 //
 // A warp copies its keys and values for itself, into a ring of NUM_STAGES stages of its own, one copy group for each step, and never waits for
 // another warp until its last key: per step one wait for its own copies and one barrier of the warp, behind which the stage of the step before is
@@ -82,8 +82,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
   const SplitWork work =
       work_of_split(arguments.geometry, arguments.lengths, work_of_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_kv));
   if (!claim_grouped_rows(arguments, work)) return;
-  const Geometry geometry = geometry_in_cache(arguments.geometry, arguments.lengths, arguments.cache.new_keys, work.sequence);
-  const SequenceInCache sequence(arguments.cache, work.sequence);
+  const Geometry geometry = geometry_in_cache(arguments, work.sequence);
+  const SequenceInCache sequence(arguments.cache, work.sequence, work.start_kv);
   const GroupedRows rows(geometry, work.head_kv);
   const Visibility visibility(geometry, arguments.features, work.sequence, rows.first_head);
   const int first_row = work.tile * TILE_Q, first_q = rows.query(first_row), end_q = rows.query(first_row + TILE_Q - 1) + 1;
