@@ -3,7 +3,7 @@
 Calls with a cache (cuflash/decoding.py) take it always. Other calls, of packed sequences too, take it if no sequence has more than `MAX_QUERIES` queries: then a tile of the other forward kernels has
 several times as many rows as there are queries, and each key head's keys are fetched no more often by this one. A mapping of tiles that names a forward kernel,
 a single tile, which is for the others, CUFLASH_DECODE=0, CUFLASH_FORWARD_WGMMA=1 without CUFLASH_DECODE=1, or tables of tuned tiles, where both were timed on one
-call, come before. What it cannot do stays on the other forward kernels.
+call, come before. What it cannot do stays on the other forward kernels, and so do packed sequences of few queries among many tokens that can be nobody's, which parts would have rows for.
 """
 
 from __future__ import annotations
