@@ -19,7 +19,7 @@ from cuflash.timing import machine, prediction
 
 
 def row(arch: str, pairs: int) -> str:
-    """Of so many pairs of sequence and key head: for each room splits, share by the model of splits, share and time of all kernels by the timing model."""
+    """Of so many pairs of sequence and key head: for each room splits or stream-K, share by the model of splits, share and time of all kernels by the timing model."""
     on, card = device.of_arch(arch, "gpu"), machine.CARDS[arch]
     cells = []
     for room in ROOMS:
@@ -31,7 +31,8 @@ def row(arch: str, pairs: int) -> str:
         kernel = next(kernel for kernel in plan.kernels if kernel.spec == kernel_specs.FORWARD_SPLIT)
         microseconds = 1e3 * prediction.predict_plan(plan, card, limits=False).milliseconds
         share = 1e6 * split_forward.traffic(kernel, plan.problem, on).key_bytes / card.memory_bytes_per_second / microseconds
-        cells.append(f"{kernel.splits.number}: {split_forward.predicted_share(plan):.0%}, {share:.0%}, {microseconds:.1f} µs")
+        splits = "stream-K" if kernel.splits.stream_k else kernel.splits.number
+        cells.append(f"{splits}: {split_forward.predicted_share(plan):.0%}, {share:.0%}, {microseconds:.1f} µs")
     return f"| {pairs} | " + " | ".join(cells) + " |"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from cuflash.arrays.borrowing import AnyArray
 from cuflash.errors import CompilationForbiddenError
@@ -43,7 +43,7 @@ def attention_with_kvcache(
     alibi_slopes: AnyArray | None = None,
     sinks: AnyArray | None = None,
     attn_mask: AnyArray | None = None,
-    num_splits: int | None = None,
+    num_splits: int | Literal["stream-K"] | None = None,
     batch_invariant: bool = False,
     return_lse: bool = False,
     out: AnyArray | None = None,
@@ -85,7 +85,8 @@ def attention_with_kvcache(
             cache to both sides is none.
         attn_mask: as there, `(batch, num_heads_q, seqlen_q, keys)` or what broadcasts to it, where `keys` is the room that a sequence has; of a tree of
             speculated tokens, the last ones of these.
-        num_splits: blocks that share out the keys of a sequence; None: as many as are predicted to be fastest with a full cache.
+        num_splits: blocks that share out the keys of a sequence; "stream-K": all blocks get equal shares of the keys of all sequences, whatever their lengths;
+            None: what is predicted to be fastest, with a full cache and with lengths that differ.
         batch_invariant: the keys of a sequence are cut at fixed places, so that its results have the same bits whatever else is in the batch. For each 1024 keys
             that a sequence has room for, a call then needs `batch * num_heads_q * seqlen_q * (head_dim_v + 2)` float32 of workspace: 1 GiB for a chunk of 512
             queries of 32 heads of 128 in a cache of 131072 keys. Pass long prompts in short chunks.
@@ -149,7 +150,7 @@ def kvcache_plan(
     alibi_slopes: AnyArray | None = None,
     sinks: AnyArray | None = None,
     attn_mask: AnyArray | None = None,
-    num_splits: int | None = None,
+    num_splits: int | Literal["stream-K"] | None = None,
     batch_invariant: bool = False,
     return_lse: bool = False,
     tile: Tiles = None,

@@ -275,7 +275,7 @@ def flash_attn_with_kvcache(
         cache_seqlens: an int, or int32 `(batch,)`; None without k: the whole cache.
         cache_batch_idx, cache_leftpad: int32 `(batch,)`.
         block_table: int32 `(batch, pages of a sequence)`.
-        num_splits: 0 for as many as are predicted to be fastest.
+        num_splits: 0 for what is predicted to be fastest.
         k_descale, v_descale: flash-attn 3's, of caches in float8_e4m3fn: float32 `(batch, heads_k)` or `(heads_k,)`. q, and k and v, have 16 bits there too.
 
     Returns:

@@ -71,6 +71,15 @@ struct CacheScales {
   HeadView key, value;
 };
 
+// Stream-K: which blocks have parts of an output tile (tile/stream_k.cuh).
+struct PartsOfTile {
+  int first_block;
+  int num_parts;  // of this block and those behind it; 1: its results are stored
+};
+
+// Parts of a block: one of an output tile whose first keys are the block's, and one of another.
+DEVICE int part_of_block(int block, bool has_first_keys) { return 2 * block + has_first_keys; }
+
 // Keys are shared out among blocks. With several splits results go to partial_*, which merge_attention makes `out` and `lse` of.
 struct ForwardSplitArguments {
   TensorView query, key, value, out;
@@ -84,6 +93,9 @@ struct ForwardSplitArguments {
   int num_splits;
   int split_tiles;  // key tiles of a split; 0: those that a sequence has are cut into num_splits equal parts
   CacheScales scales;
+  PartsOfTile* part_table;  // stream-K, [batch][num_tiles][num_heads_kv]; parts are partial_out [blocks][2][TILE_Q][head_dim_v]
+  int begin_tiles;          // what the beginning of an output tile costs, in key tiles
+  float part_tiles;         // what a part costs the merge, in key tiles
 };
 
 struct CacheAppendArguments {

@@ -5,6 +5,7 @@
 // crfm.stanford.edu/2023/10/12/flashdecoding.html), and within a tile of TILE_KV keys among warps, each of which has WARP_KEYS of them for all rows.
 // With several splits O and LSE of each are parts, float32, for merge_attention.cu. A split without keys says LSE -inf and leaves its O as
 // it is; but the first one has the sink. Queries may be packed (VARLEN), and keys with them or not: then parts are those of all tokens, in one batch.
+// With STREAM_K blocks have equal shares of all key tiles instead, one output tile after the other (tile/stream_k.cuh).
 //
 // A warp copies its keys and values for itself, into a ring of NUM_STAGES stages of its own, one copy group for each step, and never waits for
 // another warp until its last key: per step one wait for its own copies and one barrier of the warp, behind which the stage of the step before is
@@ -19,6 +20,8 @@
 #include "tile/pipeline.cuh"
 #include "tile/products.cuh"
 #include "tile/split_rows.cuh"
+#include "tile/stream_k.cuh"
+#include "tile/visible_keys.cuh"
 #include "tile/warp_parts.cuh"
 
 constexpr int M_TILES = TILE_Q / 16;
@@ -78,23 +81,22 @@ DEVICE void copy_queries_for_e4m3(SmemAddress tile, const TensorView& view, cons
   }
 }
 
-extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(const __grid_constant__ ForwardSplitArguments arguments) {
-  const SplitWork work =
-      work_of_split(arguments.geometry, arguments.lengths, work_of_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_kv));
-  if (!claim_grouped_rows(arguments, work)) return;
+// Attention of the work's rows to its keys, by all threads of a block.
+DEVICE void attend(const ForwardSplitArguments& arguments, const SplitWork& work) {
   const Geometry geometry = geometry_in_cache(arguments, work.sequence);
   const SequenceInCache sequence(arguments.cache, work.sequence, work.start_kv);
   const GroupedRows rows(geometry, work.head_kv);
   const Visibility visibility(geometry, arguments.features, work.sequence, rows.first_head);
-  const int first_row = work.tile * TILE_Q, first_q = rows.query(first_row), end_q = rows.query(first_row + TILE_Q - 1) + 1;
+  const int first_row = work.tile * TILE_Q;
+  const VisibleKeys visible(visibility, sequence, rows, first_row);
+  const int first_q = visible.first_q, end_q = visible.end_q, first_key = visible.first_key, end_key = visible.end_key;
 
-  const int end_key = visibility.end_key(first_q, end_q);  // what any row of the tile sees lies in first_key .. end_key - 1
-  const int first_key = max(visibility.first_key(first_q), sequence.first_key);
-  const int first_tile = first_key / TILE_KV, end_tile = max(first_tile, ceil_div(end_key, TILE_KV));
+  const int first_tile = visible.first_tile(), end_tile = visible.end_tile();
   const int split_tiles = arguments.split_tiles > 0 ? arguments.split_tiles : ceil_div(end_tile - first_tile, arguments.num_splits);
-  const int begin = min(end_tile, first_tile + work.split * split_tiles), end = min(end_tile, begin + split_tiles);  // steps over key tiles
-  const bool has_sink = SINKS && work.split == 0;
-  if (begin >= end && arguments.num_splits > 1 && !has_sink) {
+  const int begin = min(end_tile, first_tile + (STREAM_K ? work.begin : work.split * split_tiles));  // steps over key tiles
+  const int end = min(end_tile, STREAM_K ? first_tile + work.end : begin + split_tiles);
+  const bool has_sink = SINKS && (STREAM_K ? work.begin == 0 : work.split == 0);
+  if (!STREAM_K && begin >= end && arguments.num_splits > 1 && !has_sink) {
 #pragma unroll
     for (int i = 0; i < ceil_div(TILE_Q, NUM_THREADS); ++i) {
       const int index = int(threadIdx.x) + i * NUM_THREADS, row = first_row + index;
@@ -170,5 +172,20 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(c
     float x[VECTOR];
     collect_O(x, reused, row, column, WIDENS ? whole.inverse() * value_scale : whole.inverse());
     result.store_O(x, column);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(const __grid_constant__ ForwardSplitArguments arguments) {
+  if constexpr (STREAM_K) {
+    for (KeyTileStream stream(arguments); stream.has_more(); stream.advance()) {
+      const SplitWork work = stream.work();
+      if (work.begin == 0 && threadIdx.x == 0) stream.list_parts();
+      attend(arguments, work);
+      __syncthreads();  // shared memory is read to the end
+    }
+  } else {
+    const SplitWork work =
+        work_of_split(arguments.geometry, arguments.lengths, work_of_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_kv));
+    if (claim_grouped_rows(arguments, work)) attend(arguments, work);
   }
 }

@@ -23,6 +23,14 @@ struct MergeParts {
   DEVICE const MergePart& listed_part(int i) const { return listed[one_array ? 0 : i]; }
 };
 
+// Stream-K (tile/stream_k.cuh): each tile of grouped rows has parts of its own.
+struct MergeStream {
+  const PartsOfTile* part_table;
+  int tile_q, num_tiles;  // rows of such a tile, and those of a key head
+  int group;              // heads that share a key head
+  int reserved;
+};
+
 struct MergeTableArguments {
   MergeParts parts;
 };
@@ -36,4 +44,5 @@ struct MergeArguments {
   int lanes;  // neighbouring threads that share the columns of a row: a power of two, at most a warp
   int groups;  // of so many lanes, which share out the parts of a row: a power of two, and 1 where there are more rows than threads; backward: 1
   MergeParts parts;
+  MergeStream stream;
 };

@@ -3,7 +3,7 @@
 //     lse = log of the sum of exp(lse of each part)        out = sum of exp(lse of a part - lse) * out of it
 //
 // A part whose lse is -inf saw no key: whatever its out holds changes nothing. Where all are, out is 0 and lse -inf. NaN in any lse of a row makes
-// the row NaN, and so does +inf.
+// the row NaN, and so does +inf. Of stream-K (tile/stream_k.cuh) a row has parts of its own, and one that has a single part is left as it is.
 #include "tile/merge.cuh"
 
 constexpr int PARTS_AHEAD = 4;  // whose rows travel at a time
@@ -12,11 +12,12 @@ constexpr float EMPTY = -1.0f;  // in the place of a weight, which is never nega
 // Adds the parts of the thread's group to columns of the row. Each lane finds the weight of one of `lanes` parts for the others.
 DEVICE void add_parts(float (&sum)[VECTOR], const MergeArguments& arguments, const Row& row, const Weights& weights, int column) {
   const MergeParts& parts = arguments.parts;
-  const int num_parts = row.exists ? parts.num_parts : 0, first_lane = lane_index() - row.lane;
-  for (int before = 0; before < parts.num_parts; before += row.lanes * row.groups) {
+  const int first_lane = lane_index() - row.lane;
+  auto has_parts_from = [&](int i) { return STREAM_K ? any_lane(i < row.num_parts) : i < parts.num_parts; };  // any row of the warp
+  for (int before = 0; has_parts_from(before); before += row.lanes * row.groups) {
     const int base = before + row.group, own = base + row.lane * row.groups;
     float own_weight = EMPTY;
-    if (own < num_parts) {
+    if (own < row.num_parts) {
       const PartLse lse = PartRow::load_lse(parts, row, own);
       if (!lse.is_empty()) own_weight = weights.of(lse);
     }

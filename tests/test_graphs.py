@@ -137,7 +137,8 @@ def test_key_lengths_are_read_by_each_replay(gpu: Target) -> None:
     numpy.testing.assert_allclose(gpu.host(got[0]), want, atol=4e-3)
 
 
-def test_lengths_and_pages_of_a_cache_are_read_by_each_replay(gpu: Target) -> None:
+@pytest.mark.parametrize("num_splits", [3, "stream-K"])
+def test_lengths_and_pages_of_a_cache_are_read_by_each_replay(num_splits: int | str, gpu: Target) -> None:
     """A captured step of decoding: with other lengths and pages it appends and attends elsewhere."""
     query, key, value = (gpu.random((2, 1, heads, 32), "float16", seed) for seed, heads in enumerate((4, 2, 2)))
     caches = [gpu.random((8, 16, 2, 32), "float16", seed) for seed in (8, 9)]
@@ -145,7 +146,7 @@ def test_lengths_and_pages_of_a_cache_are_read_by_each_replay(gpu: Target) -> No
     table, turned = (gpu.place(numpy.array(each, numpy.int32).reshape(2, 4)) for each in ([*range(8)], [*reversed(range(8))]))
 
     def call() -> tuple[Any, ...]:
-        options = {"cache_seqlens": lengths, "page_table": table, "num_splits": 3, "return_lse": True}
+        options = {"cache_seqlens": lengths, "page_table": table, "num_splits": num_splits, "return_lse": True}
         return cuflash.attention_with_kvcache(query, *caches, key, value, **options)  # type: ignore[no-any-return]
 
     def change() -> None:

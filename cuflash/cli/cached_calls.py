@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 E4M3 = "float8_e4m3fn"
 _FAR = 2**44  # between addresses of arrays that there are none of
+_STREAM_K = "stream-K"
 _TAKEN = ("is_causal", "scale", "window", "softcap", "alibi_slopes", "sinks")
 
 
@@ -34,13 +35,13 @@ class CachedCall:
     Attributes:
         page_size: keys of a page; None for a row of each sequence.
         kv_dtype: of the cache; None for that of the query.
-        num_splits: None for as many as are predicted to be fastest.
+        num_splits: "stream-K" for equal shares of all keys; None for what is predicted to be fastest.
         rotary: element type of the tables of a rotary embedding over the whole head; None without.
     """
 
     page_size: int | None = None
     kv_dtype: str | None = None
-    num_splits: int | None = None
+    num_splits: int | str | None = None
     rotary: str | None = None
 
     def problem(self, sample: Sample) -> Problem:
@@ -52,10 +53,17 @@ class CachedCall:
         from cuflash.problem.cache_call import CacheOptions, make_cache_problem
 
         given = sample.arguments()
-        unknown = [name for name in given if name not in (*_TAKEN, "enable_gqa", "causal_alignment")]
+        unknown = [name for name in given if name not in (*_TAKEN, "enable_gqa", "causal_alignment", "seqlens_kv")]
         if sample.is_packed or unknown:
             name = "--varlen" if sample.is_packed else f"--{unknown[0].removesuffix('_p').replace('_', '-')}"
             raise OptionError(name, "it with --cache", "no such option", "Leave it out; or plan the call itself: cuflash.kvcache_plan(…).")
+        if sample.lengths_kv is not None and len(sample.lengths_kv) != sample.batch:
+            raise OptionError(
+                "--seqlens-kv",
+                f"{len(sample.lengths_kv)} numbers",
+                f"{sample.batch}, one for each sequence of the cache",
+                "Correct --batch.",
+            )
         options = CacheOptions(
             sample.is_causal, sample.scale, given.get("window"), given.get("softcap"), "bshd", None if self.rotary is None else False, self.num_splits,
             False, False, None, None,
@@ -97,15 +105,18 @@ def _nowhere(shape: tuple[int, ...], dtype: str, number: int) -> Array:
 
 
 def requests_of(sample: Sample, device: Device) -> Iterator[CompileRequest]:
-    """What to compile for all calls like this one, of any number of queries, heads and splits: tiles of 16 and of 32 rows, with and without merging."""
+    """What to compile for all calls like this one, of any number of queries, heads and splits: tiles of 16 and of 32 rows, with and without merging, and stream-K."""
+    from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD
     from cuflash.planning.planner import make_plan
 
     assert sample.cache is not None
-    for rows, splits in ((1, 1), (32, 2)):
-        like = replace(
-            sample, batch=1, seqlen_q=rows, seqlen_kv=4096, num_heads_q=1, num_heads_kv=1, cache=replace(sample.cache, num_splits=splits)
-        )
-        for kernel in make_plan(sample.cache.problem(like), device).kernels:
+    ways: tuple[tuple[int, int | str], ...] = ((1, 1), (32, 2))
+    if max(sample.head_dim, sample.head_dim_v or 0) <= WIDEST_NARROW_HEAD:
+        ways += (1, _STREAM_K), (32, _STREAM_K)
+    for rows, splits in ways:
+        cached = replace(sample.cache, num_splits=splits)
+        like = replace(sample, batch=1, seqlen_q=rows, seqlen_kv=4096, num_heads_q=1, num_heads_kv=1, cache=cached)
+        for kernel in make_plan(cached.problem(like), device).kernels:
             yield kernel.request(device)
 
 
@@ -143,9 +154,16 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--page-size", type=positive, metavar="N", help="keys of a page (default: no pages, a row for each sequence)")
     group.add_argument("--kv-dtype", choices=("float16", "bfloat16", E4M3), help="element type of the cache (default: that of the query)")
     group.add_argument(
-        "--num-splits", type=positive, metavar="N", help="blocks that share out keys (default: as many as are predicted to be fastest)"
+        "--num-splits",
+        type=_splits,
+        metavar="N",
+        help="blocks that share out keys of a sequence, or stream-K (default: what is predicted to be fastest)",
     )
     group.add_argument("--rotary", choices=DTYPES, help="rotary embedding, with tables of this type")
+
+
+def _splits(text: str) -> int | str:
+    return text if text == _STREAM_K else positive(text)
 
 
 def cache_of(options: argparse.Namespace) -> CachedCall | None:

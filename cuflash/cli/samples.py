@@ -37,7 +37,7 @@ class Sample:
         dtype: "float16", "bfloat16" or "float32".
         is_causal, causal_alignment, scale, layout, allow_tf32: as in `cuflash.scaled_dot_product_attention`; None for the call's default.
         lengths_q: numbers of queries of packed sequences; None for a padded batch.
-        lengths_kv: numbers of keys: of packed sequences, None for those of queries; or those of `seqlens_kv` of a padded batch, None without.
+        lengths_kv: numbers of keys: of packed sequences, None for those of queries; or those of `seqlens_kv` of a padded batch, None without; or of a cache, None if it is full.
         features: see there.
         cache: where keys and values lie in a cache; None for arrays of their own. Of such a sample there are plans alone.
     """
@@ -59,6 +59,13 @@ class Sample:
     lengths_kv: tuple[int, ...] | None = None
     features: SampleFeatures = field(default_factory=SampleFeatures)
     cache: CachedCall | None = None
+
+    @property
+    def deciding_arrays(self) -> dict[str, Any]:
+        """Those of the call that may decide which tiles are visible, as far as they are known: of a cache the lengths that are given."""
+        if self.cache is None:
+            return self.arguments()
+        return {} if self.lengths_kv is None else {"seqlens_kv": self.lengths_kv}
 
     @property
     def is_packed(self) -> bool:

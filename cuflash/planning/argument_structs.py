@@ -168,6 +168,7 @@ FORWARD_SPLIT_ARGUMENTS = _struct(
     ("query", TENSOR_VIEW), ("key", TENSOR_VIEW), ("value", TENSOR_VIEW), ("out", TENSOR_VIEW), ("lse", ROW_VIEW),
     ("partial_out", WORD), ("partial_lse", WORD), ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS),
     ("cache", CACHE_ARGUMENTS), ("num_splits", INT), ("split_tiles", INT), ("scales", CACHE_SCALES),
+    ("part_table", WORD), ("begin_tiles", INT), ("part_tiles", FLOAT),
 )  # fmt: skip
 CACHE_APPEND_ARGUMENTS = _struct(
     "CacheAppendArguments",
@@ -222,10 +223,11 @@ MERGE_PARTS = _struct(
     ("table", WORD), ("stride_part_out", INT64), ("stride_part_lse", INT64), ("num_parts", INT), ("first", INT), ("one_array", INT), ("reserved", INT),
     ("listed", MERGE_PART, LISTED_PARTS),
 )  # fmt: skip
+MERGE_STREAM = _struct("MergeStream", ("part_table", WORD), ("tile_q", INT), ("num_tiles", INT), ("group", INT), ("reserved", INT))
 MERGE_TABLE_ARGUMENTS = _struct("MergeTableArguments", ("parts", MERGE_PARTS))
 MERGE_ARGUMENTS = _struct(
     "MergeArguments",
     ("out", TENSOR_VIEW), ("grad_out", TENSOR_VIEW), ("grad_outs", TENSOR_VIEW), ("lse", ROW_VIEW), ("grad_lse", ROW_VIEW), ("grad_lses", ROW_VIEW),
     ("stride_grad_outs", INT64), ("stride_grad_lses", INT64), ("seqlen_q", INT), ("num_heads", INT), ("head_dim", INT), ("num_tiles", INT), ("lanes", INT),
-    ("groups", INT), ("parts", MERGE_PARTS),
+    ("groups", INT), ("parts", MERGE_PARTS), ("stream", MERGE_STREAM),
 )  # fmt: skip

@@ -76,6 +76,8 @@ def _launch(kernel: KernelPlan) -> str:
     stay = "stays" if kernel.num_blocks == 1 else "stay"
     stays = f"which {stay} for {_count(kernel.num_work, 'tile')} of queries, " if kernel.num_work > kernel.num_blocks else ""
     splits = f", keys of a sequence in {kernel.splits.number} splits" if kernel.splits.number > 1 else ""
+    if kernel.splits.stream_k:
+        splits = ", stream-K: equal shares of all keys, whatever the lengths are"
     return (
         f"{kernel.name}: {kernel.source}, {tile}{_count(kernel.num_blocks, 'block')} of {kernel.num_threads} threads, {stays}"
         f"{kernel.shared_bytes} bytes of shared memory{splits}"

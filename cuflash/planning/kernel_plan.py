@@ -59,10 +59,17 @@ class Splits(NamedTuple):
     Attributes:
         number: blocks for each sequence, key head and tile of queries.
         tiles: key tiles of each; 0: a sequence's tiles are cut into `number` equal parts on the device.
+        stream_k: all blocks have equal shares of the key tiles of all sequences instead (stream_k.py); `number` is 1.
     """
 
     number: int
     tiles: int = 0
+    stream_k: bool = False
+
+    @property
+    def makes_parts(self) -> bool:
+        """Another kernel merges what blocks give."""
+        return self.number > 1 or self.stream_k
 
 
 UNSPLIT = Splits(1)

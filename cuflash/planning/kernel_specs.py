@@ -219,6 +219,9 @@ FORWARD_WGMMA = KernelSpec(
 PARTS = ("partial_out", "partial_lse")
 """What each range of the keys gives, where they are shared out among blocks."""
 
+PART_TABLE = "part_table"
+"""Of stream-K: which blocks have parts of each output tile."""
+
 FORWARD_WGMMA_WIDE = KernelSpec(
     "forward_wgmma_wide", "forward_wgmma_wide.cu", FORWARD_WGMMA_WIDE_ARGUMENTS, "wgmma", workspace=PARTS,
     rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
@@ -227,7 +230,7 @@ FORWARD_WGMMA_WIDE = KernelSpec(
 """Hopper's own instructions for heads above 256 columns; it is asked for (wide_forward.py)."""
 
 FORWARD_SPLIT = KernelSpec(
-    "forward_split", "forward_split_mma.cu", FORWARD_SPLIT_ARGUMENTS, "mma", workspace=PARTS,
+    "forward_split", "forward_split_mma.cu", FORWARD_SPLIT_ARGUMENTS, "mma", workspace=(*PARTS, PART_TABLE),
     rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_share="streamed",
     min_stages=2, walks_lists=False, splits_keys=True, costs=_FORWARD_COSTS,
 )  # fmt: skip

@@ -43,6 +43,7 @@ def merge_kernel(
     part_dtype: str | None = None,
     parts_have_sums: bool = False,
     log2_parts: bool = False,
+    stream_k: bool = False,
 ) -> KernelPlan:
     """One of the kernels, which depend on element types alone: no head dimension or number of parts compiles anything.
 
@@ -55,6 +56,7 @@ def merge_kernel(
         part_dtype: of the parts, if it is another one.
         parts_have_sums: their LSE comes as reference and sum (kernels/tile/merge.cuh).
         log2_parts: the reference in units of log2.
+        stream_k: each tile of grouped rows has parts of its own (kernels/tile/stream_k.cuh).
     """
     constants: dict[str, int | bool | str] = {
         "CAPABILITY": on.capability,
@@ -62,6 +64,7 @@ def merge_kernel(
         "PartElement": CPP_ELEMENTS[part_dtype or dtype],
         "PARTS_HAVE_SUMS": parts_have_sums,
         "LOG2_PARTS": log2_parts,
+        "STREAM_K": stream_k,
     }
     shape = LaunchShape(num_blocks, 32 * spec.num_warps, 0)
     return KernelPlan(KernelCase(spec, dtype, head_dim), Tile(1, 1, spec.num_warps, 1), config_text(dtype, constants), shape, num_tiles)

@@ -297,10 +297,10 @@ def _split_kernel(
     else:
         constants["CacheElement"] = CPP_ELEMENTS[problem.kv_dtype]
     splits, num_tiles = split_forward.splits_of(case, problem, tile, device), split_forward.owned_row_tiles(problem, tile)
-    sequences = problem.sequences + (problem.num_sequences is not None)  # as `tiled_kernel`
-    num_blocks = max(1, num_tiles) * problem.num_heads_kv * sequences * splits.number
+    num_blocks = split_forward.num_blocks(splits, problem, case, tile, device)
+    constants["STREAM_K"] = splits.stream_k
     if case.kernel.maps_tensors and splits.number == 1:
-        pairs = problem.num_heads_kv * sequences
+        pairs = num_blocks // max(1, num_tiles)
         section = block_order.section_heads(case, problem, device, pairs=pairs, resident_blocks=device.num_sms)
     shape = LaunchShape(num_blocks, 32 * (tile.num_warps + case.kernel.copying_warps), kernel_cases.shared_bytes(case, tile, device))
     return KernelPlan(

@@ -12,13 +12,13 @@ from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
-from cuflash.errors import UnsupportedError
+from cuflash.errors import OptionError, UnsupportedError
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, merge_kernels, tile_choice, tile_model, tile_rules, tuned_tiles, wgmma_forward
+from cuflash.planning import asked_for, merge_kernels, stream_k, tile_choice, tile_model, tile_rules, tuned_tiles, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase, case_of, operand_bytes
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, Splits
-from cuflash.planning.kernel_specs import FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, MERGE_ATTENTION, PARTS
-from cuflash.problem.cache_call import MAX_SPLITS
+from cuflash.planning.kernel_specs import FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, MERGE_ATTENTION, PART_TABLE, PARTS
+from cuflash.problem.cache_call import MAX_SPLITS, STREAM_K
 from cuflash.problem.features import UNLIMITED
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
@@ -180,16 +180,47 @@ def _grouped_rows(problem: Problem) -> int:
 
 
 def splits_of(case: KernelCase, problem: Problem, tile: Tile, device: Device) -> Splits:
-    """As the call says; or of fixed size where it wants the same bits in any batch; or as many as are fastest by a small model."""
+    """As the call says; or of fixed size where it wants the same bits in any batch; or as many as are fastest by a small model, or stream-K.
+
+    Raises:
+        OptionError: it wants stream-K, which its kernel cannot do.
+    """
     tiles = key_tiles(problem, tile)
     if problem.batch_invariant:
         of_split = max(1, INVARIANT_KEYS // tile.tile_kv)
         return Splits(max(1, ceil(problem.max_seqlen_kv / (of_split * tile.tile_kv))), of_split)
     if problem.num_splits is not None:
         return Splits(problem.num_splits)
+    number, output_tiles = fastest_number(case, problem, tile, device), row_tiles(problem, tile) * problem.num_heads_kv * problem.sequences
+    reason = stream_k.why_not(case.kernel, problem, row_tiles(problem, tile), tiles)
+    if problem.stream_k and reason is not None:
+        raise OptionError("num_splits", repr(STREAM_K), f"None or a number, since {reason}", "Leave it out.")
+    resident = resident_blocks(case, tile, device)
+    if problem.stream_k or (reason is None and stream_k.is_faster(output_tiles, problem.sequences, tiles, resident, number)):
+        return Splits(1, stream_k=True)
+    return Splits(number)
+
+
+def fastest_number(case: KernelCase, problem: Problem, tile: Tile, device: Device) -> int:
+    """Of splits of full caches."""
     blocks = row_tiles(problem, tile) * problem.num_heads_kv * problem.sequences
-    resident = tile_model.blocks_per_sm(case, tile, device) * device.num_sms
-    return Splits(fastest_split(blocks, tiles, resident, *_tiles_of_block(case, tile, device)))
+    return fastest_split(blocks, key_tiles(problem, tile), resident_blocks(case, tile, device), *_tiles_of_block(case, tile, device))
+
+
+def num_blocks(splits: Splits, problem: Problem, case: KernelCase, tile: Tile, device: Device) -> int:
+    """Of the launch: of each sequence, key head and tile of rows as many as there are splits, or as many as the device holds at a time."""
+    tiles = max(1, owned_row_tiles(problem, tile)) * problem.num_heads_kv
+    if splits.stream_k:
+        most = tiles * problem.sequences * (key_tiles(problem, tile) + stream_k.BEGIN_TILES)
+        return min(most, resident_blocks(case, tile, device))
+    return (
+        tiles * (problem.sequences + (problem.num_sequences is not None)) * splits.number
+    )  # packed, one more fills what lies behind the last
+
+
+def resident_blocks(case: KernelCase, tile: Tile, device: Device) -> int:
+    """Blocks that the device holds at a time."""
+    return tile_model.blocks_per_sm(case, tile, device) * device.num_sms
 
 
 def _tiles_of_block(case: KernelCase, tile: Tile, device: Device) -> tuple[float, float]:
@@ -228,7 +259,7 @@ def predicted_cost(plan: Plan, skipped_keys: int = 0) -> float:
         return 0.0
     blocks = row_tiles(problem, kernel.tile) * problem.num_heads_kv * problem.sequences
     tiles = key_tiles(problem, kernel.tile, skipped_keys)
-    resident = tile_model.blocks_per_sm(kernel.case, kernel.tile, device) * device.num_sms
+    resident = resident_blocks(kernel.case, kernel.tile, device)
     return _cost(blocks, tiles, resident, fastest_split(blocks, tiles, resident))
 
 
@@ -241,7 +272,10 @@ def predicted_share(plan: Plan) -> float | None:
         return None
     blocks = row_tiles(problem, kernel.tile) * problem.num_heads_kv * problem.sequences
     tiles = key_tiles(problem, kernel.tile)
-    resident = tile_model.blocks_per_sm(kernel.case, kernel.tile, device) * device.num_sms
+    resident = resident_blocks(kernel.case, kernel.tile, device)
+    if kernel.splits.stream_k:
+        share = ceil(blocks * tiles / resident)
+        return blocks * tiles / resident / (share + _BLOCK_TILES + _SPLIT_TILES * ceil(tiles / share))
     return (
         blocks * tiles / resident / _cost(blocks, tiles, resident, kernel.splits.number, *_tiles_of_block(kernel.case, kernel.tile, device))
     )
@@ -292,21 +326,25 @@ def traffic(kernel: KernelPlan, problem: Problem, device: Device) -> Traffic:
 
 def merging_kernels(split: KernelPlan, problem: Problem, device: Device) -> tuple[KernelPlan, ...]:
     """The kernel that merges the parts; none of a single one."""
-    if split.splits.number == 1:
+    if not split.splits.makes_parts:
         return ()
     num_tiles = merge_kernels.merge_blocks(MERGE_ATTENTION, problem.seqlen_q, problem.head_dim_v)
     num_blocks = num_tiles * problem.num_heads_q * problem.batch
     merging = merge_kernels.merge_kernel(
         MERGE_ATTENTION, device, problem.dtype, num_blocks, num_tiles=num_tiles, head_dim=problem.head_dim_v, part_dtype="float32",
-        parts_have_sums=True, log2_parts=not problem.features.kinds.additive_mask,
+        parts_have_sums=True, log2_parts=not problem.features.kinds.additive_mask, stream_k=split.splits.stream_k,
     )  # fmt: skip
     return (merging,)
 
 
 def workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
     """The parts. The LSE of each is reference and sum, one behind the other, since scores may be huge."""
-    count = max((kernel.splits.number for kernel in kernels), default=1)
-    if count == 1:
+    split = next((kernel for kernel in kernels if kernel.splits.makes_parts), None)
+    if split is None:
         return ()
-    rows = (count, problem.batch, problem.num_heads_q, problem.seqlen_q)
-    return Buffer(PARTS[0], (*rows, problem.head_dim_v), "float32"), Buffer(PARTS[1], (*rows, 2), "float32")
+    rows: tuple[int, ...] = (split.splits.number, problem.batch, problem.num_heads_q, problem.seqlen_q)
+    table: tuple[Buffer, ...] = ()
+    if split.splits.stream_k:
+        rows = (2 * split.num_blocks, split.tile.tile_q)
+        table = (Buffer(PART_TABLE, (problem.batch, split.num_tiles, problem.num_heads_kv, 2), "int32"),)
+    return Buffer(PARTS[0], (*rows, problem.head_dim_v), "float32"), Buffer(PARTS[1], (*rows, 2), "float32"), *table

@@ -12,7 +12,7 @@ import numbers
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from cuflash.arrays.borrowing import AnyArray, Array, borrow, describe
 from cuflash.errors import ArgumentError, DTypeError, OptionError, ShapeError, UnsupportedError
@@ -27,6 +27,8 @@ from cuflash.problem.sequences import check_cu_seqlens, check_offsets
 from cuflash.problem.tile import Tiles
 
 MAX_SPLITS = 256
+STREAM_K: Final = "stream-K"
+"""In the place of a number of splits."""
 PACKED = Layout(varlen=True)
 """Of queries and new keys with `cu_seqlens_q`."""
 
@@ -63,7 +65,7 @@ class CacheOptions(NamedTuple):
     softcap: float | None
     layout: str
     rotary_interleaved: bool | None
-    num_splits: int | None
+    num_splits: int | str | None
     batch_invariant: bool
     return_lse: bool
     tile: Tiles
@@ -154,7 +156,8 @@ def make_cache_problem(arrays: Mapping[str, Array], given: CacheOptions) -> Prob
         value_in_key=is_first_columns(arrays["value_cache"], views["value_cache"], arrays["key_cache"], views["key_cache"]),
         vectorized=False,  # each array says so itself: one kernel is for all of them
         cache=replace(cache, new=new, rotary=rotary, dtype=kv_dtype, scales=scales),
-        num_splits=num_splits,
+        num_splits=None if num_splits == STREAM_K else num_splits,
+        stream_k=num_splits == STREAM_K,
         batch_invariant=batch_invariant,
     )
 
@@ -384,7 +387,7 @@ def _window_that_hides(window: Window, capacity: int, seqlen_q: int) -> Window:
     return None if hides_none else window
 
 
-def _check_num_splits(num_splits: object, batch_invariant: bool) -> int | None:
+def _check_num_splits(num_splits: object, batch_invariant: bool) -> int | Literal["stream-K"] | None:
     if num_splits is None:
         return None
     if batch_invariant:
@@ -392,8 +395,10 @@ def _check_num_splits(num_splits: object, batch_invariant: bool) -> int | None:
         raise OptionError("num_splits", describe(num_splits), "None with batch_invariant=True", hint)
     if isinstance(num_splits, numbers.Integral) and not isinstance(num_splits, bool) and 1 <= operator.index(num_splits) <= MAX_SPLITS:
         return operator.index(num_splits)
+    if isinstance(num_splits, str) and num_splits == STREAM_K:
+        return STREAM_K
     hint = "Leave it out for as many as are predicted to be fastest, which flash-attn writes as 0."
-    raise OptionError("num_splits", describe(num_splits), f"an int from 1 to {MAX_SPLITS}, or None", hint)
+    raise OptionError("num_splits", describe(num_splits), f"an int from 1 to {MAX_SPLITS}, {STREAM_K!r}, or None", hint)
 
 
 # --- Positions in the host's memory -------------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ class Problem:
         grad_out: the gradient of the output, canonical, where a backward call is given it; None stands for one that lies as the output does.
         cache: where keys and values lie, if `key` and `value` are a cache: rows of it may belong to any sequence, or be pages. Lengths are in seqlens_kv then.
         num_splits: into how many ranges keys are cut; None leaves that to the plan.
+        stream_k: all blocks get equal shares of all keys instead; False leaves that to the plan.
         batch_invariant: a sequence's results have the same bits whatever else is in the batch.
         value_in_key: value is the first columns of key, in the same memory.
         of_tangents: the results are the tangents of the output and of lse, not these.
@@ -97,6 +98,7 @@ class Problem:
     grad_out: View | None = None
     cache: Cache | None = None
     num_splits: int | None = None
+    stream_k: bool = False
     batch_invariant: bool = False
     value_in_key: bool = False
     of_tangents: bool = False

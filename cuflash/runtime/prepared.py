@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cuflash.arrays.borrowing import Array, Pinned, pointer, pointer_of_results, refuse_without_memory
 from cuflash.arrays.frameworks import BFloat16Bits, Framework
+from cuflash.planning import stream_k
 from cuflash.planning.argument_structs import MAPPED_TENSOR
-from cuflash.planning.kernel_plan import Buffer, LaunchShape
-from cuflash.planning.kernel_specs import MERGE_ATTENTION, PARTS
+from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
+from cuflash.planning.kernel_specs import MERGE_ATTENTION, PART_TABLE, PARTS
 from cuflash.planning.mapped_arrays import mask_view
 from cuflash.planning.merge_kernels import row_groups, row_lanes
 from cuflash.planning.plan import Plan
@@ -164,6 +165,7 @@ class PreparedCall:
                 "geometry": arguments.geometry(problem, kernel.num_tiles, kernel.section_heads),
                 "group_batch": kernel.group_batch, "group_heads": kernel.group_heads, "num_work": kernel.num_work, "num_tiles": kernel.num_tiles,
                 "head_dim": kernel.head_dim, "num_splits": kernel.splits.number, "split_tiles": kernel.splits.tiles,
+                "begin_tiles": stream_k.BEGIN_TILES, "part_tiles": stream_k.PART_TILES,
             }  # fmt: skip
             own |= {
                 field.name: {} for field in kernel.spec.arguments.fields if field.type is MAPPED_TENSOR
@@ -258,6 +260,8 @@ class PreparedForward(PreparedCall):
     def merged(self) -> dict[str, Value]:
         """What the kernel that merges the parts of a call whose keys are split is told of them."""
         out, lse = (buffer for buffer in self.plan.workspace if buffer.name in PARTS)
+        if (split := next((kernel for kernel in self.plan.kernels if kernel.splits.stream_k), None)) is not None:
+            return self._merged_stream(split, out, lse)
         count, batch, heads, seqlen, head_dim = out.shape
         stride_head = seqlen * head_dim
         view = View((batch, seqlen, heads, head_dim), (heads * stride_head, head_dim, stride_head, 1))
@@ -272,6 +276,20 @@ class PreparedForward(PreparedCall):
         return {
             "seqlen_q": seqlen, "num_heads": heads, "lanes": row_lanes(head_dim), "groups": groups,
             "parts": {**strides, "num_parts": count, "one_array": True, "listed": [part]},
+        }  # fmt: skip
+
+    def _merged_stream(self, split: KernelPlan, out: Buffer, lse: Buffer) -> dict[str, Value]:
+        """The same where each tile of grouped rows has parts of its own."""
+        problem = self.problem
+        count, tile_q, head_dim = out.shape
+        view = View((count, tile_q, 1, head_dim), (0, head_dim, 0, 1))
+        floats = lse.shape[2]
+        part = {"out": arguments.tensor(out.name, view, view.aligned16(FLOAT_BYTES)), "lse": arguments.rows(lse.name, (0, 0, floats))}
+        return {
+            "seqlen_q": problem.seqlen_q, "num_heads": problem.num_heads_q, "lanes": row_lanes(head_dim),
+            "groups": row_groups(MERGE_ATTENTION, problem.seqlen_q, head_dim, split.num_blocks),
+            "parts": {"stride_part_out": tile_q * head_dim, "stride_part_lse": tile_q * floats, "one_array": True, "listed": [part]},
+            "stream": {"part_table": PART_TABLE, "tile_q": tile_q, "num_tiles": split.num_tiles, "group": problem.heads_per_kv},
         }  # fmt: skip
 
     def may_write(self, given: Mapping[str, Any], addresses: dict[str, int]) -> bool:

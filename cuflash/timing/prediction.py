@@ -27,7 +27,7 @@ from cuflash.problem.problem import Problem
 from cuflash.timing import splits, traffic
 from cuflash.timing.control_flow import Trace, is_matrix, steady_trace, tile_loop
 from cuflash.timing.description import Description
-from cuflash.timing.grid import grid_clocks
+from cuflash.timing.grid import clocks_of_memory_grid, grid_clocks
 from cuflash.timing.limits import LIMITS, without
 from cuflash.timing.machine import Card, Multiprocessor, multiprocessor
 from cuflash.timing.multiprocessor import steady_clocks_of_roles
@@ -275,9 +275,9 @@ def predict_plan(plan: Plan, card: Card, *, limits: bool = True, data: Data = NO
 
 def _predict_launch(kernel: KernelPlan, plan: Plan, card: Card, limits: bool, data: Data, in_turn: bool) -> Launch:
     if kernel.spec == kernel_specs.FORWARD_SPLIT:
-        return _predict_split(kernel, plan, card, limits)
+        return _predict_split(kernel, plan, card, limits, data)
     if kernel.spec == kernel_specs.MERGE_ATTENTION:
-        number = next(of.splits.number for of in plan.kernels if of.spec.splits_keys)
+        number = next(splits.parts_of_row(of, plan.problem, data) for of in plan.kernels if of.spec.splits_keys)
         return _short_launch(kernel, card, splits.clocks_of_merge(kernel, plan.problem, multiprocessor(card.arch), card, number))
     if kernel.spec == kernel_specs.CACHE_APPEND:
         return _short_launch(kernel, card, splits.clocks_of_append(kernel, plan.problem, multiprocessor(card.arch), card))
@@ -291,22 +291,26 @@ def _predict_launch(kernel: KernelPlan, plan: Plan, card: Card, limits: bool, da
     return lay_out(predicted, kernel, plan.problem, card, data=data, masked=masked)
 
 
-def _predict_split(kernel: KernelPlan, plan: Plan, card: Card, limits: bool) -> Launch:
-    """Keys of a full cache, from memory (`splits.py`)."""
+def _predict_split(kernel: KernelPlan, plan: Plan, card: Card, limits: bool, data: Data) -> Launch:
+    """Keys of a cache, from memory (`splits.py`), which is full where `data` does not say its lengths."""
     problem = plan.problem
     described, function = compiled(kernel, plan.device, causal=problem.is_causal)
     resident = resident_blocks(described)
     together = min(kernel.num_blocks, resident * card.num_sms)
-    machines = [splits.memory_machine(multiprocessor(card.arch), card, blocks, together) for blocks in range(1, resident + 1)]
-    predicted = _sustained(predict_kernel(function, described, limits=limits, machine=machines[-1]))
-    trip_clocks = [steady_clocks_of_roles(predicted.roles, machine, blocks=blocks) for blocks, machine in enumerate(machines[:-1], 1)]
-    trips = [of.total for head in visits_of_launch(kernel, problem, NO_DATA) for of in head]
-    overhead = splits.block_overhead(kernel, problem, machines[0], card)
-    clocks = grid_clocks(
-        trips, num_sms=card.num_sms, trip_clocks=[*trip_clocks, predicted.clocks], overhead=overhead, empty=card.block_start
-    )
+    of_arch = multiprocessor(card.arch)
+    shared = splits.memory_machine(of_arch, card, resident, together)
+    predicted = _sustained(predict_kernel(function, described, limits=limits, machine=shared))
+    alone = [splits.memory_machine(of_arch, card, blocks, blocks) for blocks in range(1, resident + 1)]  # with all of memory for one SM
+    trip_clocks = [steady_clocks_of_roles(predicted.roles, machine, blocks=blocks) for blocks, machine in enumerate(alone, 1)]
+    blocks = splits.walks_of_blocks(kernel, problem, data)
+    overhead = splits.block_overhead(kernel, problem, shared, card)
+    clocks = clocks_of_memory_grid(
+        blocks, num_sms=card.num_sms, trip_clocks=trip_clocks, memory_clocks=splits.memory_clocks(kernel, problem, card), overhead=overhead,
+        empty=card.block_start,
+    )  # fmt: skip
+    trips = [sum(block) for block in blocks]
     ideal = sum(trips) * predicted.clocks / predicted.blocks / card.num_sms
-    even = ideal + overhead * sum(map(bool, trips)) / predicted.blocks / card.num_sms
+    even = ideal + overhead * sum(bool(walk) for block in blocks for walk in block) / predicted.blocks / card.num_sms
     seconds = card.kernel_start + clocks / (card.clock_ghz * 1e9)
     return Launch(
         kernel.name, 1e3 * seconds, predicted, kernel.num_blocks, round(sum(trips)), min(1.0, ideal / clocks), min(1.0, even / clocks), clock_ghz=card.clock_ghz,

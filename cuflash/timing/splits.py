@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cuflash.planning import stream_k
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.problem.problem import Problem
 from cuflash.timing.machine import SHARED_BYTES_PER_CLOCK, Card, Multiprocessor
+from cuflash.timing.visits import Data, tiles_of_sequences, visits_of_launch
 
 _FLOAT = 4
 _PART_STATE = 2 * _FLOAT  # reference and sum of a row in a part
@@ -27,6 +29,28 @@ def memory_machine(machine: Multiprocessor, card: Card, blocks: int, together: i
     return replace(machine, copy_latency=card.memory_latency * card.clock_ghz * 1e9, l2_bytes=min(machine.l2_bytes, of_memory))
 
 
+def parts_of_row(kernel: KernelPlan, problem: Problem, data: Data) -> float:
+    """How many a row has, on an average."""
+    if not kernel.splits.stream_k:
+        return kernel.splits.number
+    parts = sum(len(block) for block in walks_of_blocks(kernel, problem, data))
+    return parts / max(1, problem.sequences * kernel.num_tiles * problem.num_heads_kv)
+
+
+def memory_clocks(kernel: KernelPlan, problem: Problem, card: Card) -> float:
+    """Clocks of memory for the keys and values of one tile."""
+    tile_bytes = kernel.tile.tile_kv * problem.kv_itemsize * (problem.head_dim + problem.head_dim_v)
+    return tile_bytes / (card.memory_bytes_per_second / (card.clock_ghz * 1e9))
+
+
+def walks_of_blocks(kernel: KernelPlan, problem: Problem, data: Data) -> list[list[float]]:
+    """Key tiles that each block visits, of one output tile after the other; sequences are as long as `data` says, or as they have room for."""
+    if not kernel.splits.stream_k:
+        return [[of.total] for head in visits_of_launch(kernel, problem, data) for of in head]
+    tiles = [count for sequence in tiles_of_sequences(kernel, problem, data) for count in sequence for _ in range(problem.num_heads_kv)]
+    return [list(share) for share in stream_k.shares(tiles, kernel.num_blocks)]
+
+
 def block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card) -> float:
     """Clocks of a block beside its trips: it starts, looks up where its keys are, waits for the first of them, merges its warps' O in shared memory, and writes.
 
@@ -34,15 +58,15 @@ def block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocessor
     """
     tile, columns = kernel.tile, problem.head_dim_v
     of_warps = tile.num_warps * tile.tile_q * columns * _FLOAT
-    stored = tile.tile_q * (columns * _FLOAT + _PART_STATE if kernel.splits.number > 1 else columns * problem.itemsize)
+    stored = tile.tile_q * (columns * _FLOAT + _PART_STATE if kernel.splits.makes_parts else columns * problem.itemsize)
     merged = 2 * of_warps / SHARED_BYTES_PER_CLOCK + 2 * (machine.barrier_latency + machine.barrier_arrival * tile.num_warps)
     return card.block_start + _LOOKUPS * machine.global_latency + machine.copy_latency + merged + stored / machine.l2_bytes
 
 
-def clocks_of_merge(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card, splits: int) -> float:
-    """Of the kernel that merges the parts, which L2 still has. `machine` is that of the architecture."""
+def clocks_of_merge(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card, parts: float) -> float:
+    """Of the kernel that merges the parts, so many of a row, which L2 still has. `machine` is that of the architecture."""
     rows = problem.query_rows
-    moved = rows * (splits * (problem.head_dim_v * _FLOAT + 2 * _PART_STATE) + problem.head_dim_v * problem.itemsize)
+    moved = rows * (parts * (problem.head_dim_v * _FLOAT + 2 * _PART_STATE) + problem.head_dim_v * problem.itemsize)
     at_a_time = min(card.num_sms, kernel.num_blocks)
     return card.block_start + _MERGE_TRIPS * machine.global_latency + moved / (at_a_time * machine.l2_bytes)
 

@@ -24,6 +24,13 @@ DEVICE float reciprocal(float x) {
   return y;
 }
 
+// The square root of x. sqrt.approx: a relative error of at most 2^-23.
+DEVICE float square_root(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // x * y + z rounded towards minus infinity.
 DEVICE float fma_rm(float x, float y, float z) {
   float w;

@@ -14,12 +14,15 @@ using Element = Config::Element;
 using PartElement = Config::PartElement;  // of the parts: float where they are sums that are not rounded yet
 constexpr bool PARTS_HAVE_SUMS = Config::PARTS_HAVE_SUMS;  // behind each reference in memory
 constexpr bool LOG2_PARTS = Config::LOG2_PARTS;            // whose references are log2 units, as those of a softmax without an additive mask
+constexpr bool STREAM_K = Config::STREAM_K;  // a row has parts of its own, or none where its result is there already
 
 constexpr int NUM_THREADS = Config::NUM_WARPS * WARP_SIZE;
 
 struct Row {
   int batch, head, query;
   int lane, lanes, group, groups;
+  int num_parts;               // 0 where the row does not exist
+  int first_block, tile_row;  // STREAM_K: which block has its first part, and where the row is in a part
   bool exists;
 
   DEVICE explicit Row(const MergeArguments& arguments) : lanes(arguments.lanes), groups(arguments.groups) {
@@ -31,7 +34,11 @@ struct Row {
     lane = int(threadIdx.x) % lanes;
     group = int(threadIdx.x) % threads / lanes;
     exists = query < arguments.seqlen_q;
+    num_parts = exists ? arguments.parts.num_parts : 0;
+    if constexpr (STREAM_K) find_parts(arguments.stream, arguments.num_heads);
   }
+
+  DEVICE int64 stream_part(int i) const { return part_of_block(first_block + i, i == 0); }
 
   DEVICE float* of(const RowView& view) const { return view.pointer(batch, head, query); }
   DEVICE Element* of(const TensorView& view) const { return view.row_pointer<Element>(batch, head) + query * view.stride_seqlen; }
@@ -70,6 +77,17 @@ struct Row {
     for (int i = 0; i < groups; ++i) x = fmaxf(x, numbers[first_thread() + i * lanes]);
     return x;
   }
+
+ private:
+  DEVICE void find_parts(const MergeStream& stream, int num_heads) {
+    const int grouped = query * stream.group + head % stream.group;
+    const int tile = (batch * stream.num_tiles + grouped / stream.tile_q) * (num_heads / stream.group) + head / stream.group;
+    tile_row = grouped % stream.tile_q;
+    const PartsOfTile parts = exists ? stream.part_table[tile] : PartsOfTile{0, 1};
+    first_block = parts.first_block;
+    exists = parts.num_parts > 1;
+    num_parts = exists ? parts.num_parts : 0;
+  }
 };
 
 // exp(LSE) of a row of a part is sum * exp(reference), or sum * 2^reference. Parts without sums have LSE itself for a reference.
@@ -86,6 +104,12 @@ struct PartRow {
   bool vectorized;
 
   DEVICE PartRow(const MergeParts& parts, const Row& row, int i) {
+    if constexpr (STREAM_K) {
+      out = parts.listed[0].out.row_pointer<PartElement>(0, 0, row.tile_row) + row.stream_part(i) * parts.stride_part_out;
+      stride_dim = parts.listed[0].out.stride_dim;
+      vectorized = parts.listed[0].out.vectorized;
+      return;
+    }
     if (parts.table != nullptr) {
       take(parts.table[i], row);
     } else {
@@ -95,8 +119,13 @@ struct PartRow {
   }
 
   DEVICE static PartLse load_lse(const MergeParts& parts, const Row& row, int i) {
-    const float* lse = parts.table != nullptr ? row.of(parts.table[i].lse) : row.of(parts.listed_part(i).lse);
-    lse += i * parts.stride_part_lse;
+    const float* lse;
+    if constexpr (STREAM_K) {
+      lse = parts.listed[0].lse.pointer(0, 0, row.tile_row) + row.stream_part(i) * parts.stride_part_lse;
+    } else {
+      lse = parts.table != nullptr ? row.of(parts.table[i].lse) : row.of(parts.listed_part(i).lse);
+      lse += i * parts.stride_part_lse;
+    }
     return {lse[0], PARTS_HAVE_SUMS ? lse[1] : 1.0f};
   }
 
@@ -120,14 +149,14 @@ struct Weights {
 
   DEVICE Weights(const MergeParts& parts, const Row& row) {
     __shared__ float largest_of_groups[NUM_THREADS], sums_of_groups[NUM_THREADS];
-    const int first = row.lane * row.groups + row.group, step = row.lanes * row.groups, num_parts = row.exists ? parts.num_parts : 0;
+    const int first = row.lane * row.groups + row.group, step = row.lanes * row.groups;
     float largest = -infinity();
 #pragma unroll 1
-    for (int i = first; i < num_parts; i += step) largest = fmaxf(largest, PartRow::load_lse(parts, row, i).reference);
+    for (int i = first; i < row.num_parts; i += step) largest = fmaxf(largest, PartRow::load_lse(parts, row, i).reference);
     largest = row.max(largest, largest_of_groups);
     reference = largest == -infinity() ? 0.0f : largest;
 #pragma unroll 1
-    for (int i = first; i < num_parts; i += step) {
+    for (int i = first; i < row.num_parts; i += step) {
       const PartLse part = PartRow::load_lse(parts, row, i);
       sum += above(part) * part.sum;
     }

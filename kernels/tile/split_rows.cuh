@@ -23,10 +23,14 @@ struct RowTotal {
   DEVICE float inverse() const { return is_empty() ? 0.0f : 1.0f / sum; }
 };
 
+constexpr bool STREAM_K = Config::STREAM_K;  // blocks have equal shares of all key tiles (tile/stream_k.cuh)
+
 struct SplitWork {
   int tile, head_kv, sequence, split;
   int batch, start_q;  // where the sequence's queries lie
-  int start_kv;        // its first key among packed ones
+  int begin, end;      // STREAM_K: its key tiles, counted from the first that the rows see
+  int part;            // STREAM_K: where its part goes; -1: it has all keys
+  int start_kv;        // the sequence's first key among packed ones
 };
 
 // `work`: tile, key head and, sequence by sequence for one split after the other, what is called its batch.
@@ -39,6 +43,9 @@ DEVICE SplitWork work_of_split(const Geometry& geometry, const SequenceLengths& 
           work.batch / sequences,
           VARLEN ? 0 : sequence,
           sequence_start(lengths.cu_seqlens_q, sequence, geometry.seqlen_q),
+          0,
+          0,
+          -1,
           PACKED_KEYS ? sequence_start(lengths.cu_seqlens_kv, sequence, geometry.seqlen_kv) : 0};
 }
 
@@ -47,18 +54,23 @@ template <typename Arguments>
 struct RowOfResult {
   const Arguments& arguments;
   int batch, head, query;
+  bool is_part;
   int64 part;  // rows before this one among the parts
 
   DEVICE RowOfResult(const Arguments& arguments, const SplitWork& work, const GroupedRows& rows, int row)
       : arguments(arguments), batch(work.batch), head(rows.head(row)), query(work.start_q + rows.query(row)) {
-    const Geometry& geometry = arguments.geometry;
-    part = ((int64(work.split) * geometry.batch + batch) * geometry.num_heads_q + head) * geometry.seqlen_q + query;
+    if constexpr (STREAM_K) {
+      is_part = work.part >= 0;
+      part = int64(work.part) * TILE_Q + row % TILE_Q;
+    } else {
+      const Geometry& geometry = arguments.geometry;
+      is_part = arguments.num_splits > 1;
+      part = ((int64(work.split) * geometry.batch + batch) * geometry.num_heads_q + head) * geometry.seqlen_q + query;
+    }
   }
 
-  DEVICE bool is_part() const { return arguments.num_splits > 1; }
-
   DEVICE void store_empty_lse() const {
-    if (is_part()) {
+    if (is_part) {
       store_part(-infinity(), 0.0f);
     } else if (arguments.lse.data != nullptr) {
       *arguments.lse.pointer(batch, head, query) = -infinity();
@@ -66,7 +78,7 @@ struct RowOfResult {
   }
 
   DEVICE void store_lse(const RowTotal& row) const {
-    if (is_part()) {
+    if (is_part) {
       store_part(row.is_empty() ? -infinity() : row.reference, row.part_sum());
     } else if (arguments.lse.data != nullptr) {
       *arguments.lse.pointer(batch, head, query) = row.lse();
@@ -77,7 +89,7 @@ struct RowOfResult {
   DEVICE void store_part(float reference, float sum) const { reinterpret_cast<float2*>(arguments.partial_lse)[part] = make_float2(reference, sum); }
 
   DEVICE void store_O(const float (&x)[VECTOR], int column) const {
-    if (is_part()) {
+    if (is_part) {
       store(x, arguments.partial_out + part * HEAD_DIM_V, 1, HEAD_DIM_V % 4 == 0, column, HEAD_DIM_V);
     } else {
       const TensorView& out = arguments.out;
@@ -96,7 +108,7 @@ DEVICE void clear_results(const Arguments& arguments, const SplitWork& work, con
     const int column = int(index % VECTORS) * VECTOR;
     if (column == 0) result.store_empty_lse();
     const float zeros[VECTOR] = {};
-    if (!result.is_part()) result.store_O(zeros, column);
+    if (!result.is_part) result.store_O(zeros, column);
   }
 }
 
