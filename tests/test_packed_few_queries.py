@@ -14,6 +14,7 @@ import cuflash
 from cuflash import Tile, reference
 from cuflash.errors import SimulatorError
 from cuflash.runtime.prepared import PreparedCall
+from cuflash.timing.visits import tiles_of_sequences
 
 pytest.importorskip("cupy")
 
@@ -173,6 +174,16 @@ def test_few_queries_take_it_by_themselves(simulator: Target, monkeypatch: pytes
         assert reason in planned.choice
     monkeypatch.setenv("CUFLASH_DECODE", "0")
     assert names(plan(16)) == ["forward"]
+
+
+def test_predictions_know_the_lengths_of_sequences() -> None:
+    """Key tiles of 64 that their queries see; without lengths each sequence has the most."""
+    query, key = numpy.zeros((sum(QUERIES), 2, 32), "float16"), numpy.zeros((sum(KEYS), 2, 32), "float16")
+    planned = cuflash.varlen_plan(query, key, key, *CU, 16, 300, tile=SPLIT)
+    data = {"cu_seqlens_q": CU[0], "cu_seqlens_kv": CU[1]}
+    seen = tiles_of_sequences(planned.kernels[0], planned.problem, data)
+    assert seen == [[5], [1], [0], [2], [1]]
+    assert tiles_of_sequences(planned.kernels[0], planned.problem, {}) == [[5]] * 5
 
 
 def test_places_have_blocks_that_clear_them(simulator: Target) -> None:
