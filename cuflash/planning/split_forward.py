@@ -141,7 +141,7 @@ def may_choose(problem: Problem, device: Device) -> bool:
 
 def tiles_of_few_queries(problem: Problem, device: Device, tile: Tiles) -> tuple[Tile, ...]:
     """Default tiles that calls of this kind take where they have few queries, for one query and for more; none where such calls take other kernels."""
-    few = replace(problem, max_seqlen_q=1)
+    few = replace(problem, seqlen_q=1, max_seqlen_q=1)
     if problem.cache is not None or not is_taken(few, device, tile):
         return ()
     return tuple(dict.fromkeys((default_tile(few, device), default_tile(replace(problem, max_seqlen_q=2 * MAX_QUERIES), device))))
