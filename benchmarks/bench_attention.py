@@ -4,6 +4,7 @@
     python benchmarks/bench_attention.py --full --output OUT        every case and library
     python benchmarks/bench_attention.py --features --output OUT    a case of every score feature, kind of lengths and unusual head dimension
     python benchmarks/bench_attention.py --tiles --output OUT       time tiles, beside what the model behind the default thinks of them
+    python benchmarks/bench_attention.py --cache --output OUT       steps of generation with a cache of keys and values
     python benchmarks/bench_attention.py --host --output OUT        what a warm call costs the host
     python benchmarks/bench_attention.py --facts --output OUT       the machine, its software and its ceilings
     python benchmarks/bench_attention.py --compile                  every kernel that the others need, in threads; with --arch for another machine
@@ -41,6 +42,7 @@ from bench.facts import facts
 from bench.host import host_cost
 from bench.machine import ROOT, Machine
 from bench.single import one_call, worst
+from bench.steps import time_steps
 from bench.tile_sweep import sweep_tiles
 
 
@@ -53,6 +55,7 @@ def main() -> int:
         "--features", action="store_true", help="compare libraries on a case of every score feature, kind of lengths and head dimension"
     )
     what.add_argument("--tiles", action="store_true", help="time tiles")
+    what.add_argument("--cache", action="store_true", help="time steps of generation")
     what.add_argument("--host", action="store_true", help="time the host's part of warm calls")
     what.add_argument("--facts", action="store_true", help="describe the machine")
     what.add_argument("--compile", action="store_true", help="compile ahead")
@@ -92,7 +95,7 @@ def main() -> int:
         return compile_all(arguments)
     machine = Machine(arguments.dry_run, arguments.small)
     for chosen, action in (
-        (arguments.tiles, sweep_tiles), (arguments.host, host_cost), (arguments.facts, facts), (arguments.one, one_call),
+        (arguments.tiles, sweep_tiles), (arguments.cache, time_steps), (arguments.host, host_cost), (arguments.facts, facts), (arguments.one, one_call),
     ):  # fmt: skip
         if chosen:
             return action(machine, arguments)

@@ -9,16 +9,13 @@ with keys from memory, and adds the kernels that append new keys and merge the s
 
 from __future__ import annotations
 
+from bench.steps import GROUP, HEAD_DIM, PAIRS, ROOMS
 from cuflash.cli.cached_calls import CachedCall
 from cuflash.cli.samples import Sample
 from cuflash.hardware import device
 from cuflash.planning import kernel_specs, split_forward
 from cuflash.planning.planner import make_plan
 from cuflash.timing import machine, prediction
-
-ROOMS = (1024, 32768, 262144)
-PAIRS = (1, 4, 8, 32, 64, 128, 256)
-HEAD_DIM, GROUP = 128, 4
 
 
 def row(arch: str, pairs: int) -> str:

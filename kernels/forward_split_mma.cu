@@ -4,8 +4,8 @@
 // keys of a sequence are shared out twice: among blocks, each of which has one of `num_splits` ranges of key tiles (Flash-Decoding: Dao et al. 2023,
 // crfm.stanford.edu/2023/10/12/flashdecoding.html), and within a tile of TILE_KV keys among warps, each of which has WARP_KEYS of them for all rows.
 // With several splits O and LSE of each are parts, float32, for merge_attention.cu. A split without keys says LSE -inf and leaves its O as
-// it is; but the first one has the sink. Queries may be packed (VARLEN): then parts are those of all tokens, in one batch. With STREAM_K blocks have
-// equal shares of all key tiles instead, one output tile after the other (tile/stream_k.cuh).
+// it is; but the first one has the sink. Queries may be packed (VARLEN), and keys with them or not: then parts are those of all tokens, in one batch.
+// With STREAM_K blocks have equal shares of all key tiles instead, one output tile after the other (tile/stream_k.cuh).
 //
 // A warp copies its keys and values for itself, into a ring of NUM_STAGES stages of its own, one copy group for each step, and never waits for
 // another warp until its last key: per step one wait for its own copies and one barrier of the warp, behind which the stage of the step before is
@@ -83,8 +83,8 @@ DEVICE void copy_queries_for_e4m3(SmemAddress tile, const TensorView& view, cons
 
 // Attention of the work's rows to its keys, by all threads of a block.
 DEVICE void attend(const ForwardSplitArguments& arguments, const SplitWork& work) {
-  const Geometry geometry = geometry_in_cache(arguments.geometry, arguments.lengths, arguments.cache.new_keys, work.sequence);
-  const SequenceInCache sequence(arguments.cache, work.sequence);
+  const Geometry geometry = geometry_in_cache(arguments, work.sequence);
+  const SequenceInCache sequence(arguments.cache, work.sequence, work.start_kv);
   const GroupedRows rows(geometry, work.head_kv);
   const Visibility visibility(geometry, arguments.features, work.sequence, rows.first_head);
   const int first_row = work.tile * TILE_Q;

@@ -361,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
   const Work at = work_longest_first<CAUSAL, true>(arguments.geometry, arguments.geometry.num_heads_kv);
   const SplitWork work = work_of_split(arguments.geometry, arguments.lengths, at);
   if (!claim_grouped_rows<NUM_THREADS + WARPGROUP_SIZE>(arguments, work)) return;
-  const Geometry geometry = geometry_in_cache(arguments.geometry, arguments.lengths, arguments.cache.new_keys, work.sequence);
+  const Geometry geometry = geometry_in_cache(arguments, work.sequence);
   const SequenceInCache sequence(arguments.cache, work.sequence);
   const GroupedRows rows(geometry, work.head_kv);
   const Visibility visibility(geometry, arguments.features, work.sequence, rows.first_head);

@@ -470,6 +470,17 @@ def test_dry_runs_of_the_other_modes(mode: tuple[str, ...], tmp_path: Path) -> N
     assert "SUMMARY" in done.stdout or mode[0] == "--one"
 
 
+def test_steps_of_generation_are_timed(tmp_path: Path) -> None:
+    done = script("bench_attention.py", "--cache", "--dry-run", "--output", str(tmp_path))
+    assert "SUMMARY: 2 of 2 steps timed on the simulator: times mean nothing, 0 failed" in done.stdout, done.stdout + done.stderr
+    rows = rows_of(tmp_path / "cache.csv")
+    assert [(row["kv_dtype"], row["page_size"], row["gpu"], row["timer"]) for row in rows] == [
+        ("bfloat16", "16", "simulator", "wall"),
+        ("float8_e4m3fn", "0", "simulator", "wall"),
+    ]
+    assert all(float(row["relative_error"]) < 1e-2 for row in rows)
+
+
 def test_tiles_are_swept(tmp_path: Path) -> None:
     done = script("bench_attention.py", "--tiles", "--dry-run", "--seconds", "300", "--output", str(tmp_path))
     assert "SUMMARY: 12 of 12 tiles timed, 0 wrong" in done.stdout, done.stderr

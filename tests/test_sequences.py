@@ -469,8 +469,11 @@ def test_lengths_and_numbers_of_sequences_are_not_compiled_in(simulator: Target)
             for kernel in cuflash.varlen_plan(query, key, value, *cu, backward=backward, **options).kernels
         ]
 
-    want = requests(10, [10])
+    want = requests(20, [20])
     assert requests(300, [3, 0, 200], max_seqlen_q=200) == want
+    of_few = requests(10, [10])
+    assert requests(19, [3, 0, 16], max_seqlen_q=16) == of_few != want
+    assert set(of_few) <= {kernel.request(on) for kernel in offline_kernels(on, dtype="float16", head_dim=64, varlen=True, every_way=True)}
     offline = [kernel.request(on) for kernel in offline_kernels(on, dtype="float16", head_dim=64, varlen=True)]
     assert set(offline) == set(want)
     assert not set(offline) <= {kernel.request(on) for kernel in offline_kernels(on, dtype="float16", head_dim=64)}

@@ -23,6 +23,13 @@ TILE_COLUMNS = (
 )  # fmt: skip
 """Of tiles.csv."""
 
+STEP_COLUMNS = (
+    "date", "commit", "gpu", "driver", "dtype", "kv_dtype", "batch", "heads", "heads_kv", "head_dim", "seqlen_q", "keys", "page_size", "splits",
+    "milliseconds", "milliseconds_p20", "milliseconds_p80", "gigabytes_per_second", "relative_error", "repeats", "timer", "sm_clock_mhz",
+    "sm_clock_before_mhz", "sm_clock_after_mhz", "watts", "celsius", "note",
+)  # fmt: skip
+"""Of cache.csv. A page_size of 0: a row of the cache for each sequence. `gigabytes_per_second` counts keys and values once."""
+
 FLOP_LINE = "TFLOP/s count 2·(D + DV) FLOP forward and 2·(3·D + 2·DV) backward for each visible score, whatever a library really computes"
 
 

@@ -15,29 +15,32 @@ Clock = Callable[[], float]
 
 
 def time_call(
-    machine: Machine, call: Callable[[], Any], seconds: float, wait: Callable[[], None] | None = None, clock: Clock = time.perf_counter
-) -> dict[str, Any]:
+    machine: Machine, call: Callable[[], Any], seconds: float, wait: Callable[[], None] | None = None, clock: Clock = time.perf_counter,
+    before: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:  # fmt: skip
     """Time a call that has run before.
 
     Args:
         seconds: to spend, about; at least three and at most 200 calls.
         wait: waits for what `call` started, where events do not see it; then the wall clock is used, over blocks of calls.
         clock: the wall clock, in seconds.
+        before: called before each call and not timed, where events are.
 
     Returns:
         The columns of attention.csv about time, clocks and heat.
     """
     if machine.dry or wait is not None:
         return _by_wall(machine, call, seconds, wait or (lambda: None), clock)
-    return _by_events(machine, call, seconds)
+    return _by_events(machine, call, seconds, before)
 
 
-def _by_events(machine: Machine, call: Callable[[], Any], seconds: float) -> dict[str, Any]:
+def _by_events(machine: Machine, call: Callable[[], Any], seconds: float, prepare: Callable[[], None]) -> dict[str, Any]:
     before, events = machine.monitor.sm_clock(), machine.cupy.cuda
 
     def measure(count: int) -> tuple[list[float], dict[str, Any]]:
         pairs = [(events.Event(), events.Event()) for _ in range(count)]
         for start, end in pairs:
+            prepare()
             start.record(events.Stream.null)
             call()
             end.record(events.Stream.null)

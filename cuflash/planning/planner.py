@@ -296,7 +296,7 @@ def _split_kernel(
         constants |= {"VALUE_IN_KEY": case.value_in_key, "BOX_ROWS": box_keys}
     else:
         constants["CacheElement"] = CPP_ELEMENTS[problem.kv_dtype]
-    splits, num_tiles = split_forward.splits_of(case, problem, tile, device), split_forward.row_tiles(problem, tile)
+    splits, num_tiles = split_forward.splits_of(case, problem, tile, device), split_forward.owned_row_tiles(problem, tile)
     num_blocks = split_forward.num_blocks(splits, problem, case, tile, device)
     constants["STREAM_K"] = splits.stream_k
     if case.kernel.maps_tensors and splits.number == 1:

@@ -1,9 +1,9 @@
 """The forward kernel for few queries, which shares out the keys of a sequence among blocks ("splits") and among the warps of a block.
 
-Calls with a cache (cuflash/decoding.py) take it always. Other calls take it if they have at most `MAX_QUERIES` queries: then a tile of the other forward kernels has
+Calls with a cache (cuflash/decoding.py) take it always. Other calls, of packed sequences too, take it if no sequence has more than `MAX_QUERIES` queries: then a tile of the other forward kernels has
 several times as many rows as there are queries, and each key head's keys are fetched no more often by this one. A mapping of tiles that names a forward kernel,
 a single tile, which is for the others, CUFLASH_DECODE=0, CUFLASH_FORWARD_WGMMA=1 without CUFLASH_DECODE=1, or tables of tuned tiles, where both were timed on one
-call, come before. What it cannot do stays on the other forward kernels.
+call, come before. What it cannot do stays on the other forward kernels, and so do packed sequences of few queries among many tokens that can be nobody's, which parts would have rows for.
 """
 
 from __future__ import annotations
@@ -64,12 +64,18 @@ def _choose(problem: Problem, device: Device, tile: Tiles) -> tuple[bool, str]:
     """
     by_name = asked_for.named(FORWARD_SPLIT, tile, (FORWARD, FORWARD_WGMMA))
     few, name = problem.max_seqlen_q <= MAX_QUERIES, FORWARD_SPLIT.source
+    places = 0 if problem.num_sequences is None else MAX_QUERIES * problem.num_sequences
     if by_name is False or not (few or by_name):
         return False, ""
     if (reason := why_not(problem, device)) is not None:
         return False, f"not {name}: {reason}"
     if by_name:
         return True, f"{name}, which the tile is for; {asked_for.SIMULATED}"
+    if places and problem.seqlen_q > places:  # parts have rows of all tokens
+        return (
+            False,
+            f"not {name}: {problem.num_sequences} sequences of at most {MAX_QUERIES} queries have {places} of the {problem.seqlen_q} tokens at most",
+        )
     if isinstance(tile, Tile):
         return False, f"not {name}: a single tile is for kernels of many queries; a mapping may name {FORWARD_SPLIT.name}"
     if (wanted := switches.setting(VARIABLE)) is False:
@@ -97,7 +103,7 @@ def why_not_grouped(problem: Problem) -> str | None:
     for name in _UNKNOWN_FEATURES:
         if getattr(problem.features.kinds, name):
             return f"it knows no {name}"
-    return "it knows no packed sequences without a cache" if problem.num_sequences is not None and problem.cache is None else None
+    return None
 
 
 def check(problem: Problem, device: Device) -> None:
@@ -135,7 +141,7 @@ def may_choose(problem: Problem, device: Device) -> bool:
 
 def tiles_of_few_queries(problem: Problem, device: Device, tile: Tiles) -> tuple[Tile, ...]:
     """Default tiles that calls of this kind take where they have few queries, for one query and for more; none where such calls take other kernels."""
-    few = replace(problem, max_seqlen_q=1)
+    few = replace(problem, seqlen_q=1, max_seqlen_q=1)
     if problem.cache is not None or not is_taken(few, device, tile):
         return ()
     return tuple(dict.fromkeys((default_tile(few, device), default_tile(replace(problem, max_seqlen_q=2 * MAX_QUERIES), device))))
@@ -156,6 +162,11 @@ def default_tile(problem: Problem, device: Device) -> Tile:
 def row_tiles(problem: Problem, tile: Tile) -> int:
     """Tiles of grouped rows of one key head."""
     return ceil(_grouped_rows(problem) / tile.tile_q)
+
+
+def owned_row_tiles(problem: Problem, tile: Tile) -> int:
+    """The same that there are blocks for, which also clear rows of places that sequences do not use."""
+    return ceil(problem.owned_queries * problem.heads_per_kv / tile.tile_q)
 
 
 def key_tiles(problem: Problem, tile: Tile, skipped_keys: int = 0) -> int:
@@ -198,7 +209,7 @@ def fastest_number(case: KernelCase, problem: Problem, tile: Tile, device: Devic
 
 def num_blocks(splits: Splits, problem: Problem, case: KernelCase, tile: Tile, device: Device) -> int:
     """Of the launch: of each sequence, key head and tile of rows as many as there are splits, or as many as the device holds at a time."""
-    tiles = max(1, row_tiles(problem, tile)) * problem.num_heads_kv
+    tiles = max(1, owned_row_tiles(problem, tile)) * problem.num_heads_kv
     if splits.stream_k:
         most = tiles * problem.sequences * (key_tiles(problem, tile) + stream_k.BEGIN_TILES)
         return min(most, resident_blocks(case, tile, device))
@@ -299,8 +310,11 @@ def traffic(kernel: KernelPlan, problem: Problem, device: Device) -> Traffic:
     """Of the planned kernel."""
     columns = problem.kv_itemsize * (problem.head_dim + problem.head_dim_v)  # bytes of a key and a value
     resident = tile_model.blocks_per_sm(kernel.case, kernel.tile, device)
+    keys = problem.sequences * _visible_keys(problem)
+    if problem.num_sequences is not None and problem.cache is None:
+        keys = min(keys, problem.seqlen_kv)  # packed keys of all sequences
     return Traffic(
-        problem.sequences * problem.num_heads_kv * _visible_keys(problem) * columns,
+        problem.num_heads_kv * keys * columns,
         resident,
         ceil(kernel.num_blocks / (resident * device.num_sms)),
         resident * (kernel.tile.num_stages - 1) * kernel.tile.tile_kv * columns,

@@ -42,6 +42,8 @@ def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
     if (reason := tile_choice.why_none(case_of(FORWARD_WGMMA_WIDE, problem), device)) is not None:
         return reason
+    if problem.num_sequences is not None and problem.cache is None:
+        return "it knows no packed sequences without a cache"
     if (reason := split_forward.why_not_grouped(problem)) is not None:
         return reason
     if problem.seqlen_kv == 0:

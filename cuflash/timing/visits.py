@@ -72,9 +72,14 @@ def _of_splits(kernel: KernelPlan, problem: Problem, data: Data) -> list[list[Vi
 
 
 def tiles_of_sequences(kernel: KernelPlan, problem: Problem, data: Data) -> list[list[int]]:
-    """Key tiles that each tile of grouped rows of each sequence sees: a cache is full where `data` does not have its lengths."""
+    """Key tiles that each tile of grouped rows of each sequence sees: all sequences have the most keys where `data` does not have their lengths."""
     tile, group = kernel.tile, problem.heads_per_kv
-    lengths = [int(of) for of in data["seqlens_kv"]] if "seqlens_kv" in data else [problem.max_seqlen_kv] * problem.sequences
+    lengths = [problem.max_seqlen_kv] * problem.sequences
+    if "seqlens_kv" in data:
+        lengths = [int(of) for of in data["seqlens_kv"]]
+    elif "cu_seqlens_kv" in data:
+        lookup = _Lookup(problem, data, tile, by_keys=False)
+        lengths = [lookup.length_of(sequence, "kv") for sequence in range(problem.sequences)]
     sequences = []
     for keys in lengths:
         band = band_of(problem, problem.max_seqlen_q, keys)
@@ -143,12 +148,12 @@ class _Lookup:
         if problem.num_sequences is not None:
             if batch == problem.num_sequences:
                 return band_of(problem, 0, 0)  # behind the last sequence
-            return band_of(problem, *(self._length_of(batch, of) for of in ("q", "kv")))
+            return band_of(problem, *(self.length_of(batch, of) for of in ("q", "kv")))
         prefix = int(self._array("prefix_lengths")[batch]) if problem.features.kinds.prefix else 0
         keys = int(self._array("seqlens_kv")[batch]) if problem.seqlens_kv else None
         return band_of(problem, None, keys, prefix)
 
-    def _length_of(self, sequence: int, which: str) -> int:
+    def length_of(self, sequence: int, which: str) -> int:
         """Of a packed sequence, in queries or keys."""
         place = int(numpy.diff(self._array(f"cu_seqlens_{which}"))[sequence])
         used = self.data.get(f"seqused_{which}") if self.problem.in_places else None

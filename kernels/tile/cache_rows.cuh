@@ -1,5 +1,5 @@
-// Where the keys of a sequence lie: in one row of a cache, or in pages that a table lists; and the copies of tiles of them that a warp makes for
-// itself.
+// Where the keys of a sequence lie: in one row of a cache, in pages that a table lists, or packed behind those of the sequence before; and the
+// copies of tiles of them that a warp makes for itself.
 //
 // Lengths, tables and indices are read here, on the device. Whatever they hold, no access leaves the arrays: numbers are clamped, and entries of keys
 // that nobody sees are not even read.
@@ -13,9 +13,14 @@
 constexpr bool PAGED = Config::PAGED;
 
 // The sequence's geometry: the call's, with the numbers of its own keys and queries. Each packed query came with a new key, if any are new.
-DEVICE Geometry geometry_in_cache(const Geometry& of_call, const SequenceLengths& lengths, int new_keys, int sequence) {
+template <typename Arguments>
+DEVICE Geometry geometry_in_cache(const Arguments& arguments, int sequence) {
+  if constexpr (PACKED_KEYS) return geometry_of(arguments, sequence);
+  const Geometry& of_call = arguments.geometry;
+  const SequenceLengths& lengths = arguments.lengths;
   Geometry geometry = of_call;
   if constexpr (SEQLENS_KV) {
+    int new_keys = arguments.cache.new_keys;
     if constexpr (VARLEN) {
       geometry.seqlen_q = sequence_place(lengths.cu_seqlens_q, sequence, of_call.seqlen_q);
       new_keys = new_keys > 0 ? geometry.seqlen_q : 0;
@@ -33,8 +38,11 @@ struct KeyPlace {  // `row` of `page`, or of a batch's row of the cache; row -1:
 
 class SequenceInCache {
  public:
-  DEVICE SequenceInCache(const CacheArguments& cache, int sequence) : cache(cache), own(sequence) {
-    if constexpr (PAGED) {
+  // `first_row`: of packed keys, the sequence's first.
+  DEVICE SequenceInCache(const CacheArguments& cache, int sequence, int first_row = 0) : cache(cache), own(sequence), first_row(first_row) {
+    if constexpr (PACKED_KEYS) {
+      own = 0;
+    } else if constexpr (PAGED) {
       table = cache.page_table + sequence * cache.stride_page_table;
     } else if (cache.batch_indices != nullptr) {
       own = in_cache(cache.batch_indices[sequence]);
@@ -43,7 +51,7 @@ class SequenceInCache {
   }
 
   DEVICE KeyPlace place(int key) const {
-    if constexpr (!PAGED) return {own, key};
+    if constexpr (!PAGED) return {own, PACKED_KEYS ? first_row + key : key};
     const int page = key / cache.page_size;
     return {in_cache(table[page]), key - page * cache.page_size};
   }
@@ -53,7 +61,7 @@ class SequenceInCache {
  private:
   const CacheArguments& cache;
   const int* table = nullptr;
-  int own;
+  int own, first_row;
 
   DEVICE int in_cache(int index) const { return max(0, min(index, cache.num_rows - 1)); }
 };

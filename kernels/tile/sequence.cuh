@@ -19,6 +19,8 @@ constexpr bool SEQLENS_KV =
 constexpr bool RAGGED = VARLEN || SEQLENS_KV;
 constexpr bool IN_PLACES = Config::IN_PLACES;  // packed sequences have lengths besides their offsets, of queries and of keys
 
+constexpr bool PACKED_KEYS = VARLEN && (IN_PLACES || !SEQLENS_KV);  // keys too; a cache has lengths of its own, and no places
+
 static_assert(!IN_PLACES || (VARLEN && SEQLENS_KV), "places are those of packed sequences");
 
 // The first packed row of a sequence; of the one behind the last, the first row that belongs to nobody.

@@ -30,6 +30,7 @@ struct SplitWork {
   int batch, start_q;  // where the sequence's queries lie
   int begin, end;      // STREAM_K: its key tiles, counted from the first that the rows see
   int part;            // STREAM_K: where its part goes; -1: it has all keys
+  int start_kv;        // the sequence's first key among packed ones
 };
 
 // `work`: tile, key head and, sequence by sequence for one split after the other, what is called its batch.
@@ -44,7 +45,8 @@ DEVICE SplitWork work_of_split(const Geometry& geometry, const SequenceLengths& 
           sequence_start(lengths.cu_seqlens_q, sequence, geometry.seqlen_q),
           0,
           0,
-          -1};
+          -1,
+          PACKED_KEYS ? sequence_start(lengths.cu_seqlens_kv, sequence, geometry.seqlen_kv) : 0};
 }
 
 // Where a row of the results goes: to `out` and `lse`, or to this split's part.
@@ -111,7 +113,7 @@ DEVICE void clear_results(const Arguments& arguments, const SplitWork& work, con
 }
 
 // Grouped rows that are to be computed: whether the block's tile holds any. Those of nobody behind the last sequence are cleared, and by the block of
-// the last tile those of a sequence that is longer than the grid was made for.
+// the last tile those of a sequence that is longer than the grid was made for; of places, by all blocks of a sequence the rows that it does not use.
 template <int THREADS = NUM_THREADS, typename Arguments>
 DEVICE bool claim_grouped_rows(const Arguments& arguments, const SplitWork& work) {
   if constexpr (VARLEN) {
@@ -121,9 +123,18 @@ DEVICE bool claim_grouped_rows(const Arguments& arguments, const SplitWork& work
         is_behind ? geometry.seqlen_q - work.start_q : sequence_place(arguments.lengths.cu_seqlens_q, work.sequence, geometry.seqlen_q);
     const GroupedRows rows(geometry, work.head_kv);
     const int end = geometry.num_tiles * TILE_Q;
-    if (is_behind) clear_results<THREADS>(arguments, work, rows, 0, work.tile, geometry.num_tiles);
-    else if (work.tile == geometry.num_tiles - 1 && rows.count > end) clear_results<THREADS>(arguments, work, rows, end, 0, 1);
-    return !is_behind && work.tile * TILE_Q < rows.count;
+    if (is_behind) {
+      clear_results<THREADS>(arguments, work, rows, 0, work.tile, geometry.num_tiles);
+      return false;
+    }
+    int used = rows.count;
+    if constexpr (IN_PLACES) {
+      used = sequence_length(packed_queries(arguments), work.sequence) * rows.group;
+      clear_results<THREADS>(arguments, work, rows, min(used, end), work.tile, geometry.num_tiles);
+    } else {
+      if (work.tile == geometry.num_tiles - 1 && used > end) clear_results<THREADS>(arguments, work, rows, end, 0, 1);
+    }
+    return work.tile * TILE_Q < used;
   }
   return true;
 }

@@ -53,7 +53,7 @@ class KeyTileStream {
     const int sequence = index / num_tiles, first_tile = max(0, position - keys), end_tile = min(tiles, end - keys);
     const bool is_whole = first_tile == 0 && end_tile == tiles;
     const int part = is_whole ? -1 : part_of_block(int(blockIdx.x), first_tile == 0);
-    return {index % num_tiles, head_kv, sequence, 0, sequence, 0, first_tile, end_tile, part};
+    return {index % num_tiles, head_kv, sequence, 0, sequence, 0, first_tile, end_tile, part, 0};
   }
 
   // Says which blocks have parts of the output tile, whose first keys are this block's.
@@ -82,7 +82,7 @@ class KeyTileStream {
   // Key tiles that the rows of an output tile see, or 1.
   DEVICE int count_tiles(int of) const {
     const int sequence = of / arguments.geometry.num_tiles, first_row = of % arguments.geometry.num_tiles * TILE_Q;
-    const Geometry geometry = geometry_in_cache(arguments.geometry, arguments.lengths, arguments.cache.new_keys, sequence);
+    const Geometry geometry = geometry_in_cache(arguments, sequence);
     const GroupedRows rows(geometry, 0);
     const Visibility visibility(geometry, arguments.features, sequence, 0);
     const VisibleKeys keys(visibility, SequenceInCache(arguments.cache, sequence), rows, first_row);

@@ -13,7 +13,7 @@ import cuflash
 from cuflash.errors import KeywordError, UnsupportedError
 from cuflash.runtime import launch, prepared
 from cuflash.runtime.prepared import PreparedForward
-from cuflash.torch import merge_attention, scaled_dot_product_attention, varlen_attention
+from cuflash.torch import merge_attention, plan, scaled_dot_product_attention, varlen_attention
 
 BATCH, HEADS, SEQLEN, DIM = SHAPE
 
@@ -23,6 +23,19 @@ def test_out_lse_and_gradients(device: Any, is_causal: bool) -> None:
     inputs = leaves(device, SHAPE, SHAPE, SHAPE)
     results = scaled_dot_product_attention(*inputs, is_causal=is_causal, return_lse=True)
     assert_same_gradients(results, attention(*inputs, is_causal=is_causal), inputs)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
+def test_few_queries(device: Any, masked: bool) -> None:
+    """The kernel that shares out keys among blocks has run, and its lse gives the gradients."""
+    inputs = leaves(device, (2, 4, 5, 32), (2, 2, 300, 32), (2, 2, 300, 32), dtype=torch.float16)
+    mask = torch.rand(2, 1, 5, 300, device=device) > 0.3
+    options = {"attn_mask": mask} if masked else {"is_causal": True, "causal_alignment": "bottom_right"}
+    planned = plan(*inputs, enable_gqa=True, return_lse=True, **options)
+    assert [kernel.name for kernel in planned.kernels] == ["forward_split", "merge_attention"]
+    results = scaled_dot_product_attention(*inputs, enable_gqa=True, return_lse=True, **options)
+    wanted = attention(*inputs, mask) if masked else attention(*inputs, is_causal=True, bottom_right=True)
+    assert_same_gradients(results, wanted, inputs)
 
 
 def test_the_order_of_arguments_is_torchs(device: Any) -> None:

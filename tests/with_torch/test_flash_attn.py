@@ -10,7 +10,7 @@ import pytest
 import torch
 from written_out import assert_close, assert_same_gradients, attention, leaves
 
-from cuflash import flash_attn
+from cuflash import flash_attn, varlen_plan
 from cuflash.errors import ArgumentError, DTypeError, OptionError, ShapeError, UnsupportedError
 
 TAIL = "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False"
@@ -211,6 +211,31 @@ def test_a_step_with_a_cache(device: Any, page_size: int | None) -> None:
         parameter = caches[1].clone().requires_grad_()
         with pytest.raises(ArgumentError, match=r"value_cache: .*requires grad"):  # in a warm call too
             flash_attn.flash_attn_with_kvcache(q, caches[0], parameter, k, v, cache_seqlens=lengths, block_table=table)
+
+
+def test_packed_sequences_of_few_queries(device: Any) -> None:
+    """They take the kernel that shares out keys among blocks, and its lse gives their gradients."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(tokens, heads, DIM, generator=generator).to(device, torch.bfloat16).requires_grad_()
+        for tokens, heads in ((5, HEADS), (180, 1), (180, 1))
+    )
+    starts, offsets = (torch.tensor(numbers, device=device, dtype=torch.int32) for numbers in ([0, 3, 5], [0, 150, 180]))
+    plan = varlen_plan(*(x.detach() for x in (q, k, v)), starts, offsets, 3, 150, enable_gqa=True, is_causal=True, return_lse=True)
+    assert "forward_split" in [kernel.name for kernel in plan.kernels]
+    out, lse, _ = flash_attn.flash_attn_varlen_func(q, k, v, starts, offsets, 3, 150, causal=True, return_attn_probs=True)
+    grad_out = torch.randn(out.shape, generator=generator).to(device, torch.bfloat16)
+    got = torch.autograd.grad(out, (q, k, v), grad_out)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    wants = [
+        judged(exact[0][None, begin:end], *(x[None, first:last] for x in exact[1:]), is_causal=True)
+        for begin, end, first, last in ((0, 3, 0, 150), (3, 5, 150, 180))
+    ]
+    want = torch.cat([found[0] for found, _ in wants])
+    torch.testing.assert_close(out.double(), want.double(), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(lse, torch.cat([found[0] for _, found in wants], 1).float(), atol=1e-4, rtol=1e-4)
+    for found, true in zip(got, torch.autograd.grad(want, exact, grad_out.double()), strict=True):
+        torch.testing.assert_close(found.double(), true, atol=3e-2, rtol=3e-2)
 
 
 def test_packed_queries_and_keys_in_pages(device: Any) -> None:
