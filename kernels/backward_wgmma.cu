@@ -32,6 +32,7 @@
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/fragment.cuh"
+#include "tile/query_sum_conversion.cuh"
 #include "tile/query_sums.cuh"
 #include "tile/score.cuh"
 #include "tile/wgmma_backward_block.cuh"
@@ -355,7 +356,8 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, c
       keys.walk(batch, head, geometry, visibility, steps);
     }
   });
-  sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);  // no product reads K and V any more
+  if constexpr (CONVERTS_SUMS) fence_gpu();
+  sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);  // no product reads K and V any more, and all additions are issued
   const int warp_row = 16 * warp_of_warpgroup(), first_row = work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + warp_row;
   const int num_rows = sequence_length(packed_keys(arguments), work.batch);  // that have gradients
   const int start = Starts(arguments, work.batch).kv;
@@ -371,6 +373,7 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, c
     store_rows<Element, HEAD_DIM, 8 * D_TILES, false>(keys.dK, shared.K(warpgroup) + warp_row * 8 * D_TILES * 2, arguments.grad_key, work.batch,
                                                       work.head, first_row, num_rows, 0, start);
   }
+  if constexpr (CONVERTS_SUMS) convert_sums(arguments, work);
 }
 
 // Which keys are the block's. Where blocks add up dQ, in the order in which they start; it ends with a barrier of the block.
