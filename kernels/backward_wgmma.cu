@@ -42,6 +42,7 @@
 
 constexpr int COMPUTING_BARRIER = 1;  // of both warpgroups
 constexpr int NOBODY_SEES = 0x7fffffff;
+constexpr int LASTS_OF_WINDOW = S_TILES > 12 ? 1 : 2;  // of a lane's two keys: where registers are short, the second is computed from the first
 
 // A warpgroup's 64 keys.
 class WarpgroupKeys {
@@ -95,7 +96,8 @@ class WarpgroupKeys {
     const ScoreModifier modifier;
     const int first_key;  // of the warp
     float* sums;  // of the first tile
-    int first_query[2], end_query[2];  // which queries see a key of this lane, less the column of the lane
+    int first_query[2];  // that sees a key of this lane, less the column of the lane
+    int last_of_window[LASTS_OF_WINDOW];  // the last one whose window reaches back to it, likewise, as if there were as many
 
     DEVICE Member(const BackwardWgmmaArguments& arguments, const Geometry& geometry, const Visibility& visibility, int batch, int head, int first_key)
         : batch(batch),
@@ -109,7 +111,7 @@ class WarpgroupKeys {
       for (int r = 0; r < 2; ++r) {
         const int key = first_key + 8 * r + lane_index() / 4;
         first_query[r] = key < geometry.seqlen_kv ? visibility.first_query(key) - lane_index() % 4 * 2 : NOBODY_SEES;
-        end_query[r] = visibility.end_query(key, key + 1) - lane_index() % 4 * 2;
+        if (WINDOW && r < LASTS_OF_WINDOW) last_of_window[r] = visibility.last_of_window(key) - lane_index() % 4 * 2;
       }
     }
   };
@@ -250,13 +252,28 @@ class WarpgroupKeys {
   }
 
   DEVICE void hide_pairs(float (&P)[1][S_TILES][4], const Member& member, int first_q) const {
+    uint32 visible[2];  // with a window: a bit for each column of the lane
+    if constexpr (WINDOW) {
+      static_assert(S_TILES <= 16, "32 columns of a lane");
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int last = LASTS_OF_WINDOW == 2 ? member.last_of_window[r % LASTS_OF_WINDOW] : member.last_of_window[0] + 8 * r;
+        visible[r] = columns_from(member.first_query[r] - first_q) & ~columns_from(last + 1 - first_q);
+      }
+    }
 #pragma unroll
     for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int column = 8 * n + i % 2;
-        if (column < member.first_query[i / 2] - first_q || (WINDOW && column >= member.end_query[i / 2] - first_q)) P[0][n][i] = 0.0f;
+        const bool hides = WINDOW ? (visible[i / 2] >> (2 * n + i % 2)) % 2 == 0 : 8 * n + i % 2 < member.first_query[i / 2] - first_q;
+        if (hides) P[0][n][i] = 0.0f;
       }
+  }
+
+  // A bit for each pair of columns 8 n, 8 n + 1 of accumulator tiles: those from `first` on.
+  DEVICE static uint32 columns_from(int first) {
+    const int from_first_tile = max(first, 0);
+    return __funnelshift_lc(0, ~0u, from_first_tile / 8 * 2 + min(from_first_tile % 8, 2));
   }
 
   // Puts the warp's rows of dSᵀ into the slab of its warpgroup, as columns.

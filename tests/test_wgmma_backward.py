@@ -30,6 +30,8 @@ NAME = "backward_wgmma"
 SHORT = {NAME: Tile(32, 128, 8, 2)}
 """Many tiles of few queries."""
 KERNELS = ("backward_delta", "backward_wgmma", "backward_dq_convert")
+CONVERTING_KERNELS = KERNELS[:-1]
+"""With a causal mask alone, where blocks make dQ of the sums that they add up."""
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +198,7 @@ def test_every_schedule_gives_the_same_bits(case: tuple[str, int, int, int, str]
     )
     call = functools.partial(backward_of(*inputs, **MASKS[mask]), tile={NAME: Tile(32, 128, 8, stages)})
     report = check(call, seeds=seeds)
-    assert report.kernels == KERNELS
+    assert report.kernels == (KERNELS if mask == "full" else CONVERTING_KERNELS)
     assert len(report.runs) == 2 + len(seeds)
 
 

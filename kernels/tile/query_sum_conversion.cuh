@@ -9,10 +9,10 @@
 constexpr bool CONVERTS_SUMS = Config::CONVERTS_SUMS;
 static_assert(!CONVERTS_SUMS || (COMPUTE_DK && CAUSAL && !WINDOW && !PREFIX && !TILE_LISTS && !RAGGED), "another block may add last");
 
-// Tiles of queries of a head to which the block adds last. The first block also has those that no query sees a key from: their sums are zero.
+// Tiles of queries of a head to which the block adds last. All queries see the first key, so each tile is some block's.
 DEVICE Steps converted_tiles(const Work& work, const Visibility& visibility, int num_tiles, int seqlen_q) {
   const int next_kv = (work.tile + 1) * TILE_KV;
-  const int begin = work.tile == 0 ? 0 : visibility.first_query(work.tile * TILE_KV) / TILE_Q;
+  const int begin = visibility.first_query(work.tile * TILE_KV) / TILE_Q;
   const int all = ceil_div(seqlen_q, TILE_Q);
   return {begin, work.tile + 1 < num_tiles ? min(all, visibility.first_query(next_kv) / TILE_Q) : all};
 }
@@ -29,17 +29,17 @@ DEVICE void store_pair(Element* row, int column, const TensorView& view, uint32 
 
 // Makes dQ of one tile. The warps of all warpgroups share out its squares of 16 columns of the head and 16 queries; all of their sums are asked for
 // before the first is used.
-DEVICE void convert_tile(const BackwardWgmmaArguments& arguments, int batch, int head, int tile, bool has_sums) {
+DEVICE void convert_tile(const BackwardWgmmaArguments& arguments, int batch, int head, int tile) {
   constexpr int SQUARES = D_TILES / 2 * P_STEPS, OF_WARP = ceil_div(SQUARES, NUM_WARPS);
   const int warp = warp_index() - WARPGROUP_SIZE / WARP_SIZE, g = lane_index() / 4, t = lane_index() % 4;
-  float sums[OF_WARP][2][4] = {};
+  float sums[OF_WARP][2][4];
   const float* of_tile = query_sum(arguments, first_slot(arguments, batch, head, 0) + tile, 0, 0);
 #pragma unroll
   for (int i = 0; i < OF_WARP; ++i)
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int square = warp + i * NUM_WARPS;
-      if (has_sums && square < SQUARES) load_relaxed(of_tile + (square / P_STEPS * SUM_COLUMN_TILES + square % P_STEPS * 2 + n) * FRAGMENT_FLOATS, sums[i][n]);
+      if (square < SQUARES) load_relaxed(of_tile + (square / P_STEPS * SUM_COLUMN_TILES + square % P_STEPS * 2 + n) * FRAGMENT_FLOATS, sums[i][n]);
     }
 #pragma unroll
   for (int i = 0; i < OF_WARP; ++i) {
@@ -66,8 +66,7 @@ DEVICE void convert_tile(const BackwardWgmmaArguments& arguments, int batch, int
 DEVICE void convert_sums(const BackwardWgmmaArguments& arguments, const Work& work) {
   for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps&) {
     const Steps tiles = converted_tiles(work, visibility, geometry.num_tiles, geometry.seqlen_q);
-    const int first_added_to = visibility.first_query(0) / TILE_Q;
 #pragma unroll 1
-    for (int tile = tiles.begin; tile < tiles.end; ++tile) convert_tile(arguments, batch, head, tile, tile >= first_added_to);
+    for (int tile = tiles.begin; tile < tiles.end; ++tile) convert_tile(arguments, batch, head, tile);
   });
 }
