@@ -3,7 +3,8 @@
     python benchmarks/predicted_hopper_backward.py [--publish]
     python benchmarks/predicted_hopper_backward.py --tiles            # other tiles
 
-bfloat16, 16384 tokens, 2048 features, H100 SXM. "in turn": the share if the tensor unit served warpgroups in turn. FlashAttention-3's figures are those of its paper (Shah et al. 2024, arXiv 2407.08608).
+bfloat16, 16384 tokens, 2048 features, H100 SXM. "in turn": the share if the tensor unit served warpgroups in turn. FlashAttention-3's figures are those of its paper (Shah et al. 2024, arXiv 2407.08608), the causal ones
+those of flash-attention's pull request 1893.
 The bias is measured over predicted speed of the backward kernels that were tried on an H100 (predicted_hopper_experiments.py), without and with a causal mask, at each length.
 Steady states are of long runs: in the few trips that the model takes by itself it is chance how the warpgroups stand to each other, which changes them by up to 6 %.
 
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import predicted_hopper_experiments
 from cuflash.cli.sample_features import SampleFeatures
 from cuflash.cli.samples import Sample, plan_of
 from cuflash.hardware import device
@@ -30,7 +32,6 @@ from cuflash.problem.tile import Tiles
 from cuflash.timing import prediction
 from cuflash.timing.machine import CARDS
 from cuflash.timing.prediction import KernelPrediction, Launch
-import predicted_hopper_experiments
 from marked_pages import predict_or_publish
 from predicted_hopper import FEATURES
 
@@ -51,9 +52,10 @@ TRIPS = 96
 def bias() -> dict[tuple[bool, int], float]:
     """Measured over predicted speed of kernels of this design, by mask and seqlen."""
     return {
-        (row.design.causal, row.seqlen): row.ratio for row in predicted_hopper_experiments.rows(("B_c0_base", "B_c1_base"), TRIPS) if row.seqlen in SEQLENS
+        (row.design.causal, row.seqlen): row.ratio
+        for row in predicted_hopper_experiments.rows(("B_c0_base", "B_c1_base"), TRIPS)
+        if row.seqlen in SEQLENS
     }
-
 
 
 def plan(head_dim: int, causal: bool, seqlen: int, tile: Tiles = None, features: SampleFeatures | None = None) -> Plan:

@@ -11,7 +11,8 @@
 //
 // Pᵀ and dSᵀ are operands of dV and dK from registers. Of dQᵀ a warpgroup computes 64 columns of the head for all keys of the block, and of columns
 // that are left over half of the queries, and adds them to sums in global memory from registers while dK is in flight. Blocks add in the order of
-// their keys (tile/query_sums.cuh), so that the result is the same bit for bit on every run. backward_dq_convert.cu makes dQ of the sums.
+// their keys (tile/query_sums.cuh), so that the result is the same bit for bit on every run. Of the sums backward_dq_convert.cu makes dQ, or with a
+// causal mask alone each block of those to which it adds last (tile/query_sum_conversion.cuh).
 //
 // Of the first warpgroup one warp copies: it asks the TMA unit for K, V and the tiles of Q and dO, NUM_STAGES of them ahead, and its lanes copy row
 // statistics. One thread of another waits for the block's turn to add to each tile, TURNS of them ahead, since that takes two trips to L2 and more

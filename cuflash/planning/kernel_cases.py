@@ -223,15 +223,19 @@ def stationary_stages(case: KernelCase, tile: Tile, device: Device) -> int:
 
 
 def converts_sums(kernel: KernelSpec, problem: Problem) -> bool:
-    """Whether blocks of the kernel make dQ of the sums to which they add last, so that no other kernel has to: with a causal mask alone, with which those are of their own diagonal.
+    """Whether blocks of the kernel make dQ of the sums to which they add last, so that no other kernel has to.
 
-    Without one, the block of a head's last keys would have all of them; what else hides keys decides who adds last, and of more queries than keys some see none, or
-    one block has many.
+    With a causal mask alone those are of their own diagonal. Without one, the block of a head's last keys would have all of them; what else hides keys
+    decides who adds last; and of more queries than keys some see none, or one block has many.
     """
     kinds = problem.features.kinds
     hides = kinds.window or kinds.prefix or kinds.lists_tiles or problem.is_ragged
     return (
-        bool(kernel.added_up) and kernel.implementation == "wgmma" and problem.is_causal and not hides and problem.seqlen_q <= problem.seqlen_kv
+        bool(kernel.added_up)
+        and kernel.implementation == "wgmma"
+        and problem.is_causal
+        and not hides
+        and problem.seqlen_q <= problem.seqlen_kv
     )
 
 
