@@ -236,7 +236,7 @@ CONVERTING_CALLS: dict[str, tuple[tuple[int, int], dict[str, Any], bool]] = {
     "window": ((300, 300), {"is_causal": True, "window": (70, 0)}, False),
     "segments": (
         (300, 300),
-        {"is_causal": True, "segment_ids_q": numpy.zeros(300, "int32"), "segment_ids_kv": numpy.zeros(300, "int32")},
+        {"is_causal": True, "segment_ids_q": numpy.zeros((1, 300), "int32"), "segment_ids_kv": numpy.zeros((1, 300), "int32")},
         False,
     ),
     "lengths": ((300, 300), {"is_causal": True, "seqlens_kv": numpy.array([200], "int32")}, False),
