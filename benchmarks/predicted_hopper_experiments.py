@@ -16,7 +16,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,8 +101,8 @@ def compiled(design: Design) -> tuple[bytes, compiler.KernelResources]:
 
 
 @functools.cache
-def steady(design: Design) -> tuple[KernelPrediction, float]:
-    """Its steady state, and the clocks of a masked tile over those of others."""
+def steady(design: Design, trips: int | None = None) -> tuple[KernelPrediction, float]:
+    """Its steady state, of a run of so many trips, and the clocks of a masked tile over those of others."""
     cubin, resources = compiled(design)
     function = max(read_functions(cubin).values(), key=len)
     tile = Tile(design.rows, design.streamed, 4 * design.warpgroups, design.stages)
@@ -120,8 +120,8 @@ def steady(design: Design) -> tuple[KernelPrediction, float]:
         _shared_bytes(design),
         16,
     )
-    found = predict_kernel(function, described, limits=False)
-    return found, predict_kernel(function, described, limits=False, masked=True, staying=False).clocks / found.clocks
+    found = predict_kernel(function, described, limits=False, trips=trips)
+    return found, predict_kernel(function, described, limits=False, masked=True, staying=False, trips=trips).clocks / found.clocks
 
 
 def _shared_bytes(design: Design) -> int:
@@ -146,22 +146,22 @@ class Row:
         return self.measured / self.predicted
 
 
-def rows() -> Iterator[Row]:
-    """All that was measured and can be predicted."""
+def rows(only: Collection[str] = (), trips: int | None = None) -> Iterator[Row]:
+    """All that was measured and can be predicted, or `only` some variants; `trips` as in `predict_kernel`."""
     cells = (json.loads(line) for line in (FOLDER / "second.jsonl").read_text(encoding="utf-8").splitlines())
     for cell in cells:
         if cell["what"] != "cell":
             continue
         for name, rates in cell["tflops"].items():
-            if not name.startswith("cudnn"):
+            if not name.startswith("cudnn") and (not only or name in only):
                 base = re.sub(r"_(allheads|snake)$", "", name)
-                predicted, share = predict(design_of(base), cell["S"], name.removeprefix(base))
+                predicted, share = predict(design_of(base), cell["S"], name.removeprefix(base), trips)
                 yield Row(design_of(base), name, cell["S"], statistics.median(rates), predicted, share)
 
 
-def predict(design: Design, seqlen: int, variant: str) -> tuple[float, float]:
+def predict(design: Design, seqlen: int, variant: str, trips: int | None = None) -> tuple[float, float]:
     """TFLOP/s, and the share of the matrix rate in the steady state."""
-    found, masked = steady(design)
+    found, masked = steady(design, trips)
     batch, heads = 16384 // seqlen, 2048 // design.head_dim
     pairs = batch * heads
     lengths = list(_lengths(design, seqlen, masked, found.idle_cost))

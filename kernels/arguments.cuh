@@ -179,6 +179,7 @@ struct BackwardWgmmaArguments {
   FeatureArguments features;
   float* query_sums;
   int* turns;
+  TensorView grad_query;  // where the kernel makes it of the sums
 };
 
 // Tangents, and what the forward call gave. A tangent that is not there has no address, and is zero.

@@ -11,7 +11,8 @@
 //
 // Pᵀ and dSᵀ are operands of dV and dK from registers. Of dQᵀ a warpgroup computes 64 columns of the head for all keys of the block, and of columns
 // that are left over half of the queries, and adds them to sums in global memory from registers while dK is in flight. Blocks add in the order of
-// their keys (tile/query_sums.cuh), so that the result is the same bit for bit on every run. backward_dq_convert.cu makes dQ of the sums.
+// their keys (tile/query_sums.cuh), so that the result is the same bit for bit on every run. Of the sums backward_dq_convert.cu makes dQ, or with a
+// causal mask alone each block of those to which it adds last (tile/query_sum_conversion.cuh).
 //
 // Of the first warpgroup one warp copies: it asks the TMA unit for K, V and the tiles of Q and dO, NUM_STAGES of them ahead, and its lanes copy row
 // statistics. One thread of another waits for the block's turn to add to each tile, TURNS of them ahead, since that takes two trips to L2 and more
@@ -32,6 +33,7 @@
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/fragment.cuh"
+#include "tile/query_sum_conversion.cuh"
 #include "tile/query_sums.cuh"
 #include "tile/score.cuh"
 #include "tile/wgmma_backward_block.cuh"
@@ -41,6 +43,7 @@
 
 constexpr int COMPUTING_BARRIER = 1;  // of both warpgroups
 constexpr int NOBODY_SEES = 0x7fffffff;
+constexpr int LASTS_OF_WINDOW = S_TILES > 12 ? 1 : 2;  // of a lane's two keys: where registers are short, the second is computed from the first
 
 // A warpgroup's 64 keys.
 class WarpgroupKeys {
@@ -94,7 +97,8 @@ class WarpgroupKeys {
     const ScoreModifier modifier;
     const int first_key;  // of the warp
     float* sums;  // of the first tile
-    int first_query[2], end_query[2];  // which queries see a key of this lane, less the column of the lane
+    int first_query[2];  // that sees a key of this lane, less the column of the lane
+    int last_of_window[LASTS_OF_WINDOW];  // the last one whose window reaches back to it, likewise, as if there were as many
 
     DEVICE Member(const BackwardWgmmaArguments& arguments, const Geometry& geometry, const Visibility& visibility, int batch, int head, int first_key)
         : batch(batch),
@@ -108,7 +112,7 @@ class WarpgroupKeys {
       for (int r = 0; r < 2; ++r) {
         const int key = first_key + 8 * r + lane_index() / 4;
         first_query[r] = key < geometry.seqlen_kv ? visibility.first_query(key) - lane_index() % 4 * 2 : NOBODY_SEES;
-        end_query[r] = visibility.end_query(key, key + 1) - lane_index() % 4 * 2;
+        if (WINDOW && r < LASTS_OF_WINDOW) last_of_window[r] = visibility.last_of_window(key) - lane_index() % 4 * 2;
       }
     }
   };
@@ -249,13 +253,28 @@ class WarpgroupKeys {
   }
 
   DEVICE void hide_pairs(float (&P)[1][S_TILES][4], const Member& member, int first_q) const {
+    uint32 visible[2];  // with a window: a bit for each column of the lane
+    if constexpr (WINDOW) {
+      static_assert(S_TILES <= 16, "32 columns of a lane");
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int last = LASTS_OF_WINDOW == 2 ? member.last_of_window[r % LASTS_OF_WINDOW] : member.last_of_window[0] + 8 * r;
+        visible[r] = columns_from(member.first_query[r] - first_q) & ~columns_from(last + 1 - first_q);
+      }
+    }
 #pragma unroll
     for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int column = 8 * n + i % 2;
-        if (column < member.first_query[i / 2] - first_q || (WINDOW && column >= member.end_query[i / 2] - first_q)) P[0][n][i] = 0.0f;
+        const bool hides = WINDOW ? (visible[i / 2] >> (2 * n + i % 2)) % 2 == 0 : 8 * n + i % 2 < member.first_query[i / 2] - first_q;
+        if (hides) P[0][n][i] = 0.0f;
       }
+  }
+
+  // A bit for each pair of columns 8 n, 8 n + 1 of accumulator tiles: those from `first` on.
+  DEVICE static uint32 columns_from(int first) {
+    const int from_first_tile = max(first, 0);
+    return __funnelshift_lc(0, ~0u, from_first_tile / 8 * 2 + min(from_first_tile % 8, 2));
   }
 
   // Puts the warp's rows of dSᵀ into the slab of its warpgroup, as columns.
@@ -355,7 +374,8 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, c
       keys.walk(batch, head, geometry, visibility, steps);
     }
   });
-  sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);  // no product reads K and V any more
+  if constexpr (CONVERTS_SUMS) fence_gpu();
+  sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);  // no product reads K and V any more, and all additions are issued
   const int warp_row = 16 * warp_of_warpgroup(), first_row = work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + warp_row;
   const int num_rows = sequence_length(packed_keys(arguments), work.batch);  // that have gradients
   const int start = Starts(arguments, work.batch).kv;
@@ -371,6 +391,7 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, c
     store_rows<Element, HEAD_DIM, 8 * D_TILES, false>(keys.dK, shared.K(warpgroup) + warp_row * 8 * D_TILES * 2, arguments.grad_key, work.batch,
                                                       work.head, first_row, num_rows, 0, start);
   }
+  if constexpr (CONVERTS_SUMS) convert_sums(arguments, work);
 }
 
 // Which keys are the block's. Where blocks add up dQ, in the order in which they start; it ends with a barrier of the block.

@@ -34,6 +34,7 @@ int __all_sync(unsigned, int);
 unsigned __ballot_sync(unsigned, int);
 int __popc(unsigned);
 int __ffs(int);
+unsigned __funnelshift_lc(unsigned low, unsigned high, unsigned shift);
 template <typename T>
 T __shfl_sync(unsigned, T, int, int = 32);
 template <typename T>

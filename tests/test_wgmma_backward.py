@@ -30,6 +30,8 @@ NAME = "backward_wgmma"
 SHORT = {NAME: Tile(32, 128, 8, 2)}
 """Many tiles of few queries."""
 KERNELS = ("backward_delta", "backward_wgmma", "backward_dq_convert")
+CONVERTING_KERNELS = KERNELS[:-1]
+"""With a causal mask alone, where blocks make dQ of the sums that they add up."""
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +198,7 @@ def test_every_schedule_gives_the_same_bits(case: tuple[str, int, int, int, str]
     )
     call = functools.partial(backward_of(*inputs, **MASKS[mask]), tile={NAME: Tile(32, 128, 8, stages)})
     report = check(call, seeds=seeds)
-    assert report.kernels == KERNELS
+    assert report.kernels == (KERNELS if mask == "full" else CONVERTING_KERNELS)
     assert len(report.runs) == 2 + len(seeds)
 
 
@@ -223,6 +225,46 @@ def plan_of(head_dim: int = 64, dtype: str = "float16", head_dim_v: int = 0, vie
 
 WGMMA = ["backward_delta", "backward_wgmma", "backward_dq_convert"]
 OTHERS = ["backward_delta", "backward_dkdv", "backward_dq"]
+
+
+CONVERTING_CALLS: dict[str, tuple[tuple[int, int], dict[str, Any], bool]] = {
+    "causal": ((300, 300), {"is_causal": True}, True),
+    "more keys": ((100, 300), {"is_causal": True, "causal_alignment": "bottom_right"}, True),
+    "softcap": ((300, 300), {"is_causal": True, "softcap": 5.0}, True),
+    "full": ((300, 300), {}, False),
+    "more queries": ((300, 100), {"is_causal": True}, False),
+    "window": ((300, 300), {"is_causal": True, "window": (70, 0)}, False),
+    "segments": (
+        (300, 300),
+        {"is_causal": True, "segment_ids_q": numpy.zeros((1, 300), "int32"), "segment_ids_kv": numpy.zeros((1, 300), "int32")},
+        False,
+    ),
+    "lengths": ((300, 300), {"is_causal": True, "seqlens_kv": numpy.array([200], "int32")}, False),
+}
+
+
+@pytest.mark.parametrize("case", CONVERTING_CALLS)
+def test_who_makes_dq_of_the_sums(case: str) -> None:
+    """The blocks themselves, where each has some of its own that are about as many as those of others."""
+    lengths, options, converts = CONVERTING_CALLS[case]
+    plan = cuflash.plan(*inputs_of(Target("sm_90"), lengths), backward=True, **options)
+    assert ("backward_dq_convert" not in names(plan)) == converts
+    assert NAME in names(plan)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(
+    "case",
+    [("bfloat16", 128, (300, 300)), ("float16", 72, (130, 390)), ("bfloat16", 64, (513, 513)), ("float16", 256, (300, 300))],
+    ids=str,
+)
+def test_blocks_that_make_dq_of_their_sums(hopper: Target, case: tuple[str, int, tuple[int, int]]) -> None:  # noqa: F811
+    """Several blocks for each head, tiles of queries that two of them begin and end in, rows behind the last query, and heads that share keys."""
+    dtype, head_dim, lengths = case
+    inputs = inputs_of(hopper, lengths, head_dim, heads=(2, 1), dtype=dtype)
+    hopper.check(*inputs, enable_gqa=True, is_causal=True)
+    report = check(backward_of(*inputs, is_causal=True), seeds=range(3))
+    assert "backward_dq_convert" not in report.kernels
 
 
 def test_it_is_asked_for() -> None:
@@ -355,13 +397,14 @@ def test_memory_grows_with_the_length() -> None:
     }  # fmt: skip
 
 
-def test_heads_come_in_sections_that_fit_the_cache() -> None:
-    """Sums of dQ are added up in L2 or in memory."""
-    strides = (8192 * 4096, 4096, 256, 2)
-    x = numpy.lib.stride_tricks.as_strided(numpy.zeros(1, "float16"), (4, 8192, 16, 128), strides, writeable=False)
+@pytest.mark.parametrize(("seqlen", "section"), [(2048, 2**25 // (2048 * 128 * (2 + 2 + 4))), (8192, 132 // 16)])
+def test_heads_come_in_sections(seqlen: int, section: int) -> None:
+    """That fit 32 MiB of the cache, since sums of dQ are added up in L2 or in memory, or with which 16 blocks of each head run side by side."""
+    strides = (seqlen * 4096, 4096, 256, 2)
+    x = numpy.lib.stride_tricks.as_strided(numpy.zeros(1, "float16"), (4, seqlen, 16, 128), strides, writeable=False)
     kernel = cuflash.plan(x, x, x, backward=True).kernels[1]
     assert kernel.name == NAME
-    assert kernel.section_heads == 2**25 // (8192 * 128 * (2 + 2 + 4)) == 4, "32 MiB, and a divisor of 64"
+    assert kernel.section_heads == section, "and a divisor of 64"
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

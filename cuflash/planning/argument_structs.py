@@ -201,7 +201,7 @@ BACKWARD_WGMMA_ARGUMENTS = _struct(
     "BackwardWgmmaArguments",
     ("query", MAPPED_TENSOR), ("key", MAPPED_TENSOR), ("value", MAPPED_TENSOR), ("grad_out", MAPPED_TENSOR), ("grad_key", TENSOR_VIEW),
     ("grad_value", TENSOR_VIEW), ("row_statistics", WORD), ("geometry", GEOMETRY), ("group_batch", INT), ("group_heads", INT),
-    ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS), ("query_sums", WORD), ("turns", WORD),
+    ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS), ("query_sums", WORD), ("turns", WORD), ("grad_query", TENSOR_VIEW),
 )  # fmt: skip
 FORWARD_JVP_ARGUMENTS = _struct(
     "ForwardJvpArguments",

@@ -222,6 +222,23 @@ def stationary_stages(case: KernelCase, tile: Tile, device: Device) -> int:
     return 2 if fits else 1
 
 
+def converts_sums(kernel: KernelSpec, problem: Problem) -> bool:
+    """Whether blocks of the kernel make dQ of the sums to which they add last, so that no other kernel has to.
+
+    With a causal mask alone those are of their own diagonal. Without one, the block of a head's last keys would have all of them; what else hides keys
+    decides who adds last; and of more queries than keys some see none, or one block has many.
+    """
+    kinds = problem.features.kinds
+    hides = kinds.window or kinds.prefix or kinds.lists_tiles or problem.is_ragged
+    return (
+        bool(kernel.added_up)
+        and kernel.implementation == "wgmma"
+        and problem.is_causal
+        and not hides
+        and problem.seqlen_q <= problem.seqlen_kv
+    )
+
+
 def grad_out_stages(case: KernelCase, tile: Tile, device: Device) -> int:
     """How many tiles of dO are in shared memory of a backward kernel of wgmma: as many as of Q. One that is done with dO early, since it makes no dV, has a single one
     where there is no room for more."""

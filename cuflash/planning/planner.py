@@ -79,7 +79,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         if backward:
             fused = next((kernel for kernel in planned if kernel.spec.added_up), None)
             planned.insert(0, _delta_kernel(problem, device, clears_turns=fused is not None))
-            if fused is not None:
+            if fused is not None and not kernel_cases.converts_sums(fused.spec, problem):
                 planned.insert(planned.index(fused) + 1, _convert_kernel(fused, problem, device))
             if problem.features.kinds.sinks:
                 planned.append(_sinks_kernel(problem, device))
@@ -252,6 +252,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     }
     if spec.owns_keys and spec.implementation == "wgmma":
         constants["GRAD_OUT_STAGES"] = kernel_cases.grad_out_stages(case, tile, device)
+        constants["CONVERTS_SUMS"] = kernel_cases.converts_sums(spec, problem)
     if spec.added_up and spec.implementation == "mma":
         constants["SHARING_WARPS"] = case.sharing_warps(tile, device)
     if spec.stays:

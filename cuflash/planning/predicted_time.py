@@ -145,9 +145,11 @@ def _first_sm(grid: Grid, beside: float, blocks: int, sms: int, trip: Callable[[
     return sum((length - shorter) * trip(place + 1) for place, (length, shorter) in enumerate(pairwise(lengths)))
 
 
-def conversion_clocks(problem: Problem, device: Device) -> float:
-    """Of making dQ of float32 sums."""
-    return problem.query_rows * problem.head_dim * (4 + problem.itemsize) / TRAFFIC[device.arch].memory / device.num_sms
+def conversion_clocks(problem: Problem, device: Device, *, by_blocks: bool = False) -> float:
+    """Of making dQ of float32 sums, which come from memory, or from L2 where the blocks do it that add them up."""
+    traffic = TRAFFIC[device.arch]
+    moved = problem.query_rows * problem.head_dim * (4 + problem.itemsize)
+    return moved / (traffic.l2 if by_blocks else traffic.memory) / device.num_sms
 
 
 def _least_bytes(case: KernelCase, problem: Problem) -> int:

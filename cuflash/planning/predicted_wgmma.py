@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cuflash.hardware.device import Device
 from cuflash.planning import predicted_loops, predicted_time, tile_choice
-from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, KernelCase, multiply_adds
+from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, KernelCase, converts_sums, multiply_adds
 from cuflash.planning.predicted_time import Steady
 from cuflash.planning.visits import band_of
 from cuflash.problem.features import UNLIMITED
@@ -104,7 +104,7 @@ def milliseconds(case: KernelCase, loop: Steady, problem: Problem, device: Devic
     grid = predicted_time.grid_of(case, tile, problem, of_section, masked=masked, all_masked=all_masked)
     clocks = predicted_time.clocks(loop, case, tile, grid, problem, device)
     if case.kernel.added_up:
-        clocks += predicted_time.conversion_clocks(problem, device)
+        clocks += predicted_time.conversion_clocks(problem, device, by_blocks=converts_sums(case.kernel, problem))
     if not clocks:
         return 0.0
     trips = grid.heads * sum(grid.trips)

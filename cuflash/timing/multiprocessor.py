@@ -55,7 +55,9 @@ def steady_clocks(trace: Sequence[Operation], machine: Multiprocessor, *, warps:
     return steady_clocks_of_roles([Role(tuple(trace), warps)], machine, blocks=blocks)
 
 
-def steady_clocks_of_roles(roles: Sequence[Role], machine: Multiprocessor, *, blocks: int, in_turn: bool = False) -> float:
+def steady_clocks_of_roles(
+    roles: Sequence[Role], machine: Multiprocessor, *, blocks: int, in_turn: bool = False, trips: int | None = None
+) -> float:
     """Clocks of the SM for one trip of all warps of all resident blocks in the first role's trace.
 
     Args:
@@ -63,11 +65,11 @@ def steady_clocks_of_roles(roles: Sequence[Role], machine: Multiprocessor, *, bl
         machine: whose constants.
         blocks: resident on the SM.
         in_turn: products of wgmma are served warp by warp in turn, and not in the order of their issue.
+        trips: of the run; None for a few. In few trips of several roles it is chance how warpgroups stand to each other, which changes the result by some percent.
     """
-    length = len(roles[0].trace) * roles[0].warps * blocks
-    trips = max(_FEWEST_TRIPS, min(_MOST_TRIPS, round(_ISSUES / length)))
-    if len(roles) > 1:
-        trips = max(trips, _TRIPS_OF_ROLES)
+    if trips is None:
+        length = len(roles[0].trace) * roles[0].warps * blocks
+        trips = max(_FEWEST_TRIPS, min(_MOST_TRIPS, round(_ISSUES / length)), _TRIPS_OF_ROLES if len(roles) > 1 else 0)
     return _Run(roles, machine, blocks, trips, in_turn).clocks()
 
 

@@ -20,7 +20,7 @@ from cuflash.jit import cache
 from cuflash.jit.compiler import CompileRequest, KernelResources
 from cuflash.planning import kernel_specs
 from cuflash.planning.block_order import in_order
-from cuflash.planning.kernel_cases import KernelCase, multiply_adds
+from cuflash.planning.kernel_cases import KernelCase, converts_sums, multiply_adds
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.plan import Plan
 from cuflash.problem.problem import Problem
@@ -95,6 +95,7 @@ def predict_kernel(
     in_turn: bool = False,
     staying: bool = True,
     machine: Multiprocessor | None = None,
+    trips: int | None = None,
 ) -> KernelPrediction:
     """Run a kernel's loop over tiles in its steady state.
 
@@ -106,6 +107,7 @@ def predict_kernel(
         in_turn: the tensor unit serves warps in turn, which is not what was measured on an H100.
         staying: also find out what `lay_out` needs of blocks that stay.
         machine: the SM, in the place of what is known of the architecture's.
+        trips: of the run without limits lifted; None for a few.
 
     Raises:
         OptionError: nothing is known of the architecture.
@@ -115,7 +117,7 @@ def predict_kernel(
     traces = role_traces(function, _trace(function, description, masked=masked))
     roles = _roles(function, traces, description, machine)
     blocks = resident_blocks(description, warps=max(role.first + role.warps for role in roles))
-    clocks = steady_clocks_of_roles(roles, machine, blocks=blocks, in_turn=in_turn)
+    clocks = steady_clocks_of_roles(roles, machine, blocks=blocks, in_turn=in_turn, trips=trips)
     busy = {name: value * blocks / clocks for name, value in busy_clocks_of_block(roles, machine).items()}
     speedups = {}
     for limit in LIMITS if limits else ():
@@ -442,7 +444,11 @@ def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocesso
     width = problem.itemsize * (problem.head_dim + problem.head_dim_v)
     first = (tile.tile_q + tile.tile_kv) * width
     stored = rows * (width if {"dK", "dV"} <= set(kernel.spec.outputs) else width / 2)
-    return card.block_start + machine.copy_latency + (first + stored) / machine.l2_bytes
+    converted = 0.0
+    if converts_sums(kernel.spec, problem):  # its own of all sums of dQ
+        blocks = kernel.num_tiles * problem.key_shape[0] * problem.num_heads_kv
+        converted = machine.copy_latency + traffic.conversion_bytes(problem) / blocks / machine.l2_bytes
+    return card.block_start + machine.copy_latency + (first + stored) / machine.l2_bytes + converted
 
 
 def predict_traffic(kernel: KernelPlan, problem: Problem, card: Card) -> Launch:

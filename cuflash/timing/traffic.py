@@ -42,6 +42,11 @@ def bytes_of(kernel: KernelPlan, problem: Problem) -> int:
     return _TRAFFIC[kernel.spec](problem)
 
 
+def conversion_bytes(problem: Problem) -> int:
+    """Of making dQ of its sums: float32 is read, dQ is written."""
+    return problem.query_rows * (4 + problem.itemsize) * problem.head_dim
+
+
 def _listed_bytes(problem: Problem) -> int:
     """A boolean mask, and ids; the lists themselves are short."""
     mask = problem.features.attn_mask
@@ -52,8 +57,7 @@ def _listed_bytes(problem: Problem) -> int:
 _TRAFFIC: dict[KernelSpec, Callable[[Problem], int]] = {
     # reads the output and its gradient, writes eight bytes for each row
     kernel_specs.BACKWARD_DELTA: lambda problem: problem.query_rows * (2 * problem.itemsize * problem.head_dim_v + 8),
-    # reads float32, writes dQ
-    kernel_specs.BACKWARD_DQ_CONVERT: lambda problem: problem.query_rows * (4 + problem.itemsize) * problem.head_dim,
+    kernel_specs.BACKWARD_DQ_CONVERT: conversion_bytes,
     # where no row has huge scores: reads lse, writes the statistics' reference and log2 of the sum
     kernel_specs.BACKWARD_ROW_SUMS: lambda problem: problem.query_rows * 12,
     # reads lse and delta

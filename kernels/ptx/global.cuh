@@ -38,6 +38,13 @@ DEVICE void add_relaxed(float* address, float addend) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(addend) : "memory");
 }
 
+DEVICE void load_relaxed(const float* address, float (&values)[4]) {
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+               : "l"(address)
+               : "memory");
+}
+
 #if HAS_VECTOR_RED
 // Four neighbours on 16 bytes, each as if by itself.
 DEVICE void add_relaxed(float* address, const float (&addend)[4]) {

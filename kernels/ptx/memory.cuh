@@ -44,6 +44,13 @@ DEVICE void stmatrix_x4_trans(SmemAddress address, const uint32 (&frag)[4]) {
                : "memory");
 }
 
+// The transpose of an 8x8 matrix of 16-bit elements, of which each lane has two neighbours of a row, as in `ldmatrix`.
+DEVICE uint32 movmatrix_trans(uint32 pair) {
+  uint32 transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 DEVICE uint32 load_shared_u8(SmemAddress address) {
   uint32 value;
   asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(address) : "memory");

@@ -55,6 +55,9 @@ class Visibility {  // of one batch and query head
     return end;
   }
 
+  // The last query whose window reaches back to a key, as if there were as many: of the next key it is the next one.
+  DEVICE int last_of_window(int key) const { return int(max(int64(-UNLIMITED / 2), min(int64(UNLIMITED - 64), int64(key) - window_low))); }
+
   // Whether some pair of the tile (queries first_q .. end_q - 1, keys first_kv .. end_kv - 1) is hidden, as far as that does not depend on data.
   DEVICE bool hides_any(int first_q, int end_q, int first_kv, int end_kv) const {
     if constexpr (PAIR_MASK) return true;
