@@ -23,7 +23,7 @@ from cuflash.problem.options import Options
 from cuflash.runtime import calls, warm_calls
 from cuflash.runtime.prepared import PreparedBackward, PreparedForward
 from cuflash.torch.functions import Call, Tensors, gradients
-from cuflash.torch.guards import Guard, guard, nothing_is_alike
+from cuflash.torch.guards import Guard, Likeness, are_aligned, data_ptr, guard, nothing_is_alike
 from cuflash.torch.inputs import TENSORS
 
 P = ParamSpec("P")
@@ -38,13 +38,7 @@ _is_transformed, _num_modes, _is_traced = (
     torch._C._is_tracing,
 )
 _is_cast, _is_grad_enabled = torch._C._is_any_autocast_enabled, torch.is_grad_enabled
-_data_ptr = torch.Tensor.data_ptr
 _CLASSES = frozenset((torch.Tensor, torch.nn.Parameter))
-
-
-def _are_aligned(addresses: Sequence[int]) -> bool:
-    """Whether all are of memory, on 16 bytes."""
-    return all(addresses) and not functools.reduce(operator.or_, addresses) & 15
 
 
 class _Last(NamedTuple):
@@ -63,10 +57,11 @@ class Known:
 
     Attributes:
         forward: the prepared call, with lse where autograd records it.
+        given: names of the tensors in the order in which they were given.
         is_recorded: whether it does.
         return_lse: whether the caller wants it.
         forms: class, type and strides of each tensor that is saved, once one of these calls was recorded.
-        alike: what knows tensors like those of the call, in the order in which they were given, once one was found whose tensors all begin on 16 bytes.
+        likeness: that of the tensors of the call in the order in which they were given, once it was found again.
     """
 
     def __init__(
@@ -78,10 +73,9 @@ class Known:
         is_recorded: bool,
         forward: PreparedForward,
     ) -> None:
-        self.forward, self.is_recorded, self.return_lse = forward, is_recorded, arguments["return_lse"]
+        self.forward, self.given, self.is_recorded, self.return_lse = forward, given, is_recorded, arguments["return_lse"]
         self._tensors = operator.itemgetter(*names)
         self._names = names
-        self._given = given
         self._saved = (*names, "out", "lse")
         self._where_saved = operator.itemgetter(*self._saved)
         self._packed = packed
@@ -89,23 +83,8 @@ class Known:
         mask = arguments["attn_mask"]
         self._needs_mask = is_recorded and mask is not None and mask.requires_grad
         self.forms: list[tuple[type, torch.dtype, tuple[int, ...]]] = []
-        self.alike = nothing_is_alike
-        self._has_one_memory = False
+        self.likeness: Likeness | None = None
         self._last: dict[int, _Last] = {}  # by the number of tensors: those of out, lse and the call, and grad_out, and maybe grad_lse
-
-    def found(self, given: Mapping[str, Any], addresses: Mapping[str, int]) -> None:
-        """Know these tensors at a glance from now on."""
-        if self.alike is nothing_is_alike and _are_aligned([addresses[name] for name in self._given]):
-            self.alike = guard([given[name] for name in self._given])
-            self._has_one_memory = addresses["key"] == addresses["value"]
-
-    def addresses(self, tensors: Sequence[Any]) -> dict[str, int] | None:
-        """Where tensors lie, by name, if they are as those of this call."""
-        if not self.alike(*tensors):
-            return None
-        lie_at = [*map(_data_ptr, tensors)]
-        addresses = dict(zip(self._given, lie_at))  # noqa: B905 (they are of one length)
-        return addresses if _are_aligned(lie_at) and (addresses["key"] == addresses["value"]) is self._has_one_memory else None
 
     def run(self, given: Mapping[str, Any], addresses: dict[str, int]) -> Any:
         """The call of these tensors, which lie there."""
@@ -124,11 +103,12 @@ class Known:
         tensors = (*saved, grad_out) if grad_lse is None else (*saved, grad_out, grad_lse)
         last = self._last.get(len(tensors), _NONE_YET)
         if last.prepared is not None and last.alike(*tensors) and last.setting == setting:
-            lie_at = tuple(map(_data_ptr, tensors))
-            if lie_at[: len(saved)] == self._where_saved(addresses) and _are_aligned(lie_at):
+            lie_at = tuple(map(data_ptr, tensors))
+            if lie_at[: len(saved)] == self._where_saved(addresses) and are_aligned(lie_at):
                 addresses = addresses.copy()  # a graph that is retained runs again
                 addresses["grad_out"] = lie_at[len(saved)]
-                addresses["grad_lse"] = lie_at[-1]  # of which no kernel asks where there is none
+                if grad_lse is not None:
+                    addresses["grad_lse"] = lie_at[-1]
                 return self._of_prepared(last.prepared, addresses)
         return self._looked_for(setting, tensors, saved, addresses, grad_out, grad_lse)
 
@@ -145,7 +125,7 @@ class Known:
             return self._new_gradients(saved, grad_out, grad_lse)
         if prepared is None:
             return self._learned_gradients(key, saved, grad_out, grad_lse)
-        if _are_aligned([*map(_data_ptr, tensors)]):
+        if are_aligned([*map(data_ptr, tensors)]):
             self._last[len(tensors)] = _Last(guard(tensors), setting, prepared)
         return self._of_prepared(prepared, own)
 
@@ -236,7 +216,7 @@ def remembers(packed: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 return function(*args, **kwargs)
             tensors: list[Any] = []
             options, last = _last_of(function, given, tensors)
-            addresses = None if last is None else last.addresses(tensors)
+            addresses = None if last is None else last.likeness.addresses(tensors)
             if addresses is not None:
                 return last.run(given, addresses)
             addresses = {}
@@ -247,7 +227,8 @@ def remembers(packed: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     _learn(key, packed, signature, given)
                 return result
             if options is not None and known is not last:
-                known.found(given, addresses)
+                if known.likeness is None:
+                    known.likeness = Likeness(known.given, tensors)
                 calls.keep(options, known)
             return known.run(given, addresses)
 
