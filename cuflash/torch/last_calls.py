@@ -33,9 +33,10 @@ def run(direction: str, names: Sequence[str], tensors: Sequence[Any], options: S
     seen: list[Hashable] = [direction, device.simulator_setting(), *present]
     seen += [tuple(x) if type(x) is list else x for x in options]
     key, last = (None, None) if "dropout_seed" in present else calls.remembered(seen)
-    addresses = None if last is None else last.likeness.addresses(given)
-    if addresses is not None:
-        return last.prepared.run(addresses)
+    if last is not None:
+        addresses = last.likeness.addresses(given)
+        if addresses is not None:
+            return last.prepared.run(addresses)
     operands, of_call = asked()
     results = calls.forward(operands, of_call) if direction == "forward" else calls.backward(operands, of_call)
     if key is not None and {*map(id, given)}.issubset(map(id, operands)):  # nothing was made into something else

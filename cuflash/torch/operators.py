@@ -162,7 +162,11 @@ def _attention_backward_impl(grad_out: Any, grad_lse: Any, *arguments: Any) -> A
     tensors, options = tuple(others[:_COUNT]), tuple(others[_COUNT:])
     given = (tensors, out, lse, grad_out, grad_lse)
     grads = last_calls.run(
-        "backward", _NAMES_BACKWARD, (*tensors, *given[1:]), (*options, need_attn_mask_grad), lambda: _call_of(options).asked_backward(*given, need_attn_mask_grad)
+        "backward",
+        _NAMES_BACKWARD,
+        (*tensors, *given[1:]),
+        (*options, need_attn_mask_grad),
+        lambda: _call_of(options).asked_backward(*given, need_attn_mask_grad),
     )
     nothing = (tensors[0].new_empty(0) if grad is None else grad for grad in (grads.attn_mask, grads.sinks))
     return (*grads, *nothing)

@@ -247,7 +247,7 @@ def _last_of(function: object, given: Mapping[str, Any], tensors: list[Any]) -> 
             tensors.append(x)
             seen.append(name)
         elif kind in calls.SCALARS:
-            seen += name, kind, x
+            seen += name, kind, x  # type: ignore[arg-type]
         elif kind is tuple:
             seen += name, calls.types_within(x), x
         else:

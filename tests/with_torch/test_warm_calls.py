@@ -274,3 +274,14 @@ def test_what_likeness_is() -> None:
     released.untyped_storage().resize_(0)
     assert alike.addresses((query, key, released)) is None
     assert Likeness(("query", "key", "value"), (query, key, key)).addresses((query, key, key)) is None
+
+
+def test_inference_mode_has_results_of_its_own(device: Any) -> None:
+    """Those of the mode cannot be recorded, and those outside of it can, whichever call came first."""
+    plain = [x.detach() for x in leaves(device, *[SMALL] * 3)]
+    for _ in range(3):
+        with torch.inference_mode():
+            assert scaled_dot_product_attention(*plain).is_inference()
+        out = scaled_dot_product_attention(*plain)
+        assert not out.is_inference()
+        (out.requires_grad_() * out).sum().backward()
