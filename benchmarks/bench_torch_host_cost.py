@@ -41,6 +41,36 @@ def microseconds(call: Callable[[], Any], runs: int = 300, calls: int = 10) -> f
     return best / 1000.0
 
 
+def operator_that_allocates() -> Callable[..., Any]:
+    """An operator of three tensors with a gradient that does nothing but allocate what attention does: the least that a compiled call takes."""
+    results, gradients = (
+        "(Tensor query, Tensor key, Tensor value)",
+        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse)",
+    )
+    torch.library.define("cuflash_nothing::forward", f"{results} -> (Tensor, Tensor)")
+    torch.library.define("cuflash_nothing::backward", f"{gradients} -> (Tensor, Tensor, Tensor)")
+
+    def forward(query: Any, key: Any, value: Any) -> Any:
+        return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+    def backward(grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any) -> Any:
+        return tuple([x.new_empty(x.shape) for x in (query, key, value)])
+
+    for name, function in (("forward", forward), ("backward", backward)):
+        torch.library.impl(f"cuflash_nothing::{name}", "CompositeExplicitAutograd", torch._disable_dynamo(function))
+        torch.library.register_fake(f"cuflash_nothing::{name}", function)
+
+    def save(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs, *output)
+        ctx.set_materialize_grads(False)
+
+    of_gradients = torch.ops.cuflash_nothing.backward.default
+    torch.library.register_autograd(
+        "cuflash_nothing::forward", lambda ctx, grad_out, grad_lse: of_gradients(grad_out, *ctx.saved_tensors), setup_context=save
+    )
+    return torch.ops.cuflash_nothing.forward.default  # type: ignore[no-any-return]
+
+
 def cases() -> dict[str, Callable[[], Any]]:
     plain = [torch.randn(SHAPE, dtype=torch.float16) for _ in range(3)]
     recorded = [x.clone().requires_grad_() for x in plain]
@@ -63,8 +93,10 @@ def cases() -> dict[str, Callable[[], Any]]:
         def backward(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
             return tuple(torch.empty(SHAPE, dtype=torch.float16) for _ in range(3))
 
-    compiled, compiled_torch = (
-        torch.compile(lambda *x, f=f: f(*x, is_causal=True), fullgraph=True, backend="aot_eager") for f in (ours, theirs)
+    allocating = operator_that_allocates()
+    compiled, compiled_torch, compiled_nothing = (
+        torch.compile(f, fullgraph=True, backend="aot_eager")
+        for f in (lambda *x: ours(*x, is_causal=True), lambda *x: theirs(*x, is_causal=True), lambda *x: allocating(*x)[0])
     )
 
     def without_grad(call: Callable[..., Any], *arguments: Any) -> Any:
@@ -84,6 +116,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "forward and backward: cuflash.torch, compiled": both(compiled, recorded, grad_out),
         "forward and backward: torch": both(lambda *x: theirs(*x, is_causal=True), tiny, grad_tiny),
         "forward and backward: torch, compiled": both(compiled_torch, tiny, grad_tiny),
+        "forward and backward: an operator that does nothing, compiled": both(compiled_nothing, recorded, grad_out),
         "forward and backward: an autograd function that does nothing": both(lambda *x: Nothing.apply(*x)[0], recorded, grad_out),
         "backward: cuflash": lambda: cuflash.scaled_dot_product_attention_backward(grad_out, *plain, out, lse, **options),
         "part: checks of the inputs": lambda: (inputs.check_tensors((*plain, *(None,) * 11)), inputs.four_dimensions(*plain, None), inputs.autocast(*plain)),

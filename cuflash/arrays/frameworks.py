@@ -155,9 +155,18 @@ class _Torch(Framework):
 
         device = torch.device("cuda", like.device[1]) if self._cuda else torch.device("cpu")
         strides = tuple(prod(max(extent, 1) for extent in shape[axis + 1 :]) for axis in range(len(shape)))  # of an extent of 0 as of 1
-        return functools.partial(
-            torch.empty_strided, shape, strides, dtype=getattr(torch, dtype), device=device
-        )  # quicker than torch.empty
+        element_type = getattr(torch, dtype)
+        watched = functools.partial(torch.empty_strided, shape, strides, dtype=element_type, device=device)  # quicker than torch.empty
+        # What graphs of torch's compiler allocate with, past the dispatcher, in less than half the time. It knows the current device alone.
+        name = "_empty_strided_cuda" if self._cuda else "_empty_strided_cpu"
+        direct = getattr(getattr(torch._C._dynamo, "guards", None), name, None)
+        if direct is None:
+            return watched
+        num_modes = torch._C._len_torch_dispatch_stack
+        if not self._cuda:
+            return lambda: watched() if num_modes() else direct(shape, strides, element_type)
+        index, current = like.device[1], torch.cuda.current_device
+        return lambda: watched() if num_modes() or current() != index else direct(shape, strides, element_type)
 
     def keeps_memory(self, stream: int) -> bool:
         return not self._cuda  # torch.compile warms graphs up in a pool that it wants back whole, and torch's allocator is quick

@@ -216,8 +216,8 @@ def _answering(function: Callable[P, R], name: str, known: tuple[str, ...], feat
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not taken.issuperset(kwargs):
-            unknown = [keyword for keyword in kwargs if keyword not in taken]
+        unknown = [keyword for keyword in kwargs if keyword not in taken]  # which all versions of Dynamo trace
+        if unknown:
             raise _unknown(name, known, unknown, feature_of)
         return function(*args, **kwargs)
 

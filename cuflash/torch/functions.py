@@ -51,15 +51,25 @@ class Call:
 
     def forward(self, tensors: Tensors, return_lse: bool) -> Any:
         """out, or with `return_lse` out and lse."""
-        return calls.forward(self._operands(tensors), Options(return_lse=return_lse, varlen=self.packed, **self.options))
+        return calls.forward(*self.asked_forward(tensors, return_lse))
 
     def backward(self, tensors: Tensors, out: Any, lse: Any, grad_out: Any, grad_lse: Any, need_attn_mask_grad: bool) -> Gradients:
         """Gradients of all tensors that have one; those of out and lse may be None for zero."""
+        return calls.backward(*self.asked_backward(tensors, out, lse, grad_out, grad_lse, need_attn_mask_grad))
+
+    def asked_forward(self, tensors: Tensors, return_lse: bool) -> tuple[Operands, Options]:
+        """What cuflash is asked for it."""
+        return self._operands(tensors), Options(return_lse=return_lse, varlen=self.packed, **self.options)
+
+    def asked_backward(
+        self, tensors: Tensors, out: Any, lse: Any, grad_out: Any, grad_lse: Any, need_attn_mask_grad: bool
+    ) -> tuple[Operands, Options]:
+        """What cuflash is asked for them; those of out and lse may be None for zero."""
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         operands = self._operands(tensors)._replace(out=out, lse=lse, grad_out=_written_out(grad_out), grad_lse=grad_lse)
         options = {**self.options, "tile": None}  # what fits the forward kernel need not fit these
-        return calls.backward(operands, Options(need_attn_mask_grad=need_attn_mask_grad, varlen=self.packed, **options))
+        return operands, Options(need_attn_mask_grad=need_attn_mask_grad, varlen=self.packed, **options)
 
     def jvp(self, tensors: Tensors, out: Any, lse: Any, tangents: Tensors) -> tuple[Any, Any]:
         """Tangents of out and lse along those of query, key, value and sinks."""

@@ -17,7 +17,7 @@ from cuflash.merging import merge_attention as merge
 from cuflash.merging import merge_attention_backward as merge_backward
 from cuflash.problem.tangents import Tangents
 from cuflash.problem.tile import Tile
-from cuflash.torch import batching
+from cuflash.torch import batching, last_calls
 from cuflash.torch.functions import Call, Tensors
 from cuflash.torch.inputs import TENSORS, TRACED
 
@@ -28,6 +28,7 @@ _OPTIONS = (
 _INPUTS = "Tensor query, Tensor key, Tensor value, " + ", ".join(f"Tensor? {name}" for name in TENSORS[3:])
 _COUNT = len(TENSORS)
 _TANGENTS = len(Tangents._fields)
+_NAMES_BACKWARD = (*TENSORS, "out", "lse", "grad_out", "grad_lse")
 _UNLIMITED = -1
 
 _SCHEMAS = {
@@ -142,7 +143,8 @@ def _call_of(options: Sequence[Any]) -> Call:
 
 
 def _attention_impl(*arguments: Any) -> Any:
-    return _call_of(arguments[_COUNT:]).forward(arguments[:_COUNT], True)
+    tensors, options = arguments[:_COUNT], arguments[_COUNT:]
+    return last_calls.run("forward", TENSORS, tensors, options, lambda: _call_of(options).asked_forward(tensors, True))
 
 
 def _attention_fake(*arguments: Any) -> Any:
@@ -157,8 +159,15 @@ def _attention_fake(*arguments: Any) -> Any:
 
 def _attention_backward_impl(grad_out: Any, grad_lse: Any, *arguments: Any) -> Any:
     *others, out, lse, need_attn_mask_grad = arguments
-    tensors = tuple(others[:_COUNT])
-    grads = _call_of(others[_COUNT:]).backward(tensors, out, lse, grad_out, grad_lse, need_attn_mask_grad)
+    tensors, options = tuple(others[:_COUNT]), tuple(others[_COUNT:])
+    given = (tensors, out, lse, grad_out, grad_lse)
+    grads = last_calls.run(
+        "backward",
+        _NAMES_BACKWARD,
+        (*tensors, *given[1:]),
+        (*options, need_attn_mask_grad),
+        lambda: _call_of(options).asked_backward(*given, need_attn_mask_grad),
+    )
     nothing = (tensors[0].new_empty(0) if grad is None else grad for grad in (grads.attn_mask, grads.sinks))
     return (*grads, *nothing)
 

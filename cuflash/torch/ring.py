@@ -13,14 +13,16 @@ import torch
 import torch.distributed
 
 from cuflash.arrays.borrowing import describe
-from cuflash.errors import OptionError, ShapeError
+from cuflash.errors import OptionError, ShapeError, UnsupportedError
 from cuflash.merging import merge_attention
+from cuflash.problem.other_names import explains_keywords
 from cuflash.torch import shards
 from cuflash.torch.functions import Call
 from cuflash.torch.inputs import autocast, check_tensors, dropout_source, lengths, number, pair, sinks_and_slopes
 from cuflash.torch.shards import Limit, Piece
 
 
+@explains_keywords
 def ring_attention(
     query: Any,
     key: Any,
@@ -43,6 +45,7 @@ def ring_attention(
     dropout_seed: Any = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    attn_mask: None = None,
 ) -> Any:
     """Attention over the sequence of all ranks, of which each has a part: context parallelism.
 
@@ -63,12 +66,17 @@ def ring_attention(
         alibi_slopes: the same on all ranks; with is_causal, and gathered.
         sinks: the same on all ranks. Their gradient is this rank's part of it, to be added up over the ranks as that of every other parameter.
 
+        attn_mask: refused: a mask has no parts yet.
+
     Returns:
         this rank's part of out, recorded by autograd, or with return_lse out and lse; the backward pass communicates too, so every rank has to take it.
 
     Raises:
         CuflashError: as `scaled_dot_product_attention`.
     """
+    if attn_mask is not None:
+        hint = "Say it by is_causal, window or cu_seqlens; or gather_sequence(key) and value, and call scaled_dot_product_attention with the mask's rows."
+        raise UnsupportedError("attn_mask", f"{describe(attn_mask)} over parts of a sequence", "None", hint)
     state = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
     check_tensors((query, key, value, None, sinks, alibi_slopes, *(None,) * 7, state))
     if method not in (None, "pass", "gather"):

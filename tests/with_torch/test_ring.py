@@ -14,7 +14,7 @@ import torch.distributed
 from written_out import assert_close, attention
 
 import cuflash
-from cuflash.errors import OptionError, ShapeError
+from cuflash.errors import KeywordError, OptionError, ShapeError, UnsupportedError
 from cuflash.torch import gather_sequence, ring_attention, shard_sequence
 from cuflash.torch.functions import Call
 from cuflash.torch.ring import _calls, _Plan
@@ -239,6 +239,15 @@ def work(rank: int, ranks: int, store: str) -> None:
     for is_causal in (True, False):
         check_packed(rank, ranks, is_causal)
     torch.distributed.destroy_process_group()
+
+
+def test_masks_are_refused_by_name() -> None:
+    """Before anything is sent: no rank waits for another."""
+    parts = [torch.zeros(1, 1, 4, 8)] * 3
+    with pytest.raises(UnsupportedError, match=r"attn_mask: got .* over parts of a sequence; expected None.*gather_sequence"):
+        ring_attention(*parts, attn_mask=torch.ones(4, 4, dtype=torch.bool))
+    with pytest.raises(KeywordError, match="attn_bias"):
+        ring_attention(*parts, attn_bias=torch.zeros(4, 4))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

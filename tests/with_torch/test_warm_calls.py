@@ -14,7 +14,10 @@ from written_out import SHAPE, assert_close, leaves
 import cuflash
 from cuflash.errors import CuflashError, UnsupportedError
 from cuflash.runtime import calls, launch, prepared
-from cuflash.torch import scaled_dot_product_attention
+from cuflash.torch import last_calls, operators, scaled_dot_product_attention
+from cuflash.torch.functions import Call
+from cuflash.torch.guards import Likeness
+from cuflash.torch.inputs import TENSORS
 from cuflash.torch.warm_calls import Known
 
 
@@ -181,3 +184,104 @@ def test_zeros_without_memory_are_refused_warm(device: Any) -> None:
         scaled_dot_product_attention(*plain)
     with pytest.raises(CuflashError, match="memory"):
         scaled_dot_product_attention(torch._efficientzerotensor(SHAPE, device=device), *plain[1:])
+
+
+SMALL, LONGER = (1, 2, 8, 32), (1, 2, 24, 32)
+
+
+def test_calls_that_take_turns(device: Any) -> None:
+    """Lengths, strides and addresses that differ from those of the last call with the same options: each has the bits of its first call."""
+    of_shape, of_other = leaves(device, *[SMALL] * 3), leaves(device, *[LONGER] * 3)
+    permuted = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in of_shape]
+    shifted = [torch.cat([x.detach().flatten(), x.new_zeros(1)])[1:].unflatten(0, SMALL).requires_grad_() for x in of_shape]  # 4 bytes on
+    shared = [of_shape[0], *[of_shape[1].detach().requires_grad_() for _ in range(2)]]  # keys are the values' memory
+    kinds = [of_shape, of_other, permuted, shifted, shared]
+    wanted = [gradients_of(inputs) for inputs in kinds]
+    for inputs, want in [*zip(kinds, wanted, strict=True)] * 2 + [*zip(kinds[::-1], wanted[::-1], strict=True)]:
+        for _ in range(2):
+            for got, expected in zip(gradients_of(inputs), want, strict=True):
+                assert torch.equal(got, expected)
+
+
+def gradients_of(inputs: Any, **options: Any) -> list[Any]:
+    """out, and gradients for a gradient that is no constant."""
+    out = scaled_dot_product_attention(*inputs, **options)
+    grad_out = torch.linspace(-1.0, 1.0, out.numel(), device=out.device).reshape(out.shape).to(out.dtype)
+    return [out, *torch.autograd.grad(out, inputs, grad_out)]
+
+
+def test_gradients_of_lse_and_out_in_turns(device: Any) -> None:
+    """One graph with grad_out alone, with grad_lse beside it, and with grad_lse alone."""
+    inputs = leaves(device, SHAPE, SHAPE, SHAPE)
+    grad_out, grad_lse = torch.ones(SHAPE, device=device).cumsum(-1), torch.ones(SHAPE[:3], device=device).cumsum(-1)
+    ways: list[tuple[Any, Any]] = [(grad_out, None), (grad_out, grad_lse), (None, grad_lse)]
+    wanted: dict[int, Any] = {}
+    for _ in range(4):
+        for way, (of_out, of_lse) in enumerate(ways):
+            out, lse = scaled_dot_product_attention(*inputs, return_lse=True)
+            both = [(x, grad) for x, grad in ((out, of_out), (lse, of_lse)) if grad is not None]
+            grads = torch.autograd.grad([x for x, _ in both], inputs, [grad for _, grad in both], retain_graph=True)
+            for got, want in zip(grads, wanted.setdefault(way, grads), strict=True):
+                assert torch.equal(got, want)
+    for mixed, *parts in zip(*(wanted[way] for way in (1, 0, 2)), strict=True):
+        assert_close(mixed, sum(parts))
+
+
+PLAIN: dict[str, Any] = {
+    "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False, "causal_alignment": "top_left", "tile": None, "deterministic": False,
+    "allow_tf32": False, "window": None, "softcap": None, "layout": "bhsd", "batch_first": True, "num_heads": None,
+}  # fmt: skip
+
+
+def test_operators_run_again_what_was_prepared(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a call like the last one no argument is sorted; another one in between, and a window, have their own results."""
+    asked = []
+    of_calls = {name: getattr(calls, name) for name in ("forward", "backward")}
+    for name, function in of_calls.items():
+        monkeypatch.setattr(calls, name, lambda *arguments, name=name, function=function: (asked.append(name), function(*arguments))[1])
+
+    def run(inputs: Any, **options: Any) -> list[Any]:
+        call = Call(False, {**PLAIN, **options})
+        out = operators.attend(call, (*inputs, *(None,) * (len(TENSORS) - 3)), False)
+        return [out, *torch.autograd.grad(out, inputs, torch.linspace(-1.0, 1.0, out.numel(), device=device).reshape(out.shape))]
+
+    of_shape, longer = leaves(device, *[SMALL] * 3), leaves(device, *[LONGER] * 3)
+    cases: list[tuple[Any, dict[str, Any]]] = [(of_shape, {}), (longer, {}), (of_shape, {"window": (3, 0)})]
+    wanted = [gradients_of(inputs, **options) for inputs, options in cases]
+    for (inputs, options), want in [*zip(cases, wanted, strict=True)] * 2:
+        for turn in range(3):
+            asked.clear()
+            for got, expected in zip(run(inputs, **options), want, strict=True):
+                assert torch.equal(got, expected)
+            assert turn < 1 or not asked
+    assert any(isinstance(last, last_calls._Last) for last in calls._calls.values())
+
+
+def test_what_likeness_is() -> None:
+    query, key, value = (torch.zeros(2, 8) for _ in range(3))
+    alike = Likeness(("query", "key", "value"), (query, key, value))
+    assert alike.addresses((value, query, key)) == {"query": value.data_ptr(), "key": query.data_ptr(), "value": key.data_ptr()}
+    others = [
+        torch.zeros(2, 8, dtype=torch.float16), torch.zeros(2, 7), torch.zeros(8, 2).T, torch.zeros(2, 8, requires_grad=True), None,
+        torch.zeros(2, 8, device="meta"), torch.zeros(17)[1:].view(2, 8), torch._efficientzerotensor((2, 8)), torch.nn.Parameter(query, False),
+        torch.zeros(2, 8, dtype=torch.complex64).conj().imag,
+    ]  # fmt: skip
+    for other in others:
+        assert alike.addresses((query, key, other)) is None
+        assert alike.addresses((other, key, value)) is None
+    assert alike.addresses((query, key, key.detach())) is None  # values begin where keys do
+    released = torch.zeros(2, 8)
+    released.untyped_storage().resize_(0)
+    assert alike.addresses((query, key, released)) is None
+    assert Likeness(("query", "key", "value"), (query, key, key)).addresses((query, key, key)) is None
+
+
+def test_inference_mode_has_results_of_its_own(device: Any) -> None:
+    """Those of the mode cannot be recorded, and those outside of it can, whichever call came first."""
+    plain = [x.detach() for x in leaves(device, *[SMALL] * 3)]
+    for _ in range(3):
+        with torch.inference_mode():
+            assert scaled_dot_product_attention(*plain).is_inference()
+        out = scaled_dot_product_attention(*plain)
+        assert not out.is_inference()
+        (out.requires_grad_() * out).sum().backward()
