@@ -28,9 +28,9 @@ from cuflash.timing.machine import CARDS, multiprocessor
 from cuflash.timing.multiprocessor import steady_clocks_of_roles
 
 CANDIDATES: dict[tuple[str, int], str] = {
-    ("forward", 64): "128x64w4s1 128x64w4s2 128x80w4s2 128x96w4s1 128x128w4s1",
-    ("forward", 128): "64x64w4s1 128x32w4s2 128x48w4s1 128x64w4s1 128x64w8s2 128x128w8s1",
-    ("forward", 256): "64x32w4s1 64x32w4s2 64x64w4s1 128x32w8s1 128x32w8s2 128x48w8s1 128x64w8s1",
+    ("forward", 64): "64x32w4s1 64x48w4s2 64x64w2s1 128x64w4s1 128x64w4s2 128x96w4s1 128x112w4s1 128x128w4s1",
+    ("forward", 128): "64x32w4s1 64x48w4s1 64x64w4s1 128x32w4s1 128x48w4s1 128x64w4s1 128x128w8s1",
+    ("forward", 256): "64x32w4s1 64x64w4s1 128x32w8s1 128x64w8s1 128x80w8s1 128x96w8s1 128x112w8s1",
     ("backward_dkdv", 64): "32x64w2s2 32x128w4s1 32x128w4s2 48x128w4s2 64x128w4s1",
     ("backward_dkdv", 128): "32x64w4s1 32x64w4s2 48x64w4s1 64x64w4s1 32x128w8s1 32x128w8s2 64x128w8s1",
     ("backward_dv", 256): "32x64w4s1 64x64w4s1 32x128w8s1 64x128w8s1",

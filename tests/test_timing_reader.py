@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from cuflash.cli import samples
 from cuflash.errors import UnsupportedError
+from cuflash.hardware import device
 from cuflash.jit import cache, disassembly
 from cuflash.jit.compiler import CompileRequest
-from cuflash.timing import control_flow, sass
+from cuflash.planning import planner
+from cuflash.timing import control_flow, prediction, sass
 from cuflash.timing.sass import Function
 
 pytest.importorskip("cupy")
@@ -213,6 +216,20 @@ def test_loops_that_are_counted(functions: dict[str, Function]) -> None:
     found = counts(control_flow.steady_trace(functions["counted"], outer))
     assert (found["FFMA"], found["MUFU"]) == (4, 1)
     assert counts(control_flow.steady_trace(functions["counted"], inner))["FFMA"] == 1
+
+
+def test_a_tile_that_raises_no_reference_shuffles_nothing() -> None:
+    # All lanes vote with what they hold: the largest score of a row is found where a reference rises, behind a branch.
+    problem = samples.plan_of(samples.Sample(seqlen_q=1024, seqlen_kv=1024, head_dim=64, dtype="float16")).problem
+    plan = planner.make_plan(problem, device.of_arch("sm_80", "gpu"))
+    (kernel,) = plan.kernels
+    _, function = prediction.compiled(kernel, plan.device, causal=False)
+    trace = control_flow.steady_trace(function, control_flow.tile_loop(function))
+    kinds = Counter(of.opcode.split(".")[0] for of in trace.instructions)
+    assert kinds["VOTE"] == 1
+    assert kinds["HMMA"] == 2 * (64 // 16) * (96 // 8) * 2  # two products of 32 rows of a warp, 96 keys and 64 columns
+    assert not kinds["SHFL"]
+    assert any(of.opcode.startswith("SHFL") for of in function)
 
 
 def test_unknown_trips_follow_from_the_products() -> None:

@@ -53,6 +53,7 @@ struct OnlineSoftmax {
   }
 
   // Turns scores S into probabilities relative to the reference. The branch is that of a warp, and stands where all scores have to be known anyway.
+  // All lanes vote, so each looks at its own columns; the largest score of a whole row is found where a reference rises.
   template <int N, int N_O>
   DEVICE void update(float (&S)[M][N][4], float (&O)[M][N_O][4], float scale_log2) {
     float highest[M][2], offset[M][2];
@@ -61,7 +62,7 @@ struct OnlineSoftmax {
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        highest[m][r] = row_max(S[m], r);
+        highest[m][r] = lane_max(S[m], r);
         offset[m][r] = reference[m][r];
         is_rare |= reference_of(highest[m][r], scale_log2, SLACK) > reference[m][r] || is_coarse(m, r);
       }
@@ -70,7 +71,7 @@ struct OnlineSoftmax {
       for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          raise(O[m], highest[m][r], m, r, scale_log2);
+          raise(O[m], quad_max(highest[m][r]), m, r, scale_log2);
           offset[m][r] = is_coarse(m, r) ? 0.0f : reference[m][r];
           if (is_coarse(m, r)) subtract_reference(S[m], m, r, scale_log2, 1.0f / scale_log2);
         }
@@ -183,10 +184,16 @@ struct OnlineSoftmax {
   // The largest score of row r.
   template <int N>
   DEVICE static float row_max(const float (&S)[N][4], int r) {
+    return quad_max(lane_max(S, r));
+  }
+
+  // Of this lane's columns.
+  template <int N>
+  DEVICE static float lane_max(const float (&S)[N][4], int r) {
     float highest = fmaxf(S[0][2 * r], S[0][2 * r + 1]);
 #pragma unroll
     for (int n = 1; n < N; ++n) highest = fmaxf(highest, fmaxf(S[n][2 * r], S[n][2 * r + 1]));
-    return quad_max(highest);
+    return highest;
   }
 
   // The reference that a row with this largest score asks for, less `slack`.
