@@ -104,6 +104,11 @@ class ScoreModifier {  // of one batch and query head
   }
 
   // The same where nobody asks for derivatives. `ahead` is nothing or the mask.
+  template <bool TRANSPOSED, int M, int N>
+  DEVICE void apply_all_but_mask(float (&S)[M][N][4], int first_row, int first_column) const {
+    ScoreDerivative<M, N> unused;
+    apply_all_but_mask<TRANSPOSED>(S, unused, first_row, first_column);
+  }
   template <bool TRANSPOSED, int M, int N, typename... Mask>
   DEVICE void apply(float (&S)[M][N][4], int first_row, int first_column, const Mask&... ahead) const {
     ScoreDerivative<M, N> unused;
