@@ -134,13 +134,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     if constexpr (SLICE_PIECES > 1 && !MODIFIES_SCORES) multiply_all(S, geometry.score_sign);
 
     const int first_kv = tiles.tile(j) * TILE_KV;
+    const bool hides = SOFTCAP && (tiles.is_partial(j) || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV));
+    modifier.apply_to_rows(S, first_q + warp_row, first_kv, !hides);
     if constexpr (COPIES_MASK) {
-      modifier.apply_all_but_mask<false>(S, first_q + warp_row, first_kv);
       if (ADDITIVE_MASK || tiles.is_partial(j)) copied_mask.apply(S, -infinity(), j);
       __syncwarp();
       issue_mask(j + NUM_STAGES);
-    } else {
-      modifier.apply<false>(S, first_q + warp_row, first_kv, mask);
+    } else if constexpr (ADDITIVE_MASK) {
+      modifier.add_mask(S, first_q + warp_row, first_kv, mask);
     }
     hide<false, BOOLEAN_MASK && !COPIES_MASK>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, !COPIES_MASK && tiles.is_partial(j));
     softmax.update(S, O, modifier.factor());

@@ -91,8 +91,8 @@ class CopiedMask {  // of one batch, query head and warp; nothing unless COPIES_
 #pragma unroll
           for (int n = 0; n < N; ++n) {
             const float2 pair = load_shared_f32x2(at(stage_address(step), lane_offset, 16 * m + 8 * r, 2 * n));
-            S[m][n][2 * r] = masked_score(S[m][n][2 * r], mask_element(MaskBits(__float_as_uint(pair.x)), MaskElement{}));
-            S[m][n][2 * r + 1] = masked_score(S[m][n][2 * r + 1], mask_element(MaskBits(__float_as_uint(pair.y)), MaskElement{}));
+            S[m][n][2 * r] = masked_score(S[m][n][2 * r], pair.x);
+            S[m][n][2 * r + 1] = masked_score(S[m][n][2 * r + 1], pair.y);
           }
     }
   }
