@@ -41,27 +41,28 @@ struct MaskAhead {
   bool is_there = false;
 };
 
-// tanh(x). QUICK: 1 - 2 / (1 + e^2x), wrong by about 2^-22 at most, which is little beside a large one; for small ones there are three terms of the
-// series.
-template <bool QUICK>
+constexpr bool QUICK_TANH = !SameType<Element, float>::value;  // 16-bit types
+
+// tanh(x). Of 16-bit types it is 1 - 2 / (1 + e^2x), wrong by about 2^-22 at most, which is little beside a large one; with NEAR_0 small ones have three
+// terms of the series.
+template <bool NEAR_0>
 DEVICE float tanh_of(float x) {
-  if constexpr (!QUICK) return tanhf(x);
+  if constexpr (!QUICK_TANH) return tanhf(x);
   const float far = __fmaf_rn(-2.0f, reciprocal(1.0f + ex2(x * (2.0f * LOG2_E))), 1.0f);
+  if constexpr (!NEAR_0) return far;
   const float square = x * x, near = x * __fmaf_rn(square, __fmaf_rn(square, 2.0f / 15.0f, -1.0f / 3.0f), 1.0f);
   return fabsf(x) < 0.1f ? near : far;
 }
 
 // Largest cap, in units of the scores, of which tanh may be wrong by 2^-22 however small it is.
-constexpr float MOST_OF_SHARED_TANH = 128.0f;
+constexpr float MOST_OF_FAR_TANH = 128.0f;
 
-// A product q·k -> its score but for a mask. The quick tanh is for 16-bit types where rows are queries; the registers of kernels whose rows are keys
-// were not looked at with it.
-template <bool TRANSPOSED>
+// A product q·k -> its score but for a mask. NEAR_0 as in `tanh_of`.
+template <bool NEAR_0 = true>
 DEVICE float score_of(float product, int query, int key, float slope, const Geometry& geometry, const FeatureArguments& features, float& derivative) {
   float score = product * features.score_factor;
   if constexpr (SOFTCAP) {
-    constexpr bool QUICK = !(TRANSPOSED || SameType<Element, float>::value);
-    const float t = tanh_of<QUICK>(score);
+    const float t = tanh_of<NEAR_0>(score);
     derivative = __fmaf_rn(-t, t, 1.0f);
     score = features.softcap * t;
   }
@@ -92,13 +93,10 @@ class ScoreModifier {  // of one batch and query head
 
   template <bool TRANSPOSED, int M, int N>
   DEVICE void apply_all_but_mask(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, int first_row, int first_column) const {
-    if constexpr (MODIFIES_SCORES) {
-      for_each_place<M, N>([&](int m, int n, int i, int row, int column) {
-        const int query = TRANSPOSED ? first_column + column : first_row + row;
-        const int key = TRANSPOSED ? first_row + row : first_column + column;
-        float& of_score = derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i];
-        S[m][n][i] = score_of<TRANSPOSED>(S[m][n][i], query, key, slope, geometry, features, of_score);
-      });
+    if (SOFTCAP && QUICK_TANH && features.softcap <= MOST_OF_FAR_TANH) {
+      score_all<TRANSPOSED, false>(S, derivative, first_row, first_column);
+    } else if constexpr (MODIFIES_SCORES) {
+      score_all<TRANSPOSED, true>(S, derivative, first_row, first_column);
     }
   }
 
@@ -114,12 +112,11 @@ class ScoreModifier {  // of one batch and query head
   DEVICE void apply_to_rows(float (&S)[M][N][4], int first_row, int first_column, bool shares) const {
     if constexpr (!MODIFIES_SCORES) return;
     if constexpr (SOFTCAP) {
-      constexpr bool QUICK = !SameType<Element, float>::value;
-      if (QUICK && shares && features.softcap <= MOST_OF_SHARED_TANH) {
+      if (QUICK_TANH && shares && features.softcap <= MOST_OF_FAR_TANH) {
 #pragma unroll
         for (int m = 0; m < M; ++m) cap_in_fours(S[m]);
       } else {
-        for_each_place<M, N>([&](int m, int n, int i, int, int) { S[m][n][i] = features.softcap * tanh_of<QUICK>(S[m][n][i] * features.score_factor); });
+        for_each_place<M, N>([&](int m, int n, int i, int, int) { S[m][n][i] = features.softcap * tanh_of<true>(S[m][n][i] * features.score_factor); });
       }
     }
     const float distance = float(first_column + lane_index() % 4 * 2 - first_row - lane_index() / 4 - geometry.causal_offset);
@@ -185,6 +182,16 @@ class ScoreModifier {  // of one batch and query head
   DEVICE float signed_factor() const { return MODIFIES_SCORES ? 1.0f : geometry.scale_log2 * geometry.score_sign; }
 
  private:
+  template <bool TRANSPOSED, bool NEAR_0, int M, int N>
+  DEVICE void score_all(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, int first_row, int first_column) const {
+    for_each_place<M, N>([&](int m, int n, int i, int row, int column) {
+      const int query = TRANSPOSED ? first_column + column : first_row + row;
+      const int key = TRANSPOSED ? first_row + row : first_column + column;
+      float& of_score = derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i];
+      S[m][n][i] = score_of<NEAR_0>(S[m][n][i], query, key, slope, geometry, features, of_score);
+    });
+  }
+
   // softcap tanh(x) = softcap (1 - 2 / (1 + e^2x)), where four neighbours of a row share a division: 1 / a = b / (a b). Exponentials are held below
   // 2^30, where tanh is 1, so that the product of four is finite.
   template <int N>
