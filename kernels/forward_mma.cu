@@ -35,6 +35,8 @@ constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_KV / 8;
 constexpr int PENDING = 2 * (NUM_STAGES - 1);  // copy groups younger than the one that a barrier waits for
 
+constexpr bool ASKS_MASK = BOOLEAN_MASK && !COPIES_MASK;  // while pairs are hidden
+
 constexpr int SLICE_BYTES = TileQ::BYTES + NUM_STAGES * (TileK::BYTES + TileV::BYTES);
 
 static_assert(TILE_Q % (16 * ROW_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
@@ -143,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     } else if constexpr (ADDITIVE_MASK) {
       modifier.add_mask(S, first_q + warp_row, first_kv, mask);
     }
-    hide<false, BOOLEAN_MASK && !COPIES_MASK>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, !COPIES_MASK && tiles.is_partial(j));
+    hide<false, ASKS_MASK>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, (ASKS_MASK || SEGMENTS) && tiles.is_partial(j));
     softmax.update(S, O, modifier.factor());
     auto& P = S;  // in place
     if constexpr (DROPOUT) drop(P, dropout, work.batch, work.head, first_q + warp_row, first_kv);

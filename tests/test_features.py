@@ -187,13 +187,16 @@ COPIED_MASKS: list[tuple[str, tuple[int, ...], Any]] = [
     ("float16", (B, 1, 70, 144), {"tile": cuflash.Tile(64, 48, 4, 2)}),
     ("float16", (1, H, 1, 144), {"is_causal": True, "alibi_slopes": numpy.linspace(0.1, 0.5, H).astype(numpy.float32)}),
     ("bfloat16", (70, 144), {"softcap": 2.0}),
+    ("bfloat16", (70, 144), {"segment_ids_q": segment_ids(70), "segment_ids_kv": segment_ids(144)}),
     ("float32", (B, H, 70, 144), {"tile": cuflash.Tile(32, 64, 2, 3)}),
     ("float32", (H, 70, 144), {"sinks": numpy.linspace(-1, 3, H).astype(numpy.float32)}),
 ]
 
 
 @pytest.mark.sample(4)
-@pytest.mark.parametrize("dtype, shape, others", COPIED_MASKS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "shape", "others"), COPIED_MASKS, ids=lambda value: "_".join(value) if isinstance(value, dict) else str(value)
+)
 def test_masks_that_are_copied_in_chunks(simulator: Target, dtype: str, shape: tuple[int, ...], others: dict[str, Any]) -> None:
     """Rows that start on 16 bytes pass through shared memory, the last tiles of queries and keys not full; others have a kernel of their own."""
     mask = boolean_mask(*shape) if dtype == "bool" else additive_mask(*shape, dtype=dtype)

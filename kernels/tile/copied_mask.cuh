@@ -115,9 +115,7 @@ class CopiedMask {  // of one batch, query head and warp; nothing unless COPIES_
   DEVICE static int lane_chunk() { return lane_index() % ROW_LANES; }
   DEVICE SmemAddress stage_address(int step) const { return tile + stage_of(step) * (TILE_Q * ROW_BYTES); }
 
-  DEVICE static int offset(int row, int chunk) {
-    return row * ROW_BYTES + (chunk ^ int(uint32(row) / (SLOTS / SWIZZLE) % SWIZZLE) * GROUP) * 16;
-  }
+  DEVICE static int offset(int row, int chunk) { return row * ROW_BYTES + (chunk ^ int(uint32(row) / (SLOTS / SWIZZLE) % SWIZZLE) * GROUP) * 16; }
   // The address `row` rows (a multiple of 8) and `chunk` chunks away from a lane's place `lane_offset`: as `SmemTile::at`.
   DEVICE static SmemAddress at(SmemAddress stage, int lane_offset, int row, int chunk) {
     const int group = chunk / GROUP;

@@ -43,8 +43,8 @@ struct MaskAhead {
 
 constexpr bool QUICK_TANH = !SameType<Element, float>::value;  // 16-bit types
 
-// tanh(x). Of 16-bit types it is 1 - 2 / (1 + e^2x), wrong by about 2^-22 at most, which is little beside a large one; with NEAR_0 small ones have three
-// terms of the series.
+// tanh(x). Of 16-bit types it is 1 - 2 / (1 + e^2x), wrong by about 2^-22 at most, which is little beside a large one; with NEAR_0 small ones have
+// three terms of the series.
 template <bool NEAR_0>
 DEVICE float tanh_of(float x) {
   if constexpr (!QUICK_TANH) return tanhf(x);
@@ -71,9 +71,7 @@ DEVICE float score_of(float product, int query, int key, float slope, const Geom
 }
 
 // A score with an element of an additive mask: not below LOWEST, but -inf where the mask is.
-DEVICE float masked_score(float score, float bias) {
-  return max_nan(score + bias, fminf(bias, LOWEST));
-}
+DEVICE float masked_score(float score, float bias) { return max_nan(score + bias, fminf(bias, LOWEST)); }
 
 class ScoreModifier {  // of one batch and query head
  public:
@@ -116,7 +114,8 @@ class ScoreModifier {  // of one batch and query head
 #pragma unroll
         for (int m = 0; m < M; ++m) cap_in_fours(S[m]);
       } else {
-        for_each_place<M, N>([&](int m, int n, int i, int, int) { S[m][n][i] = features.softcap * tanh_of<true>(S[m][n][i] * features.score_factor); });
+        for_each_place<M, N>(
+            [&](int m, int n, int i, int, int) { S[m][n][i] = features.softcap * tanh_of<true>(S[m][n][i] * features.score_factor); });
       }
     }
     const float distance = float(first_column + lane_index() % 4 * 2 - first_row - lane_index() / 4 - geometry.causal_offset);

@@ -64,8 +64,9 @@ class StagedMask {
           }
       }
     } else {
-      for_each(S, first_key,
-               [&](float& score, SmemAddress at) { score = masked_score(score, mask_bias(mask_element(__float_as_uint(load_shared_f32(at)), MaskElement{}))); });
+      for_each(S, first_key, [&](float& score, SmemAddress at) {
+        score = masked_score(score, mask_bias(mask_element(__float_as_uint(load_shared_f32(at)), MaskElement{})));
+      });
     }
   }
 
