@@ -7,7 +7,7 @@
 // probabilities between softmax and P V; LSE is that of all probabilities.
 //
 // Shared memory: Q [TILE_Q][D] | K [NUM_STAGES][TILE_KV][D] | V [NUM_STAGES][TILE_KV][DV]; for a wide head this for each slice, then the parts of S
-// that the slices exchange.
+// that the slices exchange. A mask that is copied (tile/copied_mask.cuh) comes last.
 //
 // Copies are committed in the order K0 V0 K1 V1 ..., one group each. In step j two barriers each do two jobs:
 //   A  K_j has landed; every warp is done with V_{j-1}   ->  V_{j+NUM_STAGES-1} may be issued into its stage
@@ -15,6 +15,7 @@
 // so at either barrier 2 (NUM_STAGES - 1) younger groups may still be in flight. With one stage, V_j travels during Q Kᵀ and K_{j+1} during the
 // softmax and P V.
 #include "tile/constants.cuh"
+#include "tile/copied_mask.cuh"
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/partial_outputs.cuh"
@@ -34,10 +35,14 @@ constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_KV / 8;
 constexpr int PENDING = 2 * (NUM_STAGES - 1);  // copy groups younger than the one that a barrier waits for
 
+constexpr bool ASKS_MASK = BOOLEAN_MASK && !COPIES_MASK;  // while pairs are hidden
+
 constexpr int SLICE_BYTES = TileQ::BYTES + NUM_STAGES * (TileK::BYTES + TileV::BYTES);
 
 static_assert(TILE_Q % (16 * ROW_WARPS) == 0, "tile_q must be a multiple of 16 * num_warps");
-static_assert(HEAD_SLICES * SLICE_BYTES + EXCHANGE_BYTES<M_TILES, S_TILES> == Config::SHARED_BYTES, "shared memory differs from the plan's");
+static_assert(HEAD_SLICES * SLICE_BYTES + EXCHANGE_BYTES<M_TILES, S_TILES> + CopiedMask::BYTES == Config::SHARED_BYTES,
+              "shared memory differs from the plan's");
+static_assert(!COPIES_MASK || HEAD_SLICES == 1, "warps of several slices have the same rows");
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const __grid_constant__ ForwardArguments arguments) {
   const Work work = work_longest_first<CAUSAL, true>(arguments.geometry, arguments.geometry.num_heads_q);
@@ -67,6 +72,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   const SliceRows<TileK, HEAD_DIM> K_rows{arguments.key, work.batch, head_kv, num_keys, start_kv};
   const SliceRows<TileV, HEAD_DIM_V> V_rows{arguments.value, work.batch, head_kv, num_keys, start_kv};
   const SliceTile<TileQ, HEAD_DIM> Q{Q_smem, first_q, Q_rows};
+  const CopiedMask copied_mask(exchange, geometry, arguments.features.attn_mask, work.batch, work.head, first_q + warp_row);
   auto Q_loader = Q_rows.loader();
   auto K_loader = K_rows.loader<true>();
   auto V_loader = V_rows.loader<true>();
@@ -78,7 +84,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     V_loader.issue(V_smem + stage_of(step) * TileV::BYTES, tiles.tile(step) * TILE_KV, first_column<TileV>(0), step < end);
     cp_async_commit_group();
   };
+  auto issue_mask = [&](int step) {
+    const bool is_asked = step < end && (ADDITIVE_MASK || tiles.is_partial(step));
+    if constexpr (COPIES_MASK) copied_mask.issue(step, tiles.tile(step) * TILE_KV, geometry.seqlen_kv, is_asked);
+  };
   if constexpr (SLICE_PIECES == 1) {
+#pragma unroll
+    for (int ahead = 0; ahead < NUM_STAGES; ++ahead) issue_mask(begin + ahead);
     if (begin < end) Q_loader.issue(Q_smem, first_q, first_column<TileQ>(0));
 #pragma unroll
     for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) {
@@ -111,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     }
     clear(S);
     MaskAhead<false, M_TILES, S_TILES> mask;
-    modifier.read_mask(mask, first_q + warp_row, tiles.tile(j) * TILE_KV);
+    if constexpr (!COPIES_MASK) modifier.read_mask(mask, first_q + warp_row, tiles.tile(j) * TILE_KV);
     multiply_rows(S, Q, warp_row, K);
     publish(S, exchange);
     if constexpr (SLICE_PIECES == 1) {
@@ -124,8 +136,16 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     if constexpr (SLICE_PIECES > 1 && !MODIFIES_SCORES) multiply_all(S, geometry.score_sign);
 
     const int first_kv = tiles.tile(j) * TILE_KV;
-    modifier.apply<false>(S, first_q + warp_row, first_kv, mask);
-    hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
+    const bool hides = SOFTCAP && (tiles.is_partial(j) || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV));
+    modifier.apply_to_rows(S, first_q + warp_row, first_kv, !hides);
+    if constexpr (COPIES_MASK) {
+      if (ADDITIVE_MASK || tiles.is_partial(j)) copied_mask.apply(S, -infinity(), j);
+      __syncwarp();
+      issue_mask(j + NUM_STAGES);
+    } else if constexpr (ADDITIVE_MASK) {
+      modifier.add_mask(S, first_q + warp_row, first_kv, mask);
+    }
+    hide<false, ASKS_MASK>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, (ASKS_MASK || SEGMENTS) && tiles.is_partial(j));
     softmax.update(S, O, modifier.factor());
     auto& P = S;  // in place
     if constexpr (DROPOUT) drop(P, dropout, work.batch, work.head, first_q + warp_row, first_kv);

@@ -135,7 +135,7 @@ class WarpgroupRows {
     if constexpr (!MAPS_MASK) release_keys(K, 1);
     const int first_kv = (TILE_LISTS ? entry >> 1 : j) * TILE_KV;
     if constexpr (MODIFIES_SCORES && (MAPS_MASK || !ADDITIVE_MASK)) {
-      modifier.apply_to_rows<SHARES>(S, first_row, first_kv);
+      modifier.apply_to_rows(S, first_row, first_kv, SHARES);
       if constexpr (MAPS_MASK && ADDITIVE_MASK) modifier.add_copied_mask<RingMask>(S, shared.mask(K.stage), first_row - first_q);
     } else if constexpr (MODIFIES_SCORES) {
       modifier.apply<false>(S, first_row, first_kv);

@@ -180,6 +180,34 @@ def test_masks_that_are_read_in_pairs_of_keys(simulator: Target, dtype: str, seq
     assert got.bits() == want.bits()
 
 
+COPIED_MASKS: list[tuple[str, tuple[int, ...], Any]] = [
+    ("bool", (B, H, 70, 144), {}),
+    ("bool", (1, 1, 70, 144), {"is_causal": True}),
+    ("bool", (B, 1, 1, 144), {"window": (30, None)}),
+    ("float16", (B, 1, 70, 144), {"tile": cuflash.Tile(64, 48, 4, 2)}),
+    ("float16", (1, H, 1, 144), {"is_causal": True, "alibi_slopes": numpy.linspace(0.1, 0.5, H).astype(numpy.float32)}),
+    ("bfloat16", (70, 144), {"softcap": 2.0}),
+    ("bfloat16", (70, 144), {"segment_ids_q": segment_ids(70), "segment_ids_kv": segment_ids(144)}),
+    ("float32", (B, H, 70, 144), {"tile": cuflash.Tile(32, 64, 2, 3)}),
+    ("float32", (H, 70, 144), {"sinks": numpy.linspace(-1, 3, H).astype(numpy.float32)}),
+]
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize(
+    ("dtype", "shape", "others"), COPIED_MASKS, ids=lambda value: "_".join(value) if isinstance(value, dict) else str(value)
+)
+def test_masks_that_are_copied_in_chunks(simulator: Target, dtype: str, shape: tuple[int, ...], others: dict[str, Any]) -> None:
+    """Rows that start on 16 bytes pass through shared memory, the last tiles of queries and keys not full; others have a kernel of their own."""
+    mask = boolean_mask(*shape) if dtype == "bool" else additive_mask(*shape, dtype=dtype)
+    inputs = inputs_of(simulator, "float16", seqlens=(70, 144))
+    options = {"enable_gqa": True, **others}
+    for chunks, given in ((True, mask), (False, strided(mask, "unaligned"))):
+        plan = cuflash.plan(*inputs, attn_mask=given, **options)
+        assert f"COPIES_MASK = {str(chunks).lower()};" in plan.kernels[-1].config
+        simulator.check(*inputs, attn_mask=given, backward=False, **options)
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", ["bool", "float16", "float32"])
 def test_mask_of_width_43_from_an_odd_address(target: Target, dtype: str) -> None:

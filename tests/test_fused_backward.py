@@ -286,7 +286,8 @@ def test_features_of_which_it_is_predicted(arch: str, head_dim: int) -> None:
     given = {
         "window": {"window": (1000, 0)}, "alibi": {"alibi_slopes": numpy.zeros(16, numpy.float32)},
         "dropout": {"dropout_p": 0.1, "dropout_seed": 1}, "softcap": {"softcap": 2.0},
-        "float16": {"attn_mask": stand_in((4000, 4000), "float16")}, "seqlens_kv": {"seqlens_kv": numpy.zeros(4, numpy.int32)},
+        "float16": {"attn_mask": stand_in((4000, 4000), "float16")}, "float32": {"attn_mask": stand_in((4000, 4000), "float32")},
+        "sinks": {"sinks": numpy.zeros(16, numpy.float32)}, "seqlens_kv": {"seqlens_kv": numpy.zeros(4, numpy.int32)},
     }  # fmt: skip
     for feature in predicted_tiles.FUSED_WITH_FEATURE[arch, head_dim] & set(given):
         plan = plan_of(arch, head_dim, **given[feature])

@@ -14,7 +14,7 @@ from typing import TypeVar
 from cuflash.hardware.device import Device
 from cuflash.planning import mapped_arrays
 from cuflash.planning.kernel_specs import KernelSpec, columns_of
-from cuflash.problem.features import NO_FEATURES, FeatureSet
+from cuflash.problem.features import BESIDE, MASK_ITEMSIZES, NO_FEATURES, Features, FeatureSet
 from cuflash.problem.problem import KV_DTYPES, Problem
 from cuflash.problem.tile import Tile
 
@@ -63,6 +63,7 @@ class KernelCase:
         features: score features and masks, some of which take registers.
         kv_dtype: of key and value; empty: dtype too.
         maps_mask: the TMA unit copies the mask, which only some kernels and masks let it (`mapped_arrays`).
+        mask_in_chunks: rows of the mask start on 16 bytes, and are whole chunks of 16 bytes; of kernels that copy masks by threads only.
         value_in_key: value is the first columns of key, and not streamed; of kernels whose warps share out columns only.
     """
 
@@ -74,12 +75,15 @@ class KernelCase:
     features: FeatureSet = NO_FEATURES
     kv_dtype: str = ""
     maps_mask: bool = True
+    mask_in_chunks: bool = True
     value_in_key: bool = False
 
     def __post_init__(self) -> None:
         of_mask = mapped_arrays.MASK_BYTES.get(self.features.attn_mask or "", 0)
         is_mapped = self.maps_mask and self.kernel.maps_masks and of_mask > 0 and not (of_mask == 1 and self.features.segments)
         object.__setattr__(self, "maps_mask", is_mapped)
+        is_copied = self.mask_in_chunks and self.kernel.copies_masks and self.features.attn_mask is not None
+        object.__setattr__(self, "mask_in_chunks", is_copied and not (self.features.attn_mask == "bool" and self.features.segments))
         if self.kernel.is_tiled and not (self.head_dim_v and self.kernel.reads_value):
             object.__setattr__(self, "head_dim_v", self.head_dim)
 
@@ -131,6 +135,10 @@ class KernelCase:
         piece, piece_v = _piece_columns(self, pieces)
         return pieces * piece, pieces * piece_v
 
+    def copies_mask(self, device: Device) -> bool:
+        """Whether the mask passes through shared memory, copied ahead by threads; slices of a wide head would copy it once each."""
+        return self.mask_in_chunks and device.capability >= 80 and self.head_slices(device) == 1
+
     def stationary_rows(self, tile: Tile) -> int:
         """Rows that the block keeps, shared out among its warps."""
         return tile.tile_kv if self.kernel.owns_keys else tile.tile_q
@@ -174,8 +182,18 @@ def case_of(spec: KernelSpec, problem: Problem) -> KernelCase:
     features = problem.features.kinds if spec.drops else replace(problem.features.kinds, dropout=False)
     return KernelCase(
         spec, problem.dtype, problem.head_dim, problem.allow_tf32 and problem.dtype == "float32", problem.head_dim_v, features,
-        problem.kv_dtype if problem.kv_dtype != problem.dtype else "", mapped_arrays.maps_mask(problem), problem.value_in_key and spec.column_groups > 1,
+        problem.kv_dtype if problem.kv_dtype != problem.dtype else "", mapped_arrays.maps_mask(problem), masks_in_chunks(problem.features), problem.value_in_key and spec.column_groups > 1,
     )  # fmt: skip
+
+
+def masks_in_chunks(features: Features) -> bool:
+    """Whether rows of the mask of a call start on 16 bytes, and are whole chunks of 16 bytes."""
+    mask = features.attn_mask
+    if mask is None:
+        return False
+    nbytes = MASK_ITEMSIZES[mask.dtype]
+    *others, stride_key = mask.strides
+    return mask.aligned and stride_key == 1 and not any(number * nbytes % 16 for number in (*others, mask.extents[3]))
 
 
 def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:
@@ -268,6 +286,8 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
             row = ceil(tile.tile_kv * mapped_arrays.MASK_BYTES[case.features.attn_mask or ""] / 128) * 128
             exchange += tile.num_stages * tile.tile_q * row + _MASK_PLACE_BYTES
     in_flight = tile.num_stages * case.streamed_rows(tile) * (streamed + statistics)
+    if case.copies_mask(device):  # kernels/tile/copied_mask.cuh
+        exchange += tile.num_stages * tile.tile_q * tile.tile_kv * _mask_itemsize(case.features)
     if case.kernel.warps_share == "streamed":  # outputs of all warps take the place of what they streamed (kernels/tile/warp_parts.cuh)
         rows = tile.num_warps * case.stationary_rows(tile)
         in_flight = max(in_flight, rows * ceil(case.head_dim_v / 32) * 128)
@@ -278,9 +298,13 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
 def _staged_mask_bytes(case: KernelCase, tile: Tile) -> int:
     """What each stage of the backward kernel of wgmma holds of a mask, segment ids and an entry of a list: mirrors kernels/tile/staged_mask.cuh."""
     features = case.features
-    element = {None: 0, "bool": 1, "float32": 4}.get(features.attn_mask, 2)
     ids = 4 * (tile.tile_q + tile.tile_kv) * features.segments
-    return element * tile.tile_q * tile.tile_kv + ids + _LIST_ENTRY_BYTES * features.lists_tiles
+    return _mask_itemsize(features) * tile.tile_q * tile.tile_kv + ids + _LIST_ENTRY_BYTES * features.lists_tiles
+
+
+def _mask_itemsize(features: FeatureSet) -> int:
+    """Bytes of an element of the mask, of the additive one where there are two; 0 without."""
+    return 0 if features.attn_mask is None else MASK_ITEMSIZES[features.attn_mask.removeprefix(BESIDE)]
 
 
 def multiply_adds(case: KernelCase, tile: Tile, device: Device) -> int:

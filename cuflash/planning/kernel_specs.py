@@ -101,6 +101,7 @@ class KernelSpec:
         copying_warps: of a block, besides those of its tile: they copy, or wait for other blocks, and compute nothing.
         stays: its blocks compute one tile after the other, as many blocks as run at one time.
         maps_masks: the TMA unit copies masks where it can.
+        copies_masks: masks pass through shared memory, copied by threads, where they lie in chunks of 16 bytes.
         max_warp_rows: most rows that a warp may own, a multiple of 16.
         streamed_multiple: of rows of a streamed tile.
         min_stages, max_stages: streamed tiles in flight.
@@ -137,6 +138,7 @@ class KernelSpec:
     copying_warps: int = field(default=0, compare=False)
     stays: bool = field(default=False, compare=False)
     maps_masks: bool = field(default=False, compare=False)
+    copies_masks: bool = field(default=False, compare=False)
     max_warp_rows: int = field(default=MAX_TILE, compare=False)
     streamed_multiple: int = field(default=16, compare=False)
     min_stages: int = field(default=1, compare=False)
@@ -206,7 +208,8 @@ def columns_of(name: Operand | Output, head_dim: int, head_dim_v: int) -> int:
 
 FORWARD = KernelSpec(
     "forward", "forward_mma.cu", FORWARD_ARGUMENTS, "mma",
-    rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, costs=_FORWARD_COSTS,
+    rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, copies_masks=True,
+    costs=_FORWARD_COSTS,
 )  # fmt: skip
 
 FORWARD_WGMMA = KernelSpec(

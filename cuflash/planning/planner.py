@@ -250,6 +250,8 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         **case.features.constants(),
         **dict(spec.constants),
     }
+    if spec.copies_masks:
+        constants["COPIES_MASK"] = case.copies_mask(device)
     if spec.owns_keys and spec.implementation == "wgmma":
         constants["GRAD_OUT_STAGES"] = kernel_cases.grad_out_stages(case, tile, device)
         constants["CONVERTS_SUMS"] = kernel_cases.converts_sums(spec, problem)

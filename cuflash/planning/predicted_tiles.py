@@ -30,37 +30,45 @@ TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
 head_dim, no score features."""
 
 _HALF_MASKS = frozenset(("float16", "bfloat16"))
+_ODD_HALF_MASKS = frozenset(("odd float16", "odd bfloat16"))
+_MASKS = _HALF_MASKS | {"bool", "float32"}
 WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozenset[str]]] = {
     ("sm_80", "forward", 64): {
-        (128, 96, 4, 1): frozenset(("sinks", "segments", "softcap")),
-        (128, 64, 4, 1): _HALF_MASKS | {"window", "alibi", "prefix", "bool"},
-        (128, 64, 4, 2): frozenset(("dropout", "float32")),
+        (128, 112, 4, 1): _HALF_MASKS,
+        (128, 96, 4, 1): frozenset(("window", "sinks", "segments", "bool")),
+        (128, 80, 4, 1): frozenset(("alibi", "softcap", "float32")),
+        (128, 64, 4, 1): _ODD_HALF_MASKS | {"prefix", "odd bool"},
+        (128, 64, 4, 2): frozenset(("dropout", "odd float32")),
     },
     ("sm_80", "forward", 128): {
-        (128, 48, 4, 1): frozenset(("window", "sinks", "segments", "bool", "softcap", "dropout", "prefix")),
-        (128, 128, 8, 1): _HALF_MASKS,
-        (128, 32, 4, 2): frozenset(("alibi",)),
-        (64, 64, 4, 1): frozenset(("float32",)),
+        (128, 48, 4, 1): ALL | {"odd bool"},
+        (128, 128, 8, 1): _ODD_HALF_MASKS,
+        (64, 64, 4, 1): frozenset(("odd float32",)),
     },
-    ("sm_80", "backward_dkdv", 64): {(32, 128, 4, 2): ALL - {"softcap"}, (16, 128, 4, 2): frozenset(("softcap",))},
+    **{(arch, "forward", 64): {(64, 64, 4, 1): _MASKS} for arch in ("sm_86", "sm_89", "sm_120")},
+    **{(arch, "forward", 128): {(64, 32, 4, 1): _MASKS} for arch in ("sm_86", "sm_89", "sm_120")},
+    ("sm_80", "backward_dkdv", 64): {(32, 128, 4, 2): ALL - {"softcap"}, (64, 64, 4, 2): frozenset(("softcap",))},
     ("sm_80", "backward_dkdv", 128): {(32, 64, 4, 2): ALL},
     ("sm_80", "backward_dq", 64): {
         (128, 64, 4, 2): ALL - {"float32", "softcap"},
-        (128, 32, 4, 2): frozenset(("float32", "softcap")),
+        (128, 48, 4, 2): frozenset(("softcap",)),
+        (128, 32, 4, 2): frozenset(("float32",)),
     },
     ("sm_80", "backward_dq", 128): {(64, 32, 4, 2): ALL},
     ("sm_90", "forward", 64): {
-        (128, 96, 4, 1): frozenset(("alibi", "softcap", "dropout", "prefix")),
+        (128, 96, 4, 1): frozenset(("softcap", "dropout", "prefix", "bool")),
+        (128, 80, 4, 1): _HALF_MASKS | {"alibi"},
         (128, 64, 4, 2): frozenset(("segments",)),
-        (128, 64, 4, 1): _HALF_MASKS | {"window", "sinks", "bool"},
+        (128, 64, 4, 1): _ODD_HALF_MASKS | {"window", "sinks", "float32", "odd bool"},
     },
     ("sm_90", "forward", 128): {
-        (128, 48, 4, 1): frozenset(("window", "alibi", "sinks", "segments", "bool", "softcap", "dropout", "prefix")),
-        (128, 32, 4, 2): _HALF_MASKS | {"float32"},
+        (128, 48, 4, 1): ALL | {"odd bool"},
+        (128, 32, 4, 2): _ODD_HALF_MASKS | {"odd float32"},
     },
 }
 """(architecture, kernel, head_dim) -> tiles, from the largest to the smallest, and the features with which each is the best of those that spill at most
-`tile_choice.TOLERATED_SPILLS`, full and causal. Found with one feature at a time, full, float16; calls with several take the smallest of their tiles."""
+`tile_choice.TOLERATED_SPILLS`, full and causal. Found with one feature at a time, full, float16; calls with several take the smallest of their tiles.
+A mask that the kernel does not copy in chunks of 16 bytes, though it copies others, is an odd one."""
 
 WGMMA: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
     ("sm_90", "backward_wgmma_dv", 256): (80, 128, 8, 2),
@@ -94,10 +102,10 @@ FUSED_BACKWARD: dict[tuple[str, int], tuple[int, int, int, int]] = {
 """(architecture, head_dim) -> tile_q, tile_kv, num_warps, num_stages; 16-bit types, value of the same head_dim."""
 
 _LENGTHS = frozenset(("varlen", "seqlens_kv"))
-_ALL = _LENGTHS | frozenset(("window", "softcap", "alibi", "dropout", "float16", "bfloat16"))
+_ALL = _LENGTHS | frozenset(("window", "softcap", "alibi", "dropout", "sinks", "float16", "bfloat16", "float32"))
 FUSED_WITH_FEATURE: dict[tuple[str, int], frozenset[str]] = {
-    ("sm_80", 64): _LENGTHS | {"window", "alibi", "float16", "bfloat16"},
-    ("sm_80", 128): _LENGTHS | {"window", "alibi", "dropout"},
+    ("sm_80", 64): _LENGTHS | {"window", "alibi", "sinks", "float16", "bfloat16", "float32"},
+    ("sm_80", 128): _LENGTHS | {"window", "alibi", "sinks", "dropout"},
     ("sm_80", 256): frozenset(("window", "softcap", "alibi", "dropout")),
     ("sm_86", 64): _ALL,
     ("sm_86", 128): _ALL,

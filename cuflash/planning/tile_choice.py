@@ -20,7 +20,7 @@ from cuflash.planning.kernel_cases import KernelCase, head_dims
 from cuflash.planning.kernel_specs import BACKWARD_FUSED, MAX_TILE, WARPGROUP_ROWS
 from cuflash.planning.tile_model import blocks_per_sm, estimate_cycles
 from cuflash.planning.tile_rules import broken_rule
-from cuflash.problem.features import NO_FEATURES, FeatureSet
+from cuflash.problem.features import NO_FEATURES
 from cuflash.problem.tile import Tile
 
 _Key = tuple[str, str, int]
@@ -108,16 +108,17 @@ def _of_tables(plain: Mapping[_Key, _Numbers], with_feature: Mapping[_Key, _With
     if case.features == NO_FEATURES:
         found = plain.get(key)
         return None if found is None else Tile(*found)
-    fitting, kinds = with_feature.get(key, {}), _kinds(case.features)
+    fitting, kinds = with_feature.get(key, {}), _kinds(case)
     if not all(any(kind in alone for alone in fitting.values()) for kind in kinds):
         return None
     first = (next(tile for tile, alone in fitting.items() if kind in alone) for kind in kinds)
     return Tile(*max(first, key=list(fitting).index))
 
 
-def _kinds(features: FeatureSet) -> frozenset[str]:
-    """The features that are used, a mask by its element type."""
-    return frozenset(str(value) if name == "attn_mask" else name for name, value in asdict(features).items() if value)
+def _kinds(case: KernelCase) -> frozenset[str]:
+    """The features that are used, a mask by its element type, and odd where the kernel copies others than this one."""
+    odd = "odd " if case.kernel.copies_masks and not case.mask_in_chunks else ""
+    return frozenset(odd + str(value) if name == "attn_mask" else name for name, value in asdict(case.features).items() if value)
 
 
 def known_tile(case: KernelCase, device: Device) -> Tile | None:
@@ -130,7 +131,7 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
     if case.kernel.column_groups > 1:
         return _wide_tile(case, device), "as many keys as fit twice"
     if case.kernel.implementation == "wgmma":
-        features = _kinds(case.features)
+        features = _kinds(case)
         for (name, head_dim, feature), numbers in predicted_tiles.WGMMA_WITH_FEATURE.items():
             if (name, head_dim, frozenset((feature,))) == (case.kernel.name, max(case.head_dim, case.head_dim_v), features):
                 return Tile(*numbers), "predicted by the timing model (predicted_tiles.py)"
@@ -178,7 +179,7 @@ def _fused_tile(case: KernelCase, device: Device) -> Tile | None:
     found = predicted_tiles.FUSED_BACKWARD.get((device.arch, case.head_dim))
     if found is None or case.dtype == "float32" or case.head_dim != case.head_dim_v:
         return None
-    features, tile = _kinds(case.features), Tile(*found)
+    features, tile = _kinds(case), Tile(*found)
     fits = len(features) <= 1 and features <= predicted_tiles.FUSED_WITH_FEATURE.get((device.arch, case.head_dim), frozenset())
     return tile if fits and broken_rule(case, tile, device) is None else None
 

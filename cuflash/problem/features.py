@@ -27,7 +27,8 @@ from cuflash.problem.other_names import explains_features
 Shape4 = tuple[int, int, int, int]
 Strides2 = tuple[int, int]
 
-MASK_DTYPES = ("bool", "float16", "bfloat16", "float32")
+MASK_ITEMSIZES = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+MASK_DTYPES = tuple(MASK_ITEMSIZES)
 BESIDE = "bool+"
 MASK_KINDS = (*MASK_DTYPES, *(BESIDE + dtype for dtype in MASK_DTYPES[1:]))
 """What masks kernels are compiled for: one of these element types, or a boolean mask beside an additive one."""

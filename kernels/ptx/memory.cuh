@@ -63,9 +63,9 @@ DEVICE int load_shared_s32(SmemAddress address) {
   return value;
 }
 
-DEVICE uint16 load_shared_u16(SmemAddress address) {
-  uint16 value;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
+DEVICE uint32 load_shared_u16(SmemAddress address) {
+  uint32 value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
   return value;
 }
 

@@ -41,27 +41,28 @@ struct MaskAhead {
   bool is_there = false;
 };
 
-// tanh(x). QUICK: 1 - 2 / (1 + e^2x), wrong by about 2^-22 at most, which is little beside a large one; for small ones there are three terms of the
-// series.
-template <bool QUICK>
+constexpr bool QUICK_TANH = !SameType<Element, float>::value;  // 16-bit types
+
+// tanh(x). Of 16-bit types it is 1 - 2 / (1 + e^2x), wrong by about 2^-22 at most, which is little beside a large one; with NEAR_0 small ones have
+// three terms of the series.
+template <bool NEAR_0>
 DEVICE float tanh_of(float x) {
-  if constexpr (!QUICK) return tanhf(x);
+  if constexpr (!QUICK_TANH) return tanhf(x);
   const float far = __fmaf_rn(-2.0f, reciprocal(1.0f + ex2(x * (2.0f * LOG2_E))), 1.0f);
+  if constexpr (!NEAR_0) return far;
   const float square = x * x, near = x * __fmaf_rn(square, __fmaf_rn(square, 2.0f / 15.0f, -1.0f / 3.0f), 1.0f);
   return fabsf(x) < 0.1f ? near : far;
 }
 
 // Largest cap, in units of the scores, of which tanh may be wrong by 2^-22 however small it is.
-constexpr float MOST_OF_SHARED_TANH = 128.0f;
+constexpr float MOST_OF_FAR_TANH = 128.0f;
 
-// A product q·k -> its score but for a mask. The quick tanh is for 16-bit types where rows are queries; the registers of kernels whose rows are keys
-// were not looked at with it.
-template <bool TRANSPOSED>
+// A product q·k -> its score but for a mask. NEAR_0 as in `tanh_of`.
+template <bool NEAR_0 = true>
 DEVICE float score_of(float product, int query, int key, float slope, const Geometry& geometry, const FeatureArguments& features, float& derivative) {
   float score = product * features.score_factor;
   if constexpr (SOFTCAP) {
-    constexpr bool QUICK = !(TRANSPOSED || SameType<Element, float>::value);
-    const float t = tanh_of<QUICK>(score);
+    const float t = tanh_of<NEAR_0>(score);
     derivative = __fmaf_rn(-t, t, 1.0f);
     score = features.softcap * t;
   }
@@ -70,10 +71,7 @@ DEVICE float score_of(float product, int query, int key, float slope, const Geom
 }
 
 // A score with an element of an additive mask: not below LOWEST, but -inf where the mask is.
-DEVICE float masked_score(float score, MaskElement element) {
-  const float bias = mask_bias(element);
-  return max_nan(score + bias, fminf(bias, LOWEST));
-}
+DEVICE float masked_score(float score, float bias) { return max_nan(score + bias, fminf(bias, LOWEST)); }
 
 class ScoreModifier {  // of one batch and query head
  public:
@@ -93,13 +91,10 @@ class ScoreModifier {  // of one batch and query head
 
   template <bool TRANSPOSED, int M, int N>
   DEVICE void apply_all_but_mask(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, int first_row, int first_column) const {
-    if constexpr (MODIFIES_SCORES) {
-      for_each_place<M, N>([&](int m, int n, int i, int row, int column) {
-        const int query = TRANSPOSED ? first_column + column : first_row + row;
-        const int key = TRANSPOSED ? first_row + row : first_column + column;
-        float& of_score = derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i];
-        S[m][n][i] = score_of<TRANSPOSED>(S[m][n][i], query, key, slope, geometry, features, of_score);
-      });
+    if (SOFTCAP && QUICK_TANH && features.softcap <= MOST_OF_FAR_TANH) {
+      score_all<TRANSPOSED, false>(S, derivative, first_row, first_column);
+    } else if constexpr (MODIFIES_SCORES) {
+      score_all<TRANSPOSED, true>(S, derivative, first_row, first_column);
     }
   }
 
@@ -110,22 +105,25 @@ class ScoreModifier {  // of one batch and query head
     apply<TRANSPOSED>(S, unused, first_row, first_column, ahead...);
   }
 
-  // The same for 16 rows of queries, with fewer instructions, but for a mask. SHARES: a NaN may make NaN of other scores of its row.
-  template <bool SHARES, int N>
-  DEVICE void apply_to_rows(float (&S)[1][N][4], int first_row, int first_column) const {
+  // The same where rows are queries, with fewer instructions, but for a mask. `shares`: a NaN may make NaN of other scores of its row.
+  template <int M, int N>
+  DEVICE void apply_to_rows(float (&S)[M][N][4], int first_row, int first_column, bool shares) const {
+    if constexpr (!MODIFIES_SCORES) return;
     if constexpr (SOFTCAP) {
-      if (SHARES && features.softcap <= MOST_OF_SHARED_TANH) {
-        cap_in_fours(S);
+      if (QUICK_TANH && shares && features.softcap <= MOST_OF_FAR_TANH) {
+#pragma unroll
+        for (int m = 0; m < M; ++m) cap_in_fours(S[m]);
       } else {
-        for_each_place<1, N>([&](int, int n, int i, int, int) { S[0][n][i] = features.softcap * tanh_of<true>(S[0][n][i] * features.score_factor); });
+        for_each_place<M, N>(
+            [&](int m, int n, int i, int, int) { S[m][n][i] = features.softcap * tanh_of<true>(S[m][n][i] * features.score_factor); });
       }
     }
     const float distance = float(first_column + lane_index() % 4 * 2 - first_row - lane_index() / 4 - geometry.causal_offset);
     const float factor = SOFTCAP ? 1.0f : features.score_factor;
-    for_each_place<1, N>([&](int, int n, int i, int, int) {
+    for_each_place<M, N>([&](int m, int n, int i, int, int) {
       // Eight rows and eight columns further the distance is the same, so that the compiler has half as many to compute.
-      const float penalty = ALIBI ? slope * fabsf(distance + float(8 * (n - i / 2) + i % 2)) : 0.0f;
-      S[0][n][i] = ALIBI ? __fmaf_rn(S[0][n][i], factor, -penalty) : S[0][n][i] * factor;
+      const float penalty = ALIBI ? slope * fabsf(distance + float(8 * (n - i / 2 - 2 * m) + i % 2)) : 0.0f;
+      S[m][n][i] = ALIBI ? __fmaf_rn(S[m][n][i], factor, -penalty) : S[m][n][i] * factor;
     });
   }
 
@@ -153,37 +151,11 @@ class ScoreModifier {  // of one batch and query head
     }
   }
 
-  // What an exponent of 2 takes scores times. The forward pass looks for the largest score and puts the sign of scale elsewhere; backward kernels
-  // look for none, so that their factor may carry it.
-  DEVICE float factor() const { return MODIFIES_SCORES ? 1.0f : geometry.scale_log2; }
-  DEVICE float signed_factor() const { return MODIFIES_SCORES ? 1.0f : geometry.scale_log2 * geometry.score_sign; }
-
- private:
-  // softcap tanh(x) = softcap (1 - 2 / (1 + e^2x)), where four neighbours of a row share a division: 1 / a = b / (a b). Exponentials are held below
-  // 2^30, where tanh is 1, so that the product of four is finite.
-  template <int N>
-  DEVICE void cap_in_fours(float (&S)[1][N][4]) const {
-    const float factor = features.score_factor * (2.0f * LOG2_E), cap = features.softcap;
-#pragma unroll
-    for (int n = 0; n < N; n += 2)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float sum[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[i] = 1.0f + ex2(min_nan(S[0][n + i / 2][2 * r + i % 2] * factor, 30.0f));
-        const float low = sum[0] * sum[1], high = sum[2] * sum[3], inverse = -2.0f * cap * reciprocal(low * high);
-        const float of_low = inverse * high, of_high = inverse * low;
-        S[0][n][2 * r] = __fmaf_rn(of_low, sum[1], cap);
-        S[0][n][2 * r + 1] = __fmaf_rn(of_low, sum[0], cap);
-        S[0][n + 1][2 * r] = __fmaf_rn(of_high, sum[3], cap);
-        S[0][n + 1][2 * r + 1] = __fmaf_rn(of_high, sum[2], cap);
-      }
-  }
-
+  // Adds an additive mask. `ahead` is the mask if `read_mask` has read it.
   template <bool TRANSPOSED, int M, int N>
   DEVICE void add_mask(float (&S)[M][N][4], int first_row, int first_column, const MaskAhead<TRANSPOSED, M, N>& ahead) const {
     const MaskValues mask(geometry, features.attn_mask, batch, head);
-    auto add = [&](int m, int n, int i, MaskElement element) { S[m][n][i] = masked_score(S[m][n][i], element); };
+    auto add = [&](int m, int n, int i, MaskElement element) { S[m][n][i] = masked_score(S[m][n][i], mask_bias(element)); };
     constexpr bool AHEAD = MaskAhead<TRANSPOSED, M, N>::USED;
     const int limit = AHEAD ? 0 : mask.limit<TRANSPOSED, M, N>(first_row, first_column);
     if (AHEAD ? ahead.is_there : limit > 0) {
@@ -201,6 +173,43 @@ class ScoreModifier {  // of one batch and query head
         add(m, n, i, mask.at(query, key));
       });
     }
+  }
+
+  // What an exponent of 2 takes scores times. The forward pass looks for the largest score and puts the sign of scale elsewhere; backward kernels
+  // look for none, so that their factor may carry it.
+  DEVICE float factor() const { return MODIFIES_SCORES ? 1.0f : geometry.scale_log2; }
+  DEVICE float signed_factor() const { return MODIFIES_SCORES ? 1.0f : geometry.scale_log2 * geometry.score_sign; }
+
+ private:
+  template <bool TRANSPOSED, bool NEAR_0, int M, int N>
+  DEVICE void score_all(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, int first_row, int first_column) const {
+    for_each_place<M, N>([&](int m, int n, int i, int row, int column) {
+      const int query = TRANSPOSED ? first_column + column : first_row + row;
+      const int key = TRANSPOSED ? first_row + row : first_column + column;
+      float& of_score = derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i];
+      S[m][n][i] = score_of<NEAR_0>(S[m][n][i], query, key, slope, geometry, features, of_score);
+    });
+  }
+
+  // softcap tanh(x) = softcap (1 - 2 / (1 + e^2x)), where four neighbours of a row share a division: 1 / a = b / (a b). Exponentials are held below
+  // 2^30, where tanh is 1, so that the product of four is finite.
+  template <int N>
+  DEVICE void cap_in_fours(float (&S)[N][4]) const {
+    const float factor = features.score_factor * (2.0f * LOG2_E), cap = features.softcap;
+#pragma unroll
+    for (int n = 0; n < N; n += 2)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float sum[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[i] = 1.0f + ex2(min_nan(S[n + i / 2][2 * r + i % 2] * factor, 30.0f));
+        const float low = sum[0] * sum[1], high = sum[2] * sum[3], inverse = -2.0f * cap * reciprocal(low * high);
+        const float of_low = inverse * high, of_high = inverse * low;
+        S[n][2 * r] = __fmaf_rn(of_low, sum[1], cap);
+        S[n][2 * r + 1] = __fmaf_rn(of_low, sum[0], cap);
+        S[n + 1][2 * r] = __fmaf_rn(of_high, sum[3], cap);
+        S[n + 1][2 * r + 1] = __fmaf_rn(of_high, sum[2], cap);
+      }
   }
 
   const Geometry& geometry;

@@ -67,14 +67,16 @@ class Visibility {  // of one batch and query head
     return hides;
   }
 
+  // ASKS_MASK: False where another one asks the boolean mask.
+  template <bool ASKS_MASK = BOOLEAN_MASK>
   DEVICE bool sees(int query, int key) const {
     bool visible = is_visible<Config::CAUSAL>(geometry, query, key);
     if constexpr (PREFIX) visible |= key < prefix;
     if constexpr (WINDOW) visible &= key - query >= window_low && key - query <= window_high;
-    if constexpr (SEGMENTS || BOOLEAN_MASK || PAIR_MASK) {
+    if constexpr (SEGMENTS || ASKS_MASK || PAIR_MASK) {
       const int q = min(query, geometry.seqlen_q - 1), k = min(key, geometry.seqlen_kv - 1);
       if constexpr (SEGMENTS) visible &= features.segment_ids_q.load(batch, q) == features.segment_ids_kv.load(batch, k);
-      if constexpr (BOOLEAN_MASK) visible &= mask_attends(mask().at(q, k));
+      if constexpr (ASKS_MASK) visible &= mask_attends(mask().at(q, k));
       if constexpr (PAIR_MASK) {
         const MaskView& view = features.pair_mask;
         visible &= static_cast<const uint8*>(
@@ -100,17 +102,17 @@ class Visibility {  // of one batch and query head
 };
 
 // Gives `hidden` to the elements of a warp's accumulators whose pair is not visible. The block's tile starts at first_q and first_kv, the warp's
-// rows at warp_row of it: queries, or with TRANSPOSED keys. `is_partial`: data hide some pair of the tile.
+// rows at warp_row of it: queries, or with TRANSPOSED keys. `is_partial`: data hide some pair of the tile. ASKS_MASK as in `Visibility::sees`.
 //
 // Numbers come by reference, and the causal mask, where it is the only one, is asked of the geometry: anything else is compiled to other code, which
 // takes more registers (docs/performance.md).
-template <bool TRANSPOSED, int M, int N>
+template <bool TRANSPOSED, bool ASKS_MASK = BOOLEAN_MASK, int M, int N>
 DEVICE void hide(float (&c)[M][N][4], float hidden, const Geometry& geometry, const Visibility& visibility, const int& first_q, const int& first_kv,
                  const int& warp_row, bool is_partial) {
   if (!(ONLY_CAUSAL ? hides_any<Config::CAUSAL>(geometry, first_q, first_kv + Config::TILE_KV)
                     : is_partial || visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV)))
     return;
-  if constexpr (BOOLEAN_MASK && !SEGMENTS) {  // in most tiles nothing else hides a pair
+  if constexpr (ASKS_MASK && !SEGMENTS) {  // in most tiles nothing else hides a pair
     const int first_row = (TRANSPOSED ? first_kv : first_q) + warp_row, first_column = TRANSPOSED ? first_q : first_kv;
     const MaskValues mask = visibility.mask();
     const int limit = mask.limit<TRANSPOSED, M, N>(first_row, first_column);
@@ -124,7 +126,7 @@ DEVICE void hide(float (&c)[M][N][4], float hidden, const Geometry& geometry, co
   for_each_element(c, [&](int row, int column, float& element) {
     const int query = TRANSPOSED ? first_q + column : first_q + warp_row + row;
     const int key = TRANSPOSED ? first_kv + warp_row + row : first_kv + column;
-    const bool visible = ONLY_CAUSAL ? is_visible<Config::CAUSAL>(geometry, query, key) : visibility.sees(query, key);
+    const bool visible = ONLY_CAUSAL ? is_visible<Config::CAUSAL>(geometry, query, key) : visibility.template sees<ASKS_MASK>(query, key);
     if (!visible) element = hidden;
   });
 }
@@ -137,7 +139,7 @@ DEVICE void hide_by_copied_mask(float (&c)[1][N][4], SmemAddress tile, int row) 
     const int lane_offset = Tile::offset(row + 8 * r + lane_index() / 4, 0);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const uint16 pair = load_shared_u16(tile + Tile::at(lane_offset, n / 2) + n % 2 * 8 + lane_index() % 4 * 2);
+      const uint32 pair = load_shared_u16(tile + Tile::at(lane_offset, n / 2) + n % 2 * 8 + lane_index() % 4 * 2);
       if ((pair & 0x00ff) == 0) c[0][n][2 * r] = -infinity();
       if ((pair & 0xff00) == 0) c[0][n][2 * r + 1] = -infinity();
     }
