@@ -54,6 +54,10 @@ DEVICE float tanh_of(float x) {
 // Largest cap, in units of the scores, of which tanh may be wrong by 2^-22 however small it is.
 constexpr float MOST_OF_SHARED_TANH = 128.0f;
 
+// tanh(x) = x (c0 + c1 x^2 + c2 x^4 + c3 x^6), wrong by 2^-22 at most, for |x| up to a half: a polynomial of least largest error.
+constexpr float MOST_OF_SMALL_TANH = 0.5f;
+constexpr float SMALL_TANH[4] = {0.99999768f, -0.33320655f, 0.13145146f, -0.04337248f};
+
 // A product q·k -> its score but for a mask. The quick tanh is for 16-bit types where rows are queries; the registers of kernels whose rows are keys
 // were not looked at with it.
 template <bool TRANSPOSED>
@@ -114,7 +118,9 @@ class ScoreModifier {  // of one batch and query head
   template <bool SHARES, int N>
   DEVICE void apply_to_rows(float (&S)[1][N][4], int first_row, int first_column) const {
     if constexpr (SOFTCAP) {
-      if (SHARES && features.softcap <= MOST_OF_SHARED_TANH) {
+      if (!any_lane(!are_small(S))) {
+        cap_small(S);
+      } else if (SHARES && features.softcap <= MOST_OF_SHARED_TANH) {
         cap_in_fours(S);
       } else {
         for_each_place<1, N>([&](int, int n, int i, int, int) { S[0][n][i] = features.softcap * tanh_of<true>(S[0][n][i] * features.score_factor); });
@@ -159,6 +165,36 @@ class ScoreModifier {  // of one batch and query head
   DEVICE float signed_factor() const { return MODIFIES_SCORES ? 1.0f : geometry.scale_log2 * geometry.score_sign; }
 
  private:
+  // Whether the lane's products are such that `cap_small` is right for them. The powers of its factor stay far from both ends of a float.
+  template <int N>
+  DEVICE bool are_small(const float (&S)[1][N][4]) const {
+    const float factor = fabsf(features.score_factor);
+    const bool fits = features.softcap <= MOST_OF_SHARED_TANH && factor >= 1.0f / 4096.0f && factor <= 4096.0f;
+    float largest = 0.0f;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(S[0][n][i]));
+    return largest * factor <= (fits ? MOST_OF_SMALL_TANH : -1.0f);
+  }
+
+  // softcap tanh(factor product), without a special function.
+  template <int N>
+  DEVICE void cap_small(float (&S)[1][N][4]) const {
+    const float square = features.score_factor * features.score_factor;
+    float coefficient[4];
+    float power = features.softcap * features.score_factor;
+#pragma unroll
+    for (int i = 0; i < 4; ++i, power *= square) coefficient[i] = SMALL_TANH[i] * power;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float product = S[0][n][i], of = product * product;
+        S[0][n][i] = product * __fmaf_rn(__fmaf_rn(__fmaf_rn(coefficient[3], of, coefficient[2]), of, coefficient[1]), of, coefficient[0]);
+      }
+  }
+
   // softcap tanh(x) = softcap (1 - 2 / (1 + e^2x)), where four neighbours of a row share a division: 1 / a = b / (a b). Exponentials are held below
   // 2^30, where tanh is 1, so that the product of four is finite.
   template <int N>
