@@ -183,7 +183,7 @@ def test_it_is_taken_where_it_is_predicted_to_gain(monkeypatch: pytest.MonkeyPat
         plan = plan_of(**options)
         assert names(plan)[0] == NAME
         assert "forward_wgmma_wide.cu, predicted to take 0." in plan.choice
-    tile = Tile(16, 32, 4, 1)
+    tile = Tile(32, 32, 4, 1)
     assert names(plan_of(tile={"forward": tile})) == names(plan_of(tile=tile)) == ["forward"]
     assert names(plan_of(tile={NAME: Tile(64, 16, 8, 2)}))[0] == NAME
     with monkeypatch.context() as patch:
