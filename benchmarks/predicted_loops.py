@@ -34,10 +34,11 @@ from cuflash.planning import (
     tile_choice,
     wgmma_backward,
     wgmma_forward,
+    wide_forward,
 )
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.kernel_specs import BACKWARD_FUSED, FORWARD_WGMMA, TILED_KERNELS
+from cuflash.planning.kernel_specs import BACKWARD_FUSED, FORWARD_WGMMA, FORWARD_WGMMA_WIDE, TILED_KERNELS
 from cuflash.planning.predicted_loops import ARCH, Key
 from cuflash.planning.predicted_time import Steady
 from cuflash.problem.problem import Problem
@@ -49,7 +50,7 @@ from marked_pages import PERFORMANCE, print_prediction
 
 ON = device.of_arch(ARCH, "gpu")
 FORWARD, BACKWARD = (
-    ("forward", "forward_wgmma"),
+    ("forward", "forward_wgmma", "forward_wgmma_wide"),
     (
         "backward_dkdv",
         "backward_dv",
@@ -63,6 +64,7 @@ FORWARD, BACKWARD = (
 )
 KERNELS = (*FORWARD, *BACKWARD)
 HEAD_DIMS = ((64, 64), (128, 128), (256, 256), (96, 96), (192, 128), (192, 192))
+ROOMS = {FORWARD_WGMMA: wgmma_forward, FORWARD_WGMMA_WIDE: wide_forward}
 SAMPLE = Sample(seqlen_q=1024, seqlen_kv=1024)
 CALLS: dict[str, Sample] = {
     "": SAMPLE,
@@ -102,7 +104,7 @@ def kernel_of(key: Key) -> KernelPlan | None:
     with untuned():
         if not tile_choice.legal_tiles_for(case_of(spec, problem), ON):
             return None
-        if spec.implementation == "wgmma" and (wgmma_backward if spec.backward else wgmma_forward).why_not(problem, ON) is not None:
+        if spec.implementation == "wgmma" and ROOMS.get(spec, wgmma_backward).why_not(problem, ON) is not None:
             return None
         if spec.implementation == "wgmma" and spec.backward and spec not in wgmma_backward.kernels(problem):
             return None

@@ -21,12 +21,14 @@
 // the last tile of V of a sequence has landed, of which rows that belong to the next one are set to zero before it is "full", since 0 times NaN is
 // NaN.
 #include "tile/constants.cuh"
+#include "tile/boolean_mask_tile.cuh"
 #include "tile/copier.cuh"
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/score.cuh"
 #include "tile/softmax.cuh"
 #include "tile/visibility.cuh"
+#include "tile/visible_columns.cuh"
 #include "tile/wgmma_block.cuh"
 #include "tile/wgmma_products.cuh"
 #include "ptx/warpgroup.cuh"
@@ -42,6 +44,8 @@ DEVICE void release_keys(Ring<NUM_STAGES>& K, int warp) {
 
 constexpr bool KNOWS_SEGMENTS = SEGMENTS && !BOOLEAN_MASK;  // of rows and keys, in registers
 constexpr int KEY_SEGMENTS = ceil_div(TILE_KV, WARP_SIZE);  // of a lane
+
+constexpr bool COPIES_BITS = MAPS_MASK && BOOLEAN_MASK;
 
 // A warpgroup's 64 rows.
 class WarpgroupRows {
@@ -111,6 +115,7 @@ class WarpgroupRows {
   int first_key[2], end_key[2];  // which keys a row sees, less the column of the lane; with lists they are found when they are wanted
   int segment[2];  // of a row
   int key_segments[KNOWS_SEGMENTS ? KEY_SEGMENTS : 1];
+  BooleanMaskTile<RingMask, S_TILES> boolean_mask;  // of the same tile, where it is one of bits
   int entry = 0;  // of the list, for the tile whose scores were issued last
   uint32 P[P_STEPS][4];
 
@@ -122,6 +127,9 @@ class WarpgroupRows {
       if constexpr (KNOWS_SEGMENTS) read_key_segments();
     }
     issue_rows<WarpgroupQ, RingK, D_TILES / 2>(S, Q_descriptor, RingK::descriptor(shared.K(K.stage)));
+    if constexpr (COPIES_BITS) {
+      if (entry % 2 != 0) boolean_mask.read(shared.mask(K.stage), first_row - first_q);
+    }
   }
 
   DEVICE void issue_outputs() {
@@ -135,7 +143,7 @@ class WarpgroupRows {
     if constexpr (!MAPS_MASK) release_keys(K, 1);
     const int first_kv = (TILE_LISTS ? entry >> 1 : j) * TILE_KV;
     if constexpr (MODIFIES_SCORES && (MAPS_MASK || !ADDITIVE_MASK)) {
-      modifier.apply_to_rows(S, first_row, first_kv, SHARES);
+      modifier.apply_to_rows<true>(S, first_row, first_kv, SHARES);
       if constexpr (MAPS_MASK && ADDITIVE_MASK) modifier.add_copied_mask<RingMask>(S, shared.mask(K.stage), first_row - first_q);
     } else if constexpr (MODIFIES_SCORES) {
       modifier.apply<false>(S, first_row, first_kv);
@@ -152,23 +160,42 @@ class WarpgroupRows {
   }
 
   DEVICE void hide_keys(float (&S)[1][S_TILES][4], int first_kv) const {
-    if constexpr (TILE_LISTS && !MAPS_MASK && !KNOWS_SEGMENTS) {
+    if constexpr (!TILE_LISTS) {
+      hide_by_position(S, first_key, end_key, first_kv);
+    } else if constexpr (!MAPS_MASK && !KNOWS_SEGMENTS) {
       hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, first_row - first_q, entry % 2 != 0);
     } else {
-      if constexpr (!TILE_LISTS) {
-        hide_by_position(S, first_key, end_key, first_kv);
-      } else if (KNOWS_SEGMENTS || CUTS_VALUES) {  // else a mask that is copied is False behind the last key
-        if (visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV)) {
+      const bool hides_data = entry % 2 != 0;
+      const bool is_cut = (KNOWS_SEGMENTS || CUTS_VALUES) &&  // else a mask that is copied is False behind the last key
+                          visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV);
+      if constexpr (KNOWS_SEGMENTS) {
+        if (!hides_data && !is_cut) return;
+        VisibleColumns<S_TILES> visible;
+        if (hides_data) visible.hide_other_segments(segment, key_segments);
+        if (is_cut) cut(visible, first_kv);
+        visible.apply(S);
+      } else {
+        if (is_cut) {
           int first_key[2], end_key[2];
           find_visible_keys(first_key, end_key);
           hide_by_position(S, first_key, end_key, first_kv);
         }
-      }
-      if (TILE_LISTS && entry % 2 != 0) {  // data hide some pair of the tile
-        if constexpr (KNOWS_SEGMENTS) hide_other_segments(S);
-        if constexpr (MAPS_MASK && BOOLEAN_MASK) hide_by_copied_mask<RingMask>(S, shared.mask(K.stage), first_row - first_q);
+        if constexpr (COPIES_BITS) {
+          if (hides_data) boolean_mask.apply(S);
+        }
       }
     }
+  }
+
+  DEVICE void cut(VisibleColumns<S_TILES>& visible, int first_kv) const {
+    int first[2], end[2];
+    find_visible_keys(first, end);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      first[r] -= first_kv;
+      end[r] -= first_kv;
+    }
+    visible.cut(first, end);
   }
 
   // Which keys each row sees, less the column of the lane.
@@ -192,26 +219,13 @@ class WarpgroupRows {
       }
   }
 
-  // Segments of the keys of the tile whose scores are issued: lane i has those of keys i, i + 32, ...
+  // Segments of the keys of the tile whose scores are issued.
   DEVICE void read_key_segments() {
 #pragma unroll
     for (int i = 0; i < KEY_SEGMENTS; ++i) {
-      const int key = (entry >> 1) * TILE_KV + i * WARP_SIZE + lane_index();
+      const int key = (entry >> 1) * TILE_KV + i * WARP_SIZE + key_of_lane();
       if (entry % 2 != 0) key_segments[i] = features.segment_ids_kv.load(work.batch, min(key, geometry.seqlen_kv - 1));
     }
-  }
-
-  // Keys whose segment is not that of the row.
-  DEVICE void hide_other_segments(float (&S)[1][S_TILES][4]) const {
-#pragma unroll
-    for (int n = 0; n < S_TILES; ++n)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int of_key = shfl(key_segments[n / 4], n % 4 * 8 + lane_index() % 4 * 2 + c);
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          if (of_key != segment[r]) S[0][n][2 * r + c] = -infinity();
-      }
   }
 
   DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4]) {

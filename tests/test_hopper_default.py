@@ -139,7 +139,8 @@ def test_tables_of_tuned_tiles_decide_where_both_were_timed(backward: bool, monk
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(
-    ("version", "trusted"), [((12, 8), True), ((12, 9), True), ((13, 0), True), ((13, 1), False), ((13, 3), True), ((14, 0), True)]
+    ("version", "trusted"),
+    [((12, 7), False), ((12, 8), True), ((13, 0), True), ((13, 1), True), ((13, 2), True), ((13, 3), True), ((14, 0), True)],
 )
 def test_versions_of_the_compiler(version: tuple[int, int], trusted: bool, backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: version)

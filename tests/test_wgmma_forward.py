@@ -149,6 +149,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "narrow window": {"window": (9, 0), "tile": {NAME: Tile(192, 16, 12, 2)}},
     "causal window": {"window": (70, None), "is_causal": True, "causal_alignment": "bottom_right"},
     "softcap": {"softcap": 3.0, "is_causal": True},
+    "softcap that few scores reach half of": {"softcap": 6.0},
+    "softcap far above the scores": {"softcap": 80.0, "scale": -0.25},
     "alibi": {"alibi_slopes": SLOPES, "is_causal": True, "causal_alignment": "bottom_right"},
     "sinks": {"sinks": SINKS, "is_causal": True, "causal_alignment": "bottom_right"},
     "all": {"window": (60, 30), "softcap": 9.0, "alibi_slopes": SLOPES, "sinks": SINKS},

@@ -166,6 +166,7 @@ DATA: dict[str, dict[str, Any]] = {
     "dropout": {"dropout_p": 0.3, "dropout_seed": 5, "is_causal": True},
     "dropout and a boolean mask": {"dropout_p": 0.6, "dropout_seed": 1, "attn_mask": IN_BLOCKS},
     "additive mask of huge scores": {"attn_mask": numpy.where(IN_BLOCKS, 0, -1e9).astype("float32"), "sinks": numpy.array([0.5, -1.0], "float32")},
+    "segments of single rows": {"segment_ids_q": RANDOM.integers(-2, 3, (2, 200), "int32"), "segment_ids_kv": RANDOM.integers(-2, 3, (2, 270), "int32")},
 }  # fmt: skip
 
 
@@ -194,6 +195,11 @@ COPIED: dict[str, dict[str, Any]] = {
         "attn_mask": numpy.stack((HIDING - 1, HIDING))[:, None, :, :270],
         "seqlens_kv": numpy.array([270, 33], "int32"),
     },
+    "boolean": {"attn_mask": (RANDOM.random((200, 272)) > 0.5)[:, :270]},
+    "boolean, bytes beside 0 and 1": {
+        "attn_mask": RANDOM.choice(numpy.array([0, 1, 2, 128], "uint8"), (200, 272)).view(bool)[:, :270],
+        "is_causal": True,
+    },
 }
 """Masks that the TMA unit copies."""
 
@@ -204,7 +210,7 @@ def test_masks_that_are_copied(hopper: Target, case: str) -> None:  # noqa: F811
     """With elements of -inf, and of numbers that stand for it."""
     inputs = inputs_of(hopper, (200, 270), 64, heads=(2, 1), batches=(2, 2), dtype="bfloat16")
     options = {name: hopper.place(x) if isinstance(x, numpy.ndarray) else x for name, x in COPIED[case].items()}
-    assert "MAPS_MASK = true" in cuflash.plan(*inputs, enable_gqa=True, tile={NAME: THREE}, **options).kernels[0].config
+    assert "MAPS_MASK = true" in cuflash.plan(*inputs, enable_gqa=True, tile={NAME: THREE}, **options).kernels[-1].config
     hopper.check(*inputs, backward=False, enable_gqa=True, tile={NAME: THREE}, **options)
 
 

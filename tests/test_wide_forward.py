@@ -17,8 +17,8 @@ from cuflash import Tile
 from cuflash.cli.inspection import inspect_kernels
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.hardware import device
-from cuflash.planning import compiler_versions, wgmma_forward
-from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning import compiler_versions, predicted_time, predicted_wgmma, wgmma_forward
+from cuflash.planning.kernel_cases import KernelCase, case_of
 from cuflash.planning.kernel_specs import FORWARD_WGMMA_WIDE
 from cuflash.planning.tile_choice import default_tile, legal_tiles_for
 from cuflash.problem.features import NO_FEATURES, FeatureSet
@@ -173,13 +173,35 @@ def plan_of(head_dims: tuple[int, int] = LATENT, dtype: str = "float16", **optio
     return cuflash.plan(*inputs_of(Target("sm_90"), (1, 300), (16, 1), head_dims, dtype), enable_gqa=True, **options)
 
 
-def test_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_asked_for() -> None:
     assert "forward_wgmma_wide.cu, as asked for; it has run on the simulator only" in str(plan_of())
+
+
+def test_it_is_taken_where_it_is_predicted_to_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(wgmma_forward.VARIABLE)
-    plan = plan_of()
-    assert names(plan) == ["forward"]
-    assert f"ask for it by {wgmma_forward.VARIABLE}=1, or by a tile of {NAME}" in str(plan)
+    for options in ({}, {"softcap": 3.0}, {"head_dims": (264, 72)}):
+        plan = plan_of(**options)
+        assert names(plan)[0] == NAME
+        assert "forward_wgmma_wide.cu, predicted to take 0." in plan.choice
+    tile = Tile(32, 32, 4, 1)
+    assert names(plan_of(tile={"forward": tile})) == names(plan_of(tile=tile)) == ["forward"]
     assert names(plan_of(tile={NAME: Tile(64, 16, 8, 2)}))[0] == NAME
+    with monkeypatch.context() as patch:
+        patch.setattr(predicted_wgmma, "LEAST_GAIN", 100.0)
+        assert "is predicted to take 0." in plan_of().choice
+        assert names(plan_of()) == ["forward"]
+    monkeypatch.setenv(wgmma_forward.VARIABLE, "0")
+    assert f"by {wgmma_forward.VARIABLE}=0" in plan_of().choice
+
+
+def test_a_block_has_the_queries_of_all_heads_that_share_a_key_head() -> None:
+    """128 heads of one query are two blocks; 16 heads of 9 queries are three, of which each has four queries."""
+    blocks = []
+    for lengths, heads in (((1, 300), (128, 1)), ((9, 300), (16, 1)), ((100, 300), (2, 2))):
+        problem = cuflash.plan(*inputs_of(Target("sm_90"), lengths, heads, LATENT), enable_gqa=True).problem
+        grid = predicted_time.grid_of(case_of(FORWARD_WGMMA_WIDE, problem), Tile(64, 32, 8, 2), problem)
+        blocks.append((grid.heads, list(grid.trips)))
+    assert blocks == [(4, [10]), (2, [10, 10, 10]), (4, [10, 10])]
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {

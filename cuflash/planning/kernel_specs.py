@@ -230,7 +230,7 @@ FORWARD_WGMMA_WIDE = KernelSpec(
     rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
     column_groups=2, block_warps=(8,), copying_warps=4, max_warp_rows=16, min_stages=2, walks_lists=False, splits_keys=True, costs=_FORWARD_COSTS,
 )  # fmt: skip
-"""Hopper's own instructions for heads above 256 columns; it is asked for (wide_forward.py)."""
+"""Hopper's own instructions for heads above 256 columns (wide_forward.py)."""
 
 FORWARD_SPLIT = KernelSpec(
     "forward_split", "forward_split_mma.cu", FORWARD_SPLIT_ARGUMENTS, "mma", workspace=(*PARTS, PART_TABLE),

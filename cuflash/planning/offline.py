@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from cuflash.hardware.device import Device
 from cuflash.jit.compiler import CompileRequest
-from cuflash.planning import kernel_specs, split_forward, tile_choice, tuned_tiles, wgmma_backward, wgmma_forward
+from cuflash.planning import kernel_specs, split_forward, tile_choice, tuned_tiles, wgmma_backward, wgmma_forward, wide_forward
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, KernelSpec
+from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, FORWARD_WGMMA_WIDE, KernelSpec
 from cuflash.planning.planner import backward_choices, backward_kernels, check_names, forward_kernels, make_plan
 from cuflash.problem.features import BESIDE, NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.problem.problem import DTYPES, Problem
@@ -80,6 +80,8 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
         present = forward_kernels(problem, device, pinned)
         if wgmma_forward.choose(problem, device, pinned).depends_on_lengths:
             specs += [FORWARD_WGMMA, FORWARD]
+        if (of_wide := wide_forward.choose(problem, device, pinned)) is not None and of_wide.depends_on_lengths:
+            specs += [FORWARD_WGMMA_WIDE, FORWARD]
         few = replace(problem, seqlen_q=1, max_seqlen_q=1, seqlen_kv=MANY_KEYS, max_seqlen_kv=MANY_KEYS)
         for tile in split_forward.tiles_of_few_queries(problem, device, pinned):
             yield few, {FORWARD_SPLIT.name: tile}

@@ -107,14 +107,15 @@ def _explained_forward(problem: Problem, device: Device, tile: Tiles) -> tuple[t
     if problem.of_tangents:
         rows = (kernel_specs.BACKWARD_ROW_SUMS,) if problem.features.kinds.additive_mask else ()
         return (*rows, kernel_specs.FORWARD_JVP), ""
-    if wide_forward.is_taken(problem, device, tile):
-        return (kernel_specs.FORWARD_WGMMA_WIDE,), wide_forward.explain(problem, device, tile) or ""
+    of_wide = wide_forward.choose(problem, device, tile)
+    if of_wide is not None and of_wide.is_taken:
+        return (kernel_specs.FORWARD_WGMMA_WIDE,), of_wide.why
     words = split_forward.explain(problem, device, tile)
     if split_forward.is_taken(problem, device, tile):
         split_forward.check(problem, device)
         return (kernel_specs.FORWARD_SPLIT,), words
-    if (of_wide := wide_forward.explain(problem, device, tile)) is not None:
-        return (kernel_specs.FORWARD,), of_wide
+    if of_wide is not None:
+        return (kernel_specs.FORWARD,), of_wide.why
     choice = wgmma_forward.choose(problem, device, tile)
     kernel = kernel_specs.FORWARD_WGMMA if choice.is_taken else kernel_specs.FORWARD
     return (kernel,), "; ".join(filter(None, (words, choice.why)))
@@ -167,6 +168,7 @@ def other_ways(problem: Problem, device: Device, *, backward: bool) -> tuple[dic
     else:
         present = forward_kernels(problem, device)
         others = [kernel_specs.FORWARD_WGMMA] if wgmma_forward.may_choose(problem, device) else []
+        others += [kernel_specs.FORWARD_WGMMA_WIDE] if wide_forward.may_choose(problem, device) else []
         others += [kernel_specs.FORWARD_SPLIT] if split_forward.may_choose(problem, device) else []
         others += [kernel_specs.FORWARD] if others else []
     ways = []

@@ -78,10 +78,13 @@ WGMMA: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
 
 WGMMA_WITH_FEATURE: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("forward_wgmma", 64, "alibi"): (192, 112, 12, 2),
+    ("forward_wgmma", 64, "bool"): (192, 128, 12, 3),
     ("forward_wgmma", 128, "dropout"): (128, 128, 8, 2),
+    ("forward_wgmma", 128, "segments"): (192, 80, 12, 3),
 }
 """(kernel, head_dim, the only feature) -> tile_q, tile_kv, num_warps, num_stages, where it is not the tile without the feature, or that with as many keys as fit: with
-dropout each of three warpgroups has too few registers for more than 64 keys; with ALiBi 112 keys are predicted to be faster than 128."""
+dropout each of three warpgroups has too few registers for more than 64 keys; with ALiBi 112 keys are predicted to be faster than 128, with
+boolean masks and segments three stages, since a tile in which some pair is hidden is held for longer."""
 
 FUSED_BACKWARD: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("sm_80", 64): (128, 128, 8, 2),

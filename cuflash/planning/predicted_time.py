@@ -7,6 +7,7 @@ memory has to move.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
@@ -91,6 +92,11 @@ def grid_of(case: KernelCase, tile: Tile, problem: Problem, section: int = 0, *,
             min(longest, ceil(tokens / sequences))
             for tokens, longest in ((problem.seqlen_q, problem.max_seqlen_q), (problem.seqlen_kv, problem.max_seqlen_kv))
         )
+    heads_q = problem.num_heads_q
+    if case.kernel.column_groups > 1:  # rows of a tile are queries of all heads that share a key head
+        shared, of_tile = problem.heads_per_kv, tile.tile_q
+        heads_q = ceil(heads_q / min(shared, of_tile))
+        tile = replace(tile, tile_q=max(1, of_tile // shared))
     every = max(1, ceil((keys if case.kernel.owns_keys else rows) / case.stationary_rows(tile) / _MOST_TRIPS))
     band = band_of(problem, rows, keys)
     trips: list[float]
@@ -101,7 +107,7 @@ def grid_of(case: KernelCase, tile: Tile, problem: Problem, section: int = 0, *,
         found = visits_of_key_blocks(band, tile) if case.kernel.owns_keys else visits_of_warpgroups(band, tile)
         trips = [of.full + masked * of.partial for of in found]
     if not case.kernel.owns_keys:
-        return Grid(every * sequences * problem.num_heads_q, trips)
+        return Grid(every * sequences * heads_q, trips)
     batch, _, heads, _ = problem.key_shape
     batch = batch if problem.num_sequences is None else sequences
     members = problem.num_heads_q // heads * (sequences // batch)  # whose queries a block walks over

@@ -133,7 +133,8 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
     if case.kernel.implementation == "wgmma":
         features = _kinds(case)
         for (name, head_dim, feature), numbers in predicted_tiles.WGMMA_WITH_FEATURE.items():
-            if (name, head_dim, frozenset((feature,))) == (case.kernel.name, max(case.head_dim, case.head_dim_v), features):
+            of_case = case.kernel.name, max(case.head_dim, case.head_dim_v), features
+            if (name, head_dim, frozenset((feature,))) == of_case and broken_rule(case, Tile(*numbers), device) is None:
                 return Tile(*numbers), "predicted by the timing model (predicted_tiles.py)"
         if (predicted := _wgmma_tile(predicted_tiles.WGMMA, case, device)) is not None:
             return predicted, "predicted by the timing model (predicted_tiles.py)"

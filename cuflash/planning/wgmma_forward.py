@@ -11,7 +11,7 @@ from cuflash.hardware.device import Device
 from cuflash.planning import asked_for, compiler_versions, mapped_arrays, predicted_wgmma, tile_choice, tuned_tiles
 from cuflash.planning.asked_for import Choice
 from cuflash.planning.kernel_cases import case_of
-from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA
+from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA, KernelSpec
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
 from cuflash.system import switches
@@ -42,16 +42,16 @@ def choose(problem: Problem, device: Device, tile: Tiles) -> Choice:
         return Choice(False, f"{other}, not {name}, by {VARIABLE}=0")
     if (untrusted := compiler_versions.why_not()) is not None:
         return Choice(False, f"{other}, not {name}: {untrusted}; {VARIABLE}=1 takes it all the same")
-    return _faster(problem, device)
+    return faster(FORWARD_WGMMA, problem, device)
 
 
-def _faster(problem: Problem, device: Device) -> Choice:
-    """By tables of tuned tiles, or by the timing model."""
-    cases = case_of(FORWARD_WGMMA, problem), case_of(FORWARD, problem)
-    name, other = FORWARD_WGMMA.source, FORWARD.source
+def faster(kernel: KernelSpec, problem: Problem, device: Device) -> Choice:
+    """Between one of these kernels that can run and that of mma.sync, by tables of tuned tiles, or by the timing model."""
+    cases = case_of(kernel, problem), case_of(FORWARD, problem)
+    name, other = kernel.source, FORWARD.source
     if (timed := asked_for.by_tables(([cases[0]], [cases[1]]), problem, device)) is not None:
         return timed
-    pin = f'pin it by tile={{"{FORWARD_WGMMA.name}": ...}}'
+    pin = f'pin it by tile={{"{kernel.name}": ...}}'
     found = predicted_wgmma.compare(cases[:1], cases[1:], problem, device)
     if found is None:
         of_other_lengths = any(tuned_tiles.of_all_lengths(case, problem, device) for case in cases[:1])

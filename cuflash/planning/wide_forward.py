@@ -1,8 +1,7 @@
 """The forward kernel of Hopper's own instructions for heads above 256 columns, those of multi-head latent attention among them.
 
 Calls with a cache of such heads take it wherever it can run, unless CUFLASH_FORWARD_WGMMA=0 or the version of NVRTC is not trusted (`compiler_versions`), since they have no
-other kernel. Until it has run on a GPU no other call takes it by itself, unlike the one for narrower heads (`wgmma_forward`): it is asked for by `tile`, which names it, or by
-CUFLASH_FORWARD_WGMMA=1. What it cannot do stays on the kernel of mma.sync.
+other kernel. Of other calls the same decide as for narrower heads (`wgmma_forward`). What it cannot do stays on the kernel of mma.sync.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 from math import gcd
 
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, compiler_versions, mapped_arrays, split_forward, tile_choice
+from cuflash.planning import asked_for, compiler_versions, mapped_arrays, split_forward, tile_choice, wgmma_forward
+from cuflash.planning.asked_for import Choice
 from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, case_of
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA_WIDE
 from cuflash.planning.wgmma_forward import VARIABLE
@@ -21,16 +21,35 @@ from cuflash.system import switches
 _ROWS_OF_SWIZZLE = 8
 
 
-def is_taken(problem: Problem, device: Device, tile: Tiles) -> bool:
-    """Whether the kernel makes the output of a call."""
-    wanted = is_asked_for(problem, device, tile) or _is_alone(problem)
-    return wanted and why_not(problem, device) is None
+def choose(problem: Problem, device: Device, tile: Tiles) -> Choice | None:
+    """Decide; None where the kernel is out of the question.
+
+    Raises:
+        OptionError: a value of the variable that is neither 0 nor 1.
+    """
+    name, other = FORWARD_WGMMA_WIDE.source, FORWARD.source
+    is_asked = is_asked_for(problem, device, tile)
+    if max(problem.head_dim, problem.head_dim_v) <= WIDEST_NARROW_HEAD or not (is_asked or device.capability == 90):
+        return None
+    if (reason := why_not(problem, device)) is not None:
+        return Choice(False, f"{other}, not {name}: {reason}")
+    if is_asked:
+        return Choice(True, f"{name}, as asked for; {asked_for.SIMULATED}")
+    if asked_for.named(FORWARD_WGMMA_WIDE, tile, (FORWARD,)) is False or isinstance(tile, Tile):
+        return Choice(False, f"{other}, which the tile is for")
+    if switches.setting(VARIABLE) is False:
+        return Choice(False, f"{other}, not {name}, by {VARIABLE}=0")
+    if (untrusted := compiler_versions.why_not()) is not None:
+        return Choice(False, f"{other}, not {name}: {untrusted}; {VARIABLE}=1 takes it all the same")
+    if problem.cache is not None:
+        return Choice(True, f"{name}, which alone takes caches of such heads; {asked_for.SIMULATED}")
+    return wgmma_forward.faster(FORWARD_WGMMA_WIDE, problem, device)
 
 
-def _is_alone(problem: Problem) -> bool:
-    """Whether no other kernel takes the call, and nobody has ruled this one out."""
-    is_wide = max(problem.head_dim, problem.head_dim_v) > WIDEST_NARROW_HEAD
-    return problem.cache is not None and is_wide and switches.setting(VARIABLE) is not False and compiler_versions.why_not() is None
+def may_choose(problem: Problem, device: Device) -> bool:
+    """Whether both kernels can run, and nobody has ruled one out."""
+    is_wide = max(problem.head_dim, problem.head_dim_v) > WIDEST_NARROW_HEAD and problem.cache is None
+    return device.capability == 90 and is_wide and why_not(problem, device) is None and asked_for.is_open(VARIABLE)
 
 
 def is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
@@ -59,18 +78,3 @@ def box_keys(problem: Problem, tile: Tile) -> int:
     """Keys that one copy has: a tile of them, or as many as lie in one page."""
     page_size = problem.cache.page_size if problem.cache is not None else 0
     return gcd(tile.tile_kv, page_size)
-
-
-def explain(problem: Problem, device: Device, tile: Tiles) -> str | None:
-    """Whether it runs, and why not; None where it is out of the question."""
-    asked, name = is_asked_for(problem, device, tile), FORWARD_WGMMA_WIDE.source
-    if max(problem.head_dim, problem.head_dim_v) <= WIDEST_NARROW_HEAD or not (asked or device.capability == 90):
-        return None
-    if (reason := why_not(problem, device)) is not None:
-        return f"{FORWARD.source}, not {name}: {reason}"
-    if asked:
-        return f"{name}, as asked for; {asked_for.SIMULATED}"
-    if _is_alone(problem):
-        return f"{name}, which alone takes caches of such heads; {asked_for.SIMULATED}"
-    how = f"{VARIABLE}=1, or by a tile of {FORWARD_WGMMA_WIDE.name}, of which cuflash.legal_tiles has a list"
-    return f"{FORWARD.source}; {name} can run too, but has not run on a GPU yet: ask for it by {how}"

@@ -6,7 +6,7 @@
 A loop is an interval of addresses from the target of a backward branch to that branch, as compilers lay loops out. Which way branches go is not
 known from the code. The steady state is taken to be the path with the most work (products, exponentials, copies, barriers, reads by matrix), and of
 those the shortest; where a warp votes, it is that of warps of which no lane asks for the other. So copies are made, masks are not applied, and slow paths for rare cases are left aside. Of a tile that a mask cuts (`masked`) it is the path
-that selects most scores by what is no comparison of floats, among those with the most work.
+that selects most scores by what is no comparison of floats, and loads most of a mask that was copied, among those with the most work.
 
 Inner loops are run as often as their counter says, if it starts, steps and ends at constants. If it does not, the trips of the inner loops with matrix products are
 whatever makes up the number of products that the caller expects.
@@ -273,7 +273,7 @@ class _Node:
     Attributes:
         path: what is executed of it.
         work: how many instructions of it do work.
-        masks: how many select by whether a pair is visible, where that path is wanted.
+        masks: how many select by whether a pair is visible, or load what says so from shared memory, where that path is wanted.
         cost: how long the path is, for the choice among paths with the same work.
     """
 
@@ -341,6 +341,7 @@ class _Paths:
         work = self._work(range(start, end))
         bases = [self.function[index].base for index in range(start, end)]
         masks = bases.count("FSEL") if self.masked and "FSETP" not in bases else 0  # those by comparing floats are clamps
+        masks += bases.count("LDS") if self.masked else 0  # of a mask that was copied
         return _Node(start, end, tuple(range(start, end)), work, masks, end - start)
 
     def _inner(self, loop: Loop) -> _Node:

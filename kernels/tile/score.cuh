@@ -57,6 +57,10 @@ DEVICE float tanh_of(float x) {
 // Largest cap, in units of the scores, of which tanh may be wrong by 2^-22 however small it is.
 constexpr float MOST_OF_FAR_TANH = 128.0f;
 
+// tanh(x) = x (c0 + c1 x^2 + c2 x^4 + c3 x^6), wrong by 2^-22 at most, for |x| up to a half: a polynomial of least largest error.
+constexpr float MOST_OF_SMALL_TANH = 0.5f;
+constexpr float SMALL_TANH[4] = {0.99999768f, -0.33320655f, 0.13145146f, -0.04337248f};
+
 // A product q·k -> its score but for a mask. NEAR_0 as in `tanh_of`.
 template <bool NEAR_0 = true>
 DEVICE float score_of(float product, int query, int key, float slope, const Geometry& geometry, const FeatureArguments& features, float& derivative) {
@@ -105,12 +109,15 @@ class ScoreModifier {  // of one batch and query head
     apply<TRANSPOSED>(S, unused, first_row, first_column, ahead...);
   }
 
-  // The same where rows are queries, with fewer instructions, but for a mask. `shares`: a NaN may make NaN of other scores of its row.
-  template <int M, int N>
+  // The same where rows are queries, with fewer instructions, but for a mask. `shares`: a NaN may make NaN of other scores of its row. LOOKS_FOR_SMALL
+  // spares a warp special functions whose scores are all far below the cap: for 16-bit types alone.
+  template <bool LOOKS_FOR_SMALL, int M, int N>
   DEVICE void apply_to_rows(float (&S)[M][N][4], int first_row, int first_column, bool shares) const {
     if constexpr (!MODIFIES_SCORES) return;
     if constexpr (SOFTCAP) {
-      if (QUICK_TANH && shares && features.softcap <= MOST_OF_FAR_TANH) {
+      if (LOOKS_FOR_SMALL && !any_lane(!are_small(S))) {
+        cap_small(S);
+      } else if (QUICK_TANH && shares && features.softcap <= MOST_OF_FAR_TANH) {
 #pragma unroll
         for (int m = 0; m < M; ++m) cap_in_fours(S[m]);
       } else {
@@ -188,6 +195,30 @@ class ScoreModifier {  // of one batch and query head
       const int key = TRANSPOSED ? first_row + row : first_column + column;
       float& of_score = derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i];
       S[m][n][i] = score_of<NEAR_0>(S[m][n][i], query, key, slope, geometry, features, of_score);
+    });
+  }
+
+  // Whether the lane's products are such that `cap_small` is right for them. The powers of its factor stay far from both ends of a float.
+  template <int M, int N>
+  DEVICE bool are_small(const float (&S)[M][N][4]) const {
+    const float factor = fabsf(features.score_factor);
+    const bool fits = features.softcap <= MOST_OF_FAR_TANH && factor >= 1.0f / 4096.0f && factor <= 4096.0f;
+    float largest = 0.0f;
+    for_each_place<M, N>([&](int m, int n, int i, int, int) { largest = fmaxf(largest, fabsf(S[m][n][i])); });
+    return largest * factor <= (fits ? MOST_OF_SMALL_TANH : -1.0f);
+  }
+
+  // softcap tanh(factor product), without a special function.
+  template <int M, int N>
+  DEVICE void cap_small(float (&S)[M][N][4]) const {
+    const float square = features.score_factor * features.score_factor;
+    float coefficient[4];
+    float power = features.softcap * features.score_factor;
+#pragma unroll
+    for (int i = 0; i < 4; ++i, power *= square) coefficient[i] = SMALL_TANH[i] * power;
+    for_each_place<M, N>([&](int m, int n, int i, int, int) {
+      const float product = S[m][n][i], of = product * product;
+      S[m][n][i] = product * __fmaf_rn(__fmaf_rn(__fmaf_rn(coefficient[3], of, coefficient[2]), of, coefficient[1]), of, coefficient[0]);
     });
   }
 

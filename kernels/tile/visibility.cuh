@@ -130,18 +130,3 @@ DEVICE void hide(float (&c)[M][N][4], float hidden, const Geometry& geometry, co
     if (!visible) element = hidden;
   });
 }
-
-// Gives -inf to what a boolean mask hides whose tile lies in shared memory, of which `row` is the first of 16.
-template <typename Tile, int N>
-DEVICE void hide_by_copied_mask(float (&c)[1][N][4], SmemAddress tile, int row) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int lane_offset = Tile::offset(row + 8 * r + lane_index() / 4, 0);
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const uint32 pair = load_shared_u16(tile + Tile::at(lane_offset, n / 2) + n % 2 * 8 + lane_index() % 4 * 2);
-      if ((pair & 0x00ff) == 0) c[0][n][2 * r] = -infinity();
-      if ((pair & 0xff00) == 0) c[0][n][2 * r + 1] = -infinity();
-    }
-  }
-}

@@ -1,0 +1,75 @@
+// Which columns of a tile of scores a lane's two rows see, a bit for each column of the lane: bit 2 (n % 16) + c of word n / 16 is that of column
+// 8 n + 2 (lane % 4) + c. The assembler moves bits into predicates, several at once, so that a hidden score takes one selection.
+#pragma once
+#include "tile/fragment.cuh"
+
+// Which of a warp's lanes answers for which of 32 keys, so that the eight bits of a lane's columns are one byte of the answers of all.
+DEVICE int key_of_lane() { return lane_index() % 8 / 2 * 8 + lane_index() / 8 * 2 + lane_index() % 2; }
+
+template <int N>  // accumulator tiles of a row
+class VisibleColumns {
+ public:
+  uint32 word[2][ceil_div(N, 16)];
+
+  DEVICE VisibleColumns() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int w = 0; w < WORDS; ++w) word[r][w] = ~0u;
+  }
+
+  // Hides columns before `first` and from `end` on, each less the lane's first column.
+  DEVICE void cut(const int (&first)[2], const int (&end)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int w = 0; w < WORDS; ++w) word[r][w] &= bits_before(end[r] - 128 * w) & ~bits_before(first[r] - 128 * w);
+  }
+
+  // Hides keys whose segment is not that of the row. Lane i knows those of keys 32 k + key_of_lane(). Rows of one segment are done at once.
+  template <int KEYS>
+  DEVICE void hide_other_segments(const int (&segment)[2], const int (&key_segments)[KEYS]) {
+    bool is_done[2] = {false, false};
+    int common = shfl(segment[0], 0);
+#pragma unroll 1
+    while (true) {
+      const uint32 first_bytes = (lane_index() % 4) | (4 + lane_index() % 4) << 4;  // this lane's of two words
+      uint32 same[WORDS];
+#pragma unroll
+      for (int w = 0; w < WORDS; ++w) {
+        uint32 answers[4] = {};
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if (4 * w + k < KEYS) answers[k] = lanes_with(key_segments[min(4 * w + k, KEYS - 1)] == common);
+        same[w] = __byte_perm(__byte_perm(answers[0], answers[1], first_bytes), __byte_perm(answers[2], answers[3], first_bytes), 0x5410);
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (segment[r] == common) {
+#pragma unroll
+          for (int w = 0; w < WORDS; ++w) word[r][w] = same[w];
+          is_done[r] = true;
+        }
+      const uint32 open = lanes_with(!is_done[0] || !is_done[1]);
+      if (open == 0) return;
+      common = shfl(is_done[0] ? segment[1] : segment[0], __popc((open & -open) - 1));
+    }
+  }
+
+  DEVICE void apply(float (&S)[1][N][4]) const {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (!(word[i / 2][n / 16] & 1u << (n % 16 * 2 + i % 2))) S[0][n][i] = -infinity();
+  }
+
+ private:
+  static constexpr int WORDS = ceil_div(N, 16);
+
+  // Bits of the columns of one word before `end`, of which neighbouring pairs are eight columns apart.
+  DEVICE static uint32 bits_before(int end) {
+    const int count = max(0, (end >> 3) * 2 + min(end & 7, 2));
+    return count < 32 ? (1u << count) - 1 : ~0u;
+  }
+};
