@@ -5,7 +5,8 @@
 
 A loop is an interval of addresses from the target of a backward branch to that branch, as compilers lay loops out. Which way branches go is not
 known from the code. The steady state is taken to be the path with the most work (products, exponentials, copies, barriers, reads by matrix), and of
-those the shortest; where a warp votes, it is that of warps of which no lane asks for the other. So copies are made, masks are not applied, and slow paths for rare cases are left aside. Of a tile that a mask cuts (`masked`) it is the path
+those the shortest; where a warp votes, it is that of warps of which no lane asks for the other, and numbers are not stored to global memory one by one where there is a way
+around, since that is what a kernel in float32 does with its outputs every thousand keys. So copies are made, masks are not applied, and slow paths for rare cases are left aside. Of a tile that a mask cuts (`masked`) it is the path
 that selects most scores by what is no comparison of floats, among those with the most work.
 
 Inner loops are run as often as their counter says, if it starts, steps and ends at constants. If it does not, the trips of the inner loops with matrix products are
@@ -92,6 +93,10 @@ def _is_work(instruction: Instruction) -> bool:
 def _is_store(instruction: Instruction) -> bool:
     parts = instruction.opcode.split(".")
     return parts[0] in ("STS", "STSM", "UTMASTG") or (parts[0] == "STG" and "128" in parts)
+
+
+def _stores_single_numbers(instruction: Instruction) -> bool:
+    return instruction.base == "STG" and not {"64", "128"} & set(instruction.opcode.split("."))
 
 
 def _is_backward(function: Function, index: int) -> bool:
@@ -352,7 +357,7 @@ class _Paths:
 
     def _work(self, indices: Sequence[int]) -> int:
         found = sum(_is_work(self.function[index]) or (self.stores and _is_store(self.function[index])) for index in indices)
-        return found - _AVOIDED * any(index in self.avoided for index in indices)
+        return found - _AVOIDED * any(index in self.avoided or _stores_single_numbers(self.function[index]) for index in indices)
 
     def _successors(self, node: _Node, at: dict[int, int]) -> list[int]:
         last = self.function[node.end - 1]

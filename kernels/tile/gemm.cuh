@@ -23,7 +23,7 @@ DEVICE void add(float (&c)[4], const float (&sum)[4]) {
 template <typename Mma, int COLUMNS, bool STRAIGHT = false, int M, int N, typename OperandA, typename OperandB>
 DEVICE void gemm_rows(float (&c)[M][N][4], const OperandA& operand_a, const OperandB& operand_b) {
   constexpr int K_STEPS = COLUMNS / Mma::K;
-  constexpr int UNROLL = Mma::UNROLL > 1 && (STRAIGHT || K_STEPS <= 8) ? K_STEPS : Mma::UNROLL;
+  constexpr int UNROLL = Mma::SHORT_SUMS ? Mma::UNROLL : Mma::UNROLL > 1 && (STRAIGHT || K_STEPS <= 8) ? K_STEPS : Mma::UNROLL;
 #pragma unroll(UNROLL)
   for (int k = 0; k < K_STEPS; ++k) {
     typename Mma::A a[M];
