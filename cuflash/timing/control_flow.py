@@ -99,6 +99,15 @@ def _stores_single_numbers(instruction: Instruction) -> bool:
     return instruction.base == "STG" and not {"64", "128"} & set(instruction.opcode.split("."))
 
 
+def _leaves(instruction: Instruction) -> bool:
+    """Whether it is a jump that looks like a call, by which the assembler leaves some loops."""
+    return instruction.opcode == "CALL.REL.NOINC" and bool(instruction.predicate) and instruction.target is not None
+
+
+def _branches(instruction: Instruction) -> bool:
+    return instruction.base == "BRA" or _leaves(instruction)
+
+
 def _is_backward(function: Function, index: int) -> bool:
     instruction = function[index]
     return instruction.base == "BRA" and instruction.target is not None and instruction.target < index
@@ -165,8 +174,11 @@ _MOST_TRIPS = 4096
 
 def constant_trips(function: Function, head: int, last: int) -> int | None:
     """How often the loop from `head` to the conditional branch `last` runs, if one register counts it from a constant by a constant to a constant."""
-    branch, body = function[last], function[head:last]
-    predicate = branch.predicate.lstrip("!")
+    condition_of, body = function[last].predicate, function[head:last]
+    if not condition_of and _leaves(function[last - 1]):  # the way out is what has a condition
+        out, body = function[last - 1].predicate, function[head : last - 1]
+        condition_of = out.removeprefix("!") if out.startswith("!") else f"!{out}"
+    predicate = condition_of.lstrip("!")
     compared = _writer(body, predicate)
     if compared is not None and body[compared].base == "PLOP3":  # a uniform predicate becomes an ordinary one
         source = re.search(r"\bUP\d\b", body[compared].operands)
@@ -187,7 +199,7 @@ def constant_trips(function: Function, head: int, last: int) -> int | None:
     for trips in range(1, _MOST_TRIPS):
         compared_value = value + step if stepped < compared else value
         value += step
-        if condition(compared_value, bound) == branch.predicate.startswith("!"):
+        if condition(compared_value, bound) == condition_of.startswith("!"):
             return trips
     return None
 
@@ -361,7 +373,7 @@ class _Paths:
 
     def _successors(self, node: _Node, at: dict[int, int]) -> list[int]:
         last = self.function[node.end - 1]
-        targets = {branch.target for branch in self.function[node.start : node.end] if branch.base == "BRA" and branch.target is not None}
+        targets = {branch.target for branch in self.function[node.start : node.end] if _branches(branch) and branch.target is not None}
         if not (last.base in _ENDS and _always(last)):
             targets.add(node.end)
         return [at[target] for target in sorted(targets) if target in at and target > node.start]
