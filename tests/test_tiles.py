@@ -385,7 +385,11 @@ def test_predicted_tiles_of_float32_are_those_of_calls_without_features(arch: st
     device_, predicted = on(arch), Tile(*predicted_tiles.FLOAT32[arch, kernel, head_dim])
     plain = case(kernel, "float32", head_dim)
     assert tile_choice.default_tile(plain, device_) == predicted
-    for other in (replace(plain, allow_tf32=True), replace(plain, head_dim_v=head_dim + 8), replace(plain, features=FeatureSet(sinks=True))):
+    for other in (
+        replace(plain, allow_tf32=True),
+        replace(plain, head_dim_v=head_dim + 8),
+        replace(plain, features=FeatureSet(sinks=True)),
+    ):
         assert tile_choice.known_tile(other, device_) is None
 
 

@@ -31,6 +31,7 @@ FLOAT32: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
     ("sm_80", "forward", 64): (128, 32, 4, 1),
     ("sm_90", "forward", 64): (128, 32, 4, 1),
     ("sm_90", "forward", 128): (64, 32, 4, 2),
+    ("sm_90", "backward_dk", 256): (16, 64, 4, 2),
 }
 """The same of float32 with three products of TF32 each, of the tiles that that benchmark was given with `--dtype float32 --tile` (docs/performance.md, "float32")."""
 
