@@ -4,7 +4,7 @@
     python benchmarks/predicted_tile_sweep.py --arch sm_80 --steady          # lines of cuflash/planning/predicted_backward.py
     python benchmarks/predicted_tile_sweep.py --arch sm_80 --kernel backward_dq --head-dim 128 --tile 128x32w4s2 64x64w4s2
 
-float16, no score features, steady states. Tiles are compared without a causal mask; the best ones are then predicted with it, and the least sum of both decides, since
+float16, or with --dtype another type (docs/performance.md says which tiles of float32 were tried), no score features, steady states. Tiles are compared without a causal mask; the best ones are then predicted with it, and the least sum of both decides, since
 a kernel has one tile for both. Kernels are compiled at the assembler's highest level; of what they spill, `tile_choice.TOLERATED_SPILLS` is allowed. Needs no GPU, and about five seconds for a tile.
 """
 
@@ -55,10 +55,10 @@ class Found:
     spill_bytes: int
 
 
-def predict(arch: str, name: str, head_dim: int, tile: Tile, *, causal: bool) -> Found:
+def predict(arch: str, name: str, head_dim: int, tile: Tile, *, causal: bool, dtype: str = "float16") -> Found:
     """One kernel with a tile."""
     spec, on = kernel_specs.TILED_KERNELS[name], device.of_arch(arch, "gpu")
-    sample = samples.Sample(batch=1, seqlen_q=1024, seqlen_kv=1024, head_dim=head_dim, dtype="float16", is_causal=causal)
+    sample = samples.Sample(batch=1, seqlen_q=1024, seqlen_kv=1024, head_dim=head_dim, dtype=dtype, is_causal=causal)
     problem = samples.plan_of(sample, backward=spec.backward).problem
     kernel = planner.tiled_kernel(spec, problem, on, {name: tile})
     tolerated = 0 if spec == kernel_specs.BACKWARD_FUSED else tile_choice.TOLERATED_SPILLS
@@ -69,15 +69,15 @@ def predict(arch: str, name: str, head_dim: int, tile: Tile, *, causal: bool) ->
     return Found(tile, found.clocks / found.blocks / (tile.tile_q * tile.tile_kv), described.spill_bytes)
 
 
-def best(arch: str, name: str, head_dim: int, candidates: Sequence[Tile]) -> Found | None:
+def best(arch: str, name: str, head_dim: int, candidates: Sequence[Tile], dtype: str = "float16") -> Found | None:
     """The best of some tiles by the sum of full and causal; None if all are illegal or spill too much."""
-    case = KernelCase(kernel_specs.TILED_KERNELS[name], "float16", head_dim, False, head_dim)
+    case = KernelCase(kernel_specs.TILED_KERNELS[name], dtype, head_dim, False, head_dim)
     on = device.of_arch(arch, "gpu")
     full = []
     for tile in candidates:
         if tile_rules.broken_rule(case, tile, on) is None:
             try:
-                full.append(predict(arch, name, head_dim, tile, causal=False))
+                full.append(predict(arch, name, head_dim, tile, causal=False, dtype=dtype))
             except UnsupportedError as error:  # more resources than an SM has
                 print(f"{arch} {name} {head_dim} {tile}: {error}", file=sys.stderr)
                 continue
@@ -86,7 +86,7 @@ def best(arch: str, name: str, head_dim: int, candidates: Sequence[Tile]) -> Fou
     finalists = sorted((found for found in full if found.spill_bytes <= most), key=lambda found: found.clocks)[:FINALISTS]
     both = []
     for found in finalists:
-        causal = predict(arch, name, head_dim, found.tile, causal=True)
+        causal = predict(arch, name, head_dim, found.tile, causal=True, dtype=dtype)
         print(f"{arch} {name} {head_dim} causal {causal}", file=sys.stderr, flush=True)
         if causal.spill_bytes <= most:
             both.append(Found(found.tile, found.clocks + causal.clocks, 0))
@@ -131,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Which tiles the timing model finds best.")
     parser.add_argument("--arch", nargs="+", required=True, choices=sorted(CARDS))
     parser.add_argument("--kernel", nargs="+", choices=sorted({name for name, _ in CANDIDATES}))
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--head-dim", nargs="+", type=int, choices=(64, 128, 256))
     parser.add_argument("--tile", nargs="+", type=_tile, metavar="128x64w4s2", help="others than the usual candidates")
     parser.add_argument(
@@ -143,9 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for arch in () if options.steady else options.arch:
         for (name, head_dim), texts in CANDIDATES.items():
             if name in (options.kernel or [name]) and head_dim in (options.head_dim or [head_dim]):
-                case = KernelCase(kernel_specs.TILED_KERNELS[name], "float16", head_dim, False, head_dim)
+                case = KernelCase(kernel_specs.TILED_KERNELS[name], options.dtype, head_dim, False, head_dim)
                 tiles = options.tile or [*map(_tile, texts.split()), tile_choice.default_tile(case, device.of_arch(arch, "gpu"))]
-                found = best(arch, name, head_dim, list(dict.fromkeys(tiles)))
+                found = best(arch, name, head_dim, list(dict.fromkeys(tiles)), options.dtype)
                 if found is not None:
                     tile = found.tile
                     print(

@@ -46,14 +46,14 @@ def test_16_bit_tiles_have_no_bank_conflicts_and_whole_sectors(
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_float32_tiles_have_two_way_conflicts_in_the_epilogue_only(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, kernel in profiles("sm_80", "float32", head_dim, monkeypatch).items():
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+def test_float32_tiles_have_no_bank_conflicts_and_whole_sectors(arch: str, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, kernel in profiles(arch, "float32", head_dim, monkeypatch).items():
         total = kernel.total
-        assert total.shared_reads.excess == total.global_reads.excess == total.global_writes.excess == 0, name
-        conflicts = [traffic for line in kernel.kernel_lines if (traffic := line.counts.shared_writes).excess]
-        assert len(conflicts) <= 2, name  # dK and dV
-        assert all(traffic.used == 2 * traffic.ideal for traffic in conflicts), name
+        assert total.shared_memory.excess == total.global_writes.excess == 0, name
+        if arch != "sm_75":  # see above
+            assert total.global_reads.excess == 0, name
 
 
 @pytest.mark.sample(1)

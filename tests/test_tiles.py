@@ -385,6 +385,19 @@ def of_mask(name: str) -> str | None:
     return next((dtype for dtype in MASK_DTYPES if name in (dtype, f"odd {dtype}")), None)
 
 
+@pytest.mark.parametrize(("arch", "kernel", "head_dim"), predicted_tiles.FLOAT32, ids=str)
+def test_predicted_tiles_of_float32_are_those_of_calls_without_features(arch: str, kernel: Any, head_dim: int) -> None:
+    device_, predicted = on(arch), Tile(*predicted_tiles.FLOAT32[arch, kernel, head_dim])
+    plain = case(kernel, "float32", head_dim)
+    assert tile_choice.default_tile(plain, device_) == predicted
+    for other in (
+        replace(plain, allow_tf32=True),
+        replace(plain, head_dim_v=head_dim + 8),
+        replace(plain, features=FeatureSet(sinks=True)),
+    ):
+        assert tile_choice.known_tile(other, device_) is None
+
+
 @pytest.mark.parametrize(("arch", "kernel", "head_dim"), {**measured_tiles.WITH_FEATURE, **predicted_tiles.WITH_FEATURE}, ids=str)
 def test_tiles_of_calls_with_features(arch: str, kernel: Any, head_dim: int) -> None:
     """Every feature has at most one tile, and calls with several take the last of theirs, which leaves most room."""

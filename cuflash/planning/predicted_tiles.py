@@ -29,6 +29,14 @@ TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
 """(architecture, kernel, head_dim) -> tile_q, tile_kv, num_warps, num_stages; what benchmarks/predicted_tile_sweep.py prints. 16-bit types, value of the same
 head_dim, no score features."""
 
+FLOAT32: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
+    ("sm_80", "forward", 64): (128, 32, 4, 1),
+    ("sm_90", "forward", 64): (128, 32, 4, 1),
+    ("sm_90", "forward", 128): (64, 32, 4, 2),
+    ("sm_90", "backward_dk", 256): (16, 64, 4, 2),
+}
+"""The same of float32 with three products of TF32 each, of the tiles that that benchmark was given with `--dtype float32 --tile` (docs/performance.md, "float32")."""
+
 _HALF_MASKS = frozenset(("float16", "bfloat16"))
 _ODD_HALF_MASKS = frozenset(("odd float16", "odd bfloat16"))
 _MASKS = _HALF_MASKS | {"bool", "float32"}

@@ -143,6 +143,8 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
         return _split_tile(case, device), "as many warps and copies in flight as fit"
     if case.kernel.added_up:
         return _fused_tile(case, device), "predicted by the timing model (predicted_tiles.py)"
+    if case.dtype == "float32":
+        return _float32_tile(case, device), "predicted by the timing model (predicted_tiles.py)"
     measured = measured_tile(case, device)
     if measured is not None:
         return measured, "measured on an H100 (measured_tiles.py)"
@@ -173,6 +175,13 @@ def _wide_tile(case: KernelCase, device: Device) -> Tile | None:
     """The most keys of which two tiles fit."""
     tiles = (Tile(WARPGROUP_ROWS, keys, 8, 2) for keys in (64, 48, 32, 16))
     return next((tile for tile in tiles if broken_rule(case, tile, device) is None), None)
+
+
+def _float32_tile(case: KernelCase, device: Device) -> Tile | None:
+    """The predicted one of calls without features to float32 accuracy."""
+    found = predicted_tiles.FLOAT32.get((device.arch, case.kernel.name, case.head_dim))
+    plain = case.features == NO_FEATURES and case.head_dim == case.head_dim_v and not case.allow_tf32
+    return Tile(*found) if found is not None and plain else None
 
 
 def _fused_tile(case: KernelCase, device: Device) -> Tile | None:

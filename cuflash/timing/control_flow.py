@@ -5,8 +5,10 @@
 
 A loop is an interval of addresses from the target of a backward branch to that branch, as compilers lay loops out. Which way branches go is not
 known from the code. The steady state is taken to be the path with the most work (products, exponentials, copies, barriers, reads by matrix), and of
-those the shortest; where a warp votes, it is that of warps of which no lane asks for the other. So copies are made, masks are not applied, and slow paths for rare cases are left aside. Of a tile that a mask cuts (`masked`) it is the path
-that selects most scores by what is no comparison of floats, and loads most of a mask that was copied, among those with the most work.
+those the shortest; where a warp votes, it is that of warps of which no lane asks for the other, and numbers are not stored to global memory one by one
+where there is a way around, since that is what a kernel in float32 does with its outputs every thousand keys. So copies are made, masks are not applied, and
+slow paths for rare cases are left aside. Of a tile that a mask cuts (`masked`) it is the path that selects most scores by what is no comparison of floats, and
+loads most of a mask that was copied, among those with the most work.
 
 Inner loops are run as often as their counter says, if it starts, steps and ends at constants. If it does not, the trips of the inner loops with matrix products are
 whatever makes up the number of products that the caller expects.
@@ -94,6 +96,19 @@ def _is_store(instruction: Instruction) -> bool:
     return parts[0] in ("STS", "STSM", "UTMASTG") or (parts[0] == "STG" and "128" in parts)
 
 
+def _stores_single_numbers(instruction: Instruction) -> bool:
+    return instruction.base == "STG" and not {"64", "128"} & set(instruction.opcode.split("."))
+
+
+def _leaves(instruction: Instruction) -> bool:
+    """Whether it is a jump that looks like a call, by which the assembler leaves some loops."""
+    return instruction.opcode == "CALL.REL.NOINC" and bool(instruction.predicate) and instruction.target is not None
+
+
+def _branches(instruction: Instruction) -> bool:
+    return instruction.base == "BRA" or _leaves(instruction)
+
+
 def _is_backward(function: Function, index: int) -> bool:
     instruction = function[index]
     return instruction.base == "BRA" and instruction.target is not None and instruction.target < index
@@ -160,8 +175,11 @@ _MOST_TRIPS = 4096
 
 def constant_trips(function: Function, head: int, last: int) -> int | None:
     """How often the loop from `head` to the conditional branch `last` runs, if one register counts it from a constant by a constant to a constant."""
-    branch, body = function[last], function[head:last]
-    predicate = branch.predicate.lstrip("!")
+    condition_of, body = function[last].predicate, function[head:last]
+    if not condition_of and _leaves(function[last - 1]):  # the way out is what has a condition
+        out, body = function[last - 1].predicate, function[head : last - 1]
+        condition_of = out.removeprefix("!") if out.startswith("!") else f"!{out}"
+    predicate = condition_of.lstrip("!")
     compared = _writer(body, predicate)
     if compared is not None and body[compared].base == "PLOP3":  # a uniform predicate becomes an ordinary one
         source = re.search(r"\bUP\d\b", body[compared].operands)
@@ -182,7 +200,7 @@ def constant_trips(function: Function, head: int, last: int) -> int | None:
     for trips in range(1, _MOST_TRIPS):
         compared_value = value + step if stepped < compared else value
         value += step
-        if condition(compared_value, bound) == branch.predicate.startswith("!"):
+        if condition(compared_value, bound) == condition_of.startswith("!"):
             return trips
     return None
 
@@ -353,11 +371,11 @@ class _Paths:
 
     def _work(self, indices: Sequence[int]) -> int:
         found = sum(_is_work(self.function[index]) or (self.stores and _is_store(self.function[index])) for index in indices)
-        return found - _AVOIDED * any(index in self.avoided for index in indices)
+        return found - _AVOIDED * any(index in self.avoided or _stores_single_numbers(self.function[index]) for index in indices)
 
     def _successors(self, node: _Node, at: dict[int, int]) -> list[int]:
         last = self.function[node.end - 1]
-        targets = {branch.target for branch in self.function[node.start : node.end] if branch.base == "BRA" and branch.target is not None}
+        targets = {branch.target for branch in self.function[node.start : node.end] if _branches(branch) and branch.target is not None}
         if not (last.base in _ENDS and _always(last)):
             targets.add(node.end)
         return [at[target] for target in sorted(targets) if target in at and target > node.start]

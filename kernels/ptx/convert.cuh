@@ -80,3 +80,6 @@ DEVICE uint32 to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
+
+// The same in two instructions where the assembler makes four of cvt, but of NaN, which may become a zero: x less it is NaN.
+DEVICE uint32 round_to_tf32(float x) { return (__float_as_uint(x) + 0x1000u) & 0xffffe000u; }

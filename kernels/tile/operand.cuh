@@ -115,6 +115,7 @@ struct MmaHalf {
 // float32 on tensor cores, m16n8k8 TF32. With PRODUCTS = 3 each number is high + low, both TF32, and low * low is left out: the error per
 // product is about 2^-22, that of float32. Tensor cores truncate when they add to an accumulator, so long sums are kept outside, by additions that
 // round (Ootomo and Yokota 2022, arXiv 2203.03341). With PRODUCTS = 1 it is TF32 as the caller asked for.
+// `low` is not rounded: it has 12 bits at most, and the matrix units ignore what is behind the 11 of TF32, which is as exact as a tie rounded away.
 // Infinity, and what TF32 rounds to it, has a rest of NaN: such inputs give NaN where they are seen.
 template <int PRODUCTS>
 struct MmaTf32 {
@@ -128,8 +129,12 @@ struct MmaTf32 {
     uint32 high[REGISTERS];
     uint32 low[HAS_LOW ? REGISTERS : 1];
     DEVICE void set(int i, float x) {
-      high[i] = to_tf32(x);
-      if constexpr (HAS_LOW) low[i] = to_tf32(x - __uint_as_float(high[i]));
+      if constexpr (HAS_LOW) {
+        high[i] = round_to_tf32(x);
+        low[i] = __float_as_uint(x - __uint_as_float(high[i]));
+      } else {
+        high[i] = to_tf32(x);
+      }
     }
   };
   using A = Fragment<4>;
@@ -263,8 +268,8 @@ struct MmaSimt {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
-        for (int k = 0; k < K; ++k) {  // row k of eight is swizzled by k: the lowest bit meets the lane's, the others are constants
-          const int chunk = (4 * column_pair + 2 * i) ^ (k & ~1);
+        for (int k = 0; k < K; ++k) {  // of the swizzle the lowest bit, that of k, meets the lane's; the others are constants
+          const int chunk = (4 * column_pair + 2 * i) ^ (Tile::swizzle(k) & ~1);
           const float2 x = load_shared_f32x2(tile + (lane_offset ^ (k % 2 * 16)) + chunk * 16 + (K * k_step + k) * Tile::ROW_BYTES);
           b[i].column[0][k] = x.x;
           b[i].column[1][k] = x.y;

@@ -10,7 +10,8 @@
 // For PITCH = 8 (64 columns of 16 bits) this is the usual chunk ^ (row % 8).
 //
 // Columns past WIDTH up to a multiple of 16 are zero: they take part in the matrix products. A 32-bit tile is read by columns one word
-// at a time, which needs all eight slots: its pitch is a multiple of 8.
+// at a time, which needs all eight slots: its pitch is a multiple of 8. Of it two neighbouring rows also differ in the third bit of the slot, so
+// that four chunks of both, and two of four rows, lie on eight slots: copies of narrow rows, and accumulators on their way out.
 #pragma once
 #include "ptx/convert.cuh"
 #include "ptx/memory.cuh"
@@ -29,7 +30,10 @@ struct SmemTile {
   static constexpr int BYTES = ROWS * ROW_BYTES;
 
   // Unsigned, so that the compiler sees that eight rows more change nothing.
-  DEVICE static int swizzle(int row) { return int(uint32(row) / (8 / SWIZZLE) % SWIZZLE); }
+  DEVICE static int swizzle(int row) {
+    const int exchanged = int(uint32(row) / (8 / SWIZZLE) % SWIZZLE);
+    return sizeof(SmemElement) == 4 ? exchanged ^ exchanged % 2 * 4 : exchanged;
+  }
 
   DEVICE static int offset(int row, int chunk) { return row * ROW_BYTES + (chunk ^ swizzle(row)) * 16; }
 
