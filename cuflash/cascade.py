@@ -8,7 +8,9 @@ import operator
 from collections.abc import Hashable
 from typing import Any
 
-from cuflash.arrays.borrowing import CPU, AnyArray, Array, BFloat16Bits, borrow, describe, signature
+from cuflash.arrays.borrowing import CPU, AnyArray, Array, BFloat16Bits, borrow
+from cuflash.arrays.descriptions import describe
+from cuflash.arrays.signatures import signature
 from cuflash.decoding import attention_with_kvcache, kvcache_plan
 from cuflash.errors import DTypeError, OptionError, ShapeError
 from cuflash.merging import merge_attention

@@ -6,7 +6,9 @@ import operator
 from math import ceil, prod
 from typing import Any
 
-from cuflash.arrays.borrowing import borrow, describe, has_attribute, pointer
+from cuflash.arrays.borrowing import borrow
+from cuflash.arrays.descriptions import describe, has_attribute
+from cuflash.arrays.signatures import pointer
 from cuflash.errors import OptionError, ShapeError
 from cuflash.hardware import device
 from cuflash.planning.codegen import config_text

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy
 
-from cuflash.arrays.borrowing import AnyArray, Pinned, borrow, describe, signature
+from cuflash.arrays.borrowing import AnyArray, borrow
+from cuflash.arrays.descriptions import describe
+from cuflash.arrays.signatures import Pinned, signature
 from cuflash.decoding import attention_with_kvcache
 from cuflash.errors import DTypeError, OptionError, ShapeError
 from cuflash.problem import cache_scales

@@ -12,8 +12,10 @@ from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
-from cuflash.arrays.borrowing import AnyArray, Array, borrow, describe, is_array, pointer, refuse_without_memory, signature
+from cuflash.arrays.borrowing import AnyArray, Array, borrow, is_array
+from cuflash.arrays.descriptions import describe
 from cuflash.arrays.frameworks import BFloat16Bits
+from cuflash.arrays.signatures import pointer, refuse_without_memory, signature
 from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
 from cuflash.hardware import device
 from cuflash.planning.argument_structs import LISTED_PARTS, MERGE_PART

@@ -7,7 +7,7 @@ from dataclasses import fields
 from itertools import product
 from typing import Any
 
-from cuflash.arrays.borrowing import attribute, describe
+from cuflash.arrays.descriptions import attribute, describe
 from cuflash.errors import ArgumentError, CompilationForbiddenError, OptionError
 from cuflash.hardware import device
 from cuflash.hardware.device import Device

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cuflash
-from cuflash.arrays import borrowing, dlpack, frameworks
-from cuflash.arrays.borrowing import Array, bfloat16, borrow, pointer, signature
+from cuflash.arrays import dlpack, frameworks, libraries
+from cuflash.arrays.borrowing import Array, bfloat16, borrow
 from cuflash.arrays.frameworks import BFloat16Bits
+from cuflash.arrays.signatures import pointer, signature
 from cuflash.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 
 SHAPE = (2, 3, 4, 8)
@@ -290,12 +291,12 @@ def test_a_class_of_the_caller_is_not_kept_alive() -> None:
 
     x = numpy.ones((1, 8, 1, 8), numpy.float32).view(Own)
     assert type(cuflash.scaled_dot_product_attention(x, x, x)) in (Own, numpy.ndarray)
-    known, classes = len(borrowing._libraries), weakref.ref(Own)
-    assert Own in borrowing._libraries_of_subclasses
+    known, classes = len(libraries.own_classes), weakref.ref(Own)
+    assert Own in libraries._libraries_of_subclasses
     del x, Own
     gc.collect()
     assert classes() is None
-    assert len(borrowing._libraries) == known
+    assert len(libraries.own_classes) == known
 
 
 def test_other_devices() -> None:

@@ -33,6 +33,8 @@ OTHER_MEANINGS = {
     "runtime/calls.py": {"forward"},
     "attention.py": {"forward"},
     "torch/warm_calls.py": {"forward"},
+    "torch/last_calls.py": {"forward"},
+    "torch/operators.py": {"forward"},
     "runtime/arguments.py": {"visible_tiles"},
     "planning/description.py": {"forward"},
     "planning/planner.py": {"visible_tiles"},  # memory

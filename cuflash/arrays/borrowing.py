@@ -2,50 +2,28 @@
 
 `borrow(x, name)` turns a NumPy array, a CuPy array, a torch tensor or anything else that speaks DLPack into an `Array`: a pointer, a shape,
 strides in elements, the name of the element type and the device. `Array.framework` makes results of the same kind and knows which stream
-the caller works on. `signature` and `pointer` are the two halves of `borrow` that a warm call needs, as cheap as they can be.
-
-CuPy and torch are looked up in `sys.modules` and never imported: an array of theirs cannot exist before their own import.
+the caller works on.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import operator
-import reprlib
 import sys
-import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy
 
 from cuflash.arrays import dlpack, frameworks
+from cuflash.arrays.descriptions import describe, has_attribute
 from cuflash.arrays.dlpack import ManagedTensor
 from cuflash.arrays.frameworks import BFloat16Bits, DLPackFramework, Framework
+from cuflash.arrays.libraries import library_of
 from cuflash.errors import ArgumentError, CuflashError, DeviceError, DTypeError, ShapeError
 
-__all__ = [
-    "CPU",
-    "AnyArray",
-    "Array",
-    "BFloat16Bits",
-    "Framework",
-    "Pinned",
-    "bfloat16",
-    "borrow",
-    "describe",
-    "is_array",
-    "pointer",
-    "pointer_of_results",
-    "readers",
-    "refuse_without_memory",
-    "seen",
-    "signature",
-]
+__all__ = ["CPU", "AnyArray", "Array", "BFloat16Bits", "Framework", "bfloat16", "borrow", "is_array", "without_memory"]
 
 CPU = ("cpu", 0)
-_MAX_DESCRIPTION = 200  # characters
 
 AnyArray: TypeAlias = Any
 """An array of the caller: of NumPy (also of `ml_dtypes.bfloat16`) or CuPy, a torch tensor, `BFloat16Bits`, or anything else with `__dlpack__`."""
@@ -123,7 +101,7 @@ def borrow(x: object, name: str) -> Array:
         ShapeError: the memory layout cannot be expressed in whole, aligned elements.
         ArgumentError: the object's own `__dlpack__` failed.
     """
-    reader = _borrowers.get(_library_of(type(x)) or "", _borrow_dlpack)
+    reader = _borrowers.get(library_of(type(x)) or "", _borrow_dlpack)
     array = reader(x, name)
     if array.pointer % min(array.itemsize or 1, 8) and 0 not in array.shape:
         got, expected = (
@@ -136,88 +114,7 @@ def borrow(x: object, name: str) -> Array:
 
 def is_array(x: object) -> bool:
     """Whether `borrow` takes objects of this type for arrays."""
-    return _library_of(type(x)) is not None or (not isinstance(x, type) and has_attribute(x, "__dlpack__"))
-
-
-def signature(x: object) -> Hashable | None:
-    """All that decides how a call on `x` is carried out, except the address: kind, element type, shape, strides, device.
-
-    For a torch tensor, whether autograd would record the call is part of it too.
-
-    Two arrays with equal signatures differ only in `pointer(x)`, so whatever `borrow` and later checks said of one holds for the other, as
-    long as the pointers are equally aligned. Overlap with other memory and permission to write are not part of it.
-
-    Returns:
-        A hashable key, or None when there is no cheap one: then `borrow` has to be used.
-    """
-    reader = _signatures.get(_library_of(type(x)) or "")
-    return reader(x) if reader else None
-
-
-def pointer(x: Any) -> int:
-    """The address of element [0, …, 0] of an array for which `signature` returned a key.
-
-    Raises:
-        DTypeError: a torch tensor that looks like any other, but is a wrapper without memory, as inside `torch.func.vmap`.
-    """
-    return _pointers[_libraries.get(type(x)) or _library_of(type(x)) or ""](x)
-
-
-def pointer_of_results(framework: Framework) -> Callable[[Any], int]:
-    """`pointer` of what a framework makes."""
-    return operator.methodcaller("data_ptr") if framework.name == "torch" else pointer
-
-
-def refuse_without_memory(result: Any, name: str) -> int:
-    """The address of a result that `pointer_of_results` gave as 0, which only an empty one may have.
-
-    Raises:
-        DTypeError: a mode of torch has made a tensor without memory, such as `FakeTensorMode` around a call on plain tensors.
-    """
-    if 0 in result.shape:
-        return 0
-    hint = "A mode of torch makes tensors without memory here: call cuflash.torch, which knows such modes, or leave the mode for this call."
-    raise DTypeError(name, describe(result), "a result with memory of its own", hint)
-
-
-class _Known:
-    """Stands for equal signatures, and is hashed and compared by identity, which takes no time."""
-
-    __slots__ = ("__weakref__",)
-
-
-_known: weakref.WeakValueDictionary[Hashable, _Known] = weakref.WeakValueDictionary()
-
-
-class Pinned:
-    """An array of ours that stays where it is and as it is: what calls look at of it is looked at once. They take it in the place of the array.
-
-    Attributes:
-        array: kept alive.
-        signature: equal for those whose arrays have equal ones.
-        pointer: of the array.
-    """
-
-    __slots__ = ("array", "pointer", "seen", "signature")
-
-    def __init__(self, array: AnyArray) -> None:
-        self.array, self.signature, self.pointer = array, _known.setdefault(signature(array), _Known()), pointer(array)
-        self.seen = self.signature, self.pointer
-
-
-def seen(x: object) -> tuple[Hashable, int] | None:
-    """`signature` and `pointer` of an array together, for calls that look at many; None where there is no signature.
-
-    Raises:
-        As `pointer`.
-    """
-    both = readers.get(type(x))
-    if both is not None:
-        return both(x)
-    library = _library_of(type(x)) or ""
-    reader = _signatures.get(library)
-    found = reader(x) if reader else None
-    return None if found is None else (found, _pointers[library](x))
+    return library_of(type(x)) is not None or (not isinstance(x, type) and has_attribute(x, "__dlpack__"))
 
 
 def bfloat16(bits: Any) -> BFloat16Bits:
@@ -231,66 +128,13 @@ def bfloat16(bits: Any) -> BFloat16Bits:
     Raises:
         DTypeError: not an array of NumPy or CuPy, or its elements are not uint16.
     """
-    if _library_of(type(bits)) not in ("numpy", "cupy"):
+    if library_of(type(bits)) not in ("numpy", "cupy"):
         hint = "Other libraries have a bfloat16 of their own: use theirs."
         raise DTypeError("bits", describe(bits), "a NumPy or CuPy array of uint16", hint)
     if bits.dtype != numpy.uint16:
         hint = "Pass the bits of the values, such as x.view(numpy.uint16) of a bfloat16 array x, not numbers to be converted."
         raise DTypeError("bits", f"an array of {bits.dtype}", "an array of uint16", hint)
     return BFloat16Bits(bits)
-
-
-def attribute(x: object, name: str, default: Any = None) -> Any:
-    """An attribute of the caller's object, whose `__getattr__` may raise anything."""
-    try:
-        return getattr(x, name, default)
-    except Exception:
-        return default
-
-
-def has_attribute(x: object, name: str) -> bool:
-    """Whether the caller's object has an attribute."""
-    missing = object()
-    return attribute(x, name, missing) is not missing
-
-
-def describe(x: object) -> str:
-    """One short line about any object, for messages."""
-    kind = type(x)
-    if isinstance(x, type):
-        return f"the class {x.__qualname__}"
-    if x is None or isinstance(x, (bool, int, float, complex, str, numpy.generic)):
-        try:
-            return reprlib.repr(x)[:_MAX_DESCRIPTION]
-        except ValueError:  # Python refuses to print ints of thousands of digits
-            return "an enormous int"
-        except Exception:  # of a subclass
-            pass
-    return f"an object of type {kind.__qualname__ if kind.__module__ == 'builtins' else f'{kind.__module__}.{kind.__qualname__}'}"
-
-
-# --- One reader per library -------------------------------------------------------------------------------------------------------------
-
-_libraries: dict[type, str] = {BFloat16Bits: "bits", Pinned: "pinned", numpy.ndarray: "numpy"}
-_libraries_of_subclasses: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
-"""Classes of the caller, which must not be kept alive here."""
-
-
-def _library_of(kind: type) -> str | None:
-    """Which library's arrays `kind` belongs to: "numpy", "cupy", "torch", "bits", "pinned", or None for all others."""
-    known = _libraries.get(kind) or _libraries_of_subclasses.get(kind)
-    if known is not None:
-        return known
-    for library, base in (("numpy", "ndarray"), ("cupy", "ndarray"), ("torch", "Tensor")):
-        array_type = getattr(sys.modules.get(library), base, None)
-        if isinstance(array_type, type) and issubclass(kind, array_type):
-            if kind is array_type or kind is getattr(getattr(sys.modules[library], "nn", None), "Parameter", None):
-                _libraries[kind] = library
-                readers[kind] = _readers_of[library]
-            else:
-                _libraries_of_subclasses[kind] = library
-            return library
-    return None
 
 
 def _borrow_numpy(x: Any, name: str) -> Array:
@@ -337,14 +181,14 @@ def _borrow_torch(x: Any, name: str) -> Array:
         hint = "A meta tensor has no values." if kind == "meta" else f"Move it: {name}.to('cuda') or {name}.cpu()."
         raise DeviceError(name, f"a torch tensor on {x.device}", "a tensor on the CPU or a CUDA device", hint)
     if _is_wrapper(x):
-        raise _no_torch_memory(name, x, None)
+        raise without_memory(name, x, None)
     try:
         address = x.data_ptr()
     except RuntimeError as error:
-        raise _no_torch_memory(name, x, error) from error
+        raise without_memory(name, x, error) from error
     shape = tuple(x.shape)
     if not address and 0 not in shape:
-        raise _no_torch_memory(name, x, None)
+        raise without_memory(name, x, None)
     device, framework = (CPU, frameworks.TORCH_CPU) if kind == "cpu" else (("cuda", x.get_device()), frameworks.TORCH_CUDA)
     return Array(address, shape, x.stride(), _torch_dtype(x.dtype), x.element_size(), device, framework, x, x.requires_grad)
 
@@ -365,7 +209,7 @@ def _has_functions_of_its_own(x: Any) -> bool:
         return not x.is_nested and not _is_wrapper(x)  # which have messages of their own
 
 
-def _no_torch_memory(name: str, x: object, error: Exception | None) -> DTypeError:
+def without_memory(name: str, x: object, error: Exception | None) -> DTypeError:
     got = describe(x) + (f" whose data_ptr() says: {str(error).partition(chr(10))[0]}" if error else "")
     hint = "Wrapped or traced tensors (vmap, grad, fake, distributed) have to be unwrapped."
     return DTypeError(name, got, "a tensor with memory of its own", hint)
@@ -470,82 +314,6 @@ def _torch_dtype(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _kind(x: object) -> Hashable:
-    """The class of an array, by a weak reference where it is the caller's own, which a kept call must not keep alive."""
-    kind: Any = type(x)
-    return kind if kind in _libraries else weakref.ref(kind)
-
-
-def _signature_numpy(x: Any) -> Hashable:
-    return _kind(x), x.dtype, x.shape, x.strides
-
-
-def _signature_cupy(x: Any) -> Hashable:
-    return _kind(x), x.dtype, x.shape, x.strides, x.data.device_id
-
-
-def _signature_torch(x: Any) -> Hashable | None:
-    try:
-        recorded = x.requires_grad and sys.modules["torch"].is_grad_enabled()
-        return _kind(x), x.dtype, x.shape, x.stride(), x.device, x.is_neg(), recorded
-    except RuntimeError:  # no strides: sparse, nested, …
-        return None
-
-
-def _signature_bits(x: BFloat16Bits) -> Hashable:
-    return BFloat16Bits, signature(x.bits)
-
-
-def _pointer_numpy(x: Any) -> int:
-    try:
-        return _address_of(_first_byte_of(x))  # a third of the time, of contiguous memory that may be written
-    except (TypeError, ValueError, BufferError):
-        return x.ctypes.data  # type: ignore[no-any-return]
-
-
-_address_of, _first_byte_of = ctypes.addressof, ctypes.c_char.from_buffer
-
-
-def _seen_numpy(x: Any) -> tuple[Hashable, int]:
-    try:
-        address = _address_of(_first_byte_of(x))
-    except (TypeError, ValueError, BufferError):
-        address = x.ctypes.data
-    return (numpy.ndarray, x.dtype, x.shape, x.strides), address
-
-
-def _seen_cupy(x: Any) -> tuple[Hashable, int]:
-    data = x.data
-    return (type(x), x.dtype, x.shape, x.strides, data.device_id), data.ptr
-
-
-def _seen_torch(x: Any) -> tuple[Hashable, int] | None:
-    try:
-        found = type(x), x.dtype, x.shape, x.stride(), x.device, x.is_neg(), x.requires_grad and sys.modules["torch"].is_grad_enabled()
-    except RuntimeError:
-        return None
-    try:
-        address = x.data_ptr()
-    except RuntimeError as error:
-        raise _no_torch_memory("tensor", x, error) from error
-    return (found, address) if address or not x.numel() else None  # without memory: zeros that torch does not write down
-
-
-def _pointer_cupy(x: Any) -> int:
-    return x.data.ptr  # type: ignore[no-any-return]
-
-
-def _pointer_torch(x: Any) -> int:
-    try:
-        return x.data_ptr()  # type: ignore[no-any-return]
-    except RuntimeError as error:
-        raise _no_torch_memory("tensor", x, error) from error
-
-
-def _pointer_bits(x: BFloat16Bits) -> int:
-    return pointer(x.bits)
-
-
 _borrowers: dict[str, Callable[[Any, str], Array]] = {
     "numpy": _borrow_numpy,
     "cupy": _borrow_cupy,
@@ -553,33 +321,6 @@ _borrowers: dict[str, Callable[[Any, str], Array]] = {
     "bits": _borrow_bits,
     "pinned": lambda x, name: borrow(x.array, name),
 }
-_signatures: dict[str, Callable[[Any], Hashable | None]] = {
-    "numpy": _signature_numpy,
-    "cupy": _signature_cupy,
-    "torch": _signature_torch,
-    "bits": _signature_bits,
-    "pinned": lambda x: x.signature,
-}
-_pointers: dict[str, Callable[[Any], int]] = {
-    "numpy": _pointer_numpy,
-    "cupy": _pointer_cupy,
-    "torch": _pointer_torch,
-    "bits": _pointer_bits,
-    "pinned": lambda x: x.pointer,
-}
-
-
-def _seen_bits(x: BFloat16Bits) -> tuple[Hashable, int] | None:
-    look = seen(x.bits)
-    return None if look is None else ((BFloat16Bits, look[0]), look[1])
-
-
-Reader: TypeAlias = Callable[[Any], tuple[Hashable, int] | None]
-
-_readers_of: dict[str, Reader] = {"numpy": _seen_numpy, "cupy": _seen_cupy, "torch": _seen_torch}
-readers: dict[type, Reader] = {numpy.ndarray: _seen_numpy, BFloat16Bits: _seen_bits, Pinned: operator.attrgetter("seen")}
-"""`seen` of arrays of exactly a library's own class: the least that a warm call does for each of its arrays."""
-
 
 _INTEGERS = (
     "cu_seqlens_q", "cu_seqlens_kv", "seqlens_kv", "segment_ids_q", "segment_ids_kv", "prefix_lengths", "cache_seqlens", "page_table", "cache_batch_idx",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cuflash.arrays.borrowing import describe
+from cuflash.arrays.descriptions import describe
 from cuflash.errors import CuflashError, DeviceError, OptionError, SetupError
 from cuflash.hardware.architectures import TABLE
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cuflash.arrays.borrowing import describe
+from cuflash.arrays.descriptions import describe
 from cuflash.errors import CompileError, OptionError, SetupError
 from cuflash.hardware.device import ARCHITECTURES, normalize_arch
 

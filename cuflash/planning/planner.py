@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import ceil
 
-from cuflash.arrays.borrowing import describe
+from cuflash.arrays.descriptions import describe
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.hardware.device import Device
 from cuflash.planning import (

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 
-from cuflash.arrays.borrowing import describe
+from cuflash.arrays.descriptions import describe
 from cuflash.errors import TileError
 from cuflash.hardware.device import Device
 from cuflash.planning import measured_tiles, predicted_tiles, tile_rules

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from math import ceil
 
-from cuflash.arrays.borrowing import describe
+from cuflash.arrays.descriptions import describe
 from cuflash.hardware.device import Device
 from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, KernelCase, accumulator_registers, head_dims, shared_bytes
 from cuflash.planning.kernel_specs import MAX_TILE

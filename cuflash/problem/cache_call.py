@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Final, Literal, NamedTuple
 
-from cuflash.arrays.borrowing import AnyArray, Array, borrow, describe
+from cuflash.arrays.borrowing import AnyArray, Array, borrow
+from cuflash.arrays.descriptions import describe
 from cuflash.errors import ArgumentError, DTypeError, OptionError, ShapeError, UnsupportedError
 from cuflash.problem import cache_scales, options
 from cuflash.problem.cache import Cache, NewRows, Rotary

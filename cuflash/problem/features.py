@@ -19,7 +19,8 @@ from typing import TypeAlias
 
 import numpy
 
-from cuflash.arrays.borrowing import AnyArray, Array, describe, is_array
+from cuflash.arrays.borrowing import AnyArray, Array, is_array
+from cuflash.arrays.descriptions import describe
 from cuflash.errors import DeviceError, DTypeError, OptionError, ShapeError
 from cuflash.problem.options import Options, check_bool, real
 from cuflash.problem.other_names import explains_features

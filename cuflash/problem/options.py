@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy
 
-from cuflash.arrays.borrowing import describe
+from cuflash.arrays.descriptions import describe
 from cuflash.errors import OptionError
 from cuflash.problem.layout import CANONICAL
 from cuflash.problem.tile import Tiles

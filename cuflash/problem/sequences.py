@@ -13,7 +13,8 @@ import operator
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cuflash.arrays.borrowing import Array, describe, is_array
+from cuflash.arrays.borrowing import Array, is_array
+from cuflash.arrays.descriptions import describe
 from cuflash.errors import DTypeError, OptionError, ShapeError
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TypeAlias
 
-from cuflash.arrays.borrowing import describe
+from cuflash.arrays.descriptions import describe
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Run the public calls: a call whose like was seen before runs as it was prepared then; another one is checked and prepared first.
 
 A new call is a straight line: borrow the arrays, check them into a `Problem`, plan, load the kernels, prepare, run. All but the last step depends only on
-the options and on what `borrowing.seen` sees but addresses, so its result is remembered as a `PreparedCall`, and a warm call looks it up and runs it.
+the options and on what `signatures.seen` sees but addresses, so its result is remembered as a `PreparedCall`, and a warm call looks it up and runs it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cuflash.arrays import borrowing
-from cuflash.arrays.borrowing import Array, attribute, borrow, describe
+from cuflash.arrays import signatures
+from cuflash.arrays.borrowing import Array, borrow
+from cuflash.arrays.descriptions import attribute, describe
 from cuflash.errors import DTypeError, OptionError, UnsupportedError
 from cuflash.hardware import device
 from cuflash.planning.plan import Plan
@@ -171,7 +172,7 @@ def looked_at(names: Sequence[str], operands: Sequence[object], seen: list[Hasha
             seen.append(None)
             continue
         try:
-            look = borrowing.seen(operand)
+            look = signatures.seen(operand)
         except DTypeError:  # no memory, which `borrow` says more about
             return False
         if look is None:

@@ -12,8 +12,9 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from cuflash.arrays.borrowing import Array, pointer
+from cuflash.arrays.borrowing import Array
 from cuflash.arrays.frameworks import Framework
+from cuflash.arrays.signatures import pointer
 from cuflash.planning.kernel_plan import Buffer
 
 MAX_BYTES = 2**25

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cuflash.arrays.borrowing import Array, Pinned, pointer, pointer_of_results, refuse_without_memory
+from cuflash.arrays.borrowing import Array
 from cuflash.arrays.frameworks import BFloat16Bits, Framework
+from cuflash.arrays.signatures import Pinned, pointer, pointer_of_results, refuse_without_memory
 from cuflash.planning import stream_k
 from cuflash.planning.argument_structs import MAPPED_TENSOR
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape

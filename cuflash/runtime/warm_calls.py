@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
-from cuflash.arrays.borrowing import readers
+from cuflash.arrays.signatures import readers
 from cuflash.errors import DTypeError
 from cuflash.hardware import device
 from cuflash.problem.operands import Operands

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cuflash.arrays.borrowing import describe
+from cuflash.arrays.descriptions import describe
 from cuflash.errors import OptionError, SimulatorError
 from cuflash.simulator import native, parser, program_cache, report
 from cuflash.simulator.decoder import decode

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cuflash.arrays.borrowing import describe
+from cuflash.arrays.descriptions import describe
 from cuflash.errors import SimulatorError
 from cuflash.simulator import native
 

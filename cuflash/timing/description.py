@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cuflash.arrays.borrowing import describe
+from cuflash.arrays.descriptions import describe
 from cuflash.errors import OptionError
 from cuflash.hardware.device import ARCHITECTURES
 from cuflash.planning.kernel_specs import KERNELS

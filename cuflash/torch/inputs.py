@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.attention.bias import CausalVariant
 
-from cuflash.arrays.borrowing import describe
+from cuflash.arrays.descriptions import describe
 from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
 
 TENSORS = (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from cuflash.arrays.borrowing import describe
+from cuflash.arrays.descriptions import describe
 from cuflash.errors import OptionError, ShapeError, UnsupportedError
 from cuflash.merging import merge_attention
 from cuflash.problem.other_names import explains_keywords

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from cuflash.arrays.borrowing import describe
+from cuflash.arrays.descriptions import describe
 from cuflash.errors import ArgumentError, OptionError, SetupError, UnsupportedError
 from cuflash.torch.attention import scaled_dot_product_attention
 

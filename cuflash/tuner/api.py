@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import cuflash
-from cuflash.arrays.borrowing import AnyArray, describe
+from cuflash.arrays.borrowing import AnyArray
+from cuflash.arrays.descriptions import describe
 from cuflash.cli import terminal_tables
 from cuflash.errors import OptionError
 from cuflash.hardware.device import Device
