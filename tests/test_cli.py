@@ -326,8 +326,12 @@ def test_inspect_and_warmup_know_the_gradient_of_a_mask(tmp_path: Path, monkeypa
         for more in ((), ("--need-attn-mask-grad",))
     )
     assert with_gradient - without == {"backward_mask"}
-    assert f"{len(without)} kernels are in the cache" in here("warmup", *options, directory=tmp_path).stdout
-    assert f"{len(with_gradient)} kernels are in the cache" in here("warmup", *options, "--need-attn-mask-grad", directory=tmp_path).stdout
+    of_odd_masks = 1  # forward, of masks whose rows do not start on 16 bytes
+    assert f"{len(without) + of_odd_masks} kernels are in the cache" in here("warmup", *options, directory=tmp_path).stdout
+    assert (
+        f"{len(with_gradient) + of_odd_masks} kernels are in the cache"
+        in here("warmup", *options, "--need-attn-mask-grad", directory=tmp_path).stdout
+    )
 
 
 def test_warmup_of_a_prefix_needs_no_other_option(tmp_path: Path) -> None:
