@@ -184,6 +184,8 @@ COPIED_MASKS: list[tuple[str, tuple[int, ...], Any]] = [
     ("bool", (B, H, 70, 144), {}),
     ("bool", (1, 1, 70, 144), {"is_causal": True}),
     ("bool", (B, 1, 1, 144), {"window": (30, None)}),
+    ("bool", (70, 144), {"tile": cuflash.Tile(64, 48, 4, 2)}),
+    ("bool", (70, 144), {"tile": cuflash.Tile(48, 16, 1, 2)}),
     ("float16", (B, 1, 70, 144), {"tile": cuflash.Tile(64, 48, 4, 2)}),
     ("float16", (1, H, 1, 144), {"is_causal": True, "alibi_slopes": numpy.linspace(0.1, 0.5, H).astype(numpy.float32)}),
     ("bfloat16", (70, 144), {"softcap": 2.0}),
