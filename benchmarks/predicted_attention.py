@@ -31,6 +31,7 @@ from cuflash.problem.tile import Tile
 from cuflash.timing import prediction, sass
 from cuflash.timing.description import Description
 from cuflash.timing.machine import CARDS, SUB_PARTITIONS, multiprocessor
+from cuflash.timing.multiprocessor import STEADY_TRIPS, WARMING
 from cuflash.timing.prediction import KernelPrediction
 from kernels_of_mma import rule_out_wgmma
 from marked_pages import print_prediction
@@ -89,8 +90,13 @@ def kernels(cell: Cell) -> list[KernelPrediction]:
     for kernel in plan.kernels:
         if kernel.spec.is_tiled:
             described, function = prediction.compiled(kernel, plan.device, causal=cell.causal)
-            found.append(prediction.predict_kernel(function, described, limits=False))
+            found.append(steady(function, described))
     return found
+
+
+def steady(function: sass.Function, described: Description) -> KernelPrediction:
+    """A run that is long enough for a table: how warps stand to each other settles in some tens of trips."""
+    return prediction.predict_kernel(function, described, limits=False, trips=STEADY_TRIPS, warming=WARMING)
 
 
 def clocks_per_pair(found: Sequence[KernelPrediction]) -> float:
@@ -146,7 +152,7 @@ def _predict_text(kernel: dict[str, object], arch: str, head_dim: int, causal: b
         str(kernel["name"]), arch, "float16", head_dim, head_dim, causal, tile, resources.registers, resources.spill_store_bytes,
         int(shared[1]) + resources.static_shared_bytes, resources.barriers,
     )  # fmt: skip
-    return prediction.predict_kernel(sass.read_functions(artifact.data)[resources.entry], described, limits=False)
+    return steady(sass.read_functions(artifact.data)[resources.entry], described)
 
 
 # --- The table ----------------------------------------------------------------------------------------------------------------------------
