@@ -5,9 +5,9 @@
     python benchmarks/predicted_attention.py --publish
     python benchmarks/predicted_attention.py --keep CHECKOUT            # the kernels of another checkout, as what was before
 
-A share is the time that the products of a pass would take at the matrix rate over what its kernels take in the steady state: two products forward, five backward. Kernels
-that compute seven or eight products for five are charged for it. float16, default tiles. FlashAttention-2's figures are those of
-benchmarks/flash_attention_2.py, by the same model. Needs no GPU.
+A share is the time that the products of a pass would take at the matrix rate over what its kernels take in the steady state: two products forward, five
+backward. Kernels that compute seven or eight products for five are charged for it. Runs are long (docs/timing.md): the whole table takes some minutes. float16,
+default tiles. FlashAttention-2's figures are those of benchmarks/flash_attention_2.py, by the same model and runs as long. Needs no GPU.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from cuflash.hardware import device
 from cuflash.jit import cache, disassembly
 from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import planner
+from cuflash.problem.tile import Tile
 from cuflash.timing import control_flow, machine, prediction, sass
 from cuflash.timing.multiprocessor import STEADY_TRIPS, WARMING, steady_clocks_of_roles
 from cuflash.timing.sass import Function
@@ -293,12 +294,14 @@ def test_a_jump_like_a_call_goes_around_what_is_behind_it() -> None:
 def test_long_runs_of_the_model_agree() -> None:
     """How the warps of two blocks stand to each other settles in some tens of trips: this loop looked 14 % faster than it is in three of them."""
     sample = samples.Sample(1, 1024, 1024, 1, 1, head_dim=64, dtype="float16", is_causal=True)
-    problem = samples.plan_of(sample, backward=False).problem
-    plan = planner.make_plan(problem, device.of_arch("sm_90", "gpu"), backward=False)
+    problem = samples.plan_of(sample).problem
+    plan = planner.make_plan(problem, device.of_arch("sm_90", "gpu"), tile={"forward": Tile(128, 112, 4, 1)})
     (kernel,) = plan.kernels
     described, function = prediction.compiled(kernel, plan.device, causal=True)
     long = prediction.predict_kernel(function, described, limits=False, trips=STEADY_TRIPS, warming=WARMING)
-    shorter = steady_clocks_of_roles(long.roles, machine.multiprocessor("sm_90"), blocks=long.blocks, trips=STEADY_TRIPS - 32, warming=WARMING - 16)
+    shorter = steady_clocks_of_roles(
+        long.roles, machine.multiprocessor("sm_90"), blocks=long.blocks, trips=STEADY_TRIPS - 32, warming=WARMING - 16
+    )
     assert shorter == pytest.approx(long.clocks, rel=0.02)
 
 
