@@ -41,7 +41,7 @@ def test_less_time_is_lost_than_head_by_head(monkeypatch: pytest.MonkeyPatch) ->
     assert in_sections.milliseconds < head_by_head.milliseconds
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_120"])
 def test_sections_of_the_fused_kernel_follow_l2(arch: str) -> None:
     """Heads of 4096 queries take two MiB of Q and dO and two of sums; five eighths of L2 and a tenth more hold so many, one at least. Sections are equal where a divisor is near."""
     problem = predicted_grids.plan_of("sm_80", backward=True, head_dim=128, causal=True, seqlen=4096).problem
@@ -51,6 +51,17 @@ def test_sections_of_the_fused_kernel_follow_l2(arch: str) -> None:
     assert fused_backward.section_heads(problem, on, 4, pairs=most // 4 * 3) == max(1, most // 4)
     assert fused_backward.section_heads(problem, on, 1, pairs=max(1, most - 1) * 3) == max(1, most - 1)
     assert fused_backward.section_heads(problem, on, 1, pairs=997) == most, "no prime number of heads comes head by head, nor all at once"
+
+
+def test_sections_on_hopper_run_sixteen_blocks_of_a_head_side_by_side() -> None:
+    """Or fewer, where more heads fit L2: long heads, of which two or less do, have 132 // 16 in a section, short ones as many as fit."""
+    on = device.of_arch("sm_90", "gpu")
+    long, short = (
+        predicted_grids.plan_of("sm_80", backward=True, head_dim=128, causal=True, seqlen=seqlen).problem for seqlen in (16384, 1024)
+    )
+    assert fused_backward.section_heads(long, on, 1, pairs=64) == fused_backward.section_heads(long, on, 4, pairs=64) == 132 // 16
+    fits = int(1.1 * architecture("sm_90").l2_bytes * 5 / 8) // 2**20
+    assert 132 // 16 < fused_backward.section_heads(short, on, 1, pairs=fits * 3) == fits
 
 
 SECTIONS = (1, 2, 4)
