@@ -143,10 +143,8 @@ class WarpgroupRows {
     if constexpr (!MAPS_MASK) release_keys(K, 1);
     const int first_kv = (TILE_LISTS ? entry >> 1 : j) * TILE_KV;
     if constexpr (MODIFIES_SCORES && (MAPS_MASK || !ADDITIVE_MASK)) {
-      if constexpr (SOFTCAP && !TILE_LISTS) {
-        if (is_masked) hide_by_position(S, 0.0f, first_key, end_key, first_kv);  // others are scored as if it were not there
-      }
-      modifier.apply_to_rows(S, first_row, first_kv, SHARES, !TILE_LISTS || !hides_any(first_kv));
+      const bool sees_all = SOFTCAP && (TILE_LISTS ? !hides_any(first_kv) : !is_masked);
+      modifier.apply_to_rows(S, first_row, first_kv, SHARES, sees_all);
       if constexpr (MAPS_MASK && ADDITIVE_MASK) modifier.add_copied_mask<RingMask>(S, shared.mask(K.stage), first_row - first_q);
     } else if constexpr (MODIFIES_SCORES) {
       modifier.apply<false>(S, first_row, first_kv);
@@ -169,7 +167,7 @@ class WarpgroupRows {
 
   DEVICE void hide_keys(float (&S)[1][S_TILES][4], int first_kv) const {
     if constexpr (!TILE_LISTS) {
-      hide_by_position(S, -infinity(), first_key, end_key, first_kv);
+      hide_by_position(S, first_key, end_key, first_kv);
     } else if constexpr (!MAPS_MASK && !KNOWS_SEGMENTS) {
       hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, first_row - first_q, entry % 2 != 0);
     } else {
@@ -186,7 +184,7 @@ class WarpgroupRows {
         if (is_cut) {
           int first_key[2], end_key[2];
           find_visible_keys(first_key, end_key);
-          hide_by_position(S, -infinity(), first_key, end_key, first_kv);
+          hide_by_position(S, first_key, end_key, first_kv);
         }
         if constexpr (COPIES_BITS) {
           if (hides_data) boolean_mask.apply(S);
@@ -217,13 +215,13 @@ class WarpgroupRows {
     }
   }
 
-  DEVICE static void hide_by_position(float (&S)[1][S_TILES][4], float hidden, const int (&first_key)[2], const int (&end_key)[2], int first_kv) {
+  DEVICE static void hide_by_position(float (&S)[1][S_TILES][4], const int (&first_key)[2], const int (&end_key)[2], int first_kv) {
 #pragma unroll
     for (int n = 0; n < S_TILES; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int column = 8 * n + i % 2;
-        if (column >= end_key[i / 2] - first_kv || (WINDOW && column < first_key[i / 2] - first_kv)) S[0][n][i] = hidden;
+        if (column >= end_key[i / 2] - first_kv || (WINDOW && column < first_key[i / 2] - first_kv)) S[0][n][i] = -infinity();
       }
   }
 

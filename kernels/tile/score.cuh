@@ -110,8 +110,8 @@ class ScoreModifier {  // of one batch and query head
   }
 
   // The same where rows are queries, with fewer instructions, but for a mask. `shares`: a NaN may make NaN of other scores of its row.
-  // `looks_for_small` spares a warp special functions whose scores are all far below the cap: for 16-bit types alone, and where what is hidden is 0,
-  // so that it changes no bit of the others.
+  // `looks_for_small` spares a warp special functions whose scores are all far below the cap: for 16-bit types alone, and where nothing is hidden,
+  // which would change bits of the others.
   template <int M, int N>
   DEVICE void apply_to_rows(float (&S)[M][N][4], int first_row, int first_column, bool shares, bool looks_for_small) const {
     if constexpr (!MODIFIES_SCORES) return;
