@@ -137,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 
     const int first_kv = tiles.tile(j) * TILE_KV;
     const bool hides = SOFTCAP && (tiles.is_partial(j) || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV));
-    modifier.apply_to_rows<false>(S, first_q + warp_row, first_kv, !hides);
+    modifier.apply_to_rows(S, first_q + warp_row, first_kv, !hides, false);
     if constexpr (COPIES_MASK) {
       if (ADDITIVE_MASK || tiles.is_partial(j)) copied_mask.apply(S, -infinity(), j);
       __syncwarp();

@@ -143,7 +143,8 @@ class WarpgroupRows {
     if constexpr (!MAPS_MASK) release_keys(K, 1);
     const int first_kv = (TILE_LISTS ? entry >> 1 : j) * TILE_KV;
     if constexpr (MODIFIES_SCORES && (MAPS_MASK || !ADDITIVE_MASK)) {
-      modifier.apply_to_rows<true>(S, first_row, first_kv, SHARES);
+      const bool sees_all = SOFTCAP && (TILE_LISTS ? !hides_any(first_kv) : !is_masked);
+      modifier.apply_to_rows(S, first_row, first_kv, SHARES, sees_all);
       if constexpr (MAPS_MASK && ADDITIVE_MASK) modifier.add_copied_mask<RingMask>(S, shared.mask(K.stage), first_row - first_q);
     } else if constexpr (MODIFIES_SCORES) {
       modifier.apply<false>(S, first_row, first_kv);
@@ -157,6 +158,11 @@ class WarpgroupRows {
     }
     softmax.update(S, rescale, modifier.factor());
     if constexpr (DROPOUT) drop(S, dropout, work.batch, work.head, first_row, first_kv);
+  }
+
+  // Whether some pair of the block's tile is hidden, with lists.
+  DEVICE bool hides_any(int first_kv) const {
+    return entry % 2 != 0 || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV);
   }
 
   DEVICE void hide_keys(float (&S)[1][S_TILES][4], int first_kv) const {

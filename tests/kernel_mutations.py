@@ -99,6 +99,7 @@ FEW_QUERIES = Inputs((1, 20, 1, 32), (1, 150, 1, 32), (1, 150, 1, 32))
 SLABS = Inputs((1, 150, 3, 64), (1, 200, 1, 64), (1, 200, 1, 64), options=(("enable_gqa", True),))
 BLIND_SLABS = Inputs((1, 300, 2, 64), (1, 90, 2, 64), (1, 90, 2, 64), options=(("causal_alignment", "bottom_right"),))
 KEY_SLABS = Inputs((1, 150, 2, 64), (1, 300, 1, 64), (1, 300, 1, 64), options=(("enable_gqa", True), ("causal_alignment", "bottom_right")))
+MORE_QUERY_SLABS = replace(KEY_SLABS, query=(1, 310, 2, 64))
 WINDOW_SLABS = Inputs((1, 150, 2, 64), (1, 300, 2, 64), (1, 300, 2, 64), options=(("window", (70, 60)),))
 BLIND_WINDOW_SLABS = Inputs((1, 500, 2, 64), (1, 90, 2, 64), (1, 90, 2, 64), options=(("window", (100, 20)),))
 WIDE_SLABS = Inputs((1, 50, 3, 264), (1, 90, 1, 264), (1, 90, 1, 264), options=(("enable_gqa", True), ("causal_alignment", "bottom_right")))
@@ -375,7 +376,11 @@ def _variants() -> Iterator[Variant]:
     )
     slabs = {"backward_wgmma": Tile(32, 128, 8, 2)}
     yield Variant(
-        "backward sm_90 bfloat16 wgmma causal, 2 stages", "sm_90", "bfloat16", slabs, (KEY_SLABS, BLIND_SLABS), backward=True, is_causal=True,
+        "backward sm_90 bfloat16 wgmma causal, 2 stages", "sm_90", "bfloat16", slabs, (MORE_QUERY_SLABS, BLIND_SLABS), backward=True, is_causal=True,
+        only="backward_wgmma.cu",
+    )  # fmt: skip
+    yield Variant(  # no more queries than keys: its blocks make dQ of their sums
+        "backward sm_90 bfloat16 wgmma causal, with dQ, 2 stages", "sm_90", "bfloat16", slabs, (KEY_SLABS,), backward=True, is_causal=True,
         only="backward_wgmma.cu",
     )  # fmt: skip
     yield Variant("backward sm_90 bfloat16, 2 stages", "sm_90", "bfloat16", Tile(32, 64, 2, 2), sums, backward=True)

@@ -104,10 +104,18 @@ OTHERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+SPILLED = {f"{FeatureSet(window=True)} at 64": 12}
+"""Bytes, of numbers that are wanted once for each query head, and in no step."""
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", OTHERS)
 def test_others_fit_the_registers(case: str) -> None:
-    assert_as_meant(report_of("bfloat16", is_causal=True, **OTHERS[case]))
+    report = report_of("bfloat16", is_causal=True, **OTHERS[case])
+    assert_as_meant(report, SPILLED.get(case, 0))
+    if case in SPILLED:
+        steps = min((loop for loop in loops_of(code_of(report)) if any(i.base == "HGMMA" for i in loop)), key=len)
+        assert not {"LDL", "STL"} & {i.base for i in steps}
 
 
 @pytest.mark.exhaustive

@@ -120,6 +120,39 @@ def test_keys_that_no_query_sees_may_hold_anything(hopper: Target, options: dict
     assert [Target.bits(x) for x in dirty] == [Target.bits(x) for x in clean]
 
 
+UNSEEN: dict[str, dict[str, Any]] = {
+    "causal": {"is_causal": True},
+    "window": {"window": (70, 4)},
+    "lengths": {"seqlens_kv": numpy.array([75], "int32")},
+    "segments": {"segment_ids_q": numpy.zeros((1, 70), "int32"), "segment_ids_kv": (numpy.arange(208)[None] >= 75).astype("int32")},
+    "copied mask": {"attn_mask": numpy.broadcast_to(numpy.arange(208) < 75, (70, 208)).copy()},
+}
+"""What hides all keys from 75 on."""
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("case", UNSEEN)
+def test_hidden_keys_do_not_decide_how_scores_are_capped(case: str) -> None:
+    """Small ones take a polynomial, whose last bits are other ones, where a warp has no others that somebody sees."""
+    query, key, value = inputs_of(HOST, (70, 208))
+    attend = functools.partial(cuflash.scaled_dot_product_attention, softcap=30.0, return_lse=True, tile={NAME: SHORT}, **UNSEEN[case])
+    clean = attend(query, key, value)
+    key[:, 75:] = 100
+    assert [Target.bits(x) for x in attend(query, key, value)] == [Target.bits(x) for x in clean]
+
+
+def test_queries_of_others_do_not_decide_how_scores_are_capped() -> None:
+    """Of the next sequence, whose rows are in the same warp."""
+    query, key, value, _ = packed(HOST, (100, 100), "bfloat16", (64, 64))
+    cu = offsets(HOST, [40, 60]), offsets(HOST, [40, 60])
+    attend = functools.partial(cuflash.varlen_attention, softcap=30.0, return_lse=True, tile={NAME: SHORT})
+    out, lse = attend(query, key, value, *cu)
+    query[40:] = 100
+    got, got_lse = attend(query, key, value, *cu)
+    assert (got[:40] == out[:40]).all()
+    assert (got_lse[:, :40] == lse[:, :40]).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="the simulator would take hours")
 def test_many_packed_tiles_for_each_block_of_a_whole_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

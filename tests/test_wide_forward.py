@@ -250,6 +250,8 @@ def test_a_cache_of_wide_heads_takes_it_by_itself(monkeypatch: pytest.MonkeyPatc
     plan = cuflash.kvcache_plan(**given)
     assert NAME in names(plan)
     assert "forward_wgmma_wide.cu, which alone takes caches of such heads; it has run on the simulator only" in str(plan)
+    pinned = Tile(64, 16, 8, 2)
+    assert [kernel.tile for kernel in cuflash.kvcache_plan(**given, tile=pinned).kernels if kernel.name == NAME] == [pinned]
     monkeypatch.setattr(compiler_versions, "READ", frozenset())
     monkeypatch.setattr(compiler_versions, "FIXED", (99, 0))
     with pytest.raises(

@@ -35,14 +35,14 @@ def choose(problem: Problem, device: Device, tile: Tiles) -> Choice | None:
         return Choice(False, f"{other}, not {name}: {reason}")
     if is_asked:
         return Choice(True, f"{name}, as asked for; {asked_for.SIMULATED}")
-    if asked_for.named(FORWARD_WGMMA_WIDE, tile, (FORWARD,)) is False or isinstance(tile, Tile):
-        return Choice(False, f"{other}, which the tile is for")
     if switches.setting(VARIABLE) is False:
         return Choice(False, f"{other}, not {name}, by {VARIABLE}=0")
     if (untrusted := compiler_versions.why_not()) is not None:
         return Choice(False, f"{other}, not {name}: {untrusted}; {VARIABLE}=1 takes it all the same")
     if problem.cache is not None:
         return Choice(True, f"{name}, which alone takes caches of such heads; {asked_for.SIMULATED}")
+    if asked_for.named(FORWARD_WGMMA_WIDE, tile, (FORWARD,)) is False or isinstance(tile, Tile):
+        return Choice(False, f"{other}, which the tile is for")
     return wgmma_forward.faster(FORWARD_WGMMA_WIDE, problem, device)
 
 

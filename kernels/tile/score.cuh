@@ -109,13 +109,14 @@ class ScoreModifier {  // of one batch and query head
     apply<TRANSPOSED>(S, unused, first_row, first_column, ahead...);
   }
 
-  // The same where rows are queries, with fewer instructions, but for a mask. `shares`: a NaN may make NaN of other scores of its row. LOOKS_FOR_SMALL
-  // spares a warp special functions whose scores are all far below the cap: for 16-bit types alone.
-  template <bool LOOKS_FOR_SMALL, int M, int N>
-  DEVICE void apply_to_rows(float (&S)[M][N][4], int first_row, int first_column, bool shares) const {
+  // The same where rows are queries, with fewer instructions, but for a mask. `shares`: a NaN may make NaN of other scores of its row.
+  // `looks_for_small` spares a warp special functions whose scores are all far below the cap: for 16-bit types alone, and where nothing is hidden,
+  // which would change bits of the others.
+  template <int M, int N>
+  DEVICE void apply_to_rows(float (&S)[M][N][4], int first_row, int first_column, bool shares, bool looks_for_small) const {
     if constexpr (!MODIFIES_SCORES) return;
     if constexpr (SOFTCAP) {
-      if (LOOKS_FOR_SMALL && !any_lane(!are_small(S))) {
+      if (looks_for_small && !any_lane(!are_small(S, first_row))) {
         cap_small(S);
       } else if (QUICK_TANH && shares && features.softcap <= MOST_OF_FAR_TANH) {
 #pragma unroll
@@ -198,13 +199,22 @@ class ScoreModifier {  // of one batch and query head
     });
   }
 
-  // Whether the lane's products are such that `cap_small` is right for them. The powers of its factor stay far from both ends of a float.
+  // Whether the lane's products are such that `cap_small` is right for them, but those of rows that are not the sequence's. The powers of its factor
+  // stay far from both ends of a float.
   template <int M, int N>
-  DEVICE bool are_small(const float (&S)[M][N][4]) const {
+  DEVICE bool are_small(const float (&S)[M][N][4], int first_row) const {
     const float factor = fabsf(features.score_factor);
     const bool fits = features.softcap <= MOST_OF_FAR_TANH && factor >= 1.0f / 4096.0f && factor <= 4096.0f;
     float largest = 0.0f;
-    for_each_place<M, N>([&](int m, int n, int i, int, int) { largest = fmaxf(largest, fabsf(S[m][n][i])); });
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float of_row = 0.0f;
+#pragma unroll
+        for (int n = 0; n < N; ++n) of_row = fmaxf(of_row, fmaxf(fabsf(S[m][n][2 * r]), fabsf(S[m][n][2 * r + 1])));
+        if (first_row + 16 * m + 8 * r + lane_index() / 4 < geometry.seqlen_q) largest = fmaxf(largest, of_row);
+      }
     return largest * factor <= (fits ? MOST_OF_SMALL_TANH : -1.0f);
   }
 
