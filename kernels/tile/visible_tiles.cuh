@@ -14,6 +14,7 @@
 //
 // The place of a tile of keys is the number of earlier ones of which some query of the tile sees a key.
 #pragma once
+#include "ptx/warp.cuh"
 #include "tile/features.cuh"
 
 constexpr int NOTHING_VISIBLE = -1;  // in the place of an entry
@@ -99,5 +100,77 @@ class VisibleTilesAhead {
     for (int i = 1; i <= AHEAD; ++i)
       if (step - present == i) found = entries[i];
     return found;
+  }
+};
+
+// The same of the table, for a kernel whose blocks own keys: the tiles of queries in the row of a tile of keys, the last one first. Every step looks
+// for the next tile in neighbouring entries, one in each lane, which are loaded when the step begins and looked at when it ends.
+template <int AHEAD>
+class VisibleTurnsAhead {
+ public:
+  // Of tiles begin .. end - 1; the first step is `begin`.
+  DEVICE VisibleTurnsAhead(const FeatureArguments& features, int batch, int head, int num_tiles_kv, int tile_kv, int num_tiles_q, int begin, int end)
+      : begin(begin), present(begin) {
+    if constexpr (TILE_LISTS) {
+      row = places_of_tiles(features, batch, head, num_tiles_kv, tile_kv, num_tiles_q);
+#pragma unroll
+      for (int i = 0; i <= AHEAD; ++i) {
+        const int above = i == 0 ? end : tiles[i == 0 ? 0 : i - 1];
+        tiles[i] = next_below(above, neighbour(above));
+      }
+    }
+  }
+
+  DEVICE bool is_there(int step) const { return tile(step) != NOTHING_VISIBLE; }
+  DEVICE int place() const { return entry >> 1; }  // of the block among those that add to the present tile
+  DEVICE bool is_partial() const { return entry % 2 != 0; }
+
+  DEVICE int tile(int step) const {  // which one it is, is known at compile time, as in VisibleTilesAhead
+    int found = tiles[0];
+#pragma unroll
+    for (int i = 1; i <= AHEAD; ++i)
+      if (step - present == i) found = tiles[i];
+    return found;
+  }
+
+  DEVICE void look_ahead(int step) {
+    if constexpr (TILE_LISTS) {
+      present = step;  // as it is already; now the compiler knows it
+      entry = row[tiles[0]];
+      ahead = neighbour(tiles[AHEAD]);
+    }
+  }
+  DEVICE void advance() {
+    if constexpr (TILE_LISTS) {
+      const int next = next_below(tiles[AHEAD], ahead);
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) tiles[i] = tiles[i + 1];
+      tiles[AHEAD] = next;
+      ++present;
+    }
+  }
+
+ private:
+  const int begin;
+  int present;
+  const int* row = nullptr;
+  int entry = 0, ahead = 0;
+  int tiles[AHEAD + 1] = {};  // of steps present .. present + AHEAD
+
+  // The entry of the tile as far below `above` as the lane is from the first one.
+  DEVICE int neighbour(int above) const {
+    const int tile = above - 1 - lane_index();
+    return tile >= begin ? row[tile] : NOTHING_VISIBLE;
+  }
+
+  // The next tile with a visible pair; `entry` is this lane's of those below `above`.
+  DEVICE int next_below(int above, int entry) const {
+    uint32 found = lanes_with(entry != NOTHING_VISIBLE);
+#pragma unroll 1
+    while (found == 0 && above - WARP_SIZE > begin) {
+      above -= WARP_SIZE;
+      found = lanes_with(neighbour(above) != NOTHING_VISIBLE);
+    }
+    return found == 0 ? NOTHING_VISIBLE : above - __ffs(int(found));
   }
 };
