@@ -9,7 +9,8 @@
 // together need seven products for the same, or eight.
 //
 // Tiles of queries are walked over from the last to the first. So under a causal mask blocks of neighbouring keys, which start at about the same
-// time, begin with the same tile, and each finds it its turn when it comes there.
+// time, begin with the same tile, and each finds it its turn when it comes there. Where a boolean mask or segments hide tiles, each warp reads for
+// itself in the table of tile/visible_tiles.cuh which one comes next, and which place the block has in it.
 //
 // Shared memory: K [TILE_KV][D] | V [TILE_KV][DV] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][DV] | row statistics [NUM_STAGES]
 // (StatisticsOfColumns) | Pᵀ [TILE_KV][TILE_Q] | dSᵀ [TILE_KV][TILE_Q]. One copy group per query tile. Two barriers for each tile: at the first its
@@ -178,8 +179,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
 
 #pragma unroll 1
     for (int j = steps.begin; is_there(j); ++j) {
-      tiles.look_ahead(j);
       wait_for_tiles<STEPS_AHEAD - 1>();  // the tiles have landed; every warp is done with those before
+      tiles.begin_step(j);
       if constexpr (NUM_STAGES > 1) issue(j + STEPS_AHEAD);  // into their stage
       turns.pass_on();
       const int first_q = tile_of(j) * TILE_Q;
@@ -218,6 +219,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
         issue(j + 1);
       }
       if (is_there(j + 1)) turns.look(slot + tile_of(j + 1));  // before the additions, behind which the answer would have to wait
+      tiles.look_ahead();
       add_query_gradients(arguments, slot + tile_of(j), place == 0, dS_smem, K_smem);
       tiles.advance();
     }

@@ -8,7 +8,7 @@
 // A step of a walk is the index of an entry. Without such masks nothing is listed, visible tiles are neighbours, and a step is the index of a tile.
 //
 // Where blocks own keys and add to tiles of queries in turn (tile/query_sums.cuh), a block has to know how many add to a tile before it. A table
-// takes the place of the lists then:
+// takes the place of the lists then, and of all that share their walks with such kernels:
 //
 //     visible_tiles[list_batches][list_heads][tiles of keys][tiles of queries]: place * 2 + (1 if some pair of the two is hidden), or NOTHING_VISIBLE
 //
@@ -104,7 +104,16 @@ class VisibleTilesAhead {
 };
 
 // The same of the table, for a kernel whose blocks own keys: the tiles of queries in the row of a tile of keys, the last one first. Every step looks
-// for the next tile in neighbouring entries, one in each lane, which are loaded when the step begins and looked at when it ends.
+// for the next tile in neighbouring entries, one in each lane.
+//
+//     VisibleTurnsAhead<STEPS_AHEAD> tiles(...);  // at step begin
+//     for (int j = begin; tiles.is_there(j); ++j) {
+//       tiles.begin_step(j);
+//       ...
+//       tiles.look_ahead();
+//       ...
+//       tiles.advance();
+//     }
 template <int AHEAD>
 class VisibleTurnsAhead {
  public:
@@ -114,10 +123,12 @@ class VisibleTurnsAhead {
     if constexpr (TILE_LISTS) {
       row = places_of_tiles(features, batch, head, num_tiles_kv, tile_kv, num_tiles_q);
 #pragma unroll
-      for (int i = 0; i <= AHEAD; ++i) {
+      for (int i = 0; i < AHEAD; ++i) {
         const int above = i == 0 ? end : tiles[i == 0 ? 0 : i - 1];
         tiles[i] = next_below(above, neighbour(above));
       }
+      if (tiles[0] != NOTHING_VISIBLE) entry = row[tiles[0]];
+      neighbours = neighbour(tiles[AHEAD - 1]);
     }
   }
 
@@ -133,19 +144,25 @@ class VisibleTurnsAhead {
     return found;
   }
 
-  DEVICE void look_ahead(int step) {
+  // Before it the tiles of steps present .. present + AHEAD - 1 are there, behind it that of present + AHEAD, too.
+  DEVICE void begin_step(int step) {
     if constexpr (TILE_LISTS) {
       present = step;  // as it is already; now the compiler knows it
-      entry = row[tiles[0]];
-      ahead = neighbour(tiles[AHEAD]);
+      tiles[AHEAD] = next_below(tiles[AHEAD - 1], neighbours);
+    }
+  }
+  // Before the block adds: behind its additions loads would wait for them.
+  DEVICE void look_ahead() {
+    if constexpr (TILE_LISTS) {
+      next_entry = tiles[1] != NOTHING_VISIBLE ? row[tiles[1]] : NOTHING_VISIBLE;
+      neighbours = neighbour(tiles[AHEAD]);
     }
   }
   DEVICE void advance() {
     if constexpr (TILE_LISTS) {
-      const int next = next_below(tiles[AHEAD], ahead);
+      entry = next_entry;
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) tiles[i] = tiles[i + 1];
-      tiles[AHEAD] = next;
       ++present;
     }
   }
@@ -154,8 +171,9 @@ class VisibleTurnsAhead {
   const int begin;
   int present;
   const int* row = nullptr;
-  int entry = 0, ahead = 0;
-  int tiles[AHEAD + 1] = {};  // of steps present .. present + AHEAD
+  int entry = 0, next_entry = 0;  // of the present step and the next one
+  int neighbours = 0;             // this lane's of those below the last tile that is there
+  int tiles[AHEAD + 1] = {};
 
   // The entry of the tile as far below `above` as the lane is from the first one.
   DEVICE int neighbour(int above) const {
