@@ -69,6 +69,18 @@ DEVICE void share(const float (&c)[M_TILES][S_TILES][4], SmemAddress tile, int w
     }
 }
 
+// The same of probabilities: with dropout of those that are kept, and the others are marked.
+DEVICE void share_kept(float (&P)[M_TILES][S_TILES][4], SmemAddress tile, const Dropout& dropout, int batch, int head, int first_kv, int first_q,
+                       int warp_key, int warp_query) {
+  if constexpr (DROPOUT) {
+    float kept_P[M_TILES][S_TILES][4];
+    drop_and_mark(P, kept_P, dropout, batch, head, first_kv + warp_key, first_q + warp_query);
+    share(kept_P, tile, warp_key, warp_query);
+  } else {
+    share(P, tile, warp_key, warp_query);
+  }
+}
+
 // Adds dS K to the sum of a tile of queries.
 DEVICE void add_query_gradients(const BackwardArguments& arguments, int slot, bool is_first, SmemAddress dS_smem, SmemAddress K_smem) {
   float dQ[QUERY_ROWS / 16][COLUMN_TILES][4];
@@ -194,13 +206,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       const StatisticsOfColumns statistics(statistics_smem + stage_of(j) * StatisticsOfColumns::BYTES, view, first_q, warp_query);
       statistics.to_probabilities(P, modifier.signed_factor());
       hide<true>(P, 0.0f, geometry, visibility, first_q + warp_query, first_kv, warp_key, tiles.is_partial());
-      if constexpr (DROPOUT) {
-        float kept_P[M_TILES][S_TILES][4];
-        drop_and_mark(P, kept_P, dropout, batch, head, first_kv + warp_key, first_q + warp_query);
-        share(kept_P, P_smem, warp_key, warp_query);
-      } else {
-        share(P, P_smem, warp_key, warp_query);
-      }
+      share_kept(P, P_smem, dropout, batch, head, first_kv, first_q, warp_key, warp_query);
       float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
       statistics.begin_grad_products(dS);
       gemm_rows<Mma, TileV::COLUMNS, true>(dS, Mma::OperandA<TileV>(V_smem, warp_key), Mma::OperandB<TileO>(dO + warp_query * TileO::ROW_BYTES));

@@ -116,7 +116,7 @@ _LENGTHS = frozenset(("varlen", "seqlens_kv"))
 _BY_DATA = frozenset(("bool", "segments"))
 _ALL = _LENGTHS | _BY_DATA | {"window", "softcap", "alibi", "dropout", "sinks", "float16", "bfloat16", "float32"}
 FUSED_WITH_FEATURE: dict[tuple[str, int], frozenset[str]] = {
-    ("sm_80", 64): _LENGTHS | {"window", "alibi", "sinks", "float16", "bfloat16", "float32", "segments"},
+    ("sm_80", 64): _ALL - {"softcap", "dropout"},
     ("sm_80", 128): _LENGTHS | _BY_DATA | {"window", "alibi", "sinks", "dropout"},
     ("sm_80", 256): _BY_DATA | {"window", "softcap", "alibi", "dropout"},
     ("sm_86", 64): _ALL,

@@ -172,7 +172,7 @@ class VisibleTurnsAhead {
   int present;
   const int* row = nullptr;
   int entry = 0, next_entry = 0;  // of the present step and the next one
-  int neighbours = 0;             // this lane's of those below the last tile that is there
+  int neighbours = 0;  // this lane's of those below the last tile that is there
   int tiles[AHEAD + 1] = {};
 
   // The entry of the tile as far below `above` as the lane is from the first one.
