@@ -9,7 +9,8 @@
 // together need seven products for the same, or eight.
 //
 // Tiles of queries are walked over from the last to the first. So under a causal mask blocks of neighbouring keys, which start at about the same
-// time, begin with the same tile, and each finds it its turn when it comes there.
+// time, begin with the same tile, and each finds it its turn when it comes there. Where a boolean mask or segments hide tiles, each warp reads for
+// itself in the table of tile/visible_tiles.cuh which one comes next, and which place the block has in it.
 //
 // Shared memory: K [TILE_KV][D] | V [TILE_KV][DV] | Q [NUM_STAGES][TILE_Q][D] | dO [NUM_STAGES][TILE_Q][DV] | row statistics [NUM_STAGES]
 // (StatisticsOfColumns) | Pᵀ [TILE_KV][TILE_Q] | dSᵀ [TILE_KV][TILE_Q]. One copy group per query tile. Two barriers for each tile: at the first its
@@ -31,6 +32,7 @@
 #include "tile/sequence.cuh"
 #include "tile/slices.cuh"
 #include "tile/visibility.cuh"
+#include "tile/visible_tiles.cuh"
 
 constexpr int SHARING_WARPS = Config::SHARING_WARPS;
 constexpr int WARP_KEYS = TILE_KV * SHARING_WARPS / NUM_WARPS;
@@ -47,7 +49,6 @@ constexpr int STAGED_BYTES = NUM_STAGES * (TileQ::BYTES + TileO::BYTES + Statist
 
 static_assert(HEAD_SLICES == 1, "wide heads are cut into slices, which this kernel does not know");
 static_assert(sizeof(Element) == 2 && HAS_CP_ASYNC, "16-bit elements and asynchronous copies are expected");
-static_assert(!TILE_LISTS, "the order of sums is not known where the tiles of a walk depend on data");
 static_assert(NUM_WARPS % SHARING_WARPS == 0, "warps that share keys must be whole groups");
 static_assert(WARP_KEYS % 16 == 0 && WARP_KEYS * NUM_WARPS == TILE_KV * SHARING_WARPS, "the keys of a warp must be a multiple of 16");
 static_assert(WARP_QUERIES % 16 == 0 && D_TILES / 2 % SHARING_WARPS == 0 && DV_TILES / 2 % SHARING_WARPS == 0,
@@ -66,6 +67,18 @@ DEVICE void share(const float (&c)[M_TILES][S_TILES][4], SmemAddress tile, int w
       for (int n = 0; n < S_TILES; ++n)
         store_shared(tile + TileS::offset(row, warp_query / 8 + n) + lane_index() % 4 * 4, pack<Element>(c[m][n][2 * r], c[m][n][2 * r + 1]));
     }
+}
+
+// The same of probabilities: with dropout of those that are kept, and the others are marked.
+DEVICE void share_kept(float (&P)[M_TILES][S_TILES][4], SmemAddress tile, const Dropout& dropout, int batch, int head, int first_kv, int first_q,
+                       int warp_key, int warp_query) {
+  if constexpr (DROPOUT) {
+    float kept_P[M_TILES][S_TILES][4];
+    drop_and_mark(P, kept_P, dropout, batch, head, first_kv + warp_key, first_q + warp_query);
+    share(kept_P, tile, warp_key, warp_query);
+  } else {
+    share(P, tile, warp_key, warp_query);
+  }
 }
 
 // Adds dS K to the sum of a tile of queries.
@@ -139,11 +152,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
     const Visibility visibility(geometry, arguments.features, batch, head);
     const Steps steps = PER_HEAD_WALK ? query_steps(visibility, first_kv) : common_steps;
     const int num_keys = PER_HEAD_WALK ? visibility.end_key(0, geometry.seqlen_q) : common_keys;  // keys beyond are not even read
-    if (PER_HEAD_WALK && steps.begin >= steps.end) continue;
+    VisibleTurnsAhead<STEPS_AHEAD> tiles(arguments.features, batch, head, arguments.geometry.num_tiles, work.tile,
+                                         ceil_div(geometry.seqlen_q, TILE_Q), steps.begin, steps.end);
+    auto is_there = [&](int step) { return TILE_LISTS ? tiles.is_there(step) : step < steps.end; };
+    if (PER_HEAD_WALK && !is_there(steps.begin)) continue;
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
     const StatisticsView view(arguments, batch, head, start_q, geometry.seqlen_q);
     const int slot = first_slot(arguments, batch, head, start_q);
-    auto tile_of = [&](int step) { return steps.begin + steps.end - 1 - step; };  // the last one first
+    auto tile_of = [&](int step) { return TILE_LISTS ? tiles.tile(step) : steps.begin + steps.end - 1 - step; };  // the last one first
     auto statistics_of = [&](int step) {
       return StatisticsOfColumns(statistics_smem + stage_of(step) * StatisticsOfColumns::BYTES, view, tile_of(step) * TILE_Q);
     };
@@ -155,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
     auto Q_loader = Q_rows.loader();
     auto dO_loader = dO_rows.loader();
     auto issue = [&](int step) {
-      const bool enabled = step < steps.end;
+      const bool enabled = is_there(step);
       Q_loader.issue(Q_smem + stage_of(step) * TileQ::BYTES, tile_of(step) * TILE_Q, 0, enabled);
       dO_loader.issue(dO_smem + stage_of(step) * TileO::BYTES, tile_of(step) * TILE_Q, 0, enabled);
       statistics_of(step).issue(enabled);
@@ -174,8 +190,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
     for (int ahead = 0; ahead < STEPS_AHEAD; ++ahead) issue(steps.begin + ahead);
 
 #pragma unroll 1
-    for (int j = steps.begin; j < steps.end; ++j) {
+    for (int j = steps.begin; is_there(j); ++j) {
       wait_for_tiles<STEPS_AHEAD - 1>();  // the tiles have landed; every warp is done with those before
+      tiles.begin_step(j);
       if constexpr (NUM_STAGES > 1) issue(j + STEPS_AHEAD);  // into their stage
       turns.pass_on();
       const int first_q = tile_of(j) * TILE_Q;
@@ -188,14 +205,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       modifier.apply<true>(P, derivative, first_kv + warp_key, first_q + warp_query);
       const StatisticsOfColumns statistics(statistics_smem + stage_of(j) * StatisticsOfColumns::BYTES, view, first_q, warp_query);
       statistics.to_probabilities(P, modifier.signed_factor());
-      hide<true>(P, 0.0f, geometry, visibility, first_q + warp_query, first_kv, warp_key, false);
-      if constexpr (DROPOUT) {
-        float kept_P[M_TILES][S_TILES][4];
-        drop_and_mark(P, kept_P, dropout, batch, head, first_kv + warp_key, first_q + warp_query);
-        share(kept_P, P_smem, warp_key, warp_query);
-      } else {
-        share(P, P_smem, warp_key, warp_query);
-      }
+      hide<true>(P, 0.0f, geometry, visibility, first_q + warp_query, first_kv, warp_key, tiles.is_partial());
+      share_kept(P, P_smem, dropout, batch, head, first_kv, first_q, warp_key, warp_query);
       float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
       statistics.begin_grad_products(dS);
       gemm_rows<Mma, TileV::COLUMNS, true>(dS, Mma::OperandA<TileV>(V_smem, warp_key), Mma::OperandB<TileO>(dO + warp_query * TileO::ROW_BYTES));
@@ -204,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       derivative.multiply(dS);
       share(dS, dS_smem, warp_key, warp_query);
 
-      const int place = work.tile - visibility.first_key(first_q) / TILE_KV;  // among the blocks that add to this tile
+      const int place = TILE_LISTS ? tiles.place() : work.tile - visibility.first_key(first_q) / TILE_KV;  // among the blocks that add to this tile
       turns.take(slot + tile_of(j), place);
       __syncthreads();  // P and dS are complete, and it is the block's turn
       gemm_by_rows<Mma, TILE_Q, SHARING_WARPS>(dV, Mma::OperandA<TileS>(P_smem, warp_key), Mma::OperandBByRows<TileO>(dO, 2 * share_index));
@@ -213,8 +224,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
         __syncthreads();  // every warp is done with the only stage
         issue(j + 1);
       }
-      if (j + 1 < steps.end) turns.look(slot + tile_of(j + 1));  // before the additions, behind which the answer would have to wait
+      if (is_there(j + 1)) turns.look(slot + tile_of(j + 1));  // before the additions, behind which the answer would have to wait
+      tiles.look_ahead();
       add_query_gradients(arguments, slot + tile_of(j), place == 0, dS_smem, K_smem);
+      tiles.advance();
     }
   }
   __syncthreads();  // every warp has added its last sum, and is done with K

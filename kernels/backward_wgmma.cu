@@ -83,10 +83,15 @@ class WarpgroupKeys {
       ring.wait_full();
       const auto listed = ListedTile::load(shared.listed_tile(ring.stage));
       if (!listed.is_there()) break;
-      if constexpr (TILE_LISTS) step<true>(member, listed.tile(), listed);
+      if constexpr (TILE_LISTS) step_of<true>(member, listed.tile(), listed);
     }
-    sync_warpgroup(COMPUTING_BARRIER + 1 + warpgroup);  // all warps have read it
-    ring.release(1);
+    if constexpr (COMPUTE_DK) {
+      sync_warpgroup(COMPUTING_BARRIER + 1 + warpgroup);  // all warps have read it
+      ring.release(1);
+    } else {
+      __syncwarp();  // all lanes have
+      ring.release_by_each_warp();
+    }
   }
 
  private:
@@ -138,20 +143,23 @@ class WarpgroupKeys {
   template <bool IS_MASKED>
   DEVICE void walk_down(const Member& member, int& tile, int begin) {
 #pragma unroll 1
-    while (tile > begin) {
-      if constexpr (COMPUTE_DK) {
-        step<IS_MASKED>(member, --tile);
-      } else {
-        step_of_values<IS_MASKED>(member, --tile);
-      }
+    while (tile > begin) step_of<IS_MASKED>(member, --tile);
+  }
+
+  template <bool IS_MASKED>
+  DEVICE void step_of(const Member& member, int tile, ListedTile listed = {}) {
+    if constexpr (COMPUTE_DK) {
+      step<IS_MASKED>(member, tile, listed);
+    } else {
+      step_of_values<IS_MASKED>(member, tile, listed);
     }
   }
 
   // dV alone.
   template <bool IS_MASKED>
-  DEVICE void step_of_values(const Member& member, int tile) {
+  DEVICE void step_of_values(const Member& member, int tile, ListedTile listed) {
     const int first_q = tile * TILE_Q;
-    ring.wait_full();
+    if constexpr (!TILE_LISTS) ring.wait_full();
     float P[1][S_TILES][4];  // scores, then probabilities; rows are keys
     pin(P[0]);
     issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_descriptor, RingQ::descriptor(shared.Q(ring.stage)));
@@ -160,9 +168,10 @@ class WarpgroupKeys {
     const StatisticsOfColumns statistics(shared.statistics(ring.stage), member.view, first_q);
     ScoreDerivative<1, S_TILES> derivative;
     member.modifier.apply_all_but_mask<true>(P, derivative, member.first_key, first_q);
-    if constexpr (ADDITIVE_MASK) StagedMask(shared.mask(ring.stage)).add(P, warp_key());
+    const StagedMask staged(shared.mask(ring.stage));
+    if constexpr (ADDITIVE_MASK) staged.add(P, warp_key());
     statistics.to_probabilities(P, member.modifier.signed_factor());
-    if constexpr (IS_MASKED) hide_pairs(P, member, first_q);
+    hide<IS_MASKED>(P, member, first_q, staged, listed);
     uint32 P_operand[P_STEPS][4];
     if constexpr (DROPOUT) {
       float kept_P[1][S_TILES][4];
@@ -182,7 +191,7 @@ class WarpgroupKeys {
   }
 
   template <bool IS_MASKED>
-  DEVICE void step(const Member& member, int tile, ListedTile listed = {}) {
+  DEVICE void step(const Member& member, int tile, ListedTile listed) {
     const int first_q = tile * TILE_Q;
     if constexpr (!TILE_LISTS) ring.wait_full();
     const uint64 Q_descriptor = RingQ::descriptor(shared.Q(ring.stage));
@@ -202,15 +211,7 @@ class WarpgroupKeys {
     const StagedMask staged(shared.mask(ring.stage));
     if constexpr (ADDITIVE_MASK) staged.add(P, warp_key());
     statistics.to_probabilities(P, member.modifier.signed_factor());
-    if constexpr (TILE_LISTS) {
-      if (listed.is_partial()) {
-        hide_pairs(P, member, first_q);
-        if constexpr (SEGMENTS) staged.hide_by_ids(P, warp_key());
-        if constexpr (BOOLEAN_MASK) staged.hide_by_mask(P, warp_key());
-      }
-    } else if constexpr (IS_MASKED) {
-      hide_pairs(P, member, first_q);
-    }
+    hide<IS_MASKED>(P, member, first_q, staged, listed);
     uint32 P_operand[P_STEPS][4], dS_operand[P_STEPS][4];
     if constexpr (DROPOUT) {
       float kept_P[1][S_TILES][4];
@@ -252,6 +253,21 @@ class WarpgroupKeys {
     buffer ^= 1;
   }
 
+  // Zeros where positions or data hide a pair.
+  template <bool IS_MASKED>
+  DEVICE void hide(float (&P)[1][S_TILES][4], const Member& member, int first_q, const StagedMask& staged, ListedTile listed) const {
+    if constexpr (TILE_LISTS) {
+      if (listed.is_partial()) {
+        hide_pairs(P, member, first_q);
+        if constexpr (SEGMENTS) staged.hide_by_ids(P, warp_key());
+        if constexpr (BOOLEAN_MASK) staged.hide_by_mask(P, warp_key());
+      }
+    } else if constexpr (IS_MASKED) {
+      hide_pairs(P, member, first_q);
+    }
+  }
+
+  // What positions hide.
   DEVICE void hide_pairs(float (&P)[1][S_TILES][4], const Member& member, int first_q) const {
     uint32 visible[2];  // with a window: a bit for each column of the lane
     if constexpr (WINDOW) {

@@ -61,11 +61,6 @@ def test_refusals_are_counted_by_rule() -> None:
         ({"dtype": "float32"}, "sm_80", "it takes 16-bit types, and this is float32"),
         ({}, "sm_75", "it needs asynchronous copies, and this is sm_75"),
         ({"head_dim": 320}, "sm_80", "it takes heads that are not cut into slices"),
-        (
-            {"features": SampleFeatures(segments=2)},
-            "sm_80",
-            "it walks over no lists of visible tiles, which a boolean mask and segments need",
-        ),
         ({"head_dim": 256, "head_dim_v": 208}, "sm_80", "no tile fits the registers and the shared memory"),
     ],
 )

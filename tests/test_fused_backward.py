@@ -33,7 +33,6 @@ pytest.importorskip("cupy")
 TILE = Tile(32, 32, 2, 2)
 FUSED = {"backward_fused": TILE}
 KERNELS = ("backward_delta", "backward_fused_mma", "backward_dq_convert")
-NOT_HIDDEN_BY_DATA = {name: options for name, options in FEATURES.items() if name not in ("boolean_mask", "segments")}
 
 
 def names(plan: cuflash.Plan) -> list[str]:
@@ -133,7 +132,7 @@ def test_strides(simulator: Target, view: str) -> None:
 
 
 @pytest.mark.sample(4)
-@pytest.mark.parametrize("feature", NOT_HIDDEN_BY_DATA)
+@pytest.mark.parametrize("feature", FEATURES)
 def test_features(simulator: Target, feature: str) -> None:
     from test_features import inputs_of as featured
 
@@ -153,6 +152,37 @@ def test_windows(simulator: Target, seed: int) -> None:
     if window != (None, None):
         inputs = inputs_of(simulator, lengths, heads=(1, 1), batches=(1, 1))
         simulator.check(*inputs, tile=TILE, backward_tile={"backward_fused": Tile(16 * (1 + seed % 2), 32, 2, 2)}, **options)
+
+
+def seen_here_and_there(lengths: tuple[int, int], *tiles: tuple[int, int]) -> numpy.ndarray[Any, Any]:
+    """A boolean mask with a third of the pairs of a few tiles of 16 x 32, and of all others none."""
+    seen = numpy.zeros(lengths, bool)
+    for tile_q, tile_kv in tiles:
+        seen[16 * tile_q : 16 * tile_q + 16, 32 * tile_kv : 32 * tile_kv + 32] = True
+    return seen & (numpy.random.default_rng(5).random(lengths) < 1 / 3)
+
+
+DOCUMENTS = {"segment_ids_q": numpy.arange(1300)[None] // 100, "segment_ids_kv": (numpy.arange(130)[None] // 50 * 6).astype(numpy.int32)}
+DOCUMENTS["segment_ids_q"] = DOCUMENTS["segment_ids_q"].astype(numpy.int32)
+HIDING: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
+    "far apart": ((1300, 70), {"attn_mask": seen_here_and_there((1300, 70), (81, 0), (80, 1), (47, 0), (47, 1), (15, 1), (0, 0), (0, 2))}),
+    "another mask of each head": ((130, 130), {"attn_mask": numpy.stack([seen_here_and_there((130, 130), (7, 0), (7, 3), (2, 1)), seen_here_and_there((130, 130), (0, 2))])}),
+    "documents": ((1300, 130), DOCUMENTS),
+    "causal documents": ((1300, 130), {**DOCUMENTS, "is_causal": True, "causal_alignment": "bottom_right"}),
+    "mask with a window": ((130, 130), {"attn_mask": numpy.arange(130) % 3 > 0, "window": (40, 10)}),
+    "nothing is visible": ((130, 130), {"attn_mask": numpy.zeros((130, 130), bool)}),
+}  # fmt: skip
+"""Tiles that data hide: more than a warp looks at together, of some heads alone, the first or the last ones."""
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("case", HIDING)
+def test_tiles_that_data_hide(on: Target, case: str, stages: int) -> None:
+    """A wrong place among the blocks that add to a tile of queries is a wrong sum, or a wait without end."""
+    lengths, options = HIDING[case]
+    inputs = inputs_of(on, lengths, batches=(1, 1))
+    on.check(*inputs, enable_gqa=True, tile=TILE, backward_tile={"backward_fused": Tile(16, 32, 2, stages)}, **options)
 
 
 @pytest.mark.parametrize("mask", ["full", "causal"])
@@ -210,6 +240,20 @@ def test_thirty_schedules_give_the_same_bits(on: Target, mask: str) -> None:
     report = check(call, seeds=range(30))
     assert report.kernels == KERNELS
     assert len(report.runs) == 32
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("case", HIDING)
+def test_every_schedule_gives_the_same_bits_where_data_hide_tiles(on: Target, case: str, request: pytest.FixtureRequest) -> None:
+    seeds = range(100 if request.config.getoption("--exhaustive") else 6)
+    lengths, options = HIDING[case]
+    inputs = inputs_of(on, lengths, batches=(1, 1))
+    out, lse = cuflash.scaled_dot_product_attention(*inputs, return_lse=True, enable_gqa=True, tile=TILE, **options)
+    backward = cuflash.scaled_dot_product_attention_backward
+    tile = {"backward_fused": Tile(16, 32, 2, 2)}
+    report = check(functools.partial(backward, out, *inputs, out, lse, tile=tile, enable_gqa=True, **options), seeds=seeds)
+    assert report.kernels == (KERNELS[0], "visible_tiles", *KERNELS[1:])
+    assert len(report.runs) == 2 + len(seeds)
 
 
 @pytest.mark.parametrize("schedule", ["late", "random"])
@@ -288,6 +332,8 @@ def test_features_of_which_it_is_predicted(arch: str, head_dim: int) -> None:
         "dropout": {"dropout_p": 0.1, "dropout_seed": 1}, "softcap": {"softcap": 2.0},
         "float16": {"attn_mask": stand_in((4000, 4000), "float16")}, "float32": {"attn_mask": stand_in((4000, 4000), "float32")},
         "sinks": {"sinks": numpy.zeros(16, numpy.float32)}, "seqlens_kv": {"seqlens_kv": numpy.zeros(4, numpy.int32)},
+        "bool": {"attn_mask": stand_in((4000, 4000), "bool")},
+        "segments": {"segment_ids_q": stand_in((4, 4000), "int32"), "segment_ids_kv": stand_in((4, 4000), "int32")},
     }  # fmt: skip
     for feature in predicted_tiles.FUSED_WITH_FEATURE[arch, head_dim] & set(given):
         plan = plan_of(arch, head_dim, **given[feature])
@@ -367,8 +413,7 @@ def test_without_keys_there_are_no_blocks_to_add_up() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"arch": "sm_75"}, {"dtype": "float32"}, {"head_dim": 320}, {"attn_mask": stand_in((4000, 4000), "bool")},
-        {"segment_ids_q": numpy.zeros((4, 4000), numpy.int32), "segment_ids_kv": numpy.zeros((4, 4000), numpy.int32)},
+        {"arch": "sm_75"}, {"dtype": "float32"}, {"head_dim": 320},
     ],
     ids=lambda options: next(iter(options)),
 )  # fmt: skip

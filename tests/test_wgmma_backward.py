@@ -308,7 +308,6 @@ REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "elements apart": ({"view": "strided_elements"}, "the TMA unit cannot copy query, whose head_dim has a stride of 3"),
     "unaligned": ({"view": "unaligned_base"}, "the TMA unit copies what starts on 16 bytes, and one of query, key and value does not"),
     "mask": ({"attn_mask": numpy.ones((500, 500), bool)}, "rows of attn_mask do not start 16 bytes apart, and would be copied element by element"),
-    "mask of wide heads": ({"attn_mask": numpy.ones((500, 512), bool)[:, :500], "head_dim": 256}, "of wide heads it walks over no lists of visible tiles"),
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from test_features import inputs_of as featured
 from test_lengths_in_places import OFFSETS_KV, OFFSETS_Q
 from test_lengths_in_places import given as given_in_places
 from test_sequences import int32, offsets, packed, padded
-from test_wgmma_backward import KERNELS, NAME, SHORT, WGMMA, asked_for, backward_of, checked, plan_of  # noqa: F401 (a fixture)
+from test_wgmma_backward import KERNELS, NAME, SHORT, WGMMA, WIDE_KERNELS, asked_for, backward_of, checked, plan_of  # noqa: F401 (a fixture)
 from test_wgmma_forward import MASKS, hopper, inputs_of, names  # noqa: F401 (a fixture)
 
 import cuflash
@@ -69,6 +69,23 @@ def test_tiles_that_data_hide(case: str) -> None:
     """A wrong place among the blocks that add to a tile of queries is a wrong sum, or a wait without end."""
     on = Target("sm_90")
     checked(on, *inputs_of(on, LENGTHS, heads=(2, 1), batches=(2, 2), dtype="bfloat16"), backward_tile=SHORT, **HIDING[case])
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("case", HIDING)
+@pytest.mark.parametrize("head_dim", [256, 200])
+def test_tiles_that_data_hide_in_wide_heads(head_dim: int, case: str, request: pytest.FixtureRequest) -> None:
+    """Two kernels, each with a table of its own, since their tiles differ."""
+    on = Target("sm_90")
+    inputs = inputs_of(on, LENGTHS, head_dim, heads=(2, 1), batches=(2, 2), dtype="bfloat16")
+    planned = names(cuflash.plan(*inputs, enable_gqa=True, backward=True, **HIDING[case]))
+    assert [name for name in planned if name != "backward_row_sums"] == [
+        WIDE_KERNELS[0], "visible_tiles", WIDE_KERNELS[1], "visible_tiles", *WIDE_KERNELS[2:],
+    ]  # fmt: skip
+    on.check(*inputs, enable_gqa=True, **HIDING[case])
+    seeds = range(100 if request.config.getoption("--exhaustive") else 2)
+    report = check(backward_of(*inputs, **HIDING[case]), seeds=seeds)
+    assert len(report.runs) == 2 + len(seeds)
 
 
 @pytest.mark.sample(1)

@@ -43,6 +43,7 @@ WIDE: dict[str, dict[str, Any]] = {
         str(features): {"features": features}
         for features in (
             FeatureSet(window=True), FeatureSet(softcap=True), FeatureSet(alibi=True), FeatureSet(dropout=True), FeatureSet(attn_mask="float32"),
+            FeatureSet(attn_mask="bool"), FeatureSet(segments=True),
             FeatureSet(window=True, softcap=True, alibi=True, dropout=True),
         )
     },

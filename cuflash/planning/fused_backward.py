@@ -124,8 +124,6 @@ def why_not(problem: Problem, device: Device) -> str | None:
         return "it takes 16-bit types, and this is float32"
     if case.head_slices(device) > 1:
         return "it takes heads that are not cut into slices"
-    if case.features.lists_tiles:
-        return "it walks over no lists of visible tiles, which a boolean mask and segments need"
     if not problem.same_groups:
         return "key and value have gradients of different batches or heads"
     if problem.seqlen_kv == 0:

@@ -183,6 +183,11 @@ class KernelSpec:
         return self.rows_of in ("key", "value")
 
     @property
+    def walks_table(self) -> bool:
+        """Where data hide tiles, its blocks walk over a table of the places of tiles in the place of lists (kernels/tile/visible_tiles.cuh)."""
+        return bool(self.added_up) or (self.owns_keys and self.maps_tensors)
+
+    @property
     def reads_value(self) -> bool:
         """Anything in it has the columns of value."""
         return any(name in _WIDE_AS_VALUE for name in (*self.stationary, *self.streamed))

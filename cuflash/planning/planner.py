@@ -359,8 +359,8 @@ def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> K
         "TILE_Q": of.tile.tile_q,
         "TILE_KV": of.tile.tile_kv,
         "NUM_WARPS": spec.num_warps,
-        "BY_KEYS": of.spec.owns_keys and not of.spec.added_up,
-        "PLACES": bool(of.spec.added_up),
+        "BY_KEYS": of.spec.owns_keys and not of.spec.walks_table,
+        "PLACES": of.spec.walks_table,
         "CAUSAL": problem.is_causal,
         "VARLEN": False,
         "SEQLENS_KV": problem.seqlens_kv,
@@ -368,7 +368,7 @@ def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> K
         **kinds.constants(),
     }
     batches, heads = problem.list_extents
-    num_tiles = ceil(problem.seqlen_q / of.tile.tile_q) if of.spec.added_up else of.num_tiles
+    num_tiles = ceil(problem.seqlen_q / of.tile.tile_q) if of.spec.walks_table else of.num_tiles
     return KernelPlan(
         KernelCase(spec, problem.dtype, problem.head_dim, features=kinds), of.tile, config_text("float32", constants),
         LaunchShape(num_tiles * batches * heads, 32 * spec.num_warps, 4 * spec.num_warps), num_tiles,
@@ -418,13 +418,13 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffe
 def _list_entries(kernel: KernelPlan, problem: Problem) -> int:
     """Length of the lists of visible tiles of one kernel: for each tile that blocks own, a count and at most one entry for each tile that they walk over.
 
-    Where blocks add up among each other it is a table without counts (kernels/tile/visible_tiles.cuh).
+    A table has no counts.
     """
     if not (kernel.spec.is_tiled and kernel.spec.walks_lists):
         return 0
     walked = ceil(problem.seqlen_q / kernel.tile.tile_q) if kernel.spec.owns_keys else ceil(problem.seqlen_kv / kernel.tile.tile_kv)
     batches, heads = problem.list_extents
-    return batches * heads * kernel.num_tiles * ((not kernel.spec.added_up) + walked)
+    return batches * heads * kernel.num_tiles * ((not kernel.spec.walks_table) + walked)
 
 
 def _sinks_kernel(problem: Problem, device: Device) -> KernelPlan:

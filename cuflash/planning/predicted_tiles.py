@@ -113,11 +113,12 @@ FUSED_BACKWARD: dict[tuple[str, int], tuple[int, int, int, int]] = {
 """(architecture, head_dim) -> tile_q, tile_kv, num_warps, num_stages; 16-bit types, value of the same head_dim."""
 
 _LENGTHS = frozenset(("varlen", "seqlens_kv"))
-_ALL = _LENGTHS | frozenset(("window", "softcap", "alibi", "dropout", "sinks", "float16", "bfloat16", "float32"))
+_BY_DATA = frozenset(("bool", "segments"))
+_ALL = _LENGTHS | _BY_DATA | {"window", "softcap", "alibi", "dropout", "sinks", "float16", "bfloat16", "float32"}
 FUSED_WITH_FEATURE: dict[tuple[str, int], frozenset[str]] = {
-    ("sm_80", 64): _LENGTHS | {"window", "alibi", "sinks", "float16", "bfloat16", "float32"},
-    ("sm_80", 128): _LENGTHS | {"window", "alibi", "sinks", "dropout"},
-    ("sm_80", 256): frozenset(("window", "softcap", "alibi", "dropout")),
+    ("sm_80", 64): _ALL - {"softcap", "dropout"},
+    ("sm_80", 128): _LENGTHS | _BY_DATA | {"window", "alibi", "sinks", "dropout"},
+    ("sm_80", 256): _BY_DATA | {"window", "softcap", "alibi", "dropout"},
     ("sm_86", 64): _ALL,
     ("sm_86", 128): _ALL,
     ("sm_89", 64): _ALL,

@@ -127,8 +127,6 @@ def why_not(problem: Problem, device: Device) -> str | None:
             return reason
     if not problem.same_groups:
         return "key and value have gradients of different batches or heads"
-    if problem.features.kinds.lists_tiles and len(cases) > 1:
-        return "of wide heads it walks over no lists of visible tiles, which a boolean mask and segments need"
     if problem.seqlens_kv and problem.key_shape[0] != problem.batch:
         return "keys that batches share have one length there"
     if problem.seqlen_kv == 0:

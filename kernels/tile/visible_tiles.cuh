@@ -8,12 +8,13 @@
 // A step of a walk is the index of an entry. Without such masks nothing is listed, visible tiles are neighbours, and a step is the index of a tile.
 //
 // Where blocks own keys and add to tiles of queries in turn (tile/query_sums.cuh), a block has to know how many add to a tile before it. A table
-// takes the place of the lists then:
+// takes the place of the lists then, and of all that share their walks with such kernels:
 //
 //     visible_tiles[list_batches][list_heads][tiles of keys][tiles of queries]: place * 2 + (1 if some pair of the two is hidden), or NOTHING_VISIBLE
 //
 // The place of a tile of keys is the number of earlier ones of which some query of the tile sees a key.
 #pragma once
+#include "ptx/warp.cuh"
 #include "tile/features.cuh"
 
 constexpr int NOTHING_VISIBLE = -1;  // in the place of an entry
@@ -99,5 +100,95 @@ class VisibleTilesAhead {
     for (int i = 1; i <= AHEAD; ++i)
       if (step - present == i) found = entries[i];
     return found;
+  }
+};
+
+// The same of the table, for a kernel whose blocks own keys: the tiles of queries in the row of a tile of keys, the last one first. Every step looks
+// for the next tile in neighbouring entries, one in each lane.
+//
+//     VisibleTurnsAhead<STEPS_AHEAD> tiles(...);  // at step begin
+//     for (int j = begin; tiles.is_there(j); ++j) {
+//       tiles.begin_step(j);
+//       ...
+//       tiles.look_ahead();
+//       ...
+//       tiles.advance();
+//     }
+template <int AHEAD>
+class VisibleTurnsAhead {
+ public:
+  // Of tiles begin .. end - 1; the first step is `begin`.
+  DEVICE VisibleTurnsAhead(const FeatureArguments& features, int batch, int head, int num_tiles_kv, int tile_kv, int num_tiles_q, int begin, int end)
+      : begin(begin), present(begin) {
+    if constexpr (TILE_LISTS) {
+      row = places_of_tiles(features, batch, head, num_tiles_kv, tile_kv, num_tiles_q);
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+        const int above = i == 0 ? end : tiles[i == 0 ? 0 : i - 1];
+        tiles[i] = next_below(above, neighbour(above));
+      }
+      if (tiles[0] != NOTHING_VISIBLE) entry = row[tiles[0]];
+      neighbours = neighbour(tiles[AHEAD - 1]);
+    }
+  }
+
+  DEVICE bool is_there(int step) const { return tile(step) != NOTHING_VISIBLE; }
+  DEVICE int place() const { return entry >> 1; }  // of the block among those that add to the present tile
+  DEVICE bool is_partial() const { return entry % 2 != 0; }
+
+  DEVICE int tile(int step) const {  // which one it is, is known at compile time, as in VisibleTilesAhead
+    int found = tiles[0];
+#pragma unroll
+    for (int i = 1; i <= AHEAD; ++i)
+      if (step - present == i) found = tiles[i];
+    return found;
+  }
+
+  // Before it the tiles of steps present .. present + AHEAD - 1 are there, behind it that of present + AHEAD, too.
+  DEVICE void begin_step(int step) {
+    if constexpr (TILE_LISTS) {
+      present = step;  // as it is already; now the compiler knows it
+      tiles[AHEAD] = next_below(tiles[AHEAD - 1], neighbours);
+    }
+  }
+  // Before the block adds: behind its additions loads would wait for them.
+  DEVICE void look_ahead() {
+    if constexpr (TILE_LISTS) {
+      next_entry = tiles[1] != NOTHING_VISIBLE ? row[tiles[1]] : NOTHING_VISIBLE;
+      neighbours = neighbour(tiles[AHEAD]);
+    }
+  }
+  DEVICE void advance() {
+    if constexpr (TILE_LISTS) {
+      entry = next_entry;
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) tiles[i] = tiles[i + 1];
+      ++present;
+    }
+  }
+
+ private:
+  const int begin;
+  int present;
+  const int* row = nullptr;
+  int entry = 0, next_entry = 0;  // of the present step and the next one
+  int neighbours = 0;  // this lane's of those below the last tile that is there
+  int tiles[AHEAD + 1] = {};
+
+  // The entry of the tile as far below `above` as the lane is from the first one.
+  DEVICE int neighbour(int above) const {
+    const int tile = above - 1 - lane_index();
+    return tile >= begin ? row[tile] : NOTHING_VISIBLE;
+  }
+
+  // The next tile with a visible pair; `entry` is this lane's of those below `above`.
+  DEVICE int next_below(int above, int entry) const {
+    uint32 found = lanes_with(entry != NOTHING_VISIBLE);
+#pragma unroll 1
+    while (found == 0 && above - WARP_SIZE > begin) {
+      above -= WARP_SIZE;
+      found = lanes_with(neighbour(above) != NOTHING_VISIBLE);
+    }
+    return found == 0 ? NOTHING_VISIBLE : above - __ffs(int(found));
   }
 };

@@ -50,7 +50,6 @@ static_assert(COPYING_REGISTERS + WARPGROUPS * COMPUTING_REGISTERS <= (1 + WARPG
 static_assert(WARPGROUPS == 2 && TILE_KV == 16 * NUM_WARPS, "num_warps must be 8, and tile_kv 16 rows for each");
 static_assert(!(COMPUTE_DK && COMPUTE_DV) || (WarpgroupK::SLABS <= 3 && WarpgroupV::SLABS <= 2), "dK and dV of wider heads take a kernel each");
 static_assert(WarpgroupK::SLABS <= 4 && WarpgroupV::SLABS <= 4, "head_dim and that of value must be at most 256");
-static_assert(!TILE_LISTS || (COMPUTE_DK && COMPUTE_DV), "lists are of kernels that make both");
 static_assert(!HAS_OUT_RING || !COMPUTE_DV, "dO must be there as long as Q where dV is computed");
 static_assert(TILE_Q <= 256, "tile_q must be at most the columns of a wgmma");
 static_assert(!SHARES_SLAB || TILE_Q % 32 == 0, "tile_q must be a multiple of 32 where warpgroups share out queries");
