@@ -18,7 +18,7 @@ Guard = Callable[..., bool]
 """Tensors, as many as it was made of -> whether each has the class, dtype, shape, strides, device, requires_grad and dispatch keys (negation, wrappers) of its
 counterpart, under the modes of torch in which the guard was made."""
 
-_TensorGuards = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
+_TensorGuards = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 
 data_ptr = torch.Tensor.data_ptr
 
@@ -29,6 +29,7 @@ def guard(tensors: Sequence[Any]) -> Guard:
         return nothing_is_alike
     try:
         alike: Guard = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        alike(*tensors)
     except (TypeError, RuntimeError, AttributeError):  # another version's
         return nothing_is_alike
     return alike
