@@ -296,17 +296,23 @@ def test_a_result_that_was_changed_is_refused(device: Any) -> None:
                 torch.autograd.grad(results[0], inputs, torch.ones(SMALL, device=device).cumsum(-1))
 
 
-def test_recomputation_saves_what_the_first_pass_saved(device: Any) -> None:
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_saves_what_the_first_pass_saved(device: Any, use_reentrant: bool) -> None:
     """The first call, a warm one, and one of which everything is forgotten before it is computed again."""
     inputs = leaves(device, *[SMALL] * 3)
     wanted = gradients_of(inputs, scale=0.7)
     calls.forget()
     for turn in range(4):
-        out = torch.utils.checkpoint.checkpoint(lambda *x: scaled_dot_product_attention(*x, scale=0.7), *inputs, use_reentrant=False)
+        out = torch.utils.checkpoint.checkpoint(
+            lambda *x: scaled_dot_product_attention(*x, scale=0.7), *inputs, use_reentrant=use_reentrant
+        )
         if turn == 2:
             calls.forget()
         grad_out = torch.linspace(-1.0, 1.0, out.numel(), device=device).reshape(out.shape)
-        for got, want in zip((out, *torch.autograd.grad(out, inputs, grad_out)), wanted, strict=True):
+        for x in inputs:
+            x.grad = None
+        out.backward(grad_out)
+        for got, want in zip((out, *(x.grad for x in inputs)), wanted, strict=True):
             assert torch.equal(got, want)
 
 
