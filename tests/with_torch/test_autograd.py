@@ -190,7 +190,7 @@ def test_a_tangent_of_a_gradient_of_dual_tensors_raises(device: Any) -> None:
         with pytest.raises(UnsupportedError, match="attention: got a second derivative"):
             torch.autograd.grad(out, inputs, forward_ad.make_dual(grad_out, tangent))
         of_dual = scaled_dot_product_attention(forward_ad.make_dual(query, tangent), *inputs[1:])
-        with pytest.raises(UnsupportedError, match="attention: got a second derivative.* outside of the dual level"):
+        with pytest.raises(UnsupportedError, match=r"attention: got a second derivative.* outside of the dual level"):
             torch.autograd.grad(of_dual, inputs, grad_out, retain_graph=True)
     torch.autograd.grad(of_dual, inputs, grad_out)
 

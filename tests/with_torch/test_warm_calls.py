@@ -277,10 +277,10 @@ def test_memory_that_was_freed_is_refused(device: Any) -> None:
     warm(inputs)
     out = scaled_dot_product_attention(*inputs)
     inputs[1].untyped_storage().resize_(0)
-    with pytest.raises(CuflashError, match="key: .* memory"):
+    with pytest.raises(CuflashError, match=r"key: .* memory"):
         torch.autograd.grad(out, inputs, torch.ones(SMALL, device=device).cumsum(-1))
     for _ in range(2):
-        with pytest.raises(CuflashError, match="key: .* memory"):
+        with pytest.raises(CuflashError, match=r"key: .* memory"):
             scaled_dot_product_attention(*inputs)
 
 
