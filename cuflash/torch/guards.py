@@ -21,6 +21,8 @@ counterpart, under the modes of torch in which the guard was made."""
 _TensorGuards = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 
 data_ptr = torch.Tensor.data_ptr
+_is_nested = operator.attrgetter("is_nested")
+"""Of the older layout, which is of torch's plain class: torch's look asks for its sizes, and ends the process."""
 
 
 def guard(tensors: Sequence[Any]) -> Guard:
@@ -59,7 +61,7 @@ class Likeness:
 
     def addresses(self, tensors: Sequence[Any]) -> dict[str, int] | None:
         """Where tensors lie, by name, if they are such ones; else None."""
-        if not self._alike(*tensors):
+        if any(map(_is_nested, tensors)) or not self._alike(*tensors):
             return None
         lie_at = [*map(data_ptr, tensors)]
         addresses = dict(zip(self._names, lie_at))  # noqa: B905 (they are of one length)

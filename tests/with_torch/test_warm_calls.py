@@ -284,6 +284,15 @@ def test_memory_that_was_freed_is_refused(device: Any) -> None:
             scaled_dot_product_attention(*inputs)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_nested_tensors_of_the_older_layout_are_refused_warm(device: Any) -> None:
+    plain = [x.detach() for x in leaves(device, *[SMALL] * 3)]
+    for _ in range(3):
+        scaled_dot_product_attention(*plain)
+    with pytest.raises(CuflashError, match="older layout"):
+        scaled_dot_product_attention(torch.nested.nested_tensor([plain[0][0]]), *plain[1:])
+
+
 def test_a_result_that_was_changed_is_refused(device: Any) -> None:
     inputs = leaves(device, *[SMALL] * 3)
     warm(inputs)
