@@ -383,7 +383,7 @@ def test_what_likeness_is() -> None:
     alike = Likeness(("query", "key", "value"), (query, key, value))
     assert alike.addresses((value, query, key)) == {"query": value.data_ptr(), "key": query.data_ptr(), "value": key.data_ptr()}
     others = [
-        torch.zeros(2, 8, dtype=torch.float16), torch.zeros(2, 7), torch.zeros(8, 2).T, torch.zeros(2, 8, requires_grad=True), None,
+        torch.zeros(2, 8, dtype=torch.float16), torch.zeros(2, 7), torch.zeros(8, 2).T, torch.zeros(2, 8, requires_grad=True),
         torch.zeros(2, 8, device="meta"), torch.zeros(17)[1:].view(2, 8), torch._efficientzerotensor((2, 8)), torch.nn.Parameter(query, False),
         torch.zeros(2, 8, dtype=torch.complex64).conj().imag,
     ]  # fmt: skip
