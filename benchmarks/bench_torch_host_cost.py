@@ -8,6 +8,7 @@ numbers, so that its time is what it costs to call it. Each number is the least 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -102,6 +103,20 @@ def cases() -> dict[str, Callable[[], Any]]:
     def without_grad(call: Callable[..., Any], *arguments: Any) -> Any:
         return lambda: call(*arguments, is_causal=True)
 
+    def the_long_way() -> dict[str, Callable[[], Any]]:
+        """Forward alone, and both passes, of calls that no door knows."""
+        of_three = [x[0].detach().requires_grad_() for x in recorded]
+        ways: dict[str, tuple[list[Any], dict[str, Any]]] = {
+            "dropout": (recorded, {"dropout_p": 0.1}), "lengths of 64 bits": (recorded, {"seqlens_kv": torch.tensor([20])}),
+            "attn_bias": (recorded, {"attn_bias": torch.zeros(SHAPE[2], SHAPE[2])}), "three dimensions": (of_three, {}),
+        }  # fmt: skip
+        made: dict[str, Callable[[], Any]] = {}
+        for name, (leaves, options) in ways.items():
+            call = functools.partial(ours, is_causal=True, **options)
+            made[f"{name}, forward: cuflash.torch"] = functools.partial(call, *[x.detach() for x in leaves])
+            made[f"{name}, forward and backward: cuflash.torch"] = both(call, leaves, grad_out if leaves is recorded else grad_out[0])
+        return made
+
     def both(call: Callable[..., Any], leaves: list[Any], grad: Any) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(call(*leaves), leaves, grad)
 
@@ -119,6 +134,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "forward and backward: an operator that does nothing, compiled": both(compiled_nothing, recorded, grad_out),
         "forward and backward: an autograd function that does nothing": both(lambda *x: Nothing.apply(*x)[0], recorded, grad_out),
         "backward: cuflash": lambda: cuflash.scaled_dot_product_attention_backward(grad_out, *plain, out, lse, **options),
+        **the_long_way(),
         "part: checks of the inputs": lambda: (inputs.check_tensors((*plain, *(None,) * 11)), inputs.four_dimensions(*plain, None), inputs.autocast(*plain)),
         "part: one torch.empty": lambda: torch.empty(SHAPE, dtype=torch.float16, device="cpu"),
     }  # fmt: skip

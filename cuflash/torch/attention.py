@@ -65,7 +65,7 @@ def scaled_dot_product_attention(
         layout: the order of dimensions where it is not torch's, of which there are four then.
         return_lse: return `(out, lse)`; lse is float32 `(batch, num_heads_q, seqlen_q)`, differentiable like out.
         dropout_seed: None draws seed and offset from torch's generator of the query's device, on the device: `torch.manual_seed` reproduces them, and so do
-            checkpointing and CUDA graphs.
+            checkpointing and CUDA graphs. A tensor of one element is a seed whose offset is 0.
         seqlens_kv, prefix_lengths: int32, or int64, which is converted on the device.
         sinks, alibi_slopes: float32, or a 16-bit type, which is converted. Slopes have no gradient, and raise where they require one.
         tile: of the forward kernel; gradients are computed with their default tiles.
@@ -229,8 +229,9 @@ def plan(
         sinks, alibi_slopes = inputs.sinks_and_slopes(sinks, alibi_slopes)
     if dropout_p and dropout_seed is None:
         dropout_seed = 0  # a plan says nothing of it, and the generator stays where it is
+    seed = inputs.seed_and_offset(dropout_seed)
     operands = Operands(
-        query, key, value, attn_mask, alibi_slopes, sinks, inputs.lengths(prefix_lengths), dropout_seed, None, inputs.lengths(seqlens_kv), segment_ids_q,
+        query, key, value, attn_mask, alibi_slopes, sinks, inputs.lengths(prefix_lengths), seed, None, inputs.lengths(seqlens_kv), segment_ids_q,
         segment_ids_kv, pair_mask=pair_mask,
     )  # fmt: skip
     options = Options(

@@ -218,7 +218,10 @@ class AttentionBackward(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *grads: Any) -> Any:
         raise UnsupportedError("attention", "a second derivative of it", "first derivatives", f"Use create_graph=False; or {_WITHOUT_US}")
 
-    jvp = backward
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        hint = f"Take gradients outside of the dual level, or of torch.func.jvp; or {_WITHOUT_US}"
+        raise UnsupportedError("attention", "a second derivative of it", "first derivatives", hint)
 
     @staticmethod
     def vmap(info: Any, in_dims: Tensors, *arguments: Any) -> tuple[Any, Any]:
@@ -268,8 +271,8 @@ def _apply_backward(call: Call, needs_mask: bool, given: Tensors) -> Tensors:
 
 
 def gradients(call: Call, tensors: Tensors, out: Any, lse: Any, grad_out: Any, grad_lse: Any, needs_mask: bool) -> Tensors:
-    """Those of query, key, value, attn_mask and sinks, recorded where somebody wants derivatives of them."""
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    """Those of query, key, value, attn_mask and sinks, recorded where somebody wants derivatives of them; a tangent raises."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         grads: Tensors = AttentionBackward.apply(grad_out, grad_lse, *tensors, out, lse, call, needs_mask)
         return grads
     return _gradients(call, tensors, out, lse, grad_out, grad_lse, needs_mask)

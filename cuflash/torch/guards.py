@@ -18,9 +18,11 @@ Guard = Callable[..., bool]
 """Tensors, as many as it was made of -> whether each has the class, dtype, shape, strides, device, requires_grad and dispatch keys (negation, wrappers) of its
 counterpart, under the modes of torch in which the guard was made."""
 
-_TensorGuards = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
+_TensorGuards = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 
 data_ptr = torch.Tensor.data_ptr
+_is_nested = operator.attrgetter("is_nested")
+"""Of the older layout, which is of torch's plain class: torch's look asks for its sizes, and ends the process."""
 
 
 def guard(tensors: Sequence[Any]) -> Guard:
@@ -29,6 +31,7 @@ def guard(tensors: Sequence[Any]) -> Guard:
         return nothing_is_alike
     try:
         alike: Guard = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        alike(*tensors)
     except (TypeError, RuntimeError, AttributeError):  # another version's
         return nothing_is_alike
     return alike
@@ -58,7 +61,7 @@ class Likeness:
 
     def addresses(self, tensors: Sequence[Any]) -> dict[str, int] | None:
         """Where tensors lie, by name, if they are such ones; else None."""
-        if not self._alike(*tensors):
+        if any(map(_is_nested, tensors)) or not self._alike(*tensors):
             return None
         lie_at = [*map(data_ptr, tensors)]
         addresses = dict(zip(self._names, lie_at))  # noqa: B905 (they are of one length)

@@ -175,12 +175,17 @@ def autocast(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
     return cast[0], cast[1], cast[2]
 
 
+def seed_and_offset(seed: Any) -> Any:
+    """A tensor of one element with an offset of 0 beside it, on its device; anything else as it is."""
+    return torch.cat([seed.reshape(1), seed.new_zeros(1)]) if isinstance(seed, torch.Tensor) and seed.numel() == 1 else seed
+
+
 def dropout_source(dropout_p: Any, given: Any, device: Any) -> tuple[Any, Any]:
     """What dropout draws from: a tensor of seed and offset, or ints. Without either, both from torch's generator of the device, where they stay."""
     if given is None and not dropout_p:
         return None, None
     if isinstance(given, torch.Tensor):
-        return given, None
+        return seed_and_offset(given), None
     if given is not None:
         return None, given
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device), None

@@ -39,7 +39,9 @@ def run(direction: str, names: Sequence[str], tensors: Sequence[Any], options: S
             return last.prepared.run(addresses)
     operands, of_call = asked()
     results = calls.forward(operands, of_call) if direction == "forward" else calls.backward(operands, of_call)
-    if key is not None and {*map(id, given)}.issubset(map(id, operands)):  # nothing was made into something else
+    if key is not None and {*map(id, given)} == {
+        id(x) for x in operands if x is not None
+    }:  # nothing was made into something else, or made besides
         _, prepared, _ = calls.find(direction, operands, of_call)
         if prepared is not None:
             calls.keep(key, _Last(Likeness(present, given), prepared))

@@ -97,7 +97,7 @@ class Known:
             saved: what the forward pass has saved. Hooks may have made other tensors of it.
             addresses: where that lay.
         """
-        if _is_grad_enabled() or _is_transformed() or torch.compiler.is_compiling():
+        if _is_grad_enabled() or _is_transformed() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
             return self._new_gradients(saved, grad_out, grad_lse)
         setting = device.simulator_setting()
         tensors = (*saved, grad_out) if grad_lse is None else (*saved, grad_out, grad_lse)

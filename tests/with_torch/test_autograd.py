@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import grad, grad_and_value, jvp, vmap
 from written_out import SHAPE, assert_close, assert_same_gradients, attention, leaves
 
@@ -175,6 +176,23 @@ def test_a_second_derivative_of_torch_func_raises(device: Any) -> None:
     first = grad(lambda x: scaled_dot_product_attention(x, key, value).square().sum())
     with pytest.raises(UnsupportedError, match="second derivative"):
         grad(lambda x: first(x).sum())(query)
+
+
+def test_a_tangent_of_a_gradient_of_dual_tensors_raises(device: Any) -> None:
+    """Whether query, or the gradient of out alone, has a tangent; also where such calls are known."""
+    inputs = leaves(device, *[SHAPE] * 3)
+    query, grad_out, tangent = inputs[0], torch.ones(SHAPE, device=device).cumsum(-1), torch.ones(SHAPE, device=device)
+    for _ in range(3):
+        out = scaled_dot_product_attention(*inputs)
+        torch.autograd.grad(out, inputs, grad_out, retain_graph=True)
+    with forward_ad.dual_level():
+        torch.autograd.grad(out, inputs, grad_out, retain_graph=True)
+        with pytest.raises(UnsupportedError, match="attention: got a second derivative"):
+            torch.autograd.grad(out, inputs, forward_ad.make_dual(grad_out, tangent))
+        of_dual = scaled_dot_product_attention(forward_ad.make_dual(query, tangent), *inputs[1:])
+        with pytest.raises(UnsupportedError, match=r"attention: got a second derivative.* outside of the dual level"):
+            torch.autograd.grad(of_dual, inputs, grad_out, retain_graph=True)
+    torch.autograd.grad(of_dual, inputs, grad_out)
 
 
 def test_a_tangent_of_a_gradient_raises(device: Any) -> None:

@@ -178,6 +178,21 @@ def test_integers_of_64_bits_and_tensors_of_one_element(device: Any) -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_seeds_and_longest_lengths_of_one_element(device: Any, shape: tuple[int, ...]) -> None:
+    def number(x: int) -> Any:
+        return torch.tensor(x, device=device).reshape(shape)
+
+    query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
+    want = scaled_dot_product_attention(query, key, value, dropout_p=0.3, dropout_seed=7)
+    assert torch.equal(scaled_dot_product_attention(query, key, value, dropout_p=0.3, dropout_seed=number(7)), want)
+    assert plan(query, key, value, dropout_p=0.3, dropout_seed=number(7)).kernels
+    packed = [x[0].transpose(0, 1) for x in (query, key, value)]
+    offsets = torch.tensor([0, 20, SEQLEN], dtype=torch.int32, device=device)
+    want = varlen_attention(*packed, offsets, offsets, 28, 28)
+    assert torch.equal(varlen_attention(*packed, offsets, offsets, number(28), number(28)), want)
+
+
 def test_offsets_of_64_bits_are_checked_as_those_of_32(device: Any) -> None:
     if device.type != "cpu":
         pytest.skip("values on a GPU are not read")

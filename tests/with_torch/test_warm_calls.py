@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from python_calls import num_calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 from written_out import SHAPE, assert_close, leaves
@@ -14,7 +16,7 @@ from written_out import SHAPE, assert_close, leaves
 import cuflash
 from cuflash.errors import CuflashError, UnsupportedError
 from cuflash.runtime import calls, launch, prepared
-from cuflash.torch import last_calls, operators, scaled_dot_product_attention
+from cuflash.torch import guards, last_calls, operators, scaled_dot_product_attention
 from cuflash.torch.functions import Call
 from cuflash.torch.guards import Likeness
 from cuflash.torch.inputs import TENSORS
@@ -257,12 +259,131 @@ def test_operators_run_again_what_was_prepared(device: Any, monkeypatch: pytest.
     assert any(isinstance(last, last_calls._Last) for last in calls._calls.values())
 
 
+def test_operators_whose_gradients_are_of_lse_alone(device: Any) -> None:
+    """The gradient of out is none of the operator's arguments then, and zeros are made for the kernels."""
+    inputs = leaves(device, *[SMALL] * 3)
+    _, lse = scaled_dot_product_attention(*inputs, return_lse=True)
+    grad_lse = torch.linspace(-1.0, 1.0, lse.numel(), device=device).reshape(lse.shape)
+    wanted = torch.autograd.grad(lse, inputs, grad_lse)
+    for _ in range(3):
+        _, lse = operators.attend(Call(False, PLAIN), (*inputs, *(None,) * (len(TENSORS) - 3)), True)
+        for got, want in zip(torch.autograd.grad(lse, inputs, grad_lse), wanted, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_memory_that_was_freed_is_refused(device: Any) -> None:
+    """As sharded parameters free theirs between the passes."""
+    inputs = leaves(device, *[SMALL] * 3)
+    warm(inputs)
+    out = scaled_dot_product_attention(*inputs)
+    inputs[1].untyped_storage().resize_(0)
+    with pytest.raises(CuflashError, match=r"key: .* memory"):
+        torch.autograd.grad(out, inputs, torch.ones(SMALL, device=device).cumsum(-1))
+    for _ in range(2):
+        with pytest.raises(CuflashError, match=r"key: .* memory"):
+            scaled_dot_product_attention(*inputs)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_nested_tensors_of_the_older_layout_are_refused_warm(device: Any) -> None:
+    plain = [x.detach() for x in leaves(device, *[SMALL] * 3)]
+    for _ in range(3):
+        scaled_dot_product_attention(*plain)
+    with pytest.raises(CuflashError, match="older layout"):
+        scaled_dot_product_attention(torch.nested.nested_tensor([plain[0][0]]), *plain[1:])
+
+
+def test_a_result_that_was_changed_is_refused(device: Any) -> None:
+    inputs = leaves(device, *[SMALL] * 3)
+    warm(inputs)
+    for changed in (0, 1):
+        for _ in range(2):
+            results = scaled_dot_product_attention(*inputs, return_lse=True)
+            with torch.no_grad():
+                results[changed].add_(1.0)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(results[0], inputs, torch.ones(SMALL, device=device).cumsum(-1))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_saves_what_the_first_pass_saved(device: Any, use_reentrant: bool) -> None:
+    """The first call, a warm one, and one of which everything is forgotten before it is computed again."""
+    inputs = leaves(device, *[SMALL] * 3)
+    wanted = gradients_of(inputs, scale=0.7)
+    calls.forget()
+    for turn in range(4):
+        out = torch.utils.checkpoint.checkpoint(
+            lambda *x: scaled_dot_product_attention(*x, scale=0.7), *inputs, use_reentrant=use_reentrant
+        )
+        if turn == 2:
+            calls.forget()
+        grad_out = torch.linspace(-1.0, 1.0, out.numel(), device=device).reshape(out.shape)
+        for x in inputs:
+            x.grad = None
+        out.backward(grad_out)
+        for got, want in zip((out, *(x.grad for x in inputs)), wanted, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_calls_within_hooks_and_of_several_threads(device: Any) -> None:
+    of_shape, longer = leaves(device, *[SMALL] * 3), leaves(device, *[LONGER] * 3)
+    wanted = {id(inputs): warm(inputs) for inputs in (of_shape, longer)}
+    wrong: list[Any] = []
+
+    def look(inputs: Any, results: Any) -> None:
+        wrong.extend(1 for got, want in zip(results, wanted[id(inputs)], strict=True) if not torch.equal(got, want))
+
+    def run(inputs: Any, within: Any) -> None:
+        def hook(grad: Any) -> None:
+            with torch.enable_grad():
+                look(within, gradients_of(within))
+
+        out = scaled_dot_product_attention(*inputs)
+        out.register_hook(hook)
+        grad_out = torch.linspace(-1.0, 1.0, out.numel(), device=device).reshape(out.shape)
+        look(inputs, (out, *torch.autograd.grad(out, inputs, grad_out)))
+
+    def several(*given: Any) -> None:
+        for _ in range(2):
+            run(*given)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for done in [pool.submit(several, *given) for given in ((of_shape, longer), (longer, of_shape), (of_shape, of_shape))]:
+            done.result()
+    assert not wrong
+
+
+@pytest.mark.parametrize("names", ["none", "others"])
+def test_without_what_is_internal_to_torch(device: Any, monkeypatch: pytest.MonkeyPatch, names: str) -> None:
+    """A version that has none of it, and one whose functions of these names take other arguments: the same results, on longer ways."""
+    inputs = leaves(device, *[SMALL] * 3)
+    wanted = warm(inputs)
+    calls.forget()
+    other = None if names == "none" else Other
+    monkeypatch.setattr(guards, "_TensorGuards", other)
+    for name in ("_empty_strided_cpu", "_empty_strided_cuda"):
+        monkeypatch.setattr(torch._C._dynamo.guards, name, other)
+    for got, want in zip(warm(inputs), wanted, strict=True):
+        assert torch.equal(got, want)
+    calls.forget()
+
+
+class Other:
+    """Made of anything, and takes nothing."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        pass
+
+    def check(self) -> bool:
+        return True
+
+
 def test_what_likeness_is() -> None:
     query, key, value = (torch.zeros(2, 8) for _ in range(3))
     alike = Likeness(("query", "key", "value"), (query, key, value))
     assert alike.addresses((value, query, key)) == {"query": value.data_ptr(), "key": query.data_ptr(), "value": key.data_ptr()}
     others = [
-        torch.zeros(2, 8, dtype=torch.float16), torch.zeros(2, 7), torch.zeros(8, 2).T, torch.zeros(2, 8, requires_grad=True), None,
+        torch.zeros(2, 8, dtype=torch.float16), torch.zeros(2, 7), torch.zeros(8, 2).T, torch.zeros(2, 8, requires_grad=True),
         torch.zeros(2, 8, device="meta"), torch.zeros(17)[1:].view(2, 8), torch._efficientzerotensor((2, 8)), torch.nn.Parameter(query, False),
         torch.zeros(2, 8, dtype=torch.complex64).conj().imag,
     ]  # fmt: skip
