@@ -54,8 +54,8 @@ struct OnlineSoftmax {
 
   // Turns scores S into probabilities relative to the reference. The branch is that of a warp, and stands where all scores have to be known anyway.
   // All lanes vote, so each looks at its own columns; the largest score of a whole row is found where a reference rises.
-  template <int N, int N_O>
-  DEVICE void update(float (&S)[M][N][4], float (&O)[M][N_O][4], float scale_log2) {
+  template <int N, int N_O, typename WaitForO>
+  DEVICE void update(float (&S)[M][N][4], float (&O)[M][N_O][4], float scale_log2, WaitForO wait_for_O) {
     float highest[M][2], offset[M][2];
     bool is_rare = false;
 #pragma unroll
@@ -67,6 +67,7 @@ struct OnlineSoftmax {
         is_rare |= reference_of(highest[m][r], scale_log2, SLACK) > reference[m][r] || is_coarse(m, r);
       }
     if (any_lane(is_rare)) {
+      wait_for_O();
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
