@@ -137,7 +137,7 @@ class WarpgroupRows {
     issue_accumulator<RingV>(O, P, RingV::descriptor(shared.V(V.stage)));
   }
 
-  // Products -> probabilities of tile j, in place. SHARES: all keys are visible to all rows.
+  // Products -> probabilities of tile j, in place, and O to their reference. SHARES: all keys are visible to all rows.
   template <bool SHARES>
   DEVICE void make_probabilities(float (&S)[1][S_TILES][4], int j, bool is_masked) {
     if constexpr (!MAPS_MASK) release_keys(K, 1);
@@ -155,7 +155,7 @@ class WarpgroupRows {
       __syncwarp();
       release_keys(K, 1);
     }
-    softmax.update(S, O, modifier.factor(), [&] {
+    softmax.update<true>(S, O, modifier.factor(), [&] {
       wgmma_wait<0>();
       pin(O[0]);
     });
@@ -234,7 +234,6 @@ class WarpgroupRows {
   DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4]) {
     pack_accumulator(P, S);
     pin(P);
-    pin(O[0]);
   }
 
   DEVICE void finish() {
