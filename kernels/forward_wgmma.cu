@@ -140,7 +140,6 @@ class WarpgroupRows {
   // Products -> probabilities of tile j, in place, and O to their reference. SHARES: all keys are visible to all rows.
   template <bool SHARES>
   DEVICE void make_probabilities(float (&S)[1][S_TILES][4], int j, bool is_masked) {
-    if constexpr (!MAPS_MASK) release_keys(K, 1);
     const int first_kv = (TILE_LISTS ? entry >> 1 : j) * TILE_KV;
     if constexpr (MODIFIES_SCORES && (MAPS_MASK || !ADDITIVE_MASK)) {
       modifier.apply_to_rows<true>(S, first_row, first_kv, SHARES);
@@ -159,6 +158,7 @@ class WarpgroupRows {
       wgmma_wait<0>();
       pin(O[0]);
     });
+    if constexpr (!MAPS_MASK) release_keys(K, 1);
     if constexpr (DROPOUT) drop(S, dropout, work.batch, work.head, first_row, first_kv);
   }
 
