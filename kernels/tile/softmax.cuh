@@ -54,8 +54,8 @@ struct OnlineSoftmax {
 
   // Turns scores S into probabilities relative to the reference. The branch is that of a warp, and stands where all scores have to be known anyway.
   // All lanes vote, so each looks at its own columns; the largest score of a whole row is found where a reference rises. Only there O is multiplied,
-  // of which products may be in flight that `wait_for_O` waits for. ROW_BY_ROW: no row's numbers depend on those beside it in a warp, where rows behind
-  // the end of a sequence hold anything; else, where one reference rises, the others do that can.
+  // of which products may be in flight that `wait_for_O` waits for. ROW_BY_ROW: no row's numbers depend on those beside it in a warp, where rows
+  // behind the end of a sequence hold anything; else, where one reference rises, the others do that can.
   template <bool ROW_BY_ROW, int N, int N_O, typename WaitForO>
   DEVICE void update(float (&S)[M][N][4], float (&O)[M][N_O][4], float scale_log2, WaitForO wait_for_O) {
     float highest[M][2], offset[M][2];
