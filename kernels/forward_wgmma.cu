@@ -150,15 +150,12 @@ class WarpgroupRows {
       multiply_all(S, geometry.score_sign);
     }
     if (is_masked) hide_keys(S, first_kv);
-    if constexpr (MAPS_MASK) {
-      __syncwarp();
-      release_keys(K, 1);
-    }
     softmax.update<true>(S, O, modifier.factor(), [&] {
       wgmma_wait<0>();
       pin(O[0]);
     });
-    if constexpr (!MAPS_MASK) release_keys(K, 1);
+    if constexpr (MAPS_MASK) __syncwarp();
+    release_keys(K, 1);
     if constexpr (DROPOUT) drop(S, dropout, work.batch, work.head, first_row, first_kv);
   }
 
