@@ -51,7 +51,7 @@ constexpr bool COPIES_BITS = MAPS_MASK && BOOLEAN_MASK;
 class WarpgroupRows {
  public:
   float O[1][DV_TILES][4] = {};
-  OnlineSoftmax<1, ADDITIVE_MASK, PROBABILITY_SHIFT> softmax;
+  OnlineSoftmax<1, ADDITIVE_MASK, PROBABILITY_SHIFT, SLACK_OF<Element>> softmax;
 
   DEVICE WarpgroupRows(const Geometry& geometry, const FeatureArguments& features, const Work& work, const Visibility& visibility,
                        const Dropout& dropout, const SharedMemory& shared, SmemAddress Q, int warpgroup, Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V)
@@ -137,10 +137,9 @@ class WarpgroupRows {
     issue_accumulator<RingV>(O, P, RingV::descriptor(shared.V(V.stage)));
   }
 
-  // Products -> probabilities of tile j, in place; O has to be multiplied by `rescale`. SHARES: all keys are visible to all rows.
+  // Products -> probabilities of tile j, in place, and O to their reference. SHARES: all keys are visible to all rows.
   template <bool SHARES>
-  DEVICE void make_probabilities(float (&S)[1][S_TILES][4], float (&rescale)[1][2], int j, bool is_masked) {
-    if constexpr (!MAPS_MASK) release_keys(K, 1);
+  DEVICE void make_probabilities(float (&S)[1][S_TILES][4], int j, bool is_masked) {
     const int first_kv = (TILE_LISTS ? entry >> 1 : j) * TILE_KV;
     if constexpr (MODIFIES_SCORES && (MAPS_MASK || !ADDITIVE_MASK)) {
       const bool sees_all = SOFTCAP && (TILE_LISTS ? !hides_any(first_kv) : !is_masked);
@@ -152,11 +151,12 @@ class WarpgroupRows {
       multiply_all(S, geometry.score_sign);
     }
     if (is_masked) hide_keys(S, first_kv);
-    if constexpr (MAPS_MASK) {
-      __syncwarp();
-      release_keys(K, 1);
-    }
-    softmax.update(S, rescale, modifier.factor());
+    softmax.update<true>(S, O, modifier.factor(), [&] {
+      wgmma_wait<0>();
+      pin(O[0]);
+    });
+    if constexpr (MAPS_MASK) __syncwarp();
+    release_keys(K, 1);
     if constexpr (DROPOUT) drop(S, dropout, work.batch, work.head, first_row, first_kv);
   }
 
@@ -237,7 +237,6 @@ class WarpgroupRows {
   DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4]) {
     pack_accumulator(P, S);
     pin(P);
-    pin(O[0]);
   }
 
   DEVICE void finish() {
@@ -250,11 +249,11 @@ class WarpgroupRows {
 
   // Nothing to multiply with V yet.
   DEVICE void first_step(int j, bool is_masked) {
-    float S[1][S_TILES][4], unused[1][2];
+    float S[1][S_TILES][4];
     issue_scores(S);
     wgmma_wait<0>();
     pin(S[0]);
-    make_probabilities<false>(S, unused, j, is_masked);
+    make_probabilities<false>(S, j, is_masked);
     pack_probabilities(S);
   }
 
@@ -266,20 +265,16 @@ class WarpgroupRows {
 
   template <bool IS_MASKED>
   DEVICE void step(int j) {
-    float S[1][S_TILES][4], rescale[1][2];
+    float S[1][S_TILES][4];
     issue_scores(S);
     issue_outputs();
     wgmma_wait<1>();
     pin(S[0]);
-    make_probabilities<!IS_MASKED>(S, rescale, j, IS_MASKED);
+    make_probabilities<!IS_MASKED>(S, j, IS_MASKED);
     wgmma_wait<0>();
     pin(O[0]);
     pin(P);
     V.release(2);
-#pragma unroll
-    for (int n = 0; n < DV_TILES; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) O[0][n][i] *= rescale[0][i / 2];
     pack_probabilities(S);
   }
 };

@@ -165,8 +165,8 @@ def assert_hot_loops(report: Report, dtype: str, head_dim: int, is_causal: bool)
         opcodes = [i.opcode for i in loop]
         assert opcodes.count(scores) == head_dim // 16 + (tile.tile_kv // 16 if scores == outputs else 0)
         assert opcodes.count(outputs) == tile.tile_kv // 16 + (head_dim // 16 if scores == outputs else 0)
-        assert opcodes.count("WARPGROUP.DEPBAR.LE") == 2
-        assert sum(i.base == "MUFU" for i in loop) == tile.tile_kv // 2 + 2
+        assert opcodes.count("WARPGROUP.DEPBAR.LE") == 3, "for scores, for O, and for O where a reference rises"
+        assert opcodes.count("MUFU.EX2") == tile.tile_kv // 2 + 2
         assert not {"LDL", "STL", "LDS", "STS", "LDG", "STG"} & {i.base for i in loop}
     assert sum(i.base == "UTMALDG" for loop in loops for i in loop) >= 2 * head_dim // 64
     if is_causal:
@@ -189,9 +189,13 @@ def registers_of(instruction: Instruction) -> set[int]:
 
 
 def in_flight(code: Function) -> Iterator[tuple[Instruction, set[int]]]:
-    """Every instruction but products, from top to bottom, with the registers of D and A that products behind it may still use."""
+    """Every instruction but products, from top to bottom, with the registers of D and A that products before it may still use."""
     groups: list[set[int]] = [set()]
-    for instruction in code:
+    jumping: dict[int, list[list[set[int]]]] = {}  # groups of those who come by a branch, by where it goes to
+    for index, instruction in enumerate(code, code[0].address // sass.INSTRUCTION_BYTES):
+        for others in jumping.pop(index, ()):
+            longer, shorter = sorted((groups, others), key=len, reverse=True)
+            groups = [*longer[: len(longer) - len(shorter)], *map(set.union, longer[len(longer) - len(shorter) :], shorter)]
         if instruction.base == "HGMMA":
             rows, columns = map(int, re.findall(r"\d+", instruction.opcode)[:2])
             operands = [int(operand[1:]) for operand in re.findall(r"\bR\d+\b", instruction.operands)]
@@ -204,4 +208,6 @@ def in_flight(code: Function) -> Iterator[tuple[Instruction, set[int]]]:
         if instruction.opcode == "WARPGROUP.DEPBAR.LE":
             pending = int(instruction.operands.split(", ")[1], 16)
             groups = groups[-1 - pending :]
+        if instruction.target is not None and instruction.target > index:
+            jumping.setdefault(instruction.target, []).append([set(group) for group in groups])
         yield instruction, set().union(*groups)

@@ -53,9 +53,11 @@ struct OnlineSoftmax {
   }
 
   // Turns scores S into probabilities relative to the reference. The branch is that of a warp, and stands where all scores have to be known anyway.
-  // All lanes vote, so each looks at its own columns; the largest score of a whole row is found where a reference rises.
-  template <int N, int N_O>
-  DEVICE void update(float (&S)[M][N][4], float (&O)[M][N_O][4], float scale_log2) {
+  // All lanes vote, so each looks at its own columns; the largest score of a whole row is found where a reference rises. Only there O is multiplied,
+  // of which products may be in flight that `wait_for_O` waits for. ROW_BY_ROW: no row's numbers depend on those beside it in a warp, where rows
+  // behind the end of a sequence hold anything; else, where one reference rises, the others do that can.
+  template <bool ROW_BY_ROW, int N, int N_O, typename WaitForO>
+  DEVICE void update(float (&S)[M][N][4], float (&O)[M][N_O][4], float scale_log2, WaitForO wait_for_O) {
     float highest[M][2], offset[M][2];
     bool is_rare = false;
 #pragma unroll
@@ -67,11 +69,14 @@ struct OnlineSoftmax {
         is_rare |= reference_of(highest[m][r], scale_log2, SLACK) > reference[m][r] || is_coarse(m, r);
       }
     if (any_lane(is_rare)) {
+      wait_for_O();
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          raise(O[m], quad_max(highest[m][r]), m, r, scale_log2);
+          const float of_row = quad_max(highest[m][r]);
+          const bool asks = !ROW_BY_ROW || reference_of(of_row, scale_log2, SLACK) > reference[m][r];
+          raise(O[m], asks ? of_row : -infinity(), m, r, scale_log2);
           offset[m][r] = is_coarse(m, r) ? 0.0f : reference[m][r];
           if (is_coarse(m, r)) subtract_reference(S[m], m, r, scale_log2, 1.0f / scale_log2);
         }
@@ -83,6 +88,11 @@ struct OnlineSoftmax {
         exponentiate(S[m], m, r, scale_log2, offset[m][r]);
         add_to_sum(m, r, row_sum<0, N>(S[m], r));
       }
+  }
+
+  template <int N, int N_O>
+  DEVICE void update(float (&S)[M][N][4], float (&O)[M][N_O][4], float scale_log2) {
+    update<false>(S, O, scale_log2, [] {});
   }
 
   // The same where O is not at hand: it has to be multiplied by `rescale`. References rise with the maximum, and the branch is for coarse rows.
