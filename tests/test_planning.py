@@ -189,7 +189,9 @@ def test_config_says_all_that_the_kernel_is_told() -> None:
         f"  static constexpr int SHARED_BYTES = {160 * (64 + 4 * 48)};\n"
         "  static constexpr bool CAUSAL = true;\n  static constexpr bool VARLEN = false;\n"
         "  static constexpr bool SEQLENS_KV = false;\n  static constexpr bool IN_PLACES = false;\n  static constexpr bool ALLOW_TF32 = false;\n  static constexpr bool VECTORIZED = true;\n  using MaskElement = NoMask;\n"
-        "  static constexpr bool PAIR_MASK = false;\n" + "".join(f"  static constexpr bool {name} = false;\n" for name in (*FEATURES, "COPIES_MASK")) + "};\n"
+        "  static constexpr bool PAIR_MASK = false;\n"
+        + "".join(f"  static constexpr bool {name} = false;\n" for name in (*FEATURES, "COPIES_MASK"))
+        + "};\n"
     )
 
 
