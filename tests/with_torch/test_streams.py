@@ -1,4 +1,4 @@
-"""Torch's streams, devices and CUDA graphs. What only a GPU has is skipped by name without one; which functions of torch are asked is looked at without one too."""
+"""Torch's streams, devices and CUDA graphs. What only a GPU has is not collected without one; which functions of torch are asked is looked at without one too."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from cuflash.arrays import frameworks
 from cuflash.torch import scaled_dot_product_attention
 
 SHAPE = (1, 2, 40, 32)
-
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU, which streams and graphs need")]
 
 
 def test_memory_is_asked_of_torchs_allocator_of_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +60,7 @@ def test_the_stream_is_torchs_current_one_of_the_tensors_device(monkeypatch: pyt
 class TestOnGpu:
     """Calls that are cold, found by their properties, and like the last one."""
 
-    pytestmark = on_gpu
+    pytestmark = pytest.mark.gpu
 
     def test_work_is_in_the_current_stream(self) -> None:
         """What is computed there before is there when kernels read it, and results are when torch reads them, though the default stream is late."""
