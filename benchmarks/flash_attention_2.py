@@ -27,8 +27,8 @@ from cuflash.jit import disassembly
 from cuflash.timing import sass
 from cuflash.timing.control_flow import is_matrix, steady_trace, tile_loop
 from cuflash.timing.machine import multiprocessor
-from cuflash.timing.multiprocessor import steady_clocks
-from cuflash.timing.operations import operations
+from cuflash.timing.multiprocessor import STEADY_TRIPS, WARMING, steady_clocks_of_roles
+from cuflash.timing.operations import Role, operations
 
 RESULTS = Path(__file__).resolve().parent / "results" / "flash_attention_2.json"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_120")
@@ -122,7 +122,8 @@ def predict(cubin: Path, entry: str, arch: str, head_dim: int, choice: Choice, c
         print(f"flash_attention_2.py: {entry}: {matrix} products in the trace, {expected} expected", file=sys.stderr)
     held = occupancy.occupancy(device.of_arch(arch), threads=32 * choice.warps, registers=registers, shared_bytes=choice.shared_bytes)
     machine = multiprocessor(arch)
-    clocks = steady_clocks(operations(trace.instructions, machine), machine, warps=choice.warps, blocks=held.blocks)
+    role = Role(tuple(operations(trace.instructions, machine)), choice.warps)
+    clocks = steady_clocks_of_roles([role], machine, blocks=held.blocks, trips=STEADY_TRIPS, warming=WARMING)
     return registers, held.blocks, clocks * expected / matrix / held.blocks / (choice.tile_q * choice.tile_kv)
 
 

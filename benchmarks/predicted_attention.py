@@ -5,9 +5,9 @@
     python benchmarks/predicted_attention.py --publish
     python benchmarks/predicted_attention.py --keep CHECKOUT            # the kernels of another checkout, as what was before
 
-A share is the time that the products of a pass would take at the matrix rate over what its kernels take in the steady state: two products forward, five backward. Kernels
-that compute seven or eight products for five are charged for it. float16, default tiles. FlashAttention-2's figures are those of
-benchmarks/flash_attention_2.py, by the same model. Needs no GPU.
+A share is the time that the products of a pass would take at the matrix rate over what its kernels take in the steady state: two products forward, five
+backward. Kernels that compute seven or eight products for five are charged for it. Runs are long (docs/timing.md): the whole table takes some minutes. float16,
+default tiles. FlashAttention-2's figures are those of benchmarks/flash_attention_2.py, by the same model and runs as long. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from cuflash.problem.tile import Tile
 from cuflash.timing import prediction, sass
 from cuflash.timing.description import Description
 from cuflash.timing.machine import CARDS, SUB_PARTITIONS, multiprocessor
+from cuflash.timing.multiprocessor import STEADY_TRIPS, WARMING
 from cuflash.timing.prediction import KernelPrediction
 from kernels_of_mma import rule_out_wgmma
 from marked_pages import print_prediction
@@ -89,8 +90,13 @@ def kernels(cell: Cell) -> list[KernelPrediction]:
     for kernel in plan.kernels:
         if kernel.spec.is_tiled:
             described, function = prediction.compiled(kernel, plan.device, causal=cell.causal)
-            found.append(prediction.predict_kernel(function, described, limits=False))
+            found.append(steady(function, described))
     return found
+
+
+def steady(function: sass.Function, described: Description) -> KernelPrediction:
+    """A run that is long enough for a table: how warps stand to each other settles in some tens of trips."""
+    return prediction.predict_kernel(function, described, limits=False, trips=STEADY_TRIPS, warming=WARMING)
 
 
 def clocks_per_pair(found: Sequence[KernelPrediction]) -> float:
@@ -146,7 +152,7 @@ def _predict_text(kernel: dict[str, object], arch: str, head_dim: int, causal: b
         str(kernel["name"]), arch, "float16", head_dim, head_dim, causal, tile, resources.registers, resources.spill_store_bytes,
         int(shared[1]) + resources.static_shared_bytes, resources.barriers,
     )  # fmt: skip
-    return prediction.predict_kernel(sass.read_functions(artifact.data)[resources.entry], described, limits=False)
+    return steady(sass.read_functions(artifact.data)[resources.entry], described)
 
 
 # --- The table ----------------------------------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def attention_with_kvcache(
 
     Raises:
         CuflashError: as `scaled_dot_product_attention`; UnsupportedError for float32, sm_75, or a head_dim above 256, but on sm_90 up to 576 and 512 of
-            value with CUFLASH_FORWARD_WGMMA=1 (and pages of multiples of 8).
+            value without CUFLASH_FORWARD_WGMMA=0 (and pages of multiples of 8).
 
     Notes:
         Up to three launches: new keys and rotation, attention, and where keys are split, merging. A warm call allocates its result, and nothing else where

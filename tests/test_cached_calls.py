@@ -17,6 +17,7 @@ from cuflash.hardware import device
 from cuflash.planning import split_forward
 from cuflash.planning.planner import make_plan
 from cuflash.timing import machine
+from cuflash.timing.traffic import least_bytes
 from cuflash.timing.visits import NO_DATA, visits_of_launch
 
 CALL = ["--cache", "--batch", "3", "--seqlen", "2", "--seqlen-kv", "4000", "--heads", "12", "--heads-kv", "2", "--head-dim", "64"]
@@ -46,6 +47,18 @@ def test_the_plan_is_that_of_the_call(page_size: int, scales: str, capsys: Any) 
     assert "of its bandwidth, with full caches" in text
     bound = 3 * 4000 * 2 * 128 * (1 if scales else 2)
     assert bound < json.loads(explained(capsys, *options, "--json"))["least_bytes"] < 1.1 * bound
+
+
+@pytest.mark.parametrize(("splits", "result_bytes"), [(1, 2), (3, 3 * 4)])
+def test_least_bytes_count_results_or_parts(splits: int, result_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a wide head: keys, values, queries, and the output, or float32 parts of it."""
+    monkeypatch.setenv("CUFLASH_FORWARD_WGMMA", "1")
+    cached = CachedCall(64, num_splits=splits)
+    sample = Sample(2, 5, 1024, 16, 1, 512, head_dim_v=384, dtype="bfloat16", cache=cached)
+    plan = make_plan(cached.problem(sample), device.of_arch("sm_90", "gpu"))
+    kernel = next(kernel for kernel in plan.kernels if kernel.spec.splits_keys)
+    keys, queries = 2 * 1024, 2 * 5 * 16
+    assert least_bytes(kernel, plan.problem) == keys * 2 * (512 + 384) + queries * (2 * 512 + result_bytes * 384)
 
 
 @pytest.mark.parametrize("cached", [CachedCall(), CachedCall(16, "float8_e4m3fn", rotary="float32")], ids=["rows", "pages"])

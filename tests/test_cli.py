@@ -326,8 +326,12 @@ def test_inspect_and_warmup_know_the_gradient_of_a_mask(tmp_path: Path, monkeypa
         for more in ((), ("--need-attn-mask-grad",))
     )
     assert with_gradient - without == {"backward_mask"}
-    assert f"{len(without)} kernels are in the cache" in here("warmup", *options, directory=tmp_path).stdout
-    assert f"{len(with_gradient)} kernels are in the cache" in here("warmup", *options, "--need-attn-mask-grad", directory=tmp_path).stdout
+    of_odd_masks = 1  # forward, of masks whose rows do not start on 16 bytes
+    assert f"{len(without) + of_odd_masks} kernels are in the cache" in here("warmup", *options, directory=tmp_path).stdout
+    assert (
+        f"{len(with_gradient) + of_odd_masks} kernels are in the cache"
+        in here("warmup", *options, "--need-attn-mask-grad", directory=tmp_path).stdout
+    )
 
 
 def test_warmup_of_a_prefix_needs_no_other_option(tmp_path: Path) -> None:
@@ -436,7 +440,8 @@ def test_warmup_for_another_machine_is_found_there(tmp_path: Path) -> None:
 
 
 def test_warmup_compiles_what_a_call_with_features_needs(tmp_path: Path) -> None:
-    place = {"CUFLASH_CACHE_DIR": str(tmp_path / "cache"), "CUFLASH_SIMULATOR_ARCH": "sm_80"}
+    # Without the kernels of few queries, which warmup compiles too.
+    place = {"CUFLASH_CACHE_DIR": str(tmp_path / "cache"), "CUFLASH_SIMULATOR_ARCH": "sm_80", "CUFLASH_DECODE": "0"}
     options = ("--head-dim", "32", "--dtype", "float16", "--causal", "--softcap", "30", "--varlen", "--forward-only")
     warmed = command("warmup", *options, directory=tmp_path, **place)
     assert "1 kernels are in the cache, 1 compiled now" in warmed.stdout, warmed.stderr

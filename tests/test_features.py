@@ -208,6 +208,13 @@ def test_masks_that_are_copied_in_chunks(simulator: Target, dtype: str, shape: t
         simulator.check(*inputs, attn_mask=given, backward=False, **options)
 
 
+@pytest.mark.parametrize("tile", [(64, 48, 4, 2), (48, 16, 1, 2)], ids=str)
+def test_warps_copy_rows_of_a_mask_for_themselves_alone(simulator: Target, tile: tuple[int, ...]) -> None:
+    """An odd number of chunks in a row leaves more lanes than a warp has rows: the others raced with the next warp, or wrote into the next stage."""
+    inputs = inputs_of(simulator, "float16", seqlens=(70, 144))
+    simulator.check(*inputs, attn_mask=boolean_mask(70, 144), tile=cuflash.Tile(*tile), backward=False, enable_gqa=True)
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", ["bool", "float16", "float32"])
 def test_mask_of_width_43_from_an_odd_address(target: Target, dtype: str) -> None:

@@ -23,7 +23,8 @@ from cuflash.planning import kernel_specs, split_forward, stream_k
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.plan import Plan
 from cuflash.planning.planner import make_plan
-from cuflash.runtime import cache_calls
+from cuflash.runtime import cache_calls, calls
+from cuflash.runtime.prepared import PreparedCall
 from cuflash.simulator import check
 from cuflash.timing import splits
 from cuflash.timing.grid import clocks_of_memory_grid
@@ -43,8 +44,15 @@ def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def with_blocks(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Plans are made for a device that holds so many blocks at a time."""
+    """From here on plans are made for a device that holds so many blocks at a time, and calls that were prepared for another one are not known."""
     monkeypatch.setattr(split_forward, "resident_blocks", lambda *_: count)
+    monkeypatch.setattr(calls, "_calls", {})
+
+
+def launched_blocks() -> int:
+    """Of the only call that was prepared since."""
+    (prepared,) = {id(call): call for call in calls._calls.values() if isinstance(call, PreparedCall)}.values()
+    return kernel_of(prepared.plan).num_blocks
 
 
 # --- What it computes ---------------------------------------------------------------------------------------------------------------------
@@ -58,6 +66,7 @@ def test_any_number_of_blocks(decoder: Target, monkeypatch: pytest.MonkeyPatch, 
         call = CacheCall(RAGGED, room=1600, heads_q=6, heads_kv=2, options=OPTIONS)
         _, lse = call.check(decoder)
         assert numpy.isneginf(decoder.as_numpy(lse)[0]).all()
+        assert launched_blocks() == count
 
 
 def test_tiles_of_rows_that_end_within_a_query(decoder: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +75,37 @@ def test_tiles_of_rows_that_end_within_a_query(decoder: Target, monkeypatch: pyt
     with_blocks(monkeypatch, 11)
     options = OPTIONS | {"is_causal": True, "window": (200, 0)}
     CacheCall((900, 7, 0, 64), 7, 7, heads_q=10, heads_kv=2, room=1024, page_size=16, options=options).check(decoder)
+
+
+def test_tiles_of_rows_that_see_no_key(decoder: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More queries than keys, padding behind the last key, and windows that leave padding alone: beside tiles that see some, for any share."""
+    only_new_memory(monkeypatch)
+    options = OPTIONS | {"is_causal": True, "window": (5, 0)}
+    call = CacheCall(
+        (2, 0, 300, 64, 70, 128), 7, heads_q=10, heads_kv=2, room=320, page_size=16, leftpad=(0, 0, 299, 64, 100, 3), options=options
+    )
+    for count in (1, 5, 40):
+        with_blocks(monkeypatch, count)
+        call.check(decoder)
+        assert launched_blocks() == count
+
+
+@pytest.mark.parametrize("name", ["cache_seqlens", "cache_leftpad", "page_table"])
+def test_numbers_that_make_no_sense_never_leave_the_arrays(name: str, simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU nothing reads them before the kernel, whose every block clamps them alike: all results are there."""
+    only_new_memory(monkeypatch)
+    monkeypatch.setattr(cache_calls, "check_positions", lambda *_: None)
+    with_blocks(monkeypatch, 7)
+    options = OPTIONS | {"is_causal": True, "window": (200, 0)}
+    given = CacheCall(
+        (0, 5, 130, 250), 7, 0, heads_q=10, heads_kv=2, room=288, page_size=16, leftpad=(0, 1, 70, 10), options=options
+    ).arrays()
+    given[name] = numpy.resize(numpy.array([[2**31 - 1], [-(2**31)], [-1], [279]], "int32"), given[name].shape[::-1]).T.copy()
+    for cache in ("key_cache", "value_cache"):
+        given[cache] = numpy.zeros_like(given[cache])
+    out, lse = cuflash.attention_with_kvcache(**given, return_lse=True)
+    assert not out.any()
+    assert not numpy.isnan(lse).any()
 
 
 def test_sinks_count_once(decoder: Target, monkeypatch: pytest.MonkeyPatch) -> None:

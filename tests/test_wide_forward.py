@@ -232,12 +232,15 @@ def test_a_query_off_16_bytes_is_named() -> None:
     assert names(cuflash.plan(query, key, value)) == [NAME]
 
 
-@pytest.mark.parametrize("page_size", [0, 12])
-def test_a_cache_that_no_kernel_takes_is_refused(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("page_size", "reason"), [(0, "by CUFLASH_FORWARD_WGMMA=0"), (12, "8 rows of a page at a time, and pages have 12")]
+)
+def test_a_cache_that_no_kernel_takes_is_refused(page_size: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the error says why the kernel of wide heads does not run."""
     if not page_size:
         monkeypatch.setenv(wgmma_forward.VARIABLE, "0")
     given = CacheCall((200,), head_dim=576, head_dim_v=512, page_size=page_size).arrays()
-    with pytest.raises(UnsupportedError, match="wider ones on sm_90 without CUFLASH_FORWARD_WGMMA=0"):
+    with pytest.raises(UnsupportedError, match=rf"not forward_wgmma_wide.*{reason}.*wider ones on sm_90 without CUFLASH_FORWARD_WGMMA=0"):
         cuflash.attention_with_kvcache(**given)
 
 
@@ -249,7 +252,9 @@ def test_a_cache_of_wide_heads_takes_it_by_itself(monkeypatch: pytest.MonkeyPatc
     assert "forward_wgmma_wide.cu, which alone takes caches of such heads; it has run on the simulator only" in str(plan)
     monkeypatch.setattr(compiler_versions, "READ", frozenset())
     monkeypatch.setattr(compiler_versions, "FIXED", (99, 0))
-    with pytest.raises(UnsupportedError, match="wider ones on sm_90"):
+    with pytest.raises(
+        UnsupportedError, match=r"NVRTC .* may reuse registers of a product .*CUFLASH_FORWARD_WGMMA=1 takes it all the same"
+    ):
         cuflash.kvcache_plan(**given)
 
 

@@ -112,7 +112,7 @@ def _explained_forward(problem: Problem, device: Device, tile: Tiles) -> tuple[t
         return (kernel_specs.FORWARD_WGMMA_WIDE,), of_wide.why
     words = split_forward.explain(problem, device, tile)
     if split_forward.is_taken(problem, device, tile):
-        split_forward.check(problem, device)
+        split_forward.check(problem, device, of_wide.why if of_wide is not None else "")
         return (kernel_specs.FORWARD_SPLIT,), words
     if of_wide is not None:
         return (kernel_specs.FORWARD,), of_wide.why

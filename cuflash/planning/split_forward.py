@@ -106,8 +106,9 @@ def why_not_grouped(problem: Problem) -> str | None:
     return None
 
 
-def check(problem: Problem, device: Device) -> None:
-    """Raise where a call with a cache asks for what the kernel cannot do; other calls do not come here then.
+def check(problem: Problem, device: Device, why_not_wide: str) -> None:
+    """Raise where a call with a cache asks for what the kernel cannot do; other calls do not come here then. `why_not_wide`: why the kernel of wider heads does not
+    run, nothing where it is out of the question.
 
     Raises:
         UnsupportedError: it cannot run.
@@ -122,7 +123,7 @@ def check(problem: Problem, device: Device) -> None:
         hint = ", ".join([*steps, call])
         raise UnsupportedError(
             "query",
-            f"a call that the kernel for caches cannot do: {reason}",
+            f"a call that the kernel for caches cannot do: {'; '.join(filter(None, (reason, why_not_wide)))}",
             "float16 or bfloat16, a head_dim of at most 256, on sm_80 or later; wider ones on sm_90 without CUFLASH_FORWARD_WGMMA=0",
             f"{hint[0].upper()}{hint[1:]}.",
         )

@@ -12,7 +12,7 @@ from cuflash.hardware.device import Device
 from cuflash.planning import asked_for, compiler_versions, mapped_arrays, split_forward, tile_choice, wgmma_forward
 from cuflash.planning.asked_for import Choice
 from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, case_of
-from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA_WIDE
+from cuflash.planning.kernel_specs import FORWARD, FORWARD_SPLIT, FORWARD_WGMMA_WIDE
 from cuflash.planning.wgmma_forward import VARIABLE
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
@@ -27,7 +27,7 @@ def choose(problem: Problem, device: Device, tile: Tiles) -> Choice | None:
     Raises:
         OptionError: a value of the variable that is neither 0 nor 1.
     """
-    name, other = FORWARD_WGMMA_WIDE.source, FORWARD.source
+    name, other = FORWARD_WGMMA_WIDE.source, (FORWARD if problem.cache is None else FORWARD_SPLIT).source
     is_asked = is_asked_for(problem, device, tile)
     if max(problem.head_dim, problem.head_dim_v) <= WIDEST_NARROW_HEAD or not (is_asked or device.capability == 90):
         return None

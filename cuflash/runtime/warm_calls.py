@@ -29,10 +29,6 @@ Recall: TypeAlias = Callable[[Mapping[str, Any]], PreparedCall | None]
 """Arguments by name, with their defaults -> what `calls.py` has prepared for such a call."""
 
 
-_SAME_MEMORY = (("key", "value"), ("key_cache", "value_cache"))
-"""Values that begin where their keys do may be columns of these."""
-
-
 class Known(NamedTuple):
     """What the door has for a call."""
 
@@ -90,6 +86,7 @@ def find(function: object, given: Mapping[str, Any], addresses: dict[str, int]) 
 
 def look(given: Mapping[str, Any], seen: list[Hashable], addresses: dict[str, int]) -> bool:
     """Add what decides how a call is carried out to `seen`, and where its arrays lie to `addresses`; whether nothing is left that only others can judge."""
+    seen += given  # names; of each argument there are two more things
     try:
         for name, x in given.items():
             kind = type(x)
@@ -100,16 +97,17 @@ def look(given: Mapping[str, Any], seen: list[Hashable], addresses: dict[str, in
                     return False
                 signature, address = array
                 addresses[name] = address
-                seen += name, signature, address & 15
+                seen += signature, address & 15
             elif kind in calls.SCALARS:
-                seen += name, kind, x  # type: ignore[arg-type]
+                seen += kind, x  # type: ignore[arg-type]
             elif (kind is tuple and calls.SCALARS.issuperset(map(type, x))) or kind is Tile:
-                seen += name, calls.types_within(x), x
+                seen += calls.types_within(x), x
             else:
                 return False
     except DTypeError:  # no memory, which `borrow` says more about
         return False
-    seen += [addresses.get(key) == addresses.get(value) for key, value in _SAME_MEMORY]
+    at = addresses.get
+    seen += at("key") == at("value"), at("key_cache") == at("value_cache")  # where values may be columns of their keys
     return True
 
 

@@ -342,7 +342,7 @@ class _Paths:
         starts = {loop.head}
         for index in range(loop.head, loop.last + 1):
             instruction = self.function[index]
-            if instruction.base in _ENDS:
+            if instruction.base in _ENDS or _leaves(instruction):
                 starts.add(index + 1)
             if instruction.target is not None:
                 starts.add(instruction.target)

@@ -35,6 +35,7 @@ _NEVER = float("inf")
 _ISSUES = 24_000  # of a whole run, about: enough for a steady state, and tenths of a second
 _FEWEST_TRIPS = 3
 _MOST_TRIPS = 24
+WARMING, STEADY_TRIPS = 64, 96  # where a figure has to be right by a percent: how warps stand to each other settles in some tens of trips
 _TRIPS_OF_ROLES = 6  # warps of different roles take some trips until they are in step, or out of it
 _PIECE_WAVEFRONTS = 16  # 2 KB of a bulk copy
 _GOLDEN = 0.618034  # blocks begin at different places of the trace, which no two of them share
@@ -56,7 +57,7 @@ def steady_clocks(trace: Sequence[Operation], machine: Multiprocessor, *, warps:
 
 
 def steady_clocks_of_roles(
-    roles: Sequence[Role], machine: Multiprocessor, *, blocks: int, in_turn: bool = False, trips: int | None = None
+    roles: Sequence[Role], machine: Multiprocessor, *, blocks: int, in_turn: bool = False, trips: int | None = None, warming: int = 1
 ) -> float:
     """Clocks of the SM for one trip of all warps of all resident blocks in the first role's trace.
 
@@ -66,11 +67,12 @@ def steady_clocks_of_roles(
         blocks: resident on the SM.
         in_turn: products of wgmma are served warp by warp in turn, and not in the order of their issue.
         trips: of the run; None for a few. In few trips of several roles it is chance how warpgroups stand to each other, which changes the result by some percent.
+        warming: trips of every warp before clocks are counted.
     """
     if trips is None:
         length = len(roles[0].trace) * roles[0].warps * blocks
         trips = max(_FEWEST_TRIPS, min(_MOST_TRIPS, round(_ISSUES / length)), _TRIPS_OF_ROLES if len(roles) > 1 else 0)
-    return _Run(roles, machine, blocks, trips, in_turn).clocks()
+    return _Run(roles, machine, blocks, trips, in_turn, warming).clocks()
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,8 @@ class _Warp:
 class _Run:
     """One run of the model."""
 
-    def __init__(self, roles: Sequence[Role], machine: Multiprocessor, blocks: int, trips: int, in_turn: bool) -> None:
-        self.roles, self.machine, self.trips = roles, machine, trips
+    def __init__(self, roles: Sequence[Role], machine: Multiprocessor, blocks: int, trips: int, in_turn: bool, warming: int = 1) -> None:
+        self.roles, self.machine, self.trips, self.warming = roles, machine, trips, warming
         self.length = len(roles[0].trace)
         self.computing = roles[0].warps * blocks
         self.warps_per_block = max(role.first + role.warps for role in roles)
@@ -193,7 +195,7 @@ class _Run:
             self.homes[home].append(warp)
 
     def clocks(self) -> float:
-        """Run from the moment when all warps have completed a trip until the first has completed all of them."""
+        """Run from the moment when all warps have completed the trips of `warming` until the first has completed all of them."""
         warming = self.computing
         begin = issued_before = 0.0
         while True:
@@ -207,7 +209,7 @@ class _Run:
             completed = self._step(home, time)
             if completed is None or completed.role:
                 continue
-            if completed.trips == 1:
+            if completed.trips == self.warming:
                 warming -= 1
                 if not warming:
                     begin, issued_before = time, self.issued

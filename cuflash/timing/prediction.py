@@ -96,6 +96,7 @@ def predict_kernel(
     staying: bool = True,
     machine: Multiprocessor | None = None,
     trips: int | None = None,
+    warming: int = 1,
 ) -> KernelPrediction:
     """Run a kernel's loop over tiles in its steady state.
 
@@ -108,6 +109,7 @@ def predict_kernel(
         staying: also find out what `lay_out` needs of blocks that stay.
         machine: the SM, in the place of what is known of the architecture's.
         trips: of the run without limits lifted; None for a few.
+        warming: trips of it before clocks are counted.
 
     Raises:
         OptionError: nothing is known of the architecture.
@@ -117,7 +119,7 @@ def predict_kernel(
     traces = role_traces(function, _trace(function, description, masked=masked))
     roles = _roles(function, traces, description, machine)
     blocks = resident_blocks(description, warps=max(role.first + role.warps for role in roles))
-    clocks = steady_clocks_of_roles(roles, machine, blocks=blocks, in_turn=in_turn, trips=trips)
+    clocks = steady_clocks_of_roles(roles, machine, blocks=blocks, in_turn=in_turn, trips=trips, warming=warming)
     busy = {name: value * blocks / clocks for name, value in busy_clocks_of_block(roles, machine).items()}
     speedups = {}
     for limit in LIMITS if limits else ():

@@ -21,10 +21,10 @@ def least_bytes(kernel: KernelPlan, problem: Problem) -> float:
     of_queries = sum(name in ("query", "query_dot", "grad_out", "O", "O_dot", "dQ") for name in moved)
     sums = 4 * problem.head_dim * rows_q if kernel.spec.added_up else 0
     if kernel.spec.splits_keys:
-        parts = 8 * kernel.splits.number * rows_q * problem.head_dim_v if kernel.splits.makes_parts else 0
+        of_result = 4 * kernel.splits.number if kernel.splits.makes_parts else problem.itemsize  # parts are float32
         columns = problem.head_dim if kernel.case.value_in_key else problem.head_dim + problem.head_dim_v
         rows = problem.sequences * problem.num_heads_kv * problem.max_seqlen_kv
-        return problem.itemsize * (rows * columns + rows_q * problem.head_dim) + parts / 2
+        return problem.kv_itemsize * rows * columns + rows_q * (problem.itemsize * problem.head_dim + of_result * problem.head_dim_v)
     return width / 2 * (of_queries * rows_q + (len(moved) - of_queries) * rows_kv) + sums
 
 

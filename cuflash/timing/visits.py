@@ -72,20 +72,22 @@ def _of_splits(kernel: KernelPlan, problem: Problem, data: Data) -> list[list[Vi
 
 
 def tiles_of_sequences(kernel: KernelPlan, problem: Problem, data: Data) -> list[list[int]]:
-    """Key tiles that each tile of grouped rows of each sequence sees: all sequences have the most keys where `data` does not have their lengths."""
+    """Key tiles that each tile of grouped rows of each sequence sees: all sequences have the most queries and keys where `data` does not have their lengths."""
     tile, group = kernel.tile, problem.heads_per_kv
-    lengths = [problem.max_seqlen_kv] * problem.sequences
+    lookup = _Lookup(problem, data, tile, by_keys=False)
+    queries, lengths = [problem.max_seqlen_q] * problem.sequences, [problem.max_seqlen_kv] * problem.sequences
+    if "cu_seqlens_q" in data:
+        queries = [lookup.length_of(sequence, "q") for sequence in range(problem.sequences)]
     if "seqlens_kv" in data:
         lengths = [int(of) for of in data["seqlens_kv"]]
     elif "cu_seqlens_kv" in data:
-        lookup = _Lookup(problem, data, tile, by_keys=False)
         lengths = [lookup.length_of(sequence, "kv") for sequence in range(problem.sequences)]
+    rows = range(0, problem.max_seqlen_q * group, tile.tile_q)
     sequences = []
-    for keys in lengths:
-        band = band_of(problem, problem.max_seqlen_q, keys)
-        rows = range(0, problem.max_seqlen_q * group, tile.tile_q)
-        ends = [(first // group, min(problem.max_seqlen_q - 1, (first + tile.tile_q - 1) // group)) for first in rows]
-        sequences.append([_walked_tiles(band, first_q, last_q, tile.tile_kv) for first_q, last_q in ends])
+    for seqlen_q, seqlen_kv in zip(queries, lengths, strict=True):
+        band = band_of(problem, seqlen_q, seqlen_kv)
+        ends = [(first // group, min(seqlen_q - 1, (first + tile.tile_q - 1) // group)) for first in rows]
+        sequences.append([_walked_tiles(band, first_q, last_q, tile.tile_kv) if first_q <= last_q else 0 for first_q, last_q in ends])
     return sequences
 
 

@@ -50,7 +50,8 @@ class CopiedMask {  // of one batch, query head and warp; nothing unless COPIES_
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; chunk += ROW_LANES) {
           const bool is_there = i < num_rows && chunk * CHUNK_KEYS < num_keys;
-          cp_async<16>(enabled, at(stage, lane_offset, i, chunk), row + chunk * CHUNK_KEYS, is_there ? 16 : 0);
+          const bool is_own = ROWS % ROW_STEP == 0 || i + lane_row() < ROWS;  // where a row has an odd number of chunks, lanes may be left over
+          cp_async<16>(enabled && is_own, at(stage, lane_offset, i, chunk), row + chunk * CHUNK_KEYS, is_there ? 16 : 0);
         }
         row += ROW_STEP * stride_query;
       }
