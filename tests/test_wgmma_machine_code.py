@@ -191,10 +191,12 @@ def registers_of(instruction: Instruction) -> set[int]:
 def in_flight(code: Function) -> Iterator[tuple[Instruction, set[int]]]:
     """Every instruction but products, from top to bottom, with the registers of D and A that products before it may still use."""
     groups: list[set[int]] = [set()]
+    is_reached = True  # by what stands before; not behind a branch that is always taken
     jumping: dict[int, list[list[set[int]]]] = {}  # groups of those who come by a branch, by where it goes to
     for index, instruction in enumerate(code, code[0].address // sass.INSTRUCTION_BYTES):
         for others in jumping.pop(index, ()):
-            longer, shorter = sorted((groups, others), key=len, reverse=True)
+            longer, shorter = sorted((groups, others), key=len, reverse=True) if is_reached else (others, [])
+            is_reached = True
             groups = [*longer[: len(longer) - len(shorter)], *map(set.union, longer[len(longer) - len(shorter) :], shorter)]
         if instruction.base == "HGMMA":
             rows, columns = map(int, re.findall(r"\d+", instruction.opcode)[:2])
@@ -208,6 +210,9 @@ def in_flight(code: Function) -> Iterator[tuple[Instruction, set[int]]]:
         if instruction.opcode == "WARPGROUP.DEPBAR.LE":
             pending = int(instruction.operands.split(", ")[1], 16)
             groups = groups[-1 - pending :]
-        if instruction.target is not None and instruction.target > index:
+        if instruction.base == "BRA" and instruction.target is not None and instruction.target > index:  # BSSY only names where lanes meet
             jumping.setdefault(instruction.target, []).append([set(group) for group in groups])
-        yield instruction, set().union(*groups)
+        if is_reached:
+            yield instruction, set().union(*groups)
+        if instruction.base == "BRA" and not instruction.predicate:
+            is_reached = False
