@@ -379,8 +379,8 @@ def test_every_class_of_calls_has_tasks() -> None:
             described_calls.of_sample(sample), problem_of(sample, backward=True), ON, passes=("forward", "backward"), effort="quick"
         )
         kernels = [task.kernel.name for task in found]
-        fused = [] if name in ("boolean_mask", "segments") else ["backward_fused"]
-        assert kernels == ["forward", "backward_dkdv", "backward_dq", *(["backward_mask"] if name == "additive_mask" else []), *fused], name
+        of_mask = ["backward_mask"] if name == "additive_mask" else []
+        assert kernels == ["forward", "backward_dkdv", "backward_dq", *of_mask, "backward_fused"], name
         assert all(task.tiles[0] == task.kernel.tile and len(set(task.tiles)) == len(task.tiles) == 29 for task in found[:3]), name
         assert found[0].bucket.causal == (name not in ("plain", "seqlens_kv"))
     windows = [
