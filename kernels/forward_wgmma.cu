@@ -152,7 +152,7 @@ class WarpgroupRows {
     }
     if (is_masked) hide_keys(S, first_kv);
     softmax.update<true>(S, O, modifier.factor(), [&] {
-      wgmma_wait<0>();
+      wgmma_wait<0>();  // a reference rises, and O is multiplied
       pin(O[0]);
     });
     if constexpr (MAPS_MASK) __syncwarp();
