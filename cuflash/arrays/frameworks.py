@@ -184,9 +184,9 @@ def _past_the_dispatcher(name: str) -> Callable[..., Any] | None:
     """
     import torch
 
-    made = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), name, None)
+    allocate = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), name, None)
     try:
-        return made if made is not None and isinstance(made((0,), (1,), torch.float32), torch.Tensor) else None
+        return allocate if allocate is not None and isinstance(allocate((0,), (1,), torch.float32), torch.Tensor) else None
     except (TypeError, RuntimeError):
         return None
 

@@ -242,12 +242,12 @@ def _last_of(function: object, given: Mapping[str, Any], tensors: list[Any]) -> 
     is none that is compared at a glance."""
     seen: list[Hashable] = [function, _is_grad_enabled(), device.simulator_setting()]
     for name, x in given.items():
-        kind = type(x)
+        kind: Any = type(x)
         if kind in _CLASSES:
             tensors.append(x)
             seen.append(name)
         elif kind in calls.SCALARS:
-            seen += name, kind, x  # type: ignore[arg-type]
+            seen += name, kind, x
         elif kind is tuple:
             seen += name, calls.types_within(x), x
         else:
