@@ -203,8 +203,8 @@ def test_the_kernel_has_the_shares_that_are_predicted(simulator: Target, monkeyp
 
 def plan_of(batch: int, room: int, num_splits: int | str | None = None, **extents: int) -> Plan:
     cached = CachedCall(64, num_splits=num_splits)
-    options = {"seqlen_q": 1, "num_heads_q": 32, "num_heads_kv": 8, "head_dim": 128} | extents
-    sample = Sample(batch=batch, seqlen_kv=room, dtype="bfloat16", cache=cached, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"seqlen_q": 1, "num_heads_q": 32, "num_heads_kv": 8, "head_dim": 128} | extents
+    sample = Sample(batch=batch, seqlen_kv=room, dtype="bfloat16", cache=cached, **options)
     return make_plan(cached.problem(sample), device.of_arch("sm_90", "gpu"))
 
 
