@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import pytest
 from caches import CacheCall, only_new_memory
-from conftest import HAS_GPU, Target
+from conftest import Target
 from problems import num_prepared
 
 import cuflash
@@ -33,14 +33,6 @@ pytest.importorskip("cupy")
 
 OPTIONS: dict[str, Any] = {"num_splits": "stream-K", "tile": {"forward_split": Tile(16, 64, 4, 2)}}
 RAGGED = (0, 1, 1500, 64, 65, 3)
-
-
-@pytest.fixture(params=["sm_80", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
-def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
-    """The devices that have the kernel: sm_75 does not."""
-    if request.param != "gpu":
-        monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", request.param)
-    return Target(request.param)
 
 
 def with_blocks(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
