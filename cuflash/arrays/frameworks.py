@@ -184,9 +184,9 @@ class _Torch(Framework):
 
 
 def _past_the_dispatcher(name: str) -> Callable[..., Any] | None:
-    """What graphs of torch's compiler allocate with: shape, strides and type -> a tensor on the current device, in less than half the time of torch's own functions.
+    """What graphs of torch's compiler allocate with: shape, strides and type -> a tensor on the current device.
 
-    It is internal to torch: None where a version has none of this name, or one that is called in another way.
+    It takes less than half the time of torch's own functions. It is internal to torch: None where a version has none of this name, or one that is called in another way.
     """
     import torch
 
