@@ -8,8 +8,9 @@ import operator
 from collections.abc import Hashable
 from typing import Any
 
-from cuflash.arrays.borrowing import CPU, AnyArray, Array, BFloat16Bits, borrow
+from cuflash.arrays.borrowing import CPU, AnyArray, Array, borrow
 from cuflash.arrays.descriptions import describe
+from cuflash.arrays.frameworks import BFloat16Bits
 from cuflash.arrays.signatures import signature
 from cuflash.decoding import attention_with_kvcache, kvcache_plan
 from cuflash.errors import DTypeError, OptionError, ShapeError

@@ -530,6 +530,15 @@ def simulator(monkeypatch: pytest.MonkeyPatch) -> Target:
     return Target(USUAL)
 
 
+@pytest.fixture(params=["sm_80", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """The devices that have the kernel which shares out the keys of a few queries among blocks: sm_75 does not."""
+    pytest.importorskip("cupy")
+    if request.param != "gpu":
+        monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", request.param)
+    return Target(request.param)
+
+
 @pytest.fixture(params=list(VIEWS))
 def view(request: pytest.FixtureRequest) -> str:
     """The name of each memory layout of `VIEWS`."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import pytest
 from caches import CacheCall, only_new_memory
-from conftest import HAS_GPU, Target
+from conftest import Target
 from problems import num_prepared
 
 import cuflash
@@ -37,14 +37,6 @@ MASKS: dict[str, dict[str, Any]] = {
 ROTARY: dict[str, dict[str, Any]] = {
     "none": {}, "half": {"rotary_dim": 16, "interleaved": True}, "whole": {"rotary_dim": 32}, "odd": {"rotary_dim": 6},
 }  # fmt: skip
-
-
-@pytest.fixture(params=["sm_80", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
-def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
-    """The devices that have the kernel: sm_75 does not."""
-    if request.param != "gpu":
-        monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", request.param)
-    return Target(request.param)
 
 
 @pytest.mark.sample(16)

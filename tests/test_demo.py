@@ -87,9 +87,8 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_demo")
 def test_the_loss_falls_and_the_demo_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(
-        demo, "LEARNED", 1.0
-    )  # far below where training starts, in a seventh of its steps; the text is these sources, and changes with them
+    # Far below where training starts, in a seventh of its steps. The text is these sources, and changes with them.
+    monkeypatch.setattr(demo, "LEARNED", 1.0)
     status = demo.run(demo.Options(steps=40, output=tmp_path / "loss.png"))
     printed = capsys.readouterr().out
     assert status == 0, printed

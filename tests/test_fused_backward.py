@@ -162,8 +162,10 @@ def seen_here_and_there(lengths: tuple[int, int], *tiles: tuple[int, int]) -> nu
     return seen & (numpy.random.default_rng(5).random(lengths) < 1 / 3)
 
 
-DOCUMENTS = {"segment_ids_q": numpy.arange(1300)[None] // 100, "segment_ids_kv": (numpy.arange(130)[None] // 50 * 6).astype(numpy.int32)}
-DOCUMENTS["segment_ids_q"] = DOCUMENTS["segment_ids_q"].astype(numpy.int32)
+DOCUMENTS = {
+    "segment_ids_q": numpy.arange(1300, dtype=numpy.int32)[None] // 100,
+    "segment_ids_kv": numpy.arange(130, dtype=numpy.int32)[None] // 50 * 6,
+}
 HIDING: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
     "far apart": ((1300, 70), {"attn_mask": seen_here_and_there((1300, 70), (81, 0), (80, 1), (47, 0), (47, 1), (15, 1), (0, 0), (0, 2))}),
     "another mask of each head": ((130, 130), {"attn_mask": numpy.stack([seen_here_and_there((130, 130), (7, 0), (7, 3), (2, 1)), seen_here_and_there((130, 130), (0, 2))])}),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy
 import pytest
 from caches import CacheCall, only_new_memory
-from conftest import HAS_GPU, Target
+from conftest import Target
 
 import cuflash
 from cuflash import Tile
@@ -25,14 +25,6 @@ ODD_GROUP = {
     "key": (1, 200, 2, 32),
     "value": (1, 200, 2, 32),
 }  # five query heads to a key head: tiles end within a query
-
-
-@pytest.fixture(params=["sm_80", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
-def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
-    """The devices that have the kernel: sm_75 does not."""
-    if request.param != "gpu":
-        monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", request.param)
-    return Target(request.param)
 
 
 def operands(target: Target, shapes: dict[str, tuple[int, ...]], dtype: str = "float16", view: str = "contiguous") -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import pytest
 from caches import CacheCall, only_new_memory
-from conftest import HAS_GPU, Target
+from conftest import Target
 from problems import num_prepared
 
 import cuflash
@@ -33,14 +33,6 @@ pytest.importorskip("cupy")
 
 OPTIONS: dict[str, Any] = {"num_splits": "stream-K", "tile": {"forward_split": Tile(16, 64, 4, 2)}}
 RAGGED = (0, 1, 1500, 64, 65, 3)
-
-
-@pytest.fixture(params=["sm_80", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
-def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
-    """The devices that have the kernel: sm_75 does not."""
-    if request.param != "gpu":
-        monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", request.param)
-    return Target(request.param)
 
 
 def with_blocks(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -203,8 +195,8 @@ def test_the_kernel_has_the_shares_that_are_predicted(simulator: Target, monkeyp
 
 def plan_of(batch: int, room: int, num_splits: int | str | None = None, **extents: int) -> Plan:
     cached = CachedCall(64, num_splits=num_splits)
-    options = {"seqlen_q": 1, "num_heads_q": 32, "num_heads_kv": 8, "head_dim": 128} | extents
-    sample = Sample(batch=batch, seqlen_kv=room, dtype="bfloat16", cache=cached, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"seqlen_q": 1, "num_heads_q": 32, "num_heads_kv": 8, "head_dim": 128} | extents
+    sample = Sample(batch=batch, seqlen_kv=room, dtype="bfloat16", cache=cached, **options)
     return make_plan(cached.problem(sample), device.of_arch("sm_90", "gpu"))
 
 

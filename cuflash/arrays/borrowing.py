@@ -21,8 +21,6 @@ from cuflash.arrays.frameworks import BFloat16Bits, DLPackFramework, Framework
 from cuflash.arrays.libraries import library_of
 from cuflash.errors import ArgumentError, CuflashError, DeviceError, DTypeError, ShapeError
 
-__all__ = ["CPU", "AnyArray", "Array", "BFloat16Bits", "Framework", "bfloat16", "borrow", "is_array", "without_memory"]
-
 CPU = ("cpu", 0)
 
 AnyArray: TypeAlias = Any
@@ -210,6 +208,7 @@ def _has_functions_of_its_own(x: Any) -> bool:
 
 
 def without_memory(name: str, x: object, error: Exception | None) -> DTypeError:
+    """What is raised of a tensor that has no memory; `error` is what torch says when it is asked for the address."""
     got = describe(x) + (f" whose data_ptr() says: {str(error).partition(chr(10))[0]}" if error else "")
     hint = "Wrapped or traced tensors (vmap, grad, fake, distributed) have to be unwrapped."
     return DTypeError(name, got, "a tensor with memory of its own", hint)
@@ -319,7 +318,7 @@ _borrowers: dict[str, Callable[[Any, str], Array]] = {
     "cupy": _borrow_cupy,
     "torch": _borrow_torch,
     "bits": _borrow_bits,
-    "pinned": lambda x, name: borrow(x.array, name),
+    "pinned": lambda x, name: borrow(x.array, name),  # `signatures.Pinned` holds an array of ours
 }
 
 _INTEGERS = (

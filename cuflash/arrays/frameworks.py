@@ -148,23 +148,29 @@ class _Torch(Framework):
         self._cuda = cuda
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Any:
-        return self.maker(shape, dtype, like)()
+        return self._watched_maker(shape, dtype, like)()
 
     def maker(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Callable[[], Any]:
         import torch
 
-        device = torch.device("cuda", like.device[1]) if self._cuda else torch.device("cpu")
-        strides = tuple(prod(max(extent, 1) for extent in shape[axis + 1 :]) for axis in range(len(shape)))  # of an extent of 0 as of 1
-        element_type = getattr(torch, dtype)
-        watched = functools.partial(torch.empty_strided, shape, strides, dtype=element_type, device=device)  # quicker than torch.empty
-        direct = _past_the_dispatcher("_empty_strided_cuda" if self._cuda else "_empty_strided_cpu")
-        if direct is None:
+        watched = self._watched_maker(shape, dtype, like)
+        allocate = _past_the_dispatcher("_empty_strided_cuda" if self._cuda else "_empty_strided_cpu")
+        if allocate is None:
             return watched
+        direct = functools.partial(allocate, *watched.args, watched.keywords["dtype"])
         num_modes = torch._C._len_torch_dispatch_stack
         if not self._cuda:
-            return lambda: watched() if num_modes() else direct(shape, strides, element_type)
+            return lambda: watched() if num_modes() else direct()
         index, current = like.device[1], torch.cuda.current_device
-        return lambda: watched() if num_modes() or current() != index else direct(shape, strides, element_type)
+        return lambda: watched() if num_modes() or current() != index else direct()
+
+    def _watched_maker(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> functools.partial[Any]:
+        """By a function that torch's modes see, which is quicker than `torch.empty`."""
+        import torch
+
+        device = torch.device("cuda", like.device[1]) if self._cuda else torch.device("cpu")
+        strides = tuple(prod(max(extent, 1) for extent in shape[axis + 1 :]) for axis in range(len(shape)))  # of an extent of 0 as of 1
+        return functools.partial(torch.empty_strided, shape, strides, dtype=getattr(torch, dtype), device=device)
 
     def keeps_memory(self, stream: int) -> bool:
         return not self._cuda  # torch.compile warms graphs up in a pool that it wants back whole, and torch's allocator is quick
@@ -178,15 +184,15 @@ class _Torch(Framework):
 
 
 def _past_the_dispatcher(name: str) -> Callable[..., Any] | None:
-    """What graphs of torch's compiler allocate with: shape, strides and type -> a tensor on the current device, in less than half the time of torch's own functions.
+    """What graphs of torch's compiler allocate with: shape, strides and type -> a tensor on the current device.
 
-    It is internal to torch: None where a version has none of this name, or one that is called in another way.
+    It takes less than half the time of torch's own functions. It is internal to torch: None where a version has none of this name, or one that is called in another way.
     """
     import torch
 
-    made = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), name, None)
+    allocate = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), name, None)
     try:
-        return made if made is not None and isinstance(made((0,), (1,), torch.float32), torch.Tensor) else None
+        return allocate if allocate is not None and isinstance(allocate((0,), (1,), torch.float32), torch.Tensor) else None
     except (TypeError, RuntimeError):
         return None
 

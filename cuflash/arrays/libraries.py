@@ -13,7 +13,7 @@ import numpy
 from cuflash.arrays.frameworks import BFloat16Bits
 
 own_classes: dict[type, str] = {BFloat16Bits: "bits", numpy.ndarray: "numpy"}
-"""The libraries' own classes, as they are met."""
+"""The libraries' own classes, as they are met; `signatures.py` adds its `Pinned`."""
 
 _libraries_of_subclasses: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
 """Classes of the caller, which must not be kept alive here."""

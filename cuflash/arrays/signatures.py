@@ -45,6 +45,23 @@ def pointer(x: Any) -> int:
     return _pointers[own_classes.get(type(x)) or library_of(type(x)) or ""](x)
 
 
+def seen(x: object) -> tuple[Hashable, int] | None:
+    """`signature` and `pointer` of an array together, for calls that look at many; None where there is no signature.
+
+    Raises:
+        As `pointer`.
+    """
+    both = readers.get(type(x))
+    if both is not None:
+        return both(x)
+    library = library_of(type(x)) or ""
+    if type(x) in own_classes and library in _readers_of:
+        readers[type(x)] = _readers_of[library]
+    reader = _signatures.get(library)
+    found = reader(x) if reader else None
+    return None if found is None else (found, _pointers[library](x))
+
+
 def pointer_of_results(framework: Framework) -> Callable[[Any], int]:
     """`pointer` of what a framework makes."""
     return operator.methodcaller("data_ptr") if framework.name == "torch" else pointer
@@ -87,23 +104,6 @@ class Pinned:
         self.seen = self.signature, self.pointer
 
 
-def seen(x: object) -> tuple[Hashable, int] | None:
-    """`signature` and `pointer` of an array together, for calls that look at many; None where there is no signature.
-
-    Raises:
-        As `pointer`.
-    """
-    both = readers.get(type(x))
-    if both is not None:
-        return both(x)
-    library = library_of(type(x)) or ""
-    if type(x) in own_classes and library in _readers_of:
-        readers[type(x)] = _readers_of[library]
-    reader = _signatures.get(library)
-    found = reader(x) if reader else None
-    return None if found is None else (found, _pointers[library](x))
-
-
 own_classes[Pinned] = "pinned"
 
 
@@ -133,6 +133,17 @@ def _signature_bits(x: BFloat16Bits) -> Hashable:
     return BFloat16Bits, signature(x.bits)
 
 
+_signatures: dict[str, Callable[[Any], Hashable | None]] = {
+    "numpy": _signature_numpy,
+    "cupy": _signature_cupy,
+    "torch": _signature_torch,
+    "bits": _signature_bits,
+    "pinned": lambda x: x.signature,
+}
+
+_address_of, _first_byte_of = ctypes.addressof, ctypes.c_char.from_buffer
+
+
 def _pointer_numpy(x: Any) -> int:
     try:
         return _address_of(_first_byte_of(x))  # a third of the time, of contiguous memory that may be written
@@ -140,7 +151,31 @@ def _pointer_numpy(x: Any) -> int:
         return x.ctypes.data  # type: ignore[no-any-return]
 
 
-_address_of, _first_byte_of = ctypes.addressof, ctypes.c_char.from_buffer
+def _pointer_cupy(x: Any) -> int:
+    return x.data.ptr  # type: ignore[no-any-return]
+
+
+def _pointer_torch(x: Any) -> int:
+    try:
+        return x.data_ptr()  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        raise without_memory("tensor", x, error) from error
+
+
+def _pointer_bits(x: BFloat16Bits) -> int:
+    return pointer(x.bits)
+
+
+_pointers: dict[str, Callable[[Any], int]] = {
+    "numpy": _pointer_numpy,
+    "cupy": _pointer_cupy,
+    "torch": _pointer_torch,
+    "bits": _pointer_bits,
+    "pinned": lambda x: x.pointer,
+}
+
+
+# Signature and pointer in one function: to call two takes longer than what they do.
 
 
 def _seen_numpy(x: Any) -> tuple[Hashable, int]:
@@ -166,38 +201,6 @@ def _seen_torch(x: Any) -> tuple[Hashable, int] | None:
     except RuntimeError as error:
         raise without_memory("tensor", x, error) from error
     return (found, address) if address or not x.numel() else None  # without memory: zeros that torch does not write down
-
-
-def _pointer_cupy(x: Any) -> int:
-    return x.data.ptr  # type: ignore[no-any-return]
-
-
-def _pointer_torch(x: Any) -> int:
-    try:
-        return x.data_ptr()  # type: ignore[no-any-return]
-    except RuntimeError as error:
-        raise without_memory("tensor", x, error) from error
-
-
-def _pointer_bits(x: BFloat16Bits) -> int:
-    return pointer(x.bits)
-
-
-_signatures: dict[str, Callable[[Any], Hashable | None]] = {
-    "numpy": _signature_numpy,
-    "cupy": _signature_cupy,
-    "torch": _signature_torch,
-    "bits": _signature_bits,
-    "pinned": lambda x: x.signature,
-}
-
-_pointers: dict[str, Callable[[Any], int]] = {
-    "numpy": _pointer_numpy,
-    "cupy": _pointer_cupy,
-    "torch": _pointer_torch,
-    "bits": _pointer_bits,
-    "pinned": lambda x: x.pointer,
-}
 
 
 def _seen_bits(x: BFloat16Bits) -> tuple[Hashable, int] | None:

@@ -89,7 +89,7 @@ def look(given: Mapping[str, Any], seen: list[Hashable], addresses: dict[str, in
     seen += given  # names; of each argument there are two more things
     try:
         for name, x in given.items():
-            kind = type(x)
+            kind: Any = type(x)
             reader = readers.get(kind)
             if reader is not None:
                 array = reader(x)
@@ -99,7 +99,7 @@ def look(given: Mapping[str, Any], seen: list[Hashable], addresses: dict[str, in
                 addresses[name] = address
                 seen += signature, address & 15
             elif kind in calls.SCALARS:
-                seen += kind, x  # type: ignore[arg-type]
+                seen += kind, x
             elif (kind is tuple and calls.SCALARS.issuperset(map(type, x))) or kind is Tile:
                 seen += calls.types_within(x), x
             else:

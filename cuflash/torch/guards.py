@@ -38,7 +38,7 @@ def guard(tensors: Sequence[Any]) -> Guard:
 
 
 def nothing_is_alike(*tensors: Any) -> bool:
-    """A guard of no tensors."""
+    """The guard of tensors that cannot have one."""
     return False
 
 

@@ -39,10 +39,13 @@ def run(direction: str, names: Sequence[str], tensors: Sequence[Any], options: S
             return last.prepared.run(addresses)
     operands, of_call = asked()
     results = calls.forward(operands, of_call) if direction == "forward" else calls.backward(operands, of_call)
-    if key is not None and {*map(id, given)} == {
-        id(x) for x in operands if x is not None
-    }:  # nothing was made into something else, or made besides
+    if key is not None and _are_those(operands, given):
         _, prepared, _ = calls.find(direction, operands, of_call)
         if prepared is not None:
             calls.keep(key, _Last(Likeness(present, given), prepared))
     return results
+
+
+def _are_those(operands: Operands, given: Sequence[Any]) -> bool:
+    """Whether what cuflash was asked has the very tensors that were given: none was made into another one, and none besides."""
+    return {id(x) for x in operands if x is not None} == {*map(id, given)}

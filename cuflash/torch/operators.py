@@ -160,13 +160,13 @@ def _attention_fake(*arguments: Any) -> Any:
 def _attention_backward_impl(grad_out: Any, grad_lse: Any, *arguments: Any) -> Any:
     *others, out, lse, need_attn_mask_grad = arguments
     tensors, options = tuple(others[:_COUNT]), tuple(others[_COUNT:])
-    given = (tensors, out, lse, grad_out, grad_lse)
+    of_passes = out, lse, grad_out, grad_lse
     grads = last_calls.run(
         "backward",
         _NAMES_BACKWARD,
-        (*tensors, *given[1:]),
+        (*tensors, *of_passes),
         (*options, need_attn_mask_grad),
-        lambda: _call_of(options).asked_backward(*given, need_attn_mask_grad),
+        lambda: _call_of(options).asked_backward(tensors, *of_passes, need_attn_mask_grad),
     )
     nothing = (tensors[0].new_empty(0) if grad is None else grad for grad in (grads.attn_mask, grads.sinks))
     return (*grads, *nothing)

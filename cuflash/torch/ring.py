@@ -65,7 +65,6 @@ def ring_attention(
             ranks or another method draws other masks.
         alibi_slopes: the same on all ranks; with is_causal, and gathered.
         sinks: the same on all ranks. Their gradient is this rank's part of it, to be added up over the ranks as that of every other parameter.
-
         attn_mask: refused: a mask has no parts yet.
 
     Returns:

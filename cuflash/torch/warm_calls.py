@@ -23,7 +23,7 @@ from cuflash.problem.options import Options
 from cuflash.runtime import calls, warm_calls
 from cuflash.runtime.prepared import PreparedBackward, PreparedForward
 from cuflash.torch.functions import Call, Tensors, gradients
-from cuflash.torch.guards import Guard, Likeness, are_aligned, data_ptr, guard, nothing_is_alike
+from cuflash.torch.guards import Guard, Likeness, are_aligned, data_ptr, guard
 from cuflash.torch.inputs import TENSORS
 
 P = ParamSpec("P")
@@ -46,10 +46,7 @@ class _Last(NamedTuple):
 
     alike: Guard
     setting: bytes | None
-    prepared: PreparedBackward | None
-
-
-_NONE_YET = _Last(nothing_is_alike, None, None)
+    prepared: PreparedBackward
 
 
 class Known:
@@ -57,9 +54,9 @@ class Known:
 
     Attributes:
         forward: the prepared call, with lse where autograd records it.
-        given: names of the tensors in the order in which they were given.
         is_recorded: whether it does.
         return_lse: whether the caller wants it.
+        given: names of the tensors in the order in which they were given.
         forms: class, type and strides of each tensor that is saved, once one of these calls was recorded.
         likeness: that of the tensors of the call in the order in which they were given, once it was found again.
     """
@@ -101,8 +98,8 @@ class Known:
             return self._new_gradients(saved, grad_out, grad_lse)
         setting = device.simulator_setting()
         tensors = (*saved, grad_out) if grad_lse is None else (*saved, grad_out, grad_lse)
-        last = self._last.get(len(tensors), _NONE_YET)
-        if last.prepared is not None and last.alike(*tensors) and last.setting == setting:
+        last = self._last.get(len(tensors))
+        if last is not None and last.alike(*tensors) and last.setting == setting:
             lie_at = tuple(map(data_ptr, tensors))
             if lie_at[: len(saved)] == self._where_saved(addresses) and are_aligned(lie_at):
                 addresses = addresses.copy()  # a graph that is retained runs again
@@ -215,7 +212,7 @@ def remembers(packed: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
             if len(given) != len(args) + len(kwargs):
                 return function(*args, **kwargs)
             tensors: list[Any] = []
-            options, last = _last_of(function, given, tensors)
+            last_key, last = _last_of(function, given, tensors)
             addresses = None if last is None else last.likeness.addresses(tensors)
             if addresses is not None:
                 return last.run(given, addresses)
@@ -226,10 +223,10 @@ def remembers(packed: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 if key is not None:
                     _learn(key, packed, signature, given)
                 return result
-            if options is not None and known is not last:
+            if last_key is not None and known is not last:
                 if known.likeness is None:
                     known.likeness = Likeness(known.given, tensors)
-                calls.keep(options, known)
+                calls.keep(last_key, known)
             return known.run(given, addresses)
 
         return call
@@ -238,16 +235,18 @@ def remembers(packed: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def _last_of(function: object, given: Mapping[str, Any], tensors: list[Any]) -> tuple[Hashable | None, Any]:
-    """What the last call with the options of this one is remembered by, and what is known of it; the tensors are added to `tensors`. It is None where an option
-    is none that is compared at a glance."""
+    """What the last call with the options of this one is remembered by, and what is known of it; the tensors are added to `tensors`.
+
+    Both are None where an argument is neither a plain tensor nor what is compared at a glance.
+    """
     seen: list[Hashable] = [function, _is_grad_enabled(), device.simulator_setting()]
     for name, x in given.items():
-        kind = type(x)
+        kind: Any = type(x)
         if kind in _CLASSES:
             tensors.append(x)
             seen.append(name)
         elif kind in calls.SCALARS:
-            seen += name, kind, x  # type: ignore[arg-type]
+            seen += name, kind, x
         elif kind is tuple:
             seen += name, calls.types_within(x), x
         else:

@@ -31,7 +31,6 @@ def test_memory_is_asked_of_torchs_allocator_of_the_tensors_device(monkeypatch: 
 
     monkeypatch.setattr(torch._C._dynamo.guards, "_empty_strided_cuda", direct)
     monkeypatch.setattr(torch, "empty_strided", watched)
-    make = frameworks.TORCH_CUDA.maker((2, 3), "float16", SimpleNamespace(device=("cuda", 1)))
     by_device = ((2, 3), (3, 1), {"dtype": torch.float16, "device": torch.device("cuda", 1)})
     for current, is_watched, wanted in (
         (1, False, ((2, 3), (3, 1), torch.float16)),
@@ -47,6 +46,19 @@ def test_memory_is_asked_of_torchs_allocator_of_the_tensors_device(monkeypatch: 
         else:
             make()
         assert asked == [wanted]
+
+
+def test_an_array_that_is_made_once_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether torch's quicker functions are there is asked, by an array, where something is made again and again."""
+    asked = []
+
+    def counted(function: Any) -> Any:
+        return lambda *arguments, **options: (asked.append(arguments), function(*arguments, **options))[1]
+
+    for owner, name in ((torch, "empty_strided"), (torch._C._dynamo.guards, "_empty_strided_cpu")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    assert frameworks.TORCH_CPU.empty((2, 3), "float32", SimpleNamespace(device=("cpu", 0))).stride() == (3, 1)
+    assert asked == [((2, 3), (3, 1))]
 
 
 def test_the_stream_is_torchs_current_one_of_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:

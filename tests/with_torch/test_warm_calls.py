@@ -57,9 +57,14 @@ def test_a_warm_call_is_a_few_functions(monkeypatch: pytest.MonkeyPatch) -> None
     assert any(isinstance(known, Known) for known in calls._calls.values())
 
 
+def gradient_for(x: Any) -> Any:
+    """One that is no constant."""
+    return torch.linspace(-1.0, 1.0, x.numel(), device=x.device).reshape(x.shape).to(x.dtype)
+
+
 def warm(inputs: Any, **options: Any) -> list[Any]:
     """out and gradients of a call whose like has run twice."""
-    grad_out = torch.linspace(-1.0, 1.0, inputs[0].numel(), device=inputs[0].device).reshape(inputs[0].shape).to(inputs[0].dtype)
+    grad_out = gradient_for(inputs[0])
     for _ in range(3):
         out = scaled_dot_product_attention(*inputs, **options)
         grads = torch.autograd.grad(out, inputs, grad_out.to(out.dtype))
@@ -89,7 +94,7 @@ def test_saved_tensors_of_other_strides_at_the_same_address(device: Any) -> None
 
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, rewritten):
         out = scaled_dot_product_attention(*inputs)
-    grad_out = torch.linspace(-1.0, 1.0, out.numel(), device=device).reshape(out.shape)
+    grad_out = gradient_for(out)
     for got, want in zip(torch.autograd.grad(out, inputs, grad_out), wanted[1:], strict=True):
         assert torch.equal(got, want)
 
@@ -98,7 +103,7 @@ def test_gradients_twice_and_gradients_of_some(device: Any) -> None:
     inputs = leaves(device, SHAPE, SHAPE, SHAPE)
     wanted = warm(inputs)
     out = scaled_dot_product_attention(*inputs)
-    grad_out = torch.linspace(-1.0, 1.0, out.numel(), device=device).reshape(out.shape)
+    grad_out = gradient_for(out)
     for _ in range(2):
         for got, want in zip(torch.autograd.grad(out, inputs, grad_out, retain_graph=True), wanted[1:], strict=True):
             assert torch.equal(got, want)
@@ -136,7 +141,7 @@ def test_gradients_of_one_tensor_are_added_in_one_order(device: Any) -> None:
 def warm_gradients(x: Any, call: Callable[[], Any]) -> Any:
     for _ in range(3):
         out = call()
-        grads = torch.autograd.grad(out, x, torch.linspace(-1.0, 1.0, out.numel(), device=x.device).reshape(out.shape).to(out.dtype))
+        grads = torch.autograd.grad(out, x, gradient_for(out))
     return grads
 
 
@@ -206,10 +211,9 @@ def test_calls_that_take_turns(device: Any) -> None:
 
 
 def gradients_of(inputs: Any, **options: Any) -> list[Any]:
-    """out, and gradients for a gradient that is no constant."""
+    """out and gradients of one call."""
     out = scaled_dot_product_attention(*inputs, **options)
-    grad_out = torch.linspace(-1.0, 1.0, out.numel(), device=out.device).reshape(out.shape).to(out.dtype)
-    return [out, *torch.autograd.grad(out, inputs, grad_out)]
+    return [out, *torch.autograd.grad(out, inputs, gradient_for(out))]
 
 
 def test_gradients_of_lse_and_out_in_turns(device: Any) -> None:
@@ -245,7 +249,7 @@ def test_operators_run_again_what_was_prepared(device: Any, monkeypatch: pytest.
     def run(inputs: Any, **options: Any) -> list[Any]:
         call = Call(False, {**PLAIN, **options})
         out = operators.attend(call, (*inputs, *(None,) * (len(TENSORS) - 3)), False)
-        return [out, *torch.autograd.grad(out, inputs, torch.linspace(-1.0, 1.0, out.numel(), device=device).reshape(out.shape))]
+        return [out, *torch.autograd.grad(out, inputs, gradient_for(out))]
 
     of_shape, longer = leaves(device, *[SMALL] * 3), leaves(device, *[LONGER] * 3)
     cases: list[tuple[Any, dict[str, Any]]] = [(of_shape, {}), (longer, {}), (of_shape, {"window": (3, 0)})]
@@ -263,7 +267,7 @@ def test_operators_whose_gradients_are_of_lse_alone(device: Any) -> None:
     """The gradient of out is none of the operator's arguments then, and zeros are made for the kernels."""
     inputs = leaves(device, *[SMALL] * 3)
     _, lse = scaled_dot_product_attention(*inputs, return_lse=True)
-    grad_lse = torch.linspace(-1.0, 1.0, lse.numel(), device=device).reshape(lse.shape)
+    grad_lse = gradient_for(lse)
     wanted = torch.autograd.grad(lse, inputs, grad_lse)
     for _ in range(3):
         _, lse = operators.attend(Call(False, PLAIN), (*inputs, *(None,) * (len(TENSORS) - 3)), True)
@@ -317,7 +321,7 @@ def test_recomputation_saves_what_the_first_pass_saved(device: Any, use_reentran
         )
         if turn == 2:
             calls.forget()
-        grad_out = torch.linspace(-1.0, 1.0, out.numel(), device=device).reshape(out.shape)
+        grad_out = gradient_for(out)
         for x in inputs:
             x.grad = None
         out.backward(grad_out)
@@ -340,7 +344,7 @@ def test_calls_within_hooks_and_of_several_threads(device: Any) -> None:
 
         out = scaled_dot_product_attention(*inputs)
         out.register_hook(hook)
-        grad_out = torch.linspace(-1.0, 1.0, out.numel(), device=device).reshape(out.shape)
+        grad_out = gradient_for(out)
         look(inputs, (out, *torch.autograd.grad(out, inputs, grad_out)))
 
     def several(*given: Any) -> None:
