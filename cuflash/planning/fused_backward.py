@@ -15,7 +15,7 @@ from math import ceil
 
 from cuflash.hardware.architectures import architecture
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, predicted_backward, predicted_tiles, predicted_time, tile_choice, tuned_tiles
+from cuflash.planning import asked_for, predicted_backward, predicted_tiles, predicted_time, tile_choice
 from cuflash.planning.asked_for import Choice
 from cuflash.planning.block_order import L2_SHARE
 from cuflash.planning.kernel_cases import KernelCase, case_of
@@ -62,10 +62,8 @@ def choose(problem: Problem, device: Device, tile: Tiles, others: Sequence[Kerne
     if switches.setting(VARIABLE) is False:
         return Choice(False, f"{own}, not {fused}, by {VARIABLE}=0")
     cases = [case_of(kernel, problem) for kernel in others]
-    timed = tuned_tiles.faster_way(((case_of(BACKWARD_FUSED, problem),), cases), problem, device)
-    if timed is not None:
-        number, part, how = timed
-        return Choice(number == 0, f"{(fused, own)[number]}, {how} to take {part:.2f} of the time of {(own, fused)[number]}", True)
+    if (timed := asked_for.by_tables(([case_of(BACKWARD_FUSED, problem)], cases), (fused, own), problem, device)) is not None:
+        return timed
     return _predicted(problem, device, cases, own)
 
 
