@@ -31,8 +31,7 @@ def row(arch: str, pairs: int) -> str:
         kernel = next(kernel for kernel in plan.kernels if kernel.spec == kernel_specs.FORWARD_SPLIT)
         microseconds = 1e3 * prediction.predict_plan(plan, card, limits=False).milliseconds
         share = 1e6 * split_forward.traffic(kernel, plan.problem, on).key_bytes / card.memory_bytes_per_second / microseconds
-        splits = "stream-K" if kernel.splits.stream_k else kernel.splits.number
-        cells.append(f"{splits}: {split_forward.predicted_share(plan):.0%}, {share:.0%}, {microseconds:.1f} µs")
+        cells.append(f"{kernel.splits}: {split_forward.predicted_share(plan):.0%}, {share:.0%}, {microseconds:.1f} µs")
     return f"| {pairs} | " + " | ".join(cells) + " |"
 
 

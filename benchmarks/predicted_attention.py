@@ -147,7 +147,7 @@ def _predict_text(kernel: dict[str, object], arch: str, head_dim: int, causal: b
     (resources,) = artifact.resources
     shared = re.search(r"SHARED_BYTES = (\d+)", request.config)
     assert shared is not None, "every version's Config says how much shared memory a kernel takes"
-    tile = Tile(*kernel["tile"])  # type: ignore[misc]
+    tile = Tile(*kernel["tile"])  # type: ignore[misc]  # four numbers, read from JSON
     described = Description(
         str(kernel["name"]), arch, "float16", head_dim, head_dim, causal, tile, resources.registers, resources.spill_store_bytes,
         int(shared[1]) + resources.static_shared_bytes, resources.barriers,

@@ -31,6 +31,7 @@ from cuflash.planning.plan import Plan
 from cuflash.problem.tile import Tiles
 from cuflash.timing import prediction
 from cuflash.timing.machine import CARDS
+from cuflash.timing.multiprocessor import STEADY_TRIPS
 from cuflash.timing.prediction import KernelPrediction, Launch
 from marked_pages import predict_or_publish
 from predicted_hopper import FEATURES
@@ -44,8 +45,6 @@ GOAL = 1.05
 """Of what is published, that the kernel is meant to reach after the bias."""
 DETERMINISTIC = {(128, True, 8192): 474}
 """The same with dQ in a fixed order, which this kernel always has; flash-attention's pull request 1893, as the 575 is."""
-TRIPS = 96
-"""Of a run of the model."""
 
 
 @functools.cache
@@ -53,7 +52,7 @@ def bias() -> dict[tuple[bool, int], float]:
     """Measured over predicted speed of kernels of this design, by mask and seqlen."""
     return {
         (row.design.causal, row.seqlen): row.ratio
-        for row in predicted_hopper_experiments.rows(("B_c0_base", "B_c1_base"), TRIPS)
+        for row in predicted_hopper_experiments.rows(("B_c0_base", "B_c1_base"), STEADY_TRIPS)
         if row.seqlen in SEQLENS
     }
 
@@ -76,8 +75,8 @@ def launches(head_dim: int, causal: bool, tile: Tiles = None, seqlens: Sequence[
     """The kernels of a call of each length; the steady states are the same, and run once."""
     first = plan(head_dim, causal, seqlens[0], tile)
     described, function = prediction.compiled(kernel_of(first), first.device, causal=causal)
-    whole = prediction.predict_kernel(function, described, trips=TRIPS)
-    masked = prediction.predict_kernel(function, described, limits=False, masked=True, trips=TRIPS)
+    whole = prediction.predict_kernel(function, described, trips=STEADY_TRIPS)
+    masked = prediction.predict_kernel(function, described, limits=False, masked=True, trips=STEADY_TRIPS)
     for seqlen in seqlens:
         of = plan(head_dim, causal, seqlen, tile)
         yield (
@@ -94,7 +93,7 @@ def launches(head_dim: int, causal: bool, tile: Tiles = None, seqlens: Sequence[
 def steady(of: Plan, *, in_turn: bool = False) -> KernelPrediction:
     """The steady state of tiles without a mask; `in_turn`: as if the tensor unit served warpgroups in turn."""
     described, function = prediction.compiled(kernel_of(of), of.device, causal=of.problem.is_causal)
-    return prediction.predict_kernel(function, described, limits=False, in_turn=in_turn, trips=TRIPS)
+    return prediction.predict_kernel(function, described, limits=False, in_turn=in_turn, trips=STEADY_TRIPS)
 
 
 def speed(of: Plan, found: Sequence[Launch]) -> float:
@@ -146,7 +145,7 @@ def clocks_per_pair(head_dim: int, features: SampleFeatures | None, *, masked: b
     """Clocks of an SM for a pair of query and key in the steady state; `masked`: in tiles in which data hide some pair."""
     of = plan(head_dim, False, 4096, features=features)
     described, function = prediction.compiled(kernel_of(of), of.device, causal=False)
-    found, tile = prediction.predict_kernel(function, described, limits=False, masked=masked, trips=TRIPS), kernel_of(of).tile
+    found, tile = prediction.predict_kernel(function, described, limits=False, masked=masked, trips=STEADY_TRIPS), kernel_of(of).tile
     return found.clocks / found.blocks / (tile.tile_q * tile.tile_kv)
 
 

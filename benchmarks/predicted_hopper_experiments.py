@@ -68,7 +68,7 @@ def design_of(name: str) -> Design:
     causal = "_c1" in name
     if name.startswith("B_"):
         return Design(name, 128, 2, 128, 64 if "m64" in name else 80, 2, int("token" in name), causal)
-    head_dim, warpgroups, streamed, stages, token = (int(re.search(rf"_{key}(\d+)", name)[1]) for key in "dgnst")  # type: ignore[index]
+    head_dim, warpgroups, streamed, stages, token = (int(re.search(rf"_{key}(\d+)", name)[1]) for key in "dgnst")  # type: ignore[index]  # a name has all of them
     return Design(name, head_dim, warpgroups, 64 * warpgroups, streamed, stages, token, causal)
 
 

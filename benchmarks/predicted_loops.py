@@ -64,7 +64,8 @@ FORWARD, BACKWARD = (
 )
 KERNELS = (*FORWARD, *BACKWARD)
 HEAD_DIMS = ((64, 64), (128, 128), (256, 256), (96, 96), (192, 128), (192, 192))
-ROOMS = {FORWARD_WGMMA: wgmma_forward, FORWARD_WGMMA_WIDE: wide_forward}
+FORWARD_ROOMS = {FORWARD_WGMMA: wgmma_forward, FORWARD_WGMMA_WIDE: wide_forward}
+"""The modules that decide about the forward kernels of wgmma; `wgmma_backward` decides about the others."""
 SAMPLE = Sample(seqlen_q=1024, seqlen_kv=1024)
 CALLS: dict[str, Sample] = {
     "": SAMPLE,
@@ -104,7 +105,7 @@ def kernel_of(key: Key) -> KernelPlan | None:
     with untuned():
         if not tile_choice.legal_tiles_for(case_of(spec, problem), ON):
             return None
-        if spec.implementation == "wgmma" and ROOMS.get(spec, wgmma_backward).why_not(problem, ON) is not None:
+        if spec.implementation == "wgmma" and FORWARD_ROOMS.get(spec, wgmma_backward).why_not(problem, ON) is not None:
             return None
         if spec.implementation == "wgmma" and spec.backward and spec not in wgmma_backward.kernels(problem):
             return None

@@ -8,19 +8,19 @@ Nothing is measured: the timing model says it (docs/timing.md, "A step of genera
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy
 
+from bench.steps import GROUP, HEAD_DIM
 from cuflash.cli.cached_calls import CachedCall
 from cuflash.cli.samples import Sample
 from cuflash.hardware import device
 from cuflash.planning import kernel_specs, split_forward
 from cuflash.planning.plan import Plan
 from cuflash.planning.planner import make_plan
+from cuflash.problem.cache_call import STREAM_K
 from cuflash.timing import machine, prediction
 
-HEAD_DIM, GROUP = 128, 4
 ROOM = 32768
 SHAPES = ((4, 8), (8, 8), (16, 8), (32, 8), (64, 8), (128, 8), (32, 1))  # batch, key heads
 
@@ -49,7 +49,7 @@ def plan_of(arch: str, batch: int, heads_kv: int, num_splits: int | str | None) 
 def splits_of(plan: Plan) -> int:
     """As many as are fastest for full caches."""
     kernel = next(kernel for kernel in plan.kernels if kernel.spec == kernel_specs.FORWARD_SPLIT)
-    return split_forward.fastest_number(kernel.case, replace(plan.problem, stream_k=False), kernel.tile, plan.device)
+    return split_forward.fastest_number(kernel.case, plan.problem, kernel.tile, plan.device)
 
 
 def microseconds(plan: Plan, lengths: Sequence[int]) -> float:
@@ -62,7 +62,7 @@ def row(arch: str, batch: int, heads_kv: int) -> str:
     """Of each kind of lengths, microseconds by splits and by stream-K; what the plan takes is marked."""
     chosen = plan_of(arch, batch, heads_kv, None)
     number = splits_of(chosen)
-    plans = [plan_of(arch, batch, heads_kv, splits) for splits in (number, "stream-K")]
+    plans = [plan_of(arch, batch, heads_kv, splits) for splits in (number, STREAM_K)]
     takes_stream_k = any(kernel.splits.stream_k for kernel in chosen.kernels)
     cells = [" → ".join(f"{microseconds(plan, lengths):.1f}" for plan in plans) for lengths in lengths_of(batch).values()]
     return f"| {batch} | {heads_kv} | {number} | {'yes' if takes_stream_k else 'no'} | " + " | ".join(cells) + " |"

@@ -280,7 +280,7 @@ def _predict(options: argparse.Namespace) -> int:
     problem = samples.problem_of(sample, backward=options.backward)
     tile = None if options.tile is None else cuflash.Tile(*options.tile)
     plan = planner.make_plan(problem, device.of_arch(arch, "gpu"), backward=options.backward, tile=tile)
-    data = sample.deciding_arrays if problem.hides_by_data else {}
+    data = sample.arguments() if problem.hides_by_data else {}
     predicted = prediction.predict_plan(plan, machine.CARDS[arch], limits=not options.fast, data=data)
     print(json.dumps(report.to_json(predicted), indent=1) if options.json else "\n".join(report.lines(predicted)))
     return 0

@@ -115,7 +115,7 @@ class Case:
         for name in ("scale", "enable_gqa", "layout", "allow_tf32"):
             known.pop(name, None)
         defaults = {"is_causal": False, "causal_alignment": "top_left"}
-        return rules_of(shape, numpy.asarray, numpy.asarray, **{**defaults, **known}), b  # type: ignore[arg-type]
+        return rules_of(shape, numpy.asarray, numpy.asarray, **{**defaults, **known}), b  # type: ignore[arg-type]  # options have values of many types
 
     def flops(self, direction: str) -> float:
         if direction == "both":

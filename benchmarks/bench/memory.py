@@ -36,7 +36,7 @@ def _of_cupy(cupy: Any, call: Callable[[], Any]) -> int | None:
     if not hasattr(cupy.cuda, "MemoryHook"):
         return None
 
-    class Peak(cupy.cuda.MemoryHook):  # type: ignore[misc]
+    class Peak(cupy.cuda.MemoryHook):  # type: ignore[misc]  # CuPy may be missing
         name = "peak"
         now = most = 0
 

@@ -81,12 +81,13 @@ class Step:
     def error(self, given: dict[str, Any], out: Any) -> float:
         """Relative, of the last sequence against float64, after the step."""
         last = self.batch - 1
-        pages = on_host(given["page_table"])[last] if self.page_size else [last]
+        pages = reference.to_numpy(given["page_table"])[last] if self.page_size else [last]
         of_cache = (given[name] for name in ("key_cache", "value_cache"))
         keys, values = (
-            as_float64(numpy.concatenate([on_host(bits_of(cache)[page]) for page in pages])[None, : self.keys]) for cache in of_cache
+            as_float64(numpy.concatenate([reference.to_numpy(bits_of(cache)[page]) for page in pages])[None, : self.keys])
+            for cache in of_cache
         )
-        query, got = (as_float64(on_host(bits_of(x)[last:])) for x in (given["query"], out))
+        query, got = (as_float64(reference.to_numpy(bits_of(x)[last:])) for x in (given["query"], out))
         want, _ = reference.attention(query, keys, values, is_causal=True, causal_alignment="bottom_right", enable_gqa=True)
         return float(numpy.abs(got - want).max() / numpy.abs(want).max())
 
@@ -123,7 +124,7 @@ def time_steps(machine: Machine, arguments: argparse.Namespace) -> int:
         try:
             given = step.arguments(machine)
             plan = cuflash.kvcache_plan(**given)
-            row["splits"] = next(kernel.splits.number for kernel in plan.kernels if kernel.spec.splits_keys)
+            row["splits"] = next(str(kernel.splits) for kernel in plan.kernels if kernel.spec.splits_keys)
             out = cuflash.attention_with_kvcache(**given)
             row["relative_error"] = step.error(given, out)
             if not row["relative_error"] <= ALLOWED_ERROR:
@@ -135,7 +136,7 @@ def time_steps(machine: Machine, arguments: argparse.Namespace) -> int:
             row["gigabytes_per_second"] = step.key_bytes / row["milliseconds"] / 1e6
             timed += 1
             print(
-                f"{step!s:64} {1000 * row['milliseconds']:8.1f} µs {row['gigabytes_per_second']:7.0f} GB/s, {row['splits']} splits",
+                f"{step!s:64} {1000 * row['milliseconds']:8.1f} µs {row['gigabytes_per_second']:7.0f} GB/s, splits: {row['splits']}",
                 flush=True,
             )
         except Exception as error:
@@ -164,14 +165,10 @@ def bits_of(x: Any) -> Any:
     return getattr(x, "bits", x)
 
 
-def on_host(x: Any) -> Any:
-    return x.get() if hasattr(x, "get") else x
-
-
 def as_float64(bits: Any) -> Any:
     """What 16 bits of bfloat16, or 8 of e4m3, stand for."""
     if bits.dtype == numpy.uint16:
-        return (bits.astype(numpy.uint32) << 16).view(numpy.float32).astype(numpy.float64)
+        return reference.from_bfloat16_bits(bits).astype(numpy.float64)
     import ml_dtypes
 
     return bits.view(ml_dtypes.float8_e4m3fn).astype(numpy.float64)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 E4M3 = "float8_e4m3fn"
 _FAR = 2**44  # between addresses of arrays that there are none of
-_STREAM_K = "stream-K"
+_STREAM_K = "stream-K"  # problem/cache_call.py has it too, which the parser of options does not import, since that takes NumPy
 _TAKEN = ("is_causal", "scale", "window", "softcap", "alibi_slopes", "sinks")
 
 

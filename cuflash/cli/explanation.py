@@ -111,7 +111,7 @@ def explain(
         reason = f"the timing model knows {', '.join(machine.CARDS)}, and this is {device.arch}"
     else:
         try:
-            data = sample.deciding_arrays if problem.hides_by_data else {}
+            data = sample.arguments() if problem.hides_by_data else {}
             predicted = prediction.predict_plan(plan, card, limits=limits, data=data)
         except CuflashError as error:
             reason = str(error).partition("\n")[0]

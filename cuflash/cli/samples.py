@@ -61,13 +61,6 @@ class Sample:
     cache: CachedCall | None = None
 
     @property
-    def deciding_arrays(self) -> dict[str, Any]:
-        """Those of the call that may decide which tiles are visible, as far as they are known: of a cache the lengths that are given."""
-        if self.cache is None:
-            return self.arguments()
-        return {} if self.lengths_kv is None else {"seqlens_kv": self.lengths_kv}
-
-    @property
     def is_packed(self) -> bool:
         """A call of `cuflash.varlen_attention`."""
         return self.lengths_q is not None

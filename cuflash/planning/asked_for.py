@@ -61,11 +61,12 @@ def is_open(variable: str) -> bool:
     return switches.setting(variable) is None and compiler_versions.why_not() is None
 
 
-def by_tables(ways: tuple[Sequence[KernelCase], Sequence[KernelCase]], problem: Problem, device: Device) -> Choice | None:
-    """Between the kernels of wgmma and those in whose place they come, by tables of tuned tiles in which both were timed on one call; None without."""
+def by_tables(
+    ways: tuple[Sequence[KernelCase], Sequence[KernelCase]], names: tuple[str, str], problem: Problem, device: Device
+) -> Choice | None:
+    """Between kernels and those in whose place they come, by tables of tuned tiles in which both were timed on one call; None without."""
     timed = tuned_tiles.faster_way(ways, problem, device)
     if timed is None:
         return None
     number, part, how = timed
-    names = [" and ".join(dict.fromkeys(case.kernel.source for case in way)) for way in ways]
     return Choice(number == 0, f"{names[number]}, {how} to take {part:.2f} of the time of {names[1 - number]}", True)

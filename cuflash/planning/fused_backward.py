@@ -15,7 +15,7 @@ from math import ceil
 
 from cuflash.hardware.architectures import architecture
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, predicted_backward, predicted_tiles, predicted_time, tile_choice, tuned_tiles
+from cuflash.planning import asked_for, predicted_backward, predicted_tiles, predicted_time, tile_choice
 from cuflash.planning.asked_for import Choice
 from cuflash.planning.block_order import L2_SHARE
 from cuflash.planning.kernel_cases import KernelCase, case_of
@@ -34,8 +34,8 @@ OF_THEIR_OWN = (BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ)
 _SLACK = 1.1
 """With it sections on an H100 are those that were fast there, of 32 MiB (docs/hopper.md)."""
 
-_SIDE_BY_SIDE = 16
-"""Blocks of one head that run at one time and want the same tiles at about the same time, whatever L2 holds of the others. On an H100 8 of them were
+_SIDE_BY_SIDE = {"sm_90": 16}
+"""By architecture, where it is known: blocks of one head that run at one time and want the same tiles at about the same time, whatever L2 holds of the others. On an H100 8 of them were
 within 1 % of sections that fit L2, 4 were 5 to 13 % slower (docs/hopper.md); more wait longer for each other to add to the first tile."""
 
 
@@ -62,10 +62,8 @@ def choose(problem: Problem, device: Device, tile: Tiles, others: Sequence[Kerne
     if switches.setting(VARIABLE) is False:
         return Choice(False, f"{own}, not {fused}, by {VARIABLE}=0")
     cases = [case_of(kernel, problem) for kernel in others]
-    timed = tuned_tiles.faster_way(((case_of(BACKWARD_FUSED, problem),), cases), problem, device)
-    if timed is not None:
-        number, part, how = timed
-        return Choice(number == 0, f"{(fused, own)[number]}, {how} to take {part:.2f} of the time of {(own, fused)[number]}", True)
+    if (timed := asked_for.by_tables(([case_of(BACKWARD_FUSED, problem)], cases), (fused, own), problem, device)) is not None:
+        return timed
     return _predicted(problem, device, cases, own)
 
 
@@ -139,8 +137,8 @@ def section_heads(problem: Problem, device: Device, group_heads: int, *, pairs: 
     """
     of_head = group_heads * problem.max_seqlen_q * (problem.itemsize * (problem.head_dim + problem.head_dim_v) + 4 * problem.head_dim)
     most = max(1, int(_SLACK * L2_SHARE * architecture(device.arch).l2_bytes) // max(1, of_head))
-    if device.capability == 90:  # of others it is not known
-        most = max(most, device.num_sms // _SIDE_BY_SIDE)
+    if (side_by_side := _SIDE_BY_SIDE.get(device.arch)) is not None:
+        most = max(most, device.num_sms // side_by_side)
     dividing = next(heads for heads in range(min(most, max(1, pairs)), 0, -1) if pairs % heads == 0)
     return dividing if 2 * dividing > most else most
 

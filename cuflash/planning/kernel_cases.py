@@ -257,6 +257,11 @@ def converts_sums(kernel: KernelSpec, problem: Problem) -> bool:
     )
 
 
+def conversion_bytes(problem: Problem) -> int:
+    """Of making dQ of its sums: float32 is read, dQ is written."""
+    return problem.query_rows * (4 + problem.itemsize) * problem.head_dim
+
+
 def grad_out_stages(case: KernelCase, tile: Tile, device: Device) -> int:
     """How many tiles of dO are in shared memory of a backward kernel of wgmma: as many as of Q. One that is done with dO early, since it makes no dV, has a single one
     where there is no room for more."""

@@ -11,6 +11,7 @@ from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import WARPGROUP_ROWS, KernelSpec
+from cuflash.problem.cache_call import STREAM_K
 from cuflash.problem.problem import DTYPES
 from cuflash.problem.tile import Tile
 
@@ -65,6 +66,10 @@ class Splits(NamedTuple):
     number: int
     tiles: int = 0
     stream_k: bool = False
+
+    def __str__(self) -> str:
+        """As `num_splits` of a call asks for them."""
+        return STREAM_K if self.stream_k else str(self.number)
 
     @property
     def makes_parts(self) -> bool:

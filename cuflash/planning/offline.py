@@ -69,9 +69,8 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
     """What calls of a kind may differ in that decides which kernels they take: calls, and tiles that pin kernels."""
     yield problem, pinned
     specs: list[KernelSpec] = []
-    if (
-        mask := problem.features.attn_mask
-    ) is not None and not backward:  # rows that do not start on 16 bytes are copied by another configuration
+    mask = problem.features.attn_mask
+    if mask is not None and not backward:  # rows that do not start on 16 bytes are copied by another configuration
         yield replace(problem, features=replace(problem.features, attn_mask=replace(mask, aligned=False))), pinned
     if backward:
         present = backward_kernels(problem, device, pinned)

@@ -305,11 +305,11 @@ def _split_kernel(
     num_blocks = split_forward.num_blocks(splits, problem, case, tile, device)
     constants["STREAM_K"] = splits.stream_k
     if case.kernel.maps_tensors and splits.number == 1:
-        pairs = num_blocks // max(1, num_tiles)
+        pairs = num_blocks // num_tiles
         section = block_order.section_heads(case, problem, device, pairs=pairs, resident_blocks=device.num_sms)
     shape = LaunchShape(num_blocks, 32 * (tile.num_warps + case.kernel.copying_warps), kernel_cases.shared_bytes(case, tile, device))
     return KernelPlan(
-        case, tile, config_text(problem.dtype, constants), shape, max(1, num_tiles), section_heads=max(1, section), splits=splits, box_keys=box_keys,
+        case, tile, config_text(problem.dtype, constants), shape, num_tiles, section_heads=max(1, section), splits=splits, box_keys=box_keys,
         tile_by=tile_by,
     )  # fmt: skip
 

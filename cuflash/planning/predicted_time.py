@@ -13,7 +13,7 @@ from math import ceil
 from typing import NamedTuple
 
 from cuflash.hardware.device import Device
-from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_cases import KernelCase, conversion_bytes
 from cuflash.planning.visits import band_of, visits_of_key_blocks, visits_of_warpgroups, walks
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile
@@ -154,8 +154,7 @@ def _first_sm(grid: Grid, beside: float, blocks: int, sms: int, trip: Callable[[
 def conversion_clocks(problem: Problem, device: Device, *, by_blocks: bool = False) -> float:
     """Of making dQ of float32 sums, which come from memory, or from L2 where the blocks do it that add them up."""
     traffic = TRAFFIC[device.arch]
-    moved = problem.query_rows * problem.head_dim * (4 + problem.itemsize)
-    return moved / (traffic.l2 if by_blocks else traffic.memory) / device.num_sms
+    return conversion_bytes(problem) / (traffic.l2 if by_blocks else traffic.memory) / device.num_sms
 
 
 def _least_bytes(case: KernelCase, problem: Problem) -> int:

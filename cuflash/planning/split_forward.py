@@ -18,6 +18,7 @@ from cuflash.planning import asked_for, merge_kernels, stream_k, tile_choice, ti
 from cuflash.planning.kernel_cases import KernelCase, case_of, operand_bytes
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, Splits
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, MERGE_ATTENTION, PART_TABLE, PARTS
+from cuflash.planning.merge_kernels import PART_TILES
 from cuflash.problem.cache_call import MAX_SPLITS, STREAM_K
 from cuflash.problem.features import UNLIMITED
 from cuflash.problem.problem import Problem
@@ -36,14 +37,10 @@ _MAX_ROWS = 2**31 - 2**10  # grouped; with the empty ones of the last tile they 
 INVARIANT_KEYS = 1024
 """Of a split, where a row's bits must not depend on the batch."""
 
-# A block's beginning and end, and a split more for the kernel that merges them, in key tiles of one block: fitted by others on a GH200 (FlashInfer,
-# pull request 4904), not measured here.
 _BLOCK_TILES = 10.0
-_SPLIT_TILES = 0.22
+"""A block's beginning and end, in key tiles of one block: fitted by others on a GH200 (FlashInfer, pull request 4904), not measured here."""
 _FITTED_BYTES = 2**15
 """Of such a tile: 64 keys and values of 128 columns."""
-LAUNCH_TILES = 1.0
-"""A launch more, in the same unit: 3 µs beside 32 KiB of keys and values of one of 216 blocks that share 2 TB/s."""
 
 _UNKNOWN_FEATURES = ("dropout", "segments", "prefix")
 
@@ -72,10 +69,8 @@ def _choose(problem: Problem, device: Device, tile: Tiles) -> tuple[bool, str]:
     if by_name:
         return True, f"{name}, which the tile is for; {asked_for.SIMULATED}"
     if places and problem.seqlen_q > places:  # parts have rows of all tokens
-        return (
-            False,
-            f"not {name}: {problem.num_sequences} sequences of at most {MAX_QUERIES} queries have {places} of the {problem.seqlen_q} tokens at most",
-        )
+        had = f"{problem.num_sequences} sequences of at most {MAX_QUERIES} queries have {places} of the {problem.seqlen_q} tokens at most"
+        return False, f"not {name}: {had}"
     if isinstance(tile, Tile):
         return False, f"not {name}: a single tile is for kernels of many queries; a mapping may name {FORWARD_SPLIT.name}"
     if (wanted := switches.setting(VARIABLE)) is False:
@@ -165,9 +160,14 @@ def row_tiles(problem: Problem, tile: Tile) -> int:
     return ceil(_grouped_rows(problem) / tile.tile_q)
 
 
+def output_tiles(problem: Problem, tile: Tile) -> int:
+    """The same of all key heads of all sequences."""
+    return row_tiles(problem, tile) * problem.num_heads_kv * problem.sequences
+
+
 def owned_row_tiles(problem: Problem, tile: Tile) -> int:
-    """The same that there are blocks for, which also clear rows of places that sequences do not use."""
-    return ceil(problem.owned_queries * problem.heads_per_kv / tile.tile_q)
+    """Tiles of grouped rows of one key head that there are blocks for, one at least; they also clear rows of places that sequences do not use."""
+    return max(1, ceil(problem.owned_queries * problem.heads_per_kv / tile.tile_q))
 
 
 def key_tiles(problem: Problem, tile: Tile, skipped_keys: int = 0) -> int:
@@ -186,37 +186,35 @@ def splits_of(case: KernelCase, problem: Problem, tile: Tile, device: Device) ->
     Raises:
         OptionError: it wants stream-K, which its kernel cannot do.
     """
-    tiles = key_tiles(problem, tile)
     if problem.batch_invariant:
         of_split = max(1, INVARIANT_KEYS // tile.tile_kv)
         return Splits(max(1, ceil(problem.max_seqlen_kv / (of_split * tile.tile_kv))), of_split)
     if problem.num_splits is not None:
         return Splits(problem.num_splits)
-    number, output_tiles = fastest_number(case, problem, tile, device), row_tiles(problem, tile) * problem.num_heads_kv * problem.sequences
+    number, tiles = fastest_number(case, problem, tile, device), key_tiles(problem, tile)
     reason = stream_k.why_not(case.kernel, problem, row_tiles(problem, tile), tiles)
     if problem.stream_k and reason is not None:
         raise OptionError("num_splits", repr(STREAM_K), f"None or a number, since {reason}", "Leave it out.")
     resident = resident_blocks(case, tile, device)
-    if problem.stream_k or (reason is None and stream_k.is_faster(output_tiles, problem.sequences, tiles, resident, number)):
+    if problem.stream_k or (reason is None and stream_k.is_faster(output_tiles(problem, tile), problem.sequences, tiles, resident, number)):
         return Splits(1, stream_k=True)
     return Splits(number)
 
 
 def fastest_number(case: KernelCase, problem: Problem, tile: Tile, device: Device) -> int:
     """Of splits of full caches."""
-    blocks = row_tiles(problem, tile) * problem.num_heads_kv * problem.sequences
-    return fastest_split(blocks, key_tiles(problem, tile), resident_blocks(case, tile, device), *_tiles_of_block(case, tile, device))
+    resident = resident_blocks(case, tile, device)
+    return fastest_split(output_tiles(problem, tile), key_tiles(problem, tile), resident, *_tiles_of_block(case, tile, device))
 
 
 def num_blocks(splits: Splits, problem: Problem, case: KernelCase, tile: Tile, device: Device) -> int:
     """Of the launch: of each sequence, key head and tile of rows as many as there are splits, or as many as the device holds at a time."""
-    tiles = max(1, owned_row_tiles(problem, tile)) * problem.num_heads_kv
+    tiles = owned_row_tiles(problem, tile) * problem.num_heads_kv
     if splits.stream_k:
         most = tiles * problem.sequences * (key_tiles(problem, tile) + stream_k.BEGIN_TILES)
         return min(most, resident_blocks(case, tile, device))
-    return (
-        tiles * (problem.sequences + (problem.num_sequences is not None)) * splits.number
-    )  # packed, one more fills what lies behind the last
+    sequences = problem.sequences + (problem.num_sequences is not None)  # one more fills what lies behind the last packed one
+    return tiles * sequences * splits.number
 
 
 def resident_blocks(case: KernelCase, tile: Tile, device: Device) -> int:
@@ -249,7 +247,7 @@ def _cost(blocks: int, tiles: int, resident: int, count: int, block_tiles: float
     """Time that so many splits take, in key tiles of one block."""
     waves = ceil(blocks * count / resident)
     several = count > 1
-    return waves * (ceil(tiles / count) + block_tiles + part_tiles * several) + _SPLIT_TILES * count * several
+    return waves * (ceil(tiles / count) + block_tiles + part_tiles * several) + PART_TILES * count * several
 
 
 def predicted_cost(plan: Plan, skipped_keys: int = 0) -> float:
@@ -258,7 +256,7 @@ def predicted_cost(plan: Plan, skipped_keys: int = 0) -> float:
     kernel = next((kernel for kernel in plan.kernels if kernel.spec == FORWARD_SPLIT), None)
     if kernel is None:
         return 0.0
-    blocks = row_tiles(problem, kernel.tile) * problem.num_heads_kv * problem.sequences
+    blocks = output_tiles(problem, kernel.tile)
     tiles = key_tiles(problem, kernel.tile, skipped_keys)
     resident = resident_blocks(kernel.case, kernel.tile, device)
     return _cost(blocks, tiles, resident, fastest_split(blocks, tiles, resident))
@@ -271,15 +269,14 @@ def predicted_share(plan: Plan) -> float | None:
     kernel = next((kernel for kernel in plan.kernels if kernel.spec.splits_keys), None)
     if kernel is None:
         return None
-    blocks = row_tiles(problem, kernel.tile) * problem.num_heads_kv * problem.sequences
+    blocks = output_tiles(problem, kernel.tile)
     tiles = key_tiles(problem, kernel.tile)
     resident = resident_blocks(kernel.case, kernel.tile, device)
     if kernel.splits.stream_k:
         share = ceil(blocks * tiles / resident)
-        return blocks * tiles / resident / (share + _BLOCK_TILES + _SPLIT_TILES * ceil(tiles / share))
-    return (
-        blocks * tiles / resident / _cost(blocks, tiles, resident, kernel.splits.number, *_tiles_of_block(kernel.case, kernel.tile, device))
-    )
+        return blocks * tiles / resident / (share + _BLOCK_TILES + PART_TILES * ceil(tiles / share))
+    of_block = _tiles_of_block(kernel.case, kernel.tile, device)
+    return blocks * tiles / resident / _cost(blocks, tiles, resident, kernel.splits.number, *of_block)
 
 
 def _visible_keys(problem: Problem) -> int:

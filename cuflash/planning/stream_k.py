@@ -15,14 +15,11 @@ from collections.abc import Sequence
 from math import ceil, sqrt
 
 from cuflash.planning.kernel_specs import FORWARD_SPLIT, KernelSpec
+from cuflash.planning.merge_kernels import LAUNCH_TILES, PART_TILES
 from cuflash.problem.problem import Problem
 
 BEGIN_TILES = 2
 """What the beginning and the end of an output tile, or of a part of it, cost a block, in key tiles."""
-PART_TILES = 0.22
-"""What a part costs the merge, in key tiles (split_forward.py)."""
-_LAUNCH_TILES = 1.0
-"""A launch more, for the merge, where there would be one split."""
 _LENGTH_TILES = 0.25
 """What every block does with the lengths of all sequences before its first key: one trip to L2 more than a block that reads one length."""
 
@@ -73,7 +70,7 @@ def _cost(tiles: Sequence[int], of_sequence: int, blocks: int) -> float:
     """Time that equal shares take, in key tiles of one block, where each sequence has so many key tiles for each of its output tiles."""
     share = share_of_block(sum(BEGIN_TILES + count for count in tiles) * of_sequence, max(tiles), blocks)
     most_parts = ceil(max(tiles) / share) + 1
-    return share + BEGIN_TILES + PART_TILES * most_parts + _LAUNCH_TILES + _LENGTH_TILES
+    return share + BEGIN_TILES + PART_TILES * most_parts + LAUNCH_TILES + _LENGTH_TILES
 
 
 def _cost_of_splits(tiles: Sequence[int], of_sequence: int, blocks: int, splits: int) -> float:
@@ -82,7 +79,7 @@ def _cost_of_splits(tiles: Sequence[int], of_sequence: int, blocks: int, splits:
     used = sum(BEGIN_TILES * min(splits, count) + count for count in tiles) * of_sequence
     waves = ceil(len(tiles) * of_sequence * splits / blocks) if min(parts) == max(parts) else 1
     several = splits > 1
-    return max(waves * (max(parts) + BEGIN_TILES), used / blocks) + (PART_TILES * splits + _LAUNCH_TILES) * several
+    return max(waves * (max(parts) + BEGIN_TILES), used / blocks) + (PART_TILES * splits + LAUNCH_TILES) * several
 
 
 def share_of_block(positions: int, longest: int, blocks: int) -> int:

@@ -15,11 +15,11 @@ from dataclasses import asdict, fields
 from cuflash.arrays.descriptions import describe
 from cuflash.errors import TileError
 from cuflash.hardware.device import Device
-from cuflash.planning import measured_tiles, predicted_tiles, tile_rules
+from cuflash.planning import measured_tiles, predicted_tiles
 from cuflash.planning.kernel_cases import KernelCase, head_dims
 from cuflash.planning.kernel_specs import BACKWARD_FUSED, MAX_TILE, WARPGROUP_ROWS
 from cuflash.planning.tile_model import blocks_per_sm, estimate_cycles
-from cuflash.planning.tile_rules import broken_rule
+from cuflash.planning.tile_rules import broken_rule, lacking
 from cuflash.problem.features import NO_FEATURES
 from cuflash.problem.tile import Tile
 
@@ -63,8 +63,8 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
 
 def why_none(case: KernelCase, device: Device) -> str | None:
     """Why a kernel has no legal tile for a case, in words; None where it has one."""
-    if (lacking := tile_rules.lacking(case, device)) is not None:
-        return lacking
+    if (reason := lacking(case, device)) is not None:
+        return reason
     return None if legal_tiles_for(case, device) else "no tile leaves room in the registers for all of these features"
 
 
@@ -132,10 +132,10 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
         return _wide_tile(case, device), "as many keys as fit twice"
     if case.kernel.implementation == "wgmma":
         features = _kinds(case)
-        for (name, head_dim, feature), numbers in predicted_tiles.WGMMA_WITH_FEATURE.items():
-            of_case = case.kernel.name, max(case.head_dim, case.head_dim_v), features
-            if (name, head_dim, frozenset((feature,))) == of_case and broken_rule(case, Tile(*numbers), device) is None:
-                return Tile(*numbers), "predicted by the timing model (predicted_tiles.py)"
+        feature = next(iter(features)) if len(features) == 1 else ""
+        numbers = predicted_tiles.WGMMA_WITH_FEATURE.get((case.kernel.name, max(case.head_dim, case.head_dim_v), feature))
+        if numbers is not None and broken_rule(case, Tile(*numbers), device) is None:
+            return Tile(*numbers), "predicted by the timing model (predicted_tiles.py)"
         if (predicted := _wgmma_tile(predicted_tiles.WGMMA, case, device)) is not None:
             return predicted, "predicted by the timing model (predicted_tiles.py)"
         return _wgmma_tile(measured_tiles.TILES, case, device), "from experiments with Hopper's instructions (measured_tiles.py)"

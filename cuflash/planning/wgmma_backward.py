@@ -36,8 +36,8 @@ from cuflash.planning.kernel_specs import (
     BACKWARD_WGMMA_DV,
     KernelSpec,
 )
-from cuflash.problem.features import MaskLayout
-from cuflash.problem.problem import DTYPES, Problem
+from cuflash.problem.features import MASK_ITEMSIZES, MaskLayout
+from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
 from cuflash.system import switches
 
@@ -88,7 +88,7 @@ def _faster(problem: Problem, device: Device, others: Sequence[KernelSpec]) -> C
     """By tables of tuned tiles, or by the timing model."""
     cases, of_others = [case_of(kernel, problem) for kernel in kernels(problem)], [case_of(kernel, problem) for kernel in others]
     name, other = BACKWARD_WGMMA.source, " and ".join(kernel.source for kernel in others)
-    if (timed := asked_for.by_tables((cases, of_others), problem, device)) is not None:
+    if (timed := asked_for.by_tables((cases, of_others), (name, other), problem, device)) is not None:
         return timed
     pin = f'pin it by tile={{"{cases[0].kernel.name}": ...}}'
     found = predicted_wgmma.compare(cases, of_others, problem, device, fused_backward.heads_together(problem, device))
@@ -141,4 +141,4 @@ def why_not(problem: Problem, device: Device) -> str | None:
 
 def _rows_start_on_16_bytes(mask: MaskLayout) -> bool:
     *_, stride_query, stride_key = mask.strides
-    return stride_key == 1 and stride_query * (1 if mask.dtype == "bool" else DTYPES[mask.dtype]) % 16 == 0
+    return stride_key == 1 and stride_query * MASK_ITEMSIZES[mask.dtype] % 16 == 0

@@ -49,7 +49,7 @@ def faster(kernel: KernelSpec, problem: Problem, device: Device) -> Choice:
     """Between one of these kernels that can run and that of mma.sync, by tables of tuned tiles, or by the timing model."""
     cases = case_of(kernel, problem), case_of(FORWARD, problem)
     name, other = kernel.source, FORWARD.source
-    if (timed := asked_for.by_tables(([cases[0]], [cases[1]]), problem, device)) is not None:
+    if (timed := asked_for.by_tables((cases[:1], cases[1:]), (name, other), problem, device)) is not None:
         return timed
     pin = f'pin it by tile={{"{kernel.name}": ...}}'
     found = predicted_wgmma.compare(cases[:1], cases[1:], problem, device)

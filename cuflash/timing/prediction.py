@@ -20,7 +20,7 @@ from cuflash.jit import cache
 from cuflash.jit.compiler import CompileRequest, KernelResources
 from cuflash.planning import kernel_specs
 from cuflash.planning.block_order import in_order
-from cuflash.planning.kernel_cases import KernelCase, converts_sums, multiply_adds
+from cuflash.planning.kernel_cases import KernelCase, conversion_bytes, converts_sums, multiply_adds
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.plan import Plan
 from cuflash.problem.problem import Problem
@@ -449,7 +449,7 @@ def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocesso
     converted = 0.0
     if converts_sums(kernel.spec, problem):  # its own of all sums of dQ
         blocks = kernel.num_tiles * problem.key_shape[0] * problem.num_heads_kv
-        converted = machine.copy_latency + traffic.conversion_bytes(problem) / blocks / machine.l2_bytes
+        converted = machine.copy_latency + conversion_bytes(problem) / blocks / machine.l2_bytes
     return card.block_start + machine.copy_latency + (first + stored) / machine.l2_bytes + converted
 
 

@@ -7,6 +7,7 @@ from math import prod
 
 from cuflash.errors import UnsupportedError
 from cuflash.planning import kernel_specs
+from cuflash.planning.kernel_cases import conversion_bytes
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.problem.problem import Problem
@@ -40,11 +41,6 @@ def bytes_of(kernel: KernelPlan, problem: Problem) -> int:
             "features", f"a call with the kernel {kernel.name}", "kernels that walk over tiles or whose traffic is known", hint
         )
     return _TRAFFIC[kernel.spec](problem)
-
-
-def conversion_bytes(problem: Problem) -> int:
-    """Of making dQ of its sums: float32 is read, dQ is written."""
-    return problem.query_rows * (4 + problem.itemsize) * problem.head_dim
 
 
 def _listed_bytes(problem: Problem) -> int:
