@@ -179,7 +179,7 @@ class WarpgroupRows {
         VisibleColumns<S_TILES> visible;
         if (hides_data) visible.hide_other_segments(segment, key_segments);
         if (is_cut) cut(visible, first_kv);
-        visible.apply(S);
+        visible.apply(S, -infinity());
       } else {
         if (is_cut) {
           int first_key[2], end_key[2];
@@ -197,11 +197,7 @@ class WarpgroupRows {
     int first[2], end[2];
     find_visible_keys(first, end);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      first[r] -= first_kv;
-      end[r] -= first_kv;
-    }
-    visible.cut(first, end);
+    for (int r = 0; r < 2; ++r) visible.cut(r, first[r] - first_kv, end[r] - first_kv);
   }
 
   // Which keys each row sees, less the column of the lane.
