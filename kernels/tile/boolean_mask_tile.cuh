@@ -72,7 +72,7 @@ class BooleanMaskTile {
 #pragma unroll 1
     for (int bit = 0; bit < 32; ++bit) {
       const int n = n_of(bit);
-      const uint16 pair = load_shared_u16(slab + Tile::offset(row, n / 2) + n % 2 * 8 + lane_index() % 4 * 2);
+      const uint32 pair = load_shared_u16(slab + Tile::offset(row, n / 2) + n % 2 * 8 + lane_index() % 4 * 2);
       if ((pair >> 8 * c_of(bit) & 0xff) != 0) bits |= 1u << bit;
     }
     return bits;
