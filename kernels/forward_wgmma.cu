@@ -115,7 +115,7 @@ class WarpgroupRows {
   int first_key[2], end_key[2];  // which keys a row sees, less the column of the lane; with lists they are found when they are wanted
   int segment[2];  // of a row
   int key_segments[KNOWS_SEGMENTS ? KEY_SEGMENTS : 1];
-  BooleanMaskTile<RingMask, S_TILES> boolean_mask;  // of the same tile, where it is one of bits
+  BooleanMaskTile<RingMask, S_TILES> boolean_mask;  // of the tile whose scores were issued last, if COPIES_BITS
   int entry = 0;  // of the list, for the tile whose scores were issued last
   uint32 P[P_STEPS][4];
 
@@ -186,9 +186,7 @@ class WarpgroupRows {
           find_visible_keys(first_key, end_key);
           hide_by_position(S, first_key, end_key, first_kv);
         }
-        if constexpr (COPIES_BITS) {
-          if (hides_data) boolean_mask.apply(S);
-        }
+        if (hides_data) boolean_mask.apply(S);
       }
     }
   }

@@ -18,7 +18,7 @@ class BooleanMaskTile {
     for (int slab = 0; slab < SLABS; ++slab)
 #pragma unroll
       for (int r = 0; r < 2; ++r) word[slab][r] = pass_round(tile + slab * Tile::SLAB_BYTES, row + 8 * r + lane_index() / 4, are_bits);
-    if (any_lane(!are_bits)) {
+    if (!all_lanes(are_bits)) {
 #pragma unroll
       for (int slab = 0; slab < SLABS; ++slab)
 #pragma unroll
