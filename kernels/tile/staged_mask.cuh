@@ -64,9 +64,8 @@ class StagedMask {
           }
       }
     } else {
-      for_each(S, first_key, [&](float& score, SmemAddress at) {
-        score = masked_score(score, bias_of_bits(MaskBits(__float_as_uint(load_shared_f32(at)))));
-      });
+      for_each(S, first_key,
+               [&](float& score, SmemAddress at) { score = masked_score(score, bias_of_bits(MaskBits(__float_as_uint(load_shared_f32(at))))); });
     }
   }
 

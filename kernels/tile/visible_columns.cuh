@@ -1,5 +1,5 @@
-// Which columns of a warp's accumulators a lane's two rows see, a bit for each column of the lane: bit 2 (n % 16) + c of word n / 16 is that of column
-// 8 n + 2 (lane % 4) + c. The assembler moves bits into predicates, several at once, so that a hidden score takes one selection.
+// Which columns of a warp's accumulators a lane's two rows see, a bit for each column of the lane: bit 2 (n % 16) + c of word n / 16 is that of
+// column 8 n + 2 (lane % 4) + c. The assembler moves bits into predicates, several at once, so that a hidden score takes one selection.
 #pragma once
 #include "tile/fragment.cuh"
 
