@@ -19,18 +19,20 @@
 
 constexpr int NOTHING_VISIBLE = -1;  // in the place of an entry
 
-// The row of a tile of keys in the table, with an entry for each tile of queries.
-DEVICE int* places_of_tiles(const FeatureArguments& features, int batch, int head, int num_tiles_kv, int tile_kv, int num_tiles_q) {
+// Which of the lists is that of (batch, head): one may be for all batches or heads.
+DEVICE int64 list_of(const FeatureArguments& features, int batch, int head) {
   const int list_batch = features.list_batches == 1 ? 0 : batch;
   const int list_head = features.list_heads == 1 ? 0 : head;
-  return features.visible_tiles + ((int64(list_batch) * features.list_heads + list_head) * num_tiles_kv + tile_kv) * num_tiles_q;
+  return int64(list_batch) * features.list_heads + list_head;
+}
+
+// The row of a tile of keys in the table, with an entry for each tile of queries.
+DEVICE int* places_of_tiles(const FeatureArguments& features, int batch, int head, int num_tiles_kv, int tile_kv, int num_tiles_q) {
+  return features.visible_tiles + (list_of(features, batch, head) * num_tiles_kv + tile_kv) * num_tiles_q;
 }
 
 DEVICE int* visible_tiles_of(const Geometry& geometry, const FeatureArguments& features, int batch, int head, int tile, int num_columns) {
-  const int list_batch = features.list_batches == 1 ? 0 : batch;
-  const int list_head = features.list_heads == 1 ? 0 : head;
-  const int64 row = (int64(list_batch) * features.list_heads + list_head) * geometry.num_tiles + tile;
-  return features.visible_tiles + row * (1 + num_columns);
+  return features.visible_tiles + (list_of(features, batch, head) * geometry.num_tiles + tile) * (1 + num_columns);
 }
 
 class VisibleTiles {  // of the tile `tile` of (batch, head); nothing without lists
