@@ -18,7 +18,7 @@ class BooleanMaskTile {
     for (int slab = 0; slab < SLABS; ++slab)
 #pragma unroll
       for (int r = 0; r < 2; ++r) word[slab][r] = pass_round(tile + slab * Tile::SLAB_BYTES, row + 8 * r + lane_index() / 4, are_bits);
-    if (!all_lanes(are_bits)) {
+    if (any_lane(!are_bits)) {
 #pragma unroll
       for (int slab = 0; slab < SLABS; ++slab)
 #pragma unroll
@@ -72,7 +72,7 @@ class BooleanMaskTile {
 #pragma unroll 1
     for (int bit = 0; bit < 32; ++bit) {
       const int n = n_of(bit);
-      const uint32 pair = load_shared_u16(slab + Tile::offset(row, n / 2) + n % 2 * 8 + lane_index() % 4 * 2);
+      const uint16 pair = load_shared_u16(slab + Tile::offset(row, n / 2) + n % 2 * 8 + lane_index() % 4 * 2);
       if ((pair >> 8 * c_of(bit) & 0xff) != 0) bits |= 1u << bit;
     }
     return bits;

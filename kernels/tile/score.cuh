@@ -134,7 +134,7 @@ class ScoreModifier {  // of one batch and query head
   DEVICE void apply_to_rows(float (&S)[M][N][4], int first_row, int first_column, bool shares, bool looks_for_small) const {
     if constexpr (!MODIFIES_SCORES) return;
     if constexpr (SOFTCAP) {
-      if (looks_for_small && all_lanes(are_small(S, first_row))) {
+      if (looks_for_small && !any_lane(!are_small(S, first_row))) {
         cap_small(S);
       } else if (QUICK_TANH && shares && features.softcap <= MOST_OF_FAR_TANH) {
 #pragma unroll
