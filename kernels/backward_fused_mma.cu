@@ -154,14 +154,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
     const int num_keys = PER_HEAD_WALK ? visibility.end_key(0, geometry.seqlen_q) : common_keys;  // keys beyond are not even read
     VisibleTurnsAhead<STEPS_AHEAD> tiles(arguments.features, batch, head, arguments.geometry.num_tiles, work.tile,
                                          ceil_div(geometry.seqlen_q, TILE_Q), steps.begin, steps.end);
-    auto is_there = [&](int step) { return TILE_LISTS ? tiles.is_there(step) : step < steps.end; };
-    if (PER_HEAD_WALK && !is_there(steps.begin)) continue;
+    if (PER_HEAD_WALK && !tiles.is_there(steps.begin)) continue;
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
     const StatisticsView view(arguments, batch, head, start_q, geometry.seqlen_q);
     const int slot = first_slot(arguments, batch, head, start_q);
-    auto tile_of = [&](int step) { return TILE_LISTS ? tiles.tile(step) : steps.begin + steps.end - 1 - step; };  // the last one first
     auto statistics_of = [&](int step) {
-      return StatisticsOfColumns(statistics_smem + stage_of(step) * StatisticsOfColumns::BYTES, view, tile_of(step) * TILE_Q);
+      return StatisticsOfColumns(statistics_smem + stage_of(step) * StatisticsOfColumns::BYTES, view, tiles.tile(step) * TILE_Q);
     };
 
     const SliceRows<TileK, HEAD_DIM> K_rows{arguments.key, batch, head / heads_per_kv, num_keys, start_kv};
@@ -171,9 +169,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
     auto Q_loader = Q_rows.loader();
     auto dO_loader = dO_rows.loader();
     auto issue = [&](int step) {
-      const bool enabled = is_there(step);
-      Q_loader.issue(Q_smem + stage_of(step) * TileQ::BYTES, tile_of(step) * TILE_Q, 0, enabled);
-      dO_loader.issue(dO_smem + stage_of(step) * TileO::BYTES, tile_of(step) * TILE_Q, 0, enabled);
+      const bool enabled = tiles.is_there(step);
+      Q_loader.issue(Q_smem + stage_of(step) * TileQ::BYTES, tiles.tile(step) * TILE_Q, 0, enabled);
+      dO_loader.issue(dO_smem + stage_of(step) * TileO::BYTES, tiles.tile(step) * TILE_Q, 0, enabled);
       statistics_of(step).issue(enabled);
       cp_async_commit_group();
     };
@@ -185,17 +183,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       K_rows.loader().issue(K_smem, first_kv);
       V_rows.loader().issue(V_smem, first_kv);
     }
-    turns.look(slot + tile_of(steps.begin));
+    turns.look(slot + tiles.tile(steps.begin));
 #pragma unroll
     for (int ahead = 0; ahead < STEPS_AHEAD; ++ahead) issue(steps.begin + ahead);
 
 #pragma unroll 1
-    for (int j = steps.begin; is_there(j); ++j) {
+    for (int j = steps.begin; tiles.is_there(j); ++j) {
       wait_for_tiles<STEPS_AHEAD - 1>();  // the tiles have landed; every warp is done with those before
       tiles.begin_step(j);
       if constexpr (NUM_STAGES > 1) issue(j + STEPS_AHEAD);  // into their stage
       turns.pass_on();
-      const int first_q = tile_of(j) * TILE_Q;
+      const int first_q = tiles.tile(j) * TILE_Q;
       const SmemAddress Q = Q_smem + stage_of(j) * TileQ::BYTES, dO = dO_smem + stage_of(j) * TileO::BYTES;
 
       float P[M_TILES][S_TILES][4];  // scores, then probabilities; rows are keys
@@ -215,8 +213,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       derivative.multiply(dS);
       share(dS, dS_smem, warp_key, warp_query);
 
-      const int place = TILE_LISTS ? tiles.place() : work.tile - visibility.first_key(first_q) / TILE_KV;  // among the blocks that add to this tile
-      turns.take(slot + tile_of(j), place);
+      const int place = TILE_LISTS ? tiles.place() : place_among_blocks(work, visibility, tiles.tile(j));
+      turns.take(slot + tiles.tile(j), place);
       __syncthreads();  // P and dS are complete, and it is the block's turn
       gemm_by_rows<Mma, TILE_Q, SHARING_WARPS>(dV, Mma::OperandA<TileS>(P_smem, warp_key), Mma::OperandBByRows<TileO>(dO, 2 * share_index));
       gemm_by_rows<Mma, TILE_Q, SHARING_WARPS>(dK, Mma::OperandA<TileS>(dS_smem, warp_key), Mma::OperandBByRows<TileQ>(Q, 2 * share_index));
@@ -224,9 +222,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
         __syncthreads();  // every warp is done with the only stage
         issue(j + 1);
       }
-      if (is_there(j + 1)) turns.look(slot + tile_of(j + 1));  // before the additions, behind which the answer would have to wait
+      if (tiles.is_there(j + 1)) turns.look(slot + tiles.tile(j + 1));  // before the additions, behind which the answer would have to wait
       tiles.look_ahead();
-      add_query_gradients(arguments, slot + tile_of(j), place == 0, dS_smem, K_smem);
+      add_query_gradients(arguments, slot + tiles.tile(j), place == 0, dS_smem, K_smem);
       tiles.advance();
     }
   }

@@ -36,6 +36,7 @@
 #include "tile/query_sum_conversion.cuh"
 #include "tile/query_sums.cuh"
 #include "tile/score.cuh"
+#include "tile/visible_columns.cuh"
 #include "tile/wgmma_backward_block.cuh"
 #include "tile/wgmma_backward_copier.cuh"
 #include "tile/wgmma_products.cuh"
@@ -269,28 +270,21 @@ class WarpgroupKeys {
 
   // What positions hide.
   DEVICE void hide_pairs(float (&P)[1][S_TILES][4], const Member& member, int first_q) const {
-    uint32 visible[2];  // with a window: a bit for each column of the lane
     if constexpr (WINDOW) {
-      static_assert(S_TILES <= 16, "32 columns of a lane");
+      VisibleColumns<S_TILES> visible;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int last = LASTS_OF_WINDOW == 2 ? member.last_of_window[r % LASTS_OF_WINDOW] : member.last_of_window[0] + 8 * r;
-        visible[r] = columns_from(member.first_query[r] - first_q) & ~columns_from(last + 1 - first_q);
+        visible.cut(r, member.first_query[r] - first_q, last + 1 - first_q);
       }
+      visible.apply(P, 0.0f);
+    } else {
+#pragma unroll
+      for (int n = 0; n < S_TILES; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (8 * n + i % 2 < member.first_query[i / 2] - first_q) P[0][n][i] = 0.0f;
     }
-#pragma unroll
-    for (int n = 0; n < S_TILES; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool hides = WINDOW ? (visible[i / 2] >> (2 * n + i % 2)) % 2 == 0 : 8 * n + i % 2 < member.first_query[i / 2] - first_q;
-        if (hides) P[0][n][i] = 0.0f;
-      }
-  }
-
-  // A bit for each pair of columns 8 n, 8 n + 1 of accumulator tiles: those from `first` on.
-  DEVICE static uint32 columns_from(int first) {
-    const int from_first_tile = max(first, 0);
-    return __funnelshift_lc(0, ~0u, from_first_tile / 8 * 2 + min(from_first_tile % 8, 2));
   }
 
   // Puts the warp's rows of dSᵀ into the slab of its warpgroup, as columns.

@@ -115,7 +115,7 @@ class WarpgroupRows {
   int first_key[2], end_key[2];  // which keys a row sees, less the column of the lane; with lists they are found when they are wanted
   int segment[2];  // of a row
   int key_segments[KNOWS_SEGMENTS ? KEY_SEGMENTS : 1];
-  BooleanMaskTile<RingMask, S_TILES> boolean_mask;  // of the same tile, where it is one of bits
+  BooleanMaskTile<RingMask, S_TILES> boolean_mask;  // of the tile whose scores were issued last, if COPIES_BITS
   int entry = 0;  // of the list, for the tile whose scores were issued last
   uint32 P[P_STEPS][4];
 
@@ -144,7 +144,7 @@ class WarpgroupRows {
     if constexpr (MODIFIES_SCORES && (MAPS_MASK || !ADDITIVE_MASK)) {
       const bool sees_all = SOFTCAP && (TILE_LISTS ? !hides_any(first_kv) : !is_masked);
       modifier.apply_to_rows(S, first_row, first_kv, SHARES, sees_all);
-      if constexpr (MAPS_MASK && ADDITIVE_MASK) modifier.add_copied_mask<RingMask>(S, shared.mask(K.stage), first_row - first_q);
+      if constexpr (MAPS_MASK && ADDITIVE_MASK) add_copied_mask<RingMask>(S, shared.mask(K.stage), first_row - first_q);
     } else if constexpr (MODIFIES_SCORES) {
       modifier.apply<false>(S, first_row, first_kv);
     } else if constexpr (Config::ANY_SCALE) {
@@ -179,16 +179,14 @@ class WarpgroupRows {
         VisibleColumns<S_TILES> visible;
         if (hides_data) visible.hide_other_segments(segment, key_segments);
         if (is_cut) cut(visible, first_kv);
-        visible.apply(S);
+        visible.apply(S, -infinity());
       } else {
         if (is_cut) {
           int first_key[2], end_key[2];
           find_visible_keys(first_key, end_key);
           hide_by_position(S, first_key, end_key, first_kv);
         }
-        if constexpr (COPIES_BITS) {
-          if (hides_data) boolean_mask.apply(S);
-        }
+        if (hides_data) boolean_mask.apply(S);
       }
     }
   }
@@ -197,11 +195,7 @@ class WarpgroupRows {
     int first[2], end[2];
     find_visible_keys(first, end);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      first[r] -= first_kv;
-      end[r] -= first_kv;
-    }
-    visible.cut(first, end);
+    for (int r = 0; r < 2; ++r) visible.cut(r, first[r] - first_kv, end[r] - first_kv);
   }
 
   // Which keys each row sees, less the column of the lane.

@@ -70,19 +70,13 @@ class CopiedMask {  // of one batch, query head and warp; nothing unless COPIES_
   int64 stride_query;
   int num_rows;  // that exist, from the first that the lane copies
 
-  // Of 16 bits sums are not held above LOWEST: with such an element one overflows only where a score is below -10^36.
   DEVICE void add(float (&S)[M][N][4], int step) const {
     if constexpr (MASK_BYTES == 2) {
       const int lane_offset = offset(lane_index() % 16, lane_index() / 16);
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int n = 0; n < N; n += 2) {
-          uint32 pairs[4];
-          ldmatrix_x4(pairs, at(stage_address(step), lane_offset, 16 * m, n));
-#pragma unroll
-          for (int i = 0; i < 8; ++i) S[m][n + i / 4][i % 4] += mask_bias(mask_element(MaskBits(pairs[i / 2] >> (i % 2 * 16)), MaskElement{}));
-        }
+        for (int n = 0; n < N; n += 2) add_mask_square(S[m], n, at(stage_address(step), lane_offset, 16 * m, n));
     } else if constexpr (MASK_BYTES == 4) {
       const int lane_offset = offset(lane_index() / 4, lane_index() % 4 / 2) + lane_index() % 2 * 8;
 #pragma unroll

@@ -35,6 +35,8 @@ constexpr int MASK_BYTES = int(sizeof(MaskElement));
 using MaskBits = BitsOf<MASK_BYTES>::One;
 using MaskPair = BitsOf<MASK_BYTES>::Two;
 
+DEVICE float bias_of_bits(MaskBits bits) { return mask_bias(mask_element(bits, MaskElement{})); }
+
 template <bool TRANSPOSED, int M, int N>
 struct MaskTile {  // as it lies in registers
   MaskPair pair[M][N][2];

@@ -77,6 +77,24 @@ DEVICE float score_of(float product, int query, int key, float slope, const Geom
 // A score with an element of an additive mask: not below LOWEST, but -inf where the mask is.
 DEVICE float masked_score(float score, float bias) { return max_nan(score + bias, fminf(bias, LOWEST)); }
 
+// Adds 16 rows and 16 columns of a mask of 16 bits in shared memory to accumulator tiles n and n + 1; `address` is the lane's, as of `ldmatrix_x4`.
+// Sums are not held above LOWEST: with such an element one overflows only where a score is below -10^36.
+template <int N>
+DEVICE void add_mask_square(float (&S)[N][4], int n, SmemAddress address) {
+  uint32 pairs[4];
+  ldmatrix_x4(pairs, address);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) S[n + i / 4][i % 4] += bias_of_bits(MaskBits(pairs[i / 2] >> (i % 2 * 16)));
+}
+
+// Adds a mask of 16 bits whose tile lies in shared memory, of which `row` is the first of 16.
+template <typename Tile, int N>
+DEVICE void add_copied_mask(float (&S)[1][N][4], SmemAddress tile, int row) {
+  const int lane_offset = Tile::offset(row + lane_index() % 16, lane_index() / 16);
+#pragma unroll
+  for (int n = 0; n < N; n += 2) add_mask_square(S[0], n, tile + Tile::at(lane_offset, n));
+}
+
 class ScoreModifier {  // of one batch and query head
  public:
   DEVICE ScoreModifier(const Geometry& geometry, const FeatureArguments& features, int batch, int head)
@@ -102,11 +120,11 @@ class ScoreModifier {  // of one batch and query head
     }
   }
 
-  // The same where nobody asks for derivatives. `ahead` is nothing or the mask.
-  template <bool TRANSPOSED, int M, int N, typename... Mask>
-  DEVICE void apply(float (&S)[M][N][4], int first_row, int first_column, const Mask&... ahead) const {
+  // The same where nobody asks for derivatives.
+  template <bool TRANSPOSED, int M, int N>
+  DEVICE void apply(float (&S)[M][N][4], int first_row, int first_column) const {
     ScoreDerivative<M, N> unused;
-    apply<TRANSPOSED>(S, unused, first_row, first_column, ahead...);
+    apply<TRANSPOSED>(S, unused, first_row, first_column);
   }
 
   // The same where rows are queries, with fewer instructions, but for a mask. `shares`: a NaN may make NaN of other scores of its row.
@@ -133,20 +151,6 @@ class ScoreModifier {  // of one batch and query head
       const float penalty = ALIBI ? slope * fabsf(distance + float(8 * (n - i / 2 - 2 * m) + i % 2)) : 0.0f;
       S[m][n][i] = ALIBI ? __fmaf_rn(S[m][n][i], factor, -penalty) : S[m][n][i] * factor;
     });
-  }
-
-  // Adds a mask of 16 bits whose tile lies in shared memory, of which `row` is the first of 16. Sums are not held above LOWEST: with such an element
-  // one overflows only where a score is below -10^36.
-  template <typename Tile, int N>
-  DEVICE void add_copied_mask(float (&S)[1][N][4], SmemAddress tile, int row) const {
-    const int lane_offset = Tile::offset(row + lane_index() % 16, lane_index() / 16);
-#pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      uint32 pairs[4];
-      ldmatrix_x4(pairs, tile + Tile::at(lane_offset, n));
-#pragma unroll
-      for (int i = 0; i < 8; ++i) S[0][n + i / 4][i % 4] += mask_bias(mask_element(MaskBits(pairs[i / 2] >> (i % 2 * 16)), MaskElement{}));
-    }
   }
 
   template <bool TRANSPOSED, int M, int N>

@@ -28,9 +28,9 @@ constexpr bool STREAM_K = Config::STREAM_K;  // blocks have equal shares of all 
 struct SplitWork {
   int tile, head_kv, sequence, split;
   int batch, start_q;  // where the sequence's queries lie
-  int begin, end;      // STREAM_K: its key tiles, counted from the first that the rows see
-  int part;            // STREAM_K: where its part goes; -1: it has all keys
   int start_kv;        // the sequence's first key among packed ones
+  int begin = 0, end = 0;  // STREAM_K: its key tiles, counted from the first that the rows see
+  int part = -1;           // STREAM_K: where its part goes; -1: it has all keys
 };
 
 // `work`: tile, key head and, sequence by sequence for one split after the other, what is called its batch.
@@ -43,9 +43,6 @@ DEVICE SplitWork work_of_split(const Geometry& geometry, const SequenceLengths& 
           work.batch / sequences,
           VARLEN ? 0 : sequence,
           sequence_start(lengths.cu_seqlens_q, sequence, geometry.seqlen_q),
-          0,
-          0,
-          -1,
           PACKED_KEYS ? sequence_start(lengths.cu_seqlens_kv, sequence, geometry.seqlen_kv) : 0};
 }
 

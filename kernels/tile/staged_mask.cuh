@@ -60,13 +60,12 @@ class StagedMask {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float& score = S[0][2 * k + j / 2][j % 2 * 2 + half];
-            score = masked_score(score, mask_bias(mask_element(MaskBits(pair[j] >> half * 16), MaskElement{})));
+            score = masked_score(score, bias_of_bits(MaskBits(pair[j] >> half * 16)));
           }
       }
     } else {
-      for_each(S, first_key, [&](float& score, SmemAddress at) {
-        score = masked_score(score, mask_bias(mask_element(__float_as_uint(load_shared_f32(at)), MaskElement{})));
-      });
+      for_each(S, first_key,
+               [&](float& score, SmemAddress at) { score = masked_score(score, bias_of_bits(MaskBits(__float_as_uint(load_shared_f32(at))))); });
     }
   }
 

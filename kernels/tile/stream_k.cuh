@@ -53,7 +53,7 @@ class KeyTileStream {
     const int sequence = index / num_tiles, first_tile = max(0, position - keys), end_tile = min(tiles, end - keys);
     const bool is_whole = first_tile == 0 && end_tile == tiles;
     const int part = is_whole ? -1 : part_of_block(int(blockIdx.x), first_tile == 0);
-    return {index % num_tiles, head_kv, sequence, 0, sequence, 0, first_tile, end_tile, part, 0};
+    return {index % num_tiles, head_kv, sequence, 0, sequence, 0, 0, first_tile, end_tile, part};
   }
 
   // Says which blocks have parts of the output tile, whose first keys are this block's.

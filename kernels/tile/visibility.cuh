@@ -7,7 +7,6 @@
 #include "tile/features.cuh"
 #include "tile/causal.cuh"
 #include "tile/mask.cuh"
-#include "ptx/memory.cuh"
 
 class Visibility {  // of one batch and query head
  public:

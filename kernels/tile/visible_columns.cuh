@@ -1,5 +1,5 @@
-// Which columns of a tile of scores a lane's two rows see, a bit for each column of the lane: bit 2 (n % 16) + c of word n / 16 is that of column
-// 8 n + 2 (lane % 4) + c. The assembler moves bits into predicates, several at once, so that a hidden score takes one selection.
+// Which columns of a warp's accumulators a lane's two rows see, a bit for each column of the lane: bit 2 (n % 16) + c of word n / 16 is that of
+// column 8 n + 2 (lane % 4) + c. The assembler moves bits into predicates, several at once, so that a hidden score takes one selection.
 #pragma once
 #include "tile/fragment.cuh"
 
@@ -18,12 +18,10 @@ class VisibleColumns {
       for (int w = 0; w < WORDS; ++w) word[r][w] = ~0u;
   }
 
-  // Hides columns before `first` and from `end` on, each less the lane's first column.
-  DEVICE void cut(const int (&first)[2], const int (&end)[2]) {
+  // Hides columns of row r before `first` and from `end` on, each less the lane's first column.
+  DEVICE void cut(int r, int first, int end) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-      for (int w = 0; w < WORDS; ++w) word[r][w] &= bits_before(end[r] - 128 * w) & ~bits_before(first[r] - 128 * w);
+    for (int w = 0; w < WORDS; ++w) word[r][w] &= columns_from(first - 128 * w) & ~columns_from(end - 128 * w);
   }
 
   // Hides keys whose segment is not that of the row. Lane i knows those of keys 32 k + key_of_lane(). Rows of one segment are done at once.
@@ -56,20 +54,21 @@ class VisibleColumns {
     }
   }
 
-  DEVICE void apply(float (&S)[1][N][4]) const {
+  // Gives `hidden` to what is not seen.
+  DEVICE void apply(float (&c)[1][N][4], float hidden) const {
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (!(word[i / 2][n / 16] & 1u << (n % 16 * 2 + i % 2))) S[0][n][i] = -infinity();
+        if (!(word[i / 2][n / 16] & 1u << (n % 16 * 2 + i % 2))) c[0][n][i] = hidden;
   }
 
  private:
   static constexpr int WORDS = ceil_div(N, 16);
 
-  // Bits of the columns of one word before `end`, of which neighbouring pairs are eight columns apart.
-  DEVICE static uint32 bits_before(int end) {
-    const int count = max(0, (end >> 3) * 2 + min(end & 7, 2));
-    return count < 32 ? (1u << count) - 1 : ~0u;
+  // Bits of the columns of one word from `first` on; neighbouring pairs of bits are eight columns apart.
+  DEVICE static uint32 columns_from(int first) {
+    const int from_first_tile = max(first, 0);
+    return __funnelshift_lc(0, ~0u, from_first_tile / 8 * 2 + min(from_first_tile % 8, 2));
   }
 };

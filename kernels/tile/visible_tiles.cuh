@@ -19,18 +19,20 @@
 
 constexpr int NOTHING_VISIBLE = -1;  // in the place of an entry
 
-// The row of a tile of keys in the table, with an entry for each tile of queries.
-DEVICE int* places_of_tiles(const FeatureArguments& features, int batch, int head, int num_tiles_kv, int tile_kv, int num_tiles_q) {
+// Which of the lists is that of (batch, head): one may be for all batches or heads.
+DEVICE int64 list_of(const FeatureArguments& features, int batch, int head) {
   const int list_batch = features.list_batches == 1 ? 0 : batch;
   const int list_head = features.list_heads == 1 ? 0 : head;
-  return features.visible_tiles + ((int64(list_batch) * features.list_heads + list_head) * num_tiles_kv + tile_kv) * num_tiles_q;
+  return int64(list_batch) * features.list_heads + list_head;
+}
+
+// The row of a tile of keys in the table, with an entry for each tile of queries.
+DEVICE int* places_of_tiles(const FeatureArguments& features, int batch, int head, int num_tiles_kv, int tile_kv, int num_tiles_q) {
+  return features.visible_tiles + (list_of(features, batch, head) * num_tiles_kv + tile_kv) * num_tiles_q;
 }
 
 DEVICE int* visible_tiles_of(const Geometry& geometry, const FeatureArguments& features, int batch, int head, int tile, int num_columns) {
-  const int list_batch = features.list_batches == 1 ? 0 : batch;
-  const int list_head = features.list_heads == 1 ? 0 : head;
-  const int64 row = (int64(list_batch) * features.list_heads + list_head) * geometry.num_tiles + tile;
-  return features.visible_tiles + row * (1 + num_columns);
+  return features.visible_tiles + (list_of(features, batch, head) * geometry.num_tiles + tile) * (1 + num_columns);
 }
 
 class VisibleTiles {  // of the tile `tile` of (batch, head); nothing without lists
@@ -104,7 +106,7 @@ class VisibleTilesAhead {
 };
 
 // The same of the table, for a kernel whose blocks own keys: the tiles of queries in the row of a tile of keys, the last one first. Every step looks
-// for the next tile in neighbouring entries, one in each lane.
+// for the next tile in neighbouring entries, one in each lane. Without a table all tiles are there.
 //
 //     VisibleTurnsAhead<STEPS_AHEAD> tiles(...);  // at step begin
 //     for (int j = begin; tiles.is_there(j); ++j) {
@@ -119,24 +121,23 @@ class VisibleTurnsAhead {
  public:
   // Of tiles begin .. end - 1; the first step is `begin`.
   DEVICE VisibleTurnsAhead(const FeatureArguments& features, int batch, int head, int num_tiles_kv, int tile_kv, int num_tiles_q, int begin, int end)
-      : begin(begin), present(begin) {
+      : begin(begin), end(end), present(begin) {
     if constexpr (TILE_LISTS) {
       row = places_of_tiles(features, batch, head, num_tiles_kv, tile_kv, num_tiles_q);
+      int above = end;
 #pragma unroll
-      for (int i = 0; i < AHEAD; ++i) {
-        const int above = i == 0 ? end : tiles[i == 0 ? 0 : i - 1];
-        tiles[i] = next_below(above, neighbour(above));
-      }
+      for (int i = 0; i < AHEAD; ++i) above = tiles[i] = next_below(above, neighbour(above));
       if (tiles[0] != NOTHING_VISIBLE) entry = row[tiles[0]];
-      neighbours = neighbour(tiles[AHEAD - 1]);
+      neighbours = neighbour(above);
     }
   }
 
-  DEVICE bool is_there(int step) const { return tile(step) != NOTHING_VISIBLE; }
-  DEVICE int place() const { return entry >> 1; }  // of the block among those that add to the present tile
+  DEVICE bool is_there(int step) const { return TILE_LISTS ? tile(step) != NOTHING_VISIBLE : step < end; }
+  DEVICE int place() const { return entry >> 1; }  // of the block among those that add to the present tile, with a table
   DEVICE bool is_partial() const { return entry % 2 != 0; }
 
   DEVICE int tile(int step) const {  // which one it is, is known at compile time, as in VisibleTilesAhead
+    if constexpr (!TILE_LISTS) return begin + end - 1 - step;
     int found = tiles[0];
 #pragma unroll
     for (int i = 1; i <= AHEAD; ++i)
@@ -168,7 +169,7 @@ class VisibleTurnsAhead {
   }
 
  private:
-  const int begin;
+  const int begin, end;
   int present;
   const int* row = nullptr;
   int entry = 0, next_entry = 0;  // of the present step and the next one

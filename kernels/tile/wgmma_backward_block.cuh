@@ -105,11 +105,6 @@ DEVICE void for_each_member(const BackwardWgmmaArguments& arguments, const Work&
   }
 }
 
-// How many blocks add to a tile of queries before this one, where that does not depend on data.
-DEVICE int place_among_blocks(const Work& work, const Visibility& visibility, int tile) {
-  return work.tile - visibility.first_key(tile * TILE_Q) / TILE_KV;
-}
-
 // body(tile, place, is_partial) for the tiles of queries of one of them, the last one first: how many blocks add to it before this one, and with
 // lists whether data hide some pair of it. With lists a whole warp calls, of which each lane reads one of 32 neighbouring entries.
 template <typename Body>

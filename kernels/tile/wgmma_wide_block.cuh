@@ -6,6 +6,7 @@
 #include "tile/ring.cuh"
 #include "tile/slab_tile.cuh"
 #include "tile/split_rows.cuh"
+#include "tile/visible_keys.cuh"
 
 constexpr bool VALUE_IN_KEY = Config::VALUE_IN_KEY;  // a key's value is its first columns: one tile serves both products
 constexpr int BOX_ROWS = Config::BOX_ROWS;           // keys that one copy has, of one page
@@ -66,10 +67,10 @@ struct SplitWalk {
   DEVICE SplitWalk(const ForwardWgmmaWideArguments& arguments, const SplitWork& work, const Visibility& visibility, const GroupedRows& rows,
                    const SequenceInCache& sequence)
       : first_row(work.tile * TILE_Q) {
-    const int first_q = rows.query(first_row), end_q = rows.query(first_row + TILE_Q - 1) + 1;
-    end_key = visibility.end_key(first_q, end_q);
-    first_key = max(visibility.first_key(first_q), sequence.first_key);
-    const int first_tile = first_key / TILE_KV, end_tile = max(first_tile, ceil_div(end_key, TILE_KV));
+    const VisibleKeys visible(visibility, sequence, rows, first_row);
+    first_key = visible.first_key;
+    end_key = visible.end_key;
+    const int first_tile = visible.first_tile(), end_tile = visible.end_tile();
     const int split_tiles = arguments.split_tiles > 0 ? arguments.split_tiles : ceil_div(end_tile - first_tile, arguments.num_splits);
     begin = uniform(min(end_tile, first_tile + work.split * split_tiles));
     end = uniform(min(end_tile, begin + split_tiles));
