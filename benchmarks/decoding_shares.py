@@ -2,7 +2,7 @@
 
     python benchmarks/decoding_shares.py
 
-Nothing is measured. Two models say it. That of splits (cuflash/planning/split_forward.py), by which the number of splits is chosen, counts waves, the beginning and
+Nothing is measured. Two models say it. That of splits (cuflash/planning/split_cost.py), by which the number of splits is chosen, counts waves, the beginning and
 end of blocks, and merging, with constants that others fitted to their kernel. The timing model (cuflash/timing/splits.py) runs the machine code of the kernel's loop
 with keys from memory, and adds the kernels that append new keys and merge the splits.
 """

@@ -15,7 +15,7 @@ from cuflash.arrays.signatures import signature
 from cuflash.decoding import attention_with_kvcache, kvcache_plan
 from cuflash.errors import DTypeError, OptionError, ShapeError
 from cuflash.merging import merge_attention
-from cuflash.planning import merge_kernels, split_forward
+from cuflash.planning import split_cost, split_forward
 from cuflash.problem.options import check_bool
 from cuflash.problem.other_names import explains_keywords
 
@@ -99,7 +99,7 @@ def pays(
     query: AnyArray, key_cache: AnyArray, value_cache: AnyArray, *, cache_seqlens: AnyArray, page_table: AnyArray, prefix_length: int
 ) -> bool:
     """Whether a cascade is predicted to be faster than one call, with sequences as long as they have room for: by the small model that also says how many splits
-    are fastest (planning/split_forward.py), and three launches more. It is not measured."""
+    are fastest (planning/split_cost.py), and three launches more. It is not measured."""
     pages = _check_prefix(prefix_length, borrow(key_cache, "key_cache"), borrow(page_table, "page_table"))
     arrays = (query, key_cache, value_cache, cache_seqlens, page_table)
     key = (prefix_length, *map(signature, arrays))
@@ -123,7 +123,7 @@ def _costs_less(query: Any, key_cache: Any, value_cache: Any, cache_seqlens: Any
     whole = kvcache_plan(query, key_cache, value_cache, cache_seqlens=cache_seqlens, page_table=page_table)
     of_prefix = kvcache_plan(together, key_cache, value_cache, cache_seqlens=cache_seqlens[:1], page_table=one_table)
     costs = split_forward.predicted_cost(whole, prefix_length), split_forward.predicted_cost(of_prefix)
-    return costs[0] + costs[1] + _LAUNCHES * merge_kernels.LAUNCH_TILES < split_forward.predicted_cost(whole)
+    return costs[0] + costs[1] + _LAUNCHES * split_cost.LAUNCH_TILES < split_forward.predicted_cost(whole)
 
 
 def _borrowed(operands: dict[str, tuple[Any, int]]) -> dict[str, Array]:

@@ -13,9 +13,11 @@ import cuflash
 from cuflash import Tile
 from cuflash.errors import OptionError, TileError
 from cuflash.hardware import device
-from cuflash.planning import kernel_specs, split_forward, tile_choice, tile_rules
+from cuflash.planning import kernel_specs, tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
-from cuflash.planning.split_forward import VARIABLE, fastest_split
+from cuflash.planning.split_cost import cost_of_splits, fastest_number
+from cuflash.planning.split_forward import VARIABLE
+from cuflash.problem.cache_call import MAX_SPLITS
 
 pytest.importorskip("cupy")
 
@@ -172,19 +174,19 @@ def test_every_case_has_a_tile(head_dim: int, arch: str) -> None:
 
 
 def test_splits_fill_the_device_and_no_more() -> None:
-    assert fastest_split(blocks=1000, tiles=64, resident=216) == 1
-    assert fastest_split(blocks=8, tiles=2, resident=216) <= 2
-    assert fastest_split(blocks=8, tiles=1, resident=216) == 1
+    assert fastest_number(blocks=1000, tiles=64, resident=216) == 1
+    assert fastest_number(blocks=8, tiles=2, resident=216) <= 2
+    assert fastest_number(blocks=8, tiles=1, resident=216) == 1
     for blocks in (1, 2, 5, 8, 40, 100, 216):
         for tiles in (64, 1000, 4096):
-            count = fastest_split(blocks, tiles, 216)
-            assert 1 <= count <= split_forward.MAX_SPLITS
+            count = fastest_number(blocks, tiles, 216)
+            assert 1 <= count <= MAX_SPLITS
             waves = -(-blocks * count // 216)
             assert waves <= 8, (blocks, tiles, count)
             if blocks >= 40 and tiles >= 1000:
                 assert blocks * count >= 0.85 * waves * 216, (blocks, tiles, count)
-    assert 100 < fastest_split(blocks=1, tiles=4096, resident=216) < 216  # more would take longer to merge than they save
-    assert fastest_split(blocks=40, tiles=1000, resident=216) == 5
+    assert 100 < fastest_number(blocks=1, tiles=4096, resident=216) < 216  # more would take longer to merge than they save
+    assert fastest_number(blocks=40, tiles=1000, resident=216) == 5
 
 
 def test_devices_with_odd_numbers_of_sms() -> None:
@@ -192,10 +194,10 @@ def test_devices_with_odd_numbers_of_sms() -> None:
     for resident in (1, 13, 76, 133, 2 * 71, 3 * 47):
         for blocks in (1, 3, 7, 64, 129):
             for tiles in (1, 2, 5, 63, 1001):
-                count = fastest_split(blocks, tiles, resident)
-                assert 1 <= count <= min(tiles, split_forward.MAX_SPLITS)
-                costs = [split_forward._cost(blocks, tiles, resident, other) for other in range(1, min(tiles, 256) + 1)]
-                assert split_forward._cost(blocks, tiles, resident, count) == min(costs)
+                count = fastest_number(blocks, tiles, resident)
+                assert 1 <= count <= min(tiles, MAX_SPLITS)
+                costs = [cost_of_splits(blocks, tiles, resident, other) for other in range(1, min(tiles, 256) + 1)]
+                assert cost_of_splits(blocks, tiles, resident, count) == min(costs)
 
 
 def test_a_plan_says_what_it_asks_of_memory() -> None:

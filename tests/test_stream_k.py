@@ -19,7 +19,7 @@ from cuflash.cli.cached_calls import CachedCall
 from cuflash.cli.samples import Sample
 from cuflash.errors import OptionError
 from cuflash.hardware import device
-from cuflash.planning import kernel_specs, split_forward, stream_k
+from cuflash.planning import kernel_specs, split_cost, split_forward, stream_k
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.plan import Plan
 from cuflash.planning.planner import make_plan
@@ -164,8 +164,8 @@ def test_shares_are_equal_and_leave_nothing_out(blocks: int) -> None:
     shares = stream_k.shares(tiles, blocks)
     assert len(shares) == blocks
     assert sum(map(sum, shares)) == sum(tiles)
-    positions = sum(max(1, count) + stream_k.BEGIN_TILES for count in tiles)
-    share = stream_k.share_of_block(positions, max(tiles), blocks)
+    positions = sum(max(1, count) + split_cost.BEGIN_TILES for count in tiles)
+    share = split_cost.share_of_block(positions, max(tiles), blocks)
     assert all(sum(own) <= share for own in shares)
     assert sum(map(len, shares)) <= len(tiles) + positions / share  # more parts than output tiles only where a share ends
 

@@ -13,11 +13,6 @@ from cuflash.problem.tile import Tile
 
 _VECTOR = 8  # columns that a thread takes at a time, as in kernels/tile/vector.cuh
 
-PART_TILES = 0.22
-"""What a part more costs, in tiles of 64 keys of the kernel that makes the parts: fitted by others on a GH200 (FlashInfer, pull request 4904), not measured here."""
-LAUNCH_TILES = 1.0
-"""The launch, in the same unit: 3 µs beside 32 KiB of keys and values of one of 216 blocks that share 2 TB/s."""
-
 
 def row_lanes(head_dim: int) -> int:
     """Neighbouring threads that share a row: a power of two, at most a warp."""

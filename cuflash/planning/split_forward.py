@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cuflash.errors import OptionError, UnsupportedError
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, merge_kernels, stream_k, tile_choice, tile_model, tile_rules, tuned_tiles, wgmma_forward
+from cuflash.planning import asked_for, merge_kernels, split_cost, stream_k, tile_choice, tile_model, tile_rules, tuned_tiles, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase, case_of, operand_bytes
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, Splits
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, MERGE_ATTENTION, PART_TABLE, PARTS
-from cuflash.planning.merge_kernels import PART_TILES
-from cuflash.problem.cache_call import MAX_SPLITS, STREAM_K
+from cuflash.planning.split_cost import BLOCK_TILES, PART_TILES
+from cuflash.problem.cache_call import STREAM_K
 from cuflash.problem.features import UNLIMITED
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
@@ -37,8 +37,6 @@ _MAX_ROWS = 2**31 - 2**10  # grouped; with the empty ones of the last tile they 
 INVARIANT_KEYS = 1024
 """Of a split, where a row's bits must not depend on the batch."""
 
-_BLOCK_TILES = 10.0
-"""A block's beginning and end, in key tiles of one block: fitted by others on a GH200 (FlashInfer, pull request 4904), not measured here."""
 _FITTED_BYTES = 2**15
 """Of such a tile: 64 keys and values of 128 columns."""
 
@@ -196,7 +194,9 @@ def splits_of(case: KernelCase, problem: Problem, tile: Tile, device: Device) ->
     if problem.stream_k and reason is not None:
         raise OptionError("num_splits", repr(STREAM_K), f"None or a number, since {reason}", "Leave it out.")
     resident = resident_blocks(case, tile, device)
-    if problem.stream_k or (reason is None and stream_k.is_faster(output_tiles(problem, tile), problem.sequences, tiles, resident, number)):
+    if problem.stream_k or (
+        reason is None and split_cost.stream_k_is_faster(output_tiles(problem, tile), problem.sequences, tiles, resident, number)
+    ):
         return Splits(1, stream_k=True)
     return Splits(number)
 
@@ -204,14 +204,14 @@ def splits_of(case: KernelCase, problem: Problem, tile: Tile, device: Device) ->
 def fastest_number(case: KernelCase, problem: Problem, tile: Tile, device: Device) -> int:
     """Of splits of full caches."""
     resident = resident_blocks(case, tile, device)
-    return fastest_split(output_tiles(problem, tile), key_tiles(problem, tile), resident, *_tiles_of_block(case, tile, device))
+    return split_cost.fastest_number(output_tiles(problem, tile), key_tiles(problem, tile), resident, *_tiles_of_block(case, tile, device))
 
 
 def num_blocks(splits: Splits, problem: Problem, case: KernelCase, tile: Tile, device: Device) -> int:
     """Of the launch: of each sequence, key head and tile of rows as many as there are splits, or as many as the device holds at a time."""
     tiles = owned_row_tiles(problem, tile) * problem.num_heads_kv
     if splits.stream_k:
-        most = tiles * problem.sequences * (key_tiles(problem, tile) + stream_k.BEGIN_TILES)
+        most = tiles * problem.sequences * (key_tiles(problem, tile) + split_cost.BEGIN_TILES)
         return min(most, resident_blocks(case, tile, device))
     sequences = problem.sequences + (problem.num_sequences is not None)  # one more fills what lies behind the last packed one
     return tiles * sequences * splits.number
@@ -225,33 +225,13 @@ def resident_blocks(case: KernelCase, tile: Tile, device: Device) -> int:
 def _tiles_of_block(case: KernelCase, tile: Tile, device: Device) -> tuple[float, float]:
     """What a block takes besides its key tiles, and what the parts of each take where there are several splits, in key tiles."""
     if case.kernel == FORWARD_SPLIT:
-        return _BLOCK_TILES, 0.0
+        return BLOCK_TILES, 0.0
     tile_bytes = tile.tile_kv * operand_bytes(case, device)[1]
-    return _BLOCK_TILES * _FITTED_BYTES / tile_bytes, 8.0 * tile.tile_q * case.head_dim_v / tile_bytes  # float32, written and read
-
-
-def fastest_split(blocks: int, tiles: int, resident: int, block_tiles: float = _BLOCK_TILES, part_tiles: float = 0.0) -> int:
-    """How many splits are fastest, the fewest of equally fast ones.
-
-    Args:
-        blocks: of one split.
-        tiles: of keys, in the longest sequence.
-        resident: blocks that the device holds at a time.
-        block_tiles, part_tiles: what a block takes besides its key tiles, and its parts where there are several splits, in key tiles.
-    """
-
-    return min(range(1, min(tiles, MAX_SPLITS) + 1), key=lambda count: _cost(blocks, tiles, resident, count, block_tiles, part_tiles))
-
-
-def _cost(blocks: int, tiles: int, resident: int, count: int, block_tiles: float = _BLOCK_TILES, part_tiles: float = 0.0) -> float:
-    """Time that so many splits take, in key tiles of one block."""
-    waves = ceil(blocks * count / resident)
-    several = count > 1
-    return waves * (ceil(tiles / count) + block_tiles + part_tiles * several) + PART_TILES * count * several
+    return BLOCK_TILES * _FITTED_BYTES / tile_bytes, 8.0 * tile.tile_q * case.head_dim_v / tile_bytes  # float32, written and read
 
 
 def predicted_cost(plan: Plan, skipped_keys: int = 0) -> float:
-    """The same of a planned call with a cache, with as many splits as would be fastest; so many keys of each sequence are not seen."""
+    """Time of a planned call with a cache in key tiles of one block, with as many splits as would be fastest; so many keys of each sequence are not seen."""
     problem, device = plan.problem, plan.device
     kernel = next((kernel for kernel in plan.kernels if kernel.spec == FORWARD_SPLIT), None)
     if kernel is None:
@@ -259,7 +239,7 @@ def predicted_cost(plan: Plan, skipped_keys: int = 0) -> float:
     blocks = output_tiles(problem, kernel.tile)
     tiles = key_tiles(problem, kernel.tile, skipped_keys)
     resident = resident_blocks(kernel.case, kernel.tile, device)
-    return _cost(blocks, tiles, resident, fastest_split(blocks, tiles, resident))
+    return split_cost.cost_of_splits(blocks, tiles, resident, split_cost.fastest_number(blocks, tiles, resident))
 
 
 def predicted_share(plan: Plan) -> float | None:
@@ -274,9 +254,9 @@ def predicted_share(plan: Plan) -> float | None:
     resident = resident_blocks(kernel.case, kernel.tile, device)
     if kernel.splits.stream_k:
         share = ceil(blocks * tiles / resident)
-        return blocks * tiles / resident / (share + _BLOCK_TILES + PART_TILES * ceil(tiles / share))
+        return blocks * tiles / resident / (share + BLOCK_TILES + PART_TILES * ceil(tiles / share))
     of_block = _tiles_of_block(kernel.case, kernel.tile, device)
-    return blocks * tiles / resident / _cost(blocks, tiles, resident, kernel.splits.number, *of_block)
+    return blocks * tiles / resident / split_cost.cost_of_splits(blocks, tiles, resident, kernel.splits.number, *of_block)
 
 
 def _visible_keys(problem: Problem) -> int:
