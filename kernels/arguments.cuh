@@ -93,7 +93,7 @@ struct ForwardSplitArguments {
   int num_splits;
   int split_tiles;  // key tiles of a split; 0: those that a sequence has are cut into num_splits equal parts
   CacheScales scales;
-  PartsOfTile* part_table;  // stream-K, [batch][num_tiles][num_heads_kv]; parts are partial_out [blocks][2][TILE_Q][head_dim_v]
+  PartsOfTile* part_table;  // stream-K, [sequences][num_tiles][num_heads_kv]; parts are partial_out [blocks][2][TILE_Q][head_dim_v]
   int begin_tiles;          // what the beginning of an output tile costs, in key tiles
   float part_tiles;         // what a part costs the merge, in key tiles
 };

@@ -6,6 +6,7 @@
 // Packed (VARLEN), queries and new keys have the same offsets. An 8-bit cache gets what is new divided by the scale of its sequence and head.
 #include "ptx/e4m3.cuh"
 #include "tile/cache_rows.cuh"
+#include "tile/packed_rows.cuh"
 
 using Element = Config::Element;
 using CacheElement = Config::CacheElement;
@@ -31,15 +32,9 @@ struct Token {  // which one it is of which sequence; of nobody's sequence -1
 
   DEVICE Token(const CacheAppendArguments& arguments, const Place& place) : sequence(place.batch), index(place.row) {
     if constexpr (!VARLEN) return;
-    const SequenceLengths& lengths = arguments.lengths;
-    int low = 0, high = lengths.num_sequences;
-    if (place.row >= lengths.cu_seqlens_q[high]) low = high = -1;
-    while (high - low > 1) {
-      const int middle = low + (high - low) / 2;
-      (lengths.cu_seqlens_q[middle] <= place.row ? low : high) = middle;
-    }
-    sequence = low;
-    index = low < 0 ? 0 : place.row - lengths.cu_seqlens_q[low];
+    const int* offsets = arguments.lengths.cu_seqlens_q;
+    sequence = sequence_of_row(offsets, arguments.lengths.num_sequences, place.row);
+    index = sequence < 0 ? 0 : place.row - offsets[sequence];
   }
 
   DEVICE int64 position(const CacheAppendArguments& arguments, bool advances = true) const {

@@ -177,9 +177,13 @@ DEVICE void attend(const ForwardSplitArguments& arguments, const SplitWork& work
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_split_mma(const __grid_constant__ ForwardSplitArguments arguments) {
   if constexpr (STREAM_K) {
+    clear_rows_of_nobody(arguments);
     for (KeyTileStream stream(arguments); stream.has_more(); stream.advance()) {
       const SplitWork work = stream.work();
-      if (work.begin == 0 && threadIdx.x == 0) stream.list_parts();
+      if (work.begin == 0) {
+        if (threadIdx.x == 0) stream.list_parts();
+        claim_grouped_rows(arguments, work);
+      }
       attend(arguments, work);
       __syncthreads();  // shared memory is read to the end
     }

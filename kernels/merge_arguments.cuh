@@ -28,7 +28,8 @@ struct MergeStream {
   const PartsOfTile* part_table;
   int tile_q, num_tiles;  // rows of such a tile, and those of a key head
   int group;              // heads that share a key head
-  int reserved;
+  int num_sequences;      // packed ones
+  const int* cu_seqlens_q;  // null: queries are not packed
 };
 
 struct MergeTableArguments {

@@ -247,3 +247,57 @@ class CacheCall:
                         numpy.testing.assert_allclose(got[row].astype(float), want[row].astype(float), **close)
                         want[row] = got[row]
             assert Target.bits(got) == Target.bits(want)
+
+
+BEHIND = 3
+"""Tokens that belong to no sequence."""
+
+
+class PackedCall:
+    """Calls of one sequence each, put into one."""
+
+    def __init__(self, queries: tuple[int, ...], lengths: tuple[int, ...], *, new: bool = False, **call: Any) -> None:
+        own = [CacheCall((length,), max(count, 1), count if new else 0, **call) for count, length in zip(queries, lengths, strict=True)]
+        for other in own[1:]:
+            other.plain.update({name: table for name, table in own[0].plain.items() if name.startswith("rotary")})
+        self.calls, self.offsets = own, numpy.cumsum([0, *queries]).astype("int32")
+        self.given = [call.arrays() for call in own]
+
+    def arrays(self) -> dict[str, Any]:
+        """Of the whole call."""
+        together = dict(self.given[0]) | {"cu_seqlens_q": self.offsets}
+        for name in ("query", "key", "value"):
+            if name in together:
+                tokens = [given[name][0, : end - begin] for given, begin, end in self._each() if name in given]
+                nobodys = numpy.ones((BEHIND, *tokens[0].shape[1:]), tokens[0].dtype)
+                together[name] = numpy.concatenate([*tokens, nobodys])
+        for name in ("key_cache", "value_cache", "cache_seqlens", "cache_leftpad"):
+            if name in together:
+                together[name] = numpy.concatenate([given[name] for given in self.given])
+        for name in ("page_table", "cache_batch_idx"):
+            if name in together:
+                together[name] = numpy.concatenate(
+                    [given[name] + numpy.int32(i * len(given["key_cache"])) for i, given in enumerate(self.given)]
+                )
+        return together
+
+    def check(self, target: Target, **options: Any) -> Any:
+        """Run it; assert that each sequence has what a call of its own would give, and the cache what was appended."""
+        given = {name: target.place(x) if isinstance(x, numpy.ndarray) else x for name, x in self.arrays().items()}
+        out, lse = cuflash.attention_with_kvcache(**given, return_lse=True, **options)
+        out_there, lse_there = target.host(out), target.host(lse)
+        assert (lse_there.shape, out_there.shape) == ((given["query"].shape[1], len(given["query"])), given["query"].shape)
+        rows = 0
+        for call, (own, begin, end) in zip(self.calls, self._each(), strict=True):
+            if end > begin:
+                call.check_results(out_there[None, begin:end], lse_there[None, :, begin:end])
+            after = {name: given[name][rows : rows + len(own[name])] for name in ("key_cache", "value_cache")}
+            before = {name: own[name].copy() for name in after}
+            call._check_caches(target, own | after, before)
+            rows += len(own["key_cache"])
+        assert not out_there[self.offsets[-1] :].any()
+        assert numpy.isneginf(lse_there[:, self.offsets[-1] :]).all()
+        return out, lse
+
+    def _each(self) -> list[tuple[dict[str, Any], int, int]]:
+        return [(given, int(begin), int(end)) for given, begin, end in zip(self.given, self.offsets, self.offsets[1:], strict=False)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 import pytest
-from caches import CacheCall, only_new_memory
+from caches import CacheCall, PackedCall, only_new_memory
 from conftest import Target
 from problems import num_prepared
 
@@ -17,7 +17,7 @@ import cuflash
 from cuflash import Tile
 from cuflash.cli.cached_calls import CachedCall
 from cuflash.cli.samples import Sample
-from cuflash.errors import OptionError
+from cuflash.errors import OptionError, SimulatorError
 from cuflash.hardware import device
 from cuflash.planning import kernel_specs, split_cost, split_forward, stream_k
 from cuflash.planning.kernel_plan import KernelPlan
@@ -107,6 +107,47 @@ def test_sinks_count_once(decoder: Target, monkeypatch: pytest.MonkeyPatch) -> N
     options = OPTIONS | {"sinks": sinks, "alibi_slopes": sinks / 8}
     _, lse = CacheCall((0, 700, 3), room=800, leftpad=(0, 70, 2), options=options).check(decoder)
     numpy.testing.assert_allclose(decoder.as_numpy(lse)[0, :, 0], sinks, rtol=1e-6)
+
+
+PACKED = ((1, 0, 13, 5, 1, 0), (250, 9, 0, 77, 0, 3))
+"""Queries and keys of sequences, of which some have none; in one cache, beside three tokens of nobody."""
+
+
+def test_packed_queries(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of no query, of one, and of several tiles of rows; results of nobody's tokens are zeros."""
+    only_new_memory(monkeypatch)
+    options = OPTIONS | {"is_causal": True}
+    call = PackedCall(*PACKED, new=True, heads_q=6, heads_kv=2, page_size=16, options=options)
+    for count in (1, 4, 21):
+        with_blocks(monkeypatch, count)
+        call.check(simulator, max_seqlen_q=13)
+        assert launched_blocks() == count
+    plan = cuflash.kvcache_plan(**call.arrays(), max_seqlen_q=13)
+    data = {"cu_seqlens_q": call.offsets, "seqlens_kv": numpy.add(*PACKED)}
+    assert sum(map(sum, splits.walks_of_blocks(kernel_of(plan), plan.problem, data))) == 2 * (4 + 3 * 1 + 2 + 1)  # of two key heads
+
+
+def test_packed_offsets_that_make_no_sense_never_leave_the_arrays(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries beyond `max_seqlen_q` have zeros, and so have tokens of nobody."""
+    monkeypatch.setattr(cache_calls, "check_positions", lambda *_: None)
+    with_blocks(monkeypatch, 5)
+    given = PackedCall((4, 2, 9), (5, 60, 0), heads_q=6, heads_kv=2, page_size=16, options=OPTIONS | {"is_causal": True}).arrays()
+    for name in ("key_cache", "value_cache"):
+        given[name] = numpy.zeros_like(given[name])
+
+    def called(*offsets: int) -> tuple[Any, Any]:
+        cu_seqlens_q = numpy.array(offsets, "int32")
+        return cuflash.attention_with_kvcache(**given | {"cu_seqlens_q": cu_seqlens_q}, max_seqlen_q=9, return_lse=True)  # type: ignore[no-any-return]
+
+    tokens = len(given["query"])
+    for offsets in ((0, tokens, tokens, tokens), (0, 0, 0, 0), (-5, 3, 3, 2**31 - 1)):
+        out, lse = called(*offsets)
+        assert not out.any()
+        assert not numpy.isnan(lse).any()
+        assert offsets[0] < 0 or numpy.isneginf(lse[:, 11:]).all()  # of one sequence two tiles have rows of 11 queries and no more
+    called(5, 4, 3, 2)  # of some rows nobody writes the results
+    with pytest.raises(SimulatorError, match=r"\[race\]"):  # of some all blocks write them
+        called(2**31 - 1, -(2**31), 3, 2)
 
 
 @pytest.mark.exhaustive
@@ -224,11 +265,8 @@ def test_workspace_grows_with_the_device_and_not_with_keys() -> None:
 
 def test_what_cannot_have_it(simulator: Target) -> None:
     call = CacheCall((5, 3), heads_kv=2)
-    packed = {"query": call.plain["query"].reshape(2, 2, 32), "cu_seqlens_q": numpy.array([0, 1, 2], "int32")}
     given = call.arrays() | {"num_splits": "stream-K"}
-    with pytest.raises(OptionError, match=r"num_splits: got 'stream-K'; .*packed queries"):
-        cuflash.attention_with_kvcache(**given | packed)
-    with pytest.raises(OptionError, match="None with batch_invariant=True"):
+    with pytest.raises(OptionError, match=r"'stream-K'; expected None with batch_invariant=True. .*lengths of the whole batch"):
         cuflash.attention_with_kvcache(**given, batch_invariant=True)
     with pytest.raises(OptionError, match="from 1 to 256, 'stream-K', or None"):
         cuflash.attention_with_kvcache(**given | {"num_splits": "stream_k"})

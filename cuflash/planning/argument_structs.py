@@ -223,7 +223,9 @@ MERGE_PARTS = _struct(
     ("table", WORD), ("stride_part_out", INT64), ("stride_part_lse", INT64), ("num_parts", INT), ("first", INT), ("one_array", INT), ("reserved", INT),
     ("listed", MERGE_PART, LISTED_PARTS),
 )  # fmt: skip
-MERGE_STREAM = _struct("MergeStream", ("part_table", WORD), ("tile_q", INT), ("num_tiles", INT), ("group", INT), ("reserved", INT))
+MERGE_STREAM = _struct(
+    "MergeStream", ("part_table", WORD), ("tile_q", INT), ("num_tiles", INT), ("group", INT), ("num_sequences", INT), ("cu_seqlens_q", WORD)
+)
 MERGE_TABLE_ARGUMENTS = _struct("MergeTableArguments", ("parts", MERGE_PARTS))
 MERGE_ARGUMENTS = _struct(
     "MergeArguments",

@@ -324,5 +324,5 @@ def workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffer
     table: tuple[Buffer, ...] = ()
     if split.splits.stream_k:
         rows = (2 * split.num_blocks, split.tile.tile_q)
-        table = (Buffer(PART_TABLE, (problem.batch, split.num_tiles, problem.num_heads_kv, 2), "int32"),)
+        table = (Buffer(PART_TABLE, (problem.sequences, split.num_tiles, problem.num_heads_kv, 2), "int32"),)
     return Buffer(PARTS[0], (*rows, problem.head_dim_v), "float32"), Buffer(PARTS[1], (*rows, 2), "float32"), *table

@@ -25,8 +25,6 @@ def why_not(spec: KernelSpec, problem: Problem, row_tiles: int, key_tiles: int) 
     """Why the kernel cannot work so, in words; None where it can."""
     if spec != FORWARD_SPLIT:
         return f"{spec} knows no stream-K"
-    if problem.num_sequences is not None:
-        return "packed queries have no stream-K"
     if problem.cache is None:
         return "calls without a cache have no stream-K"
     if problem.sequences * row_tiles > MAX_ITEMS:

@@ -392,7 +392,11 @@ def _check_num_splits(num_splits: object, batch_invariant: bool) -> int | Litera
     if num_splits is None:
         return None
     if batch_invariant:
-        hint = "Leave it out: splits have a fixed size then, and their number follows from the room that the cache has."
+        hint = (
+            "Leave one of the two out: stream-K cuts keys by the lengths of the whole batch."
+            if num_splits == STREAM_K
+            else "Leave it out: splits have a fixed size then, and their number follows from the room that the cache has."
+        )
         raise OptionError("num_splits", describe(num_splits), "None with batch_invariant=True", hint)
     if isinstance(num_splits, numbers.Integral) and not isinstance(num_splits, bool) and 1 <= operator.index(num_splits) <= MAX_SPLITS:
         return operator.index(num_splits)

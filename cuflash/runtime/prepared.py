@@ -290,7 +290,10 @@ class PreparedForward(PreparedCall):
             "seqlen_q": problem.seqlen_q, "num_heads": problem.num_heads_q, "lanes": row_lanes(head_dim),
             "groups": row_groups(MERGE_ATTENTION, problem.seqlen_q, head_dim, split.num_blocks),
             "parts": {"stride_part_out": tile_q * head_dim, "stride_part_lse": tile_q * floats, "one_array": True, "listed": [part]},
-            "stream": {"part_table": PART_TABLE, "tile_q": tile_q, "num_tiles": split.num_tiles, "group": problem.heads_per_kv},
+            "stream": {
+                "part_table": PART_TABLE, "tile_q": tile_q, "num_tiles": split.num_tiles, "group": problem.heads_per_kv,
+                "num_sequences": problem.num_sequences or 0, "cu_seqlens_q": "cu_seqlens_q",
+            },
         }  # fmt: skip
 
     def may_write(self, given: Mapping[str, Any], addresses: dict[str, int]) -> bool:

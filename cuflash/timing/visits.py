@@ -67,12 +67,13 @@ def _of_splits(kernel: KernelPlan, problem: Problem, data: Data) -> list[list[Vi
         for walked in sequences:
             splits = [kernel.splits.tiles or -(-count // kernel.splits.number) for count in walked]
             own = [Visits(max(0, min(count - split * of, of))) for count, of in zip(walked, splits, strict=True)]
+            own += [Visits(0)] * (kernel.num_tiles - len(own))  # blocks that end at once
             pairs += [own] * problem.num_heads_kv
     return pairs
 
 
 def tiles_of_sequences(kernel: KernelPlan, problem: Problem, data: Data) -> list[list[int]]:
-    """Key tiles that each tile of grouped rows of each sequence sees: all sequences have the most queries and keys where `data` does not have their lengths."""
+    """Key tiles that each tile of grouped rows of each sequence sees, as many tiles as it has queries for: all sequences have the most queries and keys where `data` does not have their lengths."""
     tile, group = kernel.tile, problem.heads_per_kv
     lookup = _Lookup(problem, data, tile, by_keys=False)
     queries, lengths = [problem.max_seqlen_q] * problem.sequences, [problem.max_seqlen_kv] * problem.sequences
@@ -86,8 +87,8 @@ def tiles_of_sequences(kernel: KernelPlan, problem: Problem, data: Data) -> list
     sequences = []
     for seqlen_q, seqlen_kv in zip(queries, lengths, strict=True):
         band = band_of(problem, seqlen_q, seqlen_kv)
-        ends = [(first // group, min(seqlen_q - 1, (first + tile.tile_q - 1) // group)) for first in rows]
-        sequences.append([_walked_tiles(band, first_q, last_q, tile.tile_kv) if first_q <= last_q else 0 for first_q, last_q in ends])
+        ends = [(first // group, min(seqlen_q - 1, (first + tile.tile_q - 1) // group)) for first in rows if first < seqlen_q * group]
+        sequences.append([_walked_tiles(band, first_q, last_q, tile.tile_kv) for first_q, last_q in ends])
     return sequences
 
 

@@ -6,6 +6,7 @@
 #include "merge_arguments.cuh"
 #include "ptx/math.cuh"
 #include "ptx/warp.cuh"
+#include "tile/packed_rows.cuh"
 #include "tile/schedule.cuh"
 #include "tile/softmax.cuh"
 #include "tile/vector.cuh"
@@ -80,10 +81,16 @@ struct Row {
 
  private:
   DEVICE void find_parts(const MergeStream& stream, int num_heads) {
-    const int grouped = query * stream.group + head % stream.group;
-    const int tile = (batch * stream.num_tiles + grouped / stream.tile_q) * (num_heads / stream.group) + head / stream.group;
+    int sequence = batch, first_query = 0;
+    if (stream.cu_seqlens_q != nullptr && exists) {
+      sequence = sequence_of_row(stream.cu_seqlens_q, stream.num_sequences, query);
+      if (sequence >= 0) first_query = ::max(stream.cu_seqlens_q[sequence], 0);
+    }
+    const int grouped = (query - first_query) * stream.group + head % stream.group, tile = grouped / stream.tile_q;
+    exists = exists && sequence >= 0 && grouped >= 0 && tile < stream.num_tiles;  // others are zeros already
     tile_row = grouped % stream.tile_q;
-    const PartsOfTile parts = exists ? stream.part_table[tile] : PartsOfTile{0, 1};
+    const int output_tile = (sequence * stream.num_tiles + tile) * (num_heads / stream.group) + head / stream.group;
+    const PartsOfTile parts = exists ? stream.part_table[output_tile] : PartsOfTile{0, 1};
     first_block = parts.first_block;
     exists = parts.num_parts > 1;
     num_parts = exists ? parts.num_parts : 0;

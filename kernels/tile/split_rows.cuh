@@ -129,9 +129,22 @@ DEVICE bool claim_grouped_rows(const Arguments& arguments, const SplitWork& work
       used = sequence_length(packed_queries(arguments), work.sequence) * rows.group;
       clear_results<THREADS>(arguments, work, rows, min(used, end), work.tile, geometry.num_tiles);
     } else {
-      if (work.tile == geometry.num_tiles - 1 && used > end) clear_results<THREADS>(arguments, work, rows, end, 0, 1);
+      SplitWork whole = work;
+      whole.part = -1;  // STREAM_K: no part has these rows
+      if (work.tile == geometry.num_tiles - 1 && used > end) clear_results<THREADS>(arguments, whole, rows, end, 0, 1);
     }
     return work.tile * TILE_Q < used;
   }
   return true;
+}
+
+// With STREAM_K, whose launch has no blocks of their own for rows behind the last packed sequence: all blocks clear them together.
+template <typename Arguments>
+DEVICE void clear_rows_of_nobody(const Arguments& arguments) {
+  if constexpr (VARLEN) {
+    const int num_tiles = arguments.geometry.num_tiles;
+    for (int i = int(blockIdx.x); i < num_tiles * arguments.geometry.num_heads_kv; i += int(gridDim.x))
+      claim_grouped_rows(arguments,
+                         work_of_split(arguments.geometry, arguments.lengths, Work{i % num_tiles, i / num_tiles, arguments.lengths.num_sequences}));
+  }
 }

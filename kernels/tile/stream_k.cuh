@@ -14,7 +14,8 @@
 class KeyTileStream {
  public:
   DEVICE explicit KeyTileStream(const ForwardSplitArguments& arguments) : arguments(arguments) {
-    const int count = arguments.geometry.batch * arguments.geometry.num_tiles, of_lane = ceil_div(count, WARP_SIZE);
+    const int sequences = VARLEN ? arguments.lengths.num_sequences : arguments.geometry.batch;
+    const int count = sequences * arguments.geometry.num_tiles, of_lane = ceil_div(count, WARP_SIZE);
     const int first = min(count, lane_index() * of_lane), last = min(count, first + of_lane);
     int own = 0, longest = 0;
     for (int i = first; i < last; ++i) {
@@ -53,7 +54,8 @@ class KeyTileStream {
     const int sequence = index / num_tiles, first_tile = max(0, position - keys), end_tile = min(tiles, end - keys);
     const bool is_whole = first_tile == 0 && end_tile == tiles;
     const int part = is_whole ? -1 : part_of_block(int(blockIdx.x), first_tile == 0);
-    return {index % num_tiles, head_kv, sequence, 0, sequence, 0, 0, first_tile, end_tile, part};
+    const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, sequence, arguments.geometry.seqlen_q);
+    return {index % num_tiles, head_kv, sequence, 0, VARLEN ? 0 : sequence, start_q, 0, first_tile, end_tile, part};
   }
 
   // Says which blocks have parts of the output tile, whose first keys are this block's.
@@ -67,8 +69,10 @@ class KeyTileStream {
     position = start;
     if (++head_kv == arguments.geometry.num_heads_kv) {
       head_kv = 0;
-      ++index;
-      if (position < end) tiles = count_tiles(index);
+      do {
+        ++index;
+        if (position < end) tiles = count_tiles(index);
+      } while (VARLEN && position < end && tiles == 0);
     }
   }
 
@@ -79,18 +83,21 @@ class KeyTileStream {
   int index, head_kv;  // of the output tile: number of tile and sequence, the tiles of a sequence one behind the other
   int start, tiles;    // where it begins, and its key tiles
 
-  // Key tiles that the rows of an output tile see, or 1.
+  // Key tiles that the rows of an output tile see, or 1; 0 of a packed sequence that does not reach it.
   DEVICE int count_tiles(int of) const {
     const int sequence = of / arguments.geometry.num_tiles, first_row = of % arguments.geometry.num_tiles * TILE_Q;
     const Geometry geometry = geometry_in_cache(arguments, sequence);
     const GroupedRows rows(geometry, 0);
+    if (VARLEN && first_row >= rows.count) return 0;
     const Visibility visibility(geometry, arguments.features, sequence, 0);
     const VisibleKeys keys(visibility, SequenceInCache(arguments.cache, sequence), rows, first_row);
     return max(1, keys.end_tile() - keys.first_tile());
   }
 
   // Of the output tiles of all key heads that see so many.
-  DEVICE int positions_of(int key_tiles) const { return arguments.geometry.num_heads_kv * (arguments.begin_tiles + key_tiles); }
+  DEVICE int positions_of(int key_tiles) const {
+    return VARLEN && key_tiles == 0 ? 0 : arguments.geometry.num_heads_kv * (arguments.begin_tiles + key_tiles);
+  }
 
   // That where a smaller one would cost more in merging the longest output tile than it saves.
   DEVICE int shortest_share(int longest) const { return int(square_root(arguments.part_tiles * float(longest))) + 1; }
