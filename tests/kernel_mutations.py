@@ -221,14 +221,16 @@ def _negative(inputs: Inputs) -> Inputs:
 
 @dataclass(frozen=True)
 class CacheVariant(Variant):
-    """Calls with a cache; two splits of several steps each.
+    """Calls with a cache.
 
     Attributes:
         is_paged: the cache has pages.
+        num_splits: of several steps each, or stream-K.
         scales: of a cache in e4m3, as `CacheCall` has them.
     """
 
     is_paged: bool = False
+    num_splits: int | str = 2
     scales: str = ""
 
     def calls(self) -> list[Callable[[], Any]]:
@@ -245,7 +247,7 @@ class CacheVariant(Variant):
     def _arguments(self) -> Iterator[dict[str, Any]]:
         call = CacheCall(
             (260, 20), 3, 2, 6, 2, page_size=16 * self.is_paged, rotary_dim=16, dtype=self.dtype, scales=self.scales,
-            options={"is_causal": True, "num_splits": 2, "tile": self.tile},
+            options={"is_causal": True, "num_splits": self.num_splits, "tile": self.tile},
         )  # fmt: skip
         arguments = call.arrays()
         yield arguments
@@ -290,6 +292,8 @@ def _variants() -> Iterator[Variant]:
         few = {"forward_split": Tile(16, 32, 2, stages)}
         yield CacheVariant(f"cache sm_80 float16, {_stages(stages)}", "sm_80", "float16", few, ())
         yield CacheVariant(f"cache sm_80 float16 paged, {_stages(stages)}", "sm_80", "float16", few, (), is_paged=True)
+    few = {"forward_split": Tile(16, 32, 2, 2)}
+    yield CacheVariant("cache sm_80 float16 stream-K, 2 stages", "sm_80", "float16", few, (), num_splits="stream-K", num_sms=1)
     yield CacheVariant(
         "cache sm_90 float16 in e4m3, 3 stages", "sm_90", "float16", {"forward_split": Tile(16, 32, 2, 3)}, (), scales="heads"
     )

@@ -34,6 +34,7 @@ SOME = (
     "backward sm_80 float16 huge rows, 2 stages",
     "backward sm_80 float16 off 16 bytes, 2 stages",
     "cache sm_80 float16 paged, 3 stages",
+    "cache sm_80 float16 stream-K, 2 stages",
     "jvp sm_80 float16, 2 stages",
 )
 
