@@ -91,6 +91,10 @@ class KVCache:
         self._shorter_table: tuple[int, Pinned] | None = None  # of so many columns
         self._lengths = [0] * batch  # without those of the last steps, which all sequences have
         self._of_steps = 0
+        self._step = self._library.int32(
+            numpy.ones(1, "int32")
+        )  # keys of the step before, on the device: adding a number of the host's takes torch longer
+        self._keys_of_step = 1
         self._spare = 0  # keys that each sequence has a page for at least
         self._pages: list[list[int]] = [[] for _ in range(batch)]  # of each sequence, in order
         self._free = list(reversed(range(batch)))
@@ -160,8 +164,10 @@ class KVCache:
             **self._scales,
             **options,
         )
+        if new != self._keys_of_step:
+            self._step, self._keys_of_step = self._library.int32(numpy.full(1, new, "int32")), new
         seqlens = self._seqlens.array
-        seqlens += new  # behind the kernels in the stream, in place
+        seqlens += self._step  # behind the kernels in the stream, in place
         self._of_steps += new
         self._spare -= new
         return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from array import array
 from collections.abc import Container, Mapping, Sequence
 from typing import TypeAlias
 
@@ -50,19 +51,19 @@ class Arguments:
                 struct.pack_into("=" + scalar.format, image, offset, value)
         _check_names(layout, values)
         self.names = tuple(name for name, _ in places.values())
-        self._image = image
+        self._image = array(WORD.format, bytes(image))
         self._words = [(offset // WORD.size, name) for offset, (name, _) in places.items() if offset not in maps]
         self._maps = list(maps.items())
 
-    def fill(self, words: Mapping[str, int]) -> bytearray:
-        """The struct for one launch."""
-        filled = self._image.copy()
-        as_words = memoryview(filled).cast("Q")  # as WORD
+    def fill(self, words: Mapping[str, int]) -> array[int]:
+        """The struct for one launch, as 64-bit words."""
+        filled = self._image[:]
         for index, name in self._words:
-            as_words[index] = words[name]
+            filled[index] = words[name]
         if self._maps:
+            as_bytes = memoryview(filled).cast("B")
             for offset, tensor_map in self._maps:
-                filled[offset : offset + TENSOR_MAP.size] = tensor_map.at(words[tensor_map.name])
+                as_bytes[offset : offset + TENSOR_MAP.size] = tensor_map.at(words[tensor_map.name])
         return filled
 
 

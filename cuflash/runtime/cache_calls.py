@@ -85,6 +85,7 @@ class PreparedCacheCall(PreparedForward):
         given_view: View | None,
     ) -> None:
         super().__init__(plan, executables, inputs, given, given_view)
+        self._appends = plan.problem.cache is not None and plan.problem.cache.new is not None
         if "key" in inputs:
             self.writes = ("key_cache", "value_cache", *self.writes)
         # First byte and end, relative to the address, of what a call writes into, and with its name of what must not lie there.
@@ -136,8 +137,7 @@ class PreparedCacheCall(PreparedForward):
 
     def may_write(self, given: Mapping[str, Any], addresses: dict[str, int]) -> bool:
         """Whether caches and `out` of the same signature are surely as good to write as those that were checked; if not, they have to be checked again."""
-        cache = self.problem.cache
-        if cache is not None and cache.new is not None and not self._may_append(given, addresses):
+        if self._appends and not self._may_append(given, addresses):
             return False
         return given.get("out") is None or super().may_write(given, addresses)
 

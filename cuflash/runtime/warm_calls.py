@@ -77,8 +77,9 @@ def positional_names(signature: inspect.Signature) -> tuple[str, ...]:
 
 def find(function: object, given: Mapping[str, Any], addresses: dict[str, int]) -> tuple[Hashable | None, Any]:
     """The key of a call and what is known of it; where its arrays lie is added to `addresses`. The key is None where the call is none for the door."""
-    dropout_p = given.get("dropout_p", 0.0)
-    if "dropout_seed" in given or type(dropout_p) not in calls.SCALARS or dropout_p:
+    if "dropout_seed" in given:
+        return None, None
+    if "dropout_p" in given and (type(given["dropout_p"]) not in calls.SCALARS or given["dropout_p"]):
         return None, None
     seen: list[Hashable] = [function, device.simulator_setting()]
     return calls.remembered(seen) if look(given, seen, addresses) else (None, None)
@@ -87,10 +88,11 @@ def find(function: object, given: Mapping[str, Any], addresses: dict[str, int]) 
 def look(given: Mapping[str, Any], seen: list[Hashable], addresses: dict[str, int]) -> bool:
     """Add what decides how a call is carried out to `seen`, and where its arrays lie to `addresses`; whether nothing is left that only others can judge."""
     seen += given  # names; of each argument there are two more things
+    reader_of, scalars = readers.get, calls.SCALARS
     try:
         for name, x in given.items():
             kind: Any = type(x)
-            reader = readers.get(kind)
+            reader = reader_of(kind)
             if reader is not None:
                 array = reader(x)
                 if array is None:
@@ -98,9 +100,9 @@ def look(given: Mapping[str, Any], seen: list[Hashable], addresses: dict[str, in
                 signature, address = array
                 addresses[name] = address
                 seen += signature, address & 15
-            elif kind in calls.SCALARS:
+            elif kind in scalars:
                 seen += kind, x
-            elif (kind is tuple and calls.SCALARS.issuperset(map(type, x))) or kind is Tile:
+            elif (kind is tuple and scalars.issuperset(map(type, x))) or kind is Tile:
                 seen += calls.types_within(x), x
             else:
                 return False
