@@ -227,6 +227,29 @@ def test_a_cache_grows_on_the_device(launches: list[Any]) -> None:
     assert (cache.lengths, cache.seqlens.get().tolist(), cache.keys.shape) == ([45], [45], (4, 16, 2, 64))
 
 
+def test_a_step_of_generation_allocates_its_result_alone() -> None:
+    """In a default stream: parts and rotated queries lie where those of the step before lay; with `out` nothing is allocated."""
+    cache = cuflash.KVCache(1, 2, 64, page_size=16, xp=cupy)
+    query, key, value = inputs(seqlen=16)
+    angles = cupy.asarray(numpy.ones((64, 8), "float32"))
+    options = {"rotary_cos": angles, "rotary_sin": angles, "rotary_interleaved": True, "num_splits": 2}
+    asked_for: list[int] = []
+    out = cache.attend(query[:, :8], key[:, :8], value[:, :8], **options)[:, :1]
+    cache.attend(query[:, 8:9], key[:, 8:9], value[:, 8:9], **options)
+    pool = cupy.get_default_memory_pool()
+
+    def counted(size: int) -> Any:
+        asked_for.append(size)
+        return pool.malloc(size)
+
+    with cupy.cuda.using_allocator(counted):
+        for i in (9, 10, 11):
+            cache.attend(query[:, i : i + 1], key[:, i : i + 1], value[:, i : i + 1], **options)
+        assert asked_for == [out.size * 2] * 3
+        cache.attend(query[:, 12:13], key[:, 12:13], value[:, 12:13], out=out, **options)
+        assert len(asked_for) == 3
+
+
 def test_a_captured_step_has_workspace_of_its_own() -> None:
     """A graph writes to it at every replay, so it is not what the default stream keeps; nor is that of streams that may end, whose handle another may get."""
     query, key, value = inputs(seqlen=45)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import cuflash
 from cuflash.torch import scaled_dot_product_attention
 
 BATCH, HEADS, SEQLEN, DIM = 1, 2, 192, 32
@@ -49,3 +50,23 @@ def test_a_training_step_holds_results_and_a_few_bytes_for_each_row(device: Any,
     most = peak_of(step, device)
     assert results <= most <= results + workspace + 4096
     assert most < results + rows * SEQLEN  # a byte for each score would be more
+
+
+def test_a_step_of_generation_holds_its_result_alone(device: Any) -> None:
+    """Whose parts are merged from workspace that is kept on the CPU; on a GPU torch's allocator has it from the step before."""
+    cache = cuflash.KVCache(2, 1, DIM, page_size=16, dtype=torch.float16, xp=torch, device=device)
+    query, key, value = (torch.randn(2, 16, heads, DIM, device=device, dtype=torch.float16) for heads in (2, 1, 1))
+
+    def step(begin: int, end: int, **options: Any) -> Any:
+        own = slice(begin, end)
+        return cache.attend(query[:, own], key[:, own], value[:, own], num_splits=2, **options)
+
+    step(0, 8)
+    out = step(8, 9)
+    if device.type == "cuda":
+        before = torch.cuda.memory_stats()["num_device_alloc"]
+        step(9, 10)
+        assert torch.cuda.memory_stats()["num_device_alloc"] == before
+        return
+    assert peak_of(lambda: step(9, 10), device) == out.nbytes
+    assert peak_of(lambda: step(10, 11, out=out), device) == 0
