@@ -287,15 +287,16 @@ def test_generation_step_by_step_is_one_causal_call(simulator: Target) -> None:
         numpy.testing.assert_allclose(out.astype("float32"), want[:, begin:end].astype("float32"), atol=2e-3)
 
 
-def test_pages_far_apart(simulator: Target) -> None:
-    """A cache of more than 2^31 elements, of which next to nothing exists."""
-    call = CacheCall((150, 90), room=160, page_size=16, options={"tile": TILE})
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_rows_and_pages_far_apart(page_size: int, simulator: Target) -> None:
+    """A cache of more than 2^31 elements, of which next to nothing exists; new keys find their places there too."""
+    call = CacheCall((150, 90), new=1, room=160, page_size=page_size, options={"tile": TILE})
     given = call.arrays()
     for name in ("key_cache", "value_cache"):
-        pages, *_ = given[name].shape
-        stride = 2**31 // (pages - 1) // 8 * 8 + 64
+        rows, *_ = given[name].shape
+        stride = 2**31 // (rows - 1) // 8 * 8 + 64
         inner = [x // given[name].itemsize for x in given[name].strides[1:]]
-        given[name] = simulator.place_far(given[name], (stride, *inner), stride * pages)
+        given[name] = simulator.place_far(given[name], (stride, *inner), stride * (rows - 1) + given[name][0].size)
     call.check_results(*cuflash.attention_with_kvcache(**given, return_lse=True))
 
 

@@ -234,10 +234,10 @@ def test_the_kernel_has_the_shares_that_are_predicted(simulator: Target, monkeyp
 # --- When it is taken ---------------------------------------------------------------------------------------------------------------------
 
 
-def plan_of(batch: int, room: int, num_splits: int | str | None = None, **extents: int) -> Plan:
+def plan_of(batch: int, room: int, num_splits: int | str | None = None) -> Plan:
     cached = CachedCall(64, num_splits=num_splits)
-    options: dict[str, Any] = {"seqlen_q": 1, "num_heads_q": 32, "num_heads_kv": 8, "head_dim": 128} | extents
-    sample = Sample(batch=batch, seqlen_kv=room, dtype="bfloat16", cache=cached, **options)
+    extents: dict[str, Any] = {"seqlen_q": 1, "num_heads_q": 32, "num_heads_kv": 8, "head_dim": 128}
+    sample = Sample(batch=batch, seqlen_kv=room, dtype="bfloat16", cache=cached, **extents)
     return make_plan(cached.problem(sample), device.of_arch("sm_90", "gpu"))
 
 
@@ -252,6 +252,8 @@ def test_it_is_taken_where_lengths_may_differ_by_much() -> None:
     assert "stream-K: equal shares of all keys" in str(taken)
     assert kernel_of(taken).num_blocks == split_forward.resident_blocks(kernel_of(taken).case, kernel_of(taken).tile, taken.device)
     assert [kernel.name for kernel in taken.kernels] == ["cache_append", "forward_split", "merge_attention"]
+    invariant = make_plan(replace(taken.problem, batch_invariant=True), taken.device)
+    assert kernel_of(invariant).splits == (32, 1024 // kernel_of(invariant).tile.tile_kv, False)  # of 1024 keys each
     assert not kernel_of(plan_of(1, 32768)).splits.stream_k  # one sequence is cut into equal parts anyhow
     assert not kernel_of(plan_of(16, 256)).splits.stream_k
     assert kernel_of(plan_of(16, 32768, 4)).splits == (4, 0, False)
