@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import numbers
 import operator
-import sys
-from types import ModuleType
 from typing import Any
 
 import numpy
@@ -14,25 +12,16 @@ import numpy
 from cuflash.arrays.borrowing import AnyArray, borrow
 from cuflash.arrays.descriptions import describe
 from cuflash.arrays.signatures import Pinned, signature
+from cuflash.cache_arrays import ArrayLibrary
 from cuflash.decoding import attention_with_kvcache
 from cuflash.errors import DTypeError, OptionError, ShapeError
 from cuflash.problem import cache_scales
 from cuflash.problem.cache_scales import E4M3, TYPES
 from cuflash.problem.checks import check_same_kind
 
-_OWN_OPTIONS = frozenset(
-    (
-        "layout",
-        "page_table",
-        "cache_seqlens",
-        "cache_batch_idx",
-        "cache_leftpad",
-        "cu_seqlens_q",
-        "max_seqlen_q",
-        "key_scale",
-        "value_scale",
-    )
-)
+_OWN_OPTIONS = frozenset((
+    "layout", "page_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q", "max_seqlen_q", "key_scale", "value_scale",
+))  # fmt: skip
 """Arguments of `attention_with_kvcache` that `KVCache.attend` does not take."""
 
 
@@ -63,14 +52,14 @@ class KVCache:
             batch: sequences.
             num_heads: of keys and values.
             head_dim: of keys; of values too unless `head_dim_v` says otherwise.
-            page_size: keys of a page.
+            page_size: keys of a page. Where a page has as many as a sequence ever gets, the cache is contiguous: each sequence has one row of `keys` and `values`.
             dtype: of the arrays, as `xp` knows it, or its name. "float8_e4m3fn" takes half the memory of 16 bits; arrays of CuPy, and of NumPy without `ml_dtypes`, are
                 uint8 then.
             key_scale, value_scale: of keys and values in float8_e4m3fn, as in `attention_with_kvcache`: largest magnitude divided by 448.
             xp: numpy, cupy or torch, which makes the arrays.
             device: of torch's tensors, as torch knows it; CuPy's current one has its arrays.
         """
-        self._library = _Library(xp, device)
+        self._library = ArrayLibrary(xp, device)
         batch, num_heads, head_dim, page_size = (
             _count(name, value)
             for name, value in (("batch", batch), ("num_heads", num_heads), ("head_dim", head_dim), ("page_size", page_size))
@@ -91,10 +80,7 @@ class KVCache:
         self._shorter_table: tuple[int, Pinned] | None = None  # of so many columns
         self._lengths = [0] * batch  # without those of the last steps, which all sequences have
         self._of_steps = 0
-        self._step = self._library.int32(
-            numpy.ones(1, "int32")
-        )  # keys of the step before, on the device: adding a number of the host's takes torch longer
-        self._keys_of_step = 1
+        self._one = self._library.int32(numpy.ones(1, "int32"))  # on the device: to add a number of the host's takes torch longer
         self._spare = 0  # keys that each sequence has a page for at least
         self._pages: list[list[int]] = [[] for _ in range(batch)]  # of each sequence, in order
         self._free = list(reversed(range(batch)))
@@ -164,10 +150,8 @@ class KVCache:
             **self._scales,
             **options,
         )
-        if new != self._keys_of_step:
-            self._step, self._keys_of_step = self._library.int32(numpy.full(1, new, "int32")), new
         seqlens = self._seqlens.array
-        seqlens += self._step  # behind the kernels in the stream, in place
+        seqlens += self._one if new == 1 else new  # behind the kernels in the stream, in place
         self._of_steps += new
         self._spare -= new
         return result
@@ -175,9 +159,9 @@ class KVCache:
     def truncate(self, sequence: int, length: int = 0) -> None:
         """Forget the keys of a sequence from `length` on, as of tokens that were speculated wrongly, or all of them; their pages are free for others."""
         last = len(self._lengths) - 1
-        sequence = _index("sequence", sequence, last, f"an int from 0 to {last}", "Sequences are counted as rows of the batch.")
+        sequence = _int("sequence", sequence, 0, last, f"an int from 0 to {last}", "Sequences are counted as rows of the batch.")
         there = self._lengths[sequence] + self._of_steps
-        length = _index("length", length, there, f"an int from 0 to {there}, what sequence {sequence} has", "A cache grows by attend.")
+        length = _int("length", length, 0, there, f"an int from 0 to {there}, what sequence {sequence} has", "A cache grows by attend.")
         page_size = self.keys.shape[1]
         kept = -(-length // page_size)
         self._free += reversed(self._pages[sequence][kept:])
@@ -225,73 +209,12 @@ class KVCache:
         return larger
 
 
-class _Library:
-    """What a cache asks of NumPy, CuPy or torch."""
-
-    def __init__(self, xp: Any, device: Any) -> None:
-        """Refuse other libraries."""
-        known = (numpy, sys.modules.get("cupy"), sys.modules.get("torch"))
-        if xp is None or not any(xp is library for library in known):
-            got = f"the module {xp.__name__}" if isinstance(xp, ModuleType) else describe(xp)
-            hint = "Keep arrays of others yourself, and call attention_with_kvcache."
-            raise OptionError("xp", got, "numpy, cupy or torch", hint)
-        self._is_torch = xp is not numpy and xp is sys.modules.get("torch")
-        if device is not None and not self._is_torch:
-            hint = "Leave it out; CuPy's arrays lie on its current device: with cupy.cuda.Device(1): …."
-            raise OptionError("device", describe(device), "None with NumPy and CuPy", hint)
-        self._xp, self._device = xp, device
-
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        if not self._is_torch:
-            element = self._element(dtype)
-            try:
-                return self._xp.empty(shape, element)
-            except (TypeError, ValueError):
-                hint = (
-                    "NumPy knows bfloat16 through the package ml_dtypes: pip install ml_dtypes."
-                    if element == "bfloat16"
-                    else f"Pass {TYPES}."
-                )
-                raise OptionError("dtype", describe(dtype), f"a type of {self._xp.__name__}'s, or its name", hint) from None
-        of_torch = getattr(self._xp, dtype, None) if isinstance(dtype, str) else dtype
-        if not isinstance(of_torch, self._xp.dtype):
-            raise OptionError(
-                "dtype", describe(dtype), "a type of torch's, or its name", "Pass torch.float16, torch.bfloat16 or torch.float8_e4m3fn."
-            )
-        with self._plain():
-            return self._xp.empty(shape, dtype=of_torch, device=self._device)
-
-    def _element(self, dtype: Any) -> Any:
-        """A type of NumPy's or CuPy's, which know that of 8-bit caches by its bits, or through `ml_dtypes`."""
-        if isinstance(dtype, str) and dtype in (E4M3, "bfloat16") and self._xp is numpy:
-            with contextlib.suppress(ImportError):
-                import ml_dtypes
-
-                return getattr(ml_dtypes, dtype)
-        return "uint8" if isinstance(dtype, str) and dtype == E4M3 else dtype
-
-    def int32(self, numbers: Any) -> Any:
-        """A copy, which a GPU is not waited for."""
-        if not self._is_torch:
-            return self._xp.asarray(numbers)
-        with self._plain():
-            return self._xp.from_numpy(numbers).to(self._device or self._xp.get_default_device(), non_blocking=True)
-
-    def _plain(self) -> contextlib.AbstractContextManager[object]:
-        """Tensors that are made under torch.inference_mode() could not be changed outside of it."""
-        mode: contextlib.AbstractContextManager[object] = self._xp.inference_mode(False)
-        return mode
-
-
-def _index(name: str, value: object, last: int, expected: str, hint: str) -> int:
-    """An int from 0 to the last one."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= operator.index(value) <= last:
+def _int(name: str, value: object, least: int, most: float, expected: str, hint: str) -> int:
+    """An int from the least one to the most."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= operator.index(value) <= most:
         return operator.index(value)
     raise OptionError(name, describe(value), expected, hint)
 
 
 def _count(name: str, value: object) -> int:
-    """An int of at least 1."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and operator.index(value) >= 1:
-        return operator.index(value)
-    raise OptionError(name, describe(value), "an int of at least 1", "Pass how many there are.")
+    return _int(name, value, 1, math.inf, "an int of at least 1", "Pass how many there are.")

@@ -47,6 +47,18 @@ def test_steps_of_any_length_are_one_causal_call(simulator: Target) -> None:
     assert len(cache.keys) == pages
 
 
+def test_pages_as_long_as_sequences_are_a_contiguous_cache(simulator: Target) -> None:
+    cache = cuflash.KVCache(2, 1, 32, page_size=64)
+    x = numpy.random.default_rng(0).standard_normal((2, 40, 1, 32)).astype("float16")
+    for begin, end in ((0, 39), (39, 40)):
+        cache.attend(x[:, begin:end], x[:, begin:end], -x[:, begin:end])
+    assert cache.keys.shape == (2, 64, 1, 32)
+    assert cache.page_table.shape == (2, 1)
+    rows = cache.page_table[:, 0]
+    numpy.testing.assert_array_equal(cache.keys[rows, :40], x)
+    numpy.testing.assert_array_equal(cache.values[rows, :40], -x)
+
+
 def test_a_failed_call_takes_nothing_that_is_lost(simulator: Target) -> None:
     cache = cuflash.KVCache(1, 1, 32, page_size=8)
     x: Any = numpy.zeros((1, 20, 1, 32), "float16")
