@@ -189,11 +189,14 @@ def test_a_warm_call_reads_other_lengths(simulator: Target, monkeypatch: pytest.
 
 def test_no_schedule_changes_a_bit(simulator: Target, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     with_blocks(monkeypatch, 13)
-    call = CacheCall(RAGGED, room=1600, heads_q=6, heads_kv=2, options=OPTIONS)
+    options = OPTIONS | {"is_causal": True}
+    padded = CacheCall(RAGGED, room=1600, heads_q=6, heads_kv=2, options=OPTIONS).arrays()
+    packed = PackedCall(*PACKED, heads_q=6, heads_kv=2, page_size=16, options=options).arrays() | {"max_seqlen_q": 13}
     seeds = range(20 if request.config.getoption("--exhaustive") else 2)
-    report = check(functools.partial(cuflash.attention_with_kvcache, **call.arrays(), return_lse=True), seeds=seeds)
-    assert report.kernels == ("forward_split_mma", "merge_attention")
-    assert len(report.compared) == 2
+    for given in (padded, packed):
+        report = check(functools.partial(cuflash.attention_with_kvcache, **given, return_lse=True), seeds=seeds)
+        assert report.kernels == ("forward_split_mma", "merge_attention")
+        assert len(report.compared) == 2
 
 
 # --- Which block has what -----------------------------------------------------------------------------------------------------------------
