@@ -178,13 +178,13 @@ def test_few_queries_take_it_by_themselves(simulator: Target, monkeypatch: pytes
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_predictions_know_the_lengths_of_sequences(causal: bool) -> None:
-    """Key tiles of 64 that the queries of each tile of 16 rows see, of as many queries as the sequence has; without lengths each sequence has the most."""
+    """Key tiles of 64 that the queries of each tile of 16 rows see, of as many tiles as the sequence has queries for; without lengths each sequence has the most."""
     query, key = numpy.zeros((sum(QUERIES), 6, 32), "float16"), numpy.zeros((sum(KEYS), 2, 32), "float16")
     planned = cuflash.varlen_plan(query, key, key, *CU, 16, 300, is_causal=causal, enable_gqa=True, tile=SPLIT)
     data = {"cu_seqlens_q": CU[0], "cu_seqlens_kv": CU[1]}
     seen = tiles_of_sequences(planned.kernels[0], planned.problem, data)
     of_last = [0, 0, 1] if causal else [1, 1, 1]  # sixteen queries, of which the last five see a key
-    assert seen == [[5, 0, 0], [0, 0, 0], [0, 0, 0], [2, 0, 0], of_last]
+    assert seen == [[5], [], [0, 0], [2], of_last]
     assert tiles_of_sequences(planned.kernels[0], planned.problem, {}) == [[5] * 3] * 5
 
 
