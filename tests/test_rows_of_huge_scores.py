@@ -180,7 +180,7 @@ def test_only_blocks_with_huge_rows_compute_anything(simulator: Target, monkeypa
     counted: dict[str, int] = {}
 
     def launch_and_count(self: Any, shape: LaunchShape, arguments: Any, stream: int, buffers: Any) -> None:
-        counters = self._module.launch((shape.num_blocks, 1, 1), (shape.num_threads, 1, 1), shape.shared_bytes, arguments, buffers)
+        counters = self._module.launch((shape.num_blocks, 1, 1), (shape.num_threads, 1, 1), shape.shared_bytes, bytes(arguments), buffers)
         counted[self._module.name] = counters.matrix_instructions
 
     monkeypatch.setattr(launch._SimulatorExecutable, "launch", launch_and_count)

@@ -32,7 +32,7 @@ def work(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> Any:
     counted: list[int] = []
 
     def launch_and_count(self: Any, shape: LaunchShape, arguments: Any, stream: int, buffers: Any) -> None:
-        counters = self._module.launch((shape.num_blocks, 1, 1), (shape.num_threads, 1, 1), shape.shared_bytes, arguments, buffers)
+        counters = self._module.launch((shape.num_blocks, 1, 1), (shape.num_threads, 1, 1), shape.shared_bytes, bytes(arguments), buffers)
         counted.append(counters.matrix_instructions)
 
     monkeypatch.setattr(launch._SimulatorExecutable, "launch", launch_and_count)
