@@ -210,7 +210,7 @@ def test_it_is_taken_where_lengths_may_differ_by_much() -> None:
     assert kernel_of(taken).splits.stream_k
     assert "stream-K: equal shares of all keys" in str(taken)
     assert kernel_of(taken).num_blocks == split_forward.resident_blocks(kernel_of(taken).case, kernel_of(taken).tile, taken.device)
-    assert [kernel.name for kernel in taken.kernels] == ["cache_append", "forward_split", "merge_attention"]
+    assert [kernel.name for kernel in taken.kernels] == ["forward_split", "merge_attention"]
     assert not kernel_of(plan_of(1, 32768)).splits.stream_k  # one sequence is cut into equal parts anyhow
     assert not kernel_of(plan_of(16, 256)).splits.stream_k
     assert kernel_of(plan_of(16, 32768, 4)).splits == (4, 0, False)
