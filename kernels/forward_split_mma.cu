@@ -188,7 +188,7 @@ DEVICE void attend(const ForwardSplitArguments& arguments, const SplitWork& work
   auto sink = [&](int row) { return has_sink ? arguments.features.sinks.load(work.sequence, rows.head(first_row + row)) * SCORE_UNIT : -infinity(); };
   publish_state(softmax, states);
   __syncthreads();  // every warp's state is there, and no warp copies or reads keys any more
-  publish_O<WIDENS>(O, softmax, states, reused, sink);
+  publish_O<WIDENS>(O, softmax, states, reused, rows.count - first_row, sink);
   __syncthreads();
   const float value_scale = WIDENS ? arguments.scales.value.load_or_1(work.sequence, work.head_kv) : 1.0f;
   constexpr int VECTORS = ceil_div(HEAD_DIM_V, VECTOR);

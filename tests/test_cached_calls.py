@@ -16,7 +16,7 @@ from cuflash.cli.samples import Sample
 from cuflash.hardware import device
 from cuflash.planning import split_forward
 from cuflash.planning.planner import make_plan
-from cuflash.timing import machine
+from cuflash.timing import machine, prediction
 from cuflash.timing.traffic import least_bytes
 from cuflash.timing.visits import NO_DATA, visits_of_launch
 
@@ -132,6 +132,17 @@ def test_predict_knows_the_kernels_of_caches(capsys: Any) -> None:
     assert 0.005 < found[1024]["predicted_milliseconds"] < 0.01
     memory = 1e3 * 4 * 8 * 262144 * 512 / machine.CARDS["sm_90"].memory_bytes_per_second
     assert memory <= found[262144]["predicted_milliseconds"] < memory / 0.85
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_a_short_cache_is_predicted_to_take_seven_microseconds_at_most(arch: str) -> None:
+    """One sequence of 1024 keys, new key and merging included."""
+    pytest.importorskip("cupy")
+    cached = CachedCall(64)
+    problem = cached.problem(Sample(1, 1, 1024, 16, 4, 128, dtype="bfloat16", cache=cached))
+    predicted = prediction.predict_plan(make_plan(problem, device.of_arch(arch, "gpu")), machine.CARDS[arch], limits=False)
+    assert [launch.name for launch in predicted.launches] == ["forward_split", "merge_attention"]
+    assert 0.004 < predicted.milliseconds < 0.007
 
 
 def test_a_cache_has_no_gradients_to_predict(capsys: Any) -> None:

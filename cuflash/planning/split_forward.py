@@ -37,8 +37,30 @@ _MAX_ROWS = 2**31 - 2**10  # grouped; with the empty ones of the last tile they 
 INVARIANT_KEYS = 1024
 """Of a split, where a row's bits must not depend on the batch."""
 
-_BLOCK_TILES = 10.0
-"""A block's beginning and end, in key tiles of one block: fitted by others on a GH200 (FlashInfer, pull request 4904), not measured here."""
+
+class Costs(NamedTuple):
+    """What times are made of, in key tiles of one of as many blocks as the device holds, which share its memory.
+
+    Attributes:
+        block: a block's beginning and end, in its key tiles.
+        of_part: what its part takes besides, where there are several splits.
+        part: what each split costs the merge.
+        merge: what the merge costs besides.
+        alone: how long a block takes for its tile at least, however few blocks there are: what is left then is the latency of its copies.
+    """
+
+    block: float
+    of_part: float = 0.0
+    part: float = PART_TILES
+    merge: float = 0.0
+    alone: float = 1.0
+
+
+_COSTS = Costs(block=stream_k.BEGIN_TILES, part=0.015, merge=0.65, alone=0.5)
+"""Of the kernel of mma.sync, by the timing model (docs/timing.md, "A step of generation"): the number of splits that is fastest by them is within 4 % of the fastest by it, on an A100 and an H100, for
+1 to 64 output tiles of 256 to 32768 keys. Nothing was measured."""
+_FITTED_COSTS = Costs(block=10.0)
+"""As others fitted them on a GH200 (FlashInfer, pull request 4904), where blocks fill the device. Nothing was measured here."""
 _FITTED_BYTES = 2**15
 """Of such a tile: 64 keys and values of 128 columns."""
 
@@ -191,20 +213,21 @@ def splits_of(case: KernelCase, problem: Problem, tile: Tile, device: Device) ->
         return Splits(max(1, ceil(problem.max_seqlen_kv / (of_split * tile.tile_kv))), of_split)
     if problem.num_splits is not None:
         return Splits(problem.num_splits)
-    number, tiles = fastest_number(case, problem, tile, device), key_tiles(problem, tile)
+    tiles = key_tiles(problem, tile)
     reason = stream_k.why_not(case.kernel, problem, row_tiles(problem, tile), tiles)
     if problem.stream_k and reason is not None:
         raise OptionError("num_splits", repr(STREAM_K), f"None or a number, since {reason}", "Leave it out.")
-    resident = resident_blocks(case, tile, device)
-    if problem.stream_k or (reason is None and stream_k.is_faster(output_tiles(problem, tile), problem.sequences, tiles, resident, number)):
+    resident, of_all = resident_blocks(case, tile, device), output_tiles(problem, tile)
+    beside = fastest_split(of_all, tiles, resident, _FITTED_COSTS)  # as stream_k.py counts parts
+    if problem.stream_k or (reason is None and stream_k.is_faster(of_all, problem.sequences, tiles, resident, beside)):
         return Splits(1, stream_k=True)
-    return Splits(number)
+    return Splits(fastest_number(case, problem, tile, device))
 
 
 def fastest_number(case: KernelCase, problem: Problem, tile: Tile, device: Device) -> int:
     """Of splits of full caches."""
     resident = resident_blocks(case, tile, device)
-    return fastest_split(output_tiles(problem, tile), key_tiles(problem, tile), resident, *_tiles_of_block(case, tile, device))
+    return fastest_split(output_tiles(problem, tile), key_tiles(problem, tile), resident, _costs(case, tile, device))
 
 
 def num_blocks(splits: Splits, problem: Problem, case: KernelCase, tile: Tile, device: Device) -> int:
@@ -222,32 +245,33 @@ def resident_blocks(case: KernelCase, tile: Tile, device: Device) -> int:
     return tile_model.blocks_per_sm(case, tile, device) * device.num_sms
 
 
-def _tiles_of_block(case: KernelCase, tile: Tile, device: Device) -> tuple[float, float]:
-    """What a block takes besides its key tiles, and what the parts of each take where there are several splits, in key tiles."""
+def _costs(case: KernelCase, tile: Tile, device: Device) -> Costs:
+    """Of the kernel with this tile."""
     if case.kernel == FORWARD_SPLIT:
-        return _BLOCK_TILES, 0.0
+        return _COSTS
     tile_bytes = tile.tile_kv * operand_bytes(case, device)[1]
-    return _BLOCK_TILES * _FITTED_BYTES / tile_bytes, 8.0 * tile.tile_q * case.head_dim_v / tile_bytes  # float32, written and read
+    return Costs(_FITTED_COSTS.block * _FITTED_BYTES / tile_bytes, 8.0 * tile.tile_q * case.head_dim_v / tile_bytes)  # float32, written and read
 
 
-def fastest_split(blocks: int, tiles: int, resident: int, block_tiles: float = _BLOCK_TILES, part_tiles: float = 0.0) -> int:
+def fastest_split(blocks: int, tiles: int, resident: int, costs: Costs = _COSTS) -> int:
     """How many splits are fastest, the fewest of equally fast ones.
 
     Args:
         blocks: of one split.
         tiles: of keys, in the longest sequence.
         resident: blocks that the device holds at a time.
-        block_tiles, part_tiles: what a block takes besides its key tiles, and its parts where there are several splits, in key tiles.
+        costs: of the kernel.
     """
 
-    return min(range(1, min(tiles, MAX_SPLITS) + 1), key=lambda count: _cost(blocks, tiles, resident, count, block_tiles, part_tiles))
+    return min(range(1, min(tiles, MAX_SPLITS) + 1), key=lambda count: _cost(blocks, tiles, resident, count, costs))
 
 
-def _cost(blocks: int, tiles: int, resident: int, count: int, block_tiles: float = _BLOCK_TILES, part_tiles: float = 0.0) -> float:
-    """Time that so many splits take, in key tiles of one block."""
-    waves = ceil(blocks * count / resident)
+def _cost(blocks: int, tiles: int, resident: int, count: int, costs: Costs = _COSTS) -> float:
+    """Time that so many splits take, in the unit of `costs`: that of the blocks of all waves, each as fast as it can be, or that of memory."""
     several = count > 1
-    return waves * (ceil(tiles / count) + block_tiles + part_tiles * several) + PART_TILES * count * several
+    of_blocks = costs.alone * ceil(blocks * count / resident) * (ceil(tiles / count) + costs.block + costs.of_part * several)
+    of_memory = blocks * tiles / resident + costs.alone * costs.block
+    return max(of_blocks, of_memory) + (costs.merge + costs.part * count) * several
 
 
 def predicted_cost(plan: Plan, skipped_keys: int = 0) -> float:
@@ -274,9 +298,8 @@ def predicted_share(plan: Plan) -> float | None:
     resident = resident_blocks(kernel.case, kernel.tile, device)
     if kernel.splits.stream_k:
         share = ceil(blocks * tiles / resident)
-        return blocks * tiles / resident / (share + _BLOCK_TILES + PART_TILES * ceil(tiles / share))
-    of_block = _tiles_of_block(kernel.case, kernel.tile, device)
-    return blocks * tiles / resident / _cost(blocks, tiles, resident, kernel.splits.number, *of_block)
+        return blocks * tiles / resident / (share + _COSTS.alone * _COSTS.block + _COSTS.merge + _COSTS.part * ceil(tiles / share))
+    return blocks * tiles / resident / _cost(blocks, tiles, resident, kernel.splits.number, _costs(kernel.case, kernel.tile, device))
 
 
 def _visible_keys(problem: Problem) -> int:
