@@ -95,7 +95,7 @@ DEVICE void copy_rotated_queries(SmemAddress tile, const ForwardSplitArguments& 
     if (first_row + row < rows.count) {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        chunks[i] = chunk_of<TileQ>(first + i, [&](int column) { return rotated(arguments.rotary, source, view.stride_dim, column, position); });
+        chunks[i] = chunk_of<Element>(first + i, HEAD_DIM, [&](int column) { return rotated(arguments.rotary, source, view.stride_dim, column, position); });
     }
     if constexpr (WIDENS) order_as_e4m3(chunks[0], chunks[1]);
 #pragma unroll

@@ -13,24 +13,25 @@ constexpr bool APPENDS = Config::APPENDS;
 
 using CacheElement = Config::CacheElement;  // of K and V
 
-// A chunk of a row of a tile, of which `number(column)` are the elements.
-template <typename Tile, typename Number>
-DEVICE Chunk chunk_of(int chunk, const Number& number) {
-  constexpr int BYTES = sizeof(typename Tile::SmemElement);
+// A chunk of a row of `width` numbers, number(column) each.
+template <typename To, typename Number>
+DEVICE Chunk chunk_of(int chunk, int width, const Number& number) {
+  constexpr int BYTES = sizeof(To), ELEMENTS = 16 / BYTES;
   Chunk made{};
 #pragma unroll
-  for (int i = 0; i < Tile::CHUNK_ELEMENTS; ++i) {
-    const int column = chunk * Tile::CHUNK_ELEMENTS + i;
-    if (column < Tile::WIDTH) made.word[i * BYTES / 4] |= uint32(from_float<typename Tile::SmemElement>(number(column)).bits) << (8 * BYTES * i % 32);
+  for (int i = 0; i < ELEMENTS; ++i) {
+    const int column = chunk * ELEMENTS + i;
+    if (column < width) made.word[i * BYTES / 4] |= uint32(from_float<To>(number(column)).bits) << (8 * BYTES * i % 32);
   }
   return made;
 }
 
 class NewKeys {  // of one sequence and key head
  public:
-  // Without new keys `first` is behind all others.
+  int first;  // position of the first; behind all keys where there are none
+
   DEVICE NewKeys(const ForwardSplitArguments& arguments, const SequenceInCache& places, int sequence, int head)
-      : arguments(arguments), places(places), sequence(sequence), head(head), first(arguments.geometry.seqlen_kv) {
+      : first(arguments.geometry.seqlen_kv), arguments(arguments), places(places), sequence(sequence), head(head) {
     if constexpr (APPENDS) first = max(-arguments.cache.new_keys, min(arguments.lengths.seqlens_kv[sequence], first));
   }
 
@@ -41,12 +42,10 @@ class NewKeys {  // of one sequence and key head
     constexpr int CHUNKS = WarpK::CHUNKS + WarpV::CHUNKS;
 #pragma unroll 1
     for (int index = lane_index(); index < (to - from) * CHUNKS; index += WARP_SIZE) {
-      const int key = from + index / CHUNKS, chunk = index % CHUNKS, row = key - first_key;
-      if (chunk < WarpK::CHUNKS) {
-        store_shared(K_smem + WarpK::offset(row, chunk), key_chunk<WarpK>(key, chunk));
-      } else {
-        store_shared(V_smem + WarpV::offset(row, chunk - WarpK::CHUNKS), value_chunk<WarpV>(key, chunk - WarpK::CHUNKS));
-      }
+      const int key = from + index / CHUNKS, row = key - first_key;
+      const bool is_key = index % CHUNKS < WarpK::CHUNKS;
+      const int chunk = is_key ? index % CHUNKS : index % CHUNKS - WarpK::CHUNKS;
+      store_shared(is_key ? K_smem + WarpK::offset(row, chunk) : V_smem + WarpV::offset(row, chunk), converted(is_key, key, chunk));
     }
   }
 
@@ -56,14 +55,11 @@ class NewKeys {  // of one sequence and key head
     constexpr int CHUNKS = WarpK::CHUNKS + WarpV::CHUNKS;
 #pragma unroll 1
     for (int index = int(threadIdx.x); index < arguments.cache.new_keys * CHUNKS; index += NUM_THREADS) {
-      const int key = first + index / CHUNKS, chunk = index % CHUNKS;
+      const int key = first + index / CHUNKS;
       if (key < 0 || key >= arguments.geometry.seqlen_kv) continue;
-      const KeyPlace place = places.place(key);
-      if (chunk < WarpK::CHUNKS) {
-        store<WarpK>(arguments.key, place, chunk, key_chunk<WarpK>(key, chunk));
-      } else {
-        store<WarpV>(arguments.value, place, chunk - WarpK::CHUNKS, value_chunk<WarpV>(key, chunk - WarpK::CHUNKS));
-      }
+      const bool is_key = index % CHUNKS < WarpK::CHUNKS;
+      const int chunk = is_key ? index % CHUNKS : index % CHUNKS - WarpK::CHUNKS;
+      store(is_key, places.place(key), chunk, converted(is_key, key, chunk));
     }
   }
 
@@ -72,44 +68,39 @@ class NewKeys {  // of one sequence and key head
   const SequenceInCache& places;
   int sequence, head;
 
- public:
-  int first;  // position of the first of them
-
- private:
-  template <typename Tile>
-  DEVICE Chunk key_chunk(int key, int chunk) const {
-    const TensorView& view = arguments.new_key;
-    const Element* row = view.row_pointer<const Element>(sequence, head, key - first);
-    const float scale = scale_of(arguments.scales.key);
-    return chunk_of<Tile>(chunk, [&](int column) { return scaled(rotated(arguments.rotary, row, view.stride_dim, column, key), scale); });
+  // Of a key, or of its value, what the cache gets. Both are one piece of code, since the loop over tiles has it too.
+  DEVICE Chunk converted(bool is_key, int key, int chunk) const {
+    const TensorView &keys = arguments.new_key, &values = arguments.new_value;
+    const Element* row = is_key ? keys.row_pointer<const Element>(sequence, head, key - first) : values.row_pointer<const Element>(sequence, head, key - first);
+    const int64 stride_dim = is_key ? keys.stride_dim : values.stride_dim;
+    RotaryArguments rotary = arguments.rotary;
+    if (!is_key) rotary.dim = 0;
+    float scale = 1.0f;
+    if constexpr (sizeof(CacheElement) == 1)
+      scale = is_key ? arguments.scales.key.load_or_1(sequence, head) : arguments.scales.value.load_or_1(sequence, head);
+    return chunk_of<CacheElement>(chunk, is_key ? HEAD_DIM : HEAD_DIM_V, [&](int column) {
+      const float x = rotated(rotary, row, stride_dim, column, key);
+      return sizeof(CacheElement) == 1 ? __fdiv_rn(x, scale) : x;
+    });
   }
 
-  template <typename Tile>
-  DEVICE Chunk value_chunk(int key, int chunk) const {
-    const TensorView& view = arguments.new_value;
-    const Element* row = view.row_pointer<const Element>(sequence, head, key - first);
-    const float scale = scale_of(arguments.scales.value);
-    return chunk_of<Tile>(chunk, [&](int column) { return scaled(to_float(row[column * view.stride_dim]), scale); });
-  }
-
-  DEVICE float scale_of(const HeadView& scales) const { return sizeof(CacheElement) == 1 ? scales.load_or_1(sequence, head) : 1.0f; }
-  DEVICE static float scaled(float x, float scale) { return sizeof(CacheElement) == 1 ? __fdiv_rn(x, scale) : x; }
-
-  template <typename Tile>
-  DEVICE void store(const TensorView& view, const KeyPlace& place, int chunk, const Chunk& made) const {
-    CacheElement* row = view.row_pointer<CacheElement>(place.page, head, place.row);
-    const int column = chunk * Tile::CHUNK_ELEMENTS;
-    if (is_vectorized(view) && column + Tile::CHUNK_ELEMENTS <= Tile::WIDTH) {
+  DEVICE void store(bool is_key, const KeyPlace& place, int chunk, const Chunk& made) const {
+    constexpr int BYTES = sizeof(CacheElement), ELEMENTS = 16 / BYTES;
+    const TensorView &keys = arguments.key, &values = arguments.value;
+    CacheElement* row =
+        is_key ? keys.row_pointer<CacheElement>(place.page, head, place.row) : values.row_pointer<CacheElement>(place.page, head, place.row);
+    const int64 stride_dim = is_key ? keys.stride_dim : values.stride_dim;
+    const int column = chunk * ELEMENTS, width = is_key ? HEAD_DIM : HEAD_DIM_V;
+    if ((is_key ? is_vectorized(keys) : is_vectorized(values)) && column + ELEMENTS <= width) {
       *reinterpret_cast<Chunk*>(row + column) = made;
       return;
     }
-    constexpr int BYTES = sizeof(CacheElement);
 #pragma unroll
-    for (int i = 0; i < Tile::CHUNK_ELEMENTS; ++i) {
-      if (column + i >= Tile::WIDTH) continue;
+    for (int i = 0; i < ELEMENTS; ++i) {
+      if (column + i >= width) continue;
       CacheElement x;
       x.bits = decltype(x.bits)(made.word[i * BYTES / 4] >> (8 * BYTES * i % 32));
-      row[(column + i) * view.stride_dim] = x;
+      row[(column + i) * stride_dim] = x;
     }
   }
 };

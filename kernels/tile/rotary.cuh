@@ -12,7 +12,7 @@ DEVICE float rotated(const RotaryArguments& rotary, const Element* row, int64 st
   if (column >= rotary.dim) return x;
   const int half = rotary.dim / 2;
   const bool is_first = rotary.interleaved ? column % 2 == 0 : column < half;
-  const int pair = rotary.interleaved ? column / 2 : column % half;
+  const int pair = rotary.interleaved ? column / 2 : is_first ? column : column - half;
   const int distance = rotary.interleaved ? 1 : half;
   const float other = to_float(row[(column + (is_first ? distance : -distance)) * stride_dim]);
   const int64 at = max(int64(0), min(position, int64(rotary.rows - 1)));
