@@ -71,6 +71,17 @@ struct CacheScales {
   HeadView key, value;
 };
 
+// Rotary embedding of queries and new keys (tile/rotary.cuh).
+struct RotaryArguments {
+  const void* cos;  // [rows][dim / 2]
+  const void* sin;
+  int64 stride_cos, stride_sin;  // from position to position
+  int dim;                       // columns that are rotated; 0: none
+  int rows;
+  int interleaved;      // pairs are neighbours; otherwise dim / 2 apart
+  int queries_advance;  // query i has a position of its own, i behind that of the first
+};
+
 // Stream-K: which blocks have parts of an output tile (tile/stream_k.cuh).
 struct PartsOfTile {
   int first_block;
@@ -96,23 +107,19 @@ struct ForwardSplitArguments {
   PartsOfTile* part_table;  // stream-K, [sequences][num_tiles][num_heads_kv]; parts are partial_out [blocks][2][TILE_Q][head_dim_v]
   int begin_tiles;          // what the beginning of an output tile costs, in key tiles
   float part_tiles;         // what a part costs the merge, in key tiles
+  TensorView new_key, new_value;  // where the kernel appends (tile/new_keys.cuh)
+  RotaryArguments rotary;
 };
 
 struct CacheAppendArguments {
   TensorView given_query, rotated_query;  // without rotary embedding neither is there
   TensorView new_key, new_value, key, value;
-  const void* rotary_cos;  // [rotary_rows][rotary_dim / 2]
-  const void* rotary_sin;
-  int64 stride_cos, stride_sin;  // from position to position
   Geometry geometry;  // seqlen_kv: the room that a sequence has
   SequenceLengths lengths;
   CacheArguments cache;
   int head_dim, head_dim_v;
-  int rotary_dim;  // columns that are rotated; 0: none
-  int rotary_rows;
-  int rotary_interleaved;  // pairs are neighbours; otherwise rotary_dim / 2 apart
-  int queries_advance;  // query i has a position of its own, i behind that of the first
   CacheScales scales;
+  RotaryArguments rotary;
 };
 
 // An array that the TMA unit reads: its map, of (head_dim, seqlen, heads, batch), and what the numbers of a head and of a batch are multiplied by to

@@ -7,10 +7,10 @@
 #include "ptx/e4m3.cuh"
 #include "tile/cache_rows.cuh"
 #include "tile/packed_rows.cuh"
+#include "tile/rotary.cuh"
 
 using Element = Config::Element;
 using CacheElement = Config::CacheElement;
-using RotaryElement = Config::RotaryElement;  // of the tables of cos and sin
 
 constexpr int NUM_THREADS = Config::NUM_WARPS * WARP_SIZE;
 
@@ -43,22 +43,6 @@ struct Token {  // which one it is of which sequence; of nobody's sequence -1
   }
 };
 
-// The element there, rotated by a position.
-DEVICE float rotated(const CacheAppendArguments& arguments, const TensorView& view, const Place& place, int64 position) {
-  const Element* row = place.in(view);
-  const float x = to_float(row[place.column * view.stride_dim]);
-  if (place.column >= arguments.rotary_dim) return x;
-  const int half = arguments.rotary_dim / 2;
-  const bool is_first = arguments.rotary_interleaved ? place.column % 2 == 0 : place.column < half;
-  const int pair = arguments.rotary_interleaved ? place.column / 2 : place.column % half;
-  const int distance = arguments.rotary_interleaved ? 1 : half;
-  const float other = to_float(row[(place.column + (is_first ? distance : -distance)) * view.stride_dim]);
-  const int64 at = max(int64(0), min(position, int64(arguments.rotary_rows - 1)));
-  const float cos = to_float(static_cast<const RotaryElement*>(arguments.rotary_cos)[at * arguments.stride_cos + pair]);
-  const float sin = to_float(static_cast<const RotaryElement*>(arguments.rotary_sin)[at * arguments.stride_sin + pair]);
-  return __fmaf_rn(x, cos, is_first ? -other * sin : other * sin);
-}
-
 DEVICE void append(const CacheAppendArguments& arguments, const TensorView& cache, const HeadView& scales, const Place& place, int sequence,
                    int64 position, float x) {
   if (position < 0 || position >= arguments.geometry.seqlen_kv) return;
@@ -71,13 +55,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) cache_append(const 
   const Geometry& geometry = arguments.geometry;
   const int64 new_rows = int64(geometry.batch) * arguments.cache.new_keys * geometry.num_heads_kv;
   const int64 keys = new_rows * arguments.head_dim, values = new_rows * arguments.head_dim_v;
-  const int64 queries = arguments.rotary_dim > 0 ? int64(geometry.batch) * geometry.seqlen_q * geometry.num_heads_q * arguments.head_dim : 0;
+  const int64 queries = arguments.rotary.dim > 0 ? int64(geometry.batch) * geometry.seqlen_q * geometry.num_heads_q * arguments.head_dim : 0;
   const int64 index = int64(blockIdx.x) * NUM_THREADS + threadIdx.x;
   if (index < keys) {
     const Place place(index, arguments.cache.new_keys, geometry.num_heads_kv, arguments.head_dim);
     const Token token(arguments, place);
     const int64 position = token.position(arguments);
-    const float x = rotated(arguments, arguments.new_key, place, position);
+    const float x = rotated(arguments.rotary, place.in(arguments.new_key), arguments.new_key.stride_dim, place.column, position);
     append(arguments, arguments.key, arguments.scales.key, place, token.sequence, position, x);
   } else if (index < keys + values) {
     const Place place(index - keys, arguments.cache.new_keys, geometry.num_heads_kv, arguments.head_dim_v);
@@ -86,8 +70,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) cache_append(const 
     append(arguments, arguments.value, arguments.scales.value, place, token.sequence, token.position(arguments), x);
   } else if (index < keys + values + queries) {
     const Place place(index - keys - values, geometry.seqlen_q, geometry.num_heads_q, arguments.head_dim);
-    const int64 position = Token(arguments, place).position(arguments, arguments.queries_advance);
-    const float x = rotated(arguments, arguments.given_query, place, position);
+    const int64 position = Token(arguments, place).position(arguments, arguments.rotary.queries_advance);
+    const float x = rotated(arguments.rotary, place.in(arguments.given_query), arguments.given_query.stride_dim, place.column, position);
     place.in(arguments.rotated_query)[place.column * arguments.rotated_query.stride_dim] = from_float<Element>(x);
   }
 }

@@ -5,7 +5,8 @@
 // crfm.stanford.edu/2023/10/12/flashdecoding.html), and within a tile of TILE_KV keys among warps, each of which has WARP_KEYS of them for all rows.
 // With several splits O and LSE of each are parts, float32, for merge_attention.cu. A split without keys says LSE -inf and leaves its O as
 // it is; but the first one has the sink. Queries may be packed (VARLEN), and keys with them or not: then parts are those of all tokens, in one batch.
-// With STREAM_K blocks have equal shares of all key tiles instead, one output tile after the other (tile/stream_k.cuh).
+// A few new keys and values are appended here (APPENDS, tile/new_keys.cuh), and queries rotated on their way to shared memory; many come by
+// cache_append.cu. With STREAM_K blocks have equal shares of all key tiles instead, one output tile after the other (tile/stream_k.cuh).
 //
 // A warp copies its keys and values for itself, into a ring of NUM_STAGES stages of its own, one copy group for each step, and never waits for
 // another warp until its last key: per step one wait for its own copies and one barrier of the warp, behind which the stage of the step before is
@@ -17,6 +18,7 @@
 #include "tile/cache_operand.cuh"
 #include "tile/cache_rows.cuh"
 #include "tile/grouped_rows.cuh"
+#include "tile/new_keys.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/products.cuh"
 #include "tile/split_rows.cuh"
@@ -28,11 +30,10 @@ constexpr int M_TILES = TILE_Q / 16;
 constexpr int WARP_KEYS = TILE_KV / NUM_WARPS;
 constexpr int S_TILES = WARP_KEYS / 8;
 
-using CacheElement = Config::CacheElement;  // of K and V
 using CacheMma = SelectCacheMma<Mma, Element, CacheElement>::type;
 using WarpK = SmemTile<CacheElement, WARP_KEYS, HEAD_DIM>;
 using WarpV = SmemTile<CacheElement, WARP_KEYS, HEAD_DIM_V>;
-using Keys = LaneKeys<WARP_KEYS, gcd(gcd(WarpK::CHUNKS, WarpV::CHUNKS), 4)>;
+using Keys = LaneKeys<WARP_KEYS, gcd(gcd(WarpK::CHUNKS, WarpV::CHUNKS), 4), APPENDS>;
 
 constexpr bool WIDENS = sizeof(CacheElement) == 1;
 
@@ -81,6 +82,27 @@ DEVICE void copy_queries_for_e4m3(SmemAddress tile, const TensorView& view, cons
   }
 }
 
+// The same of queries that are rotated, element by element.
+DEVICE void copy_rotated_queries(SmemAddress tile, const ForwardSplitArguments& arguments, const SplitWork& work, const GroupedRows& rows, int first_row) {
+  const TensorView& view = arguments.query;
+  const int64 length = arguments.lengths.seqlens_kv[work.sequence];
+#pragma unroll 1
+  for (int index = int(threadIdx.x); index < TILE_Q * TileQ::CHUNKS / 2; index += NUM_THREADS) {
+    const int row = index / (TileQ::CHUNKS / 2), first = index % (TileQ::CHUNKS / 2) * 2, query = rows.query(first_row + row);
+    const Element* source = view.row_pointer<const Element>(work.batch, rows.head(first_row + row), work.start_q + query);
+    const int64 position = length + (arguments.rotary.queries_advance ? query : 0);
+    Chunk chunks[2] = {};
+    if (first_row + row < rows.count) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        chunks[i] = chunk_of<Element>(first + i, HEAD_DIM, [&](int column) { return rotated(arguments.rotary, source, view.stride_dim, column, position); });
+    }
+    if constexpr (WIDENS) order_as_e4m3(chunks[0], chunks[1]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) store_shared(tile + TileQ::offset(row, first + i), chunks[i]);
+  }
+}
+
 // Attention of the work's rows to its keys, by all threads of a block.
 DEVICE void attend(const ForwardSplitArguments& arguments, const SplitWork& work) {
   const Geometry geometry = geometry_in_cache(arguments, work.sequence);
@@ -95,8 +117,8 @@ DEVICE void attend(const ForwardSplitArguments& arguments, const SplitWork& work
   const int split_tiles = arguments.split_tiles > 0 ? arguments.split_tiles : ceil_div(end_tile - first_tile, arguments.num_splits);
   const int begin = min(end_tile, first_tile + (STREAM_K ? work.begin : work.split * split_tiles));  // steps over key tiles
   const int end = min(end_tile, STREAM_K ? first_tile + work.end : begin + split_tiles);
-  const bool has_sink = SINKS && (STREAM_K ? work.begin == 0 : work.split == 0);
-  if (!STREAM_K && begin >= end && arguments.num_splits > 1 && !has_sink) {
+  const bool is_first = STREAM_K ? work.begin == 0 : work.split == 0, has_sink = SINKS && is_first, appends = APPENDS && is_first && work.tile == 0;
+  if (!STREAM_K && begin >= end && arguments.num_splits > 1 && !has_sink && !appends) {
 #pragma unroll
     for (int i = 0; i < ceil_div(TILE_Q, NUM_THREADS); ++i) {
       const int index = int(threadIdx.x) + i * NUM_THREADS, row = first_row + index;
@@ -111,24 +133,31 @@ DEVICE void attend(const ForwardSplitArguments& arguments, const SplitWork& work
   const SmemAddress ring = reused + warp_index() * NUM_STAGES * STAGE_BYTES;
   const int warp_key = warp_index() * WARP_KEYS;  // of each tile
 
+  const bool rotates = APPENDS && arguments.rotary.dim > 0;
   if constexpr (WIDENS) {
-    copy_queries_for_e4m3(Q_smem, arguments.query, work, rows, first_row);
+    if (!rotates) copy_queries_for_e4m3(Q_smem, arguments.query, work, rows, first_row);
   } else {
-    copy_queries(Q_smem, arguments.query, work, rows, first_row);
+    if (!rotates) copy_queries(Q_smem, arguments.query, work, rows, first_row);
     cp_async_commit_group();
   }
+  const NewKeys new_keys(arguments, sequence, work.sequence, work.head_kv);
   Keys keys;
   auto issue = [&](int step) {  // what was looked up one step before
     if (step < end) {
       const SmemAddress K_smem = ring + stage_of(step) * STAGE_BYTES;
       keys.copy<WarpK, CacheElement>(K_smem, arguments.key, work.head_kv);
       keys.copy<WarpV, CacheElement>(K_smem + WarpK::BYTES, arguments.value, work.head_kv);
-      if (step + 1 < end) keys.look_up(sequence, (step + 1) * TILE_KV + warp_key, first_key, end_key);
+      if constexpr (APPENDS) new_keys.copy<WarpK, WarpV>(K_smem, K_smem + WarpK::BYTES, step * TILE_KV + warp_key, first_key, end_key);
+      if (step + 1 < end) keys.look_up(sequence, (step + 1) * TILE_KV + warp_key, first_key, end_key, new_keys.first);
     }
     cp_async_commit_group();
   };
-  if (begin < end) keys.look_up(sequence, begin * TILE_KV + warp_key, first_key, end_key);
+  if (begin < end) keys.look_up(sequence, begin * TILE_KV + warp_key, first_key, end_key, new_keys.first);
   fill_pipeline(begin, issue);
+  if constexpr (APPENDS) {  // while the first keys travel
+    if (rotates) copy_rotated_queries(Q_smem, arguments, work, rows, first_row);
+    if (appends) new_keys.append<WarpK, WarpV>();
+  }
   if constexpr (WIDENS) __syncthreads();  // Q is there, for all warps
   else wait_for_tiles<NUM_STAGES - 1>();
 
@@ -159,7 +188,7 @@ DEVICE void attend(const ForwardSplitArguments& arguments, const SplitWork& work
   auto sink = [&](int row) { return has_sink ? arguments.features.sinks.load(work.sequence, rows.head(first_row + row)) * SCORE_UNIT : -infinity(); };
   publish_state(softmax, states);
   __syncthreads();  // every warp's state is there, and no warp copies or reads keys any more
-  publish_O<WIDENS>(O, softmax, states, reused, sink);
+  publish_O<WIDENS>(O, softmax, states, reused, rows.count - first_row, sink);
   __syncthreads();
   const float value_scale = WIDENS ? arguments.scales.value.load_or_1(work.sequence, work.head_kv) : 1.0f;
   constexpr int VECTORS = ceil_div(HEAD_DIM_V, VECTOR);

@@ -18,7 +18,7 @@ DEVICE void add_parts(float (&sum)[VECTOR], const MergeArguments& arguments, con
     const int base = before + row.group, own = base + row.lane * row.groups;
     float own_weight = EMPTY;
     if (own < row.num_parts) {
-      const PartLse lse = PartRow::load_lse(parts, row, own);
+      const PartLse lse = before == 0 ? weights.own : PartRow::load_lse(parts, row, own);
       if (!lse.is_empty()) own_weight = weights.of(lse);
     }
     for (int lane = 0; lane < row.lanes; lane += PARTS_AHEAD) {

@@ -42,6 +42,7 @@ T __shfl_xor_sync(unsigned, T, int, int = 32);
 unsigned long __cvta_generic_to_shared(const void*);
 
 float __fmaf_rn(float, float, float);
+float __fdiv_rn(float, float);
 int __float_as_int(float);
 unsigned __float_as_uint(float);
 float __int_as_float(int);

@@ -18,6 +18,7 @@ from typing import Any
 import numpy
 import pytest
 
+import cuflash
 from bench import calls, cases, comparison, first_call, libraries, report, torch_libraries
 from bench import machine as bench_machine
 from bench.calls import Calls, Library, NotSupported, cuflash_calls
@@ -27,14 +28,14 @@ from bench.operands import ALLOWED_ERROR, Operands
 from bench.timing import Stopwatch, time_call
 from cuflash import reference
 from cuflash.cli.sample_features import SampleFeatures
-from cuflash.cli.samples import Sample
+from cuflash.cli.samples import Sample, numpy_call
 from cuflash.hardware import device
 from cuflash.planning.planner import make_plan
 from cuflash.problem.features import FeatureSet
 from cuflash.tuner import checkout
 from small_calls import judge as judging
 from small_calls import streams
-from small_calls.arrays import operands_of, run, values_of
+from small_calls.arrays import cached_call, operands_of, run, values_of
 from small_calls.cases import MANY, check_cases, simulator_cases, tiny_cases
 from small_calls.judge import judge
 
@@ -513,7 +514,7 @@ def test_every_kernel_is_among_the_sanitizers_cases(listed: Any) -> None:
         if case.has_tangents:
             found.add("forward_jvp_mma.cu")
         if case.cached:
-            found.add("cache_append.cu")
+            found |= {kernel.source for kernel in cuflash.kvcache_plan(**cached_call(case, numpy_call(case.sample)[0])).kernels}
         if case.sample.features.sinks:
             found |= {"merge_attention.cu", "merge_attention_backward.cu", "merge_table.cu"}
     assert found == {path.name for path in (ROOT / "kernels").glob("*.cu")}

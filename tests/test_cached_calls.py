@@ -16,7 +16,7 @@ from cuflash.cli.samples import Sample
 from cuflash.hardware import device
 from cuflash.planning import split_forward
 from cuflash.planning.planner import make_plan
-from cuflash.timing import machine
+from cuflash.timing import machine, prediction
 from cuflash.timing.traffic import least_bytes
 from cuflash.timing.visits import NO_DATA, visits_of_launch
 
@@ -66,7 +66,7 @@ def test_what_is_compiled_ahead_is_what_calls_of_any_shape_need(cached: CachedCa
     on = device.of_arch("sm_90", "gpu")
     sample = Sample(head_dim=64, dtype="bfloat16", is_causal=True, cache=cached)
     ahead = set(requests_of(sample, on))
-    for batch, seqlen_q, heads, room in ((1, 1, 4, 100), (64, 1, 8, 70000), (2, 40, 4, 4000)):
+    for batch, seqlen_q, heads, room in ((1, 1, 4, 100), (64, 1, 8, 70000), (2, 5, 32, 500), (2, 40, 4, 4000)):
         call = Sample(batch, seqlen_q, room, heads, 4, 64, dtype="bfloat16", is_causal=True, cache=cached)
         plan = make_plan(cached.problem(call), on)
         assert {kernel.request(on) for kernel in plan.kernels} <= ahead
@@ -77,7 +77,7 @@ def test_the_command_compiles_them(tmp_path: Any, capsys: Any, monkeypatch: pyte
     monkeypatch.setenv("CUFLASH_CACHE_DIR", "")  # is put back
     given = ["--cache", "--head-dim", "16", "--dtype", "float16", "--causal", "--kv-dtype", "float8_e4m3fn", "--into", str(tmp_path)]
     assert main(["warmup", *given]) == 0
-    assert capsys.readouterr().out.startswith("7 kernels are in the cache")
+    assert capsys.readouterr().out.startswith("9 kernels are in the cache")
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,21 @@ def test_predict_knows_the_kernels_of_caches(capsys: Any) -> None:
     for batch, room in ((1, 1024), (4, 262144)):
         assert main(["predict", *call, "--cache", "--page-size", "64", "--batch", str(batch), "--seqlen-kv", str(room)]) == 0
         found[room] = json.loads(capsys.readouterr().out)
-    assert [of["kernel"] for of in found[1024]["kernels"]] == ["cache_append", "forward_split", "merge_attention"]
+    assert [of["kernel"] for of in found[1024]["kernels"]] == ["forward_split", "merge_attention"]
     assert 0.005 < found[1024]["predicted_milliseconds"] < 0.01
     memory = 1e3 * 4 * 8 * 262144 * 512 / machine.CARDS["sm_90"].memory_bytes_per_second
     assert memory <= found[262144]["predicted_milliseconds"] < memory / 0.85
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_a_short_cache_is_predicted_to_take_seven_microseconds_at_most(arch: str) -> None:
+    """One sequence of 1024 keys, new key and merging included."""
+    pytest.importorskip("cupy")
+    cached = CachedCall(64)
+    problem = cached.problem(Sample(1, 1, 1024, 16, 4, 128, dtype="bfloat16", cache=cached))
+    predicted = prediction.predict_plan(make_plan(problem, device.of_arch(arch, "gpu")), machine.CARDS[arch], limits=False)
+    assert [launch.name for launch in predicted.launches] == ["forward_split", "merge_attention"]
+    assert 0.004 < predicted.milliseconds < 0.007
 
 
 def test_a_cache_has_no_gradients_to_predict(capsys: Any) -> None:

@@ -16,7 +16,8 @@ from problems import num_prepared
 import cuflash
 from cuflash import Tile
 from cuflash.errors import ArgumentError, OptionError, UnsupportedError
-from cuflash.runtime import cache_calls
+from cuflash.planning import cache_append
+from cuflash.runtime import cache_calls, calls
 from cuflash.simulator import check
 
 pytest.importorskip("cupy")
@@ -132,6 +133,10 @@ def test_numbers_that_make_no_sense_never_leave_the_arrays(form: str, simulator:
         given[name] = numpy.ascontiguousarray(
             numpy.broadcast_to(senseless[:, None] if name == "page_table" else senseless, given[name].shape)
         )
+        if (
+            name != "page_table" and form == "page16"
+        ):  # no page twice, behind lengths neither: a sequence would see what another one appends
+            given["page_table"] = numpy.arange(given["page_table"].size, dtype="int32").reshape(given["page_table"].shape)
         if name in ("cache_batch_idx", "page_table"):  # sequences that share a row or a page write it in any order
             given = {key: x for key, x in given.items() if key not in ("key", "value") and not key.startswith("rotary")}
         surroundings = {}
@@ -143,6 +148,34 @@ def test_numbers_that_make_no_sense_never_leave_the_arrays(form: str, simulator:
         assert numpy.isfinite(out).all()
         for memory in surroundings.values():
             assert (memory[[0, -1]] == 7).all()
+
+
+APPENDING = {
+    "pages": CacheCall((0, 5, 130, 250), 3, 3, 6, 2, 24, page_size=16, leftpad=(0, 8, 7, 0), rotary_dim=14, interleaved=True, options={"is_causal": True, "num_splits": 3}),
+    "e4m3": CacheCall((0, 130), 2, 2, 4, 2, 40, 24, rotary_dim=16, scales="sequences", options={"window": (40, 7), "num_splits": 2}),
+    "stream": CacheCall((0, 64, 130), 1, 1, 4, 2, picks_rows=True, rotary_dim=32, dtype="bfloat16", options={"num_splits": "stream-K"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd_rows", [False, True], ids=["", "odd"])
+@pytest.mark.parametrize("name", list(APPENDING))
+def test_a_kernel_before_attention_appends_the_same_bits(
+    name: str, odd_rows: bool, simulator: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that padding hides are appended too; so are those of rows that do not start on 16 bytes."""
+    given, results = APPENDING[name].arrays() | {"tile": TILE}, []
+    for most in (cache_append.MAX_FUSED_KEYS, 0):
+        monkeypatch.setattr(cache_append, "MAX_FUSED_KEYS", most)
+        monkeypatch.setattr(calls, "_calls", {})
+        own = {}
+        for cache in ("key_cache", "value_cache"):
+            memory = numpy.zeros((*given[cache].shape[:-1], given[cache].shape[-1] + odd_rows), given[cache].dtype)
+            own[cache] = memory[..., : given[cache].shape[-1]]
+            own[cache][...] = given[cache]
+        out, lse = cuflash.attention_with_kvcache(**given | own, return_lse=True)
+        results.append([Target.bits(x) for x in (out, lse, *own.values())])
+        assert [kernel.name == "cache_append" for kernel in cuflash.kvcache_plan(**given | own).kernels].count(True) == (most == 0)
+    assert results[0] == results[1]
 
 
 # --- Splits -------------------------------------------------------------------------------------------------------------------------------
@@ -245,7 +278,7 @@ def test_no_schedule_changes_a_bit(page_size: int, simulator: Target, request: p
             LENGTHS, 3, 2, 6, 2, page_size=page_size, rotary_dim=16, options={"is_causal": True, "num_splits": 3, "tile": tile}
         )
         report = check(functools.partial(cuflash.attention_with_kvcache, **call.arrays(), return_lse=True), seeds=seeds)
-        assert report.kernels == ("cache_append", "forward_split_mma", "merge_attention")
+        assert report.kernels == ("forward_split_mma", "merge_attention")
         assert len(report.compared) == 2
 
 
@@ -425,8 +458,11 @@ def test_turing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_plan_says_what_runs(simulator: Target) -> None:
     given = CacheCall((50,), 1, 1, room=100_000, rotary_dim=8, page_size=64).arrays()
     planned = cuflash.kvcache_plan(**given)
-    assert [kernel.name for kernel in planned.kernels] == ["cache_append", "forward_split", "merge_attention"]
-    assert [buffer.name for buffer in planned.workspace] == ["partial_out", "partial_lse", "rotated_query"]
+    assert [kernel.name for kernel in planned.kernels] == ["forward_split", "merge_attention"]
+    assert [buffer.name for buffer in planned.workspace] == ["partial_out", "partial_lse"]
+    many = cuflash.kvcache_plan(**CacheCall((50,), 17, 17, room=100_000, rotary_dim=8, page_size=64).arrays())
+    assert [kernel.name for kernel in many.kernels] == ["cache_append", "forward_split", "merge_attention"]
+    assert [buffer.name for buffer in many.workspace] == ["partial_out", "partial_lse", "rotated_query"]
     assert "seqlen 1 x 100032 in a cache, pages of 64, keys of each row up to its cache_seqlens and 1 new" in str(planned)
     assert re.search(r"forward_split: forward_split_mma.cu, tile_q=16, .*, keys of a sequence in \d+ splits", str(planned))
     with pytest.raises(OptionError, match="window"):

@@ -38,13 +38,13 @@ def allocated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 def test_a_step_allocates_its_result_alone(simulator: Target, allocated: list[tuple[int, ...]]) -> None:
-    """Parts of splits and rotated queries lie where those of the step before lay; with `out` nothing is allocated at all."""
+    """Parts of splits lie where those of the step before lay; with `out` nothing is allocated at all."""
     call = CacheCall((5, 130, 250), 1, 1, page_size=16, rotary_dim=32, options={"is_causal": True, "num_splits": 3})
     given = call.arrays()
     first, lse = cuflash.attention_with_kvcache(**given, return_lse=True)
     call.check_results(first, lse)
     assert len(allocated) == 3, "out, lse and a piece"
-    assert {buffer.name for buffer in cuflash.kvcache_plan(**given).workspace} == {"rotated_query", "partial_out", "partial_lse"}
+    assert {buffer.name for buffer in cuflash.kvcache_plan(**given).workspace} == {"partial_out", "partial_lse"}
     allocated.clear()
     for _ in range(3):
         numpy.testing.assert_array_equal(cuflash.attention_with_kvcache(**given, return_lse=True)[0], first)

@@ -254,7 +254,7 @@ def test_it_is_taken_where_lengths_may_differ_by_much() -> None:
     assert kernel_of(taken).splits.stream_k
     assert "stream-K: equal shares of all keys" in str(taken)
     assert kernel_of(taken).num_blocks == split_forward.resident_blocks(kernel_of(taken).case, kernel_of(taken).tile, taken.device)
-    assert [kernel.name for kernel in taken.kernels] == ["cache_append", "forward_split", "merge_attention"]
+    assert [kernel.name for kernel in taken.kernels] == ["forward_split", "merge_attention"]
     invariant = make_plan(replace(taken.problem, batch_invariant=True), taken.device)
     assert kernel_of(invariant).splits == (32, 1024 // kernel_of(invariant).tile.tile_kv, False)  # of 1024 keys each
     assert not kernel_of(plan_of(1, 32768)).splits.stream_k  # one sequence is cut into equal parts anyhow

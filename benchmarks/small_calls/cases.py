@@ -152,7 +152,7 @@ def tiny_cases() -> list[Case]:
         *(Case.of(dtype, head_dim, heads=2, heads_kv=1, **CAUSAL, wgmma=True) for dtype, head_dim in (("bfloat16", 64), ("float16", 128))),
         *(Case.of("bfloat16", head_dim, heads=2, heads_kv=1, **CAUSAL, wgmma=True) for head_dim in (256, 512)),
         Case.of("bfloat16", 64, 200, 208, wgmma=True, features=WGMMA_FEATURES["all"]),
-        *(Case.of(dtype, 64, 5, 160, 2, 6, 2, **BOTTOM_RIGHT, cached=True) for dtype in ("bfloat16", "float16")),
+        *(Case.of(dtype, 64, queries, 160, 2, 6, 2, **BOTTOM_RIGHT, cached=True) for dtype, queries in (("bfloat16", 5), ("float16", 20))),
         *(Case.of(dtype, 64, batch=2, features=bias(dtype)) for dtype in ("bfloat16", "float32")),
         *(Case.of(dtype, 64, heads=2, **PACKED, **CAUSAL, features=PACKED_FEATURES) for dtype in ("bfloat16", "float32")),
         Case.of("bfloat16", 64, batch=2, **BOTTOM_RIGHT, lengths_kv=(100, 41), features=SampleFeatures(prefix=12, segments=2)),
@@ -202,8 +202,8 @@ def check_cases() -> list[Case]:
             wgmma=True,
         ),
         *(
-            Case.of(dtype, head_dim, 7, 640, 2, 10, 2, **BOTTOM_RIGHT, cached=True)
-            for dtype in ("bfloat16", "float16")
+            Case.of(dtype, head_dim, queries, 640, 2, 10, 2, **BOTTOM_RIGHT, cached=True)
+            for dtype, queries in (("bfloat16", 7), ("float16", 20))
             for head_dim in (64, 128, 256)
         ),
         *lone_feature_cases(),

@@ -105,17 +105,19 @@ def _nowhere(shape: tuple[int, ...], dtype: str, number: int) -> Array:
 
 
 def requests_of(sample: Sample, device: Device) -> Iterator[CompileRequest]:
-    """What to compile for all calls like this one, of any number of queries, heads and splits: tiles of 16 and of 32 rows, with and without merging, and stream-K."""
+    """What to compile for all calls like this one, of any number of queries, heads and splits: tiles of 16 and of 32 rows, few new keys and many, with and without
+    merging, and stream-K."""
     from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD
     from cuflash.planning.planner import make_plan
 
     assert sample.cache is not None
-    ways: tuple[tuple[int, int | str], ...] = ((1, 1), (32, 2))
+    kinds = (1, 1), (1, 32), (32, 1)  # queries, heads that share a key head
+    of_splits: tuple[int | str, ...] = (2,)
     if max(sample.head_dim, sample.head_dim_v or 0) <= WIDEST_NARROW_HEAD:
-        ways += (1, _STREAM_K), (32, _STREAM_K)
-    for rows, splits in ways:
+        of_splits += (_STREAM_K,)
+    for splits, (queries, heads) in product(of_splits, kinds):
         cached = replace(sample.cache, num_splits=splits)
-        like = replace(sample, batch=1, seqlen_q=rows, seqlen_kv=4096, num_heads_q=1, num_heads_kv=1, cache=cached)
+        like = replace(sample, batch=1, seqlen_q=queries, seqlen_kv=4096, num_heads_q=heads, num_heads_kv=1, cache=cached)
         for kernel in make_plan(cached.problem(like), device).kernels:
             yield kernel.request(device)
 

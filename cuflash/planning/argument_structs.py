@@ -154,6 +154,10 @@ CACHE_ARGUMENTS = _struct(
     ("new_keys", INT), ("reserved", INT),
 )  # fmt: skip
 CACHE_SCALES = _struct("CacheScales", ("key", HEAD_VIEW), ("value", HEAD_VIEW))
+ROTARY_ARGUMENTS = _struct(
+    "RotaryArguments",
+    ("cos", WORD), ("sin", WORD), ("stride_cos", INT64), ("stride_sin", INT64), ("dim", INT), ("rows", INT), ("interleaved", INT), ("queries_advance", INT),
+)  # fmt: skip
 MAPPED_TENSOR = _struct("MappedTensor", ("map", TENSOR_MAP), ("head_factor", INT), ("batch_factor", INT))
 
 # --- Parameters of kernels ----------------------------------------------------------------------------------------------------------------
@@ -168,14 +172,13 @@ FORWARD_SPLIT_ARGUMENTS = _struct(
     ("query", TENSOR_VIEW), ("key", TENSOR_VIEW), ("value", TENSOR_VIEW), ("out", TENSOR_VIEW), ("lse", ROW_VIEW),
     ("partial_out", WORD), ("partial_lse", WORD), ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS),
     ("cache", CACHE_ARGUMENTS), ("num_splits", INT), ("split_tiles", INT), ("scales", CACHE_SCALES),
-    ("part_table", WORD), ("begin_tiles", INT), ("part_tiles", FLOAT),
+    ("part_table", WORD), ("begin_tiles", INT), ("part_tiles", FLOAT), ("new_key", TENSOR_VIEW), ("new_value", TENSOR_VIEW), ("rotary", ROTARY_ARGUMENTS),
 )  # fmt: skip
 CACHE_APPEND_ARGUMENTS = _struct(
     "CacheAppendArguments",
     ("given_query", TENSOR_VIEW), ("rotated_query", TENSOR_VIEW), ("new_key", TENSOR_VIEW), ("new_value", TENSOR_VIEW), ("key", TENSOR_VIEW),
-    ("value", TENSOR_VIEW), ("rotary_cos", WORD), ("rotary_sin", WORD), ("stride_cos", INT64), ("stride_sin", INT64),
-    ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("cache", CACHE_ARGUMENTS), ("head_dim", INT), ("head_dim_v", INT), ("rotary_dim", INT),
-    ("rotary_rows", INT), ("rotary_interleaved", INT), ("queries_advance", INT), ("scales", CACHE_SCALES),
+    ("value", TENSOR_VIEW), ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("cache", CACHE_ARGUMENTS), ("head_dim", INT), ("head_dim_v", INT),
+    ("scales", CACHE_SCALES), ("rotary", ROTARY_ARGUMENTS),
 )  # fmt: skip
 FORWARD_WGMMA_ARGUMENTS = _struct(
     "ForwardWgmmaArguments",

@@ -84,7 +84,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
             if problem.features.kinds.sinks:
                 planned.append(_sinks_kernel(problem, device))
         elif any(spec.splits_keys for spec in tiled):
-            planned[:0] = cache_append.kernels(problem, device)
+            planned[:0] = cache_append.kernels(tiled[0], problem, device)
             planned += [merging for kernel in planned for merging in split_forward.merging_kernels(kernel, problem, device)]
         kernels = tuple(planned)
     for kernel in kernels:
@@ -300,7 +300,7 @@ def _split_kernel(
         box_keys = wide_forward.box_keys(problem, tile)
         constants |= {"VALUE_IN_KEY": case.value_in_key, "BOX_ROWS": box_keys}
     else:
-        constants["CacheElement"] = CPP_ELEMENTS[problem.kv_dtype]
+        constants |= {"CacheElement": CPP_ELEMENTS[problem.kv_dtype], **cache_append.constants(case.kernel, problem)}
     splits, num_tiles = split_forward.splits_of(case, problem, tile, device), split_forward.owned_row_tiles(problem, tile)
     num_blocks = split_forward.num_blocks(splits, problem, case, tile, device)
     constants["STREAM_K"] = splits.stream_k

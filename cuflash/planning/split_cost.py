@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, sqrt
+from typing import NamedTuple
 
 from cuflash.problem.cache_call import MAX_SPLITS
 
@@ -15,8 +16,6 @@ PART_TILES = 0.22
 """What a part more costs the merge, in tiles of 64 keys of the kernel that makes the parts: fitted by others on a GH200 (FlashInfer, pull request 4904)."""
 LAUNCH_TILES = 1.0
 """The launch of the merge: 3 µs beside 32 KiB of keys and values of one of 216 blocks that share 2 TB/s."""
-BLOCK_TILES = 10.0
-"""A block's beginning and end, in such tiles of 64 keys and values of 128 columns: fitted by the same others."""
 BEGIN_TILES = 2
 """The beginning and the end of an output tile, or of a part of it, by the timing model."""
 _LENGTH_TILES = 0.25
@@ -28,26 +27,51 @@ _MOST_OF_SPLITS = 0.95
 # --- Full caches --------------------------------------------------------------------------------------------------------------------------
 
 
-def fastest_number(blocks: int, tiles: int, resident: int, block_tiles: float = BLOCK_TILES, part_tiles: float = 0.0) -> int:
+class SplitCosts(NamedTuple):
+    """What times are made of, in key tiles of one of as many blocks as the device holds, which share its memory.
+
+    Attributes:
+        block: a block's beginning and end, in its key tiles.
+        of_part: what its part takes besides, where there are several splits.
+        part: what each split costs the merge.
+        merge: what the merge costs besides.
+        alone: how long a block takes for its tile at least, however few blocks there are: what is left then is the latency of its copies.
+    """
+
+    block: float
+    of_part: float = 0.0
+    part: float = PART_TILES
+    merge: float = 0.0
+    alone: float = 1.0
+
+
+PREDICTED = SplitCosts(block=BEGIN_TILES, part=0.015, merge=0.65, alone=0.5)
+"""Of the kernel of mma.sync, by the timing model (docs/timing.md, "A step of generation"): the number of splits that is fastest by them is within 4 % of the fastest
+by it, on an A100 and an H100, for 1 to 64 output tiles of 256 to 32768 keys."""
+FITTED = SplitCosts(block=10.0)
+"""As others fitted them on a GH200 (FlashInfer, pull request 4904), where blocks fill the device."""
+FITTED_BYTES = 2**15
+"""Of a tile of theirs: 64 keys and values of 128 columns."""
+
+
+def fastest_number(blocks: int, tiles: int, resident: int, costs: SplitCosts = PREDICTED) -> int:
     """How many splits are fastest, the fewest of equally fast ones.
 
     Args:
         blocks: of one split.
         tiles: of keys, in the longest sequence.
         resident: blocks that the device holds at a time.
-        block_tiles, part_tiles: what a block takes besides its key tiles, and its parts where there are several splits, in key tiles.
+        costs: of the kernel.
     """
-
-    return min(
-        range(1, min(tiles, MAX_SPLITS) + 1), key=lambda count: cost_of_splits(blocks, tiles, resident, count, block_tiles, part_tiles)
-    )
+    return min(range(1, min(tiles, MAX_SPLITS) + 1), key=lambda count: cost_of_splits(blocks, tiles, resident, count, costs))
 
 
-def cost_of_splits(blocks: int, tiles: int, resident: int, count: int, block_tiles: float = BLOCK_TILES, part_tiles: float = 0.0) -> float:
-    """Time that so many splits take, in key tiles of one block."""
-    waves = ceil(blocks * count / resident)
+def cost_of_splits(blocks: int, tiles: int, resident: int, count: int, costs: SplitCosts = PREDICTED) -> float:
+    """Time that so many splits take, in the unit of `costs`: that of the blocks of all waves, each as fast as it can be, or that of memory."""
     several = count > 1
-    return waves * (ceil(tiles / count) + block_tiles + part_tiles * several) + PART_TILES * count * several
+    of_blocks = costs.alone * ceil(blocks * count / resident) * (ceil(tiles / count) + costs.block + costs.of_part * several)
+    of_memory = blocks * tiles / resident + costs.alone * costs.block
+    return max(of_blocks, of_memory) + (costs.merge + costs.part * count) * several
 
 
 # --- Lengths that may differ --------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from cuflash.planning import asked_for, merge_kernels, split_cost, stream_k, til
 from cuflash.planning.kernel_cases import KernelCase, case_of, operand_bytes
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, Splits
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, MERGE_ATTENTION, PART_TABLE, PARTS
-from cuflash.planning.split_cost import BLOCK_TILES, PART_TILES
 from cuflash.problem.cache_call import STREAM_K
 from cuflash.problem.features import UNLIMITED
 from cuflash.problem.problem import Problem
@@ -36,9 +35,6 @@ MAX_QUERIES = 16
 _MAX_ROWS = 2**31 - 2**10  # grouped; with the empty ones of the last tile they are 32-bit numbers
 INVARIANT_KEYS = 1024
 """Of a split, where a row's bits must not depend on the batch."""
-
-_FITTED_BYTES = 2**15
-"""Of such a tile: 64 keys and values of 128 columns."""
 
 _UNKNOWN_FEATURES = ("dropout", "segments", "prefix")
 
@@ -189,22 +185,21 @@ def splits_of(case: KernelCase, problem: Problem, tile: Tile, device: Device) ->
         return Splits(max(1, ceil(problem.max_seqlen_kv / (of_split * tile.tile_kv))), of_split)
     if problem.num_splits is not None:
         return Splits(problem.num_splits)
-    number, tiles = fastest_number(case, problem, tile, device), key_tiles(problem, tile)
+    tiles = key_tiles(problem, tile)
     reason = stream_k.why_not(case.kernel, problem, row_tiles(problem, tile), tiles)
     if problem.stream_k and reason is not None:
         raise OptionError("num_splits", repr(STREAM_K), f"None or a number, since {reason}", "Leave it out.")
-    resident = resident_blocks(case, tile, device)
-    if problem.stream_k or (
-        reason is None and split_cost.stream_k_is_faster(output_tiles(problem, tile), problem.sequences, tiles, resident, number)
-    ):
+    resident, of_all = resident_blocks(case, tile, device), output_tiles(problem, tile)
+    beside = split_cost.fastest_number(of_all, tiles, resident, split_cost.FITTED)  # as equal shares count parts
+    if problem.stream_k or (reason is None and split_cost.stream_k_is_faster(of_all, problem.sequences, tiles, resident, beside)):
         return Splits(1, stream_k=True)
-    return Splits(number)
+    return Splits(fastest_number(case, problem, tile, device))
 
 
 def fastest_number(case: KernelCase, problem: Problem, tile: Tile, device: Device) -> int:
     """Of splits of full caches."""
     resident = resident_blocks(case, tile, device)
-    return split_cost.fastest_number(output_tiles(problem, tile), key_tiles(problem, tile), resident, *_tiles_of_block(case, tile, device))
+    return split_cost.fastest_number(output_tiles(problem, tile), key_tiles(problem, tile), resident, _costs(case, tile, device))
 
 
 def num_blocks(splits: Splits, problem: Problem, case: KernelCase, tile: Tile, device: Device) -> int:
@@ -222,12 +217,13 @@ def resident_blocks(case: KernelCase, tile: Tile, device: Device) -> int:
     return tile_model.blocks_per_sm(case, tile, device) * device.num_sms
 
 
-def _tiles_of_block(case: KernelCase, tile: Tile, device: Device) -> tuple[float, float]:
-    """What a block takes besides its key tiles, and what the parts of each take where there are several splits, in key tiles."""
+def _costs(case: KernelCase, tile: Tile, device: Device) -> split_cost.SplitCosts:
+    """Of the kernel with this tile."""
     if case.kernel == FORWARD_SPLIT:
-        return BLOCK_TILES, 0.0
+        return split_cost.PREDICTED
     tile_bytes = tile.tile_kv * operand_bytes(case, device)[1]
-    return BLOCK_TILES * _FITTED_BYTES / tile_bytes, 8.0 * tile.tile_q * case.head_dim_v / tile_bytes  # float32, written and read
+    block = split_cost.FITTED.block * split_cost.FITTED_BYTES / tile_bytes
+    return split_cost.SplitCosts(block, 8.0 * tile.tile_q * case.head_dim_v / tile_bytes)  # float32, written and read
 
 
 def predicted_cost(plan: Plan, skipped_keys: int = 0) -> float:
@@ -254,9 +250,10 @@ def predicted_share(plan: Plan) -> float | None:
     resident = resident_blocks(kernel.case, kernel.tile, device)
     if kernel.splits.stream_k:
         share = ceil(blocks * tiles / resident)
-        return blocks * tiles / resident / (share + BLOCK_TILES + PART_TILES * ceil(tiles / share))
-    of_block = _tiles_of_block(kernel.case, kernel.tile, device)
-    return blocks * tiles / resident / split_cost.cost_of_splits(blocks, tiles, resident, kernel.splits.number, *of_block)
+        costs = split_cost.PREDICTED
+        return blocks * tiles / resident / (share + costs.alone * costs.block + costs.merge + costs.part * ceil(tiles / share))
+    costs = _costs(kernel.case, kernel.tile, device)
+    return blocks * tiles / resident / split_cost.cost_of_splits(blocks, tiles, resident, kernel.splits.number, costs)
 
 
 def _visible_keys(problem: Problem) -> int:

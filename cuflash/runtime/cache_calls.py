@@ -107,7 +107,7 @@ class PreparedCacheCall(PreparedForward):
         views = {"query": query, "key": ("key_cache", problem.key), "value": ("value_cache", problem.value)}
         if cache.new is not None:
             views |= {"new_key": ("key", cache.new.key), "new_value": ("value", cache.new.value)}
-        if cache.rotary is not None:
+        if cache.rotary is not None and any(kernel.spec == CACHE_APPEND for kernel in self.plan.kernels):
             (rotated,) = CACHE_APPEND.workspace
             shape = problem.query.shape
             stride_batch, stride_seqlen, stride_head = (prod(shape[axis:]) for axis in (1, 2, 3))
@@ -128,10 +128,9 @@ class PreparedCacheCall(PreparedForward):
         scales: Values = {"key": _scale("key_scale", cache.scales.key), "value": _scale("value_scale", cache.scales.value)}
         values: dict[str, Value] = {"lengths": lengths, "cache": places, "scales": scales, "head_dim_v": problem.head_dim_v}
         if (rotary := cache.rotary) is not None:
-            values |= {
-                "rotary_cos": "rotary_cos", "rotary_sin": "rotary_sin", "stride_cos": rotary.strides[0], "stride_sin": rotary.strides[1],
-                "rotary_dim": rotary.dim, "rotary_rows": rotary.rows, "rotary_interleaved": rotary.interleaved,
-                "queries_advance": problem.queries_advance,
+            values["rotary"] = {
+                "cos": "rotary_cos", "sin": "rotary_sin", "stride_cos": rotary.strides[0], "stride_sin": rotary.strides[1], "dim": rotary.dim,
+                "rows": rotary.rows, "interleaved": rotary.interleaved, "queries_advance": problem.queries_advance,
             }  # fmt: skip
         return values
 

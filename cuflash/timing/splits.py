@@ -9,9 +9,11 @@ Caches are taken to be full, and to lie in memory: between two steps a model rea
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 
-from cuflash.planning import stream_k
+from cuflash.planning import cache_append, stream_k
 from cuflash.planning.kernel_plan import KernelPlan
+from cuflash.planning.merge_kernels import row_groups, row_lanes
 from cuflash.problem.problem import Problem
 from cuflash.timing.machine import SHARED_BYTES_PER_CLOCK, Card, Multiprocessor
 from cuflash.timing.visits import Data, tiles_of_sequences, visits_of_launch
@@ -19,7 +21,10 @@ from cuflash.timing.visits import Data, tiles_of_sequences, visits_of_launch
 _FLOAT = 4
 _PART_STATE = 2 * _FLOAT  # reference and sum of a row in a part
 _LOOKUPS = 2  # of a block before its first copy, one behind the other: its sequence's length, and the page of its first key
-_MERGE_TRIPS = 3  # of a row, one behind the other: the states for the largest, the states for the sum, and the rows
+_PARTS_AHEAD = 4  # of a thread that merges, whose rows travel at a time (kernels/merge_attention.cu)
+_NEW_KEY_TRIPS = (
+    3  # of a block that appends, while its first copies travel: its new keys for itself, its queries, and new keys for the cache
+)
 
 
 def memory_machine(machine: Multiprocessor, card: Card, blocks: int, together: int) -> Multiprocessor:
@@ -57,10 +62,12 @@ def block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocessor
     `machine` is that of `memory_machine`.
     """
     tile, columns = kernel.tile, problem.head_dim_v
-    of_warps = tile.num_warps * tile.tile_q * columns * _FLOAT
-    stored = tile.tile_q * (columns * _FLOAT + _PART_STATE if kernel.splits.makes_parts else columns * problem.itemsize)
+    rows = min(tile.tile_q, problem.max_seqlen_q * problem.heads_per_kv)
+    of_warps = tile.num_warps * rows * columns * _FLOAT
+    stored = rows * (columns * _FLOAT + _PART_STATE if kernel.splits.makes_parts else columns * problem.itemsize)
     merged = 2 * of_warps / SHARED_BYTES_PER_CLOCK + 2 * (machine.barrier_latency + machine.barrier_arrival * tile.num_warps)
-    return card.block_start + _LOOKUPS * machine.global_latency + machine.copy_latency + merged + stored / machine.l2_bytes
+    first_copy = max(machine.copy_latency, _NEW_KEY_TRIPS * machine.global_latency * cache_append.is_fused(kernel.spec, problem))
+    return card.block_start + _LOOKUPS * machine.global_latency + first_copy + merged + stored / machine.l2_bytes
 
 
 def clocks_of_merge(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card, parts: float) -> float:
@@ -68,7 +75,10 @@ def clocks_of_merge(kernel: KernelPlan, problem: Problem, machine: Multiprocesso
     rows = problem.query_rows
     moved = rows * (parts * (problem.head_dim_v * _FLOAT + 2 * _PART_STATE) + problem.head_dim_v * problem.itemsize)
     at_a_time = min(card.num_sms, kernel.num_blocks)
-    return card.block_start + _MERGE_TRIPS * machine.global_latency + moved / (at_a_time * machine.l2_bytes)
+    lanes, groups = row_lanes(problem.head_dim_v), row_groups(kernel.spec, problem.seqlen_q, problem.head_dim_v, ceil(parts))
+    states = 1 + (parts > lanes * groups)  # once more where a thread has several
+    rows_of_parts = ceil(parts / groups / _PARTS_AHEAD)
+    return card.block_start + (states + rows_of_parts) * machine.global_latency + moved / (at_a_time * machine.l2_bytes)
 
 
 def clocks_of_append(kernel: KernelPlan, problem: Problem, machine: Multiprocessor, card: Card) -> float:

@@ -36,6 +36,8 @@ struct KeyPlace {  // `row` of `page`, or of a batch's row of the cache; row -1:
   int page, row;
 };
 
+constexpr int NOT_IN_CACHE = -2;  // in the place of the row of a key that somebody else copies (tile/new_keys.cuh)
+
 class SequenceInCache {
  public:
   // `first_row`: of packed keys, the sequence's first.
@@ -67,19 +69,19 @@ class SequenceInCache {
 };
 
 // The rows of a tile of KEYS keys that a lane copies: every ROW_STEP-th, LANES neighbouring lanes to a row.
-template <int KEYS, int LANES>
+template <int KEYS, int LANES, bool SOME_ARE_NEW>
 struct LaneKeys {
   static constexpr int ROW_STEP = WARP_SIZE / LANES;
   static constexpr int COUNT = ceil_div(KEYS, ROW_STEP);
   KeyPlace places[COUNT];
 
-  // Of the tile that starts at first_key; keys outside of begin .. end - 1 are none.
-  DEVICE void look_up(const SequenceInCache& sequence, int first_key, int begin, int end) {
+  // Of the tile that starts at first_key; keys outside of begin .. end - 1 are none. Those from first_new on are not in the cache.
+  DEVICE void look_up(const SequenceInCache& sequence, int first_key, int begin, int end, int first_new) {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       const int row = lane_index() / LANES + i * ROW_STEP, key = first_key + row;
       places[i] = {0, -1};
-      if (row < KEYS && key >= begin && key < end) places[i] = sequence.place(key);
+      if (row < KEYS && key >= begin && key < end) places[i] = SOME_ARE_NEW && key >= first_new ? KeyPlace{0, NOT_IN_CACHE} : sequence.place(key);
     }
   }
 
@@ -91,14 +93,15 @@ struct LaneKeys {
     for (int i = 0; i < COUNT; ++i) {
       const int row = lane_index() / LANES + i * ROW_STEP;
       if (KEYS % ROW_STEP != 0 && row >= KEYS) continue;
+      const bool is_copied = !SOME_ARE_NEW || places[i].row != NOT_IN_CACHE;
       const Element* source = view.row_pointer<const Element>(places[i].page, head, max(places[i].row, 0));
       const int width = places[i].row < 0 ? 0 : Tile::WIDTH;
       if (is_vectorized(view)) {
 #pragma unroll
         for (int chunk = lane_index() % LANES, j = 0; j < Tile::CHUNKS / LANES; ++j, chunk += LANES)
-          cp_async<16>(true, tile + Tile::offset(row, chunk), source + chunk * Tile::CHUNK_ELEMENTS,
+          cp_async<16>(is_copied, tile + Tile::offset(row, chunk), source + chunk * Tile::CHUNK_ELEMENTS,
                        elements<Tile>(chunk, width) * int(sizeof(Element)));
-      } else {
+      } else if (is_copied) {
 #pragma unroll 1
         for (int chunk = lane_index() % LANES; chunk < Tile::CHUNKS; chunk += LANES)
           store_shared(tile + Tile::offset(row, chunk),

@@ -151,19 +151,22 @@ struct Weights {
   float reference = 0.0f;  // 0 where all parts are empty
   float sum = 0.0f;  // 0 there
   float log2_sum = -infinity();  // -inf there
+  PartLse own = {-infinity(), 0.0f};  // of the first of the thread's parts, which is not read again
 
   DEVICE explicit Weights(float lse) : reference(lse), sum(1.0f), log2_sum(0.0f) {}
 
   DEVICE Weights(const MergeParts& parts, const Row& row) {
     __shared__ float largest_of_groups[NUM_THREADS], sums_of_groups[NUM_THREADS];
     const int first = row.lane * row.groups + row.group, step = row.lanes * row.groups;
-    float largest = -infinity();
+    if (first < row.num_parts) own = PartRow::load_lse(parts, row, first);
+    float largest = fmaxf(own.reference, -infinity());
 #pragma unroll 1
-    for (int i = first; i < row.num_parts; i += step) largest = fmaxf(largest, PartRow::load_lse(parts, row, i).reference);
+    for (int i = first + step; i < row.num_parts; i += step) largest = fmaxf(largest, PartRow::load_lse(parts, row, i).reference);
     largest = row.max(largest, largest_of_groups);
     reference = largest == -infinity() ? 0.0f : largest;
+    sum = above(own) * own.sum;
 #pragma unroll 1
-    for (int i = first; i < row.num_parts; i += step) {
+    for (int i = first + step; i < row.num_parts; i += step) {
       const PartLse part = PartRow::load_lse(parts, row, i);
       sum += above(part) * part.sum;
     }
