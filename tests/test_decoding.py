@@ -133,7 +133,9 @@ def test_numbers_that_make_no_sense_never_leave_the_arrays(form: str, simulator:
         given[name] = numpy.ascontiguousarray(
             numpy.broadcast_to(senseless[:, None] if name == "page_table" else senseless, given[name].shape)
         )
-        if name != "page_table" and form == "page16":  # no page twice, behind lengths neither: a sequence would see what another one appends
+        if (
+            name != "page_table" and form == "page16"
+        ):  # no page twice, behind lengths neither: a sequence would see what another one appends
             given["page_table"] = numpy.arange(given["page_table"].size, dtype="int32").reshape(given["page_table"].shape)
         if name in ("cache_batch_idx", "page_table"):  # sequences that share a row or a page write it in any order
             given = {key: x for key, x in given.items() if key not in ("key", "value") and not key.startswith("rotary")}
@@ -157,7 +159,9 @@ APPENDING = {
 
 @pytest.mark.parametrize("odd_rows", [False, True], ids=["", "odd"])
 @pytest.mark.parametrize("name", list(APPENDING))
-def test_a_kernel_before_attention_appends_the_same_bits(name: str, odd_rows: bool, simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_before_attention_appends_the_same_bits(
+    name: str, odd_rows: bool, simulator: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Keys that padding hides are appended too; so are those of rows that do not start on 16 bytes."""
     given, results = APPENDING[name].arrays() | {"tile": TILE}, []
     for most in (cache_append.MAX_FUSED_KEYS, 0):

@@ -57,8 +57,8 @@ class Costs(NamedTuple):
 
 
 _COSTS = Costs(block=stream_k.BEGIN_TILES, part=0.015, merge=0.65, alone=0.5)
-"""Of the kernel of mma.sync, by the timing model (docs/timing.md, "A step of generation"): the number of splits that is fastest by them is within 4 % of the fastest by it, on an A100 and an H100, for
-1 to 64 output tiles of 256 to 32768 keys. Nothing was measured."""
+"""Of the kernel of mma.sync, by the timing model (docs/timing.md, "A step of generation"): with the number of splits that is fastest by them a step takes at most 5 %
+longer than with the fastest one by it, on an A100 and an H100, for 1 to 16 output tiles (4 on the H100) of 256 to 32768 keys. Nothing was measured."""
 _FITTED_COSTS = Costs(block=10.0)
 """As others fitted them on a GH200 (FlashInfer, pull request 4904), where blocks fill the device. Nothing was measured here."""
 _FITTED_BYTES = 2**15
@@ -250,7 +250,9 @@ def _costs(case: KernelCase, tile: Tile, device: Device) -> Costs:
     if case.kernel == FORWARD_SPLIT:
         return _COSTS
     tile_bytes = tile.tile_kv * operand_bytes(case, device)[1]
-    return Costs(_FITTED_COSTS.block * _FITTED_BYTES / tile_bytes, 8.0 * tile.tile_q * case.head_dim_v / tile_bytes)  # float32, written and read
+    return Costs(
+        _FITTED_COSTS.block * _FITTED_BYTES / tile_bytes, 8.0 * tile.tile_q * case.head_dim_v / tile_bytes
+    )  # float32, written and read
 
 
 def fastest_split(blocks: int, tiles: int, resident: int, costs: Costs = _COSTS) -> int:

@@ -22,7 +22,9 @@ _FLOAT = 4
 _PART_STATE = 2 * _FLOAT  # reference and sum of a row in a part
 _LOOKUPS = 2  # of a block before its first copy, one behind the other: its sequence's length, and the page of its first key
 _PARTS_AHEAD = 4  # of a thread that merges, whose rows travel at a time (kernels/merge_attention.cu)
-_NEW_KEY_TRIPS = 3  # of a block that appends, while its first copies travel: its new keys for itself, its queries, and new keys for the cache
+_NEW_KEY_TRIPS = (
+    3  # of a block that appends, while its first copies travel: its new keys for itself, its queries, and new keys for the cache
+)
 
 
 def memory_machine(machine: Multiprocessor, card: Card, blocks: int, together: int) -> Multiprocessor:
