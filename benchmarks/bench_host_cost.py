@@ -80,7 +80,7 @@ CONVERSIONS = {"numpy": "asarray", "torch": "from_numpy", "cupy": "asarray"}
 @pytest.mark.parametrize("library", list(CONVERSIONS))
 @pytest.mark.parametrize("rotary", [False, True], ids=["", "rotary"])
 def test_step_of_generation(benchmark: Any, library: str, rotary: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token for each sequence, appended to pages and attended from: seven to nine arrays, three kernels. What a GPU's tables hold nobody checks."""
+    """A token for each sequence, appended to pages and attended from: seven to nine arrays, two kernels. What a GPU's tables hold nobody checks."""
     convert = getattr(pytest.importorskip(library), CONVERSIONS[library])
     if library == "cupy" and not pytest.importorskip("cupy").is_available():
         pytest.skip("needs a GPU")

@@ -63,7 +63,7 @@ def attention_with_kvcache(
             captured graph replays with other numbers. On a GPU, what makes no sense is clamped to the room that there is, and new keys without a place are
             left out; on the CPU it raises. What lies behind a sequence's last key may hold anything, NaN too.
         page_table: int32 `(batch, pages of a sequence)`: key p of a sequence is in row p % page_size of page `page_table[b, p // page_size]`. Entries behind a
-            sequence's last key may hold anything.
+            sequence's last key may hold anything. A page that gets new keys is one sequence's alone.
         cache_batch_idx: int32 `(batch,)`: which row of the cache is that of each sequence. With new keys, no two the same.
         cache_leftpad: int32 `(batch,)`: keys of each sequence before this one are padding, and are not seen. cache_seqlens counts them.
         rotary_cos, rotary_sin: `(positions, rotary_dim / 2)`, float32 or the type of query: the first rotary_dim columns of new keys and of queries are rotated by
@@ -104,9 +104,9 @@ def attention_with_kvcache(
             value without CUFLASH_FORWARD_WGMMA=0 (and pages of multiples of 8).
 
     Notes:
-        Up to three launches: new keys and rotation, attention, and where keys are split, merging. A warm call allocates its result, and nothing else where
-        workspace of up to 32 MiB is kept for the next call of the thread: for NumPy arrays, and on a GPU for CuPy arrays in a default stream.
-        `cuflash.clear_workspace()` gives it back.
+        Up to three launches: attention; where keys are split, merging; and before both, more than 16 new keys of a sequence, or packed ones. A warm call
+        allocates its result, and nothing else where workspace of up to 32 MiB is kept for the next call of the thread: for NumPy arrays, and on a GPU for CuPy
+        arrays in a default stream. `cuflash.clear_workspace()` gives it back.
 
     Source: Dao et al. 2023, Flash-Decoding, crfm.stanford.edu/2023/10/12/flashdecoding.html.
     """

@@ -83,7 +83,8 @@ DEVICE void copy_queries_for_e4m3(SmemAddress tile, const TensorView& view, cons
 }
 
 // The same of queries that are rotated, element by element.
-DEVICE void copy_rotated_queries(SmemAddress tile, const ForwardSplitArguments& arguments, const SplitWork& work, const GroupedRows& rows, int first_row) {
+DEVICE void copy_rotated_queries(SmemAddress tile, const ForwardSplitArguments& arguments, const SplitWork& work, const GroupedRows& rows,
+                                 int first_row) {
   const TensorView& view = arguments.query;
   const int64 length = arguments.lengths.seqlens_kv[work.sequence];
 #pragma unroll 1
@@ -95,7 +96,8 @@ DEVICE void copy_rotated_queries(SmemAddress tile, const ForwardSplitArguments& 
     if (first_row + row < rows.count) {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        chunks[i] = chunk_of<Element>(first + i, HEAD_DIM, [&](int column) { return rotated(arguments.rotary, source, view.stride_dim, column, position); });
+        chunks[i] =
+            chunk_of<Element>(first + i, HEAD_DIM, [&](int column) { return rotated(arguments.rotary, source, view.stride_dim, column, position); });
     }
     if constexpr (WIDENS) order_as_e4m3(chunks[0], chunks[1]);
 #pragma unroll

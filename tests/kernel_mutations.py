@@ -250,7 +250,12 @@ class CacheVariant(Variant):
             options={"is_causal": True, "num_splits": self.num_splits, "tile": self.tile},
         )  # fmt: skip
         arguments = call.arrays()
-        yield arguments
+        tables = {
+            name: arguments[name].astype(ELEMENTS[self.dtype]) for name in ("rotary_cos", "rotary_sin")
+        }  # so that both are calls of one kernel
+        rotary = tables | {"rotary_interleaved": arguments["rotary_interleaved"]}
+        plain = {name: array for name, array in arguments.items() if name not in rotary}
+        yield plain
         wider = np.zeros((*arguments["query"].shape[:-1], call.head_dim + 1), arguments["query"].dtype)
         query, wider[..., :-1] = wider[..., :-1], arguments["query"]
         caches = {}
@@ -258,7 +263,7 @@ class CacheVariant(Variant):
             rows = np.zeros((*arguments[name].shape[:-1], call.head_dim + 1), arguments[name].dtype)
             rows[..., :-1] = arguments[name]
             caches[name] = rows[..., :-1]
-        yield arguments | caches | {"query": query}  # rows that do not start on 16 bytes
+        yield plain | rotary | caches | {"query": query}  # rows that do not start on 16 bytes
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ class SplitCosts(NamedTuple):
 
 
 PREDICTED = SplitCosts(block=BEGIN_TILES, part=0.015, merge=0.65, alone=0.5)
-"""Of the kernel of mma.sync, by the timing model (docs/timing.md, "A step of generation"): the number of splits that is fastest by them is within 4 % of the fastest
-by it, on an A100 and an H100, for 1 to 64 output tiles of 256 to 32768 keys."""
+"""Of the kernel of mma.sync, by the timing model (docs/timing.md, "A step of generation"): with the number of splits that is fastest by them a step takes at most 5 %
+longer than with the fastest one by it, on an A100 and an H100, for 1 to 16 output tiles (4 on the H100) of 256 to 32768 keys."""
 FITTED = SplitCosts(block=10.0)
 """As others fitted them on a GH200 (FlashInfer, pull request 4904), where blocks fill the device."""
 FITTED_BYTES = 2**15

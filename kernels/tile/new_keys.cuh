@@ -1,5 +1,5 @@
-// New keys and values that come with a call and are appended to a cache, where the kernel of attention does it itself (APPENDS): a few of each sequence,
-// behind those that the cache has.
+// New keys and values that come with a call and are appended to a cache, where the kernel of attention does it itself (APPENDS): a few of each
+// sequence, behind those that the cache has.
 //
 // Blocks whose rows see them take them from where the caller has them, rotated and converted as the cache will have them: the numbers are those that
 // a later call reads. One block of each sequence and key head writes them into the cache, where no block of this call reads them.
@@ -71,7 +71,8 @@ class NewKeys {  // of one sequence and key head
   // Of a key, or of its value, what the cache gets. Both are one piece of code, since the loop over tiles has it too.
   DEVICE Chunk converted(bool is_key, int key, int chunk) const {
     const TensorView &keys = arguments.new_key, &values = arguments.new_value;
-    const Element* row = is_key ? keys.row_pointer<const Element>(sequence, head, key - first) : values.row_pointer<const Element>(sequence, head, key - first);
+    const Element* row =
+        is_key ? keys.row_pointer<const Element>(sequence, head, key - first) : values.row_pointer<const Element>(sequence, head, key - first);
     const int64 stride_dim = is_key ? keys.stride_dim : values.stride_dim;
     RotaryArguments rotary = arguments.rotary;
     if (!is_key) rotary.dim = 0;

@@ -50,10 +50,11 @@ DEVICE void publish_state(const WarpSoftmax<M>& softmax, SmemAddress states) {
     }
 }
 
-// This warp's O, relative to the whole rows, of which the first `num_rows` exist. `sink(row)` is that of a row. With PAIRED tiles, each two neighbours have the even and the odd ones of
-// their columns (tile/cache_operand.cuh).
+// This warp's O, relative to the whole rows, of which the first `num_rows` exist. `sink(row)` is that of a row. With PAIRED tiles, each two
+// neighbours have the even and the odd ones of their columns (tile/cache_operand.cuh).
 template <bool PAIRED, int M, int N, typename Sink>
-DEVICE void publish_O(const float (&O)[M][N][4], const WarpSoftmax<M>& softmax, SmemAddress states, SmemAddress parts, int num_rows, const Sink& sink) {
+DEVICE void publish_O(const float (&O)[M][N][4], const WarpSoftmax<M>& softmax, SmemAddress states, SmemAddress parts, int num_rows,
+                      const Sink& sink) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   const SmemAddress own = parts + warp_index() * WarpO::BYTES;
 #pragma unroll
