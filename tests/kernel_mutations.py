@@ -248,7 +248,9 @@ class CacheVariant(Variant):
             options={"is_causal": True, "num_splits": 2, "tile": self.tile},
         )  # fmt: skip
         arguments = call.arrays()
-        tables = {name: arguments[name].astype(ELEMENTS[self.dtype]) for name in ("rotary_cos", "rotary_sin")}  # so that both are calls of one kernel
+        tables = {
+            name: arguments[name].astype(ELEMENTS[self.dtype]) for name in ("rotary_cos", "rotary_sin")
+        }  # so that both are calls of one kernel
         rotary = tables | {"rotary_interleaved": arguments["rotary_interleaved"]}
         plain = {name: array for name, array in arguments.items() if name not in rotary}
         yield plain
