@@ -10,6 +10,7 @@
 //     O += P_{j-1} V_{j-1}     in flight while S_j becomes P_j
 //
 // so the tensor cores have work while the maximum is found, and while exponentials are computed they have that of warpgroups that are out of step.
+// Of wide heads, the first columns of Q are kept in registers, too, as far as there is room, and shared memory is read less (docs/kernels.md).
 // The assembler moves the wait for O ahead of most exponentials; kernels in which it was held back were slower on an H100 (docs/hopper.md).
 //
 // Shared memory: Q [Q_STAGES][TILE_Q / 64][⌈D / 64⌉][64][64] | K [NUM_STAGES][⌈D / 64⌉][TILE_KV][64] | V [NUM_STAGES][⌈DV / 64⌉][TILE_KV][64] |

@@ -75,39 +75,39 @@ struct Wgmma;
 #define D_64(n) D_32(n), D_32(n + 8)
 
 // I0 .. I5: the numbers that follow those of D.
-#define WGMMA_OF_TYPE(ELEMENT, TYPE, TILES, N, REGISTERS, I0, I1, I2, I3, I4, I5, ...)                                                              \
-  template <>                                                                                                                                       \
-  struct Wgmma<ELEMENT, TILES> {                                                                                                                    \
-    DEVICE static void from_shared(float (&d)[TILES][4], uint64 a, uint64 b, bool adds) {                                                           \
-      asm volatile("{ .reg .pred p; setp.ne.b32 p, " I2 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " I0 \
-                   ", " I1 ", p, 1, 1, 0, 0; }"                                                                                                     \
-                   : __VA_ARGS__                                                                                                                    \
-                   : "l"(a), "l"(b), "r"(int(adds)));                                                                                               \
-    }                                                                                                                                               \
-    DEVICE static void from_shared_by_rows(float (&d)[TILES][4], uint64 a, uint64 b, bool adds) {                                                   \
-      asm volatile("{ .reg .pred p; setp.ne.b32 p, " I2 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " I0 \
-                   ", " I1 ", p, 1, 1, 1, 0; }"                                                                                                     \
-                   : __VA_ARGS__                                                                                                                    \
-                   : "l"(a), "l"(b), "r"(int(adds)));                                                                                               \
-    }                                                                                                                                               \
-    DEVICE static void from_shared_over_rows(float (&d)[TILES][4], uint64 a, uint64 b) {                                                            \
-      asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " I0      \
-                   ", " I1 ", p, 1, 1, 0, 1; }"                                                                                                     \
-                   : __VA_ARGS__                                                                                                                    \
-                   : "l"(a), "l"(b));                                                                                                               \
-    }                                                                                                                                               \
-    DEVICE static void from_registers(float (&d)[TILES][4], const uint32 (&a)[4], uint64 b) {                                                       \
-      asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" I0     \
-                   ", " I1 ", " I2 ", " I3 "}, " I4 ", p, 1, 1, 1; }"                                                                               \
-                   : __VA_ARGS__                                                                                                                    \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                                           \
-    }                                                                                                                                               \
-    DEVICE static void from_registers_over_columns(float (&d)[TILES][4], const uint32 (&a)[4], uint64 b, bool adds) {                               \
-      asm volatile("{ .reg .pred p; setp.ne.b32 p, " I5 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS          \
-                   "}, {" I0 ", " I1 ", " I2 ", " I3 "}, " I4 ", p, 1, 1, 0; }"                                                                     \
-                   : __VA_ARGS__                                                                                                                    \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(adds)));                                                           \
-    }                                                                                                                                               \
+#define WGMMA_OF_TYPE(ELEMENT, TYPE, TILES, N, REGISTERS, I0, I1, I2, I3, I4, I5, ...)                                                               \
+  template <>                                                                                                                                        \
+  struct Wgmma<ELEMENT, TILES> {                                                                                                                     \
+    DEVICE static void from_shared(float (&d)[TILES][4], uint64 a, uint64 b, bool adds) {                                                            \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, " I2 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " I0  \
+                   ", " I1 ", p, 1, 1, 0, 0; }"                                                                                                      \
+                   : __VA_ARGS__                                                                                                                     \
+                   : "l"(a), "l"(b), "r"(int(adds)));                                                                                                \
+    }                                                                                                                                                \
+    DEVICE static void from_shared_by_rows(float (&d)[TILES][4], uint64 a, uint64 b, bool adds) {                                                    \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, " I2 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " I0  \
+                   ", " I1 ", p, 1, 1, 1, 0; }"                                                                                                      \
+                   : __VA_ARGS__                                                                                                                     \
+                   : "l"(a), "l"(b), "r"(int(adds)));                                                                                                \
+    }                                                                                                                                                \
+    DEVICE static void from_shared_over_rows(float (&d)[TILES][4], uint64 a, uint64 b) {                                                             \
+      asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " I0       \
+                   ", " I1 ", p, 1, 1, 0, 1; }"                                                                                                      \
+                   : __VA_ARGS__                                                                                                                     \
+                   : "l"(a), "l"(b));                                                                                                                \
+    }                                                                                                                                                \
+    DEVICE static void from_registers(float (&d)[TILES][4], const uint32 (&a)[4], uint64 b) {                                                        \
+      asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" I0      \
+                   ", " I1 ", " I2 ", " I3 "}, " I4 ", p, 1, 1, 1; }"                                                                                \
+                   : __VA_ARGS__                                                                                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                                            \
+    }                                                                                                                                                \
+    DEVICE static void from_registers_over_columns(float (&d)[TILES][4], const uint32 (&a)[4], uint64 b, bool adds) {                                \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, " I5 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" I0 \
+                   ", " I1 ", " I2 ", " I3 "}, " I4 ", p, 1, 1, 0; }"                                                                                \
+                   : __VA_ARGS__                                                                                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(adds)));                                                            \
+    }                                                                                                                                                \
   };
 #define WGMMA(...)                           \
   WGMMA_OF_TYPE(float16, "f16", __VA_ARGS__) \
