@@ -4,7 +4,7 @@
     python benchmarks/predicted_hopper.py --tiles            # other tiles, steady states at 16384
 
 bfloat16, 16384 tokens, 2048 features, H100 SXM. `in turn`: as if the tensor unit served warpgroups in turn, which is not what was measured on one. FlashAttention-3's figures are
-those of its paper at 16384 (Shah et al. 2024, arXiv 2407.08608). "As measured" multiplies by what kernels of this design reached of their prediction on an H100
+those of its paper at 16384 (Shah et al. 2024, arXiv 2407.08608). In brackets, speeds times what kernels of this design reached of their prediction on an H100
 (`predicted_wgmma.MEASURED`). Features: time of the steady state with the feature over that without, served in order of issue / in turn. Needs no GPU.
 """
 
@@ -81,8 +81,8 @@ def speeds(head_dim: int, causal: bool, *, in_turn: bool = False, tile: Tiles = 
     return found
 
 
-def as_measured(head_dim: int, causal: bool, found: Sequence[float]) -> list[float]:
-    """Predicted speeds times what kernels of this design reached of theirs, at each of `SEQLENS`."""
+def after_errors(head_dim: int, causal: bool, found: Sequence[float]) -> list[float]:
+    """Predicted speeds times what kernels of this design reached of theirs on an H100, at each of `SEQLENS`."""
     factors = []
     for seqlen in SEQLENS:
         of = plan(head_dim, causal, seqlen)
@@ -92,13 +92,13 @@ def as_measured(head_dim: int, causal: bool, found: Sequence[float]) -> list[flo
 
 def speed_lines() -> Iterator[str]:
     """The table of speeds."""
-    yield f"| head_dim | causal | service | {' | '.join(map(str, SEQLENS))} | FlashAttention-3 | goal | would be met at, by the prediction | as measured, at |"
+    yield f"| head_dim | causal | service | {' | '.join(map(str, SEQLENS))} | FlashAttention-3 | goal | would be met at, by the prediction | and by the number in brackets |"
     yield "| --- " * (7 + len(SEQLENS)) + "|"
     for (head_dim, causal), peer in FLASH_ATTENTION_3.items():
         goal = GOALS[head_dim, causal]
         for in_turn in (False, True):
             found = speeds(head_dim, causal, in_turn=in_turn)
-            real = as_measured(head_dim, causal, found)
+            real = after_errors(head_dim, causal, found)
             cells = " | ".join(f"{predicted:.0f} ({measured:.0f})" for predicted, measured in zip(found, real, strict=True))
             yield (
                 f"| {head_dim} | {'yes' if causal else 'no'} | {'in turn' if in_turn else 'in order of issue'} | {cells} | "
