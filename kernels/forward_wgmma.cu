@@ -10,6 +10,7 @@
 //     O += P_{j-1} V_{j-1}     in flight while S_j becomes P_j
 //
 // so the tensor cores have work while the maximum is found, and while exponentials are computed they have that of warpgroups that are out of step.
+// Of wide heads, the first columns of Q are kept in registers, too, as far as there is room, and shared memory is read less (docs/kernels.md).
 // The assembler moves the wait for O ahead of most exponentials; kernels in which it was held back were slower on an H100 (docs/hopper.md).
 //
 // Shared memory: Q [Q_STAGES][TILE_Q / 64][⌈D / 64⌉][64][64] | K [NUM_STAGES][⌈D / 64⌉][TILE_KV][64] | V [NUM_STAGES][⌈DV / 64⌉][TILE_KV][64] |
@@ -67,6 +68,7 @@ class WarpgroupRows {
         K(K),
         V(V),
         Q_descriptor(WarpgroupQ::descriptor(Q)) {
+    if constexpr (Q_REGISTER_STEPS > 0) load_first_steps(Q);
     if constexpr (!TILE_LISTS) find_visible_keys(first_key, end_key);
     if constexpr (KNOWS_SEGMENTS) {
 #pragma unroll
@@ -118,6 +120,14 @@ class WarpgroupRows {
   BooleanMaskTile<RingMask, S_TILES> boolean_mask;  // of the tile whose scores were issued last, if COPIES_BITS
   int entry = 0;  // of the list, for the tile whose scores were issued last
   uint32 P[P_STEPS][4];
+  uint32 first_steps[Q_REGISTER_STEPS > 0 ? Q_REGISTER_STEPS : 1][4];  // of Q, as far as registers have room; products read the rest in shared memory
+
+  // The first steps of the depth of Q, as A operands.
+  DEVICE void load_first_steps(SmemAddress Q) {
+    const int lane_offset = WarpgroupQ::offset(16 * warp_of_warpgroup() + lane_index() % 16, lane_index() / 16);
+#pragma unroll
+    for (int k = 0; k < Q_REGISTER_STEPS; ++k) ldmatrix_x4(first_steps[k], Q + WarpgroupQ::at(lane_offset, 2 * k));
+  }
 
   DEVICE void issue_scores(float (&S)[1][S_TILES][4]) {
     K.wait_full();
@@ -126,7 +136,11 @@ class WarpgroupRows {
       entry = uniform(entry);
       if constexpr (KNOWS_SEGMENTS) read_key_segments();
     }
-    issue_rows<WarpgroupQ, RingK, D_TILES / 2>(S, Q_descriptor, RingK::descriptor(shared.K(K.stage)));
+    if constexpr (Q_REGISTER_STEPS > 0) {
+      issue_rows<WarpgroupQ, RingK, D_TILES / 2>(S, first_steps, Q_descriptor, RingK::descriptor(shared.K(K.stage)));
+    } else {
+      issue_rows<WarpgroupQ, RingK, D_TILES / 2>(S, Q_descriptor, RingK::descriptor(shared.K(K.stage)));
+    }
     if constexpr (COPIES_BITS) {
       if (entry % 2 != 0) boolean_mask.read(shared.mask(K.stage), first_row - first_q);
     }

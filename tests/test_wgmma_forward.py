@@ -272,13 +272,17 @@ def test_keys_beyond_the_end_are_not_read(hopper: Target) -> None:
 # --- The same bits ------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [("bfloat16", 64, 2, "causal"), ("float16", 128, 1, "bottom_right"), ("float16", 64, 3, "full")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [("bfloat16", 64, 2, "causal"), ("float16", 128, 1, "bottom_right"), ("float16", 64, 3, "full"), ("bfloat16", 136, 2, "causal")],
+    ids=str,
+)
 def test_every_schedule_gives_the_same_bits(case: tuple[str, int, int, str], request: pytest.FixtureRequest) -> None:
-    """With warpgroups that stop at different tiles. Only a schedule finds a wait that never ends."""
+    """With warpgroups that stop at different tiles, and with Q in registers. Only a schedule finds a wait that never ends."""
     dtype, head_dim, stages, mask = case
     seeds = range(100 if request.config.getoption("--exhaustive") else 12)
     inputs = inputs_of(Target("sm_90"), (200, 230), head_dim, heads=(2, 1), dtype=dtype)
-    tile = {NAME: Tile(192, 16, 12, stages)}
+    tile = {NAME: Tile(192, 16, 12, stages) if head_dim <= 128 else Tile(128, 16, 8, stages)}
     options = {"enable_gqa": True, "return_lse": True, "tile": tile, **MASKS[mask]}
     report = check(functools.partial(cuflash.scaled_dot_product_attention, *inputs, **options), seeds=seeds)
     assert report.kernels == (NAME,)
@@ -316,6 +320,16 @@ def test_a_mapping_pins_either_kernel() -> None:
     for head_dim, tile in ((64, Tile(128, 240, 8, 2)), (128, Tile(128, 192, 8, 2)), (256, Tile(128, 96, 8, 1))):  # which spill if causal
         with pytest.raises(TileError, match=r"registers: .* 240 available with 8 warps"):
             plan_of(head_dim, tile={NAME: tile})
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "options", "steps"),
+    [(128, {}, 0), (136, {}, 9), (192, {}, 12), (192, {"is_causal": True}, 11), (256, {}, 5), (256, {"is_causal": True}, 3), (256, {"window": (99, 0)}, 0)],
+)  # fmt: skip
+def test_q_stays_in_registers_as_far_as_they_have_room(head_dim: int, options: dict[str, Any], steps: int) -> None:
+    """Of wide heads, whose products keep shared memory busy, and without features."""
+    (kernel,) = plan_of(head_dim, **options).kernels
+    assert f" Q_REGISTER_STEPS = {steps};" in kernel.config
 
 
 def test_a_single_tile_is_for_whichever_takes_it() -> None:

@@ -261,6 +261,9 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         constants["SHARING_WARPS"] = case.sharing_warps(tile, device)
     if spec.stays:
         constants["Q_STAGES"] = kernel_cases.stationary_stages(case, tile, device)
+        constants["Q_REGISTER_STEPS"] = (
+            0 if problem.is_ragged else tile_rules.q_register_steps(case, tile, device, is_causal=problem.is_causal)
+        )
         constants["ANY_SCALE"] = problem.scale < SMALLEST_SCALE
         constants["MAPS_MASK"] = case.maps_mask
     if spec.splits_keys:

@@ -9,7 +9,7 @@ from cuflash.arrays.descriptions import describe
 from cuflash.hardware.device import Device
 from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, KernelCase, accumulator_registers, head_dims, shared_bytes
 from cuflash.planning.kernel_specs import MAX_TILE
-from cuflash.problem.features import FeatureSet
+from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.tile import Tile
 
 MAX_REGISTERS = 255
@@ -34,6 +34,7 @@ _WGMMA_ORDER_REGISTERS = (
     8  # that each warp which copies or keeps the order of dQ has more of where dV is made elsewhere, of each that computes
 )
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
+_WGMMA_BESIDE_Q_REGISTERS = 32  # the same beside Q in registers; with one step more, tiles of 64 and 48 keys spilled
 _WGMMA_CUT_REGISTERS = 8  # that the copying warp keeps of eight warps' 240 where something hides keys; a tile is legal whatever hides them
 _WGMMA_SOFTCAP_REGISTERS = {8: 28, 12: 8}
 _WGMMA_DROPOUT_REGISTERS = {8: 28, 12: 16}
@@ -164,6 +165,18 @@ def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
         of_features += 12
     of_mask = 0 if case.maps_mask else _WGMMA_MASK_REGISTERS[features.attn_mask]
     return tile.tile_kv // 4 * (1 + of_mask) + _WGMMA_OTHER_REGISTERS + of_features
+
+
+def q_register_steps(case: KernelCase, tile: Tile, device: Device, *, is_causal: bool) -> int:
+    """How many steps of the depth of Q Kᵀ, 16 columns each, forward_wgmma has room for in registers, four per thread, so that products need not read them from shared memory.
+
+    For two warpgroups with heads above 128 columns, whose products keep shared memory busy, and calls without features: with others there is less room.
+    """
+    if case.head_dim <= 128 or tile.num_warps != 8 or case.features != NO_FEATURES:
+        return 0
+    limit = WGMMA_REGISTERS[tile.num_warps] - _WGMMA_CUT_REGISTERS * is_causal
+    free = limit - accumulator_registers(case, tile, device) - tile.tile_kv // 4 - _WGMMA_BESIDE_Q_REGISTERS
+    return min(ceil(case.head_dim / 16), max(0, free // 4))
 
 
 def _wgmma_backward_registers(features: FeatureSet, tile: Tile) -> int:

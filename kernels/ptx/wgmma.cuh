@@ -47,6 +47,7 @@ DEVICE uint64 wgmma_descriptor(SmemAddress address, int slab_bytes) {
 //   from_shared_by_rows  the same with A's rows as depth
 //   from_shared_over_rows  A from shared memory, its columns and B's rows as depth; adds to D
 //   from_registers       A from registers, with B's rows as depth; adds to D
+//   from_registers_over_columns  A from registers, with B's columns as depth; `adds` to D, or overwrites it
 template <typename Element, int TILES>
 struct Wgmma;
 
@@ -73,52 +74,58 @@ struct Wgmma;
 #define D_32(n) D_16(n), D_16(n + 4)
 #define D_64(n) D_32(n), D_32(n + 8)
 
-// I0 .. I4: the numbers that follow those of D.
-#define WGMMA_OF_TYPE(ELEMENT, TYPE, TILES, N, REGISTERS, I0, I1, I2, I3, I4, ...)                                                                  \
-  template <>                                                                                                                                       \
-  struct Wgmma<ELEMENT, TILES> {                                                                                                                    \
-    DEVICE static void from_shared(float (&d)[TILES][4], uint64 a, uint64 b, bool adds) {                                                           \
-      asm volatile("{ .reg .pred p; setp.ne.b32 p, " I2 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " I0 \
-                   ", " I1 ", p, 1, 1, 0, 0; }"                                                                                                     \
-                   : __VA_ARGS__                                                                                                                    \
-                   : "l"(a), "l"(b), "r"(int(adds)));                                                                                               \
-    }                                                                                                                                               \
-    DEVICE static void from_shared_by_rows(float (&d)[TILES][4], uint64 a, uint64 b, bool adds) {                                                   \
-      asm volatile("{ .reg .pred p; setp.ne.b32 p, " I2 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " I0 \
-                   ", " I1 ", p, 1, 1, 1, 0; }"                                                                                                     \
-                   : __VA_ARGS__                                                                                                                    \
-                   : "l"(a), "l"(b), "r"(int(adds)));                                                                                               \
-    }                                                                                                                                               \
-    DEVICE static void from_shared_over_rows(float (&d)[TILES][4], uint64 a, uint64 b) {                                                            \
-      asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " I0      \
-                   ", " I1 ", p, 1, 1, 0, 1; }"                                                                                                     \
-                   : __VA_ARGS__                                                                                                                    \
-                   : "l"(a), "l"(b));                                                                                                               \
-    }                                                                                                                                               \
-    DEVICE static void from_registers(float (&d)[TILES][4], const uint32 (&a)[4], uint64 b) {                                                       \
-      asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" I0     \
-                   ", " I1 ", " I2 ", " I3 "}, " I4 ", p, 1, 1, 1; }"                                                                               \
-                   : __VA_ARGS__                                                                                                                    \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                                           \
-    }                                                                                                                                               \
+// I0 .. I5: the numbers that follow those of D.
+#define WGMMA_OF_TYPE(ELEMENT, TYPE, TILES, N, REGISTERS, I0, I1, I2, I3, I4, I5, ...)                                                               \
+  template <>                                                                                                                                        \
+  struct Wgmma<ELEMENT, TILES> {                                                                                                                     \
+    DEVICE static void from_shared(float (&d)[TILES][4], uint64 a, uint64 b, bool adds) {                                                            \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, " I2 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " I0  \
+                   ", " I1 ", p, 1, 1, 0, 0; }"                                                                                                      \
+                   : __VA_ARGS__                                                                                                                     \
+                   : "l"(a), "l"(b), "r"(int(adds)));                                                                                                \
+    }                                                                                                                                                \
+    DEVICE static void from_shared_by_rows(float (&d)[TILES][4], uint64 a, uint64 b, bool adds) {                                                    \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, " I2 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " I0  \
+                   ", " I1 ", p, 1, 1, 1, 0; }"                                                                                                      \
+                   : __VA_ARGS__                                                                                                                     \
+                   : "l"(a), "l"(b), "r"(int(adds)));                                                                                                \
+    }                                                                                                                                                \
+    DEVICE static void from_shared_over_rows(float (&d)[TILES][4], uint64 a, uint64 b) {                                                             \
+      asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " I0       \
+                   ", " I1 ", p, 1, 1, 0, 1; }"                                                                                                      \
+                   : __VA_ARGS__                                                                                                                     \
+                   : "l"(a), "l"(b));                                                                                                                \
+    }                                                                                                                                                \
+    DEVICE static void from_registers(float (&d)[TILES][4], const uint32 (&a)[4], uint64 b) {                                                        \
+      asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" I0      \
+                   ", " I1 ", " I2 ", " I3 "}, " I4 ", p, 1, 1, 1; }"                                                                                \
+                   : __VA_ARGS__                                                                                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                                            \
+    }                                                                                                                                                \
+    DEVICE static void from_registers_over_columns(float (&d)[TILES][4], const uint32 (&a)[4], uint64 b, bool adds) {                                \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, " I5 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" I0 \
+                   ", " I1 ", " I2 ", " I3 "}, " I4 ", p, 1, 1, 0; }"                                                                                \
+                   : __VA_ARGS__                                                                                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(adds)));                                                            \
+    }                                                                                                                                                \
   };
 #define WGMMA(...)                           \
   WGMMA_OF_TYPE(float16, "f16", __VA_ARGS__) \
   WGMMA_OF_TYPE(bfloat16, "bf16", __VA_ARGS__)
 
-WGMMA(2, "16", R_8, "%8", "%9", "%10", "%11", "%12", D_8(0))
-WGMMA(4, "32", R_16, "%16", "%17", "%18", "%19", "%20", D_16(0))
-WGMMA(6, "48", R_24, "%24", "%25", "%26", "%27", "%28", D_16(0), D_8(4))
-WGMMA(8, "64", R_32, "%32", "%33", "%34", "%35", "%36", D_32(0))
-WGMMA(10, "80", R_40, "%40", "%41", "%42", "%43", "%44", D_32(0), D_8(8))
-WGMMA(12, "96", R_48, "%48", "%49", "%50", "%51", "%52", D_32(0), D_16(8))
-WGMMA(14, "112", R_56, "%56", "%57", "%58", "%59", "%60", D_32(0), D_16(8), D_8(12))
-WGMMA(16, "128", R_64, "%64", "%65", "%66", "%67", "%68", D_64(0))
-WGMMA(18, "144", R_72, "%72", "%73", "%74", "%75", "%76", D_64(0), D_8(16))
-WGMMA(20, "160", R_80, "%80", "%81", "%82", "%83", "%84", D_64(0), D_16(16))
-WGMMA(22, "176", R_88, "%88", "%89", "%90", "%91", "%92", D_64(0), D_16(16), D_8(20))
-WGMMA(24, "192", R_96, "%96", "%97", "%98", "%99", "%100", D_64(0), D_32(16))
-WGMMA(26, "208", R_104, "%104", "%105", "%106", "%107", "%108", D_64(0), D_32(16), D_8(24))
-WGMMA(28, "224", R_112, "%112", "%113", "%114", "%115", "%116", D_64(0), D_32(16), D_16(24))
-WGMMA(30, "240", R_120, "%120", "%121", "%122", "%123", "%124", D_64(0), D_32(16), D_16(24), D_8(28))
-WGMMA(32, "256", R_128, "%128", "%129", "%130", "%131", "%132", D_64(0), D_64(16))
+WGMMA(2, "16", R_8, "%8", "%9", "%10", "%11", "%12", "%13", D_8(0))
+WGMMA(4, "32", R_16, "%16", "%17", "%18", "%19", "%20", "%21", D_16(0))
+WGMMA(6, "48", R_24, "%24", "%25", "%26", "%27", "%28", "%29", D_16(0), D_8(4))
+WGMMA(8, "64", R_32, "%32", "%33", "%34", "%35", "%36", "%37", D_32(0))
+WGMMA(10, "80", R_40, "%40", "%41", "%42", "%43", "%44", "%45", D_32(0), D_8(8))
+WGMMA(12, "96", R_48, "%48", "%49", "%50", "%51", "%52", "%53", D_32(0), D_16(8))
+WGMMA(14, "112", R_56, "%56", "%57", "%58", "%59", "%60", "%61", D_32(0), D_16(8), D_8(12))
+WGMMA(16, "128", R_64, "%64", "%65", "%66", "%67", "%68", "%69", D_64(0))
+WGMMA(18, "144", R_72, "%72", "%73", "%74", "%75", "%76", "%77", D_64(0), D_8(16))
+WGMMA(20, "160", R_80, "%80", "%81", "%82", "%83", "%84", "%85", D_64(0), D_16(16))
+WGMMA(22, "176", R_88, "%88", "%89", "%90", "%91", "%92", "%93", D_64(0), D_16(16), D_8(20))
+WGMMA(24, "192", R_96, "%96", "%97", "%98", "%99", "%100", "%101", D_64(0), D_32(16))
+WGMMA(26, "208", R_104, "%104", "%105", "%106", "%107", "%108", "%109", D_64(0), D_32(16), D_8(24))
+WGMMA(28, "224", R_112, "%112", "%113", "%114", "%115", "%116", "%117", D_64(0), D_32(16), D_16(24))
+WGMMA(30, "240", R_120, "%120", "%121", "%122", "%123", "%124", "%125", D_64(0), D_32(16), D_16(24), D_8(28))
+WGMMA(32, "256", R_128, "%128", "%129", "%130", "%131", "%132", "%133", D_64(0), D_64(16))

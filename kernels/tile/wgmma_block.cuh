@@ -12,6 +12,7 @@ constexpr int WARPGROUPS = TILE_Q / WARPGROUP_ROWS;  // that compute
 constexpr int S_TILES = TILE_KV / 8;
 constexpr int P_STEPS = TILE_KV / 16;  // of the depth of P V
 constexpr int Q_STAGES = Config::Q_STAGES;
+constexpr int Q_REGISTER_STEPS = Config::Q_REGISTER_STEPS;  // of the depth of Q Kᵀ, whose part of Q is kept in registers
 
 using WarpgroupQ = SlabTile<WARPGROUP_ROWS, HEAD_DIM>;
 using RingK = SlabTile<TILE_KV, HEAD_DIM>;
