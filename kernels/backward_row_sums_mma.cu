@@ -18,9 +18,9 @@
 // that the slices exchange.
 #include "tile/constants.cuh"
 #include "tile/given_lse.cuh"
-#include "tile/packed_tiles.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/products.cuh"
+#include "tile/schedule.cuh"
 #include "tile/score.cuh"
 #include "tile/sequence.cuh"
 #include "tile/slices.cuh"
@@ -43,7 +43,7 @@ static_assert(TILE_Q % (16 * ROW_WARPS) == 0, "tile_q must be a multiple of 16 *
 static_assert(HEAD_SLICES * SLICE_BYTES + EXCHANGE_BYTES<M_TILES, S_TILES> == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_row_sums_mma(const __grid_constant__ BackwardArguments arguments) {
-  const Work work = work_in_order<CAUSAL, true>(arguments, arguments.geometry.num_heads_q);
+  const Work work = work_longest_first<CAUSAL, true>(arguments.geometry, arguments.geometry.num_heads_q);
   const auto& geometry = geometry_of(arguments, work.batch);
   const int first_q = work.tile * TILE_Q;
   const int64 first_row = (int64(work.batch) * geometry.num_heads_q + work.head) * geometry.seqlen_q;

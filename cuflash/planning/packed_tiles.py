@@ -7,13 +7,13 @@ lengths are much alike, the grid for the longest sequence is no larger, and ther
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import ceil
 
 from cuflash.hardware.architectures import architecture
 from cuflash.hardware.device import Device
 from cuflash.planning import kernel_specs
-from cuflash.planning.block_order import L2_SHARE, nearest_divisor
+from cuflash.planning.block_order import BLOCKS_IN_STEP, L2_SHARE, nearest_divisor
 from cuflash.planning.codegen import config_text
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
@@ -21,7 +21,7 @@ from cuflash.planning.kernel_specs import columns_of
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile
 
-_EMPTY_BLOCKS = 16
+EMPTY_BLOCKS = 16
 """Of each SM, from which on a list is made. A block without rows waits for its offsets from memory, about 1 µs, and one or two run beside it on an SM; a list takes
 a launch and two such waits. Neither was measured."""
 _WARP_TILES = 4  # as in kernels/packed_tiles.cu
@@ -43,16 +43,27 @@ def places(problem: Problem, device: Device, case: KernelCase, tile: Tile, *, nu
     rows = problem.seqlen_kv if case.kernel.owns_keys else problem.seqlen_q
     found = rows // case.stationary_rows(tile) + problem.num_sequences + 1  # one more fills what lies behind the last
     empty = heads * ((problem.num_sequences + 1) * num_tiles - found)
-    return found if empty >= _EMPTY_BLOCKS * device.num_sms else 0
+    return found if empty >= EMPTY_BLOCKS * device.num_sms else 0
 
 
 def section_heads(case: KernelCase, problem: Problem, device: Device, heads: int) -> int:
-    """Heads whose blocks are launched together: a divisor of all, so many that what they walk over fits L2, and those at least that share K and V."""
+    """Heads whose blocks are launched together: a divisor of all, so many that what they walk over fits L2, and those at least that share K and V.
+
+    As many as leave few blocks of one head side by side (`block_order.BLOCKS_IN_STEP`), which wait for each other where they add up dQ.
+    """
     width = problem.itemsize * sum(columns_of(name, case.head_dim, case.head_dim_v) for name in case.kernel.streamed)
     owns_keys = case.kernel.owns_keys
     sharing = 1 if owns_keys else problem.num_heads_q // problem.num_heads_kv
     walked = problem.num_heads_q // heads * problem.seqlen_q if owns_keys else problem.seqlen_kv / sharing
-    return nearest_divisor(heads, max(sharing, int(L2_SHARE * architecture(device.arch).l2_bytes / max(1, width * walked))))
+    fitting = int(L2_SHARE * architecture(device.arch).l2_bytes / max(1, width * walked))
+    return nearest_divisor(heads, max(sharing, fitting, device.num_sms // BLOCKS_IN_STEP))
+
+
+def list_kernels(kernels: Iterable[KernelPlan], problem: Problem, device: Device) -> Iterator[KernelPlan]:
+    """Those that make lists for these kernels, or would where lengths differ more."""
+    for kernel in kernels:
+        if kernel.spec == kernel_specs.BACKWARD_DQ_CONVERT or (kernel.spec.is_tiled and not kernel.spec.splits_keys):
+            yield _list_kernel(kernel, problem, device)
 
 
 def with_lists(kernels: Iterable[KernelPlan], problem: Problem, device: Device) -> list[KernelPlan]:

@@ -14,33 +14,39 @@
 #include "tile/sequence.cuh"
 
 template <typename Arguments>
-DEVICE Work listed_work(const Arguments& arguments, int num_heads, int index) {
-  const int section_heads = arguments.geometry.section_heads, of_section = section_heads * arguments.lengths.packed_places;
-  const int section = index / of_section, within = index - section * of_section;
-  const int place = within / section_heads;
-  const int head = section * section_heads + (within - place * section_heads);
-  const int* const list = arguments.lengths.packed_tiles;
-  const int behind = place - list[0];
-  if (behind >= 0) return {behind, head, arguments.lengths.num_sequences};
-  return {list[2 + 2 * place], head, list[3 + 2 * place]};
-}
-
-template <typename Arguments>
 DEVICE bool has_list(const Arguments& arguments) {
   if constexpr (VARLEN) return arguments.lengths.packed_tiles != nullptr;
   return false;
 }
 
+// Tiles of each (batch, head) pair, or with a list places of each head.
+template <typename Arguments>
+DEVICE int tiles_of_head(const Arguments& arguments) {
+  return has_list(arguments) ? arguments.lengths.packed_places : arguments.geometry.num_tiles;
+}
+
+// The work itself, or with a list what is in this place.
+template <typename Arguments>
+DEVICE Work look_up(const Arguments& arguments, const Work& work) {
+  if (!has_list(arguments)) return work;
+  const int* const list = arguments.lengths.packed_tiles;
+  const int behind = work.tile - list[0];
+  if (behind >= 0) return {behind, work.head, arguments.lengths.num_sequences};
+  return {list[2 + 2 * work.tile], work.head, list[3 + 2 * work.tile]};
+}
+
 // As work_longest_first.
 template <bool CAUSAL, bool LAST_TILE_FIRST, typename Arguments>
 DEVICE Work work_in_order(const Arguments& arguments, int num_heads, int index = int(blockIdx.x)) {
-  if (has_list(arguments)) return listed_work(arguments, num_heads, index);
-  return work_longest_first<CAUSAL, LAST_TILE_FIRST>(arguments.geometry, num_heads, index);
+  if constexpr (!VARLEN) return work_longest_first<CAUSAL, LAST_TILE_FIRST>(arguments.geometry, num_heads, index);
+  const int num_tiles = tiles_of_head(arguments);
+  Work work = work_of_section(num_tiles, arguments.geometry.section_heads, num_heads, index);
+  if (CAUSAL && LAST_TILE_FIRST && !has_list(arguments)) work.tile = num_tiles - 1 - work.tile;
+  return look_up(arguments, work);
 }
 
 // As work_of_ticket.
 template <typename Arguments>
 DEVICE Work work_of_ticket(const Arguments& arguments, int num_heads, int ticket) {
-  if (has_list(arguments)) return listed_work(arguments, num_heads, ticket);
-  return work_of_ticket(ticket, arguments.geometry.num_tiles, num_heads, arguments.geometry.section_heads);
+  return look_up(arguments, work_of_ticket(ticket, tiles_of_head(arguments), num_heads, arguments.geometry.section_heads));
 }
