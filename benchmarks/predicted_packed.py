@@ -36,7 +36,9 @@ def batches() -> dict[str, list[int]]:
 
 def milliseconds(arch: str, lengths: Sequence[int], *, causal: bool, backward: bool, most_empty: int) -> float:
     """Of all kernels of a pass, with a list of tiles where more than so many blocks of each SM would be empty."""
-    sample = Sample(lengths_q=tuple(lengths), num_heads_q=HEADS, num_heads_kv=HEADS_KV, head_dim=HEAD_DIM, dtype="bfloat16", is_causal=causal)
+    sample = Sample(
+        lengths_q=tuple(lengths), num_heads_q=HEADS, num_heads_kv=HEADS_KV, head_dim=HEAD_DIM, dtype="bfloat16", is_causal=causal
+    )
     offsets = numpy.cumsum([0, *lengths], dtype="int32")
     with mock.patch.object(packed_tiles, "EMPTY_BLOCKS", most_empty):
         plan = make_plan(problem_of(sample, backward=backward), device.of_arch(arch, "gpu"), backward=backward)

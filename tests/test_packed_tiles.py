@@ -68,7 +68,9 @@ def run(kernel: KernelPlan, problem: Problem, words: dict[str, Any]) -> list[tup
     return [(int(tile), int(of)) for tile, of in memory["packed_tiles"][2 : 2 + 2 * min(count, kernel.packed_places)].reshape(-1, 2)]
 
 
-def expected(kernel: str, causal: str | None, places: tuple[int, ...], used_q: tuple[int, ...], used_kv: tuple[int, ...]) -> list[tuple[int, int]]:
+def expected(
+    kernel: str, causal: str | None, places: tuple[int, ...], used_q: tuple[int, ...], used_kv: tuple[int, ...]
+) -> list[tuple[int, int]]:
     """The same by sorting what tiles walk over."""
     found = []
     for sequence, (place, seqlen_q, seqlen_kv) in enumerate(zip(places, used_q, used_kv, strict=True)):
@@ -108,7 +110,10 @@ def test_offsets_that_make_no_sense_stay_within_the_list(monkeypatch: pytest.Mon
     """Sequences that overlap have more tiles than there are places."""
     problem = packed_problem("bottom_right")
     total = sum(LENGTHS_Q)
-    words = {"cu_seqlens_q": numpy.array([0, total, 0, total, -5, 2**31 - 1, 7, total, 0, total], "int32"), "cu_seqlens_kv": offsets_of(LENGTHS_KV)}
+    words = {
+        "cu_seqlens_q": numpy.array([0, total, 0, total, -5, 2**31 - 1, 7, total, 0, total], "int32"),
+        "cu_seqlens_kv": offsets_of(LENGTHS_KV),
+    }
     kernel = list_kernel("forward", problem, monkeypatch)
     found = run(kernel, problem, words)
     assert len(found) == len(set(found)) == kernel.packed_places
@@ -144,7 +149,8 @@ def test_a_list_changes_no_bit(way: str, causal: bool, monkeypatch: pytest.Monke
         gradients = cuflash.varlen_attention_backward(out, query, key, value, out, lse, cu_q, cu_kv, **options)
         prepared = {id(of): of for of in calls._calls.values() if isinstance(of, PreparedCall)}.values()
         listed = [kernel.packed_places > 0 for of in prepared for kernel in of.plan.kernels if kernel.spec.is_tiled]
-        assert len(listed) >= 2 and set(listed) == {most == ALWAYS}
+        assert len(listed) >= 2
+        assert set(listed) == {most == ALWAYS}
         results.append([array.tobytes() for array in (out, lse, *gradients[:3])])
     assert results[0] == results[1]
 
@@ -163,7 +169,8 @@ def test_lengths_that_differ_make_a_list() -> None:
     places = (63 * 64 + 4096) // forward.tile.tile_q + 64 + 1
     assert forward.num_blocks == 16 * places < 16 * 65 * (4096 // forward.tile.tile_q) / 10
     assert {of.name: of.nbytes for of in differing.workspace} == {"packed_tiles": 8 * (1 + places)}
-    assert "a list of those that there are" in str(differing) and "a list" not in str(alike)
+    assert "a list of those that there are" in str(differing)
+    assert "a list" not in str(alike)
 
 
 def test_warmup_compiles_what_makes_lists() -> None:
@@ -175,7 +182,8 @@ def test_warmup_compiles_what_makes_lists() -> None:
     for backward in (False, True):
         plan = make_plan(problem_of(sample, backward=backward), on, backward=backward)
         made = [kernel for kernel in plan.kernels if kernel.spec == kernel_specs.PACKED_TILES]
-        assert made and {kernel.request(on) for kernel in made} <= compiled
+        assert made
+        assert {kernel.request(on) for kernel in made} <= compiled
 
 
 def test_many_sequences_of_one_token(simulator: Target) -> None:
@@ -186,4 +194,5 @@ def test_many_sequences_of_one_token(simulator: Target) -> None:
     query, key, value = rng.standard_normal((3, cu[-1], 2, 32)).astype("float16")
     out, lse = cuflash.varlen_attention(query, key, value, cu, cu, max_seqlen_q=500, max_seqlen_kv=500, is_causal=True, return_lse=True)
     expected_out, expected_lse = cuflash.reference.varlen_attention(query, key, value, cu, cu, is_causal=True)[:2]
-    assert numpy.abs(out - expected_out).max() < 2e-3 and numpy.abs(lse - expected_lse).max() < 1e-3
+    assert numpy.abs(out - expected_out).max() < 2e-3
+    assert numpy.abs(lse - expected_lse).max() < 1e-3

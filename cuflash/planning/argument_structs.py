@@ -215,7 +215,8 @@ VISIBLE_TILES_ARGUMENTS = _struct(
 )
 PACKED_TILES_ARGUMENTS = _struct(
     "PackedTilesArguments",
-    ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS),
+    ("geometry", GEOMETRY),
+    ("lengths", SEQUENCE_LENGTHS),
 )
 DROPOUT_MASK_ARGUMENTS = _struct("DropoutMaskArguments", ("kept", WORD), ("geometry", GEOMETRY), ("features", FEATURE_ARGUMENTS))
 

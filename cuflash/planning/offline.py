@@ -7,7 +7,16 @@ from dataclasses import replace
 
 from cuflash.hardware.device import Device
 from cuflash.jit.compiler import CompileRequest
-from cuflash.planning import kernel_specs, packed_tiles, split_forward, tile_choice, tuned_tiles, wgmma_backward, wgmma_forward, wide_forward
+from cuflash.planning import (
+    kernel_specs,
+    packed_tiles,
+    split_forward,
+    tile_choice,
+    tuned_tiles,
+    wgmma_backward,
+    wgmma_forward,
+    wide_forward,
+)
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, FORWARD_WGMMA_WIDE, KernelSpec

@@ -82,7 +82,9 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
             fused = next((kernel for kernel in planned if kernel.spec.added_up), None)
             planned.insert(0, _delta_kernel(problem, device, clears_turns=fused is not None))
             if fused is not None and not kernel_cases.converts_sums(fused.spec, problem):
-                planned[planned.index(fused) + 1 : planned.index(fused) + 1] = packed_tiles.with_lists([_convert_kernel(fused, problem, device)], problem, device)
+                planned[planned.index(fused) + 1 : planned.index(fused) + 1] = packed_tiles.with_lists(
+                    [_convert_kernel(fused, problem, device)], problem, device
+                )
             if problem.features.kinds.sinks:
                 planned.append(_sinks_kernel(problem, device))
         elif any(spec.splits_keys for spec in tiled):

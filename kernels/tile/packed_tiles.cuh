@@ -1,8 +1,8 @@
 // Which tile of which packed sequence a block has, where there is a list of the tiles that there are (packed_tiles.cu).
 //
 // Without a list a grid has blocks for the longest sequence in the place of each, of which most find no rows where lengths differ much. Lengths are
-// known to the device only, but no more tiles than places can be: one for each TILE_ROWS of all packed rows, and one more for each sequence. Blocks in
-// places behind the last tile fill rows behind the last sequence.
+// known to the device only, but no more tiles than places can be: one for each TILE_ROWS of all packed rows, and one more for each sequence. Blocks
+// in places behind the last tile fill rows behind the last sequence.
 //
 //     packed_tiles [1 + packed_places][2]: how many tiles and 0, then the number of a tile in its sequence, and of the sequence
 //
