@@ -44,6 +44,9 @@ struct SequenceLengths {
   const int* seqlens_q;      // [num_sequences]: queries of a packed sequence's place that are its own
   int num_sequences;         // packed sequences; Geometry then holds one batch, and all packed rows as its lengths
   int bottom_right;          // causal: the last query of each sequence sees all of its keys
+  int* packed_tiles;         // what tiles there are, where the kernel has a list of them (tile/packed_tiles.cuh)
+  int packed_places;         // how many the list has room for
+  int reserved;
 };
 
 struct ForwardArguments {
@@ -205,6 +208,11 @@ struct VisibleTilesArguments {
   Geometry geometry;  // num_tiles: tiles that the next kernel's blocks own
   SequenceLengths lengths;
   FeatureArguments features;
+};
+
+struct PackedTilesArguments {
+  Geometry geometry;  // num_tiles: that the longest sequence may have
+  SequenceLengths lengths;  // packed_tiles: what is written
 };
 
 struct DropoutMaskArguments {

@@ -15,11 +15,11 @@
 #include "tile/constants.cuh"
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
+#include "tile/packed_tiles.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/products.cuh"
 #include "tile/query_steps.cuh"
 #include "tile/row_statistics.cuh"
-#include "tile/schedule.cuh"
 #include "tile/score.cuh"
 #include "tile/sequence.cuh"
 #include "tile/slices.cuh"
@@ -43,7 +43,7 @@ static_assert(HEAD_SLICES * SLICE_BYTES + NUM_STAGES * StatisticsOfColumns::BYTE
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(const __grid_constant__ BackwardArguments arguments) {
   const int heads_per_kv = arguments.geometry.num_heads_q / arguments.geometry.num_heads_kv;
-  const Work work = work_longest_first<CAUSAL, false>(arguments.geometry, arguments.geometry.num_heads_q / arguments.group_heads);
+  const Work work = work_in_order<CAUSAL, false>(arguments, arguments.geometry.num_heads_q / arguments.group_heads);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {

@@ -6,15 +6,15 @@
 #include "tile/epilogue.cuh"
 #include "tile/fragment.cuh"
 #include "tile/gemm.cuh"
+#include "tile/packed_tiles.cuh"
 #include "tile/query_sums.cuh"
-#include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
 
 static_assert(TILE_Q == 16 * NUM_WARPS, "a warp has 16 rows");
 static_assert(TileQ::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_convert(const __grid_constant__ BackwardArguments arguments) {
-  const Work work = work_of_block(arguments.geometry.num_tiles, arguments.geometry.num_heads_q);
+  const Work work = work_in_order<false, true>(arguments, arguments.geometry.num_heads_q);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
     clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM>(arguments.grad_query, work.head, begin, end, tile, num_tiles);

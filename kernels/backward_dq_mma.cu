@@ -10,10 +10,10 @@
 #include "tile/constants.cuh"
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
+#include "tile/packed_tiles.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/products.cuh"
 #include "tile/row_statistics.cuh"
-#include "tile/schedule.cuh"
 #include "tile/score.cuh"
 #include "tile/sequence.cuh"
 #include "tile/slices.cuh"
@@ -31,7 +31,7 @@ static_assert(TILE_Q % (16 * ROW_WARPS) == 0, "tile_q must be a multiple of 16 *
 static_assert(HEAD_SLICES * SLICE_BYTES + 2 * EXCHANGE_BYTES<M_TILES, S_TILES> == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(const __grid_constant__ BackwardArguments arguments) {
-  const Work work = work_longest_first<CAUSAL, true>(arguments.geometry, arguments.geometry.num_heads_q);
+  const Work work = work_in_order<CAUSAL, true>(arguments, arguments.geometry.num_heads_q);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {

@@ -22,12 +22,12 @@
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/gemm.cuh"
+#include "tile/packed_tiles.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/query_steps.cuh"
 #include "tile/query_sum_parts.cuh"
 #include "tile/query_sums.cuh"
 #include "tile/row_statistics.cuh"
-#include "tile/schedule.cuh"
 #include "tile/score.cuh"
 #include "tile/sequence.cuh"
 #include "tile/slices.cuh"
@@ -117,8 +117,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
   const SmemAddress dS_smem = P_smem + TileS::BYTES;
 
   const int heads_per_kv = arguments.geometry.num_heads_q / arguments.geometry.num_heads_kv;
-  const Work work = work_of_ticket(take_ticket(arguments, dS_smem), arguments.geometry.num_tiles,
-                                   arguments.geometry.num_heads_q / arguments.group_heads, arguments.geometry.section_heads);
+  const Work work = work_of_ticket(arguments, arguments.geometry.num_heads_q / arguments.group_heads, take_ticket(arguments, dS_smem));
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {

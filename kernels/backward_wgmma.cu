@@ -33,6 +33,7 @@
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/fragment.cuh"
+#include "tile/packed_tiles.cuh"
 #include "tile/query_sum_conversion.cuh"
 #include "tile/query_sums.cuh"
 #include "tile/score.cuh"
@@ -406,13 +407,12 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, c
 
 // Which keys are the block's. Where blocks add up dQ, in the order in which they start; it ends with a barrier of the block.
 DEVICE Work work_of(const BackwardWgmmaArguments& arguments, const SharedMemory& shared) {
-  const Geometry& geometry = arguments.geometry;
+  const int num_heads = arguments.geometry.num_heads_q / arguments.group_heads;
   if constexpr (COMPUTE_DK) {
-    const int ticket = uniform(take_ticket(arguments, shared.ticket()));
-    return work_of_ticket(ticket, geometry.num_tiles, geometry.num_heads_q / arguments.group_heads, geometry.section_heads);
+    return work_of_ticket(arguments, num_heads, uniform(take_ticket(arguments, shared.ticket())));
   } else {
     __syncthreads();
-    return work_longest_first<CAUSAL, false>(geometry, geometry.num_heads_q / arguments.group_heads);
+    return work_in_order<CAUSAL, false>(arguments, num_heads);
   }
 }
 

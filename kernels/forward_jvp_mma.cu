@@ -15,10 +15,10 @@
 #include "tile/constants.cuh"
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
+#include "tile/packed_tiles.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/products.cuh"
 #include "tile/row_statistics.cuh"
-#include "tile/schedule.cuh"
 #include "tile/score.cuh"
 #include "tile/sequence.cuh"
 #include "tile/slices.cuh"
@@ -62,7 +62,7 @@ DEVICE float sink_tangent(const ForwardJvpArguments& arguments, const Work& work
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_jvp_mma(const __grid_constant__ ForwardJvpArguments arguments) {
-  const Work work = work_longest_first<CAUSAL, true>(arguments.geometry, arguments.geometry.num_heads_q);
+  const Work work = work_in_order<CAUSAL, true>(arguments, arguments.geometry.num_heads_q);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
   auto clear_outputs = [&](int begin, int end, int tile, int num_tiles) { clear_tangents(arguments, work.head, begin, end, tile, num_tiles); };

@@ -29,13 +29,14 @@ OTHER_MEANINGS = {
     "planning/predicted_tiles.py": NAMES,  # likewise
     "planning/predicted_backward.py": NAMES,  # likewise
     "dropout.py": {"dropout_mask"},  # memory
-    "planning/argument_structs.py": {"visible_tiles"},  # a field
+    "planning/argument_structs.py": {"visible_tiles", "packed_tiles"},  # fields
     "runtime/calls.py": {"forward"},
     "attention.py": {"forward"},
     "torch/warm_calls.py": {"forward"},
     "torch/last_calls.py": {"forward"},
     "torch/operators.py": {"forward"},
-    "runtime/arguments.py": {"visible_tiles"},
+    "runtime/arguments.py": {"visible_tiles", "packed_tiles"},
+    "planning/packed_tiles.py": {"packed_tiles"},  # memory
     "planning/description.py": {"forward"},
     "planning/planner.py": {"visible_tiles"},  # memory
     "torch/__init__.py": {"merge_attention"},  # the public function

@@ -492,7 +492,7 @@ def test_plans_say_that_lengths_come_later(simulator: Target) -> None:
 
 def test_warmup_knows_both(simulator: Target, cold_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUFLASH_DECODE", "0")  # whose kernels are compiled too
-    assert cuflash.warmup(32, "float16", is_causal=False, backward=False, varlen=(False, True)) == 2
+    assert cuflash.warmup(32, "float16", is_causal=False, backward=False, varlen=(False, True)) == 3  # the list of tiles too
     assert cuflash.warmup(32, "float16", is_causal=False, backward=False, seqlens_kv=True) == 1
     monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
     query, key, value, _ = packed(simulator, (5, 5), "float16", (32, 32))

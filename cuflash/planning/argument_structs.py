@@ -121,6 +121,7 @@ GEOMETRY = _struct(
 SEQUENCE_LENGTHS = _struct(
     "SequenceLengths",
     ("cu_seqlens_q", WORD), ("cu_seqlens_kv", WORD), ("seqlens_kv", WORD), ("seqlens_q", WORD), ("num_sequences", INT), ("bottom_right", INT),
+    ("packed_tiles", WORD), ("packed_places", INT), ("reserved", INT),
 )  # fmt: skip
 
 # --- kernels/feature_arguments.cuh --------------------------------------------------------------------------------------------------------
@@ -214,6 +215,11 @@ FORWARD_JVP_ARGUMENTS = _struct(
 )  # fmt: skip
 VISIBLE_TILES_ARGUMENTS = _struct(
     "VisibleTilesArguments", ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS)
+)
+PACKED_TILES_ARGUMENTS = _struct(
+    "PackedTilesArguments",
+    ("geometry", GEOMETRY),
+    ("lengths", SEQUENCE_LENGTHS),
 )
 DROPOUT_MASK_ARGUMENTS = _struct("DropoutMaskArguments", ("kept", WORD), ("geometry", GEOMETRY), ("features", FEATURE_ARGUMENTS))
 

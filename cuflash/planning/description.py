@@ -78,6 +78,8 @@ def _launch(kernel: KernelPlan) -> str:
     splits = f", keys of a sequence in {kernel.splits.number} splits" if kernel.splits.number > 1 else ""
     if kernel.splits.stream_k:
         splits = ", stream-K: equal shares of all keys, whatever the lengths are"
+    if kernel.packed_places and kernel.spec != kernel_specs.PACKED_TILES:
+        splits = ", tiles from a list of those that there are"
     return (
         f"{kernel.name}: {kernel.source}, {tile}{_count(kernel.num_blocks, 'block')} of {kernel.num_threads} threads, {stays}"
         f"{kernel.shared_bytes} bytes of shared memory{splits}"

@@ -96,6 +96,7 @@ class KernelPlan:
         counts_work: those take the next one from a counter, not at fixed strides.
         splits: of the keys among blocks.
         box_keys: keys of a streamed tile that the TMA unit copies at a time; 0: all.
+        packed_places: of the list of tiles of packed sequences by which its blocks find their work (packed_tiles.py); 0: there is none.
         tile_by: where the tile is from, in words: pinned, tuned, measured, predicted or by the model; empty of a kernel without matrix products.
     """
 
@@ -111,6 +112,7 @@ class KernelPlan:
     counts_work: bool = False
     splits: Splits = UNSPLIT
     box_keys: int = 0
+    packed_places: int = 0
     tile_by: str = field(default="", compare=False)
 
     @property

@@ -327,6 +327,10 @@ VISIBLE_TILES = KernelSpec(
     "visible_tiles", "visible_tiles.cu", argument_structs.VISIBLE_TILES_ARGUMENTS, workspace=("visible_tiles",), num_warps=4
 )
 """Lists, for the tiles that blocks of the next kernel own, the tiles that they have to visit."""
+PACKED_TILES = KernelSpec(
+    "packed_tiles", "packed_tiles.cu", argument_structs.PACKED_TILES_ARGUMENTS, workspace=("packed_tiles",), num_warps=4
+)
+"""A list of the tiles that packed sequences have, for the blocks of the next kernel (packed_tiles.py)."""
 DROPOUT_MASK = KernelSpec("dropout_mask", "dropout_mask.cu", argument_structs.DROPOUT_MASK_ARGUMENTS, num_warps=4)
 MERGE_ATTENTION = KernelSpec("merge_attention", "merge_attention.cu", MERGE_ARGUMENTS, workspace=PARTS, num_warps=4)
 MERGE_ATTENTION_BACKWARD = KernelSpec(
@@ -338,7 +342,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     FORWARD, FORWARD_WGMMA, FORWARD_WGMMA_WIDE, FORWARD_SPLIT, FORWARD_JVP, CACHE_APPEND,
     BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_WGMMA, BACKWARD_WGMMA_DV, BACKWARD_WGMMA_DKDQ, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ,
     BACKWARD_MASK, BACKWARD_SINKS,
-    VISIBLE_TILES, DROPOUT_MASK, MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE,
+    VISIBLE_TILES, PACKED_TILES, DROPOUT_MASK, MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE,
 )  # fmt: skip
 
 TILED_KERNELS: dict[str, KernelSpec] = {kernel.name: kernel for kernel in KERNELS if kernel.is_tiled}

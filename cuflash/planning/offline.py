@@ -7,7 +7,16 @@ from dataclasses import replace
 
 from cuflash.hardware.device import Device
 from cuflash.jit.compiler import CompileRequest
-from cuflash.planning import kernel_specs, split_forward, tile_choice, tuned_tiles, wgmma_backward, wgmma_forward, wide_forward
+from cuflash.planning import (
+    kernel_specs,
+    packed_tiles,
+    split_forward,
+    tile_choice,
+    tuned_tiles,
+    wgmma_backward,
+    wgmma_forward,
+    wide_forward,
+)
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, FORWARD_WGMMA_WIDE, KernelSpec
@@ -61,6 +70,8 @@ def offline_kernels(
             kernels = make_plan(of_a_kind, device, backward=of_gradients, tile=way).kernels
             if way is None or isinstance(way, Mapping):
                 kernels += tuple(_tuned_kernels(of_a_kind, device, kernels, of_gradients, way or {}, by_caller))
+            if varlen and every_way:
+                kernels += tuple(packed_tiles.list_kernels(kernels, of_a_kind, device))
             found |= {kernel.request(device): kernel for kernel in kernels if kernel.request(device) not in found}
     return list(found.values())
 

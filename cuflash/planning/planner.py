@@ -25,6 +25,7 @@ from cuflash.planning import (
     fused_backward,
     kernel_cases,
     kernel_specs,
+    packed_tiles,
     split_forward,
     tile_choice,
     tile_model,
@@ -76,11 +77,14 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
                 (_visible_tiles_kernel(kernel, problem, device), kernel) if kernel.spec.walks_lists else (kernel,) for kernel in planned
             ]
             planned = [kernel for launched in with_lists for kernel in launched]
+        planned = packed_tiles.with_lists(planned, problem, device)
         if backward:
             fused = next((kernel for kernel in planned if kernel.spec.added_up), None)
             planned.insert(0, _delta_kernel(problem, device, clears_turns=fused is not None))
             if fused is not None and not kernel_cases.converts_sums(fused.spec, problem):
-                planned.insert(planned.index(fused) + 1, _convert_kernel(fused, problem, device))
+                planned[planned.index(fused) + 1 : planned.index(fused) + 1] = packed_tiles.with_lists(
+                    [_convert_kernel(fused, problem, device)], problem, device
+                )
             if problem.features.kinds.sinks:
                 planned.append(_sinks_kernel(problem, device))
         elif any(spec.splits_keys for spec in tiled):
@@ -272,17 +276,20 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
     if problem.num_sequences is not None:
         batch, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # blocks of one more fill what lies behind the last
-    if spec.added_up:
+    places = packed_tiles.places(problem, device, case, tile, num_tiles=num_tiles, heads=heads)
+    if places:
+        batch, section = 1, packed_tiles.section_heads(case, problem, device, heads)
+    elif spec.added_up:
         section = fused_backward.section_heads(problem, device, group_heads, pairs=batch * heads)
     else:
         resident = tile_model.blocks_per_sm(case, tile, device) * device.num_sms
         section = block_order.section_heads(case, problem, device, pairs=batch * heads, resident_blocks=resident)
     num_threads = 32 * (tile.num_warps + spec.copying_warps)
-    num_work = num_tiles * heads * batch
+    num_work = (places or num_tiles) * heads * batch
     num_blocks = min(num_work, device.num_sms) if spec.stays else num_work
     return KernelPlan(
         case, tile, config_text(problem.dtype, constants), LaunchShape(num_blocks, num_threads, shared_bytes), num_tiles,
-        group_batch, group_heads, section, num_work, num_work > num_blocks and _works_differ(problem), tile_by=tile_by,
+        group_batch, group_heads, section, num_work, num_work > num_blocks and _works_differ(problem), packed_places=places, tile_by=tile_by,
     )  # fmt: skip
 
 
@@ -403,6 +410,7 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffe
         Buffer("row_statistics", (rows, kernel_cases.ROW_STATISTICS_BYTES // 4), "float32"),
         Buffer("log2_sums", (rows if problem.features.kinds.additive_mask else 0,), "float32"),
         Buffer("visible_tiles", (max((_list_entries(kernel, problem) for kernel in kernels), default=0),), "int32"),
+        packed_tiles.buffer(kernels),
         Buffer("next_work", (sum(kernel.counts_work for kernel in kernels),), "int32", is_zeroed=True),
     )
     needed = {name for kernel in kernels for name in kernel.spec.workspace}
@@ -468,12 +476,14 @@ def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> Kern
         "VECTORIZED": problem.vectorized,
         **dict(fused.spec.constants),
     }
+    case = KernelCase(spec, problem.dtype, problem.head_dim)
     batches, num_tiles = problem.batch, ceil(problem.owned_queries / tile.tile_q)
     if problem.num_sequences is not None:
         batches, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # as `tiled_kernel`
+    places = packed_tiles.places(problem, device, case, tile, num_tiles=num_tiles, heads=problem.num_heads_q)
     return KernelPlan(
-        KernelCase(spec, problem.dtype, problem.head_dim), tile, config_text(problem.dtype, constants),
-        LaunchShape(num_tiles * problem.num_heads_q * batches, 32 * tile.num_warps, shared_bytes), num_tiles,
+        case, tile, config_text(problem.dtype, constants),
+        LaunchShape((places or num_tiles * batches) * problem.num_heads_q, 32 * tile.num_warps, shared_bytes), num_tiles, packed_places=places,
     )  # fmt: skip
 
 

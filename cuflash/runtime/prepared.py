@@ -157,13 +157,14 @@ class PreparedCall:
         words = present | self.written
         if problem.features.kinds.dropout and "dropout_state" not in present:
             words |= {"dropout_seed", "dropout_offset"}
-        values = {buffer.name: buffer.name for buffer in self.plan.workspace} | {"lengths": arguments.lengths(problem)} | values
+        values = {buffer.name: buffer.name for buffer in self.plan.workspace} | values
         if problem.features != NOTHING:
             values["features"] = arguments.feature_values(problem.features, problem.scale, problem.list_extents, grad_attn_mask_strides)
         launches = []
         for kernel, loaded in zip(self.plan.kernels, executables, strict=True):
             own: dict[str, Value] = {
                 "geometry": arguments.geometry(problem, kernel.num_tiles, kernel.section_heads),
+                "lengths": values.get("lengths", arguments.lengths(problem, kernel.packed_places)),
                 "group_batch": kernel.group_batch, "group_heads": kernel.group_heads, "num_work": kernel.num_work, "num_tiles": kernel.num_tiles,
                 "head_dim": kernel.head_dim, "num_splits": kernel.splits.number, "split_tiles": kernel.splits.tiles,
                 "begin_tiles": BEGIN_TILES, "part_tiles": PART_TILES,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 from cuflash.errors import UnsupportedError
 from cuflash.hardware import device, occupancy
@@ -285,6 +286,8 @@ def _predict_launch(kernel: KernelPlan, plan: Plan, card: Card, limits: bool, da
         return _short_launch(kernel, card, splits.clocks_of_merge(kernel, plan.problem, multiprocessor(card.arch), card, number))
     if kernel.spec == kernel_specs.CACHE_APPEND:
         return _short_launch(kernel, card, splits.clocks_of_append(kernel, plan.problem, multiprocessor(card.arch), card))
+    if kernel.spec == kernel_specs.PACKED_TILES:
+        return _short_launch(kernel, card, _clocks_of_list(plan.problem, multiprocessor(card.arch), card))
     if not kernel.spec.is_tiled or kernel.spec == kernel_specs.BACKWARD_ROW_SUMS:
         return predict_traffic(kernel, plan.problem, card)
     described, function = compiled(kernel, plan.device, causal=plan.problem.is_causal)
@@ -331,6 +334,11 @@ def _sustained(predicted: KernelPrediction) -> KernelPrediction:
 def _short_launch(kernel: KernelPlan, card: Card, clocks: float) -> Launch:
     """A kernel whose begin and end are most of it."""
     return Launch(kernel.name, 1e3 * (card.kernel_start + clocks / (card.clock_ghz * 1e9)), None, kernel.num_blocks, 0, 1.0, 1.0)
+
+
+def _clocks_of_list(problem: Problem, machine: Multiprocessor, card: Card) -> float:
+    """Of the kernel that lists the tiles of packed sequences: a lane reads the offsets of every 32nd, and stores."""
+    return card.block_start + (1 + ceil(problem.sequences / 32)) * machine.global_latency
 
 
 def _trip_clocks(predicted: KernelPrediction, machine: Multiprocessor) -> list[float]:
@@ -394,12 +402,14 @@ def lay_out(
     machine = machine or multiprocessor(predicted.description.arch)
     stays = predicted.between_tiles is not None
     overhead = predicted.between_tiles if predicted.between_tiles is not None else _block_overhead(kernel, problem, machine, card)
-    empty = card.block_start if not stays else 0.0
+    waits = machine.global_latency if problem.num_sequences is not None else 0.0  # for offsets, which say that there is no more to do
+    empty = card.block_start + waits if not stays else 0.0
     section = min(len(visits), kernel.section_heads)
-    launched = in_order(visits, section=section, last_first=problem.is_causal and not kernel.spec.owns_keys)
+    last_first = problem.is_causal and not kernel.spec.owns_keys and not kernel.packed_places
+    launched = in_order(visits, section=section, last_first=last_first)
     trips = [weighed[of] for of in launched]
     if kernel.spec.added_up:
-        _wait_for_each_other(trips, together=card.num_sms * predicted.blocks, section=section, tiles=len(visits[0]))
+        _wait_for_each_other(trips, together=card.num_sms * predicted.blocks, section=section, tiles=kernel.num_tiles)
     clocks = grid_clocks(trips, num_sms=card.num_sms, trip_clocks=_trip_clocks(predicted, machine), overhead=overhead, empty=empty)
     if stays:  # each once
         clocks += _block_overhead(kernel, problem, machine, card)

@@ -26,7 +26,8 @@ NO_DATA: Data = {}
 
 
 def visits_of_launch(kernel: KernelPlan, problem: Problem, data: Data) -> list[list[Visits]]:
-    """What each block visits, for each (batch, head) pair of the launch and each of its tiles.
+    """What each block visits, for each (batch, head) pair of the launch and each of its tiles, or for each head and each place in the list of tiles of packed
+    sequences.
 
     Raises:
         UnsupportedError: an array that decides is missing from `data`.
@@ -49,6 +50,8 @@ def visits_of_launch(kernel: KernelPlan, problem: Problem, data: Data) -> list[l
             own = [Visits(group_batch * group_heads * count) for count in known]
         return [own] * (num_tiles // max(1, len(own)))
     lookup = _Lookup(problem, data, tile, by_keys)
+    if kernel.packed_places:
+        return [_of_list(kernel, problem, lookup)] * heads
     pairs = []
     for batch in range(num_tiles // max(1, kernel.num_tiles * heads)):
         for head in range(heads):
@@ -57,6 +60,13 @@ def visits_of_launch(kernel: KernelPlan, problem: Problem, data: Data) -> list[l
             ]
             pairs.append([_sum([member[index] for member in members if index < len(member)]) for index in range(kernel.num_tiles)])
     return pairs
+
+
+def _of_list(kernel: KernelPlan, problem: Problem, lookup: _Lookup) -> list[Visits]:
+    """Of the tiles of packed sequences in their list, and of the places behind them: what a block visits does not depend on its head."""
+    tiles = [of for sequence in range(problem.sequences) for of in lookup.of_head(sequence, 0)]
+    listed = sorted((Visits(kernel.group_heads * of.full, kernel.group_heads * of.partial) for of in tiles), key=lambda of: -of.total)
+    return listed + [Visits(0)] * (kernel.packed_places - len(listed))
 
 
 def _of_splits(kernel: KernelPlan, problem: Problem, data: Data) -> list[list[Visits]]:

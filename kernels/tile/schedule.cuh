@@ -13,16 +13,23 @@ DEVICE Work work_of_block(int num_tiles, int num_heads, int index = int(blockIdx
   return {tile, head, index / num_tiles / num_heads};
 }
 
-// The same where blocks are equally long. Under a causal mask, by sections of section_heads (batch, head) pairs, and within each the longest tiles of
-// all its pairs first (cuflash/planning/block_order.py): of queries the last tile, which sees the most keys, of keys the first.
+// By sections of section_heads (batch, head) pairs, and within each the first tiles of all its pairs first.
+DEVICE Work work_of_section(int num_tiles, int section_heads, int num_heads, int index) {
+  const int of_section = section_heads * num_tiles;
+  const int section = index / of_section, within = index - section * of_section;
+  const int tile = within / section_heads;
+  const int pair = section * section_heads + (within - tile * section_heads);
+  return {tile, pair % num_heads, pair / num_heads};
+}
+
+// Head by head where blocks are equally long. Under a causal mask by sections, in which the longest tiles of all pairs come first
+// (cuflash/planning/block_order.py): of queries the last tile, which sees the most keys, of keys the first.
 template <bool CAUSAL, bool LAST_TILE_FIRST>
 DEVICE Work work_longest_first(const Geometry& geometry, int num_heads, int index = int(blockIdx.x)) {
   if constexpr (!CAUSAL) return work_of_block(geometry.num_tiles, num_heads, index);
-  const int of_section = geometry.section_heads * geometry.num_tiles;
-  const int section = index / of_section, within = index - section * of_section;
-  const int tile = within / geometry.section_heads;
-  const int pair = section * geometry.section_heads + (within - tile * geometry.section_heads);
-  return {LAST_TILE_FIRST ? geometry.num_tiles - 1 - tile : tile, pair % num_heads, pair / num_heads};
+  Work work = work_of_section(geometry.num_tiles, geometry.section_heads, num_heads, index);
+  if constexpr (LAST_TILE_FIRST) work.tile = geometry.num_tiles - 1 - work.tile;
+  return work;
 }
 
 // The work of the block that is the `ticket`-th to start. Sections of section_heads heads come one after another, so that what they read and add

@@ -5,15 +5,16 @@
 // of the packed arrays, which have a batch stride of 0. Offsets that make no sense are clamped: whatever they say, no access leaves the arrays.
 //
 // Packed rows behind the last sequence belong to nobody. Blocks of one sequence more than there are fill them with zeros. The grid is made for
-// max_seqlen; rows of a sequence that is longer all the same are filled with zeros by the block of its last tile. Rows of a sequence's place that it
-// does not use are filled by the blocks of their tiles, and those beyond the last tile by all blocks of the sequence.
+// max_seqlen, or for a list of the tiles that there are (tile/packed_tiles.cuh); rows of a sequence that is longer all the same are filled with zeros
+// by the block of its last tile. Rows of a sequence's place that it does not use are filled by the blocks of their tiles, and those beyond the last
+// tile by all blocks of the sequence.
 //
 // With neither feature, everything in this file is nothing.
 #pragma once
 #include "arguments.cuh"
 #include "tile/schedule.cuh"
 
-constexpr bool VARLEN = Config::VARLEN;          // packed sequences
+constexpr bool VARLEN = Config::VARLEN;  // packed sequences
 constexpr bool SEQLENS_KV =
     Config::SEQLENS_KV;  // sequences have key lengths besides their places: rows of a batch, a cache, or packed ones in places
 constexpr bool RAGGED = VARLEN || SEQLENS_KV;
@@ -83,7 +84,8 @@ DEVICE bool claim_rows(const Arguments& arguments, const PackedArray& packed, co
     const int num_tiles = arguments.geometry.num_tiles;
     const int start = sequence_start(packed.offsets, work.batch, packed.num_rows);
     if (work.batch == arguments.lengths.num_sequences) {  // behind the last sequence
-      clear(start, packed.num_rows, work.tile, num_tiles);
+      const int* const listed = arguments.lengths.packed_tiles;
+      clear(start, packed.num_rows, work.tile, listed != nullptr ? arguments.lengths.packed_places - *listed : num_tiles);
       return false;
     }
     const int place = sequence_place(packed.offsets, work.batch, packed.num_rows), first = work.tile * TILE_ROWS;

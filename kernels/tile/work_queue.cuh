@@ -9,6 +9,7 @@
 #include "ptx/global.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/warp.cuh"
+#include "tile/packed_tiles.cuh"
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
 
@@ -73,7 +74,7 @@ class WorkQueue {
   DEVICE void advance() { index = uniform(taken) + gridDim.x; }
 
   DEVICE TileWork work() const {
-    const Work at = work_longest_first<CAUSAL, true>(arguments.geometry, arguments.geometry.num_heads_q, int(index));
+    const Work at = work_in_order<CAUSAL, true>(arguments, arguments.geometry.num_heads_q, int(index));
     const Geometry& geometry = arguments.geometry;
     TileWork work{at};
     if constexpr (RAGGED) {
