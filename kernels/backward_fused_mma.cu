@@ -198,14 +198,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
 
       float P[M_TILES][S_TILES][4];  // scores, then probabilities; rows are keys
       clear(P);
-      SegmentsAhead<true, M_TILES, S_TILES> segments;
-      segments.read(visibility, first_kv + warp_key, first_q + warp_query, tiles.is_partial());
       gemm_rows<Mma, TileK::COLUMNS, true>(P, Mma::OperandA<TileK>(K_smem, warp_key), Mma::OperandB<TileQ>(Q + warp_query * TileQ::ROW_BYTES));
       ScoreDerivative<M_TILES, S_TILES> derivative;
       modifier.apply<true>(P, derivative, first_kv + warp_key, first_q + warp_query);
       const StatisticsOfColumns statistics(statistics_smem + stage_of(j) * StatisticsOfColumns::BYTES, view, first_q, warp_query);
       statistics.to_probabilities(P, modifier.signed_factor());
-      hide<true>(P, 0.0f, geometry, visibility, first_q + warp_query, first_kv, warp_key, tiles.is_partial(), segments);
+      hide<true>(P, 0.0f, geometry, visibility, first_q + warp_query, first_kv, warp_key, tiles.is_partial());
       share_kept(P, P_smem, dropout, batch, head, first_kv, first_q, warp_key, warp_query);
       float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
       statistics.begin_grad_products(dS);

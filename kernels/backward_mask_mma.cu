@@ -165,14 +165,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_mask_mma(c
 
         float S[M_TILES][S_TILES][4];
         clear(S);
-        SegmentsAhead<false, M_TILES, S_TILES> segments;
-        segments.read(visibility, first_q + warp_row, first_kv, TILE_LISTS);
         multiply_rows(S, Q, warp_row, K);
         publish_and_collect(S, S_exchange);
         modifier.apply<false>(S, first_q + warp_row, first_kv);
         statistics.to_probabilities(S, modifier.signed_factor());
         auto& P = S;  // in place
-        hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, TILE_LISTS, segments);
+        hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, TILE_LISTS);
 
         float dP[M_TILES][S_TILES][4];  // less delta
         statistics.begin_grad_products(dP);

@@ -99,12 +99,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_row_sums_m
 
     float S[M_TILES][S_TILES][4];
     clear(S);
-    SegmentsAhead<false, M_TILES, S_TILES> segments;
-    segments.read(visibility, first_q + warp_row, first_kv, TILE_LISTS);
     multiply_rows(S, Q, warp_row, K);
     publish_and_collect(S, exchange);
     modifier.apply<false>(S, first_q + warp_row, first_kv);
-    hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, TILE_LISTS, segments);
+    hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, TILE_LISTS);
     softmax.update(S, no_output, modifier.factor());
     if constexpr (HEAD_SLICES == 1) end_step();  // slices have exchanged parts since K was read
   }

@@ -137,8 +137,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_jvp_mma(con
     float S[M_TILES][S_TILES][4];
     clear(S);
     MaskAhead<false, M_TILES, S_TILES> mask;
-    SegmentsAhead<false, M_TILES, S_TILES> segments;
-    segments.read(visibility, first_q + warp_row, first_kv, tiles.is_partial(j));
     modifier.read_mask(mask, first_q + warp_row, first_kv);
     multiply_rows(S, Q, warp_row, K);
     publish_and_collect(S, S_exchange);
@@ -146,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_jvp_mma(con
     modifier.apply<false>(S, derivative, first_q + warp_row, first_kv, mask);
     statistics.to_probabilities(S, modifier.signed_factor());
     auto& P = S;  // in place
-    hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j), segments);
+    hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
 
     float S_dot[M_TILES][S_TILES][4];
     clear(S_dot);

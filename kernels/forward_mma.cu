@@ -125,10 +125,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     }
     clear(S);
     MaskAhead<false, M_TILES, S_TILES> mask;
-    SegmentsAhead<false, M_TILES, S_TILES> segments;
-    segments.read(visibility, first_q + warp_row, tiles.tile(j) * TILE_KV, tiles.is_partial(j));
     if constexpr (!COPIES_MASK) modifier.read_mask(mask, first_q + warp_row, tiles.tile(j) * TILE_KV);
     multiply_rows(S, Q, warp_row, K);
+    SegmentsAhead<false, M_TILES, S_TILES> segments;
+    segments.read(visibility, first_q + warp_row, tiles.tile(j) * TILE_KV, tiles.is_partial(j));
     publish(S, exchange);
     if constexpr (SLICE_PIECES == 1) {
       wait_for_tiles<PENDING>([&] { V_loader.land(V_smem); });  // barrier B

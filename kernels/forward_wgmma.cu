@@ -169,8 +169,7 @@ class WarpgroupRows {
     if constexpr (!TILE_LISTS) {
       hide_by_position(S, first_key, end_key, first_kv);
     } else if constexpr (!MAPS_MASK && !KNOWS_SEGMENTS) {
-      hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, first_row - first_q, entry % 2 != 0,
-                  SegmentsAhead<false, 1, S_TILES>());
+      hide<false>(S, -infinity(), geometry, visibility, first_q, first_kv, first_row - first_q, entry % 2 != 0);
     } else {
       const bool hides_data = entry % 2 != 0;
       const bool is_cut = (KNOWS_SEGMENTS || CUTS_VALUES) &&  // else a mask that is copied is False behind the last key

@@ -109,8 +109,8 @@ class Visibility {  // of one batch and query head
   }
 };
 
-// Segment ids of the rows and columns of a warp's accumulators, which are read before the scores are computed. A lane has those of its rows, and
-// those of the columns that it answers for (tile/visible_columns.cuh).
+// Segment ids of the rows and columns of a warp's accumulators, which are read before the scores are computed. A lane has those of rows 32 k + lane,
+// and of the columns that it answers for (tile/visible_columns.cuh).
 template <bool TRANSPOSED, int M, int N>
 class SegmentsAhead {
  public:
@@ -128,14 +128,19 @@ class SegmentsAhead {
       for (int k = 0; k < OF_COLUMNS; ++k)
         column_segments[k] = of_columns.load(visibility.batch, min(first_column + 32 * k + column_of_lane(), end_column - 1));
 #pragma unroll
-      for (int r = 0; r < 2 * M; ++r) row_segments[r] = of_rows.load(visibility.batch, min(first_row + 8 * r + lane_index() / 4, end_row - 1));
+      for (int k = 0; k < OF_ROWS; ++k) row_segments[k] = of_rows.load(visibility.batch, min(first_row + 32 * k + lane_index(), end_row - 1));
     }
   }
 
   // Hides what other segments have, if the tile is partial, and what positions hide.
   DEVICE void hide(float (&c)[M][N][4], float hidden, const Visibility& visibility, int first_row, int first_column, bool is_partial) const {
     VisibleColumns<N, M> visible;
-    if (is_partial) visible.hide_other_segments(row_segments, column_segments);
+    if (is_partial) {
+      int segments[2 * M];
+#pragma unroll
+      for (int r = 0; r < 2 * M; ++r) segments[r] = shfl(row_segments[r / 4], r % 4 * 8 + lane_index() / 4);
+      visible.hide_other_segments(segments, column_segments);
+    }
     const int lane_row = first_row + lane_index() / 4, lane_column = first_column + lane_index() % 4 * 2;
 #pragma unroll
     for (int r = 0; r < 2 * M; ++r) {
@@ -147,23 +152,27 @@ class SegmentsAhead {
   }
 
  private:
-  static constexpr int OF_COLUMNS = ceil_div(N, 4);
-  int row_segments[USED ? 2 * M : 1];
-  int column_segments[USED ? OF_COLUMNS : 1];
+  static constexpr int OF_ROWS = ceil_div(M, 2), OF_COLUMNS = ceil_div(N, 4);
+  int row_segments[OF_ROWS], column_segments[OF_COLUMNS];
+};
+
+struct NothingAhead {
+  static constexpr bool USED = false;
 };
 
 // Gives `hidden` to the elements of a warp's accumulators whose pair is not visible. The block's tile starts at first_q and first_kv, the warp's
-// rows at warp_row of it: queries, or with TRANSPOSED keys. `is_partial`: data hide some pair of the tile. ASKS_MASK as in `Visibility::sees`.
+// rows at warp_row of it: queries, or with TRANSPOSED keys. `is_partial`: data hide some pair of the tile. ASKS_MASK as in `Visibility::sees`. `segments`
+// are ids that were read ahead; without, each pair's are where it is looked at, which takes more instructions and fewer registers.
 //
 // Numbers come by reference, and the causal mask, where it is the only one, is asked of the geometry: anything else is compiled to other code, which
 // takes more registers (docs/performance.md).
-template <bool TRANSPOSED, bool ASKS_MASK = BOOLEAN_MASK, int M, int N>
+template <bool TRANSPOSED, bool ASKS_MASK = BOOLEAN_MASK, int M, int N, typename Segments = NothingAhead>
 DEVICE void hide(float (&c)[M][N][4], float hidden, const Geometry& geometry, const Visibility& visibility, const int& first_q, const int& first_kv,
-                 const int& warp_row, bool is_partial, const SegmentsAhead<TRANSPOSED, M, N>& segments) {
+                 const int& warp_row, bool is_partial, const Segments& segments = Segments()) {
   if (!(ONLY_CAUSAL ? hides_any<Config::CAUSAL>(geometry, first_q, first_kv + Config::TILE_KV)
                     : is_partial || visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV)))
     return;
-  if constexpr (SegmentsAhead<TRANSPOSED, M, N>::USED && !ASKS_MASK) {
+  if constexpr (Segments::USED && !ASKS_MASK) {
     segments.hide(c, hidden, visibility, (TRANSPOSED ? first_kv : first_q) + warp_row, TRANSPOSED ? first_q : first_kv, is_partial);
     return;
   }
