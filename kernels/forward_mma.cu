@@ -127,8 +127,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     MaskAhead<false, M_TILES, S_TILES> mask;
     if constexpr (!COPIES_MASK) modifier.read_mask(mask, first_q + warp_row, tiles.tile(j) * TILE_KV);
     multiply_rows(S, Q, warp_row, K);
-    SegmentsAhead<false, M_TILES, S_TILES> segments;
-    segments.read(visibility, first_q + warp_row, tiles.tile(j) * TILE_KV, tiles.is_partial(j));
+    HiddenAhead<false, M_TILES, S_TILES, ASKS_MASK> hidden;
+    hidden.read(visibility, first_q + warp_row, tiles.tile(j) * TILE_KV, tiles.is_partial(j));
     publish(S, exchange);
     if constexpr (SLICE_PIECES == 1) {
       wait_for_tiles<PENDING>([&] { V_loader.land(V_smem); });  // barrier B
@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     }
     if constexpr (!ONLY_COPIED)
       hide<false, ASKS_MASK>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, (ASKS_MASK || SEGMENTS) && tiles.is_partial(j),
-                             segments);
+                             hidden);
     softmax.update(S, O, modifier.factor());
     auto& P = S;  // in place
     if constexpr (DROPOUT) drop(P, dropout, work.batch, work.head, first_q + warp_row, first_kv);

@@ -156,35 +156,78 @@ class SegmentsAhead {
   int row_segments[OF_ROWS], column_segments[OF_COLUMNS];
 };
 
+// The elements of a boolean mask of a tile, where registers allow it and no segments hide pairs too.
+template <bool TRANSPOSED, bool ASKS_MASK, int M, int N>
+struct BooleanMaskAhead {
+  static constexpr int REGISTERS = M * N * (TRANSPOSED ? 4 : 2);
+  static constexpr bool USED = ASKS_MASK && !SEGMENTS && REGISTERS <= 16;
+
+  DEVICE void read(const Visibility& visibility, int first_row, int first_column, bool is_partial) {
+    if constexpr (USED) {
+      if (!is_partial) return;
+      const MaskValues mask = visibility.mask();
+      limit = mask.limit<TRANSPOSED, M, N>(first_row, first_column);
+      mask.read(tile, first_row, first_column, limit);
+    }
+  }
+
+  int limit = 0;  // as of MaskValues
+  MaskTile<TRANSPOSED, USED ? M : 1, USED ? N : 1> tile;
+};
+
+// What data say of the pairs of a tile, read before its scores are computed: in the loads' time those are. Of a tile that is not partial nothing.
+template <bool TRANSPOSED, int M, int N, bool ASKS_MASK = BOOLEAN_MASK>
+struct HiddenAhead {
+  using Segments = SegmentsAhead<TRANSPOSED, M, N>;
+  using Mask = BooleanMaskAhead<TRANSPOSED, ASKS_MASK, M, N>;
+  static constexpr bool HAS_SEGMENTS = Segments::USED, HAS_MASK = Mask::USED;
+  Segments segments;
+  Mask mask;
+
+  DEVICE void read(const Visibility& visibility, int first_row, int first_column, bool is_partial) {
+    segments.read(visibility, first_row, first_column, is_partial);
+    mask.read(visibility, first_row, first_column, is_partial);
+  }
+};
+
 struct NothingAhead {
-  static constexpr bool USED = false;
+  static constexpr bool HAS_SEGMENTS = false, HAS_MASK = false;
 };
 
 // Gives `hidden` to the elements of a warp's accumulators whose pair is not visible. The block's tile starts at first_q and first_kv, the warp's
-// rows at warp_row of it: queries, or with TRANSPOSED keys. `is_partial`: data hide some pair of the tile. ASKS_MASK as in `Visibility::sees`. `segments`
-// are ids that were read ahead; without, each pair's are where it is looked at, which takes more instructions and fewer registers.
+// rows at warp_row of it: queries, or with TRANSPOSED keys. `is_partial`: data hide some pair of the tile. ASKS_MASK as in `Visibility::sees`. Without
+// `ahead`, data are read where they are looked at, which takes more time and fewer registers.
 //
 // Numbers come by reference, and the causal mask, where it is the only one, is asked of the geometry: anything else is compiled to other code, which
 // takes more registers (docs/performance.md).
-template <bool TRANSPOSED, bool ASKS_MASK = BOOLEAN_MASK, int M, int N, typename Segments = NothingAhead>
+template <bool TRANSPOSED, bool ASKS_MASK = BOOLEAN_MASK, int M, int N, typename Ahead = NothingAhead>
 DEVICE void hide(float (&c)[M][N][4], float hidden, const Geometry& geometry, const Visibility& visibility, const int& first_q, const int& first_kv,
-                 const int& warp_row, bool is_partial, const Segments& segments = Segments()) {
+                 const int& warp_row, bool is_partial, const Ahead& ahead = Ahead()) {
   if (!(ONLY_CAUSAL ? hides_any<Config::CAUSAL>(geometry, first_q, first_kv + Config::TILE_KV)
                     : is_partial || visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV)))
     return;
-  if constexpr (Segments::USED && !ASKS_MASK) {
-    segments.hide(c, hidden, visibility, (TRANSPOSED ? first_kv : first_q) + warp_row, TRANSPOSED ? first_q : first_kv, is_partial);
+  if constexpr (Ahead::HAS_SEGMENTS && !ASKS_MASK) {
+    ahead.segments.hide(c, hidden, visibility, (TRANSPOSED ? first_kv : first_q) + warp_row, TRANSPOSED ? first_q : first_kv, is_partial);
     return;
   }
   if constexpr (ASKS_MASK && !SEGMENTS) {  // in most tiles nothing else hides a pair
     const int first_row = (TRANSPOSED ? first_kv : first_q) + warp_row, first_column = TRANSPOSED ? first_q : first_kv;
-    const MaskValues mask = visibility.mask();
-    const int limit = mask.limit<TRANSPOSED, M, N>(first_row, first_column);
-    if (limit > 0 && !visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV)) {
-      MaskTile<TRANSPOSED, M, N> tile;
-      mask.read(tile, first_row, first_column, limit);
-      MaskValues::for_each(tile, [&](int m, int n, int i, MaskElement element) { c[m][n][i] = mask_attends(element) ? c[m][n][i] : hidden; });
-      return;
+    const bool only_data = !visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV);
+    auto apply = [&](int m, int n, int i, MaskElement element) { c[m][n][i] = mask_attends(element) ? c[m][n][i] : hidden; };
+    if constexpr (Ahead::HAS_MASK) {
+      if (ahead.mask.limit > 0 && only_data) {
+        MaskValues::for_each(ahead.mask.tile, apply);
+        return;
+      }
+    } else {
+      const MaskValues mask = visibility.mask();
+      const int limit = mask.limit<TRANSPOSED, M, N>(first_row, first_column);
+      if (limit > 0 && only_data) {
+        MaskTile<TRANSPOSED, M, N> tile;
+        mask.read(tile, first_row, first_column, limit);
+        MaskValues::for_each(tile, apply);
+        return;
+      }
     }
   }
   for_each_element(c, [&](int row, int column, float& element) {
