@@ -45,9 +45,9 @@ class StagedMask {
     copy_ids<TILE_Q>(ids() + TILE_KV * int(sizeof(int)), features.segment_ids_q, batch, first_q, geometry.seqlen_q);
   }
 
-  // Adds an additive mask to a warp's scores, `factor` times what is there, whose keys start at first_key of the tile.
+  // Adds an additive mask to a warp's scores, whose keys start at first_key of the tile.
   template <int N>
-  DEVICE void add(float (&S)[1][N][4], float factor, int first_key) const {
+  DEVICE void add(float (&S)[1][N][4], int first_key) const {
     if constexpr (MASK_BYTES == 2) {
       const int query = lane_index() / 16 * 8 + lane_index() % 8, chunk = first_key / CHUNK_KEYS + lane_index() / 8 % 2;
       const SmemAddress rows = stage + chunk / 8 * SLAB_BYTES + query * ROW_BYTES + (chunk % 8 ^ query % 8) * 16;
@@ -59,12 +59,12 @@ class StagedMask {
         for (int j = 0; j < 4; ++j)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            add_bias(S[0][2 * k + j / 2][j % 2 * 2 + half], factor, bias_of_bits(MaskBits(pair[j] >> half * 16)));
+            add_bias(S[0][2 * k + j / 2][j % 2 * 2 + half], 1.0f, bias_of_bits(MaskBits(pair[j] >> half * 16)));
           }
       }
     } else {
       for_each(S, first_key,
-               [&](float& score, SmemAddress at) { add_bias(score, factor, bias_of_bits(MaskBits(__float_as_uint(load_shared_f32(at))))); });
+               [&](float& score, SmemAddress at) { add_bias(score, 1.0f, bias_of_bits(MaskBits(__float_as_uint(load_shared_f32(at))))); });
     }
   }
 
