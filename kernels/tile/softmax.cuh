@@ -68,7 +68,8 @@ struct OnlineSoftmax {
       for (int r = 0; r < 2; ++r) {
         highest[m][r] = lane_max(S[m], r);
         offset[m][r] = offset_of(m, r);
-        is_rare |= reference_of(highest[m][r], scale_log2, SLACK) > reference[m][r] || is_coarse(m, r);
+        const bool asks = !NATURAL || highest[m][r] != -infinity();  // where nothing is seen, probabilities are 0 whatever the reference is
+        is_rare |= reference_of(highest[m][r], scale_log2, SLACK) > reference[m][r] || (asks && is_coarse(m, r));
       }
     if (any_lane(is_rare)) {
       wait_for_O();
@@ -77,8 +78,8 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const float of_row = quad_max(highest[m][r]);
-          const bool asks = !ROW_BY_ROW || reference_of(of_row, scale_log2, SLACK) > reference[m][r];
-          raise(O[m], asks ? of_row : -infinity(), m, r, scale_log2);
+          const bool rises = !ROW_BY_ROW || reference_of(of_row, scale_log2, SLACK) > reference[m][r];
+          raise(O[m], rises ? of_row : -infinity(), m, r, scale_log2);
           offset[m][r] = is_coarse(m, r) ? COARSE_OFFSET : offset_of(m, r);
           if (is_coarse(m, r)) subtract_reference(S[m], m, r, scale_log2, 1.0f / scale_log2);
         }
@@ -233,8 +234,10 @@ struct OnlineSoftmax {
     }
   }
 
-  // What exponents are off the scores of a row by, in log2 units.
-  DEVICE float offset_of(int m, int r) const { return NATURAL ? __fmaf_rn(reference[m][r], LOG2_E, -float(SHIFT)) : reference[m][r]; }
+  // What exponents are off the scores of a row by, in log2 units. It is finite for the lowest reference too.
+  DEVICE float offset_of(int m, int r) const {
+    return NATURAL ? __fmaf_rn(fmaxf(reference[m][r], 0.5f * LOWEST), LOG2_E, -float(SHIFT)) : reference[m][r];
+  }
   static constexpr float COARSE_OFFSET = NATURAL ? -float(SHIFT) : 0.0f;  // behind `subtract_reference`
 
   // Whether the last place of a row's reference matters in an exponent.

@@ -109,8 +109,8 @@ class Visibility {  // of one batch and query head
   }
 };
 
-// Segment ids of the rows and columns of a warp's accumulators, which are read before the scores are computed. A lane has those of rows 32 k + lane,
-// and of the columns that it answers for (tile/visible_columns.cuh).
+// Segment ids of the rows and columns of a warp's accumulators. A lane has those of rows 32 k + lane, and of the columns that it answers for
+// (tile/visible_columns.cuh).
 template <bool TRANSPOSED, int M, int N>
 class SegmentsAhead {
  public:
@@ -175,7 +175,8 @@ struct BooleanMaskAhead {
   MaskTile<TRANSPOSED, USED ? M : 1, USED ? N : 1> tile;
 };
 
-// What data say of the pairs of a tile, read before its scores are computed: in the loads' time those are. Of a tile that is not partial nothing.
+// What data say of the pairs of a tile, read ahead of `hide`: products, barriers or other warps take the loads' time. Nothing of a tile that is not
+// partial.
 template <bool TRANSPOSED, int M, int N, bool ASKS_MASK = BOOLEAN_MASK>
 struct HiddenAhead {
   using Segments = SegmentsAhead<TRANSPOSED, M, N>;
@@ -190,7 +191,7 @@ struct HiddenAhead {
   }
 };
 
-struct NothingAhead {
+struct NothingAhead {  // in the place of HiddenAhead
   static constexpr bool HAS_SEGMENTS = false, HAS_MASK = false;
 };
 

@@ -1,5 +1,6 @@
 // Which columns of a warp's accumulators a lane's rows see, a bit for each column of the lane: bit 2 (n % 16) + c of word n / 16 is that of column
-// 8 n + 2 (lane % 4) + c. Rows are counted as registers have them, row r is 8 r rows below the lane's first one. The assembler moves bits into predicates, several at once, so that a hidden score takes one selection.
+// 8 n + 2 (lane % 4) + c. Row r is 8 r rows below the lane's first one. The assembler moves bits into predicates, mostly several at once, so that a
+// hidden score takes one selection.
 #pragma once
 #include "tile/fragment.cuh"
 
