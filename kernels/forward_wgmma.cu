@@ -144,7 +144,8 @@ class WarpgroupRows {
     if constexpr (MODIFIES_SCORES && (MAPS_MASK || !ADDITIVE_MASK)) {
       const bool sees_all = SOFTCAP && (TILE_LISTS ? !hides_any(first_kv) : !is_masked);
       modifier.apply_to_rows(S, first_row, first_kv, SHARES, sees_all);
-      if constexpr (MAPS_MASK && ADDITIVE_MASK) add_copied_mask<RingMask>(S, modifier.factor_beside_mask(), shared.mask(K.stage), first_row - first_q);
+      if constexpr (MAPS_MASK && ADDITIVE_MASK)
+        add_copied_mask<RingMask>(S, modifier.factor_beside_mask(), shared.mask(K.stage), first_row - first_q);
     } else if constexpr (MODIFIES_SCORES) {
       modifier.apply<false>(S, first_row, first_kv);
     } else if constexpr (Config::ANY_SCALE) {

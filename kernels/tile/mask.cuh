@@ -79,7 +79,8 @@ class MaskValues {  // of one batch and query head
           for (int m = 0; m < M; ++m) {
             const int offset = 16 * m + i / 2 * 8;
             tile.bits[m][n][i] = 0;
-            if (row + offset < limit) tile.bits[m][n][i] = *reinterpret_cast<const MaskBits*>((i % 2 ? of_query + view.stride_query : of_query) + offset);
+            if (row + offset < limit)
+              tile.bits[m][n][i] = *reinterpret_cast<const MaskBits*>((i % 2 ? of_query + view.stride_query : of_query) + offset);
           }
         of_query += 8 * view.stride_query;
       }

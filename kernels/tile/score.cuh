@@ -8,8 +8,8 @@
 // softcap: Gemma Team 2024 (arXiv 2408.00118). ALiBi: Press et al. 2022 (arXiv 2108.12409), around the diagonal of `causal_alignment`.
 //
 // An additive mask of -inf hides a key. Everything else is a finite score, however small: the most negative number of a type, a common stand-in for
-// -inf, stays finite here, so that a row which has nothing else gives a softmax and no NaN. Beside float32's most negative number a sum overflows only
-// where a score is below -10^31.
+// -inf, stays finite here, so that a row which has nothing else gives a softmax and no NaN. Beside float32's most negative number a sum overflows
+// only where a score is below -10^31.
 #pragma once
 #include "tile/features.cuh"
 #include "tile/fragment.cuh"

@@ -7,9 +7,10 @@
 // their exponents are clamped to SHIFT + 1 (scores of 1e5 in bfloat16 stay finite), which those that are right pass only where |reference| is above
 // 2^24. Both are done where a warp finds a row that asks for it, so that other tiles have neither multiplications of O nor a clamp.
 //
-// With NATURAL scores are no log2 units and there is no scale_log2: p = 2^(S log2(e) - (reference log2(e) - SHIFT)), where the reference is the running
-// maximum itself, or lies at most SLACK in log2 units below it, but for the rounding of huge scores. That is one FMA too, off by as much as lse is
-// rounded. Rows are coarse here where |reference| passes 2^7: p = 2^((S - reference) log2(e) + SHIFT), and the difference of huge numbers is exact.
+// With NATURAL scores are no log2 units and there is no scale_log2: p = 2^(S log2(e) - (reference log2(e) - SHIFT)), where the reference is the
+// running maximum itself, or lies at most SLACK in log2 units below it, but for the rounding of huge scores. That is one FMA too, off by as much as
+// lse is rounded. Rows are coarse here where |reference| passes 2^7: p = 2^((S - reference) log2(e) + SHIFT), and the difference of huge numbers is
+// exact.
 //
 // SHIFT scales all probabilities of a row by 2^SHIFT, and so its sum and O, which the normalisation takes out again: room for small ones in the type
 // that P is rounded to.

@@ -196,8 +196,8 @@ struct NothingAhead {  // in the place of HiddenAhead
 };
 
 // Gives `hidden` to the elements of a warp's accumulators whose pair is not visible. The block's tile starts at first_q and first_kv, the warp's
-// rows at warp_row of it: queries, or with TRANSPOSED keys. `is_partial`: data hide some pair of the tile. ASKS_MASK as in `Visibility::sees`. Without
-// `ahead`, data are read where they are looked at, which takes more time and fewer registers.
+// rows at warp_row of it: queries, or with TRANSPOSED keys. `is_partial`: data hide some pair of the tile. ASKS_MASK as in `Visibility::sees`.
+// Without `ahead`, data are read where they are looked at, which takes more time and fewer registers.
 //
 // Numbers come by reference, and the causal mask, where it is the only one, is asked of the geometry: anything else is compiled to other code, which
 // takes more registers (docs/performance.md).
