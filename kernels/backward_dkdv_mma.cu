@@ -128,6 +128,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       float S[M_TILES][S_TILES][4];  // transposed: rows are keys
       clear(S);
       MaskAhead<true, M_TILES, S_TILES> mask;
+      HiddenAhead<true, M_TILES, S_TILES> hidden;
+      hidden.read(visibility, first_kv + warp_row, first_q, tiles.is_partial(j));
       modifier.read_mask(mask, first_kv + warp_row, first_q);
       multiply_rows(S, K, warp_row, Q);
       publish_and_collect(S, S_exchange);
@@ -136,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       const Statistics statistics = statistics_of(j);
       statistics.to_probabilities(S, modifier.signed_factor());
       auto& P = S;  // in place
-      hide<true>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
+      hide<true>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j), hidden);
       if constexpr (DROPOUT) {
         float kept_P[M_TILES][S_TILES][4];
         drop_and_mark(P, kept_P, dropout, batch, head, first_kv + warp_row, first_q);

@@ -98,6 +98,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
     float S[M_TILES][S_TILES][4];
     clear(S);
     MaskAhead<false, M_TILES, S_TILES> mask;
+    HiddenAhead<false, M_TILES, S_TILES> hidden;
+    hidden.read(visibility, first_q + warp_row, first_kv, tiles.is_partial(j));
     modifier.read_mask(mask, first_q + warp_row, first_kv);
     multiply_rows(S, Q, warp_row, K);
     publish_and_collect(S, S_exchange);
@@ -105,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
     modifier.apply<false>(S, derivative, first_q + warp_row, first_kv, mask);
     statistics.to_probabilities(S, modifier.signed_factor());
     auto& P = S;  // in place
-    hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j));
+    hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j), hidden);
 
     float dP[M_TILES][S_TILES][4];  // less delta
     statistics.begin_grad_products(dP);

@@ -171,7 +171,10 @@ class WarpgroupKeys {
     ScoreDerivative<1, S_TILES> derivative;
     member.modifier.apply_all_but_mask<true>(P, derivative, member.first_key, first_q);
     const StagedMask staged(shared.mask(ring.stage));
-    if constexpr (ADDITIVE_MASK) staged.add(P, warp_key());
+    if constexpr (ADDITIVE_MASK) {
+      multiply_all(P, member.modifier.factor_beside_mask());  // apart: with one FMA for both the schedule is slower at head_dim 128
+      staged.add(P, warp_key());
+    }
     statistics.to_probabilities(P, member.modifier.signed_factor());
     hide<IS_MASKED>(P, member, first_q, staged, listed);
     uint32 P_operand[P_STEPS][4];
@@ -211,7 +214,10 @@ class WarpgroupKeys {
     ScoreDerivative<1, S_TILES> derivative;
     member.modifier.apply_all_but_mask<true>(P, derivative, member.first_key, first_q);
     const StagedMask staged(shared.mask(ring.stage));
-    if constexpr (ADDITIVE_MASK) staged.add(P, warp_key());
+    if constexpr (ADDITIVE_MASK) {
+      multiply_all(P, member.modifier.factor_beside_mask());  // apart: with one FMA for both the schedule is slower at head_dim 128
+      staged.add(P, warp_key());
+    }
     statistics.to_probabilities(P, member.modifier.signed_factor());
     hide<IS_MASKED>(P, member, first_q, staged, listed);
     uint32 P_operand[P_STEPS][4], dS_operand[P_STEPS][4];

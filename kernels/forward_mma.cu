@@ -36,6 +36,8 @@ constexpr int S_TILES = TILE_KV / 8;
 constexpr int PENDING = 2 * (NUM_STAGES - 1);  // copy groups younger than the one that a barrier waits for
 
 constexpr bool ASKS_MASK = BOOLEAN_MASK && !COPIES_MASK;  // while pairs are hidden
+// Whether a boolean mask that is copied says all: it is False behind the last key.
+constexpr bool ONLY_COPIED = BOOLEAN_MASK && COPIES_MASK && !CAUSAL && !WINDOW && !SEGMENTS && !SEQLENS_KV;
 
 constexpr int SLICE_BYTES = TileQ::BYTES + NUM_STAGES * (TileK::BYTES + TileV::BYTES);
 
@@ -125,6 +127,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     MaskAhead<false, M_TILES, S_TILES> mask;
     if constexpr (!COPIES_MASK) modifier.read_mask(mask, first_q + warp_row, tiles.tile(j) * TILE_KV);
     multiply_rows(S, Q, warp_row, K);
+    HiddenAhead<false, M_TILES, S_TILES, ASKS_MASK> hidden;
+    hidden.read(visibility, first_q + warp_row, tiles.tile(j) * TILE_KV, tiles.is_partial(j));
     publish(S, exchange);
     if constexpr (SLICE_PIECES == 1) {
       wait_for_tiles<PENDING>([&] { V_loader.land(V_smem); });  // barrier B
@@ -139,13 +143,15 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     const bool hides = SOFTCAP && (tiles.is_partial(j) || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV));
     modifier.apply_to_rows(S, first_q + warp_row, first_kv, !hides, false);
     if constexpr (COPIES_MASK) {
-      if (ADDITIVE_MASK || tiles.is_partial(j)) copied_mask.apply(S, -infinity(), j);
+      if (ADDITIVE_MASK || tiles.is_partial(j)) copied_mask.apply(S, modifier.factor_beside_mask(), -infinity(), j);
       __syncwarp();
       issue_mask(j + NUM_STAGES);
     } else if constexpr (ADDITIVE_MASK) {
       modifier.add_mask(S, first_q + warp_row, first_kv, mask);
     }
-    hide<false, ASKS_MASK>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, (ASKS_MASK || SEGMENTS) && tiles.is_partial(j));
+    if constexpr (!ONLY_COPIED)
+      hide<false, ASKS_MASK>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, (ASKS_MASK || SEGMENTS) && tiles.is_partial(j),
+                             hidden);
     softmax.update(S, O, modifier.factor());
     auto& P = S;  // in place
     if constexpr (DROPOUT) drop(P, dropout, work.batch, work.head, first_q + warp_row, first_kv);

@@ -158,7 +158,8 @@ class WarpgroupRows {
     if constexpr (MODIFIES_SCORES && (MAPS_MASK || !ADDITIVE_MASK)) {
       const bool sees_all = SOFTCAP && (TILE_LISTS ? !hides_any(first_kv) : !is_masked);
       modifier.apply_to_rows(S, first_row, first_kv, SHARES, sees_all);
-      if constexpr (MAPS_MASK && ADDITIVE_MASK) add_copied_mask<RingMask>(S, shared.mask(K.stage), first_row - first_q);
+      if constexpr (MAPS_MASK && ADDITIVE_MASK)
+        add_copied_mask<RingMask>(S, modifier.factor_beside_mask(), shared.mask(K.stage), first_row - first_q);
     } else if constexpr (MODIFIES_SCORES) {
       modifier.apply<false>(S, first_row, first_kv);
     } else if constexpr (Config::ANY_SCALE) {
@@ -237,7 +238,7 @@ class WarpgroupRows {
   DEVICE void read_key_segments() {
 #pragma unroll
     for (int i = 0; i < KEY_SEGMENTS; ++i) {
-      const int key = (entry >> 1) * TILE_KV + i * WARP_SIZE + key_of_lane();
+      const int key = (entry >> 1) * TILE_KV + i * WARP_SIZE + column_of_lane();
       if (entry % 2 != 0) key_segments[i] = features.segment_ids_kv.load(work.batch, min(key, geometry.seqlen_kv - 1));
     }
   }

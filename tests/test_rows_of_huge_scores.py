@@ -60,6 +60,17 @@ def test_equal_scores_have_equal_probabilities(target: Target, fill: float) -> N
     assert not numpy.isnan(target.host(results.grad_attn_mask)).any()
 
 
+def test_rows_whose_largest_score_passes_128(target: Target) -> None:
+    """There the forward kernel leaves one way to exponents for the other: rows that rise or fall through it key by key, some behind keys that they do not see."""
+    mask = numpy.zeros((SQ, SKV), numpy.float32)
+    mask[0::4] = numpy.linspace(-300, 300, SKV)
+    mask[1::4] = numpy.linspace(300, -300, SKV)
+    mask[2::4] = numpy.linspace(-127, -129, SKV)
+    mask[3::4, : SKV // 2] = -numpy.inf
+    mask[7::8, SKV // 2 :] = 130
+    target.check(*inputs_of(target, "float16"), enable_gqa=True, attn_mask=target.place(mask), tile={"forward": Tile(64, 16, 4, 1)})
+
+
 @pytest.mark.parametrize("dtype", ["half", "float32"])
 def test_padding_beside_scores_that_are_a_little_larger(target: Target, dtype: str) -> None:
     """Twice the padding, where a causal mask of finfo.min / 2 was added to one of its own, or keys that differ by a few units in the last place."""

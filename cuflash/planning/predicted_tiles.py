@@ -42,14 +42,14 @@ _ODD_HALF_MASKS = frozenset(("odd float16", "odd bfloat16"))
 _MASKS = _HALF_MASKS | {"bool", "float32"}
 WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozenset[str]]] = {
     ("sm_80", "forward", 64): {
-        (128, 112, 4, 1): _HALF_MASKS,
-        (128, 96, 4, 1): frozenset(("window", "sinks", "segments", "bool")),
-        (128, 80, 4, 1): frozenset(("alibi", "softcap", "float32")),
-        (128, 64, 4, 1): _ODD_HALF_MASKS | {"prefix", "odd bool"},
+        (128, 96, 4, 1): _HALF_MASKS | {"window", "sinks", "segments", "bool"},
+        (128, 80, 4, 1): frozenset(("alibi", "softcap")),
+        (128, 64, 4, 1): _ODD_HALF_MASKS | {"prefix", "odd bool", "float32"},
         (128, 64, 4, 2): frozenset(("dropout", "odd float32")),
     },
     ("sm_80", "forward", 128): {
-        (128, 48, 4, 1): ALL | {"odd bool"},
+        (128, 64, 4, 1): frozenset(("bool",)),
+        (128, 48, 4, 1): (ALL - {"bool"}) | {"odd bool"},
         (128, 128, 8, 1): _ODD_HALF_MASKS,
         (64, 64, 4, 1): frozenset(("odd float32",)),
     },
@@ -58,9 +58,8 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
     ("sm_80", "backward_dkdv", 64): {(32, 128, 4, 2): ALL - {"softcap"}, (64, 64, 4, 2): frozenset(("softcap",))},
     ("sm_80", "backward_dkdv", 128): {(32, 64, 4, 2): ALL},
     ("sm_80", "backward_dq", 64): {
-        (128, 64, 4, 2): ALL - {"float32", "softcap"},
+        (128, 64, 4, 2): ALL - {"softcap"},
         (128, 48, 4, 2): frozenset(("softcap",)),
-        (128, 32, 4, 2): frozenset(("float32",)),
     },
     ("sm_80", "backward_dq", 128): {(64, 32, 4, 2): ALL},
     ("sm_90", "forward", 64): {

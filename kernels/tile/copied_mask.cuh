@@ -58,9 +58,9 @@ class CopiedMask {  // of one batch, query head and warp; nothing unless COPIES_
     }
   }
 
-  // Adds an additive mask, or gives `hidden` to what a boolean one hides.
-  DEVICE void apply(float (&S)[M][N][4], float hidden, int step) const {
-    if constexpr (ADDITIVE_MASK) add(S, step);
+  // Adds an additive mask to `factor` times what is there, or gives `hidden` to what a boolean one hides.
+  DEVICE void apply(float (&S)[M][N][4], float factor, float hidden, int step) const {
+    if constexpr (ADDITIVE_MASK) add(S, factor, step);
     if constexpr (BOOLEAN_MASK) hide(S, hidden, step);
   }
 
@@ -70,13 +70,13 @@ class CopiedMask {  // of one batch, query head and warp; nothing unless COPIES_
   int64 stride_query;
   int num_rows;  // that exist, from the first that the lane copies
 
-  DEVICE void add(float (&S)[M][N][4], int step) const {
+  DEVICE void add(float (&S)[M][N][4], float factor, int step) const {
     if constexpr (MASK_BYTES == 2) {
       const int lane_offset = offset(lane_index() % 16, lane_index() / 16);
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int n = 0; n < N; n += 2) add_mask_square(S[m], n, at(stage_address(step), lane_offset, 16 * m, n));
+        for (int n = 0; n < N; n += 2) add_mask_square(S[m], n, factor, at(stage_address(step), lane_offset, 16 * m, n));
     } else if constexpr (MASK_BYTES == 4) {
       const int lane_offset = offset(lane_index() / 4, lane_index() % 4 / 2) + lane_index() % 2 * 8;
 #pragma unroll
@@ -86,8 +86,8 @@ class CopiedMask {  // of one batch, query head and warp; nothing unless COPIES_
 #pragma unroll
           for (int n = 0; n < N; ++n) {
             const float2 pair = load_shared_f32x2(at(stage_address(step), lane_offset, 16 * m + 8 * r, 2 * n));
-            S[m][n][2 * r] = masked_score(S[m][n][2 * r], pair.x);
-            S[m][n][2 * r + 1] = masked_score(S[m][n][2 * r + 1], pair.y);
+            add_bias(S[m][n][2 * r], factor, pair.x);
+            add_bias(S[m][n][2 * r + 1], factor, pair.y);
           }
     }
   }

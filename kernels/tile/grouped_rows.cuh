@@ -44,7 +44,7 @@ class GroupedScores {
         const int q = query[m][i / 2], key = first_key + column;
         float unused;
         S[m][n][i] = score_of(S[m][n][i], q, key, slope[ALIBI ? m : 0][i / 2], geometry, features, unused);
-        if constexpr (ADDITIVE_MASK) S[m][n][i] = masked_score(S[m][n][i], mask_bias(mask(m, i).at(q, key)));
+        if constexpr (ADDITIVE_MASK) add_bias(S[m][n][i], 1.0f, mask_bias(mask(m, i).at(q, key)));
       });
     } else {
       if (geometry.score_sign != 1.0f) multiply_all(S, geometry.score_sign);

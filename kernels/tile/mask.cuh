@@ -43,7 +43,7 @@ struct MaskTile {  // as it lies in registers
 };
 template <int M, int N>
 struct MaskTile<true, M, N> {
-  MaskElement element[M][N][4];
+  uint32 bits[M][N][4];  // of an element each
 };
 
 class MaskValues {  // of one batch and query head
@@ -78,8 +78,9 @@ class MaskValues {  // of one batch and query head
 #pragma unroll
           for (int m = 0; m < M; ++m) {
             const int offset = 16 * m + i / 2 * 8;
-            tile.element[m][n][i] = {};
-            if (row + offset < limit) tile.element[m][n][i] = (i % 2 ? of_query + view.stride_query : of_query)[offset];
+            tile.bits[m][n][i] = 0;
+            if (row + offset < limit)
+              tile.bits[m][n][i] = *reinterpret_cast<const MaskBits*>((i % 2 ? of_query + view.stride_query : of_query) + offset);
           }
         of_query += 8 * view.stride_query;
       }
@@ -101,7 +102,7 @@ class MaskValues {  // of one batch and query head
   DEVICE static void for_each(const MaskTile<TRANSPOSED, M, N>& tile, Body body) {
     for_each_place<M, N>([&](int m, int n, int i, int, int) {
       if constexpr (TRANSPOSED) {
-        body(m, n, i, tile.element[m][n][i]);
+        body(m, n, i, mask_element(MaskBits(tile.bits[m][n][i]), MaskElement{}));
       } else {
         body(m, n, i, mask_element(MaskBits(tile.pair[m][n][i / 2] >> (i % 2 * 8 * MASK_BYTES)), MaskElement{}));
       }

@@ -8,7 +8,8 @@
 // softcap: Gemma Team 2024 (arXiv 2408.00118). ALiBi: Press et al. 2022 (arXiv 2108.12409), around the diagonal of `causal_alignment`.
 //
 // An additive mask of -inf hides a key. Everything else is a finite score, however small: the most negative number of a type, a common stand-in for
-// -inf, stays finite here, so that a row which has nothing else gives a softmax and no NaN.
+// -inf, stays finite here, so that a row which has nothing else gives a softmax and no NaN. Beside float32's most negative number a sum overflows
+// only where a score is below -10^31.
 #pragma once
 #include "tile/features.cuh"
 #include "tile/fragment.cuh"
@@ -19,6 +20,8 @@
 constexpr bool SOFTCAP = Config::SOFTCAP;
 constexpr bool ALIBI = Config::ALIBI;
 constexpr bool MODIFIES_SCORES = SOFTCAP || ALIBI || ADDITIVE_MASK;  // scores are more than scaled products
+
+constexpr bool ONLY_ADDS_MASK = ADDITIVE_MASK && !SOFTCAP && !ALIBI;  // score and mask are one FMA of the product
 
 constexpr float SCORE_UNIT = ADDITIVE_MASK ? 1.0f : LOG2_E;
 
@@ -74,25 +77,25 @@ DEVICE float score_of(float product, int query, int key, float slope, const Geom
   return score;
 }
 
-// A score with an element of an additive mask: not below LOWEST, but -inf where the mask is.
-DEVICE float masked_score(float score, float bias) { return max_nan(score + bias, fminf(bias, LOWEST)); }
+// Adds an element of an additive mask to a score, which is `factor` times what is there.
+DEVICE void add_bias(float& score, float factor, float bias) { score = __fmaf_rn(score, factor, bias); }
 
-// Adds 16 rows and 16 columns of a mask of 16 bits in shared memory to accumulator tiles n and n + 1; `address` is the lane's, as of `ldmatrix_x4`.
-// Sums are not held above LOWEST: with such an element one overflows only where a score is below -10^36.
+// The same with 16 rows and 16 columns of a mask of 16 bits in shared memory and accumulator tiles n and n + 1; `address` is the lane's, as of
+// `ldmatrix_x4`.
 template <int N>
-DEVICE void add_mask_square(float (&S)[N][4], int n, SmemAddress address) {
+DEVICE void add_mask_square(float (&S)[N][4], int n, float factor, SmemAddress address) {
   uint32 pairs[4];
   ldmatrix_x4(pairs, address);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) S[n + i / 4][i % 4] += bias_of_bits(MaskBits(pairs[i / 2] >> (i % 2 * 16)));
+  for (int i = 0; i < 8; ++i) add_bias(S[n + i / 4][i % 4], factor, bias_of_bits(MaskBits(pairs[i / 2] >> (i % 2 * 16))));
 }
 
-// Adds a mask of 16 bits whose tile lies in shared memory, of which `row` is the first of 16.
+// The same with a mask of 16 bits whose tile lies in shared memory, of which `row` is the first of 16.
 template <typename Tile, int N>
-DEVICE void add_copied_mask(float (&S)[1][N][4], SmemAddress tile, int row) {
+DEVICE void add_copied_mask(float (&S)[1][N][4], float factor, SmemAddress tile, int row) {
   const int lane_offset = Tile::offset(row + lane_index() % 16, lane_index() / 16);
 #pragma unroll
-  for (int n = 0; n < N; n += 2) add_mask_square(S[0], n, tile + Tile::at(lane_offset, n));
+  for (int n = 0; n < N; n += 2) add_mask_square(S[0], n, factor, tile + Tile::at(lane_offset, n));
 }
 
 class ScoreModifier {  // of one batch and query head
@@ -111,8 +114,10 @@ class ScoreModifier {  // of one batch and query head
     if constexpr (ADDITIVE_MASK) add_mask<TRANSPOSED>(S, first_row, first_column, ahead);
   }
 
+  // Adding the mask then takes `factor_beside_mask`.
   template <bool TRANSPOSED, int M, int N>
   DEVICE void apply_all_but_mask(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, int first_row, int first_column) const {
+    if constexpr (ONLY_ADDS_MASK) return;
     if (SOFTCAP && QUICK_TANH && features.softcap <= MOST_OF_FAR_TANH) {
       score_all<TRANSPOSED, false>(S, derivative, first_row, first_column);
     } else if constexpr (MODIFIES_SCORES) {
@@ -132,7 +137,7 @@ class ScoreModifier {  // of one batch and query head
   // which would change bits of the others.
   template <int M, int N>
   DEVICE void apply_to_rows(float (&S)[M][N][4], int first_row, int first_column, bool shares, bool looks_for_small) const {
-    if constexpr (!MODIFIES_SCORES) return;
+    if constexpr (!MODIFIES_SCORES || ONLY_ADDS_MASK) return;
     if constexpr (SOFTCAP) {
       if (looks_for_small && !any_lane(!are_small(S, first_row))) {
         cap_small(S);
@@ -167,7 +172,7 @@ class ScoreModifier {  // of one batch and query head
   template <bool TRANSPOSED, int M, int N>
   DEVICE void add_mask(float (&S)[M][N][4], int first_row, int first_column, const MaskAhead<TRANSPOSED, M, N>& ahead) const {
     const MaskValues mask(geometry, features.attn_mask, batch, head);
-    auto add = [&](int m, int n, int i, MaskElement element) { S[m][n][i] = masked_score(S[m][n][i], mask_bias(element)); };
+    auto add = [&](int m, int n, int i, MaskElement element) { add_bias(S[m][n][i], factor_beside_mask(), mask_bias(element)); };
     constexpr bool AHEAD = MaskAhead<TRANSPOSED, M, N>::USED;
     const int limit = AHEAD ? 0 : mask.limit<TRANSPOSED, M, N>(first_row, first_column);
     if (AHEAD ? ahead.is_there : limit > 0) {
@@ -186,6 +191,9 @@ class ScoreModifier {  // of one batch and query head
       });
     }
   }
+
+  // What turns what all but the mask has left into scores where the mask is added.
+  DEVICE float factor_beside_mask() const { return ONLY_ADDS_MASK ? features.score_factor : 1.0f; }
 
   // What an exponent of 2 takes scores times. The forward pass looks for the largest score and puts the sign of scale elsewhere; backward kernels
   // look for none, so that their factor may carry it.

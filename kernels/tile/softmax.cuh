@@ -7,8 +7,10 @@
 // their exponents are clamped to SHIFT + 1 (scores of 1e5 in bfloat16 stay finite), which those that are right pass only where |reference| is above
 // 2^24. Both are done where a warp finds a row that asks for it, so that other tiles have neither multiplications of O nor a clamp.
 //
-// With NATURAL scores are no log2 units and there is no scale_log2: p = 2^((S - reference) log2(e) + SHIFT), where the reference is the running
-// maximum itself, or lies at most SLACK in log2 units below it, but for the rounding of huge scores. The difference of huge numbers is exact.
+// With NATURAL scores are no log2 units and there is no scale_log2: p = 2^(S log2(e) - (reference log2(e) - SHIFT)), where the reference is the
+// running maximum itself, or lies at most SLACK in log2 units below it, but for the rounding of huge scores. That is one FMA too, off by as much as
+// lse is rounded. Rows are coarse here where |reference| passes 2^7: p = 2^((S - reference) log2(e) + SHIFT), and the difference of huge numbers is
+// exact.
 //
 // SHIFT scales all probabilities of a row by 2^SHIFT, and so its sum and O, which the normalisation takes out again: room for small ones in the type
 // that P is rounded to.
@@ -34,6 +36,7 @@ constexpr int SLACK_OF = SameType<Element, float>::value ? 0
                                                          : 1;
 
 constexpr float EXACT_REFERENCE_LIMIT = 4194304.0f;  // 2^22
+constexpr float EXACT_NATURAL_LIMIT = 128.0f;
 
 template <int M, bool NATURAL = false, int SHIFT = 0, int SLACK = 0>
 struct OnlineSoftmax {
@@ -65,8 +68,9 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         highest[m][r] = lane_max(S[m], r);
-        offset[m][r] = reference[m][r];
-        is_rare |= reference_of(highest[m][r], scale_log2, SLACK) > reference[m][r] || is_coarse(m, r);
+        offset[m][r] = offset_of(m, r);
+        const bool asks = !NATURAL || highest[m][r] != -infinity();  // where nothing is seen, probabilities are 0 whatever the reference is
+        is_rare |= reference_of(highest[m][r], scale_log2, SLACK) > reference[m][r] || (asks && is_coarse(m, r));
       }
     if (any_lane(is_rare)) {
       wait_for_O();
@@ -75,9 +79,9 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const float of_row = quad_max(highest[m][r]);
-          const bool asks = !ROW_BY_ROW || reference_of(of_row, scale_log2, SLACK) > reference[m][r];
-          raise(O[m], asks ? of_row : -infinity(), m, r, scale_log2);
-          offset[m][r] = is_coarse(m, r) ? 0.0f : reference[m][r];
+          const bool rises = !ROW_BY_ROW || reference_of(of_row, scale_log2, SLACK) > reference[m][r];
+          raise(O[m], rises ? of_row : -infinity(), m, r, scale_log2);
+          offset[m][r] = is_coarse(m, r) ? COARSE_OFFSET : offset_of(m, r);
           if (is_coarse(m, r)) subtract_reference(S[m], m, r, scale_log2, 1.0f / scale_log2);
         }
     }
@@ -85,7 +89,7 @@ struct OnlineSoftmax {
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        exponentiate(S[m], m, r, scale_log2, offset[m][r]);
+        exponentiate(S[m], r, NATURAL ? LOG2_E : scale_log2, offset[m][r]);
         add_to_sum(m, r, row_sum<0, N>(S[m], r));
       }
   }
@@ -105,8 +109,8 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         rescale[m][r] = raise_reference(row_max(S[m], r), m, r, scale_log2);
-        factor[m][r] = scale_log2;
-        offset[m][r] = reference[m][r];
+        factor[m][r] = NATURAL ? LOG2_E : scale_log2;
+        offset[m][r] = offset_of(m, r);
         any_is_coarse |= is_coarse(m, r);
       }
     if (any_lane(any_is_coarse)) {
@@ -116,15 +120,15 @@ struct OnlineSoftmax {
         for (int r = 0; r < 2; ++r)
           if (is_coarse(m, r)) {
             subtract_reference(S[m], m, r, scale_log2);
-            factor[m][r] = 1.0f;
-            offset[m][r] = 0.0f;
+            if constexpr (!NATURAL) factor[m][r] = 1.0f;
+            offset[m][r] = COARSE_OFFSET;
           }
     }
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        exponentiate(S[m], m, r, factor[m][r], offset[m][r]);
+        exponentiate(S[m], r, factor[m][r], offset[m][r]);
         add_to_sum(m, r, rescale[m][r], row_sum<0, N>(S[m], r));
       }
   }
@@ -231,25 +235,31 @@ struct OnlineSoftmax {
     }
   }
 
-  // Whether the last place of a row's reference matters in an exponent.
-  DEVICE bool is_coarse(int m, int r) const { return !NATURAL && fabsf(reference[m][r]) > EXACT_REFERENCE_LIMIT; }
+  // What exponents are off the scores of a row by, in log2 units. It is finite for the lowest reference too.
+  DEVICE float offset_of(int m, int r) const {
+    return NATURAL ? __fmaf_rn(fmaxf(reference[m][r], 0.5f * LOWEST), LOG2_E, -float(SHIFT)) : reference[m][r];
+  }
+  static constexpr float COARSE_OFFSET = NATURAL ? -float(SHIFT) : 0.0f;  // behind `subtract_reference`
 
-  // Scores of a row whose reference is coarse -> exponents, clamped, times `factor`.
+  // Whether the last place of a row's reference matters in an exponent.
+  DEVICE bool is_coarse(int m, int r) const { return fabsf(reference[m][r]) > (NATURAL ? EXACT_NATURAL_LIMIT : EXACT_REFERENCE_LIMIT); }
+
+  // Scores of a row whose reference is coarse -> exponents, clamped, times `factor`; with NATURAL only less the reference, which is exact.
   template <int N>
   DEVICE void subtract_reference(float (&S)[N][4], int m, int r, float scale_log2, float factor = 1.0f) const {
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
-      for (int i = 2 * r; i < 2 * r + 2; ++i) S[n][i] = min_nan(__fmaf_rn(S[n][i], scale_log2, -reference[m][r]), float(SHIFT + 1)) * factor;
+      for (int i = 2 * r; i < 2 * r + 2; ++i)
+        S[n][i] = NATURAL ? S[n][i] - reference[m][r] : min_nan(__fmaf_rn(S[n][i], scale_log2, -reference[m][r]), float(SHIFT + 1)) * factor;
   }
 
   template <int N>
-  DEVICE void exponentiate(float (&S)[N][4], int m, int r, float factor, float offset) const {
+  DEVICE static void exponentiate(float (&S)[N][4], int r, float factor, float offset) {
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
-      for (int i = 2 * r; i < 2 * r + 2; ++i)
-        S[n][i] = ex2(NATURAL ? __fmaf_rn(S[n][i] - reference[m][r], LOG2_E, SHIFT) : __fmaf_rn(S[n][i], factor, -offset));
+      for (int i = 2 * r; i < 2 * r + 2; ++i) S[n][i] = ex2(__fmaf_rn(S[n][i], factor, -offset));
   }
 
   // This lane's columns of row r, tiles BEGIN .. END - 1, by halves.

@@ -59,13 +59,12 @@ class StagedMask {
         for (int j = 0; j < 4; ++j)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            float& score = S[0][2 * k + j / 2][j % 2 * 2 + half];
-            score = masked_score(score, bias_of_bits(MaskBits(pair[j] >> half * 16)));
+            add_bias(S[0][2 * k + j / 2][j % 2 * 2 + half], 1.0f, bias_of_bits(MaskBits(pair[j] >> half * 16)));
           }
       }
     } else {
       for_each(S, first_key,
-               [&](float& score, SmemAddress at) { score = masked_score(score, bias_of_bits(MaskBits(__float_as_uint(load_shared_f32(at))))); });
+               [&](float& score, SmemAddress at) { add_bias(score, 1.0f, bias_of_bits(MaskBits(__float_as_uint(load_shared_f32(at))))); });
     }
   }
 

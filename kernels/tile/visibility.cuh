@@ -7,6 +7,7 @@
 #include "tile/features.cuh"
 #include "tile/causal.cuh"
 #include "tile/mask.cuh"
+#include "tile/visible_columns.cuh"
 
 class Visibility {  // of one batch and query head
  public:
@@ -54,6 +55,13 @@ class Visibility {  // of one batch and query head
     return end;
   }
 
+  // The keys that a query sees as far as that does not depend on data, from `first` to before `end`, or with TRANSPOSED the queries that see a key.
+  template <bool TRANSPOSED>
+  DEVICE void find_range(int row, int& first, int& end) const {
+    first = TRANSPOSED ? first_query(row) : first_key(row);
+    end = !TRANSPOSED ? end_key(row, row + 1) : row < geometry.seqlen_kv ? end_query(row, row + 1) : 0;
+  }
+
   // The last query whose window reaches back to a key, as if there were as many: of the next key it is the next one.
   DEVICE int last_of_window(int key) const { return int(max(int64(-UNLIMITED / 2), min(int64(UNLIMITED - 64), int64(key) - window_low))); }
 
@@ -87,10 +95,11 @@ class Visibility {  // of one batch and query head
 
   DEVICE MaskValues mask() const { return MaskValues(geometry, features.attn_mask, batch, head); }
 
- private:
   const Geometry& geometry;
   const FeatureArguments& features;
-  int batch, head;
+  const int batch, head;
+
+ private:
   int prefix = 0;
   int window_low = 0, window_high = 0;  // of key - query
 
@@ -100,26 +109,126 @@ class Visibility {  // of one batch and query head
   }
 };
 
+// Segment ids of the rows and columns of a warp's accumulators. A lane has those of rows 32 k + lane, and of the columns that it answers for
+// (tile/visible_columns.cuh).
+template <bool TRANSPOSED, int M, int N>
+class SegmentsAhead {
+ public:
+  static constexpr bool USED = SEGMENTS && !PAIR_MASK;
+
+  DEVICE void read(const Visibility& visibility, int first_row, int first_column, bool is_partial) {
+    if constexpr (USED) {
+      if (!is_partial) return;
+      const Geometry& geometry = visibility.geometry;
+      const FeatureArguments& features = visibility.features;
+      const SequenceView& of_rows = TRANSPOSED ? features.segment_ids_kv : features.segment_ids_q;
+      const SequenceView& of_columns = TRANSPOSED ? features.segment_ids_q : features.segment_ids_kv;
+      const int end_row = TRANSPOSED ? geometry.seqlen_kv : geometry.seqlen_q, end_column = TRANSPOSED ? geometry.seqlen_q : geometry.seqlen_kv;
+#pragma unroll
+      for (int k = 0; k < OF_COLUMNS; ++k)
+        column_segments[k] = of_columns.load(visibility.batch, min(first_column + 32 * k + column_of_lane(), end_column - 1));
+#pragma unroll
+      for (int k = 0; k < OF_ROWS; ++k) row_segments[k] = of_rows.load(visibility.batch, min(first_row + 32 * k + lane_index(), end_row - 1));
+    }
+  }
+
+  // Hides what other segments have, if the tile is partial, and what positions hide.
+  DEVICE void hide(float (&c)[M][N][4], float hidden, const Visibility& visibility, int first_row, int first_column, bool is_partial) const {
+    VisibleColumns<N, M> visible;
+    if (is_partial) {
+      int segments[2 * M];
+#pragma unroll
+      for (int r = 0; r < 2 * M; ++r) segments[r] = shfl(row_segments[r / 4], r % 4 * 8 + lane_index() / 4);
+      visible.hide_other_segments(segments, column_segments);
+    }
+    const int lane_row = first_row + lane_index() / 4, lane_column = first_column + lane_index() % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < 2 * M; ++r) {
+      int first, end;
+      visibility.find_range<TRANSPOSED>(lane_row + 8 * r, first, end);
+      visible.cut(r, first - lane_column, end - lane_column);
+    }
+    visible.apply(c, hidden);
+  }
+
+ private:
+  static constexpr int OF_ROWS = ceil_div(M, 2), OF_COLUMNS = ceil_div(N, 4);
+  int row_segments[OF_ROWS], column_segments[OF_COLUMNS];
+};
+
+// The elements of a boolean mask of a tile, where registers allow it and no segments hide pairs too.
+template <bool TRANSPOSED, bool ASKS_MASK, int M, int N>
+struct BooleanMaskAhead {
+  static constexpr int REGISTERS = M * N * (TRANSPOSED ? 4 : 2);
+  static constexpr bool USED = ASKS_MASK && !SEGMENTS && REGISTERS <= 16;
+
+  DEVICE void read(const Visibility& visibility, int first_row, int first_column, bool is_partial) {
+    if constexpr (USED) {
+      if (!is_partial) return;
+      const MaskValues mask = visibility.mask();
+      limit = mask.limit<TRANSPOSED, M, N>(first_row, first_column);
+      mask.read(tile, first_row, first_column, limit);
+    }
+  }
+
+  int limit = 0;  // as of MaskValues
+  MaskTile<TRANSPOSED, USED ? M : 1, USED ? N : 1> tile;
+};
+
+// What data say of the pairs of a tile, read ahead of `hide`: products, barriers or other warps take the loads' time. Nothing of a tile that is not
+// partial.
+template <bool TRANSPOSED, int M, int N, bool ASKS_MASK = BOOLEAN_MASK>
+struct HiddenAhead {
+  using Segments = SegmentsAhead<TRANSPOSED, M, N>;
+  using Mask = BooleanMaskAhead<TRANSPOSED, ASKS_MASK, M, N>;
+  static constexpr bool HAS_SEGMENTS = Segments::USED, HAS_MASK = Mask::USED;
+  Segments segments;
+  Mask mask;
+
+  DEVICE void read(const Visibility& visibility, int first_row, int first_column, bool is_partial) {
+    segments.read(visibility, first_row, first_column, is_partial);
+    mask.read(visibility, first_row, first_column, is_partial);
+  }
+};
+
+struct NothingAhead {  // in the place of HiddenAhead
+  static constexpr bool HAS_SEGMENTS = false, HAS_MASK = false;
+};
+
 // Gives `hidden` to the elements of a warp's accumulators whose pair is not visible. The block's tile starts at first_q and first_kv, the warp's
 // rows at warp_row of it: queries, or with TRANSPOSED keys. `is_partial`: data hide some pair of the tile. ASKS_MASK as in `Visibility::sees`.
+// Without `ahead`, data are read where they are looked at, which takes more time and fewer registers.
 //
 // Numbers come by reference, and the causal mask, where it is the only one, is asked of the geometry: anything else is compiled to other code, which
 // takes more registers (docs/performance.md).
-template <bool TRANSPOSED, bool ASKS_MASK = BOOLEAN_MASK, int M, int N>
+template <bool TRANSPOSED, bool ASKS_MASK = BOOLEAN_MASK, int M, int N, typename Ahead = NothingAhead>
 DEVICE void hide(float (&c)[M][N][4], float hidden, const Geometry& geometry, const Visibility& visibility, const int& first_q, const int& first_kv,
-                 const int& warp_row, bool is_partial) {
+                 const int& warp_row, bool is_partial, const Ahead& ahead = Ahead()) {
   if (!(ONLY_CAUSAL ? hides_any<Config::CAUSAL>(geometry, first_q, first_kv + Config::TILE_KV)
                     : is_partial || visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV)))
     return;
+  if constexpr (Ahead::HAS_SEGMENTS && !ASKS_MASK) {
+    ahead.segments.hide(c, hidden, visibility, (TRANSPOSED ? first_kv : first_q) + warp_row, TRANSPOSED ? first_q : first_kv, is_partial);
+    return;
+  }
   if constexpr (ASKS_MASK && !SEGMENTS) {  // in most tiles nothing else hides a pair
     const int first_row = (TRANSPOSED ? first_kv : first_q) + warp_row, first_column = TRANSPOSED ? first_q : first_kv;
-    const MaskValues mask = visibility.mask();
-    const int limit = mask.limit<TRANSPOSED, M, N>(first_row, first_column);
-    if (limit > 0 && !visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV)) {
-      MaskTile<TRANSPOSED, M, N> tile;
-      mask.read(tile, first_row, first_column, limit);
-      MaskValues::for_each(tile, [&](int m, int n, int i, MaskElement element) { c[m][n][i] = mask_attends(element) ? c[m][n][i] : hidden; });
-      return;
+    const bool only_data = !visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV);
+    auto apply = [&](int m, int n, int i, MaskElement element) { c[m][n][i] = mask_attends(element) ? c[m][n][i] : hidden; };
+    if constexpr (Ahead::HAS_MASK) {
+      if (ahead.mask.limit > 0 && only_data) {
+        MaskValues::for_each(ahead.mask.tile, apply);
+        return;
+      }
+    } else {
+      const MaskValues mask = visibility.mask();
+      const int limit = mask.limit<TRANSPOSED, M, N>(first_row, first_column);
+      if (limit > 0 && only_data) {
+        MaskTile<TRANSPOSED, M, N> tile;
+        mask.read(tile, first_row, first_column, limit);
+        MaskValues::for_each(tile, apply);
+        return;
+      }
     }
   }
   for_each_element(c, [&](int row, int column, float& element) {

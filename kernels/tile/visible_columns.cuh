@@ -1,19 +1,23 @@
-// Which columns of a warp's accumulators a lane's two rows see, a bit for each column of the lane: bit 2 (n % 16) + c of word n / 16 is that of
-// column 8 n + 2 (lane % 4) + c. The assembler moves bits into predicates, several at once, so that a hidden score takes one selection.
+// Which columns of a warp's accumulators a lane's rows see, a bit for each column of the lane: bit 2 (n % 16) + c of word n / 16 is that of column
+// 8 n + 2 (lane % 4) + c. Row r is 8 r rows below the lane's first one. The assembler moves bits into predicates, mostly several at once, so that a
+// hidden score takes one selection.
 #pragma once
 #include "tile/fragment.cuh"
 
-// Which of a warp's lanes answers for which of 32 keys, so that the eight bits of a lane's columns are one byte of the answers of all.
-DEVICE int key_of_lane() { return lane_index() % 8 / 2 * 8 + lane_index() / 8 * 2 + lane_index() % 2; }
+// Which of 32 columns a lane answers for, so that the eight bits of a lane's columns are one byte of the answers of all.
+DEVICE int column_of_lane() { return lane_index() % 8 / 2 * 8 + lane_index() / 8 * 2 + lane_index() % 2; }
 
-template <int N>  // accumulator tiles of a row
+template <int N, int M = 1>  // accumulator tiles of a row, and of a column
 class VisibleColumns {
+  static constexpr int ROWS = 2 * M;
+  static constexpr int WORDS = ceil_div(N, 16);
+
  public:
-  uint32 word[2][ceil_div(N, 16)];
+  uint32 word[ROWS][WORDS];
 
   DEVICE VisibleColumns() {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int r = 0; r < ROWS; ++r)
 #pragma unroll
       for (int w = 0; w < WORDS; ++w) word[r][w] = ~0u;
   }
@@ -24,10 +28,10 @@ class VisibleColumns {
     for (int w = 0; w < WORDS; ++w) word[r][w] &= columns_from(first - 128 * w) & ~columns_from(end - 128 * w);
   }
 
-  // Hides keys whose segment is not that of the row. Lane i knows those of keys 32 k + key_of_lane(). Rows of one segment are done at once.
+  // Hides columns whose segment is not that of the row. A lane knows those of columns 32 k + column_of_lane(). Rows of one segment are done at once.
   template <int KEYS>
-  DEVICE void hide_other_segments(const int (&segment)[2], const int (&key_segments)[KEYS]) {
-    bool is_done[2] = {false, false};
+  DEVICE void hide_other_segments(const int (&segment)[ROWS], const int (&key_segments)[KEYS]) {
+    bool is_done[ROWS] = {};
     int common = shfl(segment[0], 0);
 #pragma unroll 1
     while (true) {
@@ -42,30 +46,33 @@ class VisibleColumns {
         same[w] = __byte_perm(__byte_perm(answers[0], answers[1], first_bytes), __byte_perm(answers[2], answers[3], first_bytes), 0x5410);
       }
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
+      for (int r = 0; r < ROWS; ++r)
         if (segment[r] == common) {
 #pragma unroll
           for (int w = 0; w < WORDS; ++w) word[r][w] = same[w];
           is_done[r] = true;
         }
-      const uint32 open = lanes_with(!is_done[0] || !is_done[1]);
+      bool is_open = !is_done[ROWS - 1];
+      int next = segment[ROWS - 1];
+#pragma unroll
+      for (int r = ROWS - 2; r >= 0; --r) {
+        is_open |= !is_done[r];
+        next = is_done[r] ? next : segment[r];
+      }
+      const uint32 open = lanes_with(is_open);
       if (open == 0) return;
-      common = shfl(is_done[0] ? segment[1] : segment[0], __popc((open & -open) - 1));
+      common = shfl(next, __popc((open & -open) - 1));
     }
   }
 
   // Gives `hidden` to what is not seen.
-  DEVICE void apply(float (&c)[1][N][4], float hidden) const {
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (!(word[i / 2][n / 16] & 1u << (n % 16 * 2 + i % 2))) c[0][n][i] = hidden;
+  DEVICE void apply(float (&c)[M][N][4], float hidden) const {
+    for_each_place<M, N>([&](int m, int n, int i, int, int) {
+      if (!(word[2 * m + i / 2][n / 16] & 1u << (n % 16 * 2 + i % 2))) c[m][n][i] = hidden;
+    });
   }
 
  private:
-  static constexpr int WORDS = ceil_div(N, 16);
-
   // Bits of the columns of one word from `first` on; neighbouring pairs of bits are eight columns apart.
   DEVICE static uint32 columns_from(int first) {
     const int from_first_tile = max(first, 0);
