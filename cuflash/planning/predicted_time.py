@@ -67,11 +67,15 @@ class Grid(NamedTuple):
         heads: (batch, head) pairs whose rows blocks own.
         trips: of each block of one of them through its loop; of more blocks than `_MOST_TRIPS` those of every second, third, …, one, and so many times the pairs.
         section: pairs whose blocks start together, of kernels whose blocks wait for each other; 0 of others.
+        splits: blocks that share out the trips of one tile of keys, neighbours in `trips`.
+        chains: into which those blocks are cut that wait for each other.
     """
 
     heads: int
     trips: Sequence[float]
     section: int = 0
+    splits: int = 1
+    chains: int = 1
 
 
 def grid_of(case: KernelCase, tile: Tile, problem: Problem, section: int = 0, *, masked: float = 1.0, all_masked: bool = False) -> Grid:
@@ -137,7 +141,8 @@ def clocks(steady: Steady, case: KernelCase, tile: Tile, grid: Grid, problem: Pr
         even = grid.heads * sum(count + beside for count in grid.trips) / sms / steady.blocks * trip(steady.blocks)
         found = max(even, _first_sm(grid, beside, min(steady.blocks, ceil(number / sms)), sms, trip))
     if grid.section:  # blocks of one head that start together add to their first tile one after the other
-        together = min(len(grid.trips), ceil(sms * steady.blocks / grid.section))
+        of_chain = ceil(len(grid.trips) / grid.splits / grid.chains)
+        together = min(of_chain, ceil(sms * steady.blocks / grid.section / grid.splits))
         found += (together - 1) * trip(steady.blocks)
     if case.kernel.stays:  # each once
         found += of_block
