@@ -427,14 +427,14 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const BlockWork& wo
 // Which keys are the block's. Where blocks add up dQ, in the order in which they start; it ends with a barrier of the block.
 DEVICE BlockWork work_of(const BackwardWgmmaArguments& arguments, const SharedMemory& shared) {
   const Geometry& geometry = arguments.geometry;
-  const int num_heads = geometry.num_heads_q / arguments.group_heads;
-  if constexpr (SPLIT) return split_work_of(arguments, num_heads, shared.ticket());
-  if constexpr (COMPUTE_DK) {
+  if constexpr (SPLIT) {
+    return split_work_of(arguments, geometry.num_heads_q / arguments.group_heads, shared.ticket());
+  } else if constexpr (COMPUTE_DK) {
     const int ticket = uniform(take_ticket(arguments, shared.ticket()));
-    return {work_of_ticket(ticket, geometry.num_tiles, num_heads, geometry.section_heads)};
+    return {work_of_ticket(ticket, geometry.num_tiles, geometry.num_heads_q / arguments.group_heads, geometry.section_heads)};
   } else {
     __syncthreads();
-    return {work_longest_first<CAUSAL, false>(geometry, num_heads)};
+    return {work_longest_first<CAUSAL, false>(geometry, geometry.num_heads_q / arguments.group_heads)};
   }
 }
 

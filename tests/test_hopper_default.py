@@ -20,7 +20,9 @@ from cuflash.planning import (
     offline,
     planner,
     predicted_loops,
+    predicted_time,
     predicted_wgmma,
+    tile_choice,
     tuned_tiles,
     wgmma_backward,
     wgmma_forward,
@@ -83,18 +85,21 @@ def test_short_sequences_and_few_heads_stay(backward: bool) -> None:
 
 
 def test_a_fixed_order_of_one_wave_costs() -> None:
-    """Blocks of one head that start together wait for each other; of many heads, few of a head start together."""
+    """Blocks of one head that start together wait for each other, unless they are cut into chains; of many heads, few of a head start together."""
 
-    def ratio(heads: int) -> float:
-        sample = Sample(1, 2048, 2048, heads, heads, 128, dtype="bfloat16")
-        problem = plan_of(sample, backward=True).problem
-        others = [case_of(kernel, problem) for kernel in planner.kernels_of_their_own(problem, ON)]
+    def cost(heads: int, chains: int = 1) -> float:
+        problem = plan_of(Sample(1, 2048, 2048, heads, heads, 128, dtype="bfloat16"), backward=True).problem
+        case = case_of(BACKWARD_WGMMA, problem)
+        tile, (loop,) = tile_choice.default_tile(case, ON), predicted_loops.loops_of([case.kernel.name], problem) or [None]
+        assert loop is not None
         section = wgmma_backward.fused_backward.heads_together(problem, ON)
-        found = predicted_wgmma.compare([case_of(BACKWARD_WGMMA, problem)], others, problem, ON, section)
-        assert found is not None
-        return found.ratio
+        ordered = predicted_time.grid_of(case, tile, problem, section)._replace(chains=chains)
+        clocks = [predicted_time.clocks(loop, case, tile, grid, problem, ON) for grid in (ordered, ordered._replace(section=0))]
+        return clocks[0] / clocks[1]
 
-    assert ratio(1) > 1.2 * ratio(128)
+    assert cost(1) > 1.5
+    assert cost(1, chains=8) < 1.05
+    assert cost(128) < 1.05
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

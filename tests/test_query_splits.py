@@ -11,7 +11,7 @@ import pytest
 from conftest import Target
 from test_fused_backward import plan_of
 from test_sequences import offsets, packed
-from test_wgmma_backward import NAME, SHORT, asked_for, backward_of  # noqa: F401 (a fixture)
+from test_wgmma_backward import NAME, SHORT, backward_of
 from test_wgmma_backward_features import HIDING, LENGTHS
 from test_wgmma_forward import MASKS, inputs_of, names
 
@@ -24,6 +24,13 @@ from cuflash.simulator import check
 pytest.importorskip("cupy")
 
 SPLIT = ["backward_delta", NAME, "backward_dkdv_merge", "backward_dq_convert"]
+
+
+@pytest.fixture(autouse=True)
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel wherever it can run."""
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
+    monkeypatch.setenv(wgmma_backward.VARIABLE, "1")
 
 
 @pytest.fixture
@@ -155,7 +162,6 @@ def test_memory_is_bounded(seqlen: int) -> None:
 
 
 def test_nothing_is_split_where_nothing_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(wgmma_backward.VARIABLE, "1")
     call = {"batch": 1, "heads": 1, "seqlen": 4096}
     assert splits_of(64, **call).splits.number > 1
     monkeypatch.setattr(query_splits.predicted_loops, "loops_of", lambda *_: None)

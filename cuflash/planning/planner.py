@@ -98,7 +98,7 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
                 "query", f"{max(kernel.num_blocks, kernel.num_work)} tiles over batch and heads", f"at most {MAX_GRID}", hint
             )
     outputs = _gradients(problem) if backward else _results(problem)
-    return Plan(problem, device, backward, kernels, outputs, _workspace(problem, kernels, device), choice)
+    return Plan(problem, device, backward, kernels, outputs, _workspace(problem, kernels), choice)
 
 
 def forward_kernels(problem: Problem, device: Device, tile: Tiles = None) -> tuple[KernelSpec, ...]:
@@ -401,7 +401,7 @@ def _gradients(problem: Problem) -> tuple[Buffer, ...]:
     return tuple(gradients)
 
 
-def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...], device: Device) -> tuple[Buffer, ...]:
+def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
     """What the kernels of a call hand on to each other."""
     rows = problem.query_rows
     buffers = (
@@ -416,7 +416,7 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...], device: Device
         for buffer in (
             *buffers,
             *fused_backward.workspace(problem, kernels),
-            *query_splits.workspace(kernels, device),
+            *query_splits.workspace(kernels),
             *split_forward.workspace(problem, kernels),
             *cache_append.workspace(problem),
         )

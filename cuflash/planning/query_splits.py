@@ -94,17 +94,17 @@ def _clocks_behind(case: KernelCase, tile: Tile, grid: Grid, problem: Problem, d
     """Of parts that are stored and merged, and sums of chains that are added up, by kernels of their own."""
     traffic, sms = TRAFFIC[device.arch], device.num_sms
     blocks = grid.heads * len(grid.trips)
-    stored = _part_bytes(case, tile, device) / traffic.l2  # of a block, as it ends
-    merged = blocks * _part_bytes(case, tile, device) / traffic.l2 / sms + _LAUNCH_CLOCKS
+    stored = part_bytes(case, tile) / traffic.l2  # of a block, as it ends
+    merged = blocks * part_bytes(case, tile) / traffic.l2 / sms + _LAUNCH_CLOCKS
     if not case.kernel.added_up:
         return stored + merged
     more_sums = (grid.chains - 1) * 4 * problem.query_rows * problem.head_dim / traffic.memory / sms
     return stored + merged + predicted_time.conversion_clocks(problem, device) + more_sums + _LAUNCH_CLOCKS
 
 
-def _part_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
+def part_bytes(case: KernelCase, tile: Tile) -> int:
     """Of dK and dV of one block in float32, columns rounded up."""
-    columns, columns_v = case.columns(device)
+    columns, columns_v = (ceil(of / 16) * 16 for of in (case.head_dim, case.head_dim_v))
     outputs = case.kernel.outputs
     return 4 * tile.tile_kv * (columns * ("dK" in outputs) + columns_v * ("dV" in outputs))
 
@@ -120,10 +120,10 @@ def arguments(kernel: KernelPlan, problem: Problem) -> dict[str, int | str]:
     }  # fmt: skip
 
 
-def workspace(kernels: tuple[KernelPlan, ...], device: Device) -> tuple[Buffer, ...]:
+def workspace(kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
     """Parts of the kernel that has the most; those of another take their place."""
     nbytes = [
-        kernel.num_blocks * _part_bytes(kernel.case, kernel.tile, device)
+        kernel.num_blocks * part_bytes(kernel.case, kernel.tile)
         for kernel in kernels
         if kernel.splits.chains and kernel.spec.is_tiled
     ]

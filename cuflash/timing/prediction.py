@@ -18,7 +18,7 @@ from cuflash.hardware import device, occupancy
 from cuflash.hardware.device import Device
 from cuflash.jit import cache
 from cuflash.jit.compiler import CompileRequest, KernelResources
-from cuflash.planning import kernel_specs
+from cuflash.planning import kernel_specs, query_splits
 from cuflash.planning.block_order import in_order
 from cuflash.planning.kernel_cases import KernelCase, conversion_bytes, converts_sums, multiply_adds
 from cuflash.planning.kernel_plan import KernelPlan
@@ -283,6 +283,10 @@ def _predict_launch(kernel: KernelPlan, plan: Plan, card: Card, limits: bool, da
     if kernel.spec == kernel_specs.MERGE_ATTENTION:
         number = next(splits.parts_of_row(of, plan.problem, data) for of in plan.kernels if of.spec.splits_keys)
         return _short_launch(kernel, card, splits.clocks_of_merge(kernel, plan.problem, multiprocessor(card.arch), card, number))
+    if kernel.spec == kernel_specs.BACKWARD_DKDV_MERGE:
+        split = plan.kernels[plan.kernels.index(kernel) - 1]
+        nbytes = split.num_blocks * query_splits.part_bytes(split.case, split.tile)
+        return _short_launch(kernel, card, nbytes / multiprocessor(card.arch).l2_bytes / card.num_sms)
     if kernel.spec == kernel_specs.CACHE_APPEND:
         return _short_launch(kernel, card, splits.clocks_of_append(kernel, plan.problem, multiprocessor(card.arch), card))
     if not kernel.spec.is_tiled or kernel.spec == kernel_specs.BACKWARD_ROW_SUMS:
@@ -399,7 +403,7 @@ def lay_out(
     launched = in_order(visits, section=section, last_first=problem.is_causal and not kernel.spec.owns_keys)
     trips = [weighed[of] for of in launched]
     if kernel.spec.added_up:
-        _wait_for_each_other(trips, together=card.num_sms * predicted.blocks, section=section, tiles=len(visits[0]))
+        _wait_for_each_other(trips, kernel, together=card.num_sms * predicted.blocks, section=section, tiles=len(visits[0]))
     clocks = grid_clocks(trips, num_sms=card.num_sms, trip_clocks=_trip_clocks(predicted, machine), overhead=overhead, empty=empty)
     if stays:  # each once
         clocks += _block_overhead(kernel, problem, machine, card)
@@ -425,11 +429,13 @@ def lay_out(
     )
 
 
-def _wait_for_each_other(trips: list[float], *, together: int, section: int, tiles: int) -> None:
-    """Blocks of one head that start together add to their first tile one after the other, a trip apart. Later ones start so."""
+def _wait_for_each_other(trips: list[float], kernel: KernelPlan, *, together: int, section: int, tiles: int) -> None:
+    """Blocks of one head, or chain, that start together add to their first tile one after the other, a trip apart. Later ones start so."""
+    splits = kernel.splits.number
+    of_chain = -(-kernel.num_tiles // max(1, kernel.splits.chains))
     for index in range(min(together, len(trips))):
         if trips[index]:
-            trips[index] += index // section % tiles
+            trips[index] += index // section % tiles // splits % of_chain
 
 
 def _share_of_peak(predicted: KernelPrediction, machine: Multiprocessor) -> float:
@@ -447,7 +453,9 @@ def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocesso
     first = (tile.tile_q + tile.tile_kv) * width
     stored = rows * (width if {"dK", "dV"} <= set(kernel.spec.outputs) else width / 2)
     converted = 0.0
-    if converts_sums(kernel.spec, problem):  # its own of all sums of dQ
+    if kernel.splits.chains:
+        stored = query_splits.part_bytes(kernel.case, tile)
+    elif converts_sums(kernel.spec, problem):  # its own of all sums of dQ
         blocks = kernel.num_tiles * problem.key_shape[0] * problem.num_heads_kv
         converted = machine.copy_latency + conversion_bytes(problem) / blocks / machine.l2_bytes
     return card.block_start + machine.copy_latency + (first + stored) / machine.l2_bytes + converted
