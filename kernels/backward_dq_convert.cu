@@ -10,6 +10,8 @@
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
 
+constexpr int TOGETHER = 8;  // accumulator tiles of a chain that are asked for before the first is used: all of a wide head would not fit the registers
+
 static_assert(TILE_Q == 16 * NUM_WARPS, "a warp has 16 rows");
 static_assert(TileQ::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
@@ -35,17 +37,19 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_convert
   clear(dQ);
   const int slot = first_slot(arguments, work.batch, work.head, start_q) + work.tile;
   if constexpr (Config::SPLIT) {  // each chain has sums of its own (tile/query_splits.cuh)
+#pragma unroll
+    for (int first = 0; first < D_TILES; first += TOGETHER)
 #pragma unroll 1
-    for (int chain = 0, of_chain = slot; chain < arguments.splits.num_chains; ++chain, of_chain += arguments.splits.chain_slots) {
-      if (arguments.turns[1 + of_chain] == 0) continue;
+      for (int chain = 0, of_chain = slot; chain < arguments.splits.num_chains; ++chain, of_chain += arguments.splits.chain_slots) {
+        if (arguments.turns[1 + of_chain] == 0) continue;
 #pragma unroll
-      for (int n = 0; n < D_TILES; ++n) {
-        float sum[4];
-        load_sum(arguments, of_chain, n, sum);
+        for (int n = first; n < min(first + TOGETHER, D_TILES); ++n) {
+          float sum[4];
+          load_sum(arguments, of_chain, n, sum);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) dQ[0][n][i] += sum[i];
+          for (int i = 0; i < 4; ++i) dQ[0][n][i] += sum[i];
+        }
       }
-    }
   } else if (arguments.turns[1 + slot] != 0) {
 #pragma unroll
     for (int n = 0; n < D_TILES; ++n) load_sum(arguments, slot, n, dQ[0][n]);

@@ -115,7 +115,7 @@ class WarpgroupKeys {
           visibility(visibility),
           modifier(geometry, arguments.features, batch, head),
           first_key(first_key),
-          sums(query_sum(arguments, first_slot(arguments, batch, head, Starts(arguments, batch).q) + slots_before(arguments, work), 0, 0)) {
+          sums(query_sum(arguments, first_slot(arguments, batch, head, Starts(arguments, batch).q) + work.slots_before, 0, 0)) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int key = first_key + 8 * r + lane_index() / 4;
@@ -452,7 +452,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
     if constexpr (VARLEN) mbarrier_init(shared.cut_landed(), 1);
     fence_mbarrier_init();
   }
-  const BlockWork work = work_of(arguments, shared);
+  BlockWork work = work_of(arguments, shared);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
     constexpr int THREADS = NUM_THREADS + WARPGROUP_SIZE;
     if (SPLIT && work.split != 0) return;  // one of them is enough
@@ -460,6 +460,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
     if constexpr (COMPUTE_DV) clear_rows<Element, THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, tile, num_tiles);
   };
   if (!claim_rows<TILE_KV>(arguments, packed_keys(arguments), work, clear_gradients)) return;
+  if constexpr (SPLIT) work.own = steps_of_split(arguments, work);
   if (warpgroup_index() == 0) {
     give_registers<COPYING_REGISTERS>();
     const int warp = warp_of_warpgroup();

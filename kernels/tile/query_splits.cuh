@@ -12,6 +12,7 @@
 //     query_sums, turns [chain][slots]
 #pragma once
 #include "tile/constants.cuh"
+#include "tile/features.cuh"
 #include "tile/query_steps.cuh"
 #include "tile/query_sums.cuh"
 #include "tile/schedule.cuh"
@@ -24,13 +25,10 @@ constexpr int PART_ROW_TILES = TILE_KV / 16;
 // Which keys are a block's, and which of their queries.
 struct BlockWork : Work {
   int split = 0;
-  int chain = 0, first_of_chain = 0;  // the chain's first tile of keys
+  Steps own = {};  // of all steps of the tile of keys, counted through the heads that share it
+  int first_of_chain = 0;  // the chain's first tile of keys
+  int slots_before = 0;  // of the chains before
 };
-
-// Those of `total` steps that are a split's.
-DEVICE Steps steps_of_split(int total, int split, int num_splits) {
-  return {int(int64(total) * split / num_splits), int(int64(total) * (split + 1) / num_splits)};
-}
 
 // The work of a block: splits of one tile of keys start one behind the other. `scratch` is room for a ticket; it ends with a barrier of the block.
 template <typename Arguments>
@@ -48,16 +46,15 @@ DEVICE BlockWork split_work_of(const Arguments& arguments, int num_heads, SmemAd
     work.split = int(blockIdx.x) % splits.num_splits;
     static_cast<Work&>(work) = work_longest_first<CAUSAL, false>(geometry, num_heads, int(blockIdx.x) / splits.num_splits);
   }
-  work.chain = work.tile / splits.chain_tiles;
-  work.first_of_chain = work.chain * splits.chain_tiles;
+  if constexpr (!TILE_LISTS) {
+    const int chain = work.tile / splits.chain_tiles;
+    work.first_of_chain = uniform(chain * splits.chain_tiles);
+    work.slots_before = uniform(chain * splits.chain_slots);
+  }
+  work.tile = uniform(work.tile);
+  work.head = uniform(work.head);
+  work.batch = uniform(work.batch);
   return work;
-}
-
-// Slots of the chains before the block's.
-template <typename Arguments>
-DEVICE int slots_before(const Arguments& arguments, const BlockWork& work) {
-  if constexpr (SPLIT) return work.chain * arguments.splits.chain_slots;
-  return 0;
 }
 
 // This lane's numbers of the first accumulator tile of 16 keys of a split.

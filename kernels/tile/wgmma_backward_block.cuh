@@ -106,17 +106,24 @@ DEVICE void for_each_whole_member(const BackwardWgmmaArguments& arguments, const
   }
 }
 
+// A block's own of all steps of its tile of keys.
+DEVICE Steps steps_of_split(const BackwardWgmmaArguments& arguments, const BlockWork& work) {
+  int total = 0;
+  for_each_whole_member(arguments, work,
+                        [&](int, int, const Geometry&, const Visibility&, const Steps& all) { total += max(all.end - all.begin, 0); });
+  const int num_splits = arguments.splits.num_splits;
+  return {uniform(int(int64(total) * work.split / num_splits)), uniform(int(int64(total) * (work.split + 1) / num_splits))};
+}
+
 // The same with the block's own steps.
 template <typename Body>
 DEVICE void for_each_member(const BackwardWgmmaArguments& arguments, const BlockWork& work, const Body& body) {
   if constexpr (SPLIT) {
-    int total = 0, before = 0;
-    for_each_whole_member(arguments, work, [&](int, int, const Geometry&, const Visibility&, const Steps& all) { total += max(all.end - all.begin, 0); });
-    const Steps own = steps_of_split(total, work.split, arguments.splits.num_splits);
+    int before = 0;
     for_each_whole_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& all) {
       const int count = max(all.end - all.begin, 0);
       auto cut = [&](int step) { return all.begin + min(max(step - before, 0), count); };
-      body(batch, head, geometry, visibility, Steps{cut(own.begin), cut(own.end)});
+      body(batch, head, geometry, visibility, Steps{cut(work.own.begin), cut(work.own.end)});
       before += count;
     });
   } else {

@@ -119,7 +119,7 @@ template <typename Body>
 DEVICE void for_each_turn(const BackwardWgmmaArguments& arguments, const BlockWork& work, const Body& body) {
   const int start = Starts(arguments, work.batch).q;
   for_each_member(arguments, work, [&](int batch, int head, const Geometry&, const Visibility& visibility, const Steps& steps) {
-    int* turns = arguments.turns + 1 + first_slot(arguments, batch, head, start) + slots_before(arguments, work);
+    int* turns = arguments.turns + 1 + first_slot(arguments, batch, head, start) + work.slots_before;
     for_each_tile(arguments, work, batch, head, visibility, steps, [&](int tile, int place, bool) { body(turns + tile, place); });
   });
 }
