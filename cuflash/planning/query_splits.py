@@ -23,7 +23,7 @@ from cuflash.planning.predicted_time import TRAFFIC, Grid, Steady
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile
 
-LEAST_GAIN = 1.05
+LEAST_GAIN = 1.1
 """Of a call's time, which other kernels are part of."""
 
 _MOST_SPLITS = 16

@@ -283,14 +283,10 @@ def _predict_launch(kernel: KernelPlan, plan: Plan, card: Card, limits: bool, da
     if kernel.spec == kernel_specs.MERGE_ATTENTION:
         number = next(splits.parts_of_row(of, plan.problem, data) for of in plan.kernels if of.spec.splits_keys)
         return _short_launch(kernel, card, splits.clocks_of_merge(kernel, plan.problem, multiprocessor(card.arch), card, number))
-    if kernel.spec == kernel_specs.BACKWARD_DKDV_MERGE:
-        split = plan.kernels[plan.kernels.index(kernel) - 1]
-        nbytes = split.num_blocks * query_splits.part_bytes(split.case, split.tile)
-        return _short_launch(kernel, card, nbytes / multiprocessor(card.arch).l2_bytes / card.num_sms)
     if kernel.spec == kernel_specs.CACHE_APPEND:
         return _short_launch(kernel, card, splits.clocks_of_append(kernel, plan.problem, multiprocessor(card.arch), card))
     if not kernel.spec.is_tiled or kernel.spec == kernel_specs.BACKWARD_ROW_SUMS:
-        return predict_traffic(kernel, plan.problem, card)
+        return predict_without_tiles(kernel, plan, card)
     described, function = compiled(kernel, plan.device, causal=plan.problem.is_causal)
     predicted = predict_kernel(function, described, limits=limits, in_turn=in_turn)
     lists = kernel.spec.walks_lists and plan.problem.features.kinds.lists_tiles
@@ -459,6 +455,19 @@ def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocesso
         blocks = kernel.num_tiles * problem.key_shape[0] * problem.num_heads_kv
         converted = machine.copy_latency + conversion_bytes(problem) / blocks / machine.l2_bytes
     return card.block_start + machine.copy_latency + (first + stored) / machine.l2_bytes + converted
+
+
+def predict_without_tiles(kernel: KernelPlan, plan: Plan, card: Card) -> Launch:
+    """A kernel without matrix products, or one that seldom makes any.
+
+    Raises:
+        UnsupportedError: nothing is known of it.
+    """
+    if kernel.spec == kernel_specs.BACKWARD_DKDV_MERGE:  # of parts that lie in L2
+        split = plan.kernels[plan.kernels.index(kernel) - 1]
+        nbytes = split.num_blocks * query_splits.part_bytes(split.case, split.tile)
+        return _short_launch(kernel, card, nbytes / multiprocessor(card.arch).l2_bytes / card.num_sms)
+    return predict_traffic(kernel, plan.problem, card)
 
 
 def predict_traffic(kernel: KernelPlan, problem: Problem, card: Card) -> Launch:
