@@ -47,7 +47,10 @@ PUBLISHED = {(64, False, 16384): 474, (128, False, 16384): 561, (128, True, 8192
 """TFLOP/s of FlashAttention-3's backward pass by head dimension, mask and seqlen."""
 GOAL = 1.05
 """Of what is published, that the kernel is meant to reach after the bias."""
-LENGTHS: dict[str, dict[str, tuple[int, ...]]] = {"packed sequences": {"lengths_q": (4096,) * 4}, "`seqlens_kv`": {"lengths_kv": (4096,) * 4}}
+LENGTHS: dict[str, dict[str, tuple[int, ...]]] = {
+    "packed sequences": {"lengths_q": (4096,) * 4},
+    "`seqlens_kv`": {"lengths_kv": (4096,) * 4},
+}
 """Lengths that only the device knows, of sequences as long as those of the other lines."""
 FEW_HEAD_DIMS = (64, 128, 256)
 FEW = ((1, 1024), (1, 4096), (1, 16384), (4, 4096))

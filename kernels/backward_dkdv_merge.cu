@@ -11,7 +11,8 @@ static_assert(SPLIT && HAS_VECTOR_RED, "parts lie four numbers of a lane togethe
 
 // Stores an accumulator tile's columns from `column` on, of the first NUM_COLUMNS.
 template <int NUM_COLUMNS>
-DEVICE void store_tile(const float (&c)[4], float factor, const TensorView& view, const Work& work, int start, int first_row, int num_rows, int column) {
+DEVICE void store_tile(const float (&c)[4], float factor, const TensorView& view, const Work& work, int start, int first_row, int num_rows,
+                       int column) {
   column += lane_index() % 4 * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {

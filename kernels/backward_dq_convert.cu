@@ -10,7 +10,8 @@
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
 
-constexpr int TOGETHER = 8;  // accumulator tiles of a chain that are asked for before the first is used: all of a wide head would not fit the registers
+constexpr int TOGETHER =
+    8;  // accumulator tiles of a chain that are asked for before the first is used: all of a wide head would not fit the registers
 
 static_assert(TILE_Q == 16 * NUM_WARPS, "a warp has 16 rows");
 static_assert(TileQ::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");

@@ -67,7 +67,8 @@ class WarpgroupKeys {
 
   // Adds what the queries of one member give.
   DEVICE void walk(int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& steps) {
-    const Member member(arguments, work, geometry, visibility, batch, head, work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
+    const Member member(arguments, work, geometry, visibility, batch, head,
+                        work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
     int tile = steps.end;
     if constexpr (!WINDOW) {  // with a window there are few tiles whose queries see all keys
       const int last_kv = (work.tile + 1) * TILE_KV - 1;
@@ -79,7 +80,8 @@ class WarpgroupKeys {
 
   // The same over the tiles that the copying warp says.
   DEVICE void walk_list(int batch, int head, const Geometry& geometry, const Visibility& visibility) {
-    const Member member(arguments, work, geometry, visibility, batch, head, work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
+    const Member member(arguments, work, geometry, visibility, batch, head,
+                        work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
 #pragma unroll 1
     while (true) {
       ring.wait_full();

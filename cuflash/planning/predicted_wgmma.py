@@ -17,6 +17,7 @@ from cuflash.planning.predicted_time import Grid, Steady
 from cuflash.planning.visits import band_of
 from cuflash.problem.features import UNLIMITED
 from cuflash.problem.problem import Problem
+from cuflash.problem.tile import Tile
 
 LEAST_GAIN = 1.03
 """Predictions that are closer to each other mean nothing."""

@@ -123,8 +123,6 @@ def arguments(kernel: KernelPlan, problem: Problem) -> dict[str, int | str]:
 def workspace(kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
     """Parts of the kernel that has the most; those of another take their place."""
     nbytes = [
-        kernel.num_blocks * part_bytes(kernel.case, kernel.tile)
-        for kernel in kernels
-        if kernel.splits.chains and kernel.spec.is_tiled
+        kernel.num_blocks * part_bytes(kernel.case, kernel.tile) for kernel in kernels if kernel.splits.chains and kernel.spec.is_tiled
     ]
     return (Buffer(KEY_PARTS, (max(nbytes) // 4,), "float32"),) if nbytes else ()
