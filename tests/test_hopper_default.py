@@ -22,6 +22,7 @@ from cuflash.planning import (
     predicted_loops,
     predicted_time,
     predicted_wgmma,
+    query_splits,
     tile_choice,
     tuned_tiles,
     wgmma_backward,
@@ -270,6 +271,25 @@ def test_times_are_those_of_the_model_of_grids(monkeypatch: pytest.MonkeyPatch) 
         found = predicted_wgmma.milliseconds(kernel.case, line, plan.problem, ON, section)
         convert = [prediction.predict_traffic(of, plan.problem, machine.CARDS["sm_90"]) for of in plan.kernels if "convert" in of.name]
         assert found == pytest.approx(laid_out.milliseconds + sum(of.milliseconds for of in convert), rel=0.12), (seqlen, is_causal)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_split", [False, True])
+def test_times_of_one_head_are_those_of_the_model_of_grids(is_split: bool, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all blocks start together, and each waits for those before it, for those of its chain only, or, with less to do itself, in vain."""
+    monkeypatch.setenv(wgmma_backward.VARIABLE, "1")
+    monkeypatch.setattr(query_splits, "fastest", query_splits.fastest.__wrapped__)  # keeps nothing
+    if not is_split:
+        monkeypatch.setattr(query_splits, "_candidates", lambda *_: ())
+    plan, card = planned(True, 4096, heads=1, batch=1, is_causal=is_causal), machine.CARDS["sm_90"]
+    kernel = next(kernel for kernel in plan.kernels if kernel.name == WGMMA[True])
+    assert (kernel.splits.number > 1) == is_split
+    line = predicted_loops.table()[predicted_loops.Key(kernel.name, 128, 128, "", is_causal)]
+    masked = _stand_in(line._replace(full=line.full * line.masked), kernel)
+    laid_out = prediction.lay_out(_stand_in(line, kernel), kernel, plan.problem, card, masked=masked)
+    behind = [prediction.predict_without_tiles(of, plan, card) for of in plan.kernels[plan.kernels.index(kernel) + 1 :]]
+    found = predicted_wgmma.milliseconds(kernel.case, line, plan.problem, ON, 1)
+    assert found == pytest.approx(laid_out.milliseconds + sum(of.milliseconds for of in behind), rel=0.2)
 
 
 def _stand_in(line: Any, kernel: Any) -> prediction.KernelPrediction:
