@@ -66,7 +66,8 @@ KERNELS = (*FORWARD, *BACKWARD)
 HEAD_DIMS = ((64, 64), (128, 128), (256, 256), (96, 96), (192, 128), (192, 192))
 FORWARD_ROOMS = {FORWARD_WGMMA: wgmma_forward, FORWARD_WGMMA_WIDE: wide_forward}
 """The modules that decide about the forward kernels of wgmma; `wgmma_backward` decides about the others."""
-SAMPLE = Sample(seqlen_q=1024, seqlen_kv=1024)
+SAMPLE = Sample(seqlen_q=1024, seqlen_kv=1024, num_heads_q=256, num_heads_kv=256)
+"""With so many heads that blocks share out nothing (query_splits.py): their loops are the same."""
 CALLS: dict[str, Sample] = {
     "": SAMPLE,
     "window": replace(SAMPLE, features=SampleFeatures(window=(512, 512))),

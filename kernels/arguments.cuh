@@ -166,6 +166,16 @@ struct alignas(8) RowStatistics {
   float delta;      // sum over d of dO * O, minus the gradient of lse
 };
 
+// How blocks of backward_wgmma.cu share out the queries of a tile of keys, and which of them add up dQ together, where there would be few blocks
+// (tile/query_splits.cuh).
+struct QuerySplits {
+  float* key_parts;  // dK and dV of each block
+  int num_splits;    // blocks of a tile of keys
+  int num_chains;    // sums of dQ of a tile of queries
+  int chain_tiles;   // tiles of keys whose blocks add to the same sum
+  int chain_slots;   // of one chain (tile/query_sums.cuh)
+};
+
 struct BackwardArguments {
   TensorView query, key, value, out, grad_out, grad_query, grad_key, grad_value;
   RowView lse, grad_lse;  // grad_lse.data null: zero
@@ -177,6 +187,7 @@ struct BackwardArguments {
   float* query_sums;  // dQ before it is scaled and converted (tile/query_sums.cuh)
   int* turns;         // [num_turns]: how many blocks have started, then who may add to each tile of query_sums next
   int num_turns;
+  QuerySplits splits;
 };
 
 struct BackwardWgmmaArguments {
@@ -190,6 +201,7 @@ struct BackwardWgmmaArguments {
   float* query_sums;
   int* turns;
   TensorView grad_query;  // where the kernel makes it of the sums
+  QuerySplits splits;
 };
 
 // Tangents, and what the forward call gave. A tangent that is not there has no address, and is zero.

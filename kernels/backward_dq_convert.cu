@@ -10,8 +10,20 @@
 #include "tile/query_sums.cuh"
 #include "tile/sequence.cuh"
 
+constexpr int TOGETHER =
+    8;  // accumulator tiles of a chain that are asked for before the first is used: all of a wide head would not fit the registers
+
 static_assert(TILE_Q == 16 * NUM_WARPS, "a warp has 16 rows");
 static_assert(TileQ::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
+
+// The warp's numbers of accumulator tile n of a slot.
+DEVICE void load_sum(const BackwardArguments& arguments, int slot, int n, float (&sum)[4]) {
+  if constexpr (TRANSPOSED_SUMS) {
+    load_transposed_fragment(arguments, slot, warp_index(), n, sum);
+  } else {
+    load_fragment(query_sum(arguments, slot, warp_index(), n), sum);
+  }
+}
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_convert(const __grid_constant__ BackwardArguments arguments) {
   const Work work = work_in_order<false, true>(arguments, arguments.geometry.num_heads_q);
@@ -25,15 +37,23 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_convert
   float dQ[1][D_TILES][4];
   clear(dQ);
   const int slot = first_slot(arguments, work.batch, work.head, start_q) + work.tile;
-  if (arguments.turns[1 + slot] != 0) {
+  if constexpr (Config::SPLIT) {  // each chain has sums of its own (tile/query_splits.cuh)
 #pragma unroll
-    for (int n = 0; n < D_TILES; ++n) {
-      if constexpr (TRANSPOSED_SUMS) {
-        load_transposed_fragment(arguments, slot, warp_index(), n, dQ[0][n]);
-      } else {
-        load_fragment(query_sum(arguments, slot, warp_index(), n), dQ[0][n]);
+    for (int first = 0; first < D_TILES; first += TOGETHER)
+#pragma unroll 1
+      for (int chain = 0, of_chain = slot; chain < arguments.splits.num_chains; ++chain, of_chain += arguments.splits.chain_slots) {
+        if (arguments.turns[1 + of_chain] == 0) continue;
+#pragma unroll
+        for (int n = first; n < min(first + TOGETHER, D_TILES); ++n) {
+          float sum[4];
+          load_sum(arguments, of_chain, n, sum);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) dQ[0][n][i] += sum[i];
+        }
       }
-    }
+  } else if (arguments.turns[1 + slot] != 0) {
+#pragma unroll
+    for (int n = 0; n < D_TILES; ++n) load_sum(arguments, slot, n, dQ[0][n]);
   }
   multiply_all(dQ, arguments.geometry.scale);
   const int num_rows = sequence_length(packed_queries(arguments), work.batch);

@@ -34,6 +34,7 @@
 #include "tile/epilogue.cuh"
 #include "tile/fragment.cuh"
 #include "tile/packed_tiles.cuh"
+#include "tile/query_splits.cuh"
 #include "tile/query_sum_conversion.cuh"
 #include "tile/query_sums.cuh"
 #include "tile/score.cuh"
@@ -53,7 +54,7 @@ class WarpgroupKeys {
   float dK[1][COMPUTE_DK ? D_TILES : 1][4] = {};
   float dV[1][COMPUTE_DV ? DV_TILES : 1][4] = {};
 
-  DEVICE WarpgroupKeys(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared, int warpgroup)
+  DEVICE WarpgroupKeys(const BackwardWgmmaArguments& arguments, const BlockWork& work, const SharedMemory& shared, int warpgroup)
       : arguments(arguments),
         work(work),
         shared(shared),
@@ -67,7 +68,8 @@ class WarpgroupKeys {
 
   // Adds what the queries of one member give.
   DEVICE void walk(int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& steps) {
-    const Member member(arguments, geometry, visibility, batch, head, work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
+    const Member member(arguments, work, geometry, visibility, batch, head,
+                        work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
     int tile = steps.end;
     if constexpr (!WINDOW) {  // with a window there are few tiles whose queries see all keys
       const int last_kv = (work.tile + 1) * TILE_KV - 1;
@@ -79,7 +81,8 @@ class WarpgroupKeys {
 
   // The same over the tiles that the copying warp says.
   DEVICE void walk_list(int batch, int head, const Geometry& geometry, const Visibility& visibility) {
-    const Member member(arguments, geometry, visibility, batch, head, work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
+    const Member member(arguments, work, geometry, visibility, batch, head,
+                        work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
 #pragma unroll 1
     while (true) {
       ring.wait_full();
@@ -107,14 +110,15 @@ class WarpgroupKeys {
     int first_query[2];  // that sees a key of this lane, less the column of the lane
     int last_of_window[LASTS_OF_WINDOW];  // the last one whose window reaches back to it, likewise, as if there were as many
 
-    DEVICE Member(const BackwardWgmmaArguments& arguments, const Geometry& geometry, const Visibility& visibility, int batch, int head, int first_key)
+    DEVICE Member(const BackwardWgmmaArguments& arguments, const BlockWork& work, const Geometry& geometry, const Visibility& visibility, int batch,
+                  int head, int first_key)
         : batch(batch),
           head(head),
           view(arguments, batch, head, Starts(arguments, batch).q, geometry.seqlen_q),
           visibility(visibility),
           modifier(geometry, arguments.features, batch, head),
           first_key(first_key),
-          sums(query_sum(arguments, first_slot(arguments, batch, head, Starts(arguments, batch).q), 0, 0)) {
+          sums(query_sum(arguments, first_slot(arguments, batch, head, Starts(arguments, batch).q) + work.slots_before, 0, 0)) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int key = first_key + 8 * r + lane_index() / 4;
@@ -130,7 +134,7 @@ class WarpgroupKeys {
   };
 
   const BackwardWgmmaArguments& arguments;
-  const Work& work;
+  const BlockWork& work;
   const SharedMemory shared;
   const int warpgroup;
   const Dropout dropout;
@@ -333,7 +337,7 @@ class WarpgroupKeys {
   // Adds them to the tile's sums, or stores them, when it is the block's turn.
   DEVICE void add_query_gradients(const QueryGradients& dQ, const Member& member, int tile, ListedTile listed) {
     turns.wait_full();
-    const bool is_first = TILE_LISTS ? listed.is_first() : place_among_blocks(work, member.visibility, tile) == 0;
+    const bool is_first = TILE_LISTS ? listed.is_first() : place_in_chain(work, member.visibility, tile) == 0;
     float* sums = member.sums + int64(tile) * SLOT_FLOATS;
     for_each_own([&](int i, int slab) { add_slab(sums, dQ.own[i], slab, 0, is_first); });
     if constexpr (SHARES_SLAB) add_slab(sums, dQ.shared[0], WarpgroupK::SLABS - 1, warpgroup * SHARED_TILES, is_first);
@@ -358,7 +362,7 @@ class WarpgroupKeys {
 };
 
 // Zeros in a warpgroup's rows of K and V that no query of any member sees: their probabilities are 0, but 0 times NaN is NaN.
-DEVICE void clear_hidden_keys(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared, int warpgroup) {
+DEVICE void clear_hidden_keys(const BackwardWgmmaArguments& arguments, const BlockWork& work, const SharedMemory& shared, int warpgroup) {
   int end = 0;
   for_each_member(arguments, work, [&](int, int, const Geometry& geometry, const Visibility& visibility, const Steps&) {
     end = max(end, visibility.end_key(0, geometry.seqlen_q));
@@ -373,8 +377,22 @@ DEVICE void clear_hidden_keys(const BackwardWgmmaArguments& arguments, const Wor
   sync_warpgroup(COMPUTING_BARRIER + 1 + warpgroup);
 }
 
+// Stores dK and dV of a warpgroup's queries for backward_dkdv_merge.cu.
+DEVICE void store_part(const BackwardWgmmaArguments& arguments, const BlockWork& work, const WarpgroupKeys& keys, int warpgroup) {
+  const int num_heads = arguments.geometry.num_heads_q / arguments.group_heads;
+  float* part = key_part(arguments, work, num_heads, work.split, 4 * warpgroup + warp_of_warpgroup());
+  if constexpr (COMPUTE_DK) {
+#pragma unroll
+    for (int n = 0; n < D_TILES; ++n) store_fragment(part + n * FRAGMENT_FLOATS, keys.dK[0][n]);
+  }
+  if constexpr (COMPUTE_DV) {
+#pragma unroll
+    for (int n = 0; n < DV_TILES; ++n) store_fragment(part + (DK_TILES + n) * FRAGMENT_FLOATS, keys.dV[0][n]);
+  }
+}
+
 // What a warpgroup of those that compute does.
-DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+DEVICE void compute(const BackwardWgmmaArguments& arguments, const BlockWork& work, const SharedMemory& shared) {
   const int warpgroup = warpgroup_index() - 1;
   WarpgroupKeys keys(arguments, work, shared, warpgroup);
   bool has_keys = false;
@@ -396,6 +414,10 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, c
   const int warp_row = 16 * warp_of_warpgroup(), first_row = work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + warp_row;
   const int num_rows = sequence_length(packed_keys(arguments), work.batch);  // that have gradients
   const int start = Starts(arguments, work.batch).kv;
+  if constexpr (SPLIT) {
+    store_part(arguments, work, keys, warpgroup);
+    return;
+  }
   if constexpr (COMPUTE_DV) {
     if constexpr (DROPOUT) multiply_all(keys.dV, arguments.features.dropout_scale);
     constexpr int COLUMNS = 8 * (COMPUTE_DK || DV_TILES < D_TILES ? DV_TILES : D_TILES);  // that the tile has room for whose place dV takes
@@ -412,13 +434,15 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const Work& work, c
 }
 
 // Which keys are the block's. Where blocks add up dQ, in the order in which they start; it ends with a barrier of the block.
-DEVICE Work work_of(const BackwardWgmmaArguments& arguments, const SharedMemory& shared) {
+DEVICE BlockWork work_of(const BackwardWgmmaArguments& arguments, const SharedMemory& shared) {
   const int num_heads = arguments.geometry.num_heads_q / arguments.group_heads;
-  if constexpr (COMPUTE_DK) {
-    return work_of_ticket(arguments, num_heads, uniform(take_ticket(arguments, shared.ticket())));
+  if constexpr (SPLIT) {
+    return split_work_of(arguments, num_heads, shared.ticket());
+  } else if constexpr (COMPUTE_DK) {
+    return {work_of_ticket(arguments, num_heads, uniform(take_ticket(arguments, shared.ticket())))};
   } else {
     __syncthreads();
-    return work_in_order<CAUSAL, false>(arguments, num_heads);
+    return {work_in_order<CAUSAL, false>(arguments, num_heads)};
   }
 }
 
@@ -436,13 +460,15 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
     if constexpr (VARLEN) mbarrier_init(shared.cut_landed(), 1);
     fence_mbarrier_init();
   }
-  const Work work = work_of(arguments, shared);
+  BlockWork work = work_of(arguments, shared);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
     constexpr int THREADS = NUM_THREADS + WARPGROUP_SIZE;
+    if (SPLIT && work.split != 0) return;  // one of them is enough
     if constexpr (COMPUTE_DK) clear_rows<Element, THREADS, TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, begin, end, tile, num_tiles);
     if constexpr (COMPUTE_DV) clear_rows<Element, THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, tile, num_tiles);
   };
   if (!claim_rows<TILE_KV>(arguments, packed_keys(arguments), work, clear_gradients)) return;
+  if constexpr (SPLIT) work.own = steps_of_split(arguments, work);
   if (warpgroup_index() == 0) {
     give_registers<COPYING_REGISTERS>();
     const int warp = warp_of_warpgroup();

@@ -20,7 +20,10 @@ from cuflash.planning import (
     offline,
     planner,
     predicted_loops,
+    predicted_time,
     predicted_wgmma,
+    query_splits,
+    tile_choice,
     tuned_tiles,
     wgmma_backward,
     wgmma_forward,
@@ -83,18 +86,21 @@ def test_short_sequences_and_few_heads_stay(backward: bool) -> None:
 
 
 def test_a_fixed_order_of_one_wave_costs() -> None:
-    """Blocks of one head that start together wait for each other; of many heads, few of a head start together."""
+    """Blocks of one head that start together wait for each other, unless they are cut into chains; of many heads, few of a head start together."""
 
-    def ratio(heads: int) -> float:
-        sample = Sample(1, 2048, 2048, heads, heads, 128, dtype="bfloat16")
-        problem = plan_of(sample, backward=True).problem
-        others = [case_of(kernel, problem) for kernel in planner.kernels_of_their_own(problem, ON)]
+    def cost(heads: int, chains: int = 1) -> float:
+        problem = plan_of(Sample(1, 2048, 2048, heads, heads, 128, dtype="bfloat16"), backward=True).problem
+        case = case_of(BACKWARD_WGMMA, problem)
+        tile, (loop,) = tile_choice.default_tile(case, ON), predicted_loops.loops_of([case.kernel.name], problem) or [None]
+        assert loop is not None
         section = wgmma_backward.fused_backward.heads_together(problem, ON)
-        found = predicted_wgmma.compare([case_of(BACKWARD_WGMMA, problem)], others, problem, ON, section)
-        assert found is not None
-        return found.ratio
+        ordered = predicted_time.grid_of(case, tile, problem, section)._replace(chains=chains)
+        clocks = [predicted_time.clocks(loop, case, tile, grid, problem, ON) for grid in (ordered, ordered._replace(section=0))]
+        return clocks[0] / clocks[1]
 
-    assert ratio(1) > 1.2 * ratio(128)
+    assert cost(1) > 1.5
+    assert cost(1, chains=8) < 1.05
+    assert cost(128) < 1.05
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -265,6 +271,25 @@ def test_times_are_those_of_the_model_of_grids(monkeypatch: pytest.MonkeyPatch) 
         found = predicted_wgmma.milliseconds(kernel.case, line, plan.problem, ON, section)
         convert = [prediction.predict_traffic(of, plan.problem, machine.CARDS["sm_90"]) for of in plan.kernels if "convert" in of.name]
         assert found == pytest.approx(laid_out.milliseconds + sum(of.milliseconds for of in convert), rel=0.12), (seqlen, is_causal)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_split", [False, True])
+def test_times_of_one_head_are_those_of_the_model_of_grids(is_split: bool, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all blocks start together, and each waits for those before it, for those of its chain only, or, with less to do itself, in vain."""
+    monkeypatch.setenv(wgmma_backward.VARIABLE, "1")
+    monkeypatch.setattr(query_splits, "fastest", query_splits.fastest.__wrapped__)  # keeps nothing
+    if not is_split:
+        monkeypatch.setattr(query_splits, "_candidates", lambda *_: ())
+    plan, card = planned(True, 4096, heads=1, batch=1, is_causal=is_causal), machine.CARDS["sm_90"]
+    kernel = next(kernel for kernel in plan.kernels if kernel.name == WGMMA[True])
+    assert (kernel.splits.number > 1) == is_split
+    line = predicted_loops.table()[predicted_loops.Key(kernel.name, 128, 128, "", is_causal)]
+    masked = _stand_in(line._replace(full=line.full * line.masked), kernel)
+    laid_out = prediction.lay_out(_stand_in(line, kernel), kernel, plan.problem, card, masked=masked)
+    behind = [prediction.predict_without_tiles(of, plan, card) for of in plan.kernels[plan.kernels.index(kernel) + 1 :]]
+    found = predicted_wgmma.milliseconds(kernel.case, line, plan.problem, ON, 1)
+    assert found == pytest.approx(laid_out.milliseconds + sum(of.milliseconds for of in behind), rel=0.2)
 
 
 def _stand_in(line: Any, kernel: Any) -> prediction.KernelPrediction:

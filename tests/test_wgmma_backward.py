@@ -17,8 +17,9 @@ from cuflash import Tile
 from cuflash.errors import CompileError, TileError
 from cuflash.hardware import device
 from cuflash.jit.compiler import Artifact, KernelResources
-from cuflash.planning import kernel_specs, measured_tiles, tile_choice, wgmma_backward
+from cuflash.planning import kernel_specs, measured_tiles, query_splits, tile_choice, wgmma_backward
 from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_plan import UNSPLIT
 from cuflash.planning.kernel_specs import BACKWARD_WGMMA
 from cuflash.runtime import calls, launch
 from cuflash.simulator import check
@@ -36,9 +37,10 @@ CONVERTING_KERNELS = KERNELS[:-1]
 
 @pytest.fixture(autouse=True)
 def asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel wherever it can run."""
+    """The kernel wherever it can run, whose blocks share out no queries; of those that do is test_query_splits.py."""
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
     monkeypatch.setenv(wgmma_backward.VARIABLE, "1")
+    monkeypatch.setattr(query_splits, "choose", lambda *_: UNSPLIT)
     monkeypatch.setattr(calls, "_calls", {})  # those that were made for others
 
 

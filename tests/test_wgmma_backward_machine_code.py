@@ -10,8 +10,9 @@ from test_wgmma_machine_code import CASES, ON, assert_as_meant, code_of, loops_o
 
 from cuflash.cli.inspection import Report, inspect_kernels
 from cuflash.jit.compiler import CompileRequest
-from cuflash.planning import tile_choice, wgmma_backward
+from cuflash.planning import query_splits, tile_choice, wgmma_backward
 from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_plan import Splits
 from cuflash.planning.kernel_specs import BACKWARD_WGMMA, BACKWARD_WGMMA_DKDQ, BACKWARD_WGMMA_DV
 from cuflash.planning.offline import offline_kernels
 from cuflash.problem.features import NO_FEATURES, FeatureSet
@@ -48,6 +49,33 @@ WIDE: dict[str, dict[str, Any]] = {
         )
     },
 }  # fmt: skip
+
+
+SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
+    "64": (24, {"head_dim": 64}), "128": (32, {"head_dim": 128, "is_causal": True}), "192/128": (40, {"head_dim": 192, "head_dim_v": 128}),
+    "256": (0, {"head_dim": 256}), "packed": (0, {"head_dim": 128, "varlen": True, "is_causal": True}),
+    "dropout": (32, {"head_dim": 128, "features": FeatureSet(dropout=True)}), "segments": (200, {"head_dim": 64, "features": FeatureSet(segments=True)}),
+}  # fmt: skip
+"""Bytes that may be spilled, which lie outside of the loops over tiles."""
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("case", SPLIT)
+def test_kernels_whose_blocks_share_out_queries(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spilled, of_call = SPLIT[case]
+    monkeypatch.setenv(wgmma_backward.VARIABLE, "1")
+    monkeypatch.setattr(query_splits, "choose", lambda *_: Splits(2, chains=1 if case == "segments" else 2))
+    kernels = [kernel for kernel in offline_kernels(ON, dtype="bfloat16", **of_call) if kernel.splits.chains]
+    reports = inspect_kernels((ON, kernel) for kernel in kernels)
+    for report, kernel in zip(reports, kernels, strict=True):
+        if kernel.spec.is_tiled:
+            assert_as_meant(report, spilled)
+            with_products = [loop for loop in loops_of(code_of(report)) if any(i.base == "HGMMA" for i in loop)]
+            over_tiles = [loop for loop in with_products if not any(other != loop and other[0] in loop for other in with_products)]
+            assert over_tiles
+            assert case == "segments" or not [i for loop in over_tiles for i in loop if i.base in ("STL", "LDL")]
+        else:
+            assert report.resources.spill_store_bytes == 0, named(report)
 
 
 @pytest.mark.sample(1)

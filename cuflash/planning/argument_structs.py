@@ -193,19 +193,23 @@ FORWARD_WGMMA_WIDE_ARGUMENTS = _struct(
     ("partial_lse", WORD), ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS), ("cache", CACHE_ARGUMENTS),
     ("num_splits", INT), ("split_tiles", INT),
 )  # fmt: skip
+QUERY_SPLITS = _struct(
+    "QuerySplits", ("key_parts", WORD), ("num_splits", INT), ("num_chains", INT), ("chain_tiles", INT), ("chain_slots", INT)
+)
 BACKWARD_ARGUMENTS = _struct(
     "BackwardArguments",
     ("query", TENSOR_VIEW), ("key", TENSOR_VIEW), ("value", TENSOR_VIEW), ("out", TENSOR_VIEW), ("grad_out", TENSOR_VIEW),
     ("grad_query", TENSOR_VIEW), ("grad_key", TENSOR_VIEW), ("grad_value", TENSOR_VIEW), ("lse", ROW_VIEW), ("grad_lse", ROW_VIEW),
     ("row_statistics", WORD), ("geometry", GEOMETRY), ("group_batch", INT), ("group_heads", INT),
     ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS),
-    ("query_sums", WORD), ("turns", WORD), ("num_turns", INT),
+    ("query_sums", WORD), ("turns", WORD), ("num_turns", INT), ("splits", QUERY_SPLITS),
 )  # fmt: skip
 BACKWARD_WGMMA_ARGUMENTS = _struct(
     "BackwardWgmmaArguments",
     ("query", MAPPED_TENSOR), ("key", MAPPED_TENSOR), ("value", MAPPED_TENSOR), ("grad_out", MAPPED_TENSOR), ("grad_key", TENSOR_VIEW),
     ("grad_value", TENSOR_VIEW), ("row_statistics", WORD), ("geometry", GEOMETRY), ("group_batch", INT), ("group_heads", INT),
     ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS), ("query_sums", WORD), ("turns", WORD), ("grad_query", TENSOR_VIEW),
+    ("splits", QUERY_SPLITS),
 )  # fmt: skip
 FORWARD_JVP_ARGUMENTS = _struct(
     "ForwardJvpArguments",

@@ -76,6 +76,9 @@ def _launch(kernel: KernelPlan) -> str:
     stay = "stays" if kernel.num_blocks == 1 else "stay"
     stays = f"which {stay} for {_count(kernel.num_work, 'tile')} of queries, " if kernel.num_work > kernel.num_blocks else ""
     splits = f", keys of a sequence in {kernel.splits.number} splits" if kernel.splits.number > 1 else ""
+    if kernel.splits.chains:
+        chains = f", {_count(kernel.splits.chains, 'chain')} of keys with sums of dQ of their own" if kernel.spec.added_up else ""
+        splits = f", queries of a tile of keys in {_count(kernel.splits.number, 'split')}{chains}" if kernel.spec.is_tiled else ""
     if kernel.splits.stream_k:
         splits = ", stream-K: equal shares of all keys, whatever the lengths are"
     if kernel.packed_places and kernel.spec != kernel_specs.PACKED_TILES:

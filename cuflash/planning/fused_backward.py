@@ -154,18 +154,20 @@ def workspace(problem: Problem, kernels: Iterable[KernelPlan]) -> tuple[Buffer, 
     """Sums of dQ and turns of a fused kernel, as kernels/tile/query_sums.cuh lays them out; nothing without it."""
     for kernel in kernels:
         if kernel.spec.added_up:
+            chains = max(1, kernel.splits.chains)
             return (
-                Buffer("query_sums", (sums_bytes(problem, kernel.tile, kernel.head_dim) // 4,), "float32"),
-                Buffer("turns", (1 + _slots(problem, kernel.tile),), "int32"),
+                Buffer("query_sums", (chains * sums_bytes(problem, kernel.tile, kernel.head_dim) // 4,), "float32"),
+                Buffer("turns", (1 + chains * slots(problem, kernel.tile),), "int32"),
             )
     return ()
 
 
 def sums_bytes(problem: Problem, tile: Tile, head_dim: int) -> int:
     """Of dQ in float32, tiles and columns rounded up."""
-    return 4 * _slots(problem, tile) * tile.tile_q * ceil(head_dim / 16) * 16
+    return 4 * slots(problem, tile) * tile.tile_q * ceil(head_dim / 16) * 16
 
 
-def _slots(problem: Problem, tile: Tile) -> int:
+def slots(problem: Problem, tile: Tile) -> int:
+    """Tiles of queries of all heads that have a sum; of packed sequences as many as there may be."""
     tiles = ceil(problem.seqlen_q / tile.tile_q)
     return problem.num_heads_q * (problem.batch * tiles if problem.num_sequences is None else tiles + problem.num_sequences)

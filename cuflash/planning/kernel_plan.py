@@ -55,17 +55,19 @@ class LaunchShape(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """How keys are shared out among blocks.
+    """How keys are shared out among blocks, or of kernels whose blocks own keys, queries.
 
     Attributes:
-        number: blocks for each sequence, key head and tile of queries.
+        number: blocks for each sequence, key head and tile of queries; or for each tile of keys.
         tiles: key tiles of each; 0: a sequence's tiles are cut into `number` equal parts on the device.
         stream_k: all blocks have equal shares of the key tiles of all sequences instead (stream_k.py); `number` is 1.
+        chains: of tiles of keys, each with sums of dQ of its own (query_splits.py); 0 where blocks do not share out queries.
     """
 
     number: int
     tiles: int = 0
     stream_k: bool = False
+    chains: int = 0
 
     def __str__(self) -> str:
         """As `num_splits` of a call asks for them."""
@@ -94,7 +96,7 @@ class KernelPlan:
         section_heads: (batch, head) pairs whose blocks are launched together, the longest first (block_order.py), or of the fused kernel K/V heads.
         num_work: tiles of all heads: a block for each, or blocks that stay and compute one after the other.
         counts_work: those take the next one from a counter, not at fixed strides.
-        splits: of the keys among blocks.
+        splits: of the keys among blocks, or of the queries.
         box_keys: keys of a streamed tile that the TMA unit copies at a time; 0: all.
         packed_places: of the list of tiles of packed sequences by which its blocks find their work (packed_tiles.py); 0: there is none.
         tile_by: where the tile is from, in words: pinned, tuned, measured, predicted or by the model; empty of a kernel without matrix products.

@@ -183,9 +183,14 @@ class KernelSpec:
         return self.rows_of in ("key", "value")
 
     @property
+    def shares_queries(self) -> bool:
+        """Its blocks may share out the queries of a tile of keys (query_splits.py)."""
+        return self.owns_keys and self.maps_tensors
+
+    @property
     def walks_table(self) -> bool:
         """Where data hide tiles, its blocks walk over a table of the places of tiles in the place of lists (kernels/tile/visible_tiles.cuh)."""
-        return bool(self.added_up) or (self.owns_keys and self.maps_tensors)
+        return bool(self.added_up) or self.shares_queries
 
     @property
     def reads_value(self) -> bool:
@@ -261,6 +266,9 @@ CACHE_APPEND = KernelSpec(
 _ROWS = ("row_statistics", "log2_sums")
 """What backward kernels know of each query row; the second with an additive mask only."""
 
+KEY_PARTS = "key_parts"
+"""What each block gives to dK and dV, where blocks share out queries."""
+
 _SUMS = ("query_sums", "turns")
 """What is dQ once it is scaled and converted, and who may add to it next; of the fused kernels only."""
 
@@ -278,24 +286,28 @@ BACKWARD_FUSED = KernelSpec(
     added_up=("dQ",), constants=(("TRANSPOSED_SUMS", False),), costs=_JOINT_COSTS,
 )  # fmt: skip
 BACKWARD_WGMMA = KernelSpec(
-    "backward_wgmma", "backward_wgmma.cu", BACKWARD_WGMMA_ARGUMENTS, "wgmma", backward=True, workspace=(*_ROWS, *_SUMS),
+    "backward_wgmma", "backward_wgmma.cu", BACKWARD_WGMMA_ARGUMENTS, "wgmma", backward=True, workspace=(*_ROWS, *_SUMS, KEY_PARTS),
     rows_of="key", stationary=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV", "dQ"),
     added_up=("dQ",), warps_per_product=4, block_warps=(8,), copying_warps=4, max_warp_rows=16, constants=(("TRANSPOSED_SUMS", True), ("COMPUTE_DK", True), ("COMPUTE_DV", True)), costs=_JOINT_COSTS,
 )  # fmt: skip
 """The fused kernel with Hopper's own instructions (wgmma_backward.py)."""
 BACKWARD_WGMMA_DV = KernelSpec(
-    "backward_wgmma_dv", "backward_wgmma.cu", BACKWARD_WGMMA_ARGUMENTS, "wgmma", backward=True, workspace=_ROWS,
+    "backward_wgmma_dv", "backward_wgmma.cu", BACKWARD_WGMMA_ARGUMENTS, "wgmma", backward=True, workspace=(*_ROWS, KEY_PARTS),
     rows_of="value", stationary=("key",), streamed=("query", "grad_out"), statistics=True, scores=("S",), outputs=("dV",),
     warps_per_product=4, block_warps=(8,), copying_warps=4, max_warp_rows=16, constants=(("TRANSPOSED_SUMS", True), ("COMPUTE_DK", False), ("COMPUTE_DV", True)),
 )  # fmt: skip
 BACKWARD_WGMMA_DKDQ = KernelSpec(
-    "backward_wgmma_dkdq", "backward_wgmma.cu", BACKWARD_WGMMA_ARGUMENTS, "wgmma", backward=True, workspace=(*_ROWS, *_SUMS),
+    "backward_wgmma_dkdq", "backward_wgmma.cu", BACKWARD_WGMMA_ARGUMENTS, "wgmma", backward=True, workspace=(*_ROWS, *_SUMS, KEY_PARTS),
     rows_of="key", stationary=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dQ"),
     added_up=("dQ",), warps_per_product=4, block_warps=(8,), copying_warps=4, max_warp_rows=16,
     constants=(("TRANSPOSED_SUMS", True), ("COMPUTE_DK", True), ("COMPUTE_DV", False)), costs=_JOINT_COSTS,
 )  # fmt: skip
 """The same in two kernels, for heads whose dK and dV do not fit the registers together."""
 BACKWARD_DQ_CONVERT = KernelSpec("backward_dq_convert", "backward_dq_convert.cu", BACKWARD_ARGUMENTS, backward=True, workspace=_SUMS)
+BACKWARD_DKDV_MERGE = KernelSpec(
+    "backward_dkdv_merge", "backward_dkdv_merge.cu", BACKWARD_ARGUMENTS, backward=True, workspace=(KEY_PARTS,), num_warps=8
+)
+"""dK and dV of what blocks of a kernel of wgmma give that share out queries (query_splits.py)."""
 BACKWARD_DKDV = KernelSpec(
     "backward_dkdv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
     rows_of="key", stationary=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV"),
@@ -340,7 +352,7 @@ MERGE_TABLE = KernelSpec("merge_table", "merge_table.cu", argument_structs.MERGE
 
 KERNELS: tuple[KernelSpec, ...] = (
     FORWARD, FORWARD_WGMMA, FORWARD_WGMMA_WIDE, FORWARD_SPLIT, FORWARD_JVP, CACHE_APPEND,
-    BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_WGMMA, BACKWARD_WGMMA_DV, BACKWARD_WGMMA_DKDQ, BACKWARD_DQ_CONVERT, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ,
+    BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_WGMMA, BACKWARD_WGMMA_DV, BACKWARD_WGMMA_DKDQ, BACKWARD_DQ_CONVERT, BACKWARD_DKDV_MERGE, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ,
     BACKWARD_MASK, BACKWARD_SINKS,
     VISIBLE_TILES, PACKED_TILES, DROPOUT_MASK, MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE,
 )  # fmt: skip

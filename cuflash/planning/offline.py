@@ -22,11 +22,14 @@ from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, FORWARD_WGMMA_WIDE, KernelSpec
 from cuflash.planning.planner import backward_choices, backward_kernels, check_names, forward_kernels, make_plan
 from cuflash.problem.features import BESIDE, NO_FEATURES, Features, FeatureSet, MaskLayout
+from cuflash.problem.layout import Layout, View
 from cuflash.problem.problem import DTYPES, Problem
 from cuflash.problem.tile import Tile, Tiles
 
 MANY_KEYS = 2**20
 """Of which there are splits to merge."""
+MANY_HEADS = 256
+"""With which blocks fill every card, so that none share out queries."""
 
 
 def offline_kernels(
@@ -51,7 +54,7 @@ def offline_kernels(
 
     With `jvp` those of tangents instead.
 
-    They are those of a call with one head of 1024 queries and keys; with `every_way` also the others that calls of such a kind take where lengths, batch and
+    They are those of a call with one head of 1024 queries and keys, or where blocks would share out its queries, of many heads; with `every_way` also the others that calls of such a kind take where lengths, batch and
     heads decide which are faster. Where tables of tuned tiles have several for different lengths, those of all lengths.
     """
     problem = _representative(
@@ -64,7 +67,8 @@ def offline_kernels(
     found: dict[CompileRequest, KernelPlan] = {}
     for of_gradients in (False, True) if backward else (False,):
         pinned = _of_pass(tile, backward=of_gradients)
-        ways = _ways(problem, device, pinned, backward=of_gradients) if every_way else ((problem, pinned),)
+        of_pass = _unsplit(problem, device, pinned) if of_gradients else problem
+        ways = _ways(of_pass, device, pinned, backward=of_gradients) if every_way else ((of_pass, pinned),)
         by_caller = pinned if isinstance(pinned, Mapping) else {}
         for of_a_kind, way in ways:
             kernels = make_plan(of_a_kind, device, backward=of_gradients, tile=way).kernels
@@ -90,6 +94,11 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
             specs += [wgmma_backward.kernels(problem)[0], BACKWARD_FUSED if fused.is_taken else BACKWARD_DQ]
         if fused.depends_on_lengths and (wgmma.depends_on_lengths or not wgmma.is_taken):
             specs += [BACKWARD_FUSED, BACKWARD_DQ]
+        of_wgmma = wgmma_backward.kernels(problem)
+        if set(of_wgmma) & {*present, *specs}:  # whose blocks share out queries where there are few
+            named = pinned if isinstance(pinned, Mapping) else {}
+            default = tile_choice.default_tile(case_of(of_wgmma[0], problem), device)
+            yield _with_heads(problem, 1), {of_wgmma[0].name: default, **named}
     else:
         present = forward_kernels(problem, device, pinned)
         if wgmma_forward.choose(problem, device, pinned).depends_on_lengths:
@@ -124,6 +133,25 @@ def _of_pass(tile: Tiles, *, backward: bool) -> Tiles:
     return {name: pinned for name, pinned in tile.items() if kernel_specs.TILED_KERNELS[name].backward == backward}
 
 
+def _unsplit(problem: Problem, device: Device, pinned: Tiles) -> Problem:
+    """The representative of backward calls, with so many heads that no block shares out queries."""
+    shares_queries = any(kernel.spec.shares_queries for kernel in make_plan(problem, device, backward=True, tile=pinned).kernels)
+    return _with_heads(problem, MANY_HEADS) if shares_queries else problem
+
+
+def _with_heads(problem: Problem, heads: int) -> Problem:
+    """The representative with so many heads, side by side."""
+
+    def of_heads(view: View) -> View:
+        batch, rows, _, columns = view.shape
+        return replace(view, shape=(batch, rows, heads, columns), strides=(rows * heads * columns, heads * columns, columns, 1))
+
+    query, key, value = of_heads(problem.query), of_heads(problem.key), of_heads(problem.value)
+    return replace(
+        problem, num_heads_q=heads, num_heads_kv=heads, query=query, key=key, value=value, key_shape=key.shape, value_shape=value.shape
+    )
+
+
 def _representative(
     dtype: str,
     head_dim: int,
@@ -136,8 +164,6 @@ def _representative(
     need_attn_mask_grad: bool,
     vectorized: bool,
 ) -> Problem:
-    from cuflash.problem.layout import Layout, View
-
     view, view_v = (View((1, 1024, 1, dim), (1024 * dim, dim, dim, 1)) for dim in (head_dim, head_dim_v))
     mask = (
         None

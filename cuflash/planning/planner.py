@@ -5,7 +5,8 @@ printed.
 
 Memory beyond inputs and outputs is O(S): the forward pass needs none, but where blocks of `forward_wgmma` count their tiles four bytes, and where blocks
 share out keys (`split_forward`) their partial outputs; the backward pass eight bytes per query row and head, with an additive mask twelve, and where one
-kernel makes all gradients (`fused_backward`, `wgmma_backward`) another four for each element of dQ. With a boolean mask or segments, the lists of visible tiles take four
+kernel makes all gradients (`fused_backward`, `wgmma_backward`) another four for each element of dQ; where blocks share out queries (`query_splits`) a
+bounded number of times that, of dK and of dV. With a boolean mask or segments, the lists of visible tiles take four
 bytes for each pair of tiles.
 """
 
@@ -26,6 +27,7 @@ from cuflash.planning import (
     kernel_cases,
     kernel_specs,
     packed_tiles,
+    query_splits,
     split_forward,
     tile_choice,
     tile_model,
@@ -38,7 +40,7 @@ from cuflash.planning import (
 from cuflash.planning.asked_for import Choice
 from cuflash.planning.codegen import CPP_ELEMENTS, config_text
 from cuflash.planning.kernel_cases import KernelCase, case_of
-from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
+from cuflash.planning.kernel_plan import UNSPLIT, Buffer, KernelPlan, LaunchShape
 from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.planning.plan import Plan
 from cuflash.problem.features import NO_FEATURES
@@ -81,10 +83,11 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
         if backward:
             fused = next((kernel for kernel in planned if kernel.spec.added_up), None)
             planned.insert(0, _delta_kernel(problem, device, clears_turns=fused is not None))
-            if fused is not None and not kernel_cases.converts_sums(fused.spec, problem):
-                planned[planned.index(fused) + 1 : planned.index(fused) + 1] = packed_tiles.with_lists(
-                    [_convert_kernel(fused, problem, device)], problem, device
-                )
+            if fused is not None and (fused.splits.chains or not kernel_cases.converts_sums(fused.spec, problem)):
+                converting = packed_tiles.with_lists([_convert_kernel(fused, problem, device)], problem, device)
+                planned[planned.index(fused) + 1 : planned.index(fused) + 1] = converting
+            for split in [kernel for kernel in planned if kernel.spec.shares_queries and kernel.splits.chains]:
+                planned.insert(planned.index(split) + 1, _dkdv_merge_kernel(split, problem, device))
             if problem.features.kinds.sinks:
                 planned.append(_sinks_kernel(problem, device))
         elif any(spec.splits_keys for spec in tiled):
@@ -258,9 +261,12 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     }
     if spec.copies_masks:
         constants["COPIES_MASK"] = case.copies_mask(device)
-    if spec.owns_keys and spec.implementation == "wgmma":
+    splits = UNSPLIT
+    if spec.shares_queries:
         constants["GRAD_OUT_STAGES"] = kernel_cases.grad_out_stages(case, tile, device)
-        constants["CONVERTS_SUMS"] = kernel_cases.converts_sums(spec, problem)
+        splits = query_splits.choose(case, tile, problem, device)
+        constants["SPLIT"] = bool(splits.chains)
+        constants["CONVERTS_SUMS"] = not splits.chains and kernel_cases.converts_sums(spec, problem)
     if spec.added_up and spec.implementation == "mma":
         constants["SHARING_WARPS"] = case.sharing_warps(tile, device)
     if spec.stays:
@@ -276,7 +282,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
     if problem.num_sequences is not None:
         batch, num_tiles = problem.num_sequences + 1, max(1, num_tiles)  # blocks of one more fill what lies behind the last
-    places = packed_tiles.places(problem, device, case, tile, num_tiles=num_tiles, heads=heads)
+    places = 0 if splits.chains else packed_tiles.places(problem, device, case, tile, num_tiles=num_tiles, heads=heads)
     if places:
         batch, section = 1, packed_tiles.section_heads(case, problem, device, heads)
     elif spec.added_up:
@@ -285,11 +291,12 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         resident = tile_model.blocks_per_sm(case, tile, device) * device.num_sms
         section = block_order.section_heads(case, problem, device, pairs=batch * heads, resident_blocks=resident)
     num_threads = 32 * (tile.num_warps + spec.copying_warps)
-    num_work = (places or num_tiles) * heads * batch
+    num_work = (places or num_tiles) * heads * batch * splits.number
     num_blocks = min(num_work, device.num_sms) if spec.stays else num_work
     return KernelPlan(
         case, tile, config_text(problem.dtype, constants), LaunchShape(num_blocks, num_threads, shared_bytes), num_tiles,
-        group_batch, group_heads, section, num_work, num_work > num_blocks and _works_differ(problem), packed_places=places, tile_by=tile_by,
+        group_batch, group_heads, section, num_work, num_work > num_blocks and _works_differ(problem), splits, packed_places=places,
+        tile_by=tile_by,
     )  # fmt: skip
 
 
@@ -419,6 +426,7 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffe
         for buffer in (
             *buffers,
             *fused_backward.workspace(problem, kernels),
+            *query_splits.workspace(kernels),
             *split_forward.workspace(problem, kernels),
             *cache_append.workspace(problem),
         )
@@ -474,6 +482,7 @@ def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> Kern
         "IN_PLACES": problem.in_places,
         "ALLOW_TF32": False,
         "VECTORIZED": problem.vectorized,
+        "SPLIT": bool(fused.splits.chains),
         **dict(fused.spec.constants),
     }
     case = KernelCase(spec, problem.dtype, problem.head_dim)
@@ -483,7 +492,41 @@ def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> Kern
     places = packed_tiles.places(problem, device, case, tile, num_tiles=num_tiles, heads=problem.num_heads_q)
     return KernelPlan(
         case, tile, config_text(problem.dtype, constants),
-        LaunchShape((places or num_tiles * batches) * problem.num_heads_q, 32 * tile.num_warps, shared_bytes), num_tiles, packed_places=places,
+        LaunchShape((places or num_tiles * batches) * problem.num_heads_q, 32 * tile.num_warps, shared_bytes), num_tiles, splits=fused.splits,
+        packed_places=places,
+    )  # fmt: skip
+
+
+def _dkdv_merge_kernel(of: KernelPlan, problem: Problem, device: Device) -> KernelPlan:
+    """The kernel that makes dK and dV of what the blocks of a split one give."""
+    spec, tile = kernel_specs.BACKWARD_DKDV_MERGE, replace(of.tile, num_warps=kernel_specs.BACKWARD_DKDV_MERGE.num_warps, num_stages=1)
+    constants: dict[str, int | bool | str] = {
+        "CAPABILITY": device.capability,
+        "HEAD_DIM": problem.head_dim,
+        "HEAD_DIM_V": problem.head_dim_v,
+        "HEAD_SLICES": 1,
+        "SLICE_PIECES": 1,
+        "TILE_Q": tile.tile_q,
+        "TILE_KV": tile.tile_kv,
+        "NUM_WARPS": tile.num_warps,
+        "NUM_STAGES": 1,
+        "SHARED_BYTES": 0,
+        "CAUSAL": False,
+        "VARLEN": problem.num_sequences is not None,
+        "SEQLENS_KV": problem.in_places,
+        "IN_PLACES": problem.in_places,
+        "ALLOW_TF32": False,
+        "VECTORIZED": problem.vectorized,
+        "SPLIT": True,
+        **replace(NO_FEATURES, dropout=of.case.features.dropout).constants(),
+        **dict(of.spec.constants),
+    }
+    heads = problem.num_heads_q // of.group_heads
+    batches = problem.batch // of.group_batch if problem.num_sequences is None else problem.num_sequences
+    return KernelPlan(
+        KernelCase(spec, problem.dtype, problem.head_dim, head_dim_v=problem.head_dim_v), tile, config_text(problem.dtype, constants),
+        LaunchShape(of.num_tiles * heads * batches * tile.tile_kv // 16, 32 * tile.num_warps, 0), of.num_tiles, of.group_batch, of.group_heads,
+        splits=of.splits,
     )  # fmt: skip
 
 

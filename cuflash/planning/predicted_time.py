@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from math import ceil
 from typing import NamedTuple
 
@@ -67,11 +67,15 @@ class Grid(NamedTuple):
         heads: (batch, head) pairs whose rows blocks own.
         trips: of each block of one of them through its loop; of more blocks than `_MOST_TRIPS` those of every second, third, …, one, and so many times the pairs.
         section: pairs whose blocks start together, of kernels whose blocks wait for each other; 0 of others.
+        splits: blocks that share out the trips of one tile of keys, neighbours in `trips`.
+        chains: into which those blocks are cut that wait for each other.
     """
 
     heads: int
     trips: Sequence[float]
     section: int = 0
+    splits: int = 1
+    chains: int = 1
 
 
 def grid_of(case: KernelCase, tile: Tile, problem: Problem, section: int = 0, *, masked: float = 1.0, all_masked: bool = False) -> Grid:
@@ -131,17 +135,27 @@ def clocks(steady: Steady, case: KernelCase, tile: Tile, grid: Grid, problem: Pr
     if not longest:
         return 0.0
     waves, rest = divmod(number, steady.blocks * sms)
+    delays = _delays(grid, sms * steady.blocks)
     if min(grid.trips) == longest:
         found = (longest + beside) * (waves * trip(steady.blocks) + (trip(ceil(rest / sms)) if rest else 0.0))
+        found += max(delays, default=0) * trip(steady.blocks)
     else:
-        even = grid.heads * sum(count + beside for count in grid.trips) / sms / steady.blocks * trip(steady.blocks)
-        found = max(even, _first_sm(grid, beside, min(steady.blocks, ceil(number / sms)), sms, trip))
-    if grid.section:  # blocks of one head that start together add to their first tile one after the other
-        together = min(len(grid.trips), ceil(sms * steady.blocks / grid.section))
-        found += (together - 1) * trip(steady.blocks)
+        waited = min(grid.section, grid.heads) * sum(delays)
+        even = (grid.heads * sum(count + beside for count in grid.trips) + waited) / sms / steady.blocks * trip(steady.blocks)
+        delayed = grid._replace(trips=[count + delay for count, delay in zip_longest(grid.trips, delays, fillvalue=0.0)])
+        found = max(even, _first_sm(delayed, beside, min(steady.blocks, ceil(number / sms)), sms, trip))
     if case.kernel.stays:  # each once
         found += of_block
     return max(found, _least_bytes(case, problem) / traffic.memory / sms)
+
+
+def _delays(grid: Grid, places: int) -> list[int]:
+    """Trips that each of the first blocks of a head or chain waits, which start together and add to their first tile one after the other."""
+    if not grid.section:
+        return []
+    of_chain = ceil(len(grid.trips) / grid.splits / grid.chains)
+    first = grid.trips[: ceil(places / grid.section)]
+    return [index // grid.splits % of_chain if count else 0 for index, count in enumerate(first)]
 
 
 def _first_sm(grid: Grid, beside: float, blocks: int, sms: int, trip: Callable[[int], float]) -> float:

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from cuflash.hardware.device import Device
-from cuflash.planning import predicted_loops, predicted_time, tile_choice
+from cuflash.planning import predicted_loops, predicted_time, query_splits, tile_choice
 from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, KernelCase, converts_sums, multiply_adds
-from cuflash.planning.predicted_time import Steady
+from cuflash.planning.predicted_time import Grid, Steady
 from cuflash.planning.visits import band_of
 from cuflash.problem.features import UNLIMITED
 from cuflash.problem.problem import Problem
+from cuflash.problem.tile import Tile
 
 LEAST_GAIN = 1.03
 """Predictions that are closer to each other mean nothing."""
@@ -99,12 +100,20 @@ def others_milliseconds(others: Sequence[KernelCase], problem: Problem, device: 
 def milliseconds(case: KernelCase, loop: Steady, problem: Problem, device: Device, section: int = 0, all_masked: bool = False) -> float:
     """That a kernel takes with its default tile; one that adds up dQ together with the conversion of its sums."""
     tile = tile_choice.default_tile(case, device)
+    if case.kernel.shares_queries:
+        _, clocks, grid = query_splits.fastest(case, tile, loop, problem, device, all_masked)
+        return _milliseconds(clocks, case, tile, grid, device)
     masked = loop.masked if all_masked or case.kernel.implementation == "wgmma" else 1.0
     of_section = section if case.kernel.added_up else 0
     grid = predicted_time.grid_of(case, tile, problem, of_section, masked=masked, all_masked=all_masked)
     clocks = predicted_time.clocks(loop, case, tile, grid, problem, device)
     if case.kernel.added_up:
         clocks += predicted_time.conversion_clocks(problem, device, by_blocks=converts_sums(case.kernel, problem))
+    return _milliseconds(clocks, case, tile, grid, device)
+
+
+def _milliseconds(clocks: float, case: KernelCase, tile: Tile, grid: Grid, device: Device) -> float:
+    """At the clock that the card keeps with so many products."""
     if not clocks:
         return 0.0
     trips = grid.heads * sum(grid.trips)

@@ -164,7 +164,10 @@ def _wgmma_tile(of_kernels: Mapping[_Key, _Numbers], case: KernelCase, device: D
     for (arch, name, head_dim), (tile_q, tile_kv, num_warps, num_stages) in sorted(of_kernels.items()):
         if (arch, name) == (device.arch, case.kernel.name) and head_dim >= wide:
             if case.kernel.owns_keys:
-                shorter = (Tile(count, tile_kv, num_warps, num_stages) for count in range(tile_q, 0, -16))
+                most = num_stages + (case.features.dropout and bool(case.kernel.added_up))  # it takes registers, not shared memory
+                shorter = (
+                    Tile(count, tile_kv, num_warps, stages) for count in range(tile_q, 0, -16) for stages in range(most, num_stages - 1, -1)
+                )
             else:
                 shorter = (Tile(tile_q, count, num_warps, num_stages) for count in range(tile_kv, 0, -16))
             return next((tile for tile in shorter if broken_rule(case, tile, device) is None), None)

@@ -19,7 +19,7 @@ from cuflash.hardware import device, occupancy
 from cuflash.hardware.device import Device
 from cuflash.jit import cache
 from cuflash.jit.compiler import CompileRequest, KernelResources
-from cuflash.planning import kernel_specs
+from cuflash.planning import kernel_specs, query_splits
 from cuflash.planning.block_order import in_order
 from cuflash.planning.kernel_cases import KernelCase, conversion_bytes, converts_sums, multiply_adds
 from cuflash.planning.kernel_plan import KernelPlan
@@ -289,7 +289,7 @@ def _predict_launch(kernel: KernelPlan, plan: Plan, card: Card, limits: bool, da
     if kernel.spec == kernel_specs.PACKED_TILES:
         return _short_launch(kernel, card, _clocks_of_list(plan.problem, multiprocessor(card.arch), card))
     if not kernel.spec.is_tiled or kernel.spec == kernel_specs.BACKWARD_ROW_SUMS:
-        return predict_traffic(kernel, plan.problem, card)
+        return predict_without_tiles(kernel, plan, card)
     described, function = compiled(kernel, plan.device, causal=plan.problem.is_causal)
     predicted = predict_kernel(function, described, limits=limits, in_turn=in_turn)
     lists = kernel.spec.walks_lists and plan.problem.features.kinds.lists_tiles
@@ -409,7 +409,7 @@ def lay_out(
     launched = in_order(visits, section=section, last_first=last_first)
     trips = [weighed[of] for of in launched]
     if kernel.spec.added_up:
-        _wait_for_each_other(trips, together=card.num_sms * predicted.blocks, section=section, tiles=kernel.num_tiles)
+        _wait_for_each_other(trips, kernel, together=card.num_sms * predicted.blocks, section=section, tiles=kernel.num_tiles * kernel.splits.number)
     clocks = grid_clocks(trips, num_sms=card.num_sms, trip_clocks=_trip_clocks(predicted, machine), overhead=overhead, empty=empty)
     if stays:  # each once
         clocks += _block_overhead(kernel, problem, machine, card)
@@ -435,11 +435,13 @@ def lay_out(
     )
 
 
-def _wait_for_each_other(trips: list[float], *, together: int, section: int, tiles: int) -> None:
-    """Blocks of one head that start together add to their first tile one after the other, a trip apart. Later ones start so."""
+def _wait_for_each_other(trips: list[float], kernel: KernelPlan, *, together: int, section: int, tiles: int) -> None:
+    """Blocks of one head, or chain, that start together add to their first tile one after the other, a trip apart. Later ones start so."""
+    splits = kernel.splits.number
+    of_chain = -(-kernel.num_tiles // max(1, kernel.splits.chains))
     for index in range(min(together, len(trips))):
         if trips[index]:
-            trips[index] += index // section % tiles
+            trips[index] += index // section % tiles // splits % of_chain
 
 
 def _share_of_peak(predicted: KernelPrediction, machine: Multiprocessor) -> float:
@@ -457,10 +459,25 @@ def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocesso
     first = (tile.tile_q + tile.tile_kv) * width
     stored = rows * (width if {"dK", "dV"} <= set(kernel.spec.outputs) else width / 2)
     converted = 0.0
-    if converts_sums(kernel.spec, problem):  # its own of all sums of dQ
+    if kernel.splits.chains:
+        stored = query_splits.part_bytes(kernel.case, tile)
+    elif converts_sums(kernel.spec, problem):  # its own of all sums of dQ
         blocks = kernel.num_tiles * problem.key_shape[0] * problem.num_heads_kv
         converted = machine.copy_latency + conversion_bytes(problem) / blocks / machine.l2_bytes
     return card.block_start + machine.copy_latency + (first + stored) / machine.l2_bytes + converted
+
+
+def predict_without_tiles(kernel: KernelPlan, plan: Plan, card: Card) -> Launch:
+    """A kernel without matrix products, or one that seldom makes any.
+
+    Raises:
+        UnsupportedError: nothing is known of it.
+    """
+    if kernel.spec == kernel_specs.BACKWARD_DKDV_MERGE:  # of parts that lie in L2
+        split = plan.kernels[plan.kernels.index(kernel) - 1]
+        nbytes = split.num_blocks * query_splits.part_bytes(split.case, split.tile)
+        return _short_launch(kernel, card, nbytes / multiprocessor(card.arch).l2_bytes / card.num_sms)
+    return predict_traffic(kernel, plan.problem, card)
 
 
 def predict_traffic(kernel: KernelPlan, problem: Problem, card: Card) -> Launch:

@@ -40,7 +40,8 @@ def bytes_of(kernel: KernelPlan, problem: Problem) -> int:
         raise UnsupportedError(
             "features", f"a call with the kernel {kernel.name}", "kernels that walk over tiles or whose traffic is known", hint
         )
-    return _TRAFFIC[kernel.spec](problem)
+    more_sums = max(0, kernel.splits.chains - 1) * 4 * problem.query_rows * problem.head_dim  # of chains
+    return _TRAFFIC[kernel.spec](problem) + more_sums
 
 
 def _listed_bytes(problem: Problem) -> int:

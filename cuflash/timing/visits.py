@@ -8,14 +8,14 @@ are partial of which some pair is not. `data` has the arrays of the call by the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
 from numpy.typing import NDArray
 
 from cuflash.errors import UnsupportedError
-from cuflash.planning.kernel_plan import KernelPlan
+from cuflash.planning.kernel_plan import UNSPLIT, KernelPlan
 from cuflash.planning.visits import Band, Visits, band_of, visits_of_blocks, visits_of_key_blocks, visits_of_warpgroups, walks
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile
@@ -41,6 +41,9 @@ def visits_of_launch(kernel: KernelPlan, problem: Problem, data: Data) -> list[l
     known = visits_of_blocks(problem, tile, by_keys=by_keys)
     if kernel.spec.splits_keys:
         return _of_splits(kernel, problem, data)
+    if kernel.splits.chains:
+        whole = visits_of_launch(replace(kernel, splits=UNSPLIT, num_work=num_tiles // kernel.splits.number), problem, data)
+        return [[_part(of, kernel.splits.number) for of in head for _ in range(kernel.splits.number)] for head in whole]
     if known is not None:
         if kernel.spec.stays and not by_keys:
             own = visits_of_warpgroups(band_of(problem), tile)
@@ -67,6 +70,13 @@ def _of_list(kernel: KernelPlan, problem: Problem, lookup: _Lookup) -> list[Visi
     tiles = [of for sequence in range(problem.sequences) for of in lookup.of_head(sequence, 0)]
     listed = sorted((Visits(kernel.group_heads * of.full, kernel.group_heads * of.partial) for of in tiles), key=lambda of: -of.total)
     return listed + [Visits(0)] * (kernel.packed_places - len(listed))
+
+
+def _part(of: Visits, splits: int) -> Visits:
+    """Of one of the blocks that share out the tiles of a block: the mean of all, but whole tiles."""
+    total = -(-of.total // splits)
+    partial = of.partial / splits
+    return Visits(total - partial, partial)
 
 
 def _of_splits(kernel: KernelPlan, problem: Problem, data: Data) -> list[list[Visits]]:

@@ -25,7 +25,7 @@ from cuflash.errors import SetupError
 from cuflash.hardware.architectures import architecture
 from cuflash.hardware.device import Device
 from cuflash.planning.kernel_plan import Buffer
-from cuflash.planning.kernel_specs import BACKWARD_DQ_CONVERT, MERGE_ATTENTION
+from cuflash.planning.kernel_specs import BACKWARD_DKDV_MERGE, BACKWARD_DQ_CONVERT, MERGE_ATTENTION
 from cuflash.planning.plan import Plan
 from cuflash.planning.planner import make_plan
 from cuflash.problem.checks import check_backward, make_problem
@@ -227,7 +227,7 @@ class Pass:
     def launch(self, kernel: str) -> None:
         """The named kernel, and what makes results of its parts, of which a tile decides how many there are, or of its sums."""
         for planned, launched in zip(self._plan.kernels, self._prepared.launches, strict=True):
-            if planned.name == kernel or planned.spec in (MERGE_ATTENTION, BACKWARD_DQ_CONVERT):
+            if planned.name == kernel or planned.spec in (MERGE_ATTENTION, BACKWARD_DKDV_MERGE, BACKWARD_DQ_CONVERT):
                 self._launch(launched)
 
     def _launch(self, launched: Any) -> None:

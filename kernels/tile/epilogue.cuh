@@ -75,6 +75,17 @@ DEVICE void store_slice(const float (&c)[M][N][4], SmemAddress smem, int warp_ro
                                                                      first_row + warp_row, num_rows, slice_index() * 8 * N, start);
 }
 
+// Stores two neighbours of a row of 16-bit elements.
+template <typename Element>
+DEVICE void store_pair(Element* row, int column, const TensorView& view, uint32 pair) {
+  if (is_vectorized(view)) {
+    *reinterpret_cast<uint32*>(row + column) = pair;
+  } else {
+    row[column * view.stride_dim].bits = uint16(pair);
+    row[(column + 1) * view.stride_dim].bits = uint16(pair >> 16);
+  }
+}
+
 // Stores the columns of a row from `column` on that a chunk has, of the first HEAD_DIM. `store_rows` does the same in its
 // place: with a function, and with a column by value here, it would be compiled to other code.
 template <int HEAD_DIM, typename Element>

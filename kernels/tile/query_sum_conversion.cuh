@@ -2,7 +2,7 @@
 // it adds last. With a causal mask alone those are the tiles of its own diagonal, about as many for each block, and they lie in L2.
 #pragma once
 #include "ptx/convert.cuh"
-#include "tile/load.cuh"
+#include "tile/epilogue.cuh"
 #include "tile/query_sums.cuh"
 #include "tile/wgmma_backward_block.cuh"
 
@@ -10,21 +10,11 @@ constexpr bool CONVERTS_SUMS = Config::CONVERTS_SUMS;
 static_assert(!CONVERTS_SUMS || (COMPUTE_DK && CAUSAL && !WINDOW && !PREFIX && !TILE_LISTS && !RAGGED), "another block may add last");
 
 // Tiles of queries of a head to which the block adds last. All queries see the first key, so each tile is some block's.
-DEVICE Steps converted_tiles(const Work& work, const Visibility& visibility, int num_tiles, int seqlen_q) {
+DEVICE Steps converted_tiles(const BlockWork& work, const Visibility& visibility, int num_tiles, int seqlen_q) {
   const int next_kv = (work.tile + 1) * TILE_KV;
   const int begin = visibility.first_query(work.tile * TILE_KV) / TILE_Q;
   const int all = ceil_div(seqlen_q, TILE_Q);
   return {begin, work.tile + 1 < num_tiles ? min(all, visibility.first_query(next_kv) / TILE_Q) : all};
-}
-
-// Stores two neighbours of a row.
-DEVICE void store_pair(Element* row, int column, const TensorView& view, uint32 pair) {
-  if (is_vectorized(view)) {
-    *reinterpret_cast<uint32*>(row + column) = pair;
-  } else {
-    row[column * view.stride_dim].bits = uint16(pair);
-    row[(column + 1) * view.stride_dim].bits = uint16(pair >> 16);
-  }
 }
 
 // Makes dQ of one tile. The warps of all warpgroups share out its squares of 16 columns of the head and 16 queries; all of their sums are asked for
@@ -63,7 +53,7 @@ DEVICE void convert_tile(const BackwardWgmmaArguments& arguments, int batch, int
 
 // Makes dQ of all that the block has added to last. All threads of the warpgroups that compute call, behind a fence of each and a barrier of all that
 // stand behind their additions.
-DEVICE void convert_sums(const BackwardWgmmaArguments& arguments, const Work& work) {
+DEVICE void convert_sums(const BackwardWgmmaArguments& arguments, const BlockWork& work) {
   for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps&) {
     const Steps tiles = converted_tiles(work, visibility, geometry.num_tiles, geometry.seqlen_q);
 #pragma unroll 1

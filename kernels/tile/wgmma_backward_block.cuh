@@ -2,6 +2,7 @@
 // memory, and the steps of the block in their order.
 #pragma once
 #include "tile/constants.cuh"
+#include "tile/query_splits.cuh"
 #include "tile/query_steps.cuh"
 #include "tile/ring.cuh"
 #include "tile/row_statistics.cuh"
@@ -91,9 +92,9 @@ struct Starts {
         kv(sequence_start(arguments.lengths.cu_seqlens_kv, sequence, arguments.geometry.seqlen_kv)) {}
 };
 
-// body(batch, head, geometry, visibility, steps) for every batch and query head whose gradients the block sums up.
+// body(batch, head, geometry, visibility, steps) for every batch and query head whose gradients blocks with the tile of keys sum up, with all steps.
 template <typename Body>
-DEVICE void for_each_member(const BackwardWgmmaArguments& arguments, const Work& work, const Body& body) {
+DEVICE void for_each_whole_member(const BackwardWgmmaArguments& arguments, const BlockWork& work, const Body& body) {
   const int num_members = arguments.group_batch * arguments.group_heads;
 #pragma unroll 1
   for (int member = 0; member < num_members; ++member) {
@@ -105,10 +106,41 @@ DEVICE void for_each_member(const BackwardWgmmaArguments& arguments, const Work&
   }
 }
 
+// A block's own of all steps of its tile of keys.
+DEVICE Steps steps_of_split(const BackwardWgmmaArguments& arguments, const BlockWork& work) {
+  int total = 0;
+  for_each_whole_member(arguments, work,
+                        [&](int, int, const Geometry&, const Visibility&, const Steps& all) { total += max(all.end - all.begin, 0); });
+  const int num_splits = arguments.splits.num_splits;
+  return {uniform(int(int64(total) * work.split / num_splits)), uniform(int(int64(total) * (work.split + 1) / num_splits))};
+}
+
+// The same with the block's own steps.
+template <typename Body>
+DEVICE void for_each_member(const BackwardWgmmaArguments& arguments, const BlockWork& work, const Body& body) {
+  if constexpr (SPLIT) {
+    int before = 0;
+    for_each_whole_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& all) {
+      const int count = max(all.end - all.begin, 0);
+      auto cut = [&](int step) { return all.begin + min(max(step - before, 0), count); };
+      body(batch, head, geometry, visibility, Steps{cut(work.own.begin), cut(work.own.end)});
+      before += count;
+    });
+  } else {
+    for_each_whole_member(arguments, work, body);
+  }
+}
+
+// How many blocks add to a tile of queries before this one, where that does not depend on data.
+DEVICE int place_in_chain(const BlockWork& work, const Visibility& visibility, int tile) {
+  if constexpr (SPLIT) return work.tile - max(visibility.first_key(tile * TILE_Q) / TILE_KV, work.first_of_chain);
+  return place_among_blocks(work, visibility, tile);
+}
+
 // body(tile, place, is_partial) for the tiles of queries of one of them, the last one first: how many blocks add to it before this one, and with
 // lists whether data hide some pair of it. With lists a whole warp calls, of which each lane reads one of 32 neighbouring entries.
 template <typename Body>
-DEVICE void for_each_tile(const BackwardWgmmaArguments& arguments, const Work& work, int batch, int head, const Visibility& visibility,
+DEVICE void for_each_tile(const BackwardWgmmaArguments& arguments, const BlockWork& work, int batch, int head, const Visibility& visibility,
                           const Steps& steps, const Body& body) {
   if constexpr (TILE_LISTS) {
     const int num_tiles = ceil_div(arguments.geometry.seqlen_q, TILE_Q);
@@ -124,7 +156,7 @@ DEVICE void for_each_tile(const BackwardWgmmaArguments& arguments, const Work& w
     }
   } else {
 #pragma unroll 1
-    for (int tile = steps.end - 1; tile >= steps.begin; --tile) body(tile, place_among_blocks(work, visibility, tile), false);
+    for (int tile = steps.end - 1; tile >= steps.begin; --tile) body(tile, place_in_chain(work, visibility, tile), false);
   }
 }
 

@@ -7,7 +7,7 @@
 #include "tile/wgmma_backward_block.cuh"
 
 // Asks for the block's rows of K and V. One thread.
-DEVICE void copy_keys(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared, int batch, int head) {
+DEVICE void copy_keys(const BackwardWgmmaArguments& arguments, const BlockWork& work, const SharedMemory& shared, int batch, int head) {
   const int start = Starts(arguments, work.batch).kv;
   mbarrier_arrive_expect(shared.keys_landed(), WARPGROUPS * (WarpgroupK::BYTES + V_BYTES));
 #pragma unroll
@@ -19,7 +19,7 @@ DEVICE void copy_keys(const BackwardWgmmaArguments& arguments, const Work& work,
 }
 
 // Asks for everything that the block needs, in the order in which it is used. One warp.
-DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const BlockWork& work, const SharedMemory& shared) {
   const bool asks = lane_index() == 0;  // the TMA unit; row statistics are copied by all lanes
   Ring<NUM_STAGES> ring = shared.ring();
   Ring<GRAD_OUT_STAGES> out_ring = shared.out_ring();
@@ -85,7 +85,7 @@ DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const Work& work, 
 }
 
 // Copies what a mask and segments need of each tile, beside those that `copy_all` asks for. One warp. Of lists only tiles with a hidden pair need it.
-DEVICE void copy_masks(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+DEVICE void copy_masks(const BackwardWgmmaArguments& arguments, const BlockWork& work, const SharedMemory& shared) {
   Ring<NUM_STAGES> ring = shared.ring();
   for_each_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& steps) {
     for_each_tile(arguments, work, batch, head, visibility, steps, [&](int tile, int, bool is_partial) {
@@ -116,16 +116,16 @@ DEVICE void copy_masks(const BackwardWgmmaArguments& arguments, const Work& work
 // body(turn, place) for each tile to which the block adds: the tile's turn, and the block's place among those that add to it. With lists a whole
 // warp.
 template <typename Body>
-DEVICE void for_each_turn(const BackwardWgmmaArguments& arguments, const Work& work, const Body& body) {
+DEVICE void for_each_turn(const BackwardWgmmaArguments& arguments, const BlockWork& work, const Body& body) {
   const int start = Starts(arguments, work.batch).q;
   for_each_member(arguments, work, [&](int batch, int head, const Geometry&, const Visibility& visibility, const Steps& steps) {
-    int* turns = arguments.turns + 1 + first_slot(arguments, batch, head, start);
+    int* turns = arguments.turns + 1 + first_slot(arguments, batch, head, start) + work.slots_before;
     for_each_tile(arguments, work, batch, head, visibility, steps, [&](int tile, int place, bool) { body(turns + tile, place); });
   });
 }
 
 // Waits for the block's turn to add to each tile, up to TURNS tiles ahead, and says so to the warpgroups. One thread, with lists of a whole warp.
-DEVICE void wait_for_turns(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+DEVICE void wait_for_turns(const BackwardWgmmaArguments& arguments, const BlockWork& work, const SharedMemory& shared) {
   Ring<TURNS> ring = shared.turns();
   for_each_turn(arguments, work, [&](const int* turn, int place) {
     if (!TILE_LISTS || lane_index() == 0) {
@@ -138,7 +138,7 @@ DEVICE void wait_for_turns(const BackwardWgmmaArguments& arguments, const Work& 
 }
 
 // Passes each turn on when the warpgroups have added. One thread, lane 0 of warp 2, with lists of the whole warp.
-DEVICE void pass_turns_on(const BackwardWgmmaArguments& arguments, const Work& work, const SharedMemory& shared) {
+DEVICE void pass_turns_on(const BackwardWgmmaArguments& arguments, const BlockWork& work, const SharedMemory& shared) {
   Ring<TURNS> ring = shared.turns();
   for_each_turn(arguments, work, [&](int* turn, int) {
     if (!TILE_LISTS || lane_index() == 0) {
