@@ -47,8 +47,6 @@ _WGMMA_MASK_REGISTERS = {None: 0, "bool": 1, "float16": 1, "bfloat16": 1, "float
 def lacking(case: KernelCase, device: Device) -> str | None:
     """Why no tile of a kernel fits that does not take every case, in words; None where some may."""
     if case.kernel.column_groups > 1:
-        if case.features.lists_tiles or case.features.additive_mask or case.features.dropout or case.features.prefix:
-            return "it knows no masks, segments, prefixes or dropout"
         if case.kv_dtype:
             return f"its keys and values have the type of queries, and these are {case.kv_dtype}"
         if max(case.head_dim, case.head_dim_v) <= WIDEST_NARROW_HEAD:

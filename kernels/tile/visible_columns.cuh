@@ -11,12 +11,15 @@ class VisibleColumns {
  public:
   uint32 word[2][ceil_div(N, 16)];
 
-  DEVICE VisibleColumns() {
+  DEVICE explicit VisibleColumns(bool all = true) {
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
-      for (int w = 0; w < WORDS; ++w) word[r][w] = ~0u;
+      for (int w = 0; w < WORDS; ++w) word[r][w] = all ? ~0u : 0;
   }
+
+  // Column 8 n + 2 (lane % 4) + c is seen by row r.
+  DEVICE void show(int r, int n, int c) { word[r][n / 16] |= 1u << (n % 16 * 2 + c); }
 
   // Hides columns of row r before `first` and from `end` on, each less the lane's first column.
   DEVICE void cut(int r, int first, int end) {

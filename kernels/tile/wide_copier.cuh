@@ -11,15 +11,15 @@ class WideCopier {
                     int head_kv)
       : arguments(arguments), shared(shared), sequence(sequence), walk(walk), head_kv(head_kv) {}
 
-  // Where the lane's box of tile j lies; row -1 where the lane has none, or nobody sees any of its keys.
+  // Where the lane's box of step j's tile lies; row -1 where the lane has none, or nobody sees any of its keys.
   DEVICE KeyPlace look_up(int j) const {
-    const int key = j * TILE_KV + lane_index() * BOX_ROWS;
     if (lane_index() >= BOXES || j >= walk.end) return {0, -1};
+    const int key = walk.tiles.tile(j) * TILE_KV + lane_index() * BOX_ROWS;
     if (PAGED && (key + BOX_ROWS <= walk.first_key || key >= walk.end_key)) return {0, -1};
     return sequence.place(key);
   }
 
-  // The columns of tile j of keys from `column` on.
+  // The columns of step j's tile of keys from `column` on.
   template <typename Tile>
   DEVICE void copy_K(Ring<NUM_STAGES>& ring, SmemAddress tile, int column, const KeyPlace& place, int j) {
     copy<Tile>(ring, tile, arguments.key, column, place, j);
@@ -42,7 +42,7 @@ class WideCopier {
   template <typename Tile>
   DEVICE void copy(Ring<NUM_STAGES>& ring, SmemAddress tile, const MappedTensor& tensor, int column, const KeyPlace& place, int j) {
     const bool asks = lane_index() == 0;
-    const int first_row = walk.first_key - j * TILE_KV, end_row = walk.end_key - j * TILE_KV;
+    const int first_kv = walk.tiles.tile(j) * TILE_KV, first_row = walk.first_key - first_kv, end_row = walk.end_key - first_kv;
     const bool is_cut = first_row > 0 || end_row < TILE_KV;
     const SmemAddress full = is_cut ? shared.landed() : ring.full();
     int bytes = Tile::BYTES;
