@@ -28,22 +28,26 @@
 // What the warp that copies does: tiles of K and V in the order in which they are used, as far ahead as there are stages.
 DEVICE void copy_all(WideCopier copier, const SharedMemory& shared, const SplitWalk& walk) {
   Ring<NUM_STAGES> first = shared.first_ring(), second = shared.second_ring(), keys = shared.keys_ring();
-  KeyPlace place = copier.look_up(walk.begin), previous = place;
+  int tile = copier.tile(walk.begin), previous_tile = tile;  // of a list, without which they are j and j - 1
+  KeyPlace place = copier.look_up(walk.begin, tile), previous = place;
 #pragma unroll 1
   for (int j = walk.begin; j < walk.end + !VALUE_IN_KEY; ++j) {
-    const KeyPlace next = copier.look_up(j + 1);
+    const int next_tile = copier.tile(j + 1);
+    const KeyPlace next = copier.look_up(j + 1, next_tile);
     if constexpr (VALUE_IN_KEY) {
-      copier.copy_K<Second>(second, shared.second(second.stage), FIRST_COLUMNS, place, j);
-      copier.copy_K<First>(first, shared.first(first.stage), 0, place, j);
+      copier.copy_K<Second>(second, shared.second(second.stage), FIRST_COLUMNS, place, TILE_LISTS ? tile : j);
+      copier.copy_K<First>(first, shared.first(first.stage), 0, place, TILE_LISTS ? tile : j);
     } else {
-      if (j < walk.end) copier.copy_K<Keys>(keys, shared.keys(keys.stage), 0, place, j);
+      if (j < walk.end) copier.copy_K<Keys>(keys, shared.keys(keys.stage), 0, place, TILE_LISTS ? tile : j);
       if (j > walk.begin) {
-        copier.copy_V<First>(first, shared.first(first.stage), 0, previous, j - 1);
-        copier.copy_V<Second>(second, shared.second(second.stage), FIRST_COLUMNS, previous, j - 1);
+        copier.copy_V<First>(first, shared.first(first.stage), 0, previous, TILE_LISTS ? previous_tile : j - 1);
+        copier.copy_V<Second>(second, shared.second(second.stage), FIRST_COLUMNS, previous, TILE_LISTS ? previous_tile : j - 1);
       }
     }
     previous = place;
+    previous_tile = tile;
     place = next;
+    tile = next_tile;
   }
 }
 
@@ -147,6 +151,7 @@ class FirstWarpgroup {
   // O and the softmax state after all of the block's tiles.
   DEVICE void walk_keys() {
     if (walk.begin >= walk.end) return;
+    if constexpr (TILE_LISTS) next_entry = walk.tiles.entry(walk.begin);
     first_step();
 #pragma unroll 1
     for (int j = walk.begin + 1; j < walk.end; ++j) step(j);
@@ -194,6 +199,7 @@ class FirstWarpgroup {
   OnlineSoftmax<1, ADDITIVE_MASK, PROBABILITY_SHIFT> softmax;
   Ring<NUM_STAGES> keys, first, values;  // `first` and `values` are one ring: the tile whose scores, and the tile whose output comes next
   Ring<1> P_out;
+  int entry = 0, next_entry = 0;  // of a list: of the tile whose scores were issued last, and of the next
   int first_key[2], end_key[2];  // which keys a row sees, less the column of the lane
   int unmasked_begin = 0, unmasked_end = 0x7fffffff;  // both rows see them
   uint32 P[P_STEPS][4];
@@ -216,10 +222,15 @@ class FirstWarpgroup {
     }
   }
 
-  // What data say of tile j, while its scores are computed.
+  // What data say of step j's tile, while its scores are computed. Entries of a list are read a step ahead.
   DEVICE void look_up_columns(int j) {
-    if constexpr (TILE_LISTS || ADDITIVE_MASK || DROPOUT) columns.look_up(walk.tiles.tile(j) * TILE_KV, walk.tiles.is_partial(j));
+    if constexpr (TILE_LISTS) {
+      entry = next_entry;
+      next_entry = walk.tiles.entry(min(j + 1, walk.end - 1));
+    }
+    if constexpr (TILE_LISTS || ADDITIVE_MASK || DROPOUT) columns.look_up(tile_of(j) * TILE_KV, entry % 2 != 0);
   }
+  DEVICE int tile_of(int j) const { return TILE_LISTS ? entry >> 1 : j; }
 
   DEVICE void issue_outputs() {
     if constexpr (!VALUE_IN_KEY) values.wait_full();
@@ -229,7 +240,7 @@ class FirstWarpgroup {
 
   // Products -> probabilities of tile j, in place; O has to be multiplied by `rescale`.
   DEVICE void make_probabilities(float (&S)[1][S_TILES][4], float (&rescale)[1][2], int j) {
-    const int first_kv = walk.tiles.tile(j) * TILE_KV;
+    const int first_kv = tile_of(j) * TILE_KV;
     scores.apply<false>(S, first_kv);
     if constexpr (ADDITIVE_MASK) columns.add_mask(S);
     if (any_lane(first_kv < unmasked_begin || first_kv + TILE_KV > unmasked_end)) {

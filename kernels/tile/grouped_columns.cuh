@@ -71,7 +71,7 @@ class GroupedColumns {
   VisibleColumns<N> attended, kept;
   int key_segments[SEGMENTS ? KEY_SEGMENTS : 1];
 
-  // Pairs of keys at once where they are neighbours and all keys of the tile are there, else each element by itself.
+  // Pairs of keys at once where they are neighbours and all keys of the tile are there, else each element by itself, in a loop that takes few registers.
   DEVICE void read_mask(int first_key) {
     const MaskView& view = features.attn_mask;
     const MaskElement* of_batch = static_cast<const MaskElement*>(view.data) + batch * view.stride_batch;
@@ -86,7 +86,7 @@ class GroupedColumns {
 #pragma unroll
         for (int n = 0; n < N; ++n) keep_pair(r, n, *reinterpret_cast<const MaskPair*>(row + first_column + 8 * n));
       } else {
-#pragma unroll
+#pragma unroll 1
         for (int n = 0; n < N; ++n) {
           MaskPair pair = 0;
 #pragma unroll
@@ -94,7 +94,7 @@ class GroupedColumns {
             const MaskElement* element = row + min(first_column + 8 * n + c, geometry.seqlen_kv - 1) * view.stride_key;
             pair |= MaskPair(*reinterpret_cast<const MaskBits*>(element)) << (c * 8 * MASK_BYTES);
           }
-          keep_pair(r, n, pair);
+          keep_next_pair(r, n, pair);
         }
       }
     }
@@ -110,6 +110,17 @@ class GroupedColumns {
     }
   }
 
+  // The same where the compiler does not know n: the last pair comes to the end, and those before it move up.
+  DEVICE void keep_next_pair(int r, int n, MaskPair pair) {
+    if constexpr (ADDITIVE_MASK) {
+#pragma unroll
+      for (int i = 0; i + 1 < N; ++i) mask[r][i] = mask[r][i + 1];
+      mask[r][N - 1] = pair;
+    } else {
+      keep_pair(r, n, pair);
+    }
+  }
+
   DEVICE void read_segments(int first_key) {
 #pragma unroll
     for (int i = 0; i < KEY_SEGMENTS; ++i)
@@ -120,10 +131,10 @@ class GroupedColumns {
   DEVICE void draw(int first_key) {
     const int first_column = first_key + lane_index() % 4 * 2;
     kept = VisibleColumns<N>(false);
+#pragma unroll 1
+    for (int n = 0; n < N; n += 2)
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-      for (int n = 0; n < N; n += 2) {
+      for (int r = 0; r < 2; ++r) {
         const DrawnGroup drawn = dropout.draw(batch, head[r], query[r] & ~8, first_column + 8 * n);
 #pragma unroll
         for (int m = 0; m < 2; ++m)

@@ -19,7 +19,11 @@ class VisibleColumns {
   }
 
   // Column 8 n + 2 (lane % 4) + c is seen by row r.
-  DEVICE void show(int r, int n, int c) { word[r][n / 16] |= 1u << (n % 16 * 2 + c); }
+  DEVICE void show(int r, int n, int c) {
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w)  // so that no register is found by a number
+      if (WORDS == 1 || n / 16 == w) word[r][w] |= 1u << (n % 16 * 2 + c);
+  }
 
   // Hides columns of row r before `first` and from `end` on, each less the lane's first column.
   DEVICE void cut(int r, int first, int end) {
