@@ -121,7 +121,7 @@ def mask_of(on: Target, kind: str, shape: tuple[int, ...]) -> Any:
     """A boolean mask with rows and whole tiles that see nothing, or an additive one with -inf among its elements."""
     numbers = on.host(on.random(shape, "float32", 6))
     hidden = numbers > 0.5
-    hidden[..., 40:75] = hidden[..., 3, :] = True
+    hidden[..., 40:75] = hidden[..., 2, :] = True
     return on.place(~hidden) if kind == "bool" else on.place(numpy.where(hidden, -numpy.inf, numbers).astype(ELEMENTS[kind]))
 
 
