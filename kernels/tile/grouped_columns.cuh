@@ -71,7 +71,8 @@ class GroupedColumns {
   VisibleColumns<N> attended, kept;
   int key_segments[SEGMENTS ? KEY_SEGMENTS : 1];
 
-  // Pairs of keys at once where they are neighbours and all keys of the tile are there, else each element by itself, in a loop that takes few registers.
+  // Pairs of keys at once where they are neighbours and all keys of the tile are there, else each element by itself, in a loop that takes few
+  // registers.
   DEVICE void read_mask(int first_key) {
     const MaskView& view = features.attn_mask;
     const MaskElement* of_batch = static_cast<const MaskElement*>(view.data) + batch * view.stride_batch;
