@@ -20,6 +20,7 @@
 // one that a tile has landed of which rows are set to zero before it is full.
 #include "tile/constants.cuh"
 #include "tile/epilogue.cuh"
+#include "tile/grouped_columns.cuh"
 #include "tile/wgmma_products.cuh"
 #include "tile/wide_copier.cuh"
 #include "ptx/warpgroup.cuh"
@@ -27,22 +28,26 @@
 // What the warp that copies does: tiles of K and V in the order in which they are used, as far ahead as there are stages.
 DEVICE void copy_all(WideCopier copier, const SharedMemory& shared, const SplitWalk& walk) {
   Ring<NUM_STAGES> first = shared.first_ring(), second = shared.second_ring(), keys = shared.keys_ring();
-  KeyPlace place = copier.look_up(walk.begin), previous = place;
+  int tile = copier.tile(walk.begin), previous_tile = tile;  // of a list, without which they are j and j - 1
+  KeyPlace place = copier.look_up(walk.begin, tile), previous = place;
 #pragma unroll 1
   for (int j = walk.begin; j < walk.end + !VALUE_IN_KEY; ++j) {
-    const KeyPlace next = copier.look_up(j + 1);
+    const int next_tile = copier.tile(j + 1);
+    const KeyPlace next = copier.look_up(j + 1, next_tile);
     if constexpr (VALUE_IN_KEY) {
-      copier.copy_K<Second>(second, shared.second(second.stage), FIRST_COLUMNS, place, j);
-      copier.copy_K<First>(first, shared.first(first.stage), 0, place, j);
+      copier.copy_K<Second>(second, shared.second(second.stage), FIRST_COLUMNS, place, TILE_LISTS ? tile : j);
+      copier.copy_K<First>(first, shared.first(first.stage), 0, place, TILE_LISTS ? tile : j);
     } else {
-      if (j < walk.end) copier.copy_K<Keys>(keys, shared.keys(keys.stage), 0, place, j);
+      if (j < walk.end) copier.copy_K<Keys>(keys, shared.keys(keys.stage), 0, place, TILE_LISTS ? tile : j);
       if (j > walk.begin) {
-        copier.copy_V<First>(first, shared.first(first.stage), 0, previous, j - 1);
-        copier.copy_V<Second>(second, shared.second(second.stage), FIRST_COLUMNS, previous, j - 1);
+        copier.copy_V<First>(first, shared.first(first.stage), 0, previous, TILE_LISTS ? previous_tile : j - 1);
+        copier.copy_V<Second>(second, shared.second(second.stage), FIRST_COLUMNS, previous, TILE_LISTS ? previous_tile : j - 1);
       }
     }
     previous = place;
+    previous_tile = tile;
     place = next;
+    tile = next_tile;
   }
 }
 
@@ -125,8 +130,10 @@ class FirstWarpgroup {
       : geometry(geometry),
         shared(shared),
         walk(walk),
+        dropout_scale(arguments.features.dropout_scale),
         own_row(16 * warp_of_warpgroup()),
         scores(geometry, arguments.features, work.sequence, rows, walk.first_row + own_row),
+        columns(geometry, arguments.features, work.sequence, rows, walk.first_row + own_row),
         keys(VALUE_IN_KEY ? shared.second_ring() : shared.keys_ring()),
         first(shared.first_ring()),
         values(shared.first_ring()),
@@ -144,6 +151,7 @@ class FirstWarpgroup {
   // O and the softmax state after all of the block's tiles.
   DEVICE void walk_keys() {
     if (walk.begin >= walk.end) return;
+    if constexpr (TILE_LISTS) next_entry = walk.tiles.entry(walk.begin);
     first_step();
 #pragma unroll 1
     for (int j = walk.begin + 1; j < walk.end; ++j) step(j);
@@ -164,6 +172,7 @@ class FirstWarpgroup {
       total = {reference, __fmaf_rn(total.sum, factor, sink == -infinity() ? 0.0f : Softmax::of_sink(sink, reference))};
     }
     factor *= total.inverse();
+    if constexpr (DROPOUT) factor *= dropout_scale;
     return total;
   }
 
@@ -183,11 +192,14 @@ class FirstWarpgroup {
   const Geometry& geometry;
   const SharedMemory shared;
   const SplitWalk& walk;
+  const float dropout_scale;
   const int own_row;  // of the warp, in the block
   const GroupedScores<1> scores;
+  GroupedColumns<S_TILES> columns;  // of the tile whose scores were issued last
   OnlineSoftmax<1, ADDITIVE_MASK, PROBABILITY_SHIFT> softmax;
   Ring<NUM_STAGES> keys, first, values;  // `first` and `values` are one ring: the tile whose scores, and the tile whose output comes next
   Ring<1> P_out;
+  int entry = 0, next_entry = 0;  // of a list: of the tile whose scores were issued last, and of the next
   int first_key[2], end_key[2];  // which keys a row sees, less the column of the lane
   int unmasked_begin = 0, unmasked_end = 0x7fffffff;  // both rows see them
   uint32 P[P_STEPS][4];
@@ -210,6 +222,16 @@ class FirstWarpgroup {
     }
   }
 
+  // What data say of step j's tile, while its scores are computed. Entries of a list are read a step ahead.
+  DEVICE void look_up_columns(int j) {
+    if constexpr (TILE_LISTS) {
+      entry = next_entry;
+      next_entry = walk.tiles.entry(min(j + 1, walk.end - 1));
+    }
+    if constexpr (TILE_LISTS || ADDITIVE_MASK || DROPOUT) columns.look_up(tile_of(j) * TILE_KV, entry % 2 != 0);
+  }
+  DEVICE int tile_of(int j) const { return TILE_LISTS ? entry >> 1 : j; }
+
   DEVICE void issue_outputs() {
     if constexpr (!VALUE_IN_KEY) values.wait_full();
     const uint64 V_operand = First::descriptor(shared.first(values.stage));
@@ -218,8 +240,9 @@ class FirstWarpgroup {
 
   // Products -> probabilities of tile j, in place; O has to be multiplied by `rescale`.
   DEVICE void make_probabilities(float (&S)[1][S_TILES][4], float (&rescale)[1][2], int j) {
-    const int first_kv = j * TILE_KV;
-    scores.apply(S, first_kv);
+    const int first_kv = tile_of(j) * TILE_KV;
+    scores.apply<false>(S, first_kv);
+    if constexpr (ADDITIVE_MASK) columns.add_mask(S);
     if (any_lane(first_kv < unmasked_begin || first_kv + TILE_KV > unmasked_end)) {
 #pragma unroll
       for (int n = 0; n < S_TILES; ++n)
@@ -229,7 +252,9 @@ class FirstWarpgroup {
           if (column >= end_key[i / 2] - first_kv || column < first_key[i / 2] - first_kv) S[0][n][i] = -infinity();
         }
     }
+    if constexpr (TILE_LISTS) columns.hide(S);
     softmax.update(S, rescale, scores.factor());
+    if constexpr (DROPOUT) columns.drop(S);
   }
 
   // Probabilities and `factor` of the lane's rows to the second warpgroup. This one packs them again when its product reads P no more.
@@ -255,6 +280,7 @@ class FirstWarpgroup {
   DEVICE void first_step() {
     float S[1][S_TILES][4], unused[1][2];
     issue_scores(S);
+    look_up_columns(walk.begin);
     wgmma_wait<0>();
     pin(S[0]);
     keys.release(1);
@@ -267,6 +293,7 @@ class FirstWarpgroup {
   DEVICE void step(int j) {
     float S[1][S_TILES][4], rescale[1][2];
     issue_scores(S);
+    look_up_columns(j);
     wait_until_taken();  // here, since a wait while P is read would have the assembler serialise the products
     issue_outputs();
     wgmma_wait<1>();
@@ -362,7 +389,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
   const SplitWork work = work_of_split(arguments.geometry, arguments.lengths, at);
   if (!claim_grouped_rows<NUM_THREADS + WARPGROUP_SIZE>(arguments, work)) return;
   const Geometry geometry = geometry_in_cache(arguments, work.sequence);
-  const SequenceInCache sequence(arguments.cache, work.sequence);
+  const SequenceInCache sequence(arguments.cache, work.sequence, work.start_kv);
   const GroupedRows rows(geometry, work.head_kv);
   const Visibility visibility(geometry, arguments.features, work.sequence, rows.first_head);
   const SplitWalk walk(arguments, work, visibility, rows, sequence);

@@ -412,7 +412,7 @@ def test_without_keys_there_is_nothing_to_copy() -> None:
 def test_other_head_dims_take_the_tile_of_a_larger_one(head_dim: int, tile: tuple[int, int, int, int]) -> None:
     on = device.of_arch("sm_90", "gpu")
     assert tile_choice.default_tile(KernelCase(FORWARD_WGMMA, "float16", head_dim), on) == Tile(*tile)
-    softcap = KernelCase(FORWARD_WGMMA, "float16", 64, features=cuflash.FeatureSet(softcap=True))
+    softcap = KernelCase(FORWARD_WGMMA, "float16", 56, features=cuflash.FeatureSet(softcap=True))
     assert tile_choice.default_tile(softcap, on) == Tile(192, 112, 12, 2)
     dropout = KernelCase(FORWARD_WGMMA, "float16", 128, features=cuflash.FeatureSet(dropout=True))
     assert tile_choice.default_tile(dropout, on) == Tile(*predicted_tiles.WGMMA_WITH_FEATURE[NAME, 128, "dropout"])

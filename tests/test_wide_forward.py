@@ -9,11 +9,11 @@ from typing import Any
 import numpy
 import pytest
 from caches import CacheCall, only_new_memory
-from conftest import HAS_GPU, Target
+from conftest import ELEMENTS, HAS_GPU, Target
 from test_wgmma_machine_code import assert_as_meant
 
 import cuflash
-from cuflash import Tile
+from cuflash import Tile, reference
 from cuflash.cli.inspection import inspect_kernels
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.hardware import device
@@ -22,6 +22,7 @@ from cuflash.planning.kernel_cases import KernelCase, case_of
 from cuflash.planning.kernel_specs import FORWARD_WGMMA_WIDE
 from cuflash.planning.tile_choice import default_tile, legal_tiles_for
 from cuflash.problem.features import NO_FEATURES, FeatureSet
+from cuflash.reference.comparison import compare
 from cuflash.simulator import check
 
 pytest.importorskip("cupy")
@@ -65,7 +66,7 @@ def inputs_of(
 
 def checked(on: Target, inputs: list[Any], **options: Any) -> None:
     plan = cuflash.plan(*inputs, enable_gqa=True, **options)
-    assert names(plan)[0] == NAME
+    assert NAME in names(plan)
     on.check(*inputs, backward=False, enable_gqa=True, **options)
 
 
@@ -116,6 +117,69 @@ def test_score_features(hopper: Target) -> None:
     )  # fmt: skip
 
 
+def mask_of(on: Target, kind: str, shape: tuple[int, ...]) -> Any:
+    """A boolean mask with rows and whole tiles that see nothing, or an additive one with -inf among its elements."""
+    numbers = on.host(on.random(shape, "float32", 6))
+    hidden = numbers > 0.5
+    hidden[..., 40:75] = hidden[..., 2, :] = True
+    return on.place(~hidden) if kind == "bool" else on.place(numpy.where(hidden, -numpy.inf, numbers).astype(ELEMENTS[kind]))
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("heads", [(2, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["float16", "bool", "bfloat16", "float32"])
+def test_masks(hopper: Target, kind: str, heads: tuple[int, int]) -> None:
+    """Pairs of keys, keys that a row ends in, and rows of which no two elements are neighbours."""
+    inputs = inputs_of(hopper, (50, 130), heads, (264, 264))
+    mask = mask_of(hopper, kind, (2, 1, 50, 130))
+    for given in (mask, mask[..., ::2].repeat(2, axis=-1)[..., ::-1]):
+        checked(hopper, inputs, attn_mask=given, tile=SHORT)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("heads", [(4, 1), (2, 2)], ids=str)
+def test_dropout(hopper: Target, heads: tuple[int, int]) -> None:
+    """The same elements as of every other kernel, though rows of a lane are of other heads and queries."""
+    inputs = inputs_of(hopper, (37, 150), heads, LATENT, shared=True)
+    checked(hopper, inputs, dropout_p=0.3, dropout_seed=5, tile={NAME: Tile(64, 48, 8, 2)})
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("kind", [None, "bool"])
+def test_segments_and_prefixes(hopper: Target, kind: str | None) -> None:
+    """Tiles of a list, of which blocks have ranges."""
+    inputs = inputs_of(hopper, (60, 60), (2, 1), (264, 136))
+    ids = hopper.place(numpy.sort(numpy.arange(120).reshape(2, 60) * 7 % 4, axis=1).astype("int32"))
+    prefix = hopper.place(numpy.array([20, 0], "int32"))
+    mask = None if kind is None else mask_of(hopper, kind, (60, 60))
+    checked(
+        hopper, inputs, segment_ids_q=ids, segment_ids_kv=ids, prefix_lengths=prefix, is_causal=True, attn_mask=mask, tile={NAME: Tile(64, 16, 8, 2)}
+    )  # fmt: skip
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True, "causal_alignment": "bottom_right"}, {"softcap": 3.0, "dropout_p": 0.5, "dropout_seed": 2}], ids=str
+)
+def test_packed_sequences(hopper: Target, options: dict[str, Any]) -> None:
+    """Among them such without queries or without keys; others' keys are not read, and NaN behind the last is nobody's."""
+    cu_q, cu_kv = (hopper.place(numpy.array(cu, "int32")) for cu in ([0, 0, 40, 47, 49], [0, 38, 88, 88, 148]))
+    query, key, value = (
+        hopper.random((count, heads, 264), "bfloat16", seed) for count, heads, seed in ((60, 2, 1), (160, 1, 2), (160, 1, 3))
+    )
+    for rows, end in ((query, 49), (key, 148), (value, 148)):
+        rows[end:] = numpy.nan
+    options = {"enable_gqa": True, "max_seqlen_q": 40, "max_seqlen_kv": 60, **options}
+    judged = {name: option for name, option in options.items() if not name.startswith("max_")}
+    plan = cuflash.varlen_plan(query, key, value, cu_q, cu_kv, tile=SHORT, **options)
+    assert names(plan)[0] == NAME
+    out, lse = cuflash.varlen_attention(query, key, value, cu_q, cu_kv, return_lse=True, tile=SHORT, **options)
+    attend = functools.partial(reference.varlen_attention, query, key, value, cu_q, cu_kv, **judged)
+    want, want_lse = attend()
+    compare(out, want, attend(precision="bfloat16")[0], name="out")
+    compare(lse, want_lse, attend(precision="float32")[1], name="lse", dtype="float32", terms=lambda: attend(magnitudes=True)[1])
+
+
 CACHES = {
     "contiguous, three splits": CacheCall((200, 0, 77), 2, 0, 40, options={"num_splits": 3, "is_causal": True}),
     "rows of others, padding": CacheCall((200, 100), 1, 0, 16, picks_rows=True, leftpad=(70, 3)),
@@ -140,15 +204,31 @@ def test_a_cache_of_keys_and_values_that_appends(hopper: Target) -> None:
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("case", [("latent", LATENT, True), ("apart", (264, 264), False)], ids=lambda case: case[0])
-def test_every_schedule_gives_the_same_bits(case: tuple[str, tuple[int, int], bool], request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [("latent", LATENT, True, 0.0, None), ("apart", (264, 264), False, 0.0, None), ("lists and dropout", (264, 264), False, 0.3, "bool")],
+    ids=lambda case: case[0],
+)
+def test_every_schedule_gives_the_same_bits(
+    case: tuple[str, tuple[int, int], bool, float, str | None], request: pytest.FixtureRequest
+) -> None:
     """Only a schedule finds a wait that never ends."""
-    _, head_dims, shared = case
+    _, head_dims, shared, dropout_p, kind = case
     seeds = range(100 if request.config.getoption("--exhaustive") else 12)
-    inputs = inputs_of(Target("sm_90"), (3, 200), (3, 1), head_dims, shared=shared)
-    options = {"enable_gqa": True, "return_lse": True, "tile": SHORT, "is_causal": True, "causal_alignment": "bottom_right"}
+    inputs = inputs_of(Target("sm_90"), (3, 200), (3, 1) if kind is None else (2, 1), head_dims, shared=shared)
+    mask = None if kind is None else mask_of(Target("sm_90"), kind, (3, 200))
+    options = {
+        "attn_mask": mask,
+        "dropout_p": dropout_p,
+        "dropout_seed": 1 if dropout_p else None,
+        "enable_gqa": True,
+        "return_lse": True,
+        "tile": SHORT,
+        "is_causal": True,
+        "causal_alignment": "bottom_right",
+    }
     report = check(functools.partial(cuflash.scaled_dot_product_attention, *inputs, **options), seeds=seeds)
-    assert report.kernels[0] == NAME
+    assert NAME in report.kernels[:2]
     assert len(report.runs) == 2 + len(seeds)
 
 
@@ -156,13 +236,22 @@ def test_every_schedule_gives_the_same_bits(case: tuple[str, tuple[int, int], bo
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("case", [(*LATENT, True), (512, 512, False), (64, 512, False), (576, 264, True)], ids=str)
-@pytest.mark.parametrize("features", [{}, {"window": (100, 0), "softcap": 3.0}], ids=["plain", "features"])
+@pytest.mark.parametrize("case", [(*LATENT, True), (512, 512, False), (64, 512, False), (576, 264, True), (264, 264, True)], ids=str)
+@pytest.mark.parametrize(
+    "features",
+    [{}, {"window": (100, 0), "softcap": 3.0}, {"dropout_p": 0.5, "dropout_seed": 1}, {"attn_mask": "bfloat16"}, {"attn_mask": "float32"},
+     {"attn_mask": "bool", "segments": True}, {"attn_mask": "bfloat16", "dropout_p": 0.5, "dropout_seed": 1}],
+    ids=["plain", "features", "dropout", "16-bit mask", "float32 mask", "lists", "mask and dropout"],
+)  # fmt: skip
 def test_no_spills_and_no_serialised_products(case: tuple[int, int, bool], features: dict[str, Any]) -> None:
     head_dim, head_dim_v, shared = case
-    inputs = inputs_of(Target("sm_90"), (100, 100), (2, 1), (head_dim, head_dim_v), "bfloat16", shared=shared)
-    plan = cuflash.plan(*inputs, enable_gqa=True, is_causal=True, **features)
-    (report,) = inspect_kernels([(ON, plan.kernels[0])])
+    on = Target("sm_90")
+    inputs = inputs_of(on, (100, 100), (2, 1), (head_dim, head_dim_v), "bfloat16", shared=shared)
+    options = {name: mask_of(on, option, (100, 100)) if name == "attn_mask" else option for name, option in features.items()}
+    if options.pop("segments", False):
+        options |= dict.fromkeys(("segment_ids_q", "segment_ids_kv"), numpy.zeros((2, 100), "int32"))
+    plan = cuflash.plan(*inputs, enable_gqa=True, is_causal=True, **options)
+    (report,) = inspect_kernels((ON, kernel) for kernel in plan.kernels if kernel.name == NAME)
     assert_as_meant(report)
 
 
@@ -209,7 +298,10 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "head_dim": ({"head_dims": (300, 512)}, "it takes multiples of 8 up to 576 for head_dim, 512 for value's, and this is 300/512"),
     "wide values": ({"head_dims": (576, 576)}, "it takes multiples of 8 up to 576 for head_dim, 512 for value's, and this is 576"),
     "narrow values": ({"head_dims": (512, 64)}, "its warpgroups share out value's columns, more than 64, and these are 64"),
-    "dropout": ({"dropout_p": 0.5, "dropout_seed": 1}, "it knows no masks, segments, prefixes or dropout"),
+    "masks of heads": (
+        {"attn_mask": numpy.ones((16, 1, 300), bool)},
+        "it walks over tiles that some row sees, and rows are of 16 heads, each with a mask of its own",
+    ),
 }
 
 

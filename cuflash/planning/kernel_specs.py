@@ -238,7 +238,7 @@ PART_TABLE = "part_table"
 FORWARD_WGMMA_WIDE = KernelSpec(
     "forward_wgmma_wide", "forward_wgmma_wide.cu", FORWARD_WGMMA_WIDE_ARGUMENTS, "wgmma", workspace=PARTS,
     rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
-    column_groups=2, block_warps=(8,), copying_warps=4, max_warp_rows=16, min_stages=2, walks_lists=False, splits_keys=True, costs=_FORWARD_COSTS,
+    column_groups=2, block_warps=(8,), copying_warps=4, max_warp_rows=16, min_stages=2, splits_keys=True, costs=_FORWARD_COSTS,
 )  # fmt: skip
 """Hopper's own instructions for heads above 256 columns (wide_forward.py)."""
 

@@ -373,7 +373,9 @@ def _visible_tiles_kernel(of: KernelPlan, problem: Problem, device: Device) -> K
     )
     constants: dict[str, int | bool | str] = {
         "CAPABILITY": device.capability,
-        "TILE_Q": of.tile.tile_q,
+        "TILE_Q": of.tile.tile_q
+        if of.spec.column_groups == 1
+        else of.tile.tile_q // problem.heads_per_kv,  # queries, if rows are of several heads
         "TILE_KV": of.tile.tile_kv,
         "NUM_WARPS": spec.num_warps,
         "BY_KEYS": of.spec.owns_keys and not of.spec.walks_table,

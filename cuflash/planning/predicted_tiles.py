@@ -84,14 +84,23 @@ WGMMA: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
 """(architecture, kernel, head_dim) -> tile_q, tile_kv, num_warps, num_stages; heads of fewer columns take them, too, and features fewer queries where they need registers."""
 
 WGMMA_WITH_FEATURE: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
-    ("forward_wgmma", 64, "alibi"): (192, 112, 12, 2),
+    ("forward_wgmma", 64, "window"): (192, 128, 12, 3),
+    ("forward_wgmma", 64, "alibi"): (192, 128, 12, 3),
+    ("forward_wgmma", 64, "softcap"): (192, 112, 12, 4),
+    ("forward_wgmma", 64, "dropout"): (192, 112, 12, 4),
     ("forward_wgmma", 64, "bool"): (192, 128, 12, 3),
-    ("forward_wgmma", 128, "dropout"): (128, 128, 8, 2),
+    ("forward_wgmma", 64, "float16"): (192, 64, 12, 4),
+    ("forward_wgmma", 64, "bfloat16"): (192, 64, 12, 4),
+    ("forward_wgmma", 128, "alibi"): (192, 80, 12, 3),
+    ("forward_wgmma", 128, "softcap"): (192, 80, 12, 3),
+    ("forward_wgmma", 128, "dropout"): (192, 64, 12, 3),
+    ("forward_wgmma", 128, "float16"): (192, 64, 12, 3),
+    ("forward_wgmma", 128, "bfloat16"): (192, 64, 12, 3),
     ("forward_wgmma", 128, "segments"): (192, 80, 12, 3),
 }
-"""(kernel, head_dim, the only feature) -> tile_q, tile_kv, num_warps, num_stages, where it is not the tile without the feature, or that with as many keys as fit: with
-dropout each of three warpgroups has too few registers for more than 64 keys; with ALiBi 112 keys are predicted to be faster than 128, with
-boolean masks and segments three stages, since a tile in which some pair is hidden is held for longer."""
+"""(kernel, head_dim, the only feature) -> tile_q, tile_kv, num_warps, num_stages, where it is not the tile without the feature, or that with as many keys as fit: a
+warpgroup that takes longer for a tile holds its stage for longer, so three or four stages are predicted to be faster, and for masks of 16 bits, whose tiles
+are as large as those of K and V together, more stages of fewer keys."""
 
 FUSED_BACKWARD: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("sm_80", 64): (128, 128, 8, 2),

@@ -82,6 +82,9 @@ def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
     if (lacking := tile_rules.lacking(case_of(FORWARD_SPLIT, problem), device)) is not None:
         return lacking
+    for name in _UNKNOWN_FEATURES:
+        if getattr(problem.features.kinds, name):
+            return f"it knows no {name}"
     return why_not_grouped(problem)
 
 
@@ -89,9 +92,6 @@ def why_not_grouped(problem: Problem) -> str | None:
     """What no kernel can do whose rows are the queries of all heads that share a key head, in words."""
     if (rows := problem.seqlen_q * problem.heads_per_kv) > _MAX_ROWS:
         return f"it counts queries of all heads that share a key head up to {_MAX_ROWS}, and these are {rows}"
-    for name in _UNKNOWN_FEATURES:
-        if getattr(problem.features.kinds, name):
-            return f"it knows no {name}"
     return None
 
 

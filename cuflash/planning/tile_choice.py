@@ -71,8 +71,9 @@ def why_none(case: KernelCase, device: Device) -> str | None:
 @functools.lru_cache(maxsize=4096)
 def legal_tiles_for(case: KernelCase, device: Device) -> tuple[Tile, ...]:
     """All tiles of the usual shapes that `device` takes, the known one first, then best by the model. Other legal ones exist, such as tile_q = 48."""
-    legal = [tile for tile in _candidates(case, device) if broken_rule(case, tile, device) is None]
     first = known_tile(case, device)
+    candidates = dict.fromkeys((*_candidates(case, device), *(() if first is None else (first,))))  # it may be of no usual shape
+    legal = [tile for tile in candidates if broken_rule(case, tile, device) is None]
 
     def order(tile: Tile) -> tuple[float, ...]:
         return tile != first, estimate_cycles(case, tile, device), tile.tile_q, tile.tile_kv, tile.num_warps, tile.num_stages

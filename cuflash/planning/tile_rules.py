@@ -41,6 +41,8 @@ _WGMMA_DROPOUT_REGISTERS = {8: 28, 12: 16}
 _WGMMA_BACKWARD_DROPOUT_REGISTERS = 24
 _WGMMA_SEGMENTS_REGISTERS = {8: 12, 12: 8}
 _WGMMA_WIDE_SOFTCAP_REGISTERS, _WGMMA_WIDE_ALIBI_REGISTERS = 12, 16
+_WGMMA_WIDE_DROPOUT_REGISTERS, _WGMMA_WIDE_SEGMENTS_REGISTERS = 25, 18
+_WGMMA_WIDE_MASK_REGISTERS = {None: 0, "bool": 11, "float16": 14, "bfloat16": 14, "float32": 17}
 _WGMMA_MASK_REGISTERS = {None: 0, "bool": 1, "float16": 1, "bfloat16": 1, "float32": 2}
 """Of a tile of a mask, for each four keys, unless the TMA unit copies it."""
 
@@ -48,8 +50,6 @@ _WGMMA_MASK_REGISTERS = {None: 0, "bool": 1, "float16": 1, "bfloat16": 1, "float
 def lacking(case: KernelCase, device: Device) -> str | None:
     """Why no tile of a kernel fits that does not take every case, in words; None where some may."""
     if case.kernel.column_groups > 1:
-        if case.features.lists_tiles or case.features.additive_mask or case.features.dropout or case.features.prefix:
-            return "it knows no masks, segments, prefixes or dropout"
         if case.kv_dtype:
             return f"its keys and values have the type of queries, and these are {case.kv_dtype}"
         if max(case.head_dim, case.head_dim_v) <= WIDEST_NARROW_HEAD:
@@ -152,8 +152,14 @@ def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
     if case.kernel.backward:
         return _WGMMA_OTHER_REGISTERS + _wgmma_backward_registers(features, tile)
     if case.kernel.column_groups > 1:
-        of_features = _WGMMA_WIDE_SOFTCAP_REGISTERS * features.softcap + _WGMMA_WIDE_ALIBI_REGISTERS * features.alibi
-        return tile.tile_kv // 4 + _WGMMA_OTHER_REGISTERS + of_features
+        of_scores = _WGMMA_WIDE_SOFTCAP_REGISTERS * features.softcap + _WGMMA_WIDE_ALIBI_REGISTERS * features.alibi
+        of_dropout = (_WGMMA_WIDE_DROPOUT_REGISTERS + tile.tile_kv // 8) * features.dropout
+        of_mask, of_segments = _WGMMA_WIDE_MASK_REGISTERS[features.attn_mask], _WGMMA_WIDE_SEGMENTS_REGISTERS * features.segments
+        if features.additive_mask:  # waits for the scores, and is added before segments are looked at
+            of_data = max(of_mask + tile.tile_kv // 4 * _WGMMA_MASK_REGISTERS[features.attn_mask], of_segments)
+        else:
+            of_data = of_mask + of_segments
+        return tile.tile_kv // 4 + _WGMMA_OTHER_REGISTERS + max(of_scores, of_dropout) + of_data
     of_features = _WGMMA_SOFTCAP_REGISTERS[tile.num_warps] * features.softcap + _WGMMA_DROPOUT_REGISTERS[tile.num_warps] * features.dropout
     of_features += _WGMMA_SEGMENTS_REGISTERS[tile.num_warps] * features.segments
     if tile.num_warps == 8:  # wide outputs, and the warp that copies keeps more where there are lists

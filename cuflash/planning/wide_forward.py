@@ -12,7 +12,7 @@ from cuflash.hardware.device import Device
 from cuflash.planning import asked_for, compiler_versions, mapped_arrays, split_forward, tile_choice, wgmma_forward
 from cuflash.planning.asked_for import Choice
 from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, case_of
-from cuflash.planning.kernel_specs import FORWARD, FORWARD_SPLIT, FORWARD_WGMMA_WIDE
+from cuflash.planning.kernel_specs import FORWARD, FORWARD_SPLIT, FORWARD_WGMMA_WIDE, WARPGROUP_ROWS
 from cuflash.planning.wgmma_forward import VARIABLE
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
@@ -61,8 +61,8 @@ def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
     if (reason := tile_choice.why_none(case_of(FORWARD_WGMMA_WIDE, problem), device)) is not None:
         return reason
-    if problem.num_sequences is not None and problem.cache is None:
-        return "it knows no packed sequences without a cache"
+    if (reason := _why_not_listed(problem)) is not None:
+        return reason
     if (reason := split_forward.why_not_grouped(problem)) is not None:
         return reason
     if problem.seqlen_kv == 0:
@@ -72,6 +72,17 @@ def why_not(problem: Problem, device: Device) -> str | None:
     arrays = (("key", problem.key), ("value", problem.value))
     of_calls = ("query",) if problem.cache is None else ()
     return mapped_arrays.why_not(arrays, problem.itemsize, aligned=problem.aligned, aligned_with=of_calls)
+
+
+def _why_not_listed(problem: Problem) -> str | None:
+    """Why lists of visible tiles, which are those of queries of one head or of all, say nothing of the kernel's tiles, whose rows are of all heads that share a key head."""
+    if not problem.features.kinds.lists_tiles or (group := problem.heads_per_kv) == 1:
+        return None
+    if problem.list_extents[1] > 1:
+        return f"it walks over tiles that some row sees, and rows are of {group} heads, each with a mask of its own"
+    if WARPGROUP_ROWS % group:
+        return f"it walks over tiles that some query sees, of which {WARPGROUP_ROWS} rows of {group} heads hold no whole number"
+    return None
 
 
 def box_keys(problem: Problem, tile: Tile) -> int:

@@ -36,15 +36,15 @@ class GroupedScores {
       }
   }
 
-  // Products -> scores, in place, of which an exponent of 2 takes `factor` times.
-  template <int N>
+  // Products -> scores, in place, of which an exponent of 2 takes `factor` times. ADDS_MASK: an additive mask, too.
+  template <bool ADDS_MASK = true, int N>
   DEVICE void apply(float (&S)[M][N][4], int first_key) const {
     if constexpr (MODIFIES_SCORES) {
       for_each_place<M, N>([&](int m, int n, int i, int, int column) {
         const int q = query[m][i / 2], key = first_key + column;
         float unused;
         S[m][n][i] = score_of(S[m][n][i], q, key, slope[ALIBI ? m : 0][i / 2], geometry, features, unused);
-        if constexpr (ADDITIVE_MASK) add_bias(S[m][n][i], 1.0f, mask_bias(mask(m, i).at(q, key)));
+        if constexpr (ADDITIVE_MASK && ADDS_MASK) add_bias(S[m][n][i], 1.0f, mask_bias(mask(m, i).at(q, key)));
       });
     } else {
       if (geometry.score_sign != 1.0f) multiply_all(S, geometry.score_sign);

@@ -15,11 +15,18 @@ class VisibleColumns {
  public:
   uint32 word[ROWS][WORDS];
 
-  DEVICE VisibleColumns() {
+  DEVICE explicit VisibleColumns(bool all = true) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-      for (int w = 0; w < WORDS; ++w) word[r][w] = ~0u;
+      for (int w = 0; w < WORDS; ++w) word[r][w] = all ? ~0u : 0;
+  }
+
+  // Column 8 n + 2 (lane % 4) + c is seen by row r.
+  DEVICE void show(int r, int n, int c) {
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w)  // so that no register is found by a number
+      if (WORDS == 1 || n / 16 == w) word[r][w] |= 1u << (n % 16 * 2 + c);
   }
 
   // Hides columns of row r before `first` and from `end` on, each less the lane's first column.

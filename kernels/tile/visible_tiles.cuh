@@ -42,6 +42,7 @@ class VisibleTiles {  // of the tile `tile` of (batch, head); nothing without li
   }
 
   DEVICE int count() const { return list[0]; }
+  DEVICE int entry(int step) const { return list[1 + step]; }
   DEVICE int tile(int step) const { return TILE_LISTS ? list[1 + step] >> 1 : step; }
   DEVICE bool is_partial(int step) const { return TILE_LISTS && list[1 + step] % 2 != 0; }
 

@@ -7,6 +7,7 @@
 #include "tile/slab_tile.cuh"
 #include "tile/split_rows.cuh"
 #include "tile/visible_keys.cuh"
+#include "tile/visible_tiles.cuh"
 
 constexpr bool VALUE_IN_KEY = Config::VALUE_IN_KEY;  // a key's value is its first columns: one tile serves both products
 constexpr int BOX_ROWS = Config::BOX_ROWS;           // keys that one copy has, of one page
@@ -58,19 +59,21 @@ struct SharedMemory {
 
 static_assert(SharedMemory::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
-// The keys that a block walks over, and the rows that do.
+// The keys that a block walks over, and the rows that do. Where data decide which tiles those are, steps are entries of a list (visible_tiles.cuh).
 struct SplitWalk {
   int first_row;            // of the grouped rows
   int first_key, end_key;   // what any row of the block sees lies in first_key .. end_key - 1
   int begin, end;           // steps over key tiles, of this split
+  VisibleTiles tiles;
 
   DEVICE SplitWalk(const ForwardWgmmaWideArguments& arguments, const SplitWork& work, const Visibility& visibility, const GroupedRows& rows,
                    const SequenceInCache& sequence)
-      : first_row(work.tile * TILE_Q) {
+      : first_row(work.tile * TILE_Q),
+        tiles(arguments.geometry, arguments.features, work.sequence, rows.first_head, work.tile, ceil_div(arguments.geometry.seqlen_kv, TILE_KV)) {
     const VisibleKeys visible(visibility, sequence, rows, first_row);
     first_key = visible.first_key;
     end_key = visible.end_key;
-    const int first_tile = visible.first_tile(), end_tile = visible.end_tile();
+    const int first_tile = TILE_LISTS ? 0 : visible.first_tile(), end_tile = TILE_LISTS ? tiles.count() : visible.end_tile();
     const int split_tiles = arguments.split_tiles > 0 ? arguments.split_tiles : ceil_div(end_tile - first_tile, arguments.num_splits);
     begin = uniform(min(end_tile, first_tile + work.split * split_tiles));
     end = uniform(min(end_tile, begin + split_tiles));

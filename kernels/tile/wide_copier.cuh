@@ -11,24 +11,27 @@ class WideCopier {
                     int head_kv)
       : arguments(arguments), shared(shared), sequence(sequence), walk(walk), head_kv(head_kv) {}
 
-  // Where the lane's box of tile j lies; row -1 where the lane has none, or nobody sees any of its keys.
-  DEVICE KeyPlace look_up(int j) const {
-    const int key = j * TILE_KV + lane_index() * BOX_ROWS;
+  // The tile of step j, 0 where there is no such step.
+  DEVICE int tile(int j) const { return !TILE_LISTS || j < walk.end ? walk.tiles.tile(j) : 0; }
+
+  // Where the lane's box of a step's tile lies; row -1 where the lane has none, or nobody sees any of its keys.
+  DEVICE KeyPlace look_up(int j, int tile) const {
+    const int key = tile * TILE_KV + lane_index() * BOX_ROWS;
     if (lane_index() >= BOXES || j >= walk.end) return {0, -1};
     if (PAGED && (key + BOX_ROWS <= walk.first_key || key >= walk.end_key)) return {0, -1};
     return sequence.place(key);
   }
 
-  // The columns of tile j of keys from `column` on.
+  // The columns of a tile of keys from `column` on; `place` is the lane's.
   template <typename Tile>
-  DEVICE void copy_K(Ring<NUM_STAGES>& ring, SmemAddress tile, int column, const KeyPlace& place, int j) {
-    copy<Tile>(ring, tile, arguments.key, column, place, j);
+  DEVICE void copy_K(Ring<NUM_STAGES>& ring, SmemAddress tile, int column, const KeyPlace& place, int of_keys) {
+    copy<Tile>(ring, tile, arguments.key, column, place, of_keys);
   }
 
   // The same of values.
   template <typename Tile>
-  DEVICE void copy_V(Ring<NUM_STAGES>& ring, SmemAddress tile, int column, const KeyPlace& place, int j) {
-    copy<Tile>(ring, tile, arguments.value, column, place, j);
+  DEVICE void copy_V(Ring<NUM_STAGES>& ring, SmemAddress tile, int column, const KeyPlace& place, int of_keys) {
+    copy<Tile>(ring, tile, arguments.value, column, place, of_keys);
   }
 
  private:
@@ -40,9 +43,9 @@ class WideCopier {
   uint32 landed = 0;  // parity of the next phase of shared.landed()
 
   template <typename Tile>
-  DEVICE void copy(Ring<NUM_STAGES>& ring, SmemAddress tile, const MappedTensor& tensor, int column, const KeyPlace& place, int j) {
+  DEVICE void copy(Ring<NUM_STAGES>& ring, SmemAddress tile, const MappedTensor& tensor, int column, const KeyPlace& place, int of_keys) {
     const bool asks = lane_index() == 0;
-    const int first_row = walk.first_key - j * TILE_KV, end_row = walk.end_key - j * TILE_KV;
+    const int first_row = walk.first_key - of_keys * TILE_KV, end_row = walk.end_key - of_keys * TILE_KV;
     const bool is_cut = first_row > 0 || end_row < TILE_KV;
     const SmemAddress full = is_cut ? shared.landed() : ring.full();
     int bytes = Tile::BYTES;
