@@ -21,6 +21,9 @@ from cuflash.runtime.tensor_maps import TensorMap
 Values: TypeAlias = Mapping[str, "Value"]
 Value: TypeAlias = int | float | str | TensorMap | Values | Sequence[Values]
 
+Change: TypeAlias = tuple[slice, bytes]
+"""A place in a struct, and what it has there."""
+
 Strides3 = tuple[int, int, int]
 """Strides of (batch, head, query), in elements."""
 
@@ -60,10 +63,19 @@ class Arguments:
         as_words = memoryview(filled).cast("Q")  # as WORD
         for index, name in self._words:
             as_words[index] = words[name]
-        if self._maps:
-            for offset, tensor_map in self._maps:
-                filled[offset : offset + TENSOR_MAP.size] = tensor_map.at(words[tensor_map.name])
+        for offset, tensor_map in self._maps:
+            filled[offset : offset + TENSOR_MAP.size] = tensor_map.at(words[tensor_map.name])
         return filled
+
+    def change_of(self, other: Arguments) -> Change | None:
+        """What makes the filled struct of `other` into this one, which is quicker than to fill this one; None where each launch writes other words to them."""
+        if self._words != other._words or self._maps or other._maps or len(self._image) != len(other._image):
+            return None
+        places = [i for i, (own, theirs) in enumerate(zip(self._image, other._image, strict=True)) if own != theirs] or [0]
+        between = slice(places[0], places[-1] + 1)
+        if any(between.start - WORD.size < index * WORD.size < between.stop for index, _ in self._words):
+            return None
+        return between, bytes(self._image[between])
 
 
 def _value_at(values: Value, path: str) -> int | float | str | TensorMap:

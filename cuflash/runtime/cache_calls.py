@@ -85,6 +85,7 @@ class PreparedCacheCall(PreparedForward):
         given_view: View | None,
     ) -> None:
         super().__init__(plan, executables, inputs, given, given_view)
+        self.reads_offsets = True
         if "key" in inputs:
             self.writes = ("key_cache", "value_cache", *self.writes)
         # First byte and end, relative to the address, of what a call writes into, and with its name of what must not lie there.

@@ -188,7 +188,12 @@ def dropout_source(dropout_p: Any, given: Any, device: Any) -> tuple[Any, Any]:
         return seed_and_offset(given), None
     if given is not None:
         return None, given
-    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device), None
+    return drawn(device), None
+
+
+def drawn(device: Any) -> Any:
+    """Seed and offset from torch's generator of the device, where they stay."""
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
 Restore = Callable[[Any], Any]
