@@ -38,9 +38,9 @@ def problem_of(**options: Any) -> Problem:
     return checked(query, key, key, enable_gqa=True, **options)
 
 
-def unpacked(layout: Struct, data: bytes) -> dict[str, Any]:
+def unpacked(layout: Struct, data: Any) -> dict[str, Any]:
     """Every scalar of a struct by its C++ name."""
-    assert len(data) == layout.size
+    assert memoryview(data).nbytes == layout.size
     return {path: struct.unpack_from("=" + scalar.format, data, offset)[0] for path, offset, scalar in layout.scalars()}
 
 
@@ -133,7 +133,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, dict[
         def __init__(self, spec: KernelSpec) -> None:
             self.spec = spec
 
-        def launch(self, shape: Any, packed: bytearray, *rest: Any) -> None:
+        def launch(self, shape: Any, packed: Any, *rest: Any) -> None:
             found[self.spec.name] = unpacked(self.spec.arguments, packed)
 
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_80")
@@ -213,7 +213,7 @@ def test_a_gpu_launch_passes_the_struct_by_address_and_keeps_the_current_device(
     def driver_launch(function: int, *numbers: int) -> None:
         *grid_and_block, shared, stream, parameters, extra = numbers
         (address,) = struct.unpack("=Q", ctypes.string_at(parameters, 8))
-        seen.append((function, grid_and_block, shared, stream, extra, runtime.device, ctypes.string_at(address, len(packed))))
+        seen.append((function, grid_and_block, shared, stream, extra, runtime.device, ctypes.string_at(address, len(bytes(packed)))))
 
     runtime = Runtime()
     gpu = launch._GpuExecutable.__new__(launch._GpuExecutable)

@@ -20,10 +20,10 @@ class Launcher:
     """A kernel that does nothing but keep what it was given."""
 
     def __init__(self) -> None:
-        self.structs: list[bytearray] = []
+        self.structs: list[bytes] = []
 
-    def launch(self, shape: Any, struct: bytearray, *others: Any) -> None:
-        self.structs.append(struct)
+    def launch(self, shape: Any, struct: Any, *others: Any) -> None:
+        self.structs.append(bytes(struct))
 
     def addresses(self) -> list[dict[str, int]]:
         """Of the arrays of each forward launch."""

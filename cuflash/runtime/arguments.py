@@ -7,6 +7,7 @@ zero. `Arguments.fill` writes what belongs to one launch.
 
 from __future__ import annotations
 
+import array
 import math
 import struct
 from collections.abc import Container, Mapping, Sequence
@@ -21,12 +22,13 @@ from cuflash.runtime.tensor_maps import TensorMap
 Values: TypeAlias = Mapping[str, "Value"]
 Value: TypeAlias = int | float | str | TensorMap | Values | Sequence[Values]
 
-Change: TypeAlias = tuple[slice, bytes]
-"""A place in a struct, and what it has there."""
+Change: TypeAlias = "tuple[slice, array.array[int]]"
+"""A place in a struct, in words, and what it has there."""
 
 Strides3 = tuple[int, int, int]
 """Strides of (batch, head, query), in elements."""
 
+_MAP_WORDS = TENSOR_MAP.size // WORD.size
 _LOG2_E = 1.4426950408889634
 
 
@@ -53,18 +55,17 @@ class Arguments:
                 struct.pack_into("=" + scalar.format, image, offset, value)
         _check_names(layout, values)
         self.names = tuple(name for name, _ in places.values())
-        self._image = image
+        self._image = array.array("Q", bytes(image))  # as WORD
         self._words = [(offset // WORD.size, name) for offset, (name, _) in places.items() if offset not in maps]
-        self._maps = list(maps.items())
+        self._maps = [(offset // WORD.size, tensor_map) for offset, tensor_map in maps.items()]
 
-    def fill(self, words: Mapping[str, int]) -> bytearray:
-        """The struct for one launch."""
-        filled = self._image.copy()
-        as_words = memoryview(filled).cast("Q")  # as WORD
+    def fill(self, words: Mapping[str, int]) -> array.array[int]:
+        """The struct for one launch, as words."""
+        filled = self._image[:]
         for index, name in self._words:
-            as_words[index] = words[name]
-        for offset, tensor_map in self._maps:
-            filled[offset : offset + TENSOR_MAP.size] = tensor_map.at(words[tensor_map.name])
+            filled[index] = words[name]
+        for index, tensor_map in self._maps:
+            filled[index : index + _MAP_WORDS] = array.array("Q", tensor_map.at(words[tensor_map.name]))
         return filled
 
     def change_of(self, other: Arguments) -> Change | None:
@@ -73,9 +74,7 @@ class Arguments:
             return None
         places = [i for i, (own, theirs) in enumerate(zip(self._image, other._image, strict=True)) if own != theirs] or [0]
         between = slice(places[0], places[-1] + 1)
-        if any(between.start - WORD.size < index * WORD.size < between.stop for index, _ in self._words):
-            return None
-        return between, bytes(self._image[between])
+        return None if any(between.start <= index < between.stop for index, _ in self._words) else (between, self._image[between])
 
 
 def _value_at(values: Value, path: str) -> int | float | str | TensorMap:

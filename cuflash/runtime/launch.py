@@ -5,6 +5,7 @@ On a GPU that is a function of a cubin loaded through CuPy, on the CPU a decoded
 
 from __future__ import annotations
 
+import array
 import ctypes
 import threading
 from collections.abc import Container, Mapping, Sequence
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 class Executable(Protocol):
     """A loaded kernel."""
 
-    def launch(self, shape: LaunchShape, arguments: bytearray, stream: int, buffers: Sequence[Buffer]) -> None:
+    def launch(self, shape: LaunchShape, arguments: array.array[int], stream: int, buffers: Sequence[Buffer]) -> None:
         """Start the kernel on `stream`; on the simulator, run it to its end within `buffers`."""
 
 
@@ -54,7 +55,7 @@ class _GpuExecutable:
         self._runtime = cupy.cuda.runtime
         self._thread = threading.local()
 
-    def launch(self, shape: LaunchShape, arguments: bytearray, stream: int, buffers: Sequence[Buffer]) -> None:
+    def launch(self, shape: LaunchShape, arguments: array.array[int], stream: int, buffers: Sequence[Buffer]) -> None:
         block = ctypes.c_char.from_buffer(arguments)  # the first byte of the struct, which is kept alive by it
         parameters = _OneParameter(ctypes.addressof(block))
         num_blocks, num_threads, shared_bytes = shape
@@ -104,8 +105,8 @@ class _SimulatorExecutable:
         # The base of shared memory is the compiler's to choose: no kernel may count on more than it declares.
         self._module = simulator.Module(cache.fetch(kernel.request(device)).data, kernel.entry, keep=True, aligned_as_declared=True)
 
-    def launch(self, shape: LaunchShape, arguments: bytearray, stream: int, buffers: Sequence[Buffer]) -> None:
-        self._module.launch((shape.num_blocks, 1, 1), (shape.num_threads, 1, 1), shape.shared_bytes, arguments, buffers)
+    def launch(self, shape: LaunchShape, arguments: array.array[int], stream: int, buffers: Sequence[Buffer]) -> None:
+        self._module.launch((shape.num_blocks, 1, 1), (shape.num_threads, 1, 1), shape.shared_bytes, memoryview(arguments).cast("B"), buffers)
 
 
 def fill_memory(device: Device, address: int, nbytes: int, stream: int, byte: int = 0) -> None:

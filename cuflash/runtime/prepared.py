@@ -169,12 +169,12 @@ class PreparedCall:
             stream = self.stream()
         if self.zeroed:
             self.clear_counters(addresses, stream)
-        filled = bytearray()
+        filled: Any = None
         for executable, shape, struct, change in self.launches:
             if change is None:
                 filled = struct.fill(addresses)
             else:
-                filled = filled.copy()
+                filled = filled[:]
                 filled[change[0]] = change[1]
             executable.launch(shape, filled, stream, buffers)
 

@@ -51,19 +51,19 @@ def are_aligned(addresses: Sequence[int]) -> bool:
 class Likeness:
     """What prepared calls depend on of their tensors: each is like its counterpart, all begin on 16 bytes, and values begin where keys do if they did so."""
 
-    __slots__ = ("_alike", "_has_one_memory", "_key", "_names", "_value")
+    __slots__ = ("_alike", "_has_one_memory", "_key", "_may_be_nested", "_names", "_value")
 
-    def __init__(self, names: Sequence[str], tensors: Sequence[Any]) -> None:
-        """That of these tensors of a call, key and value among them."""
+    def __init__(self, names: Sequence[str], tensors: Sequence[Any], may_be_nested: bool = True) -> None:
+        """That of these tensors of a call, key and value among them; `may_be_nested` says whether such come as others of the older layout."""
         lie_at = [*map(data_ptr, tensors)]
-        self._names = tuple(names)
+        self._names, self._may_be_nested = tuple(names), may_be_nested
         self._key, self._value = self._names.index("key"), self._names.index("value")
         self._alike = guard(tensors) if are_aligned(lie_at) else nothing_is_alike
         self._has_one_memory = lie_at[self._key] == lie_at[self._value]
 
     def addresses(self, tensors: Sequence[Any]) -> dict[str, int] | None:
         """Where tensors lie, by name, if they are such ones; else None."""
-        if True in map(_is_nested, tensors) or not self._alike(*tensors):
+        if (self._may_be_nested and True in map(_is_nested, tensors)) or not self._alike(*tensors):
             return None
         lie_at = [*map(data_ptr, tensors)]
         if 0 in lie_at or functools.reduce(_or, lie_at) & 15 or (lie_at[self._key] == lie_at[self._value]) is not self._has_one_memory:

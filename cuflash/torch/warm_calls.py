@@ -147,7 +147,7 @@ class Known:
         key, prepared = calls.remembered(seen)
         if prepared is None:
             return self._learned_gradients(key, saved, grad_out, grad_lse)
-        self._last[len(tensors)] = _Last(Likeness(names, tensors), setting, prepared)
+        self._last[len(tensors)] = _Last(Likeness(names, tensors, may_be_nested=False), setting, prepared)  # autograd saves none
         return self._by_name(prepared, prepared.gradients(addresses))
 
     def _learned_gradients(self, key: Hashable, saved: Tensors, grad_out: Any, grad_lse: Any) -> Sequence[Any]:
@@ -201,6 +201,7 @@ class _Warm(torch.autograd.Function):  # type: ignore[misc]
 
 
 _apply = super(torch.autograd.Function, _Warm).apply  # as in functions.py
+_Warm._backward_cls.apply = _Warm.backward  # which the method of this name looks for in each pass
 
 
 class _Form:
