@@ -166,7 +166,7 @@ class _Torch(Framework):
         def make_all() -> list[Any]:
             made = []
             for make in watched if num_modes() or is_elsewhere() else direct:
-                made.append(make())  # noqa: PERF401 (a comprehension is a call, which takes as long as an array)
+                made.append(make())  # no comprehension: that is a call, which takes as long as an array
             return made
 
         return make_all

@@ -106,7 +106,9 @@ class _SimulatorExecutable:
         self._module = simulator.Module(cache.fetch(kernel.request(device)).data, kernel.entry, keep=True, aligned_as_declared=True)
 
     def launch(self, shape: LaunchShape, arguments: array.array[int], stream: int, buffers: Sequence[Buffer]) -> None:
-        self._module.launch((shape.num_blocks, 1, 1), (shape.num_threads, 1, 1), shape.shared_bytes, memoryview(arguments).cast("B"), buffers)
+        self._module.launch(
+            (shape.num_blocks, 1, 1), (shape.num_threads, 1, 1), shape.shared_bytes, memoryview(arguments).cast("B"), buffers
+        )
 
 
 def fill_memory(device: Device, address: int, nbytes: int, stream: int, byte: int = 0) -> None:

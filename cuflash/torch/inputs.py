@@ -23,6 +23,12 @@ TENSORS = (
 )  # fmt: skip
 """The tensors of a call, in the order in which all functions of this package take them, None for those that it does not have."""
 
+
+def address_name(name: str) -> str:
+    """What kernels know the address of a tensor by."""
+    return "dropout_state" if name == "dropout_seed" else name
+
+
 _PLAIN = (torch.Tensor, type(None), torch.nn.Parameter)
 TRACED = (FakeTensor, FunctionalTensor)
 """Stand-ins for tensors while a call is traced."""

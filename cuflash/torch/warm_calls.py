@@ -25,7 +25,7 @@ from cuflash.runtime.prepared import PreparedBackward, PreparedForward
 from cuflash.torch import inputs
 from cuflash.torch.functions import Call, Tensors, gradients
 from cuflash.torch.guards import Likeness, data_ptr
-from cuflash.torch.inputs import TENSORS
+from cuflash.torch.inputs import TENSORS, address_name
 
 P = ParamSpec("P")
 
@@ -96,8 +96,8 @@ class Known:
         self.forward, self.is_recorded, self.return_lse = forward, is_recorded, asked.return_lse
         self._call, self._made = asked.call, made
         self._tensors = (*names, *(each.name for each in made if each.position is None))
-        self.names = tuple(map(_address_of, names))
-        self._saved = (*map(_address_of, self._tensors), "out", "lse")
+        self.names = tuple(map(address_name, names))
+        self._saved = (*map(address_name, self._tensors), "out", "lse")
         self._has_inputs_alone = self._tensors == _INPUTS
         mask = asked.tensors[TENSORS.index("attn_mask")]
         self._needs_mask = is_recorded and mask is not None and mask.requires_grad
@@ -118,7 +118,7 @@ class Known:
                 operands.append(made)
             else:
                 made = operands[position] = make(tensors[position])
-            addresses[_address_of(name)] = made.data_ptr()
+            addresses[address_name(name)] = made.data_ptr()
         return tuple(operands)
 
     def gradients(self, saved: Tensors, grad_out: Any, grad_lse: Any) -> Sequence[Any]:
@@ -176,11 +176,6 @@ class Known:
         return tuple(map(by_name.get, TENSORS)), out, lse
 
 
-def _address_of(name: str) -> str:
-    """What kernels know a tensor by."""
-    return "dropout_state" if name == "dropout_seed" else name
-
-
 class _Warm(torch.autograd.Function):  # type: ignore[misc]
     """A known call that is recorded."""
 
@@ -227,7 +222,9 @@ class _Form:
             len({*self.names}.intersection(order)) == len(kinds)
             and all(name in tensors for name in _INPUTS)
             and all(kinds[i] in calls.SCALARS or kinds[i] is tuple for i in others)
-            and not any(self.names[i] == "dropout_seed" and kinds[i] is not NoneType for i in others)  # numbers that differ from call to call
+            and not any(
+                self.names[i] == "dropout_seed" and kinds[i] is not NoneType for i in others
+            )  # numbers that differ from call to call
         )
         if self.is_known:
             self.tensor_names = sorted(tensors, key=order.index)
