@@ -123,7 +123,7 @@ class Known:
 
     def gradients(self, saved: Tensors, grad_out: Any, grad_lse: Any) -> Sequence[Any]:
         """Those of the tensors of the call, of what the forward pass has saved. Hooks may have made other tensors of it."""
-        if grad_out is None or _is_dynamo_tracing() or forward_ad._current_level >= 0:
+        if grad_out is None or _is_grad_enabled() or _is_transformed() or forward_ad._current_level >= 0 or _is_dynamo_tracing():
             return self._new_gradients(saved, grad_out, grad_lse)
         tensors = (*saved, grad_out) if grad_lse is None else (*saved, grad_out, grad_lse)
         setting = device.simulator_setting()
@@ -133,8 +133,6 @@ class Known:
             if addresses is not None:
                 found: Sequence[Any] = last.prepared.gradients(addresses)
                 return found if self._has_inputs_alone else self._by_name(last.prepared, found)
-        if _is_grad_enabled() or _is_transformed():
-            return self._new_gradients(saved, grad_out, grad_lse)
         return self._looked_for(setting, tensors, saved, grad_out, grad_lse)
 
     def _looked_for(self, setting: bytes | None, tensors: Tensors, saved: Tensors, grad_out: Any, grad_lse: Any) -> Sequence[Any]:
@@ -263,7 +261,7 @@ def remembers(attend: Callable[[Any], Any]) -> Callable[[Callable[P, Any]], Call
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> Any:
-            if _is_dynamo_tracing():
+            if _is_dynamo_tracing() or _is_transformed() or _num_modes() or _is_cast() or _is_traced() or forward_ad._current_level >= 0:
                 return attend(function(*args, **kwargs))
             kinds = (function, len(args), *kwargs, *map(type, args), *map(type, kwargs.values()))
             form = kept(kinds)
@@ -278,12 +276,12 @@ def remembers(attend: Callable[[Any], Any]) -> Callable[[Callable[P, Any]], Call
             if form.tuples:
                 key = form.with_types(key, values)
             last = form.last.get(key)
-            if last is not None and forward_ad._current_level < 0:
+            if last is not None:
                 tensors = form.tensors(values)
                 addresses = last.likeness.addresses(tensors)
                 if addresses is not None:
                     return last.run(tensors, addresses)
-            if key is None or _is_transformed() or _num_modes() or _is_cast() or _is_traced() or forward_ad._current_level >= 0:
+            if key is None:
                 return attend(function(*args, **kwargs))
             return _looked_for(functools.partial(function, *args, **kwargs), attend, form, values, key)
 
@@ -320,11 +318,11 @@ def _learn(key: Hashable, asked: Asked, form: _Form, given: Mapping[str, Any]) -
     names: list[str] = []
     made: list[_Made] = []
     for position, name in enumerate(form.tensor_names):
-        operand = next((of for of, x in of_operands.items() if x is given[name]), None)
+        operand = next((of for of, x in of_operands.items() if x is given[name] and of not in names), None)
         if operand is None and name in _LENGTHS and given[name].dtype == torch.int64:
             operand = name
             made.append(_Made(name, position, inputs.lengths))
-        if operand is None or operand in names:
+        if operand is None:
             return
         names.append(operand)
     if asked.call.dropout_p and "dropout_seed" not in names:

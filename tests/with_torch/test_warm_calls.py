@@ -128,12 +128,17 @@ def test_what_transforms_casts_or_differentiates_twice_goes_past_the_door(device
     first, *_ = torch.autograd.grad(scaled_dot_product_attention(*inputs).sum(), inputs, create_graph=True)
     with pytest.raises(UnsupportedError, match="second derivative"):
         first.sum().backward()
+    first, *_ = torch.autograd.grad(scaled_dot_product_attention(*inputs), inputs, gradient_for(out), create_graph=True)
+    with pytest.raises(UnsupportedError, match="second derivative"):
+        first.sum().backward()
 
 
 def test_gradients_of_one_tensor_are_added_in_one_order(device: Any) -> None:
     """A sum of three depends on it: keywords in another order change nothing."""
     (x,) = leaves(device, SHAPE)
+    calls.forget()
     (wanted,) = warm_gradients(x, lambda: scaled_dot_product_attention(x, x, x))
+    assert any(isinstance(known, Known) for known in calls._calls.values())
     (got,) = warm_gradients(x, lambda: scaled_dot_product_attention(value=x, key=x, query=x))
     assert torch.equal(got, wanted)
 
