@@ -230,6 +230,13 @@ def _broadcast_query(query: Any, key: Any, value: Any) -> Any:
     return query if wanted == (batch, heads) else query.expand(*wanted, -1, -1)
 
 
+def _with_outer(x: Any, count: int) -> Any:
+    """With so many dimensions of one before its own; to index does the same, in ten times the time."""
+    for _ in range(count):
+        x = x.unsqueeze(0)
+    return x
+
+
 def _of_other_ranks(query: Any, key: Any, value: Any, masks: tuple[Any, ...]) -> tuple[Any, Any, Any, tuple[Any, ...], Restore]:
     """As `four_dimensions`, where not all have four."""
     ranks = (query.dim(), key.dim(), value.dim())
@@ -237,10 +244,10 @@ def _of_other_ranks(query: Any, key: Any, value: Any, masks: tuple[Any, ...]) ->
         least = ranks.index(min(ranks))
         got = f"shape {tuple((query, key, value)[least].shape)}"
         raise ShapeError(TENSORS[least], got, "at least two dimensions, (..., seqlen, head_dim)", "Add the missing ones: x[None].")
-    query, key, value = (x[(None,) * (4 - x.dim())] if x.dim() < 4 else x for x in (query, key, value))
+    query, key, value = (_with_outer(x, 4 - x.dim()) for x in (query, key, value))
     if max(ranks) <= 4:
-        outer = (0,) * (4 - max(ranks))
-        return query, key, value, masks, lambda x: x[outer]
+        outer = tuple(range(4 - max(ranks)))
+        return query, key, value, masks, lambda x: x.squeeze(outer)
     leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     query, key, value = (x.expand(*leading, *x.shape[-3:]).flatten(0, -4) for x in (query, key, value))
     folded = tuple([x if x is None or x.dim() <= 3 else x.expand(*leading, *x.shape[-3:]).flatten(0, -4) for x in masks])
