@@ -31,7 +31,7 @@ class NoLauncher:
         pass
 
 
-def microseconds(cases: dict[str, Callable[[], Any]], rounds: int = 150, calls: int = 10) -> dict[str, float]:
+def microseconds(cases: dict[str, Callable[[], Any]], rounds: int = 100, calls: int = 10) -> dict[str, float]:
     """The least that each case took in any round."""
     best = dict.fromkeys(cases, float("inf"))
     for call in cases.values():
@@ -39,7 +39,8 @@ def microseconds(cases: dict[str, Callable[[], Any]], rounds: int = 150, calls: 
             call()
     for _ in range(rounds):
         for name, call in cases.items():
-            call()  # what the other cases have driven out of the caches
+            for _ in range(10):  # what the other cases have driven out of the caches comes back
+                call()
             start = time.thread_time_ns()
             for _ in range(calls):
                 call()
