@@ -300,7 +300,7 @@ class _Merge:
             self.memory[result.name] = (0, prod(result.shape) * (4 if result.dtype == "float32" else out.itemsize))
         self.memory["table"] = (0, self.count * MERGE_PART.size)
         self.written = {"table", *(result.name for result in self.results)}
-        self.makers = [self.framework.maker(result.shape, result.dtype, self.like) for result in self.results]
+        self.make = self.framework.maker([(result.shape, result.dtype) for result in self.results], self.like)
 
     def _prepare_kernels(self) -> None:
         batch, seqlen, heads, head_dim = self.shape
@@ -379,7 +379,7 @@ class _Merge:
 
     def run(self, addresses: list[int]) -> tuple[Any, Any]:
         """Launch on arguments at these addresses, in the order of `names`; the two results."""
-        made = [make() for make in self.makers]
+        made = self.make()
         if self.launch_shape.num_blocks:
             named_addresses = dict(zip(self.names, addresses, strict=True))
             for name, array, offset in self.derived:

@@ -256,10 +256,10 @@ def test_it_is_taken_where_lengths_may_differ_by_much() -> None:
     assert kernel_of(taken).num_blocks == split_forward.resident_blocks(kernel_of(taken).case, kernel_of(taken).tile, taken.device)
     assert [kernel.name for kernel in taken.kernels] == ["forward_split", "merge_attention"]
     invariant = make_plan(replace(taken.problem, batch_invariant=True), taken.device)
-    assert kernel_of(invariant).splits == (32, 1024 // kernel_of(invariant).tile.tile_kv, False)  # of 1024 keys each
+    assert kernel_of(invariant).splits[:3] == (32, 1024 // kernel_of(invariant).tile.tile_kv, False)  # of 1024 keys each
     assert not kernel_of(plan_of(1, 32768)).splits.stream_k  # one sequence is cut into equal parts anyhow
     assert not kernel_of(plan_of(16, 256)).splits.stream_k
-    assert kernel_of(plan_of(16, 32768, 4)).splits == (4, 0, False)
+    assert kernel_of(plan_of(16, 32768, 4)).splits[:3] == (4, 0, False)
     assert kernel_of(plan_of(2, 256, "stream-K")).splits.stream_k
 
 

@@ -9,9 +9,9 @@ NumPy and CuPy have no bfloat16 of their own. With `ml_dtypes` installed its `bf
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy
 
@@ -68,6 +68,10 @@ class HasDevice(Protocol):
     device: tuple[str, int]
 
 
+Form: TypeAlias = tuple[tuple[int, ...], str]
+"""Shape and element type of an array."""
+
+
 class Framework:
     """How one array library allocates and which stream it works on.
 
@@ -85,9 +89,9 @@ class Framework:
         """A new C-contiguous array with unset values, on the device of `like`; for a "dlpack" library a stand-in until `finish`."""
         raise NotImplementedError
 
-    def maker(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Callable[[], Any]:
-        """What makes such arrays again and again."""
-        return lambda: self.empty(shape, dtype, like)
+    def maker(self, forms: Sequence[Form], like: HasDevice) -> Callable[[], list[Any]]:
+        """What makes arrays of these forms again and again."""
+        return lambda: [self.empty(shape, dtype, like) for shape, dtype in forms]
 
     def finish(self, result: Any) -> Any:
         """Turn what `empty` gave, once it is filled, into the caller's kind of array, without a copy where the library allows it."""
@@ -150,19 +154,22 @@ class _Torch(Framework):
     def empty(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Any:
         return self._watched_maker(shape, dtype, like)()
 
-    def maker(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> Callable[[], Any]:
+    def maker(self, forms: Sequence[Form], like: HasDevice) -> Callable[[], list[Any]]:
         import torch
 
-        watched = self._watched_maker(shape, dtype, like)
+        watched = [self._watched_maker(shape, dtype, like) for shape, dtype in forms]
         allocate = _past_the_dispatcher("_empty_strided_cuda" if self._cuda else "_empty_strided_cpu")
-        if allocate is None:
-            return watched
-        direct = functools.partial(allocate, *watched.args, watched.keywords["dtype"])
-        num_modes = torch._C._len_torch_dispatch_stack
-        if not self._cuda:
-            return lambda: watched() if num_modes() else direct()
-        index, current = like.device[1], torch.cuda.current_device
-        return lambda: watched() if num_modes() or current() != index else direct()
+        direct = watched if allocate is None else [functools.partial(allocate, *make.args, make.keywords["dtype"]) for make in watched]
+        num_modes, current, index = torch._C._len_torch_dispatch_stack, torch.cuda.current_device, like.device[1]
+        is_elsewhere = (lambda: current() != index) if self._cuda else bool
+
+        def make_all() -> list[Any]:
+            made = []
+            for make in watched if num_modes() or is_elsewhere() else direct:
+                made.append(make())  # no comprehension: that is a call, which takes as long as an array
+            return made
+
+        return make_all
 
     def _watched_maker(self, shape: tuple[int, ...], dtype: str, like: HasDevice) -> functools.partial[Any]:
         """By a function that torch's modes see, which is quicker than `torch.empty`."""

@@ -64,7 +64,7 @@ def seen(x: object) -> tuple[Hashable, int] | None:
 
 def pointer_of_results(framework: Framework) -> Callable[[Any], int]:
     """`pointer` of what a framework makes."""
-    return operator.methodcaller("data_ptr") if framework.name == "torch" else pointer
+    return sys.modules["torch"].Tensor.data_ptr if framework.name == "torch" else pointer
 
 
 def refuse_without_memory(result: Any, name: str) -> int:

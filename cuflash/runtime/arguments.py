@@ -22,9 +22,13 @@ from cuflash.runtime.tensor_maps import TensorMap
 Values: TypeAlias = Mapping[str, "Value"]
 Value: TypeAlias = int | float | str | TensorMap | Values | Sequence[Values]
 
+Change: TypeAlias = "tuple[slice, array[int]]"
+"""A place in a struct, in words, and what it has there."""
+
 Strides3 = tuple[int, int, int]
 """Strides of (batch, head, query), in elements."""
 
+_MAP_WORDS = TENSOR_MAP.size // WORD.size
 _LOG2_E = 1.4426950408889634
 
 
@@ -53,18 +57,24 @@ class Arguments:
         self.names = tuple(name for name, _ in places.values())
         self._image = array(WORD.format, bytes(image))
         self._words = [(offset // WORD.size, name) for offset, (name, _) in places.items() if offset not in maps]
-        self._maps = list(maps.items())
+        self._maps = [(offset // WORD.size, tensor_map) for offset, tensor_map in maps.items()]
 
     def fill(self, words: Mapping[str, int]) -> array[int]:
         """The struct for one launch, as 64-bit words."""
         filled = self._image[:]
         for index, name in self._words:
             filled[index] = words[name]
-        if self._maps:
-            as_bytes = memoryview(filled).cast("B")
-            for offset, tensor_map in self._maps:
-                as_bytes[offset : offset + TENSOR_MAP.size] = tensor_map.at(words[tensor_map.name])
+        for index, tensor_map in self._maps:
+            filled[index : index + _MAP_WORDS] = array(WORD.format, tensor_map.at(words[tensor_map.name]))
         return filled
+
+    def change_of(self, other: Arguments) -> Change | None:
+        """What makes the filled struct of `other` into this one, which is quicker than to fill this one; None where each launch writes other words to them."""
+        if self._words != other._words or self._maps or other._maps or len(self._image) != len(other._image):
+            return None
+        places = [i for i, (own, theirs) in enumerate(zip(self._image, other._image, strict=True)) if own != theirs] or [0]
+        between = slice(places[0], places[-1] + 1)
+        return None if any(between.start <= index < between.stop for index, _ in self._words) else (between, self._image[between])
 
 
 def _value_at(values: Value, path: str) -> int | float | str | TensorMap:

@@ -86,6 +86,7 @@ class PreparedCacheCall(PreparedForward):
     ) -> None:
         super().__init__(plan, executables, inputs, given, given_view)
         self._appends = plan.problem.cache is not None and plan.problem.cache.new is not None
+        self.reads_offsets = True
         if "key" in inputs:
             self.writes = ("key_cache", "value_cache", *self.writes)
         # First byte and end, relative to the address, of what a call writes into, and with its name of what must not lie there.

@@ -216,6 +216,11 @@ def types_within(value: object) -> tuple[Hashable, ...]:
     return ()
 
 
+def kept(key: Hashable) -> Any:
+    """What is remembered by a key of nothing but what can be hashed."""
+    return _calls.get(key)
+
+
 def keep(key: Hashable | None, call: Any) -> None:
     """Find a prepared call again by its key."""
     if key is None:

@@ -73,14 +73,10 @@ class PreparedJvp(PreparedCall):
         self.launches = self.fill_in(executables, values, set(inputs), {})
 
     def run(self, addresses: dict[str, int], given: Any = None) -> tuple[Any, Any]:
-        results = []
-        for buffer in self.plan.outputs:
-            result, addresses[buffer.name] = self.allocate(buffer)
-            results.append(result)
+        out_dot, lse_dot, *_workspace = self.made(addresses)
         if self.launches:
-            self.launch_with_workspace(addresses)
+            self.launch(addresses)
         else:
-            for result in results:
+            for result in (out_dot, lse_dot):
                 fill(result, 0.0)
-        out_dot, lse_dot = (self.framework.finish(result) for result in results)
-        return out_dot, lse_dot
+        return self.framework.finish(out_dot), self.framework.finish(lse_dot)

@@ -26,7 +26,7 @@ from cuflash.problem.features import Features
 from cuflash.problem.layout import View
 from cuflash.problem.problem import BackwardViews
 from cuflash.runtime import arguments, kept_memory
-from cuflash.runtime.arguments import Arguments, Value
+from cuflash.runtime.arguments import Arguments, Change, Value
 from cuflash.runtime.launch import Executable, fill_memory, simulated_memory
 from cuflash.runtime.tensor_maps import TensorMap
 
@@ -56,11 +56,16 @@ class Gradients(_InputGradients):
 
 
 class _Launch(NamedTuple):
-    """One kernel of a call, ready but for the addresses."""
+    """One kernel of a call, ready but for the addresses.
+
+    Attributes:
+        change: from the struct of the launch before it, where the two differ in what is no address.
+    """
 
     executable: Executable
     shape: LaunchShape
     struct: Arguments
+    change: Change | None
 
 
 class PreparedCall:
@@ -68,6 +73,8 @@ class PreparedCall:
 
     Attributes:
         writes: arguments of the caller's that kernels write into.
+        results: names of what each call makes.
+        reads_offsets: whether there are any in the host's memory to be checked in each call.
     """
 
     writes: tuple[str, ...] = ()
@@ -77,6 +84,7 @@ class PreparedCall:
         self.problem = plan.problem
         self.device = plan.device
         self._is_simulated = plan.device.kind == "simulator"
+        self.reads_offsets = self.problem.num_sequences is not None
         like = inputs["query"]
         self.framework: Framework = like.framework
         self.like = Array(0, (), (), like.dtype, like.itemsize, like.device, like.framework, None)  # does not keep the caller's array alive
@@ -87,13 +95,33 @@ class PreparedCall:
         self.zeroed = tuple(buffer for buffer in plan.workspace if buffer.is_zeroed)
         self._unwritten = self.written.difference(buffer.name for buffer in self.zeroed)
         self._places = kept_memory.Places(plan.workspace)
-        self.results = [(buffer.name, self.framework.maker(buffer.shape, buffer.dtype, self.like)) for buffer in plan.outputs]
-        self._make_workspace = self.framework.maker((self._places.nbytes // FLOAT_BYTES,), "float32", self.like)
         self._pointer = pointer_of_results(self.framework)
         self.keeps_workspace = self._places.may_be_kept and any(kernel.spec.splits_keys for kernel in plan.kernels)  # steps of generation
+        self.make_results(plan.outputs)
         self.extents |= {buffer.name: (0, buffer.nbytes) for buffer in made}
         for name, array in inputs.items():
             self.add_extent(name, array)
+
+    def make_results(self, buffers: Sequence[Buffer]) -> None:
+        """Have each call make these, and its workspace with them."""
+        self.results = tuple([buffer.name for buffer in buffers])
+        workspace = (self._places.nbytes // FLOAT_BYTES,), "float32"
+        self._make_workspace = self.framework.maker([workspace], self.like)
+        made = [(buffer.shape, buffer.dtype) for buffer in buffers]
+        self._made_places = () if self.keeps_workspace else self._places.offsets
+        self._make = self.framework.maker([*made, workspace] if self._made_places else made, self.like)
+
+    def made(self, addresses: dict[str, int]) -> list[Any]:
+        """New results, and behind them memory for the workspace, which is to live until all is launched; where they lie is added to `addresses`."""
+        made = self._make()
+        pointer_of = self._pointer
+        for name, result in zip(self.results, made):  # noqa: B905 (memory for the workspace has no name)
+            addresses[name] = pointer_of(result) or refuse_without_memory(result, name)
+        if self._made_places:
+            begin = pointer_of(made[-1])
+            for name, offset in self._made_places:
+                addresses[name] = begin + offset
+        return made
 
     def add_extent(self, name: str, array: Array) -> None:
         low, high = array.byte_range
@@ -117,19 +145,39 @@ class PreparedCall:
         if self.problem.vectorized and others:
             raise RuntimeError(f"cuflash: planned as copies of 16 bytes, but not {', '.join(others)}: please report it")
 
+    def launch(self, addresses: dict[str, int]) -> None:
+        """Start all kernels on the caller's stream, with a workspace where it is not made with the results."""
+        if not self.keeps_workspace:
+            self.launch_all(addresses)
+            return
+        stream = self.stream()
+        if self.framework.keeps_memory(stream) and not kept_memory.is_captured(self.device.kind, stream):
+            self._launch_with_kept(addresses, stream)
+            return
+        held = self._make_workspace()  # given back when the launches are in the stream
+        self._places.write(addresses, self._pointer(held[0]))
+        self.launch_all(addresses, stream)
+
     def launch_all(self, addresses: dict[str, int], stream: int | None = None) -> None:
         """Start all kernels on `stream`, or on the caller's."""
         buffers: Sequence[simulator.Buffer] = ()
         if self._is_simulated:
             stream = 0
-            self.check_offsets(addresses)
+            if self.reads_offsets:
+                self.check_offsets(addresses)
             buffers = simulated_memory(self.extents, addresses, self._unwritten)
         elif stream is None:
             stream = self.stream()
         if self.zeroed:
             self.clear_counters(addresses, stream)
-        for executable, shape, struct in self.launches:
-            executable.launch(shape, struct.fill(addresses), stream, buffers)
+        filled: Any = None
+        for executable, shape, struct, change in self.launches:
+            if change is None:
+                filled = struct.fill(addresses)
+            else:
+                filled = filled[:]
+                filled[change[0]] = change[1]
+            executable.launch(shape, filled, stream, buffers)
 
     def stream(self) -> int:
         """The caller's, at this moment."""
@@ -161,7 +209,7 @@ class PreparedCall:
         values = {buffer.name: buffer.name for buffer in self.plan.workspace} | values
         if problem.features != NOTHING:
             values["features"] = arguments.feature_values(problem.features, problem.scale, problem.list_extents, grad_attn_mask_strides)
-        launches = []
+        launches: list[_Launch] = []
         for kernel, loaded in zip(self.plan.kernels, executables, strict=True):
             own: dict[str, Value] = {
                 "geometry": arguments.geometry(problem, kernel.num_tiles, kernel.section_heads),
@@ -175,7 +223,9 @@ class PreparedCall:
             }  # left out where it copies nothing of it
             own |= {name: self.mapped(name, views, count) for name, count in kernel.box_rows.items() if count}
             struct = kernel.spec.arguments
-            launches.append(_Launch(loaded, kernel.shape, Arguments(struct, arguments.of_struct(struct, {**values, **own}), words)))
+            filled_in = Arguments(struct, arguments.of_struct(struct, {**values, **own}), words)
+            change = filled_in.change_of(launches[-1].struct) if launches else None
+            launches.append(_Launch(loaded, kernel.shape, filled_in, change))
         return launches
 
     def mapped(self, field: str, views: Mapping[str, tuple[str, View]], box_rows: int) -> Value:
@@ -190,23 +240,11 @@ class PreparedCall:
     def check_offsets(self, addresses: dict[str, int]) -> None:
         """Packed offsets in the host's memory, whose values may differ from call to call."""
         problem = self.problem
-        if problem.num_sequences is not None:
-            for which, tokens, longest in (("q", problem.seqlen_q, problem.max_seqlen_q), ("kv", problem.seqlen_kv, problem.max_seqlen_kv)):
-                sequences.check_offsets(
-                    which, addresses[f"cu_seqlens_{which}"], problem.num_sequences, tokens, longest, addresses.get(f"seqused_{which}", 0)
-                )
-
-    def launch_with_workspace(self, addresses: dict[str, int]) -> None:
-        """`launch_all` with memory that is given back when the launches are in the stream."""
-        if self.keeps_workspace:
-            stream = self.stream()
-            if self.framework.keeps_memory(stream) and not kept_memory.is_captured(self.device.kind, stream):
-                self._launch_with_kept(addresses, stream)
-                return
-        if self._places.nbytes:
-            held = self._make_workspace()
-            self._places.write(addresses, self._pointer(held))
-        self.launch_all(addresses)
+        assert problem.num_sequences is not None
+        for which, tokens, longest in (("q", problem.seqlen_q, problem.max_seqlen_q), ("kv", problem.seqlen_kv, problem.max_seqlen_kv)):
+            sequences.check_offsets(
+                which, addresses[f"cu_seqlens_{which}"], problem.num_sequences, tokens, longest, addresses.get(f"seqused_{which}", 0)
+            )
 
     def _launch_with_kept(self, addresses: dict[str, int], stream: int) -> None:
         of, piece = kept_memory.take(self._places.nbytes, self.like, stream)
@@ -236,6 +274,7 @@ class PreparedForward(PreparedCall):
         if given is not None:
             self.writes = ("out",)
             self.add_extent("out", given)
+            self.make_results(plan.outputs[1:])
         views = {**self.operands(), "out": ("out", view)}
         addresses = {name: array.pointer for name, array in inputs.items()} | {"out": given.pointer if given else 0}
         stride_batch = 0 if problem.layout.varlen else problem.num_heads_q * problem.seqlen_q
@@ -312,16 +351,11 @@ class PreparedForward(PreparedCall):
         return True
 
     def run(self, addresses: dict[str, int], given: Any = None) -> Any:
-        out, lse = given, None
-        for name, make in self.results:
-            if name == "lse":
-                lse = make()
-                addresses[name] = self._pointer(lse) or refuse_without_memory(lse, name)
-            elif given is None:
-                out = make()
-                addresses[name] = self._pointer(out) or refuse_without_memory(out, name)
+        made = self.made(addresses)
+        out = made[0] if given is None else given
+        lse = made[self.results.index("lse")] if "lse" in self.results else None
         if self.launches:
-            self.launch_with_workspace(addresses)
+            self.launch(addresses)
         else:
             fill(out, 0.0)
             if lse is not None:
@@ -358,19 +392,16 @@ class PreparedBackward(PreparedCall):
     def run(self, addresses: dict[str, int], given: Any = None) -> Gradients:
         gradients = self.gradients(addresses)
         of_inputs = Gradients(*gradients[:3])
-        for (name, _), gradient in zip(self.results[3:], gradients[3:], strict=True):
+        for name, gradient in zip(self.results[3:], gradients[3:], strict=True):
             setattr(of_inputs, name.removeprefix("grad_"), gradient)
         return of_inputs
 
     def gradients(self, addresses: dict[str, int]) -> list[Any]:
         """Allocate and launch, as `run`; the gradients in the order of `results`."""
-        gradients = []
-        for name, make in self.results:
-            gradient = make()
-            addresses[name] = self._pointer(gradient) or refuse_without_memory(gradient, name)
-            gradients.append(gradient)
+        gradients = self.made(addresses)
         if self.launches:
-            self.launch_with_workspace(addresses)
+            self.launch(addresses)
+            del gradients[len(self.results) :]
         else:
             for gradient in gradients:
                 fill(gradient, 0.0)

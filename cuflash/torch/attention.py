@@ -17,11 +17,33 @@ from cuflash.runtime import calls
 from cuflash.torch import functions, inputs, nested, operators, warm_calls
 from cuflash.torch.functions import Call
 from cuflash.torch.inputs import number
+from cuflash.torch.warm_calls import Asked
 
 assert core  # imported first: a wrong keyword is answered with what cuflash's own calls have too
 
 
-@warm_calls.remembers(packed=False)
+def _attend(asked: Any) -> Any:
+    """Carry out what one of the functions below makes of its arguments; a result that it has already is handed on."""
+    if type(asked) is not Asked:
+        return asked
+    result = _attend_in_four_dimensions(asked)
+    if asked.restore is None:
+        return result
+    return tuple(map(asked.restore, result)) if asked.return_lse else asked.restore(result)
+
+
+def _attend_in_four_dimensions(asked: Asked) -> Any:
+    call, tensors, plain, return_lse, _ = asked
+    if operators.looked_at(tensors, plain):
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling and operators.breaks_graph():  # the graph ends here, and the call runs as outside of it
+            return torch._disable_dynamo(functions.attend)(call, tensors, return_lse)
+        if is_compiling or not torch._C._are_functorch_transforms_active():
+            return operators.attend(call, tensors, return_lse)
+    return functions.attend(call, tensors, return_lse)
+
+
+@warm_calls.remembers(_attend)
 @explains_keywords
 def scaled_dot_product_attention(
     query: Any,
@@ -112,13 +134,10 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, sinks, alibi_slopes, inputs.lengths(seqlens_kv), segment_ids_q, segment_ids_kv, inputs.lengths(prefix_lengths),
         None, None, pair_mask, state,
     )  # fmt: skip
-    result = _attend(Call(False, options, seed), tensors, plain, return_lse)
-    if restore is None:
-        return result
-    return tuple(map(restore, result)) if return_lse else restore(result)
+    return Asked(Call(False, options, seed), tensors, plain, return_lse, restore)
 
 
-@warm_calls.remembers(packed=True)
+@warm_calls.remembers(_attend)
 @explains_keywords
 def varlen_attention(
     query: Any,
@@ -173,7 +192,7 @@ def varlen_attention(
         query, key, value, attn_mask, sinks, alibi_slopes, None, None, None, inputs.lengths(prefix_lengths), inputs.lengths(cu_seqlens_q),
         inputs.lengths(cu_seqlens_kv), None, state,
     )  # fmt: skip
-    return _attend(Call(True, options, seed), tensors, plain, return_lse)
+    return Asked(Call(True, options, seed), tensors, plain, return_lse)
 
 
 @explains_keywords
@@ -248,13 +267,3 @@ def _beside_bias(
     b, h, s = (layout.index(axis) for axis in "bhs")
     extents = max(x.shape[b] for x in (query, key, value)), query.shape[h], query.shape[s], key.shape[s]
     return inputs.mask_beside_bias(attn_mask, attn_bias, extents, ids_q, ids_kv)
-
-
-def _attend(call: Call, tensors: functions.Tensors, plain: bool, return_lse: bool) -> Any:
-    if operators.looked_at(tensors, plain):
-        is_compiling = torch.compiler.is_compiling()
-        if is_compiling and operators.breaks_graph():  # the graph ends here, and the call runs as outside of it
-            return torch._disable_dynamo(functions.attend)(call, tensors, return_lse)
-        if is_compiling or not torch._C._are_functorch_transforms_active():
-            return operators.attend(call, tensors, return_lse)
-    return functions.attend(call, tensors, return_lse)

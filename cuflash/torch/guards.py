@@ -21,6 +21,7 @@ counterpart, under the modes of torch in which the guard was made."""
 _TensorGuards = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 
 data_ptr = torch.Tensor.data_ptr
+_or = operator.or_
 _is_nested = operator.attrgetter("is_nested")
 """Of the older layout, which is of torch's plain class: torch's look asks for its sizes, and ends the process."""
 
@@ -50,19 +51,21 @@ def are_aligned(addresses: Sequence[int]) -> bool:
 class Likeness:
     """What prepared calls depend on of their tensors: each is like its counterpart, all begin on 16 bytes, and values begin where keys do if they did so."""
 
-    __slots__ = ("_alike", "_has_one_memory", "_names")
+    __slots__ = ("_alike", "_has_one_memory", "_key", "_may_be_nested", "_names", "_value")
 
-    def __init__(self, names: Sequence[str], tensors: Sequence[Any]) -> None:
-        """That of these tensors of a call, key and value among them."""
-        addresses = dict(zip(names, map(data_ptr, tensors), strict=True))
-        self._names = tuple(names)
-        self._alike = guard(tensors) if are_aligned([*addresses.values()]) else nothing_is_alike
-        self._has_one_memory = addresses["key"] == addresses["value"]
+    def __init__(self, names: Sequence[str], tensors: Sequence[Any], may_be_nested: bool = True) -> None:
+        """That of these tensors of a call, key and value among them; `may_be_nested` says whether such come as others of the older layout."""
+        lie_at = [*map(data_ptr, tensors)]
+        self._names, self._may_be_nested = tuple(names), may_be_nested
+        self._key, self._value = self._names.index("key"), self._names.index("value")
+        self._alike = guard(tensors) if are_aligned(lie_at) else nothing_is_alike
+        self._has_one_memory = lie_at[self._key] == lie_at[self._value]
 
     def addresses(self, tensors: Sequence[Any]) -> dict[str, int] | None:
         """Where tensors lie, by name, if they are such ones; else None."""
-        if any(map(_is_nested, tensors)) or not self._alike(*tensors):
+        if (self._may_be_nested and True in map(_is_nested, tensors)) or not self._alike(*tensors):
             return None
         lie_at = [*map(data_ptr, tensors)]
-        addresses = dict(zip(self._names, lie_at))  # noqa: B905 (they are of one length)
-        return addresses if are_aligned(lie_at) and (addresses["key"] == addresses["value"]) is self._has_one_memory else None
+        if 0 in lie_at or functools.reduce(_or, lie_at) & 15 or (lie_at[self._key] == lie_at[self._value]) is not self._has_one_memory:
+            return None
+        return dict(zip(self._names, lie_at))  # noqa: B905 (they are of one length)

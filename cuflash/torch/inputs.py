@@ -23,6 +23,12 @@ TENSORS = (
 )  # fmt: skip
 """The tensors of a call, in the order in which all functions of this package take them, None for those that it does not have."""
 
+
+def address_name(name: str) -> str:
+    """What kernels know the address of a tensor by."""
+    return "dropout_state" if name == "dropout_seed" else name
+
+
 _PLAIN = (torch.Tensor, type(None), torch.nn.Parameter)
 TRACED = (FakeTensor, FunctionalTensor)
 """Stand-ins for tensors while a call is traced."""
@@ -188,7 +194,12 @@ def dropout_source(dropout_p: Any, given: Any, device: Any) -> tuple[Any, Any]:
         return seed_and_offset(given), None
     if given is not None:
         return None, given
-    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device), None
+    return drawn(device), None
+
+
+def drawn(device: Any) -> Any:
+    """Seed and offset from torch's generator of the device, where they stay."""
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
 Restore = Callable[[Any], Any]
@@ -219,6 +230,13 @@ def _broadcast_query(query: Any, key: Any, value: Any) -> Any:
     return query if wanted == (batch, heads) else query.expand(*wanted, -1, -1)
 
 
+def _with_outer(x: Any, count: int) -> Any:
+    """With so many dimensions of one before its own; to index does the same, in ten times the time."""
+    for _ in range(count):
+        x = x.unsqueeze(0)
+    return x
+
+
 def _of_other_ranks(query: Any, key: Any, value: Any, masks: tuple[Any, ...]) -> tuple[Any, Any, Any, tuple[Any, ...], Restore]:
     """As `four_dimensions`, where not all have four."""
     ranks = (query.dim(), key.dim(), value.dim())
@@ -226,10 +244,10 @@ def _of_other_ranks(query: Any, key: Any, value: Any, masks: tuple[Any, ...]) ->
         least = ranks.index(min(ranks))
         got = f"shape {tuple((query, key, value)[least].shape)}"
         raise ShapeError(TENSORS[least], got, "at least two dimensions, (..., seqlen, head_dim)", "Add the missing ones: x[None].")
-    query, key, value = (x[(None,) * (4 - x.dim())] if x.dim() < 4 else x for x in (query, key, value))
+    query, key, value = (_with_outer(x, 4 - x.dim()) for x in (query, key, value))
     if max(ranks) <= 4:
-        outer = (0,) * (4 - max(ranks))
-        return query, key, value, masks, lambda x: x[outer]
+        outer = tuple(range(4 - max(ranks)))
+        return query, key, value, masks, lambda x: x.squeeze(outer)
     leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     query, key, value = (x.expand(*leading, *x.shape[-3:]).flatten(0, -4) for x in (query, key, value))
     folded = tuple([x if x is None or x.dim() <= 3 else x.expand(*leading, *x.shape[-3:]).flatten(0, -4) for x in masks])

@@ -1,7 +1,8 @@
-"""Calls of operators that are like the last ones with their options: what was prepared for these runs again, after one look at the tensors."""
+"""Calls of operators that are like one of the last ones with their options: what was prepared for it runs again, after one look at the tensors."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,41 +12,62 @@ from cuflash.problem.options import Options
 from cuflash.runtime import calls
 from cuflash.runtime.prepared import PreparedCall
 from cuflash.torch.guards import Likeness
+from cuflash.torch.inputs import address_name
 
-Asked = Callable[[], tuple[Operands, Options]]
-"""Gives what cuflash is to be asked."""
+_MAX_LIKENESSES = 4
+"""Tensors with and without a gradient, inside of inference mode and outside, in training and evaluation in turns."""
 
 
 class _Last(NamedTuple):
-    """The last call with some options."""
+    """The last calls with tensors of some names and some options.
 
-    likeness: Likeness
-    prepared: PreparedCall
-
-
-def run(direction: str, names: Sequence[str], tensors: Sequence[Any], options: Sequence[Any], asked: Asked) -> Any:
-    """What cuflash gives for these tensors, None for those that the call does not have, and these options.
-
-    Seeds of dropout lie in a tensor, whose name is another one where kernels ask for it: calls that have one are not remembered.
+    Attributes:
+        tensors: of all arguments, those.
+        prepared: what knows tensors like a call's, and what was prepared for it; the newest is the last.
     """
-    given = [x for x in tensors if x is not None]
-    present = [name for name, x in zip(names, tensors, strict=True) if x is not None]
-    seen: list[Hashable] = [direction, device.simulator_setting(), *present]
-    seen += [tuple(x) if type(x) is list else x for x in options]
-    key, last = (None, None) if "dropout_seed" in present else calls.remembered(seen)
-    if last is not None:
-        addresses = last.likeness.addresses(given)
-        if addresses is not None:
-            return last.prepared.run(addresses)
-    operands, of_call = asked()
-    results = calls.forward(operands, of_call) if direction == "forward" else calls.backward(operands, of_call)
-    if key is not None and _are_those(operands, given):
-        _, prepared, _ = calls.find(direction, operands, of_call)
+
+    tensors: Callable[[Sequence[Any]], Sequence[Any]]
+    prepared: list[tuple[Likeness, PreparedCall]]
+
+
+class Remembering:
+    """Carries out an operator whose first arguments are tensors, or None, and whose others are options."""
+
+    def __init__(self, direction: str, names: Sequence[str], asked: Callable[..., tuple[Operands, Options]]) -> None:
+        """`names` are those of the tensors; `asked` takes all arguments and gives what cuflash is asked."""
+        self._direction, self._names, self._asked = direction, tuple(names), asked
+        self._count = len(self._names)
+
+    def run(self, arguments: tuple[Any, ...]) -> Any:
+        """What cuflash gives for these arguments of the operator."""
+        count = self._count
+        key: tuple[Any, ...] = (self, device.simulator_setting(), *map(type, arguments[:count]), *arguments[count:])
+        try:
+            last = calls.kept(key)
+        except TypeError:  # limits come as a list
+            key = tuple([tuple(x) if type(x) is list else x for x in key])
+            last = calls.kept(key)
+        if last is not None:
+            given = last.tensors(arguments)
+            for likeness, prepared in last.prepared:
+                addresses = likeness.addresses(given)
+                if addresses is not None:
+                    return prepared.run(addresses)
+        return self._learned(key, last, arguments)
+
+    def _learned(self, key: Hashable, last: Any, arguments: tuple[Any, ...]) -> Any:
+        """The results of a call that is like none of the last ones, which is the last one from now on."""
+        asked = self._asked(*arguments)
+        results = calls.forward(*asked) if self._direction == "forward" else calls.backward(*asked)
+        places = [i for i in range(self._count) if arguments[i] is not None]
+        given = [arguments[i] for i in places]
+        if {id(x) for x in asked[0] if x is not None} != {*map(id, given)}:  # one was made into another one, or there is one besides
+            return results
+        _, prepared, _ = calls.find(self._direction, *asked)
         if prepared is not None:
-            calls.keep(key, _Last(Likeness(present, given), prepared))
-    return results
-
-
-def _are_those(operands: Operands, given: Sequence[Any]) -> bool:
-    """Whether what cuflash was asked has the very tensors that were given: none was made into another one, and none besides."""
-    return {id(x) for x in operands if x is not None} == {*map(id, given)}
+            if last is None:
+                last = _Last(operator.itemgetter(*places), [])
+                calls.keep(key, last)
+            likeness = Likeness([address_name(self._names[i]) for i in places], given)
+            last.prepared[:] = [*last.prepared[1 - _MAX_LIKENESSES :], (likeness, prepared)]
+        return results

@@ -28,7 +28,7 @@ _OPTIONS = (
 _INPUTS = "Tensor query, Tensor key, Tensor value, " + ", ".join(f"Tensor? {name}" for name in TENSORS[3:])
 _COUNT = len(TENSORS)
 _TANGENTS = len(Tangents._fields)
-_NAMES_BACKWARD = (*TENSORS, "out", "lse", "grad_out", "grad_lse")
+_NAMES_BACKWARD = ("grad_out", "grad_lse", *TENSORS, "out", "lse")
 _UNLIMITED = -1
 
 _SCHEMAS = {
@@ -142,9 +142,15 @@ def _call_of(options: Sequence[Any]) -> Call:
 # --- Attention -----------------------------------------------------------------------------------------------------------------------------
 
 
+def _asked_forward(*arguments: Any) -> Any:
+    return _call_of(arguments[_COUNT:]).asked_forward(arguments[:_COUNT], True)
+
+
+_forward = last_calls.Remembering("forward", TENSORS, _asked_forward)
+
+
 def _attention_impl(*arguments: Any) -> Any:
-    tensors, options = arguments[:_COUNT], arguments[_COUNT:]
-    return last_calls.run("forward", TENSORS, tensors, options, lambda: _call_of(options).asked_forward(tensors, True))
+    return _forward.run(arguments)
 
 
 def _attention_fake(*arguments: Any) -> Any:
@@ -157,19 +163,24 @@ def _attention_fake(*arguments: Any) -> Any:
     return query.new_empty(shape), query.new_empty((batch, heads, seqlen), dtype=torch.float32)
 
 
-def _attention_backward_impl(grad_out: Any, grad_lse: Any, *arguments: Any) -> Any:
-    *others, out, lse, need_attn_mask_grad = arguments
-    tensors, options = tuple(others[:_COUNT]), tuple(others[_COUNT:])
-    of_passes = out, lse, grad_out, grad_lse
-    grads = last_calls.run(
-        "backward",
-        _NAMES_BACKWARD,
-        (*tensors, *of_passes),
-        (*options, need_attn_mask_grad),
-        lambda: _call_of(options).asked_backward(tensors, *of_passes, need_attn_mask_grad),
-    )
-    nothing = (tensors[0].new_empty(0) if grad is None else grad for grad in (grads.attn_mask, grads.sinks))
-    return (*grads, *nothing)
+def _asked_backward(grad_out: Any, grad_lse: Any, *arguments: Any) -> Any:
+    tensors, (out, lse, *options, need_attn_mask_grad) = arguments[:_COUNT], arguments[_COUNT:]
+    return _call_of(options).asked_backward(tensors, out, lse, grad_out, grad_lse, need_attn_mask_grad)
+
+
+_backward = last_calls.Remembering("backward", _NAMES_BACKWARD, _asked_backward)
+
+
+def _attention_backward_impl(*arguments: Any) -> Any:
+    first = _COUNT + 2
+    grads = _backward.run((*arguments[:first], *arguments[-3:-1], *arguments[first:-3], arguments[-1]))
+    query = arguments[2]
+    return (*grads, *(_nothing(query) if grad is None else grad for grad in (grads.attn_mask, grads.sinks)))
+
+
+def _nothing(query: Any) -> Any:
+    """What an operator gives in the place of a gradient that there is none of; as `query.new_empty(0)`, in less time."""
+    return torch.empty_strided((0,), (1,), dtype=query.dtype, device=query.device)
 
 
 def _attention_backward_fake(grad_out: Any, grad_lse: Any, *arguments: Any) -> Any:
@@ -218,7 +229,7 @@ def _attention_backward_batched(info: Any, in_dims: Any, *arguments: Any) -> Any
         return (*grads, mask if needs_mask else None, None if given[6] is None else sinks)
 
     grads, found = batching.gradients(info, dims, given, _call_of(options), needs_mask, run)
-    return tuple(given[0].new_empty(0) if grad is None else grad for grad in grads), found
+    return tuple(_nothing(given[2]) if grad is None else grad for grad in grads), found
 
 
 def _attention_jvp_batched(info: Any, in_dims: Any, *arguments: Any) -> Any:

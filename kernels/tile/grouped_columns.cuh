@@ -125,7 +125,7 @@ class GroupedColumns {
   DEVICE void read_segments(int first_key) {
 #pragma unroll
     for (int i = 0; i < KEY_SEGMENTS; ++i)
-      key_segments[i] = features.segment_ids_kv.load(batch, min(first_key + i * WARP_SIZE + key_of_lane(), geometry.seqlen_kv - 1));
+      key_segments[i] = features.segment_ids_kv.load(batch, min(first_key + i * WARP_SIZE + column_of_lane(), geometry.seqlen_kv - 1));
   }
 
   // Four words of a draw are of two queries, of which a row is one.

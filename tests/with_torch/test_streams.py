@@ -38,7 +38,7 @@ def test_memory_is_asked_of_torchs_allocator_of_the_tensors_device(monkeypatch: 
         (1, True, by_device),
     ):
         monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
-        make = frameworks.TORCH_CUDA.maker((2, 3), "float16", SimpleNamespace(device=("cuda", 1)))
+        make = frameworks.TORCH_CUDA.maker([((2, 3), "float16")], SimpleNamespace(device=("cuda", 1)))
         asked.clear()
         if is_watched:
             with FlopCounterMode(display=False):
