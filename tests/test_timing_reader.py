@@ -100,7 +100,7 @@ extern "C" __global__ void counted(float* out, float x) {
 """
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90a"])
+@pytest.fixture(scope="module", params=["sm_80", "sm_90a", "sm_120a"])
 def cubin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("kernels")
     (folder / "loops.cu").write_text(LOOPS)
