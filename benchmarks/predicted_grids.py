@@ -5,8 +5,8 @@
     python benchmarks/predicted_grids.py --publish
 
 The calls are those of `benchmarks/bench/cases.py`: 16384 tokens, heads times head_dim = 2048, bfloat16. Each kernel is compiled once and its steady state
-predicted, in a long run (docs/timing.md); then its grid is laid out for each length. A cell says which part of the pass's time its SMs would not need if all of them were busy to the end.
-Begin and end of a block count as work. Beyond 8 %, seqlen 512 apart, it is bold. Needs no GPU.
+predicted, in a long run (docs/timing.md); then its grid is laid out for each length. A cell says which part of the pass's time its SMs would not need if all
+of them were busy to the end. Begin and end of a block count as work. Beyond 8 %, seqlen 512 apart, it is bold. Needs no GPU.
 """
 
 from __future__ import annotations

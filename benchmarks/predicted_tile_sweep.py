@@ -4,10 +4,10 @@
     python benchmarks/predicted_tile_sweep.py --arch sm_80 --steady          # lines of cuflash/planning/predicted_backward.py
     python benchmarks/predicted_tile_sweep.py --arch sm_80 --kernel backward_dq --head-dim 128 --tile 128x32w4s2 64x64w4s2
 
-float16, or with --dtype another type (docs/performance.md says which tiles of float32 were tried), no score features, steady states of long runs (docs/timing.md). Tiles are
-compared without a causal mask; the best ones are then predicted with it, and the least sum of both decides, since a kernel has one tile for both. The tile that is the default stays
-unless another one gains 2 %. Kernels are compiled at the assembler's highest level; of what they spill, `tile_choice.TOLERATED_SPILLS` is allowed. Needs no GPU, and about five seconds
-for a tile.
+float16, or with --dtype another type (docs/performance.md says which tiles of float32 were tried), no score features, steady states of long runs
+(docs/timing.md). Tiles are compared without a causal mask; the best ones are then predicted with it, and the least sum of both decides, since a kernel has one
+tile for both. The tile that is the default stays unless another one gains 2 %. Kernels are compiled at the assembler's highest level; of what they spill,
+`tile_choice.TOLERATED_SPILLS` is allowed. Needs no GPU, and about five seconds for a tile.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ CANDIDATES: dict[tuple[str, int], str] = {
 
 FINALISTS = 3
 LEAST_GAIN = 1.02
-LONG = {"trips": STEADY_TRIPS, "warming": WARMING}
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,9 @@ def predict(arch: str, name: str, head_dim: int, tile: Tile, *, causal: bool, dt
     request = replace(kernel.request(on), tolerated_spills=tile_choice.TOLERATED_SPILLS)
     artifact = cache.fetch(request)
     described = prediction.describe(kernel, artifact.resources_of(kernel.entry), request, causal=causal)
-    found = prediction.predict_kernel(sass.read_functions(artifact.data)[kernel.entry], described, limits=False, **LONG)
+    found = prediction.predict_kernel(
+        sass.read_functions(artifact.data)[kernel.entry], described, limits=False, trips=STEADY_TRIPS, warming=WARMING
+    )
     return Found(tile, found.clocks / found.blocks / (tile.tile_q * tile.tile_kv), described.spill_bytes)
 
 
@@ -116,8 +117,8 @@ def steady(arch: str, head_dim: int) -> Iterator[str]:
             for kernel in planner.make_plan(problem, on, backward=True, tile=pinned).kernels:
                 if kernel.spec.is_tiled:
                     described, function = prediction.compiled(kernel, on, causal=problem.is_causal)
-                    of = prediction.predict_kernel(function, described, limits=False, **LONG)
-                    alone = steady_clocks_of_roles(of.roles, multiprocessor(arch), blocks=1, **LONG)
+                    of = prediction.predict_kernel(function, described, limits=False, trips=STEADY_TRIPS, warming=WARMING)
+                    alone = steady_clocks_of_roles(of.roles, multiprocessor(arch), blocks=1, trips=STEADY_TRIPS, warming=WARMING)
                     pairs = kernel.tile.tile_q * kernel.tile.tile_kv
                     found.setdefault(kernel.name, []).append((of.blocks, alone / pairs, of.clocks / of.blocks / pairs))
         for name, ((blocks, *full), (_, *causal)) in found.items():

@@ -407,6 +407,4 @@ class _Paths:
 
 def _always(branch: Instruction) -> bool:
     """Whether a branch is taken whenever it is reached: it has neither a predicate nor a condition among its operands, as `BRA.DIV` and `BRA P1` have."""
-    return (
-        not branch.predicate and ".DIV" not in branch.opcode and ".CONV" not in branch.opcode and not _PREDICATE.match(branch.operands)
-    )
+    return not branch.predicate and ".DIV" not in branch.opcode and ".CONV" not in branch.opcode and not _PREDICATE.match(branch.operands)
