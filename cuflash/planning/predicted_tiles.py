@@ -12,7 +12,7 @@ TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
     ("sm_80", "forward", 64): (64, 64, 2, 1),
     ("sm_80", "forward", 128): (128, 48, 4, 1),
     ("sm_80", "forward", 256): (128, 96, 8, 1),
-    ("sm_80", "backward_dkdv", 64): (32, 64, 2, 2),
+    ("sm_80", "backward_dkdv", 64): (32, 128, 4, 2),
     ("sm_80", "backward_dkdv", 128): (32, 64, 4, 2),
     ("sm_80", "backward_dv", 256): (64, 128, 8, 1),
     ("sm_80", "backward_dk", 256): (32, 128, 8, 1),
