@@ -4,8 +4,10 @@
     python benchmarks/predicted_tile_sweep.py --arch sm_80 --steady          # lines of cuflash/planning/predicted_backward.py
     python benchmarks/predicted_tile_sweep.py --arch sm_80 --kernel backward_dq --head-dim 128 --tile 128x32w4s2 64x64w4s2
 
-float16, or with --dtype another type (docs/performance.md says which tiles of float32 were tried), no score features, steady states. Tiles are compared without a causal mask; the best ones are then predicted with it, and the least sum of both decides, since
-a kernel has one tile for both. Kernels are compiled at the assembler's highest level; of what they spill, `tile_choice.TOLERATED_SPILLS` is allowed. Needs no GPU, and about five seconds for a tile.
+float16, or with --dtype another type (docs/performance.md says which tiles of float32 were tried), no score features, steady states of long runs
+(docs/timing.md). Tiles are compared without a causal mask; the best ones are then predicted with it, and the least sum of both decides, since a kernel has one
+tile for both. The tile that is the default stays unless another one gains 2 %. Kernels are compiled at the assembler's highest level; of what they spill,
+`tile_choice.TOLERATED_SPILLS` is allowed. Needs no GPU, and about five seconds for a tile.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from cuflash.planning.kernel_cases import KernelCase
 from cuflash.problem.tile import Tile
 from cuflash.timing import prediction, sass
 from cuflash.timing.machine import CARDS, multiprocessor
-from cuflash.timing.multiprocessor import steady_clocks_of_roles
+from cuflash.timing.multiprocessor import STEADY_TRIPS, WARMING, steady_clocks_of_roles
 
 CANDIDATES: dict[tuple[str, int], str] = {
     ("forward", 64): "64x32w4s1 64x48w4s2 64x64w2s1 128x64w4s1 128x64w4s2 128x96w4s1 128x112w4s1 128x128w4s1",
@@ -40,10 +42,12 @@ CANDIDATES: dict[tuple[str, int], str] = {
     ("backward_dq", 256): "64x16w4s1 64x32w4s1 128x16w8s1 128x32w8s1",
     ("backward_fused", 64): "32x64w4s2 64x64w4s2 32x128w4s2 64x128w8s1 64x128w8s2 128x128w8s1",
     ("backward_fused", 128): "64x64w4s1 32x128w8s1 32x128w8s2 64x128w8s1 64x128w8s2",
+    ("backward_fused", 256): "32x32w4s1 32x64w8s1 64x32w4s1 64x64w8s1 64x64w8s2",
 }
 """Warps of 32 rows and of 16, as many keys or queries as registers may hold. The tile that is the default at the time is tried too."""
 
 FINALISTS = 3
+LEAST_GAIN = 1.02
 
 
 @dataclass(frozen=True)
@@ -61,20 +65,22 @@ def predict(arch: str, name: str, head_dim: int, tile: Tile, *, causal: bool, dt
     sample = samples.Sample(batch=1, seqlen_q=1024, seqlen_kv=1024, head_dim=head_dim, dtype=dtype, is_causal=causal)
     problem = samples.plan_of(sample, backward=spec.backward).problem
     kernel = planner.tiled_kernel(spec, problem, on, {name: tile})
-    tolerated = 0 if spec == kernel_specs.BACKWARD_FUSED else tile_choice.TOLERATED_SPILLS
-    request = replace(kernel.request(on), tolerated_spills=tolerated)
+    request = replace(kernel.request(on), tolerated_spills=tile_choice.TOLERATED_SPILLS)
     artifact = cache.fetch(request)
     described = prediction.describe(kernel, artifact.resources_of(kernel.entry), request, causal=causal)
-    found = prediction.predict_kernel(sass.read_functions(artifact.data)[kernel.entry], described, limits=False)
+    found = prediction.predict_kernel(
+        sass.read_functions(artifact.data)[kernel.entry], described, limits=False, trips=STEADY_TRIPS, warming=WARMING
+    )
     return Found(tile, found.clocks / found.blocks / (tile.tile_q * tile.tile_kv), described.spill_bytes)
 
 
 def best(arch: str, name: str, head_dim: int, candidates: Sequence[Tile], dtype: str = "float16") -> Found | None:
-    """The best of some tiles by the sum of full and causal; None if all are illegal or spill too much."""
+    """The best of some tiles, among them the default, by the sum of full and causal; None if all are illegal or spill too much."""
     case = KernelCase(kernel_specs.TILED_KERNELS[name], dtype, head_dim, False, head_dim)
     on = device.of_arch(arch, "gpu")
+    default = tile_choice.default_tile(case, on)
     full = []
-    for tile in candidates:
+    for tile in dict.fromkeys((*candidates, default)):
         if tile_rules.broken_rule(case, tile, on) is None:
             try:
                 full.append(predict(arch, name, head_dim, tile, causal=False, dtype=dtype))
@@ -84,13 +90,14 @@ def best(arch: str, name: str, head_dim: int, candidates: Sequence[Tile], dtype:
             print(f"{arch} {name} {head_dim} {full[-1]}", file=sys.stderr, flush=True)
     most = tile_choice.TOLERATED_SPILLS
     finalists = sorted((found for found in full if found.spill_bytes <= most), key=lambda found: found.clocks)[:FINALISTS]
+    finalists += [found for found in full if found.tile == default and found not in finalists]
     both = []
     for found in finalists:
         causal = predict(arch, name, head_dim, found.tile, causal=True, dtype=dtype)
         print(f"{arch} {name} {head_dim} causal {causal}", file=sys.stderr, flush=True)
         if causal.spill_bytes <= most:
             both.append(Found(found.tile, found.clocks + causal.clocks, 0))
-    return min(both, key=lambda found: found.clocks, default=None)
+    return min(both, key=lambda found: found.clocks / (LEAST_GAIN if found.tile == default else 1.0), default=None)
 
 
 def steady(arch: str, head_dim: int) -> Iterator[str]:
@@ -110,8 +117,8 @@ def steady(arch: str, head_dim: int) -> Iterator[str]:
             for kernel in planner.make_plan(problem, on, backward=True, tile=pinned).kernels:
                 if kernel.spec.is_tiled:
                     described, function = prediction.compiled(kernel, on, causal=problem.is_causal)
-                    of = prediction.predict_kernel(function, described, limits=False)
-                    alone = steady_clocks_of_roles(of.roles, multiprocessor(arch), blocks=1)
+                    of = prediction.predict_kernel(function, described, limits=False, trips=STEADY_TRIPS, warming=WARMING)
+                    alone = steady_clocks_of_roles(of.roles, multiprocessor(arch), blocks=1, trips=STEADY_TRIPS, warming=WARMING)
                     pairs = kernel.tile.tile_q * kernel.tile.tile_kv
                     found.setdefault(kernel.name, []).append((of.blocks, alone / pairs, of.clocks / of.blocks / pairs))
         for name, ((blocks, *full), (_, *causal)) in found.items():
@@ -144,9 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for arch in () if options.steady else options.arch:
         for (name, head_dim), texts in CANDIDATES.items():
             if name in (options.kernel or [name]) and head_dim in (options.head_dim or [head_dim]):
-                case = KernelCase(kernel_specs.TILED_KERNELS[name], options.dtype, head_dim, False, head_dim)
-                tiles = options.tile or [*map(_tile, texts.split()), tile_choice.default_tile(case, device.of_arch(arch, "gpu"))]
-                found = best(arch, name, head_dim, list(dict.fromkeys(tiles)), options.dtype)
+                found = best(arch, name, head_dim, options.tile or list(map(_tile, texts.split())), options.dtype)
                 if found is not None:
                     tile = found.tile
                     print(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from cuflash.planning.measured_tiles import ALL
 
 TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
-    ("sm_80", "forward", 64): (128, 96, 4, 1),
+    ("sm_80", "forward", 64): (64, 64, 2, 1),
     ("sm_80", "forward", 128): (128, 48, 4, 1),
     ("sm_80", "forward", 256): (128, 96, 8, 1),
     ("sm_80", "backward_dkdv", 64): (32, 128, 4, 2),
@@ -19,12 +19,15 @@ TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
     ("sm_80", "backward_dq", 64): (128, 64, 4, 2),
     ("sm_80", "backward_dq", 128): (64, 32, 4, 2),
     ("sm_80", "backward_dq", 256): (128, 32, 8, 1),
+    ("sm_86", "forward", 64): (64, 64, 2, 1),
     ("sm_86", "backward_dkdv", 128): (32, 128, 8, 2),
+    ("sm_89", "forward", 64): (64, 64, 2, 1),
     ("sm_89", "backward_dkdv", 128): (32, 128, 8, 2),
     ("sm_90", "forward", 64): (128, 112, 4, 1),
     ("sm_90", "forward", 128): (128, 48, 4, 1),
     ("sm_120", "forward", 64): (64, 32, 4, 1),
     ("sm_120", "forward", 128): (64, 64, 4, 1),
+    ("sm_120", "backward_dkdv", 128): (32, 128, 8, 2),
 }
 """(architecture, kernel, head_dim) -> tile_q, tile_kv, num_warps, num_stages; what benchmarks/predicted_tile_sweep.py prints. 16-bit types, value of the same
 head_dim, no score features."""

@@ -166,6 +166,7 @@ def _selections(code: Sequence[Instruction]) -> float:
 # --- How often a loop runs ----------------------------------------------------------------------------------------------------------------
 
 _COMPARE = re.compile(r"^(U?P\d), U?PT, (U?R\d+)(?:\.reuse)?, (-?0x[0-9a-f]+), U?PT$")
+_PREDICATE = re.compile(r"!?U?P\d")
 _CONDITIONS = {
     "NE": lambda a, b: a != b, "EQ": lambda a, b: a == b, "LT": lambda a, b: a < b, "GE": lambda a, b: a >= b, "GT": lambda a, b: a > b,
     "LE": lambda a, b: a <= b,
@@ -175,7 +176,7 @@ _MOST_TRIPS = 4096
 
 def constant_trips(function: Function, head: int, last: int) -> int | None:
     """How often the loop from `head` to the conditional branch `last` runs, if one register counts it from a constant by a constant to a constant."""
-    condition_of, body = function[last].predicate, function[head:last]
+    condition_of, body = _condition(function[last]), function[head:last]
     if not condition_of and _leaves(function[last - 1]):  # the way out is what has a condition
         out, body = function[last - 1].predicate, function[head : last - 1]
         condition_of = out.removeprefix("!") if out.startswith("!") else f"!{out}"
@@ -205,6 +206,14 @@ def constant_trips(function: Function, head: int, last: int) -> int | None:
     return None
 
 
+def _condition(branch: Instruction) -> str:
+    """The predicate that decides about a branch: that of the instruction, or from sm_100 on of a uniform one its first operand, `BRA.U UP0, target`."""
+    if branch.predicate or not branch.opcode.startswith("BRA.U"):
+        return branch.predicate
+    condition = _PREDICATE.match(branch.operands)
+    return condition[0] if condition else ""
+
+
 def _writes(instruction: Instruction, register: str) -> bool:
     first = instruction.operands.split(",", 1)[0].strip()
     wide = instruction.opcode.startswith("CS2R") and first[1:].isdigit() and not instruction.opcode.endswith(".32")
@@ -217,8 +226,9 @@ def _writer(code: Sequence[Instruction], register: str) -> int | None:
 
 
 def _step(instruction: Instruction, register: str) -> int | None:
-    """What an addition adds to its own result; None for any other instruction."""
+    """What an addition adds to its own result; None for any other instruction. From sm_100 on it names predicates for its carries, `PT` for none."""
     operands = [operand.strip().removesuffix(".reuse") for operand in instruction.operands.split(",")]
+    operands = [operand for operand in operands if operand not in ("PT", "UPT")]
     if instruction.base.removeprefix("U") not in ("IADD3", "VIADD", "IADD") or operands[1] != register or instruction.predicate:
         return None
     if not re.fullmatch(r"-?0x[0-9a-f]+", operands[2]) or any(operand not in ("RZ", "URZ") for operand in operands[3:]):
@@ -397,6 +407,4 @@ class _Paths:
 
 def _always(branch: Instruction) -> bool:
     """Whether a branch is taken whenever it is reached: it has neither a predicate nor a condition among its operands, as `BRA.DIV` and `BRA P1` have."""
-    return (
-        not branch.predicate and ".DIV" not in branch.opcode and ".CONV" not in branch.opcode and not re.match(r"!?U?P\d", branch.operands)
-    )
+    return not branch.predicate and ".DIV" not in branch.opcode and ".CONV" not in branch.opcode and not _PREDICATE.match(branch.operands)
