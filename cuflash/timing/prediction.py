@@ -409,7 +409,9 @@ def lay_out(
     launched = in_order(visits, section=section, last_first=last_first)
     trips = [weighed[of] for of in launched]
     if kernel.spec.added_up:
-        _wait_for_each_other(trips, kernel, together=card.num_sms * predicted.blocks, section=section, tiles=kernel.num_tiles * kernel.splits.number)
+        _wait_for_each_other(
+            trips, kernel, together=card.num_sms * predicted.blocks, section=section, tiles=kernel.num_tiles * kernel.splits.number
+        )
     clocks = grid_clocks(trips, num_sms=card.num_sms, trip_clocks=_trip_clocks(predicted, machine), overhead=overhead, empty=empty)
     if stays:  # each once
         clocks += _block_overhead(kernel, problem, machine, card)
