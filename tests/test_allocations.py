@@ -81,11 +81,18 @@ def test_plans_of_packed_sequences_at_64k(simulator: Target, backward: bool) -> 
     inputs = [x[0] for x in _inputs(seqlen, 64)]
     offsets = numpy.array([0, 60000, 60000, seqlen], numpy.int32)
     plan = cuflash.varlen_plan(*inputs, offsets, offsets, backward=backward)
-    assert plan.workspace_bytes - _sums(plan) == (8 * seqlen if backward else 0)
+    assert plan.workspace_bytes - _sums(plan) == (8 * seqlen if backward else 0) + _list_bytes(plan)
     if backward:
         plan = cuflash.varlen_plan(*inputs, offsets, offsets, backward=True, tile={"backward_fused": cuflash.Tile(32, 64, 4, 2)})
         slots = seqlen // 32 + 3  # tiles of 32 queries; each of three sequences may begin within one
-        assert plan.workspace_bytes == 8 * seqlen + 4 * 64 * 32 * slots + 4 * (1 + slots)
+        assert plan.workspace_bytes == 8 * seqlen + 4 * 64 * 32 * slots + 4 * (1 + slots) + _list_bytes(plan)
+
+
+def _list_bytes(plan: cuflash.Plan) -> int:
+    """Eight bytes for each tile that three sequences may have, of the kernel that has the most."""
+    most = max((kernel.packed_places for kernel in plan.kernels), default=0)
+    assert most <= 65536 // 32 + 4
+    return 8 * (1 + most) if most else 0
 
 
 @pytest.fixture(params=["sm_90", *([pytest.param("gpu", marks=pytest.mark.gpu)] if HAS_GPU else [])])
