@@ -120,6 +120,8 @@ BOTTOM_RIGHT = {"is_causal": True, "causal_alignment": "bottom_right"}
 MANY = together(others_than("additive_mask", "prefix"), dropout=0.2, window=(60, 30), softcap=20.0, segments=2)
 """All features that go together, with the kernels of visible tiles, sinks and dropout masks."""
 PACKED = {"lengths_q": (70, 0, 33, 5), "lengths_kv": (100, 20, 0, 7)}
+UNLIKE = {"heads": 16, "lengths_q": (3,) * 40 + (600,), "lengths_kv": (3,) * 40 + (600,)}
+"""Packed sequences whose lengths differ so much that blocks find their work in a list."""
 PACKED_FEATURES = together(others_than(*ONLY_PADDED), dropout=0.2, window=(60, 30), softcap=20.0, prefix=9)
 
 
@@ -155,6 +157,7 @@ def tiny_cases() -> list[Case]:
         *(Case.of(dtype, 64, queries, 160, 2, 6, 2, **BOTTOM_RIGHT, cached=True) for dtype, queries in (("bfloat16", 5), ("float16", 20))),
         *(Case.of(dtype, 64, batch=2, features=bias(dtype)) for dtype in ("bfloat16", "float32")),
         *(Case.of(dtype, 64, heads=2, **PACKED, **CAUSAL, features=PACKED_FEATURES) for dtype in ("bfloat16", "float32")),
+        Case.of("bfloat16", 64, **UNLIKE, **CAUSAL),
         Case.of("bfloat16", 64, batch=2, **BOTTOM_RIGHT, lengths_kv=(100, 41), features=SampleFeatures(prefix=12, segments=2)),
         Case.of("bfloat16", 576, head_dim_v=512, **CAUSAL),
         Case.of("float32", 512, **CAUSAL),
@@ -201,6 +204,7 @@ def check_cases() -> list[Case]:
             **CAUSAL,
             wgmma=True,
         ),
+        *(Case.of("bfloat16", 64, **UNLIKE, **CAUSAL, wgmma=wgmma) for wgmma in (False, True)),
         *(
             Case.of(dtype, head_dim, queries, 640, 2, 10, 2, **BOTTOM_RIGHT, cached=True)
             for dtype, queries in (("bfloat16", 7), ("float16", 20))
