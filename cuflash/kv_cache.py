@@ -77,7 +77,7 @@ class KVCache:
         self._scales: dict[str, Any] = {name: scale if signature(scale) is None else Pinned(scale) for name, scale in given.items()}
         self._seqlens = Pinned(self._library.int32(numpy.zeros(batch, "int32")))
         self._page_table = Pinned(self._library.int32(numpy.zeros((batch, 1), "int32")))
-        self._shorter_table: tuple[int, Pinned] | None = None  # rows of a rotary embedding's tables, and the columns whose keys these have positions for
+        self._shorter_table: tuple[int, Pinned] | None = None  # for rotary tables of so many rows: the columns that they reach
         self._lengths = [0] * batch  # of each sequence, less _of_steps
         self._of_steps = 0  # keys that all steps have appended to each sequence: a step changes this number, and not a list
         self._one = self._library.int32(numpy.ones(1, "int32"))  # on the device: to add a number of the host's takes torch longer
