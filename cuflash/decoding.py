@@ -104,9 +104,9 @@ def attention_with_kvcache(
             value without CUFLASH_FORWARD_WGMMA=0 (and pages of multiples of 8).
 
     Notes:
-        Up to three launches: attention; where keys are split, merging; and before both, more than 16 new keys of a sequence, or packed ones. A warm call
-        allocates its result, and nothing else where workspace of up to 32 MiB is kept for the next call of the thread: for NumPy arrays, and on a GPU for CuPy
-        arrays in a default stream. `cuflash.clear_workspace()` gives it back.
+        Up to three launches: attention; where keys are split, merging; and before both, more than 16 new keys of a sequence, packed ones, or those of heads above
+        256. A warm call allocates its result, and nothing else where workspace of up to 32 MiB is kept for the next call of the thread: for NumPy arrays, and on
+        a GPU for CuPy arrays in a default stream. `cuflash.clear_workspace()` gives it back.
 
     Source: Dao et al. 2023, Flash-Decoding, crfm.stanford.edu/2023/10/12/flashdecoding.html.
     """

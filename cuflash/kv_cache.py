@@ -77,11 +77,11 @@ class KVCache:
         self._scales: dict[str, Any] = {name: scale if signature(scale) is None else Pinned(scale) for name, scale in given.items()}
         self._seqlens = Pinned(self._library.int32(numpy.zeros(batch, "int32")))
         self._page_table = Pinned(self._library.int32(numpy.zeros((batch, 1), "int32")))
-        self._shorter_table: tuple[int, Pinned] | None = None  # of so many columns
-        self._lengths = [0] * batch  # without those of the last steps, which all sequences have
-        self._of_steps = 0
+        self._shorter_table: tuple[int, Pinned] | None = None  # for rotary tables of so many rows: the columns that they reach
+        self._lengths = [0] * batch  # of each sequence, less _of_steps
+        self._of_steps = 0  # keys that all steps have appended to each sequence: a step changes this number, and not a list
         self._one = self._library.int32(numpy.ones(1, "int32"))  # on the device: to add a number of the host's takes torch longer
-        self._spare = 0  # keys that each sequence has a page for at least
+        self._spare = 0  # keys that every sequence can take before any of them needs a page
         self._pages: list[list[int]] = [[] for _ in range(batch)]  # of each sequence, in order
         self._free = list(reversed(range(batch)))
 

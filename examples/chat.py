@@ -1,4 +1,4 @@
-"""A chat: each message goes into a paged cache in one chunk, each answer comes byte by byte. The model is random.
+"""A chat: each message goes into a paged cache in one chunk, each answer comes byte by byte. The model is random. The first answer waits for compilation.
 
 Run: python examples/chat.py "Tell me a story." "And then?"
 """
@@ -11,7 +11,7 @@ import numpy
 import cuflash
 
 rng = numpy.random.default_rng(0)
-embedding, *projections, to_logits = (
+embedding, to_query, to_key, to_value, to_logits = (
     (rng.standard_normal((rows, heads * 64)) / 23).astype("float16") for rows, heads in ((256, 8), (512, 8), (512, 2), (512, 2), (512, 4))
 )
 angles = numpy.arange(4096)[:, None] * 10000.0 ** -(numpy.arange(32) / 32)
@@ -21,13 +21,13 @@ cache = cuflash.KVCache(batch=1, num_heads=2, head_dim=64, page_size=16)  # xp=c
 
 def next_token(tokens: list[int]) -> int:
     x = embedding[tokens]
-    query, key, value = ((x @ weights).reshape(1, len(tokens), -1, 64) for weights in projections)
+    query, key, value = ((x @ weights).reshape(1, len(tokens), -1, 64) for weights in (to_query, to_key, to_value))
     out = cache.attend(query, key, value, **rotary, rotary_interleaved=False)
     return int(((x + out.reshape(x.shape))[-1] @ to_logits).argmax())
 
 
 answer: list[int] = []
-for message in sys.argv[1:]:
+for message in sys.argv[1:] or ("Tell me a story.", "And then?"):
     start = time.perf_counter()
     answer = [next_token([*answer[-1:], *message.encode()])]
     while len(answer) < 16:

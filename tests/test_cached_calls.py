@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from cuflash.__main__ import main
 from cuflash.cli.cached_calls import CachedCall, requests_of
 from cuflash.cli.samples import Sample
 from cuflash.hardware import device
+from cuflash.jit import cache
 from cuflash.planning import split_forward
 from cuflash.planning.planner import make_plan
 from cuflash.timing import machine, prediction
@@ -68,16 +70,30 @@ def test_what_is_compiled_ahead_is_what_calls_of_any_shape_need(cached: CachedCa
     ahead = set(requests_of(sample, on))
     for batch, seqlen_q, heads, room in ((1, 1, 4, 100), (64, 1, 8, 70000), (2, 5, 32, 500), (2, 40, 4, 4000)):
         call = Sample(batch, seqlen_q, room, heads, 4, 64, dtype="bfloat16", is_causal=True, cache=cached)
-        plan = make_plan(cached.problem(call), on)
-        assert {kernel.request(on) for kernel in plan.kernels} <= ahead
+        problem = cached.problem(call)
+        assert problem.cache is not None
+        without_new = replace(problem, cache=replace(problem.cache, new=None, rotary=None))
+        for plan in (make_plan(problem, on), make_plan(without_new, on)):
+            assert {kernel.request(on) for kernel in plan.kernels} <= ahead
+
+
+def test_what_does_not_rotate_knows_no_tables() -> None:
+    """Kernels of attention that append nothing are the same whatever tables the kernel before them reads."""
+    on = device.of_arch("sm_90", "gpu")
+    sample = Sample(2, 40, 4000, 4, 4, 64, dtype="bfloat16")
+    plans = [make_plan(CachedCall(16, rotary=of).problem(sample), on) for of in (None, "bfloat16", "float32")]
+    assert len({kernel.request(on) for plan in plans for kernel in plan.kernels if kernel.spec.splits_keys}) == 1
 
 
 def test_the_command_compiles_them(tmp_path: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cupy")
+    fetched: list[Any] = []
+    monkeypatch.setattr(cache, "fetch_many", fetched.extend)
     monkeypatch.setenv("CUFLASH_CACHE_DIR", "")  # is put back
     given = ["--cache", "--head-dim", "16", "--dtype", "float16", "--causal", "--kv-dtype", "float8_e4m3fn", "--into", str(tmp_path)]
     assert main(["warmup", *given]) == 0
-    assert capsys.readouterr().out.startswith("9 kernels are in the cache")
+    assert capsys.readouterr().out.startswith("11 kernels are in the cache")
+    assert len(set(fetched)) == 11
 
 
 @pytest.mark.parametrize(

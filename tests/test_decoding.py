@@ -367,6 +367,8 @@ _BAD: list[tuple[str, CacheCall, dict[str, Any], str]] = [
     ("page", PAGES, {"page_table": numpy.full((2, 4), 99, "int32")}, "page_table: got 99 at 0; expected 0 to 10"),
     ("both", PAGES, {"cache_batch_idx": numpy.zeros(2, "int32")}, "cache_batch_idx: .*one of the two"),
     ("row", NEW, {"cache_batch_idx": numpy.array([0, 2], "int32")}, "cache_batch_idx: got 2 at 1"),
+    ("row twice", NEW, {"cache_batch_idx": numpy.array([1, 1], "int32")}, "cache_batch_idx: got 1 for sequences 0 and 1; expected a row of its own"),
+    ("page twice", NEW_PAGES, {"page_table": numpy.array([[5, 0, 0, 0], [0, 1, 5, 0]], "int32")}, "page_table: got 5 for sequences 0 and 1; expected a page of its own"),
     ("pad", NEW, {"cache_leftpad": numpy.array([0, 33], "int32")}, "cache_leftpad: got 33 at 1"),
     ("few rows", NEW, {name: numpy.zeros((1, 32, 1, 32), "float16") for name in ("key_cache", "value_cache")}, "key_cache: .*cache_batch_idx"),
     ("splits", NEW, {"num_splits": 0}, "num_splits: got 0; .*flash-attn writes as 0"),

@@ -105,8 +105,8 @@ def _nowhere(shape: tuple[int, ...], dtype: str, number: int) -> Array:
 
 
 def requests_of(sample: Sample, device: Device) -> Iterator[CompileRequest]:
-    """What to compile for all calls like this one, of any number of queries, heads and splits: tiles of 16 and of 32 rows, few new keys and many, with and without
-    merging, and stream-K."""
+    """What to compile for all calls like this one, of any number of queries, heads and splits: tiles of 16 and of 32 rows, no new keys, few and many, with and
+    without merging, and stream-K."""
     from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD
     from cuflash.planning.planner import make_plan
 
@@ -118,8 +118,11 @@ def requests_of(sample: Sample, device: Device) -> Iterator[CompileRequest]:
     for splits, (queries, heads) in product(of_splits, kinds):
         cached = replace(sample.cache, num_splits=splits)
         like = replace(sample, batch=1, seqlen_q=queries, seqlen_kv=4096, num_heads_q=heads, num_heads_kv=1, cache=cached)
-        for kernel in make_plan(cached.problem(like), device).kernels:
-            yield kernel.request(device)
+        problem = cached.problem(like)
+        assert problem.cache is not None
+        for cache in (problem.cache, replace(problem.cache, new=None, rotary=None)):
+            for kernel in make_plan(replace(problem, cache=cache), device).kernels:
+                yield kernel.request(device)
 
 
 def warmup_caches(options: argparse.Namespace, cached: CachedCall) -> int:

@@ -26,7 +26,8 @@ def is_fused(spec: KernelSpec, problem: Problem) -> bool:
 
 def constants(spec: KernelSpec, problem: Problem) -> dict[str, int | bool | str]:
     """Of `Config`, for the kernel of attention."""
-    return {"APPENDS": is_fused(spec, problem), "RotaryElement": _table_element(problem)}
+    appends = is_fused(spec, problem)
+    return {"APPENDS": appends, "RotaryElement": _table_element(problem) if appends else CPP_ELEMENTS[problem.dtype]}
 
 
 def kernels(spec: KernelSpec, problem: Problem, device: Device) -> tuple[KernelPlan, ...]:

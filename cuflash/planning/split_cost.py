@@ -1,7 +1,7 @@
 """How long the kernel of few queries takes, with so many splits of the keys of each sequence or with equal shares for all blocks (stream-K): the one place for such costs.
 
-All times are in key tiles of one block. Constants are of two sources: those of splits of full caches others fitted to their kernel; those of batches whose lengths
-differ are of the timing model (docs/timing.md, "A step of generation"). Nothing was measured here.
+All times are in key tiles of one block. Constants are of two sources: the timing model (docs/timing.md, "A step of generation"), and, for heads above 256 columns and
+in the comparison with stream-K, what others fitted to their kernel. Nothing was measured here.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import ctypes
 import itertools
 import numbers
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Final, Literal, NamedTuple
 
@@ -435,25 +435,38 @@ def check_positions(problem: Problem, addresses: Mapping[str, int]) -> None:
             got = f"{cache.rotary.rows} positions, while queries and new keys of sequence {i} stand at {length} to {length + positions - 1}"
             raise OptionError("rotary_cos", got, "a row for each position of a sequence", "Make the tables longer.")
     if "cache_batch_idx" in addresses:
-        _check_range("cache_batch_idx", _numbers(addresses["cache_batch_idx"], sequences), cache.num_rows, "rows of the cache")
+        rows = list(_numbers(addresses["cache_batch_idx"], sequences))
+        _check_range("cache_batch_idx", rows, cache.num_rows, "rows of the cache")
+        if cache.new is not None:
+            _check_alone("cache_batch_idx", [[row] if own else [] for row, own in zip(rows, queries, strict=True)], "row")
     if "cache_leftpad" in addresses:
         _check_range("cache_leftpad", _numbers(addresses["cache_leftpad"], sequences), problem.seqlen_kv + 1, "keys that there is room for")
     if "page_table" in addresses:
-        for i, length in enumerate(appended):
+        of_new = []
+        for i, (length, end) in enumerate(zip(lengths, appended, strict=True)):
             row = addresses["page_table"] + 4 * i * cache.stride_page_table
-            _check_range(
-                "page_table",
-                _numbers(row, -(-length // cache.page_size)),
-                cache.num_rows,
-                f"pages, in the part that sequence {i} uses",
-            )
+            pages = list(_numbers(row, -(-end // cache.page_size)))
+            _check_range("page_table", pages, cache.num_rows, f"pages, in the part that sequence {i} uses")
+            of_new.append(pages[length // cache.page_size :] if end > length else [])
+        if cache.new is not None:
+            _check_alone("page_table", of_new, "page")
 
 
 def _numbers(address: int, count: int) -> Iterator[int]:
     return iter((ctypes.c_int32 * count).from_address(address))
 
 
-def _check_range(name: str, indices: Iterator[int], end: int, meaning: str) -> None:
+def _check_range(name: str, indices: Iterable[int], end: int, meaning: str) -> None:
     for i, index in enumerate(indices):
         if not 0 <= index < end:
             raise OptionError(name, f"{index} at {i}", f"0 to {end - 1}", f"There are {end} {meaning}.")
+
+
+def _check_alone(name: str, of_sequences: Iterable[Iterable[int]], what: str) -> None:
+    """What gets new keys of a sequence gets none of another one."""
+    owners: dict[int, int] = {}
+    for i, places in enumerate(of_sequences):
+        for place in places:
+            if owners.setdefault(place, i) != i:
+                expected = f"a {what} of its own for the new keys of each"
+                raise OptionError(name, f"{place} for sequences {owners[place]} and {i}", expected, f"Copy the {what} for one of them.")
