@@ -16,8 +16,11 @@ from test_wgmma_backward_features import HIDING, LENGTHS
 from test_wgmma_forward import MASKS, inputs_of, names
 
 import cuflash
+from cuflash.cli.samples import Sample, problem_of
+from cuflash.hardware.device import of_arch
 from cuflash.planning import query_splits, wgmma_backward
 from cuflash.planning.kernel_plan import UNSPLIT, KernelPlan, Splits
+from cuflash.planning.planner import make_plan
 from cuflash.runtime import calls
 from cuflash.simulator import check
 
@@ -159,6 +162,15 @@ def test_memory_is_bounded(seqlen: int) -> None:
     assert nbytes.get("key_parts", 0) <= 4 * 132 * 128 * 256 * 4
     kernel = plan.kernels[1]
     assert nbytes.get("key_parts", 0) == (kernel.num_blocks * 128 * 256 * 4 if kernel.splits.chains else 0)
+
+
+@pytest.mark.parametrize("most", [1024, 4096, 8192, 32768])
+def test_memory_is_bounded_where_lengths_differ(most: int) -> None:
+    """Parts have room for a block for each tile of the longest sequence in the place of each, though most have fewer keys."""
+    sample = Sample(lengths_q=(most,) + (64,) * 7, num_heads_q=1, num_heads_kv=1, head_dim=128)
+    plan = make_plan(problem_of(sample, backward=True), of_arch("sm_90", "gpu"), backward=True)
+    assert "backward_wgmma" in names(plan)
+    assert sum(buffer.nbytes for buffer in plan.workspace if buffer.name == "key_parts") <= 4 * 132 * 128 * 256 * 4
 
 
 def test_nothing_is_split_where_nothing_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
