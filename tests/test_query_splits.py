@@ -16,10 +16,12 @@ from test_wgmma_backward_features import HIDING, LENGTHS
 from test_wgmma_forward import MASKS, inputs_of, names
 
 import cuflash
+from cuflash.cli.sample_features import SampleFeatures
 from cuflash.cli.samples import Sample, problem_of
 from cuflash.hardware.device import of_arch
 from cuflash.planning import query_splits, wgmma_backward
 from cuflash.planning.kernel_plan import UNSPLIT, KernelPlan, Splits
+from cuflash.planning.offline import offline_kernels
 from cuflash.planning.planner import make_plan
 from cuflash.runtime import calls
 from cuflash.simulator import check
@@ -171,6 +173,21 @@ def test_memory_is_bounded_where_lengths_differ(most: int) -> None:
     plan = make_plan(problem_of(sample, backward=True), of_arch("sm_90", "gpu"), backward=True)
     assert "backward_wgmma" in names(plan)
     assert sum(buffer.nbytes for buffer in plan.workspace if buffer.name == "key_parts") <= 4 * 132 * 128 * 256 * 4
+
+
+@pytest.mark.parametrize(("seqlen", "heads"), [(304, 4), (4096, 1)])
+@pytest.mark.parametrize(
+    "features", [SampleFeatures(segments=4), SampleFeatures(attn_mask="bool"), SampleFeatures()], ids=["segments", "mask", "none"]
+)
+def test_warmup_compiles_kernels_that_share_out_queries(features: SampleFeatures, seqlen: int, heads: int) -> None:
+    """Of 1024 queries and keys of one head those with segments or a boolean mask gain nothing, but calls with more do."""
+    sample = Sample(seqlen_q=seqlen, seqlen_kv=seqlen, num_heads_q=heads, head_dim=64, is_causal=True, features=features)
+    on = of_arch("sm_90", "gpu")
+    problem = problem_of(sample, backward=True)
+    plan = make_plan(problem, on, backward=True)
+    assert "backward_dkdv_merge" in names(plan)
+    kernels = offline_kernels(on, dtype="float16", head_dim=64, is_causal=True, features=problem.features.kinds, every_way=True)
+    assert {kernel.request(on) for kernel in plan.kernels} <= {kernel.request(on) for kernel in kernels}
 
 
 def test_nothing_is_split_where_nothing_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
