@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 import pytest
+import test_wgmma_backward_features
 from conftest import Target
 from test_fused_backward import plan_of
 from test_sequences import offsets, packed
@@ -98,6 +99,12 @@ def test_packed_sequences(mask: str, with_splits: Callable[[int, int], None], mo
     inputs = packed(on, (sum(lengths_q), sum(lengths_kv)), "float16", (64, 64), heads=(2, 1))
     monkeypatch.setattr(cuflash, "varlen_attention_backward", functools.partial(cuflash.varlen_attention_backward, tile=SHORT))
     on.check_packed(inputs, (offsets(on, lengths_q), offsets(on, lengths_kv)), enable_gqa=True, **MASKS[mask])
+
+
+def test_rows_that_sequences_do_not_use(with_splits: Callable[[int, int], None]) -> None:
+    """Of places in packed arrays, with NaN and infinity there: the first split fills them with zeros, and none merges them."""
+    with_splits(2, 2)
+    test_wgmma_backward_features.test_rows_of_nobody_take_part_in_nothing("both")
 
 
 @pytest.mark.exhaustive

@@ -5,7 +5,7 @@ last one as many trips behind as there are tiles of keys: so tiles of keys are a
 fixed, so the bits are the same on every run (kernels/tile/query_splits.cuh). By the timing model: of all numbers of splits and chains the fastest, if it gains more than predictions
 may be wrong by; where nothing is predicted of a kernel, its calls are not split.
 
-Memory: the parts are `splits` times dK and dV in float32, of at most `_MOST_BLOCKS` blocks for each SM; the sums are at most `_MOST_SUMS_BYTES`, or those of one chain.
+Memory: the parts are `splits` times dK and dV in float32, of at most `_MOST_BLOCKS` blocks of the grid for each SM; the sums are at most `_MOST_SUMS_BYTES`, or those of one chain.
 """
 
 from __future__ import annotations
