@@ -68,22 +68,25 @@ class SequenceTiles {
   int walked, offset;
 };
 
-DEVICE int sum_of_lanes(int count) {
+// Tiles are counted up to the number of places: sequences that overlap, as senseless offsets make them, may have more than an int holds.
+DEVICE int add_tiles(int count, int more, int most) { return int(min(uint32(count) + uint32(more), uint32(most))); }
+
+DEVICE int sum_of_lanes(int count, int most) {
 #pragma unroll
-  for (int lane_mask = WARP_SIZE / 2; lane_mask > 0; lane_mask /= 2) count += shfl_xor(count, lane_mask);
+  for (int lane_mask = WARP_SIZE / 2; lane_mask > 0; lane_mask /= 2) count = add_tiles(count, shfl_xor(count, lane_mask), most);
   return count;
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) packed_tiles(const __grid_constant__ PackedTilesArguments arguments) {
-  const int num_sequences = arguments.lengths.num_sequences;
+  const int num_sequences = arguments.lengths.num_sequences, places = arguments.lengths.packed_places;
   int* const list = arguments.lengths.packed_tiles;
   const int blocks = ceil_div(arguments.geometry.num_tiles, NUM_WARPS * WARP_TILES);  // of a sequence
   const int sequence = int(blockIdx.x) / blocks;
   if (sequence == num_sequences) {
     if (warp_index() != 0) return;
     int count = 0;
-    for (int other = lane_index(); other < num_sequences; other += WARP_SIZE) count += SequenceTiles(arguments, other).tiles;
-    count = sum_of_lanes(count);
+    for (int other = lane_index(); other < num_sequences; other += WARP_SIZE) count = add_tiles(count, SequenceTiles(arguments, other).tiles, places);
+    count = sum_of_lanes(count, places);
     if (lane_index() < 2) list[lane_index()] = lane_index() == 0 ? count : 0;
     return;
   }
@@ -98,12 +101,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) packed_tiles(const 
     const SequenceTiles others(arguments, other);
     if (other == sequence) continue;
 #pragma unroll
-    for (int i = 0; i < WARP_TILES; ++i) before[i] += others.count_from(length[i] + (other > sequence));
+    for (int i = 0; i < WARP_TILES; ++i) before[i] = add_tiles(before[i], others.count_from(length[i] + (other > sequence)), places);
   }
 #pragma unroll
   for (int i = 0; i < WARP_TILES; ++i) {
-    const int tile = first + i, place = sum_of_lanes(before[i]) + own.before(tile);
-    if (tile < own.tiles && place < arguments.lengths.packed_places && lane_index() < 2)
-      list[2 + 2 * place + lane_index()] = lane_index() == 0 ? tile : sequence;
+    const int tile = first + i, place = add_tiles(sum_of_lanes(before[i], places), own.before(tile), places);
+    if (tile < own.tiles && place < places && lane_index() < 2) list[2 + 2 * place + lane_index()] = lane_index() == 0 ? tile : sequence;
   }
 }

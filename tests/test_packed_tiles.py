@@ -52,8 +52,7 @@ def list_kernel(kernel: str, problem: Problem, monkeypatch: pytest.MonkeyPatch) 
 
 def run(kernel: KernelPlan, problem: Problem, words: dict[str, Any]) -> list[tuple[int, int]]:
     """The list that the kernel makes: tiles and their sequences."""
-    (buffer,) = (of for of in make_plan(problem, ON).workspace if of.name == "packed_tiles")
-    memory = words | {"packed_tiles": numpy.zeros(max(buffer.shape[0], 2 * (1 + kernel.packed_places)), "int32")}
+    memory = words | {"packed_tiles": numpy.zeros(2 * (1 + kernel.packed_places), "int32")}
     addresses = {name: array.ctypes.data for name, array in memory.items()}
     extents = {name: (0, array.nbytes) for name, array in memory.items()}
     values = {
@@ -117,6 +116,17 @@ def test_offsets_that_make_no_sense_stay_within_the_list(monkeypatch: pytest.Mon
     kernel = list_kernel("forward", problem, monkeypatch)
     found = run(kernel, problem, words)
     assert len(found) == len(set(found)) == kernel.packed_places
+
+
+def test_tiles_that_are_too_many_to_count_stay_behind_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many sequences that overlap that the number of their tiles is no int: those of the first one, which have least to walk over, have no place."""
+    kernel = list_kernel("forward", packed_problem(None), monkeypatch)
+    kernel = replace(kernel, num_tiles=2**25, packed_places=100, shape=kernel.shape._replace(num_blocks=1))
+    rows, sequences = 64 * 2**25 - 2**13, 140
+    problem = packed_problem(None, seqlen_q=rows, seqlen_kv=rows, num_sequences=sequences)
+    cu_q, cu_kv = (numpy.array([0, first] + [0, rows] * (sequences // 2 - 1) + [0], "int32") for first in (rows, 5))
+    found = run(kernel, problem, {"cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv})
+    assert found == []
 
 
 # --- Calls --------------------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 import pytest
+import test_wgmma_backward_features
 from conftest import Target
 from test_fused_backward import plan_of
 from test_sequences import offsets, packed
@@ -16,8 +17,13 @@ from test_wgmma_backward_features import HIDING, LENGTHS
 from test_wgmma_forward import MASKS, inputs_of, names
 
 import cuflash
+from cuflash.cli.sample_features import SampleFeatures
+from cuflash.cli.samples import Sample, problem_of
+from cuflash.hardware.device import of_arch
 from cuflash.planning import query_splits, wgmma_backward
 from cuflash.planning.kernel_plan import UNSPLIT, KernelPlan, Splits
+from cuflash.planning.offline import offline_kernels
+from cuflash.planning.planner import make_plan
 from cuflash.runtime import calls
 from cuflash.simulator import check
 
@@ -95,6 +101,12 @@ def test_packed_sequences(mask: str, with_splits: Callable[[int, int], None], mo
     on.check_packed(inputs, (offsets(on, lengths_q), offsets(on, lengths_kv)), enable_gqa=True, **MASKS[mask])
 
 
+def test_rows_that_sequences_do_not_use(with_splits: Callable[[int, int], None]) -> None:
+    """Of places in packed arrays, with NaN and infinity there: the first split fills them with zeros, and none merges them."""
+    with_splits(2, 2)
+    test_wgmma_backward_features.test_rows_of_nobody_take_part_in_nothing("both")
+
+
 @pytest.mark.exhaustive
 def test_batches_with_lengths_and_batches_that_share_keys(with_splits: Callable[[int, int], None]) -> None:
     on = Target("sm_90")
@@ -159,6 +171,30 @@ def test_memory_is_bounded(seqlen: int) -> None:
     assert nbytes.get("key_parts", 0) <= 4 * 132 * 128 * 256 * 4
     kernel = plan.kernels[1]
     assert nbytes.get("key_parts", 0) == (kernel.num_blocks * 128 * 256 * 4 if kernel.splits.chains else 0)
+
+
+@pytest.mark.parametrize("most", [1024, 4096, 8192, 32768])
+def test_memory_is_bounded_where_lengths_differ(most: int) -> None:
+    """Parts have room for a block for each tile of the longest sequence in the place of each, though most have fewer keys."""
+    sample = Sample(lengths_q=(most,) + (64,) * 7, num_heads_q=1, num_heads_kv=1, head_dim=128)
+    plan = make_plan(problem_of(sample, backward=True), of_arch("sm_90", "gpu"), backward=True)
+    assert "backward_wgmma" in names(plan)
+    assert sum(buffer.nbytes for buffer in plan.workspace if buffer.name == "key_parts") <= 4 * 132 * 128 * 256 * 4
+
+
+@pytest.mark.parametrize(("seqlen", "heads"), [(304, 4), (4096, 1)])
+@pytest.mark.parametrize(
+    "features", [SampleFeatures(segments=4), SampleFeatures(attn_mask="bool"), SampleFeatures()], ids=["segments", "mask", "none"]
+)
+def test_warmup_compiles_kernels_that_share_out_queries(features: SampleFeatures, seqlen: int, heads: int) -> None:
+    """Of 1024 queries and keys of one head those with segments or a boolean mask gain nothing, but calls with more do."""
+    sample = Sample(seqlen_q=seqlen, seqlen_kv=seqlen, num_heads_q=heads, head_dim=64, is_causal=True, features=features)
+    on = of_arch("sm_90", "gpu")
+    problem = problem_of(sample, backward=True)
+    plan = make_plan(problem, on, backward=True)
+    assert "backward_dkdv_merge" in names(plan)
+    kernels = offline_kernels(on, dtype="float16", head_dim=64, is_causal=True, features=problem.features.kinds, every_way=True)
+    assert {kernel.request(on) for kernel in plan.kernels} <= {kernel.request(on) for kernel in kernels}
 
 
 def test_nothing_is_split_where_nothing_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:

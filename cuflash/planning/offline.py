@@ -29,7 +29,7 @@ from cuflash.problem.tile import Tile, Tiles
 MANY_KEYS = 2**20
 """Of which there are splits to merge."""
 MANY_HEADS = 256
-"""With which blocks fill every card, so that none share out queries."""
+"""With which blocks fill every card, so that none share out queries; or that share one key head, whose few blocks have so many that they gain most if they do."""
 
 
 def offline_kernels(
@@ -98,7 +98,7 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
         if set(of_wgmma) & {*present, *specs}:  # whose blocks share out queries where there are few
             named = pinned if isinstance(pinned, Mapping) else {}
             default = tile_choice.default_tile(case_of(of_wgmma[0], problem), device)
-            yield _with_heads(problem, 1), {of_wgmma[0].name: default, **named}
+            yield _with_heads(problem, MANY_HEADS, 1), {of_wgmma[0].name: default, **named}
     else:
         present = forward_kernels(problem, device, pinned)
         if wgmma_forward.choose(problem, device, pinned).depends_on_lengths:
@@ -139,16 +139,17 @@ def _unsplit(problem: Problem, device: Device, pinned: Tiles) -> Problem:
     return _with_heads(problem, MANY_HEADS) if shares_queries else problem
 
 
-def _with_heads(problem: Problem, heads: int) -> Problem:
-    """The representative with so many heads, side by side."""
+def _with_heads(problem: Problem, heads: int, key_heads: int | None = None) -> Problem:
+    """The representative with so many heads, side by side; of keys as many, or so many."""
+    heads_kv = heads if key_heads is None else key_heads
 
-    def of_heads(view: View) -> View:
+    def of_heads(view: View, heads: int) -> View:
         batch, rows, _, columns = view.shape
         return replace(view, shape=(batch, rows, heads, columns), strides=(rows * heads * columns, heads * columns, columns, 1))
 
-    query, key, value = of_heads(problem.query), of_heads(problem.key), of_heads(problem.value)
+    query, key, value = of_heads(problem.query, heads), of_heads(problem.key, heads_kv), of_heads(problem.value, heads_kv)
     return replace(
-        problem, num_heads_q=heads, num_heads_kv=heads, query=query, key=key, value=value, key_shape=key.shape, value_shape=value.shape
+        problem, num_heads_q=heads, num_heads_kv=heads_kv, query=query, key=key, value=value, key_shape=key.shape, value_shape=value.shape
     )
 
 

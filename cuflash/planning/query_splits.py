@@ -5,7 +5,7 @@ last one as many trips behind as there are tiles of keys: so tiles of keys are a
 fixed, so the bits are the same on every run (kernels/tile/query_splits.cuh). By the timing model: of all numbers of splits and chains the fastest, if it gains more than predictions
 may be wrong by; where nothing is predicted of a kernel, its calls are not split.
 
-Memory: the parts are `splits` times dK and dV in float32, of at most `_MOST_BLOCKS` blocks for each SM; the sums are at most `_MOST_SUMS_BYTES`, or those of one chain.
+Memory: the parts are `splits` times dK and dV in float32, of at most `_MOST_BLOCKS` blocks of the grid for each SM; the sums are at most `_MOST_SUMS_BYTES`, or those of one chain.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def fastest(
 
 def _candidates(case: KernelCase, tile: Tile, whole: Grid, problem: Problem, device: Device) -> Iterator[Splits]:
     """Of calls that have less than `_MOST_BLOCKS` blocks for each SM; the fewest first."""
-    blocks, longest = whole.heads * len(whole.trips), max(whole.trips, default=0)
+    blocks, longest = max(whole.heads * len(whole.trips), _launched(case, tile, problem)), max(whole.trips, default=0)
     has_chains = bool(case.kernel.added_up) and not problem.features.kinds.lists_tiles
     sums = fused_backward.sums_bytes(problem, tile, case.head_dim)
     for number in range(1, _MOST_SPLITS + 1):
@@ -82,6 +82,13 @@ def _candidates(case: KernelCase, tile: Tile, whole: Grid, problem: Problem, dev
             chains *= 2
             if not has_chains or chains * sums > _MOST_SUMS_BYTES:
                 break
+
+
+def _launched(case: KernelCase, tile: Tile, problem: Problem) -> int:
+    """Blocks of the grid without splits: of packed sequences one for each tile that the longest may have in the place of each, all of which have room for parts."""
+    batch, _, heads, _ = problem.key_shape
+    batch = batch if problem.num_sequences is None else problem.num_sequences + 1
+    return batch * heads * ceil(problem.owned_keys / case.stationary_rows(tile))
 
 
 def _split_grid(whole: Grid, splits: Splits) -> Grid:

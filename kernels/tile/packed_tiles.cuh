@@ -4,7 +4,7 @@
 // known to the device only, but no more tiles than places can be: one for each TILE_ROWS of all packed rows, and one more for each sequence. Blocks
 // in places behind the last tile fill rows behind the last sequence.
 //
-//     packed_tiles [1 + packed_places][2]: how many tiles and 0, then the number of a tile in its sequence, and of the sequence
+//     packed_tiles [1 + packed_places][2]: how many tiles, no more than places, and 0, then the number of a tile in its sequence, and of the sequence
 //
 // Tiles with the most to walk over come first, and those of a sequence that have as much in their own order. Blocks take sections of
 // geometry.section_heads heads one after another, of which a divisor of all heads is one, and in each the first tile of all heads, then the second.
