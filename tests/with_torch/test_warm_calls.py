@@ -268,6 +268,22 @@ def test_operators_run_again_what_was_prepared(device: Any, monkeypatch: pytest.
     assert any(isinstance(last, last_calls._Last) for last in calls._calls.values())
 
 
+def test_operators_look_first_at_the_call_that_ran_last(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation after training, and training again: one look for each call but the first."""
+    looks: list[Any] = []
+    of_likeness = Likeness.addresses
+    monkeypatch.setattr(Likeness, "addresses", lambda self, tensors: (looks.append(self), of_likeness(self, tensors))[1])
+    recorded = leaves(device, *[SMALL] * 3)
+    kinds = [recorded, [x.detach() for x in recorded], [x.detach() for x in leaves(device, *[LONGER] * 3)]]
+    nothing = (None,) * (len(TENSORS) - 3)
+    calls.forget()
+    for inputs in kinds * 2:
+        for turn in range(3):
+            looks.clear()
+            operators.attend(Call(False, PLAIN), (*inputs, *nothing), False)
+            assert turn < 1 or len(looks) == 1
+
+
 def test_operators_whose_gradients_are_of_lse_alone(device: Any) -> None:
     """The gradient of out is none of the operator's arguments then, and zeros are made for the kernels."""
     inputs = leaves(device, *[SMALL] * 3)
