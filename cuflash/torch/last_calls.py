@@ -23,7 +23,7 @@ class _Last(NamedTuple):
 
     Attributes:
         tensors: of all arguments, those.
-        prepared: what knows tensors like a call's, and what was prepared for it; the newest is the last.
+        prepared: what knows tensors like a call's, and what was prepared for it; the last one that ran comes first.
     """
 
     tensors: Callable[[Sequence[Any]], Sequence[Any]]
@@ -49,10 +49,13 @@ class Remembering:
             last = calls.kept(key)
         if last is not None:
             given = last.tensors(arguments)
-            for likeness, prepared in last.prepared:
-                addresses = likeness.addresses(given)
+            entries = last.prepared
+            for place, entry in enumerate(entries):
+                addresses = entry[0].addresses(given)
                 if addresses is not None:
-                    return prepared.run(addresses)
+                    if place:
+                        entries[:] = [entry, *[other for other in entries if other is not entry]]
+                    return entry[1].run(addresses)
         return self._learned(key, last, arguments)
 
     def _learned(self, key: Hashable, last: Any, arguments: tuple[Any, ...]) -> Any:
@@ -69,5 +72,5 @@ class Remembering:
                 last = _Last(operator.itemgetter(*places), [])
                 calls.keep(key, last)
             likeness = Likeness([address_name(self._names[i]) for i in places], given)
-            last.prepared[:] = [*last.prepared[1 - _MAX_LIKENESSES :], (likeness, prepared)]
+            last.prepared[:] = [(likeness, prepared), *last.prepared[: _MAX_LIKENESSES - 1]]
         return results

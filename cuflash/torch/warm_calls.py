@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from types import NoneType
 from typing import Any, NamedTuple, ParamSpec
 
@@ -203,29 +203,36 @@ class _Form:
     Attributes:
         is_known: these are such as the door knows: plain tensors, and what is compared at a glance.
         names: of the arguments.
-        tensors: of their values, the tensors, in the order in which the signature has them: that in which autograd adds up the gradients of one tensor.
+        tensors: of their values, the tensors, in the order of `TENSORS`: that in which every way to a call saves them, as checkpointing asks for, and in which
+            autograd adds up the gradients of one tensor.
         tensor_names: theirs.
+        operands: which of `TENSORS` each of them is.
         options: of the values, the others.
         tuples: where tuples are among the values.
         last: by options and what else is compared at a glance, the last call with them.
     """
 
-    def __init__(self, names: Sequence[str], order: Sequence[str], args: Tensors, kwargs: Mapping[str, Any]) -> None:
-        """`names` are those of parameters that may be given by position, `order` those of all."""
+    def __init__(self, names: Sequence[str], parameters: Collection[str], args: Tensors, kwargs: Mapping[str, Any]) -> None:
+        """`names` are those of parameters that may be given by position, `parameters` those of all."""
         kinds = (*map(type, args), *map(type, kwargs.values()))
         self.names = (*names[: len(args)], *kwargs)
         tensors = [name for name, kind in zip(self.names, kinds, strict=False) if kind in _CLASSES]
         others = [i for i, kind in enumerate(kinds) if kind not in _CLASSES]
+        operand_of = {name: name for name in tensors}
+        if "attn_bias" in tensors:  # is the mask that is added, and a boolean one stands beside it
+            operand_of |= {"attn_bias": "attn_mask"} | ({"attn_mask": "pair_mask"} if "attn_mask" in tensors else {})
         self.is_known = (
-            len({*self.names}.intersection(order)) == len(kinds)
+            len({*self.names}.intersection(parameters)) == len(kinds)
             and all(name in tensors for name in _INPUTS)
+            and all(operand in TENSORS for operand in operand_of.values())  # no scale or length, which are read on the host
             and all(kinds[i] in calls.SCALARS or kinds[i] is tuple for i in others)
             and not any(
                 self.names[i] == "dropout_seed" and kinds[i] is not NoneType for i in others
             )  # numbers that differ from call to call
         )
         if self.is_known:
-            self.tensor_names = sorted(tensors, key=order.index)
+            self.tensor_names = sorted(tensors, key=lambda name: TENSORS.index(operand_of[name]))
+            self.operands = tuple(map(operand_of.__getitem__, self.tensor_names))
             self.tensors = operator.itemgetter(*map(self.names.index, self.tensor_names))
             self.options: Callable[[Tensors], Hashable] = operator.itemgetter(*others) if others else type
             self.tuples = [i for i in others if kinds[i] is tuple]
@@ -256,7 +263,7 @@ def remembers(attend: Callable[[Any], Any]) -> Callable[[Callable[P, Any]], Call
 
     def remembering(function: Callable[P, Any]) -> Callable[P, Any]:
         signature = inspect.signature(function)
-        names, order = warm_calls.positional_names(signature), tuple(signature.parameters)
+        names, parameters = warm_calls.positional_names(signature), frozenset(signature.parameters)
         kept = calls.kept
 
         @functools.wraps(function)
@@ -266,7 +273,7 @@ def remembers(attend: Callable[[Any], Any]) -> Callable[[Callable[P, Any]], Call
             kinds = (function, len(args), *kwargs, *map(type, args), *map(type, kwargs.values()))
             form = kept(kinds)
             if form is None:
-                form = _Form(names, order, args, kwargs)
+                form = _Form(names, parameters, args, kwargs)
                 if form.is_known:
                     calls.keep(kinds, form)
             if not form.is_known:
@@ -315,25 +322,22 @@ def _learn(key: Hashable, asked: Asked, form: _Form, given: Mapping[str, Any]) -
     if asked.restore is not None or asked.call.seed is not None:
         return
     of_operands = {name: x for name, x in zip(TENSORS, asked.tensors, strict=True) if x is not None}
-    names: list[str] = []
     made: list[_Made] = []
-    for position, name in enumerate(form.tensor_names):
-        operand = next((of for of, x in of_operands.items() if x is given[name] and of not in names), None)
-        if operand is None and name in _LENGTHS and given[name].dtype == torch.int64:
-            operand = name
-            made.append(_Made(name, position, inputs.lengths))
-        if operand is None:
+    for position, (name, operand) in enumerate(zip(form.tensor_names, form.operands, strict=True)):
+        if of_operands.get(operand) is given[name]:
+            continue
+        if operand not in _LENGTHS or given[name].dtype != torch.int64:
             return
-        names.append(operand)
-    if asked.call.dropout_p and "dropout_seed" not in names:
+        made.append(_Made(operand, position, inputs.lengths))
+    if asked.call.dropout_p and "dropout_seed" not in form.operands:
         made.append(_Made("dropout_seed", None, _drawn_for))
-    if {*names, *(each.name for each in made)} != {*of_operands}:
+    if {*form.operands, *(each.name for each in made)} != {*of_operands}:
         return
     is_recorded = torch.is_grad_enabled() and any(x.requires_grad for x in of_operands.values())
     with torch.no_grad():  # as under autograd's functions
         _, call, _ = calls.find("forward", *asked.call.asked_forward(asked.tensors, is_recorded or asked.return_lse))
     if call is not None:
-        calls.keep(key, Known(asked, tuple(names), made, is_recorded, call))
+        calls.keep(key, Known(asked, form.operands, made, is_recorded, call))
 
 
 def _drawn_for(query: Any) -> Any:

@@ -268,6 +268,22 @@ def test_operators_run_again_what_was_prepared(device: Any, monkeypatch: pytest.
     assert any(isinstance(last, last_calls._Last) for last in calls._calls.values())
 
 
+def test_operators_look_first_at_the_call_that_ran_last(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation after training, and training again: one look for each call but the first."""
+    looks: list[Any] = []
+    of_likeness = Likeness.addresses
+    monkeypatch.setattr(Likeness, "addresses", lambda self, tensors: (looks.append(self), of_likeness(self, tensors))[1])
+    recorded = leaves(device, *[SMALL] * 3)
+    kinds = [recorded, [x.detach() for x in recorded], [x.detach() for x in leaves(device, *[LONGER] * 3)]]
+    nothing = (None,) * (len(TENSORS) - 3)
+    calls.forget()
+    for inputs in kinds * 2:
+        for turn in range(3):
+            looks.clear()
+            operators.attend(Call(False, PLAIN), (*inputs, *nothing), False)
+            assert turn < 1 or len(looks) == 1
+
+
 def test_operators_whose_gradients_are_of_lse_alone(device: Any) -> None:
     """The gradient of out is none of the operator's arguments then, and zeros are made for the kernels."""
     inputs = leaves(device, *[SMALL] * 3)
@@ -455,3 +471,52 @@ def test_tensors_that_are_made_for_each_call(device: Any, way: str, monkeypatch:
     for got, want in zip(changed, results(1), strict=True):
         assert torch.equal(got, want)
     assert torch.equal(changed[0], wanted[0][0]) is (way == "dropout")
+
+
+def with_arrays(device: Any) -> dict[str, dict[str, Any]]:
+    """Options whose tensors signatures have in another order than operators: two that look alike, a converted one, masks, a seed."""
+    of_heads = [torch.tensor(x, device=device) for x in ([0.5, -1.0], [0.3, 0.9])]
+    mask = torch.ones(SMALL[2], SMALL[2], dtype=torch.bool, device=device).tril(2)
+    return {
+        "sinks and slopes": {"is_causal": True, "alibi_slopes": of_heads[1], "sinks": of_heads[0].requires_grad_()},
+        "lengths and sinks": {"seqlens_kv": torch.tensor([6], device=device), "sinks": of_heads[0]},
+        "mask and bias": {"attn_mask": mask, "attn_bias": torch.linspace(-1.0, 1.0, SMALL[2] ** 2, device=device).reshape(mask.shape)},
+        "seed and sinks": {"dropout_p": 0.3, "dropout_seed": torch.tensor([5, 7], device=device), "sinks": of_heads[0]},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["sinks and slopes", "lengths and sinks", "mask and bias", "seed and sinks"])
+def test_recomputation_by_the_door_saves_in_the_order_of_a_first_call(device: Any, way: str) -> None:
+    """A call that is computed again is a known one by then: checkpointing takes what it saves for what the first one saved, by its place."""
+    inputs, options = leaves(device, *[SMALL] * 3), with_arrays(device)[way]
+    inputs += [x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def attend(query: Any, key: Any, value: Any, *others: Any) -> Any:
+        return scaled_dot_product_attention(query, key, value, **options)
+
+    def results(run: Callable[[], Any]) -> list[Any]:
+        out = run()
+        return [out, *torch.autograd.grad(out, inputs, gradient_for(out))]
+
+    wanted = results(lambda: attend(*inputs))
+    calls.forget()
+    for turn in range(3):
+        got = results(lambda: torch.utils.checkpoint.checkpoint(attend, *inputs, use_reentrant=False))
+        for have, want in zip(got, wanted, strict=True):
+            assert torch.equal(have, want), turn
+
+
+def test_one_tensor_as_two_operands_says_nothing_of_the_next_call(device: Any) -> None:
+    query, key, value = (x.detach() for x in leaves(device, *[SMALL] * 3))
+    of_heads = [torch.tensor(x, device=device) for x in ([0.5, 1.0], [2.0, 0.1])]
+
+    def attend(sinks: Any, slopes: Any) -> Any:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, sinks=sinks, alibi_slopes=slopes)
+
+    calls.forget()
+    wanted = attend(*of_heads)
+    calls.forget()
+    for _ in range(3):
+        attend(of_heads[0], of_heads[0])
+    for _ in range(3):
+        assert torch.equal(attend(*of_heads), wanted)
