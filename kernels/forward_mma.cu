@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 
   float O[M_TILES][DV_TILES][4];
   clear(O);
-  OnlineSoftmax<M_TILES, ADDITIVE_MASK, PROBABILITY_SHIFT, SLACK_OF<Element>> softmax;
+  OnlineSoftmax<M_TILES, ADDITIVE_MASK, PROBABILITY_SHIFT, SLACK_OF<Element>, EXACT_OF<Element>> softmax;
   const ScoreModifier modifier(geometry, arguments.features, work.batch, work.head);
   const Dropout dropout(arguments.features);
   PartialOutputs<M_TILES, DV_TILES> partial(arguments.out.row_pointer<float>(work.batch, work.head, start_q), arguments.out, first_q + warp_row,
