@@ -41,6 +41,22 @@ static_assert(HEAD_SLICES * SLICE_BYTES + NUM_STAGES * StatisticsOfColumns::BYTE
                   Config::SHARED_BYTES,
               "shared memory differs from the plan's");
 
+// Each warp stores its rows, which pass through its part of K.
+template <int N_K, int N_V>
+DEVICE void store_gradients(float (&dK)[M_TILES][N_K][4], float (&dV)[M_TILES][N_V][4], const BackwardArguments& arguments, const Work& work,
+                            SmemAddress K_smem, int start_kv) {
+  const int first_kv = work.tile * TILE_KV, warp_row = row_warp_index() * WARP_ROWS;
+  const int num_rows = sequence_length(packed_keys(arguments), work.batch);  // that have gradients
+  if constexpr (COMPUTE_DV) {
+    if constexpr (DROPOUT) multiply_all(dV, arguments.features.dropout_scale);
+    store_slice<HEAD_DIM_V, TileK>(dV, K_smem, warp_row, arguments.grad_value, work, first_kv, num_rows, start_kv);
+  }
+  if constexpr (COMPUTE_DK) {
+    multiply_all(dK, arguments.geometry.scale);
+    store_slice<HEAD_DIM, TileK>(dK, K_smem, warp_row, arguments.grad_key, work, first_kv, num_rows, start_kv);
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(const __grid_constant__ BackwardArguments arguments) {
   const int heads_per_kv = arguments.geometry.num_heads_q / arguments.geometry.num_heads_kv;
   const Work work = work_in_order<CAUSAL, false>(arguments, arguments.geometry.num_heads_q / arguments.group_heads);
@@ -162,13 +178,5 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     }
   }
 
-  const int num_rows = sequence_length(packed_keys(arguments), work.batch);  // that have gradients
-  if constexpr (COMPUTE_DV) {
-    if constexpr (DROPOUT) multiply_all(dV, arguments.features.dropout_scale);
-    store_slice<HEAD_DIM_V, TileK>(dV, K_smem, warp_row, arguments.grad_value, work, first_kv, num_rows, start_kv);
-  }
-  if constexpr (COMPUTE_DK) {
-    multiply_all(dK, arguments.geometry.scale);
-    store_slice<HEAD_DIM, TileK>(dK, K_smem, warp_row, arguments.grad_key, work, first_kv, num_rows, start_kv);
-  }
+  store_gradients(dK, dV, arguments, work, K_smem, start_kv);
 }

@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_row_sums_m
   if (SLICE_PIECES == 1 && begin < end) Q.load(0);
   fill_pipeline(begin, issue);
 
-  OnlineSoftmax<M_TILES, true> softmax;
+  OnlineSoftmax<M_TILES, true, 0, 0, EXACT_OF<Element>> softmax;
   const ScoreModifier modifier(geometry, arguments.features, work.batch, work.head);
   float no_output[M_TILES][1][4];  // nothing is made of the probabilities
   clear(no_output);

@@ -46,6 +46,22 @@ static_assert(HEAD_SLICES * SLICE_BYTES + EXCHANGE_BYTES<M_TILES, S_TILES> + Cop
               "shared memory differs from the plan's");
 static_assert(!COPIES_MASK || HEAD_SLICES == 1, "warps of several slices have the same rows");
 
+using Softmax = OnlineSoftmax<M_TILES, ADDITIVE_MASK, PROBABILITY_SHIFT, SLACK_OF<Element>, EXACT_OF<Element>>;
+
+// The lse of a warp's rows, once they are finished, if anybody wants it.
+DEVICE void store_lse(const Softmax& softmax, const ForwardArguments& arguments, const Work& work, int seqlen_q, int start_q) {
+  const int first_row = work.tile * TILE_Q + row_warp_index() * WARP_ROWS;
+  if (arguments.lse.data != nullptr && slice_index() == 0 && lane_index() % 4 == 0) {
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int query = first_row + 16 * m + 8 * r + lane_index() / 4;
+        if (query < seqlen_q) *arguments.lse.pointer(work.batch, work.head, start_q + query) = softmax.lse(m, r);
+      }
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const __grid_constant__ ForwardArguments arguments) {
   const Work work = work_in_order<CAUSAL, true>(arguments, arguments.geometry.num_heads_q);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
@@ -109,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 
   float O[M_TILES][DV_TILES][4];
   clear(O);
-  OnlineSoftmax<M_TILES, ADDITIVE_MASK, PROBABILITY_SHIFT, SLACK_OF<Element>> softmax;
+  Softmax softmax;
   const ScoreModifier modifier(geometry, arguments.features, work.batch, work.head);
   const Dropout dropout(arguments.features);
   PartialOutputs<M_TILES, DV_TILES> partial(arguments.out.row_pointer<float>(work.batch, work.head, start_q), arguments.out, first_q + warp_row,
@@ -167,14 +183,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   if constexpr (SINKS) softmax.add_sink(O, arguments.features.sinks.load(work.batch, work.head) * SCORE_UNIT);
   softmax.finish(O);
   if constexpr (DROPOUT) multiply_all(O, arguments.features.dropout_scale);
-  if (arguments.lse.data != nullptr && slice_index() == 0 && lane_index() % 4 == 0) {
-#pragma unroll
-    for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int query = first_q + warp_row + 16 * m + 8 * r + lane_index() / 4;
-        if (query < geometry.seqlen_q) *arguments.lse.pointer(work.batch, work.head, start_q + query) = softmax.lse(m, r);
-      }
-  }
+  store_lse(softmax, arguments, work, geometry.seqlen_q, start_q);
   store_slice<HEAD_DIM_V, TileQ>(O, Q_smem, warp_row, arguments.out, work, first_q, geometry.seqlen_q, start_q);
 }

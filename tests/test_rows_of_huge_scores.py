@@ -71,6 +71,16 @@ def test_rows_whose_largest_score_passes_128(target: Target) -> None:
     target.check(*inputs_of(target, "float16"), enable_gqa=True, attn_mask=target.place(mask), tile={"forward": Tile(64, 16, 4, 1)})
 
 
+@pytest.mark.parametrize("highest", [60.0, 100.5, -100.5])
+def test_references_that_rise_below_128(target: Target, highest: float) -> None:
+    """Scores that are the mask's numbers, and rise from tile to tile of float32: keys of an earlier reference weigh as much as they should beside the others."""
+    _, key, value = inputs_of(target, "float32")
+    steps = numpy.sort(numpy.random.default_rng(6).integers(0, 600, (SQ, SKV)))[:, ::-1]
+    mask = (highest - steps / 256).astype(numpy.float32)
+    query = target.place(numpy.zeros((B, SQ, H, 32), numpy.float32))
+    target.check(query, key, value, enable_gqa=True, attn_mask=target.place(mask), tile={"forward": Tile(64, 16, 4, 1)})
+
+
 @pytest.mark.parametrize("dtype", ["half", "float32"])
 def test_padding_beside_scores_that_are_a_little_larger(target: Target, dtype: str) -> None:
     """Twice the padding, where a causal mask of finfo.min / 2 was added to one of its own, or keys that differ by a few units in the last place."""

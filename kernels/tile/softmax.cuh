@@ -10,7 +10,8 @@
 // With NATURAL scores are no log2 units and there is no scale_log2: p = 2^(S log2(e) - (reference log2(e) - SHIFT)), where the reference is the
 // running maximum itself, or lies at most SLACK in log2 units below it, but for the rounding of huge scores. That is one FMA too, off by as much as
 // lse is rounded. Rows are coarse here where |reference| passes 2^7: p = 2^((S - reference) log2(e) + SHIFT), and the difference of huge numbers is
-// exact.
+// exact. With EXACT, in float32, all rows take it: else keys of an earlier reference are weighed 5e-6 off beside the others, which 16 bits never
+// show.
 //
 // SHIFT scales all probabilities of a row by 2^SHIFT, and so its sum and O, which the normalisation takes out again: room for small ones in the type
 // that P is rounded to.
@@ -35,11 +36,17 @@ constexpr int SLACK_OF = SameType<Element, float>::value ? 0
                          : SHIFT_OF<Element> == 0        ? 7
                                                          : 1;
 
+// EXACT where O has that type.
+template <typename Element>
+constexpr bool EXACT_OF = SameType<Element, float>::value;
+
 constexpr float EXACT_REFERENCE_LIMIT = 4194304.0f;  // 2^22
 constexpr float EXACT_NATURAL_LIMIT = 128.0f;
 
-template <int M, bool NATURAL = false, int SHIFT = 0, int SLACK = 0>
+template <int M, bool NATURAL = false, int SHIFT = 0, int SLACK = 0, bool EXACT = false>  // EXACT says something with NATURAL alone
 struct OnlineSoftmax {
+  static constexpr bool SUBTRACTS = NATURAL && EXACT;  // the reference from all scores, and no row is coarse
+
   float reference[M][2];  // rows g and g + 8 of each 16-row tile
   float sum[M][2];  // this lane's columns only, until `finish`
   float rest[M][2];  // what rounding has left out of `sum`
@@ -89,7 +96,7 @@ struct OnlineSoftmax {
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        exponentiate(S[m], r, NATURAL ? LOG2_E : scale_log2, offset[m][r]);
+        exponentiate(S[m], m, r, NATURAL ? LOG2_E : scale_log2, offset[m][r]);
         add_to_sum(m, r, row_sum<0, N>(S[m], r));
       }
   }
@@ -128,7 +135,7 @@ struct OnlineSoftmax {
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        exponentiate(S[m], r, factor[m][r], offset[m][r]);
+        exponentiate(S[m], m, r, factor[m][r], offset[m][r]);
         add_to_sum(m, r, rescale[m][r], row_sum<0, N>(S[m], r));
       }
   }
@@ -242,7 +249,7 @@ struct OnlineSoftmax {
   static constexpr float COARSE_OFFSET = NATURAL ? -float(SHIFT) : 0.0f;  // behind `subtract_reference`
 
   // Whether the last place of a row's reference matters in an exponent.
-  DEVICE bool is_coarse(int m, int r) const { return fabsf(reference[m][r]) > (NATURAL ? EXACT_NATURAL_LIMIT : EXACT_REFERENCE_LIMIT); }
+  DEVICE bool is_coarse(int m, int r) const { return !SUBTRACTS && fabsf(reference[m][r]) > (NATURAL ? EXACT_NATURAL_LIMIT : EXACT_REFERENCE_LIMIT); }
 
   // Scores of a row whose reference is coarse -> exponents, clamped, times `factor`; with NATURAL only less the reference, which is exact.
   template <int N>
@@ -255,11 +262,12 @@ struct OnlineSoftmax {
   }
 
   template <int N>
-  DEVICE static void exponentiate(float (&S)[N][4], int r, float factor, float offset) {
+  DEVICE void exponentiate(float (&S)[N][4], int m, int r, float factor, float offset) const {
+    if constexpr (SUBTRACTS) subtract_reference(S, m, r, factor);
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
-      for (int i = 2 * r; i < 2 * r + 2; ++i) S[n][i] = ex2(__fmaf_rn(S[n][i], factor, -offset));
+      for (int i = 2 * r; i < 2 * r + 2; ++i) S[n][i] = ex2(__fmaf_rn(S[n][i], factor, -(SUBTRACTS ? COARSE_OFFSET : offset)));
   }
 
   // This lane's columns of row r, tiles BEGIN .. END - 1, by halves.

@@ -164,6 +164,29 @@ def test_steps_of_16_bits_take_the_kernel_for_few_queries(device: Any, cache: st
     assert shown == [[SEQLEN + step] * 2 for step in (1, 2, 3) for _layer in range(2)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_padding_are_those_of_eager_attention(device: Any, dtype: Any) -> None:
+    """The most negative number of the type, added: beside other keys it hides one, and a row that has nothing else gets the mean of all values."""
+    query, key, value, grad = (torch.randn(2, 2, SEQLEN, 16, device=device, dtype=dtype) for _ in range(4))
+    mask = torch.zeros(2, 1, SEQLEN, SEQLEN, device=device, dtype=dtype)
+    mask[1, :, :, :7] = mask[1, :, :7] = mask[0, :, 5] = torch.finfo(dtype).min
+
+    def eager(query: Any, key: Any, value: Any) -> Any:
+        return torch.softmax(query @ key.mT * 0.25 + mask, -1, dtype=torch.float32).to(query.dtype) @ value
+
+    def ours(query: Any, key: Any, value: Any) -> Any:
+        return transformers.attention(None, query, key, value, mask, scaling=0.25)[0].transpose(1, 2)
+
+    results = []
+    for attend in (eager, ours):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        out = attend(*leaves)
+        results.append([out, *torch.autograd.grad(out, leaves, grad)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, **({"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.02, "atol": 0.02}))
+    torch.testing.assert_close(results[1][0][0, :, 5], value[0].mean(1), rtol=0.02, atol=0.01)
+
+
 def test_what_a_mask_shows_is_looked_for_again_when_it_is_written_to() -> None:
     query, key = torch.zeros(2, 2, 1, 16), torch.zeros(2, 1, 6, 16)
     mask = torch.zeros(2, 1, 1, 6, dtype=torch.bool)
