@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import test_wgmma_backward_machine_code as backward
 import test_wgmma_machine_code as forward
+import test_wide_forward as wide
 from conftest import Target
 from nvrtc_library import NvrtcLibrary, libraries
 from test_kernels_compile import is_quick, named, reports_of
@@ -60,6 +61,16 @@ def test_forward_wgmma(head_dim: int, features: FeatureSet, is_causal: bool, com
 
 def test_loops_of_forward_wgmma() -> None:
     forward.assert_hot_loops(forward.report_of("bfloat16", 128, True), "bfloat16", 128, True)
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("case", [(*wide.LATENT, True), (264, 264, False)], ids=str)
+@pytest.mark.parametrize("features", wide.MACHINE_CODE)
+def test_forward_wgmma_wide(case: tuple[int, int, bool], features: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, setting in {"CUFLASH_SIMULATOR_ARCH": "sm_90", "CUFLASH_FORWARD_WGMMA": "1"}.items():
+        monkeypatch.setenv(name, setting)
+    head_dim, head_dim_v, shared = case
+    forward.assert_as_meant(wide.report_of(head_dim, head_dim_v, wide.MACHINE_CODE[features], shared=shared))
 
 
 @pytest.mark.sample(2)

@@ -324,10 +324,11 @@ def test_a_mapping_pins_either_kernel() -> None:
 
 @pytest.mark.parametrize(
     ("head_dim", "options", "steps"),
-    [(128, {}, 0), (136, {}, 9), (192, {}, 12), (192, {"is_causal": True}, 11), (256, {}, 5), (256, {"is_causal": True}, 3), (256, {"window": (99, 0)}, 0)],
+    [(128, {}, 0), (136, {}, 9), (192, {}, 12), (192, {"is_causal": True}, 11), (256, {}, 5), (256, {"is_causal": True}, 3), (256, {"window": (99, 0)}, 0),
+     (192, {"scale": -0.1}, 0)],
 )  # fmt: skip
 def test_q_stays_in_registers_as_far_as_they_have_room(head_dim: int, options: dict[str, Any], steps: int) -> None:
-    """Of wide heads, whose products keep shared memory busy, and without features."""
+    """Of wide heads, whose products keep shared memory busy, with a positive scale and without features."""
     (kernel,) = plan_of(head_dim, **options).kernels
     assert f" Q_REGISTER_STEPS = {steps};" in kernel.config
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+import numpy
 import pytest
 from test_kernels_compile import is_quick, named
 
+import cuflash
 from cuflash.cli.inspection import Report, inspect_kernels
 from cuflash.hardware import device
 from cuflash.jit import cache, disassembly
@@ -123,6 +125,17 @@ ALL = FeatureSet(window=True, softcap=True, alibi=True, sinks=True)
 )  # fmt: skip
 def test_other_head_dims_and_features_fit_the_registers(head_dim: int, head_dim_v: int, features: FeatureSet) -> None:
     report = report_of("float16", head_dim, True, features=features, head_dim_v=head_dim_v)
+    assert_as_meant(report)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_scales_that_are_not_positive_fit_the_registers(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide heads then have no Q in registers, with which they spilled."""
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
+    monkeypatch.setenv("CUFLASH_FORWARD_WGMMA", "1")
+    (kernel,) = cuflash.plan(*[numpy.zeros((1, 300, 1, head_dim), "float16")] * 3, scale=-0.1).kernels
+    (report,) = inspect_kernels([(ON, kernel)])
     assert_as_meant(report)
 
 

@@ -14,11 +14,12 @@ from test_wgmma_machine_code import assert_as_meant
 
 import cuflash
 from cuflash import Tile, reference
-from cuflash.cli.inspection import inspect_kernels
+from cuflash.cli.inspection import Report, inspect_kernels
 from cuflash.errors import TileError, UnsupportedError
 from cuflash.hardware import device
 from cuflash.planning import compiler_versions, predicted_time, predicted_wgmma, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase, case_of
+from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.kernel_specs import FORWARD_WGMMA_WIDE
 from cuflash.planning.tile_choice import default_tile, legal_tiles_for
 from cuflash.problem.features import NO_FEATURES, FeatureSet
@@ -235,24 +236,41 @@ def test_every_schedule_gives_the_same_bits(
 # --- Machine code -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("case", [(*LATENT, True), (512, 512, False), (64, 512, False), (576, 264, True), (264, 264, True)], ids=str)
-@pytest.mark.parametrize(
-    "features",
-    [{}, {"window": (100, 0), "softcap": 3.0}, {"dropout_p": 0.5, "dropout_seed": 1}, {"attn_mask": "bfloat16"}, {"attn_mask": "float32"},
-     {"attn_mask": "bool", "segments": True}, {"attn_mask": "bfloat16", "dropout_p": 0.5, "dropout_seed": 1}],
-    ids=["plain", "features", "dropout", "16-bit mask", "float32 mask", "lists", "mask and dropout"],
-)  # fmt: skip
-def test_no_spills_and_no_serialised_products(case: tuple[int, int, bool], features: dict[str, Any]) -> None:
-    head_dim, head_dim_v, shared = case
+def kernel_of(head_dim: int, head_dim_v: int, features: dict[str, Any], *, shared: bool, tile: Any = None) -> KernelPlan:
+    """Of a causal call. Of a mask `features` has the type; slopes and segments are there where it says so."""
     on = Target("sm_90")
     inputs = inputs_of(on, (100, 100), (2, 1), (head_dim, head_dim_v), "bfloat16", shared=shared)
     options = {name: mask_of(on, option, (100, 100)) if name == "attn_mask" else option for name, option in features.items()}
     if options.pop("segments", False):
         options |= dict.fromkeys(("segment_ids_q", "segment_ids_kv"), numpy.zeros((2, 100), "int32"))
-    plan = cuflash.plan(*inputs, enable_gqa=True, is_causal=True, **options)
-    (report,) = inspect_kernels((ON, kernel) for kernel in plan.kernels if kernel.name == NAME)
-    assert_as_meant(report)
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = numpy.ones(2, "float32")
+    plan = cuflash.plan(*inputs, enable_gqa=True, is_causal=True, tile=tile, **options)
+    return next(kernel for kernel in plan.kernels if kernel.name == NAME)
+
+
+def report_of(head_dim: int, head_dim_v: int, features: dict[str, Any], *, shared: bool, tile: Any = None) -> Report:
+    (report,) = inspect_kernels([(ON, kernel_of(head_dim, head_dim_v, features, shared=shared, tile=tile))])
+    return report
+
+
+MACHINE_CODE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "features": {"window": (100, 0), "softcap": 3.0},
+    "dropout": {"dropout_p": 0.5, "dropout_seed": 1},
+    "16-bit mask": {"attn_mask": "bfloat16"},
+    "float32 mask": {"attn_mask": "float32"},
+    "lists": {"attn_mask": "bool", "segments": True},
+    "mask and dropout": {"attn_mask": "bfloat16", "dropout_p": 0.5, "dropout_seed": 1},
+}
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("case", [(*LATENT, True), (512, 512, False), (64, 512, False), (576, 264, True), (264, 264, True)], ids=str)
+@pytest.mark.parametrize("features", MACHINE_CODE)
+def test_no_spills_and_no_serialised_products(case: tuple[int, int, bool], features: str) -> None:
+    head_dim, head_dim_v, shared = case
+    assert_as_meant(report_of(head_dim, head_dim_v, MACHINE_CODE[features], shared=shared))
 
 
 # --- Chosen -------------------------------------------------------------------------------------------------------------------------------
@@ -362,9 +380,10 @@ def test_default_tiles_hold_as_many_keys_as_fit_twice() -> None:
 
 
 def test_registers_are_counted_for_the_warpgroup_that_has_most_columns() -> None:
-    """Whole slabs: 192 of 264 columns of O are the first one's. These tiles of 128 and 112 keys spilled."""
+    """Whole slabs: 192 of 264 columns of O are the first one's. The next longer tiles spilled."""
     softcap, alibi = FeatureSet(softcap=True, window=True), FeatureSet(alibi=True, window=True)
-    most = {NO_FEATURES: 128, softcap: 128, alibi: 112, replace(alibi, softcap=True): 96}
+    boolean, dropout = FeatureSet(attn_mask="bool"), FeatureSet(dropout=True)
+    most = {NO_FEATURES: 128, softcap: 128, alibi: 112, replace(alibi, softcap=True): 96, boolean: 96, dropout: 64}
     for features, tile_kv in most.items():
         case = KernelCase(FORWARD_WGMMA_WIDE, "float16", 264, head_dim_v=264, features=features, value_in_key=True)
         assert max(tile.tile_kv for tile in legal_tiles_for(case, ON)) == tile_kv
@@ -372,16 +391,18 @@ def test_registers_are_counted_for_the_warpgroup_that_has_most_columns() -> None
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    "case", [(264, 128, {"softcap": 3.0}), (264, 112, {"alibi_slopes": True}), (264, 96, {"softcap": 3.0, "alibi_slopes": True})], ids=str
-)
-def test_the_largest_tiles_do_not_spill(case: tuple[int, int, dict[str, Any]]) -> None:
-    head_dim, tile_kv, options = case
-    features = {name: numpy.ones(2, "float32") if name == "alibi_slopes" else x for name, x in options.items()}
-    inputs = inputs_of(Target("sm_90"), (100, 200), (2, 1), (head_dim, head_dim), shared=True)
-    tile = {NAME: Tile(64, tile_kv, 8, 2)}
-    plan = cuflash.plan(*inputs, enable_gqa=True, is_causal=True, window=(100, 0), tile=tile, **features)
-    (report,) = inspect_kernels([(ON, plan.kernels[0])])
-    assert_as_meant(report)
+    "features",
+    [{"softcap": 3.0}, {"alibi_slopes": True}, {"softcap": 3.0, "alibi_slopes": True}, {"attn_mask": "bool"}, MACHINE_CODE["dropout"],
+     {"attn_mask": "float32"}, {"segments": True}, MACHINE_CODE["lists"]],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("case", [(264, 264, True), (64, 512, False)], ids=str)
+def test_the_largest_tiles_do_not_spill(case: tuple[int, int, bool], features: dict[str, Any]) -> None:
+    head_dim, head_dim_v, shared = case
+    features = {"window": (100, 0), **features} if "softcap" in features or "alibi_slopes" in features else features
+    of_any_tile = kernel_of(head_dim, head_dim_v, features, shared=shared)
+    tile = max(legal_tiles_for(of_any_tile.case, ON), key=lambda tile: (tile.tile_kv, tile.num_stages))
+    assert_as_meant(report_of(head_dim, head_dim_v, features, shared=shared, tile={NAME: tile}))
 
 
 def test_splits_fill_the_sms() -> None:

@@ -271,10 +271,10 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         constants["SHARING_WARPS"] = case.sharing_warps(tile, device)
     if spec.stays:
         constants["Q_STAGES"] = kernel_cases.stationary_stages(case, tile, device)
-        constants["Q_REGISTER_STEPS"] = (
-            0 if problem.is_ragged else tile_rules.q_register_steps(case, tile, device, is_causal=problem.is_causal)
-        )
-        constants["ANY_SCALE"] = problem.scale < SMALLEST_SCALE
+        any_scale = problem.scale < SMALLEST_SCALE
+        keeps_q = not (problem.is_ragged or any_scale)  # scores times a sign take the registers
+        constants["Q_REGISTER_STEPS"] = tile_rules.q_register_steps(case, tile, device, is_causal=problem.is_causal) if keeps_q else 0
+        constants["ANY_SCALE"] = any_scale
         constants["MAPS_MASK"] = case.maps_mask
     if spec.splits_keys:
         return _split_kernel(case, tile, tile_by, constants, problem, device)

@@ -42,6 +42,7 @@ _WGMMA_BACKWARD_DROPOUT_REGISTERS = 24
 _WGMMA_SEGMENTS_REGISTERS = {8: 12, 12: 8}
 _WGMMA_WIDE_SOFTCAP_REGISTERS, _WGMMA_WIDE_ALIBI_REGISTERS = 12, 16
 _WGMMA_WIDE_DROPOUT_REGISTERS, _WGMMA_WIDE_SEGMENTS_REGISTERS = 25, 18
+_WGMMA_WIDE_BOOLEAN_LOADS, _WGMMA_WIDE_DRAWS = 28, 25  # of a tile, and for each 16 keys five of draws, while nothing else waits
 _WGMMA_WIDE_MASK_REGISTERS = {None: 0, "bool": 11, "float16": 14, "bfloat16": 14, "float32": 17}
 _WGMMA_MASK_REGISTERS = {None: 0, "bool": 1, "float16": 1, "bfloat16": 1, "float32": 2}
 """Of a tile of a mask, for each four keys, unless the TMA unit copies it."""
@@ -159,7 +160,9 @@ def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
             of_data = max(of_mask + tile.tile_kv // 4 * _WGMMA_MASK_REGISTERS[features.attn_mask], of_segments)
         else:
             of_data = of_mask + of_segments
-        return tile.tile_kv // 4 + _WGMMA_OTHER_REGISTERS + max(of_scores, of_dropout) + of_data
+        loads = _WGMMA_WIDE_BOOLEAN_LOADS * (features.attn_mask == "bool")
+        draws = (_WGMMA_WIDE_DRAWS + 5 * tile.tile_kv // 16) * features.dropout
+        return tile.tile_kv // 4 + _WGMMA_OTHER_REGISTERS + max(max(of_scores, of_dropout) + of_data, loads, draws)
     of_features = _WGMMA_SOFTCAP_REGISTERS[tile.num_warps] * features.softcap + _WGMMA_DROPOUT_REGISTERS[tile.num_warps] * features.dropout
     of_features += _WGMMA_SEGMENTS_REGISTERS[tile.num_warps] * features.segments
     if tile.num_warps == 8:  # wide outputs, and the warp that copies keeps more where there are lists
