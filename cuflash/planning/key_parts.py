@@ -24,6 +24,8 @@ MOST_BLOCKS = 4
 """For each SM."""
 LAUNCH_CLOCKS = 1800.0
 """Of one more kernel in a stream; timing/machine.py's `kernel_start`, 1 µs."""
+_MORE_PARTS = 1.02
+"""What more parts have to gain, for the memory that they take."""
 _LEAST_CLOCKS = 50_000
 """Of a kernel that is split, about 35 µs: a host that launches one more takes as long as shorter ones gain."""
 _MOST_SPLITS = 64
@@ -43,7 +45,7 @@ def fastest(case: KernelCase, tile: Tile, loop: Steady, problem: Problem, device
         found = predicted_time.clocks(loop, case, tile, split_grid(whole, Splits(number, chains=1)), problem, device)
         found += _merge_clocks(case, tile, blocks, number, device)
         if found < least:
-            best, least = (Splits(number, chains=1), found), found
+            best, least = (Splits(number, chains=1), found), found / _MORE_PARTS
     return best
 
 

@@ -478,7 +478,7 @@ def predict_without_tiles(kernel: KernelPlan, plan: Plan, card: Card) -> Launch:
     if kernel.spec == kernel_specs.BACKWARD_DKDV_MERGE:  # of parts that lie in L2
         split = plan.kernels[plan.kernels.index(kernel) - 1]
         nbytes = split.num_blocks * key_parts.part_bytes(split.case, split.tile)
-        return _short_launch(kernel, card, nbytes / multiprocessor(card.arch).l2_bytes / card.num_sms)
+        return _short_launch(kernel, card, nbytes / multiprocessor(card.arch).l2_bytes / min(card.num_sms, kernel.num_blocks))
     return predict_traffic(kernel, plan.problem, card)
 
 
