@@ -217,7 +217,9 @@ def test_a_call_with_features_is_predicted(tmp_path: Path) -> None:
     forward = segments["kernels"][1]
     tile_q, tile_kv = forward["tile"]["tile_q"], forward["tile"]["tile_kv"]
     assert 1024 % tile_q == 0
-    tiles_kv = -(-1024 // tile_kv) + (-(-2048 // tile_kv) - 1024 // tile_kv)  # of the first document and of the second, which may begin within a tile
+    tiles_kv = -(-1024 // tile_kv) + (
+        -(-2048 // tile_kv) - 1024 // tile_kv
+    )  # of the first document and of the second, which may begin within a tile
     assert forward["tiles_visited"] == 2 * 8 * (1024 // tile_q) * tiles_kv
     assert segments["predicted_milliseconds"] < whole["predicted_milliseconds"]
     assert packed["predicted_milliseconds"] < 0.7 * whole["predicted_milliseconds"]

@@ -74,7 +74,9 @@ def test_parts_add_up(case: str, splits: int, with_splits: Callable[[int], None]
     value = value[..., :40].copy() if case == "value" else value
     tile = TILE if head_dim <= 128 else None
     planned = names(cuflash.plan(query, key, value, enable_gqa=True, backward=True, tile=tile, **options))
-    assert planned.count("backward_dkdv_merge") == len([name for name in planned if name in ("backward_dkdv", "backward_dk", "backward_dv")])
+    assert planned.count("backward_dkdv_merge") == len(
+        [name for name in planned if name in ("backward_dkdv", "backward_dk", "backward_dv")]
+    )
     on.check(query, key, value, enable_gqa=True, backward_tile=tile, **options)
 
 

@@ -97,7 +97,10 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
         if fused.depends_on_lengths and (wgmma.depends_on_lengths or not wgmma.is_taken):
             specs += [BACKWARD_FUSED, BACKWARD_DQ]
         named = pinned if isinstance(pinned, Mapping) else {}
-        for way in (wgmma_backward.kernels(problem), kernels_of_their_own(problem, device)):  # whose blocks share out queries where there are few
+        for way in (
+            wgmma_backward.kernels(problem),
+            kernels_of_their_own(problem, device),
+        ):  # whose blocks share out queries where there are few
             if set(way) & {*present, *specs} and way[0].shares_queries:
                 default = tile_choice.default_tile(case_of(way[0], problem), device)
                 yield _with_queries(_with_heads(problem, 1), MANY_QUERIES), {way[0].name: default, **named}
@@ -112,7 +115,10 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
             yield few, {FORWARD_SPLIT.name: tile}
     for spec in dict.fromkeys(specs):
         if spec not in present:
-            yield _with_queries(problem, FEW_QUERIES) if spec == BACKWARD_DQ else problem, {spec.name: tile_choice.default_tile(case_of(spec, problem), device)}
+            yield (
+                _with_queries(problem, FEW_QUERIES) if spec == BACKWARD_DQ else problem,
+                {spec.name: tile_choice.default_tile(case_of(spec, problem), device)},
+            )
 
 
 def _tuned_kernels(
