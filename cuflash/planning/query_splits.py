@@ -19,9 +19,9 @@ from math import ceil
 from cuflash.hardware.device import Device
 from cuflash.planning import fused_backward, kernel_cases, predicted_backward, predicted_loops, predicted_time
 from cuflash.planning.kernel_cases import KernelCase
-from cuflash.planning.key_parts import LAUNCH_CLOCKS, MOST_BLOCKS, part_bytes, split_grid
 from cuflash.planning.kernel_plan import UNSPLIT, Buffer, KernelPlan, Splits
 from cuflash.planning.kernel_specs import KEY_PARTS
+from cuflash.planning.key_parts import LAUNCH_CLOCKS, MOST_BLOCKS, part_bytes, split_grid
 from cuflash.planning.predicted_time import TRAFFIC, Grid, Steady
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile
