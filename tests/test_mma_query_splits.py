@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 import pytest
-from conftest import Target
+from conftest import Target, poison_new_memory
 from problems import checked
 from test_wgmma_backward import backward_of
 from test_wgmma_forward import MASKS, inputs_of, names
@@ -41,7 +41,8 @@ def in_kernels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def with_splits(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Make calls take so many splits, whatever is predicted."""
+    """Make calls take so many splits, whatever is predicted, of parts that are NaN before."""
+    poison_new_memory(monkeypatch)
 
     def split(number: int) -> None:
         monkeypatch.setattr(calls, "_calls", {})
@@ -93,7 +94,7 @@ def test_members_of_batches(case: str, with_splits: Callable[[int], None]) -> No
         on.check(*inputs_of(on, (70, 50), heads=(4, 2), batches=(2, 1)), enable_gqa=True, backward_tile=TILE)
     else:
         query, key, value = inputs_of(on, (70, 50), heads=(4, 4))
-        on.check(query, key, value[:, :, :1].copy() if value.shape[2] == 4 else value[:, :1].copy(), enable_gqa=True, backward_tile=TILE)
+        on.check(query, key, value[:, :, :1].copy(), enable_gqa=True, backward_tile=TILE)
 
 
 @pytest.mark.sample(1)
@@ -130,7 +131,6 @@ def test_few_tiles_of_keys_are_split(head_dim: int, monkeypatch: pytest.MonkeyPa
     for kernel in split:
         assert 100 <= kernel.num_blocks <= 4 * 108
         assert few.kernels[few.kernels.index(kernel) + 1].name == "backward_dkdv_merge"
-        assert f"queries of a tile of keys in {kernel.splits.number} splits, " not in str(few)
         assert f"queries of a tile of keys in {kernel.splits.number} splits" in str(few)
     many = own_plan(head_dim, (16384, 4096), (32, 32))
     assert not any(kernel.splits.chains for kernel in many.kernels)
