@@ -96,14 +96,14 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
             specs += [wgmma_backward.kernels(problem)[0], BACKWARD_FUSED if fused.is_taken else BACKWARD_DQ]
         if fused.depends_on_lengths and (wgmma.depends_on_lengths or not wgmma.is_taken):
             specs += [BACKWARD_FUSED, BACKWARD_DQ]
-        named = pinned if isinstance(pinned, Mapping) else {}
         for way in (
             wgmma_backward.kernels(problem),
             kernels_of_their_own(problem, device),
         ):  # whose blocks share out queries where there are few
             if set(way) & {*present, *specs} and way[0].shares_queries:
-                default = tile_choice.default_tile(case_of(way[0], problem), device)
-                yield _with_queries(_with_heads(problem, 1), MANY_QUERIES), {way[0].name: default, **named}
+                default = {way[0].name: tile_choice.default_tile(case_of(way[0], problem), device)}
+                named = pinned if isinstance(pinned, Tile) else {**default, **(pinned or {})}
+                yield _with_queries(_with_heads(problem, 1), MANY_QUERIES), named
     else:
         present = forward_kernels(problem, device, pinned)
         if wgmma_forward.choose(problem, device, pinned).depends_on_lengths:
