@@ -166,8 +166,8 @@ struct alignas(8) RowStatistics {
   float delta;      // sum over d of dO * O, minus the gradient of lse
 };
 
-// How blocks of backward_wgmma.cu share out the queries of a tile of keys, and which of them add up dQ together, where there would be few blocks
-// (tile/query_splits.cuh).
+// How blocks of backward_wgmma.cu or backward_dkdv_mma.cu share out the queries of a tile of keys, and which of them add up dQ together, where there
+// would be few blocks (tile/query_splits.cuh).
 struct QuerySplits {
   float* key_parts;  // dK and dV of each block
   int num_splits;    // blocks of a tile of keys

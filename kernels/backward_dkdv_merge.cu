@@ -1,5 +1,5 @@
-// Behind backward_wgmma.cu where blocks share out the queries of a tile of keys (tile/query_splits.cuh): dK and dV, the sums of what each split has
-// given, in the order of the splits, scaled and converted.
+// Behind backward_wgmma.cu or backward_dkdv_mma.cu where blocks share out the queries of a tile of keys (tile/query_splits.cuh): dK and dV, the sums
+// of what each split has given, in the order of the splits, scaled and converted.
 //
 // A block has 16 keys, each of its warps every NUM_WARPS-th accumulator tile of their dK and dV.
 #include "tile/epilogue.cuh"
@@ -7,7 +7,7 @@
 #include "tile/query_splits.cuh"
 #include "tile/sequence.cuh"
 
-static_assert(SPLIT && HAS_VECTOR_RED, "parts lie four numbers of a lane together");
+static_assert(SPLIT && HEAD_SLICES == 1, "parts are of whole heads");
 
 // Stores an accumulator tile's columns from `column` on, of the first NUM_COLUMNS.
 template <int NUM_COLUMNS>

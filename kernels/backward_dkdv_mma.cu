@@ -2,7 +2,8 @@
 //
 // One block owns TILE_KV keys of one K/V head, each warp TILE_KV / NUM_WARPS of them, and walks over all queries that see them: all query tiles of
 // all query heads (and, where K or V is broadcast over the batch, of all batches) that share the head, one member of them after the other. Nothing is
-// added across blocks, so the result is the same bit for bit on every run. The scores are computed transposed,
+// added across blocks, so the result is the same bit for bit on every run. Where there would be few blocks, several share out these query tiles
+// (SPLIT, tile/query_splits.cuh), and a kernel behind adds up what each has stored. The scores are computed transposed,
 //     Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dV += Pᵀ dO,   dK += dSᵀ Q
 // so that Pᵀ and dSᵀ become the A operands of the last two products without leaving registers.
 //
@@ -18,6 +19,7 @@
 #include "tile/packed_tiles.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/products.cuh"
+#include "tile/query_splits.cuh"
 #include "tile/query_steps.cuh"
 #include "tile/row_statistics.cuh"
 #include "tile/score.cuh"
@@ -29,6 +31,7 @@
 constexpr int WARP_ROWS = TILE_KV / ROW_WARPS;
 constexpr bool COMPUTE_DK = Config::COMPUTE_DK;
 constexpr bool COMPUTE_DV = Config::COMPUTE_DV;
+constexpr bool MAY_PASS_OVER = PER_HEAD_WALK || SPLIT;  // members of whose queries none is the block's
 
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_Q / 8;
@@ -41,11 +44,26 @@ static_assert(HEAD_SLICES * SLICE_BYTES + NUM_STAGES * StatisticsOfColumns::BYTE
                   Config::SHARED_BYTES,
               "shared memory differs from the plan's");
 
-// Each warp stores its rows, which pass through its part of K.
-template <int N_K, int N_V>
-DEVICE void store_gradients(float (&dK)[M_TILES][N_K][4], float (&dV)[M_TILES][N_V][4], const BackwardArguments& arguments, const Work& work,
-                            SmemAddress K_smem, int start_kv) {
+static_assert(!SPLIT || (HEAD_SLICES == 1 && !TILE_LISTS && !VARLEN), "the plan splits no heads in slices, lists of tiles or packed sequences");
+
+// Which keys are the block's, and of a split which of their queries.
+DEVICE BlockWork work_of(const BackwardArguments& arguments) {
+  const int num_heads = arguments.geometry.num_heads_q / arguments.group_heads;
+  if constexpr (!SPLIT) return {work_in_order<CAUSAL, false>(arguments, num_heads)};
+  BlockWork work = split_work_in_order(arguments, num_heads);
+  work.own = steps_of_split(arguments, work);
+  return work;
+}
+
+// Stores what the warp has summed up, or a split's part of it. K_smem is room for it, which no other warp reads.
+template <int K_TILES, int V_TILES>
+DEVICE void store_gradients(const BackwardArguments& arguments, const BlockWork& work, float (&dK)[M_TILES][K_TILES][4],
+                            float (&dV)[M_TILES][V_TILES][4], SmemAddress K_smem, int start_kv) {
   const int first_kv = work.tile * TILE_KV, warp_row = row_warp_index() * WARP_ROWS;
+  if constexpr (SPLIT) {
+    store_part(arguments, work, dK, dV, warp_row / 16);
+    return;
+  }
   const int num_rows = sequence_length(packed_keys(arguments), work.batch);  // that have gradients
   if constexpr (COMPUTE_DV) {
     if constexpr (DROPOUT) multiply_all(dV, arguments.features.dropout_scale);
@@ -59,7 +77,7 @@ DEVICE void store_gradients(float (&dK)[M_TILES][N_K][4], float (&dV)[M_TILES][N
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(const __grid_constant__ BackwardArguments arguments) {
   const int heads_per_kv = arguments.geometry.num_heads_q / arguments.geometry.num_heads_kv;
-  const Work work = work_in_order<CAUSAL, false>(arguments, arguments.geometry.num_heads_q / arguments.group_heads);
+  const BlockWork work = work_of(arguments);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
@@ -90,6 +108,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   const int common_keys = common.end_key(0, first_geometry.seqlen_q);
   const int num_members = PER_HEAD_WALK || common_steps.begin < common_steps.end ? arguments.group_batch * arguments.group_heads : 0;
   int loaded_kv = -1;  // (batch, K/V head) in shared memory
+  int steps_before = 0;  // of earlier members, where splits count them
 
 #pragma unroll 1
   for (int member = 0; member < num_members; ++member) {
@@ -98,9 +117,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     const auto& geometry = geometry_of(arguments, batch);
     const Visibility visibility(geometry, arguments.features, batch, head);
     VisibleTilesAhead<NUM_STAGES> tiles(geometry, arguments.features, batch, head, work.tile, (geometry.seqlen_q + TILE_Q - 1) / TILE_Q);
-    const Steps steps = TILE_LISTS ? Steps{0, tiles.count()} : PER_HEAD_WALK ? query_steps(visibility, first_kv) : common_steps;
+    const Steps all_steps = TILE_LISTS ? Steps{0, tiles.count()} : PER_HEAD_WALK ? query_steps(visibility, first_kv) : common_steps;
+    const Steps steps = SPLIT ? own_steps(work.own, all_steps, steps_before) : all_steps;
     const int num_keys = PER_HEAD_WALK ? visibility.end_key(0, geometry.seqlen_q) : common_keys;  // keys beyond are not even read
-    if (PER_HEAD_WALK && steps.begin >= steps.end) continue;
+    if (MAY_PASS_OVER && steps.begin >= steps.end) continue;
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
     const StatisticsView view(arguments, batch, head, start_q, geometry.seqlen_q);
     auto statistics_of = [&](int step) { return Statistics(statistics_smem + stage_of(step) * Statistics::BYTES, view, tiles.tile(step) * TILE_Q); };
@@ -122,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     if constexpr (NUM_STAGES > 1) __syncthreads();  // every warp is done with the tiles of the previous member; one stage ends with a barrier
     const int kv = batch * geometry.num_heads_kv + head / heads_per_kv;
     // Another K/V head, or the first. Where members can be passed over, the one that is loaded has to be remembered.
-    if (SLICE_PIECES == 1 && (PER_HEAD_WALK ? kv != loaded_kv : head % heads_per_kv == 0 || member % arguments.group_heads == 0)) {
+    if (SLICE_PIECES == 1 && (MAY_PASS_OVER ? kv != loaded_kv : head % heads_per_kv == 0 || member % arguments.group_heads == 0)) {
       loaded_kv = kv;
       K.load(0);
       if constexpr (COMPUTE_DK) V.load(0);
@@ -178,5 +198,5 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     }
   }
 
-  store_gradients(dK, dV, arguments, work, K_smem, start_kv);
+  store_gradients(arguments, work, dK, dV, K_smem, start_kv);
 }

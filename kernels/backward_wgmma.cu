@@ -377,20 +377,6 @@ DEVICE void clear_hidden_keys(const BackwardWgmmaArguments& arguments, const Blo
   sync_warpgroup(COMPUTING_BARRIER + 1 + warpgroup);
 }
 
-// Stores dK and dV of a warpgroup's queries for backward_dkdv_merge.cu.
-DEVICE void store_part(const BackwardWgmmaArguments& arguments, const BlockWork& work, const WarpgroupKeys& keys, int warpgroup) {
-  const int num_heads = arguments.geometry.num_heads_q / arguments.group_heads;
-  float* part = key_part(arguments, work, num_heads, work.split, 4 * warpgroup + warp_of_warpgroup());
-  if constexpr (COMPUTE_DK) {
-#pragma unroll
-    for (int n = 0; n < D_TILES; ++n) store_fragment(part + n * FRAGMENT_FLOATS, keys.dK[0][n]);
-  }
-  if constexpr (COMPUTE_DV) {
-#pragma unroll
-    for (int n = 0; n < DV_TILES; ++n) store_fragment(part + (DK_TILES + n) * FRAGMENT_FLOATS, keys.dV[0][n]);
-  }
-}
-
 // What a warpgroup of those that compute does.
 DEVICE void compute(const BackwardWgmmaArguments& arguments, const BlockWork& work, const SharedMemory& shared) {
   const int warpgroup = warpgroup_index() - 1;
@@ -415,7 +401,7 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const BlockWork& wo
   const int num_rows = sequence_length(packed_keys(arguments), work.batch);  // that have gradients
   const int start = Starts(arguments, work.batch).kv;
   if constexpr (SPLIT) {
-    store_part(arguments, work, keys, warpgroup);
+    store_part(arguments, work, keys.dK, keys.dV, 4 * warpgroup + warp_of_warpgroup());
     return;
   }
   if constexpr (COMPUTE_DV) {

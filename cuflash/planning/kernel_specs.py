@@ -185,12 +185,12 @@ class KernelSpec:
     @property
     def shares_queries(self) -> bool:
         """Its blocks may share out the queries of a tile of keys (query_splits.py)."""
-        return self.owns_keys and self.maps_tensors
+        return self.is_tiled and KEY_PARTS in self.workspace
 
     @property
     def walks_table(self) -> bool:
         """Where data hide tiles, its blocks walk over a table of the places of tiles in the place of lists (kernels/tile/visible_tiles.cuh)."""
-        return bool(self.added_up) or self.shares_queries
+        return bool(self.added_up) or (self.owns_keys and self.maps_tensors)
 
     @property
     def reads_value(self) -> bool:
@@ -307,21 +307,21 @@ BACKWARD_DQ_CONVERT = KernelSpec("backward_dq_convert", "backward_dq_convert.cu"
 BACKWARD_DKDV_MERGE = KernelSpec(
     "backward_dkdv_merge", "backward_dkdv_merge.cu", BACKWARD_ARGUMENTS, backward=True, workspace=(KEY_PARTS,), num_warps=8
 )
-"""dK and dV of what blocks of a kernel of wgmma give that share out queries (query_splits.py)."""
+"""dK and dV of what blocks give that share out queries (query_splits.py)."""
 BACKWARD_DKDV = KernelSpec(
-    "backward_dkdv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
+    "backward_dkdv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=(*_ROWS, KEY_PARTS),
     rows_of="key", stationary=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK", "dV"),
-    constants=(("COMPUTE_DK", True), ("COMPUTE_DV", True)), costs=_JOINT_COSTS,
+    constants=(("TRANSPOSED_SUMS", False), ("COMPUTE_DK", True), ("COMPUTE_DV", True)), costs=_JOINT_COSTS,
 )  # fmt: skip
 BACKWARD_DV = KernelSpec(
-    "backward_dv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
+    "backward_dv", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=(*_ROWS, KEY_PARTS),
     rows_of="value", stationary=("key",), streamed=("query", "grad_out"), statistics=True, scores=("S",), outputs=("dV",),
-    constants=(("COMPUTE_DK", False), ("COMPUTE_DV", True)),
+    constants=(("TRANSPOSED_SUMS", False), ("COMPUTE_DK", False), ("COMPUTE_DV", True)),
 )  # fmt: skip
 BACKWARD_DK = KernelSpec(
-    "backward_dk", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
+    "backward_dk", "backward_dkdv_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=(*_ROWS, KEY_PARTS),
     rows_of="key", stationary=("key", "value"), streamed=("query", "grad_out"), statistics=True, scores=("S", "dP"), outputs=("dK",),
-    constants=(("COMPUTE_DK", True), ("COMPUTE_DV", False)),
+    constants=(("TRANSPOSED_SUMS", False), ("COMPUTE_DK", True), ("COMPUTE_DV", False)),
 )  # fmt: skip
 BACKWARD_DQ = KernelSpec(
     "backward_dq", "backward_dq_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,

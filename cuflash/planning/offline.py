@@ -20,12 +20,14 @@ from cuflash.planning import (
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, FORWARD_WGMMA_WIDE, KernelSpec
-from cuflash.planning.planner import backward_choices, backward_kernels, check_names, forward_kernels, make_plan
+from cuflash.planning.planner import backward_choices, backward_kernels, check_names, forward_kernels, kernels_of_their_own, make_plan
 from cuflash.problem.features import BESIDE, NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.problem.layout import Layout, View
 from cuflash.problem.problem import DTYPES, Problem
 from cuflash.problem.tile import Tile, Tiles
 
+FEW_QUERIES, MANY_QUERIES = 32, 1024
+"""With which kernels of dK and dV never share out queries, and with which they do, where they have one head."""
 MANY_KEYS = 2**20
 """Of which there are splits to merge."""
 MANY_HEADS = 256
@@ -94,11 +96,15 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
             specs += [wgmma_backward.kernels(problem)[0], BACKWARD_FUSED if fused.is_taken else BACKWARD_DQ]
         if fused.depends_on_lengths and (wgmma.depends_on_lengths or not wgmma.is_taken):
             specs += [BACKWARD_FUSED, BACKWARD_DQ]
-        of_wgmma = wgmma_backward.kernels(problem)
-        if set(of_wgmma) & {*present, *specs}:  # whose blocks share out queries where there are few
-            named = pinned if isinstance(pinned, Mapping) else {}
-            default = tile_choice.default_tile(case_of(of_wgmma[0], problem), device)
-            yield _with_heads(problem, MANY_HEADS, 1), {of_wgmma[0].name: default, **named}
+        for way in (
+            wgmma_backward.kernels(problem),
+            kernels_of_their_own(problem, device),
+        ):  # whose blocks share out queries where there are few
+            if set(way) & {*present, *specs} and way[0].shares_queries:
+                default = {way[0].name: tile_choice.default_tile(case_of(way[0], problem), device)}
+                named = pinned if isinstance(pinned, Tile) else {**default, **(pinned or {})}
+                one_head = _with_heads(problem, MANY_HEADS, 1) if way[0].maps_tensors else _with_queries(_with_heads(problem, 1), MANY_QUERIES)
+                yield one_head, named
     else:
         present = forward_kernels(problem, device, pinned)
         if wgmma_forward.choose(problem, device, pinned).depends_on_lengths:
@@ -110,7 +116,10 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
             yield few, {FORWARD_SPLIT.name: tile}
     for spec in dict.fromkeys(specs):
         if spec not in present:
-            yield problem, {spec.name: tile_choice.default_tile(case_of(spec, problem), device)}
+            yield (
+                _with_queries(problem, FEW_QUERIES) if spec == BACKWARD_DQ else problem,
+                {spec.name: tile_choice.default_tile(case_of(spec, problem), device)},
+            )
 
 
 def _tuned_kernels(
@@ -134,9 +143,15 @@ def _of_pass(tile: Tiles, *, backward: bool) -> Tiles:
 
 
 def _unsplit(problem: Problem, device: Device, pinned: Tiles) -> Problem:
-    """The representative of backward calls, with so many heads that no block shares out queries."""
-    shares_queries = any(kernel.spec.shares_queries for kernel in make_plan(problem, device, backward=True, tile=pinned).kernels)
-    return _with_heads(problem, MANY_HEADS) if shares_queries else problem
+    """The representative of backward calls, with so many heads that no block of wgmma shares out queries, or so few queries that none of mma.sync does."""
+    sharing = [kernel for kernel in make_plan(problem, device, backward=True, tile=pinned).kernels if kernel.spec.shares_queries]
+    if any(kernel.spec.maps_tensors for kernel in sharing):
+        return _with_heads(problem, MANY_HEADS)
+    return _with_queries(problem, FEW_QUERIES) if sharing else problem
+
+
+def _with_queries(problem: Problem, number: int) -> Problem:
+    return replace(problem, seqlen_q=number, max_seqlen_q=number)
 
 
 def _with_heads(problem: Problem, heads: int, key_heads: int | None = None) -> Problem:

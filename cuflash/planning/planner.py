@@ -263,9 +263,10 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         constants["COPIES_MASK"] = case.copies_mask(device)
     splits = UNSPLIT
     if spec.shares_queries:
-        constants["GRAD_OUT_STAGES"] = kernel_cases.grad_out_stages(case, tile, device)
         splits = query_splits.choose(case, tile, problem, device)
         constants["SPLIT"] = bool(splits.chains)
+    if spec.shares_queries and spec.maps_tensors:
+        constants["GRAD_OUT_STAGES"] = kernel_cases.grad_out_stages(case, tile, device)
         constants["CONVERTS_SUMS"] = not splits.chains and kernel_cases.converts_sums(spec, problem)
     if spec.added_up and spec.implementation == "mma":
         constants["SHARING_WARPS"] = case.sharing_warps(tile, device)

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from cuflash.hardware.device import Device
-from cuflash.planning import predicted_time
+from cuflash.planning import key_parts, predicted_time
 from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning.kernel_plan import UNSPLIT, Splits
 from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.planning.predicted_time import Steady
 from cuflash.problem.problem import Problem
@@ -69,6 +70,15 @@ def is_known(kernel: KernelSpec, problem: Problem, device: Device) -> bool:
 
 
 def clocks(case: KernelCase, tile: Tile, problem: Problem, device: Device, section: int = 0) -> float:
-    """Of a kernel that the model was asked about."""
+    """Of a kernel that the model was asked about; where its blocks share out queries, with the merge of their parts."""
+    if case.kernel.shares_queries:
+        return key_parts.fastest(case, tile, STEADY[device.arch, case.kernel.name, case.head_dim], problem, device)[1]
     grid = predicted_time.grid_of(case, tile, problem, section)
     return predicted_time.clocks(STEADY[device.arch, case.kernel.name, case.head_dim], case, tile, grid, problem, device)
+
+
+def splits_of(case: KernelCase, tile: Tile, problem: Problem, device: Device) -> Splits:
+    """How blocks of a kernel of mma.sync share out the queries of a tile of keys."""
+    if not is_known(case.kernel, problem, device):
+        return UNSPLIT
+    return key_parts.fastest(case, tile, STEADY[device.arch, case.kernel.name, case.head_dim], problem, device)[0]

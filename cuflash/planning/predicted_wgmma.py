@@ -100,7 +100,7 @@ def others_milliseconds(others: Sequence[KernelCase], problem: Problem, device: 
 def milliseconds(case: KernelCase, loop: Steady, problem: Problem, device: Device, section: int = 0, all_masked: bool = False) -> float:
     """That a kernel takes with its default tile; one that adds up dQ together with the conversion of its sums."""
     tile = tile_choice.default_tile(case, device)
-    if case.kernel.shares_queries:
+    if case.kernel.shares_queries and case.kernel.implementation == "wgmma":
         _, clocks, grid = query_splits.fastest(case, tile, loop, problem, device, all_masked)
         return _milliseconds(clocks, case, tile, grid, device)
     masked = loop.masked if all_masked or case.kernel.implementation == "wgmma" else 1.0

@@ -1,11 +1,13 @@
-"""Whether blocks of the backward kernels of wgmma share out the queries of a tile of keys, where a call has few tiles of keys, and into how many splits.
+"""Whether blocks of the backward kernels that own keys share out the queries of a tile of keys, where a call has few tiles of keys, and into how many splits.
 
 Each split stores its dK and dV in float32, and `backward_dkdv_merge` adds them up in the order of the splits. Blocks of one head that start together add to dQ one after the other, the
 last one as many trips behind as there are tiles of keys: so tiles of keys are also cut into chains, each with sums of dQ of its own, which `backward_dq_convert` adds up. Both orders are
 fixed, so the bits are the same on every run (kernels/tile/query_splits.cuh). By the timing model: of all numbers of splits and chains the fastest, if it gains more than predictions
 may be wrong by; where nothing is predicted of a kernel, its calls are not split.
 
-Memory: the parts are `splits` times dK and dV in float32, of at most `_MOST_BLOCKS` blocks of the grid for each SM; the sums are at most `_MOST_SUMS_BYTES`, or those of one chain.
+Of kernels of mma.sync see `key_parts`, where what both have is; here is what is of wgmma only, and what the plan needs.
+
+Memory: the parts are `splits` times dK and dV in float32, of at most `MOST_BLOCKS` blocks for each SM; the sums are at most `_MOST_SUMS_BYTES`, or those of one chain.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from collections.abc import Iterator
 from math import ceil
 
 from cuflash.hardware.device import Device
-from cuflash.planning import fused_backward, kernel_cases, predicted_loops, predicted_time
+from cuflash.planning import fused_backward, kernel_cases, predicted_backward, predicted_loops, predicted_time
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import UNSPLIT, Buffer, KernelPlan, Splits
 from cuflash.planning.kernel_specs import KEY_PARTS
+from cuflash.planning.key_parts import LAUNCH_CLOCKS, MOST_BLOCKS, part_bytes, split_grid
 from cuflash.planning.predicted_time import TRAFFIC, Grid, Steady
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile
@@ -28,16 +31,14 @@ LEAST_GAIN = 1.1
 
 _MOST_SPLITS = 16
 _MOST_CHAINS = 16
-_MOST_BLOCKS = 4
-"""For each SM."""
 _MOST_SUMS_BYTES = 2**26
 """Of more than one chain: a little more than L2 holds, of which blocks that run at one time add to a part."""
-_LAUNCH_CLOCKS = 1800.0
-"""Of one more kernel in a stream; timing/machine.py's `kernel_start`, 1 µs."""
 
 
 def choose(case: KernelCase, tile: Tile, problem: Problem, device: Device) -> Splits:
-    """How blocks of a kernel of wgmma share out queries; `UNSPLIT` where each has all that see its keys."""
+    """How blocks of a kernel share out queries; `UNSPLIT` where each has all that see its keys."""
+    if case.kernel.implementation == "mma":
+        return predicted_backward.splits_of(case, tile, problem, device)
     loops = predicted_loops.loops_of([case.kernel.name], problem)
     if device.arch != predicted_loops.ARCH or loops is None:
         return UNSPLIT
@@ -56,11 +57,11 @@ def fastest(
     if case.kernel.added_up:
         by_blocks = kernel_cases.converts_sums(case.kernel, problem)
         unsplit += predicted_time.conversion_clocks(problem, device, by_blocks=by_blocks)
-        launched = 0.0 if by_blocks else _LAUNCH_CLOCKS
+        launched = 0.0 if by_blocks else LAUNCH_CLOCKS
     best = UNSPLIT, unsplit, whole
     least = (unsplit + launched) / LEAST_GAIN
     for splits in _candidates(case, tile, whole, problem, device):
-        grid = _split_grid(whole, splits)
+        grid = split_grid(whole, splits)
         found = predicted_time.clocks(loop, case, tile, grid, problem, device) + _clocks_behind(case, tile, grid, problem, device)
         if found < least:
             best, least = (splits, found, grid), found
@@ -68,12 +69,12 @@ def fastest(
 
 
 def _candidates(case: KernelCase, tile: Tile, whole: Grid, problem: Problem, device: Device) -> Iterator[Splits]:
-    """Of calls that have less than `_MOST_BLOCKS` blocks for each SM; the fewest first."""
+    """Of calls that have less than `MOST_BLOCKS` blocks for each SM; the fewest first."""
     blocks, longest = max(whole.heads * len(whole.trips), _launched(case, tile, problem)), max(whole.trips, default=0)
     has_chains = bool(case.kernel.added_up) and not problem.features.kinds.lists_tiles
     sums = fused_backward.sums_bytes(problem, tile, case.head_dim)
     for number in range(1, _MOST_SPLITS + 1):
-        if blocks * number > _MOST_BLOCKS * device.num_sms or number > max(1, longest):
+        if blocks * number > MOST_BLOCKS * device.num_sms or number > max(1, longest):
             return
         chains = 1
         while chains <= min(_MOST_CHAINS, len(whole.trips)):
@@ -91,29 +92,16 @@ def _launched(case: KernelCase, tile: Tile, problem: Problem) -> int:
     return batch * heads * ceil(problem.owned_keys / case.stationary_rows(tile))
 
 
-def _split_grid(whole: Grid, splits: Splits) -> Grid:
-    """The same blocks, each cut into splits of about as many trips."""
-    trips = [ceil(count / splits.number) for count in whole.trips for _ in range(splits.number)]
-    return whole._replace(trips=trips, splits=splits.number, chains=splits.chains)
-
-
 def _clocks_behind(case: KernelCase, tile: Tile, grid: Grid, problem: Problem, device: Device) -> float:
     """Of parts that are stored and merged, and sums of chains that are added up, by kernels of their own."""
     traffic, sms = TRAFFIC[device.arch], device.num_sms
     blocks = grid.heads * len(grid.trips)
     stored = part_bytes(case, tile) / traffic.l2  # of a block, as it ends
-    merged = blocks * part_bytes(case, tile) / traffic.l2 / sms + _LAUNCH_CLOCKS
+    merged = blocks * part_bytes(case, tile) / traffic.l2 / sms + LAUNCH_CLOCKS
     if not case.kernel.added_up:
         return stored + merged
     more_sums = (grid.chains - 1) * 4 * problem.query_rows * problem.head_dim / traffic.memory / sms
-    return stored + merged + predicted_time.conversion_clocks(problem, device) + more_sums + _LAUNCH_CLOCKS
-
-
-def part_bytes(case: KernelCase, tile: Tile) -> int:
-    """Of dK and dV of one block in float32, columns rounded up."""
-    columns, columns_v = (ceil(of / 16) * 16 for of in (case.head_dim, case.head_dim_v))
-    outputs = case.kernel.outputs
-    return 4 * tile.tile_kv * (columns * ("dK" in outputs) + columns_v * ("dV" in outputs))
+    return stored + merged + predicted_time.conversion_clocks(problem, device) + more_sums + LAUNCH_CLOCKS
 
 
 def arguments(kernel: KernelPlan, problem: Problem) -> dict[str, int | str]:

@@ -19,7 +19,7 @@ from cuflash.hardware import device, occupancy
 from cuflash.hardware.device import Device
 from cuflash.jit import cache
 from cuflash.jit.compiler import CompileRequest, KernelResources
-from cuflash.planning import kernel_specs, query_splits
+from cuflash.planning import kernel_specs, key_parts
 from cuflash.planning.block_order import in_order
 from cuflash.planning.kernel_cases import KernelCase, conversion_bytes, converts_sums, multiply_adds
 from cuflash.planning.kernel_plan import KernelPlan
@@ -462,7 +462,7 @@ def _block_overhead(kernel: KernelPlan, problem: Problem, machine: Multiprocesso
     stored = rows * (width if {"dK", "dV"} <= set(kernel.spec.outputs) else width / 2)
     converted = 0.0
     if kernel.splits.chains:
-        stored = query_splits.part_bytes(kernel.case, tile)
+        stored = key_parts.part_bytes(kernel.case, tile)
     elif converts_sums(kernel.spec, problem):  # its own of all sums of dQ
         blocks = kernel.num_tiles * problem.key_shape[0] * problem.num_heads_kv
         converted = machine.copy_latency + conversion_bytes(problem) / blocks / machine.l2_bytes
@@ -477,8 +477,8 @@ def predict_without_tiles(kernel: KernelPlan, plan: Plan, card: Card) -> Launch:
     """
     if kernel.spec == kernel_specs.BACKWARD_DKDV_MERGE:  # of parts that lie in L2
         split = plan.kernels[plan.kernels.index(kernel) - 1]
-        nbytes = split.num_blocks * query_splits.part_bytes(split.case, split.tile)
-        return _short_launch(kernel, card, nbytes / multiprocessor(card.arch).l2_bytes / card.num_sms)
+        nbytes = split.num_blocks * key_parts.part_bytes(split.case, split.tile)
+        return _short_launch(kernel, card, nbytes / multiprocessor(card.arch).l2_bytes / min(card.num_sms, kernel.num_blocks))
     return predict_traffic(kernel, plan.problem, card)
 
 

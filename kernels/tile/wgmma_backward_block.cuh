@@ -92,39 +92,13 @@ struct Starts {
         kv(sequence_start(arguments.lengths.cu_seqlens_kv, sequence, arguments.geometry.seqlen_kv)) {}
 };
 
-// body(batch, head, geometry, visibility, steps) for every batch and query head whose gradients blocks with the tile of keys sum up, with all steps.
-template <typename Body>
-DEVICE void for_each_whole_member(const BackwardWgmmaArguments& arguments, const BlockWork& work, const Body& body) {
-  const int num_members = arguments.group_batch * arguments.group_heads;
-#pragma unroll 1
-  for (int member = 0; member < num_members; ++member) {
-    const int batch = work.batch * arguments.group_batch + member / arguments.group_heads;
-    const int head = work.head * arguments.group_heads + member % arguments.group_heads;
-    const auto& geometry = geometry_of(arguments, batch);
-    const Visibility visibility(geometry, arguments.features, batch, head);
-    body(batch, head, geometry, visibility, query_steps(visibility, work.tile * TILE_KV));
-  }
-}
-
-// A block's own of all steps of its tile of keys.
-DEVICE Steps steps_of_split(const BackwardWgmmaArguments& arguments, const BlockWork& work) {
-  int total = 0;
-  for_each_whole_member(arguments, work,
-                        [&](int, int, const Geometry&, const Visibility&, const Steps& all) { total += max(all.end - all.begin, 0); });
-  const int num_splits = arguments.splits.num_splits;
-  return {uniform(int(int64(total) * work.split / num_splits)), uniform(int(int64(total) * (work.split + 1) / num_splits))};
-}
-
-// The same with the block's own steps.
+// body(batch, head, geometry, visibility, steps) for every batch and query head whose gradients the block sums up, with its own steps.
 template <typename Body>
 DEVICE void for_each_member(const BackwardWgmmaArguments& arguments, const BlockWork& work, const Body& body) {
   if constexpr (SPLIT) {
     int before = 0;
     for_each_whole_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& all) {
-      const int count = max(all.end - all.begin, 0);
-      auto cut = [&](int step) { return all.begin + min(max(step - before, 0), count); };
-      body(batch, head, geometry, visibility, Steps{cut(work.own.begin), cut(work.own.end)});
-      before += count;
+      body(batch, head, geometry, visibility, own_steps(work.own, all, before));
     });
   } else {
     for_each_whole_member(arguments, work, body);
