@@ -103,7 +103,9 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
             if set(way) & {*present, *specs} and way[0].shares_queries:
                 default = {way[0].name: tile_choice.default_tile(case_of(way[0], problem), device)}
                 named = pinned if isinstance(pinned, Tile) else {**default, **(pinned or {})}
-                one_head = _with_heads(problem, MANY_HEADS, 1) if way[0].maps_tensors else _with_queries(_with_heads(problem, 1), MANY_QUERIES)
+                one_head = (
+                    _with_heads(problem, MANY_HEADS, 1) if way[0].maps_tensors else _with_queries(_with_heads(problem, 1), MANY_QUERIES)
+                )
                 yield one_head, named
     else:
         present = forward_kernels(problem, device, pinned)
