@@ -463,15 +463,14 @@ def _sinks_kernel(problem: Problem, device: Device) -> KernelPlan:
     )  # fmt: skip
 
 
-def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> KernelPlan:
-    """The kernel that makes dQ of the sums of the fused one."""
-    spec = kernel_specs.BACKWARD_DQ_CONVERT
-    tile = Tile(fused.tile.tile_q, 16, fused.tile.tile_q // 16, 1)
-    shared_bytes = tile.tile_q * 2 * fused.case.columns(device)[0]
-    constants: dict[str, int | bool | str] = {
+def _constants_behind(
+    of: KernelPlan, tile: Tile, problem: Problem, device: Device, *, head_dim_v: int, shared_bytes: int = 0
+) -> dict[str, int | bool | str]:
+    """Of a kernel that makes gradients of what the blocks of another one have added up or given in parts."""
+    return {
         "CAPABILITY": device.capability,
         "HEAD_DIM": problem.head_dim,
-        "HEAD_DIM_V": problem.head_dim,
+        "HEAD_DIM_V": head_dim_v,
         "HEAD_SLICES": 1,
         "SLICE_PIECES": 1,
         "TILE_Q": tile.tile_q,
@@ -485,9 +484,17 @@ def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> Kern
         "IN_PLACES": problem.in_places,
         "ALLOW_TF32": False,
         "VECTORIZED": problem.vectorized,
-        "SPLIT": bool(fused.splits.chains),
-        **dict(fused.spec.constants),
+        "SPLIT": bool(of.splits.chains),
+        **dict(of.spec.constants),
     }
+
+
+def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> KernelPlan:
+    """The kernel that makes dQ of the sums of the fused one."""
+    spec = kernel_specs.BACKWARD_DQ_CONVERT
+    tile = Tile(fused.tile.tile_q, 16, fused.tile.tile_q // 16, 1)
+    shared_bytes = tile.tile_q * 2 * fused.case.columns(device)[0]
+    constants = _constants_behind(fused, tile, problem, device, head_dim_v=problem.head_dim, shared_bytes=shared_bytes)
     case = KernelCase(spec, problem.dtype, problem.head_dim)
     batches, num_tiles = problem.batch, ceil(problem.owned_queries / tile.tile_q)
     if problem.num_sequences is not None:
@@ -503,27 +510,8 @@ def _convert_kernel(fused: KernelPlan, problem: Problem, device: Device) -> Kern
 def _dkdv_merge_kernel(of: KernelPlan, problem: Problem, device: Device) -> KernelPlan:
     """The kernel that makes dK and dV of what the blocks of a split one give."""
     spec, tile = kernel_specs.BACKWARD_DKDV_MERGE, replace(of.tile, num_warps=kernel_specs.BACKWARD_DKDV_MERGE.num_warps, num_stages=1)
-    constants: dict[str, int | bool | str] = {
-        "CAPABILITY": device.capability,
-        "HEAD_DIM": problem.head_dim,
-        "HEAD_DIM_V": problem.head_dim_v,
-        "HEAD_SLICES": 1,
-        "SLICE_PIECES": 1,
-        "TILE_Q": tile.tile_q,
-        "TILE_KV": tile.tile_kv,
-        "NUM_WARPS": tile.num_warps,
-        "NUM_STAGES": 1,
-        "SHARED_BYTES": 0,
-        "CAUSAL": False,
-        "VARLEN": problem.num_sequences is not None,
-        "SEQLENS_KV": problem.in_places,
-        "IN_PLACES": problem.in_places,
-        "ALLOW_TF32": False,
-        "VECTORIZED": problem.vectorized,
-        "SPLIT": True,
-        **replace(NO_FEATURES, dropout=of.case.features.dropout).constants(),
-        **dict(of.spec.constants),
-    }
+    constants = _constants_behind(of, tile, problem, device, head_dim_v=problem.head_dim_v)
+    constants |= replace(NO_FEATURES, dropout=of.case.features.dropout).constants()
     heads = problem.num_heads_q // of.group_heads
     batches = problem.batch // of.group_batch if problem.num_sequences is None else problem.num_sequences
     return KernelPlan(
