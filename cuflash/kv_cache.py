@@ -136,8 +136,7 @@ class KVCache:
                 "One key is key[:, None].",
             )
         new = int(shape[1])
-        if new > self._spare:
-            self._take_pages([length + new for length in self.lengths])
+        self.reserve(new)
         result = attention_with_kvcache(
             query,
             self._keys,
@@ -155,6 +154,16 @@ class KVCache:
         self._of_steps += new
         self._spare -= new
         return result
+
+    @property
+    def room(self) -> int:
+        """Keys that a row of `page_table` has places for: the last extent of an `attn_mask`."""
+        return int(self.page_table.shape[1] * self.keys.shape[1])
+
+    def reserve(self, new: int) -> None:
+        """Take pages now for `new` more keys of each sequence, as `attend` does when they come."""
+        if new > self._spare:
+            self._take_pages([length + new for length in self.lengths])
 
     def truncate(self, sequence: int, length: int = 0) -> None:
         """Forget the keys of a sequence from `length` on, as of tokens that were speculated wrongly, or all of them; their pages are free for others."""

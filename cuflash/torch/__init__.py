@@ -15,7 +15,7 @@ Nothing of cuflash imports this package or torch: whoever imports `cuflash.torch
 | `registry.py` | cuflash in torch's registry of flash kernels |
 | `switch.py` | cuflash in the place of `torch.nn.functional.scaled_dot_product_attention` |
 | `modules.py` | torch's `MultiheadAttention` and `TransformerEncoderLayer` on cuflash |
-| `transformers.py` | cuflash as an attention of transformers |
+| `transformers.py`, `transformers_cache.py` | cuflash as an attention of transformers, and `KVCache` as its cache |
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from cuflash.torch.ring import ring_attention
 from cuflash.torch.shards import gather_sequence, shard_sequence
 from cuflash.torch.switch import Report, disable, enable, report, use
 from cuflash.torch.transformers import register_transformers
+from cuflash.torch.transformers_cache import transformers_cache
 
 registry.register()
 
@@ -52,6 +53,7 @@ __all__ = [
     "ring_attention",
     "scaled_dot_product_attention",
     "shard_sequence",
+    "transformers_cache",
     "use",
     "varlen_attention",
 ]

@@ -1,7 +1,8 @@
 """cuflash as an attention of Hugging Face's transformers: `attn_implementation=cuflash.torch.register_transformers()`.
 
 Masks are those that transformers makes for torch's function: none where the causal or full pattern says all, else boolean ones, which hold padding, windows, chunks and
-packed documents, and whose empty tiles the kernels skip. A static cache is read as far as its mask shows any key. Imported only when asked for; transformers with an
+packed documents, and whose empty tiles the kernels skip. A static cache is read as far as its mask shows any key. `transformers_cache` makes a cache of pages for
+`generate(past_key_values=…)` (transformers_cache.py). Imported only when asked for; transformers with an
 `AttentionInterface` is needed then.
 """
 
@@ -14,6 +15,7 @@ import torch
 
 from cuflash.errors import OptionError, SetupError, UnsupportedError
 from cuflash.torch.attention import scaled_dot_product_attention
+from cuflash.torch.transformers_cache import AppendedKeys
 
 NAME = "cufl"
 _FEW_QUERIES = 16
@@ -73,6 +75,9 @@ def attention(
     if others.get("output_attentions"):
         hint = "The probabilities are never formed: attn_implementation='eager' forms them."
         raise UnsupportedError("output_attentions", "True", "False", hint)
+    if isinstance(key, AppendedKeys):
+        sinks = None if s_aux is None else s_aux.float()
+        return key.attend(query, value, attention_mask, position_bias, dropout, scale=scaling, softcap=softcap, sinks=sinks), None
     seqlen_q, seqlen_kv = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and seqlen_q > 1  # one query without a mask is the last one

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+import cuflash.torch
 from cuflash.errors import OptionError, UnsupportedError
 from cuflash.planning.planner import make_plan
-from cuflash.runtime import calls
+from cuflash.runtime import cache_calls, calls
 from cuflash.torch import register_transformers, transformers
 
 hf = pytest.importorskip("transformers")
@@ -210,3 +211,58 @@ def test_a_name_that_transformers_takes_for_another_is_refused() -> None:
         register_transformers("cuflash")
     with pytest.raises(UnsupportedError, match="output_attentions: got True"):
         transformers.attention(None, None, None, None, None, output_attentions=True)
+
+
+# --- Pages of KVCache ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2_softcap", "gpt_oss_sinks"])
+def test_generation_with_pages_is_that_of_a_dynamic_cache(device: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a padded batch, past the window and into a second page, in 16 bits; one launch appends and attends."""
+    if device.type == "cpu":
+        monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_80")
+    ids, mask = tokens(device)
+    planned: list[Any] = []
+    monkeypatch.setattr(cache_calls, "make_plan", lambda *args, **options: planned.append(make_plan(*args, **options)) or planned[-1])
+    calls.forget()
+    model = make(kind, register_transformers(), device).half()
+    model.generation_config.pad_token_id = 0
+    given = {"attention_mask": mask, "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "disable_compile": True}
+    pages = cuflash.torch.transformers_cache(page_size=16)
+    with torch.no_grad():
+        want, got = model.generate(ids, **given), model.generate(ids, past_key_values=pages, **given)
+    assert torch.equal(want, got)
+    assert pages.get_seq_length() == SEQLEN + 11
+    assert any(plan.problem.seqlen_q == 1 and plan.kernels[0].name == "forward_split" for plan in planned)
+
+
+def test_pages_go_on_with_a_chat(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second prompt behind what was generated, after some of it was forgotten; rows without padding."""
+    if device.type == "cpu":
+        monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_80")
+    ids, _ = tokens(device)
+    model = make("llama", register_transformers(), device).half()
+    logits = []
+    for cache in (hf.DynamicCache(config=model.config), cuflash.torch.transformers_cache(page_size=16)):
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            cache.crop(-5)
+            logits.append(model(ids[:, :7], past_key_values=cache).logits)
+        assert cache.get_seq_length() == SEQLEN + 2
+        cache.reset()
+        assert cache.get_seq_length() == 0
+    torch.testing.assert_close(*logits, rtol=2e-3, atol=2e-3)
+
+
+def test_pages_refuse_what_they_cannot_do(device: Any) -> None:
+    """Another attention would see the new keys alone; beams need their own rows."""
+    ids, _ = tokens(device)
+    with (
+        torch.no_grad(),
+        pytest.raises(UnsupportedError, match=r"past_key_values: got a cuflash\.torch\.transformers_cache with another attention"),
+    ):
+        make("llama", "eager", device).half()(ids, past_key_values=cuflash.torch.transformers_cache())
+    cache = cuflash.torch.transformers_cache()
+    model = make("llama", register_transformers(), device).half()
+    with torch.no_grad(), pytest.raises(UnsupportedError, match=r"past_key_values: got (beams|repeated rows|a choice of rows)"):
+        model.generate(ids, num_beams=2, max_new_tokens=3, past_key_values=cache, disable_compile=True)
