@@ -18,7 +18,7 @@ from cuflash.kv_cache import KVCache
 PAGE_SIZE = 64
 
 
-class AppendedKeys(torch.Tensor):  # type: ignore[misc, unused-ignore]
+class AppendedKeys(torch.Tensor):  # type: ignore[misc]
     """New keys, or values, of one layer: (batch, heads, new, head_dim).
 
     Attributes:
