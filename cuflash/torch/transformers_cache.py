@@ -18,7 +18,7 @@ from cuflash.kv_cache import KVCache
 PAGE_SIZE = 64
 
 
-class AppendedKeys(torch.Tensor):  # type: ignore[misc]
+class AppendedKeys(torch.Tensor):  # type: ignore[misc]  # torch may be missing
     """New keys, or values, of one layer: (batch, heads, new, head_dim).
 
     Attributes:
@@ -91,7 +91,7 @@ def transformers_cache(page_size: int = PAGE_SIZE) -> Any:
 def _layer_class() -> Any:
     from transformers.cache_utils import CacheLayerMixin
 
-    class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
+    class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers may be missing
         """Keys and values of one layer of a model."""
 
         is_sliding = False
