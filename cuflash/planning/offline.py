@@ -89,6 +89,8 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
     mask = problem.features.attn_mask
     if mask is not None and not backward:  # rows that do not start on 16 bytes are copied by another configuration
         yield replace(problem, features=replace(problem.features, attn_mask=replace(mask, aligned=False))), pinned
+    if problem.of_tangents:  # of which no length decides anything
+        return
     if backward:
         present = backward_kernels(problem, device, pinned)
         fused, wgmma = backward_choices(problem, device, pinned)

@@ -136,6 +136,20 @@ def check_out(problem: Problem, out: Array, inputs: Mapping[str, Array]) -> View
     """
     check_same_kind({"query": inputs["query"], "out": out})
     _check_like_output("out", out, problem)
+    check_may_be_written(out, inputs)
+    return problem.layout.view(out, problem.head_dim_v)
+
+
+def check_may_be_written(out: Array, inputs: Mapping[str, Array]) -> None:
+    """Check that the caller's array for the result is memory of its own.
+
+    Args:
+        out: the array.
+        inputs: what the kernels read, by name.
+
+    Raises:
+        ArgumentError: as `check_out`.
+    """
     if out.read_only:
         got = "a tensor that requires grad" if out.framework.name == "torch" else "a read-only or immutable array"
         hint = "Pass out.detach(), or leave out= away." if out.framework.name == "torch" else "Pass a writable array, or leave out= away."
@@ -147,7 +161,6 @@ def check_out(problem: Problem, out: Array, inputs: Mapping[str, Array]) -> View
         if share_memory(out, array):
             hint = "Pass an array with memory of its own, or leave out= away."
             raise ArgumentError("out", f"an array that shares memory with {name}", f"memory that {name} does not use", hint)
-    return problem.layout.view(out, problem.head_dim_v)
 
 
 def check_backward(problem: Problem, grad_out: Array, out: Array, lse: Array, grad_lse: Array | None) -> BackwardViews:
