@@ -2,7 +2,7 @@
 
 They have a block for each tile of keys of a K/V head, whose queries are those of all heads and batches that share it. With one K/V head and few keys most SMs would be idle. So
 several blocks have equal shares of them (kernels/tile/query_splits.cuh): as many as are predicted to be fastest, where that gains at least 5 % of the kernel's time with the merge and
-its launch. Calls whose data hide tiles, packed sequences, and heads that are cut into slices are not split, nor calls of which nothing is predicted.
+its launch. Where data hide tiles, of those that are left: as many as if none were hidden. Heads that are cut into slices are not split, nor calls of which nothing is predicted.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def fastest(case: KernelCase, tile: Tile, loop: Steady, problem: Problem, device
     whole = predicted_time.grid_of(case, tile, problem)
     unsplit = predicted_time.clocks(loop, case, tile, whole, problem, device)
     best, least = (UNSPLIT, unsplit), unsplit / LEAST_GAIN
-    blocks = whole.heads * len(whole.trips)
-    if unsplit < _LEAST_CLOCKS or blocks >= loop.blocks * device.num_sms or not _can_be_split(case, problem, device):
+    blocks = max(whole.heads * len(whole.trips), launched_blocks(case, tile, problem))
+    if unsplit < _LEAST_CLOCKS or blocks >= loop.blocks * device.num_sms or case.head_slices(device) > 1:
         return best
     for number in range(2, min(_MOST_SPLITS, MOST_BLOCKS * device.num_sms // blocks, int(max(whole.trips))) + 1):
         found = predicted_time.clocks(loop, case, tile, split_grid(whole, Splits(number, chains=1)), problem, device)
@@ -49,8 +49,11 @@ def fastest(case: KernelCase, tile: Tile, loop: Steady, problem: Problem, device
     return best
 
 
-def _can_be_split(case: KernelCase, problem: Problem, device: Device) -> bool:
-    return problem.num_sequences is None and not problem.features.kinds.lists_tiles and case.head_slices(device) == 1
+def launched_blocks(case: KernelCase, tile: Tile, problem: Problem) -> int:
+    """Blocks of the grid without splits: of packed sequences one for each tile that the longest may have in the place of each, all of which have room for parts."""
+    batch, _, heads, _ = problem.key_shape
+    batch = batch if problem.num_sequences is None else problem.num_sequences + 1
+    return batch * heads * ceil(problem.owned_keys / case.stationary_rows(tile))
 
 
 def _merge_clocks(case: KernelCase, tile: Tile, blocks: int, number: int, device: Device) -> float:
