@@ -26,8 +26,8 @@ from cuflash.problem.layout import Layout, View
 from cuflash.problem.problem import DTYPES, Problem
 from cuflash.problem.tile import Tile, Tiles
 
-FEW_QUERIES, MANY_QUERIES = 32, 1024
-"""With which kernels of dK and dV never share out queries, and with which they do, where they have one head."""
+FEW_QUERIES = 32
+"""With which kernels of dK and dV never share out queries."""
 MANY_KEYS = 2**20
 """Of which there are splits to merge."""
 MANY_HEADS = 256
@@ -105,10 +105,7 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
             if set(way) & {*present, *specs} and way[0].shares_queries:
                 default = {way[0].name: tile_choice.default_tile(case_of(way[0], problem), device)}
                 named = pinned if isinstance(pinned, Tile) else {**default, **(pinned or {})}
-                one_head = (
-                    _with_heads(problem, MANY_HEADS, 1) if way[0].maps_tensors else _with_queries(_with_heads(problem, 1), MANY_QUERIES)
-                )
-                yield one_head, named
+                yield _with_heads(problem, MANY_HEADS, 1), named
     else:
         present = forward_kernels(problem, device, pinned)
         if wgmma_forward.choose(problem, device, pinned).depends_on_lengths:
