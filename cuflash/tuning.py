@@ -81,6 +81,7 @@ def warmup(
     tile: Tiles = None,
     allow_tf32: bool = False,
     varlen: bool | Iterable[bool] = False,
+    seqlens_q: bool = False,
     seqlens_kv: bool = False,
     features: FeatureSet | Iterable[FeatureSet] = NO_FEATURES,
     need_attn_mask_grad: bool = False,
@@ -99,7 +100,7 @@ def warmup(
             kernels in a copy of the cache directory, if its NVRTC is of the same version: `python -m cuflash warmup --arch … --into DIR`.
         tile, allow_tf32: as in the call.
         varlen: kernels of `varlen_attention` instead of `scaled_dot_product_attention`, or both of them.
-        seqlens_kv: kernels of calls with `seqlens_kv`.
+        seqlens_q, seqlens_kv: kernels of calls with `seqlens_q`, or `seqlens_kv`; those with both are the ones with `seqlens_q`.
         features: which score features and masks the calls use, such as `cuflash.FeatureSet(window=True, softcap=True)`; one or several sets.
         need_attn_mask_grad: also the kernel that gives the gradient of an additive mask.
         vectorized: kernels of calls whose arrays have rows that start on 16 bytes and a contiguous head_dim; False for those of calls where one has not, and
@@ -130,7 +131,8 @@ def warmup(
             kernels = kernels_of_case(
                 on, head_dim=one_head_dim, dtype=one_dtype, head_dim_v=head_dim_v, is_causal=causal, backward=backward and not tangents,
                 tile=_of_direction(tile, tangents), allow_tf32=allow_tf32, varlen=one_varlen,
-                seqlens_kv=check_bool("seqlens_kv", seqlens_kv) and not one_varlen, features=feature_set,
+                seqlens_q=check_bool("seqlens_q", seqlens_q) and not one_varlen, seqlens_kv=check_bool("seqlens_kv", seqlens_kv) and not one_varlen,
+                features=feature_set,
                 need_attn_mask_grad=need_attn_mask_grad and not tangents, vectorized=in_chunks, every_way=True, jvp=tangents,
             )  # fmt: skip
             requests |= dict.fromkeys(kernel.request(on) for kernel in kernels)
@@ -180,7 +182,7 @@ def warmup_call(plan: Plan, tile: Tiles) -> str | None:
         if not plan.backward:  # where it may not fit
             case["backward"] = False
     allow_tf32, varlen = problem.allow_tf32 and problem.dtype == "float32", problem.num_sequences is not None
-    case |= {name: True for name, used in (("allow_tf32", allow_tf32), ("varlen", varlen), ("seqlens_kv", problem.seqlens_kv)) if used}
+    case |= {name: True for name, used in (("allow_tf32", allow_tf32), ("varlen", varlen), ("seqlens_q", problem.seqlens_q), ("seqlens_kv", problem.seqlens_kv)) if used}
     if not problem.vectorized and problem.head_dim * problem.itemsize % 16 == 0 == problem.head_dim_v * problem.itemsize % 16:
         case["vectorized"] = False
     if features != NO_FEATURES:
@@ -230,6 +232,7 @@ def kernels_of_case(
     tile: Tiles = None,
     allow_tf32: object = False,
     varlen: object = False,
+    seqlens_q: bool = False,
     seqlens_kv: bool = False,
     features: object = NO_FEATURES,
     need_attn_mask_grad: bool = False,
@@ -252,6 +255,7 @@ def kernels_of_case(
             is_causal=causal,
             allow_tf32=check_bool("allow_tf32", allow_tf32),
             varlen=of_varlen,
+            seqlens_q=seqlens_q,
             seqlens_kv=seqlens_kv,
             features=_checked_features_of_case(features, causal, of_varlen),
             need_attn_mask_grad=need_attn_mask_grad,

@@ -53,13 +53,14 @@ DEVICE BlockWork work_of(const BackwardArguments& arguments) {
   return {work_in_order<CAUSAL, false>(arguments, num_heads)};
 }
 
-DEVICE int num_tiles_q(const Geometry& geometry) { return (geometry.seqlen_q + TILE_Q - 1) / TILE_Q; }
+// Of all queries that there may be, as lists have them.
+DEVICE int num_tiles_q(const BackwardArguments& arguments) { return (arguments.geometry.seqlen_q + TILE_Q - 1) / TILE_Q; }
 
 // The steps of a split, where data hide tiles of the tiles in lists.
 DEVICE Steps listed_steps_of_split(const BackwardArguments& arguments, const BlockWork& work) {
   if constexpr (!TILE_LISTS) return steps_of_split(arguments, work);
   return steps_of_split(arguments, work, [&](int batch, int head, const Geometry& geometry, const Steps&) {
-    return VisibleTiles(geometry, arguments.features, batch, head, work.tile, num_tiles_q(geometry)).count();
+    return VisibleTiles(geometry, arguments.features, batch, head, work.tile, num_tiles_q(arguments)).count();
   });
 }
 
@@ -90,8 +91,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
     if (SPLIT && work.split != 0) return;  // one of them is enough
-    if constexpr (COMPUTE_DK) clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, begin, end, tile, num_tiles);
-    if constexpr (COMPUTE_DV) clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, tile, num_tiles);
+    if constexpr (COMPUTE_DK) clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM>(arguments.grad_key, work, begin, end, tile, num_tiles);
+    if constexpr (COMPUTE_DV) clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work, begin, end, tile, num_tiles);
   };
   if (!claim_rows<TILE_KV>(arguments, packed_keys(arguments), work, clear_gradients)) return;
   if constexpr (SPLIT) work.own = listed_steps_of_split(arguments, work);
@@ -126,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     const int head = work.head * arguments.group_heads + member % arguments.group_heads;
     const auto& geometry = geometry_of(arguments, batch);
     const Visibility visibility(geometry, arguments.features, batch, head);
-    VisibleTilesAhead<NUM_STAGES> tiles(geometry, arguments.features, batch, head, work.tile, num_tiles_q(geometry));
+    VisibleTilesAhead<NUM_STAGES> tiles(geometry, arguments.features, batch, head, work.tile, num_tiles_q(arguments));
     const Steps all_steps = TILE_LISTS ? Steps{0, tiles.count()} : PER_HEAD_WALK ? query_steps(visibility, first_kv) : common_steps;
     const Steps steps = SPLIT ? own_steps(work.own, all_steps, steps_before) : all_steps;
     const int num_keys = PER_HEAD_WALK ? visibility.end_key(0, geometry.seqlen_q) : common_keys;  // keys beyond are not even read

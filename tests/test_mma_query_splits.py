@@ -108,7 +108,9 @@ def test_tiles_that_data_hide(case: str, splits: int, with_splits: Callable[[int
     on = Target(ARCH)
     with_splits(splits)
     inputs = inputs_of(on, LENGTHS, heads=(2, 1), batches=(2, 2), dtype="bfloat16")
-    assert "backward_dkdv_merge" in names(cuflash.plan(*inputs, enable_gqa=True, backward=True, tile={"backward_dkdv": TILE}, **HIDING[case]))
+    assert "backward_dkdv_merge" in names(
+        cuflash.plan(*inputs, enable_gqa=True, backward=True, tile={"backward_dkdv": TILE}, **HIDING[case])
+    )
     on.check(*inputs, enable_gqa=True, backward_tile={"backward_dkdv": TILE}, **HIDING[case])
 
 

@@ -43,6 +43,7 @@ def offline_kernels(
     is_causal: bool = False,
     allow_tf32: bool = False,
     varlen: bool = False,
+    seqlens_q: bool = False,
     seqlens_kv: bool = False,
     backward: bool = True,
     tile: Tiles = None,
@@ -60,7 +61,7 @@ def offline_kernels(
     heads decide which are faster. Where tables of tuned tiles have several for different lengths, those of all lengths.
     """
     problem = _representative(
-        dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features, need_attn_mask_grad, vectorized
+        dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_q, seqlens_kv, features, need_attn_mask_grad, vectorized
     )
     if jvp:
         problem, backward = replace(problem, of_tangents=True), False
@@ -176,6 +177,7 @@ def _representative(
     is_causal: bool,
     allow_tf32: bool,
     varlen: bool,
+    seqlens_q: bool,
     seqlens_kv: bool,
     features: FeatureSet,
     need_attn_mask_grad: bool,
@@ -193,7 +195,7 @@ def _representative(
         dtype=dtype, batch=1, seqlen_q=1024, seqlen_kv=1024, num_heads_q=1, num_heads_kv=1, batch_kv=1, head_dim=head_dim, scale=head_dim**-0.5,
         is_causal=is_causal, causal_alignment="top_left", deterministic=False, allow_tf32=allow_tf32, return_lse=True, query=view, key=view,
         value=view_v, key_shape=view.shape, value_shape=view_v.shape, layout=Layout(), head_dim_v=head_dim_v,
-        max_seqlen_q=1024, max_seqlen_kv=1024, seqlens_kv=seqlens_kv, num_sequences=1 if varlen else None,
+        max_seqlen_q=1024, max_seqlen_kv=1024, seqlens_q=seqlens_q, seqlens_kv=seqlens_kv, num_sequences=1 if varlen else None,
         features=Features(features, mask, need_grad), aligned=vectorized,
         vectorized=vectorized and view.aligned16(itemsize) and view_v.aligned16(itemsize),
     )  # fmt: skip

@@ -82,6 +82,8 @@ def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
     if (lacking := tile_rules.lacking(case_of(FORWARD_SPLIT, problem), device)) is not None:
         return lacking
+    if problem.seqlens_q:
+        return "it knows no seqlens_q"
     for name in _UNKNOWN_FEATURES:
         if getattr(problem.features.kinds, name):
             return f"it knows no {name}"

@@ -55,7 +55,7 @@ def make_problem(arrays: Mapping[str, Array], given: Options) -> Problem:
     query = inputs["query"]
     check_same_kind(
         inputs
-        | {name: arrays[name] for name in ("seqlens_kv", "cu_seqlens_q", "cu_seqlens_kv", "seqused_q", "seqused_kv") if name in arrays}
+        | {name: arrays[name] for name in ("seqlens_q", "seqlens_kv", "cu_seqlens_q", "cu_seqlens_kv", "seqused_q", "seqused_kv") if name in arrays}
     )
     check_dtypes(inputs)
     form = _varlen_form(inputs) if given.varlen else _form_of(inputs, order)
@@ -98,6 +98,7 @@ def make_problem(arrays: Mapping[str, Array], given: Options) -> Problem:
         max_seqlen_q=lengths.max_seqlen_q,
         max_seqlen_kv=lengths.max_seqlen_kv,
         seqlens_kv=lengths.seqlens_kv,
+        seqlens_q=lengths.seqlens_q,
         in_places=lengths.in_places,
         num_sequences=lengths.num_sequences,
         features=features,
@@ -117,9 +118,13 @@ def _lengths(arrays: Mapping[str, Array], given: Options, batch: int, seqlen_q: 
         lengths = sequences.check_cu_seqlens(offsets, bounds, query, (seqlen_q, seqlen_kv))
         assert lengths.num_sequences is not None
         return lengths._replace(in_places=sequences.check_lengths_in_places(arrays, query, lengths.num_sequences))
-    if "seqlens_kv" in arrays:
-        sequences.check_seqlens("seqlens_kv", arrays["seqlens_kv"], query, batch)
-    return Lengths(seqlen_q, seqlen_kv, seqlens_kv="seqlens_kv" in arrays)
+    for name in ("seqlens_q", "seqlens_kv"):
+        if name in arrays:
+            sequences.check_seqlens(name, arrays[name], query, batch)
+    if "seqlens_q" in arrays and given.need_attn_mask_grad:
+        hint = "Leave seqlens_q out, and fill padded queries and their gradients with zeros."
+        raise OptionError("need_attn_mask_grad", "True with seqlens_q", "one of the two", hint)
+    return Lengths(seqlen_q, seqlen_kv, seqlens_kv="seqlens_kv" in arrays, seqlens_q="seqlens_q" in arrays)
 
 
 def check_out(problem: Problem, out: Array, inputs: Mapping[str, Array]) -> View:
