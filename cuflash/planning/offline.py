@@ -61,7 +61,17 @@ def offline_kernels(
     heads decide which are faster. Where tables of tuned tiles have several for different lengths, those of all lengths.
     """
     problem = _representative(
-        dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_q, seqlens_kv, features, need_attn_mask_grad, vectorized
+        dtype,
+        head_dim,
+        head_dim_v or head_dim,
+        is_causal,
+        allow_tf32,
+        varlen,
+        seqlens_q,
+        seqlens_kv,
+        features,
+        need_attn_mask_grad,
+        vectorized,
     )
     if jvp:
         problem, backward = replace(problem, of_tangents=True), False

@@ -55,7 +55,11 @@ def make_problem(arrays: Mapping[str, Array], given: Options) -> Problem:
     query = inputs["query"]
     check_same_kind(
         inputs
-        | {name: arrays[name] for name in ("seqlens_q", "seqlens_kv", "cu_seqlens_q", "cu_seqlens_kv", "seqused_q", "seqused_kv") if name in arrays}
+        | {
+            name: arrays[name]
+            for name in ("seqlens_q", "seqlens_kv", "cu_seqlens_q", "cu_seqlens_kv", "seqused_q", "seqused_kv")
+            if name in arrays
+        }
     )
     check_dtypes(inputs)
     form = _varlen_form(inputs) if given.varlen else _form_of(inputs, order)
