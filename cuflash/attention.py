@@ -86,7 +86,7 @@ def scaled_dot_product_attention(
         allow_tf32: float32 products in TF32: faster, with 10 bits of mantissa.
         seqlens_q: int32 `(batch,)`, on the device of query, where it is read: row b has its first `seqlens_q[b]` queries only. Whatever query, grad_out and their
             like hold behind them, NaN too, changes nothing; there out and the gradient of query are 0, and lse is -inf. "bottom_right" is the corner of these
-            queries. Numbers out of range are clamped. Not with need_attn_mask_grad.
+            queries. Numbers out of range are clamped.
         seqlens_kv: int32 `(batch,)`, on the device of query, where it is read: row b sees its first `seqlens_kv[b]` keys only, and whatever key and value
             hold behind them, NaN too, changes nothing. "bottom_right" is the corner of these keys. Numbers out of range are clamped.
         dropout_seed: with dropout_p, and not looked at where that is 0.0, an int of 64 bits, a pair `(seed, offset)`, or an array of two (u)int64 on the device, which the kernels read when they run,

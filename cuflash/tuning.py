@@ -182,16 +182,8 @@ def warmup_call(plan: Plan, tile: Tiles) -> str | None:
         if not plan.backward:  # where it may not fit
             case["backward"] = False
     allow_tf32, varlen = problem.allow_tf32 and problem.dtype == "float32", problem.num_sequences is not None
-    case |= {
-        name: True
-        for name, used in (
-            ("allow_tf32", allow_tf32),
-            ("varlen", varlen),
-            ("seqlens_q", problem.seqlens_q),
-            ("seqlens_kv", problem.seqlens_kv),
-        )
-        if used
-    }
+    used = {"allow_tf32": allow_tf32, "varlen": varlen, "seqlens_q": problem.seqlens_q, "seqlens_kv": problem.seqlens_kv}
+    case |= {name: True for name, is_used in used.items() if is_used}
     if not problem.vectorized and problem.head_dim * problem.itemsize % 16 == 0 == problem.head_dim_v * problem.itemsize % 16:
         case["vectorized"] = False
     if features != NO_FEATURES:

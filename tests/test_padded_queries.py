@@ -10,7 +10,7 @@ from conftest import Target
 
 import cuflash
 from cuflash import Tile
-from cuflash.errors import DTypeError, OptionError, ShapeError
+from cuflash.errors import DTypeError, ShapeError
 from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import fused_backward, predicted_backward
 from cuflash.planning.kernel_plan import Splits
@@ -64,8 +64,9 @@ def of_row(row: int, options: dict[str, Any]) -> tuple[slice, slice, dict[str, A
 def check(on: Target, name: str, dtype: str, tile: Any) -> None:
     (grad_out, *inputs), options = given(on, name, dtype)
     out, lse = cuflash.scaled_dot_product_attention(*inputs, return_lse=True, **options)
-    grads = cuflash.scaled_dot_product_attention_backward(grad_out, *inputs, out, lse, tile=tile, **options)
-    summed = numpy.zeros(HEADS)
+    wants = {"need_attn_mask_grad": True} if name == "bias" else {}
+    grads = cuflash.scaled_dot_product_attention_backward(grad_out, *inputs, out, lse, tile=tile, **options, **wants)
+    summed, of_bias = numpy.zeros(HEADS), numpy.zeros(KEYS)
     for row in range(BATCH):
         queries, keys, own = of_row(row, options)
         for got in (out, grads.query):
@@ -85,6 +86,9 @@ def check(on: Target, name: str, dtype: str, tile: Any) -> None:
         for which, rows in (("query", queries), ("key", keys), ("value", keys)):
             compare(getattr(grads, which)[row : row + 1, rows], getattr(exact, which), getattr(rounded, which), name=which)
         summed += 0 if exact.sinks is None else exact.sinks
+        of_bias += 0 if exact.attn_mask is None else exact.attn_mask
+    if wants:
+        numpy.testing.assert_allclose(on.host(grads.attn_mask), of_bias, rtol=1e-2, atol=1e-2)
     if "sinks" in options:
         numpy.testing.assert_allclose(on.host(grads.sinks), summed, rtol=1e-2, atol=1e-2)
 
@@ -158,8 +162,6 @@ def test_what_a_call_refuses() -> None:
     for lengths, error in ((numpy.zeros(2, "int64"), DTypeError), (int32([1, 2, 3]), ShapeError), (int32([1, 2, 3, 4])[::2], ShapeError)):
         with pytest.raises(error, match=r"^seqlens_q: "):
             cuflash.scaled_dot_product_attention(*inputs, seqlens_q=lengths)
-    with pytest.raises(OptionError, match=r"^need_attn_mask_grad: got True with seqlens_q; expected one of the two"):
-        cuflash.plan(*inputs, numpy.zeros((8, 8), "float32"), seqlens_q=int32([1, 2]), backward=True, need_attn_mask_grad=True)
 
 
 def test_plans_and_warmup(monkeypatch: pytest.MonkeyPatch) -> None:

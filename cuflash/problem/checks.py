@@ -125,9 +125,6 @@ def _lengths(arrays: Mapping[str, Array], given: Options, batch: int, seqlen_q: 
     for name in ("seqlens_q", "seqlens_kv"):
         if name in arrays:
             sequences.check_seqlens(name, arrays[name], query, batch)
-    if "seqlens_q" in arrays and given.need_attn_mask_grad:
-        hint = "Leave seqlens_q out, and fill padded queries and their gradients with zeros."
-        raise OptionError("need_attn_mask_grad", "True with seqlens_q", "one of the two", hint)
     return Lengths(seqlen_q, seqlen_kv, seqlens_kv="seqlens_kv" in arrays, seqlens_q="seqlens_q" in arrays)
 
 

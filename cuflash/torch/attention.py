@@ -180,22 +180,8 @@ def varlen_attention(
     """
     state = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
     given = (
-        query,
-        key,
-        value,
-        attn_mask,
-        sinks,
-        alibi_slopes,
-        None,
-        None,
-        None,
-        None,
-        prefix_lengths,
-        cu_seqlens_q,
-        cu_seqlens_kv,
-        None,
-        state,
-    )
+        query, key, value, attn_mask, sinks, alibi_slopes, None, None, None, None, prefix_lengths, cu_seqlens_q, cu_seqlens_kv, None, state,
+    )  # fmt: skip
     plain = inputs.check_tensors(given)
     query, key, value = inputs.autocast(query, key, value)
     options = {

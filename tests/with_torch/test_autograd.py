@@ -321,8 +321,8 @@ def test_padded_queries_may_hold_anything(device: Any) -> None:
         want = attention(*rows)[0]
         assert_close(out[row : row + 1, :, :length], want)
         exact = torch.autograd.grad(want, rows, grad_out[row : row + 1, :, :length].to(want.dtype))
-        for grad, own, rows_of in zip(grads, exact, (length, SEQLEN, SEQLEN), strict=True):
-            assert_close(grad[row : row + 1, :, :rows_of], own)
+        for of_call, own, rows_of in zip(grads, exact, (length, SEQLEN, SEQLEN), strict=True):
+            assert_close(of_call[row : row + 1, :, :rows_of], own)
 
     compiled = torch.compile(scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
     traced = compiled(query, key, value, seqlens_q=lengths)
