@@ -3,10 +3,11 @@
 // Tiles of queries that see a tile of keys, of all heads that share it, are shared out among num_splits blocks, equal numbers of neighbours to each.
 // Each stores what its queries give to dK and dV, in float32, and backward_dkdv_merge.cu adds up these parts in the order of the splits.
 //
-// backward_dkdv_mma.cu does the same, without what follows; where data hide tiles, it counts those that a list has. Blocks of backward_wgmma.cu that start together add to a tile of dQ one after the other.
-// So tiles of keys are cut into chains of chain_tiles neighbours, and each chain has sums and turns of its own (tile/query_sums.cuh), which
-// backward_dq_convert.cu adds up in the order of the chains. Of one tile of keys just one block adds to a tile of queries, and blocks start in the
-// order of their keys, so turns are what they are without splits. Where data hide tiles, the table has places among all keys, and there is one chain.
+// backward_dkdv_mma.cu does the same, without what follows; where data hide tiles, it counts those that a list has. Blocks of backward_wgmma.cu that
+// start together add to a tile of dQ one after the other. So tiles of keys are cut into chains of chain_tiles neighbours, and each chain has sums and
+// turns of its own (tile/query_sums.cuh), which backward_dq_convert.cu adds up in the order of the chains. Of one tile of keys just one block adds to
+// a tile of queries, and blocks start in the order of their keys, so turns are what they are without splits. Where data hide tiles, the table has
+// places among all keys, and there is one chain.
 //
 //     key_parts [batch][head][tile of keys][split][16 keys of a warp][D_TILES of dK, DV_TILES of dV] accumulator tiles m16n8 as they lie in registers
 //     query_sums, turns [chain][slots]
