@@ -164,15 +164,18 @@ def test_what_a_call_refuses() -> None:
             cuflash.scaled_dot_product_attention(*inputs, seqlens_q=lengths)
 
 
-def test_plans_and_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Hopper calls take kernels of mma.sync; `warmup` compiles those."""
-    inputs = [numpy.zeros((2, 64, 1, 64), "float16")] * 3
+@pytest.mark.parametrize(("head_dim", "seqlen"), [(64, 64), (64, 8), (512, 64)])
+def test_plans_and_warmup(head_dim: int, seqlen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper calls take kernels of mma.sync, also where others are asked for, and few queries those for many; `warmup` compiles them."""
+    inputs = [numpy.zeros((2, seqlen, 1, head_dim), "float16")] * 3
+    monkeypatch.setenv("CUFLASH_FORWARD_WGMMA", "1")
+    monkeypatch.setenv("CUFLASH_BACKWARD_WGMMA", "1")
     compiled: list[CompileRequest] = []
     monkeypatch.setattr("cuflash.tuning.cache.fetch_many", lambda requests, **_: compiled.extend(requests))
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
-    cuflash.warmup(64, "float16", is_causal=False, seqlens_q=True)
+    cuflash.warmup(head_dim, "float16", is_causal=False, seqlens_q=True)
     for backward in (False, True):
         plan = cuflash.plan(*inputs, seqlens_q=int32([3, 64]), backward=backward)
         assert "queries of each row up to its seqlens_q" in str(plan)
-        assert not any(kernel.spec.maps_tensors for kernel in plan.kernels)
+        assert not any(kernel.spec.maps_tensors or kernel.spec.splits_keys for kernel in plan.kernels)
         assert {kernel.request(plan.device) for kernel in plan.kernels} <= set(compiled)
