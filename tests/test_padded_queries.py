@@ -93,7 +93,7 @@ def check(on: Target, name: str, dtype: str, tile: Any) -> None:
         numpy.testing.assert_allclose(on.host(grads.sinks), summed, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("dtype", "way"), [("float16", "own"), ("float16", "fused"), ("float32", "own")])
 @pytest.mark.parametrize("name", CALLS)
 def test_padded_queries_take_part_in_nothing(name: str, dtype: str, way: str, simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +101,7 @@ def test_padded_queries_take_part_in_nothing(name: str, dtype: str, way: str, si
     check(simulator, name, dtype, TILES if way == "fused" else None)
 
 
+@pytest.mark.exhaustive
 def test_tiles_of_keys_that_are_shared_out(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among blocks, each of which has some tiles of queries of rows of different lengths."""
     monkeypatch.setattr(predicted_backward, "splits_of", lambda *_: Splits(3, chains=1))
@@ -108,7 +109,7 @@ def test_tiles_of_keys_that_are_shared_out(simulator: Target, monkeypatch: pytes
     check(simulator, "both", "float16", None)
 
 
-@pytest.mark.parametrize("way", ["own", "fused"])
+@pytest.mark.parametrize("way", ["own", pytest.param("fused", marks=pytest.mark.exhaustive)])
 def test_what_lies_behind_changes_no_bit(way: str, simulator: Target) -> None:
     """With dropout, keys that all rows of the batch share, rows that do not start on 16 bytes, and lengths that are out of range."""
     query, grad_out = (
