@@ -289,7 +289,7 @@ def test_a_mapping_pins_either_way() -> None:
         (
             64,
             Tile(80, 128, 8, 2),
-        ): "tile_q must be a multiple of 32 where two warpgroups share out the queries of the last 64 columns of dQ",
+        ): "tile_q must be 48 or a multiple of 32 where two warpgroups share out the queries of the last 64 columns of dQ",
         (64, Tile(160, 128, 8, 1)): "registers: at least 252 per thread needed, 240 available with 8 warps",
         (128, Tile(96, 128, 8, 1)): "registers: at least 252 per thread needed, 240 available with 8 warps",
     }
