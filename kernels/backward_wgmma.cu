@@ -314,14 +314,14 @@ class WarpgroupKeys {
     }
     QueryGradients dQ;
     issue_query_gradients(dQ);
-    if constexpr (COMPUTE_DV && !WAITS_FOR_DV) wgmma_wait<1>();  // dK comes behind dV
+    if constexpr (COMPUTE_DV) wgmma_wait<1>();  // dK comes behind dV
     issue_accumulator<RingQ>(dK, dS_operand, Q_descriptor);
     wgmma_wait<1>();
     for_each_own([&](int i, int) { pin(dQ.own[i]); });
     if constexpr (SHARES_SLAB) pin(dQ.shared[0]);
     add_query_gradients(dQ, member, tile, listed);
     wgmma_wait<0>();
-    if constexpr (COMPUTE_DV && !WAITS_FOR_DV) pin(dV[0]);
+    if constexpr (COMPUTE_DV) pin(dV[0]);
     pin(dK[0]);
     if constexpr (COMPUTE_DV && !WAITS_FOR_DV) pin(P_operand);
     pin(dS_operand);

@@ -190,7 +190,7 @@ def q_register_steps(case: KernelCase, tile: Tile, device: Device, *, is_causal:
 
 
 def k_register_steps(case: KernelCase, tile: Tile, device: Device) -> int:
-    """The same of K Qᵀ in the backward kernel of wgmma that makes dV alone."""
+    """The same of K Qᵀ in the backward kernel of wgmma that makes dV alone. Not for packed sequences, of which warps that copy have more registers."""
     if case.kernel.added_up or case.features != NO_FEATURES:
         return 0
     free = WGMMA_REGISTERS[tile.num_warps] - accumulator_registers(case, tile, device) - _wgmma_registers(case, tile)
