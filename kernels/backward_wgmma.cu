@@ -9,6 +9,8 @@
 //     dSᵀ = Pᵀ dPᵀ                   to shared memory once, where both warpgroups find all of it
 //     dV += Pᵀ dO, dQᵀ = Kᵀ dSᵀ, dK += dSᵀ Q
 //
+// dV alone takes scores of a tile beside dV of the tile before, for which dO has a ring of its own.
+//
 // Pᵀ and dSᵀ are operands of dV and dK from registers. Of dQᵀ a warpgroup computes 64 columns of the head for all keys of the block, and of columns
 // that are left over half of the queries, and adds them to sums in global memory from registers while dK is in flight. Blocks add in the order of
 // their keys (tile/query_sums.cuh), so that the result is the same bit for bit on every run. Of the sums backward_dq_convert.cu makes dQ, or with a
@@ -66,34 +68,51 @@ class WarpgroupKeys {
         K_descriptor(WarpgroupK::descriptor(shared.K(warpgroup))),
         V_descriptor(WarpgroupV::descriptor(shared.V(warpgroup))) {}
 
+  // K has landed.
+  DEVICE void load_first_steps() {
+    const int lane_offset = WarpgroupK::offset(16 * warp_of_warpgroup() + lane_index() % 16, lane_index() / 16);
+#pragma unroll
+    for (int k = 0; k < K_REGISTER_STEPS; ++k) ldmatrix_x4(first_steps[k], shared.K(warpgroup) + WarpgroupK::at(lane_offset, 2 * k));
+  }
+
   // Adds what the queries of one member give.
   DEVICE void walk(int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& steps) {
     const Member member(arguments, work, geometry, visibility, batch, head,
                         work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
     int tile = steps.end;
+    if constexpr (!COMPUTE_DK) begin_values(member, --tile);
     if constexpr (!WINDOW) {  // with a window there are few tiles whose queries see all keys
       const int last_kv = (work.tile + 1) * TILE_KV - 1;
       const int unmasked_begin = uniform(last_kv < geometry.seqlen_kv ? ceil_div(visibility.first_query(last_kv), TILE_Q) : steps.end);
       walk_down<false>(member, tile, max(unmasked_begin, steps.begin));
     }
     walk_down<true>(member, tile, steps.begin);
+    if constexpr (!COMPUTE_DK) finish_values();
   }
 
   // The same over the tiles that the copying warp says.
   DEVICE void walk_list(int batch, int head, const Geometry& geometry, const Visibility& visibility) {
     const Member member(arguments, work, geometry, visibility, batch, head,
                         work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
-#pragma unroll 1
-    while (true) {
+    ListedTile listed;
+    auto find_next = [&] {
       ring.wait_full();
-      const auto listed = ListedTile::load(shared.listed_tile(ring.stage));
-      if (!listed.is_there()) break;
+      listed = ListedTile::load(shared.listed_tile(ring.stage));
+      return listed.is_there();
+    };
+    const bool has_tiles = COMPUTE_DK || find_next();
+    if constexpr (TILE_LISTS && !COMPUTE_DK) {
+      if (has_tiles) begin_values(member, listed.tile(), listed);
+    }
+#pragma unroll 1
+    while (has_tiles && find_next()) {
       if constexpr (TILE_LISTS) step_of<true>(member, listed.tile(), listed);
     }
     if constexpr (COMPUTE_DK) {
       sync_warpgroup(COMPUTING_BARRIER + 1 + warpgroup);  // all warps have read it
       ring.release(1);
     } else {
+      if (has_tiles) finish_values();
       __syncwarp();  // all lanes have
       ring.release_by_each_warp();
     }
@@ -143,6 +162,8 @@ class WarpgroupKeys {
   Ring<TURNS> turns;
   const uint64 K_descriptor, V_descriptor;
   int buffer = 0;  // of dS
+  uint32 first_steps[K_REGISTER_STEPS > 0 ? K_REGISTER_STEPS : 1][4];  // of K, as far as registers have room; products read the rest in shared memory
+  uint32 P_of_values[P_STEPS][4];  // of the tile whose dV is computed beside the scores of the next one
 
   DEVICE int warp_key() const { return warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup(); }  // of the block's
 
@@ -161,16 +182,67 @@ class WarpgroupKeys {
     }
   }
 
-  // dV alone.
+  // dV alone: scores of a tile are computed while dV of the tile before is, whose probabilities are in registers.
   template <bool IS_MASKED>
   DEVICE void step_of_values(const Member& member, int tile, ListedTile listed) {
-    const int first_q = tile * TILE_Q;
     if constexpr (!TILE_LISTS) ring.wait_full();
-    float P[1][S_TILES][4];  // scores, then probabilities; rows are keys
+    float P[1][S_TILES][4];
+    out_ring.wait_full();
+    issue_scores(P);
+    issue_values();
+    wgmma_wait<1>();
     pin(P[0]);
-    issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_descriptor, RingQ::descriptor(shared.Q(ring.stage)));
+    to_probabilities<IS_MASKED>(P, member, tile, listed);
+    mbarrier_wait(shared.keys_landed(), 0);  // they have: it keeps the assembler from moving the next wait up, before the exponentials
+    wait_for_values();
+    pack_accumulator(P_of_values, P);
+  }
+
+  // The first tile, whose scores no dV is computed beside.
+  DEVICE void begin_values(const Member& member, int tile, ListedTile listed = {}) {
+    if constexpr (!TILE_LISTS) ring.wait_full();
+    float P[1][S_TILES][4];
+    issue_scores(P);
     wgmma_wait<0>();
     pin(P[0]);
+    to_probabilities<true>(P, member, tile, listed);
+    pack_accumulator(P_of_values, P);
+  }
+
+  // dV of the last tile.
+  DEVICE void finish_values() {
+    out_ring.wait_full();
+    issue_values();
+    wait_for_values();
+  }
+
+  DEVICE void issue_scores(float (&S)[1][S_TILES][4]) const {
+    pin(S[0]);
+    const uint64 Q_descriptor = RingQ::descriptor(shared.Q(ring.stage));
+    if constexpr (K_REGISTER_STEPS > 0) {
+      issue_rows<WarpgroupK, RingQ, D_TILES / 2>(S, first_steps, K_descriptor, Q_descriptor);
+    } else {
+      issue_rows<WarpgroupK, RingQ, D_TILES / 2>(S, K_descriptor, Q_descriptor);
+    }
+  }
+
+  DEVICE void issue_values() {
+    pin(P_of_values);
+    pin(dV[0]);
+    if constexpr (COMPUTE_DV) issue_accumulator<RingO>(dV, P_of_values, RingO::descriptor(shared.dO(out_ring.stage)));
+  }
+
+  DEVICE void wait_for_values() {
+    wgmma_wait<0>();
+    pin(dV[0]);
+    pin(P_of_values);
+    out_ring.release(1);
+  }
+
+  // Scores in, probabilities out, what dropout drops 0. The stage of Q is free.
+  template <bool IS_MASKED>
+  DEVICE void to_probabilities(float (&P)[1][S_TILES][4], const Member& member, int tile, ListedTile listed) {
+    const int first_q = tile * TILE_Q;
     const StatisticsOfColumns statistics(shared.statistics(ring.stage), member.view, first_q);
     ScoreDerivative<1, S_TILES> derivative;
     member.modifier.apply_all_but_mask<true>(P, derivative, member.first_key, first_q);
@@ -181,22 +253,9 @@ class WarpgroupKeys {
     }
     statistics.to_probabilities(P, member.modifier.signed_factor());
     hide<IS_MASKED>(P, member, first_q, staged, listed);
-    uint32 P_operand[P_STEPS][4];
-    if constexpr (DROPOUT) {
-      float kept_P[1][S_TILES][4];
-      drop_and_mark(P, kept_P, dropout, member.batch, member.head, member.first_key, first_q);
-      pack_accumulator(P_operand, kept_P);
-    } else {
-      pack_accumulator(P_operand, P);
-    }
-    pin(P_operand);
-    pin(dV[0]);
-    issue_accumulator<RingO>(dV, P_operand, RingO::descriptor(shared.dO(ring.stage)));
-    wgmma_wait<0>();
-    pin(dV[0]);
-    pin(P_operand);
     __syncwarp();  // all lanes of the warp have read row statistics; with dQ a barrier of all stands behind those reads
     ring.release_by_each_warp();
+    if constexpr (DROPOUT) drop<true>(P, dropout, member.batch, member.head, member.first_key, first_q);
   }
 
   template <bool IS_MASKED>
@@ -248,6 +307,11 @@ class WarpgroupKeys {
     pin(dS_operand);
     if constexpr (COMPUTE_DV) issue_accumulator<RingO>(dV, P_operand, dO_descriptor);
     sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);
+    if constexpr (WAITS_FOR_DV) {
+      wgmma_wait<0>();
+      pin(dV[0]);
+      pin(P_operand);
+    }
     QueryGradients dQ;
     issue_query_gradients(dQ);
     if constexpr (COMPUTE_DV) wgmma_wait<1>();  // dK comes behind dV
@@ -259,7 +323,7 @@ class WarpgroupKeys {
     wgmma_wait<0>();
     if constexpr (COMPUTE_DV) pin(dV[0]);
     pin(dK[0]);
-    if constexpr (COMPUTE_DV) pin(P_operand);
+    if constexpr (COMPUTE_DV && !WAITS_FOR_DV) pin(P_operand);
     pin(dS_operand);
     ring.release(1);
     buffer ^= 1;
@@ -387,6 +451,7 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const BlockWork& wo
     if (!has_keys) {
       mbarrier_wait(shared.keys_landed(), 0);
       if constexpr (CUTS_KEYS) clear_hidden_keys(arguments, work, shared, warpgroup);
+      if constexpr (K_REGISTER_STEPS > 0) keys.load_first_steps();
       has_keys = true;
     }
     if constexpr (TILE_LISTS) {

@@ -113,6 +113,26 @@ def test_wide_heads_in_two_kernels(hopper: Target, case: tuple[str, int, int], m
     assert len(report.runs) == 5
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "options", "steps"),
+    [(256, {}, 6), (256, {"is_causal": True}, 6), (192, {}, 12), (256, {"window": (99, 0)}, 0), (256, {"seqlens_kv": numpy.array([300, 9], "int32")}, 6)],
+    ids=str,
+)  # fmt: skip
+def test_k_stays_in_registers_as_far_as_they_have_room(head_dim: int, options: dict[str, Any], steps: int) -> None:
+    """Where dV is made alone, in calls without features."""
+    of_values, of_others = [kernel for kernel in plan_of(head_dim, **options).kernels if kernel.name in WIDE_KERNELS[1:3]]
+    assert f" K_REGISTER_STEPS = {steps};" in of_values.config
+    assert " K_REGISTER_STEPS = 0;" in of_others.config
+
+
+def test_three_slabs_take_more_queries() -> None:
+    """Of columns of Q, whose last one warpgroups share out by halves of the queries."""
+    assert {kernel.name: kernel.tile for kernel in plan_of(192).kernels if kernel.spec.is_tiled} == {
+        "backward_wgmma_dv": Tile(80, 128, 8, 2),
+        "backward_wgmma_dkdq": Tile(64, 128, 8, 2),
+    }
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("feature", ["window", "softcap", "alibi", "dropout", "float mask", "packed"])
 def test_wide_heads_with_features(feature: str) -> None:
@@ -289,7 +309,7 @@ def test_a_mapping_pins_either_way() -> None:
         (
             64,
             Tile(80, 128, 8, 2),
-        ): "tile_q must be a multiple of 32 where two warpgroups share out the queries of the last 64 columns of dQ",
+        ): "tile_q must be 48 or a multiple of 32 where two warpgroups share out the queries of the last 64 columns of dQ",
         (64, Tile(160, 128, 8, 1)): "registers: at least 252 per thread needed, 240 available with 8 warps",
         (128, Tile(96, 128, 8, 1)): "registers: at least 252 per thread needed, 240 available with 8 warps",
     }

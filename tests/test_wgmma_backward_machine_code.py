@@ -38,7 +38,7 @@ def report_of(
 
 
 WIDE: dict[str, dict[str, Any]] = {
-    "256": {}, "200/136": {"head_dim": 200, "head_dim_v": 136}, "128/256": {"head_dim": 128, "head_dim_v": 256}, "256/64": {"head_dim_v": 64},
+    "256": {}, "192": {"head_dim": 192}, "200/136": {"head_dim": 200, "head_dim_v": 136}, "128/256": {"head_dim": 128, "head_dim_v": 256}, "256/64": {"head_dim_v": 64},
     "packed": {"varlen": True}, "lengths": {"seqlens_kv": True},
     **{
         str(features): {"features": features}

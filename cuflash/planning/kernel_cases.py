@@ -229,8 +229,10 @@ def shared_bytes(case: KernelCase, tile: Tile, device: Device) -> int:
     """Dynamic shared memory of a block; the kernels assert the same number."""
     nbytes = _shared_bytes(case, tile, device, case.slice_pieces(device), stationary_stages(case, tile, device))
     of_grad_out = grad_out_stages(case, tile, device)
-    if of_grad_out < tile.num_stages:  # and mbarriers of its own
-        nbytes -= (tile.num_stages - of_grad_out) * tile.tile_q * row_bytes(case, device)[1] - 2 * of_grad_out * _MBARRIER_BYTES
+    nbytes -= (tile.num_stages - of_grad_out) * tile.tile_q * row_bytes(case, device)[1]
+    makes_values_alone = case.kernel.owns_keys and case.kernel.maps_tensors and "dK" not in case.kernel.outputs
+    if of_grad_out < tile.num_stages or makes_values_alone:  # dO has mbarriers of its own
+        nbytes += 2 * of_grad_out * _MBARRIER_BYTES
     return nbytes
 
 

@@ -82,7 +82,9 @@ A mask that the kernel does not copy in chunks of 16 bytes, though it copies oth
 
 WGMMA: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
     ("sm_90", "backward_wgmma_dv", 256): (80, 128, 8, 2),
+    ("sm_90", "backward_wgmma_dkdq", 192): (64, 128, 8, 2),
     ("sm_90", "backward_wgmma_dkdq", 256): (48, 128, 8, 2),
+    ("sm_90", "backward_wgmma", 192): (48, 128, 8, 2),
 }
 """(architecture, kernel, head_dim) -> tile_q, tile_kv, num_warps, num_stages; heads of fewer columns take them, too, and features fewer queries where they need registers."""
 

@@ -137,9 +137,9 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
         numbers = predicted_tiles.WGMMA_WITH_FEATURE.get((case.kernel.name, max(case.head_dim, case.head_dim_v), feature))
         if numbers is not None and broken_rule(case, Tile(*numbers), device) is None:
             return Tile(*numbers), "predicted by the timing model (predicted_tiles.py)"
-        if (predicted := _wgmma_tile(predicted_tiles.WGMMA, case, device)) is not None:
-            return predicted, "predicted by the timing model (predicted_tiles.py)"
-        return _wgmma_tile(measured_tiles.TILES, case, device), "from experiments with Hopper's instructions (measured_tiles.py)"
+        if (measured := _wgmma_tile(measured_tiles.TILES, case, device)) is not None:
+            return measured, "from experiments with Hopper's instructions (measured_tiles.py)"
+        return _wgmma_tile(predicted_tiles.WGMMA, case, device), "predicted by the timing model (predicted_tiles.py)"
     if case.kernel.splits_keys:
         return _split_tile(case, device), "as many warps and copies in flight as fit"
     if case.kernel.added_up:

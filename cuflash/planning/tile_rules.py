@@ -30,9 +30,8 @@ WGMMA_REGISTERS = {8: 240, 12: 160}
 """Per thread, by warps of the tile, once the warps that copy have handed theirs on: mirrors COMPUTING_REGISTERS in kernels/tile/wgmma_block.cuh."""
 _WGMMA_WIDE_REGISTERS = 232
 """The same of the forward kernel of wide heads: mirrors kernels/tile/wgmma_wide_block.cuh."""
-_WGMMA_ORDER_REGISTERS = (
-    8  # that each warp which copies or keeps the order of dQ has more of where dV is made elsewhere, of each that computes
-)
+_WGMMA_ORDER_REGISTERS = 8
+"""That each warp which computes has less where dV is made in a kernel of its own: there warps that keep the order of dQ have more, and those that cut packed sequences."""
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
 _WGMMA_BESIDE_Q_REGISTERS = 32  # the same beside Q in registers; with one step more, tiles of 64 and 48 keys spilled
 _WGMMA_CUT_REGISTERS = 8  # that the copying warp keeps of eight warps' 240 where something hides keys; a tile is legal whatever hides them
@@ -121,8 +120,10 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
     if case.slice_pieces(device) > 1 and tile.num_stages != 1:
         return f"num_stages must be 1 on {device.arch}, whose shared memory this head passes through in pieces"
     if case.kernel.added_up and case.kernel.implementation == "wgmma":
-        if ceil(case.head_dim / WGMMA_SLAB) % 2 and tile.tile_q % 32:
-            return f"tile_q must be a multiple of 32 where two warpgroups share out the queries of the last {WGMMA_SLAB} columns of dQ"
+        if ceil(case.head_dim / WGMMA_SLAB) % 2 and tile.tile_q % 32 and tile.tile_q != 48:
+            return (
+                f"tile_q must be 48 or a multiple of 32 where two warpgroups share out the queries of the last {WGMMA_SLAB} columns of dQ"
+            )
     elif case.kernel.added_up and not _shares_out(tile, case.columns(device)[0]):
         return f"the warps must share out tile_q x {case.columns(device)[0]} of dQ: 16 or 32 rows each, and 16 columns or a power of two times as many"
     if tile.num_stages < case.kernel.min_stages:
@@ -140,7 +141,7 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         if getattr(tile, streamed) > WGMMA_MAX_COLUMNS:
             return f"{streamed} must be at most {WGMMA_MAX_COLUMNS}, the columns of a wgmma and the rows of a TMA box"
         limit = _WGMMA_WIDE_REGISTERS if case.kernel.column_groups > 1 else WGMMA_REGISTERS[tile.num_warps]
-        limit -= _WGMMA_ORDER_REGISTERS * ("dQ" in case.kernel.outputs and "dV" not in case.kernel.outputs)
+        limit -= _WGMMA_ORDER_REGISTERS * (case.kernel.backward and not {"dK", "dV"} <= set(case.kernel.outputs))
         needed += _wgmma_registers(case, tile) - 24
     if needed > limit:
         return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"
@@ -151,7 +152,7 @@ def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
     """Registers per thread of a kernel of wgmma besides accumulators, by what spilled and what did not; forward, P lives beside the next scores."""
     features = case.features
     if case.kernel.backward:
-        return _WGMMA_OTHER_REGISTERS + _wgmma_backward_registers(features, tile)
+        return _WGMMA_OTHER_REGISTERS + _wgmma_backward_registers(case, tile)
     if case.kernel.column_groups > 1:
         of_scores = _WGMMA_WIDE_SOFTCAP_REGISTERS * features.softcap + _WGMMA_WIDE_ALIBI_REGISTERS * features.alibi
         of_dropout = (_WGMMA_WIDE_DROPOUT_REGISTERS + tile.tile_kv // 8) * features.dropout
@@ -188,9 +189,19 @@ def q_register_steps(case: KernelCase, tile: Tile, device: Device, *, is_causal:
     return min(ceil(case.head_dim / 16), max(0, free // 4))
 
 
-def _wgmma_backward_registers(features: FeatureSet, tile: Tile) -> int:
-    """What features take of a thread of the backward kernel of wgmma: the slope of a softcap is as large as the scores."""
-    return tile.tile_q // 2 * features.softcap + _WGMMA_BACKWARD_DROPOUT_REGISTERS * features.dropout
+def k_register_steps(case: KernelCase, tile: Tile, device: Device) -> int:
+    """The same of K Qᵀ in the backward kernel of wgmma that makes dV alone. Not for packed sequences, of which warps that copy have more registers."""
+    if case.kernel.added_up or case.features != NO_FEATURES:
+        return 0
+    free = WGMMA_REGISTERS[tile.num_warps] - accumulator_registers(case, tile, device) - _wgmma_registers(case, tile)
+    return min(ceil(case.head_dim / 16), max(0, free // 4))
+
+
+def _wgmma_backward_registers(case: KernelCase, tile: Tile) -> int:
+    """What a backward kernel of wgmma has besides accumulators: where dV is made alone P of the tile before; the slope of a softcap, as large as the scores; draws."""
+    of_values = 0 if case.kernel.added_up else tile.tile_q // 4
+    of_slope = tile.tile_q // 2 * (case.features.softcap and bool(case.kernel.added_up))
+    return of_values + of_slope + _WGMMA_BACKWARD_DROPOUT_REGISTERS * case.features.dropout
 
 
 def _shares_out(tile: Tile, columns: int) -> bool:

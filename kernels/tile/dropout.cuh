@@ -86,10 +86,10 @@ DEVICE void for_each_drawn(const Dropout& dropout, int batch, int head, int firs
 }
 
 // The kept probabilities, 0 for the others. Their factor 1 / (1 - dropout_p) is that of all, and enters the sums that they are taken for.
-template <int M, int N>
+template <bool TRANSPOSED = false, int M, int N>
 DEVICE void drop(float (&P)[M][N][4], const Dropout& dropout, int batch, int head, int first_row, int first_column) {
-  for_each_drawn<false, M, N>(dropout, batch, head, first_row, first_column,
-                              [&](int m, int n, int i, bool is_kept) { P[m][n][i] = is_kept ? P[m][n][i] : 0.0f; });
+  for_each_drawn<TRANSPOSED, M, N>(dropout, batch, head, first_row, first_column,
+                                   [&](int m, int n, int i, bool is_kept) { P[m][n][i] = is_kept ? P[m][n][i] : 0.0f; });
 }
 
 // The same where all probabilities are needed once more: they stay, and the sign says which are dropped.

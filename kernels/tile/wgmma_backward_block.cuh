@@ -16,6 +16,8 @@
 constexpr bool COMPUTE_DK = Config::COMPUTE_DK;  // and dQ
 constexpr bool COMPUTE_DV = Config::COMPUTE_DV;
 
+constexpr int K_REGISTER_STEPS = Config::K_REGISTER_STEPS;  // of the depth of K Qᵀ, whose part of K is kept in registers
+
 constexpr int WARPGROUPS = TILE_KV / WARPGROUP_ROWS;  // that compute
 constexpr int S_TILES = TILE_Q / 8;
 constexpr int P_STEPS = TILE_Q / 16;  // of the depth of Pᵀ dO and dSᵀ Q
@@ -30,30 +32,29 @@ using GradScores = SlabTile<TILE_Q, TILE_KV>;  // dS, of which a warpgroup write
 constexpr int OWN_SLABS = WarpgroupK::SLABS / WARPGROUPS;
 constexpr bool SHARES_SLAB = COMPUTE_DK && WarpgroupK::SLABS % 2 == 1;
 constexpr int SHARED_TILES = SHARES_SLAB ? S_TILES / WARPGROUPS : 1;
+constexpr bool WAITS_FOR_DV = COMPUTE_DK && COMPUTE_DV && WarpgroupK::SLABS > 2;  // before dQ is issued: registers have no room for Pᵀ beside it
 
 constexpr int LISTED_TILE_BYTES = TILE_LISTS ? 8 : 0;  // of which `ListedTile` takes 4: mbarriers lie behind them
 constexpr int STAGE_BYTES = RingQ::BYTES + StagedMask::BYTES + StatisticsOfColumns::BYTES + LISTED_TILE_BYTES;
 constexpr int V_BYTES = COMPUTE_DK ? WarpgroupV::BYTES : 0;  // of a warpgroup: dV alone needs no dP
 constexpr int DS_BUFFERS = COMPUTE_DK ? 2 : 0;
 
-// Where shared memory holds fewer tiles of dO than of Q, dO has a ring of its own; else both share one.
+// dO has a ring of its own where shared memory holds fewer tiles of it than of Q, or where it is wanted a step later; else both share one.
 constexpr int GRAD_OUT_STAGES = Config::GRAD_OUT_STAGES;
-constexpr bool HAS_OUT_RING = GRAD_OUT_STAGES != NUM_STAGES;
+constexpr bool HAS_OUT_RING = !COMPUTE_DK || GRAD_OUT_STAGES != NUM_STAGES;
 constexpr int RINGS_BYTES = Ring<NUM_STAGES>::BYTES + (HAS_OUT_RING ? Ring<GRAD_OUT_STAGES>::BYTES : 0);
 constexpr int TURNS = 2;  // that are waited for ahead of the one at which the block adds
 constexpr bool CUTS_KEYS = RAGGED || CAUSAL || WINDOW;  // there may be keys in memory that no query sees
 
 // setmaxnreg: 384 threads begin with 168 registers each (tile/wgmma_block.cuh).
-constexpr int COPYING_REGISTERS = COMPUTE_DV ? 24 : 40;
-constexpr int COMPUTING_REGISTERS = COMPUTE_DV ? 240 : 232;
-static_assert(COPYING_REGISTERS + WARPGROUPS * COMPUTING_REGISTERS <= (1 + WARPGROUPS) * 168, "more registers than the block began with");
+constexpr int COPYING_REGISTERS = !COMPUTE_DV ? 40 : !COMPUTE_DK && VARLEN ? 56 : 24;  // of packed sequences both rings are cut
+constexpr int COMPUTING_REGISTERS = ((1 + WARPGROUPS) * 168 - COPYING_REGISTERS) / WARPGROUPS;
 
 static_assert(WARPGROUPS == 2 && TILE_KV == 16 * NUM_WARPS, "num_warps must be 8, and tile_kv 16 rows for each");
 static_assert(!(COMPUTE_DK && COMPUTE_DV) || (WarpgroupK::SLABS <= 3 && WarpgroupV::SLABS <= 2), "dK and dV of wider heads take a kernel each");
 static_assert(WarpgroupK::SLABS <= 4 && WarpgroupV::SLABS <= 4, "head_dim and that of value must be at most 256");
-static_assert(!HAS_OUT_RING || !COMPUTE_DV, "dO must be there as long as Q where dV is computed");
+static_assert(GRAD_OUT_STAGES == NUM_STAGES || !COMPUTE_DV, "dO must be there as long as Q where dV is computed");
 static_assert(TILE_Q <= 256, "tile_q must be at most the columns of a wgmma");
-static_assert(!SHARES_SLAB || TILE_Q % 32 == 0, "tile_q must be a multiple of 32 where warpgroups share out queries");
 
 // Where everything lies in shared memory.
 struct SharedMemory {
