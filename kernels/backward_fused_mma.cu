@@ -40,6 +40,7 @@ constexpr int WARP_QUERIES = TILE_Q / SHARING_WARPS;
 constexpr int M_TILES = WARP_KEYS / 16;
 constexpr int S_TILES = WARP_QUERIES / 8;
 constexpr int COLUMN_TILES = D_TILES / COLUMN_GROUPS;  // of dQ, of one warp
+constexpr bool SEGMENTS_AHEAD = !Config::CAUSAL && S_TILES >= 8;  // else ids take more registers than there are
 constexpr int STEPS_AHEAD = NUM_STAGES > 1 ? NUM_STAGES - 1 : 1;
 
 using TileS = SmemTile<Element, TILE_KV, TILE_Q>;  // Pᵀ, dSᵀ
@@ -183,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       V_rows.loader().issue(V_smem, first_kv);
     }
     turns.look(slot + tiles.tile(steps.begin));
-    HiddenAhead<true, M_TILES, S_TILES> hidden;  // of the next tile, read while dQ is computed, which leaves registers
+    HiddenAhead<true, M_TILES, S_TILES, BOOLEAN_MASK, SEGMENTS_AHEAD> hidden;  // of the next tile, read while dQ is computed, which leaves registers
     hidden.read(visibility, first_kv + warp_key, tiles.tile(steps.begin) * TILE_Q + warp_query, tiles.is_partial());
 #pragma unroll
     for (int ahead = 0; ahead < STEPS_AHEAD; ++ahead) issue(steps.begin + ahead);

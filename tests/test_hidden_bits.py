@@ -32,7 +32,7 @@ def between_chunks(mask: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
     return wide[:, 1:]
 
 
-@pytest.mark.parametrize("kernel, tile", [
+@pytest.mark.parametrize(("kernel", "tile"), [
     ("backward_fused", Tile(32, 32, 2, 2)),
     ("backward_dkdv", Tile(32, 64, 2, 2)),
     pytest.param("backward_dkdv", Tile(64, 16, 1, 1), marks=pytest.mark.exhaustive),

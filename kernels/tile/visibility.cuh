@@ -199,19 +199,19 @@ struct HiddenBitsAhead {
 };
 
 // What data say of the pairs of a tile, read ahead of `hide`: products, barriers or other warps take the loads' time. Nothing of a tile that is not
-// partial.
-template <bool TRANSPOSED, int M, int N, bool ASKS_MASK = BOOLEAN_MASK>
+// partial. READS_SEGMENTS: segment ids too.
+template <bool TRANSPOSED, int M, int N, bool ASKS_MASK = BOOLEAN_MASK, bool READS_SEGMENTS = true>
 struct HiddenAhead {
   using Segments = SegmentsAhead<TRANSPOSED, M, N>;
   using Bits = HiddenBitsAhead<TRANSPOSED, ASKS_MASK, M, N>;
   using Mask = BooleanMaskAhead<TRANSPOSED, ASKS_MASK && !Bits::USED, M, N>;
-  static constexpr bool HAS_SEGMENTS = Segments::USED, HAS_MASK = Mask::USED, HAS_BITS = Bits::USED;
+  static constexpr bool HAS_SEGMENTS = Segments::USED && READS_SEGMENTS, HAS_MASK = Mask::USED, HAS_BITS = Bits::USED;
   Segments segments;
   Mask mask;
   Bits bits;
 
   DEVICE void read(const Visibility& visibility, int first_row, int first_column, bool is_partial) {
-    segments.read(visibility, first_row, first_column, is_partial);
+    if constexpr (HAS_SEGMENTS) segments.read(visibility, first_row, first_column, is_partial);
     mask.read(visibility, first_row, first_column, is_partial);
     bits.read(visibility, first_row, first_column, is_partial);
   }
@@ -221,6 +221,9 @@ struct HiddenAhead {
 };
 
 struct NothingAhead {  // in the place of HiddenAhead
+  struct Segments {
+    static constexpr bool USED = false;
+  };
   static constexpr bool HAS_SEGMENTS = false, HAS_MASK = false, HAS_BITS = false;
 };
 
@@ -240,6 +243,14 @@ DEVICE void hide(float (&c)[M][N][4], float hidden, const Geometry& geometry, co
     const bool by_position = !TRANSPOSED || visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV);
     ahead.segments.hide(c, hidden, visibility, (TRANSPOSED ? first_kv : first_q) + warp_row, TRANSPOSED ? first_q : first_kv, is_partial,
                         by_position);
+    return;
+  }
+  // Where rows are keys this takes fewer registers than to compare ids pair by pair, but not where positions hide pairs too.
+  if constexpr (TRANSPOSED && Ahead::Segments::USED && !Ahead::HAS_SEGMENTS && !ASKS_MASK && !Config::CAUSAL) {
+    typename Ahead::Segments segments;
+    const bool by_position = visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV);
+    segments.read(visibility, first_kv + warp_row, first_q, is_partial);
+    segments.hide(c, hidden, visibility, first_kv + warp_row, first_q, is_partial, by_position);
     return;
   }
   if constexpr (ASKS_MASK && !SEGMENTS) {  // in most tiles nothing else hides a pair
