@@ -128,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     warmup.add_argument("--causal", action="store_true", help="only the kernels of causal attention (default: causal and not)")
     warmup.add_argument("--unaligned", action="store_true", help="also for arrays whose rows do not start on 16 bytes")
+    warmup.add_argument("--jvp", action="store_true", help="also the kernels of tangents")
+    warmup.add_argument("--merge", action="store_true", help="also the kernels that merge attention over several sets of keys")
     add_cases(warmup)
     add_features(warmup)
     add_cache(warmup)
@@ -329,6 +331,9 @@ def _warmup(options: argparse.Namespace) -> int:
         print(f"\r{done} of {total} kernels", end="", file=sys.stderr, flush=True)
 
     if (cached := cache_of(options)) is not None:
+        for name in ("jvp", "merge"):
+            if getattr(options, name):
+                raise OptionError(f"--{name}", "it with --cache", "no such option", "Run warmup once more, without --cache.")
         return _say_warm(options, warmup_caches(options, cached), start)
     count = cuflash.warmup(
         options.head_dim,
@@ -342,6 +347,8 @@ def _warmup(options: argparse.Namespace) -> int:
         features=features_of(options, is_causal=True).kinds(),
         need_attn_mask_grad=options.need_attn_mask_grad,
         vectorized=(True, False) if options.unaligned else True,
+        jvp=options.jvp,
+        merge=options.merge,
         progress=progress if sys.stderr.isatty() else None,
     )
     if sys.stderr.isatty():

@@ -43,6 +43,7 @@ def scaled_dot_product_attention(
     tile: Tiles = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
+    seqlens_q: AnyArray | None = None,
     seqlens_kv: AnyArray | None = None,
     dropout_seed: Seed = None,
     window: Window = None,
@@ -83,6 +84,9 @@ def scaled_dot_product_attention(
             `print(cuflash.plan(...))` says which one would, and why not the other.
         deterministic: accepted for symmetry with the backward pass: every kernel gives the same bits on every run.
         allow_tf32: float32 products in TF32: faster, with 10 bits of mantissa.
+        seqlens_q: int32 `(batch,)`, on the device of query, where it is read: row b has its first `seqlens_q[b]` queries only. Whatever query, grad_out and their
+            like hold behind them, NaN too, changes nothing; there out and the gradient of query are 0, and lse is -inf. "bottom_right" is the corner of these
+            queries. Numbers out of range are clamped.
         seqlens_kv: int32 `(batch,)`, on the device of query, where it is read: row b sees its first `seqlens_kv[b]` keys only, and whatever key and value
             hold behind them, NaN too, changes nothing. "bottom_right" is the corner of these keys. Numbers out of range are clamped.
         dropout_seed: with dropout_p, and not looked at where that is 0.0, an int of 64 bits, a pair `(seed, offset)`, or an array of two (u)int64 on the device, which the kernels read when they run,
@@ -115,7 +119,7 @@ def scaled_dot_product_attention(
     """
     operands = Operands(
         query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, dropout_seed, out, seqlens_kv, segment_ids_q,
-        segment_ids_kv,
+        segment_ids_kv, seqlens_q=seqlens_q,
     )  # fmt: skip
     options = Options(
         is_causal, scale, enable_gqa, causal_alignment, return_lse, tile, deterministic, allow_tf32, dropout_p, window,
@@ -150,6 +154,7 @@ def scaled_dot_product_attention_backward(
     deterministic: bool = False,
     allow_tf32: bool = False,
     grad_lse: AnyArray | None = None,
+    seqlens_q: AnyArray | None = None,
     seqlens_kv: AnyArray | None = None,
     dropout_seed: Seed = None,
     window: Window = None,
@@ -191,7 +196,7 @@ def scaled_dot_product_attention_backward(
     """
     operands = Operands(
         query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, dropout_seed, out, seqlens_kv, segment_ids_q,
-        segment_ids_kv, None, None, grad_out, lse, grad_lse,
+        segment_ids_kv, None, None, grad_out, lse, grad_lse, seqlens_q=seqlens_q,
     )  # fmt: skip
     options = Options(
         is_causal, scale, enable_gqa, causal_alignment, False, tile, deterministic, allow_tf32, dropout_p, window, softcap,
@@ -222,6 +227,7 @@ def plan(
     tile: Tiles = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
+    seqlens_q: AnyArray | None = None,
     seqlens_kv: AnyArray | None = None,
     backward: bool = False,
     jvp: bool = False,
@@ -241,7 +247,7 @@ def plan(
     """
     operands = Operands(
         query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, dropout_seed, None, seqlens_kv, segment_ids_q,
-        segment_ids_kv,
+        segment_ids_kv, seqlens_q=seqlens_q,
     )  # fmt: skip
     options = Options(
         is_causal, scale, enable_gqa, causal_alignment, return_lse, tile, deterministic, allow_tf32, dropout_p, window,

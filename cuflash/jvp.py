@@ -44,6 +44,7 @@ def scaled_dot_product_attention_jvp(
     deterministic: bool = False,
     allow_tf32: bool = False,
     sinks_dot: AnyArray | None = None,
+    seqlens_q: AnyArray | None = None,
     seqlens_kv: AnyArray | None = None,
     dropout_seed: Seed = None,
     window: Window = None,
@@ -79,7 +80,7 @@ def scaled_dot_product_attention_jvp(
     """
     operands = Operands(
         query, key, value, attn_mask, alibi_slopes, sinks, prefix_lengths, dropout_seed, out, seqlens_kv, segment_ids_q,
-        segment_ids_kv, lse=lse,
+        segment_ids_kv, lse=lse, seqlens_q=seqlens_q,
     )  # fmt: skip
     options = Options(
         is_causal, scale, enable_gqa, causal_alignment, False, tile, deterministic, allow_tf32, dropout_p, window, softcap,

@@ -16,20 +16,21 @@ from cuflash.arrays.borrowing import AnyArray, Array, borrow, is_array
 from cuflash.arrays.descriptions import describe
 from cuflash.arrays.frameworks import BFloat16Bits
 from cuflash.arrays.signatures import pointer, refuse_without_memory, signature
-from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
+from cuflash.errors import CompilationForbiddenError, DTypeError, OptionError, ShapeError, UnsupportedError
 from cuflash.hardware import device
 from cuflash.planning.argument_structs import LISTED_PARTS, MERGE_PART
 from cuflash.planning.kernel_plan import LaunchShape
 from cuflash.planning.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE
 from cuflash.planning.merge_kernels import merge_blocks, merge_kernel, row_groups, row_lanes
 from cuflash.planning.planner import MAX_GRID
-from cuflash.problem.checks import cast_to, check_dtypes, check_same_kind
+from cuflash.problem.checks import cast_to, check_dtypes, check_may_be_written, check_same_kind
 from cuflash.problem.layout import CANONICAL, Layout, Shape4
 from cuflash.problem.options import check_layout
 from cuflash.problem.other_names import explains_keywords
-from cuflash.problem.problem import MAX_EXTENT
+from cuflash.problem.problem import DTYPES, MAX_EXTENT
 from cuflash.runtime import arguments, calls, launch
 from cuflash.runtime.arguments import Arguments, Value, Values
+from cuflash.runtime.prepared import is_apart, may_be_written
 
 _TABLE_SHAPE = LaunchShape(1, LISTED_PARTS, 0)
 
@@ -42,7 +43,7 @@ class MergeGradients(NamedTuple):
 
 
 @explains_keywords
-def merge_attention(outs: Any, lses: Any, *, layout: str = CANONICAL) -> tuple[Any, Any]:
+def merge_attention(outs: Any, lses: Any, *, layout: str = CANONICAL, out: AnyArray | None = None) -> tuple[Any, Any]:
     """Merge attention of the same queries over disjoint sets of keys into attention over all of these keys.
 
     lse = log Σ exp(lses[i]), out = Σ exp(lses[i] - lse) · outs[i], in float32 and one pass over the parts, whatever their number.
@@ -53,9 +54,11 @@ def merge_attention(outs: Any, lses: Any, *, layout: str = CANONICAL) -> tuple[A
             `(tokens, num_heads, head_dim)`; float16, bfloat16 or float32; any strides, kinds of arrays as for attention.
         lses: their lse, in either form too: float32 `(batch, num_heads, seqlen_q)` whatever the layout, of packed sequences `(num_heads, tokens)`.
         layout: as in `scaled_dot_product_attention`.
+        out: array for the result; shape and kind of each of outs, any strides, memory of its own. Its dtype is that of outs, or float16 or bfloat16 where they
+            are float32: parts that are not rounded yet are rounded once.
 
     Returns:
-        out: like each of outs; 0 where no part saw a key.
+        out: like each of outs, or the array that was passed; 0 where no part saw a key.
         lse: like each of lses; -inf there. One part comes back as it is.
 
     An lse of -inf says that a part saw no key in that row; what its out holds there, NaN too, changes nothing. In other rows NaN in out stays NaN, and NaN
@@ -68,9 +71,9 @@ def merge_attention(outs: Any, lses: Any, *, layout: str = CANONICAL) -> tuple[A
 
     Source: Dao et al. 2022, FlashAttention, arXiv 2205.14135, section 3.1, the softmax of a concatenation.
     """
-    call, addresses = _find(False, layout, outs, lses, {})
-    out, lse = call.run(addresses)
-    return out, lse
+    call, addresses = _find(False, layout, outs, lses, {} if out is None else {"out": out})
+    merged, lse = call.run(addresses, out)
+    return merged, lse
 
 
 @explains_keywords
@@ -87,13 +90,13 @@ def merge_attention_backward(
     Args:
         grad_out: gradient of `out`; its shape, dtype and kind; any strides.
         outs, lses: as in the forward call, or some of the parts.
-        out, lse: what the forward call returned, of all parts.
+        out, lse: what the forward call returned, of all parts; out of 16 bits where outs are float32, if it was passed so.
         grad_lse: gradient of `lse`, its shape and dtype, or None for zero.
         layout: as in the forward call.
 
     Returns:
-        MergeGradients(outs, lses), each in the form of its argument: a tuple for a list or tuple, one array for one array. A part has no gradient in rows
-        where its lse is -inf.
+        MergeGradients(outs, lses), each in the form and of the dtype of its argument: a tuple for a list or tuple, one array for one array. A part has no
+        gradient in rows where its lse is -inf.
 
     Raises:
         CuflashError: as the forward call.
@@ -119,11 +122,15 @@ def _find(is_backward: bool, layout: str, outs: Any, lses: Any, given: dict[str,
         addresses.append(pointer(array))
         seen += (kind, addresses[-1] & 15)
     key, call = calls.remembered(seen) if len(addresses) == len(arrays) else (None, None)
-    if call is None:
+    if call is None or not (is_backward or call.may_write(given, addresses)):
         borrowed = {name: _borrow_parts(parts, name) for name, parts in (("outs", outs), ("lses", lses))}
         others = {name: borrow(array, name) for name, array in given.items()}
         parts = _Parts(borrowed["outs"], listed[0]), _Parts(borrowed["lses"], listed[1])
-        call = _Merge(is_backward, layout, *parts, others)
+        try:
+            call = _Merge(is_backward, layout, *parts, others)
+        except CompilationForbiddenError as error:
+            dtype = others["out"].dtype if "out" in others else parts[0].arrays[0].dtype
+            raise CompilationForbiddenError(error.missing, f'Compile it beforehand: cuflash.warmup([], "{dtype}", merge=True)') from None
         calls.keep(key, call)
         addresses = [array.pointer for array in chain(*borrowed.values(), others.values())]
     return call, addresses
@@ -241,12 +248,14 @@ def _form_of(out: tuple[int, ...], lse: tuple[int, ...], order: str) -> Layout:
     raise ShapeError("outs", f"parts of shape {out} with lses of shape {lse}", expected, hint)
 
 
-def _check_like(name: str, array: Array, part: Array, of: str) -> None:
-    """`array` has the shape and element type of each part of `of`."""
-    if array.dtype != part.dtype:
-        raise DTypeError(name, array.dtype, f"{part.dtype}, like {of}", f"Cast it: {cast_to(name, array, part.dtype)}.")
+def _check_like(name: str, array: Array, part: Array, of: str, dtype: str) -> None:
+    """`array` has the shape of each part of `of`, and the element type `dtype`."""
+    if array.dtype != dtype:
+        hint = "Pass an array of that type." if name == "out" else f"Cast it: {cast_to(name, array, dtype)}."
+        raise DTypeError(name, array.dtype, f"{dtype}, like {of if dtype == part.dtype else 'out'}", hint)
     if array.shape != part.shape:
-        raise ShapeError(name, f"shape {array.shape}", f"{part.shape}, the shape of each of {of}", "Pass what merge_attention returned.")
+        hint = "Pass what merge_attention returned, or an array of that shape for it."
+        raise ShapeError(name, f"shape {array.shape}", f"{part.shape}, the shape of each of {of}", hint)
 
 
 # --- A prepared call ----------------------------------------------------------------------------------------------------------------------
@@ -268,8 +277,13 @@ class _Merge:
         calls.refuse_autograd(named, f"Call cuflash.torch, which autograd records; or {way}.")
         self.form, self.shape = _check_parts(outs, lses, check_layout(layout, True))
         out, lse = outs.part(0), lses.part(0)
+        self.dtype = out.dtype  # of the result: of parts of float32 the caller's array may have another
+        if "out" in others and out.dtype == "float32" and others["out"].dtype in DTYPES:
+            self.dtype = others["out"].dtype
         for name, array in others.items():
-            _check_like(name, array, *((lse, "lses") if "lse" in name else (out, "outs")))
+            _check_like(name, array, *((lse, "lses", "float32") if "lse" in name else (out, "outs", self.dtype)))
+        if not is_backward and "out" in others:
+            check_may_be_written(others["out"], {name: array for name, array in named.items() if name != "out"})
 
         self.count = outs.number
         self.listed = outs.listed, lses.listed
@@ -290,7 +304,7 @@ class _Merge:
         ]
         self.is_backward = is_backward
         self._prepare_kernels()
-        own = self._backward_values(out, lse, others) if self.is_backward else self._forward_values(out, lse)
+        own = self._backward_values(out, lse, others) if self.is_backward else self._forward_values(out, lse, others.get("out"))
         groups = self._groups(outs, lses)
         given = {*self.names, *(name for name, _, _ in self.derived), *(result.name for result in self.results)}
         given |= {"table"} if len(groups) > 1 else set()
@@ -312,13 +326,17 @@ class _Merge:
         if num_blocks > MAX_GRID:
             raise UnsupportedError("outs", f"{num_blocks} blocks of rows", f"at most {MAX_GRID}", "Split the call along the batch.")
         if num_blocks:
-            self.kernel = launch.executable(merge_kernel(self.spec, self.device, self.like.dtype, num_blocks), self.device)
+            kernel = merge_kernel(self.spec, self.device, self.dtype, num_blocks, part_dtype=self.like.dtype)
+            self.kernel = launch.executable(kernel, self.device)
         if num_blocks and self.count > LISTED_PARTS and not self.one_array:
             self.table_kernel = launch.executable(merge_kernel(MERGE_TABLE, self.device, "float32", 1), self.device)
 
-    def _forward_values(self, out: Array, lse: Array) -> dict[str, Value]:
-        self.results = [_Result("out", out.shape, out.dtype), _Result("lse", lse.shape, "float32")]
-        return {"out": self._tensor("out", _contiguous(out)), "lse": self._rows("lse", _contiguous(lse)), **self._sizes()}
+    def _forward_values(self, out: Array, lse: Array, given: Array | None) -> dict[str, Value]:
+        self.results = [_Result("lse", lse.shape, "float32")]
+        if given is None:
+            self.results.insert(0, _Result("out", out.shape, out.dtype))
+        result = _contiguous(out) if given is None else given
+        return {"out": self._tensor("out", result), "lse": self._rows("lse", _contiguous(lse)), **self._sizes()}
 
     def _backward_values(self, out: Array, lse: Array, others: dict[str, Array]) -> dict[str, Value]:
         self.results = [
@@ -377,8 +395,12 @@ class _Merge:
 
     # --- Running --------------------------------------------------------------------------------------------------------------------------
 
-    def run(self, addresses: list[int]) -> tuple[Any, Any]:
-        """Launch on arguments at these addresses, in the order of `names`; the two results."""
+    def may_write(self, given: dict[str, Any], addresses: list[int]) -> bool:
+        """Whether the caller's array for the result, if there is one, is as good as the one that was checked, which had the same signature."""
+        return not given or (may_be_written(given["out"]) and is_apart("out", self.memory, dict(zip(self.names, addresses, strict=True))))
+
+    def run(self, addresses: list[int], given: Any = None) -> tuple[Any, Any]:
+        """Launch on arguments at these addresses, in the order of `names`; the two results, of which `given` may be the first."""
         made = self.make()
         if self.launch_shape.num_blocks:
             named_addresses = dict(zip(self.names, addresses, strict=True))
@@ -388,7 +410,7 @@ class _Merge:
                 named_addresses[result.name] = pointer(memory) or refuse_without_memory(memory, result.name)
             self._launch(named_addresses)
         if not self.is_backward:
-            return self.framework.finish(made[0]), self.framework.finish(made[1])
+            return self.framework.finish(made[0]) if given is None else given, self.framework.finish(made[-1])
         return self._in_form(made[0], self.listed[0]), self._in_form(made[1], self.listed[1])
 
     def _launch(self, named_addresses: dict[str, int]) -> None:

@@ -16,7 +16,8 @@ from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import tile_choice
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.kernel_specs import FORWARD, TILED_KERNELS
+from cuflash.planning.kernel_specs import FORWARD, FORWARD_JVP, TILED_KERNELS
+from cuflash.planning.merge_kernels import kernels_of_chunks
 from cuflash.planning.offline import offline_kernels
 from cuflash.planning.plan import Plan
 from cuflash.problem.features import FEATURE_OF, MASK_KINDS, NO_FEATURES, FeatureSet
@@ -80,10 +81,13 @@ def warmup(
     tile: Tiles = None,
     allow_tf32: bool = False,
     varlen: bool | Iterable[bool] = False,
+    seqlens_q: bool = False,
     seqlens_kv: bool = False,
     features: FeatureSet | Iterable[FeatureSet] = NO_FEATURES,
     need_attn_mask_grad: bool = False,
     vectorized: bool | Iterable[bool] = True,
+    jvp: bool = False,
+    merge: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Compile ahead, in threads, every kernel of the given cases, so that later calls find them in the cache.
@@ -96,11 +100,14 @@ def warmup(
             kernels in a copy of the cache directory, if its NVRTC is of the same version: `python -m cuflash warmup --arch … --into DIR`.
         tile, allow_tf32: as in the call.
         varlen: kernels of `varlen_attention` instead of `scaled_dot_product_attention`, or both of them.
-        seqlens_kv: kernels of calls with `seqlens_kv`.
+        seqlens_q, seqlens_kv: kernels of calls with `seqlens_q`, or `seqlens_kv`; those with both are the ones with `seqlens_q`.
         features: which score features and masks the calls use, such as `cuflash.FeatureSet(window=True, softcap=True)`; one or several sets.
         need_attn_mask_grad: also the kernel that gives the gradient of an additive mask.
         vectorized: kernels of calls whose arrays have rows that start on 16 bytes and a contiguous head_dim; False for those of calls where one has not, and
             (True, False) for both. They are the same where head_dim does not fill up 16 bytes.
+        jvp: also the kernels of tangents, whichever inputs have some: `scaled_dot_product_attention_jvp`, with varlen `varlen_attention_jvp`.
+        merge: also the kernels of `merge_attention` and, with backward, its gradient, for each dtype: of any head_dim, number of parts and layout, of parts of
+            float32 too. `warmup([], dtype, merge=True)` compiles these alone.
         progress: called with (kernels done, kernels in all).
 
     Returns:
@@ -113,24 +120,30 @@ def warmup(
     on = target(arch)
     head_dims, dtypes, causals, sets = _several(head_dim), _several(dtype), _several(is_causal), _several(features)
     _check_need_attn_mask_grad(need_attn_mask_grad, sets, backward)
+    of_tangents, of_chunks, backward = check_bool("jvp", jvp), check_bool("merge", merge), check_bool("backward", backward)
     requests: dict[CompileRequest, None] = {}
     for one_head_dim, one_dtype, causal, one_varlen, feature_set, in_chunks in product(
         head_dims, dtypes, causals, _several(varlen), sets, _several(vectorized)
     ):
         if causal is False and True in causals and isinstance(feature_set, FeatureSet) and feature_set.prefix:
             continue
-        kernels = kernels_of_case(
-            on, head_dim=one_head_dim, dtype=one_dtype, head_dim_v=head_dim_v, is_causal=causal, backward=backward, tile=tile,
-            allow_tf32=allow_tf32, varlen=one_varlen, seqlens_kv=check_bool("seqlens_kv", seqlens_kv) and not one_varlen, features=feature_set,
-            need_attn_mask_grad=need_attn_mask_grad, vectorized=in_chunks, every_way=True,
-        )  # fmt: skip
-        requests |= dict.fromkeys(kernel.request(on) for kernel in kernels)
+        for tangents in (False, True) if of_tangents else (False,):
+            kernels = kernels_of_case(
+                on, head_dim=one_head_dim, dtype=one_dtype, head_dim_v=head_dim_v, is_causal=causal, backward=backward and not tangents,
+                tile=_of_direction(tile, tangents), allow_tf32=allow_tf32, varlen=one_varlen,
+                seqlens_q=check_bool("seqlens_q", seqlens_q) and not one_varlen, seqlens_kv=check_bool("seqlens_kv", seqlens_kv) and not one_varlen,
+                features=feature_set,
+                need_attn_mask_grad=need_attn_mask_grad and not tangents, vectorized=in_chunks, every_way=True, jvp=tangents,
+            )  # fmt: skip
+            requests |= dict.fromkeys(kernel.request(on) for kernel in kernels)
+    for one_dtype in dtypes if of_chunks else ():
+        requests |= dict.fromkeys(kernel.request(on) for kernel in kernels_of_chunks(on, _checked_dtype(one_dtype), backward=backward))
     cache.fetch_many(list(requests), progress=None if progress is None else lambda done, total, _: progress(done, total))
     return len(requests)
 
 
 def warmup_plan(plan: Plan) -> int:
-    """Compile ahead the kernels of one plan, for calls that `warmup` has no case of: those with a cache or of tangents, and others whose arrays there are already.
+    """Compile ahead the kernels of one plan, for calls that `warmup` has no case of: those with a cache, and others whose arrays there are already.
 
     A step of generation and a chunk of a prompt may have other kernels, and so may caches with room for more keys, of which more are split: plan each of them.
 
@@ -169,7 +182,8 @@ def warmup_call(plan: Plan, tile: Tiles) -> str | None:
         if not plan.backward:  # where it may not fit
             case["backward"] = False
     allow_tf32, varlen = problem.allow_tf32 and problem.dtype == "float32", problem.num_sequences is not None
-    case |= {name: True for name, used in (("allow_tf32", allow_tf32), ("varlen", varlen), ("seqlens_kv", problem.seqlens_kv)) if used}
+    used = {"allow_tf32": allow_tf32, "varlen": varlen, "seqlens_q": problem.seqlens_q, "seqlens_kv": problem.seqlens_kv}
+    case |= {name: True for name, is_used in used.items() if is_used}
     if not problem.vectorized and problem.head_dim * problem.itemsize % 16 == 0 == problem.head_dim_v * problem.itemsize % 16:
         case["vectorized"] = False
     if features != NO_FEATURES:
@@ -219,13 +233,15 @@ def kernels_of_case(
     tile: Tiles = None,
     allow_tf32: object = False,
     varlen: object = False,
+    seqlens_q: bool = False,
     seqlens_kv: bool = False,
     features: object = NO_FEATURES,
     need_attn_mask_grad: bool = False,
     vectorized: object = True,
     every_way: bool = False,
+    jvp: bool = False,
 ) -> list[KernelPlan]:
-    """Check one case as `warmup` takes several, and plan its kernels for `on`, with `every_way` those of all lengths.
+    """Check one case as `warmup` takes several, and plan its kernels for `on`, with `every_way` those of all lengths, with `jvp` those of tangents instead.
 
     Raises:
         OptionError, TileError: as the call.
@@ -240,6 +256,7 @@ def kernels_of_case(
             is_causal=causal,
             allow_tf32=check_bool("allow_tf32", allow_tf32),
             varlen=of_varlen,
+            seqlens_q=seqlens_q,
             seqlens_kv=seqlens_kv,
             features=_checked_features_of_case(features, causal, of_varlen),
             need_attn_mask_grad=need_attn_mask_grad,
@@ -247,8 +264,16 @@ def kernels_of_case(
             every_way=every_way,
             backward=backward,
             tile=tile,
+            jvp=jvp,
         )
     )
+
+
+def _of_direction(tile: Tiles, tangents: bool) -> Tiles:
+    """The part of a mapping that is for the kernel of tangents, or for the others."""
+    if not isinstance(tile, Mapping):
+        return tile
+    return {name: pinned for name, pinned in tile.items() if (name == FORWARD_JVP.name) == tangents}
 
 
 def target(arch: str | None) -> Device:

@@ -51,6 +51,7 @@ EXAMPLES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     ),
     "prefix": (("prefix_lengths", "is_causal"), {"prefix_lengths": zeros(B, dtype="int32"), "is_causal": True}),
     "key lengths": (("seqlens_kv",), {"seqlens_kv": zeros(B, dtype="int32")}),
+    "query lengths": (("seqlens_q",), {"seqlens_q": zeros(B, dtype="int32")}),
 }
 for name in others_than("boolean_mask", "additive_mask", "dropout", "window", "softcap", "alibi", "sinks", "segments", "prefix"):
     example = ALONE[name].arguments(Sample(B, S, S, H))

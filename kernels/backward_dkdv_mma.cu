@@ -44,15 +44,24 @@ static_assert(HEAD_SLICES * SLICE_BYTES + NUM_STAGES * StatisticsOfColumns::BYTE
                   Config::SHARED_BYTES,
               "shared memory differs from the plan's");
 
-static_assert(!SPLIT || (HEAD_SLICES == 1 && !TILE_LISTS && !VARLEN), "the plan splits no heads in slices, lists of tiles or packed sequences");
+static_assert(!SPLIT || HEAD_SLICES == 1, "the plan splits no heads in slices");
 
-// Which keys are the block's, and of a split which of their queries.
+// Which keys are the block's.
 DEVICE BlockWork work_of(const BackwardArguments& arguments) {
   const int num_heads = arguments.geometry.num_heads_q / arguments.group_heads;
-  if constexpr (!SPLIT) return {work_in_order<CAUSAL, false>(arguments, num_heads)};
-  BlockWork work = split_work_in_order(arguments, num_heads);
-  work.own = steps_of_split(arguments, work);
-  return work;
+  if constexpr (SPLIT) return split_work_in_order(arguments, num_heads);
+  return {work_in_order<CAUSAL, false>(arguments, num_heads)};
+}
+
+// Of all queries that there may be, as lists have them.
+DEVICE int num_tiles_q(const BackwardArguments& arguments) { return (arguments.geometry.seqlen_q + TILE_Q - 1) / TILE_Q; }
+
+// The steps of a split, where data hide tiles of the tiles in lists.
+DEVICE Steps listed_steps_of_split(const BackwardArguments& arguments, const BlockWork& work) {
+  if constexpr (!TILE_LISTS) return steps_of_split(arguments, work);
+  return steps_of_split(arguments, work, [&](int batch, int head, const Geometry& geometry, const Steps&) {
+    return VisibleTiles(geometry, arguments.features, batch, head, work.tile, num_tiles_q(arguments)).count();
+  });
 }
 
 // Stores what the warp has summed up, or a split's part of it. K_smem is room for it, which no other warp reads.
@@ -77,14 +86,16 @@ DEVICE void store_gradients(const BackwardArguments& arguments, const BlockWork&
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(const __grid_constant__ BackwardArguments arguments) {
   const int heads_per_kv = arguments.geometry.num_heads_q / arguments.geometry.num_heads_kv;
-  const BlockWork work = work_of(arguments);
+  BlockWork work = work_of(arguments);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
-    if constexpr (COMPUTE_DK) clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, begin, end, tile, num_tiles);
-    if constexpr (COMPUTE_DV) clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, tile, num_tiles);
+    if (SPLIT && work.split != 0) return;  // one of them is enough
+    if constexpr (COMPUTE_DK) clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM>(arguments.grad_key, work, begin, end, tile, num_tiles);
+    if constexpr (COMPUTE_DV) clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work, begin, end, tile, num_tiles);
   };
   if (!claim_rows<TILE_KV>(arguments, packed_keys(arguments), work, clear_gradients)) return;
+  if constexpr (SPLIT) work.own = listed_steps_of_split(arguments, work);
   const int first_kv = work.tile * TILE_KV;
   const int warp_row = row_warp_index() * WARP_ROWS;
 
@@ -116,11 +127,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
     const int head = work.head * arguments.group_heads + member % arguments.group_heads;
     const auto& geometry = geometry_of(arguments, batch);
     const Visibility visibility(geometry, arguments.features, batch, head);
-    VisibleTilesAhead<NUM_STAGES> tiles(geometry, arguments.features, batch, head, work.tile, (geometry.seqlen_q + TILE_Q - 1) / TILE_Q);
+    VisibleTilesAhead<NUM_STAGES> tiles(geometry, arguments.features, batch, head, work.tile, num_tiles_q(arguments));
     const Steps all_steps = TILE_LISTS ? Steps{0, tiles.count()} : PER_HEAD_WALK ? query_steps(visibility, first_kv) : common_steps;
     const Steps steps = SPLIT ? own_steps(work.own, all_steps, steps_before) : all_steps;
     const int num_keys = PER_HEAD_WALK ? visibility.end_key(0, geometry.seqlen_q) : common_keys;  // keys beyond are not even read
     if (MAY_PASS_OVER && steps.begin >= steps.end) continue;
+    if constexpr (SPLIT) tiles.begin_at(steps.begin);
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
     const StatisticsView view(arguments, batch, head, start_q, geometry.seqlen_q);
     auto statistics_of = [&](int step) { return Statistics(statistics_smem + stage_of(step) * Statistics::BYTES, view, tiles.tile(step) * TILE_Q); };

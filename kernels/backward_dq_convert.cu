@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_convert
   const Work work = work_in_order<false, true>(arguments, arguments.geometry.num_heads_q);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
-    clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM>(arguments.grad_query, work.head, begin, end, tile, num_tiles);
+    clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM>(arguments.grad_query, work, begin, end, tile, num_tiles);
   };
   if (!claim_rows<TILE_Q>(arguments, packed_queries(arguments), work, clear_gradients)) return;
   extern __shared__ __align__(128) uint8 shared[];

@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
-    clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM>(arguments.grad_query, work.head, begin, end, tile, num_tiles);
+    clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM>(arguments.grad_query, work, begin, end, tile, num_tiles);
   };
   if (!claim_rows<TILE_Q>(arguments, packed_queries(arguments), work, clear_gradients)) return;
   const auto& geometry = geometry_of(arguments, work.batch);

@@ -122,8 +122,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
-    clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, begin, end, tile, num_tiles);
-    clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, tile, num_tiles);
+    clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM>(arguments.grad_key, work, begin, end, tile, num_tiles);
+    clear_rows<Element, NUM_THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work, begin, end, tile, num_tiles);
   };
   if (!claim_rows<TILE_KV>(arguments, packed_keys(arguments), work, clear_gradients)) return;
   const int first_kv = work.tile * TILE_KV;
@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
     const Steps steps = PER_HEAD_WALK ? query_steps(visibility, first_kv) : common_steps;
     const int num_keys = PER_HEAD_WALK ? visibility.end_key(0, geometry.seqlen_q) : common_keys;  // keys beyond are not even read
     VisibleTurnsAhead<STEPS_AHEAD> tiles(arguments.features, batch, head, arguments.geometry.num_tiles, work.tile,
-                                         ceil_div(geometry.seqlen_q, TILE_Q), steps.begin, steps.end);
+                                         ceil_div(arguments.geometry.seqlen_q, TILE_Q), steps.begin, steps.end);
     if (PER_HEAD_WALK && !tiles.is_there(steps.begin)) continue;
     const ScoreModifier modifier(geometry, arguments.features, batch, head);
     const StatisticsView view(arguments, batch, head, start_q, geometry.seqlen_q);

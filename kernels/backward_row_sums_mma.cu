@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_row_sums_m
   const Work work = work_longest_first<CAUSAL, true>(arguments.geometry, arguments.geometry.num_heads_q);
   const auto& geometry = geometry_of(arguments, work.batch);
   const int first_q = work.tile * TILE_Q;
-  const int64 first_row = (int64(work.batch) * geometry.num_heads_q + work.head) * geometry.seqlen_q;
+  const int64 first_row = (int64(work.batch) * geometry.num_heads_q + work.head) * arguments.geometry.seqlen_q;
   RowStatistics* statistics = arguments.row_statistics + first_row;
   float* log2_sums = arguments.features.log2_sums + first_row;
 

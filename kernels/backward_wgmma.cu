@@ -450,8 +450,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
     constexpr int THREADS = NUM_THREADS + WARPGROUP_SIZE;
     if (SPLIT && work.split != 0) return;  // one of them is enough
-    if constexpr (COMPUTE_DK) clear_rows<Element, THREADS, TILE_KV, HEAD_DIM>(arguments.grad_key, work.head, begin, end, tile, num_tiles);
-    if constexpr (COMPUTE_DV) clear_rows<Element, THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work.head, begin, end, tile, num_tiles);
+    if constexpr (COMPUTE_DK) clear_rows<Element, THREADS, TILE_KV, HEAD_DIM>(arguments.grad_key, work, begin, end, tile, num_tiles);
+    if constexpr (COMPUTE_DV) clear_rows<Element, THREADS, TILE_KV, HEAD_DIM_V>(arguments.grad_value, work, begin, end, tile, num_tiles);
   };
   if (!claim_rows<TILE_KV>(arguments, packed_keys(arguments), work, clear_gradients)) return;
   if constexpr (SPLIT) work.own = steps_of_split(arguments, work);

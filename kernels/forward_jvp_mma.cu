@@ -36,10 +36,10 @@ static_assert(TILE_Q % (16 * ROW_WARPS) == 0, "tile_q must be a multiple of 16 *
 static_assert(HEAD_SLICES * SLICE_BYTES + 2 * EXCHANGE_BYTES<M_TILES, S_TILES> == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
 // Rows that no query computes have tangents of zero, as their O and LSE are constants.
-DEVICE void clear_tangents(const ForwardJvpArguments& arguments, int head, int begin, int end, int tile, int num_tiles) {
-  clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM_V>(arguments.out_dot, head, begin, end, tile, num_tiles);
+DEVICE void clear_tangents(const ForwardJvpArguments& arguments, const Work& work, int begin, int end, int tile, int num_tiles) {
+  clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM_V>(arguments.out_dot, work, begin, end, tile, num_tiles);
   for (int64 row = begin + int64(tile) * NUM_THREADS + int(threadIdx.x); row < end; row += int64(num_tiles) * NUM_THREADS)
-    *arguments.lse_dot.pointer(0, head, int(row)) = 0.0f;
+    *arguments.lse_dot.pointer(VARLEN ? 0 : work.batch, work.head, int(row)) = 0.0f;
 }
 
 // Ṡ -> P ∘ Ṡ, where S_dot lacks `scale`, and its sum over this lane's columns of each row.
@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_jvp_mma(con
   const Work work = work_in_order<CAUSAL, true>(arguments, arguments.geometry.num_heads_q);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
-  auto clear_outputs = [&](int begin, int end, int tile, int num_tiles) { clear_tangents(arguments, work.head, begin, end, tile, num_tiles); };
+  auto clear_outputs = [&](int begin, int end, int tile, int num_tiles) { clear_tangents(arguments, work, begin, end, tile, num_tiles); };
   if (!claim_rows<TILE_Q>(arguments, packed_queries(arguments), work, clear_outputs)) return;
   const auto& geometry = geometry_of(arguments, work.batch);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);

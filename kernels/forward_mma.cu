@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   const Work work = work_in_order<CAUSAL, true>(arguments, arguments.geometry.num_heads_q);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
-  auto clear_outputs = [&](int begin, int end, int tile, int num_tiles) { clear_queries(arguments, work.head, begin, end, tile, num_tiles); };
+  auto clear_outputs = [&](int begin, int end, int tile, int num_tiles) { clear_queries(arguments, work, begin, end, tile, num_tiles); };
   if (!claim_rows<TILE_Q>(arguments, packed_queries(arguments), work, clear_outputs)) return;
   const auto& geometry = geometry_of(arguments, work.batch);
   const int head_kv = work.head / (geometry.num_heads_q / geometry.num_heads_kv);

@@ -359,7 +359,7 @@ DEVICE void compute_all(const ForwardWgmmaArguments& arguments, const SharedMemo
     if constexpr (VARLEN) {
       if (work.is_behind(arguments) || work.at.tile == arguments.geometry.num_tiles - 1) {
         auto clear = [&](int begin, int end, int tile, int num_tiles) {
-          clear_queries(arguments, work.at.head, begin, end, tile, num_tiles, int(threadIdx.x) - WARPGROUP_SIZE);
+          clear_queries(arguments, work.at, begin, end, tile, num_tiles, int(threadIdx.x) - WARPGROUP_SIZE);
         };
         has_rows = claim_rows<TILE_Q>(arguments, packed_queries(arguments), work.at, clear);
       }

@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) merge_attention_bac
     float weight = 0.0f, dot = 0.0f;
     const bool contributes = row.exists && !PartRow::load_lse(parts, row, i).is_empty();
     if (contributes) weight = weights.of(PartRow::load_lse(parts, row, i));
-    Element* destination = row.of(arguments.grad_outs) + i * arguments.stride_grad_outs;
+    PartElement* destination = row.of<PartElement>(arguments.grad_outs) + i * arguments.stride_grad_outs;
     for (int column = first; column < head_dim; column += step) {
       float gradient[VECTOR] = {};
       if (contributes) {

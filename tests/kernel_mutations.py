@@ -392,6 +392,10 @@ def _variants() -> Iterator[Variant]:
         "backward sm_90 bfloat16 wgmma causal, with dQ, 2 stages", "sm_90", "bfloat16", slabs, (KEY_SLABS,), backward=True, is_causal=True,
         only="backward_wgmma.cu",
     )  # fmt: skip
+    yield Variant(  # so many SMs that four blocks share out the queries of a tile of keys, and dQ is added up in two chains
+        "backward sm_90 bfloat16 wgmma query splits, 2 stages", "sm_90", "bfloat16", slabs, (MORE_QUERY_SLABS,), backward=True,
+        only="backward_wgmma.cu", num_sms=12,
+    )  # fmt: skip
     yield Variant("backward sm_90 bfloat16, 2 stages", "sm_90", "bfloat16", Tile(32, 64, 2, 2), sums, backward=True)
     yield Variant("backward sm_75 float16", "sm_75", "float16", Tile(32, 32, 2, 1), sums, backward=True)
     yield Variant(

@@ -407,16 +407,16 @@ def test_a_short_profile_says_nothing_of_time(tmp_path: Path) -> None:
 
 def test_warmup_fills_the_cache_and_cache_clears_it(tmp_path: Path) -> None:
     place = {"CUFLASH_CACHE_DIR": str(tmp_path / "cache"), "CUFLASH_DECODE": "0"}
-    arguments = ("warmup", "--arch", "sm_80", "--head-dim", "32", "--dtype", "float16", "--forward-only")
+    arguments = ("warmup", "--arch", "sm_80", "--head-dim", "32", "--dtype", "float16", "--forward-only", "--merge")
     first = command(*arguments, directory=tmp_path, **place)
     assert first.returncode == 0, first.stderr
-    assert "2 kernels are in the cache, 2 compiled now" in first.stdout  # causal and not
-    assert "2 kernels are in the cache, 0 compiled now" in command(*arguments, directory=tmp_path, **place).stdout
+    assert "5 kernels are in the cache, 5 compiled now" in first.stdout  # causal and not, and three that merge
+    assert "5 kernels are in the cache, 0 compiled now" in command(*arguments, directory=tmp_path, **place).stdout
     listed = command("cache", directory=tmp_path, **place).stdout
     assert "forward_mma.cu for sm_80 (cubin)" in listed
-    assert "2 kernels in" in listed
+    assert "5 kernels in" in listed
     assert (
-        "2 kernels, 0 decoded programs and 0 cores of the simulator removed"
+        "5 kernels, 0 decoded programs and 0 cores of the simulator removed"
         in command("cache", "--clear", directory=tmp_path, **place).stdout
     )
     assert "0 kernels in" in command("cache", directory=tmp_path, **place).stdout
@@ -497,6 +497,7 @@ def test_demo_names_a_picture_that_it_cannot_draw_before_it_trains(tmp_path: Pat
         (("inspect", "--prefix"), "--prefix: got 64 without --causal; expected --causal with it."),
         (("inspect", "--dropout", "2"), "dropout_p: got 2.0; expected a probability"),
         (("inspect", "--head-dim-v", "600"), "head_dim_v: got 600; expected an int from 1 to 576"),
+        (("warmup", "--cache", "--jvp"), "--jvp: got it with --cache; expected no such option."),
         (("warmup", "--varlen", "--segments"), "features: got segments with varlen=True"),
         (("frobnicate",), "invalid choice"),
     ],

@@ -14,6 +14,7 @@ from cuflash import Tile, reference
 from cuflash.cli.inspection import inspect_kernels
 from cuflash.errors import CompilationForbiddenError, CuflashError, OptionError
 from cuflash.hardware import device
+from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import FORWARD_JVP
@@ -355,6 +356,26 @@ def test_the_way_out_compiles_for_a_tangent_of_any_stride(simulator: Target, tmp
     cuflash.warmup_plan(cuflash.plan(tangent, query, query, jvp=True))
     monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
     assert cuflash.scaled_dot_product_attention_jvp(tangent, None, None, query, query, query, out, lse)[0].shape == query.shape
+
+
+def test_warmup_compiles_tangents_too(simulator: Target, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, tangents = random_inputs(simulator, "float16")
+    results = results_of(simulator, inputs, {})
+    monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path))
+    alone = cuflash.warmup(inputs[0].shape[-1], "float16", is_causal=False, backward=False)
+    assert cuflash.warmup(inputs[0].shape[-1], "float16", is_causal=False, backward=False, jvp=True) == alone + 1
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    cuflash.scaled_dot_product_attention_jvp(*tangents, *inputs, *results)
+
+
+def test_warmup_gives_each_direction_its_tile(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[CompileRequest] = []
+    monkeypatch.setattr("cuflash.tuning.cache.fetch_many", lambda requests, **_: compiled.extend(requests))
+    tiles = {"forward": cuflash.legal_tiles(16, "float16")[-1], "forward_jvp": cuflash.Tile(32, 32, 2, 1)}
+    cuflash.warmup(16, "float16", is_causal=False, backward=False, jvp=True, tile=tiles)
+    (of_tangents,) = (request.config for request in compiled if request.source == "forward_jvp_mma.cu")
+    assert "TILE_Q = 32;" in of_tangents
+    assert "TILE_KV = 32;" in of_tangents
 
 
 # --- Machine code -------------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from conftest import ELEMENTS, Target, rounded
 import cuflash
 from cuflash import merging
 from cuflash.cli import inspection
-from cuflash.errors import ArgumentError, DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
+from cuflash.errors import ArgumentError, CompilationForbiddenError, DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
 from cuflash.hardware.device import ARCHITECTURES, of_arch
 from cuflash.planning.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE
 from cuflash.reference import EPSILON, attention, to_float64
@@ -514,3 +514,77 @@ def test_no_spills(arch: str, dtype: str) -> None:
         assert report.spills == 0
         assert report.resources.stack_bytes == 0
         assert report.warnings == ()
+
+
+# --- An array for the result --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("result", ["half", "float32"])
+def test_into_an_array_of_the_caller(target: Target, view: str, result: str) -> None:
+    """Of any strides; its dtype may have 16 bits where the parts have 32, which are rounded once, and whose gradients have 32."""
+    dtype = target.half if result == "half" else result
+    outs, lses = parts_of(target, "float32", 3)
+    want, want_lse = cuflash.merge_attention(outs, lses)
+    out = target.restride(target.random((B, S, H, D), dtype, 1), view)
+    merged, lse = cuflash.merge_attention(outs, lses, out=out)
+    assert merged is out
+    assert target.bits(lse) == target.bits(want_lse)
+    assert target.bits(out) == target.bits(target.place(rounded(target.as_numpy(want), dtype)))
+    grad_out = target.random((B, S, H, D), dtype, 5)
+    grads = cuflash.merge_attention_backward(grad_out, outs, lses, out, lse)
+    of_outs, of_lses = expected_gradients(grad_out, outs, lses, out, None)
+    assert {str(x.dtype).removeprefix("torch.") for x in grads.outs} == {"float32"}
+    close(numpy.stack([to_float64(x) for x in grads.outs]), of_outs, "float32", 2)
+    close(numpy.stack([to_float64(x) for x in grads.lses]), of_lses, "float32", 4 * D**0.5)
+
+
+def test_more_parts_than_fit_a_parameter_into_an_array_of_the_caller(simulator: Target) -> None:
+    outs, lses = parts_of(simulator, "float32", 17, (S, H, D), "shd")
+    out = numpy.zeros((S, H, D), "float16")
+    cuflash.merge_attention(outs, lses, out=out)
+    assert simulator.bits(out) == simulator.bits(cuflash.merge_attention(outs, lses)[0].astype("float16"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda outs, out: outs[1], ArgumentError, r"out: got an array that shares memory with outs\[1\]"),
+        (lambda outs, out: out[:, :5], ShapeError, r"out: got shape \(2, 5, 3, 24\)"),
+        (lambda outs, out: out.astype("float64"), DTypeError, "out: got float64; expected float32"),
+        (lambda outs, out: numpy.broadcast_to(out[:1], out.shape), ArgumentError, "out: got a read-only"),
+        (lambda outs, out: 1.0, ArgumentError, "out: "),
+    ],
+)
+def test_arrays_that_cannot_hold_the_result(simulator: Target, spoil: Any, error: type[Exception], message: str) -> None:
+    """Also where a call like it has run before: memory that is shared and flags are no part of what such calls are known by."""
+    outs, lses = parts_of(simulator, "float32", 2)
+    out = numpy.zeros((B, S, H, D), "float32")
+    cuflash.merge_attention(outs, lses, out=out)
+    with pytest.raises(error, match=message):
+        cuflash.merge_attention(outs, lses, out=spoil(outs, out))
+
+
+def test_sixteen_bits_are_not_merged_into_others(simulator: Target) -> None:
+    outs, lses = parts_of(simulator, "float16", 2)
+    with pytest.raises(DTypeError, match="out: got float32; expected float16, like outs"):
+        cuflash.merge_attention(outs, lses, out=numpy.zeros((B, S, H, D), "float32"))
+    wide, _ = parts_of(simulator, "float32", 2)
+    with pytest.raises(DTypeError, match="grad_out: got float32; expected float16, like out"):
+        cuflash.merge_attention_backward(wide[0], wide, lses, outs[0], lses[0])
+
+
+# --- Compiled ahead -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_after_warmup_nothing_is_compiled(simulator: Target, cold_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    outs, lses = parts_of(simulator, "float32", 17)
+    out = numpy.zeros((B, S, H, D), "float16")
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    with pytest.raises(CompilationForbiddenError, match=r'cuflash\.warmup\(\[\], "float16", merge=True\)'):
+        cuflash.merge_attention(outs, lses, out=out)
+    monkeypatch.delenv("CUFLASH_COMPILE")
+    assert cuflash.warmup([], "float16", merge=True) == 5
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    _, lse = cuflash.merge_attention(outs, lses, out=out)
+    cuflash.merge_attention_backward(out, outs, lses, out, lse)
+    cuflash.merge_attention([out], [lse])

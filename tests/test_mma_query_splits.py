@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy
 import pytest
+import test_lengths_in_places
 from conftest import Target, poison_new_memory
 from problems import checked
+from test_query_splits import HIDING, LENGTHS
+from test_sequences import offsets, packed
 from test_wgmma_backward import backward_of
 from test_wgmma_forward import MASKS, inputs_of, names
 
@@ -98,14 +101,46 @@ def test_members_of_batches(case: str, with_splits: Callable[[int], None]) -> No
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("case", ["none", "dropout"])
+@pytest.mark.parametrize("splits", [3, 16], ids=str)
+@pytest.mark.parametrize("case", HIDING)
+def test_tiles_that_data_hide(case: str, splits: int, with_splits: Callable[[int], None]) -> None:
+    """Of the tiles of queries that are left, which differ between heads and batches; of some tiles of keys none are."""
+    on = Target(ARCH)
+    with_splits(splits)
+    inputs = inputs_of(on, LENGTHS, heads=(2, 1), batches=(2, 2), dtype="bfloat16")
+    assert "backward_dkdv_merge" in names(
+        cuflash.plan(*inputs, enable_gqa=True, backward=True, tile={"backward_dkdv": TILE}, **HIDING[case])
+    )
+    on.check(*inputs, enable_gqa=True, backward_tile={"backward_dkdv": TILE}, **HIDING[case])
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("mask", MASKS)
+def test_packed_sequences(mask: str, with_splits: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which some are empty, some have fewer tiles of queries than splits, and rows behind the last one are nobody's."""
+    on, lengths_q, lengths_kv = Target(ARCH), [40, 0, 170, 33, 5], [60, 20, 100, 0, 40]
+    with_splits(3)
+    inputs = packed(on, (sum(lengths_q) + 7, sum(lengths_kv) + 9), "float16", (64, 64), heads=(2, 1))
+    monkeypatch.setattr(cuflash, "varlen_attention_backward", functools.partial(cuflash.varlen_attention_backward, tile=TILE))
+    on.check_packed(inputs, (offsets(on, lengths_q), offsets(on, lengths_kv)), enable_gqa=True, **MASKS[mask])
+
+
+def test_rows_that_sequences_do_not_use(with_splits: Callable[[int], None]) -> None:
+    """Of places in packed arrays, with NaN and infinity there: the first split fills them with zeros, and none merges them."""
+    with_splits(2)
+    test_lengths_in_places.test_rows_of_nobody_take_part_in_nothing("both", False, Target(ARCH))
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("case", ["none", "dropout", "documents"])
 def test_every_schedule_gives_the_same_bits(case: str, with_splits: Callable[[int], None], request: pytest.FixtureRequest) -> None:
     """And no two blocks write the same place, nor is anything read that nobody wrote, which the simulator checks."""
-    head_dim, options = FEATURES[case]
+    head_dim, options = (64, HIDING[case]) if case in HIDING else FEATURES[case]
     seeds = range(100 if request.config.getoption("--exhaustive") else 2)
     on = Target(ARCH)
     with_splits(16)
-    inputs = inputs_of(on, (90, 70), head_dim, heads=(3, 1), dtype="bfloat16")
+    hides = case in HIDING
+    inputs = inputs_of(on, LENGTHS if hides else (90, 70), head_dim, heads=(3, 1), batches=(2, 2) if hides else (1, 1), dtype="bfloat16")
     report = check(functools.partial(backward_of(*inputs, **options), tile=TILE), seeds=seeds)
     assert "backward_dkdv_merge" in report.kernels
     assert len(report.runs) == 2 + len(seeds)
@@ -146,8 +181,42 @@ def test_memory_is_bounded(seqlen: int) -> None:
     assert nbytes["key_parts"] <= 4 * 108 * 128 * 256 * 4
 
 
+@pytest.mark.parametrize(
+    ("seqlen", "heads"), [((1024, 1024), (8, 8)), ((2000, 2000), (4, 4)), ((4096, 512), (8, 1)), ((16384, 16384), (2, 1))]
+)
+def test_parts_take_at_most_four_and_a_half_times_the_gradients(seqlen: tuple[int, int], heads: tuple[int, int]) -> None:
+    plan = own_plan(64, seqlen, heads)
+    gradients = 2 * 64 * (seqlen[0] * heads[0] + 2 * seqlen[1] * heads[1])
+    (parts,) = (buffer.nbytes for buffer in plan.workspace if buffer.name == "key_parts")
+    assert 0 < parts <= 4.5 * gradients
+
+
+@pytest.mark.parametrize("case", ["segments", "packed"])
+def test_calls_that_data_cut_are_split(case: str) -> None:
+    """Of packed sequences the blocks of the whole grid count, which has room for the longest one in the place of each."""
+    if case == "segments":
+        hidden = {name: numpy.zeros((1, length), "int32") for name, length in (("segment_ids_q", 16384), ("segment_ids_kv", 512))}
+        plan = own_plan(128, (16384, 512), (32, 1), **hidden)
+    else:
+        plan = packed_plan([4096] * 4, [512] * 4)
+        assert not any(kernel.splits.chains for kernel in packed_plan([4096] * 4, [64, 64, 64, 4096]).kernels)
+    (kernel,) = (kernel for kernel in plan.kernels if kernel.spec.shares_queries)
+    assert 100 <= kernel.num_blocks <= 4 * 108
+    assert not kernel.packed_places
+    assert plan.kernels[plan.kernels.index(kernel) + 1].name == "backward_dkdv_merge"
+
+
+def packed_plan(lengths_q: list[int], lengths_kv: list[int]) -> Plan:
+    query, key = (stand_in((sum(lengths), heads, 128), "float16") for lengths, heads in ((lengths_q, 32), (lengths_kv, 1)))
+    cu_seqlens = [numpy.cumsum([0, *lengths]).astype("int32") for lengths in (lengths_q, lengths_kv)]
+    problem = checked(
+        query, key, key, enable_gqa=True, cu_seqlens_q=cu_seqlens[0], cu_seqlens_kv=cu_seqlens[1], max_seqlen_q=max(lengths_q),
+        max_seqlen_kv=max(lengths_kv),
+    )  # fmt: skip
+    return planner.make_plan(problem, device.of_arch(ARCH, "gpu"), backward=True)
+
+
 UNSPLIT_CALLS: dict[str, dict[str, Any]] = {
-    "segments": {name: numpy.zeros((1, 2048), "int32") for name in ("segment_ids_q", "segment_ids_kv")},
     "no prediction": {"head_dim": 96},
     "a short kernel": {"seqlen": 128},
 }

@@ -62,6 +62,7 @@ def _extents(problem: Problem) -> str:
         lengths += f" in a cache{kept}{pages}, keys of each row up to its cache_seqlens" + (f" and {new} new" if new else "")
     elif problem.seqlens_kv:
         lengths += ", keys of each row up to its seqlens_kv"
+    lengths += ", queries of each row up to its seqlens_q" if problem.seqlens_q else ""
     return f"{lengths}, {heads}"
 
 

@@ -2,7 +2,8 @@
 
 They have a block for each tile of keys of a K/V head, whose queries are those of all heads and batches that share it. With one K/V head and few keys most SMs would be idle. So
 several blocks have equal shares of them (kernels/tile/query_splits.cuh): as many as are predicted to be fastest, where that gains at least 5 % of the kernel's time with the merge and
-its launch. Calls whose data hide tiles, packed sequences, and heads that are cut into slices are not split, nor calls of which nothing is predicted.
+its launch, and where the parts take at most 4.5 times the memory of the gradients. Where data hide tiles, those that are left are shared out, as often as if none were hidden. Heads that
+are cut into slices are not split, nor calls of which nothing is predicted.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _LEAST_CLOCKS = 50_000
 """Of a kernel that is split, about 35 µs: a host that launches one more takes as long as shorter ones gain."""
 _MOST_SPLITS = 64
 """Of kernels of mma.sync."""
+_MOST_MEMORY = 4.5
+"""Of parts, in the memory of the gradients of a call: three splits of a call in 16 bits with a key head for each query head take 4, and more for padding."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -38,10 +41,11 @@ def fastest(case: KernelCase, tile: Tile, loop: Steady, problem: Problem, device
     whole = predicted_time.grid_of(case, tile, problem)
     unsplit = predicted_time.clocks(loop, case, tile, whole, problem, device)
     best, least = (UNSPLIT, unsplit), unsplit / LEAST_GAIN
-    blocks = whole.heads * len(whole.trips)
-    if unsplit < _LEAST_CLOCKS or blocks >= loop.blocks * device.num_sms or not _can_be_split(case, problem, device):
+    blocks = max(whole.heads * len(whole.trips), launched_blocks(case, tile, problem))
+    if unsplit < _LEAST_CLOCKS or blocks >= loop.blocks * device.num_sms or case.head_slices(device) > 1:
         return best
-    for number in range(2, min(_MOST_SPLITS, MOST_BLOCKS * device.num_sms // blocks, int(max(whole.trips))) + 1):
+    by_memory = int(_MOST_MEMORY * _gradient_bytes(problem) / (blocks * part_bytes(case, tile)))
+    for number in range(2, min(_MOST_SPLITS, MOST_BLOCKS * device.num_sms // blocks, by_memory, int(max(whole.trips))) + 1):
         found = predicted_time.clocks(loop, case, tile, split_grid(whole, Splits(number, chains=1)), problem, device)
         found += _merge_clocks(case, tile, blocks, number, device)
         if found < least:
@@ -49,8 +53,17 @@ def fastest(case: KernelCase, tile: Tile, loop: Steady, problem: Problem, device
     return best
 
 
-def _can_be_split(case: KernelCase, problem: Problem, device: Device) -> bool:
-    return problem.num_sequences is None and not problem.features.kinds.lists_tiles and case.head_slices(device) == 1
+def launched_blocks(case: KernelCase, tile: Tile, problem: Problem) -> int:
+    """Blocks of the grid without splits: of packed sequences one for each tile that the longest may have in the place of each, all of which have room for parts."""
+    batch, _, heads, _ = problem.key_shape
+    batch = batch if problem.num_sequences is None else problem.num_sequences + 1
+    return batch * heads * ceil(problem.owned_keys / case.stationary_rows(tile))
+
+
+def _gradient_bytes(problem: Problem) -> int:
+    """Of dQ, dK and dV."""
+    batch, rows, heads, _ = problem.key_shape
+    return problem.itemsize * (problem.query_rows * problem.head_dim + batch * rows * heads * (problem.head_dim + problem.head_dim_v))
 
 
 def _merge_clocks(case: KernelCase, tile: Tile, blocks: int, number: int, device: Device) -> float:

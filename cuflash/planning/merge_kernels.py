@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import ceil
 
 from cuflash.hardware.device import Device
 from cuflash.planning.codegen import CPP_ELEMENTS, config_text
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import KernelPlan, LaunchShape
-from cuflash.planning.kernel_specs import KernelSpec
+from cuflash.planning.kernel_specs import MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE, KernelSpec
 from cuflash.problem.tile import Tile
 
 _VECTOR = 8  # columns that a thread takes at a time, as in kernels/tile/vector.cuh
@@ -30,6 +31,14 @@ def row_groups(spec: KernelSpec, seqlen_q: int, head_dim: int, num_parts: int) -
 def merge_blocks(spec: KernelSpec, seqlen_q: int, head_dim: int) -> int:
     """Blocks that the rows of one (batch, head) take."""
     return ceil(seqlen_q / (32 * spec.num_warps // row_lanes(head_dim)))
+
+
+def kernels_of_chunks(on: Device, dtype: str, *, backward: bool) -> Iterator[KernelPlan]:
+    """Those of `merge_attention` and, with `backward`, its gradient, for results of `dtype` from parts of it and of float32, any number of them."""
+    for spec in (MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD) if backward else (MERGE_ATTENTION,):
+        for part_dtype in dict.fromkeys((dtype, "float32")):
+            yield merge_kernel(spec, on, dtype, 1, part_dtype=part_dtype)
+    yield merge_kernel(MERGE_TABLE, on, "float32", 1)
 
 
 def merge_kernel(

@@ -26,8 +26,8 @@ from cuflash.problem.layout import Layout, View
 from cuflash.problem.problem import DTYPES, Problem
 from cuflash.problem.tile import Tile, Tiles
 
-FEW_QUERIES, MANY_QUERIES = 32, 1024
-"""With which kernels of dK and dV never share out queries, and with which they do, where they have one head."""
+FEW_QUERIES = 32
+"""With which kernels of dK and dV never share out queries."""
 MANY_KEYS = 2**20
 """Of which there are splits to merge."""
 MANY_HEADS = 256
@@ -43,6 +43,7 @@ def offline_kernels(
     is_causal: bool = False,
     allow_tf32: bool = False,
     varlen: bool = False,
+    seqlens_q: bool = False,
     seqlens_kv: bool = False,
     backward: bool = True,
     tile: Tiles = None,
@@ -60,7 +61,17 @@ def offline_kernels(
     heads decide which are faster. Where tables of tuned tiles have several for different lengths, those of all lengths.
     """
     problem = _representative(
-        dtype, head_dim, head_dim_v or head_dim, is_causal, allow_tf32, varlen, seqlens_kv, features, need_attn_mask_grad, vectorized
+        dtype,
+        head_dim,
+        head_dim_v or head_dim,
+        is_causal,
+        allow_tf32,
+        varlen,
+        seqlens_q,
+        seqlens_kv,
+        features,
+        need_attn_mask_grad,
+        vectorized,
     )
     if jvp:
         problem, backward = replace(problem, of_tangents=True), False
@@ -89,6 +100,8 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
     mask = problem.features.attn_mask
     if mask is not None and not backward:  # rows that do not start on 16 bytes are copied by another configuration
         yield replace(problem, features=replace(problem.features, attn_mask=replace(mask, aligned=False))), pinned
+    if problem.of_tangents:  # of which no length decides anything
+        return
     if backward:
         present = backward_kernels(problem, device, pinned)
         fused, wgmma = backward_choices(problem, device, pinned)
@@ -103,10 +116,7 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
             if set(way) & {*present, *specs} and way[0].shares_queries:
                 default = {way[0].name: tile_choice.default_tile(case_of(way[0], problem), device)}
                 named = pinned if isinstance(pinned, Tile) else {**default, **(pinned or {})}
-                one_head = (
-                    _with_heads(problem, MANY_HEADS, 1) if way[0].maps_tensors else _with_queries(_with_heads(problem, 1), MANY_QUERIES)
-                )
-                yield one_head, named
+                yield _with_heads(problem, MANY_HEADS, 1), named
     else:
         present = forward_kernels(problem, device, pinned)
         if wgmma_forward.choose(problem, device, pinned).depends_on_lengths:
@@ -177,6 +187,7 @@ def _representative(
     is_causal: bool,
     allow_tf32: bool,
     varlen: bool,
+    seqlens_q: bool,
     seqlens_kv: bool,
     features: FeatureSet,
     need_attn_mask_grad: bool,
@@ -194,7 +205,7 @@ def _representative(
         dtype=dtype, batch=1, seqlen_q=1024, seqlen_kv=1024, num_heads_q=1, num_heads_kv=1, batch_kv=1, head_dim=head_dim, scale=head_dim**-0.5,
         is_causal=is_causal, causal_alignment="top_left", deterministic=False, allow_tf32=allow_tf32, return_lse=True, query=view, key=view,
         value=view_v, key_shape=view.shape, value_shape=view_v.shape, layout=Layout(), head_dim_v=head_dim_v,
-        max_seqlen_q=1024, max_seqlen_kv=1024, seqlens_kv=seqlens_kv, num_sequences=1 if varlen else None,
+        max_seqlen_q=1024, max_seqlen_kv=1024, seqlens_q=seqlens_q, seqlens_kv=seqlens_kv, num_sequences=1 if varlen else None,
         features=Features(features, mask, need_grad), aligned=vectorized,
         vectorized=vectorized and view.aligned16(itemsize) and view_v.aligned16(itemsize),
     )  # fmt: skip

@@ -56,7 +56,7 @@ table = functools.cache(read)
 def features_of(problem: Problem) -> frozenset[str]:
     """The names that lines have for what a call uses; one that no line has for what was never asked of the model."""
     used = {str(value) if name == "attn_mask" else name for name, value in asdict(problem.features.kinds).items() if value}
-    used |= {"varlen"} if problem.num_sequences is not None else {"seqlens_kv"} if problem.seqlens_kv else set()
+    used |= {"varlen"} if problem.num_sequences is not None else {"seqlens_kv"} if problem.seqlens_kv or problem.seqlens_q else set()
     return frozenset("float16" if name == "bfloat16" else name for name in used)
 
 

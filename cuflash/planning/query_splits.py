@@ -21,7 +21,7 @@ from cuflash.planning import fused_backward, kernel_cases, predicted_backward, p
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import UNSPLIT, Buffer, KernelPlan, Splits
 from cuflash.planning.kernel_specs import KEY_PARTS
-from cuflash.planning.key_parts import LAUNCH_CLOCKS, MOST_BLOCKS, part_bytes, split_grid
+from cuflash.planning.key_parts import LAUNCH_CLOCKS, MOST_BLOCKS, launched_blocks, part_bytes, split_grid
 from cuflash.planning.predicted_time import TRAFFIC, Grid, Steady
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile
@@ -70,7 +70,7 @@ def fastest(
 
 def _candidates(case: KernelCase, tile: Tile, whole: Grid, problem: Problem, device: Device) -> Iterator[Splits]:
     """Of calls that have less than `MOST_BLOCKS` blocks for each SM; the fewest first."""
-    blocks, longest = max(whole.heads * len(whole.trips), _launched(case, tile, problem)), max(whole.trips, default=0)
+    blocks, longest = max(whole.heads * len(whole.trips), launched_blocks(case, tile, problem)), max(whole.trips, default=0)
     has_chains = bool(case.kernel.added_up) and not problem.features.kinds.lists_tiles
     sums = fused_backward.sums_bytes(problem, tile, case.head_dim)
     for number in range(1, _MOST_SPLITS + 1):
@@ -83,13 +83,6 @@ def _candidates(case: KernelCase, tile: Tile, whole: Grid, problem: Problem, dev
             chains *= 2
             if not has_chains or chains * sums > _MOST_SUMS_BYTES:
                 break
-
-
-def _launched(case: KernelCase, tile: Tile, problem: Problem) -> int:
-    """Blocks of the grid without splits: of packed sequences one for each tile that the longest may have in the place of each, all of which have room for parts."""
-    batch, _, heads, _ = problem.key_shape
-    batch = batch if problem.num_sequences is None else problem.num_sequences + 1
-    return batch * heads * ceil(problem.owned_keys / case.stationary_rows(tile))
 
 
 def _clocks_behind(case: KernelCase, tile: Tile, grid: Grid, problem: Problem, device: Device) -> float:

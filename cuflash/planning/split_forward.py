@@ -90,6 +90,8 @@ def why_not(problem: Problem, device: Device) -> str | None:
 
 def why_not_grouped(problem: Problem) -> str | None:
     """What no kernel can do whose rows are the queries of all heads that share a key head, in words."""
+    if problem.seqlens_q:
+        return "it knows no seqlens_q"
     if (rows := problem.seqlen_q * problem.heads_per_kv) > _MAX_ROWS:
         return f"it counts queries of all heads that share a key head up to {_MAX_ROWS}, and these are {rows}"
     return None

@@ -35,7 +35,7 @@ def bucket_of(case: KernelCase, problem: Problem, device: Device) -> Bucket:
         allow_tf32=case.allow_tf32,
         causal=problem.is_causal,
         features=_names(case.features),
-        lengths="varlen" if packed else "seqlens_kv" if problem.seqlens_kv else "padded",
+        lengths="varlen" if packed else "seqlens_kv" if problem.seqlens_kv or problem.seqlens_q else "padded",
         grid="few" if tiles < _TILES_PER_SM * device.num_sms else "full",
         seqlen_q=length_bucket(rows),
         seqlen_kv=length_bucket(problem.max_seqlen_kv),

@@ -80,6 +80,8 @@ def why_not(problem: Problem, device: Device) -> str | None:
     """What of a call the kernel cannot do, in words; None where it can run."""
     if (reason := tile_choice.why_none(case_of(FORWARD_WGMMA, problem), device)) is not None:
         return reason
+    if problem.seqlens_q:
+        return "it knows no seqlens_q"
     if problem.in_places:
         return "it knows no packed sequences that use less than their offsets give them"
     if problem.seqlen_kv == 0:

@@ -55,7 +55,11 @@ def make_problem(arrays: Mapping[str, Array], given: Options) -> Problem:
     query = inputs["query"]
     check_same_kind(
         inputs
-        | {name: arrays[name] for name in ("seqlens_kv", "cu_seqlens_q", "cu_seqlens_kv", "seqused_q", "seqused_kv") if name in arrays}
+        | {
+            name: arrays[name]
+            for name in ("seqlens_q", "seqlens_kv", "cu_seqlens_q", "cu_seqlens_kv", "seqused_q", "seqused_kv")
+            if name in arrays
+        }
     )
     check_dtypes(inputs)
     form = _varlen_form(inputs) if given.varlen else _form_of(inputs, order)
@@ -98,6 +102,7 @@ def make_problem(arrays: Mapping[str, Array], given: Options) -> Problem:
         max_seqlen_q=lengths.max_seqlen_q,
         max_seqlen_kv=lengths.max_seqlen_kv,
         seqlens_kv=lengths.seqlens_kv,
+        seqlens_q=lengths.seqlens_q,
         in_places=lengths.in_places,
         num_sequences=lengths.num_sequences,
         features=features,
@@ -117,9 +122,10 @@ def _lengths(arrays: Mapping[str, Array], given: Options, batch: int, seqlen_q: 
         lengths = sequences.check_cu_seqlens(offsets, bounds, query, (seqlen_q, seqlen_kv))
         assert lengths.num_sequences is not None
         return lengths._replace(in_places=sequences.check_lengths_in_places(arrays, query, lengths.num_sequences))
-    if "seqlens_kv" in arrays:
-        sequences.check_seqlens("seqlens_kv", arrays["seqlens_kv"], query, batch)
-    return Lengths(seqlen_q, seqlen_kv, seqlens_kv="seqlens_kv" in arrays)
+    for name in ("seqlens_q", "seqlens_kv"):
+        if name in arrays:
+            sequences.check_seqlens(name, arrays[name], query, batch)
+    return Lengths(seqlen_q, seqlen_kv, seqlens_kv="seqlens_kv" in arrays, seqlens_q="seqlens_q" in arrays)
 
 
 def check_out(problem: Problem, out: Array, inputs: Mapping[str, Array]) -> View:
@@ -136,6 +142,20 @@ def check_out(problem: Problem, out: Array, inputs: Mapping[str, Array]) -> View
     """
     check_same_kind({"query": inputs["query"], "out": out})
     _check_like_output("out", out, problem)
+    check_may_be_written(out, inputs)
+    return problem.layout.view(out, problem.head_dim_v)
+
+
+def check_may_be_written(out: Array, inputs: Mapping[str, Array]) -> None:
+    """Check that the caller's array for the result is memory of its own.
+
+    Args:
+        out: the array.
+        inputs: what the kernels read, by name.
+
+    Raises:
+        ArgumentError: as `check_out`.
+    """
     if out.read_only:
         got = "a tensor that requires grad" if out.framework.name == "torch" else "a read-only or immutable array"
         hint = "Pass out.detach(), or leave out= away." if out.framework.name == "torch" else "Pass a writable array, or leave out= away."
@@ -147,7 +167,6 @@ def check_out(problem: Problem, out: Array, inputs: Mapping[str, Array]) -> View
         if share_memory(out, array):
             hint = "Pass an array with memory of its own, or leave out= away."
             raise ArgumentError("out", f"an array that shares memory with {name}", f"memory that {name} does not use", hint)
-    return problem.layout.view(out, problem.head_dim_v)
 
 
 def check_backward(problem: Problem, grad_out: Array, out: Array, lse: Array, grad_lse: Array | None) -> BackwardViews:

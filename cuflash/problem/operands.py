@@ -36,6 +36,7 @@ class Operands(NamedTuple):
     seqused_q: AnyArray | None = None
     seqused_kv: AnyArray | None = None
     pair_mask: AnyArray | None = None
+    seqlens_q: AnyArray | None = None
 
 
 _FORWARD = ("query", "key", "value")

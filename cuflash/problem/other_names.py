@@ -68,8 +68,8 @@ OTHER_NAMES = (
         "int32 (batch,), all keys that a row has, those of this step too; of a cache, those before this call; of packed sequences, those of their places.",
     ),
     OtherName(
-        ("query_seq_lengths",), "JAX", (),
-        "A query beyond its sequence gets a row of out that is not used: leave it out, or pack the sequences for varlen_attention.",
+        ("query_seq_lengths",), "JAX", ("seqlens_q", "seqused_q"),
+        "int32 (batch,), all queries that a row has; of packed sequences, those of their places.",
     ),
     OtherName(("k_cache", "v_cache"), "flash-attn", ("key_cache", "value_cache"), "(batch, room, heads, head_dim), or of pages (pages, page_size, heads, head_dim), as there."),
     OtherName(

@@ -50,7 +50,7 @@ class Problem:
         layout: the caller's form of arrays.
         head_dim_v: 1 to 576, of value and the output.
         max_seqlen_q, max_seqlen_kv: no sequence is longer: seqlen_q and seqlen_kv, but for packed sequences.
-        seqlens_kv: rows of the batch have numbers of keys of their own, at most seqlen_kv, which are read on the device.
+        seqlens_kv, seqlens_q: rows of the batch have numbers of keys, or of queries, of their own, at most seqlen_kv or seqlen_q, which are read on the device.
         num_sequences: packed sequences, whose offsets are read on the device; `batch` is 1 then and seqlen_q and seqlen_kv count all tokens.
             None for padded batches.
         in_places: packed sequences may use less than their offsets give them, which is read on the device too.
@@ -92,6 +92,7 @@ class Problem:
     seqlens_kv: bool = False
     num_sequences: int | None = None
     in_places: bool = False
+    seqlens_q: bool = False
     features: Features = field(default_factory=Features)
     aligned: bool = True
     vectorized: bool = True
@@ -163,8 +164,13 @@ class Problem:
 
     @property
     def is_ragged(self) -> bool:
-        """Sequences have numbers of keys of their own: rows of a batch, or packed ones."""
-        return self.seqlens_kv or self.num_sequences is not None
+        """Sequences have numbers of keys or queries of their own: rows of a batch, or packed ones."""
+        return self.seqlens_kv or self.seqlens_q or self.num_sequences is not None
+
+    @property
+    def uses_places(self) -> bool:
+        """Sequences may have fewer queries than places for them, in rows of the batch or packed."""
+        return self.seqlens_q or self.in_places
 
     @property
     def causal_offset(self) -> int:
@@ -197,7 +203,7 @@ class Problem:
         """For how many batches and heads the lists of visible tiles differ."""
         kinds, mask = self.features.kinds, self.features.attn_mask
         of_batch, of_heads = mask.extents[:2] if mask is not None and kinds.attn_mask == "bool" else (1, 1)
-        per_batch = kinds.segments or kinds.prefix or self.seqlens_kv or of_batch > 1
+        per_batch = kinds.segments or kinds.prefix or self.seqlens_kv or self.seqlens_q or of_batch > 1
         return (self.batch if per_batch else 1), (self.num_heads_q if of_heads > 1 else 1)
 
     @property

@@ -23,7 +23,7 @@ class Lengths(NamedTuple):
 
     Attributes:
         max_seqlen_q, max_seqlen_kv: no sequence is longer.
-        seqlens_kv: rows of the batch have numbers of keys of their own.
+        seqlens_kv, seqlens_q: rows of the batch have numbers of keys, or of queries, of their own.
         num_sequences: packed ones; None for padded batches.
         in_places: these have lengths besides their offsets.
     """
@@ -33,6 +33,7 @@ class Lengths(NamedTuple):
     seqlens_kv: bool = False
     num_sequences: int | None = None
     in_places: bool = False
+    seqlens_q: bool = False
 
 
 def check_seqlens(name: str, lengths: Array, query: Array, expected: int) -> None:

@@ -149,8 +149,7 @@ def geometry(problem: Problem, num_tiles: int, section_heads: int = 1) -> Values
 def lengths(problem: Problem, packed_places: int = 0) -> Values:
     """`SequenceLengths` of a kernel that has a list of so many tiles of packed sequences, or 0."""
     return {
-        "cu_seqlens_q": "cu_seqlens_q", "cu_seqlens_kv": "cu_seqlens_kv", "seqlens_q": "seqused_q",
-        "seqlens_kv": "seqlens_kv" if problem.num_sequences is None else "seqused_kv",
+        "cu_seqlens_q": "cu_seqlens_q", "cu_seqlens_kv": "cu_seqlens_kv", **{f"seqlens_{which}": f"{'seqlens' if problem.num_sequences is None else 'seqused'}_{which}" for which in ("q", "kv")},
         "num_sequences": problem.num_sequences or 0, "bottom_right": problem.causal_alignment == "bottom_right",
         "packed_tiles": "packed_tiles" if packed_places else 0, "packed_places": packed_places, "reserved": 0,
     }  # fmt: skip

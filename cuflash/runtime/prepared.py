@@ -338,17 +338,7 @@ class PreparedForward(PreparedCall):
         }  # fmt: skip
 
     def may_write(self, given: Mapping[str, Any], addresses: dict[str, int]) -> bool:
-        if not may_be_written(given["out"]):
-            return False
-        low, size = self.extents["out"]
-        first = addresses["out"] + low
-        for name, (low, other_size) in self.extents.items():
-            if name == "out" or name not in addresses:
-                continue
-            other = addresses[name] + low
-            if first < other + other_size and other < first + size:
-                return False
-        return True
+        return may_be_written(given["out"]) and is_apart("out", self.extents, addresses)
 
     def run(self, addresses: dict[str, int], given: Any = None) -> Any:
         made = self.made(addresses)
@@ -414,6 +404,19 @@ def may_be_written(array: Any) -> bool:
         return True
     is_recorded = getattr(array, "requires_grad", None)  # of a tensor, which has no flags
     return getattr(getattr(array, "flags", None), "writeable", True) if is_recorded is None else not is_recorded
+
+
+def is_apart(name: str, extents: Mapping[str, tuple[int, int]], addresses: Mapping[str, int]) -> bool:
+    """Whether an array shares no byte with what lies between the first and the last byte of each other one."""
+    low, size = extents[name]
+    first = addresses[name] + low
+    for other_name, (low, other_size) in extents.items():
+        if other_name == name or other_name not in addresses:
+            continue
+        other = addresses[other_name] + low
+        if first < other + other_size and other < first + size:
+            return False
+    return True
 
 
 def _contiguous_or_broadcast(extents: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 `visits_of_launch(kernel, problem, data)` follows kernels/visible_tiles.cu: of the tiles that positions leave, those are visited in which some pair is visible, and those
 are partial of which some pair is not. `data` has the arrays of the call by the names of its arguments, as NumPy arrays: `attn_mask`, `segment_ids_q`,
-`segment_ids_kv`, `prefix_lengths`, `seqlens_kv`, `cu_seqlens_q`, `cu_seqlens_kv`. Arrays that decide nothing need not be there.
+`segment_ids_kv`, `prefix_lengths`, `seqlens_kv`, `seqlens_q`, `cu_seqlens_q`, `cu_seqlens_kv`. Arrays that decide nothing need not be there.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ class _Lookup:
             return band_of(problem, *(self.length_of(batch, of) for of in ("q", "kv")))
         prefix = int(self._array("prefix_lengths")[batch]) if problem.features.kinds.prefix else 0
         keys = int(self._array("seqlens_kv")[batch]) if problem.seqlens_kv else None
-        return band_of(problem, None, keys, prefix)
+        queries = int(self._array("seqlens_q")[batch]) if problem.seqlens_q else None
+        return band_of(problem, queries, keys, prefix)
 
     def length_of(self, sequence: int, which: str) -> int:
         """Of a packed sequence, in queries or keys."""

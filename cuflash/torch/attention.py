@@ -62,6 +62,7 @@ def scaled_dot_product_attention(
     tile: Any = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
+    seqlens_q: Any = None,
     seqlens_kv: Any = None,
     dropout_seed: Any = None,
     window: Any = None,
@@ -88,7 +89,7 @@ def scaled_dot_product_attention(
         return_lse: return `(out, lse)`; lse is float32 `(batch, num_heads_q, seqlen_q)`, differentiable like out.
         dropout_seed: None draws seed and offset from torch's generator of the query's device, on the device: `torch.manual_seed` reproduces them, and so do
             checkpointing and CUDA graphs. A tensor of one element is a seed whose offset is 0.
-        seqlens_kv, prefix_lengths: int32, or int64, which is converted on the device.
+        seqlens_q, seqlens_kv, prefix_lengths: int32, or int64, which is converted on the device.
         sinks, alibi_slopes: float32, or a 16-bit type, which is converted. Slopes have no gradient, and raise where they require one.
         tile: of the forward kernel; gradients are computed with their default tiles.
         scale, softcap, dropout_p, window: numbers, or tensors of one element, for which a GPU is waited for.
@@ -103,13 +104,13 @@ def scaled_dot_product_attention(
         return nested.attention(varlen_attention, query, key, value, {
             "attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa, "layout": layout,
             "attn_bias": attn_bias, "causal_alignment": causal_alignment, "return_lse": return_lse, "tile": tile, "deterministic": deterministic,
-            "allow_tf32": allow_tf32, "seqlens_kv": seqlens_kv, "dropout_seed": dropout_seed, "window": window, "softcap": softcap,
+            "allow_tf32": allow_tf32, "seqlens_q": seqlens_q, "seqlens_kv": seqlens_kv, "dropout_seed": dropout_seed, "window": window, "softcap": softcap,
             "alibi_slopes": alibi_slopes, "sinks": sinks, "segment_ids_q": segment_ids_q, "segment_ids_kv": segment_ids_kv, "prefix_lengths": prefix_lengths,
         })  # fmt: skip
     if type(attn_mask) is CausalBias:
         attn_mask, is_causal, causal_alignment = inputs.from_causal_bias(attn_mask, is_causal, query, key, layout)
     given = (
-        query, key, value, attn_mask, sinks, alibi_slopes, seqlens_kv, segment_ids_q, segment_ids_kv, prefix_lengths, None, None, None,
+        query, key, value, attn_mask, sinks, alibi_slopes, seqlens_q, seqlens_kv, segment_ids_q, segment_ids_kv, prefix_lengths, None, None, None,
         dropout_seed if isinstance(dropout_seed, torch.Tensor) else None,
     )  # fmt: skip
     plain = inputs.check_tensors(given)
@@ -131,8 +132,8 @@ def scaled_dot_product_attention(
     state, seed = inputs.dropout_source(options["dropout_p"], dropout_seed, query.device)
     sinks, alibi_slopes = inputs.sinks_and_slopes(sinks, alibi_slopes)
     tensors = (
-        query, key, value, attn_mask, sinks, alibi_slopes, inputs.lengths(seqlens_kv), segment_ids_q, segment_ids_kv, inputs.lengths(prefix_lengths),
-        None, None, pair_mask, state,
+        query, key, value, attn_mask, sinks, alibi_slopes, inputs.lengths(seqlens_q), inputs.lengths(seqlens_kv), segment_ids_q, segment_ids_kv,
+        inputs.lengths(prefix_lengths), None, None, pair_mask, state,
     )  # fmt: skip
     return Asked(Call(False, options, seed), tensors, plain, return_lse, restore)
 
@@ -178,7 +179,9 @@ def varlen_attention(
         out `(tokens, heads, head_dim_v)`, or with `return_lse` out and lse `(heads, tokens)`, both differentiable.
     """
     state = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
-    given = (query, key, value, attn_mask, sinks, alibi_slopes, None, None, None, prefix_lengths, cu_seqlens_q, cu_seqlens_kv, None, state)
+    given = (
+        query, key, value, attn_mask, sinks, alibi_slopes, None, None, None, None, prefix_lengths, cu_seqlens_q, cu_seqlens_kv, None, state,
+    )  # fmt: skip
     plain = inputs.check_tensors(given)
     query, key, value = inputs.autocast(query, key, value)
     options = {
@@ -189,7 +192,7 @@ def varlen_attention(
     state, seed = inputs.dropout_source(options["dropout_p"], dropout_seed, query.device)
     sinks, alibi_slopes = inputs.sinks_and_slopes(sinks, alibi_slopes)
     tensors = (
-        query, key, value, attn_mask, sinks, alibi_slopes, None, None, None, inputs.lengths(prefix_lengths), inputs.lengths(cu_seqlens_q),
+        query, key, value, attn_mask, sinks, alibi_slopes, None, None, None, None, inputs.lengths(prefix_lengths), inputs.lengths(cu_seqlens_q),
         inputs.lengths(cu_seqlens_kv), None, state,
     )  # fmt: skip
     return Asked(Call(True, options, seed), tensors, plain, return_lse)
@@ -213,6 +216,7 @@ def plan(
     tile: Any = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
+    seqlens_q: Any = None,
     seqlens_kv: Any = None,
     backward: bool = False,
     jvp: bool = False,
@@ -232,7 +236,7 @@ def plan(
     if type(attn_mask) is CausalBias:
         attn_mask, is_causal, causal_alignment = inputs.from_causal_bias(attn_mask, is_causal, query, key, layout)
     state = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
-    given = (query, key, value, attn_mask, sinks, alibi_slopes, seqlens_kv, segment_ids_q, segment_ids_kv, prefix_lengths)
+    given = (query, key, value, attn_mask, sinks, alibi_slopes, seqlens_q, seqlens_kv, segment_ids_q, segment_ids_kv, prefix_lengths)
     inputs.check_tensors((*given, None, None, None, state))
     pair_mask = None
     if layout == "bhsd":
@@ -251,7 +255,7 @@ def plan(
     seed = inputs.seed_and_offset(dropout_seed)
     operands = Operands(
         query, key, value, attn_mask, alibi_slopes, sinks, inputs.lengths(prefix_lengths), seed, None, inputs.lengths(seqlens_kv), segment_ids_q,
-        segment_ids_kv, pair_mask=pair_mask,
+        segment_ids_kv, pair_mask=pair_mask, seqlens_q=inputs.lengths(seqlens_q),
     )  # fmt: skip
     options = Options(
         is_causal, number(scale), enable_gqa, causal_alignment, return_lse, tile, deterministic, allow_tf32, dropout_p, inputs.pair(window),

@@ -15,7 +15,15 @@ from cuflash.errors import UnsupportedError
 from cuflash.torch.inputs import TENSORS
 
 _COUNT = len(TENSORS)
-_BATCHED_DIMENSIONS = {"attn_mask": 4, "alibi_slopes": 2, "seqlens_kv": 1, "segment_ids_q": 2, "segment_ids_kv": 2, "prefix_lengths": 1}
+_BATCHED_DIMENSIONS = {
+    "attn_mask": 4,
+    "alibi_slopes": 2,
+    "seqlens_q": 1,
+    "seqlens_kv": 1,
+    "segment_ids_q": 2,
+    "segment_ids_kv": 2,
+    "prefix_lengths": 1,
+}
 """Dimensions of each tensor when the batch is the first."""
 
 Tensors = tuple[Any, ...]

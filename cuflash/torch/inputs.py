@@ -18,7 +18,7 @@ from cuflash.arrays.descriptions import describe
 from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
 
 TENSORS = (
-    "query", "key", "value", "attn_mask", "sinks", "alibi_slopes", "seqlens_kv", "segment_ids_q", "segment_ids_kv", "prefix_lengths", "cu_seqlens_q",
+    "query", "key", "value", "attn_mask", "sinks", "alibi_slopes", "seqlens_q", "seqlens_kv", "segment_ids_q", "segment_ids_kv", "prefix_lengths", "cu_seqlens_q",
     "cu_seqlens_kv", "pair_mask", "dropout_seed",
 )  # fmt: skip
 """The tensors of a call, in the order in which all functions of this package take them, None for those that it does not have."""

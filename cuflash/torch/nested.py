@@ -10,7 +10,7 @@ from torch.nested._internal.nested_tensor import NestedTensor
 
 from cuflash.errors import DTypeError, ShapeError, UnsupportedError
 
-_NOT_PACKED = ("attn_mask", "attn_bias", "seqlens_kv", "segment_ids_q", "segment_ids_kv", "tile")
+_NOT_PACKED = ("attn_mask", "attn_bias", "seqlens_q", "seqlens_kv", "segment_ids_q", "segment_ids_kv", "tile")
 """Arguments that packed sequences do not have, or that have another meaning for them."""
 
 

@@ -76,7 +76,7 @@ def _tensors(
 ) -> tuple[Any, ...]:
     packed = query.dim() == 3
     offsets = (lengths(cum_seq_q), lengths(cum_seq_k)) if packed else (None, None)
-    return (query, key, value, None, None, slopes, lengths(seqlens_kv), None, None, None, *offsets, None, seed)
+    return (query, key, value, None, None, slopes, None, lengths(seqlens_kv), None, None, None, *offsets, None, seed)
 
 
 def _refuse(return_debug_mask: bool) -> None:

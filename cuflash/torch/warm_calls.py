@@ -37,7 +37,7 @@ _is_transformed, _num_modes, _is_traced = (
 _is_cast, _is_grad_enabled = torch._C._is_any_autocast_enabled, torch.is_grad_enabled
 _is_dynamo_tracing = torch.compiler.is_dynamo_compiling
 _CLASSES = frozenset((torch.Tensor, torch.nn.Parameter))
-_LENGTHS = frozenset(("seqlens_kv", "prefix_lengths", "cu_seqlens_q", "cu_seqlens_kv"))
+_LENGTHS = frozenset(("seqlens_q", "seqlens_kv", "prefix_lengths", "cu_seqlens_q", "cu_seqlens_kv"))
 _INPUTS = ("query", "key", "value")
 _MAX_OPTIONS = 256
 

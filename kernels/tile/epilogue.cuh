@@ -7,6 +7,7 @@
 #include "tile/constants.cuh"
 #include "tile/load.cuh"
 #include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
 #include "tile/slices.cuh"
 #include "tile/smem_tile.cuh"
 
@@ -136,8 +137,8 @@ DEVICE void store_tile(SmemAddress tile, const TensorView& view, const Work& wor
 // Zeros in rows begin .. end - 1, which no sequence's block computes (tile/sequence.cuh); this block does TILE_ROWS of them at a time, as its
 // tile says, and goes on at `num_tiles` tiles further.
 template <typename Element, int NUM_THREADS, int TILE_ROWS, int DIM>
-DEVICE void clear_rows(const TensorView& view, int head, int begin, int end, int tile, int num_tiles, int thread = int(threadIdx.x)) {
-  Element* destination = view.row_pointer<Element>(0, head);
+DEVICE void clear_rows(const TensorView& view, const Work& work, int begin, int end, int tile, int num_tiles, int thread = int(threadIdx.x)) {
+  Element* destination = view.row_pointer<Element>(VARLEN ? 0 : work.batch, work.head);
   for (int64 first = begin + int64(tile) * TILE_ROWS; first < end; first += int64(num_tiles) * TILE_ROWS) {
     const int rows = int(min(int64(TILE_ROWS), end - first));
     for (int index = thread; index < rows * DIM; index += NUM_THREADS)
@@ -147,9 +148,9 @@ DEVICE void clear_rows(const TensorView& view, int head, int begin, int end, int
 
 // The same of out, and LSE -inf: what a forward kernel leaves in rows that no query computes. `thread` is one of NUM_THREADS.
 template <typename Arguments>
-DEVICE void clear_queries(const Arguments& arguments, int head, int begin, int end, int tile, int num_tiles, int thread = int(threadIdx.x)) {
-  clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM_V>(arguments.out, head, begin, end, tile, num_tiles, thread);
+DEVICE void clear_queries(const Arguments& arguments, const Work& work, int begin, int end, int tile, int num_tiles, int thread = int(threadIdx.x)) {
+  clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM_V>(arguments.out, work, begin, end, tile, num_tiles, thread);
   if (arguments.lse.data == nullptr) return;
   for (int64 row = begin + int64(tile) * NUM_THREADS + thread; row < end; row += int64(num_tiles) * NUM_THREADS)
-    *arguments.lse.pointer(0, head, int(row)) = -infinity();
+    *arguments.lse.pointer(VARLEN ? 0 : work.batch, work.head, int(row)) = -infinity();
 }

@@ -42,7 +42,10 @@ struct Row {
   DEVICE int64 stream_part(int i) const { return part_of_block(first_block + i, i == 0); }
 
   DEVICE float* of(const RowView& view) const { return view.pointer(batch, head, query); }
-  DEVICE Element* of(const TensorView& view) const { return view.row_pointer<Element>(batch, head) + query * view.stride_seqlen; }
+  template <typename T = Element>
+  DEVICE T* of(const TensorView& view) const {
+    return view.row_pointer<T>(batch, head) + query * view.stride_seqlen;
+  }
 
   // Over the lanes of the thread's group, for all of them. Every thread of the warp takes part.
   DEVICE float sum_of_lanes(float x) const {

@@ -3,10 +3,11 @@
 // Tiles of queries that see a tile of keys, of all heads that share it, are shared out among num_splits blocks, equal numbers of neighbours to each.
 // Each stores what its queries give to dK and dV, in float32, and backward_dkdv_merge.cu adds up these parts in the order of the splits.
 //
-// backward_dkdv_mma.cu does the same, without what follows. Blocks of backward_wgmma.cu that start together add to a tile of dQ one after the other.
-// So tiles of keys are cut into chains of chain_tiles neighbours, and each chain has sums and turns of its own (tile/query_sums.cuh), which
-// backward_dq_convert.cu adds up in the order of the chains. Of one tile of keys just one block adds to a tile of queries, and blocks start in the
-// order of their keys, so turns are what they are without splits. Where data hide tiles, the table has places among all keys, and there is one chain.
+// backward_dkdv_mma.cu does the same, without what follows; where data hide tiles, it counts those that a list has. Blocks of backward_wgmma.cu that
+// start together add to a tile of dQ one after the other. So tiles of keys are cut into chains of chain_tiles neighbours, and each chain has sums and
+// turns of its own (tile/query_sums.cuh), which backward_dq_convert.cu adds up in the order of the chains. Of one tile of keys just one block adds to
+// a tile of queries, and blocks start in the order of their keys, so turns are what they are without splits. Where data hide tiles, the table has
+// places among all keys, and there is one chain.
 //
 //     key_parts [batch][head][tile of keys][split][16 keys of a warp][D_TILES of dK, DV_TILES of dV] accumulator tiles m16n8 as they lie in registers
 //     query_sums, turns [chain][slots]
@@ -106,14 +107,21 @@ DEVICE void for_each_whole_member(const Arguments& arguments, const BlockWork& w
   }
 }
 
-// A block's own of all steps of its tile of keys.
-template <typename Arguments>
-DEVICE Steps steps_of_split(const Arguments& arguments, const BlockWork& work) {
+// A block's own of all steps of its tile of keys, of which each member has `count(batch, head, geometry, steps)`.
+template <typename Arguments, typename Count>
+DEVICE Steps steps_of_split(const Arguments& arguments, const BlockWork& work, const Count& count) {
   int total = 0;
-  for_each_whole_member(arguments, work,
-                        [&](int, int, const Geometry&, const Visibility&, const Steps& all) { total += max(all.end - all.begin, 0); });
+  for_each_whole_member(arguments, work, [&](int batch, int head, const Geometry& geometry, const Visibility&, const Steps& all) {
+    total += count(batch, head, geometry, all);
+  });
   const int num_splits = arguments.splits.num_splits;
   return {uniform(int(int64(total) * work.split / num_splits)), uniform(int(int64(total) * (work.split + 1) / num_splits))};
+}
+
+// The same where each member has all steps that positions leave.
+template <typename Arguments>
+DEVICE Steps steps_of_split(const Arguments& arguments, const BlockWork& work) {
+  return steps_of_split(arguments, work, [](int, int, const Geometry&, const Steps& all) { return max(all.end - all.begin, 0); });
 }
 
 // A block's own of the steps of a member, `before` which so many steps of other members come; that counts these, too.

@@ -1,5 +1,5 @@
 // Sequences whose lengths only the device knows: rows of a batch with fewer keys than it has room for (SEQLENS_KV), sequences of any length packed
-// one behind the other (VARLEN), and sequences that use the first rows only of their places among those (IN_PLACES).
+// one behind the other (VARLEN), and sequences that use the first rows only of their places among those, or of a batch (IN_PLACES).
 //
 // A block looks its sequence up once and then works as if it were alone: with a Geometry of its own, whose rows start at `start_q` and `start_kv`
 // of the packed arrays, which have a batch stride of 0. Offsets that make no sense are clamped: whatever they say, no access leaves the arrays.
@@ -7,7 +7,7 @@
 // Packed rows behind the last sequence belong to nobody. Blocks of one sequence more than there are fill them with zeros. The grid is made for
 // max_seqlen, or for a list of the tiles that there are (tile/packed_tiles.cuh); rows of a sequence that is longer all the same are filled with zeros
 // by the block of its last tile. Rows of a sequence's place that it does not use are filled by the blocks of their tiles, and those beyond the last
-// tile by all blocks of the sequence.
+// tile by all blocks of the sequence. Of a batch that is not packed these are the rows of queries; those of keys get the zeros that their sums are.
 //
 // With neither feature, everything in this file is nothing.
 #pragma once
@@ -18,11 +18,11 @@ constexpr bool VARLEN = Config::VARLEN;  // packed sequences
 constexpr bool SEQLENS_KV =
     Config::SEQLENS_KV;  // sequences have key lengths besides their places: rows of a batch, a cache, or packed ones in places
 constexpr bool RAGGED = VARLEN || SEQLENS_KV;
-constexpr bool IN_PLACES = Config::IN_PLACES;  // packed sequences have lengths besides their offsets, of queries and of keys
+constexpr bool IN_PLACES = Config::IN_PLACES;  // sequences have lengths besides their places, of queries and of keys
 
 constexpr bool PACKED_KEYS = VARLEN && (IN_PLACES || !SEQLENS_KV);  // keys too; a cache has lengths of its own, and no places
 
-static_assert(!IN_PLACES || (VARLEN && SEQLENS_KV), "places are those of packed sequences");
+static_assert(!IN_PLACES || SEQLENS_KV, "of keys, too");
 
 // The first packed row of a sequence; of the one behind the last, the first row that belongs to nobody.
 DEVICE int sequence_start(const int* offsets, int sequence, int num_rows) { return VARLEN ? min(max(offsets[sequence], 0), num_rows) : 0; }
@@ -34,7 +34,7 @@ DEVICE int sequence_place(const int* offsets, int sequence, int num_rows) {
   return max(sequence_start(offsets, sequence + 1, num_rows) - start, 0);
 }
 
-// A packed array's rows: of how many each sequence has a place for, and how many it uses; null: all of them.
+// An array's rows: of how many each sequence has a place for, and how many it uses; null: all of them.
 struct PackedArray {
   const int* offsets;
   const int* lengths;
@@ -48,10 +48,10 @@ DEVICE PackedArray packed_queries(const Arguments& arguments) {
 
 template <typename Arguments>
 DEVICE PackedArray packed_keys(const Arguments& arguments) {
-  return {arguments.lengths.cu_seqlens_kv, arguments.lengths.seqlens_kv, arguments.geometry.seqlen_kv};
+  return {arguments.lengths.cu_seqlens_kv, VARLEN ? arguments.lengths.seqlens_kv : nullptr, arguments.geometry.seqlen_kv};
 }
 
-// Packed rows of a sequence: those of its place, or the first ones as its length says.
+// Rows of a sequence: those of its place, or the first ones as its length says.
 DEVICE int sequence_length(const PackedArray& packed, int sequence) {
   const int place = sequence_place(packed.offsets, sequence, packed.num_rows);
   return IN_PLACES && packed.lengths != nullptr ? min(max(packed.lengths[sequence], 0), place) : place;
@@ -68,6 +68,9 @@ DEVICE decltype(auto) geometry_of(const Arguments& arguments, int sequence) {
     if constexpr (VARLEN) {
       geometry.seqlen_q = sequence_length(packed_queries(arguments), sequence);
       geometry.seqlen_kv = sequence_length(packed_keys(arguments), sequence);
+    } else if constexpr (IN_PLACES) {
+      geometry.seqlen_q = sequence_length(packed_queries(arguments), sequence);
+      if (lengths.seqlens_kv != nullptr) geometry.seqlen_kv = min(max(lengths.seqlens_kv[sequence], 0), geometry.seqlen_kv);
     } else {
       geometry.seqlen_kv = min(max(lengths.seqlens_kv[sequence], 0), geometry.seqlen_kv);
     }
@@ -97,6 +100,10 @@ DEVICE bool claim_rows(const Arguments& arguments, const PackedArray& packed, co
       if (work.tile == num_tiles - 1) clear(start + end, start + place, 0, 1);  // longer than max_seqlen said
     }
     return first < length;  // the grid is made for the longest sequence
+  } else if constexpr (IN_PLACES) {
+    const int length = sequence_length(packed, work.batch), first = work.tile * TILE_ROWS;
+    clear(max(first, length), min(first + TILE_ROWS, packed.num_rows), 0, 1);
+    return first < length;
   }
   return true;
 }

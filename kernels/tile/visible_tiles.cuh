@@ -53,7 +53,7 @@ class VisibleTiles {  // of the tile `tile` of (batch, head); nothing without li
 // The same for a kernel whose copies run ahead of its products: entries are read into registers a step before one is wanted, so that no copy waits
 // for its entry. In step j those of steps j .. j + AHEAD are there.
 //
-//     VisibleTilesAhead<NUM_STAGES> tiles(...);  // at step 0
+//     VisibleTilesAhead<NUM_STAGES> tiles(...);  // at step 0, or at another one behind begin_at
 //     for (int j = 0; j < tiles.count(); ++j) {
 //       tiles.look_ahead(j);
 //       ...
@@ -66,8 +66,15 @@ class VisibleTilesAhead {
     if constexpr (TILE_LISTS) {
       list = visible_tiles_of(geometry, features, batch, head, tile, num_columns);
       num_entries = list[0];
+      begin_at(0);
+    }
+  }
+
+  DEVICE void begin_at(int step) {
+    if constexpr (TILE_LISTS) {
+      present = step;
 #pragma unroll
-      for (int i = 0; i <= AHEAD; ++i) entries[i] = read(i);
+      for (int i = 0; i <= AHEAD; ++i) entries[i] = read(step + i);
     }
   }
 

@@ -304,6 +304,38 @@ def test_vmap_of_masks_lengths_and_sinks(device: Any) -> None:
         assert_close(got[i], attention(query[0], key, value, hidden)[0])
 
 
+def test_padded_queries_may_hold_anything(device: Any) -> None:
+    """NaN behind the lengths reaches no gradient of key and value, in eager calls, traced ones and for samples with lengths of their own."""
+    query, key, value = leaves(device, *[SHAPE] * 3)
+    lengths, padded = torch.tensor([48, 20], device=device), slice(20, None)
+    with torch.no_grad():
+        query[1, :, padded] = torch.nan
+    grad_out = torch.randn(SHAPE, device=device, dtype=query.dtype)
+    grad_out[1, :, padded] = torch.nan
+    out = scaled_dot_product_attention(query, key, value, seqlens_q=lengths)
+    grads = torch.autograd.grad(out, (query, key, value), grad_out)
+    assert not out[1, :, padded].any()
+    assert not grads[0][1, :, padded].any()
+    for row, length in enumerate((48, 20)):
+        rows = [x[row : row + 1] for x in (query[:, :, :length], key, value)]
+        want = attention(*rows)[0]
+        assert_close(out[row : row + 1, :, :length], want)
+        exact = torch.autograd.grad(want, rows, grad_out[row : row + 1, :, :length].to(want.dtype))
+        for of_call, own, rows_of in zip(grads, exact, (length, SEQLEN, SEQLEN), strict=True):
+            assert_close(of_call[row : row + 1, :, :rows_of], own)
+
+    compiled = torch.compile(scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
+    traced = compiled(query, key, value, seqlens_q=lengths)
+    assert torch.equal(traced, out)
+    for got, want in zip(torch.autograd.grad(traced, (query, key, value), grad_out), grads, strict=True):
+        assert torch.equal(got, want)
+    samples = vmap(lambda n: scaled_dot_product_attention(query.detach(), key.detach(), value.detach(), seqlens_q=n))(
+        torch.stack([lengths, lengths // 2])
+    )
+    assert torch.equal(samples[0], out)
+    assert not samples[1, 0, :, 24:].any()
+
+
 @pytest.mark.parametrize("dims", [(0, 0, 0), (0, None, None)], ids=str)
 def test_gradients_of_each_sample(device: Any, dims: tuple[int | None, ...]) -> None:
     """vmap over grad, as for per-sample gradients: the gradient of what samples share comes for each of them."""

@@ -1,0 +1,182 @@
+"""Rows of a batch with fewer queries than there is room for (`seqlens_q`): what lies behind them may hold anything, and takes part in nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import pytest
+from conftest import Target
+
+import cuflash
+from cuflash import Tile
+from cuflash.errors import DTypeError, ShapeError
+from cuflash.jit.compiler import CompileRequest
+from cuflash.planning import fused_backward, predicted_backward
+from cuflash.planning.kernel_plan import Splits
+from cuflash.reference import attention, attention_backward, attention_naive, attention_naive_backward, compare, to_float64
+
+pytest.importorskip("cupy")
+
+BATCH, QUERIES, KEYS, HEADS, HEADS_KV, DIM = 4, 90, 70, 4, 2, 32
+USED_Q, USED_KV = [33, 90, 0, 64], [70, 17, 40, 0]
+TILES = {"backward_fused": Tile(32, 64, 4, 2)}
+CALLS: dict[str, dict[str, Any]] = {
+    "causal": {"is_causal": True},
+    "both": {"is_causal": True, "causal_alignment": "bottom_right", "seqlens_kv": USED_KV},
+    "window": {"window": (20, 3), "sinks": numpy.linspace(-1, 1, HEADS, dtype="float32")},
+    "mask": {"attn_mask": numpy.random.default_rng(1).random((BATCH, 1, QUERIES, KEYS)) > 0.5, "is_causal": True, "causal_alignment": "bottom_right"},
+    "bias": {"attn_mask": numpy.where(numpy.arange(KEYS) < 50, 0.5, -1e9).astype("float32")},
+    "documents": {"segment_ids_q": numpy.arange(QUERIES)[None] // 40, "segment_ids_kv": numpy.arange(KEYS)[None] // 30},
+}  # fmt: skip
+
+
+def int32(numbers: Any) -> Any:
+    return numpy.array(numbers, "int32")
+
+
+def given(on: Target, name: str, dtype: str) -> tuple[list[Any], dict[str, Any]]:
+    """grad_out, query, key and value with NaN and infinity in padded queries and keys, and the options."""
+    options = {"enable_gqa": True, "seqlens_q": int32(USED_Q), **CALLS[name]}
+    options |= {key: int32(value) for key, value in options.items() if key.startswith("segment") or key == "seqlens_kv"}
+    shapes = (BATCH, QUERIES, HEADS, DIM), (BATCH, KEYS, HEADS_KV, DIM)
+    arrays = [on.random(shapes[of], dtype, seed) for seed, of in enumerate((0, 0, 1, 1))]
+    for array, lengths in zip(arrays, (USED_Q, USED_Q, options.get("seqlens_kv"), options.get("seqlens_kv")), strict=True):
+        for row, length in zip(array, lengths if lengths is not None else (), strict=False):
+            row[length:] = numpy.nan
+            row[length::2] = numpy.inf
+    return arrays, options
+
+
+def of_row(row: int, options: dict[str, Any]) -> tuple[slice, slice, dict[str, Any]]:
+    """The queries and keys of a row of the batch, and the options of a call of these alone."""
+    queries = slice(0, USED_Q[row])
+    keys = slice(0, int(options["seqlens_kv"][row]) if "seqlens_kv" in options else KEYS)
+    own = {name: option for name, option in options.items() if name not in ("seqlens_q", "seqlens_kv")}
+    if (mask := own.get("attn_mask")) is not None:
+        own["attn_mask"] = mask[row : row + 1, :, queries, keys] if mask.ndim == 4 else mask[keys]
+    for name, rows in (("segment_ids_q", queries), ("segment_ids_kv", keys)):
+        if name in own:
+            own[name] = own[name][:, rows]
+    return queries, keys, own
+
+
+def check(on: Target, name: str, dtype: str, tile: Any) -> None:
+    (grad_out, *inputs), options = given(on, name, dtype)
+    out, lse = cuflash.scaled_dot_product_attention(*inputs, return_lse=True, **options)
+    wants = {"need_attn_mask_grad": True} if name == "bias" else {}
+    grads = cuflash.scaled_dot_product_attention_backward(grad_out, *inputs, out, lse, tile=tile, **options, **wants)
+    summed, of_bias = numpy.zeros(HEADS), numpy.zeros(KEYS)
+    for row in range(BATCH):
+        queries, keys, own = of_row(row, options)
+        for got in (out, grads.query):
+            assert not on.host(got)[row, queries.stop :].any()
+        assert numpy.isneginf(on.host(lse)[row, :, queries.stop :]).all()
+        cut = [array[row : row + 1, rows] for array, rows in zip((grad_out, *inputs), (queries, queries, keys, keys), strict=True)]
+        if queries.stop == 0 or keys.stop == 0:
+            assert not any(on.host(grad)[row].any() for grad in grads)
+            continue
+        want, want_lse = attention(*cut[1:], **own)
+        naive, _ = attention_naive(*cut[1:], dtype, **own)
+        _, naive_lse = attention_naive(*cut[1:], "float32", **own)
+        compare(out[row : row + 1, queries], want, naive, name="out")
+        compare(lse[row : row + 1, :, queries], want_lse, naive_lse, name="lse", dtype="float32")
+        exact = attention_backward(*cut, **own)
+        rounded = attention_naive_backward(*cut, dtype, **own)
+        for which, rows in (("query", queries), ("key", keys), ("value", keys)):
+            compare(getattr(grads, which)[row : row + 1, rows], getattr(exact, which), getattr(rounded, which), name=which)
+        summed += 0 if exact.sinks is None else exact.sinks
+        of_bias += 0 if exact.attn_mask is None else exact.attn_mask
+    if wants:
+        numpy.testing.assert_allclose(on.host(grads.attn_mask), of_bias, rtol=1e-2, atol=1e-2)
+    if "sinks" in options:
+        numpy.testing.assert_allclose(on.host(grads.sinks), summed, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize(("dtype", "way"), [("float16", "own"), ("float16", "fused"), ("float32", "own")])
+@pytest.mark.parametrize("name", CALLS)
+def test_padded_queries_take_part_in_nothing(name: str, dtype: str, way: str, simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fused_backward.VARIABLE, "0" if way == "own" else "1")
+    check(simulator, name, dtype, TILES if way == "fused" else None)
+
+
+@pytest.mark.exhaustive
+def test_tiles_of_keys_that_are_shared_out(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among blocks, each of which has some tiles of queries of rows of different lengths."""
+    monkeypatch.setattr(predicted_backward, "splits_of", lambda *_: Splits(3, chains=1))
+    monkeypatch.setenv(fused_backward.VARIABLE, "0")
+    check(simulator, "both", "float16", None)
+
+
+@pytest.mark.parametrize("way", ["own", pytest.param("fused", marks=pytest.mark.exhaustive)])
+def test_what_lies_behind_changes_no_bit(way: str, simulator: Target) -> None:
+    """With dropout, keys that all rows of the batch share, rows that do not start on 16 bytes, and lengths that are out of range."""
+    query, grad_out = (
+        simulator.restride(simulator.random((BATCH, QUERIES, HEADS, DIM), "float16", seed), "unaligned_base") for seed in (0, 1)
+    )
+    key, value = (simulator.random((1, KEYS, 1, DIM), "float16", seed) for seed in (2, 3))
+    options = {"enable_gqa": True, "dropout_p": 0.3, "dropout_seed": 5, "seqlens_q": int32([33, 2**31 - 1, -7, 64])}
+    tile = {"tile": TILES if way == "fused" else {"backward_dkdv": Tile(32, 32, 2, 2)}}
+    found = []
+    for filled in (0, numpy.nan):
+        for array in (query, grad_out):
+            for row, length in enumerate(USED_Q):
+                array[row, length:] = filled
+        out, lse = cuflash.scaled_dot_product_attention(query, key, value, return_lse=True, **options)
+        grads = cuflash.scaled_dot_product_attention_backward(grad_out, query, key, value, out, lse, **options, **tile)
+        found.append([simulator.bits(x) for x in (out, lse, *grads)])
+    assert found[0] == found[1]
+    assert grads.key.any()
+
+
+def test_tangents_of_padded_queries(simulator: Target) -> None:
+    (query_dot, *inputs), options = given(simulator, "both", "float16")
+    results = cuflash.scaled_dot_product_attention(*inputs, return_lse=True, **options)
+    out_dot, lse_dot = cuflash.scaled_dot_product_attention_jvp(query_dot, None, None, *inputs, *results, **options)
+    for row, length in enumerate(USED_Q):
+        assert not out_dot[row, length:].any()
+        assert not lse_dot[row, :, length:].any()
+        if USED_KV[row] and length:
+            queries, keys, own = of_row(row, options)
+            cut = [array[row : row + 1, rows] for array, rows in zip(inputs, (queries, keys, keys), strict=True)]
+            own_results = [results[0][row : row + 1, queries], results[1][row : row + 1, :, queries]]
+            want = cuflash.scaled_dot_product_attention_jvp(query_dot[row : row + 1, queries], None, None, *cut, *own_results, **own)
+            numpy.testing.assert_allclose(to_float64(out_dot[row, :length]), to_float64(want[0][0]), rtol=2e-3, atol=2e-3)
+            numpy.testing.assert_allclose(lse_dot[row, :, :length], want[1][0], rtol=1e-4, atol=1e-4)
+
+
+def test_other_lengths_are_no_other_call(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [simulator.random((2, 40, 1, 32), "float16", seed) for seed in range(3)]
+    lengths = int32([40, 7])
+    first = cuflash.scaled_dot_product_attention(*inputs, seqlens_q=lengths)
+    monkeypatch.setattr("cuflash.runtime.calls.make_plan", None)
+    lengths[:] = 20, 30
+    second = cuflash.scaled_dot_product_attention(*inputs, seqlens_q=lengths)
+    assert simulator.bits(second[0, :20]) == simulator.bits(first[0, :20])
+    assert not second[0, 20:].any()
+    assert second[1, 7:30].any()
+
+
+def test_what_a_call_refuses() -> None:
+    inputs = [numpy.zeros((2, 8, 1, 16), "float16")] * 3
+    for lengths, error in ((numpy.zeros(2, "int64"), DTypeError), (int32([1, 2, 3]), ShapeError), (int32([1, 2, 3, 4])[::2], ShapeError)):
+        with pytest.raises(error, match=r"^seqlens_q: "):
+            cuflash.scaled_dot_product_attention(*inputs, seqlens_q=lengths)
+
+
+@pytest.mark.parametrize(("head_dim", "seqlen"), [(64, 64), (64, 8), (512, 64)])
+def test_plans_and_warmup(head_dim: int, seqlen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper calls take kernels of mma.sync, also where others are asked for, and few queries those for many; `warmup` compiles them."""
+    inputs = [numpy.zeros((2, seqlen, 1, head_dim), "float16")] * 3
+    monkeypatch.setenv("CUFLASH_FORWARD_WGMMA", "1")
+    monkeypatch.setenv("CUFLASH_BACKWARD_WGMMA", "1")
+    compiled: list[CompileRequest] = []
+    monkeypatch.setattr("cuflash.tuning.cache.fetch_many", lambda requests, **_: compiled.extend(requests))
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
+    cuflash.warmup(head_dim, "float16", is_causal=False, seqlens_q=True)
+    for backward in (False, True):
+        plan = cuflash.plan(*inputs, seqlens_q=int32([3, 64]), backward=backward)
+        assert "queries of each row up to its seqlens_q" in str(plan)
+        assert not any(kernel.spec.maps_tensors or kernel.spec.splits_keys for kernel in plan.kernels)
+        assert {kernel.request(plan.device) for kernel in plan.kernels} <= set(compiled)
