@@ -186,6 +186,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       const Statistics statistics = statistics_of(j);
       statistics.to_probabilities(S, modifier.signed_factor());
       auto& P = S;  // in place
+      hidden.make_bits(tiles.is_partial(j));
       hide<true>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j), hidden);
       if constexpr (DROPOUT) {
         float kept_P[M_TILES][S_TILES][4];

@@ -40,6 +40,7 @@ constexpr int WARP_QUERIES = TILE_Q / SHARING_WARPS;
 constexpr int M_TILES = WARP_KEYS / 16;
 constexpr int S_TILES = WARP_QUERIES / 8;
 constexpr int COLUMN_TILES = D_TILES / COLUMN_GROUPS;  // of dQ, of one warp
+constexpr bool SEGMENTS_AHEAD = !Config::CAUSAL && S_TILES >= 8;  // else ids take more registers than there are
 constexpr int STEPS_AHEAD = NUM_STAGES > 1 ? NUM_STAGES - 1 : 1;
 
 using TileS = SmemTile<Element, TILE_KV, TILE_Q>;  // Pᵀ, dSᵀ
@@ -183,8 +184,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       V_rows.loader().issue(V_smem, first_kv);
     }
     turns.look(slot + tiles.tile(steps.begin));
+    HiddenAhead<true, M_TILES, S_TILES, BOOLEAN_MASK, SEGMENTS_AHEAD> hidden;  // of the next tile, read while dQ is computed, which leaves registers
+    hidden.read(visibility, first_kv + warp_key, tiles.tile(steps.begin) * TILE_Q + warp_query, tiles.is_partial());
 #pragma unroll
     for (int ahead = 0; ahead < STEPS_AHEAD; ++ahead) issue(steps.begin + ahead);
+    hidden.make_bits(tiles.is_partial());
 
 #pragma unroll 1
     for (int j = steps.begin; tiles.is_there(j); ++j) {
@@ -202,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       modifier.apply<true>(P, derivative, first_kv + warp_key, first_q + warp_query);
       const StatisticsOfColumns statistics(statistics_smem + stage_of(j) * StatisticsOfColumns::BYTES, view, first_q, warp_query);
       statistics.to_probabilities(P, modifier.signed_factor());
-      hide<true>(P, 0.0f, geometry, visibility, first_q + warp_query, first_kv, warp_key, tiles.is_partial());
+      hide<true>(P, 0.0f, geometry, visibility, first_q + warp_query, first_kv, warp_key, tiles.is_partial(), hidden);
       share_kept(P, P_smem, dropout, batch, head, first_kv, first_q, warp_key, warp_query);
       float dS[M_TILES][S_TILES][4];  // dP - delta, then dS
       statistics.begin_grad_products(dS);
@@ -223,8 +227,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
       }
       if (tiles.is_there(j + 1)) turns.look(slot + tiles.tile(j + 1));  // before the additions, behind which the answer would have to wait
       tiles.look_ahead();
+      hidden.read(visibility, first_kv + warp_key, tiles.tile(j + 1) * TILE_Q + warp_query, tiles.next_is_partial());
       add_query_gradients(arguments, slot + tiles.tile(j), place == 0, dS_smem, K_smem);
       tiles.advance();
+      hidden.make_bits(tiles.is_partial());
     }
   }
   __syncthreads();  // every warp has added its last sum, and is done with K

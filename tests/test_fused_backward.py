@@ -331,7 +331,7 @@ def test_other_calls_keep_their_kernels() -> None:
 @pytest.mark.parametrize(("arch", "head_dim"), list(predicted_tiles.FUSED_WITH_FEATURE), ids=str)
 def test_features_of_which_it_is_predicted(arch: str, head_dim: int) -> None:
     given = {
-        "window": {"window": (1000, 0)}, "alibi": {"alibi_slopes": numpy.zeros(16, numpy.float32)},
+        "window": {"window": (3000, 0)}, "alibi": {"alibi_slopes": numpy.zeros(16, numpy.float32)},
         "dropout": {"dropout_p": 0.1, "dropout_seed": 1}, "softcap": {"softcap": 2.0},
         "float16": {"attn_mask": stand_in((4000, 4000), "float16")}, "float32": {"attn_mask": stand_in((4000, 4000), "float32")},
         "sinks": {"sinks": numpy.zeros(16, numpy.float32)}, "seqlens_kv": {"seqlens_kv": numpy.zeros(4, numpy.int32)},

@@ -32,16 +32,7 @@ ALL = CHEAP | MASKS | frozenset(("window", "softcap", "dropout", "segments", "bo
 """Features, a mask by its element type: those that take few registers, additive masks, and all."""
 
 WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozenset[str]]] = {
-    ("sm_90", "backward_dkdv", 64): {
-        (48, 128, 4, 2): CHEAP,
-        (32, 128, 4, 2): MASKS | {"window", "dropout"},
-        (16, 128, 4, 2): frozenset(("softcap",)),  # was not timed: with a softcap the others spill
-    },
     ("sm_90", "backward_dkdv", 128): {(32, 64, 4, 2): ALL},
-    ("sm_90", "backward_dq", 64): {
-        (128, 64, 4, 2): CHEAP | {"window", "dropout"},
-        (128, 32, 4, 2): MASKS | {"bool", "segments", "softcap"},
-    },
     ("sm_90", "backward_dq", 128): {(64, 64, 4, 2): ALL},
 }
 """Tiles that were among the fastest without features (all but one), and the score features, or element types of a mask, of which one leaves each without spills (causal, bfloat16, NVRTC

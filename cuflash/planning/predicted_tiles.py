@@ -6,13 +6,13 @@ Those of `TILES` and `WITH_FEATURE` may spill a few bytes, which the model takes
 
 from __future__ import annotations
 
-from cuflash.planning.measured_tiles import ALL
+from cuflash.planning.measured_tiles import ALL, CHEAP, MASKS
 
 TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
     ("sm_80", "forward", 64): (64, 64, 2, 1),
     ("sm_80", "forward", 128): (128, 48, 4, 1),
     ("sm_80", "forward", 256): (128, 96, 8, 1),
-    ("sm_80", "backward_dkdv", 64): (32, 128, 4, 2),
+    ("sm_80", "backward_dkdv", 64): (32, 64, 2, 2),
     ("sm_80", "backward_dkdv", 128): (32, 64, 4, 2),
     ("sm_80", "backward_dv", 256): (64, 128, 8, 1),
     ("sm_80", "backward_dk", 256): (32, 128, 8, 1),
@@ -37,6 +37,13 @@ FLOAT32: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
     ("sm_90", "forward", 64): (128, 32, 4, 1),
     ("sm_90", "forward", 128): (64, 32, 4, 2),
     ("sm_90", "backward_dk", 256): (16, 64, 4, 2),
+    ("sm_120", "forward", 128): (128, 32, 8, 1),
+    ("sm_120", "backward_dkdv", 64): (32, 64, 4, 1),
+    ("sm_120", "backward_dv", 128): (32, 128, 8, 1),
+    ("sm_120", "backward_dv", 256): (16, 64, 4, 1),
+    ("sm_120", "backward_dk", 128): (32, 64, 4, 1),
+    ("sm_120", "backward_dq", 64): (64, 16, 4, 2),
+    ("sm_120", "backward_dq", 128): (64, 32, 4, 1),
 }
 """The same of float32 with three products of TF32 each, of the tiles that that benchmark was given with `--dtype float32 --tile` (docs/performance.md, "float32")."""
 
@@ -58,7 +65,11 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
     },
     **{(arch, "forward", 64): {(64, 64, 4, 1): _MASKS} for arch in ("sm_86", "sm_89", "sm_120")},
     **{(arch, "forward", 128): {(64, 32, 4, 1): _MASKS} for arch in ("sm_86", "sm_89", "sm_120")},
-    ("sm_80", "backward_dkdv", 64): {(32, 128, 4, 2): ALL - {"softcap"}, (64, 64, 4, 2): frozenset(("softcap",))},
+    ("sm_80", "backward_dkdv", 64): {
+        (32, 128, 4, 2): frozenset(("bool", "alibi", "dropout", "prefix")),
+        (32, 64, 2, 2): MASKS | {"segments", "window", "sinks"},
+        (64, 64, 4, 2): frozenset(("softcap",)),
+    },
     ("sm_80", "backward_dkdv", 128): {(32, 64, 4, 2): ALL},
     ("sm_80", "backward_dq", 64): {
         (128, 64, 4, 2): ALL - {"softcap"},
@@ -74,6 +85,15 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
     ("sm_90", "forward", 128): {
         (128, 48, 4, 1): ALL | {"odd bool"},
         (128, 32, 4, 2): _ODD_HALF_MASKS | {"odd float32"},
+    },
+    ("sm_90", "backward_dkdv", 64): {
+        (48, 128, 4, 2): CHEAP | {"float32"},
+        (32, 128, 4, 2): _HALF_MASKS | {"bool", "segments", "window", "dropout"},
+        (64, 64, 4, 2): frozenset(("softcap",)),
+    },
+    ("sm_90", "backward_dq", 64): {
+        (128, 64, 4, 2): CHEAP | {"float32", "window", "dropout"},
+        (128, 48, 4, 2): _HALF_MASKS | {"bool", "segments", "softcap"},
     },
 }
 """(architecture, kernel, head_dim) -> tiles, from the largest to the smallest, and the features with which each is the best of those that spill at most

@@ -55,6 +55,17 @@ class MaskValues {  // of one batch and query head
     return data[min(query, geometry.seqlen_q - 1) * view.stride_query + min(key, geometry.seqlen_kv - 1) * view.stride_key];
   }
 
+  // Whether every chunk of 16 keys lies on 16 bytes, and those of a tile within the arrays or wholly behind the last key.
+  DEVICE bool lies_in_chunks(int end_q, int end_kv) const {
+    const bool on_chunks = (reinterpret_cast<uint64>(data) | uint64(view.stride_query) * MASK_BYTES) % 16 == 0;
+    return view.stride_key == 1 && on_chunks && end_q <= geometry.seqlen_q && (end_kv <= geometry.seqlen_kv || geometry.seqlen_kv % 16 == 0);
+  }
+
+  // The chunk from `key` on, a multiple of 16; nothing where it lies behind the last key.
+  DEVICE void load_chunk(Chunk& chunk, int query, int key) const {
+    if (key < geometry.seqlen_kv) chunk = *reinterpret_cast<const Chunk*>(data + query * view.stride_query + key);
+  }
+
   // Keys below it may be read from a tile; 0 if none may.
   template <bool TRANSPOSED, int M, int N>
   DEVICE int limit(int first_row, int first_column) const {

@@ -7,6 +7,7 @@
 #include "tile/features.cuh"
 #include "tile/causal.cuh"
 #include "tile/mask.cuh"
+#include "tile/hidden_bits.cuh"
 #include "tile/visible_columns.cuh"
 
 class Visibility {  // of one batch and query head
@@ -132,8 +133,9 @@ class SegmentsAhead {
     }
   }
 
-  // Hides what other segments have, if the tile is partial, and what positions hide.
-  DEVICE void hide(float (&c)[M][N][4], float hidden, const Visibility& visibility, int first_row, int first_column, bool is_partial) const {
+  // Hides what other segments have, if the tile is partial, and what positions hide, if they hide any.
+  DEVICE void hide(float (&c)[M][N][4], float hidden, const Visibility& visibility, int first_row, int first_column, bool is_partial,
+                   bool by_position) const {
     VisibleColumns<N, M> visible;
     if (is_partial) {
       int segments[2 * M];
@@ -141,12 +143,14 @@ class SegmentsAhead {
       for (int r = 0; r < 2 * M; ++r) segments[r] = shfl(row_segments[r / 4], r % 4 * 8 + lane_index() / 4);
       visible.hide_other_segments(segments, column_segments);
     }
-    const int lane_row = first_row + lane_index() / 4, lane_column = first_column + lane_index() % 4 * 2;
+    if (by_position) {
+      const int lane_row = first_row + lane_index() / 4, lane_column = first_column + lane_index() % 4 * 2;
 #pragma unroll
-    for (int r = 0; r < 2 * M; ++r) {
-      int first, end;
-      visibility.find_range<TRANSPOSED>(lane_row + 8 * r, first, end);
-      visible.cut(r, first - lane_column, end - lane_column);
+      for (int r = 0; r < 2 * M; ++r) {
+        int first, end;
+        visibility.find_range<TRANSPOSED>(lane_row + 8 * r, first, end);
+        visible.cut(r, first - lane_column, end - lane_column);
+      }
     }
     visible.apply(c, hidden);
   }
@@ -175,24 +179,52 @@ struct BooleanMaskAhead {
   MaskTile<TRANSPOSED, USED ? M : 1, USED ? N : 1> tile;
 };
 
-// What data say of the pairs of a tile, read ahead of `hide`: products, barriers or other warps take the loads' time. Nothing of a tile that is not
-// partial.
-template <bool TRANSPOSED, int M, int N, bool ASKS_MASK = BOOLEAN_MASK>
-struct HiddenAhead {
-  using Segments = SegmentsAhead<TRANSPOSED, M, N>;
-  using Mask = BooleanMaskAhead<TRANSPOSED, ASKS_MASK, M, N>;
-  static constexpr bool HAS_SEGMENTS = Segments::USED, HAS_MASK = Mask::USED;
-  Segments segments;
-  Mask mask;
+// The same where rows are keys, as bits.
+template <bool TRANSPOSED, bool ASKS_MASK, int M, int N>
+struct HiddenBitsAhead {
+  static constexpr bool USED = ASKS_MASK && !SEGMENTS && TRANSPOSED && HiddenBits<M, N>::FITS;
 
   DEVICE void read(const Visibility& visibility, int first_row, int first_column, bool is_partial) {
-    segments.read(visibility, first_row, first_column, is_partial);
-    mask.read(visibility, first_row, first_column, is_partial);
+    if constexpr (USED) {
+      bits.read(visibility.mask(), first_row, first_column, is_partial);
+    }
   }
+  DEVICE void make(bool is_partial) {
+    if constexpr (USED) {
+      if (is_partial) bits.make();
+    }
+  }
+
+  HiddenBits<USED ? M : 1, USED ? N : 2> bits;
+};
+
+// What data say of the pairs of a tile, read ahead of `hide`: products, barriers or other warps take the loads' time. Nothing of a tile that is not
+// partial. READS_SEGMENTS: segment ids too.
+template <bool TRANSPOSED, int M, int N, bool ASKS_MASK = BOOLEAN_MASK, bool READS_SEGMENTS = true>
+struct HiddenAhead {
+  using Segments = SegmentsAhead<TRANSPOSED, M, N>;
+  using Bits = HiddenBitsAhead<TRANSPOSED, ASKS_MASK, M, N>;
+  using Mask = BooleanMaskAhead<TRANSPOSED, ASKS_MASK && !Bits::USED, M, N>;
+  static constexpr bool HAS_SEGMENTS = Segments::USED && READS_SEGMENTS, HAS_MASK = Mask::USED, HAS_BITS = Bits::USED;
+  Segments segments;
+  Mask mask;
+  Bits bits;
+
+  DEVICE void read(const Visibility& visibility, int first_row, int first_column, bool is_partial) {
+    if constexpr (HAS_SEGMENTS) segments.read(visibility, first_row, first_column, is_partial);
+    mask.read(visibility, first_row, first_column, is_partial);
+    bits.read(visibility, first_row, first_column, is_partial);
+  }
+
+  // Between `read` and `hide`, when what was read is there.
+  DEVICE void make_bits(bool is_partial) { bits.make(is_partial); }
 };
 
 struct NothingAhead {  // in the place of HiddenAhead
-  static constexpr bool HAS_SEGMENTS = false, HAS_MASK = false;
+  struct Segments {
+    static constexpr bool USED = false;
+  };
+  static constexpr bool HAS_SEGMENTS = false, HAS_MASK = false, HAS_BITS = false;
 };
 
 // Gives `hidden` to the elements of a warp's accumulators whose pair is not visible. The block's tile starts at first_q and first_kv, the warp's
@@ -208,12 +240,28 @@ DEVICE void hide(float (&c)[M][N][4], float hidden, const Geometry& geometry, co
                     : is_partial || visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV)))
     return;
   if constexpr (Ahead::HAS_SEGMENTS && !ASKS_MASK) {
-    ahead.segments.hide(c, hidden, visibility, (TRANSPOSED ? first_kv : first_q) + warp_row, TRANSPOSED ? first_q : first_kv, is_partial);
+    const bool by_position = !TRANSPOSED || visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV);
+    ahead.segments.hide(c, hidden, visibility, (TRANSPOSED ? first_kv : first_q) + warp_row, TRANSPOSED ? first_q : first_kv, is_partial,
+                        by_position);
+    return;
+  }
+  // Where rows are keys this takes fewer registers than to compare ids pair by pair, but not where positions hide pairs too.
+  if constexpr (TRANSPOSED && Ahead::Segments::USED && !Ahead::HAS_SEGMENTS && !ASKS_MASK && !Config::CAUSAL) {
+    typename Ahead::Segments segments;
+    const bool by_position = visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV);
+    segments.read(visibility, first_kv + warp_row, first_q, is_partial);
+    segments.hide(c, hidden, visibility, first_kv + warp_row, first_q, is_partial, by_position);
     return;
   }
   if constexpr (ASKS_MASK && !SEGMENTS) {  // in most tiles nothing else hides a pair
     const int first_row = (TRANSPOSED ? first_kv : first_q) + warp_row, first_column = TRANSPOSED ? first_q : first_kv;
     const bool only_data = !visibility.hides_any(first_q, first_q + Config::TILE_Q, first_kv, first_kv + Config::TILE_KV);
+    if constexpr (Ahead::HAS_BITS) {
+      if (ahead.bits.bits.are_there() && only_data) {
+        ahead.bits.bits.apply(c, hidden);
+        return;
+      }
+    }
     auto apply = [&](int m, int n, int i, MaskElement element) { c[m][n][i] = mask_attends(element) ? c[m][n][i] : hidden; };
     if constexpr (Ahead::HAS_MASK) {
       if (ahead.mask.limit > 0 && only_data) {

@@ -143,6 +143,7 @@ class VisibleTurnsAhead {
   DEVICE bool is_there(int step) const { return TILE_LISTS ? tile(step) != NOTHING_VISIBLE : step < end; }
   DEVICE int place() const { return entry >> 1; }  // of the block among those that add to the present tile, with a table
   DEVICE bool is_partial() const { return entry % 2 != 0; }
+  DEVICE bool next_is_partial() const { return next_entry != NOTHING_VISIBLE && next_entry % 2 != 0; }  // behind look_ahead
 
   DEVICE int tile(int step) const {  // which one it is, is known at compile time, as in VisibleTilesAhead
     if constexpr (!TILE_LISTS) return begin + end - 1 - step;
