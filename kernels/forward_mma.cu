@@ -14,6 +14,7 @@
 //   B  V_j has landed; every warp is done with K_j       ->  K_{j+NUM_STAGES} may be issued into its stage
 // so at either barrier 2 (NUM_STAGES - 1) younger groups may still be in flight. With one stage, V_j travels during Q Kᵀ and K_{j+1} during the
 // softmax and P V.
+#include "tile/capped_scores.cuh"
 #include "tile/constants.cuh"
 #include "tile/copied_mask.cuh"
 #include "tile/dropout.cuh"
@@ -128,6 +129,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   Softmax softmax;
   const ScoreModifier modifier(geometry, arguments.features, work.batch, work.head);
   const Dropout dropout(arguments.features);
+  CappedScores<M_TILES> capped(arguments.features.softcap);
   PartialOutputs<M_TILES, DV_TILES> partial(arguments.out.row_pointer<float>(work.batch, work.head, start_q), arguments.out, first_q + warp_row,
                                             geometry.seqlen_q, first_column<TileV>(0));
 
@@ -157,18 +159,36 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 
     const int first_kv = tiles.tile(j) * TILE_KV;
     const bool hides = SOFTCAP && (tiles.is_partial(j) || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV));
-    modifier.apply_to_rows(S, first_q + warp_row, first_kv, !hides, false);
-    if constexpr (COPIES_MASK) {
-      if (ADDITIVE_MASK || tiles.is_partial(j)) copied_mask.apply(S, modifier.factor_beside_mask(), -infinity(), j);
+    auto leave_mask = [&] {  // to the copy of a later step's
       __syncwarp();
       issue_mask(j + NUM_STAGES);
-    } else if constexpr (ADDITIVE_MASK) {
-      modifier.add_mask(S, first_q + warp_row, first_kv, mask);
+    };
+    auto finish_scores = [&] {
+      modifier.apply_to_rows(S, first_q + warp_row, first_kv, !hides, false);
+      if constexpr (COPIES_MASK) {
+        if (ADDITIVE_MASK || tiles.is_partial(j)) copied_mask.apply(S, modifier.factor_beside_mask(), -infinity(), j);
+        leave_mask();
+      } else if constexpr (ADDITIVE_MASK) {
+        modifier.add_mask(S, first_q + warp_row, first_kv, mask);
+      }
+      if constexpr (!ONLY_COPIED)
+        hide<false, ASKS_MASK>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, (ASKS_MASK || SEGMENTS) && tiles.is_partial(j),
+                               hidden);
+    };
+    if constexpr (MAKES_QUOTIENTS) {
+      if (!hides && modifier.caps_quotients()) {
+        if constexpr (COPIES_MASK) leave_mask();
+        modifier.to_quotients(S);
+        softmax.to_exponents<true>(S, O, capped);
+      } else {
+        finish_scores();
+        softmax.to_exponents<false>(S, O, capped);
+      }
+      softmax.exponentiate(S);
+    } else {
+      finish_scores();
+      softmax.update(S, O, modifier.factor());
     }
-    if constexpr (!ONLY_COPIED)
-      hide<false, ASKS_MASK>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, (ASKS_MASK || SEGMENTS) && tiles.is_partial(j),
-                             hidden);
-    softmax.update(S, O, modifier.factor());
     auto& P = S;  // in place
     if constexpr (DROPOUT) drop(P, dropout, work.batch, work.head, first_q + warp_row, first_kv);
     const SliceTile<TileV, HEAD_DIM_V> V{V_smem + stage_of(j) * TileV::BYTES, first_kv, V_rows};
