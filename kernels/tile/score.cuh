@@ -60,9 +60,8 @@ DEVICE float tanh_of(float x) {
 // Largest cap, in units of the scores, of which tanh may be wrong by 2^-22 however small it is.
 constexpr float MOST_OF_FAR_TANH = 128.0f;
 
-// Whether a kernel may make capped scores of quotients, and the least cap, in units of the scores, of which powers of quotients stay finite.
+// Whether a kernel may make capped scores of quotients.
 constexpr bool MAKES_QUOTIENTS = SOFTCAP && QUICK_TANH && !ALIBI && !ADDITIVE_MASK;
-constexpr float LEAST_OF_QUOTIENTS = 1.0f / 16.0f;
 
 // tanh(x) = x (c0 + c1 x^2 + c2 x^4 + c3 x^6), wrong by 2^-22 at most, for |x| up to a half: a polynomial of least largest error.
 constexpr float MOST_OF_SMALL_TANH = 0.5f;
@@ -163,13 +162,13 @@ class ScoreModifier {  // of one batch and query head
   }
 
   // Whether capped scores may be made of quotients (tile/capped_scores.cuh).
-  DEVICE bool caps_quotients() const { return features.softcap >= LEAST_OF_QUOTIENTS && features.softcap <= MOST_OF_FAR_TANH; }
+  DEVICE bool caps_quotients() const { return features.softcap <= MOST_OF_FAR_TANH; }
 
-  // Products -> E = (1 + e^2x) / (2 softcap), where a score is softcap tanh(x) = softcap - 1 / E.
+  // Products -> E = 1 + e^2x, where a score is softcap tanh(x) = softcap - 2 softcap / E.
   template <int M, int N>
   DEVICE void to_quotients(float (&S)[M][N][4]) const {
-    const float factor = features.score_factor * (2.0f * LOG2_E), unit = 0.5f / features.softcap;
-    for_each_place<M, N>([&](int m, int n, int i, int, int) { S[m][n][i] = __fmaf_rn(ex2(S[m][n][i] * factor), unit, unit); });
+    const float factor = features.score_factor * (2.0f * LOG2_E);
+    for_each_place<M, N>([&](int m, int n, int i, int, int) { S[m][n][i] = 1.0f + ex2(S[m][n][i] * factor); });
   }
 
   template <bool TRANSPOSED, int M, int N>
