@@ -63,6 +63,27 @@ DEVICE void store_lse(const Softmax& softmax, const ForwardArguments& arguments,
   }
 }
 
+// Products -> probabilities. `finish_scores` makes scores of products, hides pairs and leaves the mask; where softcap makes quotients of them, no pair
+// is hidden.
+template <int N, int N_O, typename FinishScores, typename LeaveMask>
+DEVICE void to_probabilities(float (&S)[M_TILES][N][4], float (&O)[M_TILES][N_O][4], Softmax& softmax, CappedScores<M_TILES>& capped,
+                             const ScoreModifier& modifier, bool hides, const FinishScores& finish_scores, const LeaveMask& leave_mask) {
+  if constexpr (MAKES_QUOTIENTS) {
+    if (!hides && modifier.caps_quotients()) {
+      leave_mask();
+      modifier.to_quotients(S);
+      softmax.to_exponents<true>(S, O, capped);
+    } else {
+      finish_scores();
+      softmax.to_exponents<false>(S, O, capped);
+    }
+    softmax.exponentiate(S);
+  } else {
+    finish_scores();
+    softmax.update(S, O, modifier.factor());
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const __grid_constant__ ForwardArguments arguments) {
   const Work work = work_in_order<CAUSAL, true>(arguments, arguments.geometry.num_heads_q);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
@@ -160,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
     const int first_kv = tiles.tile(j) * TILE_KV;
     const bool hides = SOFTCAP && (tiles.is_partial(j) || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV));
     auto leave_mask = [&] {  // to the copy of a later step's
-      __syncwarp();
+      if constexpr (COPIES_MASK) __syncwarp();
       issue_mask(j + NUM_STAGES);
     };
     auto finish_scores = [&] {
@@ -175,20 +196,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
         hide<false, ASKS_MASK>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, (ASKS_MASK || SEGMENTS) && tiles.is_partial(j),
                                hidden);
     };
-    if constexpr (MAKES_QUOTIENTS) {
-      if (!hides && modifier.caps_quotients()) {
-        if constexpr (COPIES_MASK) leave_mask();
-        modifier.to_quotients(S);
-        softmax.to_exponents<true>(S, O, capped);
-      } else {
-        finish_scores();
-        softmax.to_exponents<false>(S, O, capped);
-      }
-      softmax.exponentiate(S);
-    } else {
-      finish_scores();
-      softmax.update(S, O, modifier.factor());
-    }
+    to_probabilities(S, O, softmax, capped, modifier, hides, finish_scores, leave_mask);
     auto& P = S;  // in place
     if constexpr (DROPOUT) drop(P, dropout, work.batch, work.head, first_q + warp_row, first_kv);
     const SliceTile<TileV, HEAD_DIM_V> V{V_smem + stage_of(j) * TileV::BYTES, first_kv, V_rows};
