@@ -63,8 +63,8 @@ DEVICE void store_lse(const Softmax& softmax, const ForwardArguments& arguments,
   }
 }
 
-// Products -> probabilities. `finish_scores` makes scores of products, hides pairs and leaves the mask; where softcap makes quotients of them, no pair
-// is hidden.
+// Products -> probabilities. `finish_scores` makes scores of products, hides pairs and leaves the mask; where softcap makes quotients of them, no
+// pair is hidden.
 template <int N, int N_O, typename FinishScores, typename LeaveMask>
 DEVICE void to_probabilities(float (&S)[M_TILES][N][4], float (&O)[M_TILES][N_O][4], Softmax& softmax, CappedScores<M_TILES>& capped,
                              const ScoreModifier& modifier, bool hides, const FinishScores& finish_scores, const LeaveMask& leave_mask) {

@@ -60,8 +60,8 @@ DEVICE float tanh_of(float x) {
 // Largest cap, in units of the scores, of which tanh may be wrong by 2^-22 however small it is.
 constexpr float MOST_OF_FAR_TANH = 128.0f;
 
-// Whether a kernel may make capped scores of quotients.
-constexpr bool MAKES_QUOTIENTS = SOFTCAP && QUICK_TANH && !ALIBI && !ADDITIVE_MASK;
+// Whether a kernel may make capped scores of quotients (tile/capped_scores.cuh): with more columns of O it spills.
+constexpr bool MAKES_QUOTIENTS = SOFTCAP && QUICK_TANH && !ALIBI && !ADDITIVE_MASK && Config::HEAD_DIM_V <= 64;
 
 // tanh(x) = x (c0 + c1 x^2 + c2 x^4 + c3 x^6), wrong by 2^-22 at most, for |x| up to a half: a polynomial of least largest error.
 constexpr float MOST_OF_SMALL_TANH = 0.5f;
