@@ -14,6 +14,7 @@
 //   B  V_j has landed; every warp is done with K_j       ->  K_{j+NUM_STAGES} may be issued into its stage
 // so at either barrier 2 (NUM_STAGES - 1) younger groups may still be in flight. With one stage, V_j travels during Q Kᵀ and K_{j+1} during the
 // softmax and P V.
+#include "tile/capped_scores.cuh"
 #include "tile/constants.cuh"
 #include "tile/copied_mask.cuh"
 #include "tile/dropout.cuh"
@@ -59,6 +60,27 @@ DEVICE void store_lse(const Softmax& softmax, const ForwardArguments& arguments,
         const int query = first_row + 16 * m + 8 * r + lane_index() / 4;
         if (query < seqlen_q) *arguments.lse.pointer(work.batch, work.head, start_q + query) = softmax.lse(m, r);
       }
+  }
+}
+
+// Products -> probabilities. `finish_scores` makes scores of products, hides pairs and leaves the mask; where softcap makes quotients of them, no
+// pair is hidden.
+template <int N, int N_O, typename FinishScores, typename LeaveMask>
+DEVICE void to_probabilities(float (&S)[M_TILES][N][4], float (&O)[M_TILES][N_O][4], Softmax& softmax, CappedScores<M_TILES>& capped,
+                             const ScoreModifier& modifier, bool hides, const FinishScores& finish_scores, const LeaveMask& leave_mask) {
+  if constexpr (MAKES_QUOTIENTS) {
+    if (!hides && modifier.caps_quotients()) {
+      leave_mask();
+      modifier.to_quotients(S);
+      softmax.to_exponents<true>(S, O, capped);
+    } else {
+      finish_scores();
+      softmax.to_exponents<false>(S, O, capped);
+    }
+    softmax.exponentiate(S);
+  } else {
+    finish_scores();
+    softmax.update(S, O, modifier.factor());
   }
 }
 
@@ -128,6 +150,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
   Softmax softmax;
   const ScoreModifier modifier(geometry, arguments.features, work.batch, work.head);
   const Dropout dropout(arguments.features);
+  CappedScores<M_TILES> capped(arguments.features.softcap);
   PartialOutputs<M_TILES, DV_TILES> partial(arguments.out.row_pointer<float>(work.batch, work.head, start_q), arguments.out, first_q + warp_row,
                                             geometry.seqlen_q, first_column<TileV>(0));
 
@@ -157,18 +180,23 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
 
     const int first_kv = tiles.tile(j) * TILE_KV;
     const bool hides = SOFTCAP && (tiles.is_partial(j) || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV));
-    modifier.apply_to_rows(S, first_q + warp_row, first_kv, !hides, false);
-    if constexpr (COPIES_MASK) {
-      if (ADDITIVE_MASK || tiles.is_partial(j)) copied_mask.apply(S, modifier.factor_beside_mask(), -infinity(), j);
-      __syncwarp();
+    auto leave_mask = [&] {  // to the copy of a later step's
+      if constexpr (COPIES_MASK) __syncwarp();
       issue_mask(j + NUM_STAGES);
-    } else if constexpr (ADDITIVE_MASK) {
-      modifier.add_mask(S, first_q + warp_row, first_kv, mask);
-    }
-    if constexpr (!ONLY_COPIED)
-      hide<false, ASKS_MASK>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, (ASKS_MASK || SEGMENTS) && tiles.is_partial(j),
-                             hidden);
-    softmax.update(S, O, modifier.factor());
+    };
+    auto finish_scores = [&] {
+      modifier.apply_to_rows(S, first_q + warp_row, first_kv, !hides, false);
+      if constexpr (COPIES_MASK) {
+        if (ADDITIVE_MASK || tiles.is_partial(j)) copied_mask.apply(S, modifier.factor_beside_mask(), -infinity(), j);
+        leave_mask();
+      } else if constexpr (ADDITIVE_MASK) {
+        modifier.add_mask(S, first_q + warp_row, first_kv, mask);
+      }
+      if constexpr (!ONLY_COPIED)
+        hide<false, ASKS_MASK>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, (ASKS_MASK || SEGMENTS) && tiles.is_partial(j),
+                               hidden);
+    };
+    to_probabilities(S, O, softmax, capped, modifier, hides, finish_scores, leave_mask);
     auto& P = S;  // in place
     if constexpr (DROPOUT) drop(P, dropout, work.batch, work.head, first_q + warp_row, first_kv);
     const SliceTile<TileV, HEAD_DIM_V> V{V_smem + stage_of(j) * TileV::BYTES, first_kv, V_rows};

@@ -464,6 +464,13 @@ def test_softcap_of_enormous_scores(target: Target) -> None:
     target.check(query * numpy.float32(1e5), key * numpy.float32(1e5), value, enable_gqa=True, softcap=5.0)
 
 
+@pytest.mark.parametrize("scale", [-0.3, 100.0], ids="scale={}".format)
+def test_softcap_of_tiles_without_hidden_pairs(simulator: Target, scale: float) -> None:
+    """Exponents are quotients, of which enormous scores would make NaN; later tiles raise references."""
+    inputs = inputs_of(simulator, "bfloat16", seqlens=(64, 96))
+    simulator.check(*inputs, enable_gqa=True, softcap=2.0, scale=scale, tile=cuflash.Tile(64, 32, 4, 1), backward=False)
+
+
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
 @pytest.mark.parametrize("per_batch", [False, True])
 def test_alibi(target: Target, per_batch: bool, alignment: str) -> None:

@@ -52,8 +52,9 @@ _ODD_HALF_MASKS = frozenset(("odd float16", "odd bfloat16"))
 _MASKS = _HALF_MASKS | {"bool", "float32"}
 WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozenset[str]]] = {
     ("sm_80", "forward", 64): {
-        (128, 96, 4, 1): _HALF_MASKS | {"window", "sinks", "segments", "bool"},
-        (128, 80, 4, 1): frozenset(("alibi", "softcap")),
+        (128, 96, 4, 1): frozenset(("window", "sinks", "segments", "softcap")),
+        (128, 80, 4, 1): _HALF_MASKS | {"alibi"},
+        (64, 80, 2, 1): frozenset(("bool",)),
         (128, 64, 4, 1): _ODD_HALF_MASKS | {"prefix", "odd bool", "float32"},
         (128, 64, 4, 2): frozenset(("dropout", "odd float32")),
     },

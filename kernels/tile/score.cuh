@@ -60,6 +60,9 @@ DEVICE float tanh_of(float x) {
 // Largest cap, in units of the scores, of which tanh may be wrong by 2^-22 however small it is.
 constexpr float MOST_OF_FAR_TANH = 128.0f;
 
+// Whether a kernel may make capped scores of quotients (tile/capped_scores.cuh): with more columns of O it spills.
+constexpr bool MAKES_QUOTIENTS = SOFTCAP && QUICK_TANH && !ALIBI && !ADDITIVE_MASK && Config::HEAD_DIM_V <= 64;
+
 // tanh(x) = x (c0 + c1 x^2 + c2 x^4 + c3 x^6), wrong by 2^-22 at most, for |x| up to a half: a polynomial of least largest error.
 constexpr float MOST_OF_SMALL_TANH = 0.5f;
 constexpr float SMALL_TANH[4] = {0.99999768f, -0.33320655f, 0.13145146f, -0.04337248f};
@@ -156,6 +159,16 @@ class ScoreModifier {  // of one batch and query head
       const float penalty = ALIBI ? slope * fabsf(distance + float(8 * (n - i / 2 - 2 * m) + i % 2)) : 0.0f;
       S[m][n][i] = ALIBI ? __fmaf_rn(S[m][n][i], factor, -penalty) : S[m][n][i] * factor;
     });
+  }
+
+  // Whether capped scores may be made of quotients (tile/capped_scores.cuh).
+  DEVICE bool caps_quotients() const { return features.softcap <= MOST_OF_FAR_TANH; }
+
+  // Products -> E = 1 + e^2x, where a score is softcap tanh(x) = softcap - 2 softcap / E.
+  template <int M, int N>
+  DEVICE void to_quotients(float (&S)[M][N][4]) const {
+    const float factor = features.score_factor * (2.0f * LOG2_E);
+    for_each_place<M, N>([&](int m, int n, int i, int, int) { S[m][n][i] = 1.0f + ex2(S[m][n][i] * factor); });
   }
 
   template <bool TRANSPOSED, int M, int N>

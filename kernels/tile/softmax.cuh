@@ -24,6 +24,7 @@
 #include "ptx/math.cuh"
 #include "ptx/types.cuh"
 #include "ptx/warp.cuh"
+#include "tile/fragment.cuh"
 
 // SHIFT where P is rounded to Element: float16 ends at 2^-24, and has room up to 65504. More than 7 would round the exponents of the largest
 // probabilities, and with them lse, more coarsely.
@@ -42,6 +43,11 @@ constexpr bool EXACT_OF = SameType<Element, float>::value;
 
 constexpr float EXACT_REFERENCE_LIMIT = 4194304.0f;  // 2^22
 constexpr float EXACT_NATURAL_LIMIT = 128.0f;
+
+// What a tile may hold in the place of scores: nothing, or what tile/capped_scores.cuh says.
+struct OnlyScores {
+  static constexpr bool USED = false;
+};
 
 template <int M, bool NATURAL = false, int SHIFT = 0, int SLACK = 0, bool EXACT = false>  // EXACT says something with NATURAL alone
 struct OnlineSoftmax {
@@ -68,30 +74,9 @@ struct OnlineSoftmax {
   // behind the end of a sequence hold anything; else, where one reference rises, the others do that can.
   template <bool ROW_BY_ROW, int N, int N_O, typename WaitForO>
   DEVICE void update(float (&S)[M][N][4], float (&O)[M][N_O][4], float scale_log2, WaitForO wait_for_O) {
-    float highest[M][2], offset[M][2];
-    bool is_rare = false;
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        highest[m][r] = lane_max(S[m], r);
-        offset[m][r] = offset_of(m, r);
-        const bool asks = !NATURAL || highest[m][r] != -infinity();  // where nothing is seen, probabilities are 0 whatever the reference is
-        is_rare |= reference_of(highest[m][r], scale_log2, SLACK) > reference[m][r] || (asks && is_coarse(m, r));
-      }
-    if (any_lane(is_rare)) {
-      wait_for_O();
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const float of_row = quad_max(highest[m][r]);
-          const bool rises = !ROW_BY_ROW || reference_of(of_row, scale_log2, SLACK) > reference[m][r];
-          raise(O[m], rises ? of_row : -infinity(), m, r, scale_log2);
-          offset[m][r] = is_coarse(m, r) ? COARSE_OFFSET : offset_of(m, r);
-          if (is_coarse(m, r)) subtract_reference(S[m], m, r, scale_log2, 1.0f / scale_log2);
-        }
-    }
+    float offset[M][2];
+    OnlyScores others;
+    raise_if_asked<ROW_BY_ROW, false>(S, O, offset, scale_log2, wait_for_O, others);
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -104,6 +89,31 @@ struct OnlineSoftmax {
   template <int N, int N_O>
   DEVICE void update(float (&S)[M][N][4], float (&O)[M][N_O][4], float scale_log2) {
     update<false>(S, O, scale_log2, [] {});
+  }
+
+  // The same in two steps, where some tiles have scores in log2 units and others, with OTHERS, what `others` makes such scores of: first exponents
+  // relative to the reference, then probabilities.
+  template <bool OTHERS, int N, int N_O, typename Others>
+  DEVICE void to_exponents(float (&S)[M][N][4], float (&O)[M][N_O][4], Others& others) {
+    float offset[M][2];
+    raise_if_asked<false, OTHERS>(S, O, offset, 1.0f, [] {}, others);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      if constexpr (OTHERS) {
+        others.subtract(S[m], offset[m]);
+      } else {
+        for_each_place<1, N>([&](int, int n, int i, int, int) { S[m][n][i] -= offset[m][i / 2]; });
+      }
+    }
+  }
+
+  template <int N>
+  DEVICE void exponentiate(float (&S)[M][N][4]) {
+    for_each_place<M, N>([&](int m, int n, int i, int, int) { S[m][n][i] = ex2(S[m][n][i]); });
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) add_to_sum(m, r, row_sum<0, N>(S[m], r));
   }
 
   // The same where O is not at hand: it has to be multiplied by `rescale`. References rise with the maximum, and the branch is for coarse rows.
@@ -200,6 +210,43 @@ struct OnlineSoftmax {
   }
 
  private:
+  // What `update` does before exponents, which are `offset` off the scores. OTHERS as in `to_exponents`.
+  template <bool ROW_BY_ROW, bool OTHERS, int N, int N_O, typename WaitForO, typename Others>
+  DEVICE void raise_if_asked(float (&S)[M][N][4], float (&O)[M][N_O][4], float (&offset)[M][2], float scale_log2, WaitForO wait_for_O,
+                             Others& others) {
+    float highest[M][2];
+    bool is_rare = false;
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        highest[m][r] = lane_max(S[m], r);
+        offset[m][r] = offset_of(m, r);
+        const bool asks = !NATURAL || highest[m][r] != -infinity();  // where nothing is seen, probabilities are 0 whatever the reference is
+        if constexpr (OTHERS) {
+          is_rare |= others.asks(highest[m][r], m, r);
+        } else {
+          is_rare |= reference_of(highest[m][r], scale_log2, SLACK) > reference[m][r] || (asks && is_coarse(m, r));
+        }
+      }
+    if (any_lane(is_rare)) {
+      wait_for_O();
+      if constexpr (OTHERS) others.hold(S, highest);
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float of_row = quad_max(highest[m][r]);
+          if constexpr (OTHERS) of_row = others.score(of_row);
+          const bool rises = !ROW_BY_ROW || reference_of(of_row, scale_log2, SLACK) > reference[m][r];
+          raise(O[m], rises ? of_row : -infinity(), m, r, scale_log2);
+          offset[m][r] = is_coarse(m, r) ? COARSE_OFFSET : offset_of(m, r);
+          if (!OTHERS && is_coarse(m, r)) subtract_reference(S[m], m, r, scale_log2, 1.0f / scale_log2);
+          if constexpr (Others::USED) others.allow(reference[m][r] + float(SHIFT + SLACK), m, r);
+        }
+    }
+  }
+
   DEVICE static float in_log2(float difference) { return NATURAL ? difference * LOG2_E : difference; }
 
   // The largest score of row r.
