@@ -30,12 +30,13 @@ def fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-def operator_arguments(packed: bool, tensors: dict[str, Any], **options: Any) -> tuple[Any, ...]:
+def operator_arguments(packed: bool, tensors: dict[str, Any], **options: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Tensors and options as an operator takes them."""
     defaults: dict[str, Any] = {
         "dropout_p": 0.0, "is_causal": True, "scale": None, "enable_gqa": False, "causal_alignment": "top_left", "tile": None, "allow_tf32": False,
         "window": None, "softcap": None, **({} if packed else {"layout": "bhsd"}),
     }  # fmt: skip
-    return (*(tensors.get(name) for name in TENSORS), *_options_of(Call(packed, defaults | options)))
+    return [tensors.get(name) for name in TENSORS], _options_of(Call(packed, defaults | options))
 
 
 def permuted(x: Any) -> Any:
@@ -53,14 +54,14 @@ def test_opcheck_of_padded_batches(device: Any, case: str) -> None:
     tensors = {"query": permuted(query), "key": permuted(key), "value": value}
     if case == "with_mask_and_sinks":
         tensors |= {"attn_mask": mask, "sinks": sinks}
-    opcheck(OPERATOR, operator_arguments(False, tensors))
+    opcheck(OPERATOR, *operator_arguments(False, tensors))
 
 
 def test_opcheck_of_packed_sequences(device: Any) -> None:
     query, key, value = leaves(device, *[(SEQLEN, HEADS, DIM)] * 3)
     offsets = torch.tensor([0, 20, 48], dtype=torch.int32, device=device)
     tensors = {"query": query, "key": key, "value": value, "cu_seqlens_q": offsets, "cu_seqlens_kv": offsets}
-    opcheck(OPERATOR, operator_arguments(True, tensors, max_seqlen_q=28, max_seqlen_kv=28))
+    opcheck(OPERATOR, *operator_arguments(True, tensors, max_seqlen_q=28, max_seqlen_kv=28))
 
 
 def test_opcheck_of_merging(device: Any) -> None:
@@ -74,9 +75,9 @@ def test_opcheck_of_tangents(device: Any) -> None:
     )
     pairs = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool, device=device).tril()
     tensors = {"query": permuted(query).detach(), "key": key, "value": value, "attn_mask": mask, "pair_mask": pairs, "sinks": sinks}
-    arguments = operator_arguments(False, tensors)
-    out, lse = OPERATOR(*arguments)
-    opcheck(torch.ops.cuflash.attention_jvp.default, (query_dot, key_dot, None, sinks, *arguments, out, lse))
+    given, options = operator_arguments(False, tensors)
+    results = OPERATOR(*given, **options)
+    opcheck(torch.ops.cuflash.attention_jvp.default, (query_dot, key_dot, None, sinks, *results, *given), options)
 
 
 def test_traced_forward_mode_is_an_operator(device: Any) -> None:
