@@ -77,7 +77,7 @@ class Remembering:
             if last is None:
                 last = _Last(operator.itemgetter(*places), [])
                 calls.keep(key, last)
-            likeness = Likeness([address_name(self._names[i]) for i in places], given)
+            likeness = Likeness([address_name(self._names[i]) for i in places], given, may_be_nested=self._is_forward)
             run = prepared.run if self._is_forward else prepared.gradients
             last.prepared[:] = [(likeness, run), *last.prepared[: _MAX_LIKENESSES - 1]]
         return results

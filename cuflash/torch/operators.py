@@ -6,7 +6,7 @@ may be symbols: a new length traces and compiles nothing. Eager calls do not com
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ _UNLIMITED = -1
 _SCHEMAS = {
     "attention": f"({_INPUTS}, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
     "attention_backward": "(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, "
-    f"{_INPUTS}, {_OPTIONS_SCHEMA}, bool need_attn_mask_grad=False) -> Tensor[]",
+    f"{_INPUTS}, {_OPTIONS_SCHEMA}, bool need_attn_mask_grad=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "attention_jvp": "(Tensor? query_dot, Tensor? key_dot, Tensor? value_dot, Tensor? sinks_dot, Tensor out, Tensor lse, "
     f"{_INPUTS}, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
     "merge": "(Tensor[] outs, Tensor[] lses, str layout) -> (Tensor, Tensor)",
@@ -68,7 +68,8 @@ def looked_at(tensors: Sequence[Any], plain: bool) -> bool:
     return not plain and any(isinstance(x, TRACED) for x in tensors)
 
 
-_GRAD_IN_GRAPHS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+_IS_RECENT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+_GRAD_IN_GRAPHS = _IS_RECENT
 """Whether operators with a registered gradient have one under `torch.func.grad`; older versions look for a `setup_context` that their own function lacks."""
 
 
@@ -167,10 +168,6 @@ _forward = last_calls.Remembering("forward", TENSORS, _asked_forward)
 _backward = last_calls.Remembering("backward", (*_GIVEN_BACKWARD, *TENSORS), _asked_backward)
 
 
-def _attention_impl(*tensors: Any, **options: Any) -> Any:
-    return _forward.run(tensors, options)
-
-
 def _attention_fake(query: Any, key: Any, value: Any, *others: Any, layout: str = _DEFAULTS["layout"], **options: Any) -> Any:
     if layout == "packed":
         tokens, heads, _ = query.shape
@@ -180,16 +177,24 @@ def _attention_fake(query: Any, key: Any, value: Any, *others: Any, layout: str 
     return query.new_empty(shape), query.new_empty((batch, heads, seqlen), dtype=torch.float32)
 
 
-def _attention_backward_impl(*tensors: Any, **options: Any) -> Any:
-    return _backward.run(tensors, options)
+def _attention_backward_impl(tensors: Tensors, options: Mapping[str, Any]) -> Any:
+    query, key, value, *others = _backward.run(tensors, options)
+    mask = others.pop(0) if "need_attn_mask_grad" in options else _nothing(query)
+    return query, key, value, mask, others[0] if others else _nothing(query)
+
+
+def _nothing(query: Any) -> Any:
+    """What an operator gives in the place of a gradient that there is none of; as `query.new_empty(0)`, in less time."""
+    return torch.empty_strided((0,), (1,), dtype=query.dtype, device=query.device)
 
 
 def _attention_backward_fake(*tensors: Any, need_attn_mask_grad: bool = False, **options: Any) -> Any:
     query, key, value, attn_mask, sinks, *_ = _all(tensors[len(_GIVEN_BACKWARD) :])
-    return [x.new_empty(x.shape) for x in (query, key, value, attn_mask if need_attn_mask_grad else None, sinks) if x is not None]
+    mask = attn_mask if need_attn_mask_grad else None
+    return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (query, key, value, mask, sinks))
 
 
-def _attention_jvp_impl(*tensors: Any, **options: Any) -> Any:
+def _attention_jvp_impl(tensors: Tensors, options: Mapping[str, Any]) -> Any:
     *of_inputs, out, lse = tensors[: len(_GIVEN_JVP)]
     return _call_of(options).jvp(_all(tensors[len(_GIVEN_JVP) :]), out, lse, tuple(of_inputs))
 
@@ -201,9 +206,8 @@ def _attention_jvp_fake(*tensors: Any, **options: Any) -> Any:
 
 def _gradients(given: Tensors, tensors: Tensors, options: Mapping[str, Any], needs_mask: bool) -> Tensors:
     """Those of query, key, value, attn_mask and sinks, None for what has none; `given` are grad_out, grad_lse, out and lse."""
-    query, key, value, *others = _attention_backward(*given, *tensors, **options, need_attn_mask_grad=needs_mask)
-    mask = others.pop(0) if needs_mask else None
-    return query, key, value, mask, others[0] if others else None
+    *grads, mask, sinks = _attention_backward(*given, *tensors, **options, need_attn_mask_grad=needs_mask)
+    return (*grads, mask if needs_mask else None, None if len(tensors) < 5 or tensors[4] is None else sinks)
 
 
 class _Recorded(torch.autograd.Function):  # type: ignore[misc]
@@ -236,16 +240,17 @@ def _keys(name: str) -> int:
 _KEYS_OF_PLAIN_CALLS = frozenset((_keys("CPU"), _keys("CUDA")))
 
 
-def _attention_autograd(keys: Any, *tensors: Any, **options: Any) -> Any:
-    """What comes first in each call: as `torch.library.register_autograd` has it, but that nothing asks torch for defaults or for what is below if it is us."""
+def _attention_autograd(arguments: Tensors, options: Mapping[str, Any]) -> Any:
+    """What comes first in each call: as `torch.library.register_autograd` has it, but that torch is not asked for defaults, nor for what comes next if it is us."""
+    keys, *tensors = arguments
     if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors]):  # noqa: C419  # a list is quicker
         return _Recorded.apply(keys, options, *tensors)
-    return _below_autograd(keys, tensors, options)
+    return _below_autograd(keys, tuple(tensors), options)
 
 
 def _below_autograd(keys: Any, tensors: Tensors, options: Mapping[str, Any]) -> Any:
     if keys.raw_repr() in _KEYS_OF_PLAIN_CALLS:
-        return _attention_impl(*tensors, **options)
+        return _forward.run(tensors, options)
     with torch._C._AutoDispatchBelowAutograd():
         return _attention.redispatch(keys & torch._C._after_autograd_keyset, *tensors, **options)
 
@@ -266,8 +271,7 @@ def _attention_backward_batched(info: Any, in_dims: Any, *tensors: Any, need_att
         return _gradients((grad_out, grad_lse, out, lse), tuple(others), options, need_attn_mask_grad)
 
     grads, found = batching.gradients(info, as_batching(in_dims), as_batching(tensors), _call_of(options), need_attn_mask_grad, run)
-    there = [i for i, grad in enumerate(grads) if grad is not None]
-    return [grads[i] for i in there], [found[i] for i in there]
+    return tuple(_nothing(tensors[count]) if grad is None else grad for grad in grads), found
 
 
 def _attention_jvp_batched(info: Any, in_dims: Any, *tensors: Any, **options: Any) -> Any:
@@ -287,7 +291,8 @@ def _attention_jvp_batched(info: Any, in_dims: Any, *tensors: Any, **options: An
 # --- Merging -------------------------------------------------------------------------------------------------------------------------------
 
 
-def _merge_impl(outs: Any, lses: Any, layout: str) -> Any:
+def _merge_impl(arguments: Tensors, options: Mapping[str, Any]) -> Any:
+    outs, lses, layout = arguments
     return merge(outs, lses, layout=layout)
 
 
@@ -295,7 +300,8 @@ def _merge_fake(outs: Any, lses: Any, layout: str) -> Any:
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
-def _merge_backward_impl(grad_out: Any, grad_lse: Any, outs: Any, lses: Any, out: Any, lse: Any, layout: str) -> Any:
+def _merge_backward_impl(arguments: Tensors, options: Mapping[str, Any]) -> Any:
+    grad_out, grad_lse, outs, lses, out, lse, layout = arguments
     given = torch.stack(outs), torch.stack(lses)
     return tuple(merge_backward(grad_out, *given, out, lse, grad_lse, layout=layout))
 
@@ -320,19 +326,38 @@ def _merge_gradients(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
 
 # --- Registration --------------------------------------------------------------------------------------------------------------------------
 
+_dynamo_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+
+def _kernel(run: Callable[[Tensors, Mapping[str, Any]], Any]) -> Callable[..., Any]:
+    """A function of arguments and keywords as what an operator runs, closed to Dynamo, which otherwise compiles it wherever torch.compile leaves a function to Python.
+
+    Dynamo is off within what it has compiled: to ask whether it is takes a tenth of the time of switching it off. Older versions count references wrongly where
+    they are asked.
+    """
+    without_dynamo = torch._dynamo.disable(run)
+    if not _IS_RECENT:
+        return lambda *arguments, **options: without_dynamo(arguments, options)
+
+    @torch._dynamo.decorators.skip  # type: ignore[untyped-decorator]
+    def kernel(*arguments: Any, **options: Any) -> Any:
+        return run(arguments, options) if _dynamo_callback() is None else without_dynamo(arguments, options)
+
+    return kernel  # type: ignore[no-any-return]
+
+
 for _name, _run, _shapes in (
-    ("attention", _attention_impl, _attention_fake),
+    ("attention", _forward.run, _attention_fake),
     ("attention_backward", _attention_backward_impl, _attention_backward_fake),
     ("attention_jvp", _attention_jvp_impl, _attention_jvp_fake),
     ("merge", _merge_impl, _merge_fake),
     ("merge_backward", _merge_backward_impl, _merge_backward_fake),
 ):
-    # Closed to Dynamo, which otherwise compiles what an operator of a compiled function runs.
-    torch.library.impl(f"cuflash::{_name}", "CompositeExplicitAutograd", torch._disable_dynamo(_run))
+    torch.library.impl(f"cuflash::{_name}", "CompositeExplicitAutograd", _kernel(_run))
     torch.library.register_fake(f"cuflash::{_name}", _shapes)
 torch.library.register_vmap("cuflash::attention", _attention_batched)
 torch.library.register_vmap("cuflash::attention_backward", _attention_backward_batched)
 torch.library.register_vmap("cuflash::attention_jvp", _attention_jvp_batched)
 _library = torch.library.Library("cuflash", "FRAGMENT")
-_library.impl("attention", torch._disable_dynamo(_attention_autograd), "Autograd", with_keyset=True)
+_library.impl("attention", _kernel(_attention_autograd), "Autograd", with_keyset=True)
 torch.library.register_autograd("cuflash::merge", _merge_gradients, setup_context=_merge_context)
