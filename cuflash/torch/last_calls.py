@@ -34,7 +34,9 @@ class _Last(NamedTuple):
 class Remembering:
     """Carries out an operator of tensors, or None, and options."""
 
-    def __init__(self, direction: str, names: Sequence[str], asked: Callable[[Tensors, Mapping[str, Any]], tuple[Operands, Options]]) -> None:
+    def __init__(
+        self, direction: str, names: Sequence[str], asked: Callable[[Tensors, Mapping[str, Any]], tuple[Operands, Options]]
+    ) -> None:
         """`names` are those of the tensors; `asked` gives what cuflash is asked."""
         self._direction, self._names, self._asked = direction, tuple(names), asked
         self._is_forward = direction == "forward"

@@ -39,7 +39,8 @@ _UNLIMITED = -1
 
 _SCHEMAS = {
     "attention": f"({_INPUTS}, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
-    "attention_backward": "(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, "
+    "attention_backward": f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_INPUTS}, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    "attention_backward_of_all": "(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, "
     f"{_INPUTS}, {_OPTIONS_SCHEMA}, bool need_attn_mask_grad=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "attention_jvp": "(Tensor? query_dot, Tensor? key_dot, Tensor? value_dot, Tensor? sinks_dot, Tensor out, Tensor lse, "
     f"{_INPUTS}, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
@@ -51,6 +52,7 @@ for _name, _schema in _SCHEMAS.items():
 
 _attention = torch.ops.cuflash.attention.default
 _attention_backward = torch.ops.cuflash.attention_backward.default
+_attention_backward_of_all = torch.ops.cuflash.attention_backward_of_all.default  # of calls with sinks, or a mask whose gradient is wanted
 _attention_jvp = torch.ops.cuflash.attention_jvp.default
 _merge = torch.ops.cuflash.merge.default
 _merge_backward = torch.ops.cuflash.merge_backward.default
@@ -177,7 +179,7 @@ def _attention_fake(query: Any, key: Any, value: Any, *others: Any, layout: str 
     return query.new_empty(shape), query.new_empty((batch, heads, seqlen), dtype=torch.float32)
 
 
-def _attention_backward_impl(tensors: Tensors, options: Mapping[str, Any]) -> Any:
+def _attention_backward_of_all_impl(tensors: Tensors, options: Mapping[str, Any]) -> Any:
     query, key, value, *others = _backward.run(tensors, options)
     mask = others.pop(0) if "need_attn_mask_grad" in options else _nothing(query)
     return query, key, value, mask, others[0] if others else _nothing(query)
@@ -188,7 +190,11 @@ def _nothing(query: Any) -> Any:
     return torch.empty_strided((0,), (1,), dtype=query.dtype, device=query.device)
 
 
-def _attention_backward_fake(*tensors: Any, need_attn_mask_grad: bool = False, **options: Any) -> Any:
+def _attention_backward_fake(*tensors: Any, **options: Any) -> Any:
+    return tuple(x.new_empty(x.shape) for x in tensors[len(_GIVEN_BACKWARD) :][:3])
+
+
+def _attention_backward_of_all_fake(*tensors: Any, need_attn_mask_grad: bool = False, **options: Any) -> Any:
     query, key, value, attn_mask, sinks, *_ = _all(tensors[len(_GIVEN_BACKWARD) :])
     mask = attn_mask if need_attn_mask_grad else None
     return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (query, key, value, mask, sinks))
@@ -206,8 +212,11 @@ def _attention_jvp_fake(*tensors: Any, **options: Any) -> Any:
 
 def _gradients(given: Tensors, tensors: Tensors, options: Mapping[str, Any], needs_mask: bool) -> Tensors:
     """Those of query, key, value, attn_mask and sinks, None for what has none; `given` are grad_out, grad_lse, out and lse."""
-    *grads, mask, sinks = _attention_backward(*given, *tensors, **options, need_attn_mask_grad=needs_mask)
-    return (*grads, mask if needs_mask else None, None if len(tensors) < 5 or tensors[4] is None else sinks)
+    has_sinks = len(tensors) > 4 and tensors[4] is not None
+    if not needs_mask and not has_sinks:
+        return (*_attention_backward(*given, *tensors, **options), None, None)
+    *grads, mask, sinks = _attention_backward_of_all(*given, *tensors, **options, need_attn_mask_grad=needs_mask)
+    return (*grads, mask if needs_mask else None, sinks if has_sinks else None)
 
 
 class _Recorded(torch.autograd.Function):  # type: ignore[misc]
@@ -242,10 +251,10 @@ _KEYS_OF_PLAIN_CALLS = frozenset((_keys("CPU"), _keys("CUDA")))
 
 def _attention_autograd(arguments: Tensors, options: Mapping[str, Any]) -> Any:
     """What comes first in each call: as `torch.library.register_autograd` has it, but that torch is not asked for defaults, nor for what comes next if it is us."""
-    keys, *tensors = arguments
+    keys, tensors = arguments[0], arguments[1:]
     if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors]):  # noqa: C419  # a list is quicker
         return _Recorded.apply(keys, options, *tensors)
-    return _below_autograd(keys, tuple(tensors), options)
+    return _below_autograd(keys, tensors, options)
 
 
 def _below_autograd(keys: Any, tensors: Tensors, options: Mapping[str, Any]) -> Any:
@@ -259,7 +268,12 @@ def _attention_batched(info: Any, in_dims: Any, *tensors: Any, **options: Any) -
     return batching.attention(info, _all(in_dims), _all(tensors), _call_of(options), lambda tensors: _attention(*tensors, **options))
 
 
-def _attention_backward_batched(info: Any, in_dims: Any, *tensors: Any, need_attn_mask_grad: bool = False, **options: Any) -> Any:
+def _attention_backward_batched(info: Any, in_dims: Any, *tensors: Any, **options: Any) -> Any:
+    grads, found = _attention_backward_of_all_batched(info, in_dims, *tensors, **options)
+    return grads[:3], found[:3]
+
+
+def _attention_backward_of_all_batched(info: Any, in_dims: Any, *tensors: Any, need_attn_mask_grad: bool = False, **options: Any) -> Any:
     count = len(_GIVEN_BACKWARD)
 
     def as_batching(x: Tensors) -> Tensors:
@@ -348,7 +362,8 @@ def _kernel(run: Callable[[Tensors, Mapping[str, Any]], Any]) -> Callable[..., A
 
 for _name, _run, _shapes in (
     ("attention", _forward.run, _attention_fake),
-    ("attention_backward", _attention_backward_impl, _attention_backward_fake),
+    ("attention_backward", _backward.run, _attention_backward_fake),
+    ("attention_backward_of_all", _attention_backward_of_all_impl, _attention_backward_of_all_fake),
     ("attention_jvp", _attention_jvp_impl, _attention_jvp_fake),
     ("merge", _merge_impl, _merge_fake),
     ("merge_backward", _merge_backward_impl, _merge_backward_fake),
@@ -357,6 +372,7 @@ for _name, _run, _shapes in (
     torch.library.register_fake(f"cuflash::{_name}", _shapes)
 torch.library.register_vmap("cuflash::attention", _attention_batched)
 torch.library.register_vmap("cuflash::attention_backward", _attention_backward_batched)
+torch.library.register_vmap("cuflash::attention_backward_of_all", _attention_backward_of_all_batched)
 torch.library.register_vmap("cuflash::attention_jvp", _attention_jvp_batched)
 _library = torch.library.Library("cuflash", "FRAGMENT")
 _library.impl("attention", _kernel(_attention_autograd), "Autograd", with_keyset=True)
