@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils import checkpoint
 
 import cuflash
 import cuflash.torch
@@ -104,17 +105,40 @@ def cases() -> dict[str, Callable[[], Any]]:
     allocating = operator_that_allocates()
 
     def compiled() -> dict[str, Callable[[], Any]]:
-        """Both passes of compiled functions: the first does next to nothing, which is what torch's compiler and autograd take for any of them."""
+        """Compiled functions: the first does next to nothing, which is what torch's compiler and autograd take for any of them."""
         functions: dict[str, tuple[Callable[..., Any], list[Any], Any]] = {
             "a sum of three tensors": (lambda query, key, value: query + key + value, recorded, grad_out),
-            "an operator that does nothing": (lambda *x: allocating(*x)[0], recorded, grad_out),
+            "an operator that only allocates": (lambda *x: allocating(*x)[0], recorded, grad_out),
             "torch": (lambda *x: theirs(*x, is_causal=True), tiny, grad_tiny), "cuflash.torch": (lambda *x: ours(*x, is_causal=True), recorded, grad_out),
         }  # fmt: skip
-        return {
-            f"compiled, {backend}: {name}": both(torch.compile(function, fullgraph=True, dynamic=False, backend=backend), leaves, grad)
-            for backend in ("aot_eager", "inductor")
-            for name, (function, leaves, grad) in functions.items()
+        made: dict[str, Callable[[], Any]] = {}
+        for backend in ("aot_eager", "inductor"):
+            for name, (function, leaves, grad) in functions.items():
+                call = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+                made[f"compiled, {backend}, forward: {name}"] = functools.partial(call, *[x.detach() for x in leaves])
+                made[f"compiled, {backend}, forward and backward: {name}"] = both(call, leaves, grad)
+        return made
+
+    def of_operators() -> dict[str, Callable[[], Any]]:
+        """Operators that eager code calls, recorded, and under selective checkpointing, which keeps their results."""
+        operators: dict[str, Callable[..., Any]] = {
+            "an operator that only allocates": allocating, "cuflash.torch": functools.partial(torch.ops.cuflash.attention.default, is_causal=True)
+        }  # fmt: skip
+        kept = [operator.func if isinstance(operator, functools.partial) else operator for operator in operators.values()]
+        contexts = functools.partial(checkpoint.create_selective_checkpoint_contexts, kept)
+
+        def checkpointed(call: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *x: checkpoint.checkpoint(call, *x, use_reentrant=False, context_fn=contexts)
+
+        functions = {
+            "an operator that only allocates": lambda *x: allocating(*x)[0],
+            "cuflash.torch": functools.partial(ours, is_causal=True),
         }
+        return {
+            f"operator, forward and backward: {name}": both(lambda *x, call=call: call(*x)[0], recorded, grad_out) for name, call in operators.items()
+        } | {
+            f"selective checkpointing, forward and backward: {name}": both(checkpointed(call), recorded, grad_out) for name, call in functions.items()
+        }  # fmt: skip
 
     def without_grad(call: Callable[..., Any], *arguments: Any) -> Any:
         return lambda: call(*arguments, is_causal=True)
@@ -147,7 +171,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "forward and backward: torch": both(lambda *x: theirs(*x, is_causal=True), tiny, grad_tiny),
         "forward and backward: an autograd function that does nothing": both(lambda *x: Nothing.apply(*x)[0], recorded, grad_out),
         "backward: cuflash": lambda: cuflash.scaled_dot_product_attention_backward(grad_out, *plain, out, lse, **options),
-        **compiled(), **of_features(),
+        **compiled(), **of_operators(), **of_features(),
         "part: checks of the inputs": lambda: (inputs.check_tensors((*plain, *(None,) * 11)), inputs.four_dimensions(*plain, None), inputs.autocast(*plain)),
         "part: one torch.empty": lambda: torch.empty(SHAPE, dtype=torch.float16, device="cpu"),
     }  # fmt: skip
@@ -157,8 +181,14 @@ def main() -> None:
     launch.executable = lambda kernel, device: NoLauncher()  # type: ignore[assignment, return-value]
     prepared.simulated_memory = lambda *arguments: []  # type: ignore[assignment]
     print(f"torch {torch.__version__}")
-    for name, least in microseconds(cases()).items():
-        print(f"{least:7.1f} µs  {name}")
+    least = microseconds(cases())
+    for name, time_of in least.items():
+        print(f"{time_of:7.1f} µs  {name}")
+    for name, time_of in least.items():
+        way, _, whose = name.partition(": ")
+        beside = least.get(f"{way}: an operator that only allocates")
+        if whose == "cuflash.torch" and beside is not None:
+            print(f"{time_of - beside:7.1f} µs  {way}: cuflash.torch beyond an operator that only allocates")
 
 
 if __name__ == "__main__":

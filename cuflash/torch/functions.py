@@ -120,6 +120,10 @@ def _is_watched(query: Any) -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or query.is_meta or isinstance(query, TRACED)
 
 
+_is_batch_of_gradients = torch._C._functorch.is_legacy_batchedtensor
+"""Of `torch.autograd.grad(is_grads_batched=True)`, which is not `torch.func.vmap`: it shows one gradient that is several."""
+
+
 class Attention(torch.autograd.Function):  # type: ignore[misc]
     """(out, lse) of a call, differentiable in query, key, value, an additive attn_mask and sinks."""
 
@@ -279,5 +283,9 @@ def gradients(call: Call, tensors: Tensors, out: Any, lse: Any, grad_out: Any, g
 
 
 def _gradients(call: Call, tensors: Tensors, out: Any, lse: Any, grad_out: Any, grad_lse: Any, needs_mask: bool) -> Tensors:
+    if any(x is not None and _is_batch_of_gradients(x) for x in (grad_out, grad_lse)):  # which torch takes apart for an operator
+        from cuflash.torch import operators
+
+        return operators.gradients(call, tensors, out, lse, grad_out, grad_lse, needs_mask)
     grads = call.backward(tensors, out, lse, grad_out, grad_lse, needs_mask)
     return (*grads, grads.attn_mask, grads.sinks)

@@ -29,10 +29,9 @@ def address_name(name: str) -> str:
     return "dropout_state" if name == "dropout_seed" else name
 
 
-_PLAIN = (torch.Tensor, type(None), torch.nn.Parameter)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 TRACED = (FakeTensor, FunctionalTensor)
 """Stand-ins for tensors while a call is traced."""
-_NUMBERS = (float, int, type(None))
 _HALF = (torch.float16, torch.bfloat16)
 _INT32_MAX = 2**31 - 1
 
@@ -46,7 +45,7 @@ def check_tensors(tensors: tuple[Any, ...]) -> bool:
     Raises:
         DTypeError: names the argument and its class.
     """
-    if all([type(tensor) in _PLAIN for tensor in tensors]):  # noqa: C419  # a list is quicker, and traced by every version of Dynamo
+    if all([tensor is None or type(tensor) in _PLAIN for tensor in tensors]):  # noqa: C419  # a list is quicker, and traced by every version of Dynamo
         if tensors[0].is_nested:  # torch's older nested tensors, which are of its plain type
             hint = f"Make it with layout=torch.jagged; or pad it, {TENSORS[0]}.to_padded_tensor(0.0), with seqlens_kv."
             raise DTypeError(TENSORS[0], "a nested tensor of the older layout", "a dense or a jagged tensor", hint)
@@ -59,7 +58,7 @@ def check_tensors(tensors: tuple[Any, ...]) -> bool:
 def check_tensor(name: str, tensor: Any) -> None:
     """As `check_tensors`, of one that may be None."""
     kind = type(tensor)
-    if kind in _PLAIN or isinstance(tensor, TRACED):
+    if tensor is None or kind in _PLAIN or isinstance(tensor, TRACED):
         return
     if not isinstance(tensor, torch.Tensor):
         raise DTypeError(name, describe(tensor), "a torch tensor", f"Convert it: torch.as_tensor({name}), or call cuflash's own functions.")
@@ -136,7 +135,7 @@ def _broadcastable(name: str, mask: Any, extents: tuple[int, int, int, int]) -> 
 
 def number(x: Any) -> Any:
     """A tensor of one element as a Python number, for which a GPU is waited for; anything else as it is."""
-    return x if type(x) in _NUMBERS or not isinstance(x, torch.Tensor) or x.numel() != 1 else x.item()
+    return x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x
 
 
 def pair(x: Any) -> Any:

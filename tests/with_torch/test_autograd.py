@@ -97,6 +97,30 @@ def test_mask_and_sinks_have_gradients(device: Any) -> None:
     assert_same_gradients(results, attention(*inputs, mask, sinks=sinks), [*inputs, mask, sinks])
 
 
+def test_batches_of_gradients(device: Any) -> None:
+    """Several gradients of out and lse in one pass, each as alone: of a first call and of warm ones, compiled, and in `torch.autograd.functional.jacobian`."""
+    shape = (1, 2, 9, 16)
+    *inputs, _, _ = tensors = leaves(device, *[shape] * 3, (9, 9), (2,))
+
+    def attend(query: Any, key: Any, value: Any, mask: Any, sinks: Any) -> Any:
+        return scaled_dot_product_attention(query, key, value, mask, sinks=sinks, return_lse=True)
+
+    for attention_of in (attend, attend, torch.compile(attend, backend="aot_eager")):
+        results = attention_of(*tensors)
+        batches = [torch.stack([x.detach().cos(), x.detach().sin()]) for x in results]
+        got = torch.autograd.grad(results, tensors, batches, retain_graph=True, is_grads_batched=True)
+        wanted = [torch.autograd.grad(results, tensors, each, retain_graph=True) for each in zip(*batches, strict=True)]
+        for of_tensor, *each in zip(got, *wanted, strict=True):
+            assert torch.equal(of_tensor, torch.stack(each))
+    query, key, value = (x.detach() for x in inputs)
+
+    def sums(query: Any) -> Any:
+        return scaled_dot_product_attention(query, key, value).sum(dim=(0, 1, 2))[:2]
+
+    jacobian = torch.autograd.functional.jacobian
+    assert torch.equal(jacobian(sums, query, vectorize=True), jacobian(sums, query))
+
+
 def test_a_boolean_mask(device: Any) -> None:
     inputs = leaves(device, SHAPE, SHAPE, SHAPE)
     mask = torch.rand(BATCH, 1, SEQLEN, SEQLEN, device=device) < 0.7

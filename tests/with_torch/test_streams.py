@@ -120,14 +120,16 @@ class TestOnGpu:
                 assert got.device == inputs[0].device
                 assert torch.equal(got, want)
 
+    @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
     @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-    def test_a_graph_of_both_passes(self, dropout_p: float) -> None:
+    def test_a_graph_of_both_passes(self, dropout_p: float, is_compiled: bool) -> None:
         """Replays read new values, and draw new dropout from the state of torch's generator."""
+        attend = torch.compile(scaled_dot_product_attention, backend="aot_eager") if is_compiled else scaled_dot_product_attention
         inputs = leaves("cuda", *[SHAPE] * 3, dtype=torch.float16)
         grad_out = torch.randn(SHAPE, device="cuda", dtype=torch.float16)
 
         def call() -> list[Any]:
-            return both(inputs, grad_out, dropout_p=dropout_p)
+            return both(inputs, grad_out, attend, dropout_p=dropout_p)
 
         results, replay = captured(call)
         with torch.no_grad():
@@ -146,9 +148,9 @@ class TestOnGpu:
             assert torch.equal(again, want)
 
 
-def both(inputs: list[Any], grad_out: Any, **options: Any) -> list[Any]:
+def both(inputs: list[Any], grad_out: Any, attend: Callable[..., Any] = scaled_dot_product_attention, **options: Any) -> list[Any]:
     """out and gradients."""
-    out = scaled_dot_product_attention(*inputs, **options)
+    out = attend(*inputs, **options)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
 
 

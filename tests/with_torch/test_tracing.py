@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -16,13 +18,13 @@ from written_out import SHAPE, assert_close, assert_same_gradients, attention, l
 
 import cuflash
 from cuflash.errors import UnsupportedError
-from cuflash.torch import merge_attention, scaled_dot_product_attention, varlen_attention
+from cuflash.torch import merge_attention, operators, scaled_dot_product_attention, varlen_attention
 from cuflash.torch.functions import Call
 from cuflash.torch.inputs import TENSORS
 from cuflash.torch.operators import _options_of
 
 BATCH, HEADS, SEQLEN, DIM = SHAPE
-OPERATOR = torch.ops.cuflash.attention.default
+OPERATOR, BACKWARD = torch.ops.cuflash.attention.default, torch.ops.cuflash.attention_backward.default
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +32,13 @@ def fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-def operator_arguments(packed: bool, tensors: dict[str, Any], **options: Any) -> tuple[Any, ...]:
+def operator_arguments(packed: bool, tensors: dict[str, Any], **options: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Tensors and options as an operator takes them."""
     defaults: dict[str, Any] = {
         "dropout_p": 0.0, "is_causal": True, "scale": None, "enable_gqa": False, "causal_alignment": "top_left", "tile": None, "allow_tf32": False,
         "window": None, "softcap": None, **({} if packed else {"layout": "bhsd"}),
     }  # fmt: skip
-    return (*(tensors.get(name) for name in TENSORS), *_options_of(Call(packed, defaults | options)))
+    return [tensors.get(name) for name in TENSORS], _options_of(Call(packed, defaults | options))
 
 
 def permuted(x: Any) -> Any:
@@ -53,14 +56,14 @@ def test_opcheck_of_padded_batches(device: Any, case: str) -> None:
     tensors = {"query": permuted(query), "key": permuted(key), "value": value}
     if case == "with_mask_and_sinks":
         tensors |= {"attn_mask": mask, "sinks": sinks}
-    opcheck(OPERATOR, operator_arguments(False, tensors))
+    opcheck(OPERATOR, *operator_arguments(False, tensors))
 
 
 def test_opcheck_of_packed_sequences(device: Any) -> None:
     query, key, value = leaves(device, *[(SEQLEN, HEADS, DIM)] * 3)
     offsets = torch.tensor([0, 20, 48], dtype=torch.int32, device=device)
     tensors = {"query": query, "key": key, "value": value, "cu_seqlens_q": offsets, "cu_seqlens_kv": offsets}
-    opcheck(OPERATOR, operator_arguments(True, tensors, max_seqlen_q=28, max_seqlen_kv=28))
+    opcheck(OPERATOR, *operator_arguments(True, tensors, max_seqlen_q=28, max_seqlen_kv=28))
 
 
 def test_opcheck_of_merging(device: Any) -> None:
@@ -74,9 +77,18 @@ def test_opcheck_of_tangents(device: Any) -> None:
     )
     pairs = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool, device=device).tril()
     tensors = {"query": permuted(query).detach(), "key": key, "value": value, "attn_mask": mask, "pair_mask": pairs, "sinks": sinks}
-    arguments = operator_arguments(False, tensors)
-    out, lse = OPERATOR(*arguments)
-    opcheck(torch.ops.cuflash.attention_jvp.default, (query_dot, key_dot, None, sinks, *arguments, out, lse))
+    given, options = operator_arguments(False, tensors)
+    results = OPERATOR(*given, **options)
+    opcheck(torch.ops.cuflash.attention_jvp.default, (query_dot, key_dot, None, sinks, *results, *given), options)
+
+
+def test_opcheck_of_gradients(device: Any) -> None:
+    query, key, value, mask, sinks = (x.detach() for x in leaves(device, *[SHAPE] * 3, (1, HEADS, SEQLEN, SEQLEN), (HEADS,)))
+    of_all = torch.ops.cuflash.attention_backward_of_all.default, {"attn_mask": mask, "sinks": sinks}, {"need_attn_mask_grad": True}
+    for operator, tensors, wanted in ((BACKWARD, {}, {}), of_all):
+        given, options = operator_arguments(False, {"query": query, "key": permuted(key).detach(), "value": value, **tensors})
+        out, lse = OPERATOR(*given, **options)
+        opcheck(operator, (out.cos(), None, out, lse, *given), options | wanted)
 
 
 def test_traced_forward_mode_is_an_operator(device: Any) -> None:
@@ -124,6 +136,41 @@ def test_one_compilation_for_all_lengths(device: Any) -> None:
         counts.append(counter.frame_count)
     assert counts == counts[:1] * 3
     assert [node.target for node in counter.graphs[-1].graph.nodes].count(OPERATOR) == 1
+
+
+def test_graphs_have_what_a_call_has(device: Any) -> None:
+    """No argument that is as its default: each is converted several times in each call."""
+    given: dict[Any, tuple[int, Any]] = {}
+
+    def look(graph: Any, inputs: Any) -> Any:
+        given.update({node.target: (len(node.args), node.kwargs) for node in graph.graph.nodes if node.target in (OPERATOR, BACKWARD)})
+        return make_boxed_func(graph.forward)
+
+    inputs = leaves(device, *[SHAPE] * 3)
+    function = functools.partial(scaled_dot_product_attention, is_causal=True)
+    torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=look))(*inputs).sum().backward()
+    assert given == {OPERATOR: (3, {"is_causal": True}), BACKWARD: (7, {"is_causal": True})}
+
+
+def test_operators_are_closed_to_dynamo(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch.compile leaves a function to Python, Dynamo would compile each function below."""
+    (query,) = (x.detach() for x in leaves(device, SHAPE))
+    seen: list[Any] = []
+    run = operators._forward.run
+    monkeypatch.setattr(
+        operators._forward, "run", lambda *arguments: (seen.append(torch._C._dynamo.eval_frame.set_eval_frame(None)), run(*arguments))[1]
+    )
+
+    def function(x: Any) -> Any:
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            out, _ = OPERATOR(x, x, x)
+        return out
+
+    counter = CompileCounterWithBackend("eager")
+    assert torch.equal(torch.compile(function, backend=counter)(query), scaled_dot_product_attention(query, query, query))
+    assert not counter.frame_count
+    assert seen == [None, None]
 
 
 def test_compiled_packed_sequences(device: Any) -> None:
@@ -192,7 +239,7 @@ def test_vmap_of_traced_calls_is_one_call(device: Any, dims: tuple[int | None, .
     want = vmap(grad(loss, argnums=(0, 1, 2)), dims)(*inputs)
     graph = make_fx(vmap(grad(loss, argnums=(0, 1, 2)), dims))(*inputs)
     targets = [node.target for node in graph.graph.nodes]
-    assert [targets.count(x) for x in (OPERATOR, torch.ops.cuflash.attention_backward.default)] == [1, 1]
+    assert [targets.count(x) for x in (OPERATOR, BACKWARD)] == [1, 1]
     for a, b in zip(graph(*inputs), want, strict=True):
         assert torch.equal(a, b)
 

@@ -57,6 +57,21 @@ def test_a_warm_call_is_a_few_functions(monkeypatch: pytest.MonkeyPatch) -> None
     assert any(isinstance(known, Known) for known in calls._calls.values())
 
 
+def test_a_warm_operator_is_a_few_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, recorded and not, and the gradients."""
+    monkeypatch.setattr(launch, "executable", lambda kernel, on: NoLauncher())
+    monkeypatch.setattr(prepared, "simulated_memory", lambda *arguments: ())
+    monkeypatch.setattr(calls, "_calls", {})
+    inputs, grad_out = [torch.zeros(SHAPE, requires_grad=True) for _ in range(3)], torch.zeros(SHAPE)
+    plain = [x.detach() for x in inputs]
+    forward, backward = torch.ops.cuflash.attention.default, torch.ops.cuflash.attention_backward.default
+    out, lse = forward(*plain, is_causal=True)
+    more = 0 if operators._IS_RECENT else 16  # Dynamo is switched off
+    assert num_calls(lambda: forward(*plain, is_causal=True)) <= 20 + more
+    assert num_calls(lambda: forward(*inputs, is_causal=True)) <= 23 + more
+    assert num_calls(lambda: backward(grad_out, None, out, lse, *plain, is_causal=True)) <= 23 + more
+
+
 def gradient_for(x: Any) -> Any:
     """One that is no constant."""
     return torch.linspace(-1.0, 1.0, x.numel(), device=x.device).reshape(x.shape).to(x.dtype)
