@@ -26,6 +26,7 @@ from cuflash.planning import (
     fused_backward,
     kernel_cases,
     kernel_specs,
+    operand_terms,
     packed_tiles,
     query_splits,
     split_forward,
@@ -80,6 +81,8 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
             ]
             planned = [kernel for launched in with_lists for kernel in launched]
         planned = packed_tiles.with_lists(planned, problem, device)
+        if any(spec.takes_terms for spec in tiled):
+            planned.insert(0, operand_terms.kernel(problem, device))
         if backward:
             fused = next((kernel for kernel in planned if kernel.spec.added_up), None)
             planned.insert(0, _delta_kernel(problem, device, clears_turns=fused is not None))
@@ -124,7 +127,7 @@ def _explained_forward(problem: Problem, device: Device, tile: Tiles) -> tuple[t
     if of_wide is not None:
         return (kernel_specs.FORWARD,), of_wide.why
     choice = wgmma_forward.choose(problem, device, tile)
-    kernel = kernel_specs.FORWARD_WGMMA if choice.is_taken else kernel_specs.FORWARD
+    kernel = wgmma_forward.kernel(problem) if choice.is_taken else kernel_specs.FORWARD
     return (kernel,), "; ".join(filter(None, (words, choice.why)))
 
 
@@ -174,7 +177,7 @@ def other_ways(problem: Problem, device: Device, *, backward: bool) -> tuple[dic
             others = []
     else:
         present = forward_kernels(problem, device)
-        others = [kernel_specs.FORWARD_WGMMA] if wgmma_forward.may_choose(problem, device) else []
+        others = [wgmma_forward.kernel(problem)] if wgmma_forward.may_choose(problem, device) else []
         others += [kernel_specs.FORWARD_WGMMA_WIDE] if wide_forward.may_choose(problem, device) else []
         others += [kernel_specs.FORWARD_SPLIT] if split_forward.may_choose(problem, device) else []
         others += [kernel_specs.FORWARD] if others else []
@@ -202,7 +205,7 @@ def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, 
             )
     else:
         found = {
-            kernel_specs.FORWARD_WGMMA.name: wgmma_forward.why_not(problem, device),
+            wgmma_forward.kernel(problem).name: wgmma_forward.why_not(problem, device),
             kernel_specs.FORWARD_WGMMA_WIDE.name: wide_forward.why_not(problem, device),
         }
     return {name: reason for name, reason in found.items() if reason is not None}
@@ -429,6 +432,7 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffe
         for buffer in (
             *buffers,
             *fused_backward.workspace(problem, kernels),
+            *operand_terms.workspace(problem, kernels),
             *query_splits.workspace(kernels),
             *split_forward.workspace(problem, kernels),
             *cache_append.workspace(problem),

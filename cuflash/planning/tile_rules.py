@@ -7,7 +7,7 @@ from math import ceil
 
 from cuflash.arrays.descriptions import describe
 from cuflash.hardware.device import Device
-from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, KernelCase, accumulator_registers, head_dims, shared_bytes
+from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, KernelCase, accumulated, accumulator_registers, head_dims, shared_bytes
 from cuflash.planning.kernel_specs import MAX_TILE
 from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.tile import Tile
@@ -19,6 +19,7 @@ REGISTERS_PER_BLOCK = 65536
 
 WGMMA_ARCH = "sm_90"
 WGMMA_MAX_HEAD_DIM = 256
+WGMMA_FLOAT32_MAX_HEAD_DIM = 128
 WGMMA_MAX_HEAD_DIMS_TOGETHER = 192, 128
 """Of query and key, and of value, where one block has dK and dV."""
 WGMMA_WIDE_MAX_HEAD_DIMS = 576, 512
@@ -70,8 +71,10 @@ def lacking(case: KernelCase, device: Device) -> str | None:
         return None
     if device.arch != WGMMA_ARCH:
         return f"its instructions are those of {WGMMA_ARCH}, and this is {device.arch}"
-    if case.dtype == "float32":  # docs/performance.md, "float32"
-        return "it takes 16-bit types, and this is float32, for which wgmma would take 0.4 of the time at best, with sums that are cut off more often"
+    if case.kernel.takes_terms:
+        return _lacking_float32(case)
+    if case.dtype == "float32":
+        return "it takes 16-bit types, and this is float32"
     together = {"dK", "dV"} <= set(case.kernel.outputs)
     widest, widest_v = WGMMA_MAX_HEAD_DIMS_TOGETHER if together else (WGMMA_MAX_HEAD_DIM, WGMMA_MAX_HEAD_DIM)
     if case.kernel.column_groups > 1:
@@ -79,6 +82,17 @@ def lacking(case: KernelCase, device: Device) -> str | None:
     if case.head_dim % 8 or case.head_dim_v % 8 or case.head_dim > widest or case.head_dim_v > widest_v:
         of_value = f", {widest_v} for value's" if widest_v != widest else ""
         return f"it takes multiples of 8 up to {widest} for head_dim{of_value}, and this is {head_dims(case.head_dim, case.head_dim_v)}"
+    return None
+
+
+def _lacking_float32(case: KernelCase) -> str | None:
+    """The same of the forward kernel of wgmma for float32."""
+    if case.dtype != "float32" or case.allow_tf32:
+        return f"it is for float32 accuracy, and this is {'TF32' if case.allow_tf32 else case.dtype}"
+    if max(case.head_dim, case.head_dim_v) > WGMMA_FLOAT32_MAX_HEAD_DIM:
+        return f"it takes a head_dim of at most {WGMMA_FLOAT32_MAX_HEAD_DIM}, and this is {head_dims(case.head_dim, case.head_dim_v)}"
+    if case.features != NO_FEATURES:
+        return "it knows no score features and masks but the causal one"
     return None
 
 
@@ -142,6 +156,8 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         limit = _WGMMA_WIDE_REGISTERS if case.kernel.column_groups > 1 else WGMMA_REGISTERS[tile.num_warps]
         limit -= _WGMMA_ORDER_REGISTERS * ("dQ" in case.kernel.outputs and "dV" not in case.kernel.outputs)
         needed += _wgmma_registers(case, tile) - 24
+        if case.kernel.takes_terms:  # O has the sum of one tile beside it, a slab of it, and P is three terms
+            needed += case.warp_tile(tile, device)[0] * min(WGMMA_SLAB, accumulated(case, device)[0]) // 32 + tile.tile_kv // 2
     if needed > limit:
         return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"
     return None
