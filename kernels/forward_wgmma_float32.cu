@@ -7,20 +7,18 @@
 //
 // Blocks, their warp that copies and their warpgroups of 64 rows are those of forward_wgmma.cu. A step of a warpgroup is
 //
-//     product = P_{j-1} V_{j-1}, S_j = Q K_jᵀ     issued together, six products each, those of small terms first
-//     O += product                                while S_j is computed
-//     the same for columns of V behind the 64th   which take the registers of the first ones
-//     S_j -> P_j, split into terms                while the tensor cores have work of other warpgroups
+//     product = P_{j-1} V_{j-1}      six products of terms, those of small ones first; the first 64 columns of V before the others
+//     S_j = Q K_jᵀ                   issued with what comes last of these
+//     O += product                   while S_j is computed
+//     S_j -> P_j, split into terms   while the tensor cores have work of other warpgroups
 //
-// Tensor cores cut off where they add: so O gets the sum of one tile at a time, by additions that round, and moves to memory after every
-// PARTIAL_KEYS keys (tile/partial_outputs.cuh).
+// Tensor cores cut off where they add: so O gets the sum of one tile at a time, by additions that round.
 //
 // Shared memory and mbarriers are those of forward_wgmma.cu, with rows of three terms (tile/wgmma_block.cuh).
 #include "tile/constants.cuh"
 #include "tile/copier.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/fragment.cuh"
-#include "tile/partial_outputs.cuh"
 #include "tile/softmax.cuh"
 #include "tile/visibility.cuh"
 #include "tile/wgmma_block.cuh"
@@ -39,15 +37,13 @@ class WarpgroupRows {
   float O[1][DV_TILES][4] = {};
   OnlineSoftmax<1, false, PROBABILITY_SHIFT, SLACK_OF<Element>> softmax;
 
-  DEVICE WarpgroupRows(const ForwardWgmmaArguments& arguments, const Geometry& geometry, const Work& work, const Visibility& visibility,
-                       const SharedMemory& shared, SmemAddress Q, int warpgroup, Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V)
+  DEVICE WarpgroupRows(const Geometry& geometry, const Work& work, const Visibility& visibility, const SharedMemory& shared, SmemAddress Q,
+                       int warpgroup, Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V)
       : geometry(geometry),
         shared(shared),
         K(K),
         V(V),
-        Q_descriptor(WarpgroupQ::descriptor(Q)),
-        partial(arguments.out.row_pointer<float>(work.batch, work.head), arguments.out,
-                work.tile * TILE_Q + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup(), geometry.seqlen_q, 0) {
+        Q_descriptor(WarpgroupQ::descriptor(Q)) {
     const int first_row = work.tile * TILE_Q + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -62,13 +58,7 @@ class WarpgroupRows {
     int j = begin + 1;
     steps<false>(j, unmasked_end);
     steps<true>(j, end);
-    float product[1][FIRST_TILES][4];
-    V.wait_full();
-    issue_outputs<0>(product);
-    wgmma_wait<0>();
-    add<0>(product);
-    add_other_columns([] {});
-    if constexpr (PARTIAL_OUTPUTS) partial.take(O, softmax);
+    finish<OTHER_TILES>();
   }
 
  private:
@@ -76,12 +66,10 @@ class WarpgroupRows {
   const SharedMemory shared;
   Ring<NUM_STAGES>&K, &V;
   const uint64 Q_descriptor;
-  PartialOutputs<1, DV_TILES> partial;
   int end_key[2];  // which keys a row sees, less the column of the lane
   uint32 P[TERMS][P_STEPS][4];
 
   DEVICE void issue_scores(float (&S)[1][S_TILES][4]) {
-    K.wait_full();
     issue_rows_of_terms<WarpgroupQ, RingK, D_TILES / 2>(S, Q_descriptor, RingK::descriptor(shared.K(K.stage)));
   }
 
@@ -100,23 +88,6 @@ class WarpgroupRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) O[0][FIRST_TILE + n][i] += product[0][n][i];
     pin(O[0]);
-  }
-
-  // Columns of P V behind the first ones, to O, and everything that is in flight is waited for; then the tile of V is done with.
-  template <typename Meanwhile>
-  DEVICE void add_other_columns(Meanwhile when_done) {
-    if constexpr (OTHER_TILES > 0) {
-      float product[1][OTHER_TILES][4];
-      issue_outputs<1>(product);
-      wgmma_wait<0>();
-      release_values();
-      when_done();
-      add<FIRST_TILES>(product);
-    } else {
-      release_values();
-      wgmma_wait<0>();
-      when_done();
-    }
   }
 
   DEVICE void release_values() {
@@ -152,6 +123,7 @@ class WarpgroupRows {
   // Nothing to multiply with V yet.
   DEVICE void first_step(int j, bool is_masked) {
     float S[1][S_TILES][4];
+    K.wait_full();
     issue_scores(S);
     wgmma_wait<0>();
     release_keys(S);
@@ -161,23 +133,50 @@ class WarpgroupRows {
   template <bool IS_MASKED>
   DEVICE void steps(int& j, int end) {
 #pragma unroll 1
-    for (; j < end; ++j) step<IS_MASKED>(j);
+    for (; j < end; ++j) step<IS_MASKED, OTHER_TILES>(j);
   }
 
-  template <bool IS_MASKED>
+  template <bool IS_MASKED, int OTHERS>
   DEVICE void step(int j) {
     float S[1][S_TILES][4];
     float product[1][FIRST_TILES][4];
     V.wait_full();
     issue_outputs<0>(product);
-    issue_scores(S);
-    wgmma_wait<1>();
-    add<0>(product);
-    add_other_columns([&] { release_keys(S); });
-    if constexpr (PARTIAL_OUTPUTS) {
-      if (j % PARTIAL_STEPS == 0) partial.put(O, softmax);
+    if constexpr (OTHERS > 0) {
+      wgmma_wait<0>();
+      add<0>(product);
+      K.wait_full();  // here, since the assembler moves no addition past a loop: so the registers of the first columns are free for the others
+      float others[1][OTHERS][4];
+      issue_outputs<1>(others);
+      issue_scores(S);
+      wgmma_wait<1>();
+      add<FIRST_TILES>(others);
+    } else {
+      K.wait_full();
+      issue_scores(S);
+      wgmma_wait<1>();
+      add<0>(product);
     }
+    release_values();
+    wgmma_wait<0>();
+    release_keys(S);
     make_probabilities(S, j, IS_MASKED);
+  }
+
+  template <int OTHERS>
+  DEVICE void finish() {
+    float product[1][FIRST_TILES][4];
+    V.wait_full();
+    issue_outputs<0>(product);
+    wgmma_wait<0>();
+    add<0>(product);
+    if constexpr (OTHERS > 0) {
+      float others[1][OTHERS][4];
+      issue_outputs<1>(others);
+      wgmma_wait<0>();
+      add<FIRST_TILES>(others);
+    }
+    release_values();
   }
 };
 
@@ -220,7 +219,7 @@ DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork&
   const Visibility visibility(geometry, arguments.features, work.at.batch, work.at.head);
   const Walk walk(arguments, work.at, visibility);
   const int first_q = work.at.tile * TILE_Q + warpgroup * WARPGROUP_ROWS;
-  WarpgroupRows rows(arguments, geometry, work.at, visibility, shared, shared.Q(stage, warpgroup), warpgroup, K, V);
+  WarpgroupRows rows(geometry, work.at, visibility, shared, shared.Q(stage, warpgroup), warpgroup, K, V);
   const int own_end =  // of the tiles that this warpgroup sees
       uniform(first_q < geometry.seqlen_q ? ceil_div(visibility.end_key(first_q, first_q + WARPGROUP_ROWS), TILE_KV) : 0);
   const int unmasked_end = uniform(visibility.end_key(first_q, first_q + 1) / TILE_KV);

@@ -272,6 +272,13 @@ def conversion_bytes(problem: Problem) -> int:
     return problem.query_rows * (4 + problem.itemsize) * problem.head_dim
 
 
+def terms_bytes(problem: Problem) -> int:
+    """Of splitting query, key and value into terms: float32 is read, terms are written."""
+    rows_kv = problem.batch * problem.seqlen_kv * problem.num_heads_kv
+    operands = ((problem.query_rows, problem.head_dim), (rows_kv, problem.head_dim), (rows_kv, problem.head_dim_v))
+    return sum(rows * (4 * head_dim + 2 * columns_of_terms(head_dim)) for rows, head_dim in operands)
+
+
 def grad_out_stages(case: KernelCase, tile: Tile, device: Device) -> int:
     """How many tiles of dO are in shared memory of a backward kernel of wgmma: as many as of Q. One that is done with dO early, since it makes no dV, has a single one
     where there is no room for more."""

@@ -26,8 +26,8 @@ DEVICE uint64 of_this_step(uint64 descriptor) {
 template <typename TileA, typename TileB, int STEPS, int N>
 DEVICE void issue_rows_of_terms(float (&c)[1][N][4], uint64 a, uint64 b) {
   constexpr int STEPS_OF_SLAB = SLAB_COLUMNS / 16;
-  a = of_this_step(a);
-  b = of_this_step(b);
+  if constexpr (SLABS_OF_TERM<TileA> > 1) a = of_this_step(a);
+  if constexpr (SLABS_OF_TERM<TileB> > 1) b = of_this_step(b);
   wgmma_fence();
 #pragma unroll
   for (int product = 0; product < TERM_PRODUCTS; ++product)
@@ -42,7 +42,7 @@ DEVICE void issue_rows_of_terms(float (&c)[1][N][4], uint64 a, uint64 b) {
 // C = A B over all rows of B, A split in registers; of its columns those from slab FIRST_SLAB on.
 template <typename TileB, int FIRST_SLAB, int STEPS, int N>
 DEVICE void issue_accumulator_of_terms(float (&c)[1][N][4], const uint32 (&a)[TERMS][STEPS][4], uint64 b) {
-  b = of_this_step(b);
+  if constexpr (SLABS_OF_TERM<TileB> > 1) b = of_this_step(b);
   wgmma_fence();
 #pragma unroll
   for (int product = 0; product < TERM_PRODUCTS; ++product)
