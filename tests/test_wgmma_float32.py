@@ -14,7 +14,7 @@ from test_wgmma_machine_code import assert_as_meant
 
 import cuflash
 from cuflash import Tile
-from cuflash.cli.inspection import inspect_kernels
+from cuflash.cli.inspection import Report, inspect_kernels
 from cuflash.hardware import device
 from cuflash.planning import predicted_loops, tile_choice, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase
@@ -132,16 +132,28 @@ def test_every_schedule_gives_the_same_bits(case: tuple[int, Tile], request: pyt
 # --- Machine code -------------------------------------------------------------------------------------------------------------------------
 
 
+def report_of(dims: tuple[int, int], is_causal: bool, *, seqlens_kv: bool = False, tile: Tile | None = None) -> Report:
+    pinned = {NAME: tile or tile_choice.default_tile(KernelCase(FORWARD_WGMMA_FLOAT32, "float32", dims[0], head_dim_v=dims[1]), ON)}
+    kernels = offline_kernels(
+        ON,
+        dtype="float32",
+        head_dim=dims[0],
+        head_dim_v=dims[1],
+        is_causal=is_causal,
+        seqlens_kv=seqlens_kv,
+        backward=False,
+        tile=pinned,
+    )
+    (report,) = inspect_kernels((ON, kernel) for kernel in kernels if kernel.name == NAME)
+    return report
+
+
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("seqlens_kv", [False, True])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (96, 96), (24, 80), (128, 64), (64, 128)], ids=str)
 def test_no_spills_and_no_serialised_products(dims: tuple[int, int], seqlens_kv: bool, is_causal: bool) -> None:
-    kernels = offline_kernels(
-        ON, dtype="float32", head_dim=dims[0], head_dim_v=dims[1], is_causal=is_causal, seqlens_kv=seqlens_kv, backward=False
-    )
-    (report,) = inspect_kernels((ON, kernel) for kernel in kernels if kernel.name == NAME)
-    assert_as_meant(report)
+    assert_as_meant(report_of(dims, is_causal, seqlens_kv=seqlens_kv))
 
 
 @pytest.mark.sample(1)
@@ -153,9 +165,7 @@ def test_the_longest_tiles_fit_the_registers(num_warps: int, head_dim: int) -> N
         assert (num_warps, head_dim) == (12, 128)  # Q of 192 rows takes 144 KiB
         return
     tile = max(legal, key=lambda tile: (tile.tile_kv, tile.num_stages))
-    kernels = offline_kernels(ON, dtype="float32", head_dim=head_dim, is_causal=True, backward=False, tile={NAME: tile})
-    (report,) = inspect_kernels((ON, kernel) for kernel in kernels if kernel.name == NAME)
-    assert_as_meant(report)
+    assert_as_meant(report_of((head_dim, head_dim), True, tile=tile))
 
 
 # --- Chosen -------------------------------------------------------------------------------------------------------------------------------
@@ -187,6 +197,26 @@ def test_calls_take_it_where_it_is_predicted_to_be_faster(head_dim: int, monkeyp
     assert "predicted to take 0." in plan.choice
     assert names(cuflash.plan(*inputs_of(HOST, (128, 128), head_dim, dtype="float32"))) == ["forward"]
     assert names(cuflash.plan(*long, tile={"forward": Tile(64, 32, 4, 1)})) == ["forward"]
+
+
+def test_calls_that_return_lse_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their backward pass has three products of TF32 for each of scores: where these are in the thousands, dV was beyond its bound."""
+    monkeypatch.delenv(wgmma_forward.VARIABLE)
+    with_sms(monkeypatch, 132)
+    long = inputs_of(HOST, (4096, 4096), heads=(16, 16), dtype="float32")
+    assert names(cuflash.plan(*long)) == ["operand_terms", NAME]
+    plan = cuflash.plan(*long, return_lse=True)
+    assert names(plan) == ["forward"]
+    assert "lse may be for a backward pass" in plan.choice
+    HOST.check(*inputs_of(HOST, (60, 70), dtype="float32"), scale=300.0)
+
+
+@pytest.mark.parametrize("every_way", [False, True])
+def test_warmup_compiles_it_for_calls_without_lse(every_way: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(wgmma_forward.VARIABLE)
+    kernels = {kernel.name for kernel in offline_kernels(ON, dtype="float32", head_dim=64, backward=False, every_way=every_way)}
+    assert "forward" in kernels
+    assert ({"operand_terms", NAME} <= kernels) == every_way
 
 
 def test_lines_of_the_model() -> None:

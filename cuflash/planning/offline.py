@@ -109,7 +109,7 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
                 yield one_head, named
     else:
         present = forward_kernels(problem, device, pinned)
-        if wgmma_forward.choose(problem, device, pinned).depends_on_lengths:
+        if wgmma_forward.choose(replace(problem, return_lse=False), device, pinned).depends_on_lengths:
             specs += [wgmma_forward.kernel(problem), FORWARD]
         if (of_wide := wide_forward.choose(problem, device, pinned)) is not None and of_wide.depends_on_lengths:
             specs += [FORWARD_WGMMA_WIDE, FORWARD]

@@ -1,7 +1,7 @@
 """The forward kernel that uses Hopper's own instructions, TMA copies and wgmma, in the place of that of mma.sync.
 
 Which of the two a call takes, the first of these decides: what the kernel cannot do (`why_not`); a mapping of tiles that names one of them; CUFLASH_FORWARD_WGMMA=1, which takes it
-wherever it can run, a single tile too if it fits; a single tile, which is for the other; CUFLASH_FORWARD_WGMMA=0; a version of NVRTC that is not trusted (`compiler_versions`); tables of tuned
+wherever it can run, a single tile too if it fits; a single tile, which is for the other; an lse that a float32 call returns; CUFLASH_FORWARD_WGMMA=0; a version of NVRTC that is not trusted (`compiler_versions`); tables of tuned
 tiles, where both were timed on one call (`tuned_tiles.faster_way`); the timing model's prediction (`predicted_wgmma`), if it knows both with these features; else the other kernel.
 """
 
@@ -44,6 +44,9 @@ def choose(problem: Problem, device: Device, tile: Tiles) -> Choice:
         return Choice(False, f"{other}, which the tile is for")
     if isinstance(tile, Tile):
         return Choice(False, f"{other}, which a single tile is for; a mapping may name {spec.name}")
+    if spec.takes_terms and problem.return_lse:
+        reason = "lse may be for a backward pass, whose kernels round scores otherwise, so that probabilities of huge ones would not add up to 1"
+        return Choice(False, f"{other}, not {name}: {reason}; {VARIABLE}=1 takes it all the same")
     if switches.setting(VARIABLE) is False:
         return Choice(False, f"{other}, not {name}, by {VARIABLE}=0")
     if (untrusted := compiler_versions.why_not()) is not None:
@@ -69,7 +72,8 @@ def faster(spec: KernelSpec, problem: Problem, device: Device) -> Choice:
 
 def may_choose(problem: Problem, device: Device) -> bool:
     """Whether both kernels can run, and nobody has ruled one out."""
-    return device.capability == 90 and why_not(problem, device) is None and asked_for.is_open(VARIABLE)
+    for_backward = kernel(problem).takes_terms and problem.return_lse
+    return device.capability == 90 and why_not(problem, device) is None and not for_backward and asked_for.is_open(VARIABLE)
 
 
 def _others_cost(problem: Problem, device: Device) -> str:
