@@ -38,7 +38,14 @@ from cuflash.planning import (
 )
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.kernel_specs import BACKWARD_FUSED, FORWARD_WGMMA, FORWARD_WGMMA_FLOAT32, FORWARD_WGMMA_WIDE, TILED_KERNELS, KernelSpec
+from cuflash.planning.kernel_specs import (
+    BACKWARD_FUSED,
+    FORWARD_WGMMA,
+    FORWARD_WGMMA_FLOAT32,
+    FORWARD_WGMMA_WIDE,
+    TILED_KERNELS,
+    KernelSpec,
+)
 from cuflash.planning.predicted_loops import ARCH, Key
 from cuflash.planning.predicted_time import Steady
 from cuflash.problem.problem import Problem

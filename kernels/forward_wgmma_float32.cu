@@ -26,7 +26,9 @@
 #include "ptx/warpgroup.cuh"
 
 static_assert(SameType<Element, float>::value && !Config::ALLOW_TF32, "it is for float32 accuracy");
-static_assert(!TILE_LISTS && !MAPS_MASK && !ADDITIVE_MASK && !Config::SOFTCAP && !Config::ALIBI && !WINDOW && !PREFIX && !DROPOUT && !SINKS && !VARLEN, "it knows none of these features");
+static_assert(!TILE_LISTS && !MAPS_MASK && !ADDITIVE_MASK && !Config::SOFTCAP && !Config::ALIBI && !WINDOW && !PREFIX && !DROPOUT && !SINKS &&
+                  !VARLEN,
+              "it knows none of these features");
 
 constexpr int FIRST_TILES = DV_TILES < SLAB_COLUMNS / 8 ? DV_TILES : SLAB_COLUMNS / 8;  // of O, whose products are in flight together
 constexpr int OTHER_TILES = DV_TILES - FIRST_TILES;
@@ -39,11 +41,7 @@ class WarpgroupRows {
 
   DEVICE WarpgroupRows(const Geometry& geometry, const Work& work, const Visibility& visibility, const SharedMemory& shared, SmemAddress Q,
                        int warpgroup, Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V)
-      : geometry(geometry),
-        shared(shared),
-        K(K),
-        V(V),
-        Q_descriptor(WarpgroupQ::descriptor(Q)) {
+      : geometry(geometry), shared(shared), K(K), V(V), Q_descriptor(WarpgroupQ::descriptor(Q)) {
     const int first_row = work.tile * TILE_Q + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -55,8 +55,7 @@ struct TermsOf {
       for (int term = 0; term < TERMS; ++term) of_term[term].word[i] = pairs[term];
     }
 #pragma unroll
-    for (int term = 0; term < TERMS; ++term)
-      *reinterpret_cast<Chunk*>(terms + (int64(row) * TERMS + term) * TERM_COLUMNS + column) = of_term[term];
+    for (int term = 0; term < TERMS; ++term) *reinterpret_cast<Chunk*>(terms + (int64(row) * TERMS + term) * TERM_COLUMNS + column) = of_term[term];
   }
 };
 

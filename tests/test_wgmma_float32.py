@@ -160,7 +160,11 @@ def test_no_spills_and_no_serialised_products(dims: tuple[int, int], seqlens_kv:
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("num_warps", [8, 12])
 def test_the_longest_tiles_fit_the_registers(num_warps: int, head_dim: int) -> None:
-    legal = [tile for tile in tile_choice.legal_tiles_for(KernelCase(FORWARD_WGMMA_FLOAT32, "float32", head_dim), ON) if tile.num_warps == num_warps]
+    legal = [
+        tile
+        for tile in tile_choice.legal_tiles_for(KernelCase(FORWARD_WGMMA_FLOAT32, "float32", head_dim), ON)
+        if tile.num_warps == num_warps
+    ]
     if not legal:
         assert (num_warps, head_dim) == (12, 128)  # Q of 192 rows takes 144 KiB
         return

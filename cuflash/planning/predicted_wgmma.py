@@ -142,7 +142,9 @@ def measured(case: KernelCase, problem: Problem) -> float:
 def measured_mma(case: KernelCase) -> float:
     """Least measured over predicted time of kernels of mma.sync; of those of float32 none was measured."""
     wide = _wide(case)
-    return 1.0 if case.kernel.backward or case.dtype == "float32" else next(times for widest, times in MEASURED_MMA.items() if wide <= widest)
+    return (
+        1.0 if case.kernel.backward or case.dtype == "float32" else next(times for widest, times in MEASURED_MMA.items() if wide <= widest)
+    )
 
 
 def _wide(case: KernelCase) -> int:

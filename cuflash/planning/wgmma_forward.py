@@ -45,7 +45,9 @@ def choose(problem: Problem, device: Device, tile: Tiles) -> Choice:
     if isinstance(tile, Tile):
         return Choice(False, f"{other}, which a single tile is for; a mapping may name {spec.name}")
     if spec.takes_terms and problem.return_lse:
-        reason = "lse may be for a backward pass, whose kernels round scores otherwise, so that probabilities of huge ones would not add up to 1"
+        reason = (
+            "lse may be for a backward pass, whose kernels round scores otherwise, so that probabilities of huge ones would not add up to 1"
+        )
         return Choice(False, f"{other}, not {name}: {reason}; {VARIABLE}=1 takes it all the same")
     if switches.setting(VARIABLE) is False:
         return Choice(False, f"{other}, not {name}, by {VARIABLE}=0")

@@ -10,7 +10,9 @@ constexpr int TERM_PRODUCTS = 6;
 
 // Which term of A and of B the products multiply, 0 the highest: those that together are at most 2.
 DEVICE constexpr int term_of_a(int product) { return product == 0 ? 2 : product == 1 ? 0 : product == 2 ? 1 : product == 3 ? 1 : 0; }
-DEVICE constexpr int term_of_b(int product) { return product == 0 ? 0 : product == 1 ? 2 : product == 2 ? 1 : product == 3 ? 0 : product == 4 ? 1 : 0; }
+DEVICE constexpr int term_of_b(int product) {
+  return product == 0 ? 0 : product == 1 ? 2 : product == 2 ? 1 : product == 3 ? 0 : product == 4 ? 1 : 0;
+}
 
 // Slabs of one term of a tile.
 template <typename Tile>
