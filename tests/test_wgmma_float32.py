@@ -38,7 +38,7 @@ def checked(on: Target, *inputs: Any, **options: Any) -> Any:
 # --- Right --------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("lengths", [(200, 300), (300, 130), (1, 1), (193, 65)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -47,7 +47,7 @@ def test_lengths_and_grouped_heads(hopper: Target, head_dim: int, lengths: tuple
     checked(hopper, *inputs_of(hopper, lengths, head_dim, heads=(2, 1), dtype="float32"), **MASKS[mask])
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dims", [(1, 1), (33, 72), (128, 24), (96, 128), (40, 100)], ids=str)
 def test_head_dims(hopper: Target, dims: tuple[int, int]) -> None:  # noqa: F811
     """Any up to 128: terms are filled up with zeros. Of values above 64 columns the others take a product of their own, here of 16, 40 and 64."""
@@ -65,7 +65,7 @@ def test_arrays_that_the_tma_unit_could_not_copy(view: str) -> None:
 
 
 def test_lengths_of_rows_of_a_batch_with_nan_behind() -> None:
-    query, key, value = inputs_of(HOST, (70, 200), heads=(2, 2), batches=(3, 3), dtype="float32")
+    query, key, value = inputs_of(HOST, (70, 200), batches=(3, 3), dtype="float32")
     lengths = numpy.array([200, 77, 0], "int32")
     key[1, 77:] = value[1, 77:] = key[2] = value[2] = numpy.nan
     checked(HOST, query, key, value, seqlens_kv=lengths, is_causal=True, causal_alignment="bottom_right")
@@ -81,7 +81,7 @@ def test_scales(scale: float) -> None:
 @pytest.mark.parametrize("gap", [14.0, 16.5, 17.5, 20.0])
 def test_small_probabilities_beside_an_attention_sink(gap: float) -> None:
     """The sum of a row stands at 1, and O at the sink's value, while every tile adds a few last places."""
-    checked(HOST, *sink_inputs(HOST, "float32", 4096, gap), scale=1.0)
+    checked(HOST, *sink_inputs(HOST, "float32", 4096, gap, head_dim=64), scale=1.0)
 
 
 def test_numbers_of_all_sizes() -> None:
@@ -105,7 +105,7 @@ def test_numbers_of_all_sizes() -> None:
 def test_integers_give_exact_sums() -> None:
     """Of 15 bits, whose products take all terms, and probabilities that are powers of two: a term in the wrong place would show."""
     random = numpy.random.default_rng(7)
-    query, key, value = (numpy.zeros((1, length, 1, 128), "float32") for length in (130, 200, 200))
+    query, key, value = (numpy.zeros((1, length, 1, 64), "float32") for length in (130, 200, 200))
     query[..., 0], query[..., 1] = 1.0, 4097.0
     key[..., 0], key[..., 1] = -4097.0 * 257, 257.0
     key[..., 2] = random.integers(0, 3, (1, 200, 1))
@@ -121,7 +121,7 @@ def test_integers_give_exact_sums() -> None:
 def test_every_schedule_gives_the_same_bits(case: tuple[int, Tile], request: pytest.FixtureRequest) -> None:
     """With warpgroups that stop at different tiles. Only a schedule finds a wait that never ends."""
     head_dim, tile = case
-    seeds = range(100 if request.config.getoption("--exhaustive") else 6)
+    seeds = range(100 if request.config.getoption("--exhaustive") else 3)
     inputs = inputs_of(HOST, (200, 130), head_dim, heads=(2, 1), dtype="float32")
     options = {"enable_gqa": True, "return_lse": True, "is_causal": True, "tile": {NAME: tile}}
     report = check(functools.partial(cuflash.scaled_dot_product_attention, *inputs, **options), seeds=seeds)
@@ -148,7 +148,7 @@ def report_of(dims: tuple[int, int], is_causal: bool, *, seqlens_kv: bool = Fals
     return report
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("seqlens_kv", [False, True])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (96, 96), (24, 80), (128, 64), (64, 128)], ids=str)
@@ -156,7 +156,7 @@ def test_no_spills_and_no_serialised_products(dims: tuple[int, int], seqlens_kv:
     assert_as_meant(report_of(dims, is_causal, seqlens_kv=seqlens_kv))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("num_warps", [8, 12])
 def test_the_longest_tiles_fit_the_registers(num_warps: int, head_dim: int) -> None:
@@ -199,6 +199,7 @@ def test_calls_take_it_where_it_is_predicted_to_be_faster(head_dim: int, monkeyp
     plan = cuflash.plan(*long)
     assert names(plan) == ["operand_terms", NAME]
     assert "predicted to take 0." in plan.choice
+    assert "tensor cores, 6 x bfloat16 (float32 accuracy)" in str(plan)
     assert names(cuflash.plan(*inputs_of(HOST, (128, 128), head_dim, dtype="float32"))) == ["forward"]
     assert names(cuflash.plan(*long, tile={"forward": Tile(64, 32, 4, 1)})) == ["forward"]
 
@@ -212,7 +213,6 @@ def test_calls_that_return_lse_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = cuflash.plan(*long, return_lse=True)
     assert names(plan) == ["forward"]
     assert "lse may be for a backward pass" in plan.choice
-    HOST.check(*inputs_of(HOST, (60, 70), dtype="float32"), scale=300.0)
 
 
 @pytest.mark.parametrize("every_way", [False, True])
