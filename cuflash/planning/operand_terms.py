@@ -1,6 +1,8 @@
-"""Numbers of float32 as sums of three of bfloat16, for `forward_wgmma_float32`: where the terms of query, key and value lie, and the kernel that makes them.
+"""Numbers of float32 as sums of three of bfloat16, for `forward_wgmma_float32`: where the terms of query, key and value lie, and the kernel that makes
+them.
 
-A row of an array of terms has the terms of all columns, the highest ones first, each filled up with zeros to whole slabs of 64 columns (kernels/operand_terms.cu).
+A row of an array of terms has the terms of all columns, the highest ones first, each filled up with zeros to whole slabs of 64 columns
+(kernels/operand_terms.cu).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The forward kernel that uses Hopper's own instructions, TMA copies and wgmma, in the place of that of mma.sync.
 
-Which of the two a call takes, the first of these decides: what the kernel cannot do (`why_not`); a mapping of tiles that names one of them; CUFLASH_FORWARD_WGMMA=1, which takes it
-wherever it can run, a single tile too if it fits; a single tile, which is for the other; an lse that a float32 call returns; CUFLASH_FORWARD_WGMMA=0; a version of NVRTC that is not trusted (`compiler_versions`); tables of tuned
-tiles, where both were timed on one call (`tuned_tiles.faster_way`); the timing model's prediction (`predicted_wgmma`), if it knows both with these features; else the other kernel.
+Which of the two a call takes, the first of these decides: what the kernel cannot do (`why_not`); a mapping of tiles that names one of them;
+CUFLASH_FORWARD_WGMMA=1, which takes it wherever it can run, a single tile too if it fits; a single tile, which is for the other; an lse that a call of
+float32 returns; CUFLASH_FORWARD_WGMMA=0; a version of NVRTC that is not trusted (`compiler_versions`); tables of tuned tiles, where both were timed on one
+call (`tuned_tiles.faster_way`); the timing model's prediction (`predicted_wgmma`), if it knows both with these features; else the other kernel.
 """
 
 from __future__ import annotations
