@@ -37,7 +37,8 @@ _WGMMA_ORDER_REGISTERS = (
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
 _WGMMA_BESIDE_Q_REGISTERS = 32  # the same beside Q in registers; with one step more, tiles of 64 and 48 keys spilled
 _WGMMA_CUT_REGISTERS = 8  # that the copying warp keeps of eight warps' 240 where something hides keys; a tile is legal whatever hides them
-_WGMMA_SLABS_REGISTERS = 20  # of float32, where O has more than one slab; with fewer, tiles of 80 keys spilled
+_WGMMA_TERMS_REGISTERS = 4  # of float32; without, tiles of 112 keys spilled
+_WGMMA_SLABS_REGISTERS = 20  # the same where O has more than one slab; with fewer, tiles of 80 keys spilled
 _WGMMA_SOFTCAP_REGISTERS = {8: 28, 12: 8}
 _WGMMA_DROPOUT_REGISTERS = {8: 28, 12: 16}
 _WGMMA_BACKWARD_DROPOUT_REGISTERS = 24
@@ -160,7 +161,7 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         if case.kernel.takes_terms:  # beside O is the sum of one tile, a slab of it, and P is three terms
             columns = accumulated(case, device)[0]
             needed += case.warp_tile(tile, device)[0] * min(WGMMA_SLAB, columns) // 32 + tile.tile_kv // 2
-            needed += _WGMMA_SLABS_REGISTERS * (columns > WGMMA_SLAB)
+            needed += _WGMMA_TERMS_REGISTERS + _WGMMA_SLABS_REGISTERS * (columns > WGMMA_SLAB)
     if needed > limit:
         return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"
     return None
