@@ -6,7 +6,7 @@ and of those of mma.sync.
     python benchmarks/predicted_loops.py --kernel backward_wgmma --head-dim 192x128           # prints what the lines would be
     python benchmarks/predicted_loops.py --publish                                            # what calls take by these lines, to docs/performance.md
 
-float16, default tiles. Lines of other kernels, head dimensions and features are kept, so a kernel that learns something needs its own lines only; one that cannot run, or that the
+float16, or float32 where a kernel's name is followed by it, default tiles. Lines of other kernels, head dimensions and features are kept, so a kernel that learns something needs its own lines only; one that cannot run, or that the
 model does not know, has none. Needs no GPU, and some ten seconds for a line.
 """
 
@@ -38,7 +38,14 @@ from cuflash.planning import (
 )
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.kernel_specs import BACKWARD_FUSED, FORWARD_WGMMA, FORWARD_WGMMA_WIDE, TILED_KERNELS
+from cuflash.planning.kernel_specs import (
+    BACKWARD_FUSED,
+    FORWARD_WGMMA,
+    FORWARD_WGMMA_FLOAT32,
+    FORWARD_WGMMA_WIDE,
+    TILED_KERNELS,
+    KernelSpec,
+)
 from cuflash.planning.predicted_loops import ARCH, Key
 from cuflash.planning.predicted_time import Steady
 from cuflash.problem.problem import Problem
@@ -50,7 +57,7 @@ from marked_pages import PERFORMANCE, print_prediction
 
 ON = device.of_arch(ARCH, "gpu")
 FORWARD, BACKWARD = (
-    ("forward", "forward_wgmma", "forward_wgmma_wide"),
+    ("forward", "forward_wgmma", "forward_wgmma_wide", "forward float32", "forward_wgmma_float32"),
     (
         "backward_dkdv",
         "backward_dv",
@@ -64,7 +71,7 @@ FORWARD, BACKWARD = (
 )
 KERNELS = (*FORWARD, *BACKWARD)
 HEAD_DIMS = ((64, 64), (128, 128), (256, 256), (96, 96), (192, 128), (192, 192))
-FORWARD_ROOMS = {FORWARD_WGMMA: wgmma_forward, FORWARD_WGMMA_WIDE: wide_forward}
+FORWARD_ROOMS = {FORWARD_WGMMA: wgmma_forward, FORWARD_WGMMA_FLOAT32: wgmma_forward, FORWARD_WGMMA_WIDE: wide_forward}
 """The modules that decide about the forward kernels of wgmma; `wgmma_backward` decides about the others."""
 SAMPLE = Sample(seqlen_q=1024, seqlen_kv=1024, num_heads_q=256, num_heads_kv=256)
 """With so many heads that blocks share out nothing (query_splits.py): their loops are the same."""
@@ -96,13 +103,18 @@ NAMES = {
 
 def problem_of(key: Key) -> Problem:
     """A call whose kernel a line is of."""
-    sample = replace(CALLS[key.feature], head_dim=key.head_dim, head_dim_v=key.head_dim_v, is_causal=key.is_causal)
-    return samples.plan_of(sample, backward=TILED_KERNELS[key.kernel].backward).problem
+    dtype = "float32" if "float32" in key.kernel else SAMPLE.dtype
+    sample = replace(CALLS[key.feature], dtype=dtype, head_dim=key.head_dim, head_dim_v=key.head_dim_v, is_causal=key.is_causal)
+    return samples.plan_of(sample, backward=_spec(key).backward).problem
+
+
+def _spec(key: Key) -> KernelSpec:
+    return TILED_KERNELS[key.kernel.removesuffix(" float32")]
 
 
 def kernel_of(key: Key) -> KernelPlan | None:
     """The kernel of a line; None where it cannot run, or has too many registers to be a way of its own."""
-    spec, problem = TILED_KERNELS[key.kernel], problem_of(key)
+    spec, problem = _spec(key), problem_of(key)
     with untuned():
         if not tile_choice.legal_tiles_for(case_of(spec, problem), ON):
             return None
@@ -166,7 +178,7 @@ def ratio(sample: Sample, *, backward: bool) -> str:
         section = fused_backward.heads_together(problem, ON)
     else:
         others, section = (kernel_specs.FORWARD,), 0
-    of = wgmma_backward.kernels(problem) if backward else (FORWARD_WGMMA,)
+    of = wgmma_backward.kernels(problem) if backward else (wgmma_forward.kernel(problem),)
     found = predicted_wgmma.compare(
         [case_of(kernel, problem) for kernel in of], [case_of(other, problem) for other in others], problem, ON, section
     )

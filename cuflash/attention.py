@@ -80,7 +80,7 @@ def scaled_dot_product_attention(
         return_lse: return `(out, lse)`.
         out: array for the result; shape, dtype and kind of the result, any strides.
         tile: a `cuflash.Tile` instead of the default one, which is not for the kernel of few queries, or a mapping from the name of the kernel to it, which also
-            says which one runs: "forward" or, on sm_90, "forward_wgmma" or "forward_wgmma_wide", or "forward_split", which calls of at most 16 queries take by themselves.
+            says which one runs: "forward" or, on sm_90, "forward_wgmma", "forward_wgmma_float32" or "forward_wgmma_wide", or "forward_split", which calls of at most 16 queries take by themselves.
             `print(cuflash.plan(...))` says which one would, and why not the other.
         deterministic: accepted for symmetry with the backward pass: every kernel gives the same bits on every run.
         allow_tf32: float32 products in TF32: faster, with 10 bits of mantissa.

@@ -44,7 +44,7 @@ def legal_tiles(
         head_dim: of query and key, 1 … 576.
         dtype: "float16", "bfloat16" or "float32".
         head_dim_v: of value, default head_dim.
-        kernel: "forward", on sm_90 "forward_wgmma" and above 256 columns "forward_wgmma_wide", for few queries "forward_split", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq",
+        kernel: "forward", on sm_90 "forward_wgmma", "forward_wgmma_float32" for float32, and above 256 columns "forward_wgmma_wide", for few queries "forward_split", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq",
             "backward_fused" or on sm_90 "backward_wgmma", with an additive mask also "backward_row_sums" and
             "backward_mask", as `print(plan)` names them.
         arch: "sm_80", "sm_90", …; None for the GPU of this machine, or the simulator without one.

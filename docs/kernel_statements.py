@@ -7,16 +7,18 @@ import re
 ADDITIONS, TURNS = "additions in global memory", "turns in global memory"
 _BECOME = {"P": "S", "dS": "dP"}
 """Accumulators that are called by what they become: what the product along the head makes of them."""
+_ADDED_TO = {"product": "O"}
+"""Sums of one tile, and to what they are added."""
 
 _SCORES = (
     r"multiply_rows\((?P<c>\w+), (?P<a>\w+), \w+, (?P<b>\w+)\)",
     r"gemm_rows<.*?>\((?P<c>\w+), \w*Mma::OperandA<\w+>\((?P<a>\w+).*?Mma::OperandB<\w+>\((?P<b>\w+)",
-    r"issue_rows<.*?>\((?P<c>\w+), (?P<a>\w+), (?:\w+::descriptor\(shared\.)?(?P<b>\w+)",
+    r"issue_rows(?:_of_terms)?<.*?>\((?P<c>\w+), (?P<a>\w+), (?:\w+::descriptor\(shared\.)?(?P<b>\w+)",
 )
 _SUMS = (
     r"multiply_accumulator\((?P<c>\w+), (?P<a>\w+), (?P<b>\w+)\)",
     r"gemm_(?:by_rows|accumulator)<.*?>\((?P<c>\w+), (?:\w*Mma::OperandA<\w+>\()?(?P<a>\w+).*?Mma::OperandBByRows<\w+>\((?P<b>\w+)",
-    r"issue_(?:accumulator|shared)<.*?>\((?P<c>\w+), (?P<a>\w+), (?:\w+::descriptor\(shared\.)?(?P<b>\w+)",
+    r"issue_(?:accumulator|accumulator_of_terms|shared)<.*?>\((?P<c>\w+), (?P<a>\w+), (?:\w+::descriptor\(shared\.)?(?P<b>\w+)",
 )
 _QUERY_GRADIENTS = (
     r"gemm_columns<.*?>\((?P<c>\w+), \S+?\((?P<a>\w+)_smem,.*?\((?P<b>\w+)_smem,",
@@ -52,6 +54,8 @@ def operation_of(statement: str) -> str | None:
             names = {key: re.sub(r"_(smem|descriptor|operand)$", "", name) for key, name in match.groupdict().items()}
             if patterns is _SCORES:
                 names["c"] = _BECOME.get(names["c"], names["c"])
+            if patterns is _SUMS:
+                names["c"] = _ADDED_TO.get(names["c"], names["c"])
             return form.format(**names)
     if re.search(r"add_to_sums\(|add_fragment\(", statement):
         return ADDITIONS

@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "forward": {"dtype": "bfloat16", "head_dim": 128},
     "forward_split": {"dtype": "bfloat16", "head_dim": 128},
     "forward_wgmma": {"dtype": "bfloat16", "head_dim": 128},
+    "forward_wgmma_float32": {"dtype": "float32", "head_dim": 64},
     "forward_wgmma_wide": {"dtype": "bfloat16", "head_dim": 512},
     "forward_jvp": {"dtype": "bfloat16", "head_dim": 128},
     "backward_dkdv": {"dtype": "bfloat16", "head_dim": 128},
@@ -53,7 +54,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Kernel -> what it is compiled for; the architecture is the one whose clocks were measured (docs/timing.md)."""
 ARCH = "sm_90"
-SOURCES_BESIDE = {"forward_wgmma": ("tile/copier.cuh",), "backward_wgmma": ("tile/wgmma_backward_copier.cuh",)}
+SOURCES_BESIDE = {
+    "forward_wgmma": ("tile/copier.cuh",),
+    "forward_wgmma_float32": ("tile/copier.cuh",),
+    "backward_wgmma": ("tile/wgmma_backward_copier.cuh",),
+}
 """Kernel -> files beside its own in which its roles are written."""
 WARPGROUP_WARPS = 4
 LEGEND_COLUMNS = 5

@@ -144,6 +144,13 @@ struct ForwardWgmmaArguments {
   MappedTensor attn_mask;  // of (key, query, heads, batch), where it is copied
 };
 
+// What operand_terms.cu splits, and where the terms go.
+struct OperandTermsArguments {
+  TensorView query, key, value;
+  bfloat16 *query_terms, *key_terms, *value_terms;  // [batch][seqlen][heads][3][head_dim in whole slabs]
+  Geometry geometry;
+};
+
 // As ForwardSplitArguments, but that keys and values are copied by the TMA unit. Where values are the first columns of their keys, `value` is not
 // there.
 struct ForwardWgmmaWideArguments {

@@ -102,6 +102,8 @@ KEY_SLABS = Inputs((1, 150, 2, 64), (1, 300, 1, 64), (1, 300, 1, 64), options=((
 MORE_QUERY_SLABS = replace(KEY_SLABS, query=(1, 310, 2, 64))
 WINDOW_SLABS = Inputs((1, 150, 2, 64), (1, 300, 2, 64), (1, 300, 2, 64), options=(("window", (70, 60)),))
 BLIND_WINDOW_SLABS = Inputs((1, 500, 2, 64), (1, 90, 2, 64), (1, 90, 2, 64), options=(("window", (100, 20)),))
+TWO_SLABS = Inputs((1, 150, 2, 128), (1, 200, 1, 128), (1, 200, 1, 128), options=(("enable_gqa", True),))
+BLIND_TWO_SLABS = Inputs((1, 300, 2, 128), (1, 90, 2, 128), (1, 90, 2, 128), options=(("causal_alignment", "bottom_right"),))
 WIDE_SLABS = Inputs((1, 50, 3, 264), (1, 90, 1, 264), (1, 90, 1, 264), options=(("enable_gqa", True), ("causal_alignment", "bottom_right")))
 WIDE_LENGTHS_SLABS = Inputs(
     (2, 3, 4, 512), (2, 90, 2, 512), (2, 90, 2, 200), options=(("enable_gqa", True), ("seqlens_kv", np.array([90, 33], np.int32)))
@@ -329,6 +331,16 @@ def _variants() -> Iterator[Variant]:
         only="forward_wgmma.cu",
         num_sms=1,
     )
+    float32 = {"forward_wgmma_float32": Tile(128, 16, 8, 2)}
+    yield Variant(
+        "forward sm_90 float32 wgmma causal, 2 stages", "sm_90", "float32", float32, (SLABS, BLIND_SLABS),
+        is_causal=True, only="forward_wgmma_float32.cu", num_sms=1,
+    )  # fmt: skip
+    one_stage = {"forward_wgmma_float32": Tile(128, 32, 8, 1)}
+    yield Variant(
+        "forward sm_90 float32 wgmma two slabs, 1 stage", "sm_90", "float32", one_stage, (TWO_SLABS, BLIND_TWO_SLABS),
+        is_causal=True, only="forward_wgmma_float32.cu", num_sms=1,
+    )  # fmt: skip
     wide = {"forward_wgmma_wide": Tile(64, 16, 8, 2)}
     yield Variant("forward sm_90 float16 wgmma wide causal, 2 stages", "sm_90", "float16", wide, (WIDE_SLABS,), is_causal=True)
     yield Variant("forward sm_90 bfloat16 wgmma wide lengths, 2 stages", "sm_90", "bfloat16", wide, (WIDE_LENGTHS_SLABS,))

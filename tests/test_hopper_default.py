@@ -160,8 +160,13 @@ def test_versions_of_the_compiler(version: tuple[int, int], trusted: bool, backw
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_what_stays_says_why_and_how_long_it_takes(backward: bool) -> None:
-    plan = planned(backward, dtype="float32", head_dim=64)
-    assert f"not {WGMMA[backward]}.cu: it takes 16-bit types, and this is float32" in plan.choice
+    plan = planned(backward, dtype="float32", head_dim=192)
+    reason = (
+        "backward_wgmma.cu: it takes 16-bit types, and this is float32"
+        if backward
+        else "forward_wgmma_float32.cu: it takes a head_dim of at most 128"
+    )
+    assert f"not {reason}" in plan.choice
     plan = planned(backward, head_dim=100)
     assert f"not {WGMMA[backward]}.cu: it takes multiples of 8" in plan.choice
     assert "predicted to take" in plan.choice

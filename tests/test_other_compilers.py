@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import test_wgmma_backward_machine_code as backward
+import test_wgmma_float32 as float32
 import test_wgmma_machine_code as forward
 import test_wide_forward as wide
 from conftest import Target
@@ -57,6 +58,13 @@ def test_forward_wgmma(head_dim: int, features: FeatureSet, is_causal: bool, com
     report = forward.report_of("bfloat16", head_dim, is_causal, features=features)
     forward.assert_as_meant(report)
     assert features != NO_FEATURES or is_quick(report, compilation_seconds), f"{named(report)}: {report.seconds:.2f} seconds"
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (96, 128)], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_forward_wgmma_float32(dims: tuple[int, int], is_causal: bool) -> None:
+    forward.assert_as_meant(float32.report_of(dims, is_causal))
 
 
 def test_loops_of_forward_wgmma() -> None:

@@ -40,13 +40,16 @@ def test_no_name_hides_another(name: str) -> None:
         features, head_dim = FeatureSet(softcap=True, sinks=True), 512
     if name in ("backward_wgmma_dv", "backward_wgmma_dkdq"):
         head_dim = 256  # of narrow heads one kernel makes both
-    tile = tile_choice.default_tile(KernelCase(spec, "float16", head_dim, features=features), ON)
+    if spec.takes_terms:
+        features = FeatureSet()
+    dtype = "float32" if spec.takes_terms else "float16"
+    tile = tile_choice.default_tile(KernelCase(spec, dtype, head_dim, features=features), ON)
     if name in ("backward_dk", "backward_dv"):
         pytest.skip("the file of backward_dkdv")
     pinned = {name: tile} if spec.takes_single_tile != "not" else None
     kernels = offline_kernels(
         ON,
-        dtype="float16",
+        dtype=dtype,
         head_dim=head_dim,
         features=features,
         tile=pinned,

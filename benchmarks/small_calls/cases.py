@@ -65,6 +65,8 @@ class Case:
     def _tile_of_wgmma(self, widest: int, *, backward: bool) -> Tiles:
         """With features smaller ones, whose registers suffice for all of them."""
         featured = self.sample.features != SampleFeatures()
+        if self.sample.dtype == "float32":
+            return None if backward else {"forward_wgmma_float32": Tile(192, 48, 12, 2) if widest <= 64 else Tile(128, 64, 8, 1)}
         if backward and widest <= 128:
             return {"backward_wgmma": Tile(32 if featured else 64, 128, 8, 2)}
         if backward:
@@ -153,6 +155,7 @@ def tiny_cases() -> list[Case]:
         *(Case.of(dtype, 64, heads=2, heads_kv=1, **CAUSAL, fused=True) for dtype in ("bfloat16", "float16")),
         *(Case.of(dtype, head_dim, heads=2, heads_kv=1, **CAUSAL, wgmma=True) for dtype, head_dim in (("bfloat16", 64), ("float16", 128))),
         *(Case.of("bfloat16", head_dim, heads=2, heads_kv=1, **CAUSAL, wgmma=True) for head_dim in (256, 512)),
+        *(Case.of("float32", head_dim, heads=2, heads_kv=1, **CAUSAL, wgmma=True) for head_dim in (64, 128)),
         Case.of("bfloat16", 64, 200, 208, wgmma=True, features=WGMMA_FEATURES["all"]),
         *(Case.of(dtype, 64, queries, 160, 2, 6, 2, **BOTTOM_RIGHT, cached=True) for dtype, queries in (("bfloat16", 5), ("float16", 20))),
         *(Case.of(dtype, 64, batch=2, features=bias(dtype)) for dtype in ("bfloat16", "float32")),
@@ -186,6 +189,7 @@ def check_cases() -> list[Case]:
         ),
         *(Case.of("float16", head_dim, 515, 300, 2, 4, 2, **BOTTOM_RIGHT, wgmma=True, view="bhsd") for head_dim in (64, 128)),
         Case.of("bfloat16", 512, 130, 300, 2, 4, 2, **BOTTOM_RIGHT, wgmma=True),
+        *(Case.of("float32", head_dim, 515, 700, 8, 8, 2, **CAUSAL, wgmma=True, view="odd") for head_dim in (64, 128)),
         # More tiles than an H100 has SMs, so that blocks take them from a counter.
         *(Case.of("bfloat16", head_dim, 515, 200, 8, 8, 2, **CAUSAL, wgmma=True) for head_dim in (64, 256)),
         Case.of("bfloat16", 64, 515, 200, 8, 8, 2, **CAUSAL, wgmma=True, features=SampleFeatures(segments=2)),
@@ -248,6 +252,7 @@ def simulator_cases() -> list[Case]:
     ]
     cases += [Case.of("bfloat16", 64, 100, 200, features=MANY), Case.of("bfloat16", 64, 100, 200, features=bias("bfloat16"))]
     cases += [Case.of("bfloat16", head_dim, 200, 208, **CAUSAL, wgmma=True) for head_dim in (64, 128, 256)]
+    cases += [Case.of("float32", 128, 200, 208, **CAUSAL, wgmma=True)]
     cases += [Case.of("bfloat16", 64, 200, 208, wgmma=True, features=features) for features in WGMMA_FEATURES.values()]
     cases += [
         Case.of("bfloat16", 512, 70, 100, **CAUSAL, wgmma=True),

@@ -187,6 +187,11 @@ FORWARD_WGMMA_ARGUMENTS = _struct(
     ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS), ("next_work", WORD), ("num_work", INT),
     ("attn_mask", MAPPED_TENSOR),
 )  # fmt: skip
+OPERAND_TERMS_ARGUMENTS = _struct(
+    "OperandTermsArguments",
+    ("query", TENSOR_VIEW), ("key", TENSOR_VIEW), ("value", TENSOR_VIEW), ("query_terms", WORD), ("key_terms", WORD), ("value_terms", WORD),
+    ("geometry", GEOMETRY),
+)  # fmt: skip
 FORWARD_WGMMA_WIDE_ARGUMENTS = _struct(
     "ForwardWgmmaWideArguments",
     ("key", MAPPED_TENSOR), ("value", MAPPED_TENSOR), ("query", TENSOR_VIEW), ("out", TENSOR_VIEW), ("lse", ROW_VIEW), ("partial_out", WORD),

@@ -26,7 +26,7 @@ def describe(
     ]
     if problem.features.kinds != NO_FEATURES:
         lines.append(f"  features   {problem.features.describe()}")
-    lines.append(f"  products   {_units(problem, device)}")
+    lines.append(f"  products   {_units(problem, device, of_terms=any(kernel.spec.takes_terms for kernel in kernels))}")
     if not problem.vectorized and problem.cache is None:
         lines.append("  copies     element by element, of arrays whose rows do not start on 16 bytes or whose head_dim is not contiguous")
     lines += [f"  kernel     {_launch(kernel)}" for kernel in kernels] or ["  kernel     none: there is nothing to compute"]
@@ -102,10 +102,12 @@ def _visits(kernel: KernelPlan, problem: Problem) -> str:
     return f"{kernel.name} visits as many {of} as data leave visible" if count is None else f"{kernel.name} visits {count} {of}"
 
 
-def _units(problem: Problem, device: Device) -> str:
+def _units(problem: Problem, device: Device, *, of_terms: bool) -> str:
     case = KernelCase(kernel_specs.FORWARD, problem.dtype, problem.head_dim)
     if case.uses_simt(device):
         return "float32 units: the tensor cores of sm_75 take float16 only"
+    if of_terms:
+        return f"tensor cores, {kernel_specs.TERM_PRODUCTS} x bfloat16 (float32 accuracy)"
     if problem.dtype == "float32":
         return "tensor cores, TF32" if problem.allow_tf32 else "tensor cores, 3 x TF32 (float32 accuracy)"
     return f"tensor cores, {problem.dtype} with float32 sums"

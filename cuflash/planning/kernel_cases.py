@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from cuflash.hardware.device import Device
 from cuflash.planning import mapped_arrays
-from cuflash.planning.kernel_specs import KernelSpec, columns_of
+from cuflash.planning.kernel_specs import TERM_PRODUCTS, TERMS, KernelSpec, columns_of
 from cuflash.problem.features import BESIDE, MASK_ITEMSIZES, NO_FEATURES, Features, FeatureSet
 from cuflash.problem.problem import KV_DTYPES, Problem
 from cuflash.problem.tile import Tile
@@ -25,6 +25,7 @@ _SLICE_COLUMNS_FLOAT32 = 144
 ROW_STATISTICS_BYTES = 8  # reference and delta of one query row, float32 each; with an additive mask 4 more for its log2_sum
 
 _MBARRIER_BYTES = 8
+_SLAB_COLUMNS = 64  # as in kernels/tile/slab_tile.cuh
 _TILE_WORK_BYTES, _LIST_ENTRY_BYTES = 32, 8  # of each stage of Q and of K: `SharedMemory` in kernels/tile/wgmma_block.cuh
 _MASK_PLACE_BYTES = 16  # likewise
 _WGMMA_DS_BUFFERS = 2  # as in kernels/tile/wgmma_backward_block.cuh
@@ -92,7 +93,9 @@ class KernelCase:
         return device.capability == 75 and self.dtype != "float16"
 
     def smem_itemsize(self, device: Device) -> int:
-        """Bytes per element in shared memory."""
+        """Bytes per element in shared memory; of a term, where numbers are sums of them."""
+        if self.kernel.takes_terms:
+            return 2
         return 4 if self.dtype == "float32" or self.uses_simt(device) else 2
 
     def streamed_itemsize(self, device: Device) -> int:
@@ -196,6 +199,11 @@ def masks_in_chunks(features: Features) -> bool:
     return mask.aligned and stride_key == 1 and not any(number * nbytes % 16 for number in (*others, mask.extents[3]))
 
 
+def columns_of_terms(head_dim: int) -> int:
+    """Of a row whose numbers are sums of terms: whole slabs of each. Mirrors `columns_of_terms` in kernels/tile/wgmma_block.cuh."""
+    return TERMS * ceil(head_dim / _SLAB_COLUMNS) * _SLAB_COLUMNS
+
+
 def _piece_columns(case: KernelCase, pieces: int) -> tuple[int, int]:
     return ceil(case.head_dim / pieces / 16) * 16, ceil(case.head_dim_v / pieces / 16) * 16
 
@@ -209,6 +217,8 @@ def row_bytes(case: KernelCase, device: Device, slice_pieces: int = 0, itemsize:
     itemsize, slices = itemsize or case.smem_itemsize(device), case.head_slices(device)
 
     def pitch(columns: int) -> int:
+        if case.kernel.takes_terms:
+            return columns_of_terms(columns) * itemsize
         chunks = columns * itemsize // 16
         if case.kernel.maps_tensors:
             return ceil(chunks / 8) * 128
@@ -264,6 +274,13 @@ def conversion_bytes(problem: Problem) -> int:
     return problem.query_rows * (4 + problem.itemsize) * problem.head_dim
 
 
+def terms_bytes(problem: Problem) -> int:
+    """Of splitting query, key and value into terms: float32 is read, terms are written."""
+    rows_kv = problem.batch * problem.seqlen_kv * problem.num_heads_kv
+    operands = ((problem.query_rows, problem.head_dim), (rows_kv, problem.head_dim), (rows_kv, problem.head_dim_v))
+    return sum(rows * (4 * head_dim + 2 * columns_of_terms(head_dim)) for rows, head_dim in operands)
+
+
 def grad_out_stages(case: KernelCase, tile: Tile, device: Device) -> int:
     """How many tiles of dO are in shared memory of a backward kernel of wgmma: as many as of Q. One that is done with dO early, since it makes no dV, has a single one
     where there is no room for more."""
@@ -315,10 +332,10 @@ def _mask_itemsize(features: FeatureSet) -> int:
 
 
 def multiply_adds(case: KernelCase, tile: Tile, device: Device) -> int:
-    """In the matrix products of one tile of scores, padding of the columns included."""
+    """In the matrix products of one tile of scores, padding of the columns included, and all products of terms."""
     over_d, over_dv = case.kernel.products
     columns, columns_v = case.columns(device)
-    return tile.tile_q * tile.tile_kv * (over_d * columns + over_dv * columns_v)
+    return (TERM_PRODUCTS if case.kernel.takes_terms else 1) * tile.tile_q * tile.tile_kv * (over_d * columns + over_dv * columns_v)
 
 
 def accumulated(case: KernelCase, device: Device) -> tuple[int, int]:

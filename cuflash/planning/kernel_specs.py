@@ -100,6 +100,7 @@ class KernelSpec:
         block_warps: how many warps a tile may have; empty for any number.
         copying_warps: of a block, besides those of its tile: they copy, or wait for other blocks, and compute nothing.
         stays: its blocks compute one tile after the other, as many blocks as run at one time.
+        takes_terms: its operands are numbers of float32 as sums of bfloat16 that another kernel has split (operand_terms.py).
         maps_masks: the TMA unit copies masks where it can.
         copies_masks: masks pass through shared memory, copied by threads, where they lie in chunks of 16 bytes.
         max_warp_rows: most rows that a warp may own, a multiple of 16.
@@ -137,6 +138,7 @@ class KernelSpec:
     block_warps: tuple[int, ...] = field(default=(), compare=False)
     copying_warps: int = field(default=0, compare=False)
     stays: bool = field(default=False, compare=False)
+    takes_terms: bool = field(default=False, compare=False)
     maps_masks: bool = field(default=False, compare=False)
     copies_masks: bool = field(default=False, compare=False)
     max_warp_rows: int = field(default=MAX_TILE, compare=False)
@@ -228,6 +230,26 @@ FORWARD_WGMMA = KernelSpec(
     block_warps=(8, 12), copying_warps=4, stays=True, max_warp_rows=16, workspace=("next_work",), maps_masks=True, costs=_FORWARD_COSTS,
 )  # fmt: skip
 """Hopper's own instructions (wgmma_forward.py)."""
+
+TERMS = 3
+"""Of bfloat16, whose sum is a number of float32."""
+
+TERM_PRODUCTS = 6
+"""Of the nine products of the terms of two numbers, those that are computed."""
+
+_TERMS_OF_OPERANDS = "query_terms", "key_terms", "value_terms"
+
+FORWARD_WGMMA_FLOAT32 = KernelSpec(
+    "forward_wgmma_float32", "forward_wgmma_float32.cu", FORWARD_WGMMA_ARGUMENTS, "wgmma",
+    rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
+    block_warps=(8, 12), copying_warps=4, stays=True, takes_terms=True, max_warp_rows=16, workspace=("next_work", *_TERMS_OF_OPERANDS), costs=_FORWARD_COSTS,
+)  # fmt: skip
+"""The same to float32 accuracy."""
+
+OPERAND_TERMS = KernelSpec(
+    "operand_terms", "operand_terms.cu", argument_structs.OPERAND_TERMS_ARGUMENTS, workspace=_TERMS_OF_OPERANDS, num_warps=4
+)
+"""Query, key and value as sums of bfloat16, before that kernel (operand_terms.py)."""
 
 PARTS = ("partial_out", "partial_lse")
 """What each range of the keys gives, where they are shared out among blocks."""
@@ -351,7 +373,7 @@ MERGE_ATTENTION_BACKWARD = KernelSpec(
 MERGE_TABLE = KernelSpec("merge_table", "merge_table.cu", argument_structs.MERGE_TABLE_ARGUMENTS, num_warps=4)
 
 KERNELS: tuple[KernelSpec, ...] = (
-    FORWARD, FORWARD_WGMMA, FORWARD_WGMMA_WIDE, FORWARD_SPLIT, FORWARD_JVP, CACHE_APPEND,
+    FORWARD, FORWARD_WGMMA, FORWARD_WGMMA_FLOAT32, OPERAND_TERMS, FORWARD_WGMMA_WIDE, FORWARD_SPLIT, FORWARD_JVP, CACHE_APPEND,
     BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_WGMMA, BACKWARD_WGMMA_DV, BACKWARD_WGMMA_DKDQ, BACKWARD_DQ_CONVERT, BACKWARD_DKDV_MERGE, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ,
     BACKWARD_MASK, BACKWARD_SINKS,
     VISIBLE_TILES, PACKED_TILES, DROPOUT_MASK, MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE,

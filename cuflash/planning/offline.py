@@ -19,7 +19,7 @@ from cuflash.planning import (
 )
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, FORWARD, FORWARD_SPLIT, FORWARD_WGMMA, FORWARD_WGMMA_WIDE, KernelSpec
+from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, FORWARD, FORWARD_SPLIT, FORWARD_WGMMA_WIDE, KernelSpec
 from cuflash.planning.planner import backward_choices, backward_kernels, check_names, forward_kernels, kernels_of_their_own, make_plan
 from cuflash.problem.features import BESIDE, NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.problem.layout import Layout, View
@@ -119,8 +119,8 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
                 yield _with_heads(problem, MANY_HEADS, 1), named
     else:
         present = forward_kernels(problem, device, pinned)
-        if wgmma_forward.choose(problem, device, pinned).depends_on_lengths:
-            specs += [FORWARD_WGMMA, FORWARD]
+        if wgmma_forward.choose(replace(problem, return_lse=False), device, pinned).depends_on_lengths:
+            specs += [wgmma_forward.kernel(problem), FORWARD]
         if (of_wide := wide_forward.choose(problem, device, pinned)) is not None and of_wide.depends_on_lengths:
             specs += [FORWARD_WGMMA_WIDE, FORWARD]
         few = replace(problem, seqlen_q=1, max_seqlen_q=1, seqlen_kv=MANY_KEYS, max_seqlen_kv=MANY_KEYS)

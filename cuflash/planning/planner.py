@@ -4,7 +4,7 @@ Pure but for tables of tuned tiles, which it reads: nothing here touches a GPU, 
 printed.
 
 Memory beyond inputs and outputs is O(S): the forward pass needs none, but where blocks of `forward_wgmma` count their tiles four bytes, and where blocks
-share out keys (`split_forward`) their partial outputs; the backward pass eight bytes per query row and head, with an additive mask twelve, and where one
+share out keys (`split_forward`) their partial outputs, and of float32 on Hopper's own instructions 6 bytes for each element of query, key and value (`operand_terms`); the backward pass eight bytes per query row and head, with an additive mask twelve, and where one
 kernel makes all gradients (`fused_backward`, `wgmma_backward`) another four for each element of dQ; where blocks share out queries (`query_splits`) a
 bounded number of times that, of dK and of dV. With a boolean mask or segments, the lists of visible tiles take four
 bytes for each pair of tiles.
@@ -26,6 +26,7 @@ from cuflash.planning import (
     fused_backward,
     kernel_cases,
     kernel_specs,
+    operand_terms,
     packed_tiles,
     query_splits,
     split_forward,
@@ -80,6 +81,8 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
             ]
             planned = [kernel for launched in with_lists for kernel in launched]
         planned = packed_tiles.with_lists(planned, problem, device)
+        if any(spec.takes_terms for spec in tiled):
+            planned.insert(0, operand_terms.kernel(problem, device))
         if backward:
             fused = next((kernel for kernel in planned if kernel.spec.added_up), None)
             planned.insert(0, _delta_kernel(problem, device, clears_turns=fused is not None))
@@ -124,7 +127,7 @@ def _explained_forward(problem: Problem, device: Device, tile: Tiles) -> tuple[t
     if of_wide is not None:
         return (kernel_specs.FORWARD,), of_wide.why
     choice = wgmma_forward.choose(problem, device, tile)
-    kernel = kernel_specs.FORWARD_WGMMA if choice.is_taken else kernel_specs.FORWARD
+    kernel = wgmma_forward.kernel(problem) if choice.is_taken else kernel_specs.FORWARD
     return (kernel,), "; ".join(filter(None, (words, choice.why)))
 
 
@@ -174,7 +177,7 @@ def other_ways(problem: Problem, device: Device, *, backward: bool) -> tuple[dic
             others = []
     else:
         present = forward_kernels(problem, device)
-        others = [kernel_specs.FORWARD_WGMMA] if wgmma_forward.may_choose(problem, device) else []
+        others = [wgmma_forward.kernel(problem)] if wgmma_forward.may_choose(problem, device) else []
         others += [kernel_specs.FORWARD_WGMMA_WIDE] if wide_forward.may_choose(problem, device) else []
         others += [kernel_specs.FORWARD_SPLIT] if split_forward.may_choose(problem, device) else []
         others += [kernel_specs.FORWARD] if others else []
@@ -202,7 +205,7 @@ def ruled_out(problem: Problem, device: Device, *, backward: bool) -> dict[str, 
             )
     else:
         found = {
-            kernel_specs.FORWARD_WGMMA.name: wgmma_forward.why_not(problem, device),
+            wgmma_forward.kernel(problem).name: wgmma_forward.why_not(problem, device),
             kernel_specs.FORWARD_WGMMA_WIDE.name: wide_forward.why_not(problem, device),
         }
     return {name: reason for name, reason in found.items() if reason is not None}
@@ -430,6 +433,7 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffe
         for buffer in (
             *buffers,
             *fused_backward.workspace(problem, kernels),
+            *operand_terms.workspace(problem, kernels),
             *query_splits.workspace(kernels),
             *split_forward.workspace(problem, kernels),
             *cache_append.workspace(problem),

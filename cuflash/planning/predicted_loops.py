@@ -27,7 +27,7 @@ class Key(NamedTuple):
     """What a line is of.
 
     Attributes:
-        kernel: its name.
+        kernel: its name, and of one of mma.sync with numbers of float32 that word behind it.
         head_dim, head_dim_v: of query and key, and of value.
         feature: a score feature, a mask by its element type (float16 stands for bfloat16, too), or lengths that only the device knows, "varlen" or "seqlens_kv"; empty for none.
         is_causal: with a causal mask.
@@ -62,13 +62,19 @@ def features_of(problem: Problem) -> frozenset[str]:
 
 def loops_of(kernels: Sequence[str], problem: Problem) -> list[Steady] | None:
     """The loops of kernels in a call, those of one head_dim; None where nothing is known of one of them."""
+    kernels = [line_of(name, problem.dtype) for name in kernels]
     dims = sorted((sum(dims), dims) for dims in _head_dims(kernels) if dims[0] >= problem.head_dim and dims[1] >= problem.head_dim_v)
-    if problem.dtype == "float32" or not dims:
+    if not dims or problem.allow_tf32:
         return None
     features = features_of(problem)
     found = [_with_features(Key(name, *dims[0][1], "", problem.is_causal), features) for name in kernels]
     known = [loop for loop in found if loop is not None]
     return known if len(known) == len(kernels) else None
+
+
+def line_of(kernel: str, dtype: str) -> str:
+    """What lines call a kernel: of 16-bit types it has one for both, and a kernel of float32 alone has its name."""
+    return f"{kernel} {dtype}" if dtype == "float32" and dtype not in kernel else kernel
 
 
 def _head_dims(kernels: Sequence[str]) -> set[tuple[int, int]]:

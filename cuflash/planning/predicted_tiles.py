@@ -102,6 +102,8 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
 A mask that the kernel does not copy in chunks of 16 bytes, though it copies others, is an odd one."""
 
 WGMMA: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
+    ("sm_90", "forward_wgmma_float32", 64): (192, 48, 12, 2),
+    ("sm_90", "forward_wgmma_float32", 128): (128, 64, 8, 1),
     ("sm_90", "backward_wgmma_dv", 256): (80, 128, 8, 2),
     ("sm_90", "backward_wgmma_dkdq", 192): (64, 128, 8, 2),
     ("sm_90", "backward_wgmma_dkdq", 256): (48, 128, 8, 2),

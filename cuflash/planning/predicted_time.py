@@ -13,7 +13,7 @@ from math import ceil
 from typing import NamedTuple
 
 from cuflash.hardware.device import Device
-from cuflash.planning.kernel_cases import KernelCase, conversion_bytes
+from cuflash.planning.kernel_cases import KernelCase, conversion_bytes, terms_bytes
 from cuflash.planning.visits import band_of, visits_of_key_blocks, visits_of_warpgroups, walks
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile
@@ -169,6 +169,11 @@ def conversion_clocks(problem: Problem, device: Device, *, by_blocks: bool = Fal
     """Of making dQ of float32 sums, which come from memory, or from L2 where the blocks do it that add them up."""
     traffic = TRAFFIC[device.arch]
     return conversion_bytes(problem) / (traffic.l2 if by_blocks else traffic.memory) / device.num_sms
+
+
+def terms_clocks(problem: Problem, device: Device) -> float:
+    """Of the kernel that splits operands of float32 into terms, which comes before another one."""
+    return _BLOCK_CLOCKS + terms_bytes(problem) / TRAFFIC[device.arch].memory / device.num_sms
 
 
 def _least_bytes(case: KernelCase, problem: Problem) -> int:

@@ -107,6 +107,8 @@ def milliseconds(case: KernelCase, loop: Steady, problem: Problem, device: Devic
     of_section = section if case.kernel.added_up else 0
     grid = predicted_time.grid_of(case, tile, problem, of_section, masked=masked, all_masked=all_masked)
     clocks = predicted_time.clocks(loop, case, tile, grid, problem, device)
+    if case.kernel.takes_terms:
+        clocks += predicted_time.terms_clocks(problem, device)
     if case.kernel.added_up:
         clocks += predicted_time.conversion_clocks(problem, device, by_blocks=converts_sums(case.kernel, problem))
     return _milliseconds(clocks, case, tile, grid, device)
@@ -138,9 +140,11 @@ def measured(case: KernelCase, problem: Problem) -> float:
 
 
 def measured_mma(case: KernelCase) -> float:
-    """Least measured over predicted time of kernels of mma.sync."""
+    """Least measured over predicted time of kernels of mma.sync; of those of float32 none was measured."""
     wide = _wide(case)
-    return 1.0 if case.kernel.backward else next(times for widest, times in MEASURED_MMA.items() if wide <= widest)
+    return (
+        1.0 if case.kernel.backward or case.dtype == "float32" else next(times for widest, times in MEASURED_MMA.items() if wide <= widest)
+    )
 
 
 def _wide(case: KernelCase) -> int:

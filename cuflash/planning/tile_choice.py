@@ -42,7 +42,7 @@ def _candidates(case: KernelCase, device: Device) -> Iterator[Tile]:
         return
     # float32 products that are three of TF32 each and products on the ordinary units are many instructions each: longer tiles take seconds to compile. From sm_100 on the
     # compiler spills registers for them unless tiles are shortest and single, in the backward pass also few warps.
-    many_instructions = case.uses_simt(device) or (case.dtype == "float32" and not case.allow_tf32)
+    many_instructions = case.uses_simt(device) or (case.dtype == "float32" and not case.allow_tf32 and case.kernel.implementation == "mma")
     shortest = many_instructions and device.capability >= 100
     longest = 16 if shortest else 32 if many_instructions else 128
     slices = case.head_slices(device)

@@ -7,7 +7,7 @@ from math import ceil
 
 from cuflash.arrays.descriptions import describe
 from cuflash.hardware.device import Device
-from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, KernelCase, accumulator_registers, head_dims, shared_bytes
+from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, KernelCase, accumulated, accumulator_registers, head_dims, shared_bytes
 from cuflash.planning.kernel_specs import MAX_TILE
 from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.tile import Tile
@@ -19,6 +19,7 @@ REGISTERS_PER_BLOCK = 65536
 
 WGMMA_ARCH = "sm_90"
 WGMMA_MAX_HEAD_DIM = 256
+WGMMA_FLOAT32_MAX_HEAD_DIM = 128
 WGMMA_MAX_HEAD_DIMS_TOGETHER = 192, 128
 """Of query and key, and of value, where one block has dK and dV."""
 WGMMA_WIDE_MAX_HEAD_DIMS = 576, 512
@@ -35,6 +36,8 @@ _WGMMA_ORDER_REGISTERS = 8
 _WGMMA_OTHER_REGISTERS = 28  # besides accumulators and P; with four less, tiles spilled
 _WGMMA_BESIDE_Q_REGISTERS = 32  # the same beside Q in registers; with one step more, tiles of 64 and 48 keys spilled
 _WGMMA_CUT_REGISTERS = 8  # that the copying warp keeps of eight warps' 240 where something hides keys; a tile is legal whatever hides them
+_WGMMA_TERMS_REGISTERS = 4  # of float32; without, tiles of 112 keys spilled
+_WGMMA_SLABS_REGISTERS = 20  # the same where O has more than one slab; with fewer, tiles of 80 keys spilled
 _WGMMA_SOFTCAP_REGISTERS = {8: 28, 12: 8}
 _WGMMA_DROPOUT_REGISTERS = {8: 28, 12: 16}
 _WGMMA_BACKWARD_DROPOUT_REGISTERS = 24
@@ -69,8 +72,10 @@ def lacking(case: KernelCase, device: Device) -> str | None:
         return None
     if device.arch != WGMMA_ARCH:
         return f"its instructions are those of {WGMMA_ARCH}, and this is {device.arch}"
-    if case.dtype == "float32":  # docs/performance.md, "float32"
-        return "it takes 16-bit types, and this is float32, for which wgmma would take 0.4 of the time at best, with sums that are cut off more often"
+    if case.kernel.takes_terms:
+        return _lacking_float32(case)
+    if case.dtype == "float32":
+        return "it takes 16-bit types, and this is float32"
     together = {"dK", "dV"} <= set(case.kernel.outputs)
     widest, widest_v = WGMMA_MAX_HEAD_DIMS_TOGETHER if together else (WGMMA_MAX_HEAD_DIM, WGMMA_MAX_HEAD_DIM)
     if case.kernel.column_groups > 1:
@@ -78,6 +83,17 @@ def lacking(case: KernelCase, device: Device) -> str | None:
     if case.head_dim % 8 or case.head_dim_v % 8 or case.head_dim > widest or case.head_dim_v > widest_v:
         of_value = f", {widest_v} for value's" if widest_v != widest else ""
         return f"it takes multiples of 8 up to {widest} for head_dim{of_value}, and this is {head_dims(case.head_dim, case.head_dim_v)}"
+    return None
+
+
+def _lacking_float32(case: KernelCase) -> str | None:
+    """The same of the forward kernel of wgmma for float32."""
+    if case.dtype != "float32" or case.allow_tf32:
+        return f"it is for float32 accuracy, and this is {'TF32' if case.allow_tf32 else case.dtype}"
+    if max(case.head_dim, case.head_dim_v) > WGMMA_FLOAT32_MAX_HEAD_DIM:
+        return f"it takes a head_dim of at most {WGMMA_FLOAT32_MAX_HEAD_DIM}, and this is {head_dims(case.head_dim, case.head_dim_v)}"
+    if case.features != NO_FEATURES:
+        return "it knows no score features and masks but the causal one"
     return None
 
 
@@ -143,6 +159,10 @@ def broken_rule(case: KernelCase, tile: Tile, device: Device) -> str | None:
         limit = _WGMMA_WIDE_REGISTERS if case.kernel.column_groups > 1 else WGMMA_REGISTERS[tile.num_warps]
         limit -= _WGMMA_ORDER_REGISTERS * (case.kernel.backward and not {"dK", "dV"} <= set(case.kernel.outputs))
         needed += _wgmma_registers(case, tile) - 24
+        if case.kernel.takes_terms:  # beside O is the sum of one tile, a slab of it, and P is three terms
+            columns = accumulated(case, device)[0]
+            needed += case.warp_tile(tile, device)[0] * min(WGMMA_SLAB, columns) // 32 + tile.tile_kv // 2
+            needed += _WGMMA_TERMS_REGISTERS + _WGMMA_SLABS_REGISTERS * (columns > WGMMA_SLAB)
     if needed > limit:
         return f"registers: at least {needed} per thread needed, {limit} available with {tile.num_warps} warps"
     return None

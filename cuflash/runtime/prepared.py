@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cuflash.arrays.borrowing import Array
 from cuflash.arrays.frameworks import BFloat16Bits, Framework
 from cuflash.arrays.signatures import Pinned, pointer, pointer_of_results, refuse_without_memory
-from cuflash.planning import query_splits
+from cuflash.planning import operand_terms, query_splits
 from cuflash.planning.argument_structs import MAPPED_TENSOR
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
 from cuflash.planning.kernel_specs import MERGE_ATTENTION, PART_TABLE, PARTS
@@ -221,18 +221,23 @@ class PreparedCall:
             own |= {
                 field.name: {} for field in kernel.spec.arguments.fields if field.type is MAPPED_TENSOR
             }  # left out where it copies nothing of it
-            own |= {name: self.mapped(name, views, count) for name, count in kernel.box_rows.items() if count}
+            of_terms = operand_terms.arrays(problem) if kernel.spec.takes_terms else None
+            own |= {name: self.mapped(name, views, count, of_terms) for name, count in kernel.box_rows.items() if count}
             struct = kernel.spec.arguments
             filled_in = Arguments(struct, arguments.of_struct(struct, {**values, **own}), words)
             change = filled_in.change_of(launches[-1].struct) if launches else None
             launches.append(_Launch(loaded, kernel.shape, filled_in, change))
         return launches
 
-    def mapped(self, field: str, views: Mapping[str, tuple[str, View]], box_rows: int) -> Value:
-        """An array that the TMA unit copies, so many rows at a time, for a field of a struct."""
+    def mapped(
+        self, field: str, views: Mapping[str, tuple[str, View]], box_rows: int, of_terms: Mapping[str, tuple[str, View]] | None = None
+    ) -> Value:
+        """An array that the TMA unit copies, so many rows at a time, for a field of a struct; `of_terms` are those of a kernel that takes terms."""
         mask = self.problem.features.attn_mask
         if field == "attn_mask" and mask is not None:
             name, view, dtype = field, mask_view(self.problem), "uint8" if mask.dtype == "bool" else mask.dtype
+        elif of_terms is not None:
+            (name, view), dtype = of_terms[field], operand_terms.DTYPE
         else:
             (name, view), dtype = views[field], self.problem.dtype
         return arguments.mapped_tensor(TensorMap(name, view, dtype, box_rows, self.device.index if self.device.kind == "gpu" else None))

@@ -7,7 +7,7 @@ from math import prod
 
 from cuflash.errors import UnsupportedError
 from cuflash.planning import kernel_specs
-from cuflash.planning.kernel_cases import conversion_bytes
+from cuflash.planning.kernel_cases import conversion_bytes, terms_bytes
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.problem.problem import Problem
@@ -60,4 +60,5 @@ _TRAFFIC: dict[KernelSpec, Callable[[Problem], int]] = {
     # reads lse and delta
     kernel_specs.BACKWARD_SINKS: lambda problem: problem.query_rows * 8,
     kernel_specs.VISIBLE_TILES: _listed_bytes,
+    kernel_specs.OPERAND_TERMS: terms_bytes,
 }

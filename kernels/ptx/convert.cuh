@@ -74,6 +74,9 @@ DEVICE uint32 pack<bfloat16>(float low, float high) {
 #endif
 }
 
+// The upper halves of two numbers in one 32-bit register, that of `low` in the low half: bfloat16 that cuts off.
+DEVICE uint32 pair_of_upper_halves(float low, float high) { return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632); }
+
 // The nearest TF32 value (10 explicit mantissa bits), ties away from zero, as the bits of a float32.
 DEVICE uint32 to_tf32(float x) {
   uint32 y;

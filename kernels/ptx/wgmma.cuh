@@ -46,7 +46,7 @@ DEVICE uint64 wgmma_descriptor(SmemAddress address, int slab_bytes) {
 //   from_shared          A from shared memory, with B's columns as depth; `adds` to D, or overwrites it
 //   from_shared_by_rows  the same with A's rows as depth
 //   from_shared_over_rows  A from shared memory, its columns and B's rows as depth; adds to D
-//   from_registers       A from registers, with B's rows as depth; adds to D
+//   from_registers       A from registers, with B's rows as depth; adds to D, or `adds` or overwrites it
 //   from_registers_over_columns  A from registers, with B's columns as depth; `adds` to D, or overwrites it
 template <typename Element, int TILES>
 struct Wgmma;
@@ -102,6 +102,12 @@ struct Wgmma;
                    ", " I1 ", " I2 ", " I3 "}, " I4 ", p, 1, 1, 1; }"                                                                                \
                    : __VA_ARGS__                                                                                                                     \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                                            \
+    }                                                                                                                                                \
+    DEVICE static void from_registers(float (&d)[TILES][4], const uint32 (&a)[4], uint64 b, bool adds) {                                             \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, " I5 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" I0 \
+                   ", " I1 ", " I2 ", " I3 "}, " I4 ", p, 1, 1, 1; }"                                                                                \
+                   : __VA_ARGS__                                                                                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(adds)));                                                            \
     }                                                                                                                                                \
     DEVICE static void from_registers_over_columns(float (&d)[TILES][4], const uint32 (&a)[4], uint64 b, bool adds) {                                \
       asm volatile("{ .reg .pred p; setp.ne.b32 p, " I5 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" I0 \

@@ -14,16 +14,21 @@ constexpr int P_STEPS = TILE_KV / 16;  // of the depth of P V
 constexpr int Q_STAGES = Config::Q_STAGES;
 constexpr int Q_REGISTER_STEPS = Config::Q_REGISTER_STEPS;  // of the depth of Q Kᵀ, whose part of Q is kept in registers
 
-using WarpgroupQ = SlabTile<WARPGROUP_ROWS, HEAD_DIM>;
-using RingK = SlabTile<TILE_KV, HEAD_DIM>;
-using RingV = SlabTile<TILE_KV, HEAD_DIM_V>;
+// A number of float32 is a sum of three of bfloat16 (operand_terms.cu): a row has all first terms, then all second and all third ones, each in slabs
+// of their own.
+constexpr int TERMS = SameType<Element, float>::value ? 3 : 1;
+constexpr int columns_of_terms(int head_dim) { return TERMS == 1 ? head_dim : TERMS * round_up(head_dim, SLAB_COLUMNS); }
+
+using WarpgroupQ = SlabTile<WARPGROUP_ROWS, columns_of_terms(HEAD_DIM)>;
+using RingK = SlabTile<TILE_KV, columns_of_terms(HEAD_DIM)>;
+using RingV = SlabTile<TILE_KV, columns_of_terms(HEAD_DIM_V)>;
 using RingMask = SlabTile<TILE_Q, TILE_KV * MASK_BYTES / 2>;  // of a boolean mask a column is two keys
 
 constexpr bool MAPS_MASK = Config::MAPS_MASK;  // tiles of a mask of 8 or 16 bits are copied with those of K; other masks are read where they lie
 
 constexpr int Q_BYTES = WARPGROUPS * WarpgroupQ::BYTES;
-constexpr int O_COLUMNS =
-    WarpgroupQ::SLABS * SLAB_COLUMNS < 8 * DV_TILES ? WarpgroupQ::SLABS * SLAB_COLUMNS : 8 * DV_TILES;  // that pass through Q at a time
+constexpr int Q_ROW_ELEMENTS = WarpgroupQ::SLABS * WarpgroupQ::ROW_BYTES / int(sizeof(Element));
+constexpr int O_COLUMNS = Q_ROW_ELEMENTS < 8 * DV_TILES ? Q_ROW_ELEMENTS : 8 * DV_TILES;  // that pass through Q at a time
 constexpr bool CUTS_VALUES = RAGGED || CAUSAL || WINDOW;  // there may be keys in memory that no query sees
 
 // setmaxnreg moves the registers of a block, which are what its threads start with: 512 threads with 128 each, 384 with 168. Whoever copies needs
