@@ -24,8 +24,8 @@
 #include "tile/constants.cuh"
 #include "tile/boolean_mask_tile.cuh"
 #include "tile/copier.cuh"
-#include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
+#include "tile/packed_dropout.cuh"
 #include "tile/score.cuh"
 #include "tile/softmax.cuh"
 #include "tile/visibility.cuh"
@@ -62,7 +62,7 @@ class WarpgroupRows {
         features(features),
         visibility(visibility),
         modifier(geometry, features, work.batch, work.head),
-        dropout(dropout),
+        dropout(dropout, work.batch, work.head),
         work(work),
         shared(shared),
         K(K),
@@ -109,7 +109,7 @@ class WarpgroupRows {
   const FeatureArguments& features;
   const Visibility& visibility;
   const ScoreModifier modifier;
-  const Dropout& dropout;
+  const PackedDropout dropout;
   const Work& work;
   const SharedMemory shared;
   Ring<NUM_STAGES>&K, &V;
@@ -154,7 +154,7 @@ class WarpgroupRows {
   // Products -> probabilities of tile j, in place, and O to their reference. SHARES: all keys are visible to all rows.
   template <bool SHARES>
   DEVICE void make_probabilities(float (&S)[1][S_TILES][4], int j, bool is_masked) {
-    const int first_kv = (TILE_LISTS ? entry >> 1 : j) * TILE_KV;
+    const int first_kv = first_key_of(j);
     if constexpr (MODIFIES_SCORES && (MAPS_MASK || !ADDITIVE_MASK)) {
       const bool sees_all = SOFTCAP && (TILE_LISTS ? !hides_any(first_kv) : !is_masked);
       modifier.apply_to_rows(S, first_row, first_kv, SHARES, sees_all);
@@ -172,8 +172,10 @@ class WarpgroupRows {
     });
     if constexpr (MAPS_MASK) __syncwarp();
     release_keys(K, 1);
-    if constexpr (DROPOUT) drop(S, dropout, work.batch, work.head, first_row, first_kv);
   }
+
+  // Of tile j, or with lists of the tile whose scores were issued last.
+  DEVICE int first_key_of(int j) const { return (TILE_LISTS ? entry >> 1 : j) * TILE_KV; }
 
   // Whether some pair of the block's tile is hidden, with lists.
   DEVICE bool hides_any(int first_kv) const {
@@ -243,8 +245,10 @@ class WarpgroupRows {
     }
   }
 
-  DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4]) {
+  // Of tile j.
+  DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4], int j) {
     pack_accumulator(P, S);
+    if constexpr (DROPOUT) dropout.drop(P, first_row, first_key_of(j));
     pin(P);
   }
 
@@ -263,7 +267,7 @@ class WarpgroupRows {
     wgmma_wait<0>();
     pin(S[0]);
     make_probabilities<false>(S, j, is_masked);
-    pack_probabilities(S);
+    pack_probabilities(S, j);
   }
 
   template <bool IS_MASKED>
@@ -284,7 +288,7 @@ class WarpgroupRows {
     pin(O[0]);
     pin(P);
     V.release(2);
-    pack_probabilities(S);
+    pack_probabilities(S, j);
   }
 };
 

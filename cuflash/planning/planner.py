@@ -50,6 +50,7 @@ from cuflash.system import switches
 
 MAX_GRID = 2**31 - 1
 SMALLEST_SCALE = 2.0**-126  # that is positive and a normal float32
+MOST_OF_PACKED_DROPOUT = 0x7F80 / 2**16  # bfloat16's infinity in halves of a word: kernels/tile/packed_dropout.cuh
 MAX_SHARED_SLICES = 5  # of a wide head, beyond which dK and dV take a kernel each
 
 
@@ -276,6 +277,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         keeps_q = not (problem.is_ragged or any_scale)  # scores times a sign take the registers
         constants["Q_REGISTER_STEPS"] = tile_rules.q_register_steps(case, tile, device, is_causal=problem.is_causal) if keeps_q else 0
         constants["ANY_SCALE"] = any_scale
+        constants["DROPS_MOST"] = problem.features.dropout_p > MOST_OF_PACKED_DROPOUT
         constants["MAPS_MASK"] = case.maps_mask
     if spec.splits_keys:
         return _split_kernel(case, tile, tile_by, constants, problem, device)

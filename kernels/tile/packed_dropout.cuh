@@ -1,0 +1,51 @@
+// Dropout of probabilities that are packed in pairs, by fewer instructions than tile/dropout.cuh, which says which of them are kept: one draw gives four
+// words, and a word the mask of a pair.
+//
+// What batch and head do to the first two rounds is the same for all pairs of query and key, so it is put into the keys of these rounds, which are made
+// once. A half of a word is kept where it is at least L = ceil(dropout_p 2^16), that is where the smaller of both is L. Up to the infinity of bfloat16
+// these are numbers that a comparison of two halves knows. Larger L are those of a kernel of their own (DROPS_MOST), in which halves are compared as
+// integers, by two instructions more.
+#pragma once
+#include "ptx/packed.cuh"
+#include "tile/dropout.cuh"
+
+class PackedDropout {  // of one batch and query head
+ public:
+  DEVICE PackedDropout(const Dropout& dropout, int batch, int head) : limit(uniform((dropout.largest_dropped() + !Config::DROPS_MOST) * 0x10001u)) {
+    const uint64 product = uint64(PHILOX_MULTIPLIERS[1]) * uint32(head);
+    PhiloxKey key = dropout.first_key();
+#pragma unroll
+    for (int round = 0; round < PHILOX_ROUNDS; ++round, key = philox_next(key)) keys[round] = key;
+    keys[0].low ^= uint32(product >> 32);
+    keys[0].high ^= uint32(batch);
+    keys[1].low ^= uint32(product);
+#pragma unroll
+    for (int round = 0; round < PHILOX_ROUNDS; ++round) keys[round] = {uniform(keys[round].low), uniform(keys[round].high)};
+  }
+
+  // Zeros in the A operand of a product that `pack_accumulator` has made of probabilities. Rows are queries; both starts are multiples of 16.
+  template <int STEPS>
+  DEVICE void drop(uint32 (&P)[STEPS][4], int first_row, int first_column) const {
+    const int query = first_row + lane_index() / 4, key_position = first_column + lane_index() % 4 * 2;
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k) {
+      uint4 words = make_uint4(uint32(key_position + 16 * k), uint32(query), 0, 0);  // head and batch are in the keys
+#pragma unroll
+      for (int round = 0; round < PHILOX_ROUNDS; ++round) words = philox_round(words, keys[round]);
+      P[k][0] &= kept_halves(words.x);
+      P[k][2] &= kept_halves(words.y);
+      P[k][1] &= kept_halves(words.z);
+      P[k][3] &= kept_halves(words.w);
+    }
+  }
+
+ private:
+  PhiloxKey keys[PHILOX_ROUNDS];
+  uint32 limit;  // twice L, or with DROPS_MOST L - 1
+
+  // All bits of those halves that are kept.
+  DEVICE uint32 kept_halves(uint32 word) const {
+    if constexpr (Config::DROPS_MOST) return greater_halves(word, limit);
+    return equal_halves(min_of_halves(word, limit), limit);
+  }
+};
