@@ -48,6 +48,10 @@ constexpr int KEY_SEGMENTS = ceil_div(TILE_KV, WARP_SIZE);  // of a lane
 
 constexpr bool COPIES_BITS = MAPS_MASK && BOOLEAN_MASK;
 
+// Dropout draws for the first steps of the depth of P V while the scores are computed, which it need not know, as far as registers have room.
+constexpr int DRAWN_STEPS = DROPOUT ? P_STEPS : 1;
+constexpr int DRAWN_AHEAD = WARPGROUPS == 2 ? 0 : DRAWN_STEPS < 4 ? DRAWN_STEPS : 4;
+
 // A warpgroup's 64 rows.
 class WarpgroupRows {
  public:
@@ -245,10 +249,22 @@ class WarpgroupRows {
     }
   }
 
-  // Of tile j.
-  DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4], int j) {
+  // Which probabilities of tile j dropout keeps, of some steps of the depth of P V.
+  template <int BEGIN, int END>
+  DEVICE void draw(uint32 (&kept)[DRAWN_STEPS][4], int j) const {
+    if constexpr (DROPOUT) dropout.draw<BEGIN, END>(kept, first_row, first_key_of(j));
+  }
+
+  // Of tile j, of whose draws the first ones are there.
+  DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4], uint32 (&kept)[DRAWN_STEPS][4], int j) {
     pack_accumulator(P, S);
-    if constexpr (DROPOUT) dropout.drop(P, first_row, first_key_of(j));
+    if constexpr (DROPOUT) {
+      draw<DRAWN_AHEAD, DRAWN_STEPS>(kept, j);
+#pragma unroll
+      for (int k = 0; k < P_STEPS; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) P[k][i] &= kept[min(k, DRAWN_STEPS - 1)][i];
+    }
     pin(P);
   }
 
@@ -264,10 +280,12 @@ class WarpgroupRows {
   DEVICE void first_step(int j, bool is_masked) {
     float S[1][S_TILES][4];
     issue_scores(S);
+    uint32 kept[DRAWN_STEPS][4];
+    draw<0, DRAWN_AHEAD>(kept, j);
     wgmma_wait<0>();
     pin(S[0]);
     make_probabilities<false>(S, j, is_masked);
-    pack_probabilities(S, j);
+    pack_probabilities(S, kept, j);
   }
 
   template <bool IS_MASKED>
@@ -281,6 +299,8 @@ class WarpgroupRows {
     float S[1][S_TILES][4];
     issue_scores(S);
     issue_outputs();
+    uint32 kept[DRAWN_STEPS][4];
+    draw<0, DRAWN_AHEAD>(kept, j);
     wgmma_wait<1>();
     pin(S[0]);
     make_probabilities<!IS_MASKED>(S, j, IS_MASKED);
@@ -288,7 +308,7 @@ class WarpgroupRows {
     pin(O[0]);
     pin(P);
     V.release(2);
-    pack_probabilities(S, j);
+    pack_probabilities(S, kept, j);
   }
 };
 

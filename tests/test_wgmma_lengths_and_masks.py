@@ -214,6 +214,17 @@ def test_what_data_hide(hopper: Target, case: str, tile: Tile) -> None:  # noqa:
     hopper.check(*inputs, backward=False, enable_gqa=True, tile={NAME: tile}, **options)
 
 
+@pytest.mark.parametrize("dropout_p", [1e-9, 0.1, 0x7F80 / 2**16, 0x7F81 / 2**16, 0.5, 1 - 2**-16, 1.0])
+def test_dropout_keeps_what_its_mask_says(dropout_p: float) -> None:
+    """With equal scores and the unit matrix as values, every output tells whether its pair was kept. Up to half of all pairs and above it are two kernels."""
+    query, key, value = numpy.zeros((3, 2, 64, 2, 64), "float16")
+    value[:] = numpy.eye(64, dtype="float16")[:, None]
+    options = {"dropout_p": dropout_p, "dropout_seed": (7, 2**33 + 1)}
+    out = cuflash.scaled_dot_product_attention(query, key, value, tile={NAME: Tile(192, 64, 12, 2)}, **options)
+    kept = cuflash.dropout_mask((2, 2, 64, 64), like=query, **options)
+    numpy.testing.assert_array_equal(out.transpose(0, 2, 1, 3) != 0, kept)
+
+
 HIDING = numpy.where(
     RANDOM.random((200, 272)) > 0.7, RANDOM.choice([-numpy.inf, -6e4], (200, 272)), RANDOM.standard_normal((200, 272))
 ).astype("float16")

@@ -23,19 +23,19 @@ class PackedDropout {  // of one batch and query head
     for (int round = 0; round < PHILOX_ROUNDS; ++round) keys[round] = {uniform(keys[round].low), uniform(keys[round].high)};
   }
 
-  // Zeros in the A operand of a product that `pack_accumulator` has made of probabilities. Rows are queries; both starts are multiples of 16.
-  template <int STEPS>
-  DEVICE void drop(uint32 (&P)[STEPS][4], int first_row, int first_column) const {
+  // Which elements are kept of steps BEGIN .. END - 1 of an A operand, all bits of their halves. Rows are queries; both starts are multiples of 16.
+  template <int BEGIN, int END, int STEPS>
+  DEVICE void draw(uint32 (&kept)[STEPS][4], int first_row, int first_column) const {
     const int query = first_row + lane_index() / 4, key_position = first_column + lane_index() % 4 * 2;
 #pragma unroll
-    for (int k = 0; k < STEPS; ++k) {
+    for (int k = BEGIN; k < END; ++k) {
       uint4 words = make_uint4(uint32(key_position + 16 * k), uint32(query), 0, 0);  // head and batch are in the keys
 #pragma unroll
       for (int round = 0; round < PHILOX_ROUNDS; ++round) words = philox_round(words, keys[round]);
-      P[k][0] &= kept_halves(words.x);
-      P[k][2] &= kept_halves(words.y);
-      P[k][1] &= kept_halves(words.z);
-      P[k][3] &= kept_halves(words.w);
+      kept[k][0] = kept_halves(words.x);
+      kept[k][2] = kept_halves(words.y);
+      kept[k][1] = kept_halves(words.z);
+      kept[k][3] = kept_halves(words.w);
     }
   }
 
