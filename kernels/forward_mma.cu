@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
       __syncwarp();
       issue_mask(j + NUM_STAGES);
     } else if constexpr (ADDITIVE_MASK) {
-      modifier.add_mask(S, first_q + warp_row, first_kv, mask);
+      modifier.add_mask<false>(S, first_q + warp_row, first_kv, mask);
     }
     if constexpr (!ONLY_COPIED)
       hide<false, ASKS_MASK>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, (ASKS_MASK || SEGMENTS) && tiles.is_partial(j),

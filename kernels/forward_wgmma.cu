@@ -260,10 +260,7 @@ class WarpgroupRows {
     pack_accumulator(P, S);
     if constexpr (DROPOUT) {
       draw<DRAWN_AHEAD, DRAWN_STEPS>(kept, j);
-#pragma unroll
-      for (int k = 0; k < P_STEPS; ++k)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) P[k][i] &= kept[min(k, DRAWN_STEPS - 1)][i];
+      drop_packed(P, kept);
     }
     pin(P);
   }

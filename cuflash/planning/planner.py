@@ -271,13 +271,14 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         constants["CONVERTS_SUMS"] = not splits.chains and kernel_cases.converts_sums(spec, problem)
     if spec.added_up and spec.implementation == "mma":
         constants["SHARING_WARPS"] = case.sharing_warps(tile, device)
+    if spec.implementation == "wgmma" and not spec.splits_keys:
+        constants["DROPS_MOST"] = problem.features.dropout_p > MOST_OF_PACKED_DROPOUT
     if spec.stays:
         constants["Q_STAGES"] = kernel_cases.stationary_stages(case, tile, device)
         any_scale = problem.scale < SMALLEST_SCALE
         keeps_q = not (problem.is_ragged or any_scale)  # scores times a sign take the registers
         constants["Q_REGISTER_STEPS"] = tile_rules.q_register_steps(case, tile, device, is_causal=problem.is_causal) if keeps_q else 0
         constants["ANY_SCALE"] = any_scale
-        constants["DROPS_MOST"] = problem.features.dropout_p > MOST_OF_PACKED_DROPOUT
         constants["MAPS_MASK"] = case.maps_mask
     if spec.splits_keys:
         return _split_kernel(case, tile, tile_by, constants, problem, device)
