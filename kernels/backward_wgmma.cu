@@ -215,7 +215,7 @@ class WarpgroupKeys {
     if constexpr (HAS_OUT_RING) out_ring.wait_full();
     issue_rows<WarpgroupV, RingO, DV_TILES / 2, true>(dS, V_descriptor, dO_descriptor);
     uint32 kept[P_STEPS][4];
-    if constexpr (DROPOUT) member.dropout.draw_transposed(kept, member.first_key, first_q);
+    if constexpr (DROPOUT && COMPUTE_DV) member.dropout.draw_transposed(kept, member.first_key, first_q);
     wgmma_wait<1>();
     pin(P[0]);
     ScoreDerivative<1, S_TILES> derivative;
@@ -227,15 +227,23 @@ class WarpgroupKeys {
     }
     statistics.to_probabilities(P, member.modifier.signed_factor());
     hide<IS_MASKED>(P, member, first_q, staged, listed);
+    if constexpr (DROPOUT && !COMPUTE_DV) {  // nobody takes P, which has room for a mark where registers are short
+      float kept_P[1][S_TILES][4];
+      drop_and_mark(P, kept_P, dropout, member.batch, member.head, member.first_key, first_q);
+    }
     uint32 P_operand[P_STEPS][4], dS_operand[P_STEPS][4];
     mbarrier_wait(shared.keys_landed(), 0);  // they have: it keeps the assembler from moving the next wait up, before the exponentials
     wgmma_wait<0>();
     pin(dS[0]);
     if constexpr (HAS_OUT_RING) out_ring.release(2);
-    if constexpr (DROPOUT) statistics.drop(dS, kept, arguments.features.dropout_scale);
+    if constexpr (DROPOUT && COMPUTE_DV) {
+      statistics.drop(dS, kept, arguments.features.dropout_scale);
+    } else if constexpr (DROPOUT) {
+      statistics.drop(dS, P, arguments.features.dropout_scale);
+    }
     multiply_all(dS, P);
     pack_accumulator(P_operand, P);
-    if constexpr (DROPOUT) drop_packed(P_operand, kept);
+    if constexpr (DROPOUT && COMPUTE_DV) drop_packed(P_operand, kept);
     derivative.multiply(dS);
     pack_accumulator(dS_operand, dS);
     share(dS_operand);

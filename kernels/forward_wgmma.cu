@@ -50,7 +50,7 @@ constexpr bool COPIES_BITS = MAPS_MASK && BOOLEAN_MASK;
 
 // Dropout draws for the first steps of the depth of P V while the scores are computed, which it need not know, as far as registers have room.
 constexpr int DRAWN_STEPS = DROPOUT ? P_STEPS : 1;
-constexpr int DRAWN_AHEAD = WARPGROUPS == 2 ? 0 : DRAWN_STEPS < 4 ? DRAWN_STEPS : 4;
+constexpr int DRAWN_AHEAD = WARPGROUPS == 2 || COPIES_BITS ? 0 : DRAWN_STEPS < 4 ? DRAWN_STEPS : 4;
 
 // A warpgroup's 64 rows.
 class WarpgroupRows {

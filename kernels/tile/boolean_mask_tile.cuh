@@ -1,8 +1,8 @@
 // What of a tile of scores a boolean mask hides whose tile lies in shared memory, a byte for each key.
 //
-// A byte for each score takes a load for two and a test for one. So the four lanes of a row read a quarter of it each by `ldmatrix`, four neighbours of
-// 16 keys, make bits of their bytes, and ask two others for their own. From bits the assembler makes predicates, several at once. That is for bytes 0
-// and 1. NumPy and others have no more, but a view of other bytes as booleans does: a warp that finds one looks at each byte.
+// A byte for each score takes a load for two and a test for one. So the four lanes of a row read a quarter of it each by `ldmatrix`, four neighbours
+// of 16 keys, make bits of their bytes, and ask two others for their own. From bits the assembler makes predicates, several at once. That is for
+// bytes 0 and 1. NumPy and others have no more, but a view of other bytes as booleans does: a warp that finds one looks at each byte.
 #pragma once
 #include "tile/slab_tile.cuh"
 #include "ptx/memory.cuh"

@@ -1,10 +1,10 @@
-// Dropout of probabilities that are packed in pairs, by fewer instructions than tile/dropout.cuh, which says which of them are kept: one draw gives four
-// words, and a word the mask of a pair.
+// Dropout of probabilities that are packed in pairs, by fewer instructions than tile/dropout.cuh, which says which of them are kept: one draw gives
+// four words, and a word the mask of a pair.
 //
-// What batch and head do to the first two rounds is the same for all pairs of query and key, so it is put into the keys of these rounds, which are made
-// once. A half of a word is kept where it is at least L = ceil(dropout_p 2^16), that is where the smaller of both is L. Up to the infinity of bfloat16
-// these are numbers that a comparison of two halves knows. Larger L are those of a kernel of their own (DROPS_MOST), in which halves are compared as
-// integers, by two instructions more.
+// What batch and head do to the first two rounds is the same for all pairs of query and key, so it is put into the keys of these rounds, which are
+// made once. A half of a word is kept where it is at least L = ceil(dropout_p 2^16), that is where the smaller of both is L. Up to the infinity of
+// bfloat16 these are numbers that a comparison of two halves knows. Larger L are those of a kernel of their own (DROPS_MOST), in which halves are
+// compared as integers, by two instructions more.
 #pragma once
 #include "ptx/packed.cuh"
 #include "tile/dropout.cuh"
@@ -37,7 +37,8 @@ class PackedDropout {  // of one batch and query head
     }
   }
 
-  // The same of all steps where rows are keys. Of a word a lane's key has one half, and neighbours in the operand are of two queries, so of two draws.
+  // The same of all steps where rows are keys. Of a word a lane's key has one half, and neighbours in the operand are of two queries, so of two
+  // draws.
   template <int STEPS>
   DEVICE void draw_transposed(uint32 (&kept)[STEPS][4], int first_row, int first_column) const {
     int key_position = first_row + lane_index() / 4;
