@@ -5,7 +5,8 @@
 
 A loop is an interval of addresses from the target of a backward branch to that branch, as compilers lay loops out. Which way branches go is not
 known from the code. The steady state is taken to be the path with the most work (products, exponentials, copies, barriers, reads by matrix), and of
-those the shortest; where a warp votes, it is that of warps of which no lane asks for the other, and numbers are not stored to global memory one by one
+those the shortest; beside products of warpgroups, which read shared memory themselves, reads by matrix are of masks and no such work. Where a warp votes,
+it is that of warps of which no lane asks for the other, and numbers are not stored to global memory one by one
 where there is a way around, since that is what a kernel in float32 does with its outputs every thousand keys. So copies are made, masks are not applied, and
 slow paths for rare cases are left aside. Of a tile that a mask cuts (`masked`) it is the path that selects most scores by what is no comparison of floats, and
 loads most of a mask that was copied, among those with the most work.
