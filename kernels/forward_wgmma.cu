@@ -49,8 +49,7 @@ constexpr int KEY_SEGMENTS = ceil_div(TILE_KV, WARP_SIZE);  // of a lane
 constexpr bool COPIES_BITS = MAPS_MASK && BOOLEAN_MASK;
 
 // Dropout draws for the first steps of the depth of P V while the scores are computed, which it need not know, as far as registers have room.
-constexpr int DRAWN_STEPS = DROPOUT ? P_STEPS : 1;
-constexpr int DRAWN_AHEAD = WARPGROUPS == 2 || COPIES_BITS ? 0 : DRAWN_STEPS < 4 ? DRAWN_STEPS : 4;
+constexpr int DRAWN_AHEAD = WARPGROUPS == 2 || COPIES_BITS ? 0 : P_STEPS < 4 ? P_STEPS : 4;
 
 // A warpgroup's 64 rows.
 class WarpgroupRows {
@@ -251,15 +250,15 @@ class WarpgroupRows {
 
   // Which probabilities of tile j dropout keeps, of some steps of the depth of P V.
   template <int BEGIN, int END>
-  DEVICE void draw(uint32 (&kept)[DRAWN_STEPS][4], int j) const {
+  DEVICE void draw(uint32 (&kept)[P_STEPS][4], int j) const {
     if constexpr (DROPOUT) dropout.draw<BEGIN, END>(kept, first_row, first_key_of(j));
   }
 
   // Of tile j, of whose draws the first ones are there.
-  DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4], uint32 (&kept)[DRAWN_STEPS][4], int j) {
+  DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4], uint32 (&kept)[P_STEPS][4], int j) {
     pack_accumulator(P, S);
     if constexpr (DROPOUT) {
-      draw<DRAWN_AHEAD, DRAWN_STEPS>(kept, j);
+      draw<DRAWN_AHEAD, P_STEPS>(kept, j);
       drop_packed(P, kept);
     }
     pin(P);
@@ -277,7 +276,7 @@ class WarpgroupRows {
   DEVICE void first_step(int j, bool is_masked) {
     float S[1][S_TILES][4];
     issue_scores(S);
-    uint32 kept[DRAWN_STEPS][4];
+    uint32 kept[P_STEPS][4];
     draw<0, DRAWN_AHEAD>(kept, j);
     wgmma_wait<0>();
     pin(S[0]);
@@ -296,7 +295,7 @@ class WarpgroupRows {
     float S[1][S_TILES][4];
     issue_scores(S);
     issue_outputs();
-    uint32 kept[DRAWN_STEPS][4];
+    uint32 kept[P_STEPS][4];
     draw<0, DRAWN_AHEAD>(kept, j);
     wgmma_wait<1>();
     pin(S[0]);
