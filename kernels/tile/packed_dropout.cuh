@@ -12,6 +12,7 @@
 class PackedDropout {  // of one batch and query head
  public:
   DEVICE PackedDropout(const Dropout& dropout, int batch, int head) : limit(uniform((dropout.largest_dropped() + !Config::DROPS_MOST) * 0x10001u)) {
+    if constexpr (!Config::DROPOUT) return;
     const uint64 product = uint64(PHILOX_MULTIPLIERS[1]) * uint32(head);
     PhiloxKey key = dropout.first_key();
 #pragma unroll
