@@ -32,9 +32,9 @@
 //
 // Source: Dao 2023 (arXiv 2307.08691), algorithm 2; Shah et al. 2024 (arXiv 2407.08608).
 #include "tile/constants.cuh"
-#include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/fragment.cuh"
+#include "tile/packed_dropout.cuh"
 #include "tile/packed_tiles.cuh"
 #include "tile/query_splits.cuh"
 #include "tile/query_sum_conversion.cuh"
@@ -77,7 +77,7 @@ class WarpgroupKeys {
 
   // Adds what the queries of one member give.
   DEVICE void walk(int batch, int head, const Geometry& geometry, const Visibility& visibility, const Steps& steps) {
-    const Member member(arguments, work, geometry, visibility, batch, head,
+    const Member member(arguments, work, geometry, visibility, dropout, batch, head,
                         work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
     int tile = steps.end;
     if constexpr (!COMPUTE_DK) begin_values(member, --tile);
@@ -92,7 +92,7 @@ class WarpgroupKeys {
 
   // The same over the tiles that the copying warp says.
   DEVICE void walk_list(int batch, int head, const Geometry& geometry, const Visibility& visibility) {
-    const Member member(arguments, work, geometry, visibility, batch, head,
+    const Member member(arguments, work, geometry, visibility, dropout, batch, head,
                         work.tile * TILE_KV + warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup());
     ListedTile listed;
     auto find_next = [&] {
@@ -124,18 +124,20 @@ class WarpgroupKeys {
     const StatisticsView view;
     const Visibility& visibility;
     const ScoreModifier modifier;
+    const PackedDropout dropout;
     const int first_key;  // of the warp
     float* sums;  // of the first tile
     int first_query[2];  // that sees a key of this lane, less the column of the lane
     int last_of_window[LASTS_OF_WINDOW];  // the last one whose window reaches back to it, likewise, as if there were as many
 
-    DEVICE Member(const BackwardWgmmaArguments& arguments, const BlockWork& work, const Geometry& geometry, const Visibility& visibility, int batch,
-                  int head, int first_key)
+    DEVICE Member(const BackwardWgmmaArguments& arguments, const BlockWork& work, const Geometry& geometry, const Visibility& visibility,
+                  const Dropout& dropout, int batch, int head, int first_key)
         : batch(batch),
           head(head),
           view(arguments, batch, head, Starts(arguments, batch).q, geometry.seqlen_q),
           visibility(visibility),
           modifier(geometry, arguments.features, batch, head),
+          dropout(dropout, batch, head),
           first_key(first_key),
           sums(query_sum(arguments, first_slot(arguments, batch, head, Starts(arguments, batch).q) + work.slots_before, 0, 0)) {
 #pragma unroll
@@ -195,7 +197,7 @@ class WarpgroupKeys {
     to_probabilities<IS_MASKED>(P, member, tile, listed);
     mbarrier_wait(shared.keys_landed(), 0);  // they have: it keeps the assembler from moving the next wait up, before the exponentials
     wait_for_values();
-    pack_accumulator(P_of_values, P);
+    pack_for_values(P, member, tile);
   }
 
   // The first tile, whose scores no dV is computed beside.
@@ -206,7 +208,7 @@ class WarpgroupKeys {
     wgmma_wait<0>();
     pin(P[0]);
     to_probabilities<true>(P, member, tile, listed);
-    pack_accumulator(P_of_values, P);
+    pack_for_values(P, member, tile);
   }
 
   // dV of the last tile.
@@ -239,7 +241,7 @@ class WarpgroupKeys {
     out_ring.release(1);
   }
 
-  // Scores in, probabilities out, what dropout drops 0. The stage of Q is free.
+  // Scores in, probabilities out. The stage of Q is free.
   template <bool IS_MASKED>
   DEVICE void to_probabilities(float (&P)[1][S_TILES][4], const Member& member, int tile, ListedTile listed) {
     const int first_q = tile * TILE_Q;
@@ -255,7 +257,16 @@ class WarpgroupKeys {
     hide<IS_MASKED>(P, member, first_q, staged, listed);
     __syncwarp();  // all lanes of the warp have read row statistics; with dQ a barrier of all stands behind those reads
     ring.release_by_each_warp();
-    if constexpr (DROPOUT) drop<true>(P, dropout, member.batch, member.head, member.first_key, first_q);
+  }
+
+  // Of probabilities, what dropout drops 0.
+  DEVICE void pack_for_values(const float (&P)[1][S_TILES][4], const Member& member, int tile) {
+    pack_accumulator(P_of_values, P);
+    if constexpr (DROPOUT) {
+      uint32 kept[P_STEPS][4];
+      member.dropout.draw_transposed(kept, member.first_key, tile * TILE_Q);
+      drop_packed(P_of_values, kept);
+    }
   }
 
   template <bool IS_MASKED>
@@ -272,6 +283,8 @@ class WarpgroupKeys {
     issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_descriptor, Q_descriptor);
     if constexpr (HAS_OUT_RING) out_ring.wait_full();
     issue_rows<WarpgroupV, RingO, DV_TILES / 2, true>(dS, V_descriptor, dO_descriptor);
+    uint32 kept[P_STEPS][4];
+    if constexpr (DROPOUT && COMPUTE_DV) member.dropout.draw_transposed(kept, member.first_key, first_q);
     wgmma_wait<1>();
     pin(P[0]);
     ScoreDerivative<1, S_TILES> derivative;
@@ -283,23 +296,23 @@ class WarpgroupKeys {
     }
     statistics.to_probabilities(P, member.modifier.signed_factor());
     hide<IS_MASKED>(P, member, first_q, staged, listed);
-    uint32 P_operand[P_STEPS][4], dS_operand[P_STEPS][4];
-    if constexpr (DROPOUT) {
+    if constexpr (DROPOUT && !COMPUTE_DV) {  // nobody takes P, which has room for a mark where registers are short
       float kept_P[1][S_TILES][4];
       drop_and_mark(P, kept_P, dropout, member.batch, member.head, member.first_key, first_q);
-      pack_accumulator(P_operand, kept_P);
     }
+    uint32 P_operand[P_STEPS][4], dS_operand[P_STEPS][4];
     mbarrier_wait(shared.keys_landed(), 0);  // they have: it keeps the assembler from moving the next wait up, before the exponentials
     wgmma_wait<0>();
     pin(dS[0]);
     if constexpr (HAS_OUT_RING) out_ring.release(2);
-    if constexpr (DROPOUT) {
+    if constexpr (DROPOUT && COMPUTE_DV) {
+      statistics.drop(dS, kept, arguments.features.dropout_scale);
+    } else if constexpr (DROPOUT) {
       statistics.drop(dS, P, arguments.features.dropout_scale);
-      multiply_all(dS, P);
-    } else {
-      multiply_all(dS, P);
-      pack_accumulator(P_operand, P);
     }
+    multiply_all(dS, P);
+    pack_accumulator(P_operand, P);
+    if constexpr (DROPOUT && COMPUTE_DV) drop_packed(P_operand, kept);
     derivative.multiply(dS);
     pack_accumulator(dS_operand, dS);
     share(dS_operand);

@@ -190,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_mma(const _
         if (ADDITIVE_MASK || tiles.is_partial(j)) copied_mask.apply(S, modifier.factor_beside_mask(), -infinity(), j);
         leave_mask();
       } else if constexpr (ADDITIVE_MASK) {
-        modifier.add_mask(S, first_q + warp_row, first_kv, mask);
+        modifier.add_mask<false>(S, first_q + warp_row, first_kv, mask);
       }
       if constexpr (!ONLY_COPIED)
         hide<false, ASKS_MASK>(S, -infinity(), geometry, visibility, first_q, first_kv, warp_row, (ASKS_MASK || SEGMENTS) && tiles.is_partial(j),

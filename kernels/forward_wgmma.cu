@@ -24,8 +24,8 @@
 #include "tile/constants.cuh"
 #include "tile/boolean_mask_tile.cuh"
 #include "tile/copier.cuh"
-#include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
+#include "tile/packed_dropout.cuh"
 #include "tile/score.cuh"
 #include "tile/softmax.cuh"
 #include "tile/visibility.cuh"
@@ -48,6 +48,9 @@ constexpr int KEY_SEGMENTS = ceil_div(TILE_KV, WARP_SIZE);  // of a lane
 
 constexpr bool COPIES_BITS = MAPS_MASK && BOOLEAN_MASK;
 
+// Dropout draws for the first steps of the depth of P V while the scores are computed, which it need not know, as far as registers have room.
+constexpr int DRAWN_AHEAD = WARPGROUPS == 2 || COPIES_BITS ? 0 : P_STEPS < 4 ? P_STEPS : 4;
+
 // A warpgroup's 64 rows.
 class WarpgroupRows {
  public:
@@ -62,7 +65,7 @@ class WarpgroupRows {
         features(features),
         visibility(visibility),
         modifier(geometry, features, work.batch, work.head),
-        dropout(dropout),
+        dropout(dropout, work.batch, work.head),
         work(work),
         shared(shared),
         K(K),
@@ -109,7 +112,7 @@ class WarpgroupRows {
   const FeatureArguments& features;
   const Visibility& visibility;
   const ScoreModifier modifier;
-  const Dropout& dropout;
+  const PackedDropout dropout;
   const Work& work;
   const SharedMemory shared;
   Ring<NUM_STAGES>&K, &V;
@@ -154,7 +157,7 @@ class WarpgroupRows {
   // Products -> probabilities of tile j, in place, and O to their reference. SHARES: all keys are visible to all rows.
   template <bool SHARES>
   DEVICE void make_probabilities(float (&S)[1][S_TILES][4], int j, bool is_masked) {
-    const int first_kv = (TILE_LISTS ? entry >> 1 : j) * TILE_KV;
+    const int first_kv = first_key_of(j);
     if constexpr (MODIFIES_SCORES && (MAPS_MASK || !ADDITIVE_MASK)) {
       const bool sees_all = SOFTCAP && (TILE_LISTS ? !hides_any(first_kv) : !is_masked);
       modifier.apply_to_rows(S, first_row, first_kv, SHARES, sees_all);
@@ -172,8 +175,10 @@ class WarpgroupRows {
     });
     if constexpr (MAPS_MASK) __syncwarp();
     release_keys(K, 1);
-    if constexpr (DROPOUT) drop(S, dropout, work.batch, work.head, first_row, first_kv);
   }
+
+  // Of tile j, or with lists of the tile whose scores were issued last.
+  DEVICE int first_key_of(int j) const { return (TILE_LISTS ? entry >> 1 : j) * TILE_KV; }
 
   // Whether some pair of the block's tile is hidden, with lists.
   DEVICE bool hides_any(int first_kv) const {
@@ -243,8 +248,19 @@ class WarpgroupRows {
     }
   }
 
-  DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4]) {
+  // Which probabilities of tile j dropout keeps, of some steps of the depth of P V.
+  template <int BEGIN, int END>
+  DEVICE void draw(uint32 (&kept)[P_STEPS][4], int j) const {
+    if constexpr (DROPOUT) dropout.draw<BEGIN, END>(kept, first_row, first_key_of(j));
+  }
+
+  // Of tile j, of whose draws the first ones are there.
+  DEVICE void pack_probabilities(const float (&S)[1][S_TILES][4], uint32 (&kept)[P_STEPS][4], int j) {
     pack_accumulator(P, S);
+    if constexpr (DROPOUT) {
+      draw<DRAWN_AHEAD, P_STEPS>(kept, j);
+      drop_packed(P, kept);
+    }
     pin(P);
   }
 
@@ -260,10 +276,12 @@ class WarpgroupRows {
   DEVICE void first_step(int j, bool is_masked) {
     float S[1][S_TILES][4];
     issue_scores(S);
+    uint32 kept[P_STEPS][4];
+    draw<0, DRAWN_AHEAD>(kept, j);
     wgmma_wait<0>();
     pin(S[0]);
     make_probabilities<false>(S, j, is_masked);
-    pack_probabilities(S);
+    pack_probabilities(S, kept, j);
   }
 
   template <bool IS_MASKED>
@@ -277,6 +295,8 @@ class WarpgroupRows {
     float S[1][S_TILES][4];
     issue_scores(S);
     issue_outputs();
+    uint32 kept[P_STEPS][4];
+    draw<0, DRAWN_AHEAD>(kept, j);
     wgmma_wait<1>();
     pin(S[0]);
     make_probabilities<!IS_MASKED>(S, j, IS_MASKED);
@@ -284,7 +304,7 @@ class WarpgroupRows {
     pin(O[0]);
     pin(P);
     V.release(2);
-    pack_probabilities(S);
+    pack_probabilities(S, kept, j);
   }
 };
 

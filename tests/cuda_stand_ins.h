@@ -48,6 +48,7 @@ unsigned __float_as_uint(float);
 float __int_as_float(int);
 float __uint_as_float(unsigned);
 unsigned __byte_perm(unsigned, unsigned, unsigned);
+unsigned __vcmpgtu2(unsigned, unsigned);
 float fabsf(float);
 float fmaxf(float, float);
 float fminf(float, float);

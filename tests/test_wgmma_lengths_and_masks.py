@@ -214,6 +214,17 @@ def test_what_data_hide(hopper: Target, case: str, tile: Tile) -> None:  # noqa:
     hopper.check(*inputs, backward=False, enable_gqa=True, tile={NAME: tile}, **options)
 
 
+@pytest.mark.parametrize("dropout_p", [1e-9, 0.1, 0x7F80 / 2**16, 0x7F81 / 2**16, 0.5, 1 - 2**-16, 1.0])
+def test_dropout_keeps_what_its_mask_says(dropout_p: float) -> None:
+    """With equal scores and the unit matrix as values, every output tells whether its pair was kept. Up to half of all pairs and above it are two kernels."""
+    query, key, value = numpy.zeros((3, 2, 64, 2, 64), "float16")
+    value[:] = numpy.eye(64, dtype="float16")[:, None]
+    options = {"dropout_p": dropout_p, "dropout_seed": (7, 2**33 + 1)}
+    out = cuflash.scaled_dot_product_attention(query, key, value, tile={NAME: Tile(192, 64, 12, 2)}, **options)
+    kept = cuflash.dropout_mask((2, 2, 64, 64), like=query, **options)
+    numpy.testing.assert_array_equal(out.transpose(0, 2, 1, 3) != 0, kept)
+
+
 HIDING = numpy.where(
     RANDOM.random((200, 272)) > 0.7, RANDOM.choice([-numpy.inf, -6e4], (200, 272)), RANDOM.standard_normal((200, 272))
 ).astype("float16")
@@ -266,13 +277,14 @@ def test_masks_that_are_read_where_they_lie(case: str) -> None:
 
 
 def test_a_boolean_mask_that_is_copied_is_not_read_as_numbers_too() -> None:
-    """With a softcap its tile, which has one byte for each key, was read like one of 16 bits, beyond its end where it has many keys."""
+    """With a softcap its tile, which has one byte for each key, was read like one of 16 bits, beyond its end where it has many keys. A boolean one is read by
+    one instruction in two places, one of 16 bits by two in three."""
     inputs, mask = inputs_of(HOST, (200, 272), 64), numpy.ones((200, 272), bool)
     on = device.of_memory("cpu", 0)
-    for attn_mask, is_read in ((mask, False), (mask.astype("float16"), True)):
+    for attn_mask, reads in ((mask, 2), (mask.astype("float16"), 6)):
         kernel = cuflash.plan(*inputs, attn_mask=attn_mask, softcap=3.0, tile={NAME: SHORT}).kernels[-1]
         assert "MAPS_MASK = true" in kernel.config
-        assert ("ldmatrix" in cache.fetch(kernel.request(on)).data.decode()) == is_read
+        assert cache.fetch(kernel.request(on)).data.decode().count("ldmatrix") == reads
 
 
 @pytest.mark.parametrize("case", ["packed", "lengths", "segments, causal", "boolean mask", "copied mask"])

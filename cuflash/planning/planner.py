@@ -51,6 +51,7 @@ from cuflash.system import switches
 
 MAX_GRID = 2**31 - 1
 SMALLEST_SCALE = 2.0**-126  # that is positive and a normal float32
+MOST_OF_PACKED_DROPOUT = 0x7F80 / 2**16  # bfloat16's infinity in halves of a word: kernels/tile/packed_dropout.cuh
 MAX_SHARED_SLICES = 5  # of a wide head, beyond which dK and dV take a kernel each
 
 
@@ -274,6 +275,8 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         constants["CONVERTS_SUMS"] = not splits.chains and kernel_cases.converts_sums(spec, problem)
     if spec.added_up and spec.implementation == "mma":
         constants["SHARING_WARPS"] = case.sharing_warps(tile, device)
+    if spec.implementation == "wgmma" and not spec.splits_keys:
+        constants["DROPS_MOST"] = problem.features.dropout_p > MOST_OF_PACKED_DROPOUT
     if spec.stays:
         constants["Q_STAGES"] = kernel_cases.stationary_stages(case, tile, device)
         any_scale = problem.scale < SMALLEST_SCALE

@@ -5,7 +5,8 @@
 
 A loop is an interval of addresses from the target of a backward branch to that branch, as compilers lay loops out. Which way branches go is not
 known from the code. The steady state is taken to be the path with the most work (products, exponentials, copies, barriers, reads by matrix), and of
-those the shortest; where a warp votes, it is that of warps of which no lane asks for the other, and numbers are not stored to global memory one by one
+those the shortest; beside products of warpgroups, which read shared memory themselves, reads by matrix are of masks and no such work. Where a warp votes,
+it is that of warps of which no lane asks for the other, and numbers are not stored to global memory one by one
 where there is a way around, since that is what a kernel in float32 does with its outputs every thousand keys. So copies are made, masks are not applied, and
 slow paths for rare cases are left aside. Of a tile that a mask cuts (`masked`) it is the path that selects most scores by what is no comparison of floats, and
 loads most of a mask that was copied, among those with the most work.
@@ -32,6 +33,7 @@ def opcodes(text: str) -> frozenset[str]:
 
 
 MATRIX = opcodes("HMMA IMMA DMMA BMMA HGMMA IGMMA QGMMA")
+WGMMA = opcodes("HGMMA IGMMA QGMMA BGMMA")
 _WORK = opcodes("LDGSTS LDSM BAR RED REDG ATOMG UTMALDG UBLKCP")
 _ENDS = opcodes("BRA EXIT RET BRX JMP BREAK KILL")
 _AVOIDED = 1000  # work that makes up for one instruction that is to be avoided
@@ -80,6 +82,11 @@ class Trace:
 def is_matrix(instruction: Instruction) -> bool:
     """Whether it is a matrix product."""
     return instruction.base in MATRIX
+
+
+def is_wgmma(instruction: Instruction) -> bool:
+    """Whether it is a product of a warpgroup."""
+    return instruction.base in WGMMA
 
 
 def is_exponential(instruction: Instruction) -> bool:
@@ -322,6 +329,7 @@ class _Paths:
         self.masked = masked
         self.avoided = avoided
         self.stores = stores
+        self.reads_operands = not any(map(is_wgmma, function))  # by LDSM, which beside products of warpgroups reads masks
         self.loops = find_loops(function)
 
     def through(self, loop: Loop) -> list[int]:
@@ -369,7 +377,8 @@ class _Paths:
         work = self._work(range(start, end))
         bases = [self.function[index].base for index in range(start, end)]
         masks = bases.count("FSEL") if self.masked and "FSETP" not in bases else 0  # those by comparing floats are clamps
-        masks += bases.count("LDS") if self.masked else 0  # of a mask that was copied
+        masks += bases.count("LDS") if self.masked else 0  # of a mask that was copied, as by LDSM beside products of warpgroups
+        masks += bases.count("LDSM") if self.masked and not self.reads_operands else 0
         return _Node(start, end, tuple(range(start, end)), work, masks, end - start)
 
     def _inner(self, loop: Loop) -> _Node:
@@ -380,7 +389,8 @@ class _Paths:
         return _Node(loop.head, loop.last + 1, tuple(path) * trips, work, 0, cost)
 
     def _work(self, indices: Sequence[int]) -> int:
-        found = sum(_is_work(self.function[index]) or (self.stores and _is_store(self.function[index])) for index in indices)
+        code = [self.function[index] for index in indices if self.reads_operands or self.function[index].base != "LDSM"]
+        found = sum(_is_work(instruction) or (self.stores and _is_store(instruction)) for instruction in code)
         return found - _AVOIDED * any(index in self.avoided or _stores_single_numbers(self.function[index]) for index in indices)
 
     def _successors(self, node: _Node, at: dict[int, int]) -> list[int]:

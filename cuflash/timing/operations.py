@@ -13,7 +13,7 @@ from enum import Enum
 
 from cuflash.errors import UnsupportedError
 from cuflash.timing.addresses import operands_of
-from cuflash.timing.control_flow import is_matrix, opcodes
+from cuflash.timing.control_flow import is_matrix, is_wgmma, opcodes
 from cuflash.timing.machine import SHARED_BYTES_PER_CLOCK, SUB_PARTITIONS, Multiprocessor
 from cuflash.timing.roles import Act, Meeting, is_bulk_copy
 from cuflash.timing.sass import Instruction
@@ -100,7 +100,6 @@ _MEMORY_KINDS = {
 }  # fmt: skip
 _VECTOR = re.compile(r"F32 ?x([24])\.")
 _WGMMA_SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)\b")
-WGMMA = opcodes("HGMMA IGMMA QGMMA BGMMA")
 WARPGROUP_ROWS = 64
 _NARROW = {"U8": 1, "S8": 1, "U16": 2, "S16": 2}
 _LOCAL = frozenset(("LDL", "STL"))  # spills, which the first-level cache answers
@@ -183,11 +182,6 @@ def _phase_operation(operation: Operation, meeting: Meeting, machine: Multiproce
         l2_bytes = meeting.num_bytes * machine.l2_bytes / machine.warpgroups.shared_l2_bytes
         return replace(operation, l2_bytes=l2_bytes, wavefronts=meeting.num_bytes / SHARED_BYTES_PER_CLOCK)
     return replace(operation, latency=machine.warpgroups.phase_wait)
-
-
-def is_wgmma(instruction: Instruction) -> bool:
-    """Whether it is a product of a warpgroup."""
-    return instruction.base in WGMMA
 
 
 def _operand_wavefronts(instruction: Instruction) -> float:

@@ -26,13 +26,13 @@ from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.plan import Plan
 from cuflash.problem.problem import Problem
 from cuflash.timing import splits, traffic
-from cuflash.timing.control_flow import Trace, is_matrix, steady_trace, tile_loop
+from cuflash.timing.control_flow import Trace, is_matrix, is_wgmma, steady_trace, tile_loop
 from cuflash.timing.description import Description
 from cuflash.timing.grid import clocks_of_memory_grid, grid_clocks
 from cuflash.timing.limits import LIMITS, without
 from cuflash.timing.machine import Card, Multiprocessor, multiprocessor
 from cuflash.timing.multiprocessor import steady_clocks_of_roles
-from cuflash.timing.operations import MULTIPLY_ADDS, Operation, Role, busy_clocks_of_block, is_wgmma, operations
+from cuflash.timing.operations import MULTIPLY_ADDS, Operation, Role, busy_clocks_of_block, operations
 from cuflash.timing.roles import helps, meeting_points, role_traces
 from cuflash.timing.sass import Function, read_functions
 from cuflash.timing.staying import single_tile_traces

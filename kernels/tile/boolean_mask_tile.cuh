@@ -1,8 +1,8 @@
 // What of a tile of scores a boolean mask hides whose tile lies in shared memory, a byte for each key.
 //
-// A byte for each score takes a load for two and a test for one. So the four lanes of a row read a quarter of it each, make bits of their bytes, and
-// pass them round. From bits the assembler makes predicates, several at once. That is for bytes 0 and 1. NumPy and others have no more, but a view of
-// other bytes as booleans does: a warp that finds one looks at each byte.
+// A byte for each score takes a load for two and a test for one. So the four lanes of a row read a quarter of it each by `ldmatrix`, four neighbours
+// of 16 keys, make bits of their bytes, and ask two others for their own. From bits the assembler makes predicates, several at once. That is for
+// bytes 0 and 1. NumPy and others have no more, but a view of other bytes as booleans does: a warp that finds one looks at each byte.
 #pragma once
 #include "tile/slab_tile.cuh"
 #include "ptx/memory.cuh"
@@ -13,12 +13,10 @@ class BooleanMaskTile {
  public:
   // Reads the bits of the lane's two rows: `row` is the first of 16, in the tile.
   DEVICE void read(SmemAddress tile, int row) {
-    bool are_bits = true;
+    uint32 all = 0;
 #pragma unroll
-    for (int slab = 0; slab < SLABS; ++slab)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) word[slab][r] = pass_round(tile + slab * Tile::SLAB_BYTES, row + 8 * r + lane_index() / 4, are_bits);
-    if (any_lane(!are_bits)) {
+    for (int slab = 0; slab < SLABS; ++slab) ask_others(tile, row, slab, all);
+    if (any_lane((all & 0xfefefefeu) != 0)) {
 #pragma unroll
       for (int slab = 0; slab < SLABS; ++slab)
 #pragma unroll
@@ -43,27 +41,32 @@ class BooleanMaskTile {
   static constexpr int SLABS = ceil_div(N, 16);  // of 128 keys
   uint32 word[SLABS][2];  // a bit is that of column 8 n + 2 (lane % 4) + c of a slab
 
-  DEVICE static constexpr int n_of(int bit) { return bit % 8 / 4 * 8 + bit / 16 * 4 + bit % 2 * 2 + bit % 4 / 2; }
+  DEVICE static constexpr int n_of(int bit) { return bit % 8 * 2 + bit / 16; }
   DEVICE static constexpr int c_of(int bit) { return bit % 16 / 8; }
 
-  // The lane's bits of a row. Each of its four lanes has two chunks of 16 bytes: bit 8 b + i of `own` is that of byte b of their word i.
-  DEVICE static uint32 pass_round(SmemAddress slab, int row, bool& are_bits) {
-    const int lane = lane_index() % 4, shift = lane % 2 * 16 + lane / 2;
-    uint32 own = 0, all = 0;
+  // The lane's bits of its rows of a slab. Bit 8 b + i of `own` is that of byte b of the lane's four keys of 16 keys i.
+  DEVICE void ask_others(SmemAddress tile, int row, int slab, uint32& all) {
+    constexpr int CHUNKS = ceil_div(N, 2);  // of 16 keys
+    const int lane = lane_index() % 4, quad = lane_index() - lane;
+    const int lane_offset = Tile::offset(row + lane_index() % 16, lane_index() / 16);
+    uint32 own[2] = {};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Chunk chunk = load_shared(slab + Tile::offset(row, lane + 4 * half));
+    for (int i = 0; i < 8; i += 2) {
+      if (8 * slab + i >= CHUNKS) continue;
+      uint32 bytes[4];
+      ldmatrix_x4(bytes, tile + Tile::at(lane_offset, 8 * slab + i));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        own += chunk.word[i] << (4 * half + i);
-        all |= chunk.word[i];
+      for (int k = 0; k < 4; ++k) {
+        if (8 * slab + i + k / 2 >= CHUNKS) continue;
+        own[k % 2] += bytes[k] << (i + k / 2);
+        all |= bytes[k];
       }
     }
-    are_bits &= (all & 0xfefefefeu) == 0;
-    uint32 of_lane[4];  // every second of 16 bits
 #pragma unroll
-    for (int i = 0; i < 4; ++i) of_lane[i] = uint32(shfl(int(own), lane_index() / 4 * 4 + i)) >> shift & 0x5555u;
-    return of_lane[0] + of_lane[1] * 2 + (of_lane[2] << 16) + (of_lane[3] << 17);
+    for (int r = 0; r < 2; ++r) {
+      const uint32 low = shfl(int(own[r]), quad + lane / 2), high = shfl(int(own[r]), quad + 2 + lane / 2);
+      word[slab][r] = __byte_perm(low, high, lane % 2 ? 0x7632 : 0x5410);
+    }
   }
 
   // The same of any bytes.

@@ -17,15 +17,20 @@ struct PhiloxKey {
   uint32 low, high;
 };
 
+constexpr int PHILOX_ROUNDS = 7;
+constexpr uint32 PHILOX_MULTIPLIERS[2] = {0xD2511F53u, 0xCD9E8D57u};
+
+DEVICE uint4 philox_round(uint4 counter, PhiloxKey key) {
+  const uint64 product0 = uint64(PHILOX_MULTIPLIERS[0]) * counter.x, product1 = uint64(PHILOX_MULTIPLIERS[1]) * counter.z;
+  return make_uint4(uint32(product1 >> 32) ^ counter.y ^ key.low, uint32(product1), uint32(product0 >> 32) ^ counter.w ^ key.high, uint32(product0));
+}
+
+// The key of the next round.
+DEVICE PhiloxKey philox_next(PhiloxKey key) { return {key.low + 0x9E3779B9u, key.high + 0xBB67AE85u}; }
+
 DEVICE uint4 philox(uint4 counter, PhiloxKey key) {
 #pragma unroll
-  for (int round = 0; round < 7; ++round) {
-    const uint64 product0 = uint64(0xD2511F53u) * counter.x, product1 = uint64(0xCD9E8D57u) * counter.z;
-    counter =
-        make_uint4(uint32(product1 >> 32) ^ counter.y ^ key.low, uint32(product1), uint32(product0 >> 32) ^ counter.w ^ key.high, uint32(product0));
-    key.low += 0x9E3779B9u;
-    key.high += 0xBB67AE85u;
-  }
+  for (int round = 0; round < PHILOX_ROUNDS; ++round, key = philox_next(key)) counter = philox_round(counter, key);
   return counter;
 }
 
@@ -52,6 +57,11 @@ class Dropout {
 
   // What a word says of the element with a key of this parity.
   DEVICE bool keeps(uint32 word, int key_parity) const { return word << (16 - 16 * key_parity) > limit; }
+
+  DEVICE PhiloxKey first_key() const { return key; }
+
+  // The largest half that is dropped.
+  DEVICE uint32 largest_dropped() const { return limit >> 16; }
 
  private:
   PhiloxKey key;

@@ -165,6 +165,21 @@ class StatisticsOfColumns {
     }
   }
 
+  // `kept`: both halves of a word are all ones or zeros (tile/packed_dropout.cuh).
+  template <int N>
+  DEVICE void drop(float (&dP)[1][N][4], const uint32 (&kept)[N / 2][4], float dropout_scale) const {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float4 two = statistics(n);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32 mask = __byte_perm(kept[n / 2][n % 2 * 2 + i / 2], 0, i % 2 ? 0x3232 : 0x1010);
+        const float product = __uint_as_float(__float_as_uint(dP[0][n][i]) & mask);
+        dP[0][n][i] = __fmaf_rn(product, dropout_scale, i % 2 ? -two.w : -two.y);
+      }
+    }
+  }
+
   // Takes the marks off P (drop_and_mark).
   template <int M, int N>
   DEVICE void drop(float (&dP)[M][N][4], float (&P)[M][N][4], float dropout_scale) const {

@@ -44,6 +44,11 @@ struct MaskAhead {
   bool is_there = false;
 };
 
+// Where nobody reads it ahead.
+struct MaskNotAhead {
+  static constexpr bool USED = false;
+};
+
 constexpr bool QUICK_TANH = !SameType<Element, float>::value;  // 16-bit types
 
 // tanh(x). Of 16-bit types it is 1 - 2 / (1 + e^2x), wrong by about 2^-22 at most, which is little beside a large one; with NEAR_0 small ones have
@@ -110,9 +115,8 @@ class ScoreModifier {  // of one batch and query head
 
   // Products -> scores, in place, of which an exponent of 2 takes `factor` times. Rows are queries from first_row on and columns keys from
   // first_column on, or with TRANSPOSED the other way round. `ahead` is the mask if `read_mask` has read it.
-  template <bool TRANSPOSED, int M, int N>
-  DEVICE void apply(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, int first_row, int first_column,
-                    const MaskAhead<TRANSPOSED, M, N>& ahead = MaskAhead<TRANSPOSED, M, N>()) const {
+  template <bool TRANSPOSED, int M, int N, typename Ahead = MaskAhead<TRANSPOSED, M, N>>
+  DEVICE void apply(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, int first_row, int first_column, const Ahead& ahead = Ahead()) const {
     apply_all_but_mask<TRANSPOSED>(S, derivative, first_row, first_column);
     if constexpr (ADDITIVE_MASK) add_mask<TRANSPOSED>(S, first_row, first_column, ahead);
   }
@@ -132,7 +136,7 @@ class ScoreModifier {  // of one batch and query head
   template <bool TRANSPOSED, int M, int N>
   DEVICE void apply(float (&S)[M][N][4], int first_row, int first_column) const {
     ScoreDerivative<M, N> unused;
-    apply<TRANSPOSED>(S, unused, first_row, first_column);
+    apply<TRANSPOSED>(S, unused, first_row, first_column, MaskNotAhead());
   }
 
   // The same where rows are queries, with fewer instructions, but for a mask. `shares`: a NaN may make NaN of other scores of its row.
@@ -182,14 +186,20 @@ class ScoreModifier {  // of one batch and query head
   }
 
   // Adds an additive mask. `ahead` is the mask if `read_mask` has read it.
-  template <bool TRANSPOSED, int M, int N>
-  DEVICE void add_mask(float (&S)[M][N][4], int first_row, int first_column, const MaskAhead<TRANSPOSED, M, N>& ahead) const {
+  template <bool TRANSPOSED, int M, int N, typename Ahead>
+  DEVICE void add_mask(float (&S)[M][N][4], int first_row, int first_column, const Ahead& ahead) const {
     const MaskValues mask(geometry, features.attn_mask, batch, head);
     auto add = [&](int m, int n, int i, MaskElement element) { add_bias(S[m][n][i], factor_beside_mask(), mask_bias(element)); };
-    constexpr bool AHEAD = MaskAhead<TRANSPOSED, M, N>::USED;
-    const int limit = AHEAD ? 0 : mask.limit<TRANSPOSED, M, N>(first_row, first_column);
-    if (AHEAD ? ahead.is_there : limit > 0) {
-      if constexpr (AHEAD) {
+    int limit = 0;
+    bool is_there = false;
+    if constexpr (Ahead::USED) {
+      is_there = ahead.is_there;
+    } else {
+      limit = mask.limit<TRANSPOSED, M, N>(first_row, first_column);
+      is_there = limit > 0;
+    }
+    if (is_there) {
+      if constexpr (Ahead::USED) {
         MaskValues::for_each(ahead.tile, add);
       } else {
         MaskTile<TRANSPOSED, M, N> tile;

@@ -194,6 +194,8 @@ def test_set_of_packed_halves(operation: str, kind: str) -> None:
     unordered = np.isnan(a) | np.isnan(b)
     expected = {"nan": unordered, "lt": (a < b) & ~unordered, "equ": (a == b) | unordered}[operation]
     np.testing.assert_array_equal(got.astype(np.float32), expected.astype(np.float32))
+    mask = run_instruction(f"set.{operation}.u32.{kind}x2 %d, %a, %b;", np.uint32, *packed).view(np.uint16)
+    np.testing.assert_array_equal(mask, np.where(expected, 0xFFFF, 0))
 
 
 def test_testp() -> None:

@@ -61,6 +61,13 @@ def test_bitwise(operation: str, name: str) -> None:
     np.testing.assert_array_equal(got, expect(BITWISE[operation], TYPES[name], a, b))
 
 
+@pytest.mark.parametrize("operation", ["min", "max"])
+def test_extremes_of_halves(operation: str) -> None:
+    a, b = (special_integers(np.uint16, seed=i)[:200] for i in range(2))
+    got = run_instruction(f"{operation}.u16x2 %d, %a, %b;", np.uint32, a.view(np.uint32), b.view(np.uint32))
+    np.testing.assert_array_equal(got.view(np.uint16), getattr(np, operation + "imum")(a, b))
+
+
 @pytest.mark.parametrize("name", ["u16", "s16", "u32", "s32", "u64", "s64"])
 def test_multiply_high(name: str) -> None:
     a, b = operands(name, 2)

@@ -68,6 +68,8 @@ def _emit_comparison(encoder: Encoder, name: str, target: str, complement: str |
 
 _PACKED_ONES = {"f16x2": 0x3C00, "bf16x2": 0x3F80}
 """The number 1 in one half of a packed type."""
+_ALL_BITS = 0xFFFF
+"""What such a comparison gives in a half of an integer."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -105,8 +107,8 @@ def decode_setp(encoder: Encoder, statement: Statement, operands: list[str]) -> 
         encoder.emit("mov.pred", target, combined)
 
 
-def _emit_packed_set(encoder: Encoder, name: str, kind: str, operands: list[str]) -> None:
-    """Each half of the result is 1 where the comparison of these halves holds, else 0."""
+def _emit_packed_set(encoder: Encoder, name: str, holding: int, operands: list[str]) -> None:
+    """Each half of the result is `holding` where the comparison of these halves holds, else 0."""
     if name not in encoder.table:
         raise Unsupported("this comparison")
     halves = []
@@ -116,7 +118,7 @@ def _emit_packed_set(encoder: Encoder, name: str, kind: str, operands: list[str]
             encoder.emit("shr.u32", part, operand, str(shift))
         holds, half = encoder.new_register(1), encoder.new_register(32)
         encoder.emit(name, holds, *parts)
-        encoder.emit("selp.b32", half, str(_PACKED_ONES[kind] << shift), "0", holds)
+        encoder.emit("selp.b32", half, str(holding << shift), "0", holds)
         halves.append(half)
     encoder.emit("or.b32", operands[0], *halves)
 
@@ -127,8 +129,8 @@ def decode_set(encoder: Encoder, statement: Statement, operands: list[str]) -> N
     parts = statement.opcode.split(".")
     kind = parts.pop(-2)
     name, boolean = _comparison(".".join(parts))
-    if kind in _PACKED_ONES and kind == parts[-1] and not boolean:
-        _emit_packed_set(encoder, name.removesuffix("x2"), kind, operands)
+    if parts[-1] in _PACKED_ONES and kind in (parts[-1], "u32", "s32") and not boolean:
+        _emit_packed_set(encoder, name.removesuffix("x2"), _PACKED_ONES.get(kind, _ALL_BITS), operands)
         return
     if name not in encoder.table or kind not in ("u32", "s32", "f32"):
         raise Unsupported("this comparison")
@@ -153,6 +155,22 @@ def decode_extreme_magnitude(encoder: Encoder, statement: Statement, operands: l
     encoder.emit("xor.b32", sign, *sources)
     encoder.emit("and.b32", sign, sign, str(0x80000000))
     encoder.emit("or.b32", target, chosen, sign)
+
+
+@decodes("min.u16x2", "max.u16x2")
+def decode_packed_extreme(encoder: Encoder, statement: Statement, operands: list[str]) -> None:
+    """min.u16x2 d, a, b: of the lower halves and of the upper ones."""
+    halves = []
+    for shift in (0, 16):
+        parts = [encoder.new_register(32) for _ in range(2)]
+        for part, operand in zip(parts, operands[1:], strict=True):
+            encoder.emit("shl.b32", part, operand, str(16 - shift))
+            encoder.emit("shr.u32", part, part, "16")
+        half = encoder.new_register(32)
+        encoder.emit(statement.opcode.replace("u16x2", "u32"), half, *parts)
+        encoder.emit("shl.b32", half, half, str(shift))
+        halves.append(half)
+    encoder.emit("or.b32", operands[0], *halves)
 
 
 @functools.lru_cache(maxsize=4096)
