@@ -26,6 +26,7 @@ from cuflash.planning import (
     fused_backward,
     kernel_cases,
     kernel_specs,
+    key_shares,
     packed_tiles,
     query_splits,
     split_forward,
@@ -40,7 +41,7 @@ from cuflash.planning import (
 from cuflash.planning.asked_for import Choice
 from cuflash.planning.codegen import CPP_ELEMENTS, config_text
 from cuflash.planning.kernel_cases import KernelCase, case_of
-from cuflash.planning.kernel_plan import UNSPLIT, Buffer, KernelPlan, LaunchShape
+from cuflash.planning.kernel_plan import UNSHARED, UNSPLIT, Buffer, KernelPlan, LaunchShape
 from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.planning.plan import Plan
 from cuflash.problem.features import NO_FEATURES
@@ -294,9 +295,13 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     num_threads = 32 * (tile.num_warps + spec.copying_warps)
     num_work = (places or num_tiles) * heads * batch * splits.number
     num_blocks = min(num_work, device.num_sms) if spec.stays else num_work
+    shares = UNSHARED
+    if spec.stays and not _works_differ(problem):
+        shares = key_shares.choose(num_work, ceil(problem.seqlen_kv / tile.tile_kv), device)
+        num_blocks = max(num_blocks, key_shares.num_blocks(shares, ceil(problem.seqlen_kv / tile.tile_kv)))
     return KernelPlan(
         case, tile, config_text(problem.dtype, constants), LaunchShape(num_blocks, num_threads, shared_bytes), num_tiles,
-        group_batch, group_heads, section, num_work, num_work > num_blocks and _works_differ(problem), splits, packed_places=places,
+        group_batch, group_heads, section, num_work, num_work > num_blocks and _works_differ(problem), splits, shares, packed_places=places,
         tile_by=tile_by,
     )  # fmt: skip
 
@@ -431,6 +436,7 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffe
             *fused_backward.workspace(problem, kernels),
             *query_splits.workspace(kernels),
             *split_forward.workspace(problem, kernels),
+            *key_shares.workspace(kernels),
             *cache_append.workspace(problem),
         )
         if buffer.name in needed and buffer.nbytes
