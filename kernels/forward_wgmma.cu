@@ -354,8 +354,13 @@ DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork&
     if (walk.begin < own_end) rows.walk(walk.begin, unmasked_begin, unmasked_end, own_end);
   }
   // The same numbers as `work`, which would take registers in the meantime.
-  store_results(arguments, TileWork::load(shared.work(stage)), rows, shared.Q(stage, warpgroup), warpgroup);
-  skip(K, V, walk.end - max(walk.begin, own_end), 1 + warpgroup);
+  const TileWork same = TileWork::load(shared.work(stage));
+  store_results(arguments, same, rows, shared.Q(stage, warpgroup), warpgroup);
+  if constexpr (SHARES_KEYS) {
+    if (first_q >= geometry.seqlen_q) skip(K, V, same.keys.end - same.keys.begin, 1 + warpgroup);
+  } else {
+    skip(K, V, walk.end - max(walk.begin, own_end), 1 + warpgroup);
+  }
 }
 
 // What it does for all tiles of the block.

@@ -21,39 +21,33 @@ struct KeyShare {
   int tile = -1;  // the tile's number among those whose keys are shared out; -1: the block has all keys
 };
 
-// Of a block, one after the other.
+// Where shares begin and end on the line of key tiles.
 class KeyShares {
  public:
   DEVICE explicit KeyShares(const ForwardWgmmaArguments& arguments)
-      : arguments(arguments), position(int(blockIdx.x) * arguments.shares.length) {}
+      : key_tiles(ceil_div(arguments.geometry.seqlen_kv, TILE_KV)),
+        length(arguments.shares.length),
+        total((arguments.num_work - arguments.shares.first_work) * key_tiles) {}
 
-  DEVICE bool is_empty() const { return position >= end(); }
+  DEVICE int begin(int block) const { return block * length; }
+  DEVICE int end(int block) const { return min(total, (block + 1) * length); }
 
-  // In order of their keys; of the block's first tile of queries it is the last part.
-  DEVICE KeyShare share() const {
-    const int tile = position / key_tiles(), begin = position - tile * key_tiles();
-    return {begin, min(key_tiles(), begin + end() - position), tile};
+  // From `position` on, which is this block's, as far as the tile of queries goes.
+  DEVICE KeyShare share(int position) const {
+    const int tile = position / key_tiles, first = position - tile * key_tiles;
+    return {first, min(key_tiles, first + end(int(blockIdx.x)) - position), tile};
   }
+  DEVICE KeyShare all_keys() const { return {0, key_tiles, -1}; }
 
-  DEVICE void advance() { position = min(end(), (position / key_tiles() + 1) * key_tiles()); }
+  // Where the next tile of queries begins.
+  DEVICE int next_tile(int position) const { return (position / key_tiles + 1) * key_tiles; }
 
-  // Of a tile of queries that is shared out: the blocks that have its first and its last keys.
-  DEVICE static int first_block(const ForwardWgmmaArguments& arguments, int tile) { return tile * key_tiles(arguments) / arguments.shares.length; }
-  DEVICE static int last_block(const ForwardWgmmaArguments& arguments, int tile) {
-    return ((tile + 1) * key_tiles(arguments) - 1) / arguments.shares.length;
-  }
-
-  DEVICE static int key_tiles(const ForwardWgmmaArguments& arguments) { return ceil_div(arguments.geometry.seqlen_kv, TILE_KV); }
+  // The blocks that have the first and the last keys of a tile of queries.
+  DEVICE int first_block(int tile) const { return tile * key_tiles / length; }
+  DEVICE int last_block(int tile) const { return ((tile + 1) * key_tiles - 1) / length; }
 
  private:
-  const ForwardWgmmaArguments& arguments;
-  int position;  // on the line of key tiles
-
-  DEVICE int key_tiles() const { return key_tiles(arguments); }
-  DEVICE int end() const {
-    const int total = (arguments.num_work - arguments.shares.first_work) * key_tiles();
-    return min(total, (int(blockIdx.x) + 1) * arguments.shares.length);
-  }
+  int key_tiles, length, total;
 };
 
 // What a warpgroup has computed with its share of the keys, in global memory: each thread's registers, four at a time, beside those of the others.
@@ -102,7 +96,8 @@ class PartOfRows {
 // shared memory of this warpgroup, `barrier` its own.
 template <typename Rows>
 DEVICE bool merge_parts(const ForwardWgmmaArguments& arguments, const KeyShare& share, Rows& rows, SmemAddress scratch, int warpgroup, int barrier) {
-  const int first = KeyShares::first_block(arguments, share.tile), last = KeyShares::last_block(arguments, share.tile);
+  const KeyShares shares(arguments);
+  const int first = shares.first_block(share.tile), last = shares.last_block(share.tile);
   if (first == last) return true;
   PartOfRows(arguments, share.tile, int(blockIdx.x), warpgroup).store(rows.O, rows.softmax);
   sync_warpgroup(barrier);

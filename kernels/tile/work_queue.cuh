@@ -70,7 +70,9 @@ struct TileWork {
 template <bool CAUSAL, typename Arguments>
 class WorkQueue {
  public:
-  DEVICE explicit WorkQueue(const Arguments& arguments) : arguments(arguments), shares(arguments), index(blockIdx.x) {}
+  DEVICE explicit WorkQueue(const Arguments& arguments) : arguments(arguments), index(blockIdx.x) {
+    if constexpr (SHARES_KEYS) go_to(KeyShares(arguments).begin(int(blockIdx.x)));
+  }
 
   DEVICE bool is_empty() const { return !has_share() && index >= uint32(SHARES_KEYS ? arguments.shares.first_work : arguments.num_work); }
 
@@ -81,7 +83,7 @@ class WorkQueue {
   }
   DEVICE void advance() {
     if (has_share()) {
-      shares.advance();
+      go_to(KeyShares(arguments).next_tile(position()));
     } else {
       index = uniform(taken) + gridDim.x;
     }
@@ -89,7 +91,10 @@ class WorkQueue {
 
   DEVICE TileWork work() const {
     KeyShare keys{};
-    if constexpr (SHARES_KEYS) keys = has_share() ? shares.share() : KeyShare{0, KeyShares::key_tiles(arguments)};
+    if constexpr (SHARES_KEYS) {
+      const KeyShares shares(arguments);
+      keys = has_share() ? shares.share(position()) : shares.all_keys();
+    }
     const int of = has_share() ? arguments.shares.first_work + keys.tile : int(index);
     const Work at = work_in_order<CAUSAL, true>(arguments, arguments.geometry.num_heads_q, of);
     const Geometry& geometry = arguments.geometry;
@@ -109,8 +114,11 @@ class WorkQueue {
 
  private:
   const Arguments& arguments;
-  KeyShares shares;
-  uint32 index, taken = 0;
+  uint32 index, taken = 0;  // with SHARES_KEYS: or where the block is in its share, less than 0
 
-  DEVICE bool has_share() const { return SHARES_KEYS && !shares.is_empty(); }
+  DEVICE bool has_share() const { return SHARES_KEYS && int(index) < 0; }
+  DEVICE int position() const { return ~int(index); }
+
+  // On in the block's share, or behind it.
+  DEVICE void go_to(int position) { index = position < KeyShares(arguments).end(int(blockIdx.x)) ? ~uint32(position) : blockIdx.x; }
 };
