@@ -8,13 +8,13 @@ from typing import Any
 import numpy
 import pytest
 from conftest import HAS_GPU, Target
+from test_wgmma_forward import NAME, inputs_of, names, with_sms
 
 import cuflash
 from cuflash import Tile
 from cuflash.planning import key_shares, wgmma_forward
 from cuflash.planning.kernel_plan import UNSHARED, KeyShares
 from cuflash.simulator import check
-from test_wgmma_forward import NAME, inputs_of, names, with_sms
 
 pytest.importorskip("cupy")
 

@@ -4,7 +4,7 @@ Pure but for tables of tuned tiles, which it reads: nothing here touches a GPU, 
 printed.
 
 Memory beyond inputs and outputs is O(S): the forward pass needs none, but where blocks of `forward_wgmma` count their tiles four bytes, and where blocks
-share out keys (`split_forward`) their partial outputs; the backward pass eight bytes per query row and head, with an additive mask twelve, and where one
+share out keys (`split_forward`, `key_shares`) their partial outputs; the backward pass eight bytes per query row and head, with an additive mask twelve, and where one
 kernel makes all gradients (`fused_backward`, `wgmma_backward`) another four for each element of dQ; where blocks share out queries (`query_splits`) a
 bounded number of times that, of dK and of dV. With a boolean mask or segments, the lists of visible tiles take four
 bytes for each pair of tiles.

@@ -130,17 +130,25 @@ def predict_kernel(
         if lifted != roles:
             speedups[limit] = clocks / steady_clocks_of_roles(lifted, machine, blocks=blocks, in_turn=in_turn)
     stays = staying and kernel_specs.TILED_KERNELS[description.kernel].stays
-    between: list[float | None] = [None, None]  # of whole tiles, and of parts
-    idle_cost = 0.0
-    for place, part in enumerate((False, True)):
-        single = single_tile_traces(function, traces, part=part) if len(roles) > 1 and stays else None
-        if single is not None:
+    between = {}  # whether a tile is shared out -> clocks
+    for shared in (False, True) if len(roles) > 1 and stays else ():
+        if (single := single_tile_traces(function, traces, shared=shared)) is not None:
             of_single = _roles(function, single, description, machine)
-            between[place] = max(0.0, steady_clocks_of_roles(of_single, machine, blocks=blocks, in_turn=in_turn) - clocks)
-    if between[0] is not None:
-        idle_cost = _idle_cost(roles, machine, clocks)
+            between[shared] = max(0.0, steady_clocks_of_roles(of_single, machine, blocks=blocks, in_turn=in_turn) - clocks)
+    idle_cost = _idle_cost(roles, machine, clocks) if between else 0.0
     return KernelPrediction(
-        description, blocks, len(roles[0].trace), traces[0].num_matrix, clocks, busy, speedups, roles, machine.l2_bytes, *between, idle_cost
+        description,
+        blocks,
+        len(roles[0].trace),
+        traces[0].num_matrix,
+        clocks,
+        busy,
+        speedups,
+        roles,
+        machine.l2_bytes,
+        between.get(False),
+        between.get(True),
+        idle_cost,
     )
 
 
