@@ -314,8 +314,9 @@ DEVICE void skip(Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V, int count, int barrie
 // Writes what a warpgroup has computed. O passes through its part of Q.
 DEVICE void store_results(const ForwardWgmmaArguments& arguments, const TileWork& work, WarpgroupRows& rows, SmemAddress Q, int warpgroup) {
   const int seqlen_q = work.geometry(arguments).seqlen_q;
+  sync_warpgroup(1 + warpgroup);  // no warp's products read Q any more
   if constexpr (SHARES_KEYS) {
-    if (work.keys.tile >= 0 && !merge_parts(arguments, work.keys, rows, Q, warpgroup, 1 + warpgroup)) return;
+    if (work.keys.tile >= 0 && !merge_parts(arguments, work.keys, rows, 4 * warpgroup + warp_of_warpgroup())) return;
   }
   if constexpr (SINKS) rows.softmax.add_sink(rows.O, arguments.features.sinks.load(work.at.batch, work.at.head) * SCORE_UNIT);
   rows.softmax.finish(rows.O);
@@ -328,7 +329,6 @@ DEVICE void store_results(const ForwardWgmmaArguments& arguments, const TileWork
       if (query < seqlen_q) *arguments.lse.pointer(work.at.batch, work.at.head, work.start_q + query) = rows.softmax.lse(0, r);
     }
   }
-  sync_warpgroup(1 + warpgroup);  // no warp's products read Q any more
   store_rows<Element, HEAD_DIM_V, O_COLUMNS, false>(rows.O, Q + warp_row * O_COLUMNS * 2, arguments.out, work.at.batch, work.at.head, first_row,
                                                     seqlen_q, 0, work.start_q);
 }

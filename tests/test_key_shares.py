@@ -56,7 +56,7 @@ def test_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "which stay for 3 tiles of queries, keys of the last one in equal shares" in str(plan)
     assert [(buffer.name, buffer.shape, buffer.is_zeroed) for buffer in plan.workspace] == [
         ("row_parts", (2, 2 * 10 * 512), False),
-        ("row_arrivals", (2,), True),
+        ("row_arrivals", (8,), True),
     ]
     for options in ({"is_causal": True}, {"window": (100, 0)}, {"seqlens_kv": numpy.array([400], "int32")}):
         assert shares_of(*inputs, tile=SHORT, **options) == UNSHARED

@@ -287,7 +287,9 @@ def test_blocks_that_share_out_keys_end_together(plan: Plan) -> None:
     kernel, whole = wgmma_kernel(few), prediction.predict_plan(few, CARDS["sm_90"], limits=False).launches[0]
     assert kernel.shares.tiles == 16 * 22 % 132
     of_kernel = whole.kernel
-    assert of_kernel is not None and of_kernel.between_tiles is not None and of_kernel.between_parts is not None
+    assert of_kernel is not None
+    assert of_kernel.between_tiles is not None
+    assert of_kernel.between_parts is not None
     assert of_kernel.between_tiles < of_kernel.between_parts < of_kernel.between_tiles + 4 * of_kernel.clocks
     unshared = prediction.lay_out(of_kernel, replace(kernel, shares=UNSHARED), few.problem, CARDS["sm_90"])
     assert whole.milliseconds < unshared.milliseconds

@@ -5,7 +5,7 @@ have none: of 1376 tiles on 132 SMs ten rounds are full, and in the eleventh 76 
 equal shares, one for each block (kernels/tile/key_shares.cuh). Of a call with fewer tiles than SMs that is all of them.
 
 It costs: a block begins with two tiles of queries more, stores its parts in float32, and whoever is last merges those of a tile. In trips through the loop over keys, by the timing
-model's bandwidth of L2: `_OF_SHARE` for each block, and `_OF_PART` for each part of a tile of queries, which one warpgroup reads. The order in which parts are merged is that of the
+model's bandwidth of L2: `_OF_SHARE` for each block, and `_OF_PART` for each part of a tile of queries, which is read again. The order in which parts are merged is that of the
 keys, so the bits are the same on every run; they depend on the number of SMs.
 """
 
@@ -15,14 +15,14 @@ from math import ceil, isqrt
 
 from cuflash.hardware.device import Device
 from cuflash.planning.kernel_plan import UNSHARED, Buffer, KernelPlan, KeyShares
-from cuflash.planning.kernel_specs import ROW_PARTS, WARPGROUP_ROWS
+from cuflash.planning.kernel_specs import ROW_PARTS
 
 LEAST_GAIN = 1.01
 """Of the kernel's time."""
 
 _OF_SHARE = 5
 _OF_PART = 1
-_WARPGROUP_THREADS = 128
+_WARP_THREADS = 32
 _STATE_CHUNKS = 2
 """Of four numbers of a thread, of its rows' softmax; kernels/tile/key_shares.cuh has the same."""
 
@@ -54,7 +54,7 @@ def arguments(kernel: KernelPlan) -> dict[str, int | str]:
 def part_floats(kernel: KernelPlan) -> int:
     """Of the rows of one tile of queries."""
     chunks = ceil(kernel.head_dim_v / 16) * 2 + _STATE_CHUNKS
-    return kernel.tile.tile_q // WARPGROUP_ROWS * chunks * 4 * _WARPGROUP_THREADS
+    return kernel.tile.num_warps * chunks * 4 * _WARP_THREADS
 
 
 def workspace(kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
@@ -62,8 +62,8 @@ def workspace(kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
     kernel = next((kernel for kernel in kernels if kernel.shares.tiles), None)
     if kernel is None:
         return ()
-    places, warpgroups = kernel.shares.tiles + kernel.num_blocks - 1, kernel.tile.tile_q // WARPGROUP_ROWS
+    places = kernel.shares.tiles + kernel.num_blocks - 1
     return (
         Buffer(ROW_PARTS[0], (places, part_floats(kernel)), "float32"),
-        Buffer(ROW_PARTS[1], (kernel.shares.tiles * warpgroups,), "int32", is_zeroed=True),
+        Buffer(ROW_PARTS[1], (kernel.shares.tiles * kernel.tile.num_warps,), "int32", is_zeroed=True),
     )

@@ -2,14 +2,13 @@
 //
 // Tiles see the same number of keys then (SHARES_KEYS). The key tiles of those that are shared out lie one behind the other, and each block has as
 // many of them as any other ("a share", stream-K: Osama et al. 2023, arXiv 2301.03598): it begins with them, and computes whole tiles of queries
-// behind. A share reaches into two tiles of queries at most. Of each of them a warpgroup stores a part: O and its softmax as they lie in registers.
-// The warpgroup that is the last of those with the same rows merges their parts, in the order of the keys, so that the bits are the same on every
+// behind. A share reaches into two tiles of queries at most. Of each of them a warp stores a part: O and its softmax as they lie in registers.
+// The warp that is the last of those with the same rows merges their parts, in the order of the keys, so that the bits are the same on every
 // run, and goes on as if it had had all keys. Nobody waits for another block.
 #pragma once
 #include "arguments.cuh"
 #include "ptx/global.cuh"
-#include "ptx/memory.cuh"
-#include "ptx/warpgroup.cuh"
+#include "ptx/warp.cuh"
 #include "tile/constants.cuh"
 #include "tile/visibility.cuh"
 
@@ -50,16 +49,16 @@ class KeyShares {
   int key_tiles, length, total;
 };
 
-// What a warpgroup has computed with its share of the keys, in global memory: each thread's registers, four at a time, beside those of the others.
+// What a warp has computed with its share of the keys, in global memory: each lane's registers, four at a time, beside those of the others.
 class PartOfRows {
  public:
   static constexpr int CHUNKS = DV_TILES + 2;  // O; references, sums and what rounding has left out of them
-  static constexpr int FLOATS = CHUNKS * 4 * WARPGROUP_SIZE;
+  static constexpr int FLOATS = CHUNKS * 4 * WARP_SIZE;
 
   // Of a tile of queries, by its number among those that are shared out: parts of one tile and neighbouring blocks have neighbouring places, and the
   // next tile's begin with a place more.
-  DEVICE PartOfRows(const ForwardWgmmaArguments& arguments, int tile, int block, int warpgroup)
-      : chunks(arguments.shares.parts + (int64(tile + block) * (NUM_WARPS / 4) + warpgroup) * FLOATS + threadIdx.x % WARPGROUP_SIZE * 4) {}
+  DEVICE PartOfRows(const ForwardWgmmaArguments& arguments, int tile, int block, int warp)
+      : chunks(arguments.shares.parts + (int64(tile + block) * NUM_WARPS + warp) * FLOATS + lane_index() * 4) {}
 
   template <typename Softmax>
   DEVICE void store(const float (&O)[1][DV_TILES][4], const Softmax& softmax) const {
@@ -87,29 +86,29 @@ class PartOfRows {
   }
 
  private:
-  float* chunks;  // this thread's first one
+  float* chunks;  // this lane's first one
 
-  DEVICE float* chunk(int i) const { return chunks + i * 4 * WARPGROUP_SIZE; }
+  DEVICE float* chunk(int i) const { return chunks + i * 4 * WARP_SIZE; }
 };
 
-// Rows of a share become those of all keys. Returns false where another warpgroup will see to that, which has not stored its part yet. `scratch` is
-// shared memory of this warpgroup, `barrier` its own.
+// Rows of a share become those of all keys. Returns false where another warp will see to that, which has not stored its part yet. `warp`: of those
+// that compute.
 template <typename Rows>
-DEVICE bool merge_parts(const ForwardWgmmaArguments& arguments, const KeyShare& share, Rows& rows, SmemAddress scratch, int warpgroup, int barrier) {
+DEVICE bool merge_parts(const ForwardWgmmaArguments& arguments, const KeyShare& share, Rows& rows, int warp) {
   const KeyShares shares(arguments);
   const int first = shares.first_block(share.tile), last = shares.last_block(share.tile);
   if (first == last) return true;
-  PartOfRows(arguments, share.tile, int(blockIdx.x), warpgroup).store(rows.O, rows.softmax);
-  sync_warpgroup(barrier);
-  if (threadIdx.x % WARPGROUP_SIZE == 0) {
-    fence_gpu();  // behind the parts of all threads, and before those of others are read
-    store_shared(scratch, fetch_increment_relaxed(arguments.shares.arrivals + share.tile * (NUM_WARPS / 4) + warpgroup));
+  PartOfRows(arguments, share.tile, int(blockIdx.x), warp).store(rows.O, rows.softmax);
+  __syncwarp();
+  uint32 arrived = 0;
+  if (lane_index() == 0) {
+    fence_gpu();  // behind the parts of all lanes, and before those of others are read
+    arrived = fetch_increment_relaxed(arguments.shares.arrivals + share.tile * NUM_WARPS + warp);
     fence_gpu();
   }
-  sync_warpgroup(barrier);
-  if (int(uniform(uint32(load_shared_s32(scratch)))) < last - first) return false;
+  if (int(uniform(arrived)) < last - first) return false;
   rows.forget();
 #pragma unroll 1
-  for (int block = first; block <= last; ++block) PartOfRows(arguments, share.tile, block, warpgroup).add_to(rows.O, rows.softmax);
+  for (int block = first; block <= last; ++block) PartOfRows(arguments, share.tile, block, warp).add_to(rows.O, rows.softmax);
   return true;
 }
