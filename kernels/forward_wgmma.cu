@@ -314,8 +314,8 @@ DEVICE void skip(Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V, int count, int barrie
 // Writes what a warpgroup has computed. O passes through its part of Q.
 DEVICE void store_results(const ForwardWgmmaArguments& arguments, const TileWork& work, WarpgroupRows& rows, SmemAddress Q, int warpgroup) {
   const int seqlen_q = work.geometry(arguments).seqlen_q;
-  sync_warpgroup(1 + warpgroup);  // no warp's products read Q any more
   if constexpr (SHARES_KEYS) {
+    sync_warpgroup(1 + warpgroup);  // no warp's products read Q any more; behind the merging of parts some warps are done
     if (work.keys.tile >= 0 && !merge_parts(arguments, work.keys, rows, 4 * warpgroup + warp_of_warpgroup())) return;
   }
   if constexpr (SINKS) rows.softmax.add_sink(rows.O, arguments.features.sinks.load(work.at.batch, work.at.head) * SCORE_UNIT);
@@ -329,6 +329,7 @@ DEVICE void store_results(const ForwardWgmmaArguments& arguments, const TileWork
       if (query < seqlen_q) *arguments.lse.pointer(work.at.batch, work.at.head, work.start_q + query) = rows.softmax.lse(0, r);
     }
   }
+  if constexpr (!SHARES_KEYS) sync_warpgroup(1 + warpgroup);  // likewise
   store_rows<Element, HEAD_DIM_V, O_COLUMNS, false>(rows.O, Q + warp_row * O_COLUMNS * 2, arguments.out, work.at.batch, work.at.head, first_row,
                                                     seqlen_q, 0, work.start_q);
 }
@@ -346,8 +347,8 @@ DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork&
     if (first_q < geometry.seqlen_q) own_end = walk.end;
     if (walk.begin < own_end) rows.walk_list(own_end);
   } else {
-    const int visible_end = SHARES_KEYS ? walk.end : ceil_div(visibility.end_key(first_q, first_q + WARPGROUP_ROWS), TILE_KV);
-    own_end = uniform(first_q < geometry.seqlen_q ? visible_end : 0);
+    own_end = uniform(
+        first_q < geometry.seqlen_q ? (SHARES_KEYS ? walk.end : ceil_div(visibility.end_key(first_q, first_q + WARPGROUP_ROWS), TILE_KV)) : 0);
     const int unmasked_begin = uniform(ceil_div(visibility.first_key(first_q + WARPGROUP_ROWS - 1), TILE_KV));
     int unmasked_end = uniform(visibility.end_key(first_q, first_q + 1) / TILE_KV);
     if constexpr (SHARES_KEYS) unmasked_end = min(unmasked_end, walk.end);
