@@ -132,6 +132,14 @@ struct MappedTensor {
   int head_factor, batch_factor;
 };
 
+// Of the last tiles of queries of forward_wgmma.cu, whose keys blocks share out (tile/key_shares.cuh).
+struct KeyShareArguments {
+  float* parts;
+  uint32* arrivals;  // of warpgroups that have stored their part of the same rows; 0 at the launch
+  int first_work;    // tiles of queries before them, all of which one block has
+  int length;        // key tiles of each block's share
+};
+
 struct ForwardWgmmaArguments {
   MappedTensor query, key, value;
   TensorView out;
@@ -142,6 +150,7 @@ struct ForwardWgmmaArguments {
   uint32* next_work;  // 0 at the launch: how many tiles blocks have taken besides their first ones (tile/work_queue.cuh); null: at fixed strides
   int num_work;       // tiles of all heads
   MappedTensor attn_mask;  // of (key, query, heads, batch), where it is copied
+  KeyShareArguments shares;
 };
 
 // What operand_terms.cu splits, and where the terms go.

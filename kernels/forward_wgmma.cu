@@ -97,6 +97,15 @@ class WarpgroupRows {
     finish();
   }
 
+  // As if no key had been seen.
+  DEVICE void forget() {
+#pragma unroll
+    for (int n = 0; n < DV_TILES; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) O[0][n][i] = 0.0f;
+    softmax = {};
+  }
+
   // The same after so many tiles of a list.
   DEVICE void walk_list(int count) {
     first_step(0, true);
@@ -325,6 +334,10 @@ DEVICE void skip(Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V, int count, int barrie
 // Writes what a warpgroup has computed. O passes through its part of Q.
 DEVICE void store_results(const ForwardWgmmaArguments& arguments, const TileWork& work, WarpgroupRows& rows, SmemAddress Q, int warpgroup) {
   const int seqlen_q = work.geometry(arguments).seqlen_q;
+  if constexpr (SHARES_KEYS) {
+    sync_warpgroup(1 + warpgroup);  // no warp's products read Q any more; behind the merging of parts some warps are done
+    if (work.keys.tile >= 0 && !merge_parts(arguments, work.keys, rows, 4 * warpgroup + warp_of_warpgroup())) return;
+  }
   if constexpr (SINKS) rows.softmax.add_sink(rows.O, arguments.features.sinks.load(work.at.batch, work.at.head) * SCORE_UNIT);
   rows.softmax.finish(rows.O);
   if constexpr (DROPOUT) multiply_all(rows.O, arguments.features.dropout_scale);
@@ -336,7 +349,7 @@ DEVICE void store_results(const ForwardWgmmaArguments& arguments, const TileWork
       if (query < seqlen_q) *arguments.lse.pointer(work.at.batch, work.at.head, work.start_q + query) = rows.softmax.lse(0, r);
     }
   }
-  sync_warpgroup(1 + warpgroup);  // no warp's products read Q any more
+  if constexpr (!SHARES_KEYS) sync_warpgroup(1 + warpgroup);  // likewise
   store_rows<Element, HEAD_DIM_V, O_COLUMNS, false>(rows.O, Q + warp_row * O_COLUMNS * 2, arguments.out, work.at.batch, work.at.head, first_row,
                                                     seqlen_q, 0, work.start_q);
 }
@@ -346,7 +359,7 @@ DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork&
                          int warpgroup, Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V) {
   const auto& geometry = work.geometry(arguments);
   const Visibility visibility(geometry, arguments.features, work.at.batch, work.at.head);
-  const Walk walk(arguments, work.at, visibility);
+  const Walk walk(arguments, work, visibility);
   const int first_q = work.at.tile * TILE_Q + warpgroup * WARPGROUP_ROWS;
   WarpgroupRows rows(geometry, arguments.features, work.at, visibility, dropout, shared, shared.Q(stage, warpgroup), warpgroup, K, V);
   int own_end = 0;  // of the tiles that this warpgroup sees
@@ -354,14 +367,21 @@ DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork&
     if (first_q < geometry.seqlen_q) own_end = walk.end;
     if (walk.begin < own_end) rows.walk_list(own_end);
   } else {
-    own_end = uniform(first_q < geometry.seqlen_q ? ceil_div(visibility.end_key(first_q, first_q + WARPGROUP_ROWS), TILE_KV) : 0);
+    own_end = uniform(
+        first_q < geometry.seqlen_q ? (SHARES_KEYS ? walk.end : ceil_div(visibility.end_key(first_q, first_q + WARPGROUP_ROWS), TILE_KV)) : 0);
     const int unmasked_begin = uniform(ceil_div(visibility.first_key(first_q + WARPGROUP_ROWS - 1), TILE_KV));
-    const int unmasked_end = uniform(visibility.end_key(first_q, first_q + 1) / TILE_KV);
+    int unmasked_end = uniform(visibility.end_key(first_q, first_q + 1) / TILE_KV);
+    if constexpr (SHARES_KEYS) unmasked_end = min(unmasked_end, walk.end);
     if (walk.begin < own_end) rows.walk(walk.begin, unmasked_begin, unmasked_end, own_end);
   }
   // The same numbers as `work`, which would take registers in the meantime.
-  store_results(arguments, TileWork::load(shared.work(stage)), rows, shared.Q(stage, warpgroup), warpgroup);
-  skip(K, V, walk.end - max(walk.begin, own_end), 1 + warpgroup);
+  const TileWork same = TileWork::load(shared.work(stage));
+  store_results(arguments, same, rows, shared.Q(stage, warpgroup), warpgroup);
+  if constexpr (SHARES_KEYS) {
+    if (first_q >= geometry.seqlen_q) skip(K, V, same.keys.end - same.keys.begin, 1 + warpgroup);
+  } else {
+    skip(K, V, walk.end - max(walk.begin, own_end), 1 + warpgroup);
+  }
 }
 
 // What it does for all tiles of the block.

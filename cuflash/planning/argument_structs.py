@@ -181,11 +181,12 @@ CACHE_APPEND_ARGUMENTS = _struct(
     ("value", TENSOR_VIEW), ("geometry", GEOMETRY), ("lengths", SEQUENCE_LENGTHS), ("cache", CACHE_ARGUMENTS), ("head_dim", INT), ("head_dim_v", INT),
     ("scales", CACHE_SCALES), ("rotary", ROTARY_ARGUMENTS),
 )  # fmt: skip
+KEY_SHARE_ARGUMENTS = _struct("KeyShareArguments", ("parts", WORD), ("arrivals", WORD), ("first_work", INT), ("length", INT))
 FORWARD_WGMMA_ARGUMENTS = _struct(
     "ForwardWgmmaArguments",
     ("query", MAPPED_TENSOR), ("key", MAPPED_TENSOR), ("value", MAPPED_TENSOR), ("out", TENSOR_VIEW), ("lse", ROW_VIEW), ("geometry", GEOMETRY),
     ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS), ("next_work", WORD), ("num_work", INT),
-    ("attn_mask", MAPPED_TENSOR),
+    ("attn_mask", MAPPED_TENSOR), ("shares", KEY_SHARE_ARGUMENTS),
 )  # fmt: skip
 OPERAND_TERMS_ARGUMENTS = _struct(
     "OperandTermsArguments",

@@ -76,6 +76,10 @@ def _launch(kernel: KernelPlan) -> str:
     tile = f"{kernel.tile}, " if kernel.spec.is_tiled or kernel.spec == kernel_specs.VISIBLE_TILES else ""
     stay = "stays" if kernel.num_blocks == 1 else "stay"
     stays = f"which {stay} for {_count(kernel.num_work, 'tile')} of queries, " if kernel.num_work > kernel.num_blocks else ""
+    if kernel.shares.tiles:
+        last = "one" if kernel.shares.tiles == 1 else str(kernel.shares.tiles)
+        stays = stays or f"for {_count(kernel.num_work, 'tile')} of queries, "
+        stays += f"keys of the last {last} in equal shares, "
     splits = f", keys of a sequence in {kernel.splits.number} splits" if kernel.splits.number > 1 else ""
     if kernel.splits.chains:
         chains = f", {_count(kernel.splits.chains, 'chain')} of keys with sums of dQ of their own" if kernel.spec.added_up else ""

@@ -82,6 +82,21 @@ class Splits(NamedTuple):
 UNSPLIT = Splits(1)
 
 
+class KeyShares(NamedTuple):
+    """The last tiles of queries of a kernel whose blocks stay, of which blocks share out the keys (key_shares.py).
+
+    Attributes:
+        tiles: of queries, the last ones of all; 0 where each has a block of its own.
+        length: key tiles of each block's share, of those of all these tiles one behind the other.
+    """
+
+    tiles: int
+    length: int
+
+
+UNSHARED = KeyShares(0, 0)
+
+
 @dataclass(frozen=True)
 class KernelPlan:
     """One kernel launch.
@@ -97,6 +112,7 @@ class KernelPlan:
         num_work: tiles of all heads: a block for each, or blocks that stay and compute one after the other.
         counts_work: those take the next one from a counter, not at fixed strides.
         splits: of the keys among blocks, or of the queries.
+        shares: of the keys of the last tiles of queries, where blocks stay.
         box_keys: keys of a streamed tile that the TMA unit copies at a time; 0: all.
         packed_places: of the list of tiles of packed sequences by which its blocks find their work (packed_tiles.py); 0: there is none.
         tile_by: where the tile is from, in words: pinned, tuned, measured, predicted or by the model; empty of a kernel without matrix products.
@@ -113,6 +129,7 @@ class KernelPlan:
     num_work: int = 0
     counts_work: bool = False
     splits: Splits = UNSPLIT
+    shares: KeyShares = UNSHARED
     box_keys: int = 0
     packed_places: int = 0
     tile_by: str = field(default="", compare=False)

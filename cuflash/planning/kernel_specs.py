@@ -224,10 +224,13 @@ FORWARD = KernelSpec(
     costs=_FORWARD_COSTS,
 )  # fmt: skip
 
+ROW_PARTS = ("row_parts", "row_arrivals")
+"""What warpgroups of forward_wgmma give whose blocks share out keys (key_shares.py), and how many have."""
+
 FORWARD_WGMMA = KernelSpec(
     "forward_wgmma", "forward_wgmma.cu", FORWARD_WGMMA_ARGUMENTS, "wgmma",
     rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
-    block_warps=(8, 12), copying_warps=4, stays=True, max_warp_rows=16, workspace=("next_work",), maps_masks=True, costs=_FORWARD_COSTS,
+    block_warps=(8, 12), copying_warps=4, stays=True, max_warp_rows=16, workspace=("next_work", *ROW_PARTS), maps_masks=True, costs=_FORWARD_COSTS,
 )  # fmt: skip
 """Hopper's own instructions (wgmma_forward.py)."""
 

@@ -4,10 +4,10 @@ Pure but for tables of tuned tiles, which it reads: nothing here touches a GPU, 
 printed.
 
 Memory beyond inputs and outputs is O(S): the forward pass needs none, but where blocks of `forward_wgmma` count their tiles four bytes, and where blocks
-share out keys (`split_forward`) their partial outputs, and of float32 on Hopper's own instructions 6 bytes for each element of query, key and value (`operand_terms`); the backward pass eight bytes per query row and head, with an additive mask twelve, and where one
-kernel makes all gradients (`fused_backward`, `wgmma_backward`) another four for each element of dQ; where blocks share out queries (`query_splits`) a
-bounded number of times that, of dK and of dV. With a boolean mask or segments, the lists of visible tiles take four
-bytes for each pair of tiles.
+share out keys (`split_forward`, `key_shares`) their partial outputs, and of float32 on Hopper's own instructions 6 bytes for each element of query, key and
+value (`operand_terms`); the backward pass eight bytes per query row and head, with an additive mask twelve, and where one kernel makes all gradients
+(`fused_backward`, `wgmma_backward`) another four for each element of dQ; where blocks share out queries (`query_splits`) a bounded number of times that, of
+dK and of dV. With a boolean mask or segments, the lists of visible tiles take four bytes for each pair of tiles.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cuflash.planning import (
     fused_backward,
     kernel_cases,
     kernel_specs,
+    key_shares,
     operand_terms,
     packed_tiles,
     query_splits,
@@ -41,7 +42,7 @@ from cuflash.planning import (
 from cuflash.planning.asked_for import Choice
 from cuflash.planning.codegen import CPP_ELEMENTS, config_text
 from cuflash.planning.kernel_cases import KernelCase, case_of
-from cuflash.planning.kernel_plan import UNSPLIT, Buffer, KernelPlan, LaunchShape
+from cuflash.planning.kernel_plan import UNSHARED, UNSPLIT, Buffer, KernelPlan, LaunchShape
 from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.planning.plan import Plan
 from cuflash.problem.features import NO_FEATURES
@@ -301,9 +302,13 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     num_threads = 32 * (tile.num_warps + spec.copying_warps)
     num_work = (places or num_tiles) * heads * batch * splits.number
     num_blocks = min(num_work, device.num_sms) if spec.stays else num_work
+    shares = UNSHARED
+    if spec.stays and not _works_differ(problem):
+        shares = key_shares.choose(num_work, ceil(problem.seqlen_kv / tile.tile_kv), device)
+        num_blocks = max(num_blocks, key_shares.num_blocks(shares, ceil(problem.seqlen_kv / tile.tile_kv)))
     return KernelPlan(
         case, tile, config_text(problem.dtype, constants), LaunchShape(num_blocks, num_threads, shared_bytes), num_tiles,
-        group_batch, group_heads, section, num_work, num_work > num_blocks and _works_differ(problem), splits, packed_places=places,
+        group_batch, group_heads, section, num_work, num_work > num_blocks and _works_differ(problem), splits, shares, packed_places=places,
         tile_by=tile_by,
     )  # fmt: skip
 
@@ -439,6 +444,7 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffe
             *operand_terms.workspace(problem, kernels),
             *query_splits.workspace(kernels),
             *split_forward.workspace(problem, kernels),
+            *key_shares.workspace(kernels),
             *cache_append.workspace(problem),
         )
         if buffer.name in needed and buffer.nbytes

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cuflash.arrays.borrowing import Array
 from cuflash.arrays.frameworks import BFloat16Bits, Framework
 from cuflash.arrays.signatures import Pinned, pointer, pointer_of_results, refuse_without_memory
-from cuflash.planning import operand_terms, query_splits
+from cuflash.planning import key_shares, operand_terms, query_splits
 from cuflash.planning.argument_structs import MAPPED_TENSOR
 from cuflash.planning.kernel_plan import Buffer, KernelPlan, LaunchShape
 from cuflash.planning.kernel_specs import MERGE_ATTENTION, PART_TABLE, PARTS
@@ -216,7 +216,7 @@ class PreparedCall:
                 "lengths": values.get("lengths", arguments.lengths(problem, kernel.packed_places)),
                 "group_batch": kernel.group_batch, "group_heads": kernel.group_heads, "num_work": kernel.num_work, "num_tiles": kernel.num_tiles,
                 "head_dim": kernel.head_dim, "num_splits": kernel.splits.number, "split_tiles": kernel.splits.tiles,
-                "begin_tiles": BEGIN_TILES, "part_tiles": PART_TILES, "splits": query_splits.arguments(kernel, problem),
+                "begin_tiles": BEGIN_TILES, "part_tiles": PART_TILES, "splits": query_splits.arguments(kernel, problem), "shares": key_shares.arguments(kernel),
             }  # fmt: skip
             own |= {
                 field.name: {} for field in kernel.spec.arguments.fields if field.type is MAPPED_TENSOR

@@ -55,6 +55,7 @@ class KernelPrediction:
         roles: the operations, for those who go on with them; first those of the warps that compute.
         l2_bytes: per clock and SM, which "l2" is a share of.
         between_tiles: clocks that a tile of queries takes beside its trips, of a block that stays; None where blocks do not.
+        between_parts: the same of a tile whose keys blocks share out (planning/key_shares.py), with the storing of a part and the merging of one; None where none is.
         idle_cost: of such a block, what a trip in which a warpgroup has nothing to do costs, as a part of one in which all have.
     """
 
@@ -68,6 +69,7 @@ class KernelPrediction:
     roles: tuple[Role, ...]
     l2_bytes: float
     between_tiles: float | None = None
+    between_parts: float | None = None
     idle_cost: float = 0.0
 
     @property
@@ -128,14 +130,25 @@ def predict_kernel(
         if lifted != roles:
             speedups[limit] = clocks / steady_clocks_of_roles(lifted, machine, blocks=blocks, in_turn=in_turn)
     stays = staying and kernel_specs.TILED_KERNELS[description.kernel].stays
-    single = single_tile_traces(function, traces) if len(roles) > 1 and stays else None
-    between, idle_cost = None, 0.0
-    if single is not None:
-        idle_cost = _idle_cost(roles, machine, clocks)
-        of_single = _roles(function, single, description, machine)
-        between = max(0.0, steady_clocks_of_roles(of_single, machine, blocks=blocks, in_turn=in_turn) - clocks)
+    between = {}  # whether a tile is shared out -> clocks
+    for shared in (False, True) if len(roles) > 1 and stays else ():
+        if (single := single_tile_traces(function, traces, shared=shared)) is not None:
+            of_single = _roles(function, single, description, machine)
+            between[shared] = max(0.0, steady_clocks_of_roles(of_single, machine, blocks=blocks, in_turn=in_turn) - clocks)
+    idle_cost = _idle_cost(roles, machine, clocks) if between else 0.0
     return KernelPrediction(
-        description, blocks, len(roles[0].trace), traces[0].num_matrix, clocks, busy, speedups, roles, machine.l2_bytes, between, idle_cost
+        description,
+        blocks,
+        len(roles[0].trace),
+        traces[0].num_matrix,
+        clocks,
+        busy,
+        speedups,
+        roles,
+        machine.l2_bytes,
+        between.get(False),
+        between.get(True),
+        idle_cost,
     )
 
 
@@ -408,6 +421,7 @@ def lay_out(
     last_first = problem.is_causal and not kernel.spec.owns_keys and not kernel.packed_places
     launched = in_order(visits, section=section, last_first=last_first)
     trips = [weighed[of] for of in launched]
+    trips = trips[: len(trips) - kernel.shares.tiles]
     if kernel.spec.added_up:
         _wait_for_each_other(
             trips, kernel, together=card.num_sms * predicted.blocks, section=section, tiles=kernel.num_tiles * kernel.splits.number
@@ -415,6 +429,8 @@ def lay_out(
     clocks = grid_clocks(trips, num_sms=card.num_sms, trip_clocks=_trip_clocks(predicted, machine), overhead=overhead, empty=empty)
     if stays:  # each once
         clocks += _block_overhead(kernel, problem, machine, card)
+    if kernel.shares.tiles:  # of two tiles
+        clocks += kernel.shares.length * predicted.clocks + 2 * (predicted.between_parts or overhead)
     counted = Counter(of for head in visits for of in head)
     total, partial = sum(of.total * count for of, count in counted.items()), sum(of.partial * count for of, count in counted.items())
     working, tiles = sum(count for of, count in counted.items() if of.total), counted.total()

@@ -45,6 +45,11 @@ DEVICE void load_relaxed(const float* address, float (&values)[4]) {
                : "memory");
 }
 
+DEVICE void store_relaxed(float* address, const float (&values)[4]) {
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
+               : "memory");
+}
+
 #if HAS_VECTOR_RED
 // Four neighbours on 16 bytes, each as if by itself.
 DEVICE void add_relaxed(float* address, const float (&addend)[4]) {

@@ -42,7 +42,7 @@ class Copier {
     if (work.is_behind(arguments)) return tell(work, false);  // rows of no sequence, which has no lengths to look up
     const auto& geometry = work.geometry(arguments);
     const Visibility visibility(geometry, arguments.features, work.at.batch, work.at.head);
-    Walk walk(arguments, work.at, visibility);
+    Walk walk(arguments, work, visibility);
     if (walk.begin >= walk.end) return tell(work, false);
     const int head_kv = work.at.head / (geometry.num_heads_q / geometry.num_heads_kv);
     int num_keys = 0x7fffffff;  // from there on V may hold anything

@@ -175,6 +175,17 @@ struct OnlineSoftmax {
       }
   }
 
+  // Takes in the sum of a row over other keys, relative to a reference of its own. Returns what the row's own O and that of the other keys have to be
+  // multiplied by.
+  DEVICE float2 merge(int m, int r, float other_reference, float other_sum, float other_rest) {
+    const float previous = reference[m][r];
+    reference[m][r] = fmaxf(previous, other_reference);
+    const float2 factors = make_float2(rescale(previous, reference[m][r]), rescale(other_reference, reference[m][r]));
+    add_to_sum(m, r, factors.x, factors.y * other_sum);
+    add_to_sum(m, r, factors.y * other_rest);
+    return factors;
+  }
+
   // Normalises O. From then on a row has `lse`, and `reference` is none any more.
   template <int N_O>
   DEVICE void finish(float (&O)[M][N_O][4]) {

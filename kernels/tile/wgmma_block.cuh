@@ -74,10 +74,15 @@ struct Walk {
   KeyTiles tiles;
   int begin, end;
 
-  DEVICE Walk(const ForwardWgmmaArguments& arguments, const Work& work, const Visibility& visibility)
-      : tiles(arguments.geometry, arguments.features, work.batch, work.head, work.tile, ceil_div(arguments.geometry.seqlen_kv, TILE_KV)) {
-    const int first_q = work.tile * TILE_Q;
-    begin = TILE_LISTS ? 0 : uniform(visibility.first_key(first_q) / TILE_KV);
-    end = uniform(TILE_LISTS ? tiles.count() : ceil_div(visibility.end_key(first_q, first_q + TILE_Q), TILE_KV));
+  DEVICE Walk(const ForwardWgmmaArguments& arguments, const TileWork& work, const Visibility& visibility)
+      : tiles(arguments.geometry, arguments.features, work.at.batch, work.at.head, work.at.tile, ceil_div(arguments.geometry.seqlen_kv, TILE_KV)) {
+    const int first_q = work.at.tile * TILE_Q;
+    if constexpr (SHARES_KEYS) {
+      begin = work.keys.begin;
+      end = work.keys.end;
+    } else {
+      begin = TILE_LISTS ? 0 : uniform(visibility.first_key(first_q) / TILE_KV);
+      end = uniform(TILE_LISTS ? tiles.count() : ceil_div(visibility.end_key(first_q, first_q + TILE_Q), TILE_KV));
+    }
   }
 };

@@ -2,13 +2,15 @@
 //
 // There are as many blocks as run at one time. Each begins with the tile of its own number. Those behind it a block takes from a counter in global
 // memory where tiles take different times, so that no block waits for another one, and else every gridDim.x-th. Which block computes a tile changes
-// no bit of it. The counter is 0 before the launch.
+// no bit of it. The counter is 0 before the launch. The keys of the last tiles may be shared out among blocks, which then begin with their shares
+// (tile/key_shares.cuh).
 //
 // A tile of a sequence with lengths of its own (tile/sequence.cuh) comes with these, so that only one warp of a block waits for them.
 #pragma once
 #include "ptx/global.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/warp.cuh"
+#include "tile/key_shares.cuh"
 #include "tile/packed_tiles.cuh"
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
@@ -16,12 +18,14 @@
 struct TileWork {
   Work at;  // tile -1: there is no more
   int start_q = 0, start_kv = 0, seqlen_q = 0, seqlen_kv = 0;  // of the sequence; where lengths are the call's, nobody looks at them
+  KeyShare keys{};  // with SHARES_KEYS
 
   static constexpr int BYTES = 32;  // in shared memory, on 16 bytes
 
   DEVICE void store(SmemAddress address) const {
     store_shared(address, Chunk{{uint32(at.tile), uint32(at.head), uint32(at.batch), 0}});
     if constexpr (RAGGED) store_shared(address + 16, Chunk{{uint32(start_q), uint32(start_kv), uint32(seqlen_q), uint32(seqlen_kv)}});
+    if constexpr (SHARES_KEYS) store_shared(address + 16, Chunk{{uint32(keys.begin), uint32(keys.end), uint32(keys.tile), 0}});
   }
 
   // The same numbers in all lanes of the warp, and known to be.
@@ -31,6 +35,10 @@ struct TileWork {
     if constexpr (RAGGED) {
       const Chunk sequence = load_shared(address + 16);
       work = {work.at, uniform_word(sequence, 0), uniform_word(sequence, 1), uniform_word(sequence, 2), uniform_word(sequence, 3)};
+    }
+    if constexpr (SHARES_KEYS) {
+      const Chunk share = load_shared(address + 16);
+      work.keys = {uniform_word(share, 0), uniform_word(share, 1), uniform_word(share, 2)};
     }
     return work;
   }
@@ -62,21 +70,36 @@ struct TileWork {
 template <bool CAUSAL, typename Arguments>
 class WorkQueue {
  public:
-  DEVICE explicit WorkQueue(const Arguments& arguments) : arguments(arguments), index(blockIdx.x) {}
+  DEVICE explicit WorkQueue(const Arguments& arguments) : arguments(arguments), index(blockIdx.x) {
+    if constexpr (SHARES_KEYS) go_to(KeyShares(arguments).begin(int(blockIdx.x)));
+  }
 
-  DEVICE bool is_empty() const { return index >= uint32(arguments.num_work); }
+  DEVICE bool is_empty() const { return !has_share() && index >= uint32(SHARES_KEYS ? arguments.shares.first_work : arguments.num_work); }
 
   // Takes the next tile while there is time: the counter answers late, and nothing is done with its answer before `advance`.
   DEVICE void take_ahead() {
     taken = index;
     if (arguments.next_work != nullptr && lane_index() == 0) taken = fetch_increment_relaxed(arguments.next_work);
   }
-  DEVICE void advance() { index = uniform(taken) + gridDim.x; }
+  DEVICE void advance() {
+    if (has_share()) {
+      go_to(KeyShares(arguments).next_tile(position()));
+    } else {
+      index = uniform(taken) + gridDim.x;
+    }
+  }
 
   DEVICE TileWork work() const {
-    const Work at = work_in_order<CAUSAL, true>(arguments, arguments.geometry.num_heads_q, int(index));
+    KeyShare keys{};
+    if constexpr (SHARES_KEYS) {
+      const KeyShares shares(arguments);
+      keys = has_share() ? shares.share(position()) : shares.all_keys();
+    }
+    const int of = has_share() ? arguments.shares.first_work + keys.tile : int(index);
+    const Work at = work_in_order<CAUSAL, true>(arguments, arguments.geometry.num_heads_q, of);
     const Geometry& geometry = arguments.geometry;
     TileWork work{at};
+    work.keys = keys;
     if constexpr (RAGGED) {
       work.start_q = sequence_start(arguments.lengths.cu_seqlens_q, at.batch, geometry.seqlen_q);
       if (!work.is_behind(arguments)) {
@@ -91,5 +114,11 @@ class WorkQueue {
 
  private:
   const Arguments& arguments;
-  uint32 index, taken = 0;
+  uint32 index, taken = 0;  // with SHARES_KEYS: or where the block is in its share, less than 0
+
+  DEVICE bool has_share() const { return SHARES_KEYS && int(index) < 0; }
+  DEVICE int position() const { return ~int(index); }
+
+  // On in the block's share, or behind it.
+  DEVICE void go_to(int position) { index = position < KeyShares(arguments).end(int(blockIdx.x)) ? ~uint32(position) : blockIdx.x; }
 };

@@ -1,0 +1,126 @@
+"""Blocks of the forward kernel of wgmma that share out the keys of the last tiles of queries: when, as exact as without, the same bits under every schedule."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy
+import pytest
+from conftest import HAS_GPU, Target
+from test_wgmma_forward import NAME, inputs_of, names, with_sms
+
+import cuflash
+from cuflash import Tile
+from cuflash.planning import key_shares, wgmma_forward
+from cuflash.planning.kernel_plan import UNSHARED, KeyShares
+from cuflash.simulator import check
+
+pytest.importorskip("cupy")
+
+SHORT = {NAME: Tile(128, 16, 8, 2)}
+"""Many tiles of few keys."""
+
+
+@pytest.fixture(autouse=True)
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
+    monkeypatch.setenv(wgmma_forward.VARIABLE, "1")
+
+
+def shares_of(*inputs: Any, **options: Any) -> KeyShares:
+    plan = cuflash.plan(*inputs, enable_gqa=True, **options)
+    assert names(plan) == [NAME]
+    return plan.kernels[0].shares
+
+
+# --- When ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_round_is_shared_out_where_it_leaves_blocks_idle() -> None:
+    on = Target("sm_90").device
+    assert on.num_sms == 132
+    assert key_shares.choose(1376, 205, on) == KeyShares(56, 87)
+    assert key_shares.choose(1320, 205, on) == UNSHARED  # no rest
+    assert key_shares.choose(1450, 205, on) == UNSHARED  # nearly full
+    assert key_shares.choose(1376, 4, on) == UNSHARED  # too few keys
+    assert key_shares.choose(1, 205, on) == KeyShares(1, 14)  # a call that leaves most SMs idle
+    assert key_shares.num_blocks(KeyShares(1, 14), 205) == 15
+
+
+def test_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_sms(monkeypatch, 2)
+    inputs = inputs_of(Target("sm_90"), (300, 500))
+    assert shares_of(*inputs, tile=SHORT) == KeyShares(1, 16)
+    plan = cuflash.plan(*inputs, tile=SHORT)
+    assert "which stay for 3 tiles of queries, keys of the last one in equal shares" in str(plan)
+    assert [(buffer.name, buffer.shape, buffer.is_zeroed) for buffer in plan.workspace] == [
+        ("row_parts", (2, 2 * 10 * 512), False),
+        ("row_arrivals", (8,), True),
+    ]
+    for options in ({"is_causal": True}, {"window": (100, 0)}, {"seqlens_kv": numpy.array([400], "int32")}):
+        assert shares_of(*inputs, tile=SHORT, **options) == UNSHARED
+
+
+# --- Right --------------------------------------------------------------------------------------------------------------------------------
+
+CASES: dict[str, tuple[int, tuple[int, int], int, int, dict[str, Any]]] = {
+    "two parts": (2, (300, 500), 64, 1, {}),
+    "shares that reach into two tiles": (4, (300, 490), 64, 2, {}),
+    "fewer tiles than blocks": (9, (200, 500), 64, 1, {}),
+    "wide": (2, (100, 330), 256, 3, {}),
+    "softcap and sinks": (2, (300, 500), 64, 1, {"softcap": 5.0, "sinks": numpy.array([1.5], "float32")}),
+    "dropout": (2, (300, 500), 64, 1, {"dropout_p": 0.3, "dropout_seed": 7}),
+    "additive mask": (2, (300, 496), 64, 1, {"attn_mask": numpy.random.default_rng(1).standard_normal((300, 496)).astype("float32")}),
+}
+"""SMs, lengths, head_dim, heads and options."""
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("case", CASES)
+def test_parts_are_merged(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_sms, lengths, head_dim, heads, options = CASES[case]
+    on = Target("sm_90")
+    with_sms(monkeypatch, num_sms)
+    inputs = inputs_of(on, lengths, head_dim, heads=(heads, heads), dtype="float16")
+    assert shares_of(*inputs, tile=SHORT, **options) != UNSHARED
+    on.check(*inputs, backward=False, tile=SHORT, **options)
+
+
+def test_rows_whose_scores_differ_from_part_to_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By far more than a reference of one part leaves of the other."""
+    on = Target("sm_90")
+    with_sms(monkeypatch, 2)
+    query, key, value = inputs_of(on, (100, 500), dtype="float16")
+    key[:, 300:] *= 40
+    assert shares_of(query, key, value, tile=SHORT) != UNSHARED
+    on.check(query, key, value, backward=False, tile=SHORT)
+
+
+def test_every_schedule_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Whichever block is the last to have stored its part."""
+    with_sms(monkeypatch, 3)
+    seeds = range(100 if request.config.getoption("--exhaustive") else 8)
+    inputs = inputs_of(Target("sm_90"), (130, 430), heads=(2, 1), dtype="float16")
+    assert shares_of(*inputs, tile=SHORT) == KeyShares(1, 9)
+    report = check(
+        functools.partial(cuflash.scaled_dot_product_attention, *inputs, enable_gqa=True, return_lse=True, tile=SHORT), seeds=seeds
+    )
+    assert report.kernels == (NAME,)
+    assert len(report.runs) == 2 + len(seeds)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="the simulator would take hours")
+def test_on_a_whole_gpu() -> None:
+    """The same bits each time."""
+    on = Target("gpu")
+    if on.device.capability != 90:
+        pytest.skip("the GPU is no sm_90")
+    inputs = inputs_of(on, (4000, 4000), 128, heads=(7, 7), dtype="bfloat16")
+    assert shares_of(*inputs) != UNSHARED
+    attend = functools.partial(cuflash.scaled_dot_product_attention, *inputs, return_lse=True)
+    bits = [Target.bits(x) for x in attend()]
+    for _ in range(20):
+        assert [Target.bits(x) for x in attend()] == bits
+    on.check(*inputs, backward=False)
