@@ -84,6 +84,25 @@ def test_small_probabilities_beside_an_attention_sink(gap: float) -> None:
     checked(HOST, *sink_inputs(HOST, "float32", 4096, gap, head_dim=64), scale=1.0)
 
 
+def test_small_probabilities_of_equal_values() -> None:
+    """What each tile adds to an O of 0.75 is just under half of its last place, and was lost with every one."""
+    query, key, value = sink_inputs(HOST, "float32", 4096, 21.23, head_dim=64)
+    query[..., 1:], value[...], value[:, 0] = 0, 1, 0.75
+    checked(HOST, query, key, value, scale=1.0)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("dims", [(64, 64), (40, 100)], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_outputs_in_parts(is_causal: bool, dims: tuple[int, int]) -> None:
+    """More than 2048 keys, so that O starts anew twice, with references that rise behind that; blocks have several tiles, warpgroups other numbers of parts."""
+    query, key = (HOST.random((1, length, heads, dims[0]), "float32", heads) for length, heads in ((200, 2), (2300, 1)))
+    value = HOST.random((1, 2300, 1, dims[1]), "float32", 9)
+    key *= numpy.linspace(0.1, 3, 2300, dtype="float32")[:, None, None]
+    assert "row_parts" in [buffer.name for buffer in cuflash.plan(query, key, value, enable_gqa=True).workspace]
+    checked(HOST, query, key, value, is_causal=is_causal, causal_alignment="bottom_right")
+
+
 def test_numbers_of_all_sizes() -> None:
     """Each element times 2 to the power of -20 to 0: a format of fewer bits, or one scale for a tile, would lose the small ones."""
     random = numpy.random.default_rng(3)

@@ -85,6 +85,21 @@ class PartOfRows {
     }
   }
 
+  // The same of O alone, where the softmax is that of all keys.
+  template <typename Softmax>
+  DEVICE void add_outputs_to(float (&O)[1][DV_TILES][4], const Softmax& softmax) const {
+    float state[4];
+    load_relaxed(chunk(DV_TILES), state);
+    const float factors[2] = {softmax.rescale_since(state[0], 0, 0), softmax.rescale_since(state[1], 0, 1)};
+#pragma unroll
+    for (int n = 0; n < DV_TILES; ++n) {
+      float other[4];
+      load_relaxed(chunk(n), other);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) O[0][n][i] = __fmaf_rn(other[i], factors[i / 2], O[0][n][i]);
+    }
+  }
+
  private:
   float* chunks;  // this lane's first one
 
