@@ -132,7 +132,8 @@ struct MappedTensor {
   int head_factor, batch_factor;
 };
 
-// Of the last tiles of queries of forward_wgmma.cu, whose keys blocks share out (tile/key_shares.cuh).
+// Of the last tiles of queries of forward_wgmma.cu, whose keys blocks share out (tile/key_shares.cuh). forward_wgmma_float32.cu
+// has `parts` for O of earlier keys.
 struct KeyShareArguments {
   float* parts;
   uint32* arrivals;  // of warpgroups that have stored their part of the same rows; 0 at the launch

@@ -19,6 +19,8 @@
 #include "tile/copier.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/fragment.cuh"
+#include "tile/key_shares.cuh"
+#include "tile/partial_outputs.cuh"
 #include "tile/softmax.cuh"
 #include "tile/visibility.cuh"
 #include "tile/wgmma_block.cuh"
@@ -50,13 +52,24 @@ class WarpgroupRows {
     }
   }
 
-  // O and the softmax state after tiles begin .. end - 1, of which those before unmasked_end are visible to all rows.
-  DEVICE void walk(int begin, int unmasked_end, int end) {
-    first_step(begin, begin >= unmasked_end);
-    int j = begin + 1;
-    steps<false>(j, unmasked_end);
-    steps<true>(j, end);
-    finish<OTHER_TILES>();
+  // O and the softmax state after tiles 0 .. end - 1, of which those before unmasked_end are visible to all rows. Each tile that is added rounds O,
+  // so that beside a large O thousands of small ones would be lost: O starts anew after every PARTIAL_STEPS tiles, and the sum of all before is in
+  // memory.
+  DEVICE void walk(const PartOfRows& earlier, int unmasked_end, int end) {
+    int j = 0;
+#pragma unroll 1
+    while (true) {
+      const int begin = j, part_end = min(end, j + PARTIAL_STEPS);
+      first_step(j, j >= unmasked_end);
+      ++j;
+      steps<false>(j, min(unmasked_end, part_end));
+      steps<true>(j, part_end);
+      finish<OTHER_TILES>();
+      if (begin > 0) earlier.add_outputs_to(O, softmax);
+      if (j == end) break;
+      earlier.store(O, softmax);
+      forget_outputs();
+    }
   }
 
  private:
@@ -66,6 +79,13 @@ class WarpgroupRows {
   const uint64 Q_descriptor;
   int end_key[2];  // which keys a row sees, less the column of the lane
   uint32 P[TERMS][P_STEPS][4];
+
+  DEVICE void forget_outputs() {
+#pragma unroll
+    for (int n = 0; n < DV_TILES; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) O[0][n][i] = 0.0f;
+  }
 
   DEVICE void issue_scores(float (&S)[1][S_TILES][4]) {
     issue_rows_of_terms<WarpgroupQ, RingK, D_TILES / 2>(S, Q_descriptor, RingK::descriptor(shared.K(K.stage)));
@@ -215,13 +235,13 @@ DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork&
                          Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V) {
   const auto& geometry = work.geometry(arguments);
   const Visibility visibility(geometry, arguments.features, work.at.batch, work.at.head);
-  const Walk walk(arguments, work.at, visibility);
+  const Walk walk(arguments, work, visibility);
   const int first_q = work.at.tile * TILE_Q + warpgroup * WARPGROUP_ROWS;
   WarpgroupRows rows(geometry, work.at, visibility, shared, shared.Q(stage, warpgroup), warpgroup, K, V);
   const int own_end =  // of the tiles that this warpgroup sees
       uniform(first_q < geometry.seqlen_q ? ceil_div(visibility.end_key(first_q, first_q + WARPGROUP_ROWS), TILE_KV) : 0);
   const int unmasked_end = uniform(visibility.end_key(first_q, first_q + 1) / TILE_KV);
-  if (own_end > 0) rows.walk(0, unmasked_end, own_end);
+  if (own_end > 0) rows.walk(PartOfRows(arguments, 0, int(blockIdx.x), 4 * warpgroup + warp_of_warpgroup()), unmasked_end, own_end);
   // The same numbers as `work`, which would take registers in the meantime.
   store_results(arguments, TileWork::load(shared.work(stage)), rows, shared.Q(stage, warpgroup), warpgroup);
   skip(K, V, walk.end - max(0, own_end), 1 + warpgroup);

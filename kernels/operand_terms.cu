@@ -2,8 +2,8 @@
 //
 //     high = bfloat16(x),  middle = bfloat16(x - high),  low = x - high - middle,
 //
-// which leaves nothing over: each takes 8 of the 24 bits of x, and a sign. Infinity, and what bfloat16 rounds to it, has a rest of NaN: such inputs
-// give NaN where they are seen.
+// which leaves nothing over: each takes 8 of the 24 bits of x, and a sign. Of numbers below 2^-109 it does: bfloat16 ends at 2^-133. Infinity, and
+// what bfloat16 rounds to it, has a rest of NaN: such inputs give NaN where they are seen.
 //
 // A row of an array of terms has the high terms of all columns, then the middle and then the low ones, each filled up with zeros to whole slabs
 // (tile/slab_tile.cuh). Rows lie as (batch, seqlen, heads), whatever the strides of the array are. A thread has eight columns of a row.

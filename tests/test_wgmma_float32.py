@@ -84,6 +84,25 @@ def test_small_probabilities_beside_an_attention_sink(gap: float) -> None:
     checked(HOST, *sink_inputs(HOST, "float32", 4096, gap, head_dim=64), scale=1.0)
 
 
+def test_small_probabilities_of_equal_values() -> None:
+    """What each tile adds to an O of 0.75 is just under half of its last place, and was lost with every one."""
+    query, key, value = sink_inputs(HOST, "float32", 4096, 21.23, head_dim=64)
+    query[..., 1:], value[...], value[:, 0] = 0, 1, 0.75
+    checked(HOST, query, key, value, scale=1.0)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("dims", [(64, 64), (40, 100)], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_outputs_in_parts(is_causal: bool, dims: tuple[int, int]) -> None:
+    """More than 2048 keys, so that O starts anew twice, with references that rise behind that; blocks have several tiles, warpgroups other numbers of parts."""
+    query, key = (HOST.random((1, length, heads, dims[0]), "float32", heads) for length, heads in ((200, 2), (2300, 1)))
+    value = HOST.random((1, 2300, 1, dims[1]), "float32", 9)
+    key *= numpy.linspace(0.1, 3, 2300, dtype="float32")[:, None, None]
+    assert "row_parts" in [buffer.name for buffer in cuflash.plan(query, key, value, enable_gqa=True).workspace]
+    checked(HOST, query, key, value, is_causal=is_causal, causal_alignment="bottom_right")
+
+
 def test_numbers_of_all_sizes() -> None:
     """Each element times 2 to the power of -20 to 0: a format of fewer bits, or one scale for a tile, would lose the small ones."""
     random = numpy.random.default_rng(3)
@@ -233,3 +252,13 @@ def test_workspace_is_terms_of_the_operands() -> None:
     inputs = inputs_of(HOST, (200, 150), 40, heads=(4, 2), dtype="float32")
     shapes = {buffer.name: buffer.shape for buffer in cuflash.plan(*inputs, enable_gqa=True).workspace}
     assert shapes == {"query_terms": (1, 200, 4, 192), "key_terms": (1, 150, 2, 192), "value_terms": (1, 150, 2, 192)}
+
+
+def test_blocks_compute_whole_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the 16-bit kernel share out the keys of the last tiles of queries, with the same code around them."""
+    with_sms(monkeypatch, 132)
+    shapes = {dtype: inputs_of(HOST, (1000, 4096), heads=(16, 16), dtype=dtype) for dtype in ("float16", "float32")}
+    plans = {dtype: cuflash.plan(*inputs) for dtype, inputs in shapes.items()}
+    assert plans["float16"].kernels[-1].shares.tiles
+    assert not plans["float32"].kernels[-1].shares.tiles
+    assert plans["float32"].kernels[-1].num_work == plans["float32"].kernels[-1].num_blocks

@@ -190,6 +190,11 @@ class KernelSpec:
         return self.is_tiled and KEY_PARTS in self.workspace
 
     @property
+    def shares_keys(self) -> bool:
+        """Its blocks may share out the keys of the last tiles of queries (key_shares.py)."""
+        return ROW_PARTS[1] in self.workspace
+
+    @property
     def walks_table(self) -> bool:
         """Where data hide tiles, its blocks walk over a table of the places of tiles in the place of lists (kernels/tile/visible_tiles.cuh)."""
         return bool(self.added_up) or (self.owns_keys and self.maps_tensors)
@@ -225,7 +230,7 @@ FORWARD = KernelSpec(
 )  # fmt: skip
 
 ROW_PARTS = ("row_parts", "row_arrivals")
-"""What warpgroups of forward_wgmma give whose blocks share out keys (key_shares.py), and how many have."""
+"""What warps of forward_wgmma give whose blocks share out keys (key_shares.py), and how many have; what those of forward_wgmma_float32 keep of O."""
 
 FORWARD_WGMMA = KernelSpec(
     "forward_wgmma", "forward_wgmma.cu", FORWARD_WGMMA_ARGUMENTS, "wgmma",
@@ -245,7 +250,7 @@ _TERMS_OF_OPERANDS = "query_terms", "key_terms", "value_terms"
 FORWARD_WGMMA_FLOAT32 = KernelSpec(
     "forward_wgmma_float32", "forward_wgmma_float32.cu", FORWARD_WGMMA_ARGUMENTS, "wgmma",
     rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
-    block_warps=(8, 12), copying_warps=4, stays=True, takes_terms=True, max_warp_rows=16, workspace=("next_work", *_TERMS_OF_OPERANDS), costs=_FORWARD_COSTS,
+    block_warps=(8, 12), copying_warps=4, stays=True, takes_terms=True, max_warp_rows=16, workspace=("next_work", ROW_PARTS[0], *_TERMS_OF_OPERANDS), costs=_FORWARD_COSTS,
 )  # fmt: skip
 """The same to float32 accuracy."""
 

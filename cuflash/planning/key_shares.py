@@ -16,12 +16,15 @@ from math import ceil, isqrt
 from cuflash.hardware.device import Device
 from cuflash.planning.kernel_plan import UNSHARED, Buffer, KernelPlan, KeyShares
 from cuflash.planning.kernel_specs import ROW_PARTS
+from cuflash.problem.problem import Problem
 
 LEAST_GAIN = 1.01
 """Of the kernel's time."""
 
 _OF_SHARE = 5
 _OF_PART = 1
+_PARTIAL_KEYS = 1024
+"""After which O starts anew in float32; kernels/tile/partial_outputs.cuh has the same."""
 _WARP_THREADS = 32
 _STATE_CHUNKS = 2
 """Of four numbers of a thread, of its rows' softmax; kernels/tile/key_shares.cuh has the same."""
@@ -45,9 +48,9 @@ def num_blocks(shares: KeyShares, key_tiles: int) -> int:
 
 def arguments(kernel: KernelPlan) -> dict[str, int | str]:
     """`KeyShareArguments`."""
-    if not kernel.shares.tiles:
-        return {"first_work": kernel.num_work}
     parts, arrivals = ROW_PARTS
+    if not kernel.shares.tiles:
+        return {"parts": parts, "first_work": kernel.num_work}
     return {"parts": parts, "arrivals": arrivals, "first_work": kernel.num_work - kernel.shares.tiles, "length": kernel.shares.length}
 
 
@@ -57,11 +60,19 @@ def part_floats(kernel: KernelPlan) -> int:
     return kernel.tile.num_warps * chunks * 4 * _WARP_THREADS
 
 
-def workspace(kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
-    """The parts, of which neighbouring blocks have neighbouring places, and those of the next tile of queries begin with one more."""
+def workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffer, ...]:
+    """The parts, of which neighbouring blocks have neighbouring places, and those of the next tile of queries begin with one more.
+
+    Of float32 each block has a place for O of earlier keys, where there are so many.
+    """
     kernel = next((kernel for kernel in kernels if kernel.shares.tiles), None)
     if kernel is None:
-        return ()
+        keeping = [
+            of
+            for of in kernels
+            if of.spec.takes_terms and ceil(problem.seqlen_kv / of.tile.tile_kv) > ceil(_PARTIAL_KEYS / of.tile.tile_kv)
+        ]
+        return tuple(Buffer(ROW_PARTS[0], (of.num_blocks, part_floats(of)), "float32") for of in keeping)
     places = kernel.shares.tiles + kernel.num_blocks - 1
     return (
         Buffer(ROW_PARTS[0], (places, part_floats(kernel)), "float32"),

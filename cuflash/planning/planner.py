@@ -5,7 +5,7 @@ printed.
 
 Memory beyond inputs and outputs is O(S): the forward pass needs none, but where blocks of `forward_wgmma` count their tiles four bytes, and where blocks
 share out keys (`split_forward`, `key_shares`) their partial outputs, and of float32 on Hopper's own instructions 6 bytes for each element of query, key and
-value (`operand_terms`); the backward pass eight bytes per query row and head, with an additive mask twelve, and where one kernel makes all gradients
+value (`operand_terms`), and of more than 1024 keys O of each block; the backward pass eight bytes per query row and head, with an additive mask twelve, and where one kernel makes all gradients
 (`fused_backward`, `wgmma_backward`) another four for each element of dQ; where blocks share out queries (`query_splits`) a bounded number of times that, of
 dK and of dV. With a boolean mask or segments, the lists of visible tiles take four bytes for each pair of tiles.
 """
@@ -303,7 +303,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     num_work = (places or num_tiles) * heads * batch * splits.number
     num_blocks = min(num_work, device.num_sms) if spec.stays else num_work
     shares = UNSHARED
-    if spec.stays and not _works_differ(problem):
+    if spec.shares_keys and not _works_differ(problem):
         shares = key_shares.choose(num_work, ceil(problem.seqlen_kv / tile.tile_kv), device)
         num_blocks = max(num_blocks, key_shares.num_blocks(shares, ceil(problem.seqlen_kv / tile.tile_kv)))
     return KernelPlan(
@@ -444,7 +444,7 @@ def _workspace(problem: Problem, kernels: tuple[KernelPlan, ...]) -> tuple[Buffe
             *operand_terms.workspace(problem, kernels),
             *query_splits.workspace(kernels),
             *split_forward.workspace(problem, kernels),
-            *key_shares.workspace(kernels),
+            *key_shares.workspace(problem, kernels),
             *cache_append.workspace(problem),
         )
         if buffer.name in needed and buffer.nbytes
