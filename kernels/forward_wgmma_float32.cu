@@ -215,7 +215,7 @@ DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork&
                          Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V) {
   const auto& geometry = work.geometry(arguments);
   const Visibility visibility(geometry, arguments.features, work.at.batch, work.at.head);
-  const Walk walk(arguments, work.at, visibility);
+  const Walk walk(arguments, work, visibility);
   const int first_q = work.at.tile * TILE_Q + warpgroup * WARPGROUP_ROWS;
   WarpgroupRows rows(geometry, work.at, visibility, shared, shared.Q(stage, warpgroup), warpgroup, K, V);
   const int own_end =  // of the tiles that this warpgroup sees

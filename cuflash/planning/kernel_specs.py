@@ -190,6 +190,11 @@ class KernelSpec:
         return self.is_tiled and KEY_PARTS in self.workspace
 
     @property
+    def shares_keys(self) -> bool:
+        """Its blocks may share out the keys of the last tiles of queries (key_shares.py)."""
+        return ROW_PARTS[0] in self.workspace
+
+    @property
     def walks_table(self) -> bool:
         """Where data hide tiles, its blocks walk over a table of the places of tiles in the place of lists (kernels/tile/visible_tiles.cuh)."""
         return bool(self.added_up) or (self.owns_keys and self.maps_tensors)

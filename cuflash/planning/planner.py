@@ -303,7 +303,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     num_work = (places or num_tiles) * heads * batch * splits.number
     num_blocks = min(num_work, device.num_sms) if spec.stays else num_work
     shares = UNSHARED
-    if spec.stays and not _works_differ(problem):
+    if spec.shares_keys and not _works_differ(problem):
         shares = key_shares.choose(num_work, ceil(problem.seqlen_kv / tile.tile_kv), device)
         num_blocks = max(num_blocks, key_shares.num_blocks(shares, ceil(problem.seqlen_kv / tile.tile_kv)))
     return KernelPlan(

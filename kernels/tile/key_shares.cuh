@@ -1,10 +1,10 @@
 // The last tiles of queries of forward_wgmma.cu, whose keys its blocks share out, where whole tiles would leave blocks idle at the end.
 //
-// Tiles see the same number of keys then (SHARES_KEYS). The key tiles of those that are shared out lie one behind the other, and each block has as
-// many of them as any other ("a share", stream-K: Osama et al. 2023, arXiv 2301.03598): it begins with them, and computes whole tiles of queries
-// behind. A share reaches into two tiles of queries at most. Of each of them a warp stores a part: O and its softmax as they lie in registers.
-// The warp that is the last of those with the same rows merges their parts, in the order of the keys, so that the bits are the same on every
-// run, and goes on as if it had had all keys. Nobody waits for another block.
+// Tiles see the same number of keys then (SHARES_KEYS). forward_wgmma_float32.cu computes whole tiles only. The key tiles of those that are shared
+// out lie one behind the other, and each block has as many of them as any other ("a share", stream-K: Osama et al. 2023, arXiv 2301.03598): it begins
+// with them, and computes whole tiles of queries behind. A share reaches into two tiles of queries at most. Of each of them a warp stores a part: O
+// and its softmax as they lie in registers. The warp that is the last of those with the same rows merges their parts, in the order of the keys, so
+// that the bits are the same on every run, and goes on as if it had had all keys. Nobody waits for another block.
 #pragma once
 #include "arguments.cuh"
 #include "ptx/global.cuh"
@@ -12,7 +12,7 @@
 #include "tile/constants.cuh"
 #include "tile/visibility.cuh"
 
-constexpr bool SHARES_KEYS = !(CAUSAL || WINDOW || PREFIX || TILE_LISTS || RAGGED);
+constexpr bool SHARES_KEYS = !SameType<Element, float>::value && !(CAUSAL || WINDOW || PREFIX || TILE_LISTS || RAGGED);
 
 // Of a tile of queries, the key tiles begin .. end - 1 that are a block's.
 struct KeyShare {
