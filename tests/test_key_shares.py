@@ -70,8 +70,9 @@ def test_what_is_predicted_of_a_call_knows_shares(monkeypatch: pytest.MonkeyPatc
         )
         problem = plan_of(sample).problem
         case = case_of(FORWARD_WGMMA, problem)
-        (loop,) = predicted_loops.loops_of([NAME], problem) or ()
-        return predicted_wgmma.milliseconds(case, loop, problem, on)
+        loops = predicted_loops.loops_of([NAME], problem)
+        assert loops is not None
+        return predicted_wgmma.milliseconds(case, loops[0], problem, on)
 
     shared = {call: milliseconds(*call) for call in ((4096, 1), (4096, 8), (4096, 12))}
     monkeypatch.setattr(key_shares, "choose", lambda *_: UNSHARED)
@@ -110,6 +111,13 @@ def test_float32_knows_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --- Right --------------------------------------------------------------------------------------------------------------------------------
 
+
+def halves_hidden(rows: int, keys: int) -> Any:
+    mask = numpy.zeros((rows, keys), "float32")
+    mask[::3, : keys // 2] = mask[1::3, keys // 2 :] = mask[5] = -numpy.inf
+    return mask
+
+
 CASES: dict[str, tuple[int, tuple[int, int], int, int, dict[str, Any]]] = {
     "two parts": (2, (300, 500), 64, 1, {}),
     "shares that reach into two tiles": (4, (300, 490), 64, 2, {}),
@@ -118,6 +126,7 @@ CASES: dict[str, tuple[int, tuple[int, int], int, int, dict[str, Any]]] = {
     "softcap and sinks": (2, (300, 500), 64, 1, {"softcap": 5.0, "sinks": numpy.array([1.5], "float32")}),
     "dropout": (2, (300, 500), 64, 1, {"dropout_p": 0.3, "dropout_seed": 7}),
     "additive mask": (2, (300, 496), 64, 1, {"attn_mask": numpy.random.default_rng(1).standard_normal((300, 496)).astype("float32")}),
+    "keys of a part, or of all, that rows do not see": (2, (100, 496), 64, 1, {"attn_mask": halves_hidden(100, 496)}),
 }
 """SMs, lengths, head_dim, heads and options."""
 
