@@ -179,7 +179,8 @@ def _inspect(options: argparse.Namespace) -> int:
             for head_dim in options.head_dim:
                 kernels = tuning.kernels_of_case(
                     on, head_dim=head_dim, dtype=dtype, head_dim_v=options.head_dim_v, is_causal=options.causal,
-                    backward=not options.forward_only, varlen=options.varlen is not None, seqlens_kv=options.seqlens_kv is not None, features=features,
+                    backward=not options.forward_only, varlen=options.varlen is not None, seqlens_q=options.seqlens_q is not None,
+                    seqlens_kv=options.seqlens_kv is not None, features=features,
                     need_attn_mask_grad=options.need_attn_mask_grad, every_way=options.every_length,
                 )  # fmt: skip
                 plans |= {kernel.request(on): (on, kernel) for kernel in kernels}  # several kernels may have the same list of visible tiles
@@ -239,7 +240,8 @@ def _steady_state(report: Report, kernel: KernelPlan, causal: bool) -> KernelPre
 def _calls_inspected(options: argparse.Namespace, features: FeatureSet) -> str:
     """What the table does not show of the calls whose kernels it lists."""
     calls = ["causal" if options.causal else "not causal"]
-    calls += [words for words, given in (("packed sequences", options.varlen), ("seqlens_kv", options.seqlens_kv)) if given is not None]
+    lengths = {"packed sequences": options.varlen, "seqlens_q": options.seqlens_q, "seqlens_kv": options.seqlens_kv}
+    calls += [words for words, given in lengths.items() if given is not None]
     return f"calls: {', '.join(calls)}; features: {', '.join(features.names()) or 'none'}\n"
 
 
@@ -331,8 +333,8 @@ def _warmup(options: argparse.Namespace) -> int:
         print(f"\r{done} of {total} kernels", end="", file=sys.stderr, flush=True)
 
     if (cached := cache_of(options)) is not None:
-        for name in ("jvp", "merge"):
-            if getattr(options, name):
+        for name, given in (("jvp", options.jvp), ("merge", options.merge), ("seqlens-q", options.seqlens_q is not None)):
+            if given:
                 raise OptionError(f"--{name}", "it with --cache", "no such option", "Run warmup once more, without --cache.")
         return _say_warm(options, warmup_caches(options, cached), start)
     count = cuflash.warmup(
@@ -343,6 +345,7 @@ def _warmup(options: argparse.Namespace) -> int:
         backward=not options.forward_only,
         arch=options.arch,
         varlen=options.varlen is not None,
+        seqlens_q=options.seqlens_q is not None,
         seqlens_kv=options.seqlens_kv is not None,
         features=features_of(options, is_causal=True).kinds(),
         need_attn_mask_grad=options.need_attn_mask_grad,

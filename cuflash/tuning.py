@@ -99,7 +99,8 @@ def warmup(
         arch: the architecture to compile for; None for the GPU of this machine, or the simulator without one. A machine that has such a GPU finds the
             kernels in a copy of the cache directory, if its NVRTC is of the same version: `python -m cuflash warmup --arch … --into DIR`.
         tile, allow_tf32: as in the call.
-        varlen: kernels of `varlen_attention` instead of `scaled_dot_product_attention`, or both of them.
+        varlen: kernels of `varlen_attention` instead of `scaled_dot_product_attention`, or both of them; those of `seqused_q` and `seqused_kv` are for
+            `warmup_plan`.
         seqlens_q, seqlens_kv: kernels of calls with `seqlens_q`, or `seqlens_kv`; those with both are the ones with `seqlens_q`.
         features: which score features and masks the calls use, such as `cuflash.FeatureSet(window=True, softcap=True)`; one or several sets.
         need_attn_mask_grad: also the kernel that gives the gradient of an additive mask.
@@ -200,14 +201,15 @@ def warmup_call(plan: Plan, tile: Tiles) -> str | None:
 
 
 def with_warmup(error: CompilationForbiddenError, plan: Plan, tile: Tiles) -> CompilationForbiddenError:
-    """The same error of a call, which names the call of `warmup` that compiles its kernels, where there is one."""
-    if plan.problem.cache is not None or plan.problem.of_tangents:
-        of = "kvcache_plan(…)" if plan.problem.cache is not None else f"{'varlen_' if plan.problem.layout.varlen else ''}plan(…, jvp=True)"
-        tangents = "; a tangent whose rows do not all start on 16 bytes takes the place of its input" if plan.problem.of_tangents else ""
-        call: str | None = f"cuflash.warmup_plan(cuflash.{of}), with the arguments of this call{tangents}"
-    else:
-        call = warmup_call(plan, tile)
-    return error if call is None else CompilationForbiddenError(error.missing, f"Compile it beforehand: {call}")
+    """The same error of a call, which names the call of `warmup` that compiles its kernels, or of `warmup_plan` where there is none."""
+    problem = plan.problem
+    call = None if problem.cache is not None or problem.of_tangents else warmup_call(plan, tile)
+    if call is None:
+        made = "kvcache_plan" if problem.cache is not None else "varlen_plan" if problem.layout.varlen else "plan"
+        options = ", jvp=True" if problem.of_tangents else ", backward=True" if plan.backward else ""
+        tangents = "; a tangent whose rows do not all start on 16 bytes takes the place of its input" if problem.of_tangents else ""
+        call = f"cuflash.warmup_plan(cuflash.{made}(…{options})), with the arguments of this call{tangents}"
+    return CompilationForbiddenError(error.missing, f"Compile it beforehand: {call}")
 
 
 def _written(value: object) -> str:

@@ -3,7 +3,7 @@
 //     grad_sink = - sum over batches and queries of exp(sink - lse) * delta
 //
 // With an additive mask, sinks and references are no log2 units, and rows have a log2_sum (tile/probability.cuh). One block sums one head; every
-// thread and every warp adds in a fixed order.
+// thread and every warp adds in a fixed order. Rows of a padded batch that no query has (SEQLENS_Q) are not read: they may have no log2_sum.
 #include "arguments.cuh"
 #include "ptx/math.cuh"
 #include "ptx/warp.cuh"
@@ -19,8 +19,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_sinks(cons
   float sum = 0.0f;
   for (int batch = 0; batch < geometry.batch; ++batch) {
     const RowStatistics* rows = arguments.row_statistics + (int64(batch) * geometry.num_heads_q + head) * geometry.seqlen_q;
+    int num_queries = geometry.seqlen_q;
+    if constexpr (Config::SEQLENS_Q) num_queries = min(num_queries, arguments.lengths.seqlens_q[batch]);
     float of_batch = 0.0f;
-    for (int query = int(threadIdx.x); query < geometry.seqlen_q; query += NUM_THREADS) {
+    for (int query = int(threadIdx.x); query < num_queries; query += NUM_THREADS) {
       float exponent = fminf(sink - rows[query].reference, 0.0f);
       if constexpr (Config::ADDITIVE_MASK)
         exponent = __fmaf_rn(exponent, LOG2_E, -arguments.features.log2_sums[&rows[query] - arguments.row_statistics]);

@@ -285,6 +285,7 @@ def test_inspect_of_packed_sequences_is_of_other_kernels(tmp_path: Path) -> None
     [
         (("--seqlen", "40", "--segments", "3"), {"segment_ids_q", "segment_ids_kv"}),
         (("--seqlen", "40", "--prefix", "10", "--batch", "2", "--seqlens-kv", "40", "0"), {"prefix_lengths", "seqlens_kv"}),
+        (("--seqlen", "40", "--batch", "2", "--seqlens-q", "9", "0"), {"seqlens_q"}),
         (("--varlen", "40", "0", "7", "--prefix", "3"), {"prefix_lengths", "cu_seqlens_q", "cu_seqlens_kv"}),
     ],
 )
@@ -481,6 +482,9 @@ def test_demo_names_a_picture_that_it_cannot_draw_before_it_trains(tmp_path: Pat
         (("profile", "--varlen", "--attn-mask", "bool"), "packed sequences do not see each other anyway"),
         (("profile", "--varlen", "--seqlens-kv"), "not allowed with argument"),
         (("profile", "--seqlens-kv", "3", "4"), "seqlens_kv: got shape (2,); expected (1,)"),
+        (("profile", "--seqlen", "256", "--seqlens-q", "500"), "--seqlens-q: got 500 of 256 queries; expected numbers from 0 to 256."),
+        (("profile", "--varlen", "--seqlens-q"), "--seqlens-q: got it with --varlen; expected a padded batch."),
+        (("warmup", "--cache", "--seqlens-q"), "--seqlens-q: got it with --cache; expected no such option."),
         (("profile", "--head-dim-v", "600"), "value: got head_dim 600"),
         (("profile", "--seqlen", "256", "--seqlens-kv", "500"), "--seqlens-kv: got 500 of 256 keys; expected numbers from 0 to 256."),
         (("profile", "--need-attn-mask-grad", "--pass", "backward"), "--need-attn-mask-grad: got it without --attn-mask; expected"),

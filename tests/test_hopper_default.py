@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy
 import pytest
 from conftest import Target
+from problems import checked
 from test_wgmma_forward import with_sms
 
 import cuflash
-from cuflash import Tile
+from cuflash import FeatureSet, Tile
 from cuflash.cli.sample_features import SampleFeatures
-from cuflash.cli.samples import Sample, plan_of
+from cuflash.cli.samples import Sample, plan_of, stand_in
 from cuflash.hardware import device
 from cuflash.jit import compiler
 from cuflash.planning import (
@@ -187,6 +189,19 @@ def test_warmup_compiles_all_ways() -> None:
     assert {"forward", "forward_wgmma", "backward_wgmma", "backward_fused", "backward_dkdv", "backward_dq"} <= kernels
     ways = [set(way) for backward in (False, True) for way in planner.other_ways(planned(backward).problem, ON, backward=backward)]
     assert ways == [{"forward"}, {"backward_fused"}, {"backward_dq"}]
+
+
+@pytest.mark.parametrize("mask", [None, "bool"])
+def test_warmup_compiles_every_dropout_and_alignment_of_masks(mask: str | None) -> None:
+    """Kernels of wgmma that drop more than they keep are others, and so are kernels of mma.sync that copy masks whose rows start on 16 bytes."""
+    kinds = FeatureSet(dropout=True, attn_mask=mask)
+    known = {kernel.request(ON) for kernel in offline.offline_kernels(ON, dtype="float16", head_dim=128, features=kinds, every_way=True)}
+    query = stand_in((1, 4096, 8, 128), "float16")
+    for seqlen_kv, dropout_p, backward in itertools.product((8, 4096), (0.1, 0.6), (False, True)):
+        key = stand_in((1, seqlen_kv, 8, 128), "float16")
+        masks = {} if mask is None else {"attn_mask": numpy.ones((1, 1, 4096, seqlen_kv), mask)}
+        plan = planner.make_plan(checked(query, key, key, dropout_p=dropout_p, dropout_seed=1, **masks), ON, backward=backward)
+        assert {kernel.request(ON) for kernel in plan.kernels} <= known
 
 
 @pytest.mark.parametrize("predicted", [True, False], ids=["predicted", "not predicted"])

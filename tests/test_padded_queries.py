@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy
 import pytest
-from conftest import Target
+from conftest import Target, poison_new_memory
 
 import cuflash
 from cuflash import Tile
@@ -144,6 +144,41 @@ def test_tangents_of_padded_queries(simulator: Target) -> None:
             want = cuflash.scaled_dot_product_attention_jvp(query_dot[row : row + 1, queries], None, None, *cut, *own_results, **own)
             numpy.testing.assert_allclose(to_float64(out_dot[row, :length]), to_float64(want[0][0]), rtol=2e-3, atol=2e-3)
             numpy.testing.assert_allclose(lse_dot[row, :, :length], want[1][0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float32"])
+def test_no_mask_is_read_of_a_row_without_queries(kind: str, simulator: Target) -> None:
+    """Nor before its memory; the gradient of a mask with all axes is 0 behind the lengths."""
+    inputs = [simulator.random((2, 24, 1, 16), "float16", seed) for seed in range(3)]
+    mask = numpy.random.default_rng(3).random((2, 1, 24, 24)) > 0.5
+    mask = mask if kind == "bool" else numpy.where(mask, 0.5, -1).astype(kind)
+    lengths = int32([0, 7])
+    results = cuflash.scaled_dot_product_attention(*inputs, return_lse=True, seqlens_q=lengths, attn_mask=mask)
+    need = {"need_attn_mask_grad": True} if kind != "bool" else {}
+    grads = cuflash.scaled_dot_product_attention_backward(inputs[0], *inputs, *results, seqlens_q=lengths, attn_mask=mask, **need)
+    assert not grads.key[0].any()
+    if need:
+        cut = [inputs[0][1:, :7], inputs[0][1:, :7], inputs[1][1:], inputs[2][1:]]
+        exact = attention_backward(*cut, attn_mask=mask[1:, :, :7]).attn_mask
+        numpy.testing.assert_allclose(grads.attn_mask[1:, :, :7], exact, rtol=1e-2, atol=1e-2)
+        assert not grads.attn_mask[0].any()
+        assert not grads.attn_mask[1, :, 7:].any()
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["sinks", "sinks and bias"])
+def test_padded_queries_give_sinks_nothing(biased: bool, simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lse says of them, and whatever memory that the kernels share held before."""
+    poison_new_memory(monkeypatch)
+    inputs = [simulator.random((2, 24, 1, 16), "float16", seed) for seed in range(3)]
+    options: dict[str, Any] = {"sinks": numpy.array([0.5], "float32")} | ({"attn_mask": numpy.ones(24, "float32")} if biased else {})
+    out, lse = cuflash.scaled_dot_product_attention(*inputs, return_lse=True, seqlens_q=int32([0, 7]), **options)
+    exact = attention_backward(*(array[1:, :rows] for array, rows in zip((inputs[0], *inputs), (7, 7, 24, 24), strict=True)), **options)
+    grad_out = inputs[0].copy()
+    grad_out[0], grad_out[1, 7:] = numpy.nan, numpy.nan
+    for behind in (-numpy.inf, numpy.nan, 3.0):
+        lse[0], lse[1, :, 7:] = behind, behind
+        grads = cuflash.scaled_dot_product_attention_backward(grad_out, *inputs, out, lse, seqlens_q=int32([0, 7]), **options)
+        numpy.testing.assert_allclose(grads.sinks, exact.sinks, rtol=1e-2, atol=1e-2)
 
 
 def test_other_lengths_are_no_other_call(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:

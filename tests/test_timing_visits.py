@@ -73,6 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mask of queries": {"attn_mask": mask(1, HEADS, ROWS, 1)},
     "mask, causal, window": {"attn_mask": mask(BATCH, HEADS, ROWS, COLUMNS), "is_causal": True, "window": (70, None)},
     "mask, segments, lengths": {"attn_mask": mask(ROWS, COLUMNS), "segment_ids_q": IDS_Q, "segment_ids_kv": IDS_KV, "seqlens_kv": numpy.array([70, 0], "int32")},
+    "mask, lengths of queries": {"attn_mask": mask(ROWS, COLUMNS), "seqlens_q": numpy.array([64, 0], "int32")},
 }  # fmt: skip
 
 
@@ -94,6 +95,8 @@ def test_tiles_that_data_leave(name: str) -> None:
             seen &= -left <= DIFFERENCE
         if "seqlens_kv" in data:
             seen &= numpy.arange(COLUMNS)[None, :] < data["seqlens_kv"][batch]
+        if "seqlens_q" in data:
+            seen &= numpy.arange(ROWS)[:, None] < data["seqlens_q"][batch]
         return seen
 
     for plan in planned(**options):

@@ -361,6 +361,20 @@ def test_a_forbidden_compilation_shows_the_call_that_mends_it(
     cuflash.scaled_dot_product_attention(*x, **options)
 
 
+@pytest.mark.usefixtures("cold_cache", "simulator", "no_few_queries")
+def test_plans_compile_what_no_call_of_warmup_has_a_case_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as packed sequences that use a part of their places; the message says so."""
+    x, cu = [numpy.ones((20, 1, 24), "float16")] * 3, numpy.array([0, 20], "int32")
+    used = {"seqused_kv": numpy.array([9], "int32")}
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    with pytest.raises(CompileError, match=r"cuflash\.warmup_plan\(cuflash\.varlen_plan\(…\)\), with the arguments of this call"):
+        cuflash.varlen_attention(*x, cu, cu, **used)
+    monkeypatch.delenv("CUFLASH_COMPILE")
+    assert cuflash.warmup_plan(cuflash.varlen_plan(*x, cu, cu, **used)) == 1
+    monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
+    assert cuflash.varlen_attention(*x, cu, cu, **used).any()
+
+
 @pytest.mark.usefixtures("simulator")
 def test_the_call_that_compiles_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """With all that the kernels depend on; where no call compiles them there is none."""

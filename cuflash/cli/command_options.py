@@ -63,6 +63,13 @@ def add_features(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--head-dim-v", type=positive, metavar="N", help="head dimension of value (default: that of query and key)")
     for option in _feature_options():
         group.add_argument("--" + option.name.replace("_", "-"), default=option.default, **option.metadata)
+    group.add_argument(
+        "--seqlens-q",
+        nargs="*",
+        type=not_negative,
+        metavar="N",
+        help="numbers of queries of the rows of the batch (a half of --seqlen if none are given)",
+    )
     lengths = group.add_mutually_exclusive_group()
     lengths.add_argument(
         "--seqlens-kv",
@@ -92,6 +99,9 @@ def features_of(options: argparse.Namespace, *, is_causal: bool) -> SampleFeatur
     """
     from cuflash.cli.sample_features import SampleFeatures
 
+    if options.seqlens_q is not None and options.varlen is not None:
+        hint = "Give packed sequences their lengths: --varlen 100 20."
+        raise OptionError("--seqlens-q", "it with --varlen", "a padded batch", hint)
     if options.prefix is not None and not is_causal:
         raise OptionError(
             "--prefix", f"{options.prefix} without --causal", "--causal with it", "A prefix lifts the causal mask: add --causal."
@@ -121,14 +131,14 @@ def _feature_options() -> list[Field[Any]]:
 
 
 def lengths_of(options: argparse.Namespace, batch: int, seqlen_q: int, seqlen_kv: int) -> Sample:
-    """A sample that has nothing but its extents: a padded batch, one with numbers of keys, or packed sequences.
+    """A sample that has nothing but its extents: a padded batch, one with numbers of queries or keys, or packed sequences.
 
     Raises:
-        OptionError: a row with more keys than there are.
+        OptionError: a row with more queries or keys than there are.
     """
     from cuflash.cli.samples import Sample
 
-    lengths_q = lengths_kv = None
+    lengths_q = lengths_kv = seqlens_q = None
     if options.varlen is not None:
         lengths_q = tuple(options.varlen) or (seqlen_q,) * batch
         lengths_kv = None if options.varlen else (seqlen_kv,) * batch
@@ -137,7 +147,12 @@ def lengths_of(options: argparse.Namespace, batch: int, seqlen_q: int, seqlen_kv
         if max(lengths_kv) > seqlen_kv:
             hint = "Give the longest row's number of keys as --seqlen-kv."
             raise OptionError("--seqlens-kv", f"{max(lengths_kv)} of {seqlen_kv} keys", f"numbers from 0 to {seqlen_kv}", hint)
-    return Sample(batch=batch, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, lengths_q=lengths_q, lengths_kv=lengths_kv)
+    if options.seqlens_q is not None:
+        seqlens_q = tuple(options.seqlens_q) or (seqlen_q // 2,) * batch
+        if max(seqlens_q) > seqlen_q:
+            hint = "Give the longest row's number of queries as --seqlen."
+            raise OptionError("--seqlens-q", f"{max(seqlens_q)} of {seqlen_q} queries", f"numbers from 0 to {seqlen_q}", hint)
+    return Sample(batch=batch, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, lengths_q=lengths_q, lengths_kv=lengths_kv, seqlens_q=seqlens_q)
 
 
 def sample_of(options: argparse.Namespace) -> Sample:

@@ -38,6 +38,7 @@ class Sample:
         is_causal, causal_alignment, scale, layout, allow_tf32: as in `cuflash.scaled_dot_product_attention`; None for the call's default.
         lengths_q: numbers of queries of packed sequences; None for a padded batch.
         lengths_kv: numbers of keys: of packed sequences, None for those of queries; or those of `seqlens_kv` of a padded batch, None without; or of a cache, None if it is full.
+        seqlens_q: numbers of queries of the rows of a padded batch; None for all.
         features: see there.
         cache: where keys and values lie in a cache; None for arrays of their own. Of such a sample there are plans alone.
     """
@@ -59,6 +60,7 @@ class Sample:
     lengths_kv: tuple[int, ...] | None = None
     features: SampleFeatures = field(default_factory=SampleFeatures)
     cache: CachedCall | None = None
+    seqlens_q: tuple[int, ...] | None = None
 
     @property
     def is_packed(self) -> bool:
@@ -132,6 +134,8 @@ class Sample:
                 named[f"max_seqlen_{name}"] = max(lengths, default=0)
         elif self.lengths_kv is not None:
             named["seqlens_kv"] = numpy.array(self.lengths_kv, numpy.int32)
+        if self.seqlens_q is not None:
+            named["seqlens_q"] = numpy.array(self.seqlens_q, numpy.int32)
         return {name: value for name, value in (named | self.features.arguments(self, seed)).items() if value is not None}
 
 

@@ -33,6 +33,9 @@ MANY_KEYS = 2**20
 MANY_HEADS = 256
 """With which blocks fill every card, so that none share out queries; or that share one key head, whose few blocks have so many that they gain most if they do."""
 
+HIGH_DROPOUT = 0.75
+"""With which kernels of wgmma compare what is drawn in another way: above `planner.MOST_OF_PACKED_DROPOUT`."""
+
 
 def offline_kernels(
     device: Device,
@@ -94,12 +97,20 @@ def offline_kernels(
 
 
 def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) -> Iterator[tuple[Problem, Tiles]]:
-    """What calls of a kind may differ in that decides which kernels they take: calls, and tiles that pin kernels."""
+    """What calls of a kind may differ in that decides what is compiled: calls, and tiles that pin kernels."""
+    variants, mask = [problem.features], problem.features.attn_mask
+    if mask is not None and not backward:  # rows that do not start on 16 bytes are copied by another configuration
+        variants += [replace(features, attn_mask=replace(mask, aligned=False)) for features in variants]
+    if problem.features.kinds.dropout and device.capability == 90:
+        variants += [replace(features, dropout_p=HIGH_DROPOUT) for features in variants]
+    for features in variants:
+        yield from _ways_to_kernels(replace(problem, features=features), device, pinned, backward=backward)
+
+
+def _ways_to_kernels(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) -> Iterator[tuple[Problem, Tiles]]:
+    """Calls, and tiles that pin kernels: one for each kernel that lengths, batch and heads may decide for."""
     yield problem, pinned
     specs: list[KernelSpec] = []
-    mask = problem.features.attn_mask
-    if mask is not None and not backward:  # rows that do not start on 16 bytes are copied by another configuration
-        yield replace(problem, features=replace(problem.features, attn_mask=replace(mask, aligned=False))), pinned
     if problem.of_tangents:  # of which no length decides anything
         return
     if backward:

@@ -464,6 +464,7 @@ def _sinks_kernel(problem: Problem, device: Device) -> KernelPlan:
         "CAPABILITY": device.capability,
         "NUM_WARPS": spec.num_warps,
         "ADDITIVE_MASK": problem.features.kinds.additive_mask,
+        "SEQLENS_Q": problem.seqlens_q,
     }
     return KernelPlan(
         KernelCase(spec, problem.dtype, problem.head_dim), Tile(1, 1, spec.num_warps, 1), config_text("float32", constants),

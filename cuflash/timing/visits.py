@@ -198,6 +198,8 @@ class _Lookup:
     def _listed(self, band: Band, hiding: _Hiding) -> list[Visits]:
         tile = self.tile
         keys = numpy.arange(-(-band.seqlen_kv // tile.tile_kv) * tile.tile_kv)
+        if band.seqlen_q == 0:
+            return [Visits(0)] * (len(keys) // tile.tile_kv if self.by_keys else 0)
         any_of, all_of = [], []
         for first_q in range(0, band.seqlen_q, tile.tile_q):
             queries = numpy.arange(first_q, min(band.seqlen_q, first_q + tile.tile_q))

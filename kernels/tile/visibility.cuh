@@ -35,6 +35,7 @@ class Visibility {  // of one batch and query head
       end = int(max(int64(0), min(int64(end), int64(min(end_q, geometry.seqlen_q)) + window_high)));
       if (end <= first_key(first_q)) end = 0;
     }
+    if (IN_PLACES && first_q >= geometry.seqlen_q) end = 0;  // there may be no query at all, whose mask would lie before the array
     return end;
   }
 
