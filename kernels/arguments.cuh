@@ -136,7 +136,7 @@ struct MappedTensor {
 // has `parts` for O of earlier keys.
 struct KeyShareArguments {
   float* parts;
-  uint32* arrivals;  // of warpgroups that have stored their part of the same rows; 0 at the launch
+  uint32* arrivals;  // for each warp of a tile: how many blocks have stored their part of its rows; 0 at the launch
   int first_work;    // tiles of queries before them, all of which one block has
   int length;        // key tiles of each block's share
 };

@@ -12,8 +12,11 @@ from test_wgmma_forward import NAME, inputs_of, names, with_sms
 
 import cuflash
 from cuflash import Tile
-from cuflash.planning import key_shares, wgmma_forward
+from cuflash.cli.samples import Sample, plan_of
+from cuflash.planning import key_shares, predicted_loops, predicted_wgmma, wgmma_forward
+from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import UNSHARED, KeyShares
+from cuflash.planning.kernel_specs import FORWARD_WGMMA
 from cuflash.simulator import check
 
 pytest.importorskip("cupy")
@@ -46,6 +49,38 @@ def test_the_last_round_is_shared_out_where_it_leaves_blocks_idle() -> None:
     assert key_shares.choose(1376, 4, on) == UNSHARED  # too few keys
     assert key_shares.choose(1, 205, on) == KeyShares(1, 14)  # a call that leaves most SMs idle
     assert key_shares.num_blocks(KeyShares(1, 14), 205) == 15
+    assert key_shares.choose(88, 26, on) == UNSHARED  # half a trip less, and counters to be set to 0
+    assert key_shares.choose(131, 2**25, on) == UNSHARED  # key tiles beyond 32 bits
+
+
+def test_what_is_predicted_of_a_call_knows_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that stay take whole rounds, however few rows the last tile of a head has, and shares take the place of the last round."""
+    on = Target("sm_90").device
+
+    def milliseconds(seqlen: int, heads: int) -> float:
+        sample = Sample(
+            batch=1,
+            seqlen_q=seqlen,
+            seqlen_kv=seqlen,
+            num_heads_q=heads,
+            num_heads_kv=heads,
+            head_dim=128,
+            dtype="float16",
+            is_causal=False,
+        )
+        problem = plan_of(sample).problem
+        case = case_of(FORWARD_WGMMA, problem)
+        loops = predicted_loops.loops_of([NAME], problem)
+        assert loops is not None
+        return predicted_wgmma.milliseconds(case, loops[0], problem, on)
+
+    shared = {call: milliseconds(*call) for call in ((4096, 1), (4096, 8), (4096, 12))}
+    monkeypatch.setattr(key_shares, "choose", lambda *_: UNSHARED)
+    whole = {call: milliseconds(*call) for call in shared}
+    assert shared[4096, 1] < 0.6 * whole[4096, 1]
+    assert 0.7 * whole[4096, 8] < shared[4096, 8] < 0.95 * whole[4096, 8]
+    assert shared[4096, 12] == whole[4096, 12]  # two full rounds
+    assert 1.9 < whole[4096, 8] / whole[4096, 1] < 2.2  # two rounds, of which the second one is a third full, at a lower clock
 
 
 def test_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +97,26 @@ def test_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         assert shares_of(*inputs, tile=SHORT, **options) == UNSHARED
 
 
+def test_float32_knows_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel computes whole tiles of queries, of which the plan is to leave none out."""
+    on = Target("sm_90")
+    with_sms(monkeypatch, 2)
+    inputs = inputs_of(on, (100, 1000), dtype="float32")
+    plan = cuflash.plan(*inputs)
+    assert names(plan) == ["operand_terms", "forward_wgmma_float32"]
+    assert plan.kernels[-1].num_work % 2 != 0
+    assert [kernel.shares for kernel in plan.kernels] == [UNSHARED] * 2
+    on.check(*inputs, backward=False)
+
+
 # --- Right --------------------------------------------------------------------------------------------------------------------------------
+
+
+def halves_hidden(rows: int, keys: int) -> Any:
+    mask = numpy.zeros((rows, keys), "float32")
+    mask[::3, : keys // 2] = mask[1::3, keys // 2 :] = mask[5] = -numpy.inf
+    return mask
+
 
 CASES: dict[str, tuple[int, tuple[int, int], int, int, dict[str, Any]]] = {
     "two parts": (2, (300, 500), 64, 1, {}),
@@ -72,6 +126,7 @@ CASES: dict[str, tuple[int, tuple[int, int], int, int, dict[str, Any]]] = {
     "softcap and sinks": (2, (300, 500), 64, 1, {"softcap": 5.0, "sinks": numpy.array([1.5], "float32")}),
     "dropout": (2, (300, 500), 64, 1, {"dropout_p": 0.3, "dropout_seed": 7}),
     "additive mask": (2, (300, 496), 64, 1, {"attn_mask": numpy.random.default_rng(1).standard_normal((300, 496)).astype("float32")}),
+    "keys of a part, or of all, that rows do not see": (2, (100, 496), 64, 1, {"attn_mask": halves_hidden(100, 496)}),
 }
 """SMs, lengths, head_dim, heads and options."""
 

@@ -276,12 +276,13 @@ def test_a_kernel_of_wgmma_is_predicted(plan: Plan) -> None:
     assert launch.kernel.busy["matrix"] == busy_clocks_of_block(launch.kernel.roles, H100)["matrix"] / launch.kernel.clocks
     assert 3 * (4 * 64 + 8 * 32) / launch.kernel.clocks == pytest.approx(launch.kernel.matrix_share)
     described, function = prediction.compiled(wgmma_kernel(plan), plan.device, causal=False)
-    settled = prediction.predict_kernel(function, described, limits=False, trips=48, warming=24)  # few trips are 0.3 faster by accident
+    settled = prediction.predict_kernel(function, described, limits=False, trips=48, warming=24)
+    of_settled = prediction.lay_out(settled, wgmma_kernel(plan), plan.problem, CARDS["sm_90"])
+    settled_tflops = plan.problem.flops_forward / of_settled.milliseconds / 1e9
+    assert 400 < settled_tflops < 660
     assert (
-        400
-        < plan.problem.flops_forward / prediction.lay_out(settled, wgmma_kernel(plan), plan.problem, CARDS["sm_90"]).milliseconds / 1e9
-        < 660
-    )
+        full.tflops < 1.25 * settled_tflops
+    )  # in its few trips warpgroups happen to be better out of step than they stay (docs/timing.md)
     assert 0.8 < full.tflops / in_turn.tflops < 1.25
     assert 0.48 < causal.milliseconds / full.milliseconds < 0.7
     assert 1.4 < launch.clock_ghz < CARDS["sm_90"].clock_ghz

@@ -86,7 +86,7 @@ class KeyShares(NamedTuple):
     """The last tiles of queries of a kernel whose blocks stay, of which blocks share out the keys (key_shares.py).
 
     Attributes:
-        tiles: of queries, the last ones of all; 0 where each has a block of its own.
+        tiles: of queries, the last ones of all; 0 where one block has all keys of each.
         length: key tiles of each block's share, of those of all these tiles one behind the other.
     """
 

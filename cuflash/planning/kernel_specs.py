@@ -230,7 +230,7 @@ FORWARD = KernelSpec(
 )  # fmt: skip
 
 ROW_PARTS = ("row_parts", "row_arrivals")
-"""What warps of forward_wgmma give whose blocks share out keys (key_shares.py), and how many have; what those of forward_wgmma_float32 keep of O."""
+"""What each warp of forward_wgmma gives whose block has a share of the keys (key_shares.py), or what those of forward_wgmma_float32 keep of O; and of how many with the same rows it lies there."""
 
 FORWARD_WGMMA = KernelSpec(
     "forward_wgmma", "forward_wgmma.cu", FORWARD_WGMMA_ARGUMENTS, "wgmma",

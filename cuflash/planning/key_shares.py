@@ -5,8 +5,8 @@ have none: of 1376 tiles on 132 SMs ten rounds are full, and in the eleventh 76 
 equal shares, one for each block (kernels/tile/key_shares.cuh). Of a call with fewer tiles than SMs that is all of them.
 
 It costs: a block begins with two tiles of queries more, stores its parts in float32, and whoever is last merges those of a tile. In trips through the loop over keys, by the timing
-model's bandwidth of L2: `_OF_SHARE` for each block, and `_OF_PART` for each part of a tile of queries, which is read again. The order in which parts are merged is that of the
-keys, so the bits are the same on every run; they depend on the number of SMs.
+model's bandwidth of L2: `_OF_SHARE` for each block, `_OF_PART` for each part of a tile of queries, which is read again, and `_OF_COUNTERS` once, since the counters are set to 0 before
+the kernel begins, which a call has to wait for as for a launch. The order in which parts are merged is that of the keys, so the bits are the same on every run; they depend on the number of SMs, and on how many tiles of queries the call has.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ _OF_SHARE = 5
 _OF_PART = 1
 _PARTIAL_KEYS = 1024
 """After which O starts anew in float32; kernels/tile/partial_outputs.cuh has the same."""
+_OF_COUNTERS = 1
+_MOST_KEY_TILES = 2**31 - 1
+"""Of all tiles that are shared out and a share more, which the kernel counts in 32 bits."""
 _WARP_THREADS = 32
 _STATE_CHUNKS = 2
 """Of four numbers of a thread, of its rows' softmax; kernels/tile/key_shares.cuh has the same."""
@@ -33,12 +36,23 @@ _STATE_CHUNKS = 2
 def choose(num_work: int, key_tiles: int, device: Device) -> KeyShares:
     """For so many tiles of queries, each of which sees so many tiles of keys."""
     rounds, left = divmod(num_work, device.num_sms)
-    if not left:
+    if not left or (left + 1) * key_tiles > _MOST_KEY_TILES:
         return UNSHARED
-    length = max(ceil(left * key_tiles / device.num_sms), isqrt(_OF_PART * key_tiles))
-    shared = length + _OF_SHARE + _OF_PART * (key_tiles / length + 1)
-    gains = (rounds + 1) * key_tiles >= LEAST_GAIN * (rounds * key_tiles + shared)
-    return KeyShares(left, length) if gains else UNSHARED
+    shares = KeyShares(left, max(ceil(left * key_tiles / device.num_sms), isqrt(_OF_PART * key_tiles)))
+    gains = (rounds + 1) * key_tiles >= LEAST_GAIN * (rounds * key_tiles + trips(shares, key_tiles))
+    return shares if gains else UNSHARED
+
+
+def trips(shares: KeyShares, key_tiles: int) -> float:
+    """Trips through the loop that the tiles of queries take which are shared out, with all that sharing costs."""
+    return shares.length + _OF_SHARE + _OF_PART * (key_tiles / shares.length + 1) + _OF_COUNTERS if shares.tiles else 0.0
+
+
+def works_differ(problem: Problem) -> bool:
+    """Whether some tiles of queries see more keys than others, so that none are shared out; kernels/tile/key_shares.cuh says the same."""
+    kinds = problem.features.kinds
+    hides = problem.is_causal or kinds.window or kinds.prefix or kinds.lists_tiles
+    return hides or problem.is_ragged
 
 
 def num_blocks(shares: KeyShares, key_tiles: int) -> int:

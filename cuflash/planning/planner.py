@@ -100,10 +100,11 @@ def make_plan(problem: Problem, device: Device, *, backward: bool = False, tile:
             planned += [merging for kernel in planned for merging in split_forward.merging_kernels(kernel, problem, device)]
         kernels = tuple(planned)
     for kernel in kernels:
-        if max(kernel.num_blocks, kernel.num_work) > MAX_GRID:
+        most = MAX_GRID - kernel.num_blocks if kernel.spec.stays else MAX_GRID  # a block that stays counts a stride further, with a sign
+        if max(kernel.num_blocks, kernel.num_work) > most:
             hint = "Split the call along the batch."
             raise UnsupportedError(
-                "query", f"{max(kernel.num_blocks, kernel.num_work)} tiles over batch and heads", f"at most {MAX_GRID}", hint
+                "query", f"{max(kernel.num_blocks, kernel.num_work)} tiles over batch and heads", f"at most {most}", hint
             )
     outputs = _gradients(problem) if backward else _results(problem)
     return Plan(problem, device, backward, kernels, outputs, _workspace(problem, kernels), choice)
@@ -303,21 +304,14 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     num_work = (places or num_tiles) * heads * batch * splits.number
     num_blocks = min(num_work, device.num_sms) if spec.stays else num_work
     shares = UNSHARED
-    if spec.shares_keys and not _works_differ(problem):
+    if spec.shares_keys and not key_shares.works_differ(problem):
         shares = key_shares.choose(num_work, ceil(problem.seqlen_kv / tile.tile_kv), device)
         num_blocks = max(num_blocks, key_shares.num_blocks(shares, ceil(problem.seqlen_kv / tile.tile_kv)))
     return KernelPlan(
         case, tile, config_text(problem.dtype, constants), LaunchShape(num_blocks, num_threads, shared_bytes), num_tiles,
-        group_batch, group_heads, section, num_work, num_work > num_blocks and _works_differ(problem), splits, shares, packed_places=places,
+        group_batch, group_heads, section, num_work, num_work > num_blocks and key_shares.works_differ(problem), splits, shares, packed_places=places,
         tile_by=tile_by,
     )  # fmt: skip
-
-
-def _works_differ(problem: Problem) -> bool:
-    """Whether some tiles of queries see more keys than others."""
-    kinds = problem.features.kinds
-    hides = problem.is_causal or kinds.window or kinds.prefix or kinds.lists_tiles
-    return hides or problem.is_ragged
 
 
 def _split_kernel(

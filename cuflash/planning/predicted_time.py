@@ -118,8 +118,29 @@ def grid_of(case: KernelCase, tile: Tile, problem: Problem, section: int = 0, *,
     return Grid(every * batch * heads, [members * count for count in trips], section)
 
 
-def clocks(steady: Steady, case: KernelCase, tile: Tile, grid: Grid, problem: Problem, device: Device) -> float:
-    """About how long a kernel takes, from the first block's begin to the last one's end, in clocks of an SM."""
+def clocks(
+    steady: Steady,
+    case: KernelCase,
+    tile: Tile,
+    grid: Grid,
+    problem: Problem,
+    device: Device,
+    *,
+    shared_tiles: int = 0,
+    shared_trips: float = 0.0,
+) -> float:
+    """About how long a kernel takes, from the first block's begin to the last one's end, in clocks of an SM.
+
+    Args:
+        steady: its loop.
+        case: which it is.
+        tile: of its blocks.
+        grid: its blocks, or tiles of blocks that stay.
+        problem: the call.
+        device: where.
+        shared_tiles: of those, whose keys all blocks share out (key_shares.py).
+        shared_trips: that each block takes for them.
+    """
     traffic = TRAFFIC[device.arch]
     pairs, sms = tile.tile_q * tile.tile_kv, device.num_sms
 
@@ -131,13 +152,13 @@ def clocks(steady: Steady, case: KernelCase, tile: Tile, grid: Grid, problem: Pr
     moved = (tile.tile_q + tile.tile_kv + case.stationary_rows(tile)) * width  # first tiles, and results
     of_block = _BLOCK_CLOCKS + moved / traffic.l2
     beside = (steady.between if case.kernel.stays else of_block) / trip(steady.blocks)  # in trips
-    number, longest = grid.heads * len(grid.trips), max(grid.trips, default=0)
+    number, longest = grid.heads * len(grid.trips) - shared_tiles, max(grid.trips, default=0)
     if not longest:
         return 0.0
     waves, rest = divmod(number, steady.blocks * sms)
     delays = _delays(grid, sms * steady.blocks)
     if min(grid.trips) == longest:
-        found = (longest + beside) * (waves * trip(steady.blocks) + (trip(ceil(rest / sms)) if rest else 0.0))
+        found = (longest + beside) * (waves * trip(steady.blocks) + (trip(ceil(rest / sms)) if rest else 0.0)) + shared_trips * trip(1)
         found += max(delays, default=0) * trip(steady.blocks)
     else:
         waited = min(grid.section, grid.heads) * sum(delays)

@@ -8,11 +8,13 @@ a kernel of wgmma is taken where it would gain even then.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from typing import NamedTuple
 
 from cuflash.hardware.device import Device
-from cuflash.planning import predicted_loops, predicted_time, query_splits, tile_choice
+from cuflash.planning import key_shares, predicted_loops, predicted_time, query_splits, tile_choice
 from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, KernelCase, converts_sums, multiply_adds
+from cuflash.planning.kernel_plan import UNSHARED
 from cuflash.planning.predicted_time import Grid, Steady
 from cuflash.planning.visits import band_of
 from cuflash.problem.features import UNLIMITED
@@ -106,12 +108,24 @@ def milliseconds(case: KernelCase, loop: Steady, problem: Problem, device: Devic
     masked = loop.masked if all_masked or case.kernel.implementation == "wgmma" else 1.0
     of_section = section if case.kernel.added_up else 0
     grid = predicted_time.grid_of(case, tile, problem, of_section, masked=masked, all_masked=all_masked)
-    clocks = predicted_time.clocks(loop, case, tile, grid, problem, device)
+    if case.kernel.stays and not key_shares.works_differ(problem):
+        clocks = _clocks_of_alike(loop, case, tile, grid, problem, device)
+    else:
+        clocks = predicted_time.clocks(loop, case, tile, grid, problem, device)
     if case.kernel.takes_terms:
         clocks += predicted_time.terms_clocks(problem, device)
     if case.kernel.added_up:
         clocks += predicted_time.conversion_clocks(problem, device, by_blocks=converts_sums(case.kernel, problem))
     return _milliseconds(clocks, case, tile, grid, device)
+
+
+def _clocks_of_alike(loop: Steady, case: KernelCase, tile: Tile, grid: Grid, problem: Problem, device: Device) -> float:
+    """Of blocks that stay, at fixed strides: the last tile of queries of a head, which has fewer, is another one in each block, and the longest round counts."""
+    key_tiles, longest = ceil(problem.seqlen_kv / tile.tile_kv), max(grid.trips, default=0)
+    alike = grid._replace(trips=[longest] * len(grid.trips))
+    shares = key_shares.choose(grid.heads * len(grid.trips), key_tiles, device) if case.kernel.shares_keys else UNSHARED
+    trips = key_shares.trips(shares, key_tiles)
+    return predicted_time.clocks(loop, case, tile, alike, problem, device, shared_tiles=shares.tiles, shared_trips=trips)
 
 
 def _milliseconds(clocks: float, case: KernelCase, tile: Tile, grid: Grid, device: Device) -> float:

@@ -122,6 +122,7 @@ DEVICE bool merge_parts(const ForwardWgmmaArguments& arguments, const KeyShare& 
     fence_gpu();
   }
   if (int(uniform(arrived)) < last - first) return false;
+  __syncwarp();  // so that all lanes read behind the fence of one, which an exchange of a number does not promise
   rows.forget();
 #pragma unroll 1
   for (int block = first; block <= last; ++block) PartOfRows(arguments, share.tile, block, warp).add_to(rows.O, rows.softmax);
