@@ -34,9 +34,8 @@ from cuflash.timing.tensor_unit import Group, TensorUnit
 _NEVER = float("inf")
 _ISSUES = 24_000  # of a whole run, about: enough for a steady state, and tenths of a second
 _FEWEST_TRIPS = 3
-_MOST_TRIPS = 24
+_MOST_TRIPS = 24  # and of warps of different roles, which come into step, or out of it, in some tens of trips: six may be 20 % too fast, 24 up to 6 %
 WARMING, STEADY_TRIPS = 64, 96  # where a figure has to be right by a percent: how warps stand to each other settles in some tens of trips
-_TRIPS_OF_ROLES = 6  # warps of different roles take some trips until they are in step, or out of it
 _PIECE_WAVEFRONTS = 16  # 2 KB of a bulk copy
 _GOLDEN = 0.618034  # blocks begin at different places of the trace, which no two of them share
 
@@ -66,12 +65,12 @@ def steady_clocks_of_roles(
         machine: whose constants.
         blocks: resident on the SM.
         in_turn: products of wgmma are served warp by warp in turn, and not in the order of their issue.
-        trips: of the run; None for a few. In few trips of several roles it is chance how warpgroups stand to each other, which changes the result by some percent.
+        trips: of the run; None for a few, of several roles 24.
         warming: trips of every warp before clocks are counted.
     """
     if trips is None:
         length = len(roles[0].trace) * roles[0].warps * blocks
-        trips = max(_FEWEST_TRIPS, min(_MOST_TRIPS, round(_ISSUES / length)), _TRIPS_OF_ROLES if len(roles) > 1 else 0)
+        trips = _MOST_TRIPS if len(roles) > 1 else max(_FEWEST_TRIPS, min(_MOST_TRIPS, round(_ISSUES / length)))
     return _Run(roles, machine, blocks, trips, in_turn, warming).clocks()
 
 
