@@ -101,7 +101,7 @@ def _written_out(x: Any) -> Any:
 
 def is_transformed() -> bool:
     """Whether derivatives of operators would be lost: torch.func transforms calls, or dual tensors carry tangents."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:

@@ -100,9 +100,10 @@ def tangents(call: Call, tensors: Tensors, out: Any, lse: Any, of_inputs: Tensor
     return out_dot, lse_dot
 
 
-def merge_parts(outs: Sequence[Any], lses: Sequence[Any], layout: str) -> tuple[Any, Any]:
-    """`merge_attention` of lists as an operator."""
-    out, lse = _merge(list(outs), list(lses), layout)
+def merge_parts(outs: Any, lses: Any, layout: str) -> tuple[Any, Any]:
+    """`merge_attention` of lists, or of tensors that hold all parts, as an operator."""
+    of_outs, of_lses = (list(x) if isinstance(x, (list, tuple)) else list(x.unbind(0)) for x in (outs, lses))
+    out, lse = _merge(of_outs, of_lses, layout)
     return out, lse
 
 
