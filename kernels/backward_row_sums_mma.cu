@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_row_sums_m
   bool any_is_huge = false;
   for (int row = int(threadIdx.x); row < TILE_Q; row += NUM_THREADS) {
     const int query = first_q + row;
-    if (query >= geometry.seqlen_q) break;
+    if (query >= arguments.geometry.seqlen_q) break;  // rows behind a sequence's length, too: the gradient of the sinks reads them
     const float lse = *arguments.lse.pointer(work.batch, work.head, query);
     if (is_huge(lse)) {
       any_is_huge = true;

@@ -26,7 +26,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "both": {"is_causal": True, "causal_alignment": "bottom_right", "seqlens_kv": USED_KV},
     "window": {"window": (20, 3), "sinks": numpy.linspace(-1, 1, HEADS, dtype="float32")},
     "mask": {"attn_mask": numpy.random.default_rng(1).random((BATCH, 1, QUERIES, KEYS)) > 0.5, "is_causal": True, "causal_alignment": "bottom_right"},
-    "bias": {"attn_mask": numpy.where(numpy.arange(KEYS) < 50, 0.5, -1e9).astype("float32")},
+    "bias": {"attn_mask": numpy.where(numpy.arange(KEYS) < 50, 0.5, -1e9).astype("float32"), "sinks": numpy.linspace(-1, 1, HEADS, dtype="float32")},
     "documents": {"segment_ids_q": numpy.arange(QUERIES)[None] // 40, "segment_ids_kv": numpy.arange(KEYS)[None] // 30},
 }  # fmt: skip
 

@@ -38,7 +38,7 @@ def _attend_in_four_dimensions(asked: Asked) -> Any:
         is_compiling = torch.compiler.is_compiling()
         if is_compiling and operators.breaks_graph():  # the graph ends here, and the call runs as outside of it
             return torch._disable_dynamo(functions.attend)(call, tensors, return_lse)
-        if is_compiling or not torch._C._are_functorch_transforms_active():
+        if is_compiling or not functions.is_transformed():
             return operators.attend(call, tensors, return_lse)
     return functions.attend(call, tensors, return_lse)
 

@@ -123,14 +123,16 @@ def _folded(tensors: Tensors, dims: Tensors, size: int, batch: int, shared: bool
         is_input, ndim = name in TENSORS[:3], _BATCHED_DIMENSIONS.get(name, 4)
         for_all = x is None or name in ("sinks", "dropout_seed")
         if not for_all and dim is None:
-            for_all = (x.shape[0] == 1 and shared and name != "query") if is_input else (x.dim() < ndim or x.shape[0] == 1)
+            is_broadcast = x.dim() < ndim or (x.shape[0] == 1 and ndim > 1)  # lengths are not: there is one for each row
+            for_all = (x.shape[0] == 1 and shared and name != "query") if is_input else is_broadcast
         if for_all:
             folded.append(x)
             continue
         samples = _first(x, dim, size)
         while samples.dim() < ndim + 1:
             samples = samples[:, None]
-        folded.append(samples.expand(size, batch, *samples.shape[2:]).flatten(0, 1))
+        rows = samples.expand(size, batch, *samples.shape[2:]).flatten(0, 1)
+        folded.append(rows.contiguous() if ndim == 1 else rows)
     return tuple(folded)
 
 

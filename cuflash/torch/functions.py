@@ -99,9 +99,14 @@ def _written_out(x: Any) -> Any:
     return x.contiguous() if x is not None and x.stride(-1) == 0 and x.shape[-1] > 1 else x
 
 
+def is_transformed() -> bool:
+    """Whether derivatives of operators would be lost: torch.func transforms calls, or dual tensors carry tangents."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
 def attend(call: Call, tensors: Tensors, return_lse: bool) -> Any:
     """The call outside of tracing: recorded where something has to be, else nothing but the call."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_transformed():
         out, lse = Attention.apply(*tensors, call)
     elif torch.is_grad_enabled() and _is_recorded(*tensors[:5]):
         out, lse = _apply_recorded(*tensors, call)
@@ -120,8 +125,11 @@ def _is_watched(query: Any) -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or query.is_meta or isinstance(query, TRACED)
 
 
-_is_batch_of_gradients = torch._C._functorch.is_legacy_batchedtensor
-"""Of `torch.autograd.grad(is_grads_batched=True)`, which is not `torch.func.vmap`: it shows one gradient that is several."""
+@torch._disable_dynamo  # type: ignore[untyped-decorator]  # which warns that it cannot look into torch's function
+def any_is_several(tensors: Tensors) -> bool:
+    """Whether one is several that look like one: of `torch.autograd.grad(is_grads_batched=True)`, which is not `torch.func.vmap`. Torch takes them apart for an
+    operator."""
+    return any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
 
 
 class Attention(torch.autograd.Function):  # type: ignore[misc]
@@ -130,7 +138,7 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(*arguments: Any) -> Any:
         *tensors, call = arguments
-        if _is_watched(tensors[0]):
+        if _is_watched(tensors[0]) or any_is_several(tuple(tensors)):
             from cuflash.torch import operators
 
             return operators.attend(call, tuple(tensors), True)
@@ -139,7 +147,7 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def setup_context(ctx: Any, inputs: Tensors, output: tuple[Any, Any]) -> None:
         ctx.save_for_backward(*inputs[:_COUNT], *output)
-        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        if is_transformed():
             ctx.save_for_forward(*inputs[:_COUNT], *output)
         ctx.call = inputs[_COUNT]
         ctx.set_materialize_grads(False)
@@ -240,7 +248,7 @@ class AttentionJvp(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(*arguments: Any) -> Tensors:
         tangents, (*tensors, out, lse, call) = arguments[:_TANGENTS], arguments[_TANGENTS:]
-        if _is_watched(tensors[0]):
+        if _is_watched(tensors[0]) or any_is_several(tangents):
             from cuflash.torch import operators
 
             return operators.tangents(call, tuple(tensors), out, lse, tangents)
@@ -276,14 +284,14 @@ def _apply_backward(call: Call, needs_mask: bool, given: Tensors) -> Tensors:
 
 def gradients(call: Call, tensors: Tensors, out: Any, lse: Any, grad_out: Any, grad_lse: Any, needs_mask: bool) -> Tensors:
     """Those of query, key, value, attn_mask and sinks, recorded where somebody wants derivatives of them; a tangent raises."""
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch.is_grad_enabled() or is_transformed():
         grads: Tensors = AttentionBackward.apply(grad_out, grad_lse, *tensors, out, lse, call, needs_mask)
         return grads
     return _gradients(call, tensors, out, lse, grad_out, grad_lse, needs_mask)
 
 
 def _gradients(call: Call, tensors: Tensors, out: Any, lse: Any, grad_out: Any, grad_lse: Any, needs_mask: bool) -> Tensors:
-    if any(x is not None and _is_batch_of_gradients(x) for x in (grad_out, grad_lse)):  # which torch takes apart for an operator
+    if any_is_several((grad_out, grad_lse)):
         from cuflash.torch import operators
 
         return operators.gradients(call, tensors, out, lse, grad_out, grad_lse, needs_mask)

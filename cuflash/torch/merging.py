@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from cuflash import merging
 from cuflash.errors import UnsupportedError
 from cuflash.torch import batching, operators
+from cuflash.torch.functions import any_is_several
 
 
 def merge_attention(outs: Any, lses: Any, *, layout: str = "bhsd") -> tuple[Any, Any]:
@@ -26,15 +27,19 @@ def merge_attention(outs: Any, lses: Any, *, layout: str = "bhsd") -> tuple[Any,
     parts_lse = tuple(lses) if isinstance(lses, (list, tuple)) else (lses,)
     parts = (*parts_out, *parts_lse)
     order = _order(layout, parts_out, stacked=not isinstance(outs, (list, tuple)))
-    if operators.looked_at(parts, plain=all(type(x) is torch.Tensor for x in parts)):
-        listed = [x if isinstance(x, (list, tuple)) else x.unbind(0) for x in (outs, lses)]
-        return operators.merge_parts(listed[0], listed[1], order)
+    is_dual = forward_ad._current_level >= 0
+    if _is_watched(parts) and (torch.compiler.is_compiling() or not is_dual):
+        return operators.merge_parts(outs, lses, order)
     recorded = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in parts)
-    if recorded or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if recorded or is_dual or torch._C._are_functorch_transforms_active():
         forms = tuple(len(own) if isinstance(x, (list, tuple)) else None for x, own in ((outs, parts_out), (lses, parts_lse)))
         out, lse = _Merge.apply(order, forms, *parts)
         return out, lse
     return merging.merge_attention(outs, lses, layout=order)
+
+
+def _is_watched(parts: Any) -> bool:
+    return operators.looked_at(parts, plain=all(type(x) is torch.Tensor for x in parts))
 
 
 def _order(layout: str, outs: Any, stacked: bool) -> str:
@@ -49,7 +54,10 @@ class _Merge(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(order: str, forms: tuple[int | None, int | None], *parts: Any) -> Any:
-        return merging.merge_attention(*_in_forms(forms, parts), layout=order)
+        outs, lses = _in_forms(forms, parts)
+        if _is_watched(parts):
+            return operators.merge_parts(outs, lses, order)
+        return merging.merge_attention(outs, lses, layout=order)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -110,7 +118,12 @@ class _MergeBackward(torch.autograd.Function):  # type: ignore[misc]
     def forward(order: str, forms: tuple[int | None, int | None], grad_out: Any, grad_lse: Any, *saved: Any) -> Any:
         *parts, out, lse = saved
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = merging.merge_attention_backward(grad_out, *_in_forms(forms, tuple(parts)), out, lse, grad_lse, layout=order)
+        of_outs, of_lses = _in_forms(forms, tuple(parts))
+        if any_is_several((grad_out, grad_lse)):
+            stacked = operators.merge_gradients(grad_out, grad_lse, of_outs, of_lses, out, lse, order)
+            grads: Any = [own if form is None else own.unbind(0) for form, own in zip(forms, stacked, strict=True)]
+        else:
+            grads = merging.merge_attention_backward(grad_out, of_outs, of_lses, out, lse, grad_lse, layout=order)
         each = [grad for form, of_parts in zip(forms, grads, strict=True) for grad in ((of_parts,) if form is None else of_parts)]
         return tuple(each)
 

@@ -20,7 +20,7 @@ from cuflash.problem.options import Options
 from cuflash.problem.tangents import Tangents
 from cuflash.problem.tile import Tile
 from cuflash.torch import batching, last_calls
-from cuflash.torch.functions import Call, Tensors
+from cuflash.torch.functions import AttentionBackward, Call, Tensors
 from cuflash.torch.inputs import TENSORS, TRACED
 
 _OPTIONS: dict[str, tuple[str, Any]] = {
@@ -45,7 +45,7 @@ _SCHEMAS = {
     "attention_jvp": "(Tensor? query_dot, Tensor? key_dot, Tensor? value_dot, Tensor? sinks_dot, Tensor out, Tensor lse, "
     f"{_INPUTS}, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
     "merge": "(Tensor[] outs, Tensor[] lses, str layout) -> (Tensor, Tensor)",
-    "merge_backward": "(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor out, Tensor lse, str layout) -> (Tensor, Tensor)",
+    "merge_backward": "(Tensor grad_out, Tensor? grad_lse, Tensor outs, Tensor lses, Tensor out, Tensor lse, str layout) -> (Tensor, Tensor)",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"cuflash::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
@@ -100,10 +100,20 @@ def tangents(call: Call, tensors: Tensors, out: Any, lse: Any, of_inputs: Tensor
     return out_dot, lse_dot
 
 
-def merge_parts(outs: Sequence[Any], lses: Sequence[Any], layout: str) -> tuple[Any, Any]:
-    """`merge_attention` of lists as an operator."""
-    out, lse = _merge(list(outs), list(lses), layout)
+def merge_parts(outs: Any, lses: Any, layout: str) -> tuple[Any, Any]:
+    """`merge_attention` of lists, or of tensors that hold all parts, as an operator."""
+    of_outs, of_lses = (list(x) if isinstance(x, (list, tuple)) else list(x.unbind(0)) for x in (outs, lses))
+    out, lse = _merge(of_outs, of_lses, layout)
     return out, lse
+
+
+def merge_gradients(
+    grad_out: Any, grad_lse: Any, outs: Sequence[Any], lses: Sequence[Any], out: Any, lse: Any, layout: str
+) -> tuple[Any, Any]:
+    """Those of the parts as an operator, which takes and gives them along a first axis of their own."""
+    stacked = (x if isinstance(x, torch.Tensor) else torch.stack(tuple(x)) for x in (outs, lses))
+    grad_outs, grad_lses = _merge_backward(grad_out, grad_lse, *stacked, out, lse, layout)
+    return grad_outs, grad_lses
 
 
 # --- Options as an operator takes them -----------------------------------------------------------------------------------------------------
@@ -234,7 +244,10 @@ class _Recorded(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
         *tensors, out, lse = ctx.saved_tensors
         needs_mask = len(tensors) > 3 and ctx.needs_input_grad[2 + 3]
-        grads = _gradients((grad_out, grad_lse, out, lse), tuple(tensors), ctx.options, needs_mask)
+        if torch.is_grad_enabled():  # with create_graph
+            grads = AttentionBackward.apply(grad_out, grad_lse, *_all(tuple(tensors)), out, lse, _call_of(ctx.options), needs_mask)
+        else:
+            grads = _gradients((grad_out, grad_lse, out, lse), tuple(tensors), ctx.options, needs_mask)
         return (None, None, *grads, *(None,) * _COUNT)[: 2 + len(tensors)]
 
 
@@ -316,12 +329,11 @@ def _merge_fake(outs: Any, lses: Any, layout: str) -> Any:
 
 def _merge_backward_impl(arguments: Tensors, options: Mapping[str, Any]) -> Any:
     grad_out, grad_lse, outs, lses, out, lse, layout = arguments
-    given = torch.stack(outs), torch.stack(lses)
-    return tuple(merge_backward(grad_out, *given, out, lse, grad_lse, layout=layout))
+    return tuple(merge_backward(grad_out, outs, lses, out, lse, grad_lse, layout=layout))
 
 
 def _merge_backward_fake(grad_out: Any, grad_lse: Any, outs: Any, lses: Any, out: Any, lse: Any, layout: str) -> Any:
-    return outs[0].new_empty((len(outs), *outs[0].shape)), lses[0].new_empty((len(lses), *lses[0].shape))
+    return outs.new_empty(outs.shape), lses.new_empty(lses.shape)
 
 
 def _merge_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -334,13 +346,15 @@ def _merge_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _merge_gradients(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
     *parts, out, lse = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grad_outs, grad_lses = _merge_backward(grad_out, grad_lse, parts[: ctx.count], parts[ctx.count :], out, lse, ctx.layout)
+    grad_outs, grad_lses = merge_gradients(grad_out, grad_lse, parts[: ctx.count], parts[ctx.count :], out, lse, ctx.layout)
     return list(grad_outs.unbind()), list(grad_lses.unbind()), None
 
 
 # --- Registration --------------------------------------------------------------------------------------------------------------------------
 
-_dynamo_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
+_dynamo_callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
+_skipped = getattr(torch._dynamo.decorators, "skip", None)
+"""Both internal to torch: a version without one has Dynamo switched off."""
 
 
 def _kernel(run: Callable[[Tensors, Mapping[str, Any]], Any]) -> Callable[..., Any]:
@@ -350,14 +364,13 @@ def _kernel(run: Callable[[Tensors, Mapping[str, Any]], Any]) -> Callable[..., A
     they are asked.
     """
     without_dynamo = torch._dynamo.disable(run)
-    if not _IS_RECENT:
+    if not _IS_RECENT or _dynamo_callback is None or _skipped is None:
         return lambda *arguments, **options: without_dynamo(arguments, options)
 
-    @torch._dynamo.decorators.skip  # type: ignore[untyped-decorator]
     def kernel(*arguments: Any, **options: Any) -> Any:
         return run(arguments, options) if _dynamo_callback() is None else without_dynamo(arguments, options)
 
-    return kernel  # type: ignore[no-any-return]
+    return _skipped(kernel)  # type: ignore[no-any-return]
 
 
 for _name, _run, _shapes in (

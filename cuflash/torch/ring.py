@@ -18,7 +18,7 @@ from cuflash.merging import merge_attention
 from cuflash.problem.other_names import explains_keywords
 from cuflash.torch import shards
 from cuflash.torch.functions import Call
-from cuflash.torch.inputs import autocast, check_tensors, dropout_source, lengths, number, pair, sinks_and_slopes
+from cuflash.torch.inputs import TENSORS, autocast, check_tensors, dropout_source, lengths, number, pair, sinks_and_slopes
 from cuflash.torch.shards import Limit, Piece
 
 
@@ -77,7 +77,7 @@ def ring_attention(
         hint = "Say it by is_causal, window or cu_seqlens; or gather_sequence(key) and value, and call scaled_dot_product_attention with the mask's rows."
         raise UnsupportedError("attn_mask", f"{describe(attn_mask)} over parts of a sequence", "None", hint)
     state = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
-    check_tensors((query, key, value, None, sinks, alibi_slopes, *(None,) * 7, state))
+    check_tensors(_in_order(query=query, key=key, value=value, sinks=sinks, alibi_slopes=alibi_slopes, dropout_seed=state))
     if method not in (None, "pass", "gather"):
         raise OptionError("method", describe(method), "'pass', 'gather' or None", "None takes the one that moves less.")
     query, key, value = autocast(query, key, value)
@@ -110,11 +110,11 @@ def ring_attention(
         "dropout_p": number(dropout_p), "is_causal": False, "scale": number(scale), "enable_gqa": enable_gqa, "causal_alignment": "top_left", "tile": None,
         "deterministic": False, "allow_tf32": allow_tf32, "window": None, "softcap": number(softcap),
     }  # fmt: skip
-    others: tuple[Any, ...] = (None, None, alibi_slopes, *(None,) * 7, state)
+    others = _in_order(alibi_slopes=alibi_slopes, dropout_seed=state)[3:]
     if packed:
         count = 2 * torch.distributed.get_world_size(group)
         offsets = (lengths(cu_seqlens) // count).to(torch.int32)
-        others = (*(None,) * 7, offsets, offsets, None, state)
+        others = _in_order(cu_seqlens_q=offsets, cu_seqlens_kv=offsets, dropout_seed=state)[3:]
         longest = None if max_seqlen is None else number(max_seqlen) // count
         options |= {"max_seqlen_q": longest, "max_seqlen_kv": longest}
     else:
@@ -143,6 +143,11 @@ def _with_sinks(out: Any, lse: Any, sinks: Any, plan: _Plan) -> tuple[Any, Any]:
     layout = plan.call.options.get("layout", "shd")
     order = ["bhs"[-lse.dim() :].index(letter) for letter in layout if letter != "d"]
     return (out * share.permute(order).unsqueeze(layout.index("d"))).to(out.dtype), with_sinks
+
+
+def _in_order(**tensors: Any) -> tuple[Any, ...]:
+    """Tensors of a call in the order of `TENSORS`."""
+    return tuple(map(tensors.get, TENSORS))
 
 
 class _Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -117,8 +118,18 @@ def test_batches_of_gradients(device: Any) -> None:
     def sums(query: Any) -> Any:
         return scaled_dot_product_attention(query, key, value).sum(dim=(0, 1, 2))[:2]
 
-    jacobian = torch.autograd.functional.jacobian
-    assert torch.equal(jacobian(sums, query, vectorize=True), jacobian(sums, query))
+    def of_halves(query: Any) -> Any:
+        halves = [scaled_dot_product_attention(query, key[:, :, i::2], value[:, :, i::2], return_lse=True) for i in range(2)]
+        return merge_attention([out for out, _ in halves], [lse for _, lse in halves])[0].sum(dim=(0, 1, 2))[:2]
+
+    for function in (sums, of_halves):
+        jacobian = functools.partial(torch.autograd.functional.jacobian, function)
+        one_by_one = jacobian(query)
+        assert torch.equal(jacobian(query, vectorize=True), one_by_one)
+    narrow = [x.detach() for x in leaves(device, *[(1, 1, 3, 4)] * 3)]
+    jacobian = functools.partial(torch.autograd.functional.jacobian, scaled_dot_product_attention, tuple(narrow), vectorize=True)
+    for of_tangents, of_gradients in zip(jacobian(strategy="forward-mode"), jacobian(), strict=True):
+        assert_close(of_tangents, of_gradients.double())
 
 
 def test_a_boolean_mask(device: Any) -> None:
@@ -185,10 +196,11 @@ def test_kernels_read_the_inputs_where_they_are(device: Any, monkeypatch: pytest
 
 def test_a_second_derivative_raises_and_says_so(device: Any) -> None:
     query, key, value = leaves(device, SHAPE, SHAPE, SHAPE)
-    out = scaled_dot_product_attention(query, key, value)
-    (first,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
-    with pytest.raises(UnsupportedError, match="second derivative"):
-        first.sum().backward()
+    for attend in (scaled_dot_product_attention, lambda *x: torch.ops.cuflash.attention(*x)[0]):
+        out = attend(query, key, value)
+        (first,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+        with pytest.raises(UnsupportedError, match="second derivative"):
+            first.sum().backward()
     merged, _ = merge_attention([query, key], [x[..., 0] for x in (query, key)])
     (first,) = torch.autograd.grad(merged.square().sum(), query, create_graph=True)
     with pytest.raises(UnsupportedError, match="merge_attention: got a second derivative"):
@@ -326,6 +338,11 @@ def test_vmap_of_masks_lengths_and_sinks(device: Any) -> None:
     for i in range(3):
         hidden = torch.arange(SEQLEN, device=device) < lengths[i][:, None, None, None]
         assert_close(got[i], attention(query[0], key, value, hidden)[0])
+    one_row = (query[:, :1], key[:1], value[:1])  # of the batch of each sample, whose length all share
+    got = vmap(lambda q: scaled_dot_product_attention(q, *one_row[1:], seqlens_q=lengths[0, 1:], seqlens_kv=lengths[0, 1:]))(one_row[0])
+    shorter = [x[..., :20, :] for x in one_row]
+    for i in range(3):
+        assert_close(got[i][:, :, :20], attention(shorter[0][i], *shorter[1:])[0])
 
 
 def test_padded_queries_may_hold_anything(device: Any) -> None:

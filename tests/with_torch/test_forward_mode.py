@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 from written_out import SHAPE, assert_close, attention, leaves
 
 import cuflash
@@ -236,3 +237,20 @@ def test_vmap_of_points_and_tangents(device: Any, shared: bool) -> None:
     for i in range(3):
         own = [x if dim is None else x[i] for x, dim in zip((*inputs, *tangents), dims * 2, strict=True)]
         assert_close(got[i], both(*own))
+
+
+def test_dual_tensors_under_a_mode_that_watches_operators(device: Any) -> None:
+    """Tangents that eager calls give, where operators alone would lose them."""
+    query, key, value, query_dot = plain(device, *[SHAPE] * 4)
+
+    def tangents() -> list[Any]:
+        with forward_ad.dual_level():
+            halves = [scaled_dot_product_attention(forward_ad.make_dual(query, query_dot), x, x, return_lse=True) for x in (key, value)]
+            merged, _ = merge_attention([out for out, _ in halves], [lse for _, lse in halves])
+            return [forward_ad.unpack_dual(x).tangent for x in (*halves[0], merged)]
+
+    want = tangents()
+    with FlopCounterMode(display=False):
+        got = tangents()
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
