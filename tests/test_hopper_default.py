@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy
 import pytest
 from conftest import Target
 from test_wgmma_forward import with_sms
@@ -31,6 +32,7 @@ from cuflash.planning import (
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_specs import BACKWARD_WGMMA, FORWARD_WGMMA, TILED_KERNELS
 from cuflash.planning.plan import Plan
+from cuflash.problem.features import FeatureSet
 from cuflash.simulator import check
 from cuflash.timing import machine, prediction
 from cuflash.tuned.store import Found
@@ -187,6 +189,21 @@ def test_warmup_compiles_all_ways() -> None:
     assert {"forward", "forward_wgmma", "backward_wgmma", "backward_fused", "backward_dkdv", "backward_dq"} <= kernels
     ways = [set(way) for backward in (False, True) for way in planner.other_ways(planned(backward).problem, ON, backward=backward)]
     assert ways == [{"forward"}, {"backward_fused"}, {"backward_dq"}]
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.6])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_warmup_compiles_for_any_dropout(head_dim: int, dropout_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of wgmma that drop most are others."""
+    for name in ("CUFLASH_FORWARD_WGMMA", "CUFLASH_BACKWARD_WGMMA"):
+        monkeypatch.setenv(name, "1")
+    kernels = offline.offline_kernels(ON, dtype="float16", head_dim=head_dim, features=FeatureSet(dropout=True), every_way=True)
+    compiled = {kernel.request(ON) for kernel in kernels}
+    x = numpy.zeros((1, 300, 2, head_dim), "float16")
+    for backward in (False, True):
+        plan = cuflash.plan(x, x, x, dropout_p=dropout_p, dropout_seed=1, backward=backward)
+        assert any("wgmma" in kernel.name for kernel in plan.kernels)
+        assert {kernel.request(ON) for kernel in plan.kernels} <= compiled
 
 
 @pytest.mark.parametrize("predicted", [True, False], ids=["predicted", "not predicted"])

@@ -58,7 +58,7 @@ def offline_kernels(
     With `jvp` those of tangents instead.
 
     They are those of a call with one head of 1024 queries and keys, or where blocks would share out its queries, of many heads; with `every_way` also the others that calls of such a kind take where lengths, batch and
-    heads decide which are faster. Where tables of tuned tiles have several for different lengths, those of all lengths.
+    heads decide which are faster, or `dropout_p` decides what is compiled. Where tables of tuned tiles have several for different lengths, those of all lengths.
     """
     problem = _representative(
         dtype,
@@ -81,7 +81,7 @@ def offline_kernels(
     for of_gradients in (False, True) if backward else (False,):
         pinned = _of_pass(tile, backward=of_gradients)
         of_pass = _unsplit(problem, device, pinned) if of_gradients else problem
-        ways = _ways(of_pass, device, pinned, backward=of_gradients) if every_way else ((of_pass, pinned),)
+        ways = _of_any_dropout(_ways(of_pass, device, pinned, backward=of_gradients)) if every_way else ((of_pass, pinned),)
         by_caller = pinned if isinstance(pinned, Mapping) else {}
         for of_a_kind, way in ways:
             kernels = make_plan(of_a_kind, device, backward=of_gradients, tile=way).kernels
@@ -132,6 +132,14 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
                 _with_queries(problem, FEW_QUERIES) if spec == BACKWARD_DQ else problem,
                 {spec.name: tile_choice.default_tile(case_of(spec, problem), device)},
             )
+
+
+def _of_any_dropout(ways: Iterable[tuple[Problem, Tiles]]) -> Iterator[tuple[Problem, Tiles]]:
+    """The same ways, and those of calls that drop most, which kernels of wgmma are compiled for."""
+    for problem, tile in ways:
+        yield problem, tile
+        if problem.features.kinds.dropout:
+            yield replace(problem, features=replace(problem.features, dropout_p=1.0)), tile
 
 
 def _tuned_kernels(
