@@ -283,7 +283,7 @@ class WarpgroupKeys {
     issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_descriptor, Q_descriptor);
     if constexpr (HAS_OUT_RING) out_ring.wait_full();
     issue_rows<WarpgroupV, RingO, DV_TILES / 2, true>(dS, V_descriptor, dO_descriptor);
-    uint32 kept[P_STEPS][4];
+    [[maybe_unused]] uint32 kept[P_STEPS][4];
     if constexpr (DROPOUT && COMPUTE_DV) member.dropout.draw_transposed(kept, member.first_key, first_q);
     wgmma_wait<1>();
     pin(P[0]);
