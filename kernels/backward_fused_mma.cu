@@ -235,6 +235,5 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_fused_mma(
   }
   __syncthreads();  // every warp has added its last sum, and is done with K
   turns.finish();
-
   store_gradients(dK, dV, arguments, work, K_smem, V_smem, start_kv);
 }

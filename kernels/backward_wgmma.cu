@@ -283,7 +283,7 @@ class WarpgroupKeys {
     issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_descriptor, Q_descriptor);
     if constexpr (HAS_OUT_RING) out_ring.wait_full();
     issue_rows<WarpgroupV, RingO, DV_TILES / 2, true>(dS, V_descriptor, dO_descriptor);
-    uint32 kept[P_STEPS][4];
+    [[maybe_unused]] uint32 kept[P_STEPS][4];
     if constexpr (DROPOUT && COMPUTE_DV) member.dropout.draw_transposed(kept, member.first_key, first_q);
     wgmma_wait<1>();
     pin(P[0]);
@@ -321,7 +321,7 @@ class WarpgroupKeys {
     if constexpr (COMPUTE_DV) issue_accumulator<RingO>(dV, P_operand, dO_descriptor);
     sync_threads_of(COMPUTING_BARRIER, WARPGROUPS * WARPGROUP_SIZE);
     if constexpr (WAITS_FOR_DV) {
-      wgmma_wait<0>();
+      wgmma_wait<0>();  // Pᵀ leaves its registers to dQ
       pin(dV[0]);
       pin(P_operand);
     }
@@ -518,9 +518,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
     shared.ring().init(COMPUTE_DK ? WARPGROUPS : NUM_WARPS, 1 + (StagedMask::USED ? 2 : 1) * WARP_SIZE);
     if constexpr (HAS_OUT_RING) shared.out_ring().init(WARPGROUPS);
     mbarrier_init(shared.keys_landed(), 1);
-    shared.turns().init(1);
+    if constexpr (COMPUTE_DK) {
+      shared.turns().init(1);
 #pragma unroll
-    for (int i = 0; i < TURNS; ++i) mbarrier_init(shared.has_added() + i * MBARRIER_BYTES, NUM_WARPS);
+      for (int i = 0; i < TURNS; ++i) mbarrier_init(shared.has_added() + i * MBARRIER_BYTES, NUM_WARPS);
+    }
     if constexpr (VARLEN) mbarrier_init(shared.cut_landed(), 1);
     fence_mbarrier_init();
   }

@@ -100,6 +100,14 @@ SLABS = Inputs((1, 150, 3, 64), (1, 200, 1, 64), (1, 200, 1, 64), options=(("ena
 BLIND_SLABS = Inputs((1, 300, 2, 64), (1, 90, 2, 64), (1, 90, 2, 64), options=(("causal_alignment", "bottom_right"),))
 KEY_SLABS = Inputs((1, 150, 2, 64), (1, 300, 1, 64), (1, 300, 1, 64), options=(("enable_gqa", True), ("causal_alignment", "bottom_right")))
 MORE_QUERY_SLABS = replace(KEY_SLABS, query=(1, 310, 2, 64))
+THREE_SLABS = Inputs(
+    (1, 110, 2, 136), (1, 190, 1, 136), (1, 190, 1, 72), options=(("enable_gqa", True), ("causal_alignment", "bottom_right"))
+)
+WIDE_VALUE_SLABS = Inputs((1, 75, 2, 40), (1, 140, 1, 40), (1, 140, 1, 136), options=(("enable_gqa", True),))
+MASKED_WIDE_VALUE_SLABS = replace(
+    WIDE_VALUE_SLABS,
+    options=(("enable_gqa", True), ("attn_mask", (np.random.default_rng(1).random((75, 144)) * np.tri(75, 144, 60) > 0.3)[:, :140])),
+)
 WINDOW_SLABS = Inputs((1, 150, 2, 64), (1, 300, 2, 64), (1, 300, 2, 64), options=(("window", (70, 60)),))
 BLIND_WINDOW_SLABS = Inputs((1, 500, 2, 64), (1, 90, 2, 64), (1, 90, 2, 64), options=(("window", (100, 20)),))
 TWO_SLABS = Inputs((1, 150, 2, 128), (1, 200, 1, 128), (1, 200, 1, 128), options=(("enable_gqa", True),))
@@ -167,8 +175,8 @@ def _with_huge_rows(inputs: Inputs) -> Inputs:
 class Variant:
     """One compilation of the kernels of a pass, and the calls that run it.
 
-    A mutant survives a variant only if it survives all of its calls. Without a `tile` the calls choose theirs. `only` names the file of the one kernel
-    that is mutated, where the others are as in another variant. `num_sms`: so many has the simulator, for blocks that stay.
+    A mutant survives a variant only if it survives all of its calls. Without a `tile` the calls choose theirs. `only` names the one kernel that is
+    mutated, or its file, where the others are as in another variant. `num_sms`: so many has the simulator, for blocks that stay.
     """
 
     name: str
@@ -211,7 +219,7 @@ class Variant:
             if self.backward:
                 options |= dict(inputs.backward_options)
             for kernel in cuflash.plan(*arrays, backward=self.backward, **options).kernels:
-                if self.only in (None, kernel.source):
+                if self.only in (None, kernel.source, kernel.name):
                     found.setdefault((kernel.source, kernel.config), kernel)
         return list(found.values())
 
@@ -408,6 +416,16 @@ def _variants() -> Iterator[Variant]:
         "backward sm_90 bfloat16 wgmma query splits, 2 stages", "sm_90", "bfloat16", slabs, (MORE_QUERY_SLABS,), backward=True,
         only="backward_wgmma.cu", num_sms=12,
     )  # fmt: skip
+    yield Variant(  # so many columns of K that dV is waited for before dQ is issued
+        "backward sm_90 bfloat16 wgmma three slabs, 2 stages", "sm_90", "bfloat16", slabs, (THREE_SLABS,), backward=True, is_causal=True,
+        only="backward_wgmma.cu", num_sms=1,
+    )  # fmt: skip
+    alone = {"backward_wgmma_dv": Tile(32, 128, 8, 2), "backward_wgmma_dkdq": Tile(32, 128, 8, 2)}
+    for name, inputs in (("", (WIDE_VALUE_SLABS,)), (", boolean mask", (MASKED_WIDE_VALUE_SLABS,))):
+        yield Variant(
+            f"backward sm_90 float16 wgmma dV alone{name}, 2 stages", "sm_90", "float16", alone, inputs, backward=True,
+            only="backward_wgmma_dv", num_sms=1,
+        )  # fmt: skip
     yield Variant("backward sm_90 bfloat16, 2 stages", "sm_90", "bfloat16", Tile(32, 64, 2, 2), sums, backward=True)
     yield Variant("backward sm_75 float16", "sm_75", "float16", Tile(32, 32, 2, 1), sums, backward=True)
     yield Variant(

@@ -15,6 +15,7 @@ import cuflash
 from cuflash import reference
 from cuflash.cli.sample_features import ALONE, others_than
 from cuflash.cli.samples import Sample
+from cuflash.errors import OptionError
 
 pytestmark = pytest.mark.small_tiles
 
@@ -462,6 +463,31 @@ def test_softcap_of_enormous_scores(target: Target) -> None:
     """Scores of 10¹⁰ come out as ±softcap, and gradients as 0, not NaN."""
     query, key, value = inputs_of(target, "float32")
     target.check(query * numpy.float32(1e5), key * numpy.float32(1e5), value, enable_gqa=True, softcap=5.0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("softcap", [5.0, 88.0])
+def test_softcap_of_enormous_scores_in_quotients(simulator: Target, softcap: float, dtype: str) -> None:
+    """Of 16 bits, in rows of which some have such scores beside others, some alone, and some none."""
+    query, key, value = inputs_of(simulator, dtype, seqlens=(64, 96))
+    query[:, :20] *= numpy.asarray(1e4, query.dtype)
+    query[:, 10:20] = numpy.abs(query[:, 10:20])
+    key[:, ::3] = numpy.abs(key[:, ::3]) * numpy.asarray(1e4, key.dtype)
+    key[:, 1] = 0
+    for scale in (1.0, -1.0):
+        options = {"enable_gqa": True, "softcap": softcap, "scale": scale}
+        simulator.check(query, key, value, **options, tile=cuflash.Tile(64, 32, 4, 1), backward=False)
+
+
+def test_softcap_of_the_largest_factor(simulator: Target) -> None:
+    """Kernels take scale / softcap times 2 log2(e), which has to be finite: a product of 0 is a score of 0."""
+    query, key, value = inputs_of(simulator, "bfloat16", seqlens=(64, 96))
+    query[:, ::2] = 0
+    options = {"enable_gqa": True, "softcap": 2.0**-100, "tile": cuflash.Tile(64, 32, 4, 1)}
+    out = cuflash.scaled_dot_product_attention(query, key, value, scale=2.0**26, **options)
+    assert numpy.isfinite(out.astype("float32")).all()
+    with pytest.raises(OptionError, match=r"scale / softcap"):
+        cuflash.scaled_dot_product_attention(query, key, value, scale=2.0**27, **options)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 100.0], ids="scale={}".format)

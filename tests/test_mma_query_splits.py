@@ -181,9 +181,7 @@ def test_memory_is_bounded(seqlen: int) -> None:
     assert nbytes["key_parts"] <= 4 * 108 * 128 * 256 * 4
 
 
-@pytest.mark.parametrize(
-    ("seqlen", "heads"), [((1024, 1024), (8, 8)), ((2000, 2000), (4, 4)), ((4096, 512), (8, 1)), ((16384, 16384), (2, 1))]
-)
+@pytest.mark.parametrize(("seqlen", "heads"), [((1024, 1024), (8, 8)), ((2000, 2000), (4, 4)), ((4096, 512), (8, 1))])
 def test_parts_take_at_most_four_and_a_half_times_the_gradients(seqlen: tuple[int, int], heads: tuple[int, int]) -> None:
     plan = own_plan(64, seqlen, heads)
     gradients = 2 * 64 * (seqlen[0] * heads[0] + 2 * seqlen[1] * heads[1])

@@ -280,9 +280,7 @@ def test_a_kernel_of_wgmma_is_predicted(plan: Plan) -> None:
     of_settled = prediction.lay_out(settled, wgmma_kernel(plan), plan.problem, CARDS["sm_90"])
     settled_tflops = plan.problem.flops_forward / of_settled.milliseconds / 1e9
     assert 400 < settled_tflops < 660
-    assert (
-        full.tflops < 1.25 * settled_tflops
-    )  # in its few trips warpgroups happen to be better out of step than they stay (docs/timing.md)
+    assert full.tflops < 1.1 * settled_tflops  # in few trips warpgroups happen to be better out of step than they stay (docs/timing.md)
     assert 0.8 < full.tflops / in_turn.tflops < 1.25
     assert 0.48 < causal.milliseconds / full.milliseconds < 0.7
     assert 1.4 < launch.clock_ghz < CARDS["sm_90"].clock_ghz

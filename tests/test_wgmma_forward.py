@@ -352,7 +352,6 @@ def test_features_that_leave_no_room_for_a_tile_go_to_the_other_kernel() -> None
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "float32": ({"dtype": "float32"}, "it takes 16-bit types, and this is float32"),
     "head_dim": ({"head_dim": 100}, "it takes multiples of 8 up to 256 for head_dim, and this is 100"),
     "elements apart": ({"view": "strided_elements"}, "the TMA unit cannot copy query, whose head_dim has a stride of 3"),
     "rows apart": ({"view": "padded_rows"}, "the TMA unit cannot copy query, whose rows lie 520 bytes apart, no multiple of 16 from 0 to 2^40"),

@@ -61,7 +61,7 @@ def offline_kernels(
     With `jvp` those of tangents instead.
 
     They are those of a call with one head of 1024 queries and keys, or where blocks would share out its queries, of many heads; with `every_way` also the others that calls of such a kind take where lengths, batch and
-    heads decide which are faster. Where tables of tuned tiles have several for different lengths, those of all lengths.
+    heads decide which are faster, or `dropout_p` decides what is compiled. Where tables of tuned tiles have several for different lengths, those of all lengths.
     """
     problem = _representative(
         dtype,

@@ -357,7 +357,7 @@ def check_softcap(softcap: object, scale: float) -> float | None:
         raise OptionError(
             "softcap", describe(softcap), "a positive float below 2**126, or None", "Leave it out for no cap; scores stay within ±softcap."
         )
-    if number < 2.0**-100 or abs(scale) / number > 2.0**127:
+    if number < 2.0**-100 or abs(scale) / number > 2.0**126:  # kernels take it times 2 log2(e)
         hint = "Use a larger softcap; usual ones are 20 to 50."
         raise OptionError("softcap", f"{number:g} with scale {scale:g}", "scale / softcap that float32 can hold", hint)
     return number

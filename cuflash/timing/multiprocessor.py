@@ -34,7 +34,9 @@ from cuflash.timing.tensor_unit import Group, TensorUnit
 _NEVER = float("inf")
 _ISSUES = 24_000  # of a whole run, about: enough for a steady state, and tenths of a second
 _FEWEST_TRIPS = 3
-_MOST_TRIPS = 24  # and of warps of different roles, which come into step, or out of it, in some tens of trips: six may be 20 % too fast, 24 up to 6 %
+_MOST_TRIPS = (
+    24  # and of warps of different roles, which come into step, or out of it, in some tens of trips: six may be 20 % too fast, 24 up to 6 %
+)
 WARMING, STEADY_TRIPS = 64, 96  # where a figure has to be right by a percent: how warps stand to each other settles in some tens of trips
 _PIECE_WAVEFRONTS = 16  # 2 KB of a bulk copy
 _GOLDEN = 0.618034  # blocks begin at different places of the trace, which no two of them share

@@ -98,8 +98,8 @@ DEVICE void copy_masks(const BackwardWgmmaArguments& arguments, const BlockWork&
         mbarrier_arrive_behind_copies(ring.full());
       } else {
         cp_async_commit_group();
-        cp_async_wait_group<0>();
-        mbarrier_arrive(ring.full());
+        cp_async_wait_group<0>();  // of ids; the mask's elements are stored
+        mbarrier_arrive(ring.full());  // of what each lane has stored
       }
       ring.advance();
     });
@@ -110,7 +110,7 @@ DEVICE void copy_masks(const BackwardWgmmaArguments& arguments, const BlockWork&
     }
   });
   cp_async_commit_group();
-  cp_async_wait_group<0>();
+  cp_async_wait_group<0>();  // likewise
 }
 
 // body(turn, place) for each tile to which the block adds: the tile's turn, and the block's place among those that add to it. With lists a whole
