@@ -33,7 +33,6 @@ from cuflash.planning import (
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_specs import BACKWARD_WGMMA, FORWARD_WGMMA, TILED_KERNELS
 from cuflash.planning.plan import Plan
-from cuflash.problem.features import FeatureSet
 from cuflash.simulator import check
 from cuflash.timing import machine, prediction
 from cuflash.tuned.store import Found

@@ -257,7 +257,7 @@ def test_workspace_is_terms_of_the_operands() -> None:
 def test_blocks_compute_whole_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the 16-bit kernel share out the keys of the last tiles of queries, with the same code around them."""
     with_sms(monkeypatch, 132)
-    shapes = {dtype: inputs_of(HOST, (1000, 4096), heads=(16, 16), dtype=dtype) for dtype in ("float16", "float32")}
+    shapes = {dtype: inputs_of(HOST, (1000, 16384), heads=(16, 16), dtype=dtype) for dtype in ("float16", "float32")}
     plans = {dtype: cuflash.plan(*inputs) for dtype, inputs in shapes.items()}
     assert plans["float16"].kernels[-1].shares.tiles
     assert not plans["float32"].kernels[-1].shares.tiles
