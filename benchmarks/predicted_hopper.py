@@ -82,11 +82,11 @@ def speeds(head_dim: int, causal: bool, *, in_turn: bool = False, tile: Tiles = 
 
 
 def after_errors(head_dim: int, causal: bool, found: Sequence[float]) -> list[float]:
-    """Predicted speeds times what kernels of this design reached of theirs on an H100, at each of `SEQLENS`."""
+    """Predicted speeds times what kernels of this design reached of theirs on an H100, at each of `SEQLENS`; where they were faster, that is no promise."""
     factors = []
     for seqlen in SEQLENS:
         of = plan(head_dim, causal, seqlen)
-        factors.append(predicted_wgmma.measured(kernel_of(of).case, of.problem))
+        factors.append(min(1.0, predicted_wgmma.measured(kernel_of(of).case, of.problem)))
     return [speed * factor for speed, factor in zip(found, factors, strict=True)]
 
 
