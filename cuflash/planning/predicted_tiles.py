@@ -112,8 +112,8 @@ WGMMA: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
 """(architecture, kernel, head_dim) -> tile_q, tile_kv, num_warps, num_stages; heads of fewer columns take them, too, and features fewer queries where they need registers."""
 
 WGMMA_WITH_FEATURE: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
-    ("forward_wgmma", 64, "window"): (192, 128, 12, 3),
-    ("forward_wgmma", 64, "alibi"): (192, 128, 12, 3),
+    ("forward_wgmma", 64, "window"): (192, 80, 12, 3),
+    ("forward_wgmma", 64, "alibi"): (192, 96, 12, 3),
     ("forward_wgmma", 64, "softcap"): (192, 112, 12, 4),
     ("forward_wgmma", 64, "dropout"): (192, 112, 12, 4),
     ("forward_wgmma", 64, "bool"): (192, 128, 12, 3),
