@@ -122,7 +122,7 @@ WGMMA_WITH_FEATURE: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("forward_wgmma", 64, "float32"): (192, 64, 12, 3),
     ("forward_wgmma", 128, "alibi"): (192, 80, 12, 3),
     ("forward_wgmma", 128, "softcap"): (192, 80, 12, 3),
-    ("forward_wgmma", 128, "dropout"): (192, 64, 12, 3),
+    ("forward_wgmma", 128, "dropout"): (192, 48, 12, 3),
     ("forward_wgmma", 128, "float16"): (192, 64, 12, 3),
     ("forward_wgmma", 128, "bfloat16"): (192, 64, 12, 3),
     ("forward_wgmma", 128, "float32"): (192, 48, 12, 3),
