@@ -42,14 +42,14 @@ def checked(on: Target, *inputs: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("lengths", [(200, 300), (300, 130), (1, 1), (193, 65)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_lengths_and_grouped_heads(hopper: Target, head_dim: int, lengths: tuple[int, int], mask: str) -> None:  # noqa: F811
+def test_lengths_and_grouped_heads(hopper: Target, head_dim: int, lengths: tuple[int, int], mask: str) -> None:  # noqa: F811  # a fixture
     """Ends that no tile divides, warpgroups without queries, keys that no query sees, queries that see no key."""
     checked(hopper, *inputs_of(hopper, lengths, head_dim, heads=(2, 1), dtype="float32"), **MASKS[mask])
 
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("dims", [(1, 1), (33, 72), (128, 24), (96, 128), (40, 100)], ids=str)
-def test_head_dims(hopper: Target, dims: tuple[int, int]) -> None:  # noqa: F811
+def test_head_dims(hopper: Target, dims: tuple[int, int]) -> None:  # noqa: F811  # a fixture
     """Any up to 128: terms are filled up with zeros. Of values above 64 columns the others take a product of their own, here of 16, 40 and 64."""
     shapes = (1, 150, 2, dims[0]), (1, 190, 2, dims[0]), (1, 190, 2, dims[1])
     checked(hopper, *(hopper.random(shape, "float32", seed) for seed, shape in enumerate(shapes)), is_causal=True)

@@ -70,7 +70,7 @@ def looked_at(tensors: Sequence[Any], plain: bool) -> bool:
     return not plain and any(isinstance(x, TRACED) for x in tensors)
 
 
-_IS_RECENT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+_IS_RECENT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)  # in 2.6, asking Dynamo for its callback loses a reference
 _GRAD_IN_GRAPHS = _IS_RECENT
 """Whether operators with a registered gradient have one under `torch.func.grad`; older versions look for a `setup_context` that their own function lacks."""
 
@@ -229,7 +229,7 @@ def _gradients(given: Tensors, tensors: Tensors, options: Mapping[str, Any], nee
     return (*grads, mask if needs_mask else None, sinks if has_sinks else None)
 
 
-class _Recorded(torch.autograd.Function):  # type: ignore[misc]
+class _Recorded(torch.autograd.Function):  # type: ignore[misc]  # torch may be missing
     """The operator where autograd records it."""
 
     @staticmethod
@@ -370,7 +370,7 @@ def _kernel(run: Callable[[Tensors, Mapping[str, Any]], Any]) -> Callable[..., A
     def kernel(*arguments: Any, **options: Any) -> Any:
         return run(arguments, options) if _dynamo_callback() is None else without_dynamo(arguments, options)
 
-    return _skipped(kernel)  # type: ignore[no-any-return]
+    return _skipped(kernel)  # type: ignore[no-any-return]  # torch has no types for it
 
 
 for _name, _run, _shapes in (
