@@ -21,7 +21,7 @@ from cuflash.planning.offline import offline_kernels
 from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.tile import Tile
 from cuflash.timing import sass
-from cuflash.timing.control_flow import find_loops
+from cuflash.timing.control_flow import find_loops, hides_on_fma
 from cuflash.timing.sass import Function, Instruction
 
 pytest.importorskip("cupy")
@@ -45,7 +45,7 @@ def report_of(
     head_dim_v: int = 0,
     **lengths: bool,
 ) -> Report:
-    case = KernelCase(FORWARD_WGMMA, dtype, head_dim, head_dim_v=head_dim_v, features=features)
+    case = KernelCase(FORWARD_WGMMA, dtype, head_dim, head_dim_v=head_dim_v, features=features, is_causal=is_causal)
     kernels = offline_kernels(
         ON, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v or None, is_causal=is_causal, backward=False, features=features, **lengths,
         tile={"forward_wgmma": tile or tile_choice.default_tile(case, ON)},
@@ -154,6 +154,12 @@ def test_lengths_fit_the_registers(lengths: str, head_dim: int) -> None:
 )  # fmt: skip
 def test_masks_and_dropout_fit_the_registers(features: FeatureSet, head_dim: int) -> None:
     assert_as_meant(report_of("float16", head_dim, True, features=features))
+
+
+def test_other_segments_are_hidden_on_the_fma_unit() -> None:
+    """The assembler makes no selections of it, in the first step and in the loop, whose ALU has no time for them."""
+    report = report_of("float16", 64, True, features=FeatureSet(segments=True))
+    assert sum(map(hides_on_fma, code_of(report))) == 2 * report.subject.kernel.tile.tile_kv // 2
 
 
 @pytest.mark.sample(1)

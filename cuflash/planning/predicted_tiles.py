@@ -114,9 +114,9 @@ WGMMA: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
 WGMMA_WITH_FEATURE: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("forward_wgmma", 64, "window"): (192, 80, 12, 3),
     ("forward_wgmma", 64, "alibi"): (192, 96, 12, 3),
-    ("forward_wgmma", 64, "softcap"): (192, 112, 12, 4),
+    ("forward_wgmma", 64, "softcap"): (192, 96, 12, 3),
     ("forward_wgmma", 64, "dropout"): (192, 112, 12, 4),
-    ("forward_wgmma", 64, "bool"): (192, 128, 12, 3),
+    ("forward_wgmma", 64, "bool"): (192, 112, 12, 3),
     ("forward_wgmma", 64, "float16"): (192, 64, 12, 4),
     ("forward_wgmma", 64, "bfloat16"): (192, 64, 12, 4),
     ("forward_wgmma", 64, "float32"): (192, 64, 12, 3),
@@ -131,6 +131,11 @@ WGMMA_WITH_FEATURE: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
 """(kernel, head_dim, the only feature) -> tile_q, tile_kv, num_warps, num_stages, where it is not the tile without the feature, or that with as many keys as fit: a
 warpgroup that takes longer for a tile holds its stage for longer, so three or four stages are predicted to be faster, and for masks of 16 bits, whose tiles
 are as large as those of K and V together, more stages of fewer keys."""
+
+WGMMA_WITH_FEATURE_FULL: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
+    ("forward_wgmma", 64, "bfloat16"): (192, 128, 12, 2),
+}
+"""The same of calls without a causal mask, where it is another one."""
 
 FUSED_BACKWARD: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("sm_80", 64): (128, 128, 8, 2),

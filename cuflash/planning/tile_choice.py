@@ -132,9 +132,7 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
     if case.kernel.column_groups > 1:
         return _wide_tile(case, device), "as many keys as fit twice"
     if case.kernel.implementation == "wgmma":
-        features = _kinds(case)
-        feature = next(iter(features)) if len(features) == 1 else ""
-        numbers = predicted_tiles.WGMMA_WITH_FEATURE.get((case.kernel.name, max(case.head_dim, case.head_dim_v), feature))
+        numbers = _wgmma_with_feature(case)
         if numbers is not None and broken_rule(case, Tile(*numbers), device) is None:
             return Tile(*numbers), "predicted by the timing model (predicted_tiles.py)"
         if (measured := _wgmma_tile(measured_tiles.TILES, case, device)) is not None:
@@ -157,6 +155,16 @@ def tolerated_spills(case: KernelCase, tile: Tile, device: Device) -> int:
     """Bytes that the compiler may spill in each thread: some with tiles that were measured without features or predicted, none with others."""
     untimed = case.features != NO_FEATURES and measured_tile(case, device) is not None
     return TOLERATED_SPILLS if case.kernel.implementation == "mma" and not untimed and tile == known_tile(case, device) else 0
+
+
+def _wgmma_with_feature(case: KernelCase) -> _Numbers | None:
+    """The predicted tile of a kernel of wgmma with one feature and its causal mask, or without one."""
+    features = _kinds(case)
+    if len(features) != 1:
+        return None
+    key = case.kernel.name, max(case.head_dim, case.head_dim_v), *features
+    of_both = predicted_tiles.WGMMA_WITH_FEATURE.get(key)
+    return of_both if case.is_causal else predicted_tiles.WGMMA_WITH_FEATURE_FULL.get(key, of_both)
 
 
 def _wgmma_tile(of_kernels: Mapping[_Key, _Numbers], case: KernelCase, device: Device) -> Tile | None:
