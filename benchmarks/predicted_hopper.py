@@ -5,7 +5,7 @@
 
 bfloat16, 16384 tokens, 2048 features, H100 SXM. `in turn`: as if the tensor unit served warpgroups in turn, which is not what was measured on one. FlashAttention-3's figures are
 those of its paper at 16384 (Shah et al. 2024, arXiv 2407.08608). In brackets, speeds times what kernels of this design reached of their prediction on an H100
-(`predicted_wgmma.MEASURED`). Features: time of the steady state with the feature over that without, served in order of issue / in turn. Needs no GPU.
+(`predicted_wgmma.MEASURED`). Features: time of the settled steady state with the feature over that without, served in order of issue / in turn. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from cuflash.planning.plan import Plan
 from cuflash.problem.tile import Tiles
 from cuflash.timing import prediction
 from cuflash.timing.machine import CARDS
+from cuflash.timing.multiprocessor import STEADY_TRIPS, WARMING
 from cuflash.timing.prediction import KernelPrediction
 from marked_pages import predict_or_publish
 
@@ -131,7 +132,9 @@ def clocks_per_pair(head_dim: int, features: SampleFeatures | None, pairwise: bo
     """Clocks of an SM for a pair of query and key in the steady state; where the wgmma kernel cannot run, of the one that does."""
     of = plan(head_dim, False, 4096, features)
     described, function = prediction.compiled(kernel_of(of), of.device, causal=False)
-    found = prediction.predict_kernel(function, described, limits=False, masked=pairwise, in_turn=in_turn, staying=False)
+    found = prediction.predict_kernel(
+        function, described, limits=False, masked=pairwise, in_turn=in_turn, staying=False, trips=STEADY_TRIPS, warming=WARMING
+    )
     tile = kernel_of(of).tile
     return found.clocks / found.blocks / (tile.tile_q * tile.tile_kv)
 
