@@ -19,6 +19,7 @@ from cuflash.hardware import device
 from cuflash.planning import measured_tiles, predicted_tiles, tile_choice, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import FORWARD_WGMMA
+from cuflash.problem.features import MASK_KINDS
 from cuflash.runtime import calls
 from cuflash.simulator import check
 
@@ -428,9 +429,10 @@ def test_other_head_dims_take_the_tile_of_a_larger_one(head_dim: int, tile: tupl
 def test_the_tile_of_a_feature_may_depend_on_the_causal_mask() -> None:
     """`legal_tiles` begins with it, too."""
     for (name, head_dim, feature), numbers in predicted_tiles.WGMMA_WITH_FEATURE_FULL.items():
-        features = cuflash.FeatureSet(attn_mask=feature) if feature in ("bool", "bfloat16") else cuflash.FeatureSet(**{feature: True})
+        features = cuflash.FeatureSet(attn_mask=feature) if feature in MASK_KINDS else cuflash.FeatureSet(**{feature: True})
         listed = [
-            cuflash.legal_tiles(head_dim, kernel=name, arch="sm_90", is_causal=is_causal, features=features)[0] for is_causal in (False, True)
+            cuflash.legal_tiles(head_dim, kernel=name, arch="sm_90", is_causal=is_causal, features=features)[0]
+            for is_causal in (False, True)
         ]
         assert listed == [Tile(*numbers), Tile(*predicted_tiles.WGMMA_WITH_FEATURE[name, head_dim, feature])]
         assert listed[0] != listed[1]

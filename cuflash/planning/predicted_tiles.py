@@ -133,6 +133,7 @@ warpgroup that takes longer for a tile holds its stage for longer, so three or f
 are as large as those of K and V together, more stages of fewer keys."""
 
 WGMMA_WITH_FEATURE_FULL: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
+    ("forward_wgmma", 64, "float16"): (192, 128, 12, 2),
     ("forward_wgmma", 64, "bfloat16"): (192, 128, 12, 2),
 }
 """The same of calls without a causal mask, where it is another one."""

@@ -162,9 +162,10 @@ def _wgmma_with_feature(case: KernelCase) -> _Numbers | None:
     features = _kinds(case)
     if len(features) != 1:
         return None
-    key = case.kernel.name, max(case.head_dim, case.head_dim_v), *features
-    of_both = predicted_tiles.WGMMA_WITH_FEATURE.get(key)
-    return of_both if case.is_causal else predicted_tiles.WGMMA_WITH_FEATURE_FULL.get(key, of_both)
+    key = case.kernel.name, max(case.head_dim, case.head_dim_v), next(iter(features))
+    if not case.is_causal and key in predicted_tiles.WGMMA_WITH_FEATURE_FULL:
+        return predicted_tiles.WGMMA_WITH_FEATURE_FULL[key]
+    return predicted_tiles.WGMMA_WITH_FEATURE.get(key)
 
 
 def _wgmma_tile(of_kernels: Mapping[_Key, _Numbers], case: KernelCase, device: Device) -> Tile | None:

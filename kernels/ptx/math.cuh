@@ -38,8 +38,8 @@ DEVICE float fma_rm(float x, float y, float z) {
   return w;
 }
 
-// Gives -inf to `score` where `seen` is 0, in integers and on the FMA unit, where a selection would take the ALU, which has maxima and conversions to do.
-// The assembler must not know that `zero` is 0: it would make a selection of it.
+// Gives -inf to `score` where `seen` is 0, in integers and on the FMA unit: a selection would take the ALU, which has maxima and conversions to do.
+// The assembler must not know that `zero` is 0, since it would make a selection of it.
 DEVICE void hide_on_fma(float& score, uint32 seen, int zero) {
   asm("{\n"
       "  .reg .pred hidden;\n"

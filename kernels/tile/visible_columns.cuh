@@ -75,9 +75,8 @@ class VisibleColumns {
 
   // Gives -inf to what is not seen, as `hide_on_fma`.
   DEVICE void apply_on_fma(float (&c)[M][N][4], int zero) const {
-    for_each_place<M, N>([&](int m, int n, int i, int, int) {
-      hide_on_fma(c[m][n][i], word[2 * m + i / 2][n / 16] & 1u << (n % 16 * 2 + i % 2), zero);
-    });
+    for_each_place<M, N>(
+        [&](int m, int n, int i, int, int) { hide_on_fma(c[m][n][i], word[2 * m + i / 2][n / 16] & 1u << (n % 16 * 2 + i % 2), zero); });
   }
 
   // Gives `hidden` to what is not seen.
