@@ -21,7 +21,7 @@ from cuflash.planning.offline import offline_kernels
 from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.tile import Tile
 from cuflash.timing import sass
-from cuflash.timing.control_flow import find_loops, hides_on_fma
+from cuflash.timing.control_flow import find_loops, hides_on_fma, steady_trace, tile_loop
 from cuflash.timing.sass import Function, Instruction
 
 pytest.importorskip("cupy")
@@ -159,7 +159,11 @@ def test_masks_and_dropout_fit_the_registers(features: FeatureSet, head_dim: int
 def test_other_segments_are_hidden_on_the_fma_unit() -> None:
     """The assembler makes no selections of it, in the first step and in the loop, whose ALU has no time for them."""
     tile, features = Tile(192, 112, 12, 2), FeatureSet(segments=True)
-    assert sum(map(hides_on_fma, code_of(report_of("float16", 64, True, tile, features)))) == 2 * tile.tile_kv // 2
+    code = code_of(report_of("float16", 64, True, tile, features))
+    assert sum(map(hides_on_fma, code)) == 2 * tile.tile_kv // 2
+    loop = tile_loop(code, masked=True)
+    assert sum(map(hides_on_fma, steady_trace(code, loop, masked=True).instructions)) == tile.tile_kv // 2
+    assert not any(map(hides_on_fma, steady_trace(code, loop).instructions))
 
 
 @pytest.mark.sample(1)
