@@ -32,8 +32,8 @@ CASES = pytest.mark.parametrize(
 )
 
 
-def default_tile(dtype: str, head_dim: int) -> Tile:
-    return tile_choice.default_tile(KernelCase(FORWARD_WGMMA, dtype, head_dim), ON)
+def default_tile(dtype: str, head_dim: int, is_causal: bool) -> Tile:
+    return tile_choice.default_tile(KernelCase(FORWARD_WGMMA, dtype, head_dim, is_causal=is_causal), ON)
 
 
 def report_of(
@@ -45,7 +45,7 @@ def report_of(
     head_dim_v: int = 0,
     **lengths: bool,
 ) -> Report:
-    case = KernelCase(FORWARD_WGMMA, dtype, head_dim, head_dim_v=head_dim_v, features=features)
+    case = KernelCase(FORWARD_WGMMA, dtype, head_dim, head_dim_v=head_dim_v, features=features, is_causal=is_causal)
     kernels = offline_kernels(
         ON, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v or None, is_causal=is_causal, backward=False, features=features, **lengths,
         tile={"forward_wgmma": tile or tile_choice.default_tile(case, ON)},
@@ -168,7 +168,7 @@ def test_the_longest_tiles_fit_the_registers(num_warps: int, head_dim: int) -> N
 
 def assert_hot_loops(report: Report, dtype: str, head_dim: int, is_causal: bool) -> None:
     """Products of both kinds, and copies of boxes."""
-    function, tile = code_of(report), default_tile(dtype, head_dim)
+    function, tile = code_of(report), default_tile(dtype, head_dim, is_causal)
     kind = "F32" if dtype == "float16" else "F32.BF16"
     scores, outputs = f"HGMMA.64x{tile.tile_kv}x16.{kind}", f"HGMMA.64x{head_dim}x16.{kind}"
     loops = loops_of(function)

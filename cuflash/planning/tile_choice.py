@@ -133,7 +133,7 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
         return _wide_tile(case, device), "as many keys as fit twice"
     if case.kernel.implementation == "wgmma":
         features = _kinds(case)
-        feature = next(iter(features)) if len(features) == 1 else ""
+        feature = next(iter(features)) if len(features) == 1 else "causal" if case.is_causal and not features else ""
         numbers = predicted_tiles.WGMMA_WITH_FEATURE.get((case.kernel.name, max(case.head_dim, case.head_dim_v), feature))
         if numbers is not None and broken_rule(case, Tile(*numbers), device) is None:
             return Tile(*numbers), "predicted by the timing model (predicted_tiles.py)"
