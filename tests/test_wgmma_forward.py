@@ -420,7 +420,7 @@ def test_other_head_dims_take_the_tile_of_a_larger_one(head_dim: int, tile: tupl
 
 @pytest.mark.parametrize(
     ("head_dim", "options", "stages"),
-    [(128, {}, 2), (128, {"is_causal": True}, 3), (128, {"is_causal": True, "window": (99, 0)}, 2), (96, {"is_causal": True}, 2)],
+    [(128, {}, 2), (128, {"is_causal": True}, 3), (128, {"is_causal": True, "sinks": numpy.zeros(4, "float32")}, 3), (128, {"is_causal": True, "window": (99, 0)}, 2), (96, {"is_causal": True}, 2)],
 )  # fmt: skip
 def test_causal_calls_of_head_dim_128_have_three_stages(head_dim: int, options: dict[str, Any], stages: int) -> None:
     (kernel,) = plan_of(head_dim, **options).kernels

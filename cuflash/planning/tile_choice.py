@@ -132,9 +132,7 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
     if case.kernel.column_groups > 1:
         return _wide_tile(case, device), "as many keys as fit twice"
     if case.kernel.implementation == "wgmma":
-        features = _kinds(case)
-        feature = next(iter(features)) if len(features) == 1 else "causal" if case.is_causal and not features else ""
-        numbers = predicted_tiles.WGMMA_WITH_FEATURE.get((case.kernel.name, max(case.head_dim, case.head_dim_v), feature))
+        numbers = predicted_tiles.WGMMA_WITH_FEATURE.get((case.kernel.name, max(case.head_dim, case.head_dim_v), _only_feature(case)))
         if numbers is not None and broken_rule(case, Tile(*numbers), device) is None:
             return Tile(*numbers), "predicted by the timing model (predicted_tiles.py)"
         if (measured := _wgmma_tile(measured_tiles.TILES, case, device)) is not None:
@@ -151,6 +149,14 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
         return measured, "measured on an H100 (measured_tiles.py)"
     predicted = _of_tables(_PREDICTED, predicted_tiles.WITH_FEATURE, case, device)
     return predicted, "predicted by the timing model (predicted_tiles.py)"
+
+
+def _only_feature(case: KernelCase) -> str:
+    """That of a case which has one, or "causal" where a causal mask is all that its loops know of: sinks come behind them."""
+    features = _kinds(case)
+    if case.is_causal and features <= {"sinks"}:
+        return "causal"
+    return next(iter(features)) if len(features) == 1 else ""
 
 
 def tolerated_spills(case: KernelCase, tile: Tile, device: Device) -> int:
