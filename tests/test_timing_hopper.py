@@ -119,7 +119,9 @@ def test_operands_in_shared_memory_take_its_pipe() -> None:
 def test_products_of_few_columns_read_a_for_longer_than_they_compute(columns: int, published: float) -> None:
     """Clocks of m64nNk16 with A and B in shared memory, measured by others on an H100 (docs/timing.md)."""
     control = sass.Control(stall=1, yields=False, write_scoreboard=None, read_scoreboard=None, waits=(), reuse=0)
-    (product,) = operations.operations([sass.Instruction(0, "", f"HGMMA.64x{columns}x16.F32.BF16", "R24, gdesc[UR8], R24", None, control)], H100)
+    (product,) = operations.operations(
+        [sass.Instruction(0, "", f"HGMMA.64x{columns}x16.F32.BF16", "R24, gdesc[UR8], R24", None, control)], H100
+    )
     trace = [product] * 15 + [replace(product, closes=True), replace(PRODUCTS_WAIT, pending=1)]
     assert clocks(computing(trace)) / 16 == pytest.approx(published, rel=0.06)
 
