@@ -1,7 +1,7 @@
 """Predicted speed of the wgmma forward kernel beside FlashAttention-3's best published: prints the tables of docs/performance.md, and with --publish writes them there.
 
     python benchmarks/predicted_hopper.py [--publish]
-    python benchmarks/predicted_hopper.py --tiles            # other tiles, steady states at 16384
+    python benchmarks/predicted_hopper.py --tiles            # other tiles, steady states at 16384; half an hour
 
 bfloat16, 16384 tokens, 2048 features, H100 SXM. `in turn`: as if the tensor unit served warpgroups in turn, which is not what was measured on one. FlashAttention-3's figures are
 those of its paper at 16384 (Shah et al. 2024, arXiv 2407.08608). In brackets, speeds times what kernels of this design reached of their prediction on an H100

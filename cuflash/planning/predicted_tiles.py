@@ -121,7 +121,6 @@ WGMMA_WITH_FEATURE: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("forward_wgmma", 64, "bfloat16"): (192, 64, 12, 4),
     ("forward_wgmma", 64, "float32"): (192, 64, 12, 3),
     ("forward_wgmma", 128, "causal"): (192, 80, 12, 3),
-    ("forward_wgmma", 128, "prefix"): (192, 80, 12, 3),
     ("forward_wgmma", 128, "alibi"): (192, 80, 12, 3),
     ("forward_wgmma", 128, "softcap"): (192, 80, 12, 3),
     ("forward_wgmma", 128, "dropout"): (192, 48, 12, 3),

@@ -152,9 +152,9 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
 
 
 def _only_feature(case: KernelCase) -> str:
-    """That of a case which has one, or "causal" where a causal mask is all that its loops know of: sinks come behind them."""
+    """That of a case which has one, or "causal" where its loops know of a causal mask alone: sinks come behind them, and prefixes are edges of the mask."""
     features = _kinds(case)
-    if case.is_causal and features <= {"sinks"}:
+    if case.is_causal and case.head_dim == case.head_dim_v and features <= {"sinks", "prefix"}:
         return "causal"
     return next(iter(features)) if len(features) == 1 else ""
 
