@@ -32,8 +32,8 @@ CASES = pytest.mark.parametrize(
 )
 
 
-def default_tile(dtype: str, head_dim: int) -> Tile:
-    return tile_choice.default_tile(KernelCase(FORWARD_WGMMA, dtype, head_dim), ON)
+def default_tile(dtype: str, head_dim: int, is_causal: bool) -> Tile:
+    return tile_choice.default_tile(KernelCase(FORWARD_WGMMA, dtype, head_dim, is_causal=is_causal), ON)
 
 
 def report_of(
@@ -178,7 +178,7 @@ def test_the_longest_tiles_fit_the_registers(num_warps: int, head_dim: int) -> N
 
 def assert_hot_loops(report: Report, dtype: str, head_dim: int, is_causal: bool) -> None:
     """Products of both kinds, and copies of boxes."""
-    function, tile = code_of(report), default_tile(dtype, head_dim)
+    function, tile = code_of(report), default_tile(dtype, head_dim, is_causal)
     kind = "F32" if dtype == "float16" else "F32.BF16"
     scores, outputs = f"HGMMA.64x{tile.tile_kv}x16.{kind}", f"HGMMA.64x{head_dim}x16.{kind}"
     loops = loops_of(function)

@@ -66,7 +66,7 @@ class KernelCase:
         maps_mask: the TMA unit copies the mask, which only some kernels and masks let it (`mapped_arrays`).
         mask_in_chunks: rows of the mask start on 16 bytes, and are whole chunks of 16 bytes; of kernels that copy masks by threads only.
         value_in_key: value is the first columns of key, and not streamed; of kernels whose warps share out columns only.
-        is_causal: with a causal mask.
+        is_causal: a causal mask hides keys; of kernels whose blocks stay only, of which tile and registers depend on it.
     """
 
     kernel: KernelSpec
@@ -87,6 +87,7 @@ class KernelCase:
         object.__setattr__(self, "maps_mask", is_mapped)
         is_copied = self.mask_in_chunks and self.kernel.copies_masks and self.features.attn_mask is not None
         object.__setattr__(self, "mask_in_chunks", is_copied and not (self.features.attn_mask == "bool" and self.features.segments))
+        object.__setattr__(self, "is_causal", self.is_causal and self.kernel.stays)
         if self.kernel.is_tiled and not (self.head_dim_v and self.kernel.reads_value):
             object.__setattr__(self, "head_dim_v", self.head_dim)
 
