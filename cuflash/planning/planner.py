@@ -256,7 +256,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         "NUM_WARPS": tile.num_warps,
         "NUM_STAGES": tile.num_stages,
         "SHARED_BYTES": shared_bytes,
-        "CAUSAL": case.is_causal,
+        "CAUSAL": problem.is_causal,
         "VARLEN": problem.num_sequences is not None,
         "SEQLENS_KV": problem.seqlens_kv or problem.uses_places,
         "IN_PLACES": problem.uses_places,
