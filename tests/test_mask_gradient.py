@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +17,9 @@ from cuflash.cli.sample_features import SampleFeatures
 from cuflash.cli.samples import Sample, plan_of
 from cuflash.errors import TileError
 from cuflash.hardware import device
-from cuflash.planning import wgmma_backward
+from cuflash.planning import compiler_versions, mask_gradient, wgmma_backward
 from cuflash.planning.planner import make_plan
-from cuflash.problem.features import MaskLayout
 
-pytestmark = pytest.mark.small_tiles
 pytest.importorskip("cupy")
 
 APART = {"backward_mask": Tile(32, 32, 2, 1)}
@@ -55,6 +54,7 @@ def check(simulator: Target, inputs: list[Any], *, beside_apart: bool = False, *
 # --- Results ------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.small_tiles
 @pytest.mark.sample(4)
 @pytest.mark.parametrize("keys", [96, 90, 87], ids=["in_chunks", "rows_on_4_bytes", "odd_rows"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
@@ -69,23 +69,31 @@ ALONE: dict[str, dict[str, Any]] = {name: FEATURES[name] for name in FEATURES if
 ALONE["together"] = {key: value for features in ALONE.values() for key, value in features.items()} | {"window": (40, 60)}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "together" else [pytest.mark.exhaustive]) for name in ALONE])
+@pytest.mark.small_tiles
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("together", "window") else [pytest.mark.exhaustive]) for name in ALONE]
+)
 def test_with_other_features(name: str, simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments, whose lists leave gaps between tiles, windows, prefixes, dropout and softcap, which the gradient knows nothing of."""
     poison_new_memory(monkeypatch)
-    check(simulator, inputs_of(simulator, simulator.half), attn_mask=full_mask(), beside_apart=True, **ALONE[name])
+    check(simulator, inputs_of(simulator, simulator.half), attn_mask=full_mask(), beside_apart=name == "together", **ALONE[name])
 
 
+@pytest.mark.small_tiles
 def test_gaps_between_segments(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles in the middle of a row in which no pair is visible, and rows without any."""
     poison_new_memory(monkeypatch)
     keys = 160
-    ids = {"segment_ids_q": numpy.repeat([[0, 3, 1]], 32, axis=1)[:, :SQ], "segment_ids_kv": numpy.repeat([[1, 0, 2, 0, 1]], keys // 5, axis=1)}
+    ids = {
+        "segment_ids_q": numpy.repeat([[0, 3, 1]], 32, axis=1)[:, :SQ],
+        "segment_ids_kv": numpy.repeat([[1, 0, 2, 0, 1]], keys // 5, axis=1),
+    }
     visible = {"prefix_lengths": numpy.array([keys, keys - 40], numpy.int32), "window": (40, 60)}  # from key 50 on: bottom_right
     options = ALONE["together"] | visible | {name: numpy.repeat(of, B, axis=0).astype(numpy.int32) for name, of in ids.items()}
     check(simulator, inputs_of(simulator, simulator.half, seqlens=(SQ, keys)), attn_mask=full_mask(seqlens=(SQ, keys)), **options)
 
 
+@pytest.mark.small_tiles
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("head_dim", [16, 72, 128, 264, 512])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -98,14 +106,16 @@ def test_other_types_and_heads(dtype: str, head_dim: int, simulator: Target, mon
 # --- Which kernel -------------------------------------------------------------------------------------------------------------------------
 
 
-def of_mask(*extents: int, arch: str = "sm_80", head_dim: int = 64, tile: Any = None, dtype: str = "float16", **options: Any) -> tuple[list[str], str]:
-    """The kernels of a call with this mask, of 2 sequences and 4 heads, and why they run."""
-    sample = Sample(2, 1024, 1024, 4, 4, head_dim=head_dim, dtype=dtype, **options)
-    problem = plan_of(replace(sample, features=SampleFeatures(attn_mask="float16", need_attn_mask_grad=True)), backward=True).problem
-    strides = [stride if extent > 1 else 0 for extent, stride in zip(extents, (4 * 2**20, 2**20, 1024, 1), strict=True)]
-    mask = MaskLayout("float16", extents, extents, tuple(strides))  # type: ignore[arg-type]
-    plan = make_plan(replace(problem, features=replace(problem.features, attn_mask=mask)), device.of_arch(arch, "gpu"), backward=True, tile=tile)
-    return [kernel.name for kernel in plan.kernels if kernel.spec.is_tiled and kernel.name != "backward_row_sums"], plan.choice
+def of_mask(*extents: int, arch: str = "sm_80", head_dim: int = 64, tile: Any = None, heads: int = 4) -> tuple[list[str], str]:
+    """The kernels of the gradients of 2 sequences with a mask of these extents, and why they run."""
+    sample = Sample(2, 1024, 1024, heads, heads, head_dim=head_dim, features=SampleFeatures(attn_mask="float16", need_attn_mask_grad=True))
+    problem = plan_of(sample, backward=True).problem
+    assert problem.features.attn_mask is not None
+    mask = replace(problem.features.attn_mask, extents=extents)
+    plan = make_plan(
+        replace(problem, features=replace(problem.features, attn_mask=mask)), device.of_arch(arch, "gpu"), backward=True, tile=tile
+    )
+    return [kernel.name for kernel in plan.kernels if kernel.spec.is_tiled and kernel.spec.is_tuned], plan.choice
 
 
 def test_sums_take_a_kernel_of_their_own() -> None:
@@ -120,6 +130,26 @@ def test_kernels_of_their_own_store_it(arch: str) -> None:
     names, why = of_mask(2, 4, 1024, 1024, arch=arch, head_dim=128)
     assert names == ["backward_dkdv", "backward_dq_mask"]
     assert "backward_dq_mask, which has what backward_mask would compute again" in why
+
+
+def test_the_faster_way_is_taken_by_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one kernel would make all other gradients."""
+    monkeypatch.delenv(wgmma_backward.VARIABLE, raising=False)
+    monkeypatch.setattr(compiler_versions, "why_not", lambda: None)
+    full = (2, 64, 1024, 1024)
+    names, why = of_mask(*full, heads=64)
+    assert names == ["backward_dkdv", "backward_dq_mask"]
+    assert re.search(r"backward_dkdv and backward_dq_mask, predicted to take 0\.\d\d of the time of backward_fused and backward_mask", why)
+    names, why = of_mask(*full, arch="sm_90", head_dim=128, heads=64)
+    assert names == ["backward_wgmma", "backward_mask"], why
+    assert re.search(
+        r"backward_mask; backward_dkdv and backward_dq_mask are predicted to take 1\.\d\d of the time of backward_wgmma and backward_mask",
+        why,
+    )
+    monkeypatch.setattr(mask_gradient, "STEADY", {})
+    names, why = of_mask(*full, heads=64)
+    assert names == ["backward_fused", "backward_mask"]
+    assert 'nothing is predicted of it here: pin it by tile={"backward_dq_mask": ...}' in why
 
 
 def test_a_tile_says_which(monkeypatch: pytest.MonkeyPatch) -> None:

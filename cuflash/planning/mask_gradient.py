@@ -38,8 +38,16 @@ class Steady(NamedTuple):
     stored: float
 
 
-STEADY: dict[tuple[str, int], Steady] = {}
+STEADY: dict[tuple[str, int], Steady] = {
+    ("sm_80", 64): Steady(together=0.591, mask=0.349, apart=0.400, stored=0.322),
+    ("sm_86", 64): Steady(together=1.430, mask=0.588, apart=1.113, stored=0.888),
+    ("sm_86", 128): Steady(together=2.655, mask=1.794, apart=2.316, stored=1.643),
+    ("sm_90", 64): Steady(together=0.253, mask=0.366, apart=0.340, stored=0.311),
+    ("sm_90", 128): Steady(together=0.386, mask=0.635, apart=0.781, stored=0.595),
+    ("sm_120", 128): Steady(together=2.704, mask=1.657, apart=2.208, stored=1.661),
+}
 """(architecture, head_dim) -> loops with default tiles; what benchmarks/predicted_tile_sweep.py --mask prints: float16, the mean of full and causal."""
+STEADY |= {("sm_89", head_dim): steady for (arch, head_dim), steady in STEADY.items() if arch == "sm_86"}  # the same SM to the model
 
 
 def why_not(problem: Problem) -> str | None:
@@ -74,14 +82,13 @@ def choose(
         return stored, f"{BACKWARD_DQ_MASK}, which has what {BACKWARD_MASK} would compute again"
     if wgmma_backward.is_asked_for(problem, device, tile):
         return apart, ""
-    ratio = time_ratio(problem, device, gradients)
+    ratio, pin = time_ratio(problem, device, gradients), f'pin it by tile={{"{BACKWARD_DQ_MASK}": ...}}'
     if ratio is None:
-        pin = f'pin it by tile={{"{BACKWARD_DQ_MASK}": ...}}'
         return apart, f"{BACKWARD_MASK}; {BACKWARD_DQ_MASK} can run too, but nothing is predicted of it here: {pin}"
-    is_stored = ratio * LEAST_GAIN <= 1.0
-    other = " and ".join(kernel.name for kernel in (apart if is_stored else stored))
-    words = f"{' and '.join(kernel.name for kernel in (stored if is_stored else apart))}, predicted to take"
-    return (stored, f"{words} {ratio:.2f} of the time of {other}") if is_stored else (apart, f"{words} {1 / ratio:.2f} of the time of {other}")
+    names, others = (" and ".join(kernel.name for kernel in way) for way in (stored, apart))
+    if ratio * LEAST_GAIN <= 1.0:
+        return stored, f"{names}, predicted to take {ratio:.2f} of the time of {others}"
+    return apart, f"{BACKWARD_MASK}; {names} are predicted to take {ratio:.2f} of the time of {others} here: {pin}"
 
 
 def time_ratio(problem: Problem, device: Device, gradients: Sequence[KernelSpec]) -> float | None:

@@ -1,8 +1,8 @@
 // The gradient of an additive mask that has an element of its own for each pair of query and key, so that nothing is summed: it is dS itself. The
 // block that has the tile stores it, and zeros where it visits no tile.
 //
-// Two lanes exchange pairs of 16 bits, so that the four lanes of a row store 32 bytes side by side, whole sectors; those of float32 have as many.
-// Rows that do not start on 8 bytes, or end within them, are stored element by element.
+// The gradient is contiguous. Two lanes exchange pairs of 16 bits, so that the four lanes of a row store 32 bytes side by side, whole sectors; those
+// of float32 have as many. Rows that are no whole number of 8 bytes are stored element by element.
 #pragma once
 #include "ptx/warp.cuh"
 #include "tile/constants.cuh"
@@ -22,8 +22,7 @@ class MaskGradientRows {  // of one batch and query head
       : view(view),
         num_keys(num_keys),
         data(static_cast<MaskElement*>(view.data) + work.batch * view.stride_batch + work.head * view.stride_head),
-        in_chunks(view.stride_key == 1 && num_keys % CHUNK_ELEMENTS == 0 &&
-                  (reinterpret_cast<uint64>(data) | uint64(view.stride_query) * sizeof(MaskElement)) % sizeof(uint64) == 0) {}
+        in_chunks(num_keys % CHUNK_ELEMENTS == 0) {}
 
   // Stores the warp's rows of dS, from first_row on and below num_queries, of keys from first_key on.
   template <int M, int N>
