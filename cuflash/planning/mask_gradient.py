@@ -77,7 +77,7 @@ def choose(
     stored = tuple(BACKWARD_DQ_MASK if kernel == BACKWARD_DQ else kernel for kernel in own)
     by_name = asked_for.named(BACKWARD_DQ_MASK, tile, (BACKWARD_MASK, BACKWARD_DQ, *(set(gradients) - set(own))))
     if by_name is not None:
-        return (stored if by_name else apart), f"{BACKWARD_DQ_MASK if by_name else BACKWARD_MASK}, as the tile is for it"
+        return (stored if by_name else apart), f"{BACKWARD_DQ_MASK if by_name else BACKWARD_MASK}, by the kernels that the tile is for"
     if tuple(gradients) == tuple(own):
         return stored, f"{BACKWARD_DQ_MASK}, which has what {BACKWARD_MASK} would compute again"
     if wgmma_backward.is_asked_for(problem, device, tile):
