@@ -456,7 +456,9 @@ def _variants() -> Iterator[Variant]:
     )  # fmt: skip
     yield Variant("backward sm_80 float16, wider value, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (WIDER_VALUE,), backward=True)
     yield Variant("backward sm_80 float16 additive mask, 1 stage", "sm_80", "float16", Tile(32, 64, 2, 1), ADDITIVE_MASK, backward=True)
-    yield Variant("backward sm_80 float16 mask of each pair", "sm_80", "float16", Tile(32, 64, 2, 1), MASK_OF_EACH_PAIR, backward=True)
+    yield Variant(
+        "backward sm_80 float16 mask of each pair, 1 stage", "sm_80", "float16", Tile(32, 64, 2, 1), MASK_OF_EACH_PAIR, backward=True
+    )
     yield Variant("backward sm_75 float16 additive mask", "sm_75", "float16", Tile(32, 64, 2, 1), ADDITIVE_MASK, backward=True)
     row_sums = "backward_row_sums_mma.cu"
     for stages in (1, 2, 3):

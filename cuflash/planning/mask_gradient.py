@@ -27,7 +27,7 @@ class Steady(NamedTuple):
 
     Attributes:
         together: the kernel of all gradients, the fused one or that of wgmma.
-        mask: that of the mask's gradient alone.
+        mask: that of the mask's gradient alone, whose blocks have one step each, with what a block takes to begin and to store.
         apart: those of dK and dV.
         stored: the one of dQ and the mask's gradient.
     """
@@ -39,12 +39,12 @@ class Steady(NamedTuple):
 
 
 STEADY: dict[tuple[str, int], Steady] = {
-    ("sm_80", 64): Steady(together=0.591, mask=0.349, apart=0.400, stored=0.322),
-    ("sm_86", 64): Steady(together=1.430, mask=0.588, apart=1.113, stored=0.888),
-    ("sm_86", 128): Steady(together=2.655, mask=1.794, apart=2.316, stored=1.643),
-    ("sm_90", 64): Steady(together=0.253, mask=0.366, apart=0.340, stored=0.311),
-    ("sm_90", 128): Steady(together=0.386, mask=0.635, apart=0.781, stored=0.595),
-    ("sm_120", 128): Steady(together=2.704, mask=1.657, apart=2.208, stored=1.661),
+    ("sm_80", 64): Steady(together=0.591, mask=0.413, apart=0.400, stored=0.322),
+    ("sm_86", 64): Steady(together=1.430, mask=0.666, apart=1.113, stored=0.888),
+    ("sm_86", 128): Steady(together=2.655, mask=1.982, apart=2.316, stored=1.643),
+    ("sm_90", 64): Steady(together=0.253, mask=0.436, apart=0.340, stored=0.311),
+    ("sm_90", 128): Steady(together=0.386, mask=0.705, apart=0.781, stored=0.595),
+    ("sm_120", 128): Steady(together=2.704, mask=1.845, apart=2.208, stored=1.661),
 }
 """(architecture, head_dim) -> loops with default tiles; what benchmarks/predicted_tile_sweep.py --mask prints: float16, the mean of full and causal."""
 STEADY |= {("sm_89", head_dim): steady for (arch, head_dim), steady in STEADY.items() if arch == "sm_86"}  # the same SM to the model
