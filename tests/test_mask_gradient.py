@@ -103,6 +103,16 @@ def test_other_types_and_heads(dtype: str, head_dim: int, simulator: Target, mon
     check(simulator, inputs_of(simulator, dtype, head_dim), attn_mask=full_mask(), is_causal=True)
 
 
+@pytest.mark.small_tiles
+def test_sums_over_many_sequences(simulator: Target) -> None:
+    """One bias for 150 sequences, as for the rows of an alignment."""
+    inputs = [simulator.random((150, rows, 1, 32), "bfloat16", seed) for seed, rows in enumerate((20, 24, 24))]
+    mask = numpy.random.default_rng(5).standard_normal((20, 24)).astype(numpy.float32)
+    results = simulator.check(*inputs, attn_mask=mask)
+    assert results.grad_attn_mask.shape == mask.shape
+    assert abs(results.grad_attn_mask).max() > 1.0, "a sum of many"
+
+
 # --- Which kernel -------------------------------------------------------------------------------------------------------------------------
 
 
