@@ -34,7 +34,7 @@ MANY_HEADS = 256
 """With which blocks fill every card, so that none share out queries; or that share one key head, whose few blocks have so many that they gain most if they do."""
 
 HIGH_DROPOUT = 0.75
-"""With which kernels of wgmma compare what is drawn in another way: above `planner.MOST_OF_PACKED_DROPOUT`."""
+"""With which kernels of wgmma compare what is drawn in another way: above `kernel_constants.MOST_OF_PACKED_DROPOUT`."""
 
 
 def offline_kernels(
