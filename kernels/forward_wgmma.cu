@@ -371,8 +371,8 @@ DEVICE void compute_all(const ForwardWgmmaArguments& arguments, const SharedMemo
     if (work.at.tile < 0) return;
     const int warpgroup = warpgroup_index() - 1;  // for each tile anew, so that it takes no register from one to the next
     bool has_rows = true;
-    if constexpr (VARLEN) {
-      if (work.is_behind(arguments) || work.at.tile == arguments.geometry.num_tiles - 1) {
+    if constexpr (VARLEN || IN_PLACES) {
+      if (IN_PLACES || work.is_behind(arguments) || work.at.tile == arguments.geometry.num_tiles - 1) {
         auto clear_outputs = [&](int begin, int end, int tile, int num_tiles) {
           clear_queries(arguments, work.at, begin, end, tile, num_tiles, int(threadIdx.x) - WARPGROUP_SIZE);
         };

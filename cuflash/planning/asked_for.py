@@ -14,6 +14,7 @@ from cuflash.problem.tile import Tile, Tiles
 from cuflash.system import switches
 
 SIMULATED = "it has run on the simulator only"
+SPILLS_WITH_LENGTHS = "with seqlens_q and a mask or segments the warps that copy would have too few registers"
 
 
 class Choice(NamedTuple):
@@ -54,6 +55,12 @@ def asked_by(
     if isinstance(tile, Tile) and tile_rules.broken_rule(case, tile, device) is not None:
         return None
     return "variable" if switches.setting(variable) else None
+
+
+def why_not_of_lengths(problem: Problem) -> str | None:
+    """What kernels of wgmma cannot do of `seqlens_q`, in words; None where they can run."""
+    kinds = problem.features.kinds
+    return SPILLS_WITH_LENGTHS if problem.seqlens_q and (kinds.attn_mask is not None or kinds.segments) else None
 
 
 def is_open(variable: str) -> bool:

@@ -127,8 +127,8 @@ def why_not(problem: Problem, device: Device) -> str | None:
             return reason
     if not problem.same_groups:
         return "key and value have gradients of different batches or heads"
-    if problem.seqlens_q:
-        return "it knows no seqlens_q"
+    if (reason := asked_for.why_not_of_lengths(problem)) is not None:
+        return reason
     if problem.seqlens_kv and problem.key_shape[0] != problem.batch:
         return "keys that batches share have one length there"
     if problem.seqlen_kv == 0:

@@ -94,13 +94,15 @@ def why_not(problem: Problem, device: Device) -> str | None:
     spec = kernel(problem)
     if (reason := tile_choice.why_none(case_of(spec, problem), device)) is not None:
         return reason
-    if problem.seqlens_q:
-        return "it knows no seqlens_q"
+    if (reason := asked_for.why_not_of_lengths(problem)) is not None:
+        return reason
     if problem.in_places:
         return "it knows no packed sequences that use less than their offsets give them"
     if problem.seqlen_kv == 0:
         return "there are no keys to copy"
     if spec.takes_terms:  # which are arrays of their own
+        if problem.seqlens_q:
+            return "it knows no seqlens_q"
         return "it knows no packed sequences" if problem.num_sequences is not None else None
     arrays = (("query", problem.query), ("key", problem.key), ("value", problem.value))
     return mapped_arrays.why_not(arrays, problem.itemsize, aligned=problem.aligned)
