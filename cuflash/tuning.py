@@ -138,7 +138,7 @@ def warmup(
                 on, head_dim=one_head_dim, dtype=one_dtype, head_dim_v=head_dim_v, is_causal=causal, backward=backward and not tangents,
                 tile=_of_direction(tile, tangents), allow_tf32=allow_tf32, varlen=one_varlen,
                 seqlens_q=check_bool("seqlens_q", seqlens_q) and not one_varlen, seqlens_kv=check_bool("seqlens_kv", seqlens_kv) and not one_varlen,
-                seqused=seqused and one_varlen and not tangents,
+                seqused=seqused and bool(one_varlen) and not tangents,
                 features=feature_set,
                 need_attn_mask_grad=need_attn_mask_grad and not tangents, vectorized=in_chunks, every_way=True, jvp=tangents,
             )  # fmt: skip

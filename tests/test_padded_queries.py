@@ -240,7 +240,10 @@ def test_masks_beside_lengths_stay_on_mma(monkeypatch: pytest.MonkeyPatch) -> No
     """On Hopper, and the plan says why and what the call is predicted to take."""
     monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
     inputs = [numpy.zeros((2, 1024, 8, 128), "float16")] * 3
-    for features in ({"attn_mask": numpy.ones((1024, 1024), bool)}, {name: numpy.zeros((2, 1024), "int32") for name in ("segment_ids_q", "segment_ids_kv")}):
+    for features in (
+        {"attn_mask": numpy.ones((1024, 1024), bool)},
+        {name: numpy.zeros((2, 1024), "int32") for name in ("segment_ids_q", "segment_ids_kv")},
+    ):
         for backward in (False, True):
             choice = cuflash.plan(*inputs, seqlens_q=int32([3, 64]), backward=backward, **features).choice
             assert "with seqlens_q and a mask or segments the warps that copy would have too few registers" in choice
