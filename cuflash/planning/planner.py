@@ -43,7 +43,7 @@ from cuflash.planning.asked_for import Choice
 from cuflash.planning.codegen import config_text
 from cuflash.planning.kernel_cases import KernelCase, case_of
 from cuflash.planning.kernel_constants import Launch, constants_of
-from cuflash.planning.kernel_plan import UNSHARED, Buffer, KernelPlan, LaunchShape
+from cuflash.planning.kernel_plan import UNSHARED, UNSPLIT, Buffer, KernelPlan, LaunchShape
 from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.planning.plan import Plan
 from cuflash.problem.features import NO_FEATURES
@@ -243,7 +243,11 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     """The launch of one kernel with matrix products, its tile as `pinned` says or the default."""
     case = case_of(spec, problem)
     tile, tile_by = _choose_tile(case, problem, device, pinned)
-    splits = split_forward.splits_of(case, problem, tile, device) if spec.splits_keys else query_splits.choose(case, tile, problem, device)
+    splits = UNSPLIT
+    if spec.splits_keys:
+        splits = split_forward.splits_of(case, problem, tile, device)
+    elif spec.shares_queries:
+        splits = query_splits.choose(case, tile, problem, device)
     constants = constants_of(Launch(case, tile, splits, problem, device))
     num_threads, shared_bytes = 32 * (tile.num_warps + spec.copying_warps), kernel_cases.shared_bytes(case, tile, device)
     shape = LaunchShape(0, num_threads, shared_bytes)

@@ -37,8 +37,6 @@ _MOST_SUMS_BYTES = 2**26
 
 def choose(case: KernelCase, tile: Tile, problem: Problem, device: Device) -> Splits:
     """How blocks of a kernel share out queries; `UNSPLIT` where each has all that see its keys."""
-    if not case.kernel.shares_queries:
-        return UNSPLIT
     if case.kernel.implementation == "mma":
         return predicted_backward.splits_of(case, tile, problem, device)
     loops = predicted_loops.loops_of([case.kernel.name], problem)
