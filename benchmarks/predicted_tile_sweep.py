@@ -24,7 +24,7 @@ from cuflash.cli.sample_features import SampleFeatures
 from cuflash.errors import UnsupportedError
 from cuflash.hardware import device
 from cuflash.jit import cache
-from cuflash.planning import kernel_specs, planner, tile_choice, tile_rules, wgmma_backward
+from cuflash.planning import kernel_specs, planner, predicted_loops, tile_choice, tile_rules, wgmma_backward
 from cuflash.planning.kernel_cases import KernelCase, case_of
 from cuflash.problem.tile import Tile
 from cuflash.timing import prediction, sass
@@ -104,22 +104,26 @@ def best(arch: str, name: str, head_dim: int, candidates: Sequence[Tile], dtype:
     return min(both, key=lambda found: found.clocks / (LEAST_GAIN if found.tile == default else 1.0), default=None)
 
 
-def steady(arch: str, head_dim: int) -> Iterator[str]:
-    """Lines of predicted_backward.STEADY: the loops of both ways to the gradients with their default tiles, alone on an SM and with as many blocks as it holds."""
+def steady(arch: str, head_dim: int, dtype: str = "float16") -> Iterator[str]:
+    """Lines of predicted_backward.STEADY: the loops of both ways to the gradients with their default tiles, alone on an SM and with as many blocks as it holds;
+    of float32 those of the kernels whose blocks may share out queries."""
     on = device.of_arch(arch, "gpu")
     problems = [
         samples.plan_of(
-            samples.Sample(seqlen_q=1024, seqlen_kv=1024, head_dim=head_dim, dtype="float16", is_causal=causal), backward=True
+            samples.Sample(seqlen_q=1024, seqlen_kv=1024, head_dim=head_dim, dtype=dtype, is_causal=causal), backward=True
         ).problem
         for causal in (False, True)
     ]
-    names = [kernel_specs.BACKWARD_FUSED.name, kernel_specs.BACKWARD_DQ.name]  # of either way
-    pins = [{name: tile_choice.default_tile(KernelCase(kernel_specs.TILED_KERNELS[name], "float16", head_dim), on)} for name in names]
+    is_float32 = dtype == "float32"
+    names = (
+        [kernel_specs.BACKWARD_DQ.name] if is_float32 else [kernel_specs.BACKWARD_FUSED.name, kernel_specs.BACKWARD_DQ.name]
+    )  # of either way
+    pins = [{name: tile_choice.default_tile(KernelCase(kernel_specs.TILED_KERNELS[name], dtype, head_dim), on)} for name in names]
     for pinned in pins:
         found: dict[str, list[tuple[int, float, float]]] = {}
         for problem in problems:
             for kernel in planner.make_plan(problem, on, backward=True, tile=pinned).kernels:
-                if kernel.spec.is_tiled:
+                if kernel.spec.shares_queries if is_float32 else kernel.spec.is_tiled:
                     described, function = prediction.compiled(kernel, on, causal=problem.is_causal)
                     of = prediction.predict_kernel(function, described, limits=False, trips=STEADY_TRIPS, warming=WARMING)
                     alone = steady_clocks_of_roles(of.roles, multiprocessor(arch), blocks=1, trips=STEADY_TRIPS, warming=WARMING)
@@ -127,7 +131,8 @@ def steady(arch: str, head_dim: int) -> Iterator[str]:
                     found.setdefault(kernel.name, []).append((of.blocks, alone / pairs, of.clocks / of.blocks / pairs))
         for name, ((blocks, *full), (_, *causal)) in found.items():
             alone, together = ((a + b) / 2 for a, b in zip(full, causal, strict=True))
-            yield f'    ("{arch}", "{name}", {head_dim}): Steady({blocks}, {alone:.3f}, {together:.3f}),'
+            line = predicted_loops.line_of(name, dtype)
+            yield f'    ("{arch}", "{line}", {head_dim}): Steady({blocks}, {alone:.3f}, {together:.3f}),'
 
 
 def mask_gradient(arch: str, head_dim: int) -> str | None:
@@ -186,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(line, flush=True)
     for arch in options.arch if options.steady else ():
         for head_dim in options.head_dim or (64, 128, 256):
-            print("\n".join(steady(arch, head_dim)), flush=True)
+            print("\n".join(steady(arch, head_dim, options.dtype)), flush=True)
     for arch in () if options.steady or options.mask else options.arch:
         for (name, head_dim), texts in CANDIDATES.items():
             if name in (options.kernel or [name]) and head_dim in (options.head_dim or [head_dim]):

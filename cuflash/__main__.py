@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     warmup.add_argument("--unaligned", action="store_true", help="also for arrays whose rows do not start on 16 bytes")
     warmup.add_argument("--jvp", action="store_true", help="also the kernels of tangents")
     warmup.add_argument("--merge", action="store_true", help="also the kernels that merge attention over several sets of keys")
+    warmup.add_argument("--seqused", action="store_true", help="with --varlen, kernels of sequences that use a part of their places")
     add_cases(warmup)
     add_features(warmup)
     add_cache(warmup)
@@ -333,7 +334,12 @@ def _warmup(options: argparse.Namespace) -> int:
         print(f"\r{done} of {total} kernels", end="", file=sys.stderr, flush=True)
 
     if (cached := cache_of(options)) is not None:
-        for name, given in (("jvp", options.jvp), ("merge", options.merge), ("seqlens-q", options.seqlens_q is not None)):
+        for name, given in (
+            ("jvp", options.jvp),
+            ("merge", options.merge),
+            ("seqused", options.seqused),
+            ("seqlens-q", options.seqlens_q is not None),
+        ):
             if given:
                 raise OptionError(f"--{name}", "it with --cache", "no such option", "Run warmup once more, without --cache.")
         return _say_warm(options, warmup_caches(options, cached), start)
@@ -347,6 +353,7 @@ def _warmup(options: argparse.Namespace) -> int:
         varlen=options.varlen is not None,
         seqlens_q=options.seqlens_q is not None,
         seqlens_kv=options.seqlens_kv is not None,
+        seqused=options.seqused,
         features=features_of(options, is_causal=True).kinds(),
         need_attn_mask_grad=options.need_attn_mask_grad,
         vectorized=(True, False) if options.unaligned else True,

@@ -86,6 +86,7 @@ def warmup(
     varlen: bool | Iterable[bool] = False,
     seqlens_q: bool = False,
     seqlens_kv: bool = False,
+    seqused: bool = False,
     features: FeatureSet | Iterable[FeatureSet] = NO_FEATURES,
     need_attn_mask_grad: bool = False,
     vectorized: bool | Iterable[bool] = True,
@@ -102,9 +103,9 @@ def warmup(
         arch: the architecture to compile for; None for the GPU of this machine, or the simulator without one. A machine that has such a GPU finds the
             kernels in a copy of the cache directory, if its NVRTC is of the same version: `python -m cuflash warmup --arch … --into DIR`.
         tile, allow_tf32: as in the call.
-        varlen: kernels of `varlen_attention` instead of `scaled_dot_product_attention`, or both of them; those of `seqused_q` and `seqused_kv` are for
-            `warmup_plan`.
+        varlen: kernels of `varlen_attention` instead of `scaled_dot_product_attention`, or both of them.
         seqlens_q, seqlens_kv: kernels of calls with `seqlens_q`, or `seqlens_kv`; those with both are the ones with `seqlens_q`.
+        seqused: with varlen, kernels of calls with `seqused_q`, `seqused_kv` or both.
         features: which score features and masks the calls use, such as `cuflash.FeatureSet(window=True, softcap=True)`; one or several sets.
         need_attn_mask_grad: also the kernel that gives the gradient of an additive mask.
         vectorized: kernels of calls whose arrays have rows that start on 16 bytes and a contiguous head_dim; False for those of calls where one has not, and
@@ -124,10 +125,14 @@ def warmup(
     on = target(arch)
     head_dims, dtypes, causals, sets = _several(head_dim), _several(dtype), _several(is_causal), _several(features)
     _check_need_attn_mask_grad(need_attn_mask_grad, sets, backward)
+    varlens = _several(varlen)
+    if check_bool("seqused", seqused) and True not in varlens:
+        hint = "Add varlen=True; rows of a padded batch have seqlens_q and seqlens_kv."
+        raise OptionError("seqused", "it without varlen", "kernels of packed sequences", hint)
     of_tangents, of_chunks, backward = check_bool("jvp", jvp), check_bool("merge", merge), check_bool("backward", backward)
     requests: dict[CompileRequest, None] = {}
     for one_head_dim, one_dtype, causal, one_varlen, feature_set, in_chunks in product(
-        head_dims, dtypes, causals, _several(varlen), sets, _several(vectorized)
+        head_dims, dtypes, causals, varlens, sets, _several(vectorized)
     ):
         if causal is False and True in causals and isinstance(feature_set, FeatureSet) and feature_set.prefix:
             continue
@@ -136,6 +141,7 @@ def warmup(
                 on, head_dim=one_head_dim, dtype=one_dtype, head_dim_v=head_dim_v, is_causal=causal, backward=backward and not tangents,
                 tile=_of_direction(tile, tangents), allow_tf32=allow_tf32, varlen=one_varlen,
                 seqlens_q=check_bool("seqlens_q", seqlens_q) and not one_varlen, seqlens_kv=check_bool("seqlens_kv", seqlens_kv) and not one_varlen,
+                seqused=seqused and bool(one_varlen) and not tangents,
                 features=feature_set,
                 need_attn_mask_grad=need_attn_mask_grad and not tangents, vectorized=in_chunks, every_way=True, jvp=tangents,
             )  # fmt: skip
@@ -186,7 +192,13 @@ def warmup_call(plan: Plan, tile: Tiles) -> str | None:
         if not plan.backward:  # where it may not fit
             case["backward"] = False
     allow_tf32, varlen = problem.allow_tf32 and problem.dtype == "float32", problem.num_sequences is not None
-    used = {"allow_tf32": allow_tf32, "varlen": varlen, "seqlens_q": problem.seqlens_q, "seqlens_kv": problem.seqlens_kv}
+    used = {
+        "allow_tf32": allow_tf32,
+        "varlen": varlen,
+        "seqlens_q": problem.seqlens_q,
+        "seqlens_kv": problem.seqlens_kv,
+        "seqused": problem.in_places,
+    }
     case |= {name: True for name, is_used in used.items() if is_used}
     if not problem.vectorized and problem.head_dim * problem.itemsize % 16 == 0 == problem.head_dim_v * problem.itemsize % 16:
         case["vectorized"] = False
@@ -240,6 +252,7 @@ def kernels_of_case(
     varlen: object = False,
     seqlens_q: bool = False,
     seqlens_kv: bool = False,
+    seqused: bool = False,
     features: object = NO_FEATURES,
     need_attn_mask_grad: bool = False,
     vectorized: object = True,
@@ -263,6 +276,7 @@ def kernels_of_case(
             varlen=of_varlen,
             seqlens_q=seqlens_q,
             seqlens_kv=seqlens_kv,
+            seqused=seqused,
             features=_checked_features_of_case(features, causal, of_varlen),
             need_attn_mask_grad=need_attn_mask_grad,
             vectorized=check_bool("vectorized", vectorized),

@@ -18,8 +18,8 @@ DEVICE void store_tile(const float (&c)[4], float factor, const TensorView& view
   for (int r = 0; r < 2; ++r) {
     const int row = first_row + 8 * r + lane_index() / 4;
     if (row >= num_rows || column >= NUM_COLUMNS) continue;
-    store_pair(view.row_pointer<Element>(work.batch, work.head, start) + row * view.stride_seqlen, column, view,
-               pack<Element>(c[2 * r] * factor, c[2 * r + 1] * factor));
+    Element* destination = view.row_pointer<Element>(work.batch, work.head, start) + row * view.stride_seqlen;
+    store_pair(destination, column, view, c[2 * r] * factor, c[2 * r + 1] * factor);
   }
 }
 

@@ -5,7 +5,6 @@
 #include "tile/constants.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/fragment.cuh"
-#include "tile/gemm.cuh"
 #include "tile/packed_tiles.cuh"
 #include "tile/query_sums.cuh"
 #include "tile/sequence.cuh"
@@ -47,8 +46,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_convert
         for (int n = first; n < min(first + TOGETHER, D_TILES); ++n) {
           float sum[4];
           load_sum(arguments, of_chain, n, sum);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) dQ[0][n][i] += sum[i];
+          add(dQ[0][n], sum);
         }
       }
   } else if (arguments.turns[1 + slot] != 0) {

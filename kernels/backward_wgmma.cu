@@ -523,7 +523,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
 #pragma unroll
       for (int i = 0; i < TURNS; ++i) mbarrier_init(shared.has_added() + i * MBARRIER_BYTES, NUM_WARPS);
     }
-    if constexpr (VARLEN) mbarrier_init(shared.cut_landed(), 1);
+    if constexpr (CUTS_QUERIES) mbarrier_init(shared.cut_landed(), 1);
     fence_mbarrier_init();
   }
   BlockWork work = work_of(arguments, shared);

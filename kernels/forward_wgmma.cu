@@ -25,6 +25,7 @@
 #include "tile/boolean_mask_tile.cuh"
 #include "tile/copier.cuh"
 #include "tile/epilogue.cuh"
+#include "tile/fragment.cuh"
 #include "tile/packed_dropout.cuh"
 #include "tile/score.cuh"
 #include "tile/softmax.cuh"
@@ -33,15 +34,6 @@
 #include "tile/wgmma_block.cuh"
 #include "tile/wgmma_products.cuh"
 #include "ptx/warpgroup.cuh"
-
-// This warpgroup is done with a tile of K. Where each warp has read what lies beside it, it says so for itself.
-DEVICE void release_keys(Ring<NUM_STAGES>& K, int warp) {
-  if constexpr (TILE_LISTS || MAPS_MASK) {
-    K.release_by_each_warp();
-  } else {
-    K.release(warp);
-  }
-}
 
 constexpr bool KNOWS_SEGMENTS = SEGMENTS && !BOOLEAN_MASK;  // of rows and keys, in registers
 constexpr int KEY_SEGMENTS = ceil_div(TILE_KV, WARP_SIZE);  // of a lane
@@ -102,10 +94,7 @@ class WarpgroupRows {
 
   // As if no key had been seen.
   DEVICE void forget() {
-#pragma unroll
-    for (int n = 0; n < DV_TILES; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) O[0][n][i] = 0.0f;
+    clear(O);
     softmax = {};
   }
 
@@ -330,20 +319,6 @@ class WarpgroupRows {
   }
 };
 
-// Tiles that only other warpgroups see: this one says that it is done with them. One warp waits for them alone, which no other can leave behind by a
-// phase; the other three wait for that warp, and then know of these phases, too.
-DEVICE void skip(Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V, int count, int barrier) {
-  if (count <= 0) return;
-#pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    if (TILE_LISTS || MAPS_MASK || warp_of_warpgroup() == 0) K.wait_full();
-    release_keys(K, 0);
-    if (warp_of_warpgroup() == 0) V.wait_full();
-    V.release(0);
-  }
-  sync_warpgroup(barrier);
-}
-
 // Writes what a warpgroup has computed. O passes through its part of Q.
 DEVICE void store_results(const ForwardWgmmaArguments& arguments, const TileWork& work, WarpgroupRows& rows, SmemAddress Q, int warpgroup) {
   const int seqlen_q = work.geometry(arguments).seqlen_q;
@@ -409,12 +384,12 @@ DEVICE void compute_all(const ForwardWgmmaArguments& arguments, const SharedMemo
     if (work.at.tile < 0) return;
     const int warpgroup = warpgroup_index() - 1;  // for each tile anew, so that it takes no register from one to the next
     bool has_rows = true;
-    if constexpr (VARLEN) {
-      if (work.is_behind(arguments) || work.at.tile == arguments.geometry.num_tiles - 1) {
-        auto clear = [&](int begin, int end, int tile, int num_tiles) {
+    if constexpr (VARLEN || IN_PLACES) {
+      if (IN_PLACES || work.is_behind(arguments) || work.at.tile == arguments.geometry.num_tiles - 1) {
+        auto clear_outputs = [&](int begin, int end, int tile, int num_tiles) {
           clear_queries(arguments, work.at, begin, end, tile, num_tiles, int(threadIdx.x) - WARPGROUP_SIZE);
         };
-        has_rows = claim_rows<TILE_Q>(arguments, packed_queries(arguments), work.at, clear);
+        has_rows = claim_rows<TILE_Q>(arguments, packed_queries(arguments), work.at, clear_outputs);
       }
     }
     if (has_rows) compute_tile(arguments, work, dropout, shared, Q.stage, warpgroup, K, V);
@@ -427,14 +402,7 @@ DEVICE void compute_all(const ForwardWgmmaArguments& arguments, const SharedMemo
 extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1) forward_wgmma(const __grid_constant__ ForwardWgmmaArguments arguments) {
   extern __shared__ __align__(SLAB_ALIGNMENT) uint8 memory[];
   const SharedMemory shared{smem_address(memory)};
-  if (threadIdx.x == 0) {
-    shared.Q_ring().init(NUM_WARPS);
-    shared.K_ring().init(TILE_LISTS || MAPS_MASK ? NUM_WARPS : WARPGROUPS);
-    shared.V_ring().init(WARPGROUPS);
-    if constexpr (CUTS_VALUES) mbarrier_init(shared.V_landed(), 1);
-    fence_mbarrier_init();
-  }
-  __syncthreads();
+  shared.init_mbarriers();
   if (warpgroup_index() == 0) {
     give_registers<COPYING_REGISTERS>();
     if (warp_of_warpgroup() == 0) Copier(arguments, shared).copy_all();

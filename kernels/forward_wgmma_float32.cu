@@ -68,7 +68,7 @@ class WarpgroupRows {
       if (begin > 0) earlier.add_outputs_to(O, softmax);
       if (j == end) break;
       earlier.store(O, softmax);
-      forget_outputs();
+      clear(O);
     }
   }
 
@@ -79,13 +79,6 @@ class WarpgroupRows {
   const uint64 Q_descriptor;
   int end_key[2];  // which keys a row sees, less the column of the lane
   uint32 P[TERMS][P_STEPS][4];
-
-  DEVICE void forget_outputs() {
-#pragma unroll
-    for (int n = 0; n < DV_TILES; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) O[0][n][i] = 0.0f;
-  }
 
   DEVICE void issue_scores(float (&S)[1][S_TILES][4]) {
     issue_rows_of_terms<WarpgroupQ, RingK, D_TILES / 2>(S, Q_descriptor, RingK::descriptor(shared.K(K.stage)));
@@ -198,20 +191,6 @@ class WarpgroupRows {
   }
 };
 
-// Tiles that only other warpgroups see: this one says that it is done with them. One warp waits for them alone, which no other can leave behind by a
-// phase; the other three wait for that warp, and then know of these phases, too.
-DEVICE void skip(Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V, int count, int barrier) {
-  if (count <= 0) return;
-#pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    if (warp_of_warpgroup() == 0) K.wait_full();
-    K.release(0);
-    if (warp_of_warpgroup() == 0) V.wait_full();
-    V.release(0);
-  }
-  sync_warpgroup(barrier);
-}
-
 // Writes what a warpgroup has computed. O passes through its part of Q.
 DEVICE void store_results(const ForwardWgmmaArguments& arguments, const TileWork& work, WarpgroupRows& rows, SmemAddress Q, int warpgroup) {
   const int seqlen_q = work.geometry(arguments).seqlen_q;
@@ -268,14 +247,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1)
     forward_wgmma_float32(const __grid_constant__ ForwardWgmmaArguments arguments) {
   extern __shared__ __align__(SLAB_ALIGNMENT) uint8 memory[];
   const SharedMemory shared{smem_address(memory)};
-  if (threadIdx.x == 0) {
-    shared.Q_ring().init(NUM_WARPS);
-    shared.K_ring().init(WARPGROUPS);
-    shared.V_ring().init(WARPGROUPS);
-    if constexpr (CUTS_VALUES) mbarrier_init(shared.V_landed(), 1);
-    fence_mbarrier_init();
-  }
-  __syncthreads();
+  shared.init_mbarriers();
   if (warpgroup_index() == 0) {
     give_registers<COPYING_REGISTERS>();
     if (warp_of_warpgroup() == 0) Copier(arguments, shared).copy_all();

@@ -85,6 +85,18 @@ def test_parts_add_up(case: str, splits: int, with_splits: Callable[[int], None]
 
 
 @pytest.mark.sample(1)
+@pytest.mark.parametrize(("head_dim", "view"), [(40, "contiguous"), (40, "unaligned_base"), (128, "contiguous")])
+def test_parts_of_float32_add_up(head_dim: int, view: str, with_splits: Callable[[int], None]) -> None:
+    """With dK and dV in one kernel or in two; their rows are stored in whole pieces or element by element."""
+    on = Target(ARCH)
+    with_splits(3)
+    query, key, value = inputs_of(on, (90, 70), head_dim, heads=(3, 1), dtype="float32", view=view)
+    planned = names(cuflash.plan(query, key, value, enable_gqa=True, backward=True))
+    assert planned.count("backward_dkdv_merge") == (1 if head_dim == 40 else 2)
+    on.check(query, key, value, enable_gqa=True, is_causal=True, dropout_p=0.3, dropout_seed=5)
+
+
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", ["lengths", "shared batches", "value of its own heads"])
 def test_members_of_batches(case: str, with_splits: Callable[[int], None]) -> None:
     """Batches with lengths of their own, and those that share keys, of which a block loads the next ones when it comes to them."""
@@ -149,25 +161,25 @@ def test_every_schedule_gives_the_same_bits(case: str, with_splits: Callable[[in
 # --- Taken --------------------------------------------------------------------------------------------------------------------------------
 
 
-def own_plan(head_dim: int, seqlens: tuple[int, int], heads: tuple[int, int], **options: Any) -> Plan:
+def own_plan(head_dim: int, seqlens: tuple[int, int], heads: tuple[int, int], dtype: str = "float16", **options: Any) -> Plan:
     """On an A100, of a call of any size."""
-    query, key = (stand_in((1, length, count, head_dim), "float16") for length, count in zip(seqlens, heads, strict=True))
+    query, key = (stand_in((1, length, count, head_dim), dtype) for length, count in zip(seqlens, heads, strict=True))
     arrays = {name: options.pop(name) for name in [*options] if isinstance(options[name], numpy.ndarray)}
     return planner.make_plan(checked(query, key, key, enable_gqa=True, **arrays, **options), device.of_arch(ARCH, "gpu"), backward=True)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_few_tiles_of_keys_are_split(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "head_dim"), [("float16", 64), ("float16", 128), ("float16", 256), ("float32", 64), ("float32", 128)])
+def test_few_tiles_of_keys_are_split(dtype: str, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One K/V head with 512 keys, whose 4 or 8 blocks would leave most of 108 SMs idle, also where the fused kernel may be taken; not 32 of them."""
     monkeypatch.delenv(fused_backward.VARIABLE)
-    few = own_plan(head_dim, (16384, 512), (32, 1))
+    few = own_plan(head_dim, (16384, 512), (32, 1), dtype)
     split = [kernel for kernel in few.kernels if kernel.spec.shares_queries]
     assert split
     for kernel in split:
         assert 100 <= kernel.num_blocks <= 4 * 108
         assert few.kernels[few.kernels.index(kernel) + 1].name == "backward_dkdv_merge"
         assert f"queries of a tile of keys in {kernel.splits.number} splits" in str(few)
-    many = own_plan(head_dim, (16384, 4096), (32, 32))
+    many = own_plan(head_dim, (16384, 4096), (32, 32), dtype)
     assert not any(kernel.splits.chains for kernel in many.kernels)
 
 
@@ -217,6 +229,7 @@ def packed_plan(lengths_q: list[int], lengths_kv: list[int]) -> Plan:
 UNSPLIT_CALLS: dict[str, dict[str, Any]] = {
     "no prediction": {"head_dim": 96},
     "a short kernel": {"seqlen": 128},
+    "one product of TF32": {"dtype": "float32", "head_dim": 64, "allow_tf32": True},
 }
 
 

@@ -105,6 +105,19 @@ def test_padded_queries_take_part_in_nothing(name: str, dtype: str, way: str, si
     check(simulator, name, dtype, TILES if way == "fused" else None)
 
 
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("name", ["causal", "both", "window"])
+def test_padded_queries_on_hoppers_own_instructions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tiles of queries that a row fills in part, or not at all."""
+    for variable, value in {"SIMULATOR_ARCH": "sm_90", "FORWARD_WGMMA": "1", "BACKWARD_WGMMA": "1"}.items():
+        monkeypatch.setenv(f"CUFLASH_{variable}", value)
+    on = Target("sm_90")
+    (_, *inputs), options = given(on, name, "bfloat16")
+    for backward in (False, True):
+        assert any("wgmma" in kernel.name for kernel in cuflash.plan(*inputs, backward=backward, **options).kernels)
+    check(on, name, "bfloat16", None)
+
+
 @pytest.mark.exhaustive
 def test_tiles_of_keys_that_are_shared_out(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among blocks, each of which has some tiles of queries of rows of different lengths."""
@@ -113,15 +126,20 @@ def test_tiles_of_keys_that_are_shared_out(simulator: Target, monkeypatch: pytes
     check(simulator, "both", "float16", None)
 
 
-@pytest.mark.parametrize("way", ["own", pytest.param("fused", marks=pytest.mark.exhaustive)])
-def test_what_lies_behind_changes_no_bit(way: str, simulator: Target) -> None:
-    """With dropout, keys that all rows of the batch share, rows that do not start on 16 bytes, and lengths that are out of range."""
-    query, grad_out = (
-        simulator.restride(simulator.random((BATCH, QUERIES, HEADS, DIM), "float16", seed), "unaligned_base") for seed in (0, 1)
-    )
-    key, value = (simulator.random((1, KEYS, 1, DIM), "float16", seed) for seed in (2, 3))
+@pytest.mark.parametrize("way", ["own", *(pytest.param(way, marks=pytest.mark.exhaustive) for way in ("fused", "wgmma", "two of wgmma"))])
+def test_what_lies_behind_changes_no_bit(way: str, simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout, keys that all rows of the batch share, rows that do not start on 16 bytes where kernels take them, and lengths that are out of range."""
+    of_wgmma, head_dim = "wgmma" in way, 200 if "two" in way else DIM
+    for variable, value in {"SIMULATOR_ARCH": "sm_90", "FORWARD_WGMMA": "1", "BACKWARD_WGMMA": "1"}.items() if of_wgmma else ():
+        monkeypatch.setenv(f"CUFLASH_{variable}", value)
+    view = "contiguous" if of_wgmma else "unaligned_base"
+    query, grad_out = (simulator.restride(simulator.random((BATCH, QUERIES, HEADS, head_dim), "float16", seed), view) for seed in (0, 1))
+    key, value = (simulator.random((1, KEYS, 1, head_dim), "float16", seed) for seed in (2, 3))
     options = {"enable_gqa": True, "dropout_p": 0.3, "dropout_seed": 5, "seqlens_q": int32([33, 2**31 - 1, -7, 64])}
-    tile = {"tile": TILES if way == "fused" else {"backward_dkdv": Tile(32, 32, 2, 2)}}
+    pinned = TILES if way == "fused" else {"backward_dkdv": Tile(32, 32, 2, 2)}
+    tile = {} if of_wgmma else {"tile": pinned}
+    if of_wgmma:
+        assert any("wgmma" in kernel.name for kernel in cuflash.plan(query, key, value, backward=True, **options).kernels)
     found = []
     for filled in (0, numpy.nan):
         for array in (query, grad_out):
@@ -207,7 +225,7 @@ def test_what_a_call_refuses() -> None:
 
 @pytest.mark.parametrize(("head_dim", "seqlen"), [(64, 64), (64, 8), (512, 64)])
 def test_plans_and_warmup(head_dim: int, seqlen: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Hopper calls take kernels of mma.sync, also where others are asked for, and few queries those for many; `warmup` compiles them."""
+    """On Hopper wide heads take kernels of mma.sync, also where others are asked for, and few queries those for many; `warmup` compiles them."""
     inputs = [numpy.zeros((2, seqlen, 1, head_dim), "float16")] * 3
     monkeypatch.setenv("CUFLASH_FORWARD_WGMMA", "1")
     monkeypatch.setenv("CUFLASH_BACKWARD_WGMMA", "1")
@@ -218,5 +236,20 @@ def test_plans_and_warmup(head_dim: int, seqlen: int, monkeypatch: pytest.Monkey
     for backward in (False, True):
         plan = cuflash.plan(*inputs, seqlens_q=int32([3, 64]), backward=backward)
         assert "queries of each row up to its seqlens_q" in str(plan)
-        assert not any(kernel.spec.maps_tensors or kernel.spec.splits_keys for kernel in plan.kernels)
+        assert not any(kernel.spec.splits_keys for kernel in plan.kernels)
+        assert any(kernel.spec.maps_tensors for kernel in plan.kernels) == (head_dim == 64)
         assert {kernel.request(plan.device) for kernel in plan.kernels} <= set(compiled)
+
+
+def test_masks_beside_lengths_stay_on_mma(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper, and the plan says why and what the call is predicted to take."""
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
+    inputs = [numpy.zeros((2, 1024, 8, 128), "float16")] * 3
+    for features in (
+        {"attn_mask": numpy.ones((1024, 1024), bool)},
+        {name: numpy.zeros((2, 1024), "int32") for name in ("segment_ids_q", "segment_ids_kv")},
+    ):
+        for backward in (False, True):
+            choice = cuflash.plan(*inputs, seqlens_q=int32([3, 64]), backward=backward, **features).choice
+            assert "with seqlens_q and a mask or segments the warps that copy would have too few registers" in choice
+            assert "predicted to take" in choice

@@ -361,18 +361,23 @@ def test_a_forbidden_compilation_shows_the_call_that_mends_it(
     cuflash.scaled_dot_product_attention(*x, **options)
 
 
-@pytest.mark.usefixtures("cold_cache", "simulator", "no_few_queries")
+@pytest.mark.usefixtures("cold_cache", "simulator")
 def test_plans_compile_what_no_call_of_warmup_has_a_case_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as packed sequences that use a part of their places; the message says so."""
-    x, cu = [numpy.ones((20, 1, 24), "float16")] * 3, numpy.array([0, 20], "int32")
-    used = {"seqused_kv": numpy.array([9], "int32")}
+    """Such as calls with a cache; the message says so."""
+    query, lengths = numpy.ones((1, 1, 1, 24), "float16"), numpy.array([9], "int32")
+    cached = [numpy.ones((1, 16, 1, 24), "float16")] * 2
     monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
-    with pytest.raises(CompileError, match=r"cuflash\.warmup_plan\(cuflash\.varlen_plan\(…\)\), with the arguments of this call"):
-        cuflash.varlen_attention(*x, cu, cu, **used)
+    with pytest.raises(CompileError, match=r"cuflash\.warmup_plan\(cuflash\.kvcache_plan\(…\)\), with the arguments of this call"):
+        cuflash.attention_with_kvcache(query, *cached, cache_seqlens=lengths)
     monkeypatch.delenv("CUFLASH_COMPILE")
-    assert cuflash.warmup_plan(cuflash.varlen_plan(*x, cu, cu, **used)) == 1
+    assert cuflash.warmup_plan(cuflash.kvcache_plan(query, *cached, cache_seqlens=lengths)) == 1
     monkeypatch.setenv("CUFLASH_COMPILE", "forbid")
-    assert cuflash.varlen_attention(*x, cu, cu, **used).any()
+    assert cuflash.attention_with_kvcache(query, *cached, cache_seqlens=lengths).any()
+
+
+def test_seqused_is_of_packed_sequences() -> None:
+    with pytest.raises(OptionError, match="varlen=True"):
+        cuflash.warmup(64, seqused=True)
 
 
 @pytest.mark.usefixtures("simulator")
@@ -384,6 +389,8 @@ def test_the_call_that_compiles_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuning.warmup_call(packed_plan, None) == (
         'cuflash.warmup(64, "float32", is_causal=False, head_dim_v=32, allow_tf32=True, varlen=True, features=cuflash.FeatureSet(window=True))'
     )
+    in_places = cuflash.varlen_plan(tokens, tokens, tokens, cu, cu, seqused_kv=numpy.array([9], "int32"), backward=True)
+    assert tuning.warmup_call(in_places, None) == 'cuflash.warmup(64, "float32", is_causal=False, varlen=True, seqused=True)'
     x = numpy.zeros((2, 20, 4, 64), "float16")
     differently = cuflash.plan(x, x[:1], x[:, :, :1], backward=True)
     assert tuning.warmup_call(differently, None) is None

@@ -39,7 +39,7 @@ def report_of(
 
 WIDE: dict[str, dict[str, Any]] = {
     "256": {}, "192": {"head_dim": 192}, "200/136": {"head_dim": 200, "head_dim_v": 136}, "128/256": {"head_dim": 128, "head_dim_v": 256}, "256/64": {"head_dim_v": 64},
-    "packed": {"varlen": True}, "lengths": {"seqlens_kv": True},
+    "packed": {"varlen": True}, "lengths": {"seqlens_kv": True}, "padded queries": {"seqlens_q": True},
     **{
         str(features): {"features": features}
         for features in (
@@ -129,7 +129,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         f"{features} at 192/128": {"head_dim": 192, "head_dim_v": 128, "features": features}
         for features in (FeatureSet(window=True), FeatureSet(softcap=True), FeatureSet(alibi=True), FeatureSet(prefix=True))
     },
-    **{f"{lengths} at {head_dim}": {"head_dim": head_dim, lengths: True} for head_dim in (64, 128) for lengths in ("varlen", "seqlens_kv")},
+    **{f"{lengths} at {head_dim}": {"head_dim": head_dim, lengths: True} for head_dim in (64, 128) for lengths in ("varlen", "seqlens_kv", "seqlens_q")},
 }  # fmt: skip
 
 

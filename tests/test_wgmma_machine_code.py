@@ -141,7 +141,7 @@ def test_scales_that_are_not_positive_fit_the_registers(head_dim: int, monkeypat
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
-@pytest.mark.parametrize("lengths", ["varlen", "seqlens_kv"])
+@pytest.mark.parametrize("lengths", ["varlen", "seqlens_kv", "seqlens_q"])
 def test_lengths_fit_the_registers(lengths: str, head_dim: int) -> None:
     assert_as_meant(report_of("bfloat16", head_dim, True, **{lengths: True}))
 

@@ -14,6 +14,7 @@ from cuflash.problem.tile import Tile, Tiles
 from cuflash.system import switches
 
 SIMULATED = "it has run on the simulator only"
+SPILLS_WITH_LENGTHS = "with seqlens_q and a mask or segments the warps that copy would have too few registers"
 
 
 class Choice(NamedTuple):
@@ -56,9 +57,27 @@ def asked_by(
     return "variable" if switches.setting(variable) else None
 
 
+def why_not_of_lengths(problem: Problem) -> str | None:
+    """What kernels of wgmma cannot do of `seqlens_q`, in words; None where they can run."""
+    kinds = problem.features.kinds
+    return SPILLS_WITH_LENGTHS if problem.seqlens_q and (kinds.attn_mask is not None or kinds.segments) else None
+
+
+def why_refused(variable: str) -> str | None:
+    """Who rules kernels of wgmma out, as words behind their name: the variable, or a version of NVRTC that is not trusted; None if neither does.
+
+    Raises:
+        OptionError: a value of the variable that is neither 0 nor 1.
+    """
+    if switches.setting(variable) is False:
+        return f", by {variable}=0"
+    untrusted = compiler_versions.why_not()
+    return None if untrusted is None else f": {untrusted}; {variable}=1 takes it all the same"
+
+
 def is_open(variable: str) -> bool:
     """Whether neither the variable nor a version of NVRTC that is not trusted decides about kernels of wgmma."""
-    return switches.setting(variable) is None and compiler_versions.why_not() is None
+    return switches.setting(variable) is None and why_refused(variable) is None
 
 
 def by_tables(

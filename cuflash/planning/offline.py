@@ -43,7 +43,7 @@ MANY_HEADS = 256
 """With which blocks fill every card, so that none share out queries; or that share one key head, whose few blocks have so many that they gain most if they do."""
 
 HIGH_DROPOUT = 0.75
-"""With which kernels of wgmma compare what is drawn in another way: above `planner.MOST_OF_PACKED_DROPOUT`."""
+"""With which kernels of wgmma compare what is drawn in another way: above `kernel_constants.MOST_OF_PACKED_DROPOUT`."""
 
 
 def offline_kernels(
@@ -57,6 +57,7 @@ def offline_kernels(
     varlen: bool = False,
     seqlens_q: bool = False,
     seqlens_kv: bool = False,
+    seqused: bool = False,
     backward: bool = True,
     tile: Tiles = None,
     features: FeatureSet = NO_FEATURES,
@@ -81,6 +82,7 @@ def offline_kernels(
         varlen,
         seqlens_q,
         seqlens_kv,
+        seqused,
         features,
         need_attn_mask_grad,
         vectorized,
@@ -223,6 +225,7 @@ def _representative(
     varlen: bool,
     seqlens_q: bool,
     seqlens_kv: bool,
+    seqused: bool,
     features: FeatureSet,
     need_attn_mask_grad: bool,
     vectorized: bool,
@@ -240,6 +243,7 @@ def _representative(
         is_causal=is_causal, causal_alignment="top_left", deterministic=False, allow_tf32=allow_tf32, return_lse=True, query=view, key=view,
         value=view_v, key_shape=view.shape, value_shape=view_v.shape, layout=Layout(), head_dim_v=head_dim_v,
         max_seqlen_q=1024, max_seqlen_kv=1024, seqlens_q=seqlens_q, seqlens_kv=seqlens_kv, num_sequences=1 if varlen else None,
+        in_places=varlen and seqused,
         features=Features(features, mask, need_grad), aligned=vectorized,
         vectorized=vectorized and view.aligned16(itemsize) and view_v.aligned16(itemsize),
     )  # fmt: skip

@@ -41,8 +41,9 @@ from cuflash.planning import (
     wide_forward,
 )
 from cuflash.planning.asked_for import Choice
-from cuflash.planning.codegen import CPP_ELEMENTS, config_text
+from cuflash.planning.codegen import config_text
 from cuflash.planning.kernel_cases import KernelCase, case_of
+from cuflash.planning.kernel_constants import Launch, constants_of
 from cuflash.planning.kernel_plan import UNSHARED, UNSPLIT, Buffer, KernelPlan, LaunchShape
 from cuflash.planning.kernel_specs import KernelSpec
 from cuflash.planning.plan import Plan
@@ -52,8 +53,6 @@ from cuflash.problem.tile import Tile, Tiles
 from cuflash.system import switches
 
 MAX_GRID = 2**31 - 1
-SMALLEST_SCALE = 2.0**-126  # that is positive and a normal float32
-MOST_OF_PACKED_DROPOUT = 0x7F80 / 2**16  # bfloat16's infinity in halves of a word: kernels/tile/packed_dropout.cuh
 MAX_SHARED_SLICES = 5  # of a wide head, beyond which dK and dV take a kernel each
 
 
@@ -248,50 +247,21 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     """The launch of one kernel with matrix products, its tile as `pinned` says or the default."""
     case = case_of(spec, problem)
     tile, tile_by = _choose_tile(case, problem, device, pinned)
-    shared_bytes = kernel_cases.shared_bytes(case, tile, device)
-    constants: dict[str, int | bool | str] = {
-        "CAPABILITY": device.capability,
-        "HEAD_DIM": problem.head_dim,
-        "HEAD_DIM_V": case.head_dim_v,
-        "HEAD_SLICES": case.head_slices(device),
-        "SLICE_PIECES": case.slice_pieces(device),
-        "TILE_Q": tile.tile_q,
-        "TILE_KV": tile.tile_kv,
-        "NUM_WARPS": tile.num_warps,
-        "NUM_STAGES": tile.num_stages,
-        "SHARED_BYTES": shared_bytes,
-        "CAUSAL": problem.is_causal,
-        "VARLEN": problem.num_sequences is not None,
-        "SEQLENS_KV": problem.seqlens_kv or problem.uses_places,
-        "IN_PLACES": problem.uses_places,
-        "ALLOW_TF32": case.allow_tf32,
-        "VECTORIZED": problem.vectorized and not spec.splits_keys,
-        **case.features.constants(),
-        **dict(spec.constants),
-    }
-    if spec.copies_masks:
-        constants["COPIES_MASK"] = case.copies_mask(device)
     splits = UNSPLIT
-    if spec.shares_queries:
-        splits = query_splits.choose(case, tile, problem, device)
-        constants["SPLIT"] = bool(splits.chains)
-    if spec.shares_queries and spec.maps_tensors:
-        constants["GRAD_OUT_STAGES"] = kernel_cases.grad_out_stages(case, tile, device)
-        constants["K_REGISTER_STEPS"] = 0 if problem.num_sequences is not None else tile_rules.k_register_steps(case, tile, device)
-        constants["CONVERTS_SUMS"] = not splits.chains and kernel_cases.converts_sums(spec, problem)
-    if spec.added_up and spec.implementation == "mma":
-        constants["SHARING_WARPS"] = case.sharing_warps(tile, device)
-    if spec.implementation == "wgmma" and not spec.splits_keys:
-        constants["DROPS_MOST"] = problem.features.dropout_p > MOST_OF_PACKED_DROPOUT
-    if spec.stays:
-        constants["Q_STAGES"] = kernel_cases.stationary_stages(case, tile, device)
-        any_scale = problem.scale < SMALLEST_SCALE
-        keeps_q = not (problem.is_ragged or any_scale)  # scores times a sign take the registers
-        constants["Q_REGISTER_STEPS"] = tile_rules.q_register_steps(case, tile, device) if keeps_q else 0
-        constants["ANY_SCALE"] = any_scale
-        constants["MAPS_MASK"] = case.maps_mask
     if spec.splits_keys:
-        return _split_kernel(case, tile, tile_by, constants, problem, device)
+        splits = split_forward.splits_of(case, problem, tile, device)
+    elif spec.shares_queries:
+        splits = query_splits.choose(case, tile, problem, device)
+    constants = constants_of(Launch(case, tile, splits, problem, device))
+    num_threads, shared_bytes = 32 * (tile.num_warps + spec.copying_warps), kernel_cases.shared_bytes(case, tile, device)
+    shape = LaunchShape(0, num_threads, shared_bytes)
+    kernel = KernelPlan(case, tile, config_text(problem.dtype, constants), shape, 0, splits=splits, tile_by=tile_by)
+    return (_with_grid_of_splits if spec.splits_keys else _with_grid)(kernel, problem, device)
+
+
+def _with_grid(kernel: KernelPlan, problem: Problem, device: Device) -> KernelPlan:
+    """A kernel with its blocks: one for each tile of each head, or as many as stay."""
+    spec, case, tile, splits = kernel.spec, kernel.case, kernel.tile, kernel.splits
     batch, heads, num_tiles = _owned(case, tile, problem)
     group_batch, group_heads = problem.batch // batch, problem.num_heads_q // heads
     if problem.num_sequences is not None:
@@ -304,42 +274,32 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     else:
         resident = tile_model.blocks_per_sm(case, tile, device) * device.num_sms
         section = block_order.section_heads(case, problem, device, pairs=batch * heads, resident_blocks=resident)
-    num_threads = 32 * (tile.num_warps + spec.copying_warps)
     num_work = (places or num_tiles) * heads * batch * splits.number
     num_blocks = min(num_work, device.num_sms) if spec.stays else num_work
     shares = UNSHARED
     if spec.shares_keys and not key_shares.works_differ(problem):
         shares = key_shares.choose(num_work, ceil(problem.seqlen_kv / tile.tile_kv), device)
         num_blocks = max(num_blocks, key_shares.num_blocks(shares, ceil(problem.seqlen_kv / tile.tile_kv)))
-    return KernelPlan(
-        case, tile, config_text(problem.dtype, constants), LaunchShape(num_blocks, num_threads, shared_bytes), num_tiles,
-        group_batch, group_heads, section, num_work, num_work > num_blocks and key_shares.works_differ(problem), splits, shares, packed_places=places,
-        tile_by=tile_by,
+    return replace(
+        kernel, shape=kernel.shape._replace(num_blocks=num_blocks), num_tiles=num_tiles, group_batch=group_batch, group_heads=group_heads,
+        section_heads=section, num_work=num_work, counts_work=num_work > num_blocks and key_shares.works_differ(problem), shares=shares,
+        packed_places=places,
     )  # fmt: skip
 
 
-def _split_kernel(
-    case: KernelCase, tile: Tile, tile_by: str, constants: dict[str, int | bool | str], problem: Problem, device: Device
-) -> KernelPlan:
-    """The kernel that shares out keys among blocks, each of which has rows of all heads that share a key head."""
-    constants["PAGED"] = problem.cache is not None and problem.cache.is_paged
-    box_keys = section = 0
+def _with_grid_of_splits(kernel: KernelPlan, problem: Problem, device: Device) -> KernelPlan:
+    """The same of a kernel that shares out keys among blocks, each of which has rows of all heads that share a key head."""
+    case, tile, splits = kernel.case, kernel.tile, kernel.splits
+    num_tiles = split_forward.owned_row_tiles(problem, tile)
+    num_blocks = split_forward.num_blocks(splits, problem, case, tile, device)
+    box_keys, section = 0, 1
     if case.kernel.maps_tensors:
         box_keys = wide_forward.box_keys(problem, tile)
-        constants |= {"VALUE_IN_KEY": case.value_in_key, "BOX_ROWS": box_keys}
-    else:
-        constants |= {"CacheElement": CPP_ELEMENTS[problem.kv_dtype], **cache_append.constants(case.kernel, problem)}
-    splits, num_tiles = split_forward.splits_of(case, problem, tile, device), split_forward.owned_row_tiles(problem, tile)
-    num_blocks = split_forward.num_blocks(splits, problem, case, tile, device)
-    constants["STREAM_K"] = splits.stream_k
-    if case.kernel.maps_tensors and splits.number == 1:
-        pairs = num_blocks // num_tiles
-        section = block_order.section_heads(case, problem, device, pairs=pairs, resident_blocks=device.num_sms)
-    shape = LaunchShape(num_blocks, 32 * (tile.num_warps + case.kernel.copying_warps), kernel_cases.shared_bytes(case, tile, device))
-    return KernelPlan(
-        case, tile, config_text(problem.dtype, constants), shape, num_tiles, section_heads=max(1, section), splits=splits, box_keys=box_keys,
-        tile_by=tile_by,
-    )  # fmt: skip
+        if splits.number == 1:
+            pairs = num_blocks // num_tiles
+            section = max(1, block_order.section_heads(case, problem, device, pairs=pairs, resident_blocks=device.num_sms))
+    shape = kernel.shape._replace(num_blocks=num_blocks)
+    return replace(kernel, shape=shape, num_tiles=num_tiles, section_heads=section, box_keys=box_keys)
 
 
 def _owned(case: KernelCase, tile: Tile, problem: Problem) -> tuple[int, int, int]:

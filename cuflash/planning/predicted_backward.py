@@ -10,6 +10,7 @@ from cuflash.planning import key_parts, predicted_time
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_plan import UNSPLIT, Splits
 from cuflash.planning.kernel_specs import KernelSpec
+from cuflash.planning.predicted_loops import line_of
 from cuflash.planning.predicted_time import Steady
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile
@@ -55,9 +56,22 @@ STEADY: dict[tuple[str, str, int], Steady] = {
     ("sm_120", "backward_dk", 256): Steady(1, 4.355, 4.355),
     ("sm_120", "backward_dq", 256): Steady(1, 4.273, 4.273),
     ("sm_120", "backward_fused", 256): Steady(1, 6.502, 6.502),
+    ("sm_80", "backward_dkdv float32", 64): Steady(1, 1.941, 1.941),
+    ("sm_80", "backward_dv float32", 128): Steady(1, 1.924, 1.924),
+    ("sm_80", "backward_dk float32", 128): Steady(1, 3.113, 3.113),
+    ("sm_86", "backward_dkdv float32", 64): Steady(1, 6.243, 6.243),
+    ("sm_86", "backward_dv float32", 128): Steady(1, 6.643, 6.643),
+    ("sm_86", "backward_dk float32", 128): Steady(1, 10.676, 10.676),
+    ("sm_90", "backward_dkdv float32", 64): Steady(1, 1.665, 1.665),
+    ("sm_90", "backward_dv float32", 128): Steady(1, 1.618, 1.618),
+    ("sm_90", "backward_dk float32", 128): Steady(1, 2.403, 2.403),
+    ("sm_120", "backward_dkdv float32", 64): Steady(2, 7.090, 6.201),
+    ("sm_120", "backward_dv float32", 128): Steady(1, 6.638, 6.638),
+    ("sm_120", "backward_dk float32", 128): Steady(1, 10.723, 10.723),
 }
 """(architecture, kernel, head_dim) -> its loop; what benchmarks/predicted_tile_sweep.py --steady prints: float16, default tiles, the mean of full and causal.
-Runs were long, but for sm_90, `backward_fused` on sm_86 at head_dim 128 and 256, and on sm_80 dK/dV and dQ at 128: those are of few trips."""
+Runs were long, but for sm_90, `backward_fused` on sm_86 at head_dim 128 and 256, and on sm_80 dK/dV and dQ at 128: those are of few trips. Of float32,
+`--dtype float32` prints those of kernels whose blocks may share out queries."""
 STEADY |= {
     ("sm_89", kernel, head_dim): steady for (arch, kernel, head_dim), steady in STEADY.items() if arch == "sm_86"
 }  # the same SM to the model
@@ -72,14 +86,14 @@ OTHER_TILES: dict[tuple[str, str, int, tuple[int, int, int, int]], Steady] = {
 def steady_of(case: KernelCase, tile: Tile, device: Device) -> Steady:
     """The loop of a kernel that the model was asked about."""
     numbers = tile.tile_q, tile.tile_kv, tile.num_warps, tile.num_stages
-    of_kernel = device.arch, case.kernel.name, case.head_dim
+    of_kernel = device.arch, line_of(case.kernel.name, case.dtype), case.head_dim
     return OTHER_TILES.get((*of_kernel, numbers), STEADY[of_kernel])
 
 
 def is_known(kernel: KernelSpec, problem: Problem, device: Device) -> bool:
     """Whether the model was asked about a kernel."""
-    of_16_bits = problem.dtype != "float32" and problem.head_dim == problem.head_dim_v
-    return of_16_bits and (device.arch, kernel.name, problem.head_dim) in STEADY
+    is_like_lines = problem.head_dim == problem.head_dim_v and not (problem.dtype == "float32" and problem.allow_tf32)
+    return is_like_lines and (device.arch, line_of(kernel.name, problem.dtype), problem.head_dim) in STEADY
 
 
 def clocks(case: KernelCase, tile: Tile, problem: Problem, device: Device, section: int = 0) -> float:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from cuflash.hardware.device import Device
 from cuflash.planning import (
     asked_for,
-    compiler_versions,
     fused_backward,
     mapped_arrays,
     predicted_wgmma,
@@ -35,7 +34,6 @@ from cuflash.planning.kernel_specs import (
 from cuflash.problem.features import MASK_ITEMSIZES, MaskLayout
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
-from cuflash.system import switches
 
 VARIABLE = "CUFLASH_BACKWARD_WGMMA"
 """Environment variable; 0: never, 1: the kernel wherever it can run. Looked at when a call is planned, so not by calls whose like was made before."""
@@ -73,10 +71,8 @@ def choose(problem: Problem, device: Device, tile: Tiles, others: Sequence[Kerne
         return Choice(False, f"not {name}, since the tile is for others")
     if isinstance(tile, Tile):
         return Choice(False, f"not {name}: a single tile is for dK and dV; a mapping may name {kernels(problem)[0].name}")
-    if switches.setting(VARIABLE) is False:
-        return Choice(False, f"not {name}, by {VARIABLE}=0")
-    if (untrusted := compiler_versions.why_not()) is not None:
-        return Choice(False, f"not {name}: {untrusted}; {VARIABLE}=1 takes it all the same")
+    if (refused := asked_for.why_refused(VARIABLE)) is not None:
+        return Choice(False, f"not {name}{refused}")
     return _faster(problem, device, others)
 
 
@@ -124,8 +120,8 @@ def why_not(problem: Problem, device: Device) -> str | None:
             return reason
     if not problem.same_groups:
         return "key and value have gradients of different batches or heads"
-    if problem.seqlens_q:
-        return "it knows no seqlens_q"
+    if (reason := asked_for.why_not_of_lengths(problem)) is not None:
+        return reason
     if problem.seqlens_kv and problem.key_shape[0] != problem.batch:
         return "keys that batches share have one length there"
     if problem.seqlen_kv == 0:

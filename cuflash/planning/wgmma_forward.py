@@ -9,13 +9,12 @@ call (`tuned_tiles.faster_way`); the timing model's prediction (`predicted_wgmma
 from __future__ import annotations
 
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, compiler_versions, mapped_arrays, predicted_wgmma, tile_choice, tuned_tiles
+from cuflash.planning import asked_for, mapped_arrays, predicted_wgmma, tile_choice, tuned_tiles
 from cuflash.planning.asked_for import Choice
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_WGMMA, FORWARD_WGMMA_FLOAT32, KernelSpec
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
-from cuflash.system import switches
 
 VARIABLE = "CUFLASH_FORWARD_WGMMA"
 """Environment variable; 0: never, 1: the kernel wherever it can run. Looked at when a call is planned, so not by calls whose like was made before."""
@@ -50,10 +49,8 @@ def choose(problem: Problem, device: Device, tile: Tiles) -> Choice:
             "lse may be for a backward pass, whose kernels round scores otherwise, so that probabilities of huge ones would not add up to 1"
         )
         return Choice(False, f"{other}, not {name}: {reason}; {VARIABLE}=1 takes it all the same")
-    if switches.setting(VARIABLE) is False:
-        return Choice(False, f"{other}, not {name}, by {VARIABLE}=0")
-    if (untrusted := compiler_versions.why_not()) is not None:
-        return Choice(False, f"{other}, not {name}: {untrusted}; {VARIABLE}=1 takes it all the same")
+    if (refused := asked_for.why_refused(VARIABLE)) is not None:
+        return Choice(False, f"{other}, not {name}{refused}")
     return faster(spec, problem, device)
 
 
@@ -94,13 +91,15 @@ def why_not(problem: Problem, device: Device) -> str | None:
     spec = kernel(problem)
     if (reason := tile_choice.why_none(case_of(spec, problem), device)) is not None:
         return reason
-    if problem.seqlens_q:
-        return "it knows no seqlens_q"
+    if (reason := asked_for.why_not_of_lengths(problem)) is not None:
+        return reason
     if problem.in_places:
         return "it knows no packed sequences that use less than their offsets give them"
     if problem.seqlen_kv == 0:
         return "there are no keys to copy"
     if spec.takes_terms:  # which are arrays of their own
+        if problem.seqlens_q:
+            return "it knows no seqlens_q"
         return "it knows no packed sequences" if problem.num_sequences is not None else None
     arrays = (("query", problem.query), ("key", problem.key), ("value", problem.value))
     return mapped_arrays.why_not(arrays, problem.itemsize, aligned=problem.aligned)

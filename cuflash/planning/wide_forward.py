@@ -9,14 +9,13 @@ from __future__ import annotations
 from math import gcd
 
 from cuflash.hardware.device import Device
-from cuflash.planning import asked_for, compiler_versions, mapped_arrays, split_forward, tile_choice, wgmma_forward
+from cuflash.planning import asked_for, mapped_arrays, split_forward, tile_choice, wgmma_forward
 from cuflash.planning.asked_for import Choice
 from cuflash.planning.kernel_cases import WIDEST_NARROW_HEAD, case_of
 from cuflash.planning.kernel_specs import FORWARD, FORWARD_SPLIT, FORWARD_WGMMA_WIDE, WARPGROUP_ROWS
 from cuflash.planning.wgmma_forward import VARIABLE
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
-from cuflash.system import switches
 
 _ROWS_OF_SWIZZLE = 8
 
@@ -35,10 +34,8 @@ def choose(problem: Problem, device: Device, tile: Tiles) -> Choice | None:
         return Choice(False, f"{other}, not {name}: {reason}")
     if is_asked:
         return Choice(True, f"{name}, as asked for; {asked_for.SIMULATED}")
-    if switches.setting(VARIABLE) is False:
-        return Choice(False, f"{other}, not {name}, by {VARIABLE}=0")
-    if (untrusted := compiler_versions.why_not()) is not None:
-        return Choice(False, f"{other}, not {name}: {untrusted}; {VARIABLE}=1 takes it all the same")
+    if (refused := asked_for.why_refused(VARIABLE)) is not None:
+        return Choice(False, f"{other}, not {name}{refused}")
     if problem.cache is not None:
         return Choice(True, f"{name}, which alone takes caches of such heads; {asked_for.SIMULATED}")
     if asked_for.named(FORWARD_WGMMA_WIDE, tile, (FORWARD,)) is False or isinstance(tile, Tile):

@@ -99,18 +99,13 @@ def make_problem(arrays: Mapping[str, Array], given: Options) -> Problem:
         value_shape=value_shape,
         layout=form,
         head_dim_v=head_dim_v,
-        max_seqlen_q=lengths.max_seqlen_q,
-        max_seqlen_kv=lengths.max_seqlen_kv,
-        seqlens_kv=lengths.seqlens_kv,
-        seqlens_q=lengths.seqlens_q,
-        in_places=lengths.in_places,
-        num_sequences=lengths.num_sequences,
         features=features,
         aligned=all(array.pointer % 16 == 0 for array in inputs.values()),
         vectorized=form.order.endswith("d")  # contiguous rows in the output and the gradients, too
         and head_dim * query.itemsize % 16 == 0 == head_dim_v * query.itemsize % 16
         and all(views[name].vectorized(query.itemsize, array.pointer) for name, array in inputs.items()),
         value_in_key=is_first_columns(inputs["value"], views["value"], inputs["key"], views["key"]),
+        **lengths._asdict(),
     )
 
 

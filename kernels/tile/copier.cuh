@@ -40,6 +40,7 @@ class Copier {
 
   DEVICE void copy_tile(const TileWork& work) {
     if (work.is_behind(arguments)) return tell(work, false);  // rows of no sequence, which has no lengths to look up
+    if (IN_PLACES && work.at.tile * TILE_Q >= work.seqlen_q) return tell(work, false);  // rows that the sequence does not use
     const auto& geometry = work.geometry(arguments);
     const Visibility visibility(geometry, arguments.features, work.at.batch, work.at.head);
     Walk walk(arguments, work, visibility);

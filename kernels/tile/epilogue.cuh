@@ -87,6 +87,19 @@ DEVICE void store_pair(Element* row, int column, const TensorView& view, uint32 
   }
 }
 
+// The same of elements of any type, converted.
+template <typename Element>
+DEVICE void store_pair(Element* row, int column, const TensorView& view, float first, float second) {
+  if constexpr (sizeof(Element) == 2) {
+    store_pair(row, column, view, pack<Element>(first, second));
+  } else if (is_vectorized(view)) {
+    *reinterpret_cast<float2*>(row + column) = make_float2(first, second);
+  } else {
+    row[column * view.stride_dim] = first;
+    row[(column + 1) * view.stride_dim] = second;
+  }
+}
+
 // Stores the columns of a row from `column` on that a chunk has, of the first HEAD_DIM. `store_rows` does the same in its
 // place: with a function, and with a column by value here, it would be compiled to other code.
 template <int HEAD_DIM, typename Element>

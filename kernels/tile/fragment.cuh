@@ -1,4 +1,4 @@
-// Walking over the elements of a warp's accumulators.
+// A warp's accumulators: walks over their elements, and arithmetic on all of them.
 #pragma once
 #include "ptx/warp.cuh"
 
@@ -26,6 +26,21 @@ DEVICE void for_each_place(Body body) {
     for (int n = 0; n < N; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) body(m, n, i, 16 * m + lane_row + i / 2 * 8, 8 * n + lane_column + i % 2);
+}
+
+template <int M, int N>
+DEVICE void clear(float (&c)[M][N][4]) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[m][n][i] = 0.0f;
+}
+
+DEVICE void add(float (&c)[4], const float (&sum)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] += sum[i];
 }
 
 template <int M, int N>

@@ -1,21 +1,7 @@
 // Warp-level products of tiles. A warp owns 16 M rows of the result; c[m][n] is an m16n8 accumulator tile.
 #pragma once
+#include "tile/fragment.cuh"
 #include "tile/operand.cuh"
-
-template <int M, int N>
-DEVICE void clear(float (&c)[M][N][4]) {
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[m][n][i] = 0.0f;
-}
-
-DEVICE void add(float (&c)[4], const float (&sum)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) c[i] += sum[i];
-}
 
 // c += A Bᵀ over the head dimension: both operands are rows of tiles in shared memory. Few depth steps are straight code, and eight where each has
 // few products, which alone would wait for their fragments. Of more of them unrolled the assembler fetches fragments so far ahead that accumulators

@@ -50,6 +50,7 @@ struct TileLoader {
   static constexpr bool SAME_ELEMENT = SameType<SmemElement, Element>::value;
   static constexpr bool ASYNC = HAS_CP_ASYNC && SAME_ELEMENT;
   static constexpr bool STAGED = STAGE && !ASYNC && SAME_ELEMENT && CHUNK_ITERATIONS * ROW_ITERATIONS <= 8;  // at most 32 registers
+  static constexpr int ROWS_TOGETHER = ASYNC || STAGED || HEAD_WIDTH == 0 ? ROW_ITERATIONS : 2;  // of wide heads more in registers would spill others
 
   const Element* source;  // row 0
   const TensorView& view;
@@ -79,7 +80,7 @@ struct TileLoader {
           columns = first_column + column < HEAD_WIDTH ? Tile::CHUNK_ELEMENTS : 0;
         int row = thread_row();
         const Element* pointer = source + (first_row + row) * view.stride_seqlen + first_column + column;
-#pragma unroll
+#pragma unroll(ROWS_TOGETHER)
         for (int i = 0; i < ROW_ITERATIONS; ++i) {
           if (owns_row(row)) {
             const int valid = first_row + row < num_rows ? columns : 0;

@@ -45,9 +45,10 @@ constexpr bool HAS_OUT_RING = !COMPUTE_DK || GRAD_OUT_STAGES != NUM_STAGES;
 constexpr int RINGS_BYTES = Ring<NUM_STAGES>::BYTES + (HAS_OUT_RING ? Ring<GRAD_OUT_STAGES>::BYTES : 0);
 constexpr int TURNS = 2;  // that are waited for ahead of the one at which the block adds
 constexpr bool CUTS_KEYS = RAGGED || CAUSAL || WINDOW;  // there may be keys in memory that no query sees
+constexpr bool CUTS_QUERIES = VARLEN || IN_PLACES;  // behind a sequence's queries there may be others, or anything
 
 // setmaxnreg: 384 threads begin with 168 registers each (tile/wgmma_block.cuh).
-constexpr int COPYING_REGISTERS = !COMPUTE_DV ? 40 : !COMPUTE_DK && VARLEN ? 56 : 24;  // of packed sequences both rings are cut
+constexpr int COPYING_REGISTERS = !COMPUTE_DV ? 40 : !COMPUTE_DK && CUTS_QUERIES ? 56 : 24;  // where both rings are cut
 constexpr int COMPUTING_REGISTERS = ((1 + WARPGROUPS) * 168 - COPYING_REGISTERS) / WARPGROUPS;
 
 static_assert(WARPGROUPS == 2 && TILE_KV == 16 * NUM_WARPS, "num_warps must be 8, and tile_kv 16 rows for each");

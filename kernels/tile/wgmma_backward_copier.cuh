@@ -37,7 +37,7 @@ DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const BlockWork& w
       if constexpr (!TILE_LISTS) copy_keys_once();
       ring.wait_empty();
       const int row = start + tile * TILE_Q, num_rows = geometry.seqlen_q - tile * TILE_Q;
-      const bool is_cut = VARLEN && num_rows < TILE_Q;
+      const bool is_cut = CUTS_QUERIES && num_rows < TILE_Q;
       const bool is_with_Q = !HAS_OUT_RING || is_cut;  // dO arrives at the same mbarrier
       const int out_stage = HAS_OUT_RING ? out_ring.stage : ring.stage;
       if (HAS_OUT_RING && is_cut) out_ring.wait_empty();
@@ -48,7 +48,7 @@ DEVICE void copy_all(const BackwardWgmmaArguments& arguments, const BlockWork& w
         RingQ::load(shared.Q(ring.stage), arguments.query, row, head, batch, full);
         if (is_with_Q) RingO::load(shared.dO(out_stage), arguments.grad_out, row, head, batch, full);
       }
-      if (is_cut) {  // rows of the next sequence, which may hold anything
+      if (is_cut) {  // rows of another sequence or of none, which may hold anything
         mbarrier_wait(shared.cut_landed(), landed);
         landed ^= 1;
         RingQ::clear_from(shared.Q(ring.stage), num_rows);

@@ -1,5 +1,5 @@
 // What both sides of a block of forward_wgmma.cu know, the warp that copies and the warpgroups that compute: tiles and registers, where everything
-// lies in shared memory, and over which key tiles the block walks.
+// lies in shared memory, over which key tiles the block walks, and how tiles are given back.
 #pragma once
 #include "tile/constants.cuh"
 #include "tile/ring.cuh"
@@ -64,6 +64,18 @@ struct SharedMemory {
   DEVICE Ring<NUM_STAGES> K_ring() const { return Ring<NUM_STAGES>(list_entry(NUM_STAGES) + Ring<Q_STAGES>::BYTES); }
   DEVICE Ring<NUM_STAGES> V_ring() const { return Ring<NUM_STAGES>(V_landed() - Ring<NUM_STAGES>::BYTES); }
   DEVICE SmemAddress V_landed() const { return base + BYTES - MBARRIER_BYTES; }
+
+  // All threads of the block, before any other use.
+  DEVICE void init_mbarriers() const {
+    if (threadIdx.x == 0) {
+      Q_ring().init(NUM_WARPS);
+      K_ring().init(TILE_LISTS || MAPS_MASK ? NUM_WARPS : WARPGROUPS);
+      V_ring().init(WARPGROUPS);
+      if constexpr (CUTS_VALUES) mbarrier_init(V_landed(), 1);
+      fence_mbarrier_init();
+    }
+    __syncthreads();
+  }
 };
 
 static_assert(SharedMemory::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
@@ -86,3 +98,26 @@ struct Walk {
     }
   }
 };
+
+// This warpgroup is done with a tile of K. Where each warp has read what lies beside it, it says so for itself.
+DEVICE void release_keys(Ring<NUM_STAGES>& K, int warp) {
+  if constexpr (TILE_LISTS || MAPS_MASK) {
+    K.release_by_each_warp();
+  } else {
+    K.release(warp);
+  }
+}
+
+// Tiles that only other warpgroups see: this one says that it is done with them. One warp waits for them alone, which no other can leave behind by a
+// phase; the other three wait for that warp, and then know of these phases, too.
+DEVICE void skip(Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V, int count, int barrier) {
+  if (count <= 0) return;
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    if (TILE_LISTS || MAPS_MASK || warp_of_warpgroup() == 0) K.wait_full();
+    release_keys(K, 0);
+    if (warp_of_warpgroup() == 0) V.wait_full();
+    V.release(0);
+  }
+  sync_warpgroup(barrier);
+}
