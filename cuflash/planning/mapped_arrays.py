@@ -48,6 +48,13 @@ def _why_unmapped(view: View, itemsize: int) -> str | None:
     return None
 
 
+def maps_out(problem: Problem) -> bool:
+    """Whether a tensor map describes the output of a call, and leaves out what a tile has behind the last query: all sequences have the same number of them."""
+    if problem.num_sequences is not None or problem.uses_places or not problem.vectorized:
+        return False
+    return problem.out is None or _why_unmapped(problem.out, problem.itemsize) is None
+
+
 def mask_view(problem: Problem) -> View:
     """The mask of a call as an array of (batch, query, heads, key)."""
     mask = problem.features.attn_mask

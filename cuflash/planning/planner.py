@@ -27,6 +27,7 @@ from cuflash.planning import (
     kernel_cases,
     kernel_specs,
     key_shares,
+    mapped_arrays,
     operand_terms,
     packed_tiles,
     query_splits,
@@ -245,6 +246,9 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     case = case_of(spec, problem)
     tile, tile_by = _choose_tile(case, problem, device, pinned)
     shared_bytes = kernel_cases.shared_bytes(case, tile, device)
+    of_out = kernel_cases.out_bytes(case, tile) if spec.maps_outputs and mapped_arrays.maps_out(problem) else 0
+    maps_out = 0 < of_out <= device.shared_memory_per_block - shared_bytes
+    shared_bytes += of_out * maps_out
     constants: dict[str, int | bool | str] = {
         "CAPABILITY": device.capability,
         "HEAD_DIM": problem.head_dim,
@@ -286,6 +290,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         constants["Q_REGISTER_STEPS"] = tile_rules.q_register_steps(case, tile, device, is_causal=problem.is_causal) if keeps_q else 0
         constants["ANY_SCALE"] = any_scale
         constants["MAPS_MASK"] = case.maps_mask
+        constants["MAPS_OUT"] = maps_out
     if spec.splits_keys:
         return _split_kernel(case, tile, tile_by, constants, problem, device)
     batch, heads, num_tiles = _owned(case, tile, problem)
@@ -309,8 +314,8 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         num_blocks = max(num_blocks, key_shares.num_blocks(shares, ceil(problem.seqlen_kv / tile.tile_kv)))
     return KernelPlan(
         case, tile, config_text(problem.dtype, constants), LaunchShape(num_blocks, num_threads, shared_bytes), num_tiles,
-        group_batch, group_heads, section, num_work, num_work > num_blocks and key_shares.works_differ(problem), splits, shares, packed_places=places,
-        tile_by=tile_by,
+        group_batch, group_heads, section, num_work, num_work > num_blocks and key_shares.works_differ(problem), splits, shares, maps_out=maps_out,
+        packed_places=places, tile_by=tile_by,
     )  # fmt: skip
 
 
