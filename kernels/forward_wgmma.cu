@@ -336,7 +336,7 @@ DEVICE void skip(Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V, int count, int barrie
 DEVICE void store_by_map(const ForwardWgmmaArguments& arguments, const float (&O)[1][DV_TILES][4], SmemAddress tile, const TileWork& work,
                          int first_row) {
   const SmemAddress rows = tile + 16 * warp_of_warpgroup() * WarpgroupO::ROW_BYTES;
-  const int lane_offset = WarpgroupO::offset(lane_index() % 16, lane_index() / 16);
+  const int lane = lane_index_here(), lane_offset = WarpgroupO::offset(lane % 16, lane / 16);
   wait_stores_read();
   __syncwarp();
 #pragma unroll
@@ -348,7 +348,7 @@ DEVICE void store_by_map(const ForwardWgmmaArguments& arguments, const float (&O
   }
   fence_proxy_async();
   __syncwarp();
-  if (lane_index() == 0) WarpgroupO::store(rows, arguments.mapped_out, first_row, work.at.head, work.at.batch);
+  if (lane == 0) WarpgroupO::store(rows, arguments.mapped_out, first_row, work.at.head, work.at.batch);
 }
 
 // Writes what a warpgroup has computed. O passes through its part of Q, or with MAPS_OUT through memory of its own.
@@ -418,7 +418,10 @@ DEVICE void compute_all(const ForwardWgmmaArguments& arguments, const SharedMemo
   while (true) {
     Q.wait_full();
     const TileWork work = TileWork::load(shared.work(Q.stage));
-    if (work.at.tile < 0) break;
+    if (work.at.tile < 0) {
+      if constexpr (MAPS_OUT) wait_stores_read();
+      return;
+    }
     const int warpgroup = warpgroup_index() - 1;  // for each tile anew, so that it takes no register from one to the next
     bool has_rows = true;
     if constexpr (VARLEN) {
@@ -430,11 +433,12 @@ DEVICE void compute_all(const ForwardWgmmaArguments& arguments, const SharedMemo
       }
     }
     if (has_rows) compute_tile(arguments, work, dropout, shared, Q.stage, warpgroup, K, V);
-    if constexpr (!MAPS_OUT) fence_proxy_async();  // O went through Q
-    __syncwarp();
+    if constexpr (!MAPS_OUT) {
+      fence_proxy_async();  // O went through Q
+      __syncwarp();
+    }  // else the lanes have met behind all that they read
     Q.release_by_each_warp();
   }
-  if constexpr (MAPS_OUT) wait_stores_read();
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP_SIZE, 1) forward_wgmma(const __grid_constant__ ForwardWgmmaArguments arguments) {
