@@ -1,4 +1,4 @@
-"""Which arrays the TMA unit can copy: those that a tensor map describes (runtime/tensor_maps.py)."""
+"""Which arrays the TMA unit can copy or store: those that a tensor map describes (runtime/tensor_maps.py)."""
 
 from __future__ import annotations
 
