@@ -125,8 +125,8 @@ struct CacheAppendArguments {
   RotaryArguments rotary;
 };
 
-// An array that the TMA unit reads: its map, of (head_dim, seqlen, heads, batch), and what the numbers of a head and of a batch are multiplied by to
-// have its coordinates: 1, or 0 along an axis that is broadcast, which the map has once.
+// An array that the TMA unit reads or writes: its map, of (head_dim, seqlen, heads, batch), and what the numbers of a head and of a batch are
+// multiplied by to have its coordinates: 1, or 0 along an axis that is broadcast, which the map has once.
 struct MappedTensor {
   TensorMap map;
   int head_factor, batch_factor;
@@ -152,6 +152,7 @@ struct ForwardWgmmaArguments {
   int num_work;       // tiles of all heads
   MappedTensor attn_mask;  // of (key, query, heads, batch), where it is copied
   KeyShareArguments shares;
+  MappedTensor mapped_out;  // where the TMA unit stores it
 };
 
 // What operand_terms.cu splits, and where the terms go.

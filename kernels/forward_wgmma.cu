@@ -14,13 +14,13 @@
 // The assembler moves the wait for O ahead of most exponentials; kernels in which it was held back were slower on an H100 (docs/hopper.md).
 //
 // Shared memory: Q [Q_STAGES][TILE_Q / 64][⌈D / 64⌉][64][64] | K [NUM_STAGES][⌈D / 64⌉][TILE_KV][64] | V [NUM_STAGES][⌈DV / 64⌉][TILE_KV][64] |
-// which tile of queries is in each stage of Q | which entry of its list is in each stage of K | mbarriers. At the end each warp's part of O passes
-// through its warpgroup's part of Q.
+// with MAPS_OUT O [TILE_Q / 64][⌈DV / 64⌉][64][64] | a mask | which tile of queries is in each stage of Q | which entry of its list is in each stage
+// of K | mbarriers. Without MAPS_OUT each warp's part of O passes through its warpgroup's part of Q.
 //
 // mbarriers, for each stage of Q, K and V: "full", the tile has landed, and "empty", every warpgroup is done with it, of which one thread says so.
-// With Q, and with lists of tiles K, every warp says so for itself: each has read what lies beside the tile, and O of each goes through Q. One more:
-// the last tile of V of a sequence has landed, of which rows that belong to the next one are set to zero before it is "full", since 0 times NaN is
-// NaN.
+// With Q, and with lists of tiles K, every warp says so for itself: each has read what lies beside the tile, and O of each may go through Q. One
+// more: the last tile of V of a sequence has landed, of which rows that belong to the next one are set to zero before it is "full", since 0 times NaN
+// is NaN.
 #include "tile/constants.cuh"
 #include "tile/boolean_mask_tile.cuh"
 #include "tile/copier.cuh"
@@ -319,11 +319,32 @@ class WarpgroupRows {
   }
 };
 
-// Writes what a warpgroup has computed. O passes through its part of Q.
-DEVICE void store_results(const ForwardWgmmaArguments& arguments, const TileWork& work, WarpgroupRows& rows, SmemAddress Q, int warpgroup) {
+// Puts a warp's rows of O into its part of a tile in shared memory, which the TMA unit stores. One thread asks for that, and waits until the rows
+// that it asked for before have been read.
+DEVICE void store_by_map(const ForwardWgmmaArguments& arguments, const float (&O)[1][DV_TILES][4], SmemAddress tile, const TileWork& work,
+                         int first_row) {
+  const SmemAddress rows = tile + 16 * warp_of_warpgroup() * WarpgroupO::ROW_BYTES;
+  const int lane = lane_index_here(), lane_offset = WarpgroupO::offset(lane % 16, lane / 16);
+  wait_stores_read();
+  __syncwarp();
+#pragma unroll
+  for (int n = 0; n < DV_TILES; n += 2) {
+    uint32 pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = pack<Element>(O[0][n + i / 2][i % 2 * 2], O[0][n + i / 2][i % 2 * 2 + 1]);
+    stmatrix_x4(rows + WarpgroupO::at(lane_offset, n), pairs);
+  }
+  fence_proxy_async();
+  __syncwarp();
+  if (lane == 0) WarpgroupO::store(rows, arguments.mapped_out, first_row, work.at.head, work.at.batch);
+}
+
+// Writes what a warpgroup has computed. O passes through its part of Q, or with MAPS_OUT through memory of its own.
+DEVICE void store_results(const ForwardWgmmaArguments& arguments, const TileWork& work, WarpgroupRows& rows, const SharedMemory& shared, int stage,
+                          int warpgroup) {
   const int seqlen_q = work.geometry(arguments).seqlen_q;
   if constexpr (SHARES_KEYS) {
-    sync_warpgroup(1 + warpgroup);  // no warp's products read Q any more; behind the merging of parts some warps are done
+    if constexpr (!MAPS_OUT) sync_warpgroup(1 + warpgroup);  // no warp's products read Q any more; behind the merging of parts some warps are done
     if (work.keys.tile >= 0 && !merge_parts(arguments, work.keys, rows, 4 * warpgroup + warp_of_warpgroup())) return;
   }
   if constexpr (SINKS) rows.softmax.add_sink(rows.O, arguments.features.sinks.load(work.at.batch, work.at.head) * SCORE_UNIT);
@@ -337,9 +358,13 @@ DEVICE void store_results(const ForwardWgmmaArguments& arguments, const TileWork
       if (query < seqlen_q) *arguments.lse.pointer(work.at.batch, work.at.head, work.start_q + query) = rows.softmax.lse(0, r);
     }
   }
-  if constexpr (!SHARES_KEYS) sync_warpgroup(1 + warpgroup);  // likewise
-  store_rows<Element, HEAD_DIM_V, O_COLUMNS, false>(rows.O, Q + warp_row * O_COLUMNS * 2, arguments.out, work.at.batch, work.at.head, first_row,
-                                                    seqlen_q, 0, work.start_q);
+  if constexpr (!SHARES_KEYS && !MAPS_OUT) sync_warpgroup(1 + warpgroup);  // likewise
+  if constexpr (MAPS_OUT) {
+    store_by_map(arguments, rows.O, shared.O(warpgroup), work, first_row);
+  } else {
+    store_rows<Element, HEAD_DIM_V, O_COLUMNS, false>(rows.O, shared.Q(stage, warpgroup) + warp_row * O_COLUMNS * 2, arguments.out, work.at.batch,
+                                                      work.at.head, first_row, seqlen_q, 0, work.start_q);
+  }
 }
 
 // What one of the computing warpgroups does for the tile of queries in a stage of Q.
@@ -364,7 +389,7 @@ DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork&
   }
   // The same numbers as `work`, which would take registers in the meantime.
   const TileWork same = TileWork::load(shared.work(stage));
-  store_results(arguments, same, rows, shared.Q(stage, warpgroup), warpgroup);
+  store_results(arguments, same, rows, shared, stage, warpgroup);
   if constexpr (SHARES_KEYS) {
     if (first_q >= geometry.seqlen_q) skip(K, V, same.keys.end - same.keys.begin, 1 + warpgroup);
   } else {
@@ -381,7 +406,10 @@ DEVICE void compute_all(const ForwardWgmmaArguments& arguments, const SharedMemo
   while (true) {
     Q.wait_full();
     const TileWork work = TileWork::load(shared.work(Q.stage));
-    if (work.at.tile < 0) return;
+    if (work.at.tile < 0) {
+      if constexpr (MAPS_OUT) wait_stores_read();
+      return;
+    }
     const int warpgroup = warpgroup_index() - 1;  // for each tile anew, so that it takes no register from one to the next
     bool has_rows = true;
     if constexpr (VARLEN || IN_PLACES) {
@@ -393,8 +421,10 @@ DEVICE void compute_all(const ForwardWgmmaArguments& arguments, const SharedMemo
       }
     }
     if (has_rows) compute_tile(arguments, work, dropout, shared, Q.stage, warpgroup, K, V);
-    fence_proxy_async();  // O went through Q
-    __syncwarp();
+    if constexpr (!MAPS_OUT) {
+      fence_proxy_async();  // O went through Q
+      __syncwarp();
+    }  // else the lanes have met behind all that they read
     Q.release_by_each_warp();
   }
 }

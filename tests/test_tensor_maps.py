@@ -171,13 +171,20 @@ def test_a_warm_call_finds_arrays_where_they_are(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(tensor_maps, "_encode_for_simulator", encode)
     query, key, value, other = (Target("sm_90").random((1, 67, 1, 64), "float16", seed) for seed in range(4))
-    first = cuflash.scaled_dot_product_attention(query, key, value)
-    assert encoded == [x.ctypes.data for x in (query, key, value)]
-    second = cuflash.scaled_dot_product_attention(query, other, value)
-    assert encoded[3:] == [other.ctypes.data]
-    assert Target.bits(cuflash.scaled_dot_product_attention(query, other, value)) == Target.bits(second)
-    assert Target.bits(cuflash.scaled_dot_product_attention(query, key, value)) == Target.bits(first)
-    assert len(encoded) == 4
+    outs = [numpy.empty_like(query) for _ in range(2)]
+
+    def attend(key: Any, out: Any) -> bytes:
+        return Target.bits(cuflash.scaled_dot_product_attention(query, key, value, out=out))
+
+    first = attend(key, outs[0])
+    assert encoded == [x.ctypes.data for x in (query, key, value, outs[0])]
+    second = attend(other, outs[0])
+    assert encoded[4:] == [other.ctypes.data]
+    assert attend(other, outs[1]) == second
+    assert encoded[5:] == [outs[1].ctypes.data]
+    assert attend(key, outs[0]) == first
+    assert len(encoded) == 6
     key[...] = other
-    assert Target.bits(cuflash.scaled_dot_product_attention(query, key, value)) == Target.bits(second) != Target.bits(first)
-    assert numpy.isfinite(first).all()
+    assert attend(key, outs[1]) == second != first
+    assert len(encoded) == 6
+    assert numpy.isfinite(outs[0]).all()

@@ -14,12 +14,12 @@ from cuflash.planning import planner
 from cuflash.planning.kernel_plan import UNSHARED, KernelPlan
 from cuflash.planning.plan import Plan
 from cuflash.problem.tile import Tile
-from cuflash.timing import control_flow, operations, prediction, sass
+from cuflash.timing import control_flow, prediction, sass
 from cuflash.timing.addresses import constants
 from cuflash.timing.limits import without
 from cuflash.timing.machine import CARDS, MULTIPROCESSORS
 from cuflash.timing.multiprocessor import steady_clocks_of_roles
-from cuflash.timing.operations import Kind, Operation, Role, Unit, busy_clocks_of_block
+from cuflash.timing.operations import Kind, Operation, Role, Unit, busy_clocks_of_block, operations
 from cuflash.timing.roles import Act, Meeting, meeting_points, role_traces
 from cuflash.timing.staying import single_tile_traces
 from cuflash.timing.tensor_unit import Group, TensorUnit
@@ -119,9 +119,7 @@ def test_operands_in_shared_memory_take_its_pipe() -> None:
 def test_products_of_few_columns_read_a_for_longer_than_they_compute(columns: int, published: float) -> None:
     """Clocks of m64nNk16 with A and B in shared memory, measured by others on an H100 (docs/timing.md)."""
     control = sass.Control(stall=1, yields=False, write_scoreboard=None, read_scoreboard=None, waits=(), reuse=0)
-    (product,) = operations.operations(
-        [sass.Instruction(0, "", f"HGMMA.64x{columns}x16.F32.BF16", "R24, gdesc[UR8], R24", None, control)], H100
-    )
+    (product,) = operations([sass.Instruction(0, "", f"HGMMA.64x{columns}x16.F32.BF16", "R24, gdesc[UR8], R24", None, control)], H100)
     trace = [product] * 15 + [replace(product, closes=True), replace(PRODUCTS_WAIT, pending=1)]
     assert clocks(computing(trace)) / 16 == pytest.approx(published, rel=0.06)
 
@@ -162,6 +160,20 @@ def test_all_warpgroups_say_that_a_tile_is_done() -> None:
     """The slowest one decides, and the copying warp waits for it."""
     slow = [*wait(FULL), *[replace(PLAIN, stall=15.0)] * 100, arrive(EMPTY)]
     assert clocks(computing(slow, 3), copier(128, 1)) > 1500 + UNITS.bulk_copy
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_bulk_store_takes_the_bandwidth_of_l2_and_whoever_waits_its_latency(waits: bool) -> None:
+    """What goes out is what was put into shared memory by matrix. The next rows may be put there when these were read."""
+    code = [("STSM.16.M88.4", "[R4], R8")] * 8 + [("UTMASTG.4D", "[UR8], [UR16]")] * 2 + [("UTMACMDFLUSH", "")]
+    code += [("DEPBAR.LE", "SB0, 0x0")] * waits
+    control = sass.decode_control(1 << 41 | 7 << 46 | 7 << 49)
+    trace = operations([sass.Instruction(16 * i, "", *of, None, control) for i, of in enumerate(code)], H100)
+    stores = [operation for operation in trace if operation.kind is Kind.BULK_STORE]
+    assert [(store.l2_bytes, store.wavefronts) for store in stores] == [(8 * 512 / 2, 16)] * 2
+    clocks = steady_clocks_of_roles([Role(trace, 1)], H100, blocks=1, trips=24)
+    of_bytes = 8 * 512 / H100.l2_bytes
+    assert of_bytes + UNITS.bulk_store < clocks < of_bytes + UNITS.bulk_store + 100 if waits else clocks < of_bytes
 
 
 def test_a_stage_is_full_when_bulk_copies_and_those_of_a_warp_have_landed() -> None:

@@ -280,6 +280,20 @@ def test_a_loop_that_is_left_by_a_jump_like_a_call(comparison: str, predicate: s
     assert (found["HMMA"], found["MUFU"]) == (5, 1)
 
 
+def test_a_loop_that_a_warp_counts_by_its_lanes() -> None:
+    """From an unknown number below the step, which is copied on the way: the first lane has eight trips, all others as many or fewer."""
+    for start, step, trips in (("R9", "0x20", 8), ("R9", "0x10", None), ("0xe0", "0x20", 1)):
+        code = (
+            of("MUFU.EX2"), of("MOV", operands=f"R4, {start}"),
+            of("ISETP.GE.AND", operands="P1, PT, R4.reuse, 0xe0, PT"), of("VIADD", operands=f"R16, R4, {step}"),
+            of("LOP3.LUT", operands="R4, R5.reuse, 0x7, R6, 0x78, !PT"), of("STG.E.128"), of("MOV", operands="R4, R16"), of("BRA", 2, predicate="!P1"),
+            of("BRA", 0, predicate="P2"), of("EXIT"),
+        )  # fmt: skip
+        outer, inner = control_flow.find_loops(code)
+        assert inner.trips == trips
+        assert counts(control_flow.steady_trace(code, outer, stores=True))["STG"] == (trips or 1)
+
+
 def test_a_jump_like_a_call_goes_around_what_is_behind_it() -> None:
     """What stands between the jump and its target is not on the way; a call without a condition is no jump."""
     behind = (of("BAR.SYNC"), of("MUFU.EX2"), of("STG.E"), of("MUFU.EX2"), of("BRA", 0, predicate="P1"), of("EXIT"))

@@ -16,7 +16,7 @@ import cuflash
 from cuflash import Tile
 from cuflash.errors import TileError
 from cuflash.hardware import device
-from cuflash.planning import measured_tiles, predicted_tiles, tile_choice, wgmma_forward
+from cuflash.planning import measured_tiles, planner, predicted_tiles, tile_choice, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import FORWARD_WGMMA
 from cuflash.problem.features import MASK_KINDS
@@ -208,13 +208,36 @@ def test_strides(hopper: Target, view: str) -> None:
     hopper.check(*inputs, backward=False)
 
 
-def test_any_array_takes_the_output(hopper: Target) -> None:
-    """Unaligned rows, elements apart: it is no business of the TMA unit."""
+@pytest.mark.parametrize("view", ["sliced", "reversed_rows", "padded_rows", "strided_elements", "reversed_everywhere"])
+def test_any_array_takes_the_output(hopper: Target, view: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unaligned rows, elements apart, rows in reverse: those are stored without the TMA unit."""
+    planned: list[cuflash.Plan] = []
+    monkeypatch.setattr(calls, "make_plan", lambda *given, **named: planned.append(planner.make_plan(*given, **named)) or planned[-1])
     inputs = inputs_of(hopper, (70, 90), heads=(2, 2), batches=(2, 2))
-    for view in ("padded_rows", "strided_elements", "reversed_everywhere"):
-        out = hopper.restride(hopper.empty_like(inputs[0]), view)
-        assert Target.bits(checked(hopper, *inputs, out=out).out) == Target.bits(checked(hopper, *inputs).out)
-        assert hopper.surroundings_are_nan(out)
+    out = hopper.restride(hopper.empty_like(inputs[0]), view)
+    assert Target.bits(checked(hopper, *inputs, out=out).out) == Target.bits(checked(hopper, *inputs).out)
+    assert hopper.surroundings_are_nan(out)
+    assert [plan.kernels[0].maps_out for plan in planned[1::2]] == [view == "sliced", True]  # of the calls, each planned before by itself
+
+
+STORED_BY_MAP = {(64, 64): True, (128, 128): True, (64, 128): True, (128, 40): True, (192, 192): False, (256, 256): False}
+"""By head_dim of query and of value: where shared memory has room for O."""
+
+
+@pytest.mark.parametrize(("dims", "is_stored"), STORED_BY_MAP.items(), ids=str)
+def test_the_output_is_stored_by_a_map_where_there_is_room(hopper: Target, dims: tuple[int, int], is_stored: bool) -> None:
+    """Of columns that fill no slab, and of rows that fill no warp, those that there are; packed sequences end within tiles, and others go on there."""
+    query, key, _ = inputs_of(hopper, (200, 40), dims[0], heads=(2, 1))
+    inputs = [query, key, hopper.random((1, 40, 1, dims[1]), "bfloat16", 9)]
+    for options in ({}, {"is_causal": True}):
+        (kernel,) = cuflash.plan(*inputs, enable_gqa=True, **options).kernels
+        assert (kernel.maps_out, f"MAPS_OUT = {str(is_stored).lower()};" in kernel.config) == (is_stored, True)
+        assert kernel.shared_bytes <= 227 * 1024
+    if dims[0] != dims[1]:
+        checked(hopper, *inputs, is_causal=True)
+    offsets, keys = (hopper.place(numpy.array(x, "int32")) for x in ([0, 30, 200], [0, 20, 40]))
+    packed = cuflash.varlen_plan(*(x[0] for x in inputs), offsets, keys, 170, 20, enable_gqa=True)
+    assert [kernel.maps_out for kernel in packed.kernels if kernel.spec.is_tiled] == [False]
 
 
 def test_other_orders_of_dimensions(hopper: Target) -> None:

@@ -186,7 +186,7 @@ FORWARD_WGMMA_ARGUMENTS = _struct(
     "ForwardWgmmaArguments",
     ("query", MAPPED_TENSOR), ("key", MAPPED_TENSOR), ("value", MAPPED_TENSOR), ("out", TENSOR_VIEW), ("lse", ROW_VIEW), ("geometry", GEOMETRY),
     ("lengths", SEQUENCE_LENGTHS), ("features", FEATURE_ARGUMENTS), ("next_work", WORD), ("num_work", INT),
-    ("attn_mask", MAPPED_TENSOR), ("shares", KEY_SHARE_ARGUMENTS),
+    ("attn_mask", MAPPED_TENSOR), ("shares", KEY_SHARE_ARGUMENTS), ("mapped_out", MAPPED_TENSOR),
 )  # fmt: skip
 OPERAND_TERMS_ARGUMENTS = _struct(
     "OperandTermsArguments",

@@ -323,6 +323,11 @@ def _shared_bytes(case: KernelCase, tile: Tile, device: Device, slice_pieces: in
     return stationary_stages * stationary * case.stationary_rows(tile) + in_flight + exchange
 
 
+def out_bytes(case: KernelCase, tile: Tile) -> int:
+    """Of a tile of O in shared memory, where it is stored by the TMA unit."""
+    return tile.tile_q * ceil(case.head_dim_v / 64) * 128
+
+
 def _staged_mask_bytes(case: KernelCase, tile: Tile) -> int:
     """What each stage of the backward kernel of wgmma holds of a mask, segment ids and an entry of a list: mirrors kernels/tile/staged_mask.cuh."""
     features = case.features

@@ -31,6 +31,8 @@ class Launch(NamedTuple):
         case: the kernel, and for what it is compiled.
         tile: of a block.
         splits: of the keys among blocks, or of the queries.
+        shared_bytes: of a block.
+        maps_out: the TMA unit stores the output.
         problem: the call.
         device: where.
     """
@@ -38,13 +40,15 @@ class Launch(NamedTuple):
     case: KernelCase
     tile: Tile
     splits: Splits
+    shared_bytes: int
+    maps_out: bool
     problem: Problem
     device: Device
 
 
 def constants_of(launch: Launch) -> Constants:
     """All of them."""
-    case, tile, _, problem, device = launch
+    case, tile, problem, device = launch.case, launch.tile, launch.problem, launch.device
     own = _OWN.get(case.kernel.source)
     return {
         "CAPABILITY": device.capability,
@@ -56,7 +60,7 @@ def constants_of(launch: Launch) -> Constants:
         "TILE_KV": tile.tile_kv,
         "NUM_WARPS": tile.num_warps,
         "NUM_STAGES": tile.num_stages,
-        "SHARED_BYTES": kernel_cases.shared_bytes(case, tile, device),
+        "SHARED_BYTES": launch.shared_bytes,
         "CAUSAL": problem.is_causal,
         "VARLEN": problem.num_sequences is not None,
         "SEQLENS_KV": problem.seqlens_kv or problem.uses_places,
@@ -74,7 +78,7 @@ def _forward_mma(launch: Launch) -> Constants:
 
 
 def _forward_wgmma(launch: Launch) -> Constants:
-    case, tile, _, problem, device = launch
+    case, tile, problem, device = launch.case, launch.tile, launch.problem, launch.device
     any_scale = problem.scale < SMALLEST_SCALE
     keeps_q = not (problem.is_ragged or any_scale)  # scores times a sign take the registers
     return {
@@ -83,6 +87,7 @@ def _forward_wgmma(launch: Launch) -> Constants:
         "Q_REGISTER_STEPS": tile_rules.q_register_steps(case, tile, device) if keeps_q else 0,
         "ANY_SCALE": any_scale,
         "MAPS_MASK": case.maps_mask,
+        "MAPS_OUT": launch.maps_out,
     }
 
 
@@ -117,7 +122,7 @@ def _backward_fused_mma(launch: Launch) -> Constants:
 
 
 def _backward_wgmma(launch: Launch) -> Constants:
-    case, tile, splits, problem, device = launch
+    case, tile, splits, problem, device = launch.case, launch.tile, launch.splits, launch.problem, launch.device
     cuts_queries = problem.num_sequences is not None or problem.uses_places  # the warp that copies needs registers for it
     return {
         "SPLIT": bool(splits.chains),

@@ -10,7 +10,7 @@ from cuflash.hardware.device import Device
 from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import tile_choice, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
-from cuflash.planning.kernel_specs import WARPGROUP_ROWS, KernelSpec
+from cuflash.planning.kernel_specs import WARP_ROWS, WARPGROUP_ROWS, KernelSpec
 from cuflash.problem.cache_call import STREAM_K
 from cuflash.problem.problem import DTYPES
 from cuflash.problem.tile import Tile
@@ -114,6 +114,7 @@ class KernelPlan:
         splits: of the keys among blocks, or of the queries.
         shares: of the keys of the last tiles of queries, where blocks stay.
         box_keys: keys of a streamed tile that the TMA unit copies at a time; 0: all.
+        maps_out: the TMA unit stores the output.
         packed_places: of the list of tiles of packed sequences by which its blocks find their work (packed_tiles.py); 0: there is none.
         tile_by: where the tile is from, in words: pinned, tuned, measured, predicted or by the model; empty of a kernel without matrix products.
     """
@@ -131,6 +132,7 @@ class KernelPlan:
     splits: Splits = UNSPLIT
     shares: KeyShares = UNSHARED
     box_keys: int = 0
+    maps_out: bool = False
     packed_places: int = 0
     tile_by: str = field(default="", compare=False)
 
@@ -191,15 +193,16 @@ class KernelPlan:
 
     @property
     def box_rows(self) -> dict[str, int]:
-        """Of the arrays that the TMA unit copies, how many rows at a time: those of a warpgroup of what a block owns, whole tiles of what it streams and of a mask;
-        0: none, they are others' columns."""
+        """Of the arrays that the TMA unit copies, how many rows at a time: those of a warpgroup of what a block owns, whole tiles of what it streams and of a mask,
+        those of a warp of the output; 0: none, they are others' columns."""
         if not self.spec.maps_tensors:
             return {}
         rows: dict[str, int] = dict.fromkeys(self.spec.streamed, self.box_keys or self.case.streamed_rows(self.tile))
         if self.spec.splits_keys:  # its rows are of several heads
             return {**rows, "value": 0} if self.case.value_in_key else rows
         rows |= dict.fromkeys(self.spec.stationary, WARPGROUP_ROWS)
-        return rows | ({"attn_mask": self.tile.tile_q} if self.case.maps_mask else {})
+        rows |= {"attn_mask": self.tile.tile_q} if self.case.maps_mask else {}
+        return rows | ({"mapped_out": WARP_ROWS} if self.maps_out else {})
 
     def request(self, device: Device) -> CompileRequest:
         """What to compile for `device`: a cubin for a GPU, PTX for the simulator."""

@@ -34,6 +34,7 @@ _TANGENTS = ("S_dot", "O_dot")
 
 
 WARPGROUP_ROWS = 64
+WARP_ROWS = WARPGROUP_ROWS // 4
 """Of a product of wgmma."""
 
 MAX_TILE = 2**20
@@ -102,6 +103,7 @@ class KernelSpec:
         stays: its blocks compute one tile after the other, as many blocks as run at one time.
         takes_terms: its operands are numbers of float32 as sums of bfloat16 that another kernel has split (operand_terms.py).
         maps_masks: the TMA unit copies masks where it can.
+        maps_outputs: it stores the output where it can, and there is room.
         copies_masks: masks pass through shared memory, copied by threads, where they lie in chunks of 16 bytes.
         max_warp_rows: most rows that a warp may own, a multiple of 16.
         streamed_multiple: of rows of a streamed tile.
@@ -140,6 +142,7 @@ class KernelSpec:
     stays: bool = field(default=False, compare=False)
     takes_terms: bool = field(default=False, compare=False)
     maps_masks: bool = field(default=False, compare=False)
+    maps_outputs: bool = field(default=False, compare=False)
     copies_masks: bool = field(default=False, compare=False)
     max_warp_rows: int = field(default=MAX_TILE, compare=False)
     streamed_multiple: int = field(default=16, compare=False)
@@ -235,7 +238,8 @@ ROW_PARTS = ("row_parts", "row_arrivals")
 FORWARD_WGMMA = KernelSpec(
     "forward_wgmma", "forward_wgmma.cu", FORWARD_WGMMA_ARGUMENTS, "wgmma",
     rows_of="query", stationary=("query",), streamed=("key", "value"), scores=("S",), outputs=("O",), online_softmax=True, warps_per_product=4,
-    block_warps=(8, 12), copying_warps=4, stays=True, max_warp_rows=16, workspace=("next_work", *ROW_PARTS), maps_masks=True, costs=_FORWARD_COSTS,
+    block_warps=(8, 12), copying_warps=4, stays=True, max_warp_rows=16, workspace=("next_work", *ROW_PARTS), maps_masks=True, maps_outputs=True,
+    costs=_FORWARD_COSTS,
 )  # fmt: skip
 """Hopper's own instructions (wgmma_forward.py)."""
 

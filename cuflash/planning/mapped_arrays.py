@@ -1,4 +1,4 @@
-"""Which arrays the TMA unit can copy: those that a tensor map describes (runtime/tensor_maps.py)."""
+"""Which arrays the TMA unit can copy or store: those that a tensor map describes (runtime/tensor_maps.py)."""
 
 from __future__ import annotations
 
@@ -46,6 +46,13 @@ def _why_unmapped(view: View, itemsize: int) -> str | None:
         if extent > 1 and (stride_bytes % 16 or not 0 <= stride_bytes < _MAX_STRIDE_BYTES):
             return f"whose {axis} lie {stride_bytes} bytes apart, no multiple of 16 from 0 to 2^40"
     return None
+
+
+def maps_out(problem: Problem) -> bool:
+    """Whether a tensor map describes the output of a call, and leaves out what a tile has behind the last query: all sequences have the same number of them."""
+    if problem.num_sequences is not None or problem.uses_places or not problem.vectorized:
+        return False
+    return problem.out is None or _why_unmapped(problem.out, problem.itemsize) is None
 
 
 def mask_view(problem: Problem) -> View:

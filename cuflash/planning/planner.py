@@ -27,6 +27,7 @@ from cuflash.planning import (
     kernel_cases,
     kernel_specs,
     key_shares,
+    mapped_arrays,
     mask_gradient,
     operand_terms,
     packed_tiles,
@@ -247,15 +248,18 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
     """The launch of one kernel with matrix products, its tile as `pinned` says or the default."""
     case = case_of(spec, problem)
     tile, tile_by = _choose_tile(case, problem, device, pinned)
+    shared_bytes = kernel_cases.shared_bytes(case, tile, device)
+    of_out = kernel_cases.out_bytes(case, tile) if spec.maps_outputs and mapped_arrays.maps_out(problem) else 0
+    maps_out = 0 < of_out <= device.shared_memory_per_block - shared_bytes
+    shared_bytes += of_out * maps_out
     splits = UNSPLIT
     if spec.splits_keys:
         splits = split_forward.splits_of(case, problem, tile, device)
     elif spec.shares_queries:
         splits = query_splits.choose(case, tile, problem, device)
-    constants = constants_of(Launch(case, tile, splits, problem, device))
-    num_threads, shared_bytes = 32 * (tile.num_warps + spec.copying_warps), kernel_cases.shared_bytes(case, tile, device)
-    shape = LaunchShape(0, num_threads, shared_bytes)
-    kernel = KernelPlan(case, tile, config_text(problem.dtype, constants), shape, 0, splits=splits, tile_by=tile_by)
+    constants = constants_of(Launch(case, tile, splits, shared_bytes, maps_out, problem, device))
+    shape = LaunchShape(0, 32 * (tile.num_warps + spec.copying_warps), shared_bytes)
+    kernel = KernelPlan(case, tile, config_text(problem.dtype, constants), shape, 0, splits=splits, maps_out=maps_out, tile_by=tile_by)
     return (_with_grid_of_splits if spec.splits_keys else _with_grid)(kernel, problem, device)
 
 

@@ -57,6 +57,7 @@ class Problem:
         features: score features and masks other than the causal one.
         aligned: query, key and value start on 16 bytes, each of them, and so does grad_out if it is given.
         vectorized: so do all rows of all arrays of this element type that kernels read and write, and the head_dim of each is contiguous.
+        out: the array for the output, canonical, where a forward call is given one; None stands for a new one.
         grad_out: the gradient of the output, canonical, where a backward call is given it; None stands for one that lies as the output does.
         cache: where keys and values lie, if `key` and `value` are a cache: rows of it may belong to any sequence, or be pages. Lengths are in seqlens_kv then.
         num_splits: into how many ranges keys are cut; None leaves that to the plan.
@@ -96,6 +97,7 @@ class Problem:
     features: Features = field(default_factory=Features)
     aligned: bool = True
     vectorized: bool = True
+    out: View | None = None
     grad_out: View | None = None
     cache: Cache | None = None
     num_splits: int | None = None

@@ -57,7 +57,7 @@ def _forward(operands: Operands, options: Options) -> Any:
     out = None if operands.out is None else borrow(operands.out, "out")
     view = None if out is None else check_out(problem, out, _by_argument(arrays))
     if out is not None and view is not None:
-        problem = problem.beside(view, out.pointer)
+        problem = replace(problem.beside(view, out.pointer), out=view)
     planned = make_plan(problem, device.of_memory(*arrays["query"].device), tile=options.tile)
     executables = [launch.executable(kernel, planned.device) for kernel in planned.kernels]
     call = PreparedForward(planned, executables, arrays, out, view)

@@ -289,7 +289,7 @@ class PreparedForward(PreparedCall):
         values["lse"] = arguments.rows("lse", (stride_batch, problem.seqlen_q, 1))
         if any(kernel.spec == MERGE_ATTENTION for kernel in plan.kernels):
             values |= self.merged()
-        self.launches = self.fill_in(executables, values | self.other_values(), set(inputs), views)
+        self.launches = self.fill_in(executables, values | self.other_values(), set(inputs), {**views, "mapped_out": views["out"]})
 
     def itemsize_of(self, array: str) -> int:
         """Bytes per element of an array that `operands` names."""

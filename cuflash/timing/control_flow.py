@@ -11,7 +11,7 @@ where there is a way around, since that is what a kernel in float32 does with it
 slow paths for rare cases are left aside. Of a tile that a mask cuts (`masked`) it is the path that selects most scores by what is no comparison of floats, and
 loads most of a mask that was copied, among those with the most work.
 
-Inner loops are run as often as their counter says, if it starts, steps and ends at constants. If it does not, the trips of the inner loops with matrix products are
+Inner loops are run as often as their counter says, if it starts, steps and ends at constants, or goes from the number of a lane to a constant. If it does not, the trips of the inner loops with matrix products are
 whatever makes up the number of products that the caller expects.
 """
 
@@ -184,10 +184,12 @@ _CONDITIONS = {
     "LE": lambda a, b: a <= b,
 }  # fmt: skip
 _MOST_TRIPS = 4096
+WARP_LANES = 32
 
 
 def constant_trips(function: Function, head: int, last: int) -> int | None:
-    """How often the loop from `head` to the conditional branch `last` runs, if one register counts it from a constant by a constant to a constant."""
+    """How often the loop from `head` to the conditional branch `last` runs, if one register counts it from a constant by a constant to a constant. One that is
+    counted by whole warps from an unknown number begins with that of the lane or thread: its first one runs it most often."""
     condition_of, body = _condition(function[last]), function[head:last]
     if not condition_of and _leaves(function[last - 1]):  # the way out is what has a condition
         out, body = function[last - 1].predicate, function[head : last - 1]
@@ -203,19 +205,32 @@ def constant_trips(function: Function, head: int, last: int) -> int | None:
     condition = _CONDITIONS.get(body[compared].opcode.split(".")[1])
     if comparison is None or condition is None:
         return None
-    register, bound = comparison[2], int(comparison[3], 16)
-    stepped = _writer(body, register)
-    step = None if stepped is None else _step(body[stepped], register)
-    start = _start(function, head, register)
-    if stepped is None or not step or start is None or sum(_writes(instruction, register) for instruction in body) != 1:
+    counter, ahead = _since_begin(body, compared, comparison[2])
+    carried, step = _since_begin(body, len(body), counter)
+    start, bound = _start(function, head, counter), int(comparison[3], 16)
+    if start is None and step > 0 and step % WARP_LANES == 0:
+        start = 0
+    if not counter or carried != counter or not step or start is None:
         return None
-    value = start
     for trips in range(1, _MOST_TRIPS):
-        compared_value = value + step if stepped < compared else value
-        value += step
-        if condition(compared_value, bound) == condition_of.startswith("!"):
+        if condition(start + ahead + (trips - 1) * step, bound) == condition_of.startswith("!"):
             return trips
     return None
+
+
+def _since_begin(body: Sequence[Instruction], position: int, register: str) -> tuple[str, int]:
+    """What a register holds at `position` of a trip: which register's number of the begin of the trip, and what was added to it; "" where it is another number."""
+    at = _writer(body[:position], register)
+    if at is None:
+        return register, 0
+    instruction, operands = body[at], _operands(body[at])
+    is_copy = instruction.base in ("MOV", "UMOV") or instruction.opcode.startswith("IMAD.MOV")
+    added = 0 if is_copy else _added(instruction)
+    source = operands[-1] if is_copy else operands[1] if len(operands) > 1 else ""
+    if instruction.predicate or added is None or not re.fullmatch(r"U?R\d+", source):
+        return "", 0
+    counter, before = _since_begin(body, at, source)
+    return counter, before + added
 
 
 def _condition(branch: Instruction) -> str:
@@ -237,11 +252,16 @@ def _writer(code: Sequence[Instruction], register: str) -> int | None:
     return next((index for index in reversed(range(len(code))) if _writes(code[index], register)), None)
 
 
-def _step(instruction: Instruction, register: str) -> int | None:
-    """What an addition adds to its own result; None for any other instruction. From sm_100 on it names predicates for its carries, `PT` for none."""
+def _operands(instruction: Instruction) -> list[str]:
+    """Its operands. From sm_100 on additions name predicates for their carries, `PT` for none."""
     operands = [operand.strip().removesuffix(".reuse") for operand in instruction.operands.split(",")]
-    operands = [operand for operand in operands if operand not in ("PT", "UPT")]
-    if instruction.base.removeprefix("U") not in ("IADD3", "VIADD", "IADD") or operands[1] != register or instruction.predicate:
+    return [operand for operand in operands if operand not in ("PT", "UPT")]
+
+
+def _added(instruction: Instruction) -> int | None:
+    """The constant that an addition adds to its first operand; None for any other instruction."""
+    operands = _operands(instruction)
+    if instruction.base.removeprefix("U") not in ("IADD3", "VIADD", "IADD"):
         return None
     if not re.fullmatch(r"-?0x[0-9a-f]+", operands[2]) or any(operand not in ("RZ", "URZ") for operand in operands[3:]):
         return None

@@ -35,6 +35,7 @@ class WarpgroupUnits:
         phase_hand_over: from an arrival that ends a phase until a warp that waits goes on.
         named_barrier: from the last warp's arrival at a barrier whose number is in a register to the release.
         bulk_copy: from the issue of a bulk copy of few bytes until a warp that waits goes on.
+        bulk_store: from when L2 has taken what a bulk store reads in shared memory until a warp that waits for that goes on.
         shared_l2_bytes: bytes per clock and SM that L2 delivers if all SMs ask for the same.
     """
 
@@ -46,6 +47,7 @@ class WarpgroupUnits:
     phase_hand_over: float
     named_barrier: float
     bulk_copy: float
+    bulk_store: float
     shared_l2_bytes: float
 
 
@@ -137,6 +139,7 @@ _H100 = Multiprocessor(
         phase_hand_over=53.3,  # [M]
         named_barrier=25.3,  # [M] 33.3 for four warps, of which each takes 2
         bulk_copy=336.0,  # [M] of 128 bytes
+        bulk_store=336.0,  # [A] as a bulk copy
         shared_l2_bytes=85.9,  # [M]
     ),
 )

@@ -278,6 +278,8 @@ class _Run:
             self._product(warp, operation, time)
         elif kind is Kind.PHASE:
             self._meet(warp, operation, time)
+        elif kind is Kind.BULK_STORE:
+            self._store_in_bulk(warp, operation, time)
         else:
             if operation.unit is not None:
                 unit_free, unit = self.unit_free[home], warp.units[warp.position]
@@ -365,6 +367,15 @@ class _Run:
             self.l2_free += operation.l2_bytes / pieces / self.machine.l2_bytes
             ends = phases if meeting.completes and piece == pieces - 1 else None
             heappush(self.landings, (self.l2_free + units.bulk_copy, len(self.landings), operation.wavefronts / pieces, ends))
+
+    def _store_in_bulk(self, warp: _Warp, operation: Operation, time: float) -> None:
+        """L2 takes it in pieces, each of which is read in shared memory then."""
+        pieces = max(1, round(operation.wavefronts / _PIECE_WAVEFRONTS))
+        self.l2_free = max(self.l2_free, time)
+        for _ in range(pieces):
+            heappush(self.landings, (self.l2_free, len(self.landings), operation.wavefronts / pieces, None))
+            self.l2_free += operation.l2_bytes / pieces / self.machine.l2_bytes
+        warp.copied = max(warp.copied, self.l2_free + operation.latency)
 
     def _land(self) -> None:
         time, _, wavefronts, phases = heappop(self.landings)

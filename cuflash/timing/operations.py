@@ -44,6 +44,7 @@ class Kind(Enum):
     PRODUCTS_WAIT = 9  # until all but some groups of products are complete
     PHASE = 10  # meets other warps and copies at an mbarrier
     FENCE = 11  # of the GPU, made by one thread of a block, whose warp it holds up
+    BULK_STORE = 12  # from shared memory: the TMA unit reads it at L2's pace, and completes when it has
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,12 @@ def operations(trace: Iterable[Instruction], machine: Multiprocessor, meetings: 
     """
     instructions = tuple(trace)
     following = (*instructions[1:], None)
+    stored = sum(SHARED_BYTES_PER_CLOCK * _wavefronts(instruction) for instruction in instructions if instruction.base == "STSM")
+    box = stored / max(1, sum(map(_is_bulk_store, instructions)))  # all that is put into shared memory by matrix goes out so
     return tuple(
-        _operation(instruction, after, machine, meetings.get(position))
+        _bulk_store(instruction, box, machine)
+        if _is_bulk_store(instruction)
+        else _operation(instruction, after, machine, meetings.get(position))
         for position, (instruction, after) in enumerate(zip(instructions, following, strict=True))
     )
 
@@ -146,7 +151,7 @@ def _operation(instruction: Instruction, after: Instruction | None, machine: Mul
     if base == "ARRIVES":
         hint = "Such arrivals are modelled where other warps wait for them."
         raise UnsupportedError("kernel", instruction.opcode, "an arrival at a known mbarrier", hint)
-    if base == "LDGDEPBAR":
+    if base in ("LDGDEPBAR", "UTMACMDFLUSH"):
         return replace(operation, kind=Kind.COMMIT)
     if base == "DEPBAR" and (waited := re.match(r"SB0, 0x([0-9a-f]+)", instruction.operands)):
         return replace(operation, kind=Kind.WAIT, pending=int(waited[1], 16))
@@ -160,6 +165,17 @@ def _operation(instruction: Instruction, after: Instruction | None, machine: Mul
     if base in ("BRA", "BRX", "JMP") and (after is None or after.address != instruction.address + 16):
         return replace(operation, stall=operation.stall + machine.branch)
     return operation
+
+
+def _is_bulk_store(instruction: Instruction) -> bool:
+    return instruction.base == "UTMASTG"
+
+
+def _bulk_store(instruction: Instruction, num_bytes: float, machine: Multiprocessor) -> Operation:
+    """Each SM writes what no other does."""
+    operation = _operation(instruction, None, machine, None)
+    latency = 0.0 if machine.warpgroups is None else machine.warpgroups.bulk_store
+    return replace(operation, kind=Kind.BULK_STORE, wavefronts=num_bytes / SHARED_BYTES_PER_CLOCK, l2_bytes=num_bytes, latency=latency)
 
 
 def _memory_operation(operation: Operation, instruction: Instruction, machine: Multiprocessor) -> Operation:

@@ -37,7 +37,14 @@ DEVICE void ldmatrix_x2_trans(uint32 (&frag)[2], SmemAddress address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(frag[0]), "=r"(frag[1]) : "r"(address) : "memory");
 }
 
-// The other way round, each matrix transposed: lane l gives the address of row l % 8 of the transpose of matrix l / 8. From sm_90 on.
+// The other way round: lane l gives the address of row l % 8 of matrix l / 8. From sm_90 on.
+DEVICE void stmatrix_x4(SmemAddress address, const uint32 (&frag)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(frag[0]), "r"(frag[1]), "r"(frag[2]),
+               "r"(frag[3])
+               : "memory");
+}
+
+// The same of the transpose of each matrix: lane l gives the address of row l % 8 of the transpose of matrix l / 8.
 DEVICE void stmatrix_x4_trans(SmemAddress address, const uint32 (&frag)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(frag[0]), "r"(frag[1]), "r"(frag[2]),
                "r"(frag[3])

@@ -15,3 +15,15 @@ DEVICE void load_box(SmemAddress destination, const TensorMap& map, int column, 
       "l"(&map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(mbarrier)
       : "memory");
 }
+
+// The other way round; what lies outside the tensor is left out. The copy is one of those of this thread that the next `commit_stores` makes a group.
+DEVICE void store_box(const TensorMap& map, int column, int row, int head, int batch, SmemAddress source) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map), "r"(column), "r"(row),
+               "r"(head), "r"(batch), "r"(source)
+               : "memory");
+}
+
+DEVICE void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until all groups of this thread have read shared memory; when what they write is there, nobody knows before the kernel ends.
+DEVICE void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }

@@ -27,6 +27,15 @@ struct SlabTile {
                batch * tensor.batch_factor, mbarrier);
   }
 
+  // The other way round, of a warp's 16 rows of it, which lie from `rows` on in the first slab and are those from `row` on of the tensor. By one
+  // thread, which waits for them by `wait_stores_read`.
+  DEVICE static void store(SmemAddress rows, const MappedTensor& tensor, int row, int head, int batch) {
+#pragma unroll
+    for (int slab = 0; slab < SLABS; ++slab)
+      store_box(tensor.map, slab * SLAB_COLUMNS, row, head * tensor.head_factor, batch * tensor.batch_factor, rows + slab * SLAB_BYTES);
+    commit_stores();
+  }
+
   // Where a chunk of 16 bytes of a row of the first slab lies.
   DEVICE static int offset(int row, int chunk) { return row * ROW_BYTES + (chunk ^ row % 8) * 16; }
 

@@ -22,9 +22,12 @@ constexpr int columns_of_terms(int head_dim) { return TERMS == 1 ? head_dim : TE
 using WarpgroupQ = SlabTile<WARPGROUP_ROWS, columns_of_terms(HEAD_DIM)>;
 using RingK = SlabTile<TILE_KV, columns_of_terms(HEAD_DIM)>;
 using RingV = SlabTile<TILE_KV, columns_of_terms(HEAD_DIM_V)>;
+using WarpgroupO = SlabTile<WARPGROUP_ROWS, HEAD_DIM_V>;  // with MAPS_OUT
 using RingMask = SlabTile<TILE_Q, TILE_KV * MASK_BYTES / 2>;  // of a boolean mask a column is two keys
 
 constexpr bool MAPS_MASK = Config::MAPS_MASK;  // tiles of a mask of 8 or 16 bits are copied with those of K; other masks are read where they lie
+constexpr bool MAPS_OUT =
+    Config::MAPS_OUT;  // the TMA unit stores O, from shared memory that is for O alone; else each warp does, through its part of Q
 
 constexpr int Q_BYTES = WARPGROUPS * WarpgroupQ::BYTES;
 constexpr int Q_ROW_ELEMENTS = WarpgroupQ::SLABS * WarpgroupQ::ROW_BYTES / int(sizeof(Element));
@@ -48,7 +51,8 @@ struct SharedMemory {
   static constexpr int LIST_ENTRY_BYTES = 8;  // of which the entry takes 4: mbarriers lie behind them
   static constexpr int MASK_TILE_BYTES = MAPS_MASK ? RingMask::BYTES : 0;
   static constexpr int MASK_PLACE_BYTES = MAPS_MASK ? 16 : 0;
-  static constexpr int BYTES = MASK_PLACE_BYTES + Q_STAGES * (Q_BYTES + TileWork::BYTES) +
+  static constexpr int O_BYTES = MAPS_OUT ? WARPGROUPS * WarpgroupO::BYTES : 0;
+  static constexpr int BYTES = O_BYTES + MASK_PLACE_BYTES + Q_STAGES * (Q_BYTES + TileWork::BYTES) +
                                NUM_STAGES * (RingK::BYTES + RingV::BYTES + MASK_TILE_BYTES + LIST_ENTRY_BYTES) + Ring<Q_STAGES>::BYTES +
                                2 * Ring<NUM_STAGES>::BYTES + MBARRIER_BYTES;
   SmemAddress base;
@@ -56,7 +60,8 @@ struct SharedMemory {
   DEVICE SmemAddress Q(int stage, int warpgroup) const { return base + stage * Q_BYTES + warpgroup * WarpgroupQ::BYTES; }
   DEVICE SmemAddress K(int stage) const { return Q(Q_STAGES, 0) + stage * RingK::BYTES; }
   DEVICE SmemAddress V(int stage) const { return K(NUM_STAGES) + stage * RingV::BYTES; }
-  DEVICE SmemAddress mask(int K_stage) const { return V(NUM_STAGES) + K_stage * MASK_TILE_BYTES; }
+  DEVICE SmemAddress O(int warpgroup) const { return V(NUM_STAGES) + warpgroup * WarpgroupO::BYTES; }
+  DEVICE SmemAddress mask(int K_stage) const { return V(NUM_STAGES) + O_BYTES + K_stage * MASK_TILE_BYTES; }
   DEVICE SmemAddress mask_place() const { return mask(NUM_STAGES); }
   DEVICE SmemAddress work(int Q_stage) const { return mask_place() + MASK_PLACE_BYTES + Q_stage * TileWork::BYTES; }
   DEVICE SmemAddress list_entry(int K_stage) const { return work(Q_STAGES) + K_stage * LIST_ENTRY_BYTES; }
