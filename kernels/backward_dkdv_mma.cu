@@ -35,7 +35,10 @@ constexpr bool MAY_PASS_OVER = PER_HEAD_WALK || SPLIT;  // members of whose quer
 
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_Q / 8;
-constexpr bool DRAWS_AHEAD = DROPOUT && M_TILES > 1;  // what dropout keeps, beside products; with 16 keys shared memory binds, and it gains nothing
+// Both products of scores come first where much is to do for each score, which the assembler then mixes with them. With 16 keys for each warp shared
+// memory binds, and that gains nothing.
+constexpr bool CAPS_QUICKLY = ONLY_CAPS && M_TILES > 1;
+constexpr bool MIXES = CAPS_QUICKLY || (DROPOUT && M_TILES > 1);
 using Statistics = StatisticsOfColumns;
 constexpr int STATIONARY_BYTES = TileK::BYTES + (COMPUTE_DK ? TileV::BYTES : 0);
 constexpr int SLICE_BYTES = STATIONARY_BYTES + NUM_STAGES * (TileQ::BYTES + TileO::BYTES);
@@ -181,32 +184,37 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       hidden.read(visibility, first_kv + warp_row, first_q, tiles.is_partial(j));
       modifier.read_mask(mask, first_kv + warp_row, first_q);
       DrawnTile<M_TILES, S_TILES> drawn;
-      if constexpr (DRAWS_AHEAD) drawn.draw(dropout, batch, head, first_kv + warp_row, first_q);
+      if constexpr (DROPOUT && MIXES) drawn.draw(dropout, batch, head, first_kv + warp_row, first_q);
       multiply_rows(S, K, warp_row, Q);
       publish_and_collect(S, S_exchange);
-      ScoreDerivative<M_TILES, S_TILES> derivative;
-      modifier.apply<true>(S, derivative, first_kv + warp_row, first_q, mask);
       const Statistics statistics = statistics_of(j);
-      statistics.to_probabilities(S, modifier.signed_factor());
-      auto& P = S;  // in place
-      hidden.make_bits(tiles.is_partial(j));
-      hide<true>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j), hidden);
       float dP[COMPUTE_DK ? M_TILES : 1][S_TILES][4];  // less delta
       auto find_grad_products = [&] {
         statistics.begin_grad_products(dP);
         multiply_rows(dP, V, warp_row, dO);
         publish_and_collect(dP, dP_exchange);
       };
-      if constexpr (DRAWS_AHEAD && COMPUTE_DK) find_grad_products();
+      if constexpr (MIXES && COMPUTE_DK) find_grad_products();
+      ScoreDerivative<M_TILES, S_TILES> derivative;
+      if constexpr (CAPS_QUICKLY) {
+        const bool hides = tiles.is_partial(j) || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV);
+        modifier.to_tanh(S, derivative, !hides);
+      } else {
+        modifier.apply<true>(S, derivative, first_kv + warp_row, first_q, mask);
+      }
+      statistics.to_probabilities(S, CAPS_QUICKLY ? modifier.cap() : modifier.signed_factor());
+      auto& P = S;  // in place
+      hidden.make_bits(tiles.is_partial(j));
+      hide<true>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j), hidden);
       if constexpr (DROPOUT) {
-        if constexpr (!DRAWS_AHEAD) drawn.draw(dropout, batch, head, first_kv + warp_row, first_q);
+        if constexpr (!MIXES) drawn.draw(dropout, batch, head, first_kv + warp_row, first_q);
         mark_dropped(P, dropout, drawn);
         if constexpr (COMPUTE_DV) multiply_accumulator<Positive<Mma>>(dV, P, dO);
       } else if constexpr (COMPUTE_DV) {
         multiply_accumulator(dV, P, dO);
       }
       if constexpr (COMPUTE_DK) {
-        if constexpr (!DRAWS_AHEAD) find_grad_products();
+        if constexpr (!MIXES) find_grad_products();
         if constexpr (DROPOUT) statistics.drop(dP, P, arguments.features.dropout_scale);
         multiply_all(dP, P);
         auto& dS = dP;  // in place
