@@ -38,7 +38,7 @@ constexpr int S_TILES = TILE_Q / 8;
 // Both products of scores come first where much is to do for each score, which the assembler then mixes with them. With 16 keys for each warp shared
 // memory binds, and that gains nothing.
 constexpr bool CAPS_QUICKLY = ONLY_CAPS && M_TILES > 1;
-constexpr bool MIXES = CAPS_QUICKLY || ((DROPOUT || BOOLEAN_MASK) && M_TILES > 1);
+constexpr bool MIXES = CAPS_QUICKLY || ((DROPOUT || (BOOLEAN_MASK && Config::CAPABILITY < 90)) && M_TILES > 1);
 using Statistics = StatisticsOfColumns;
 constexpr int STATIONARY_BYTES = TileK::BYTES + (COMPUTE_DK ? TileV::BYTES : 0);
 constexpr int SLICE_BYTES = STATIONARY_BYTES + NUM_STAGES * (TileQ::BYTES + TileO::BYTES);

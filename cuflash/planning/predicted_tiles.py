@@ -88,8 +88,7 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
     },
     ("sm_90", "backward_dkdv", 64): {
         (48, 128, 4, 2): CHEAP | {"float32"},
-        (32, 128, 4, 2): _HALF_MASKS | {"bool", "segments", "window", "dropout"},
-        (64, 64, 4, 2): frozenset(("softcap",)),
+        (32, 128, 4, 2): _HALF_MASKS | {"bool", "segments", "window", "dropout", "softcap"},
     },
     ("sm_90", "backward_dq", 64): {
         (128, 64, 4, 2): CHEAP | {"float32", "window", "dropout"},
