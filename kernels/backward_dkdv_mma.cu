@@ -190,11 +190,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       const Statistics statistics = statistics_of(j);
       float dP[COMPUTE_DK ? M_TILES : 1][S_TILES][4];  // less delta
       auto find_grad_products = [&] {
-        statistics.begin_grad_products(dP);
-        multiply_rows(dP, V, warp_row, dO);
-        publish_and_collect(dP, dP_exchange);
+        if constexpr (COMPUTE_DK) {
+          statistics.begin_grad_products(dP);
+          multiply_rows(dP, V, warp_row, dO);
+          publish_and_collect(dP, dP_exchange);
+        }
       };
-      if constexpr (MIXES && COMPUTE_DK) find_grad_products();
+      if constexpr (MIXES) find_grad_products();
       ScoreDerivative<M_TILES, S_TILES> derivative;
       if constexpr (CAPS_QUICKLY) {
         const bool hides = tiles.is_partial(j) || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV);

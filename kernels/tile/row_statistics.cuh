@@ -101,8 +101,7 @@ class StatisticsOfRows {
   template <int N>
   DEVICE void drop(float (&dP)[M][N][4], const Dropout& dropout, int batch, int head, int first_query, int first_key, float dropout_scale) const {
     for_each_drawn<M, N>(dropout, batch, head, first_query, first_key, [&](int m, int n, int i, bool is_kept) {
-      const float minus_delta = -statistics[m][i / 2].delta;
-      dP[m][n][i] = is_kept ? __fmaf_rn(dP[m][n][i], dropout_scale, minus_delta) : minus_delta;
+      dP[m][n][i] = (is_kept ? dP[m][n][i] * dropout_scale : 0.0f) - statistics[m][i / 2].delta;
     });
   }
 
