@@ -188,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       multiply_rows(S, K, warp_row, Q);
       publish_and_collect(S, S_exchange);
       const Statistics statistics = statistics_of(j);
-      float dP[COMPUTE_DK ? M_TILES : 1][S_TILES][4];  // less delta
+      float dP[M_TILES][S_TILES][4];  // less delta
       auto find_grad_products = [&] {
         if constexpr (COMPUTE_DK) {
           statistics.begin_grad_products(dP);

@@ -8,7 +8,7 @@
 //     kept    <=> half >= ceil(dropout_p 2^16)
 //
 // Bit 3 of query and key are the bits that change between the registers of a lane both in a tile of scores and in a transposed one, bit 0 of the key
-// in the former, so there one call draws for eight elements of a lane, and in the latter for four.
+// in the former, so there one call draws for eight elements of a lane, and in the latter for four of each of two.
 #pragma once
 #include "feature_arguments.cuh"
 #include "tile/fragment.cuh"
@@ -92,13 +92,14 @@ DEVICE void drop(float (&P)[M][N][4], const Dropout& dropout, int batch, int hea
                        [&](int m, int n, int i, bool is_kept) { P[m][n][i] = is_kept ? P[m][n][i] : 0.0f; });
 }
 
-// The halves that say which elements of a tile are kept whose rows are keys: pair[m][n][r] has those of a lane's two queries of accumulator tile n, of
-// the key 8 r rows below its first one of 16-row tile m.
+// The halves that say which elements of a tile are kept whose rows are keys: pair[m][n][r] has those of a lane's two queries of accumulator tile n,
+// of the key 8 r rows below its first one of 16-row tile m.
 template <int M, int N>
 struct DrawnTile {
   uint32 pair[M][N][2];
 
-  // Two lanes with neighbouring keys need the same words, a half of each: each draws for one of its two queries, and they exchange the other's halves.
+  // Two lanes with neighbouring keys need the same words, a half of each: each draws for one of its two queries, and they exchange the other's
+  // halves.
   DEVICE void draw(const Dropout& dropout, int batch, int head, int first_row, int first_column) {
     const int row = first_row + lane_index() / 4, parity = row % 2, column = first_column + lane_index() % 4 * 2 + parity;
     const uint32 of_own = parity ? 0x7632 : 0x5410, of_other = parity ? 0x5410 : 0x7632;
