@@ -68,6 +68,27 @@ DEVICE Steps listed_steps_of_split(const BackwardArguments& arguments, const Blo
   });
 }
 
+// dP less delta, or with dropout dP.
+template <typename ValueTile, typename GradTile>
+DEVICE void find_grad_products(float (&dP)[M_TILES][S_TILES][4], const Statistics& statistics, const ValueTile& V, int warp_row, const GradTile& dO,
+                               SmemAddress exchange) {
+  if constexpr (COMPUTE_DK) {
+    statistics.begin_grad_products(dP);
+    multiply_rows(dP, V, warp_row, dO);
+    publish_and_collect(dP, exchange);
+  }
+}
+
+// dV += Pᵀ dO, of probabilities that are kept.
+template <int V_TILES, typename GradTile>
+DEVICE void multiply_kept(float (&dV)[M_TILES][V_TILES][4], const float (&P)[M_TILES][S_TILES][4], const GradTile& dO) {
+  if constexpr (DROPOUT) {
+    multiply_accumulator<Positive<Mma>>(dV, P, dO);
+  } else {
+    multiply_accumulator(dV, P, dO);
+  }
+}
+
 // Stores what the warp has summed up, or a split's part of it. K_smem is room for it, which no other warp reads.
 template <int K_TILES, int V_TILES>
 DEVICE void store_gradients(const BackwardArguments& arguments, const BlockWork& work, float (&dK)[M_TILES][K_TILES][4],
@@ -189,34 +210,19 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       publish_and_collect(S, S_exchange);
       const Statistics statistics = statistics_of(j);
       float dP[M_TILES][S_TILES][4];  // less delta
-      auto find_grad_products = [&] {
-        if constexpr (COMPUTE_DK) {
-          statistics.begin_grad_products(dP);
-          multiply_rows(dP, V, warp_row, dO);
-          publish_and_collect(dP, dP_exchange);
-        }
-      };
-      if constexpr (MIXES) find_grad_products();
+      if constexpr (MIXES) find_grad_products(dP, statistics, V, warp_row, dO, dP_exchange);
       ScoreDerivative<M_TILES, S_TILES> derivative;
-      if constexpr (CAPS_QUICKLY) {
-        const bool hides = tiles.is_partial(j) || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV);
-        modifier.to_tanh(S, derivative, !hides);
-      } else {
-        modifier.apply<true>(S, derivative, first_kv + warp_row, first_q, mask);
-      }
-      statistics.to_probabilities(S, CAPS_QUICKLY ? modifier.cap() : modifier.signed_factor());
+      const bool hides = CAPS_QUICKLY && (tiles.is_partial(j) || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV));
+      modifier.apply_or_cap<true, CAPS_QUICKLY>(S, derivative, first_kv + warp_row, first_q, mask, !hides);
+      statistics.to_probabilities(S, modifier.factor_after<CAPS_QUICKLY>());
       auto& P = S;  // in place
       hidden.make_bits(tiles.is_partial(j));
       hide<true>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j), hidden);
-      if constexpr (DROPOUT) {
-        if constexpr (!MIXES) drawn.draw(dropout, batch, head, first_kv + warp_row, first_q);
-        mark_dropped(P, dropout, drawn);
-        if constexpr (COMPUTE_DV) multiply_accumulator<Positive<Mma>>(dV, P, dO);
-      } else if constexpr (COMPUTE_DV) {
-        multiply_accumulator(dV, P, dO);
-      }
+      if constexpr (DROPOUT && !MIXES) drawn.draw(dropout, batch, head, first_kv + warp_row, first_q);
+      if constexpr (DROPOUT) mark_dropped(P, dropout, drawn);
+      if constexpr (COMPUTE_DV) multiply_kept(dV, P, dO);
       if constexpr (COMPUTE_DK) {
-        if constexpr (!MIXES) find_grad_products();
+        if constexpr (!MIXES) find_grad_products(dP, statistics, V, warp_row, dO, dP_exchange);
         if constexpr (DROPOUT) statistics.drop(dP, P, arguments.features.dropout_scale);
         multiply_all(dP, P);
         auto& dS = dP;  // in place

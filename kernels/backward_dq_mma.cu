@@ -112,13 +112,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
     };
     if constexpr (CAPS_QUICKLY) find_grad_products();
     ScoreDerivative<M_TILES, S_TILES> derivative;
-    if constexpr (CAPS_QUICKLY) {
-      const bool hides = tiles.is_partial(j) || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV);
-      modifier.to_tanh(S, derivative, !hides);
-    } else {
-      modifier.apply<false>(S, derivative, first_q + warp_row, first_kv, mask);
-    }
-    statistics.to_probabilities(S, CAPS_QUICKLY ? modifier.cap() : modifier.signed_factor());
+    const bool hides = CAPS_QUICKLY && (tiles.is_partial(j) || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV));
+    modifier.apply_or_cap<false, CAPS_QUICKLY>(S, derivative, first_q + warp_row, first_kv, mask, !hides);
+    statistics.to_probabilities(S, modifier.factor_after<CAPS_QUICKLY>());
     auto& P = S;  // in place
     hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j), hidden);
     if constexpr (!CAPS_QUICKLY) find_grad_products();

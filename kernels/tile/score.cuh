@@ -122,7 +122,23 @@ class ScoreModifier {  // of one batch and query head
     if constexpr (ADDITIVE_MASK) add_mask<TRANSPOSED>(S, first_row, first_column, ahead);
   }
 
-  // Products -> tanh, of which a score is `cap` times, where ONLY_CAPS. `shares`: a NaN may make NaN of its neighbours in a row.
+  // `apply`, or with QUICKLY, where ONLY_CAPS, products -> tanh; an exponent then takes `factor_after<QUICKLY>`. `shares`: a NaN may make NaN of its
+  // neighbours in a row.
+  template <bool TRANSPOSED, bool QUICKLY, int M, int N, typename Ahead>
+  DEVICE void apply_or_cap(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, int first_row, int first_column, const Ahead& ahead,
+                           bool shares) const {
+    if constexpr (QUICKLY) {
+      to_tanh(S, derivative, shares);
+    } else {
+      apply<TRANSPOSED>(S, derivative, first_row, first_column, ahead);
+    }
+  }
+  template <bool QUICKLY>
+  DEVICE float factor_after() const {
+    return QUICKLY ? features.softcap : signed_factor();
+  }
+
+  // Products -> tanh, of which a score is softcap times.
   template <int M, int N>
   DEVICE void to_tanh(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, bool shares) const {
     if (shares && features.softcap <= MOST_OF_FAR_TANH) {
@@ -136,7 +152,6 @@ class ScoreModifier {  // of one batch and query head
       });
     }
   }
-  DEVICE float cap() const { return features.softcap; }
 
   // Adding the mask then takes `factor_beside_mask`.
   template <bool TRANSPOSED, int M, int N>
