@@ -6,8 +6,10 @@
     python benchmarks/predicted_attention.py --keep CHECKOUT            # the kernels of another checkout, as what was before
 
 A share is the time that the products of a pass would take at the matrix rate over what its kernels take in the steady state: two products forward, five
-backward. Kernels that compute seven or eight products for five are charged for it. Runs are long (docs/timing.md): the whole table takes some minutes. float16,
-default tiles. FlashAttention-2's figures are those of benchmarks/flash_attention_2.py, by the same model and runs as long. Needs no GPU.
+backward. Kernels that compute seven or eight products for five are charged for it. Where a call takes kernels of wgmma, whose rate is higher, they are shown as
+shares of the rate of mma.sync, too, which is FlashAttention-2's; a second row has the kernels of mma.sync, which calls take that those of wgmma refuse. Runs are
+long (docs/timing.md): the whole table takes some minutes. float16, default tiles. FlashAttention-2's figures are those of benchmarks/flash_attention_2.py, by the
+same model and runs as long. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ from cuflash.hardware import device
 from cuflash.jit import cache
 from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import kernel_specs, planner
+from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.problem.tile import Tile
 from cuflash.timing import prediction, sass
 from cuflash.timing.description import Description
 from cuflash.timing.machine import CARDS, SUB_PARTITIONS, multiprocessor
 from cuflash.timing.multiprocessor import STEADY_TRIPS, WARMING
 from cuflash.timing.prediction import KernelPrediction
-from kernels_of_mma import rule_out_wgmma
+from kernels_of_mma import rule_out_wgmma, without_wgmma
 from marked_pages import print_prediction
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_120")
@@ -58,7 +61,7 @@ class Cell:
         return f"{self.arch} {self.head_dim} {'causal' if self.causal else 'full'} {'backward' if self.backward else 'forward'}"
 
     def share(self, clocks_per_pair: float) -> float:
-        """Of the matrix rate, by the clocks of an SM for a pair of query and key."""
+        """Of the matrix rate of mma.sync, by the clocks of an SM for a pair of query and key."""
         products = BACKWARD_PRODUCTS if self.backward else FORWARD_PRODUCTS
         return products * self.head_dim / (SUB_PARTITIONS * multiprocessor(self.arch).matrix_rates["half"]) / clocks_per_pair
 
@@ -72,8 +75,18 @@ def cells(archs: Sequence[str], head_dims: Sequence[int]) -> Iterator[Cell]:
                     yield Cell(arch, head_dim, causal, backward)
 
 
-def kernels(cell: Cell) -> list[KernelPrediction]:
-    """Steady states of the kernels of a pass that walk over tiles, of a call that fills the card."""
+def rows(cell: Cell) -> Iterator[tuple[str, list[KernelPlan]]]:
+    """What the column of the pass says, and the kernels: those that a call takes; where these are of wgmma those of mma.sync, too."""
+    name, taken = "backward" if cell.backward else "forward", tiled_kernels(cell)
+    yield name, taken
+    if any(kernel.spec.implementation == "wgmma" for kernel in taken):
+        with without_wgmma():
+            others = tiled_kernels(cell)
+        yield f"{name}, `mma.sync`", others
+
+
+def tiled_kernels(cell: Cell) -> list[KernelPlan]:
+    """The kernels that walk over tiles of a call that fills the card."""
     sample = samples.Sample(
         batch=4,
         seqlen_q=4096,
@@ -86,12 +99,13 @@ def kernels(cell: Cell) -> list[KernelPrediction]:
     )
     problem = samples.plan_of(sample, backward=cell.backward).problem
     plan = planner.make_plan(problem, device.of_arch(cell.arch, "gpu"), backward=cell.backward)
-    found = []
-    for kernel in plan.kernels:
-        if kernel.spec.is_tiled:
-            described, function = prediction.compiled(kernel, plan.device, causal=cell.causal)
-            found.append(steady(function, described))
-    return found
+    return [kernel for kernel in plan.kernels if kernel.spec.is_tiled]
+
+
+def predict(kernel: KernelPlan, cell: Cell) -> KernelPrediction:
+    """The steady state of a kernel of a call; of wgmma in tiles that a causal mask leaves whole."""
+    described, function = prediction.compiled(kernel, device.of_arch(cell.arch, "gpu"), causal=cell.causal)
+    return steady(function, described)
 
 
 def steady(function: sass.Function, described: Description) -> KernelPrediction:
@@ -174,18 +188,19 @@ def lines(archs: Sequence[str], head_dims: Sequence[int], known: Known, *, show_
     yield "| card | pass | head_dim | causal | before | now | FlashAttention-2 | now / FlashAttention-2 | tiles |"
     yield "| --- " * 9 + "|"
     for cell in cells(archs, head_dims):
-        found = kernels(cell)
-        now, other = cell.share(clocks_per_pair(found)), cell.share(known.flash_attention[cell.key])
-        for of in found if show_kernels else ():
-            print(_of_kernel(cell, of), file=sys.stderr, flush=True)
-        goal = 1.0 if cell.backward else 1.05
-        ratio = f"{now / other:.2f}" if round(now / other, 2) >= goal else f"**{now / other:.2f}**"
-        columns = [
-            CARDS[cell.arch].name, "backward" if cell.backward else "forward", str(cell.head_dim), "yes" if cell.causal else "no",
-            f"{cell.share(known.before[cell.key]):.2f}", f"{now:.2f}", f"{other:.2f}", ratio,
-            ", ".join(f"{of.description.kernel} {_tile(of)}" if cell.backward else _tile(of) for of in found),
-        ]  # fmt: skip
-        yield f"| {' | '.join(columns)} |"
+        before, other = cell.share(known.before[cell.key]), cell.share(known.flash_attention[cell.key])
+        for name, taken in rows(cell):
+            found = [predict(kernel, cell) for kernel in taken]
+            for of in found if show_kernels else ():
+                print(_of_kernel(cell, of), file=sys.stderr, flush=True)
+            now = cell.share(clocks_per_pair(found))
+            goal = 1.0 if cell.backward else 1.05
+            ratio = f"{now / other:.2f}" if round(now / other, 2) >= goal else f"**{now / other:.2f}**"
+            columns = [
+                CARDS[cell.arch].name, name, str(cell.head_dim), "yes" if cell.causal else "no", f"{before:.2f}", f"{now:.2f}", f"{other:.2f}",
+                ratio, ", ".join(f"{of.description.kernel} {_tile(of)}" for of in found),
+            ]  # fmt: skip
+            yield f"| {' | '.join(columns)} |"
 
 
 def _tile(of: KernelPrediction) -> str:
@@ -213,8 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--keep", type=Path, metavar="CHECKOUT", help="predict the kernels of another checkout and keep them as what was before"
     )
     options = parser.parse_args(arguments)
-    rule_out_wgmma()
     if options.keep:
+        rule_out_wgmma()
         keep(options.keep.resolve())
         return 0
     if options.publish and (options.arch or options.head_dim):

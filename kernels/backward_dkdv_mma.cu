@@ -35,6 +35,10 @@ constexpr bool MAY_PASS_OVER = PER_HEAD_WALK || SPLIT;  // members of whose quer
 
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_Q / 8;
+// Both products of scores come first where much is to do for each score, which the assembler then mixes with them. With 16 keys for each warp shared
+// memory binds, and that gains nothing.
+constexpr bool CAPS_QUICKLY = ONLY_CAPS && M_TILES > 1;
+constexpr bool MIXES = CAPS_QUICKLY || ((DROPOUT || (BOOLEAN_MASK && Config::CAPABILITY < 90)) && M_TILES > 1);
 using Statistics = StatisticsOfColumns;
 constexpr int STATIONARY_BYTES = TileK::BYTES + (COMPUTE_DK ? TileV::BYTES : 0);
 constexpr int SLICE_BYTES = STATIONARY_BYTES + NUM_STAGES * (TileQ::BYTES + TileO::BYTES);
@@ -62,6 +66,27 @@ DEVICE Steps listed_steps_of_split(const BackwardArguments& arguments, const Blo
   return steps_of_split(arguments, work, [&](int batch, int head, const Geometry& geometry, const Steps&) {
     return VisibleTiles(geometry, arguments.features, batch, head, work.tile, num_tiles_q(arguments)).count();
   });
+}
+
+// dP less delta, or with dropout dP.
+template <typename ValueTile, typename GradTile>
+DEVICE void find_grad_products(float (&dP)[M_TILES][S_TILES][4], const Statistics& statistics, const ValueTile& V, int warp_row, const GradTile& dO,
+                               SmemAddress exchange) {
+  if constexpr (COMPUTE_DK) {
+    statistics.begin_grad_products(dP);
+    multiply_rows(dP, V, warp_row, dO);
+    publish_and_collect(dP, exchange);
+  }
+}
+
+// dV += Pᵀ dO, of probabilities that are kept.
+template <int V_TILES, typename GradTile>
+DEVICE void multiply_kept(float (&dV)[M_TILES][V_TILES][4], const float (&P)[M_TILES][S_TILES][4], const GradTile& dO) {
+  if constexpr (DROPOUT) {
+    multiply_accumulator<Positive<Mma>>(dV, P, dO);
+  } else {
+    multiply_accumulator(dV, P, dO);
+  }
 }
 
 // Stores what the warp has summed up, or a split's part of it. K_smem is room for it, which no other warp reads.
@@ -179,27 +204,25 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dkdv_mma(c
       HiddenAhead<true, M_TILES, S_TILES> hidden;
       hidden.read(visibility, first_kv + warp_row, first_q, tiles.is_partial(j));
       modifier.read_mask(mask, first_kv + warp_row, first_q);
+      DrawnTile<M_TILES, S_TILES> drawn;
+      if constexpr (DROPOUT && MIXES) drawn.draw(dropout, batch, head, first_kv + warp_row, first_q);
       multiply_rows(S, K, warp_row, Q);
       publish_and_collect(S, S_exchange);
-      ScoreDerivative<M_TILES, S_TILES> derivative;
-      modifier.apply<true>(S, derivative, first_kv + warp_row, first_q, mask);
       const Statistics statistics = statistics_of(j);
-      statistics.to_probabilities(S, modifier.signed_factor());
+      float dP[M_TILES][S_TILES][4];  // less delta
+      if constexpr (MIXES) find_grad_products(dP, statistics, V, warp_row, dO, dP_exchange);
+      ScoreDerivative<M_TILES, S_TILES> derivative;
+      const bool hides = CAPS_QUICKLY && (tiles.is_partial(j) || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV));
+      modifier.apply_or_cap<true, CAPS_QUICKLY>(S, derivative, first_kv + warp_row, first_q, mask, !hides);
+      statistics.to_probabilities(S, modifier.factor_after<CAPS_QUICKLY>());
       auto& P = S;  // in place
       hidden.make_bits(tiles.is_partial(j));
       hide<true>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j), hidden);
-      if constexpr (DROPOUT) {
-        float kept_P[M_TILES][S_TILES][4];
-        drop_and_mark(P, kept_P, dropout, batch, head, first_kv + warp_row, first_q);
-        if constexpr (COMPUTE_DV) multiply_accumulator(dV, kept_P, dO);
-      } else if constexpr (COMPUTE_DV) {
-        multiply_accumulator(dV, P, dO);
-      }
+      if constexpr (DROPOUT && !MIXES) drawn.draw(dropout, batch, head, first_kv + warp_row, first_q);
+      if constexpr (DROPOUT) mark_dropped(P, dropout, drawn);
+      if constexpr (COMPUTE_DV) multiply_kept(dV, P, dO);
       if constexpr (COMPUTE_DK) {
-        float dP[M_TILES][S_TILES][4];  // less delta
-        statistics.begin_grad_products(dP);
-        multiply_rows(dP, V, warp_row, dO);
-        publish_and_collect(dP, dP_exchange);
+        if constexpr (!MIXES) find_grad_products(dP, statistics, V, warp_row, dO, dP_exchange);
         if constexpr (DROPOUT) statistics.drop(dP, P, arguments.features.dropout_scale);
         multiply_all(dP, P);
         auto& dS = dP;  // in place

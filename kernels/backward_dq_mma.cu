@@ -27,6 +27,7 @@ constexpr int WARP_ROWS = TILE_Q / ROW_WARPS;
 
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int S_TILES = TILE_KV / 8;
+constexpr bool CAPS_QUICKLY = ONLY_CAPS && M_TILES > 1;  // both products of scores first, which the assembler mixes with caps; 16 rows gain nothing
 
 constexpr int SLICE_BYTES = TileQ::BYTES + TileO::BYTES + NUM_STAGES * (TileK::BYTES + TileV::BYTES);
 
@@ -109,16 +110,20 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
     modifier.read_mask(mask, first_q + warp_row, first_kv);
     multiply_rows(S, Q, warp_row, K);
     publish_and_collect(S, S_exchange);
+    float dP[M_TILES][S_TILES][4];  // less delta
+    auto find_grad_products = [&] {
+      statistics.begin_grad_products(dP);
+      multiply_rows(dP, dO, warp_row, V);
+      publish_and_collect(dP, dP_exchange);
+    };
+    if constexpr (CAPS_QUICKLY) find_grad_products();
     ScoreDerivative<M_TILES, S_TILES> derivative;
-    modifier.apply<false>(S, derivative, first_q + warp_row, first_kv, mask);
-    statistics.to_probabilities(S, modifier.signed_factor());
+    const bool hides = CAPS_QUICKLY && (tiles.is_partial(j) || visibility.hides_any(first_q, first_q + TILE_Q, first_kv, first_kv + TILE_KV));
+    modifier.apply_or_cap<false, CAPS_QUICKLY>(S, derivative, first_q + warp_row, first_kv, mask, !hides);
+    statistics.to_probabilities(S, modifier.factor_after<CAPS_QUICKLY>());
     auto& P = S;  // in place
     hide<false>(P, 0.0f, geometry, visibility, first_q, first_kv, warp_row, tiles.is_partial(j), hidden);
-
-    float dP[M_TILES][S_TILES][4];  // less delta
-    statistics.begin_grad_products(dP);
-    multiply_rows(dP, dO, warp_row, V);
-    publish_and_collect(dP, dP_exchange);
+    if constexpr (!CAPS_QUICKLY) find_grad_products();
     if constexpr (DROPOUT) statistics.drop(dP, dropout, work.batch, work.head, first_q + warp_row, first_kv, arguments.features.dropout_scale);
     multiply_all(dP, P);
     auto& dS = dP;  // in place

@@ -58,6 +58,7 @@ static_assert((SHARING_WARPS & (SHARING_WARPS - 1)) == 0, "operands take every 2
 static_assert(STATIONARY_BYTES + STAGED_BYTES + 2 * TileS::BYTES == Config::SHARED_BYTES, "shared memory differs from the plan's");
 
 // Puts a warp's part of Pᵀ or dSᵀ where all warps find it, behind the next barrier.
+template <bool POSITIVE = false>
 DEVICE void share(const float (&c)[M_TILES][S_TILES][4], SmemAddress tile, int warp_key, int warp_query) {
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m)
@@ -65,8 +66,11 @@ DEVICE void share(const float (&c)[M_TILES][S_TILES][4], SmemAddress tile, int w
     for (int r = 0; r < 2; ++r) {
       const int row = warp_key + 16 * m + 8 * r + lane_index() / 4;
 #pragma unroll
-      for (int n = 0; n < S_TILES; ++n)
-        store_shared(tile + TileS::offset(row, warp_query / 8 + n) + lane_index() % 4 * 4, pack<Element>(c[m][n][2 * r], c[m][n][2 * r + 1]));
+      for (int n = 0; n < S_TILES; ++n) {
+        const float first = c[m][n][2 * r], second = c[m][n][2 * r + 1];
+        store_shared(tile + TileS::offset(row, warp_query / 8 + n) + lane_index() % 4 * 4,
+                     POSITIVE ? pack_positive<Element>(first, second) : pack<Element>(first, second));
+      }
     }
 }
 
@@ -74,9 +78,10 @@ DEVICE void share(const float (&c)[M_TILES][S_TILES][4], SmemAddress tile, int w
 DEVICE void share_kept(float (&P)[M_TILES][S_TILES][4], SmemAddress tile, const Dropout& dropout, int batch, int head, int first_kv, int first_q,
                        int warp_key, int warp_query) {
   if constexpr (DROPOUT) {
-    float kept_P[M_TILES][S_TILES][4];
-    drop_and_mark(P, kept_P, dropout, batch, head, first_kv + warp_key, first_q + warp_query);
-    share(kept_P, tile, warp_key, warp_query);
+    DrawnTile<M_TILES, S_TILES> drawn;
+    drawn.draw(dropout, batch, head, first_kv + warp_key, first_q + warp_query);
+    mark_dropped(P, dropout, drawn);
+    share<true>(P, tile, warp_key, warp_query);
   } else {
     share(P, tile, warp_key, warp_query);
   }

@@ -297,8 +297,9 @@ class WarpgroupKeys {
     statistics.to_probabilities(P, member.modifier.signed_factor());
     hide<IS_MASKED>(P, member, first_q, staged, listed);
     if constexpr (DROPOUT && !COMPUTE_DV) {  // nobody takes P, which has room for a mark where registers are short
-      float kept_P[1][S_TILES][4];
-      drop_and_mark(P, kept_P, dropout, member.batch, member.head, member.first_key, first_q);
+      DrawnTile<1, S_TILES> drawn;
+      drawn.draw(dropout, member.batch, member.head, member.first_key, first_q);
+      mark_dropped(P, dropout, drawn);
     }
     uint32 P_operand[P_STEPS][4], dS_operand[P_STEPS][4];
     mbarrier_wait(shared.keys_landed(), 0);  // they have: it keeps the assembler from moving the next wait up, before the exponentials

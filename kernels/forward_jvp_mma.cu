@@ -154,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) forward_jvp_mma(con
     derivative.multiply(S_dot);
     weigh(S_dot, P, geometry.scale, mu);
     if constexpr (DROPOUT)
-      for_each_drawn<false, M_TILES, S_TILES>(dropout, work.batch, work.head, first_q + warp_row, first_kv, [&](int m, int n, int i, bool is_kept) {
+      for_each_drawn<M_TILES, S_TILES>(dropout, work.batch, work.head, first_q + warp_row, first_kv, [&](int m, int n, int i, bool is_kept) {
         P[m][n][i] = is_kept ? P[m][n][i] : 0.0f;
         S_dot[m][n][i] = is_kept ? S_dot[m][n][i] : 0.0f;
       });

@@ -497,6 +497,35 @@ def test_softcap_of_tiles_without_hidden_pairs(simulator: Target, scale: float) 
     simulator.check(*inputs, enable_gqa=True, softcap=2.0, scale=scale, tile=cuflash.Tile(64, 32, 4, 1), backward=False)
 
 
+WARPS_OF_32_ROWS = cuflash.Tile(32, 64, 2, 2)
+"""Of the backward pass, for keys and, the other way round, for queries: their kernels share divisions and mix draws with products."""
+
+
+@pytest.mark.parametrize("options", [{"softcap": 2.0, "scale": 100.0}, {"softcap": 175.0, "is_causal": True}], ids=str)
+def test_gradients_of_capped_scores_by_warps_of_32_rows(simulator: Target, options: dict[str, Any]) -> None:
+    """In tiles without hidden pairs, in others, and of caps for which the quick tanh is not good enough."""
+    inputs = inputs_of(simulator, "bfloat16", seqlens=(64, 160))
+    plan = cuflash.plan(*inputs, enable_gqa=True, **options, backward=True, tile=WARPS_OF_32_ROWS)
+    assert {kernel.name for kernel in plan.kernels} >= {"backward_dkdv", "backward_dq"}
+    simulator.check(*inputs, enable_gqa=True, **options, backward_tile=WARPS_OF_32_ROWS)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 30.0}, {"dropout_p": 0.4, "dropout_seed": 5}], ids=str)
+def test_a_nan_in_a_query_reaches_the_gradients_that_it_should(simulator: Target, options: dict[str, Any]) -> None:
+    """Its own, those of the keys that it sees, where dropout leaves the pair out, too, as 0 times NaN is NaN, and none of other queries."""
+    query, key, value = (x.copy() for x in inputs_of(simulator, "float16", seqlens=(96, 96)))
+    grad = query.copy()
+    query[:, 40, :, 3] = numpy.nan
+    options |= {"is_causal": True, "enable_gqa": True}
+    out, lse = cuflash.scaled_dot_product_attention(query, key, value, return_lse=True, **options)
+    grads = cuflash.scaled_dot_product_attention_backward(grad, query, key, value, out, lse, **options, tile=WARPS_OF_32_ROWS)
+    is_nan = [numpy.isnan(x.astype("float32")) for x in grads]
+    rows = numpy.arange(96)
+    assert numpy.array_equal(is_nan[0].any(axis=(0, 2, 3)), rows == 40)
+    assert is_nan[1][:, :41].all()
+    assert numpy.array_equal(is_nan[2].any(axis=-1), numpy.broadcast_to(rows[:, None] < 41, (B, 96, HK)))
+
+
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
 @pytest.mark.parametrize("per_batch", [False, True])
 def test_alibi(target: Target, per_batch: bool, alignment: str) -> None:

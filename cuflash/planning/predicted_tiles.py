@@ -67,9 +67,8 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
     **{(arch, "forward", 64): {(64, 64, 4, 1): _MASKS} for arch in ("sm_86", "sm_89", "sm_120")},
     **{(arch, "forward", 128): {(64, 32, 4, 1): _MASKS} for arch in ("sm_86", "sm_89", "sm_120")},
     ("sm_80", "backward_dkdv", 64): {
-        (32, 128, 4, 2): frozenset(("bool", "alibi", "dropout", "prefix")),
-        (32, 64, 2, 2): MASKS | {"segments", "window", "sinks"},
-        (64, 64, 4, 2): frozenset(("softcap",)),
+        (32, 128, 4, 2): frozenset(("alibi", "prefix")),
+        (32, 64, 2, 2): MASKS | {"segments", "window", "sinks", "bool", "dropout", "softcap"},
     },
     ("sm_80", "backward_dkdv", 128): {(32, 64, 4, 2): ALL},
     ("sm_80", "backward_dq", 64): {
@@ -89,8 +88,7 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
     },
     ("sm_90", "backward_dkdv", 64): {
         (48, 128, 4, 2): CHEAP | {"float32"},
-        (32, 128, 4, 2): _HALF_MASKS | {"bool", "segments", "window", "dropout"},
-        (64, 64, 4, 2): frozenset(("softcap",)),
+        (32, 128, 4, 2): _HALF_MASKS | {"bool", "segments", "window", "dropout", "softcap"},
     },
     ("sm_90", "backward_dq", 64): {
         (128, 64, 4, 2): CHEAP | {"float32", "window", "dropout"},

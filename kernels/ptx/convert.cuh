@@ -74,6 +74,19 @@ DEVICE uint32 pack<bfloat16>(float low, float high) {
 #endif
 }
 
+// The same of numbers below zero as 0.
+template <typename Element>
+DEVICE uint32 pack_positive(float low, float high) {
+#if HAS_PACKED_CVT
+  uint32 y;
+  if constexpr (SameType<Element, float16>::value) asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  if constexpr (SameType<Element, bfloat16>::value) asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+#else
+  return pack<Element>(low < 0.0f ? 0.0f : low, high < 0.0f ? 0.0f : high);
+#endif
+}
+
 // The upper halves of two numbers in one 32-bit register, that of `low` in the low half: bfloat16 that cuts off.
 DEVICE uint32 pair_of_upper_halves(float low, float high) { return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632); }
 

@@ -8,7 +8,7 @@
 //     kept    <=> half >= ceil(dropout_p 2^16)
 //
 // Bit 3 of query and key are the bits that change between the registers of a lane both in a tile of scores and in a transposed one, bit 0 of the key
-// in the former, so there one call draws for eight elements of a lane, and in the latter for four.
+// in the former, so there one call draws for eight elements of a lane, and in the latter for four of each of two.
 #pragma once
 #include "feature_arguments.cuh"
 #include "tile/fragment.cuh"
@@ -68,8 +68,8 @@ class Dropout {
   uint32 limit;  // ceil(dropout_p 2^16) 2^16 - 1
 };
 
-// body(m, n, i, is_kept) for every place of an accumulator of scores. Rows are queries, or with TRANSPOSED keys; both starts are multiples of 16.
-template <bool TRANSPOSED, int M, int N, typename Body>
+// body(m, n, i, is_kept) for every place of an accumulator of scores whose rows are queries; both starts are multiples of 16.
+template <int M, int N, typename Body>
 DEVICE void for_each_drawn(const Dropout& dropout, int batch, int head, int first_row, int first_column, Body body) {
   static_assert(N % 2 == 0, "a group spans two neighbouring accumulator tiles");
   const int row = first_row + lane_index() / 4, column = first_column + lane_index() % 4 * 2;
@@ -77,38 +77,52 @@ DEVICE void for_each_drawn(const Dropout& dropout, int batch, int head, int firs
   for (int m = 0; m < M; ++m)
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
-      if constexpr (TRANSPOSED) {
-        const int key = row + 16 * m;
+      const DrawnGroup drawn = dropout.draw(batch, head, row + 16 * m, column + 8 * n);
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const DrawnGroup drawn = dropout.draw(batch, head, column + 8 * n + c, key & ~1);
+      for (int word = 0; word < 4; ++word)
 #pragma unroll
-          for (int word = 0; word < 4; ++word) body(m, n + word / 2, 2 * (word % 2) + c, dropout.keeps(drawn.word[word], key % 2));
-        }
-      } else {
-        const DrawnGroup drawn = dropout.draw(batch, head, row + 16 * m, column + 8 * n);
-#pragma unroll
-        for (int word = 0; word < 4; ++word)
-#pragma unroll
-          for (int c = 0; c < 2; ++c) body(m, n + word % 2, 2 * (word / 2) + c, dropout.keeps(drawn.word[word], c));
-      }
+        for (int c = 0; c < 2; ++c) body(m, n + word % 2, 2 * (word / 2) + c, dropout.keeps(drawn.word[word], c));
     }
 }
 
 // The kept probabilities, 0 for the others. Their factor 1 / (1 - dropout_p) is that of all, and enters the sums that they are taken for.
-template <bool TRANSPOSED = false, int M, int N>
+template <int M, int N>
 DEVICE void drop(float (&P)[M][N][4], const Dropout& dropout, int batch, int head, int first_row, int first_column) {
-  for_each_drawn<TRANSPOSED, M, N>(dropout, batch, head, first_row, first_column,
-                                   [&](int m, int n, int i, bool is_kept) { P[m][n][i] = is_kept ? P[m][n][i] : 0.0f; });
+  for_each_drawn<M, N>(dropout, batch, head, first_row, first_column,
+                       [&](int m, int n, int i, bool is_kept) { P[m][n][i] = is_kept ? P[m][n][i] : 0.0f; });
 }
 
-// The same where all probabilities are needed once more: they stay, and the sign says which are dropped.
+// The halves that say which elements of a tile are kept whose rows are keys: pair[m][n][r] has those of a lane's two queries of accumulator tile n,
+// of the key 8 r rows below its first one of 16-row tile m.
 template <int M, int N>
-DEVICE void drop_and_mark(float (&P)[M][N][4], float (&kept_P)[M][N][4], const Dropout& dropout, int batch, int head, int first_row,
-                          int first_column) {
-  for_each_drawn<true, M, N>(dropout, batch, head, first_row, first_column, [&](int m, int n, int i, bool is_kept) {
-    kept_P[m][n][i] = is_kept ? P[m][n][i] : 0.0f;
-    P[m][n][i] = is_kept ? P[m][n][i] : -P[m][n][i];
-  });
+struct DrawnTile {
+  uint32 pair[M][N][2];
+
+  // Two lanes with neighbouring keys need the same words, a half of each: each draws for one of its two queries, and they exchange the other's
+  // halves.
+  DEVICE void draw(const Dropout& dropout, int batch, int head, int first_row, int first_column) {
+    const int row = first_row + lane_index() / 4, parity = row % 2, column = first_column + lane_index() % 4 * 2 + parity;
+    const uint32 of_own = parity ? 0x7632 : 0x5410, of_other = parity ? 0x5410 : 0x7632;
+    const uint32 first = parity ? 0x1054 : 0x5410, second = parity ? 0x3276 : 0x7632;
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        const DrawnGroup drawn = dropout.draw(batch, head, column + 8 * n, (row + 16 * m) & ~1);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint32 own = __byte_perm(drawn.word[2 * i], drawn.word[2 * i + 1], of_own);
+          const uint32 got = shfl_xor(int(__byte_perm(drawn.word[2 * i], drawn.word[2 * i + 1], of_other)), 4);
+          pair[m][n + i][0] = __byte_perm(own, got, first);
+          pair[m][n + i][1] = __byte_perm(own, got, second);
+        }
+      }
+  }
+};
+
+// The same where all probabilities are needed once more: the sign says which are dropped. What is kept are then positive numbers (tile/operand.cuh).
+template <int M, int N>
+DEVICE void mark_dropped(float (&P)[M][N][4], const Dropout& dropout, const DrawnTile<M, N>& drawn) {
+  for_each_place<M, N>([&](int m, int n, int i, int, int) { P[m][n][i] = dropout.keeps(drawn.pair[m][n][i / 2], i % 2) ? P[m][n][i] : -P[m][n][i]; });
 }
 DEVICE bool is_marked(float probability) { return __float_as_int(probability) < 0; }

@@ -299,6 +299,30 @@ struct MmaSimt {
   }
 };
 
+// The same but that numbers below zero are 0 in an A that is made of accumulators.
+template <typename Mma>
+struct Positive : Mma {
+  template <int N_TILES>
+  DEVICE static typename Mma::A from_accumulator(const float (&c)[N_TILES][4], int k_step) {
+    float positive[N_TILES][4];
+#pragma unroll
+    for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) positive[n][i] = c[n][i] < 0.0f ? 0.0f : c[n][i];
+    return Mma::from_accumulator(positive, k_step);
+  }
+};
+template <typename Element>
+struct Positive<MmaHalf<Element>> : MmaHalf<Element> {
+  template <int N_TILES>
+  DEVICE static typename MmaHalf<Element>::A from_accumulator(const float (&c)[N_TILES][4], int k_step) {
+    const float (&low)[4] = c[2 * k_step];
+    const float (&high)[4] = c[2 * k_step + 1];
+    return {pack_positive<Element>(low[0], low[1]), pack_positive<Element>(low[2], low[3]), pack_positive<Element>(high[0], high[1]),
+            pack_positive<Element>(high[2], high[3])};
+  }
+};
+
 template <typename Element, int CAPABILITY, bool ALLOW_TF32>
 struct SelectMma {
   using type = MmaHalf<Element>;

@@ -31,8 +31,9 @@ DEVICE void multiply_rows(float (&c)[M][N][4], const SliceTile<TileA, DIM>& a, i
 }
 
 // c += P B, P in accumulators, for the columns of this group's slice.
-template <typename TileB, int DIM, int M, int N_C, int N_P>
+template <typename Multiply = Mma, typename TileB, int DIM, int M, int N_C, int N_P>
 DEVICE void multiply_accumulator(float (&c)[M][N_C][4], const float (&p)[M][N_P][4], const SliceTile<TileB, DIM>& b) {
-  for_each_piece([&](int piece) { b.load(piece); },
-                 [&](int piece) { gemm_accumulator<Mma, TileB::COLUMNS>(c, p, Mma::OperandBByRows<TileB>(b.smem), piece * TileB::COLUMNS / 8); });
+  for_each_piece(
+      [&](int piece) { b.load(piece); },
+      [&](int piece) { gemm_accumulator<Multiply, TileB::COLUMNS>(c, p, Mma::OperandBByRows<TileB>(b.smem), piece * TileB::COLUMNS / 8); });
 }

@@ -100,7 +100,7 @@ class StatisticsOfRows {
   // The warp's columns start at first_key.
   template <int N>
   DEVICE void drop(float (&dP)[M][N][4], const Dropout& dropout, int batch, int head, int first_query, int first_key, float dropout_scale) const {
-    for_each_drawn<false, M, N>(dropout, batch, head, first_query, first_key, [&](int m, int n, int i, bool is_kept) {
+    for_each_drawn<M, N>(dropout, batch, head, first_query, first_key, [&](int m, int n, int i, bool is_kept) {
       dP[m][n][i] = (is_kept ? dP[m][n][i] * dropout_scale : 0.0f) - statistics[m][i / 2].delta;
     });
   }
@@ -180,7 +180,7 @@ class StatisticsOfColumns {
     }
   }
 
-  // Takes the marks off P (drop_and_mark).
+  // Takes the marks off P (mark_dropped).
   template <int M, int N>
   DEVICE void drop(float (&dP)[M][N][4], float (&P)[M][N][4], float dropout_scale) const {
 #pragma unroll
@@ -190,7 +190,8 @@ class StatisticsOfColumns {
       for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          dP[m][n][i] = (is_marked(P[m][n][i]) ? 0.0f : dP[m][n][i] * dropout_scale) - (i % 2 ? two.w : two.y);
+          const float minus_delta = i % 2 ? -two.w : -two.y;
+          dP[m][n][i] = is_marked(P[m][n][i]) ? minus_delta : __fmaf_rn(dP[m][n][i], dropout_scale, minus_delta);
           P[m][n][i] = fabsf(P[m][n][i]);
         }
     }

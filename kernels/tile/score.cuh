@@ -19,10 +19,13 @@
 #include "ptx/memory.cuh"
 
 constexpr bool SOFTCAP = Config::SOFTCAP;
+constexpr bool QUICK_TANH = !SameType<Element, float>::value;  // 16-bit types
 constexpr bool ALIBI = Config::ALIBI;
 constexpr bool MODIFIES_SCORES = SOFTCAP || ALIBI || ADDITIVE_MASK;  // scores are more than scaled products
 
 constexpr bool ONLY_ADDS_MASK = ADDITIVE_MASK && !SOFTCAP && !ALIBI;  // score and mask are one FMA of the product
+
+constexpr bool ONLY_CAPS = SOFTCAP && QUICK_TANH && !ALIBI && !ADDITIVE_MASK;  // a score is softcap times tanh
 
 constexpr float SCORE_UNIT = ADDITIVE_MASK ? 1.0f : LOG2_E;
 
@@ -50,8 +53,6 @@ struct MaskNotAhead {
   static constexpr bool USED = false;
 };
 
-constexpr bool QUICK_TANH = !SameType<Element, float>::value;  // 16-bit types
-
 // tanh(x). Of 16-bit types it is 1 - 2 / (1 + e^2x), wrong by about 2^-22 at most, which is little beside a large one; with NEAR_0 small ones have
 // three terms of the series.
 template <bool NEAR_0>
@@ -64,7 +65,7 @@ DEVICE float tanh_of(float x) {
 }
 
 // Whether a kernel may make capped scores of quotients (tile/capped_scores.cuh): with more columns of O it spills.
-constexpr bool MAKES_QUOTIENTS = SOFTCAP && QUICK_TANH && !ALIBI && !ADDITIVE_MASK && Config::HEAD_DIM_V <= 64;
+constexpr bool MAKES_QUOTIENTS = ONLY_CAPS && Config::HEAD_DIM_V <= 64;
 
 // A product q·k -> its score but for a mask. NEAR_0 as in `tanh_of`.
 template <bool NEAR_0 = true>
@@ -113,6 +114,37 @@ class ScoreModifier {  // of one batch and query head
   DEVICE void apply(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, int first_row, int first_column, const Ahead& ahead = Ahead()) const {
     apply_all_but_mask<TRANSPOSED>(S, derivative, first_row, first_column);
     if constexpr (ADDITIVE_MASK) add_mask<TRANSPOSED>(S, first_row, first_column, ahead);
+  }
+
+  // `apply`, or with QUICKLY, where ONLY_CAPS, products -> tanh; an exponent then takes `factor_after<QUICKLY>`. `shares`: a NaN may make NaN of its
+  // neighbours in a row.
+  template <bool TRANSPOSED, bool QUICKLY, int M, int N, typename Ahead>
+  DEVICE void apply_or_cap(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, int first_row, int first_column, const Ahead& ahead,
+                           bool shares) const {
+    if constexpr (QUICKLY) {
+      to_tanh(S, derivative, shares);
+    } else {
+      apply<TRANSPOSED>(S, derivative, first_row, first_column, ahead);
+    }
+  }
+  template <bool QUICKLY>
+  DEVICE float factor_after() const {
+    return QUICKLY ? features.softcap : signed_factor();
+  }
+
+  // Products -> tanh, of which a score is softcap times.
+  template <int M, int N>
+  DEVICE void to_tanh(float (&S)[M][N][4], ScoreDerivative<M, N>& derivative, bool shares) const {
+    if (shares && features.softcap <= MOST_OF_FAR_TANH) {
+#pragma unroll
+      for (int m = 0; m < M; ++m) tanh_in_fours(S[m], derivative.value[m]);
+    } else {
+      for_each_place<M, N>([&](int m, int n, int i, int, int) {
+        const float t = tanh_of<true>(S[m][n][i] * features.score_factor);
+        S[m][n][i] = t;
+        derivative.value[m][n][i] = __fmaf_rn(-t, t, 1.0f);
+      });
+    }
   }
 
   // Adding the mask then takes `factor_beside_mask`.
@@ -248,6 +280,27 @@ class ScoreModifier {  // of one batch and query head
         S[n][2 * r + 1] = __fmaf_rn(of_low, sum[0], cap);
         S[n + 1][2 * r] = __fmaf_rn(of_high, sum[3], cap);
         S[n + 1][2 * r + 1] = __fmaf_rn(of_high, sum[2], cap);
+      }
+  }
+
+  // tanh(x) = 1 - 2 / (1 + e^2x) likewise, and 1 - tanh^2.
+  template <int N>
+  DEVICE void tanh_in_fours(float (&S)[N][4], float (&derivative)[N][4]) const {
+    const float factor = features.score_factor * (2.0f * LOG2_E);
+#pragma unroll
+    for (int n = 0; n < N; n += 2)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float sum[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[i] = 1.0f + ex2(min_nan(S[n + i / 2][2 * r + i % 2] * factor, 30.0f));
+        const float low = sum[0] * sum[1], high = sum[2] * sum[3], inverse = -2.0f * reciprocal(low * high);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float t = __fmaf_rn(inverse * (i < 2 ? high : low), sum[i ^ 1], 1.0f);
+          S[n + i / 2][2 * r + i % 2] = t;
+          derivative[n + i / 2][2 * r + i % 2] = __fmaf_rn(-t, t, 1.0f);
+        }
       }
   }
 
