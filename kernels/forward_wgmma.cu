@@ -43,8 +43,8 @@ constexpr bool COPIES_BITS = MAPS_MASK && BOOLEAN_MASK;
 // Dropout draws for the first steps of the depth of P V while the scores are computed, which it need not know, as far as registers have room.
 constexpr int DRAWN_AHEAD = WARPGROUPS == 2 || COPIES_BITS ? 0 : P_STEPS < 4 ? P_STEPS : 4;
 
-// Where scores are capped products and nothing else.
-constexpr bool ONLY_CAPS = SOFTCAP && !ALIBI && !ADDITIVE_MASK && !Config::ANY_SCALE;
+// Scores are capped products and nothing else, and the scale is a number that can be divided by.
+constexpr bool CAPS_PRODUCTS = ONLY_CAPS && !Config::ANY_SCALE;
 
 // A warpgroup's 64 rows.
 class WarpgroupRows {
@@ -163,7 +163,7 @@ class WarpgroupRows {
       wgmma_wait<0>();  // a reference rises, and O is multiplied
       pin(O[0]);
     };
-    if constexpr (ONLY_CAPS) {
+    if constexpr (CAPS_PRODUCTS) {
       const SmallScores<1> small(features);
       float largest[1][2];
       if ((TILE_LISTS ? !hides_any(first_kv) : !is_masked) && small.are_all(S, largest, first_row, geometry.seqlen_q)) {
@@ -173,7 +173,7 @@ class WarpgroupRows {
       }
     }
     if constexpr (MODIFIES_SCORES && (MAPS_MASK || !ADDITIVE_MASK)) {
-      const bool sees_all = SOFTCAP && !ONLY_CAPS && (TILE_LISTS ? !hides_any(first_kv) : !is_masked);
+      const bool sees_all = SOFTCAP && !CAPS_PRODUCTS && (TILE_LISTS ? !hides_any(first_kv) : !is_masked);
       modifier.apply_to_rows(S, first_row, first_kv, SHARES, sees_all);
       if constexpr (MAPS_MASK && ADDITIVE_MASK)
         add_copied_mask<RingMask>(S, modifier.factor_beside_mask(), shared.mask(K.stage), first_row - first_q);
