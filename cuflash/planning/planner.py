@@ -273,7 +273,8 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         constants["SPLIT"] = bool(splits.chains)
     if spec.shares_queries and spec.maps_tensors:
         constants["GRAD_OUT_STAGES"] = kernel_cases.grad_out_stages(case, tile, device)
-        constants["K_REGISTER_STEPS"] = 0 if problem.num_sequences is not None else tile_rules.k_register_steps(case, tile, device)
+        steps = (0, 0) if problem.num_sequences is not None else tile_rules.key_register_steps(case, tile, device)
+        constants["K_REGISTER_STEPS"], constants["V_REGISTER_STEPS"] = steps
         constants["CONVERTS_SUMS"] = not splits.chains and kernel_cases.converts_sums(spec, problem)
     if spec.added_up and spec.implementation == "mma":
         constants["SHARING_WARPS"] = case.sharing_warps(tile, device)

@@ -127,10 +127,13 @@ WGMMA_WITH_FEATURE: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("forward_wgmma", 128, "bfloat16"): (192, 64, 12, 3),
     ("forward_wgmma", 128, "float32"): (192, 48, 12, 3),
     ("forward_wgmma", 128, "segments"): (192, 80, 12, 3),
+    ("backward_wgmma", 64, "alibi"): (96, 128, 8, 3),
+    ("backward_wgmma", 64, "bool"): (96, 128, 8, 3),
+    ("backward_wgmma", 64, "segments"): (96, 128, 8, 3),
 }
 """(kernel, head_dim, the only feature) -> tile_q, tile_kv, num_warps, num_stages, where it is not the tile without the feature, or that with as many keys as fit: a
 warpgroup that takes longer for a tile holds its stage for longer, so three or four stages are predicted to be faster, and for masks of 16 bits, whose tiles
-are as large as those of K and V together, more stages of fewer keys."""
+are as large as those of K and V together, more stages of fewer keys; of backward_wgmma fewer queries, which leave registers for K and V."""
 
 FUSED_BACKWARD: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("sm_80", 64): (128, 128, 8, 2),

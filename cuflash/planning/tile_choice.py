@@ -132,11 +132,8 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
     if case.kernel.column_groups > 1:
         return _wide_tile(case, device), "as many keys as fit twice"
     if case.kernel.implementation == "wgmma":
-        features = _kinds(case)
-        feature = next(iter(features)) if len(features) == 1 else ""
-        numbers = predicted_tiles.WGMMA_WITH_FEATURE.get((case.kernel.name, max(case.head_dim, case.head_dim_v), feature))
-        if numbers is not None and broken_rule(case, Tile(*numbers), device) is None:
-            return Tile(*numbers), "predicted by the timing model (predicted_tiles.py)"
+        if (tile := _wgmma_tile_with_features(case, device)) is not None:
+            return tile, "predicted by the timing model (predicted_tiles.py)"
         if (measured := _wgmma_tile(measured_tiles.TILES, case, device)) is not None:
             return measured, "from experiments with Hopper's instructions (measured_tiles.py)"
         return _wgmma_tile(predicted_tiles.WGMMA, case, device), "predicted by the timing model (predicted_tiles.py)"
@@ -157,6 +154,16 @@ def tolerated_spills(case: KernelCase, tile: Tile, device: Device) -> int:
     """Bytes that the compiler may spill in each thread: some with tiles that were measured without features or predicted, none with others."""
     untimed = case.features != NO_FEATURES and measured_tile(case, device) is not None
     return TOLERATED_SPILLS if case.kernel.implementation == "mma" and not untimed and tile == known_tile(case, device) else 0
+
+
+def _wgmma_tile_with_features(case: KernelCase, device: Device) -> Tile | None:
+    """That of its feature; backward with several the smallest of theirs."""
+    features, wide = _kinds(case), max(case.head_dim, case.head_dim_v)
+    if len(features) > 1 and not case.kernel.backward:
+        return None
+    known = (predicted_tiles.WGMMA_WITH_FEATURE.get((case.kernel.name, wide, feature)) for feature in features)
+    tiles = sorted((Tile(*numbers) for numbers in known if numbers is not None), key=lambda tile: (tile.tile_q, tile.num_stages))
+    return tiles[0] if tiles and broken_rule(case, tiles[0], device) is None else None
 
 
 def _wgmma_tile(of_kernels: Mapping[_Key, _Numbers], case: KernelCase, device: Device) -> Tile | None:
