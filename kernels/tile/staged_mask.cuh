@@ -107,9 +107,9 @@ class StagedMask {
     visible.hide_other_segments(of_keys, of_queries);
   }
 
-  // A key is a byte, so `ldmatrix` gives a lane two neighbouring keys of its queries, which makes bits of their bytes, and lanes with the same queries
-  // exchange them. That is for bytes 0 and 1. NumPy and others have no more, but a view of other bytes as booleans does: a warp that finds one looks
-  // at each byte.
+  // A key is a byte, so `ldmatrix` gives a lane two neighbouring keys of its queries, which makes bits of their bytes, and lanes with the same
+  // queries exchange them. That is for bytes 0 and 1. NumPy and others have no more, but a view of other bytes as booleans does: a warp that finds
+  // one looks at each byte.
   template <int N>
   DEVICE void hide_by_mask(VisibleColumns<N>& visible, int first_key) const {
     constexpr int WORDS = VisibleColumns<N>::WORDS;
