@@ -1,15 +1,17 @@
 """Predicted speed of the wgmma forward kernel beside FlashAttention-3's best published: prints the tables of docs/performance.md, and with --publish writes them there.
 
     python benchmarks/predicted_hopper.py [--publish]
-    python benchmarks/predicted_hopper.py --tiles            # other tiles, steady states at 16384
+    python benchmarks/predicted_hopper.py --tiles            # other tiles, steady states at 16384; half an hour
 
 bfloat16, 16384 tokens, 2048 features, H100 SXM. `in turn`: as if the tensor unit served warpgroups in turn, which is not what was measured on one. FlashAttention-3's figures are
 those of its paper at 16384 (Shah et al. 2024, arXiv 2407.08608). In brackets, speeds times what kernels of this design reached of their prediction on an H100
-(`predicted_wgmma.MEASURED`). Features: time of the steady state with the feature over that without, served in order of issue / in turn. Needs no GPU.
+(`errors`), both in runs of `STEADY_TRIPS`. Features: time of the steady state with the feature over that without, in settled runs, served in order of issue / in turn. Takes about ten
+minutes, and needs no GPU.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -17,16 +19,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import predicted_hopper_experiments
 from cuflash.cli.sample_features import SampleFeatures
 from cuflash.cli.samples import Sample, plan_of
 from cuflash.errors import CuflashError
 from cuflash.hardware import device
-from cuflash.planning import planner, predicted_wgmma, tile_choice, wgmma_forward
+from cuflash.planning import planner, tile_choice, wgmma_forward
 from cuflash.planning.kernel_plan import KernelPlan
 from cuflash.planning.plan import Plan
 from cuflash.problem.tile import Tiles
 from cuflash.timing import prediction
 from cuflash.timing.machine import CARDS
+from cuflash.timing.multiprocessor import STEADY_TRIPS, WARMING
 from cuflash.timing.prediction import KernelPrediction
 from marked_pages import predict_or_publish
 
@@ -36,6 +40,8 @@ FLASH_ATTENTION_3 = {(64, False): 497, (128, False): 648, (256, False): 756, (64
 """TFLOP/s at seqlen 16384 by head dimension and mask."""
 GOALS = {(64, False): 522, (128, False): 694, (256, False): 756, (64, True): 497, (128, True): 693, (256, True): 706}
 """What the kernel is meant to reach: about 1.05 to 1.1 of FlashAttention-3's published figures."""
+EXPERIMENTS = {64: "F_d64_g3_n128_s2_t0_p0", 128: "F_d128_g3_n80_s2_t0_p0", 256: "F_d256_g2_n80_s2_t0_p0"}
+"""Kernels of this design that ran on an H100, without a token and with the tiles that are defaults where nothing is masked."""
 FEATURES = {
     "window": (SampleFeatures(window=(512, 512)), False, 1.15),
     "alibi": (SampleFeatures(alibi=True), False, 1.15),
@@ -66,8 +72,8 @@ def kernel_of(of: Plan) -> KernelPlan:
 def steady(of: Plan, *, causal: bool, in_turn: bool = False) -> tuple[KernelPrediction, KernelPrediction]:
     """Steady states of whole and of masked tiles."""
     described, function = prediction.compiled(kernel_of(of), of.device, causal=causal)
-    whole = prediction.predict_kernel(function, described, limits=False, in_turn=in_turn)
-    return whole, prediction.predict_kernel(function, described, limits=False, masked=True, in_turn=in_turn, staying=False)
+    predict = functools.partial(prediction.predict_kernel, function, described, limits=False, in_turn=in_turn, trips=STEADY_TRIPS)
+    return predict(), predict(masked=True, staying=False)
 
 
 def speeds(head_dim: int, causal: bool, *, in_turn: bool = False, tile: Tiles = None, seqlens: Sequence[int] = SEQLENS) -> list[float]:
@@ -83,11 +89,16 @@ def speeds(head_dim: int, causal: bool, *, in_turn: bool = False, tile: Tiles = 
 
 def after_errors(head_dim: int, causal: bool, found: Sequence[float]) -> list[float]:
     """Predicted speeds times what kernels of this design reached of theirs on an H100, at each of `SEQLENS`; where they were faster, that is no promise."""
-    factors = []
-    for seqlen in SEQLENS:
-        of = plan(head_dim, causal, seqlen)
-        factors.append(min(1.0, predicted_wgmma.measured(kernel_of(of).case, of.problem)))
-    return [speed * factor for speed, factor in zip(found, factors, strict=True)]
+    reached = errors(head_dim, causal)
+    return [speed * min(1.0, reached[seqlen]) for seqlen, speed in zip(SEQLENS, found, strict=True)]
+
+
+@functools.cache
+def errors(head_dim: int, causal: bool) -> dict[int, float]:
+    """Measured over predicted speed of such a kernel at each seqlen, of two orders of tiles the one that was faster there."""
+    base = f"{EXPERIMENTS[head_dim]}_c{int(causal)}"
+    fastest = sorted(predicted_hopper_experiments.rows((base, f"{base}_snake"), STEADY_TRIPS), key=lambda row: row.measured)
+    return {row.seqlen: row.ratio for row in fastest}
 
 
 def speed_lines() -> Iterator[str]:
@@ -131,7 +142,9 @@ def clocks_per_pair(head_dim: int, features: SampleFeatures | None, pairwise: bo
     """Clocks of an SM for a pair of query and key in the steady state; where the wgmma kernel cannot run, of the one that does."""
     of = plan(head_dim, False, 4096, features)
     described, function = prediction.compiled(kernel_of(of), of.device, causal=False)
-    found = prediction.predict_kernel(function, described, limits=False, masked=pairwise, in_turn=in_turn, staying=False)
+    found = prediction.predict_kernel(
+        function, described, limits=False, masked=pairwise, in_turn=in_turn, staying=False, trips=STEADY_TRIPS, warming=WARMING
+    )
     tile = kernel_of(of).tile
     return found.clocks / found.blocks / (tile.tile_q * tile.tile_kv)
 

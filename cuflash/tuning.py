@@ -35,6 +35,7 @@ def legal_tiles(
     head_dim_v: int | None = None,
     kernel: str = FORWARD.name,
     arch: str | None = None,
+    is_causal: bool = False,
     allow_tf32: bool = False,
     features: FeatureSet = NO_FEATURES,
 ) -> tuple[Tile, ...]:
@@ -48,6 +49,7 @@ def legal_tiles(
             "backward_fused" or on sm_90 "backward_wgmma", with an additive mask also "backward_row_sums" and
             "backward_mask", as `print(plan)` names them.
         arch: "sm_80", "sm_90", …; None for the GPU of this machine, or the simulator without one.
+        is_causal: as in the call; some defaults depend on it.
         allow_tf32: as in the call.
         features: which score features and masks the call uses, some of which take shared memory or registers.
 
@@ -65,6 +67,7 @@ def legal_tiles(
         check_bool("allow_tf32", allow_tf32) and dtype == "float32",
         _checked_head_dim("head_dim_v", own),
         _checked_features(features),
+        is_causal=check_bool("is_causal", is_causal),
     )
     return tile_choice.legal_tiles_for(case, target(arch))
 

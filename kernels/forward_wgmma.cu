@@ -51,6 +51,9 @@ constexpr bool COPIES_BITS = MAPS_MASK && BOOLEAN_MASK;
 // Dropout draws for the first steps of the depth of P V while the scores are computed, which it need not know, as far as registers have room.
 constexpr int DRAWN_AHEAD = WARPGROUPS == 2 || COPIES_BITS ? 0 : P_STEPS < 4 ? P_STEPS : 4;
 
+// Where scores are capped products and nothing else.
+constexpr bool ONLY_CAPS = SOFTCAP && !ALIBI && !ADDITIVE_MASK && !Config::ANY_SCALE;
+
 // A warpgroup's 64 rows.
 class WarpgroupRows {
  public:
@@ -167,8 +170,21 @@ class WarpgroupRows {
   template <bool SHARES>
   DEVICE void make_probabilities(float (&S)[1][S_TILES][4], int j, bool is_masked) {
     const int first_kv = first_key_of(j);
+    const auto wait_for_O = [&] {
+      wgmma_wait<0>();  // a reference rises, and O is multiplied
+      pin(O[0]);
+    };
+    if constexpr (ONLY_CAPS) {
+      const SmallScores<1> small(features);
+      float largest[1][2];
+      if ((TILE_LISTS ? !hides_any(first_kv) : !is_masked) && small.are_all(S, largest, first_row, geometry.seqlen_q)) {
+        softmax.update_small<true>(S, O, largest, small, wait_for_O);
+        release_keys(K, 1);
+        return;
+      }
+    }
     if constexpr (MODIFIES_SCORES && (MAPS_MASK || !ADDITIVE_MASK)) {
-      const bool sees_all = SOFTCAP && (TILE_LISTS ? !hides_any(first_kv) : !is_masked);
+      const bool sees_all = SOFTCAP && !ONLY_CAPS && (TILE_LISTS ? !hides_any(first_kv) : !is_masked);
       modifier.apply_to_rows(S, first_row, first_kv, SHARES, sees_all);
       if constexpr (MAPS_MASK && ADDITIVE_MASK)
         add_copied_mask<RingMask>(S, modifier.factor_beside_mask(), shared.mask(K.stage), first_row - first_q);
@@ -178,10 +194,7 @@ class WarpgroupRows {
       multiply_all(S, geometry.score_sign);
     }
     if (is_masked) hide_keys(S, first_kv);
-    softmax.update<true>(S, O, modifier.factor(), [&] {
-      wgmma_wait<0>();  // a reference rises, and O is multiplied
-      pin(O[0]);
-    });
+    softmax.update<true>(S, O, modifier.factor(), wait_for_O);
     if constexpr (MAPS_MASK) __syncwarp();
     release_keys(K, 1);
   }
@@ -208,7 +221,7 @@ class WarpgroupRows {
         VisibleColumns<S_TILES> visible;
         if (hides_data) visible.hide_other_segments(segment, key_segments);
         if (is_cut) cut(visible, first_kv);
-        visible.apply(S, -infinity());
+        visible.apply_on_fma(S, min(geometry.seqlen_q, 0));
       } else {
         if (is_cut) {
           int first_key[2], end_key[2];

@@ -14,7 +14,7 @@ from cuflash.planning import planner
 from cuflash.planning.kernel_plan import UNSHARED, KernelPlan
 from cuflash.planning.plan import Plan
 from cuflash.problem.tile import Tile
-from cuflash.timing import control_flow, prediction, sass
+from cuflash.timing import control_flow, operations, prediction, sass
 from cuflash.timing.addresses import constants
 from cuflash.timing.limits import without
 from cuflash.timing.machine import CARDS, MULTIPROCESSORS
@@ -113,6 +113,17 @@ def test_operands_in_shared_memory_take_its_pipe() -> None:
     trace = [slow] * 7 + [replace(slow, closes=True), replace(PRODUCTS_WAIT, pending=1)]
     assert clocks(computing(trace, 2)) == pytest.approx(2 * 8 * 80, rel=0.05)
     assert clocks(computing(list(without(trace, "shared memory")), 2)) == pytest.approx(2 * 8 * 64, rel=0.05)
+
+
+@pytest.mark.parametrize(("columns", "published"), [(8, 18.9), (16, 20.7), (32, 24.7), (64, 32.8), (96, 48.7), (128, 65.0), (256, 129.3)])
+def test_products_of_few_columns_read_a_for_longer_than_they_compute(columns: int, published: float) -> None:
+    """Clocks of m64nNk16 with A and B in shared memory, measured by others on an H100 (docs/timing.md)."""
+    control = sass.Control(stall=1, yields=False, write_scoreboard=None, read_scoreboard=None, waits=(), reuse=0)
+    (product,) = operations.operations(
+        [sass.Instruction(0, "", f"HGMMA.64x{columns}x16.F32.BF16", "R24, gdesc[UR8], R24", None, control)], H100
+    )
+    trace = [product] * 15 + [replace(product, closes=True), replace(PRODUCTS_WAIT, pending=1)]
+    assert clocks(computing(trace)) / 16 == pytest.approx(published, rel=0.06)
 
 
 def test_products_run_while_threads_go_on() -> None:

@@ -115,7 +115,8 @@ def test_k_and_v_stay_in_registers_beside_a_feature(case: str) -> None:
     inputs = inputs_of(on, (200, 270), heads=(2, 1), batches=(2, 2))
     plan = cuflash.plan(*inputs, enable_gqa=True, backward=True, **options)
     config = next(kernel.config for kernel in plan.kernels if kernel.name == NAME)
-    assert " K_REGISTER_STEPS = 4;" in config and " V_REGISTER_STEPS = 4;" in config
+    assert " K_REGISTER_STEPS = 4;" in config
+    assert " V_REGISTER_STEPS = 4;" in config
     checked(on, *inputs, **options)
 
 

@@ -19,6 +19,7 @@ from cuflash.hardware import device
 from cuflash.planning import measured_tiles, predicted_tiles, tile_choice, wgmma_forward
 from cuflash.planning.kernel_cases import KernelCase
 from cuflash.planning.kernel_specs import FORWARD_WGMMA
+from cuflash.problem.features import MASK_KINDS
 from cuflash.runtime import calls
 from cuflash.simulator import check
 
@@ -173,6 +174,13 @@ def test_a_nan_stays_in_its_row_and_one_that_is_hidden_does_not_matter(hopper: T
     inputs = map(hopper.place, (query, key, value))
     out = hopper.host(cuflash.scaled_dot_product_attention(*inputs, softcap=3.0, is_causal=True, tile={NAME: SHORT}))
     assert [*numpy.flatnonzero(numpy.isnan(out).any(axis=(0, 2, 3)))] == [290, 295, 296, 297, 298, 299]
+
+
+def test_small_capped_scores_raise_the_references_of_their_rows(hopper: Target) -> None:
+    """The largest one without its sign says whether to look for the largest: of half of the queries it is negative."""
+    query, key, value = inputs_of(HOST, (200, 300))
+    query[:, :100], query[:, 100:], key[:] = 1, -1, numpy.linspace(0, 4, 300).reshape(1, 300, 1, 1)
+    checked(hopper, *map(hopper.place, (query, key, value)), softcap=80.0)
 
 
 TILES = {
@@ -416,6 +424,27 @@ def test_other_head_dims_take_the_tile_of_a_larger_one(head_dim: int, tile: tupl
     assert tile_choice.default_tile(softcap, on) == Tile(192, 112, 12, 2)
     dropout = KernelCase(FORWARD_WGMMA, "float16", 128, features=cuflash.FeatureSet(dropout=True))
     assert tile_choice.default_tile(dropout, on) == Tile(*predicted_tiles.WGMMA_WITH_FEATURE[NAME, 128, "dropout"])
+
+
+def test_the_tile_of_a_feature_may_depend_on_the_causal_mask() -> None:
+    """`legal_tiles` begins with it, too."""
+    for (name, head_dim, feature), numbers in predicted_tiles.WGMMA_WITH_FEATURE_FULL.items():
+        features = cuflash.FeatureSet(attn_mask=feature) if feature in MASK_KINDS else cuflash.FeatureSet(**{feature: True})
+        listed = [
+            cuflash.legal_tiles(head_dim, kernel=name, arch="sm_90", is_causal=is_causal, features=features)[0]
+            for is_causal in (False, True)
+        ]
+        assert listed == [Tile(*numbers), Tile(*predicted_tiles.WGMMA_WITH_FEATURE[name, head_dim, feature])]
+        assert listed[0] != listed[1]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "options", "stages"),
+    [(128, {}, 2), (128, {"is_causal": True}, 3), (128, {"is_causal": True, "sinks": numpy.zeros(4, "float32")}, 3), (128, {"is_causal": True, "window": (99, 0)}, 2), (96, {"is_causal": True}, 2)],
+)  # fmt: skip
+def test_causal_calls_of_head_dim_128_have_three_stages(head_dim: int, options: dict[str, Any], stages: int) -> None:
+    (kernel,) = plan_of(head_dim, **options).kernels
+    assert kernel.tile == Tile(192, 80, 12, stages)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

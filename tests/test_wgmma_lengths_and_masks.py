@@ -141,6 +141,18 @@ def test_hidden_keys_do_not_decide_how_scores_are_capped(case: str) -> None:
     assert [Target.bits(x) for x in attend(query, key, value)] == [Target.bits(x) for x in clean]
 
 
+def test_keys_of_other_segments_may_hold_anything(hopper: Target) -> None:  # noqa: F811
+    """A score that is hidden in integers, without a selection, is minus infinity whatever it was."""
+    query, key, value = inputs_of(HOST, (70, 208))
+    attend = functools.partial(
+        cuflash.scaled_dot_product_attention, softcap=30.0, return_lse=True, tile={NAME: SHORT}, **UNSEEN["segments"]
+    )
+    clean = attend(*map(hopper.place, (query, key, value)))
+    key[:, 75:140], key[:, 140:] = numpy.nan, numpy.inf
+    dirty = attend(*map(hopper.place, (query, key, value)))
+    assert [Target.bits(x) for x in dirty] == [Target.bits(x) for x in clean]
+
+
 def test_queries_of_others_do_not_decide_how_scores_are_capped() -> None:
     """Of the next sequence, whose rows are in the same warp."""
     query, key, value, _ = packed(HOST, (100, 100), "bfloat16", (64, 64))

@@ -21,7 +21,7 @@ from cuflash.planning.offline import offline_kernels
 from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.tile import Tile
 from cuflash.timing import sass
-from cuflash.timing.control_flow import find_loops
+from cuflash.timing.control_flow import find_loops, hides_on_fma, steady_trace, tile_loop
 from cuflash.timing.sass import Function, Instruction
 
 pytest.importorskip("cupy")
@@ -32,8 +32,8 @@ CASES = pytest.mark.parametrize(
 )
 
 
-def default_tile(dtype: str, head_dim: int) -> Tile:
-    return tile_choice.default_tile(KernelCase(FORWARD_WGMMA, dtype, head_dim), ON)
+def default_tile(dtype: str, head_dim: int, is_causal: bool) -> Tile:
+    return tile_choice.default_tile(KernelCase(FORWARD_WGMMA, dtype, head_dim, is_causal=is_causal), ON)
 
 
 def report_of(
@@ -45,7 +45,7 @@ def report_of(
     head_dim_v: int = 0,
     **lengths: bool,
 ) -> Report:
-    case = KernelCase(FORWARD_WGMMA, dtype, head_dim, head_dim_v=head_dim_v, features=features)
+    case = KernelCase(FORWARD_WGMMA, dtype, head_dim, head_dim_v=head_dim_v, features=features, is_causal=is_causal)
     kernels = offline_kernels(
         ON, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v or None, is_causal=is_causal, backward=False, features=features, **lengths,
         tile={"forward_wgmma": tile or tile_choice.default_tile(case, ON)},
@@ -156,6 +156,16 @@ def test_masks_and_dropout_fit_the_registers(features: FeatureSet, head_dim: int
     assert_as_meant(report_of("float16", head_dim, True, features=features))
 
 
+def test_other_segments_are_hidden_on_the_fma_unit() -> None:
+    """The assembler makes no selections of it, in the first step and in the loop, whose ALU has no time for them."""
+    tile, features = Tile(192, 112, 12, 2), FeatureSet(segments=True)
+    code = code_of(report_of("float16", 64, True, tile, features))
+    assert sum(map(hides_on_fma, code)) == 2 * tile.tile_kv // 2
+    loop = tile_loop(code, masked=True)
+    assert sum(map(hides_on_fma, steady_trace(code, loop, masked=True).instructions)) == tile.tile_kv // 2
+    assert not any(map(hides_on_fma, steady_trace(code, loop).instructions))
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("num_warps", [8, 12])
@@ -168,7 +178,7 @@ def test_the_longest_tiles_fit_the_registers(num_warps: int, head_dim: int) -> N
 
 def assert_hot_loops(report: Report, dtype: str, head_dim: int, is_causal: bool) -> None:
     """Products of both kinds, and copies of boxes."""
-    function, tile = code_of(report), default_tile(dtype, head_dim)
+    function, tile = code_of(report), default_tile(dtype, head_dim, is_causal)
     kind = "F32" if dtype == "float16" else "F32.BF16"
     scores, outputs = f"HGMMA.64x{tile.tile_kv}x16.{kind}", f"HGMMA.64x{head_dim}x16.{kind}"
     loops = loops_of(function)

@@ -66,6 +66,7 @@ class KernelCase:
         maps_mask: the TMA unit copies the mask, which only some kernels and masks let it (`mapped_arrays`).
         mask_in_chunks: rows of the mask start on 16 bytes, and are whole chunks of 16 bytes; of kernels that copy masks by threads only.
         value_in_key: value is the first columns of key, and not streamed; of kernels whose warps share out columns only.
+        is_causal: a causal mask hides keys; of kernels whose blocks stay only, of which tile and registers depend on it.
     """
 
     kernel: KernelSpec
@@ -78,6 +79,7 @@ class KernelCase:
     maps_mask: bool = True
     mask_in_chunks: bool = True
     value_in_key: bool = False
+    is_causal: bool = False
 
     def __post_init__(self) -> None:
         of_mask = mapped_arrays.MASK_BYTES.get(self.features.attn_mask or "", 0)
@@ -85,6 +87,7 @@ class KernelCase:
         object.__setattr__(self, "maps_mask", is_mapped)
         is_copied = self.mask_in_chunks and self.kernel.copies_masks and self.features.attn_mask is not None
         object.__setattr__(self, "mask_in_chunks", is_copied and not (self.features.attn_mask == "bool" and self.features.segments))
+        object.__setattr__(self, "is_causal", self.is_causal and self.kernel.stays)
         if self.kernel.is_tiled and not (self.head_dim_v and self.kernel.reads_value):
             object.__setattr__(self, "head_dim_v", self.head_dim)
 
@@ -186,6 +189,7 @@ def case_of(spec: KernelSpec, problem: Problem) -> KernelCase:
     return KernelCase(
         spec, problem.dtype, problem.head_dim, problem.allow_tf32 and problem.dtype == "float32", problem.head_dim_v, features,
         problem.kv_dtype if problem.kv_dtype != problem.dtype else "", mapped_arrays.maps_mask(problem), masks_in_chunks(problem.features), problem.value_in_key and spec.column_groups > 1,
+        problem.is_causal,
     )  # fmt: skip
 
 

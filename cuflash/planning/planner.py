@@ -284,7 +284,7 @@ def tiled_kernel(spec: KernelSpec, problem: Problem, device: Device, pinned: Til
         constants["Q_STAGES"] = kernel_cases.stationary_stages(case, tile, device)
         any_scale = problem.scale < SMALLEST_SCALE
         keeps_q = not (problem.is_ragged or any_scale)  # scores times a sign take the registers
-        constants["Q_REGISTER_STEPS"] = tile_rules.q_register_steps(case, tile, device, is_causal=problem.is_causal) if keeps_q else 0
+        constants["Q_REGISTER_STEPS"] = tile_rules.q_register_steps(case, tile, device) if keeps_q else 0
         constants["ANY_SCALE"] = any_scale
         constants["MAPS_MASK"] = case.maps_mask
     if spec.splits_keys:

@@ -132,8 +132,9 @@ def _known(case: KernelCase, device: Device) -> tuple[Tile | None, str]:
     if case.kernel.column_groups > 1:
         return _wide_tile(case, device), "as many keys as fit twice"
     if case.kernel.implementation == "wgmma":
-        if (tile := _wgmma_tile_with_features(case, device)) is not None:
-            return tile, "predicted by the timing model (predicted_tiles.py)"
+        numbers = _wgmma_with_feature(case)
+        if numbers is not None and broken_rule(case, Tile(*numbers), device) is None:
+            return Tile(*numbers), "predicted by the timing model (predicted_tiles.py)"
         if (measured := _wgmma_tile(measured_tiles.TILES, case, device)) is not None:
             return measured, "from experiments with Hopper's instructions (measured_tiles.py)"
         return _wgmma_tile(predicted_tiles.WGMMA, case, device), "predicted by the timing model (predicted_tiles.py)"
@@ -156,14 +157,22 @@ def tolerated_spills(case: KernelCase, tile: Tile, device: Device) -> int:
     return TOLERATED_SPILLS if case.kernel.implementation == "mma" and not untimed and tile == known_tile(case, device) else 0
 
 
-def _wgmma_tile_with_features(case: KernelCase, device: Device) -> Tile | None:
-    """That of its feature; backward with several the smallest of theirs."""
-    features, wide = _kinds(case), max(case.head_dim, case.head_dim_v)
-    if len(features) > 1 and not case.kernel.backward:
+def _wgmma_with_feature(case: KernelCase) -> _Numbers | None:
+    """The predicted tile of a kernel of wgmma with one feature and its causal mask, or with a causal mask alone: sinks come behind its loops, and prefixes are edges of the mask."""
+    features = _kinds(case)
+    if case.is_causal and case.head_dim == case.head_dim_v and features <= {"sinks", "prefix"}:
+        features = frozenset({"causal"})
+    wide = max(case.head_dim, case.head_dim_v)
+    if case.kernel.backward:  # with several features the smallest of their tiles
+        return min(
+            (numbers for of in features if (numbers := predicted_tiles.WGMMA_WITH_FEATURE.get((case.kernel.name, wide, of)))), default=None
+        )
+    if len(features) != 1:
         return None
-    known = (predicted_tiles.WGMMA_WITH_FEATURE.get((case.kernel.name, wide, feature)) for feature in features)
-    tiles = sorted((Tile(*numbers) for numbers in known if numbers is not None), key=lambda tile: (tile.tile_q, tile.num_stages))
-    return tiles[0] if tiles and broken_rule(case, tiles[0], device) is None else None
+    key = case.kernel.name, wide, next(iter(features))
+    if not case.is_causal and key in predicted_tiles.WGMMA_WITH_FEATURE_FULL:
+        return predicted_tiles.WGMMA_WITH_FEATURE_FULL[key]
+    return predicted_tiles.WGMMA_WITH_FEATURE.get(key)
 
 
 def _wgmma_tile(of_kernels: Mapping[_Key, _Numbers], case: KernelCase, device: Device) -> Tile | None:

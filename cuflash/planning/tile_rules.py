@@ -197,14 +197,14 @@ def _wgmma_registers(case: KernelCase, tile: Tile) -> int:
     return tile.tile_kv // 4 * (1 + of_mask) + _WGMMA_OTHER_REGISTERS + of_features
 
 
-def q_register_steps(case: KernelCase, tile: Tile, device: Device, *, is_causal: bool) -> int:
+def q_register_steps(case: KernelCase, tile: Tile, device: Device) -> int:
     """How many steps of the depth of Q Kᵀ, 16 columns each, forward_wgmma has room for in registers, four per thread, so that products need not read them from shared memory.
 
     For two warpgroups with heads above 128 columns, whose products keep shared memory busy, and calls without features: with others there is less room.
     """
     if case.head_dim <= 128 or tile.num_warps != 8 or case.features != NO_FEATURES:
         return 0
-    limit = WGMMA_REGISTERS[tile.num_warps] - _WGMMA_CUT_REGISTERS * is_causal
+    limit = WGMMA_REGISTERS[tile.num_warps] - _WGMMA_CUT_REGISTERS * case.is_causal
     free = limit - accumulator_registers(case, tile, device) - tile.tile_kv // 4 - _WGMMA_BESIDE_Q_REGISTERS
     return min(ceil(case.head_dim / 16), max(0, free // 4))
 

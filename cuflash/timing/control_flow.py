@@ -89,6 +89,11 @@ def is_wgmma(instruction: Instruction) -> bool:
     return instruction.base in WGMMA
 
 
+def hides_on_fma(instruction: Instruction) -> bool:
+    """Whether it gives minus infinity to a score in the place of a selection: `hide_on_fma` in kernels/ptx/math.cuh."""
+    return instruction.base == "IMAD" and bool(instruction.predicate) and instruction.operands.endswith("-0x800000")
+
+
 def is_exponential(instruction: Instruction) -> bool:
     """Whether it is an exponential."""
     return instruction.opcode.startswith("MUFU.EX2")
@@ -167,7 +172,7 @@ def tile_loop(function: Function, *, masked: bool = False) -> Loop:
 
 def _selections(code: Sequence[Instruction]) -> float:
     """Comparisons and selections for each product, or for each instruction."""
-    return sum(instruction.base in ("ISETP", "FSEL", "SEL") for instruction in code) / max(1, sum(map(is_matrix, code)))
+    return sum(i.base in ("ISETP", "FSEL", "SEL") or hides_on_fma(i) for i in code) / max(1, sum(map(is_matrix, code)))
 
 
 # --- How often a loop runs ----------------------------------------------------------------------------------------------------------------
@@ -377,6 +382,7 @@ class _Paths:
         work = self._work(range(start, end))
         bases = [self.function[index].base for index in range(start, end)]
         masks = bases.count("FSEL") if self.masked and "FSETP" not in bases else 0  # those by comparing floats are clamps
+        masks += sum(map(hides_on_fma, self.function[start:end])) if self.masked else 0
         masks += bases.count("LDS") if self.masked else 0  # of a mask that was copied, as by LDSM beside products of warpgroups
         masks += bases.count("LDSM") if self.masked and not self.reads_operands else 0
         return _Node(start, end, tuple(range(start, end)), work, masks, end - start)

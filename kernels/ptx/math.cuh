@@ -38,6 +38,21 @@ DEVICE float fma_rm(float x, float y, float z) {
   return w;
 }
 
+// Gives -inf to `score` where `seen` is 0, in integers and on the FMA unit: a selection would take the ALU, which has maxima and conversions to do.
+// The assembler must not know that `zero` is 0, since it would make a selection of it.
+DEVICE void hide_on_fma(float& score, uint32 seen, int zero) {
+  asm("{\n"
+      "  .reg .pred hidden;\n"
+      "  .reg .b32 bits;\n"
+      "  setp.eq.u32 hidden, %1, 0;\n"
+      "  mov.b32 bits, %0;\n"
+      "  @hidden mad.lo.s32 bits, bits, %2, 0xff800000;\n"
+      "  mov.b32 %0, bits;\n"
+      "}"
+      : "+f"(score)
+      : "r"(seen), "r"(zero));
+}
+
 // min(x, y) that keeps NaN.
 DEVICE float min_nan(float x, float y) {
 #if __CUDA_ARCH__ >= 800

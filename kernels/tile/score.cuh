@@ -14,6 +14,7 @@
 #include "tile/features.cuh"
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
+#include "tile/small_scores.cuh"
 #include "ptx/math.cuh"
 #include "ptx/memory.cuh"
 
@@ -62,15 +63,8 @@ DEVICE float tanh_of(float x) {
   return fabsf(x) < 0.1f ? near : far;
 }
 
-// Largest cap, in units of the scores, of which tanh may be wrong by 2^-22 however small it is.
-constexpr float MOST_OF_FAR_TANH = 128.0f;
-
 // Whether a kernel may make capped scores of quotients (tile/capped_scores.cuh): with more columns of O it spills.
 constexpr bool MAKES_QUOTIENTS = SOFTCAP && QUICK_TANH && !ALIBI && !ADDITIVE_MASK && Config::HEAD_DIM_V <= 64;
-
-// tanh(x) = x (c0 + c1 x^2 + c2 x^4 + c3 x^6), wrong by 2^-22 at most, for |x| up to a half: a polynomial of least largest error.
-constexpr float MOST_OF_SMALL_TANH = 0.5f;
-constexpr float SMALL_TANH[4] = {0.99999768f, -0.33320655f, 0.13145146f, -0.04337248f};
 
 // A product q·k -> its score but for a mask. NEAR_0 as in `tanh_of`.
 template <bool NEAR_0 = true>
@@ -146,8 +140,10 @@ class ScoreModifier {  // of one batch and query head
   DEVICE void apply_to_rows(float (&S)[M][N][4], int first_row, int first_column, bool shares, bool looks_for_small) const {
     if constexpr (!MODIFIES_SCORES || ONLY_ADDS_MASK) return;
     if constexpr (SOFTCAP) {
-      if (looks_for_small && !any_lane(!are_small(S, first_row))) {
-        cap_small(S);
+      const SmallScores<M> small(features);
+      float largest[M][2];
+      if (looks_for_small && small.are_all(S, largest, first_row, geometry.seqlen_q)) {
+        for_each_place<M, N>([&](int m, int n, int i, int, int) { S[m][n][i] = small.score(S[m][n][i]); });
       } else if (QUICK_TANH && shares && features.softcap <= MOST_OF_FAR_TANH) {
 #pragma unroll
         for (int m = 0; m < M; ++m) cap_in_fours(S[m]);
@@ -231,39 +227,6 @@ class ScoreModifier {  // of one batch and query head
       const int key = TRANSPOSED ? first_row + row : first_column + column;
       float& of_score = derivative.value[SOFTCAP ? m : 0][SOFTCAP ? n : 0][i];
       S[m][n][i] = score_of<NEAR_0>(S[m][n][i], query, key, slope, geometry, features, of_score);
-    });
-  }
-
-  // Whether the lane's products are such that `cap_small` is right for them, but those of rows that are not the sequence's. The powers of its factor
-  // stay far from both ends of a float.
-  template <int M, int N>
-  DEVICE bool are_small(const float (&S)[M][N][4], int first_row) const {
-    const float factor = fabsf(features.score_factor);
-    const bool fits = features.softcap <= MOST_OF_FAR_TANH && factor >= 1.0f / 4096.0f && factor <= 4096.0f;
-    float largest = 0.0f;
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float of_row = 0.0f;
-#pragma unroll
-        for (int n = 0; n < N; ++n) of_row = fmaxf(of_row, fmaxf(fabsf(S[m][n][2 * r]), fabsf(S[m][n][2 * r + 1])));
-        if (first_row + 16 * m + 8 * r + lane_index() / 4 < geometry.seqlen_q) largest = fmaxf(largest, of_row);
-      }
-    return largest * factor <= (fits ? MOST_OF_SMALL_TANH : -1.0f);
-  }
-
-  // softcap tanh(factor product), without a special function.
-  template <int M, int N>
-  DEVICE void cap_small(float (&S)[M][N][4]) const {
-    const float square = features.score_factor * features.score_factor;
-    float coefficient[4];
-    float power = features.softcap * features.score_factor;
-#pragma unroll
-    for (int i = 0; i < 4; ++i, power *= square) coefficient[i] = SMALL_TANH[i] * power;
-    for_each_place<M, N>([&](int m, int n, int i, int, int) {
-      const float product = S[m][n][i], of = product * product;
-      S[m][n][i] = product * __fmaf_rn(__fmaf_rn(__fmaf_rn(coefficient[3], of, coefficient[2]), of, coefficient[1]), of, coefficient[0]);
     });
   }
 

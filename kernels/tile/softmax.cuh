@@ -116,6 +116,37 @@ struct OnlineSoftmax {
       for (int r = 0; r < 2; ++r) add_to_sum(m, r, row_sum<0, N>(S[m], r));
   }
 
+  // The same of products whose scores are `small` (tile/small_scores.cuh), none of a row above that of `largest`.
+  template <bool ROW_BY_ROW, int N, int N_O, typename Small, typename WaitForO>
+  DEVICE void update_small(float (&S)[M][N][4], float (&O)[M][N_O][4], const float (&largest)[M][2], const Small& small, WaitForO wait_for_O) {
+    bool is_rare = false;
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) is_rare |= reference_of(fabsf(small.score(largest[m][r])), 1.0f, SLACK) > reference[m][r];
+    if (any_lane(is_rare)) {
+      wait_for_O();
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float of_row = small.score(quad_max(lane_max(S[m], r)));
+          const bool rises = !ROW_BY_ROW || reference_of(of_row, 1.0f, SLACK) > reference[m][r];
+          raise(O[m], rises ? of_row : -infinity(), m, r, 1.0f);
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+          for (int i = 2 * r; i < 2 * r + 2; ++i) S[m][n][i] = ex2(small.score_less(S[m][n][i], offset_of(m, r)));
+        add_to_sum(m, r, row_sum<0, N>(S[m], r));
+      }
+  }
+
   // The same where O is not at hand: it has to be multiplied by `rescale`. References rise with the maximum, and the branch is for coarse rows.
   template <int N>
   DEVICE void update(float (&S)[M][N][4], float (&rescale)[M][2], float scale_log2) {

@@ -3,6 +3,7 @@
 // hidden score takes one selection.
 #pragma once
 #include "tile/fragment.cuh"
+#include "ptx/math.cuh"
 
 // Which of 32 columns a lane answers for, so that the eight bits of a lane's columns are one byte of the answers of all.
 DEVICE int column_of_lane() { return lane_index() % 8 / 2 * 8 + lane_index() / 8 * 2 + lane_index() % 2; }
@@ -76,6 +77,12 @@ class VisibleColumns {
       if (open == 0) return;
       common = shfl(next, __popc((open & -open) - 1));
     }
+  }
+
+  // Gives -inf to what is not seen, as `hide_on_fma`.
+  DEVICE void apply_on_fma(float (&c)[M][N][4], int zero) const {
+    for_each_place<M, N>(
+        [&](int m, int n, int i, int, int) { hide_on_fma(c[m][n][i], word[2 * m + i / 2][n / 16] & 1u << (n % 16 * 2 + i % 2), zero); });
   }
 
   // Gives `hidden` to what is not seen.
