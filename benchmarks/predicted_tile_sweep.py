@@ -2,6 +2,7 @@
 
     python benchmarks/predicted_tile_sweep.py --arch sm_80 sm_86 sm_120
     python benchmarks/predicted_tile_sweep.py --arch sm_80 --steady          # lines of cuflash/planning/predicted_backward.py
+    python benchmarks/predicted_tile_sweep.py --arch sm_80 --mask            # lines of cuflash/planning/mask_gradient.py
     python benchmarks/predicted_tile_sweep.py --arch sm_80 --kernel backward_dq --head-dim 128 --tile 128x32w4s2 64x64w4s2
 
 float16, or with --dtype another type (docs/performance.md says which tiles of float32 were tried), no score features, steady states of long runs
@@ -19,11 +20,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cuflash.cli import samples
+from cuflash.cli.sample_features import SampleFeatures
 from cuflash.errors import UnsupportedError
 from cuflash.hardware import device
 from cuflash.jit import cache
-from cuflash.planning import kernel_specs, planner, tile_choice, tile_rules
-from cuflash.planning.kernel_cases import KernelCase
+from cuflash.planning import kernel_specs, planner, tile_choice, tile_rules, wgmma_backward
+from cuflash.planning.kernel_cases import KernelCase, case_of
 from cuflash.problem.tile import Tile
 from cuflash.timing import prediction, sass
 from cuflash.timing.machine import CARDS, multiprocessor
@@ -47,6 +49,8 @@ CANDIDATES: dict[tuple[str, int], str] = {
 """Warps of 32 rows and of 16, as many keys or queries as registers may hold. The tile that is the default at the time is tried too."""
 
 FINALISTS = 3
+HALF_BYTES = 2
+"""Of an element of the gradient of a float16 mask."""
 LEAST_GAIN = 1.02
 
 
@@ -126,6 +130,37 @@ def steady(arch: str, head_dim: int) -> Iterator[str]:
             yield f'    ("{arch}", "{name}", {head_dim}): Steady({blocks}, {alone:.3f}, {together:.3f}),'
 
 
+def mask_gradient(arch: str, head_dim: int) -> str | None:
+    """A line of mask_gradient.STEADY: the loops of both ways to all gradients, that of a float16 mask included, with their default tiles; None where no kernel makes the
+    others together."""
+    on = device.of_arch(arch, "gpu")
+    features = SampleFeatures(attn_mask="float16", mask_axes="bhqk", need_attn_mask_grad=True)
+    found: dict[str, list[float]] = {}
+    for causal in (False, True):
+        sample = samples.Sample(1, 1024, 1024, 256, 256, head_dim=head_dim, dtype="float16", is_causal=causal, features=features)
+        problem = samples.plan_of(sample, backward=True).problem
+        together = wgmma_backward.kernels(problem)[0] if on.capability == 90 else kernel_specs.BACKWARD_FUSED
+        *of_keys, _ = planner.kernels_of_their_own(problem, on)
+        if tile_choice.known_tile(case_of(together, problem), on) is None:
+            return None
+        for name, kernels in (
+            ("together", wgmma_backward.kernels(problem) if on.capability == 90 else (kernel_specs.BACKWARD_FUSED,)),
+            ("mask", (kernel_specs.BACKWARD_MASK,)),
+            ("apart", of_keys),
+            ("stored", (kernel_specs.BACKWARD_DQ_MASK,)),
+        ):
+            clocks = 0.0
+            for spec in kernels:
+                kernel = planner.tiled_kernel(spec, problem, on, None)
+                described, function = prediction.compiled(kernel, on, causal=causal)
+                of = prediction.predict_kernel(function, described, limits=False)
+                pairs = kernel.tile.tile_q * kernel.tile.tile_kv
+                of_block = CARDS[arch].block_start + HALF_BYTES * pairs / multiprocessor(arch).l2_bytes if spec.sums_scores else 0.0
+                clocks += (of.clocks + of_block) / of.blocks / pairs
+            found.setdefault(name, []).append(clocks)
+    return f'    ("{arch}", {head_dim}): Steady({", ".join(f"{name}={sum(of) / 2:.3f}" for name, of in found.items())}),'
+
+
 def _tile(text: str) -> Tile:
     match = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)", text)
     if match is None:
@@ -144,11 +179,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--steady", action="store_true", help="print the loops of both ways to the gradients instead, for predicted_backward.py"
     )
+    parser.add_argument("--mask", action="store_true", help="print what the gradient of a mask takes on both ways, for mask_gradient.py")
     options = parser.parse_args(arguments)
+    for arch in options.arch if options.mask else ():
+        for line in filter(None, (mask_gradient(arch, head_dim) for head_dim in options.head_dim or (64, 128))):
+            print(line, flush=True)
     for arch in options.arch if options.steady else ():
         for head_dim in options.head_dim or (64, 128, 256):
             print("\n".join(steady(arch, head_dim)), flush=True)
-    for arch in () if options.steady else options.arch:
+    for arch in () if options.steady or options.mask else options.arch:
         for (name, head_dim), texts in CANDIDATES.items():
             if name in (options.kernel or [name]) and head_dim in (options.head_dim or [head_dim]):
                 found = best(arch, name, head_dim, options.tile or list(map(_tile, texts.split())), options.dtype)

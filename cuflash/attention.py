@@ -179,9 +179,10 @@ def scaled_dot_product_attention_backward(
             is float32 and P = exp(S - lse) as exact as that is: off by |lse| · 2⁻²² at most. Rows that see nothing here have no gradient.
         grad_lse: gradient of that `lse`, float32 `(batch, num_heads_q, seqlen_q)`, or None for zero.
         tile: a `cuflash.Tile` as the kernel of dK and dV sees it (that of dQ takes it with tile_q and tile_kv exchanged), or a mapping from the
-            names of kernels to tiles. Without it the faster of two ways is taken, by prediction. Names also say which kernels run: {"backward_fused": …} or on sm_90 {"backward_wgmma": …} one for all gradients, {"backward_dq": …} one for dQ.
+            names of kernels to tiles. Without it the faster of two ways is taken, by prediction. Names also say which kernels run: {"backward_fused": …} or on sm_90 {"backward_wgmma": …} one for all gradients, {"backward_dq": …} one for dQ, {"backward_dq_mask": …} that of dQ for a mask's gradient too, {"backward_mask": …} one for that alone.
         deterministic: nothing changes: every kernel adds in a fixed order and gives the same bits on every run.
-        need_attn_mask_grad: also give the gradient of an additive attn_mask, summed over the axes along which it is broadcast, by a kernel of its own.
+        need_attn_mask_grad: also give the gradient of an additive attn_mask, summed over the axes along which it is broadcast, by a kernel of its own; where nothing is summed the kernel of dQ
+            may make it on its way, which takes less.
 
     Other arguments have to be those of the forward call, or of the chunk's.
 

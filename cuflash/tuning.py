@@ -46,8 +46,8 @@ def legal_tiles(
         dtype: "float16", "bfloat16" or "float32".
         head_dim_v: of value, default head_dim.
         kernel: "forward", on sm_90 "forward_wgmma", "forward_wgmma_float32" for float32, and above 256 columns "forward_wgmma_wide", for few queries "forward_split", "backward_dkdv", "backward_dk", "backward_dv", "backward_dq",
-            "backward_fused" or on sm_90 "backward_wgmma", with an additive mask also "backward_row_sums" and
-            "backward_mask", as `print(plan)` names them.
+            "backward_fused" or on sm_90 "backward_wgmma", with an additive mask also "backward_row_sums",
+            "backward_mask" and "backward_dq_mask", as `print(plan)` names them.
         arch: "sm_80", "sm_90", …; None for the GPU of this machine, or the simulator without one.
         is_causal: as in the call; some defaults depend on it.
         allow_tf32: as in the call.

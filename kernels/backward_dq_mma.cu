@@ -5,11 +5,14 @@
 // A kernel of its own costs two products more than adding dQ up with atomics from the dK/dV kernel, and saves the atomics, their float32
 // accumulator and the conversion pass; its result is the same bit for bit on every run.
 //
+// With STORES_GRAD_MASK it is the kernel of an additive mask's gradient too, where nothing of it is summed (tile/mask_gradient.cuh).
+//
 // Shared memory: Q [TILE_Q][D] | dO [TILE_Q][DV] | K [NUM_STAGES][TILE_KV][D] | V [NUM_STAGES][TILE_KV][DV]. One copy group per key tile.
 // For a wide head this for each slice, then the parts of S and of dP that the slices exchange.
 #include "tile/constants.cuh"
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
+#include "tile/mask_gradient.cuh"
 #include "tile/packed_tiles.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/products.cuh"
@@ -34,8 +37,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
   const Work work = work_in_order<CAUSAL, true>(arguments, arguments.geometry.num_heads_q);
   const int start_q = sequence_start(arguments.lengths.cu_seqlens_q, work.batch, arguments.geometry.seqlen_q);
   const int start_kv = sequence_start(arguments.lengths.cu_seqlens_kv, work.batch, arguments.geometry.seqlen_kv);
+  const MaskGradient grad_attn_mask(arguments.features.grad_attn_mask, work, arguments.geometry.seqlen_kv);
   auto clear_gradients = [&](int begin, int end, int tile, int num_tiles) {
     clear_rows<Element, NUM_THREADS, TILE_Q, HEAD_DIM>(arguments.grad_query, work, begin, end, tile, num_tiles);
+    grad_attn_mask.clear(begin, end, 0, arguments.geometry.seqlen_kv);
   };
   if (!claim_rows<TILE_Q>(arguments, packed_queries(arguments), work, clear_gradients)) return;
   const auto& geometry = geometry_of(arguments, work.batch);
@@ -76,6 +81,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
     dO.load(0);
   }
   fill_pipeline(begin, issue);
+  grad_attn_mask.clear_unvisited(first_q, min(first_q + TILE_Q, geometry.seqlen_q), arguments, work, begin, end);
 
   const StatisticsView view(arguments, work.batch, work.head, start_q, geometry.seqlen_q);
   const StatisticsOfRows<M_TILES> statistics(view, first_q + warp_row);
@@ -116,6 +122,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) backward_dq_mma(con
     if constexpr (DROPOUT) statistics.drop(dP, dropout, work.batch, work.head, first_q + warp_row, first_kv, arguments.features.dropout_scale);
     multiply_all(dP, P);
     auto& dS = dP;  // in place
+    grad_attn_mask.store(dS, first_q + warp_row, geometry.seqlen_q, first_kv);
     derivative.multiply(dS);
 
     multiply_accumulator(dQ, dS, K);

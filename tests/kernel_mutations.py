@@ -157,7 +157,8 @@ BOOLEAN_MASK = (
     _masked((2, 75, 150), boolean=True), _masked((75, 150), boolean=True),
     _masked((140, 150), boolean=True, seqlen_q=140),  # lists of more tiles than their kernel has warps, for tiles of keys too
 )  # fmt: skip
-ADDITIVE_MASK = tuple(_masked(shape) for shape in ((2, 75, 150), (150,), (75, 1), (1,)))
+ADDITIVE_MASK = tuple(_masked(shape) for shape in ((75, 150), (150,), (75, 1), (1,)))
+MASK_OF_EACH_PAIR = (_masked((2, 75, 150)),)  # whose gradient the kernel of dQ stores
 MASKED_IN_STEPS = Inputs(
     (1, 37, 2, 488), (1, 40, 1, 488), (1, 40, 1, 488),
     options=(("enable_gqa", True), ("attn_mask", np.linspace(-1001, -999, 40, dtype=np.float32))),  # scores are huge, and differ
@@ -455,6 +456,9 @@ def _variants() -> Iterator[Variant]:
     )  # fmt: skip
     yield Variant("backward sm_80 float16, wider value, 2 stages", "sm_80", "float16", Tile(32, 32, 2, 2), (WIDER_VALUE,), backward=True)
     yield Variant("backward sm_80 float16 additive mask, 1 stage", "sm_80", "float16", Tile(32, 64, 2, 1), ADDITIVE_MASK, backward=True)
+    yield Variant(
+        "backward sm_80 float16 mask of each pair, 1 stage", "sm_80", "float16", Tile(32, 64, 2, 1), MASK_OF_EACH_PAIR, backward=True
+    )
     yield Variant("backward sm_75 float16 additive mask", "sm_75", "float16", Tile(32, 64, 2, 1), ADDITIVE_MASK, backward=True)
     row_sums = "backward_row_sums_mma.cu"
     for stages in (1, 2, 3):

@@ -328,11 +328,13 @@ def test_inspect_and_warmup_know_the_gradient_of_a_mask(tmp_path: Path, monkeypa
         {report["kernel"] for report in json.loads(here("inspect", *options, *more, "--json", directory=tmp_path).stdout)}
         for more in ((), ("--need-attn-mask-grad",))
     )
-    assert with_gradient - without == {"backward_mask"}
+    assert with_gradient - without == {"backward_dq_mask"}
+    assert without - with_gradient == {"backward_dq"}
     of_odd_masks = 1  # forward, of masks whose rows do not start on 16 bytes
+    of_sums = 2  # backward_dq and backward_mask, of masks that are broadcast
     assert f"{len(without) + of_odd_masks} kernels are in the cache" in here("warmup", *options, directory=tmp_path).stdout
     assert (
-        f"{len(with_gradient) + of_odd_masks} kernels are in the cache"
+        f"{len(with_gradient) + of_odd_masks + of_sums} kernels are in the cache"
         in here("warmup", *options, "--need-attn-mask-grad", directory=tmp_path).stdout
     )
 
@@ -343,8 +345,9 @@ def test_warmup_of_a_prefix_needs_no_other_option(tmp_path: Path) -> None:
 
 
 def test_profile_of_the_gradient_of_a_mask(tmp_path: Path) -> None:
-    result = here("profile", "--seqlen", "32", "--attn-mask", "float32", "--pass", "backward", "--need-attn-mask-grad", directory=tmp_path)
-    assert "backward_mask_mma: 1 launch" in result.stdout, result.stderr
+    options = ("--seqlen", "32", "--attn-mask", "float32", "--pass", "backward", "--need-attn-mask-grad")
+    result = here("profile", *options, directory=tmp_path)
+    assert "backward_dq_mma: 1 launch" in result.stdout, result.stderr
     assert "grad_attn_mask" in result.stdout
 
 

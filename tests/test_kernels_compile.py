@@ -20,7 +20,7 @@ from cuflash.jit import cache, compiler, disassembly
 from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import tile_choice, tile_model, tile_rules
 from cuflash.planning.kernel_cases import KernelCase
-from cuflash.planning.kernel_specs import TILED_KERNELS
+from cuflash.planning.kernel_specs import BACKWARD_DQ_MASK, BACKWARD_MASK, TILED_KERNELS
 from cuflash.planning.offline import offline_kernels
 from cuflash.problem.features import NO_FEATURES, FeatureSet
 from cuflash.problem.tile import Tile
@@ -49,10 +49,15 @@ def reports_of(
     on: Device, dtype: str, head_dim: int, is_causal: bool = True, head_dim_v: int | None = None,
     features: FeatureSet = NO_FEATURES, varlen: bool = False, seqlens_kv: bool = False,
 ) -> list[Report]:  # fmt: skip
-    kernels = offline_kernels(
-        on, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v, is_causal=is_causal, features=features, varlen=varlen,
-        seqlens_kv=seqlens_kv, need_attn_mask_grad=True,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "dtype": dtype, "head_dim": head_dim, "head_dim_v": head_dim_v, "is_causal": is_causal, "features": features, "varlen": varlen,
+        "seqlens_kv": seqlens_kv,
+    }  # fmt: skip
+    kernels = list(offline_kernels(on, **options))
+    for spec in (BACKWARD_MASK, BACKWARD_DQ_MASK) if features.additive_mask else ():  # both ways to the gradient of a mask
+        tile = tile_choice.default_tile(KernelCase(spec, dtype, head_dim, head_dim_v=head_dim_v or 0, features=features), on)
+        of_mask = offline_kernels(on, **options, need_attn_mask_grad=True, tile={spec.name: tile})
+        kernels += [kernel for kernel in of_mask if kernel.spec == spec]
     return inspect_kernels((on, kernel) for kernel in kernels)
 
 
@@ -245,7 +250,9 @@ def test_no_declaration_hides_another(tmp_path: Path, monkeypatch: pytest.Monkey
     on, everything = device.of_arch("sm_90"), FeatureSet("float16", *[True] * 7)
     hopper = FeatureSet(window=True, softcap=True, alibi=True, sinks=True)
     cases: list[dict[str, Any]] = [
-        {"features": everything, "need_attn_mask_grad": True}, {"tile": {"backward_fused": Tile(32, 32, 2, 2)}},
+        {"features": everything, "need_attn_mask_grad": True},
+        {"features": everything, "need_attn_mask_grad": True, "tile": {"backward_mask": Tile(32, 32, 2, 1)}},
+        {"tile": {"backward_fused": Tile(32, 32, 2, 2)}},
         {"features": hopper, "tile": {"forward_wgmma": Tile(192, 16, 12, 2)}, "backward": False},
         {"features": hopper, "tile": {"backward_wgmma": Tile(32, 128, 8, 2)}},
         {"features": replace(hopper, attn_mask="float16"), "tile": {"forward_split": Tile(16, 32, 2, 2)}, "backward": False},

@@ -27,6 +27,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "window": {"window": (20, 3), "sinks": numpy.linspace(-1, 1, HEADS, dtype="float32")},
     "mask": {"attn_mask": numpy.random.default_rng(1).random((BATCH, 1, QUERIES, KEYS)) > 0.5, "is_causal": True, "causal_alignment": "bottom_right"},
     "bias": {"attn_mask": numpy.where(numpy.arange(KEYS) < 50, 0.5, -1e9).astype("float32"), "sinks": numpy.linspace(-1, 1, HEADS, dtype="float32")},
+    "pair_bias": {"attn_mask": numpy.random.default_rng(2).standard_normal((BATCH, HEADS, QUERIES, KEYS), numpy.float32), "seqlens_kv": USED_KV},
     "documents": {"segment_ids_q": numpy.arange(QUERIES)[None] // 40, "segment_ids_kv": numpy.arange(KEYS)[None] // 30},
 }  # fmt: skip
 
@@ -64,9 +65,9 @@ def of_row(row: int, options: dict[str, Any]) -> tuple[slice, slice, dict[str, A
 def check(on: Target, name: str, dtype: str, tile: Any) -> None:
     (grad_out, *inputs), options = given(on, name, dtype)
     out, lse = cuflash.scaled_dot_product_attention(*inputs, return_lse=True, **options)
-    wants = {"need_attn_mask_grad": True} if name == "bias" else {}
+    wants = {"need_attn_mask_grad": True} if name.endswith("bias") else {}
     grads = cuflash.scaled_dot_product_attention_backward(grad_out, *inputs, out, lse, tile=tile, **options, **wants)
-    summed, of_bias = numpy.zeros(HEADS), numpy.zeros(KEYS)
+    summed, of_bias = numpy.zeros(HEADS), numpy.zeros(options["attn_mask"].shape if wants else ())
     for row in range(BATCH):
         queries, keys, own = of_row(row, options)
         for got in (out, grads.query):
@@ -86,7 +87,9 @@ def check(on: Target, name: str, dtype: str, tile: Any) -> None:
         for which, rows in (("query", queries), ("key", keys), ("value", keys)):
             compare(getattr(grads, which)[row : row + 1, rows], getattr(exact, which), getattr(rounded, which), name=which)
         summed += 0 if exact.sinks is None else exact.sinks
-        of_bias += 0 if exact.attn_mask is None else exact.attn_mask
+        if wants:
+            part = of_bias[row : row + 1, :, queries, keys] if of_bias.ndim == 4 else of_bias[keys]
+            part += exact.attn_mask
     if wants:
         numpy.testing.assert_allclose(on.host(grads.attn_mask), of_bias, rtol=1e-2, atol=1e-2)
     if "sinks" in options:
@@ -98,6 +101,7 @@ def check(on: Target, name: str, dtype: str, tile: Any) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_padded_queries_take_part_in_nothing(name: str, dtype: str, way: str, simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(fused_backward.VARIABLE, "0" if way == "own" else "1")
+    poison_new_memory(monkeypatch)
     check(simulator, name, dtype, TILES if way == "fused" else None)
 
 
@@ -147,8 +151,9 @@ def test_tangents_of_padded_queries(simulator: Target) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bool", "float32"])
-def test_no_mask_is_read_of_a_row_without_queries(kind: str, simulator: Target) -> None:
+def test_no_mask_is_read_of_a_row_without_queries(kind: str, simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor before its memory; the gradient of a mask with all axes is 0 behind the lengths."""
+    poison_new_memory(monkeypatch)
     inputs = [simulator.random((2, 24, 1, 16), "float16", seed) for seed in range(3)]
     mask = numpy.random.default_rng(3).random((2, 1, 24, 24)) > 0.5
     mask = mask if kind == "bool" else numpy.where(mask, 0.5, -1).astype(kind)

@@ -11,7 +11,7 @@ import pytest
 from cuflash.hardware import device
 from cuflash.planning import tile_choice
 from cuflash.planning.kernel_cases import KernelCase
-from cuflash.planning.kernel_specs import BACKWARD_MASK, FORWARD_JVP, FORWARD_SPLIT, TILED_KERNELS
+from cuflash.planning.kernel_specs import BACKWARD_DQ_MASK, BACKWARD_MASK, FORWARD_JVP, FORWARD_SPLIT, TILED_KERNELS
 from cuflash.planning.offline import offline_kernels
 from cuflash.problem.features import FeatureSet
 
@@ -53,7 +53,7 @@ def test_no_name_hides_another(name: str) -> None:
         head_dim=head_dim,
         features=features,
         tile=pinned,
-        need_attn_mask_grad=spec == BACKWARD_MASK,
+        need_attn_mask_grad=spec in (BACKWARD_MASK, BACKWARD_DQ_MASK),
         jvp=spec == FORWARD_JVP,
     )
     kernel = next(kernel for kernel in kernels if kernel.name == name)

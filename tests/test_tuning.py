@@ -412,8 +412,9 @@ def test_warmup_compiles_the_gradient_of_a_mask_where_it_is_needed() -> None:
     features = [cuflash.FeatureSet(attn_mask="float16"), cuflash.FeatureSet(softcap=True)]
     without = cuflash.warmup(8, "float16", is_causal=True, features=features)
     assert "backward_mask_mma.cu" not in {entry.request.source for entry in cache.contents()}
-    assert cuflash.warmup(8, "float16", is_causal=True, features=features, need_attn_mask_grad=True) == without + 1
+    assert cuflash.warmup(8, "float16", is_causal=True, features=features, need_attn_mask_grad=True) == without + 2
     assert [entry.request.source for entry in cache.contents()].count("backward_mask_mma.cu") == 1
+    assert [entry.request.config for entry in cache.contents() if "STORES_GRAD_MASK = true" in entry.request.config] != []
 
 
 def test_warmup_refuses_the_gradient_of_no_mask() -> None:

@@ -20,7 +20,15 @@ from cuflash.planning.asked_for import Choice
 from cuflash.planning.block_order import L2_SHARE
 from cuflash.planning.kernel_cases import KernelCase, case_of
 from cuflash.planning.kernel_plan import Buffer, KernelPlan
-from cuflash.planning.kernel_specs import BACKWARD_DK, BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_DV, BACKWARD_FUSED, KernelSpec
+from cuflash.planning.kernel_specs import (
+    BACKWARD_DK,
+    BACKWARD_DKDV,
+    BACKWARD_DQ,
+    BACKWARD_DQ_MASK,
+    BACKWARD_DV,
+    BACKWARD_FUSED,
+    KernelSpec,
+)
 from cuflash.problem.problem import Problem
 from cuflash.problem.tile import Tile, Tiles
 from cuflash.system import switches
@@ -28,7 +36,7 @@ from cuflash.system import switches
 VARIABLE = "CUFLASH_FUSED_BACKWARD"
 """Environment variable; 0: never. Looked at when a call is planned, so not by calls whose like was made before."""
 
-OF_THEIR_OWN = (BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ)
+OF_THEIR_OWN = (BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ, BACKWARD_DQ_MASK)
 """Kernels of the other way."""
 
 _SLACK = 1.1

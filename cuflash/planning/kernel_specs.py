@@ -356,7 +356,14 @@ BACKWARD_DK = KernelSpec(
 BACKWARD_DQ = KernelSpec(
     "backward_dq", "backward_dq_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
     rows_of="query", stationary=("query", "grad_out"), streamed=("key", "value"), scores=("S", "dP"), outputs=("dQ",), takes_single_tile="transposed",
+    constants=(("STORES_GRAD_MASK", False),),
 )  # fmt: skip
+BACKWARD_DQ_MASK = KernelSpec(
+    "backward_dq_mask", "backward_dq_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
+    rows_of="query", stationary=("query", "grad_out"), streamed=("key", "value"), scores=("S", "dP"), outputs=("dQ",), takes_single_tile="transposed",
+    constants=(("STORES_GRAD_MASK", True),),
+)  # fmt: skip
+"""dQ, and the gradient of an additive mask where nothing of it is summed (mask_gradient.py)."""
 BACKWARD_MASK = KernelSpec(
     "backward_mask", "backward_mask_mma.cu", BACKWARD_ARGUMENTS, "mma", backward=True, workspace=_ROWS,
     rows_of="attn_mask", stationary=("query", "grad_out"), streamed=("key", "value"), scores=("S", "dP"), sums_scores=True, max_stages=1, walks_lists=False,
@@ -382,7 +389,7 @@ MERGE_TABLE = KernelSpec("merge_table", "merge_table.cu", argument_structs.MERGE
 
 KERNELS: tuple[KernelSpec, ...] = (
     FORWARD, FORWARD_WGMMA, FORWARD_WGMMA_FLOAT32, OPERAND_TERMS, FORWARD_WGMMA_WIDE, FORWARD_SPLIT, FORWARD_JVP, CACHE_APPEND,
-    BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_WGMMA, BACKWARD_WGMMA_DV, BACKWARD_WGMMA_DKDQ, BACKWARD_DQ_CONVERT, BACKWARD_DKDV_MERGE, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ,
+    BACKWARD_DELTA, BACKWARD_ROW_SUMS, BACKWARD_FUSED, BACKWARD_WGMMA, BACKWARD_WGMMA_DV, BACKWARD_WGMMA_DKDQ, BACKWARD_DQ_CONVERT, BACKWARD_DKDV_MERGE, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ, BACKWARD_DQ_MASK,
     BACKWARD_MASK, BACKWARD_SINKS,
     VISIBLE_TILES, PACKED_TILES, DROPOUT_MASK, MERGE_ATTENTION, MERGE_ATTENTION_BACKWARD, MERGE_TABLE,
 )  # fmt: skip

@@ -9,6 +9,7 @@ from cuflash.hardware.device import Device
 from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import (
     kernel_specs,
+    mask_gradient,
     packed_tiles,
     split_forward,
     tile_choice,
@@ -19,7 +20,15 @@ from cuflash.planning import (
 )
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_plan import KernelPlan
-from cuflash.planning.kernel_specs import BACKWARD_DQ, BACKWARD_FUSED, FORWARD, FORWARD_SPLIT, FORWARD_WGMMA_WIDE, KernelSpec
+from cuflash.planning.kernel_specs import (
+    BACKWARD_DQ,
+    BACKWARD_DQ_MASK,
+    BACKWARD_FUSED,
+    FORWARD,
+    FORWARD_SPLIT,
+    FORWARD_WGMMA_WIDE,
+    KernelSpec,
+)
 from cuflash.planning.planner import backward_choices, backward_kernels, check_names, forward_kernels, kernels_of_their_own, make_plan
 from cuflash.problem.features import BESIDE, NO_FEATURES, Features, FeatureSet, MaskLayout
 from cuflash.problem.layout import Layout, View
@@ -101,6 +110,8 @@ def _ways(problem: Problem, device: Device, pinned: Tiles, *, backward: bool) ->
     variants, mask = [problem.features], problem.features.attn_mask
     if mask is not None and not backward:  # rows that do not start on 16 bytes are copied by another configuration
         variants += [replace(features, attn_mask=replace(mask, aligned=False)) for features in variants]
+    if mask is not None and backward and problem.features.need_attn_mask_grad:  # of one row for all queries the gradient is a sum
+        variants += [replace(features, attn_mask=replace(mask, extents=(1, 1, 1, problem.seqlen_kv))) for features in variants]
     if problem.features.kinds.dropout and device.capability == 90:
         variants += [replace(features, dropout_p=HIGH_DROPOUT) for features in variants]
     for features in variants:
@@ -120,6 +131,8 @@ def _ways_to_kernels(problem: Problem, device: Device, pinned: Tiles, *, backwar
             specs += [wgmma_backward.kernels(problem)[0], BACKWARD_FUSED if fused.is_taken else BACKWARD_DQ]
         if fused.depends_on_lengths and (wgmma.depends_on_lengths or not wgmma.is_taken):
             specs += [BACKWARD_FUSED, BACKWARD_DQ]
+        if problem.features.need_attn_mask_grad and mask_gradient.why_not(problem) is None:
+            specs.append(BACKWARD_DQ_MASK)
         for way in (
             wgmma_backward.kernels(problem),
             kernels_of_their_own(problem, device),
@@ -140,7 +153,7 @@ def _ways_to_kernels(problem: Problem, device: Device, pinned: Tiles, *, backwar
     for spec in dict.fromkeys(specs):
         if spec not in present:
             yield (
-                _with_queries(problem, FEW_QUERIES) if spec == BACKWARD_DQ else problem,
+                _with_queries(problem, FEW_QUERIES) if spec in (BACKWARD_DQ, BACKWARD_DQ_MASK) else problem,
                 {spec.name: tile_choice.default_tile(case_of(spec, problem), device)},
             )
 
@@ -174,7 +187,7 @@ def _unsplit(problem: Problem, device: Device, pinned: Tiles) -> Problem:
 
 
 def _with_queries(problem: Problem, number: int) -> Problem:
-    return replace(problem, seqlen_q=number, max_seqlen_q=number)
+    return _with_elements_for_all(replace(problem, seqlen_q=number, max_seqlen_q=number), problem)
 
 
 def _with_heads(problem: Problem, heads: int, key_heads: int | None = None) -> Problem:
@@ -186,9 +199,19 @@ def _with_heads(problem: Problem, heads: int, key_heads: int | None = None) -> P
         return replace(view, shape=(batch, rows, heads, columns), strides=(rows * heads * columns, heads * columns, columns, 1))
 
     query, key, value = of_heads(problem.query, heads), of_heads(problem.key, heads_kv), of_heads(problem.value, heads_kv)
-    return replace(
+    other = replace(
         problem, num_heads_q=heads, num_heads_kv=heads_kv, query=query, key=key, value=value, key_shape=key.shape, value_shape=value.shape
     )
+    return _with_elements_for_all(other, problem)
+
+
+def _with_elements_for_all(other: Problem, like: Problem) -> Problem:
+    """A representative whose mask has an element for each pair of query and key, if that of the one that it was made of has."""
+    mask = other.features.attn_mask
+    if mask is None or mask_gradient.why_not(like) is not None:
+        return other
+    extents = other.batch, other.num_heads_q, other.seqlen_q, other.seqlen_kv
+    return replace(other, features=replace(other.features, attn_mask=replace(mask, extents=extents)))
 
 
 def _representative(

@@ -27,6 +27,7 @@ from cuflash.planning import (
     kernel_cases,
     kernel_specs,
     key_shares,
+    mask_gradient,
     operand_terms,
     packed_tiles,
     query_splits,
@@ -151,8 +152,11 @@ def _explained_backward(problem: Problem, device: Device, tile: Tiles) -> tuple[
         gradients = (kernel_specs.BACKWARD_FUSED,) if fused.is_taken else kernels_of_their_own(problem, device)
     words = [wgmma.why] if wgmma.is_taken else [wgmma.why, fused.why]
     before = (kernel_specs.BACKWARD_ROW_SUMS,) if problem.features.kinds.additive_mask else ()
-    after = (kernel_specs.BACKWARD_MASK,) if problem.features.need_attn_mask_grad else ()
-    return (*before, *gradients, *after), "; ".join(filter(None, words))
+    if problem.features.need_attn_mask_grad:
+        own = kernels_of_their_own(problem, device)
+        gradients, of_mask = mask_gradient.choose(problem, device, tile, gradients, own)
+        words.append(of_mask)
+    return (*before, *gradients), "; ".join(filter(None, words))
 
 
 def backward_choices(problem: Problem, device: Device, tile: Tiles = None) -> tuple[Choice, Choice]:

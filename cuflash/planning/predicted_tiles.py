@@ -96,6 +96,17 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
         (128, 64, 4, 2): CHEAP | {"float32", "window", "dropout"},
         (128, 48, 4, 2): _HALF_MASKS | {"bool", "segments", "softcap"},
     },
+    **{(arch, "backward_dq_mask", 64): {(128, 48, 4, 2): _HALF_MASKS, (64, 64, 4, 2): ALL - _HALF_MASKS} for arch in ("sm_80", "sm_90")},
+    ("sm_80", "backward_dq_mask", 128): {(64, 32, 4, 2): ALL},
+    ("sm_90", "backward_dq_mask", 128): {(64, 64, 4, 2): ALL},
+    **{
+        (arch, "backward_mask", 64): {(64, 128, 4, 1): MASKS, (64, 64, 4, 1): ALL - MASKS}
+        for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+    },
+    **{(arch, "backward_mask", 32): {(64, 128, 4, 1): MASKS, (64, 64, 4, 1): ALL - MASKS} for arch in ("sm_80", "sm_90")},
+    ("sm_80", "backward_mask", 128): {(64, 64, 4, 1): ALL},
+    ("sm_90", "backward_mask", 128): {(128, 64, 4, 1): _HALF_MASKS, (64, 64, 4, 1): ALL - _HALF_MASKS},
+    **{(arch, "backward_mask", 128): {(64, 32, 4, 1): ALL} for arch in ("sm_86", "sm_89", "sm_120")},
 }
 """(architecture, kernel, head_dim) -> tiles, from the largest to the smallest, and the features with which each is the best of those that spill at most
 `tile_choice.TOLERATED_SPILLS`, full and causal. Found with one feature at a time, full, float16; calls with several take the smallest of their tiles.

@@ -101,7 +101,9 @@ def estimate_cycles(case: KernelCase, tile: Tile, device: Device, *, spills: boo
         instructions += rows * (case.columns(device)[1] + 40 * slices)
     other = scores / _EXP_RATE + instructions / issue_rate
 
-    fetched = streamed + (rows if pieces > 1 else 0)
+    fetched = streamed + (
+        rows if pieces > 1 or kernel.sums_scores else 0
+    )  # what sums scores walks over heads, each of which has other rows
     l2 = fetched * streamed_bytes / _L2_RATE  # every block fetches every streamed tile: only more rows per block save traffic
 
     blocks = blocks_per_sm(case, tile, device)

@@ -26,10 +26,6 @@ from cuflash.planning import (
 from cuflash.planning.asked_for import Choice
 from cuflash.planning.kernel_cases import case_of
 from cuflash.planning.kernel_specs import (
-    BACKWARD_DK,
-    BACKWARD_DKDV,
-    BACKWARD_DQ,
-    BACKWARD_DV,
     BACKWARD_FUSED,
     BACKWARD_WGMMA,
     BACKWARD_WGMMA_DKDQ,
@@ -44,7 +40,7 @@ from cuflash.system import switches
 VARIABLE = "CUFLASH_BACKWARD_WGMMA"
 """Environment variable; 0: never, 1: the kernel wherever it can run. Looked at when a call is planned, so not by calls whose like was made before."""
 
-_OTHERS = (BACKWARD_FUSED, BACKWARD_DKDV, BACKWARD_DK, BACKWARD_DV, BACKWARD_DQ)
+_OTHERS = (BACKWARD_FUSED, *fused_backward.OF_THEIR_OWN)
 
 
 def kernels(problem: Problem) -> tuple[KernelSpec, ...]:
@@ -66,7 +62,7 @@ def choose(problem: Problem, device: Device, tile: Tiles, others: Sequence[Kerne
     Raises:
         OptionError: a value of the variable that is neither 0 nor 1.
     """
-    name, is_asked = BACKWARD_WGMMA.source, _is_asked_for(problem, device, tile)
+    name, is_asked = BACKWARD_WGMMA.source, is_asked_for(problem, device, tile)
     if device.capability != 90 and not is_asked:
         return Choice(False)
     if (reason := why_not(problem, device)) is not None:
@@ -114,7 +110,8 @@ def _others_cost(problem: Problem, device: Device, others: Sequence[KernelSpec])
     return "" if not found else f"; the others are predicted to take {found:.3g} ms"
 
 
-def _is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
+def is_asked_for(problem: Problem, device: Device, tile: Tiles) -> bool:
+    """Whether a tile or the variable asks for the kernel."""
     by = {asked_for.asked_by(case_of(kernel, problem), device, tile, VARIABLE, _OTHERS) for kernel in kernels(problem)}
     return "tile" in by or None not in by
 

@@ -91,9 +91,10 @@ def test_gradients_under_vmap_drop_what_was_dropped(device: Any, randomness: str
             vmap(grad(of_mask), (None, 0), randomness=randomness)(torch.zeros(SEQLEN, SEQLEN, device=device), query)
 
 
-def test_mask_and_sinks_have_gradients(device: Any) -> None:
-    """An additive mask that is broadcast over the batch, and a logit for each head; both together."""
-    *inputs, mask, sinks = leaves(device, SHAPE, SHAPE, SHAPE, (1, HEADS, SEQLEN, SEQLEN), (HEADS,))
+@pytest.mark.parametrize("masks", [1, BATCH], ids=["one_mask", "a_mask_each"])
+def test_mask_and_sinks_have_gradients(device: Any, masks: int) -> None:
+    """An additive mask that is broadcast over the batch, or is not, and a logit for each head; both together."""
+    *inputs, mask, sinks = leaves(device, SHAPE, SHAPE, SHAPE, (masks, HEADS, SEQLEN, SEQLEN), (HEADS,))
     results = scaled_dot_product_attention(*inputs, mask, sinks=sinks, return_lse=True)
     assert_same_gradients(results, attention(*inputs, mask, sinks=sinks), [*inputs, mask, sinks])
 
