@@ -68,11 +68,13 @@ class WarpgroupKeys {
         K_descriptor(WarpgroupK::descriptor(shared.K(warpgroup))),
         V_descriptor(WarpgroupV::descriptor(shared.V(warpgroup))) {}
 
-  // K has landed.
+  // K and V have landed.
   DEVICE void load_first_steps() {
     const int lane_offset = WarpgroupK::offset(16 * warp_of_warpgroup() + lane_index() % 16, lane_index() / 16);
 #pragma unroll
-    for (int k = 0; k < K_REGISTER_STEPS; ++k) ldmatrix_x4(first_steps[k], shared.K(warpgroup) + WarpgroupK::at(lane_offset, 2 * k));
+    for (int k = 0; k < K_REGISTER_STEPS; ++k) ldmatrix_x4(K_steps[k], shared.K(warpgroup) + WarpgroupK::at(lane_offset, 2 * k));
+#pragma unroll
+    for (int k = 0; k < V_REGISTER_STEPS; ++k) ldmatrix_x4(V_steps[k], shared.V(warpgroup) + WarpgroupV::at(lane_offset, 2 * k));
   }
 
   // Adds what the queries of one member give.
@@ -164,7 +166,8 @@ class WarpgroupKeys {
   Ring<TURNS> turns;
   const uint64 K_descriptor, V_descriptor;
   int buffer = 0;  // of dS
-  uint32 first_steps[K_REGISTER_STEPS > 0 ? K_REGISTER_STEPS : 1][4];  // of K, as far as registers have room; products read the rest in shared memory
+  uint32 K_steps[K_REGISTER_STEPS > 0 ? K_REGISTER_STEPS : 1][4];  // as far as registers have room; products read the rest in shared memory
+  uint32 V_steps[V_REGISTER_STEPS > 0 ? V_REGISTER_STEPS : 1][4];
   uint32 P_of_values[P_STEPS][4];  // of the tile whose dV is computed beside the scores of the next one
 
   DEVICE int warp_key() const { return warpgroup * WARPGROUP_ROWS + 16 * warp_of_warpgroup(); }  // of the block's
@@ -192,9 +195,10 @@ class WarpgroupKeys {
     out_ring.wait_full();
     issue_scores(P);
     issue_values();
+    const VisibleColumns<S_TILES> visible = left_by_data(member, tile, listed);
     wgmma_wait<1>();
     pin(P[0]);
-    to_probabilities<IS_MASKED>(P, member, tile, listed);
+    to_probabilities<IS_MASKED>(P, member, tile, visible, listed);
     mbarrier_wait(shared.keys_landed(), 0);  // they have: it keeps the assembler from moving the next wait up, before the exponentials
     wait_for_values();
     pack_for_values(P, member, tile);
@@ -205,9 +209,10 @@ class WarpgroupKeys {
     if constexpr (!TILE_LISTS) ring.wait_full();
     float P[1][S_TILES][4];
     issue_scores(P);
+    const VisibleColumns<S_TILES> visible = left_by_data(member, tile, listed);
     wgmma_wait<0>();
     pin(P[0]);
-    to_probabilities<true>(P, member, tile, listed);
+    to_probabilities<true>(P, member, tile, visible, listed);
     pack_for_values(P, member, tile);
   }
 
@@ -222,7 +227,7 @@ class WarpgroupKeys {
     pin(S[0]);
     const uint64 Q_descriptor = RingQ::descriptor(shared.Q(ring.stage));
     if constexpr (K_REGISTER_STEPS > 0) {
-      issue_rows<WarpgroupK, RingQ, D_TILES / 2>(S, first_steps, K_descriptor, Q_descriptor);
+      issue_rows<WarpgroupK, RingQ, D_TILES / 2>(S, K_steps, K_descriptor, Q_descriptor);
     } else {
       issue_rows<WarpgroupK, RingQ, D_TILES / 2>(S, K_descriptor, Q_descriptor);
     }
@@ -243,7 +248,7 @@ class WarpgroupKeys {
 
   // Scores in, probabilities out. The stage of Q is free.
   template <bool IS_MASKED>
-  DEVICE void to_probabilities(float (&P)[1][S_TILES][4], const Member& member, int tile, ListedTile listed) {
+  DEVICE void to_probabilities(float (&P)[1][S_TILES][4], const Member& member, int tile, const VisibleColumns<S_TILES>& visible, ListedTile listed) {
     const int first_q = tile * TILE_Q;
     const StatisticsOfColumns statistics(shared.statistics(ring.stage), member.view, first_q);
     ScoreDerivative<1, S_TILES> derivative;
@@ -254,7 +259,7 @@ class WarpgroupKeys {
       staged.add(P, warp_key());
     }
     statistics.to_probabilities(P, member.modifier.signed_factor());
-    hide<IS_MASKED>(P, member, first_q, staged, listed);
+    hide<IS_MASKED>(P, member, first_q, visible, listed);
     __syncwarp();  // all lanes of the warp have read row statistics; with dQ a barrier of all stands behind those reads
     ring.release_by_each_warp();
   }
@@ -280,11 +285,20 @@ class WarpgroupKeys {
     const StatisticsOfColumns statistics(shared.statistics(ring.stage), member.view, first_q);
     statistics.begin_grad_products(dS);
     pin(dS[0]);
-    issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_descriptor, Q_descriptor);
+    if constexpr (K_REGISTER_STEPS > 0) {
+      issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_steps, K_descriptor, Q_descriptor);
+    } else {
+      issue_rows<WarpgroupK, RingQ, D_TILES / 2>(P, K_descriptor, Q_descriptor);
+    }
     if constexpr (HAS_OUT_RING) out_ring.wait_full();
-    issue_rows<WarpgroupV, RingO, DV_TILES / 2, true>(dS, V_descriptor, dO_descriptor);
+    if constexpr (V_REGISTER_STEPS > 0) {
+      issue_rows<WarpgroupV, RingO, DV_TILES / 2, true>(dS, V_steps, V_descriptor, dO_descriptor);
+    } else {
+      issue_rows<WarpgroupV, RingO, DV_TILES / 2, true>(dS, V_descriptor, dO_descriptor);
+    }
     [[maybe_unused]] uint32 kept[P_STEPS][4];
     if constexpr (DROPOUT && COMPUTE_DV) member.dropout.draw_transposed(kept, member.first_key, first_q);
+    const VisibleColumns<S_TILES> visible = left_by_data(member, tile, listed);
     wgmma_wait<1>();
     pin(P[0]);
     ScoreDerivative<1, S_TILES> derivative;
@@ -295,7 +309,7 @@ class WarpgroupKeys {
       staged.add(P, warp_key());
     }
     statistics.to_probabilities(P, member.modifier.signed_factor());
-    hide<IS_MASKED>(P, member, first_q, staged, listed);
+    hide<IS_MASKED>(P, member, first_q, visible, listed);
     if constexpr (DROPOUT && !COMPUTE_DV) {  // nobody takes P, which has room for a mark where registers are short
       DrawnTile<1, S_TILES> drawn;
       drawn.draw(dropout, member.batch, member.head, member.first_key, first_q);
@@ -343,17 +357,37 @@ class WarpgroupKeys {
     buffer ^= 1;
   }
 
-  // Zeros where positions or data hide a pair.
-  template <bool IS_MASKED>
-  DEVICE void hide(float (&P)[1][S_TILES][4], const Member& member, int first_q, const StagedMask& staged, ListedTile listed) const {
+  // What is left of a listed tile in which some pair is hidden. It is found while products run.
+  DEVICE VisibleColumns<S_TILES> left_by_data(const Member& member, int tile, ListedTile listed) const {
+    VisibleColumns<S_TILES> visible;
     if constexpr (TILE_LISTS) {
       if (listed.is_partial()) {
-        hide_pairs(P, member, first_q);
-        if constexpr (SEGMENTS) staged.hide_by_ids(P, warp_key());
-        if constexpr (BOOLEAN_MASK) staged.hide_by_mask(P, warp_key());
+        visible = StagedMask(shared.mask(ring.stage)).visible<S_TILES>(warp_key());
+        cut_by_positions(visible, member, tile * TILE_Q);
       }
+    }
+    return visible;
+  }
+
+  // Zeros where positions or data hide a pair.
+  template <bool IS_MASKED>
+  DEVICE void hide(float (&P)[1][S_TILES][4], const Member& member, int first_q, const VisibleColumns<S_TILES>& visible, ListedTile listed) const {
+    if constexpr (TILE_LISTS) {
+      if (listed.is_partial()) visible.apply(P, 0.0f);
     } else if constexpr (IS_MASKED) {
       hide_pairs(P, member, first_q);
+    }
+  }
+
+  DEVICE void cut_by_positions(VisibleColumns<S_TILES>& visible, const Member& member, int first_q) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if constexpr (WINDOW) {
+        const int last = LASTS_OF_WINDOW == 2 ? member.last_of_window[r % LASTS_OF_WINDOW] : member.last_of_window[0] + 8 * r;
+        visible.cut(r, member.first_query[r] - first_q, last + 1 - first_q);
+      } else {
+        visible.cut(r, member.first_query[r] - first_q);
+      }
     }
   }
 
@@ -361,11 +395,7 @@ class WarpgroupKeys {
   DEVICE void hide_pairs(float (&P)[1][S_TILES][4], const Member& member, int first_q) const {
     if constexpr (WINDOW) {
       VisibleColumns<S_TILES> visible;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int last = LASTS_OF_WINDOW == 2 ? member.last_of_window[r % LASTS_OF_WINDOW] : member.last_of_window[0] + 8 * r;
-        visible.cut(r, member.first_query[r] - first_q, last + 1 - first_q);
-      }
+      cut_by_positions(visible, member, first_q);
       visible.apply(P, 0.0f);
     } else {
 #pragma unroll
@@ -465,7 +495,7 @@ DEVICE void compute(const BackwardWgmmaArguments& arguments, const BlockWork& wo
     if (!has_keys) {
       mbarrier_wait(shared.keys_landed(), 0);
       if constexpr (CUTS_KEYS) clear_hidden_keys(arguments, work, shared, warpgroup);
-      if constexpr (K_REGISTER_STEPS > 0) keys.load_first_steps();
+      if constexpr (K_REGISTER_STEPS + V_REGISTER_STEPS > 0) keys.load_first_steps();
       has_keys = true;
     }
     if constexpr (TILE_LISTS) {

@@ -98,6 +98,28 @@ def test_masks_that_start_anywhere(dtype: str) -> None:
     checked(on, *inputs_of(on, (70, 190)), attn_mask=mask, backward_tile=SHORT)
 
 
+KEPT_IN_REGISTERS: dict[str, dict[str, Any]] = {
+    "mask of any bytes": {"attn_mask": RNG.choice(numpy.array([0, 1, 2, 128], "uint8"), (200, 272)).view(bool)[:, :270]},
+    "documents": {
+        "segment_ids_q": numpy.arange(400, dtype="int32").reshape(2, 200) // 41,
+        "segment_ids_kv": numpy.arange(540, dtype="int32").reshape(2, 270) // 53,
+    },
+    "additive mask": {"attn_mask": RNG.standard_normal((200, 272)).astype("float16")[:, :270]},
+}
+
+
+@pytest.mark.parametrize("case", KEPT_IN_REGISTERS)
+def test_k_and_v_stay_in_registers_beside_a_feature(case: str) -> None:
+    """With the default tile, which leaves room for them."""
+    on, options = Target("sm_90"), KEPT_IN_REGISTERS[case]
+    inputs = inputs_of(on, (200, 270), heads=(2, 1), batches=(2, 2))
+    plan = cuflash.plan(*inputs, enable_gqa=True, backward=True, **options)
+    config = next(kernel.config for kernel in plan.kernels if kernel.name == NAME)
+    assert " K_REGISTER_STEPS = 4;" in config
+    assert " V_REGISTER_STEPS = 4;" in config
+    checked(on, *inputs, **options)
+
+
 def test_masks_whose_rows_lie_anywhere_are_for_others() -> None:
     on = Target("sm_90")
     plan = cuflash.plan(*inputs_of(on, (70, 190)), attn_mask=numpy.ones((70, 190), bool), backward=True)

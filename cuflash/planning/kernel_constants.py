@@ -124,10 +124,12 @@ def _backward_fused_mma(launch: Launch) -> Constants:
 def _backward_wgmma(launch: Launch) -> Constants:
     case, tile, splits, problem, device = launch.case, launch.tile, launch.splits, launch.problem, launch.device
     cuts_queries = problem.num_sequences is not None or problem.uses_places  # the warp that copies needs registers for it
+    key_steps, value_steps = (0, 0) if cuts_queries else tile_rules.key_register_steps(case, tile, device)
     return {
         "SPLIT": bool(splits.chains),
         "GRAD_OUT_STAGES": kernel_cases.grad_out_stages(case, tile, device),
-        "K_REGISTER_STEPS": 0 if cuts_queries else tile_rules.k_register_steps(case, tile, device),
+        "K_REGISTER_STEPS": key_steps,
+        "V_REGISTER_STEPS": value_steps,
         "CONVERTS_SUMS": not splits.chains and kernel_cases.converts_sums(case.kernel, problem),
         "DROPS_MOST": _drops_most(problem),
     }

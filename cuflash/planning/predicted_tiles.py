@@ -137,10 +137,14 @@ WGMMA_WITH_FEATURE: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("forward_wgmma", 128, "bfloat16"): (192, 64, 12, 3),
     ("forward_wgmma", 128, "float32"): (192, 48, 12, 3),
     ("forward_wgmma", 128, "segments"): (192, 80, 12, 3),
+    ("backward_wgmma", 64, "alibi"): (96, 128, 8, 3),
+    ("backward_wgmma", 64, "bool"): (96, 128, 8, 3),
+    ("backward_wgmma", 64, "segments"): (96, 128, 8, 3),
 }
 """(kernel, head_dim, the only feature, or a causal mask without one) -> tile_q, tile_kv, num_warps, num_stages, where it is not the tile without the feature, or that with as many keys as fit: a
 warpgroup that takes longer for a tile holds its stage for longer, so three or four stages are predicted to be faster, and for masks of 16 bits, whose tiles
-are as large as those of K and V together, more stages of fewer keys. Without a feature three stages were faster on an H100 under a causal mask, and not without one
+are as large as those of K and V together, more stages of fewer keys; of backward_wgmma fewer queries, which leave registers for K and V, and of
+several features the smallest of their tiles. Without a feature three stages were faster on an H100 under a causal mask, and not without one
 (docs/hopper.md)."""
 
 WGMMA_WITH_FEATURE_FULL: dict[tuple[str, int, str], tuple[int, int, int, int]] = {

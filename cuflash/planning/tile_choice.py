@@ -162,9 +162,14 @@ def _wgmma_with_feature(case: KernelCase) -> _Numbers | None:
     features = _kinds(case)
     if case.is_causal and case.head_dim == case.head_dim_v and features <= {"sinks", "prefix"}:
         features = frozenset({"causal"})
+    wide = max(case.head_dim, case.head_dim_v)
+    if case.kernel.backward:  # with several features the smallest of their tiles
+        return min(
+            (numbers for of in features if (numbers := predicted_tiles.WGMMA_WITH_FEATURE.get((case.kernel.name, wide, of)))), default=None
+        )
     if len(features) != 1:
         return None
-    key = case.kernel.name, max(case.head_dim, case.head_dim_v), next(iter(features))
+    key = case.kernel.name, wide, next(iter(features))
     if not case.is_causal and key in predicted_tiles.WGMMA_WITH_FEATURE_FULL:
         return predicted_tiles.WGMMA_WITH_FEATURE_FULL[key]
     return predicted_tiles.WGMMA_WITH_FEATURE.get(key)

@@ -209,12 +209,22 @@ def q_register_steps(case: KernelCase, tile: Tile, device: Device) -> int:
     return min(ceil(case.head_dim / 16), max(0, free // 4))
 
 
-def k_register_steps(case: KernelCase, tile: Tile, device: Device) -> int:
-    """The same of K Qᵀ in the backward kernel of wgmma that makes dV alone. Not for packed sequences, of which warps that copy have more registers."""
-    if case.kernel.added_up or case.features != NO_FEATURES:
-        return 0
+def key_register_steps(case: KernelCase, tile: Tile, device: Device) -> tuple[int, int]:
+    """The same of K Qᵀ and V dOᵀ in the backward kernels of wgmma. Not for packed sequences, of which warps that copy have more registers.
+
+    Of the kernel that makes dV alone in calls without features, and of the one that makes all gradients in calls with a single one, but a softcap, whose tiles leave room for K
+    and for half of V; with several, or beside 128 queries, more spilled.
+    """
+    makes_all = bool(case.kernel.added_up) and "dV" in case.kernel.outputs
+    if "dV" not in case.kernel.outputs or len(case.features.names()) != makes_all:
+        return 0, 0
     free = WGMMA_REGISTERS[tile.num_warps] - accumulator_registers(case, tile, device) - _wgmma_registers(case, tile)
-    return min(ceil(case.head_dim / 16), max(0, free // 4))
+    room, of_keys, of_values = max(0, free // 4), ceil(case.head_dim / 16), ceil(case.head_dim_v / 16)
+    if not makes_all:
+        return min(of_keys, room), 0
+    if case.features.softcap or tile.tile_q >= 128:
+        return 0, 0
+    return (of_keys, min(of_values, room - of_keys)) if room >= of_keys + of_values / 2 else (0, 0)
 
 
 def _wgmma_backward_registers(case: KernelCase, tile: Tile) -> int:

@@ -12,6 +12,7 @@
 #include "tile/features.cuh"
 #include "tile/mask.cuh"
 #include "tile/score.cuh"
+#include "tile/visible_columns.cuh"
 
 class StagedMask {
   static constexpr bool HAS_MASK = BOOLEAN_MASK || ADDITIVE_MASK;
@@ -68,27 +69,13 @@ class StagedMask {
     }
   }
 
-  // Zeros in the place of what a boolean mask hides.
+  // Which of a warp's scores data leave, whose keys start at first_key of the tile.
   template <int N>
-  DEVICE void hide_by_mask(float (&P)[1][N][4], int first_key) const {
-    for_each(P, first_key, [&](float& probability, SmemAddress at) {
-      if (load_shared_u8(at) == 0) probability = 0.0f;
-    });
-  }
-
-  // Zeros where ids differ.
-  template <int N>
-  DEVICE void hide_by_ids(float (&P)[1][N][4], int first_key) const {
-    const int first_row = first_key + lane_index() / 4;
-    const SmemAddress of_queries = ids() + (TILE_KV + lane_index() % 4 * 2) * int(sizeof(int));
-    const int of_keys[2] = {load_shared_s32(ids() + first_row * int(sizeof(int))), load_shared_s32(ids() + (first_row + 8) * int(sizeof(int)))};
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const float2 two = load_shared_f32x2(of_queries + n * 8 * int(sizeof(int)));
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (int(__float_as_uint(i % 2 ? two.y : two.x)) != of_keys[i / 2]) P[0][n][i] = 0.0f;
-    }
+  DEVICE VisibleColumns<N> visible(int first_key) const {
+    VisibleColumns<N> visible;
+    if constexpr (SEGMENTS) hide_other_segments(visible, first_key);
+    if constexpr (BOOLEAN_MASK) hide_by_mask(visible, first_key);
+    return visible;
   }
 
  private:
@@ -104,6 +91,81 @@ class StagedMask {
       const int* source = view.data + batch * view.stride_batch + (is_there ? first + i : 0) * view.stride_position;
       cp_async<4>(true, destination + i * int(sizeof(int)), source, is_there ? 4 : 0);
     }
+  }
+
+  template <int N>
+  DEVICE void hide_other_segments(VisibleColumns<N>& visible, int first_key) const {
+    constexpr int QUERIES = ceil_div(N, 4);  // that a lane knows the ids of
+    const int first_row = first_key + lane_index() / 4;
+    const int of_keys[2] = {load_shared_s32(ids() + first_row * int(sizeof(int))), load_shared_s32(ids() + (first_row + 8) * int(sizeof(int)))};
+    int of_queries[QUERIES];
+#pragma unroll
+    for (int k = 0; k < QUERIES; ++k) {
+      const int query = min(32 * k + column_of_lane(), 8 * N - 1);
+      of_queries[k] = load_shared_s32(ids() + (TILE_KV + query) * int(sizeof(int)));
+    }
+    visible.hide_other_segments(of_keys, of_queries);
+  }
+
+  // A key is a byte, so `ldmatrix` gives a lane two neighbouring keys of its queries, which makes bits of their bytes, and lanes with the same
+  // queries exchange them. That is for bytes 0 and 1. NumPy and others have no more, but a view of other bytes as booleans does: a warp that finds
+  // one looks at each byte.
+  template <int N>
+  DEVICE void hide_by_mask(VisibleColumns<N>& visible, int first_key) const {
+    constexpr int WORDS = VisibleColumns<N>::WORDS;
+    uint32 words[2][WORDS], all = 0;
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+      uint32 own[4] = {};  // of each four accumulator tiles; bytes 0 and 1: bits of the even and the odd key, as in VisibleColumns
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (16 * w + 4 * i < N) own[i] = bits_of_queries<N>(16 * w + 4 * i, first_key, all);
+      }
+      const uint32 low = __byte_perm(own[0], own[1], 0x5410), high = __byte_perm(own[2], own[3], 0x5410);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int source = 16 * r + lane_index() / 8 * 4 + lane_index() % 4;
+        words[r][w] = __byte_perm(shfl(int(low), source), N > 8 ? shfl(int(high), source) : 0, lane_index() / 4 % 2 ? 0x7531 : 0x6420);
+      }
+    }
+    const bool other_bytes = any_lane((all & 0xfefefefeu) != 0);
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int w = 0; w < WORDS; ++w) visible.word[r][w] &= other_bytes ? look_at_each<N>(w, first_key + lane_index() / 4 + 8 * r) : words[r][w];
+  }
+
+  // The lane's bits of the queries of four accumulator tiles from `n` on, and in `all` whatever bytes had.
+  template <int N>
+  DEVICE uint32 bits_of_queries(int n, int first_key, uint32& all) const {
+    uint32 bytes[4] = {};
+    const SmemAddress row = address(8 * n + lane_index(), first_key);
+    if (n + 4 <= N) {
+      ldmatrix_x4_trans(bytes, row);
+    } else {
+      uint32 pair[2];
+      ldmatrix_x2_trans(pair, row);
+      bytes[0] = pair[0];
+      bytes[1] = pair[1];
+    }
+    uint32 bits = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      bits += bytes[i] << 2 * i;
+      all |= bytes[i];
+    }
+    return bits | bits >> 15;  // the odd query's behind the even one's
+  }
+
+  // The same of any bytes.
+  template <int N>
+  DEVICE uint32 look_at_each(int w, int key) const {
+    uint32 bits = 0;
+#pragma unroll 1
+    for (int bit = 0; bit < 32 && 128 * w + bit / 2 * 8 < 8 * N; ++bit) {
+      if (load_shared_u8(address(128 * w + bit / 2 * 8 + bit % 2 + lane_index() % 4 * 2, key)) != 0) bits |= 1u << bit;
+    }
+    return bits;
   }
 
   DEVICE SmemAddress address(int query, int key) const {

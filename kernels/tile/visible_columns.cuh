@@ -10,10 +10,10 @@ DEVICE int column_of_lane() { return lane_index() % 8 / 2 * 8 + lane_index() / 8
 
 template <int N, int M = 1>  // accumulator tiles of a row, and of a column
 class VisibleColumns {
+ public:
   static constexpr int ROWS = 2 * M;
   static constexpr int WORDS = ceil_div(N, 16);
 
- public:
   uint32 word[ROWS][WORDS];
 
   DEVICE explicit VisibleColumns(bool all = true) {
@@ -34,6 +34,12 @@ class VisibleColumns {
   DEVICE void cut(int r, int first, int end) {
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) word[r][w] &= columns_from(first - 128 * w) & ~columns_from(end - 128 * w);
+  }
+
+  // Hides columns of row r before `first`, likewise.
+  DEVICE void cut(int r, int first) {
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) word[r][w] &= columns_from(first - 128 * w);
   }
 
   // Hides columns whose segment is not that of the row. A lane knows those of columns 32 k + column_of_lane(). Rows of one segment are done at once.

@@ -17,6 +17,7 @@ constexpr bool COMPUTE_DK = Config::COMPUTE_DK;  // and dQ
 constexpr bool COMPUTE_DV = Config::COMPUTE_DV;
 
 constexpr int K_REGISTER_STEPS = Config::K_REGISTER_STEPS;  // of the depth of K Qᵀ, whose part of K is kept in registers
+constexpr int V_REGISTER_STEPS = Config::V_REGISTER_STEPS;  // of that of V dOᵀ
 
 constexpr int WARPGROUPS = TILE_KV / WARPGROUP_ROWS;  // that compute
 constexpr int S_TILES = TILE_Q / 8;

@@ -14,13 +14,13 @@ DEVICE void issue_rows(float (&c)[1][N][4], uint64 a, uint64 b) {
 }
 
 // The same, the first steps of A in registers.
-template <typename TileA, typename TileB, int STEPS, int FIRST_STEPS, int N>
+template <typename TileA, typename TileB, int STEPS, bool ADDS = false, int FIRST_STEPS, int N>
 DEVICE void issue_rows(float (&c)[1][N][4], const uint32 (&first)[FIRST_STEPS][4], uint64 a, uint64 b) {
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < STEPS; ++k) {
     if (k < FIRST_STEPS) {
-      Wgmma<Element, N>::from_registers_over_columns(c[0], first[k], TileB::columns(b, k), k > 0);
+      Wgmma<Element, N>::from_registers_over_columns(c[0], first[k], TileB::columns(b, k), ADDS || k > 0);
     } else {
       Wgmma<Element, N>::from_shared(c[0], TileA::columns(a, k), TileB::columns(b, k), true);
     }
