@@ -461,15 +461,6 @@ def test_the_tile_of_a_feature_may_depend_on_the_causal_mask() -> None:
         assert listed[0] != listed[1]
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "options", "stages"),
-    [(128, {}, 2), (128, {"is_causal": True}, 3), (128, {"is_causal": True, "sinks": numpy.zeros(4, "float32")}, 3), (128, {"is_causal": True, "window": (99, 0)}, 2), (96, {"is_causal": True}, 2)],
-)  # fmt: skip
-def test_causal_calls_of_head_dim_128_have_three_stages(head_dim: int, options: dict[str, Any], stages: int) -> None:
-    (kernel,) = plan_of(head_dim, **options).kernels
-    assert kernel.tile == Tile(192, 80, 12, stages)
-
-
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_legal_tiles_fit_the_registers_that_warps_hand_each_other(head_dim: int) -> None:
     on = device.of_arch("sm_90", "gpu")

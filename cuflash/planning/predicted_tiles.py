@@ -129,7 +129,6 @@ WGMMA_WITH_FEATURE: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("forward_wgmma", 64, "float16"): (192, 64, 12, 4),
     ("forward_wgmma", 64, "bfloat16"): (192, 64, 12, 4),
     ("forward_wgmma", 64, "float32"): (192, 64, 12, 3),
-    ("forward_wgmma", 128, "causal"): (192, 80, 12, 3),
     ("forward_wgmma", 128, "alibi"): (192, 80, 12, 3),
     ("forward_wgmma", 128, "softcap"): (192, 80, 12, 3),
     ("forward_wgmma", 128, "dropout"): (192, 48, 12, 3),
@@ -141,11 +140,10 @@ WGMMA_WITH_FEATURE: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("backward_wgmma", 64, "bool"): (96, 128, 8, 3),
     ("backward_wgmma", 64, "segments"): (96, 128, 8, 3),
 }
-"""(kernel, head_dim, the only feature, or a causal mask without one) -> tile_q, tile_kv, num_warps, num_stages, where it is not the tile without the feature, or that with as many keys as fit: a
+"""(kernel, head_dim, the only feature) -> tile_q, tile_kv, num_warps, num_stages, where it is not the tile without the feature, or that with as many keys as fit: a
 warpgroup that takes longer for a tile holds its stage for longer, so three or four stages are predicted to be faster, and for masks of 16 bits, whose tiles
 are as large as those of K and V together, more stages of fewer keys; of backward_wgmma fewer queries, which leave registers for K and V, and of
-several features the smallest of their tiles. Without a feature three stages were faster on an H100 under a causal mask, and not without one
-(docs/hopper.md)."""
+several features the smallest of their tiles."""
 
 WGMMA_WITH_FEATURE_FULL: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("forward_wgmma", 64, "float16"): (192, 128, 12, 2),

@@ -158,10 +158,8 @@ def tolerated_spills(case: KernelCase, tile: Tile, device: Device) -> int:
 
 
 def _wgmma_with_feature(case: KernelCase) -> _Numbers | None:
-    """The predicted tile of a kernel of wgmma with one feature and its causal mask, or with a causal mask alone: sinks come behind its loops, and prefixes are edges of the mask."""
+    """The predicted tile of a kernel of wgmma with one feature and its causal mask, or without one."""
     features = _kinds(case)
-    if case.is_causal and case.head_dim == case.head_dim_v and features <= {"sinks", "prefix"}:
-        features = frozenset({"causal"})
     wide = max(case.head_dim, case.head_dim_v)
     if case.kernel.backward:  # with several features the smallest of their tiles
         return min(
