@@ -105,7 +105,7 @@ OTHER_NAMES = (
         ("attn_bias", "bias"), "xformers, JAX", ("attn_mask",),
         "An array is added to the scores as there. xformers' mask objects: LowerTriangularMask is is_causal=True, the BlockDiagonal ones are calls of varlen_attention.",
     ),
-    OtherName(("mask",), "JAX", ("attn_mask",), "Boolean, True: attend, as there."),
+    OtherName(("mask",), "JAX", ("attn_mask",), "Boolean as in JAX, True: attend; or of floats, which are added to the scores."),
     OtherName(
         ("position_bias", "relative_position_bias", "rel_pos_bias"), "transformers, others", ("attn_mask",),
         "It is added to the scores: (1, heads, seqlen_q, seqlen_kv). T5 has scale=1.0; need_attn_mask_grad=True gives its gradient.",
@@ -153,6 +153,7 @@ _ONLY_PADDED = {
     "prefix_lengths say which keys each sees; for other masks pad, and call scaled_dot_product_attention.",
     "segment_ids_q": "Packed sequences do not see each other: give each segment offsets of its own.",
     "segment_ids_kv": "Packed sequences do not see each other: give each segment offsets of its own.",
+    "seqlens_q": "cu_seqlens_q says how many queries each sequence has.",
     "seqlens_kv": "cu_seqlens_kv says how many keys each sequence has.",
     "layout": "Packed sequences are (tokens, heads, head_dim); other orders are strided views, which are not copied.",
     "batch_first": "Packed sequences are (tokens, heads, head_dim); other orders are strided views, which are not copied.",
@@ -247,8 +248,13 @@ def _answer(function: str, known: tuple[str, ...], keyword: str, feature_of: Map
     if of_caches is not None and not any(name in known for name in ours):
         return "no such argument here", _OF_CACHES[of_caches]
     only_padded = next((name for name in ours if name in _ONLY_PADDED), None)
-    if only_padded is not None and "cu_seqlens_kv" in known:
+    if only_padded is not None and "cu_seqlens_kv" in known and not any(name in known for name in ours):
         return "no such argument for packed sequences", _ONLY_PADDED[only_padded]
+    if keyword == "need_attn_mask_grad" and "attn_bias" in known:
+        return (
+            "no such argument here",
+            "Of cuflash.torch's functions a mask that requires grad has its gradient: attn_mask.requires_grad_().",
+        )
     here = [name for name in ours if name in known]
     if row is not None and (here or not ours):
         of_padded = [name for name in _ONLY_PADDED if "cu_seqlens_kv" in known and re.search(rf"\b{name}\b", row.difference)]

@@ -125,7 +125,7 @@ def scaled_dot_product_attention(
         )
     query, key, value = inputs.autocast(query, key, value)
     options = {
-        "dropout_p": number(dropout_p), "is_causal": is_causal, "scale": number(scale), "enable_gqa": enable_gqa, "layout": layout, "batch_first": True,
+        "dropout_p": inputs.probability(dropout_p), "is_causal": is_causal, "scale": number(scale), "enable_gqa": enable_gqa, "layout": layout, "batch_first": True,
         "num_heads": None, "causal_alignment": causal_alignment, "tile": tile, "deterministic": deterministic, "allow_tf32": allow_tf32,
         "window": inputs.pair(window), "softcap": number(softcap),
     }  # fmt: skip
@@ -185,7 +185,7 @@ def varlen_attention(
     plain = inputs.check_tensors(given)
     query, key, value = inputs.autocast(query, key, value)
     options = {
-        "max_seqlen_q": number(max_seqlen_q), "max_seqlen_kv": number(max_seqlen_kv), "dropout_p": number(dropout_p), "is_causal": is_causal,
+        "max_seqlen_q": number(max_seqlen_q), "max_seqlen_kv": number(max_seqlen_kv), "dropout_p": inputs.probability(dropout_p), "is_causal": is_causal,
         "scale": number(scale), "enable_gqa": enable_gqa, "causal_alignment": causal_alignment, "tile": tile, "deterministic": deterministic,
         "allow_tf32": allow_tf32, "window": inputs.pair(window), "softcap": number(softcap),
     }  # fmt: skip
@@ -247,7 +247,7 @@ def plan(
             query, key, value, attn_mask, attn_bias, segment_ids_q, segment_ids_kv, layout
         )
     query, key, value = inputs.autocast(query, key, value)
-    dropout_p = number(dropout_p)
+    dropout_p = inputs.probability(dropout_p)
     with torch.no_grad():  # so that slopes may require grad
         sinks, alibi_slopes = inputs.sinks_and_slopes(sinks, alibi_slopes)
     if dropout_p and dropout_seed is None:

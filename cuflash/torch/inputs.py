@@ -16,6 +16,7 @@ from torch.nn.attention.bias import CausalVariant
 
 from cuflash.arrays.descriptions import describe
 from cuflash.errors import DTypeError, OptionError, ShapeError, UnsupportedError
+from cuflash.problem.features import check_dropout_p
 
 TENSORS = (
     "query", "key", "value", "attn_mask", "sinks", "alibi_slopes", "seqlens_q", "seqlens_kv", "segment_ids_q", "segment_ids_kv", "prefix_lengths", "cu_seqlens_q",
@@ -46,7 +47,11 @@ def check_tensors(tensors: tuple[Any, ...]) -> bool:
         DTypeError: names the argument and its class.
     """
     if all([tensor is None or type(tensor) in _PLAIN for tensor in tensors]):  # noqa: C419  # a list is quicker, and traced by every version of Dynamo
-        if tensors[0].is_nested:  # torch's older nested tensors, which are of its plain type
+        query, key, value = tensors[:3]
+        if query is None or key is None or value is None:
+            missing = TENSORS[0 if query is None else 1 if key is None else 2]
+            raise DTypeError(missing, "None", "a torch tensor", f"Only what has a default may be left out: pass {missing}.")
+        if query.is_nested:  # torch's older nested tensors, which are of its plain type
             hint = f"Make it with layout=torch.jagged; or pad it, {TENSORS[0]}.to_padded_tensor(0.0), with seqlens_kv."
             raise DTypeError(TENSORS[0], "a nested tensor of the older layout", "a dense or a jagged tensor", hint)
         return True
@@ -136,6 +141,12 @@ def _broadcastable(name: str, mask: Any, extents: tuple[int, int, int, int]) -> 
 def number(x: Any) -> Any:
     """A tensor of one element as a Python number, for which a GPU is waited for; anything else as it is."""
     return x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x
+
+
+def probability(x: Any) -> Any:
+    """A dropout_p as a Python number, as `number` has it; what is none is refused before anything asks whether it is 0."""
+    x = number(x)
+    return x if isinstance(x, (int, float, torch.SymInt, torch.SymFloat)) else check_dropout_p(x)
 
 
 def pair(x: Any) -> Any:
@@ -236,6 +247,29 @@ def _with_outer(x: Any, count: int) -> Any:
     return x
 
 
+def _broadcasts_to(shape: Any, wanted: Any) -> bool:
+    return len(shape) <= len(wanted) and all(own in (1, extent) for own, extent in zip(reversed(shape), reversed(wanted), strict=False))
+
+
+def _broadcast_batches(*tensors: Any) -> tuple[int, ...]:
+    """The batches, all dimensions before (heads, seqlen, head_dim), to which those of query, key and value broadcast."""
+    leading: list[int] = []
+    for name, tensor in zip(TENSORS, tensors, strict=False):
+        own = list(tensor.shape[:-3])
+        length = max(len(own), len(leading))
+        own, leading = ([1] * (length - len(x)) + x for x in (own, leading))
+        for one, other in zip(own, leading, strict=True):
+            if one != other and 1 not in (one, other):
+                got, expected = (
+                    f"batches {tuple(tensor.shape[:-3])} in {tuple(tensor.shape)}",
+                    f"batches that broadcast to {tuple(leading)}",
+                )
+                hint = "All dimensions before (heads, seqlen, head_dim) are batches: each is that of the others, or 1."
+                raise ShapeError(name, got, expected, hint)
+        leading = [other if one == 1 else one for one, other in zip(own, leading, strict=True)]
+    return tuple(leading)
+
+
 def _of_other_ranks(query: Any, key: Any, value: Any, masks: tuple[Any, ...]) -> tuple[Any, Any, Any, tuple[Any, ...], Restore]:
     """As `four_dimensions`, where not all have four."""
     ranks = (query.dim(), key.dim(), value.dim())
@@ -247,7 +281,12 @@ def _of_other_ranks(query: Any, key: Any, value: Any, masks: tuple[Any, ...]) ->
     if max(ranks) <= 4:
         outer = tuple(range(4 - max(ranks)))
         return query, key, value, masks, lambda x: x.squeeze(outer)
-    leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    leading = _broadcast_batches(query, key, value)
+    for name, mask in zip(("attn_mask", "attn_bias"), masks, strict=True):
+        if mask is not None and not _broadcasts_to(mask.shape[:-3], leading):
+            wanted = f"one that broadcasts to {(*leading, query.shape[-3], query.shape[-2], key.shape[-2])}"
+            hint = "Its dimensions are those of (batches, heads, seqlen_q, seqlen_kv), or the last of them; each may be 1."
+            raise ShapeError(name, f"shape {tuple(mask.shape)}", wanted, hint)
     query, key, value = (x.expand(*leading, *x.shape[-3:]).flatten(0, -4) for x in (query, key, value))
     folded = tuple([x if x is None or x.dim() <= 3 else x.expand(*leading, *x.shape[-3:]).flatten(0, -4) for x in masks])
     return query, key, value, folded, lambda x: x.unflatten(0, leading)

@@ -18,7 +18,7 @@ from cuflash.merging import merge_attention
 from cuflash.problem.other_names import explains_keywords
 from cuflash.torch import shards
 from cuflash.torch.functions import Call
-from cuflash.torch.inputs import TENSORS, autocast, check_tensors, dropout_source, lengths, number, pair, sinks_and_slopes
+from cuflash.torch.inputs import TENSORS, autocast, check_tensors, dropout_source, lengths, number, pair, probability, sinks_and_slopes
 from cuflash.torch.shards import Limit, Piece
 
 
@@ -104,10 +104,11 @@ def ring_attention(
     if alibi_slopes is not None:
         _check_alibi(highest, packed, method)
         method = "gather"
-    state, seed = dropout_source(number(dropout_p), dropout_seed, query.device)
+    dropout_p = probability(dropout_p)
+    state, seed = dropout_source(dropout_p, dropout_seed, query.device)
     sinks, alibi_slopes = sinks_and_slopes(sinks, alibi_slopes)
     options = {
-        "dropout_p": number(dropout_p), "is_causal": False, "scale": number(scale), "enable_gqa": enable_gqa, "causal_alignment": "top_left", "tile": None,
+        "dropout_p": dropout_p, "is_causal": False, "scale": number(scale), "enable_gqa": enable_gqa, "causal_alignment": "top_left", "tile": None,
         "deterministic": False, "allow_tf32": allow_tf32, "window": None, "softcap": number(softcap),
     }  # fmt: skip
     others = _in_order(alibi_slopes=alibi_slopes, dropout_seed=state)[3:]

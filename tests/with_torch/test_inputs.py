@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention as torch_attention
 from written_out import SHAPE, assert_close, assert_same_gradients, attention, leaves
 
 import cuflash
-from cuflash.errors import DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError
+from cuflash.errors import DeviceError, DTypeError, KeywordError, OptionError, ShapeError, UnsupportedError
 from cuflash.runtime import calls, launch, prepared
 from cuflash.torch import plan, scaled_dot_product_attention, varlen_attention
 
@@ -296,3 +296,57 @@ def test_a_plan_is_that_of_the_call(device: Any, monkeypatch: pytest.MonkeyPatch
         run.clear()
     with pytest.raises(DTypeError, match="query: got float64"):
         plan(*(x.double() for x in inputs))
+
+
+def test_a_tensor_that_is_missing_is_named(device: Any) -> None:
+    tensors = dict(zip(("query", "key", "value"), (x.detach() for x in leaves(device, *[SHAPE] * 3)), strict=True))
+    for name in tensors:
+        for function in (scaled_dot_product_attention, plan):
+            with pytest.raises(DTypeError, match=f"{name}: got None; expected a torch tensor"):
+                function(**{**tensors, name: None})
+
+
+def test_the_gradient_of_a_mask_is_asked_for_as_torch_does(device: Any) -> None:
+    query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
+    for function in (scaled_dot_product_attention, plan):
+        with pytest.raises(KeywordError, match=r"need_attn_mask_grad: got .*attn_mask\.requires_grad_\(\)"):
+            function(query, key, value, torch.zeros(SEQLEN, SEQLEN), need_attn_mask_grad=True)
+
+
+def test_probabilities_of_several_elements_are_refused_by_name(device: Any) -> None:
+    query, key, value = (x.detach() for x in leaves(device, *[SHAPE] * 3))
+    several = torch.tensor([0.1, 0.2])
+    for dropout_p in (several, several.numpy()):
+        for function in (scaled_dot_product_attention, plan):
+            with pytest.raises(OptionError, match=r"dropout_p: got an object of type .*; expected a probability from 0\.0 to 1\.0"):
+                function(query, key, value, dropout_p=dropout_p)
+    offsets = torch.tensor([0, SEQLEN])
+    with pytest.raises(OptionError, match=r"dropout_p: got an object of type torch\.Tensor"):
+        varlen_attention(*(x[0].transpose(0, 1) for x in (query, key, value)), offsets, offsets, dropout_p=several)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "mask", "message"),
+    [
+        (((2, 3), (3, 3), (3, 3)), None, r"key: got batches \(3, 3\) in \(3, 3, .*; expected batches that broadcast to \(2, 3\)"),
+        (((2, 3), (1, 3), (2, 5)), None, r"value: got batches \(2, 5\).*; expected batches that broadcast to \(2, 3\)"),
+        (
+            ((2, 3), (2, 3), (2, 3)),
+            (5, 1, 1, 48, 48),
+            r"attn_mask: got shape \(5, 1, 1, 48, 48\); expected one that broadcasts to \(2, 3, ",
+        ),
+        (
+            ((2, 3), (2, 3), (2, 3)),
+            (1, 2, 3, 1, 48, 48),
+            r"attn_mask: got shape \(1, 2, 3, 1, 48, 48\); expected one that broadcasts to \(2, 3, ",
+        ),
+    ],
+    ids=str,
+)
+def test_batches_that_do_not_fit_are_refused_by_name(
+    device: Any, shapes: tuple[tuple[int, ...], ...], mask: tuple[int, ...] | None, message: str
+) -> None:
+    query, key, value = (x.detach() for x in leaves(device, *[(*batches, *SHAPE[1:]) for batches in shapes]))
+    attn_mask = None if mask is None else torch.zeros(mask, device=device)
+    with pytest.raises(ShapeError, match=message):
+        scaled_dot_product_attention(query, key, value, attn_mask)
