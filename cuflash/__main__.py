@@ -7,6 +7,7 @@ something that is missing, told in one message without a traceback.
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import io
 import json
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import cuflash
 from cuflash.cli import explanation, terminal_tables
@@ -45,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to fail
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        _refuse(parser, options.command, unknown)
     if options.command is None:
         parser.print_help()
         return 0
@@ -89,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.add_argument("--save", type=Path, metavar="DIR", help="also write each kernel to DIR, as NAME.cubin and NAME.json")
-    add_features(inspect)
+    add_features(inspect, has_arrays=False)
     inspect.set_defaults(run=_inspect)
 
     predict = commands.add_parser(
@@ -132,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     warmup.add_argument("--merge", action="store_true", help="also the kernels that merge attention over several sets of keys")
     warmup.add_argument("--seqused", action="store_true", help="with --varlen, kernels of sequences that use a part of their places")
     add_cases(warmup)
-    add_features(warmup)
+    add_features(warmup, has_arrays=False)
     add_cache(warmup)
     warmup.set_defaults(run=_warmup)
 
@@ -140,6 +143,32 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--clear", action="store_true", help="remove them")
     cache.set_defaults(run=_cache)
     return parser
+
+
+_PASSES = {
+    "--pass": "--pass backward",
+    "--backward": "--backward",
+    "--forward-only": "--forward-only, without which both are taken",
+}
+"""Options of the commands that choose a pass, and how to write each."""
+
+
+def _refuse(parser: argparse.ArgumentParser, command: str | None, unknown: Sequence[str]) -> NoReturn:
+    """End with the usage of the command that does not know an argument, what it has instead, and which commands know it."""
+    message = f"unrecognized arguments: {' '.join(unknown)}"
+    if command is None:
+        parser.error(message)
+    commands: dict[str, argparse.ArgumentParser]
+    (commands,) = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    options = {name: set(one._option_string_actions) for name, one in commands.items()}
+    keyword, hint = unknown[0].partition("=")[0], ""
+    if (instead := next((option for option in _PASSES if option in options[command]), None)) and keyword in _PASSES:
+        hint = f"; the pass is chosen by {_PASSES[instead]}"
+    elif close := difflib.get_close_matches(keyword, options[command], 1, 0.8):
+        hint = f"; did you mean {close[0]}?"
+    elif knowing := [name for name in options if keyword in options[name]]:
+        hint = f"; it is an option of {', '.join(knowing)}"
+    commands[command].error(message + hint)
 
 
 # --- Commands -----------------------------------------------------------------------------------------------------------------------------
@@ -343,6 +372,13 @@ def _warmup(options: argparse.Namespace) -> int:
             if given:
                 raise OptionError(f"--{name}", "it with --cache", "no such option", "Run warmup once more, without --cache.")
         return _say_warm(options, warmup_caches(options, cached), start)
+    if options.seqused and options.varlen is None:
+        raise OptionError(
+            "--seqused",
+            "it without --varlen",
+            "--varlen with it",
+            "Add --varlen; rows of a padded batch have --seqlens-q and --seqlens-kv.",
+        )
     count = cuflash.warmup(
         options.head_dim,
         options.dtype,

@@ -506,6 +506,17 @@ def test_demo_names_a_picture_that_it_cannot_draw_before_it_trains(tmp_path: Pat
         (("inspect", "--head-dim-v", "600"), "head_dim_v: got 600; expected an int from 1 to 576"),
         (("warmup", "--cache", "--jvp"), "--jvp: got it with --cache; expected no such option."),
         (("warmup", "--varlen", "--segments"), "features: got segments with varlen=True"),
+        (("warmup", "--seqused"), "--seqused: got it without --varlen; expected --varlen with it."),
+        (("explain", "--mask-axes", "bhqk"), "--mask-axes: got it without --attn-mask; expected --attn-mask with it."),
+        (
+            ("explain", "--attn-mask", "bool", "--mask-axes", "qh"),
+            "--mask-axes: got 'qh'; expected some of the letters bhqk, in this order.",
+        ),
+        (("explain", "--backward"), "cuflash explain: error: unrecognized arguments: --backward; the pass is chosen by --pass backward"),
+        (("predict", "--pass", "backward"), "unrecognized arguments: --pass backward; the pass is chosen by --backward"),
+        (("explain", "--seqused"), "cuflash explain: error: unrecognized arguments: --seqused; it is an option of warmup"),
+        (("explain", "--seqlen-q", "5"), "unrecognized arguments: --seqlen-q 5; did you mean --seqlens-q?"),
+        (("cache", "surplus"), "cuflash cache: error: unrecognized arguments: surplus"),
         (("frobnicate",), "invalid choice"),
     ],
 )

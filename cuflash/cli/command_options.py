@@ -55,13 +55,21 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tile", nargs=4, type=positive, metavar=("TILE_Q", "TILE_KV", "NUM_WARPS", "NUM_STAGES"))
 
 
-def add_features(parser: argparse.ArgumentParser) -> None:
-    """Add the options of score features, masks, lengths and value's head dimension."""
+def add_features(parser: argparse.ArgumentParser, *, has_arrays: bool = True) -> None:
+    """Add the options of score features, masks, lengths and value's head dimension.
+
+    Args:
+        parser: of the command.
+        has_arrays: whether the command makes a call; kernels that are compiled only are the same for masks of all shapes.
+    """
     group = parser.add_argument_group(
         "score features, masks and lengths", "Whatever is left out is not used; docs/features.md says what each does."
     )
     group.add_argument("--head-dim-v", type=positive, metavar="N", help="head dimension of value (default: that of query and key)")
     for option in _feature_options():
+        if option.name == "mask_axes" and not has_arrays:
+            parser.set_defaults(mask_axes=option.default)
+            continue
         group.add_argument("--" + option.name.replace("_", "-"), default=option.default, **option.metadata)
     group.add_argument(
         "--seqlens-q",
@@ -106,6 +114,11 @@ def features_of(options: argparse.Namespace, *, is_causal: bool) -> SampleFeatur
         raise OptionError(
             "--prefix", f"{options.prefix} without --causal", "--causal with it", "A prefix lifts the causal mask: add --causal."
         )
+    if "".join(axis for axis in "bhqk" if axis in options.mask_axes) != options.mask_axes or not options.mask_axes:
+        hint = "An axis that is left out is one along which the mask is broadcast."
+        raise OptionError("--mask-axes", repr(options.mask_axes), "some of the letters bhqk, in this order", hint)
+    if options.mask_axes != "qk" and options.attn_mask is None:
+        raise OptionError("--mask-axes", "it without --attn-mask", "--attn-mask with it", "Add --attn-mask bool, or of floats: float16.")
     if options.need_attn_mask_grad and options.attn_mask in (None, "bool"):
         got = "it without --attn-mask" if options.attn_mask is None else "it with --attn-mask bool"
         hint = "Only a mask of floats that is added to the scores has a gradient: add --attn-mask float32, or leave it out."

@@ -47,7 +47,11 @@ class SampleFeatures:
     attn_mask: str | None = _option(
         None, choices=("bool", *DTYPES), help="a mask of this element type: bool hides keys, the others are added to the scores"
     )
-    mask_axes: str = "qk"
+    mask_axes: str = _option(
+        "qk",
+        metavar="AXES",
+        help="axes that --attn-mask has, of b, h, q and k (default qk): bhqk for a mask of each head of each row, as a pair bias",
+    )
     need_attn_mask_grad: bool = _option(False, action="store_true", help="the backward pass also gives the gradient of --attn-mask")
     dropout: float = _option(0.0, nargs="?", type=float, const=0.1, metavar="P", help="probability of dropping (0.1 if none is given)")
     window: tuple[int | None, int | None] | None = _option(
