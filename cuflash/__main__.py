@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--every-length",
         action="store_true",
-        help="all kernels that some lengths, batches and heads take (default: those of one head of 1024 keys, or of many)",
+        help="all kernels that some lengths, batches, heads, shapes of a mask or calls without lse take (default: those of one head of 1024 keys, or of many, with a mask of each pair, whose calls return lse)",
     )
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.add_argument("--save", type=Path, metavar="DIR", help="also write each kernel to DIR, as NAME.cubin and NAME.json")
