@@ -257,7 +257,7 @@ def _broadcast_batches(*tensors: Any) -> tuple[int, ...]:
     for name, tensor in zip(TENSORS, tensors, strict=False):
         own = list(tensor.shape[:-3])
         length = max(len(own), len(leading))
-        own, leading = ([1] * (length - len(x)) + x for x in (own, leading))
+        own, leading = [1] * (length - len(own)) + own, [1] * (length - len(leading)) + leading
         for one, other in zip(own, leading, strict=True):
             if one != other and 1 not in (one, other):
                 got, expected = (
