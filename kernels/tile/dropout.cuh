@@ -96,6 +96,7 @@ DEVICE void drop(float (&P)[M][N][4], const Dropout& dropout, int batch, int hea
 // of the key 8 r rows below its first one of 16-row tile m.
 template <int M, int N>
 struct DrawnTile {
+  static_assert(N % 2 == 0, "a group spans two neighbouring accumulator tiles");
   uint32 pair[M][N][2];
 
   // Two lanes with neighbouring keys need the same words, a half of each: each draws for one of its two queries, and they exchange the other's
@@ -120,7 +121,8 @@ struct DrawnTile {
   }
 };
 
-// The same where all probabilities are needed once more: the sign says which are dropped. What is kept are then positive numbers (tile/operand.cuh).
+// In the place of `drop` where all probabilities are needed once more: the sign says which are dropped. What is kept are then positive numbers, for
+// those who take 0 for the others (tile/operand.cuh), or NaN.
 template <int M, int N>
 DEVICE void mark_dropped(float (&P)[M][N][4], const Dropout& dropout, const DrawnTile<M, N>& drawn) {
   for_each_place<M, N>([&](int m, int n, int i, int, int) { P[m][n][i] = dropout.keeps(drawn.pair[m][n][i / 2], i % 2) ? P[m][n][i] : -P[m][n][i]; });

@@ -42,7 +42,8 @@ class VisibleColumns {
     for (int w = 0; w < WORDS; ++w) word[r][w] &= columns_from(first - 128 * w);
   }
 
-  // Hides columns whose segment is not that of the row. A lane knows those of columns 32 k + column_of_lane(). Rows of one segment are done at once.
+  // Leaves the columns whose segment is that of the row, and no others; what was hidden before is forgotten. A lane knows the segments of columns
+  // 32 k + column_of_lane(). Rows of one segment are done at once.
   template <int KEYS>
   DEVICE void hide_other_segments(const int (&segment)[ROWS], const int (&key_segments)[KEYS]) {
     bool is_done[ROWS] = {};
