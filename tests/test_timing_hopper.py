@@ -14,7 +14,7 @@ from cuflash.planning import planner
 from cuflash.planning.kernel_plan import UNSHARED, KernelPlan
 from cuflash.planning.plan import Plan
 from cuflash.problem.tile import Tile
-from cuflash.timing import control_flow, prediction, sass
+from cuflash.timing import control_flow, prediction, roles, sass
 from cuflash.timing.addresses import constants
 from cuflash.timing.limits import without
 from cuflash.timing.machine import CARDS, MULTIPROCESSORS
@@ -226,6 +226,14 @@ def test_a_barrier_of_so_many_threads_holds_only_these() -> None:
 
 def line(opcode: str, operands: str, predicate: str = "") -> sass.Instruction:
     return sass.Instruction(0, predicate, opcode, operands, None, sass.Control(1, False, None, None, (), 0))
+
+
+@pytest.mark.parametrize(("parity", "changes"), [("R2", True), ("RZ", False), ("0x1", False)])
+def test_a_wait_whose_parity_is_a_constant_is_over_before_the_loop(parity: str, changes: bool) -> None:
+    """Also where instructions write to RZ what they do not keep, as those that only set a predicate."""
+    flip = "P1, {}, R2, 0x1, RZ, 0x3c, !PT"
+    code = [line("LOP3.LUT", flip.format("RZ")), line("SYNCS.PHASECHK.TRANS64", f"P0, [UR8+0x10], {parity}"), line("LOP3.LUT", flip.format("R2"))]  # fmt: skip
+    assert roles._changes(code, 1) is changes
 
 
 def test_constant_parts_of_addresses() -> None:

@@ -147,13 +147,16 @@ def _changes(code: Sequence[Instruction], position: int) -> bool:
     left, seen = [(position, operands_of(code[position])[-1])], set()
     while left:
         at, register = left.pop()
+        if not re.fullmatch(r"-?U?R\d+", register):  # a number, or RZ, to which instructions write what they do not keep
+            continue
+        register = register.removeprefix("-")
         writer = next((of for of in (*range(at - 1, -1, -1), *range(len(code) - 1, at - 1, -1)) if result_of(code[of]) == register), None)
         if writer is None or writer in seen:
             continue
         seen.add(writer)
         if code[writer].base in ("LOP3", "ULOP3") and _EXCLUSIVE_OR in operands_of(code[writer]):
             return True
-        left += [(writer, part.lstrip("-")) for part in operands_of(code[writer])[1:] if re.fullmatch(r"-?U?R\d+", part)]
+        left += [(writer, part) for part in operands_of(code[writer])[1:]]
     return False
 
 
