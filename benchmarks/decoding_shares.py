@@ -1,4 +1,4 @@
-"""What share of a GPU's bandwidth a step of generation is predicted to have, and how long it takes, as the table of docs/performance.md.
+"""What share of a GPU's bandwidth a step of generation is predicted to have, and how long it takes, as the table of docs/log-decoding.md.
 
     python benchmarks/decoding_shares.py
 

@@ -3,7 +3,7 @@
     python benchmarks/memory_requests.py [--arch sm_80] [--dtype float16 float32] [--head-dim 64 128 256 72 80 33]
 
 Prints a table in Markdown: what each kernel needs, as a multiple of the fewest wavefronts of shared memory and sectors of global memory; "ideal"
-where nothing is wasted. docs/performance.md holds one and gives the reasons.
+where nothing is wasted. docs/log-compiler.md holds one and gives the reasons.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """How long both passes over packed sequences of different lengths are predicted to take with blocks for the longest one in the place of each, and with those of a list
-of the tiles that there are, as the table of docs/performance.md.
+of the tiles that there are, as the table of docs/log-compiler.md.
 
     python benchmarks/predicted_packed.py
 

@@ -1,4 +1,4 @@
-"""How long a step of generation is predicted to take where the lengths of sequences differ, by a number of splits and by stream-K, as the table of docs/performance.md.
+"""How long a step of generation is predicted to take where the lengths of sequences differ, by a number of splits and by stream-K, as the table of docs/log-decoding.md.
 
     python benchmarks/predicted_ragged.py
 

@@ -5,7 +5,7 @@
     python benchmarks/predicted_tile_sweep.py --arch sm_80 --mask            # lines of cuflash/planning/mask_gradient.py
     python benchmarks/predicted_tile_sweep.py --arch sm_80 --kernel backward_dq --head-dim 128 --tile 128x32w4s2 64x64w4s2
 
-float16, or with --dtype another type (docs/performance.md says which tiles of float32 were tried), no score features, steady states of long runs
+float16, or with --dtype another type (docs/log-float32.md says which tiles of float32 were tried), no score features, steady states of long runs
 (docs/timing.md). Tiles are compared without a causal mask; the best ones are then predicted with it, and the least sum of both decides, since a kernel has one
 tile for both. The tile that is the default stays unless another one gains 2 %. Kernels are compiled at the assembler's highest level; of what they spill,
 `tile_choice.TOLERATED_SPILLS` is allowed. Needs no GPU, and about five seconds for a tile.

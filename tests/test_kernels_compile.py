@@ -167,7 +167,7 @@ def test_two_head_dims_do_not_spill(arch: str, dtype: str, dims: tuple[int, int]
 def test_no_spills_with_a_feature(arch: str, dtype: str, head_dim: int, feature: str) -> None:
     options = {"features": FEATURES[feature]} if feature in FEATURES else {feature: True}
     for report in reports_of(device.of_arch(arch, "gpu"), dtype, head_dim, **options):  # type: ignore[arg-type]
-        # docs/performance.md has the numbers
+        # docs/log-features.md has the numbers
         known = (
             dtype == "float32" and report.subject.label in BY_KEYS and (feature == "varlen" or (feature == "window" and head_dim == 512))
         )

@@ -1,4 +1,4 @@
-"""The kernels access memory as docs/performance.md says: no bank conflicts, no sectors that nobody asked for, or the reason for them."""
+"""The kernels access memory as docs/log-compiler.md says: no bank conflicts, no sectors that nobody asked for, or the reason for them."""
 
 from __future__ import annotations
 

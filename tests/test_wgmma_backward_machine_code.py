@@ -153,7 +153,7 @@ def test_others_fit_the_registers(case: str) -> None:
     "features", [FeatureSet(segments=True), *(FeatureSet(attn_mask=of) for of in ("bool", "bfloat16", "float32"))], ids=str
 )
 def test_masks_spill_little(features: FeatureSet, head_dim: int) -> None:
-    """Most of it by warps that copy, and have time: by the timing model it costs nothing (docs/performance.md)."""
+    """Most of it by warps that copy, and have time: by the timing model it costs nothing (docs/log-backward-wgmma.md)."""
     assert_as_meant(report_of("bfloat16", head_dim, True, features), spilled=120)
 
 

@@ -43,7 +43,7 @@ MAX_TILE = 2**20
 
 @dataclass(frozen=True)
 class Costs:
-    """What the model of tiles was fitted with (docs/performance.md).
+    """What the model of tiles was fitted with (docs/log-compiler.md).
 
     Attributes:
         registers: per thread, besides accumulators and operands of 16-bit or TF32 products.

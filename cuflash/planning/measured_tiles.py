@@ -36,4 +36,4 @@ WITH_FEATURE: dict[tuple[str, str, int], dict[tuple[int, int, int, int], frozens
     ("sm_90", "backward_dq", 128): {(64, 64, 4, 2): ALL},
 }
 """Tiles that were among the fastest without features (all but one), and the score features, or element types of a mask, of which one leaves each without spills (causal, bfloat16, NVRTC
-12.9). They were not timed with it; the timing model predicts that they are faster than the choice of `tile_model` (docs/performance.md, "What features cost")."""
+12.9). They were not timed with it; the timing model predicts that they are faster than the choice of `tile_model` (docs/log-features.md, "What features cost")."""

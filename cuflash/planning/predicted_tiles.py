@@ -1,7 +1,7 @@
 """Tiles that the timing model finds best (docs/timing.md), and that were not timed on a GPU.
 
 Those of `TILES` and `WITH_FEATURE` may spill a few bytes, which the model takes into account. `FUSED_BACKWARD` has the cases in which the model predicts that the fused backward kernel takes at least 3 % less time than the kernels with seven products
-(docs/performance.md): steady states, full and causal, without score features or lengths on the device.
+(docs/log-forward.md): steady states, full and causal, without score features or lengths on the device.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FLOAT32: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
     ("sm_120", "backward_dq", 64): (64, 16, 4, 2),
     ("sm_120", "backward_dq", 128): (64, 32, 4, 1),
 }
-"""The same of float32 with three products of TF32 each, of the tiles that that benchmark was given with `--dtype float32 --tile` (docs/performance.md, "float32")."""
+"""The same of float32 with three products of TF32 each, of the tiles that that benchmark was given with `--dtype float32 --tile` (docs/log-float32.md, "float32")."""
 
 _HALF_MASKS = frozenset(("float16", "bfloat16"))
 _ODD_HALF_MASKS = frozenset(("odd float16", "odd bfloat16"))
@@ -184,4 +184,4 @@ FUSED_WITH_FEATURE: dict[tuple[str, int], frozenset[str]] = {
     ("sm_120", 128): _ALL,
 }
 """Score features, element types of a mask and kinds of lengths that only the device knows, of which one leaves that tile with few spills, and with which it is predicted
-to be faster, too (docs/performance.md)."""
+to be faster, too (docs/log-forward.md)."""

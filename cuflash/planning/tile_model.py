@@ -1,6 +1,6 @@
 """A small model of the hardware that orders tiles: registers that a kernel will need, and clocks for each (query, key) pair.
 
-It was fitted to what the compiler made of a few hundred tiles (docs/performance.md) and depends on nothing that varies from call to call, least of all on
+It was fitted to what the compiler made of a few hundred tiles (docs/log-compiler.md) and depends on nothing that varies from call to call, least of all on
 sequence lengths.
 """
 
@@ -15,7 +15,7 @@ from cuflash.problem.tile import Tile
 
 
 def estimate_registers(case: KernelCase, tile: Tile, device: Device) -> int:
-    """Registers per thread that a kernel needs, fitted to what the compiler made of a few hundred tiles (docs/performance.md).
+    """Registers per thread that a kernel needs, fitted to what the compiler made of a few hundred tiles (docs/log-compiler.md).
 
     Scores count half as much again, for they are converted to the next product's operand while they live.
     """

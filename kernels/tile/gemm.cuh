@@ -5,7 +5,7 @@
 
 // c += A Bᵀ over the head dimension: both operands are rows of tiles in shared memory. Few depth steps are straight code, and eight where each has
 // few products, which alone would wait for their fragments. Of more of them unrolled the assembler fetches fragments so far ahead that accumulators
-// spill (docs/performance.md), unless the caller knows that there is room (STRAIGHT). Short sums are one depth step long; of 16 rows, two steps are
+// spill (docs/log-forward.md), unless the caller knows that there is room (STRAIGHT). Short sums are one depth step long; of 16 rows, two steps are
 // unrolled, whose products do not wait for each other.
 template <typename Mma, int COLUMNS, bool STRAIGHT = false, int M, int N, typename OperandA, typename OperandB>
 DEVICE void gemm_rows(float (&c)[M][N][4], const OperandA& operand_a, const OperandB& operand_b) {

@@ -233,7 +233,7 @@ struct NothingAhead {  // in the place of HiddenAhead
 // Without `ahead`, data are read where they are looked at, which takes more time and fewer registers.
 //
 // Numbers come by reference, and the causal mask, where it is the only one, is asked of the geometry: anything else is compiled to other code, which
-// takes more registers (docs/performance.md).
+// takes more registers (docs/log-features.md).
 template <bool TRANSPOSED, bool ASKS_MASK = BOOLEAN_MASK, int M, int N, typename Ahead = NothingAhead>
 DEVICE void hide(float (&c)[M][N][4], float hidden, const Geometry& geometry, const Visibility& visibility, const int& first_q, const int& first_kv,
                  const int& warp_row, bool is_partial, const Ahead& ahead = Ahead()) {
