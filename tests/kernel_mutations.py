@@ -117,6 +117,10 @@ WIDE_LENGTHS_SLABS = Inputs(
     (2, 3, 4, 512), (2, 90, 2, 512), (2, 90, 2, 200), options=(("enable_gqa", True), ("seqlens_kv", np.array([90, 33], np.int32)))
 )
 LENGTHS_SLABS = Inputs((4, 150, 2, 64), (4, 90, 2, 64), (4, 90, 2, 64), options=(("seqlens_kv", np.array([90, 20, 70, 0], np.int32)),))
+QUERY_LENGTHS_SLABS = Inputs(
+    (4, 300, 2, 64), (4, 90, 2, 64), (4, 90, 2, 64),
+    options=(("seqlens_q", np.array([300, 20, 150, 0], np.int32)), ("seqlens_kv", np.array([90, 20, 0, 90], np.int32))),
+)  # fmt: skip
 MASKED_SLABS, BLIND_MASKED_SLABS = (
     Inputs(
         (1, seqlen, 4, 64), (1, 90, 4, 64), (1, 90, 4, 64),
@@ -331,6 +335,7 @@ def _variants() -> Iterator[Variant]:
     )
     yield Variant("forward sm_90 float16 wgmma window, 2 stages", "sm_90", "float16", slabs, (WINDOW_SLABS, BLIND_WINDOW_SLABS), num_sms=1)
     yield Variant("forward sm_90 float16 wgmma lengths, 2 stages", "sm_90", "float16", slabs, (LENGTHS_SLABS,), num_sms=1)
+    yield Variant("forward sm_90 float16 wgmma lengths of queries, 2 stages", "sm_90", "float16", slabs, (QUERY_LENGTHS_SLABS,), num_sms=1)
     yield Variant(
         "forward sm_90 bfloat16 wgmma boolean mask, 2 stages",
         "sm_90",

@@ -118,6 +118,24 @@ def test_padded_queries_on_hoppers_own_instructions(name: str, monkeypatch: pyte
     check(on, name, "bfloat16", None)
 
 
+def test_rows_of_several_tiles_on_hoppers_own_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the forward kernel, which has at least 128 queries in a tile: tiles that a row fills, fills in part and does not reach."""
+    monkeypatch.setenv("CUFLASH_SIMULATOR_ARCH", "sm_90")
+    on, used, tile = Target("sm_90"), [300, 193, 128, 1], {"forward_wgmma": Tile(128, 32, 8, 2)}
+    query, key, value = (on.random((4, rows, 1, 64), "bfloat16", seed) for seed, rows in enumerate((300, 90, 90)))
+    for row, length in zip(query, used, strict=True):
+        row[length:] = numpy.nan
+    options: dict[str, Any] = {"is_causal": True, "return_lse": True, "tile": tile}
+    out, lse = cuflash.scaled_dot_product_attention(query, key, value, seqlens_q=int32(used), **options)
+    for row, length in enumerate(used):
+        cut = query[row : row + 1, :length], key[row : row + 1], value[row : row + 1]
+        alone, lse_alone = cuflash.scaled_dot_product_attention(*cut, **options)
+        assert on.bits(out[row, :length]) == on.bits(alone[0])
+        assert on.bits(lse[row, :, :length]) == on.bits(lse_alone[0])
+        assert not out[row, length:].any()
+        assert numpy.isneginf(lse[row, :, length:]).all()
+
+
 @pytest.mark.exhaustive
 def test_tiles_of_keys_that_are_shared_out(simulator: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among blocks, each of which has some tiles of queries of rows of different lengths."""

@@ -34,8 +34,9 @@ _TANGENTS = ("S_dot", "O_dot")
 
 
 WARPGROUP_ROWS = 64
-WARP_ROWS = WARPGROUP_ROWS // 4
 """Of a product of wgmma."""
+WARP_ROWS = WARPGROUP_ROWS // 4
+"""Those of them that a warp has."""
 
 MAX_TILE = 2**20
 """Of anything in a tile; what is possible is far less."""
