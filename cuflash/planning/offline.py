@@ -154,10 +154,12 @@ def _ways_to_kernels(problem: Problem, device: Device, pinned: Tiles, *, backwar
             yield few, {FORWARD_SPLIT.name: tile}
     for spec in dict.fromkeys(specs):
         if spec not in present:
-            yield (
-                _with_queries(problem, FEW_QUERIES) if spec in (BACKWARD_DQ, BACKWARD_DQ_MASK) else problem,
-                {spec.name: tile_choice.default_tile(case_of(spec, problem), device)},
-            )
+            of_a_kind = problem
+            if spec in (BACKWARD_DQ, BACKWARD_DQ_MASK):
+                of_a_kind = _with_queries(problem, FEW_QUERIES)
+            elif backward and spec.maps_tensors:  # of one head its blocks share out queries
+                of_a_kind = _with_heads(problem, MANY_HEADS)
+            yield of_a_kind, {spec.name: tile_choice.default_tile(case_of(spec, problem), device)}
 
 
 def _tuned_kernels(
