@@ -8,6 +8,7 @@ from dataclasses import replace
 from cuflash.hardware.device import Device
 from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import (
+    kernel_cases,
     kernel_specs,
     mask_gradient,
     packed_tiles,
@@ -143,6 +144,8 @@ def _ways_to_kernels(problem: Problem, device: Device, pinned: Tiles, *, backwar
                 default = {way[0].name: tile_choice.default_tile(case_of(way[0], problem), device)}
                 named = pinned if isinstance(pinned, Tile) else {**default, **(pinned or {})}
                 yield _with_heads(problem, MANY_HEADS, 1), named
+                if any(kernel_cases.converts_sums(kernel, problem) for kernel in way):  # not of more queries than keys
+                    yield _with_heads(_with_queries(problem, 2 * problem.seqlen_kv), MANY_HEADS), named
     else:
         present = forward_kernels(problem, device, pinned)
         if wgmma_forward.choose(replace(problem, return_lse=False), device, pinned).depends_on_lengths:
