@@ -191,6 +191,18 @@ def test_warmup_compiles_all_ways() -> None:
     assert ways == [{"forward"}, {"backward_fused"}, {"backward_dq"}]
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_warmup_compiles_causal_calls_of_more_queries_than_keys(softcap: float | None) -> None:
+    """In which blocks do not make dQ of their sums."""
+    sample = Sample(4, 4096, 2048, 32, 32, 64, is_causal=True, features=SampleFeatures(softcap=softcap))
+    problem = plan_of(sample, backward=True).problem
+    options = {"dtype": "float16", "head_dim": 64, "is_causal": True, "features": problem.features.kinds}
+    known = {kernel.request(ON) for kernel in offline.offline_kernels(ON, **options, every_way=True)}
+    plan = planner.make_plan(problem, ON, backward=True)
+    assert {"backward_wgmma", "backward_dq_convert"} <= {kernel.name for kernel in plan.kernels}
+    assert {kernel.request(ON) for kernel in plan.kernels} <= known
+
+
 @pytest.mark.parametrize("mask", [None, "bool"])
 def test_warmup_compiles_every_dropout_and_alignment_of_masks(mask: str | None) -> None:
     """Kernels of wgmma that drop more than they keep are others, and so are kernels of mma.sync that copy masks whose rows start on 16 bytes."""

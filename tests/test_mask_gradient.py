@@ -17,8 +17,11 @@ from cuflash.cli.sample_features import SampleFeatures
 from cuflash.cli.samples import Sample, plan_of
 from cuflash.errors import TileError
 from cuflash.hardware import device
-from cuflash.planning import compiler_versions, mask_gradient, wgmma_backward
-from cuflash.planning.planner import make_plan
+from cuflash.planning import compiler_versions, mask_gradient, tuned_tiles, wgmma_backward
+from cuflash.planning.offline import offline_kernels
+from cuflash.planning.planner import make_plan, other_ways
+from cuflash.problem.problem import Problem
+from cuflash.tuned.store import Found
 
 pytest.importorskip("cupy")
 
@@ -116,15 +119,20 @@ def test_sums_over_many_sequences(simulator: Target) -> None:
 # --- Which kernel -------------------------------------------------------------------------------------------------------------------------
 
 
-def of_mask(*extents: int, arch: str = "sm_80", head_dim: int = 64, tile: Any = None, heads: int = 4) -> tuple[list[str], str]:
-    """The kernels of the gradients of 2 sequences with a mask of these extents, and why they run."""
-    sample = Sample(2, 1024, 1024, heads, heads, head_dim=head_dim, features=SampleFeatures(attn_mask="float16", need_attn_mask_grad=True))
+def problem_of_mask(*extents: int, head_dim: int = 64, heads: int = 4, batch: int = 2, seqlen: int = 1024) -> Problem:
+    """With a mask of these extents."""
+    features = SampleFeatures(attn_mask="float16", need_attn_mask_grad=True)
+    sample = Sample(batch, seqlen, seqlen, heads, heads, head_dim=head_dim, features=features)
     problem = plan_of(sample, backward=True).problem
     assert problem.features.attn_mask is not None
     mask = replace(problem.features.attn_mask, extents=extents)
-    plan = make_plan(
-        replace(problem, features=replace(problem.features, attn_mask=mask)), device.of_arch(arch, "gpu"), backward=True, tile=tile
-    )
+    return replace(problem, features=replace(problem.features, attn_mask=mask))
+
+
+def of_mask(*extents: int, arch: str = "sm_80", head_dim: int = 64, tile: Any = None, heads: int = 4) -> tuple[list[str], str]:
+    """The kernels of its gradients, and why they run."""
+    problem = problem_of_mask(*extents, head_dim=head_dim, heads=heads)
+    plan = make_plan(problem, device.of_arch(arch, "gpu"), backward=True, tile=tile)
     return [kernel.name for kernel in plan.kernels if kernel.spec.is_tiled and kernel.spec.is_tuned], plan.choice
 
 
@@ -162,6 +170,37 @@ def test_the_faster_way_is_taken_by_prediction(monkeypatch: pytest.MonkeyPatch) 
     assert 'nothing is predicted of it here: pin it by tile={"backward_dq_mask": ...}' in why
 
 
+def test_tables_of_tuned_tiles_decide_where_both_ways_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"backward_dkdv": 1.0, "backward_dq": 1.0, "backward_fused": 1.5, "backward_dq_mask": 3.0, "backward_mask": 2.0}
+    stored, apart = ["backward_dkdv", "backward_dq_mask"], ["backward_fused", "backward_mask"]
+
+    def tuned(case: Any, *_: Any) -> Found:
+        return Found(milliseconds=times[case.kernel.name], call="one", timer="events") if case.kernel.name in times else Found()
+
+    monkeypatch.setattr(tuned_tiles, "tuned_tile", tuned)
+    full: dict[str, Any] = {"arch": "sm_80", "heads": 64}
+    names, why = of_mask(2, 64, 1024, 1024, **full)
+    assert names == apart, "though it is predicted to be slower"
+    assert "backward_fused and backward_mask, timed to take 0.88 of the time of backward_dkdv and backward_dq_mask" in why
+    times["backward_dq_mask"] = 1.8
+    names, why = of_mask(2, 64, 1024, 1024, **full)
+    assert names == stored
+    assert "backward_dkdv and backward_dq_mask, timed to take 0.80 of the time of backward_fused and backward_mask" in why
+    del times["backward_mask"]
+    assert "predicted to take" in of_mask(2, 64, 1024, 1024, **full)[1], "tables of some kernels say nothing of which way is faster"
+
+
+def test_autotune_times_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever a call takes without tables."""
+    full, kernels = (2, 64, 1024, 1024), {"backward_dkdv", "backward_dq", "backward_dq_mask", "backward_fused", "backward_mask"}
+    for steady in (mask_gradient.STEADY, {}):
+        monkeypatch.setattr(mask_gradient, "STEADY", steady)
+        found = set(of_mask(*full, heads=64)[0])
+        for way in other_ways(problem_of_mask(*full, heads=64), device.of_arch("sm_80", "gpu"), backward=True):
+            found |= set(of_mask(*full, heads=64, tile=way)[0])
+        assert found == kernels
+
+
 def test_a_tile_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     full, tile = (2, 4, 1024, 1024), Tile(64, 32, 4, 1)
     stored, apart = ["backward_dkdv", "backward_dq_mask"], ["backward_dkdv", "backward_dq", "backward_mask"]
@@ -175,3 +214,15 @@ def test_a_tile_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     assert of_mask(*full, arch="sm_90")[0] == ["backward_wgmma", "backward_mask"]
     with pytest.raises(TileError, match=r"backward_dq_mask.*kernels that run: .*backward_mask \(.*which sums"):
         of_mask(1, 4, 1024, 1024, tile={"backward_dq_mask": tile})
+
+
+def test_warmup_compiles_what_calls_of_other_lengths_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On sm_90 kernels of wgmma, though a call of one head takes others."""
+    monkeypatch.delenv(wgmma_backward.VARIABLE, raising=False)
+    monkeypatch.setattr(compiler_versions, "why_not", lambda: None)
+    on = device.of_arch("sm_90", "gpu")
+    problem = problem_of_mask(1, 1, 2048, 2048, batch=4, seqlen=2048, heads=32)
+    ahead = offline_kernels(on, dtype="float16", head_dim=64, features=problem.features.kinds, need_attn_mask_grad=True, every_way=True)
+    plan = make_plan(problem, on, backward=True)
+    assert "backward_wgmma" in {kernel.name for kernel in plan.kernels}
+    assert {kernel.request(on) for kernel in plan.kernels} <= {kernel.request(on) for kernel in ahead}

@@ -2,8 +2,9 @@
 
 The former stores dS as it is (kernels/tile/mask_gradient.cuh), so the mask has to have an element for each pair of query and key, of which nothing is summed. Where
 dQ has a kernel of its own anyway, that one does less. Where one kernel would make all gradients (`fused_backward`, `wgmma_backward`), it gains what the mask's own
-kernel takes, and loses what the kernels of their own take longer: the first of these decides then: a mapping of tiles that names kernels of either way;
-CUFLASH_BACKWARD_WGMMA=1; the timing model's `STEADY`, if it knows both ways; else the mask's own kernel.
+kernel takes, and loses what the kernels of their own take longer. The first of these decides then: a mapping of tiles that names kernels of either way;
+CUFLASH_BACKWARD_WGMMA=1; tables of tuned tiles, where both ways were timed on one call; the timing model's `STEADY`, if it knows both ways; else the mask's own
+kernel.
 """
 
 from __future__ import annotations
@@ -82,10 +83,13 @@ def choose(
         return stored, f"{BACKWARD_DQ_MASK}, which has what {BACKWARD_MASK} would compute again"
     if wgmma_backward.is_asked_for(problem, device, tile):
         return apart, ""
+    names, others = (" and ".join(kernel.name for kernel in way) for way in (stored, apart))
+    cases = [case_of(kernel, problem) for kernel in stored], [case_of(kernel, problem) for kernel in apart]
+    if (timed := asked_for.by_tables(cases, (names, others), problem, device)) is not None:
+        return (stored if timed.is_taken else apart), timed.why
     ratio, pin = time_ratio(problem, device, gradients), f'pin it by tile={{"{BACKWARD_DQ_MASK}": ...}}'
     if ratio is None:
         return apart, f"{BACKWARD_MASK}; {BACKWARD_DQ_MASK} can run too, but nothing is predicted of it here: {pin}"
-    names, others = (" and ".join(kernel.name for kernel in way) for way in (stored, apart))
     if ratio * LEAST_GAIN <= 1.0:
         return stored, f"{names}, predicted to take {ratio:.2f} of the time of {others}"
     return apart, f"{BACKWARD_MASK}; {names} are predicted to take {ratio:.2f} of the time of {others} here: {pin}"

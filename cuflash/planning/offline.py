@@ -8,6 +8,7 @@ from dataclasses import replace
 from cuflash.hardware.device import Device
 from cuflash.jit.compiler import CompileRequest
 from cuflash.planning import (
+    kernel_cases,
     kernel_specs,
     mask_gradient,
     packed_tiles,
@@ -143,6 +144,8 @@ def _ways_to_kernels(problem: Problem, device: Device, pinned: Tiles, *, backwar
                 default = {way[0].name: tile_choice.default_tile(case_of(way[0], problem), device)}
                 named = pinned if isinstance(pinned, Tile) else {**default, **(pinned or {})}
                 yield _with_heads(problem, MANY_HEADS, 1), named
+                if any(kernel_cases.converts_sums(kernel, problem) for kernel in way):  # not of more queries than keys
+                    yield _with_heads(_with_queries(problem, 2 * problem.seqlen_kv), MANY_HEADS), named
     else:
         present = forward_kernels(problem, device, pinned)
         if wgmma_forward.choose(replace(problem, return_lse=False), device, pinned).depends_on_lengths:
@@ -154,10 +157,12 @@ def _ways_to_kernels(problem: Problem, device: Device, pinned: Tiles, *, backwar
             yield few, {FORWARD_SPLIT.name: tile}
     for spec in dict.fromkeys(specs):
         if spec not in present:
-            yield (
-                _with_queries(problem, FEW_QUERIES) if spec in (BACKWARD_DQ, BACKWARD_DQ_MASK) else problem,
-                {spec.name: tile_choice.default_tile(case_of(spec, problem), device)},
-            )
+            of_a_kind = problem
+            if spec in (BACKWARD_DQ, BACKWARD_DQ_MASK):
+                of_a_kind = _with_queries(problem, FEW_QUERIES)
+            elif backward and spec.maps_tensors:  # of one head its blocks share out queries
+                of_a_kind = _with_heads(problem, MANY_HEADS)
+            yield of_a_kind, {spec.name: tile_choice.default_tile(case_of(spec, problem), device)}
 
 
 def _tuned_kernels(

@@ -180,6 +180,8 @@ def other_ways(problem: Problem, device: Device, *, backward: bool) -> tuple[dic
         others = [wgmma_backward.kernels(problem)[0]] if wgmma_backward.may_choose(problem, device) else []
         others += [kernel_specs.BACKWARD_FUSED] if fused_backward.may_choose(problem, device) else []
         others += [kernel_specs.BACKWARD_DQ] if others else []
+        if others and problem.features.need_attn_mask_grad and mask_gradient.why_not(problem) is None:
+            others.append(kernel_specs.BACKWARD_DQ_MASK)
         if wgmma_backward.kernels(problem)[0] in present and switches.setting(wgmma_backward.VARIABLE):
             others = []
     else:
