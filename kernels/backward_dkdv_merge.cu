@@ -8,6 +8,7 @@
 #include "tile/sequence.cuh"
 
 static_assert(SPLIT && HEAD_SLICES == 1, "parts are of whole heads");
+static_assert(HEAD_DIM % 2 == 0 && HEAD_DIM_V % 2 == 0, "columns are stored in pairs");
 
 // Stores an accumulator tile's columns from `column` on, of the first NUM_COLUMNS.
 template <int NUM_COLUMNS>

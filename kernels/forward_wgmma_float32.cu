@@ -54,8 +54,8 @@ class WarpgroupRows {
 
   // O and the softmax state after tiles 0 .. end - 1, of which those before unmasked_end are visible to all rows. Each tile that is added rounds O,
   // so that beside a large O thousands of small ones would be lost: O starts anew after every PARTIAL_STEPS tiles, and the sum of all before is in
-  // memory.
-  DEVICE void walk(const PartOfRows& earlier, int unmasked_end, int end) {
+  // memory: where, is computed anew each time, so that it takes no registers from the loops.
+  DEVICE void walk(const ForwardWgmmaArguments& arguments, int warpgroup, int unmasked_end, int end) {
     int j = 0;
 #pragma unroll 1
     while (true) {
@@ -65,6 +65,9 @@ class WarpgroupRows {
       steps<false>(j, min(unmasked_end, part_end));
       steps<true>(j, part_end);
       finish<OTHER_TILES>();
+      int block = int(blockIdx.x);
+      asm volatile("" : "+r"(block));
+      const PartOfRows earlier(arguments, 0, block, 4 * warpgroup + warp_of_warpgroup());
       if (begin > 0) earlier.add_outputs_to(O, softmax);
       if (j == end) break;
       earlier.store(O, softmax);
@@ -155,8 +158,10 @@ class WarpgroupRows {
     issue_outputs<0>(product);
     if constexpr (OTHERS > 0) {
       wgmma_wait<0>();
-      add<0>(product);
-      K.wait_full();  // here, since the assembler moves no addition past a loop: so the registers of the first columns are free for the others
+      // There are keys, so it does add. But the assembler cannot know it, and moves no addition out of a branch: else it puts some of them behind
+      // the next products, which need the registers of the first columns.
+      if (geometry.seqlen_kv > 0) add<0>(product);
+      K.wait_full();
       float others[1][OTHERS][4];
       issue_outputs<1>(others);
       issue_scores(S);
@@ -220,7 +225,7 @@ DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork&
   const int own_end =  // of the tiles that this warpgroup sees
       uniform(first_q < geometry.seqlen_q ? ceil_div(visibility.end_key(first_q, first_q + WARPGROUP_ROWS), TILE_KV) : 0);
   const int unmasked_end = uniform(visibility.end_key(first_q, first_q + 1) / TILE_KV);
-  if (own_end > 0) rows.walk(PartOfRows(arguments, 0, int(blockIdx.x), 4 * warpgroup + warp_of_warpgroup()), unmasked_end, own_end);
+  if (own_end > 0) rows.walk(arguments, warpgroup, unmasked_end, own_end);
   // The same numbers as `work`, which would take registers in the meantime.
   store_results(arguments, TileWork::load(shared.work(stage)), rows, shared.Q(stage, warpgroup), warpgroup);
   skip(K, V, walk.end - max(0, own_end), 1 + warpgroup);

@@ -62,9 +62,10 @@ def test_forward_wgmma(head_dim: int, features: FeatureSet, is_causal: bool, com
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (96, 128)], ids=str)
+@pytest.mark.parametrize("seqlens_kv", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_forward_wgmma_float32(dims: tuple[int, int], is_causal: bool) -> None:
-    forward.assert_as_meant(float32.report_of(dims, is_causal))
+def test_forward_wgmma_float32(dims: tuple[int, int], seqlens_kv: bool, is_causal: bool) -> None:
+    forward.assert_as_meant(float32.report_of(dims, is_causal, seqlens_kv=seqlens_kv))
 
 
 def test_loops_of_forward_wgmma() -> None:
