@@ -158,9 +158,9 @@ class WarpgroupRows {
     issue_outputs<0>(product);
     if constexpr (OTHERS > 0) {
       wgmma_wait<0>();
-      // There are keys, so it does add. But the assembler cannot know it, and moves no addition out of a branch: else it puts some of them behind
+      // There are heads, so it does add. But the assembler cannot know it, and moves no addition out of a branch: else it puts some of them behind
       // the next products, which need the registers of the first columns.
-      if (geometry.seqlen_kv > 0) add<0>(product);
+      if (geometry.num_heads_q > 0) add<0>(product);
       K.wait_full();
       float others[1][OTHERS][4];
       issue_outputs<1>(others);
@@ -219,16 +219,18 @@ DEVICE void compute_tile(const ForwardWgmmaArguments& arguments, const TileWork&
                          Ring<NUM_STAGES>& K, Ring<NUM_STAGES>& V) {
   const auto& geometry = work.geometry(arguments);
   const Visibility visibility(geometry, arguments.features, work.at.batch, work.at.head);
-  const Walk walk(arguments, work, visibility);
   const int first_q = work.at.tile * TILE_Q + warpgroup * WARPGROUP_ROWS;
   WarpgroupRows rows(geometry, work.at, visibility, shared, shared.Q(stage, warpgroup), warpgroup, K, V);
   const int own_end =  // of the tiles that this warpgroup sees
       uniform(first_q < geometry.seqlen_q ? ceil_div(visibility.end_key(first_q, first_q + WARPGROUP_ROWS), TILE_KV) : 0);
   const int unmasked_end = uniform(visibility.end_key(first_q, first_q + 1) / TILE_KV);
   if (own_end > 0) rows.walk(arguments, warpgroup, unmasked_end, own_end);
-  // The same numbers as `work`, which would take registers in the meantime.
-  store_results(arguments, TileWork::load(shared.work(stage)), rows, shared.Q(stage, warpgroup), warpgroup);
-  skip(K, V, walk.end - max(0, own_end), 1 + warpgroup);
+  // The same numbers as `work` and what follows from it, which would take registers in the meantime.
+  const TileWork same = TileWork::load(shared.work(stage));
+  store_results(arguments, same, rows, shared.Q(stage, warpgroup), warpgroup);
+  const auto& same_geometry = same.geometry(arguments);
+  const int end = Walk(arguments, same, Visibility(same_geometry, arguments.features, same.at.batch, same.at.head)).end;
+  skip(K, V, end - max(0, own_end), 1 + warpgroup);
 }
 
 // What it does for all tiles of the block.
