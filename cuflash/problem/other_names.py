@@ -248,7 +248,7 @@ def _answer(function: str, known: tuple[str, ...], keyword: str, feature_of: Map
     if of_caches is not None and not any(name in known for name in ours):
         return "no such argument here", _OF_CACHES[of_caches]
     only_padded = next((name for name in ours if name in _ONLY_PADDED), None)
-    if only_padded is not None and "cu_seqlens_kv" in known and not any(name in known for name in ours):
+    if only_padded is not None and "cu_seqlens_kv" in known and not any(name in known and name not in _ONLY_PADDED for name in ours):
         return "no such argument for packed sequences", _ONLY_PADDED[only_padded]
     if keyword == "need_attn_mask_grad" and "attn_bias" in known:
         return (
