@@ -262,8 +262,14 @@ class ScoreModifier {  // of one batch and query head
     });
   }
 
-  // softcap tanh(x) = softcap (1 - 2 / (1 + e^2x)), where four neighbours of a row share a division: 1 / a = b / (a b). Exponentials are held below
-  // 2^30, where tanh is 1, so that the product of four is finite.
+  // 1 + e^2x of four neighbours of a row. Exponentials are held below 2^30, where tanh is 1, so that the product of four is finite.
+  template <int N>
+  DEVICE static void sums_of_four(const float (&S)[N][4], int n, int r, float factor, float (&sum)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = 1.0f + ex2(min_nan(S[n + i / 2][2 * r + i % 2] * factor, 30.0f));
+  }
+
+  // softcap tanh(x) = softcap (1 - 2 / (1 + e^2x)), where four neighbours of a row share a division: 1 / a = b / (a b).
   template <int N>
   DEVICE void cap_in_fours(float (&S)[N][4]) const {
     const float factor = features.score_factor * (2.0f * LOG2_E), cap = features.softcap;
@@ -272,8 +278,7 @@ class ScoreModifier {  // of one batch and query head
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float sum[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[i] = 1.0f + ex2(min_nan(S[n + i / 2][2 * r + i % 2] * factor, 30.0f));
+        sums_of_four(S, n, r, factor, sum);
         const float low = sum[0] * sum[1], high = sum[2] * sum[3], inverse = -2.0f * cap * reciprocal(low * high);
         const float of_low = inverse * high, of_high = inverse * low;
         S[n][2 * r] = __fmaf_rn(of_low, sum[1], cap);
@@ -292,8 +297,7 @@ class ScoreModifier {  // of one batch and query head
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float sum[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[i] = 1.0f + ex2(min_nan(S[n + i / 2][2 * r + i % 2] * factor, 30.0f));
+        sums_of_four(S, n, r, factor, sum);
         const float low = sum[0] * sum[1], high = sum[2] * sum[3], inverse = -2.0f * reciprocal(low * high);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
